@@ -1,0 +1,1 @@
+"""jaxcl: contrastive embedders in JAX."""
