@@ -1,1 +1,5 @@
+"""Contrastive losses: embeddings in, one value per query out, in nats."""
 
+from jaxcl.losses.softmax import infonce_loss
+
+__all__ = ["infonce_loss"]

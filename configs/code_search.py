@@ -1,0 +1,77 @@
+"""A search engine over the Python functions installed on this machine.
+
+    python -m jaxcl.train --config configs/code_search.py
+
+TODO-measured
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(variant: str = "default") -> ConfigDict:
+    """The configuration; `configs/code_search.py:smoke` is the same, shrunk to seconds."""
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 2_000
+    config.global_batch_size = 1_024
+
+    config.data = ConfigDict()
+    config.data.name = "code_pairs"  # or a TFDS name, or the folder of a prepared data set
+    config.data.code_pairs = ConfigDict()
+    config.data.code_pairs.test_packages = ("stdlib",)
+    config.data.code_pairs.validation_fraction = 0.1
+    config.data.code_pairs.split_seed = 0
+    config.data.code_pairs.max_pairs = placeholder(int)
+    config.data.splits = ConfigDict(
+        {"train": "train", "validation": "validation", "test": "test"}
+    )
+    config.data.query_field = "query"
+    config.data.key_field = "key"
+    config.data.group_field = "group"
+    config.data.metadata_fields = ("name", "package", "qualified_name", "file", "line")
+    config.data.tokenizer = placeholder(str)  # a tokenizer.json; None trains one
+    config.data.vocabulary_size = 16_384
+    config.data.max_tokens = ConfigDict({"query": 32, "key": 256})
+    config.data.add_cls = False
+
+    config.model = ConfigDict()
+    config.model.name = "static"
+    config.model.shared = True
+    config.model.dim = 512
+    config.model.options = ConfigDict({"token_dropout": 0.4})
+
+    config.loss = ConfigDict()
+    config.loss.name = "infonce"
+    config.loss.options = ConfigDict({"direction": "symmetric"})
+    config.loss.masks = ("row",)  # the columns of a batch whose equals are no negatives
+    config.loss.temperature = ConfigDict({"initial": 0.05, "minimum": 0.01, "maximum": 1.0})
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0
+    config.optimizer.options = ConfigDict()
+
+    config.evaluation = ConfigDict()
+    config.evaluation.rrf_k = 20
+    config.evaluation.batch_size = 1_024
+
+    # What is below may change between a stop and a restart; what is above makes another run.
+    config.run = ConfigDict()
+    config.run.data_dir = "~/.cache/jaxcl"
+    config.run.mesh = ConfigDict({"data": -1})
+    config.run.log_every = 20
+    config.run.evaluate_every = 500
+    config.run.checkpoint_every = 500
+    config.run.keep_checkpoints = 2
+
+    if variant == "smoke":
+        config.steps = 20
+        config.global_batch_size = 64
+        config.data.code_pairs.max_pairs = 600
+    elif variant != "default":
+        raise ValueError(f"variant {variant!r} is unknown; use default or smoke")
+    return config

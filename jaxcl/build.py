@@ -1,0 +1,194 @@
+"""From a config to the parts of a run: plain dicts from names to functions, and nothing hidden."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jaxcl.embed import Embedder, make_embedder
+from jaxcl.losses import infonce_loss
+from jaxcl.mesh import make_mesh, replicated_sharding
+from jaxcl.models import StaticEncoder, Towers, TransformerEncoder, make_towers
+from jaxcl.train_state import TrainState
+from jaxcl.train_step import StepMetrics, TemperatureBounds, init_state, make_loss, make_train_step
+from jaxcl.typing import Batch, PyTree, Scalar
+
+__all__ = [
+    "ENCODERS",
+    "LOSSES",
+    "MASKS",
+    "OPTIMIZERS",
+    "Program",
+    "build_optimizer",
+    "build_program",
+    "build_towers",
+]
+
+ENCODERS: Mapping[str, Callable] = {"static": StaticEncoder, "transformer": TransformerEncoder}
+"""Encoders by name; `config.model.options` are their keyword arguments."""
+
+LOSSES: Mapping[str, Callable] = {"infonce": infonce_loss}
+"""Losses by name; `config.loss.options` are their keyword arguments."""
+
+MASKS: Mapping[str, str] = {"row": "ids", "group": "groups"}
+"""Which argument of a loss masks by which column of the batch."""
+
+OPTIMIZERS: Mapping[str, Callable] = {
+    "adam": optax.scale_by_adam,
+    "lion": optax.scale_by_lion,
+    "sgd": optax.trace,
+}
+"""Gradient scalings by name; `config.optimizer.options` are their keyword arguments."""
+
+
+class Program(NamedTuple):
+    """What trains: the functions of a run, on its mesh, and its initial state's shapes.
+
+    Attributes:
+      mesh: where it runs.
+      towers: the model.
+      init: () -> the state before the first update, on the mesh.
+      train_step: (state, batch) -> (state, metrics); the state is donated.
+      embed: (parameters of the towers, side, tokens) -> embeddings, without dropout.
+      learning_rate: step -> the rate of that update.
+      abstract_state: the state's shapes, types and shardings.
+    """
+
+    mesh: Mesh
+    towers: Towers
+    init: Callable[[], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    embed: Embedder
+    learning_rate: Callable[[Scalar | int], Scalar]
+    abstract_state: PyTree
+
+
+def build_program(config: ConfigDict) -> Program:
+    """Builds a run's functions.
+
+    Args:
+      config: as the files of `configs/` return it.
+
+    Raises:
+      ValueError: for an unknown name, and for a batch that does not divide over the mesh.
+    """
+    mesh = make_mesh(config.run.mesh)
+    _check_batch_size(config.global_batch_size, mesh)
+    towers = build_towers(config.model, vocabulary_size=config.data.vocabulary_size)
+    optimizer, learning_rate = build_optimizer(config.optimizer, steps=config.steps)
+    temperature = TemperatureBounds(**config.loss.temperature)
+    loss = make_loss(towers.encode, _build_loss(config.loss), mesh, masks=_masks(config.loss))
+    whole = replicated_sharding(mesh)
+
+    def init() -> TrainState:
+        key = jax.random.key(config.seed)
+        return init_state(key, towers.init, optimizer, temperature=temperature)
+
+    abstract_state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        jax.eval_shape(init),
+    )
+    return Program(
+        mesh=mesh,
+        towers=towers,
+        init=jax.jit(init, out_shardings=whole),
+        train_step=make_train_step(loss, optimizer, mesh, temperature=temperature),
+        embed=make_embedder(towers.encode, mesh, batch_size=config.evaluation.batch_size),
+        learning_rate=learning_rate,
+        abstract_state=abstract_state,
+    )
+
+
+def build_towers(config: ConfigDict, *, vocabulary_size: int) -> Towers:
+    """The model of `config.model`."""
+    encoder = _bound(
+        "model",
+        config.name,
+        ENCODERS,
+        config.options,
+        not_options=("self", "vocabulary_size", "dim", "rngs"),
+    )
+    return make_towers(
+        lambda rngs: encoder(vocabulary_size, dim=config.dim, rngs=rngs), shared=config.shared
+    )
+
+
+def build_optimizer(
+    config: ConfigDict, *, steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimiser of `config.optimizer`, and its learning rate by step.
+
+    Gradients are clipped by their norm together, scaled, joined by the decay of matrices (not of
+    vectors and scalars), and multiplied by a rate that rises linearly and falls along a cosine.
+    """
+    scaling = _bound("optimizer", config.name, OPTIMIZERS, config.options)
+    learning_rate = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=min(config.warmup_steps, max(steps - 1, 1)),
+        decay_steps=steps,
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        scaling(),
+        optax.add_decayed_weights(config.weight_decay, mask=_is_matrix),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return optimizer, learning_rate
+
+
+def _build_loss(config: ConfigDict) -> Callable:
+    arrays = ("queries", "keys", "temperature", "axis_name", "valid", *MASKS.values())
+    return _bound("loss", config.name, LOSSES, config.options, not_options=arrays)
+
+
+def _masks(config: ConfigDict) -> dict[str, str]:
+    unknown = set(config.masks) - set(MASKS)
+    if unknown:
+        raise ValueError(f"loss.masks={config.masks} are unknown; use some of {', '.join(MASKS)}")
+    return {MASKS[column]: column for column in config.masks}
+
+
+def _bound(
+    what: str,
+    name: str,
+    known: Mapping[str, Callable],
+    options: Mapping[str, Any],
+    *,
+    not_options: tuple[str, ...] = (),
+) -> Callable:
+    """The function of a name with its options bound; an unknown name or option is an error."""
+    if name not in known:
+        raise ValueError(f"{what}.name={name!r} is unknown; use one of {', '.join(known)}")
+    function = known[name]
+    # Flax's metaclass hides the signature of a module's constructor.
+    signature = inspect.signature(function.__init__ if inspect.isclass(function) else function)
+    accepted = [
+        parameter.name
+        for parameter in signature.parameters.values()
+        if parameter.kind is not parameter.POSITIONAL_ONLY and parameter.name not in not_options
+    ]
+    for option in options:
+        if option not in accepted:
+            raise ValueError(
+                f"{what}.options.{option} is unknown to {name!r}; it knows {', '.join(accepted)}"
+            )
+    return functools.partial(function, **options)
+
+
+def _check_batch_size(global_batch_size: int, mesh: Mesh) -> None:
+    if global_batch_size < 1 or global_batch_size % mesh.size:
+        raise ValueError(
+            f"global_batch_size={global_batch_size} does not divide over {mesh.size} devices; "
+            f"use a multiple of {mesh.size}"
+        )
+
+
+def _is_matrix(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)

@@ -1,0 +1,243 @@
+"""Saves and restores the one train state through Orbax, and knows a damaged checkpoint.
+
+Orbax commits atomically, but it loads flipped bits without a word and never falls back by itself.
+So each checkpoint carries a checksum of every array, taken on the devices before the save and
+again after the load. A checksum does not depend on how its array is sharded, so that a run may
+move to another mesh.
+"""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import logging as absl_logging
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+
+from jaxcl.typing import Array, Int, PyTree
+
+__all__ = ["CheckpointError", "Checkpoints", "Restored", "checksum"]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none of those there can be read."""
+
+
+class Restored(NamedTuple):
+    """A state read back, the step it was saved at, and the damaged steps passed over for it."""
+
+    state: PyTree
+    step: int
+    damaged_steps: tuple[int, ...]
+
+
+class Checkpoints:
+    """The checkpoints of one run, a folder per step; on a clean exit all of them are written.
+
+    Args:
+      directory: where they are.
+      keep: how many of the newest stay; at least 2, or there is nothing to fall back to.
+      read_only: never makes, moves or removes anything, for programs that only look.
+
+    Raises:
+      CheckpointError: if the directory cannot be made or written.
+      ValueError: if `keep` is below 2.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 2, read_only: bool = False):
+        if keep < 2:
+            raise ValueError(f"keep={keep} leaves nothing to fall back to; keep at least 2")
+        self.directory = Path(directory).absolute()
+        self._read_only = read_only
+        self._saving: tuple[int, Any] | None = None
+        logging.getLogger("absl").addFilter(_drop_orbax_records)
+        with _explained(f"cannot use {self.directory} for checkpoints"):
+            if not read_only:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            self._checkpointer = ocp.training.Checkpointer(
+                self.directory,
+                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                cleanup_tmp_directories=not read_only,
+            )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+            self._checkpointer.close()
+        else:
+            # The exception on its way out matters more than one of the save in the background,
+            # which commits if it can.
+            with contextlib.suppress(Exception):
+                self._checkpointer.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that are there, oldest first."""
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+    def save(self, step: int, state: PyTree) -> None:
+        """Saves in the background; the state may be donated at once.
+
+        Raises:
+          CheckpointError: if the save before this one failed, or this one at its start.
+        """
+        self.wait()
+        items = {"state": state, "checksums": _checksums(state)}
+        with _explained(f"cannot save step {step} to {self.directory}"):
+            response = self._checkpointer.save_checkpointables_async(step, items, force=True)
+        self._saving = (step, response)
+
+    def wait(self) -> None:
+        """Returns when what was saved is on disk.
+
+        Raises:
+          CheckpointError: if it could not be written. Earlier checkpoints are untouched.
+        """
+        if self._saving is None:
+            return
+        (step, response), self._saving = self._saving, None
+        try:
+            with _explained(f"cannot save step {step} to {self.directory}"):
+                response.result()
+        except CheckpointError:
+            unfinished = self.directory / f"{step}.orbax-checkpoint-tmp"
+            shutil.rmtree(unfinished, ignore_errors=True)  # it holds space that may be wanted
+            raise
+
+    def restore_latest(self, abstract_state: PyTree) -> Restored | None:
+        """The newest state that is whole, or `None` where nothing was ever saved.
+
+        Damaged ones are moved aside, beside the directory, with a warning that says why, and the
+        one before is tried.
+
+        Args:
+          abstract_state: the state's `jax.ShapeDtypeStruct`s, with the shardings to restore into.
+
+        Raises:
+          CheckpointError: if there are checkpoints and none can be read.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps):
+            try:
+                state = self._load(step, abstract_state)
+            except CheckpointError as error:
+                damaged[step] = str(error)
+                continue
+            self._set_aside(damaged, restored_step=step)
+            return Restored(state, step, tuple(damaged))
+        if damaged:
+            listed = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+            raise CheckpointError(
+                f"none of the checkpoints in {self.directory} can be read ({listed}); restore "
+                "that folder from a copy, or start again with another --workdir"
+            )
+        return None
+
+    def _load(self, step: int, abstract_state: PyTree) -> PyTree:
+        abstract_checksums = jax.tree.map(_abstract_checksum, abstract_state)
+        abstract_items = {"state": abstract_state, "checksums": abstract_checksums}
+        with _explained("it does not load"):
+            items = self._checkpointer.load_checkpointables(step, abstract_items)
+        found = jax.device_get(_checksums(items["state"]))
+        saved = jax.device_get(items["checksums"])
+        wrong = [
+            jax.tree_util.keystr(path)
+            for (path, ours), theirs in zip(
+                jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(saved), strict=True
+            )
+            if ours != theirs
+        ]
+        if wrong:
+            raise CheckpointError(f"checksums differ for {', '.join(wrong)}")
+        return items["state"]
+
+    def _set_aside(self, damaged: dict[int, str], *, restored_step: int) -> None:
+        for step, reason in damaged.items():
+            absl_logging.warning(
+                "the checkpoint of step %d is damaged (%s); step %d is restored instead",
+                step,
+                reason,
+                restored_step,
+            )
+            if self._read_only:
+                continue
+            shelf = self.directory.with_name(f"{self.directory.name}.damaged")
+            shelf.mkdir(exist_ok=True)
+            shutil.rmtree(shelf / str(step), ignore_errors=True)
+            shutil.move(self.directory / str(step), shelf / str(step))
+        if damaged and not self._read_only:
+            self._checkpointer.reload()
+
+
+@jax.jit
+def checksum(array: Array) -> Int[Array, ""]:
+    r"""Sums the array's words, each mixed with its place: $\sum_i (w_i \oplus m_i)\, o_i$ mod 2³².
+
+    $m_i$ is a hash of $i$ and $o_i$ an odd one, so that a change of any one word always shows, and
+    any other change but for one case in 2³². Integer sums do not depend on their order, so neither
+    does this on sharding.
+    """
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    width = min(array.dtype.itemsize, 4)
+    words = lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    mask = _mixed(place)
+    return jnp.sum((words ^ mask) * (_mixed(mask) | 1), dtype=jnp.uint32)
+
+
+def _mixed(words: Int[Array, "..."]) -> Int[Array, "..."]:
+    """The 32-bit finaliser of MurmurHash3 (Appleby, 2011)."""
+    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
+    return words ^ (words >> 16)
+
+
+@jax.jit
+def _checksums(state: PyTree) -> PyTree:
+    return jax.tree.map(checksum, state)
+
+
+def _abstract_checksum(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turns whatever a storage library raises into one `CheckpointError` that says why."""
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise every class there is
+        while error.__cause__ is not None:  # Orbax buries the reason
+            error = error.__cause__  # type: ignore[assignment]
+        reason = " ".join(str(error).split()) or type(error).__name__
+        hint = _hint(reason)
+        raise CheckpointError(f"{what}: {reason[:400]}{hint}") from error
+
+
+def _hint(reason: str) -> str:
+    lowered = reason.lower()
+    if any(sign in lowered for sign in ("no space", "quota", "file too large")):
+        return ". Free some space, then run the same command again: it goes on from the last one"
+    if "permission denied" in lowered or "read-only" in lowered:
+        return ". Make it writable, or choose another --workdir"
+    return ""
+
+
+def _drop_orbax_records(record: logging.LogRecord) -> bool:
+    # Orbax logs a page of traceback per background thread for what is raised here in one line.
+    return "orbax" not in record.pathname

@@ -1,0 +1,391 @@
+"""Code search pairs from the installed Python packages: a docstring finds its function.
+
+`open_pairs(prepare_code_pairs("~/data").directory, "train", group_field="group")` opens them.
+
+The query is the first paragraph of a docstring, the key its function's source without the
+docstring. Whole packages are held out as the test split (a domain never seen), and a share of the
+other packages' files as the validation split.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jaxcl.data import python_functions
+from jaxcl.data.python_functions import FileScan, PythonFunction, SourceRoot
+from jaxcl.data.sources import DESCRIPTION_FILE
+
+__all__ = ["CodePairs", "CodePairsInfo", "prepare_code_pairs", "split_functions"]
+
+FORMAT_VERSION = "1.0.0"
+"""Part of the fingerprint: raise it whenever the same files should give other rows."""
+
+_COPIED = ("package", "module", "qualified_name", "name")
+_SECONDS_OF_A_DAY = 24 * 60 * 60
+_FILES_WORTH_PROCESSES = 1000
+
+_Phase = Callable[[str, int | None], Callable[[int], None]]
+"""Begins a phase of so many steps; returns what to call with the number of steps done."""
+
+
+class CodePairsInfo(NamedTuple):
+    """What `prepare_code_pairs` found or made.
+
+    Args:
+      directory: a prepared TFDS data set, for `open_pairs` or `tfds.builder_from_directory`.
+      fingerprint: a sha256 that names the rows, wherever the packages lie.
+      split_sizes: pairs per split; a split without pairs is left out.
+      packages: the sorted packages; a pair's group is its package's place here.
+      num_files: Python files searched.
+      num_duplicates: functions dropped because another had the same code or docstring.
+      skipped: files that could not be used, by reason.
+    """
+
+    directory: Path
+    fingerprint: str
+    split_sizes: dict[str, int]
+    packages: tuple[str, ...]
+    num_files: int
+    num_duplicates: int
+    skipped: dict[str, int]
+
+
+class CodePairs(tfds.core.GeneratorBasedBuilder):
+    """Writes given functions as pairs, in the order given; `prepare_code_pairs` uses it."""
+
+    VERSION = tfds.core.Version(FORMAT_VERSION)
+    RELEASE_NOTES = {FORMAT_VERSION: "The first version."}  # noqa: RUF012
+
+    def __init__(
+        self,
+        *,
+        splits: Mapping[str, Sequence[PythonFunction]],
+        packages: Sequence[str],
+        data_dir: str | Path,
+        on_progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._splits = splits
+        self._groups = {package: group for group, package in enumerate(packages)}
+        self._on_progress = on_progress
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        names = ("query", "key", *_COPIED, "file")
+        features = {name: tfds.features.Text() for name in names}
+        features |= {"line": np.int32, "group": np.int32}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Docstrings and their functions, from installed Python packages.",
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("query", "key"),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
+        del dl_manager  # nothing is downloaded
+        return {name: self._generate_examples(rows) for name, rows in self._splits.items()}
+
+    def _generate_examples(
+        self, functions: Sequence[PythonFunction]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        for row, function in enumerate(functions):
+            self._on_progress(1)
+            texts = {name: getattr(function, name) for name in _COPIED}
+            sides = {"query": function.docstring_paragraph, "key": function.source}
+            where = {"file": function.path, "line": function.line}
+            yield row, {**texts, **sides, **where, "group": self._groups[function.package]}
+
+
+def prepare_code_pairs(
+    data_dir: str | Path,
+    *,
+    roots: Sequence[SourceRoot] | None = None,
+    test_packages: Sequence[str] = ("stdlib",),
+    validation_fraction: float = 0.1,
+    split_seed: int = 0,
+    max_pairs: int | None = None,
+    show_progress: bool = True,
+) -> CodePairsInfo:
+    """Makes the code search pairs, or finds them where nothing has changed since.
+
+    Every call hashes the packages' files. The directory's name comes from them, from the options
+    and from where the packages lie, so that a changed environment never gets the old rows.
+    A directory is put in place whole: a killed preparation leaves nothing that looks complete.
+
+    Args:
+      data_dir: the pairs go to `<data_dir>/code_pairs/<12 hex digits>`.
+      roots: where to search; None means the running interpreter's standard library (the package
+        `stdlib`) and its site-packages.
+      test_packages: packages held out whole; of a duplicate, theirs is kept, never train's.
+      validation_fraction: the share of the other packages' files that is held out.
+      split_seed: draws those files and, with `max_pairs`, the pairs.
+      max_pairs: keeps at most so many pairs, drawn over all splits; None keeps all.
+      show_progress: a bar on a terminal; elsewhere one line per phase, through absl's logging.
+
+    Raises:
+      ValueError: if an option is wrong, a test package is not installed, or a needed split has
+        no pair, or data_dir cannot be written.
+      RuntimeError: if files change meanwhile.
+    """
+    _check_options(validation_fraction, max_pairs)
+    roots = python_functions.installed_roots() if roots is None else tuple(roots)
+    options = [sorted(set(test_packages)), validation_fraction, split_seed, max_pairs]
+    with _progress(show_progress) as phase:
+        scan = python_functions.scan_files(roots, on_progress=phase("Hashing Python files", None))
+        _check_test_packages(test_packages, scan)
+        # A newer Python may parse what an older one skips.
+        content = [FORMAT_VERSION, sys.version_info[:2], scan.fingerprint, *options]
+        fingerprint = _sha256(content)
+        name = _sha256([fingerprint, [os.path.abspath(root.path) for root in roots]])[:12]
+        directory = Path(data_dir).expanduser().absolute() / "code_pairs" / name
+        if (info := _read_info(directory)) is not None:
+            return info
+        functions, skipped = _parse(scan, phase)
+        splits, num_duplicates = split_functions(
+            functions,
+            test_packages=test_packages,
+            validation_fraction=validation_fraction,
+            split_seed=split_seed,
+            max_pairs=max_pairs,
+        )
+        info = CodePairsInfo(
+            directory=directory,
+            fingerprint=fingerprint,
+            split_sizes={split: len(rows) for split, rows in splits.items()},
+            packages=tuple(sorted({row.package for rows in splits.values() for row in rows})),
+            num_files=len(scan.files),
+            num_duplicates=num_duplicates,
+            skipped=dict(sorted(skipped.items())),
+        )
+        return _write(info, splits, phase)
+
+
+def split_functions(
+    functions: Sequence[PythonFunction],
+    *,
+    test_packages: Sequence[str],
+    validation_fraction: float,
+    split_seed: int,
+    max_pairs: int | None = None,
+) -> tuple[dict[str, list[PythonFunction]], int]:
+    """Drops duplicates across all packages, then splits: test by package, validation by file.
+
+    Returns:
+      The non-empty splits, each in the order of package, file and line, and the number of
+      duplicates dropped.
+
+    Raises:
+      ValueError: if nothing is found, or nothing is left for train, or for a test that is wanted.
+    """
+    if not functions:
+        raise ValueError("No documented Python function was found; check `roots`.")
+    kept = _without_duplicates(functions, first_packages=test_packages)
+    num_duplicates = len(functions) - len(kept)
+    if max_pairs is not None:
+        draw = {row: _uniform(split_seed, _identity(row), row.qualified_name) for row in kept}
+        kept = sorted(kept, key=lambda row: (draw[row], row))[:max_pairs]
+    splits: dict[str, list[PythonFunction]] = {"train": [], "validation": [], "test": []}
+    for row in sorted(kept, key=_order):
+        if row.package in test_packages:
+            splits["test"].append(row)
+        elif _uniform(split_seed, _identity(row)) < validation_fraction:
+            splits["validation"].append(row)
+        else:
+            splits["train"].append(row)
+    for split, wanted in (("train", True), ("test", bool(test_packages))):
+        if wanted and not splits[split]:
+            raise ValueError(
+                f"No pair is left for {split} of {len(kept)} in all, with test_packages="
+                f"{tuple(test_packages)}; install or hold out other packages, or keep more pairs."
+            )
+    return {split: rows for split, rows in splits.items() if rows}, num_duplicates
+
+
+def _without_duplicates(
+    functions: Sequence[PythonFunction], *, first_packages: Sequence[str]
+) -> list[PythonFunction]:
+    """Keeps the first of those with equal code (but for spaces) or equal docstring (but case)."""
+    kept, codes, queries = [], set(), set()
+    for row in sorted(functions, key=lambda row: (row.package not in first_packages, _order(row))):
+        code, query = "".join(row.source.split()), row.docstring_paragraph.lower()
+        if code not in codes and query not in queries:
+            kept.append(row)
+            codes.add(code)
+            queries.add(query)
+    return kept
+
+
+def _order(row: PythonFunction) -> tuple[str, str, int, str]:
+    return row.package, row.file, row.line, row.qualified_name
+
+
+def _identity(row: PythonFunction) -> str:
+    return f"{row.package}:{row.file}"
+
+
+def _uniform(*parts: object) -> float:
+    """Returns a number in [0, 1) that depends on the parts alone."""
+    return int(_sha256(list(parts))[:13], 16) / 16**13
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _check_options(validation_fraction: float, max_pairs: int | None) -> None:
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"validation_fraction={validation_fraction} must be at least 0 and below 1."
+        )
+    if max_pairs is not None and max_pairs < 1:
+        raise ValueError(f"max_pairs={max_pairs} must be positive, or None for all pairs.")
+
+
+def _check_test_packages(test_packages: Sequence[str], scan: FileScan) -> None:
+    if isinstance(test_packages, str):
+        raise ValueError(f"test_packages={test_packages!r} must be a sequence of names.")
+    if not scan.files:
+        raise ValueError("No documented Python function was found; check `roots`.")
+    known = sorted({file.package for file in scan.files})
+    for package in test_packages:
+        if package not in known:
+            near = difflib.get_close_matches(package, known) or known
+            raise ValueError(
+                f"The test package {package!r} is not installed; "
+                f"{'did you mean' if near is not known else 'there are'} {near}?"
+            )
+
+
+def _parse(scan: FileScan, phase: _Phase) -> tuple[list[PythonFunction], Counter[str]]:
+    num_processes = 1 if len(scan.files) < _FILES_WORTH_PROCESSES else min(os.cpu_count() or 1, 8)
+    advance = phase("Parsing Python files", len(scan.files))
+    functions, skipped = python_functions.parse_functions(
+        scan.files, num_processes=num_processes, on_progress=advance
+    )
+    if skipped[python_functions.CHANGED]:
+        raise RuntimeError(
+            "Python files changed while they were read, perhaps by an installation; run again."
+        )
+    return functions, scan.skipped + skipped
+
+
+def _write(
+    info: CodePairsInfo, splits: Mapping[str, Sequence[PythonFunction]], phase: _Phase
+) -> CodePairsInfo:
+    """Writes into a directory of its own, and renames that when all is there."""
+    parent = info.directory.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        workplace = Path(tempfile.mkdtemp(prefix=f".incomplete-{info.directory.name}-", dir=parent))
+    except OSError as error:
+        raise ValueError(
+            f"data_dir={str(parent.parent)!r} cannot be written ({error}); set data_dir to a "
+            "directory that can."
+        ) from error
+    try:
+        advance = phase("Writing pairs", sum(info.split_sizes.values()))
+        with _quiet_tfds():
+            builder = CodePairs(
+                splits=splits, packages=info.packages, data_dir=workplace, on_progress=advance
+            )
+            builder.download_and_prepare()
+        written = Path(builder.data_path)
+        _write_info(info, written)
+        _put_in_place(written, info.directory, workplace)
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+        _remove_abandoned(parent)
+    return info
+
+
+def _put_in_place(written: Path, directory: Path, workplace: Path) -> None:
+    if directory.exists() and _read_info(directory) is None:
+        os.replace(directory, workplace / "damaged")
+    try:
+        written.rename(directory)
+    except OSError:
+        # Another process was quicker; its rows are the same.
+        if _read_info(directory) is None:
+            raise
+
+
+def _write_info(info: CodePairsInfo, directory: Path) -> None:
+    files = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+    values = {**info._asdict(), "files": files}
+    del values["directory"]
+    (directory / DESCRIPTION_FILE).write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _read_info(directory: Path) -> CodePairsInfo | None:
+    """Returns None unless the description is there, and each file with the size it states."""
+    try:
+        values = json.loads((directory / DESCRIPTION_FILE).read_text())
+        sizes = values.pop("files")
+        if any((directory / name).stat().st_size != size for name, size in sizes.items()):
+            return None
+        values["packages"] = tuple(values["packages"])
+    except (OSError, ValueError, KeyError):
+        return None
+    return CodePairsInfo(directory=directory, **values)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Removes what killed preparations left a day ago or longer."""
+    for path in parent.glob(".incomplete-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _SECONDS_OF_A_DAY:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _progress(show: bool) -> Iterator[_Phase]:
+    console = Console(stderr=True)
+    if not show or not console.is_terminal:
+        yield _logged if show else lambda name, total: lambda steps: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
+
+        def phase(name: str, total: int | None) -> Callable[[int], None]:
+            task = bars.add_task(name, total=total)
+            return lambda steps: bars.advance(task, steps)
+
+        yield phase
+
+
+def _logged(name: str, total: int | None) -> Callable[[int], None]:
+    logging.info("%s%s", name, "" if total is None else f": {total:,}")
+    return lambda steps: None
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Silences TFDS's bars, prints and logs, which are global, and restores them."""
+    from tensorflow_datasets.core.utils import tqdm_utils
+
+    bars, verbosity = tqdm_utils._active, logging.get_verbosity()
+    tfds.disable_progress_bar()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.display_progress_bar(bars)
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,68 @@
+"""Row numbers in, device arrays out: a run's batches, from any step, on any number of hosts."""
+
+from collections.abc import Callable, Iterator
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxcl.data.token_table import TokenTable
+from jaxcl.mesh import put_batch
+from jaxcl.typing import Batch, Int
+
+__all__ = ["training_batches"]
+
+_PREFETCHED_BATCHES = 4
+
+
+def training_batches(
+    table: TokenTable,
+    rows_fn: Callable[[int], Int[np.ndarray, " b"]],
+    mesh: Mesh,
+    *,
+    first_step: int,
+    last_step: int,
+) -> Iterator[Batch]:
+    """The global batches of steps `first_step` to `last_step - 1`.
+
+    The position in the data is the step and nothing else. What a batch holds depends neither on
+    where the run was resumed nor on how many hosts read it: each host reads its own part of the
+    same rows.
+
+    Args:
+      table: where rows are read.
+      rows_fn: step -> the rows of its global batch, equal on every host.
+      mesh: where batches go, rows sharded over all of its axes.
+      first_step: the first batch wanted.
+      last_step: one more than the last.
+
+    Yields:
+      Batches on the devices.
+    """
+    batches = grain.MapDataset.source(_LocalBatches(table, rows_fn, last_step)).to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
+    )
+    iterator = iter(batches)
+    iterator.set_state({"next_index": first_step})
+    for batch in iterator:
+        yield put_batch(batch, mesh)
+
+
+class _LocalBatches:
+    """A grain source with a batch per step: this process's part of it."""
+
+    def __init__(
+        self,
+        table: TokenTable,
+        rows_fn: Callable[[int], Int[np.ndarray, " b"]],
+        num_steps: int,
+    ):
+        self.table, self.rows_fn, self.num_steps = table, rows_fn, num_steps
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __getitem__(self, step: int) -> Batch:
+        parts = np.split(self.rows_fn(step), jax.process_count())
+        return self.table.batch(parts[jax.process_index()])

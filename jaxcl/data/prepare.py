@@ -1,0 +1,141 @@
+"""The data of a run: found or made once, then the same for as long as its workdir lives."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+
+from jaxcl.data.code_pairs import prepare_code_pairs
+from jaxcl.data.sources import PairSource, open_pairs
+from jaxcl.data.token_table import TokenTable, build_token_table
+from jaxcl.data.tokenizer import load_tokenizer, train_tokenizer
+from jaxcl.models.towers import SIDES
+from jaxcl.progress import progress_bar
+from jaxcl.workdir import write_whole
+
+__all__ = ["RunData", "prepare_data"]
+
+_CHUNK_ROWS = 4096
+
+
+class RunData(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+      sources: split -> its pairs as text, with their metadata.
+      tables: split -> its pairs as token ids.
+      tokenizer: what turned one into the other.
+    """
+
+    sources: Mapping[str, PairSource]
+    tables: Mapping[str, TokenTable]
+    tokenizer: Tokenizer
+
+
+def prepare_data(config: ConfigDict, *, data_dir: Path, workdir: Path) -> RunData:
+    """Opens the splits of a run as text and as token ids, making what is not there yet.
+
+    The workdir remembers which rows it began with (`data.json`) and its tokenizer
+    (`tokenizer.json`). A run that goes on reads those, whatever has been installed since.
+
+    Args:
+      config: `config.data`.
+      data_dir: where prepared data are shared between runs.
+      workdir: the run's own folder.
+
+    Raises:
+      ValueError: if a split is missing or empty, or the rows of an earlier start are gone.
+    """
+    name = _data_set(config, data_dir=data_dir, workdir=workdir)
+    sources = {
+        role: open_pairs(
+            name,
+            split,
+            data_dir=data_dir,
+            query_field=config.query_field,
+            key_field=config.key_field,
+            group_field=config.group_field,
+            metadata_fields=tuple(config.metadata_fields),
+        )
+        for role, split in config.splits.items()
+    }
+    _remember(workdir, {role: source.fingerprint for role, source in sources.items()}, name)
+    tokenizer = _tokenizer(config, sources["train"], workdir)
+    tables = {
+        role: _token_table(config, source, tokenizer, role, data_dir)
+        for role, source in sources.items()
+    }
+    return RunData(sources, tables, tokenizer)
+
+
+def _data_set(config: ConfigDict, *, data_dir: Path, workdir: Path) -> str:
+    """The TFDS name, or the folder, that holds the rows of this run."""
+    if config.name != "code_pairs":
+        return config.name
+    remembered = workdir / "data.json"
+    if remembered.exists():
+        directory = json.loads(remembered.read_text())["data_set"]
+        if Path(directory).exists():
+            return directory
+    return str(prepare_code_pairs(data_dir, **config.code_pairs).directory)
+
+
+def _remember(workdir: Path, fingerprints: dict[str, str], name: str) -> None:
+    path = workdir / "data.json"
+    if path.exists():
+        before = json.loads(path.read_text())["fingerprints"]
+        if before != fingerprints:
+            raise ValueError(
+                f"the rows that the run in {workdir} began with are gone (the installed packages "
+                "have changed, and its prepared data were removed); start again with another "
+                "--workdir"
+            )
+        return
+    write_whole(path, json.dumps({"data_set": name, "fingerprints": fingerprints}, indent=2))
+
+
+def _tokenizer(config: ConfigDict, train: PairSource, workdir: Path) -> Tokenizer:
+    path = workdir / "tokenizer.json"
+    if not path.exists():
+        if config.tokenizer is not None:
+            tokenizer = load_tokenizer(Path(config.tokenizer).expanduser())
+        else:
+            with progress_bar("reading texts for the tokenizer", len(train)) as advance:
+                texts = _texts(train, advance)
+                tokenizer = train_tokenizer(texts, vocabulary_size=config.vocabulary_size)
+        write_whole(path, tokenizer.to_str())
+    tokenizer = load_tokenizer(path)
+    if tokenizer.get_vocab_size() > config.vocabulary_size:
+        raise ValueError(
+            f"the tokenizer knows {tokenizer.get_vocab_size()} tokens, but "
+            f"data.vocabulary_size={config.vocabulary_size}; set it to at least as many"
+        )
+    return tokenizer
+
+
+def _texts(source: PairSource, advance: Callable[[int], None]) -> Iterator[str]:
+    for first in range(0, len(source), _CHUNK_ROWS):
+        rows = np.arange(first, min(first + _CHUNK_ROWS, len(source)))
+        for record in source.read(rows):
+            yield from (record[side] for side in SIDES)
+        advance(len(rows))
+
+
+def _token_table(
+    config: ConfigDict, source: PairSource, tokenizer: Tokenizer, role: str, data_dir: Path
+) -> TokenTable:
+    with progress_bar(f"tokenising {role}", len(source)) as advance:
+        return build_token_table(
+            source,
+            tokenizer,
+            max_tokens=config.max_tokens,
+            add_cls=config.add_cls,
+            directory=data_dir / "tokens",
+            advance=advance,
+        )
+
+

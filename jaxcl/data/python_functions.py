@@ -1,0 +1,398 @@
+"""Finds the Python functions of installed packages and parses them into (docstring, code).
+
+`scan_files` reads every file once and hashes it, which is quick and tells whether anything has
+changed; `parse_functions` does the slow part.
+"""
+
+import ast
+import concurrent.futures
+import gc
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tokenize
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, cast
+
+__all__ = [
+    "FileScan", "ParsedFunctions", "PythonFunction", "SourceFile", "SourceRoot",
+    "functions_in_source", "installed_roots", "parse_functions", "scan_files",
+]  # fmt: skip
+
+MAX_FILE_BYTES = 1_000_000
+MIN_PARAGRAPH_WORDS = 3
+MIN_CODE_LINES = 3
+
+_TEST_PART = re.compile(r"(^|_)tests?(_|$)|^conftest$")
+# Paragraphs that say what a function does only by naming another, or say nothing of it.
+_NOT_A_DESCRIPTION = re.compile(
+    r"(see|like|same as|alias|deprecated|parameters)\b|(args?|arguments|returns?|raises):"
+    r"|:param|\.\. |>>>",
+    re.IGNORECASE,
+)
+_STDLIB_WITHOUT = frozenset({"idlelib", "lib2to3", "site-packages", "dist-packages"})
+
+# Reasons for which a file is passed over.
+UNREADABLE = "unreadable"
+TOO_LARGE = "larger than 1 MB"
+NULL_BYTES = "null bytes"
+BAD_ENCODING = "not in its declared encoding"
+BAD_SYNTAX = "syntax error"
+TOO_DEEP = "nested too deeply"
+CHANGED = "changed after the scan"
+
+Progress = Callable[[int], None]
+"""Called with the number of files done since the last call."""
+
+
+class SourceRoot(NamedTuple):
+    """A directory below which Python files are searched.
+
+    Args:
+      path: the directory.
+      package: the package all its files belong to; None makes each top-level import name below
+        `path` a package of its own.
+      excluded: names of directories directly below `path` that are passed over.
+    """
+
+    path: Path
+    package: str | None = None
+    excluded: frozenset[str] = frozenset()
+
+
+class SourceFile(NamedTuple):
+    """A Python file: `file` is relative to its root, in posix form; `path` is absolute."""
+
+    package: str
+    file: str
+    path: str
+    sha256: str
+
+    @property
+    def identity(self) -> str:
+        """Names the file independently of where its root lies."""
+        return f"{self.package}:{self.file}"
+
+
+class FileScan(NamedTuple):
+    """What `scan_files` found: files in sorted order, their fingerprint, what was skipped."""
+
+    files: tuple[SourceFile, ...]
+    fingerprint: str
+    skipped: Counter[str]
+
+
+class PythonFunction(NamedTuple):
+    """A documented function or method.
+
+    `file` is relative to its root, `path` absolute, `line` that of its `def`, from 1; `source` is
+    dedented and has decorators and comments but no docstring.
+    """
+
+    package: str
+    module: str
+    qualified_name: str
+    name: str
+    file: str
+    path: str
+    line: int
+    docstring_paragraph: str
+    source: str
+
+
+class ParsedFunctions(NamedTuple):
+    """Functions in the order of the files given, and the files skipped, by reason."""
+
+    functions: list[PythonFunction]
+    skipped: Counter[str]
+
+
+def installed_roots() -> tuple[SourceRoot, ...]:
+    """Returns the standard library and every site-packages of the running interpreter."""
+    paths = sysconfig.get_paths()
+    # A virtual environment has a site-packages of its own, and the standard library of its base.
+    roots = [SourceRoot(Path(paths["stdlib"]), "stdlib", _STDLIB_WITHOUT)]
+    site_packages = dict.fromkeys(Path(paths[k]).resolve() for k in ("purelib", "platlib"))
+    return (*roots, *(SourceRoot(path) for path in site_packages if path.is_dir()))
+
+
+def scan_files(roots: Sequence[SourceRoot], *, on_progress: Progress = lambda _: None) -> FileScan:
+    """Reads and hashes each Python file below `roots`, without parsing any.
+
+    Test files, hidden directories and whatever cannot be imported by its name are passed over.
+    Of two files with the same package and relative path the earlier root's is taken.
+
+    Returns:
+      The files, sorted, and a sha256 over their (package, relative path, sha256), which says
+      nothing of where the roots lie.
+
+    Raises:
+      ValueError: if a root is not a directory.
+    """
+    found: dict[str, SourceFile] = {}
+    skipped: Counter[str] = Counter()
+    for root in roots:
+        if not Path(root.path).is_dir():
+            raise ValueError(f"The root {root.path} is not a directory; name one that exists.")
+        for path, relative in _python_files(root):
+            package = root.package or relative.split("/")[0].removesuffix(".py")
+            digest = _hash_file(path)
+            if digest in (UNREADABLE, TOO_LARGE):
+                skipped[digest] += 1
+            else:
+                file = SourceFile(package, relative, path, digest)
+                found.setdefault(file.identity, file)
+            on_progress(1)
+    files = tuple(sorted(found.values(), key=lambda file: (file.package, file.file)))
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(f"{file.identity}\0{file.sha256}\n".encode("utf-8", "surrogateescape"))
+    return FileScan(files, whole.hexdigest(), skipped)
+
+
+def parse_functions(
+    files: Sequence[SourceFile], *, num_processes: int = 1, on_progress: Progress = lambda _: None
+) -> ParsedFunctions:
+    """Parses `files` and keeps the functions that make good pairs, in the order of the files.
+
+    Args:
+      num_processes: more than 1 parses in that many new interpreters. They run this file alone:
+        nothing is forked under JAX's threads, and the caller's `__main__` is not run again.
+    """
+    parse, size = (_parse_files, 64) if num_processes <= 1 else (_parse_in_new_process, 512)
+    chunks = [files[start : start + size] for start in range(0, len(files), size)]
+    functions: list[PythonFunction] = []
+    skipped: Counter[str] = Counter()
+    with concurrent.futures.ThreadPoolExecutor(max(1, num_processes)) as pool:
+        parsed = pool.map(parse, chunks) if num_processes > 1 else map(parse, chunks)
+        for chunk, result in zip(chunks, parsed, strict=True):
+            functions += result.functions
+            skipped += result.skipped
+            on_progress(len(chunk))
+    return ParsedFunctions(functions, skipped)
+
+
+def functions_in_source(text: str, file: SourceFile) -> Iterator[PythonFunction]:
+    """Yields the functions of one file that pass the filters, in the order of their lines.
+
+    Raises:
+      SyntaxError, ValueError, RecursionError, MemoryError: what `ast.parse` raises.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SyntaxWarnings about other people's escapes
+        tree = ast.parse(text)
+    lines = text.split("\n")  # not splitlines: ast does not count form feeds as line ends
+    for prefix, node in _definitions(tree):
+        if (function := _as_function(prefix, node, lines, file)) is not None:
+            yield function
+
+
+def _python_files(root: SourceRoot) -> Iterator[tuple[str, str]]:
+    """Yields (absolute path, posix path relative to the root)."""
+    top = os.path.abspath(root.path)
+    for directory, subdirectories, names in os.walk(top):
+        subdirectories[:] = sorted(
+            name
+            for name in subdirectories
+            if _is_searched(name) and not (directory == top and name in root.excluded)
+        )
+        relative = os.path.relpath(directory, top).replace(os.sep, "/")
+        for name in sorted(names):
+            if name.endswith(".py") and _is_searched(name.removesuffix(".py")):
+                path = os.path.join(directory, name)
+                yield path, name if relative == "." else f"{relative}/{name}"
+
+
+def _is_searched(name: str) -> bool:
+    return name.isidentifier() and name != "__pycache__" and not _TEST_PART.search(name)
+
+
+def _hash_file(path: str) -> str:
+    """Returns the file's sha256, or the reason why it is skipped."""
+    try:
+        if os.stat(path).st_size > MAX_FILE_BYTES:
+            return TOO_LARGE
+        with open(path, "rb") as stream:
+            return hashlib.sha256(stream.read()).hexdigest()
+    except OSError:
+        return UNREADABLE
+
+
+def _parse_in_new_process(files: Sequence[SourceFile]) -> ParsedFunctions:
+    """Parses in an interpreter that imports nothing but the standard library."""
+    command = [sys.executable, "-I", "-S", __file__]
+    answer = subprocess.run(
+        command, input=json.dumps(files).encode(), stdout=subprocess.PIPE, check=True
+    )
+    functions, skipped = json.loads(answer.stdout)
+    return ParsedFunctions([PythonFunction(*values) for values in functions], Counter(skipped))
+
+
+def _parse_files(files: Sequence[SourceFile]) -> ParsedFunctions:
+    functions: list[PythonFunction] = []
+    skipped: Counter[str] = Counter()
+    collecting = gc.isenabled()
+    gc.disable()  # syntax trees hold no cycles; looking for them costs a quarter of the time
+    try:
+        for file in files:
+            result = _parse_file(file)
+            if isinstance(result, str):
+                skipped[result] += 1
+            else:
+                functions += result
+    finally:
+        if collecting:
+            gc.enable()
+    return ParsedFunctions(functions, skipped)
+
+
+def _parse_file(file: SourceFile) -> list[PythonFunction] | str:
+    """Returns the functions of a file, or the reason why it is skipped."""
+    try:
+        with open(file.path, "rb") as stream:
+            data = stream.read()
+    except OSError:
+        return UNREADABLE
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        return CHANGED
+    if b"\0" in data:
+        return NULL_BYTES
+    try:
+        text = _decode(data)
+    except (SyntaxError, UnicodeDecodeError, LookupError):
+        return BAD_ENCODING
+    try:
+        return list(functions_in_source(text, file))
+    except (SyntaxError, ValueError):
+        return BAD_SYNTAX
+    except (RecursionError, MemoryError):
+        return TOO_DEEP
+
+
+def _decode(data: bytes) -> str:
+    """Decodes by the byte order mark or the coding cookie, with every line end as "\\n"."""
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+    with io.TextIOWrapper(io.BytesIO(data), encoding) as stream:
+        return stream.read()
+
+
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _definitions(tree: ast.Module) -> Iterator[tuple[str, _Definition]]:
+    """Yields (prefix of the qualified name, def), in order, not from inside of functions."""
+    # A stack of our own: a long chain of elif is a deep tree.
+    stack: list[tuple[str, ast.AST]] = [("", node) for node in reversed(tree.body)]
+    while stack:
+        prefix, node = stack.pop()
+        if isinstance(node, _Definition):
+            yield prefix, node
+            continue
+        if isinstance(node, ast.ClassDef):
+            prefix = f"{prefix}{node.name}."
+        blocks = ("body", "handlers", "orelse", "finalbody")
+        inner = [child for block in blocks for child in _statements(node, block)]
+        stack.extend((prefix, child) for child in reversed(inner))
+
+
+def _statements(node: ast.AST, block: str) -> list[ast.AST]:
+    value = getattr(node, block, None)
+    return value if isinstance(value, list) else []  # a lambda's or an a-if-b's is no list
+
+
+def _as_function(
+    prefix: str, node: _Definition, lines: list[str], file: SourceFile
+) -> PythonFunction | None:
+    """Returns None where a filter drops the function."""
+    is_dunder = node.name.startswith("__") and node.name.endswith("__")
+    if is_dunder or "test" in node.name.lower() or _is_stub(node):
+        return None
+    docstring = ast.get_docstring(node)
+    if docstring is None:
+        return None
+    paragraph = first_paragraph(docstring)
+    if not _is_description(paragraph):
+        return None
+    decorators, code = _without_docstring(node, lines)
+    is_code = [line.strip() and not line.lstrip().startswith("#") for line in code]
+    if sum(map(bool, is_code)) < MIN_CODE_LINES:
+        return None
+    return PythonFunction(
+        package=file.package,
+        module=_module_name(file.file),
+        qualified_name=prefix + node.name,
+        name=node.name,
+        file=file.file,
+        path=file.path,
+        line=node.lineno,
+        docstring_paragraph=paragraph,
+        source="\n".join([*decorators, *code]),
+    )
+
+
+def _is_stub(node: _Definition) -> bool:
+    """Whether nothing follows the docstring but `pass`, `...` or `raise NotImplementedError`."""
+    if len(node.body) != 2:
+        return len(node.body) < 2
+    only = node.body[1]
+    if isinstance(only, ast.Raise) and only.exc is not None:
+        return ast.unparse(only.exc).startswith("NotImplementedError")
+    return isinstance(only, ast.Pass) or (
+        isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant)
+    )
+
+
+def _is_description(paragraph: str) -> bool:
+    words = len(paragraph.split())
+    has_words = words >= MIN_PARAGRAPH_WORDS and paragraph.isascii()
+    return has_words and not _NOT_A_DESCRIPTION.match(paragraph)
+
+
+def first_paragraph(docstring: str) -> str:
+    """Returns a docstring's first paragraph on one line and without RST markup.
+
+    Example:
+      >>> first_paragraph("Like :meth:`~Map.get`, but\\n  raises ``KeyError``.\\n\\nMore.")
+      'Like Map.get, but raises KeyError.'
+    """
+    paragraph = re.split(r"\n[ \t]*\n", docstring.strip(), maxsplit=1)[0]
+    paragraph = re.sub(r":[a-zA-Z][\w:+-]*:`[~!]?([^`]*)`", r"\1`", paragraph)
+    paragraph = re.sub(r"\s*<[^<>`]*>`_{0,2}", "", paragraph)  # a link's or a role's target
+    return " ".join(paragraph.replace("`", "").split())
+
+
+def _module_name(file: str) -> str:
+    parts = file.removesuffix(".py").split("/")
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def _without_docstring(node: _Definition, lines: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the dedented lines of the decorators, and of the function from its `def` on."""
+    docstring = node.body[0]
+    first, last = docstring.lineno - 1, cast(int, docstring.end_lineno) - 1
+    start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    # ast counts columns in bytes of UTF-8. Beside the docstring may stand `def f():` or `; x = 1`.
+    before = lines[first].encode()[: docstring.col_offset].decode()
+    after = lines[last].encode()[docstring.end_col_offset :].decode().lstrip("; \t")
+    beside = before.rstrip() if after.startswith("#") else (before + after).rstrip()
+    body = lines[last + 1 : node.end_lineno]
+    if not beside:
+        body = list(itertools.dropwhile(lambda line: not line.strip(), body))
+    def_line = lines[node.lineno - 1]
+    indent = def_line[: len(def_line) - len(def_line.lstrip())]
+    code = [*lines[node.lineno - 1 : first], *([beside] if beside else []), *body]
+    decorators = lines[start - 1 : node.lineno - 1]
+    return [d.removeprefix(indent) for d in decorators], [c.removeprefix(indent) for c in code]
+
+
+if __name__ == "__main__":  # see _parse_in_new_process
+    sys.stdout.write(json.dumps(_parse_files([SourceFile(*f) for f in json.load(sys.stdin)])))

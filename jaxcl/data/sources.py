@@ -1,0 +1,349 @@
+"""Pairs to train on: from any TFDS data set, without TensorFlow, or from memory.
+
+`open_pairs("snli:1.1.0", "train", query_field="premise", key_field="hypothesis")` opens a data set
+that is prepared; `.read([3, 1, 4])` gives those rows as `[{"query": ..., "key": ...}, ...]`.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+__all__ = ["InMemoryPairs", "PairSource", "TfdsPairs", "open_pairs"]
+
+DESCRIPTION_FILE = "jaxcl.json"
+"""Lies beside the records that jaxcl itself prepares; its "fingerprint" names their content."""
+
+_Rows = Sequence[int] | np.ndarray
+_READ_AT_ONCE = 8192
+
+
+class PairSource(Protocol):
+    """Rows that can be read in any order, each a dict with "query", "key" and what was asked for.
+
+    A source can be pickled, so that worker processes can have one each.
+    """
+
+    @property
+    def fingerprint(self) -> str:
+        """Names exactly these rows: an equal fingerprint means equal rows in equal order."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: _Rows) -> list[dict[str, Any]]:
+        """Returns one dict per row number, in the order given."""
+
+
+class InMemoryPairs:
+    """Pairs held in memory, for tests and notebooks, and where array_record has no wheel.
+
+    Args:
+      queries, keys: the texts of the two sides.
+      groups: one integer per row, kept as int32; None leaves "group" out.
+      metadata: further columns, by name.
+
+    Raises:
+      ValueError: if there are no rows, columns differ in length, or a name is taken.
+
+    Example:
+      >>> pairs = InMemoryPairs(["add", "sub"], ["a + b", "a - b"], groups=[0, 1])
+      >>> pairs.read([1])
+      [{'query': 'sub', 'key': 'a - b', 'group': np.int32(1)}]
+    """
+
+    def __init__(
+        self,
+        queries: Sequence[str],
+        keys: Sequence[str],
+        *,
+        groups: Sequence[int] | np.ndarray | None = None,
+        metadata: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
+        _check_metadata_names(metadata or (), has_group=groups is not None)
+        self._columns: dict[str, Sequence[Any]] = {"query": list(queries), "key": list(keys)}
+        if groups is not None:
+            self._columns["group"] = [_as_int32(group, field="groups") for group in groups]
+        self._columns |= {name: list(column) for name, column in (metadata or {}).items()}
+        lengths = {name: len(column) for name, column in self._columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"The columns differ in length: {lengths}; give one value per row.")
+        if not lengths["query"]:
+            raise ValueError("There are no pairs; give at least one query and its key.")
+
+    def __len__(self) -> int:
+        return len(self._columns["query"])
+
+    def read(self, rows: _Rows) -> list[dict[str, Any]]:
+        """Returns one dict per row number, in the order given."""
+        return [
+            {name: column[row] for name, column in self._columns.items()}
+            for row in _checked_rows(rows, num_rows=len(self))
+        ]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A sha256 of the rows."""
+        rows = ([name, [str(value) for value in c]] for name, c in self._columns.items())
+        return f"memory:{_sha256(rows)}"
+
+
+class TfdsPairs:
+    """Pairs of a prepared TFDS data set; `open_pairs` makes them."""
+
+    def __init__(
+        self,
+        records: Any,
+        decoder: Any,
+        *,
+        fields: Mapping[str, str],
+        groups: Sequence[str] | None,
+        fingerprint: str,
+    ) -> None:
+        self._records = records
+        self._decoder = decoder
+        self._fields = dict(fields)
+        self._group_index = None if groups is None else {name: i for i, name in enumerate(groups)}
+        self._fingerprint = fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the data set, the rows of the split, and the fields read."""
+        return self._fingerprint
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, rows: _Rows) -> list[dict[str, Any]]:
+        """Returns one dict per row number, in the order given; texts are str."""
+        records = self._records.__getitems__(_checked_rows(rows, num_rows=len(self)))
+        return [self._as_row(self._decoder.deserialize_example_np(r)) for r in records]
+
+    def _as_row(self, example: Any) -> dict[str, Any]:
+        row = {name: _value(example, field) for name, field in self._fields.items()}
+        if "group" in self._fields:
+            group = row["group"]
+            index = group if self._group_index is None else self._group_index[group]
+            row["group"] = _as_int32(index, field=self._fields["group"])
+        return row
+
+
+def open_pairs(
+    name: str | Path,
+    split: str,
+    *,
+    data_dir: str | Path | None = None,
+    query_field: str = "query",
+    key_field: str = "key",
+    group_field: str | None = None,
+    metadata_fields: Sequence[str] = (),
+) -> TfdsPairs:
+    """Opens the pairs of a prepared TFDS data set; nothing is downloaded.
+
+    Args:
+      name: a TFDS name such as `"snli:1.1.0"`, or the directory of a prepared data set.
+      split: `"train"`, or a part of it: `"train[:10%]"`.
+      data_dir: where TFDS names are looked up; None means TFDS's own directories.
+      query_field, key_field: the features that hold the two sides; `"a/b"` is b inside of a.
+      group_field: becomes each row's int32 "group". Integers, labels and booleans are taken as
+        they are. A text becomes its place among the split's sorted distinct texts, for which that
+        column is read once, here; so `"train"` and `"train[:10%]"` may number texts differently.
+      metadata_fields: further features, each under its own name.
+
+    Raises:
+      ValueError: if the data set is not there or not readable, a split or field is unknown, the
+        split is empty, or the group is neither an integer nor a text.
+    """
+    _check_metadata_names(metadata_fields, has_group=group_field is not None)
+    fields = {"query": query_field, "key": key_field}
+    fields |= {} if group_field is None else {"group": group_field}
+    sides = dict(fields)
+    fields |= {field: field for field in metadata_fields}
+    builder = _prepared_builder(name, data_dir)
+    decoder = _decoder(builder, list(fields.values()))
+    instructions = _file_instructions(builder, split, name)
+    fingerprint = _fingerprint(builder, instructions, sides)
+    source = _record_source(builder, split)
+    groups = None if group_field is None else _text_groups(builder, source, group_field)
+    return TfdsPairs(source, decoder, fields=fields, groups=groups, fingerprint=fingerprint)
+
+
+def _check_metadata_names(names: Iterable[str], *, has_group: bool) -> None:
+    taken = {"query", "key", *(["group"] if has_group else [])} & set(names)
+    if taken:
+        raise ValueError(f"Metadata cannot be named {sorted(taken)}: rows have these already.")
+
+
+def _prepared_builder(name: str | Path, data_dir: str | Path | None) -> Any:
+    import tensorflow_datasets as tfds
+    from etils import epath
+    from tensorflow_datasets.core import read_only_builder
+
+    directory = epath.Path(name).expanduser()
+    if (directory / "dataset_info.json").exists():
+        return tfds.builder_from_directory(directory)
+    if directory.is_absolute() or str(name).startswith((".", "~")):
+        raise ValueError(
+            f"{directory} holds no prepared data set (there is no dataset_info.json in it). Name "
+            "the directory of one version, or a TFDS name together with data_dir."
+        )
+    where = None if data_dir is None else epath.Path(data_dir).expanduser()
+    try:
+        return read_only_builder.builder_from_files(str(name), data_dir=where)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        looked_in = [str(d) for d in tfds.core.utils.file_utils.list_data_dirs(where)]
+        raise ValueError(
+            f"The data set {name!r} is not prepared; looked in {looked_in}. Set data_dir to where "
+            f"it is, or prepare it: {_prepare_command(str(name), data_dir)}"
+        ) from error
+
+
+def _prepare_command(name: str, data_dir: str | Path | None) -> str:
+    where = "" if data_dir is None else f"data_dir='{data_dir}', "
+    return (
+        'python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', {where}file_format='array_record').download_and_prepare()\""
+    )
+
+
+def _leaves(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    import tensorflow_datasets as tfds
+
+    for name, feature in features.items():
+        if isinstance(feature, tfds.features.FeaturesDict):
+            yield from _leaves(feature, f"{prefix}{name}/")
+        else:
+            yield prefix + name, feature
+
+
+def _file_instructions(builder: Any, split: str, name: str | Path) -> list[Any]:
+    splits = builder.info.splits
+    try:
+        instructions = splits[split].file_instructions
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{name} has no split {split!r}; it has {sorted(splits)}, and parts of them such as "
+            "'train[:10%]'."
+        ) from error
+    if not sum(instruction.take for instruction in instructions):
+        sizes = {known: info.num_examples for known, info in splits.items()}
+        raise ValueError(f"The split {split!r} of {name} has no rows; the splits have {sizes}.")
+    return instructions
+
+
+def _record_source(builder: Any, split: str) -> Any:
+    """Opens the undecoded records of a split."""
+    import tensorflow_datasets as tfds
+
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    try:
+        return builder.as_data_source(split, deserialize_method=raw)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{builder.data_path} is prepared as {builder.info.file_format.value}, whose rows "
+            "cannot be read in any order. Prepare it as array_record in another data_dir: "
+            f"{_prepare_command(_full_name(builder), '/another/directory')}"
+        ) from error
+    except ImportError as error:
+        raise ValueError(
+            "Reading a prepared data set needs array_record, which is not installed (Windows has "
+            "no wheel); install it, or use InMemoryPairs."
+        ) from error
+
+
+def _decoder(builder: Any, fields: Iterable[str]) -> Any:
+    """Returns features with `fields` alone, because decoding the others would take as long again.
+
+    TFDS's PartialDecoding does not work without TensorFlow.
+    """
+    import tensorflow_datasets as tfds
+
+    known = dict(_leaves(builder.info.features))
+    for field in fields:
+        if field not in known:
+            raise ValueError(f"{builder.name} has no field {field!r}; it has {sorted(known)}.")
+    wanted: dict[str, Any] = {}
+    for field in fields:
+        *parents, leaf = field.split("/")
+        inner = functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, wanted)
+        inner[leaf] = known[field]
+    return tfds.features.FeaturesDict(wanted)
+
+
+def _text_groups(builder: Any, source: Any, field: str) -> list[str] | None:
+    """Returns the distinct texts of `field`, sorted, or None if it holds integers."""
+    decoder = _decoder(builder, [field])
+    first = _value(decoder.deserialize_example_np(source[0]), field)
+    if isinstance(first, int):  # a bool is one
+        return None
+    if not isinstance(first, str):
+        raise ValueError(
+            f"The group field {field!r} holds {type(first).__name__}; give one that holds an "
+            "integer, a label, a boolean or a text in each row."
+        )
+    distinct: set[str] = set()
+    for start in range(0, len(source), _READ_AT_ONCE):
+        rows = list(range(start, min(start + _READ_AT_ONCE, len(source))))
+        records = source.__getitems__(rows)
+        distinct.update(_value(decoder.deserialize_example_np(r), field) for r in records)
+    return sorted(distinct)
+
+
+def _fingerprint(builder: Any, instructions: Sequence[Any], fields: Mapping[str, str]) -> str:
+    """Names the content: exactly if jaxcl prepared it, else by the metadata and file sizes."""
+    from etils import epath
+
+    directory = builder.data_path
+    paths = [epath.Path(part.filename) for part in instructions]
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise ValueError(f"The data set lacks {missing}; delete {directory} and prepare it again.")
+    description = directory / DESCRIPTION_FILE
+    if description.exists():
+        content = json.loads(description.read_text())["fingerprint"]
+    else:
+        metadata = (directory / "dataset_info.json").read_text()
+        content = [metadata, [path.stat().length for path in paths]]
+    rows = [
+        (path.name, part.skip, part.take) for path, part in zip(paths, instructions, strict=True)
+    ]
+    return f"{_full_name(builder)}:{_sha256([content, rows, sorted(fields.items())])}"
+
+
+def _full_name(builder: Any) -> str:
+    """Returns the name, with the configuration if there is one, and the version."""
+    config = f"/{builder.info.config_name}" if builder.info.config_name else ""
+    return f"{builder.name}{config}:{builder.info.version}"
+
+
+def _sha256(values: Iterable[Any]) -> str:
+    whole = hashlib.sha256()
+    for value in values:
+        whole.update(json.dumps(value).encode() + b"\n")
+    return whole.hexdigest()
+
+
+def _value(example: Any, field: str) -> Any:
+    value = functools.reduce(lambda node, part: node[part], field.split("/"), example)
+    if isinstance(value, bytes):
+        return value.decode()
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _as_int32(value: Any, *, field: str) -> np.int32:
+    try:
+        return np.int32(value)
+    except OverflowError as error:
+        raise ValueError(f"The group {value} of {field!r} does not fit into int32.") from error
+
+
+def _checked_rows(rows: _Rows, *, num_rows: int) -> list[int]:
+    numbers = np.asarray(rows, dtype=np.int64)
+    if numbers.size and (numbers.min() < 0 or numbers.max() >= num_rows):
+        raise IndexError(
+            f"Rows {numbers.min()} to {numbers.max()} were asked for; there are {num_rows}, "
+            "numbered from 0."
+        )
+    return numbers.tolist()

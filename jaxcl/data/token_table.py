@@ -1,0 +1,160 @@
+"""Token ids of a whole split, computed once and then read from disk by row number."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from jaxcl.data.sources import PairSource
+from jaxcl.data.tokenizer import encode_texts, tokenizer_fingerprint
+from jaxcl.models.layers import PADDING_ID
+from jaxcl.models.towers import SIDES
+from jaxcl.typing import Batch, Int
+
+__all__ = ["TokenTable", "build_token_table", "padded"]
+
+_FORMAT = 1
+_CHUNK_ROWS = 4096
+
+
+class TokenTable(NamedTuple):
+    """The rows of a split as token ids: ragged, memory-mapped, read by row number.
+
+    Attributes:
+      tokens: side -> all rows' ids end to end.
+      offsets: side -> where each row begins, and one end more than there are rows.
+      group: each row's group.
+      max_tokens: side -> the width of its batches.
+    """
+
+    tokens: Mapping[str, Int[np.ndarray, " _"]]
+    offsets: Mapping[str, Int[np.ndarray, " _"]]
+    group: Int[np.ndarray, " n"]
+    max_tokens: Mapping[str, int]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the split."""
+        return len(self.group)
+
+    def side(self, side: str, rows: Int[np.ndarray, " b"]) -> dict[str, Int[np.ndarray, "b t"]]:
+        """One side's inputs of the given rows, padded to the side's width."""
+        starts = self.offsets[side][rows]
+        lengths = self.offsets[side][rows + 1] - starts
+        return {"tokens": padded(self.tokens[side], starts, lengths, width=self.max_tokens[side])}
+
+    def batch(self, rows: Int[np.ndarray, " b"]) -> Batch:
+        """The batch of the given rows, in their order."""
+        sides = {side: self.side(side, rows) for side in SIDES}
+        return {**sides, "row": rows.astype(np.int32), "group": self.group[rows]}
+
+
+def padded(
+    flat: Int[np.ndarray, " _"],
+    starts: Int[np.ndarray, " b"],
+    lengths: Int[np.ndarray, " b"],
+    *,
+    width: int,
+) -> Int[np.ndarray, "b t"]:
+    """Cuts rows out of one long array and pads them to `width`."""
+    column = np.arange(width)
+    inside = column < lengths[:, None]
+    position = np.where(inside, starts[:, None] + column, 0)
+    return np.where(inside, flat[position], PADDING_ID).astype(np.int32)
+
+
+def build_token_table(
+    source: PairSource,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: Mapping[str, int],
+    add_cls: bool,
+    directory: Path,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> TokenTable:
+    """Reads a split's token ids, after computing them where nobody has.
+
+    Args:
+      source: the pairs.
+      tokenizer: what turns text into ids.
+      max_tokens: side -> longest text, in tokens; the rest is cut off.
+      add_cls: begin every text with [CLS].
+      directory: where tables are kept, each under the hash of all that it was made from.
+      advance: called with the number of rows done since the last call.
+
+    Returns:
+      The table, memory-mapped.
+    """
+    made_from = {
+        "format": _FORMAT,
+        "source": source.fingerprint,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "max_tokens": dict(max_tokens),
+        "add_cls": add_cls,
+    }
+    name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+    path = Path(directory) / name
+    if not path.exists():
+        _write(source, tokenizer, made_from, path, advance)
+    return _read(path, max_tokens)
+
+
+def _read(path: Path, max_tokens: Mapping[str, int]) -> TokenTable:
+    def column(name: str) -> np.ndarray:
+        return np.load(path / f"{name}.npy", mmap_mode="r")
+
+    return TokenTable(
+        tokens={side: column(f"{side}_tokens") for side in SIDES},
+        offsets={side: np.asarray(column(f"{side}_offsets")) for side in SIDES},
+        group=np.asarray(column("group")),
+        max_tokens=dict(max_tokens),
+    )
+
+
+def _write(
+    source: PairSource,
+    tokenizer: Tokenizer,
+    made_from: dict,
+    path: Path,
+    advance: Callable[[int], None],
+) -> None:
+    """Writes beside the final place and renames, so that a table is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.unfinished-"))
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
+    group = np.zeros(len(source), np.int32)
+    lengths = {side: np.zeros(len(source), np.int64) for side in SIDES}
+    try:
+        files = {side: open(unfinished / f"{side}.raw", "wb") for side in SIDES}  # noqa: SIM115
+        for first in range(0, len(source), _CHUNK_ROWS):
+            rows = np.arange(first, min(first + _CHUNK_ROWS, len(source)))
+            records = source.read(rows)
+            group[rows] = [record.get("group", 0) for record in records]
+            for side, file in files.items():
+                texts = [record[side] for record in records]
+                limit = made_from["max_tokens"][side]
+                ids = list(
+                    encode_texts(tokenizer, texts, max_tokens=limit, add_cls=made_from["add_cls"])
+                )
+                lengths[side][rows] = [len(row) for row in ids]
+                file.write(np.concatenate(ids).astype(dtype).tobytes())
+            advance(len(rows))
+        for side, file in files.items():
+            file.close()
+            raw = unfinished / f"{side}.raw"
+            np.save(unfinished / f"{side}_tokens.npy", np.fromfile(raw, dtype))
+            np.save(unfinished / f"{side}_offsets.npy", np.append(0, np.cumsum(lengths[side])))
+            raw.unlink()
+        np.save(unfinished / "group.npy", group)
+        (unfinished / "made_from.json").write_text(json.dumps(made_from, indent=2))
+        if not path.exists():
+            os.rename(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

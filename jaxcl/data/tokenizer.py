@@ -1,0 +1,89 @@
+"""A byte-pair tokenizer for code and prose, trained on the training rows and kept in one file."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from jaxcl.models.layers import PADDING_ID
+from jaxcl.typing import Int
+
+__all__ = ["encode_texts", "load_tokenizer", "tokenizer_fingerprint", "train_tokenizer"]
+
+_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]")
+
+
+def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> Tokenizer:
+    """Learns byte-pair merges inside the words of identifiers and of prose.
+
+    Identifiers fall apart at underscores, at digits and between `camel` and `Case` before case is
+    folded, so that `parseISODate`, `parse_iso_date` and "parse ISO date" read alike; punctuation
+    stays, a sign each.
+
+    Args:
+      texts: queries and keys of the training rows, and of no others.
+      vocabulary_size: ids in all, special ones included: 0 padding, 1 unknown, 2 [CLS].
+
+    Returns:
+      The tokenizer; `tokenizer.save(path)` keeps it whole.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token=_SPECIAL_TOKENS[1]))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.Replace(Regex(r"(?<=[a-z0-9])(?=[A-Z])"), " "),
+            normalizers.Replace(Regex(r"(?<=[A-Z])(?=[A-Z][a-z])"), " "),
+            normalizers.Lowercase(),
+        ]
+    )
+    words = Regex(r"[^\W\d_]+|\d|[^\w\s]")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, "removed", invert=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=list(_SPECIAL_TOKENS),
+        limit_alphabet=512,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Reads a `tokenizer.json`, of `train_tokenizer` or of any other origin.
+
+    Raises:
+      ValueError: if the file cannot be read as a tokenizer, or its id 0 is not padding.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises the bare class
+        raise ValueError(f"{path} is no readable tokenizer.json: {error}") from error
+    if tokenizer.id_to_token(PADDING_ID) != _SPECIAL_TOKENS[0]:
+        raise ValueError(
+            f"{path}: token {PADDING_ID} is {tokenizer.id_to_token(PADDING_ID)!r}; "
+            f"it must be {_SPECIAL_TOKENS[0]!r}, since encoders read id {PADDING_ID} as padding"
+        )
+    # A file may carry a fixed padding or truncation of its own.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """The sha256 of everything that the tokenizer does, in hex."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
+def encode_texts(
+    tokenizer: Tokenizer, texts: Sequence[str], *, max_tokens: int, add_cls: bool
+) -> Iterator[Int[np.ndarray, " t"]]:
+    """Token ids of each text, cut to `max_tokens`, behind a [CLS] where asked for.
+
+    Text without any token becomes one unknown token, so that every row has an embedding.
+    """
+    unknown = [tokenizer.token_to_id(_SPECIAL_TOKENS[1])]
+    prefix = [tokenizer.token_to_id(_SPECIAL_TOKENS[2])] if add_cls else []
+    for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False):
+        yield np.asarray((prefix + (encoding.ids or unknown))[:max_tokens], np.int32)

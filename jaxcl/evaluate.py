@@ -1,0 +1,165 @@
+"""Evaluates a trained embedder on the held-out splits of its run.
+
+Read the head of `jaxcl.retrieval` for when not to trust the figures. In particular, `validation`
+holds unseen files of packages whose other files were trained on, and is the friendly split;
+`test` holds packages that training never saw.
+"""
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import rich
+from ml_collections import ConfigDict
+
+from jaxcl.build import Program
+from jaxcl.data.prepare import RunData
+from jaxcl.data.token_table import TokenTable
+from jaxcl.embed import pad_texts
+from jaxcl.metrics import mean_and_standard_error
+from jaxcl.progress import progress_bar
+from jaxcl.retrieval import (
+    METRICS,
+    RetrievalResult,
+    comparison,
+    evaluate_retrieval,
+    mask_name,
+    results_table,
+)
+from jaxcl.typing import Float, PyTree
+from jaxcl.workdir import write_whole
+
+__all__ = ["evaluate_run", "quick_metrics"]
+
+HELD_OUT = ("validation", "test")
+Results = dict[tuple[str, str], dict[str, RetrievalResult]]
+
+
+def quick_metrics(program: Program, data: RunData, params: PyTree) -> dict[str, float]:
+    """Dense retrieval over the validation split: what a run reports while it trains."""
+    if "validation" not in data.tables:
+        return {}
+    queries, keys = (
+        program.embed(params, side, _tokens(data.tables["validation"], side))
+        for side in ("query", "key")
+    )
+    ranks = evaluate_retrieval(None, None, queries, keys, methods=("dense",))["dense"].ranks
+    return {
+        f"validation/dense/{name}": mean_and_standard_error(METRICS[name](ranks))[0]
+        for name in ("mrr@10", "recall@10")
+    }
+
+
+def evaluate_run(
+    config: ConfigDict, program: Program, data: RunData, params: PyTree, workdir: Path
+) -> dict[str, Any]:
+    """Ranks every held-out query by BM25, by the embedder, and by both, and keeps what it found.
+
+    Writes `results.json` (means and standard errors, with what they were measured on) and
+    `ranks.npz` (each query's rank, for paired comparisons between runs), and prints a table. Where
+    the data know each function's name, a second variant hides it from the key.
+
+    Args:
+      config: the run's.
+      program: its functions.
+      data: its splits.
+      params: the towers' parameters.
+      workdir: where the files go.
+
+    Returns:
+      What `results.json` holds.
+    """
+    results: Results = {}
+    for split in HELD_OUT:
+        if split in data.sources:
+            results |= _evaluate_split(config, program, data, params, split)
+    summary = _summary(config, data, results)
+    if jax.process_index() == 0:
+        ranks = {
+            "/".join((*place, method)): result.ranks
+            for place, by_method in results.items()
+            for method, result in by_method.items()
+        }
+        np.savez(workdir / "ranks.npz", **ranks)
+        write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
+        rich.print(results_table(results))
+    return summary
+
+
+def _evaluate_split(
+    config: ConfigDict, program: Program, data: RunData, params: PyTree, split: str
+) -> Results:
+    source, table = data.sources[split], data.tables[split]
+    records = source.read(np.arange(len(source)))
+    queries = [record["query"] for record in records]
+    key_texts = {"plain": [record["key"] for record in records]}
+    key_tokens = {"plain": _tokens(table, "key")}
+    if "name" in config.data.metadata_fields:
+        masked = [mask_name(record["key"], record["name"]) for record in records]
+        key_texts["name masked"] = masked
+        key_tokens["name masked"] = pad_texts(
+            data.tokenizer,
+            masked,
+            max_tokens=config.data.max_tokens["key"],
+            add_cls=config.data.add_cls,
+        )
+    query_embeddings = program.embed(params, "query", _tokens(table, "query"))
+    results: Results = {}
+    for variant, texts in key_texts.items():
+        with progress_bar(f"evaluating {split}, {variant}", len(queries)) as advance:
+            results[split, variant] = evaluate_retrieval(
+                queries,
+                texts,
+                query_embeddings,
+                program.embed(params, "key", key_tokens[variant]),
+                rrf_k=config.evaluation.rrf_k,
+                advance=advance,
+            )
+    return results
+
+
+def _summary(config: ConfigDict, data: RunData, results: Results) -> dict[str, Any]:
+    devices = jax.devices()
+    return {
+        "steps": config.steps,
+        "seed": config.seed,
+        "rows": {split: table.num_rows for split, table in data.tables.items()},
+        "fingerprints": {split: source.fingerprint for split, source in data.sources.items()},
+        "devices": f"{len(devices)} × {devices[0].device_kind}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("jaxcl", "jax", "flax", "optax")},
+        },
+        "metrics": {
+            split: {
+                variant: _figures(results[split, variant])
+                for place, variant in results
+                if place == split
+            }
+            for split, _ in results
+        },
+    }
+
+
+def _figures(by_method: Mapping[str, RetrievalResult]) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        method: {
+            name: {"mean": mean, "standard_error": error}
+            for name, (mean, error) in result.summary().items()
+        }
+        for method, result in by_method.items()
+    }
+    for method in by_method:
+        if method != "bm25" and "bm25" in by_method:
+            mean, error = comparison(by_method, method, "bm25")
+            figures[f"{method} - bm25"] = {"mrr@10": {"mean": mean, "standard_error": error}}
+    return figures
+
+
+def _tokens(table: TokenTable, side: str) -> Float[np.ndarray, "n t"]:
+    return table.side(side, np.arange(table.num_rows))["tokens"]

@@ -1,0 +1,76 @@
+"""The one place that makes a device mesh."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxcl.typing import PyTree
+
+__all__ = ["batch_sharding", "make_mesh", "put_batch", "replicated_sharding"]
+
+
+def make_mesh(axes: Mapping[str, int], *, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh over the devices, its axes left to the compiler (`AxisType.Auto`).
+
+    Args:
+      axes: axis name to size, in order; one size may be -1, "what is left". `{"data": -1}` is
+        all devices in one row.
+      devices: all of `jax.devices()` by default.
+
+    Returns:
+      The mesh. Batches are sharded over all of its axes.
+
+    Raises:
+      ValueError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = list(axes.values())
+    if not axes or sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(
+            f"mesh={dict(axes)} is no mesh; give axis sizes of at least 1, of which one may be -1"
+        )
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh={dict(axes)} does not fit {len(devices)} devices; its sizes must multiply to "
+            f"{len(devices)} (one may be -1 for what is left)"
+        )
+    return jax.make_mesh(
+        tuple(sizes),
+        tuple(axes),
+        # Auto, written out: the default is Explicit, under which a product of two sharded sides
+        # raises.
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=np.asarray(devices).tolist(),
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over all axes of the mesh, everything behind the first axis whole."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(local_batch: PyTree, mesh: Mesh) -> PyTree:
+    """Puts this host's part of a global batch on its devices.
+
+    Args:
+      local_batch: NumPy arrays; the first axis is this host's rows.
+      mesh: where they go, rows sharded over all of its axes.
+
+    Returns:
+      The same tree with arrays of the whole batch.
+    """
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda rows: jax.make_array_from_process_local_data(sharding, rows), local_batch
+    )

@@ -1,0 +1,82 @@
+"""Weighted sums of token embeddings, without the `[b, t, h]` tensor in between."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcl.typing import Array, Float, Int
+
+__all__ = ["IMPLEMENTATIONS", "embedding_bag"]
+
+IMPLEMENTATIONS = ("gather", "loop")
+
+
+def embedding_bag(
+    table: Float[Array, "v h"],
+    tokens: Int[Array, "b t"],
+    weights: Float[Array, "b t"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "b h"]:
+    r"""Sums token embeddings by weight: $y_i = \sum_j w_{ij}\, T_{x_{ij}}$.
+
+    Args:
+      table: one embedding per token id.
+      tokens: token ids; padding carries the weight 0, whatever its id.
+      weights: what each token counts.
+      implementation: `"gather"` reads all embeddings at once, which accelerators fuse, and which
+        the compiler partitions over devices. `"loop"` adds one token position at a time, forward
+        and backward, in cache: made for a CPU with one device, where XLA's gather and scatter of
+        `[b, t, h]` cost ten times as much (`python -m jaxcl.bench embedding_bag`). Its backward
+        would reduce over devices once per position, so `None` never picks it for several.
+
+    Returns:
+      One vector per row, in the table's dtype.
+
+    Raises:
+      ValueError: for an unknown implementation.
+    """
+    if implementation is None:
+        on_one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+        implementation = "loop" if on_one_cpu else "gather"
+    if implementation == "gather":
+        return jnp.einsum("bt,bth->bh", weights, table[tokens])
+    if implementation == "loop":
+        return _looped_bag(table, tokens, weights)
+    raise ValueError(
+        f"implementation={implementation!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}"
+    )
+
+
+@jax.custom_vjp
+def _looped_bag(
+    table: Float[Array, "v h"], tokens: Int[Array, "b t"], weights: Float[Array, "b t"]
+) -> Float[Array, "b h"]:
+    def add_position(j: Array, total: Array) -> Array:
+        return total + weights[:, j, None] * table[tokens[:, j]]
+
+    start = jnp.zeros((tokens.shape[0], table.shape[1]), table.dtype)
+    return lax.fori_loop(0, tokens.shape[1], add_position, start)
+
+
+def _looped_bag_forward(table: Array, tokens: Array, weights: Array) -> tuple[Array, tuple]:
+    return _looped_bag(table, tokens, weights), (table, tokens, weights)
+
+
+def _looped_bag_backward(residuals: tuple, cotangent: Array) -> tuple[Array, None, Array]:
+    table, tokens, weights = residuals
+
+    def scatter_position(j: Array, gradient: Array) -> Array:
+        return gradient.at[tokens[:, j]].add(weights[:, j, None] * cotangent)
+
+    def weigh_position(j: Array, gradient: Array) -> Array:
+        return gradient.at[:, j].set((table[tokens[:, j]] * cotangent).sum(1))
+
+    # Two loops, not one, so that the compiler drops the one whose result nobody asks for.
+    positions = tokens.shape[1]
+    table_gradient = lax.fori_loop(0, positions, scatter_position, jnp.zeros_like(table))
+    weight_gradient = lax.fori_loop(0, positions, weigh_position, jnp.zeros_like(weights))
+    return table_gradient, None, weight_gradient
+
+
+_looped_bag.defvjp(_looped_bag_forward, _looped_bag_backward)

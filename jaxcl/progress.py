@@ -1,0 +1,61 @@
+"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import rich
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["progress_bar", "say"]
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def say(text: str) -> None:
+    """Prints a line for the person at the terminal, or for the log."""
+    rich.get_console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """Shows how far some work has come.
+
+    Args:
+      what: the work, in a few words.
+      total: how much there is.
+
+    Yields:
+      `advance(done=1, note="")`: `done` more is done; the note stands behind the bar.
+    """
+    console = rich.get_console()
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(what, total=total, note="")
+            yield lambda done=1, note="": progress.update(task, advance=done, note=note)
+    else:
+        yield _line_printer(what, total)
+
+
+def _line_printer(what: str, total: int) -> Callable[..., None]:
+    start = last = time.monotonic()
+    count = 0
+
+    def advance(done: int = 1, note: str = "") -> None:
+        nonlocal count, last
+        count += done
+        now = time.monotonic()
+        if now - last < _SECONDS_BETWEEN_LINES and count < total:
+            return
+        last = now
+        left = (now - start) * (total - count) / max(count, 1)
+        say(f"{what}: {count:,}/{total:,} {note} {now - start:.0f} s, {left:.0f} s left")
+
+    return advance

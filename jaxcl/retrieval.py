@@ -1,0 +1,399 @@
+"""Retrieval evaluation over the whole pool: lexical, dense, and both.
+
+`evaluate_retrieval` ranks every key for every query, in tiles of queries, by up to three methods:
+BM25 on the texts, inner products of the embeddings, and the fusion of the two rankings.
+
+When not to trust it: one key counts as relevant per query, though others may answer it as well.
+Sibling functions of one package (a synchronous and an asynchronous twin), near duplicates and
+overloads then count as errors, and the better a model understands the query, the more of them it
+meets. Where siblings of the test rows were trained on, the figures flatter instead: split by
+package, not by row. Figures of pools of different sizes cannot be compared. Standard errors cover
+the choice of queries, not the seed.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from jaxcl.metrics import (
+    mean_and_standard_error,
+    mid_ranks,
+    mrr_metric,
+    ndcg_metric,
+    paired_difference,
+    rank_of_key,
+    recall_at_k_metric,
+)
+from jaxcl.typing import Array, Float, Int
+
+__all__ = [
+    "BM25",
+    "METHODS",
+    "METRICS",
+    "RetrievalResult",
+    "comparison",
+    "dense_scores",
+    "evaluate_retrieval",
+    "lexical_tokens",
+    "mask_name",
+    "reciprocal_rank_fusion",
+    "results_table",
+]
+
+METHODS = ("bm25", "dense", "hybrid")
+
+METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mrr@10": partial(mrr_metric, cutoff=10),
+    "ndcg@10": partial(ndcg_metric, cutoff=10),
+    "recall@1": partial(recall_at_k_metric, cutoff=1),
+    "recall@10": partial(recall_at_k_metric, cutoff=10),
+    "recall@100": partial(recall_at_k_metric, cutoff=100),
+}
+"""What a summary reports: name -> function from ranks to one value per query."""
+
+_CAMEL_BOUNDARY = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_LETTERS_OR_DIGITS = re.compile(r"[^\W\d_]+|\d+")
+
+
+class RetrievalResult(NamedTuple):
+    """One method's ranks of the relevant keys, one per query, among `num_keys` keys."""
+
+    ranks: Float[np.ndarray, " q"]
+    num_keys: int
+
+    def summary(self) -> dict[str, tuple[float, float]]:
+        """Every metric of `METRICS` as `(mean, standard error)` over the queries."""
+        return {
+            name: mean_and_standard_error(metric(self.ranks)) for name, metric in METRICS.items()
+        }
+
+
+def evaluate_retrieval(
+    query_texts: Sequence[str] | None,
+    key_texts: Sequence[str] | None,
+    query_embeddings: Float[Array | np.ndarray, "q d"] | None,
+    key_embeddings: Float[Array | np.ndarray, "n d"] | None,
+    *,
+    relevant: Int[np.ndarray, " q"] | None = None,
+    methods: Sequence[str] = METHODS,
+    rrf_k: int | float = 60,
+    tile: int = 512,
+    advance: Callable[[int], object] = lambda queries: None,
+) -> dict[str, RetrievalResult]:
+    """Rank the relevant key of each query among all keys, by each method.
+
+    Read the head of this module for when not to trust the figures.
+
+    Args:
+        query_texts: one per query; None where no method reads texts (images, say).
+        key_texts: the pool's, in the order of `key_embeddings`; None likewise.
+        query_embeddings: one row per query; None where no method reads embeddings.
+        key_embeddings: the pool's; it may be larger than the number of queries.
+        relevant: the relevant key's row in the pool; None says that query i wants key i.
+        methods: "bm25" reads texts, "dense" embeddings, "hybrid" both.
+        rrf_k: the constant of `reciprocal_rank_fusion`, for "hybrid".
+        tile: queries scored at once. Memory grows as tile · n; the result does not depend on it.
+        advance: called after each tile with the number of its queries.
+
+    Returns:
+        A `RetrievalResult` per method, in the order of `methods`.
+
+    Raises:
+        ValueError: if a method is unknown or lacks its inputs, the inputs differ in length, an
+            embedding is not finite, `relevant` points outside the pool, or there are no queries.
+
+    Example:
+        >>> texts = ["parse an iso date", "open a socket"]
+        >>> code = ["def parse_iso_date(s): ...", "def openSocket(host): ..."]
+        >>> vectors = np.eye(2, dtype=np.float32)
+        >>> results = evaluate_retrieval(texts, code, vectors, vectors)
+        >>> {method: result.ranks.tolist() for method, result in results.items()}
+        {'bm25': [1.0, 1.0], 'dense': [1.0, 1.0], 'hybrid': [1.0, 1.0]}
+    """
+    if not methods or not set(methods) <= set(METHODS):
+        raise ValueError(f"methods={methods!r}; give one or more of {', '.join(METHODS)}.")
+    if tile < 1:
+        raise ValueError(f"tile={tile} scores no query at once; use a tile of 1 or more.")
+    num_queries = _common_length("queries", query_texts, query_embeddings)
+    num_keys = _common_length("keys", key_texts, key_embeddings)
+    relevant = _relevant_rows(relevant, num_queries=num_queries, num_keys=num_keys)
+    scorers: dict[str, Callable[[slice], np.ndarray]] = {}
+    if {"bm25", "hybrid"} & set(methods):
+        scorers["bm25"] = _lexical_scorer(query_texts, key_texts)
+    if {"dense", "hybrid"} & set(methods):
+        scorers["dense"] = _dense_scorer(query_embeddings, key_embeddings)
+
+    ranks = {method: np.empty(num_queries) for method in methods}
+    for start in range(0, num_queries, tile):
+        rows = slice(start, min(start + tile, num_queries))
+        tables = {name: scores_of(rows) for name, scores_of in scorers.items()}
+        if "hybrid" in methods:
+            tables["hybrid"] = reciprocal_rank_fusion(list(tables.values()), k=rrf_k)
+        for method in methods:
+            ranks[method][rows] = rank_of_key(tables[method], relevant[rows])
+        advance(rows.stop - rows.start)
+    return {method: RetrievalResult(ranks[method], num_keys) for method in methods}
+
+
+def comparison(
+    results: Mapping[str, RetrievalResult], method: str, baseline: str
+) -> tuple[float, float]:
+    """Paired difference of MRR@10, `method` minus `baseline`, and its standard error.
+
+    Both names are keys of `results`, which come from one call of `evaluate_retrieval`. The
+    difference is positive where `method` is better.
+
+    Example:
+        >>> results = {
+        ...     "bm25": RetrievalResult(np.array([2.0, 1.0]), 9),
+        ...     "dense": RetrievalResult(np.array([1.0, 1.0]), 9),
+        ... }
+        >>> comparison(results, "dense", "bm25")
+        (0.25, 0.25)
+    """
+    for name in (method, baseline):
+        if name not in results:
+            raise ValueError(f"No result of {name!r}; there are {', '.join(results)}.")
+    return paired_difference(mrr_metric(results[method].ranks), mrr_metric(results[baseline].ranks))
+
+
+def lexical_tokens(text: str) -> list[str]:
+    """Split a text into lower-case words and numbers, and identifiers into their parts.
+
+    Boundaries are everything but letters and digits, the underscore, a change between letters
+    and digits, and the humps of camelCase (of unaccented letters). A question and the function
+    that answers it thereby meet, which makes BM25 a baseline worth beating on code.
+
+    Example:
+        >>> lexical_tokens("parseIsoDate(HTTPResponse, utf8_text)")
+        ['parse', 'iso', 'date', 'http', 'response', 'utf', '8', 'text']
+    """
+    return _LETTERS_OR_DIGITS.findall(_CAMEL_BOUNDARY.sub(" ", text).lower())
+
+
+class BM25:
+    """The lexical baseline: an index of the pool's texts, and each query's scores over all.
+
+    `score(q, d) = Σ_{t in q} idf_t · f_td / (f_td + k1 (1 - b + b L_d / L))`,
+    `idf_t = ln(1 + (n - n_t + ½) / (n_t + ½))`
+
+    with `n_t` of the `n` texts containing `t`, `f_td` its count in `d`, `L_d` the tokens of `d`,
+    `L` their mean over the pool, k1 = 1.5 and b = 0.75. A token that a query repeats counts as
+    often. Tokens are those of `lexical_tokens`; words are neither stemmed nor dropped.
+
+    Args:
+        texts: the pool.
+
+    Raises:
+        ValueError: if no text of the pool has a token.
+
+    Example:
+        >>> index = BM25(["def parse_iso_date", "def open_socket"])
+        >>> print(index.scores(["ISO date", ""]).round(3))
+        [[0.521 0.   ]
+         [0.    0.   ]]
+
+    Reference:
+        Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009;
+        the variant is Lucene's, as named by Kamphuis et al., ECIR 2020.
+    """
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        # Here and not above: importing bm25s runs a JAX computation, after which
+        # jax.distributed.initialize and a choice of platform come too late.
+        import bm25s
+
+        # It logs at DEBUG by its own choice, and absl prints whatever it logs.
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
+        tokens = [lexical_tokens(text) for text in texts]
+        if not any(tokens):
+            raise ValueError(
+                f"None of the {len(tokens)} key texts has a word or a number to index; check "
+                "that they are texts, or leave out the methods that read them."
+            )
+        self._index = bm25s.BM25(k1=1.5, b=0.75, method="lucene", backend="numpy")
+        # Without the empty token, which bm25s would number beyond the end of its own table.
+        self._index.index(tokens, create_empty_token=False, show_progress=False)
+
+    def scores(self, queries: Sequence[str]) -> Float[np.ndarray, "q n"]:
+        """Scores of every text for each query, float32; zeros where no token is shared."""
+        token_ids = [self._index.get_tokens_ids(lexical_tokens(query)) for query in queries]
+        return np.stack([self._index.get_scores_from_ids(ids) for ids in token_ids])
+
+
+def dense_scores(
+    queries: Float[Array | np.ndarray, "q d"], keys: Float[Array | np.ndarray, "n d"]
+) -> Float[np.ndarray, "q n"]:
+    """Inner products of every query with every key, in float32: `s_ij = q_i · k_j`.
+
+    They are summed in float64 and then rounded. A float32 product depends in its last bit on how
+    the matrices happen to be blocked: equal keys would get unequal scores, their tie an arbitrary
+    winner, and the result would change with the tile.
+
+    Embeddings may be of any floating type; with unit vectors the scores are cosines.
+
+    Example:
+        >>> print(dense_scores(np.array([[0.6, 0.8]]), np.eye(2)))
+        [[0.6 0.8]]
+    """
+    if queries.shape[1] != keys.shape[1]:
+        raise ValueError(
+            f"Queries have {queries.shape[1]} features and keys {keys.shape[1]}; embed both sides "
+            "with towers of one output size."
+        )
+    products = np.asarray(queries, np.float64) @ np.asarray(keys, np.float64).T
+    return products.astype(np.float32)
+
+
+def reciprocal_rank_fusion(
+    score_tables: Sequence[Float[np.ndarray, "q n"]], *, k: int | float = 60
+) -> Float[np.ndarray, "q n"]:
+    """Join several scorings of the same keys by their ranks alone.
+
+    `fused_ij = Σ_tables 1 / (k + rank_ij)`, ranks from 1, ties at mid-rank.
+
+    Only the order within a row matters, so that scores of different scales need no calibration.
+
+    Args:
+        score_tables: each [q, n], higher is better.
+        k: how little the very first ranks weigh; 60 in the paper, and a smaller constant trusts
+            the top more. Choose it on validation queries, never on those reported.
+
+    Returns:
+        Fused scores, float64, higher is better.
+
+    Raises:
+        ValueError: if no table is given, shapes differ, `k` < 0, or a score is not finite.
+
+    Example:
+        >>> lexical, dense = np.array([[3.0, 0.0, 0.0]]), np.array([[0.1, 0.3, 0.2]])
+        >>> reciprocal_rank_fusion([lexical, dense], k=1).round(3).tolist()
+        [[0.75, 0.786, 0.619]]
+
+    Reference:
+        Cormack, Clarke and Büttcher, "Reciprocal rank fusion outperforms Condorcet and individual
+        rank learning methods", SIGIR 2009.
+    """
+    shapes = {table.shape for table in score_tables}
+    if len(shapes) != 1:
+        raise ValueError(
+            f"Fusion wants one or more tables of one shape, but got shapes {sorted(shapes)}; "
+            "score the same queries and keys with every method."
+        )
+    if not k >= 0:
+        raise ValueError(f"k={k} can divide by zero; use a constant of 0 or more, 60 as a start.")
+    shares = np.stack([1 / (k + mid_ranks(table)) for table in score_tables])
+    shares.sort(axis=0)  # or ranks (1, 2, 3) and (3, 1, 2) differ in the last bit of their sum
+    return shares.sum(axis=0)
+
+
+def mask_name(source: str, name: str) -> str:
+    """Replace a function's own name by `_` wherever it stands as a whole word in its source.
+
+    The definition, recursion, strings and comments alike; longer identifiers that contain the
+    name are left. Names give much of the answer away, so report a search with them masked as well.
+
+    Example:
+        >>> mask_name("def fact(n): return n * fact(n - 1) if n else factor", "fact")
+        'def _(n): return n * _(n - 1) if n else factor'
+    """
+    if not name.isidentifier():
+        raise ValueError(f"name={name!r} is not an identifier; give the function's bare name.")
+    return re.sub(rf"\b{name}\b", "_", source)
+
+
+def results_table(
+    results: Mapping[tuple[str, str], Mapping[str, RetrievalResult]],
+    *,
+    metrics: Sequence[str] = ("mrr@10", "recall@1", "recall@10"),
+    baseline: str = "bm25",
+) -> Table:
+    """A `rich` table for the end of a run: a row per split, variant and method.
+
+    Args:
+        results: `(split, variant)` -> what `evaluate_retrieval` returned, such as
+            `("unseen packages", "name masked")`.
+        metrics: columns, each mean ± standard error; these three fit a terminal of 80 characters.
+        baseline: the method from which the last column gives the paired difference of MRR@10, and
+            that difference in its standard errors.
+    """
+    table = Table("split", "variant", "method", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    for heading in (*metrics, f"vs {baseline} (SEs)"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for (split, variant), by_method in results.items():
+        for method, result in by_method.items():
+            summary = result.summary()
+            cells = ["{:.3f}±{:.3f}".format(*summary[name]).replace("0.", ".") for name in metrics]
+            table.add_row(split, variant, method, *cells, _versus(by_method, method, baseline))
+        table.add_section()
+    return table
+
+
+def _versus(results: Mapping[str, RetrievalResult], method: str, baseline: str) -> str:
+    if method == baseline or baseline not in results:
+        return ""
+    mean, error = comparison(results, method, baseline)
+    return f"{mean:+.3f}" + (f" ({mean / error:+.1f})" if error > 0 else "")
+
+
+def _common_length(what: str, *sides: Sequence[str] | Array | np.ndarray | None) -> int:
+    lengths = {len(side) for side in sides if side is not None}
+    if len(lengths) > 1:
+        raise ValueError(f"Texts and embeddings of the {what} differ in number: {sorted(lengths)}.")
+    if lengths in (set(), {0}):
+        raise ValueError(f"There are no {what} to evaluate; give at least one.")
+    return lengths.pop()
+
+
+def _relevant_rows(
+    relevant: Int[np.ndarray, " q"] | None, *, num_queries: int, num_keys: int
+) -> Int[np.ndarray, " q"]:
+    if relevant is None:
+        relevant = np.arange(num_queries)
+    if len(relevant) != num_queries:
+        raise ValueError(f"relevant names {len(relevant)} keys for {num_queries} queries.")
+    outside = np.flatnonzero((relevant < 0) | (relevant >= num_keys))
+    if outside.size:
+        first = f"query {outside[0]} wants key {relevant[outside[0]]}"
+        raise ValueError(
+            f"The pool has {num_keys} keys, but {first}; add every relevant key to it."
+        )
+    return relevant
+
+
+def _lexical_scorer(
+    query_texts: Sequence[str] | None, key_texts: Sequence[str] | None
+) -> Callable[[slice], np.ndarray]:
+    if query_texts is None or key_texts is None:
+        raise ValueError('"bm25" and "hybrid" read query_texts and key_texts; give both.')
+    index = BM25(key_texts)
+    return lambda rows: index.scores(query_texts[rows])
+
+
+def _dense_scorer(
+    query_embeddings: Float[Array | np.ndarray, "q d"] | None,
+    key_embeddings: Float[Array | np.ndarray, "n d"] | None,
+) -> Callable[[slice], np.ndarray]:
+    if query_embeddings is None or key_embeddings is None:
+        raise ValueError('"dense" and "hybrid" read embeddings of queries and keys; give both.')
+    queries = _finite_rows("query_embeddings", query_embeddings)
+    keys = _finite_rows("key_embeddings", key_embeddings)
+    return lambda rows: dense_scores(queries[rows], keys)
+
+
+def _finite_rows(name: str, embeddings: Float[Array | np.ndarray, "q d"]) -> np.ndarray:
+    # Found here the row number is the data's; in a tile of scores it would be the tile's.
+    rows = np.asarray(embeddings, np.float64)
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if bad.size:
+        raise ValueError(
+            f"{bad.size} of {len(rows)} rows of {name} hold a NaN or an infinity, first row "
+            f"{bad[0]}; look for a vector of zero length divided by its norm."
+        )
+    return rows

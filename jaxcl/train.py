@@ -1,0 +1,264 @@
+"""Trains an embedder.
+
+    python -m jaxcl.train --config configs/code_search.py [--workdir DIR] [--config.steps=500 …]
+
+The same command goes on where it was stopped. A run starts in one of three ways: from nothing;
+from the newest checkpoint of its workdir; or, where that one is damaged, from the one before.
+"""
+
+import collections
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from jaxcl.assignment import uniform_rows
+from jaxcl.build import Program, build_program
+from jaxcl.checkpoint import CheckpointError, Checkpoints
+from jaxcl.data.loader import training_batches
+from jaxcl.data.prepare import RunData, prepare_data
+from jaxcl.evaluate import evaluate_run, quick_metrics
+from jaxcl.metric_writer import MetricWriter
+from jaxcl.progress import progress_bar, say
+from jaxcl.train_state import TrainState
+from jaxcl.train_step import StepMetrics
+from jaxcl.workdir import claim_workdir
+
+__all__ = ["DivergenceError", "Stopped", "train"]
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/, such as configs/code_search.py or …py:smoke."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run keeps all it writes; runs/NAME-OF-THE-CONFIG by default."
+)
+flags.mark_flag_as_required("config")
+
+
+class DivergenceError(RuntimeError):
+    """The loss or its gradient is no longer finite."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and its state is saved."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(f"stopped at step {step}; the same command goes on from there")
+        self.exit_code = 128 + signal_number
+
+
+def main(argv: list[str]) -> None:
+    """Runs `train` for a person: an error that is theirs comes as one line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    try:
+        train(_CONFIG.value, _workdir())
+    except Stopped as stopped:
+        say(str(stopped))
+        sys.exit(stopped.exit_code)
+    except (ValueError, OSError, CheckpointError, DivergenceError) as error:
+        logging.vlog(1, "the error in full", exc_info=True)
+        say(f"error: {error}")
+        sys.exit(1)
+
+
+def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Trains to the last step, evaluates, and returns what `results.json` then holds.
+
+    Raises:
+      ValueError: for a config that cannot run here, or a workdir of another config.
+      CheckpointError: if checkpoints cannot be read or written.
+      DivergenceError: if the loss is not finite.
+      Stopped: after SIGTERM or SIGINT, with everything saved.
+    """
+    program = build_program(config)
+    claim_workdir(workdir, config)
+    data_dir = Path(config.run.data_dir).expanduser()
+    data = prepare_data(config.data, data_dir=data_dir, workdir=workdir)
+    _check_enough_rows(config, data)
+    with Checkpoints(workdir / "checkpoints", keep=config.run.keep_checkpoints) as checkpoints:
+        restored = checkpoints.restore_latest(program.abstract_state)
+        state = program.init() if restored is None else restored.state
+        say(_opening(config, program, data, workdir, first_step=int(state.step)))
+        with contextlib.closing(MetricWriter(workdir, step=int(state.step))) as writer:
+            state = _run_steps(config, program, data, state, checkpoints, writer)
+    return evaluate_run(config, program, data, state.params["towers"], workdir)
+
+
+def _run_steps(
+    config: ConfigDict,
+    program: Program,
+    data: RunData,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    writer: MetricWriter,
+) -> TrainState:
+    first_step = int(state.step)
+    batches = training_batches(
+        data.tables["train"],
+        _row_order(config, data),
+        program.mesh,
+        first_step=first_step,
+        last_step=config.steps,
+    )
+    with _signals() as received, progress_bar("training", config.steps) as advance:
+        advance(first_step)
+        reports = _Reports(config, program, writer, advance)
+        for step, batch in enumerate(batches, start=first_step + 1):
+            state, metrics = program.train_step(state, batch)
+            reports.add(step, metrics)
+            stopping = bool(received)
+            at_end = step == config.steps
+            if at_end or step % config.run.evaluate_every == 0:
+                reports.flush()
+                writer.write(step, quick_metrics(program, data, state.params["towers"]))
+                reports.restart_clock()
+            if at_end or stopping or step % config.run.checkpoint_every == 0:
+                reports.flush()  # a state is saved only when its loss is known to be finite
+                checkpoints.save(step, state)
+            if stopping and not at_end:
+                checkpoints.wait()
+                raise Stopped(received[0], step)
+    return state
+
+
+class _Reports:
+    """Reads each step's metrics one step late, so that the device never waits for the host.
+
+    Reading them every step also bounds how many are under way, without which the collectives of
+    many fake devices on few cores can block each other for ever.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        program: Program,
+        writer: MetricWriter,
+        advance: Callable[..., None],
+    ):
+        self._config, self._program = config, program
+        self._writer, self._advance = writer, advance
+        self._unread: collections.deque[tuple[int, StepMetrics]] = collections.deque()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves what was done since the last report out of the next speed."""
+        self._since, self._steps_since = time.perf_counter(), 0
+
+    def add(self, step: int, metrics: StepMetrics) -> None:
+        """Takes one step's metrics, and reads those of the step before."""
+        self._unread.append((step, metrics))
+        if len(self._unread) > 1:
+            self._read(*self._unread.popleft())
+
+    def flush(self) -> None:
+        """Reads all that is left."""
+        while self._unread:
+            self._read(*self._unread.popleft())
+
+    def _read(self, step: int, metrics: StepMetrics) -> None:
+        loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
+        if not np.isfinite([loss, gradient_norm]).all():
+            raise DivergenceError(_diagnosis(step, metrics, self._program, self._config))
+        self._steps_since += 1
+        seconds = time.perf_counter() - self._since
+        rate = self._steps_since * self._config.global_batch_size / seconds
+        self._advance(1, f"loss {loss:.3f} · {rate:,.0f} pairs/s")
+        if step % self._config.run.log_every == 0 or step == self._config.steps:
+            self._writer.write(
+                step,
+                {
+                    "loss": loss,
+                    "gradient_norm": gradient_norm,
+                    "temperature": float(metrics.temperature),
+                    "learning_rate": float(self._program.learning_rate(step - 1)),
+                    "time/pairs_per_second": rate,
+                },
+            )
+            self.restart_clock()
+
+
+def _diagnosis(step: int, metrics: StepMetrics, program: Program, config: ConfigDict) -> str:
+    norms = jax.tree_util.tree_leaves_with_path(jax.device_get(metrics.leaf_gradient_norms))
+    culprits = [jax.tree_util.keystr(path) for path, norm in norms if not np.isfinite(norm)]
+    return (
+        f"step {step} diverged: loss {float(metrics.loss)}, gradient norm "
+        f"{float(metrics.gradient_norm)}, not finite for {', '.join(culprits) or 'no parameter'}; "
+        f"temperature {float(metrics.temperature):.4f}, learning rate "
+        f"{float(program.learning_rate(step - 1)):.2e}. The last good checkpoint is kept. Try a "
+        f"lower optimizer.learning_rate (now {config.optimizer.learning_rate}) or "
+        f"optimizer.clip_norm (now {config.optimizer.clip_norm}), or a higher "
+        f"loss.temperature.minimum (now {config.loss.temperature.minimum}), in another --workdir"
+    )
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT in place of dying; a second one of them is obeyed at once."""
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        say(f"{signal.Signals(number).name} received: saving, then stopping")
+        for other, handler in before.items():
+            signal.signal(other, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _row_order(config: ConfigDict, data: RunData) -> Callable[[int], np.ndarray]:
+    return lambda step: uniform_rows(
+        step,
+        num_rows=data.tables["train"].num_rows,
+        batch_size=config.global_batch_size,
+        seed=config.seed,
+    )
+
+
+def _check_enough_rows(config: ConfigDict, data: RunData) -> None:
+    num_rows = data.tables["train"].num_rows
+    if num_rows < config.global_batch_size:
+        raise ValueError(
+            f"the training split has {num_rows} rows, fewer than one batch of "
+            f"{config.global_batch_size}; set global_batch_size to at most {num_rows}"
+        )
+
+
+def _opening(
+    config: ConfigDict, program: Program, data: RunData, workdir: Path, *, first_step: int
+) -> str:
+    rows = {role: table.num_rows for role, table in data.tables.items()}
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
+    begins = f"goes on from step {first_step}" if first_step else "begins"
+    return (
+        f"{workdir}: {begins}. {config.model.name}, {parameters:,} parameters, "
+        f"{program.mesh.size} × {jax.devices()[0].device_kind} as "
+        f"{dict(program.mesh.shape)}; pairs: "
+        + ", ".join(f"{count:,} {role}" for role, count in rows.items())
+    )
+
+
+def _workdir() -> Path:
+    if _WORKDIR.value:
+        return Path(_WORKDIR.value)
+    file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    return Path("runs") / "-".join(filter(None, (Path(file).stem, variant)))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,30 @@
+"""Everything about a run that evolves, as one pytree."""
+
+import dataclasses
+
+import jax
+
+from jaxcl.typing import Array, Int, Key, PyTree
+
+__all__ = ["TrainState"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The one tuple that a checkpoint holds: what is not here does not survive a restart.
+
+    The position in the data is `step`; random draws come from `key` folded with `step`. Both hold
+    for any number of devices and hosts.
+
+    Attributes:
+      step: updates done.
+      params: `{"towers": …, "log_temperature": float32}`.
+      optimizer: the state of the optax transformation.
+      key: the run's random key, constant.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    optimizer: PyTree
+    key: Key[Array, ""]

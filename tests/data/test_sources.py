@@ -1,0 +1,303 @@
+"""Reading pairs from TFDS data sets without TensorFlow, and from memory."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from jaxcl.data.sources import DESCRIPTION_FILE, InMemoryPairs, open_pairs
+
+LABELS = ("no", "yes")
+NUM_ROWS = 20
+
+
+def example(i: int) -> dict:
+    return {
+        "question": f"Frage {i}: schön?",
+        "answer": {"text": f"answer {i}", "source": f"source {'cab'[i % 3]}"},
+        "label": LABELS[i % 2],
+        "good": i % 4 == 0,
+        "number": i * 10,
+        "large": 2**31 - 1 + (i == 7),
+        "vector": np.arange(i, i + 3, dtype=np.float32),
+    }
+
+
+class TinyQuestions(tfds.core.GeneratorBasedBuilder):
+    """A data set of nested, labelled rows."""
+
+    VERSION = tfds.core.Version("1.2.0")
+    RELEASE_NOTES = {"1.2.0": "The first."}  # noqa: RUF012
+
+    def _info(self):
+        text = tfds.features.Text
+        features = {
+            "question": text(),
+            "answer": tfds.features.FeaturesDict({"text": text(), "source": text()}),
+            "label": tfds.features.ClassLabel(names=LABELS),
+            "good": np.bool_,
+            "number": np.int64,
+            "large": np.int64,
+            "vector": tfds.features.Tensor(shape=(3,), dtype=np.float32),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager):
+        return {
+            "train": self._generate_examples(0, NUM_ROWS),
+            "dev": self._generate_examples(50, 53),
+        }
+
+    def _generate_examples(self, start, stop):
+        for i in range(start, stop):
+            yield i, example(i)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tfds")
+    TinyQuestions(data_dir=directory, file_format="array_record").download_and_prepare()
+    return directory
+
+
+@pytest.fixture
+def version_dir(data_dir, tmp_path):
+    """A copy, to be damaged."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in (data_dir / "tiny_questions" / "1.2.0").iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+FIELDS = {"query_field": "question", "key_field": "answer/text"}
+
+
+def open_tiny(data_dir, split="train", **options):
+    return open_pairs("tiny_questions:1.2.0", split, data_dir=data_dir, **FIELDS | options)
+
+
+def row(i: int) -> dict:
+    return {"query": f"Frage {i}: schön?", "key": f"answer {i}"}
+
+
+@pytest.fixture(params=["memory", "tfds"])
+def pairs(request, data_dir):
+    """Both kinds of source with the same rows."""
+    if request.param == "tfds":
+        return open_tiny(data_dir, group_field="number", metadata_fields=("label",))
+    return InMemoryPairs(
+        [row(i)["query"] for i in range(NUM_ROWS)],
+        [row(i)["key"] for i in range(NUM_ROWS)],
+        groups=[i * 10 for i in range(NUM_ROWS)],
+        metadata={"label": [i % 2 for i in range(NUM_ROWS)]},
+    )
+
+
+def test_rows_come_in_the_order_asked_for(pairs):
+    assert len(pairs) == NUM_ROWS
+    for rows in ([3, 1, 1, 19], np.array([3, 1, 1, 19], np.int32), np.array([0]), []):
+        assert pairs.read(rows) == [row(i) | {"group": i * 10, "label": i % 2} for i in rows]
+    assert type(pairs.read([2])[0]["group"]) is np.int32
+
+
+@pytest.mark.parametrize("rows", [[-1], [0, NUM_ROWS]])
+def test_a_row_that_is_not_there_is_an_error(pairs, rows):
+    with pytest.raises(IndexError, match="there are 20"):
+        pairs.read(rows)
+
+
+def test_a_pickled_source_reads_the_same(pairs):
+    copy = pickle.loads(pickle.dumps(pairs))
+    assert copy.read([5, 2]) == pairs.read([5, 2])
+    assert copy.fingerprint == pairs.fingerprint
+
+
+def test_a_directory_and_a_name_are_the_same_rows(data_dir):
+    by_name = open_tiny(data_dir)
+    newest = open_pairs("tiny_questions", "train", data_dir=data_dir, **FIELDS)
+    directory = data_dir / "tiny_questions" / "1.2.0"
+    by_directory = open_pairs(directory, "train", **FIELDS)
+    everything = range(NUM_ROWS)
+    assert by_name.read(everything) == by_directory.read(everything) == newest.read(everything)
+    assert by_name.fingerprint == by_directory.fingerprint == newest.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("split", "rows"),
+    [
+        ("train[:10%]", [0, 1]),
+        ("train[-3:]", [17, 18, 19]),
+        ("train[2:4]+dev", [2, 3, 50, 51, 52]),
+    ],
+)
+def test_parts_of_splits_can_be_read(data_dir, split, rows):
+    part = open_tiny(data_dir, split)
+    assert part.read(range(len(part))) == [row(i) for i in rows]
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ("label", [0, 1, 0, 1]),
+        ("good", [1, 0, 0, 0]),
+        ("number", [0, 10, 20, 30]),
+        ("answer/source", [2, 0, 1, 2]),  # c a b c, of a b c
+    ],
+)
+def test_groups_become_int32(data_dir, field, expected):
+    rows = open_tiny(data_dir, group_field=field).read(range(4))
+    assert [row["group"] for row in rows] == expected
+    assert {type(row["group"]) for row in rows} == {np.int32}
+
+
+def test_a_group_field_can_be_metadata_as_well(data_dir):
+    fields = ("answer/source", "vector")
+    pairs = open_tiny(data_dir, group_field="answer/source", metadata_fields=fields)
+    [found] = pairs.read([4])
+    assert (found["group"], found["answer/source"]) == (0, "source a")
+    np.testing.assert_array_equal(found["vector"], [4.0, 5.0, 6.0])
+
+
+def test_a_group_beyond_int32_is_an_error(data_dir):
+    pairs = open_tiny(data_dir, group_field="large")
+    assert pairs.read([6])[0]["group"] == 2**31 - 1
+    with pytest.raises(ValueError, match="2147483648 of 'large' does not fit"):
+        pairs.read([7])
+
+
+def test_equal_rows_have_equal_fingerprints_and_others_have_others(data_dir):
+    base = open_tiny(data_dir)
+    assert open_tiny(data_dir, "train[:100%]").fingerprint == base.fingerprint
+    assert open_tiny(data_dir, metadata_fields=("label",)).fingerprint == base.fingerprint
+    others = [
+        open_tiny(data_dir, "dev"),
+        open_tiny(data_dir, "train[:10]"),
+        open_tiny(data_dir, "train[10:]"),
+        open_tiny(data_dir, key_field="answer/source"),
+        open_tiny(data_dir, group_field="label"),
+    ]
+    assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 6
+
+
+def test_a_fingerprint_beside_the_records_stands_for_their_content(version_dir):
+    def fingerprint():
+        return open_pairs(version_dir, "train", **FIELDS).fingerprint
+
+    plain = fingerprint()
+    (version_dir / DESCRIPTION_FILE).write_text('{"fingerprint": "abc"}')
+    described = fingerprint()
+    (version_dir / DESCRIPTION_FILE).write_text('{"fingerprint": "abd"}')
+    assert len({plain, described, fingerprint()}) == 3
+
+
+def test_a_shard_of_another_size_changes_the_fingerprint(version_dir):
+    before = open_pairs(version_dir, "train", **FIELDS).fingerprint
+    [shard] = version_dir.glob("*-train.array_record*")
+    shard.write_bytes(shard.read_bytes() + b"\0")
+    assert open_pairs(version_dir, "train", **FIELDS).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "test"}, r"no split 'test'; it has \['dev', 'train'\]"),
+        ({"split": "train[5:"}, r"no split 'train\[5:'"),
+        ({"split": "train[:0]"}, r"has no rows; the splits have .*'train': 20"),
+        ({"query_field": "query"}, r"no field 'query'; it has \['answer/source', 'answer/text', "),
+        ({"key_field": "answer"}, r"no field 'answer'; it has"),
+        ({"metadata_fields": ("title",)}, "no field 'title'"),
+        ({"group_field": "vector"}, "holds ndarray"),
+        ({"metadata_fields": ("query",)}, r"cannot be named \['query'\]"),
+    ],
+)
+def test_a_wrong_option_is_explained(data_dir, options, message):
+    with pytest.raises(ValueError, match=message):
+        open_tiny(data_dir, **options)
+
+
+def test_a_data_set_that_is_not_prepared_says_where_and_how(tmp_path):
+    with pytest.raises(ValueError, match="is not prepared") as error:
+        open_pairs("snli:1.1.0", "train", data_dir=tmp_path)
+    message = str(error.value)
+    assert f"looked in ['{tmp_path}']" in message
+    command = f"tfds.builder('snli:1.1.0', data_dir='{tmp_path}', file_format='array_record')"
+    assert command in message
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_a_directory_without_a_data_set_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no prepared data set"):
+        open_pairs(tmp_path, "train")
+
+
+def test_another_file_format_is_explained(version_dir):
+    path = version_dir / "dataset_info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fileFormat": "tfrecord"}))
+    for file in version_dir.glob("*.array_record*"):
+        file.rename(version_dir / file.name.replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match=r"is prepared as tfrecord.*file_format='array_record'"):
+        open_pairs(version_dir, "train", **FIELDS)
+
+
+def test_a_missing_shard_is_named(version_dir):
+    [shard] = version_dir.glob("*-train.array_record*")
+    shard.unlink()
+    with pytest.raises(ValueError, match=shard.name):
+        open_pairs(version_dir, "train", **FIELDS)
+
+
+def test_memory_fingerprints_follow_the_content():
+    base = InMemoryPairs(["a", "b"], ["c", "d"])
+    assert InMemoryPairs(("a", "b"), ["c", "d"]).fingerprint == base.fingerprint
+    others = [
+        InMemoryPairs(["b", "a"], ["c", "d"]),
+        InMemoryPairs(["a", "b"], ["c", "e"]),
+        InMemoryPairs(["a", "b"], ["c", "d"], groups=[0, 1]),
+        InMemoryPairs(["a", "b"], ["c", "d"], groups=[0, 2]),
+    ]
+    assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((["a"], ["b", "c"]), {}, "differ in length"),
+        ((["a"], ["b"]), {"groups": [1, 2]}, "differ in length"),
+        (([], []), {}, "no pairs"),
+        ((["a"], ["b"]), {"groups": [2**31]}, "int32"),
+        ((["a"], ["b"]), {"metadata": {"key": [1]}}, "cannot be named"),
+    ],
+)
+def test_wrong_columns_are_explained(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        InMemoryPairs(*arguments, **options)
+
+
+def run_python(code: str) -> str:
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return answer.stdout.strip()
+
+
+def test_memory_needs_no_tfds_and_tfds_no_tensorflow(data_dir):
+    memory = "from jaxcl.data.sources import InMemoryPairs; InMemoryPairs(['a'], ['b']).fingerprint"
+    reading = (
+        "from jaxcl.data.sources import open_pairs; p = open_pairs('tiny_questions', 'train', "
+        f"data_dir={str(data_dir)!r}, query_field='question', key_field='label'); p.read([0])"
+    )
+    loaded = "import sys; print([n in sys.modules for n in ('tensorflow_datasets', 'tensorflow')])"
+    assert run_python(f"{memory}; {loaded}") == "[False, False]"
+    assert run_python(f"{reading}; {loaded}") == "[True, False]"

@@ -1,0 +1,188 @@
+"""Ranks and metrics: arithmetic in sight, ties, scores that are not finite, and ir_measures."""
+
+import math
+
+import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
+
+from jaxcl.metrics import (
+    mean_and_standard_error,
+    mid_ranks,
+    mrr_metric,
+    ndcg_metric,
+    paired_difference,
+    rank_of_key,
+    recall_at_k_metric,
+)
+
+METRICS = [mrr_metric, ndcg_metric, recall_at_k_metric]
+
+
+def optimistic_rank(scores, relevant):
+    """What `rank_of_key` must not be: strictly greater scores alone, and no check."""
+    own = scores[np.arange(len(scores)), relevant][:, None]
+    return (scores > own).sum(axis=1) + 1.0
+
+
+def scores_with_ties(rng, num_queries, num_keys):
+    return rng.integers(0, 5, (num_queries, num_keys)) / 4
+
+
+def test_the_rank_counts_better_keys_and_half_of_the_tied_ones():
+    scores = np.array([[0.9, 0.5, 0.5, 0.5, 0.1]])
+    for key, rank in enumerate([1, 1 + 1 + 2 / 2, 1 + 1 + 2 / 2, 1 + 1 + 2 / 2, 1 + 4]):
+        assert rank_of_key(scores, np.array([key])).tolist() == [rank]
+
+
+def test_the_mid_rank_is_the_mean_over_all_orders_of_the_ties():
+    rng = np.random.default_rng(0)
+    scores, relevant = scores_with_ties(rng, 50, 7), rng.integers(0, 7, 50)
+    better = optimistic_rank(scores, relevant)
+    worst = (scores >= scores[np.arange(50), relevant][:, None]).sum(axis=1)
+    assert rank_of_key(scores, relevant).tolist() == ((better + worst) / 2).tolist()
+    assert (better < worst).any()
+
+
+def test_constant_scores_rank_in_the_middle_of_the_pool():
+    num_keys = 100
+    ranks = rank_of_key(np.zeros((3, num_keys)), np.array([0, 50, 99]))
+    assert ranks.tolist() == [(1 + num_keys) / 2] * 3
+    assert optimistic_rank(np.zeros((3, num_keys)), [0, 50, 99]).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("num_keys", [1, 2, 7, 64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_mid_ranks_of_all_keys_agree_with_the_rank_of_one(num_keys, dtype):
+    rng = np.random.default_rng(num_keys)
+    scores = scores_with_ties(rng, 20, num_keys).astype(dtype)
+    every = mid_ranks(scores)
+    for key in range(num_keys):
+        assert every[:, key].tolist() == rank_of_key(scores, np.full(20, key)).tolist()
+    assert every.sum(axis=1).tolist() == [num_keys * (num_keys + 1) / 2] * 20
+
+
+def test_a_positive_and_a_negative_zero_tie():
+    assert mid_ranks(np.array([[0.0, -0.0]])).tolist() == [[1.5, 1.5]]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_are_an_error_that_says_where(bad):
+    scores = np.zeros((4, 5))
+    scores[2, 3] = scores[3, 0] = bad
+    for ranking in (mid_ranks, lambda scores: rank_of_key(scores, np.arange(4))):
+        with pytest.raises(ValueError, match=r"2 of 20 scores .* query 2, key 3"):
+            ranking(scores)
+
+
+def test_without_the_error_nan_scores_would_read_as_perfect():
+    scores, relevant = np.full((4, 5), math.nan), np.arange(4)
+    assert mrr_metric(optimistic_rank(scores, relevant)).mean() == 1.0
+    with pytest.raises(ValueError, match="20 of 20 scores"):
+        rank_of_key(scores, relevant)
+
+
+@pytest.mark.parametrize("column", [-1, 5])
+def test_a_relevant_key_outside_the_pool_is_an_error(column):
+    with pytest.raises(ValueError, match=rf"relevant\[1\]={column} is no column of 5 keys"):
+        rank_of_key(np.zeros((2, 5)), np.array([0, column]))
+
+
+def test_relevant_of_another_length_is_an_error():
+    with pytest.raises((ValueError, TypeCheckError)):
+        rank_of_key(np.zeros((2, 5)), np.array([0]))
+
+
+def test_metrics_by_hand():
+    ranks = np.array([1.0, 1.5, 2.0, 10.0, 10.5, 11.0])
+    assert mrr_metric(ranks).tolist() == [1, 1 / 1.5, 1 / 2, 1 / 10, 0, 0]
+    gains = [1 / math.log2(1 + rank) for rank in ranks[:4]]
+    np.testing.assert_allclose(ndcg_metric(ranks), [*gains, 0, 0], rtol=1e-15)
+    assert recall_at_k_metric(ranks, cutoff=1).tolist() == [1, 0, 0, 0, 0, 0]
+    assert recall_at_k_metric(ranks, cutoff=10).tolist() == [1, 1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_metric_gives_one_value_per_query_between_0_and_1_and_never_rises_with_the_rank(metric):
+    values = metric(np.arange(1, 30) / 2 + 0.5, cutoff=10)
+    assert values.shape == (29,)
+    assert values[0] == 1
+    assert values[-1] == 0
+    assert (np.diff(values) <= 0).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_what_is_no_rank_or_no_cutoff_is_an_error(metric):
+    for bad in (0.0, 0.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match="rank_of_key"):
+            metric(np.array([1.0, bad]), cutoff=10)
+    with pytest.raises(ValueError, match="cutoff=0"):
+        metric(np.array([1.0]), cutoff=0)
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys"), [(1, 1), (3, 4), (9, 10), (40, 11), (60, 250)]
+)
+def test_metrics_agree_with_ir_measures(num_queries, num_keys):
+    ir_measures = pytest.importorskip("ir_measures")
+    RR, R, nDCG = ir_measures.RR, ir_measures.R, ir_measures.nDCG
+    rng = np.random.default_rng(num_keys)
+    # Permutations, because ir_measures has its own way with ties.
+    scores = np.stack([rng.permutation(num_keys) for _ in range(num_queries)]) / num_keys
+    relevant = rng.integers(0, num_keys, num_queries)
+    ranks = rank_of_key(scores, relevant)
+    ours = {
+        RR @ 10: mrr_metric(ranks, cutoff=10),
+        nDCG @ 10: ndcg_metric(ranks, cutoff=10),
+        R @ 1: recall_at_k_metric(ranks, cutoff=1),
+        R @ 10: recall_at_k_metric(ranks, cutoff=10),
+        R @ 100: recall_at_k_metric(ranks, cutoff=100),
+    }
+    truth = {str(query): {str(key): 1} for query, key in enumerate(relevant)}
+    run = {
+        str(query): {str(key): float(score) for key, score in enumerate(row)}
+        for query, row in enumerate(scores)
+    }
+    seen = set()
+    for value in ir_measures.iter_calc(list(ours), truth, run):
+        assert abs(value.value - ours[value.measure][int(value.query_id)]) < 1e-12, value
+        seen.add((value.measure, value.query_id))
+    assert len(seen) == len(ours) * num_queries
+
+
+def test_mean_and_standard_error_by_hand():
+    mean, error = mean_and_standard_error(np.array([1.0, 0.0, 0.5]))
+    assert mean == (1 + 0 + 0.5) / 3
+    variance = (0.5**2 + 0.5**2 + 0**2) / (3 - 1)
+    assert math.isclose(error, math.sqrt(variance) / math.sqrt(3), rel_tol=1e-15)
+
+
+def test_the_standard_error_is_the_spread_of_means_over_draws():
+    rng = np.random.default_rng(0)
+    draws = rng.random((2000, 50))
+    errors = [mean_and_standard_error(draw)[1] for draw in draws]
+    # 2,000 draws know a standard deviation to 1 / sqrt(2 · 2,000), 1.6 %; three times that.
+    assert math.isclose(np.mean(errors), draws.mean(axis=1).std(), rel_tol=0.05)
+
+
+def test_one_value_has_no_standard_error_and_none_has_no_mean():
+    mean, error = mean_and_standard_error(np.array([0.25]))
+    assert mean == 0.25
+    assert math.isnan(error)
+    with pytest.raises(ValueError, match="at least one query"):
+        mean_and_standard_error(np.array([]))
+
+
+def test_the_paired_difference_is_signed_and_ignores_what_both_share():
+    rng = np.random.default_rng(0)
+    baseline = rng.random(100)
+    gain = np.where(np.arange(100) % 2 == 0, 0.2, 0.0)
+    mean, error = paired_difference(baseline + gain, baseline)
+    assert math.isclose(mean, 0.1, rel_tol=1e-12)
+    assert math.isclose(error, math.sqrt(100 * 0.1**2 / 99) / math.sqrt(100), rel_tol=1e-12)
+    assert paired_difference(baseline, baseline + gain)[0] == -mean
+
+
+def test_values_of_other_queries_cannot_be_paired():
+    with pytest.raises((ValueError, TypeCheckError)):
+        paired_difference(np.ones(3), np.ones(2))
