@@ -48,7 +48,7 @@ def make_embedder(encode: Encode, mesh: Mesh, *, batch_size: int = 1024) -> Embe
         advance: Callable[[int], None] = lambda rows: None,
     ) -> Float[np.ndarray, "n d"]:
         parts = []
-        for first in range(0, len(tokens), batch_size):
+        for first in range(0, max(len(tokens), 1), batch_size):
             rows = tokens[first : first + batch_size]
             # Every batch has one shape, so that one program is compiled; the surplus is cut off.
             inputs = {"tokens": np.pad(rows, ((0, batch_size - len(rows)), (0, 0)))}

@@ -31,11 +31,11 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[..., None]]:
     console = rich.get_console()
     if console.is_terminal:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(what, total=total, note="")
@@ -56,6 +56,7 @@ def _line_printer(what: str, total: int) -> Callable[..., None]:
             return
         last = now
         left = (now - start) * (total - count) / max(count, 1)
-        say(f"{what}: {count:,}/{total:,} {note} {now - start:.0f} s, {left:.0f} s left")
+        parts = [f"{what}: {count:,}/{total:,}", note, f"{now - start:.0f} s, {left:.0f} s left"]
+        say(" ".join(filter(None, parts)))
 
     return advance

@@ -131,7 +131,7 @@ def make_train_step(
         leaf_norms = jax.tree.map(jnp.linalg.norm, gradients)
         metrics = StepMetrics(
             loss=value,
-            gradient_norm=optax.global_norm(leaf_norms),
+            gradient_norm=optax.tree.norm(leaf_norms),
             temperature=jnp.exp(params["log_temperature"]),
             leaf_gradient_norms=leaf_norms,
         )

@@ -22,11 +22,11 @@ from collections.abc import Hashable
 from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 __all__ = [
-    "Array", "AxisName", "Batch", "Bool", "Embeddings", "Float", "Int", "Key", "NumpyInt",
-    "PyTree", "RowKeys", "Scalar", "Tokens",
+    "Array", "AxisName", "Batch", "Bool", "Embeddings", "Float", "Int", "Integer", "Key",
+    "NumpyInt", "PyTree", "RowKeys", "Scalar", "Tokens",
 ]
 
 PyTree: TypeAlias = Any

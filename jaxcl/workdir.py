@@ -33,7 +33,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
             _check_same(workdir, before, now)
         if jax.process_index() == 0:
             write_whole(path, json.dumps(now, indent=2) + "\n")
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except OSError as error:
         raise PermissionError(
             f"cannot write to the workdir {workdir} ({error.strerror}); make it writable, or "
             "choose another --workdir"
@@ -68,7 +68,7 @@ def _check_same(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> N
         f"{field} is {ours.get(field, missing)} here and {theirs.get(field, missing)} there"
         for field in sorted(ours.keys() | theirs.keys())
         if ours.get(field, missing) != theirs.get(field, missing)
-        and not field.startswith(f"{_MAY_CHANGE}.")
+        and field.split(".")[0] != _MAY_CHANGE
     ]
     if different:
         raise ValueError(

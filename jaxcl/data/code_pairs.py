@@ -364,6 +364,8 @@ def _progress(show: bool) -> Iterator[_Phase]:
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
 
         def phase(name: str, total: int | None) -> Callable[[int], None]:
+            for earlier in bars.tasks:
+                bars.update(earlier.id, total=earlier.completed)
             task = bars.add_task(name, total=total)
             return lambda steps: bars.advance(task, steps)
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,7 @@ _Rows = Sequence[int] | np.ndarray
 _READ_AT_ONCE = 8192
 
 
+@runtime_checkable
 class PairSource(Protocol):
     """Rows that can be read in any order, each a dict with "query", "key" and what was asked for.
 

@@ -1,5 +1,6 @@
 """Token ids of a whole split, computed once and then read from disk by row number."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,11 +17,11 @@ from jaxcl.data.sources import PairSource
 from jaxcl.data.tokenizer import encode_texts, tokenizer_fingerprint
 from jaxcl.models.layers import PADDING_ID
 from jaxcl.models.towers import SIDES
-from jaxcl.typing import Batch, Int
+from jaxcl.typing import Batch, Int, Integer
 
 __all__ = ["TokenTable", "build_token_table", "padded"]
 
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK_ROWS = 4096
 
 
@@ -34,7 +35,7 @@ class TokenTable(NamedTuple):
       max_tokens: side -> the width of its batches.
     """
 
-    tokens: Mapping[str, Int[np.ndarray, " _"]]
+    tokens: Mapping[str, Integer[np.ndarray, " _"]]
     offsets: Mapping[str, Int[np.ndarray, " _"]]
     group: Int[np.ndarray, " n"]
     max_tokens: Mapping[str, int]
@@ -57,7 +58,7 @@ class TokenTable(NamedTuple):
 
 
 def padded(
-    flat: Int[np.ndarray, " _"],
+    flat: Integer[np.ndarray, " _"],
     starts: Int[np.ndarray, " b"],
     lengths: Int[np.ndarray, " b"],
     *,
@@ -128,33 +129,37 @@ def _write(
     """Writes beside the final place and renames, so that a table is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.unfinished-"))
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
+    dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32
     group = np.zeros(len(source), np.int32)
     lengths = {side: np.zeros(len(source), np.int64) for side in SIDES}
     try:
-        files = {side: open(unfinished / f"{side}.raw", "wb") for side in SIDES}  # noqa: SIM115
-        for first in range(0, len(source), _CHUNK_ROWS):
-            rows = np.arange(first, min(first + _CHUNK_ROWS, len(source)))
-            records = source.read(rows)
-            group[rows] = [record.get("group", 0) for record in records]
-            for side, file in files.items():
-                texts = [record[side] for record in records]
-                limit = made_from["max_tokens"][side]
-                ids = list(
-                    encode_texts(tokenizer, texts, max_tokens=limit, add_cls=made_from["add_cls"])
-                )
-                lengths[side][rows] = [len(row) for row in ids]
-                file.write(np.concatenate(ids).astype(dtype).tobytes())
-            advance(len(rows))
-        for side, file in files.items():
-            file.close()
+        with contextlib.ExitStack() as open_files:
+            files = {
+                side: open_files.enter_context(open(unfinished / f"{side}.raw", "wb"))
+                for side in SIDES
+            }
+            for first in range(0, len(source), _CHUNK_ROWS):
+                rows = np.arange(first, min(first + _CHUNK_ROWS, len(source)))
+                records = source.read(rows)
+                group[rows] = [record.get("group", 0) for record in records]
+                for side, file in files.items():
+                    texts = [record[side] for record in records]
+                    limit, add_cls = made_from["max_tokens"][side], made_from["add_cls"]
+                    ids = list(encode_texts(tokenizer, texts, max_tokens=limit, add_cls=add_cls))
+                    lengths[side][rows] = [len(row) for row in ids]
+                    file.write(np.concatenate(ids).astype(dtype).tobytes())
+                advance(len(rows))
+        for side in SIDES:
             raw = unfinished / f"{side}.raw"
             np.save(unfinished / f"{side}_tokens.npy", np.fromfile(raw, dtype))
             np.save(unfinished / f"{side}_offsets.npy", np.append(0, np.cumsum(lengths[side])))
             raw.unlink()
         np.save(unfinished / "group.npy", group)
         (unfinished / "made_from.json").write_text(json.dumps(made_from, indent=2))
-        if not path.exists():
+        try:
             os.rename(unfinished, path)
+        except OSError:
+            if not path.exists():  # another process was first
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -47,14 +47,15 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return _reading_specials_as_text(tokenizer)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """Reads a `tokenizer.json`, of `train_tokenizer` or of any other origin.
 
     Raises:
-      ValueError: if the file cannot be read as a tokenizer, or its id 0 is not padding.
+      ValueError: if the file cannot be read as a tokenizer, its id 0 is not padding, or it
+        has no unknown token.
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -65,9 +66,21 @@ def load_tokenizer(path: Path) -> Tokenizer:
             f"{path}: token {PADDING_ID} is {tokenizer.id_to_token(PADDING_ID)!r}; "
             f"it must be {_SPECIAL_TOKENS[0]!r}, since encoders read id {PADDING_ID} as padding"
         )
+    if tokenizer.token_to_id(_SPECIAL_TOKENS[1]) is None:
+        raise ValueError(
+            f"{path} has no token {_SPECIAL_TOKENS[1]!r}, which stands for text without tokens; "
+            "add it to the vocabulary"
+        )
     # A file may carry a fixed padding or truncation of its own.
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    return _reading_specials_as_text(tokenizer)
+
+
+def _reading_specials_as_text(tokenizer: Tokenizer) -> Tokenizer:
+    # Code about tokenizers spells "[PAD]" out, which must not become padding. Files do not keep
+    # this setting.
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
@@ -83,6 +96,11 @@ def encode_texts(
 
     Text without any token becomes one unknown token, so that every row has an embedding.
     """
+    if add_cls and tokenizer.token_to_id(_SPECIAL_TOKENS[2]) is None:
+        raise ValueError(
+            f"the tokenizer has no token {_SPECIAL_TOKENS[2]!r} to begin texts with; add it to the "
+            "vocabulary, or set add_cls=False"
+        )
     unknown = [tokenizer.token_to_id(_SPECIAL_TOKENS[1])]
     prefix = [tokenizer.token_to_id(_SPECIAL_TOKENS[2])] if add_cls else []
     for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False):

@@ -1,7 +1,7 @@
 """Two towers as plain functions: parameters in a dict, one encoder for both sides or one each."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -13,6 +13,7 @@ __all__ = ["SIDES", "Encode", "Towers", "make_towers"]
 SIDES = ("query", "key")
 
 
+@runtime_checkable
 class Encode(Protocol):
     """`(parameters, side, inputs, a random key per row or None) -> [b, d]` unit vectors.
 

@@ -82,7 +82,7 @@ class TransformerEncoder(nnx.Module):
                     norm_position=norm_position,
                     dropout=dropout,
                     first_dropout=1 + 2 * layer,
-                    compute_dtype=dtype,
+                    dtype=dtype,
                     rngs=rngs,
                 )
                 for layer in range(num_layers)

@@ -264,7 +264,7 @@ def test_damaged_pairs_are_made_again(prepare, damage):
 
 def _prepare_at_the_barrier(barrier, data_dir, site, results):
     code_pairs._put_in_place, put = (
-        lambda *args: (barrier.wait(60), put(*args)),  # both have written, neither has renamed
+        lambda *args: (barrier.wait(30), put(*args)),  # both have written, neither has renamed
         code_pairs._put_in_place,
     )
     info = prepare_code_pairs(data_dir, roots=(SourceRoot(site),), test_packages=("held",))
@@ -278,7 +278,7 @@ def test_two_processes_may_prepare_at_once(tmp_path, roots):
     processes = [context.Process(target=_prepare_at_the_barrier, args=arguments) for _ in range(2)]
     for process in processes:
         process.start()
-    found = {results.get(timeout=60) for _ in processes}
+    found = {results.get(timeout=30) for _ in processes}
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]

@@ -1,6 +1,7 @@
 """Which functions are found, what is left of them, and which files are passed over."""
 
 import ast
+import gc
 import json
 import os
 import sysconfig
@@ -273,6 +274,7 @@ def test_new_processes_find_the_same(tmp_path):
     serial = parse_functions(scan.files)
     assert parse_functions(scan.files, num_processes=2, on_progress=done.append) == serial
     assert len(serial.functions) == 600
+    assert gc.isenabled()  # it is off while files are parsed
     assert sum(done) == 601
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from jaxcl.data.sources import DESCRIPTION_FILE, InMemoryPairs, open_pairs
+from jaxcl.data.sources import DESCRIPTION_FILE, InMemoryPairs, PairSource, open_pairs
 
 LABELS = ("no", "yes")
 NUM_ROWS = 20
@@ -102,6 +102,7 @@ def pairs(request, data_dir):
 
 
 def test_rows_come_in_the_order_asked_for(pairs):
+    assert isinstance(pairs, PairSource)
     assert len(pairs) == NUM_ROWS
     for rows in ([3, 1, 1, 19], np.array([3, 1, 1, 19], np.int32), np.array([0]), []):
         assert pairs.read(rows) == [row(i) | {"group": i * 10, "label": i % 2} for i in rows]

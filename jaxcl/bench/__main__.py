@@ -1,0 +1,116 @@
+"""Measures jaxcl, in turn with what a user would otherwise pick.
+
+    python -m jaxcl.bench BENCHMARK [--json FILE] [options of the benchmark]
+
+Each benchmark is a module whose `main(argv)` measures and returns a record:
+
+    shapes   what was measured
+    unit     of all figures in `rounds`
+    rounds   what was timed -> one figure per round; round i of all was taken in turn
+    facts    whatever else one should know: compile seconds, shares, checks
+
+This module adds commit, device and versions, prints one table, and writes one JSON.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxcl.bench import embedding_bag, train_step
+
+BENCHMARKS: Mapping[str, Callable[[Sequence[str]], dict[str, Any]]] = {
+    "embedding_bag": embedding_bag.main,
+    "train_step": train_step.main,
+}
+"""Benchmarks by name."""
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs one benchmark and returns its record, as the JSON holds it."""
+    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench", add_help=False)
+    parser.add_argument("benchmark", choices=BENCHMARKS)
+    parser.add_argument("--json", type=Path, help="where to write the record")
+    arguments, rest = parser.parse_known_args(argv)
+    measured = BENCHMARKS[arguments.benchmark](rest)
+    record = {
+        "benchmark": arguments.benchmark,
+        **environment(),
+        **measured,
+        "summary": {name: summary(figures) for name, figures in measured["rounds"].items()},
+    }
+    print(as_table(record))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def summary(figures: Sequence[float]) -> dict[str, float]:
+    """Median, least and greatest of the rounds."""
+    return {"median": statistics.median(figures), "min": min(figures), "max": max(figures)}
+
+
+def environment() -> dict[str, Any]:
+    """Commit, device and versions, without which a figure means nothing."""
+    device = jax.devices()[0]
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {
+        "commit": _commit(),
+        "device": f"{jax.device_count()} of kind {device.device_kind}",
+        "cpu": f"{os.cpu_count()} cores of {_cpu_model()}",
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+    }
+
+
+def as_table(record: Mapping[str, Any]) -> str:
+    """The record for a person."""
+    width = max(map(len, [*record["summary"], *record["facts"]]))
+    head = f"{record['benchmark']} · {record['device']} · {record['cpu']} · {record['commit']}"
+    shapes = ", ".join(f"{name} {value}" for name, value in record["shapes"].items())
+    lines = [head, shapes, "", f"{record['unit']:{width}}  {'median':>12} {'min':>12} {'max':>12}"]
+    for name, row in record["summary"].items():
+        figures = " ".join(f"{_short(row[column]):>12}" for column in ("median", "min", "max"))
+        lines.append(f"{name:{width}}  {figures}")
+    lines.append("")
+    lines += [f"{name:{width}}  {_short(fact):>12}" for name, fact in record["facts"].items()]
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _commit() -> str:
+    """The commit of this checkout, marked where files differ from it; "unknown" outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+if __name__ == "__main__":
+    main()

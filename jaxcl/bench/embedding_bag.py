@@ -1,0 +1,122 @@
+"""How fast is each implementation of `embedding_bag`, forward, and forward with backward?
+
+python -m jaxcl.bench embedding_bag [--rounds N] [--json FILE]
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.models.embedding_bag import IMPLEMENTATIONS, embedding_bag
+from jaxcl.models.layers import PADDING_ID
+from jaxcl.typing import Array, Float, Int
+
+__all__ = ["DEFAULT_SHAPES", "BagShape", "main", "measure", "row_lengths", "zipf_tokens"]
+
+
+class BagShape(NamedTuple):
+    """Sizes of one bag: `batch_size` rows, `width` tokens wide, of which `mean_tokens` are real."""
+
+    batch_size: int
+    width: int
+    mean_tokens: int
+    hidden_dim: int = 512
+    vocabulary_size: int = 16_384
+
+
+DEFAULT_SHAPES = (BagShape(1_024, 32, 12), BagShape(1_024, 256, 110))
+"""Queries and keys of `configs/code_search.py`."""
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Measures the default shapes."""
+    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench embedding_bag")
+    parser.add_argument("--rounds", type=int, default=15)
+    return measure(DEFAULT_SHAPES, rounds=parser.parse_args(argv).rounds)
+
+
+def measure(shapes: Sequence[BagShape], *, rounds: int) -> dict[str, Any]:
+    """Times all implementations in turn, round after round.
+
+    Args:
+      shapes: what to measure.
+      rounds: how often.
+
+    Returns:
+      The record that `jaxcl.bench` prints, in milliseconds.
+    """
+    calls: dict[str, Callable[[], Any]] = {}
+    compile_seconds: dict[str, float] = {}
+    for shape in shapes:
+        arguments = _arguments(shape)
+        for implementation in IMPLEMENTATIONS:
+            for pass_name, function in _passes(implementation).items():
+                name = f"{implementation} {pass_name} [{shape.batch_size}, {shape.width}]"
+                start = time.perf_counter()
+                compiled = jax.jit(function).lower(*arguments).compile()
+                compile_seconds[f"compile s, {name}"] = time.perf_counter() - start
+                calls[name] = functools.partial(compiled, *arguments)
+    for call in calls.values():
+        jax.block_until_ready(call())
+    rounds_of: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            rounds_of[name].append(1e3 * (time.perf_counter() - start))
+    return {
+        "shapes": {f"[{shape.batch_size}, {shape.width}]": shape._asdict() for shape in shapes},
+        "unit": "ms",
+        "rounds": rounds_of,
+        "facts": compile_seconds,
+    }
+
+
+def zipf_tokens(
+    rng: np.random.Generator, count: int, *, vocabulary_size: int
+) -> Int[np.ndarray, " _"]:
+    """Token ids that are as unequally frequent as words: id $r$ with a probability of $1 / r$."""
+    cumulative = np.cumsum(1.0 / np.arange(1, vocabulary_size))
+    # No token has the id of padding, 0.
+    return 1 + np.searchsorted(cumulative, rng.random(count) * cumulative[-1]).astype(np.int32)
+
+
+def row_lengths(
+    rng: np.random.Generator, count: int, *, mean: int, width: int
+) -> Int[np.ndarray, " _"]:
+    """Numbers of tokens around a mean, at least 1 and cut off at a width."""
+    return np.clip(rng.gamma(2.0, mean / 2.0, count), 1, width).astype(np.int64)
+
+
+def _arguments(
+    shape: BagShape,
+) -> tuple[Float[Array, "v h"], Int[Array, "b t"], Float[Array, "b t"]]:
+    rng = np.random.default_rng(0)
+    size = (shape.batch_size, shape.width)
+    tokens = zipf_tokens(rng, shape.batch_size * shape.width, vocabulary_size=shape.vocabulary_size)
+    lengths = row_lengths(rng, shape.batch_size, mean=shape.mean_tokens, width=shape.width)
+    real = np.arange(shape.width) < lengths[:, None]
+    table = rng.normal(size=(shape.vocabulary_size, shape.hidden_dim)).astype(np.float32)
+    return (
+        jnp.asarray(table),
+        jnp.asarray(np.where(real, tokens.reshape(size), PADDING_ID)),
+        jnp.asarray(real, jnp.float32),
+    )
+
+
+def _passes(implementation: str) -> dict[str, Callable]:
+    def forward(table: Array, tokens: Array, weights: Array) -> Array:
+        return embedding_bag(table, tokens, weights, implementation=implementation)
+
+    def both(table: Array, tokens: Array, weights: Array) -> tuple[Array, Array]:
+        """The table's gradient only: weights are a mask and learn nothing."""
+        bags, pull_back = jax.vjp(lambda table: forward(table, tokens, weights), table)
+        return bags, pull_back(bags)[0]
+
+    return {"forward": forward, "forward+backward": both}

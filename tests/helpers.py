@@ -1,0 +1,29 @@
+"""What many tests share: unit vectors, relative errors that zero could not pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def unit_vectors(seed: int, *shape: int, dtype=jnp.float64):
+    """Random rows of norm 1: the scale on which losses work."""
+    vectors = np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True), dtype)
+
+
+def relative_error(found, wanted) -> float:
+    """‖found − wanted‖ / ‖wanted‖ of one array; an all-zero answer would give 1."""
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    scale = np.linalg.norm(wanted)
+    assert scale > 0, "nothing to compare with: the reference is zero"
+    assert found.shape == wanted.shape
+    return float(np.linalg.norm(found - wanted) / scale)
+
+
+def relative_errors(found, wanted) -> dict[str, float]:
+    """`relative_error` for every leaf of a tree, by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(found)
+    return {
+        jax.tree_util.keystr(path): relative_error(ours, theirs)
+        for (path, ours), theirs in zip(leaves, jax.tree.leaves(wanted), strict=True)
+    }

@@ -1,0 +1,115 @@
+"""Benchmarks run at tiny sizes and give finite figures; how fast is no test's business."""
+
+import itertools
+import json
+import math
+import os
+
+import pytest
+
+from jaxcl.bench import embedding_bag, train_step
+from jaxcl.bench.__main__ import BENCHMARKS, as_table, main
+from jaxcl.bench.embedding_bag import BagShape
+from jaxcl.bench.train_step import StepShape
+from jaxcl.models.embedding_bag import IMPLEMENTATIONS
+
+_SHAPES = {
+    "static": StepShape(
+        model="static",
+        options={},
+        dropout=("token_dropout", 0.4),
+        dim=8,
+        batch_size=16,
+        max_tokens={"query": 4, "key": 9},
+        mean_tokens={"query": 2, "key": 5},
+        steps=2,
+        num_rows=50,
+        vocabulary_size=40,
+    ),
+    "transformer": StepShape(
+        model="transformer",
+        options={
+            "max_tokens": 8,
+            "hidden_dim": 12,
+            "num_layers": 2,
+            "num_heads": 3,
+            "mlp_dim": 16,
+            "compute_dtype": "float32",
+        },
+        dropout=("dropout", 0.1),
+        dim=8,
+        batch_size=16,
+        max_tokens={"query": 8, "key": 8},
+        mean_tokens={"query": 5, "key": 5},
+        steps=2,
+        num_rows=50,
+        vocabulary_size=40,
+    ),
+}
+
+
+def _is_figure(value: float) -> bool:
+    return value > 0 and math.isfinite(value)
+
+
+@pytest.fixture
+def torch_python() -> str:
+    """An interpreter with torch, which jaxcl's own environment need not have."""
+    path = os.environ.get("JAXCL_TORCH_PYTHON")
+    if not path:
+        pytest.skip("JAXCL_TORCH_PYTHON names no interpreter with torch")
+    return path
+
+
+@pytest.mark.parametrize("model", _SHAPES)
+def test_the_step_and_the_loop_are_timed(model):
+    record = train_step.measure(_SHAPES[model], rounds=2)
+    assert set(record["rounds"]) == {"jaxcl step", "jaxcl loop"}
+    assert all(len(rates) == 2 for rates in record["rounds"].values())
+    assert all(map(_is_figure, itertools.chain.from_iterable(record["rounds"].values())))
+    assert math.isfinite(record["facts"]["share of the loop not XLA's"])
+
+
+@pytest.mark.parametrize("model", _SHAPES)
+@pytest.mark.parametrize("variant", ["ragged", "padded", "einsum"])
+def test_pytorch_computes_the_same_model(model, variant, torch_python):
+    record = train_step.measure(
+        _SHAPES[model], rounds=1, torch_python=torch_python, torch_variant=variant
+    )
+    assert record["facts"]["relative difference of the first loss"] < 1e-5
+    assert record["facts"]["relative difference of the first gradient norm"] < 1e-5
+    assert math.isfinite(record["rounds"]["PyTorch step"][0])
+
+
+def test_another_model_in_pytorch_is_refused(torch_python, monkeypatch):
+    twin_spec = train_step._twin_spec
+
+    def without_heads(*arguments):
+        return {**twin_spec(*arguments), "num_heads": 1}
+
+    monkeypatch.setattr(train_step, "_twin_spec", without_heads)
+    with pytest.raises(RuntimeError, match="not the same model"):
+        train_step.measure(_SHAPES["transformer"], rounds=1, torch_python=torch_python)
+
+
+def test_all_implementations_of_the_bag_are_timed():
+    shape = BagShape(batch_size=3, width=5, mean_tokens=2, hidden_dim=4, vocabulary_size=7)
+    record = embedding_bag.measure([shape], rounds=2)
+    assert len(record["rounds"]) == 2 * len(IMPLEMENTATIONS)
+    assert all(map(_is_figure, itertools.chain.from_iterable(record["rounds"].values())))
+
+
+def test_the_json_holds_where_and_what_was_measured(tmp_path, monkeypatch, capsys):
+    shape = BagShape(batch_size=3, width=5, mean_tokens=2, hidden_dim=4, vocabulary_size=7)
+    monkeypatch.setattr(embedding_bag, "DEFAULT_SHAPES", [shape])
+    record = main(["embedding_bag", "--rounds", "1", "--json", str(tmp_path / "bag.json")])
+    assert json.loads((tmp_path / "bag.json").read_text()) == record
+    assert {"commit", "device", "cpu", "versions", "shapes", "summary"} <= set(record)
+    assert as_table(record) in capsys.readouterr().out
+
+
+def test_an_unknown_benchmark_is_an_error_that_lists_the_known(capsys):
+    with pytest.raises(SystemExit):
+        main(["no_such_benchmark"])
+    message = capsys.readouterr().err
+    assert all(name in message for name in BENCHMARKS)

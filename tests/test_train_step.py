@@ -1,0 +1,196 @@
+"""The whole step over meshes: every parameter's gradient is that of one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxcl.losses import infonce_loss
+from jaxcl.mesh import make_mesh, put_batch, replicated_sharding
+from jaxcl.models import StaticEncoder, TransformerEncoder, make_towers
+from jaxcl.train_step import TemperatureBounds, init_state, make_loss, make_train_step
+from tests.helpers import relative_error, relative_errors
+
+MESHES = ({"data": 8}, {"replica": 2, "data": 4})
+TEMPERATURE = TemperatureBounds(initial=0.05, minimum=0.01, maximum=1.0)
+MASKS = {"ids": "row", "groups": "group"}
+TOWERS = {
+    "static": make_towers(
+        lambda rngs: StaticEncoder(50, dim=8, token_dropout=0.3, rngs=rngs), shared=True
+    ),
+    "static, projected, two towers": make_towers(
+        lambda rngs: StaticEncoder(50, dim=8, hidden_dim=12, rngs=rngs), shared=False
+    ),
+    "transformer": make_towers(
+        lambda rngs: TransformerEncoder(
+            50,
+            dim=8,
+            max_tokens=9,
+            hidden_dim=12,
+            num_layers=2,
+            num_heads=2,
+            mlp_dim=16,
+            compute_dtype="float64",
+            rngs=rngs,
+        ),
+        shared=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("name", TOWERS)
+def test_any_mesh_gives_the_loss_and_every_gradient_of_one_device(name, shape, x64, monkeypatch):
+    # JAX's attention rounds its softmax to float32 whatever it is given, which alone makes 3e-8.
+    # Attention stays within a row; what is in question here is everything between rows.
+    monkeypatch.setattr(jax.nn, "dot_product_attention", double_attention)
+    wanted = loss_and_gradients(name, {"data": 1})
+    found = loss_and_gradients(name, shape)
+    errors = relative_errors(found, wanted)
+    assert max(errors.values()) < 1e-10, errors
+
+
+def test_a_wrong_reduction_fails_that_test(x64):
+    """Differentiating inside of the mesh and averaging, a silent no-op there, is off by 8."""
+    towers, mesh = TOWERS["static"], make_mesh({"data": 8})
+    params, batch = double_params(towers), some_batch()
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+
+    def local_gradients(params, batch):
+        def loss(params):
+            queries, keys = (
+                towers.encode(params["towers"], side, batch[side]) for side in ("query", "key")
+            )
+            temperature = jnp.exp(params["log_temperature"])
+            return infonce_loss(queries, keys, temperature=temperature, axis_name="data").mean()
+
+        return jax.lax.pmean(jax.grad(loss)(params), "data")
+
+    wrong = jax.jit(
+        jax.shard_map(local_gradients, mesh=mesh, in_specs=(whole, rows), out_specs=whole)
+    )(params, batch)
+    right = jax.grad(make_loss(towers.encode, infonce_loss, mesh, masks={}))(params, batch, None)
+    assert min(relative_errors(wrong, right).values()) > 1e-10
+    ratio = wrong["log_temperature"] / right["log_temperature"]
+    np.testing.assert_allclose(ratio, 8.0, rtol=1e-10)
+
+
+def test_dropout_follows_the_row_and_not_its_place(x64):
+    towers, mesh = TOWERS["static"], make_mesh({"data": 8})
+    params, batch = double_params(towers), some_batch()
+    loss = jax.jit(make_loss(towers.encode, infonce_loss, mesh, masks={}))
+    order = np.random.default_rng(0).permutation(16)
+    shuffled = jax.tree.map(lambda column: column[order], batch)
+    key = jax.random.key(3)
+    np.testing.assert_allclose(
+        loss(params, batch, key), loss(params, shuffled, key), rtol=1e-12
+    )
+    assert relative_error(loss(params, batch, jax.random.key(4)), loss(params, batch, key)) > 1e-3
+    assert relative_error(loss(params, batch, None), loss(params, batch, key)) > 1e-3
+
+
+def test_the_two_sides_of_a_row_drop_differently():
+    towers = TOWERS["static"]
+    batch = some_batch()
+    batch["key"] = batch["query"]
+    mesh = make_mesh({"data": 8})
+    loss = make_loss(towers.encode, infonce_loss, mesh, masks={})
+    params = init_state(
+        jax.random.key(0), towers.init, optax.identity(), temperature=TEMPERATURE
+    ).params
+    equal_views = loss(params, batch, None)
+    different_views = loss(params, batch, jax.random.key(1))
+    assert relative_error(different_views, equal_views) > 1e-3
+
+
+@pytest.mark.parametrize("gradient_sign", [1.0, -1.0])
+def test_the_temperature_is_clamped_and_comes_back_from_the_bound(gradient_sign):
+    bound = TEMPERATURE.minimum if gradient_sign > 0 else TEMPERATURE.maximum
+    mesh = make_mesh({"data": 8})
+    optimizer = optax.sgd(10.0)
+    directions = iter([gradient_sign, -gradient_sign])
+
+    def step_with(sign):
+        def loss(params, batch, key):
+            return sign * params["log_temperature"]
+
+        return make_train_step(loss, optimizer, mesh, temperature=TEMPERATURE)
+
+    state = jax.device_put(
+        init_state(
+            jax.random.key(0), TOWERS["static"].init, optimizer, temperature=TEMPERATURE
+        ),
+        replicated_sharding(mesh),
+    )
+    batch = on_mesh(some_batch(), mesh)
+    state, metrics = step_with(next(directions))(state, batch)
+    np.testing.assert_allclose(metrics.temperature, bound, rtol=1e-6)
+    _, metrics = step_with(next(directions))(state, batch)
+    assert abs(float(metrics.temperature) - bound) > 1e-3
+
+
+def test_the_step_counts_and_donates():
+    mesh = make_mesh({"data": 8})
+    towers, optimizer = TOWERS["static"], optax.sgd(0.1)
+    loss = make_loss(towers.encode, infonce_loss, mesh, masks=MASKS)
+    step = make_train_step(loss, optimizer, mesh, temperature=TEMPERATURE)
+    before = jax.device_put(
+        init_state(jax.random.key(0), towers.init, optimizer, temperature=TEMPERATURE),
+        replicated_sharding(mesh),
+    )
+    after, metrics = step(before, on_mesh(some_batch(), mesh))
+    assert int(after.step) == 1
+    assert before.params["log_temperature"].is_deleted()
+    assert np.isfinite(float(metrics.loss))
+    norms = jax.tree.leaves(metrics.leaf_gradient_norms)
+    np.testing.assert_allclose(
+        metrics.gradient_norm, np.sqrt(sum(float(norm) ** 2 for norm in norms)), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_the_attention_of_jax_agrees_to_float32_rounding(shape, x64):
+    errors = relative_errors(
+        loss_and_gradients("transformer", shape), loss_and_gradients("transformer", {"data": 1})
+    )
+    assert max(errors.values()) < 1e-6, errors  # 2⁻²⁴ per rounding of the float32 softmax
+
+
+def double_attention(query, key, value, *, mask):
+    scores = jnp.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(query.shape[-1])
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bnts,bsnh->btnh", weights, value)
+
+
+def loss_and_gradients(name, shape):
+    towers = TOWERS[name]
+    size = int(np.prod(list(shape.values())))
+    mesh = make_mesh(shape, devices=jax.devices()[:size])
+    params = jax.device_put(double_params(towers), replicated_sharding(mesh))
+    batch = on_mesh(some_batch(), mesh)
+    loss = make_loss(towers.encode, infonce_loss, mesh, masks=MASKS)
+    return jax.jit(jax.value_and_grad(loss))(params, batch, jax.random.key(1))
+
+
+def on_mesh(batch, mesh):
+    return put_batch(jax.tree.map(np.asarray, batch), mesh)
+
+
+def double_params(towers):
+    params = {"towers": towers.init(jax.random.key(0)), "log_temperature": jnp.log(0.05)}
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+
+
+def some_batch():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 50, (2, 16, 9)).astype(np.int32)  # id 0, padding, among them
+    rows = (np.arange(16) % 15).astype(np.int32)  # one row stands twice
+    batch = {
+        "query": {"tokens": tokens[0]},
+        "key": {"tokens": tokens[1]},
+        "row": rows,
+        "group": rows // 2,
+    }
+    return jax.tree.map(jnp.asarray, batch)
