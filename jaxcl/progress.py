@@ -1,10 +1,10 @@
-"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long work, on standard error: a bar on a terminal, else a line now and then."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-import rich
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 __all__ = ["progress_bar", "say"]
@@ -14,21 +14,21 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 def say(text: str) -> None:
     """Prints a line for the person at the terminal, or for the log."""
-    rich.get_console().print(text, markup=False, highlight=False, soft_wrap=True)
+    _console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Callable[..., None]]:
+def progress_bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
     """Shows how far some work has come.
 
     Args:
       what: the work, in a few words.
-      total: how much there is.
+      total: how much there is; `None` where nobody knows yet.
 
     Yields:
       `advance(done=1, note="")`: `done` more is done; the note stands behind the bar.
     """
-    console = rich.get_console()
+    console = _console()
     if console.is_terminal:
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -44,7 +44,7 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[..., None]]:
         yield _line_printer(what, total)
 
 
-def _line_printer(what: str, total: int) -> Callable[..., None]:
+def _line_printer(what: str, total: int | None) -> Callable[..., None]:
     start = last = time.monotonic()
     count = 0
 
@@ -52,11 +52,20 @@ def _line_printer(what: str, total: int) -> Callable[..., None]:
         nonlocal count, last
         count += done
         now = time.monotonic()
-        if now - last < _SECONDS_BETWEEN_LINES and count < total:
+        if now - last < _SECONDS_BETWEEN_LINES and count != total:
             return
         last = now
-        left = (now - start) * (total - count) / max(count, 1)
-        parts = [f"{what}: {count:,}/{total:,}", note, f"{now - start:.0f} s, {left:.0f} s left"]
+        seconds = f"{now - start:.0f} s"
+        if total is None:
+            parts = [f"{what}: {count:,}", note, seconds]
+        else:
+            left = (now - start) * (total - count) / max(count, 1)
+            parts = [f"{what}: {count:,}/{total:,}", note, f"{seconds}, {left:.0f} s left"]
         say(" ".join(filter(None, parts)))
 
     return advance
+
+
+def _console() -> Console:
+    # Standard output is for results.
+    return Console(stderr=True)

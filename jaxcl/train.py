@@ -59,6 +59,7 @@ def main(argv: list[str]) -> None:
     """Runs `train` for a person: an error that is theirs comes as one line."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)  # libraries say much that helps nobody
     try:
         train(_CONFIG.value, _workdir())
     except Stopped as stopped:

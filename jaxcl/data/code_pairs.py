@@ -25,12 +25,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxcl.data import python_functions
 from jaxcl.data.python_functions import FileScan, PythonFunction, SourceRoot
 from jaxcl.data.sources import DESCRIPTION_FILE
+from jaxcl.progress import progress_bar, say
 
 __all__ = ["CodePairs", "CodePairsInfo", "prepare_code_pairs", "split_functions"]
 
@@ -40,9 +39,6 @@ FORMAT_VERSION = "1.0.0"
 _COPIED = ("package", "module", "qualified_name", "name")
 _SECONDS_OF_A_DAY = 24 * 60 * 60
 _FILES_WORTH_PROCESSES = 1000
-
-_Phase = Callable[[str, int | None], Callable[[int], None]]
-"""Begins a phase of so many steps; returns what to call with the number of steps done."""
 
 
 class CodePairsInfo(NamedTuple):
@@ -121,7 +117,6 @@ def prepare_code_pairs(
     validation_fraction: float = 0.1,
     split_seed: int = 0,
     max_pairs: int | None = None,
-    show_progress: bool = True,
 ) -> CodePairsInfo:
     """Makes the code search pairs, or finds them where nothing has changed since.
 
@@ -137,7 +132,6 @@ def prepare_code_pairs(
       validation_fraction: the share of the other packages' files that is held out.
       split_seed: draws those files and, with `max_pairs`, the pairs.
       max_pairs: keeps at most so many pairs, drawn over all splits; None keeps all.
-      show_progress: a bar on a terminal; elsewhere one line per phase, through absl's logging.
 
     Raises:
       ValueError: if an option is wrong, a test package is not installed, or a needed split has
@@ -147,34 +141,35 @@ def prepare_code_pairs(
     _check_options(validation_fraction, max_pairs)
     roots = python_functions.installed_roots() if roots is None else tuple(roots)
     options = [sorted(set(test_packages)), validation_fraction, split_seed, max_pairs]
-    with _progress(show_progress) as phase:
-        scan = python_functions.scan_files(roots, on_progress=phase("Hashing Python files", None))
-        _check_test_packages(test_packages, scan)
-        # A newer Python may parse what an older one skips.
-        content = [FORMAT_VERSION, sys.version_info[:2], scan.fingerprint, *options]
-        fingerprint = _sha256(content)
-        name = _sha256([fingerprint, [os.path.abspath(root.path) for root in roots]])[:12]
-        directory = Path(data_dir).expanduser().absolute() / "code_pairs" / name
-        if (info := _read_info(directory)) is not None:
-            return info
-        functions, skipped = _parse(scan, phase)
-        splits, num_duplicates = split_functions(
-            functions,
-            test_packages=test_packages,
-            validation_fraction=validation_fraction,
-            split_seed=split_seed,
-            max_pairs=max_pairs,
-        )
-        info = CodePairsInfo(
-            directory=directory,
-            fingerprint=fingerprint,
-            split_sizes={split: len(rows) for split, rows in splits.items()},
-            packages=tuple(sorted({row.package for rows in splits.values() for row in rows})),
-            num_files=len(scan.files),
-            num_duplicates=num_duplicates,
-            skipped=dict(sorted(skipped.items())),
-        )
-        return _write(info, splits, phase)
+    with progress_bar("hashing Python files", None) as advance:
+        scan = python_functions.scan_files(roots, on_progress=advance)
+    _check_test_packages(test_packages, scan)
+    # A newer Python may parse what an older one skips.
+    content = [FORMAT_VERSION, sys.version_info[:2], scan.fingerprint, *options]
+    fingerprint = _sha256(content)
+    name = _sha256([fingerprint, [os.path.abspath(root.path) for root in roots]])[:12]
+    directory = Path(data_dir).expanduser().absolute() / "code_pairs" / name
+    if (info := _read_info(directory)) is not None:
+        return info
+    functions, skipped = _parse(scan)
+    splits, num_duplicates = split_functions(
+        functions,
+        test_packages=test_packages,
+        validation_fraction=validation_fraction,
+        split_seed=split_seed,
+        max_pairs=max_pairs,
+    )
+    info = CodePairsInfo(
+        directory=directory,
+        fingerprint=fingerprint,
+        split_sizes={split: len(rows) for split, rows in splits.items()},
+        packages=tuple(sorted({row.package for rows in splits.values() for row in rows})),
+        num_files=len(scan.files),
+        num_duplicates=num_duplicates,
+        skipped=dict(sorted(skipped.items())),
+    )
+    say(_found(info))
+    return _write(info, splits)
 
 
 def split_functions(
@@ -273,12 +268,21 @@ def _check_test_packages(test_packages: Sequence[str], scan: FileScan) -> None:
             )
 
 
-def _parse(scan: FileScan, phase: _Phase) -> tuple[list[PythonFunction], Counter[str]]:
-    num_processes = 1 if len(scan.files) < _FILES_WORTH_PROCESSES else min(os.cpu_count() or 1, 8)
-    advance = phase("Parsing Python files", len(scan.files))
-    functions, skipped = python_functions.parse_functions(
-        scan.files, num_processes=num_processes, on_progress=advance
+def _found(info: CodePairsInfo) -> str:
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in info.skipped.items() if count)
+    return (
+        f"{sum(info.split_sizes.values()):,} pairs from {info.num_files:,} files of "
+        f"{len(info.packages)} packages; {info.num_duplicates:,} duplicates dropped; files "
+        f"skipped: {reasons or 'none'}"
     )
+
+
+def _parse(scan: FileScan) -> tuple[list[PythonFunction], Counter[str]]:
+    num_processes = 1 if len(scan.files) < _FILES_WORTH_PROCESSES else min(os.cpu_count() or 1, 8)
+    with progress_bar("parsing Python files", len(scan.files)) as advance:
+        functions, skipped = python_functions.parse_functions(
+            scan.files, num_processes=num_processes, on_progress=advance
+        )
     if skipped[python_functions.CHANGED]:
         raise RuntimeError(
             "Python files changed while they were read, perhaps by an installation; run again."
@@ -286,9 +290,7 @@ def _parse(scan: FileScan, phase: _Phase) -> tuple[list[PythonFunction], Counter
     return functions, scan.skipped + skipped
 
 
-def _write(
-    info: CodePairsInfo, splits: Mapping[str, Sequence[PythonFunction]], phase: _Phase
-) -> CodePairsInfo:
+def _write(info: CodePairsInfo, splits: Mapping[str, Sequence[PythonFunction]]) -> CodePairsInfo:
     """Writes into a directory of its own, and renames that when all is there."""
     parent = info.directory.parent
     try:
@@ -300,8 +302,8 @@ def _write(
             "directory that can."
         ) from error
     try:
-        advance = phase("Writing pairs", sum(info.split_sizes.values()))
-        with _quiet_tfds():
+        num_pairs = sum(info.split_sizes.values())
+        with progress_bar("writing pairs", num_pairs) as advance, _quiet_tfds():
             builder = CodePairs(
                 splits=splits, packages=info.packages, data_dir=workplace, on_progress=advance
             )
@@ -352,29 +354,6 @@ def _remove_abandoned(parent: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _SECONDS_OF_A_DAY:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _progress(show: bool) -> Iterator[_Phase]:
-    console = Console(stderr=True)
-    if not show or not console.is_terminal:
-        yield _logged if show else lambda name, total: lambda steps: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
-
-        def phase(name: str, total: int | None) -> Callable[[int], None]:
-            for earlier in bars.tasks:
-                bars.update(earlier.id, total=earlier.completed)
-            task = bars.add_task(name, total=total)
-            return lambda steps: bars.advance(task, steps)
-
-        yield phase
-
-
-def _logged(name: str, total: int | None) -> Callable[[int], None]:
-    logging.info("%s%s", name, "" if total is None else f": {total:,}")
-    return lambda steps: None
 
 
 @contextlib.contextmanager

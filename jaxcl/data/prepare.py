@@ -137,5 +137,3 @@ def _token_table(
             directory=data_dir / "tokens",
             advance=advance,
         )
-
-

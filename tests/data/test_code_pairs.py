@@ -341,16 +341,20 @@ def test_tfds_is_silent_meanwhile_and_as_before_afterwards(prepare, capfd):
     bars, verbosity = tqdm_utils._active, logging.get_verbosity()
     tfds.enable_progress_bar()
     try:
-        prepare(show_progress=False)
+        prepare()
         assert tqdm_utils._active
         assert logging.get_verbosity() == verbosity
     finally:
         tfds.display_progress_bar(bars)
-    assert capfd.readouterr() == ("", "")
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 3  # ours: parsed, found, written
 
 
-def test_progress_is_logged_where_there_is_no_terminal(prepare, caplog):
-    with caplog.at_level("INFO", logger="absl"):
-        prepare()
-    lines = [record.getMessage() for record in caplog.records]
-    assert lines == ["Hashing Python files", "Parsing Python files: 22", "Writing pairs: 22"]
+def test_what_was_found_and_skipped_is_said(prepare, capsys):
+    info = prepare()
+    said = capsys.readouterr().err
+    assert f"{sum(info.split_sizes.values())} pairs from {info.num_files} files" in said
+    assert f"{info.num_duplicates} duplicates dropped" in said
+    for reason, count in info.skipped.items():
+        assert f"{count} {reason}" in said
