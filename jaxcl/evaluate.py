@@ -85,7 +85,7 @@ def evaluate_run(
             for place, by_method in results.items()
             for method, result in by_method.items()
         }
-        np.savez(workdir / "ranks.npz", **ranks)
+        np.savez(workdir / "ranks.npz", allow_pickle=False, **ranks)
         write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
         rich.print(results_table(results))
     return summary

@@ -12,6 +12,7 @@ import pytest
 from jaxtyping import TypeCheckError
 from rich.console import Console
 
+from jaxcl.metrics import mrr_metric, rank_of_key
 from jaxcl.retrieval import (
     BM25,
     METHODS,
@@ -25,7 +26,6 @@ from jaxcl.retrieval import (
     reciprocal_rank_fusion,
     results_table,
 )
-from jaxcl.metrics import mrr_metric, rank_of_key
 
 WORDS = ["parse", "iso", "date", "open", "socket", "read", "line", "write", "file", "close"]
 
@@ -236,9 +236,7 @@ def test_methods_need_only_what_they_read():
 def test_progress_counts_every_query_once():
     *pairs, relevant = some_pairs()
     calls = []
-    evaluate_retrieval(
-        *pairs, relevant=relevant, tile=15, advance=calls.append
-    )
+    evaluate_retrieval(*pairs, relevant=relevant, tile=15, advance=calls.append)
     assert calls == [(15, 40), (30, 40), (40, 40)]
 
 

@@ -84,9 +84,7 @@ def test_dropout_follows_the_row_and_not_its_place(x64):
     order = np.random.default_rng(0).permutation(16)
     shuffled = jax.tree.map(lambda column: column[order], batch)
     key = jax.random.key(3)
-    np.testing.assert_allclose(
-        loss(params, batch, key), loss(params, shuffled, key), rtol=1e-12
-    )
+    np.testing.assert_allclose(loss(params, batch, key), loss(params, shuffled, key), rtol=1e-12)
     assert relative_error(loss(params, batch, jax.random.key(4)), loss(params, batch, key)) > 1e-3
     assert relative_error(loss(params, batch, None), loss(params, batch, key)) > 1e-3
 
@@ -119,9 +117,7 @@ def test_the_temperature_is_clamped_and_comes_back_from_the_bound(gradient_sign)
         return make_train_step(loss, optimizer, mesh, temperature=TEMPERATURE)
 
     state = jax.device_put(
-        init_state(
-            jax.random.key(0), TOWERS["static"].init, optimizer, temperature=TEMPERATURE
-        ),
+        init_state(jax.random.key(0), TOWERS["static"].init, optimizer, temperature=TEMPERATURE),
         replicated_sharding(mesh),
     )
     batch = on_mesh(some_batch(), mesh)

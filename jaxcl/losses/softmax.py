@@ -81,16 +81,16 @@ def infonce_loss(
     scores = _scores(queries, all_keys, temperature)
     own_column = _first_row(num_rows, axis_name) + jnp.arange(num_rows)
     is_positive = own_column[:, None] == jnp.arange(all_keys.shape[0])[None, :]
-    counted = is_positive | _negative_mask(scores.shape, ids, groups, valid, axis_name)
+    counted = is_positive | _negative_mask(scores, ids, groups, valid, axis_name)
 
     positives = jnp.take_along_axis(scores, own_column[:, None], axis=1)[:, 0]
-    losses = []
+    loss = -positives
+    share = 0.5 if direction == "symmetric" else 1.0
     if direction != "key_to_query":
-        losses.append(_logsumexp(scores, counted, axis=1) - positives)
+        loss += share * _logsumexp(scores, counted, axis=1)
     if direction != "query_to_key":
         columns = _logsumexp(scores, counted, axis=0, axis_name=axis_name)
-        losses.append(columns[own_column] - positives)
-    loss = sum(losses) / len(losses)
+        loss += share * columns[own_column]
     return loss if valid is None else jnp.where(valid, loss, 0.0)
 
 
@@ -103,13 +103,13 @@ def _scores(
 
 
 def _negative_mask(
-    shape: tuple[int, int],
+    scores: Float[Array, "q k"],
     ids: Int[Array, " q"] | None,
     groups: Int[Array, " q"] | None,
     valid: Bool[Array, " q"] | None,
     axis_name: AxisName | None,
 ) -> Bool[Array, "q k"]:
-    mask = jnp.ones(shape, bool)
+    mask = jnp.ones(scores.shape, bool)
     for labels in (ids, groups):
         if labels is not None:
             mask &= different_label_mask(labels, _gather(labels, axis_name))

@@ -97,6 +97,7 @@ def test_one_row_costs_nothing():
 def test_gradients_match_finite_differences(temperature):
     queries, keys = unit_vectors(0, 5, 8), unit_vectors(1, 5, 8)
     ids = jnp.array([0, 1, 2, 1, 4])
+
     def loss(q, k, log_t):
         q, k, log_t = map(jnp.asarray, (q, k, log_t))
         return infonce_loss(q, k, temperature=jnp.exp(log_t), ids=ids)
@@ -112,9 +113,9 @@ def test_gradients_match_finite_differences(temperature):
 
 def test_huge_scores_stay_finite():
     queries, keys = 1e4 * unit_vectors(0, 6, 8), unit_vectors(1, 6, 8)
-    value, gradient = jax.value_and_grad(
-        lambda q: infonce_loss(q, keys, temperature=1.0).sum()
-    )(queries)
+    value, gradient = jax.value_and_grad(lambda q: infonce_loss(q, keys, temperature=1.0).sum())(
+        queries
+    )
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
 
@@ -158,15 +159,13 @@ def test_a_wrong_reduction_would_be_seen():
     def local_gradient(queries, keys, log_temperature):
         def loss(log_temperature):
             temperature = jnp.exp(log_temperature)
-            return infonce_loss(
-                queries, keys, temperature=temperature, axis_name="data"
-            ).mean()
+            return infonce_loss(queries, keys, temperature=temperature, axis_name="data").mean()
 
         return jax.lax.pmean(jax.grad(loss)(log_temperature), "data")
 
-    wrong = jax.shard_map(
-        local_gradient, mesh=mesh, in_specs=(rows, rows, whole), out_specs=whole
-    )(queries, keys, jnp.log(0.05))
+    wrong = jax.shard_map(local_gradient, mesh=mesh, in_specs=(rows, rows, whole), out_specs=whole)(
+        queries, keys, jnp.log(0.05)
+    )
     right = jax.grad(mean_loss("symmetric", {}), 2)(queries, keys, jnp.log(0.05))
     np.testing.assert_allclose(wrong / right, 8.0, rtol=1e-10)
     assert relative_error(wrong, right) > 1e-10
@@ -215,7 +214,5 @@ def mean_loss(direction, labels, mesh_shape=None):
             **labels,
         )
 
-    sharded = jax.shard_map(
-        local, mesh=mesh, in_specs=(rows, rows, rows, whole), out_specs=rows
-    )
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, rows, whole), out_specs=rows)
     return lambda q, k, log_temperature: sharded(q, k, labels, jnp.exp(log_temperature)).mean()

@@ -1,0 +1,37 @@
+"""The code search of `code_search.py` with a 6-layer transformer: for accelerators.
+
+    python -m jaxcl.train --config configs/code_search_transformer.py
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from configs import code_search
+
+
+def get_config(variant: str = "default") -> ConfigDict:
+    """`code_search.get_config` with another model, its optimiser and shorter keys."""
+    config = code_search.get_config(variant)
+    config.data.max_tokens = ConfigDict({"query": 64, "key": 256})
+    config.model.name = "transformer"
+    config.model.dim = 384
+    config.model.options = ConfigDict(
+        {
+            "max_tokens": 256,
+            "hidden_dim": 384,
+            "num_layers": 6,
+            "num_heads": 6,
+            "mlp_dim": 1536,
+            "norm_position": "pre",
+            "pooling": "mean",
+            "dropout": 0.1,
+            "compute_dtype": placeholder(str),  # bfloat16 on accelerators, else float32
+        }
+    )
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.weight_decay = 0.01
+    if variant == "smoke":
+        config.model.dim = 32
+        config.model.options.update({"hidden_dim": 32, "num_layers": 2, "num_heads": 2})
+        config.model.options.mlp_dim = 64
+    return config

@@ -1,0 +1,152 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcl.models import StaticEncoder, TransformerEncoder, make_towers
+from jaxcl.models.layers import normalise, pool, row_dropout
+from tests.helpers import relative_error
+
+transformer = functools.partial(
+    TransformerEncoder,
+    20,
+    dim=6,
+    max_tokens=7,
+    hidden_dim=8,
+    num_layers=2,
+    num_heads=2,
+    mlp_dim=12,
+)
+ENCODERS = {
+    "static": functools.partial(StaticEncoder, 20, dim=6),
+    "static, projected": functools.partial(StaticEncoder, 20, dim=6, hidden_dim=10),
+    "pre-LN, mean": transformer,
+    "post-LN, cls": functools.partial(transformer, norm_position="post", pooling="cls"),
+    "bfloat16": functools.partial(transformer, compute_dtype="bfloat16"),
+}
+TOKENS = np.array([[1, 2, 3, 4, 0, 0, 0], [5, 6, 7, 8, 9, 1, 2], [3, 0, 0, 0, 0, 0, 0]])
+
+
+@pytest.fixture(params=ENCODERS)
+def towers(request):
+    encoder = ENCODERS[request.param]
+    return make_towers(lambda rngs: encoder(rngs=rngs), shared=True)
+
+
+def test_embeddings_are_unit_vectors_in_float32(towers):
+    vectors = embed(towers, TOKENS)
+    assert vectors.shape == (3, 6)
+    assert vectors.dtype == jnp.float32
+    np.testing.assert_allclose(jnp.linalg.norm(vectors, axis=1), 1.0, rtol=1e-5)
+
+
+def test_padding_changes_nothing(towers):
+    vectors = embed(towers, TOKENS[2:, :1])
+    assert relative_error(embed(towers, TOKENS[2:]), vectors) < 1e-2  # bfloat16 has 8 bits
+    assert relative_error(embed(towers, TOKENS[:1]), vectors) > 3e-2
+
+
+def test_rows_do_not_see_each_other(towers):
+    together = embed(towers, TOKENS)
+    for row in range(3):
+        assert relative_error(together[row], embed(towers, TOKENS[row : row + 1])[0]) < 1e-2
+
+
+def test_a_row_without_tokens_has_a_finite_vector_and_gradient(towers):
+    params = towers.init(jax.random.key(0))
+    tokens = jnp.zeros((2, 7), int)
+
+    def total(params):
+        return towers.encode(params, "query", {"tokens": tokens}).sum()
+
+    value, gradients = jax.value_and_grad(total)(params)
+    assert np.isfinite(value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_dropout_needs_keys_and_follows_them(towers):
+    params = towers.init(jax.random.key(0))
+    inputs = {"tokens": jnp.asarray(TOKENS)}
+    keys = jax.random.split(jax.random.key(1), 3)
+    dropped = towers.encode(params, "query", inputs, keys)
+    order = np.array([2, 0, 1])
+    reordered = towers.encode(params, "query", {"tokens": inputs["tokens"][order]}, keys[order])
+    assert relative_error(reordered, dropped[order]) < 1e-2
+    assert relative_error(dropped, towers.encode(params, "query", inputs)) > 1e-2
+
+
+def test_shared_towers_are_one_and_separate_ones_two():
+    encoder = ENCODERS["static"]
+    inputs = {"tokens": jnp.asarray(TOKENS)}
+    for shared in (True, False):
+        towers = make_towers(lambda rngs: encoder(rngs=rngs), shared=shared)
+        params = towers.init(jax.random.key(0))
+        assert set(params) == ({"both"} if shared else {"query", "key"})
+        sides = [towers.encode(params, side, inputs) for side in ("query", "key")]
+        assert bool((sides[0] == sides[1]).all()) == shared
+
+
+def test_word_order_matters_to_a_transformer_only():
+    reverse = TOKENS[1:2, ::-1]
+    for name, matters in {"static": False, "pre-LN, mean": True}.items():
+        towers = make_towers(lambda rngs, name=name: ENCODERS[name](rngs=rngs), shared=True)
+        difference = relative_error(embed(towers, reverse), embed(towers, TOKENS[1:2]))
+        assert (difference > 1e-4) == matters, name
+
+
+def test_attention_sees_no_padding_token():
+    towers = make_towers(lambda rngs: ENCODERS["pre-LN, mean"](rngs=rngs), shared=True)
+    wide = np.pad(TOKENS[:, :4], ((0, 0), (0, 3)))
+    assert relative_error(embed(towers, wide)[0], embed(towers, TOKENS[:, :4])[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm_position": "both"}, "norm_position='both' is unknown; use one of pre, post"),
+        ({"pooling": "max"}, "pooling='max' is unknown; use one of mean, cls"),
+        ({"num_heads": 3}, "hidden_dim=8 does not divide over 3 heads"),
+    ],
+)
+def test_a_wrong_option_says_what_is_known(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_towers(lambda rngs: transformer(rngs=rngs, **options), shared=True)
+
+
+def test_a_text_longer_than_the_positions_is_an_error():
+    towers = make_towers(lambda rngs: ENCODERS["pre-LN, mean"](rngs=rngs), shared=True)
+    with pytest.raises(ValueError, match="texts of 8 tokens; this encoder reads 7"):
+        embed(towers, np.ones((1, 8), int))
+
+
+def test_pooling_by_hand():
+    hidden = jnp.array([[[1.0, 2.0], [3.0, 4.0], [100.0, 100.0]]])
+    mask = jnp.array([[True, True, False]])
+    assert pool(hidden, mask, pooling="mean").tolist() == [[(1 + 3) / 2, (2 + 4) / 2]]
+    assert pool(hidden, mask, pooling="cls").tolist() == [[1.0, 2.0]]
+
+
+def test_the_zero_vector_stays_zero_with_a_finite_gradient():
+    zero = jnp.zeros((1, 3))
+    assert normalise(zero).tolist() == [[0.0, 0.0, 0.0]]
+    assert np.isfinite(jax.grad(lambda v: normalise(v).sum())(zero)).all()
+    naive = jax.grad(lambda v: (v / jnp.linalg.norm(v)).sum())(zero)
+    assert np.isnan(naive).all()  # what the epsilon is for
+
+
+def test_row_dropout_keeps_the_mean_and_the_share():
+    keys = jax.random.split(jax.random.key(0), 4)
+    dropped = row_dropout(jnp.ones((4, 10_000)), keys, rate=0.3, layer=0)
+    zeros = float((dropped == 0).mean())
+    # The standard error of a share of .3 over 40,000 draws is .0023.
+    assert abs(zeros - 0.3) < 5 * 0.0023
+    np.testing.assert_allclose(dropped.max(), 1 / 0.7, rtol=1e-6)
+    other = row_dropout(jnp.ones((4, 10_000)), keys, rate=0.3, layer=1)
+    assert (dropped != other).any()
+
+
+def embed(towers, tokens):
+    params = towers.init(jax.random.key(0))
+    return towers.encode(params, "query", {"tokens": jnp.asarray(tokens)})

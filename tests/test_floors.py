@@ -1,0 +1,110 @@
+"""Imports point down, and the library is light enough for anyone's own loop."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "jaxcl"
+
+# Floor -> the parts of jaxcl on it. A part may import its own floor and those below.
+FLOORS = {
+    0: ("typing",),
+    1: ("losses", "negatives", "assignment", "metrics"),
+    2: ("models",),
+    3: ("data", "mesh", "checkpoint", "progress", "workdir", "metric_writer", "retrieval"),
+    4: ("train_state", "train_step", "embed", "build", "evaluate", "train", "search", "bench"),
+}
+LIBRARY = FLOORS[1]
+ALLOWED_IN_LIBRARY = {"jax", "jaxtyping", "numpy", "jaxcl"} | set(sys.stdlib_module_names)
+HEAVY = ("flax", "optax", "orbax", "absl", "ml_collections", "tensorflow_datasets", "grain", "rich")
+
+
+def test_every_part_has_a_floor():
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert parts - {"__init__", "__pycache__"} == {
+        part for parts in FLOORS.values() for part in parts
+    }
+
+
+def test_imports_point_down():
+    assert upward_imports(PACKAGE) == []
+
+
+def test_an_import_that_points_up_is_seen(tmp_path):
+    (tmp_path / "losses").mkdir()
+    (tmp_path / "losses" / "softmax.py").write_text("from jaxcl.data import loader\n")
+    (tmp_path / "metrics.py").write_text("def f():\n    import jaxcl.build\n")
+    assert upward_imports(tmp_path) == [
+        "losses/softmax.py imports jaxcl.data",
+        "metrics.py imports jaxcl.build",
+    ]
+
+
+def test_the_library_imports_little():
+    assert foreign_imports(PACKAGE) == []
+
+
+def test_a_foreign_import_is_seen(tmp_path):
+    (tmp_path / "losses").mkdir()
+    (tmp_path / "losses" / "softmax.py").write_text("import optax\nfrom flax import nnx\n")
+    assert foreign_imports(tmp_path) == [
+        "losses/softmax.py imports flax",
+        "losses/softmax.py imports optax",
+    ]
+
+
+@pytest.mark.parametrize("part", ["jaxcl", *(f"jaxcl.{part}" for part in LIBRARY)])
+def test_a_fresh_interpreter_loads_nothing_heavy_for_the_library(part):
+    assert heavy_modules_after(f"import {part}") == []
+
+
+def test_a_heavy_module_would_be_seen():
+    assert heavy_modules_after("import jaxcl.losses, optax") != []
+
+
+def upward_imports(package):
+    floor_of = {part: floor for floor, parts in FLOORS.items() for part in parts}
+    return [
+        f"{path.relative_to(package)} imports jaxcl.{part}"
+        for path in sorted(package.rglob("*.py"))
+        for part in sorted(parts_imported(path))
+        if (own := floor_of.get(path.relative_to(package).parts[0].removesuffix(".py"))) is not None
+        and floor_of[part] > own
+    ]
+
+
+def foreign_imports(package):
+    return [
+        f"{path.relative_to(package)} imports {name}"
+        for path in sorted(package.rglob("*.py"))
+        if path.relative_to(package).parts[0].removesuffix(".py") in LIBRARY
+        for name in sorted({module.split(".")[0] for module in modules_imported(path)})
+        if name not in ALLOWED_IN_LIBRARY
+    ]
+
+
+def parts_imported(path):
+    modules = [module.split(".") for module in modules_imported(path)]
+    return {names[1] for names in modules if names[0] == "jaxcl" and len(names) > 1}
+
+
+def modules_imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (
+                f"{node.module}.{alias.name}" for alias in node.names if node.module == "jaxcl"
+            )
+
+
+def heavy_modules_after(statement):
+    program = f"{statement}\nimport sys; print([m for m in {HEAVY} if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    return ast.literal_eval(result.stdout)
