@@ -32,14 +32,15 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.data.metadata_fields = ("name", "package", "qualified_name", "file", "line")
     config.data.tokenizer = placeholder(str)  # a tokenizer.json; None trains one
     config.data.vocabulary_size = 16_384
-    config.data.max_tokens = ConfigDict({"query": 32, "key": 256})
+    config.data.max_tokens = ConfigDict({"query": 32, "key": 128})
     config.data.add_cls = False
+    config.data.distinct_tokens = True  # the static encoder reads a set of tokens
 
     config.model = ConfigDict()
     config.model.name = "static"
     config.model.shared = True
     config.model.dim = 512
-    config.model.options = ConfigDict({"token_dropout": 0.4})
+    config.model.options = ConfigDict({"max_tokens": 128, "token_dropout": 0.6})
 
     config.loss = ConfigDict()
     config.loss.name = "infonce"

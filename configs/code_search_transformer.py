@@ -13,6 +13,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     """`code_search.get_config` with another model, its optimiser and shorter keys."""
     config = code_search.get_config(variant)
     config.data.max_tokens = ConfigDict({"query": 64, "key": 256})
+    config.data.distinct_tokens = False
     config.model.name = "transformer"
     config.model.dim = 384
     config.model.options = ConfigDict(

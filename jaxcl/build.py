@@ -78,7 +78,7 @@ def build_program(config: ConfigDict) -> Program:
     Raises:
       ValueError: for an unknown name, and for a batch that does not divide over the mesh.
     """
-    mesh = make_mesh(config.run.mesh)
+    mesh = make_mesh(dict(config.run.mesh))
     _check_batch_size(config.global_batch_size, mesh)
     towers = build_towers(config.model, vocabulary_size=config.data.vocabulary_size)
     optimizer, learning_rate = build_optimizer(config.optimizer, steps=config.steps)
@@ -111,7 +111,7 @@ def build_towers(config: ConfigDict, *, vocabulary_size: int) -> Towers:
         "model",
         config.name,
         ENCODERS,
-        config.options,
+        dict(config.options),
         not_options=("self", "vocabulary_size", "dim", "rngs"),
     )
     return make_towers(
@@ -127,7 +127,7 @@ def build_optimizer(
     Gradients are clipped by their norm together, scaled, joined by the decay of matrices (not of
     vectors and scalars), and multiplied by a rate that rises linearly and falls along a cosine.
     """
-    scaling = _bound("optimizer", config.name, OPTIMIZERS, config.options)
+    scaling = _bound("optimizer", config.name, OPTIMIZERS, dict(config.options))
     learning_rate = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
@@ -145,7 +145,7 @@ def build_optimizer(
 
 def _build_loss(config: ConfigDict) -> Callable:
     arrays = ("queries", "keys", "temperature", "axis_name", "valid", *MASKS.values())
-    return _bound("loss", config.name, LOSSES, config.options, not_options=arrays)
+    return _bound("loss", config.name, LOSSES, dict(config.options), not_options=arrays)
 
 
 def _masks(config: ConfigDict) -> dict[str, str]:

@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from jaxcl.typing import Array, Int, PyTree
+from jaxcl.typing import Array, Integer, PyTree
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored", "checksum"]
 
@@ -179,7 +179,7 @@ class Checkpoints:
 
 
 @jax.jit
-def checksum(array: Array) -> Int[Array, ""]:
+def checksum(array: Array) -> Integer[Array, ""]:
     r"""Sums the array's words, each mixed with its place: $\sum_i (w_i \oplus m_i)\, o_i$ mod 2³².
 
     $m_i$ is a hash of $i$ and $o_i$ an odd one, so that a change of any one word always shows, and
@@ -199,7 +199,7 @@ def checksum(array: Array) -> Int[Array, ""]:
     return jnp.sum((words ^ mask) * (_mixed(mask) | 1), dtype=jnp.uint32)
 
 
-def _mixed(words: Int[Array, "..."]) -> Int[Array, "..."]:
+def _mixed(words: Integer[Array, "..."]) -> Integer[Array, "..."]:
     """The 32-bit finaliser of MurmurHash3 (Appleby, 2011)."""
     words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
     words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)

@@ -62,10 +62,17 @@ def make_embedder(encode: Encode, mesh: Mesh, *, batch_size: int = 1024) -> Embe
 
 
 def pad_texts(
-    tokenizer: Tokenizer, texts: Sequence[str], *, max_tokens: int, add_cls: bool
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    max_tokens: int,
+    add_cls: bool = False,
+    distinct: bool = False,
 ) -> Int[np.ndarray, "n t"]:
     """Token ids of texts, padded to `max_tokens`."""
-    rows = list(encode_texts(tokenizer, texts, max_tokens=max_tokens, add_cls=add_cls))
+    rows = list(
+        encode_texts(tokenizer, texts, max_tokens=max_tokens, add_cls=add_cls, distinct=distinct)
+    )
     lengths = np.array([len(row) for row in rows])
     return padded(np.concatenate(rows), np.cumsum(lengths) - lengths, lengths, width=max_tokens)
 
@@ -78,5 +85,3 @@ def _fetch(array: jax.Array) -> np.ndarray:
     if jax.process_count() == 1:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-

@@ -107,6 +107,7 @@ def _evaluate_split(
             masked,
             max_tokens=config.data.max_tokens["key"],
             add_cls=config.data.add_cls,
+            distinct=config.data.distinct_tokens,
         )
     query_embeddings = program.embed(params, "query", _tokens(table, "query"))
     results: Results = {}

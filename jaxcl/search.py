@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import rich
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
@@ -56,15 +55,15 @@ Search = Callable[[str, int], list[Hit]]
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `open_search` for a person: an error that is theirs comes as one line."""
     arguments = _arguments(argv)
-    # Bars and remarks go to stderr, so that stdout holds hits and nothing else.
-    rich.reconfigure(stderr=True)
     show = _show_as_json if arguments.json else _show_as_text
     try:
         if arguments.top < 1:
             raise ValueError(f"--top={arguments.top} shows nothing; give 1 or more")
         query = " ".join(arguments.query)
         if arguments.query and not query.strip():
-            raise ValueError("the query is empty; say what to look for, or leave it out to be asked")
+            raise ValueError(
+                "the query is empty; say what to look for, or leave it out to be asked"
+            )
         search = open_search(arguments.workdir, hybrid=arguments.hybrid)
         for asked in [query] if query else _asked(prompt="" if arguments.json else "search> "):
             show(search(asked, arguments.top))
@@ -173,7 +172,7 @@ def _train_first(why: str) -> str:
 def _read_index(path: Path, made_from: Mapping[str, Any]) -> Float[np.ndarray, "n d"] | None:
     """The pool's embeddings, or None where they are absent, damaged, or made from other things."""
     try:
-        with np.load(path) as index:
+        with path.open("rb") as file, np.load(file) as index:  # np.load leaks it on an error
             if json.loads(str(index["made_from"])) == made_from:
                 return index["keys"]
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
@@ -221,7 +220,11 @@ def _tokens(
     config: ConfigDict, tokenizer: Tokenizer, texts: Sequence[str], *, side: str = "query"
 ) -> np.ndarray:
     return pad_texts(
-        tokenizer, texts, max_tokens=config.data.max_tokens[side], add_cls=config.data.add_cls
+        tokenizer,
+        texts,
+        max_tokens=config.data.max_tokens[side],
+        add_cls=config.data.add_cls,
+        distinct=config.data.distinct_tokens,
     )
 
 

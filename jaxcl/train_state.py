@@ -1,17 +1,13 @@
 """Everything about a run that evolves, as one pytree."""
 
-import dataclasses
-
-import jax
+from typing import NamedTuple
 
 from jaxcl.typing import Array, Int, Key, PyTree
 
 __all__ = ["TrainState"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
+class TrainState(NamedTuple):
     """The one tuple that a checkpoint holds: what is not here does not survive a restart.
 
     The position in the data is `step`; random draws come from `key` folded with `step`. Both hold

@@ -25,8 +25,20 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 __all__ = [
-    "Array", "AxisName", "Batch", "Bool", "Embeddings", "Float", "Int", "Integer", "Key",
-    "NumpyInt", "PyTree", "RowKeys", "Scalar", "Tokens",
+    "Array",
+    "AxisName",
+    "Batch",
+    "Bool",
+    "Embeddings",
+    "Float",
+    "Int",
+    "Integer",
+    "Key",
+    "NumpyInt",
+    "PyTree",
+    "RowKeys",
+    "Scalar",
+    "Tokens",
 ]
 
 PyTree: TypeAlias = Any

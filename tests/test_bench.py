@@ -16,7 +16,7 @@ from jaxcl.models.embedding_bag import IMPLEMENTATIONS
 _SHAPES = {
     "static": StepShape(
         model="static",
-        options={},
+        options={"max_tokens": 9},
         dropout=("token_dropout", 0.4),
         dim=8,
         batch_size=16,

@@ -82,12 +82,12 @@ class StepShape(NamedTuple):
 DEFAULT_SHAPES: Mapping[str, StepShape] = {
     "static": StepShape(
         model="static",
-        options={},
-        dropout=("token_dropout", 0.4),
+        options={"max_tokens": 128},
+        dropout=("token_dropout", 0.5),
         dim=512,
         batch_size=1_024,
-        max_tokens={"query": 32, "key": 256},
-        mean_tokens={"query": 12, "key": 110},
+        max_tokens={"query": 32, "key": 128},
+        mean_tokens={"query": 11, "key": 55},
         steps=20,
     ),
     "transformer": StepShape(

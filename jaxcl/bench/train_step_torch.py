@@ -34,7 +34,8 @@ class StaticEncoder(nn.Module):
     def __init__(self, arrays: Mapping[str, np.ndarray], *, dropout: float, variant: str):
         super().__init__()
         self.table = nn.Parameter(torch.tensor(arrays["table"]))
-        self.log_weight = nn.Parameter(torch.tensor(arrays["log_weight"]))
+        self.token_weight = nn.Parameter(torch.tensor(arrays["token_weight"]))
+        self.position_weight = nn.Parameter(torch.tensor(arrays["position_weight"]))
         self.dropout = dropout
         self.bag: Callable = {"ragged": _ragged_bag, "padded": _padded_bag, "einsum": _einsum_bag}[
             variant
@@ -44,11 +45,16 @@ class StaticEncoder(nn.Module):
         mask = tokens != PADDING_ID
         if self.training and self.dropout:
             mask &= torch.rand(tokens.shape) >= self.dropout
-        return F.normalize(self.bag(self.table, self.log_weight.exp(), tokens, mask), dim=-1)
+        positions = self.position_weight[: tokens.shape[1]].expand(tokens.shape)
+        return F.normalize(self.bag(self.table, self.token_weight, positions, tokens, mask), dim=-1)
 
 
 def _ragged_bag(
-    table: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
+    table: torch.Tensor,
+    weight: torch.Tensor,
+    positions: torch.Tensor,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
 ) -> torch.Tensor:
     lengths = mask.sum(1)
     flat = tokens[mask]
@@ -57,27 +63,35 @@ def _ragged_bag(
         table,
         lengths.cumsum(0) - lengths,
         mode="sum",
-        per_sample_weights=F.embedding(flat, weight[:, None])[:, 0],
+        per_sample_weights=(F.embedding(flat, weight[:, None])[:, 0] + positions[mask]).exp(),
     )
 
 
 def _padded_bag(
-    table: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
+    table: torch.Tensor,
+    weight: torch.Tensor,
+    positions: torch.Tensor,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
 ) -> torch.Tensor:
     kept = torch.where(mask, tokens, PADDING_ID)
     return F.embedding_bag(
         kept,
         table,
         mode="sum",
-        per_sample_weights=F.embedding(kept, weight[:, None])[..., 0] * mask,
+        per_sample_weights=(F.embedding(kept, weight[:, None])[..., 0] + positions).exp() * mask,
         padding_idx=PADDING_ID,
     )
 
 
 def _einsum_bag(
-    table: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
+    table: torch.Tensor,
+    weight: torch.Tensor,
+    positions: torch.Tensor,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
 ) -> torch.Tensor:
-    weights = F.embedding(tokens, weight[:, None])[..., 0] * mask
+    weights = (F.embedding(tokens, weight[:, None])[..., 0] + positions).exp() * mask
     return torch.einsum("bt,bth->bh", weights, F.embedding(tokens, table))
 
 

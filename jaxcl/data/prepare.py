@@ -132,8 +132,9 @@ def _token_table(
         return build_token_table(
             source,
             tokenizer,
-            max_tokens=config.max_tokens,
+            max_tokens=dict(config.max_tokens),
             add_cls=config.add_cls,
+            distinct=config.distinct_tokens,
             directory=data_dir / "tokens",
             advance=advance,
         )

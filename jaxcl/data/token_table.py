@@ -76,7 +76,8 @@ def build_token_table(
     tokenizer: Tokenizer,
     *,
     max_tokens: Mapping[str, int],
-    add_cls: bool,
+    add_cls: bool = False,
+    distinct: bool = False,
     directory: Path,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> TokenTable:
@@ -87,6 +88,7 @@ def build_token_table(
       tokenizer: what turns text into ids.
       max_tokens: side -> longest text, in tokens; the rest is cut off.
       add_cls: begin every text with [CLS].
+      distinct: keep each token of a text once.
       directory: where tables are kept, each under the hash of all that it was made from.
       advance: called with the number of rows done since the last call.
 
@@ -99,6 +101,7 @@ def build_token_table(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "max_tokens": dict(max_tokens),
         "add_cls": add_cls,
+        "distinct": distinct,
     }
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
     path = Path(directory) / name
@@ -144,8 +147,15 @@ def _write(
                 group[rows] = [record.get("group", 0) for record in records]
                 for side, file in files.items():
                     texts = [record[side] for record in records]
-                    limit, add_cls = made_from["max_tokens"][side], made_from["add_cls"]
-                    ids = list(encode_texts(tokenizer, texts, max_tokens=limit, add_cls=add_cls))
+                    ids = list(
+                        encode_texts(
+                            tokenizer,
+                            texts,
+                            max_tokens=made_from["max_tokens"][side],
+                            add_cls=made_from["add_cls"],
+                            distinct=made_from["distinct"],
+                        )
+                    )
                     lengths[side][rows] = [len(row) for row in ids]
                     file.write(np.concatenate(ids).astype(dtype).tobytes())
                 advance(len(rows))

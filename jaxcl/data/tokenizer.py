@@ -90,11 +90,29 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def encode_texts(
-    tokenizer: Tokenizer, texts: Sequence[str], *, max_tokens: int, add_cls: bool
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    max_tokens: int,
+    add_cls: bool = False,
+    distinct: bool = False,
 ) -> Iterator[Int[np.ndarray, " t"]]:
-    """Token ids of each text, cut to `max_tokens`, behind a [CLS] where asked for.
+    """Token ids of each text.
 
-    Text without any token becomes one unknown token, so that every row has an embedding.
+    Args:
+      tokenizer: of this module, or any that follows its ids.
+      texts: what to encode. A text without any token becomes one unknown token, so that every row
+        has an embedding.
+      max_tokens: the rest is cut off.
+      add_cls: begin with [CLS].
+      distinct: each token once, where it first stands: for encoders that neither read order nor
+        should count how often a name is repeated.
+
+    Yields:
+      One array per text.
+
+    Raises:
+      ValueError: if the tokenizer lacks the token that a text should begin with.
     """
     if add_cls and tokenizer.token_to_id(_SPECIAL_TOKENS[2]) is None:
         raise ValueError(
@@ -104,4 +122,5 @@ def encode_texts(
     unknown = [tokenizer.token_to_id(_SPECIAL_TOKENS[1])]
     prefix = [tokenizer.token_to_id(_SPECIAL_TOKENS[2])] if add_cls else []
     for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False):
-        yield np.asarray((prefix + (encoding.ids or unknown))[:max_tokens], np.int32)
+        ids = list(dict.fromkeys(encoding.ids)) if distinct else encoding.ids
+        yield np.asarray((prefix + (ids or unknown))[:max_tokens], np.int32)

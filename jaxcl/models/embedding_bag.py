@@ -10,6 +10,8 @@ __all__ = ["IMPLEMENTATIONS", "embedding_bag"]
 
 IMPLEMENTATIONS = ("gather", "loop")
 
+_CHUNK_TOKENS = 1024
+
 
 def embedding_bag(
     table: Float[Array, "v h"],
@@ -66,17 +68,31 @@ def _looped_bag_forward(table: Array, tokens: Array, weights: Array) -> tuple[Ar
 def _looped_bag_backward(residuals: tuple, cotangent: Array) -> tuple[Array, None, Array]:
     table, tokens, weights = residuals
 
-    def scatter_position(j: Array, gradient: Array) -> Array:
-        return gradient.at[tokens[:, j]].add(weights[:, j, None] * cotangent)
-
     def weigh_position(j: Array, gradient: Array) -> Array:
         return gradient.at[:, j].set((table[tokens[:, j]] * cotangent).sum(1))
 
-    # Two loops, not one, so that the compiler drops the one whose result nobody asks for.
-    positions = tokens.shape[1]
-    table_gradient = lax.fori_loop(0, positions, scatter_position, jnp.zeros_like(table))
-    weight_gradient = lax.fori_loop(0, positions, weigh_position, jnp.zeros_like(weights))
-    return table_gradient, None, weight_gradient
+    # A loop of its own, so that the compiler drops it where nobody asks for its result.
+    weight_gradient = lax.fori_loop(0, tokens.shape[1], weigh_position, jnp.zeros_like(weights))
+    return _table_gradient(table, tokens, weights, cotangent), None, weight_gradient
+
+
+def _table_gradient(table: Array, tokens: Array, weights: Array, cotangent: Array) -> Array:
+    """Scatters the tokens that count, a chunk at a time: padding is most of a batch."""
+    counted = (weights != 0).ravel()
+    num_chunks = -(-counted.size // _CHUNK_TOKENS)
+    places = jnp.nonzero(counted, size=num_chunks * _CHUNK_TOKENS, fill_value=counted.size)[0]
+
+    def scatter_chunk(i: Array, gradient: Array) -> Array:
+        place = lax.dynamic_slice(places, (i * _CHUNK_TOKENS,), (_CHUNK_TOKENS,))
+        # Behind the last token that counts every place is outside: its weight is 0.
+        weight = weights.ravel().at[place].get(mode="fill", fill_value=0)
+        rows = place // tokens.shape[1]
+        return gradient.at[tokens.ravel()[place]].add(weight[:, None] * cotangent[rows])
+
+    # The barrier keeps two bags of one program from sharing, and then copying, their zeros.
+    start, _ = lax.optimization_barrier((jnp.zeros_like(table), cotangent))
+    used_chunks = (counted.sum() + _CHUNK_TOKENS - 1) // _CHUNK_TOKENS
+    return lax.fori_loop(0, used_chunks, scatter_chunk, start)
 
 
 _looped_bag.defvjp(_looped_bag_forward, _looped_bag_backward)

@@ -1,4 +1,4 @@
-"""The static encoder: a weighted sum of token embeddings. No attention, no order, very fast."""
+"""The static encoder: a weighted sum of token embeddings. No attention, and very fast."""
 
 import math
 
@@ -8,22 +8,25 @@ from flax import nnx
 
 from jaxcl.models.embedding_bag import embedding_bag
 from jaxcl.models.layers import normalise, token_dropout_mask
-from jaxcl.typing import Array, Embeddings, Float, PyTree, RowKeys
+from jaxcl.typing import Embeddings, PyTree, RowKeys
 
 __all__ = ["StaticEncoder"]
 
 
 class StaticEncoder(nnx.Module):
-    r"""Embeds a text by its tokens alone.
+    r"""Embeds a text by a sum over its tokens.
 
-    $$e(x) = \operatorname{norm}\Big(W \sum_j e^{a_{x_j}}\, T_{x_j}\Big)$$
+    $$e(x) = \operatorname{norm}\Big(W \sum_j e^{a_{x_j} + p_j}\, T_{x_j}\Big)$$
 
     with a learned log-weight $a_v$ per token, which plays the part of an inverse document
-    frequency. Trained with token dropout: without it the embedder memorises its pairs.
+    frequency, and a learned log-weight $p_j$ per position, by which the start of a text (a
+    function's name and arguments) may count for more than its end. Trained with token dropout:
+    without it the embedder memorises its pairs.
 
     Args:
       vocabulary_size: number of token ids; id 0 is padding.
       dim: width of the embeddings.
+      max_tokens: the longest text, in tokens.
       hidden_dim: width of the token embeddings; `None` for `dim` and no projection $W$.
       token_dropout: the share of tokens left out in training, in [0, 1).
       rngs: for the initial parameters.
@@ -34,29 +37,30 @@ class StaticEncoder(nnx.Module):
         vocabulary_size: int,
         *,
         dim: int,
+        max_tokens: int,
         hidden_dim: int | None = None,
-        token_dropout: float = 0.4,
+        token_dropout: float = 0.5,
         rngs: nnx.Rngs,
     ):
         width = hidden_dim or dim
-        scale = 1.0 / math.sqrt(width)
-        table = scale * jax.random.normal(rngs.params(), (vocabulary_size, width))
+        table = jax.random.normal(rngs.params(), (vocabulary_size, width)) / math.sqrt(width)
         self.table = nnx.Param(table)
-        self.log_weight = nnx.Param(jnp.zeros((vocabulary_size,)))
+        self.token_weight = nnx.Param(jnp.zeros((vocabulary_size,)))
+        self.position_weight = nnx.Param(jnp.zeros((max_tokens,)))
         self.projection = nnx.Linear(width, dim, use_bias=False, rngs=rngs) if hidden_dim else None
         self.token_dropout = token_dropout
 
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
         """Embeds `{"tokens": int32[b, t]}`; with `rngs` (one key per row) it drops tokens."""
         tokens = inputs["tokens"]
-        mask = token_dropout_mask(tokens, rngs, rate=self.token_dropout)
-        table = self.weighted_table()
-        vectors = embedding_bag(table, tokens, mask.astype(table.dtype))
+        longest = self.position_weight.shape[0]
+        if tokens.shape[1] > longest:
+            raise ValueError(f"texts of {tokens.shape[1]} tokens; this encoder reads {longest}")
+        counted = token_dropout_mask(tokens, rngs, rate=self.token_dropout)
+        log_weights = self.token_weight[...][tokens] + self.position_weight[...][: tokens.shape[1]]
+        weights = jnp.where(counted, jnp.exp(log_weights), 0)
+        vectors = embedding_bag(self.table[...], tokens, weights)
         if self.projection is not None:
             # The sum grows with the text; its norm is lost below, so keep the product in range.
             vectors = self.projection(normalise(vectors))
         return normalise(vectors)
-
-    def weighted_table(self) -> Float[Array, "v h"]:
-        """Token embeddings times their weights."""
-        return self.table[...] * jnp.exp(self.log_weight[...])[:, None]

@@ -20,8 +20,8 @@ transformer = functools.partial(
     mlp_dim=12,
 )
 ENCODERS = {
-    "static": functools.partial(StaticEncoder, 20, dim=6),
-    "static, projected": functools.partial(StaticEncoder, 20, dim=6, hidden_dim=10),
+    "static": functools.partial(StaticEncoder, 20, dim=6, max_tokens=7),
+    "static, projected": functools.partial(StaticEncoder, 20, dim=6, max_tokens=7, hidden_dim=10),
     "pre-LN, mean": transformer,
     "post-LN, cls": functools.partial(transformer, norm_position="post", pooling="cls"),
     "bfloat16": functools.partial(transformer, compute_dtype="bfloat16"),

@@ -1,0 +1,198 @@
+"""Real processes, killed at random moments: the same command ends at the same bits."""
+
+import importlib.util
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from jaxcl.build import build_program
+from jaxcl.checkpoint import Checkpoints
+from jaxcl.data.code_pairs import prepare_code_pairs
+from jaxcl.metric_writer import read_metrics
+from jaxcl.workdir import read_config
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "code_search.py"
+STEPS = 60
+EVERY = 3
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+
+
+def smoke_config() -> ConfigDict:
+    spec = importlib.util.spec_from_file_location("code_search", CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config("smoke")
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory):
+    """What starts or resumes the run of a workdir; the data are those of test_train.py."""
+    data_dir = tmp_path_factory.getbasetemp() / "data"
+    pairs = prepare_code_pairs(data_dir, **smoke_config().data.code_pairs).directory
+
+    def arguments(workdir: Path) -> list[str]:
+        return [
+            *(sys.executable, "-m", "jaxcl.train", f"--config={CONFIG}:smoke"),
+            f"--workdir={workdir}",
+            f"--config.data.name={pairs}",
+            "--config.data.vocabulary_size=1000",
+            "--config.model.dim=16",
+            f"--config.steps={STEPS}",
+            f"--config.run.data_dir={data_dir}",
+            f"--config.run.checkpoint_every={EVERY}",
+            "--config.run.log_every=1",
+            "--config.run.evaluate_every=20",
+        ]
+
+    return arguments
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    """A process with one CPU device, in a group of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def newest_step(workdir: Path) -> int:
+    """The newest checkpoint that is whole on disk."""
+    names = (path.name for path in (workdir / "checkpoints").glob("*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def wait_for_progress(process: subprocess.Popen, workdir: Path, *, beyond: int) -> None:
+    """Returns when there is a checkpoint newer than `beyond`, or the process has ended."""
+    deadline = time.monotonic() + 120
+    while newest_step(workdir) <= beyond and process.poll() is None:
+        assert time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.01)
+
+
+def final_state(workdir: Path):
+    """The last state, which is whole on one device as on eight."""
+    program = build_program(read_config(workdir))
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore_latest(program.abstract_state)
+    assert restored.step == STEPS
+    return restored.state
+
+
+def bits(leaf) -> bytes:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf).tobytes()
+
+
+def unclocked(workdir: Path) -> list[dict]:
+    return [
+        {name: value for name, value in record.items() if not name.startswith("time/")}
+        for record in read_metrics(workdir)
+    ]
+
+
+def assert_same_run(workdir: Path, other: Path) -> None:
+    ours, theirs = final_state(workdir), final_state(other)
+    for (path, leaf), leaf_there in zip(
+        jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
+    ):
+        assert bits(leaf) == bits(leaf_there), jax.tree_util.keystr(path)
+    assert unclocked(workdir) == unclocked(other)
+    assert (workdir / "results.json").read_text() == (other / "results.json").read_text()
+    for name in ("data.json", "tokenizer.json"):
+        assert (workdir / name).read_text() == (other / name).read_text()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(command, tmp_path_factory):
+    """The workdir of a process that nobody stopped."""
+    workdir = tmp_path_factory.mktemp("uninterrupted-process")
+    finish(start(command(workdir)))
+    records = unclocked(workdir)
+    assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))
+    return workdir
+
+
+def kill_and_resume(command, workdir: Path, *, kills: int, seed: int) -> None:
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    killed = 0
+    for _ in range(kills):
+        before = newest_step(workdir)
+        process = start(command(workdir))
+        wait_for_progress(process, workdir, beyond=before)
+        time.sleep(moments.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        print(f"killed with {newest_step(workdir)} saved, after {before}")
+    assert killed > 0, "the process always ended before it could be killed"
+    finish(start(command(workdir)))
+
+
+def test_a_killed_process_goes_on_to_the_same_bits(command, uninterrupted, tmp_path):
+    kill_and_resume(command, tmp_path, kills=2, seed=0)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_process_killed_again_and_again_goes_on_to_the_same_bits(
+    command, uninterrupted, tmp_path, seed
+):
+    kill_and_resume(command, tmp_path, kills=12, seed=seed)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_process_killed_before_it_saved_anything_begins_again(command, uninterrupted, tmp_path):
+    moments = random.Random(4)
+    for _ in range(8):
+        process = start(command(tmp_path))
+        time.sleep(moments.uniform(0.1, 6.0))
+        process.kill()
+        process.communicate()
+    finish(start(command(tmp_path)))
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_terminated_process_saves_where_it_is_and_goes_on(command, uninterrupted, tmp_path):
+    # No checkpoint is due before the end, so that the one found is the signal's.
+    rarely = [*command(tmp_path), "--config.run.checkpoint_every=1000"]
+    process = start(rarely)
+    while len(read_metrics(tmp_path)) < 5 and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    step = newest_step(tmp_path)
+    assert 5 <= step < STEPS
+    assert "SIGTERM received: saving, then stopping" in output
+    assert f"stopped at step {step}; the same command goes on from there" in output
+    assert "Traceback" not in output
+    assert f"goes on from step {step}" in finish(start(command(tmp_path)))
+    assert_same_run(tmp_path, uninterrupted)

@@ -1,0 +1,378 @@
+"""Search: finds planted functions, keeps a fresh index, and changes nothing of the run."""
+
+import json
+import shutil
+from importlib import util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from jaxcl import search
+from jaxcl.build import build_program
+from jaxcl.checkpoint import Checkpoints
+from jaxcl.data.code_pairs import prepare_code_pairs
+from jaxcl.data.prepare import prepare_data
+from jaxcl.data.python_functions import SourceRoot
+from jaxcl.data.sources import InMemoryPairs
+from jaxcl.workdir import claim_workdir
+
+VERBS, NOUNS = ("open", "close", "count", "merge"), ("socket", "ledger", "window", "matrix")
+PLANTED = "Tell the phase of the moon on a given calendar day."
+PLANTED_CODE = '''
+@cached(
+    size=3)
+def moon_phase(day):
+    """Tell the phase of the moon on a given calendar day."""
+    cycle = 29.53
+    return (day % cycle) / cycle
+'''
+NUM_FUNCTIONS = len(VERBS) * len(NOUNS) + 2
+
+
+def _function(verb: str, noun: str) -> str:
+    body = f"    handle = find({noun!r})\n    return handle.{verb}(force=True)\n"
+    return f'def {verb}_{noun}(name):\n    """{verb} the {noun} of a name."""\n{body}'
+
+
+def _module(verbs) -> str:
+    return "\n\n".join(_function(verb, noun) for verb in verbs for noun in NOUNS)
+
+
+def _config(data_set: Path, data_dir: Path) -> ConfigDict:
+    path = Path(__file__).parents[1] / "configs" / "code_search.py"
+    spec = util.spec_from_file_location("code_search_config", path)
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config("smoke")
+    config.data.name = str(data_set)
+    config.data.splits = ConfigDict({"train": "train", "test": "test"})
+    config.data.vocabulary_size = 256
+    config.model.dim = 64
+    config.evaluation.batch_size = 8  # does not divide the pool
+    config.run.data_dir = str(data_dir)
+    return config
+
+
+def _save(workdir: Path, step: int, *, seed: int) -> None:
+    config = search.read_config(workdir)
+    config.seed = seed
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(step, build_program(config).init())
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory) -> Path:
+    """The workdir of a run that has its data and no checkpoint."""
+    folder = tmp_path_factory.mktemp("search")
+    for package, code in {
+        "tools": _module(VERBS[:2]) + PLANTED_CODE,
+        "more": _module(VERBS[2:]) + PLANTED_CODE.replace("moon", "tide").replace("29", "12"),
+    }.items():
+        (folder / "site" / package).mkdir(parents=True)
+        (folder / "site" / package / "__init__.py").write_text(code)
+    pairs = prepare_code_pairs(
+        folder / "data",
+        roots=[SourceRoot(folder / "site")],
+        test_packages=["more"],
+        validation_fraction=0.0,
+    )
+    assert sum(pairs.split_sizes.values()) == NUM_FUNCTIONS
+    config, workdir = _config(pairs.directory, folder / "data"), folder / "workdir"
+    claim_workdir(workdir, config)
+    prepare_data(config.data, data_dir=folder / "data", workdir=workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def trained(untrained) -> Path:
+    """The same with checkpoints of two steps and an index."""
+    workdir = untrained.with_name("trained")
+    shutil.copytree(untrained, workdir)
+    _save(workdir, 1, seed=1)
+    _save(workdir, 2, seed=2)
+    search.open_search(workdir)
+    return workdir
+
+
+@pytest.fixture
+def workdir(trained, tmp_path) -> Path:
+    """A copy, for tests that change it."""
+    return Path(shutil.copytree(trained, tmp_path / "workdir"))
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command; gives (exit code, stdout, stderr)."""
+
+    def run_command(*argv) -> tuple[int, str, str]:
+        code = 0
+        try:
+            search.main([str(word) for word in argv])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run_command
+
+
+def _error(run, *argv) -> str:
+    code, out, error = run(*argv)
+    assert (code, out) == (1, "")
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, "an error is one line"
+    return error
+
+
+def _files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file but the index, by size and time of change."""
+    stats = {str(path): path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path: (stat.st_size, stat.st_mtime_ns)
+        for path, stat in stats.items()
+        if not path.endswith(search.INDEX_FILE)
+    }
+
+
+def _flip_bytes(workdir: Path, step: int) -> None:
+    """Damages the largest file of a checkpoint."""
+    files = (path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file())
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(byte ^ 0xFF for byte in content[middle : middle + 64])
+    largest.write_bytes(content)
+
+
+@pytest.fixture
+def embeddings_made(monkeypatch) -> list[int]:
+    """Grows by one number whenever a pool is embedded."""
+    made, embed_pool = [], search._embed_pool
+
+    def counting(*args):
+        made.append(1)
+        return embed_pool(*args)
+
+    monkeypatch.setattr(search, "_embed_pool", counting)
+    return made
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_a_docstring_of_the_pool_finds_its_function_first(trained, hybrid):
+    first, second, *_ = search.open_search(trained, hybrid=hybrid)(PLANTED, 3)
+    assert first.record["qualified_name"] == "moon_phase"
+    assert first.score > second.score
+
+
+def test_hybrid_scores_are_sums_of_reciprocal_ranks(trained):
+    first = search.open_search(trained, hybrid=True)(PLANTED, 1)[0]
+    rrf_k = search.read_config(trained).evaluation.rrf_k
+    assert first.score == pytest.approx(1 / (rrf_k + 1) + 1 / (rrf_k + 1))
+
+
+def test_hits_are_printed_with_name_place_and_the_line_of_def(trained, run):
+    code, out, _ = run("--workdir", trained, "--top", 1, "moon", "phase")
+    assert code == 0
+    head, line = out.splitlines()
+    rank, score, name, place = head.split()
+    assert (rank, name, line) == ("1", "tools:moon_phase", "     def moon_phase(day):")
+    assert -1 <= float(score) <= 1
+    file, number = place.rsplit(":", 1)
+    assert Path(file).read_text().splitlines()[int(number) - 1] == "def moon_phase(day):"
+
+
+def test_json_holds_one_object_per_hit_best_first(trained, run):
+    code, out, _ = run("--json", "--workdir", trained, "moon", "--top", 4, "phase")
+    hits = json.loads(out)
+    assert (code, len(hits), out.count("\n")) == (0, 4, 1)
+    wanted = ["score", "query", "qualified_name", "package", "file", "line", "first_line", "key"]
+    for hit in hits:
+        assert set(wanted) <= set(hit)
+    assert hits[0]["query"] == PLANTED
+    assert hits[0]["key"].startswith("@cached(\n    size=3)\ndef moon_phase(day):\n")
+    assert hits[0]["first_line"] == "def moon_phase(day):"
+    scores = [hit["score"] for hit in hits]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_the_pool_is_all_splits_and_a_larger_top_shows_all_of_it(trained):
+    hits = search.open_search(trained)("open the window", 1000)
+    assert len(hits) == NUM_FUNCTIONS
+    names = {(hit.record["package"], hit.record["qualified_name"]) for hit in hits}
+    assert len(names) == NUM_FUNCTIONS
+
+
+def test_without_metadata_what_there_is_is_printed(trained, run, monkeypatch, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "workdir")
+    # Equal keys have equal scores: the lower row comes first.
+    pairs = InMemoryPairs(["a", "b", "c"], ["", "\n  same\nkey", "same key"])
+    monkeypatch.setattr(search, "open_pairs", lambda *args, **kwargs: pairs)
+    fingerprints = dict.fromkeys(("train", "test"), pairs.fingerprint)
+    data = {"data_set": "memory", "fingerprints": fingerprints}
+    (workdir / "data.json").write_text(json.dumps(data))
+    code, out, _ = run("--workdir", workdir, "--top", 2, "same key")
+    assert code == 0
+    assert [line.split() for line in out.splitlines()] == [
+        ["1", "1.0000"],
+        ["same"],
+        ["2", "1.0000"],
+        ["same", "key"],
+    ]
+    hits = json.loads(run("--workdir", workdir, "--json", "same key")[1])
+    assert len(hits) == 6
+    assert list(hits[0]) == ["score", "query", "first_line", "key"]
+    assert [hit["query"] for hit in hits[:4]] == ["b", "c", "b", "c"]
+
+
+@pytest.mark.parametrize("end", ["", EOFError, KeyboardInterrupt])
+def test_without_a_query_it_asks_until_nothing_is_said(trained, run, monkeypatch, end):
+    answers, prompts = iter(["moon phase", " open window ", end]), []
+
+    def answer(prompt):
+        prompts.append(prompt)
+        said = next(answers)
+        if isinstance(said, str):
+            return said
+        raise said
+
+    monkeypatch.setattr("builtins.input", answer)
+    code, out, error = run("--workdir", trained, "--top", 1)
+    assert (code, error) == (0, "")
+    assert prompts == ["search> "] * 3
+    assert [line.strip() for line in out.splitlines()[1::2]] == [
+        "def moon_phase(day):",
+        "def open_window(name):",
+    ]
+
+
+def test_asked_for_json_it_prints_a_list_per_line_and_no_prompt(trained, run, monkeypatch):
+    answers = iter(["moon phase", "open window", ""])
+    prompts = []
+    monkeypatch.setattr("builtins.input", lambda prompt: prompts.append(prompt) or next(answers))
+    code, out, _ = run("--workdir", trained, "--json", "--top", 1)
+    names = [json.loads(line)[0]["qualified_name"] for line in out.splitlines()]
+    assert (code, names, set(prompts)) == (0, ["moon_phase", "open_window"], {""})
+
+
+def test_an_index_is_used_again(workdir, embeddings_made):
+    before = search.open_search(workdir)(PLANTED, 5)
+    assert embeddings_made == []
+    (workdir / search.INDEX_FILE).unlink()
+    after = search.open_search(workdir)(PLANTED, 5)
+    assert embeddings_made == [1]
+    assert before == after
+
+
+def test_a_newer_checkpoint_makes_the_index_anew(workdir, embeddings_made):
+    before = search.open_search(workdir)(PLANTED, 5)
+    _save(workdir, 3, seed=3)
+    after = search.open_search(workdir)(PLANTED, 5)
+    assert embeddings_made == [1]
+    assert [hit.score for hit in before] != [hit.score for hit in after]
+    search.open_search(workdir)
+    assert embeddings_made == [1]
+
+
+def test_other_parameters_of_the_same_step_make_the_index_anew(workdir, embeddings_made):
+    shutil.rmtree(workdir / "checkpoints")
+    _save(workdir, 2, seed=5)
+    search.open_search(workdir)
+    assert embeddings_made == [1]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-500], lambda content: b""])
+def test_a_damaged_index_is_made_anew(workdir, embeddings_made, damage):
+    path = workdir / search.INDEX_FILE
+    path.write_bytes(damage(path.read_bytes()))
+    search.open_search(workdir)
+    search.open_search(workdir)
+    assert embeddings_made == [1]
+
+
+def test_where_the_index_cannot_be_kept_the_search_goes_on(workdir, run):
+    (workdir / search.INDEX_FILE).unlink()
+    (workdir / search.INDEX_FILE).mkdir()
+    code, out, error = run("--workdir", workdir, "--top", 1, PLANTED)
+    assert code == 0
+    assert "moon_phase" in out
+    assert "the next search embeds the pool again: cannot write" in error
+    assert not list(workdir.glob("*unfinished*"))
+
+
+def test_the_index_holds_unit_vectors_of_every_row(trained):
+    with np.load(trained / search.INDEX_FILE) as index:
+        keys = index["keys"]
+    assert (keys.shape, keys.dtype) == ((NUM_FUNCTIONS, 64), np.float32)
+    # Float32 sums of 64 squares round to about 1e-7.
+    np.testing.assert_allclose(np.linalg.norm(keys, axis=1), 1, rtol=1e-5)
+
+
+def test_nothing_of_the_run_is_changed(workdir, run):
+    before = _files(workdir.parent)
+    assert run("--workdir", workdir, "--hybrid", PLANTED)[0] == 0
+    (workdir / search.INDEX_FILE).unlink()
+    assert run("--workdir", workdir, PLANTED)[0] == 0
+    assert _files(workdir.parent) == before
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_left_alone(workdir, embeddings_made):
+    whole = search.open_search(workdir)(PLANTED, 5)
+    _flip_bytes(workdir, 2)
+    before = _files(workdir.parent)
+    found = search.open_search(workdir)(PLANTED, 5)
+    assert embeddings_made == [1], "the index of step 2 is not that of step 1"
+    assert [hit.score for hit in found] != [hit.score for hit in whole]
+    assert _files(workdir.parent) == before
+
+
+def test_only_damaged_checkpoints_are_an_error(workdir, run):
+    for step in (1, 2):
+        _flip_bytes(workdir, step)
+    assert "none of the checkpoints" in _error(run, "--workdir", workdir, PLANTED)
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path, run):
+    assert "there is no run in" in _error(run, "--workdir", tmp_path / "absent", PLANTED)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder_exists", [False, True])
+def test_a_run_without_checkpoints_says_to_train_first(untrained, tmp_path, run, folder_exists):
+    workdir = Path(shutil.copytree(untrained, tmp_path / "workdir"))
+    if folder_exists:
+        (workdir / "checkpoints").mkdir()
+    error = _error(run, "--workdir", workdir, PLANTED)
+    assert "no checkpoint yet; train first: python -m jaxcl.train --config" in error
+    assert (workdir / "checkpoints").exists() == folder_exists
+
+
+def test_a_run_that_never_opened_its_data_says_to_train_first(workdir, run):
+    (workdir / "data.json").unlink()
+    assert "train first" in _error(run, "--workdir", workdir, PLANTED)
+
+
+def test_other_rows_than_were_trained_on_are_an_error(workdir, run):
+    data = json.loads((workdir / "data.json").read_text())
+    data["fingerprints"]["test"] = "others"
+    (workdir / "data.json").write_text(json.dumps(data))
+    assert "no longer holds the rows" in _error(run, "--workdir", workdir, PLANTED)
+
+
+@pytest.mark.parametrize("query", ["", "  "])
+def test_an_empty_query_is_an_error(trained, run, query):
+    assert "the query is empty" in _error(run, "--workdir", trained, query)
+
+
+def test_a_top_of_nothing_is_an_error(trained, run):
+    assert "--top=0 shows nothing" in _error(run, "--workdir", trained, "--top", 0, PLANTED)
+
+
+def test_neither_the_mesh_nor_the_batch_of_the_run_matters(workdir):
+    path = workdir / "config.json"
+    config = json.loads(path.read_text())
+    config["run"]["mesh"] = {"data": 3 * jax.device_count()}
+    config["global_batch_size"] = 3
+    path.write_text(json.dumps(config))
+    assert search.open_search(workdir)(PLANTED, 1)[0].record["name"] == "moon_phase"

@@ -1,0 +1,460 @@
+"""Training end to end: the real config, shrunk, on eight devices; a resumed run is the same run."""
+
+import gc
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from jaxcl.build import build_program
+from jaxcl.checkpoint import Checkpoints
+from jaxcl.data.code_pairs import prepare_code_pairs
+from jaxcl.metric_writer import read_metrics
+from jaxcl.train import DivergenceError, train
+
+pytestmark = [
+    # Where a load fails, Orbax leaves what it had begun.
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("_nothing_left_behind"),
+]
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "code_search.py"
+
+
+@pytest.fixture
+def _nothing_left_behind():
+    """Lets what a failed load leaves behind warn here, not in the test that comes next."""
+    yield
+    gc.collect()
+
+
+def smoke_config(**changes) -> ConfigDict:
+    """`configs/code_search.py:smoke` with changes by dotted name."""
+    spec = importlib.util.spec_from_file_location("code_search", CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config("smoke")
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """The pairs of the smoke config, parsed once; test_resume.py shares them."""
+    directory = tmp_path_factory.getbasetemp() / "data"
+    prepare_code_pairs(directory, **smoke_config().data.code_pairs)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def pairs(data_dir):
+    """The prepared data set's folder: naming it spares each run the hashing of all packages."""
+    [directory] = (data_dir / "code_pairs").iterdir()
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(data_dir, pairs, tmp_path_factory):
+    """A config of 20 steps with a small model, by changes."""
+    tokenizer = tmp_path_factory.getbasetemp() / "tokenizer.json"
+
+    def config(**changes) -> ConfigDict:
+        small = {
+            "data.name": str(pairs),
+            "data.vocabulary_size": 1_000,
+            "data.tokenizer": str(tokenizer) if tokenizer.exists() else None,
+            "model.dim": 16,
+            "optimizer.warmup_steps": 2,
+            "run.data_dir": str(data_dir),
+            "run.log_every": 2,
+            "run.evaluate_every": 10,
+            "run.checkpoint_every": 10,
+        }
+        return smoke_config(**(small | changes))
+
+    if not tokenizer.exists():
+        made = tmp_path_factory.mktemp("tokenizer")
+        train(config(steps=2), made)
+        tokenizer.write_text((made / "tokenizer.json").read_text())
+    return config
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny, tmp_path_factory):
+    """A run of 20 steps that nothing stopped."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    results = train(tiny(), workdir)
+    return workdir, results
+
+
+def final_state(config: ConfigDict, workdir: Path):
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        return checkpoints.restore_latest(build_program(config).abstract_state).state
+
+
+def bits(leaf) -> bytes:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf).tobytes()
+
+
+def unclocked(workdir: Path) -> list[dict]:
+    """The metrics of a run without those that its clock gave."""
+    return [
+        {name: value for name, value in record.items() if not name.startswith("time/")}
+        for record in read_metrics(workdir)
+    ]
+
+
+def differences(config: ConfigDict, workdir: Path, other: Path) -> list[str]:
+    """What is not bitwise the same in two finished runs of one config."""
+    ours, theirs = final_state(config, workdir), final_state(config, other)
+    different = [
+        jax.tree_util.keystr(path)
+        for (path, leaf), leaf_there in zip(
+            jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
+        )
+        if bits(leaf) != bits(leaf_there)
+    ]
+    if unclocked(workdir) != unclocked(other):
+        different.append("metrics.jsonl")
+    if (workdir / "results.json").read_text() != (other / "results.json").read_text():
+        different.append("results.json")
+    return different
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    """Makes a run die right after it has saved a step."""
+    save = Checkpoints.save
+
+    def save_and_die(self, saved_step, state):
+        save(self, saved_step, state)
+        if saved_step == step:
+            self.wait()
+            raise _Interrupted
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
+
+
+def half_run(monkeypatch, config: ConfigDict, workdir: Path, *, until: int = 10) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, until)
+        with pytest.raises(_Interrupted):
+            train(config, workdir)
+
+
+def test_the_smoke_config_trains_evaluates_and_leaves_its_files(data_dir, tmp_path):
+    small = {"model.dim": 32, "data.vocabulary_size": 2_000}
+    config = smoke_config(**small, **{"run.data_dir": str(data_dir), "run.log_every": 1})
+    results = train(config, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert results["steps"] == 20
+    assert set(results["metrics"]) == {"validation", "test"}
+    for split, variants in results["metrics"].items():
+        assert set(variants) == {"plain", "name masked"}
+        for variant, methods in variants.items():
+            for method in ("bm25", "dense", "hybrid"):
+                figures = methods[method]["mrr@10"]
+                assert 0 < figures["mean"] <= 1, (split, variant, method)
+                assert 0 < figures["standard_error"] < 0.2, (split, variant, method)
+    with np.load(tmp_path / "ranks.npz") as ranks:
+        for split, rows in results["rows"].items():
+            if split in results["metrics"]:
+                assert ranks[f"{split}/plain/dense"].shape == (rows,)
+    records = read_metrics(tmp_path)
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert len(losses) == 20
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+    assert [record["step"] for record in records if "loss" in record] == list(range(1, 21))
+    assert {"gradient_norm", "temperature", "learning_rate", "time/pairs_per_second"} <= set(
+        records[0]
+    )
+    assert "validation/dense/mrr@10" in records[-1]
+    assert any((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["20"]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, uninterrupted, tmp_path, monkeypatch):
+    half_run(monkeypatch, tiny(), tmp_path)
+    assert not (tmp_path / "results.json").exists()
+    results = train(tiny(), tmp_path)
+    workdir, wanted = uninterrupted
+    assert results == wanted
+    assert differences(tiny(), tmp_path, workdir) == []
+    assert int(final_state(tiny(), tmp_path).step) == 20
+    assert len(unclocked(tmp_path)) == 10 + 2  # every second step, and two evaluations
+
+
+def zero_first_moment(state):
+    adam = state.optimizer[1]
+    assert any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(adam.mu))
+    first_moment = jax.tree.map(jnp.zeros_like, adam.mu)
+    optimizer = (*state.optimizer[:1], adam._replace(mu=first_moment), *state.optimizer[2:])
+    return type(state)(state.step, state.params, optimizer, state.key)
+
+
+def zero_schedule(state):
+    optimizer = jax.tree.map(
+        lambda leaf: jnp.zeros_like(leaf) if leaf.dtype == jnp.int32 else leaf, state.optimizer
+    )
+    return type(state)(state.step, state.params, optimizer, state.key)
+
+
+def other_key(state):
+    key = jax.device_put(jax.random.key(77), state.key.sharding)
+    return type(state)(state.step, state.params, state.optimizer, key)
+
+
+def moved_temperature(state):
+    params = {**state.params, "log_temperature": state.params["log_temperature"] + 1e-3}
+    return type(state)(state.step, params, state.optimizer, state.key)
+
+
+@pytest.mark.parametrize("forget", [zero_first_moment, zero_schedule, other_key, moved_temperature])
+def test_a_run_that_forgets_a_leaf_goes_on_differently(
+    tiny, uninterrupted, tmp_path, monkeypatch, forget
+):
+    half_run(monkeypatch, tiny(), tmp_path)
+    restore = Checkpoints.restore_latest
+
+    def forgetful(self, abstract_state):
+        restored = restore(self, abstract_state)
+        return restored._replace(state=forget(restored.state))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "restore_latest", forgetful)
+        train(tiny(), tmp_path)
+    different = differences(tiny(), tmp_path, uninterrupted[0])
+    assert "metrics.jsonl" in different
+    assert any(".params" in name for name in different)
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_but_changes_nothing(
+    tiny, uninterrupted, tmp_path, monkeypatch, caplog
+):
+    config = tiny(**{"run.checkpoint_every": 5})
+    half_run(monkeypatch, config, tmp_path)
+    newest = tmp_path / "checkpoints" / "10"
+    biggest = max(newest.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    content = bytearray(biggest.read_bytes())
+    content[len(content) // 2] ^= 1
+    biggest.write_bytes(content)
+    train(config, tmp_path)
+    assert "the checkpoint of step 10 is damaged (checksums differ for .params" in caplog.text
+    assert "step 5 is restored instead" in caplog.text
+    assert (tmp_path / "checkpoints.damaged" / "10").exists()
+    assert differences(config, tmp_path, uninterrupted[0]) == []
+
+
+def test_a_run_goes_on_upon_another_mesh(tiny, uninterrupted, tmp_path, monkeypatch):
+    half_run(monkeypatch, tiny(), tmp_path)
+    mesh = ConfigDict({"replica": 2, "data": 4})
+    config = tiny()
+    with config.unlocked():
+        config.run.mesh = mesh
+    train(config, tmp_path)
+    ours, wanted = unclocked(tmp_path), unclocked(uninterrupted[0])
+    assert [record["step"] for record in ours] == [record["step"] for record in wanted]
+    for record, other in zip(ours, wanted, strict=True):
+        if "loss" in record:
+            # Sums over devices are in another order, which Adam's square roots enlarge.
+            assert record["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    assert ours[-2]["loss"] != pytest.approx(ours[0]["loss"], rel=1e-4), "nothing was learnt"
+
+
+def test_a_finished_run_evaluates_again_and_trains_no_more(tiny, uninterrupted, monkeypatch):
+    workdir, wanted = uninterrupted
+    before = unclocked(workdir)
+    assert train(tiny(), workdir) == wanted
+    assert unclocked(workdir) == before
+
+
+def test_what_stands_under_run_may_change(tiny, tmp_path, monkeypatch):
+    half_run(monkeypatch, tiny(), tmp_path)
+    changes = {"run.checkpoint_every": 7, "run.log_every": 5, "run.keep_checkpoints": 3}
+    train(tiny(**changes), tmp_path)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [10, 14, 20]
+
+
+TRANSFORMER = {
+    "max_tokens": 64,
+    "hidden_dim": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "mlp_dim": 32,
+}
+
+
+@pytest.mark.parametrize("model", ["one tower each", "transformer"])
+def test_other_models_train(tiny, tmp_path, model):
+    config = tiny(steps=6, **{"run.log_every": 1, "data.max_tokens.key": 64})
+    if model == "transformer":
+        config.model.name = "transformer"
+        config.model.options = ConfigDict(TRANSFORMER)
+    else:
+        config.model.shared = False
+    train(config, tmp_path)
+    losses = [record["loss"] for record in unclocked(tmp_path) if "loss" in record]
+    assert len(losses) == 6
+    assert np.isfinite(losses).all()
+    towers = final_state(config, tmp_path).params["towers"]
+    assert set(towers) == ({"both"} if model == "transformer" else {"query", "key"})
+    start = build_program(config).init().params["towers"]
+    moved = [
+        bits(leaf) != bits(was)
+        for leaf, was in zip(jax.tree.leaves(towers), jax.tree.leaves(start), strict=True)
+    ]
+    assert all(moved), "some parameters were never trained"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model.name": "statik"},
+            "model.name='statik' is unknown; use one of static, transformer",
+        ),
+        (
+            {"model.options": {"token_dropuot": 0.1}},
+            "model.options.token_dropuot is unknown to 'static'; it knows hidden_dim, ",
+        ),
+        ({"loss.name": "info"}, "loss.name='info' is unknown; use one of infonce"),
+        (
+            {"loss.options": {"directions": "symmetric"}},
+            "loss.options.directions is unknown to 'infonce'; it knows ",
+        ),
+        ({"loss.masks": ("rows",)}, "loss.masks=('rows',) are unknown; use some of row, group"),
+        (
+            {"optimizer.name": "adamw"},
+            "optimizer.name='adamw' is unknown; use one of adam, lion, sgd",
+        ),
+        (
+            {"optimizer.options": {"beta": 0.9}},
+            "optimizer.options.beta is unknown to 'adam'; it knows b1, b2, ",
+        ),
+        (
+            {"global_batch_size": 100},
+            "global_batch_size=100 does not divide over 8 devices; use a multiple of 8",
+        ),
+        (
+            {"global_batch_size": 0},
+            "global_batch_size=0 does not divide over 8 devices; use a multiple of 8",
+        ),
+        (
+            {"run.mesh": {"data": 3}},
+            "mesh={'data': 3} does not fit 8 devices; its sizes must multiply to 8",
+        ),
+    ],
+)
+def test_a_config_that_cannot_run_says_why_and_writes_nothing(tiny, tmp_path, changes, message):
+    config = tiny()
+    with config.unlocked():
+        for name, value in changes.items():
+            place, _, last = name.rpartition(".")
+            parent = config[place] if place else config
+            parent[last] = ConfigDict(value) if isinstance(value, dict) else value
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the text is compared below
+        train(config, tmp_path / "run")
+    assert str(error.value).startswith(message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_rows_than_there_are_is_an_error(tiny, tmp_path, pairs):
+    sizes = json.loads((pairs / "dataset_info.json").read_text())["splits"]
+    rows = next(sum(map(int, s["shardLengths"])) for s in sizes if s["name"] == "train")
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the text is compared below
+        train(tiny(global_batch_size=1_024), tmp_path)
+    assert str(error.value) == (
+        f"the training split has {rows} rows, fewer than one batch of 1024; set "
+        f"global_batch_size to at most {rows}"
+    )
+
+
+def test_an_empty_split_is_an_error(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"(?i)train\[:0\].*(empty|no pairs|no rows)"):
+        train(tiny(**{"data.splits.train": "train[:0]"}), tmp_path)
+
+
+def test_a_workdir_of_another_config_is_an_error_that_lists_the_fields(tiny, uninterrupted):
+    workdir, _ = uninterrupted
+    other = tiny(seed=1, **{"model.dim": 24})
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the text is compared below
+        train(other, workdir)
+    assert str(error.value) == (
+        f"the workdir {workdir} belongs to another config: model.dim is 24 here and 16 there; "
+        "seed is 1 here and 0 there. Choose another --workdir, or take the settings back"
+    )
+
+
+def test_a_workdir_that_cannot_be_written_is_an_error(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PermissionError, match=r"cannot write to the workdir .*\(") as error:
+        train(tiny(), tmp_path / "file" / "run")
+    assert str(error.value).endswith("make it writable, or choose another --workdir")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(tiny, tmp_path):
+    config = tiny(
+        **{
+            "optimizer.learning_rate": 1e30,
+            "optimizer.clip_norm": 0.0,
+            "optimizer.name": "sgd",
+            "run.checkpoint_every": 1,
+        }
+    )
+    with pytest.raises(DivergenceError) as error:
+        train(config, tmp_path)
+    message = str(error.value)
+    assert message.startswith("step ")
+    step = int(message.split()[1])
+    assert f"step {step} diverged: loss " in message
+    assert "['towers']['both']" in message
+    assert "optimizer.learning_rate (now 1e+30)" in message
+    assert not (tmp_path / "results.json").exists()
+    state = final_state(config, tmp_path)
+    assert 1 <= int(state.step) < step
+    for leaf in jax.tree.leaves((state.params, state.optimizer)):
+        assert np.isfinite(np.asarray(leaf)).all()
+    assert all(np.isfinite(record.get("loss", 0.0)) for record in read_metrics(tmp_path))
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "jaxcl.train", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--config.stepz=3"], ["stepz", "steps"]),
+        (["--config.model.dimm=3"], ["dimm", "dim"]),
+        (["--config.steps=many"], ["steps", "many"]),
+        (["--config.global_batch_size=7", "--config.run.mesh.data=3"], ["error: mesh={'data': 3}"]),
+    ],
+)
+def test_the_command_names_what_is_wrong_and_fails(tmp_path, arguments, wanted):
+    config = f"--config={CONFIG}:smoke"
+    done = command(config, f"--workdir={tmp_path / 'run'}", *arguments)
+    assert done.returncode == 1
+    last_lines = (done.stdout + done.stderr).strip().splitlines()[-3:]
+    for text in wanted:
+        assert text in "\n".join(last_lines)
+    assert not (tmp_path / "run").exists()
