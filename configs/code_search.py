@@ -13,7 +13,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     """The configuration; `configs/code_search.py:smoke` is the same, shrunk to seconds."""
     config = ConfigDict()
     config.seed = 0
-    config.steps = 2_000
+    config.steps = 300
     config.global_batch_size = 1_024
 
     config.data = ConfigDict()
@@ -23,9 +23,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.data.code_pairs.validation_fraction = 0.1
     config.data.code_pairs.split_seed = 0
     config.data.code_pairs.max_pairs = placeholder(int)
-    config.data.splits = ConfigDict(
-        {"train": "train", "validation": "validation", "test": "test"}
-    )
+    config.data.splits = ConfigDict({"train": "train", "validation": "validation", "test": "test"})
     config.data.query_field = "query"
     config.data.key_field = "key"
     config.data.group_field = "group"
@@ -40,7 +38,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.model.name = "static"
     config.model.shared = True
     config.model.dim = 512
-    config.model.options = ConfigDict({"max_tokens": 128, "token_dropout": 0.6})
+    config.model.options = ConfigDict({"max_tokens": 128, "token_dropout": 0.4})
 
     config.loss = ConfigDict()
     config.loss.name = "infonce"
@@ -51,28 +49,29 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 100
+    config.optimizer.warmup_steps = 30
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 1.0
     config.optimizer.options = ConfigDict()
 
     config.evaluation = ConfigDict()
-    config.evaluation.rrf_k = 20
+    config.evaluation.rrf_k = 10
     config.evaluation.batch_size = 1_024
 
     # What is below may change between a stop and a restart; what is above makes another run.
     config.run = ConfigDict()
     config.run.data_dir = "~/.cache/jaxcl"
     config.run.mesh = ConfigDict({"data": -1})
-    config.run.log_every = 20
-    config.run.evaluate_every = 500
-    config.run.checkpoint_every = 500
+    config.run.log_every = 10
+    config.run.evaluate_every = 100
+    config.run.checkpoint_every = 100
     config.run.keep_checkpoints = 2
 
     if variant == "smoke":
         config.steps = 20
         config.global_batch_size = 64
         config.data.code_pairs.max_pairs = 600
+        config.optimizer.warmup_steps = 2
     elif variant != "default":
         raise ValueError(f"variant {variant!r} is unknown; use default or smoke")
     return config

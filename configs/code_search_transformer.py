@@ -1,6 +1,6 @@
 """The code search of `code_search.py` with a 6-layer transformer: for accelerators.
 
-    python -m jaxcl.train --config configs/code_search_transformer.py
+python -m jaxcl.train --config configs/code_search_transformer.py
 """
 
 from ml_collections import ConfigDict

@@ -42,7 +42,7 @@ MASKS: Mapping[str, str] = {"row": "ids", "group": "groups"}
 OPTIMIZERS: Mapping[str, Callable] = {
     "adam": optax.scale_by_adam,
     "lion": optax.scale_by_lion,
-    "sgd": optax.trace,
+    "sgd": lambda decay=0.9, nesterov=False: optax.trace(decay, nesterov),
 }
 """Gradient scalings by name; `config.optimizer.options` are their keyword arguments."""
 
@@ -131,7 +131,7 @@ def build_optimizer(
     learning_rate = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=min(config.warmup_steps, max(steps - 1, 1)),
+        warmup_steps=min(config.warmup_steps, steps - 1),
         decay_steps=steps,
     )
     optimizer = optax.chain(

@@ -70,12 +70,11 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
-            self.wait()
-            self._checkpointer.close()
-        else:
-            # The exception on its way out matters more than one of the save in the background,
-            # which commits if it can.
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            # Closing waits for a save under way, and repeats errors that were reported before.
             with contextlib.suppress(Exception):
                 self._checkpointer.close()
 
@@ -147,6 +146,8 @@ class Checkpoints:
         abstract_items = {"state": abstract_state, "checksums": abstract_checksums}
         with _explained("it does not load"):
             items = self._checkpointer.load_checkpointables(step, abstract_items)
+        # Without its metadata a random key comes back as bare integers, with the right checksum.
+        jax.tree.map(_check_form, abstract_state, items["state"])
         found = jax.device_get(_checksums(items["state"]))
         saved = jax.device_get(items["checksums"])
         wrong = [
@@ -209,6 +210,13 @@ def _mixed(words: Integer[Array, "..."]) -> Integer[Array, "..."]:
 @jax.jit
 def _checksums(state: PyTree) -> PyTree:
     return jax.tree.map(checksum, state)
+
+
+def _check_form(wanted: jax.ShapeDtypeStruct, leaf: Array) -> None:
+    if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
+        raise CheckpointError(
+            f"an array is {leaf.dtype}{list(leaf.shape)}, not {wanted.dtype}{list(wanted.shape)}"
+        )
 
 
 def _abstract_checksum(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

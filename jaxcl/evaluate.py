@@ -31,7 +31,7 @@ from jaxcl.retrieval import (
     mask_name,
     results_table,
 )
-from jaxcl.typing import Float, PyTree
+from jaxcl.typing import Int, PyTree
 from jaxcl.workdir import write_whole
 
 __all__ = ["evaluate_run", "quick_metrics"]
@@ -162,5 +162,5 @@ def _figures(by_method: Mapping[str, RetrievalResult]) -> dict[str, Any]:
     return figures
 
 
-def _tokens(table: TokenTable, side: str) -> Float[np.ndarray, "n t"]:
+def _tokens(table: TokenTable, side: str) -> Int[np.ndarray, "n t"]:
     return table.side(side, np.arange(table.num_rows))["tokens"]

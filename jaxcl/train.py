@@ -261,5 +261,17 @@ def _workdir() -> Path:
     return Path("runs") / "-".join(filter(None, (Path(file).stem, variant)))
 
 
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Absl's parser, but a config or override that is wrong comes as one line."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        message = str(error.args[-1]) if isinstance(error, AttributeError) else str(error)
+        readable = " ".join(message.replace("\\'", "").replace("\\n", " ").strip("'").split())
+        overrides = [argument for argument in argv if argument.startswith("--config")]
+        say(f"error: {readable} (given: {' '.join(overrides)})")
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)

@@ -17,7 +17,9 @@ TOLERANCE = 3e-7  # float32: a batch of another shape may be added up in another
 
 @pytest.fixture(scope="module")
 def towers():
-    return make_towers(lambda rngs: StaticEncoder(VOCABULARY, dim=DIM, max_tokens=64, rngs=rngs), shared=False)
+    return make_towers(
+        lambda rngs: StaticEncoder(VOCABULARY, dim=DIM, max_tokens=64, rngs=rngs), shared=False
+    )
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ TEMPERATURE = TemperatureBounds(initial=0.05, minimum=0.01, maximum=1.0)
 MASKS = {"ids": "row", "groups": "group"}
 TOWERS = {
     "static": make_towers(
-        lambda rngs: StaticEncoder(50, dim=8, max_tokens=9, token_dropout=0.3, rngs=rngs), shared=True
+        lambda rngs: StaticEncoder(50, dim=8, max_tokens=9, token_dropout=0.3, rngs=rngs),
+        shared=True,
     ),
     "static, projected, two towers": make_towers(
         lambda rngs: StaticEncoder(50, dim=8, max_tokens=9, hidden_dim=12, rngs=rngs), shared=False
