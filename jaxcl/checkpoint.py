@@ -56,7 +56,8 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._read_only = read_only
         self._saving: tuple[int, Any] | None = None
-        logging.getLogger("absl").addFilter(_drop_orbax_records)
+        for logger in ("absl", "asyncio"):
+            logging.getLogger(logger).addFilter(_drop_orbax_records)
         with _explained(f"cannot use {self.directory} for checkpoints"):
             if not read_only:
                 self.directory.mkdir(parents=True, exist_ok=True)

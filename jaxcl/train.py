@@ -266,10 +266,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        message = str(error.args[-1]) if isinstance(error, AttributeError) else str(error)
-        readable = " ".join(message.replace("\\'", "").replace("\\n", " ").strip("'").split())
+        reason = f"no such field: {error}" if isinstance(error, KeyError) else str(error)
+        readable = " ".join(reason.replace("\\'", "").replace("\\n", " ").strip("'").split())
         overrides = [argument for argument in argv if argument.startswith("--config")]
-        say(f"error: {readable} (given: {' '.join(overrides)})")
+        say(f"error: the config cannot be used: {readable} (given: {' '.join(overrides)})")
         sys.exit(1)
 
 

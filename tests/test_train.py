@@ -156,6 +156,7 @@ def half_run(monkeypatch, config: ConfigDict, workdir: Path, *, until: int = 10)
             train(config, workdir)
 
 
+@pytest.mark.smoke
 def test_the_smoke_config_trains_evaluates_and_leaves_its_files(data_dir, tmp_path):
     small = {"model.dim": 32, "data.vocabulary_size": 2_000}
     small |= {"optimizer.learning_rate": 2e-2, "optimizer.warmup_steps": 2}
@@ -188,6 +189,7 @@ def test_the_smoke_config_trains_evaluates_and_leaves_its_files(data_dir, tmp_pa
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["20"]
 
 
+@pytest.mark.smoke
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, uninterrupted, tmp_path, monkeypatch):
     half_run(monkeypatch, tiny(), tmp_path)
     assert not (tmp_path / "results.json").exists()

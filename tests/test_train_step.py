@@ -41,6 +41,7 @@ TOWERS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 @pytest.mark.parametrize("name", TOWERS)
 def test_any_mesh_gives_the_loss_and_every_gradient_of_one_device(name, shape, x64, monkeypatch):
@@ -128,6 +129,7 @@ def test_the_temperature_is_clamped_and_comes_back_from_the_bound(gradient_sign)
     assert abs(float(metrics.temperature) - bound) > 1e-3
 
 
+@pytest.mark.smoke
 def test_the_step_counts_and_donates():
     mesh = make_mesh({"data": 8})
     towers, optimizer = TOWERS["static"], optax.sgd(0.1)

@@ -24,6 +24,7 @@ def test_two_orthogonal_pairs_by_hand():
     np.testing.assert_allclose(loss, [expected, expected], rtol=1e-12)
 
 
+@pytest.mark.smoke
 def test_each_direction_by_hand():
     queries = jnp.array([[1.0, 0.0], [0.6, 0.8]])
     keys = jnp.array([[1.0, 0.0], [0.0, 1.0]])
@@ -131,6 +132,7 @@ def test_bfloat16_products_are_summed_in_float32():
     assert relative_error(loss, exact) < 2e-3
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("masked", [False, True])

@@ -7,6 +7,7 @@ from jaxcl.models.embedding_bag import IMPLEMENTATIONS, embedding_bag
 from tests.helpers import relative_errors
 
 
+@pytest.mark.smoke
 def test_a_bag_by_hand():
     table = jnp.array([[0.0, 0.0], [1.0, 2.0], [10.0, 20.0]])
     tokens = jnp.array([[1, 2, 2], [2, 1, 0]])

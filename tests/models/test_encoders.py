@@ -35,6 +35,7 @@ def towers(request):
     return make_towers(lambda rngs: encoder(rngs=rngs), shared=True)
 
 
+@pytest.mark.smoke
 def test_embeddings_are_unit_vectors_in_float32(towers):
     vectors = embed(towers, TOKENS)
     assert vectors.shape == (3, 6)
