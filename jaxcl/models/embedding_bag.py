@@ -29,8 +29,9 @@ def embedding_bag(
       implementation: `"gather"` reads all embeddings at once, which accelerators fuse, and which
         the compiler partitions over devices. `"loop"` adds one token position at a time, forward
         and backward, in cache: made for a CPU with one device, where XLA's gather and scatter of
-        `[b, t, h]` cost ten times as much (`python -m jaxcl.bench embedding_bag`). Its backward
-        would reduce over devices once per position, so `None` never picks it for several.
+        `[b, t, h]` cost several times as much (`python -m jaxcl.bench embedding_bag`). Its
+        backward would reduce over devices once per chunk of tokens, so `None` never picks it for
+        several.
 
     Returns:
       One vector per row, in the table's dtype.

@@ -199,3 +199,13 @@ def test_an_unreadable_file_is_an_error_that_names_it(content, tmp_path):
         path.write_text(content)
     with pytest.raises(ValueError, match=r"tokenizer\.json is no readable tokenizer\.json"):
         load_tokenizer(path)
+
+
+def test_distinct_keeps_each_token_where_it_first_stands(trained):
+    text = "date = parse(date) : parse"
+    every = encoded(trained, text)
+    (distinct,) = encode_texts(trained, [text], max_tokens=32, distinct=True)
+    assert [trained.id_to_token(i) for i in distinct] == ["date", "=", "parse", "(", ")", ":"]
+    assert len(every) == 8
+    (cut,) = encode_texts(trained, [text], max_tokens=3, distinct=True)  # cut after, not before
+    assert cut.tolist() == distinct[:3].tolist()

@@ -89,7 +89,7 @@ def test_shared_towers_are_one_and_separate_ones_two():
         assert bool((sides[0] == sides[1]).all()) == shared
 
 
-def test_word_order_matters_to_a_transformer_only():
+def test_word_order_matters_to_a_transformer_and_not_yet_to_a_new_static_encoder():
     reverse = TOKENS[1:2, ::-1]
     for name, matters in {"static": False, "pre-LN, mean": True}.items():
         towers = make_towers(lambda rngs, name=name: ENCODERS[name](rngs=rngs), shared=True)
@@ -151,3 +151,17 @@ def test_row_dropout_keeps_the_mean_and_the_share():
 def embed(towers, tokens):
     params = towers.init(jax.random.key(0))
     return towers.encode(params, "query", {"tokens": jnp.asarray(tokens)})
+
+
+def test_a_static_embedding_by_hand():
+    towers = make_towers(lambda rngs: StaticEncoder(4, dim=2, max_tokens=3, rngs=rngs), shared=True)
+    params = towers.init(jax.random.key(0))
+    params["both"] = {
+        "table": jnp.array([[9.0, 9.0], [1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]),
+        "token_weight": jnp.log(jnp.array([1.0, 3.0, 1.0, 1.0])),
+        "position_weight": jnp.log(jnp.array([1.0, 4.0, 1.0])),
+    }
+    vectors = towers.encode(params, "query", {"tokens": jnp.array([[1, 2, 0], [2, 1, 0]])})
+    # 3·1·(1, 0) + 1·4·(0, 1), and 1·1·(0, 1) + 3·4·(1, 0): norms 5 and √145.
+    wanted = [[3 / 5, 4 / 5], [12 / 145**0.5, 1 / 145**0.5]]
+    np.testing.assert_allclose(vectors, wanted, rtol=1e-6)
