@@ -78,6 +78,11 @@ def build_program(config: ConfigDict) -> Program:
     Raises:
       ValueError: for an unknown name, and for a batch that does not divide over the mesh.
     """
+    if "group" in config.loss.masks and config.data.group_field is None:
+        raise ValueError(
+            "loss.masks names 'group', but data.group_field is None: all rows would be of one "
+            "group, and no negative would count. Set data.group_field, or leave 'group' out"
+        )
     mesh = make_mesh(dict(config.run.mesh))
     _check_batch_size(config.global_batch_size, mesh)
     towers = build_towers(config.model, vocabulary_size=config.data.vocabulary_size)

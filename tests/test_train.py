@@ -341,6 +341,10 @@ def test_other_models_train(tiny, tmp_path, model):
         ),
         ({"loss.masks": ("rows",)}, "loss.masks=('rows',) are unknown; use some of row, group"),
         (
+            {"loss.masks": ("row", "group"), "data.group_field": None},
+            "loss.masks names 'group', but data.group_field is None",
+        ),
+        (
             {"optimizer.name": "adamw"},
             "optimizer.name='adamw' is unknown; use one of adam, lion, sgd",
         ),

@@ -109,10 +109,11 @@ def _tokenizer(config: ConfigDict, train: PairSource, workdir: Path) -> Tokenize
                 tokenizer = train_tokenizer(texts, vocabulary_size=config.vocabulary_size)
         write_whole(path, tokenizer.to_str())
     tokenizer = load_tokenizer(path)
-    if tokenizer.get_vocab_size() > config.vocabulary_size:
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    if num_ids > config.vocabulary_size:
         raise ValueError(
-            f"the tokenizer knows {tokenizer.get_vocab_size()} tokens, but "
-            f"data.vocabulary_size={config.vocabulary_size}; set it to at least as many"
+            f"the tokenizer's ids go up to {num_ids - 1}, but "
+            f"data.vocabulary_size={config.vocabulary_size}; set it to at least {num_ids}"
         )
     return tokenizer
 
