@@ -6,11 +6,10 @@ The same command goes on where it was stopped. A run starts in one of three ways
 from the newest checkpoint of its workdir; or, where that one is damaged, from the one before.
 """
 
-import collections
 import contextlib
+import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,11 @@ from jaxcl.data.prepare import RunData, prepare_data
 from jaxcl.evaluate import evaluate_run, quick_metrics
 from jaxcl.metric_writer import MetricWriter
 from jaxcl.progress import progress_bar, say
+from jaxcl.reports import DivergenceError, Reports
 from jaxcl.train_state import TrainState
-from jaxcl.train_step import StepMetrics
 from jaxcl.workdir import claim_workdir
 
-__all__ = ["DivergenceError", "Stopped", "train"]
+__all__ = ["Stopped", "train"]
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, such as configs/code_search.py or …py:smoke."
@@ -41,10 +40,6 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run keeps all it writes; runs/NAME-OF-THE-CONFIG by default."
 )
 flags.mark_flag_as_required("config")
-
-
-class DivergenceError(RuntimeError):
-    """The loss or its gradient is no longer finite."""
 
 
 class Stopped(Exception):
@@ -112,7 +107,7 @@ def _run_steps(
     )
     with _signals() as received, progress_bar("training", config.steps) as advance:
         advance(first_step)
-        reports = _Reports(config, program, writer, advance)
+        reports = Reports(config, program, writer, advance)
         for step, batch in enumerate(batches, start=first_step + 1):
             state, metrics = program.train_step(state, batch)
             reports.add(step, metrics)
@@ -123,82 +118,13 @@ def _run_steps(
                 writer.write(step, quick_metrics(program, data, state.params["towers"]))
                 reports.restart_clock()
             if at_end or stopping or step % config.run.checkpoint_every == 0:
-                reports.flush()  # a state is saved only when its loss is known to be finite
+                reports.flush()
+                reports.check(step, state)  # nothing but a good state is ever saved
                 checkpoints.save(step, state)
             if stopping and not at_end:
                 checkpoints.wait()
                 raise Stopped(received[0], step)
     return state
-
-
-class _Reports:
-    """Reads each step's metrics one step late, so that the device never waits for the host.
-
-    Reading them every step also bounds how many are under way, without which the collectives of
-    many fake devices on few cores can block each other for ever.
-    """
-
-    def __init__(
-        self,
-        config: ConfigDict,
-        program: Program,
-        writer: MetricWriter,
-        advance: Callable[..., None],
-    ):
-        self._config, self._program = config, program
-        self._writer, self._advance = writer, advance
-        self._unread: collections.deque[tuple[int, StepMetrics]] = collections.deque()
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leaves what was done since the last report out of the next speed."""
-        self._since, self._steps_since = time.perf_counter(), 0
-
-    def add(self, step: int, metrics: StepMetrics) -> None:
-        """Takes one step's metrics, and reads those of the step before."""
-        self._unread.append((step, metrics))
-        if len(self._unread) > 1:
-            self._read(*self._unread.popleft())
-
-    def flush(self) -> None:
-        """Reads all that is left."""
-        while self._unread:
-            self._read(*self._unread.popleft())
-
-    def _read(self, step: int, metrics: StepMetrics) -> None:
-        loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
-        if not np.isfinite([loss, gradient_norm]).all():
-            raise DivergenceError(_diagnosis(step, metrics, self._program, self._config))
-        self._steps_since += 1
-        seconds = time.perf_counter() - self._since
-        rate = self._steps_since * self._config.global_batch_size / seconds
-        self._advance(1, f"loss {loss:.3f} · {rate:,.0f} pairs/s")
-        if step % self._config.run.log_every == 0 or step == self._config.steps:
-            self._writer.write(
-                step,
-                {
-                    "loss": loss,
-                    "gradient_norm": gradient_norm,
-                    "temperature": float(metrics.temperature),
-                    "learning_rate": float(self._program.learning_rate(step - 1)),
-                    "time/pairs_per_second": rate,
-                },
-            )
-            self.restart_clock()
-
-
-def _diagnosis(step: int, metrics: StepMetrics, program: Program, config: ConfigDict) -> str:
-    norms = jax.tree_util.tree_leaves_with_path(jax.device_get(metrics.leaf_gradient_norms))
-    culprits = [jax.tree_util.keystr(path) for path, norm in norms if not np.isfinite(norm)]
-    return (
-        f"step {step} diverged: loss {float(metrics.loss)}, gradient norm "
-        f"{float(metrics.gradient_norm)}, not finite for {', '.join(culprits) or 'no parameter'}; "
-        f"temperature {float(metrics.temperature):.4f}, learning rate "
-        f"{float(program.learning_rate(step - 1)):.2e}. The last good checkpoint is kept. Try a "
-        f"lower optimizer.learning_rate (now {config.optimizer.learning_rate}) or "
-        f"optimizer.clip_norm (now {config.optimizer.clip_norm}), or a higher "
-        f"loss.temperature.minimum (now {config.loss.temperature.minimum}), in another --workdir"
-    )
 
 
 @contextlib.contextmanager
@@ -266,8 +192,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        reason = f"no such field: {error}" if isinstance(error, KeyError) else str(error)
-        readable = " ".join(reason.replace("\\'", "").replace("\\n", " ").strip("'").split())
+        unknown_field = isinstance(error, (AttributeError, KeyError))
+        reason = f"no such field: {error}" if unknown_field else str(error)
+        # The libraries quote a message within a message.
+        readable = " ".join(re.sub(r"\\n|[\\'\"]", " ", reason).split())
         overrides = [argument for argument in argv if argument.startswith("--config")]
         say(f"error: the config cannot be used: {readable} (given: {' '.join(overrides)})")
         sys.exit(1)

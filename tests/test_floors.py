@@ -15,7 +15,17 @@ FLOORS = {
     1: ("losses", "negatives", "assignment", "metrics"),
     2: ("models",),
     3: ("data", "mesh", "checkpoint", "progress", "workdir", "metric_writer", "retrieval"),
-    4: ("train_state", "train_step", "embed", "build", "evaluate", "train", "search", "bench"),
+    4: (
+        "train_state",
+        "train_step",
+        "embed",
+        "build",
+        "reports",
+        "evaluate",
+        "train",
+        "search",
+        "bench",
+    ),
 }
 LIBRARY = FLOORS[1]
 ALLOWED_IN_LIBRARY = {"jax", "jaxtyping", "numpy", "jaxcl"} | set(sys.stdlib_module_names)

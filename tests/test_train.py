@@ -17,7 +17,8 @@ from jaxcl.build import build_program
 from jaxcl.checkpoint import Checkpoints
 from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.metric_writer import read_metrics
-from jaxcl.train import DivergenceError, train
+from jaxcl.reports import DivergenceError
+from jaxcl.train import train
 
 pytestmark = [
     # Where a load fails, Orbax leaves what it had begun.

@@ -39,7 +39,7 @@ from jaxcl.mesh import put_batch
 from jaxcl.metric_writer import MetricWriter
 from jaxcl.models.towers import SIDES
 from jaxcl.progress import progress_bar
-from jaxcl.train import _Reports
+from jaxcl.reports import Reports
 from jaxcl.typing import Batch
 
 __all__ = ["DEFAULT_SHAPES", "StepShape", "main", "measure"]
@@ -253,7 +253,7 @@ def _loop(
         contextlib.closing(MetricWriter(workdir, step=0)) as writer,
         progress_bar("training", config.steps) as advance,
     ):
-        reports = _Reports(config, program, writer, advance)
+        reports = Reports(config, program, writer, advance)
 
         def run(count: int) -> float:
             nonlocal state

@@ -1,0 +1,124 @@
+"""What a run says of itself while it trains, and when it must stop saying so."""
+
+import collections
+import math
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxcl.build import Program
+from jaxcl.metric_writer import MetricWriter
+from jaxcl.train_state import TrainState
+from jaxcl.train_step import StepMetrics
+from jaxcl.typing import PyTree
+
+__all__ = ["DivergenceError", "Reports"]
+
+
+class DivergenceError(RuntimeError):
+    """The loss, its gradient or a parameter is no longer finite."""
+
+
+class Reports:
+    """Reads each step's metrics one step late, so that the device never waits for the host.
+
+    Reading them every step also bounds how many are under way, without which the collectives of
+    many fake devices on few cores can block each other for ever.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        program: Program,
+        writer: MetricWriter,
+        advance: Callable[..., None],
+    ):
+        self._config, self._program = config, program
+        self._writer, self._advance = writer, advance
+        self._unread: collections.deque[tuple[int, StepMetrics]] = collections.deque()
+        self._rate = math.nan
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves what was done since the last report out of the next speed."""
+        self._since, self._steps_since = time.perf_counter(), 0
+
+    def add(self, step: int, metrics: StepMetrics) -> None:
+        """Takes one step's metrics, and reads those of the step before."""
+        self._unread.append((step, metrics))
+        if len(self._unread) > 1:
+            self._read(*self._unread.popleft())
+
+    def flush(self) -> None:
+        """Reads all that is left."""
+        while self._unread:
+            self._read(*self._unread.popleft())
+
+    def check(self, step: int, state: TrainState) -> None:
+        """Raises a `DivergenceError` unless every parameter is finite.
+
+        The loss of a step is that of the parameters before its update.
+        """
+        finite = jax.device_get(_finite_leaves(state.params))
+        culprits = _names_of_false(finite)
+        if culprits:
+            raise DivergenceError(
+                f"step {step} diverged: after its update {', '.join(culprits)} are not finite. "
+                f"{_advice(self._config)}"
+            )
+
+    def _read(self, step: int, metrics: StepMetrics) -> None:
+        loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
+        if not np.isfinite([loss, gradient_norm]).all():
+            raise DivergenceError(_diagnosis(step, metrics, self._program, self._config))
+        self._steps_since += 1
+        if step % self._config.run.log_every == 0 or step == self._config.steps:
+            seconds = time.perf_counter() - self._since
+            self._rate = self._steps_since * self._config.global_batch_size / seconds
+            self._writer.write(
+                step,
+                {
+                    "loss": loss,
+                    "gradient_norm": gradient_norm,
+                    "temperature": float(metrics.temperature),
+                    "learning_rate": float(self._program.learning_rate(step - 1)),
+                    "time/pairs_per_second": self._rate,
+                },
+            )
+            self.restart_clock()
+        rate = "" if math.isnan(self._rate) else f" · {self._rate:,.0f} pairs/s"
+        self._advance(1, f"loss {loss:.3f}{rate}")
+
+
+def _diagnosis(step: int, metrics: StepMetrics, program: Program, config: ConfigDict) -> str:
+    finite = jax.tree.map(np.isfinite, jax.device_get(metrics.leaf_gradient_norms))
+    return (
+        f"step {step} diverged: loss {float(metrics.loss)}, gradient norm "
+        f"{float(metrics.gradient_norm)}, not finite for "
+        f"{', '.join(_names_of_false(finite)) or 'no parameter'}; temperature "
+        f"{float(metrics.temperature):.4f}, learning rate "
+        f"{float(program.learning_rate(step - 1)):.2e}. {_advice(config)}"
+    )
+
+
+def _advice(config: ConfigDict) -> str:
+    return (
+        "The last good checkpoint is kept. Try a lower optimizer.learning_rate (now "
+        f"{config.optimizer.learning_rate}) or optimizer.clip_norm (now "
+        f"{config.optimizer.clip_norm}), or a higher loss.temperature.minimum (now "
+        f"{config.loss.temperature.minimum}), in another --workdir"
+    )
+
+
+def _names_of_false(tree: PyTree) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path) for path, good in leaves if not good]
+
+
+@jax.jit
+def _finite_leaves(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)

@@ -1,0 +1,73 @@
+"""What a run says while it trains: one step late, and never of a state that has diverged."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs.code_search import get_config
+from jaxcl.build import build_program
+from jaxcl.metric_writer import MetricWriter, read_metrics
+from jaxcl.reports import DivergenceError, Reports
+from jaxcl.train_state import TrainState
+from jaxcl.train_step import StepMetrics
+
+
+@pytest.fixture
+def notes():
+    return []
+
+
+@pytest.fixture
+def reports(tmp_path, notes):
+    config = get_config("smoke")
+    config.model.dim = 4
+    config.data.vocabulary_size = 10
+    config.run.log_every = 2
+    writer = MetricWriter(tmp_path, step=0)
+    yield Reports(config, build_program(config), writer, lambda done, note: notes.append(note))
+    writer.close()
+
+
+def test_a_step_is_read_when_the_next_has_begun(reports, notes):
+    reports.add(1, metrics(loss=3.0))
+    assert notes == []
+    reports.add(2, metrics(loss=2.0))
+    assert notes == ["loss 3.000"]
+    reports.flush()
+    assert notes[1].startswith("loss 2.000 · ")
+
+
+def test_every_so_many_steps_are_written(reports, tmp_path):
+    for step in range(1, 6):
+        reports.add(step, metrics(loss=float(step)))
+    assert [(record["step"], record["loss"]) for record in read_metrics(tmp_path)] == [
+        (2, 2.0),
+        (4, 4.0),
+    ]
+
+
+@pytest.mark.parametrize("field", ["loss", "gradient_norm"])
+def test_what_is_not_finite_stops_the_run_with_step_cause_and_advice(reports, field):
+    reports.add(7, metrics(**{field: float("nan")}, leaf=float("inf")))
+    with pytest.raises(DivergenceError) as error:
+        reports.flush()
+    for part in ("step 7 diverged", "['table']", "learning rate", "last good checkpoint is kept"):
+        assert part in str(error.value)
+
+
+def test_a_state_that_is_not_finite_is_never_passed_for_saving(reports):
+    good = state(table=[0.0, 1.0])
+    reports.check(3, good)
+    with pytest.raises(DivergenceError, match=r"step 3 diverged: after its update \['table'\]"):
+        reports.check(3, good._replace(params={"table": jnp.array([0.0, jnp.inf]), "bias": 0.0}))
+
+
+def metrics(*, loss=1.0, gradient_norm=1.0, leaf=1.0):
+    fields = (loss, gradient_norm, 0.05)
+    leaves = {"table": jnp.float32(leaf), "bias": jnp.float32(1.0)}
+    return StepMetrics(*map(jnp.float32, fields), leaves)
+
+
+def state(*, table):
+    params = {"table": jnp.array(table), "bias": jnp.float32(0.0)}
+    return TrainState(jnp.int32(3), params, None, jax.random.key(0))
