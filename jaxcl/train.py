@@ -25,6 +25,7 @@ from jaxcl.checkpoint import CheckpointError, Checkpoints
 from jaxcl.data.loader import training_batches
 from jaxcl.data.prepare import RunData, prepare_data
 from jaxcl.evaluate import evaluate_run, quick_metrics
+from jaxcl.host_memory import keep_freed_memory
 from jaxcl.metric_writer import MetricWriter
 from jaxcl.progress import progress_bar, say
 from jaxcl.reports import DivergenceError, Reports
@@ -55,6 +56,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # libraries say much that helps nobody
+    keep_freed_memory()
     try:
         train(_CONFIG.value, _workdir())
     except Stopped as stopped:

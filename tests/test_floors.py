@@ -14,7 +14,16 @@ FLOORS = {
     0: ("typing",),
     1: ("losses", "negatives", "assignment", "metrics"),
     2: ("models",),
-    3: ("data", "mesh", "checkpoint", "progress", "workdir", "metric_writer", "retrieval"),
+    3: (
+        "data",
+        "mesh",
+        "checkpoint",
+        "progress",
+        "workdir",
+        "metric_writer",
+        "host_memory",
+        "retrieval",
+    ),
     4: (
         "train_state",
         "train_step",

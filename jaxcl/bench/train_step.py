@@ -11,15 +11,16 @@ Three things are timed in turn, each for some steps, while the others sleep:
 - *PyTorch*: the same model on the same batches, in a process of its own. Before that, both make
   a few updates from the same parameters without dropout, and must agree on loss and gradient.
 
-The share of the loop that is not XLA's work is `1 - loop / step`, by rounds.
+Each makes a step or two before its clock starts, since caches and pages belong to whoever ran
+last; and rounds alternate between this order and its reverse. The share of the loop that is not
+XLA's work is `1 - loop / step`, by rounds.
 """
 
 import argparse
 import contextlib
-import json
+import math
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from ml_collections import ConfigDict
 
 from jaxcl.assignment import uniform_rows
 from jaxcl.bench.embedding_bag import row_lengths, zipf_tokens
+from jaxcl.bench.torch_twin import agreement, torch_twin
 from jaxcl.build import Program, build_program
 from jaxcl.data.loader import training_batches
 from jaxcl.data.token_table import TokenTable
@@ -45,10 +47,7 @@ from jaxcl.typing import Batch
 __all__ = ["DEFAULT_SHAPES", "StepShape", "main", "measure"]
 
 _RESIDENT_BATCHES = 4
-_CHECKED_STEPS = 3
-_LARGEST_DIFFERENCE = 1e-4
 _MANY_STEPS = 1_000_000  # more than any benchmark makes; the rate then hardly falls
-_TWIN = Path(__file__).with_name("train_step_torch.py")
 
 
 class StepShape(NamedTuple):
@@ -129,6 +128,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         default="fused",
         help="the implementation of Adam in PyTorch; fused is its fastest",
     )
+    parser.add_argument(
+        "--torch-keeps-memory",
+        action="store_true",
+        help="PyTorch's allocator keeps what it frees, as jaxcl's own does",
+    )
     arguments = parser.parse_args(argv)
     return measure(
         DEFAULT_SHAPES[arguments.model],
@@ -136,6 +140,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         torch_python=arguments.torch_python,
         torch_variant=arguments.torch_variant,
         torch_adam=arguments.torch_adam,
+        torch_keeps_memory=arguments.torch_keeps_memory,
     )
 
 
@@ -146,6 +151,7 @@ def measure(
     torch_python: str | None = None,
     torch_variant: str = "ragged",
     torch_adam: str = "fused",
+    torch_keeps_memory: bool = False,
 ) -> dict[str, Any]:
     """Times the step, the loop and PyTorch in turn, round after round.
 
@@ -155,6 +161,7 @@ def measure(
       torch_python: an interpreter with torch; `None` leaves PyTorch out.
       torch_variant: how the static encoder sums in PyTorch.
       torch_adam: the implementation of Adam in PyTorch.
+      torch_keeps_memory: whether PyTorch's allocator keeps what it frees.
 
     Returns:
       The record that `jaxcl.bench` prints, in pairs per second.
@@ -177,17 +184,19 @@ def measure(
         if torch_python is not None:
             spec = _twin_spec(config, shape, torch_variant, torch_adam)
             run_torch, torch_facts = stack.enter_context(
-                _twin(torch_python, spec, program, host_batches, workdir)
+                torch_twin(
+                    torch_python,
+                    spec,
+                    program,
+                    host_batches,
+                    workdir,
+                    keeps_memory=torch_keeps_memory,
+                )
             )
-            facts.update(torch_facts, **_agreement(config, shape, host_batches, run_torch))
+            still = _config(shape, drops=False)
+            facts.update(torch_facts, **agreement(still, host_batches, run_torch))
             timed["PyTorch step"] = lambda count: run_torch("run", count)["seconds"]
-        for run in timed.values():
-            run(1)
-        pairs = shape.steps * shape.batch_size
-        rates: dict[str, list[float]] = {name: [] for name in timed}
-        for _ in range(rounds):
-            for name, run in timed.items():
-                rates[name].append(pairs / run(shape.steps))
+        rates = _rates(timed, shape, rounds)
     facts.update(_comparisons(rates))
     return {
         "shapes": shape._asdict(),
@@ -195,6 +204,19 @@ def measure(
         "rounds": rates,
         "facts": facts,
     }
+
+
+def _rates(
+    timed: Mapping[str, Callable[[int], float]], shape: StepShape, rounds: int
+) -> dict[str, list[float]]:
+    """Pairs per second, in turn, each warm: what ran before has left its own pages and caches."""
+    rates: dict[str, list[float]] = {name: [] for name in timed}
+    for index in range(rounds):
+        names = list(timed) if index % 2 == 0 else list(timed)[::-1]
+        for name in names:
+            timed[name](math.ceil(shape.steps / 10))
+            rates[name].append(shape.steps * shape.batch_size / timed[name](shape.steps))
+    return rates
 
 
 def _comparisons(rates: Mapping[str, Sequence[float]]) -> dict[str, float]:
@@ -269,97 +291,9 @@ def _loop(
         yield run
 
 
-@contextlib.contextmanager
-def _twin(
-    python: str,
-    spec: Mapping[str, Any],
-    program: Program,
-    batches: Sequence[Batch],
-    workdir: Path,
-) -> Iterator[tuple[Callable[[str, int], dict[str, Any]], dict[str, Any]]]:
-    """The PyTorch process: a function that sends it a command, and what it says of itself."""
-    arrays, spec_file = workdir / "arrays.npz", workdir / "spec.json"
-    named: dict[str, Any] = _named(program.init().params)
-    for side in SIDES:
-        named[f"batches/{side}"] = np.stack([batch[side]["tokens"] for batch in batches])
-    np.savez(arrays, **named)
-    spec_file.write_text(json.dumps({**spec, "arrays": str(arrays)}))
-    with subprocess.Popen(
-        [python, str(_TWIN), str(spec_file)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},  # or its threads spin in others' time
-    ) as process:
-        commands, answers = process.stdin, process.stdout
-        assert commands is not None
-        assert answers is not None
-
-        def answer() -> dict[str, Any]:
-            line = answers.readline()
-            if not line:
-                raise RuntimeError(
-                    f"the PyTorch process of {python} ended with {process.wait()}; "
-                    "--torch-python needs an interpreter with torch and numpy"
-                )
-            return json.loads(line)
-
-        def ask(command: str, count: int) -> dict[str, Any]:
-            commands.write(f"{command} {count}\n")
-            commands.flush()
-            return answer()
-
-        try:
-            yield ask, answer()
-        finally:
-            commands.close()
-
-
-def _agreement(
-    config: ConfigDict,
-    shape: StepShape,
-    batches: Sequence[Batch],
-    ask: Callable[[str, int], dict[str, Any]],
-) -> dict[str, float]:
-    """Relative differences between both over a few updates without dropout.
-
-    Raises:
-      RuntimeError: if the first loss or gradient norm is not the same: another model, no twin.
-    """
-    theirs = ask("losses", _CHECKED_STEPS)
-    config = config.copy_and_resolve_references()
-    config.model.options[shape.dropout[0]] = 0.0
-    program = build_program(config)
-    state = program.init()
-    ours: dict[str, list[float]] = {"losses": [], "gradient_norms": []}
-    for step in range(_CHECKED_STEPS):
-        batch = put_batch(batches[step % len(batches)], program.mesh)
-        state, metrics = program.train_step(state, batch)
-        ours["losses"].append(float(metrics.loss))
-        ours["gradient_norms"].append(float(metrics.gradient_norm))
-    difference = {
-        name: [abs(a - b) / abs(b) for a, b in zip(ours[name], theirs[name], strict=True)]
-        for name in ours
-    }
-    if max(difference["losses"][0], difference["gradient_norms"][0]) > _LARGEST_DIFFERENCE:
-        raise RuntimeError(f"jaxcl computes {ours} and PyTorch {theirs}: not the same model")
-    return {
-        "relative difference of the first loss": difference["losses"][0],
-        "relative difference of the first gradient norm": difference["gradient_norms"][0],
-        f"relative difference of loss {_CHECKED_STEPS}": difference["losses"][-1],
-    }
-
-
-def _named(params: Any) -> dict[str, np.ndarray]:
-    """Parameters by their path."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-
-
-def _config(shape: StepShape) -> ConfigDict:
+def _config(shape: StepShape, *, drops: bool = True) -> ConfigDict:
     """As `configs/code_search.py`, as far as the step goes, but with a rate that starts at once."""
+    dropout_option, rate = shape.dropout
     return ConfigDict(
         {
             "seed": 0,
@@ -370,7 +304,7 @@ def _config(shape: StepShape) -> ConfigDict:
                 "name": shape.model,
                 "shared": True,
                 "dim": shape.dim,
-                "options": {**shape.options, shape.dropout[0]: shape.dropout[1]},
+                "options": {**shape.options, dropout_option: rate if drops else 0.0},
             },
             "loss": {
                 "name": "infonce",

@@ -1,0 +1,132 @@
+"""The PyTorch twin's other end: starts its process, gives it the model, checks that both agree."""
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxcl.build import Program, build_program
+from jaxcl.mesh import put_batch
+from jaxcl.models.towers import SIDES
+from jaxcl.typing import Batch, PyTree
+
+__all__ = ["Ask", "agreement", "torch_twin"]
+
+Ask = Callable[[str, int], dict[str, Any]]
+"""Sends the twin a command and a count, and returns its answer."""
+
+_CHECKED_STEPS = 3
+_LARGEST_DIFFERENCE = 1e-4
+_PROGRAM = Path(__file__).with_name("train_step_torch.py")
+_KEEP_FREED_MEMORY = {  # what jaxcl.host_memory does to its own process
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+}
+
+
+@contextlib.contextmanager
+def torch_twin(
+    python: str,
+    spec: Mapping[str, Any],
+    program: Program,
+    batches: Sequence[Batch],
+    workdir: Path,
+    *,
+    keeps_memory: bool = False,
+) -> Iterator[tuple[Ask, dict[str, Any]]]:
+    """The PyTorch process: a function that sends it a command, and what it says of itself.
+
+    Args:
+      python: an interpreter with torch and NumPy.
+      spec: the model, its optimiser and how both are written; `train_step_torch.py` reads it.
+      program: whose initial parameters the twin takes over.
+      batches: what it trains on, in turn; NumPy arrays.
+      workdir: where its input is written.
+      keeps_memory: its allocator keeps what it frees, as that of `jaxcl.train` does. No PyTorch
+        program does so by itself.
+    """
+    arrays, spec_file = workdir / "arrays.npz", workdir / "spec.json"
+    named: dict[str, Any] = _named(program.init().params)
+    for side in SIDES:
+        named[f"batches/{side}"] = np.stack([batch[side]["tokens"] for batch in batches])
+    np.savez(arrays, **named)
+    spec_file.write_text(json.dumps({**spec, "arrays": str(arrays)}))
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # or it spins in others' time
+    with subprocess.Popen(
+        [python, str(_PROGRAM), str(spec_file)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment | (_KEEP_FREED_MEMORY if keeps_memory else {}),
+    ) as process:
+        commands, answers = process.stdin, process.stdout
+        assert commands is not None
+        assert answers is not None
+
+        def answer() -> dict[str, Any]:
+            line = answers.readline()
+            if not line:
+                raise RuntimeError(
+                    f"the PyTorch process of {python} ended with {process.wait()}; "
+                    "--torch-python needs an interpreter with torch and numpy"
+                )
+            return json.loads(line)
+
+        def ask(command: str, count: int) -> dict[str, Any]:
+            commands.write(f"{command} {count}\n")
+            commands.flush()
+            return answer()
+
+        try:
+            yield ask, answer()
+        finally:
+            commands.close()
+
+
+def agreement(config: ConfigDict, batches: Sequence[Batch], ask: Ask) -> dict[str, float]:
+    """Relative differences between both over a few updates.
+
+    Args:
+      config: the run, without dropout.
+      batches: the twin's.
+      ask: the twin.
+
+    Raises:
+      RuntimeError: if the first loss or gradient norm is not the same: another model, no twin.
+    """
+    theirs = ask("losses", _CHECKED_STEPS)
+    program = build_program(config)
+    state = program.init()
+    ours: dict[str, list[float]] = {"losses": [], "gradient_norms": []}
+    for step in range(_CHECKED_STEPS):
+        batch = put_batch(batches[step % len(batches)], program.mesh)
+        state, metrics = program.train_step(state, batch)
+        ours["losses"].append(float(metrics.loss))
+        ours["gradient_norms"].append(float(metrics.gradient_norm))
+    difference = {
+        name: [abs(a - b) / abs(b) for a, b in zip(ours[name], theirs[name], strict=True)]
+        for name in ours
+    }
+    if max(difference["losses"][0], difference["gradient_norms"][0]) > _LARGEST_DIFFERENCE:
+        raise RuntimeError(f"jaxcl computes {ours} and PyTorch {theirs}: not the same model")
+    return {
+        "relative difference of the first loss": difference["losses"][0],
+        "relative difference of the first gradient norm": difference["gradient_norms"][0],
+        f"relative difference of loss {_CHECKED_STEPS}": difference["losses"][-1],
+    }
+
+
+def _named(params: PyTree) -> dict[str, np.ndarray]:
+    """Parameters by their path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
