@@ -1,35 +1,33 @@
-"""How the host's memory allocator treats a program that trains on CPU devices."""
+"""How the host gives memory to a program that trains on CPU devices."""
 
-import ctypes
 import importlib.metadata
 import importlib.util
+import os
+import platform
 import sys
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["start_with_huge_pages"]
 
-# Parameters of mallopt(3), by their numbers in glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_NEVER = 2**31 - 1
+_VARIABLE, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
 
-def keep_freed_memory() -> bool:
-    """Lets the process keep the memory that it frees, so that no step pays for fresh pages.
+def start_with_huge_pages() -> None:
+    """Starts this program again, once, with large blocks of memory in pages of 2 MB.
 
-    XLA's CPU client asks malloc for a step's temporary buffers and gives them back after the
-    step; glibc returns blocks of this size to the kernel, which then maps and zeroes every page
-    again: 26,000 page faults and 20 of 75 ms in a step of `configs/code_search.py`. Call it before
-    JAX has started a backend, whose threads would otherwise have heaps of their own.
-
-    The price: the process never shrinks from its largest size. Where a plugin for an accelerator
-    is installed, nothing is changed, since the steps' buffers are then not on the host.
-
-    Returns:
-      Whether the allocator was changed: not without glibc, nor beside an accelerator.
+    XLA's CPU client asks malloc for a step's temporary buffers and gives them back after the step;
+    glibc returns them to the kernel, which maps and zeroes every page again at the next. In pages
+    of 4 KB that was a quarter of a step of `configs/code_search.py`, and a third of one of the
+    transformer (BUILD_NOTES.md). glibc asks for larger pages only if an environment variable says
+    so before the process starts; hence the new start, which keeps the process's number, files and
+    arguments. Nothing happens without glibc, beside a plugin for an accelerator (whose steps have
+    no buffers here), and where `GLIBC_TUNABLES` is set already.
     """
-    if importlib.util.find_spec("libtpu") or importlib.metadata.entry_points(group="jax_plugins"):
-        return False
-    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _NEVER))
-    return all(mallopt(parameter, value) == 1 for parameter, value in settings)
+    if _VARIABLE in os.environ or platform.libc_ver()[0] != "glibc" or _accelerator_installed():
+        return
+    os.environ[_VARIABLE] = _HUGE_PAGES
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _accelerator_installed() -> bool:
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    return bool(plugins) or importlib.util.find_spec("libtpu") is not None

@@ -25,7 +25,7 @@ from jaxcl.checkpoint import CheckpointError, Checkpoints
 from jaxcl.data.loader import training_batches
 from jaxcl.data.prepare import RunData, prepare_data
 from jaxcl.evaluate import evaluate_run, quick_metrics
-from jaxcl.host_memory import keep_freed_memory
+from jaxcl.host_memory import start_with_huge_pages
 from jaxcl.metric_writer import MetricWriter
 from jaxcl.progress import progress_bar, say
 from jaxcl.reports import DivergenceError, Reports
@@ -56,7 +56,6 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # libraries say much that helps nobody
-    keep_freed_memory()
     try:
         train(_CONFIG.value, _workdir())
     except Stopped as stopped:
@@ -204,4 +203,5 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    start_with_huge_pages()
     app.run(main, flags_parser=_parse_flags)

@@ -1,51 +1,83 @@
-"""A program that keeps its memory does not fault it in again at every step."""
+"""Large buffers are not faulted in page by page, and the new start changes nothing else."""
 
-import ctypes
 import importlib.metadata
+import json
+import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from jaxcl.host_memory import keep_freed_memory
+from jaxcl.host_memory import start_with_huge_pages
 
 _MEGABYTES = 96
-_PAGES = _MEGABYTES * 2**20 // 4096
+_SMALL_PAGES = _MEGABYTES * 2**20 // 4096
 _PROGRAM = f"""
-import resource, sys
-import jax, jax.numpy as jnp
-from jaxcl.host_memory import keep_freed_memory
+import json, os, resource, sys
+from jaxcl.host_memory import start_with_huge_pages
 
-if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+print(os.getpid(), flush=True)
+start_with_huge_pages()
 
-@jax.jit
-def step(x):  # sorted, so that the large buffer is not fused away
-    return jnp.sort(x + jnp.arange({_MEGABYTES} * 2**18 // 8, dtype=jnp.float32)).sum()
-
-def faults_of_a_step():
+def faults_of_a_block():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    step(1.0).block_until_ready()
+    b"x" * ({_MEGABYTES} * 2**20)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-print(min(faults_of_a_step() for _ in range(10)))  # the heap grows for a few steps
+print(json.dumps([min(faults_of_a_block() for _ in range(5)), sys.argv[1:]]))
 """
+_THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
-
-def page_faults_of_a_step(mode: str) -> int:
-    command = [sys.executable, "-c", _PROGRAM, mode]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-@pytest.mark.skipif(
-    not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="the allocator is not glibc's"
+on_glibc = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's"
 )
-def test_a_step_faults_no_pages_in_once_memory_is_kept():
-    kept, given_back = (page_faults_of_a_step(mode) for mode in ("keep", "plain"))
-    assert given_back > _PAGES / 16  # or this test could not fail
-    assert kept < given_back / 20
+
+
+def run(program: str, **environment: str) -> list[str]:
+    plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    finished = subprocess.run(
+        [sys.executable, "-c", program, "--a flag", "é"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=plain | environment,
+    )
+    return finished.stdout.splitlines()
+
+
+@on_glibc
+def test_the_program_starts_again_once_as_the_same_process_with_its_arguments():
+    first, second, result = run(_PROGRAM)
+    assert first == second
+    assert json.loads(result)[1] == ["--a flag", "é"]
+
+
+@on_glibc
+@pytest.mark.skipif(
+    not _THP.exists() or "[never]" in _THP.read_text(), reason="the kernel gives no huge pages"
+)
+def test_large_blocks_cost_few_page_faults():
+    huge, small = (
+        json.loads(run(_PROGRAM, **environment)[-1])[0]
+        for environment in ({}, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"})
+    )
+    if "[always]" not in _THP.read_text():
+        assert small > _SMALL_PAGES / 2  # or this test could not fail
+    assert huge < _SMALL_PAGES / 8
+
+
+def test_who_has_set_the_variable_keeps_it(monkeypatch):
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started again"))
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
+    start_with_huge_pages()
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=2"
 
 
 def test_beside_an_accelerator_nothing_is_changed(monkeypatch):
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started again"))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ["cuda"])
-    assert not keep_freed_memory()
+    start_with_huge_pages()
+    assert "GLIBC_TUNABLES" not in os.environ

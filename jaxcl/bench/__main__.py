@@ -26,7 +26,7 @@ from typing import Any
 import jax
 
 from jaxcl.bench import embedding_bag, train_step
-from jaxcl.host_memory import keep_freed_memory
+from jaxcl.host_memory import start_with_huge_pages
 
 BENCHMARKS: Mapping[str, Callable[[Sequence[str]], dict[str, Any]]] = {
     "embedding_bag": embedding_bag.main,
@@ -114,5 +114,5 @@ def _cpu_model() -> str:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # as jaxcl.train
+    start_with_huge_pages()  # as jaxcl.train
     main()

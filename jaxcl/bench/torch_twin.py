@@ -25,11 +25,6 @@ Ask = Callable[[str, int], dict[str, Any]]
 _CHECKED_STEPS = 3
 _LARGEST_DIFFERENCE = 1e-4
 _PROGRAM = Path(__file__).with_name("train_step_torch.py")
-_KEEP_FREED_MEMORY = {  # what jaxcl.host_memory does to its own process
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-}
 
 
 @contextlib.contextmanager
@@ -40,7 +35,7 @@ def torch_twin(
     batches: Sequence[Batch],
     workdir: Path,
     *,
-    keeps_memory: bool = False,
+    huge_pages: bool = False,
 ) -> Iterator[tuple[Ask, dict[str, Any]]]:
     """The PyTorch process: a function that sends it a command, and what it says of itself.
 
@@ -50,8 +45,8 @@ def torch_twin(
       program: whose initial parameters the twin takes over.
       batches: what it trains on, in turn; NumPy arrays.
       workdir: where its input is written.
-      keeps_memory: its allocator keeps what it frees, as that of `jaxcl.train` does. No PyTorch
-        program does so by itself.
+      huge_pages: with the environment that `jaxcl.train` gives itself (`jaxcl.host_memory`). No
+        PyTorch program does so by itself.
     """
     arrays, spec_file = workdir / "arrays.npz", workdir / "spec.json"
     named: dict[str, Any] = _named(program.init().params)
@@ -60,12 +55,14 @@ def torch_twin(
     np.savez(arrays, **named)
     spec_file.write_text(json.dumps({**spec, "arrays": str(arrays)}))
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # or it spins in others' time
+    if not huge_pages:
+        environment.pop("GLIBC_TUNABLES", None)
     with subprocess.Popen(
         [python, str(_PROGRAM), str(spec_file)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment | (_KEEP_FREED_MEMORY if keeps_memory else {}),
+        env=environment,
     ) as process:
         commands, answers = process.stdin, process.stdout
         assert commands is not None

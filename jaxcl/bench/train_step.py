@@ -129,9 +129,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         help="the implementation of Adam in PyTorch; fused is its fastest",
     )
     parser.add_argument(
-        "--torch-keeps-memory",
+        "--torch-huge-pages",
         action="store_true",
-        help="PyTorch's allocator keeps what it frees, as jaxcl's own does",
+        help="PyTorch's memory comes in huge pages, as jaxcl's own does",
     )
     arguments = parser.parse_args(argv)
     return measure(
@@ -140,7 +140,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         torch_python=arguments.torch_python,
         torch_variant=arguments.torch_variant,
         torch_adam=arguments.torch_adam,
-        torch_keeps_memory=arguments.torch_keeps_memory,
+        torch_huge_pages=arguments.torch_huge_pages,
     )
 
 
@@ -151,7 +151,7 @@ def measure(
     torch_python: str | None = None,
     torch_variant: str = "ragged",
     torch_adam: str = "fused",
-    torch_keeps_memory: bool = False,
+    torch_huge_pages: bool = False,
 ) -> dict[str, Any]:
     """Times the step, the loop and PyTorch in turn, round after round.
 
@@ -161,7 +161,7 @@ def measure(
       torch_python: an interpreter with torch; `None` leaves PyTorch out.
       torch_variant: how the static encoder sums in PyTorch.
       torch_adam: the implementation of Adam in PyTorch.
-      torch_keeps_memory: whether PyTorch's allocator keeps what it frees.
+      torch_huge_pages: whether PyTorch's memory comes in huge pages, as jaxcl's does.
 
     Returns:
       The record that `jaxcl.bench` prints, in pairs per second.
@@ -190,7 +190,7 @@ def measure(
                     program,
                     host_batches,
                     workdir,
-                    keeps_memory=torch_keeps_memory,
+                    huge_pages=torch_huge_pages,
                 )
             )
             still = _config(shape, drops=False)
