@@ -1,0 +1,19 @@
+"""Reductions of a matrix of scores between queries and keys that never exists as a whole."""
+
+from jaxcl.ops.pairs.reduce import (
+    EXCHANGES,
+    IMPLEMENTATIONS,
+    pair_count,
+    pair_logsumexp,
+    pair_softplus,
+)
+from jaxcl.ops.pairs.sides import PairLabels
+
+__all__ = [
+    "EXCHANGES",
+    "IMPLEMENTATIONS",
+    "PairLabels",
+    "pair_count",
+    "pair_logsumexp",
+    "pair_softplus",
+]

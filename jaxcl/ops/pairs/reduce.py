@@ -1,0 +1,276 @@
+"""The public operations on a pair matrix: one number per row and per column."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl.ops.pairs import reference, tiled
+from jaxcl.ops.pairs.exchange import TilePasses, gather_keys, ring_backward, ring_forward
+from jaxcl.ops.pairs.reductions import COUNT, LOGSUMEXP, SOFTPLUS, Reduction
+from jaxcl.ops.pairs.sides import ALL_COUNT, PairKeys, PairLabels, PairQueries
+from jaxcl.ops.pairs.varying import as_varying
+from jaxcl.typing import Array, AxisName, Float
+
+__all__ = ["EXCHANGES", "IMPLEMENTATIONS", "pair_count", "pair_logsumexp", "pair_softplus"]
+
+IMPLEMENTATIONS = ("reference", "tiled")
+EXCHANGES = ("gather", "ring")
+
+_LARGEST_REFERENCE = 2**20  # entries: 4 MiB of float32, as much as one tile
+
+
+def pair_logsumexp(
+    queries: Float[Array, "q d"],
+    keys: Float[Array, "k d"],
+    *,
+    temperature: float | Float[Array, ""] | Float[Array, " q"],
+    query_labels: PairLabels = ALL_COUNT,
+    key_labels: PairLabels = ALL_COUNT,
+    key_bias: Float[Array, " k"] | None = None,
+    hardness: float = 0.0,
+    axis_name: AxisName | None = None,
+    exchange: str = "gather",
+    implementation: str | None = None,
+    tile: int = tiled.TILE,
+) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
+    r"""Each row's and each column's log-sum-exp of a matrix of scores that is never stored.
+
+    With $x_{ij} = \langle q_i, k_j\rangle$, its value as a constant $\bar x_{ij}$, the scores
+    $s_{ij} = x_{ij} / \tau_i + b_j + \alpha \bar x_{ij}$, and $m_{ij}$ saying which pairs count,
+
+    $$r_i = \log \sum_j m_{ij} e^{s_{ij}}, \qquad c_j = \log \sum_i m_{ij} e^{s_{ij}}.$$
+
+    Both come from one product, whose tiles are computed again in the backward pass.
+
+    Args:
+      queries: one vector per row.
+      keys: one vector per column.
+      temperature: $\tau > 0$, for all rows or per row.
+      query_labels: the rows' part in which pairs count.
+      key_labels: the columns' part.
+      key_bias: $b$, in nats: such as the logarithm of how often a key is drawn, subtracted.
+      hardness: $\alpha \ge 0$, by which harder pairs weigh more.
+      axis_name: mesh axes of an enclosing `jax.shard_map` over which both sides are sharded, row by
+        row. Each device gets its rows over all keys, and its columns over all queries.
+      exchange: `"gather"` holds all devices' keys on each: `(devices - 1) · k · d` numbers come in,
+        and as many go out for the gradient (a reduce-scatter). `"ring"` passes the keys round, and
+        holds one other device's at a time: `(devices - 1) · k · d` in the forward pass, once more
+        the same in the backward, and `devices · k · d` for the gradient, which travels along.
+      implementation: `"reference"`, the whole block of scores with JAX's own gradient; `"tiled"`,
+        `tile²` scores at a time; `None` takes the reference where it is no larger than a tile.
+      tile: rows and columns of a tile.
+
+    Returns:
+      Rows and columns, in nats, in float32 at least; −∞ where nothing counts, with the gradient 0.
+
+    Raises:
+      ValueError: for an unknown name, labels that do not fit, or a ring of the reference.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rows, columns = pair_logsumexp(jnp.eye(2), jnp.eye(2), temperature=1.0)
+      >>> rows.round(4).tolist()  # log(e + 1)
+      [1.3133, 1.3133]
+
+    Reference:
+      The online sum is that of Milakov and Gimelshein, "Online normalizer calculation for
+      softmax", 2018; the ring is that of Liu et al., "Ring Attention", 2023.
+    """
+    scale = jnp.broadcast_to(1 / jnp.asarray(temperature), queries.shape[:1])
+    return _reduce_pairs(
+        LOGSUMEXP,
+        PairQueries(queries, scale.astype(_wide(queries)), query_labels),
+        PairKeys(keys, key_bias, key_labels),
+        hardness=hardness,
+        axis_name=axis_name,
+        exchange=exchange,
+        implementation=implementation,
+        tile=tile,
+    )
+
+
+def pair_softplus(
+    queries: Float[Array, "q d"],
+    keys: Float[Array, "k d"],
+    *,
+    scale: float | Float[Array, ""],
+    bias: float | Float[Array, ""],
+    query_labels: PairLabels = ALL_COUNT,
+    key_labels: PairLabels = ALL_COUNT,
+    axis_name: AxisName | None = None,
+    exchange: str = "gather",
+    implementation: str | None = None,
+    tile: int = tiled.TILE,
+) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
+    r"""Each row's and each column's sum of $\log(1 + e^{s_{ij}})$ over the pairs that count.
+
+    $s_{ij} = a \langle q_i, k_j\rangle + b$. Arguments as for `pair_logsumexp`, but for the affine
+    form of the scores; a row in which nothing counts is 0.
+    """
+    return _reduce_pairs(
+        SOFTPLUS,
+        PairQueries(queries, jnp.full(queries.shape[:1], scale, _wide(queries)), query_labels),
+        PairKeys(keys, jnp.full(keys.shape[:1], bias, _wide(keys)), key_labels),
+        hardness=0.0,
+        axis_name=axis_name,
+        exchange=exchange,
+        implementation=implementation,
+        tile=tile,
+    )
+
+
+def pair_count(
+    queries: Float[Array, "q d"],
+    keys: Float[Array, "k d"],
+    *,
+    query_labels: PairLabels = ALL_COUNT,
+    key_labels: PairLabels = ALL_COUNT,
+    axis_name: AxisName | None = None,
+    exchange: str = "gather",
+    implementation: str | None = None,
+    tile: int = tiled.TILE,
+) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
+    """How many pairs count in each row and each column. Arguments as for `pair_logsumexp`."""
+    queries, keys = map(jax.lax.stop_gradient, (queries, keys))
+    return _reduce_pairs(
+        COUNT,
+        PairQueries(queries, jnp.ones(queries.shape[:1], _wide(queries)), query_labels),
+        PairKeys(keys, None, key_labels),
+        hardness=0.0,
+        axis_name=axis_name,
+        exchange=exchange,
+        implementation=implementation,
+        tile=tile,
+    )
+
+
+def _reduce_pairs(
+    reduction: Reduction,
+    queries: PairQueries,
+    keys: PairKeys,
+    *,
+    hardness: float,
+    axis_name: AxisName | None,
+    exchange: str,
+    implementation: str | None,
+    tile: int,
+) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
+    _check(queries, keys, exchange, implementation, tile)
+    if axis_name is not None and exchange == "ring":
+        if implementation == "reference":
+            raise ValueError("a ring has no whole block of scores; use implementation='tiled'")
+        both = as_varying((queries, keys), (queries, keys))
+        return _by_tiles(reduction, hardness, tile, axis_name, *both)
+    if axis_name is not None:
+        keys = gather_keys(keys, axis_name)
+    entries = queries.vectors.shape[0] * keys.vectors.shape[0]
+    if implementation == "reference" or (implementation is None and entries <= _LARGEST_REFERENCE):
+        rows, columns = reference.reduce_pairs(reduction, queries, keys, hardness=hardness)
+    else:
+        both = as_varying((queries, keys), (queries, keys))
+        rows, columns = _by_tiles(reduction, hardness, tile, None, *both)
+    if axis_name is not None:
+        columns = reduction.join_devices(columns, axis_name)
+    return rows, columns
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _by_tiles(
+    reduction: Reduction,
+    hardness: float,
+    tile: int,
+    ring: AxisName | None,
+    queries: PairQueries,
+    keys: PairKeys,
+) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
+    passes = _passes(hardness, tile)
+    if ring is not None:
+        return ring_forward(passes, reduction, queries, keys, ring)
+    return passes.forward(reduction, queries, keys)
+
+
+def _by_tiles_forward(
+    reduction: Reduction,
+    hardness: float,
+    tile: int,
+    ring: AxisName | None,
+    queries: PairQueries,
+    keys: PairKeys,
+) -> tuple[tuple[Array, Array], tuple]:
+    reduced = _by_tiles(reduction, hardness, tile, ring, queries, keys)
+    return reduced, (queries, keys, reduced)
+
+
+def _by_tiles_backward(
+    reduction: Reduction,
+    hardness: float,
+    tile: int,
+    ring: AxisName | None,
+    residuals: tuple,
+    cotangents: tuple[Array, Array],
+) -> tuple[PairQueries, PairKeys]:
+    queries, keys, reduced = residuals
+    passes = _passes(hardness, tile)
+    if ring is not None:
+        gradients = ring_backward(passes, reduction, queries, keys, reduced, cotangents, ring)
+    else:
+        gradients = passes.backward(reduction, queries, keys, reduced, cotangents)
+    to_vectors, to_scales, to_keys, to_biases = gradients
+    # Which pairs count is no differentiable question: `None` for the labels.
+    return (
+        queries._replace(
+            vectors=to_vectors.astype(queries.vectors.dtype),
+            scale=to_scales.astype(queries.scale.dtype),
+            labels=None,
+        ),
+        keys._replace(
+            vectors=to_keys.astype(keys.vectors.dtype),
+            bias=None if keys.bias is None else to_biases.astype(keys.bias.dtype),
+            labels=None,
+        ),
+    )
+
+
+_by_tiles.defvjp(_by_tiles_forward, _by_tiles_backward)
+
+
+def _passes(hardness: float, tile: int) -> TilePasses:
+    return TilePasses(
+        functools.partial(tiled.forward, hardness=hardness, tile=tile),
+        functools.partial(tiled.backward, hardness=hardness, tile=tile),
+    )
+
+
+def _wide(vectors: Array) -> jnp.dtype:
+    return jnp.promote_types(vectors.dtype, jnp.float32)
+
+
+def _check(
+    queries: PairQueries, keys: PairKeys, exchange: str, implementation: str | None, tile: int
+) -> None:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange={exchange!r} is unknown; use one of {', '.join(EXCHANGES)}")
+    if tile < 1:
+        raise ValueError(f"tile={tile}; a tile has at least one row")
+    if queries.vectors.shape[1] != keys.vectors.shape[1]:
+        raise ValueError(
+            f"queries have {queries.vectors.shape[1]} features and keys {keys.vectors.shape[1]}"
+        )
+    ours, theirs = queries.labels, keys.labels
+    for name in ("different", "equal"):
+        if len(getattr(ours, name)) != len(getattr(theirs, name)):
+            raise ValueError(
+                f"queries have {len(getattr(ours, name))} labels of the kind {name!r} and keys "
+                f"{len(getattr(theirs, name))}; the first is compared with the first, and so on"
+            )
+    if (ours.guide is None) != (theirs.guide is None):
+        raise ValueError("one side has a guide's embeddings and the other has none; give both")
+    for side, size in ((ours, queries.vectors.shape[0]), (theirs, keys.vectors.shape[0])):
+        for leaf in jax.tree.leaves(side):
+            if leaf.shape[0] != size:
+                raise ValueError(f"labels for {leaf.shape[0]} rows stand beside {size} vectors")

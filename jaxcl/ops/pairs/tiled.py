@@ -1,0 +1,133 @@
+"""The matrix tile by tile, forward and backward: it never exists as a whole.
+
+The last tile of a side that the tile does not divide starts earlier, so that all have one shape and
+nothing is padded or copied; what an earlier tile has seen does not count again.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcl.ops.pairs.reductions import Reduction
+from jaxcl.ops.pairs.sides import PairKeys, PairQueries, pair_scores
+from jaxcl.ops.pairs.varying import full_like_varying
+from jaxcl.typing import Array, Bool, Float, Int, PyTree
+
+__all__ = ["TILE", "backward", "forward"]
+
+TILE = 1024
+"""Rows and columns of a tile: 4 MiB of float32 scores, which stay in cache."""
+
+
+def forward(
+    reduction: Reduction, queries: PairQueries, keys: PairKeys, *, hardness: float, tile: int
+) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
+    """Reduces every row and every column, one product per tile."""
+    wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
+    num_queries, num_keys = queries.vectors.shape[0], keys.vectors.shape[0]
+
+    def one_tile(index: Int[Array, ""], reduced: tuple[Array, Array]) -> tuple[Array, Array]:
+        (rows, i), (columns, j) = _places(index, num_queries, num_keys, tile)
+        scores = _tile_scores(
+            _slice(queries, rows, num_queries, tile),
+            _slice(keys, columns, num_keys, tile),
+            hardness,
+            i[:, None] & j[None, :],
+        )
+        by_row, by_column = reduced
+        return (
+            _update(reduction.join, by_row, rows, reduction.reduce(scores, 1)),
+            _update(reduction.join, by_column, columns, reduction.reduce(scores, 0)),
+        )
+
+    start = tuple(
+        full_like_varying(size, reduction.empty, wide, (queries, keys))
+        for size in (num_queries, num_keys)
+    )
+    return lax.fori_loop(0, _num_tiles(num_queries, num_keys, tile), one_tile, start)
+
+
+def backward(
+    reduction: Reduction,
+    queries: PairQueries,
+    keys: PairKeys,
+    reduced: tuple[Float[Array, " q"], Float[Array, " k"]],
+    cotangents: tuple[Float[Array, " q"], Float[Array, " k"]],
+    *,
+    hardness: float,
+    tile: int,
+) -> tuple[Float[Array, "q d"], Float[Array, " q"], Float[Array, "k d"], Float[Array, " k"]]:
+    """The gradients of query vectors, scales, key vectors and biases: three products per tile.
+
+    The scores of each tile are computed again.
+    """
+    wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
+    num_queries, num_keys = queries.vectors.shape[0], keys.vectors.shape[0]
+
+    def one_tile(index: Int[Array, ""], gradients: tuple[Array, ...]) -> tuple[Array, ...]:
+        (rows, i), (columns, j) = _places(index, num_queries, num_keys, tile)
+        ours, our_values, our_cotangents = _slice(
+            (queries, reduced[0], cotangents[0]), rows, num_queries, tile
+        )
+        theirs, their_values, their_cotangents = _slice(
+            (keys, reduced[1], cotangents[1]), columns, num_keys, tile
+        )
+        scores = _tile_scores(ours, theirs, hardness, i[:, None] & j[None, :])
+        gradient = reduction.weigh(scores, our_values[:, None], our_cotangents[:, None])
+        gradient += reduction.weigh(scores, their_values, their_cotangents)
+        # In the inputs' type, as their own product: bf16 stays on the matrix unit.
+        weights = (gradient * ours.scale[:, None]).astype(ours.vectors.dtype)
+        to_queries, to_keys, to_biases = gradients
+        product = jnp.einsum("qk,kd->qd", weights, theirs.vectors, preferred_element_type=wide)
+        to_queries = _update(jnp.add, to_queries, rows, product)
+        product = jnp.einsum("qk,qd->kd", weights, ours.vectors, preferred_element_type=wide)
+        to_keys = _update(jnp.add, to_keys, columns, product)
+        return to_queries, to_keys, _update(jnp.add, to_biases, columns, gradient.sum(0))
+
+    shapes = (queries.vectors.shape, keys.vectors.shape, num_keys)
+    start = tuple(full_like_varying(shape, 0.0, wide, (queries, keys)) for shape in shapes)
+    num_tiles = _num_tiles(num_queries, num_keys, tile)
+    to_queries, to_keys, to_biases = lax.fori_loop(0, num_tiles, one_tile, start)
+    # A scale multiplies what its row's vector is multiplied with: their gradients are one sum.
+    to_scales = jnp.einsum("qd,qd->q", to_queries, queries.vectors.astype(wide)) / queries.scale
+    return to_queries, to_scales, to_keys, to_biases
+
+
+def _tile_scores(
+    queries: PairQueries, keys: PairKeys, hardness: float, fresh: Bool[Array, "q k"]
+) -> Float[Array, "q k"]:
+    scores, counted = pair_scores(queries, keys, hardness=hardness)
+    return jnp.where(counted & fresh, scores, -jnp.inf)
+
+
+def _num_tiles(num_queries: int, num_keys: int, tile: int) -> int:
+    return -(-num_queries // tile) * -(-num_keys // tile)
+
+
+def _places(
+    index: Int[Array, ""], num_queries: int, num_keys: int, tile: int
+) -> tuple[tuple[Array, Bool[Array, " q"]], tuple[Array, Bool[Array, " k"]]]:
+    """Where a tile begins on each side, and which of its rows and columns no earlier one had."""
+    tiles_per_row = -(-num_keys // tile)
+    return (
+        _place(index // tiles_per_row, num_queries, tile),
+        _place(index % tiles_per_row, num_keys, tile),
+    )
+
+
+def _place(number: Int[Array, ""], size: int, tile: int) -> tuple[Array, Bool[Array, " r"]]:
+    length = min(tile, size)
+    start = jnp.minimum(number * tile, size - length)
+    return start, start + jnp.arange(length) >= number * tile
+
+
+def _slice(side: PyTree, start: Int[Array, ""], size: int, tile: int) -> PyTree:
+    length = min(tile, size)
+    return jax.tree.map(lambda rows: lax.dynamic_slice_in_dim(rows, start, length), side)
+
+
+def _update(join: Callable, whole: Array, start: Int[Array, ""], part: Array) -> Array:
+    before = lax.dynamic_slice_in_dim(whole, start, part.shape[0])
+    return lax.dynamic_update_slice_in_dim(whole, join(before, part), start, 0)

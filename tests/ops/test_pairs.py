@@ -1,0 +1,456 @@
+"""One battery for every way to reduce a pair matrix: reference, tiles, gather, ring."""
+
+import functools
+import math
+import re
+from math import exp, log
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from jax.test_util import check_grads
+
+from jaxcl.mesh import make_mesh
+from jaxcl.ops.pairs import (
+    EXCHANGES,
+    IMPLEMENTATIONS,
+    PairLabels,
+    pair_count,
+    pair_logsumexp,
+    pair_softplus,
+)
+from jaxcl.ops.pairs.sides import inner_products
+from tests.helpers import relative_error, relative_errors, unit_vectors
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+TILE = 4
+SIZES = ((1, 1), (3, 5), (4, 4), (5, 9), (8, 3))
+MESHES = ({"data": 8}, {"replica": 2, "data": 4})
+WAYS = (("gather", "reference"), ("gather", "tiled"), ("ring", "tiled"))
+
+
+def labels_of(option, num_queries, num_keys):
+    """Both sides' labels, and keyword arguments, that exercise one option."""
+    queries, keys = PairLabels(), PairLabels()
+    options = {}
+    numbers, others = jnp.arange(num_queries), jnp.arange(num_keys)
+    if option in ("different", "all"):
+        queries = queries._replace(different=(numbers % 5, numbers // 3))
+        keys = keys._replace(different=(others % 5, others // 3))
+    if option == "equal":
+        queries, keys = PairLabels(equal=(numbers % 2,)), PairLabels(equal=(others % 2,))
+    if option in ("valid", "all"):
+        queries, keys = queries._replace(valid=numbers != 2), keys._replace(valid=others != 1)
+    if option in ("ceiling", "all"):
+        queries = queries._replace(ceiling=jnp.linspace(-0.1, 0.5, num_queries))
+        keys = keys._replace(ceiling=jnp.linspace(0.5, 0.1, num_keys))
+    if option == "guide":
+        queries = PairLabels(ceiling=jnp.zeros(num_queries), guide=unit_vectors(8, num_queries, 3))
+        keys = PairLabels(guide=unit_vectors(9, num_keys, 3))
+    if option in ("bias", "all"):
+        options["key_bias"] = jnp.sin(jnp.arange(float(num_keys)))
+    if option in ("hardness", "all"):
+        options["hardness"] = 2.0
+    return queries, keys, options
+
+
+OPTIONS = ("nothing", "different", "equal", "valid", "ceiling", "guide", "bias", "hardness", "all")
+
+
+def weighted(pair_fn, labels, options, **how):
+    """A scalar that asks something else of every row and column, and ignores empty ones."""
+    query_labels, key_labels = labels
+
+    def total(queries, keys, log_temperature):
+        reduced = pair_fn(
+            queries,
+            keys,
+            temperature=jnp.exp(log_temperature),
+            query_labels=query_labels,
+            key_labels=key_labels,
+            **options,
+            **how,
+        )
+        return sum(
+            (jnp.where(jnp.isfinite(part), part, 0) * jnp.cos(jnp.arange(1.0, part.size + 1))).sum()
+            for part in reduced
+        )
+
+    return total
+
+
+def value_and_gradients(function, *inputs):
+    return jax.jit(jax.value_and_grad(function, (0, 1, 2)))(*inputs)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_two_by_three_by_hand(implementation):
+    queries, keys = jnp.array([[1.0, 0.0], [0.6, 0.8]]), jnp.array([[1.0, 0], [0, 1], [0.8, 0.6]])
+    # scores at temperature .5: [[2, 0, 1.6], [1.2, 1.6, 1.92]]
+    rows, columns = pair_logsumexp(queries, keys, temperature=0.5, implementation=implementation)
+    row_sums = [exp(2) + exp(0) + exp(1.6), exp(1.2) + exp(1.6) + exp(1.92)]
+    column_sums = [exp(2) + exp(1.2), exp(0) + exp(1.6), exp(1.6) + exp(1.92)]
+    np.testing.assert_allclose(rows, list(map(log, row_sums)), rtol=1e-12)
+    np.testing.assert_allclose(columns, list(map(log, column_sums)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_each_mask_by_hand(implementation):
+    queries = keys = jnp.array([[1.0, 0.0], [0.6, 0.8]])  # similarities: [[1, .6], [.6, 1]]
+    first, second = jnp.array([1, 2]), jnp.array([1, 3])
+    cases = {
+        "different": (
+            [exp(0.6), exp(0.6) + exp(1)],
+            {"different": (first,)},
+            {"different": (second,)},
+        ),
+        "equal": ([exp(1), 0], {"equal": (first,)}, {"equal": (second,)}),
+        "valid": ([exp(1), exp(0.6)], {}, {"valid": jnp.array([True, False])}),
+        "ceiling": ([exp(0.6), exp(0.6) + exp(1)], {"ceiling": jnp.array([0.7, 1.1])}, {}),
+    }
+    for name, (sums, ours, theirs) in cases.items():
+        rows, _ = pair_logsumexp(
+            queries,
+            keys,
+            temperature=1.0,
+            query_labels=PairLabels(**ours),
+            key_labels=PairLabels(**theirs),
+            implementation=implementation,
+        )
+        wanted = [log(total) if total else -math.inf for total in sums]
+        np.testing.assert_allclose(rows, wanted, rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_tiles_give_the_value_and_gradients_of_the_whole(sizes, option):
+    num_queries, num_keys = sizes
+    *labels, options = labels_of(option, num_queries, num_keys)
+    inputs = unit_vectors(0, num_queries, 6), unit_vectors(1, num_keys, 6), jnp.log(0.1)
+    whole, tiles = (
+        value_and_gradients(weighted(pair_logsumexp, labels, options, **how), *inputs)
+        for how in ({"implementation": "reference"}, {"implementation": "tiled", "tile": TILE})
+    )
+    errors = {
+        path: np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-3)
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(tiles), jax.tree.leaves(whole), strict=True
+        )
+    }
+    assert max(errors.values()) < 1e-12, errors
+    if option in ("nothing", "bias", "hardness") and sizes != (1, 1):
+        assert all(np.linalg.norm(leaf) > 0.1 for leaf in jax.tree.leaves(whole))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("temperature", [0.01, 0.05, 1.0])
+def test_gradients_match_finite_differences(implementation, temperature):
+    labels = [PairLabels(different=(jnp.arange(size) % 4,)) for size in (5, 7)]
+    bias = jnp.linspace(-1, 1, 7)
+
+    def total(queries, keys, log_temperatures, bias):
+        rows, columns = pair_logsumexp(
+            *map(jnp.asarray, (queries, keys)),
+            temperature=jnp.exp(jnp.asarray(log_temperatures)),
+            query_labels=labels[0],
+            key_labels=labels[1],
+            key_bias=jnp.asarray(bias),
+            implementation=implementation,
+            tile=TILE,
+        )
+        return jnp.sin(rows).sum() + jnp.cos(columns).sum()
+
+    per_row = jnp.log(temperature) + jnp.linspace(0, 0.3, 5)
+    inputs = (unit_vectors(0, 5, 6), unit_vectors(1, 7, 6), per_row, bias)
+    check_grads(total, inputs, order=1, modes=["rev"], eps=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_hardness_weighs_and_is_constant_to_the_gradient(implementation):
+    queries, keys = unit_vectors(0, 5, 6), unit_vectors(1, 7, 6)
+    similarities = queries @ keys.T
+
+    def row_sum(queries, hardness, how):
+        rows, _ = pair_logsumexp(
+            queries, keys, temperature=0.5, hardness=hardness, implementation=how, tile=TILE
+        )
+        return rows.sum()
+
+    def by_hand(queries):
+        return jax.nn.logsumexp(queries @ keys.T / 0.5 + 3.0 * similarities, 1).sum()
+
+    found, wanted = (
+        jax.value_and_grad(function)(queries)
+        for function in (functools.partial(row_sum, hardness=3.0, how=implementation), by_hand)
+    )
+    assert max(relative_errors(found, wanted).values()) < 1e-12
+    ignored = jax.grad(functools.partial(row_sum, hardness=0.0, how=implementation))(queries)
+    assert relative_error(found[1], ignored) > 1e-2
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_where_nothing_counts_there_is_nothing_and_no_gradient(implementation):
+    nothing = PairLabels(valid=jnp.zeros(5, bool))
+
+    def reduced(queries, keys):
+        return pair_logsumexp(
+            queries,
+            keys,
+            temperature=0.1,
+            query_labels=nothing,
+            implementation=implementation,
+            tile=TILE,
+        )
+
+    values, pull_back = jax.vjp(reduced, unit_vectors(0, 5, 6), unit_vectors(1, 5, 6))
+    assert all((part == -jnp.inf).all() for part in values)
+    gradients = pull_back((jnp.ones(5), jnp.full(5, jnp.nan)))  # as a loss of −∞ may ask
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_huge_scores_stay_exact(implementation, scale):
+    queries, keys = scale * unit_vectors(0, 5, 6), unit_vectors(1, 7, 6)
+    scores = np.asarray(queries @ keys.T)
+    how = {"implementation": implementation, "tile": TILE}
+    labels = [PairLabels(), PairLabels()]
+    value, gradients = jax.value_and_grad(weighted(pair_logsumexp, labels, {}, **how), (0, 1))(
+        queries, keys, 0.0
+    )
+    wanted = sum(
+        (np.logaddexp.reduce(scores, axis) * np.cos(np.arange(1.0, size + 1))).sum()
+        for axis, size in ((1, 5), (0, 7))
+    )
+    assert relative_error(value, wanted) < 1e-12
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_duplicates_count_as_often_as_they_stand_there(implementation):
+    query, key = unit_vectors(0, 1, 6), unit_vectors(1, 1, 6)
+    rows, columns = pair_logsumexp(
+        query, jnp.tile(key, (9, 1)), temperature=0.1, implementation=implementation, tile=TILE
+    )
+    score = float((query @ key.T)[0, 0]) / 0.1
+    np.testing.assert_allclose(rows, [score + log(9)], rtol=1e-12)
+    np.testing.assert_allclose(columns, [score] * 9, rtol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_is_summed_in_float32(implementation):
+    queries, keys = unit_vectors(0, 33, 256), unit_vectors(1, 65, 256)
+    total = weighted(pair_logsumexp, [PairLabels()] * 2, {}, implementation=implementation, tile=16)
+    exact = value_and_gradients(total, queries, keys, jnp.log(0.05))
+    short = [side.astype(jnp.bfloat16) for side in (queries, keys)]
+    found = value_and_gradients(total, *short, jnp.float32(log(0.05)))
+    assert [leaf.dtype for leaf in found[1][:2]] == [jnp.bfloat16] * 2
+    # Inputs, weights and gradients keep 8 bits each: 2⁻⁹ = 2e-3 for every one of them.
+    assert max(relative_errors(found, exact).values()) < 8e-3
+    assert relative_error(found[0], exact[0]) < 5e-4
+    # A CPU multiplies bf16 in float32 whatever it is asked, so that only the type can tell.
+    assert inner_products(*short).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_softplus_and_count_by_hand(implementation):
+    queries = keys = jnp.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    others = PairLabels(different=(jnp.arange(3),))
+    how = {
+        "query_labels": others,
+        "key_labels": others,
+        "implementation": implementation,
+        "tile": 2,
+    }
+    rows, columns = pair_softplus(queries, keys, scale=10.0, bias=-5.0, **how)
+    wanted = [
+        log(1 + exp(1)) + log(1 + exp(-5)),  # similarities .6 and 0
+        log(1 + exp(1)) + log(1 + exp(3)),  # .6 and .8
+        log(1 + exp(-5)) + log(1 + exp(3)),
+    ]
+    np.testing.assert_allclose(rows, wanted, rtol=1e-12)
+    np.testing.assert_allclose(columns, wanted, rtol=1e-12)
+    assert [part.tolist() for part in pair_count(queries, keys, **how)] == [[2, 2, 2]] * 2
+
+
+def test_the_gradients_of_softplus_match_finite_differences():
+    def total(queries, keys, scale, bias):
+        rows, columns = pair_softplus(
+            *map(jnp.asarray, (queries, keys)),
+            scale=jnp.asarray(scale),
+            bias=jnp.asarray(bias),
+            implementation="tiled",
+            tile=TILE,
+        )
+        return jnp.sin(rows).sum() + jnp.cos(columns).sum()
+
+    inputs = (unit_vectors(0, 5, 6), unit_vectors(1, 7, 6), 10.0, -3.0)
+    check_grads(total, inputs, order=1, modes=["rev"], eps=1e-6)
+
+
+MESH_LABELS = {
+    "different": (np.arange(16) % 13,),
+    "valid": np.arange(16) != 5,
+    "ceiling": np.linspace(0.2, 0.9, 16),
+}
+
+
+def over_mesh(shape, exchange, implementation, *, axes=None):
+    """A weighted total over a mesh, as a function of the global sides and the log-temperature."""
+    mesh = make_mesh(shape)
+    rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+
+    def local(queries, keys, labels, log_temperature):
+        return pair_logsumexp(
+            queries,
+            keys,
+            temperature=jnp.exp(log_temperature),
+            query_labels=labels,
+            key_labels=labels,
+            hardness=1.0,
+            axis_name=axes or mesh.axis_names,
+            exchange=exchange,
+            implementation=implementation,
+            tile=TILE,
+        )
+
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=(rows, rows, rows, whole), out_specs=(rows, rows)
+    )
+
+    def reduced(queries, keys, *, temperature, query_labels, key_labels):
+        return sharded(queries, keys, query_labels, jnp.log(temperature))
+
+    labels = PairLabels(**jax.tree.map(jnp.asarray, MESH_LABELS))
+    return weighted(reduced, (labels, labels), {})
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    with jax.enable_x64(True):
+        inputs = unit_vectors(0, 16, 6), unit_vectors(1, 16, 6), jnp.log(0.1)
+        labels = PairLabels(**jax.tree.map(jnp.asarray, MESH_LABELS))
+        how = {"implementation": "reference", "hardness": 1.0}
+        return inputs, value_and_gradients(weighted(pair_logsumexp, (labels, labels), how), *inputs)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_any_mesh_gives_the_value_and_gradients_of_one_device(shape, way, on_one_device):
+    inputs, wanted = on_one_device
+    found = value_and_gradients(over_mesh(shape, *way), *inputs)
+    assert max(relative_errors(found, wanted).values()) < 1e-12
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_forgotten_mesh_axis_would_be_seen(way, on_one_device):
+    inputs, wanted = on_one_device
+    found = value_and_gradients(over_mesh(MESHES[1], *way, axes="data"), *inputs)
+    assert min(relative_errors(found, wanted).values()) > 1e-3
+
+
+def moved_numbers(compiled_text: str) -> dict[str, int]:
+    """Numbers that enter a device per collective, counting each turn of a loop."""
+    moved: dict[str, int] = {}
+    computations = dict(re.findall(r"^%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", compiled_text, re.M | re.S))
+    trips = {}
+    for body in computations.values():
+        for called, count in re.findall(
+            r" while\([^\n]*body=%?([\w.\-]+)[^\n]*\"known_trip_count\":\{\"n\":\"(\d+)\"", body
+        ):
+            trips[called] = int(count)
+    for name, body in computations.items():
+        for shape, kind in re.findall(
+            r"= (.*?) (all-gather|all-reduce|reduce-scatter|collective-permute)(?:-start)?\(",
+            body,
+        ):
+            sizes = [
+                math.prod(map(int, filter(None, dims.split(","))))
+                for dims in re.findall(r"f(?:32|64)\[([\d,]*)\]", shape)
+            ]
+            moved[kind] = moved.get(kind, 0) + sum(sizes) * trips.get(name, 1)
+    return moved
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_what_crosses_devices_is_what_the_docstring_says(exchange):
+    num_devices, rows, features = 8, 16, 32
+    mesh = make_mesh({"data": num_devices})
+    spec = PartitionSpec("data")
+
+    def local(queries, keys):
+        how = {"exchange": exchange, "implementation": "tiled", "tile": TILE}
+        return pair_logsumexp(queries, keys, temperature=0.1, axis_name="data", **how)
+
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(spec, spec), out_specs=(spec, spec))
+    sides = (
+        unit_vectors(0, num_devices * rows, features),
+        unit_vectors(1, num_devices * rows, features),
+    )
+    total = jax.grad(lambda *sides: sum(part.sum() for part in sharded(*sides)), (0, 1))
+    moved = moved_numbers(jax.jit(total).lower(*sides).compile().as_text())
+    block = rows * features
+    if exchange == "gather":
+        vectors = block * num_devices  # of which one block is this device's own
+        assert moved["all-gather"] == pytest.approx(vectors, rel=0.15), moved
+        assert moved["reduce-scatter"] == pytest.approx(block, rel=0.15), moved
+        assert moved.get("collective-permute", 0) == 0
+    else:
+        forward_and_backward = 2 * (num_devices - 1) * block
+        gradient = num_devices * block
+        # Column values, their cotangents and the bias' gradient travel along: rows each.
+        assert moved["collective-permute"] == pytest.approx(
+            forward_and_backward + gradient, rel=4 / features
+        ), moved
+        assert moved["collective-permute"] > forward_and_backward + gradient
+        assert set(moved) == {"collective-permute"}, moved
+
+
+def test_tiles_need_no_memory_for_the_matrix():
+    side = jax.ShapeDtypeStruct((32_768, 768), jnp.float32)
+
+    def loss(queries, keys, how):
+        rows, columns = pair_logsumexp(queries, keys, temperature=0.05, implementation=how)
+        return rows.sum() + columns.sum()
+
+    def temporary_mebibytes(how):
+        gradient = jax.jit(jax.grad(functools.partial(loss, how=how), (0, 1)))
+        return gradient.lower(side, side).compile().memory_analysis().temp_size_in_bytes / 2**20
+
+    assert temporary_mebibytes("tiled") < 64
+    assert temporary_mebibytes("reference") > 4_096
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"implementation": "cuda"}, "'cuda' is unknown; use one of reference, tiled"),
+        ({"exchange": "star"}, "'star' is unknown; use one of gather, ring"),
+        ({"tile": 0}, "at least one row"),
+        ({"query_labels": PairLabels(valid=np.ones(2, bool))}, "2 rows stand beside 3 vectors"),
+        (
+            {"query_labels": PairLabels(different=(np.arange(3),))},
+            "1 labels of the kind 'different'",
+        ),
+        ({"key_labels": PairLabels(guide=np.eye(3))}, "give both"),
+    ],
+)
+def test_a_mistake_is_named(arguments, message):
+    arguments = {
+        name: jax.tree.map(jnp.asarray, value) if isinstance(value, PairLabels) else value
+        for name, value in arguments.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        pair_logsumexp(jnp.eye(3), jnp.eye(3), temperature=1.0, **arguments)
+
+
+def test_a_ring_of_the_reference_is_refused():
+    with pytest.raises(ValueError, match="use implementation='tiled'"):
+        over_mesh({"data": 8}, "ring", "reference")(
+            unit_vectors(0, 16, 6), unit_vectors(1, 16, 6), 0.0
+        )
