@@ -44,7 +44,7 @@ def get_config(variant: str = "default") -> ConfigDict:
 
     config.loss = ConfigDict()
     config.loss.name = "infonce"
-    config.loss.options = ConfigDict({"direction": "symmetric"})
+    config.loss.options = ConfigDict({"directions": ("query_to_key", "key_to_query")})
     config.loss.masks = ("row",)  # the columns of a batch whose equals are no negatives
     config.loss.temperature = ConfigDict({"initial": 0.05, "minimum": 0.01, "maximum": 1.0})
 

@@ -337,8 +337,8 @@ def test_other_models_train(tiny, tmp_path, model):
         ),
         ({"loss.name": "info"}, "loss.name='info' is unknown; use one of infonce"),
         (
-            {"loss.options": {"directions": "symmetric"}},
-            "loss.options.directions is unknown to 'infonce'; it knows ",
+            {"loss.options": {"direction": "symmetric"}},
+            "loss.options.direction is unknown to 'infonce'; it knows ",
         ),
         ({"loss.masks": ("rows",)}, "loss.masks=('rows',) are unknown; use some of row, group"),
         (

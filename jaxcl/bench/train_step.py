@@ -308,7 +308,7 @@ def _config(shape: StepShape, *, drops: bool = True) -> ConfigDict:
             },
             "loss": {
                 "name": "infonce",
-                "options": {"direction": "symmetric"},
+                "options": {"directions": ("query_to_key", "key_to_query")},
                 "masks": ("row",),
                 "temperature": {"initial": 0.05, "minimum": 0.01, "maximum": 1.0},
             },

@@ -1,5 +1,6 @@
 """Contrastive losses: embeddings in, one value per query out, in nats."""
 
-from jaxcl.losses.softmax import infonce_loss
+from jaxcl.losses.sigmoid import sigmoid_pair_loss
+from jaxcl.losses.softmax import decoupled_infonce_loss, infonce_loss
 
-__all__ = ["infonce_loss"]
+__all__ = ["decoupled_infonce_loss", "infonce_loss", "sigmoid_pair_loss"]

@@ -1,28 +1,41 @@
-"""InfoNCE: the cross entropy of finding a query's key among all keys."""
+"""InfoNCE and its relatives: the cross entropy of finding a query's key among all keys."""
 
-import math
+import functools
 
+import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxcl.negatives.masks import different_label_mask
-from jaxcl.typing import Array, AxisName, Bool, Float, Int
+from jaxcl.losses.comparison import Comparison, check_sides, inner_product
+from jaxcl.typing import Array, AxisName, Bool, Float, Integer
 
-__all__ = ["DIRECTIONS", "infonce_loss"]
+__all__ = ["PARTITIONS", "decoupled_infonce_loss", "infonce_loss"]
 
-DIRECTIONS = ("symmetric", "query_to_key", "key_to_query")
+PARTITIONS = ("separate", "joint")
+
+_SYMMETRIC = ("query_to_key", "key_to_query")
 
 
 def infonce_loss(
     queries: Float[Array, "q d"],
     keys: Float[Array, "q d"],
     *,
-    temperature: float | Float[Array, ""] = 0.05,
-    direction: str = "symmetric",
-    ids: Int[Array, " q"] | None = None,
-    groups: Int[Array, " q"] | None = None,
+    temperature: float | Float[Array, ""] | Float[Array, " q"] = 0.05,
+    directions: tuple[str, ...] = _SYMMETRIC,
+    partition: str = "separate",
+    hardness: float = 0.0,
+    negatives: Float[Array, "q n d"] | None = None,
+    negative_ids: Integer[Array, "q n"] | None = None,
+    negatives_valid: Bool[Array, "q n"] | None = None,
+    negative_hardness: float = 0.0,
+    ids: Integer[Array, " q"] | None = None,
+    groups: Integer[Array, " q"] | None = None,
     valid: Bool[Array, " q"] | None = None,
+    margin: float | None = None,
+    relative_margin: float | None = None,
+    guides: tuple[Float[Array, "q g"], Float[Array, "q g"]] | None = None,
     axis_name: AxisName | None = None,
+    exchange: str = "gather",
+    implementation: str | None = None,
 ) -> Float[Array, " q"]:
     r"""InfoNCE with in-batch negatives from every device, one value per query.
 
@@ -32,28 +45,44 @@ def infonce_loss(
     \qquad
     \ell_i^{k \to q} = \log\big(e^{s_{ii}} + \sum_{j \ne i} m_{ji} e^{s_{ji}}\big) - s_{ii},$$
 
-    and `"symmetric"` is their mean. This is the dense reference: it stores a block of
-    `q × (devices · q)` scores per device, and both directions come from that one block.
+    and in `"query_to_query"` and `"key_to_key"` a row's negatives are those of its own side. The
+    value is the mean over the directions, or one softmax over the negatives of all of them. The
+    first two come from one product; no matrix is stored but a tile of it.
 
     Args:
       queries: this device's queries, of unit norm in general; row `i` belongs to key `i`.
       keys: this device's keys. Their gradient covers what every device's queries ask of them.
-      temperature: $\tau > 0$; a traced scalar may be learned. 0.05 suits unit vectors.
-      direction: `"symmetric"`, `"query_to_key"` or `"key_to_query"`.
+      temperature: $\tau > 0$, for all or by row; it may be learned. 0.05 suits unit vectors.
+      directions: who looks among whom; of `"query_to_key"`, `"key_to_query"`, `"query_to_query"`
+        and `"key_to_key"`.
+      partition: `"separate"`, the mean of one softmax per direction, or `"joint"`, one over all.
+      hardness: $\alpha \ge 0$: the weight of each negative of the batch is multiplied by
+        $e^{\alpha \langle q_i, k_j\rangle}$, which is held constant in the gradient.
+      negatives: explicit negatives, such as mined ones. They stand against every query of the
+        batch, in the direction `"query_to_key"`.
+      negative_ids: which rows' keys they are, so that no query meets its own key; needs `ids`.
+      negatives_valid: `False` where a row has fewer.
+      negative_hardness: as `hardness`, for the explicit ones.
       ids: row numbers. Two rows of one id are never each other's negative, so that a row that a
         batch holds twice does no harm.
       groups: labels. Two rows of one group are never each other's negative.
       valid: `False` for padding, which counts for nobody and has the value 0.
+      margin: a negative that is not at least so much less similar than the row's own positive does
+        not count: it may be a positive. In both directions, the row of either side decides.
+      relative_margin: the same as a share of the positive's similarity.
+      guides: embeddings of both sides by a model that judges similarity in place of this one.
       axis_name: the mesh axis or axes of an enclosing `jax.shard_map` over which rows are
-        sharded. All devices' keys are then negatives. Moves `(devices - 1) · q · d` numbers per
-        device forward (`all_gather`) and as many backward (`reduce_scatter`).
+        sharded. All devices' rows are then negatives.
+      exchange: `"gather"` holds all keys on every device, `"ring"` passes them round; what each
+        moves is written at `jaxcl.ops.pairs.pair_logsumexp`.
+      implementation: of `jaxcl.ops.pairs`; `None` for the best that runs here.
 
     Returns:
-      The loss of each of this device's queries, in nats. Reduce it outside: a mean over devices
-      is a global sum over a global count. Differentiate outside of the `shard_map`.
+      The loss of each of this device's rows, in nats. Reduce it outside: a mean over devices is a
+      global sum over a global count. Differentiate outside of the `shard_map`.
 
     Raises:
-      ValueError: for an unknown direction, or sides of different shapes.
+      ValueError: for an unknown name, sides of different shapes, or arguments that cancel.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,83 +96,77 @@ def infonce_loss(
 
     Reference:
       van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018,
-      equation 4; the symmetric form is that of Radford et al., 2021, figure 3.
+      equation 4; the symmetric form is that of Radford et al., 2021, figure 3; all directions in
+      one softmax, Li et al., "GTE", 2023; hardness, Lan et al., "LLaVE", 2025.
     """
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction={direction!r} is unknown; use one of {', '.join(DIRECTIONS)}")
-    if queries.shape != keys.shape:
-        raise ValueError(
-            f"queries have the shape {queries.shape} and keys {keys.shape}; row i of one belongs "
-            "to row i of the other, so give as many, of one width"
+    check_sides(queries, keys, directions)
+    if partition not in PARTITIONS:
+        raise ValueError(f"partition={partition!r} is unknown; use one of {', '.join(PARTITIONS)}")
+    comparison = Comparison(
+        ids, groups, valid, margin, relative_margin, guides, axis_name, exchange, implementation
+    )
+    found = comparison.negatives(
+        queries, keys, temperature=temperature, directions=directions, hardness=hardness
+    )
+    if negatives is not None:
+        if "query_to_key" not in directions:
+            raise ValueError(f"negatives are keys, and no query looks for one in {directions}")
+        explicit = comparison.explicit_negatives(
+            queries,
+            keys,
+            negatives,
+            ids=negative_ids,
+            valid=negatives_valid,
+            temperature=temperature,
+            hardness=negative_hardness,
         )
-    num_rows = queries.shape[0]
-    all_keys = _gather(keys, axis_name)
-    scores = _scores(queries, all_keys, temperature)
-    own_column = _first_row(num_rows, axis_name) + jnp.arange(num_rows)
-    is_positive = own_column[:, None] == jnp.arange(all_keys.shape[0])[None, :]
-    counted = is_positive | _negative_mask(scores, ids, groups, valid, axis_name)
-
-    positives = jnp.take_along_axis(scores, own_column[:, None], axis=1)[:, 0]
-    loss = -positives
-    share = 0.5 if direction == "symmetric" else 1.0
-    if direction != "key_to_query":
-        loss += share * _logsumexp(scores, counted, axis=1)
-    if direction != "query_to_key":
-        columns = _logsumexp(scores, counted, axis=0, axis_name=axis_name)
-        loss += share * columns[own_column]
-    return loss if valid is None else jnp.where(valid, loss, 0.0)
+        found["query_to_key"] = jnp.logaddexp(found["query_to_key"], explicit)
+    positives = inner_product(queries, keys) / temperature
+    sets = list(found.values())
+    if partition == "joint":
+        sets = [functools.reduce(jnp.logaddexp, sets)]
+    # log(e^s + e^n) − s, without the difference of two large numbers.
+    loss = jax.nn.softplus(jnp.stack(sets) - positives).mean(0)
+    return loss if valid is None else jnp.where(valid, loss, 0)
 
 
-def _scores(
-    queries: Float[Array, "q d"], keys: Float[Array, "k d"], temperature: float | Array
-) -> Float[Array, "q k"]:
-    # A sum of bf16 products kept in bf16 costs 12 % of the gradient at temperature 0.01.
-    wide = jnp.promote_types(queries.dtype, jnp.float32)
-    return jnp.einsum("qd,kd->qk", queries, keys, preferred_element_type=wide) / temperature
-
-
-def _negative_mask(
-    scores: Float[Array, "q k"],
-    ids: Int[Array, " q"] | None,
-    groups: Int[Array, " q"] | None,
-    valid: Bool[Array, " q"] | None,
-    axis_name: AxisName | None,
-) -> Bool[Array, "q k"]:
-    mask = jnp.ones(scores.shape, bool)
-    for labels in (ids, groups):
-        if labels is not None:
-            mask &= different_label_mask(labels, _gather(labels, axis_name))
-    if valid is not None:
-        mask &= valid[:, None] & _gather(valid, axis_name)[None, :]
-    return mask
-
-
-def _logsumexp(
-    scores: Float[Array, "q k"],
-    counted: Bool[Array, "q k"],
+def decoupled_infonce_loss(
+    queries: Float[Array, "q d"],
+    keys: Float[Array, "q d"],
     *,
-    axis: int,
+    temperature: float | Float[Array, ""] | Float[Array, " q"] = 0.1,
+    directions: tuple[str, ...] = _SYMMETRIC,
+    ids: Integer[Array, " q"] | None = None,
+    groups: Integer[Array, " q"] | None = None,
+    valid: Bool[Array, " q"] | None = None,
+    margin: float | None = None,
+    relative_margin: float | None = None,
+    guides: tuple[Float[Array, "q g"], Float[Array, "q g"]] | None = None,
     axis_name: AxisName | None = None,
-) -> Float[Array, " _"]:
-    """Log-sum-exp along `axis`, and over the devices of `axis_name` where the axis is spread.
+    exchange: str = "gather",
+    implementation: str | None = None,
+) -> Float[Array, " q"]:
+    r"""InfoNCE whose denominator leaves the positive out, one value per query.
 
-    At least one entry must count in all. On one device all may be masked: its sum is then 0, which
-    has a gradient, where the log-sum-exp of that device alone would have none.
+    $$\ell_i^{q \to k} = \log \sum_{j \ne i} m_{ij} e^{s_{ij}} - s_{ii}$$
+
+    A pair that is well aligned already then loses none of its gradient, which helps small batches.
+    It may be negative. A row without negatives has the value 0. Arguments as for `infonce_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> decoupled_infonce_loss(jnp.eye(2), jnp.eye(2), temperature=1.0).tolist()  # log(e⁰) − 1
+      [-1.0, -1.0]
+
+    Reference:
+      Yeh et al., "Decoupled Contrastive Learning", 2022, equation 6.
     """
-    scores = jnp.where(counted, scores, -math.inf)
-    # The maximum is a shift that cancels; `pmax` has no derivative, so its input must be constant.
-    top = lax.stop_gradient(scores.max(axis))
-    if axis_name is not None:
-        top = lax.pmax(top, axis_name)
-    total = jnp.exp(scores - jnp.expand_dims(top, axis)).sum(axis)
-    if axis_name is not None:
-        total = lax.psum(total, axis_name)
-    return top + jnp.log(total)
-
-
-def _gather(array: Array, axis_name: AxisName | None) -> Array:
-    return array if axis_name is None else lax.all_gather(array, axis_name, tiled=True)
-
-
-def _first_row(num_rows: int, axis_name: AxisName | None) -> int | Int[Array, ""]:
-    return 0 if axis_name is None else lax.axis_index(axis_name) * num_rows
+    check_sides(queries, keys, directions)
+    comparison = Comparison(
+        ids, groups, valid, margin, relative_margin, guides, axis_name, exchange, implementation
+    )
+    found = comparison.negatives(queries, keys, temperature=temperature, directions=directions)
+    positives = inner_product(queries, keys) / temperature
+    sets = jnp.stack(list(found.values()))
+    loss = jnp.where(sets > -jnp.inf, sets - positives, 0).mean(0)
+    return loss if valid is None else jnp.where(valid, loss, 0)

@@ -1,5 +1,5 @@
-"""Which keys stand against a query, and which of them count."""
+"""Which keys stand against a query."""
 
-from jaxcl.negatives.masks import different_label_mask
+from jaxcl.negatives.masks import batch_labels, similarity_ceilings
 
-__all__ = ["different_label_mask"]
+__all__ = ["batch_labels", "similarity_ceilings"]

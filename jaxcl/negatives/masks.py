@@ -1,33 +1,79 @@
-"""Which pairs may count as negatives: false-negative masks, described by labels.
+"""Which pairs may count as negatives: described by labels and ceilings, never as a whole mask."""
 
-A mask is `True` where the pair *may count* as a negative. Masks are conjunctions: a pair counts
-when every mask says so. A query's own positive is no negative and is not the business of a mask.
-"""
+import jax.numpy as jnp
+from jax import lax
 
-from jaxcl.typing import Array, Bool, Int
+from jaxcl.ops.pairs import PairLabels
+from jaxcl.typing import Array, AxisName, Bool, Float, Integer
 
-__all__ = ["different_label_mask"]
+__all__ = ["batch_labels", "similarity_ceilings"]
 
 
-def different_label_mask(
-    query_labels: Int[Array, " q"], key_labels: Int[Array, " k"]
-) -> Bool[Array, "q k"]:
-    r"""Lets a pair count as a negative only where its two labels differ.
-
-    $m_{ij} = [\,l_i \neq l'_j\,]$. With row ids as labels it keeps a row that stands in the batch
-    twice from being its own negative; with group ids (class, topic, source, hash of the text) it
-    keeps members of one group from being pushed apart.
+def batch_labels(
+    num_rows: int,
+    *,
+    ids: Integer[Array, " q"] | None = None,
+    groups: Integer[Array, " q"] | None = None,
+    valid: Bool[Array, " q"] | None = None,
+    axis_name: AxisName | None = None,
+) -> PairLabels:
+    """The labels of a batch's rows, by which no row is its own negative.
 
     Args:
-      query_labels: one label per query.
-      key_labels: one label per key, from the same numbering.
+      num_rows: of this device.
+      ids: row numbers; two rows of one id are the same row. By default each stands for itself.
+      groups: class, topic, source or hash of the text; members of one group are not pushed apart.
+      valid: `False` for padding.
+      axis_name: the mesh axes of an enclosing `jax.shard_map` over which rows are sharded.
 
     Returns:
-      `True` where the pair may count as a negative.
+      Labels for either side of a pair matrix.
+
+    Example:
+      >>> batch_labels(2).different[0].tolist()
+      [0, 1]
+    """
+    if ids is None:
+        first = 0 if axis_name is None else lax.axis_index(axis_name) * num_rows
+        ids = first + jnp.arange(num_rows, dtype=jnp.int32)
+    return PairLabels(different=(ids,) if groups is None else (ids, groups), valid=valid)
+
+
+def similarity_ceilings(
+    positives: Float[Array, " q"],
+    *,
+    margin: float | None = None,
+    relative_margin: float | None = None,
+) -> Float[Array, " q"] | None:
+    r"""The greatest similarity at which a row's negative counts: what is closer may be a positive.
+
+    $u_i = x_{ii} - \delta$, or $u_i = (1 - \delta)\, x_{ii}$ by share.
+
+    Args:
+      positives: $x_{ii}$, the similarity of each row's own pair, by the model or by a guide.
+      margin: $\delta$ as a difference of similarities.
+      relative_margin: $\delta$ as a share of the positive's similarity.
+
+    Returns:
+      Ceilings, constants of the gradient; `None` without a margin.
+
+    Raises:
+      ValueError: if both margins are given.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> different_label_mask(jnp.array([7, 8]), jnp.array([7, 9])).tolist()
-      [[False, True], [True, True]]
+      >>> similarity_ceilings(jnp.array([0.8]), relative_margin=0.05).round(4).tolist()
+      [0.76]
+
+    Reference:
+      Margins to the positive: de Souza Moreira et al., "NV-Retriever", 2024. Guides: Solatorio,
+      "GISTEmbed", 2024.
     """
-    return query_labels[:, None] != key_labels[None, :]
+    if margin is not None and relative_margin is not None:
+        raise ValueError(
+            f"margin={margin} and relative_margin={relative_margin} are both given; choose one"
+        )
+    positives = lax.stop_gradient(positives)
+    if margin is not None:
+        return positives - margin
+    return None if relative_margin is None else positives * (1 - relative_margin)

@@ -1,0 +1,195 @@
+"""What the losses of a batch share: who is compared with whom."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcl.negatives.masks import batch_labels, similarity_ceilings
+from jaxcl.ops.pairs import PairLabels, pair_logsumexp
+from jaxcl.typing import Array, AxisName, Bool, Float, Integer
+
+__all__ = ["DIRECTIONS", "Comparison", "check_sides", "inner_product"]
+
+DIRECTIONS = ("query_to_key", "key_to_query", "query_to_query", "key_to_key")
+"""Who looks among whom: in `"query_to_key"`, each query for its key among all keys."""
+
+
+class Comparison(NamedTuple):
+    """How the rows of a batch are compared: the arguments that all its losses have in common.
+
+    `infonce_loss` explains them.
+    """
+
+    ids: Integer[Array, " q"] | None
+    groups: Integer[Array, " q"] | None
+    valid: Bool[Array, " q"] | None
+    margin: float | None
+    relative_margin: float | None
+    guides: tuple[Float[Array, "q g"], Float[Array, "q g"]] | None
+    axis_name: AxisName | None
+    exchange: str
+    implementation: str | None
+
+    def negatives(
+        self,
+        queries: Float[Array, "q d"],
+        keys: Float[Array, "q d"],
+        *,
+        temperature: float | Array,
+        directions: tuple[str, ...],
+        hardness: float = 0.0,
+    ) -> dict[str, Float[Array, " q"]]:
+        """The log-sum-exp of each row's negatives by direction, in nats; −∞ without any."""
+        found: dict[str, Float[Array, " q"]] = {}
+        query_guide, key_guide = (None, None) if self.guides is None else self.guides
+        if {"query_to_key", "key_to_query"} & set(directions):
+            # One product for both. Who does not look has no say in what is too similar.
+            rows, columns = self.logsumexp(
+                queries,
+                keys,
+                self.labels(queries, keys, query_guide, ceiling="query_to_key" in directions),
+                self.labels(queries, keys, key_guide, ceiling="key_to_query" in directions),
+                temperature=temperature,
+                hardness=hardness,
+            )
+            found |= {"query_to_key": rows, "key_to_query": columns}
+        for direction, own, guide in (
+            ("query_to_query", queries, query_guide),
+            ("key_to_key", keys, key_guide),
+        ):
+            if direction in directions:
+                found[direction], _ = self.logsumexp(
+                    own,
+                    own,
+                    self.labels(queries, keys, guide),
+                    self.labels(queries, keys, guide, ceiling=False),
+                    temperature=temperature,
+                    hardness=hardness,
+                )
+        return {direction: found[direction] for direction in directions}
+
+    def explicit_negatives(
+        self,
+        queries: Float[Array, "q d"],
+        keys: Float[Array, "q d"],
+        negatives: Float[Array, "q n d"],
+        *,
+        ids: Integer[Array, "q n"] | None,
+        valid: Bool[Array, "q n"] | None,
+        temperature: float | Array,
+        hardness: float = 0.0,
+    ) -> Float[Array, " q"]:
+        """The log-sum-exp of each query over the explicit negatives of all rows, in nats."""
+        _check_negatives(queries, negatives, ids, valid)
+        if self.guides is not None:
+            raise ValueError("guides judge the batch; explicit negatives have no guide's embedding")
+        if ids is not None and self.ids is None:
+            raise ValueError("negative_ids are compared with ids, the rows' own; give both")
+        ours = self.labels(queries, keys, None)
+        counted = jnp.ones(negatives.shape[:2], bool) if valid is None else valid
+        if self.valid is not None:
+            counted &= self.valid[:, None]
+        # A negative without an id is no row's key; a row's own group would mask its own negatives.
+        ours = ours._replace(different=ours.different[:1] if ids is not None else ())
+        theirs = PairLabels(different=() if ids is None else (ids.ravel(),), valid=counted.ravel())
+        rows, _ = self.logsumexp(
+            queries,
+            negatives.reshape(-1, negatives.shape[-1]),
+            ours,
+            theirs,
+            temperature=temperature,
+            hardness=hardness,
+        )
+        return rows
+
+    def logsumexp(
+        self,
+        queries: Float[Array, "q d"],
+        keys: Float[Array, "k d"],
+        query_labels: PairLabels,
+        key_labels: PairLabels,
+        *,
+        temperature: float | Array,
+        hardness: float,
+    ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
+        """`pair_logsumexp` over this comparison's devices."""
+        return pair_logsumexp(
+            queries,
+            keys,
+            temperature=temperature,
+            query_labels=query_labels,
+            key_labels=key_labels,
+            hardness=hardness,
+            axis_name=self.axis_name,
+            exchange=self.exchange,
+            implementation=self.implementation,
+        )
+
+    def labels(
+        self,
+        queries: Float[Array, "q d"],
+        keys: Float[Array, "q d"],
+        guide: Float[Array, "q g"] | None,
+        *,
+        ceiling: bool = True,
+    ) -> PairLabels:
+        """One side's labels, with the ceilings of its rows if it looks."""
+        labels = batch_labels(
+            queries.shape[0],
+            ids=self.ids,
+            groups=self.groups,
+            valid=self.valid,
+            axis_name=self.axis_name,
+        )
+        ceilings = similarity_ceilings(
+            inner_product(*((queries, keys) if self.guides is None else self.guides)),
+            margin=self.margin,
+            relative_margin=self.relative_margin,
+        )
+        if ceilings is None and self.guides is not None:
+            raise ValueError("guides judge by a margin; give margin or relative_margin (0 will do)")
+        if ceilings is None:
+            return labels
+        return labels._replace(
+            ceiling=ceilings if ceiling else None,
+            guide=None if guide is None else lax.stop_gradient(guide),
+        )
+
+
+def inner_product(left: Float[Array, "q d"], right: Float[Array, "q d"]) -> Float[Array, " q"]:
+    """Row by row, summed in float32 at least."""
+    wide = jnp.promote_types(left.dtype, jnp.float32)
+    return jnp.einsum("qd,qd->q", left, right, preferred_element_type=wide)
+
+
+def check_sides(
+    queries: Float[Array, "..."], keys: Float[Array, "..."], directions: tuple[str, ...]
+) -> None:
+    """Raises a `ValueError` for sides that do not belong together, or an unknown direction."""
+    if (
+        not directions
+        or set(directions) - set(DIRECTIONS)
+        or len(set(directions)) < len(directions)
+    ):
+        raise ValueError(
+            f"directions={directions!r}: give one or more of {', '.join(DIRECTIONS)}, each once"
+        )
+    if queries.shape != keys.shape:
+        raise ValueError(
+            f"queries have the shape {queries.shape} and keys {keys.shape}; row i of one belongs "
+            "to row i of the other, so give as many, of one width"
+        )
+
+
+def _check_negatives(
+    queries: Array, negatives: Array, ids: Array | None, valid: Array | None
+) -> None:
+    rows, width = queries.shape
+    if negatives.shape[0] != rows or negatives.shape[2] != width:
+        raise ValueError(
+            f"negatives have the shape {negatives.shape}; wanted are ({rows}, any number, {width})"
+        )
+    for name, array in (("negative_ids", ids), ("negatives_valid", valid)):
+        if array is not None and array.shape != negatives.shape[:2]:
+            raise ValueError(f"{name} have the shape {array.shape}, not {negatives.shape[:2]}")
