@@ -78,6 +78,7 @@ def build_program(config: ConfigDict) -> Program:
     Raises:
       ValueError: for an unknown name, and for a batch that does not divide over the mesh.
     """
+    _check_numbers(config)
     if "group" in config.loss.masks and config.data.group_field is None:
         raise ValueError(
             "loss.masks names 'group', but data.group_field is None: all rows would be of one "
@@ -187,8 +188,48 @@ def _bound(
     return functools.partial(function, **options)
 
 
+def _check_numbers(config: ConfigDict) -> None:
+    """Raises a `ValueError` for sizes and rates with which nothing could run."""
+    for name, value in _sizes(config).items():
+        if value < 1:
+            raise ValueError(f"{name}={value}; set it to at least 1")
+    if not config.optimizer.learning_rate > 0:
+        raise ValueError(
+            f"optimizer.learning_rate={config.optimizer.learning_rate}; set it above 0"
+        )
+    bounds = TemperatureBounds(**config.loss.temperature)
+    if not 0 < bounds.minimum <= bounds.initial <= bounds.maximum:
+        raise ValueError(
+            f"loss.temperature={dict(config.loss.temperature)}; wanted is "
+            "0 < minimum <= initial <= maximum"
+        )
+    longest = max(_max_tokens(config).values(), default=0)
+    if longest > config.model.options.get("max_tokens", longest):
+        raise ValueError(
+            f"data.max_tokens={_max_tokens(config)}, but "
+            f"model.options.max_tokens={config.model.options.max_tokens} is the longest text that "
+            f"the model reads; set it to at least {longest}"
+        )
+
+
+def _sizes(config: ConfigDict) -> dict[str, int]:
+    cadences = ("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints")
+    return {
+        "steps": config.steps,
+        "global_batch_size": config.global_batch_size,
+        "model.dim": config.model.dim,
+        "evaluation.batch_size": config.evaluation.batch_size,
+        **{f"data.max_tokens.{side}": width for side, width in _max_tokens(config).items()},
+        **{f"run.{name}": config.run[name] for name in cadences if name in config.run},
+    }
+
+
+def _max_tokens(config: ConfigDict) -> dict[str, int]:
+    return dict(config.data.get("max_tokens", {}))
+
+
 def _check_batch_size(global_batch_size: int, mesh: Mesh) -> None:
-    if global_batch_size < 1 or global_batch_size % mesh.size:
+    if global_batch_size % mesh.size:
         raise ValueError(
             f"global_batch_size={global_batch_size} does not divide over {mesh.size} devices; "
             f"use a multiple of {mesh.size}"

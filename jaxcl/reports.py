@@ -107,7 +107,7 @@ def _diagnosis(step: int, metrics: StepMetrics, program: Program, config: Config
 
 def _advice(config: ConfigDict) -> str:
     return (
-        "The last good checkpoint is kept. Try a lower optimizer.learning_rate (now "
+        "What was saved before is kept. Try a lower optimizer.learning_rate (now "
         f"{config.optimizer.learning_rate}) or optimizer.clip_norm (now "
         f"{config.optimizer.clip_norm}), or a higher loss.temperature.minimum (now "
         f"{config.loss.temperature.minimum}), in another --workdir"

@@ -135,6 +135,11 @@ def _open_sources(config: ConfigDict, workdir: Path) -> dict[str, PairSource]:
     if not path.exists():
         raise ValueError(_train_first(f"the run in {workdir} has not opened its data yet"))
     remembered = json.loads(path.read_text())
+    if Path(remembered["data_set"]).is_absolute() and not Path(remembered["data_set"]).exists():
+        raise ValueError(
+            f"the rows of the run in {workdir} are gone from {remembered['data_set']}; the "
+            "command that trained it makes them again, if the same packages are installed"
+        )
     sources: dict[str, PairSource] = {
         role: open_pairs(
             remembered["data_set"],

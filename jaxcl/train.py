@@ -30,7 +30,7 @@ from jaxcl.metric_writer import MetricWriter
 from jaxcl.progress import progress_bar, say
 from jaxcl.reports import DivergenceError, Reports
 from jaxcl.train_state import TrainState
-from jaxcl.workdir import claim_workdir
+from jaxcl.workdir import claim_workdir, lock_workdir
 
 __all__ = ["Stopped", "train"]
 
@@ -61,6 +61,9 @@ def main(argv: list[str]) -> None:
     except Stopped as stopped:
         say(str(stopped))
         sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        say("interrupted a second time; the same command goes on from the last whole checkpoint")
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, CheckpointError, DivergenceError) as error:
         logging.vlog(1, "the error in full", exc_info=True)
         say(f"error: {error}")
@@ -71,23 +74,24 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains to the last step, evaluates, and returns what `results.json` then holds.
 
     Raises:
-      ValueError: for a config that cannot run here, or a workdir of another config.
+      ValueError: for a config that cannot run here, or a workdir of another config or run.
       CheckpointError: if checkpoints cannot be read or written.
       DivergenceError: if the loss is not finite.
       Stopped: after SIGTERM or SIGINT, with everything saved.
     """
     program = build_program(config)
-    claim_workdir(workdir, config)
-    data_dir = Path(config.run.data_dir).expanduser()
-    data = prepare_data(config.data, data_dir=data_dir, workdir=workdir)
-    _check_enough_rows(config, data)
-    with Checkpoints(workdir / "checkpoints", keep=config.run.keep_checkpoints) as checkpoints:
-        restored = checkpoints.restore_latest(program.abstract_state)
-        state = program.init() if restored is None else restored.state
-        say(_opening(config, program, data, workdir, first_step=int(state.step)))
-        with contextlib.closing(MetricWriter(workdir, step=int(state.step))) as writer:
-            state = _run_steps(config, program, data, state, checkpoints, writer)
-    return evaluate_run(config, program, data, state.params["towers"], workdir)
+    with lock_workdir(workdir):
+        claim_workdir(workdir, config)
+        data_dir = Path(config.run.data_dir).expanduser()
+        data = prepare_data(config.data, data_dir=data_dir, workdir=workdir)
+        _check_enough_rows(config, data)
+        with Checkpoints(workdir / "checkpoints", keep=config.run.keep_checkpoints) as checkpoints:
+            restored = checkpoints.restore_latest(program.abstract_state)
+            state = program.init() if restored is None else restored.state
+            say(_opening(config, program, data, workdir, first_step=int(state.step)))
+            with contextlib.closing(MetricWriter(workdir, step=int(state.step))) as writer:
+                state = _run_steps(config, program, data, state, checkpoints, writer)
+        return evaluate_run(config, program, data, state.params["towers"], workdir)
 
 
 def _run_steps(

@@ -1,5 +1,6 @@
-"""A run's own folder: which config it belongs to, and files that are whole or not there."""
+"""A run's own folder: one run at a time, of one config, with files that are whole or not there."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,36 +9,68 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-__all__ = ["claim_workdir", "read_config", "write_whole"]
+try:
+    import fcntl
+except ImportError:  # on Windows nothing keeps two runs apart
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["claim_workdir", "lock_workdir", "read_config", "write_whole"]
 
 _MAY_CHANGE = "run"
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: Path) -> Iterator[None]:
+    """Makes a run's folder and keeps other runs out of it, until the process ends at the latest.
+
+    Raises:
+      ValueError: if another run is at work there.
+      PermissionError: if it cannot be written.
+    """
+    if jax.process_index() != 0 or fcntl is None:
+        yield
+        return
+    with _explained(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another run is at work in {workdir}; wait until it ends, or choose another "
+                "--workdir"
+            ) from None
+        yield
 
 
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:
     """Makes a run's folder, or checks that it is this config's.
 
     What stands under `config.run` (cadences, mesh, folders) may differ from the start before: it
-    does not change what the run computes.
+    does not change what the run computes. Before the first checkpoint nothing is lost by another
+    config: then the folder becomes this one's.
 
     Raises:
-      ValueError: if the folder belongs to another config, with the fields that differ.
+      ValueError: if a run of another config has saved a step there, with the fields that differ.
       PermissionError: if it cannot be written.
     """
     workdir = Path(workdir)
-    try:
+    path = workdir / "config.json"
+    with _explained(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "config.json"
-        before = json.loads(path.read_text()) if path.exists() else None
+        before = _read_json(path) if path.exists() else None
         now = json.loads(config.to_json_best_effort())
-        if before is not None:
-            _check_same(workdir, before, now)
+        if before is not None and (different := _differences(before, now)):
+            if _has_checkpoint(workdir):
+                raise ValueError(
+                    f"the workdir {workdir} belongs to another config: {'; '.join(different)}. "
+                    "Choose another --workdir, or take the settings back"
+                )
+            for made_for_it in ("data.json", "tokenizer.json"):
+                (workdir / made_for_it).unlink(missing_ok=True)
         if jax.process_index() == 0:
             write_whole(path, json.dumps(now, indent=2) + "\n")
-    except OSError as error:
-        raise PermissionError(
-            f"cannot write to the workdir {workdir} ({error.strerror}); make it writable, or "
-            "choose another --workdir"
-        ) from error
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -51,7 +84,7 @@ def read_config(workdir: Path) -> ConfigDict:
         raise ValueError(
             f"there is no run in {workdir} (no {path.name}); give the --workdir that was trained"
         )
-    return ConfigDict(json.loads(path.read_text()))
+    return ConfigDict(_read_json(path))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -61,20 +94,47 @@ def write_whole(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def _check_same(workdir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def _explained(workdir: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError) as error:
+        raise PermissionError(
+            f"the workdir {workdir} cannot be a folder: a file is in the way; choose another "
+            "--workdir"
+        ) from error
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write to the workdir {workdir} ({error.strerror}); make it writable, or "
+            "choose another --workdir"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); put it back, or delete it and give the config that "
+            "the run began with"
+        ) from error
+
+
+def _has_checkpoint(workdir: Path) -> bool:
+    checkpoints = workdir / "checkpoints"
+    return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The fields in which two configs differ, but for those that may change."""
     ours, theirs = dict(_flat(now)), dict(_flat(before))
     missing = "nothing"
-    different = [
+    return [
         f"{field} is {ours.get(field, missing)} here and {theirs.get(field, missing)} there"
         for field in sorted(ours.keys() | theirs.keys())
         if ours.get(field, missing) != theirs.get(field, missing)
         and field.split(".")[0] != _MAY_CHANGE
     ]
-    if different:
-        raise ValueError(
-            f"the workdir {workdir} belongs to another config: {'; '.join(different)}. Choose "
-            "another --workdir, or take the settings back"
-        )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

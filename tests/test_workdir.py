@@ -7,7 +7,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from jaxcl.workdir import claim_workdir, read_config, write_whole
+from jaxcl.workdir import claim_workdir, lock_workdir, read_config, write_whole
 
 
 def config(**changes) -> ConfigDict:
@@ -26,6 +26,7 @@ def config(**changes) -> ConfigDict:
 
 
 def error_of(workdir, other: ConfigDict) -> str:
+    (workdir / "checkpoints" / "10").mkdir(parents=True, exist_ok=True)
     with pytest.raises(ValueError, match="belongs to another config") as error:
         claim_workdir(workdir, other)
     return str(error.value)
@@ -58,6 +59,40 @@ def test_the_config_of_a_workdir_outlives_a_claim_that_failed(tmp_path):
     claim_workdir(tmp_path, config())
     error_of(tmp_path, config(steps=200))
     assert read_config(tmp_path).steps == 100
+
+
+def test_before_the_first_checkpoint_a_workdir_may_become_another_configs(tmp_path):
+    claim_workdir(tmp_path, config())
+    (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp").mkdir(parents=True)
+    for name in ("data.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    claim_workdir(tmp_path, config(**{"run.log_every": 50}))
+    assert (tmp_path / "data.json").exists()
+    claim_workdir(tmp_path, config(steps=200))
+    assert read_config(tmp_path).steps == 200
+    assert not (tmp_path / "data.json").exists()
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_two_runs_are_never_at_work_in_one_workdir(tmp_path):
+    with lock_workdir(tmp_path / "run"):
+        with (
+            pytest.raises(ValueError, match=r"another run is at work in .*run; wait"),
+            lock_workdir(tmp_path / "run"),
+        ):
+            pass
+        with lock_workdir(tmp_path / "other"):
+            pass
+    with lock_workdir(tmp_path / "run"):
+        pass
+
+
+def test_a_damaged_config_is_an_error_that_names_the_file(tmp_path):
+    claim_workdir(tmp_path, config())
+    (tmp_path / "config.json").write_text("{\0")
+    for use in (lambda: claim_workdir(tmp_path, config()), lambda: read_config(tmp_path)):
+        with pytest.raises(ValueError, match=r"config\.json is damaged"):
+            use()
 
 
 @pytest.mark.parametrize(
@@ -113,7 +148,7 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
 def test_a_workdir_at_or_below_a_file_is_an_error_that_names_it(tmp_path, below):
     (tmp_path / "file").write_text("no folder")
     workdir = tmp_path / "file" / below
-    with pytest.raises(PermissionError, match="cannot write to the workdir") as error:
+    with pytest.raises(PermissionError, match="a file is in the way") as error:
         claim_workdir(workdir, config())
     assert str(workdir) in str(error.value)
     assert "choose another --workdir" in str(error.value)

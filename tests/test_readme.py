@@ -1,0 +1,48 @@
+"""What the README shows runs as it stands."""
+
+import re
+import runpy
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcl.data.sources import open_pairs
+from jaxcl.losses import infonce_loss
+from tests.helpers import relative_error, unit_vectors
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def snippet(heading: str) -> str:
+    section = README.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.S)[0]
+
+
+def test_the_loss_in_ones_own_step_is_that_of_the_whole_batch():
+    def encode(params, inputs):
+        return inputs * params
+
+    names = {"f": encode, "g": encode}
+    exec(snippet("Only the loss"), names)
+    params, x, y = np.float32(0.5), *(unit_vectors(seed, 16, 4, dtype="float32") for seed in (0, 1))
+    found = names["value_and_gradients"](params, x, y)
+    wanted = jax.value_and_grad(lambda p: infonce_loss(x * p, y * p, temperature=0.05).mean())(
+        params
+    )
+    assert max(map(relative_error, found, wanted)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_pairs_of_ones_own_are_prepared_and_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prepare.py").write_text(snippet("Your own data"))
+    runpy.run_path("prepare.py", run_name="__main__")
+    pairs = open_pairs(
+        "my_pairs:1.0.0", "train", data_dir="data", query_field="question", key_field="answer"
+    )
+    assert len(pairs) == 5_000
+    row = pairs.read([7])[0]
+    number = int(row["query"].split()[2])
+    assert row["key"] == f"it is {number**2}"
