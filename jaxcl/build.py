@@ -193,6 +193,11 @@ def _check_numbers(config: ConfigDict) -> None:
     for name, value in _sizes(config).items():
         if value < 1:
             raise ValueError(f"{name}={value}; set it to at least 1")
+    if config.run.get("keep_checkpoints", 2) < 2:
+        raise ValueError(
+            f"run.keep_checkpoints={config.run.keep_checkpoints}; set it to at least 2, so that "
+            "there is one to go back to if the newest is damaged"
+        )
     if not config.optimizer.learning_rate > 0:
         raise ValueError(
             f"optimizer.learning_rate={config.optimizer.learning_rate}; set it above 0"
@@ -213,7 +218,7 @@ def _check_numbers(config: ConfigDict) -> None:
 
 
 def _sizes(config: ConfigDict) -> dict[str, int]:
-    cadences = ("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints")
+    cadences = ("log_every", "evaluate_every", "checkpoint_every")
     return {
         "steps": config.steps,
         "global_batch_size": config.global_batch_size,

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,13 +175,20 @@ def _train_first(why: str) -> str:
     return f"{why}; train first: python -m jaxcl.train --config … --workdir …"
 
 
+# What zip and NumPy raise for a file of which some bits have changed.
+_DAMAGED = (
+    *(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error),
+    *(NotImplementedError, RuntimeError),  # another compression, "encrypted"
+)
+
+
 def _read_index(path: Path, made_from: Mapping[str, Any]) -> Float[np.ndarray, "n d"] | None:
     """The pool's embeddings, or None where they are absent, damaged, or made from other things."""
     try:
         with path.open("rb") as file, np.load(file) as index:  # np.load leaks it on an error
             if json.loads(str(index["made_from"])) == made_from:
                 return index["keys"]
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+    except _DAMAGED:
         return None
     return None
 

@@ -380,6 +380,51 @@ def test_a_file_that_cannot_grow_is_an_error_and_harms_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
+def test_a_save_that_failed_is_told_before_the_next_begins(tmp_path):
+    class Failed:
+        def result(self):
+            raise OSError("no space left")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints._saving = (1, Failed())
+        with pytest.raises(CheckpointError, match=r"cannot save step 1 to .*: no space left"):
+            checkpoints.save(2, make_state(2))
+        assert checkpoints.steps == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("[Errno 13] Permission denied: 'x'", ". Make it writable, or choose another --workdir"),
+        ("Read-only file system", ". Make it writable, or choose another --workdir"),
+        ("Disk quota exceeded", HINT),
+    ],
+)
+def test_what_can_be_done_about_a_failed_save_is_said(tmp_path, reason, advice):
+    class Failed:
+        def result(self):
+            raise OSError(reason)
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints._saving = (1, Failed())
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.wait()
+    assert str(error.value) == f"cannot save step 1 to {tmp_path}: {reason}{advice}"
+
+
+def test_the_reason_of_a_failed_save_is_the_one_at_the_bottom(tmp_path):
+    class Failed:
+        def result(self):
+            middle = RuntimeError("in the middle")
+            middle.__cause__ = OSError("at the bottom")
+            raise RuntimeError("on top") from middle
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints._saving = (1, Failed())
+        with pytest.raises(CheckpointError, match=r"at the bottom$"):
+            checkpoints.wait()
+
+
 @contextlib.contextmanager
 def small_disk(directory, *, megabytes: int):
     if not sys.platform.startswith("linux") or os.geteuid() != 0 or not shutil.which("mount"):

@@ -117,3 +117,12 @@ def test_texts_are_padded_to_one_width(add_cls):
     np.testing.assert_array_equal(found, wanted)
     assert found.dtype == np.int32
     assert found[1].tolist() == ([2, 1] if add_cls else [1, 0]) + [0] * (WIDTH - 2)
+
+
+def test_distinct_tokens_of_a_text_stand_once():
+    tokenizer = train_tokenizer(TEXTS, vocabulary_size=VOCABULARY)
+    once, twice = (
+        pad_texts(tokenizer, [text], max_tokens=WIDTH, distinct=True)
+        for text in ("number", "number number")
+    )
+    np.testing.assert_array_equal(once, twice)

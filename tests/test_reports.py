@@ -46,6 +46,35 @@ def test_every_so_many_steps_are_written(reports, tmp_path):
     ]
 
 
+def test_the_rate_written_is_that_of_the_update(reports, tmp_path):
+    reports._config.run.log_every = 1
+    for step in (1, 2, 3, 4):
+        reports.add(step, metrics())
+    rates = [record["learning_rate"] for record in read_metrics(tmp_path)]
+    peak = reports._config.optimizer.learning_rate
+    assert rates == pytest.approx([0.0, peak / 2, peak])  # two steps of warmup
+
+
+def test_the_last_step_is_written_whatever_its_number(reports, tmp_path):
+    reports._config.steps = 3
+    for step in (1, 2, 3):
+        reports.add(step, metrics())
+    reports.flush()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [2, 3]
+
+
+def test_the_speed_is_that_since_the_report_before(reports, tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("jaxcl.reports.time.perf_counter", lambda: now)
+    reports.restart_clock()
+    for step, seconds in enumerate([1.0, 1.0, 0.25, 0.25, 0.0], start=1):
+        reports.add(step, metrics())  # reads the step before
+        now += seconds
+    batch = reports._config.global_batch_size
+    speeds = [record["time/pairs_per_second"] for record in read_metrics(tmp_path)]
+    assert speeds == [2 * batch / 2.0, 2 * batch / 0.5]
+
+
 @pytest.mark.parametrize("field", ["loss", "gradient_norm"])
 def test_what_is_not_finite_stops_the_run_with_step_cause_and_advice(reports, field):
     reports.add(7, metrics(**{field: float("nan")}, leaf=float("inf")))

@@ -17,6 +17,7 @@ from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.data.prepare import prepare_data
 from jaxcl.data.python_functions import SourceRoot
 from jaxcl.data.sources import InMemoryPairs
+from jaxcl.data.tokenizer import train_tokenizer
 from jaxcl.workdir import claim_workdir
 
 VERBS, NOUNS = ("open", "close", "count", "merge"), ("socket", "ledger", "window", "matrix")
@@ -280,6 +281,59 @@ def test_other_parameters_of_the_same_step_make_the_index_anew(workdir, embeddin
     _save(workdir, 2, seed=5)
     search.open_search(workdir)
     assert embeddings_made == [1]
+
+
+def test_another_tokenizer_makes_the_index_anew(workdir, embeddings_made):
+    path = workdir / "tokenizer.json"
+    path.write_text(train_tokenizer(["open a window"], vocabulary_size=256).to_str())
+    search.open_search(workdir)
+    assert embeddings_made == [1]
+
+
+def test_the_index_is_the_key_tower_on_the_tokens_that_were_trained_on(workdir, monkeypatch):
+    monkeypatch.setattr(search, "_CHUNK_ROWS", 3)
+    saved = json.loads((workdir / "config.json").read_text())
+    saved["model"]["shared"] = False
+    saved["data"]["max_tokens"] = {"query": 6, "key": 128}
+    (workdir / "config.json").write_text(json.dumps(saved))
+    shutil.rmtree(workdir / "checkpoints")
+    _save(workdir, 2, seed=2)
+    config = search.read_config(workdir)
+    data = prepare_data(config.data, data_dir=Path(config.run.data_dir), workdir=workdir)
+    program = build_program(config)
+    config.seed = 2
+    params = build_program(config).init().params["towers"]
+
+    def embedded(side):
+        parts = [table.side(side, np.arange(table.num_rows)) for table in data.tables.values()]
+        return program.embed(params, side, np.concatenate([part["tokens"] for part in parts]))
+
+    queries, keys = embedded("query"), embedded("key")
+    first_split = next(iter(data.sources.values()))
+    [hit] = search.open_search(workdir)(first_split.read([0])[0]["query"], 1)
+    with np.load(workdir / search.INDEX_FILE) as index:
+        np.testing.assert_allclose(index["keys"], keys, atol=1e-6)
+    assert hit.score == pytest.approx((keys @ queries[0]).max(), abs=1e-5)
+
+
+@pytest.mark.parametrize("start", ["def ", "async def ", "  async  def "])
+def test_the_first_line_is_that_of_the_def(start):
+    assert search._first_line(f"\n@cached\n{start}find(name):\n    pass") == (
+        f"{start}find(name):".strip()
+    )
+
+
+def test_no_flipped_bit_of_an_index_is_an_error_or_believed(tmp_path):
+    path, made_from = tmp_path / search.INDEX_FILE, {"step": 1}
+    keys = np.ones((3, 4), np.float32)
+    search._write_index(path, made_from, keys)
+    whole = path.read_bytes()
+    for place in range(0, 8 * len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        found = search._read_index(path, made_from)
+        assert found is None or np.array_equal(found, keys)
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-500], lambda content: b""])

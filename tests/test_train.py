@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from jaxcl.assignment import uniform_rows
 from jaxcl.build import build_program
-from jaxcl.checkpoint import Checkpoints
+from jaxcl.checkpoint import CheckpointError, Checkpoints
 from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.metric_writer import read_metrics
-from jaxcl.reports import DivergenceError
+from jaxcl.reports import DivergenceError, Reports
 from jaxcl.train import train
 
 pytestmark = [
@@ -362,6 +364,8 @@ def test_other_models_train(tiny, tmp_path, model):
         ({"model.dim": 0}, "model.dim=0; set it to at least 1"),
         ({"data.max_tokens.key": 0}, "data.max_tokens.key=0; set it to at least 1"),
         ({"run.checkpoint_every": 0}, "run.checkpoint_every=0; set it to at least 1"),
+        ({"run.evaluate_every": 0}, "run.evaluate_every=0; set it to at least 1"),
+        ({"run.keep_checkpoints": 1}, "run.keep_checkpoints=1; set it to at least 2"),
         ({"optimizer.learning_rate": -1.0}, "optimizer.learning_rate=-1.0; set it above 0"),
         ({"loss.temperature.initial": 0.0}, "loss.temperature="),
         ({"model.options.max_tokens": 1}, "data.max_tokens="),
@@ -393,6 +397,88 @@ def test_more_rows_than_there_are_is_an_error(tiny, tmp_path, pairs):
         f"the training split has {rows} rows, fewer than one batch of 1024; set "
         f"global_batch_size to at most {rows}"
     )
+
+
+def test_as_many_rows_as_a_batch_are_enough(tiny, tmp_path):
+    config = tiny(steps=2, **{"data.splits.train": "train[:64]"})
+    assert config.global_batch_size == 64
+    assert train(config, tmp_path)["rows"]["train"] == 64
+
+
+def test_another_seed_reads_the_rows_in_another_order(tiny, tmp_path, monkeypatch):
+    seeds = []
+
+    def noting(*args, seed, **options):
+        seeds.append(seed)
+        return uniform_rows(*args, seed=seed, **options)
+
+    monkeypatch.setattr("jaxcl.train.uniform_rows", noting)
+    train(tiny(steps=2, seed=5), tmp_path)
+    assert set(seeds) == {5}
+
+
+def signal_while_updating(monkeypatch, *steps: int) -> None:
+    """Has SIGTERM arrive before the metrics of each of these steps are taken."""
+    add = Reports.add
+
+    def add_and_signal(self, step, metrics):
+        if step in steps:
+            signal.raise_signal(signal.SIGTERM)
+        add(self, step, metrics)
+
+    monkeypatch.setattr(Reports, "add", add_and_signal)
+
+
+def test_a_signal_in_the_last_step_ends_a_run_that_is_done(tiny, tmp_path, monkeypatch):
+    signal_while_updating(monkeypatch, 2)
+    assert train(tiny(steps=2), tmp_path)["steps"] == 2
+    assert (tmp_path / "results.json").exists()
+
+
+def test_a_second_signal_is_obeyed_at_once(tiny, tmp_path, monkeypatch):
+    def obey(number, _):
+        raise _Interrupted
+
+    before = signal.signal(signal.SIGTERM, obey)
+    try:
+        signal_while_updating(monkeypatch, 2)
+        flush = Reports.flush
+
+        def flush_and_signal(self):
+            signal.raise_signal(signal.SIGTERM)
+            flush(self)
+
+        monkeypatch.setattr(Reports, "flush", flush_and_signal)
+        with pytest.raises(_Interrupted):
+            train(tiny(steps=4), tmp_path)
+        assert signal.getsignal(signal.SIGTERM) is obey
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_run_that_cannot_save_does_not_say_that_it_stopped_with_its_state_saved(
+    tiny, tmp_path, monkeypatch
+):
+    def wait(self):
+        if self._saving:
+            self._saving = None
+            raise CheckpointError("no space")
+
+    signal_while_updating(monkeypatch, 2)
+    monkeypatch.setattr(Checkpoints, "wait", wait)
+    with pytest.raises(CheckpointError, match="no space"):
+        train(tiny(steps=4), tmp_path)
+
+
+def test_the_speed_leaves_evaluations_out(tiny, tmp_path, monkeypatch):
+    calls = []
+    restart = Reports.restart_clock
+    monkeypatch.setattr("jaxcl.train.quick_metrics", lambda *_: calls.append("evaluated") or {})
+    monkeypatch.setattr(
+        Reports, "restart_clock", lambda self: calls.append("restarted") or restart(self)
+    )
+    train(tiny(steps=2), tmp_path)
+    assert calls[-2:] == ["evaluated", "restarted"]
 
 
 def test_an_empty_split_is_an_error(tiny, tmp_path):
@@ -440,6 +526,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(
     for leaf in jax.tree.leaves((state.params, state.optimizer)):
         assert np.isfinite(np.asarray(leaf)).all()
     assert all(np.isfinite(record.get("loss", 0.0)) for record in read_metrics(tmp_path))
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tiny, tmp_path):
+    # The first update has the rate 0. The second is beyond float32, though its loss is not.
+    huge = {"optimizer.learning_rate": 1e3, "optimizer.weight_decay": 1e38}
+    config = tiny(steps=3, **huge, **{"run.checkpoint_every": 1})
+    with pytest.raises(DivergenceError, match="step 2 diverged: after its update"):
+        train(config, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps == [1]
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:

@@ -105,6 +105,75 @@ def test_the_two_sides_of_a_row_drop_differently():
     assert relative_error(different_views, equal_views) > 1e-3
 
 
+def test_the_two_sides_of_a_row_draw_from_keys_of_their_own():
+    mesh = make_mesh({"data": 8})
+    params = {"towers": {}, "log_temperature": jnp.float32(0.0)}
+    loss = make_loss(drawn, difference, mesh, masks={})
+    assert float(loss(params, some_batch(), jax.random.key(1))) > 0.1
+
+
+def drawn(params, side, inputs, rngs=None):
+    return jax.vmap(lambda key: jax.random.normal(key, (4,)))(rngs)
+
+
+def difference(queries, keys, **_):
+    return jnp.abs(queries - keys).mean(1)
+
+
+def test_the_loss_is_the_mean_over_rows_and_takes_the_columns_of_its_masks():
+    mesh, batch = make_mesh({"data": 8}), some_batch()
+    params = {"towers": {}, "log_temperature": jnp.log(0.25)}
+
+    def labels(queries, keys, *, ids, groups, temperature, **_):
+        return (100 * ids + groups + temperature).astype(queries.dtype)
+
+    found = make_loss(drawn, labels, mesh, masks=MASKS)(params, batch, jax.random.key(1))
+    wanted = 100 * np.mean(batch["row"]) + np.mean(batch["group"]) + 0.25
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_each_step_draws_anew():
+    mesh, optimizer = make_mesh({"data": 8}), optax.sgd(0.1)
+    step = make_train_step(
+        lambda params, batch, key: jax.random.uniform(key) + 0 * params["log_temperature"],
+        optimizer,
+        mesh,
+        temperature=TEMPERATURE,
+    )
+    state = jax.device_put(
+        init_state(jax.random.key(0), TOWERS["static"].init, optimizer, temperature=TEMPERATURE),
+        replicated_sharding(mesh),
+    )
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, on_mesh(some_batch(), mesh))
+        losses.append(float(metrics.loss))
+    assert len(set(losses)) == 3
+
+
+def test_the_gradient_norm_is_that_before_clipping():
+    mesh = make_mesh({"data": 8})
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+    step = make_train_step(
+        lambda params, batch, key: 3 * params["towers"] + 4 * params["log_temperature"],
+        optimizer,
+        mesh,
+        temperature=TEMPERATURE,
+    )
+    state = init_state(
+        jax.random.key(0), lambda key: jnp.ones(()), optimizer, temperature=TEMPERATURE
+    )
+    _, metrics = step(jax.device_put(state, replicated_sharding(mesh)), on_mesh(some_batch(), mesh))
+    assert float(metrics.gradient_norm) == 5.0
+    assert jax.tree.map(float, metrics.leaf_gradient_norms) == {"towers": 3, "log_temperature": 4}
+
+
+def test_the_temperature_begins_where_it_is_told():
+    towers, bounds = TOWERS["static"], TEMPERATURE._replace(initial=0.25)
+    state = init_state(jax.random.key(0), towers.init, optax.identity(), temperature=bounds)
+    np.testing.assert_allclose(jnp.exp(state.params["log_temperature"]), 0.25, rtol=1e-6)
+
+
 @pytest.mark.parametrize("gradient_sign", [1.0, -1.0])
 def test_the_temperature_is_clamped_and_comes_back_from_the_bound(gradient_sign):
     bound = TEMPERATURE.minimum if gradient_sign > 0 else TEMPERATURE.maximum

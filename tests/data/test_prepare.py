@@ -1,0 +1,93 @@
+"""The data of a run: made once, from the training split's texts, and remembered by the workdir."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from configs.code_search import get_config
+from jaxcl.data import prepare
+from jaxcl.data.sources import InMemoryPairs
+from jaxcl.data.tokenizer import train_tokenizer
+
+TRAIN = {"queries": ["aaa aaa bbb", "bbb"], "keys": ["ccc ccc ccc", "ddd"], "groups": [5, 7]}
+TEST = {"queries": ["eee"], "keys": ["fff"], "groups": [9]}
+
+
+@pytest.fixture
+def columns(monkeypatch):
+    """What the splits hold; a test may change it."""
+    splits = {"train": TRAIN, "validation": TEST, "test": TEST}
+
+    def open_pairs(name, split, *, group_field, **_):
+        groups = {} if group_field is None else {"groups": splits[split]["groups"]}
+        return InMemoryPairs(splits[split]["queries"], splits[split]["keys"], **groups)
+
+    monkeypatch.setattr(prepare, "open_pairs", open_pairs)
+    return splits
+
+
+@pytest.fixture
+def prepared(tmp_path, columns):
+    """Prepares the data of one workdir, by changes of `config.data`."""
+    (tmp_path / "run").mkdir()
+
+    def prepare_with(**changes):
+        config = get_config("smoke").data
+        config.update({"name": "memory", "vocabulary_size": 300} | changes)
+        return prepare.prepare_data(config, data_dir=tmp_path, workdir=tmp_path / "run")
+
+    return prepare_with
+
+
+def test_the_tokenizer_knows_both_sides_of_the_training_split_and_no_other(prepared):
+    vocabulary = prepared().tokenizer.get_vocab()
+    for letter, known in dict.fromkeys("abcd", True).items() | dict.fromkeys("ef", False).items():
+        assert any(letter * 3 in token for token in vocabulary) == known, letter
+
+
+def test_the_tables_keep_groups_and_each_token_once(prepared):
+    table = prepared(distinct_tokens=True).tables["train"]
+    assert table.group.tolist() == [5, 7]
+    for side, lengths in {"query": [2, 1], "key": [1, 1]}.items():
+        tokens = table.side(side, np.arange(2))["tokens"]
+        assert (tokens > 0).sum(1).tolist() == lengths
+
+
+def test_rows_that_changed_since_the_start_are_an_error(prepared, columns):
+    prepared()
+    columns["test"] = TEST | {"keys": ["other"]}
+    with pytest.raises(ValueError, match=r"the rows that the run in .* began with are gone"):
+        prepared()
+
+
+def test_the_tokenizer_of_the_start_is_kept(prepared, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(train_tokenizer(["aaa"], vocabulary_size=100).to_str())
+    before = prepared(tokenizer=str(path)).tokenizer.to_str()
+    path.write_text(train_tokenizer(["zzz"], vocabulary_size=100).to_str())
+    assert prepared(tokenizer=str(path)).tokenizer.to_str() == before
+
+
+def test_a_vocabulary_must_hold_every_id_of_the_tokenizer(prepared):
+    num_ids = prepared().tokenizer.get_vocab_size()
+    prepared(vocabulary_size=num_ids)
+    with pytest.raises(ValueError, match=f"ids go up to {num_ids - 1}, .*at least {num_ids}$"):
+        prepared(vocabulary_size=num_ids - 1)
+
+
+def test_code_pairs_are_looked_for_anew_only_where_they_are_gone(prepared, tmp_path, monkeypatch):
+    made = []
+
+    def prepare_code_pairs(data_dir, **_):
+        made.append(tmp_path / f"pairs-{len(made)}")
+        made[-1].mkdir()
+        return SimpleNamespace(directory=made[-1])
+
+    monkeypatch.setattr(prepare, "prepare_code_pairs", prepare_code_pairs)
+    for _ in range(2):
+        prepared(name="code_pairs")
+    assert len(made) == 1
+    made[0].rmdir()
+    prepared(name="code_pairs")
+    assert len(made) == 2

@@ -1,0 +1,84 @@
+"""From a config to the parts of a run: each option arrives where it acts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.code_search import get_config
+from jaxcl.build import build_optimizer, build_program
+from jaxcl.mesh import put_batch
+
+RATE = 0.5
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_zero():
+    _, rate = optimizer_of(warmup_steps=2, steps=10)
+    wanted = {0: 0.0, 1: RATE / 2, 2: RATE, 6: RATE / 2, 10: 0.0}
+    for step, value in wanted.items():
+        np.testing.assert_allclose(rate(step), value, atol=1e-7, err_msg=str(step))
+
+
+def test_a_warmup_longer_than_the_run_peaks_at_the_last_step():
+    _, rate = optimizer_of(warmup_steps=10, steps=4)
+    np.testing.assert_allclose(rate(3), RATE, rtol=1e-6)
+
+
+def test_decay_shrinks_matrices_by_their_size_and_no_vector():
+    params = {"matrix": jnp.array([[1.0, -4.0]]), "vector": jnp.ones(2), "scalar": jnp.ones(())}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    optimizer, _ = optimizer_of(weight_decay=0.1)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["matrix"], -RATE * 0.1 * params["matrix"], rtol=1e-6)
+    assert not updates["vector"].any()
+    assert not updates["scalar"].any()
+
+
+@pytest.mark.parametrize(("clip_norm", "factor"), [(1.0, 1 / 5), (10.0, 1.0), (0.0, 1.0)])
+def test_gradients_are_clipped_by_their_norm_together(clip_norm, factor):
+    gradients = {"one": jnp.array([3.0]), "other": jnp.array([4.0])}
+    optimizer, _ = optimizer_of(name="sgd", options={"decay": 0.0}, clip_norm=clip_norm)
+    updates, _ = optimizer.update(gradients, optimizer.init(gradients), gradients)
+    np.testing.assert_allclose(updates["one"], [-RATE * factor * 3.0], rtol=1e-6)
+    np.testing.assert_allclose(updates["other"], [-RATE * factor * 4.0], rtol=1e-6)
+
+
+def test_sgd_keeps_nine_tenths_of_its_momentum():
+    gradient = jnp.array([1.0])
+    optimizer, rate = optimizer_of(name="sgd", clip_norm=0.0)
+    _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
+    update, _ = optimizer.update(gradient, state, gradient)
+    np.testing.assert_allclose(update, -rate(1) * (1.0 + 0.9), rtol=1e-6)
+
+
+def test_another_seed_begins_elsewhere():
+    first, again, other = (program_of(seed=seed).init() for seed in (1, 1, 2))
+    assert np.array_equal(table(first), table(again))
+    assert not np.array_equal(table(first), table(other))
+    assert not jnp.array_equal(jax.random.key_data(first.key), jax.random.key_data(other.key))
+
+
+@pytest.mark.parametrize(("masks", "loss"), [(("row",), 0), (("group",), 0), ((), np.log(8))])
+def test_equals_of_a_masked_column_are_no_negatives(masks, loss):
+    program = program_of(**{"loss.masks": masks})
+    tokens, same = {"tokens": np.ones((8, 1), np.int32)}, np.zeros(8, np.int32)
+    batch = {"query": tokens, "key": tokens, "row": same, "group": same}
+    _, metrics = program.train_step(program.init(), put_batch(batch, program.mesh))
+    np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)  # scores of 20 in float32
+
+
+def optimizer_of(*, steps: int = 1000, **changes):
+    config = get_config("smoke").optimizer
+    config.update({"learning_rate": RATE, "warmup_steps": 0} | changes)
+    return build_optimizer(config, steps=steps)
+
+
+def program_of(**changes):
+    config = get_config("smoke")
+    small = {"model.dim": 4, "data.vocabulary_size": 10, "global_batch_size": 8}
+    config.update_from_flattened_dict(small | changes)
+    return build_program(config)
+
+
+def table(state) -> np.ndarray:
+    return np.asarray(state.params["towers"]["both"]["table"])
