@@ -44,9 +44,16 @@ def get_config(variant: str = "default") -> ConfigDict:
 
     config.loss = ConfigDict()
     config.loss.name = "infonce"
-    config.loss.options = ConfigDict({"directions": ("query_to_key", "key_to_query")})
+    config.loss.options = ConfigDict(
+        {"directions": ("query_to_key", "key_to_query"), "exchange": "gather"}
+    )
     config.loss.masks = ("row",)  # the columns of a batch whose equals are no negatives
     config.loss.temperature = ConfigDict({"initial": 0.05, "minimum": 0.01, "maximum": 1.0})
+
+    # Rows, or tokens, of a device that are encoded at a time; None for all at once.
+    config.grad_cache = ConfigDict(
+        {"chunk_size": placeholder(int), "chunk_tokens": placeholder(int)}
+    )
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"

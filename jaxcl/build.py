@@ -12,9 +12,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxcl.embed import Embedder, make_embedder
-from jaxcl.losses import infonce_loss
+from jaxcl.grad_cache import rows_per_chunk
+from jaxcl.losses import decoupled_infonce_loss, infonce_loss, sigmoid_pair_loss
 from jaxcl.mesh import make_mesh, replicated_sharding
 from jaxcl.models import StaticEncoder, Towers, TransformerEncoder, make_towers
+from jaxcl.models.towers import SIDES
 from jaxcl.train_state import TrainState
 from jaxcl.train_step import StepMetrics, TemperatureBounds, init_state, make_loss, make_train_step
 from jaxcl.typing import Batch, PyTree, Scalar
@@ -33,7 +35,11 @@ __all__ = [
 ENCODERS: Mapping[str, Callable] = {"static": StaticEncoder, "transformer": TransformerEncoder}
 """Encoders by name; `config.model.options` are their keyword arguments."""
 
-LOSSES: Mapping[str, Callable] = {"infonce": infonce_loss}
+LOSSES: Mapping[str, Callable] = {
+    "decoupled": decoupled_infonce_loss,
+    "infonce": infonce_loss,
+    "sigmoid": sigmoid_pair_loss,
+}
 """Losses by name; `config.loss.options` are their keyword arguments."""
 
 MASKS: Mapping[str, str] = {"row": "ids", "group": "groups"}
@@ -89,7 +95,13 @@ def build_program(config: ConfigDict) -> Program:
     towers = build_towers(config.model, vocabulary_size=config.data.vocabulary_size)
     optimizer, learning_rate = build_optimizer(config.optimizer, steps=config.steps)
     temperature = TemperatureBounds(**config.loss.temperature)
-    loss = make_loss(towers.encode, _build_loss(config.loss), mesh, masks=_masks(config.loss))
+    loss = make_loss(
+        towers.encode,
+        _build_loss(config.loss),
+        mesh,
+        masks=_masks(config.loss),
+        chunk_sizes=_chunk_sizes(config),
+    )
     whole = replicated_sharding(mesh)
 
     def init() -> TrainState:
@@ -150,8 +162,33 @@ def build_optimizer(
 
 
 def _build_loss(config: ConfigDict) -> Callable:
-    arrays = ("queries", "keys", "temperature", "axis_name", "valid", *MASKS.values())
+    arrays = (
+        *("queries", "keys", "temperature", "axis_name", "valid", "guides", *MASKS.values()),
+        *("negatives", "negative_ids", "negatives_valid"),
+    )
     return _bound("loss", config.name, LOSSES, dict(config.options), not_options=arrays)
+
+
+def _chunk_sizes(config: ConfigDict) -> dict[str, int] | None:
+    """How many of a device's rows are encoded at a time, by side; `None` for all."""
+    options = dict(config.get("grad_cache", {}))
+    size, tokens = options.get("chunk_size"), options.get("chunk_tokens")
+    if size is not None and tokens is not None:
+        raise ValueError(
+            f"grad_cache.chunk_size={size} and grad_cache.chunk_tokens={tokens} are both given; "
+            "leave one out"
+        )
+    for name, value in (("chunk_size", size), ("chunk_tokens", tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"grad_cache.{name}={value}; set it to at least 1, or leave it out")
+    if size is not None:
+        return dict.fromkeys(SIDES, int(size))
+    if tokens is not None:
+        return {
+            side: rows_per_chunk(width, max_tokens=tokens)
+            for side, width in _max_tokens(config).items()
+        }
+    return None
 
 
 def _masks(config: ConfigDict) -> dict[str, str]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxcl.grad_cache import chunked
 from jaxcl.mesh import batch_sharding, replicated_sharding
 from jaxcl.models.towers import SIDES, Encode
 from jaxcl.train_state import TrainState
@@ -48,6 +49,7 @@ def make_loss(
     mesh: Mesh,
     *,
     masks: Mapping[str, str],
+    chunk_sizes: Mapping[str, int] | None = None,
 ) -> Callable[[PyTree, Batch, Key[Array, ""] | None], Scalar]:
     """The mean loss of a global batch as a function of the parameters.
 
@@ -60,6 +62,8 @@ def make_loss(
       loss_fn: of `jaxcl.losses`, its options bound.
       mesh: where it runs; rows are sharded over all of its axes.
       masks: arguments of the loss that mask false negatives -> columns of the batch they take.
+      chunk_sizes: side -> how many of a device's rows are encoded at a time (`jaxcl.grad_cache`);
+        `None` for all at once.
 
     Returns:
       `(params, batch, key) -> nats`. `key=None` is the evaluation mode; otherwise each row draws
@@ -74,9 +78,21 @@ def make_loss(
     ) -> Float[Array, " b"]:
         return loss_fn(queries, keys, temperature=temperature, axis_name=axes, **labels)
 
+    def encode_side(towers: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None) -> Embeddings:
+        if chunk_sizes is None:
+            return encode(towers, side, inputs, rngs)
+        in_chunks = chunked(
+            lambda towers, inputs, rngs: encode(towers, side, inputs, rngs),
+            chunk_size=chunk_sizes[side],
+        )
+        # Each device goes through its own rows, so that chunks keep their sharding.
+        return jax.shard_map(in_chunks, mesh=mesh, in_specs=(whole, rows, rows), out_specs=rows)(
+            towers, inputs, rngs
+        )
+
     def loss(params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Scalar:
         queries, keys = (
-            encode(params["towers"], side, batch[side], _row_keys(key, side, batch["row"]))
+            encode_side(params["towers"], side, batch[side], _row_keys(key, side, batch["row"]))
             for side in SIDES
         )
         labels = {argument: batch[column] for argument, column in masks.items()}

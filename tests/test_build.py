@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs.code_search import get_config
-from jaxcl.build import build_optimizer, build_program
+from jaxcl.build import LOSSES, _chunk_sizes, build_optimizer, build_program
 from jaxcl.mesh import put_batch
 
 RATE = 0.5
@@ -82,3 +82,33 @@ def program_of(**changes):
 
 def table(state) -> np.ndarray:
     return np.asarray(state.params["towers"]["both"]["table"])
+
+
+def test_a_gradient_cache_goes_by_rows_or_by_tokens():
+    config = get_config("smoke")
+    assert _chunk_sizes(config) is None
+    config.grad_cache.chunk_size = 4
+    assert _chunk_sizes(config) == {"query": 4, "key": 4}
+    config.grad_cache.chunk_tokens = 256
+    with pytest.raises(ValueError, match=r"chunk_size=4 and grad_cache\.chunk_tokens=256"):
+        build_program(config)
+    config.grad_cache.chunk_size = None
+    assert _chunk_sizes(config) == {"query": 256 // 32, "key": 256 // 128}
+    config.grad_cache.chunk_tokens = 0
+    with pytest.raises(ValueError, match=r"grad_cache\.chunk_tokens=0; set it to at least 1"):
+        build_program(config)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_every_loss_makes_a_step_by_its_name(name, exchange):
+    options = {"exchange": exchange, "implementation": "tiled"}
+    changes = {"loss.name": name, "loss.options": options, "grad_cache.chunk_size": 1}
+    program = program_of(**changes)
+    tokens, numbers = {"tokens": np.arange(1, 9, dtype=np.int32)[:, None]}, np.arange(8)
+    batch = {"query": tokens, "key": tokens, "row": numbers.astype(np.int32)}
+    batch["group"] = batch["row"]
+    state, metrics = program.train_step(program.init(), put_batch(batch, program.mesh))
+    assert int(state.step) == 1
+    assert np.isfinite(metrics.loss)
+    assert metrics.gradient_norm > 0

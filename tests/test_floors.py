@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxcl"
 # Floor -> the parts of jaxcl on it. A part may import its own floor and those below.
 FLOORS = {
     0: ("typing",),
-    1: ("losses", "negatives", "assignment", "ops", "metrics"),
+    1: ("losses", "negatives", "assignment", "ops", "grad_cache", "metrics"),
     2: ("models",),
     3: (
         "data",

@@ -1,5 +1,7 @@
 """The whole step over meshes: every parameter's gradient is that of one device."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxcl.losses import infonce_loss
 from jaxcl.mesh import make_mesh, put_batch, replicated_sharding
 from jaxcl.models import StaticEncoder, TransformerEncoder, make_towers
+from jaxcl.models.embedding_bag import embedding_bag
 from jaxcl.train_step import TemperatureBounds, init_state, make_loss, make_train_step
 from tests.helpers import relative_error, relative_errors
 
@@ -50,6 +53,20 @@ def test_any_mesh_gives_the_loss_and_every_gradient_of_one_device(name, shape, x
     monkeypatch.setattr(jax.nn, "dot_product_attention", double_attention)
     wanted = loss_and_gradients(name, {"data": 1})
     found = loss_and_gradients(name, shape)
+    errors = relative_errors(found, wanted)
+    assert max(errors.values()) < 1e-10, errors
+
+
+@pytest.mark.parametrize("shape", [{"data": 1}, {"replica": 2, "data": 4}], ids=str)
+@pytest.mark.parametrize("name", ["static", "transformer"])
+def test_a_gradient_cache_has_every_gradient_of_the_whole_batch(name, shape, x64, monkeypatch):
+    monkeypatch.setattr(jax.nn, "dot_product_attention", double_attention)
+    # The loop that a single CPU device takes, whatever this process has.
+    bag = functools.partial(embedding_bag, implementation="loop")
+    monkeypatch.setattr("jaxcl.models.static.embedding_bag", bag)
+    wanted = loss_and_gradients(name, {"data": 1})
+    ring = functools.partial(infonce_loss, exchange="ring", implementation="tiled")
+    found = loss_and_gradients(name, shape, ring, chunk_sizes={"query": 1, "key": 3})
     errors = relative_errors(found, wanted)
     assert max(errors.values()) < 1e-10, errors
 
@@ -232,13 +249,13 @@ def double_attention(query, key, value, *, mask):
     return jnp.einsum("bnts,bsnh->btnh", weights, value)
 
 
-def loss_and_gradients(name, shape):
+def loss_and_gradients(name, shape, loss_fn=infonce_loss, **options):
     towers = TOWERS[name]
     size = int(np.prod(list(shape.values())))
     mesh = make_mesh(shape, devices=jax.devices()[:size])
     params = jax.device_put(double_params(towers), replicated_sharding(mesh))
     batch = on_mesh(some_batch(), mesh)
-    loss = make_loss(towers.encode, infonce_loss, mesh, masks=MASKS)
+    loss = make_loss(towers.encode, loss_fn, mesh, masks=MASKS, **options)
     return jax.jit(jax.value_and_grad(loss))(params, batch, jax.random.key(1))
 
 

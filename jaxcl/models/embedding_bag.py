@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcl.ops.varying import as_varying, full_like_varying
 from jaxcl.typing import Array, Float, Int
 
 __all__ = ["IMPLEMENTATIONS", "embedding_bag"]
@@ -58,7 +59,8 @@ def _looped_bag(
     def add_position(j: Array, total: Array) -> Array:
         return total + weights[:, j, None] * table[tokens[:, j]]
 
-    start = jnp.zeros((tokens.shape[0], table.shape[1]), table.dtype)
+    shape = (tokens.shape[0], table.shape[1])
+    start = full_like_varying(shape, 0.0, table.dtype, (table, tokens, weights))
     return lax.fori_loop(0, tokens.shape[1], add_position, start)
 
 
@@ -73,7 +75,8 @@ def _looped_bag_backward(residuals: tuple, cotangent: Array) -> tuple[Array, Non
         return gradient.at[:, j].set((table[tokens[:, j]] * cotangent).sum(1))
 
     # A loop of its own, so that the compiler drops it where nobody asks for its result.
-    weight_gradient = lax.fori_loop(0, tokens.shape[1], weigh_position, jnp.zeros_like(weights))
+    start = as_varying(jnp.zeros_like(weights), (table, cotangent))
+    weight_gradient = lax.fori_loop(0, tokens.shape[1], weigh_position, start)
     return _table_gradient(table, tokens, weights, cotangent), None, weight_gradient
 
 
@@ -91,7 +94,7 @@ def _table_gradient(table: Array, tokens: Array, weights: Array, cotangent: Arra
         return gradient.at[tokens.ravel()[place]].add(weight[:, None] * cotangent[rows])
 
     # The barrier keeps two bags of one program from sharing, and then copying, their zeros.
-    start, _ = lax.optimization_barrier((jnp.zeros_like(table), cotangent))
+    start, _ = lax.optimization_barrier((as_varying(jnp.zeros_like(table), cotangent), cotangent))
     used_chunks = (counted.sum() + _CHUNK_TOKENS - 1) // _CHUNK_TOKENS
     return lax.fori_loop(0, used_chunks, scatter_chunk, start)
 

@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxcl.ops.pairs.reductions import Reduction
 from jaxcl.ops.pairs.sides import PairKeys, PairQueries
-from jaxcl.ops.pairs.varying import full_like_varying
+from jaxcl.ops.varying import full_like_varying
 from jaxcl.typing import Array, AxisName, Float, PyTree
 
 __all__ = ["TilePasses", "gather_keys", "ring_backward", "ring_forward"]

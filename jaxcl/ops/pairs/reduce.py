@@ -9,7 +9,7 @@ from jaxcl.ops.pairs import reference, tiled
 from jaxcl.ops.pairs.exchange import TilePasses, gather_keys, ring_backward, ring_forward
 from jaxcl.ops.pairs.reductions import COUNT, LOGSUMEXP, SOFTPLUS, Reduction
 from jaxcl.ops.pairs.sides import ALL_COUNT, PairKeys, PairLabels, PairQueries
-from jaxcl.ops.pairs.varying import as_varying
+from jaxcl.ops.varying import as_varying
 from jaxcl.typing import Array, AxisName, Float
 
 __all__ = ["EXCHANGES", "IMPLEMENTATIONS", "pair_count", "pair_logsumexp", "pair_softplus"]

@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxcl.ops.pairs.reductions import Reduction
 from jaxcl.ops.pairs.sides import PairKeys, PairQueries, pair_scores
-from jaxcl.ops.pairs.varying import full_like_varying
+from jaxcl.ops.varying import full_like_varying
 from jaxcl.typing import Array, Bool, Float, Int, PyTree
 
 __all__ = ["TILE", "backward", "forward"]
