@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from jaxcl.bench import embedding_bag, train_step
+from jaxcl.bench import embedding_bag, grad_cache, loss, train_step
 from jaxcl.bench.__main__ import BENCHMARKS, as_table, main
 from jaxcl.bench.embedding_bag import BagShape
 from jaxcl.bench.train_step import StepShape
@@ -90,6 +90,35 @@ def test_another_model_in_pytorch_is_refused(torch_python, monkeypatch):
     monkeypatch.setattr(train_step, "_twin_spec", without_heads)
     with pytest.raises(RuntimeError, match="not the same model"):
         train_step.measure(_SHAPES["transformer"], rounds=1, torch_python=torch_python)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_all_ways_to_the_loss_are_timed_and_agree(devices, monkeypatch):
+    monkeypatch.setattr("jaxcl.bench.loss.memory_bytes", lambda: 2**23)
+    record = loss.measure(16, 4, rounds=2, devices=devices)
+    assert len(record["rounds"]) == (3 if devices == 1 else 4)
+    assert all(map(_is_figure, itertools.chain.from_iterable(record["rounds"].values())))
+    fits = {name.split(", ")[1]: n for name, n in record["facts"].items() if "largest" in name}
+    assert fits["reference"] < fits["tiled"]
+
+
+def test_ways_that_do_not_agree_are_refused(monkeypatch):
+    monkeypatch.setattr(loss, "_local_pair", lambda q, k, **_: (q * k).sum(1))
+    with pytest.raises(RuntimeError, match="open_clip's pair differs from the reference"):
+        loss.measure(16, 4, rounds=1)
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="--batch=15 does not divide over 8 devices"):
+        loss.measure(15, 4, rounds=1, devices=8)
+
+
+def test_the_gradient_cache_is_timed_beside_the_whole_batch(monkeypatch):
+    monkeypatch.setattr("jaxcl.bench.grad_cache.memory_bytes", lambda: 2**10)
+    record = grad_cache.measure(batch=8, chunk=2, tokens=4, dim=8, layers=1, rounds=2)
+    assert set(record["rounds"]) == {"whole batch", "chunks of 2"}
+    assert all(map(_is_figure, itertools.chain.from_iterable(record["rounds"].values())))
+    assert record["facts"]["chunks / whole, median"] > 0
 
 
 def test_all_implementations_of_the_bag_are_timed():

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.bench.timing import milliseconds
 from jaxcl.models.embedding_bag import IMPLEMENTATIONS, embedding_bag
 from jaxcl.models.layers import PADDING_ID
 from jaxcl.typing import Array, Float, Int
@@ -62,18 +63,10 @@ def measure(shapes: Sequence[BagShape], *, rounds: int) -> dict[str, Any]:
                 compiled = jax.jit(function).lower(*arguments).compile()
                 compile_seconds[f"compile s, {name}"] = time.perf_counter() - start
                 calls[name] = functools.partial(compiled, *arguments)
-    for call in calls.values():
-        jax.block_until_ready(call())
-    rounds_of: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            rounds_of[name].append(1e3 * (time.perf_counter() - start))
     return {
         "shapes": {f"[{shape.batch_size}, {shape.width}]": shape._asdict() for shape in shapes},
         "unit": "ms",
-        "rounds": rounds_of,
+        "rounds": milliseconds(calls, rounds=rounds),
         "facts": compile_seconds,
     }
 

@@ -125,8 +125,11 @@ def test_each_mask_by_hand(implementation):
         np.testing.assert_allclose(rows, wanted, rtol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "option"),
+    [(sizes, "all") for sizes in SIZES] + [((5, 9), option) for option in OPTIONS[:-1]],
+    ids=str,
+)
 def test_tiles_give_the_value_and_gradients_of_the_whole(sizes, option):
     num_queries, num_keys = sizes
     *labels, options = labels_of(option, num_queries, num_keys)
@@ -142,7 +145,7 @@ def test_tiles_give_the_value_and_gradients_of_the_whole(sizes, option):
         )
     }
     assert max(errors.values()) < 1e-12, errors
-    if option in ("nothing", "bias", "hardness") and sizes != (1, 1):
+    if option in ("nothing", "bias", "hardness"):
         assert all(np.linalg.norm(leaf) > 0.1 for leaf in jax.tree.leaves(whole))
 
 

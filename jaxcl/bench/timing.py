@@ -1,0 +1,85 @@
+"""Compiles, times in turn, and looks how much would fit."""
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxcl.typing import PyTree
+
+__all__ = ["Compiled", "compile_all", "largest_that_fits", "memory_bytes", "milliseconds"]
+
+
+class Compiled(NamedTuple):
+    """A program ahead of its first call.
+
+    Attributes:
+      call: runs it on the arguments that it was compiled with.
+      seconds: of compilation.
+      temporary_mebibytes: what it needs on a device beside arguments and results.
+    """
+
+    call: Callable[[], PyTree]
+    seconds: float
+    temporary_mebibytes: float
+
+
+def compile_all(functions: Mapping[str, Callable], arguments: tuple) -> dict[str, Compiled]:
+    """Compiles functions of the same arguments."""
+    compiled = {}
+    for name, function in functions.items():
+        start = time.perf_counter()
+        program = jax.jit(function).lower(*arguments).compile()
+        seconds = time.perf_counter() - start
+        memory: Any = program.memory_analysis()
+        call = functools.partial(program, *arguments)
+        compiled[name] = Compiled(call, seconds, memory.temp_size_in_bytes / 2**20)
+    return compiled
+
+
+def milliseconds(calls: Mapping[str, Callable[[], PyTree]], *, rounds: int) -> dict[str, list]:
+    """Times calls in turn, round after round, after one that does not count."""
+    for call in calls.values():
+        jax.block_until_ready(call())
+    rounds_of: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            rounds_of[name].append(1e3 * (time.perf_counter() - start))
+    return rounds_of
+
+
+def memory_bytes() -> int:
+    """What a device can hold: its own memory, or for the CPU what the system has available."""
+    stats: dict[str, Any] | None = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 2**10 // jax.device_count()
+    raise OSError("neither the device nor /proc/meminfo says how much memory there is")
+
+
+def largest_that_fits(
+    function: Callable, arguments_of: Callable[[int], PyTree], *, start: int, budget: int
+) -> int:
+    """The largest doubling of a size whose compiled program stays within a device's memory.
+
+    Args:
+      function: what is compiled; it never runs.
+      arguments_of: a size -> abstract arguments.
+      start: the first size to try; 0 is returned where even that is too much.
+      budget: bytes per device.
+    """
+    fits, size = 0, start
+    while size <= 2**24:
+        analysis = jax.jit(function).lower(*arguments_of(size)).compile().memory_analysis()
+        sizes = ("temp", "argument", "output")
+        if sum(getattr(analysis, f"{kind}_size_in_bytes") for kind in sizes) > budget:
+            break
+        fits, size = size, 2 * size
+    return fits
