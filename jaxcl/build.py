@@ -19,7 +19,7 @@ from jaxcl.models import StaticEncoder, Towers, TransformerEncoder, make_towers
 from jaxcl.models.towers import SIDES
 from jaxcl.train_state import TrainState
 from jaxcl.train_step import StepMetrics, TemperatureBounds, init_state, make_loss, make_train_step
-from jaxcl.typing import Batch, PyTree, Scalar
+from jaxcl.typing import Array, Batch, Key, PyTree, Scalar
 
 __all__ = [
     "ENCODERS",
@@ -27,6 +27,7 @@ __all__ = [
     "MASKS",
     "OPTIMIZERS",
     "Program",
+    "build_loss",
     "build_optimizer",
     "build_program",
     "build_towers",
@@ -95,13 +96,7 @@ def build_program(config: ConfigDict) -> Program:
     towers = build_towers(config.model, vocabulary_size=config.data.vocabulary_size)
     optimizer, learning_rate = build_optimizer(config.optimizer, steps=config.steps)
     temperature = TemperatureBounds(**config.loss.temperature)
-    loss = make_loss(
-        towers.encode,
-        _build_loss(config.loss),
-        mesh,
-        masks=_masks(config.loss),
-        chunk_sizes=_chunk_sizes(config),
-    )
+    loss = build_loss(config, towers, mesh)
     whole = replicated_sharding(mesh)
 
     def init() -> TrainState:
@@ -161,7 +156,20 @@ def build_optimizer(
     return optimizer, learning_rate
 
 
-def _build_loss(config: ConfigDict) -> Callable:
+def build_loss(
+    config: ConfigDict, towers: Towers, mesh: Mesh
+) -> Callable[[PyTree, Batch, Key[Array, ""] | None], Scalar]:
+    """The loss of `config.loss`, encoded as `config.grad_cache` says: see `make_loss`."""
+    return make_loss(
+        towers.encode,
+        _loss_fn(config.loss),
+        mesh,
+        masks=_masks(config.loss),
+        chunk_sizes=_chunk_sizes(config),
+    )
+
+
+def _loss_fn(config: ConfigDict) -> Callable:
     arrays = (
         *("queries", "keys", "temperature", "axis_name", "valid", "guides", *MASKS.values()),
         *("negatives", "negative_ids", "negatives_valid"),

@@ -31,6 +31,7 @@ FLOORS = {
         "build",
         "reports",
         "evaluate",
+        "check_grad",
         "train",
         "search",
         "bench",

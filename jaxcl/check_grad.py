@@ -1,0 +1,153 @@
+"""Is the gradient of the configured step right on this mesh?
+
+    python -m jaxcl.check_grad --config configs/code_search.py [--config.run.mesh=… …]
+
+Compares the loss, exchange, masks and gradient cache of a config on the present mesh with the dense
+loss on one device, for every parameter, on a tiny copy of its model and a batch of random tokens,
+without dropout. A reduction that is wrong shows as a ratio: the number of devices, or its inverse.
+"""
+
+import sys
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+from rich.console import Console
+from rich.table import Table
+
+from jaxcl.build import build_loss, build_towers
+from jaxcl.mesh import make_mesh, put_batch, replicated_sharding
+from jaxcl.models.towers import SIDES
+from jaxcl.progress import say
+from jaxcl.typing import Batch
+
+__all__ = ["Comparison", "compare_gradients"]
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=False)
+_LARGEST_ERROR = 1e-3  # float32, summed in another order
+_VOCABULARY = 64
+_ROWS_PER_DEVICE = 4
+
+
+class Comparison(NamedTuple):
+    """One parameter's gradient on the mesh beside that of one device.
+
+    Attributes:
+      parameter: its path.
+      ratio: by what the mesh's gradient is too large, along the other: 1 is right.
+      error: the norm of the difference over that of one device's gradient.
+    """
+
+    parameter: str
+    ratio: float
+    error: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the two are one, to float32's rounding."""
+        return self.error < _LARGEST_ERROR
+
+
+def main(argv: list[str]) -> None:
+    """Prints the comparison, and fails where a parameter disagrees."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        comparisons = compare_gradients(_CONFIG.value)
+    except ValueError as error:
+        say(f"error: {error}")
+        sys.exit(1)
+    table = Table("parameter", "ratio", "relative error", "")
+    for found in comparisons:
+        verdict = "" if found.agrees else "wrong"
+        table.add_row(found.parameter, f"{found.ratio:.6f}", f"{found.error:.1e}", verdict)
+    Console().print(table)
+    if not all(comparison.agrees for comparison in comparisons):
+        sys.exit(1)
+
+
+def compare_gradients(config: ConfigDict) -> list[Comparison]:
+    """Compares every parameter's gradient, the temperature's included.
+
+    Args:
+      config: as the files of `configs/` return it; what counts is its loss, exchange, gradient
+        cache and mesh.
+
+    Raises:
+      ValueError: for a config that cannot run here.
+    """
+    mesh = make_mesh(dict(config.run.mesh))
+    tiny = _tiny(config)
+    towers = build_towers(tiny.model, vocabulary_size=_VOCABULARY)
+    params = {
+        "towers": towers.init(jax.random.key(0)),
+        "log_temperature": np.log(np.float32(config.loss.temperature.initial)),
+    }
+    batch = _random_batch(tiny, _ROWS_PER_DEVICE * mesh.size)
+    one = make_mesh({"data": 1}, devices=jax.devices()[:1])
+    found, wanted = (
+        jax.jit(jax.grad(build_loss(built, towers, place)))(
+            jax.device_put(params, replicated_sharding(place)), put_batch(batch, place), None
+        )
+        for built, place in ((tiny, mesh), (_dense(tiny), one))
+    )
+    return [
+        _compared(jax.tree_util.keystr(path, simple=True, separator="/"), ours, theirs)
+        for (path, ours), theirs in zip(
+            jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True
+        )
+    ]
+
+
+def _compared(parameter: str, ours: jax.Array, theirs: jax.Array) -> Comparison:
+    found, wanted = (np.asarray(gradient, np.float64) for gradient in (ours, theirs))
+    squares = (wanted * wanted).sum()
+    if squares == 0:  # as that of a weight that this batch never reads
+        return Comparison(parameter, float("nan") if found.any() else 1.0, float(found.any()))
+    error = np.linalg.norm(found - wanted) / np.sqrt(squares)
+    return Comparison(parameter, float((found * wanted).sum() / squares), float(error))
+
+
+def _tiny(config: ConfigDict) -> ConfigDict:
+    """The same with a small model that drops nothing, and chunks of 2 rows if it has chunks."""
+    tiny = config.copy_and_resolve_references()
+    small = {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "mlp_dim": 32}
+    with tiny.unlocked():
+        tiny.model.dim = 16
+        for name in tiny.model.options:
+            if "dropout" in name:
+                tiny.model.options[name] = 0.0
+            elif name == "compute_dtype":
+                tiny.model.options[name] = "float32"
+            elif tiny.model.options[name] is not None and name in small:
+                tiny.model.options[name] = small[name]
+        tiny.data.max_tokens = ConfigDict(dict.fromkeys(SIDES, 8))
+        if any(value is not None for value in dict(tiny.get("grad_cache", {})).values()):
+            tiny.grad_cache = ConfigDict({"chunk_size": 2})
+    return tiny
+
+
+def _dense(config: ConfigDict) -> ConfigDict:
+    dense = config.copy_and_resolve_references()
+    with dense.unlocked():
+        dense.loss.options.update({"exchange": "gather", "implementation": "reference"})
+        dense.grad_cache = ConfigDict()
+    return dense
+
+
+def _random_batch(config: ConfigDict, num_rows: int) -> Batch:
+    rng = np.random.default_rng(0)
+    rows = np.arange(num_rows, dtype=np.int32)
+    sides = {
+        side: {"tokens": rng.integers(1, _VOCABULARY, (num_rows, width)).astype(np.int32)}
+        for side, width in config.data.max_tokens.items()
+    }
+    return {**sides, "row": rows, "group": rows // 2}
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

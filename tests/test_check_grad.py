@@ -1,0 +1,57 @@
+"""The tool that answers whether a gradient is right: it says yes, and it can say no."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import code_search, code_search_transformer
+from jaxcl import check_grad
+from jaxcl.check_grad import compare_gradients
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"run.mesh": {"replica": 2, "data": 4}, "loss.masks": ("row", "group")},
+        {"loss.options.exchange": "ring", "loss.options.implementation": "tiled"},
+        {"grad_cache.chunk_tokens": 100, "model.shared": False},
+        {"loss.name": "sigmoid", "loss.options": {}},
+    ],
+    ids=str,
+)
+def test_every_gradient_agrees_with_one_device(changes):
+    comparisons = compare_gradients(config_of(code_search, changes))
+    assert all(comparison.agrees for comparison in comparisons), comparisons
+    assert {"log_temperature"} < {comparison.parameter for comparison in comparisons}
+    np.testing.assert_allclose([comparison.ratio for comparison in comparisons], 1, atol=1e-3)
+
+
+def test_a_transformer_is_shrunk_and_agrees():
+    comparisons = compare_gradients(config_of(code_search_transformer, {"run.mesh": {"data": 8}}))
+    assert len(comparisons) > 20
+    assert all(comparison.agrees for comparison in comparisons), comparisons
+
+
+def test_a_gradient_that_is_too_large_shows_by_how_much(monkeypatch):
+    build_loss = check_grad.build_loss
+
+    def summed_over_devices(config, towers, mesh):
+        loss = build_loss(config, towers, mesh)
+        return lambda *arguments: mesh.size * loss(*arguments)
+
+    monkeypatch.setattr(check_grad, "build_loss", summed_over_devices)
+    comparisons = compare_gradients(config_of(code_search, {}))
+    assert not any(comparison.agrees for comparison in comparisons)
+    np.testing.assert_allclose(
+        [comparison.ratio for comparison in comparisons], jax.device_count(), rtol=1e-3
+    )
+
+
+def config_of(module, changes):
+    config = module.get_config("smoke")
+    with config.unlocked():
+        for name, value in changes.items():
+            place, _, last = name.rpartition(".")
+            (config[place] if place else config)[last] = value
+    return config
