@@ -13,7 +13,12 @@ from ml_collections import ConfigDict
 
 from jaxcl.embed import Embedder, make_embedder
 from jaxcl.grad_cache import rows_per_chunk
-from jaxcl.losses import decoupled_infonce_loss, infonce_loss, sigmoid_pair_loss
+from jaxcl.losses import (
+    decoupled_infonce_loss,
+    hard_infonce_loss,
+    infonce_loss,
+    sigmoid_pair_loss,
+)
 from jaxcl.mesh import make_mesh, replicated_sharding
 from jaxcl.models import StaticEncoder, Towers, TransformerEncoder, make_towers
 from jaxcl.models.towers import SIDES
@@ -38,6 +43,7 @@ ENCODERS: Mapping[str, Callable] = {"static": StaticEncoder, "transformer": Tran
 
 LOSSES: Mapping[str, Callable] = {
     "decoupled": decoupled_infonce_loss,
+    "hard": hard_infonce_loss,
     "infonce": infonce_loss,
     "sigmoid": sigmoid_pair_loss,
 }

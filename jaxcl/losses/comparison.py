@@ -1,12 +1,14 @@
 """What the losses of a batch share: who is compared with whom."""
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.negatives.masks import batch_labels, similarity_ceilings
-from jaxcl.ops.pairs import PairLabels, pair_logsumexp
+from jaxcl.ops.pairs import PairLabels, pair_count, pair_logsumexp
 from jaxcl.typing import Array, AxisName, Bool, Float, Integer
 
 __all__ = ["DIRECTIONS", "Comparison", "check_sides", "inner_product"]
@@ -41,17 +43,40 @@ class Comparison(NamedTuple):
         hardness: float = 0.0,
     ) -> dict[str, Float[Array, " q"]]:
         """The log-sum-exp of each row's negatives by direction, in nats; −∞ without any."""
+        reduce = functools.partial(pair_logsumexp, temperature=temperature, hardness=hardness)
+        return self._by_direction(reduce, queries, keys, directions)
+
+    def counts(
+        self,
+        queries: Float[Array, "q d"],
+        keys: Float[Array, "q d"],
+        *,
+        directions: tuple[str, ...],
+    ) -> dict[str, Float[Array, " q"]]:
+        """How many negatives each row has, by direction."""
+        return self._by_direction(pair_count, queries, keys, directions)
+
+    def _by_direction(
+        self,
+        reduce: Callable,
+        queries: Float[Array, "q d"],
+        keys: Float[Array, "q d"],
+        directions: tuple[str, ...],
+    ) -> dict[str, Float[Array, " q"]]:
         found: dict[str, Float[Array, " q"]] = {}
         query_guide, key_guide = (None, None) if self.guides is None else self.guides
         if {"query_to_key", "key_to_query"} & set(directions):
             # One product for both. Who does not look has no say in what is too similar.
-            rows, columns = self.logsumexp(
+            rows, columns = reduce(
                 queries,
                 keys,
-                self.labels(queries, keys, query_guide, ceiling="query_to_key" in directions),
-                self.labels(queries, keys, key_guide, ceiling="key_to_query" in directions),
-                temperature=temperature,
-                hardness=hardness,
+                query_labels=self.labels(
+                    queries, keys, query_guide, ceiling="query_to_key" in directions
+                ),
+                key_labels=self.labels(
+                    queries, keys, key_guide, ceiling="key_to_query" in directions
+                ),
+                **self.how(),
             )
             found |= {"query_to_key": rows, "key_to_query": columns}
         for direction, own, guide in (
@@ -59,13 +84,12 @@ class Comparison(NamedTuple):
             ("key_to_key", keys, key_guide),
         ):
             if direction in directions:
-                found[direction], _ = self.logsumexp(
+                found[direction], _ = reduce(
                     own,
                     own,
-                    self.labels(queries, keys, guide),
-                    self.labels(queries, keys, guide, ceiling=False),
-                    temperature=temperature,
-                    hardness=hardness,
+                    query_labels=self.labels(queries, keys, guide),
+                    key_labels=self.labels(queries, keys, guide, ceiling=False),
+                    **self.how(),
                 )
         return {direction: found[direction] for direction in directions}
 
@@ -93,38 +117,24 @@ class Comparison(NamedTuple):
         # A negative without an id is no row's key; a row's own group would mask its own negatives.
         ours = ours._replace(different=ours.different[:1] if ids is not None else ())
         theirs = PairLabels(different=() if ids is None else (ids.ravel(),), valid=counted.ravel())
-        rows, _ = self.logsumexp(
+        rows, _ = pair_logsumexp(
             queries,
             negatives.reshape(-1, negatives.shape[-1]),
-            ours,
-            theirs,
+            query_labels=ours,
+            key_labels=theirs,
             temperature=temperature,
             hardness=hardness,
+            **self.how(),
         )
         return rows
 
-    def logsumexp(
-        self,
-        queries: Float[Array, "q d"],
-        keys: Float[Array, "k d"],
-        query_labels: PairLabels,
-        key_labels: PairLabels,
-        *,
-        temperature: float | Array,
-        hardness: float,
-    ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
-        """`pair_logsumexp` over this comparison's devices."""
-        return pair_logsumexp(
-            queries,
-            keys,
-            temperature=temperature,
-            query_labels=query_labels,
-            key_labels=key_labels,
-            hardness=hardness,
-            axis_name=self.axis_name,
-            exchange=self.exchange,
-            implementation=self.implementation,
-        )
+    def how(self) -> dict[str, Any]:
+        """What every reduction of this comparison is told."""
+        return {
+            "axis_name": self.axis_name,
+            "exchange": self.exchange,
+            "implementation": self.implementation,
+        }
 
     def labels(
         self,

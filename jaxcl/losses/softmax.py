@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxcl.losses.comparison import Comparison, check_sides, inner_product
 from jaxcl.typing import Array, AxisName, Bool, Float, Integer
 
-__all__ = ["PARTITIONS", "decoupled_infonce_loss", "infonce_loss"]
+__all__ = ["PARTITIONS", "decoupled_infonce_loss", "hard_infonce_loss", "infonce_loss"]
 
 PARTITIONS = ("separate", "joint")
 
@@ -169,4 +169,95 @@ def decoupled_infonce_loss(
     positives = inner_product(queries, keys) / temperature
     sets = jnp.stack(list(found.values()))
     loss = jnp.where(sets > -jnp.inf, sets - positives, 0).mean(0)
+    return loss if valid is None else jnp.where(valid, loss, 0)
+
+
+def hard_infonce_loss(
+    queries: Float[Array, "q d"],
+    keys: Float[Array, "q d"],
+    *,
+    temperature: float | Float[Array, ""] | Float[Array, " q"] = 0.1,
+    concentration: float = 1.0,
+    positive_share: float = 0.0,
+    directions: tuple[str, ...] = _SYMMETRIC,
+    ids: Integer[Array, " q"] | None = None,
+    groups: Integer[Array, " q"] | None = None,
+    valid: Bool[Array, " q"] | None = None,
+    margin: float | None = None,
+    relative_margin: float | None = None,
+    guides: tuple[Float[Array, "q g"], Float[Array, "q g"]] | None = None,
+    axis_name: AxisName | None = None,
+    exchange: str = "gather",
+    implementation: str | None = None,
+) -> Float[Array, " q"]:
+    r"""InfoNCE over negatives that are drawn, in effect, the harder the likelier; debiased.
+
+    With $N_i$ negatives of row $i$,
+
+    $$g_i = \max\Big(\frac{1}{1 - \pi}\Big(N_i \frac{\sum_j e^{(1 + \beta) s_{ij}}}
+    {\sum_j e^{\beta s_{ij}}} - \pi N_i e^{s_{ii}}\Big),\; N_i e^{-1 / \tau}\Big), \qquad
+    \ell_i = \log(e^{s_{ii}} + g_i) - s_{ii}.$$
+
+    Arguments as for `infonce_loss`, besides:
+
+    Args:
+      queries: this device's queries.
+      keys: this device's keys.
+      temperature: $\tau > 0$.
+      concentration: $\beta \ge 0$; 0 weighs all negatives alike.
+      positive_share: $\pi$ in [0, 1): how many of the negatives are taken to be positives in truth.
+      directions: who looks among whom.
+      ids: row numbers.
+      groups: labels.
+      valid: `False` for padding.
+      margin: as a difference to the positive's similarity.
+      relative_margin: as a share of it.
+      guides: who judges similarity.
+      axis_name: the mesh axes over which rows are sharded.
+      exchange: `"gather"` or `"ring"`.
+      implementation: of `jaxcl.ops.pairs`.
+
+    Returns:
+      The loss of each of this device's rows, in nats.
+
+    Raises:
+      ValueError: for a concentration or share out of range, and as `infonce_loss`.
+
+    Relations:
+      With $\beta = \pi = 0$ it is `infonce_loss`.
+
+    Reference:
+      Robinson et al., "Contrastive Learning with Hard Negative Samples", 2021, equation 5; with
+      $\beta = 0$ Chuang et al., "Debiased Contrastive Learning", 2020, equation 8.
+    """
+    check_sides(queries, keys, directions)
+    if concentration < 0 or not 0 <= positive_share < 1:
+        raise ValueError(
+            f"concentration={concentration} must be at least 0, and "
+            f"positive_share={positive_share} in [0, 1)"
+        )
+    comparison = Comparison(
+        ids, groups, valid, margin, relative_margin, guides, axis_name, exchange, implementation
+    )
+
+    def weighed(power: float) -> Float[Array, "_ q"]:
+        found = comparison.negatives(
+            queries, keys, temperature=temperature / power, directions=directions
+        )
+        return jnp.stack(list(found.values()))
+
+    counts = jnp.stack(list(comparison.counts(queries, keys, directions=directions).values()))
+    some = counts > 0
+    log_counts = jnp.log(jnp.where(some, counts, 1))
+    positives = inner_product(queries, keys) / temperature
+    hard = jnp.where(some, weighed(1 + concentration), 0)
+    if concentration:
+        hard += log_counts - jnp.where(some, weighed(concentration), 0)
+    # What the positives among them are taken to hold, as a share of it all.
+    share = positive_share * jnp.exp(jnp.minimum(positives + log_counts - hard, 80))
+    less_than_all = jnp.where(share < 1, share, 0)
+    debiased = hard + jnp.log1p(-less_than_all) - jnp.log1p(-positive_share)
+    least = log_counts - 1 / temperature
+    debiased = jnp.where(share < 1, jnp.maximum(debiased, least), least)
+    loss = jnp.where(some, jax.nn.softplus(debiased - positives), 0).mean(0)
     return loss if valid is None else jnp.where(valid, loss, 0)

@@ -9,7 +9,12 @@ import pytest
 from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
-from jaxcl.losses import decoupled_infonce_loss, infonce_loss, sigmoid_pair_loss
+from jaxcl.losses import (
+    decoupled_infonce_loss,
+    hard_infonce_loss,
+    infonce_loss,
+    sigmoid_pair_loss,
+)
 from jaxcl.losses.comparison import DIRECTIONS
 from jaxcl.mesh import make_mesh
 from tests.helpers import relative_error, relative_errors, unit_vectors
@@ -25,6 +30,8 @@ LOSSES = {
     "hardness": functools.partial(infonce_loss, hardness=3.0),
     "margin": functools.partial(infonce_loss, margin=-0.7),
     "decoupled": decoupled_infonce_loss,
+    "hard": hard_infonce_loss,
+    "debiased": functools.partial(hard_infonce_loss, concentration=0.0, positive_share=0.02),
     "sigmoid": sigmoid_pair_loss,
 }
 WAYS = (("gather", "reference"), ("gather", "tiled"), ("ring", "tiled"))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.losses import decoupled_infonce_loss, infonce_loss
+from jaxcl.losses import decoupled_infonce_loss, hard_infonce_loss, infonce_loss
 from tests.helpers import unit_vectors
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -92,6 +92,35 @@ def test_no_query_meets_its_own_key_among_the_explicit_negatives():
     )
 
 
+@pytest.mark.parametrize(("concentration", "positive_share"), [(0, 0), (2, 0), (0, 0.1), (2, 0.1)])
+def test_hard_and_debiased_negatives_by_the_papers_formula(concentration, positive_share):
+    rows = 6
+    queries, keys = unit_vectors(0, rows, 4), unit_vectors(1, rows, 4)
+    loss = hard_infonce_loss(
+        queries,
+        keys,
+        temperature=0.5,
+        concentration=float(concentration),
+        positive_share=float(positive_share),
+        directions=("query_to_key",),
+    )
+    powers = np.exp(np.asarray(queries @ keys.T) / 0.5)
+    for row in range(rows):
+        negatives = np.delete(powers[row], row)
+        importance = negatives**concentration
+        reweighted = (importance * negatives).sum() / importance.mean()
+        count, positive = rows - 1, powers[row, row]
+        total = (reweighted - positive_share * count * positive) / (1 - positive_share)
+        total = max(total, count * exp(-1 / 0.5))
+        np.testing.assert_allclose(loss[row], -log(positive / (positive + total)), rtol=1e-12)
+
+
+def test_where_all_mass_would_be_positive_the_least_is_left():
+    queries = keys = jnp.eye(3)
+    loss = hard_infonce_loss(queries, keys, temperature=0.5, concentration=0.0, positive_share=0.9)
+    np.testing.assert_allclose(loss, -log(exp(2) / (exp(2) + 2 * exp(-2))), rtol=1e-12)
+
+
 def test_the_decoupled_denominator_leaves_the_positive_out():
     loss = decoupled_infonce_loss(
         jnp.asarray(QUERIES), jnp.asarray(KEYS), temperature=1.0, directions=("query_to_key",)
@@ -99,7 +128,7 @@ def test_the_decoupled_denominator_leaves_the_positive_out():
     np.testing.assert_allclose(loss, [0 - 1, 0.6 - 0.8], rtol=1e-12)
 
 
-@pytest.mark.parametrize("loss_fn", [infonce_loss, decoupled_infonce_loss])
+@pytest.mark.parametrize("loss_fn", [infonce_loss, decoupled_infonce_loss, hard_infonce_loss])
 def test_one_row_costs_nothing(loss_fn):
     assert loss_fn(unit_vectors(0, 1, 4), unit_vectors(1, 1, 4)).tolist() == [0.0]
 

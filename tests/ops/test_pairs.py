@@ -20,6 +20,7 @@ from jaxcl.ops.pairs import (
     pair_count,
     pair_logsumexp,
     pair_softplus,
+    pair_sum,
 )
 from jaxcl.ops.pairs.sides import inner_products
 from tests.helpers import relative_error, relative_errors, unit_vectors
@@ -260,7 +261,7 @@ def test_bfloat16_is_summed_in_float32(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_softplus_and_count_by_hand(implementation):
+def test_softplus_count_and_sum_by_hand(implementation):
     queries = keys = jnp.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
     others = PairLabels(different=(jnp.arange(3),))
     how = {
@@ -278,6 +279,9 @@ def test_softplus_and_count_by_hand(implementation):
     np.testing.assert_allclose(rows, wanted, rtol=1e-12)
     np.testing.assert_allclose(columns, wanted, rtol=1e-12)
     assert [part.tolist() for part in pair_count(queries, keys, **how)] == [[2, 2, 2]] * 2
+    rows, columns = pair_sum(queries, keys, temperature=0.5, **how)
+    np.testing.assert_allclose(rows, [1.2, 1.2 + 1.6, 1.6], rtol=1e-12)
+    np.testing.assert_allclose(columns, rows, rtol=1e-12)
 
 
 def test_the_gradients_of_softplus_match_finite_differences():

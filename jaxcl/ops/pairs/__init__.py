@@ -6,6 +6,7 @@ from jaxcl.ops.pairs.reduce import (
     pair_count,
     pair_logsumexp,
     pair_softplus,
+    pair_sum,
 )
 from jaxcl.ops.pairs.sides import PairLabels
 
@@ -16,4 +17,5 @@ __all__ = [
     "pair_count",
     "pair_logsumexp",
     "pair_softplus",
+    "pair_sum",
 ]

@@ -7,12 +7,19 @@ import jax.numpy as jnp
 
 from jaxcl.ops.pairs import reference, tiled
 from jaxcl.ops.pairs.exchange import TilePasses, gather_keys, ring_backward, ring_forward
-from jaxcl.ops.pairs.reductions import COUNT, LOGSUMEXP, SOFTPLUS, Reduction
+from jaxcl.ops.pairs.reductions import COUNT, LOGSUMEXP, SOFTPLUS, SUM, Reduction
 from jaxcl.ops.pairs.sides import ALL_COUNT, PairKeys, PairLabels, PairQueries
 from jaxcl.ops.varying import as_varying
 from jaxcl.typing import Array, AxisName, Float
 
-__all__ = ["EXCHANGES", "IMPLEMENTATIONS", "pair_count", "pair_logsumexp", "pair_softplus"]
+__all__ = [
+    "EXCHANGES",
+    "IMPLEMENTATIONS",
+    "pair_count",
+    "pair_logsumexp",
+    "pair_softplus",
+    "pair_sum",
+]
 
 IMPLEMENTATIONS = ("reference", "tiled")
 EXCHANGES = ("gather", "ring")
@@ -83,6 +90,35 @@ def pair_logsumexp(
         PairQueries(queries, scale.astype(_wide(queries)), query_labels),
         PairKeys(keys, key_bias, key_labels),
         hardness=hardness,
+        axis_name=axis_name,
+        exchange=exchange,
+        implementation=implementation,
+        tile=tile,
+    )
+
+
+def pair_sum(
+    queries: Float[Array, "q d"],
+    keys: Float[Array, "k d"],
+    *,
+    temperature: float | Float[Array, ""] | Float[Array, " q"],
+    query_labels: PairLabels = ALL_COUNT,
+    key_labels: PairLabels = ALL_COUNT,
+    axis_name: AxisName | None = None,
+    exchange: str = "gather",
+    implementation: str | None = None,
+    tile: int = tiled.TILE,
+) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
+    """Each row's and each column's sum of the scores that count, in nats.
+
+    Arguments as for `pair_logsumexp`; a row in which nothing counts is 0.
+    """
+    scale = jnp.broadcast_to(1 / jnp.asarray(temperature), queries.shape[:1])
+    return _reduce_pairs(
+        SUM,
+        PairQueries(queries, scale.astype(_wide(queries)), query_labels),
+        PairKeys(keys, None, key_labels),
+        hardness=0.0,
         axis_name=axis_name,
         exchange=exchange,
         implementation=implementation,

@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxcl.typing import Array, AxisName, Float
 
-__all__ = ["COUNT", "LOGSUMEXP", "SOFTPLUS", "Reduction"]
+__all__ = ["COUNT", "LOGSUMEXP", "SOFTPLUS", "SUM", "Reduction"]
 
 
 class Reduction(NamedTuple):
@@ -76,6 +76,15 @@ SOFTPLUS = Reduction(
     weigh=lambda scores, values, cotangents: jax.nn.sigmoid(scores) * cotangents,
 )
 r"""$\sum_j \log(1 + e^{s_j})$, in nats; 0 where nothing counts."""
+
+SUM = Reduction(
+    empty=0.0,
+    reduce=lambda scores, axis: jnp.where(scores > -jnp.inf, scores, 0).sum(axis),
+    join=jnp.add,
+    join_devices=lambda values, axis_name: lax.psum_scatter(values, axis_name, tiled=True),
+    weigh=lambda scores, values, cotangents: jnp.where(scores > -jnp.inf, cotangents, 0),
+)
+r"""$\sum_j s_j$, in nats; 0 where nothing counts."""
 
 COUNT = Reduction(
     empty=0.0,

@@ -1,0 +1,78 @@
+from math import exp, log
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxcl.losses import infonce_loss, supervised_infonce_loss
+from jaxcl.mesh import make_mesh
+from tests.helpers import relative_errors, unit_vectors
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def test_three_rows_in_two_groups_by_hand():
+    queries, keys = (
+        jnp.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]),
+        jnp.eye(2)[jnp.array([0, 1, 1])],
+    )
+    # scores at temperature 1: [[1, 0, 0], [.6, .8, .8], [0, 1, 1]]; rows 0 and 1 are one group
+    loss = supervised_infonce_loss(
+        queries, keys, groups=jnp.array([5, 5, 9]), temperature=1.0, symmetric=False
+    )
+    wanted = [
+        log(exp(1) + exp(0) + exp(0)) - (1 + 0) / 2,
+        log(exp(0.6) + exp(0.8) + exp(0.8)) - (0.6 + 0.8) / 2,
+        log(exp(0) + exp(1) + exp(1)) - 1,
+    ]
+    np.testing.assert_allclose(loss, wanted, rtol=1e-12)
+
+
+def test_groups_of_one_are_infonce():
+    queries, keys = unit_vectors(0, 7, 4), unit_vectors(1, 7, 4)
+    loss = supervised_infonce_loss(queries, keys, groups=jnp.arange(7), temperature=0.1)
+    np.testing.assert_allclose(loss, infonce_loss(queries, keys, temperature=0.1), rtol=1e-12)
+
+
+def test_padding_counts_for_nobody():
+    queries, keys = unit_vectors(0, 7, 4), unit_vectors(1, 7, 4)
+    groups, valid = jnp.array([0, 0, 1, 1, 2, 0, 1]), jnp.arange(7) < 5
+    loss = supervised_infonce_loss(queries, keys, groups=groups, valid=valid)
+    wanted = supervised_infonce_loss(queries[:5], keys[:5], groups=groups[:5])
+    np.testing.assert_allclose(loss[:5], wanted, rtol=1e-12)
+    assert loss[5:].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("exchange", "implementation"),
+    [("gather", "reference"), ("gather", "tiled"), ("ring", "tiled")],
+)
+def test_any_mesh_gives_the_loss_and_gradients_of_one_device(exchange, implementation):
+    mesh = make_mesh({"replica": 2, "data": 4})
+    rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    groups = jnp.arange(16) % 5
+
+    def local(queries, keys, groups, temperature):
+        return supervised_infonce_loss(
+            queries,
+            keys,
+            groups=groups,
+            temperature=temperature,
+            axis_name=mesh.axis_names,
+            exchange=exchange,
+            implementation=implementation,
+        )
+
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, rows, whole), out_specs=rows)
+
+    def over_mesh(queries, keys, temperature):
+        return sharded(queries, keys, groups, temperature).mean()
+
+    def dense(queries, keys, temperature):
+        return supervised_infonce_loss(queries, keys, groups=groups, temperature=temperature).mean()
+
+    inputs = unit_vectors(0, 16, 8), unit_vectors(1, 16, 8), jnp.asarray(0.1)
+    found, wanted = (jax.jit(jax.value_and_grad(f, (0, 1, 2)))(*inputs) for f in (over_mesh, dense))
+    assert max(relative_errors(found, wanted).values()) < 1e-10
