@@ -25,7 +25,6 @@ from jaxcl.typing import Batch
 
 __all__ = ["Comparison", "compare_gradients"]
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=False)
 _LARGEST_ERROR = 1e-3  # float32, summed in another order
 _VOCABULARY = 64
 _ROWS_PER_DEVICE = 4
@@ -56,7 +55,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
     try:
-        comparisons = compare_gradients(_CONFIG.value)
+        comparisons = compare_gradients(flags.FLAGS.config)
     except ValueError as error:
         say(f"error: {error}")
         sys.exit(1)
@@ -149,5 +148,7 @@ def _random_batch(config: ConfigDict, num_rows: int) -> Batch:
 
 
 if __name__ == "__main__":
+    # Here and not above, since jaxcl.train has a flag of the same name.
+    config_flags.DEFINE_config_file("config", None, "A file of configs/.")
     flags.mark_flag_as_required("config")
     app.run(main)
