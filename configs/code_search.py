@@ -47,6 +47,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.loss.options = ConfigDict(
         {"directions": ("query_to_key", "key_to_query"), "exchange": "gather"}
     )
+    config.loss.matryoshka_dims = ()  # lengths at which the embeddings are to be good as well
     config.loss.masks = ("row",)  # the columns of a batch whose equals are no negatives
     config.loss.temperature = ConfigDict({"initial": 0.05, "minimum": 0.01, "maximum": 1.0})
 

@@ -17,6 +17,7 @@ from jaxcl.losses import (
     decoupled_infonce_loss,
     hard_infonce_loss,
     infonce_loss,
+    matryoshka,
     sigmoid_pair_loss,
 )
 from jaxcl.mesh import make_mesh, replicated_sharding
@@ -180,7 +181,9 @@ def _loss_fn(config: ConfigDict) -> Callable:
         *("queries", "keys", "temperature", "axis_name", "valid", "guides", *MASKS.values()),
         *("negatives", "negative_ids", "negatives_valid"),
     )
-    return _bound("loss", config.name, LOSSES, dict(config.options), not_options=arrays)
+    loss_fn = _bound("loss", config.name, LOSSES, dict(config.options), not_options=arrays)
+    dims = config.get("matryoshka_dims", ())
+    return matryoshka(loss_fn, dims=dims) if dims else loss_fn
 
 
 def _chunk_sizes(config: ConfigDict) -> dict[str, int] | None:

@@ -99,6 +99,20 @@ def test_a_gradient_cache_goes_by_rows_or_by_tokens():
         build_program(config)
 
 
+def test_a_loss_over_nested_lengths_is_their_sum():
+    tokens, rows = {"tokens": np.arange(1, 9, dtype=np.int32)[:, None]}, np.arange(8)
+    batch = {"query": tokens, "key": tokens, "row": rows.astype(np.int32)}
+    batch["group"] = batch["row"]
+    losses = []
+    for dims in ((), (4,), (2,), (4, 2)):
+        program = program_of(**{"loss.matryoshka_dims": dims, "model.options.token_dropout": 0.0})
+        _, metrics = program.train_step(program.init(), put_batch(batch, program.mesh))
+        losses.append(float(metrics.loss))
+    whole, same, half, both = losses
+    np.testing.assert_allclose([same, both], [whole, whole + half], rtol=1e-5)
+    assert half != pytest.approx(whole, rel=1e-2)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
 def test_every_loss_makes_a_step_by_its_name(name, exchange):

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 from jaxcl.grad_cache import chunked, rows_per_chunk
 from jaxcl.losses import infonce_loss, sigmoid_pair_loss
 from jaxcl.mesh import make_mesh
-from jaxcl.models.layers import normalise, row_dropout
+from jaxcl.models.layers import row_dropout
+from jaxcl.ops.vectors import normalise
 from tests.helpers import relative_errors, unit_vectors
 
 pytestmark = pytest.mark.usefixtures("x64")

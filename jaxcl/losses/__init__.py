@@ -1,5 +1,6 @@
 """Contrastive losses: embeddings in, one value per query out, in nats."""
 
+from jaxcl.losses.matryoshka import matryoshka
 from jaxcl.losses.sigmoid import sigmoid_pair_loss
 from jaxcl.losses.softmax import decoupled_infonce_loss, hard_infonce_loss, infonce_loss
 from jaxcl.losses.supervised import supervised_infonce_loss
@@ -8,6 +9,7 @@ __all__ = [
     "decoupled_infonce_loss",
     "hard_infonce_loss",
     "infonce_loss",
+    "matryoshka",
     "sigmoid_pair_loss",
     "supervised_infonce_loss",
 ]

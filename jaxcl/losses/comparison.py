@@ -9,12 +9,28 @@ from jax import lax
 
 from jaxcl.negatives.masks import batch_labels, similarity_ceilings
 from jaxcl.ops.pairs import PairLabels, pair_count, pair_logsumexp
+from jaxcl.ops.pairs.reductions import LOGSUMEXP
+from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, AxisName, Bool, Float, Integer
 
-__all__ = ["DIRECTIONS", "Comparison", "check_sides", "inner_product"]
+__all__ = ["DIRECTIONS", "Comparison", "Negatives", "check_sides"]
 
 DIRECTIONS = ("query_to_key", "key_to_query", "query_to_query", "key_to_key")
 """Who looks among whom: in `"query_to_key"`, each query for its key among all keys."""
+
+
+class Negatives(NamedTuple):
+    """Explicit negatives of each row: mined ones, for instance.
+
+    Attributes:
+      vectors: some for each row.
+      ids: which rows' keys they are.
+      valid: `False` where a row has fewer.
+    """
+
+    vectors: Float[Array, "q n d"]
+    ids: Integer[Array, "q n"] | None
+    valid: Bool[Array, "q n"] | None
 
 
 class Comparison(NamedTuple):
@@ -95,38 +111,98 @@ class Comparison(NamedTuple):
 
     def explicit_negatives(
         self,
-        queries: Float[Array, "q d"],
-        keys: Float[Array, "q d"],
-        negatives: Float[Array, "q n d"],
+        rows: Float[Array, "q d"],
+        negatives: Negatives,
+        ceilings: Float[Array, " q"] | None,
         *,
-        ids: Integer[Array, "q n"] | None,
-        valid: Bool[Array, "q n"] | None,
         temperature: float | Array,
         hardness: float = 0.0,
     ) -> Float[Array, " q"]:
-        """The log-sum-exp of each query over the explicit negatives of all rows, in nats."""
-        _check_negatives(queries, negatives, ids, valid)
-        if self.guides is not None:
-            raise ValueError("guides judge the batch; explicit negatives have no guide's embedding")
-        if ids is not None and self.ids is None:
-            raise ValueError("negative_ids are compared with ids, the rows' own; give both")
-        ours = self.labels(queries, keys, None)
-        counted = jnp.ones(negatives.shape[:2], bool) if valid is None else valid
-        if self.valid is not None:
-            counted &= self.valid[:, None]
-        # A negative without an id is no row's key; a row's own group would mask its own negatives.
-        ours = ours._replace(different=ours.different[:1] if ids is not None else ())
-        theirs = PairLabels(different=() if ids is None else (ids.ravel(),), valid=counted.ravel())
-        rows, _ = pair_logsumexp(
-            queries,
-            negatives.reshape(-1, negatives.shape[-1]),
-            query_labels=ours,
+        """The log-sum-exp of each row over the explicit negatives of all other rows, in nats."""
+        ours, theirs = self._negative_labels(negatives)
+        found, _ = pair_logsumexp(
+            rows,
+            negatives.vectors.reshape(-1, negatives.vectors.shape[-1]),
+            query_labels=ours._replace(ceiling=ceilings),
             key_labels=theirs,
             temperature=temperature,
             hardness=hardness,
             **self.how(),
         )
-        return rows
+        return found
+
+    def own_negatives(
+        self,
+        queries: Float[Array, "q d"],
+        negatives: Negatives,
+        ceilings: Float[Array, " q"] | None,
+        *,
+        temperature: float | Array,
+        hardness: float = 0.0,
+    ) -> Float[Array, " q"]:
+        """The log-sum-exp of each query over the explicit negatives of its own row, in nats."""
+        wide = jnp.promote_types(queries.dtype, jnp.float32)
+        similarities = jnp.einsum(
+            "qd,qnd->qn", queries, negatives.vectors, preferred_element_type=wide
+        )
+        constant = lax.stop_gradient(similarities)
+        counted = jnp.ones(similarities.shape, bool)
+        if negatives.valid is not None:
+            counted &= negatives.valid
+        if negatives.ids is not None and self.ids is not None:
+            counted &= negatives.ids != self.ids[:, None]
+        if ceilings is not None:
+            counted &= constant <= ceilings[:, None]
+        if self.valid is not None:
+            counted &= self.valid[:, None]
+        scores = similarities / jnp.reshape(jnp.asarray(temperature), (-1, 1)) + hardness * constant
+        return LOGSUMEXP.reduce(jnp.where(counted, scores, -jnp.inf), 1)
+
+    def ceilings(
+        self, queries: Float[Array, "q d"], keys: Float[Array, "q d"]
+    ) -> Float[Array, " q"] | None:
+        """The greatest similarity at which a negative of each row counts."""
+        ceilings = similarity_ceilings(
+            inner_product(*((queries, keys) if self.guides is None else self.guides)),
+            margin=self.margin,
+            relative_margin=self.relative_margin,
+        )
+        if ceilings is None and self.guides is not None:
+            raise ValueError("guides judge by a margin; give margin or relative_margin (0 will do)")
+        return ceilings
+
+    def check_negatives(self, negatives: Negatives, queries: Float[Array, "q d"]) -> None:
+        """Raises a `ValueError` for explicit negatives that do not belong to these rows."""
+        (rows, width), shape = queries.shape, negatives.vectors.shape
+        if shape[0] != rows or shape[2] != width:
+            raise ValueError(
+                f"negatives have the shape {shape}; wanted are ({rows}, any number, {width})"
+            )
+        for name, array in (
+            ("negative_ids", negatives.ids),
+            ("negatives_valid", negatives.valid),
+        ):
+            if array is not None and array.shape != shape[:2]:
+                raise ValueError(f"{name} have the shape {array.shape}, not {shape[:2]}")
+        if self.guides is not None:
+            raise ValueError("guides judge the batch; explicit negatives have no guide's embedding")
+        if negatives.ids is not None and self.ids is None:
+            raise ValueError("negative_ids are compared with ids, the rows' own; give both")
+
+    def _negative_labels(self, negatives: Negatives) -> tuple[PairLabels, PairLabels]:
+        """Labels of rows and of all explicit negatives, of which a row's own do not count here."""
+        num_rows, width = negatives.vectors.shape[:2]
+        own = batch_labels(num_rows, axis_name=self.axis_name).different
+        ours, theirs = own, tuple(jnp.repeat(label, width) for label in own)
+        if negatives.ids is not None and self.ids is not None:
+            ours, theirs = (*ours, self.ids), (*theirs, negatives.ids.ravel())
+        valid = jnp.ones((num_rows, width), bool) if negatives.valid is None else negatives.valid
+        if self.valid is not None:
+            valid &= self.valid[:, None]
+        return (
+            PairLabels(different=ours, valid=self.valid),
+            PairLabels(different=theirs, valid=valid.ravel()),
+        )
 
     def how(self) -> dict[str, Any]:
         """What every reduction of this comparison is told."""
@@ -152,25 +228,13 @@ class Comparison(NamedTuple):
             valid=self.valid,
             axis_name=self.axis_name,
         )
-        ceilings = similarity_ceilings(
-            inner_product(*((queries, keys) if self.guides is None else self.guides)),
-            margin=self.margin,
-            relative_margin=self.relative_margin,
-        )
-        if ceilings is None and self.guides is not None:
-            raise ValueError("guides judge by a margin; give margin or relative_margin (0 will do)")
+        ceilings = self.ceilings(queries, keys)
         if ceilings is None:
             return labels
         return labels._replace(
             ceiling=ceilings if ceiling else None,
             guide=None if guide is None else lax.stop_gradient(guide),
         )
-
-
-def inner_product(left: Float[Array, "q d"], right: Float[Array, "q d"]) -> Float[Array, " q"]:
-    """Row by row, summed in float32 at least."""
-    wide = jnp.promote_types(left.dtype, jnp.float32)
-    return jnp.einsum("qd,qd->q", left, right, preferred_element_type=wide)
 
 
 def check_sides(
@@ -190,16 +254,3 @@ def check_sides(
             f"queries have the shape {queries.shape} and keys {keys.shape}; row i of one belongs "
             "to row i of the other, so give as many, of one width"
         )
-
-
-def _check_negatives(
-    queries: Array, negatives: Array, ids: Array | None, valid: Array | None
-) -> None:
-    rows, width = queries.shape
-    if negatives.shape[0] != rows or negatives.shape[2] != width:
-        raise ValueError(
-            f"negatives have the shape {negatives.shape}; wanted are ({rows}, any number, {width})"
-        )
-    for name, array in (("negative_ids", ids), ("negatives_valid", valid)):
-        if array is not None and array.shape != negatives.shape[:2]:
-            raise ValueError(f"{name} have the shape {array.shape}, not {negatives.shape[:2]}")

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from jaxcl.losses.comparison import check_sides, inner_product
+from jaxcl.losses.comparison import check_sides
 from jaxcl.negatives.masks import batch_labels
 from jaxcl.ops.pairs import pair_softplus
+from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, AxisName, Bool, Float, Integer
 
 __all__ = ["sigmoid_pair_loss"]

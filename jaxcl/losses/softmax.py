@@ -5,7 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxcl.losses.comparison import Comparison, check_sides, inner_product
+from jaxcl.losses.comparison import Comparison, Negatives, check_sides
+from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, AxisName, Bool, Float, Integer
 
 __all__ = ["PARTITIONS", "decoupled_infonce_loss", "hard_infonce_loss", "infonce_loss"]
@@ -55,14 +56,16 @@ def infonce_loss(
       temperature: $\tau > 0$, for all or by row; it may be learned. 0.05 suits unit vectors.
       directions: who looks among whom; of `"query_to_key"`, `"key_to_query"`, `"query_to_query"`
         and `"key_to_key"`.
-      partition: `"separate"`, the mean of one softmax per direction, or `"joint"`, one over all.
-      hardness: $\alpha \ge 0$: the weight of each negative of the batch is multiplied by
-        $e^{\alpha \langle q_i, k_j\rangle}$, which is held constant in the gradient.
-      negatives: explicit negatives, such as mined ones. They stand against every query of the
-        batch, in the direction `"query_to_key"`.
+      partition: `"separate"`, the mean of one softmax per direction, or `"joint"`, one over all, in
+        which the positive stands once for each of the first two directions.
+      hardness: $\alpha \ge 0$: the weight of each negative that comes from another row is
+        multiplied by $e^{\alpha \langle q_i, k_j\rangle}$, held constant in the gradient.
+      negatives: explicit negatives of each row, such as mined ones. They stand against every query
+        of the batch in the direction `"query_to_key"`, and against the keys of other rows in
+        `"key_to_key"`.
       negative_ids: which rows' keys they are, so that no query meets its own key; needs `ids`.
       negatives_valid: `False` where a row has fewer.
-      negative_hardness: as `hardness`, for the explicit ones.
+      negative_hardness: as `hardness`, for a query's own explicit negatives.
       ids: row numbers. Two rows of one id are never each other's negative, so that a row that a
         batch holds twice does no harm.
       groups: labels. Two rows of one group are never each other's negative.
@@ -109,21 +112,30 @@ def infonce_loss(
         queries, keys, temperature=temperature, directions=directions, hardness=hardness
     )
     if negatives is not None:
-        if "query_to_key" not in directions:
-            raise ValueError(f"negatives are keys, and no query looks for one in {directions}")
-        explicit = comparison.explicit_negatives(
-            queries,
-            keys,
-            negatives,
-            ids=negative_ids,
-            valid=negatives_valid,
-            temperature=temperature,
-            hardness=negative_hardness,
-        )
-        found["query_to_key"] = jnp.logaddexp(found["query_to_key"], explicit)
+        more = Negatives(negatives, negative_ids, negatives_valid)
+        comparison.check_negatives(more, queries)
+        if not {"query_to_key", "key_to_key"} & set(directions):
+            raise ValueError(f"negatives are keys, and nobody looks for one in {directions}")
+        ceilings = comparison.ceilings(queries, keys)
+        if "query_to_key" in directions:
+            of_others = comparison.explicit_negatives(
+                queries, more, ceilings, temperature=temperature, hardness=hardness
+            )
+            own = comparison.own_negatives(
+                queries, more, ceilings, temperature=temperature, hardness=negative_hardness
+            )
+            explicit = jnp.logaddexp(of_others, own)
+            found["query_to_key"] = jnp.logaddexp(found["query_to_key"], explicit)
+        if "key_to_key" in directions:
+            of_others = comparison.explicit_negatives(
+                keys, more, ceilings, temperature=temperature, hardness=hardness
+            )
+            found["key_to_key"] = jnp.logaddexp(found["key_to_key"], of_others)
     positives = inner_product(queries, keys) / temperature
     sets = list(found.values())
     if partition == "joint":
+        if set(_SYMMETRIC) <= set(directions):
+            sets.append(positives)  # it stands in the matrix of either direction
         sets = [functools.reduce(jnp.logaddexp, sets)]
     # log(e^s + e^n) − s, without the difference of two large numbers.
     loss = jax.nn.softplus(jnp.stack(sets) - positives).mean(0)

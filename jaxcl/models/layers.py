@@ -1,25 +1,16 @@
-"""What the encoders share: dropout by row, pooling, unit norm."""
+"""What the encoders share: dropout by row, pooling."""
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxcl.typing import Array, Bool, Float, Key, RowKeys, Tokens
 
-__all__ = ["PADDING_ID", "POOLINGS", "normalise", "pool", "row_dropout", "token_dropout_mask"]
+__all__ = ["PADDING_ID", "POOLINGS", "pool", "row_dropout", "token_dropout_mask"]
 
 PADDING_ID = 0
 """The token id that stands for "no token here" in every tokenizer of jaxcl."""
 
 POOLINGS = ("mean", "cls")
-
-
-def normalise(vectors: Float[Array, "*b d"], *, epsilon: float = 1e-12) -> Float[Array, "*b d"]:
-    r"""Unit norm: $x \cdot (\sum_i x_i^2 + \varepsilon)^{-1/2}$.
-
-    The zero vector stays zero and has a finite gradient, where $x / \lVert x \rVert$ has none.
-    """
-    return vectors * lax.rsqrt(jnp.sum(vectors * vectors, axis=-1, keepdims=True) + epsilon)
 
 
 def pool(

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcl.models.embedding_bag import embedding_bag
-from jaxcl.models.layers import normalise, token_dropout_mask
+from jaxcl.models.layers import token_dropout_mask
+from jaxcl.ops.vectors import normalise
 from jaxcl.typing import Embeddings, PyTree, RowKeys
 
 __all__ = ["StaticEncoder"]

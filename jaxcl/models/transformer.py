@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxcl.models.layers import PADDING_ID, POOLINGS, normalise, pool, row_dropout
+from jaxcl.models.layers import PADDING_ID, POOLINGS, pool, row_dropout
+from jaxcl.ops.vectors import normalise
 from jaxcl.typing import Array, Bool, Embeddings, Float, PyTree, RowKeys
 
 __all__ = ["NORM_POSITIONS", "TransformerEncoder"]

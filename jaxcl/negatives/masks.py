@@ -47,12 +47,12 @@ def similarity_ceilings(
 ) -> Float[Array, " q"] | None:
     r"""The greatest similarity at which a row's negative counts: what is closer may be a positive.
 
-    $u_i = x_{ii} - \delta$, or $u_i = (1 - \delta)\, x_{ii}$ by share.
+    $u_i = x_{ii} - \delta$, or $u_i = x_{ii} - \delta\, |x_{ii}|$ by share.
 
     Args:
       positives: $x_{ii}$, the similarity of each row's own pair, by the model or by a guide.
       margin: $\delta$ as a difference of similarities.
-      relative_margin: $\delta$ as a share of the positive's similarity.
+      relative_margin: $\delta$ as a share of the positive's absolute similarity.
 
     Returns:
       Ceilings, constants of the gradient; `None` without a margin.
@@ -76,4 +76,4 @@ def similarity_ceilings(
     positives = lax.stop_gradient(positives)
     if margin is not None:
         return positives - margin
-    return None if relative_margin is None else positives * (1 - relative_margin)
+    return None if relative_margin is None else positives - relative_margin * abs(positives)

@@ -217,3 +217,48 @@ def test_a_wrong_reduction_would_be_seen(name, way):
     _, right = on_one_device(name, False)
     for wrong, gradient in zip(local_gradients(*inputs), right, strict=True):
         np.testing.assert_allclose(wrong / gradient, 8.0, rtol=1e-8)
+
+
+@pytest.mark.parametrize("way", WAYS, ids="-".join)
+def test_explicit_negatives_are_the_same_on_any_mesh(way):
+    exchange, implementation = way
+    mesh = make_mesh({"replica": 2, "data": 4})
+    rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    columns = {
+        "ids": jnp.arange(16) % 15,
+        "negative_ids": (jnp.arange(32) * 5 % 16).reshape(16, 2),
+        "negatives_valid": jnp.arange(32).reshape(16, 2) % 7 != 0,
+    }
+
+    def local(sides, columns, temperature, axis_name=None):
+        queries, keys, negatives = sides
+        return infonce_loss(
+            queries,
+            keys,
+            negatives=negatives,
+            temperature=temperature,
+            directions=DIRECTIONS,
+            partition="joint",
+            hardness=2.0,
+            negative_hardness=1.0,
+            margin=-0.7,
+            axis_name=axis_name,
+            exchange=exchange,
+            implementation=implementation,
+            **columns,
+        )
+
+    sharded = jax.shard_map(
+        functools.partial(local, axis_name=mesh.axis_names),
+        mesh=mesh,
+        in_specs=(rows, rows, whole),
+        out_specs=rows,
+    )
+    sides = unit_vectors(0, 16, 8), unit_vectors(1, 16, 8), unit_vectors(2, 16, 2, 8)
+    found, wanted = (
+        jax.jit(jax.value_and_grad(lambda s, t, f=f: f(s, columns, t).mean(), (0, 1)))(
+            sides, jnp.asarray(0.1)
+        )
+        for f in (sharded, local)
+    )
+    assert max(relative_errors(found, wanted).values()) < 1e-10

@@ -44,7 +44,7 @@ def test_several_directions_are_a_mean_of_softmaxes_or_one_softmax():
         (cross_entropy(0.8, 0.6) + cross_entropy(0.8, 0)) / 2,
     ]
     np.testing.assert_allclose(infonce(directions=both), separate, rtol=1e-12)
-    joint = [cross_entropy(1, 0, 0.6), cross_entropy(0.8, 0.6, 0)]
+    joint = [cross_entropy(1, 1, 0, 0.6), cross_entropy(0.8, 0.8, 0.6, 0)]
     np.testing.assert_allclose(infonce(directions=both, partition="joint"), joint, rtol=1e-12)
 
 
@@ -81,6 +81,33 @@ def test_explicit_negatives_stand_against_every_query():
     loss = infonce(directions=("query_to_key",), negatives=negatives, negatives_valid=valid)
     wanted = [cross_entropy(1, 0, 0, 1, 0), cross_entropy(0.8, 0.6, 0.8, 0.6, -0.8)]
     np.testing.assert_allclose(loss, wanted, rtol=1e-12)
+
+
+def test_hardness_tells_own_explicit_negatives_from_those_of_other_rows():
+    negatives = jnp.array([[[0.6, 0.8]], [[0.8, 0.6]]])
+    # Queries with them: [[.6, .8], [1, .96]]; with the other's key: 0 and .6.
+    one_way = {"directions": ("query_to_key",), "negatives": negatives}
+    loss = infonce(**one_way, hardness=2.0)
+    wanted = [cross_entropy(1, 0, 0.6, 3 * 0.8), cross_entropy(0.8, 3 * 0.6, 0.96, 3 * 1)]
+    np.testing.assert_allclose(loss, wanted, rtol=1e-12)
+    loss = infonce(**one_way, negative_hardness=2.0)
+    wanted = [cross_entropy(1, 0, 3 * 0.6, 0.8), cross_entropy(0.8, 0.6, 3 * 0.96, 1)]
+    np.testing.assert_allclose(loss, wanted, rtol=1e-12)
+
+
+def test_keys_stand_against_the_explicit_negatives_of_other_rows():
+    negatives = jnp.array([[[0.6, 0.8]], [[0.8, 0.6]]])
+    loss = infonce(directions=("key_to_key",), negatives=negatives)
+    wanted = [cross_entropy(1, 0, 0.8), cross_entropy(0.8, 0, 0.8)]
+    np.testing.assert_allclose(loss, wanted, rtol=1e-12)
+
+
+def test_explicit_negatives_too_are_left_out_by_a_margin():
+    negatives = jnp.array([[[0.6, 0.8]], [[0.8, 0.6]]])
+    loss = infonce(directions=("query_to_key",), negatives=negatives, margin=0.1)
+    np.testing.assert_allclose(
+        loss, [cross_entropy(1, 0, 0.6, 0.8), cross_entropy(0.8, 0.6)], rtol=1e-12
+    )
 
 
 def test_no_query_meets_its_own_key_among_the_explicit_negatives():
@@ -149,7 +176,7 @@ def test_a_pair_far_ahead_keeps_its_last_digits():
         ({"exchange": "star"}, "'star' is unknown"),
         ({"guides": (jnp.eye(2), jnp.eye(2))}, "give margin or relative_margin"),
         ({"margin": 0.1, "relative_margin": 0.1}, "choose one"),
-        ({"negatives": jnp.ones((2, 1, 2)), "directions": ("key_to_query",)}, "no query looks"),
+        ({"negatives": jnp.ones((2, 1, 2)), "directions": ("key_to_query",)}, "nobody looks"),
         (
             {"negatives": jnp.ones((2, 1, 2)), "negative_ids": jnp.ones((2, 1), int)},
             "give both",

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxcl.models import StaticEncoder, TransformerEncoder, make_towers
-from jaxcl.models.layers import normalise, pool, row_dropout
+from jaxcl.models.layers import pool, row_dropout
+from jaxcl.ops.vectors import normalise
 from tests.helpers import relative_error
 
 transformer = functools.partial(

@@ -16,7 +16,7 @@ def test_ceilings_by_difference_and_by_share():
     positives = jnp.array([0.8, -0.5])
     assert similarity_ceilings(positives) is None
     assert similarity_ceilings(positives, margin=0.1) == pytest.approx([0.7, -0.6])
-    assert similarity_ceilings(positives, relative_margin=0.1) == pytest.approx([0.72, -0.45])
+    assert similarity_ceilings(positives, relative_margin=0.1) == pytest.approx([0.72, -0.55])
 
 
 def test_ceilings_have_no_gradient():

@@ -22,7 +22,7 @@ from jaxcl.ops.pairs import (
     pair_softplus,
     pair_sum,
 )
-from jaxcl.ops.pairs.sides import inner_products
+from jaxcl.ops.vectors import inner_products
 from tests.helpers import relative_error, relative_errors, unit_vectors
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcl.ops.vectors import inner_products
 from jaxcl.typing import Array, Bool, Float, Integer
 
 __all__ = ["ALL_COUNT", "PairKeys", "PairLabels", "PairQueries", "pair_mask", "pair_scores"]
@@ -77,12 +78,6 @@ def pair_scores(
     if hardness:
         scores += hardness * lax.stop_gradient(similarity)
     return scores, pair_mask(queries.labels, keys.labels, lax.stop_gradient(similarity))
-
-
-def inner_products(left: Float[Array, "q d"], right: Float[Array, "k d"]) -> Float[Array, "q k"]:
-    """Summed in float32 at least: bf16 sums cost 12 % of the gradient at temperature 0.01."""
-    wide = jnp.promote_types(left.dtype, jnp.float32)
-    return jnp.einsum("qd,kd->qk", left, right, preferred_element_type=wide)
 
 
 def pair_mask(

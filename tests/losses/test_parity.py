@@ -1,0 +1,73 @@
+"""The same numbers as sentence-transformers, from values that `values/` holds and makes."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from jaxcl.losses import infonce_loss, matryoshka
+from jaxcl.losses.comparison import DIRECTIONS
+from tests.helpers import unit_vectors
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+VALUES = json.loads(
+    (Path(__file__).parent / "values" / "sentence_transformers_losses.json").read_text()
+)["values"]
+ROWS, DIM, NEGATIVES = 7, 12, 3
+ONE_WAY = {"directions": ("query_to_key",)}
+JOINT = {"directions": DIRECTIONS, "partition": "joint"}
+EXPLICIT = {**ONE_WAY, "negatives": (2, ROWS, NEGATIVES, DIM)}
+GIST = {"directions": ("query_to_key", "query_to_query", "key_to_key"), "partition": "joint"}
+
+# Beside infonce_loss's own options, vectors are given by seed and shape.
+OPTIONS = {
+    "query_to_doc": ONE_WAY,
+    "symmetric": {},
+    "joint, two": {"partition": "joint"},
+    "joint, all": JOINT,
+    "explicit": EXPLICIT,
+    "explicit, joint, all": {**EXPLICIT, **JOINT},
+    "explicit, hardness of in_batch_negatives": {**EXPLICIT, "hardness": 5.0},
+    "explicit, hardness of hard_negatives": {**EXPLICIT, "negative_hardness": 5.0},
+    "explicit, hardness of all_negatives": {
+        **EXPLICIT,
+        "hardness": 5.0,
+        "negative_hardness": 5.0,
+    },
+    "gist": {**GIST, "margin": 0.0, "guides": True},
+    "gist, margin": {**GIST, "margin": 0.2, "guides": True},
+    "gist, relative margin": {**GIST, "relative_margin": 0.2, "guides": True},
+    "gist, keys alone": {**ONE_WAY, "margin": 0.0, "guides": True},
+    "matryoshka": ONE_WAY,
+}
+
+
+def test_every_value_is_compared():
+    assert set(OPTIONS) == set(VALUES)
+    assert len(set(VALUES.values())) == len(VALUES)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tiled"])
+@pytest.mark.parametrize("name", VALUES)
+def test_the_mean_is_that_of_sentence_transformers(name, implementation):
+    loss_fn, options = infonce_loss, dict(OPTIONS[name])
+    if "negatives" in options:
+        seed, *shape = options["negatives"]
+        options["negatives"] = unit_vectors(seed, *shape)
+    if options.pop("guides", False):
+        options["guides"] = unit_vectors(3, ROWS, 5), unit_vectors(4, ROWS, 5)
+    if name == "matryoshka":
+        loss_fn = matryoshka(infonce_loss, dims=(12, 8, 3), weights=(1.0, 0.5, 0.25))
+    sides = unit_vectors(0, ROWS, DIM), unit_vectors(1, ROWS, DIM)
+    loss = loss_fn(*sides, temperature=0.05, implementation=implementation, **options)
+    assert float(loss.mean()) == pytest.approx(VALUES[name], rel=1e-5)
+
+
+def test_lengths_that_do_not_fit_are_named():
+    for options in ({"dims": ()}, {"dims": (2, 2)}, {"dims": (0,)}, {"dims": (1,), "weights": ()}):
+        with pytest.raises(ValueError, match="one weight for each"):
+            matryoshka(infonce_loss, **options)
+    with pytest.raises(ValueError, match=r"dims=\(5,\) of embeddings that have 4"):
+        matryoshka(infonce_loss, dims=(5,))(jnp.eye(4), jnp.eye(4))
