@@ -12,6 +12,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+collect_ignore = ["losses/values"]  # scripts that need packages of others
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _eight_devices() -> None:
