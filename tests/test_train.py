@@ -337,7 +337,7 @@ def test_other_models_train(tiny, tmp_path, model):
             {"model.options": {"token_dropuot": 0.1}},
             "model.options.token_dropuot is unknown to 'static'; it knows ",
         ),
-        ({"loss.name": "info"}, "loss.name='info' is unknown; use one of infonce"),
+        ({"loss.name": "info"}, "loss.name='info' is unknown; use one of decoupled, hard, infonce"),
         (
             {"loss.options": {"direction": "symmetric"}},
             "loss.options.direction is unknown to 'infonce'; it knows ",

@@ -57,8 +57,11 @@ def test_any_mesh_gives_the_loss_and_every_gradient_of_one_device(name, shape, x
     assert max(errors.values()) < 1e-10, errors
 
 
-@pytest.mark.parametrize("shape", [{"data": 1}, {"replica": 2, "data": 4}], ids=str)
-@pytest.mark.parametrize("name", ["static", "transformer"])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("static", {"data": 1}), ("static", {"data": 8}), ("transformer", {"replica": 2, "data": 4})],
+    ids=str,
+)
 def test_a_gradient_cache_has_every_gradient_of_the_whole_batch(name, shape, x64, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", double_attention)
     # The loop that a single CPU device takes, whatever this process has.
