@@ -12,11 +12,9 @@ from jaxcl.check_grad import compare_gradients
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"run.mesh": {"replica": 2, "data": 4}, "loss.masks": ("row", "group")},
         {"loss.options.exchange": "ring", "loss.options.implementation": "tiled"},
         {"grad_cache.chunk_tokens": 100, "model.shared": False},
-        {"loss.name": "sigmoid", "loss.options": {}},
     ],
     ids=str,
 )

@@ -36,7 +36,18 @@ LOSSES = {
 }
 WAYS = (("gather", "reference"), ("gather", "tiled"), ("ring", "tiled"))
 
-every_loss = pytest.mark.parametrize("loss_fn", LOSSES.values(), ids=LOSSES)
+VARIANTS = ("query_to_key", "key_to_query", "own_sides", "hardness", "margin", "debiased")
+
+
+def parameter(name, *values):
+    """A loss's name or function with other values; what is an option of another runs as slow."""
+    marks = [pytest.mark.slow] if name in VARIANTS else []
+    return pytest.param(*values, marks=marks, id="-".join(map(str, (name, *values[1:]))))
+
+
+every_loss = pytest.mark.parametrize(
+    "loss_fn", [parameter(name, loss_fn) for name, loss_fn in LOSSES.items()]
+)
 
 
 @every_loss
@@ -186,7 +197,7 @@ MAIN = ("symmetric", "joint", "sigmoid")
     ("name", "shape", "masked", "way"),
     [
         # Every loss the hard way; the other ways and the deeper mesh where they can differ.
-        *((name, FLAT, True, ("ring", "tiled")) for name in LOSSES),
+        *(parameter(name, name, FLAT, True, ("ring", "tiled")) for name in LOSSES),
         *((name, FLAT, True, way) for name in MAIN for way in WAYS[:2]),
         *((name, DEEP, False, way) for name in MAIN for way in WAYS[1:]),
     ],
