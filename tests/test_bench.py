@@ -113,6 +113,7 @@ def test_a_batch_that_does_not_divide_is_refused():
         loss.measure(15, 4, rounds=1, devices=8)
 
 
+@pytest.mark.slow
 def test_the_gradient_cache_is_timed_beside_the_whole_batch(monkeypatch):
     monkeypatch.setattr("jaxcl.bench.grad_cache.memory_bytes", lambda: 2**10)
     record = grad_cache.measure(batch=8, chunk=2, tokens=4, dim=8, layers=1, rounds=2)
