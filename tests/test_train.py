@@ -229,7 +229,14 @@ def moved_temperature(state):
     return type(state)(state.step, params, state.optimizer, state.key)
 
 
-@pytest.mark.parametrize("forget", [zero_first_moment, zero_schedule, other_key, moved_temperature])
+@pytest.mark.parametrize(
+    "forget",
+    [
+        zero_first_moment,
+        other_key,
+        *(pytest.param(leaf, marks=pytest.mark.slow) for leaf in (zero_schedule, moved_temperature)),
+    ],
+)
 def test_a_run_that_forgets_a_leaf_goes_on_differently(
     tiny, uninterrupted, tmp_path, monkeypatch, forget
 ):
