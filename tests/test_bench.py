@@ -61,9 +61,7 @@ def torch_python() -> str:
     return path
 
 
-@pytest.mark.parametrize(
-    "model", ["static", pytest.param("transformer", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("model", ["static", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_the_step_and_the_loop_are_timed(model):
     record = train_step.measure(_SHAPES[model], rounds=2)
     assert set(record["rounds"]) == {"jaxcl step", "jaxcl loop"}

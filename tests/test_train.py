@@ -234,7 +234,8 @@ def moved_temperature(state):
     [
         zero_first_moment,
         other_key,
-        *(pytest.param(leaf, marks=pytest.mark.slow) for leaf in (zero_schedule, moved_temperature)),
+        pytest.param(zero_schedule, marks=pytest.mark.slow),
+        pytest.param(moved_temperature, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_forgets_a_leaf_goes_on_differently(
