@@ -8,32 +8,49 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from jaxcl.embed import Embedder, make_embedder
 from jaxcl.grad_cache import rows_per_chunk
 from jaxcl.losses import (
     decoupled_infonce_loss,
+    distillation_loss,
     hard_infonce_loss,
     infonce_loss,
     matryoshka,
     sigmoid_pair_loss,
+    supervised_infonce_loss,
 )
-from jaxcl.mesh import make_mesh, replicated_sharding
+from jaxcl.losses.running_estimate import (
+    estimate_memory,
+    remembered_estimate_loss,
+    running_estimate_loss,
+)
+from jaxcl.mesh import make_mesh
 from jaxcl.models import StaticEncoder, Towers, TransformerEncoder, make_towers
 from jaxcl.models.towers import SIDES
 from jaxcl.train_state import TrainState
-from jaxcl.train_step import StepMetrics, TemperatureBounds, init_state, make_loss, make_train_step
-from jaxcl.typing import Array, Batch, Key, PyTree, Scalar
+from jaxcl.train_step import (
+    LossOfBatch,
+    StepMetrics,
+    TemperatureBounds,
+    init_state,
+    make_loss,
+    make_train_step,
+    state_sharding,
+)
+from jaxcl.typing import Batch, PyTree, Scalar
 
 __all__ = [
     "ENCODERS",
     "LOSSES",
     "MASKS",
+    "MEMORIES",
     "OPTIMIZERS",
     "Program",
     "build_loss",
+    "build_memory",
     "build_optimizer",
     "build_program",
     "build_towers",
@@ -44,14 +61,27 @@ ENCODERS: Mapping[str, Callable] = {"static": StaticEncoder, "transformer": Tran
 
 LOSSES: Mapping[str, Callable] = {
     "decoupled": decoupled_infonce_loss,
+    "distillation": distillation_loss,
     "hard": hard_infonce_loss,
     "infonce": infonce_loss,
+    "running_estimate": remembered_estimate_loss,
     "sigmoid": sigmoid_pair_loss,
+    "supervised": supervised_infonce_loss,
 }
 """Losses by name; `config.loss.options` are their keyword arguments."""
 
+MEMORIES: Mapping[str, Callable[..., PyTree]] = {"running_estimate": estimate_memory}
+"""What a loss of this name remembers of the training rows, from their number and its options."""
+
 MASKS: Mapping[str, str] = {"row": "ids", "group": "groups"}
-"""Which argument of a loss masks by which column of the batch."""
+"""Which argument of a loss goes by which column of the batch: whose equals are no negatives."""
+
+_BATCH_ARGUMENTS = (
+    *("queries", "keys", "temperature", "axis_name", "valid", "guides", *MASKS.values()),
+    *("negatives", "negative_ids", "negative_groups", "negatives_valid", "negative_guides"),
+    *("key_groups", "teacher_scores", "memory"),
+)
+_CONFIG_ARGUMENTS = ("exchange", "implementation", "temperature_bounds")
 
 OPTIMIZERS: Mapping[str, Callable] = {
     "adam": optax.scale_by_adam,
@@ -67,20 +97,21 @@ class Program(NamedTuple):
     Attributes:
       mesh: where it runs.
       towers: the model.
-      init: () -> the state before the first update, on the mesh.
+      init: number of training rows -> the state before the first update, on the mesh. Only a loss
+        that remembers rows needs the number.
       train_step: (state, batch) -> (state, metrics); the state is donated.
       embed: (parameters of the towers, side, tokens) -> embeddings, without dropout.
       learning_rate: step -> the rate of that update.
-      abstract_state: the state's shapes, types and shardings.
+      abstract_state: number of training rows -> the state's shapes, types and shardings.
     """
 
     mesh: Mesh
     towers: Towers
-    init: Callable[[], TrainState]
+    init: Callable[..., TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
     embed: Embedder
     learning_rate: Callable[[Scalar | int], Scalar]
-    abstract_state: PyTree
+    abstract_state: Callable[..., TrainState]
 
 
 def build_program(config: ConfigDict) -> Program:
@@ -104,20 +135,30 @@ def build_program(config: ConfigDict) -> Program:
     optimizer, learning_rate = build_optimizer(config.optimizer, steps=config.steps)
     temperature = TemperatureBounds(**config.loss.temperature)
     loss = build_loss(config, towers, mesh)
-    whole = replicated_sharding(mesh)
+    shardings = state_sharding(mesh)
 
-    def init() -> TrainState:
-        key = jax.random.key(config.seed)
-        return init_state(key, towers.init, optimizer, temperature=temperature)
+    def init(num_rows: int | None = None) -> TrainState:
+        return init_state(
+            jax.random.key(config.seed),
+            towers.init,
+            optimizer,
+            temperature=temperature,
+            bias=config.loss.get("bias"),
+            memory=build_memory(config.loss, num_rows),
+        )
 
-    abstract_state = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-        jax.eval_shape(init),
-    )
+    def abstract_state(num_rows: int | None = None) -> TrainState:
+        def abstract(sharding: NamedSharding, part: PyTree) -> PyTree:
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part
+            )
+
+        return jax.tree.map(abstract, shardings, jax.eval_shape(lambda: init(num_rows)))
+
     return Program(
         mesh=mesh,
         towers=towers,
-        init=jax.jit(init, out_shardings=whole),
+        init=jax.jit(init, out_shardings=shardings, static_argnums=0),
         train_step=make_train_step(loss, optimizer, mesh, temperature=temperature),
         embed=make_embedder(towers.encode, mesh, batch_size=config.evaluation.batch_size),
         learning_rate=learning_rate,
@@ -163,9 +204,7 @@ def build_optimizer(
     return optimizer, learning_rate
 
 
-def build_loss(
-    config: ConfigDict, towers: Towers, mesh: Mesh
-) -> Callable[[PyTree, Batch, Key[Array, ""] | None], Scalar]:
+def build_loss(config: ConfigDict, towers: Towers, mesh: Mesh) -> LossOfBatch:
     """The loss of `config.loss`, encoded as `config.grad_cache` says: see `make_loss`."""
     return make_loss(
         towers.encode,
@@ -173,17 +212,40 @@ def build_loss(
         mesh,
         masks=_masks(config.loss),
         chunk_sizes=_chunk_sizes(config),
+        remembers=config.loss.name in MEMORIES,
     )
 
 
 def _loss_fn(config: ConfigDict) -> Callable:
-    arrays = (
-        *("queries", "keys", "temperature", "axis_name", "valid", "guides", *MASKS.values()),
-        *("negatives", "negative_ids", "negatives_valid"),
-    )
-    loss_fn = _bound("loss", config.name, LOSSES, dict(config.options), not_options=arrays)
+    bound = {"exchange": config.get("exchange"), "implementation": config.get("implementation")}
+    bound = {name: value for name, value in bound.items() if value is not None}
+    not_options = (*_BATCH_ARGUMENTS, *_CONFIG_ARGUMENTS)
+    loss_fn = _bound("loss", config.name, LOSSES, dict(config.options), not_options=not_options)
+    if config.name in MEMORIES:
+        bounds = TemperatureBounds(**config.temperature)
+        bound["temperature_bounds"] = (bounds.minimum, bounds.maximum)
+    if config.get("bias") is not None and "bias" not in _arguments(LOSSES[config.name]):
+        raise ValueError(
+            f"loss.bias={config.bias} is learned by losses that have one; {config.name!r} has none"
+        )
+    loss_fn = functools.partial(loss_fn, **bound)
     dims = config.get("matryoshka_dims", ())
+    if dims and config.name in MEMORIES:
+        raise ValueError(
+            f"loss.matryoshka_dims={tuple(dims)} with {config.name!r}, which remembers one number "
+            "of each row, not one for each length; leave one of the two out"
+        )
     return matryoshka(loss_fn, dims=dims) if dims else loss_fn
+
+
+def build_memory(config: ConfigDict, num_rows: int | None) -> PyTree:
+    """What the loss of `config.loss` remembers of so many training rows, before the first batch."""
+    if config.name not in MEMORIES:
+        return {}
+    if num_rows is None:
+        raise ValueError(f"the loss {config.name!r} remembers rows; give the number of them")
+    bounds = TemperatureBounds(**config.temperature)
+    return MEMORIES[config.name](num_rows, temperature=bounds.initial, **config.options)
 
 
 def _chunk_sizes(config: ConfigDict) -> dict[str, int] | None:
@@ -212,7 +274,18 @@ def _masks(config: ConfigDict) -> dict[str, str]:
     unknown = set(config.masks) - set(MASKS)
     if unknown:
         raise ValueError(f"loss.masks={config.masks} are unknown; use some of {', '.join(MASKS)}")
-    return {MASKS[column]: column for column in config.masks}
+    masks = {MASKS[column]: column for column in config.masks}
+    arguments = _arguments(LOSSES[config.name])
+    for argument, column in masks.items():
+        if argument not in arguments:
+            raise ValueError(f"loss.masks: {config.name!r} takes no {column!r}; leave it out")
+    for argument, column in ((MASKS[column], column) for column in MASKS):
+        needed = argument in arguments and arguments[argument].default is inspect.Parameter.empty
+        if needed and argument not in masks:
+            raise ValueError(
+                f"loss.masks={tuple(config.masks)}: {config.name!r} needs {column!r} among them"
+            )
+    return masks
 
 
 def _bound(
@@ -227,19 +300,28 @@ def _bound(
     if name not in known:
         raise ValueError(f"{what}.name={name!r} is unknown; use one of {', '.join(known)}")
     function = known[name]
-    # Flax's metaclass hides the signature of a module's constructor.
-    signature = inspect.signature(function.__init__ if inspect.isclass(function) else function)
-    accepted = [
-        parameter.name
-        for parameter in signature.parameters.values()
-        if parameter.kind is not parameter.POSITIONAL_ONLY and parameter.name not in not_options
-    ]
+    accepted = [argument for argument in _arguments(function) if argument not in not_options]
     for option in options:
         if option not in accepted:
             raise ValueError(
                 f"{what}.options.{option} is unknown to {name!r}; it knows {', '.join(accepted)}"
             )
     return functools.partial(function, **options)
+
+
+def _arguments(function: Callable) -> dict[str, inspect.Parameter]:
+    """What can be given by name."""
+    # Flax's metaclass hides the signature of a module's constructor.
+    signature = inspect.signature(function.__init__ if inspect.isclass(function) else function)
+    arguments = dict(signature.parameters)
+    if function is remembered_estimate_loss:  # which hands on the rest
+        arguments |= inspect.signature(running_estimate_loss).parameters
+        del arguments["estimates"]
+    return {
+        name: parameter
+        for name, parameter in arguments.items()
+        if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.VAR_KEYWORD)
+    }
 
 
 def _check_numbers(config: ConfigDict) -> None:

@@ -12,25 +12,28 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
 from absl import app, flags, logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxcl.build import build_loss, build_towers
-from jaxcl.mesh import make_mesh, put_batch, replicated_sharding
+from jaxcl.build import build_loss, build_memory, build_towers
+from jaxcl.mesh import make_mesh, put_batch
 from jaxcl.models.towers import SIDES
 from jaxcl.progress import say
-from jaxcl.typing import Batch
+from jaxcl.train_step import TemperatureBounds, init_state, state_sharding
+from jaxcl.typing import Batch, PyTree
 
-__all__ = ["Comparison", "compare_gradients"]
+__all__ = ["GradientCheck", "compare_gradients"]
 
 _LARGEST_ERROR = 1e-3  # float32, summed in another order
 _VOCABULARY = 64
 _ROWS_PER_DEVICE = 4
 
 
-class Comparison(NamedTuple):
+class GradientCheck(NamedTuple):
     """One parameter's gradient on the mesh beside that of one device.
 
     Attributes:
@@ -68,7 +71,7 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def compare_gradients(config: ConfigDict) -> list[Comparison]:
+def compare_gradients(config: ConfigDict) -> list[GradientCheck]:
     """Compares every parameter's gradient, the temperature's included.
 
     Args:
@@ -81,18 +84,24 @@ def compare_gradients(config: ConfigDict) -> list[Comparison]:
     mesh = make_mesh(dict(config.run.mesh))
     tiny = _tiny(config)
     towers = build_towers(tiny.model, vocabulary_size=_VOCABULARY)
-    params = {
-        "towers": towers.init(jax.random.key(0)),
-        "log_temperature": np.log(np.float32(config.loss.temperature.initial)),
-    }
-    batch = _random_batch(tiny, _ROWS_PER_DEVICE * mesh.size)
-    one = make_mesh({"data": 1}, devices=jax.devices()[:1])
-    found, wanted = (
-        jax.jit(jax.grad(build_loss(built, towers, place)))(
-            jax.device_put(params, replicated_sharding(place)), put_batch(batch, place), None
-        )
-        for built, place in ((tiny, mesh), (_dense(tiny), one))
+    num_rows = _ROWS_PER_DEVICE * mesh.size
+    state = init_state(
+        jax.random.key(0),
+        towers.init,
+        optax.identity(),
+        temperature=TemperatureBounds(**config.loss.temperature),
+        bias=config.loss.get("bias"),
+        memory=build_memory(config.loss, num_rows),
     )
+    batch = _random_batch(tiny, num_rows)
+    one = make_mesh({"data": 1}, devices=jax.devices()[:1])
+
+    def gradient(config: ConfigDict, mesh: Mesh) -> PyTree:
+        loss = jax.jit(jax.grad(build_loss(config, towers, mesh), has_aux=True))
+        placed = jax.device_put(state, state_sharding(mesh))
+        return loss(placed.params, placed.memory, put_batch(batch, mesh), None)[0]
+
+    found, wanted = gradient(tiny, mesh), gradient(_dense(tiny), one)
     return [
         _compared(jax.tree_util.keystr(path, simple=True, separator="/"), ours, theirs)
         for (path, ours), theirs in zip(
@@ -101,13 +110,13 @@ def compare_gradients(config: ConfigDict) -> list[Comparison]:
     ]
 
 
-def _compared(parameter: str, ours: jax.Array, theirs: jax.Array) -> Comparison:
+def _compared(parameter: str, ours: jax.Array, theirs: jax.Array) -> GradientCheck:
     found, wanted = (np.asarray(gradient, np.float64) for gradient in (ours, theirs))
     squares = (wanted * wanted).sum()
     if squares == 0:  # as that of a weight that this batch never reads
-        return Comparison(parameter, float("nan") if found.any() else 1.0, float(found.any()))
+        return GradientCheck(parameter, float("nan") if found.any() else 1.0, float(found.any()))
     error = np.linalg.norm(found - wanted) / np.sqrt(squares)
-    return Comparison(parameter, float((found * wanted).sum() / squares), float(error))
+    return GradientCheck(parameter, float((found * wanted).sum() / squares), float(error))
 
 
 def _tiny(config: ConfigDict) -> ConfigDict:
@@ -115,7 +124,7 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     tiny = config.copy_and_resolve_references()
     small = {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "mlp_dim": 32}
     with tiny.unlocked():
-        tiny.model.dim = 16
+        tiny.model.dim = max((16, *tiny.loss.get("matryoshka_dims", ())))
         for name in tiny.model.options:
             if "dropout" in name:
                 tiny.model.options[name] = 0.0
@@ -132,7 +141,7 @@ def _tiny(config: ConfigDict) -> ConfigDict:
 def _dense(config: ConfigDict) -> ConfigDict:
     dense = config.copy_and_resolve_references()
     with dense.unlocked():
-        dense.loss.options.update({"exchange": "gather", "implementation": "reference"})
+        dense.loss.update({"exchange": "gather", "implementation": "reference"})
         dense.grad_cache = ConfigDict()
     return dense
 

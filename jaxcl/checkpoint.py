@@ -120,7 +120,8 @@ class Checkpoints:
         one before is tried.
 
         Args:
-          abstract_state: the state's `jax.ShapeDtypeStruct`s, with the shardings to restore into.
+          abstract_state: the state's `jax.ShapeDtypeStruct`s, with the shardings to restore into;
+            `...` in place of an array that is not wanted, and that stays so in the result.
 
         Raises:
           CheckpointError: if there are checkpoints and none can be read.
@@ -149,8 +150,8 @@ class Checkpoints:
             items = self._checkpointer.load_checkpointables(step, abstract_items)
         # Without its metadata a random key comes back as bare integers, with the right checksum.
         jax.tree.map(_check_form, abstract_state, items["state"])
-        found = jax.device_get(_checksums(items["state"]))
-        saved = jax.device_get(items["checksums"])
+        read = jax.tree.map(lambda leaf: None if leaf is ... else leaf, items)
+        found, saved = jax.device_get((_checksums(read["state"]), read["checksums"]))
         wrong = [
             jax.tree_util.keystr(path)
             for (path, ours), theirs in zip(
@@ -213,14 +214,18 @@ def _checksums(state: PyTree) -> PyTree:
     return jax.tree.map(checksum, state)
 
 
-def _check_form(wanted: jax.ShapeDtypeStruct, leaf: Array) -> None:
+def _check_form(wanted: Any, leaf: Any) -> None:
+    if wanted is ...:
+        return
     if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
         raise CheckpointError(
             f"an array is {leaf.dtype}{list(leaf.shape)}, not {wanted.dtype}{list(wanted.shape)}"
         )
 
 
-def _abstract_checksum(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def _abstract_checksum(leaf: Any) -> Any:
+    if leaf is ...:
+        return ...
     whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
     return jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
 

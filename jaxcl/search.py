@@ -164,8 +164,12 @@ def _open_sources(config: ConfigDict, workdir: Path) -> dict[str, PairSource]:
 def _newest_params(program: Program, workdir: Path) -> tuple[PyTree, int]:
     directory = workdir / "checkpoints"
     if directory.is_dir():
+        state = program.abstract_state(1)
+        unread = jax.tree.map(lambda _: ..., (state.optimizer, state.memory))
         with Checkpoints(directory, read_only=True) as checkpoints:
-            restored = checkpoints.restore_latest(program.abstract_state)
+            restored = checkpoints.restore_latest(
+                state._replace(optimizer=unread[0], memory=unread[1])
+            )
         if restored is not None:
             return restored.state.params["towers"], restored.step
     raise ValueError(_train_first(f"the run in {workdir} has saved no checkpoint yet"))

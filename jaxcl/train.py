@@ -86,8 +86,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         data = prepare_data(config.data, data_dir=data_dir, workdir=workdir)
         _check_enough_rows(config, data)
         with Checkpoints(workdir / "checkpoints", keep=config.run.keep_checkpoints) as checkpoints:
-            restored = checkpoints.restore_latest(program.abstract_state)
-            state = program.init() if restored is None else restored.state
+            num_rows = data.tables["train"].num_rows
+            restored = checkpoints.restore_latest(program.abstract_state(num_rows))
+            state = program.init(num_rows) if restored is None else restored.state
             say(_opening(config, program, data, workdir, first_step=int(state.step)))
             with contextlib.closing(MetricWriter(workdir, step=int(state.step))) as writer:
                 state = _run_steps(config, program, data, state, checkpoints, writer)
@@ -175,7 +176,8 @@ def _opening(
     config: ConfigDict, program: Program, data: RunData, workdir: Path, *, first_step: int
 ) -> str:
     rows = {role: table.num_rows for role, table in data.tables.items()}
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
+    abstract_params = jax.tree.leaves(program.abstract_state(rows["train"]).params)
+    parameters = sum(leaf.size for leaf in abstract_params)
     begins = f"goes on from step {first_step}" if first_step else "begins"
     return (
         f"{workdir}: {begins}. {config.model.name}, {parameters:,} parameters, "

@@ -15,12 +15,14 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: updates done.
-      params: `{"towers": …, "log_temperature": float32}`.
+      params: `{"towers": …, "log_temperature": float32}`, and `"bias"` where a loss learns one.
       optimizer: the state of the optax transformation.
+      memory: what the loss remembers of the training rows (`jaxcl.row_memory`); `{}` for most.
       key: the run's random key, constant.
     """
 
     step: Int[Array, ""]
     params: PyTree
     optimizer: PyTree
+    memory: PyTree
     key: Key[Array, ""]

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,24 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxcl.grad_cache import chunked
 from jaxcl.mesh import batch_sharding, replicated_sharding
 from jaxcl.models.towers import SIDES, Encode
+from jaxcl.row_memory import read_rows, table_sharding, write_rows
 from jaxcl.train_state import TrainState
 from jaxcl.typing import Array, Batch, Embeddings, Float, Int, Key, PyTree, RowKeys, Scalar
 
-__all__ = ["StepMetrics", "TemperatureBounds", "init_state", "make_loss", "make_train_step"]
+__all__ = [
+    "LossOfBatch",
+    "StepMetrics",
+    "TemperatureBounds",
+    "init_state",
+    "make_loss",
+    "make_train_step",
+    "state_sharding",
+]
+
+LossOfBatch: TypeAlias = Callable[
+    [PyTree, PyTree, Batch, Key[Array, ""] | None], tuple[Scalar, PyTree]
+]
+"""`(params, memory, batch, key) -> (nats, memory)`."""
 
 
 class TemperatureBounds(NamedTuple):
@@ -33,29 +47,39 @@ def init_state(
     optimizer: optax.GradientTransformation,
     *,
     temperature: TemperatureBounds,
+    bias: float | None = None,
+    memory: PyTree = None,
 ) -> TrainState:
-    """The state before the first update."""
+    """The state before the first update; `bias` is that of the scores, where a loss learns one."""
     init_key, run_key = jax.random.split(key)
     params = {
         "towers": init_towers(init_key),
         "log_temperature": jnp.log(jnp.float32(temperature.initial)),
     }
-    return TrainState(jnp.int32(0), params, optimizer.init(params), run_key)
+    if bias is not None:
+        params["bias"] = jnp.float32(bias)
+    memory = {} if memory is None else memory
+    return TrainState(jnp.int32(0), params, optimizer.init(params), memory, run_key)
 
 
 def make_loss(
     encode: Encode,
-    loss_fn: Callable[..., Float[Array, " q"]],
+    loss_fn: Callable[..., Any],
     mesh: Mesh,
     *,
     masks: Mapping[str, str],
     chunk_sizes: Mapping[str, int] | None = None,
-) -> Callable[[PyTree, Batch, Key[Array, ""] | None], Scalar]:
+    remembers: bool = False,
+) -> LossOfBatch:
     """The mean loss of a global batch as a function of the parameters.
 
     The encoders run under the compiler's own partitioning of the batch; the loss is a `shard_map`,
     since it says itself what crosses devices. Differentiate the result as it is: its gradient is
     that of the mean over the global batch, on any mesh.
+
+    A batch may hold explicit negatives of each row, `batch["negatives"]`: `"inputs"`, a tree like
+    that of the keys with `[b, n, …]`, `"valid"`, and a column for each of the masks. They are
+    encoded as keys and handed to the loss, and so are `batch["teacher_scores"]`.
 
     Args:
       encode: the towers' function.
@@ -64,19 +88,25 @@ def make_loss(
       masks: arguments of the loss that mask false negatives -> columns of the batch they take.
       chunk_sizes: side -> how many of a device's rows are encoded at a time (`jaxcl.grad_cache`);
         `None` for all at once.
+      remembers: the loss takes `memory`, the entries of these rows, and returns `(loss, memory)`.
 
     Returns:
-      `(params, batch, key) -> nats`. `key=None` is the evaluation mode; otherwise each row draws
-      from the key folded with its side and its row number.
+      `(params, memory, batch, key) -> (nats, memory)`. `key=None` is the evaluation mode; otherwise
+      each row draws from the key folded with its side and its row number.
     """
     axes = mesh.axis_names
     rows, whole = PartitionSpec(axes), PartitionSpec()
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(rows, rows, rows, whole), out_specs=rows)
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(rows, rows, whole, rows), out_specs=rows)
     def sharded_loss(
-        queries: Embeddings, keys: Embeddings, labels: dict[str, Array], temperature: Scalar
-    ) -> Float[Array, " b"]:
-        return loss_fn(queries, keys, temperature=temperature, axis_name=axes, **labels)
+        sides: tuple[Embeddings, Embeddings],
+        columns: dict[str, Array],
+        scalars: dict[str, Scalar],
+        memory: PyTree,
+    ) -> tuple[Float[Array, " b"], PyTree]:
+        if remembers:
+            return loss_fn(*sides, axis_name=axes, memory=memory, **columns, **scalars)
+        return loss_fn(*sides, axis_name=axes, **columns, **scalars), memory
 
     def encode_side(towers: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None) -> Embeddings:
         if chunk_sizes is None:
@@ -90,13 +120,36 @@ def make_loss(
             towers, inputs, rngs
         )
 
-    def loss(params: PyTree, batch: Batch, key: Key[Array, ""] | None) -> Scalar:
+    def loss(
+        params: PyTree, memory: PyTree, batch: Batch, key: Key[Array, ""] | None
+    ) -> tuple[Scalar, PyTree]:
+        towers, row = params["towers"], batch["row"]
         queries, keys = (
-            encode_side(params["towers"], side, batch[side], _row_keys(key, side, batch["row"]))
-            for side in SIDES
+            encode_side(towers, side, batch[side], _row_keys(key, number, row))
+            for number, side in enumerate(SIDES)
         )
-        labels = {argument: batch[column] for argument, column in masks.items()}
-        return sharded_loss(queries, keys, labels, jnp.exp(params["log_temperature"])).mean()
+        columns = {argument: batch[column] for argument, column in masks.items()}
+        if "teacher_scores" in batch:
+            columns["teacher_scores"] = batch["teacher_scores"]
+        if "negatives" in batch:
+            explicit = batch["negatives"]
+            b, n = explicit["valid"].shape
+            vectors = encode_side(
+                towers,
+                "key",
+                jax.tree.map(lambda leaf: leaf.reshape(b * n, *leaf.shape[2:]), explicit["inputs"]),
+                _slot_keys(_row_keys(key, len(SIDES), row), n),
+            )
+            columns |= {
+                "negatives": vectors.reshape(b, n, -1),
+                "negatives_valid": explicit["valid"],
+                **{f"negative_{name}": explicit[column] for name, column in masks.items()},
+            }
+        scalars = {"temperature": jnp.exp(params["log_temperature"])}
+        if "bias" in params:
+            scalars["bias"] = params["bias"]
+        found, entries = sharded_loss((queries, keys), columns, scalars, read_rows(memory, row))
+        return found.mean(), write_rows(memory, row, entries)
 
     return loss
 
@@ -118,7 +171,7 @@ class StepMetrics(NamedTuple):
 
 
 def make_train_step(
-    loss: Callable[[PyTree, Batch, Key[Array, ""] | None], Scalar],
+    loss: LossOfBatch,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     *,
@@ -140,7 +193,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
-        value, gradients = jax.value_and_grad(loss)(state.params, batch, key)
+        (value, memory), gradients = jax.value_and_grad(loss, has_aux=True)(
+            state.params, state.memory, batch, key
+        )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         params["log_temperature"] = jnp.clip(params["log_temperature"], low, high)
@@ -151,16 +206,34 @@ def make_train_step(
             temperature=jnp.exp(params["log_temperature"]),
             leaf_gradient_norms=leaf_norms,
         )
-        return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
+        return TrainState(state.step + 1, params, optimizer_state, memory, state.key), metrics
 
-    whole, rows = replicated_sharding(mesh), batch_sharding(mesh)
+    states, rows = state_sharding(mesh), batch_sharding(mesh)
     return jax.jit(
-        train_step, in_shardings=(whole, rows), out_shardings=(whole, whole), donate_argnums=0
+        train_step,
+        in_shardings=(states, rows),
+        out_shardings=(states, replicated_sharding(mesh)),
+        donate_argnums=0,
     )
 
 
-def _row_keys(key: Key[Array, ""] | None, side: str, row: Int[Array, " b"]) -> RowKeys | None:
+def state_sharding(mesh: Mesh) -> TrainState:
+    """Where a state's parts are: whole on every device, but for the memory, which is sharded."""
+    whole: Any = replicated_sharding(mesh)
+    tables: Any = table_sharding(mesh)
+    return TrainState(whole, whole, whole, tables, whole)
+
+
+def _row_keys(key: Key[Array, ""] | None, number: int, row: Int[Array, " b"]) -> RowKeys | None:
+    """A key for each row of what the batch holds under a number: queries, keys, negatives."""
     if key is None:
         return None
-    side_key = jax.random.fold_in(key, SIDES.index(side))
-    return jax.vmap(jax.random.fold_in, (None, 0))(side_key, row)
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, number), row)
+
+
+def _slot_keys(keys: RowKeys | None, slots: int) -> Key[Array, " _"] | None:
+    """A key for each of the slots of each row, row by row."""
+    if keys is None:
+        return None
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+    return fold(keys, jnp.arange(slots)).reshape(-1)

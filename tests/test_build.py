@@ -67,6 +67,12 @@ def test_equals_of_a_masked_column_are_no_negatives(masks, loss):
     np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)  # scores of 20 in float32
 
 
+def negatives_of(tokens):
+    """Two for each row."""
+    inputs = {name: np.stack([leaf, leaf[::-1]], 1) for name, leaf in tokens.items()}
+    return {"inputs": inputs, "valid": np.ones((8, 2), bool)}
+
+
 def optimizer_of(*, steps: int = 1000, **changes):
     config = get_config("smoke").optimizer
     config.update({"learning_rate": RATE, "warmup_steps": 0} | changes)
@@ -117,13 +123,16 @@ def test_a_loss_over_nested_lengths_is_their_sum():
     ("name", "exchange"), [("infonce", "gather"), *((name, "ring") for name in LOSSES)]
 )
 def test_every_loss_makes_a_step_by_its_name(name, exchange):
-    options = {"exchange": exchange, "implementation": "tiled"}
-    changes = {"loss.name": name, "loss.options": options, "grad_cache.chunk_size": 1}
+    how = {"loss.exchange": exchange, "loss.implementation": "tiled", "grad_cache.chunk_size": 1}
+    masks = {"supervised": ("group",), "distillation": ()}.get(name, ("row",))
+    changes = {"loss.name": name, "loss.masks": masks, **how}
     program = program_of(**changes)
     tokens, numbers = {"tokens": np.arange(1, 9, dtype=np.int32)[:, None]}, np.arange(8)
     batch = {"query": tokens, "key": tokens, "row": numbers.astype(np.int32)}
     batch["group"] = batch["row"]
-    state, metrics = program.train_step(program.init(), put_batch(batch, program.mesh))
+    if name == "distillation":
+        batch |= {"teacher_scores": np.ones((8, 3), np.float32), "negatives": negatives_of(tokens)}
+    state, metrics = program.train_step(program.init(8), put_batch(batch, program.mesh))
     assert int(state.step) == 1
     assert np.isfinite(metrics.loss)
     assert metrics.gradient_norm > 0

@@ -99,4 +99,4 @@ def metrics(*, loss=1.0, gradient_norm=1.0, leaf=1.0):
 
 def state(*, table):
     params = {"table": jnp.array(table), "bias": jnp.float32(0.0)}
-    return TrainState(jnp.int32(3), params, None, jax.random.key(0))
+    return TrainState(jnp.int32(3), params, None, {}, jax.random.key(0))

@@ -97,7 +97,7 @@ def final_state(workdir: Path):
     """The last state, which is whole on one device as on eight."""
     program = build_program(read_config(workdir))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore_latest(program.abstract_state)
+        restored = checkpoints.restore_latest(program.abstract_state())
     assert restored.step == STEPS
     return restored.state
 

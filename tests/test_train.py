@@ -101,7 +101,7 @@ def uninterrupted(tiny, tmp_path_factory):
 
 def final_state(config: ConfigDict, workdir: Path):
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        return checkpoints.restore_latest(build_program(config).abstract_state).state
+        return checkpoints.restore_latest(build_program(config).abstract_state()).state
 
 
 def bits(leaf) -> bytes:

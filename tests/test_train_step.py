@@ -94,7 +94,7 @@ def test_a_wrong_reduction_fails_that_test(x64):
         jax.shard_map(local_gradients, mesh=mesh, in_specs=(whole, rows), out_specs=whole)
     )(params, batch)
     whole_batch = make_loss(towers.encode, infonce_loss, mesh, masks={})
-    right = jax.jit(jax.grad(whole_batch))(params, batch, None)
+    right, _ = jax.jit(jax.grad(whole_batch, has_aux=True))(params, {}, batch, None)
     assert min(relative_errors(wrong, right).values()) > 1e-10
     ratio = wrong["log_temperature"] / right["log_temperature"]
     np.testing.assert_allclose(ratio, 8.0, rtol=1e-10)
@@ -103,7 +103,7 @@ def test_a_wrong_reduction_fails_that_test(x64):
 def test_dropout_follows_the_row_and_not_its_place(x64):
     towers, mesh = TOWERS["static"], make_mesh({"data": 8})
     params, batch = double_params(towers), some_batch()
-    loss = jax.jit(make_loss(towers.encode, infonce_loss, mesh, masks={}))
+    loss = value_of(make_loss(towers.encode, infonce_loss, mesh, masks={}))
     order = np.random.default_rng(0).permutation(16)
     shuffled = jax.tree.map(lambda column: column[order], batch)
     key = jax.random.key(3)
@@ -117,7 +117,7 @@ def test_the_two_sides_of_a_row_drop_differently():
     batch = some_batch()
     batch["key"] = batch["query"]
     mesh = make_mesh({"data": 8})
-    loss = jax.jit(make_loss(towers.encode, infonce_loss, mesh, masks={}))
+    loss = value_of(make_loss(towers.encode, infonce_loss, mesh, masks={}))
     params = init_state(
         jax.random.key(0), towers.init, optax.identity(), temperature=TEMPERATURE
     ).params
@@ -129,8 +129,13 @@ def test_the_two_sides_of_a_row_drop_differently():
 def test_the_two_sides_of_a_row_draw_from_keys_of_their_own():
     mesh = make_mesh({"data": 8})
     params = {"towers": {}, "log_temperature": jnp.float32(0.0)}
-    loss = make_loss(drawn, difference, mesh, masks={})
+    loss = value_of(make_loss(drawn, difference, mesh, masks={}))
     assert float(loss(params, some_batch(), jax.random.key(1))) > 0.1
+
+
+def value_of(loss):
+    """A loss without a memory, its value alone."""
+    return jax.jit(lambda params, batch, key: loss(params, {}, batch, key)[0])
 
 
 def drawn(params, side, inputs, rngs=None):
@@ -148,7 +153,8 @@ def test_the_loss_is_the_mean_over_rows_and_takes_the_columns_of_its_masks():
     def labels(queries, keys, *, ids, groups, temperature, **_):
         return (100 * ids + groups + temperature).astype(queries.dtype)
 
-    found = make_loss(drawn, labels, mesh, masks=MASKS)(params, batch, jax.random.key(1))
+    loss = value_of(make_loss(drawn, labels, mesh, masks=MASKS))
+    found = loss(params, batch, jax.random.key(1))
     wanted = 100 * np.mean(batch["row"]) + np.mean(batch["group"]) + 0.25
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
@@ -156,7 +162,10 @@ def test_the_loss_is_the_mean_over_rows_and_takes_the_columns_of_its_masks():
 def test_each_step_draws_anew():
     mesh, optimizer = make_mesh({"data": 8}), optax.sgd(0.1)
     step = make_train_step(
-        lambda params, batch, key: jax.random.uniform(key) + 0 * params["log_temperature"],
+        lambda params, memory, batch, key: (
+            jax.random.uniform(key) + 0 * params["log_temperature"],
+            memory,
+        ),
         optimizer,
         mesh,
         temperature=TEMPERATURE,
@@ -176,7 +185,10 @@ def test_the_gradient_norm_is_that_before_clipping():
     mesh = make_mesh({"data": 8})
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
     step = make_train_step(
-        lambda params, batch, key: 3 * params["towers"] + 4 * params["log_temperature"],
+        lambda params, memory, batch, key: (
+            3 * params["towers"] + 4 * params["log_temperature"],
+            memory,
+        ),
         optimizer,
         mesh,
         temperature=TEMPERATURE,
@@ -203,8 +215,8 @@ def test_the_temperature_is_clamped_and_comes_back_from_the_bound(gradient_sign)
     directions = iter([gradient_sign, -gradient_sign])
 
     def step_with(sign):
-        def loss(params, batch, key):
-            return sign * params["log_temperature"]
+        def loss(params, memory, batch, key):
+            return sign * params["log_temperature"], memory
 
         return make_train_step(loss, optimizer, mesh, temperature=TEMPERATURE)
 
@@ -260,7 +272,10 @@ def loss_and_gradients(name, shape, loss_fn=infonce_loss, **options):
     params = jax.device_put(double_params(towers), replicated_sharding(mesh))
     batch = on_mesh(some_batch(), mesh)
     loss = make_loss(towers.encode, loss_fn, mesh, masks=MASKS, **options)
-    return jax.jit(jax.value_and_grad(loss))(params, batch, jax.random.key(1))
+    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        params, {}, batch, jax.random.key(1)
+    )
+    return value, gradient
 
 
 def on_mesh(batch, mesh):

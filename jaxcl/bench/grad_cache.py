@@ -73,7 +73,7 @@ def measure(
 
     def gradient(chunk_sizes: dict[str, int] | None) -> Callable:
         loss = make_loss(towers.encode, infonce_loss, mesh, masks={}, chunk_sizes=chunk_sizes)
-        return jax.value_and_grad(loss)
+        return jax.value_and_grad(lambda params, batch, key: loss(params, {}, batch, key)[0])
 
     functions = {
         "whole batch": gradient(None),

@@ -13,7 +13,7 @@ from jaxcl.ops.pairs.reductions import LOGSUMEXP
 from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, AxisName, Bool, Float, Integer
 
-__all__ = ["DIRECTIONS", "Comparison", "Negatives", "check_sides"]
+__all__ = ["DIRECTIONS", "Comparison", "Negatives", "check_sides", "own_products"]
 
 DIRECTIONS = ("query_to_key", "key_to_query", "query_to_query", "key_to_key")
 """Who looks among whom: in `"query_to_key"`, each query for its key among all keys."""
@@ -25,12 +25,16 @@ class Negatives(NamedTuple):
     Attributes:
       vectors: some for each row.
       ids: which rows' keys they are.
+      groups: their groups.
       valid: `False` where a row has fewer.
+      guides: their embeddings by the model that judges similarity.
     """
 
     vectors: Float[Array, "q n d"]
     ids: Integer[Array, "q n"] | None
+    groups: Integer[Array, "q n"] | None
     valid: Bool[Array, "q n"] | None
+    guides: Float[Array, "q n g"] | None
 
 
 class Comparison(NamedTuple):
@@ -61,6 +65,25 @@ class Comparison(NamedTuple):
         """The log-sum-exp of each row's negatives by direction, in nats; −∞ without any."""
         reduce = functools.partial(pair_logsumexp, temperature=temperature, hardness=hardness)
         return self._by_direction(reduce, queries, keys, directions)
+
+    def negatives_of_rows(
+        self,
+        queries: Float[Array, "q d"],
+        keys: Float[Array, "q d"],
+        *,
+        temperature: Float[Array, " q"],
+        direction: str,
+    ) -> Float[Array, " q"]:
+        """The same for one direction, in which each row that looks has a temperature of its own."""
+        if direction == "key_to_query":
+            # Temperatures go by the rows of a product: here the keys look.
+            guides = None if self.guides is None else self.guides[::-1]
+            queries, keys, direction = keys, queries, "query_to_key"
+            swapped = self._replace(guides=guides)
+        else:
+            swapped = self
+        found = swapped.negatives(queries, keys, temperature=temperature, directions=(direction,))
+        return found[direction]
 
     def counts(
         self,
@@ -112,6 +135,7 @@ class Comparison(NamedTuple):
     def explicit_negatives(
         self,
         rows: Float[Array, "q d"],
+        guide: Float[Array, "q g"] | None,
         negatives: Negatives,
         ceilings: Float[Array, " q"] | None,
         *,
@@ -120,6 +144,10 @@ class Comparison(NamedTuple):
     ) -> Float[Array, " q"]:
         """The log-sum-exp of each row over the explicit negatives of all other rows, in nats."""
         ours, theirs = self._negative_labels(negatives)
+        if guide is not None and negatives.guides is not None:
+            ours = ours._replace(guide=lax.stop_gradient(guide))
+            guides = negatives.guides.reshape(-1, guide.shape[-1])
+            theirs = theirs._replace(guide=lax.stop_gradient(guides))
         found, _ = pair_logsumexp(
             rows,
             negatives.vectors.reshape(-1, negatives.vectors.shape[-1]),
@@ -141,18 +169,19 @@ class Comparison(NamedTuple):
         hardness: float = 0.0,
     ) -> Float[Array, " q"]:
         """The log-sum-exp of each query over the explicit negatives of its own row, in nats."""
-        wide = jnp.promote_types(queries.dtype, jnp.float32)
-        similarities = jnp.einsum(
-            "qd,qnd->qn", queries, negatives.vectors, preferred_element_type=wide
-        )
+        similarities = own_products(queries, negatives.vectors)
         constant = lax.stop_gradient(similarities)
         counted = jnp.ones(similarities.shape, bool)
         if negatives.valid is not None:
             counted &= negatives.valid
-        if negatives.ids is not None and self.ids is not None:
-            counted &= negatives.ids != self.ids[:, None]
+        for ours, theirs in ((self.ids, negatives.ids), (self.groups, negatives.groups)):
+            if ours is not None and theirs is not None:
+                counted &= theirs != ours[:, None]
         if ceilings is not None:
-            counted &= constant <= ceilings[:, None]
+            judged = constant
+            if self.guides is not None and negatives.guides is not None:
+                judged = own_products(self.guides[0], negatives.guides)
+            counted &= judged <= ceilings[:, None]
         if self.valid is not None:
             counted &= self.valid[:, None]
         scores = similarities / jnp.reshape(jnp.asarray(temperature), (-1, 1)) + hardness * constant
@@ -180,22 +209,28 @@ class Comparison(NamedTuple):
             )
         for name, array in (
             ("negative_ids", negatives.ids),
+            ("negative_groups", negatives.groups),
             ("negatives_valid", negatives.valid),
+            ("negative_guides", negatives.guides),
         ):
-            if array is not None and array.shape != shape[:2]:
+            if array is not None and array.shape[:2] != shape[:2]:
                 raise ValueError(f"{name} have the shape {array.shape}, not {shape[:2]}")
-        if self.guides is not None:
-            raise ValueError("guides judge the batch; explicit negatives have no guide's embedding")
+        if (negatives.guides is None) != (self.guides is None):
+            raise ValueError("guides judge explicit negatives by negative_guides; give both")
         if negatives.ids is not None and self.ids is None:
             raise ValueError("negative_ids are compared with ids, the rows' own; give both")
+        if negatives.groups is not None and self.groups is None:
+            raise ValueError("negative_groups are compared with groups, the rows'; give both")
 
     def _negative_labels(self, negatives: Negatives) -> tuple[PairLabels, PairLabels]:
         """Labels of rows and of all explicit negatives, of which a row's own do not count here."""
         num_rows, width = negatives.vectors.shape[:2]
-        own = batch_labels(num_rows, axis_name=self.axis_name).different
-        ours, theirs = own, tuple(jnp.repeat(label, width) for label in own)
-        if negatives.ids is not None and self.ids is not None:
-            ours, theirs = (*ours, self.ids), (*theirs, negatives.ids.ravel())
+        (place,) = batch_labels(num_rows, axis_name=self.axis_name).different
+        ours: tuple[Array, ...] = (place,)
+        theirs: tuple[Array, ...] = (jnp.repeat(place, width),)
+        for own, others in ((self.ids, negatives.ids), (self.groups, negatives.groups)):
+            if own is not None and others is not None:
+                ours, theirs = (*ours, own), (*theirs, others.ravel())
         valid = jnp.ones((num_rows, width), bool) if negatives.valid is None else negatives.valid
         if self.valid is not None:
             valid &= self.valid[:, None]
@@ -235,6 +270,12 @@ class Comparison(NamedTuple):
             ceiling=ceilings if ceiling else None,
             guide=None if guide is None else lax.stop_gradient(guide),
         )
+
+
+def own_products(rows: Float[Array, "q d"], vectors: Float[Array, "q n d"]) -> Float[Array, "q n"]:
+    """Each row's inner products with vectors of its own, summed in float32 at least."""
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    return jnp.einsum("qd,qnd->qn", rows, vectors, preferred_element_type=wide)
 
 
 def check_sides(

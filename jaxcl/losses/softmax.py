@@ -26,7 +26,9 @@ def infonce_loss(
     hardness: float = 0.0,
     negatives: Float[Array, "q n d"] | None = None,
     negative_ids: Integer[Array, "q n"] | None = None,
+    negative_groups: Integer[Array, "q n"] | None = None,
     negatives_valid: Bool[Array, "q n"] | None = None,
+    negative_guides: Float[Array, "q n g"] | None = None,
     negative_hardness: float = 0.0,
     ids: Integer[Array, " q"] | None = None,
     groups: Integer[Array, " q"] | None = None,
@@ -64,7 +66,9 @@ def infonce_loss(
         of the batch in the direction `"query_to_key"`, and against the keys of other rows in
         `"key_to_key"`.
       negative_ids: which rows' keys they are, so that no query meets its own key; needs `ids`.
+      negative_groups: their groups; needs `groups`.
       negatives_valid: `False` where a row has fewer.
+      negative_guides: their embeddings by the model of `guides`, needed with it.
       negative_hardness: as `hardness`, for a query's own explicit negatives.
       ids: row numbers. Two rows of one id are never each other's negative, so that a row that a
         batch holds twice does no harm.
@@ -111,15 +115,24 @@ def infonce_loss(
     found = comparison.negatives(
         queries, keys, temperature=temperature, directions=directions, hardness=hardness
     )
-    if negatives is not None:
-        more = Negatives(negatives, negative_ids, negatives_valid)
+    if negatives is None:
+        _check_unused(
+            negative_ids=negative_ids,
+            negative_groups=negative_groups,
+            negatives_valid=negatives_valid,
+            negative_guides=negative_guides,
+            negative_hardness=negative_hardness or None,
+        )
+    else:
+        more = Negatives(negatives, negative_ids, negative_groups, negatives_valid, negative_guides)
         comparison.check_negatives(more, queries)
         if not {"query_to_key", "key_to_key"} & set(directions):
             raise ValueError(f"negatives are keys, and nobody looks for one in {directions}")
         ceilings = comparison.ceilings(queries, keys)
+        query_guide, key_guide = (None, None) if guides is None else guides
         if "query_to_key" in directions:
             of_others = comparison.explicit_negatives(
-                queries, more, ceilings, temperature=temperature, hardness=hardness
+                queries, query_guide, more, ceilings, temperature=temperature, hardness=hardness
             )
             own = comparison.own_negatives(
                 queries, more, ceilings, temperature=temperature, hardness=negative_hardness
@@ -128,7 +141,7 @@ def infonce_loss(
             found["query_to_key"] = jnp.logaddexp(found["query_to_key"], explicit)
         if "key_to_key" in directions:
             of_others = comparison.explicit_negatives(
-                keys, more, ceilings, temperature=temperature, hardness=hardness
+                keys, key_guide, more, ceilings, temperature=temperature, hardness=hardness
             )
             found["key_to_key"] = jnp.logaddexp(found["key_to_key"], of_others)
     positives = inner_product(queries, keys) / temperature
@@ -273,3 +286,9 @@ def hard_infonce_loss(
     debiased = jnp.where(share < 1, jnp.maximum(debiased, least), least)
     loss = jnp.where(some, jax.nn.softplus(debiased - positives), 0).mean(0)
     return loss if valid is None else jnp.where(valid, loss, 0)
+
+
+def _check_unused(**arguments: object) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} without negatives, which they describe; give both")

@@ -5,8 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxcl.losses.comparison import check_sides
-from jaxcl.ops.pairs import PairLabels, pair_count, pair_logsumexp, pair_sum
-from jaxcl.typing import Array, AxisName, Bool, Float, Integer
+from jaxcl.ops.pairs import Labels, PairLabels, pair_count, pair_logsumexp, pair_sum
+from jaxcl.typing import Array, AxisName, Bool, Float
 
 __all__ = ["supervised_infonce_loss"]
 
@@ -15,9 +15,10 @@ def supervised_infonce_loss(
     queries: Float[Array, "q d"],
     keys: Float[Array, "q d"],
     *,
-    groups: Integer[Array, " q"],
+    groups: Labels,
+    key_groups: Labels | None = None,
     temperature: float | Float[Array, ""] | Float[Array, " q"] = 0.1,
-    symmetric: bool = True,
+    directions: tuple[str, ...] = ("query_to_key", "key_to_query"),
     valid: Bool[Array, " q"] | None = None,
     axis_name: AxisName | None = None,
     exchange: str = "gather",
@@ -30,15 +31,18 @@ def supervised_infonce_loss(
 
     $$\ell_i^{q \to k} = \log \sum_j e^{s_{ij}} - \frac{1}{|P_i|} \sum_{p \in P_i} s_{ip},$$
 
-    and, if symmetric, the mean with the same of the keys over the queries. Other arguments as for
-    `infonce_loss`.
+    the same of the keys over the queries, or the mean of both. A row without a positive has the
+    value 0. Other arguments as for `infonce_loss`.
 
     Args:
       queries: this device's queries.
       keys: this device's keys.
-      groups: labels; rows of one group are positives of each other.
+      groups: labels; rows of one group are positives of each other. With several per row, filled
+        up with negative numbers, `[q, s]`, rows that share one are: many positives to many.
+      key_groups: the keys' labels where they are not the queries', such as row numbers where
+        `groups` has those of each query's positives.
       temperature: $\tau > 0$.
-      symmetric: both directions, or the queries' alone.
+      directions: `"query_to_key"`, `"key_to_query"`, or both.
       valid: `False` for padding.
       axis_name: the mesh axes over which rows are sharded.
       exchange: `"gather"` or `"ring"`.
@@ -53,7 +57,9 @@ def supervised_infonce_loss(
     Reference:
       Khosla et al., "Supervised Contrastive Learning", 2020, equation 2, between two sides.
     """
-    check_sides(queries, keys, ("query_to_key",))
+    check_sides(queries, keys, directions)
+    if set(directions) - {"query_to_key", "key_to_query"}:
+        raise ValueError(f"directions={directions}: positives are on the other side")
     how: dict[str, Any] = {
         "axis_name": axis_name,
         "exchange": exchange,
@@ -61,14 +67,17 @@ def supervised_infonce_loss(
     }
     everyone = PairLabels(valid=valid)
     group = PairLabels(equal=(groups,), valid=valid)
+    key_group = group if key_groups is None else PairLabels(equal=(key_groups,), valid=valid)
     everything = pair_logsumexp(
         queries, keys, temperature=temperature, query_labels=everyone, key_labels=everyone, **how
     )
-    of_group: dict[str, Any] = {"query_labels": group, "key_labels": group, **how}
+    of_group: dict[str, Any] = {"query_labels": group, "key_labels": key_group, **how}
     sums = pair_sum(queries, keys, temperature=temperature, **of_group)
     counts = pair_count(queries, keys, **of_group)
-    both = [
-        jnp.where(count > 0, whole, 0) - total / jnp.maximum(count, 1)
-        for whole, total, count in zip(everything, sums, counts, strict=True)
-    ]
-    return (both[0] + both[1]) / 2 if symmetric else both[0]
+    both = {
+        direction: jnp.where(count > 0, whole, 0) - total / jnp.maximum(count, 1)
+        for direction, whole, total, count in zip(
+            ("query_to_key", "key_to_query"), everything, sums, counts, strict=True
+        )
+    }
+    return jnp.stack([both[direction] for direction in directions]).mean(0)

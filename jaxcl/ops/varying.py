@@ -6,7 +6,7 @@ from jax import lax
 
 from jaxcl.typing import Array, PyTree
 
-__all__ = ["as_varying", "full_like_varying"]
+__all__ = ["as_varying", "full_like_varying", "shape_like_varying"]
 
 
 def full_like_varying(
@@ -14,6 +14,13 @@ def full_like_varying(
 ) -> Array:
     """A constant that varies over the mesh axes of `like`, as a loop's carry must at its start."""
     return as_varying(jnp.full(shape, value, dtype), like)
+
+
+def shape_like_varying(
+    shape: tuple[int, ...], dtype: jnp.dtype, like: Array
+) -> jax.ShapeDtypeStruct:
+    """What a kernel returns whose results vary over the mesh axes of `like`."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def as_varying(tree: PyTree, like: PyTree) -> PyTree:

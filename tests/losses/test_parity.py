@@ -40,6 +40,14 @@ OPTIONS = {
     "gist, margin": {**GIST, "margin": 0.2, "guides": True},
     "gist, relative margin": {**GIST, "relative_margin": 0.2, "guides": True},
     "gist, keys alone": {**ONE_WAY, "margin": 0.0, "guides": True},
+    "gist, explicit": {
+        "directions": ("query_to_key", "query_to_query"),
+        "partition": "joint",
+        "negatives": (2, ROWS, 1, DIM),
+        "negative_guides": (5, ROWS, 1, 5),
+        "margin": 0.0,
+        "guides": True,
+    },
     "matryoshka": ONE_WAY,
 }
 
@@ -53,9 +61,9 @@ def test_every_value_is_compared():
 @pytest.mark.parametrize("name", VALUES)
 def test_the_mean_is_that_of_sentence_transformers(name, implementation):
     loss_fn, options = infonce_loss, dict(OPTIONS[name])
-    if "negatives" in options:
-        seed, *shape = options["negatives"]
-        options["negatives"] = unit_vectors(seed, *shape)
+    for vectors in {"negatives", "negative_guides"} & set(options):
+        seed, *shape = options[vectors]
+        options[vectors] = unit_vectors(seed, *shape)
     if options.pop("guides", False):
         options["guides"] = unit_vectors(3, ROWS, 5), unit_vectors(4, ROWS, 5)
     if name == "matryoshka":

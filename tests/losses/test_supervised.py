@@ -20,7 +20,7 @@ def test_three_rows_in_two_groups_by_hand():
     )
     # scores at temperature 1: [[1, 0, 0], [.6, .8, .8], [0, 1, 1]]; rows 0 and 1 are one group
     loss = supervised_infonce_loss(
-        queries, keys, groups=jnp.array([5, 5, 9]), temperature=1.0, symmetric=False
+        queries, keys, groups=jnp.array([5, 5, 9]), temperature=1.0, directions=("query_to_key",)
     )
     wanted = [
         log(exp(1) + exp(0) + exp(0)) - (1 + 0) / 2,

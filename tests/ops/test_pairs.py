@@ -30,7 +30,11 @@ pytestmark = pytest.mark.usefixtures("x64")
 TILE = 4
 SIZES = ((1, 1), (3, 5), (4, 4), (5, 9), (8, 3))
 MESHES = ({"data": 8}, {"replica": 2, "data": 4})
-WAYS = (("gather", "reference"), ("gather", "tiled"), ("ring", "tiled"))
+BY_TILES = ("tiled", "pallas_tpu")
+WAYS = (
+    ("gather", "reference"),
+    *((exchange, by_tiles) for by_tiles in BY_TILES for exchange in EXCHANGES),
+)
 
 
 def labels_of(option, num_queries, num_keys):
@@ -43,6 +47,10 @@ def labels_of(option, num_queries, num_keys):
         keys = keys._replace(different=(others % 5, others // 3))
     if option == "equal":
         queries, keys = PairLabels(equal=(numbers % 2,)), PairLabels(equal=(others % 2,))
+    if option == "several labels":
+        sets = [jnp.stack([rows % 3, rows % 5 - 2], 1) for rows in (numbers, others)]
+        queries = PairLabels(different=(sets[0],), equal=(sets[0],))
+        keys = PairLabels(different=(sets[1][:, 0],), equal=(jnp.roll(sets[1], 1, 0),))
     if option in ("valid", "all"):
         queries, keys = queries._replace(valid=numbers != 2), keys._replace(valid=others != 1)
     if option in ("ceiling", "all"):
@@ -58,7 +66,10 @@ def labels_of(option, num_queries, num_keys):
     return queries, keys, options
 
 
-OPTIONS = ("nothing", "different", "equal", "valid", "ceiling", "guide", "bias", "hardness", "all")
+OPTIONS = (
+    *("nothing", "different", "equal", "several labels", "valid", "ceiling", "guide"),
+    *("bias", "hardness", "all"),
+)
 
 
 def weighted(pair_fn, labels, options, **how):
@@ -131,13 +142,14 @@ def test_each_mask_by_hand(implementation):
     [(sizes, "all") for sizes in SIZES] + [((5, 9), option) for option in OPTIONS[:-1]],
     ids=str,
 )
-def test_tiles_give_the_value_and_gradients_of_the_whole(sizes, option):
+@pytest.mark.parametrize("by_tiles", BY_TILES)
+def test_tiles_give_the_value_and_gradients_of_the_whole(by_tiles, sizes, option):
     num_queries, num_keys = sizes
     *labels, options = labels_of(option, num_queries, num_keys)
     inputs = unit_vectors(0, num_queries, 6), unit_vectors(1, num_keys, 6), jnp.log(0.1)
     whole, tiles = (
         value_and_gradients(weighted(pair_logsumexp, labels, options, **how), *inputs)
-        for how in ({"implementation": "reference"}, {"implementation": "tiled", "tile": TILE})
+        for how in ({"implementation": "reference"}, {"implementation": by_tiles, "tile": TILE})
     )
     errors = {
         path: np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-3)
@@ -284,13 +296,25 @@ def test_softplus_count_and_sum_by_hand(implementation):
     np.testing.assert_allclose(columns, rows, rtol=1e-12)
 
 
-def test_the_gradients_of_softplus_match_finite_differences():
+def test_rows_of_several_labels_agree_if_they_have_one_in_common():
+    ours = jnp.array([[1, 2], [3, -1], [-1, -1]])
+    theirs = jnp.array([[2, 5], [-1, 4], [3, 3]])
+    one, other = PairLabels(equal=(ours,)), PairLabels(equal=(theirs,))
+    rows, columns = pair_count(jnp.eye(3), jnp.eye(3), query_labels=one, key_labels=other)
+    assert (rows.tolist(), columns.tolist()) == ([1, 1, 0], [1, 0, 1])
+    single = PairLabels(equal=(jnp.array([2, 3, -1]),))
+    rows, _ = pair_count(jnp.eye(3), jnp.eye(3), query_labels=one, key_labels=single)
+    assert rows.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("by_tiles", BY_TILES)
+def test_the_gradients_of_softplus_match_finite_differences(by_tiles):
     def total(queries, keys, scale, bias):
         rows, columns = pair_softplus(
             *map(jnp.asarray, (queries, keys)),
             scale=jnp.asarray(scale),
             bias=jnp.asarray(bias),
-            implementation="tiled",
+            implementation=by_tiles,
             tile=TILE,
         )
         return jnp.sin(rows).sum() + jnp.cos(columns).sum()
@@ -326,7 +350,12 @@ def over_mesh(shape, exchange, implementation, *, axes=None):
         )
 
     sharded = jax.shard_map(
-        local, mesh=mesh, in_specs=(rows, rows, rows, whole), out_specs=(rows, rows)
+        local,
+        mesh=mesh,
+        in_specs=(rows, rows, rows, whole),
+        out_specs=(rows, rows),
+        # JAX's interpreter of kernels does not know the types of varying arrays.
+        check_vma="pallas" not in implementation,
     )
 
     def reduced(queries, keys, *, temperature, query_labels, key_labels):
@@ -403,19 +432,18 @@ def test_what_crosses_devices_is_what_the_docstring_says(exchange):
     moved = moved_numbers(jax.jit(total).lower(*sides).compile().as_text())
     block = rows * features
     if exchange == "gather":
-        vectors = block * num_devices  # of which one block is this device's own
-        assert moved["all-gather"] == pytest.approx(vectors, rel=0.15), moved
-        assert moved["reduce-scatter"] == pytest.approx(block, rel=0.15), moved
-        assert moved.get("collective-permute", 0) == 0
+        keys = num_devices * rows  # of the vectors and the columns that enter, one part is its own
+        assert moved == {
+            "all-gather": keys * features + keys,
+            "all-reduce": keys,
+            "reduce-scatter": rows * features + rows,
+        }
     else:
-        forward_and_backward = 2 * (num_devices - 1) * block
-        gradient = num_devices * block
-        # Column values, their cotangents and the bias' gradient travel along: rows each.
-        assert moved["collective-permute"] == pytest.approx(
-            forward_and_backward + gradient, rel=4 / features
-        ), moved
-        assert moved["collective-permute"] > forward_and_backward + gradient
-        assert set(moved) == {"collective-permute"}, moved
+        forward, backward = (
+            (num_devices - 1) * block + num_devices * rows,
+            (num_devices - 1) * (block + 2 * rows) + num_devices * block,
+        )
+        assert moved == {"collective-permute": forward + backward}
 
 
 def test_tiles_need_no_memory_for_the_matrix():
@@ -436,7 +464,7 @@ def test_tiles_need_no_memory_for_the_matrix():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"implementation": "cuda"}, "'cuda' is unknown; use one of reference, tiled"),
+        ({"implementation": "cuda"}, "'cuda' is unknown; use one of reference, tiled, pallas_tpu"),
         ({"exchange": "star"}, "'star' is unknown; use one of gather, ring"),
         ({"tile": 0}, "at least one row"),
         ({"query_labels": PairLabels(valid=np.ones(2, bool))}, "2 rows stand beside 3 vectors"),

@@ -8,11 +8,12 @@ from jaxcl.ops.pairs.reduce import (
     pair_softplus,
     pair_sum,
 )
-from jaxcl.ops.pairs.sides import PairLabels
+from jaxcl.ops.pairs.sides import Labels, PairLabels
 
 __all__ = [
     "EXCHANGES",
     "IMPLEMENTATIONS",
+    "Labels",
     "PairLabels",
     "pair_count",
     "pair_logsumexp",

@@ -16,10 +16,29 @@ __all__ = ["TilePasses", "gather_keys", "ring_backward", "ring_forward"]
 
 
 class TilePasses(NamedTuple):
-    """One implementation on one device: `tiled.forward` and `tiled.backward`, options bound."""
+    """One implementation on one device.
+
+    Attributes:
+      forward: as `tiled.forward`.
+      backward: as `tiled.backward`.
+      hardness: of the scores.
+      tile: rows and columns of a tile.
+    """
 
     forward: Callable
     backward: Callable
+    hardness: float
+    tile: int
+
+    def reduce(
+        self, reduction: Reduction, queries: PairQueries, keys: PairKeys
+    ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
+        """Reduces every row and every column of this device's matrix."""
+        return self.forward(reduction, queries, keys, hardness=self.hardness, tile=self.tile)
+
+    def differentiate(self, *inputs: PyTree) -> tuple[Array, Array, Array, Array]:
+        """The gradients of query vectors, scales, key vectors and biases."""
+        return self.backward(*inputs, hardness=self.hardness, tile=self.tile)
 
 
 def gather_keys(keys: PairKeys, axis_name: AxisName) -> PairKeys:
@@ -48,7 +67,7 @@ def ring_forward(
         return following, _rotate(columns, axis_name), rows
 
     def meet(visitors: PairKeys, columns: Array, rows: Array) -> tuple[Array, Array]:
-        more_rows, more_columns = passes.forward(reduction, queries, visitors)
+        more_rows, more_columns = passes.reduce(reduction, queries, visitors)
         return reduction.join(columns, more_columns), reduction.join(rows, more_rows)
 
     visitors, columns, rows = lax.fori_loop(
@@ -86,7 +105,7 @@ def ring_backward(
 
     def meet(visitors: tuple, to_visitors: tuple, to_ours: tuple) -> tuple[tuple, tuple]:
         their_keys, their_values, their_cotangents = visitors
-        to_vectors, to_scales, to_keys, to_biases = passes.backward(
+        to_vectors, to_scales, to_keys, to_biases = passes.differentiate(
             reduction,
             queries,
             their_keys,

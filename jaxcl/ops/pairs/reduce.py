@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxcl.ops.pairs import reference, tiled
+from jaxcl.ops.pairs import pallas_tpu, reference, tiled
 from jaxcl.ops.pairs.exchange import TilePasses, gather_keys, ring_backward, ring_forward
 from jaxcl.ops.pairs.reductions import COUNT, LOGSUMEXP, SOFTPLUS, SUM, Reduction
 from jaxcl.ops.pairs.sides import ALL_COUNT, PairKeys, PairLabels, PairQueries
@@ -21,9 +21,10 @@ __all__ = [
     "pair_sum",
 ]
 
-IMPLEMENTATIONS = ("reference", "tiled")
+IMPLEMENTATIONS = ("reference", "tiled", "pallas_tpu")
 EXCHANGES = ("gather", "ring")
 
+_BY_TILES = {"tiled": tiled, "pallas_tpu": pallas_tpu}
 _LARGEST_REFERENCE = 2**20  # entries: 4 MiB of float32, as much as one tile
 
 
@@ -64,8 +65,10 @@ def pair_logsumexp(
         and as many go out for the gradient (a reduce-scatter). `"ring"` passes the keys round, and
         holds one other device's at a time: `(devices - 1) · k · d` in the forward pass, once more
         the same in the backward, and `devices · k · d` for the gradient, which travels along.
+        Either moves three numbers a column besides: its value, its value's shift or its cotangent.
       implementation: `"reference"`, the whole block of scores with JAX's own gradient; `"tiled"`,
-        `tile²` scores at a time; `None` takes the reference where it is no larger than a tile.
+        `tile²` scores at a time; `"pallas_tpu"`, the same in kernels for TPUs. `None` takes the
+        reference where it is no larger than a tile, and tiles elsewhere.
       tile: rows and columns of a tile.
 
     Returns:
@@ -193,11 +196,13 @@ def _reduce_pairs(
     tile: int,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
     _check(queries, keys, exchange, implementation, tile)
+    module = _BY_TILES[implementation if implementation in _BY_TILES else "tiled"]
+    passes = TilePasses(module.forward, module.backward, hardness=hardness, tile=tile)
     if axis_name is not None and exchange == "ring":
         if implementation == "reference":
             raise ValueError("a ring has no whole block of scores; use implementation='tiled'")
         both = as_varying((queries, keys), (queries, keys))
-        return _by_tiles(reduction, hardness, tile, axis_name, *both)
+        return _by_tiles(passes, reduction, axis_name, *both)
     if axis_name is not None:
         keys = gather_keys(keys, axis_name)
     entries = queries.vectors.shape[0] * keys.vectors.shape[0]
@@ -205,53 +210,48 @@ def _reduce_pairs(
         rows, columns = reference.reduce_pairs(reduction, queries, keys, hardness=hardness)
     else:
         both = as_varying((queries, keys), (queries, keys))
-        rows, columns = _by_tiles(reduction, hardness, tile, None, *both)
+        rows, columns = _by_tiles(passes, reduction, None, *both)
     if axis_name is not None:
         columns = reduction.join_devices(columns, axis_name)
     return rows, columns
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _by_tiles(
+    passes: TilePasses,
     reduction: Reduction,
-    hardness: float,
-    tile: int,
     ring: AxisName | None,
     queries: PairQueries,
     keys: PairKeys,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
-    passes = _passes(hardness, tile)
     if ring is not None:
         return ring_forward(passes, reduction, queries, keys, ring)
-    return passes.forward(reduction, queries, keys)
+    return passes.reduce(reduction, queries, keys)
 
 
 def _by_tiles_forward(
+    passes: TilePasses,
     reduction: Reduction,
-    hardness: float,
-    tile: int,
     ring: AxisName | None,
     queries: PairQueries,
     keys: PairKeys,
 ) -> tuple[tuple[Array, Array], tuple]:
-    reduced = _by_tiles(reduction, hardness, tile, ring, queries, keys)
+    reduced = _by_tiles(passes, reduction, ring, queries, keys)
     return reduced, (queries, keys, reduced)
 
 
 def _by_tiles_backward(
+    passes: TilePasses,
     reduction: Reduction,
-    hardness: float,
-    tile: int,
     ring: AxisName | None,
     residuals: tuple,
     cotangents: tuple[Array, Array],
 ) -> tuple[PairQueries, PairKeys]:
     queries, keys, reduced = residuals
-    passes = _passes(hardness, tile)
     if ring is not None:
         gradients = ring_backward(passes, reduction, queries, keys, reduced, cotangents, ring)
     else:
-        gradients = passes.backward(reduction, queries, keys, reduced, cotangents)
+        gradients = passes.differentiate(reduction, queries, keys, reduced, cotangents)
     to_vectors, to_scales, to_keys, to_biases = gradients
     # Which pairs count is no differentiable question: `None` for the labels.
     return (
@@ -269,13 +269,6 @@ def _by_tiles_backward(
 
 
 _by_tiles.defvjp(_by_tiles_forward, _by_tiles_backward)
-
-
-def _passes(hardness: float, tile: int) -> TilePasses:
-    return TilePasses(
-        functools.partial(tiled.forward, hardness=hardness, tile=tile),
-        functools.partial(tiled.backward, hardness=hardness, tile=tile),
-    )
 
 
 def _wide(vectors: Array) -> jnp.dtype:

@@ -77,6 +77,11 @@ def main() -> None:
         "gist, margin": gist(pair, guides, margin=0.2),
         "gist, relative margin": gist(pair, guides, margin=0.2, margin_strategy="relative"),
         "gist, keys alone": gist(pair, guides, contrast_anchors=False, contrast_positives=False),
+        "gist, explicit": gist(
+            [*pair, unit_vectors(2, ROWS, 1, DIM)[:, 0]],
+            [*guides, unit_vectors(5, ROWS, 1, 5)[:, 0]],
+            contrast_positives=False,
+        ),
         "matryoshka": sum(
             weight * ranking([normalize(side[:, :dim], dim=-1) for side in pair])
             for dim, weight in ((12, 1.0), (8, 0.5), (3, 0.25))

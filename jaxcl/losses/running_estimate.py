@@ -1,0 +1,202 @@
+"""InfoNCE over all rows of the data, whose denominators are estimated along the way."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcl.losses.comparison import Comparison, check_sides
+from jaxcl.ops.vectors import inner_product
+from jaxcl.row_memory import init_table
+from jaxcl.typing import Array, AxisName, Bool, Float, Integer
+
+__all__ = [
+    "NEVER_SEEN",
+    "estimate_memory",
+    "remembered_estimate_loss",
+    "running_estimate_loss",
+]
+
+NEVER_SEEN = -jnp.inf
+"""The estimate of a row that no batch has held."""
+
+
+def running_estimate_loss(
+    queries: Float[Array, "q d"],
+    keys: Float[Array, "q d"],
+    *,
+    estimates: Float[Array, "q e"],
+    temperature: float | Float[Array, ""] | Float[Array, "q e"] = 0.05,
+    update_rate: float | Float[Array, ""] = 0.9,
+    robustness: float | None = None,
+    epsilon: float = 1e-14,
+    directions: tuple[str, ...] = ("query_to_key", "key_to_query"),
+    ids: Integer[Array, " q"] | None = None,
+    groups: Integer[Array, " q"] | None = None,
+    valid: Bool[Array, " q"] | None = None,
+    margin: float | None = None,
+    relative_margin: float | None = None,
+    guides: tuple[Float[Array, "q g"], Float[Array, "q g"]] | None = None,
+    axis_name: AxisName | None = None,
+    exchange: str = "gather",
+    implementation: str | None = None,
+) -> tuple[Float[Array, " q"], Float[Array, "q e"]]:
+    r"""The global contrastive loss by a running estimate of each row's denominator.
+
+    With $g_i$ the mean of $e^{s_{ij} - s_{ii}}$ over the $N_i$ negatives that this batch holds for
+    row $i$, and $\gamma$ the update rate,
+
+    $$u_i \leftarrow (1 - \gamma)\, u_i + \gamma\, g_i, \qquad
+    \ell_i = \log(\varepsilon + u_i), \qquad
+    \nabla \ell_i = \frac{1}{\varepsilon + u_i} \nabla g_i.$$
+
+    A small batch then has the gradient of a large one, but for the estimate's lag. Where a row is
+    seen for the first time, $u_i = g_i$. Other arguments as for `infonce_loss`.
+
+    Args:
+      queries: this device's queries.
+      keys: this device's keys.
+      estimates: $\log u_i$ of these rows by direction, in nats, as the last call with the row gave
+        it back; −∞ if there was none.
+      temperature: $\tau > 0$, one for all, or one for each row and direction.
+      update_rate: $\gamma$ in (0, 1]; 1 forgets at once, and leaves the decoupled loss of the batch
+        less $\log N_i$.
+      robustness: $\rho$; if given, the loss is $\tau\,(\ell_i + \rho)$, by whose minimum a
+        temperature is learned. Without it a learned temperature follows $\ell$.
+      epsilon: $\varepsilon > 0$.
+      directions: who looks among whom.
+      ids: row numbers.
+      groups: labels.
+      valid: `False` for padding, which keeps its estimate.
+      margin: as a difference to the positive's similarity.
+      relative_margin: as a share of it.
+      guides: who judges similarity.
+      axis_name: the mesh axes over which rows are sharded.
+      exchange: `"gather"` or `"ring"`.
+      implementation: of `jaxcl.ops.pairs`.
+
+    Returns:
+      The loss of each of this device's rows, in nats (times $\tau$, with `robustness`), and the new
+      estimates. A row without negatives in this batch has the loss of its old estimate, or 0, no
+      gradient, and keeps its estimate.
+
+    Raises:
+      ValueError: for estimates or rates that do not fit, and as `infonce_loss`.
+
+    Reference:
+      SogCLR: Yuan et al., "Provable Stochastic Optimization for Global Contrastive Learning", 2022,
+      algorithm 1. Robustness and temperatures by row: iSogCLR, Qiu et al., 2023, and "FastCLIP",
+      Wei et al., 2024.
+    """
+    check_sides(queries, keys, directions)
+    temperatures = jnp.asarray(temperature)
+    by_row = temperatures.ndim > 0
+    shape = (queries.shape[0], len(directions))
+    for name, given in (("estimates", estimates), ("temperature", temperatures)):
+        if given.shape != shape and (name == "estimates" or by_row):
+            raise ValueError(
+                f"{name} have the shape {given.shape}; wanted is {shape}, a row's, by direction"
+            )
+    if not isinstance(update_rate, Array) and not 0 < update_rate <= 1:
+        raise ValueError(f"update_rate={update_rate}; set it above 0 and at most 1")
+    comparison = Comparison(
+        ids, groups, valid, margin, relative_margin, guides, axis_name, exchange, implementation
+    )
+    sides = (queries, keys)
+    counts = comparison.counts(*sides, directions=directions)
+    if by_row:
+        found = {
+            direction: comparison.negatives_of_rows(
+                *sides, temperature=temperatures[:, place], direction=direction
+            )
+            for place, direction in enumerate(directions)
+        }
+    else:
+        found = comparison.negatives(*sides, temperature=temperatures, directions=directions)
+    positives = inner_product(queries, keys)[:, None] / temperatures
+    counted = jnp.stack([counts[direction] for direction in directions], 1)
+    # Without anything there, only finite numbers go on, lest a gradient be NaN.
+    some = counted > 0
+    log_sums = jnp.where(some, jnp.stack([found[direction] for direction in directions], 1), 0)
+    log_means = log_sums - jnp.log(jnp.maximum(counted, 1)) - positives
+    estimates = lax.stop_gradient(estimates)
+    now = lax.stop_gradient(log_means)
+    mixed = jnp.logaddexp(jnp.log1p(-update_rate) + estimates, jnp.log(update_rate) + now)
+    updated = jnp.where(jnp.isfinite(estimates), mixed, now)
+    updated = jnp.where(some, updated, estimates).astype(estimates.dtype)
+    known = jnp.isfinite(updated)
+    values = jnp.where(known, jnp.logaddexp(updated, jnp.log(epsilon)), 0)
+    # The value is the estimate's; the gradient is that of g over the estimate.
+    weights = jnp.where(some, jnp.exp(now - values), 0)
+    loss = values + weights * (log_means - now)
+    if robustness is not None:
+        loss = jnp.where(known, temperatures * (loss + robustness), 0)
+    loss = loss.mean(1)
+    return loss if valid is None else jnp.where(valid, loss, 0), updated
+
+
+def remembered_estimate_loss(
+    queries: Float[Array, "q d"],
+    keys: Float[Array, "q d"],
+    *,
+    memory: dict[str, Float[Array, "q e"]],
+    temperature: float | Float[Array, ""] = 0.05,
+    temperature_bounds: tuple[float, float] = (0.01, 1.0),
+    temperature_rate: float | None = None,
+    **options: Any,
+) -> tuple[Float[Array, " q"], dict[str, Float[Array, "q e"]]]:
+    r"""`running_estimate_loss` whose estimates, and temperatures by row, are the run's memory.
+
+    Args:
+      queries: this device's queries.
+      keys: this device's keys.
+      memory: these rows' entries, as `estimate_memory` began them.
+      temperature: $\tau$ for all rows; not read where the memory has one for each.
+      temperature_bounds: the range that a row's own temperature is clamped to.
+      temperature_rate: by how much a row's own $\log \tau$ falls per unit of its loss' derivative,
+        each time that a batch holds the row; `None` for one temperature of all.
+      options: of `running_estimate_loss`.
+
+    Returns:
+      The loss of each of this device's rows, and their new entries.
+    """
+    estimates = memory["estimates"]
+    if temperature_rate is None:
+        loss, updated = running_estimate_loss(
+            queries, keys, estimates=estimates, temperature=temperature, **options
+        )
+        return loss, {"estimates": updated}
+
+    def total(log_temperatures: Array, *sides: Array) -> tuple[Array, tuple[Array, Array]]:
+        found = running_estimate_loss(
+            *sides, estimates=estimates, temperature=jnp.exp(log_temperatures), **options
+        )
+        return found[0].sum(), found
+
+    constants = map(lax.stop_gradient, (queries, keys))
+    log_temperatures = memory["log_temperatures"]
+    slope = jax.grad(lambda *inputs: total(*inputs)[0])(log_temperatures, *constants)
+    _, (loss, updated) = total(log_temperatures, queries, keys)
+    moved = jnp.clip(
+        log_temperatures - temperature_rate * slope, *map(math.log, temperature_bounds)
+    )
+    return loss, {"estimates": updated, "log_temperatures": moved}
+
+
+def estimate_memory(
+    num_rows: int,
+    *,
+    temperature: float,
+    temperature_rate: float | None = None,
+    directions: tuple[str, ...] = ("query_to_key", "key_to_query"),
+    **_: Any,
+) -> dict[str, Float[Array, "n e"]]:
+    """The memory of `remembered_estimate_loss` before the first batch, for its options."""
+    width = len(directions)
+    memory = {"estimates": init_table(num_rows, width, value=NEVER_SEEN)}
+    if temperature_rate is not None:
+        log_temperature = math.log(temperature)
+        memory["log_temperatures"] = init_table(num_rows, width, value=log_temperature)
+    return memory

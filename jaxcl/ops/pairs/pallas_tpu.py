@@ -1,0 +1,304 @@
+"""The matrix tile by tile in kernels for TPUs: product, mask and sums without leaving the chip.
+
+Forward, one kernel: a tile's product feeds its rows' and its columns' sums, both of which stay in
+the core's memory. Backward, two kernels, each of which computes the tiles once more: one goes along
+the rows and sums what queries get, one down the columns for the keys. Elsewhere than on a TPU the
+same kernels are interpreted, which is slow, and meant for tests.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxcl.ops.pairs.reductions import Reduction
+from jaxcl.ops.pairs.sides import PairKeys, PairQueries, as_columns, as_rows, block_scores
+from jaxcl.ops.varying import shape_like_varying
+from jaxcl.typing import Array, Bool, Float, PyTree
+
+__all__ = ["LARGEST_TILE", "backward", "forward"]
+
+LARGEST_TILE = 512
+"""Rows and columns of a tile: 1 MiB of float32 scores, beside two blocks of each side."""
+
+_CORE_MEMORY_BYTES = 64 * 2**20
+
+
+def forward(
+    reduction: Reduction, queries: PairQueries, keys: PairKeys, *, hardness: float, tile: int
+) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
+    """Reduces every row and every column, one product per tile."""
+    cut = _Cut.of(queries, keys, tile)
+    wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
+
+    def kernel(sides: PyTree, rows: Any, columns: Any) -> None:
+        i, j = pl.program_id(0), pl.program_id(1)
+        column_place = (pl.ds(j, 1), slice(None))
+
+        @pl.when(j == 0)
+        def _() -> None:
+            rows[...] = jnp.full(rows.shape, reduction.empty, wide)
+
+        @pl.when(i == 0)
+        def _() -> None:
+            columns[column_place] = jnp.full((1, cut.width), reduction.empty, wide)
+
+        ours, theirs = _loaded(sides, cut, i, j)
+        scores = _tile_scores(ours, theirs, hardness, cut.inside(i, j))
+        rows[...] = reduction.join(rows[...], reduction.reduce(scores, 1, keepdims=True))
+        more = reduction.reduce(scores, 0, keepdims=True)
+        columns[column_place] = reduction.join(columns[column_place], more)
+
+    rows, columns = _call(
+        kernel,
+        (as_columns(queries), as_rows(keys)),
+        cut,
+        order=lambda i, j: (i, j),
+        results=(
+            ((cut.num_queries, 1), (cut.height, 1), lambda i, j: (i, 0)),
+            # A row for each tile across: what all columns have come to, at hand all the time.
+            ((cut.across, cut.width), (cut.across, cut.width), lambda i, j: (0, 0)),
+        ),
+        dtype=wide,
+    )
+    return rows[:, 0], columns.reshape(-1)[: cut.num_keys]
+
+
+def backward(
+    reduction: Reduction,
+    queries: PairQueries,
+    keys: PairKeys,
+    reduced: tuple[Float[Array, " q"], Float[Array, " k"]],
+    cotangents: tuple[Float[Array, " q"], Float[Array, " k"]],
+    *,
+    hardness: float,
+    tile: int,
+) -> tuple[Float[Array, "q d"], Float[Array, " q"], Float[Array, "k d"], Float[Array, " k"]]:
+    """The gradients of query vectors, scales, key vectors and biases: four products per tile."""
+    cut = _Cut.of(queries, keys, tile)
+    wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
+    dim = queries.vectors.shape[1]
+    of_rows, of_columns = zip(reduced, cotangents, strict=True)
+    sides = (
+        (as_columns(queries), jax.tree.map(lambda values: values[:, None], of_rows)),
+        (as_rows(keys), jax.tree.map(lambda values: values[None, :], of_columns)),
+    )
+
+    def gradients(sides: PyTree, i: Array, j: Array) -> tuple[PairQueries, PairKeys, Array]:
+        (ours, of_rows), (theirs, of_columns) = _loaded(sides, cut, i, j)
+        inside = cut.inside(i, j)
+        scores = _tile_scores(ours, theirs, hardness, inside)
+        found = reduction.weigh(scores, *of_rows) + reduction.weigh(scores, *of_columns)
+        return ours, theirs, jnp.where(inside, found, 0)
+
+    def to_queries_kernel(sides: PyTree, to_queries: Any) -> None:
+        i, j = pl.program_id(0), pl.program_id(1)
+
+        @pl.when(j == 0)
+        def _() -> None:
+            to_queries[...] = jnp.zeros(to_queries.shape, wide)
+
+        ours, theirs, found = gradients(sides, i, j)
+        weights = (found * ours.scale).astype(ours.vectors.dtype)
+        to_queries[...] += _product(weights, theirs.vectors, 1, wide)
+
+    def to_keys_kernel(sides: PyTree, to_keys: Any, to_biases: Any) -> None:
+        j, i = pl.program_id(0), pl.program_id(1)
+
+        @pl.when(i == 0)
+        def _() -> None:
+            to_keys[...] = jnp.zeros(to_keys.shape, wide)
+            to_biases[...] = jnp.zeros(to_biases.shape, wide)
+
+        ours, found = gradients(sides, i, j)[::2]
+        weights = (found * ours.scale).astype(ours.vectors.dtype)
+        to_keys[...] += _product(weights, ours.vectors, 0, wide)
+        to_biases[...] += found.sum(0, keepdims=True)
+
+    call = functools.partial(_call, sides=sides, cut=cut, dtype=wide)
+    (to_queries,) = call(
+        to_queries_kernel,
+        order=lambda i, j: (i, j),
+        results=(((cut.num_queries, dim), (cut.height, dim), lambda i, j: (i, 0)),),
+    )
+    to_keys, to_biases = call(
+        to_keys_kernel,
+        order=lambda j, i: (i, j),
+        results=(
+            ((cut.num_keys, dim), (cut.width, dim), lambda j, i: (j, 0)),
+            ((1, cut.num_keys), (1, cut.width), lambda j, i: (0, j)),
+        ),
+    )
+    to_scales = jnp.einsum("qd,qd->q", to_queries, queries.vectors.astype(wide)) / queries.scale
+    return to_queries, to_scales, to_keys, to_biases[0]
+
+
+class _Cut(NamedTuple):
+    """How a matrix is cut into tiles. The last ones reach over its ends.
+
+    Attributes:
+      num_queries: its rows.
+      num_keys: its columns.
+      height: rows of a tile.
+      width: columns of a tile.
+    """
+
+    num_queries: int
+    num_keys: int
+    height: int
+    width: int
+
+    @classmethod
+    def of(cls, queries: PairQueries, keys: PairKeys, tile: int) -> "_Cut":
+        sizes = queries.vectors.shape[0], keys.vectors.shape[0]
+        return cls(*sizes, *(min(tile, LARGEST_TILE, size) for size in sizes))
+
+    @property
+    def down(self) -> int:
+        return -(-self.num_queries // self.height)
+
+    @property
+    def across(self) -> int:
+        return -(-self.num_keys // self.width)
+
+    def inside(self, i: Array, j: Array) -> Bool[Array, "q k"]:
+        """Which entries of a tile are entries of the matrix."""
+        shape = (self.height, self.width)
+        row = i * self.height + lax.broadcasted_iota(jnp.int32, shape, 0)
+        column = j * self.width + lax.broadcasted_iota(jnp.int32, shape, 1)
+        return (row < self.num_queries) & (column < self.num_keys)
+
+
+def _call(
+    kernel: Callable[..., None],
+    sides: PyTree,
+    cut: _Cut,
+    *,
+    order: Callable,
+    results: tuple[tuple[tuple[int, int], tuple[int, int], Callable], ...],
+    dtype: jnp.dtype,
+) -> Sequence[Array]:
+    """Runs a kernel on every tile, the last of its two grid indices fastest.
+
+    Args:
+      kernel: (references of both sides, a reference for each result).
+      sides: the queries' arrays, as columns, and the keys', as rows.
+      cut: into which tiles.
+      order: a place in the grid -> the tile's place down and across.
+      results: of each its shape, that of a block, and a place in the grid -> the block's place.
+      dtype: of the results.
+    """
+    bools = [leaf.dtype == jnp.bool_ for leaf in jax.tree.leaves(sides)]
+    numbers = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.int32) if leaf.dtype == jnp.bool_ else leaf, sides
+    )
+    leaves = jax.tree.leaves(numbers)
+    treedef: Any = jax.tree.structure(numbers)
+    specs = jax.tree.leaves(_specs(numbers, cut, order), is_leaf=_is_spec)
+
+    def body(*references: Any) -> None:
+        ours = [_Block(ref, is_bool) for ref, is_bool in zip(references, bools, strict=False)]
+        kernel(treedef.unflatten(ours), *references[len(bools) :])
+
+    down, across = cut.down, cut.across
+    call = functools.partial(
+        pl.pallas_call,
+        body,
+        grid=(down, across) if order(0, 1) == (0, 1) else (across, down),
+        in_specs=specs,
+        out_specs=[pl.BlockSpec(block, place) for _, block, place in results],
+        out_shape=[shape_like_varying(shape, dtype, leaves[0]) for shape, _, _ in results],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=_CORE_MEMORY_BYTES
+        ),
+    )
+    return lax.platform_dependent(*leaves, tpu=call(), default=call(interpret=True))
+
+
+class _Block(NamedTuple):
+    """A block of one of the sides' arrays, before it is read; numbers stand for its bools."""
+
+    reference: Any
+    is_bool: bool
+
+    def read(self, axis: int, start: Array, size: int) -> Array:
+        """Its values, 0 from a place along an axis on, at which the matrix ends."""
+        values = self.reference[...]
+        if size % values.shape[axis]:
+            place = start * values.shape[axis] + lax.broadcasted_iota(jnp.int32, values.shape, axis)
+            values = jnp.where(place < size, values, jnp.zeros((), values.dtype))
+        return values != 0 if self.is_bool else values
+
+
+def _specs(sides: PyTree, cut: _Cut, order: Callable) -> PyTree:
+    """A block of every array of both sides: the queries' go down, and the keys' across."""
+
+    def down(leaf: Array) -> pl.BlockSpec:
+        return pl.BlockSpec((cut.height, leaf.shape[1]), lambda *at: (order(*at)[0], 0))
+
+    def across(leaf: Array) -> pl.BlockSpec:
+        return pl.BlockSpec((leaf.shape[0], cut.width), lambda *at: (0, order(*at)[1]))
+
+    def vectors(leaf: Array) -> pl.BlockSpec:
+        return pl.BlockSpec((cut.width, leaf.shape[1]), lambda *at: (order(*at)[1], 0))
+
+    queries, keys = sides
+    return jax.tree.map(down, queries), _map_keys(across, vectors, keys)
+
+
+def _loaded(sides: PyTree, cut: _Cut, i: Array, j: Array) -> PyTree:
+    """Both sides' blocks, 0 beyond the ends of the matrix, where a NaN would survive a product."""
+
+    def down(block: _Block) -> Array:
+        return block.read(0, i, cut.num_queries)
+
+    def across(block: _Block) -> Array:
+        return block.read(1, j, cut.num_keys)
+
+    def vectors(block: _Block) -> Array:
+        return block.read(0, j, cut.num_keys)
+
+    queries, keys = sides
+    return (
+        jax.tree.map(down, queries, is_leaf=_is_block),
+        _map_keys(across, vectors, keys),
+    )
+
+
+def _map_keys(across: Callable, vectors: Callable, keys: PyTree) -> PyTree:
+    """Maps the keys' arrays, which lie across the matrix but for vectors and guide."""
+    if not isinstance(keys, PairKeys):
+        side, values = keys
+        return _map_keys(across, vectors, side), jax.tree.map(across, values, is_leaf=_is_block)
+    bias, labels = jax.tree.map(
+        across, (keys.bias, keys.labels._replace(guide=None)), is_leaf=_is_block
+    )
+    guide = None if keys.labels.guide is None else vectors(keys.labels.guide)
+    return PairKeys(vectors(keys.vectors), bias, labels._replace(guide=guide))
+
+
+def _is_block(node: Any) -> bool:
+    return isinstance(node, _Block)
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, pl.BlockSpec)
+
+
+def _tile_scores(
+    queries: PairQueries, keys: PairKeys, hardness: float, inside: Bool[Array, "q k"]
+) -> Float[Array, "q k"]:
+    scores, counted = block_scores(queries, keys, hardness=hardness)
+    return jnp.where(counted & inside, scores, -jnp.inf)
+
+
+def _product(
+    weights: Float[Array, "q k"], vectors: Float[Array, "r d"], axis: int, wide: jnp.dtype
+) -> Float[Array, "s d"]:
+    dimensions = (((axis,), (0,)), ((), ()))
+    return lax.dot_general(weights, vectors, dimensions, preferred_element_type=wide)
