@@ -7,9 +7,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxcl.ops.row_tables import ENTRIES_MULTIPLE
 from jaxcl.typing import PyTree
 
-__all__ = ["batch_sharding", "make_mesh", "put_batch", "replicated_sharding"]
+__all__ = ["batch_sharding", "make_mesh", "put_batch", "replicated_sharding", "table_sharding"]
 
 
 def make_mesh(axes: Mapping[str, int], *, devices: list[jax.Device] | None = None) -> Mesh:
@@ -58,6 +59,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def table_sharding(mesh: Mesh) -> NamedSharding:
+    """Entries of `jaxcl.ops.row_tables` over all axes; a copy on each device if they do not fit."""
+    return replicated_sharding(mesh) if ENTRIES_MULTIPLE % mesh.size else batch_sharding(mesh)
 
 
 def put_batch(local_batch: PyTree, mesh: Mesh) -> PyTree:

@@ -17,7 +17,7 @@ class TrainState(NamedTuple):
       step: updates done.
       params: `{"towers": …, "log_temperature": float32}`, and `"bias"` where a loss learns one.
       optimizer: the state of the optax transformation.
-      memory: what the loss remembers of the training rows (`jaxcl.row_memory`); `{}` for most.
+      memory: what the loss remembers of the training rows (`jaxcl.ops.row_tables`); `{}` for most.
       key: the run's random key, constant.
     """
 

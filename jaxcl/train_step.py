@@ -11,9 +11,9 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl.grad_cache import chunked
-from jaxcl.mesh import batch_sharding, replicated_sharding
+from jaxcl.mesh import batch_sharding, replicated_sharding, table_sharding
 from jaxcl.models.towers import SIDES, Encode
-from jaxcl.row_memory import read_rows, table_sharding, write_rows
+from jaxcl.ops.row_tables import read_rows, write_rows
 from jaxcl.train_state import TrainState
 from jaxcl.typing import Array, Batch, Embeddings, Float, Int, Key, PyTree, RowKeys, Scalar
 

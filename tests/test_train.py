@@ -209,24 +209,24 @@ def zero_first_moment(state):
     assert any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(adam.mu))
     first_moment = jax.tree.map(jnp.zeros_like, adam.mu)
     optimizer = (*state.optimizer[:1], adam._replace(mu=first_moment), *state.optimizer[2:])
-    return type(state)(state.step, state.params, optimizer, state.key)
+    return state._replace(optimizer=optimizer)
 
 
 def zero_schedule(state):
     optimizer = jax.tree.map(
         lambda leaf: jnp.zeros_like(leaf) if leaf.dtype == jnp.int32 else leaf, state.optimizer
     )
-    return type(state)(state.step, state.params, optimizer, state.key)
+    return state._replace(optimizer=optimizer)
 
 
 def other_key(state):
     key = jax.device_put(jax.random.key(77), state.key.sharding)
-    return type(state)(state.step, state.params, state.optimizer, key)
+    return state._replace(key=key)
 
 
 def moved_temperature(state):
     params = {**state.params, "log_temperature": state.params["log_temperature"] + 1e-3}
-    return type(state)(state.step, params, state.optimizer, state.key)
+    return state._replace(params=params)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_other_models_train(tiny, tmp_path, model):
             {"model.options": {"token_dropuot": 0.1}},
             "model.options.token_dropuot is unknown to 'static'; it knows ",
         ),
-        ({"loss.name": "info"}, "loss.name='info' is unknown; use one of decoupled, hard, infonce"),
+        ({"loss.name": "info"}, "loss.name='info' is unknown; use one of decoupled, distillation"),
         (
             {"loss.options": {"direction": "symmetric"}},
             "loss.options.direction is unknown to 'infonce'; it knows ",

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.losses.comparison import Comparison, check_sides
+from jaxcl.ops.row_tables import init_table
 from jaxcl.ops.vectors import inner_product
-from jaxcl.row_memory import init_table
 from jaxcl.typing import Array, AxisName, Bool, Float, Integer
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The loss compiles for a pod that is not there, and fits its chips."""
+"""The loss compiles for a pod that is not there, and fits its chips; so do its kernels."""
 
 import importlib.util
 import json
@@ -13,34 +13,67 @@ pytestmark = pytest.mark.skipif(
     reason="the TPU compiler is not installed: pip install -e '.[tpu]'",
 )
 
-_PROGRAM = """
+_PRELUDE = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxcl.losses import infonce_loss
+from jaxcl.losses import infonce_loss, sigmoid_pair_loss, supervised_infonce_loss
 
-topology, exchange = sys.argv[1:]
+topology, exchange, *_ = sys.argv[1:]
 devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 mesh = Mesh(np.array(devices).reshape(-1), ("data",))
 rows, whole = PartitionSpec("data"), PartitionSpec()
 
+def argument(shape, dtype, spec=rows):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+scalar = argument((), jnp.float32, whole)
+"""
+
+_MILLION = """
 def local(queries, keys, temperature):
-    how = {"exchange": exchange, "implementation": "tiled", "axis_name": "data"}
+    how = {"exchange": exchange, "implementation": sys.argv[3], "axis_name": "data"}
     return infonce_loss(queries, keys, temperature=temperature, **how)
 
 loss = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, whole), out_specs=rows)
-side = jax.ShapeDtypeStruct((2**20, 256), jnp.float32, sharding=NamedSharding(mesh, rows))
-scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, whole))
+side = argument((2**20, 256), jnp.float32)
 gradient = jax.jit(jax.value_and_grad(lambda *inputs: loss(*inputs).mean(), (0, 1, 2)))
 memory = gradient.lower(side, side, scalar).compile().memory_analysis()
 print(json.dumps(memory.temp_size_in_bytes / 2**20))
 """
 
+_KERNELS = """
+rows_of_device, features, dtype = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+size = rows_of_device * len(devices)
+labels = {
+    "ids": argument((size,), jnp.int32),
+    "groups": argument((size, 2), jnp.int32),
+    "valid": argument((size,), jnp.bool_),
+    "guides": tuple(argument((size, 64), jnp.float32) for _ in range(2)),
+}
 
-def temporary_mebibytes(topology: str, exchange: str) -> float:
+def local(queries, keys, temperature, labels):
+    how = {"exchange": exchange, "implementation": "pallas_tpu", "axis_name": "data"}
+    how |= {"temperature": temperature, "valid": labels["valid"]}
+    return (
+        infonce_loss(queries, keys, **how, hardness=1.0, margin=0.1, ids=labels["ids"],
+                     groups=labels["ids"], guides=labels["guides"])
+        + sigmoid_pair_loss(queries, keys, **how)
+        + supervised_infonce_loss(queries, keys, **how, groups=labels["groups"])
+    )
+
+loss = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, whole, rows), out_specs=rows)
+side = argument((size, features), dtype)
+gradient = jax.jit(jax.value_and_grad(lambda *inputs: loss(*inputs).mean(), (0, 1, 2)))
+text = gradient.lower(side, side, scalar, labels).compile().as_text()
+print(json.dumps(text.count("tpu_custom_call")))
+"""
+
+
+def answer(program: str, *arguments: object) -> float:
     finished = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, topology, exchange],
+        [sys.executable, "-c", _PRELUDE + program, *map(str, arguments)],
         env=os.environ
         | {
             "JAX_PLATFORMS": "cpu",
@@ -56,6 +89,24 @@ def temporary_mebibytes(topology: str, exchange: str) -> float:
     return json.loads(finished.stdout.splitlines()[-1])
 
 
+@pytest.mark.parametrize("implementation", ["tiled", "pallas_tpu"])
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x4x4"])
-def test_a_million_pairs_take_little_of_a_chip_in_a_ring(topology):
-    assert temporary_mebibytes(topology, "ring") < 1_024
+def test_a_million_pairs_take_little_of_a_chip_in_a_ring(topology, implementation):
+    assert answer(_MILLION, topology, "ring", implementation) < 1_024
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize(
+    ("topology", "rows_of_device", "features", "dtype"),
+    [
+        ("v5e:4x4", 1_024, 256, "bfloat16"),
+        ("v5p:2x2x2", 1_024, 1_024, "float32"),
+        ("v5e:4x4", 801, 100, "float32"),  # what no tile divides
+        ("v5p:2x2x2", 40, 768, "bfloat16"),  # less than a tile
+    ],
+)
+def test_the_kernels_compile_with_every_mask_and_reduction(
+    topology, rows_of_device, features, dtype, exchange
+):
+    kernels = answer(_KERNELS, topology, exchange, rows_of_device, features, dtype)
+    assert kernels >= 3 * 3  # three losses, forward and twice backward

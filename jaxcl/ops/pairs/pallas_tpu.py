@@ -19,11 +19,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxcl.ops.pairs.reductions import Reduction
 from jaxcl.ops.pairs.sides import PairKeys, PairQueries, as_columns, as_rows, block_scores
 from jaxcl.ops.varying import shape_like_varying
+from jaxcl.ops.vectors import inner_products
 from jaxcl.typing import Array, Bool, Float, PyTree
 
-__all__ = ["LARGEST_TILE", "backward", "forward"]
+__all__ = ["TILE", "backward", "forward"]
 
-LARGEST_TILE = 512
+TILE = 512
 """Rows and columns of a tile: 1 MiB of float32 scores, beside two blocks of each side."""
 
 _CORE_MEMORY_BYTES = 64 * 2**20
@@ -48,15 +49,14 @@ def forward(
         def _() -> None:
             columns[column_place] = jnp.full((1, cut.width), reduction.empty, wide)
 
-        ours, theirs = _loaded(sides, cut, i, j)
-        scores = _tile_scores(ours, theirs, hardness, cut.inside(i, j))
-        rows[...] = reduction.join(rows[...], reduction.reduce(scores, 1, keepdims=True))
-        more = reduction.reduce(scores, 0, keepdims=True)
+        scores = _tile_scores(sides, cut, i, j, hardness)[0]
+        rows[...] = reduction.join(rows[...], reduction.reduce(scores, 1)[:, None])
+        more = reduction.reduce(scores, 0)[None, :]
         columns[column_place] = reduction.join(columns[column_place], more)
 
     rows, columns = _call(
         kernel,
-        (as_columns(queries), as_rows(keys)),
+        _sides(queries, keys, (), ()),
         cut,
         order=lambda i, j: (i, j),
         results=(
@@ -83,18 +83,15 @@ def backward(
     cut = _Cut.of(queries, keys, tile)
     wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
     dim = queries.vectors.shape[1]
-    of_rows, of_columns = zip(reduced, cotangents, strict=True)
-    sides = (
-        (as_columns(queries), jax.tree.map(lambda values: values[:, None], of_rows)),
-        (as_rows(keys), jax.tree.map(lambda values: values[None, :], of_columns)),
-    )
+    sides = _sides(queries, keys, *zip(reduced, cotangents, strict=True))
 
-    def gradients(sides: PyTree, i: Array, j: Array) -> tuple[PairQueries, PairKeys, Array]:
-        (ours, of_rows), (theirs, of_columns) = _loaded(sides, cut, i, j)
-        inside = cut.inside(i, j)
-        scores = _tile_scores(ours, theirs, hardness, inside)
-        found = reduction.weigh(scores, *of_rows) + reduction.weigh(scores, *of_columns)
-        return ours, theirs, jnp.where(inside, found, 0)
+    def gradients(sides: PyTree, i: Array, j: Array) -> tuple[Array, Array, Array, Array]:
+        """Those of a tile's scores, and of its products; the vectors of both sides."""
+        scores, (ours, theirs) = _tile_scores(sides, cut, i, j, hardness)
+        found = reduction.weigh(scores, *ours.values) + reduction.weigh(scores, *theirs.values)
+        found = jnp.where(cut.inside(i, j), found, 0)
+        weights = (found * ours.labels.scale).astype(ours.vectors.dtype)
+        return found, weights, ours.vectors, theirs.vectors
 
     def to_queries_kernel(sides: PyTree, to_queries: Any) -> None:
         i, j = pl.program_id(0), pl.program_id(1)
@@ -103,9 +100,8 @@ def backward(
         def _() -> None:
             to_queries[...] = jnp.zeros(to_queries.shape, wide)
 
-        ours, theirs, found = gradients(sides, i, j)
-        weights = (found * ours.scale).astype(ours.vectors.dtype)
-        to_queries[...] += _product(weights, theirs.vectors, 1, wide)
+        weights, vectors = gradients(sides, i, j)[1::2]
+        to_queries[...] += _product(weights, vectors, 1, wide)
 
     def to_keys_kernel(sides: PyTree, to_keys: Any, to_biases: Any) -> None:
         j, i = pl.program_id(0), pl.program_id(1)
@@ -115,9 +111,8 @@ def backward(
             to_keys[...] = jnp.zeros(to_keys.shape, wide)
             to_biases[...] = jnp.zeros(to_biases.shape, wide)
 
-        ours, found = gradients(sides, i, j)[::2]
-        weights = (found * ours.scale).astype(ours.vectors.dtype)
-        to_keys[...] += _product(weights, ours.vectors, 0, wide)
+        found, weights, vectors = gradients(sides, i, j)[:3]
+        to_keys[...] += _product(weights, vectors, 0, wide)
         to_biases[...] += found.sum(0, keepdims=True)
 
     call = functools.partial(_call, sides=sides, cut=cut, dtype=wide)
@@ -156,7 +151,7 @@ class _Cut(NamedTuple):
     @classmethod
     def of(cls, queries: PairQueries, keys: PairKeys, tile: int) -> "_Cut":
         sizes = queries.vectors.shape[0], keys.vectors.shape[0]
-        return cls(*sizes, *(min(tile, LARGEST_TILE, size) for size in sizes))
+        return cls(*sizes, *(min(tile, size) for size in sizes))
 
     @property
     def down(self) -> int:
@@ -235,51 +230,64 @@ class _Block(NamedTuple):
         return values != 0 if self.is_bool else values
 
 
+class _Side(NamedTuple):
+    """What a kernel reads of one side.
+
+    Attributes:
+      labels: `as_columns` of queries, `as_rows` of keys.
+      values: what its rows or columns came to, and the cotangents, shaped likewise.
+      vectors: its vectors.
+      guide: its guide's, or `None`.
+    """
+
+    labels: PyTree
+    values: PyTree
+    vectors: Any
+    guide: Any
+
+
+def _sides(
+    queries: PairQueries, keys: PairKeys, of_rows: PyTree, of_columns: PyTree
+) -> tuple[_Side, _Side]:
+    columns = jax.tree.map(lambda values: values[:, None], of_rows)
+    rows = jax.tree.map(lambda values: values[None, :], of_columns)
+    return (
+        _Side(as_columns(queries), columns, queries.vectors, queries.labels.guide),
+        _Side(as_rows(keys), rows, keys.vectors, keys.labels.guide),
+    )
+
+
+def _map_sides(down: Callable, across: Callable, vectors: Callable, sides: PyTree) -> PyTree:
+    """Maps what goes down the matrix, what lies across it, and the keys' vectors, row by row."""
+    queries, keys = sides
+    lying = jax.tree.map(across, (keys.labels, keys.values), is_leaf=_is_block)
+    standing = jax.tree.map(vectors, (keys.vectors, keys.guide), is_leaf=_is_block)
+    return jax.tree.map(down, queries, is_leaf=_is_block), _Side(*lying, *standing)
+
+
 def _specs(sides: PyTree, cut: _Cut, order: Callable) -> PyTree:
-    """A block of every array of both sides: the queries' go down, and the keys' across."""
+    """A block of every array of both sides."""
 
     def down(leaf: Array) -> pl.BlockSpec:
         return pl.BlockSpec((cut.height, leaf.shape[1]), lambda *at: (order(*at)[0], 0))
 
     def across(leaf: Array) -> pl.BlockSpec:
-        return pl.BlockSpec((leaf.shape[0], cut.width), lambda *at: (0, order(*at)[1]))
+        return pl.BlockSpec((1, cut.width), lambda *at: (0, order(*at)[1]))
 
     def vectors(leaf: Array) -> pl.BlockSpec:
         return pl.BlockSpec((cut.width, leaf.shape[1]), lambda *at: (order(*at)[1], 0))
 
-    queries, keys = sides
-    return jax.tree.map(down, queries), _map_keys(across, vectors, keys)
+    return _map_sides(down, across, vectors, sides)
 
 
 def _loaded(sides: PyTree, cut: _Cut, i: Array, j: Array) -> PyTree:
     """Both sides' blocks, 0 beyond the ends of the matrix, where a NaN would survive a product."""
-
-    def down(block: _Block) -> Array:
-        return block.read(0, i, cut.num_queries)
-
-    def across(block: _Block) -> Array:
-        return block.read(1, j, cut.num_keys)
-
-    def vectors(block: _Block) -> Array:
-        return block.read(0, j, cut.num_keys)
-
-    queries, keys = sides
-    return (
-        jax.tree.map(down, queries, is_leaf=_is_block),
-        _map_keys(across, vectors, keys),
+    return _map_sides(
+        lambda block: block.read(0, i, cut.num_queries),
+        lambda block: block.read(1, j, cut.num_keys),
+        lambda block: block.read(0, j, cut.num_keys),
+        sides,
     )
-
-
-def _map_keys(across: Callable, vectors: Callable, keys: PyTree) -> PyTree:
-    """Maps the keys' arrays, which lie across the matrix but for vectors and guide."""
-    if not isinstance(keys, PairKeys):
-        side, values = keys
-        return _map_keys(across, vectors, side), jax.tree.map(across, values, is_leaf=_is_block)
-    bias, labels = jax.tree.map(
-        across, (keys.bias, keys.labels._replace(guide=None)), is_leaf=_is_block
-    )
-    guide = None if keys.labels.guide is None else vectors(keys.labels.guide)
-    return PairKeys(vectors(keys.vectors), bias, labels._replace(guide=guide))
 
 
 def _is_block(node: Any) -> bool:
@@ -291,10 +299,16 @@ def _is_spec(node: Any) -> bool:
 
 
 def _tile_scores(
-    queries: PairQueries, keys: PairKeys, hardness: float, inside: Bool[Array, "q k"]
-) -> Float[Array, "q k"]:
-    scores, counted = block_scores(queries, keys, hardness=hardness)
-    return jnp.where(counted & inside, scores, -jnp.inf)
+    sides: PyTree, cut: _Cut, i: Array, j: Array, hardness: float
+) -> tuple[Float[Array, "q k"], tuple[_Side, _Side]]:
+    """The scores of tile (i, j), −∞ where a pair does not count, and what was read for them."""
+    ours, theirs = _loaded(sides, cut, i, j)
+    similarity = inner_products(ours.vectors, theirs.vectors)
+    guided = None if ours.guide is None else inner_products(ours.guide, theirs.guide)
+    scores, counted = block_scores(
+        similarity, similarity, guided, ours.labels, theirs.labels, hardness=hardness
+    )
+    return jnp.where(counted & cut.inside(i, j), scores, -jnp.inf), (ours, theirs)
 
 
 def _product(

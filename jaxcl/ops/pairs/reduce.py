@@ -1,11 +1,12 @@
 """The public operations on a pair matrix: one number per row and per column."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 
-from jaxcl.ops.pairs import pallas_tpu, reference, tiled
+from jaxcl.ops.pairs import reference
 from jaxcl.ops.pairs.exchange import TilePasses, gather_keys, ring_backward, ring_forward
 from jaxcl.ops.pairs.reductions import COUNT, LOGSUMEXP, SOFTPLUS, SUM, Reduction
 from jaxcl.ops.pairs.sides import ALL_COUNT, PairKeys, PairLabels, PairQueries
@@ -21,10 +22,9 @@ __all__ = [
     "pair_sum",
 ]
 
-IMPLEMENTATIONS = ("reference", "tiled", "pallas_tpu")
+IMPLEMENTATIONS = ("reference", "tiled", "pallas_tpu", "pallas_gpu")
 EXCHANGES = ("gather", "ring")
 
-_BY_TILES = {"tiled": tiled, "pallas_tpu": pallas_tpu}
 _LARGEST_REFERENCE = 2**20  # entries: 4 MiB of float32, as much as one tile
 
 
@@ -40,7 +40,7 @@ def pair_logsumexp(
     axis_name: AxisName | None = None,
     exchange: str = "gather",
     implementation: str | None = None,
-    tile: int = tiled.TILE,
+    tile: int | None = None,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
     r"""Each row's and each column's log-sum-exp of a matrix of scores that is never stored.
 
@@ -67,9 +67,10 @@ def pair_logsumexp(
         the same in the backward, and `devices · k · d` for the gradient, which travels along.
         Either moves three numbers a column besides: its value, its value's shift or its cotangent.
       implementation: `"reference"`, the whole block of scores with JAX's own gradient; `"tiled"`,
-        `tile²` scores at a time; `"pallas_tpu"`, the same in kernels for TPUs. `None` takes the
-        reference where it is no larger than a tile, and tiles elsewhere.
-      tile: rows and columns of a tile.
+        `tile²` scores at a time; `"pallas_tpu"`, the same in kernels for TPUs; `"pallas_gpu"`, in
+        kernels for NVIDIA GPUs from Hopper on, of bfloat16 or float16 and without guides. `None`
+        takes the reference where it has at most 2²⁰ entries, and `"tiled"` elsewhere.
+      tile: rows and columns of a tile; `None` for what suits the implementation.
 
     Returns:
       Rows and columns, in nats, in float32 at least; −∞ where nothing counts, with the gradient 0.
@@ -110,7 +111,7 @@ def pair_sum(
     axis_name: AxisName | None = None,
     exchange: str = "gather",
     implementation: str | None = None,
-    tile: int = tiled.TILE,
+    tile: int | None = None,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
     """Each row's and each column's sum of the scores that count, in nats.
 
@@ -140,7 +141,7 @@ def pair_softplus(
     axis_name: AxisName | None = None,
     exchange: str = "gather",
     implementation: str | None = None,
-    tile: int = tiled.TILE,
+    tile: int | None = None,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
     r"""Each row's and each column's sum of $\log(1 + e^{s_{ij}})$ over the pairs that count.
 
@@ -168,7 +169,7 @@ def pair_count(
     axis_name: AxisName | None = None,
     exchange: str = "gather",
     implementation: str | None = None,
-    tile: int = tiled.TILE,
+    tile: int | None = None,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
     """How many pairs count in each row and each column. Arguments as for `pair_logsumexp`."""
     queries, keys = map(jax.lax.stop_gradient, (queries, keys))
@@ -193,11 +194,13 @@ def _reduce_pairs(
     axis_name: AxisName | None,
     exchange: str,
     implementation: str | None,
-    tile: int,
+    tile: int | None,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
     _check(queries, keys, exchange, implementation, tile)
-    module = _BY_TILES[implementation if implementation in _BY_TILES else "tiled"]
-    passes = TilePasses(module.forward, module.backward, hardness=hardness, tile=tile)
+    by_tiles = "tiled" if implementation in (None, "reference") else implementation
+    # Here and not above, since kernels load much that others do not need.
+    module = importlib.import_module(f"jaxcl.ops.pairs.{by_tiles}")
+    passes = TilePasses(module.forward, module.backward, hardness, tile or module.TILE)
     if axis_name is not None and exchange == "ring":
         if implementation == "reference":
             raise ValueError("a ring has no whole block of scores; use implementation='tiled'")
@@ -276,7 +279,11 @@ def _wide(vectors: Array) -> jnp.dtype:
 
 
 def _check(
-    queries: PairQueries, keys: PairKeys, exchange: str, implementation: str | None, tile: int
+    queries: PairQueries,
+    keys: PairKeys,
+    exchange: str,
+    implementation: str | None,
+    tile: int | None,
 ) -> None:
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -284,7 +291,7 @@ def _check(
         )
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange={exchange!r} is unknown; use one of {', '.join(EXCHANGES)}")
-    if tile < 1:
+    if tile is not None and tile < 1:
         raise ValueError(f"tile={tile}; a tile has at least one row")
     if queries.vectors.shape[1] != keys.vectors.shape[1]:
         raise ValueError(

@@ -17,25 +17,25 @@ class Reduction(NamedTuple):
 
     Attributes:
       empty: the reduction of nothing.
-      reduce: (scores, axis, keepdims=False) -> values.
+      reduce: (scores, axis) -> values.
       join: (values, values) -> values of both parts together.
       join_devices: (values of all columns, axis name) -> this device's columns, over all devices.
       weigh: (scores, values, cotangents) -> the scores' gradients; the last two broadcast.
     """
 
     empty: float
-    reduce: Callable[..., Array]
+    reduce: Callable[[Float[Array, "q k"], int], Float[Array, " _"]]
     join: Callable[[Array, Array], Array]
     join_devices: Callable[[Array, AxisName], Array]
     weigh: Callable[[Array, Array, Array], Array]
 
 
-def _logsumexp(scores: Float[Array, "q k"], axis: int, *, keepdims: bool = False) -> Array:
+def _logsumexp(scores: Float[Array, "q k"], axis: int) -> Float[Array, " _"]:
     """−∞ for nothing, with the gradient 0, where XLA's own formula would give NaN."""
-    top = lax.stop_gradient(_finite(scores.max(axis, keepdims=True)))
-    total = jnp.exp(scores - top).sum(axis, keepdims=True)
-    values = _log(total, top)
-    return values if keepdims else jnp.squeeze(values, axis)
+    top = lax.stop_gradient(_finite(scores.max(axis)))
+    # In one step, as kernels want it.
+    shift = lax.broadcast_in_dim(top, scores.shape, (1 - axis,))
+    return _log(jnp.exp(scores - shift).sum(axis), top)
 
 
 def _logsumexp_over_devices(values: Float[Array, " k"], axis_name: AxisName) -> Float[Array, " q"]:
@@ -44,10 +44,6 @@ def _logsumexp_over_devices(values: Float[Array, " k"], axis_name: AxisName) -> 
     total = lax.psum_scatter(jnp.exp(values - top), axis_name, tiled=True)
     size, start = total.shape[0], lax.axis_index(axis_name) * total.shape[0]
     return _log(total, lax.dynamic_slice(top, (start,), (size,)))
-
-
-def _sum(terms: Float[Array, "q k"], axis: int, *, keepdims: bool = False) -> Array:
-    return terms.sum(axis, keepdims=keepdims)
 
 
 def _log(total: Array, shift: Array) -> Array:
@@ -75,7 +71,7 @@ r"""$\log \sum_j e^{s_j}$, in nats; −∞ where nothing counts."""
 
 SOFTPLUS = Reduction(
     empty=0.0,
-    reduce=lambda scores, axis, **how: _sum(jnp.logaddexp(scores, 0), axis, **how),
+    reduce=lambda scores, axis: jnp.logaddexp(scores, 0).sum(axis),
     join=jnp.add,
     join_devices=lambda values, axis_name: lax.psum_scatter(values, axis_name, tiled=True),
     weigh=lambda scores, values, cotangents: jax.nn.sigmoid(scores) * cotangents,
@@ -84,7 +80,7 @@ r"""$\sum_j \log(1 + e^{s_j})$, in nats; 0 where nothing counts."""
 
 SUM = Reduction(
     empty=0.0,
-    reduce=lambda scores, axis, **how: _sum(jnp.where(scores > -jnp.inf, scores, 0), axis, **how),
+    reduce=lambda scores, axis: jnp.where(scores > -jnp.inf, scores, 0).sum(axis),
     join=jnp.add,
     join_devices=lambda values, axis_name: lax.psum_scatter(values, axis_name, tiled=True),
     weigh=lambda scores, values, cotangents: jnp.where(scores > -jnp.inf, cotangents, 0),
@@ -93,7 +89,7 @@ r"""$\sum_j s_j$, in nats; 0 where nothing counts."""
 
 COUNT = Reduction(
     empty=0.0,
-    reduce=lambda scores, axis, **how: _sum((scores > -jnp.inf).astype(scores.dtype), axis, **how),
+    reduce=lambda scores, axis: (scores > -jnp.inf).astype(scores.dtype).sum(axis),
     join=jnp.add,
     join_devices=lambda values, axis_name: lax.psum_scatter(values, axis_name, tiled=True),
     weigh=lambda scores, values, cotangents: jnp.zeros_like(scores),

@@ -1,5 +1,6 @@
 """What the two sides of a pair matrix bring along, and the matrix that they describe."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
@@ -88,65 +89,76 @@ def pair_scores(
 
     $x$ is the inner product, $\bar x$ the same as a constant, by which hard pairs weigh more.
     """
-    return block_scores(as_columns(queries), as_rows(keys), hardness=hardness)
+    columns, rows = as_columns(queries), as_rows(keys)
+    similarity = inner_products(queries.vectors, keys.vectors)
+    guided = None
+    if queries.labels.guide is not None and keys.labels.guide is not None:
+        guided = inner_products(queries.labels.guide, keys.labels.guide)
+    constant = lax.stop_gradient(similarity)
+    return block_scores(similarity, constant, guided, columns, rows, hardness=hardness)
 
 
 def as_columns(queries: PairQueries) -> PairQueries:
-    """The same with one row per query in every array: all but vectors and guide are `[q, s]`."""
-    return _shaped(queries, lambda rows: rows[:, None] if rows.ndim == 1 else rows)
+    """The same without vectors, each array `[q, 1]`: a label is a tuple of them, of several one."""
+    return _shaped(queries, lambda rows: rows[:, None])
 
 
 def as_rows(keys: PairKeys) -> PairKeys:
-    """The same with one column per key in every array but vectors and guide: `[t, k]`."""
-    return _shaped(keys, lambda rows: rows[None, :] if rows.ndim == 1 else rows.T)
+    """The same without vectors, each array `[1, k]`: a label is a tuple of them, of several one."""
+    return _shaped(keys, lambda rows: rows[None, :])
 
 
 def block_scores(
-    columns: PairQueries, rows: PairKeys, *, hardness: float
+    similarity: Float[Array, "q k"],
+    constant: Float[Array, "q k"],
+    guided: Float[Array, "q k"] | None,
+    columns: PairQueries,
+    rows: PairKeys,
+    *,
+    hardness: float,
 ) -> tuple[Float[Array, "q k"], Bool[Array, "q k"]]:
-    """`pair_scores` of sides that `as_columns` and `as_rows` have shaped: broadcasts alone."""
-    similarity = inner_products(columns.vectors, rows.vectors)
-    constant = lax.stop_gradient(similarity)
+    """`pair_scores` from the products and from what `as_columns` and `as_rows` have shaped.
+
+    Nothing but broadcasts, so that kernels can use it for a tile. `constant` is the similarity
+    without a gradient, `guided` that of the guides.
+    """
     scores = similarity * columns.scale
     if rows.bias is not None:
         scores += rows.bias
     if hardness:
         scores += hardness * constant
-    return scores, _mask(columns.labels, rows.labels, constant)
+    return scores, _mask(columns.labels, rows.labels, constant if guided is None else guided)
 
 
 def _shaped(side: PyTree, shape: Callable[[Array], Array]) -> PyTree:
-    shaped = jax.tree.map(shape, side)
-    labels = shaped.labels._replace(guide=side.labels.guide)
-    return shaped._replace(vectors=side.vectors, labels=labels)
+    labels = side.labels
+    sets = {
+        name: tuple(_columns_of(label) for label in getattr(labels, name))
+        for name in ("different", "equal")
+    }
+    rest = side._replace(vectors=None, labels=labels._replace(guide=None, **sets))
+    return jax.tree.map(shape, rest)
+
+
+def _columns_of(label: Labels) -> tuple[Array, ...]:
+    return (label,) if label.ndim == 1 else tuple(label.T)
 
 
 def _mask(
     columns: PairLabels, rows: PairLabels, similarity: Float[Array, "q k"]
 ) -> Bool[Array, "q k"]:
-    mask = jnp.ones(similarity.shape, bool)
-    for ours, theirs in zip(columns.different, rows.different, strict=True):
-        mask &= ~_agree(ours, theirs)
-    for ours, theirs in zip(columns.equal, rows.equal, strict=True):
-        mask &= _agree(ours, theirs)
-    for valid in (columns.valid, rows.valid):
-        if valid is not None:
-            mask &= valid
-    if columns.guide is not None and rows.guide is not None:
-        similarity = inner_products(columns.guide, rows.guide)
-    for ceiling in (columns.ceiling, rows.ceiling):
-        if ceiling is not None:
-            mask &= similarity <= ceiling
-    return mask
+    parts = [
+        *(~_agree(*both) for both in zip(columns.different, rows.different, strict=True)),
+        *(_agree(*both) for both in zip(columns.equal, rows.equal, strict=True)),
+        *(valid for valid in (columns.valid, rows.valid) if valid is not None),
+        *(similarity <= side.ceiling for side in (columns, rows) if side.ceiling is not None),
+    ]
+    return functools.reduce(jnp.logical_and, parts, jnp.ones(similarity.shape, bool))
 
 
-def _agree(ours: Integer[Array, "q s"], theirs: Integer[Array, "t k"]) -> Bool[Array, "q k"]:
-    """Which pairs have a label in common."""
-    num_ours, num_theirs = ours.shape[1], theirs.shape[0]
-    if num_ours == num_theirs == 1:
-        return ours == theirs
-    agree = jnp.zeros((ours.shape[0], theirs.shape[1]), bool)
-    for i, j in itertools.product(range(num_ours), range(num_theirs)):
-        ours_i = ours[:, i : i + 1]
-        agree |= (ours_i == theirs[j : j + 1]) & (ours_i >= 0)
-    return agree
+def _agree(ours: PyTree, theirs: PyTree) -> Bool[Array, "..."]:
+    """Which pairs have a label in common: tuples of columns, tuples of rows."""
+    if len(ours) == len(theirs) == 1:
+        return ours[0] == theirs[0]
+    pairs = itertools.product(ours, theirs)
+    return functools.reduce(jnp.logical_or, ((a == b) & (a >= 0) for a, b in pairs))

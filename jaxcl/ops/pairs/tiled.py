@@ -4,7 +4,9 @@ The last tile of a side that the tile does not divide starts earlier, so that al
 nothing is padded or copied; what an earlier tile has seen does not count again.
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +17,34 @@ from jaxcl.ops.pairs.sides import PairKeys, PairQueries, pair_scores
 from jaxcl.ops.varying import full_like_varying
 from jaxcl.typing import Array, Bool, Float, Int, PyTree
 
-__all__ = ["TILE", "backward", "forward"]
+__all__ = ["TILE", "TileOps", "backward", "backward_by", "forward", "forward_by"]
 
 TILE = 1024
-"""Rows and columns of a tile: 4 MiB of float32 scores, which stay in cache."""
+"""Rows and columns of a tile: 4 MiB of float32 scores, which stay in a CPU's cache."""
 
 
-def forward(
-    reduction: Reduction, queries: PairQueries, keys: PairKeys, *, hardness: float, tile: int
+class TileOps(NamedTuple):
+    """How one tile is computed.
+
+    Attributes:
+      reduce: (reduction, queries, keys, hardness=…) -> its rows and its columns, reduced.
+      weigh: (reduction, queries, keys, (rows, columns), cotangents, hardness=…) -> what its
+        products are weighed by in the gradients of the vectors, in their type, and the sum of its
+        scores' gradients by column.
+    """
+
+    reduce: Callable[..., tuple[Array, Array]]
+    weigh: Callable[..., tuple[Array, Array]]
+
+
+def forward_by(
+    ops: TileOps,
+    reduction: Reduction,
+    queries: PairQueries,
+    keys: PairKeys,
+    *,
+    hardness: float,
+    tile: int,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
     """Reduces every row and every column, one product per tile."""
     wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
@@ -30,16 +52,13 @@ def forward(
 
     def one_tile(index: Int[Array, ""], reduced: tuple[Array, Array]) -> tuple[Array, Array]:
         (rows, i), (columns, j) = _places(index, num_queries, num_keys, tile)
-        scores = _tile_scores(
-            _slice(queries, rows, num_queries, tile),
-            _slice(keys, columns, num_keys, tile),
-            hardness,
-            i[:, None] & j[None, :],
-        )
+        ours = _fresh(_slice(queries, rows, num_queries, tile), i)
+        theirs = _fresh(_slice(keys, columns, num_keys, tile), j)
+        more_rows, more_columns = ops.reduce(reduction, ours, theirs, hardness=hardness)
         by_row, by_column = reduced
         return (
-            _update(reduction.join, by_row, rows, reduction.reduce(scores, 1)),
-            _update(reduction.join, by_column, columns, reduction.reduce(scores, 0)),
+            _update(reduction.join, by_row, rows, more_rows),
+            _update(reduction.join, by_column, columns, more_columns),
         )
 
     start = tuple(
@@ -49,7 +68,8 @@ def forward(
     return lax.fori_loop(0, _num_tiles(num_queries, num_keys, tile), one_tile, start)
 
 
-def backward(
+def backward_by(
+    ops: TileOps,
     reduction: Reduction,
     queries: PairQueries,
     keys: PairKeys,
@@ -74,17 +94,20 @@ def backward(
         theirs, their_values, their_cotangents = _slice(
             (keys, reduced[1], cotangents[1]), columns, num_keys, tile
         )
-        scores = _tile_scores(ours, theirs, hardness, i[:, None] & j[None, :])
-        gradient = reduction.weigh(scores, our_values[:, None], our_cotangents[:, None])
-        gradient += reduction.weigh(scores, their_values, their_cotangents)
-        # In the inputs' type, as their own product: bf16 stays on the matrix unit.
-        weights = (gradient * ours.scale[:, None]).astype(ours.vectors.dtype)
-        to_queries, to_keys, to_biases = gradients
+        weights, to_biases = ops.weigh(
+            reduction,
+            _fresh(ours, i),
+            _fresh(theirs, j),
+            (our_values, their_values),
+            (our_cotangents, their_cotangents),
+            hardness=hardness,
+        )
+        to_queries, to_keys, all_to_biases = gradients
         product = jnp.einsum("qk,kd->qd", weights, theirs.vectors, preferred_element_type=wide)
         to_queries = _update(jnp.add, to_queries, rows, product)
         product = jnp.einsum("qk,qd->kd", weights, ours.vectors, preferred_element_type=wide)
         to_keys = _update(jnp.add, to_keys, columns, product)
-        return to_queries, to_keys, _update(jnp.add, to_biases, columns, gradient.sum(0))
+        return to_queries, to_keys, _update(jnp.add, all_to_biases, columns, to_biases)
 
     shapes = (queries.vectors.shape, keys.vectors.shape, num_keys)
     start = tuple(full_like_varying(shape, 0.0, wide, (queries, keys)) for shape in shapes)
@@ -95,11 +118,39 @@ def backward(
     return to_queries, to_scales, to_keys, to_biases
 
 
-def _tile_scores(
-    queries: PairQueries, keys: PairKeys, hardness: float, fresh: Bool[Array, "q k"]
-) -> Float[Array, "q k"]:
+def _reduce(
+    reduction: Reduction, queries: PairQueries, keys: PairKeys, *, hardness: float
+) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
     scores, counted = pair_scores(queries, keys, hardness=hardness)
-    return jnp.where(counted & fresh, scores, -jnp.inf)
+    scores = jnp.where(counted, scores, -jnp.inf)
+    return reduction.reduce(scores, 1), reduction.reduce(scores, 0)
+
+
+def _weigh(
+    reduction: Reduction,
+    queries: PairQueries,
+    keys: PairKeys,
+    reduced: tuple[Float[Array, " q"], Float[Array, " k"]],
+    cotangents: tuple[Float[Array, " q"], Float[Array, " k"]],
+    *,
+    hardness: float,
+) -> tuple[Float[Array, "q k"], Float[Array, " k"]]:
+    scores, counted = pair_scores(queries, keys, hardness=hardness)
+    scores = jnp.where(counted, scores, -jnp.inf)
+    gradient = reduction.weigh(scores, reduced[0][:, None], cotangents[0][:, None])
+    gradient += reduction.weigh(scores, reduced[1], cotangents[1])
+    # In the inputs' type, as their own product: bf16 stays on the matrix unit.
+    weights = (gradient * queries.scale[:, None]).astype(queries.vectors.dtype)
+    return weights, gradient.sum(0)
+
+
+_XLA = TileOps(_reduce, _weigh)
+
+forward = functools.partial(forward_by, _XLA)
+"""`forward_by` XLA's own operations."""
+
+backward = functools.partial(backward_by, _XLA)
+"""`backward_by` XLA's own operations."""
 
 
 def _num_tiles(num_queries: int, num_keys: int, tile: int) -> int:
@@ -126,6 +177,13 @@ def _place(number: Int[Array, ""], size: int, tile: int) -> tuple[Array, Bool[Ar
 def _slice(side: PyTree, start: Int[Array, ""], size: int, tile: int) -> PyTree:
     length = min(tile, size)
     return jax.tree.map(lambda rows: lax.dynamic_slice_in_dim(rows, start, length), side)
+
+
+def _fresh(side: PyTree, fresh: Bool[Array, " r"]) -> PyTree:
+    """A side of which only these rows count."""
+    valid = side.labels.valid
+    labels = side.labels._replace(valid=fresh if valid is None else valid & fresh)
+    return side._replace(labels=labels)
 
 
 def _update(join: Callable, whole: Array, start: Int[Array, ""], part: Array) -> Array:

@@ -1,30 +1,23 @@
-"""What a run remembers of each training row: tables in the train state, sharded over the mesh."""
+"""Tables with an entry for each training row."""
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
 
-from jaxcl.mesh import batch_sharding, replicated_sharding
 from jaxcl.typing import Array, Bool, Float, Int, PyTree
 
-__all__ = ["init_table", "read_rows", "table_sharding", "write_rows"]
+__all__ = ["ENTRIES_MULTIPLE", "init_table", "read_rows", "write_rows"]
 
-_MULTIPLE = 1_024
+ENTRIES_MULTIPLE = 1_024
+"""What the number of a table's entries is a multiple of, so that it divides over most meshes."""
 
 
 def init_table(num_rows: int, width: int, *, value: float) -> Float[Array, "n w"]:
     """A table with an entry for each row, all alike.
 
-    It has a multiple of 1,024 entries, so that its shape, and with it a checkpoint, is the same on
-    every mesh over whose devices that number divides.
+    Entries are filled up to a multiple of 1,024 on every mesh, so that a checkpoint may move.
     """
-    padded = -(-num_rows // _MULTIPLE) * _MULTIPLE
+    padded = -(-num_rows // ENTRIES_MULTIPLE) * ENTRIES_MULTIPLE
     return jnp.full((padded, width), value, jnp.float32)
-
-
-def table_sharding(mesh: Mesh) -> NamedSharding:
-    """Entries over all axes of the mesh, or a copy on each device where 1,024 does not divide."""
-    return replicated_sharding(mesh) if _MULTIPLE % mesh.size else batch_sharding(mesh)
 
 
 def read_rows(tables: PyTree, rows: Int[Array, " b"]) -> PyTree:

@@ -1,0 +1,284 @@
+"""Large tiles in kernels for NVIDIA GPUs from Hopper on: their scores never leave the chip.
+
+The tiles of `tiled`, but thousands wide, and each of them one launch: every block of threads
+multiplies 128 queries with 128 keys on the tensor cores, and reduces the scores in its registers to
+one number per row and column, or turns them into the weights of the backward pass, which alone are
+written, in the vectors' type. The two products of the gradients are XLA's.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import Literal
+
+from jaxcl.ops.pairs import tiled
+from jaxcl.ops.pairs.reductions import Reduction
+from jaxcl.ops.pairs.sides import PairKeys, PairQueries, as_columns, as_rows, block_scores
+from jaxcl.ops.varying import shape_like_varying
+from jaxcl.typing import Array, Float, PyTree
+
+__all__ = ["INTERPRET", "TILE", "backward", "forward"]
+
+TILE = 8_192
+"""Rows and columns of a launch: 128 MiB of bfloat16 weights in the backward pass."""
+
+INTERPRET: Any = None
+"""What `plgpu.kernel` takes as `interpret`, for tests."""
+
+_WHOLE = (...,) if "idx" in inspect.signature(plgpu.load).parameters else ()  # before jax 0.12
+_BLOCK = 128  # queries and keys of a block of threads
+_CHUNK = 64  # features at a time: 128 bytes, what memory is swizzled by
+_STAGES = 3  # chunks in flight
+
+
+def _reduce(
+    reduction: Reduction, queries: PairQueries, keys: PairKeys, *, hardness: float
+) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
+    sizes = queries.vectors.shape[0], keys.vectors.shape[0]
+    queries, keys = _padded(queries), _padded(keys)
+    down, across = _blocks(queries, keys)
+
+    def epilogue(scores: Array, labels: tuple, i: Array, j: Array, results: Sequence) -> None:
+        rows, columns = results
+        rows[j, pl.ds(i * _BLOCK, _BLOCK)] = _in_kernel(reduction.reduce, scores, 1)
+        columns[i, pl.ds(j * _BLOCK, _BLOCK)] = _in_kernel(reduction.reduce, scores, 0)
+
+    rows, columns = _launch(
+        epilogue,
+        (queries, keys),
+        ((), ()),
+        hardness,
+        results=(
+            ((across, down * _BLOCK), jnp.dtype("float32")),
+            ((down, across * _BLOCK), jnp.dtype("float32")),
+        ),
+    )
+    return tuple(
+        lax.reduce(parts, jnp.float32(reduction.empty), reduction.join, (0,))[:size]
+        for parts, size in zip((rows, columns), sizes, strict=True)
+    )
+
+
+def _weigh(
+    reduction: Reduction,
+    queries: PairQueries,
+    keys: PairKeys,
+    reduced: tuple[Float[Array, " q"], Float[Array, " k"]],
+    cotangents: tuple[Float[Array, " q"], Float[Array, " k"]],
+    *,
+    hardness: float,
+) -> tuple[Float[Array, "q k"], Float[Array, " k"]]:
+    num_queries, num_keys = queries.vectors.shape[0], keys.vectors.shape[0]
+    dtype = queries.vectors.dtype
+    queries, keys = _padded(queries), _padded(keys)
+    down, across = _blocks(queries, keys)
+    of_rows, of_columns = zip(
+        *(map(_padded_rows, both) for both in (reduced, cotangents)), strict=True
+    )
+
+    def epilogue(scores: Array, labels: tuple, i: Array, j: Array, results: Sequence) -> None:
+        weights, to_biases, staged = results
+        (ours, of_rows), (_, of_columns) = labels
+        gradient = _in_kernel(reduction.weigh, scores, *of_rows)
+        gradient += _in_kernel(reduction.weigh, scores, *of_columns)
+        to_biases[i, pl.ds(j * _BLOCK, _BLOCK)] = gradient.sum(0)
+        staged[...] = (gradient * ours.scale).astype(dtype)
+        plgpu.commit_smem()
+        place = (pl.ds(i * _BLOCK, _BLOCK), pl.ds(j * _BLOCK, _BLOCK))
+        plgpu.copy_smem_to_gmem(staged, weights.at[place])
+        plgpu.wait_smem_to_gmem(0)
+
+    weights, to_biases = _launch(
+        epilogue,
+        (queries, keys),
+        (of_rows, of_columns),
+        hardness,
+        results=(
+            ((down * _BLOCK, across * _BLOCK), dtype),
+            ((down, across * _BLOCK), jnp.dtype("float32")),
+        ),
+        scratch=(plgpu.SMEM((_BLOCK, _BLOCK), dtype, transforms=_transforms()),),
+    )
+    return weights[:num_queries, :num_keys], to_biases.sum(0)[:num_keys]
+
+
+_KERNELS = tiled.TileOps(_reduce, _weigh)
+
+forward = functools.partial(tiled.forward_by, _KERNELS)
+"""`tiled.forward_by` these kernels."""
+
+backward = functools.partial(tiled.backward_by, _KERNELS)
+"""`tiled.backward_by` these kernels."""
+
+
+def _launch(
+    epilogue: Callable[..., None],
+    sides: tuple[PairQueries, PairKeys],
+    values: tuple[PyTree, PyTree],
+    hardness: float,
+    *,
+    results: Sequence[tuple[tuple[int, int], jnp.dtype]],
+    scratch: Sequence[Any] = (),
+) -> Sequence[Array]:
+    """Runs a kernel on every block of a tile.
+
+    Args:
+      epilogue: (scores, both sides' labels and values, the block's place down and across,
+        references of the results and of the scratch); what it reads is as wide as the block.
+      sides: padded to whole blocks.
+      values: more of each side's rows, as the epilogue reads them.
+      hardness: of the scores.
+      results: shapes and types.
+      scratch: shared memory of a block.
+    """
+    queries, keys = sides
+    if queries.vectors.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(
+            f"implementation='pallas_gpu' multiplies bfloat16 or float16, not "
+            f"{queries.vectors.dtype}; cast the embeddings, or use 'tiled'"
+        )
+    if queries.labels.guide is not None:
+        raise ValueError("implementation='pallas_gpu' has no guides; use 'tiled'")
+    down, across = _blocks(queries, keys)
+    labels = ((as_columns(queries), values[0]), (as_rows(keys), values[1]))
+    leaves = [_as_numbers(leaf).reshape(-1) for leaf in jax.tree.leaves(labels)]
+    bools = [leaf.dtype == jnp.bool_ for leaf in jax.tree.leaves(labels)]
+    treedef: Any = jax.tree.structure(labels)
+    num_ours = len(jax.tree.leaves(labels[0]))
+    features = queries.vectors.shape[1]
+
+    def kernel(vectors: Any, others: Any, *references: Any) -> None:
+        i, j = lax.axis_index("down"), lax.axis_index("across")
+
+        def multiplied(accumulator: Any) -> Array:
+            def chunk(_: Any, ours: Any, theirs: Any) -> None:
+                plgpu.wgmma(accumulator, ours, theirs)
+                plgpu.wgmma_wait(0)
+
+            plgpu.emit_pipeline(
+                chunk,
+                grid=(features // _CHUNK,),
+                in_specs=[
+                    plgpu.BlockSpec((_BLOCK, _CHUNK), lambda c: (i, c), transforms=_transforms()),
+                    plgpu.BlockSpec((_CHUNK, _BLOCK), lambda c: (c, j), transforms=_transforms()),
+                ],
+                max_concurrent_steps=_STAGES,
+            )(vectors, others)
+            return accumulator[...]
+
+        similarity = pl.run_scoped(multiplied, plgpu.ACC((_BLOCK, _BLOCK), jnp.float32))
+        spread = [
+            _spread(reference, is_bool, *((i, 0) if number < num_ours else (j, 1)))
+            for number, (reference, is_bool) in enumerate(zip(references, bools, strict=False))
+        ]
+        both = treedef.unflatten(spread)
+        (ours, _), (theirs, _) = both
+        scores, counted = block_scores(
+            similarity, similarity, None, ours, theirs, hardness=hardness
+        )
+        scores = jnp.where(counted, scores, -jnp.inf)
+        epilogue(scores, both, i, j, references[len(bools) :])
+
+    launch = plgpu.kernel(
+        kernel,
+        out_type=[shape_like_varying(shape, dtype, leaves[0]) for shape, dtype in results],
+        scratch_types=list(scratch),
+        grid=(down, across),
+        grid_names=("down", "across"),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        interpret=INTERPRET,
+    )
+    # The tensor cores read the second factor column by column as well; a copy is one of k · d.
+    return launch(queries.vectors, keys.vectors.T, *leaves)
+
+
+def _spread(reference: Any, is_bool: bool, block: Array, axis: int) -> Array:
+    """A row's or a column's number in every place of the block, laid out as the product is."""
+    place = pl.ds(block * _BLOCK, _BLOCK)
+    if INTERPRET is None:
+        layout = plgpu.Layout.WGMMA.reduce(1 - axis)
+        values = plgpu.load(reference.at[place], *_WHOLE, layout=layout, optimized=False)
+    else:  # which knows no layouts
+        values = reference[place]
+    spread = lax.broadcast_in_dim(values, (_BLOCK, _BLOCK), (axis,))
+    return spread != 0 if is_bool else spread
+
+
+def _as_numbers(leaf: Array) -> Array:
+    return leaf.astype(jnp.int32) if leaf.dtype == jnp.bool_ else leaf
+
+
+def _blocks(queries: PairQueries, keys: PairKeys) -> tuple[int, int]:
+    return queries.vectors.shape[0] // _BLOCK, keys.vectors.shape[0] // _BLOCK
+
+
+def _padded(side: PyTree) -> PyTree:
+    """A side of whole blocks, whose padding is not valid, and of whole chunks of features."""
+    num_rows, features = side.vectors.shape
+    valid = side.labels.valid
+    valid = jnp.ones(num_rows, bool) if valid is None else valid
+    side = side._replace(
+        vectors=jnp.pad(side.vectors, ((0, 0), (0, -features % _CHUNK))),
+        labels=side.labels._replace(valid=valid),
+    )
+    return jax.tree.map(_padded_rows, side)
+
+
+def _padded_rows(rows: Array) -> Array:
+    missing = -rows.shape[0] % _BLOCK
+    return jnp.pad(rows, ((0, missing), *((0, 0),) * (rows.ndim - 1))) if missing else rows
+
+
+def _in_kernel(function: Callable[..., Array], *arguments: Any) -> Array:
+    """Calls a function, with other operations in place of those that GPU kernels do not know."""
+    numbers = [argument for argument in arguments if not isinstance(argument, int)]
+    options = [argument for argument in arguments if isinstance(argument, int)]
+    closed = jax.make_jaxpr(lambda *given: function(*given, *options))(*numbers)
+    return _evaluated(closed, *numbers)[0]
+
+
+def _evaluated(closed: Any, *arguments: Any) -> list[Array]:
+    values: dict[Any, Any] = dict(zip(closed.jaxpr.invars, arguments, strict=True))
+    values |= dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+
+    def value(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for equation in closed.jaxpr.eqns:
+        given = [value(atom) for atom in equation.invars]
+        called = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+        if called is not None:
+            results = _evaluated(called, *given)
+        elif equation.primitive.name in _SUBSTITUTES:
+            results = [_SUBSTITUTES[equation.primitive.name](*given)]
+        else:
+            result = equation.primitive.bind(*given, **equation.params)
+            results = result if equation.primitive.multiple_results else [result]
+        values |= dict(zip(equation.outvars, results, strict=True))
+    return [value(atom) for atom in closed.jaxpr.outvars]
+
+
+def _log1p(x: Array) -> Array:
+    """By its series near 0, where 1 + x would forget most of x: to 2e-6 everywhere."""
+    series = x * (1 - x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x / 5))))
+    return jnp.where(jnp.abs(x) < 0.05, series, jnp.log(1 + x))
+
+
+_SUBSTITUTES: dict[str, Callable[..., Array]] = {
+    "is_finite": lambda x: jnp.abs(x) < jnp.inf,
+    "log1p": _log1p,
+    "stop_gradient": lambda x: x,
+}
+
+
+def _transforms() -> tuple:
+    return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
