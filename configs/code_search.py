@@ -47,6 +47,9 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.loss.options = ConfigDict()  # its keyword arguments
     config.loss.exchange = "gather"  # or "ring"
     config.loss.implementation = placeholder(str)  # None takes the best that runs here
+    config.loss.bias = placeholder(
+        float
+    )  # where a learned bias of the scores begins, for "sigmoid"
     config.loss.matryoshka_dims = ()  # lengths at which the embeddings are to be good as well
     config.loss.masks = ("row",)  # the columns of a batch whose equals are no negatives
     config.loss.temperature = ConfigDict({"initial": 0.05, "minimum": 0.01, "maximum": 1.0})

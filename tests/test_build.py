@@ -67,6 +67,57 @@ def test_equals_of_a_masked_column_are_no_negatives(masks, loss):
     np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)  # scores of 20 in float32
 
 
+def test_a_bias_is_a_parameter_where_the_config_begins_one():
+    program = program_of(**{"loss.name": "sigmoid", "loss.bias": -4.0, "optimizer.name": "sgd"})
+    assert float(program.init().params["bias"]) == -4.0
+    tokens, numbers = {"tokens": np.arange(1, 9, dtype=np.int32)[:, None]}, np.arange(8)
+    batch = {"query": tokens, "key": tokens, "row": numbers.astype(np.int32)}
+    batch["group"] = batch["row"]
+    state = program.init()
+    for _ in range(2):  # the first rate is 0
+        state, _ = program.train_step(state, put_batch(batch, program.mesh))
+    assert float(state.params["bias"]) != -4.0
+    with pytest.raises(ValueError, match="'infonce' has none"):
+        program_of(**{"loss.bias": -4.0})
+
+
+def test_estimates_are_the_state_s_memory():
+    program = program_of(
+        **{"loss.name": "running_estimate", "loss.options": {"temperature_rate": 0.1}}
+    )
+    state = program.init(1_500)
+    assert {name: table.shape for name, table in state.memory.items()} == {
+        "estimates": (2_048, 2),
+        "log_temperatures": (2_048, 2),
+    }
+    assert jax.tree.map(lambda leaf: leaf.shape, program.abstract_state(1_500)) == jax.tree.map(
+        lambda leaf: leaf.shape, state
+    )
+    with pytest.raises(ValueError, match="remembers rows; give the number of them"):
+        program.init()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss.name": "supervised"}, "'supervised' takes no 'row'; leave it out"),
+        ({"loss.name": "supervised", "loss.masks": ()}, "'supervised' needs 'group' among them"),
+        (
+            {"loss.name": "running_estimate", "loss.matryoshka_dims": (2,)},
+            "leave one of the two out",
+        ),
+        (
+            {"loss.options": {"negatives": 1}},
+            "loss.options.negatives is unknown to 'infonce'",
+        ),
+        ({"loss.options": {"exchange": "ring"}}, "loss.options.exchange is unknown"),
+    ],
+)
+def test_a_loss_that_does_not_fit_its_config_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        program_of(**changes)
+
+
 def negatives_of(tokens):
     """Two for each row."""
     inputs = {name: np.stack([leaf, leaf[::-1]], 1) for name, leaf in tokens.items()}

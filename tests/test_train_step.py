@@ -9,15 +9,23 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxcl.losses import infonce_loss
-from jaxcl.mesh import make_mesh, put_batch, replicated_sharding
+from jaxcl.losses import infonce_loss, sigmoid_pair_loss
+from jaxcl.mesh import make_mesh, put_batch, replicated_sharding, table_sharding
 from jaxcl.models import StaticEncoder, TransformerEncoder, make_towers
 from jaxcl.models.embedding_bag import embedding_bag
-from jaxcl.train_step import TemperatureBounds, init_state, make_loss, make_train_step
+from jaxcl.ops.row_tables import init_table
+from jaxcl.train_step import (
+    TemperatureBounds,
+    init_state,
+    make_loss,
+    make_train_step,
+    state_sharding,
+)
 from tests.helpers import relative_error, relative_errors
 
 MESHES = ({"data": 8}, {"replica": 2, "data": 4})
 TEMPERATURE = TemperatureBounds(initial=0.05, minimum=0.01, maximum=1.0)
+KEY = 1
 MASKS = {"ids": "row", "groups": "group"}
 TOWERS = {
     "static": make_towers(
@@ -131,6 +139,129 @@ def test_the_two_sides_of_a_row_draw_from_keys_of_their_own():
     params = {"towers": {}, "log_temperature": jnp.float32(0.0)}
     loss = value_of(make_loss(drawn, difference, mesh, masks={}))
     assert float(loss(params, some_batch(), jax.random.key(1))) > 0.1
+
+
+@pytest.mark.parametrize("shape", [None, {"replica": 2, "data": 4}], ids=str)
+def test_explicit_negatives_go_through_step_cache_and_ring(shape, x64):
+    towers = TOWERS["static"]
+    params = double_params(towers)
+    batch = some_batch()
+    rng = np.random.default_rng(5)
+    batch["negatives"] = {
+        "inputs": {"tokens": rng.integers(1, 50, (16, 3, 7)).astype(np.int32)},
+        "valid": np.arange(48).reshape(16, 3) % 5 != 0,
+        "row": rng.integers(0, 20, (16, 3)).astype(np.int32),
+        "group": rng.integers(0, 9, (16, 3)).astype(np.int32),
+    }
+    batch = jax.tree.map(jnp.asarray, batch)
+
+    def by_hand(params):
+        explicit = batch["negatives"]
+        vectors = towers.encode(
+            params["towers"], "key", {"tokens": explicit["inputs"]["tokens"].reshape(48, 7)}
+        )
+        return infonce_loss(
+            *(towers.encode(params["towers"], side, batch[side]) for side in ("query", "key")),
+            temperature=jnp.exp(params["log_temperature"]),
+            ids=batch["row"],
+            groups=batch["group"],
+            negatives=vectors.reshape(16, 3, -1),
+            negatives_valid=explicit["valid"],
+            negative_ids=explicit["row"],
+            negative_groups=explicit["group"],
+        ).mean()
+
+    wanted = jax.jit(jax.value_and_grad(by_hand))(params)
+    without, _ = loss_and_gradients("static", {"data": 1}, key=None)
+    assert relative_error(wanted[0], without) > 0.05
+    cached = {"chunk_sizes": {"query": 2, "key": 5}} if shape else {}
+    ring = functools.partial(infonce_loss, exchange="ring", implementation="tiled")
+    found = loss_and_gradients(
+        "static", shape or {"data": 1}, ring if shape else infonce_loss, batch, key=None, **cached
+    )
+    assert max(relative_errors(found, wanted).values()) < 1e-10
+
+
+def test_each_explicit_negative_draws_from_a_key_of_its_own():
+    batch = some_batch() | {"row": jnp.arange(16)}
+    batch["negatives"] = {
+        "inputs": {"tokens": jnp.ones((16, 3, 7), jnp.int32)},
+        "valid": jnp.ones((16, 3), bool),
+    }
+
+    loss = make_loss(
+        drawn,
+        lambda queries, keys, *, negatives, memory, **_: (
+            queries[:, 0],
+            {"drawn": jnp.concatenate([queries[:, :1], keys[:, :1], negatives[..., 0]], 1)},
+        ),
+        make_mesh({"data": 8}),
+        masks={},
+        remembers=True,
+    )
+    memory = {"drawn": init_table(16, 5, value=0.0)}
+    params = {"towers": {}, "log_temperature": jnp.float32(0.0)}
+    _, memory = loss(params, memory, batch, jax.random.key(1))
+    numbers = np.asarray(memory["drawn"])[batch["row"]]
+    assert np.unique(numbers).size == numbers.size
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_what_a_loss_remembers_is_read_and_written_by_row(size):
+    mesh = make_mesh({"data": size}, devices=jax.devices()[:size])
+    rows = jnp.array([5, 3, 5, 1030, 0, 7, 2, 9])
+    batch = {side: {} for side in ("query", "key")} | {"row": rows}
+
+    def count(queries, keys, *, memory, **_):
+        return memory["seen"][:, 0], {"seen": memory["seen"] + 1 + queries[:, :1]}
+
+    def encode(params, side, inputs, rngs=None):
+        place = jnp.arange(8.0)[:, None]
+        return place * (0.01 if side == "query" else 0.0)
+
+    optimizer = optax.sgd(0.1)
+    state = init_state(
+        jax.random.key(0),
+        lambda key: {},
+        optimizer,
+        temperature=TEMPERATURE,
+        memory={"seen": init_table(1_031, 1, value=2.0)},
+    )
+    assert state.memory["seen"].shape == (2_048, 1)
+    loss = make_loss(encode, count, mesh, masks={}, remembers=True)
+    step = make_train_step(loss, optimizer, mesh, temperature=TEMPERATURE)
+    state, metrics = step(jax.device_put(state, state_sharding(mesh)), on_mesh(batch, mesh))
+    assert float(metrics.loss) == 2.0
+    assert state.memory["seen"].sharding == table_sharding(mesh)
+    seen = np.asarray(state.memory["seen"])[:, 0]
+    # Row 5 stands at places 0 and 2: the first of them stays.
+    wanted = {5: 3.0, 3: 3.01, 1030: 3.03, 0: 3.04, 7: 3.05, 2: 3.06, 9: 3.07}
+    np.testing.assert_allclose(seen[list(wanted)], list(wanted.values()), rtol=1e-6)
+    assert (np.delete(seen, list(wanted)) == 2.0).all()
+    _, metrics = step(state, on_mesh(batch, mesh))
+    np.testing.assert_allclose(
+        metrics.loss, np.mean([3, 3.01, 3, 3.03, 3.04, 3.05, 3.06, 3.07]), rtol=1e-6
+    )
+
+
+def test_a_bias_of_the_scores_is_learned_where_a_loss_has_one(x64):
+    towers = TOWERS["static"]
+    mesh = make_mesh({"data": 8})
+    params = double_params(towers) | {"bias": jnp.asarray(-3.0)}
+    loss = make_loss(towers.encode, sigmoid_pair_loss, mesh, masks={"ids": "row"})
+    batch = some_batch()
+
+    def by_hand(params):
+        return sigmoid_pair_loss(
+            *(towers.encode(params["towers"], side, batch[side]) for side in ("query", "key")),
+            temperature=jnp.exp(params["log_temperature"]),
+            bias=params["bias"],
+            ids=batch["row"],
+        ).mean()
+
+    found, _ = jax.jit(jax.grad(loss, has_aux=True))(params, {}, on_mesh(batch, mesh), None)
+    wanted = jax.jit(jax.grad(by_hand))(params)
+    assert max(relative_errors(found, wanted).values()) < 1e-10
 
 
 def value_of(loss):
@@ -265,16 +396,15 @@ def double_attention(query, key, value, *, mask):
     return jnp.einsum("bnts,bsnh->btnh", weights, value)
 
 
-def loss_and_gradients(name, shape, loss_fn=infonce_loss, **options):
+def loss_and_gradients(name, shape, loss_fn=infonce_loss, batch=None, key=KEY, **options):
     towers = TOWERS[name]
     size = int(np.prod(list(shape.values())))
     mesh = make_mesh(shape, devices=jax.devices()[:size])
     params = jax.device_put(double_params(towers), replicated_sharding(mesh))
-    batch = on_mesh(some_batch(), mesh)
+    batch = on_mesh(some_batch() if batch is None else batch, mesh)
     loss = make_loss(towers.encode, loss_fn, mesh, masks=MASKS, **options)
-    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-        params, {}, batch, jax.random.key(1)
-    )
+    key = jax.random.key(key) if key == KEY else key
+    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, {}, batch, key)
     return value, gradient
 
 

@@ -119,6 +119,34 @@ def test_no_query_meets_its_own_key_among_the_explicit_negatives():
     )
 
 
+def test_no_query_meets_its_own_group_among_the_explicit_negatives():
+    negatives = jnp.asarray(KEYS)[::-1, None]
+    labels = {"groups": jnp.array([7, 8]), "negative_groups": jnp.array([[7], [9]])}
+    loss = infonce(directions=("query_to_key",), negatives=negatives, **labels)
+    # Row 0 may not see its own negative, a 7; its other is row 1's.
+    wanted = [cross_entropy(1, 0, 1), cross_entropy(0.8, 0.6, 0.8, 0.6)]
+    np.testing.assert_allclose(loss, wanted, rtol=1e-12)
+
+
+def test_a_guide_judges_explicit_negatives_too():
+    negatives = jnp.array([[[0.6, 0.8]], [[0.8, 0.6]]])
+    guides = jnp.eye(2), jnp.eye(2)
+    for judged, wanted in (
+        ([[[0.5, 0.0]], [[0.0, 0.0]]], [cross_entropy(1, 0, 0.6, 0.8), None]),
+        ([[[2.0, 0.0]], [[0.0, 2.0]]], [cross_entropy(1, 0, 0.8), cross_entropy(0.8, 0.6, 1)]),
+    ):
+        loss = infonce(
+            directions=("query_to_key",),
+            negatives=negatives,
+            negative_guides=jnp.array(judged),
+            guides=guides,
+            margin=0.0,
+        )
+        np.testing.assert_allclose(loss[0], wanted[0], rtol=1e-12)
+        if wanted[1] is not None:
+            np.testing.assert_allclose(loss[1], wanted[1], rtol=1e-12)
+
+
 @pytest.mark.parametrize(("concentration", "positive_share"), [(0, 0), (2, 0), (0, 0.1), (2, 0.1)])
 def test_hard_and_debiased_negatives_by_the_papers_formula(concentration, positive_share):
     rows = 6
@@ -180,6 +208,16 @@ def test_a_pair_far_ahead_keeps_its_last_digits():
         (
             {"negatives": jnp.ones((2, 1, 2)), "negative_ids": jnp.ones((2, 1), int)},
             "give both",
+        ),
+        ({"negative_hardness": 1.0}, "negative_hardness without negatives"),
+        ({"negatives_valid": jnp.ones((2, 1), bool)}, "negatives_valid without negatives"),
+        (
+            {"negatives": jnp.ones((2, 1, 2)), "negative_guides": jnp.ones((2, 1, 2))},
+            "by negative_guides; give both",
+        ),
+        (
+            {"negatives": jnp.ones((2, 1, 2)), "negative_groups": jnp.ones((2, 1), int)},
+            "negative_groups are compared with groups",
         ),
     ],
 )

@@ -36,6 +36,44 @@ def test_groups_of_one_are_infonce():
     np.testing.assert_allclose(loss, infonce_loss(queries, keys, temperature=0.1), rtol=1e-12)
 
 
+def test_many_keys_belong_to_many_queries():
+    queries, keys = unit_vectors(0, 3, 4), unit_vectors(1, 3, 4)
+    positives = jnp.array([[10, 12], [11, -1], [10, 11]])  # row numbers of each query's keys
+    loss = supervised_infonce_loss(
+        queries,
+        keys,
+        groups=positives,
+        key_groups=jnp.array([10, 11, 12]),
+        temperature=1.0,
+        directions=("query_to_key",),
+    )
+    scores = np.asarray(queries @ keys.T)
+    everything = np.log(np.exp(scores).sum(1))
+    wanted = everything - [scores[0, [0, 2]].mean(), scores[1, 1], scores[2, [0, 1]].mean()]
+    np.testing.assert_allclose(loss, wanted, rtol=1e-12)
+    back = supervised_infonce_loss(
+        queries,
+        keys,
+        groups=positives,
+        key_groups=jnp.array([10, 11, 13]),
+        temperature=1.0,
+        directions=("key_to_query",),
+    )
+    everything = np.log(np.exp(scores).sum(0))
+    np.testing.assert_allclose(
+        back,
+        [everything[0] - scores[[0, 2], 0].mean(), everything[1] - scores[[1, 2], 1].mean(), 0],
+        rtol=1e-12,
+    )
+
+
+def test_a_direction_without_positives_is_an_error():
+    with pytest.raises(ValueError, match="positives are on the other side"):
+        supervised_infonce_loss(
+            jnp.eye(2), jnp.eye(2), groups=jnp.arange(2), directions=("query_to_query",)
+        )
+
+
 def test_padding_counts_for_nobody():
     queries, keys = unit_vectors(0, 7, 4), unit_vectors(1, 7, 4)
     groups, valid = jnp.array([0, 0, 1, 1, 2, 0, 1]), jnp.arange(7) < 5
