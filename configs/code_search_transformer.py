@@ -26,6 +26,7 @@ def get_config(variant: str = "default") -> ConfigDict:
             "norm_position": "pre",
             "pooling": "mean",
             "dropout": 0.1,
+            "remat": False,  # True computes a block's activations again instead of keeping them
             "compute_dtype": placeholder(str),  # bfloat16 on accelerators, else float32
         }
     )

@@ -6,10 +6,6 @@ import os
 # starve on two cores. It must be set before jax starts.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# LLVM's first level of optimisation, not its third: compiling takes a third less time.
-_FLAGS = os.environ.get("XLA_FLAGS", "")
-if "xla_backend_optimization_level" not in _FLAGS:
-    os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_backend_optimization_level=1".strip()
 
 import jax
 import pytest

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.bench.timing import compile_all, largest_that_fits, memory_bytes, milliseconds
+from jaxcl.bench.timing import compile_all, facts_of, largest_that_fits, milliseconds
 from jaxcl.losses import infonce_loss
 from jaxcl.mesh import make_mesh
 from jaxcl.models import TransformerEncoder, make_towers
@@ -86,14 +86,8 @@ def measure(
     whole, chunks = rates.values()
     ratios = [b / a for a, b in zip(whole, chunks, strict=True)]
     facts: dict[str, Any] = {"chunks / whole, median": float(np.median(ratios))}
-    for name, one in compiled.items():
-        facts[f"compile s, {name}"] = one.seconds
-        facts[f"temporary MiB, {name}"] = one.temporary_mebibytes
-    budget = memory_bytes()
-    for name, function in functions.items():
-        facts[f"largest batch in {budget / 2**30:.1f} GiB, {name}"] = largest_that_fits(
-            function, lambda size: _abstract(params, size, tokens), start=chunk, budget=budget
-        )
+    facts |= facts_of(compiled)
+    facts |= largest_that_fits(functions, lambda size: _abstract(params, size, tokens), start=chunk)
     return {
         "shapes": {"batch": batch, "chunk": chunk, "tokens": tokens, "dim": dim, "layers": layers},
         "unit": "ms",

@@ -10,7 +10,14 @@ import jax
 
 from jaxcl.typing import PyTree
 
-__all__ = ["Compiled", "compile_all", "largest_that_fits", "memory_bytes", "milliseconds"]
+__all__ = [
+    "Compiled",
+    "compile_all",
+    "facts_of",
+    "largest_that_fits",
+    "memory_bytes",
+    "milliseconds",
+]
 
 
 class Compiled(NamedTuple):
@@ -64,17 +71,39 @@ def memory_bytes() -> int:
     raise OSError("neither the device nor /proc/meminfo says how much memory there is")
 
 
+def facts_of(compiled: Mapping[str, Compiled]) -> dict[str, float]:
+    """What a record says of programs: how long they took to compile, and their memory."""
+    return {
+        **{f"compile s, {name}": one.seconds for name, one in compiled.items()},
+        **{
+            f"temporary MiB a device, {name}": one.temporary_mebibytes
+            for name, one in compiled.items()
+        },
+    }
+
+
 def largest_that_fits(
-    function: Callable, arguments_of: Callable[[int], PyTree], *, start: int, budget: int
-) -> int:
-    """The largest doubling of a size whose compiled program stays within a device's memory.
+    functions: Mapping[str, Callable], arguments_of: Callable[[int], PyTree], *, start: int
+) -> dict[str, int]:
+    """What a record says of the largest batches: doublings that stay within a device's memory.
 
     Args:
-      function: what is compiled; it never runs.
+      functions: they are compiled, and never run.
       arguments_of: a size -> abstract arguments.
-      start: the first size to try; 0 is returned where even that is too much.
-      budget: bytes per device.
+      start: the first size to try; 0 is said of what does not fit even then.
     """
+    budget = memory_bytes()
+    return {
+        f"largest batch in {budget / 2**30:.1f} GiB, {name}": _largest(
+            function, arguments_of, start=start, budget=budget
+        )
+        for name, function in functions.items()
+    }
+
+
+def _largest(
+    function: Callable, arguments_of: Callable[[int], PyTree], *, start: int, budget: int
+) -> int:
     fits, size = 0, start
     while size <= 2**24:
         analysis = jax.jit(function).lower(*arguments_of(size)).compile().memory_analysis()

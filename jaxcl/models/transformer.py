@@ -29,6 +29,7 @@ class TransformerEncoder(nnx.Module):
       norm_position: `"pre"` (stable to train from scratch) or `"post"` (as BERT).
       pooling: `"mean"` over the tokens, or `"cls"`, the first.
       dropout: on embeddings and on each block's two outputs, by row.
+      remat: keeps one activation per block for the backward pass, and computes the others again.
       compute_dtype: of activations, such as `"bfloat16"`; `None` takes that on accelerators and
         float32 elsewhere. Parameters stay float32, and so do the sums inside norms and softmax.
       rngs: for the initial parameters.
@@ -54,6 +55,7 @@ class TransformerEncoder(nnx.Module):
         norm_position: str = "pre",
         pooling: str = "mean",
         dropout: float = 0.1,
+        remat: bool = False,
         compute_dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
@@ -95,6 +97,7 @@ class TransformerEncoder(nnx.Module):
         self.norm_position = norm_position
         self.pooling = pooling
         self.dropout = dropout
+        self.remat = remat
         self.dtype = dtype
 
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
@@ -109,13 +112,20 @@ class TransformerEncoder(nnx.Module):
         if self.norm_position == "post":
             hidden = self.norm(hidden)
         hidden = row_dropout(hidden, rngs, rate=self.dropout, layer=0)
+        run = nnx.remat(_run_block) if self.remat else _run_block
         for block in self.blocks:
-            hidden = block(hidden, mask, rngs)
+            hidden = run(block, hidden, mask, rngs)
         if self.norm_position == "pre":
             hidden = self.norm(hidden)
         vectors = self.projection(pool(hidden, mask, pooling=self.pooling))
         # At least float32, or the norm is a bf16 sum.
         return normalise(vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32)))
+
+
+def _run_block(
+    block: "Block", hidden: Float[Array, "b t h"], mask: Bool[Array, "b t"], rngs: RowKeys | None
+) -> Float[Array, "b t h"]:
+    return block(hidden, mask, rngs)
 
 
 class Block(nnx.Module):
