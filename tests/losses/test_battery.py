@@ -13,9 +13,12 @@ from jaxcl.losses import (
     decoupled_infonce_loss,
     hard_infonce_loss,
     infonce_loss,
+    running_estimate_loss,
     sigmoid_pair_loss,
+    supervised_infonce_loss,
 )
 from jaxcl.losses.comparison import DIRECTIONS
+from jaxcl.losses.running_estimate import NEVER_SEEN
 from jaxcl.mesh import make_mesh
 from tests.helpers import relative_error, relative_errors, unit_vectors
 
@@ -34,6 +37,21 @@ LOSSES = {
     "debiased": functools.partial(hard_infonce_loss, concentration=0.0, positive_share=0.02),
     "sigmoid": sigmoid_pair_loss,
 }
+
+
+def running_estimate(queries, keys, **options):
+    """The loss of rows that no batch has held before."""
+    unseen = jnp.full((queries.shape[0], 2), NEVER_SEEN)
+    return running_estimate_loss(queries, keys, estimates=unseen, **options)[0]
+
+
+def supervised(queries, keys, **options):
+    """Pairs of rows that are positives of each other, wherever they stand."""
+    partner = jnp.argsort(jnp.argsort(queries[:, 0])) // 2
+    return supervised_infonce_loss(queries, keys, groups=partner, **options)
+
+
+LOSSES["running_estimate"] = running_estimate
 WAYS = (("gather", "reference"), ("gather", "tiled"), ("ring", "tiled"))
 
 VARIANTS = ("query_to_key", "key_to_query", "own_sides", "hardness", "margin", "debiased")
@@ -45,6 +63,11 @@ def parameter(name, *values):
     return pytest.param(*values, marks=marks, id="-".join(map(str, (name, *values[1:]))))
 
 
+# The groups of this one are no masks.
+and_supervised = pytest.mark.parametrize(
+    "loss_fn",
+    [parameter(name, loss_fn) for name, loss_fn in (LOSSES | {"supervised": supervised}).items()],
+)
 every_loss = pytest.mark.parametrize(
     "loss_fn", [parameter(name, loss_fn) for name, loss_fn in LOSSES.items()]
 )
@@ -85,7 +108,7 @@ def test_padding_changes_no_loss_and_no_gradient(loss_fn):
     assert max(relative_errors(found, wanted).values()) < 1e-12
 
 
-@every_loss
+@and_supervised
 def test_nothing_valid_is_zero_with_a_finite_gradient(loss_fn):
     sides = unit_vectors(0, 3, 4)
     nothing = {"valid": jnp.zeros(3, bool)}
@@ -94,7 +117,7 @@ def test_nothing_valid_is_zero_with_a_finite_gradient(loss_fn):
     assert np.isfinite(gradient).all()
 
 
-@every_loss
+@and_supervised
 def test_huge_scores_stay_finite(loss_fn):
     queries, keys = 1e4 * unit_vectors(0, 6, 8), unit_vectors(1, 6, 8)
     how = {"temperature": 1.0}
@@ -103,7 +126,7 @@ def test_huge_scores_stay_finite(loss_fn):
     assert np.isfinite(gradient).all()
 
 
-@every_loss
+@and_supervised
 def test_the_order_of_rows_does_not_matter(loss_fn):
     queries, keys = unit_vectors(0, 9, 8), unit_vectors(1, 9, 8)
     order = np.random.default_rng(2).permutation(9)
@@ -111,7 +134,7 @@ def test_the_order_of_rows_does_not_matter(loss_fn):
     np.testing.assert_allclose(found, loss_fn(queries, keys)[order], rtol=1e-12)
 
 
-@every_loss
+@and_supervised
 def test_compiled_is_eager(loss_fn):
     queries, keys = unit_vectors(0, 9, 8), unit_vectors(1, 9, 8)
     assert relative_error(jax.jit(loss_fn)(queries, keys), loss_fn(queries, keys)) < 1e-12
@@ -131,7 +154,7 @@ def test_gradients_match_finite_differences(loss_fn):
     check_grads(loss, inputs, order=1, modes=["rev"], eps=1e-6)
 
 
-@every_loss
+@and_supervised
 def test_bfloat16_is_close(loss_fn):
     queries, keys = unit_vectors(0, 48, 256), unit_vectors(1, 48, 256)
     exact = loss_fn(queries, keys)
