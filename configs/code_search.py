@@ -54,6 +54,13 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.loss.masks = ("row",)  # the columns of a batch whose equals are no negatives
     config.loss.temperature = ConfigDict({"initial": 0.05, "minimum": 0.01, "maximum": 1.0})
 
+    # Embeddings of earlier keys as more negatives: a "queue" of the last ones, or an "instance" for
+    # each training row.
+    config.negatives = ConfigDict()
+    config.negatives.bank = ConfigDict(
+        {"kind": placeholder(str), "slots": 16_384, "momentum": 0.5, "dtype": "float32"}
+    )
+
     # Rows, or tokens, of a device that are encoded at a time; None for all at once.
     config.grad_cache = ConfigDict(
         {"chunk_size": placeholder(int), "chunk_tokens": placeholder(int)}

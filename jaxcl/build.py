@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxcl.embed import Embedder, make_embedder
@@ -30,6 +30,7 @@ from jaxcl.losses.running_estimate import (
 from jaxcl.mesh import make_mesh
 from jaxcl.models import StaticEncoder, Towers, TransformerEncoder, make_towers
 from jaxcl.models.towers import SIDES
+from jaxcl.negatives.memory_bank import MemoryBank, init_bank, update_instances, update_queue
 from jaxcl.train_state import TrainState
 from jaxcl.train_step import (
     LossOfBatch,
@@ -43,6 +44,7 @@ from jaxcl.train_step import (
 from jaxcl.typing import Batch, PyTree, Scalar
 
 __all__ = [
+    "BANKS",
     "ENCODERS",
     "LOSSES",
     "MASKS",
@@ -73,13 +75,16 @@ LOSSES: Mapping[str, Callable] = {
 MEMORIES: Mapping[str, Callable[..., PyTree]] = {"running_estimate": estimate_memory}
 """What a loss of this name remembers of the training rows, from their number and its options."""
 
+BANKS = ("queue", "instance")
+"""Memory banks by name, as `config.negatives.bank.kind`."""
+
 MASKS: Mapping[str, str] = {"row": "ids", "group": "groups"}
 """Which argument of a loss goes by which column of the batch: whose equals are no negatives."""
 
 _BATCH_ARGUMENTS = (
     *("queries", "keys", "temperature", "axis_name", "valid", "guides", *MASKS.values()),
     *("negatives", "negative_ids", "negative_groups", "negatives_valid", "negative_guides"),
-    *("key_groups", "teacher_scores", "memory"),
+    *("bank", "key_groups", "teacher_scores", "memory"),
 )
 _CONFIG_ARGUMENTS = ("exchange", "implementation", "temperature_bounds")
 
@@ -135,7 +140,6 @@ def build_program(config: ConfigDict) -> Program:
     optimizer, learning_rate = build_optimizer(config.optimizer, steps=config.steps)
     temperature = TemperatureBounds(**config.loss.temperature)
     loss = build_loss(config, towers, mesh)
-    shardings = state_sharding(mesh)
 
     def init(num_rows: int | None = None) -> TrainState:
         return init_state(
@@ -144,21 +148,25 @@ def build_program(config: ConfigDict) -> Program:
             optimizer,
             temperature=temperature,
             bias=config.loss.get("bias"),
-            memory=build_memory(config.loss, num_rows),
+            memory=build_memory(config, num_rows),
         )
 
     def abstract_state(num_rows: int | None = None) -> TrainState:
-        def abstract(sharding: NamedSharding, part: PyTree) -> PyTree:
-            return jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part
-            )
+        state = jax.eval_shape(lambda: init(num_rows))
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            state_sharding(mesh, state),
+        )
 
-        return jax.tree.map(abstract, shardings, jax.eval_shape(lambda: init(num_rows)))
+    def placed_init(num_rows: int | None = None) -> TrainState:
+        state = init(num_rows)
+        return jax.lax.with_sharding_constraint(state, state_sharding(mesh, state))
 
     return Program(
         mesh=mesh,
         towers=towers,
-        init=jax.jit(init, out_shardings=shardings, static_argnums=0),
+        init=jax.jit(placed_init, static_argnums=0),
         train_step=make_train_step(loss, optimizer, mesh, temperature=temperature),
         embed=make_embedder(towers.encode, mesh, batch_size=config.evaluation.batch_size),
         learning_rate=learning_rate,
@@ -213,6 +221,7 @@ def build_loss(config: ConfigDict, towers: Towers, mesh: Mesh) -> LossOfBatch:
         masks=_masks(config.loss),
         chunk_sizes=_chunk_sizes(config),
         remembers=config.loss.name in MEMORIES,
+        update_bank=_bank_update(config),
     )
 
 
@@ -238,14 +247,53 @@ def _loss_fn(config: ConfigDict) -> Callable:
     return matryoshka(loss_fn, dims=dims) if dims else loss_fn
 
 
-def build_memory(config: ConfigDict, num_rows: int | None) -> PyTree:
-    """What the loss of `config.loss` remembers of so many training rows, before the first batch."""
-    if config.name not in MEMORIES:
-        return {}
-    if num_rows is None:
-        raise ValueError(f"the loss {config.name!r} remembers rows; give the number of them")
-    bounds = TemperatureBounds(**config.temperature)
-    return MEMORIES[config.name](num_rows, temperature=bounds.initial, **config.options)
+def build_memory(config: ConfigDict, num_rows: int | None) -> dict[str, PyTree]:
+    """What a run of so many training rows remembers, before the first batch."""
+    loss = config.loss
+    memory: dict[str, PyTree] = {}
+    remembers = {"the loss": loss.name in MEMORIES, "the bank": _bank_kind(config) == "instance"}
+    for what, needed in remembers.items():
+        if needed and num_rows is None:
+            raise ValueError(f"{what} remembers rows; give the number of them")
+    if loss.name in MEMORIES:
+        bounds = TemperatureBounds(**loss.temperature)
+        memory["rows"] = MEMORIES[loss.name](num_rows, temperature=bounds.initial, **loss.options)
+    if _bank_kind(config) is not None:
+        bank = config.negatives.bank
+        slots: Any = num_rows if bank.kind == "instance" else bank.slots
+        memory["bank"] = init_bank(slots, config.model.dim, dtype=jnp.dtype(bank.dtype))
+    return memory
+
+
+def _bank_kind(config: ConfigDict) -> str | None:
+    kind = config.negatives.bank.kind if "negatives" in config else None
+    if kind is not None and kind not in BANKS:
+        raise ValueError(
+            f"negatives.bank.kind={kind!r} is unknown; use one of {', '.join(BANKS)}, or None"
+        )
+    return kind
+
+
+def _bank_update(config: ConfigDict) -> Callable[..., MemoryBank] | None:
+    kind = _bank_kind(config)
+    if kind is None:
+        return None
+    bank = config.negatives.bank
+    if "bank" not in _arguments(LOSSES[config.loss.name]):
+        raise ValueError(
+            f"negatives.bank.kind={kind!r}, but the loss {config.loss.name!r} takes no bank; leave "
+            "it None"
+        )
+    if "row" not in config.loss.masks:
+        raise ValueError(
+            "a bank holds rows of this batch, too: put 'row' among loss.masks, by which none is "
+            "its own negative"
+        )
+    if kind == "queue":
+        if bank.slots < 1:
+            raise ValueError(f"negatives.bank.slots={bank.slots}; set it to at least 1")
+        return functools.partial(update_queue, num_slots=bank.slots)
+    return functools.partial(update_instances, momentum=bank.momentum)
 
 
 def _chunk_sizes(config: ConfigDict) -> dict[str, int] | None:

@@ -91,14 +91,14 @@ def compare_gradients(config: ConfigDict) -> list[GradientCheck]:
         optax.identity(),
         temperature=TemperatureBounds(**config.loss.temperature),
         bias=config.loss.get("bias"),
-        memory=build_memory(config.loss, num_rows),
+        memory=build_memory(tiny, num_rows),
     )
     batch = _random_batch(tiny, num_rows)
     one = make_mesh({"data": 1}, devices=jax.devices()[:1])
 
     def gradient(config: ConfigDict, mesh: Mesh) -> PyTree:
         loss = jax.jit(jax.grad(build_loss(config, towers, mesh), has_aux=True))
-        placed = jax.device_put(state, state_sharding(mesh))
+        placed = jax.device_put(state, state_sharding(mesh, state))
         return loss(placed.params, placed.memory, put_batch(batch, mesh), None)[0]
 
     found, wanted = gradient(tiny, mesh), gradient(_dense(tiny), one)

@@ -63,7 +63,8 @@ def replicated_sharding(mesh: Mesh) -> NamedSharding:
 
 def table_sharding(mesh: Mesh) -> NamedSharding:
     """Entries of `jaxcl.ops.row_tables` over all axes; a copy on each device if they do not fit."""
-    return replicated_sharding(mesh) if ENTRIES_MULTIPLE % mesh.size else batch_sharding(mesh)
+    alone = mesh.size == 1 or ENTRIES_MULTIPLE % mesh.size
+    return replicated_sharding(mesh) if alone else batch_sharding(mesh)
 
 
 def put_batch(local_batch: PyTree, mesh: Mesh) -> PyTree:

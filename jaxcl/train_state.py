@@ -17,7 +17,8 @@ class TrainState(NamedTuple):
       step: updates done.
       params: `{"towers": …, "log_temperature": float32}`, and `"bias"` where a loss learns one.
       optimizer: the state of the optax transformation.
-      memory: what the loss remembers of the training rows (`jaxcl.ops.row_tables`); `{}` for most.
+      memory: `"rows"`, what the loss remembers of the training rows (`jaxcl.ops.row_tables`), and
+        `"bank"`, embeddings of earlier keys (`jaxcl.negatives.memory_bank`); each where it is used.
       key: the run's random key, constant.
     """
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxcl.grad_cache import chunked
 from jaxcl.mesh import batch_sharding, replicated_sharding, table_sharding
 from jaxcl.models.towers import SIDES, Encode
+from jaxcl.negatives.memory_bank import MemoryBank
 from jaxcl.ops.row_tables import read_rows, write_rows
 from jaxcl.train_state import TrainState
 from jaxcl.typing import Array, Batch, Embeddings, Float, Int, Key, PyTree, RowKeys, Scalar
@@ -70,6 +71,7 @@ def make_loss(
     masks: Mapping[str, str],
     chunk_sizes: Mapping[str, int] | None = None,
     remembers: bool = False,
+    update_bank: Callable[..., MemoryBank] | None = None,
 ) -> LossOfBatch:
     """The mean loss of a global batch as a function of the parameters.
 
@@ -88,25 +90,34 @@ def make_loss(
       masks: arguments of the loss that mask false negatives -> columns of the batch they take.
       chunk_sizes: side -> how many of a device's rows are encoded at a time (`jaxcl.grad_cache`);
         `None` for all at once.
-      remembers: the loss takes `memory`, the entries of these rows, and returns `(loss, memory)`.
+      remembers: the loss takes `memory`, these rows' entries of the tables in `memory["rows"]`, and
+        returns `(loss, memory)`.
+      update_bank: (bank, key embeddings, rows, groups) -> the bank with them, of
+        `jaxcl.negatives.memory_bank`. The loss takes `bank`, `memory["bank"]` before the update.
 
     Returns:
       `(params, memory, batch, key) -> (nats, memory)`. `key=None` is the evaluation mode; otherwise
       each row draws from the key folded with its side and its row number.
     """
     axes = mesh.axis_names
-    rows, whole = PartitionSpec(axes), PartitionSpec()
+    rows: Any = PartitionSpec(axes)
+    whole: Any = PartitionSpec()
+    slots = {"bank": MemoryBank(rows, rows, rows, rows, whole, whole)} if update_bank else {}
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(rows, rows, whole, rows), out_specs=rows)
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(rows, rows, whole, rows, slots), out_specs=rows
+    )
     def sharded_loss(
         sides: tuple[Embeddings, Embeddings],
         columns: dict[str, Array],
         scalars: dict[str, Scalar],
-        memory: PyTree,
+        entries: PyTree,
+        bank: dict[str, MemoryBank],
     ) -> tuple[Float[Array, " b"], PyTree]:
+        arguments = {"axis_name": axes, **columns, **scalars, **bank}
         if remembers:
-            return loss_fn(*sides, axis_name=axes, memory=memory, **columns, **scalars)
-        return loss_fn(*sides, axis_name=axes, **columns, **scalars), memory
+            return loss_fn(*sides, memory=entries, **arguments)
+        return loss_fn(*sides, **arguments), entries
 
     def encode_side(towers: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None) -> Embeddings:
         if chunk_sizes is None:
@@ -148,8 +159,18 @@ def make_loss(
         scalars = {"temperature": jnp.exp(params["log_temperature"])}
         if "bias" in params:
             scalars["bias"] = params["bias"]
-        found, entries = sharded_loss((queries, keys), columns, scalars, read_rows(memory, row))
-        return found.mean(), write_rows(memory, row, entries)
+        tables = memory.get("rows", {})
+        bank = {"bank": memory["bank"]} if update_bank else {}
+        found, entries = sharded_loss(
+            (queries, keys), columns, scalars, read_rows(tables, row), bank
+        )
+        after = dict(memory)
+        if remembers:
+            after["rows"] = write_rows(tables, row, entries)
+        if update_bank:
+            vectors = jax.lax.stop_gradient(keys)
+            after["bank"] = update_bank(memory["bank"], vectors, row, batch["group"])
+        return found.mean(), after
 
     return loss
 
@@ -208,20 +229,25 @@ def make_train_step(
         )
         return TrainState(state.step + 1, params, optimizer_state, memory, state.key), metrics
 
-    states, rows = state_sharding(mesh), batch_sharding(mesh)
-    return jax.jit(
-        train_step,
-        in_shardings=(states, rows),
-        out_shardings=(states, replicated_sharding(mesh)),
-        donate_argnums=0,
+    def placed_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        state, metrics = train_step(state, batch)
+        return jax.lax.with_sharding_constraint(
+            (state, metrics), (state_sharding(mesh, state), replicated_sharding(mesh))
+        )
+
+    return jax.jit(placed_step, in_shardings=(None, batch_sharding(mesh)), donate_argnums=0)
+
+
+def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
+    """Where a state's arrays are: whole on every device, but for the memory's, which are sharded.
+
+    A row table and a bank go by their first axis; a number of theirs is whole.
+    """
+    whole, tables = replicated_sharding(mesh), table_sharding(mesh)
+    placed: TrainState = jax.tree.map(lambda _: whole, state)
+    return placed._replace(
+        memory=jax.tree.map(lambda leaf: tables if leaf.ndim else whole, state.memory)
     )
-
-
-def state_sharding(mesh: Mesh) -> TrainState:
-    """Where a state's parts are: whole on every device, but for the memory, which is sharded."""
-    whole: Any = replicated_sharding(mesh)
-    tables: Any = table_sharding(mesh)
-    return TrainState(whole, whole, whole, tables, whole)
 
 
 def _row_keys(key: Key[Array, ""] | None, number: int, row: Int[Array, " b"]) -> RowKeys | None:

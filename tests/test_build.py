@@ -86,7 +86,7 @@ def test_estimates_are_the_state_s_memory():
         **{"loss.name": "running_estimate", "loss.options": {"temperature_rate": 0.1}}
     )
     state = program.init(1_500)
-    assert {name: table.shape for name, table in state.memory.items()} == {
+    assert {name: table.shape for name, table in state.memory["rows"].items()} == {
         "estimates": (2_048, 2),
         "log_temperatures": (2_048, 2),
     }
@@ -97,9 +97,46 @@ def test_estimates_are_the_state_s_memory():
         program.init()
 
 
+@pytest.mark.parametrize(("kind", "slots"), [("queue", 12), ("instance", 40)])
+def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
+    still = {"optimizer.learning_rate": 1e-9, "model.options.token_dropout": 0.0}
+    changes = {"negatives.bank.kind": kind, "negatives.bank.slots": 12, **still}
+    with_bank, without = program_of(**changes), program_of(**still)
+    states = [program.init(40) for program in (with_bank, without)]
+    losses = []
+    for start in (0, 8, 16, 24, 0):
+        rows = np.arange(start, start + 8, dtype=np.int32)
+        tokens = {"tokens": (rows % 9 + 1)[:, None].astype(np.int32)}
+        batch = {"query": tokens, "key": tokens, "row": rows, "group": rows}
+        pair = []
+        for number, program in enumerate((with_bank, without)):
+            states[number], metrics = program.train_step(
+                states[number], put_batch(batch, program.mesh)
+            )
+            pair.append(float(metrics.loss))
+        losses.append(pair)
+    bank = states[0].memory["bank"]
+    assert int((bank.written >= 0).sum()) == min(slots, 32 if kind == "instance" else 12)
+    gains = np.subtract(*np.transpose(losses))
+    assert gains[0] == pytest.approx(0, abs=1e-6)  # nothing written yet
+    assert (gains[1:] > 0.01).all()
+    if kind == "instance":  # rows 0 to 7 come again, and do not meet themselves
+        assert gains[4] == pytest.approx(gains[3], rel=0.5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"negatives.bank.kind": "stack"}, "'stack' is unknown; use one of queue, instance"),
+        (
+            {"negatives.bank.kind": "queue", "loss.name": "decoupled"},
+            "'decoupled' takes no bank",
+        ),
+        ({"negatives.bank.kind": "queue", "loss.masks": ()}, "put 'row' among loss.masks"),
+        (
+            {"negatives.bank.kind": "queue", "negatives.bank.slots": 0},
+            "negatives.bank.slots=0; set it to at least 1",
+        ),
         ({"loss.name": "supervised"}, "'supervised' takes no 'row'; leave it out"),
         ({"loss.name": "supervised", "loss.masks": ()}, "'supervised' needs 'group' among them"),
         (

@@ -18,6 +18,7 @@ from jaxcl.assignment import uniform_rows
 from jaxcl.build import build_program
 from jaxcl.checkpoint import CheckpointError, Checkpoints
 from jaxcl.data.code_pairs import prepare_code_pairs
+from jaxcl.data.prepare import prepare_data
 from jaxcl.metric_writer import read_metrics
 from jaxcl.reports import DivergenceError, Reports
 from jaxcl.train import train
@@ -101,7 +102,14 @@ def uninterrupted(tiny, tmp_path_factory):
 
 def final_state(config: ConfigDict, workdir: Path):
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        return checkpoints.restore_latest(build_program(config).abstract_state()).state
+        abstract_state = build_program(config).abstract_state(num_rows(config, workdir))
+        return checkpoints.restore_latest(abstract_state).state
+
+
+def num_rows(config: ConfigDict, workdir: Path) -> int:
+    data_dir = Path(config.run.data_dir)
+    data = prepare_data(config.data, data_dir=data_dir, workdir=workdir)
+    return data.tables["train"].num_rows
 
 
 def bits(leaf) -> bytes:
@@ -202,6 +210,23 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, uninterrupted, tmp
     assert differences(tiny(), tmp_path, workdir) == []
     assert int(final_state(tiny(), tmp_path).step) == 20
     assert len(unclocked(tmp_path)) == 10 + 2  # every second step, and two evaluations
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"negatives.bank.kind": "queue", "negatives.bank.slots": 150},
+        {"negatives.bank.kind": "instance"},
+        {"loss.name": "running_estimate", "loss.options": {"temperature_rate": 0.1}},
+    ],
+    ids=str,
+)
+def test_a_run_with_a_memory_goes_on_as_if_it_had_not_stopped(tiny, tmp_path, monkeypatch, changes):
+    config = tiny(**changes)
+    train(config, tmp_path / "whole")
+    half_run(monkeypatch, config, tmp_path / "halves")
+    train(config, tmp_path / "halves")
+    assert differences(config, tmp_path / "halves", tmp_path / "whole") == []
 
 
 def zero_first_moment(state):

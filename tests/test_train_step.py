@@ -199,10 +199,10 @@ def test_each_explicit_negative_draws_from_a_key_of_its_own():
         masks={},
         remembers=True,
     )
-    memory = {"drawn": init_table(16, 5, value=0.0)}
+    memory = {"rows": {"drawn": init_table(16, 5, value=0.0)}}
     params = {"towers": {}, "log_temperature": jnp.float32(0.0)}
     _, memory = loss(params, memory, batch, jax.random.key(1))
-    numbers = np.asarray(memory["drawn"])[batch["row"]]
+    numbers = np.asarray(memory["rows"]["drawn"])[batch["row"]]
     assert np.unique(numbers).size == numbers.size
 
 
@@ -225,15 +225,15 @@ def test_what_a_loss_remembers_is_read_and_written_by_row(size):
         lambda key: {},
         optimizer,
         temperature=TEMPERATURE,
-        memory={"seen": init_table(1_031, 1, value=2.0)},
+        memory={"rows": {"seen": init_table(1_031, 1, value=2.0)}},
     )
-    assert state.memory["seen"].shape == (2_048, 1)
+    assert state.memory["rows"]["seen"].shape == (2_048, 1)
     loss = make_loss(encode, count, mesh, masks={}, remembers=True)
     step = make_train_step(loss, optimizer, mesh, temperature=TEMPERATURE)
-    state, metrics = step(jax.device_put(state, state_sharding(mesh)), on_mesh(batch, mesh))
+    state, metrics = step(jax.device_put(state, state_sharding(mesh, state)), on_mesh(batch, mesh))
     assert float(metrics.loss) == 2.0
-    assert state.memory["seen"].sharding == table_sharding(mesh)
-    seen = np.asarray(state.memory["seen"])[:, 0]
+    assert state.memory["rows"]["seen"].sharding == table_sharding(mesh)
+    seen = np.asarray(state.memory["rows"]["seen"])[:, 0]
     # Row 5 stands at places 0 and 2: the first of them stays.
     wanted = {5: 3.0, 3: 3.01, 1030: 3.03, 0: 3.04, 7: 3.05, 2: 3.06, 9: 3.07}
     np.testing.assert_allclose(seen[list(wanted)], list(wanted.values()), rtol=1e-6)

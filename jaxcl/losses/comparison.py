@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.negatives.masks import batch_labels, similarity_ceilings
+from jaxcl.negatives.memory_bank import MemoryBank, read_bank
 from jaxcl.ops.pairs import PairLabels, pair_count, pair_logsumexp
 from jaxcl.ops.pairs.reductions import LOGSUMEXP
 from jaxcl.ops.vectors import inner_product
@@ -186,6 +187,43 @@ class Comparison(NamedTuple):
             counted &= self.valid[:, None]
         scores = similarities / jnp.reshape(jnp.asarray(temperature), (-1, 1)) + hardness * constant
         return LOGSUMEXP.reduce(jnp.where(counted, scores, -jnp.inf), 1)
+
+    def bank_negatives(
+        self,
+        queries: Float[Array, "q d"],
+        bank: MemoryBank,
+        ceilings: Float[Array, " q"] | None,
+        *,
+        temperature: float | Array,
+        hardness: float = 0.0,
+    ) -> Float[Array, " q"]:
+        """The log-sum-exp of each query over all devices' slots of a bank, in nats.
+
+        The bank stays where it is: its slots are the rows of the product, and the queries, which
+        are fewer, visit them.
+        """
+        if self.ids is None:
+            raise ValueError("a bank's slots are compared with ids, the rows' own; give both")
+        if self.guides is not None:
+            raise ValueError("guides judge the batch; a bank has no guide's embeddings")
+        if jnp.ndim(temperature):
+            raise ValueError("temperatures by row do not reach a bank; give one for all")
+        slots = read_bank(bank)
+        ours: tuple[Array, ...] = (self.ids,)
+        if self.groups is None:
+            slots = slots._replace(different=slots.different[:1])
+        else:
+            ours = (self.ids, self.groups)
+        _, found = pair_logsumexp(
+            lax.stop_gradient(bank.vectors).astype(queries.dtype),
+            queries,
+            query_labels=slots,
+            key_labels=PairLabels(different=ours, valid=self.valid, ceiling=ceilings),
+            temperature=temperature,
+            hardness=hardness,
+            **self.how(),
+        )
+        return found
 
     def ceilings(
         self, queries: Float[Array, "q d"], keys: Float[Array, "q d"]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.losses.comparison import Comparison, Negatives, check_sides
+from jaxcl.negatives.memory_bank import MemoryBank
 from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, AxisName, Bool, Float, Integer
 
@@ -30,6 +31,7 @@ def infonce_loss(
     negatives_valid: Bool[Array, "q n"] | None = None,
     negative_guides: Float[Array, "q n g"] | None = None,
     negative_hardness: float = 0.0,
+    bank: MemoryBank | None = None,
     ids: Integer[Array, " q"] | None = None,
     groups: Integer[Array, " q"] | None = None,
     valid: Bool[Array, " q"] | None = None,
@@ -70,6 +72,9 @@ def infonce_loss(
       negatives_valid: `False` where a row has fewer.
       negative_guides: their embeddings by the model of `guides`, needed with it.
       negative_hardness: as `hardness`, for a query's own explicit negatives.
+      bank: embeddings of earlier keys, this device's slots of them. In the direction
+        `"query_to_key"` every query stands against those of all devices, but for its own row and
+        group; needs `ids`. No gradient flows into it.
       ids: row numbers. Two rows of one id are never each other's negative, so that a row that a
         batch holds twice does no harm.
       groups: labels. Two rows of one group are never each other's negative.
@@ -144,6 +149,17 @@ def infonce_loss(
                 keys, key_guide, more, ceilings, temperature=temperature, hardness=hardness
             )
             found["key_to_key"] = jnp.logaddexp(found["key_to_key"], of_others)
+    if bank is not None:
+        if "query_to_key" not in directions:
+            raise ValueError(f"a bank holds keys, and no query looks for one in {directions}")
+        remembered = comparison.bank_negatives(
+            queries,
+            bank,
+            comparison.ceilings(queries, keys),
+            temperature=temperature,
+            hardness=hardness,
+        )
+        found["query_to_key"] = jnp.logaddexp(found["query_to_key"], remembered)
     positives = inner_product(queries, keys) / temperature
     sets = list(found.values())
     if partition == "joint":

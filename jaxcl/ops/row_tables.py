@@ -5,7 +5,14 @@ import jax.numpy as jnp
 
 from jaxcl.typing import Array, Bool, Float, Int, PyTree
 
-__all__ = ["ENTRIES_MULTIPLE", "init_table", "read_rows", "write_rows"]
+__all__ = [
+    "ENTRIES_MULTIPLE",
+    "first_places",
+    "init_table",
+    "padded_entries",
+    "read_rows",
+    "write_rows",
+]
 
 ENTRIES_MULTIPLE = 1_024
 """What the number of a table's entries is a multiple of, so that it divides over most meshes."""
@@ -16,8 +23,12 @@ def init_table(num_rows: int, width: int, *, value: float) -> Float[Array, "n w"
 
     Entries are filled up to a multiple of 1,024 on every mesh, so that a checkpoint may move.
     """
-    padded = -(-num_rows // ENTRIES_MULTIPLE) * ENTRIES_MULTIPLE
-    return jnp.full((padded, width), value, jnp.float32)
+    return jnp.full((padded_entries(num_rows), width), value, jnp.float32)
+
+
+def padded_entries(number: int) -> int:
+    """The least multiple of `ENTRIES_MULTIPLE` that is no less."""
+    return -(-number // ENTRIES_MULTIPLE) * ENTRIES_MULTIPLE
 
 
 def read_rows(tables: PyTree, rows: Int[Array, " b"]) -> PyTree:
@@ -30,7 +41,7 @@ def write_rows(tables: PyTree, rows: Int[Array, " b"], entries: PyTree) -> PyTre
 
     Otherwise the order of devices would decide.
     """
-    first = _is_first(rows)
+    first = first_places(rows)
 
     def written(table: Array, values: Array) -> Array:
         places = jnp.where(first, rows, table.shape[0])
@@ -39,8 +50,14 @@ def write_rows(tables: PyTree, rows: Int[Array, " b"], entries: PyTree) -> PyTre
     return jax.tree.map(written, tables, entries)
 
 
-def _is_first(rows: Int[Array, " b"]) -> Bool[Array, " b"]:
+def first_places(
+    rows: Int[Array, " b"], valid: Bool[Array, " b"] | None = None
+) -> Bool[Array, " b"]:
+    """Where a row stands for the first time, among the valid places."""
+    if valid is not None:
+        rows = jnp.where(valid, rows, -1)
     order = jnp.argsort(rows, stable=True)
     ordered = rows[order]
     first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
-    return jnp.zeros(rows.shape, bool).at[order].set(first)
+    first = jnp.zeros(rows.shape, bool).at[order].set(first)
+    return first if valid is None else first & valid

@@ -20,6 +20,7 @@ from jaxcl.losses import (
 from jaxcl.losses.comparison import DIRECTIONS
 from jaxcl.losses.running_estimate import NEVER_SEEN
 from jaxcl.mesh import make_mesh
+from jaxcl.negatives.memory_bank import init_bank
 from tests.helpers import relative_error, relative_errors, unit_vectors
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -41,7 +42,8 @@ LOSSES = {
 
 def running_estimate(queries, keys, **options):
     """The loss of rows that no batch has held before."""
-    unseen = jnp.full((queries.shape[0], 2), NEVER_SEEN)
+    wide = jnp.promote_types(queries.dtype, jnp.float32)
+    unseen = jnp.full((queries.shape[0], 2), NEVER_SEEN, wide)
     return running_estimate_loss(queries, keys, estimates=unseen, **options)[0]
 
 
@@ -301,3 +303,57 @@ def test_explicit_negatives_are_the_same_on_any_mesh(way):
         for f in (sharded, local)
     )
     assert max(relative_errors(found, wanted).values()) < 1e-10
+
+
+@pytest.mark.parametrize("way", [WAYS[1], WAYS[2]], ids="-".join)
+def test_a_bank_is_the_same_on_any_mesh_and_gets_no_gradient(way):
+    exchange, implementation = way
+    mesh = make_mesh({"replica": 2, "data": 4})
+    rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    slots = init_bank(40, 8, dtype=jnp.dtype("float64"))
+    numbers = jnp.arange(slots.row.shape[0])
+    bank = slots._replace(
+        vectors=unit_vectors(3, slots.row.shape[0], 8),
+        row=numbers % 20,
+        group=numbers % 6,
+        written=jnp.where(numbers % 5 == 0, -1, numbers),
+    )
+    places = type(bank)(rows, rows, rows, rows, whole, whole)
+
+    def local(sides, vectors, temperature, bank, axis_name=None):
+        queries, keys, labels = sides
+        return infonce_loss(
+            queries,
+            keys,
+            bank=bank._replace(vectors=vectors),
+            temperature=temperature,
+            hardness=2.0,
+            margin=-0.7,
+            axis_name=axis_name,
+            exchange=exchange,
+            implementation=implementation,
+            **labels,
+        )
+
+    sharded = jax.shard_map(
+        functools.partial(local, axis_name=mesh.axis_names),
+        mesh=mesh,
+        in_specs=(rows, rows, whole, places),
+        out_specs=rows,
+    )
+    labels_of_rows = {"ids": jnp.arange(16), "groups": jnp.arange(16) % 6}
+    sides = unit_vectors(0, 16, 8), unit_vectors(1, 16, 8)
+
+    def run(loss):
+        def total(sides, vectors, temperature):
+            return loss((*sides, labels_of_rows), vectors, temperature, bank).mean()
+
+        inputs = (sides, bank.vectors, jnp.asarray(0.1))
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(*inputs)
+
+    (value, found), (wanted_value, wanted) = run(sharded), run(local)
+    assert relative_error(value, wanted_value) < 1e-10
+    assert max(relative_errors(found[::2], wanted[::2]).values()) < 1e-10
+    assert not found[1].any()
+    without = infonce_loss(*sides, hardness=2.0, margin=-0.7, temperature=0.1, **labels_of_rows)
+    assert relative_error(without.mean(), wanted_value) > 0.1

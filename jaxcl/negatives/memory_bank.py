@@ -1,0 +1,156 @@
+"""Embeddings of earlier batches, kept in the train state, as negatives of this one.
+
+Two kinds. A *queue* holds the last keys, first in, first out. An *instance bank* has a slot for
+each training row, which follows the row's embedding as a moving average. Slots are numbered over
+all devices and mean the same on any number of them: a bank is sharded by slot, nothing more.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxcl.ops.pairs import PairLabels
+from jaxcl.ops.row_tables import first_places, padded_entries
+from jaxcl.ops.vectors import normalise
+from jaxcl.typing import Array, Bool, Float, Int, Integer
+
+__all__ = ["MemoryBank", "init_bank", "read_bank", "update_instances", "update_queue"]
+
+
+class MemoryBank(NamedTuple):
+    """Embeddings by slot, and what is known of them.
+
+    Attributes:
+      vectors: one per slot; those never written are 0.
+      row: the training row that each is of.
+      group: its group.
+      written: which update wrote it; −1 if none has.
+      head: the slot that a queue writes next.
+      updates: how many there have been.
+    """
+
+    vectors: Float[Array, "m d"]
+    row: Int[Array, " m"]
+    group: Int[Array, " m"]
+    written: Int[Array, " m"]
+    head: Int[Array, ""]
+    updates: Int[Array, ""]
+
+
+def init_bank(num_slots: int, dim: int, *, dtype: Any = None) -> MemoryBank:
+    """A bank in which nothing is written.
+
+    Args:
+      num_slots: keys that a queue keeps, or training rows; filled up to a multiple of 1,024 with
+        slots that stay empty, so that a checkpoint may move between meshes.
+      dim: width of the embeddings.
+      dtype: of the embeddings; float32 by default.
+
+    Raises:
+      ValueError: if there is no slot.
+    """
+    if num_slots < 1:
+        raise ValueError(f"num_slots={num_slots}; a bank has at least one")
+    slots = padded_entries(num_slots)
+    row, group, written = (jnp.full(slots, -1, jnp.int32) for _ in range(3))
+    return MemoryBank(
+        vectors=jnp.zeros((slots, dim), dtype or jnp.float32),
+        row=row,
+        group=group,
+        written=written,
+        head=jnp.int32(0),
+        updates=jnp.int32(0),
+    )
+
+
+def update_queue(
+    bank: MemoryBank,
+    vectors: Float[Array, "b d"],
+    rows: Integer[Array, " b"],
+    groups: Integer[Array, " b"],
+    *,
+    num_slots: int,
+    valid: Bool[Array, " b"] | None = None,
+) -> MemoryBank:
+    """Takes in the embeddings of a global batch, in its order; the oldest make room.
+
+    Any number of slots does for any batch: a batch that has more keys than there are slots leaves
+    the last of them.
+
+    Args:
+      bank: as `init_bank` made it.
+      vectors: of the whole batch.
+      rows: their training rows.
+      groups: their groups.
+      num_slots: as given to `init_bank`.
+      valid: `False` for padding, which is not taken in.
+    """
+    valid = jnp.ones(rows.shape, bool) if valid is None else valid
+    number = jnp.cumsum(valid, dtype=jnp.int32)
+    count = number[-1]
+    taken = valid & (number > count - num_slots)
+    slots = (bank.head + number - 1) % num_slots
+    written = _written(bank, slots, taken, vectors, rows, groups)
+    return written._replace(head=(bank.head + count) % num_slots)
+
+
+def update_instances(
+    bank: MemoryBank,
+    vectors: Float[Array, "b d"],
+    rows: Integer[Array, " b"],
+    groups: Integer[Array, " b"],
+    *,
+    momentum: float = 0.0,
+    valid: Bool[Array, " b"] | None = None,
+) -> MemoryBank:
+    r"""Moves the slots of a batch's rows towards their embeddings.
+
+    $v \leftarrow \operatorname{normalise}(\mu v + (1 - \mu)\, x)$, and $v \leftarrow x$ where
+    nothing was written. Of a row that the batch holds twice, the first embedding counts.
+
+    Args:
+      bank: with a slot for each training row.
+      vectors: of the whole batch.
+      rows: their training rows, which are their slots.
+      groups: their groups.
+      momentum: $\mu$ in [0, 1); 0 keeps the newest embedding as it is.
+      valid: `False` for padding.
+
+    Reference:
+      Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018.
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum={momentum}; set it to at least 0 and below 1")
+    taken = first_places(rows, valid)
+    if momentum:
+        before = bank.vectors[rows].astype(vectors.dtype)
+        moved = normalise(momentum * before + (1 - momentum) * vectors)
+        vectors = jnp.where((bank.written[rows] >= 0)[:, None], moved, vectors)
+    return _written(bank, rows, taken, vectors, rows, groups)
+
+
+def read_bank(bank: MemoryBank) -> PairLabels:
+    """The slots' part in which of them count: by row, by group, and if ever written."""
+    return PairLabels(different=(bank.row, bank.group), valid=bank.written >= 0)
+
+
+def _written(
+    bank: MemoryBank,
+    slots: Integer[Array, " b"],
+    taken: Bool[Array, " b"],
+    vectors: Float[Array, "b d"],
+    rows: Integer[Array, " b"],
+    groups: Integer[Array, " b"],
+) -> MemoryBank:
+    places = jnp.where(taken, slots, bank.row.shape[0])  # out of range, which is dropped
+
+    def put(table: Array, values: Array) -> Array:
+        return table.at[places].set(values.astype(table.dtype), mode="drop")
+
+    return bank._replace(
+        vectors=put(bank.vectors, vectors),
+        row=put(bank.row, rows),
+        group=put(bank.group, groups),
+        written=put(bank.written, jnp.full(rows.shape, bank.updates)),
+        updates=bank.updates + 1,
+    )
