@@ -70,6 +70,16 @@ def test_a_pupil_that_says_what_the_teacher_says_has_nothing_to_learn():
     assert (distillation_loss(*sides, **wrong) > 0.1).all()
 
 
+def test_a_teacher_learns_nothing():
+    sides = unit_vectors(0, 3, 4), unit_vectors(1, 3, 4)
+
+    def loss(scores):
+        negatives = unit_vectors(2, 3, 1, 4)
+        return distillation_loss(*sides, negatives=negatives, teacher_scores=scores).sum()
+
+    assert not jax.grad(loss)(jnp.arange(6.0).reshape(3, 2)).any()
+
+
 def test_padding_is_worth_nothing_and_one_candidate_too():
     sides = unit_vectors(0, 3, 4), unit_vectors(1, 3, 4)
     negatives = unit_vectors(2, 3, 1, 4)

@@ -22,10 +22,13 @@ from jaxcl.ops.varying import shape_like_varying
 from jaxcl.ops.vectors import inner_products
 from jaxcl.typing import Array, Bool, Float, PyTree
 
-__all__ = ["TILE", "backward", "forward"]
+__all__ = ["INTERPRET", "TILE", "backward", "forward"]
 
 TILE = 512
 """Rows and columns of a tile: 1 MiB of float32 scores, beside two blocks of each side."""
+
+INTERPRET: Any = True
+"""What `pl.pallas_call` takes as `interpret` elsewhere than on a TPU."""
 
 _CORE_MEMORY_BYTES = 64 * 2**20
 
@@ -89,7 +92,6 @@ def backward(
         """Those of a tile's scores, and of its products; the vectors of both sides."""
         scores, (ours, theirs) = _tile_scores(sides, cut, i, j, hardness)
         found = reduction.weigh(scores, *ours.values) + reduction.weigh(scores, *theirs.values)
-        found = jnp.where(cut.inside(i, j), found, 0)
         weights = (found * ours.labels.scale).astype(ours.vectors.dtype)
         return found, weights, ours.vectors, theirs.vectors
 
@@ -212,7 +214,7 @@ def _call(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=_CORE_MEMORY_BYTES
         ),
     )
-    return lax.platform_dependent(*leaves, tpu=call(), default=call(interpret=True))
+    return lax.platform_dependent(*leaves, tpu=call(), default=call(interpret=INTERPRET))
 
 
 class _Block(NamedTuple):
