@@ -17,6 +17,7 @@ def relative_error(found, wanted) -> float:
     scale = np.linalg.norm(wanted)
     assert scale > 0, "nothing to compare with: the reference is zero"
     assert found.shape == wanted.shape
+    assert np.isfinite(found).all()  # of several errors, `max` would pass over a NaN
     return float(np.linalg.norm(found - wanted) / scale)
 
 

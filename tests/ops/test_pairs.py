@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
@@ -21,7 +20,6 @@ from jaxcl.ops.pairs import (
     pair_logsumexp,
     pair_softplus,
     pair_sum,
-    pallas_tpu,
 )
 from jaxcl.ops.vectors import inner_products
 from tests.helpers import relative_error, relative_errors, unit_vectors
@@ -159,28 +157,9 @@ def test_tiles_give_the_value_and_gradients_of_the_whole(by_tiles, sizes, option
             jax.tree_util.tree_leaves_with_path(tiles), jax.tree.leaves(whole), strict=True
         )
     }
-    assert max(errors.values()) < 1e-12, errors
+    assert np.max(list(errors.values())) < 1e-12, errors  # which, other than max, keeps a NaN
     if option in ("nothing", "bias", "hardness"):
         assert all(np.linalg.norm(leaf) > 0.1 for leaf in jax.tree.leaves(whole))
-
-
-def test_what_lies_beyond_the_ends_of_the_matrix_is_not_read(monkeypatch):
-    """A TPU's blocks hold anything there; this interpreter puts NaN."""
-    params = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="uninitialized")
-    monkeypatch.setattr(pallas_tpu, "INTERPRET", params)
-    with jax.enable_x64(False):
-        *labels, options = labels_of("all", 5, 9)
-        inputs = [unit_vectors(seed, size, 6, dtype=jnp.float32) for seed, size in ((0, 5), (1, 9))]
-        kernels, whole = (
-            value_and_gradients(
-                weighted(pair_logsumexp, labels, options, **how), *inputs, jnp.float32(-2.0)
-            )
-            for how in (
-                {"implementation": "pallas_tpu", "tile": TILE},
-                {"implementation": "reference"},
-            )
-        )
-        assert max(relative_errors(kernels, whole).values()) < 1e-5
 
 
 @pytest.mark.parametrize("implementation", ANYWHERE)

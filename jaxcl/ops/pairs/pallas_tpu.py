@@ -22,13 +22,10 @@ from jaxcl.ops.varying import shape_like_varying
 from jaxcl.ops.vectors import inner_products
 from jaxcl.typing import Array, Bool, Float, PyTree
 
-__all__ = ["INTERPRET", "TILE", "backward", "forward"]
+__all__ = ["TILE", "backward", "forward"]
 
 TILE = 512
 """Rows and columns of a tile: 1 MiB of float32 scores, beside two blocks of each side."""
-
-INTERPRET: Any = True
-"""What `pl.pallas_call` takes as `interpret` elsewhere than on a TPU."""
 
 _CORE_MEMORY_BYTES = 64 * 2**20
 
@@ -214,7 +211,7 @@ def _call(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=_CORE_MEMORY_BYTES
         ),
     )
-    return lax.platform_dependent(*leaves, tpu=call(), default=call(interpret=INTERPRET))
+    return lax.platform_dependent(*leaves, tpu=call(), default=call(interpret=True))
 
 
 class _Block(NamedTuple):
