@@ -44,7 +44,7 @@ def get_config(variant: str = "default") -> ConfigDict:
 
     config.loss = ConfigDict()
     config.loss.name = "infonce"
-    config.loss.options = ConfigDict()  # its keyword arguments
+    config.loss.options = ConfigDict()  # its keyword arguments, in a config file of one's own
     config.loss.exchange = "gather"  # or "ring"
     config.loss.implementation = placeholder(str)  # None takes the best that runs here
     config.loss.bias = placeholder(

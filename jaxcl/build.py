@@ -222,6 +222,11 @@ def build_loss(config: ConfigDict, towers: Towers, mesh: Mesh) -> LossOfBatch:
         chunk_sizes=_chunk_sizes(config),
         remembers=config.loss.name in MEMORIES,
         update_bank=_bank_update(config),
+        needs=[
+            name
+            for name, argument in _arguments(LOSSES[config.loss.name]).items()
+            if name == "teacher_scores" and argument.default is argument.empty
+        ],
     )
 
 
@@ -237,6 +242,8 @@ def _loss_fn(config: ConfigDict) -> Callable:
         raise ValueError(
             f"loss.bias={config.bias} is learned by losses that have one; {config.name!r} has none"
         )
+    if config.get("bias") is not None and "bias" in config.options:
+        raise ValueError("loss.bias and loss.options.bias are both given; leave one out")
     loss_fn = functools.partial(loss_fn, **bound)
     dims = config.get("matryoshka_dims", ())
     if dims and config.name in MEMORIES:
@@ -289,6 +296,13 @@ def _bank_update(config: ConfigDict) -> Callable[..., MemoryBank] | None:
             "a bank holds rows of this batch, too: put 'row' among loss.masks, by which none is "
             "its own negative"
         )
+    if config.loss.get("matryoshka_dims", ()):
+        raise ValueError(
+            f"negatives.bank.kind={kind!r} with loss.matryoshka_dims: a bank holds whole "
+            "embeddings; leave one of the two out"
+        )
+    if not 0 <= bank.momentum < 1:
+        raise ValueError(f"negatives.bank.momentum={bank.momentum}; set it to at least 0, below 1")
     if kind == "queue":
         if bank.slots < 1:
             raise ValueError(f"negatives.bank.slots={bank.slots}; set it to at least 1")

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -72,6 +72,7 @@ def make_loss(
     chunk_sizes: Mapping[str, int] | None = None,
     remembers: bool = False,
     update_bank: Callable[..., MemoryBank] | None = None,
+    needs: Sequence[str] = (),
 ) -> LossOfBatch:
     """The mean loss of a global batch as a function of the parameters.
 
@@ -94,6 +95,7 @@ def make_loss(
         returns `(loss, memory)`.
       update_bank: (bank, key embeddings, rows, groups) -> the bank with them, of
         `jaxcl.negatives.memory_bank`. The loss takes `bank`, `memory["bank"]` before the update.
+      needs: what a batch must hold besides, such as `"teacher_scores"`; without it a `ValueError`.
 
     Returns:
       `(params, memory, batch, key) -> (nats, memory)`. `key=None` is the evaluation mode; otherwise
@@ -134,6 +136,9 @@ def make_loss(
     def loss(
         params: PyTree, memory: PyTree, batch: Batch, key: Key[Array, ""] | None
     ) -> tuple[Scalar, PyTree]:
+        for name in needs:
+            if name not in batch:
+                raise ValueError(f"this loss needs batch[{name!r}], which these data do not have")
         towers, row = params["towers"], batch["row"]
         queries, keys = (
             encode_side(towers, side, batch[side], _row_keys(key, number, row))

@@ -148,11 +148,31 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
             "loss.options.negatives is unknown to 'infonce'",
         ),
         ({"loss.options": {"exchange": "ring"}}, "loss.options.exchange is unknown"),
+        (
+            {"loss.name": "sigmoid", "loss.bias": -1.0, "loss.options": {"bias": -1.0}},
+            "both given; leave one out",
+        ),
+        (
+            {"negatives.bank.kind": "queue", "loss.matryoshka_dims": (2,)},
+            "a bank holds whole embeddings",
+        ),
+        (
+            {"negatives.bank.kind": "instance", "negatives.bank.momentum": 1.0},
+            "set it to at least 0, below 1",
+        ),
     ],
 )
 def test_a_loss_that_does_not_fit_its_config_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         program_of(**changes)
+
+
+def test_distillation_without_a_teacher_says_so():
+    program = program_of(**{"loss.name": "distillation", "loss.masks": ()})
+    tokens, numbers = {"tokens": np.ones((8, 1), np.int32)}, np.arange(8, dtype=np.int32)
+    batch = {"query": tokens, "key": tokens, "row": numbers, "group": numbers}
+    with pytest.raises(ValueError, match=r"needs batch\['teacher_scores'\]"):
+        program.train_step(program.init(), put_batch(batch, program.mesh))
 
 
 def negatives_of(tokens):

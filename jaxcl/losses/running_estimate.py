@@ -79,8 +79,8 @@ def running_estimate_loss(
 
     Returns:
       The loss of each of this device's rows, in nats (times $\tau$, with `robustness`), and the new
-      estimates. A row without negatives in this batch has the loss of its old estimate, or 0, no
-      gradient, and keeps its estimate.
+      estimates. A row without negatives in this batch has the loss of its old estimate, or 0, keeps
+      that estimate, and gives no embedding a gradient.
 
     Raises:
       ValueError: for estimates or rates that do not fit, and as `infonce_loss`.
@@ -101,6 +101,8 @@ def running_estimate_loss(
             )
     if not isinstance(update_rate, Array) and not 0 < update_rate <= 1:
         raise ValueError(f"update_rate={update_rate}; set it above 0 and at most 1")
+    if not epsilon > 0:
+        raise ValueError(f"epsilon={epsilon}; set it above 0")
     comparison = Comparison(
         ids, groups, valid, margin, relative_margin, guides, axis_name, exchange, implementation
     )
@@ -175,6 +177,8 @@ def remembered_estimate_loss(
         )
         return found[0].sum(), found
 
+    if not temperature_rate > 0:
+        raise ValueError(f"temperature_rate={temperature_rate}; set it above 0, or to None")
     constants = map(lax.stop_gradient, (queries, keys))
     log_temperatures = memory["log_temperatures"]
     slope = jax.grad(lambda *inputs: total(*inputs)[0])(log_temperatures, *constants)

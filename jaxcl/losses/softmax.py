@@ -114,6 +114,10 @@ def infonce_loss(
     check_sides(queries, keys, directions)
     if partition not in PARTITIONS:
         raise ValueError(f"partition={partition!r} is unknown; use one of {', '.join(PARTITIONS)}")
+    if hardness < 0 or negative_hardness < 0:
+        raise ValueError(
+            f"hardness={hardness}, negative_hardness={negative_hardness}; both must be at least 0"
+        )
     comparison = Comparison(
         ids, groups, valid, margin, relative_margin, guides, axis_name, exchange, implementation
     )
@@ -209,7 +213,7 @@ def decoupled_infonce_loss(
     found = comparison.negatives(queries, keys, temperature=temperature, directions=directions)
     positives = inner_product(queries, keys) / temperature
     sets = jnp.stack(list(found.values()))
-    loss = jnp.where(sets > -jnp.inf, sets - positives, 0).mean(0)
+    loss = jnp.where(sets != -jnp.inf, sets - positives, 0).mean(0)
     return loss if valid is None else jnp.where(valid, loss, 0)
 
 

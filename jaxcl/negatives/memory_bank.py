@@ -47,10 +47,12 @@ def init_bank(num_slots: int, dim: int, *, dtype: Any = None) -> MemoryBank:
       dtype: of the embeddings; float32 by default.
 
     Raises:
-      ValueError: if there is no slot.
+      ValueError: if there is no slot, or for a type that is not floating.
     """
     if num_slots < 1:
         raise ValueError(f"num_slots={num_slots}; a bank has at least one")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={dtype}; embeddings are kept as float32, bfloat16 or float16")
     slots = padded_entries(num_slots)
     row, group, written = (jnp.full(slots, -1, jnp.int32) for _ in range(3))
     return MemoryBank(

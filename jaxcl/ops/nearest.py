@@ -140,6 +140,7 @@ def _tile(queries: PyTree, table: PyTree, rows: Array, new: Array, count: int) -
     similarities, counted = pair_scores(
         PairQueries(vectors, scale, labels), PairKeys(table[0], None, table[1]), hardness=0.0
     )
+    similarities = jnp.where(similarities == 0, 0, similarities)  # −0 is no less than 0
     similarities = jnp.where(counted & new, similarities, -jnp.inf)
     every = Nearest(similarities, jnp.broadcast_to(rows, similarities.shape))
     return _best(every, min(count, rows.shape[0]))

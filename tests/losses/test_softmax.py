@@ -211,6 +211,7 @@ def test_a_pair_far_ahead_keeps_its_last_digits():
             "give both",
         ),
         ({"negative_hardness": 1.0}, "negative_hardness without negatives"),
+        ({"hardness": -1.0}, "both must be at least 0"),
         ({"negatives_valid": jnp.ones((2, 1), bool)}, "negatives_valid without negatives"),
         (
             {"negatives": jnp.ones((2, 1, 2)), "negative_guides": jnp.ones((2, 1, 2))},

@@ -128,6 +128,8 @@ def test_any_number_of_devices_holds_the_same_slots(update, dtype):
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="num_slots=0; a bank has at least one"):
         init_bank(0, DIM)
+    with pytest.raises(ValueError, match="dtype=int8; embeddings are kept as float32"):
+        init_bank(1, DIM, dtype="int8")
     with pytest.raises(ValueError, match=r"momentum=1\.0; set it to at least 0 and below 1"):
         update_instances(
             init_bank(1, DIM),

@@ -62,6 +62,11 @@ def test_masked_rows_are_not_found(implementation, x64):
     np.testing.assert_allclose(found.similarities, similarities, rtol=1e-12)
 
 
+def test_signed_zeros_are_equals():
+    found = nearest(jnp.array([[1.0]]), jnp.array([[-0.0], [0.0], [-0.0]]), count=3)
+    assert found.rows.tolist() == [[0, 1, 2]]
+
+
 def test_more_than_there_are_is_filled_up():
     found = nearest(jnp.eye(2), jnp.eye(2), count=4)
     assert found.rows.tolist() == [[0, 1, -1, -1], [1, 0, -1, -1]]

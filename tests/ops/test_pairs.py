@@ -229,6 +229,16 @@ def test_where_nothing_counts_there_is_nothing_and_no_gradient(implementation):
 
 
 @pytest.mark.parametrize("implementation", ANYWHERE)
+def test_what_is_no_number_is_not_nothing(implementation):
+    keys = unit_vectors(1, 7, 6).at[2].set(jnp.nan)
+    how = {"implementation": implementation, "tile": TILE}
+    for reduce in (pair_logsumexp, pair_sum):
+        rows, columns = reduce(unit_vectors(0, 5, 6), keys, temperature=0.1, **how)
+        assert np.isnan(rows).all()
+        assert np.flatnonzero(np.isnan(columns)).tolist() == [2]
+
+
+@pytest.mark.parametrize("implementation", ANYWHERE)
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 def test_huge_scores_stay_exact(implementation, scale):
     queries, keys = scale * unit_vectors(0, 5, 6), unit_vectors(1, 7, 6)
@@ -302,6 +312,9 @@ def test_rows_of_several_labels_agree_if_they_have_one_in_common():
     one, other = PairLabels(equal=(ours,)), PairLabels(equal=(theirs,))
     rows, columns = pair_count(jnp.eye(3), jnp.eye(3), query_labels=one, key_labels=other)
     assert (rows.tolist(), columns.tolist()) == ([1, 1, 0], [1, 0, 1])
+    one_wide = PairLabels(equal=(jnp.array([[2], [-1], [3]]),))
+    rows, _ = pair_count(jnp.eye(3), jnp.eye(3), query_labels=one_wide, key_labels=one_wide)
+    assert rows.tolist() == [1, 0, 1]
     single = PairLabels(equal=(jnp.array([2, 3, -1]),))
     rows, _ = pair_count(jnp.eye(3), jnp.eye(3), query_labels=one, key_labels=single)
     assert rows.tolist() == [1, 1, 0]

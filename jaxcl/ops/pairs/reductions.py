@@ -47,7 +47,7 @@ def _logsumexp_over_devices(values: Float[Array, " k"], axis_name: AxisName) -> 
 
 
 def _log(total: Array, shift: Array) -> Array:
-    some = total > 0
+    some = total != 0  # a NaN is something
     return jnp.where(some, jnp.log(jnp.where(some, total, 1)) + shift, -jnp.inf)
 
 
@@ -80,16 +80,16 @@ r"""$\sum_j \log(1 + e^{s_j})$, in nats; 0 where nothing counts."""
 
 SUM = Reduction(
     empty=0.0,
-    reduce=lambda scores, axis: jnp.where(scores > -jnp.inf, scores, 0).sum(axis),
+    reduce=lambda scores, axis: jnp.where(scores != -jnp.inf, scores, 0).sum(axis),
     join=jnp.add,
     join_devices=lambda values, axis_name: lax.psum_scatter(values, axis_name, tiled=True),
-    weigh=lambda scores, values, cotangents: jnp.where(scores > -jnp.inf, cotangents, 0),
+    weigh=lambda scores, values, cotangents: jnp.where(scores != -jnp.inf, cotangents, 0),
 )
 r"""$\sum_j s_j$, in nats; 0 where nothing counts."""
 
 COUNT = Reduction(
     empty=0.0,
-    reduce=lambda scores, axis: (scores > -jnp.inf).astype(scores.dtype).sum(axis),
+    reduce=lambda scores, axis: (scores != -jnp.inf).astype(scores.dtype).sum(axis),
     join=jnp.add,
     join_devices=lambda values, axis_name: lax.psum_scatter(values, axis_name, tiled=True),
     weigh=lambda scores, values, cotangents: jnp.zeros_like(scores),

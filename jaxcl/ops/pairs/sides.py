@@ -141,7 +141,11 @@ def _shaped(side: PyTree, shape: Callable[[Array], Array]) -> PyTree:
 
 
 def _columns_of(label: Labels) -> tuple[Array, ...]:
-    return (label,) if label.ndim == 1 else tuple(label.T)
+    if label.ndim == 1:
+        return (label,)
+    columns = tuple(label.T)
+    # One of several is not the same as one: a negative label is then none.
+    return columns if len(columns) > 1 else (*columns, jnp.full_like(columns[0], -1))
 
 
 def _mask(
