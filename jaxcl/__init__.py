@@ -2,7 +2,7 @@
 
 The library, for whoever has a training loop:
 
-    from jaxcl import assignment, losses, metrics, negatives
+    from jaxcl import assignment, grad_cache, losses, metrics, negatives, ops
 
 The application, for whoever has none:
 
@@ -10,6 +10,6 @@ The application, for whoever has none:
     python -m jaxcl.search --workdir runs/code_search "parse an ISO 8601 date"
 """
 
-from jaxcl import assignment, losses, metrics, negatives
+from jaxcl import assignment, grad_cache, losses, metrics, negatives, ops
 
-__all__ = ["assignment", "losses", "metrics", "negatives"]
+__all__ = ["assignment", "grad_cache", "losses", "metrics", "negatives", "ops"]

@@ -1,8 +1,12 @@
-"""What many tests share: unit vectors, relative errors that zero could not pass."""
+"""What many tests share: unit vectors, errors that neither zero nor NaN could pass, bits."""
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxcl.metric_writer import read_metrics
 
 
 def unit_vectors(seed: int, *shape: int, dtype=jnp.float64):
@@ -28,3 +32,18 @@ def relative_errors(found, wanted) -> dict[str, float]:
         jax.tree_util.keystr(path): relative_error(ours, theirs)
         for (path, ours), theirs in zip(leaves, jax.tree.leaves(wanted), strict=True)
     }
+
+
+def bits(leaf) -> bytes:
+    """An array's bytes; of a random key, those behind it."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf).tobytes()
+
+
+def unclocked(workdir: Path) -> list[dict]:
+    """The metrics of a run without those that its clock gave."""
+    return [
+        {name: value for name, value in record.items() if not name.startswith("time/")}
+        for record in read_metrics(workdir)
+    ]

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from jaxcl.bench import embedding_bag, grad_cache, loss, train_step
+from jaxcl.bench import embedding_bag, grad_cache, loss, nearest, train_step
 from jaxcl.bench.__main__ import BENCHMARKS, as_table, main
 from jaxcl.bench.embedding_bag import BagShape
 from jaxcl.bench.train_step import StepShape
@@ -120,6 +120,12 @@ def test_the_gradient_cache_is_timed_beside_the_whole_batch(monkeypatch):
     assert set(record["rounds"]) == {"whole batch", "chunks of 2"}
     assert all(map(_is_figure, itertools.chain.from_iterable(record["rounds"].values())))
     assert record["facts"]["chunks / whole, median"] > 0
+
+
+def test_the_nearest_rows_are_timed_by_tile():
+    record = nearest.measure(30, 4, count=3, tiles=[8, 16], rounds=2)
+    assert {"tiles of 8", "tiles of 16"} <= set(record["rounds"])
+    assert all(map(_is_figure, itertools.chain.from_iterable(record["rounds"].values())))
 
 
 def test_all_implementations_of_the_bag_are_timed():

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcl.checkpoint import CheckpointError, Checkpoints, checksum
 from jaxcl.mesh import make_mesh
+from tests.helpers import bits
 
 pytestmark = [
     # Where a load fails, Orbax leaves what it had begun.
@@ -67,12 +68,6 @@ def abstract(state, *, num_devices: int = 8):
         ),
         state,
     )
-
-
-def bits(leaf) -> bytes:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf).tobytes()
 
 
 def assert_same(found, wanted) -> None:

@@ -10,8 +10,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -20,6 +18,7 @@ from jaxcl.checkpoint import Checkpoints
 from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.metric_writer import read_metrics
 from jaxcl.workdir import read_config
+from tests.helpers import bits, unclocked
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "code_search.py"
@@ -100,19 +99,6 @@ def final_state(workdir: Path):
         restored = checkpoints.restore_latest(program.abstract_state())
     assert restored.step == STEPS
     return restored.state
-
-
-def bits(leaf) -> bytes:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf).tobytes()
-
-
-def unclocked(workdir: Path) -> list[dict]:
-    return [
-        {name: value for name, value in record.items() if not name.startswith("time/")}
-        for record in read_metrics(workdir)
-    ]
 
 
 def assert_same_run(workdir: Path, other: Path) -> None:

@@ -22,6 +22,7 @@ from jaxcl.data.prepare import prepare_data
 from jaxcl.metric_writer import read_metrics
 from jaxcl.reports import DivergenceError, Reports
 from jaxcl.train import train
+from tests.helpers import bits, unclocked
 
 pytestmark = [
     # Where a load fails, Orbax leaves what it had begun.
@@ -110,20 +111,6 @@ def num_rows(config: ConfigDict, workdir: Path) -> int:
     data_dir = Path(config.run.data_dir)
     data = prepare_data(config.data, data_dir=data_dir, workdir=workdir)
     return data.tables["train"].num_rows
-
-
-def bits(leaf) -> bytes:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf).tobytes()
-
-
-def unclocked(workdir: Path) -> list[dict]:
-    """The metrics of a run without those that its clock gave."""
-    return [
-        {name: value for name, value in record.items() if not name.startswith("time/")}
-        for record in read_metrics(workdir)
-    ]
 
 
 def differences(config: ConfigDict, workdir: Path, other: Path) -> list[str]:

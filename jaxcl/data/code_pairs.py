@@ -67,7 +67,7 @@ class CodePairs(tfds.core.GeneratorBasedBuilder):
     """Writes given functions as pairs, in the order given; `prepare_code_pairs` uses it."""
 
     VERSION = tfds.core.Version(FORMAT_VERSION)
-    RELEASE_NOTES = {FORMAT_VERSION: "The first version."}  # noqa: RUF012
+    RELEASE_NOTES = {FORMAT_VERSION: "The first version."}  # noqa: RUF012 - as TFDS wants it
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ class TinyQuestions(tfds.core.GeneratorBasedBuilder):
     """A data set of nested, labelled rows."""
 
     VERSION = tfds.core.Version("1.2.0")
-    RELEASE_NOTES = {"1.2.0": "The first."}  # noqa: RUF012
+    RELEASE_NOTES = {"1.2.0": "The first."}  # noqa: RUF012 - as TFDS wants it
 
     def _info(self):
         text = tfds.features.Text

@@ -149,7 +149,7 @@ def test_padding_and_truncation_of_a_foreign_file_are_taken_off(trained, tmp_pat
     foreign.enable_truncation(max_length=2)
     foreign.save(str(tmp_path / "tokenizer.json"))
     settings = json.loads((tmp_path / "tokenizer.json").read_text())
-    assert settings["padding"] and settings["truncation"]  # noqa: PT018
+    assert settings["padding"] and settings["truncation"]  # noqa: PT018 - one state of two
     assert len(encoded(foreign, "parse the ISO date")) == 7
 
     loaded = load_tokenizer(tmp_path / "tokenizer.json")

@@ -1,0 +1,92 @@
+"""How fast are the exact nearest rows found, beside the flat index of faiss?
+
+    python -m jaxcl.bench nearest [--rows N] [--dim N] [--count N] [--tile N …] [--rounds N]
+        [--json FILE]
+
+Queries are the rows of the table themselves. faiss takes part if it is installed (`faiss-cpu`).
+"""
+
+import argparse
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.bench.timing import compile_all, facts_of, milliseconds
+from jaxcl.ops.nearest import TILE, nearest
+
+__all__ = ["main", "measure"]
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Measures one shape."""
+    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench nearest")
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--count", type=int, default=32)
+    parser.add_argument("--tile", type=int, nargs="+", default=[TILE])
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args(argv)
+    return measure(
+        arguments.rows,
+        arguments.dim,
+        count=arguments.count,
+        tiles=arguments.tile,
+        rounds=arguments.rounds,
+    )
+
+
+def measure(
+    num_rows: int, dim: int, *, count: int, tiles: Sequence[int], rounds: int
+) -> dict[str, Any]:
+    """Times all in turn, round after round.
+
+    Args:
+      num_rows: of the table, and queries.
+      dim: their width.
+      count: how many are found for each.
+      tiles: rows and queries of a tile, each measured.
+      rounds: how often.
+
+    Returns:
+      The record that `jaxcl.bench` prints, in milliseconds.
+
+    Raises:
+      RuntimeError: if faiss finds others.
+    """
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(num_rows, dim)).astype(np.float32)
+    table /= np.linalg.norm(table, axis=1, keepdims=True)
+    rows = jnp.asarray(table)
+    functions = {
+        f"tiles of {tile:,}": functools.partial(nearest, count=count, tile=tile) for tile in tiles
+    }
+    compiled = compile_all(functions, (rows, rows))
+    calls: dict[str, Callable[[], Any]] = {name: one.call for name, one in compiled.items()}
+    facts: dict[str, Any] = dict(facts_of(compiled))
+    if importlib.util.find_spec("faiss") is not None:
+        import faiss
+
+        index = faiss.IndexFlatIP(dim)
+        index.add(table)
+        calls["faiss, flat"] = lambda: index.search(table, count)
+        ours = jax.device_get(next(iter(compiled.values())).call())
+        similarities, theirs = calls["faiss, flat"]()
+        shared = [len(set(a) & set(b)) for a, b in zip(ours.rows, theirs, strict=True)]
+        facts["share of rows that faiss finds too"] = float(np.mean(shared)) / count
+        facts["largest difference of a similarity"] = float(
+            np.abs(ours.similarities - similarities).max()
+        )
+        facts["faiss"] = faiss.__version__
+        if facts["largest difference of a similarity"] > 1e-4:
+            raise RuntimeError(f"faiss finds others: {facts}")
+    return {
+        "shapes": {"rows": num_rows, "dim": dim, "count": count},
+        "unit": "ms",
+        "rounds": milliseconds(calls, rounds=rounds),
+        "facts": facts,
+    }
