@@ -10,12 +10,14 @@ from jaxcl.ops.pairs.sides import ALL_COUNT, PairKeys, PairLabels, PairQueries, 
 from jaxcl.ops.varying import as_varying
 from jaxcl.typing import Array, AxisName, Float, Int, Integer, PyTree
 
-__all__ = ["IMPLEMENTATIONS", "TILE", "Nearest", "nearest"]
+__all__ = ["IMPLEMENTATIONS", "QUERY_TILE", "TILE", "Nearest", "nearest"]
 
 IMPLEMENTATIONS = ("reference", "tiled")
 
-TILE = 4_096
-"""Rows of the table in a tile, and queries: 64 MiB of float32 similarities."""
+QUERY_TILE, TILE = 256, 65_536
+"""Queries and rows of a tile: 64 MiB of float32 similarities. Wide, since each is sorted once."""
+
+_GROUP = 32  # columns of which the greatest is looked at first
 
 
 class Nearest(NamedTuple):
@@ -39,6 +41,7 @@ def nearest(
     table_labels: PairLabels = ALL_COUNT,
     axis_name: AxisName | None = None,
     implementation: str = "tiled",
+    query_tile: int = QUERY_TILE,
     tile: int = TILE,
 ) -> Nearest:
     """Each query's nearest rows by inner product.
@@ -52,9 +55,10 @@ def nearest(
       axis_name: the mesh axes of an enclosing `jax.shard_map` over which both sides are sharded,
         row by row. All devices' queries visit every device's rows: with `b` queries in all,
         `(b - q) · d` numbers come in for them, and `2 · (b - q) · count` with what was found.
-      implementation: `"reference"`, all similarities and a sort; `"tiled"`, of `tile` queries and
-        rows at a time, each tile's best joined with those before.
-      tile: queries and rows of a tile.
+      implementation: `"reference"`, all similarities and a sort; `"tiled"`, a tile at a time, whose
+        best are joined with those before.
+      query_tile: queries of a tile.
+      tile: rows of a tile.
 
     Returns:
       The nearest of all devices' rows; constants of the gradient.
@@ -72,14 +76,18 @@ def nearest(
         raise ValueError(
             f"implementation={implementation!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}"
         )
-    if count < 1 or tile < 1:
-        raise ValueError(f"count={count}, tile={tile}; both must be at least 1")
+    if min(count, query_tile, tile) < 1:
+        raise ValueError(
+            f"count={count}, query_tile={query_tile}, tile={tile}; all must be at least 1"
+        )
+    if implementation == "reference":
+        query_tile, tile = queries.shape[0], table.shape[0]
     ours, theirs = lax.stop_gradient(((queries, query_labels), (table, table_labels)))
     if axis_name is None:
-        return _of_table(ours, theirs, jnp.int32(0), count, implementation, tile)
+        return _of_table(ours, theirs, jnp.int32(0), count, query_tile, tile)
     everyone = jax.tree.map(lambda leaf: lax.all_gather(leaf, axis_name, tiled=True), ours)
     first = lax.axis_index(axis_name) * table.shape[0]
-    here = _of_table(everyone, theirs, first, count, implementation, tile)
+    here = _of_table(everyone, theirs, first, count, query_tile, tile)
     # [devices, q, count] of each: what every device has found for this one's queries, in the order
     # of devices, which is that of rows.
     parts = jax.tree.map(
@@ -97,14 +105,12 @@ def _of_table(
     table: PyTree,
     first: Array,
     count: int,
-    implementation: str,
+    query_tile: int,
     tile: int,
 ) -> Nearest:
     """The nearest among this device's rows, whose numbers begin at `first`."""
     num_queries, num_rows = queries[0].shape[0], table[0].shape[0]
-    height, width = min(tile, num_queries), min(tile, num_rows)
-    if implementation == "reference":
-        height, width = num_queries, num_rows
+    height, width = _even(num_queries, query_tile), _even(num_rows, tile)
 
     def of_queries(start: Integer[Array, ""]) -> Nearest:
         ours = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, height), queries)
@@ -134,6 +140,11 @@ def _of_table(
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *blocks)
 
 
+def _even(size: int, tile: int) -> int:
+    """The least tile that needs no more of them than this one."""
+    return -(-size // -(-size // tile))
+
+
 def _tile(queries: PyTree, table: PyTree, rows: Array, new: Array, count: int) -> Nearest:
     vectors, labels = queries
     scale = jnp.ones(vectors.shape[0], jnp.promote_types(vectors.dtype, jnp.float32))
@@ -142,8 +153,28 @@ def _tile(queries: PyTree, table: PyTree, rows: Array, new: Array, count: int) -
     )
     similarities = jnp.where(similarities == 0, 0, similarities)  # −0 is no less than 0
     similarities = jnp.where(counted & new, similarities, -jnp.inf)
-    every = Nearest(similarities, jnp.broadcast_to(rows, similarities.shape))
-    return _best(every, min(count, rows.shape[0]))
+    return _best(_candidates(similarities, rows, count), min(count, rows.shape[0]))
+
+
+def _candidates(similarities: Float[Array, "q k"], rows: Array, count: int) -> Nearest:
+    """A part of a tile that holds its best, in the order of rows: cheaper to sort than the whole.
+
+    The best `count` lie in the `count` groups of columns with the greatest maxima: of a group left
+    out, each member stands behind `count` others. Of equal maxima the first groups are kept, which
+    are those of the lowest rows.
+    """
+    num_queries, width = similarities.shape
+    num_groups = -(-width // _GROUP)
+    if num_groups <= 2 * count:
+        return Nearest(similarities, jnp.broadcast_to(rows, similarities.shape))
+    missing = num_groups * _GROUP - width
+    filled = jnp.pad(similarities, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    groups = filled.reshape(num_queries, num_groups, _GROUP)
+    _, best = lax.top_k(groups.max(2), count)
+    best = jnp.sort(best, axis=1)
+    chosen = jnp.take_along_axis(groups, best[:, :, None], axis=1)
+    grouped_rows = jnp.pad(rows, (0, missing)).reshape(num_groups, _GROUP)
+    return Nearest(chosen.reshape(num_queries, -1), grouped_rows[best].reshape(num_queries, -1))
 
 
 def _joined(found: Nearest, more: Nearest) -> Nearest:

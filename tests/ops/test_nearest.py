@@ -28,17 +28,31 @@ def test_the_nearest_are_those_of_a_sort(num_queries, num_rows, tile, implementa
     queries, table = unit_vectors(0, num_queries, 6), unit_vectors(1, num_rows, 6)
     count = min(5, num_rows)
     found = jax.jit(
-        functools.partial(nearest, count=count, tile=tile, implementation=implementation)
+        functools.partial(
+            nearest, count=count, query_tile=3, tile=tile, implementation=implementation
+        )
     )(queries, table)
     similarities, rows = by_sorting(queries, table, count)
     np.testing.assert_array_equal(found.rows, rows)
     np.testing.assert_allclose(found.similarities, similarities, rtol=1e-12)
 
 
+def test_groups_hold_the_best_and_of_equals_the_lowest_rows(monkeypatch):
+    monkeypatch.setattr("jaxcl.ops.nearest._GROUP", 4)
+    # 75 rows in groups of 4: many equals, within groups and over them.
+    table = jnp.round(2 * unit_vectors(1, 75, 3, dtype=jnp.float32))
+    queries = jnp.round(3 * unit_vectors(0, 9, 3, dtype=jnp.float32))
+    for count in (1, 3, 8):
+        found = nearest(queries, table, count=count)
+        similarities, rows = by_sorting(queries, table, count)
+        np.testing.assert_array_equal(found.rows, rows)
+        np.testing.assert_array_equal(found.similarities, similarities)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_of_equals_the_lowest_row_comes_first(implementation):
     table = jnp.tile(jnp.eye(3), (7, 1))  # rows 0, 3, 6 … are one vector
-    found = nearest(jnp.eye(3), table, count=9, tile=4, implementation=implementation)
+    found = nearest(jnp.eye(3), table, count=9, query_tile=2, tile=4, implementation=implementation)
     assert found.rows[0].tolist() == [0, 3, 6, 9, 12, 15, 18, 1, 2]
 
 
@@ -52,6 +66,7 @@ def test_masked_rows_are_not_found(implementation, x64):
         count=9,
         query_labels=PairLabels(different=(ours,)),
         table_labels=PairLabels(different=(theirs,), valid=valid),
+        query_tile=2,
         tile=4,
         implementation=implementation,
     )
@@ -90,6 +105,7 @@ def test_a_sharded_table_gives_the_same_rows(shape, implementation, x64):
             table_labels=PairLabels(different=(theirs,)),
             axis_name=mesh.axis_names,
             implementation=implementation,
+            query_tile=2,
             tile=4,
         )
 
