@@ -141,8 +141,9 @@ def _of_table(
 
 
 def _even(size: int, tile: int) -> int:
-    """The least tile that needs no more of them than this one."""
-    return -(-size // -(-size // tile))
+    """The least tile that needs no more of them than this one, of whole groups where it has any."""
+    least = -(-size // -(-size // tile))
+    return min(-(-least // _GROUP) * _GROUP, tile, size)
 
 
 def _tile(queries: PyTree, table: PyTree, rows: Array, new: Array, count: int) -> Nearest:
