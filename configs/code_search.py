@@ -30,6 +30,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.data.key_field = "key"
     config.data.group_field = "group"
     config.data.metadata_fields = ("name", "package", "qualified_name", "file", "line")
+    config.data.negatives = placeholder(str)  # an .npz with each training row's explicit negatives
     config.data.tokenizer = placeholder(str)  # a tokenizer.json; None trains one
     config.data.vocabulary_size = 16_384
     config.data.max_tokens = ConfigDict({"query": 32, "key": 128})

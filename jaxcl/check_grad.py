@@ -19,7 +19,8 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxcl.build import build_loss, build_memory, build_towers
+from jaxcl.build import build_towers
+from jaxcl.build_loss import batch_needs, build_loss, build_memory
 from jaxcl.mesh import make_mesh, put_batch
 from jaxcl.models.towers import SIDES
 from jaxcl.progress import say
@@ -31,6 +32,7 @@ __all__ = ["GradientCheck", "compare_gradients"]
 _LARGEST_ERROR = 1e-3  # float32, summed in another order
 _VOCABULARY = 64
 _ROWS_PER_DEVICE = 4
+_NEGATIVES = 3
 
 
 class GradientCheck(NamedTuple):
@@ -153,7 +155,19 @@ def _random_batch(config: ConfigDict, num_rows: int) -> Batch:
         side: {"tokens": rng.integers(1, _VOCABULARY, (num_rows, width)).astype(np.int32)}
         for side, width in config.data.max_tokens.items()
     }
-    return {**sides, "row": rows, "group": rows // 2}
+    batch = {**sides, "row": rows, "group": rows // 2}
+    needs = batch_needs(config)
+    if "negatives" in needs:
+        width = config.data.max_tokens["key"]
+        tokens = rng.integers(1, _VOCABULARY, (num_rows, _NEGATIVES, width)).astype(np.int32)
+        others = rng.integers(0, num_rows, (num_rows, _NEGATIVES)).astype(np.int32)
+        valid = rng.random(others.shape) < 0.8
+        labels = {"row": others, "group": others // 2, "valid": valid}
+        batch["negatives"] = {"inputs": {"tokens": tokens}, **labels}
+    if "teacher_scores" in needs:
+        scores = rng.normal(size=(num_rows, 1 + _NEGATIVES))
+        batch["teacher_scores"] = scores.astype(np.float32)
+    return batch
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jaxcl.assignment import uniform_rows
 from jaxcl.build import Program, build_program
+from jaxcl.build_loss import batch_needs
 from jaxcl.checkpoint import CheckpointError, Checkpoints
 from jaxcl.data.loader import training_batches
 from jaxcl.data.prepare import RunData, prepare_data
@@ -83,7 +84,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with lock_workdir(workdir):
         claim_workdir(workdir, config)
         data_dir = Path(config.run.data_dir).expanduser()
-        data = prepare_data(config.data, data_dir=data_dir, workdir=workdir)
+        scored = "teacher_scores" in batch_needs(config)
+        data = prepare_data(config.data, data_dir=data_dir, workdir=workdir, scored=scored)
         _check_enough_rows(config, data)
         with Checkpoints(workdir / "checkpoints", keep=config.run.keep_checkpoints) as checkpoints:
             num_rows = data.tables["train"].num_rows
@@ -110,6 +112,7 @@ def _run_steps(
         program.mesh,
         first_step=first_step,
         last_step=config.steps,
+        negatives=data.negatives,
     )
     with _signals() as received, progress_bar("training", config.steps) as advance:
         advance(first_step)

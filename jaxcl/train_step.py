@@ -121,17 +121,7 @@ def make_loss(
             return loss_fn(*sides, memory=entries, **arguments)
         return loss_fn(*sides, **arguments), entries
 
-    def encode_side(towers: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None) -> Embeddings:
-        if chunk_sizes is None:
-            return encode(towers, side, inputs, rngs)
-        in_chunks = chunked(
-            lambda towers, inputs, rngs: encode(towers, side, inputs, rngs),
-            chunk_size=chunk_sizes[side],
-        )
-        # Each device goes through its own rows, so that chunks keep their sharding.
-        return jax.shard_map(in_chunks, mesh=mesh, in_specs=(whole, rows, rows), out_specs=rows)(
-            towers, inputs, rngs
-        )
+    encode_rows = _encoder(encode, mesh, chunk_sizes)
 
     def loss(
         params: PyTree, memory: PyTree, batch: Batch, key: Key[Array, ""] | None
@@ -141,26 +131,14 @@ def make_loss(
                 raise ValueError(f"this loss needs batch[{name!r}], which these data do not have")
         towers, row = params["towers"], batch["row"]
         queries, keys = (
-            encode_side(towers, side, batch[side], _row_keys(key, number, row))
+            encode_rows(towers, side, batch[side], _row_keys(key, number, row))
             for number, side in enumerate(SIDES)
         )
         columns = {argument: batch[column] for argument, column in masks.items()}
         if "teacher_scores" in batch:
             columns["teacher_scores"] = batch["teacher_scores"]
         if "negatives" in batch:
-            explicit = batch["negatives"]
-            b, n = explicit["valid"].shape
-            vectors = encode_side(
-                towers,
-                "key",
-                jax.tree.map(lambda leaf: leaf.reshape(b * n, *leaf.shape[2:]), explicit["inputs"]),
-                _slot_keys(_row_keys(key, len(SIDES), row), n),
-            )
-            columns |= {
-                "negatives": vectors.reshape(b, n, -1),
-                "negatives_valid": explicit["valid"],
-                **{f"negative_{name}": explicit[column] for name, column in masks.items()},
-            }
+            columns |= _explicit_columns(batch, encode_rows, towers, masks, key)
         scalars = {"temperature": jnp.exp(params["log_temperature"])}
         if "bias" in params:
             scalars["bias"] = params["bias"]
@@ -178,6 +156,48 @@ def make_loss(
         return found.mean(), after
 
     return loss
+
+
+def _encoder(encode: Encode, mesh: Mesh, chunk_sizes: Mapping[str, int] | None) -> Encode:
+    """The same, in chunks if it has chunk sizes."""
+    if chunk_sizes is None:
+        return encode
+    rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+
+    def encode_rows(
+        params: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None = None
+    ) -> Embeddings:
+        in_chunks = chunked(
+            lambda params, inputs, rngs: encode(params, side, inputs, rngs),
+            chunk_size=chunk_sizes[side],
+        )
+        # Each device goes through its own rows, so that chunks keep their sharding.
+        return jax.shard_map(in_chunks, mesh=mesh, in_specs=(whole, rows, rows), out_specs=rows)(
+            params, inputs, rngs
+        )
+
+    return encode_rows
+
+
+def _explicit_columns(
+    batch: Batch,
+    encode: Encode,
+    towers: PyTree,
+    masks: Mapping[str, str],
+    key: Key[Array, ""] | None,
+) -> dict[str, Array]:
+    """What a loss takes of the explicit negatives of a batch, encoded as keys."""
+    explicit = batch["negatives"]
+    rows, slots = explicit["valid"].shape
+    inputs = jax.tree.map(
+        lambda leaf: leaf.reshape(rows * slots, *leaf.shape[2:]), explicit["inputs"]
+    )
+    keys = _slot_keys(_row_keys(key, len(SIDES), batch["row"]), slots)
+    return {
+        "negatives": encode(towers, "key", inputs, keys).reshape(rows, slots, -1),
+        "negatives_valid": explicit["valid"],
+        **{f"negative_{name}": explicit[column] for name, column in masks.items()},
+    }
 
 
 class StepMetrics(NamedTuple):

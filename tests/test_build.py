@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from configs.code_search import get_config
-from jaxcl.build import LOSSES, _chunk_sizes, build_optimizer, build_program
+from jaxcl.build import build_optimizer, build_program
+from jaxcl.build_loss import LOSSES, _chunk_sizes
 from jaxcl.mesh import put_batch
 
 RATE = 0.5
@@ -147,6 +148,10 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
             {"loss.options": {"negatives": 1}},
             "loss.options.negatives is unknown to 'infonce'",
         ),
+        (
+            {"loss.name": "decoupled", "data.negatives": "some.npz"},
+            r"data\.negatives=some\.npz, but the loss 'decoupled' takes none",
+        ),
         ({"loss.options": {"exchange": "ring"}}, "loss.options.exchange is unknown"),
         (
             {"loss.name": "sigmoid", "loss.bias": -1.0, "loss.options": {"bias": -1.0}},
@@ -168,10 +173,13 @@ def test_a_loss_that_does_not_fit_its_config_is_named(changes, message):
 
 
 def test_distillation_without_a_teacher_says_so():
-    program = program_of(**{"loss.name": "distillation", "loss.masks": ()})
+    teacherless = {"loss.name": "distillation", "loss.masks": ()}
+    with pytest.raises(ValueError, match=r"set data\.negatives to an \.npz"):
+        program_of(**teacherless)
+    program = program_of(**teacherless, **{"data.negatives": "some.npz"})
     tokens, numbers = {"tokens": np.ones((8, 1), np.int32)}, np.arange(8, dtype=np.int32)
     batch = {"query": tokens, "key": tokens, "row": numbers, "group": numbers}
-    with pytest.raises(ValueError, match=r"needs batch\['teacher_scores'\]"):
+    with pytest.raises(ValueError, match=r"needs batch\['negatives'\]"):
         program.train_step(program.init(), put_batch(batch, program.mesh))
 
 
@@ -234,6 +242,8 @@ def test_every_loss_makes_a_step_by_its_name(name, exchange):
     how = {"loss.exchange": exchange, "loss.implementation": "tiled", "grad_cache.chunk_size": 1}
     masks = {"supervised": ("group",), "distillation": ()}.get(name, ("row",))
     changes = {"loss.name": name, "loss.masks": masks, **how}
+    if name == "distillation":
+        changes["data.negatives"] = "some.npz"
     program = program_of(**changes)
     tokens, numbers = {"tokens": np.arange(1, 9, dtype=np.int32)[:, None]}, np.arange(8)
     batch = {"query": tokens, "key": tokens, "row": numbers.astype(np.int32)}

@@ -15,6 +15,8 @@ from jaxcl.check_grad import compare_gradients
         {"run.mesh": {"replica": 2, "data": 4}, "loss.masks": ("row", "group")},
         {"loss.exchange": "ring", "loss.implementation": "tiled"},
         {"grad_cache.chunk_tokens": 100, "model.shared": False},
+        {"data.negatives": "some.npz", "loss.exchange": "ring", "loss.implementation": "tiled"},
+        {"data.negatives": "some.npz", "loss.name": "distillation", "loss.masks": ()},
     ],
     ids=str,
 )

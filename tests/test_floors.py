@@ -28,6 +28,8 @@ FLOORS = {
         "train_state",
         "train_step",
         "embed",
+        "options",
+        "build_loss",
         "build",
         "reports",
         "evaluate",

@@ -108,6 +108,7 @@ def final_state(config: ConfigDict, workdir: Path):
 
 
 def num_rows(config: ConfigDict, workdir: Path) -> int:
+    workdir.mkdir(exist_ok=True)
     data_dir = Path(config.run.data_dir)
     data = prepare_data(config.data, data_dir=data_dir, workdir=workdir)
     return data.tables["train"].num_rows
@@ -214,6 +215,27 @@ def test_a_run_with_a_memory_goes_on_as_if_it_had_not_stopped(tiny, tmp_path, mo
     half_run(monkeypatch, config, tmp_path / "halves")
     train(config, tmp_path / "halves")
     assert differences(config, tmp_path / "halves", tmp_path / "whole") == []
+
+
+@pytest.mark.parametrize("loss", ["infonce", "distillation"])
+def test_explicit_negatives_of_a_file_are_trained_on_and_their_run_goes_on(
+    tiny, tmp_path, monkeypatch, loss
+):
+    size = num_rows(tiny(), tmp_path / "look")
+    rng = np.random.default_rng(0)
+    rows = rng.integers(-1, size, (size, 2))
+    file = tmp_path / "negatives.npz"
+    np.savez(file, rows=rows, teacher_scores=rng.normal(size=(size, 3)))
+    masks = ("row",) if loss == "infonce" else ()
+    changes = {"data.negatives": str(file), "loss.name": loss, "loss.masks": masks}
+    config = tiny(**changes, **{"grad_cache.chunk_size": 3})
+    train(config, tmp_path / "whole")
+    half_run(monkeypatch, config, tmp_path / "halves")
+    train(config, tmp_path / "halves")
+    assert differences(config, tmp_path / "halves", tmp_path / "whole") == []
+    np.savez(file, rows=rows[::-1], teacher_scores=rng.normal(size=(size, 3)))
+    with pytest.raises(ValueError, match=r"or data\.negatives has changed"):
+        train(config, tmp_path / "halves")
 
 
 def zero_first_moment(state):

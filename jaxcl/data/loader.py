@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxcl.data.negatives import RowNegatives
 from jaxcl.data.token_table import TokenTable
 from jaxcl.mesh import put_batch
 from jaxcl.typing import Batch, Int
@@ -23,6 +24,7 @@ def training_batches(
     *,
     first_step: int,
     last_step: int,
+    negatives: RowNegatives | None = None,
 ) -> Iterator[Batch]:
     """The global batches of steps `first_step` to `last_step - 1`.
 
@@ -36,13 +38,14 @@ def training_batches(
       mesh: where batches go, rows sharded over all of its axes.
       first_step: the first batch wanted.
       last_step: one more than the last.
+      negatives: explicit ones of each row, read along with it.
 
     Yields:
       Batches on the devices.
     """
-    batches = grain.MapDataset.source(_LocalBatches(table, rows_fn, last_step)).to_iter_dataset(
-        grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
-    )
+    batches = grain.MapDataset.source(
+        _LocalBatches(table, rows_fn, last_step, negatives)
+    ).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES))
     iterator = iter(batches)
     iterator.set_state({"next_index": first_step})
     for batch in iterator:
@@ -57,12 +60,15 @@ class _LocalBatches:
         table: TokenTable,
         rows_fn: Callable[[int], Int[np.ndarray, " b"]],
         num_steps: int,
+        negatives: RowNegatives | None = None,
     ):
         self.table, self.rows_fn, self.num_steps = table, rows_fn, num_steps
+        self.negatives = negatives
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __getitem__(self, step: int) -> Batch:
-        parts = np.split(self.rows_fn(step), jax.process_count())
-        return self.table.batch(parts[jax.process_index()])
+        rows = np.split(self.rows_fn(step), jax.process_count())[jax.process_index()]
+        batch = self.table.batch(rows)
+        return batch | self.negatives.columns(self.table, rows) if self.negatives else batch

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from jaxcl.data.code_pairs import prepare_code_pairs
+from jaxcl.data.negatives import RowNegatives, read_negatives
 from jaxcl.data.sources import PairSource, open_pairs
 from jaxcl.data.token_table import TokenTable, build_token_table
 from jaxcl.data.tokenizer import load_tokenizer, train_tokenizer
@@ -29,14 +30,18 @@ class RunData(NamedTuple):
       sources: split -> its pairs as text, with their metadata.
       tables: split -> its pairs as token ids.
       tokenizer: what turned one into the other.
+      negatives: the training rows' explicit ones, or `None`.
     """
 
     sources: Mapping[str, PairSource]
     tables: Mapping[str, TokenTable]
     tokenizer: Tokenizer
+    negatives: RowNegatives | None
 
 
-def prepare_data(config: ConfigDict, *, data_dir: Path, workdir: Path) -> RunData:
+def prepare_data(
+    config: ConfigDict, *, data_dir: Path, workdir: Path, scored: bool = False
+) -> RunData:
     """Opens the splits of a run as text and as token ids, making what is not there yet.
 
     The workdir remembers which rows it began with (`data.json`) and its tokenizer
@@ -46,6 +51,7 @@ def prepare_data(config: ConfigDict, *, data_dir: Path, workdir: Path) -> RunDat
       config: `config.data`.
       data_dir: where prepared data are shared between runs.
       workdir: the run's own folder.
+      scored: whether the negatives' file must have a teacher's scores.
 
     Raises:
       ValueError: if a split is missing or empty, or the rows of an earlier start are gone.
@@ -63,13 +69,19 @@ def prepare_data(config: ConfigDict, *, data_dir: Path, workdir: Path) -> RunDat
         )
         for role, split in config.splits.items()
     }
-    _remember(workdir, {role: source.fingerprint for role, source in sources.items()}, name)
+    fingerprints = {role: source.fingerprint for role, source in sources.items()}
+    negatives = None
+    if config.get("negatives") is not None:
+        path = Path(config.negatives).expanduser()
+        negatives = read_negatives(path, num_rows=len(sources["train"]), scored=scored)
+        fingerprints["negatives"] = negatives.fingerprint
+    _remember(workdir, fingerprints, name)
     tokenizer = _tokenizer(config, sources["train"], workdir)
     tables = {
         role: _token_table(config, source, tokenizer, role, data_dir)
         for role, source in sources.items()
     }
-    return RunData(sources, tables, tokenizer)
+    return RunData(sources, tables, tokenizer, negatives)
 
 
 def _data_set(config: ConfigDict, *, data_dir: Path, workdir: Path) -> str:
@@ -91,8 +103,8 @@ def _remember(workdir: Path, fingerprints: dict[str, str], name: str) -> None:
         if before != fingerprints:
             raise ValueError(
                 f"the rows that the run in {workdir} began with are gone (the installed packages "
-                "have changed, and its prepared data were removed); start again with another "
-                "--workdir"
+                "have changed and its prepared data were removed, or data.negatives has changed); "
+                "start again with another --workdir"
             )
         return
     write_whole(path, json.dumps({"data_set": name, "fingerprints": fingerprints}, indent=2))

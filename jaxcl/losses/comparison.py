@@ -133,6 +133,39 @@ class Comparison(NamedTuple):
                 )
         return {direction: found[direction] for direction in directions}
 
+    def explicit(
+        self,
+        queries: Float[Array, "q d"],
+        keys: Float[Array, "q d"],
+        negatives: Negatives,
+        *,
+        temperature: float | Array,
+        directions: tuple[str, ...],
+        hardness: float,
+        own_hardness: float,
+    ) -> dict[str, Float[Array, " q"]]:
+        """The log-sum-exp of all rows' explicit negatives, by the directions that see keys."""
+        if not {"query_to_key", "key_to_key"} & set(directions):
+            raise ValueError(f"negatives are keys, and nobody looks for one in {directions}")
+        ceilings = self.ceilings(queries, keys)
+        query_guide, key_guide = (None, None) if self.guides is None else self.guides
+        found = {
+            direction: self.explicit_negatives(
+                rows, guide, negatives, ceilings, temperature=temperature, hardness=hardness
+            )
+            for direction, rows, guide in (
+                ("query_to_key", queries, query_guide),
+                ("key_to_key", keys, key_guide),
+            )
+            if direction in directions
+        }
+        if "query_to_key" in found:  # a key has no negatives of its own
+            own = self.own_negatives(
+                queries, negatives, ceilings, temperature=temperature, hardness=own_hardness
+            )
+            found["query_to_key"] = jnp.logaddexp(found["query_to_key"], own)
+        return found
+
     def explicit_negatives(
         self,
         rows: Float[Array, "q d"],

@@ -1,5 +1,6 @@
 """InfoNCE over all rows of the data, whose denominators are estimated along the way."""
 
+import inspect
 import math
 from typing import Any
 
@@ -187,6 +188,19 @@ def remembered_estimate_loss(
         log_temperatures - temperature_rate * slope, *map(math.log, temperature_bounds)
     )
     return loss, {"estimates": updated, "log_temperatures": moved}
+
+
+def _signature() -> inspect.Signature:
+    """Its own arguments and those that it hands on."""
+    own, handed_on = (
+        dict(inspect.signature(function).parameters)
+        for function in (remembered_estimate_loss, running_estimate_loss)
+    )
+    del own["options"], handed_on["estimates"]
+    return inspect.Signature([*(handed_on | own).values()])
+
+
+remembered_estimate_loss.__signature__ = _signature()  # type: ignore[attr-defined] # inspect's
 
 
 def estimate_memory(

@@ -135,24 +135,16 @@ def infonce_loss(
     else:
         more = Negatives(negatives, negative_ids, negative_groups, negatives_valid, negative_guides)
         comparison.check_negatives(more, queries)
-        if not {"query_to_key", "key_to_key"} & set(directions):
-            raise ValueError(f"negatives are keys, and nobody looks for one in {directions}")
-        ceilings = comparison.ceilings(queries, keys)
-        query_guide, key_guide = (None, None) if guides is None else guides
-        if "query_to_key" in directions:
-            of_others = comparison.explicit_negatives(
-                queries, query_guide, more, ceilings, temperature=temperature, hardness=hardness
-            )
-            own = comparison.own_negatives(
-                queries, more, ceilings, temperature=temperature, hardness=negative_hardness
-            )
-            explicit = jnp.logaddexp(of_others, own)
-            found["query_to_key"] = jnp.logaddexp(found["query_to_key"], explicit)
-        if "key_to_key" in directions:
-            of_others = comparison.explicit_negatives(
-                keys, key_guide, more, ceilings, temperature=temperature, hardness=hardness
-            )
-            found["key_to_key"] = jnp.logaddexp(found["key_to_key"], of_others)
+        explicit = comparison.explicit(
+            queries,
+            keys,
+            more,
+            temperature=temperature,
+            directions=directions,
+            hardness=hardness,
+            own_hardness=negative_hardness,
+        )
+        found |= {name: jnp.logaddexp(found[name], theirs) for name, theirs in explicit.items()}
     if bank is not None:
         if "query_to_key" not in directions:
             raise ValueError(f"a bank holds keys, and no query looks for one in {directions}")

@@ -132,12 +132,12 @@ def _of_table(
 
     starts = [min(start, num_queries - height) for start in range(0, num_queries, height)]
     found = lax.map(of_queries, as_varying(jnp.array(starts), queries))
-    blocks = [
-        # Of the last block, too, only what is new.
-        jax.tree.map(lambda leaf, n=number, s=start: leaf[n, n * height - s :], found)
-        for number, start in enumerate(starts)
-    ]
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *blocks)
+    # The last block, too, begins earlier if need be; only what no other has counts.
+    new = num_queries - height * (len(starts) - 1)
+    return jax.tree.map(
+        lambda leaf: jnp.concatenate([leaf[:-1].reshape(-1, count), leaf[-1, height - new :]]),
+        found,
+    )
 
 
 def _even(size: int, tile: int) -> int:

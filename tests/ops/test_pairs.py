@@ -337,7 +337,7 @@ def test_the_gradients_of_softplus_match_finite_differences(by_tiles):
 
 
 MESH_LABELS = {
-    "different": (np.arange(16) % 13,),
+    "different": (np.arange(16) % 13, np.stack([np.arange(16) % 7, np.arange(16) % 5 - 1], 1)),
     "valid": np.arange(16) != 5,
     "ceiling": np.linspace(0.2, 0.9, 16),
 }

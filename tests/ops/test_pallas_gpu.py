@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
+from jaxcl.losses import infonce_loss
 from jaxcl.ops.pairs import (
     PairLabels,
     pair_count,
@@ -96,6 +97,28 @@ def test_they_lower_for_a_hopper():
             reductions("pallas_gpu").trace(*inputs()).lower(lowering_platforms=("cuda",)).as_text()
         )
     assert text.count("@mosaic_gpu") >= 4 + 3  # count has no gradient
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_they_lower_for_several_in_a_mesh(exchange):
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    how = {"axis_name": "data", "exchange": exchange, "implementation": "pallas_gpu"}
+    loss = jax.shard_map(
+        lambda queries, keys, temperature: infonce_loss(
+            queries, keys, temperature=temperature, **how
+        ),
+        mesh=mesh,
+        in_specs=(rows, rows, whole),
+        out_specs=rows,
+    )
+    side = jax.ShapeDtypeStruct((512, 128), jnp.bfloat16)
+    gradient = jax.value_and_grad(lambda *inputs: loss(*inputs).mean(), (0, 1, 2))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(gradient).trace(side, side, jax.ShapeDtypeStruct((), jnp.float32))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") >= 2
 
 
 def test_what_they_cannot_do_is_named():
