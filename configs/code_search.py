@@ -10,6 +10,8 @@ on the standard library, which it never saw, .439 ± .007 (BM25 .366).
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from jaxcl.negatives.tiers import TierBudgets
+
 
 def get_config(variant: str = "default") -> ConfigDict:
     """The configuration; `configs/code_search.py:smoke` is the same, shrunk to seconds."""
@@ -31,6 +33,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.data.group_field = "group"
     config.data.metadata_fields = ("name", "package", "qualified_name", "file", "line")
     config.data.negatives = placeholder(str)  # an .npz with each training row's explicit negatives
+    config.data.guides = placeholder(str)  # an .npz with each training row's embeddings by a judge
     config.data.tokenizer = placeholder(str)  # a tokenizer.json; None trains one
     config.data.vocabulary_size = 16_384
     config.data.max_tokens = ConfigDict({"query": 32, "key": 128})
@@ -52,15 +55,31 @@ def get_config(variant: str = "default") -> ConfigDict:
         float
     )  # where a learned bias of the scores begins, for "sigmoid"
     config.loss.matryoshka_dims = ()  # lengths at which the embeddings are to be good as well
-    config.loss.masks = ("row",)  # the columns of a batch whose equals are no negatives
+    # The columns of a batch whose equals are no negatives: "row", "text" (equal queries or keys),
+    # "group"; and by how much, or which share, a negative must be less similar than the positive.
+    config.loss.masks = ("row",)
+    config.loss.margin = placeholder(float)
+    config.loss.relative_margin = placeholder(float)
     config.loss.temperature = ConfigDict({"initial": 0.05, "minimum": 0.01, "maximum": 1.0})
 
-    # Embeddings of earlier keys as more negatives: a "queue" of the last ones, or an "instance" for
-    # each training row.
+    # Embeddings of earlier keys: a "queue" of the last ones, or an "instance" of each training row.
     config.negatives = ConfigDict()
     config.negatives.bank = ConfigDict(
         {"kind": placeholder(str), "slots": 16_384, "momentum": 0.5, "dtype": "float32"}
     )
+    # How many negatives a query meets beside the batch's: jaxcl.negatives.tiers explains them.
+    config.negatives.tiers = ConfigDict(TierBudgets(whole=True)._asdict())
+    # Mined from the instance bank every so many steps, then read and encoded with the batch.
+    config.negatives.mined = ConfigDict(
+        {"refresh_every": placeholder(int), "per_query": 4, "rank_range": (10, 100)}
+        | {"margin": placeholder(float), "relative_margin": placeholder(float)}
+        | {"sampling": "random"}
+    )
+    config.negatives.proportions = "rows"  # of a stratified draw, by group
+    config.negatives.momentum_encoder = ConfigDict({"initial": placeholder(float), "final": 1.0})
+    config.negatives.guide = placeholder(
+        str
+    )  # who judges margins: "momentum", "data", or the model
 
     # Rows, or tokens, of a device that are encoded at a time; None for all at once.
     config.grad_cache = ConfigDict(

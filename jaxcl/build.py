@@ -1,19 +1,21 @@
 """From a config to the parts of a run: plain dicts from names to functions, and nothing hidden."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxcl.build_loss import build_loss, build_memory
+from jaxcl.build_loss import build_loss, build_measure, build_memory, build_momentum, mining_rule
 from jaxcl.embed import Embedder, make_embedder
 from jaxcl.mesh import make_mesh
 from jaxcl.models import StaticEncoder, Towers, TransformerEncoder, make_towers
 from jaxcl.options import bind_options
+from jaxcl.refresh import Refresh, make_mined_refresh
 from jaxcl.train_state import TrainState
 from jaxcl.train_step import (
     StepMetrics,
@@ -22,7 +24,7 @@ from jaxcl.train_step import (
     make_train_step,
     state_sharding,
 )
-from jaxcl.typing import Batch, PyTree, Scalar
+from jaxcl.typing import Batch, Integer, PyTree, Scalar
 
 __all__ = [
     "ENCODERS",
@@ -44,24 +46,31 @@ OPTIMIZERS: Mapping[str, Callable] = {
 """Gradient scalings by name; `config.optimizer.options` are their keyword arguments."""
 
 
+Groups: TypeAlias = Integer[np.ndarray, " n"]
+
+
 class Program(NamedTuple):
     """What trains: the functions of a run, on its mesh, and its initial state's shapes.
 
     Attributes:
       mesh: where it runs.
       towers: the model.
-      init: number of training rows -> the state before the first update, on the mesh. Only a loss
-        that remembers rows needs the number.
+      init: (number of training rows, their groups) -> the state before the first update, on the
+        mesh. Only what remembers rows needs the number, only a stratified draw the groups.
       train_step: (state, batch) -> (state, metrics); the state is donated.
+      measure: (state, batch) -> what the negatives of its next update are, by name.
+      mine: state -> (state with new mined negatives, metrics), or `None`; the state is donated.
       embed: (parameters of the towers, side, tokens) -> embeddings, without dropout.
       learning_rate: step -> the rate of that update.
-      abstract_state: number of training rows -> the state's shapes, types and shardings.
+      abstract_state: the same as `init` -> the state's shapes, types and shardings.
     """
 
     mesh: Mesh
     towers: Towers
     init: Callable[..., TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    measure: Callable[[TrainState, Batch], Mapping[str, Scalar]]
+    mine: Refresh | None
     embed: Embedder
     learning_rate: Callable[[Scalar | int], Scalar]
     abstract_state: Callable[..., TrainState]
@@ -88,34 +97,48 @@ def build_program(config: ConfigDict) -> Program:
     optimizer, learning_rate = build_optimizer(config.optimizer, steps=config.steps)
     temperature = TemperatureBounds(**config.loss.temperature)
     loss = build_loss(config, towers, mesh)
+    measure = build_measure(config, towers, mesh)
+    rule, by_group = mining_rule(config), "group" in config.loss.masks
 
-    def init(num_rows: int | None = None) -> TrainState:
+    def unplaced(num_rows: int | None, groups: Groups | None) -> TrainState:
         return init_state(
             jax.random.key(config.seed),
             towers.init,
             optimizer,
             temperature=temperature,
             bias=config.loss.get("bias"),
-            memory=build_memory(config, num_rows),
+            memory=build_memory(config, num_rows, groups),
         )
 
-    def abstract_state(num_rows: int | None = None) -> TrainState:
-        state = jax.eval_shape(lambda: init(num_rows))
+    def abstract_state(num_rows: int | None = None, groups: Groups | None = None) -> TrainState:
+        state = jax.eval_shape(lambda: unplaced(num_rows, groups))
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             state,
             state_sharding(mesh, state),
         )
 
-    def placed_init(num_rows: int | None = None) -> TrainState:
-        state = init(num_rows)
-        return jax.lax.with_sharding_constraint(state, state_sharding(mesh, state))
+    def init(num_rows: int | None = None, groups: Groups | None = None) -> TrainState:
+        def placed() -> TrainState:
+            state = unplaced(num_rows, groups)
+            return jax.lax.with_sharding_constraint(state, state_sharding(mesh, state))
+
+        return jax.jit(placed)()
+
+    @jax.jit
+    def measured(state: TrainState, batch: Batch) -> Mapping[str, Scalar]:
+        key = jax.random.fold_in(state.key, state.step)
+        return measure(state.params, state.memory, batch, key)
 
     return Program(
         mesh=mesh,
         towers=towers,
-        init=jax.jit(placed_init, static_argnums=0),
-        train_step=make_train_step(loss, optimizer, mesh, temperature=temperature),
+        init=init,
+        train_step=make_train_step(
+            loss, optimizer, mesh, temperature=temperature, momentum=build_momentum(config)
+        ),
+        measure=measured,
+        mine=None if rule is None else make_mined_refresh(rule, mesh, by_group=by_group),
         embed=make_embedder(towers.encode, mesh, batch_size=config.evaluation.batch_size),
         learning_rate=learning_rate,
         abstract_state=abstract_state,

@@ -21,11 +21,12 @@ from rich.table import Table
 
 from jaxcl.build import build_towers
 from jaxcl.build_loss import batch_needs, build_loss, build_memory
+from jaxcl.data.guides import guide_dim
 from jaxcl.mesh import make_mesh, put_batch
 from jaxcl.models.towers import SIDES
 from jaxcl.progress import say
 from jaxcl.train_step import TemperatureBounds, init_state, state_sharding
-from jaxcl.typing import Batch, PyTree
+from jaxcl.typing import Batch, NumpyInt, PyTree
 
 __all__ = ["GradientCheck", "compare_gradients"]
 
@@ -87,16 +88,20 @@ def compare_gradients(config: ConfigDict) -> list[GradientCheck]:
     tiny = _tiny(config)
     towers = build_towers(tiny.model, vocabulary_size=_VOCABULARY)
     num_rows = _ROWS_PER_DEVICE * mesh.size
+    batch = _random_batch(tiny, num_rows)
     state = init_state(
         jax.random.key(0),
         towers.init,
         optax.identity(),
         temperature=TemperatureBounds(**config.loss.temperature),
         bias=config.loss.get("bias"),
-        memory=build_memory(tiny, num_rows),
+        memory=build_memory(tiny, num_rows, batch["group"]),
     )
-    batch = _random_batch(tiny, num_rows)
     one = make_mesh({"data": 1}, devices=jax.devices()[:1])
+    # One batch first, so that what is remembered has a part in the gradient.
+    first = jax.jit(build_loss(_dense(tiny), towers, one))
+    placed = put_batch(batch, one)
+    state = state._replace(memory=first(state.params, state.memory, placed, None)[1])
 
     def gradient(config: ConfigDict, mesh: Mesh) -> PyTree:
         loss = jax.jit(jax.grad(build_loss(config, towers, mesh), has_aux=True))
@@ -155,19 +160,27 @@ def _random_batch(config: ConfigDict, num_rows: int) -> Batch:
         side: {"tokens": rng.integers(1, _VOCABULARY, (num_rows, width)).astype(np.int32)}
         for side, width in config.data.max_tokens.items()
     }
-    batch = {**sides, "row": rows, "group": rows // 2}
+    batch = {**sides, **_labels(rows)}
     needs = batch_needs(config)
     if "negatives" in needs:
         width = config.data.max_tokens["key"]
         tokens = rng.integers(1, _VOCABULARY, (num_rows, _NEGATIVES, width)).astype(np.int32)
         others = rng.integers(0, num_rows, (num_rows, _NEGATIVES)).astype(np.int32)
         valid = rng.random(others.shape) < 0.8
-        labels = {"row": others, "group": others // 2, "valid": valid}
-        batch["negatives"] = {"inputs": {"tokens": tokens}, **labels}
+        batch["negatives"] = {"inputs": {"tokens": tokens}, "valid": valid, **_labels(others)}
     if "teacher_scores" in needs:
         scores = rng.normal(size=(num_rows, 1 + _NEGATIVES))
         batch["teacher_scores"] = scores.astype(np.float32)
+    if "guides" in needs:
+        guides = rng.normal(size=(2, num_rows, guide_dim(config.data.guides))).astype(np.float32)
+        batch["guides"] = dict(zip(SIDES, guides, strict=True))
+        if "negatives" in batch:
+            batch["negatives"]["guides"] = guides[1][batch["negatives"]["row"]]
     return batch
+
+
+def _labels(rows: NumpyInt) -> Batch:
+    return {"row": rows, "text": rows // 2, "group": rows // 4}
 
 
 if __name__ == "__main__":

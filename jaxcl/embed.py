@@ -4,13 +4,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from jaxcl.data.token_table import padded
 from jaxcl.data.tokenizer import encode_texts
-from jaxcl.mesh import batch_sharding, put_batch, replicated_sharding
+from jaxcl.mesh import batch_sharding, fetch, put_batch, replicated_sharding
 from jaxcl.models import Encode
 from jaxcl.typing import Float, Int, PyTree
 
@@ -54,7 +53,7 @@ def make_embedder(encode: Encode, mesh: Mesh, *, batch_size: int = 1024) -> Embe
             inputs = {"tokens": np.pad(rows, ((0, batch_size - len(rows)), (0, 0)))}
             local = jax.tree.map(_local_rows, inputs)
             vectors = forward(params, side, put_batch(local, mesh))
-            parts.append(_fetch(vectors)[: len(rows)].astype(np.float32))
+            parts.append(fetch(vectors)[: len(rows)].astype(np.float32))
             advance(len(rows))
         return np.concatenate(parts)
 
@@ -79,9 +78,3 @@ def pad_texts(
 
 def _local_rows(rows: np.ndarray) -> np.ndarray:
     return np.split(rows, jax.process_count())[jax.process_index()]
-
-
-def _fetch(array: jax.Array) -> np.ndarray:
-    if jax.process_count() == 1:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

@@ -5,12 +5,20 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcl.ops.row_tables import ENTRIES_MULTIPLE
 from jaxcl.typing import PyTree
 
-__all__ = ["batch_sharding", "make_mesh", "put_batch", "replicated_sharding", "table_sharding"]
+__all__ = [
+    "batch_sharding",
+    "fetch",
+    "make_mesh",
+    "put_batch",
+    "replicated_sharding",
+    "table_sharding",
+]
 
 
 def make_mesh(axes: Mapping[str, int], *, devices: list[jax.Device] | None = None) -> Mesh:
@@ -65,6 +73,13 @@ def table_sharding(mesh: Mesh) -> NamedSharding:
     """Entries of `jaxcl.ops.row_tables` over all axes; a copy on each device if they do not fit."""
     alone = mesh.size == 1 or ENTRIES_MULTIPLE % mesh.size
     return replicated_sharding(mesh) if alone else batch_sharding(mesh)
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """The whole of an array on every host, whichever devices hold it."""
+    if jax.process_count() == 1:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def put_batch(local_batch: PyTree, mesh: Mesh) -> PyTree:

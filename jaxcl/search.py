@@ -20,20 +20,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from jaxcl.build import Program, build_program
-from jaxcl.checkpoint import CheckpointError, Checkpoints, checksum
-from jaxcl.data.sources import PairSource, open_pairs
-from jaxcl.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from jaxcl.build import Program
+from jaxcl.checkpoint import CheckpointError
+from jaxcl.data.sources import PairSource
 from jaxcl.embed import make_embedder, pad_texts
 from jaxcl.progress import progress_bar, say
 from jaxcl.retrieval import BM25, dense_scores, reciprocal_rank_fusion
+from jaxcl.trained import open_trained
 from jaxcl.typing import Float, PyTree
-from jaxcl.workdir import read_config
 
 __all__ = ["Hit", "Search", "main", "open_search"]
 
@@ -90,18 +88,7 @@ def open_search(workdir: Path, *, hybrid: bool = False) -> Search:
       CheckpointError: if no checkpoint can be read.
     """
     workdir = Path(workdir)
-    config = _config(workdir)
-    sources = _open_sources(config, workdir)
-    tokenizer = load_tokenizer(workdir / "tokenizer.json")
-    program = build_program(config)
-    params, step = _newest_params(program, workdir)
-    made_from = {
-        "step": step,
-        # A run that was trained again from nothing passes the same steps.
-        "parameters": [int(checksum(leaf)) for leaf in jax.tree.leaves(params)],
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "fingerprints": {role: source.fingerprint for role, source in sources.items()},
-    }
+    config, sources, tokenizer, program, params, made_from = open_trained(workdir)
     keys = _read_index(workdir / INDEX_FILE, made_from)
     if keys is None:
         keys = _embed_pool(config, program, params, tokenizer, sources)
@@ -119,64 +106,6 @@ def open_search(workdir: Path, *, hybrid: bool = False) -> Search:
         return [Hit(float(scores[0, row]), _record(sources, int(row))) for row in best]
 
     return search
-
-
-def _config(workdir: Path) -> ConfigDict:
-    config = read_config(workdir)
-    # Nothing is trained here, so that the devices need not be those of the run, nor divide its
-    # batch.
-    config.run.mesh = ConfigDict({"data": -1})
-    config.global_batch_size = jax.device_count()
-    return config
-
-
-def _open_sources(config: ConfigDict, workdir: Path) -> dict[str, PairSource]:
-    """The splits that the run began with, opened where they were, and never made anew."""
-    path = workdir / "data.json"
-    if not path.exists():
-        raise ValueError(_train_first(f"the run in {workdir} has not opened its data yet"))
-    remembered = json.loads(path.read_text())
-    if Path(remembered["data_set"]).is_absolute() and not Path(remembered["data_set"]).exists():
-        raise ValueError(
-            f"the rows of the run in {workdir} are gone from {remembered['data_set']}; the "
-            "command that trained it makes them again, if the same packages are installed"
-        )
-    sources: dict[str, PairSource] = {
-        role: open_pairs(
-            remembered["data_set"],
-            split,
-            data_dir=Path(config.run.data_dir).expanduser(),
-            query_field=config.data.query_field,
-            key_field=config.data.key_field,
-            group_field=config.data.group_field,  # unused, but part of the fingerprint
-            metadata_fields=tuple(config.data.metadata_fields),
-        )
-        for role, split in config.data.splits.items()
-    }
-    if {role: source.fingerprint for role, source in sources.items()} != remembered["fingerprints"]:
-        raise ValueError(
-            f"{remembered['data_set']} no longer holds the rows that the run in {workdir} was "
-            "trained on; put them back, or train again in another --workdir"
-        )
-    return sources
-
-
-def _newest_params(program: Program, workdir: Path) -> tuple[PyTree, int]:
-    directory = workdir / "checkpoints"
-    if directory.is_dir():
-        state = program.abstract_state(1)
-        unread = jax.tree.map(lambda _: ..., (state.optimizer, state.memory))
-        with Checkpoints(directory, read_only=True) as checkpoints:
-            restored = checkpoints.restore_latest(
-                state._replace(optimizer=unread[0], memory=unread[1])
-            )
-        if restored is not None:
-            return restored.state.params["towers"], restored.step
-    raise ValueError(_train_first(f"the run in {workdir} has saved no checkpoint yet"))
-
-
-def _train_first(why: str) -> str:
-    return f"{why}; train first: python -m jaxcl.train --config … --workdir …"
 
 
 # What zip and NumPy raise for a file of which some bits have changed.

@@ -10,7 +10,7 @@ import contextlib
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,16 @@ from jaxcl.build import Program, build_program
 from jaxcl.build_loss import batch_needs
 from jaxcl.checkpoint import CheckpointError, Checkpoints
 from jaxcl.data.loader import training_batches
+from jaxcl.data.negatives import RowNegatives
 from jaxcl.data.prepare import RunData, prepare_data
 from jaxcl.evaluate import evaluate_run, quick_metrics
 from jaxcl.host_memory import start_with_huge_pages
+from jaxcl.mesh import fetch
 from jaxcl.metric_writer import MetricWriter
 from jaxcl.progress import progress_bar, say
 from jaxcl.reports import DivergenceError, Reports
 from jaxcl.train_state import TrainState
+from jaxcl.typing import Batch
 from jaxcl.workdir import claim_workdir, lock_workdir
 
 __all__ = ["Stopped", "train"]
@@ -88,9 +91,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         data = prepare_data(config.data, data_dir=data_dir, workdir=workdir, scored=scored)
         _check_enough_rows(config, data)
         with Checkpoints(workdir / "checkpoints", keep=config.run.keep_checkpoints) as checkpoints:
-            num_rows = data.tables["train"].num_rows
-            restored = checkpoints.restore_latest(program.abstract_state(num_rows))
-            state = program.init(num_rows) if restored is None else restored.state
+            rows = data.tables["train"].num_rows, data.tables["train"].group
+            restored = checkpoints.restore_latest(program.abstract_state(*rows))
+            state = program.init(*rows) if restored is None else restored.state
             say(_opening(config, program, data, workdir, first_step=int(state.step)))
             with contextlib.closing(MetricWriter(workdir, step=int(state.step))) as writer:
                 state = _run_steps(config, program, data, state, checkpoints, writer)
@@ -105,26 +108,28 @@ def _run_steps(
     checkpoints: Checkpoints,
     writer: MetricWriter,
 ) -> TrainState:
-    first_step = int(state.step)
-    batches = training_batches(
-        data.tables["train"],
-        _row_order(config, data),
-        program.mesh,
-        first_step=first_step,
-        last_step=config.steps,
-        negatives=data.negatives,
-    )
+    step = int(state.step)
+    batches = _batches(config, program, data, state)
     with _signals() as received, progress_bar("training", config.steps) as advance:
-        advance(first_step)
+        advance(step)
         reports = Reports(config, program, writer, advance)
-        for step, batch in enumerate(batches, start=first_step + 1):
+        while step < config.steps:
+            batch = next(batches)
             state, metrics = program.train_step(state, batch)
+            step += 1
             reports.add(step, metrics)
             stopping = bool(received)
             at_end = step == config.steps
             if at_end or step % config.run.evaluate_every == 0:
                 reports.flush()
-                writer.write(step, quick_metrics(program, data, state.params["towers"]))
+                found = quick_metrics(program, data, state.params["towers"])
+                writer.write(step, found | _floats(program.measure(state, batch)))
+                reports.restart_clock()
+            if program.mine and step % config.negatives.mined.refresh_every == 0 and not at_end:
+                reports.flush()
+                state, mined = program.mine(state)
+                writer.write(step, _floats(mined))
+                batches = _batches(config, program, data, state)  # with what was mined
                 reports.restart_clock()
             if at_end or stopping or step % config.run.checkpoint_every == 0:
                 reports.flush()
@@ -134,6 +139,31 @@ def _run_steps(
                 checkpoints.wait()
                 raise Stopped(received[0], step)
     return state
+
+
+def _batches(
+    config: ConfigDict, program: Program, data: RunData, state: TrainState
+) -> Iterator[Batch]:
+    """The batches to come, a function of the state alone."""
+    negatives = _mined_negatives(state, data) if program.mine else data.negatives
+    return training_batches(
+        data.tables["train"],
+        _row_order(config, data),
+        program.mesh,
+        first_step=int(state.step),
+        last_step=config.steps,
+        negatives=negatives,
+        guides=data.guides,
+    )
+
+
+def _mined_negatives(state: TrainState, data: RunData) -> RowNegatives:
+    rows = fetch(state.memory["mined"])[: data.tables["train"].num_rows]
+    return RowNegatives(rows, teacher_scores=None, fingerprint="")
+
+
+def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
 
 
 @contextlib.contextmanager
@@ -179,7 +209,8 @@ def _opening(
     config: ConfigDict, program: Program, data: RunData, workdir: Path, *, first_step: int
 ) -> str:
     rows = {role: table.num_rows for role, table in data.tables.items()}
-    abstract_params = jax.tree.leaves(program.abstract_state(rows["train"]).params)
+    table = data.tables["train"]
+    abstract_params = jax.tree.leaves(program.abstract_state(table.num_rows, table.group).params)
     parameters = sum(leaf.size for leaf in abstract_params)
     begins = f"goes on from step {first_step}" if first_step else "begins"
     return (

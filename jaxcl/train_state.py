@@ -17,8 +17,11 @@ class TrainState(NamedTuple):
       step: updates done.
       params: `{"towers": …, "log_temperature": float32}`, and `"bias"` where a loss learns one.
       optimizer: the state of the optax transformation.
-      memory: `"rows"`, what the loss remembers of the training rows (`jaxcl.ops.row_tables`), and
-        `"bank"`, embeddings of earlier keys (`jaxcl.negatives.memory_bank`); each where it is used.
+      memory: what outlives a batch, each where it is used: `"rows"`, of the loss by training row
+        (`jaxcl.ops.row_tables`); `"bank"`, side -> earlier embeddings
+        (`jaxcl.negatives.memory_bank`); `"momentum"`, the parameters of the momentum encoder;
+        `"mined"`, each training row's mined negatives as row numbers; `"strata"`, the quotas of a
+        stratified draw (`jaxcl.negatives.tiers`).
       key: the run's random key, constant.
     """
 

@@ -116,7 +116,7 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
             )
             pair.append(float(metrics.loss))
         losses.append(pair)
-    bank = states[0].memory["bank"]
+    bank = states[0].memory["bank"]["key"]
     assert int((bank.written >= 0).sum()) == min(slots, 32 if kind == "instance" else 12)
     gains = np.subtract(*np.transpose(losses))
     assert gains[0] == pytest.approx(0, abs=1e-6)  # nothing written yet
@@ -131,9 +131,12 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
         ({"negatives.bank.kind": "stack"}, "'stack' is unknown; use one of queue, instance"),
         (
             {"negatives.bank.kind": "queue", "loss.name": "decoupled"},
-            "'decoupled' takes no bank",
+            "'decoupled' takes no negatives beside",
         ),
-        ({"negatives.bank.kind": "queue", "loss.masks": ()}, "put 'row' among loss.masks"),
+        (
+            {"negatives.bank.kind": "queue", "loss.masks": ()},
+            "put 'row' or 'text' among loss.masks",
+        ),
         (
             {"negatives.bank.kind": "queue", "negatives.bank.slots": 0},
             "negatives.bank.slots=0; set it to at least 1",
@@ -159,7 +162,7 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
         ),
         (
             {"negatives.bank.kind": "queue", "loss.matryoshka_dims": (2,)},
-            "a bank holds whole embeddings",
+            "they are whole embeddings",
         ),
         (
             {"negatives.bank.kind": "instance", "negatives.bank.momentum": 1.0},

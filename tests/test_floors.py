@@ -26,6 +26,7 @@ FLOORS = {
     ),
     4: (
         "train_state",
+        "batch_loss",
         "train_step",
         "embed",
         "options",
@@ -35,7 +36,9 @@ FLOORS = {
         "evaluate",
         "check_grad",
         "train",
+        "trained",
         "search",
+        "refresh",
         "bench",
     ),
 }

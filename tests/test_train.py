@@ -234,7 +234,7 @@ def test_explicit_negatives_of_a_file_are_trained_on_and_their_run_goes_on(
     train(config, tmp_path / "halves")
     assert differences(config, tmp_path / "halves", tmp_path / "whole") == []
     np.savez(file, rows=rows[::-1], teacher_scores=rng.normal(size=(size, 3)))
-    with pytest.raises(ValueError, match=r"or data\.negatives has changed"):
+    with pytest.raises(ValueError, match=r"or data\.negatives or data\.guides has changed"):
         train(config, tmp_path / "halves")
 
 
@@ -384,7 +384,10 @@ def test_other_models_train(tiny, tmp_path, model):
             {"loss.options": {"direction": "symmetric"}},
             "loss.options.direction is unknown to 'infonce'; it knows ",
         ),
-        ({"loss.masks": ("rows",)}, "loss.masks=('rows',) are unknown; use some of row, group"),
+        (
+            {"loss.masks": ("rows",)},
+            "loss.masks=('rows',) are unknown; use some of row, text, group",
+        ),
         (
             {"loss.masks": ("row", "group"), "data.group_field": None},
             "loss.masks names 'group', but data.group_field is None",

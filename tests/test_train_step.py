@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from jaxcl.batch_loss import make_loss
 from jaxcl.losses import infonce_loss, sigmoid_pair_loss
 from jaxcl.mesh import make_mesh, put_batch, replicated_sharding, table_sharding
 from jaxcl.models import StaticEncoder, TransformerEncoder, make_towers
@@ -17,7 +18,6 @@ from jaxcl.ops.row_tables import init_table
 from jaxcl.train_step import (
     TemperatureBounds,
     init_state,
-    make_loss,
     make_train_step,
     state_sharding,
 )

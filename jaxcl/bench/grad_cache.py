@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.batch_loss import make_loss
 from jaxcl.bench.timing import compile_all, facts_of, largest_that_fits, milliseconds
 from jaxcl.losses import infonce_loss
 from jaxcl.mesh import make_mesh
 from jaxcl.models import TransformerEncoder, make_towers
 from jaxcl.models.towers import SIDES
-from jaxcl.train_step import make_loss
 from jaxcl.typing import Batch, PyTree
 
 __all__ = ["main", "measure"]

@@ -352,7 +352,8 @@ def _token_table(shape: StepShape) -> TokenTable:
         tokens[side] = zipf_tokens(
             rng, int(offsets[side][-1]), vocabulary_size=shape.vocabulary_size
         )
-    return TokenTable(tokens, offsets, np.arange(shape.num_rows, dtype=np.int32), shape.max_tokens)
+    numbers = np.arange(shape.num_rows, dtype=np.int32)
+    return TokenTable(tokens, offsets, numbers, numbers, shape.max_tokens)
 
 
 def _rows(config: ConfigDict, table: TokenTable) -> Callable[[int], np.ndarray]:

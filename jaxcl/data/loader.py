@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxcl.data.guides import RowGuides
 from jaxcl.data.negatives import RowNegatives
 from jaxcl.data.token_table import TokenTable
 from jaxcl.mesh import put_batch
@@ -25,6 +26,7 @@ def training_batches(
     first_step: int,
     last_step: int,
     negatives: RowNegatives | None = None,
+    guides: RowGuides | None = None,
 ) -> Iterator[Batch]:
     """The global batches of steps `first_step` to `last_step - 1`.
 
@@ -39,12 +41,13 @@ def training_batches(
       first_step: the first batch wanted.
       last_step: one more than the last.
       negatives: explicit ones of each row, read along with it.
+      guides: embeddings of each row by a model that judges similarity.
 
     Yields:
       Batches on the devices.
     """
     batches = grain.MapDataset.source(
-        _LocalBatches(table, rows_fn, last_step, negatives)
+        _LocalBatches(table, rows_fn, last_step, negatives, guides)
     ).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES))
     iterator = iter(batches)
     iterator.set_state({"next_index": first_step})
@@ -61,9 +64,10 @@ class _LocalBatches:
         rows_fn: Callable[[int], Int[np.ndarray, " b"]],
         num_steps: int,
         negatives: RowNegatives | None = None,
+        guides: RowGuides | None = None,
     ):
         self.table, self.rows_fn, self.num_steps = table, rows_fn, num_steps
-        self.negatives = negatives
+        self.negatives, self.guides = negatives, guides
 
     def __len__(self) -> int:
         return self.num_steps
@@ -71,4 +75,12 @@ class _LocalBatches:
     def __getitem__(self, step: int) -> Batch:
         rows = np.split(self.rows_fn(step), jax.process_count())[jax.process_index()]
         batch = self.table.batch(rows)
-        return batch | self.negatives.columns(self.table, rows) if self.negatives else batch
+        if self.negatives is not None:
+            batch |= self.negatives.columns(self.table, rows)
+        if self.guides is not None:
+            batch["guides"] = self.guides.columns(rows)
+            if self.negatives is not None:
+                others = batch["negatives"]["row"]
+                seen = self.guides.columns(others.ravel())["key"]
+                batch["negatives"]["guides"] = seen.reshape(*others.shape, -1)
+        return batch

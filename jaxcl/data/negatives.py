@@ -27,7 +27,7 @@ class RowNegatives(NamedTuple):
     fingerprint: str
 
     def columns(self, table: TokenTable, rows: Int[np.ndarray, " b"]) -> dict[str, PyTree]:
-        """What a batch of the given rows holds of them, as `jaxcl.train_step.make_loss` reads."""
+        """What a batch of the given rows holds of them, as `jaxcl.batch_loss.make_loss` reads."""
         numbers = self.rows[rows]
         valid = numbers >= 0
         theirs = np.where(valid, numbers, 0)
@@ -39,8 +39,7 @@ class RowNegatives(NamedTuple):
             "negatives": {
                 "inputs": inputs,
                 "valid": valid,
-                "row": theirs.astype(np.int32),
-                "group": table.group[theirs],
+                **table.labels(theirs),
             }
         }
         if self.teacher_scores is not None:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from jaxcl.data.code_pairs import prepare_code_pairs
+from jaxcl.data.guides import RowGuides, read_guides
 from jaxcl.data.negatives import RowNegatives, read_negatives
 from jaxcl.data.sources import PairSource, open_pairs
 from jaxcl.data.token_table import TokenTable, build_token_table
@@ -31,12 +32,14 @@ class RunData(NamedTuple):
       tables: split -> its pairs as token ids.
       tokenizer: what turned one into the other.
       negatives: the training rows' explicit ones, or `None`.
+      guides: the training rows' embeddings by a judge, or `None`.
     """
 
     sources: Mapping[str, PairSource]
     tables: Mapping[str, TokenTable]
     tokenizer: Tokenizer
     negatives: RowNegatives | None
+    guides: RowGuides | None
 
 
 def prepare_data(
@@ -75,13 +78,17 @@ def prepare_data(
         path = Path(config.negatives).expanduser()
         negatives = read_negatives(path, num_rows=len(sources["train"]), scored=scored)
         fingerprints["negatives"] = negatives.fingerprint
+    guides = None
+    if config.get("guides") is not None:
+        guides = read_guides(Path(config.guides), num_rows=len(sources["train"]))
+        fingerprints["guides"] = guides.fingerprint
     _remember(workdir, fingerprints, name)
     tokenizer = _tokenizer(config, sources["train"], workdir)
     tables = {
         role: _token_table(config, source, tokenizer, role, data_dir)
         for role, source in sources.items()
     }
-    return RunData(sources, tables, tokenizer, negatives)
+    return RunData(sources, tables, tokenizer, negatives, guides)
 
 
 def _data_set(config: ConfigDict, *, data_dir: Path, workdir: Path) -> str:
@@ -103,7 +110,8 @@ def _remember(workdir: Path, fingerprints: dict[str, str], name: str) -> None:
         if before != fingerprints:
             raise ValueError(
                 f"the rows that the run in {workdir} began with are gone (the installed packages "
-                "have changed and its prepared data were removed, or data.negatives has changed); "
+                "have changed and its prepared data were removed, or data.negatives or "
+                "data.guides has changed); "
                 "start again with another --workdir"
             )
         return

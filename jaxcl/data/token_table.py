@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy.sparse
 from tokenizers import Tokenizer
 
 from jaxcl.data.sources import PairSource
@@ -21,7 +22,7 @@ from jaxcl.typing import Batch, Int, Integer
 
 __all__ = ["TokenTable", "build_token_table", "padded"]
 
-_FORMAT = 2
+_FORMAT = 3
 _CHUNK_ROWS = 4096
 
 
@@ -32,12 +33,15 @@ class TokenTable(NamedTuple):
       tokens: side -> all rows' ids end to end.
       offsets: side -> where each row begins, and one end more than there are rows.
       group: each row's group.
+      text: a number that rows of equal queries or equal keys share, and whoever shares it with
+        them: none of them is a negative of another.
       max_tokens: side -> the width of its batches.
     """
 
     tokens: Mapping[str, Integer[np.ndarray, " _"]]
     offsets: Mapping[str, Int[np.ndarray, " _"]]
     group: Int[np.ndarray, " n"]
+    text: Int[np.ndarray, " n"]
     max_tokens: Mapping[str, int]
 
     @property
@@ -54,7 +58,11 @@ class TokenTable(NamedTuple):
     def batch(self, rows: Int[np.ndarray, " b"]) -> Batch:
         """The batch of the given rows, in their order."""
         sides = {side: self.side(side, rows) for side in SIDES}
-        return {**sides, "row": rows.astype(np.int32), "group": self.group[rows]}
+        return {**sides, **self.labels(rows)}
+
+    def labels(self, rows: Int[np.ndarray, "*b"]) -> dict[str, Int[np.ndarray, "*b"]]:
+        """By which the given rows know each other: `"row"`, `"text"`, `"group"`."""
+        return {"row": rows.astype(np.int32), "text": self.text[rows], "group": self.group[rows]}
 
 
 def padded(
@@ -118,6 +126,7 @@ def _read(path: Path, max_tokens: Mapping[str, int]) -> TokenTable:
         tokens={side: column(f"{side}_tokens") for side in SIDES},
         offsets={side: np.asarray(column(f"{side}_offsets")) for side in SIDES},
         group=np.asarray(column("group")),
+        text=np.asarray(column("text")),
         max_tokens=dict(max_tokens),
     )
 
@@ -135,6 +144,8 @@ def _write(
     dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32
     group = np.zeros(len(source), np.int32)
     lengths = {side: np.zeros(len(source), np.int64) for side in SIDES}
+    numbers: dict[str, dict[bytes, int]] = {side: {} for side in SIDES}
+    same = {side: np.zeros(len(source), np.int64) for side in SIDES}
     try:
         with contextlib.ExitStack() as open_files:
             files = {
@@ -157,6 +168,9 @@ def _write(
                         )
                     )
                     lengths[side][rows] = [len(row) for row in ids]
+                    same[side][rows] = [
+                        numbers[side].setdefault(_digest(row), len(numbers[side])) for row in ids
+                    ]
                     file.write(np.concatenate(ids).astype(dtype).tobytes())
                 advance(len(rows))
         for side in SIDES:
@@ -165,6 +179,7 @@ def _write(
             np.save(unfinished / f"{side}_offsets.npy", np.append(0, np.cumsum(lengths[side])))
             raw.unlink()
         np.save(unfinished / "group.npy", group)
+        np.save(unfinished / "text.npy", _joined(*(same[side] for side in SIDES)))
         (unfinished / "made_from.json").write_text(json.dumps(made_from, indent=2))
         try:
             os.rename(unfinished, path)
@@ -173,3 +188,21 @@ def _write(
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _digest(tokens: Integer[np.ndarray, " t"]) -> bytes:
+    return hashlib.blake2b(np.asarray(tokens, np.uint32).tobytes(), digest_size=16).digest()
+
+
+def _joined(queries: Int[np.ndarray, " n"], keys: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """The parts in which rows hang together by equal numbers on either side, numbered.
+
+    Rows are the edges of a graph from queries to keys.
+    """
+    num_queries = int(queries.max()) + 1
+    size = num_queries + int(keys.max()) + 1
+    edges = scipy.sparse.coo_array(
+        (np.ones(len(queries), np.int8), (queries, num_queries + keys)), shape=(size, size)
+    )
+    _, part = scipy.sparse.csgraph.connected_components(edges, directed=False)
+    return part[queries].astype(np.int32)

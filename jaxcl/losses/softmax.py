@@ -1,12 +1,14 @@
 """InfoNCE and its relatives: the cross entropy of finding a query's key among all keys."""
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from jaxcl.losses.comparison import Comparison, Negatives, check_sides
-from jaxcl.negatives.memory_bank import MemoryBank
+from jaxcl.losses.beyond_batch import check_explicit, log_sum_exp, of_explicit, of_tiers
+from jaxcl.losses.comparison import Comparison, check_sides
+from jaxcl.negatives.sets import OwnNegatives, SharedNegatives
 from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, AxisName, Bool, Float, Integer
 
@@ -31,7 +33,7 @@ def infonce_loss(
     negatives_valid: Bool[Array, "q n"] | None = None,
     negative_guides: Float[Array, "q n g"] | None = None,
     negative_hardness: float = 0.0,
-    bank: MemoryBank | None = None,
+    tiers: Mapping[str, SharedNegatives | OwnNegatives] | None = None,
     ids: Integer[Array, " q"] | None = None,
     groups: Integer[Array, " q"] | None = None,
     valid: Bool[Array, " q"] | None = None,
@@ -71,10 +73,9 @@ def infonce_loss(
       negative_groups: their groups; needs `groups`.
       negatives_valid: `False` where a row has fewer.
       negative_guides: their embeddings by the model of `guides`, needed with it.
-      negative_hardness: as `hardness`, for a query's own explicit negatives.
-      bank: embeddings of earlier keys, this device's slots of them. In the direction
-        `"query_to_key"` every query stands against those of all devices, but for its own row and
-        group; needs `ids`. No gradient flows into it.
+      negative_hardness: as `hardness`, for negatives that a query has for itself.
+      tiers: further keys by name, such as a memory bank's (`jaxcl.negatives.tiers`). They stand
+        against queries in the direction `"query_to_key"`, under all masks.
       ids: row numbers. Two rows of one id are never each other's negative, so that a row that a
         batch holds twice does no harm.
       groups: labels. Two rows of one group are never each other's negative.
@@ -124,38 +125,27 @@ def infonce_loss(
     found = comparison.negatives(
         queries, keys, temperature=temperature, directions=directions, hardness=hardness
     )
+    reduce = log_sum_exp(temperature, hardness=hardness, own_hardness=negative_hardness)
     if negatives is None:
         _check_unused(
             negative_ids=negative_ids,
             negative_groups=negative_groups,
             negatives_valid=negatives_valid,
             negative_guides=negative_guides,
-            negative_hardness=negative_hardness or None,
+            negative_hardness=None if tiers else negative_hardness or None,
         )
     else:
-        more = Negatives(negatives, negative_ids, negative_groups, negatives_valid, negative_guides)
-        comparison.check_negatives(more, queries)
-        explicit = comparison.explicit(
-            queries,
-            keys,
-            more,
-            temperature=temperature,
-            directions=directions,
-            hardness=hardness,
-            own_hardness=negative_hardness,
+        more = OwnNegatives(
+            negatives, negative_ids, negative_groups, negatives_valid, negative_guides
         )
+        check_explicit(comparison, more, queries)
+        explicit = of_explicit(reduce, comparison, queries, keys, more, directions=directions)
         found |= {name: jnp.logaddexp(found[name], theirs) for name, theirs in explicit.items()}
-    if bank is not None:
+    if tiers:
         if "query_to_key" not in directions:
-            raise ValueError(f"a bank holds keys, and no query looks for one in {directions}")
-        remembered = comparison.bank_negatives(
-            queries,
-            bank,
-            comparison.ceilings(queries, keys),
-            temperature=temperature,
-            hardness=hardness,
-        )
-        found["query_to_key"] = jnp.logaddexp(found["query_to_key"], remembered)
+            raise ValueError(f"tiers hold keys, and no query looks for one in {directions}")
+        for theirs in of_tiers(reduce, comparison, queries, keys, tiers).values():
+            found["query_to_key"] = jnp.logaddexp(found["query_to_key"], theirs)
     positives = inner_product(queries, keys) / temperature
     sets = list(found.values())
     if partition == "joint":

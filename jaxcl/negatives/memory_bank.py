@@ -8,13 +8,21 @@ all devices and mean the same on any number of them: a bank is sharded by slot, 
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
-from jaxcl.ops.pairs import PairLabels
+from jaxcl.negatives.sets import SharedNegatives
 from jaxcl.ops.row_tables import first_places, padded_entries
 from jaxcl.ops.vectors import normalise
 from jaxcl.typing import Array, Bool, Float, Int, Integer
 
-__all__ = ["MemoryBank", "init_bank", "read_bank", "update_instances", "update_queue"]
+__all__ = [
+    "MemoryBank",
+    "init_bank",
+    "mean_age",
+    "read_bank",
+    "update_instances",
+    "update_queue",
+]
 
 
 class MemoryBank(NamedTuple):
@@ -22,22 +30,26 @@ class MemoryBank(NamedTuple):
 
     Attributes:
       vectors: one per slot; those never written are 0.
-      row: the training row that each is of.
-      group: its group.
+      ids: whose each is, as a loss compares: by training row, or by text.
+      groups: its group.
       written: which update wrote it; −1 if none has.
       head: the slot that a queue writes next.
       updates: how many there have been.
+      guides: embeddings of the same by a model that judges similarity, where a run has one.
     """
 
     vectors: Float[Array, "m d"]
-    row: Int[Array, " m"]
-    group: Int[Array, " m"]
+    ids: Int[Array, " m"]
+    groups: Int[Array, " m"]
     written: Int[Array, " m"]
     head: Int[Array, ""]
     updates: Int[Array, ""]
+    guides: Float[Array, "m g"] | None = None
 
 
-def init_bank(num_slots: int, dim: int, *, dtype: Any = None) -> MemoryBank:
+def init_bank(
+    num_slots: int, dim: int, *, dtype: Any = None, guide_dim: int | None = None
+) -> MemoryBank:
     """A bank in which nothing is written.
 
     Args:
@@ -45,6 +57,7 @@ def init_bank(num_slots: int, dim: int, *, dtype: Any = None) -> MemoryBank:
         slots that stay empty, so that a checkpoint may move between meshes.
       dim: width of the embeddings.
       dtype: of the embeddings; float32 by default.
+      guide_dim: width of the embeddings of a model that judges similarity; `None` without one.
 
     Raises:
       ValueError: if there is no slot, or for a type that is not floating.
@@ -54,25 +67,28 @@ def init_bank(num_slots: int, dim: int, *, dtype: Any = None) -> MemoryBank:
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={dtype}; embeddings are kept as float32, bfloat16 or float16")
     slots = padded_entries(num_slots)
-    row, group, written = (jnp.full(slots, -1, jnp.int32) for _ in range(3))
+    ids, groups, written = (jnp.full(slots, -1, jnp.int32) for _ in range(3))
+    dtype = dtype or jnp.float32
     return MemoryBank(
-        vectors=jnp.zeros((slots, dim), dtype or jnp.float32),
-        row=row,
-        group=group,
+        vectors=jnp.zeros((slots, dim), dtype),
+        ids=ids,
+        groups=groups,
         written=written,
         head=jnp.int32(0),
         updates=jnp.int32(0),
+        guides=None if guide_dim is None else jnp.zeros((slots, guide_dim), dtype),
     )
 
 
 def update_queue(
     bank: MemoryBank,
     vectors: Float[Array, "b d"],
-    rows: Integer[Array, " b"],
+    ids: Integer[Array, " b"],
     groups: Integer[Array, " b"],
     *,
     num_slots: int,
     valid: Bool[Array, " b"] | None = None,
+    guides: Float[Array, "b g"] | None = None,
 ) -> MemoryBank:
     """Takes in the embeddings of a global batch, in its order; the oldest make room.
 
@@ -82,17 +98,18 @@ def update_queue(
     Args:
       bank: as `init_bank` made it.
       vectors: of the whole batch.
-      rows: their training rows.
+      ids: by which a row knows its own: training rows, or texts.
       groups: their groups.
       num_slots: as given to `init_bank`.
       valid: `False` for padding, which is not taken in.
+      guides: their embeddings by the model that judges similarity, if the bank keeps them.
     """
-    valid = jnp.ones(rows.shape, bool) if valid is None else valid
+    valid = jnp.ones(ids.shape, bool) if valid is None else valid
     number = jnp.cumsum(valid, dtype=jnp.int32)
     count = number[-1]
     taken = valid & (number > count - num_slots)
     slots = (bank.head + number - 1) % num_slots
-    written = _written(bank, slots, taken, vectors, rows, groups)
+    written = _written(bank, slots, taken, vectors, ids, groups, guides)
     return written._replace(head=(bank.head + count) % num_slots)
 
 
@@ -103,7 +120,9 @@ def update_instances(
     groups: Integer[Array, " b"],
     *,
     momentum: float = 0.0,
+    ids: Integer[Array, " b"] | None = None,
     valid: Bool[Array, " b"] | None = None,
+    guides: Float[Array, "b g"] | None = None,
 ) -> MemoryBank:
     r"""Moves the slots of a batch's rows towards their embeddings.
 
@@ -116,7 +135,9 @@ def update_instances(
       rows: their training rows, which are their slots.
       groups: their groups.
       momentum: $\mu$ in [0, 1); 0 keeps the newest embedding as it is.
+      ids: by which a row knows its own, in place of the training rows: such as texts.
       valid: `False` for padding.
+      guides: their embeddings by the model that judges similarity, if the bank keeps them.
 
     Reference:
       Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018.
@@ -128,12 +149,22 @@ def update_instances(
         before = bank.vectors[rows].astype(vectors.dtype)
         moved = normalise(momentum * before + (1 - momentum) * vectors)
         vectors = jnp.where((bank.written[rows] >= 0)[:, None], moved, vectors)
-    return _written(bank, rows, taken, vectors, rows, groups)
+    return _written(bank, rows, taken, vectors, rows if ids is None else ids, groups, guides)
 
 
-def read_bank(bank: MemoryBank) -> PairLabels:
-    """The slots' part in which of them count: by row, by group, and if ever written."""
-    return PairLabels(different=(bank.row, bank.group), valid=bank.written >= 0)
+def read_bank(bank: MemoryBank) -> SharedNegatives:
+    """The whole bank as negatives; slots never written are none, and no gradient flows into it."""
+    guides = None if bank.guides is None else lax.stop_gradient(bank.guides)
+    return SharedNegatives(
+        lax.stop_gradient(bank.vectors), bank.ids, bank.groups, bank.written >= 0, guides
+    )
+
+
+def mean_age(bank: MemoryBank) -> Float[Array, ""]:
+    """How many updates ago a slot was written, on average over those written; 0 without any."""
+    written = bank.written >= 0
+    ages = jnp.where(written, bank.updates - 1 - bank.written, 0)
+    return ages.sum() / jnp.maximum(written.sum(), 1).astype(jnp.float32)
 
 
 def _written(
@@ -141,18 +172,22 @@ def _written(
     slots: Integer[Array, " b"],
     taken: Bool[Array, " b"],
     vectors: Float[Array, "b d"],
-    rows: Integer[Array, " b"],
+    ids: Integer[Array, " b"],
     groups: Integer[Array, " b"],
+    guides: Float[Array, "b g"] | None,
 ) -> MemoryBank:
-    places = jnp.where(taken, slots, bank.row.shape[0])  # out of range, which is dropped
+    if (guides is None) != (bank.guides is None):
+        raise ValueError("a bank keeps guides for all embeddings or for none; see guide_dim")
+    places = jnp.where(taken, slots, bank.ids.shape[0])  # out of range, which is dropped
 
     def put(table: Array, values: Array) -> Array:
         return table.at[places].set(values.astype(table.dtype), mode="drop")
 
     return bank._replace(
         vectors=put(bank.vectors, vectors),
-        row=put(bank.row, rows),
-        group=put(bank.group, groups),
-        written=put(bank.written, jnp.full(rows.shape, bank.updates)),
+        ids=put(bank.ids, ids),
+        groups=put(bank.groups, groups),
+        written=put(bank.written, jnp.full(ids.shape, bank.updates)),
         updates=bank.updates + 1,
+        guides=None if bank.guides is None or guides is None else put(bank.guides, guides),
     )

@@ -1,12 +1,16 @@
-"""Tables with an entry for each training row."""
+"""Tables with an entry for each training row, whole or sharded by row."""
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from jaxcl.typing import Array, Bool, Float, Int, PyTree
+from jaxcl.ops.ring import rotate
+from jaxcl.ops.varying import as_varying, full_like_varying
+from jaxcl.typing import Array, AxisName, Bool, Float, Int, PyTree
 
 __all__ = [
     "ENTRIES_MULTIPLE",
+    "fetch_rows",
     "first_places",
     "init_table",
     "padded_entries",
@@ -34,6 +38,51 @@ def padded_entries(number: int) -> int:
 def read_rows(tables: PyTree, rows: Int[Array, " b"]) -> PyTree:
     """The entries of some rows: each table's `[b, …]`."""
     return jax.tree.map(lambda table: table[rows], tables)
+
+
+def fetch_rows(tables: PyTree, rows: Int[Array, "*r"], *, axis_name: AxisName | None) -> PyTree:
+    """The entries of rows that any device may hold, inside of `jax.shard_map`.
+
+    The rows asked for go round the devices, and each fills in what it holds, so that none has more
+    than one device's answer at a time. With `r` rows asked for by each of `p` devices, `p · r`
+    entries and row numbers come in and go out.
+
+    Args:
+      tables: this device's share of each, `[n / devices, …]`.
+      rows: which are wanted here, by their number in the whole table; a negative one gives 0.
+      axis_name: the mesh axes over which tables are sharded; `None` for whole ones.
+
+    Returns:
+      The entries, `[*rows.shape, …]`; differentiable by the tables.
+    """
+    size = 1 if axis_name is None else lax.axis_size(axis_name)
+    device = 0 if axis_name is None else lax.axis_index(axis_name)
+
+    def filled(rows: Array, found: PyTree) -> PyTree:
+        def fill(table: Array, answer: Array) -> Array:
+            place = rows - device * table.shape[0]
+            here = (rows >= 0) & (place >= 0) & (place < table.shape[0])
+            values = table[jnp.where(here, place, 0)]
+            return jnp.where(here.reshape(*here.shape, *[1] * (table.ndim - 1)), values, answer)
+
+        return jax.tree.map(fill, tables, found)
+
+    everywhere = (tables, rows)
+    found = jax.tree.map(
+        lambda table: full_like_varying(
+            (*rows.shape, *table.shape[1:]), 0.0, table.dtype, everywhere
+        ),
+        tables,
+    )
+    rows = as_varying(rows, everywhere)
+    if size == 1:
+        return filled(rows, found)
+
+    def visit(_: Array, carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+        rows, found = carry
+        return rotate((rows, filled(rows, found)), axis_name)
+
+    return lax.fori_loop(0, size, visit, (rows, found))[1]
 
 
 def write_rows(tables: PyTree, rows: Int[Array, " b"], entries: PyTree) -> PyTree:

@@ -15,6 +15,7 @@ def table():
         tokens={"query": np.array([9, 9, 9]), "key": np.array([1, 2, 2, 3, 3, 3])},
         offsets={"query": np.array([0, 1, 2, 3]), "key": np.array([0, 1, 3, 6])},
         group=np.array([5, 6, 7], np.int32),
+        text=np.array([0, 1, 1], np.int32),
         max_tokens={"query": 1, "key": 3},
     )
 
@@ -34,6 +35,7 @@ def test_a_batch_holds_the_keys_that_its_rows_name(tmp_path):
     assert found["valid"].tolist() == [[True, False], [True, True]]
     assert found["row"][found["valid"]].tolist() == [2, 1, 2]
     assert found["group"][found["valid"]].tolist() == [7, 6, 7]
+    assert found["text"][found["valid"]].tolist() == [1, 1, 1]
 
 
 def test_scores_go_with_their_rows_if_they_are_wanted(tmp_path):

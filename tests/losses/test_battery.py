@@ -20,7 +20,7 @@ from jaxcl.losses import (
 from jaxcl.losses.comparison import DIRECTIONS
 from jaxcl.losses.running_estimate import NEVER_SEEN
 from jaxcl.mesh import make_mesh
-from jaxcl.negatives.memory_bank import init_bank
+from jaxcl.negatives.memory_bank import init_bank, read_bank
 from tests.helpers import relative_error, relative_errors, unit_vectors
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -311,21 +311,21 @@ def test_a_bank_is_the_same_on_any_mesh_and_gets_no_gradient(way):
     mesh = make_mesh({"replica": 2, "data": 4})
     rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
     slots = init_bank(40, 8, dtype=jnp.dtype("float64"))
-    numbers = jnp.arange(slots.row.shape[0])
+    numbers = jnp.arange(slots.ids.shape[0])
     bank = slots._replace(
-        vectors=unit_vectors(3, slots.row.shape[0], 8),
-        row=numbers % 20,
-        group=numbers % 6,
+        vectors=unit_vectors(3, slots.ids.shape[0], 8),
+        ids=numbers % 20,
+        groups=numbers % 6,
         written=jnp.where(numbers % 5 == 0, -1, numbers),
     )
-    places = type(bank)(rows, rows, rows, rows, whole, whole)
+    places = type(bank)(rows, rows, rows, rows, whole, whole, None)
 
     def local(sides, vectors, temperature, bank, axis_name=None):
         queries, keys, labels = sides
         return infonce_loss(
             queries,
             keys,
-            bank=bank._replace(vectors=vectors),
+            tiers={"bank": read_bank(bank._replace(vectors=vectors))},
             temperature=temperature,
             hardness=2.0,
             margin=-0.7,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxcl.losses import decoupled_infonce_loss, hard_infonce_loss, infonce_loss
-from jaxcl.negatives.memory_bank import init_bank
+from jaxcl.negatives.memory_bank import init_bank, read_bank
 from tests.helpers import unit_vectors
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -241,8 +241,8 @@ def small_bank():
     bank = init_bank(4, 2, dtype=jnp.float64)
     return bank._replace(
         vectors=bank.vectors.at[:4].set(vectors),
-        row=bank.row.at[:4].set(jnp.array([7, 8, 9, 10], jnp.int32)),
-        group=bank.group.at[:4].set(jnp.array([1, 2, 3, 4], jnp.int32)),
+        ids=bank.ids.at[:4].set(jnp.array([7, 8, 9, 10], jnp.int32)),
+        groups=bank.groups.at[:4].set(jnp.array([1, 2, 3, 4], jnp.int32)),
         written=bank.written.at[:4].set(jnp.array([3, 4, -1, 5], jnp.int32)),
     )
 
@@ -250,10 +250,10 @@ def small_bank():
 def test_a_bank_s_keys_are_negatives_but_for_a_query_s_own_row_and_group():
     # Queries with the bank: [[0, .8, –, −1], [.8, .96, –, −.6]].
     labels = {"ids": jnp.array([7, 1]), "groups": jnp.array([0, 2])}
-    loss = infonce(directions=("query_to_key",), bank=small_bank(), **labels)
+    loss = infonce(directions=("query_to_key",), tiers={"bank": read_bank(small_bank())}, **labels)
     wanted = [cross_entropy(1, 0, 0.8, -1), cross_entropy(0.8, 0.6, 0.8, -0.6)]
     np.testing.assert_allclose(loss, wanted, rtol=1e-12)
-    loss = infonce(bank=small_bank(), ids=labels["ids"], margin=0.05)
+    loss = infonce(tiers={"bank": read_bank(small_bank())}, ids=labels["ids"], margin=0.05)
     one_way = [cross_entropy(1, 0, 0.8, -1), cross_entropy(0.8, 0.6, -0.6)]
     other_way = infonce(directions=("key_to_query",), ids=labels["ids"], margin=0.05)
     np.testing.assert_allclose(loss, (np.array(one_way) + other_way) / 2, rtol=1e-12)
@@ -261,12 +261,12 @@ def test_a_bank_s_keys_are_negatives_but_for_a_query_s_own_row_and_group():
 
 def test_a_bank_that_does_not_fit_is_named():
     for options, message in (
-        ({}, "slots are compared with ids"),
-        ({"ids": jnp.arange(2), "directions": ("key_to_query",)}, "a bank holds keys"),
+        ({}, "the tier 'bank' has ids"),
+        ({"ids": jnp.arange(2), "directions": ("key_to_query",)}, "tiers hold keys"),
         (
             {"ids": jnp.arange(2), "margin": 0.0, "guides": (jnp.eye(2), jnp.eye(2))},
-            "has no guide's",
+            "has no guides",
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            infonce(bank=small_bank(), **options)
+            infonce(tiers={"bank": read_bank(small_bank())}, **options)

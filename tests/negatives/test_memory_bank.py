@@ -55,7 +55,7 @@ def test_first_in_is_first_out():
             jnp.array([0]),
             num_slots=3,
         )
-    assert bank.row[:3].tolist() == [3, 4, 2]
+    assert bank.ids[:3].tolist() == [3, 4, 2]
     assert int(bank.head) == 2
 
 
@@ -64,9 +64,9 @@ def test_padding_is_not_taken_in():
     arguments = (jnp.ones((6, DIM)), rows, rows)
     valid = jnp.array([True, False, True, True, False, True])
     bank = update_queue(init_bank(3, DIM), *arguments, num_slots=3, valid=valid)
-    assert sorted(bank.row[:3].tolist()) == [2, 3, 5]
+    assert sorted(bank.ids[:3].tolist()) == [2, 3, 5]
     bank = update_instances(init_bank(6, DIM), *arguments, valid=valid)
-    assert bank.row[:6].tolist() == [0, -1, 2, 3, -1, 5]
+    assert bank.ids[:6].tolist() == [0, -1, 2, 3, -1, 5]
 
 
 def test_an_instance_moves_towards_its_embedding_and_stays_of_unit_norm():
@@ -78,7 +78,7 @@ def test_an_instance_moves_towards_its_embedding_and_stays_of_unit_norm():
     bank = update_instances(bank, second[None], *one, momentum=0.9)
     wanted = 0.9 * first + 0.1 * second
     np.testing.assert_allclose(bank.vectors[3], wanted / jnp.linalg.norm(wanted), rtol=1e-6)
-    assert (int(bank.row[3]), int(bank.group[3]), int(bank.written[3])) == (3, 8, 1)
+    assert (int(bank.ids[3]), int(bank.groups[3]), int(bank.written[3])) == (3, 8, 1)
     assert read_bank(bank).valid.tolist()[:5] == [False, False, False, True, False]
 
 
@@ -99,7 +99,7 @@ def test_any_number_of_devices_holds_the_same_slots(update, dtype):
         mesh = make_mesh({"data": size}, devices=jax.devices()[:size])
         tables, whole = table_sharding(mesh), replicated_sharding(mesh)
         bank = init_bank(50, DIM, dtype=jnp.dtype(dtype))
-        places = type(bank)(tables, tables, tables, tables, whole, whole)
+        places = type(bank)(tables, tables, tables, tables, whole, whole, None)
 
         def step_fn(bank, vectors, rows, groups):
             how = {"num_slots": 50} if update == "queue" else {"momentum": 0.5}
@@ -120,7 +120,7 @@ def test_any_number_of_devices_holds_the_same_slots(update, dtype):
         return jax.device_get(bank)
 
     one, many = run(1), run(8)
-    for ours, theirs in zip(one, many, strict=True):
+    for ours, theirs in zip(one[:-1], many[:-1], strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert one.vectors.dtype == dtype
 

@@ -9,6 +9,7 @@ from jax import lax
 
 from jaxcl.ops.pairs.reductions import Reduction
 from jaxcl.ops.pairs.sides import PairKeys, PairQueries
+from jaxcl.ops.ring import rotate
 from jaxcl.ops.varying import full_like_varying
 from jaxcl.typing import Array, AxisName, Float, PyTree
 
@@ -62,9 +63,9 @@ def ring_forward(
 
     def visit(_: Array, carry: tuple) -> tuple:
         visitors, columns, rows = carry
-        following = _rotate(visitors, axis_name)
+        following = rotate(visitors, axis_name)
         columns, rows = meet(visitors, columns, rows)
-        return following, _rotate(columns, axis_name), rows
+        return following, rotate(columns, axis_name), rows
 
     def meet(visitors: PairKeys, columns: Array, rows: Array) -> tuple[Array, Array]:
         more_rows, more_columns = passes.reduce(reduction, queries, visitors)
@@ -74,7 +75,7 @@ def ring_forward(
         0, lax.axis_size(axis_name) - 1, visit, (keys, columns, rows)
     )
     columns, rows = meet(visitors, columns, rows)  # the last visitors need not go on
-    return rows, _rotate(columns, axis_name)
+    return rows, rotate(columns, axis_name)
 
 
 def ring_backward(
@@ -99,9 +100,9 @@ def ring_backward(
 
     def visit(_: Array, carry: tuple) -> tuple:
         visitors, to_visitors, to_ours = carry
-        following = _rotate(visitors, axis_name)
+        following = rotate(visitors, axis_name)
         to_visitors, to_ours = meet(visitors, to_visitors, to_ours)
-        return following, _rotate(to_visitors, axis_name), to_ours
+        return following, rotate(to_visitors, axis_name), to_ours
 
     def meet(visitors: tuple, to_visitors: tuple, to_ours: tuple) -> tuple[tuple, tuple]:
         their_keys, their_values, their_cotangents = visitors
@@ -124,7 +125,7 @@ def ring_backward(
     )
     visitors, to_visitors, to_ours = lax.fori_loop(0, lax.axis_size(axis_name) - 1, visit, carry)
     to_visitors, to_ours = meet(visitors, to_visitors, to_ours)
-    return *to_ours, *_rotate(to_visitors, axis_name)
+    return *to_ours, *rotate(to_visitors, axis_name)
 
 
 def _nothing(reduction: Reduction, queries: PairQueries, keys: PairKeys) -> tuple[Array, Array]:
@@ -134,9 +135,3 @@ def _nothing(reduction: Reduction, queries: PairQueries, keys: PairKeys) -> tupl
         full_like_varying(side.vectors.shape[0], reduction.empty, wide, sides) for side in sides
     )
     return rows, columns
-
-
-def _rotate(tree: PyTree, axis_name: AxisName) -> PyTree:
-    size = lax.axis_size(axis_name)
-    following = [(device, (device + 1) % size) for device in range(size)]
-    return jax.tree.map(lambda rows: lax.ppermute(rows, axis_name, following), tree)

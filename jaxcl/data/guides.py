@@ -1,0 +1,70 @@
+"""Each training row's embeddings by a model that judges similarity, from a file."""
+
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxcl.models.towers import SIDES
+from jaxcl.typing import Float, Int
+
+__all__ = ["RowGuides", "guide_dim", "read_guides"]
+
+
+class RowGuides(NamedTuple):
+    """A frozen model's embeddings of the training rows.
+
+    Attributes:
+      query: of their queries.
+      key: of their keys.
+      fingerprint: of the file.
+    """
+
+    query: Float[np.ndarray, "n g"]
+    key: Float[np.ndarray, "n g"]
+    fingerprint: str
+
+    def columns(self, rows: Int[np.ndarray, " b"]) -> dict[str, Float[np.ndarray, "b g"]]:
+        """What a batch of the given rows holds of them, as `jaxcl.batch_loss.make_loss` reads."""
+        return {side: getattr(self, side)[rows].astype(np.float32) for side in SIDES}
+
+
+def read_guides(path: Path, *, num_rows: int) -> RowGuides:
+    """Reads an `.npz` with `query` and `key`, `[rows of the split, any width]` each.
+
+    Raises:
+      ValueError: for a file that is missing, damaged, or not of this split.
+    """
+    path = Path(path).expanduser()
+    width = guide_dim(path)
+    with np.load(path) as arrays:
+        found = {side: arrays[side] for side in SIDES}
+    for side, vectors in found.items():
+        if vectors.shape != (num_rows, width) or not np.issubdtype(vectors.dtype, np.floating):
+            raise ValueError(
+                f"data.guides={path}: {side} is {vectors.dtype}{list(vectors.shape)}; wanted are "
+                f"floats, [{num_rows}, {width}]"
+            )
+        if not np.isfinite(vectors).all():
+            raise ValueError(f"data.guides={path}: {side} has numbers that are not finite")
+    return RowGuides(**found, fingerprint=hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def guide_dim(path: Path | str) -> int:
+    """The width of the embeddings in such a file, from its header alone."""
+    path = Path(path).expanduser()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            missing = [side for side in SIDES if f"{side}.npy" not in archive.namelist()]
+            if missing:
+                raise ValueError(f"it has no {', '.join(missing)}")
+            with archive.open("key.npy") as file:
+                np.lib.format.read_magic(file)
+                shape, _, _ = np.lib.format.read_array_header_1_0(file)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"data.guides={path} cannot be read: {error}") from error
+    if len(shape) != 2:
+        raise ValueError(f"data.guides={path}: key has the shape {shape}; wanted is [rows, width]")
+    return shape[1]

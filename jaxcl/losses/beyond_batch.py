@@ -1,0 +1,248 @@
+"""Keys that are no row's of the batch: explicit negatives, and what the tiers bring."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcl.losses.comparison import Comparison, own_products
+from jaxcl.negatives.masks import batch_labels
+from jaxcl.negatives.sets import OwnNegatives, SharedNegatives
+from jaxcl.ops.pairs import PairLabels, pair_count, pair_logsumexp, pair_sum
+from jaxcl.ops.pairs.reductions import LOGSUMEXP
+from jaxcl.typing import Array, Bool, Float
+
+__all__ = [
+    "COUNT",
+    "SIMILARITY",
+    "Reduce",
+    "check_explicit",
+    "log_sum_exp",
+    "of_explicit",
+    "of_tiers",
+]
+
+
+class Reduce(NamedTuple):
+    """One number of each row's negatives.
+
+    Attributes:
+      pairs: an operation of `jaxcl.ops.pairs`, on a matrix of rows and keys.
+      own: the same on the similarities `[q, n]` of rows with keys of their own, and which count.
+      join: two parts into one.
+    """
+
+    pairs: Callable[..., tuple[Array, Array]]
+    own: Callable[[Array, Array], Array]
+    join: Callable[[Array, Array], Array]
+
+
+def log_sum_exp(temperature: float | Array, *, hardness: float, own_hardness: float) -> Reduce:
+    """In nats; −∞ of nothing."""
+
+    def own(similarities: Float[Array, "q n"], counted: Bool[Array, "q n"]) -> Float[Array, " q"]:
+        scores = similarities / jnp.reshape(jnp.asarray(temperature), (-1, 1))
+        scores += own_hardness * lax.stop_gradient(similarities)
+        return LOGSUMEXP.reduce(jnp.where(counted, scores, -jnp.inf), 1)
+
+    pairs = functools.partial(pair_logsumexp, temperature=temperature, hardness=hardness)
+    return Reduce(pairs, own, jnp.logaddexp)
+
+
+COUNT = Reduce(
+    pair_count, lambda similarities, counted: counted.sum(1).astype(similarities.dtype), jnp.add
+)
+"""How many count."""
+
+SIMILARITY = Reduce(
+    functools.partial(pair_sum, temperature=1.0),
+    lambda similarities, counted: jnp.where(counted, similarities, 0).sum(1),
+    jnp.add,
+)
+"""The sum of their similarities."""
+
+
+def of_explicit(
+    reduce: Reduce,
+    comparison: Comparison,
+    queries: Float[Array, "q d"],
+    keys: Float[Array, "q d"],
+    negatives: OwnNegatives,
+    *,
+    directions: tuple[str, ...],
+) -> dict[str, Float[Array, " q"]]:
+    """Reduces all rows' explicit negatives, for the directions that see keys."""
+    if not {"query_to_key", "key_to_key"} & set(directions):
+        raise ValueError(f"negatives are keys, and nobody looks for one in {directions}")
+    ceilings = comparison.ceilings(queries, keys)
+    query_guide, key_guide = (None, None) if comparison.guides is None else comparison.guides
+    found = {
+        direction: _of_other_rows(reduce, comparison, rows, guide, negatives, ceilings)
+        for direction, rows, guide in (
+            ("query_to_key", queries, query_guide),
+            ("key_to_key", keys, key_guide),
+        )
+        if direction in directions
+    }
+    if "query_to_key" in found:  # a key has no negatives of its own
+        own = _of_own(reduce, comparison, queries, negatives, ceilings)
+        found["query_to_key"] = reduce.join(found["query_to_key"], own)
+    return found
+
+
+def of_tiers(
+    reduce: Reduce,
+    comparison: Comparison,
+    queries: Float[Array, "q d"],
+    keys: Float[Array, "q d"],
+    tiers: Mapping[str, SharedNegatives | OwnNegatives],
+) -> dict[str, Float[Array, " q"]]:
+    """Reduces each tier's keys for this device's queries."""
+    ceilings = comparison.ceilings(queries, keys)
+    found = {}
+    for name, negatives in tiers.items():
+        if negatives.ids is not None and comparison.ids is None:
+            raise ValueError(f"the tier {name!r} has ids, compared with ids, the rows'; give both")
+        if comparison.guides is not None and negatives.guides is None:
+            raise ValueError(f"guides judge all negatives, but the tier {name!r} has no guides")
+        if isinstance(negatives, OwnNegatives):
+            found[name] = _of_own(reduce, comparison, queries, negatives, ceilings)
+        else:
+            found[name] = _of_shared(reduce, comparison, queries, negatives, ceilings)
+    return found
+
+
+def check_explicit(
+    comparison: Comparison, negatives: OwnNegatives, queries: Float[Array, "q d"]
+) -> None:
+    """Raises a `ValueError` for explicit negatives that do not belong to these rows."""
+    (rows, width), shape = queries.shape, negatives.vectors.shape
+    if shape[0] != rows or shape[2] != width:
+        raise ValueError(
+            f"negatives have the shape {shape}; wanted are ({rows}, any number, {width})"
+        )
+    for name, array in (
+        ("negative_ids", negatives.ids),
+        ("negative_groups", negatives.groups),
+        ("negatives_valid", negatives.valid),
+        ("negative_guides", negatives.guides),
+    ):
+        if array is not None and array.shape[:2] != shape[:2]:
+            raise ValueError(f"{name} have the shape {array.shape}, not {shape[:2]}")
+    if (negatives.guides is None) != (comparison.guides is None):
+        raise ValueError("guides judge explicit negatives by negative_guides; give both")
+    if negatives.ids is not None and comparison.ids is None:
+        raise ValueError("negative_ids are compared with ids, the rows' own; give both")
+    if negatives.groups is not None and comparison.groups is None:
+        raise ValueError("negative_groups are compared with groups, the rows'; give both")
+
+
+def _of_other_rows(
+    reduce: Reduce,
+    comparison: Comparison,
+    rows: Float[Array, "q d"],
+    guide: Float[Array, "q g"] | None,
+    negatives: OwnNegatives,
+    ceilings: Float[Array, " q"] | None,
+) -> Float[Array, " q"]:
+    """Of each row over the explicit negatives of all rows but itself."""
+    num_rows, width = negatives.vectors.shape[:2]
+    (place,) = batch_labels(num_rows, axis_name=comparison.axis_name).different
+    valid = jnp.ones((num_rows, width), bool) if negatives.valid is None else negatives.valid
+    if comparison.valid is not None:
+        valid &= comparison.valid[:, None]
+    flat = SharedNegatives(
+        vectors=negatives.vectors.reshape(-1, negatives.vectors.shape[-1]),
+        ids=None if negatives.ids is None else negatives.ids.ravel(),
+        groups=None if negatives.groups is None else negatives.groups.ravel(),
+        valid=valid.ravel(),
+    )
+    ours, theirs = _labels(comparison, flat, ceilings)
+    ours = ours._replace(different=(place, *ours.different))
+    theirs = theirs._replace(different=(jnp.repeat(place, width), *theirs.different))
+    if guide is not None and negatives.guides is not None:
+        ours = ours._replace(guide=lax.stop_gradient(guide))
+        guides = negatives.guides.reshape(-1, guide.shape[-1])
+        theirs = theirs._replace(guide=lax.stop_gradient(guides))
+    found, _ = reduce.pairs(
+        rows, flat.vectors, query_labels=ours, key_labels=theirs, **comparison.how()
+    )
+    return found
+
+
+def _of_own(
+    reduce: Reduce,
+    comparison: Comparison,
+    queries: Float[Array, "q d"],
+    negatives: OwnNegatives,
+    ceilings: Float[Array, " q"] | None,
+) -> Float[Array, " q"]:
+    """Of each query over its own."""
+    similarities = own_products(queries, negatives.vectors.astype(queries.dtype))
+    counted = jnp.ones(similarities.shape, bool)
+    if negatives.valid is not None:
+        counted &= negatives.valid
+    for ours, theirs in (
+        (comparison.ids, negatives.ids),
+        (comparison.groups, negatives.groups),
+    ):
+        if ours is not None and theirs is not None:
+            counted &= theirs != ours[:, None]
+    if ceilings is not None:
+        judged = lax.stop_gradient(similarities)
+        if comparison.guides is not None and negatives.guides is not None:
+            judged = own_products(comparison.guides[0], negatives.guides)
+        counted &= judged <= ceilings[:, None]
+    if comparison.valid is not None:
+        counted &= comparison.valid[:, None]
+    return reduce.own(similarities, counted)
+
+
+def _of_shared(
+    reduce: Reduce,
+    comparison: Comparison,
+    queries: Float[Array, "q d"],
+    negatives: SharedNegatives,
+    ceilings: Float[Array, " q"] | None,
+) -> Float[Array, " q"]:
+    """Of each query over all devices' shared ones.
+
+    Where these are more than the queries they stay where they are, as the rows of the product, and
+    the queries visit them.
+    """
+    ours, theirs = _labels(comparison, negatives, ceilings)
+    if comparison.guides is not None:
+        ours = ours._replace(guide=lax.stop_gradient(comparison.guides[0]))
+        theirs = theirs._replace(guide=negatives.guides)
+    vectors = negatives.vectors.astype(queries.dtype)
+    if vectors.shape[0] <= queries.shape[0] or _by_row(reduce):
+        found, _ = reduce.pairs(
+            queries, vectors, query_labels=ours, key_labels=theirs, **comparison.how()
+        )
+    else:
+        _, found = reduce.pairs(
+            vectors, queries, query_labels=theirs, key_labels=ours, **comparison.how()
+        )
+    return found
+
+
+def _by_row(reduce: Reduce) -> bool:
+    """Whether rows have temperatures of their own, which columns of a product cannot have."""
+    keywords = getattr(reduce.pairs, "keywords", {})
+    return jnp.ndim(keywords.get("temperature", 0.0)) > 0
+
+
+def _labels(
+    comparison: Comparison, negatives: SharedNegatives, ceilings: Float[Array, " q"] | None
+) -> tuple[PairLabels, PairLabels]:
+    ours: tuple[Array, ...] = ()
+    theirs: tuple[Array, ...] = ()
+    for own, others in ((comparison.ids, negatives.ids), (comparison.groups, negatives.groups)):
+        if own is not None and others is not None:
+            ours, theirs = (*ours, own), (*theirs, others)
+    return (
+        PairLabels(different=ours, valid=comparison.valid, ceiling=ceilings),
+        PairLabels(different=theirs, valid=negatives.valid),
+    )

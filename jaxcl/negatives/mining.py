@@ -1,0 +1,145 @@
+"""Hard negatives of a query, from all the keys there are."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl.negatives.masks import similarity_ceilings
+from jaxcl.ops.nearest import nearest
+from jaxcl.ops.pairs import PairLabels
+from jaxcl.ops.vectors import inner_product
+from jaxcl.typing import Array, AxisName, Float, Int, Key
+
+__all__ = ["SAMPLINGS", "Mined", "MiningRule", "mine_negatives"]
+
+SAMPLINGS = ("random", "top")
+
+
+class MiningRule(NamedTuple):
+    """Which of the keys near a query are taken for its negatives.
+
+    Attributes:
+      per_query: how many, at most.
+      rank_range: the first rank that may be taken, and the first that may not; ranks count from 0,
+        among the keys of other ids and groups. The nearest ones are often positives in truth.
+      margin: a negative must be by so much less similar than the query's own key.
+      relative_margin: the same as a share of that similarity.
+      sampling: `"random"`, any of those that are left, alike; or `"top"`, the nearest of them.
+    """
+
+    per_query: int = 7
+    rank_range: tuple[int, int] = (10, 100)
+    margin: float | None = None
+    relative_margin: float | None = None
+    sampling: str = "random"
+
+    def check(self) -> None:
+        """Raises a `ValueError` for a rule by which nothing could be found."""
+        first, last = self.rank_range
+        if self.per_query < 1:
+            raise ValueError(f"per_query={self.per_query}; set it to at least 1")
+        if not 0 <= first < last or last - first < self.per_query:
+            raise ValueError(
+                f"rank_range={first}:{last} has no room for {self.per_query} per query; it begins "
+                "at 0 or later, and ends behind what is taken"
+            )
+        if self.margin is not None and self.relative_margin is not None:
+            raise ValueError("margin and relative_margin are both given; choose one")
+        if self.sampling not in SAMPLINGS:
+            raise ValueError(
+                f"sampling={self.sampling!r} is unknown; use one of {', '.join(SAMPLINGS)}"
+            )
+
+
+class Mined(NamedTuple):
+    """The negatives of each query, the nearest first.
+
+    Attributes:
+      rows: rows of the whole table; −1 where a query has fewer.
+      similarities: theirs; −∞ there.
+      ranks: their ranks among the keys of other ids and groups; −1 there.
+    """
+
+    rows: Int[Array, "q n"]
+    similarities: Float[Array, "q n"]
+    ranks: Int[Array, "q n"]
+
+
+def mine_negatives(
+    queries: Float[Array, "q d"],
+    positives: Float[Array, "q d"],
+    table: Float[Array, "n d"],
+    *,
+    rule: MiningRule,
+    row_keys: Key[Array, " q"],
+    query_labels: PairLabels,
+    table_labels: PairLabels,
+    axis_name: AxisName | None = None,
+) -> Mined:
+    """Finds each query's hard negatives by exact search over all devices' keys.
+
+    Args:
+      queries: of this device.
+      positives: their own keys.
+      table: this device's keys.
+      rule: which are taken.
+      row_keys: a random key for each query.
+      query_labels: by what a query knows the keys that are none of its negatives.
+      table_labels: the keys' part.
+      axis_name: the mesh axes over which queries and keys are sharded.
+
+    Raises:
+      ValueError: for a rule by which nothing could be found.
+
+    Example:
+      >>> import jax
+      >>> keys = jax.nn.one_hot(jnp.arange(4), 4)
+      >>> labels = PairLabels(different=(jnp.arange(4),))
+      >>> mined = mine_negatives(
+      ...     keys + 0.1 * jnp.arange(4), keys, keys, rule=MiningRule(1, (0, 2), sampling="top"),
+      ...     row_keys=jax.random.split(jax.random.key(0), 4), query_labels=labels,
+      ...     table_labels=labels,
+      ... )
+      >>> mined.rows.tolist()
+      [[3], [3], [3], [2]]
+
+    Reference:
+      Ranks between 10 and 100 or so: Xiong et al., "ANCE", 2021. Margins: de Souza Moreira et al.,
+      "NV-Retriever", 2024.
+    """
+    rule.check()
+    first, last = rule.rank_range
+    found = nearest(
+        queries,
+        table,
+        count=last,
+        query_labels=query_labels,
+        table_labels=table_labels,
+        axis_name=axis_name,
+    )
+    rows, similarities = found.rows[:, first:], found.similarities[:, first:]
+    there = rows >= 0
+    ceilings = similarity_ceilings(
+        inner_product(queries, positives),
+        margin=rule.margin,
+        relative_margin=rule.relative_margin,
+    )
+    if ceilings is not None:
+        there &= similarities <= ceilings[:, None]
+    width = last - first
+    ranks = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), rows.shape)
+    if rule.sampling == "random":
+        order = jax.vmap(lambda key: jax.random.uniform(key, (width,)))(row_keys)
+    else:
+        order = ranks / width
+    # Those that may not be taken come last in either order, and a chosen few return to their ranks.
+    places = jnp.argsort(jnp.where(there, order, 2), axis=1)[:, : rule.per_query]
+    places = jnp.sort(jnp.where(jnp.take_along_axis(there, places, 1), places, width), axis=1)
+    taken = places < width
+    places = jnp.minimum(places, width - 1)
+    return Mined(
+        rows=jnp.where(taken, jnp.take_along_axis(rows, places, 1), -1),
+        similarities=jnp.where(taken, jnp.take_along_axis(similarities, places, 1), -jnp.inf),
+        ranks=jnp.where(taken, first + jnp.take_along_axis(ranks, places, 1), -1),
+    )

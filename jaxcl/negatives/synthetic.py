@@ -1,0 +1,111 @@
+"""Negatives that no row has: mixtures of a query's hardest, and the same turned a little."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl.ops.vectors import normalise
+from jaxcl.typing import Array, Bool, Float, Int, Key
+
+__all__ = ["mixed", "mixed_with_query", "perturbed"]
+
+
+def mixed(
+    keys: Key[Array, " q"],
+    hardest: Float[Array, "q n d"],
+    valid: Bool[Array, "q n"],
+    *,
+    count: int,
+) -> tuple[Float[Array, "q _ d"], Bool[Array, "q _"]]:
+    r"""Mixtures of two of each query's hardest negatives: $\alpha h_i + (1 - \alpha) h_j$, normed.
+
+    The two are different ones, unless a query has but one.
+
+    Args:
+      keys: a random key for each query.
+      hardest: its hardest negatives, of unit norm; those that count come first.
+      valid: which of them count.
+      count: how many mixtures of each query; $i$, $j$ and $\alpha \in [0, 1)$ are drawn uniformly.
+
+    Returns:
+      The mixtures, and which there are: none for a query without negatives.
+
+    Reference:
+      Kalantidis et al., "Hard Negative Mixing for Contrastive Learning" (MoCHi), 2020, equation 4.
+    """
+    uniform = _uniform(keys, 3, count).astype(hardest.dtype)
+    there = valid.sum(1, dtype=jnp.int32)[:, None]
+    first = _below(there, uniform[:, 0])
+    second = (first + 1 + _below(there - 1, uniform[:, 1])) % jnp.maximum(there, 1)
+    share = uniform[:, 2, :, None]
+    mixture = share * _at(hardest, first) + (1 - share) * _at(hardest, second)
+    return normalise(mixture), _any(valid, count)
+
+
+def mixed_with_query(
+    keys: Key[Array, " q"],
+    queries: Float[Array, "q d"],
+    hardest: Float[Array, "q n d"],
+    valid: Bool[Array, "q n"],
+    *,
+    count: int,
+) -> tuple[Float[Array, "q _ d"], Bool[Array, "q _"]]:
+    r"""Mixtures of each query with one of its hardest negatives: $\beta q + (1 - \beta) h$, normed.
+
+    They are harder than any key; $\beta \in [0, 1/2)$ keeps the query the smaller part. Arguments
+    as for `mixed`.
+
+    Reference:
+      The same, equation 5.
+    """
+    uniform = _uniform(keys, 2, count).astype(hardest.dtype)
+    share = uniform[:, 1, :, None] / 2
+    drawn = _at(hardest, _below(valid.sum(1, dtype=jnp.int32)[:, None], uniform[:, 0]))
+    return normalise(share * queries[:, None] + (1 - share) * drawn), _any(valid, count)
+
+
+def perturbed(
+    keys: Key[Array, " q"],
+    hardest: Float[Array, "q n d"],
+    valid: Bool[Array, "q n"],
+    *,
+    count: int,
+    degrees: float,
+) -> tuple[Float[Array, "q _ d"], Bool[Array, "q _"]]:
+    r"""Hard negatives turned by an angle in a random direction: $\cos\theta\, h + \sin\theta\, u$.
+
+    $u$ is a Gaussian vector without its part along $h$, of unit norm, so that every direction on
+    the sphere is as likely. Arguments as for `mixed`, besides:
+
+    Args:
+      keys: a random key for each query.
+      hardest: its hardest negatives, of unit norm.
+      valid: which of them count.
+      count: how many of each query.
+      degrees: $\theta$.
+    """
+    there = valid.sum(1, dtype=jnp.int32)[:, None]
+    drawn = _at(hardest, _below(there, _uniform(keys, 1, count)[:, 0]))
+    width = hardest.shape[-1]
+    normal = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), (count, width)))
+    noise = normal(keys).astype(hardest.dtype)
+    along = jnp.sum(noise * drawn, -1, keepdims=True) * drawn
+    angle = jnp.deg2rad(jnp.asarray(degrees, hardest.dtype))
+    turned = jnp.cos(angle) * drawn + jnp.sin(angle) * normalise(noise - along)
+    return turned, _any(valid, count)
+
+
+def _uniform(keys: Key[Array, " q"], rows: int, count: int) -> Float[Array, "q _ _"]:
+    return jax.vmap(lambda key: jax.random.uniform(key, (rows, count)))(keys)
+
+
+def _below(limit: Int[Array, "q 1"], uniform: Float[Array, "q _"]) -> Int[Array, "q _"]:
+    """Whole numbers from 0 to below the limit; 0 where there are none."""
+    return jnp.clip((uniform * limit).astype(jnp.int32), 0, jnp.maximum(limit - 1, 0))
+
+
+def _at(hardest: Float[Array, "q n d"], places: Int[Array, "q _"]) -> Float[Array, "q _ d"]:
+    return jnp.take_along_axis(hardest, places[:, :, None], axis=1)
+
+
+def _any(valid: Bool[Array, "q n"], count: int) -> Bool[Array, "q _"]:
+    return jnp.broadcast_to(valid.any(1, keepdims=True), (valid.shape[0], count))

@@ -1,0 +1,383 @@
+"""How many negatives a query meets of each kind, and the draws from a bank that provide them."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxcl.negatives.masks import similarity_ceilings
+from jaxcl.negatives.memory_bank import MemoryBank, read_bank
+from jaxcl.negatives.sets import OwnNegatives, SharedNegatives
+from jaxcl.negatives.synthetic import mixed, mixed_with_query, perturbed
+from jaxcl.ops.nearest import nearest
+from jaxcl.ops.pairs import PairLabels
+from jaxcl.ops.row_tables import fetch_rows
+from jaxcl.ops.vectors import inner_product
+from jaxcl.typing import Array, AxisName, Float, Int, Integer, Key
+
+__all__ = [
+    "DrawSource",
+    "Strata",
+    "TierBudgets",
+    "draw_slots",
+    "draw_tiers",
+    "priorities",
+    "strata_of",
+]
+
+
+_DRAWN = ("uniform", "stratified")  # each by random numbers of its own
+
+
+class TierBudgets(NamedTuple):
+    """How many negatives each tier brings.
+
+    No slot is drawn by two of `uniform`, `stratified` and `nearest`, in this order.
+
+    Attributes:
+      whole: every query meets the whole bank.
+      uniform: slots of the bank, drawn anew each step, that every query meets.
+      stratified: the same, so many of each group as `Strata` say.
+      nearest: slots of the bank for each query, its nearest that count as negatives.
+      mixed: mixtures of two of a query's hardest negatives, for each query.
+      mixed_with_query: mixtures of the query with one of its hardest.
+      perturbed: hardest negatives turned by `degrees`.
+      hardest: how many of a query's nearest these three are made of: in the bank, or in the batch
+        where there is no bank.
+      degrees: the angle by which perturbed negatives are turned.
+      gradient: whether the three pass gradients on to what they are made of.
+    """
+
+    whole: bool = False
+    uniform: int = 0
+    stratified: int = 0
+    nearest: int = 0
+    mixed: int = 0
+    mixed_with_query: int = 0
+    perturbed: int = 0
+    hardest: int = 64
+    degrees: float = 20.0
+    gradient: bool = False
+
+    @property
+    def drawn(self) -> int:
+        """How many come from the bank, but for the whole of it."""
+        return self.uniform + self.stratified + self.nearest
+
+    @property
+    def synthetic(self) -> int:
+        """How many negatives of a query no row has."""
+        return self.mixed + self.mixed_with_query + self.perturbed
+
+    @property
+    def any_tier(self) -> bool:
+        """Whether there is anything to draw or to make."""
+        return self.whole or self.drawn + self.synthetic > 0
+
+
+class Strata(NamedTuple):
+    """How many slots a stratified draw takes of each group.
+
+    Attributes:
+      groups: the groups, ascending.
+      quotas: slots of each; of a group that has fewer, all are drawn.
+    """
+
+    groups: Int[Array, " g"]
+    quotas: Int[Array, " g"]
+
+
+class DrawSource(NamedTuple):
+    """A bank, and by what its slots are drawn.
+
+    Attributes:
+      bank: this device's share.
+      priority: its slots' part of `priorities`, for `uniform` and `stratified`.
+      strata: for `stratified`.
+    """
+
+    bank: MemoryBank
+    priority: Integer[Array, "_ m"] | None = None
+    strata: Strata | None = None
+
+
+def strata_of(
+    groups: Integer[np.ndarray, " n"],
+    *,
+    count: int,
+    proportions: str | Mapping[int | str, int | float] = "rows",
+) -> Strata:
+    """Divides a budget over groups: by largest remainders, so that the quotas add up to it.
+
+    Args:
+      groups: each training row's group.
+      count: slots to divide.
+      proportions: `"rows"`, as the training rows are divided; `"equal"`, as many of each group; or
+        group -> weight, where a group that is not named gets none.
+
+    Raises:
+      ValueError: for an unknown name, a group that no row has, or weights that are no proportions.
+
+    Example:
+      >>> strata_of(np.array([3, 3, 3, 8]), count=5).quotas.tolist()
+      [4, 1]
+    """
+    labels, sizes = np.unique(groups, return_counts=True)
+    if proportions == "rows":
+        weights = sizes.astype(np.float64)
+    elif proportions == "equal":
+        weights = np.ones(len(labels))
+    elif isinstance(proportions, str):
+        raise ValueError(
+            f"proportions={proportions!r} are unknown; use rows, equal, or weights by group"
+        )
+    else:
+        given = {int(group): float(weight) for group, weight in proportions.items()}
+        unknown = sorted(set(given) - set(labels.tolist()))
+        if unknown:
+            raise ValueError(f"proportions name the groups {unknown}, which no row has")
+        weights = np.array([given.get(int(label), 0.0) for label in labels])
+        if not np.isfinite(weights).all() or weights.min() < 0 or weights.sum() <= 0:
+            raise ValueError(f"proportions={given}: weights are at least 0, and one is more")
+    exact = count * weights / weights.sum()
+    quotas = np.floor(exact).astype(np.int64)
+    missing = count - quotas.sum()
+    quotas[np.argsort(quotas - exact, kind="stable")[:missing]] += 1
+    return Strata(jnp.asarray(labels, jnp.int32), jnp.asarray(quotas, jnp.int32))
+
+
+def priorities(key: Key[Array, ""], num_slots: int) -> Integer[Array, "_ m"]:
+    """The random numbers of a step by which slots are drawn: for `uniform`, and for `stratified`.
+
+    Made outside of `jax.shard_map`, they are the same on any number of devices, and each device
+    makes those of its own slots.
+    """
+    return jnp.stack(
+        [
+            jax.random.bits(jax.random.fold_in(key, number), (num_slots,), jnp.uint32)
+            for number in range(len(_DRAWN))
+        ]
+    )
+
+
+def draw_slots(
+    priority: Integer[Array, " m"],
+    stratum: Int[Array, " m"],
+    quotas: Int[Array, " g"],
+    *,
+    count: int,
+    axis_name: AxisName | None = None,
+) -> Int[Array, " _"]:
+    """The slots with the greatest priorities of each stratum, as many as its quota.
+
+    Each device finds the best of its own slots. `count` candidates of each device, three numbers
+    each, then go to all.
+
+    Args:
+      priority: random numbers of this device's slots.
+      stratum: their stratum; one that has no quota is never drawn.
+      quotas: how many of each stratum.
+      count: their sum, at least.
+      axis_name: the mesh axes over which slots are sharded.
+
+    Returns:
+      Slot numbers over all devices, `[count]`, the same on each; −1 where there are too few.
+    """
+    num_slots = priority.shape[0]
+    first = 0 if axis_name is None else lax.axis_index(axis_name) * num_slots
+    slots = first + jnp.arange(num_slots, dtype=jnp.int32)
+    found = _first_of_strata(stratum, ~priority, slots, quotas, count)
+    if axis_name is not None:
+        stratum, order, slots = (lax.all_gather(part, axis_name, tiled=True) for part in found)
+        found = _first_of_strata(stratum, order, slots, quotas, count)
+    return found[2]
+
+
+def draw_tiers(
+    budgets: TierBudgets,
+    queries: Float[Array, "q d"],
+    keys: Float[Array, "q d"],
+    *,
+    row_keys: Key[Array, " q"],
+    labels: PairLabels,
+    margin: float | None = None,
+    relative_margin: float | None = None,
+    guides: tuple[Float[Array, "q g"], Float[Array, "q g"]] | None = None,
+    source: DrawSource | None = None,
+    axis_name: AxisName | None = None,
+) -> dict[str, SharedNegatives | OwnNegatives]:
+    """The negatives of a step beyond its batch, tier by tier, for `infonce_loss(tiers=…)`.
+
+    No device ever holds more of the bank than its share and what it draws: with `p` devices, a
+    shared budget of `s` slots costs `s` entries in and out on each, a budget of `o` for each of its
+    `q` queries `p · q · o`, and the search for the nearest `p · q` queries.
+
+    Args:
+      budgets: how many of each.
+      queries: this device's.
+      keys: this device's.
+      row_keys: a random key for each of its rows.
+      labels: its rows' ids, and groups if there are any, in `different`; and which are valid.
+      margin: as for `infonce_loss`: the nearest are those that its masks leave.
+      relative_margin: the same.
+      guides: the same.
+      source: the bank to draw from; without it, the three synthetic tiers are made of the batch.
+      axis_name: the mesh axes over which rows and slots are sharded.
+
+    Returns:
+      A set of negatives for each tier with a budget.
+    """
+    ceilings = similarity_ceilings(
+        inner_product(*((queries, keys) if guides is None else guides)),
+        margin=margin,
+        relative_margin=relative_margin,
+    )
+    query_guide, key_guide = (None, None) if guides is None else guides
+    tiers: dict[str, SharedNegatives | OwnNegatives] = {}
+    if source is None:
+        ids, groups = (*labels.different, None, None)[:2]
+        candidates = SharedNegatives(keys, ids, groups, labels.valid, key_guide)
+    else:
+        drawn, candidates = _drawn_by_all(budgets, source, axis_name)
+        tiers |= drawn
+    count = max(budgets.nearest, budgets.hardest if budgets.synthetic else 0)
+    if count:
+        hardest = _nearest_of(
+            queries,
+            labels._replace(ceiling=ceilings, guide=query_guide),
+            candidates,
+            count,
+            axis_name,
+            gradient=budgets.gradient,
+        )
+        if budgets.nearest:
+            tiers["nearest"] = jax.tree.map(lambda leaf: leaf[:, : budgets.nearest], hardest)
+        tiers |= _synthetic(budgets, queries, hardest, row_keys, guided=guides is not None)
+    return tiers
+
+
+def _drawn_by_all(
+    budgets: TierBudgets, source: DrawSource, axis_name: AxisName | None
+) -> tuple[dict[str, SharedNegatives], SharedNegatives]:
+    """The tiers that all queries meet, and the slots that are left for others."""
+    slots = read_bank(source.bank)
+    free = source.bank.written >= 0
+    tiers = {"bank": slots} if budgets.whole else {}
+
+    def draw(name: str, stratum: Array, quotas: Array, count: int) -> Array:
+        assert source.priority is not None
+        priority = source.priority[_DRAWN.index(name)]
+        drawn = draw_slots(priority, stratum, quotas, count=count, axis_name=axis_name)
+        tiers[name] = _share_of(drawn, slots, axis_name)
+        return free & ~_here(drawn, free.shape[0], axis_name)
+
+    if budgets.uniform:
+        free = draw("uniform", jnp.where(free, 0, 1), jnp.array([budgets.uniform]), budgets.uniform)
+    if budgets.stratified:
+        assert source.strata is not None
+        groups, quotas = source.strata
+        places = jnp.searchsorted(groups, source.bank.groups).astype(jnp.int32)
+        known = groups.at[places].get(mode="fill", fill_value=-1) == source.bank.groups
+        stratum = jnp.where(free & known, places, groups.shape[0])
+        free = draw("stratified", stratum, quotas, budgets.stratified)
+    return tiers, slots._replace(valid=free)
+
+
+def _first_of_strata(
+    stratum: Array, order: Array, slots: Array, quotas: Array, count: int
+) -> tuple[Array, Array, Array]:
+    """Of each stratum the first by order, then by slot, side by side; the rest is filled up."""
+    stratum, order, slots = lax.sort((stratum, order, slots), num_keys=3)
+    place = jnp.arange(stratum.shape[0])
+    begins = jnp.concatenate([jnp.ones(1, bool), stratum[1:] != stratum[:-1]])
+    rank = place - lax.cummax(jnp.where(begins, place, 0))
+    taken = rank < quotas.at[stratum].get(mode="fill", fill_value=0)
+    goes_to = jnp.where(taken, jnp.cumsum(taken) - 1, count)  # out of range, which is dropped
+
+    def put(values: Array, empty: int) -> Array:
+        return jnp.full(count, empty, values.dtype).at[goes_to].set(values, mode="drop")
+
+    nothing = jnp.iinfo(order.dtype).max
+    return put(stratum, quotas.shape[0]), put(order, nothing), put(slots, -1)
+
+
+def _share_of(drawn: Array, slots: SharedNegatives, axis_name: AxisName | None) -> SharedNegatives:
+    """The drawn slots as negatives, divided over the devices."""
+    if axis_name is not None:
+        size = lax.axis_size(axis_name)
+        share = math.ceil(drawn.shape[0] / size)
+        filled = jnp.pad(drawn, (0, share * size - drawn.shape[0]), constant_values=-1)
+        drawn = lax.dynamic_slice_in_dim(filled, lax.axis_index(axis_name) * share, share)
+    entries = fetch_rows(slots._replace(valid=None), drawn, axis_name=axis_name)
+    return entries._replace(valid=drawn >= 0)
+
+
+def _here(drawn: Array, num_slots: int, axis_name: AxisName | None) -> Array:
+    """Which of this device's slots are among the drawn."""
+    first = 0 if axis_name is None else lax.axis_index(axis_name) * num_slots
+    places = jnp.where(drawn >= first, drawn - first, num_slots)
+    return jnp.zeros(num_slots, bool).at[places].set(True, mode="drop")
+
+
+def _nearest_of(
+    queries: Float[Array, "q d"],
+    labels: PairLabels,
+    slots: SharedNegatives,
+    count: int,
+    axis_name: AxisName | None,
+    *,
+    gradient: bool,
+) -> OwnNegatives:
+    different = tuple(label for label in (slots.ids, slots.groups) if label is not None)
+    different = different[: len(labels.different)]
+    theirs = PairLabels(different=different, valid=slots.valid, guide=slots.guides)
+    vectors = slots.vectors.astype(queries.dtype)
+    found = nearest(
+        queries, vectors, count=count, query_labels=labels, table_labels=theirs, axis_name=axis_name
+    )
+    entries = fetch_rows(
+        slots._replace(vectors=vectors, valid=None), found.rows, axis_name=axis_name
+    )
+    if not gradient:
+        entries = lax.stop_gradient(entries)
+    return OwnNegatives(
+        entries.vectors, entries.ids, entries.groups, found.rows >= 0, entries.guides
+    )
+
+
+def _synthetic(
+    budgets: TierBudgets,
+    queries: Float[Array, "q d"],
+    hardest: OwnNegatives,
+    row_keys: Key[Array, " q"],
+    *,
+    guided: bool,
+) -> dict[str, OwnNegatives]:
+    assert hardest.valid is not None
+    vectors, valid = hardest.vectors[:, : budgets.hardest], hardest.valid[:, : budgets.hardest]
+
+    def keys(number: int) -> Array:
+        return jax.vmap(jax.random.fold_in, (0, None))(row_keys, number)
+
+    made = {}
+    if budgets.mixed:
+        made["mixed"] = mixed(keys(0), vectors, valid, count=budgets.mixed)
+    if budgets.mixed_with_query:
+        made["mixed_with_query"] = mixed_with_query(
+            keys(1), queries, vectors, valid, count=budgets.mixed_with_query
+        )
+    if budgets.perturbed:
+        made["perturbed"] = perturbed(
+            keys(2), vectors, valid, count=budgets.perturbed, degrees=budgets.degrees
+        )
+    if not budgets.gradient:
+        made = lax.stop_gradient(made)
+    # What no row has no guide has seen: it judges itself.
+    return {
+        name: OwnNegatives(found, valid=there, guides=lax.stop_gradient(found) if guided else None)
+        for name, (found, there) in made.items()
+    }

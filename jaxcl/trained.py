@@ -1,0 +1,125 @@
+"""Opens a run that has been trained, for whoever reads it: search, mining."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+
+from jaxcl.build import Program, build_program
+from jaxcl.checkpoint import Checkpoints, checksum
+from jaxcl.data.sources import PairSource, open_pairs
+from jaxcl.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from jaxcl.typing import PyTree
+from jaxcl.workdir import read_config
+
+__all__ = ["Trained", "open_trained"]
+
+
+class Trained(NamedTuple):
+    """A run as its newest checkpoint left it, on the present devices.
+
+    Attributes:
+      config: the run's, but for its mesh and batch size, which are those of the present devices.
+      sources: split -> its pairs as text.
+      tokenizer: the run's own.
+      program: its functions.
+      params: of the towers.
+      made_from: what names all of these: an equal one gives equal embeddings.
+    """
+
+    config: ConfigDict
+    sources: Mapping[str, PairSource]
+    tokenizer: Tokenizer
+    program: Program
+    params: PyTree
+    made_from: dict[str, Any]
+
+
+def open_trained(workdir: Path) -> Trained:
+    """Opens a run; nothing of it is changed, and it may still be training.
+
+    Raises:
+      ValueError: if there is no run, it has no checkpoint, or its data are gone.
+      CheckpointError: if no checkpoint can be read.
+    """
+    workdir = Path(workdir)
+    config = _config(workdir)
+    sources = _open_sources(config, workdir)
+    tokenizer = load_tokenizer(workdir / "tokenizer.json")
+    program = build_program(config)
+    params, step = _newest_params(program, workdir)
+    made_from = {
+        "step": step,
+        # A run that was trained again from nothing passes the same steps.
+        "parameters": [int(checksum(leaf)) for leaf in jax.tree.leaves(params)],
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "fingerprints": {role: source.fingerprint for role, source in sources.items()},
+    }
+    return Trained(config, sources, tokenizer, program, params, made_from)
+
+
+def _config(workdir: Path) -> ConfigDict:
+    config = read_config(workdir)
+    with config.unlocked():
+        # Nothing is trained here, so that the devices need not be those of the run, nor divide its
+        # batch, and files that only training reads may be gone.
+        config.run.mesh = ConfigDict({"data": -1})
+        config.global_batch_size = jax.device_count()
+        if "negatives" in config:
+            config.negatives.proportions = "rows"  # of groups that are not read here
+    return config
+
+
+def _open_sources(config: ConfigDict, workdir: Path) -> dict[str, PairSource]:
+    """The splits that the run began with, opened where they were, and never made anew."""
+    path = workdir / "data.json"
+    if not path.exists():
+        raise ValueError(_train_first(f"the run in {workdir} has not opened its data yet"))
+    remembered = json.loads(path.read_text())
+    if Path(remembered["data_set"]).is_absolute() and not Path(remembered["data_set"]).exists():
+        raise ValueError(
+            f"the rows of the run in {workdir} are gone from {remembered['data_set']}; the "
+            "command that trained it makes them again, if the same packages are installed"
+        )
+    sources: dict[str, PairSource] = {
+        role: open_pairs(
+            remembered["data_set"],
+            split,
+            data_dir=Path(config.run.data_dir).expanduser(),
+            query_field=config.data.query_field,
+            key_field=config.data.key_field,
+            group_field=config.data.group_field,  # unused, but part of the fingerprint
+            metadata_fields=tuple(config.data.metadata_fields),
+        )
+        for role, split in config.data.splits.items()
+    }
+    fingerprints = remembered["fingerprints"]
+    if any(source.fingerprint != fingerprints[role] for role, source in sources.items()):
+        raise ValueError(
+            f"{remembered['data_set']} no longer holds the rows that the run in {workdir} was "
+            "trained on; put them back, or train again in another --workdir"
+        )
+    return sources
+
+
+def _newest_params(program: Program, workdir: Path) -> tuple[PyTree, int]:
+    directory = workdir / "checkpoints"
+    if directory.is_dir():
+        state = program.abstract_state(1, np.zeros(1, np.int32))  # the memory is not read
+        unread = jax.tree.map(lambda _: ..., (state.optimizer, state.memory))
+        with Checkpoints(directory, read_only=True) as checkpoints:
+            restored = checkpoints.restore_latest(
+                state._replace(optimizer=unread[0], memory=unread[1])
+            )
+        if restored is not None:
+            return restored.state.params["towers"], restored.step
+    raise ValueError(_train_first(f"the run in {workdir} has saved no checkpoint yet"))
+
+
+def _train_first(why: str) -> str:
+    return f"{why}; train first: python -m jaxcl.train --config … --workdir …"
