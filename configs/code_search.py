@@ -95,6 +95,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.optimizer.options = ConfigDict()
 
     config.evaluation = ConfigDict()
+    config.evaluation.methods = ("bm25", "dense", "hybrid")
     config.evaluation.rrf_k = 10
     config.evaluation.batch_size = 1_024
 

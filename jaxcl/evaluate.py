@@ -118,6 +118,7 @@ def _evaluate_split(
                 texts,
                 query_embeddings,
                 program.embed(params, "key", key_tokens[variant]),
+                methods=config.evaluation.methods,
                 rrf_k=config.evaluation.rrf_k,
                 advance=advance,
             )

@@ -36,6 +36,7 @@ FLOORS = {
         "evaluate",
         "check_grad",
         "train",
+        "compare",
         "trained",
         "search",
         "refresh",

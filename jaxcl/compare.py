@@ -1,0 +1,193 @@
+"""Trains several settings of a config with several seeds, and says which is better by how much.
+
+    python -m jaxcl.compare --config configs/code_search.py --settings configs/negatives.json \
+        --workdir runs/negatives [--seeds 3] [--baseline NAME] [--config.steps=500 …]
+
+The settings are a JSON file, name -> what differs from the config, such as
+`{"queue": {"negatives.bank.kind": "queue"}}`. Each run has a folder of its own and keeps its
+metrics and the rank of every query, but no checkpoints; the same command goes on where it was
+stopped. `comparison.json` and `comparison.md` hold the table.
+"""
+
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from jaxcl.checkpoint import CheckpointError
+from jaxcl.host_memory import start_with_huge_pages
+from jaxcl.metrics import paired_difference
+from jaxcl.progress import say
+from jaxcl.reports import DivergenceError
+from jaxcl.retrieval import METRICS
+from jaxcl.train import Stopped, train
+from jaxcl.workdir import write_whole
+
+__all__ = ["compare"]
+
+METRIC = "mrr@10"
+
+
+def main(argv: list[str]) -> None:
+    """Runs `compare` for a person: an error that is theirs comes as one line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
+    given = flags.FLAGS
+    try:
+        settings = json.loads(Path(given.settings).read_text())
+        compare(
+            given.config,
+            settings,
+            Path(given.workdir),
+            seeds=given.seeds,
+            baseline=given.baseline,
+        )
+    except Stopped as stopped:
+        say(str(stopped))
+        sys.exit(stopped.exit_code)
+    except (ValueError, OSError, CheckpointError, DivergenceError) as error:
+        say(f"error: {error}")
+        sys.exit(1)
+
+
+def compare(
+    config: ConfigDict,
+    settings: Mapping[str, Mapping[str, Any]],
+    workdir: Path,
+    *,
+    seeds: int = 3,
+    baseline: str | None = None,
+) -> list[dict[str, Any]]:
+    """Trains every setting with every seed, seed by seed, and compares them with one of them.
+
+    Args:
+      config: what all have in common.
+      settings: name -> what differs, by dotted name.
+      workdir: where the runs go.
+      seeds: how many, from 0.
+      baseline: a setting's name; the first by default.
+
+    Returns:
+      A record for each setting: its means over the seeds, their spread, and its paired difference
+      with the baseline over the queries, with its standard error.
+
+    Raises:
+      ValueError: for settings that do not fit the config.
+    """
+    if not settings or seeds < 1:
+        raise ValueError(f"{len(settings)} settings with {seeds} seeds; give at least one of each")
+    baseline = next(iter(settings)) if baseline is None else baseline
+    if baseline not in settings:
+        raise ValueError(f"baseline={baseline!r} is none of {', '.join(settings)}")
+    runs = {
+        (name, seed): _changed(config, changes, seed=seed)
+        for seed in range(seeds)
+        for name, changes in settings.items()
+    }
+    for number, ((name, seed), changed) in enumerate(runs.items(), start=1):
+        directory = _directory(workdir, name, seed)
+        if not (directory / "finished.json").exists():
+            say(f"run {number} of {len(runs)}: {name}, seed {seed}")
+            start = time.perf_counter()
+            train(changed, directory)
+            seconds = time.perf_counter() - start
+            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+            write_whole(directory / "finished.json", json.dumps({"seconds": seconds}))
+    records = [_record(workdir, name, baseline, seeds) for name in settings]
+    write_whole(workdir / "comparison.json", json.dumps(records, indent=2) + "\n")
+    table = as_markdown(records)
+    write_whole(workdir / "comparison.md", table + "\n")
+    print(table)
+    return records
+
+
+def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
+    """The table: means over seeds, and differences with the baseline with standard errors."""
+    places = list(records[0]["places"])
+    lines = [
+        "| setting | " + " | ".join(f"{place} | against the first" for place in places) + " | s |",
+        "|---" * (2 * len(places) + 2) + "|",
+    ]
+    for record in records:
+        cells = [record["setting"]]
+        for found in record["places"].values():
+            spread = f" ({min(found['seeds']):.3f} to {max(found['seeds']):.3f})"
+            cells.append(f"{found['mean']:.3f}{spread}")
+            cells.append(f"{found['difference']:+.4f} ± {found['standard_error']:.4f}")
+        cells.append(f"{record['seconds']:.0f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _changed(config: ConfigDict, changes: Mapping[str, Any], *, seed: int) -> ConfigDict:
+    changed = config.copy_and_resolve_references()
+    try:
+        changed.update_from_flattened_dict(
+            {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in changes.items()
+            }
+        )
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"settings {dict(changes)} do not fit the config: {error}") from error
+    changed.seed = seed
+    return changed
+
+
+def _directory(workdir: Path, name: str, seed: int) -> Path:
+    return workdir / "".join(c if c.isalnum() else "-" for c in name) / f"seed-{seed}"
+
+
+def _record(workdir: Path, name: str, baseline: str, seeds: int) -> dict[str, Any]:
+    ours, theirs = (
+        [_values(_directory(workdir, setting, seed)) for seed in range(seeds)]
+        for setting in (name, baseline)
+    )
+    places = {}
+    for place in ours[0]:
+        difference, standard_error = paired_difference(
+            np.mean([values[place] for values in ours], axis=0),
+            np.mean([values[place] for values in theirs], axis=0),
+        )
+        means = [float(values[place].mean()) for values in ours]
+        places[place] = {
+            "mean": statistics.mean(means),
+            "seeds": means,
+            "difference": difference,
+            "standard_error": standard_error,
+        }
+    seconds = [
+        json.loads((_directory(workdir, name, seed) / "finished.json").read_text())["seconds"]
+        for seed in range(seeds)
+    ]
+    return {"setting": name, "places": places, "seconds": statistics.median(seconds)}
+
+
+def _values(directory: Path) -> dict[str, np.ndarray]:
+    """Every query's part of the metric, by split and method, with names in the keys."""
+    with np.load(directory / "ranks.npz") as ranks:
+        return {
+            "/".join((split, method)): METRICS[METRIC](ranks[place])
+            for place in ranks.files
+            for split, variant, method in [place.split("/")]
+            if variant == "plain" and method != "bm25"
+        }
+
+
+if __name__ == "__main__":
+    # --config and --workdir are those of jaxcl.train.
+    flags.DEFINE_string("settings", None, "A JSON file, name -> what differs.")
+    flags.DEFINE_integer("seeds", 3, "How many seeds, from 0.")
+    flags.DEFINE_string("baseline", None, "With which setting all are compared; the first.")
+    flags.mark_flags_as_required(["settings", "workdir"])
+    start_with_huge_pages()
+    app.run(main)
