@@ -165,6 +165,68 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
             "they are whole embeddings",
         ),
         (
+            {"negatives.tiers.uniform": 5},
+            r"draws from a bank; set negatives\.bank\.kind to one of queue, instance",
+        ),
+        (
+            {"negatives.bank.kind": "queue", "negatives.tiers.uniform": 5},
+            r"tiers\.whole has every slot of the bank count already",
+        ),
+        ({"negatives.tiers.mixed": -1}, r"tiers\.mixed=-1; 0 is the least"),
+        (
+            {"negatives.tiers.mixed": 2, "negatives.tiers.hardest": 0},
+            r"tiers\.hardest=0; set it to at least 1",
+        ),
+        (
+            {"negatives.tiers.mixed": 2, "loss.name": "sigmoid"},
+            "'sigmoid' takes no negatives beside its batch's",
+        ),
+        (
+            {
+                "negatives.bank.kind": "queue",
+                "negatives.tiers.whole": False,
+                "negatives.tiers.stratified": 4,
+                "data.group_field": None,
+            },
+            r"stratified goes by group; set data\.group_field",
+        ),
+        ({"negatives.guide": "teacher"}, "'teacher' is unknown; use one of momentum, data"),
+        ({"negatives.guide": "momentum"}, r"judges by a margin; set loss\.margin"),
+        (
+            {"negatives.guide": "momentum", "loss.margin": 0.0},
+            r"needs negatives\.momentum_encoder\.initial",
+        ),
+        ({"negatives.guide": "data", "loss.margin": 0.0}, "need each other"),
+        ({"negatives.momentum_encoder.initial": 1.5}, r"initial=1\.5, final=1\.0; they lie"),
+        (
+            {"negatives.mined.refresh_every": 5},
+            r"set negatives\.bank\.kind='instance'",
+        ),
+        (
+            {"negatives.mined.refresh_every": 0, "negatives.bank.kind": "instance"},
+            r"refresh_every=0; 1 is the least",
+        ),
+        (
+            {
+                "negatives.mined.refresh_every": 5,
+                "negatives.bank.kind": "instance",
+                "data.negatives": "some.npz",
+            },
+            "both give each row its negatives",
+        ),
+        (
+            {
+                "negatives.mined.refresh_every": 5,
+                "negatives.bank.kind": "instance",
+                "negatives.mined.per_query": 0,
+            },
+            r"negatives\.mined: per_query=0",
+        ),
+        (
+            {"loss.name": "distillation", "loss.margin": 0.1, "loss.masks": ()},
+            r"loss\.margin=0\.1, but 'distillation' takes none",
+        ),
+        (
             {"negatives.bank.kind": "instance", "negatives.bank.momentum": 1.0},
             "set it to at least 0, below 1",
         ),

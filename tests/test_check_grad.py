@@ -17,6 +17,17 @@ from jaxcl.check_grad import compare_gradients
         {"grad_cache.chunk_tokens": 100, "model.shared": False},
         {"data.negatives": "some.npz", "loss.exchange": "ring", "loss.implementation": "tiled"},
         {"data.negatives": "some.npz", "loss.name": "distillation", "loss.masks": ()},
+        {
+            "negatives.bank.kind": "instance",
+            "negatives.tiers.whole": False,
+            "negatives.tiers.uniform": 10,
+            "negatives.tiers.stratified": 6,
+            "negatives.tiers.nearest": 3,
+            "negatives.tiers.mixed_with_query": 2,
+            "negatives.tiers.gradient": True,
+            "loss.masks": ("text",),
+            "loss.relative_margin": 0.05,
+        },
     ],
     ids=str,
 )

@@ -37,6 +37,8 @@ FLOORS = {
         "check_grad",
         "train",
         "compare",
+        "block_file",
+        "mine",
         "trained",
         "search",
         "refresh",

@@ -19,6 +19,7 @@ from jaxcl.build import build_program
 from jaxcl.checkpoint import CheckpointError, Checkpoints
 from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.data.prepare import prepare_data
+from jaxcl.data.token_table import TokenTable
 from jaxcl.metric_writer import read_metrics
 from jaxcl.reports import DivergenceError, Reports
 from jaxcl.train import train
@@ -103,15 +104,15 @@ def uninterrupted(tiny, tmp_path_factory):
 
 def final_state(config: ConfigDict, workdir: Path):
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        abstract_state = build_program(config).abstract_state(num_rows(config, workdir))
+        table = train_table(config, workdir)
+        abstract_state = build_program(config).abstract_state(table.num_rows, table.group)
         return checkpoints.restore_latest(abstract_state).state
 
 
-def num_rows(config: ConfigDict, workdir: Path) -> int:
+def train_table(config: ConfigDict, workdir: Path) -> TokenTable:
     workdir.mkdir(exist_ok=True)
     data_dir = Path(config.run.data_dir)
-    data = prepare_data(config.data, data_dir=data_dir, workdir=workdir)
-    return data.tables["train"].num_rows
+    return prepare_data(config.data, data_dir=data_dir, workdir=workdir).tables["train"]
 
 
 def differences(config: ConfigDict, workdir: Path, other: Path) -> list[str]:
@@ -206,8 +207,27 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, uninterrupted, tmp
         {"negatives.bank.kind": "queue", "negatives.bank.slots": 150},
         {"negatives.bank.kind": "instance"},
         {"loss.name": "running_estimate", "loss.options": {"temperature_rate": 0.1}},
+        {
+            "loss.masks": ("text",),
+            "loss.relative_margin": 0.05,
+            "negatives.guide": "momentum",
+            "negatives.momentum_encoder.initial": 0.9,
+            "negatives.bank.kind": "instance",
+            "negatives.mined.refresh_every": 5,
+            "negatives.mined.per_query": 2,
+            "negatives.mined.rank_range": (1, 20),
+            "negatives.proportions": "equal",
+            "negatives.tiers.whole": False,
+            "negatives.tiers.uniform": 20,
+            "negatives.tiers.stratified": 20,
+            "negatives.tiers.nearest": 3,
+            "negatives.tiers.hardest": 5,
+            "negatives.tiers.mixed": 2,
+            "negatives.tiers.mixed_with_query": 2,
+            "negatives.tiers.perturbed": 2,
+        },
     ],
-    ids=str,
+    ids=["queue", "instance", "running estimate", "every tier"],
 )
 def test_a_run_with_a_memory_goes_on_as_if_it_had_not_stopped(tiny, tmp_path, monkeypatch, changes):
     config = tiny(**changes)
@@ -215,13 +235,22 @@ def test_a_run_with_a_memory_goes_on_as_if_it_had_not_stopped(tiny, tmp_path, mo
     half_run(monkeypatch, config, tmp_path / "halves")
     train(config, tmp_path / "halves")
     assert differences(config, tmp_path / "halves", tmp_path / "whole") == []
+    if "negatives.mined.refresh_every" in changes:
+        last = unclocked(tmp_path / "whole")[-1]
+        kinds = {name.split("/")[1] for name in last if name.startswith("negatives/")}
+        assert kinds == {
+            *("batch", "explicit", "uniform", "stratified"),
+            *("nearest", "mixed", "mixed_with_query", "perturbed"),
+        }
+        assert all(last[f"negatives/{kind}/counted"] > 0 for kind in kinds), last
+        assert last["bank/key/age"] > 0
 
 
 @pytest.mark.parametrize("loss", ["infonce", "distillation"])
 def test_explicit_negatives_of_a_file_are_trained_on_and_their_run_goes_on(
     tiny, tmp_path, monkeypatch, loss
 ):
-    size = num_rows(tiny(), tmp_path / "look")
+    size = train_table(tiny(), tmp_path / "look").num_rows
     rng = np.random.default_rng(0)
     rows = rng.integers(-1, size, (size, 2))
     file = tmp_path / "negatives.npz"

@@ -47,7 +47,9 @@ class RowNegatives(NamedTuple):
         return columns
 
 
-def read_negatives(path: Path, *, num_rows: int, scored: bool) -> RowNegatives:
+def read_negatives(
+    path: Path, *, num_rows: int, scored: bool, source: str | None = None
+) -> RowNegatives:
     """Reads an `.npz` with `rows`, and with `teacher_scores` if those are wanted.
 
     Args:
@@ -55,6 +57,7 @@ def read_negatives(path: Path, *, num_rows: int, scored: bool) -> RowNegatives:
         row has fewer; `teacher_scores` are `[rows of the split, 1 + most negatives]`.
       num_rows: of the training split.
       scored: whether a teacher's scores are wanted; without it none are read.
+      source: the split's fingerprint; the file's own `source`, if it has one, must be the same.
 
     Raises:
       ValueError: for a file that is missing, damaged, or not of this split.
@@ -70,6 +73,11 @@ def read_negatives(path: Path, *, num_rows: int, scored: bool) -> RowNegatives:
     if missing:
         raise ValueError(
             f"data.negatives={path} has no {', '.join(missing)}; it has {', '.join(found)}"
+        )
+    if source is not None and str(found.get("source", source)) != source:
+        raise ValueError(
+            f"data.negatives={path} was made from other rows ({found['source']}) than the training "
+            f"split's ({source}); make it from these"
         )
     rows = found["rows"]
     if rows.ndim != 2 or rows.shape[1] < 1 or not np.issubdtype(rows.dtype, np.integer):

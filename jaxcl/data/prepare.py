@@ -76,7 +76,12 @@ def prepare_data(
     negatives = None
     if config.get("negatives") is not None:
         path = Path(config.negatives).expanduser()
-        negatives = read_negatives(path, num_rows=len(sources["train"]), scored=scored)
+        negatives = read_negatives(
+            path,
+            num_rows=len(sources["train"]),
+            scored=scored,
+            source=fingerprints["train"],
+        )
         fingerprints["negatives"] = negatives.fingerprint
     guides = None
     if config.get("guides") is not None:

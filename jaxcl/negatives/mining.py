@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcl.negatives.masks import similarity_ceilings
 from jaxcl.ops.nearest import nearest
@@ -61,9 +62,9 @@ class Mined(NamedTuple):
       ranks: their ranks among the keys of other ids and groups; −1 there.
     """
 
-    rows: Int[Array, "q n"]
-    similarities: Float[Array, "q n"]
-    ranks: Int[Array, "q n"]
+    rows: Int[Array | np.ndarray, "q n"]
+    similarities: Float[Array | np.ndarray, "q n"]
+    ranks: Int[Array | np.ndarray, "q n"]
 
 
 def mine_negatives(

@@ -216,3 +216,21 @@ def test_tokens_stay_on_disk(tokenizer, tmp_path):
     for side in ("query", "key"):
         assert isinstance(table.tokens[side], np.memmap)
         assert not table.tokens[side].flags.writeable
+
+
+def test_rows_of_equal_queries_or_keys_are_of_one_text(tokenizer, tmp_path):
+    queries = ["add one", "add two", "add one", "sub", "mul", "sub"]
+    keys = ["return a", "return b", "return c", "return c", "return d", "return e f"]
+    pairs = InMemoryPairs(queries, keys)
+    table = build_token_table(pairs, tokenizer, max_tokens=MAX_TOKENS, directory=tmp_path)
+    # 0 and 2 share a query, 2 and 3 a key, 3 and 5 a query.
+    assert table.text[[0, 2, 3, 5]].tolist() == [table.text[0]] * 4
+    assert len(set(table.text.tolist())) == 3
+    assert table.batch(np.array([4, 1]))["text"].tolist() == table.text[[4, 1]].tolist()
+
+
+def test_texts_that_agree_as_far_as_they_are_read_are_one(tokenizer, tmp_path):
+    same = "return x1 + 1 and then some more of it"
+    pairs = InMemoryPairs(["a", "b"], [f"{same} {end}" for end in ("here", "there")])
+    table = build_token_table(pairs, tokenizer, max_tokens=MAX_TOKENS, directory=tmp_path)
+    assert len(set(table.text.tolist())) == 1

@@ -1,0 +1,328 @@
+"""Mines hard negatives with a trained run, for the next one to train on.
+
+    python -m jaxcl.mine --workdir DIR [--split train] [--per-query 7] [--rank-range 10:100]
+        [--margin X | --relative-margin 0.05] [--sampling random] [--masks text] [--out FILE]
+
+Every query meets all keys of its split, exactly, over all devices. The result is a file for
+`python -m jaxcl.train --config.data.negatives=FILE`: the rows of each row's negatives, and this
+run's similarities, by which the next may be taught (`loss.name=distillation`). Beside it lie a
+report (`.report.json`) and examples to read (`.examples.md`). The same command goes on where it was
+stopped.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich
+from jax.sharding import Mesh, PartitionSpec
+from rich.table import Table
+
+from jaxcl.block_file import BlockFile
+from jaxcl.checkpoint import CheckpointError
+from jaxcl.data.sources import PairSource
+from jaxcl.data.token_table import TokenTable, build_token_table
+from jaxcl.mesh import fetch, put_batch
+from jaxcl.models.towers import SIDES
+from jaxcl.negatives.mining import Mined, MiningRule, mine_negatives
+from jaxcl.ops.pairs import PairLabels
+from jaxcl.ops.row_tables import padded_entries
+from jaxcl.progress import progress_bar, say
+from jaxcl.trained import Trained, open_trained
+from jaxcl.workdir import write_whole
+
+__all__ = ["main", "mine"]
+
+MASKS = ("row", "text", "group")
+_BLOCK_ROWS = 4_096
+_EXAMPLES = 10
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `mine` for a person: an error that is theirs comes as one line."""
+    given = _arguments(argv)
+    try:
+        rule = MiningRule(
+            per_query=given.per_query,
+            rank_range=_rank_range(given.rank_range),
+            margin=given.margin,
+            relative_margin=given.relative_margin,
+            sampling=given.sampling,
+        )
+        out = given.out or given.workdir / f"mined-{given.split}.npz"
+        report = mine(
+            given.workdir, out, split=given.split, rule=rule, masks=given.masks, seed=given.seed
+        )
+        rich.print(_as_table(report))
+        say(f"train on them with --config.data.negatives={out}")
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from there")
+        sys.exit(130)
+    except (ValueError, OSError, CheckpointError) as error:
+        say(f"error: {error}")
+        sys.exit(1)
+
+
+def mine(
+    workdir: Path,
+    out: Path,
+    *,
+    split: str = "train",
+    rule: MiningRule,
+    masks: Sequence[str] = ("text",),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Mines the rows of a split, writes the file, and returns the report.
+
+    Args:
+      workdir: of a run that has saved a checkpoint; nothing of it is changed but the folder
+        `mining`, where unfinished work lies.
+      out: the file to write, `.npz`.
+      split: whose queries look among whose keys.
+      rule: which are taken.
+      masks: columns whose equals are no negatives: `"row"`, `"text"`, `"group"`.
+      seed: of the random choice within the range of ranks.
+
+    Raises:
+      ValueError: if there is no such run or split, or by the rule nothing could be found.
+      CheckpointError: if no checkpoint can be read.
+    """
+    rule.check()
+    unknown = set(masks) - set(MASKS)
+    if unknown or not {"row", "text"} & set(masks):
+        raise ValueError(
+            f"masks={tuple(masks)}: use some of {', '.join(MASKS)}, 'row' or 'text' among them"
+        )
+    run = open_trained(Path(workdir))
+    if split not in run.sources:
+        raise ValueError(f"split={split!r} is unknown; the run has {', '.join(run.sources)}")
+    source = run.sources[split]
+    table = _token_table(run, source)
+    if table.num_rows <= rule.rank_range[0]:
+        raise ValueError(f"the split has {table.num_rows} rows, none of rank {rule.rank_range[0]}")
+    folder = _work_folder(Path(workdir), run, split)
+    vectors = {side: _embedded(run, table, side, folder) for side in SIDES}
+    known = table.labels(np.arange(table.num_rows))
+    labels = tuple(known[mask] for mask in masks)
+    what = {
+        "rule": rule._asdict() | {"rank_range": list(rule.rank_range)},
+        "masks": sorted(masks),
+        "seed": seed,
+    }
+    found = _search_all(run.program.mesh, vectors, labels, rule, seed, folder / _hash(what))
+    positives = np.einsum("nd,nd->n", vectors["query"], vectors["key"], dtype=np.float32)
+    scores = np.where(found.rows >= 0, found.similarities, 0)
+    _write_npz(
+        out,
+        rows=found.rows,
+        teacher_scores=np.concatenate([positives[:, None], scores], axis=1),
+        ranks=found.ranks,
+        source=np.array(source.fingerprint),
+    )
+    report = {"split": split, **what, **_figures(found, positives), "made_from": run.made_from}
+    write_whole(out.with_suffix(".report.json"), json.dumps(report, indent=2) + "\n")
+    write_whole(out.with_suffix(".examples.md"), _examples(source, found, positives, seed))
+    return report
+
+
+def _token_table(run: Trained, source: PairSource) -> TokenTable:
+    config = run.config
+    with progress_bar("tokenising", len(source)) as advance:
+        return build_token_table(
+            source,
+            run.tokenizer,
+            max_tokens=dict(config.data.max_tokens),
+            add_cls=config.data.add_cls,
+            distinct=config.data.distinct_tokens,
+            directory=Path(config.run.data_dir).expanduser() / "tokens",
+            advance=advance,
+        )
+
+
+def _work_folder(workdir: Path, run: Trained, split: str) -> Path:
+    """Where unfinished work of these parameters on this split lies."""
+    return workdir / "mining" / _hash({"split": split, **run.made_from})
+
+
+def _embedded(run: Trained, table: TokenTable, side: str, folder: Path) -> np.ndarray:
+    """All rows of a side, embedded block by block."""
+    shape = (table.num_rows, run.config.model.dim)
+    blocks = BlockFile(folder / f"{side}.npy", shape, np.float32)
+    name = {"query": "embedding queries", "key": "embedding keys"}[side]
+    with progress_bar(name, table.num_rows) as advance:
+        advance(blocks.done)
+        while blocks.done < table.num_rows:
+            rows = np.arange(blocks.done, min(blocks.done + _BLOCK_ROWS, table.num_rows))
+            tokens = table.side(side, rows)["tokens"]
+            blocks.append(run.program.embed(run.params, side, tokens, advance=advance))
+    return blocks.array
+
+
+def _search_all(
+    mesh: Mesh,
+    vectors: dict[str, np.ndarray],
+    labels: tuple[np.ndarray, ...],
+    rule: MiningRule,
+    seed: int,
+    folder: Path,
+) -> Mined:
+    """The negatives of all rows, block by block of queries."""
+    num_rows = len(vectors["query"])
+    shape = (num_rows, rule.per_query)
+    # The ranks are written last: how many are done of them is done of all.
+    files = [
+        BlockFile(folder / f"{name}.npy", shape, dtype)
+        for name, dtype in (("rows", np.int32), ("similarities", np.float32), ("ranks", np.int32))
+    ]
+    done = min(file.done for file in files)
+    for file in files:
+        file.done = done
+    search = _search(mesh, rule, seed)
+    keys = _padded(vectors["key"], padded_entries(num_rows + -num_rows % mesh.size))
+    their_labels = tuple(_padded(label, len(keys)) for label in labels)
+    pool = put_batch((keys, their_labels, np.arange(len(keys)) < num_rows), mesh)
+    block = _BLOCK_ROWS + -_BLOCK_ROWS % mesh.size
+    with progress_bar("mining", num_rows) as advance:
+        advance(done)
+        while done < num_rows:
+            rows = np.arange(done, min(done + block, num_rows))
+            looking = (
+                *(_padded(vectors[side][rows], block) for side in SIDES),
+                tuple(_padded(label[rows], block) for label in labels),
+                _padded(rows.astype(np.int32), block),
+            )
+            found = search(put_batch(looking, mesh), pool)
+            for file, values in zip(files, found, strict=True):
+                file.append(fetch(jnp.asarray(values))[: len(rows)])
+            done += len(rows)
+            advance(len(rows))
+    return Mined(*(file.array for file in files))
+
+
+def _search(mesh: Mesh, rule: MiningRule, seed: int) -> Callable[[Any, Any], Mined]:
+    rows, key = PartitionSpec(mesh.axis_names), jax.random.key(seed)
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
+    def search(looking: Any, pool: Any) -> Mined:
+        queries, positives, ids, numbers = looking
+        keys, their_ids, valid = pool
+        return mine_negatives(
+            queries,
+            positives,
+            keys,
+            rule=rule,
+            row_keys=jax.vmap(jax.random.fold_in, (None, 0))(key, numbers),
+            query_labels=PairLabels(different=ids),
+            table_labels=PairLabels(different=their_ids, valid=valid),
+            axis_name=mesh.axis_names,
+        )
+
+    return search
+
+
+def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(rows, ((0, size - len(rows)), *[(0, 0)] * (rows.ndim - 1)))
+
+
+def _figures(found: Mined, positives: np.ndarray) -> dict[str, Any]:
+    there = found.rows >= 0
+    counts = there.sum(1)
+    some = max(int(there.sum()), 1)
+    similarity = float(np.where(there, found.similarities, 0).sum() / some)
+    gaps = np.where(there, positives[:, None] - np.where(there, found.similarities, 0), 0)
+    return {
+        "rows": len(counts),
+        "negatives": int(there.sum()),
+        "rows with all": int((counts == found.rows.shape[1]).sum()),
+        "rows with none": int((counts == 0).sum()),
+        "mean similarity of a row's own key": float(positives.mean()),
+        "mean similarity of a negative": similarity,
+        "mean margin to the own key": float(gaps.sum() / some),
+        "negatives more similar than the own key": int((gaps < 0).sum()),
+        "mean rank": float(np.where(there, found.ranks, 0).sum() / some),
+    }
+
+
+def _as_table(report: dict[str, Any]) -> Table:
+    table = Table("mined", "", show_header=False)
+    for name, value in report.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else f"{value:,}")
+    return table
+
+
+def _examples(source: PairSource, found: Mined, positives: np.ndarray, seed: int) -> str:
+    """Some rows with their negatives, to judge by eye whether those are none of the positives."""
+    chosen = np.random.default_rng(seed).permutation(len(positives))[:_EXAMPLES]
+    lines = ["# Mined negatives, by example", ""]
+    for row in chosen:
+        (record,) = source.read([int(row)])
+        lines += [f"## {_one_line(record['query'])}", "", f"- **its own** ({positives[row]:.3f})"]
+        lines += [f"  `{_one_line(record['key'])}`"]
+        for other, similarity, rank in zip(*(part[row] for part in found), strict=True):
+            if other >= 0:
+                (their,) = source.read([int(other)])
+                lines.append(f"- rank {rank} ({similarity:.3f}) `{_one_line(their['key'])}`")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _one_line(text: str, width: int = 160) -> str:
+    line = " ".join(text.split()).replace("`", "'")
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _write_npz(path: Path, **arrays: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    os.replace(unfinished, path)
+
+
+def _hash(what: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _rank_range(text: str) -> tuple[int, int]:
+    first, separator, last = text.partition(":")
+    if not separator or not first.isdigit() or not last.isdigit():
+        raise ValueError(f"--rank-range={text} is no range; give two ranks, such as 10:100")
+    return int(first), int(last)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxcl.mine", description="Mines hard negatives with a trained run."
+    )
+    rule = MiningRule()
+    first, last = rule.rank_range
+    parser.add_argument("--workdir", type=Path, required=True, help="of the run that was trained")
+    parser.add_argument("--split", default="train", help="whose rows (default: train)")
+    parser.add_argument(
+        "--per-query", type=int, default=rule.per_query, help="negatives of a row, at most"
+    )
+    parser.add_argument(
+        "--rank-range", default=f"{first}:{last}", help="first rank, and the first beyond"
+    )
+    parser.add_argument("--margin", type=float, help="less similar than the own key by so much")
+    parser.add_argument("--relative-margin", type=float, help="the same as a share of it")
+    parser.add_argument("--sampling", default=rule.sampling, help="random, or top")
+    parser.add_argument("--masks", nargs="+", default=["text"], help=f"some of {', '.join(MASKS)}")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choice")
+    parser.add_argument("--out", type=Path, help="where; DIR/mined-SPLIT.npz by default")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

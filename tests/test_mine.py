@@ -1,0 +1,184 @@
+"""Mining with a trained run: the file is what the rule says, and training reads it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.code_search import get_config
+from jaxcl import mine as miner
+from jaxcl.block_file import BlockFile
+from jaxcl.data.code_pairs import prepare_code_pairs
+from jaxcl.data.python_functions import SourceRoot
+from jaxcl.mine import main, mine
+from jaxcl.negatives.mining import MiningRule
+from jaxcl.train import train
+from jaxcl.trained import open_trained
+
+VERBS = ("open", "close", "count", "merge", "split", "drop")
+NOUNS = ("socket", "ledger", "window", "matrix", "folder")
+RULE = MiningRule(per_query=3, rank_range=(1, 12), relative_margin=0.02)
+
+
+def small_config(site: Path, data_dir: Path, **changes):
+    config = get_config("smoke")
+    pairs = prepare_code_pairs(
+        data_dir, roots=[SourceRoot(site)], test_packages=(), validation_fraction=0.2
+    )
+    small = {
+        "data.name": str(pairs.directory),
+        "data.splits": {"train": "train", "validation": "validation"},
+        "data.vocabulary_size": 300,
+        "model.dim": 16,
+        "global_batch_size": 16,
+        "steps": 6,
+        "optimizer.warmup_steps": 2,
+        "evaluation.methods": ("dense",),
+        "run.data_dir": str(data_dir),
+    }
+    flat = {name: value for name, value in (small | changes).items() if name != "data.splits"}
+    config.update_from_flattened_dict(flat)
+    with config.unlocked():
+        config.data.splits = type(config)(small["data.splits"])
+    return config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A site of functions, and a run that was trained on them."""
+    folder = tmp_path_factory.mktemp("mine")
+    for verb in VERBS:
+        functions = "\n\n".join(
+            f'def {verb}_{noun}(name):\n    """{verb.title()} the {noun} that has a name."""\n'
+            f"    handle = find({noun!r})\n    handle.note({verb!r})\n    return handle.{verb}()\n"
+            for noun in NOUNS
+        )
+        (folder / "site" / f"to_{verb}").mkdir(parents=True)
+        (folder / "site" / f"to_{verb}" / "__init__.py").write_text(functions)
+    train(small_config(folder / "site", folder / "data"), folder / "run")
+    return folder
+
+
+def embeddings(workdir):
+    run = open_trained(workdir)
+    table = miner._token_table(run, run.sources["train"])
+    sides = [
+        run.program.embed(run.params, side, table.side(side, np.arange(table.num_rows))["tokens"])
+        for side in ("query", "key")
+    ]
+    return (*sides, table)
+
+
+def test_what_is_mined_is_what_a_dense_search_finds(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(miner, "_BLOCK_ROWS", 8)
+    rule = RULE._replace(sampling="top")
+    report = mine(folder / "run", tmp_path / "mined.npz", rule=rule)
+    queries, keys, table = embeddings(folder / "run")
+    scores = queries @ keys.T
+    found = np.load(tmp_path / "mined.npz")
+    assert len(found["rows"]) == table.num_rows > 16
+    counts = []
+    for row, similarities in enumerate(scores):
+        others = np.flatnonzero(table.text != table.text[row])
+        order = others[np.argsort(-similarities[others], kind="stable")]
+        ceiling = similarities[row] - 0.02 * abs(similarities[row])
+        places = [place for place in range(1, 12) if similarities[order[place]] <= ceiling][:3]
+        there = found["rows"][row] >= 0
+        assert found["ranks"][row][there].tolist() == places
+        assert found["rows"][row][there].tolist() == order[places].tolist()
+        np.testing.assert_allclose(
+            found["teacher_scores"][row],
+            [similarities[row], *similarities[order[places]], *[0] * (3 - len(places))],
+            atol=1e-5,
+        )
+        counts.append(len(places))
+    assert report["negatives"] == sum(counts)
+    assert report["rows with none"] == counts.count(0)
+    assert report["negatives more similar than the own key"] == 0
+    assert json.loads((tmp_path / "mined.report.json").read_text()) == report
+    assert (tmp_path / "mined.examples.md").read_text().count("rank ") > 5
+
+
+def test_interrupted_it_goes_on_and_finds_the_same(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(miner, "_BLOCK_ROWS", 8)
+    whole = mine(folder / "run", tmp_path / "whole.npz", rule=RULE, seed=1)
+    appended, stop_after = BlockFile.append, 5
+
+    def failing(self, rows):
+        nonlocal stop_after
+        stop_after -= 1
+        if stop_after == 0:
+            raise KeyboardInterrupt
+        appended(self, rows)
+
+    monkeypatch.setattr(BlockFile, "append", failing)
+    with pytest.raises(KeyboardInterrupt):
+        mine(folder / "run", tmp_path / "halves.npz", rule=RULE, seed=2)
+    assert not (tmp_path / "halves.npz").exists()
+    monkeypatch.setattr(BlockFile, "append", appended)
+    seen = []
+    monkeypatch.setattr(
+        BlockFile, "append", lambda self, rows: (seen.append(len(rows)), appended(self, rows))
+    )
+    mine(folder / "run", tmp_path / "halves.npz", rule=RULE, seed=2)
+    goes_on = len(seen)
+    mine(folder / "run", tmp_path / "again.npz", rule=RULE, seed=3)
+    assert goes_on < len(seen) - goes_on  # some had been done
+    mine(folder / "run", tmp_path / "same.npz", rule=RULE, seed=1)
+    ours, theirs = np.load(tmp_path / "same.npz"), np.load(tmp_path / "whole.npz")
+    for name in ours.files:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    assert (np.load(tmp_path / "halves.npz")["rows"] != theirs["rows"]).any()
+    assert whole["rows"] == len(theirs["rows"])
+
+
+def test_the_next_run_trains_on_what_was_mined(folder, tmp_path, capsys):
+    out = tmp_path / "mined.npz"
+    places = ("--workdir", str(folder / "run"), "--out", str(out))
+    main([*places, "--per-query", "2", "--rank-range", "0:9", "--masks", "text", "group"])
+    assert f"--config.data.negatives={out}" in capsys.readouterr().err
+    config = small_config(folder / "site", folder / "data", **{"data.negatives": str(out)})
+    train(config, tmp_path / "next")
+    _, _, table = embeddings(folder / "run")
+    rows = np.load(out)["rows"]
+    assert (table.group[rows] != table.group[:, None])[rows >= 0].all()
+    arrays = dict(np.load(out))
+    np.savez(out, **arrays | {"source": np.array("other rows")})
+    with pytest.raises(ValueError, match=r"was made from other rows \(other rows\)"):
+        train(config, tmp_path / "another")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank-range", "10-100"], "--rank-range=10-100 is no range"),
+        (["--rank-range", "90:99"], "none of rank 90"),
+        (["--per-query", "0"], "per_query=0; set it to at least 1"),
+        (["--split", "dev"], "split='dev' is unknown; the run has train, validation"),
+        (["--masks", "group"], "'row' or 'text' among them"),
+        (["--sampling", "best"], "'best' is unknown"),
+        (["--workdir", "nowhere"], "there is no run in nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line(folder, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--workdir", str(folder / "run"), *arguments])
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert message in " ".join(said.split())
+    assert "Traceback" not in said
+
+
+def test_a_block_file_keeps_what_was_done_and_no_more(tmp_path):
+    path = tmp_path / "rows.npy"
+    blocks = BlockFile(path, (5, 2), np.int32)
+    blocks.append(np.ones((3, 2), np.int32))
+    blocks.array[3] = 7  # not counted
+    again = BlockFile(path, (5, 2), np.int32)
+    assert again.done == 3
+    assert again.array[:3].tolist() == [[1, 1]] * 3
+    for shape, dtype in (((6, 2), np.int32), ((5, 2), np.float32)):
+        assert BlockFile(path, shape, dtype).done == 0
+    (tmp_path / "rows.done.json").write_text("{")
+    assert BlockFile(path, (5, 2), np.float32).done == 0
