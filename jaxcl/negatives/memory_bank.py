@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.negatives.sets import SharedNegatives
-from jaxcl.ops.row_tables import first_places, padded_entries
+from jaxcl.ops.row_tables import as_bits, first_places, from_bits, padded_entries
 from jaxcl.ops.vectors import normalise
 from jaxcl.typing import Array, Bool, Float, Int, Integer
 
@@ -181,7 +181,9 @@ def _written(
     places = jnp.where(taken, slots, bank.ids.shape[0])  # out of range, which is dropped
 
     def put(table: Array, values: Array) -> Array:
-        return table.at[places].set(values.astype(table.dtype), mode="drop")
+        # As bits, since XLA makes a float32 table of one of bfloat16 on a CPU.
+        values = as_bits(values.astype(table.dtype))
+        return from_bits(as_bits(table).at[places].set(values, mode="drop"), table.dtype)
 
     return bank._replace(
         vectors=put(bank.vectors, vectors),

@@ -16,8 +16,9 @@ from jaxcl.negatives.synthetic import mixed, mixed_with_query, perturbed
 from jaxcl.ops.nearest import nearest
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.row_tables import fetch_rows
+from jaxcl.ops.varying import as_varying
 from jaxcl.ops.vectors import inner_product
-from jaxcl.typing import Array, AxisName, Float, Int, Integer, Key
+from jaxcl.typing import Array, AxisName, Bool, Float, Int, Integer, Key
 
 __all__ = [
     "DrawSource",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 
+_DIGITS = 256  # of a base in which priorities are compared
 _DRAWN = ("uniform", "stratified")  # each by random numbers of its own
 
 
@@ -174,8 +176,9 @@ def draw_slots(
 ) -> Int[Array, " _"]:
     """The slots with the greatest priorities of each stratum, as many as its quota.
 
-    Each device finds the best of its own slots. `count` candidates of each device, three numbers
-    each, then go to all.
+    The least priority that is drawn is found digit by digit: four times, each device counts its
+    slots by stratum and digit, and the counts of all are summed. Besides these `4 · 256 · g`
+    numbers, `count` slot numbers go to all devices. Of equal priorities the lowest slot is first.
 
     Args:
       priority: random numbers of this device's slots.
@@ -185,16 +188,21 @@ def draw_slots(
       axis_name: the mesh axes over which slots are sharded.
 
     Returns:
-      Slot numbers over all devices, `[count]`, the same on each; −1 where there are too few.
+      Slot numbers over all devices, ascending, `[count]`, the same on each; −1 behind them where
+      there are too few.
     """
     num_slots = priority.shape[0]
-    first = 0 if axis_name is None else lax.axis_index(axis_name) * num_slots
-    slots = first + jnp.arange(num_slots, dtype=jnp.int32)
-    found = _first_of_strata(stratum, ~priority, slots, quotas, count)
+    device = 0 if axis_name is None else lax.axis_index(axis_name)
+    slots = device * num_slots + jnp.arange(num_slots, dtype=jnp.int32)
+    taken = _greatest_of_strata(priority, slots, stratum, quotas, axis_name)
+    here = taken.sum(dtype=jnp.int32)
+    before = jnp.int32(0)
     if axis_name is not None:
-        stratum, order, slots = (lax.all_gather(part, axis_name, tiled=True) for part in found)
-        found = _first_of_strata(stratum, order, slots, quotas, count)
-    return found[2]
+        counts = lax.all_gather(here, axis_name)
+        before = jnp.where(jnp.arange(counts.shape[0]) < device, counts, 0).sum(dtype=jnp.int32)
+    places = jnp.where(taken, before + jnp.cumsum(taken, dtype=jnp.int32) - 1, count)
+    drawn = jnp.full(count, -1, jnp.int32).at[places].set(slots, mode="drop")  # count is out
+    return drawn if axis_name is None else lax.pmax(drawn, axis_name)
 
 
 def draw_tiers(
@@ -287,22 +295,54 @@ def _drawn_by_all(
     return tiers, slots._replace(valid=free)
 
 
-def _first_of_strata(
-    stratum: Array, order: Array, slots: Array, quotas: Array, count: int
-) -> tuple[Array, Array, Array]:
-    """Of each stratum the first by order, then by slot, side by side; the rest is filled up."""
-    stratum, order, slots = lax.sort((stratum, order, slots), num_keys=3)
-    place = jnp.arange(stratum.shape[0])
-    begins = jnp.concatenate([jnp.ones(1, bool), stratum[1:] != stratum[:-1]])
-    rank = place - lax.cummax(jnp.where(begins, place, 0))
-    taken = rank < quotas.at[stratum].get(mode="fill", fill_value=0)
-    goes_to = jnp.where(taken, jnp.cumsum(taken) - 1, count)  # out of range, which is dropped
+def _greatest_of_strata(
+    priority: Integer[Array, " m"],
+    slots: Int[Array, " m"],
+    stratum: Int[Array, " m"],
+    quotas: Int[Array, " g"],
+    axis_name: AxisName | None,
+) -> Bool[Array, " m"]:
+    """Which slots are among the first of their stratum, by a radix selection over all devices."""
 
-    def put(values: Array, empty: int) -> Array:
-        return jnp.full(count, empty, values.dtype).at[goes_to].set(values, mode="drop")
+    def pass_over(
+        numbers: Array, shift: int, state: tuple[Array, Array, Array]
+    ) -> tuple[Array, Array, Array]:
+        """Decides those that differ from the last one taken in this digit; the rest stays open."""
+        taken, open_, wanted = state
+        digit = ((numbers >> shift) & (_DIGITS - 1)).astype(jnp.int32)
+        counts = jnp.zeros(quotas.shape[0] * _DIGITS, jnp.int32)
+        counts = counts.at[stratum * _DIGITS + digit].add(open_.astype(jnp.int32), mode="drop")
+        if axis_name is not None:
+            counts = lax.psum(counts, axis_name)
+        counts = counts.reshape(-1, _DIGITS)
+        above = counts[:, ::-1].cumsum(1)[:, ::-1] - counts  # how many have a greater digit
+        wanted = jnp.minimum(wanted, counts.sum(1))
+        last = (above < wanted[:, None]) & (above + counts >= wanted[:, None])
+        # Where nothing is wanted no digit is the last, and none is above it.
+        limit = jnp.where(wanted > 0, last.argmax(1), _DIGITS).astype(jnp.int32)
+        theirs = limit.at[stratum].get(mode="fill", fill_value=_DIGITS)
+        used = jnp.where(last, above, 0).sum(1)
+        return taken | (open_ & (digit > theirs)), open_ & (digit == theirs), wanted - used
 
-    nothing = jnp.iinfo(order.dtype).max
-    return put(stratum, quotas.shape[0]), put(order, nothing), put(slots, -1)
+    def passes(numbers: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        for shift in (24, 16, 8, 0):
+            state = pass_over(numbers.astype(jnp.uint32), shift, state)
+        return state
+
+    known = stratum < quotas.shape[0]
+    start = as_varying((jnp.zeros(priority.shape, bool), known), (priority, stratum))
+    taken, open_, wanted = passes(priority, (*start, quotas.astype(jnp.int32)))
+    # Of equal priorities, which are rare, the slots decide.
+    still = jnp.zeros(quotas.shape, jnp.int32).at[stratum].add(open_.astype(jnp.int32), mode="drop")
+    if axis_name is not None:
+        still = lax.psum(still, axis_name)
+    taken, open_, _ = lax.cond(
+        (still > wanted).any(),
+        lambda state: passes(~slots, state),
+        lambda state: state,
+        (taken, open_, wanted),
+    )
+    return taken | open_
 
 
 def _share_of(drawn: Array, slots: SharedNegatives, axis_name: AxisName | None) -> SharedNegatives:
@@ -312,7 +352,7 @@ def _share_of(drawn: Array, slots: SharedNegatives, axis_name: AxisName | None) 
         share = math.ceil(drawn.shape[0] / size)
         filled = jnp.pad(drawn, (0, share * size - drawn.shape[0]), constant_values=-1)
         drawn = lax.dynamic_slice_in_dim(filled, lax.axis_index(axis_name) * share, share)
-    entries = fetch_rows(slots._replace(valid=None), drawn, axis_name=axis_name)
+    entries = fetch_rows(slots._replace(valid=None), drawn, axis_name=axis_name, constant=True)
     return entries._replace(valid=drawn >= 0)
 
 
@@ -340,10 +380,8 @@ def _nearest_of(
         queries, vectors, count=count, query_labels=labels, table_labels=theirs, axis_name=axis_name
     )
     entries = fetch_rows(
-        slots._replace(vectors=vectors, valid=None), found.rows, axis_name=axis_name
+        slots._replace(valid=None), found.rows, axis_name=axis_name, constant=not gradient
     )
-    if not gradient:
-        entries = lax.stop_gradient(entries)
     return OwnNegatives(
         entries.vectors, entries.ids, entries.groups, found.rows >= 0, entries.guides
     )
@@ -359,6 +397,7 @@ def _synthetic(
 ) -> dict[str, OwnNegatives]:
     assert hardest.valid is not None
     vectors, valid = hardest.vectors[:, : budgets.hardest], hardest.valid[:, : budgets.hardest]
+    vectors = vectors.astype(queries.dtype)
 
     def keys(number: int) -> Array:
         return jax.vmap(jax.random.fold_in, (0, None))(row_keys, number)

@@ -10,8 +10,10 @@ from jaxcl.typing import Array, AxisName, Bool, Float, Int, PyTree
 
 __all__ = [
     "ENTRIES_MULTIPLE",
+    "as_bits",
     "fetch_rows",
     "first_places",
+    "from_bits",
     "init_table",
     "padded_entries",
     "read_rows",
@@ -40,7 +42,13 @@ def read_rows(tables: PyTree, rows: Int[Array, " b"]) -> PyTree:
     return jax.tree.map(lambda table: table[rows], tables)
 
 
-def fetch_rows(tables: PyTree, rows: Int[Array, "*r"], *, axis_name: AxisName | None) -> PyTree:
+def fetch_rows(
+    tables: PyTree,
+    rows: Int[Array, "*r"],
+    *,
+    axis_name: AxisName | None,
+    constant: bool = False,
+) -> PyTree:
     """The entries of rows that any device may hold, inside of `jax.shard_map`.
 
     The rows asked for go round the devices, and each fills in what it holds, so that none has more
@@ -51,10 +59,16 @@ def fetch_rows(tables: PyTree, rows: Int[Array, "*r"], *, axis_name: AxisName | 
       tables: this device's share of each, `[n / devices, …]`.
       rows: which are wanted here, by their number in the whole table; a negative one gives 0.
       axis_name: the mesh axes over which tables are sharded; `None` for whole ones.
+      constant: no gradient is wanted. Numbers of two bytes then go as bits, without which XLA makes
+        a whole float32 table of them on a CPU.
 
     Returns:
-      The entries, `[*rows.shape, …]`; differentiable by the tables.
+      The entries, `[*rows.shape, …]`; differentiable by the tables unless constant.
     """
+    if constant:
+        types = jax.tree.map(lambda table: table.dtype, tables)
+        found = fetch_rows(jax.tree.map(as_bits, tables), rows, axis_name=axis_name)
+        return jax.tree.map(from_bits, found, types)
     size = 1 if axis_name is None else lax.axis_size(axis_name)
     device = 0 if axis_name is None else lax.axis_index(axis_name)
 
@@ -83,6 +97,21 @@ def fetch_rows(tables: PyTree, rows: Int[Array, "*r"], *, axis_name: AxisName | 
         return rotate((rows, filled(rows, found)), axis_name)
 
     return lax.fori_loop(0, size, visit, (rows, found))[1]
+
+
+def as_bits(array: Array) -> Array:
+    """Floating numbers of two bytes as whole ones; anything else as it is, without a gradient."""
+    array = lax.stop_gradient(array)
+    return lax.bitcast_convert_type(array, jnp.uint16) if _is_half(array.dtype) else array
+
+
+def from_bits(array: Array, dtype: jnp.dtype) -> Array:
+    """The way back."""
+    return lax.bitcast_convert_type(array, dtype) if _is_half(dtype) else array
+
+
+def _is_half(dtype: jnp.dtype) -> bool:
+    return dtype.itemsize == 2 and bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def write_rows(tables: PyTree, rows: Int[Array, " b"], entries: PyTree) -> PyTree:

@@ -94,6 +94,23 @@ def test_quotas_are_met_exactly_and_what_is_missing_stays_open(devices):
     assert (found < 0).sum() == 4
 
 
+def test_of_equal_priorities_the_lowest_slots_are_drawn():
+    rng = np.random.default_rng(0)
+    priority = rng.integers(0, 3, SLOTS).astype(np.uint32) * 2**30 + 5
+    stratum = rng.integers(0, 3, SLOTS)
+    wanted = []
+    for number, quota in enumerate((50, 0, 130)):
+        members = np.flatnonzero(stratum == number)
+        wanted += members[np.lexsort((members, -priority[members].astype(np.int64)))][
+            :quota
+        ].tolist()
+    for devices in (1, 8):
+        find = finder(200, devices)
+        found = np.asarray(find(priority, jnp.asarray(stratum), jnp.array([50, 0, 130])))
+        assert (found == found[0]).all()
+        assert found[0].tolist() == sorted(wanted) + [-1] * 20
+
+
 def test_a_budget_above_the_bank_draws_all_of_it():
     found = drawn(jax.random.key(0), count=SLOTS, devices=8)[0]
     assert set(found[found >= 0]) == set(np.flatnonzero(bank_of().written >= 0))
@@ -253,8 +270,8 @@ def test_no_device_receives_more_of_the_bank_than_it_draws():
     program = tiers_on(8, budgets, lower=True).as_text()
     largest = max(collective_sizes(program))
     per_query = QUERIES // 8 * budgets.nearest * DIM
-    whole_queries, candidates = QUERIES * DIM, 8 * budgets.uniform
-    assert largest <= max(per_query, whole_queries, candidates)
+    whole_queries, counts_of_digits = QUERIES * DIM, 256
+    assert largest <= max(per_query, whole_queries, counts_of_digits)
     assert largest < SLOTS // 8 * DIM  # a device's share of the bank: that of another never comes
     everything = TierBudgets(whole=True)
     assert not collective_sizes(tiers_on(8, everything, lower=True).as_text())
