@@ -11,8 +11,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxcl.grad_cache import chunked
 from jaxcl.losses.negative_metrics import NegativeMetrics
 from jaxcl.models.towers import SIDES, Encode
+from jaxcl.negatives.draws import priorities
 from jaxcl.negatives.memory_bank import MemoryBank, mean_age
-from jaxcl.negatives.tiers import DrawSource, TierBudgets, draw_tiers, priorities
+from jaxcl.negatives.tiers import DrawSource, TierBudgets, draw_tiers
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.row_tables import read_rows, write_rows
 from jaxcl.typing import Array, Batch, Embeddings, Int, Key, PyTree, RowKeys, Scalar

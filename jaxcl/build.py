@@ -10,7 +10,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jaxcl.build_loss import build_loss, build_measure, build_memory, build_momentum, mining_rule
+from jaxcl.build_loss import build_loss, build_measure, build_memory
+from jaxcl.build_negatives import build_momentum, mining_rule
 from jaxcl.embed import Embedder, make_embedder
 from jaxcl.mesh import make_mesh
 from jaxcl.models import StaticEncoder, Towers, TransformerEncoder, make_towers

@@ -31,6 +31,7 @@ FLOORS = {
         "embed",
         "options",
         "build_loss",
+        "build_negatives",
         "build",
         "reports",
         "evaluate",

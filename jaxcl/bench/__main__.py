@@ -25,11 +25,12 @@ from typing import Any
 
 import jax
 
-from jaxcl.bench import bank, embedding_bag, grad_cache, loss, nearest, train_step
+from jaxcl.bench import bank, duplicates, embedding_bag, grad_cache, loss, nearest, train_step
 from jaxcl.host_memory import start_with_huge_pages
 
 BENCHMARKS: Mapping[str, Callable[[Sequence[str]], dict[str, Any]]] = {
     "bank": bank.main,
+    "duplicates": duplicates.main,
     "embedding_bag": embedding_bag.main,
     "grad_cache": grad_cache.main,
     "loss": loss.main,

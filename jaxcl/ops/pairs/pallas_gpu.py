@@ -139,10 +139,11 @@ def _launch(
       scratch: shared memory of a block.
     """
     queries, keys = sides
-    if queries.vectors.dtype not in (jnp.bfloat16, jnp.float16):
+    dtypes = {queries.vectors.dtype, keys.vectors.dtype}
+    if len(dtypes) > 1 or not dtypes <= {jnp.dtype("bfloat16"), jnp.dtype("float16")}:
         raise ValueError(
             f"implementation='pallas_gpu' multiplies bfloat16 or float16, not "
-            f"{queries.vectors.dtype}; cast the embeddings, or use 'tiled'"
+            f"{' with '.join(sorted(map(str, dtypes)))}; cast the embeddings, or use 'tiled'"
         )
     if queries.labels.guide is not None:
         raise ValueError("implementation='pallas_gpu' has no guides; use 'tiled'")
