@@ -62,20 +62,24 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.loss.relative_margin = placeholder(float)
     config.loss.temperature = ConfigDict({"initial": 0.05, "minimum": 0.01, "maximum": 1.0})
 
-    # Embeddings of earlier keys: a "queue" of the last ones, or an "instance" of each training row.
+    # Earlier embeddings: a "queue" of the last keys, with so many slots, or an "instance" of each
+    # training row, which an update moves towards the new one by 1 - momentum.
     config.negatives = ConfigDict()
     config.negatives.bank = ConfigDict(
         {"kind": placeholder(str), "slots": 16_384, "momentum": 0.5, "dtype": "float32"}
     )
     # How many negatives a query meets beside the batch's: jaxcl.negatives.tiers explains them.
-    config.negatives.tiers = ConfigDict(TierBudgets(whole=True)._asdict())
+    config.negatives.tiers = ConfigDict(TierBudgets()._asdict())
     # Mined from the instance bank every so many steps, then read and encoded with the batch.
     config.negatives.mined = ConfigDict(
         {"refresh_every": placeholder(int), "per_query": 4, "rank_range": (10, 100)}
         | {"margin": placeholder(float), "relative_margin": placeholder(float)}
         | {"sampling": "random"}
     )
-    config.negatives.proportions = "rows"  # of a stratified draw, by group
+    # Of a stratified draw, by group: "rows", "equal", or "weights", ((group, weight), …), where a
+    # group field of texts numbers them in their order.
+    config.negatives.proportions = "rows"
+    config.negatives.weights = ()
     config.negatives.momentum_encoder = ConfigDict({"initial": placeholder(float), "final": 1.0})
     config.negatives.guide = placeholder(
         str

@@ -14,7 +14,6 @@ from jaxcl.models.towers import SIDES, Encode
 from jaxcl.negatives.draws import priorities
 from jaxcl.negatives.memory_bank import MemoryBank, mean_age
 from jaxcl.negatives.tiers import DrawSource, TierBudgets, draw_tiers
-from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.row_tables import read_rows, write_rows
 from jaxcl.typing import Array, Batch, Embeddings, Int, Key, PyTree, RowKeys, Scalar
 
@@ -211,9 +210,8 @@ class _Arrangement(NamedTuple):
                 self.beyond.budgets,
                 *given.sides,
                 row_keys=given.row_keys,
-                labels=PairLabels(
-                    tuple(given.columns[name] for name in ("ids", "groups") if name in self.masks)
-                ),
+                ids=given.columns["ids"],
+                groups=given.columns.get("groups"),
                 guides=given.columns.get("guides"),
                 source=given.source,
                 axis_name=axes,

@@ -59,7 +59,7 @@ class Program(NamedTuple):
       init: (number of training rows, their groups) -> the state before the first update, on the
         mesh. Only what remembers rows needs the number, only a stratified draw the groups.
       train_step: (state, batch) -> (state, metrics); the state is donated.
-      measure: (state, batch) -> what the negatives of its next update are, by name.
+      measure: (state, batch) -> what the negatives are in the update to come, by name.
       mine: state -> (state with new mined negatives, metrics), or `None`; the state is donated.
       embed: (parameters of the towers, side, tokens) -> embeddings, without dropout.
       learning_rate: step -> the rate of that update.

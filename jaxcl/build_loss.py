@@ -24,7 +24,6 @@ from jaxcl.losses import (
 from jaxcl.losses.negative_metrics import measure_negatives
 from jaxcl.losses.running_estimate import estimate_memory, remembered_estimate_loss
 from jaxcl.models.towers import SIDES, Towers
-from jaxcl.ops.row_tables import ENTRIES_MULTIPLE
 from jaxcl.options import arguments_of, bind_options
 from jaxcl.train_step import TemperatureBounds
 from jaxcl.typing import Integer, PyTree
@@ -75,7 +74,7 @@ def build_loss(config: ConfigDict, towers: Towers, mesh: Mesh) -> LossOfBatch:
         loss_fn,
         mesh,
         remembers=config.loss.name in MEMORIES,
-        **_arrangement(config, mesh),
+        **_arrangement(config),
     )
 
 
@@ -88,20 +87,15 @@ def build_measure(config: ConfigDict, towers: Towers, mesh: Mesh) -> MeasureOfBa
         if name in known
     }
     measure_fn = functools.partial(measure_negatives, **options)
-    return make_measure(towers.encode, measure_fn, mesh, **_arrangement(config, mesh))
+    return make_measure(towers.encode, measure_fn, mesh, **_arrangement(config))
 
 
-def _arrangement(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+def _arrangement(config: ConfigDict) -> dict[str, Any]:
     beyond, name = build_beyond(config), config.loss.name
     if beyond.budgets.any_tier and "tiers" not in arguments_of(LOSSES[name]):
         raise ValueError(
             f"the loss {name!r} takes no negatives beside its batch's; leave negatives.bank.kind "
             "None, and negatives.tiers at 0"
-        )
-    if beyond.update_banks and ENTRIES_MULTIPLE % mesh.size:
-        raise ValueError(
-            f"a bank is divided over the devices: {mesh.size} do not divide {ENTRIES_MULTIPLE}; "
-            "use a number that does"
         )
     return {
         "masks": _masks(config.loss),

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxcl.batch_loss import BeyondBatch
@@ -13,7 +14,7 @@ from jaxcl.models.towers import SIDES
 from jaxcl.negatives.memory_bank import MemoryBank, init_bank, update_instances, update_queue
 from jaxcl.negatives.mining import MiningRule
 from jaxcl.negatives.tiers import TierBudgets, strata_of
-from jaxcl.ops.row_tables import padded_entries
+from jaxcl.ops.row_tables import ENTRIES_MULTIPLE, padded_entries
 from jaxcl.typing import Integer, PyTree, Scalar
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "GUIDES",
     "build_beyond",
     "build_momentum",
+    "check_bank_divides",
     "mining_rule",
     "negatives_memory",
 ]
@@ -65,9 +67,23 @@ def build_beyond(config: ConfigDict) -> BeyondBatch:
         raise ValueError("negatives.guide='momentum' needs negatives.momentum_encoder.initial")
     if (guide == "data") != (config.data.get("guides") is not None):
         raise ValueError("negatives.guide='data' and data.guides, its file, need each other")
+    if build_momentum(config) is not None and kind is None and guide != "momentum":
+        raise ValueError(
+            "negatives.momentum_encoder.initial, but nobody reads that encoder: it writes a bank "
+            "(negatives.bank.kind) and judges (negatives.guide='momentum'); leave it None"
+        )
     if guide == "data" and budgets.synthetic:
         raise ValueError("negatives.guide='data' has not seen synthetic negatives; use 'momentum'")
     return BeyondBatch(budgets, dict.fromkeys(sides, _bank_update(config, kind)), guide, margins)
+
+
+def check_bank_divides(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises a `ValueError` if a bank's slots do not divide over the devices of a mesh."""
+    if build_beyond(config).update_banks and ENTRIES_MULTIPLE % mesh.size:
+        raise ValueError(
+            f"a bank is divided over the devices: {mesh.size} do not divide {ENTRIES_MULTIPLE}; "
+            "use a number that does"
+        )
 
 
 def negatives_memory(
@@ -93,12 +109,10 @@ def negatives_memory(
     if beyond.budgets.stratified:
         if groups is None:
             raise ValueError("a stratified draw goes by the rows' groups; give them")
-        proportions = config.negatives.proportions
-        memory["strata"] = strata_of(
-            groups,
-            count=beyond.budgets.stratified,
-            proportions=proportions if isinstance(proportions, str) else dict(proportions),
-        )
+        by = config.negatives.proportions
+        proportions = dict(config.negatives.weights) if by == "weights" else by
+        count = beyond.budgets.stratified
+        memory["strata"] = strata_of(groups, count=count, proportions=proportions)
     if build_momentum(config) is not None:
         memory["momentum"] = {}  # which becomes a copy of the towers
     return memory
@@ -157,6 +171,11 @@ def _check_tiers(config: ConfigDict, kind: str | None, budgets: TierBudgets) -> 
             raise ValueError(f"negatives.tiers.{name}={getattr(budgets, name)}; 0 is the least")
     if budgets.synthetic and budgets.hardest < 1:
         raise ValueError(f"negatives.tiers.hardest={budgets.hardest}; set it to at least 1")
+    if kind is not None and not budgets.any_tier and mining_rule(config) is None:
+        raise ValueError(
+            f"negatives.bank.kind={kind!r}, but nobody reads the bank; set negatives.tiers.whole "
+            "to True, or uniform, stratified, nearest or a synthetic tier to a number"
+        )
     if kind is None and budgets.drawn:
         raise ValueError(
             "negatives.tiers draws from a bank; set negatives.bank.kind to one of "
@@ -174,7 +193,8 @@ def _check_tiers(config: ConfigDict, kind: str | None, budgets: TierBudgets) -> 
             "a bank holds rows of this batch, too: put 'row' or 'text' among loss.masks, by which "
             "none is its own negative"
         )
-    if (kind is not None or budgets.synthetic) and config.loss.get("matryoshka_dims", ()):
+    explicit = config.data.get("negatives") is not None
+    if (kind or budgets.synthetic or explicit) and config.loss.get("matryoshka_dims", ()):
         raise ValueError(
             "negatives beside the batch's with loss.matryoshka_dims: they are whole embeddings; "
             "leave one of the two out"
@@ -195,6 +215,12 @@ def _bank_update(config: ConfigDict, kind: str | None) -> Callable[..., MemoryBa
     bank = config.negatives.bank
     if not 0 <= bank.momentum < 1:
         raise ValueError(f"negatives.bank.momentum={bank.momentum}; set it to at least 0, below 1")
+    try:
+        floating = jnp.issubdtype(jnp.dtype(bank.dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(f"negatives.bank.dtype={bank.dtype!r}; use float32, bfloat16 or float16")
     if bank.slots < 1:
         raise ValueError(f"negatives.bank.slots={bank.slots}; set it to at least 1")
     if kind == "instance":

@@ -139,6 +139,8 @@ def _tiny(config: ConfigDict) -> ConfigDict:
                 tiny.model.options[name] = "float32"
             elif tiny.model.options[name] is not None and name in small:
                 tiny.model.options[name] = small[name]
+        if "negatives" in tiny:
+            tiny.negatives.proportions = "rows"  # of the groups that the batch below has
         tiny.data.max_tokens = ConfigDict(dict.fromkeys(SIDES, 8))
         if any(value is not None for value in dict(tiny.get("grad_cache", {})).values()):
             tiny.grad_cache = ConfigDict({"chunk_size": 2})

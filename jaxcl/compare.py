@@ -9,6 +9,7 @@ metrics and the rank of every query, but no checkpoints; the same command goes o
 stopped. `comparison.json` and `comparison.md` hold the table.
 """
 
+import hashlib
 import json
 import shutil
 import statistics
@@ -28,12 +29,13 @@ from jaxcl.metrics import paired_difference
 from jaxcl.progress import say
 from jaxcl.reports import DivergenceError
 from jaxcl.retrieval import METRICS
-from jaxcl.train import Stopped, train
+from jaxcl.train import Stopped, parse_flags, train
 from jaxcl.workdir import write_whole
 
 __all__ = ["compare"]
 
 METRIC = "mrr@10"
+FINISHED = "finished.json"
 
 
 def main(argv: list[str]) -> None:
@@ -54,6 +56,9 @@ def main(argv: list[str]) -> None:
     except Stopped as stopped:
         say(str(stopped))
         sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from there")
+        sys.exit(130)
     except (ValueError, OSError, CheckpointError, DivergenceError) as error:
         say(f"error: {error}")
         sys.exit(1)
@@ -93,15 +98,24 @@ def compare(
         for seed in range(seeds)
         for name, changes in settings.items()
     }
+    folders: dict[Path, str] = {}
+    for name in settings:
+        other = folders.setdefault(_directory(workdir, name, 0), name)
+        if other != name:
+            raise ValueError(
+                f"the settings {other!r} and {name!r} would share a folder; rename one"
+            )
+    for (name, seed), changed in runs.items():
+        _check_finished(_directory(workdir, name, seed), changed)
     for number, ((name, seed), changed) in enumerate(runs.items(), start=1):
         directory = _directory(workdir, name, seed)
-        if not (directory / "finished.json").exists():
+        if not (directory / FINISHED).exists():
             say(f"run {number} of {len(runs)}: {name}, seed {seed}")
             start = time.perf_counter()
             train(changed, directory)
-            seconds = time.perf_counter() - start
-            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-            write_whole(directory / "finished.json", json.dumps({"seconds": seconds}))
+            finished = {"seconds": time.perf_counter() - start, "config": _identity(changed)}
+            write_whole(directory / FINISHED, json.dumps(finished))
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     records = [_record(workdir, name, baseline, seeds) for name in settings]
     write_whole(workdir / "comparison.json", json.dumps(records, indent=2) + "\n")
     table = as_markdown(records)
@@ -112,9 +126,9 @@ def compare(
 
 def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
     """The table: means over seeds, and differences with the baseline with standard errors."""
-    places = list(records[0]["places"])
+    places, baseline = list(records[0]["places"]), records[0]["baseline"]
     lines = [
-        "| setting | " + " | ".join(f"{place} | against the first" for place in places) + " | s |",
+        "| setting | " + " | ".join(f"{place} | − {baseline}" for place in places) + " | s |",
         "|---" * (2 * len(places) + 2) + "|",
     ]
     for record in records:
@@ -143,6 +157,19 @@ def _changed(config: ConfigDict, changes: Mapping[str, Any], *, seed: int) -> Co
     return changed
 
 
+def _identity(config: ConfigDict) -> str:
+    """Names what a run computes: its config, but for what may change between starts."""
+    computed = {name: value for name, value in config.to_dict().items() if name != "run"}
+    text = json.dumps(computed, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_finished(directory: Path, config: ConfigDict) -> None:
+    finished = directory / FINISHED
+    if finished.exists() and json.loads(finished.read_text())["config"] != _identity(config):
+        raise ValueError(f"{directory} holds a run of another config; choose another --workdir")
+
+
 def _directory(workdir: Path, name: str, seed: int) -> Path:
     return workdir / "".join(c if c.isalnum() else "-" for c in name) / f"seed-{seed}"
 
@@ -166,10 +193,15 @@ def _record(workdir: Path, name: str, baseline: str, seeds: int) -> dict[str, An
             "standard_error": standard_error,
         }
     seconds = [
-        json.loads((_directory(workdir, name, seed) / "finished.json").read_text())["seconds"]
+        json.loads((_directory(workdir, name, seed) / FINISHED).read_text())["seconds"]
         for seed in range(seeds)
     ]
-    return {"setting": name, "places": places, "seconds": statistics.median(seconds)}
+    return {
+        "setting": name,
+        "baseline": baseline,
+        "places": places,
+        "seconds": statistics.median(seconds),
+    }
 
 
 def _values(directory: Path) -> dict[str, np.ndarray]:
@@ -190,4 +222,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("baseline", None, "With which setting all are compared; the first.")
     flags.mark_flags_as_required(["settings", "workdir"])
     start_with_huge_pages()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -35,7 +35,6 @@ from jaxcl.mesh import fetch, put_batch
 from jaxcl.models.towers import SIDES
 from jaxcl.negatives.mining import Mined, MiningRule, mine_negatives
 from jaxcl.ops.pairs import PairLabels
-from jaxcl.ops.row_tables import padded_entries
 from jaxcl.progress import progress_bar, say
 from jaxcl.trained import Trained, open_trained
 from jaxcl.workdir import write_whole
@@ -85,7 +84,7 @@ def mine(
 
     Args:
       workdir: of a run that has saved a checkpoint; nothing of it is changed but the folder
-        `mining`, where unfinished work lies.
+        `mining`, which keeps the embeddings for the next rule, and unfinished work.
       out: the file to write, `.npz`.
       split: whose queries look among whose keys.
       rule: which are taken.
@@ -102,7 +101,11 @@ def mine(
         raise ValueError(
             f"masks={tuple(masks)}: use some of {', '.join(MASKS)}, 'row' or 'text' among them"
         )
+    if jax.process_count() > 1:
+        raise ValueError("mining runs in one process; start it on one host alone")
     run = open_trained(Path(workdir))
+    if "group" in masks and run.config.data.group_field is None:
+        raise ValueError("masks name 'group', but the run's data.group_field is None; leave it out")
     if split not in run.sources:
         raise ValueError(f"split={split!r} is unknown; the run has {', '.join(run.sources)}")
     source = run.sources[split]
@@ -119,6 +122,8 @@ def mine(
         "seed": seed,
     }
     found = _search_all(run.program.mesh, vectors, labels, rule, seed, folder / _hash(what))
+    if not (np.asarray(found.rows) >= 0).any():
+        raise ValueError("nothing was found by this rule; widen the ranks, or lower the margin")
     positives = np.einsum("nd,nd->n", vectors["query"], vectors["key"], dtype=np.float32)
     scores = np.where(found.rows >= 0, found.similarities, 0)
     _write_npz(
@@ -187,7 +192,7 @@ def _search_all(
     for file in files:
         file.done = done
     search = _search(mesh, rule, seed)
-    keys = _padded(vectors["key"], padded_entries(num_rows + -num_rows % mesh.size))
+    keys = _padded(vectors["key"], num_rows + -num_rows % mesh.size)
     their_labels = tuple(_padded(label, len(keys)) for label in labels)
     pool = put_batch((keys, their_labels, np.arange(len(keys)) < num_rows), mesh)
     block = _BLOCK_ROWS + -_BLOCK_ROWS % mesh.size

@@ -19,6 +19,7 @@ __all__ = ["Refresh", "make_mined_refresh"]
 Refresh = Callable[[TrainState], tuple[TrainState, Mapping[str, Scalar]]]
 """`state -> (state, metrics)`; the state is donated."""
 
+_BLOCK_ROWS = 4_096  # queries of all devices that are searched for at a time
 _MINING = 2_000  # what the run's key is folded with, apart from all else that it is folded with
 
 
@@ -33,7 +34,7 @@ def make_mined_refresh(rule: MiningRule, mesh: Mesh, *, by_group: bool) -> Refre
     Returns:
       `state -> (state, metrics)`, with new rows in `memory["mined"]`. A row that has not been
       trained on yet has none, and is none's. Metrics are how many negatives a row has, their mean
-      similarity, and the positives'.
+      similarity and their mean rank.
     """
     rule.check()
     axes = mesh.axis_names
@@ -51,16 +52,28 @@ def make_mined_refresh(rule: MiningRule, mesh: Mesh, *, by_group: bool) -> Refre
             for bank in (queries, keys)
         ]
         vectors, positives = (bank.vectors.astype(jnp.float32) for bank in (queries, keys))
-        return mine_negatives(
-            vectors,
-            positives,
-            positives,
-            rule=rule,
-            row_keys=row_keys,
-            query_labels=labels[0],
-            table_labels=labels[1],
-            axis_name=axes,
+
+        def of_block(block: tuple) -> Mined:
+            vectors, own, ours, row_keys = block
+            return mine_negatives(
+                vectors,
+                own,
+                positives,
+                rule=rule,
+                row_keys=row_keys,
+                query_labels=ours,
+                table_labels=labels[1],
+                axis_name=axes,
+            )
+
+        # Block by block, so that no device holds the others' queries all at once.
+        num_blocks = _blocks(vectors.shape[0], most=max(_BLOCK_ROWS // mesh.size, 1))
+        blocks = jax.tree.map(
+            lambda leaf: leaf.reshape(num_blocks, -1, *leaf.shape[1:]),
+            (vectors, positives, labels[0], row_keys),
         )
+        found = jax.lax.map(of_block, blocks)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def refresh(state: TrainState) -> tuple[TrainState, Mapping[str, Scalar]]:
@@ -80,3 +93,8 @@ def make_mined_refresh(rule: MiningRule, mesh: Mesh, *, by_group: bool) -> Refre
         return state._replace(memory=memory), metrics
 
     return refresh
+
+
+def _blocks(rows: int, *, most: int) -> int:
+    """The least number of equal blocks of at most so many rows."""
+    return next(count for count in range(-(-rows // most), rows + 1) if rows % count == 0)

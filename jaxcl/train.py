@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from jaxcl.assignment import uniform_rows
 from jaxcl.build import Program, build_program
 from jaxcl.build_loss import batch_needs
+from jaxcl.build_negatives import check_bank_divides
 from jaxcl.checkpoint import CheckpointError, Checkpoints
 from jaxcl.data.loader import training_batches
 from jaxcl.data.negatives import RowNegatives
@@ -36,7 +37,7 @@ from jaxcl.train_state import TrainState
 from jaxcl.typing import Batch
 from jaxcl.workdir import claim_workdir, lock_workdir
 
-__all__ = ["Stopped", "train"]
+__all__ = ["Stopped", "parse_flags", "train"]
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, such as configs/code_search.py or …py:smoke."
@@ -84,6 +85,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
       Stopped: after SIGTERM or SIGINT, with everything saved.
     """
     program = build_program(config)
+    check_bank_divides(config, program.mesh)
     with lock_workdir(workdir):
         claim_workdir(workdir, config)
         data_dir = Path(config.run.data_dir).expanduser()
@@ -115,15 +117,17 @@ def _run_steps(
         reports = Reports(config, program, writer, advance)
         while step < config.steps:
             batch = next(batches)
-            state, metrics = program.train_step(state, batch)
             step += 1
+            at_end = step == config.steps
+            evaluating = at_end or step % config.run.evaluate_every == 0
+            measured = program.measure(state, batch) if evaluating else {}
+            state, metrics = program.train_step(state, batch)
             reports.add(step, metrics)
             stopping = bool(received)
-            at_end = step == config.steps
-            if at_end or step % config.run.evaluate_every == 0:
+            if evaluating:
                 reports.flush()
                 found = quick_metrics(program, data, state.params["towers"])
-                writer.write(step, found | _floats(program.measure(state, batch)))
+                writer.write(step, found | _floats(measured))
                 reports.restart_clock()
             if program.mine and step % config.negatives.mined.refresh_every == 0 and not at_end:
                 reports.flush()
@@ -228,7 +232,7 @@ def _workdir() -> Path:
     return Path("runs") / "-".join(filter(None, (Path(file).stem, variant)))
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str]) -> list[str]:
     """Absl's parser, but a config or override that is wrong comes as one line."""
     try:
         return app.parse_flags_with_usage(argv)
@@ -244,4 +248,4 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     start_with_huge_pages()
-    app.run(main, flags_parser=_parse_flags)
+    app.run(main, flags_parser=parse_flags)

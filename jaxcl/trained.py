@@ -67,7 +67,7 @@ def _config(workdir: Path) -> ConfigDict:
     config = read_config(workdir)
     with config.unlocked():
         # Nothing is trained here, so that the devices need not be those of the run, nor divide its
-        # batch, and files that only training reads may be gone.
+        # batch.
         config.run.mesh = ConfigDict({"data": -1})
         config.global_batch_size = jax.device_count()
         if "negatives" in config:

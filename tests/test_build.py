@@ -11,6 +11,7 @@ from jaxcl.build_loss import LOSSES, _chunk_sizes
 from jaxcl.mesh import put_batch
 
 RATE = 0.5
+QUEUE = {"negatives.bank.kind": "queue", "negatives.tiers.whole": True}
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_zero():
@@ -101,7 +102,8 @@ def test_estimates_are_the_state_s_memory():
 @pytest.mark.parametrize(("kind", "slots"), [("queue", 12), ("instance", 40)])
 def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
     still = {"optimizer.learning_rate": 1e-9, "model.options.token_dropout": 0.0}
-    changes = {"negatives.bank.kind": kind, "negatives.bank.slots": 12, **still}
+    bank = {"negatives.bank.kind": kind, "negatives.bank.slots": 12}
+    changes = {**bank, "negatives.tiers.whole": True, **still}
     with_bank, without = program_of(**changes), program_of(**still)
     states = [program.init(40) for program in (with_bank, without)]
     losses = []
@@ -130,15 +132,15 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
     [
         ({"negatives.bank.kind": "stack"}, "'stack' is unknown; use one of queue, instance"),
         (
-            {"negatives.bank.kind": "queue", "loss.name": "decoupled"},
+            {**QUEUE, "loss.name": "decoupled"},
             "'decoupled' takes no negatives beside",
         ),
         (
-            {"negatives.bank.kind": "queue", "loss.masks": ()},
+            {**QUEUE, "loss.masks": ()},
             "put 'row' or 'text' among loss.masks",
         ),
         (
-            {"negatives.bank.kind": "queue", "negatives.bank.slots": 0},
+            {**QUEUE, "negatives.bank.slots": 0},
             "negatives.bank.slots=0; set it to at least 1",
         ),
         ({"loss.name": "supervised"}, "'supervised' takes no 'row'; leave it out"),
@@ -161,7 +163,7 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
             "both given; leave one out",
         ),
         (
-            {"negatives.bank.kind": "queue", "loss.matryoshka_dims": (2,)},
+            {**QUEUE, "loss.matryoshka_dims": (2,)},
             "they are whole embeddings",
         ),
         (
@@ -169,8 +171,15 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
             r"draws from a bank; set negatives\.bank\.kind to one of queue, instance",
         ),
         (
-            {"negatives.bank.kind": "queue", "negatives.tiers.uniform": 5},
+            {**QUEUE, "negatives.tiers.uniform": 5},
             r"tiers\.whole has every slot of the bank count already",
+        ),
+        ({"negatives.bank.kind": "queue"}, "nobody reads the bank; set negatives.tiers.whole"),
+        ({**QUEUE, "negatives.bank.dtype": "bf16"}, "dtype='bf16'; use float32, bfloat16"),
+        ({"negatives.momentum_encoder.initial": 0.9}, "nobody reads that encoder"),
+        (
+            {"data.negatives": "some.npz", "loss.matryoshka_dims": (2,)},
+            "they are whole embeddings",
         ),
         ({"negatives.tiers.mixed": -1}, r"tiers\.mixed=-1; 0 is the least"),
         (
@@ -184,7 +193,6 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
         (
             {
                 "negatives.bank.kind": "queue",
-                "negatives.tiers.whole": False,
                 "negatives.tiers.stratified": 4,
                 "data.group_field": None,
             },
@@ -227,7 +235,7 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
             r"loss\.margin=0\.1, but 'distillation' takes none",
         ),
         (
-            {"negatives.bank.kind": "instance", "negatives.bank.momentum": 1.0},
+            {**QUEUE, "negatives.bank.momentum": 1.0},
             "set it to at least 0, below 1",
         ),
     ],

@@ -19,7 +19,6 @@ from jaxcl.check_grad import compare_gradients
         {"data.negatives": "some.npz", "loss.name": "distillation", "loss.masks": ()},
         {
             "negatives.bank.kind": "instance",
-            "negatives.tiers.whole": False,
             "negatives.tiers.uniform": 10,
             "negatives.tiers.stratified": 6,
             "negatives.tiers.nearest": 3,

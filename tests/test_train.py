@@ -204,8 +204,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, uninterrupted, tmp
 @pytest.mark.parametrize(
     "changes",
     [
-        {"negatives.bank.kind": "queue", "negatives.bank.slots": 150},
-        {"negatives.bank.kind": "instance"},
+        {
+            "negatives.bank.kind": "queue",
+            "negatives.bank.slots": 150,
+            "negatives.tiers.whole": True,
+        },
+        {"negatives.bank.kind": "instance", "negatives.tiers.whole": True},
         {"loss.name": "running_estimate", "loss.options": {"temperature_rate": 0.1}},
         {
             "loss.masks": ("text",),
@@ -217,7 +221,6 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, uninterrupted, tmp
             "negatives.mined.per_query": 2,
             "negatives.mined.rank_range": (1, 20),
             "negatives.proportions": "equal",
-            "negatives.tiers.whole": False,
             "negatives.tiers.uniform": 20,
             "negatives.tiers.stratified": 20,
             "negatives.tiers.nearest": 3,

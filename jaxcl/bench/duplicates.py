@@ -3,11 +3,11 @@
     python -m jaxcl.bench duplicates --workdir DIR [--share 0.05] [--copies N] [--steps N]
         [--seeds N] [--json FILE]
 
-DIR is of a run of `python -m jaxcl.train`, whose data and config are taken. A share of the training
-rows is copied, each so many times, so that a row meets its own text as a negative: seldom in the
-batch, nearly always in a bank. Trained are the rows as they are, with copies and masks by row, and
-with copies and masks by text; asked are the copied rows' queries among the keys of all training
-texts, and the held-out queries among theirs.
+DIR is of a run of `python -m jaxcl.train`, whose data and config are taken, with a queue. A share
+of the training rows is copied, each so many times, so that a row meets its own text as a negative:
+seldom in the batch, nearly always in the queue. Trained are the rows as they are and with copies,
+masked by row and by text; asked are the copied rows' queries among the keys of all training texts,
+and the held-out queries among theirs.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def measure(workdir: Path, *, share: float, copies: int, steps: int, seeds: int) -> dict[str, Any]:
-    """Trains all three with several seeds.
+    """Trains all four with several seeds.
 
     Args:
       workdir: of a run.
@@ -64,7 +64,8 @@ def measure(workdir: Path, *, share: float, copies: int, steps: int, seeds: int)
     copied = np.random.default_rng(0).permutation(clean.num_rows)[: int(share * clean.num_rows)]
     planted = with_copies(clean, np.repeat(copied, copies))
     conditions = {
-        "no copies": (clean, "text"),
+        "no copies, masked by row": (clean, "row"),
+        "no copies, masked by text": (clean, "text"),
         "copies, masked by row": (planted, "row"),
         "copies, masked by text": (planted, "text"),
     }
@@ -82,9 +83,11 @@ def measure(workdir: Path, *, share: float, copies: int, steps: int, seeds: int)
                 found.setdefault(f"{asked}: {name}", []).append(figure)
     facts = {}
     for asked in ("copied rows", "held out"):
-        whole, by_row, by_text = (np.mean(found[f"{asked}: {name}"]) for name in conditions)
-        facts[f"lost, {asked}, masked by row"] = float(whole - by_row)
-        facts[f"lost, {asked}, masked by text"] = float(whole - by_text)
+        means = {name: float(np.mean(found[f"{asked}: {name}"])) for name in conditions}
+        for mask in ("row", "text"):
+            facts[f"lost, {asked}, masked by {mask}"] = (
+                means[f"no copies, masked by {mask}"] - means[f"copies, masked by {mask}"]
+            )
     return {
         "shapes": {"rows": clean.num_rows, "copied": len(copied), "copies": copies}
         | {"steps": steps, "seeds": seeds},
@@ -112,6 +115,7 @@ def _config(workdir: Path, *, mask: str, steps: int, seed: int) -> ConfigDict:
     config.steps, config.seed = steps, seed
     config.loss.masks = (mask,)
     config.negatives.bank.kind = "queue"
+    config.negatives.tiers.whole = True
     return config
 
 

@@ -31,8 +31,10 @@ class RowGuides(NamedTuple):
         return {side: getattr(self, side)[rows].astype(np.float32) for side in SIDES}
 
 
-def read_guides(path: Path, *, num_rows: int) -> RowGuides:
+def read_guides(path: Path, *, num_rows: int, source: str | None = None) -> RowGuides:
     """Reads an `.npz` with `query` and `key`, `[rows of the split, any width]` each.
+
+    Where it has a `source`, the fingerprint of the split, that must be the one given.
 
     Raises:
       ValueError: for a file that is missing, damaged, or not of this split.
@@ -41,6 +43,12 @@ def read_guides(path: Path, *, num_rows: int) -> RowGuides:
     width = guide_dim(path)
     with np.load(path) as arrays:
         found = {side: arrays[side] for side in SIDES}
+        made_from = str(arrays["source"]) if "source" in arrays else source
+    if source is not None and made_from != source:
+        raise ValueError(
+            f"data.guides={path} was made from other rows ({made_from}) than the training split's "
+            f"({source}); make it from these"
+        )
     for side, vectors in found.items():
         if vectors.shape != (num_rows, width) or not np.issubdtype(vectors.dtype, np.floating):
             raise ValueError(

@@ -66,7 +66,7 @@ def read_negatives(
         content = path.read_bytes()
         with np.load(path) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"data.negatives={path} cannot be read: {error}") from error
     wanted = ["rows", *["teacher_scores"] * scored]
     missing = [name for name in wanted if name not in found]

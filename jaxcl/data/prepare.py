@@ -85,7 +85,9 @@ def prepare_data(
         fingerprints["negatives"] = negatives.fingerprint
     guides = None
     if config.get("guides") is not None:
-        guides = read_guides(Path(config.guides), num_rows=len(sources["train"]))
+        guides = read_guides(
+            Path(config.guides), num_rows=len(sources["train"]), source=fingerprints["train"]
+        )
         fingerprints["guides"] = guides.fingerprint
     _remember(workdir, fingerprints, name)
     tokenizer = _tokenizer(config, sources["train"], workdir)

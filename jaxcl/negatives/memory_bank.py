@@ -76,7 +76,7 @@ def init_bank(
         written=written,
         head=jnp.int32(0),
         updates=jnp.int32(0),
-        guides=None if guide_dim is None else jnp.zeros((slots, guide_dim), dtype),
+        guides=None if guide_dim is None else jnp.zeros((slots, guide_dim), jnp.float32),
     )
 
 
@@ -91,6 +91,8 @@ def update_queue(
     guides: Float[Array, "b g"] | None = None,
 ) -> MemoryBank:
     """Takes in the embeddings of a global batch, in its order; the oldest make room.
+
+    It goes by slot numbers of the whole bank, outside of `jax.shard_map`.
 
     Any number of slots does for any batch: a batch that has more keys than there are slots leaves
     the last of them.
@@ -127,7 +129,8 @@ def update_instances(
     r"""Moves the slots of a batch's rows towards their embeddings.
 
     $v \leftarrow \operatorname{normalise}(\mu v + (1 - \mu)\, x)$, and $v \leftarrow x$ where
-    nothing was written. Of a row that the batch holds twice, the first embedding counts.
+    nothing was written. Of a row that the batch holds twice, the first embedding counts. It goes by
+    slot numbers of the whole bank, outside of `jax.shard_map`.
 
     Args:
       bank: with a slot for each training row.
@@ -163,8 +166,8 @@ def read_bank(bank: MemoryBank) -> SharedNegatives:
 def mean_age(bank: MemoryBank) -> Float[Array, ""]:
     """How many updates ago a slot was written, on average over those written; 0 without any."""
     written = bank.written >= 0
-    ages = jnp.where(written, bank.updates - 1 - bank.written, 0)
-    return ages.sum() / jnp.maximum(written.sum(), 1).astype(jnp.float32)
+    ages = jnp.where(written, bank.updates - 1 - bank.written, 0).astype(jnp.float32)
+    return ages.sum() / jnp.maximum(written.sum(), 1)  # a sum of int32 would overflow
 
 
 def _written(

@@ -32,11 +32,11 @@ def mixed(
     Reference:
       Kalantidis et al., "Hard Negative Mixing for Contrastive Learning" (MoCHi), 2020, equation 4.
     """
-    uniform = _uniform(keys, 3, count).astype(hardest.dtype)
+    uniform = _uniform(keys, 3, count)
     there = valid.sum(1, dtype=jnp.int32)[:, None]
     first = _below(there, uniform[:, 0])
     second = (first + 1 + _below(there - 1, uniform[:, 1])) % jnp.maximum(there, 1)
-    share = uniform[:, 2, :, None]
+    share = uniform[:, 2, :, None].astype(hardest.dtype)
     mixture = share * _at(hardest, first) + (1 - share) * _at(hardest, second)
     return normalise(mixture), _any(valid, count)
 
@@ -57,8 +57,8 @@ def mixed_with_query(
     Reference:
       The same, equation 5.
     """
-    uniform = _uniform(keys, 2, count).astype(hardest.dtype)
-    share = uniform[:, 1, :, None] / 2
+    uniform = _uniform(keys, 2, count)
+    share = uniform[:, 1, :, None].astype(hardest.dtype) / 2
     drawn = _at(hardest, _below(valid.sum(1, dtype=jnp.int32)[:, None], uniform[:, 0]))
     return normalise(share * queries[:, None] + (1 - share) * drawn), _any(valid, count)
 

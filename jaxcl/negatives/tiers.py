@@ -18,7 +18,7 @@ from jaxcl.ops.nearest import nearest
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.row_tables import fetch_rows
 from jaxcl.ops.vectors import inner_product
-from jaxcl.typing import Array, AxisName, Float, Int, Integer, Key
+from jaxcl.typing import Array, AxisName, Bool, Float, Int, Integer, Key
 
 __all__ = [
     "DrawSource",
@@ -79,7 +79,7 @@ class Strata(NamedTuple):
     """How many slots a stratified draw takes of each group.
 
     Attributes:
-      groups: the groups, ascending.
+      groups: the groups that have any, ascending.
       quotas: slots of each; of a group that has fewer, all are drawn.
     """
 
@@ -143,7 +143,8 @@ def strata_of(
     quotas = np.floor(exact).astype(np.int64)
     missing = count - quotas.sum()
     quotas[np.argsort(quotas - exact, kind="stable")[:missing]] += 1
-    return Strata(jnp.asarray(labels, jnp.int32), jnp.asarray(quotas, jnp.int32))
+    drawn = quotas > 0  # the others would only be counted
+    return Strata(jnp.asarray(labels[drawn], jnp.int32), jnp.asarray(quotas[drawn], jnp.int32))
 
 
 def draw_tiers(
@@ -152,7 +153,9 @@ def draw_tiers(
     keys: Float[Array, "q d"],
     *,
     row_keys: Key[Array, " q"],
-    labels: PairLabels,
+    ids: Integer[Array, " q"],
+    groups: Integer[Array, " q"] | None = None,
+    valid: Bool[Array, " q"] | None = None,
     margin: float | None = None,
     relative_margin: float | None = None,
     guides: tuple[Float[Array, "q g"], Float[Array, "q g"]] | None = None,
@@ -170,7 +173,9 @@ def draw_tiers(
       queries: this device's.
       keys: this device's.
       row_keys: a random key for each of its rows.
-      labels: its rows' ids, and groups if there are any, in `different`; and which are valid.
+      ids: its rows', as for `infonce_loss`.
+      groups: the same.
+      valid: the same.
       margin: as for `infonce_loss`: the nearest are those that its masks leave.
       relative_margin: the same.
       guides: the same.
@@ -188,8 +193,7 @@ def draw_tiers(
     query_guide, key_guide = (None, None) if guides is None else guides
     tiers: dict[str, SharedNegatives | OwnNegatives] = {}
     if source is None:
-        ids, groups = (*labels.different, None, None)[:2]
-        candidates = SharedNegatives(keys, ids, groups, labels.valid, key_guide)
+        candidates = SharedNegatives(keys, ids, groups, valid, key_guide)
     else:
         drawn, candidates = _drawn_by_all(budgets, source, axis_name)
         tiers |= drawn
@@ -197,7 +201,12 @@ def draw_tiers(
     if count:
         hardest = _nearest_of(
             queries,
-            labels._replace(ceiling=ceilings, guide=query_guide),
+            PairLabels(
+                different=(ids,) if groups is None else (ids, groups),
+                valid=valid,
+                ceiling=ceilings,
+                guide=query_guide,
+            ),
             candidates,
             count,
             axis_name,

@@ -6,6 +6,7 @@ import pytest
 from jaxcl.mesh import batch_sharding, make_mesh, replicated_sharding, table_sharding
 from jaxcl.negatives.memory_bank import (
     init_bank,
+    mean_age,
     read_bank,
     update_instances,
     update_queue,
@@ -138,3 +139,11 @@ def test_mistakes_are_named():
             jnp.zeros(1, int),
             momentum=1.0,
         )
+
+
+def test_the_age_of_many_old_slots_does_not_overflow():
+    bank = init_bank(2**20, 1)._replace(
+        written=jnp.zeros(2**20, jnp.int32).at[: 2**19].set(-1), updates=jnp.int32(6_001)
+    )
+    assert float(mean_age(bank)) == pytest.approx(6_000, rel=1e-5)
+    assert float(mean_age(init_bank(4, 1))) == 0
