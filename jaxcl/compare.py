@@ -9,6 +9,7 @@ metrics and the rank of every query, but no checkpoints; the same command goes o
 stopped. `comparison.json` and `comparison.md` hold the table.
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -144,15 +145,14 @@ def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _changed(config: ConfigDict, changes: Mapping[str, Any], *, seed: int) -> ConfigDict:
     changed = config.copy_and_resolve_references()
-    try:
-        changed.update_from_flattened_dict(
-            {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in changes.items()
-            }
-        )
-    except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"settings {dict(changes)} do not fit the config: {error}") from error
+    for name, value in changes.items():
+        *parents, leaf = name.split(".")
+        try:
+            place = functools.reduce(getattr, parents, changed)
+            getattr(place, leaf)  # or it would be made
+            setattr(place, leaf, tuple(value) if isinstance(value, list) else value)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"the setting {name}={value!r} does not fit: {error}") from error
     changed.seed = seed
     return changed
 
