@@ -14,7 +14,11 @@ from jaxcl.negatives.tiers import TierBudgets
 
 
 def get_config(variant: str = "default") -> ConfigDict:
-    """The configuration; `configs/code_search.py:smoke` is the same, shrunk to seconds."""
+    """The configuration.
+
+    `configs/code_search.py:plain` has the batch's own negatives alone, as all losses take them;
+    `…:smoke` is that, shrunk to seconds.
+    """
     config = ConfigDict()
     config.seed = 0
     config.steps = 300
@@ -69,7 +73,9 @@ def get_config(variant: str = "default") -> ConfigDict:
         {"kind": placeholder(str), "slots": 16_384, "momentum": 0.5, "dtype": "float32"}
     )
     # How many negatives a query meets beside the batch's: jaxcl.negatives.tiers explains them.
-    config.negatives.tiers = ConfigDict(TierBudgets()._asdict())
+    # Made ones help here (README: Negatives beyond the batch).
+    made = TierBudgets(mixed=16, mixed_with_query=8, perturbed=8, hardest=32)
+    config.negatives.tiers = ConfigDict(made._asdict())
     # Mined from the instance bank every so many steps, then read and encoded with the batch.
     config.negatives.mined = ConfigDict(
         {"refresh_every": placeholder(int), "per_query": 4, "rank_range": (10, 100)}
@@ -117,6 +123,8 @@ def get_config(variant: str = "default") -> ConfigDict:
         config.global_batch_size = 64
         config.data.code_pairs.max_pairs = 600
         config.optimizer.warmup_steps = 2
-    elif variant != "default":
-        raise ValueError(f"variant {variant!r} is unknown; use default or smoke")
+    elif variant not in ("default", "plain"):
+        raise ValueError(f"variant {variant!r} is unknown; use default, plain or smoke")
+    if variant != "default":
+        config.negatives.tiers = ConfigDict(TierBudgets()._asdict())
     return config

@@ -7,12 +7,14 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import code_search
+from jaxcl.negatives.tiers import TierBudgets
 
 
 def get_config(variant: str = "default") -> ConfigDict:
     """`code_search.get_config` with another model, its optimiser and shorter keys."""
     config = code_search.get_config(variant)
     config.data.max_tokens = ConfigDict({"query": 64, "key": 256})
+    config.negatives.tiers = ConfigDict(TierBudgets()._asdict())  # made ones are not measured here
     config.data.distinct_tokens = False
     config.model.name = "transformer"
     config.model.dim = 384

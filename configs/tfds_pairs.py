@@ -8,12 +8,14 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import code_search
+from jaxcl.negatives.tiers import TierBudgets
 
 
 def get_config(variant: str = "default") -> ConfigDict:
     """`code_search.get_config` over another data set: no function names, groups only if named."""
     config = code_search.get_config(variant)
     del config.data.code_pairs
+    config.negatives.tiers = ConfigDict(TierBudgets()._asdict())  # made ones are not measured here
     config.data.name = placeholder(str)
     config.data.splits = ConfigDict({"train": "train[:95%]", "validation": "train[95%:]"})
     config.data.group_field = placeholder(str)

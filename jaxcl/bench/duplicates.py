@@ -114,6 +114,7 @@ def _config(workdir: Path, *, mask: str, steps: int, seed: int) -> ConfigDict:
     config = read_config(workdir)
     config.steps, config.seed = steps, seed
     config.loss.masks = (mask,)
+    config.optimizer.warmup_steps = max(1, steps // 10)
     config.negatives.bank.kind = "queue"
     config.negatives.tiers.whole = True
     return config
