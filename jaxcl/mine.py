@@ -30,7 +30,7 @@ from rich.table import Table
 from jaxcl.block_file import BlockFile
 from jaxcl.checkpoint import CheckpointError
 from jaxcl.data.sources import PairSource
-from jaxcl.data.token_table import TokenTable, build_token_table
+from jaxcl.data.token_table import TokenTable
 from jaxcl.mesh import fetch, put_batch
 from jaxcl.models.towers import SIDES
 from jaxcl.negatives.mining import Mined, MiningRule, mine_negatives
@@ -109,7 +109,7 @@ def mine(
     if split not in run.sources:
         raise ValueError(f"split={split!r} is unknown; the run has {', '.join(run.sources)}")
     source = run.sources[split]
-    table = _token_table(run, source)
+    table = run.token_table(split)
     if table.num_rows <= rule.rank_range[0]:
         raise ValueError(f"the split has {table.num_rows} rows, none of rank {rule.rank_range[0]}")
     folder = _work_folder(Path(workdir), run, split)
@@ -137,20 +137,6 @@ def mine(
     write_whole(out.with_suffix(".report.json"), json.dumps(report, indent=2) + "\n")
     write_whole(out.with_suffix(".examples.md"), _examples(source, found, positives, seed))
     return report
-
-
-def _token_table(run: Trained, source: PairSource) -> TokenTable:
-    config = run.config
-    with progress_bar("tokenising", len(source)) as advance:
-        return build_token_table(
-            source,
-            run.tokenizer,
-            max_tokens=dict(config.data.max_tokens),
-            add_cls=config.data.add_cls,
-            distinct=config.data.distinct_tokens,
-            directory=Path(config.run.data_dir).expanduser() / "tokens",
-            advance=advance,
-        )
 
 
 def _work_folder(workdir: Path, run: Trained, split: str) -> Path:

@@ -13,7 +13,9 @@ from tokenizers import Tokenizer
 from jaxcl.build import Program, build_program
 from jaxcl.checkpoint import Checkpoints, checksum
 from jaxcl.data.sources import PairSource, open_pairs
+from jaxcl.data.token_table import TokenTable, build_token_table
 from jaxcl.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from jaxcl.progress import progress_bar
 from jaxcl.typing import PyTree
 from jaxcl.workdir import read_config
 
@@ -38,6 +40,20 @@ class Trained(NamedTuple):
     program: Program
     params: PyTree
     made_from: dict[str, Any]
+
+    def token_table(self, split: str) -> TokenTable:
+        """A split's pairs as token ids."""
+        source, config = self.sources[split], self.config
+        with progress_bar(f"tokenising {split}", len(source)) as advance:
+            return build_token_table(
+                source,
+                self.tokenizer,
+                max_tokens=dict(config.data.max_tokens),
+                add_cls=config.data.add_cls,
+                distinct=config.data.distinct_tokens,
+                directory=Path(config.run.data_dir).expanduser() / "tokens",
+                advance=advance,
+            )
 
 
 def open_trained(workdir: Path) -> Trained:

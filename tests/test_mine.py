@@ -62,7 +62,7 @@ def folder(tmp_path_factory) -> Path:
 
 def embeddings(workdir):
     run = open_trained(workdir)
-    table = miner._token_table(run, run.sources["train"])
+    table = run.token_table("train")
     sides = [
         run.program.embed(run.params, side, table.side(side, np.arange(table.num_rows))["tokens"])
         for side in ("query", "key")

@@ -22,12 +22,12 @@ from ml_collections import ConfigDict
 from jaxcl.assignment import uniform_rows
 from jaxcl.build import Program, build_program
 from jaxcl.data.loader import training_batches
-from jaxcl.data.token_table import TokenTable, build_token_table
+from jaxcl.data.token_table import TokenTable
 from jaxcl.metrics import mrr_metric
 from jaxcl.models.towers import SIDES
 from jaxcl.progress import progress_bar
 from jaxcl.retrieval import evaluate_retrieval
-from jaxcl.trained import Trained, open_trained
+from jaxcl.trained import open_trained
 from jaxcl.typing import PyTree
 from jaxcl.workdir import read_config
 
@@ -59,7 +59,7 @@ def measure(workdir: Path, *, share: float, copies: int, steps: int, seeds: int)
       The record that `jaxcl.bench` prints: MRR@10 of each seed.
     """
     run = open_trained(workdir)
-    tables = {split: _table(run, split) for split in ("train", "validation")}
+    tables = {split: run.token_table(split) for split in ("train", "validation")}
     clean = tables["train"]
     copied = np.random.default_rng(0).permutation(clean.num_rows)[: int(share * clean.num_rows)]
     planted = with_copies(clean, np.repeat(copied, copies))
@@ -118,18 +118,6 @@ def _config(workdir: Path, *, mask: str, steps: int, seed: int) -> ConfigDict:
     config.negatives.bank.kind = "queue"
     config.negatives.tiers.whole = True
     return config
-
-
-def _table(run: Trained, split: str) -> TokenTable:
-    config = run.config
-    return build_token_table(
-        run.sources[split],
-        run.tokenizer,
-        max_tokens=dict(config.data.max_tokens),
-        add_cls=config.data.add_cls,
-        distinct=config.data.distinct_tokens,
-        directory=Path(config.run.data_dir).expanduser() / "tokens",
-    )
 
 
 def _trained(config: ConfigDict, program: Program, table: TokenTable, what: str) -> PyTree:
