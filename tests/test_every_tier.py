@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxcl.batch_loss import BeyondBatch, make_loss
+from jaxcl.checkpoint import Checkpoints
 from jaxcl.losses import infonce_loss
 from jaxcl.mesh import make_mesh, put_batch
 from jaxcl.negatives.memory_bank import init_bank, update_instances
@@ -17,7 +18,7 @@ from jaxcl.negatives.tiers import TierBudgets, strata_of
 from jaxcl.refresh import make_mined_refresh
 from jaxcl.train_state import TrainState
 from jaxcl.train_step import TemperatureBounds, make_train_step, state_sharding
-from tests.helpers import relative_error
+from tests.helpers import bits, relative_error
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -34,6 +35,7 @@ BUDGETS = TierBudgets(
 )
 RULE = MiningRule(per_query=2, rank_range=(1, 7), relative_margin=0.02)
 LEARNING_RATE, BANK_MOMENTUM, TOWER_MOMENTUM, RELATIVE_MARGIN = 0.3, 0.4, 0.9, 0.05
+OPTIMIZER = optax.sgd(LEARNING_RATE)
 BOUNDS = TemperatureBounds(initial=0.2, minimum=0.01, maximum=1.0)
 TEXT = np.arange(ROWS) // 2 * 2  # rows of one text in pairs
 GROUP = np.arange(ROWS) % 3 * 10
@@ -69,14 +71,15 @@ def batch_of(step, mined):
     return {"query": tokens, "key": tokens, "negatives": explicit, **labels(rows)}
 
 
-def train_in_jax(devices, *, budgets=BUDGETS, gradient=False):
+def functions(devices, *, gradient=False):
+    """A mesh of so many devices, and what trains on it."""
     mesh = make_mesh({"data": devices}, devices=jax.devices()[:devices])
 
     def update(bank, vectors, rows, ids, groups, guides):
         return update_instances(bank, vectors, rows, groups, momentum=BANK_MOMENTUM, ids=ids)
 
     beyond = BeyondBatch(
-        budgets._replace(gradient=gradient),
+        BUDGETS._replace(gradient=gradient),
         {"query": update, "key": update},
         guide=None,
         margins={"relative_margin": RELATIVE_MARGIN},
@@ -86,11 +89,13 @@ def train_in_jax(devices, *, budgets=BUDGETS, gradient=False):
         return infonce_loss(*sides, relative_margin=RELATIVE_MARGIN, **keywords)
 
     loss = make_loss(encode, loss_fn, mesh, masks={"ids": "text"}, beyond=beyond)
-    optimizer = optax.sgd(LEARNING_RATE)
     step_fn = make_train_step(
-        loss, optimizer, mesh, temperature=BOUNDS, momentum=lambda step: jnp.float64(TOWER_MOMENTUM)
+        loss, OPTIMIZER, mesh, temperature=BOUNDS, momentum=lambda step: jnp.float64(TOWER_MOMENTUM)
     )
-    refresh = make_mined_refresh(RULE, mesh, by_group=False)
+    return mesh, step_fn, make_mined_refresh(RULE, mesh, by_group=False)
+
+
+def initial_state():
     params = {
         "towers": jax.tree.map(jnp.asarray, initial()),
         "log_temperature": jnp.log(jnp.float64(BOUNDS.initial)),
@@ -103,10 +108,19 @@ def train_in_jax(devices, *, budgets=BUDGETS, gradient=False):
         "mined": jnp.full((1_024, RULE.per_query), -1, jnp.int32),
         "strata": strata_of(GROUP, count=BUDGETS.stratified, proportions={0: 2, 10: 3}),
     }
-    state = TrainState(jnp.int32(0), params, optimizer.init(params), memory, jax.random.key(7))
+    return TrainState(jnp.int32(0), params, OPTIMIZER.init(params), memory, jax.random.key(7))
+
+
+def train_in_jax(devices, *, gradient=False, move=None):
+    """The state after all steps and their losses; `move` is (step, devices, folder)."""
+    mesh, step_fn, refresh = functions(devices, gradient=gradient)
+    state = initial_state()
     state = jax.device_put(state, state_sharding(mesh, state))
     losses = []
     for step in range(STEPS):
+        if move is not None and step == move[0]:
+            mesh, step_fn, refresh = functions(move[1])
+            state = moved(state, step, mesh, move[2])
         batch = batch_of(step, np.asarray(state.memory["mined"]))
         state, metrics = step_fn(state, put_batch(batch, mesh))
         losses.append(float(metrics.loss))
@@ -114,6 +128,30 @@ def train_in_jax(devices, *, budgets=BUDGETS, gradient=False):
             state, found = refresh(state)
             assert float(found["mined/per_row"]) > 1
     return jax.device_get(state._replace(key=jnp.zeros(()))), losses
+
+
+def moved(state, step, mesh, folder):
+    """The same state, saved in float32, as runs are, and read by the devices of another mesh."""
+    state = cast(state, jnp.float32)
+    before = jax.device_get(state.memory)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(step, state)
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_sharding(mesh, state),
+    )
+    with Checkpoints(folder) as checkpoints:
+        state = checkpoints.restore_latest(abstract).state
+    assert state.memory["bank"]["key"].vectors.sharding.mesh == mesh
+    assert jax.tree.map(bits, before) == jax.tree.map(bits, state.memory)
+    return cast(state, jnp.float64)
+
+
+def cast(state, dtype):
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, state
+    )
 
 
 class Restated:
@@ -321,7 +359,7 @@ def restated(*, gradient=False):
     return Restated(gradient=gradient).run()
 
 
-def assert_same(state, losses, wanted):
+def assert_same(state, losses, wanted, *, tolerance=1e-10):
     pairs = {
         "losses": (losses, wanted.losses),
         "log_temperature": (state.params["log_temperature"], wanted.log_temperature),
@@ -339,7 +377,7 @@ def assert_same(state, losses, wanted):
         },
     }
     errors = {name: relative_error(*pair) for name, pair in pairs.items()}
-    assert max(errors.values()) < 1e-10, errors
+    assert max(errors.values()) < tolerance, errors
     np.testing.assert_array_equal(state.memory["mined"][:ROWS], wanted.mined)
 
 
@@ -347,6 +385,11 @@ def assert_same(state, losses, wanted):
 def test_every_tier_trains_as_written_out_in_numpy(devices):
     assert (restated().mined >= 0).any(1).sum() > ROWS / 2
     assert_same(*train_in_jax(devices), restated())
+
+
+def test_a_run_moves_from_8_devices_to_4_with_all_that_it_remembers(tmp_path):
+    moved_run = train_in_jax(8, move=(REFRESH_AT + 1, 4, tmp_path / "run"))
+    assert_same(*moved_run, restated(), tolerance=1e-6)  # it was saved in float32
 
 
 def test_synthetic_negatives_may_have_gradients():

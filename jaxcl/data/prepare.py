@@ -38,8 +38,8 @@ class RunData(NamedTuple):
     sources: Mapping[str, PairSource]
     tables: Mapping[str, TokenTable]
     tokenizer: Tokenizer
-    negatives: RowNegatives | None
-    guides: RowGuides | None
+    negatives: RowNegatives | None = None
+    guides: RowGuides | None = None
 
 
 def prepare_data(
