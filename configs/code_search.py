@@ -3,8 +3,8 @@
     python -m jaxcl.train --config configs/code_search.py
 
 On 2 CPU cores: 300 steps in 52 s, 81 s in all with the data and the evaluation, for the 19,173
-functions of jaxcl's own environment. MRR@10 of the embedder on unseen files .643 ± .010 (BM25 .495),
-of the hybrid on the standard library, which it never saw, .456 ± .007 (BM25 .366).
+functions of jaxcl's own environment. MRR@10 of the embedder on unseen files .643 ± .010 (BM25
+.495), of the hybrid on the standard library, which it never saw, .456 ± .007 (BM25 .366).
 """
 
 from ml_collections import ConfigDict
