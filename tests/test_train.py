@@ -209,7 +209,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, uninterrupted, tmp
             "negatives.bank.slots": 150,
             "negatives.tiers.whole": True,
         },
-        {"negatives.bank.kind": "instance", "negatives.tiers.whole": True},
+        pytest.param(  # which "every tier" has, too
+            {"negatives.bank.kind": "instance", "negatives.tiers.whole": True},
+            marks=pytest.mark.slow,
+        ),
         {"loss.name": "running_estimate", "loss.options": {"temperature_rate": 0.1}},
         {
             "loss.masks": ("text",),
@@ -249,7 +252,7 @@ def test_a_run_with_a_memory_goes_on_as_if_it_had_not_stopped(tiny, tmp_path, mo
         assert last["bank/key/age"] > 0
 
 
-@pytest.mark.parametrize("loss", ["infonce", "distillation"])
+@pytest.mark.parametrize("loss", ["infonce", pytest.param("distillation", marks=pytest.mark.slow)])
 def test_explicit_negatives_of_a_file_are_trained_on_and_their_run_goes_on(
     tiny, tmp_path, monkeypatch, loss
 ):
