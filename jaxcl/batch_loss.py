@@ -190,8 +190,7 @@ class _Arrangement(NamedTuple):
         rows: Any = PartitionSpec(axes)
         whole: Any = PartitionSpec()
         slots = MemoryBank(rows, rows, rows, rows, whole, whole, rows)
-        by_slot: Any = PartitionSpec(None, axes)
-        source = DrawSource(slots, by_slot, whole)
+        source = DrawSource(slots, rows, rows, whole)
         parts: Any = _Arguments(rows, rows, whole, rows, rows, source)
 
         def checked(given: _Arguments) -> PyTree:
@@ -263,9 +262,11 @@ class _Arrangement(NamedTuple):
         bank, budgets = memory["bank"]["key"], self.beyond.budgets
         if self.beyond.guide == "momentum":
             bank = bank._replace(guides=bank.vectors)  # which that encoder wrote
-        draws = budgets.uniform or budgets.stratified
-        priority = priorities(key, bank.ids.shape[0]) if draws else None
-        return DrawSource(bank, priority, memory.get("strata"))
+        uniform, stratified = (
+            priorities(jax.random.fold_in(key, number), bank.ids.shape[0]) if count else None
+            for number, count in enumerate((budgets.uniform, budgets.stratified))
+        )
+        return DrawSource(bank, uniform, stratified, memory.get("strata"))
 
     def updated_banks(
         self, banks: Mapping[str, MemoryBank], remembered: Mapping[str, Embeddings], batch: Batch

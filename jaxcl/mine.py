@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             given.workdir, out, split=given.split, rule=rule, masks=given.masks, seed=given.seed
         )
         rich.print(_as_table(report))
-        say(f"train on them with --config.data.negatives={out}")
+        if given.split == "train":
+            say(f"train on them with --config.data.negatives={out}")
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from there")
         sys.exit(130)

@@ -20,7 +20,7 @@ Refresh = Callable[[TrainState], tuple[TrainState, Mapping[str, Scalar]]]
 """`state -> (state, metrics)`; the state is donated."""
 
 _BLOCK_ROWS = 4_096  # queries of all devices that are searched for at a time
-_MINING = 2_000  # what the run's key is folded with, apart from all else that it is folded with
+_MINING = 2**31  # what the run's key is folded with: greater than any step, with which it is, too
 
 
 def make_mined_refresh(rule: MiningRule, mesh: Mesh, *, by_group: bool) -> Refresh:

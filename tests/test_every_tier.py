@@ -326,7 +326,7 @@ class Restated:
         return found
 
     def refresh(self, step):
-        key = jax.random.fold_in(jax.random.fold_in(self.key, 2_000), step)
+        key = jax.random.fold_in(jax.random.fold_in(self.key, 2**31), step)
         first, last = RULE.rank_range
         for row in np.flatnonzero(self.written):
             query, positive = self.bank["query"][row], self.bank["key"][row]

@@ -184,12 +184,8 @@ def _of_own(
     counted = jnp.ones(similarities.shape, bool)
     if negatives.valid is not None:
         counted &= negatives.valid
-    for ours, theirs in (
-        (comparison.ids, negatives.ids),
-        (comparison.groups, negatives.groups),
-    ):
-        if ours is not None and theirs is not None:
-            counted &= theirs != ours[:, None]
+    for ours, theirs in _compared(comparison, negatives):
+        counted &= theirs != ours[:, None]
     if ceilings is not None:
         judged = lax.stop_gradient(similarities)
         if comparison.guides is not None and negatives.guides is not None:
@@ -237,12 +233,16 @@ def _by_row(reduce: Reduce) -> bool:
 def _labels(
     comparison: Comparison, negatives: SharedNegatives, ceilings: Float[Array, " q"] | None
 ) -> tuple[PairLabels, PairLabels]:
-    ours: tuple[Array, ...] = ()
-    theirs: tuple[Array, ...] = ()
-    for own, others in ((comparison.ids, negatives.ids), (comparison.groups, negatives.groups)):
-        if own is not None and others is not None:
-            ours, theirs = (*ours, own), (*theirs, others)
+    compared = _compared(comparison, negatives)
     return (
-        PairLabels(different=ours, valid=comparison.valid, ceiling=ceilings),
-        PairLabels(different=theirs, valid=negatives.valid),
+        PairLabels(tuple(ours for ours, _ in compared), valid=comparison.valid, ceiling=ceilings),
+        PairLabels(tuple(theirs for _, theirs in compared), valid=negatives.valid),
     )
+
+
+def _compared(
+    comparison: Comparison, negatives: SharedNegatives | OwnNegatives
+) -> list[tuple[Array, Array]]:
+    """The labels of rows and of negatives that must differ, where both have them."""
+    pairs = ((comparison.ids, negatives.ids), (comparison.groups, negatives.groups))
+    return [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]

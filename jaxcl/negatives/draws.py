@@ -7,26 +7,18 @@ from jax import lax
 from jaxcl.ops.varying import as_varying
 from jaxcl.typing import Array, AxisName, Bool, Int, Integer, Key
 
-__all__ = ["DRAWN", "draw_slots", "priorities"]
-
-DRAWN = ("uniform", "stratified")
-"""What is drawn, each by random numbers of its own."""
+__all__ = ["draw_slots", "priorities"]
 
 _DIGITS = 256  # of the base in which priorities are compared
 
 
-def priorities(key: Key[Array, ""], num_slots: int) -> Integer[Array, "_ m"]:
-    """The random numbers of a step by which slots are drawn: for `uniform`, and for `stratified`.
+def priorities(key: Key[Array, ""], num_slots: int) -> Integer[Array, " m"]:
+    """The random numbers of a draw, by which slots come first.
 
     Made outside of `jax.shard_map`, they are the same on any number of devices, and each device
     makes those of its own slots.
     """
-    return jnp.stack(
-        [
-            jax.random.bits(jax.random.fold_in(key, number), (num_slots,), jnp.uint32)
-            for number in range(len(DRAWN))
-        ]
-    )
+    return jax.random.bits(key, (num_slots,), jnp.uint32)
 
 
 def draw_slots(

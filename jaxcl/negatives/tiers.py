@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcl.negatives.draws import DRAWN, draw_slots
+from jaxcl.negatives.draws import draw_slots
 from jaxcl.negatives.masks import similarity_ceilings
 from jaxcl.negatives.memory_bank import MemoryBank, read_bank
 from jaxcl.negatives.sets import OwnNegatives, SharedNegatives
@@ -92,12 +92,14 @@ class DrawSource(NamedTuple):
 
     Attributes:
       bank: this device's share.
-      priority: its slots' part of `priorities`, for `uniform` and `stratified`.
+      uniform: its slots' part of the `priorities` of that draw, where there is one.
+      stratified: the same.
       strata: for `stratified`.
     """
 
     bank: MemoryBank
-    priority: Integer[Array, "_ m"] | None = None
+    uniform: Integer[Array, " m"] | None = None
+    stratified: Integer[Array, " m"] | None = None
     strata: Strata | None = None
 
 
@@ -227,8 +229,7 @@ def _drawn_by_all(
     tiers = {"bank": slots} if budgets.whole else {}
 
     def draw(name: str, stratum: Array, quotas: Array, count: int) -> Array:
-        assert source.priority is not None
-        priority = source.priority[DRAWN.index(name)]
+        priority = getattr(source, name)
         drawn = draw_slots(priority, stratum, quotas, count=count, axis_name=axis_name)
         tiers[name] = _share_of(drawn, slots, axis_name)
         return free & ~_here(drawn, free.shape[0], axis_name)

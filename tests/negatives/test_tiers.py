@@ -49,7 +49,7 @@ def drawn(key, *, count, quotas=None, stratum=None, devices=1):
     """What each device takes for the drawn slots, a row each."""
     stratum = jnp.where(bank_of().written >= 0, 0, 1) if stratum is None else stratum
     quotas = jnp.array([count]) if quotas is None else quotas
-    return np.asarray(finder(count, devices)(priorities(key, SLOTS)[0], stratum, quotas))
+    return np.asarray(finder(count, devices)(priorities(key, SLOTS), stratum, quotas))
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -178,8 +178,9 @@ def tiers_on(devices, budgets, *, bank=True, margin=None, lower=False):
     numbers = jnp.arange(QUERIES)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), numbers)
     strata = strata_of(np.arange(4) * 10, count=budgets.stratified)
-    source = DrawSource(bank_of(), priorities(jax.random.key(0), SLOTS), strata) if bank else None
-    parts = DrawSource(slots, PartitionSpec(None, "data"), whole) if bank else None
+    numbers_of = [priorities(jax.random.key(seed), SLOTS) for seed in range(2)]
+    source = DrawSource(bank_of(), *numbers_of, strata) if bank else None
+    parts = DrawSource(slots, rows, rows, whole) if bank else None
 
     def local(queries, keys, ids, row_keys, source):
         return draw_tiers(
