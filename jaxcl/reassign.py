@@ -36,7 +36,7 @@ __all__ = ["RunBatches"]
 
 RowsOfStep = Callable[[int], Int[np.ndarray, " b"]]
 
-_MEASURED_ROWS = 4_096
+_MEASURED_ROWS = 1_024  # or a batch: each costs two passes over all rows
 _REASSIGNING = 2**31 + 1  # what the run's key is folded with: greater than any step, as in refresh
 
 

@@ -5,7 +5,6 @@ over all: $\log Z_\text{all} - \log Z_\text{batch} \ge 0$ is what the row's batc
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,24 +14,17 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxcl.ops.nearest import nearest
-from jaxcl.ops.pairs import Labels, PairLabels, pair_logsumexp
-from jaxcl.ops.row_tables import fetch_rows
-from jaxcl.ops.vectors import inner_product, inner_products, normalise
+from jaxcl.assignment.row_gaps import row_gaps
+from jaxcl.ops.pairs import Labels
 from jaxcl.typing import Array, AxisName, Float, Int, Integer, Key, Scalar
 
 __all__ = [
     "GapMeasure",
     "GapReport",
-    "RowGaps",
     "make_gap_measure",
     "measure_gap",
-    "row_gaps",
     "sample_batches",
 ]
-
-_NEIGHBOURS = 10
-_BLOCK_ROWS = 256  # rows of a batch that are held against the whole of it at a time
 
 
 class GapReport(NamedTuple):
@@ -62,26 +54,6 @@ class GapReport(NamedTuple):
     bound: Scalar
     neighbours: Scalar
     near_duplicates: Scalar
-
-
-class RowGaps(NamedTuple):
-    """Each row's part in a `GapReport`, batch after batch.
-
-    Attributes:
-      train_loss: in its batch.
-      gap: to its loss among all rows.
-      random_gap: the gap in a batch of random rows.
-      bound: of the gap.
-      neighbours: the share of its nearest rows that are in its batch.
-      near_duplicates: how many rows behind it in its batch are almost the same.
-    """
-
-    train_loss: Float[Array, " q"]
-    gap: Float[Array, " q"]
-    random_gap: Float[Array, " q"]
-    bound: Float[Array, " q"]
-    neighbours: Float[Array, " q"]
-    near_duplicates: Float[Array, " q"]
 
 
 GapMeasure = Callable[..., GapReport]
@@ -248,189 +220,3 @@ def make_gap_measure(mesh: Mesh, *, num_rows: int, near_duplicate: float = 0.95)
         return measured(queries, keys, rows, temperature, key, different)
 
     return measure
-
-
-def row_gaps(
-    queries: Float[Array, "n d"],
-    keys: Float[Array, "n d"],
-    rows: Int[Array, "batches b"],
-    *,
-    temperature: float | Scalar,
-    key: Key[Array, ""],
-    num_rows: int,
-    axis_name: AxisName | None = None,
-    different: tuple[Labels, ...] = (),
-    near_duplicate: float = 0.95,
-) -> RowGaps:
-    """What `measure_gap` takes means of, arguments as there.
-
-    Returns:
-      This device's share of the batches, row after row. The last ones may be none, where batches do
-      not divide over the devices.
-    """
-    if rows.size > num_rows:
-        raise ValueError(
-            f"batches of {rows.size} rows in all, of a data set of {num_rows}; sample fewer, so "
-            "that each row is in one at most"
-        )
-    batch_size = rows.shape[1]
-    table = _table(queries, keys, rows, different, axis_name)
-    fetch = functools.partial(fetch_rows, table, axis_name=axis_name, constant=True)
-    mates = jax.random.permutation(key, num_rows)[: rows.size].reshape(rows.shape)
-    log_sums = functools.partial(_log_sums, temperature=temperature)
-
-    def of_batch(batch: tuple[_Rows, _Rows]) -> tuple[Array, Array, Array]:
-        ours, mates = batch
-        own = log_sums(ours, ours, _labels(ours, ours.ids), _labels(ours, ours.ids))
-        # All have the mates but the last one; it stands in for a row among its own mates.
-        among = jnp.isin(ours.ids, mates.ids[:-1]).astype(jnp.int32)
-        spare = jnp.full(batch_size, -1, jnp.int32).at[-1].set(0)
-        random = log_sums(
-            ours, mates, _labels(ours, ours.ids, among), _labels(mates, mates.ids, spare)
-        )
-        return own, random, _near_duplicates(ours, near_duplicate)
-
-    batches = fetch(_share(rows, axis_name)), fetch(_share(mates, axis_name))
-    ours, own, random, near_duplicates = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]),
-        (batches[0], *lax.map(of_batch, batches)),
-    )
-    there = table.ids < num_rows
-    outside = _labels(ours, ours.batch), _labels(table, table.batch, valid=there)
-    missing = log_sums(ours, table, *outside, axis_name=axis_name)
-    hardest = _greatest(ours, table, *outside, axis_name=axis_name)
-    found = nearest(
-        jnp.concatenate([ours.queries, ours.keys], 1),
-        jnp.concatenate([table.keys, table.queries], 1),
-        count=_NEIGHBOURS,
-        query_labels=_labels(ours, ours.ids),
-        table_labels=_labels(table, table.ids, valid=there),
-        axis_name=axis_name,
-    ).rows
-    theirs = fetch_rows(table.batch, found, axis_name=axis_name, constant=True)
-    inside = (found >= 0) & (theirs == ours.batch[:, None])
-
-    positives = inner_product(ours.queries, ours.keys)[:, None] / temperature
-    in_batch, in_random = jnp.logaddexp(positives, own), jnp.logaddexp(positives, random)
-    others = math.log(num_rows - batch_size) if num_rows > batch_size else -math.inf
-    return RowGaps(
-        # Without the difference of two large numbers.
-        train_loss=jax.nn.softplus(own - positives).mean(1),
-        gap=jax.nn.softplus(missing - in_batch).mean(1),
-        random_gap=(jnp.logaddexp(in_batch, missing) - in_random).mean(1),
-        bound=jax.nn.softplus(others + hardest / temperature - in_batch).mean(1),
-        neighbours=inside.sum(1) / jnp.maximum((found >= 0).sum(1), 1),
-        near_duplicates=near_duplicates.astype(positives.dtype),
-    )
-
-
-class _Rows(NamedTuple):
-    """Pairs and what is known of them.
-
-    Attributes:
-      queries: one side.
-      keys: the other.
-      ids: row numbers in the whole data set.
-      batch: which of the measured batches a row is in; −1 for none.
-      different: labels by which two must differ.
-    """
-
-    queries: Float[Array, "*r d"]
-    keys: Float[Array, "*r d"]
-    ids: Int[Array, "*r"]
-    batch: Int[Array, "*r"]
-    different: tuple[Array, ...]
-
-
-def _table(
-    queries: Array, keys: Array, rows: Array, different: tuple, axis_name: AxisName | None
-) -> _Rows:
-    """This device's rows."""
-    here = queries.shape[0]
-    first = 0 if axis_name is None else lax.axis_index(axis_name) * here
-    place = rows - first
-    place = jnp.where((place >= 0) & (place < here), place, here)  # `here` is out
-    numbers = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
-    batch = jnp.full(here, -1, jnp.int32).at[place].set(numbers, mode="drop")
-    ids = first + jnp.arange(here, dtype=jnp.int32)
-    return _Rows(*lax.stop_gradient((queries, keys)), ids, batch, different)
-
-
-def _share(rows: Int[Array, "batches b"], axis_name: AxisName | None) -> Int[Array, "_ b"]:
-    """This device's batches, filled up with rows that are none."""
-    if axis_name is None:
-        return rows
-    size = lax.axis_size(axis_name)
-    per_device = -(-rows.shape[0] // size)
-    missing = per_device * size - rows.shape[0]
-    filled = jnp.pad(rows, ((0, missing), (0, 0)), constant_values=-1)
-    return lax.dynamic_slice_in_dim(filled, lax.axis_index(axis_name) * per_device, per_device)
-
-
-def _labels(rows: _Rows, *more: Array, valid: Array | None = None) -> PairLabels:
-    return PairLabels(different=(*more, *rows.different), valid=valid)
-
-
-def _log_sums(
-    ours: _Rows,
-    theirs: _Rows,
-    our_labels: PairLabels,
-    their_labels: PairLabels,
-    *,
-    temperature: float | Scalar,
-    axis_name: AxisName | None = None,
-) -> Float[Array, "q 2"]:
-    """Our queries' log-sum-exp over their keys, and our keys' over their queries."""
-
-    def columns(ours: Array, theirs: Array) -> Array:
-        # As columns, since those are what travels.
-        return pair_logsumexp(
-            theirs,
-            ours,
-            temperature=temperature,
-            query_labels=their_labels,
-            key_labels=our_labels,
-            axis_name=axis_name,
-        )[1]
-
-    return _both_ways(columns, ours, theirs)
-
-
-def _greatest(
-    ours: _Rows,
-    theirs: _Rows,
-    our_labels: PairLabels,
-    their_labels: PairLabels,
-    *,
-    axis_name: AxisName | None,
-) -> Float[Array, "q 2"]:
-    """Our queries' greatest similarity to their keys, and our keys' to their queries."""
-    best = functools.partial(
-        nearest,
-        count=1,
-        query_labels=our_labels,
-        table_labels=their_labels,
-        axis_name=axis_name,
-    )
-    return _both_ways(lambda ours, theirs: best(ours, theirs).similarities[:, 0], ours, theirs)
-
-
-def _both_ways(reduce: Callable[[Array, Array], Array], ours: _Rows, theirs: _Rows) -> Array:
-    return jnp.stack([reduce(ours.queries, theirs.keys), reduce(ours.keys, theirs.queries)], 1)
-
-
-def _near_duplicates(rows: _Rows, threshold: float) -> Int[Array, " b"]:
-    """How many of the rows behind each have almost its query or its key."""
-    wide = jnp.promote_types(rows.queries.dtype, jnp.float32)
-    sides = [normalise(side.astype(wide)) for side in (rows.queries, rows.keys)]
-    places = jnp.arange(rows.ids.shape[0], dtype=jnp.int32)
-
-    def of_row(row: tuple[Array, list[Array]]) -> Array:
-        place, ours = row
-        query, key = (
-            inner_products(one[None], side)[0] > threshold
-            for one, side in zip(ours, sides, strict=True)
-        )
-        return ((query | key) & (places > place)).sum(dtype=jnp.int32)
-
-    return lax.map(of_row, (places, sides), batch_size=_BLOCK_ROWS)

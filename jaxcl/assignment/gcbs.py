@@ -79,6 +79,11 @@ class Gcbs(NamedTuple):
         sizes = {name: getattr(self, name) for name in ("neighbours", "cluster_size", "probes")}
         if min(sizes.values()) < 1:
             raise ValueError(f"{sizes}; all must be at least 1")
+        if self.method == "rcm" and (self.graph, self.similarity_cap) != (None, None):
+            raise ValueError(
+                f"method='rcm' takes all similarities: graph={self.graph!r} and "
+                f"similarity_cap={self.similarity_cap} are for the other methods; set them to None"
+            )
         if not 0 < self.quantile < 1:
             raise ValueError(f"quantile={self.quantile}; it lies between 0 and 1")
 
@@ -208,9 +213,7 @@ def make_order(
         sides = [
             put_rows(side, mesh, num_rows=num_rows).astype(jnp.float32) for side in (queries, keys)
         ]
-        labels = tuple(
-            put_rows(np.asarray(label, np.int32), mesh, num_rows=len(sides[0])) for label in apart
-        )
+        labels = tuple(put_rows(_numbered(label), mesh, num_rows=len(sides[0])) for label in apart)
         arguments = (*sides, jnp.float32(temperature), key, labels)
         shapes = jax.tree.structure(arguments), tuple(map(jnp.shape, jax.tree.leaves(arguments)))
         if shapes not in compiled:
@@ -303,6 +306,11 @@ def _paper_order(
     sides = (_on_host(side)[:num_rows] for side in (queries, keys))
     unit = (side / np.linalg.norm(side, axis=1, keepdims=True).clip(1e-30) for side in sides)
     return Ordered(paper_order(*unit, quantile=quantile), 0)
+
+
+def _numbered(labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """The same labels as small numbers: those of 64 bits would lose half of them on a device."""
+    return np.unique(labels, return_inverse=True)[1].astype(np.int32)
 
 
 def _on_host(rows: Array | np.ndarray) -> np.ndarray:

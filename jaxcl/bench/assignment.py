@@ -36,7 +36,7 @@ from jaxcl.typing import Float, Int
 __all__ = ["METHODS", "main"]
 
 TEMPERATURE = 0.05
-_MEASURED_ROWS = 8_192
+_MEASURED_ROWS = 32_768
 
 
 class Sides(NamedTuple):

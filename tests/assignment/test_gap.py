@@ -13,9 +13,9 @@ from jaxcl.assignment.gap import (
     GapReport,
     make_gap_measure,
     measure_gap,
-    row_gaps,
     sample_batches,
 )
+from jaxcl.assignment.row_gaps import row_gaps
 from jaxcl.mesh import batch_sharding, make_mesh
 from jaxcl.ops.vectors import normalise
 from tests.helpers import relative_error, unit_vectors

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from jaxcl.assignment import METHODS, Gcbs, assign, make_order
 from jaxcl.assignment.bisection import Effort
+from jaxcl.assignment.gcbs import _graph_of
+from jaxcl.assignment.place import Place
 from jaxcl.mesh import make_mesh, put_rows
 from tests.helpers import unit_vectors
 
@@ -106,6 +109,8 @@ def test_a_newcomer_gives_two_arrays():
         ({"graph": "nn"}, "graph='nn' is unknown"),
         ({"neighbours": 0}, "all must be at least 1"),
         ({"quantile": 1.0}, "quantile=1.0"),
+        ({"method": "rcm", "similarity_cap": 0.9}, "similarity_cap=0.9 are for the other methods"),
+        ({"method": "rcm", "graph": "exact"}, "graph='exact' and similarity_cap=None are for"),
     ],
 )
 def test_settings_that_cannot_be_are_named(changes, message):
@@ -159,3 +164,53 @@ def test_more_neighbours_than_rows_and_what_padding_holds_change_nothing(graph):
         found.append(order(*sides, 0.1, jax.random.key(0)).rows)
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[1], found[2])
+
+
+def test_labels_of_64_bits_stay_as_many():
+    queries, keys, topic = topical()
+    options = {"block_size": SIZE, "settings": SETTINGS["exact"]}
+    orders = [
+        assign(queries, keys, apart=(labels,), **options)
+        # In 32 bits all of these would be one.
+        for labels in (topic, topic.astype(np.int64) << 32)
+    ]
+    np.testing.assert_array_equal(*orders)
+
+
+@pytest.mark.parametrize("graph", ["exact", "clustered"])
+def test_rows_of_zeros_are_nobody_s_neighbours(graph):
+    # As of an instance bank that has met every other row. Were they neighbours, of nobody's
+    # liking but tied, the lowest of them would fill all lists.
+    queries, keys, _ = topical()
+    met = (np.arange(ROWS) % 2 == 0)[:, None]
+    settings = Gcbs(graph=graph, neighbours=9, cluster_size=16, probes=8)
+    mesh = make_mesh({"data": 8})
+    sides = [
+        put_rows((met * side).astype(np.float32), mesh, num_rows=ROWS) for side in (queries, keys)
+    ]
+    found = graph_on(mesh, *sides, settings=settings)
+    rows = np.asarray(found.rows)[:ROWS]
+    assert (rows[~met[:, 0]] == -1).all()
+    assert (rows[met[:, 0]] >= 0).all()
+    assert met[rows[rows >= 0]].all()
+
+
+def graph_on(mesh, queries, keys, *, settings):
+    """The graph behind an order."""
+    rows = PartitionSpec("data")
+
+    def of_shard(queries, keys):
+        return _graph_of(
+            queries,
+            keys,
+            (),
+            num_rows=ROWS,
+            batch_size=SIZE,
+            temperature=jnp.float32(0.1),
+            settings=settings,
+            key=jax.random.key(0),
+            place=Place("data", queries.shape[0]),
+        )[0]
+
+    program = jax.shard_map(of_shard, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
+    return jax.jit(program)(queries, keys)
