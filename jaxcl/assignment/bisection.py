@@ -32,8 +32,8 @@ class Effort(NamedTuple):
       eagerness: the share of the swaps worth making that a round makes.
     """
 
-    directions: int = 12
-    swaps: int = 16
+    directions: int = 6
+    swaps: int = 8
     refinements: int = 16
     eagerness: float = 0.7
 

@@ -21,6 +21,7 @@ __all__ = ["Segments", "refine", "segments_of", "swap"]
 _WEIGHT = 2**14  # a weight of one; gains overflow where 30,000 rows have no neighbour but one row
 _MATCHING_ROUNDS = 4
 _DISTANCES = 3
+_ORDERED_BITS = 29  # of what `_ordered` returns
 
 
 class Segments(NamedTuple):
@@ -92,7 +93,7 @@ def swap(
         gain = _gains(graph, weights, of_row, partners, place)
         # Of each segment the rows that would gain most first; ranks next to each other are mates,
         # another distance in each round, or two that want each other would stay mates for ever.
-        _, loss, order = lax.sort((of_position, -gain[order], order), num_keys=2)
+        order = order[_most_first(gain[order], segments)]
         distance = jnp.where(of_position < other, 1, -1) * (number % _DISTANCES)
         mate = starts[other] + (rank + distance) % jnp.maximum(ranks, 1)
         mate = jnp.where(paired, mate, 0)
@@ -100,7 +101,7 @@ def swap(
         mate_of_row = jnp.zeros_like(order).at[order].set(jnp.where(paired, order[mate], -1))
         # A row that gains by its mate's neighbourhood does not if that mate leaves.
         tie = _weight_between(graph, weights, mate_of_row, place)[order]
-        worth = -loss - loss[mate] - 2 * (tie + tie[mate])
+        worth = gain[order] + gain[order[mate]] - 2 * (tie + tie[mate])
         chance = jax.random.uniform(jax.random.fold_in(key, number), (place.num_rows,))
         swapped = paired & (worth > 0) & (chance[first] < eagerness)
         return jnp.where(swapped, order[mate], order)
@@ -177,6 +178,35 @@ def _weight_between(
     """The weight of each row's mate among its neighbours."""
     found = (graph.rows == place.mine(mate)[:, None]) & (graph.rows >= 0)
     return place.everyone(jnp.where(found, weights, 0).sum(1))
+
+
+def _most_first(gains: Int[Array, " p"], segments: Segments) -> Int[Array, " p"]:
+    """Positions, segment by segment, of those first that gain most, as exactly as 32 bits allow.
+
+    Segment, gain and place in the segment are one number, since XLA sorts one array many times
+    faster than several. The gain has the bits that the others leave, from its sign and exponent on:
+    15 where there are 50,000 rows, 7 where there are 10 million. Of equals the first comes first.
+    """
+    starts, of_position = segments
+    position = jnp.arange(of_position.shape[0], dtype=jnp.int32)
+    padding = of_position == segments.number
+    segment = jnp.where(padding, 0, of_position)
+    place = jnp.where(padding, 0, position - starts[segment])
+    place_bits, segment_bits = (32 - lax.clz(numbers.max()) for numbers in (place, segment))
+    gain_bits = jnp.minimum(32 - place_bits - segment_bits, _ORDERED_BITS)
+    gain = _ordered(-gains) >> (_ORDERED_BITS - gain_bits)
+    packed = (segment << gain_bits | gain) << place_bits | place
+    packed = jnp.where(padding, jnp.uint32(2**32 - 1), packed.astype(jnp.uint32))
+    ordered = lax.sort(packed).astype(jnp.int32) & ((1 << place_bits) - 1)
+    return jnp.where(padding, position, starts[segment] + ordered)
+
+
+def _ordered(numbers: Int[Array, "*n"]) -> Int[Array, "*n"]:
+    """Whole numbers from 0 in the same order, whose highest bits say sign and magnitude."""
+    magnitude = lax.bitcast_convert_type(jnp.abs(numbers).astype(jnp.float32), jnp.int32)
+    # From the exponent below that of 1 on: at most 2^28.
+    magnitude = jnp.maximum(magnitude - (126 << 23), 0)
+    return jnp.minimum(2**28 + jnp.sign(numbers) * magnitude, 2**_ORDERED_BITS - 1)
 
 
 def _segments_of_neighbours(graph: PairGraph, of_row: Int[Array, " p"]) -> Int[Array, "n k"]:
