@@ -102,7 +102,7 @@ def get_config(variant: str = "default") -> ConfigDict:
         {"refresh_every": 50, "method": "bisection"}
         | {"block_size": placeholder(int)}  # None for whole batches
         | {"swaps": 8, "refinements": 16}  # how long blocks are searched for
-        # None takes the exact graph for up to 20,000 rows, else the "clustered" one.
+        # None takes the exact graph for up to 10,000 rows, else the "clustered" one.
         | {"graph": placeholder(str), "neighbours": 32, "similarity_cap": placeholder(float)}
         | {"embeddings": "encode"}  # or "bank", which needs an instance bank and no pass
         | {"random_initial": 0.0, "random_final": 0.0}  # the share of blocks that are random

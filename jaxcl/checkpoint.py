@@ -7,9 +7,10 @@ move to another mesh.
 """
 
 import contextlib
+import functools
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
+from jaxcl.processes import PeerError, first_then_others, together
 from jaxcl.typing import Array, Integer, PyTree
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored", "checksum"]
@@ -60,7 +62,7 @@ class Checkpoints:
             logging.getLogger(logger).addFilter(_drop_orbax_records)
         with _explained(f"cannot use {self.directory} for checkpoints"):
             if not read_only:
-                self.directory.mkdir(parents=True, exist_ok=True)
+                first_then_others(lambda: self.directory.mkdir(parents=True, exist_ok=True))
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
                 preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -129,8 +131,8 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps):
             try:
-                state = self._load(step, abstract_state)
-            except CheckpointError as error:
+                state = together(functools.partial(self._load, step, abstract_state))
+            except (CheckpointError, PeerError) as error:
                 damaged[step] = str(error)
                 continue
             self._set_aside(damaged, restored_step=step)
@@ -171,14 +173,17 @@ class Checkpoints:
                 reason,
                 restored_step,
             )
-            if self._read_only:
-                continue
-            shelf = self.directory.with_name(f"{self.directory.name}.damaged")
-            shelf.mkdir(exist_ok=True)
-            shutil.rmtree(shelf / str(step), ignore_errors=True)
-            shutil.move(self.directory / str(step), shelf / str(step))
         if damaged and not self._read_only:
+            first_then_others(functools.partial(self._move_aside, damaged))
             self._checkpointer.reload()
+
+    def _move_aside(self, steps: Iterable[int]) -> None:
+        shelf = self.directory.with_name(f"{self.directory.name}.damaged")
+        shelf.mkdir(exist_ok=True)
+        for step in steps:
+            if (self.directory / str(step)).exists():
+                shutil.rmtree(shelf / str(step), ignore_errors=True)
+                shutil.move(self.directory / str(step), shelf / str(step))
 
 
 @jax.jit

@@ -14,8 +14,8 @@ class MetricWriter:
     """Appends records to `metrics.jsonl` and to `tensorboard/`, from the first process only.
 
     A resumed run first drops the lines behind the step that it resumes from, so that the file
-    never tells a step twice. Figures of the clock begin with `time/`; all others are those of an
-    uninterrupted run, to the last bit.
+    never tells a step twice. Figures of the clock begin with `time/`, of the compiled program with
+    `machine/`; all others are those of an uninterrupted run, to the last bit.
 
     Args:
       workdir: where the files are.

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -13,13 +14,18 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def say(text: str) -> None:
-    """Prints a line for the person at the terminal, or for the log."""
+    """Prints a line for the person at the terminal, or for the log.
+
+    Of several processes each says which it is.
+    """
+    if jax.distributed.is_initialized():
+        text = f"[{jax.process_index()}] {text}"
     _console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """Shows how far some work has come.
+    """Shows how far some work has come; of several processes only the first one does.
 
     Args:
       what: the work, in a few words.
@@ -29,7 +35,9 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
       `advance(done=1, note="")`: `done` more is done; the note stands behind the bar.
     """
     console = _console()
-    if console.is_terminal:
+    if jax.distributed.is_initialized() and jax.process_index():
+        yield lambda done=1, note="": None
+    elif console.is_terminal:
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),

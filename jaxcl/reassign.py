@@ -148,7 +148,7 @@ class RunBatches:
             "time/assignment_seconds": time.perf_counter() - start,
         }
         if ordered.device_bytes:
-            metrics["assignment/device_mebibytes"] = ordered.device_bytes / 2**20
+            metrics["machine/assignment_mebibytes"] = ordered.device_bytes / 2**20
         return state, metrics
 
     def _uniform(self, step: int) -> Int[np.ndarray, " b"]:

@@ -44,9 +44,16 @@ class Reports:
         self._rate = math.nan
         self._restart_clock()
 
-    def add(self, step: int, metrics: StepMetrics) -> None:
-        """Takes one step's metrics, and reads those of the step before."""
+    def add(self, step: int, metrics: StepMetrics, *, input_seconds: float = 0.0) -> None:
+        """Takes one step's metrics, and reads those of the step before.
+
+        Args:
+          step: whose they are.
+          metrics: on the device, until they are read.
+          input_seconds: how long the step waited for its batch.
+        """
         self._unread.append((step, metrics))
+        self._input_seconds += input_seconds
         if len(self._unread) > 1:
             self._read(*self._unread.popleft())
 
@@ -76,11 +83,20 @@ class Reports:
                 f"{_advice(self._config)}"
             )
 
+    def _step_seconds(self, seconds: float) -> dict[str, float]:
+        """Where a step's time went: waiting for its batch, for the device, and the host's own."""
+        host = seconds - self._input_seconds - self._device_seconds
+        parts = {"input": self._input_seconds, "device": self._device_seconds, "host": host}
+        return {f"time/step_{part}_seconds": s / self._steps_since for part, s in parts.items()}
+
     def _restart_clock(self) -> None:
         self._since, self._steps_since = time.perf_counter(), 0
+        self._input_seconds = self._device_seconds = 0.0
 
     def _read(self, step: int, metrics: StepMetrics) -> None:
+        begun = time.perf_counter()
         loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
+        self._device_seconds += time.perf_counter() - begun
         if not np.isfinite([loss, gradient_norm]).all():
             raise DivergenceError(_diagnosis(step, metrics, self._program, self._config))
         self._steps_since += 1
@@ -95,6 +111,7 @@ class Reports:
                     "temperature": float(metrics.temperature),
                     "learning_rate": float(self._program.learning_rate(step - 1)),
                     "time/pairs_per_second": self._rate,
+                    **self._step_seconds(seconds),
                 },
             )
             self._restart_clock()

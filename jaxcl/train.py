@@ -7,9 +7,11 @@ from the newest checkpoint of its workdir; or, where that one is damaged, from t
 """
 
 import contextlib
+import functools
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,20 @@ from jaxcl.evaluate import evaluate_run, quick_metrics
 from jaxcl.host_memory import start_with_huge_pages
 from jaxcl.mesh import fetch
 from jaxcl.metric_writer import MetricWriter
+from jaxcl.processes import (
+    PEER_LOST,
+    PeerError,
+    first_then_others,
+    leave,
+    start_processes,
+    stop_requests,
+)
 from jaxcl.progress import progress_bar, say
 from jaxcl.reassign import RunBatches
 from jaxcl.reports import DivergenceError, Reports
 from jaxcl.train_state import TrainState
 from jaxcl.typing import Batch
+from jaxcl.watch import Watch, keep_compiled
 from jaxcl.workdir import claim_workdir, lock_workdir
 
 __all__ = ["Stopped", "parse_flags", "train"]
@@ -43,6 +54,17 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run keeps all it writes; runs/NAME-OF-THE-CONFIG by default."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of the first of several processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+_DISTRIBUTED = flags.DEFINE_boolean(
+    "distributed", False, "Several processes, which JAX finds out about, as on a pod of TPU hosts."
+)
+_PROFILE = flags.DEFINE_string(
+    "profile", None, "START:STOP, the steps of which a trace goes to WORKDIR/profile."
 )
 flags.mark_flag_as_required("config")
 
@@ -61,21 +83,46 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)  # libraries say much that helps nobody
     try:
-        train(_CONFIG.value, _workdir())
+        start_processes(
+            coordinator=_COORDINATOR.value,
+            num_processes=_NUM_PROCESSES.value,
+            process_id=_PROCESS_ID.value,
+            asked=_DISTRIBUTED.value,
+        )
+        workdir = _workdir()
+        keep_compiled(workdir.parent / ".compiled")
+        train(_CONFIG.value, workdir, profile=_profiled(_PROFILE.value))
     except Stopped as stopped:
         say(str(stopped))
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         say("interrupted a second time; the same command goes on from the last whole checkpoint")
-        sys.exit(128 + signal.SIGINT)
+        leave(128 + signal.SIGINT)
     except (ValueError, OSError, CheckpointError, DivergenceError) as error:
         logging.vlog(1, "the error in full", exc_info=True)
         say(f"error: {error}")
-        sys.exit(1)
+        leave(1)
+    except (jax.errors.JaxRuntimeError, PeerError) as error:
+        if jax.process_count() == 1:
+            raise
+        logging.vlog(1, "the error in full", exc_info=True)
+        say(
+            f"error: process {jax.process_index()} cannot go on without another one "
+            f"({' '.join(str(error).split())[:200]}); start all of them again: the same command "
+            "goes on from the last whole checkpoint"
+        )
+        leave(PEER_LOST)
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def train(
+    config: ConfigDict, workdir: Path, *, profile: tuple[int, int] | None = None
+) -> dict[str, Any]:
     """Trains to the last step, evaluates, and returns what `results.json` then holds.
+
+    Args:
+      config: the run's, as the files of `configs/` return it.
+      workdir: where it keeps all it writes.
+      profile: the first step of a trace, and the first behind it.
 
     Raises:
       ValueError: for a config that cannot run here, or a workdir of another config or run.
@@ -86,19 +133,27 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     program = build_program(config)
     check_bank_divides(config, program.mesh)
     with lock_workdir(workdir):
-        claim_workdir(workdir, config)
+        first_then_others(functools.partial(claim_workdir, workdir, config))
         data_dir = Path(config.run.data_dir).expanduser()
         scored = "teacher_scores" in batch_needs(config)
-        data = prepare_data(config.data, data_dir=data_dir, workdir=workdir, scored=scored)
+        data = first_then_others(
+            functools.partial(
+                prepare_data, config.data, data_dir=data_dir, workdir=workdir, scored=scored
+            )
+        )
         _check_enough_rows(config, data)
         with Checkpoints(workdir / "checkpoints", keep=config.run.keep_checkpoints) as checkpoints:
             rows = data.tables["train"].num_rows, data.tables["train"].group
             restored = checkpoints.restore_latest(program.abstract_state(*rows))
             state = program.init(*rows) if restored is None else restored.state
-            say(_opening(config, program, data, workdir, first_step=int(state.step)))
+            if jax.process_index() == 0:
+                say(_opening(config, program, data, workdir, first_step=int(state.step)))
             with contextlib.closing(MetricWriter(workdir, step=int(state.step))) as writer:
                 batches = RunBatches(config, program, data, workdir)
-                state = _run_steps(config, program, data, batches, state, checkpoints, writer)
+                with Watch(workdir / "profile", program.train_step, profile) as watch:
+                    state = _run_steps(
+                        config, program, data, batches, state, checkpoints, writer, watch
+                    )
         return evaluate_run(config, program, data, state.params["towers"], workdir)
 
 
@@ -110,15 +165,19 @@ def _run_steps(
     state: TrainState,
     checkpoints: Checkpoints,
     writer: MetricWriter,
+    watch: Watch,
 ) -> TrainState:
     step = int(state.step)
     batches = _batches(config, program, data, run_batches, state)
-    with _signals() as received, progress_bar("training", config.steps) as advance:
+    with stop_requests() as asked_to_stop, progress_bar("training", config.steps) as advance:
         advance(step)
         reports = Reports(config, program, writer, advance)
         while step < config.steps:
+            begun = time.perf_counter()
             batch = next(batches)
+            waited = time.perf_counter() - begun
             step += 1
+            watch.before(step)
             at_end = step == config.steps
             evaluating = at_end or step % config.run.evaluate_every == 0
             measured: dict[str, float] = {}
@@ -126,8 +185,9 @@ def _run_steps(
                 with reports.paused():
                     measured = _floats(program.measure(state, batch))
             state, metrics = program.train_step(state, batch)
-            reports.add(step, metrics)
-            stopping = bool(received)
+            reports.add(step, metrics, input_seconds=waited)
+            watch.after(step)
+            stopping = asked_to_stop(step)
             if evaluating:
                 with reports.paused():
                     found = quick_metrics(program, data, state.params["towers"])
@@ -144,7 +204,7 @@ def _run_steps(
                 checkpoints.save(step, state)
             if stopping and not at_end:
                 checkpoints.wait()
-                raise Stopped(received[0], step)
+                raise Stopped(stopping, step)
     return state
 
 
@@ -189,25 +249,14 @@ def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT in place of dying; a second one of them is obeyed at once."""
-    received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(number: int, _: object) -> None:
-        received.append(number)
-        say(f"{signal.Signals(number).name} received: saving, then stopping")
-        for other, handler in before.items():
-            signal.signal(other, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _profiled(given: str | None) -> tuple[int, int] | None:
+    """The steps of `--profile`."""
+    if given is None:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", given)
+    if not found or not 0 < int(found[1]) < int(found[2]):
+        raise ValueError(f"--profile={given}; give the first step and the one behind the last")
+    return int(found[1]), int(found[2])
 
 
 def _check_enough_rows(config: ConfigDict, data: RunData) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on 8 fake CPU devices: the program of a pod, on a laptop. Slow, and exact.
+# Trains on 8 fake CPU devices: the program of a pod, on a laptop. Slow, and exact. Runs on any CPU.
 #   launch/fake_devices.sh --config configs/code_search.py:smoke
 set -euo pipefail
 export JAX_PLATFORMS=cpu

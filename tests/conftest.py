@@ -1,6 +1,9 @@
 """Eight CPU devices for every test, and annotations that are checked."""
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 # Enlarges XLA's thread pool: eight devices whose collectives wait for each other can otherwise
 # starve on two cores. It must be set before jax starts.
@@ -25,3 +28,33 @@ def x64():
     """Float64 for the length of a test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def smoke_command(tmp_path_factory):
+    """What trains a small code search, of pairs that all such runs of this process share.
+
+    `(workdir) -> arguments` of a new process; more of them may follow.
+    """
+    from jaxcl.data.code_pairs import prepare_code_pairs
+
+    config = Path(__file__).parents[1] / "configs" / "code_search.py"
+    spec = importlib.util.spec_from_file_location("code_search", config)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    data_dir = tmp_path_factory.getbasetemp() / "data"
+    of_smoke = module.get_config("smoke").data.code_pairs
+    pairs = prepare_code_pairs(data_dir, **of_smoke).directory
+
+    def arguments(workdir: Path) -> list[str]:
+        return [
+            *(sys.executable, "-m", "jaxcl.train", f"--config={config}:smoke"),
+            f"--workdir={workdir}",
+            f"--config.data.name={pairs}",
+            "--config.data.vocabulary_size=1000",
+            "--config.model.dim=16",
+            f"--config.run.data_dir={data_dir}",
+            "--config.run.log_every=1",
+        ]
+
+    return arguments

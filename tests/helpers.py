@@ -44,6 +44,10 @@ def bits(leaf) -> bytes:
 def unclocked(workdir: Path) -> list[dict]:
     """The metrics of a run without those that its clock gave."""
     return [
-        {name: value for name, value in record.items() if not name.startswith("time/")}
+        {
+            name: value
+            for name, value in record.items()
+            if not name.startswith(("time/", "machine/"))
+        }
         for record in read_metrics(workdir)
     ]

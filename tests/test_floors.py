@@ -20,6 +20,7 @@ FLOORS = {
         "progress",
         "workdir",
         "picture",
+        "processes",
         "metric_writer",
         "host_memory",
         "retrieval",
@@ -45,6 +46,7 @@ FLOORS = {
         "search",
         "refresh",
         "reassign",
+        "watch",
         "bench",
     ),
 }

@@ -291,8 +291,8 @@ def test_each_choice_is_measured(run_of, method):
     records = [one for one in read_metrics(run_of(method).workdir) if "assignment/gap" in one]
     assert [record["step"] for record in records] == CHOICES
     names = {*GapReport._fields, "train_loss_before", "gap_before", "closed_before"}
-    names |= set() if method == "rcm" else {"device_mebibytes"}
     names = {f"assignment/{name}" for name in names}
+    names |= set() if method == "rcm" else {"machine/assignment_mebibytes"}
     times = {f"time/assignment_{what}seconds" for what in ("", "encode_", "order_")}
     for record in records:
         assert set(record) == {"step"} | names | times

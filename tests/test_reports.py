@@ -55,6 +55,18 @@ def test_the_rate_written_is_that_of_the_update(reports, tmp_path):
     assert rates == pytest.approx([0.0, peak / 2, peak])  # two steps of warmup
 
 
+def test_where_a_step_s_time_went_is_written(reports, tmp_path):
+    for step in range(1, 4):
+        reports.add(step, metrics(), input_seconds=0.25)
+    (record,) = read_metrics(tmp_path)
+    parts = {part: record[f"time/step_{part}_seconds"] for part in ("input", "device", "host")}
+    # Steps 1 to 3 had to wait, of which 2 have been read.
+    assert parts["input"] == pytest.approx(0.25, rel=0.6)
+    assert parts["device"] >= 0
+    seconds = reports._config.global_batch_size / record["time/pairs_per_second"]
+    assert sum(parts.values()) == pytest.approx(seconds)
+
+
 def test_the_last_step_is_written_whatever_its_number(reports, tmp_path):
     reports._config.steps = 3
     for step in (1, 2, 3):

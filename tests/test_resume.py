@@ -1,6 +1,5 @@
 """Real processes, killed at random moments: the same command ends at the same bits."""
 
-import importlib.util
 import os
 import random
 import signal
@@ -11,47 +10,29 @@ from pathlib import Path
 
 import jax
 import pytest
-from ml_collections import ConfigDict
 
 from jaxcl.build import build_program
 from jaxcl.checkpoint import Checkpoints
-from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.metric_writer import read_metrics
 from jaxcl.workdir import read_config
 from tests.helpers import bits, unclocked
 
 ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs" / "code_search.py"
 STEPS = 60
 EVERY = 3
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
 
-def smoke_config() -> ConfigDict:
-    spec = importlib.util.spec_from_file_location("code_search", CONFIG)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config("smoke")
-
-
 @pytest.fixture(scope="session")
-def command(tmp_path_factory):
-    """What starts or resumes the run of a workdir; the data are those of test_train.py."""
-    data_dir = tmp_path_factory.getbasetemp() / "data"
-    pairs = prepare_code_pairs(data_dir, **smoke_config().data.code_pairs).directory
+def command(smoke_command):
+    """What starts or resumes the run of a workdir."""
 
     def arguments(workdir: Path) -> list[str]:
         return [
-            *(sys.executable, "-m", "jaxcl.train", f"--config={CONFIG}:smoke"),
-            f"--workdir={workdir}",
-            f"--config.data.name={pairs}",
-            "--config.data.vocabulary_size=1000",
-            "--config.model.dim=16",
+            *smoke_command(workdir),
             f"--config.steps={STEPS}",
-            f"--config.run.data_dir={data_dir}",
             f"--config.run.checkpoint_every={EVERY}",
-            "--config.run.log_every=1",
             "--config.run.evaluate_every=20",
         ]
 

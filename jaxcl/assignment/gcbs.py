@@ -38,8 +38,8 @@ METHODS = ("bisection", "rcm_device", "rcm")
 GRAPHS = ("exact", "clustered")
 """Where neighbours are looked for: among all rows, or in the clusters nearest to a row's own."""
 
-EXACT_ROWS = 20_000
-"""Up to so many rows the graph is exact if nothing is said: there it takes a few seconds."""
+EXACT_ROWS = 10_000
+"""Up to so many rows the graph is exact if nothing is said: the clusters probed are most of all."""
 
 _SAMPLE = 512
 
@@ -49,7 +49,7 @@ class Gcbs(NamedTuple):
 
     Attributes:
       method: one of `METHODS`.
-      graph: one of `GRAPHS`; `None` for the exact one up to 20,000 rows.
+      graph: one of `GRAPHS`; `None` for the exact one up to 10,000 rows.
       neighbours: of each row in the graph.
       cluster_size: rows of a cluster.
       probes: clusters in which a cluster's rows look for neighbours.

@@ -1,7 +1,7 @@
 """How much of the loss's gap do batches close, in what time and memory, by each method?
 
     python -m jaxcl.bench assignment [--workdir RUN | --embeddings FILE] [--rows N] [--dim N]
-        [--batch N …] [--methods NAME …] [--rounds N] [--json FILE]
+        [--batch N …] [--methods NAME …] [--rounds N] [--measured N] [--json FILE]
 
 Embeddings are those of a trained run's training rows, or `query` and `key` of an .npz file, or
 drawn: topics in topics. Of more rows than asked for, as many are drawn. Each method runs in a
@@ -36,7 +36,6 @@ from jaxcl.typing import Float, Int
 __all__ = ["METHODS", "main"]
 
 TEMPERATURE = 0.05
-_MEASURED_ROWS = 32_768
 
 
 class Sides(NamedTuple):
@@ -60,18 +59,32 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 1_024])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--measured", type=int, default=16_384, help="rows of which the gap is, 0 for none"
+    )
     arguments = parser.parse_args(argv)
     sides = _sides(arguments)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "embeddings.npz"
         np.savez(path, query=sides.queries, key=sides.keys)
         return measure(
-            sides, path, arguments.batch, methods=arguments.methods, rounds=arguments.rounds
+            sides,
+            path,
+            arguments.batch,
+            methods=arguments.methods,
+            rounds=arguments.rounds,
+            measured_rows=arguments.measured,
         )
 
 
 def measure(
-    sides: Sides, path: Path, batch_sizes: Sequence[int], *, methods: Sequence[str], rounds: int
+    sides: Sides,
+    path: Path,
+    batch_sizes: Sequence[int],
+    *,
+    methods: Sequence[str],
+    rounds: int,
+    measured_rows: int,
 ) -> dict[str, Any]:
     """Runs each method in a process of its own, in turn, round after round.
 
@@ -81,6 +94,7 @@ def measure(
       batch_sizes: of the batches, which are one block each.
       methods: names of `METHODS`; those that cannot run are left out.
       rounds: how often; each has another seed.
+      measured_rows: of how many the gap is measured, in whole batches; 0 for none.
 
     Returns:
       The record that `jaxcl.bench` prints: seconds without compilation.
@@ -90,7 +104,9 @@ def measure(
     seconds: dict[str, list[float]] = {}
     facts: dict[str, Any] = {}
     for batch_size in batch_sizes:
-        closed = functools.partial(_closed, sides, batch_size, _gap_measure(len(sides.queries)))
+        count = -(-min(measured_rows, len(sides.queries)) // batch_size)
+        gap_measure = _gap_measure(len(sides.queries))
+        closed = functools.partial(_closed, sides, batch_size, count, gap_measure)
         for number in range(rounds):
             for method in methods:
                 name = f"{method}, batch {batch_size:,}"
@@ -101,7 +117,8 @@ def measure(
                 subprocess.run(command, check=True)
                 with np.load(result) as found:
                     seconds.setdefault(name, []).append(float(found["seconds"]))
-                    facts.setdefault(f"gap closed, {name}", []).append(closed(found["order"]))
+                    if count:
+                        facts.setdefault(f"gap closed, {name}", []).append(closed(found["order"]))
                     facts[f"s with compilation, {name}"] = float(found["first_seconds"])
                     facts[f"peak MiB beyond the embeddings, {name}"] = float(found["mebibytes"])
     means = {name: np.mean(value).item() for name, value in facts.items()}
@@ -220,10 +237,13 @@ def _gap_measure(num_rows: int) -> Callable[..., Any]:
 
 
 def _closed(
-    sides: Sides, batch_size: int, gap_measure: Callable[..., Any], order: Int[np.ndarray, " n"]
+    sides: Sides,
+    batch_size: int,
+    count: int,
+    gap_measure: Callable[..., Any],
+    order: Int[np.ndarray, " n"],
 ) -> float:
     mesh = make_mesh({"data": -1})
-    count = max(_MEASURED_ROWS // batch_size, 1)
     batches = sample_batches(order, batch_size=batch_size, count=count, seed=0)
     placed = [put_rows(side, mesh, num_rows=len(order)) for side in sides]
     report = gap_measure(*placed, jnp.asarray(batches), TEMPERATURE, jax.random.key(0))

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxcl.assignment.bisection import Effort, _starts, bisect
 from jaxcl.assignment.graph import UNIT, PairGraph
 from jaxcl.assignment.place import Place
-from jaxcl.assignment.swaps import refine, segments_of, swap
+from jaxcl.assignment.swaps import _most_first, refine, segments_of, swap
 from jaxcl.mesh import make_mesh
 from jaxcl.ops.grid import on_grid
 from tests.helpers import unit_vectors
@@ -145,6 +145,30 @@ def test_a_swap_is_worth_what_the_weights_inside_gain():
     # Once they are together nothing is worth it, nor with themselves for partners.
     np.testing.assert_array_equal(swap(graph, found, segments, jnp.array([1, 0]), **options), found)
     np.testing.assert_array_equal(swap(graph, order, segments, jnp.array([0, 1]), **options), order)
+
+
+@pytest.mark.parametrize("starts", [[0, 1_000], [0, 300, 300, 811, 900, 1_000, 1_000]])
+def test_rows_stand_by_segment_and_by_gain(starts):
+    # Positions from 1,000 on are padding, which stays where it is.
+    segments = segments_of(jnp.array(starts), 1_024)
+    gains = np.random.default_rng(0).integers(-3_000, 3_000, 1_024).astype(np.int32)
+    expected = np.lexsort((-gains, np.asarray(segments.of_position)))
+    expected[1_000:] = np.arange(1_000, 1_024)
+    np.testing.assert_array_equal(_most_first(jnp.asarray(gains), segments), expected)
+
+
+def test_of_a_million_rows_gains_keep_their_sign_and_magnitude():
+    num_rows = 2**20
+    segments = segments_of(jnp.array([0, num_rows // 3, num_rows]), num_rows)
+    gains = np.random.default_rng(0).integers(-(2**31) + 1, 2**31, num_rows)
+    gains = (gains >> np.arange(num_rows) % 31).astype(np.int32)
+    found = np.asarray(jax.jit(_most_first)(jnp.asarray(gains), segments))
+    np.testing.assert_array_equal(np.sort(found), np.arange(num_rows))
+    np.testing.assert_array_equal(found < num_rows // 3, np.arange(num_rows) < num_rows // 3)
+    for part in np.split(gains[found].astype(np.float64), [num_rows // 3]):
+        least_so_far = np.minimum.accumulate(part)
+        # No row stands behind one that gains less, but for a tenth.
+        assert (part <= least_so_far + 0.1 * np.abs(part) + 0.1 * np.abs(least_so_far)).all()
 
 
 def test_two_that_belong_together_do_not_change_places_with_each_other():

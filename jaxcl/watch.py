@@ -1,0 +1,73 @@
+"""Looks at a run from outside: what is compiled, and where its time goes."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxcl.progress import say
+
+__all__ = ["Watch", "keep_compiled"]
+
+_WORTH_KEEPING_SECONDS = 0.3
+
+
+def keep_compiled(directory: Path) -> None:
+    """Keeps compiled programs for the next start, unless `JAX_COMPILATION_CACHE_DIR` says where.
+
+    Those of a CPU are kept by host, since another's processor may lack an instruction.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    backend = jax.default_backend()
+    kind = f"cpu-{platform.node()}" if backend == "cpu" else backend
+    jax.config.update("jax_compilation_cache_dir", str(directory.absolute() / kind))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING_SECONDS)
+
+
+class Watch:
+    """Traces some steps, and says if a step had to be compiled again.
+
+    Args:
+      directory: where a trace goes, for TensorBoard or Perfetto.
+      train_step: the jitted update.
+      profile: the first step of the trace, and the first behind it; `None` for none.
+    """
+
+    def __init__(self, directory: Path, train_step: Any, profile: tuple[int, int] | None):
+        self._directory, self._train_step = directory, train_step
+        self._profile = profile
+        self._tracing = False
+        self._programs: int | None = None
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def before(self, step: int) -> None:
+        """Called before each step."""
+        if self._profile is not None and step == self._profile[0]:
+            jax.profiler.start_trace(self._directory)
+            self._tracing = True
+
+    def after(self, step: int) -> None:
+        """Called after each step was handed to the devices."""
+        if self._profile is not None and step == self._profile[1] - 1:
+            self._stop()
+        programs = self._train_step._cache_size()
+        if self._programs is not None and programs > self._programs:
+            say(
+                f"step {step} was compiled again, which takes as long as the first one: the shape "
+                "or place of its batch or state has changed"
+            )
+        self._programs = programs
+
+    def _stop(self) -> None:
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
+            say(f"a trace of the steps is in {self._directory}")

@@ -1,0 +1,34 @@
+"""The scripts of launch/ are sound as far as that shows without a cluster."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_have_no_known_mistake(script):
+    lint = shutil.which("shellcheck")
+    assert lint, "shellcheck comes with jaxcl[dev]"
+    found = subprocess.run([lint, str(script)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_can_be_run_and_say_what_was_run_of_them(script):
+    assert script.stat().st_mode & 0o111
+    comments = " ".join(
+        line.lstrip("# ") for line in script.read_text().splitlines() if line.startswith("# ")
+    )
+    assert any(word in comments for word in ("Not run", "Runs in the tests", "Runs on"))
+
+
+def test_a_mistake_would_be_found(tmp_path):
+    script = tmp_path / "bad.sh"
+    script.write_text('#!/usr/bin/env bash\nrm -rf "$1"/* $2\n')
+    found = subprocess.run([str(shutil.which("shellcheck")), str(script)], capture_output=True)
+    assert found.returncode == 1

@@ -1,0 +1,249 @@
+"""Several processes, for real, on this machine: what they compute, and how they stop and fail."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcl.build import build_program
+from jaxcl.checkpoint import Checkpoints
+from jaxcl.metric_writer import read_metrics
+from jaxcl.processes import HEARTBEAT_SECONDS, PEER_LOST, start_processes
+from jaxcl.workdir import read_config
+from tests.helpers import bits, unclocked
+
+ROOT = Path(__file__).parents[1]
+STEPS = 12
+# What a choice of batches and mined negatives depend on; at this rate no parameter moves, so that
+# rounding, of which a discrete choice would make more, is the same however devices are grouped.
+CHOOSING = [
+    "--config.assignment.name=gcbs",
+    "--config.assignment.gcbs.refresh_every=4",
+    "--config.assignment.gcbs.picture=False",
+    "--config.negatives.bank.kind=instance",
+    "--config.negatives.tiers.stratified=16",
+    "--config.negatives.mined.refresh_every=6",
+    "--config.negatives.momentum_encoder.initial=0.9",
+    "--config.optimizer.learning_rate=1e-30",
+]
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+
+
+def environment(devices: int, **more: str) -> dict[str, str]:
+    cleaned = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return cleaned | {"JAX_PLATFORMS": "cpu", "NPROC": "32", "XLA_FLAGS": flags} | more
+
+
+class Run:
+    """A run of one or several processes, with some devices each."""
+
+    def __init__(self, arguments: list[str], *, processes: int, devices: int):
+        port = str(12_400 + os.getpid() % 20_000)
+        numbers = range(processes)
+        together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
+        together["JAX_NUM_PROCESSES"] = str(processes)
+        self.processes = [
+            subprocess.Popen(
+                arguments,
+                cwd=ROOT,
+                env=environment(
+                    devices, **(together | {"JAX_PROCESS_ID": str(i)} if processes > 1 else {})
+                ),
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            for i in numbers
+        ]
+
+    def wait(self, *, timeout: float = 300) -> tuple[list[int], list[str]]:
+        """Exit codes and outputs; nothing of it is left behind."""
+        try:
+            outputs = [one.communicate(timeout=timeout)[0] for one in self.processes]
+        finally:
+            for one in self.processes:
+                one.kill()
+        return [one.returncode for one in self.processes], outputs
+
+    def finish(self) -> list[str]:
+        codes, outputs = self.wait()
+        assert not any(codes), "\n".join(outputs)
+        return outputs
+
+    def wait_for_step(self, workdir: Path, step: int) -> None:
+        deadline = time.monotonic() + 200
+        while not any(record["step"] >= step for record in read_metrics(workdir)):
+            assert time.monotonic() < deadline, "no step was reported"
+            assert all(one.poll() is None for one in self.processes), self.wait()
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def command(smoke_command):
+    def arguments(workdir: Path, *more: str) -> list[str]:
+        settings = [f"--config.steps={STEPS}", "--config.run.checkpoint_every=4"]
+        return [*smoke_command(workdir), *settings, "--config.evaluation.methods=('dense',)", *more]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def one(command, tmp_path_factory):
+    """The workdir of one process with four devices."""
+    workdir = tmp_path_factory.mktemp("one-process")
+    Run(command(workdir), processes=1, devices=4).finish()
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def two(command, tmp_path_factory):
+    """The workdir of two processes with two devices each, which nobody stopped."""
+    workdir = tmp_path_factory.mktemp("two-processes")
+    Run(command(workdir), processes=2, devices=2).finish()
+    return workdir
+
+
+def final_state(workdir: Path):
+    program = build_program(read_config(workdir))
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore_latest(program.abstract_state())
+    assert restored.step == STEPS
+    return restored.state
+
+
+def assert_close_runs(workdir: Path, other: Path, *, tolerance: float) -> None:
+    ours, theirs = unclocked(workdir), unclocked(other)
+    assert [list(record) for record in ours] == [list(record) for record in theirs]
+    values = [[list(record.values()) for record in records] for records in (ours, theirs)]
+    for (here, there), record in zip(zip(*values, strict=True), ours, strict=True):
+        np.testing.assert_allclose(here, there, rtol=tolerance, err_msg=str(record["step"]))
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
+)
+def test_processes_train_as_one(command, one, two, tmp_path, processes, devices):
+    workdir = two
+    if processes != 2:
+        workdir = tmp_path
+        Run(command(tmp_path), processes=processes, devices=devices).finish()
+    # Losses, gradients' norms and retrieval at each step; then all that a checkpoint holds.
+    assert len(read_metrics(workdir)) >= STEPS
+    assert_close_runs(workdir, one, tolerance=1e-5)
+    for ours, theirs in zip(
+        *(jax.tree.leaves(final_state(each).params) for each in (workdir, one)), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    with np.load(workdir / "ranks.npz") as ours, np.load(one / "ranks.npz") as theirs:
+        for name in theirs.files:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+@pytest.mark.slow
+def test_what_is_chosen_and_mined_is_the_same(command, tmp_path):
+    runs = []
+    for processes, devices in ((1, 4), (2, 2)):
+        workdir = tmp_path / str(processes)
+        Run(command(workdir, *CHOOSING), processes=processes, devices=devices).finish()
+        runs.append(workdir)
+    assert_close_runs(*runs, tolerance=1e-5)
+    records = read_metrics(runs[0])
+    assert {record["step"] for record in records if "assignment/gap" in record} == {4, 8}
+    assert any("mined/rank" in record for record in records)
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices"),
+    [(1, 4), (1, 2), pytest.param(4, 1, marks=pytest.mark.slow)],
+)
+def test_a_run_goes_on_with_other_processes_and_devices(command, two, tmp_path, processes, devices):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / str(STEPS))
+    outputs = Run(command(tmp_path), processes=processes, devices=devices).finish()
+    assert "goes on from step 8" in outputs[0]
+    assert_close_runs(tmp_path, two, tolerance=1e-4)
+
+
+def test_a_signal_to_one_stops_all_at_the_same_step(command, two, tmp_path):
+    # No checkpoint is due before the end, so that the one found is the signal's.
+    rarely = command(tmp_path, "--config.run.checkpoint_every=1000")
+    run = Run(rarely, processes=2, devices=2)
+    run.wait_for_step(tmp_path, 2)
+    run.processes[1].terminate()
+    codes, outputs = run.wait()
+    assert codes == [128 + signal.SIGTERM] * 2, "\n".join(outputs)
+    steps = [int(re.search(r"stopped at step (\d+)", output)[1]) for output in outputs]
+    assert steps[0] == steps[1] < STEPS
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(steps[0])]
+    assert (
+        f"goes on from step {steps[0]}"
+        in Run(command(tmp_path), processes=2, devices=2).finish()[0]
+    )
+    assert_same_bits(tmp_path, two)
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(command, two, tmp_path, victim):
+    run = Run(command(tmp_path), processes=2, devices=2)
+    run.wait_for_step(tmp_path, 6)
+    run.processes[victim].kill()
+    killed = time.monotonic()
+    codes, outputs = run.wait()
+    assert time.monotonic() - killed < HEARTBEAT_SECONDS + 30
+    assert codes[victim] == -signal.SIGKILL
+    # JAX itself may be faster, and aborts.
+    assert codes[1 - victim] in (PEER_LOST, -signal.SIGABRT), outputs[1 - victim]
+    if codes[1 - victim] == PEER_LOST:
+        assert "start all of them again" in outputs[1 - victim]
+    else:
+        assert "another task died" in outputs[1 - victim]
+    Run(command(tmp_path), processes=2, devices=2).finish()
+    assert_same_bits(tmp_path, two)
+
+
+def assert_same_bits(workdir: Path, other: Path) -> None:
+    ours, theirs = (jax.tree_util.tree_leaves_with_path(final_state(w)) for w in (workdir, other))
+    for (path, leaf), (_, leaf_there) in zip(ours, theirs, strict=True):
+        assert bits(leaf) == bits(leaf_there), jax.tree_util.keystr(path)
+    assert unclocked(workdir) == unclocked(other)
+    assert json.loads((workdir / "results.json").read_text()) == json.loads(
+        (other / "results.json").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "several processes need all three"),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_PROCESS_ID": "0"}, "num_processes=None"),
+        (
+            {
+                "JAX_COORDINATOR_ADDRESS": "host:1",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "2",
+            },
+            "process_id=2 of num_processes=2; they are counted from 0",
+        ),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'; it is a number"),
+    ],
+)
+def test_what_does_not_make_a_run_is_named(given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        start_processes(environment=given)
+
+
+def test_one_process_starts_nothing():
+    for alone in ({}, {"SLURM_STEP_NUM_TASKS": "1"}, {"TPU_WORKER_HOSTNAMES": "localhost"}):
+        start_processes(environment=alone)
+        assert not jax.distributed.is_initialized()

@@ -1,0 +1,62 @@
+"""Traces, programs that are kept, and a word where a step was compiled again."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxcl.train import _profiled
+from jaxcl.watch import Watch, keep_compiled
+
+
+def test_a_step_that_is_compiled_again_says_so(tmp_path, capsys):
+    step = jax.jit(lambda x: x + 1)
+    with Watch(tmp_path, step, None) as watch:
+        for number, size in enumerate((4, 4, 5, 5), 1):
+            watch.before(number)
+            step(jnp.zeros(size))
+            watch.after(number)
+    said = capsys.readouterr().err
+    assert said.count("was compiled again") == 1
+    assert "step 3 was compiled again" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_steps_asked_for_are_traced(tmp_path):
+    step = jax.jit(lambda x: x + 1)
+    with Watch(tmp_path, step, (2, 3)) as watch:
+        for number in (1, 2, 3):
+            watch.before(number)
+            step(jnp.zeros(4)).block_until_ready()
+            assert watch._tracing == (number == 2)
+            watch.after(number)
+    assert any(path.name.endswith(".xplane.pb") for path in tmp_path.rglob("*"))
+
+
+def test_a_trace_ends_with_its_run(tmp_path):
+    def stopped_run():
+        with Watch(tmp_path, jax.jit(jnp.negative), (1, 9)) as watch:
+            watch.before(1)
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        stopped_run()
+    assert any(path.name.endswith(".xplane.pb") for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("given", ["10", "9:3", "0:4", "a:b"])
+def test_steps_that_cannot_be_traced_are_named(given):
+    with pytest.raises(ValueError, match=f"--profile={given}; give the first step"):
+        _profiled(given)
+    assert _profiled("10:12") == (10, 12)
+    assert _profiled(None) is None
+
+
+def test_programs_are_kept_unless_somebody_says_where(tmp_path, monkeypatch):
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", lambda name, value: updates.update({name: value}))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    keep_compiled(tmp_path)
+    assert updates == {}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    keep_compiled(tmp_path)
+    assert updates["jax_compilation_cache_dir"].startswith(str(tmp_path / "cpu-"))
