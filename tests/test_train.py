@@ -517,10 +517,10 @@ def signal_while_updating(monkeypatch, *steps: int) -> None:
     """Has SIGTERM arrive before the metrics of each of these steps are taken."""
     add = Reports.add
 
-    def add_and_signal(self, step, metrics):
+    def add_and_signal(self, step, metrics, **more):
         if step in steps:
             signal.raise_signal(signal.SIGTERM)
-        add(self, step, metrics)
+        add(self, step, metrics, **more)
 
     monkeypatch.setattr(Reports, "add", add_and_signal)
 
