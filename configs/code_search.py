@@ -131,7 +131,10 @@ def get_config(variant: str = "default") -> ConfigDict:
     # What is below may change between a stop and a restart; what is above makes another run.
     config.run = ConfigDict()
     config.run.data_dir = "~/.cache/jaxcl"
-    config.run.mesh = ConfigDict({"data": -1})
+    # Devices that share rows, and devices that share parameters as well; and along which dimension
+    # these cut a parameter, ((expression of its path, number or None), …), if not by length.
+    config.run.mesh = ConfigDict({"data": -1, "fsdp": 1})
+    config.run.parameter_rules = ()
     config.run.log_every = 10
     config.run.evaluate_every = 100
     config.run.checkpoint_every = 100

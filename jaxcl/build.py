@@ -1,6 +1,6 @@
 """From a config to the parts of a run: plain dicts from names to functions, and nothing hidden."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -17,6 +17,7 @@ from jaxcl.embed import Embedder, make_embedder
 from jaxcl.mesh import make_mesh
 from jaxcl.models import StaticEncoder, Towers, TransformerEncoder, make_towers
 from jaxcl.options import bind_options
+from jaxcl.parameter_sharding import FSDP
 from jaxcl.refresh import Refresh, make_mined_refresh
 from jaxcl.train_state import TrainState
 from jaxcl.train_step import (
@@ -35,6 +36,7 @@ __all__ = [
     "build_optimizer",
     "build_program",
     "build_towers",
+    "run_mesh",
 ]
 
 ENCODERS: Mapping[str, Callable] = {"static": StaticEncoder, "transformer": TransformerEncoder}
@@ -78,11 +80,12 @@ class Program(NamedTuple):
     abstract_state: Callable[..., TrainState]
 
 
-def build_program(config: ConfigDict) -> Program:
+def build_program(config: ConfigDict, *, devices: Sequence[jax.Device] | None = None) -> Program:
     """Builds a run's functions.
 
     Args:
       config: as the files of `configs/` return it.
+      devices: where it runs; all that there are by default.
 
     Raises:
       ValueError: for an unknown name, and for a batch that does not divide over the mesh.
@@ -94,7 +97,8 @@ def build_program(config: ConfigDict) -> Program:
             "loss.masks names 'group', but data.group_field is None: all rows would be of one "
             "group, and no negative would count. Set data.group_field, or leave 'group' out"
         )
-    mesh = make_mesh(dict(config.run.mesh))
+    mesh = run_mesh(config, devices=devices)
+    rules = tuple((path, cut) for path, cut in config.run.get("parameter_rules", ()))
     _check_batch_size(config.global_batch_size, mesh)
     towers = build_towers(config.model, vocabulary_size=config.data.vocabulary_size)
     optimizer, learning_rate = build_optimizer(config.optimizer, steps=config.steps)
@@ -118,13 +122,13 @@ def build_program(config: ConfigDict) -> Program:
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             state,
-            state_sharding(mesh, state),
+            state_sharding(mesh, state, rules=rules),
         )
 
     def init(num_rows: int | None = None, groups: Groups | None = None) -> TrainState:
         def placed() -> TrainState:
             state = unplaced(num_rows, groups)
-            return jax.lax.with_sharding_constraint(state, state_sharding(mesh, state))
+            return jax.lax.with_sharding_constraint(state, state_sharding(mesh, state, rules=rules))
 
         return jax.jit(placed)()
 
@@ -138,13 +142,27 @@ def build_program(config: ConfigDict) -> Program:
         towers=towers,
         init=init,
         train_step=make_train_step(
-            loss, optimizer, mesh, temperature=temperature, momentum=build_momentum(config)
+            loss,
+            optimizer,
+            mesh,
+            temperature=temperature,
+            momentum=build_momentum(config),
+            rules=rules,
         ),
         measure=measured,
         mine=None if rule is None else make_mined_refresh(rule, mesh, by_group=by_group),
         embed=make_embedder(towers.encode, mesh, batch_size=config.evaluation.batch_size),
         learning_rate=learning_rate,
         abstract_state=abstract_state,
+    )
+
+
+def run_mesh(config: ConfigDict, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config.run.mesh`; an axis for parameters that has one device is left out."""
+    axes = dict(config.run.mesh)
+    return make_mesh(
+        {name: size for name, size in axes.items() if name != FSDP or size != 1},
+        devices=None if devices is None else list(devices),
     )
 
 

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxcl.build import build_towers
+from jaxcl.build import build_towers, run_mesh
 from jaxcl.build_loss import batch_needs, build_loss, build_memory
 from jaxcl.data.guides import guide_dim
 from jaxcl.mesh import make_mesh, put_batch
@@ -84,7 +84,7 @@ def compare_gradients(config: ConfigDict) -> list[GradientCheck]:
     Raises:
       ValueError: for a config that cannot run here.
     """
-    mesh = make_mesh(dict(config.run.mesh))
+    mesh = run_mesh(config)
     tiny = _tiny(config)
     towers = build_towers(tiny.model, vocabulary_size=_VOCABULARY)
     num_rows = _ROWS_PER_DEVICE * mesh.size

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from jaxcl.data.token_table import padded
 from jaxcl.data.tokenizer import encode_texts
-from jaxcl.mesh import batch_sharding, fetch, put_batch, replicated_sharding
+from jaxcl.mesh import batch_sharding, fetch, put_batch
 from jaxcl.models import Encode
 from jaxcl.typing import Float, Int, PyTree
 
@@ -35,7 +35,7 @@ def make_embedder(encode: Encode, mesh: Mesh, *, batch_size: int = 1024) -> Embe
     forward = jax.jit(
         lambda params, side, inputs: encode(params, side, inputs),
         static_argnums=1,
-        in_shardings=(replicated_sharding(mesh), batch_sharding(mesh)),
+        in_shardings=(None, batch_sharding(mesh)),
         out_shardings=batch_sharding(mesh),
     )
 

@@ -1,7 +1,8 @@
 """One update: encode both sides, lose, differentiate, step. One jitted program over the mesh."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from jaxcl.batch_loss import LossOfBatch
 from jaxcl.mesh import batch_sharding, replicated_sharding, table_sharding
+from jaxcl.parameter_sharding import Rule, parameter_shardings
 from jaxcl.train_state import TrainState
 from jaxcl.typing import Array, Batch, Key, PyTree, Scalar
 
@@ -81,8 +83,9 @@ def make_train_step(
     *,
     temperature: TemperatureBounds,
     momentum: Callable[[Scalar], Scalar] | None = None,
+    rules: Sequence[Rule] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Compiles the update for a mesh: parameters on every device, rows over all of them.
+    """Compiles the update for a mesh: rows over all its devices, parameters over its axis `"fsdp"`.
 
     Args:
       loss: as `make_loss` returns it.
@@ -91,6 +94,7 @@ def make_train_step(
       temperature: the clamp after each update. Clamping the parameter rather than its use leaves
         its gradient alive at the bound.
       momentum: step -> how much of the momentum encoder an update leaves, where there is one.
+      rules: how parameters are cut, as in `jaxcl.parameter_sharding`.
 
     Returns:
       `(state, batch) -> (state, metrics)`. The state is donated: its old buffers are gone.
@@ -121,19 +125,27 @@ def make_train_step(
     def placed_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         state, metrics = train_step(state, batch)
         return jax.lax.with_sharding_constraint(
-            (state, metrics), (state_sharding(mesh, state), replicated_sharding(mesh))
+            (state, metrics),
+            (state_sharding(mesh, state, rules=rules), replicated_sharding(mesh)),
         )
 
     return jax.jit(placed_step, in_shardings=(None, batch_sharding(mesh)), donate_argnums=0)
 
 
-def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
-    """Where a state's arrays are: whole on every device, but for the memory's, which are sharded.
+def state_sharding(mesh: Mesh, state: TrainState, *, rules: Sequence[Rule] = ()) -> TrainState:
+    """Where a state's arrays are.
 
-    Row tables, banks, mined rows and their order go by the first axis; a number of theirs is whole.
+    Parameters, the optimiser's state and the momentum encoder are whole on every device, or sharded
+    over the axis `"fsdp"`; row tables, banks, mined rows and their order by row over all axes;
+    numbers are whole.
     """
     whole, tables = replicated_sharding(mesh), table_sharding(mesh)
+    cut = functools.partial(parameter_shardings, mesh, rules=rules)
     placed: TrainState = jax.tree.map(lambda _: whole, state)
+    placed = placed._replace(params=cut(state.params), optimizer=cut(state.optimizer))
+    if "momentum" in state.memory:
+        momentum = {"momentum": cut(state.memory["momentum"])}
+        placed = placed._replace(memory=placed.memory | momentum)
     sharded = {
         name: jax.tree.map(lambda leaf: tables if leaf.ndim else whole, part)
         for name, part in state.memory.items()

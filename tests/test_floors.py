@@ -28,6 +28,7 @@ FLOORS = {
     4: (
         "train_state",
         "batch_loss",
+        "parameter_sharding",
         "train_step",
         "embed",
         "options",
@@ -47,6 +48,7 @@ FLOORS = {
         "refresh",
         "reassign",
         "watch",
+        "plan",
         "bench",
     ),
 }

@@ -1,0 +1,303 @@
+"""What a run's train step takes, before anything is rented: memory, arithmetic, traffic, price.
+
+    python -m jaxcl.plan --config configs/code_search.py --topology v5e:16x16 --rows 10000000
+        [--price 1.2] [--sweep global_batch_size=8192,32768] [--config.model.dim=768 …]
+
+The real step is compiled ahead of time for a slice of TPUs that is not there (which needs
+jaxcl[tpu]), or, with `--devices 8`, for so many devices of the present kind. What is printed is
+what the compiler says of a device: not a measurement, and of time only the least that it can take.
+"""
+
+import importlib.util
+import math
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from jaxcl.build import build_program
+from jaxcl.mesh import batch_sharding
+from jaxcl.models.towers import SIDES
+from jaxcl.progress import say
+from jaxcl.train import parse_flags
+from jaxcl.typing import Batch, PyTree
+
+__all__ = ["CHIPS", "Chip", "Plan", "collective_bytes", "make_plan"]
+
+_GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """What a chip can do at most, by its maker's figures.
+
+    Attributes:
+      flops: products and sums of bfloat16 per second.
+      memory: bytes.
+      memory_rate: bytes per second to and from it.
+      link_rate: bytes per second to and from the other chips, over all links.
+    """
+
+    flops: float
+    memory: float
+    memory_rate: float
+    link_rate: float
+
+
+CHIPS = {
+    "v4": Chip(275e12, 32 * _GIB, 1_228e9, 300e9),
+    "v5e": Chip(197e12, 16 * _GIB, 819e9, 200e9),
+    "v5p": Chip(459e12, 95 * _GIB, 2_765e9, 600e9),
+    "v6e": Chip(918e12, 32 * _GIB, 1_640e9, 448e9),
+}
+"""Google's, "TPU architecture", 2025."""
+
+
+class Plan(NamedTuple):
+    """Of one device, and of one step.
+
+    Attributes:
+      devices: how many there are.
+      parameters: bytes of the model's.
+      optimizer: bytes of its state.
+      memory: bytes of banks, row tables, orders, and a momentum encoder.
+      batch: bytes of its rows.
+      temporary: bytes of activations, gradients, tiles of the loss: what a step needs at its most.
+      flops: of a step.
+      accessed: bytes that a step reads and writes in the device's memory, at most.
+      moved: bytes that come in from other devices.
+    """
+
+    devices: int
+    parameters: int
+    optimizer: int
+    memory: int
+    batch: int
+    temporary: int
+    flops: float
+    accessed: float
+    moved: int
+
+    @property
+    def total(self) -> int:
+        """All bytes of a device."""
+        return self.parameters + self.optimizer + self.memory + self.batch + self.temporary
+
+    def seconds(self, chip: Chip) -> dict[str, float]:
+        """The least time of a step by what could bound it."""
+        return {
+            "compute": self.flops / chip.flops,
+            "memory": self.accessed / chip.memory_rate,
+            "interconnect": self.moved / chip.link_rate,
+        }
+
+
+def make_plan(config: ConfigDict, devices: Sequence[jax.Device], *, num_rows: int) -> Plan:
+    """Compiles the step of a config for devices, which need not be there, and reads what it takes.
+
+    Args:
+      config: as the files of `configs/` return it.
+      devices: all of them are used, as `config.run.mesh` arranges them.
+      num_rows: of the training split, for what has an entry for each row.
+
+    Raises:
+      ValueError: for a config that cannot run there, or whose batches hold what only its data know.
+    """
+    if config.data.get("negatives") is not None or config.data.get("guides") is not None:
+        raise ValueError("data.negatives and data.guides have shapes that only their files know")
+    program = build_program(config, devices=devices)
+    state = program.abstract_state(num_rows, np.zeros(num_rows, np.int32))
+    batch = _abstract_batch(config, program.mesh)
+    compiled = program.train_step.lower(state, batch).compile()  # type: ignore[attr-defined]
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    return Plan(
+        len(devices),
+        parameters=_bytes_here(state.params),
+        optimizer=_bytes_here(state.optimizer),
+        memory=_bytes_here(state.memory),
+        batch=_bytes_here(batch),
+        temporary=memory.temp_size_in_bytes
+        + max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
+        flops=cost.get("flops", 0.0),
+        accessed=cost.get("bytes accessed", 0.0),
+        moved=collective_bytes(compiled.as_text()),
+    )
+
+
+def collective_bytes(program: str) -> int:
+    """The bytes that a compiled program's collectives bring to a device, each counted once.
+
+    Those within a loop count once, whichever way it is gone through; a ring's are in one.
+    """
+    found = re.findall(
+        r"= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
+        r"(?:-start)?\(",
+        program,
+    )
+    sizes = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
+    sizes |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+    total = 0
+    for shapes in found:
+        for kind, dimensions in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+            total += sizes.get(kind, 4) * math.prod(int(n) for n in dimensions.split(",") if n)
+    return total
+
+
+def _abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> Batch:
+    size = config.global_batch_size
+    sharding = batch_sharding(mesh)
+
+    def column(*shape: int, kind: Any = np.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size, *shape), kind, sharding=sharding)
+
+    labels = ("row", "text", "group")
+    batch: dict[str, Any] = {
+        side: {"tokens": column(config.data.max_tokens[side])} for side in SIDES
+    }
+    batch |= {name: column() for name in labels}
+    mined = config.negatives.mined
+    if mined.refresh_every is not None:
+        tokens = column(mined.per_query, config.data.max_tokens["key"])
+        batch["negatives"] = {
+            "inputs": {"tokens": tokens},
+            "valid": column(mined.per_query, kind=np.bool_),
+            **{name: column(mined.per_query) for name in labels},
+        }
+    return batch
+
+
+def _bytes_here(tree: PyTree) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _advice(plan: Plan) -> str:
+    """What would help most, where it does not fit."""
+    kept = plan.parameters + plan.optimizer
+    if plan.memory >= max(kept, plan.temporary):
+        return "negatives.bank.dtype=bfloat16, or a smaller bank or momentum encoder"
+    if kept >= plan.temporary:
+        return "run.mesh.fsdp, which shards parameters and optimiser"
+    return (
+        "grad_cache.chunk_size, model.options.remat (activations), or loss.exchange=ring (the keys "
+        "of all devices)"
+    )
+
+
+def _table(
+    plans: dict[str, Plan], chip: Chip | None, batch_sizes: list[int], price: float
+) -> Table:
+    table = Table("of a device", *plans)
+
+    def row(name: str, cells: list[str]) -> None:
+        table.add_row(name, *cells)
+
+    for name in ("parameters", "optimizer", "memory", "batch", "temporary", "total"):
+        row(f"{name}, MiB", [f"{getattr(plan, name) / 2**20:,.1f}" for plan in plans.values()])
+    row("arithmetic, GFLOP", [f"{plan.flops / 1e9:,.1f}" for plan in plans.values()])
+    row("read and written, MiB", [f"{plan.accessed / 2**20:,.0f}" for plan in plans.values()])
+    row("from others, MiB", [f"{plan.moved / 2**20:,.2f}" for plan in plans.values()])
+    if chip is None:
+        return table
+    fits = [plan.total <= chip.memory for plan in plans.values()]
+    row(f"fits {chip.memory / _GIB:.0f} GiB", ["yes" if fit else "no" for fit in fits])
+    times = [plan.seconds(chip) for plan in plans.values()]
+    longest = [max(seconds.values()) for seconds in times]
+    row("least time, ms", [f"{1e3 * seconds:,.2f}" for seconds in longest])
+    row("bound by", [max(seconds, key=seconds.__getitem__) for seconds in times])
+    rates = [size / seconds for size, seconds in zip(batch_sizes, longest, strict=True)]
+    row("pairs/s, at most", [f"{rate:,.0f}" for rate in rates])
+    if price:
+        hours = [1e6 / rate / 3_600 for rate in rates]
+        costs = [
+            hour * price * plan.devices for hour, plan in zip(hours, plans.values(), strict=True)
+        ]
+        row("a million pairs cost", [f"{cost:,.4f}" for cost in costs])
+    if not all(fits):
+        row(
+            "what would help",
+            [
+                _advice(plan) if not fit else ""
+                for plan, fit in zip(plans.values(), fits, strict=True)
+            ],
+        )
+    return table
+
+
+def _devices(topology: str | None, count: int | None) -> Sequence[jax.Device]:
+    if topology is None:
+        return jax.devices()[:count]
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("the TPU compiler is not installed: pip install -e '.[tpu]'")
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # of whatever class the compiler raises
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"--topology={topology} is none: {reason}") from error
+
+
+def _settings(config: ConfigDict, sweep: str | None) -> dict[str, ConfigDict]:
+    """Columns of the table: the config, or one for each value of a field."""
+    if sweep is None:
+        return {"": config}
+    field, separator, values = sweep.partition("=")
+    if not separator:
+        raise ValueError(f"--sweep={sweep}; give a field and its values, as global_batch_size=1,2")
+    found = {}
+    for value in values.split(","):
+        changed = config.copy_and_resolve_references()
+        before = changed
+        *parents, leaf = field.split(".")
+        try:
+            for parent in parents:
+                before = before[parent]
+            kind = type(before[leaf])
+        except (KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"--sweep={sweep}: the config has no field {field}") from error
+        before[leaf] = value if kind in (str, type(None)) else kind(value)
+        found[f"{field}={value}"] = changed
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """Prints the table for a person."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.ERROR)
+    given = flags.FLAGS
+    try:
+        if given.topology is None and given.devices is not None:
+            jax.config.update("jax_num_cpu_devices", given.devices)
+        devices = _devices(given.topology, given.devices)
+        settings = _settings(given.config, given.sweep)
+        plans = {}
+        for name, config in settings.items():
+            say(f"compiling {name or 'the step'} for {len(devices)} × {devices[0].device_kind}")
+            plans[name or "step"] = make_plan(config, devices, num_rows=given.rows)
+    except ValueError as error:
+        say(f"error: {error}")
+        sys.exit(1)
+    chip = CHIPS.get(given.topology.partition(":")[0]) if given.topology else None
+    sizes = [config.global_batch_size for config in settings.values()]
+    Console().print(_table(plans, chip, sizes, given.price))
+
+
+if __name__ == "__main__":
+    # The trainer's flags are there already: --config among them.
+    flags.DEFINE_string("topology", None, "A slice of TPUs, such as v5e:16x16.")
+    flags.DEFINE_integer("devices", None, "So many devices of the present kind instead.")
+    flags.DEFINE_integer("rows", 1_000_000, "Rows of the training split.")
+    flags.DEFINE_float("price", 0.0, "Of a chip and hour; the table is in its currency.")
+    flags.DEFINE_string("sweep", None, "FIELD=VALUE,VALUE…: a column for each.")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,102 @@
+"""What a step takes, read off the compiler, is what it takes."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from configs.code_search import get_config
+from jaxcl.build import build_program
+from jaxcl.mesh import put_batch
+from jaxcl.plan import CHIPS, Plan, _advice, _settings, collective_bytes, make_plan
+
+ROWS = 2_000
+
+
+def small(**changes):
+    config = get_config("smoke")
+    config.data.vocabulary_size = 4_096
+    config.model.dim = 64
+    for name, value in changes.items():
+        place = config
+        *parents, leaf = name.split(".")
+        for parent in parents:
+            place = place[parent]
+        place[leaf] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"run.mesh.fsdp": 4}, {"negatives.bank.kind": "instance", "negatives.tiers.whole": True}],
+    ids=["data", "fsdp", "bank"],
+)
+def test_parts_are_those_of_the_arrays(changes):
+    config = small(**changes)
+    plan = make_plan(config, jax.devices(), num_rows=ROWS)
+    program = build_program(config)
+    state = program.init(ROWS, np.zeros(ROWS, np.int32))
+    for part, tree in (
+        (plan.parameters, state.params),
+        (plan.optimizer, state.optimizer),
+        (plan.memory, state.memory),
+    ):
+        leaves = jax.tree.leaves(tree)
+        assert part == sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    rng = np.random.default_rng(0)
+    size = config.global_batch_size
+    batch = {
+        side: {"tokens": rng.integers(1, 99, (size, config.data.max_tokens[side]), np.int32)}
+        for side in ("query", "key")
+    }
+    batch |= {name: np.arange(size, dtype=np.int32) for name in ("row", "text", "group")}
+    _, metrics = program.train_step(state, put_batch(batch, program.mesh))  # the same shapes
+    assert math.isfinite(metrics.loss)
+    assert plan.temporary > 0
+    assert plan.flops > 2 * size**2 / 8 * config.model.dim  # of the loss alone
+    assert plan.moved > 0
+
+
+def test_parameters_over_an_axis_take_a_share():
+    whole, shared = (
+        make_plan(small(**{"run.mesh.fsdp": size}), jax.devices(), num_rows=ROWS) for size in (1, 8)
+    )
+    assert shared.parameters < whole.parameters / 7
+    assert shared.optimizer < whole.optimizer / 7
+
+
+def test_what_collectives_bring_is_read_off_the_program():
+    program = """
+      %a = f32[16,4]{1,0} all-gather(%x), dimensions={0}
+      %b = (bf16[8]{0}, s32[2]{0}) all-reduce-start(%y, %z)
+      %c = f32[16,4]{1,0} add(%a, %a)
+      ROOT %d = pred[3]{0} collective-permute(%w)
+    """
+    assert collective_bytes(program) == 16 * 4 * 4 + 8 * 2 + 2 * 4 + 3
+
+
+def test_the_bound_is_the_slowest_and_the_advice_what_is_largest():
+    chip = CHIPS["v5e"]
+    plan = Plan(256, 1, 2, 3, 4, 2**40, flops=197e12, accessed=819e9 / 2, moved=50 * 10**9)
+    assert plan.seconds(chip) == {"compute": 1.0, "memory": 0.5, "interconnect": 0.25}
+    assert plan.total == 10 + 2**40
+    assert "grad_cache" in _advice(plan)
+    assert "fsdp" in _advice(plan._replace(optimizer=2**41))
+    assert "bank" in _advice(plan._replace(memory=2**41))
+
+
+def test_a_sweep_has_a_column_for_each_value():
+    config = small()
+    found = _settings(config, "global_batch_size=64,128")
+    assert [one.global_batch_size for one in found.values()] == [64, 128]
+    assert config.global_batch_size == 64
+    with pytest.raises(ValueError, match="has no field"):
+        _settings(config, "model.depth=1,2")
+    with pytest.raises(ValueError, match="give a field and its values"):
+        _settings(config, "steps")
+
+
+def test_what_only_a_file_knows_is_an_error():
+    with pytest.raises(ValueError, match="shapes that only their files know"):
+        make_plan(small(**{"data.negatives": "mined.npz"}), jax.devices(), num_rows=ROWS)
