@@ -381,7 +381,7 @@ def assert_same(state, losses, wanted, *, tolerance=1e-10):
     np.testing.assert_array_equal(state.memory["mined"][:ROWS], wanted.mined)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_every_tier_trains_as_written_out_in_numpy(devices):
     assert (restated().mined >= 0).any(1).sum() > ROWS / 2
     assert_same(*train_in_jax(devices), restated())

@@ -33,7 +33,6 @@ from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.data.loader import training_batches
 from jaxcl.data.prepare import RunData, prepare_data
 from jaxcl.data.python_functions import SourceRoot
-from jaxcl.mesh import make_mesh
 from jaxcl.metric_writer import read_metrics
 from jaxcl.reassign import RunBatches
 from jaxcl.train import train
@@ -380,10 +379,8 @@ def test_any_number_of_devices_chooses_the_same_and_goes_on_with_it(configured, 
     group = data.tables["train"].group
 
     def program_on(count: int):
-        with pytest.MonkeyPatch.context() as patch:
-            make = functools.partial(make_mesh, devices=jax.devices()[:count])
-            patch.setattr("jaxcl.build.make_mesh", make)
-            return build_program(config)._replace(embed=None)  # which the bank spares
+        program = build_program(config, devices=jax.devices()[:count])
+        return program._replace(embed=None)  # which the bank spares
 
     noise = np.asarray(unit_vectors(0, ROWS, DIM, dtype=jnp.float32))
     orders, rows = [], []

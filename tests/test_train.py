@@ -205,11 +205,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, uninterrupted, tmp
 @pytest.mark.parametrize(
     "changes",
     [
-        {
-            "negatives.bank.kind": "queue",
-            "negatives.bank.slots": 150,
-            "negatives.tiers.whole": True,
-        },
+        pytest.param(
+            {
+                "negatives.bank.kind": "queue",
+                "negatives.bank.slots": 150,
+                "negatives.tiers.whole": True,
+            },
+            marks=pytest.mark.slow,
+        ),
         pytest.param(  # which "every tier" has, too
             {"negatives.bank.kind": "instance", "negatives.tiers.whole": True},
             marks=pytest.mark.slow,
