@@ -84,7 +84,7 @@ def trained(name, shape, *, steps=3):
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize("name", ["static", "transformer"])
+@pytest.mark.parametrize("name", ["static", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_training_is_that_of_one_device(name, shape, x64, monkeypatch):
     monkeypatch.setattr(parameter_sharding, "_WORTH_CUTTING", 1)
     monkeypatch.setattr(jax.nn, "dot_product_attention", double_attention)

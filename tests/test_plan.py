@@ -29,8 +29,15 @@ def small(**changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"run.mesh.fsdp": 4}, {"negatives.bank.kind": "instance", "negatives.tiers.whole": True}],
-    ids=["data", "fsdp", "bank"],
+    [
+        {"run.mesh.fsdp": 4},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param(
+            {"negatives.bank.kind": "instance", "negatives.tiers.whole": True},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["fsdp", "data", "bank"],
 )
 def test_parts_are_those_of_the_arrays(changes):
     config = small(**changes)

@@ -193,7 +193,8 @@ def test_a_signal_to_one_stops_all_at_the_same_step(command, two, tmp_path):
     assert_same_bits(tmp_path, two)
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(command, two, tmp_path, victim):
     run = Run(command(tmp_path), processes=2, devices=2)
     run.wait_for_step(tmp_path, 6)
