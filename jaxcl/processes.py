@@ -7,6 +7,7 @@ nothing but a call.
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -33,16 +34,14 @@ __all__ = [
 HEARTBEAT_SECONDS = 30
 """How long a process may be silent until the others end: one that is stuck, or its host gone.
 
-One that is killed is noticed at once, by its connections."""
+One that is killed is noticed earlier, when the others exchange something with it."""
 
 PEER_LOST = 75
 """The exit code of a process that ends since another one has: "try again" (EX_TEMPFAIL)."""
 
-_CLUSTERS = {
-    "Slurm": "SLURM_STEP_NUM_TASKS",
-    "Open MPI": "OMPI_COMM_WORLD_SIZE",
-    "TPU": "TPU_WORKER_HOSTNAMES",
-}
+# Variables that say of several processes how many they are, or the names of their hosts.
+_COUNTS = {"Slurm": "SLURM_STEP_NUM_TASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
+_HOSTS = {"TPU": "TPU_WORKER_HOSTNAMES"}
 
 T = TypeVar("T")
 
@@ -192,11 +191,11 @@ def stop_requests() -> Iterator[StopRequests]:
 
 def _cluster(environment: Mapping[str, str]) -> str | None:
     """The cluster on which this is one of several processes."""
-    for name, variable in _CLUSTERS.items():
-        value = environment.get(variable, "")
-        if value.isdigit() and int(value) > 1:
+    for name, variable in _COUNTS.items():
+        if (_number(environment, variable) or 1) > 1:
             return name
-        if "," in value:  # host names
+    for name, variable in _HOSTS.items():
+        if re.fullmatch(r"[\w.:-]+(,[\w.:-]+)+", environment.get(variable, "")):
             return name
     return None
 

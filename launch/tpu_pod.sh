@@ -3,7 +3,7 @@
 #   launch/tpu_pod.sh NAME ZONE v5litepod-256 REPOSITORY BUCKET --config configs/…
 # The slice is a queued resource; REPOSITORY is what its hosts clone. The run lies in BUCKET, which all
 # hosts mount: if the slice is preempted, the same command goes on. Not run: linted, no cloud was at
-# hand; that the processes start together is tested on CPUs.
+# hand, so that --distributed was tried nowhere but in a test of what it calls.
 set -euo pipefail
 name=${1:?name}; zone=${2:?zone}; kind=${3:?accelerator type}; repository=${4:?repository}
 bucket=${5:?bucket}; shift 5
@@ -12,9 +12,12 @@ printf -v arguments ' %q' "$@"
 gcloud compute tpus queued-resources create "$name" --zone="$zone" --node-id="$name" \
     --accelerator-type="$kind" --runtime-version=v2-alpha-tpuv5-lite --spot
 trap 'gcloud compute tpus queued-resources delete "$name" --zone="$zone" --force --quiet' EXIT
-until [ "$(gcloud compute tpus queued-resources describe "$name" --zone="$zone" \
-        --format='value(state.state)')" = ACTIVE ]; do
-    sleep 30
+state=
+until [ "$state" = ACTIVE ]; do
+    state=$(gcloud compute tpus queued-resources describe "$name" --zone="$zone" \
+        --format='value(state.state)')
+    case $state in FAILED | SUSPENDED) echo "the slice $name is $state" >&2; exit 1 ;; esac
+    echo "the slice $name is ${state:-asked for}"; sleep 30
 done
 on_all_hosts() {
     gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -25,6 +26,19 @@ def test_scripts_can_be_run_and_say_what_was_run_of_them(script):
         line.lstrip("# ") for line in script.read_text().splitlines() if line.startswith("# ")
     )
     assert any(word in comments for word in ("Not run", "Runs in the tests", "Runs on"))
+
+
+def test_the_pods_of_kubernetes_are_as_many_as_their_slice_has_hosts():
+    job = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())["spec"]["replicatedJobs"][0]
+    spec = job["template"]["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    hosts = rows * columns // container["resources"]["limits"]["google.com/tpu"]
+    assert spec["parallelism"] == spec["completions"] == hosts
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
+    assert any(arg.startswith(f"--workdir={mounts['runs']}/") for arg in container["args"])
 
 
 def test_a_mistake_would_be_found(tmp_path):

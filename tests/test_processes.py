@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,13 +46,18 @@ def environment(devices: int, **more: str) -> dict[str, str]:
     return cleaned | {"JAX_PLATFORMS": "cpu", "NPROC": "32", "XLA_FLAGS": flags} | more
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Run:
     """A run of one or several processes, with some devices each."""
 
     def __init__(self, arguments: list[str], *, processes: int, devices: int):
-        port = str(12_400 + os.getpid() % 20_000)
         numbers = range(processes)
-        together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
+        together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
         together["JAX_NUM_PROCESSES"] = str(processes)
         self.processes = [
             subprocess.Popen(
@@ -108,9 +114,19 @@ def one(command, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def two(command, tmp_path_factory):
-    """The workdir of two processes with two devices each, which nobody stopped."""
+    """The workdir of two processes with two devices each, of a script, which nobody stopped."""
     workdir = tmp_path_factory.mktemp("two-processes")
-    Run(command(workdir), processes=2, devices=2).finish()
+    _, _, _, *arguments = command(workdir)  # all but the interpreter and the module
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where the script's python is
+    finished = subprocess.run(
+        ["launch/local_processes.sh", "2", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PATH": path, "DEVICES": "2", "PORT": str(free_port())},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
     return workdir
 
 
@@ -244,7 +260,53 @@ def test_what_does_not_make_a_run_is_named(given, message):
         start_processes(environment=given)
 
 
-def test_one_process_starts_nothing():
-    for alone in ({}, {"SLURM_STEP_NUM_TASKS": "1"}, {"TPU_WORKER_HOSTNAMES": "localhost"}):
-        start_processes(environment=alone)
-        assert not jax.distributed.is_initialized()
+@pytest.fixture
+def initialized(monkeypatch):
+    """What JAX is asked to join, of each time."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: calls.append(given))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "alone",
+    [
+        {},
+        {"SLURM_STEP_NUM_TASKS": "1"},
+        {"TPU_WORKER_HOSTNAMES": "localhost"},
+        {"TPU_WORKER_HOSTNAMES": "WARNING: could not determine names, please set them"},
+    ],
+)
+def test_one_process_starts_nothing(alone, initialized):
+    start_processes(environment=alone)
+    assert initialized == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "16"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "host-0.pod,host-1.pod"}, False),
+        ({}, True),
+    ],
+)
+def test_on_a_cluster_jax_finds_the_processes(environment, asked, initialized):
+    start_processes(environment=environment, asked=asked)
+    assert initialized == [(None, None, None)]
+
+
+def test_what_is_given_is_what_is_joined(initialized):
+    start_processes(coordinator="host:1", num_processes=3, process_id=2, environment={})
+    given = {"JAX_COORDINATOR_ADDRESS": "host:2", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "0"}
+    start_processes(environment=given)
+    assert initialized == [("host:1", 3, 2), ("host:2", 4, 0)]
+
+
+def test_processes_that_do_not_meet_are_an_error_in_a_line(monkeypatch):
+    def unreachable(*_, **__):
+        raise RuntimeError("DEADLINE_EXCEEDED:\n nobody there")
+
+    monkeypatch.setattr(jax.distributed, "initialize", unreachable)
+    with pytest.raises(ValueError, match=r"do not find each other .* nobody there$"):
+        start_processes(coordinator="host:1", num_processes=2, process_id=1, environment={})
