@@ -40,7 +40,8 @@ class Reports:
     ):
         self._config, self._program = config, program
         self._writer, self._advance = writer, advance
-        self._unread: collections.deque[tuple[int, StepMetrics]] = collections.deque()
+        # Steps, their metrics, and how long they waited for their batches.
+        self._unread: collections.deque[tuple[int, StepMetrics, float]] = collections.deque()
         self._rate = math.nan
         self._restart_clock()
 
@@ -52,8 +53,7 @@ class Reports:
           metrics: on the device, until they are read.
           input_seconds: how long the step waited for its batch.
         """
-        self._unread.append((step, metrics))
-        self._input_seconds += input_seconds
+        self._unread.append((step, metrics, input_seconds))
         if len(self._unread) > 1:
             self._read(*self._unread.popleft())
 
@@ -93,7 +93,8 @@ class Reports:
         self._since, self._steps_since = time.perf_counter(), 0
         self._input_seconds = self._device_seconds = 0.0
 
-    def _read(self, step: int, metrics: StepMetrics) -> None:
+    def _read(self, step: int, metrics: StepMetrics, input_seconds: float) -> None:
+        self._input_seconds += input_seconds
         begun = time.perf_counter()
         loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
         self._device_seconds += time.perf_counter() - begun

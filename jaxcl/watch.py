@@ -30,6 +30,8 @@ def keep_compiled(directory: Path) -> None:
 class Watch:
     """Traces some steps, and says if a step had to be compiled again.
 
+    A trace ends when the step behind it is under way, since only then are those asked for done.
+
     Args:
       directory: where a trace goes, for TensorBoard or Perfetto.
       train_step: the jitted update.
@@ -50,14 +52,17 @@ class Watch:
 
     def before(self, step: int) -> None:
         """Called before each step."""
-        if self._profile is not None and step == self._profile[0]:
+        if self._profile is None or self._tracing or step >= self._profile[1]:
+            return
+        if step >= self._profile[0]:  # a run may go on in the middle of them
             jax.profiler.start_trace(self._directory)
             self._tracing = True
 
     def after(self, step: int) -> None:
-        """Called after each step was handed to the devices."""
-        if self._profile is not None and step == self._profile[1] - 1:
+        """Called after each step was handed to the devices, and the one before it is done."""
+        if self._profile is not None and step >= self._profile[1]:
             self._stop()
+            self._profile = None
         programs = self._train_step._cache_size()
         if self._programs is not None and programs > self._programs:
             say(
@@ -67,7 +72,11 @@ class Watch:
         self._programs = programs
 
     def _stop(self) -> None:
-        if self._tracing:
-            self._tracing = False
-            jax.profiler.stop_trace()
-            say(f"a trace of the steps is in {self._directory}")
+        if not self._tracing:
+            if self._profile is not None:
+                first, behind = self._profile
+                say(f"no step from {first} to {behind - 1} was trained here: there is no trace")
+            return
+        self._tracing = False
+        jax.profiler.stop_trace()
+        say(f"a trace of the steps is in {self._directory}")

@@ -60,8 +60,7 @@ def test_where_a_step_s_time_went_is_written(reports, tmp_path):
         reports.add(step, metrics(), input_seconds=0.25)
     (record,) = read_metrics(tmp_path)
     parts = {part: record[f"time/step_{part}_seconds"] for part in ("input", "device", "host")}
-    # Steps 1 to 3 had to wait, of which 2 have been read.
-    assert parts["input"] == pytest.approx(0.25, rel=0.6)
+    assert parts["input"] == 0.25  # of steps 1 and 2; step 3 has not been read
     assert parts["device"] >= 0
     seconds = reports._config.global_batch_size / record["time/pairs_per_second"]
     assert sum(parts.values()) == pytest.approx(seconds)

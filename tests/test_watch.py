@@ -27,9 +27,22 @@ def test_the_steps_asked_for_are_traced(tmp_path):
         for number in (1, 2, 3):
             watch.before(number)
             step(jnp.zeros(4)).block_until_ready()
-            assert watch._tracing == (number == 2)
+            assert watch._tracing == (number >= 2)
             watch.after(number)
+            assert watch._tracing == (number == 2)  # until the step behind is under way
     assert any(path.name.endswith(".xplane.pb") for path in tmp_path.rglob("*"))
+
+
+def test_a_run_that_goes_on_among_the_steps_traces_the_rest(tmp_path, capsys):
+    with Watch(tmp_path / "a", jax.jit(jnp.negative), (2, 9)) as watch:
+        watch.before(5)
+        assert watch._tracing
+    assert "a trace of the steps is in" in capsys.readouterr().err
+    with Watch(tmp_path / "b", jax.jit(jnp.negative), (2, 9)) as watch:
+        watch.before(9)
+        watch.after(9)
+    assert "no step from 2 to 8 was trained here: there is no trace" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_trace_ends_with_its_run(tmp_path):
