@@ -9,7 +9,6 @@ metrics and the rank of every query, but no checkpoints; the same command goes o
 stopped. `comparison.json` and `comparison.md` hold the table.
 """
 
-import functools
 import hashlib
 import json
 import shutil
@@ -27,6 +26,7 @@ from ml_collections import ConfigDict
 from jaxcl.checkpoint import CheckpointError
 from jaxcl.host_memory import start_with_huge_pages
 from jaxcl.metrics import paired_difference
+from jaxcl.options import changed_config
 from jaxcl.progress import say
 from jaxcl.reports import DivergenceError
 from jaxcl.retrieval import METRICS
@@ -95,7 +95,7 @@ def compare(
     if baseline not in settings:
         raise ValueError(f"baseline={baseline!r} is none of {', '.join(settings)}")
     runs = {
-        (name, seed): _changed(config, changes, seed=seed)
+        (name, seed): changed_config(config, {**changes, "seed": seed})
         for seed in range(seeds)
         for name, changes in settings.items()
     }
@@ -141,20 +141,6 @@ def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
         cells.append(f"{record['seconds']:.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _changed(config: ConfigDict, changes: Mapping[str, Any], *, seed: int) -> ConfigDict:
-    changed = config.copy_and_resolve_references()
-    for name, value in changes.items():
-        *parents, leaf = name.split(".")
-        try:
-            place = functools.reduce(getattr, parents, changed)
-            getattr(place, leaf)  # or it would be made
-            setattr(place, leaf, tuple(value) if isinstance(value, list) else value)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"the setting {name}={value!r} does not fit: {error}") from error
-    changed.seed = seed
-    return changed
 
 
 def _identity(config: ConfigDict) -> str:

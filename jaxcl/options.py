@@ -5,7 +5,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["arguments_of", "bind_options"]
+from ml_collections import ConfigDict
+
+__all__ = ["arguments_of", "bind_options", "changed_config"]
 
 
 def bind_options(
@@ -38,3 +40,21 @@ def arguments_of(function: Callable) -> dict[str, inspect.Parameter]:
         for name, parameter in signature.parameters.items()
         if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.VAR_KEYWORD)
     }
+
+
+def changed_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy with other values, by dotted name; a list becomes a tuple.
+
+    Raises:
+      ValueError: if there is no such field, or the value is of another type than the field's.
+    """
+    changed = config.copy_and_resolve_references()
+    for name, value in changes.items():
+        *parents, leaf = name.split(".")
+        try:
+            place = functools.reduce(getattr, parents, changed)
+            getattr(place, leaf)  # or it would be made
+            setattr(place, leaf, tuple(value) if isinstance(value, list) else value)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"the setting {name}={value!r} does not fit: {error}") from error
+    return changed

@@ -4,14 +4,14 @@
         [--price 1.2] [--sweep global_batch_size=8192,32768] [--config.model.dim=768 …]
 
 The real step is compiled ahead of time for a slice of TPUs that is not there (which needs
-jaxcl[tpu]), or, with `--devices 8`, for so many devices of the present kind. What is printed is
-what the compiler says of a device: not a measurement, and of time only the least that it can take.
+jaxcl[tpu]), or, with `--devices 8`, for so many devices of the present kind. Memory is what the
+compiler has planned; times are estimates, of what the chip's maker says that it can do at most.
 """
 
+import ast
 import importlib.util
 import math
 import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,40 +25,20 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxcl.build import build_program
+from jaxcl.build_loss import build_loss
+from jaxcl.chips import CHIPS, Chip
 from jaxcl.mesh import batch_sharding
-from jaxcl.models.towers import SIDES
+from jaxcl.models.towers import SIDES, Towers
+from jaxcl.options import changed_config
+from jaxcl.program_cost import matrix_flops, traffic
 from jaxcl.progress import say
 from jaxcl.train import parse_flags
-from jaxcl.typing import Batch, PyTree
+from jaxcl.train_state import TrainState
+from jaxcl.typing import Batch, Embeddings, PyTree, RowKeys
 
-__all__ = ["CHIPS", "Chip", "Plan", "collective_bytes", "make_plan"]
+__all__ = ["Plan", "make_plan"]
 
 _GIB = 2**30
-
-
-class Chip(NamedTuple):
-    """What a chip can do at most, by its maker's figures.
-
-    Attributes:
-      flops: products and sums of bfloat16 per second.
-      memory: bytes.
-      memory_rate: bytes per second to and from it.
-      link_rate: bytes per second to and from the other chips, over all links.
-    """
-
-    flops: float
-    memory: float
-    memory_rate: float
-    link_rate: float
-
-
-CHIPS = {
-    "v4": Chip(275e12, 32 * _GIB, 1_228e9, 300e9),
-    "v5e": Chip(197e12, 16 * _GIB, 819e9, 200e9),
-    "v5p": Chip(459e12, 95 * _GIB, 2_765e9, 600e9),
-    "v6e": Chip(918e12, 32 * _GIB, 1_640e9, 448e9),
-}
-"""Google's, "TPU architecture", 2025."""
 
 
 class Plan(NamedTuple):
@@ -70,9 +50,10 @@ class Plan(NamedTuple):
       optimizer: bytes of its state.
       memory: bytes of banks, row tables, orders, and a momentum encoder.
       batch: bytes of its rows.
-      temporary: bytes of activations, gradients, tiles of the loss: what a step needs at its most.
-      flops: of a step.
-      accessed: bytes that a step reads and writes in the device's memory, at most.
+      loss: bytes that the loss and its gradient take beside the embeddings: gathered keys, tiles.
+      activations: bytes of all else that a step needs at its most: activations, gradients.
+      flops: products and sums in the matrix products of a step.
+      accessed: bytes that a step reads and writes in the device's memory.
       moved: bytes that come in from other devices.
     """
 
@@ -81,10 +62,16 @@ class Plan(NamedTuple):
     optimizer: int
     memory: int
     batch: int
-    temporary: int
+    loss: int
+    activations: int
     flops: float
     accessed: float
-    moved: int
+    moved: float
+
+    @property
+    def temporary(self) -> int:
+        """Bytes that are free again after a step."""
+        return self.loss + self.activations
 
     @property
     def total(self) -> int:
@@ -92,7 +79,7 @@ class Plan(NamedTuple):
         return self.parameters + self.optimizer + self.memory + self.batch + self.temporary
 
     def seconds(self, chip: Chip) -> dict[str, float]:
-        """The least time of a step by what could bound it."""
+        """A step's time if nothing but one thing took any; the longest bounds it."""
         return {
             "compute": self.flops / chip.flops,
             "memory": self.accessed / chip.memory_rate,
@@ -113,42 +100,69 @@ def make_plan(config: ConfigDict, devices: Sequence[jax.Device], *, num_rows: in
     """
     if config.data.get("negatives") is not None or config.data.get("guides") is not None:
         raise ValueError("data.negatives and data.guides have shapes that only their files know")
+    if num_rows < config.global_batch_size:
+        raise ValueError(
+            f"--rows={num_rows} are fewer than one batch of {config.global_batch_size}"
+        )
     program = build_program(config, devices=devices)
     state = program.abstract_state(num_rows, np.zeros(num_rows, np.int32))
     batch = _abstract_batch(config, program.mesh)
-    compiled = program.train_step.lower(state, batch).compile()  # type: ignore[attr-defined]
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    traced = program.train_step.trace(state, batch)  # type: ignore[attr-defined]
+    compiled = traced.lower().compile()
+    memory: Any = compiled.memory_analysis()
+    moved = traffic(compiled.as_text())
+    temporary = memory.temp_size_in_bytes + max(
+        memory.output_size_in_bytes - memory.alias_size_in_bytes, 0
+    )
+    loss = min(_loss_bytes(config, program.mesh, state, batch), temporary)
     return Plan(
         len(devices),
         parameters=_bytes_here(state.params),
         optimizer=_bytes_here(state.optimizer),
         memory=_bytes_here(state.memory),
         batch=_bytes_here(batch),
-        temporary=memory.temp_size_in_bytes
-        + max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
-        flops=cost.get("flops", 0.0),
-        accessed=cost.get("bytes accessed", 0.0),
-        moved=collective_bytes(compiled.as_text()),
+        loss=loss,
+        activations=temporary - loss,
+        flops=matrix_flops(traced.jaxpr) / len(devices),
+        accessed=moved.memory,
+        moved=moved.interconnect,
     )
 
 
-def collective_bytes(program: str) -> int:
-    """The bytes that a compiled program's collectives bring to a device, each counted once.
+def _loss_bytes(
+    config: ConfigDict, mesh: jax.sharding.Mesh, state: TrainState, batch: Batch
+) -> int:
+    """What the loss needs for itself: that of embeddings that are given, and their gradient."""
 
-    Those within a loop count once, whichever way it is gone through; a ring's are in one.
-    """
-    found = re.findall(
-        r"= (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
-        r"(?:-start)?\(",
-        program,
-    )
-    sizes = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
-    sizes |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
-    total = 0
-    for shapes in found:
-        for kind, dimensions in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-            total += sizes.get(kind, 4) * math.prod(int(n) for n in dimensions.split(",") if n)
-    return total
+    def given(params: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
+        return inputs
+
+    config = config.copy_and_resolve_references()
+    config.grad_cache = ConfigDict()
+    loss = build_loss(config, Towers(lambda key: {}, given), mesh)
+
+    def embedded(tokens: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        shape = (*tokens.shape[:-1], config.model.dim)
+        return jax.ShapeDtypeStruct(shape, np.float32, sharding=tokens.sharding)
+
+    batch = dict(batch)
+    vectors: dict[str, Any] = {side: embedded(batch.pop(side)["tokens"]) for side in SIDES}
+    explicit = batch.pop("negatives", None)
+    if explicit is not None:
+        vectors["explicit"] = embedded(explicit.pop("inputs")["tokens"])
+
+    def of_vectors(vectors: PyTree, params: PyTree, memory: PyTree, batch: Batch) -> PyTree:
+        full = dict(batch) | {side: vectors[side] for side in SIDES}
+        if explicit is not None:
+            full["negatives"] = {"inputs": vectors["explicit"], **batch["negatives"]}
+        return loss(params, memory, full, None)
+
+    if explicit is not None:
+        batch["negatives"] = explicit
+    gradient = jax.jit(jax.value_and_grad(of_vectors, has_aux=True))
+    compiled = gradient.lower(vectors, state.params, state.memory, batch).compile()
+    memory: Any = compiled.memory_analysis()
+    return int(memory.temp_size_in_bytes)
 
 
 def _abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> Batch:
@@ -202,9 +216,10 @@ def _table(
     def row(name: str, cells: list[str]) -> None:
         table.add_row(name, *cells)
 
-    for name in ("parameters", "optimizer", "memory", "batch", "temporary", "total"):
+    parts = ("parameters", "optimizer", "memory", "batch", "loss", "activations", "total")
+    for name in parts:
         row(f"{name}, MiB", [f"{getattr(plan, name) / 2**20:,.1f}" for plan in plans.values()])
-    row("arithmetic, GFLOP", [f"{plan.flops / 1e9:,.1f}" for plan in plans.values()])
+    row("matrix products, GFLOP", [f"{plan.flops / 1e9:,.1f}" for plan in plans.values()])
     row("read and written, MiB", [f"{plan.accessed / 2**20:,.0f}" for plan in plans.values()])
     row("from others, MiB", [f"{plan.moved / 2**20:,.2f}" for plan in plans.values()])
     if chip is None:
@@ -213,10 +228,10 @@ def _table(
     row(f"fits {chip.memory / _GIB:.0f} GiB", ["yes" if fit else "no" for fit in fits])
     times = [plan.seconds(chip) for plan in plans.values()]
     longest = [max(seconds.values()) for seconds in times]
-    row("least time, ms", [f"{1e3 * seconds:,.2f}" for seconds in longest])
+    row("time, ms", [f"{1e3 * seconds:,.2f}" for seconds in longest])
     row("bound by", [max(seconds, key=seconds.__getitem__) for seconds in times])
     rates = [size / seconds for size, seconds in zip(batch_sizes, longest, strict=True)]
-    row("pairs/s, at most", [f"{rate:,.0f}" for rate in rates])
+    row("pairs/s", [f"{rate:,.0f}" for rate in rates])
     if price:
         hours = [1e6 / rate / 3_600 for rate in rates]
         costs = [
@@ -236,7 +251,10 @@ def _table(
 
 def _devices(topology: str | None, count: int | None) -> Sequence[jax.Device]:
     if topology is None:
-        return jax.devices()[:count]
+        devices = jax.devices()
+        if count is not None and not 0 < count <= len(devices):
+            raise ValueError(f"--devices={count}, but here are {len(devices)}")
+        return devices[:count]
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("the TPU compiler is not installed: pip install -e '.[tpu]'")
     try:
@@ -253,20 +271,18 @@ def _settings(config: ConfigDict, sweep: str | None) -> dict[str, ConfigDict]:
     field, separator, values = sweep.partition("=")
     if not separator:
         raise ValueError(f"--sweep={sweep}; give a field and its values, as global_batch_size=1,2")
-    found = {}
-    for value in values.split(","):
-        changed = config.copy_and_resolve_references()
-        before = changed
-        *parents, leaf = field.split(".")
-        try:
-            for parent in parents:
-                before = before[parent]
-            kind = type(before[leaf])
-        except (KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"--sweep={sweep}: the config has no field {field}") from error
-        before[leaf] = value if kind in (str, type(None)) else kind(value)
-        found[f"{field}={value}"] = changed
-    return found
+    return {
+        f"{field}={value}": changed_config(config, {field: _literal(value)})
+        for value in values.split(",")
+    }
+
+
+def _literal(value: str) -> Any:
+    """A number, a truth value or None where the text is one."""
+    try:
+        return ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return value
 
 
 def main(argv: list[str]) -> None:

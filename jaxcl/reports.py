@@ -16,6 +16,7 @@ from jaxcl.metric_writer import MetricWriter
 from jaxcl.train_state import TrainState
 from jaxcl.train_step import StepMetrics
 from jaxcl.typing import PyTree
+from jaxcl.utilization import model_flops, peak_flops
 
 __all__ = ["DivergenceError", "Reports"]
 
@@ -43,6 +44,8 @@ class Reports:
         # Steps, their metrics, and how long they waited for their batches.
         self._unread: collections.deque[tuple[int, StepMetrics, float]] = collections.deque()
         self._rate = math.nan
+        self._model_flops = model_flops(config, program.towers)
+        self._peak_flops = peak_flops(program.mesh.devices.ravel().tolist())
         self._restart_clock()
 
     def add(self, step: int, metrics: StepMetrics, *, input_seconds: float = 0.0) -> None:
@@ -89,9 +92,17 @@ class Reports:
         parts = {"input": self._input_seconds, "device": self._device_seconds, "host": host}
         return {f"time/step_{part}_seconds": s / self._steps_since for part, s in parts.items()}
 
+    def _utilization(self, seconds: float) -> dict[str, float]:
+        """The share of the devices' arithmetic, where it is known what they can do."""
+        if self._peak_flops is None:
+            return {}
+        done = self._model_flops * self._steps_since / seconds
+        return {"time/model_flop_utilization": done / self._peak_flops}
+
     def _restart_clock(self) -> None:
         self._since, self._steps_since = time.perf_counter(), 0
         self._input_seconds = self._device_seconds = 0.0
+        self._tokens = 0
 
     def _read(self, step: int, metrics: StepMetrics, input_seconds: float) -> None:
         self._input_seconds += input_seconds
@@ -101,6 +112,7 @@ class Reports:
         if not np.isfinite([loss, gradient_norm]).all():
             raise DivergenceError(_diagnosis(step, metrics, self._program, self._config))
         self._steps_since += 1
+        self._tokens += int(metrics.tokens)
         if step % self._config.run.log_every == 0 or step == self._config.steps:
             seconds = time.perf_counter() - self._since
             self._rate = self._steps_since * self._config.global_batch_size / seconds
@@ -112,7 +124,9 @@ class Reports:
                     "temperature": float(metrics.temperature),
                     "learning_rate": float(self._program.learning_rate(step - 1)),
                     "time/pairs_per_second": self._rate,
+                    "time/tokens_per_second": self._tokens / seconds,
                     **self._step_seconds(seconds),
+                    **self._utilization(seconds),
                 },
             )
             self._restart_clock()

@@ -12,9 +12,11 @@ from jax.sharding import Mesh
 
 from jaxcl.batch_loss import LossOfBatch
 from jaxcl.mesh import batch_sharding, replicated_sharding, table_sharding
+from jaxcl.models.layers import PADDING_ID
+from jaxcl.models.towers import SIDES
 from jaxcl.parameter_sharding import Rule, parameter_shardings
 from jaxcl.train_state import TrainState
-from jaxcl.typing import Array, Batch, Key, PyTree, Scalar
+from jaxcl.typing import Array, Batch, Int, Key, PyTree, Scalar
 
 __all__ = ["StepMetrics", "TemperatureBounds", "init_state", "make_train_step", "state_sharding"]
 
@@ -68,12 +70,14 @@ class StepMetrics(NamedTuple):
       gradient_norm: of all parameters together, before clipping.
       temperature: after the update.
       leaf_gradient_norms: the same per parameter, to name the culprit of a loss that diverges.
+      tokens: how many of both sides were read, padding left out.
     """
 
     loss: Scalar
     gradient_norm: Scalar
     temperature: Scalar
     leaf_gradient_norms: PyTree
+    tokens: Int[Array, ""]
 
 
 def make_train_step(
@@ -119,6 +123,7 @@ def make_train_step(
             gradient_norm=optax.tree.norm(leaf_norms),
             temperature=jnp.exp(params["log_temperature"]),
             leaf_gradient_norms=leaf_norms,
+            tokens=_num_tokens(batch),
         )
         return TrainState(state.step + 1, params, optimizer_state, memory, state.key), metrics
 
@@ -152,6 +157,11 @@ def state_sharding(mesh: Mesh, state: TrainState, *, rules: Sequence[Rule] = ())
         if name in ("rows", "bank", "mined", "assignment")
     }
     return placed._replace(memory=placed.memory | sharded)
+
+
+def _num_tokens(batch: Batch) -> Int[Array, ""]:
+    read = [batch[side]["tokens"] for side in SIDES if "tokens" in batch[side]]
+    return jnp.int32(0) + sum(jnp.count_nonzero(tokens != PADDING_ID) for tokens in read)
 
 
 def _moved(average: PyTree, params: PyTree, momentum: Scalar) -> PyTree:

@@ -17,6 +17,8 @@ FLOORS = {
     3: (
         "data",
         "checkpoint",
+        "chips",
+        "program_cost",
         "progress",
         "workdir",
         "picture",
@@ -47,6 +49,7 @@ FLOORS = {
         "search",
         "refresh",
         "reassign",
+        "utilization",
         "watch",
         "plan",
         "bench",

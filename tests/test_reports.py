@@ -66,6 +66,19 @@ def test_where_a_step_s_time_went_is_written(reports, tmp_path):
     assert sum(parts.values()) == pytest.approx(seconds)
 
 
+def test_tokens_and_the_share_of_the_peak_are_those_of_the_seconds(reports, tmp_path):
+    assert reports._peak_flops is None  # of a CPU nothing is known
+    reports._peak_flops, reports._model_flops = 1e12, 5e9
+    for step in range(1, 4):
+        reports.add(step, metrics(tokens=1_000))
+    (record,) = read_metrics(tmp_path)
+    size = reports._config.global_batch_size
+    steps_per_second = record["time/pairs_per_second"] / size
+    assert record["time/tokens_per_second"] == pytest.approx(1_000 * steps_per_second)
+    share = 5e9 * steps_per_second / 1e12
+    assert record["time/model_flop_utilization"] == pytest.approx(share)
+
+
 def test_the_last_step_is_written_whatever_its_number(reports, tmp_path):
     reports._config.steps = 3
     for step in (1, 2, 3):
@@ -117,10 +130,10 @@ def test_a_state_that_is_not_finite_is_never_passed_for_saving(reports):
         reports.check(3, good._replace(params={"table": jnp.array([0.0, jnp.inf]), "bias": 0.0}))
 
 
-def metrics(*, loss=1.0, gradient_norm=1.0, leaf=1.0):
+def metrics(*, loss=1.0, gradient_norm=1.0, leaf=1.0, tokens=0):
     fields = (loss, gradient_norm, 0.05)
     leaves = {"table": jnp.float32(leaf), "bias": jnp.float32(1.0)}
-    return StepMetrics(*map(jnp.float32, fields), leaves)
+    return StepMetrics(*map(jnp.float32, fields), leaves, jnp.int32(tokens))
 
 
 def state(*, table):

@@ -1,0 +1,50 @@
+"""What accelerators can do at most, by their makers' figures."""
+
+from typing import NamedTuple
+
+__all__ = ["CHIPS", "Chip", "chip_of"]
+
+_GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """What a chip can do at most.
+
+    Attributes:
+      flops: products and sums of bfloat16 per second, without sparsity.
+      memory: bytes.
+      memory_rate: bytes per second to and from it.
+      link_rate: bytes per second to and from the other chips, over all links.
+    """
+
+    flops: float
+    memory: float
+    memory_rate: float
+    link_rate: float
+
+
+CHIPS = {
+    "v4": Chip(275e12, 32 * _GIB, 1_228e9, 300e9),
+    "v5e": Chip(197e12, 16 * _GIB, 819e9, 200e9),
+    "v5p": Chip(459e12, 95 * _GIB, 2_765e9, 600e9),
+    "v6e": Chip(918e12, 32 * _GIB, 1_640e9, 448e9),
+    "A100": Chip(312e12, 80 * _GIB, 2_039e9, 600e9),
+    "H100": Chip(989e12, 80 * _GIB, 3_350e9, 900e9),
+    "H200": Chip(989e12, 141 * _GIB, 4_800e9, 900e9),
+}
+"""By name. TPUs: Google, "TPU architecture", 2025; GPUs: NVIDIA's data sheets of SXM modules."""
+
+_TPU_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a `jax.Device.device_kind`, or `None` where its figures are not known here.
+
+    Example:
+      >>> chip_of("NVIDIA H200").memory_rate
+      4800000000000.0
+    """
+    if device_kind in _TPU_KINDS:
+        return CHIPS[_TPU_KINDS[device_kind]]
+    found = [chip for name, chip in CHIPS.items() if name in device_kind.replace("-", " ").split()]
+    return found[0] if found else None

@@ -1,0 +1,284 @@
+"""What a program costs: its products by the traced program, its traffic by the compiled one.
+
+XLA's own cost analysis counts the body of a loop once, however often it runs; here every loop
+counts as often as it is gone through.
+"""
+
+import collections
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from jax.extend import core
+
+__all__ = ["Traffic", "matrix_flops", "traffic"]
+
+_BYTES = {"pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1}
+_BYTES |= {"s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_BYTES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "token": 0, "opaque": 0}
+
+_FREE = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all"),
+    *("while", "conditional", "call", "partition-id", "replica-id", "opt-barrier"),
+)
+"""What moves nothing itself."""
+
+_SLICING = frozenset(("dynamic-slice", "slice", "gather"))
+
+
+class Traffic(NamedTuple):
+    """Of one device and one run of a program, in bytes.
+
+    Attributes:
+      memory: read from and written to its main memory, what stays on the chip left out.
+      interconnect: what comes in from other devices, where every collective goes round a ring.
+    """
+
+    memory: float
+    interconnect: float
+
+
+def matrix_flops(jaxpr: Any) -> float:
+    """Products and sums in a traced program's matrix products, over all devices.
+
+    Every loop counts as often as it runs, where the trace knows; the dearest branch counts; the
+    inside of a `shard_map` counts on each device. All that is no matrix product is left out.
+
+    Args:
+      jaxpr: as `jax.make_jaxpr` or `.trace(…).jaxpr` give it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> loop = lambda x: jax.lax.fori_loop(0, 5, lambda _, x: x @ x, x)
+      >>> matrix_flops(jax.make_jaxpr(loop)(jnp.ones((4, 4))))
+      640.0
+    """
+    total = 0.0
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, inside = equation.primitive.name, [*_programs_of(equation)]
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            lengths = [equation.invars[0].aval.shape[axis] for axis in contracted]
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lengths)
+        elif name == "cond":
+            total += max(map(matrix_flops, inside))
+        else:
+            total += _times(equation) * sum(map(matrix_flops, inside))
+    return total
+
+
+def traffic(program: str) -> Traffic:
+    """Reads a compiled program's traffic off its text, as `compiled.as_text()` gives it."""
+    computations, entry = _parsed(program)
+    memory = interconnect = 0.0
+    # Inside of a fusion nothing goes through the memory, but collectives may be there.
+    waiting = [(entry, 1.0, False)]
+    while waiting:
+        name, times, fused = waiting.pop()
+        named = computations[name]
+        for instruction in named.values():
+            interconnect += times * _received(instruction)
+            if not fused:
+                memory += times * _moved(instruction, named, computations)
+            called = re.findall(
+                r"(?:body|calls|to_apply|branch_computations|(?:true|false)_computation)="
+                r"\{?((?:%[\w.\-]+(?:, )?)+)",
+                instruction.attributes,
+            )
+            once = instruction.opcode != "while"
+            trips = 1.0 if once else _trips(instruction, computations)
+            inside = fused or instruction.opcode not in ("while", "conditional", "call")
+            for callee in re.findall(r"%([\w.\-]+)", " ".join(called)):
+                waiting.append((callee, times * trips, inside))
+    return Traffic(memory, interconnect)
+
+
+class _Instruction(NamedTuple):
+    name: str
+    result: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+    text: str  # between its brackets
+
+
+def _parsed(program: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+    """Computation -> name -> instruction, and the name of the first computation."""
+    computations: dict[str, dict[str, _Instruction]] = collections.defaultdict(dict)
+    current, entry = "", ""
+    for line in program.splitlines():
+        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if header:
+            current = header[2]
+            entry = current if header[1] else entry
+        instruction = _instruction(line)
+        if instruction is not None:
+            computations[current][instruction.name] = instruction
+    return computations, entry
+
+
+def _instruction(line: str) -> _Instruction | None:
+    found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    if found is None:
+        return None
+    rest = line[found.end() :]
+    end = _closing(rest) if rest.startswith("(") else rest.find(" ")
+    result, rest = rest[:end], rest[end:].lstrip()
+    opcode, bracket, _ = rest.partition("(")
+    if not bracket:
+        return None
+    end = len(opcode) + _closing(rest[len(opcode) :])
+    text = rest[len(opcode) + 1 : end - 1]
+    operands = tuple(re.findall(r"%([\w.\-]+)", text))
+    return _Instruction(found[2], result, opcode, operands, rest[end:], bool(found[1]), text)
+
+
+def _closing(text: str) -> int:
+    """Behind the bracket that closes the first."""
+    depth = 0
+    for place, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return place + 1
+    return len(text)
+
+
+def _shapes(result: str, *, on_chip: bool) -> Iterator[int]:
+    """The bytes of each array of a result; those that stay on the chip only where asked for."""
+    for kind, dimensions, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", result):
+        if not on_chip and "S(" in layout:
+            continue
+        if kind not in _BYTES:
+            raise ValueError(f"the compiled program has an array of the unknown type {kind}")
+        yield _BYTES[kind] * math.prod(int(n) for n in dimensions.split(",") if n)
+
+
+def _moved(
+    instruction: _Instruction,
+    named: Mapping[str, _Instruction],
+    computations: Mapping[str, Mapping[str, _Instruction]],
+) -> float:
+    """What an instruction reads and writes."""
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith("-done"):
+        return 0.0
+    written = float(sum(_shapes(instruction.result, on_chip=False)))
+    if opcode.endswith("-start"):
+        return written  # both ends are in its result
+    operands = [named[name].result for name in instruction.operands if name in named]
+    if opcode in _SLICING:
+        return 2 * written
+    if opcode == "dynamic-update-slice":
+        return 2.0 * sum(_shapes(operands[1], on_chip=False))
+    read = [sum(_shapes(result, on_chip=False)) for result in operands]
+    called = re.search(r"calls=%([\w.\-]+)", instruction.attributes)
+    if opcode == "fusion" and called:
+        inside = computations[called[1]]
+        for number, used in _slices_of_parameters(inside).items():
+            if number < len(read):
+                read[number] = min(read[number], used)
+        updates = [one for one in inside.values() if one.opcode == "dynamic-update-slice"]
+        for update in updates:
+            whole = sum(_shapes(update.result, on_chip=True))
+            if whole <= written:  # in place: only the slice is written
+                part = inside.get(update.operands[1])
+                written -= whole - (sum(_shapes(part.result, on_chip=True)) if part else 0)
+    return written + sum(read)
+
+
+def _slices_of_parameters(fused: Mapping[str, _Instruction]) -> dict[int, int]:
+    """Number of a parameter -> bytes read of it, for those of which only slices are read."""
+    users = collections.defaultdict(list)
+    for instruction in fused.values():
+        for operand in dict.fromkeys(instruction.operands):
+            users[operand].append(instruction)
+    found = {}
+    for name, parameter in fused.items():
+        if parameter.opcode != "parameter" or not users[name]:
+            continue
+        sizes = []
+        for user in users[name]:
+            if user.opcode in _SLICING and user.operands[0] == name:
+                sizes.append(sum(_shapes(user.result, on_chip=True)))
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                sizes.append(0)
+            else:
+                break
+        else:
+            found[int(parameter.text)] = sum(sizes)
+    return found
+
+
+def _received(instruction: _Instruction) -> float:
+    """What a collective brings to a device, going round a ring."""
+    collective = re.fullmatch(
+        r"(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
+        r"|collective-broadcast)(-start)?",
+        instruction.opcode,
+    )
+    if collective is None:
+        return 0.0
+    kind, started = collective[1], collective[2] is not None
+    sizes = [*_shapes(instruction.result, on_chip=True)]
+    if started and kind in ("all-gather", "collective-permute"):
+        # (what goes in, what comes out, and for a permutation two marks)
+        arrays = sizes[: len(sizes) - 2] if kind == "collective-permute" else sizes
+        sizes = arrays[len(arrays) // 2 :] or sizes
+    size, n = float(sum(sizes)), _group_size(instruction.attributes)
+    if kind in ("collective-permute", "collective-broadcast") or n is None:
+        return size
+    if kind == "all-reduce":
+        return 2 * size * (n - 1) / n
+    if kind == "reduce-scatter":
+        return size * (n - 1)
+    return size * (n - 1) / n
+
+
+def _group_size(attributes: str) -> int | None:
+    """Among how many devices a collective goes; `None` where its text does not say."""
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(found[1])
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return found[1].count(",") + 1
+    return None
+
+
+def _trips(loop: _Instruction, computations: Mapping[str, Mapping[str, _Instruction]]) -> float:
+    """How often a loop runs: by the compiler, or by the bound of its counter, else 1."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return float(known[1])
+    condition = re.search(r"condition=%([\w.\-]+)", loop.attributes)
+    bounds = [
+        int(one.text)
+        for one in (computations[condition[1]].values() if condition else ())
+        if one.opcode == "constant" and re.fullmatch(r"\d+", one.text)
+    ]
+    return float(max(bounds, default=1))
+
+
+def _programs_of(equation: Any) -> Iterator[Any]:
+    for value in equation.params.values():
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(one, (core.Jaxpr, core.ClosedJaxpr)):
+                yield one
+
+
+def _times(equation: Any) -> float:
+    """How often what is inside of an equation runs."""
+    name, params = equation.primitive.name, equation.params
+    if name == "scan":
+        return float(params["length"])
+    if name == "shard_map":
+        mesh, manual = params["mesh"], params.get("manual_axes")
+        return float(math.prod(mesh.shape[axis] for axis in (manual or mesh.axis_names)))
+    if name == "pallas_call":
+        return float(math.prod(params["grid_mapping"].grid))
+    if name == "while":
+        # A `fori_loop`'s counter and its bound lead what it carries.
+        carried = equation.invars[params["cond_nconsts"] + params["body_nconsts"] :]
+        bounds = [int(one.val) for one in carried[:2] if isinstance(one, core.Literal)]
+        if len(bounds) == 2:
+            return float(max(0, bounds[1] - bounds[0]))
+    return 1.0
