@@ -17,7 +17,7 @@ from jaxcl.embed import Embedder, make_embedder
 from jaxcl.mesh import make_mesh
 from jaxcl.models import StaticEncoder, Towers, TransformerEncoder, make_towers
 from jaxcl.options import bind_options
-from jaxcl.parameter_sharding import FSDP
+from jaxcl.parameter_sharding import FSDP, Rule
 from jaxcl.refresh import Refresh, make_mined_refresh
 from jaxcl.train_state import TrainState
 from jaxcl.train_step import (
@@ -107,30 +107,7 @@ def build_program(config: ConfigDict, *, devices: Sequence[jax.Device] | None = 
     measure = build_measure(config, towers, mesh)
     rule, by_group = mining_rule(config), "group" in config.loss.masks
 
-    def unplaced(num_rows: int | None, groups: Groups | None) -> TrainState:
-        return init_state(
-            jax.random.key(config.seed),
-            towers.init,
-            optimizer,
-            temperature=temperature,
-            bias=config.loss.get("bias"),
-            memory=build_memory(config, num_rows, groups),
-        )
-
-    def abstract_state(num_rows: int | None = None, groups: Groups | None = None) -> TrainState:
-        state = jax.eval_shape(lambda: unplaced(num_rows, groups))
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            state,
-            state_sharding(mesh, state, rules=rules),
-        )
-
-    def init(num_rows: int | None = None, groups: Groups | None = None) -> TrainState:
-        def placed() -> TrainState:
-            state = unplaced(num_rows, groups)
-            return jax.lax.with_sharding_constraint(state, state_sharding(mesh, state, rules=rules))
-
-        return jax.jit(placed)()
+    init, abstract_state = _state_makers(config, mesh, towers, optimizer, rules=rules)
 
     @jax.jit
     def measured(state: TrainState, batch: Batch) -> Mapping[str, Scalar]:
@@ -155,6 +132,44 @@ def build_program(config: ConfigDict, *, devices: Sequence[jax.Device] | None = 
         learning_rate=learning_rate,
         abstract_state=abstract_state,
     )
+
+
+def _state_makers(
+    config: ConfigDict,
+    mesh: Mesh,
+    towers: Towers,
+    optimizer: optax.GradientTransformation,
+    *,
+    rules: Sequence[Rule],
+) -> tuple[Callable[..., TrainState], Callable[..., TrainState]]:
+    """`init` and `abstract_state` of a `Program`."""
+
+    def unplaced(num_rows: int | None, groups: Groups | None) -> TrainState:
+        return init_state(
+            jax.random.key(config.seed),
+            towers.init,
+            optimizer,
+            temperature=TemperatureBounds(**config.loss.temperature),
+            bias=config.loss.get("bias"),
+            memory=build_memory(config, num_rows, groups),
+        )
+
+    def abstract_state(num_rows: int | None = None, groups: Groups | None = None) -> TrainState:
+        state = jax.eval_shape(lambda: unplaced(num_rows, groups))
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            state_sharding(mesh, state, rules=rules),
+        )
+
+    def init(num_rows: int | None = None, groups: Groups | None = None) -> TrainState:
+        def placed() -> TrainState:
+            state = unplaced(num_rows, groups)
+            return jax.lax.with_sharding_constraint(state, state_sharding(mesh, state, rules=rules))
+
+        return jax.jit(placed)()
+
+    return init, abstract_state
 
 
 def run_mesh(config: ConfigDict, *, devices: Sequence[jax.Device] | None = None) -> Mesh:

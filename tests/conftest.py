@@ -1,6 +1,5 @@
 """Eight CPU devices for every test, and annotations that are checked."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -36,14 +35,12 @@ def smoke_command(tmp_path_factory):
 
     `(workdir) -> arguments` of a new process; more of them may follow.
     """
+    from configs.code_search import get_config
     from jaxcl.data.code_pairs import prepare_code_pairs
 
     config = Path(__file__).parents[1] / "configs" / "code_search.py"
-    spec = importlib.util.spec_from_file_location("code_search", config)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     data_dir = tmp_path_factory.getbasetemp() / "data"
-    of_smoke = module.get_config("smoke").data.code_pairs
+    of_smoke = get_config("smoke").data.code_pairs
     pairs = prepare_code_pairs(data_dir, **of_smoke).directory
 
     def arguments(workdir: Path) -> list[str]:

@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.build import build_program
+from jaxcl.checkpoint import Checkpoints
 from jaxcl.metric_writer import read_metrics
+from jaxcl.workdir import read_config
 
 
 def unit_vectors(seed: int, *shape: int, dtype=jnp.float64):
@@ -51,3 +54,12 @@ def unclocked(workdir: Path) -> list[dict]:
         }
         for record in read_metrics(workdir)
     ]
+
+
+def final_state(workdir: Path, *, step: int):
+    """The state at the newest checkpoint, which is that of a step; on all devices that are here."""
+    program = build_program(read_config(workdir))
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore_latest(program.abstract_state())
+    assert restored.step == step
+    return restored.state

@@ -15,12 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxcl.build import build_program
-from jaxcl.checkpoint import Checkpoints
 from jaxcl.metric_writer import read_metrics
 from jaxcl.processes import HEARTBEAT_SECONDS, PEER_LOST, start_processes
-from jaxcl.workdir import read_config
-from tests.helpers import bits, unclocked
+from tests.helpers import bits, final_state, unclocked
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -130,14 +127,6 @@ def two(command, tmp_path_factory):
     return workdir
 
 
-def final_state(workdir: Path):
-    program = build_program(read_config(workdir))
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore_latest(program.abstract_state())
-    assert restored.step == STEPS
-    return restored.state
-
-
 def assert_close_runs(workdir: Path, other: Path, *, tolerance: float) -> None:
     ours, theirs = unclocked(workdir), unclocked(other)
     assert [list(record) for record in ours] == [list(record) for record in theirs]
@@ -158,7 +147,8 @@ def test_processes_train_as_one(command, one, two, tmp_path, processes, devices)
     assert len(read_metrics(workdir)) >= STEPS
     assert_close_runs(workdir, one, tolerance=1e-5)
     for ours, theirs in zip(
-        *(jax.tree.leaves(final_state(each).params) for each in (workdir, one)), strict=True
+        *(jax.tree.leaves(final_state(each, step=STEPS).params) for each in (workdir, one)),
+        strict=True,
     ):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
     with np.load(workdir / "ranks.npz") as ours, np.load(one / "ranks.npz") as theirs:
@@ -230,7 +220,9 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(command, two, tmp_
 
 
 def assert_same_bits(workdir: Path, other: Path) -> None:
-    ours, theirs = (jax.tree_util.tree_leaves_with_path(final_state(w)) for w in (workdir, other))
+    ours, theirs = (
+        jax.tree_util.tree_leaves_with_path(final_state(w, step=STEPS)) for w in (workdir, other)
+    )
     for (path, leaf), (_, leaf_there) in zip(ours, theirs, strict=True):
         assert bits(leaf) == bits(leaf_there), jax.tree_util.keystr(path)
     assert unclocked(workdir) == unclocked(other)

@@ -296,9 +296,10 @@ def test_each_choice_is_measured(run_of, method):
     for record in records:
         assert set(record) == {"step"} | names | times
         assert min(record[name] for name in times) > 0
-    if method != "rcm_device":  # whose bank is half empty, and its rows but half known
-        # The batches before the first choice are random.
-        assert records[0]["assignment/closed"] > records[0]["assignment/closed_before"] + 0.1
+    # The batches before the first choice are random. A bank is half empty then, and what its rows
+    # hold is but half known: with it, a choice still closes more than none.
+    least = 0.1 if method != "rcm_device" else 0.0
+    assert records[0]["assignment/closed"] > records[0]["assignment/closed_before"] + least
 
 
 def test_pictures_are_drawn_where_they_are_wanted_and_can_be(run_of):

@@ -11,11 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxcl.build import build_program
-from jaxcl.checkpoint import Checkpoints
 from jaxcl.metric_writer import read_metrics
-from jaxcl.workdir import read_config
-from tests.helpers import bits, unclocked
+from tests.helpers import bits, final_state, unclocked
 
 ROOT = Path(__file__).parents[1]
 STEPS = 60
@@ -73,17 +70,8 @@ def wait_for_progress(process: subprocess.Popen, workdir: Path, *, beyond: int) 
         time.sleep(0.01)
 
 
-def final_state(workdir: Path):
-    """The last state, which is whole on one device as on eight."""
-    program = build_program(read_config(workdir))
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore_latest(program.abstract_state())
-    assert restored.step == STEPS
-    return restored.state
-
-
 def assert_same_run(workdir: Path, other: Path) -> None:
-    ours, theirs = final_state(workdir), final_state(other)
+    ours, theirs = final_state(workdir, step=STEPS), final_state(other, step=STEPS)
     for (path, leaf), leaf_there in zip(
         jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
     ):

@@ -216,6 +216,8 @@ def _in_batches(parts: np.ndarray, number: int, batch_size: int) -> Int[np.ndarr
     return np.argsort(filled, kind="stable").astype(np.int32)
 
 
+_LONGER = Effort(directions=12, swaps=16, refinements=64)
+
 METHODS: dict[str, Method] = {
     "random": _random,
     "paper": functools.partial(_gcbs, settings=Gcbs(method="rcm")),
@@ -226,6 +228,12 @@ METHODS: dict[str, Method] = {
     ),
     "bisection, exact": functools.partial(_gcbs, settings=Gcbs(graph="exact")),
     "bisection, clustered": functools.partial(_gcbs, settings=Gcbs(graph="clustered")),
+    "bisection, exact, longer": functools.partial(
+        _gcbs, settings=Gcbs(graph="exact", effort=_LONGER)
+    ),
+    "bisection, clustered, longer": functools.partial(
+        _gcbs, settings=Gcbs(graph="clustered", effort=_LONGER)
+    ),
     "METIS": functools.partial(_metis, weighted=False),
     "METIS, weighted": functools.partial(_metis, weighted=True),
 }
