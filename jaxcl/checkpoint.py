@@ -3,11 +3,14 @@
 Orbax commits atomically, but it loads flipped bits without a word and never falls back by itself.
 So each checkpoint carries a checksum of every array, taken on the devices before the save and
 again after the load. A checksum does not depend on how its array is sharded, so that a run may
-move to another mesh.
+move to another mesh. Beside the checkpoints lies a list of their files and sizes: a file that is
+missing or cut is found before anything is loaded, since of several processes those that can read
+their parts would wait five minutes for the one that cannot.
 """
 
 import contextlib
 import functools
+import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator
@@ -23,6 +26,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxcl.processes import PeerError, first_then_others, together
 from jaxcl.typing import Array, Integer, PyTree
+from jaxcl.workdir import write_whole
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored", "checksum"]
 
@@ -56,6 +60,7 @@ class Checkpoints:
         if keep < 2:
             raise ValueError(f"keep={keep} leaves nothing to fall back to; keep at least 2")
         self.directory = Path(directory).absolute()
+        self._sizes = self.directory.with_name(f"{self.directory.name}.sizes.json")
         self._read_only = read_only
         self._saving: tuple[int, Any] | None = None
         for logger in ("absl", "asyncio"):
@@ -93,6 +98,7 @@ class Checkpoints:
           CheckpointError: if the save before this one failed, or this one at its start.
         """
         self.wait()
+        self._note_sizes(step, None)  # of an earlier one of that step
         items = {"state": state, "checksums": _checksums(state)}
         with _explained(f"cannot save step {step} to {self.directory}"):
             response = self._checkpointer.save_checkpointables_async(step, items, force=True)
@@ -114,6 +120,7 @@ class Checkpoints:
             unfinished = self.directory / f"{step}.orbax-checkpoint-tmp"
             shutil.rmtree(unfinished, ignore_errors=True)  # it holds space that may be wanted
             raise
+        self._note_sizes(step, _sizes_of(self.directory / str(step)))
 
     def restore_latest(self, abstract_state: PyTree) -> Restored | None:
         """The newest state that is whole, or `None` where nothing was ever saved.
@@ -131,6 +138,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps):
             try:
+                together(functools.partial(self._check_sizes, step))
                 state = together(functools.partial(self._load, step, abstract_state))
             except (CheckpointError, PeerError) as error:
                 damaged[step] = str(error)
@@ -144,6 +152,33 @@ class Checkpoints:
                 "that folder from a copy, or start again with another --workdir"
             )
         return None
+
+    def _known_sizes(self) -> dict[str, dict[str, int]]:
+        try:
+            return json.loads(self._sizes.read_text())
+        except (OSError, ValueError):  # saved by a process that was killed right after
+            return {}
+
+    def _note_sizes(self, step: int, sizes: dict[str, int] | None) -> None:
+        if jax.process_index() != 0:
+            return
+        before = self._known_sizes()
+        noted = {name: before[name] for name in map(str, self.steps) if name in before}
+        noted.pop(str(step), None)
+        if sizes is not None:
+            noted[str(step)] = sizes
+        if noted != before:
+            with contextlib.suppress(OSError):  # it is a help, no part of the checkpoint
+                write_whole(self._sizes, json.dumps(noted))
+
+    def _check_sizes(self, step: int) -> None:
+        if jax.process_index() != 0:
+            return
+        sizes = _sizes_of(self.directory / str(step))
+        for name, size in self._known_sizes().get(str(step), {}).items():
+            if sizes.get(name) != size:
+                found = f"has {sizes[name]} bytes of" if name in sizes else "is missing, of"
+                raise CheckpointError(f"its file {name} {found} {size}")
 
     def _load(self, step: int, abstract_state: PyTree) -> PyTree:
         abstract_checksums = jax.tree.map(_abstract_checksum, abstract_state)
@@ -233,6 +268,12 @@ def _abstract_checksum(leaf: Any) -> Any:
         return ...
     whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
     return jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
+
+
+def _sizes_of(directory: Path) -> dict[str, int]:
+    """Bytes of each file, by its path inside."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.stat().st_size for path in files}
 
 
 @contextlib.contextmanager

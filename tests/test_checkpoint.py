@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import logging
 import os
 import shutil
@@ -192,6 +193,46 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, caplog, 
     assert warning.endswith("); step 3 is restored instead")
     assert files_of(tmp_path / "checkpoints.damaged" / "6") == damaged_files
     assert [path.name for path in directory.iterdir()] == ["3"]
+
+
+def test_a_missing_or_cut_file_is_found_before_anything_is_loaded(tmp_path, caplog, monkeypatch):
+    directory = tmp_path / "checkpoints"
+    save_steps(directory, 3, 6, 9, keep=3)
+    truncate(biggest_file(directory / "9"))
+    DAMAGES["no manifest"](directory / "6")
+    loaded = []
+    load = Checkpoints._load
+
+    def noted(self, step, abstract_state):
+        loaded.append(step)
+        return load(self, step, abstract_state)
+
+    monkeypatch.setattr(Checkpoints, "_load", noted)
+    assert restore(directory, keep=3).damaged_steps == (9, 6)
+    assert loaded == [3]
+    assert "bytes of" in caplog.text
+    assert "its file state/manifest.ocdbt is missing" in caplog.text
+
+
+@pytest.mark.parametrize("sizes", [None, b"", b'{"6": {"state/'])
+def test_without_the_list_of_files_a_checkpoint_is_as_good(tmp_path, sizes):
+    directory = tmp_path / "checkpoints"
+    save_steps(directory, 3, 6)
+    listed = tmp_path / "checkpoints.sizes.json"
+    listed.unlink() if sizes is None else listed.write_bytes(sizes)
+    assert restore(directory).step == 6
+    truncate(biggest_file(directory / "6"))
+    assert restore(directory).step == 3
+
+
+def test_the_list_of_an_earlier_checkpoint_is_not_taken_for_that_of_a_later_one(tmp_path):
+    directory = tmp_path / "checkpoints"
+    save_steps(directory, 3)
+    shutil.rmtree(directory)
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(3, make_state(4))
+        checkpoints._saving[1].result()  # whole on disk, and the process is killed right then
+        assert json.loads((tmp_path / "checkpoints.sizes.json").read_text()) == {}
 
 
 def test_a_flipped_bit_is_told_by_the_checksum_of_its_array(tmp_path, caplog):
