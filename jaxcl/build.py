@@ -15,7 +15,7 @@ from jaxcl.build_loss import build_loss, build_measure, build_memory
 from jaxcl.build_negatives import build_momentum, mining_rule
 from jaxcl.embed import Embedder, make_embedder
 from jaxcl.mesh import make_mesh
-from jaxcl.models import StaticEncoder, Towers, TransformerEncoder, make_towers
+from jaxcl.models import DecoderEncoder, StaticEncoder, Towers, TransformerEncoder, make_towers
 from jaxcl.options import bind_options
 from jaxcl.parameter_sharding import FSDP, Rule
 from jaxcl.refresh import Refresh, make_mined_refresh
@@ -39,7 +39,11 @@ __all__ = [
     "run_mesh",
 ]
 
-ENCODERS: Mapping[str, Callable] = {"static": StaticEncoder, "transformer": TransformerEncoder}
+ENCODERS: Mapping[str, Callable] = {
+    "decoder": DecoderEncoder,
+    "static": StaticEncoder,
+    "transformer": TransformerEncoder,
+}
 """Encoders by name; `config.model.options` are their keyword arguments."""
 
 OPTIMIZERS: Mapping[str, Callable] = {

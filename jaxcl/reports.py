@@ -41,8 +41,7 @@ class Reports:
     ):
         self._config, self._program = config, program
         self._writer, self._advance = writer, advance
-        # Steps, their metrics, and how long they waited for their batches.
-        self._unread: collections.deque[tuple[int, StepMetrics, float]] = collections.deque()
+        self._unread: collections.deque[tuple[int, StepMetrics]] = collections.deque()
         self._rate = math.nan
         self._model_flops = model_flops(config, program.towers)
         self._peak_flops = peak_flops(program.mesh.devices.ravel().tolist())
@@ -56,7 +55,8 @@ class Reports:
           metrics: on the device, until they are read.
           input_seconds: how long the step waited for its batch.
         """
-        self._unread.append((step, metrics, input_seconds))
+        self._input_seconds += input_seconds  # they have passed, whenever the step is read
+        self._unread.append((step, metrics))
         if len(self._unread) > 1:
             self._read(*self._unread.popleft())
 
@@ -87,7 +87,9 @@ class Reports:
             )
 
     def _step_seconds(self, seconds: float) -> dict[str, float]:
-        """Where a step's time went: waiting for its batch, for the device, and the host's own."""
+        """Where the time between two reports went, by step: waiting for batches, for devices,
+        and the host's own.
+        """
         host = seconds - self._input_seconds - self._device_seconds
         parts = {"input": self._input_seconds, "device": self._device_seconds, "host": host}
         return {f"time/step_{part}_seconds": s / self._steps_since for part, s in parts.items()}
@@ -104,8 +106,7 @@ class Reports:
         self._input_seconds = self._device_seconds = 0.0
         self._tokens = 0
 
-    def _read(self, step: int, metrics: StepMetrics, input_seconds: float) -> None:
-        self._input_seconds += input_seconds
+    def _read(self, step: int, metrics: StepMetrics) -> None:
         begun = time.perf_counter()
         loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
         self._device_seconds += time.perf_counter() - begun

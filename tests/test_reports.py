@@ -1,5 +1,7 @@
 """What a run says while it trains: one step late, and never of a state that has diverged."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -60,10 +62,22 @@ def test_where_a_step_s_time_went_is_written(reports, tmp_path):
         reports.add(step, metrics(), input_seconds=0.25)
     (record,) = read_metrics(tmp_path)
     parts = {part: record[f"time/step_{part}_seconds"] for part in ("input", "device", "host")}
-    assert parts["input"] == 0.25  # of steps 1 and 2; step 3 has not been read
+    assert parts["input"] == 0.75 / 2  # the third has been waited for before the second is read
     assert parts["device"] >= 0
     seconds = reports._config.global_batch_size / record["time/pairs_per_second"]
     assert sum(parts.values()) == pytest.approx(seconds)
+
+
+def test_no_part_of_a_step_s_time_is_below_zero(reports, tmp_path):
+    reports._config.run.log_every = 1
+    for step in range(1, 6):
+        begun = time.perf_counter()
+        time.sleep(0.01)
+        reports.add(step, metrics(), input_seconds=time.perf_counter() - begun)
+    reports.flush()
+    for record in read_metrics(tmp_path):
+        for part in ("input", "device", "host"):
+            assert record[f"time/step_{part}_seconds"] >= 0
 
 
 def test_tokens_and_the_share_of_the_peak_are_those_of_the_seconds(reports, tmp_path):

@@ -1,28 +1,43 @@
-"""What the encoders share: dropout by row, pooling."""
+"""What the encoders share: dropout by row, pooling, and a loop over equal layers."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax import lax
 
-from jaxcl.typing import Array, Bool, Float, Key, RowKeys, Tokens
+from jaxcl.typing import Array, Bool, Float, Int, Key, PyTree, RowKeys, Tokens
 
-__all__ = ["PADDING_ID", "POOLINGS", "pool", "row_dropout", "token_dropout_mask"]
+__all__ = [
+    "PADDING_ID",
+    "POOLINGS",
+    "pool",
+    "row_dropout",
+    "run_layers",
+    "stacked",
+    "token_dropout_mask",
+]
 
 PADDING_ID = 0
 """The token id that stands for "no token here" in every tokenizer of jaxcl."""
 
-POOLINGS = ("mean", "cls")
+POOLINGS = ("mean", "cls", "last")
 
 
 def pool(
     hidden: Float[Array, "b t h"], mask: Bool[Array, "b t"], *, pooling: str
 ) -> Float[Array, "b h"]:
-    """One vector per row: the mean over its tokens, or its first token.
+    """One vector per row: the mean over its tokens, its first token, or its last one.
 
     Raises:
       ValueError: for an unknown pooling.
     """
     if pooling == "cls":
         return hidden[:, 0]
+    if pooling == "last":
+        last = jnp.maximum(mask.sum(1) - 1, 0)  # a row may have no token
+        return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     if pooling == "mean":
         weights = mask.astype(hidden.dtype)
         count = jnp.maximum(weights.sum(1, keepdims=True), 1)  # a row may have no token
@@ -31,7 +46,11 @@ def pool(
 
 
 def row_dropout(
-    values: Float[Array, "b ..."], rngs: RowKeys | None, *, rate: float, layer: int
+    values: Float[Array, "b ..."],
+    rngs: RowKeys | None,
+    *,
+    rate: float,
+    layer: int | Int[Array, ""],
 ) -> Float[Array, "b ..."]:
     """Dropout whose mask belongs to the row, not to its place in a batch.
 
@@ -58,3 +77,45 @@ def token_dropout_mask(tokens: Tokens, rngs: RowKeys | None, *, rate: float) -> 
         return mask
     width = tokens.shape[1]
     return mask & jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, (width,)))(rngs)
+
+
+def stacked(
+    make_block: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, *, num_layers: int
+) -> nnx.Module:
+    """Equal blocks as one module, whose parameters have a leading axis of layers."""
+
+    @nnx.split_rngs(splits=num_layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make_blocks(rngs: nnx.Rngs) -> nnx.Module:
+        return make_block(rngs)
+
+    return make_blocks(rngs)
+
+
+def run_layers(
+    blocks: nnx.Module,
+    hidden: Float[Array, "b t h"],
+    mask: Bool[Array, "b t"],
+    rngs: RowKeys | None,
+    *,
+    num_layers: int,
+    remat: bool,
+) -> Float[Array, "b t h"]:
+    """Runs equal blocks one after the other, as one compiled loop.
+
+    Args:
+      blocks: of `stacked`, each `(hidden, mask, rngs, layer) -> hidden`.
+      hidden: what goes into the first.
+      mask: `True` for tokens.
+      rngs: a random key per row, or `None` for evaluation.
+      num_layers: how many blocks there are.
+      remat: keeps one activation per block for the backward pass, and computes the others again.
+    """
+    graph, params = nnx.split(blocks)
+
+    def run(hidden: Array, given: tuple[PyTree, Array]) -> tuple[Array, None]:
+        params, layer = given
+        return nnx.merge(graph, params)(hidden, mask, rngs, layer), None
+
+    numbered = (params, jnp.arange(num_layers))
+    return lax.scan(jax.checkpoint(run) if remat else run, hidden, numbered)[0]

@@ -1,14 +1,15 @@
 """The transformer encoder: BERT's family, pre-LN or post-LN."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxcl.models.layers import PADDING_ID, POOLINGS, pool, row_dropout
+from jaxcl.models.layers import PADDING_ID, POOLINGS, pool, row_dropout, run_layers, stacked
 from jaxcl.ops.vectors import normalise
-from jaxcl.typing import Array, Bool, Embeddings, Float, PyTree, RowKeys
+from jaxcl.typing import Array, Bool, Embeddings, Float, Int, PyTree, RowKeys
 
 __all__ = ["NORM_POSITIONS", "TransformerEncoder"]
 
@@ -27,9 +28,11 @@ class TransformerEncoder(nnx.Module):
       num_heads: attention heads.
       mlp_dim: width of the MLP.
       norm_position: `"pre"` (stable to train from scratch) or `"post"` (as BERT).
-      pooling: `"mean"` over the tokens, or `"cls"`, the first.
+      pooling: `"mean"` over the tokens, `"cls"`, the first, or `"last"`.
       dropout: on embeddings and on each block's two outputs, by row.
       remat: keeps one activation per block for the backward pass, and computes the others again.
+      scan_layers: all blocks are one compiled loop, and their parameters have a leading axis of
+        layers: a deep model then compiles as fast as a flat one.
       compute_dtype: of activations, such as `"bfloat16"`; `None` takes that on accelerators and
         float32 elsewhere. Parameters stay float32, and so do the sums inside norms and softmax.
       rngs: for the initial parameters.
@@ -56,6 +59,7 @@ class TransformerEncoder(nnx.Module):
         pooling: str = "mean",
         dropout: float = 0.1,
         remat: bool = False,
+        scan_layers: bool = False,
         compute_dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
@@ -76,28 +80,31 @@ class TransformerEncoder(nnx.Module):
         layer_norm = functools.partial(nnx.LayerNorm, hidden_dim, dtype=dtype, rngs=rngs)
         self.token_table = nnx.Param(scale(rngs.params(), (vocabulary_size, hidden_dim)))
         self.position_table = nnx.Param(scale(rngs.params(), (max_tokens, hidden_dim)))
-        self.blocks = nnx.List(
-            [
-                Block(
-                    hidden_dim,
-                    num_heads=num_heads,
-                    mlp_dim=mlp_dim,
-                    norm_position=norm_position,
-                    dropout=dropout,
-                    first_dropout=1 + 2 * layer,
-                    dtype=dtype,
-                    rngs=rngs,
-                )
-                for layer in range(num_layers)
-            ]
-        )
+
+        def make_block(rngs: nnx.Rngs) -> "Block":
+            return Block(
+                hidden_dim,
+                num_heads=num_heads,
+                mlp_dim=mlp_dim,
+                norm_position=norm_position,
+                dropout=dropout,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        if scan_layers:
+            self.blocks: Any = stacked(make_block, rngs, num_layers=num_layers)
+        else:
+            self.blocks = nnx.List([make_block(rngs) for _ in range(num_layers)])
         # Post-LN normalises the embeddings, pre-LN what leaves the last block.
         self.norm = layer_norm()
         self.projection = nnx.Linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
         self.norm_position = norm_position
         self.pooling = pooling
         self.dropout = dropout
+        self.num_layers = num_layers
         self.remat = remat
+        self.scan_layers = scan_layers
         self.dtype = dtype
 
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
@@ -112,9 +119,14 @@ class TransformerEncoder(nnx.Module):
         if self.norm_position == "post":
             hidden = self.norm(hidden)
         hidden = row_dropout(hidden, rngs, rate=self.dropout, layer=0)
-        run = nnx.remat(_run_block) if self.remat else _run_block
-        for block in self.blocks:
-            hidden = run(block, hidden, mask, rngs)
+        if self.scan_layers:
+            hidden = run_layers(
+                self.blocks, hidden, mask, rngs, num_layers=self.num_layers, remat=self.remat
+            )
+        else:
+            run = nnx.remat(_run_block, static_argnums=4) if self.remat else _run_block
+            for layer, block in enumerate(self.blocks):
+                hidden = run(block, hidden, mask, rngs, layer)
         if self.norm_position == "pre":
             hidden = self.norm(hidden)
         vectors = self.projection(pool(hidden, mask, pooling=self.pooling))
@@ -123,9 +135,13 @@ class TransformerEncoder(nnx.Module):
 
 
 def _run_block(
-    block: "Block", hidden: Float[Array, "b t h"], mask: Bool[Array, "b t"], rngs: RowKeys | None
+    block: "Block",
+    hidden: Float[Array, "b t h"],
+    mask: Bool[Array, "b t"],
+    rngs: RowKeys | None,
+    layer: int,
 ) -> Float[Array, "b t h"]:
-    return block(hidden, mask, rngs)
+    return block(hidden, mask, rngs, layer)
 
 
 class Block(nnx.Module):
@@ -139,7 +155,6 @@ class Block(nnx.Module):
         mlp_dim: int,
         norm_position: str,
         dropout: float,
-        first_dropout: int,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -154,13 +169,16 @@ class Block(nnx.Module):
         self.num_heads = num_heads
         self.norm_position = norm_position
         self.dropout = dropout
-        self.first_dropout = first_dropout
 
     def __call__(
-        self, hidden: Float[Array, "b t h"], mask: Bool[Array, "b t"], rngs: RowKeys | None
+        self,
+        hidden: Float[Array, "b t h"],
+        mask: Bool[Array, "b t"],
+        rngs: RowKeys | None,
+        layer: int | Int[Array, ""],
     ) -> Float[Array, "b t h"]:
         drop = functools.partial(row_dropout, rngs=rngs, rate=self.dropout)
-        first, second = self.first_dropout, self.first_dropout + 1
+        first, second = 1 + 2 * layer, 2 + 2 * layer  # 0 is the embeddings'
         if self.norm_position == "pre":
             hidden += drop(self.attend(self.attention_norm(hidden), mask), layer=first)
             return hidden + drop(self.transform(self.mlp_norm(hidden)), layer=second)

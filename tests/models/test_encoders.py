@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from jaxcl.models import StaticEncoder, TransformerEncoder, make_towers
+from jaxcl.models import DecoderEncoder, StaticEncoder, TransformerEncoder, make_towers
+from jaxcl.models.decoder import rotated
 from jaxcl.models.layers import pool, row_dropout
 from jaxcl.ops.vectors import normalise
 from tests.helpers import relative_error, relative_errors
@@ -20,11 +22,25 @@ transformer = functools.partial(
     num_heads=2,
     mlp_dim=12,
 )
+decoder = functools.partial(
+    DecoderEncoder,
+    20,
+    dim=6,
+    max_tokens=7,
+    hidden_dim=16,
+    num_layers=2,
+    num_heads=4,
+    num_key_heads=2,
+    mlp_dim=12,
+    dropout=0.1,
+)
 ENCODERS = {
+    "decoder": decoder,
     "static": functools.partial(StaticEncoder, 20, dim=6, max_tokens=7),
     "static, projected": functools.partial(StaticEncoder, 20, dim=6, max_tokens=7, hidden_dim=10),
     "pre-LN, mean": transformer,
     "post-LN, cls": functools.partial(transformer, norm_position="post", pooling="cls"),
+    "one loop": functools.partial(transformer, scan_layers=True),
     "bfloat16": functools.partial(transformer, compute_dtype="bfloat16"),
 }
 TOKENS = np.array([[1, 2, 3, 4, 0, 0, 0], [5, 6, 7, 8, 9, 1, 2], [3, 0, 0, 0, 0, 0, 0]])
@@ -196,3 +212,70 @@ def test_a_static_embedding_by_hand():
     # 3·1·(1, 0) + 1·4·(0, 1), and 1·1·(0, 1) + 3·4·(1, 0): norms 5 and √145.
     wanted = [[3 / 5, 4 / 5], [12 / 145**0.5, 1 / 145**0.5]]
     np.testing.assert_allclose(vectors, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_one_loop_over_the_layers_is_the_layers_one_after_the_other(x64, remat):
+    encoder = functools.partial(transformer, remat=remat, dropout=0.3)
+    towers = make_towers(lambda rngs: encoder(rngs=rngs), shared=True)
+    looped = make_towers(lambda rngs: encoder(scan_layers=True, rngs=rngs), shared=True)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), towers.init(jax.random.key(0)))
+    blocks = params["both"]["blocks"]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blocks[n] for n in sorted(blocks)))
+    keys = jax.random.split(jax.random.key(1), len(TOKENS))
+
+    def total(params, towers):
+        vectors = towers.encode(params, "query", {"tokens": jnp.array(TOKENS)}, keys)
+        return (vectors**3).sum()
+
+    value, gradients = jax.value_and_grad(total)(params, towers)
+    together = {"both": params["both"] | {"blocks": stacked}}
+    found, found_gradients = jax.value_and_grad(total)(together, looped)
+    # The attention's softmax is rounded to float32.
+    assert relative_error(found, value) < 1e-6
+    wanted = gradients["both"]["blocks"]
+    wanted = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(wanted[n] for n in sorted(wanted)))
+    errors = relative_errors(found_gradients["both"]["blocks"], wanted)
+    assert max(errors.values()) < 1e-5
+
+
+def decoder_state(tokens, **options):
+    towers = make_towers(lambda rngs: decoder(rngs=rngs, **options), shared=True)
+    return embed(towers, np.array(tokens)[None])[0]
+
+
+def test_a_decoder_reads_the_order_of_its_tokens_and_ends_at_the_last():
+    assert relative_error(decoder_state([1, 2, 3]), decoder_state([2, 1, 3])) > 1e-3
+    assert relative_error(decoder_state([1, 2, 3]), decoder_state([1, 2, 3, 0, 0])) < 1e-5
+    assert relative_error(decoder_state([1, 2, 3]), decoder_state([1, 2, 3, 4])) > 1e-2
+
+
+def test_a_decoder_s_state_does_not_know_what_follows():
+    model = decoder(rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model.blocks)
+    block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], params))
+    hidden = jax.random.normal(jax.random.key(0), (1, 5, 16))
+    mask = jnp.ones((1, 5), bool)
+    whole = block(hidden, mask, None, 0)
+    np.testing.assert_allclose(block(hidden[:, :3], mask[:, :3], None, 0), whole[:, :3], atol=1e-5)
+    assert relative_error(block(hidden[:, ::-1], mask, None, 0)[:, ::-1], whole) > 1e-2
+
+
+def test_rotary_positions_are_relative(x64):
+    query, key = np.random.default_rng(0).normal(size=(2, 8))
+    turned = [
+        rotated(jnp.tile(vector, (1, 9, 1, 1)), base=100.0)[0, :, 0] for vector in (query, key)
+    ]
+    scores = turned[0] @ turned[1].T
+    np.testing.assert_allclose(scores[1:, 1:], scores[:-1, :-1], atol=1e-12)
+    assert abs(scores[0, 0] - scores[0, 1]) > 1e-3
+    np.testing.assert_allclose(jnp.linalg.norm(turned[0], axis=1), np.linalg.norm(query))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"num_heads": 16}, "heads of an even width"), ({"num_key_heads": 3}, "num_key_heads=3")],
+)
+def test_heads_that_do_not_divide_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        decoder(rngs=nnx.Rngs(0), **options)

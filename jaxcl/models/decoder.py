@@ -1,0 +1,196 @@
+"""The decoder encoder: Mistral's family, whose last token says what the text is."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from jaxcl.models.layers import PADDING_ID, pool, row_dropout, run_layers, stacked
+from jaxcl.ops.vectors import normalise
+from jaxcl.typing import Array, Bool, Embeddings, Float, Int, PyTree, RowKeys
+
+__all__ = ["DecoderEncoder"]
+
+
+class DecoderEncoder(nnx.Module):
+    """Embeds a text by causal self-attention, from the state of its last token.
+
+    Rotary positions, groups of query heads that share a key head, a gated MLP, root-mean-square
+    norms before each. All blocks are one compiled loop, so that a model of 32 compiles as fast as
+    one of two; their parameters have a leading axis of layers.
+
+    Args:
+      vocabulary_size: number of token ids; id 0 is padding, which ends a text.
+      dim: width of the embeddings. Where it is `hidden_dim`, the last state is the embedding.
+      max_tokens: the longest text, in tokens.
+      hidden_dim: width inside, a multiple of `num_heads`.
+      num_layers: attention and MLP blocks.
+      num_heads: heads of queries.
+      num_key_heads: heads of keys and values, a divisor of `num_heads`.
+      mlp_dim: width of the MLP.
+      rotary_base: the longest wavelength of the positions, over 2π.
+      dropout: on each block's two outputs, by row.
+      remat: keeps one activation per block for the backward pass, and computes the others again.
+      compute_dtype: of activations, such as `"bfloat16"`; `None` takes that on accelerators and
+        float32 elsewhere. Parameters stay float32, and so do the sums inside norms and softmax.
+      rngs: for the initial parameters.
+
+    Raises:
+      ValueError: for heads that do not divide the width or each other.
+
+    Reference:
+      Jiang et al., "Mistral 7B", 2023; as an embedder: Wang et al., "Improving Text Embeddings with
+      Large Language Models", ACL 2024.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        *,
+        dim: int,
+        max_tokens: int,
+        hidden_dim: int = 512,
+        num_layers: int = 8,
+        num_heads: int = 8,
+        num_key_heads: int = 2,
+        mlp_dim: int = 1792,
+        rotary_base: float = 10_000.0,
+        dropout: float = 0.0,
+        remat: bool = False,
+        compute_dtype: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if hidden_dim % (2 * num_heads):
+            raise ValueError(
+                f"hidden_dim={hidden_dim} does not divide over {num_heads} heads of an even width"
+            )
+        if num_heads % num_key_heads:
+            raise ValueError(
+                f"num_heads={num_heads} do not divide over num_key_heads={num_key_heads}"
+            )
+        on_accelerator = jax.default_backend() in ("gpu", "tpu")
+        dtype = jnp.dtype(compute_dtype or ("bfloat16" if on_accelerator else "float32"))
+        scale = jax.nn.initializers.normal(0.02)
+        self.token_table = nnx.Param(scale(rngs.params(), (vocabulary_size, hidden_dim)))
+
+        def make_block(rngs: nnx.Rngs) -> "DecoderBlock":
+            return DecoderBlock(
+                hidden_dim,
+                num_heads=num_heads,
+                num_key_heads=num_key_heads,
+                mlp_dim=mlp_dim,
+                rotary_base=rotary_base,
+                dropout=dropout,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        self.blocks = stacked(make_block, rngs, num_layers=num_layers)
+        self.norm = nnx.RMSNorm(hidden_dim, dtype=dtype, rngs=rngs)
+        project = nnx.Linear(hidden_dim, dim, use_bias=False, dtype=dtype, rngs=rngs)
+        self.projection = None if dim == hidden_dim else project
+        self.num_layers = num_layers
+        self.max_tokens = max_tokens
+        self.remat = remat
+        self.dtype = dtype
+
+    def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
+        """Embeds `{"tokens": int32[b, t]}`; with `rngs` (one key per row) it drops out."""
+        tokens = inputs["tokens"]
+        if tokens.shape[1] > self.max_tokens:
+            raise ValueError(
+                f"texts of {tokens.shape[1]} tokens; this encoder reads {self.max_tokens}"
+            )
+        mask = tokens != PADDING_ID
+        hidden = self.token_table[...][tokens].astype(self.dtype)
+        hidden = run_layers(
+            self.blocks, hidden, mask, rngs, num_layers=self.num_layers, remat=self.remat
+        )
+        vectors = pool(self.norm(hidden), mask, pooling="last")
+        if self.projection is not None:
+            vectors = self.projection(vectors)
+        # At least float32, or the norm is a bf16 sum.
+        return normalise(vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32)))
+
+
+class DecoderBlock(nnx.Module):
+    """Causal self-attention and a gated MLP, each behind a norm and with a residual."""
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        *,
+        num_heads: int,
+        num_key_heads: int,
+        mlp_dim: int,
+        rotary_base: float,
+        dropout: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        def linear(width: int, out: int) -> nnx.Linear:
+            return nnx.Linear(width, out, use_bias=False, dtype=dtype, rngs=rngs)
+
+        head = hidden_dim // num_heads
+        self.attention_norm = nnx.RMSNorm(hidden_dim, dtype=dtype, rngs=rngs)
+        self.mlp_norm = nnx.RMSNorm(hidden_dim, dtype=dtype, rngs=rngs)
+        self.queries = linear(hidden_dim, hidden_dim)
+        self.keys = linear(hidden_dim, num_key_heads * head)
+        self.values = linear(hidden_dim, num_key_heads * head)
+        self.output = linear(hidden_dim, hidden_dim)
+        self.gate = linear(hidden_dim, mlp_dim)
+        self.widen = linear(hidden_dim, mlp_dim)
+        self.narrow = linear(mlp_dim, hidden_dim)
+        self.head = head
+        self.rotary_base = rotary_base
+        self.dropout = dropout
+
+    def __call__(
+        self,
+        hidden: Float[Array, "b t h"],
+        mask: Bool[Array, "b t"],
+        rngs: RowKeys | None,
+        layer: int | Int[Array, ""],
+    ) -> Float[Array, "b t h"]:
+        def drop(values: Float[Array, "b t h"], number: int) -> Float[Array, "b t h"]:
+            return row_dropout(values, rngs, rate=self.dropout, layer=2 * layer + number)
+
+        hidden += drop(self.attend(self.attention_norm(hidden), mask), 0)
+        return hidden + drop(self.transform(self.mlp_norm(hidden)), 1)
+
+    def attend(
+        self, hidden: Float[Array, "b t h"], mask: Bool[Array, "b t"]
+    ) -> Float[Array, "b t h"]:
+        b, t, h = hidden.shape
+        queries, keys, values = (
+            side(hidden).reshape(b, t, -1, self.head)
+            for side in (self.queries, self.keys, self.values)
+        )
+        # The first token is attended in a row without any, too: a softmax needs something.
+        attended = mask | (jnp.arange(t) == 0)
+        mixed = jax.nn.dot_product_attention(
+            rotated(queries, base=self.rotary_base),
+            rotated(keys, base=self.rotary_base),
+            values,
+            mask=attended[:, None, None, :],
+            is_causal=True,
+        )
+        return self.output(mixed.reshape(b, t, h))
+
+    def transform(self, hidden: Float[Array, "b t h"]) -> Float[Array, "b t h"]:
+        return self.narrow(jax.nn.silu(self.gate(hidden)) * self.widen(hidden))
+
+
+def rotated(heads: Float[Array, "b t n c"], *, base: float) -> Float[Array, "b t n c"]:
+    r"""Turns the $i$-th of $c/2$ pairs of a head by its place times $\text{base}^{-2i/c}$.
+
+    Reference:
+      Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
+    """
+    t, half = heads.shape[1], heads.shape[3] // 2
+    angles = jnp.arange(t)[:, None] * base ** (-jnp.arange(half) / half)
+    cosine, sine = (f(angles)[:, None].astype(heads.dtype) for f in (jnp.cos, jnp.sin))
+    first, second = jnp.split(heads, 2, axis=-1)
+    return lax.concatenate(
+        [first * cosine - second * sine, second * cosine + first * sine], dimension=3
+    )

@@ -1,0 +1,550 @@
+"""Breaks runs on purpose, at random moments, many times, and counts what they lose.
+
+    python -m tests.fault_suite --faults 200 --report tests/fault_report.json [--workers 2]
+
+Each run is broken a few times and started again by the same command, until it ends. Then it is
+held against one that nobody broke: the rows of every batch, every state that was saved or read
+back, bit for bit, all metrics, all ranks. (Runs that go on with other devices sum in another order:
+their rows must be the same, their metrics to a ten-thousandth.)
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxcl.processes import PEER_LOST
+from jaxcl.workdir import write_whole
+from tests.helpers import unclocked
+
+ROOT = Path(__file__).parents[1]
+STEPS, EVERY = 160, 8
+SMOKE = [
+    f"--config={ROOT / 'configs' / 'code_search.py'}:smoke",
+    "--config.data.vocabulary_size=1000",
+    "--config.model.dim=16",
+    "--config.evaluation.methods=('dense',)",
+    f"--config.steps={STEPS}",
+    f"--config.run.checkpoint_every={EVERY}",
+    "--config.run.log_every=1",
+]
+# All that a run can remember: a bank, a momentum encoder, mined negatives, chosen batches.
+REMEMBERING = [
+    "--config.assignment.name=gcbs",
+    "--config.assignment.gcbs.refresh_every=30",
+    "--config.assignment.gcbs.picture=False",
+    "--config.negatives.bank.kind=instance",
+    "--config.negatives.tiers.stratified=16",
+    "--config.negatives.mined.refresh_every=20",
+    "--config.negatives.momentum_encoder.initial=0.9",
+]
+
+
+class Shape(NamedTuple):
+    """How a run is started: by so many processes, with so many devices each."""
+
+    processes: int = 1
+    devices: int = 1
+
+
+class Setting(NamedTuple):
+    """What is run, and which faults befall it."""
+
+    arguments: tuple[str, ...]
+    shape: Shape
+    kinds: tuple[str, ...]
+
+
+ALONE = (
+    *("SIGKILL", "SIGKILL in a save", "SIGTERM", "SIGINT"),
+    *("file cut", "file missing", "bit flipped", "disk full"),
+)
+TOGETHER = ("SIGTERM to one of two", "SIGKILL to one of two", "file cut, two", "file missing, two")
+OTHERS = ("other devices", "other processes")
+SETTINGS = {
+    "plain": Setting((), Shape(), ALONE),
+    "remembering": Setting(tuple(REMEMBERING), Shape(), ALONE),
+    "two processes": Setting((), Shape(2, 1), TOGETHER),
+    "moved": Setting((), Shape(1, 4), OTHERS),
+}
+TURNS = (
+    *("plain", "remembering", "plain", "two processes", "remembering", "plain", "moved"),
+    *("plain", "remembering", "two processes"),
+)
+"""Which settings are run, one after the other, again and again."""
+
+FAULTS_OF_A_RUN = 4
+
+
+class Wrong(AssertionError):
+    """A run lost something, or did not say what it should have said."""
+
+
+class Tally:
+    """What was done, by all workers."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+        self.failures: list[dict[str, str]] = []
+
+    def add(self, kind: str, what: str, count: int = 1) -> None:
+        """Counts."""
+        with self._lock:
+            self.counts[kind][what] += count
+
+    def fail(self, **what: str) -> None:
+        """Remembers."""
+        with self._lock:
+            self.failures.append(what)
+
+    def longest(self, kind: str, what: str, seconds: float) -> None:
+        """Keeps the greatest."""
+        with self._lock:
+            self.counts[kind][what] = max(self.counts[kind][what], math.ceil(seconds))
+
+    @property
+    def injected(self) -> int:
+        """Faults so far."""
+        with self._lock:
+            return sum(counts["injected"] for counts in self.counts.values())
+
+
+class Started:
+    """The processes of one start."""
+
+    def __init__(self, workdir: Path, log: Path, data_dir: Path, setting: Setting, shape: Shape):
+        arguments = [sys.executable, "-m", "tests.fault_worker", str(log), *SMOKE]
+        arguments += [
+            *setting.arguments,
+            f"--workdir={workdir}",
+            f"--config.run.data_dir={data_dir}",
+        ]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.outputs = [
+            tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+            for _ in range(shape.processes)
+        ]
+        self.processes = [
+            subprocess.Popen(
+                arguments,
+                cwd=ROOT,
+                env=_environment(shape, port, number),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            for number, output in enumerate(self.outputs)
+        ]
+
+    @property
+    def running(self) -> bool:
+        """Whether all of them are."""
+        return all(one.poll() is None for one in self.processes)
+
+    def wait(self, timeout: float = 400) -> tuple[list[int], list[str]]:
+        """Exit codes and outputs."""
+        deadline = time.monotonic() + timeout
+        try:
+            codes = [one.wait(max(0.1, deadline - time.monotonic())) for one in self.processes]
+        except subprocess.TimeoutExpired as error:
+            raise Wrong(f"it hangs: {self._read()}") from error
+        finally:
+            for one in self.processes:
+                one.kill()
+        return codes, self._read()
+
+    def _read(self) -> list[str]:
+        texts = []
+        for output in self.outputs:
+            output.seek(0)
+            texts.append(output.read())
+        return texts
+
+
+def _environment(shape: Shape, port: int, number: int) -> dict[str, str]:
+    cleaned = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    flags = f"--xla_force_host_platform_device_count={shape.devices}"
+    cleaned |= {"JAX_PLATFORMS": "cpu", "NPROC": "32", "XLA_FLAGS": flags}
+    if shape.processes > 1:
+        cleaned |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
+        cleaned |= {"JAX_NUM_PROCESSES": str(shape.processes), "JAX_PROCESS_ID": str(number)}
+    return cleaned
+
+
+class Trial:
+    """One run, from its first start to its end, with faults between."""
+
+    def __init__(self, place: Path, name: str, reference: Path, rng: random.Random, tally: Tally):
+        self.setting, self.reference, self.rng, self.tally = SETTINGS[name], reference, rng, tally
+        self.place, self.workdir, self.log = place, place / "run", place / "log.jsonl"
+        self.data_dir = reference.parent / "data"
+        self.shape = self.setting.shape
+
+    def start(self) -> Started:
+        """The same command as ever."""
+        return Started(self.workdir, self.log, self.data_dir, self.setting, self.shape)
+
+    def run(self, kinds: list[str]) -> None:
+        """Breaks the run in each of these ways, one after the other, and lets it end."""
+        mounted = "disk full" in kinds
+        self.workdir.mkdir(parents=True)
+        if mounted:
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", "size=16m", "none", self.workdir], check=True
+            )
+        try:
+            for kind in kinds:
+                if _newest(self.workdir) < STEPS and BREAKS[kind](self, kind):
+                    self.tally.add(kind, "injected")
+            codes, outputs = self.start().wait()
+            if any(codes):
+                raise Wrong(f"exit codes {codes} at the end: {outputs}")
+            exact = self.setting.kinds != OTHERS
+            found = compare(self.workdir, self.log, self.reference, exact=exact)
+            for what, count in found.items():
+                self.tally.add("all", what, count)
+        finally:
+            if mounted:
+                subprocess.run(["umount", "-l", self.workdir], check=True)
+
+    def wait_for_moment(self, started: Started, *, checkpoints: int = 0) -> bool:
+        """Returns at a random moment of the run, or `False` when it has ended before."""
+        begun = _newest(self.workdir)
+        if not checkpoints and self.rng.random() < 0.3:  # while it starts, perhaps
+            return _sleep(started, self.rng.uniform(0.2, 8))
+        goal = min(begun + self.rng.randrange(0, STEPS // 3), STEPS - 2 * EVERY)
+        while _newest(self.workdir) <= goal or len(_steps(self.workdir)) < checkpoints:
+            if not started.running:
+                return False
+            time.sleep(0.005)
+        return _sleep(started, self.rng.uniform(0, 0.3))
+
+    def signal(self, kind: str) -> bool:
+        """To one process that is alone."""
+        number = getattr(signal, kind.split()[0])
+        started = self.start()
+        if not self.wait_for_moment(started):
+            started.wait()
+            return False
+        if kind == "SIGKILL in a save" and not self.wait_for_save(started):
+            started.wait()
+            return False
+        started.processes[0].send_signal(number)
+        (code,), (output,) = started.wait()
+        if code == 0:
+            return False  # it was done
+        # While Python itself starts there is no handler yet.
+        if code not in (-number, 128 + number) or ("Traceback" in output and "jaxcl/" in output):
+            raise Wrong(f"{kind}: exit code {code}: {output}")
+        return True
+
+    def wait_for_save(self, started: Started) -> bool:
+        """Returns while a checkpoint is being written."""
+        while not any((self.workdir / "checkpoints").glob("*tmp*")):
+            if not started.running:
+                return False
+            time.sleep(0.0005)
+        return _sleep(started, self.rng.uniform(0, 0.02))
+
+    def damage(self, kind: str) -> bool:
+        """Stops the run, harms the newest checkpoint, and starts it again."""
+        started = self.start()
+        if not self.wait_for_moment(started, checkpoints=2):
+            started.wait()
+            return False
+        started.processes[0].terminate()
+        codes, outputs = started.wait()
+        if not any(codes):
+            return False
+        if codes != [128 + signal.SIGTERM] * len(codes):
+            raise Wrong(f"SIGTERM: exit codes {codes}: {outputs}")
+        newest = _newest(self.workdir)
+        files = (self.workdir / "checkpoints" / str(newest)).rglob("*")
+        victim = self.rng.choice(sorted(path for path in files if path.is_file()))
+        content = bytearray(victim.read_bytes())
+        if kind.startswith("file cut"):
+            content = content[: self.rng.randrange(len(content))]
+        elif kind.startswith("bit flipped"):
+            content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
+        if kind.startswith("file missing"):
+            victim.unlink()
+        else:
+            victim.write_bytes(content)
+        # The start after it must get past the damage, and is stopped again if it has not ended.
+        restarted = self.start()
+        stopped = self.wait_for_moment(restarted)
+        if stopped:
+            restarted.processes[0].terminate()
+        codes, outputs = restarted.wait()
+        if any(code not in (0, 128 + signal.SIGTERM, -signal.SIGTERM) for code in codes):
+            raise Wrong(f"{kind} of {victim}: exit codes {codes}: {outputs}")
+        said = f"the checkpoint of step {newest} is damaged" in outputs[0]
+        went_on = re.search(r"goes on from step (\d+)", outputs[0])
+        if went_on and int(went_on[1]) != newest and not said:
+            raise Wrong(f"{kind} of {victim}: fell back and did not say so: {outputs}")
+        if kind.startswith(("file cut", "file missing")) and went_on and not said:
+            raise Wrong(f"{kind} of {victim}: it was not seen: {outputs}")
+        if went_on:
+            self.tally.add(kind, "fell back and said so" if said else "harmless")
+        return True
+
+    def fill_disk(self, kind: str) -> bool:
+        """Leaves no space for the next checkpoint, and makes some when the run has ended."""
+        started = self.start()
+        if not self.wait_for_moment(started, checkpoints=1):
+            started.wait()
+            return False
+        ballast = self.workdir / "ballast"
+        free = shutil.disk_usage(self.workdir).free
+        left = self.rng.randrange(0, 200_000)
+        with ballast.open("wb") as file, contextlib.suppress(OSError):  # full already
+            file.write(bytes(max(0, free - left)))
+        (code,), (output,) = started.wait()
+        ballast.unlink()
+        if code == 0:
+            return False
+        if code != 1 or "space" not in output or "Traceback" in output:
+            raise Wrong(f"{kind}: exit code {code}: {output}")
+        return True
+
+    def signal_one(self, kind: str) -> bool:
+        """To one of several processes: all end, by a signal that asks at the same step."""
+        started = self.start()
+        if not self.wait_for_moment(started, checkpoints=1):
+            started.wait()
+            return False
+        victim = self.rng.randrange(2)
+        started.processes[victim].send_signal(getattr(signal, kind.split()[0]))
+        begun = time.monotonic()
+        codes, outputs = started.wait()
+        seconds = time.monotonic() - begun
+        if not any(codes):
+            return False
+        if kind.startswith("SIGTERM"):
+            steps = {
+                match for text in outputs for match in re.findall(r"stopped at step (\d+)", text)
+            }
+            if codes != [128 + signal.SIGTERM] * 2 or len(steps) != 1:
+                raise Wrong(f"{kind}: exit codes {codes}, steps {steps}: {outputs}")
+        else:
+            if codes[1 - victim] not in (PEER_LOST, -signal.SIGABRT):
+                raise Wrong(f"{kind}: exit codes {codes}: {outputs}")
+            self.tally.longest(kind, "seconds until the other ended, at most", seconds)
+        return True
+
+    def move(self, kind: str) -> bool:
+        """Stops the run by a kill, and goes on with other devices or processes."""
+        started = self.start()
+        moment = self.wait_for_moment(started, checkpoints=1)
+        for one in started.processes:
+            one.kill()
+        started.wait()
+        others = [Shape(1, 1), Shape(1, 2), Shape(1, 4), Shape(1, 8)]
+        if kind == "other processes":
+            others = [Shape(2, 1), Shape(2, 2)]
+        self.shape = self.rng.choice([shape for shape in others if shape != self.shape])
+        return moment
+
+
+BREAKS: dict[str, Callable[[Trial, str], bool]] = {
+    **dict.fromkeys(("SIGKILL", "SIGKILL in a save", "SIGTERM", "SIGINT"), Trial.signal),
+    **dict.fromkeys(("file cut", "file missing", "bit flipped"), Trial.damage),
+    **dict.fromkeys(("file cut, two", "file missing, two"), Trial.damage),
+    **dict.fromkeys(("SIGTERM to one of two", "SIGKILL to one of two"), Trial.signal_one),
+    **dict.fromkeys(OTHERS, Trial.move),
+    "disk full": Trial.fill_disk,
+}
+
+
+def compare(workdir: Path, log: Path, reference: Path, *, exact: bool) -> dict[str, int]:
+    """Holds a run against the one that nobody broke.
+
+    Args:
+      workdir: of the run.
+      log: what its worker wrote down, over all starts.
+      reference: the workdir of the other, whose log lies beside it.
+      exact: whether states and metrics must be the same bits.
+
+    Returns:
+      How many of each thing were held against each other.
+
+    Raises:
+      Wrong: for whatever differs.
+    """
+    ours, theirs = read_log(log), read_log(reference.with_name(f"{reference.name}.jsonl"))
+    for step in range(1, STEPS + 1):
+        # A batch may be read ahead and read again; the last is the one that was trained.
+        if ours["rows"][step][-1] != theirs["rows"][step][-1]:
+            raise Wrong(f"step {step} has other rows")
+    states = 0
+    for step, digests in ours["saved"].items():
+        wanted = theirs["saved"].get(step, digests[:1])[-1]
+        if exact and set(digests) != {wanted}:
+            raise Wrong(f"the state saved at step {step} is another one")
+        states += len(digests)
+    for step, digests in ours["restored"].items():
+        if not set(digests) <= set(ours["saved"][step]):
+            raise Wrong(f"what was read back of step {step} had never been saved")
+        states += len(digests)
+    records, wanted_records = unclocked(workdir), unclocked(reference)
+    if [record["step"] for record in records] != [record["step"] for record in wanted_records]:
+        raise Wrong("metrics are missing, or there twice")
+    for record, wanted_record in zip(records, wanted_records, strict=True):
+        close = {
+            name: math.isclose(record[name], wanted_record[name], rel_tol=1e-4, abs_tol=1e-4)
+            for name in {"loss", "gradient_norm", "temperature"} & set(wanted_record)
+        }
+        same = record == wanted_record if exact else all(close.values())
+        if not same:
+            raise Wrong(f"metrics of step {record['step']} differ: {record} {wanted_record}")
+    if exact:
+        for name in ("results.json", "data.json"):
+            if (workdir / name).read_text() != (reference / name).read_text():
+                raise Wrong(f"{name} differs")
+        with np.load(workdir / "ranks.npz") as ranks, np.load(reference / "ranks.npz") as wanted:
+            if any(not np.array_equal(ranks[name], wanted[name]) for name in wanted.files):
+                raise Wrong("ranks differ")
+    rows = sum(len(ours["rows"][step][-1]) for step in range(1, STEPS + 1))
+    return {"runs": 1, "rows held": rows, "states held": states, "records held": len(records)}
+
+
+def read_log(path: Path) -> dict[str, dict[int, list]]:
+    """What is in a worker's log: kind -> step -> all that was written of it, in order."""
+    found: dict[str, dict[int, list]] = {
+        kind: collections.defaultdict(list) for kind in ("rows", "saved", "restored")
+    }
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # it was killed while it wrote
+            continue
+        for kind in found:
+            if kind in record:
+                found[kind][record["step"]].append(record[kind])
+    return found
+
+
+def check_epochs(reference: Path) -> int:
+    """How many whole epochs the run that nobody broke has; each row is once in each of them."""
+    rows_of = read_log(reference.with_name(f"{reference.name}.jsonl"))["rows"]
+    rows = np.concatenate([rows_of[step][-1] for step in range(1, STEPS + 1)])
+    num_rows = len(set(rows.tolist()))
+    epochs = len(rows) // num_rows
+    counts = np.bincount(rows[: epochs * num_rows], minlength=num_rows)
+    if not (counts == epochs).all():
+        raise Wrong("a row was lost or repeated within an epoch")
+    return epochs
+
+
+def _steps(workdir: Path) -> list[int]:
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _newest(workdir: Path) -> int:
+    return max(_steps(workdir), default=0)
+
+
+def _sleep(started: Started, seconds: float) -> bool:
+    """Whether it still runs after so long."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and started.running:
+        time.sleep(0.002)
+    return started.running
+
+
+def run_suite(
+    faults: int, *, workers: int, seed: int, names: tuple[str, ...] = TURNS
+) -> dict[str, Any]:
+    """Injects so many faults, into runs of these settings in turn, and returns the report."""
+    tally, begun = Tally(), time.monotonic()
+    place = Path(tempfile.mkdtemp(prefix="faults-"))
+    references = {}
+    for name in dict.fromkeys(names):
+        reference = references[name] = place / name.replace(" ", "-")
+        log, setting = reference.with_name(f"{reference.name}.jsonl"), SETTINGS[name]
+        codes, outputs = Started(reference, log, place / "data", setting, setting.shape).wait()
+        if any(codes):
+            raise Wrong(f"the run that nobody breaks: exit codes {codes}: {outputs}")
+    epochs = check_epochs(next(iter(references.values())))
+
+    def work(number: int) -> None:
+        name, rng = names[number % len(names)], random.Random(f"{seed} {number}")
+        kinds = [kind for kind in SETTINGS[name].kinds if kind != "disk full" or os.geteuid() == 0]
+        chosen = [rng.choice(kinds) for _ in range(FAULTS_OF_A_RUN)]
+        trial = Trial(place / f"trial-{number}", name, references[name], rng, tally)
+        try:
+            trial.run(chosen)
+            shutil.rmtree(trial.place)
+        except Exception as error:  # whatever it is, it is a finding
+            what = f"{type(error).__name__}: {error}"[:4_000]
+            print(f"{name}, {', '.join(chosen)}, {trial.place}: {what}", flush=True)
+            tally.fail(setting=name, kinds=", ".join(chosen), place=str(trial.place), error=what)
+
+    number = 0
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        waiting: set[concurrent.futures.Future] = set()
+        while waiting or number == 0:
+            while tally.injected < faults and len(waiting) < workers and len(tally.failures) < 20:
+                waiting.add(pool.submit(work, number))
+                number += 1
+            _, waiting = concurrent.futures.wait(waiting, return_when="FIRST_COMPLETED")
+            print(
+                f"{time.monotonic() - begun:6.0f} s: {tally.injected} faults, "
+                f"{tally.counts['all']['runs']} runs, {len(tally.failures)} failures",
+                flush=True,
+            )
+    if not tally.failures:
+        shutil.rmtree(place)
+    counts = {kind: dict(found) for kind, found in sorted(tally.counts.items())}
+    held = counts.pop("all", {})
+    return {
+        "faults": tally.injected,
+        "by kind": counts,
+        **held,
+        "whole epochs in which each row was once": epochs,
+        "failures": tally.failures,
+        "seconds": round(time.monotonic() - begun),
+        "seed": seed,
+        "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"jax {importlib.metadata.version('jax')}",
+    }
+
+
+def main() -> None:
+    """Writes the report, and fails if a run lost anything."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fault_suite")
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    found = run_suite(arguments.faults, workers=arguments.workers, seed=arguments.seed)
+    write_whole(arguments.report, json.dumps(found, indent=2) + "\n")
+    sys.exit(bool(found["failures"]))
+
+
+if __name__ == "__main__":
+    main()
