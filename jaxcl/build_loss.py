@@ -210,7 +210,10 @@ def _masks(config: ConfigDict) -> dict[str, str]:
     arguments = arguments_of(LOSSES[config.name])
     for argument, column in masks.items():
         if argument not in arguments:
-            raise ValueError(f"loss.masks: {config.name!r} takes no {column!r}; leave it out")
+            raise ValueError(
+                f"loss.masks: {config.name!r} takes no {column!r}; leave "
+                'it out (--config.loss.masks="()" names none)'
+            )
     for column, argument in MASKS.items():
         needed = argument in arguments and arguments[argument].default is inspect.Parameter.empty
         if needed and argument not in masks:

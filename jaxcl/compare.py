@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     given = flags.FLAGS
     try:
-        settings = json.loads(Path(given.settings).read_text())
+        settings = _read_settings(Path(given.settings))
         compare(
             given.config,
             settings,
@@ -108,12 +108,14 @@ def compare(
             )
     for (name, seed), changed in runs.items():
         _check_finished(_directory(workdir, name, seed), changed)
+    _check_same_queries([_directory(workdir, *run) for run in runs])
     for number, ((name, seed), changed) in enumerate(runs.items(), start=1):
         directory = _directory(workdir, name, seed)
         if not (directory / FINISHED).exists():
             say(f"run {number} of {len(runs)}: {name}, seed {seed}")
             start = time.perf_counter()
-            train(changed, directory)
+            train(_with_data_of([_directory(workdir, *run) for run in runs], changed), directory)
+            _check_same_queries([_directory(workdir, *run) for run in runs])
             finished = {"seconds": time.perf_counter() - start, "config": _identity(changed)}
             write_whole(directory / FINISHED, json.dumps(finished))
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
@@ -123,6 +125,15 @@ def compare(
     write_whole(workdir / "comparison.md", table + "\n")
     print(table)
     return records
+
+
+def _read_settings(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"--settings={path}: there is no such file") from None
+    except ValueError as error:
+        raise ValueError(f"--settings={path} is no JSON: {error}") from None
 
 
 def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
@@ -148,6 +159,31 @@ def _identity(config: ConfigDict) -> str:
     computed = {name: value for name, value in config.to_dict().items() if name != "run"}
     text = json.dumps(computed, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _with_data_of(directories: Sequence[Path], config: ConfigDict) -> ConfigDict:
+    """The config with the data set of the first run, whatever has been installed since."""
+    held = [path for path in (one / "data.json" for one in directories) if path.exists()]
+    if config.data.name != "code_pairs" or not held:
+        return config
+    data_set = json.loads(held[0].read_text())["data_set"]
+    return changed_config(config, {"data.name": data_set}) if Path(data_set).exists() else config
+
+
+def _check_same_queries(directories: Sequence[Path]) -> None:
+    """Raises a `ValueError` if the held-out rows of some runs are others than those of the rest."""
+    first: dict[str, tuple[Path, str]] = {}
+    for directory in directories:
+        if not (directory / "data.json").exists():
+            continue
+        fingerprints = json.loads((directory / "data.json").read_text())["fingerprints"]
+        for role in fingerprints.keys() - {"train", "negatives", "guides"}:
+            where, fingerprint = first.setdefault(role, (directory, fingerprints[role]))
+            if fingerprint != fingerprints[role]:
+                raise ValueError(
+                    f"the {role} rows of {directory} are others than those of {where}, so that the "
+                    "runs cannot be compared; remove one of the two, or choose another --workdir"
+                )
 
 
 def _check_finished(directory: Path, config: ConfigDict) -> None:

@@ -55,6 +55,7 @@ def changed_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict
             place = functools.reduce(getattr, parents, changed)
             getattr(place, leaf)  # or it would be made
             setattr(place, leaf, tuple(value) if isinstance(value, list) else value)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"the setting {name}={value!r} does not fit: {error}") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
+            raise ValueError(f"the setting {name}={value!r} does not fit: {reason}") from error
     return changed

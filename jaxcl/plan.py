@@ -218,7 +218,8 @@ def _table(
 
     parts = ("parameters", "optimizer", "memory", "batch", "loss", "activations", "total")
     for name in parts:
-        row(f"{name}, MiB", [f"{getattr(plan, name) / 2**20:,.1f}" for plan in plans.values()])
+        title = "banks and tables" if name == "memory" else name
+        row(f"{title}, MiB", [f"{getattr(plan, name) / 2**20:,.1f}" for plan in plans.values()])
     row("matrix products, GFLOP", [f"{plan.flops / 1e9:,.1f}" for plan in plans.values()])
     row("read and written, MiB", [f"{plan.accessed / 2**20:,.0f}" for plan in plans.values()])
     row("from others, MiB", [f"{plan.moved / 2**20:,.2f}" for plan in plans.values()])
@@ -292,6 +293,10 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     given = flags.FLAGS
     try:
+        if given.devices is not None and given.devices < 1:
+            raise ValueError(f"--devices={given.devices}; give at least 1")
+        if given.price and given.topology is None:
+            raise ValueError("--price is of a chip's hour; say of which with --topology")
         if given.topology is None and given.devices is not None:
             jax.config.update("jax_num_cpu_devices", given.devices)
         devices = _devices(given.topology, given.devices)

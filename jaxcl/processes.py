@@ -88,6 +88,9 @@ def start_processes(
         return
     if process_id is not None and not 0 <= process_id < (num_processes or process_id + 1):
         raise ValueError(f"{process_id=} of {num_processes=}; they are counted from 0")
+    others = "the other processes" if num_processes is None else f"{num_processes - 1} more"
+    if process_id in (0, None):
+        say(f"waiting for {others} (for five minutes at the most)")
     try:
         jax.distributed.initialize(
             coordinator,

@@ -150,7 +150,7 @@ def train(
                 say(_opening(config, program, data, workdir, first_step=int(state.step)))
             with contextlib.closing(MetricWriter(workdir, step=int(state.step))) as writer:
                 batches = RunBatches(config, program, data, workdir)
-                with Watch(workdir / "profile", program.train_step, profile) as watch:
+                with Watch(workdir / "profile", profile) as watch:
                     state = _run_steps(
                         config, program, data, batches, state, checkpoints, writer, watch
                     )
@@ -177,13 +177,13 @@ def _run_steps(
             batch = next(batches)
             waited = time.perf_counter() - begun
             step += 1
-            watch.before(step)
             at_end = step == config.steps
             evaluating = at_end or step % config.run.evaluate_every == 0
             measured: dict[str, float] = {}
             if evaluating:
                 with reports.paused():
                     measured = _floats(program.measure(state, batch))
+            watch.before(step)
             state, metrics = program.train_step(state, batch)
             reports.add(step, metrics, input_seconds=waited)
             watch.after(step)
@@ -293,15 +293,24 @@ def _workdir() -> Path:
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Absl's parser, but a config or override that is wrong comes as one line."""
+    for argument, value in zip(argv, [*argv[1:], ""], strict=True):
+        named = value if argument == "--config" else argument.removeprefix("--config=")
+        file = Path(named.partition(":")[0])
+        if named != argument and not file.exists():
+            say(f"error: --config={named}: there is no such file as {file.absolute()}")
+            sys.exit(1)
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        return flags.FLAGS(argv)
+    except Exception as error:  # a config is a program: it may raise whatever there is
         unknown_field = isinstance(error, (AttributeError, KeyError))
         reason = f"no such field: {error}" if unknown_field else str(error)
+        if "Traceback" in reason:
+            reason = reason.strip().splitlines()[-1]
         # The libraries quote a message within a message.
         readable = " ".join(re.sub(r"\\n|[\\'\"]", " ", reason).split())
-        overrides = [argument for argument in argv if argument.startswith("--config")]
-        say(f"error: the config cannot be used: {readable} (given: {' '.join(overrides)})")
+        overrides = [argument for argument in argv if argument.startswith("--config.")]
+        given = f" (given: {' '.join(overrides)})" if overrides else ""
+        say(f"error: the config cannot be used: {readable}{given}")
         sys.exit(1)
 
 

@@ -1,11 +1,12 @@
 """Looks at a run from outside: what is compiled, and where its time goes."""
 
+import functools
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
 import jax
+import jax.monitoring
 
 from jaxcl.progress import say
 
@@ -34,15 +35,15 @@ class Watch:
 
     Args:
       directory: where a trace goes, for TensorBoard or Perfetto.
-      train_step: the jitted update.
       profile: the first step of the trace, and the first behind it; `None` for none.
     """
 
-    def __init__(self, directory: Path, train_step: Any, profile: tuple[int, int] | None):
-        self._directory, self._train_step = directory, train_step
-        self._profile = profile
+    def __init__(self, directory: Path, profile: tuple[int, int] | None):
+        self._directory, self._profile = directory, profile
         self._tracing = False
-        self._programs: int | None = None
+        self._compilations = _compilations()
+        self._before: int | None = None
+        self._steps = 0
 
     def __enter__(self) -> "Watch":
         return self
@@ -51,7 +52,8 @@ class Watch:
         self._stop()
 
     def before(self, step: int) -> None:
-        """Called before each step."""
+        """Called right before each step is handed to the devices."""
+        self._before = len(self._compilations)
         if self._profile is None or self._tracing or step >= self._profile[1]:
             return
         if step >= self._profile[0]:  # a run may go on in the middle of them
@@ -63,13 +65,12 @@ class Watch:
         if self._profile is not None and step >= self._profile[1]:
             self._stop()
             self._profile = None
-        programs = self._train_step._cache_size()
-        if self._programs is not None and programs > self._programs:
+        if self._steps and len(self._compilations) > (self._before or 0):
             say(
                 f"step {step} was compiled again, which takes as long as the first one: the shape "
                 "or place of its batch or state has changed"
             )
-        self._programs = programs
+        self._steps += 1
 
     def _stop(self) -> None:
         if not self._tracing:
@@ -80,3 +81,16 @@ class Watch:
         self._tracing = False
         jax.profiler.stop_trace()
         say(f"a trace of the steps is in {self._directory}")
+
+
+@functools.cache
+def _compilations() -> list[float]:
+    """Seconds of each compilation from now on, in this process."""
+    found: list[float] = []
+
+    def note(event: str, seconds: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    return found

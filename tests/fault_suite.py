@@ -230,12 +230,15 @@ class Trial:
                 subprocess.run(["umount", "-l", self.workdir], check=True)
 
     def wait_for_moment(self, started: Started, *, checkpoints: int = 0) -> bool:
-        """Returns at a random moment of the run, or `False` when it has ended before."""
+        """Returns at a random moment of the run, or `False` when it has ended before.
+
+        With `checkpoints` it is under way by then, and so many are there.
+        """
         begun = _newest(self.workdir)
         if not checkpoints and self.rng.random() < 0.3:  # while it starts, perhaps
             return _sleep(started, self.rng.uniform(0.2, 8))
         goal = min(begun + self.rng.randrange(0, STEPS // 3), STEPS - 2 * EVERY)
-        while _newest(self.workdir) <= goal or len(_steps(self.workdir)) < checkpoints:
+        while _newest(self.workdir) <= max(goal, begun) or len(_steps(self.workdir)) < checkpoints:
             if not started.running:
                 return False
             time.sleep(0.005)

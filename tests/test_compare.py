@@ -13,13 +13,16 @@ SETTINGS = {"plain": {}, "+ more": {"model.dim": 8, "loss.masks": ["text"]}}
 
 
 @pytest.fixture
-def trained(monkeypatch):
+def trained(monkeypatch, trained_on):
     """What was trained; each run leaves the ranks that its config gives it."""
     runs = []
 
     def train(config, workdir):
         runs.append((config.model.dim, config.seed, config.loss.masks))
+        trained_on.append(config.data.name)
         workdir.mkdir(parents=True)
+        data = {"data_set": str(workdir.parents[1]), "fingerprints": {"test": "1", "train": "2"}}
+        (workdir / "data.json").write_text(json.dumps(data))
         rng = np.random.default_rng(config.seed)
         ranks = rng.integers(1, 12, 50).astype(float)
         if config.model.dim == 8:
@@ -30,6 +33,12 @@ def trained(monkeypatch):
 
     monkeypatch.setattr(comparing, "train", train)
     return runs
+
+
+@pytest.fixture
+def trained_on():
+    """The data sets of these runs."""
+    return []
 
 
 def test_each_setting_is_trained_with_each_seed_and_compared_query_by_query(trained, tmp_path):
@@ -65,6 +74,24 @@ def test_what_is_finished_is_not_trained_again_and_another_config_is_refused(tra
     with pytest.raises(ValueError, match="holds a run of another config"):
         compare(changed, SETTINGS, tmp_path, seeds=2)
     assert len(trained) == 4
+
+
+def test_all_runs_have_the_data_of_the_first_one(trained, trained_on, tmp_path):
+    compare(get_config("smoke"), SETTINGS, tmp_path, seeds=1)
+    assert trained_on == ["code_pairs", str(tmp_path)]
+    compare(get_config("smoke"), SETTINGS, tmp_path, seeds=2)
+    assert trained_on[2:] == [str(tmp_path)] * 2
+
+
+def test_runs_whose_queries_differ_are_not_compared(trained, tmp_path):
+    compare(get_config("smoke"), SETTINGS, tmp_path, seeds=1)
+    path = tmp_path / "plain" / "seed-0" / "data.json"
+    path.write_text(path.read_text().replace('"1"', '"3"'))
+    with pytest.raises(ValueError, match=r"the test rows of .* are others than those of"):
+        compare(get_config("smoke"), SETTINGS, tmp_path, seeds=2)
+    assert len(trained) == 2
+    path.write_text(path.read_text().replace('"3"', '"1"').replace('"2"', '"4"'))
+    compare(get_config("smoke"), SETTINGS, tmp_path, seeds=1)  # rows to train on may differ
 
 
 @pytest.mark.parametrize(

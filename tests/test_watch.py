@@ -10,10 +10,11 @@ from jaxcl.watch import Watch, keep_compiled
 
 def test_a_step_that_is_compiled_again_says_so(tmp_path, capsys):
     step = jax.jit(lambda x: x + 1)
-    with Watch(tmp_path, step, None) as watch:
+    with Watch(tmp_path, None) as watch:
         for number, size in enumerate((4, 4, 5, 5), 1):
+            batch = jnp.zeros(size)
             watch.before(number)
-            step(jnp.zeros(size))
+            step(batch)
             watch.after(number)
     said = capsys.readouterr().err
     assert said.count("was compiled again") == 1
@@ -23,7 +24,7 @@ def test_a_step_that_is_compiled_again_says_so(tmp_path, capsys):
 
 def test_the_steps_asked_for_are_traced(tmp_path):
     step = jax.jit(lambda x: x + 1)
-    with Watch(tmp_path, step, (2, 3)) as watch:
+    with Watch(tmp_path, (2, 3)) as watch:
         for number in (1, 2, 3):
             watch.before(number)
             step(jnp.zeros(4)).block_until_ready()
@@ -34,11 +35,11 @@ def test_the_steps_asked_for_are_traced(tmp_path):
 
 
 def test_a_run_that_goes_on_among_the_steps_traces_the_rest(tmp_path, capsys):
-    with Watch(tmp_path / "a", jax.jit(jnp.negative), (2, 9)) as watch:
+    with Watch(tmp_path / "a", (2, 9)) as watch:
         watch.before(5)
         assert watch._tracing
     assert "a trace of the steps is in" in capsys.readouterr().err
-    with Watch(tmp_path / "b", jax.jit(jnp.negative), (2, 9)) as watch:
+    with Watch(tmp_path / "b", (2, 9)) as watch:
         watch.before(9)
         watch.after(9)
     assert "no step from 2 to 8 was trained here: there is no trace" in capsys.readouterr().err
@@ -47,7 +48,7 @@ def test_a_run_that_goes_on_among_the_steps_traces_the_rest(tmp_path, capsys):
 
 def test_a_trace_ends_with_its_run(tmp_path):
     def stopped_run():
-        with Watch(tmp_path, jax.jit(jnp.negative), (1, 9)) as watch:
+        with Watch(tmp_path, (1, 9)) as watch:
             watch.before(1)
             raise RuntimeError("stopped")
 

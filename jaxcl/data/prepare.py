@@ -100,6 +100,10 @@ def prepare_data(
 
 def _data_set(config: ConfigDict, *, data_dir: Path, workdir: Path) -> str:
     """The TFDS name, or the folder, that holds the rows of this run."""
+    if config.name is None:
+        raise ValueError(
+            "data.name is not set; give a data set as NAME:VERSION, or the folder of a prepared one"
+        )
     if config.name != "code_pairs":
         return config.name
     remembered = workdir / "data.json"

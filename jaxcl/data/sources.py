@@ -4,19 +4,26 @@
 that is prepared; `.read([3, 1, 4])` gives those rows as `[{"query": ..., "key": ...}, ...]`.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxcl.workdir import write_whole
+
 __all__ = ["InMemoryPairs", "PairSource", "TfdsPairs", "open_pairs"]
 
 DESCRIPTION_FILE = "jaxcl.json"
 """Lies beside the records that jaxcl itself prepares; its "fingerprint" names their content."""
+
+DIGESTS_FILE = ".jaxcl_digests.json"
+"""Lies beside the records of others, if it can: name -> size, time of the last change, sha256."""
 
 _Rows = Sequence[int] | np.ndarray
 _READ_AT_ONCE = 8192
@@ -294,7 +301,7 @@ def _text_groups(builder: Any, source: Any, field: str) -> list[str] | None:
 
 
 def _fingerprint(builder: Any, instructions: Sequence[Any], fields: Mapping[str, str]) -> str:
-    """Names the content: exactly if jaxcl prepared it, else by the metadata and file sizes."""
+    """Names the content: by what jaxcl wrote beside it, if it prepared it, else by all bytes."""
     from etils import epath
 
     directory = builder.data_path
@@ -305,12 +312,32 @@ def _fingerprint(builder: Any, instructions: Sequence[Any], fields: Mapping[str,
     if description.exists():
         content = json.loads(description.read_text())["fingerprint"]
     else:
-        metadata = (directory / "dataset_info.json").read_text()
-        content = [metadata, [path.stat().length for path in paths]]
+        content = [(directory / "features.json").read_text(), _digests(directory, paths)]
     rows = [
         (path.name, part.skip, part.take) for path, part in zip(paths, instructions, strict=True)
     ]
     return f"{_full_name(builder)}:{_sha256([content, rows, sorted(fields.items())])}"
+
+
+def _digests(directory: Any, paths: Sequence[Any]) -> list[str]:
+    """A digest of each file; those of files that have not been touched since are remembered."""
+    remembered = directory / DIGESTS_FILE
+    try:
+        known = json.loads(remembered.read_text())
+    except (OSError, ValueError):
+        known = {}
+    found = {}
+    for path in paths:
+        facts = os.stat(path)
+        touched = [facts.st_size, facts.st_mtime_ns]
+        if known.get(path.name, [None])[:-1] != touched:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            known[path.name] = [*touched, digest]
+        found[path.name] = known[path.name][-1]
+    with contextlib.suppress(OSError):  # where nobody may write, they are taken each time
+        write_whole(Path(remembered), json.dumps(known))
+    return [found[path.name] for path in paths]
 
 
 def _full_name(builder: Any) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from jaxcl.data.sources import DESCRIPTION_FILE, InMemoryPairs, PairSource, open_pairs
+from jaxcl.data.sources import DESCRIPTION_FILE, DIGESTS_FILE, InMemoryPairs, PairSource, open_pairs
 
 LABELS = ("no", "yes")
 NUM_ROWS = 20
@@ -204,6 +204,27 @@ def test_a_shard_of_another_size_changes_the_fingerprint(version_dir):
     [shard] = version_dir.glob("*-train.array_record*")
     shard.write_bytes(shard.read_bytes() + b"\0")
     assert open_pairs(version_dir, "train", **FIELDS).fingerprint != before
+
+
+def test_other_bytes_of_the_same_size_change_the_fingerprint(version_dir):
+    def fingerprint():
+        return open_pairs(version_dir, "train", **FIELDS).fingerprint
+
+    before = fingerprint()
+    [shard] = version_dir.glob("*-train.array_record*")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    after = fingerprint()
+    assert after != before
+    # What has not been touched is not read again.
+    remembered = version_dir / DIGESTS_FILE
+    digests = json.loads(remembered.read_text())
+    digests[shard.name][-1] = "remembered"
+    remembered.write_text(json.dumps(digests))
+    assert fingerprint() not in (before, after)
+    remembered.write_text("cut sh")
+    assert fingerprint() == after
 
 
 @pytest.mark.parametrize(
