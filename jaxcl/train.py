@@ -185,6 +185,7 @@ def _run_steps(
                     measured = _floats(program.measure(state, batch))
             watch.before(step)
             state, metrics = program.train_step(state, batch)
+            watch.dispatched(step)
             reports.add(step, metrics, input_seconds=waited)
             watch.after(step)
             stopping = asked_to_stop(step)

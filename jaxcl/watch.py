@@ -42,7 +42,7 @@ class Watch:
         self._directory, self._profile = directory, profile
         self._tracing = False
         self._compilations = _compilations()
-        self._before: int | None = None
+        self._before = 0
         self._steps = 0
 
     def __enter__(self) -> "Watch":
@@ -60,17 +60,20 @@ class Watch:
             jax.profiler.start_trace(self._directory)
             self._tracing = True
 
-    def after(self, step: int) -> None:
-        """Called after each step was handed to the devices, and the one before it is done."""
-        if self._profile is not None and step >= self._profile[1]:
-            self._stop()
-            self._profile = None
-        if self._steps and len(self._compilations) > (self._before or 0):
+    def dispatched(self, step: int) -> None:
+        """Called right after each step was handed to the devices."""
+        if self._steps and len(self._compilations) > self._before:
             say(
                 f"step {step} was compiled again, which takes as long as the first one: the shape "
                 "or place of its batch or state has changed"
             )
         self._steps += 1
+
+    def after(self, step: int) -> None:
+        """Called when each step is under way, and the one before it is done."""
+        if self._profile is not None and step >= self._profile[1]:
+            self._stop()
+            self._profile = None
 
     def _stop(self) -> None:
         if not self._tracing:
@@ -88,9 +91,9 @@ def _compilations() -> list[float]:
     """Seconds of each compilation from now on, in this process."""
     found: list[float] = []
 
-    def note(event: str, seconds: float, **_: object) -> None:
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            found.append(seconds)
+            found.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(note)
     return found
