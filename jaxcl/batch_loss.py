@@ -15,6 +15,7 @@ from jaxcl.negatives.draws import priorities
 from jaxcl.negatives.memory_bank import MemoryBank, mean_age
 from jaxcl.negatives.tiers import DrawSource, TierBudgets, draw_tiers
 from jaxcl.ops.row_tables import read_rows, write_rows
+from jaxcl.parameter_sharding import FSDP
 from jaxcl.typing import Array, Batch, Embeddings, Int, Key, PyTree, RowKeys, Scalar
 
 __all__ = ["BeyondBatch", "LossOfBatch", "MeasureOfBatch", "make_loss", "make_measure"]
@@ -303,7 +304,12 @@ def _encoder(encode: Encode, mesh: Mesh, chunk_sizes: Mapping[str, int] | None) 
     """The same, in chunks if it has chunk sizes."""
     if chunk_sizes is None:
         return encode
-    rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    # Each device goes through its own rows, so that chunks keep their sharding, and gradients are
+    # summed over devices once. Only sharded parameters are the compiler's business: it puts each
+    # together where a chunk needs it, since all of them at once might not fit.
+    manual = tuple(axis for axis in mesh.axis_names if axis != FSDP)
+    shards = dict(mesh.shape).get(FSDP, 1)
+    rows, whole = PartitionSpec(manual), PartitionSpec()
 
     def encode_rows(
         params: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None = None
@@ -311,11 +317,17 @@ def _encoder(encode: Encode, mesh: Mesh, chunk_sizes: Mapping[str, int] | None) 
         in_chunks = chunked(
             lambda params, inputs, rngs: encode(params, side, inputs, rngs),
             chunk_size=chunk_sizes[side],
+            shards=shards,
         )
-        # Each device goes through its own rows, so that chunks keep their sharding.
-        return jax.shard_map(in_chunks, mesh=mesh, in_specs=(whole, rows, rows), out_specs=rows)(
-            params, inputs, rngs
-        )
+        if manual:
+            in_chunks = jax.shard_map(
+                in_chunks,
+                mesh=mesh,
+                in_specs=(whole, rows, rows),
+                out_specs=rows,
+                axis_names=set(manual),
+            )
+        return in_chunks(params, inputs, rngs)
 
     return encode_rows
 

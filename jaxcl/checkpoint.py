@@ -278,12 +278,17 @@ def _sizes_of(directory: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turns whatever a storage library raises into one `CheckpointError` that says why."""
+    """Turns whatever a storage library raises into one `CheckpointError` that says why.
+
+    Of several processes, what JAX raises is that another one is gone: a `PeerError`.
+    """
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise every class there is
         while error.__cause__ is not None:  # Orbax buries the reason
             error = error.__cause__  # type: ignore[assignment]
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            raise PeerError(f"{what}: {error}") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         hint = _hint(reason)
         raise CheckpointError(f"{what}: {reason[:400]}{hint}") from error

@@ -13,7 +13,7 @@ __all__ = ["chunked", "rows_per_chunk"]
 
 
 def chunked(
-    encode: Callable[..., PyTree], *, chunk_size: int, has_aux: bool = False
+    encode: Callable[..., PyTree], *, chunk_size: int, has_aux: bool = False, shards: int = 1
 ) -> Callable[..., PyTree]:
     r"""Makes an encoder run chunk by chunk, and forget each chunk's activations.
 
@@ -30,6 +30,8 @@ def chunked(
         whose results are dropped. Inside a `jax.shard_map` these are rows of a device.
       has_aux: `encode` returns `(embeddings, aux)`: auxiliary losses, counters. What `aux` holds of
         one chunk is stacked; a loss may use it, and its gradient is exact.
+      shards: over how many equal parts the compiler has spread the rows. A chunk has as many rows
+        of each, so that none of them moves.
 
     Returns:
       A function of the same arguments. With `has_aux` its second result has a leading axis of
@@ -57,16 +59,18 @@ def chunked(
 
     def encode_chunked(params: PyTree, *rows: PyTree) -> PyTree:
         num_rows = _num_rows(rows)
-        size = min(chunk_size, num_rows)
+        if num_rows % shards:
+            raise ValueError(f"{num_rows} rows do not divide over {shards} shards")
+        size = min(chunk_size, num_rows // shards)
         # Once, before the loop: else the gradient would be summed over devices in every turn.
         params = as_varying(params, rows)
-        chunks = jax.tree.map(lambda leaf: _split(leaf, size), rows)
+        chunks = jax.tree.map(lambda leaf: _split(leaf, size, shards), rows)
         encode_one = jax.checkpoint(lambda chunk: encode(params, *chunk))
         encoded = lax.map(encode_one, chunks)
         if not has_aux:
-            return _joined(encoded, num_rows)
+            return _joined(encoded, num_rows, shards)
         embeddings, aux = encoded
-        return _joined(embeddings, num_rows), aux
+        return _joined(embeddings, num_rows, shards), aux
 
     return encode_chunked
 
@@ -88,13 +92,22 @@ def _num_rows(rows: PyTree) -> int:
     return numbers.pop()
 
 
-def _split(leaf: Array, size: int) -> Array:
-    """[rows, …] -> [chunks, size, …], the last filled up with the first rows."""
-    num_chunks = -(-leaf.shape[0] // size)
-    missing = num_chunks * size - leaf.shape[0]
-    filled = jnp.concatenate([leaf, leaf[:missing]]) if missing else leaf
-    return filled.reshape(num_chunks, size, *leaf.shape[1:])
+def _split(leaf: Array, size: int, shards: int) -> Array:
+    """[rows, …] -> [chunks, shards * size, …], the last filled up with the first rows."""
+    inside = leaf.shape[1:]
+    parts = leaf.reshape(shards, -1, *inside)
+    num_chunks = -(-parts.shape[1] // size)
+    missing = num_chunks * size - parts.shape[1]
+    filled = jnp.concatenate([parts, parts[:, :missing]], axis=1) if missing else parts
+    chunks = filled.reshape(shards, num_chunks, size, *inside).swapaxes(0, 1)
+    return chunks.reshape(num_chunks, shards * size, *inside)
 
 
-def _joined(encoded: PyTree, num_rows: int) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_rows], encoded)
+def _joined(encoded: PyTree, num_rows: int, shards: int) -> PyTree:
+    def join(leaf: Array) -> Array:
+        num_chunks, inside = leaf.shape[0], leaf.shape[2:]
+        parts = leaf.reshape(num_chunks, shards, -1, *inside).swapaxes(0, 1)
+        parts = parts.reshape(shards, -1, *inside)[:, : num_rows // shards]
+        return parts.reshape(num_rows, *inside)
+
+    return jax.tree.map(join, encoded)

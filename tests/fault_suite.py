@@ -15,6 +15,7 @@ import contextlib
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -35,8 +36,10 @@ import numpy as np
 
 from jaxcl.processes import PEER_LOST
 from jaxcl.workdir import write_whole
+from tests import fault_worker
 from tests.helpers import unclocked
 
+FORKS = multiprocessing.get_context("forkserver")
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 160, 8
 SMOKE = [
@@ -131,66 +134,60 @@ class Tally:
 
 
 class Started:
-    """The processes of one start."""
+    """The processes of one start, forked from one that has imported everything already."""
 
     def __init__(self, workdir: Path, log: Path, data_dir: Path, setting: Setting, shape: Shape):
-        arguments = [sys.executable, "-m", "tests.fault_worker", str(log), *SMOKE]
-        arguments += [
-            *setting.arguments,
-            f"--workdir={workdir}",
-            f"--config.run.data_dir={data_dir}",
-        ]
+        arguments = [*SMOKE, *setting.arguments]
+        arguments += [f"--workdir={workdir}", f"--config.run.data_dir={data_dir}"]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.outputs = [
-            tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
-            for _ in range(shape.processes)
-        ]
+        numbers = range(shape.processes)
+        self._outputs = [log.with_name(f"{log.stem}.output-{number}") for number in numbers]
         self.processes = [
-            subprocess.Popen(
-                arguments,
-                cwd=ROOT,
-                env=_environment(shape, port, number),
-                stdout=output,
-                stderr=subprocess.STDOUT,
+            FORKS.Process(
+                target=fault_worker.run,
+                args=(arguments, _environment(shape, port, number), log, output),
             )
-            for number, output in enumerate(self.outputs)
+            for number, output in enumerate(self._outputs)
         ]
+        for one in self.processes:
+            one.start()
 
     @property
     def running(self) -> bool:
         """Whether all of them are."""
-        return all(one.poll() is None for one in self.processes)
+        return all(one.is_alive() for one in self.processes)
+
+    def send(self, number: int, *, to: int = 0) -> None:
+        """A signal, to one of them, if it still runs."""
+        if self.processes[to].is_alive():
+            os.kill(self.processes[to].pid, number)
 
     def wait(self, timeout: float = 400) -> tuple[list[int], list[str]]:
         """Exit codes and outputs."""
         deadline = time.monotonic() + timeout
-        try:
-            codes = [one.wait(max(0.1, deadline - time.monotonic())) for one in self.processes]
-        except subprocess.TimeoutExpired as error:
-            raise Wrong(f"it hangs: {self._read()}") from error
-        finally:
-            for one in self.processes:
-                one.kill()
-        return codes, self._read()
-
-    def _read(self) -> list[str]:
-        texts = []
-        for output in self.outputs:
-            output.seek(0)
-            texts.append(output.read())
-        return texts
+        for one in self.processes:
+            one.join(max(0.1, deadline - time.monotonic()))
+        hangs = any(one.is_alive() for one in self.processes)
+        for one in self.processes:
+            one.kill()
+            one.join()
+        outputs = [
+            path.read_text(errors="replace") if path.exists() else "" for path in self._outputs
+        ]
+        if hangs:
+            raise Wrong(f"it hangs: {outputs}")
+        return [one.exitcode for one in self.processes], outputs
 
 
 def _environment(shape: Shape, port: int, number: int) -> dict[str, str]:
-    cleaned = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     flags = f"--xla_force_host_platform_device_count={shape.devices}"
-    cleaned |= {"JAX_PLATFORMS": "cpu", "NPROC": "32", "XLA_FLAGS": flags}
+    found = {"XLA_FLAGS": flags}
     if shape.processes > 1:
-        cleaned |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
-        cleaned |= {"JAX_NUM_PROCESSES": str(shape.processes), "JAX_PROCESS_ID": str(number)}
-    return cleaned
+        found |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
+        found |= {"JAX_NUM_PROCESSES": str(shape.processes), "JAX_PROCESS_ID": str(number)}
+    return found
 
 
 class Trial:
@@ -254,7 +251,7 @@ class Trial:
         if kind == "SIGKILL in a save" and not self.wait_for_save(started):
             started.wait()
             return False
-        started.processes[0].send_signal(number)
+        started.send(number)
         (code,), (output,) = started.wait()
         if code == 0:
             return False  # it was done
@@ -277,7 +274,7 @@ class Trial:
         if not self.wait_for_moment(started, checkpoints=2):
             started.wait()
             return False
-        started.processes[0].terminate()
+        started.send(signal.SIGTERM)
         codes, outputs = started.wait()
         if not any(codes):
             return False
@@ -299,7 +296,7 @@ class Trial:
         restarted = self.start()
         stopped = self.wait_for_moment(restarted)
         if stopped:
-            restarted.processes[0].terminate()
+            restarted.send(signal.SIGTERM)
         codes, outputs = restarted.wait()
         if any(code not in (0, 128 + signal.SIGTERM, -signal.SIGTERM) for code in codes):
             raise Wrong(f"{kind} of {victim}: exit codes {codes}: {outputs}")
@@ -339,7 +336,7 @@ class Trial:
             started.wait()
             return False
         victim = self.rng.randrange(2)
-        started.processes[victim].send_signal(getattr(signal, kind.split()[0]))
+        started.send(getattr(signal, kind.split()[0]), to=victim)
         begun = time.monotonic()
         codes, outputs = started.wait()
         seconds = time.monotonic() - begun
@@ -482,6 +479,8 @@ def run_suite(
     faults: int, *, workers: int, seed: int, names: tuple[str, ...] = TURNS
 ) -> dict[str, Any]:
     """Injects so many faults, into runs of these settings in turn, and returns the report."""
+    os.environ |= {"JAX_PLATFORMS": "cpu", "NPROC": "32"}
+    FORKS.set_forkserver_preload(["tests.fault_worker"])
     tally, begun = Tally(), time.monotonic()
     place = Path(tempfile.mkdtemp(prefix="faults-"))
     references = {}

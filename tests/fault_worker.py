@@ -1,7 +1,5 @@
 """`jaxcl.train`, which also writes down each step's rows and a digest of each state it keeps.
 
-python -m tests.fault_worker LOG [arguments of jaxcl.train]
-
 Lines of LOG are JSON: `{"rows": […], "step": N}` when rows of a batch are asked for,
 `{"saved": DIGEST, "step": N}` before a state is saved, `{"restored": DIGEST, "step": N}` when one
 was read back.
@@ -9,7 +7,9 @@ was read back.
 
 import hashlib
 import json
+import os
 import sys
+from pathlib import Path
 
 import jax
 from absl import app
@@ -20,14 +20,25 @@ from jaxcl.mesh import fetch
 from tests.helpers import bits
 
 
-def main() -> None:
-    """Runs the trainer with its ears open."""
-    log = sys.argv.pop(1)
+def run(arguments: list[str], environment: dict[str, str], log: Path, output: Path) -> None:
+    """Runs the trainer with its ears open, in a process that was forked for it.
+
+    Args:
+      arguments: of the trainer.
+      environment: what is added to that of the process.
+      log: what it did is appended there.
+      output: what it says goes there.
+    """
+    os.environ.update(environment)
+    sys.argv = ["jaxcl.train", *arguments]
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     restore, save, batches = Checkpoints.restore_latest, Checkpoints.save, trainer.training_batches
 
     def note(**what) -> None:
         if jax.process_index() == 0:
-            with open(log, "a") as file:
+            with log.open("a") as file:
                 file.write(json.dumps(what) + "\n")
 
     def noted_restore(self, abstract_state):
@@ -60,7 +71,3 @@ def digest(state) -> str:
         is_key = jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         found.update(bits(fetch(jax.random.key_data(leaf) if is_key else leaf)))
     return found.hexdigest()
-
-
-if __name__ == "__main__":
-    main()

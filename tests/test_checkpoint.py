@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcl.checkpoint import CheckpointError, Checkpoints, checksum
+from jaxcl.checkpoint import CheckpointError, Checkpoints, _explained, checksum
 from jaxcl.mesh import make_mesh
+from jaxcl.processes import PeerError
 from tests.helpers import bits
 
 pytestmark = [
@@ -587,3 +588,15 @@ def test_a_transposed_or_shifted_array_has_another_checksum():
     others = [words.T, jnp.roll(words, 1), words[::-1], jnp.sort(words, axis=None).reshape(8, 8)]
     sums = {int(checksum(array)) for array in (words, *others)}
     assert len(sums) == 1 + len(others)
+
+
+def test_a_save_that_fails_since_another_process_is_gone_says_that(monkeypatch):
+    def fail():
+        with _explained("cannot save step 3"):
+            raise ValueError("wrapped") from jax.errors.JaxRuntimeError("connection reset by peer")
+
+    with pytest.raises(CheckpointError, match="cannot save step 3: connection reset"):
+        fail()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(PeerError, match="cannot save step 3: connection reset"):
+        fail()

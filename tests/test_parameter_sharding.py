@@ -54,7 +54,7 @@ def test_a_rule_decides_by_the_path():
             specs(shapes(table=shape), (("table", dimension),))
 
 
-def trained(name, shape, *, steps=3):
+def trained(name, shape, *, steps=3, chunk_sizes=None):
     """The state after some steps in float64, and where it lies."""
     mesh = make_mesh(shape, devices=jax.devices()[: int(np.prod(list(shape.values())))])
     towers, optimizer = (
@@ -72,7 +72,7 @@ def trained(name, shape, *, steps=3):
     state = state._replace(params=wide[0], memory=wide[1], optimizer=optimizer.init(wide[0]))
     state = jax.device_put(state, state_sharding(mesh, state))
     step = make_train_step(
-        make_loss(towers.encode, infonce_loss, mesh, masks=MASKS),
+        make_loss(towers.encode, infonce_loss, mesh, masks=MASKS, chunk_sizes=chunk_sizes),
         optimizer,
         mesh,
         temperature=TEMPERATURE,
@@ -85,11 +85,12 @@ def trained(name, shape, *, steps=3):
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 @pytest.mark.parametrize("name", ["static", pytest.param("transformer", marks=pytest.mark.slow)])
-def test_training_is_that_of_one_device(name, shape, x64, monkeypatch):
+@pytest.mark.parametrize("chunk_sizes", [None, {"query": 1, "key": 3}], ids=["whole", "chunks"])
+def test_training_is_that_of_one_device(name, shape, chunk_sizes, x64, monkeypatch):
     monkeypatch.setattr(parameter_sharding, "_WORTH_CUTTING", 1)
     monkeypatch.setattr(jax.nn, "dot_product_attention", double_attention)
     wanted, wanted_metrics = trained(name, {"data": 1})
-    state, metrics = trained(name, shape)
+    state, metrics = trained(name, shape, chunk_sizes=chunk_sizes)
     parts = (state.params, state.optimizer, state.memory), metrics
     expected = (wanted.params, wanted.optimizer, wanted.memory), wanted_metrics
     errors = relative_errors(*jax.tree.map(np.asarray, (parts, expected)))

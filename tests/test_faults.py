@@ -1,0 +1,87 @@
+"""The suite that breaks runs: that it sees what is lost, and that a few breaks lose nothing."""
+
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from jaxcl.metric_writer import MetricWriter
+from tests.fault_suite import STEPS, TURNS, Wrong, check_epochs, compare, run_suite
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two equal runs as the suite finds them: a workdir and a log each."""
+    for name in ("ours", "theirs"):
+        workdir = tmp_path / name
+        writer = MetricWriter(workdir, step=0)
+        for step in range(1, STEPS + 1):
+            writer.write(step, {"loss": 1 / step})
+        writer.close()
+        for file in ("results.json", "data.json"):
+            (workdir / file).write_text("{}")
+        np.savez(workdir / "ranks.npz", dense=np.arange(4))
+        lines = [{"step": step, "rows": rows(step)} for step in range(1, STEPS + 1)]
+        lines += [{"step": 80, "saved": "a"}, {"step": 80, "restored": "a"}]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 8')
+    return tmp_path
+
+
+def rows(step):
+    return [(4 * step + number) % 16 for number in range(4)]
+
+
+def held(runs):
+    return compare(runs / "ours", runs / "ours.jsonl", runs / "theirs", exact=True)
+
+
+def test_equal_runs_are_equal(runs):
+    found = held(runs)
+    assert found == {"runs": 1, "rows held": 4 * STEPS, "states held": 2, "records held": STEPS}
+    assert check_epochs(runs / "theirs") == STEPS // 4
+
+
+def replaced(old, new):
+    def harm(path):
+        path.write_text(path.read_text().replace(old, new, 1))
+
+    return harm
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "message"),
+    [
+        ("ours.jsonl", replaced('"rows": [8, ', '"rows": [9, '), "has other rows"),
+        ("ours.jsonl", replaced('"saved": "a"', '"saved": "b"'), "had never been saved"),
+        ("ours.jsonl", replaced('"restored": "a"', '"restored": "b"'), "had never been saved"),
+        ("theirs.jsonl", replaced('"saved": "a"', '"saved": "b"'), "step 80 is another one"),
+        ("ours/metrics.jsonl", replaced('"loss": 0.5', '"loss": 0.51'), "metrics of step 2"),
+        ("ours/metrics.jsonl", replaced('"step": 2,', '"step": 3,'), "metrics are missing"),
+        ("ours/results.json", replaced("{}", "{ }"), "results.json differs"),
+        ("ours/ranks.npz", lambda path: np.savez(path, dense=np.ones(4)), "ranks differ"),
+    ],
+)
+def test_what_is_lost_is_seen(runs, file, harm, message):
+    harm(runs / file)
+    with pytest.raises(Wrong, match=message):
+        held(runs)
+
+
+def test_a_row_that_comes_twice_in_an_epoch_is_seen(runs):
+    replaced('"rows": [8, ', '"rows": [9, ')(runs / "theirs.jsonl")
+    with pytest.raises(Wrong, match="lost or repeated"):
+        check_epochs(runs / "theirs")
+
+
+@pytest.mark.slow
+def test_a_few_breaks_lose_nothing():
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("a full disk is a small one that is mounted, which needs root")
+    found = run_suite(len(TURNS), workers=2, seed=1)
+    assert found["failures"] == []
+    assert found["faults"] >= len(TURNS)
