@@ -104,6 +104,10 @@ def make_plan(config: ConfigDict, devices: Sequence[jax.Device], *, num_rows: in
         raise ValueError(
             f"--rows={num_rows} are fewer than one batch of {config.global_batch_size}"
         )
+    config = config.copy_and_resolve_references()
+    options = config.model.options
+    if "compute_dtype" in options and options.compute_dtype is None:  # what the model takes there
+        options.compute_dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
     program = build_program(config, devices=devices)
     state = program.abstract_state(num_rows, np.zeros(num_rows, np.int32))
     batch = _abstract_batch(config, program.mesh)

@@ -19,6 +19,7 @@ def runs(tmp_path):
     """Two equal runs as the suite finds them: a workdir and a log each."""
     for name in ("ours", "theirs"):
         workdir = tmp_path / name
+        workdir.mkdir()
         writer = MetricWriter(workdir, step=0)
         for step in range(1, STEPS + 1):
             writer.write(step, {"loss": 1 / step})
@@ -57,7 +58,7 @@ def replaced(old, new):
     ("file", "harm", "message"),
     [
         ("ours.jsonl", replaced('"rows": [8, ', '"rows": [9, '), "has other rows"),
-        ("ours.jsonl", replaced('"saved": "a"', '"saved": "b"'), "had never been saved"),
+        ("ours.jsonl", replaced('"saved": "a"', '"saved": "b"'), "step 80 is another one"),
         ("ours.jsonl", replaced('"restored": "a"', '"restored": "b"'), "had never been saved"),
         ("theirs.jsonl", replaced('"saved": "a"', '"saved": "b"'), "step 80 is another one"),
         ("ours/metrics.jsonl", replaced('"loss": 0.5', '"loss": 0.51'), "metrics of step 2"),

@@ -1,0 +1,60 @@
+"""Large encoders over any TFDS data set: BERT's base size, and Mistral's 7 billion parameters.
+
+    python -m jaxcl.train --config configs/large_encoders.py:bert_base --config.data.name=…
+    python -m jaxcl.plan --config configs/large_encoders.py:mistral_7b --topology v5e:16x16
+
+Their parameters begin at random: weights of other projects are not read. They say what a pod must
+hold, and are where a team begins.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from configs import tfds_pairs
+
+
+def get_config(variant: str = "bert_base") -> ConfigDict:
+    """`tfds_pairs.get_config` with another model, `"bert_base"` or `"mistral_7b"`."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is unknown; use {' or '.join(VARIANTS)}")
+    config = tfds_pairs.get_config("plain")
+    config.data.distinct_tokens = False
+    config.optimizer.weight_decay = 0.01
+    VARIANTS[variant](config)
+    return config
+
+
+def _bert_base(config: ConfigDict) -> None:
+    """Devlin et al., 2019, with 110 million parameters; batch of 32,768."""
+    config.data.vocabulary_size = 30_522
+    config.data.max_tokens = ConfigDict({"query": 64, "key": 256})
+    config.global_batch_size = 32_768
+    config.model.name = "transformer"
+    config.model.dim = 768
+    config.model.options = ConfigDict(
+        {"max_tokens": 512, "hidden_dim": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3_072}
+        | {"norm_position": "post", "pooling": "mean", "dropout": 0.1}
+        | {"remat": True, "scan_layers": True, "compute_dtype": placeholder(str)}
+    )
+    config.optimizer.learning_rate = 2e-4
+    config.grad_cache.chunk_size = 32
+
+
+def _mistral_7b(config: ConfigDict) -> None:
+    """Jiang et al., 2023, as an embedder: Wang et al., 2024; batch of 2,048."""
+    config.data.vocabulary_size = 32_000
+    config.data.max_tokens = ConfigDict({"query": 512, "key": 512})
+    config.global_batch_size = 2_048
+    config.model.name = "decoder"
+    config.model.dim = 4_096
+    config.model.options = ConfigDict(
+        {"max_tokens": 512, "hidden_dim": 4_096, "num_layers": 32, "mlp_dim": 14_336}
+        | {"num_heads": 32, "num_key_heads": 8, "rotary_base": 10_000.0, "dropout": 0.0}
+        | {"remat": True, "compute_dtype": placeholder(str)}
+    )
+    config.optimizer.learning_rate = 1e-5
+    config.run.mesh.fsdp = 16
+    config.grad_cache.chunk_size = 2
+
+
+VARIANTS = {"bert_base": _bert_base, "mistral_7b": _mistral_7b}
