@@ -38,6 +38,14 @@ def test_products_inside_of_a_shard_map_count_on_each_device():
         out_specs=P("data"),
     )
     assert products(inside, X) == 2 * ONE  # rows over four, and twice the same over two
+    inside = jax.shard_map(
+        lambda x: x @ W[0],
+        mesh=mesh,
+        in_specs=P("data"),
+        out_specs=P("data"),
+        axis_names={"data"},
+    )
+    assert products(inside, X) == ONE  # the compiler spreads it over the others
 
 
 def compiled(function, *arguments):
