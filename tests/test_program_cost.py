@@ -30,22 +30,22 @@ def test_products_count_as_often_as_they_run():
     )
 
 
-def test_products_inside_of_a_shard_map_count_on_each_device():
+@pytest.mark.parametrize(
+    ("axes", "count"),
+    [
+        ({"data", "fsdp"}, 2),  # rows over four, and twice the same over two
+        ({"data"}, 1),  # the compiler spreads it over the others
+    ],
+)
+def test_products_inside_of_a_shard_map_count_on_each_device(axes, count):
     inside = jax.shard_map(
         lambda x: x @ W[0],
         mesh=make_mesh({"data": 4, "fsdp": 2}),
         in_specs=P("data"),
         out_specs=P("data"),
+        axis_names=axes,
     )
-    assert products(inside, X) == 2 * ONE  # rows over four, and twice the same over two
-    inside = jax.shard_map(
-        lambda x: x @ W[0],
-        mesh=mesh,
-        in_specs=P("data"),
-        out_specs=P("data"),
-        axis_names={"data"},
-    )
-    assert products(inside, X) == ONE  # the compiler spreads it over the others
+    assert products(inside, X) == count * ONE
 
 
 def compiled(function, *arguments):
