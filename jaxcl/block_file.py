@@ -17,24 +17,34 @@ class BlockFile:
       path: of the `.npy`; beside it, `.done.json` counts the rows that are whole.
       shape: of the whole array; a file of another shape or type is begun anew.
       dtype: of its numbers.
+      writes: of several processes that fill the same array only one does, and opens it first; the
+        others have it in memory.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: type):
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: type, *, writes: bool = True):
+        self._writes = writes
         self._counter = path.with_suffix(".done.json")
         self.done = self._done_before(path, shape, dtype)
+        if not writes:
+            self.array: np.ndarray = np.zeros(shape, dtype)
+            if self.done:
+                self.array[: self.done] = np.load(path, mmap_mode="r")[: self.done]
+            return
         mode = "r+" if self.done else "w+"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not self.done:
             self._counter.unlink(missing_ok=True)
-        self.array: np.ndarray = np.lib.format.open_memmap(
+        self.array = np.lib.format.open_memmap(
             path, mode=mode, dtype=dtype, shape=None if self.done else shape
         )
 
     def append(self, rows: np.ndarray) -> None:
         """Puts rows behind those that are done; they count once they are on the disk."""
         self.array[self.done : self.done + len(rows)] = rows
-        self.array.flush()  # type: ignore[attr-defined]
         self.done += len(rows)
+        if not self._writes:
+            return
+        self.array.flush()  # type: ignore[attr-defined]
         write_whole(self._counter, json.dumps({"rows": self.done}))
 
     def _done_before(self, path: Path, shape: tuple[int, ...], dtype: type) -> int:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from jaxcl.data.token_table import padded
 from jaxcl.data.tokenizer import encode_texts
-from jaxcl.mesh import batch_sharding, fetch, put_batch
+from jaxcl.mesh import batch_sharding, fetch, local_rows, put_batch
 from jaxcl.models import Encode
 from jaxcl.typing import Float, Int, PyTree
 
@@ -51,7 +51,7 @@ def make_embedder(encode: Encode, mesh: Mesh, *, batch_size: int = 1024) -> Embe
             rows = tokens[first : first + batch_size]
             # Every batch has one shape, so that one program is compiled; the surplus is cut off.
             inputs = {"tokens": np.pad(rows, ((0, batch_size - len(rows)), (0, 0)))}
-            local = jax.tree.map(_local_rows, inputs)
+            local = jax.tree.map(local_rows, inputs)
             vectors = forward(params, side, put_batch(local, mesh))
             parts.append(fetch(vectors)[: len(rows)].astype(np.float32))
             advance(len(rows))
@@ -74,7 +74,3 @@ def pad_texts(
     )
     lengths = np.array([len(row) for row in rows])
     return padded(np.concatenate(rows), np.cumsum(lengths) - lengths, lengths, width=max_tokens)
-
-
-def _local_rows(rows: np.ndarray) -> np.ndarray:
-    return np.split(rows, jax.process_count())[jax.process_index()]

@@ -14,6 +14,7 @@ from jaxcl.typing import PyTree
 __all__ = [
     "batch_sharding",
     "fetch",
+    "local_rows",
     "make_mesh",
     "put_batch",
     "put_rows",
@@ -81,6 +82,11 @@ def fetch(array: jax.Array) -> np.ndarray:
     if jax.process_count() == 1:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def local_rows(rows: np.ndarray) -> np.ndarray:
+    """This host's part of the rows of a global batch."""
+    return np.split(rows, jax.process_count())[jax.process_index()]
 
 
 def put_batch(local_batch: PyTree, mesh: Mesh) -> PyTree:

@@ -7,7 +7,7 @@ Every query meets all keys of its split, exactly, over all devices. The result i
 `python -m jaxcl.train --config.data.negatives=FILE`: the rows of each row's negatives, and this
 run's similarities, by which the next may be taught (`loss.name=distillation`). Beside it lie a
 report (`.report.json`) and examples to read (`.examples.md`). The same command goes on where it was
-stopped.
+stopped. In several processes they find each other as those of `jaxcl.train` do.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,14 @@ from jaxcl.block_file import BlockFile
 from jaxcl.checkpoint import CheckpointError
 from jaxcl.data.sources import PairSource
 from jaxcl.data.token_table import TokenTable
-from jaxcl.mesh import fetch, put_batch
+from jaxcl.mesh import fetch, local_rows, put_batch
 from jaxcl.models.towers import SIDES
 from jaxcl.negatives.mining import Mined, MiningRule, mine_negatives
 from jaxcl.ops.pairs import PairLabels
+from jaxcl.processes import PEER_LOST, PeerError, first_then_others, leave, start_processes
 from jaxcl.progress import progress_bar, say
 from jaxcl.trained import Trained, open_trained
+from jaxcl.typing import PyTree
 from jaxcl.workdir import write_whole
 
 __all__ = ["main", "mine"]
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs `mine` for a person: an error that is theirs comes as one line."""
     given = _arguments(argv)
     try:
+        start_processes(asked=given.distributed)
         rule = MiningRule(
             per_query=given.per_query,
             rank_range=_rank_range(given.rank_range),
@@ -61,15 +63,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         report = mine(
             given.workdir, out, split=given.split, rule=rule, masks=given.masks, seed=given.seed
         )
-        rich.print(_as_table(report))
-        if given.split == "train":
+        if jax.process_index() == 0:
+            rich.print(_as_table(report))
+        if given.split == "train" and jax.process_index() == 0:
             say(f"train on them with --config.data.negatives={out}")
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from there")
-        sys.exit(130)
+        leave(130)
     except (ValueError, OSError, CheckpointError) as error:
         say(f"error: {error}")
-        sys.exit(1)
+        leave(1)
+    except (jax.errors.JaxRuntimeError, PeerError) as error:
+        if jax.process_count() == 1:
+            raise
+        say(f"error: another process is gone ({' '.join(str(error).split())[:200]}); start again")
+        leave(PEER_LOST)
 
 
 def mine(
@@ -102,15 +110,13 @@ def mine(
         raise ValueError(
             f"masks={tuple(masks)}: use some of {', '.join(MASKS)}, 'row' or 'text' among them"
         )
-    if jax.process_count() > 1:
-        raise ValueError("mining runs in one process; start it on one host alone")
     run = open_trained(Path(workdir))
     if "group" in masks and run.config.data.group_field is None:
         raise ValueError("masks name 'group', but the run's data.group_field is None; leave it out")
     if split not in run.sources:
         raise ValueError(f"split={split!r} is unknown; the run has {', '.join(run.sources)}")
     source = run.sources[split]
-    table = run.token_table(split)
+    table = first_then_others(functools.partial(run.token_table, split))
     if table.num_rows <= rule.rank_range[0]:
         raise ValueError(f"the split has {table.num_rows} rows, none of rank {rule.rank_range[0]}")
     folder = _work_folder(Path(workdir), run, split)
@@ -127,6 +133,9 @@ def mine(
         raise ValueError("nothing was found by this rule; widen the ranks, or lower the margin")
     positives = np.einsum("nd,nd->n", vectors["query"], vectors["key"], dtype=np.float32)
     scores = np.where(found.rows >= 0, found.similarities, 0)
+    report = {"split": split, **what, **_figures(found, positives), "made_from": run.made_from}
+    if jax.process_index() != 0:
+        return report
     _write_npz(
         out,
         rows=found.rows,
@@ -134,7 +143,6 @@ def mine(
         ranks=found.ranks,
         source=np.array(source.fingerprint),
     )
-    report = {"split": split, **what, **_figures(found, positives), "made_from": run.made_from}
     write_whole(out.with_suffix(".report.json"), json.dumps(report, indent=2) + "\n")
     write_whole(out.with_suffix(".examples.md"), _examples(source, found, positives, seed))
     return report
@@ -148,7 +156,7 @@ def _work_folder(workdir: Path, run: Trained, split: str) -> Path:
 def _embedded(run: Trained, table: TokenTable, side: str, folder: Path) -> np.ndarray:
     """All rows of a side, embedded block by block."""
     shape = (table.num_rows, run.config.model.dim)
-    blocks = BlockFile(folder / f"{side}.npy", shape, np.float32)
+    blocks = _block_file(folder / f"{side}.npy", shape, np.float32)
     name = {"query": "embedding queries", "key": "embedding keys"}[side]
     with progress_bar(name, table.num_rows) as advance:
         advance(blocks.done)
@@ -172,7 +180,7 @@ def _search_all(
     shape = (num_rows, rule.per_query)
     # The ranks are written last: how many are done of them is done of all.
     files = [
-        BlockFile(folder / f"{name}.npy", shape, dtype)
+        _block_file(folder / f"{name}.npy", shape, dtype)
         for name, dtype in (("rows", np.int32), ("similarities", np.float32), ("ranks", np.int32))
     ]
     done = min(file.done for file in files)
@@ -181,7 +189,7 @@ def _search_all(
     search = _search(mesh, rule, seed)
     keys = _padded(vectors["key"], num_rows + -num_rows % mesh.size)
     their_labels = tuple(_padded(label, len(keys)) for label in labels)
-    pool = put_batch((keys, their_labels, np.arange(len(keys)) < num_rows), mesh)
+    pool = _put((keys, their_labels, np.arange(len(keys)) < num_rows), mesh)
     block = _BLOCK_ROWS + -_BLOCK_ROWS % mesh.size
     with progress_bar("mining", num_rows) as advance:
         advance(done)
@@ -192,7 +200,7 @@ def _search_all(
                 tuple(_padded(label[rows], block) for label in labels),
                 _padded(rows.astype(np.int32), block),
             )
-            found = search(put_batch(looking, mesh), pool)
+            found = search(_put(looking, mesh), pool)
             for file, values in zip(files, found, strict=True):
                 file.append(fetch(jnp.asarray(values))[: len(rows)])
             done += len(rows)
@@ -220,6 +228,16 @@ def _search(mesh: Mesh, rule: MiningRule, seed: int) -> Callable[[Any, Any], Min
         )
 
     return search
+
+
+def _block_file(path: Path, shape: tuple[int, ...], dtype: type) -> BlockFile:
+    writes = jax.process_index() == 0
+    return first_then_others(lambda: BlockFile(path, shape, dtype, writes=writes))
+
+
+def _put(rows: PyTree, mesh: Mesh) -> PyTree:
+    """Rows that every process has, on the devices of all."""
+    return put_batch(jax.tree.map(local_rows, rows), mesh)
 
 
 def _padded(rows: np.ndarray, size: int) -> np.ndarray:
@@ -312,6 +330,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sampling", default=rule.sampling, help="random, or top")
     parser.add_argument("--masks", nargs="+", default=["text"], help=f"some of {', '.join(MASKS)}")
     parser.add_argument("--seed", type=int, default=0, help="of the random choice")
+    parser.add_argument(
+        "--distributed", action="store_true", help="several processes, which JAX finds out about"
+    )
     parser.add_argument("--out", type=Path, help="where; DIR/mined-SPLIT.npz by default")
     return parser.parse_args(argv)
 

@@ -1,11 +1,15 @@
 """The metrics file: every step once, every value to the last bit, whatever was killed."""
 
 import contextlib
+import errno
 import json
 import math
+import os
+import struct
 
 import jax
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxcl.metric_writer import MetricWriter, read_metrics
 
@@ -117,3 +121,41 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     write(tmp_path, [1, 2])
     assert list(tmp_path.iterdir()) == []
+
+
+class FullDisk:
+    """A file on it."""
+
+    def write(self, _):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("full", ["metrics", "events"])
+def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, full):
+    writer = MetricWriter(tmp_path, step=0)
+    files = writer._file, writer._events._py_recordio_writer._writer
+    if full == "metrics":
+        writer._file = FullDisk()
+    else:
+        writer._events._py_recordio_writer._writer = FullDisk()
+    for step in range(1, 50):  # more than any queue holds
+        with pytest.raises(OSError, match=r"metrics.jsonl \(No space left on device\); when it"):
+            writer.write(step, {"loss": 1.0})
+    for file in files:
+        file.close()
+
+
+def test_tensorboard_reads_the_same(tmp_path):
+    write(tmp_path, [1, 2])
+    [file] = (tmp_path / "tensorboard").iterdir()
+    data, events = file.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    assert events[0].file_version == "brain.Event:2"
+    assert events[1].session_log.status == SessionLog.START
+    assert [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value] == [
+        (1, "loss", pytest.approx(0.1)),
+        (2, "loss", pytest.approx(0.2)),
+    ]

@@ -219,6 +219,25 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(command, two, tmp_
     assert_same_bits(tmp_path, two)
 
 
+@pytest.mark.slow
+def test_processes_mine_as_one(two, tmp_path):
+    mined = []
+    for processes, devices in ((1, 4), (2, 2)):
+        workdir, out = tmp_path / f"{processes}", tmp_path / f"{processes}.npz"
+        shutil.copytree(two, workdir)
+        arguments = ["--workdir", str(workdir), "--out", str(out), "--rank-range", "1:40"]
+        Run(
+            [sys.executable, "-m", "jaxcl.mine", *arguments], processes=processes, devices=devices
+        ).finish()
+        mined.append(dict(np.load(out)))
+    one, several = mined
+    assert one.keys() == several.keys()
+    assert (one["rows"] >= 0).all()
+    for name in ("rows", "ranks", "source"):
+        np.testing.assert_array_equal(several[name], one[name])
+    np.testing.assert_allclose(several["teacher_scores"], one["teacher_scores"], atol=1e-6)
+
+
 def assert_same_bits(workdir: Path, other: Path) -> None:
     ours, theirs = (
         jax.tree_util.tree_leaves_with_path(final_state(w, step=STEPS)) for w in (workdir, other)

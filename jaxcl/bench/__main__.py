@@ -33,6 +33,7 @@ from jaxcl.bench import (
     grad_cache,
     loss,
     nearest,
+    plan,
     train_step,
 )
 from jaxcl.host_memory import start_with_huge_pages
@@ -45,6 +46,7 @@ BENCHMARKS: Mapping[str, Callable[[Sequence[str]], dict[str, Any]]] = {
     "grad_cache": grad_cache.main,
     "loss": loss.main,
     "nearest": nearest.main,
+    "plan": plan.main,
     "train_step": train_step.main,
 }
 """Benchmarks by name."""
