@@ -301,7 +301,9 @@ class _Arrangement(NamedTuple):
 
 
 def _encoder(encode: Encode, mesh: Mesh, chunk_sizes: Mapping[str, int] | None) -> Encode:
-    """The same, in chunks if it has chunk sizes."""
+    """The same, in chunks if it has chunk sizes; it knows of a mesh that has parameters cut."""
+    if FSDP in mesh.axis_names:
+        encode = _knowing(encode, mesh)
     if chunk_sizes is None:
         return encode
     # Each device goes through its own rows, so that chunks keep their sharding, and gradients are
@@ -328,6 +330,20 @@ def _encoder(encode: Encode, mesh: Mesh, chunk_sizes: Mapping[str, int] | None) 
                 axis_names=set(manual),
             )
         return in_chunks(params, inputs, rngs)
+
+    return encode_rows
+
+
+def _knowing(encode: Encode, mesh: Mesh) -> Encode:
+    """The same, where the models can ask for the mesh."""
+
+    def encode_rows(
+        params: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None = None
+    ) -> Embeddings:
+        if not jax.sharding.get_abstract_mesh().empty:  # within a `shard_map`
+            return encode(params, side, inputs, rngs)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return encode(params, side, inputs, rngs)
 
     return encode_rows
 

@@ -11,11 +11,30 @@ from jaxcl import parameter_sharding
 from jaxcl.batch_loss import make_loss
 from jaxcl.losses import infonce_loss
 from jaxcl.mesh import make_mesh
+from jaxcl.models import TransformerEncoder, make_towers
 from jaxcl.parameter_sharding import parameter_shardings
 from jaxcl.train_step import init_state, make_train_step, state_sharding
 from tests.helpers import relative_errors
-from tests.test_train_step import MASKS, TEMPERATURE, TOWERS, double_attention, on_mesh, some_batch
+from tests.test_train_step import MASKS, TEMPERATURE, double_attention, on_mesh, some_batch
+from tests.test_train_step import TOWERS as ALL_TOWERS
 
+TOWERS = ALL_TOWERS | {
+    "one loop": make_towers(
+        lambda rngs: TransformerEncoder(
+            50,
+            dim=8,
+            max_tokens=9,
+            hidden_dim=16,
+            num_layers=2,
+            num_heads=2,
+            mlp_dim=16,
+            scan_layers=True,
+            compute_dtype="float64",
+            rngs=rngs,
+        ),
+        shared=True,
+    )
+}
 MESHES = ({"data": 2, "fsdp": 4}, pytest.param({"fsdp": 8}, marks=pytest.mark.slow))
 
 
@@ -84,7 +103,9 @@ def trained(name, shape, *, steps=3, chunk_sizes=None):
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize("name", ["static", pytest.param("transformer", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["static", "one loop", pytest.param("transformer", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("chunk_sizes", [None, {"query": 1, "key": 3}], ids=["whole", "chunks"])
 def test_training_is_that_of_one_device(name, shape, chunk_sizes, x64, monkeypatch):
     monkeypatch.setattr(parameter_sharding, "_WORTH_CUTTING", 1)

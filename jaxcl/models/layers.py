@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxcl.typing import Array, Bool, Float, Int, Key, PyTree, RowKeys, Tokens
 
@@ -103,6 +104,9 @@ def run_layers(
 ) -> Float[Array, "b t h"]:
     """Runs equal blocks one after the other, as one compiled loop.
 
+    Where the compiler spreads parameters over a mesh, each block's are put together for it alone,
+    its matrices as the activations' type, and rows stay where they are.
+
     Args:
       blocks: of `stacked`, each `(hidden, mask, rngs, layer) -> hidden`.
       hidden: what goes into the first.
@@ -112,10 +116,26 @@ def run_layers(
       remat: keeps one activation per block for the backward pass, and computes the others again.
     """
     graph, params = nnx.split(blocks)
+    rows = PartitionSpec(_spread_axes())
+
+    def gathered(leaf: Array) -> Array:
+        return _placed(leaf.astype(hidden.dtype) if leaf.ndim > 1 else leaf, PartitionSpec())
 
     def run(hidden: Array, given: tuple[PyTree, Array]) -> tuple[Array, None]:
         params, layer = given
-        return nnx.merge(graph, params)(hidden, mask, rngs, layer), None
+        block = nnx.merge(graph, jax.tree.map(gathered, params))
+        return _placed(block(hidden, mask, rngs, layer), rows), None
 
     numbered = (params, jnp.arange(num_layers))
     return lax.scan(jax.checkpoint(run) if remat else run, hidden, numbered)[0]
+
+
+def _spread_axes() -> tuple[str, ...]:
+    """The axes of the present mesh over which the compiler spreads arrays."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Auto)
+
+
+def _placed(array: Array, spec: PartitionSpec) -> Array:
+    return lax.with_sharding_constraint(array, spec) if _spread_axes() else array
