@@ -35,6 +35,7 @@ TOWERS = ALL_TOWERS | {
         shared=True,
     )
 }
+CHUNKS = {"query": 1, "key": 3}
 MESHES = ({"data": 2, "fsdp": 4}, pytest.param({"fsdp": 8}, marks=pytest.mark.slow))
 
 
@@ -104,9 +105,16 @@ def trained(name, shape, *, steps=3, chunk_sizes=None):
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 @pytest.mark.parametrize(
-    "name", ["static", "one loop", pytest.param("transformer", marks=pytest.mark.slow)]
+    ("name", "chunk_sizes"),
+    [
+        pytest.param("static", None, id="static"),
+        pytest.param("one loop", CHUNKS, id="one loop, chunks"),
+        pytest.param("static", CHUNKS, id="static, chunks", marks=pytest.mark.slow),
+        pytest.param("one loop", None, id="one loop", marks=pytest.mark.slow),
+        pytest.param("transformer", None, id="transformer", marks=pytest.mark.slow),
+        pytest.param("transformer", CHUNKS, id="transformer, chunks", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("chunk_sizes", [None, {"query": 1, "key": 3}], ids=["whole", "chunks"])
 def test_training_is_that_of_one_device(name, shape, chunk_sizes, x64, monkeypatch):
     monkeypatch.setattr(parameter_sharding, "_WORTH_CUTTING", 1)
     monkeypatch.setattr(jax.nn, "dot_product_attention", double_attention)

@@ -271,7 +271,8 @@ def test_a_run_with_a_memory_goes_on_as_if_it_had_not_stopped(tiny, tmp_path, mo
         assert rows < 8 * config.global_batch_size < 10 * config.global_batch_size < 2 * rows
 
 
-@pytest.mark.parametrize("loss", ["infonce", pytest.param("distillation", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["infonce", "distillation"])
 def test_explicit_negatives_of_a_file_are_trained_on_and_their_run_goes_on(
     tiny, tmp_path, monkeypatch, loss
 ):

@@ -34,6 +34,8 @@ from jaxcl.bench import (
     loss,
     nearest,
     plan,
+    scaling,
+    start,
     train_step,
 )
 from jaxcl.host_memory import start_with_huge_pages
@@ -47,6 +49,8 @@ BENCHMARKS: Mapping[str, Callable[[Sequence[str]], dict[str, Any]]] = {
     "loss": loss.main,
     "nearest": nearest.main,
     "plan": plan.main,
+    "scaling": scaling.main,
+    "start": start.main,
     "train_step": train_step.main,
 }
 """Benchmarks by name."""
