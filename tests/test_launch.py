@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -39,6 +40,22 @@ def test_the_pods_of_kubernetes_are_as_many_as_their_slice_has_hosts():
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts.keys() == {volume["name"] for volume in pod["volumes"]}
     assert any(arg.startswith(f"--workdir={mounts['runs']}/") for arg in container["args"])
+
+
+def job():
+    """The job within the JobSet, as Kubernetes makes one of it."""
+    inside = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())["spec"]["replicatedJobs"][0]
+    named = {"metadata": {"name": inside["name"]}, **inside["template"]}
+    return {"apiVersion": "batch/v1", "kind": "Job", **named}
+
+
+def test_the_job_of_kubernetes_fits_its_schema():
+    version = kubernetes_validate.latest_version()
+    kubernetes_validate.validate(job(), version, strict=True)
+    wrong = job()
+    wrong["spec"]["template"]["spec"]["containers"][0]["arg"] = []
+    with pytest.raises(kubernetes_validate.ValidationError, match="arg"):
+        kubernetes_validate.validate(wrong, version, strict=True)
 
 
 def test_a_mistake_would_be_found(tmp_path):
