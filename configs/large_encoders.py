@@ -53,8 +53,8 @@ def _mistral_7b(config: ConfigDict) -> None:
         | {"remat": True, "compute_dtype": placeholder(str)}
     )
     config.optimizer.learning_rate = 1e-5
-    config.run.mesh.fsdp = 16
-    config.grad_cache.chunk_size = 2
+    config.run.mesh.fsdp = 64
+    config.grad_cache.chunk_size = 4
 
 
 VARIANTS = {"bert_base": _bert_base, "mistral_7b": _mistral_7b}
