@@ -12,6 +12,7 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import importlib.metadata
 import json
 import math
@@ -137,7 +138,7 @@ class Started:
     """The processes of one start, forked from one that has imported everything already."""
 
     def __init__(self, workdir: Path, log: Path, data_dir: Path, setting: Setting, shape: Shape):
-        arguments = [*SMOKE, *setting.arguments]
+        arguments = [*SMOKE, *setting.arguments, f"--config.data.name={_pairs(data_dir)}"]
         arguments += [f"--workdir={workdir}", f"--config.run.data_dir={data_dir}"]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -179,6 +180,12 @@ class Started:
         if hangs:
             raise Wrong(f"it hangs: {outputs}")
         return [one.exitcode for one in self.processes], outputs
+
+
+@functools.cache
+def _pairs(data_dir: Path) -> Path:
+    """The data of all runs, whatever is installed meanwhile."""
+    return prepare_code_pairs(data_dir, **get_config("smoke").data.code_pairs).directory
 
 
 def _environment(shape: Shape, port: int, number: int) -> dict[str, str]:
