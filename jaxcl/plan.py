@@ -325,4 +325,5 @@ if __name__ == "__main__":
     flags.DEFINE_float("price", 0.0, "Of a chip and hour; the table is in its currency.")
     flags.DEFINE_string("sweep", None, "FIELD=VALUE,VALUE…: a column for each.")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used
     app.run(main, flags_parser=parse_flags)

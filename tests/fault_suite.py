@@ -35,6 +35,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from configs.code_search import get_config
+from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.processes import PEER_LOST
 from jaxcl.workdir import write_whole
 from tests import fault_worker
