@@ -51,14 +51,20 @@ def make_mesh(axes: Mapping[str, int], *, devices: list[jax.Device] | None = Non
             f"mesh={dict(axes)} does not fit {len(devices)} devices; its sizes must multiply to "
             f"{len(devices)} (one may be -1 for what is left)"
         )
-    return jax.make_mesh(
-        tuple(sizes),
-        tuple(axes),
-        # Auto, written out: the default is Explicit, under which a product of two sharded sides
-        # raises.
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=np.asarray(devices).tolist(),
-    )
+    try:
+        return jax.make_mesh(
+            tuple(sizes),
+            tuple(axes),
+            # Auto, written out: the default is Explicit, under which a product of two sharded sides
+            # raises.
+            axis_types=(AxisType.Auto,) * len(sizes),
+            devices=np.asarray(devices).tolist(),
+        )
+    except NotImplementedError as error:  # the wires of a slice of TPUs form a grid
+        raise ValueError(
+            f"mesh={dict(zip(axes, sizes, strict=True))} cannot be laid out on these devices: "
+            f"{' '.join(str(error).split())[:240]}"
+        ) from error
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -36,9 +36,17 @@ from jaxcl.train import parse_flags
 from jaxcl.train_state import TrainState
 from jaxcl.typing import Batch, Embeddings, PyTree, RowKeys
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["NoRoomError", "Plan", "make_plan"]
 
 _GIB = 2**30
+_OF_ACTIVATIONS = (
+    "grad_cache.chunk_size, model.options.remat (activations), or loss.exchange=ring (the keys of "
+    "all devices)"
+)
+
+
+class NoRoomError(ValueError):
+    """The compiler finds no way to fit a step into the memory of a device."""
 
 
 class Plan(NamedTuple):
@@ -97,6 +105,7 @@ def make_plan(config: ConfigDict, devices: Sequence[jax.Device], *, num_rows: in
 
     Raises:
       ValueError: for a config that cannot run there, or whose batches hold what only its data know.
+      NoRoomError: where the devices' compiler itself knows that the step does not fit.
     """
     if config.data.get("negatives") is not None or config.data.get("guides") is not None:
         raise ValueError("data.negatives and data.guides have shapes that only their files know")
@@ -112,7 +121,13 @@ def make_plan(config: ConfigDict, devices: Sequence[jax.Device], *, num_rows: in
     state = program.abstract_state(num_rows, np.zeros(num_rows, np.int32))
     batch = _abstract_batch(config, program.mesh)
     traced = program.train_step.trace(state, batch)  # type: ignore[attr-defined]
-    compiled = traced.lower().compile()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = " ".join(str(error).split()).partition("RESOURCE_EXHAUSTED: ")[2]
+        raise NoRoomError(f"{reason[:200]}; try {_OF_ACTIVATIONS}") from error
     memory: Any = compiled.memory_analysis()
     moved = traffic(compiled.as_text())
     temporary = memory.temp_size_in_bytes + max(
@@ -206,10 +221,7 @@ def _advice(plan: Plan) -> str:
         return "negatives.bank.dtype=bfloat16, or a smaller bank or momentum encoder"
     if kept >= plan.temporary:
         return "run.mesh.fsdp, which shards parameters and optimiser"
-    return (
-        "grad_cache.chunk_size, model.options.remat (activations), or loss.exchange=ring (the keys "
-        "of all devices)"
-    )
+    return _OF_ACTIVATIONS
 
 
 def _table(
@@ -308,12 +320,17 @@ def main(argv: list[str]) -> None:
         plans = {}
         for name, config in settings.items():
             say(f"compiling {name or 'the step'} for {len(devices)} × {devices[0].device_kind}")
-            plans[name or "step"] = make_plan(config, devices, num_rows=given.rows)
+            try:
+                plans[name or "step"] = make_plan(config, devices, num_rows=given.rows)
+            except NoRoomError as error:
+                say(f"{name or 'the step'} does not fit: {error}")
     except ValueError as error:
         say(f"error: {error}")
         sys.exit(1)
     chip = CHIPS.get(given.topology.partition(":")[0]) if given.topology else None
-    sizes = [config.global_batch_size for config in settings.values()]
+    if not plans:
+        sys.exit(1)
+    sizes = [settings["" if name == "step" else name].global_batch_size for name in plans]
     Console().print(_table(plans, chip, sizes, given.price))
 
 

@@ -10,7 +10,7 @@ from configs.code_search import get_config
 from jaxcl.build import build_program
 from jaxcl.chips import CHIPS
 from jaxcl.mesh import put_batch
-from jaxcl.plan import Plan, _advice, _devices, _settings, make_plan
+from jaxcl.plan import NoRoomError, Plan, _advice, _devices, _settings, make_plan
 
 ROWS = 2_000
 
@@ -97,6 +97,15 @@ def test_a_sweep_has_a_column_for_each_value():
             _settings(config, wrong)
     with pytest.raises(ValueError, match="give a field and its values"):
         _settings(config, "steps")
+
+
+def test_a_step_that_the_compiler_cannot_fit_is_named(monkeypatch):
+    def exhausted(self):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory: 19G of 15G.")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", exhausted)
+    with pytest.raises(NoRoomError, match=r"^Ran out of memory: 19G of 15G.; try grad_cache"):
+        make_plan(small(), jax.devices(), num_rows=ROWS)
 
 
 def test_what_only_a_file_knows_is_an_error():
