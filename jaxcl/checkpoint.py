@@ -285,9 +285,11 @@ def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise every class there is
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError)
         while error.__cause__ is not None:  # Orbax buries the reason
             error = error.__cause__  # type: ignore[assignment]
-        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            of_jax = of_jax or isinstance(error, jax.errors.JaxRuntimeError)
+        if (of_jax or "Gloo" in str(error)) and jax.process_count() > 1:
             raise PeerError(f"{what}: {error}") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         hint = _hint(reason)

@@ -590,10 +590,18 @@ def test_a_transposed_or_shifted_array_has_another_checksum():
     assert len(sums) == 1 + len(others)
 
 
-def test_a_save_that_fails_since_another_process_is_gone_says_that(monkeypatch):
+@pytest.mark.parametrize(
+    ("outer", "inner"),
+    [
+        (ValueError("wrapped"), jax.errors.JaxRuntimeError("connection reset by peer")),
+        (jax.errors.JaxRuntimeError("wrapper"), ValueError("connection reset by peer")),
+        (ValueError("wrapped"), ValueError("connection reset by peer in Gloo AllGather")),
+    ],
+)
+def test_a_save_that_fails_since_another_process_is_gone_says_that(monkeypatch, outer, inner):
     def fail():
         with _explained("cannot save step 3"):
-            raise ValueError("wrapped") from jax.errors.JaxRuntimeError("connection reset by peer")
+            raise outer from inner
 
     with pytest.raises(CheckpointError, match="cannot save step 3: connection reset"):
         fail()
