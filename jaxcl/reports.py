@@ -43,8 +43,9 @@ class Reports:
         self._writer, self._advance = writer, advance
         self._unread: collections.deque[tuple[int, StepMetrics]] = collections.deque()
         self._rate = math.nan
-        self._model_flops = model_flops(config, program.towers)
         self._peak_flops = peak_flops(program.mesh.devices.ravel().tolist())
+        known = self._peak_flops is not None and "max_tokens" in config.data
+        self._model_flops = model_flops(config, program.towers) if known else 0.0
         self._restart_clock()
 
     def add(self, step: int, metrics: StepMetrics, *, input_seconds: float = 0.0) -> None:
@@ -96,7 +97,7 @@ class Reports:
 
     def _utilization(self, seconds: float) -> dict[str, float]:
         """The share of the devices' arithmetic, where it is known what they can do."""
-        if self._peak_flops is None:
+        if self._peak_flops is None or not self._model_flops:
             return {}
         done = self._model_flops * self._steps_since / seconds
         return {"time/model_flop_utilization": done / self._peak_flops}

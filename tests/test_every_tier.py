@@ -387,11 +387,13 @@ def test_every_tier_trains_as_written_out_in_numpy(devices):
     assert_same(*train_in_jax(devices), restated())
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_8_devices_to_4_with_all_that_it_remembers(tmp_path):
     moved_run = train_in_jax(8, move=(REFRESH_AT + 1, 4, tmp_path / "run"))
     assert_same(*moved_run, restated(), tolerance=1e-6)  # it was saved in float32
 
 
+@pytest.mark.slow
 def test_synthetic_negatives_may_have_gradients():
     assert_same(*train_in_jax(8, gradient=True), restated(gradient=True))
     wanted, without = (restated(gradient=flag).towers["query"] for flag in (True, False))

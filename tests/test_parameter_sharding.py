@@ -108,8 +108,8 @@ def trained(name, shape, *, steps=3, chunk_sizes=None):
     ("name", "chunk_sizes"),
     [
         pytest.param("static", None, id="static"),
-        pytest.param("one loop", CHUNKS, id="one loop, chunks"),
-        pytest.param("static", CHUNKS, id="static, chunks", marks=pytest.mark.slow),
+        pytest.param("static", CHUNKS, id="static, chunks"),
+        pytest.param("one loop", CHUNKS, id="one loop, chunks", marks=pytest.mark.slow),
         pytest.param("one loop", None, id="one loop", marks=pytest.mark.slow),
         pytest.param("transformer", None, id="transformer", marks=pytest.mark.slow),
         pytest.param("transformer", CHUNKS, id="transformer, chunks", marks=pytest.mark.slow),

@@ -401,7 +401,9 @@ TRANSFORMER = {
 }
 
 
-@pytest.mark.parametrize("model", ["one tower each", "transformer"])
+@pytest.mark.parametrize(
+    "model", ["one tower each", pytest.param("transformer", marks=pytest.mark.slow)]
+)
 def test_other_models_train(tiny, tmp_path, model):
     config = tiny(steps=6, **{"run.log_every": 1, "data.max_tokens.key": 64})
     if model == "transformer":
@@ -428,7 +430,7 @@ def test_other_models_train(tiny, tmp_path, model):
     [
         (
             {"model.name": "statik"},
-            "model.name='statik' is unknown; use one of static, transformer",
+            "model.name='statik' is unknown; use one of decoder, static, transformer",
         ),
         (
             {"model.options": {"token_dropuot": 0.1}},

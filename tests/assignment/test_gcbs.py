@@ -149,7 +149,8 @@ def test_other_types_of_the_same_shape_are_ordered_too():
         assert sorted(found.tolist()) == list(range(ROWS))
 
 
-@pytest.mark.parametrize("graph", [pytest.param("exact", marks=pytest.mark.slow), "clustered"])
+@pytest.mark.slow
+@pytest.mark.parametrize("graph", ["exact", "clustered"])
 def test_more_neighbours_than_rows_and_what_padding_holds_change_nothing(graph):
     queries, keys, _ = topical()
     settings = Gcbs(graph=graph, cluster_size=8, probes=2, effort=QUICK)

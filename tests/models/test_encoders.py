@@ -214,7 +214,7 @@ def test_a_static_embedding_by_hand():
     np.testing.assert_allclose(vectors, wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_one_loop_over_the_layers_is_the_layers_one_after_the_other(x64, remat):
     encoder = functools.partial(transformer, remat=remat, dropout=0.3)
     towers = make_towers(lambda rngs: encoder(rngs=rngs), shared=True)
