@@ -288,11 +288,14 @@ def _sizes_of(directory: Path) -> dict[str, int]:
 def _explained(what: str) -> Iterator[None]:
     """Turns whatever a storage library raises into one `CheckpointError` that says why.
 
-    Of several processes, what JAX raises is that another one is gone: a `PeerError`.
+    Of several processes, what JAX raises is that another one is gone: a `PeerError`. That the
+    devices are full stays what it is.
     """
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise every class there is
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            raise  # the devices are full, and the checkpoint may be whole
         lost = of_lost_process(error)
         while error.__cause__ is not None:  # Orbax buries the reason
             error = error.__cause__  # type: ignore[assignment]

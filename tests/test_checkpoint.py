@@ -608,3 +608,10 @@ def test_a_save_that_fails_since_another_process_is_gone_says_that(monkeypatch, 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(PeerError, match="cannot save step 3: connection reset"):
         fail()
+
+
+def test_full_devices_do_not_make_a_checkpoint_a_damaged_one():
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    with pytest.raises(jax.errors.JaxRuntimeError) as raised, _explained("cannot read step 3"):
+        raise full
+    assert raised.value is full

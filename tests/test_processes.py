@@ -15,9 +15,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from jaxcl.metric_writer import read_metrics
-from jaxcl.processes import HEARTBEAT_SECONDS, PEER_LOST, PeerError, leave_for, start_processes
+from jaxcl.processes import (
+    HEARTBEAT_SECONDS,
+    PEER_LOST,
+    PeerError,
+    first_of_all,
+    leave_for,
+    start_processes,
+)
 from tests.helpers import bits, final_state, unclocked
 
 ROOT = Path(__file__).parents[1]
@@ -365,6 +373,21 @@ def test_only_a_lost_process_asks_for_another_start(error, code, said, monkeypat
         leave_for(error)
     assert left.value.code == code
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("theirs", [[], [4], [4, 8, 12, 16]])
+def test_every_process_restores_what_the_first_one_sees(theirs, monkeypatch):
+    sent = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: sent.append(x) or x)
+    assert first_of_all([4, 8]) == [4, 8]
+
+    def receive(ours):  # shapes must be equal, or JAX would wait for ever
+        assert np.shape(ours) == np.shape(sent[0])
+        return sent.pop(0)
+
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", receive)
+    assert first_of_all(theirs) == [4, 8]
 
 
 def test_a_mistake_of_one_process_alone_keeps_its_class():

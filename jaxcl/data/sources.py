@@ -332,10 +332,10 @@ def _digests(directory: Any, paths: Sequence[Any]) -> list[str]:
             found[path.name] = known[path.name]
         else:
             found[path.name] = [*touched, _digest(path)]
-    if found != known:
+    if (remember := known | found) != known:  # which holds other splits' files, too
         with contextlib.suppress(OSError):  # where nobody may write, they are taken each time
             unfinished = directory / f"{DIGESTS_FILE}.unfinished"
-            unfinished.write_text(json.dumps(known | found))
+            unfinished.write_text(json.dumps(remember))
             unfinished.replace(remembered)
     return [found[path.name][-1] for path in paths]
 

@@ -221,8 +221,10 @@ def test_other_bytes_of_the_same_size_change_the_fingerprint(version_dir):
     remembered = version_dir / DIGESTS_FILE
     digests = json.loads(remembered.read_text())
     digests[shard.name][-1] = "remembered"
-    remembered.write_text(json.dumps(digests))
+    content = json.dumps({"another-split.array_record": [1, 2, "3"], **digests}, indent=1)
+    remembered.write_text(content)
     assert fingerprint() not in (before, after)
+    assert remembered.read_text() == content  # nothing was new, and nothing was written
     remembered.write_text("cut sh")
     assert fingerprint() == after
 
