@@ -12,6 +12,10 @@ from pathlib import Path
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# LLVM's optimisations would take a third of the tests' time. XLA's own stay; a level that is set,
+# too.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+
 # What one test compiles another need not, in this process or in those that it starts. Workers have
 # a folder each, since one may read what another has written half.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxcl-tests-compiled-")

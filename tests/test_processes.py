@@ -47,9 +47,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX sig
 
 
 def environment(devices: int, **more: str) -> dict[str, str]:
-    cleaned = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return cleaned | {"JAX_PLATFORMS": "cpu", "NPROC": "32", "XLA_FLAGS": flags} | more
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "32", "XLA_FLAGS": flags} | more
 
 
 def free_port() -> int:
