@@ -101,7 +101,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.assignment.gcbs = ConfigDict(
         {"refresh_every": 50, "method": "bisection"}
         | {"block_size": placeholder(int)}  # None for whole batches
-        | {"swaps": 8, "refinements": 16}  # how long blocks are searched for
+        | {"swaps": 8, "refinements": 24}  # how long blocks are searched for
         # None takes the exact graph for up to 10,000 rows, else the "clustered" one.
         | {"graph": placeholder(str), "neighbours": 32, "similarity_cap": placeholder(float)}
         | {"embeddings": "encode"}  # or "bank", which needs an instance bank and no pass

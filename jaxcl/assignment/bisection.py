@@ -1,7 +1,9 @@
 """Balanced blocks of rows that are each other's hard negatives, by recursive bisection.
 
-Every level splits all segments at once, in two steps: along the direction in which a segment's
-rows differ most, and then by swaps between its halves that bring more of the loss's mass together.
+Every level splits all segments at once, in three steps: along the direction in which a segment's
+rows differ most; along what a random walk on the graph makes of that, since what lies in one
+direction need not hang together; and by swaps between the halves that bring more of the loss's mass
+together.
 Whole numbers decide everything, so that the blocks are the same on any number of devices.
 """
 
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcl.assignment.graph import PairGraph
+from jaxcl.assignment.graph import PairGraph, segments_of_neighbours, weights_within
 from jaxcl.assignment.place import Place
 from jaxcl.assignment.swaps import Segments, refine, segments_of, swap
 from jaxcl.ops.grid import on_grid
@@ -21,20 +23,25 @@ from jaxcl.typing import Array, AxisName, Bool, Float, Int, Integer, Key
 
 __all__ = ["DEFAULT_EFFORT", "Effort", "bisect"]
 
+_SPREAD = 2**9  # the mean magnitude of a walk's values
+_FARTHEST = 2**11  # the greatest
+
 
 class Effort(NamedTuple):
     """How long the blocks are searched for.
 
     Attributes:
       directions: steps towards the direction of a split.
+      walks: steps of the random walk from there.
       swaps: rounds of swaps after a split.
       refinements: rounds of swaps between any blocks, in the end.
       eagerness: the share of the swaps worth making that a round makes.
     """
 
-    directions: int = 6
+    directions: int = 12
+    walks: int = 24
     swaps: int = 8
-    refinements: int = 16
+    refinements: int = 24
     eagerness: float = 0.7
 
 
@@ -78,9 +85,10 @@ def bisect(
         halves = segments_of(table[number + 1], place.num_rows)
         order = _split(
             points,
+            graph,
             order,
             segments,
-            steps=effort.directions,
+            effort=effort,
             key=jax.random.fold_in(split_key, number),
             place=place,
         )
@@ -133,16 +141,21 @@ def _starts(num_rows: int, block_size: int) -> Int[np.ndarray, "l s"]:
 
 def _split(
     points: Int[Array, "n d"],
+    graph: PairGraph | None,
     order: Int[Array, " p"],
     segments: Segments,
     *,
-    steps: int,
+    effort: Effort,
     key: Key[Array, ""],
     place: Place,
 ) -> Int[Array, " p"]:
     """Orders each segment's rows along the direction in which they differ most."""
-    mine = place.mine(segments.of_row(order))
-    along = place.everyone(_along(points, mine, segments, steps=steps, key=key, place=place))
+    of_row = segments.of_row(order)
+    along = place.everyone(
+        _along(points, place.mine(of_row), segments, steps=effort.directions, key=key, place=place)
+    )
+    if graph is not None and effort.walks:
+        along = _walked(graph, along, of_row, segments, steps=effort.walks, place=place)
     return lax.sort((segments.of_position, along[order], order), num_keys=2)[2]
 
 
@@ -198,6 +211,52 @@ def _along(
     if num_chunks == 1:
         return of_chunk(0, nothing)
     return lax.fori_loop(0, num_chunks, of_chunk, nothing)
+
+
+def _walked(
+    graph: PairGraph,
+    along: Int[Array, " p"],
+    of_row: Int[Array, " p"],
+    segments: Segments,
+    *,
+    steps: int,
+    place: Place,
+) -> Int[Array, " p"]:
+    """How far each row lies along a direction, after a walk on the graph within its segment.
+
+    Each step adds to a row's value the mean of its neighbours' and of those whose neighbour it is.
+    So values go towards the cut that parts least of the weight, and stop before they tell nothing
+    but a few rows apart that hardly hang on the others (Lin and Cohen, "Power iteration
+    clustering", ICML 2010).
+    """
+    inside = segments_of_neighbours(graph, of_row) == place.mine(of_row)[:, None]
+    # With less bits, so that 4,096 neighbours of the greatest weight and value add up below 2^31.
+    weights = jnp.where(inside, weights_within(graph, of_row, place) >> 6, 0)
+    neighbours = jnp.maximum(graph.rows, 0)
+    sizes = jnp.diff(segments.starts)
+    alone = Place(None, place.num_rows)  # all devices know all values
+
+    def total(values: Int[Array, " p"]) -> Int[Array, " p"]:
+        sums = as_varying(jnp.zeros(place.num_rows, jnp.int32), weights)
+        sums = sums.at[neighbours].add(weights * place.mine(values)[:, None])
+        mine = place.mine(sums) + (weights * values[neighbours]).sum(1)
+        return place.total(lax.dynamic_update_slice_in_dim(sums, mine, place.first, 0))
+
+    def level(values: Int[Array, " p"]) -> Int[Array, " p"]:
+        """The values with a mean of zero in each segment, and equal spread."""
+        part = _Part(jnp.stack([values, jnp.abs(values)], 1), of_row, sizes, alone)
+        mean, spread = (part.sums(jnp.ones_like(of_row, bool)) / part.counts).T
+        centred = values - jnp.append(jnp.round(mean).astype(jnp.int32), 0)[of_row]
+        scale = jnp.append(_SPREAD / jnp.maximum(spread, 1), 0)[of_row]
+        return jnp.clip(jnp.round(centred * scale), -_FARTHEST, _FARTHEST).astype(jnp.int32)
+
+    degree = jnp.maximum(total(jnp.ones_like(along)), 1).astype(jnp.float32)
+
+    def step(_: Integer[Array, ""] | int, values: Array) -> Array:
+        mean = jnp.round(total(values).astype(jnp.float32) / degree)
+        return level(values + mean.astype(jnp.int32))
+
+    return lax.fori_loop(0, steps, step, level(along >> 13))  # products are below 2^24
 
 
 class _Part(NamedTuple):

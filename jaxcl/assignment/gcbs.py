@@ -30,7 +30,16 @@ from jaxcl.ops.grid import length_on_grid, on_grid
 from jaxcl.ops.pairs.sides import PairLabels
 from jaxcl.typing import Array, Float, Int, Key, Scalar
 
-__all__ = ["GRAPHS", "METHODS", "Gcbs", "Ordered", "assign", "make_device_order", "make_order"]
+__all__ = [
+    "GRAPHS",
+    "METHODS",
+    "Gcbs",
+    "Ordered",
+    "assign",
+    "graph_of",
+    "make_device_order",
+    "make_order",
+]
 
 METHODS = ("bisection", "rcm_device", "rcm")
 """How rows are ordered: by bisection; by Cuthill and McKee on the devices; as in the paper."""
@@ -254,7 +263,7 @@ def make_device_order(
     ) -> Int[Array, " _"]:
         place = Place(mesh.axis_names, queries.shape[0])
         graph_key, order_key = jax.random.split(key)
-        graph, points = _graph_of(
+        graph, points = graph_of(
             queries,
             keys,
             apart,
@@ -319,7 +328,7 @@ def _on_host(rows: Array | np.ndarray) -> np.ndarray:
     return np.asarray(rows)
 
 
-def _graph_of(
+def graph_of(
     queries: Float[Array, "n d"],
     keys: Float[Array, "n d"],
     apart: tuple[Int[Array, " n"], ...],
@@ -331,7 +340,19 @@ def _graph_of(
     key: Key[Array, ""],
     place: Place,
 ) -> tuple[PairGraph, Float[Array, "n d"]]:
-    """The graph of this device's rows, and the rows as points."""
+    """The graph of this device's rows, and the rows as points, on the grid.
+
+    Args:
+      queries: one embedding per row of this device.
+      keys: the other side's.
+      apart: labels whose equals do not attract each other.
+      num_rows: of all devices; rows behind them are padding.
+      batch_size: of the batches in which rows will meet.
+      temperature: of the loss.
+      settings: which graph, and its parts.
+      key: of what is drawn.
+      place: where this device's rows lie.
+    """
     sample_key, cluster_key = jax.random.split(key)
     pairs = two_sided(queries, keys)
     points = on_grid(on_grid(queries) + on_grid(keys))

@@ -23,7 +23,9 @@ __all__ = [
     "TwoSided",
     "clustered_graph",
     "exact_graph",
+    "segments_of_neighbours",
     "two_sided",
+    "weights_within",
 ]
 
 UNIT = 2**20
@@ -32,6 +34,8 @@ UNIT = 2**20
 _GREATEST = UNIT // 8
 # No neighbour's mass counts for more. Blocks that were sought with all of it close 1 % less of the
 # gap: near-duplicates then decide, and the many others of a batch do not.
+
+_WEIGHT = 2**14  # a weight of one; gains overflow where 30,000 rows have no neighbour but one row
 
 _BLOCK = 16_384  # rows of all devices whose neighbours are searched for at a time
 
@@ -186,6 +190,23 @@ def clustered_graph(
         jnp.arange(len(members), dtype=jnp.int32), mode="drop"
     )
     return fetch(flat, place.mine(position))
+
+
+def segments_of_neighbours(graph: PairGraph, of_row: Int[Array, " p"]) -> Int[Array, "n k"]:
+    """The segment of each neighbour, by those of all rows; -1 where there is none."""
+    return jnp.where(graph.rows >= 0, of_row[jnp.maximum(graph.rows, 0)], -1)
+
+
+def weights_within(graph: PairGraph, of_row: Int[Array, " p"], place: Place) -> Int[Array, "n k"]:
+    """What a row's loss would gain by each neighbour's coming, in units of 2^-14.
+
+    The gap of a row is the log of all mass over that in its batch: its derivative by a neighbour is
+    the neighbour's mass over the mass that is there, that of the row's segment.
+    """
+    same = segments_of_neighbours(graph, of_row) == place.mine(of_row)[:, None]
+    there = graph.own + jnp.where(same, graph.masses, 0).sum(1)
+    share = graph.masses.astype(jnp.float32) / jnp.maximum(there, 1).astype(jnp.float32)[:, None]
+    return jnp.round(jnp.minimum(share, 1) * _WEIGHT).astype(jnp.int32)
 
 
 def _own(pairs: TwoSided) -> Float[Array, " n"]:

@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcl.assignment.graph import PairGraph
+from jaxcl.assignment.graph import PairGraph, segments_of_neighbours, weights_within
 from jaxcl.assignment.place import Place
 from jaxcl.ops.varying import as_varying
 from jaxcl.typing import Array, Float, Int, Integer, Key
 
 __all__ = ["Segments", "refine", "segments_of", "swap"]
 
-_WEIGHT = 2**14  # a weight of one; gains overflow where 30,000 rows have no neighbour but one row
 _MATCHING_ROUNDS = 4
 _DISTANCES = 3
 _ORDERED_BITS = 29  # of what `_ordered` returns
@@ -89,7 +88,7 @@ def swap(
 
     def one_round(number: Integer[Array, ""] | int, order: Array) -> Array:
         of_row = segments.of_row(order)
-        weights = _weights(graph, of_row, place)
+        weights = weights_within(graph, of_row, place)
         gain = _gains(graph, weights, of_row, partners, place)
         # Of each segment the rows that would gain most first; ranks next to each other are mates,
         # another distance in each round, or two that want each other would stay mates for ever.
@@ -141,18 +140,6 @@ def refine(
     return lax.fori_loop(0, rounds, one_round, order)
 
 
-def _weights(graph: PairGraph, of_row: Int[Array, " p"], place: Place) -> Int[Array, "n k"]:
-    """What a row's loss would gain, in whole numbers, by each neighbour's coming.
-
-    The gap of a row is the log of all mass over that in its batch: its derivative by a neighbour is
-    the neighbour's mass over the mass that is there.
-    """
-    same = _segments_of_neighbours(graph, of_row) == place.mine(of_row)[:, None]
-    there = graph.own + jnp.where(same, graph.masses, 0).sum(1)
-    share = graph.masses.astype(jnp.float32) / jnp.maximum(there, 1).astype(jnp.float32)[:, None]
-    return jnp.round(jnp.minimum(share, 1) * _WEIGHT).astype(jnp.int32)
-
-
 def _gains(
     graph: PairGraph,
     weights: Int[Array, "n k"],
@@ -161,7 +148,7 @@ def _gains(
     place: Place,
 ) -> Int[Array, " p"]:
     """What all rows' losses would gain if a row moved to its segment's partner."""
-    theirs, ours = _segments_of_neighbours(graph, of_row), place.mine(of_row)[:, None]
+    theirs, ours = segments_of_neighbours(graph, of_row), place.mine(of_row)[:, None]
     same = theirs == ours
     across = (theirs == partners[ours]) & ~same
     moved = jnp.where(across, weights, 0) - jnp.where(same, weights, 0)
@@ -209,10 +196,6 @@ def _ordered(numbers: Int[Array, "*n"]) -> Int[Array, "*n"]:
     return jnp.minimum(2**28 + jnp.sign(numbers) * magnitude, 2**_ORDERED_BITS - 1)
 
 
-def _segments_of_neighbours(graph: PairGraph, of_row: Int[Array, " p"]) -> Int[Array, "n k"]:
-    return jnp.where(graph.rows >= 0, of_row[jnp.maximum(graph.rows, 0)], -1)
-
-
 def _matched(
     graph: PairGraph,
     of_row: Int[Array, " p"],
@@ -226,8 +209,8 @@ def _matched(
     with the highest lot is taken (Luby, "A simple parallel algorithm for the maximal independent
     set problem", STOC 1985).
     """
-    weights = _weights(graph, of_row, place)
-    theirs, ours = _segments_of_neighbours(graph, of_row), place.mine(of_row)[:, None]
+    weights = weights_within(graph, of_row, place)
+    theirs, ours = segments_of_neighbours(graph, of_row), place.mine(of_row)[:, None]
     slots = graph.rows.shape[1]
     rows = place.first + jnp.arange(place.here)
     slot_seed, row_seed, lot_seed = jax.random.bits(key, (3,))

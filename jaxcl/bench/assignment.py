@@ -7,7 +7,7 @@ Embeddings are those of a trained run's training rows, or `query` and `key` of a
 drawn: topics in topics. Of more rows than asked for, as many are drawn. Each method runs in a
 process of its own, in turn, so that its peak of memory is its own; a second run there, with other
 draws, is without compilation. The gap is measured on the same embeddings. METIS takes part if it is
-installed (`pymetis`), on the exact graph, whose time is in its own.
+installed (`pymetis`), on the graph that it is given, whose time is in its own.
 """
 
 import argparse
@@ -27,9 +27,9 @@ import numpy as np
 
 from jaxcl.assignment import Gcbs, assign, make_gap_measure, sample_batches
 from jaxcl.assignment.bisection import Effort
-from jaxcl.assignment.graph import Affinity, exact_graph, two_sided
+from jaxcl.assignment.gcbs import graph_of
+from jaxcl.assignment.place import Place
 from jaxcl.mesh import make_mesh, put_rows
-from jaxcl.ops.pairs.sides import PairLabels
 from jaxcl.progress import progress_bar, say
 from jaxcl.typing import Float, Int
 
@@ -170,24 +170,33 @@ def _balanced_k_means(sides: Sides, batch_size: int, seed: int) -> Int[np.ndarra
     return np.argsort(cluster, kind="stable").astype(np.int32)
 
 
-def _metis(sides: Sides, batch_size: int, seed: int, *, weighted: bool) -> Int[np.ndarray, " n"]:
-    """METIS's parts of the exact graph; rows beyond a batch fill the parts that are short."""
+def _metis(
+    sides: Sides, batch_size: int, seed: int, *, weighted: bool, graph_kind: str = "exact"
+) -> Int[np.ndarray, " n"]:
+    """METIS's parts of the graph; rows beyond a batch fill the parts that are short."""
     import pymetis
     import scipy.sparse
 
     num_rows = len(sides.queries)
-    rng = np.random.default_rng(seed)
-    pairs = jax.jit(two_sided)(*map(jnp.asarray, sides))
-    affinity = Affinity(32, TEMPERATURE, batch_size, pairs.theirs[rng.permutation(num_rows)[:512]])
-    labels = PairLabels(different=(jnp.arange(num_rows),))
-    graph = jax.device_get(
-        jax.jit(functools.partial(exact_graph, affinity=affinity))(pairs, labels)
+    graph_of_sides = functools.partial(
+        graph_of,
+        apart=(),
+        num_rows=num_rows,
+        batch_size=batch_size,
+        settings=Gcbs(graph=graph_kind),
+        place=Place(None, num_rows),
+    )
+    graph, _ = jax.device_get(
+        jax.jit(graph_of_sides)(
+            *sides, temperature=jnp.float32(TEMPERATURE), key=jax.random.key(seed)
+        )
     )
     weights = np.ones(graph.rows.shape)
     if weighted:
         weights = graph.masses / (graph.own + graph.masses.sum(1, dtype=np.float64))[:, None]
-    rows = np.repeat(np.arange(num_rows), graph.rows.shape[1])
-    matrix = scipy.sparse.csr_matrix((weights.ravel(), (rows, graph.rows.ravel())), (num_rows,) * 2)
+    there = graph.rows >= 0
+    ends = np.nonzero(there)[0], graph.rows[there]
+    matrix = scipy.sparse.csr_matrix((weights[there], ends), (num_rows,) * 2)
     matrix = (matrix + matrix.T).tocsr()
     number = -(-num_rows // batch_size)
     _, parts = pymetis.part_graph(
@@ -216,7 +225,8 @@ def _in_batches(parts: np.ndarray, number: int, batch_size: int) -> Int[np.ndarr
     return np.argsort(filled, kind="stable").astype(np.int32)
 
 
-_LONGER = Effort(directions=12, swaps=16, refinements=64)
+_LONGER = Effort(walks=32, swaps=16, refinements=64)
+_NO_GRAPH = Effort(walks=0, swaps=0, refinements=0)
 
 METHODS: dict[str, Method] = {
     "random": _random,
@@ -224,7 +234,7 @@ METHODS: dict[str, Method] = {
     "rcm_device": functools.partial(_gcbs, settings=Gcbs(method="rcm_device", graph="exact")),
     "balanced k-means": _balanced_k_means,
     "directions": functools.partial(
-        _gcbs, settings=Gcbs(graph="exact", neighbours=1, effort=Effort(swaps=0, refinements=0))
+        _gcbs, settings=Gcbs(graph="exact", neighbours=1, effort=_NO_GRAPH)
     ),
     "bisection, exact": functools.partial(_gcbs, settings=Gcbs(graph="exact")),
     "bisection, clustered": functools.partial(_gcbs, settings=Gcbs(graph="clustered")),
@@ -236,6 +246,7 @@ METHODS: dict[str, Method] = {
     ),
     "METIS": functools.partial(_metis, weighted=False),
     "METIS, weighted": functools.partial(_metis, weighted=True),
+    "METIS, weighted, clustered": functools.partial(_metis, weighted=True, graph_kind="clustered"),
 }
 """Methods by name."""
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxcl.assignment.bisection import Effort, _starts, bisect
+from jaxcl.assignment.bisection import Effort, _starts, _walked, bisect
 from jaxcl.assignment.graph import UNIT, PairGraph
 from jaxcl.assignment.place import Place
 from jaxcl.assignment.swaps import _most_first, refine, segments_of, swap
@@ -145,6 +145,62 @@ def test_a_swap_is_worth_what_the_weights_inside_gain():
     # Once they are together nothing is worth it, nor with themselves for partners.
     np.testing.assert_array_equal(swap(graph, found, segments, jnp.array([1, 0]), **options), found)
     np.testing.assert_array_equal(swap(graph, order, segments, jnp.array([0, 1]), **options), order)
+
+
+def test_a_walk_finds_what_no_direction_tells():
+    rng = np.random.default_rng(0)
+    of_row = rng.permutation(np.repeat([0, 1], 32))
+    rows = [rng.permutation(np.flatnonzero(of_row == one))[:6] for one in of_row]
+    rows = [others[others != row][:5] for row, others in enumerate(rows)]
+    graph = PairGraph(
+        jnp.asarray(rows, jnp.int32),
+        jnp.full((64, 5), UNIT // 8, jnp.int32),
+        jnp.full(64, UNIT // 4, jnp.int32),
+    )
+    noise = on_grid(unit_vectors(0, 64, 8, dtype=jnp.float32))
+    effort = {"block_size": 32, "swaps": 0, "refinements": 0}
+    without, walked = (ordered(noise, graph, walks=walks, **effort) for walks in (0, 32))
+    assert together(without, of_row, 32) < 0.7
+    assert together(walked, of_row, 32) > 0.95
+
+
+def test_a_walk_averages_over_the_neighbours_in_a_segment():
+    rng = np.random.default_rng(0)
+    starts, num_rows = np.array([0, 20, 20, 36]), 40  # one segment is empty, four rows are padding
+    order = np.append(rng.permutation(36), np.arange(36, 40)).astype(np.int32)
+    rows = rng.integers(-1, 36, (num_rows, 6)).astype(np.int32)
+    rows[36:] = -1
+    masses = np.where(rows >= 0, rng.integers(0, UNIT // 8, rows.shape), 0).astype(np.int32)
+    own = rng.integers(1, UNIT, num_rows).astype(np.int32)
+    along = rng.integers(-(2**23), 2**23, num_rows).astype(np.int32)
+    segments = segments_of(jnp.asarray(starts), num_rows)
+    of_row = np.asarray(segments.of_row(jnp.asarray(order)))
+    graph = PairGraph(*map(jnp.asarray, (rows, masses, own)))
+    arguments = (graph, jnp.asarray(along), jnp.asarray(of_row), segments)
+    found = _walked(*arguments, steps=5, place=Place(None, num_rows))
+
+    same = (rows >= 0) & (of_row[rows] == of_row[:, None])
+    share = np.minimum(masses / (own + (masses * same).sum(1))[:, None], 1)
+    weights = np.where(same, np.round(share * 2**14).astype(int) >> 6, 0)
+    ties = np.zeros((num_rows, num_rows))
+    np.add.at(ties, (np.arange(num_rows)[:, None], rows), weights)
+    ties += ties.T
+
+    def level(values):
+        levelled = np.zeros(num_rows)
+        for segment in (0, 2):
+            part = values[of_row == segment]
+            scale = 512 / np.abs(part).mean()
+            levelled[of_row == segment] = np.clip(
+                (part - np.round(part.mean())) * scale, -2_048, 2_048
+            )
+        return np.round(levelled)
+
+    expected = level(along >> 13)
+    for _ in range(5):
+        expected = level(expected + np.round(ties @ expected / np.maximum(ties.sum(1), 1)))
+    np.testing.assert_allclose(found, expected, atol=2)
+    assert np.abs(expected - level(along >> 13)).max() > 100
 
 
 @pytest.mark.parametrize("starts", [[0, 1_000], [0, 300, 300, 811, 900, 1_000, 1_000]])

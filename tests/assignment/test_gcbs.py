@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jaxcl.assignment import METHODS, Gcbs, assign, make_order
 from jaxcl.assignment.bisection import Effort
-from jaxcl.assignment.gcbs import _graph_of
+from jaxcl.assignment.gcbs import graph_of
 from jaxcl.assignment.place import Place
 from jaxcl.mesh import make_mesh, put_rows
 from tests.helpers import unit_vectors
@@ -207,7 +207,7 @@ def graph_on(mesh, queries, keys, *, settings):
     rows = PartitionSpec("data")
 
     def of_shard(queries, keys):
-        return _graph_of(
+        return graph_of(
             queries,
             keys,
             (),
