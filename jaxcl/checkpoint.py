@@ -28,6 +28,7 @@ from jaxcl.processes import (
     PeerError,
     first_of_all,
     first_then_others,
+    of_full_devices,
     of_lost_process,
     together,
 )
@@ -288,23 +289,25 @@ def _sizes_of(directory: Path) -> dict[str, int]:
 def _explained(what: str) -> Iterator[None]:
     """Turns whatever a storage library raises into one `CheckpointError` that says why.
 
-    Of several processes, what JAX raises is that another one is gone: a `PeerError`. That the
-    devices are full stays what it is.
+    Of several processes, what JAX raises is that another one is gone: a `PeerError`. That one
+    process's devices are full stays what it is.
     """
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise every class there is
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-            raise  # the devices are full, and the checkpoint may be whole
-        lost = of_lost_process(error)
-        while error.__cause__ is not None:  # Orbax buries the reason
-            error = error.__cause__  # type: ignore[assignment]
-            lost = lost or of_lost_process(error)
-        if lost or ("Gloo" in str(error) and jax.process_count() > 1):
-            raise PeerError(f"{what}: {error}") from error
-        reason = " ".join(str(error).split()) or type(error).__name__
+        errors: list[BaseException] = [error]
+        while (cause := errors[-1].__cause__) is not None:  # Orbax buries the reason
+            errors.append(cause)
+        several = jax.process_count() > 1
+        if not several and (full := next(filter(of_full_devices, errors), None)):
+            # The checkpoint may be whole. Several processes must all go on to the one before.
+            raise full from full.__cause__
+        last = errors[-1]
+        if any(map(of_lost_process, errors)) or ("Gloo" in str(last) and several):
+            raise PeerError(f"{what}: {last}") from last
+        reason = " ".join(str(last).split()) or type(last).__name__
         hint = _hint(reason)
-        raise CheckpointError(f"{what}: {reason[:400]}{hint}") from error
+        raise CheckpointError(f"{what}: {reason[:400]}{hint}") from last
 
 
 def _hint(reason: str) -> str:

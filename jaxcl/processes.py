@@ -29,6 +29,7 @@ __all__ = [
     "first_then_others",
     "leave",
     "leave_for",
+    "of_full_devices",
     "of_lost_process",
     "start_processes",
     "stop_requests",
@@ -170,10 +171,15 @@ def of_lost_process(error: BaseException) -> bool:
     return jax.process_count() > 1 and of_jax and not own
 
 
+def of_full_devices(error: BaseException) -> bool:
+    """Whether a program found no room on its devices."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
 def leave_for(error: Exception) -> NoReturn:
     """Ends this process by what it cannot mend; one of several at once, and not in a barrier."""
     reason = " ".join(str(error).split())[:200]
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+    if of_full_devices(error):
         say(
             f"error: no room on the devices ({reason}); python -m jaxcl.plan says what takes it, "
             "and global_batch_size, grad_cache.chunk_size or more devices make some"

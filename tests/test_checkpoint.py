@@ -610,8 +610,18 @@ def test_a_save_that_fails_since_another_process_is_gone_says_that(monkeypatch, 
         fail()
 
 
-def test_full_devices_do_not_make_a_checkpoint_a_damaged_one():
+def test_full_devices_do_not_make_a_checkpoint_a_damaged_one(monkeypatch):
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-    with pytest.raises(jax.errors.JaxRuntimeError) as raised, _explained("cannot read step 3"):
-        raise full
-    assert raised.value is full
+
+    def fail(outer, inner):
+        with _explained("cannot read step 3"):
+            raise outer from inner
+
+    for outer, inner in ((full, None), (ValueError("wrapped"), full)):
+        with pytest.raises(jax.errors.JaxRuntimeError) as raised:
+            fail(outer, inner)
+        assert raised.value is full
+    # Several processes do as each other: all of them give this checkpoint up.
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises((CheckpointError, PeerError), match="out of memory"):
+        fail(full, None)

@@ -32,7 +32,7 @@ class Effort(NamedTuple):
 
     Attributes:
       directions: steps towards the direction of a split.
-      walks: steps of the random walk from there.
+      walks: steps of the random walk from there; 0 for none.
       swaps: rounds of swaps after a split.
       refinements: rounds of swaps between any blocks, in the end.
       eagerness: the share of the swaps worth making that a round makes.
@@ -63,7 +63,7 @@ def bisect(
     Args:
       points: this device's rows, on the grid of `jaxcl.ops.grid.on_grid`; what lies close is first
         put together.
-      graph: the rows' nearest, for the swaps; `None` for none.
+      graph: the rows' nearest, for the walks and swaps; `None` for directions alone.
       num_rows: of all devices; rows behind them are padding, and come last.
       block_size: rows of a block; the last one may be shorter.
       key: of the first directions, and of which swaps are made.
@@ -149,7 +149,7 @@ def _split(
     key: Key[Array, ""],
     place: Place,
 ) -> Int[Array, " p"]:
-    """Orders each segment's rows along the direction in which they differ most."""
+    """Orders each segment's rows along the direction in which they differ most, and its walk."""
     of_row = segments.of_row(order)
     along = place.everyone(
         _along(points, place.mine(of_row), segments, steps=effort.directions, key=key, place=place)
@@ -224,14 +224,17 @@ def _walked(
 ) -> Int[Array, " p"]:
     """How far each row lies along a direction, after a walk on the graph within its segment.
 
-    Each step adds to a row's value the mean of its neighbours' and of those whose neighbour it is.
-    So values go towards the cut that parts least of the weight, and stop before they tell nothing
-    but a few rows apart that hardly hang on the others (Lin and Cohen, "Power iteration
-    clustering", ICML 2010).
+    Each step adds to a row's value the weighted mean of its neighbours' and of those whose
+    neighbour it is, and then centres and scales each segment's values. So they go towards the cut
+    that parts least of the weight, and stop before they tell nothing but a few rows apart that
+    hardly hang on the others (Lin and Cohen, "Power iteration clustering", ICML 2010).
     """
     inside = segments_of_neighbours(graph, of_row) == place.mine(of_row)[:, None]
-    # With less bits, so that 4,096 neighbours of the greatest weight and value add up below 2^31.
-    weights = jnp.where(inside, weights_within(graph, of_row, place) >> 6, 0)
+    weights = jnp.where(inside, weights_within(graph, of_row, place), 0)
+    # At most 2^8, so that almost 4,096 of the greatest weight and value add up below 2^31; where
+    # more do, a row's value is wrong, and its place no more than another one.
+    greatest = place.everyone(weights.max(1)).max()
+    weights >>= jnp.maximum(32 - lax.clz(jnp.maximum(greatest - 1, 0)) - 8, 0)
     neighbours = jnp.maximum(graph.rows, 0)
     sizes = jnp.diff(segments.starts)
     alone = Place(None, place.num_rows)  # all devices know all values
@@ -242,19 +245,23 @@ def _walked(
         mine = place.mine(sums) + (weights * values[neighbours]).sum(1)
         return place.total(lax.dynamic_update_slice_in_dim(sums, mine, place.first, 0))
 
+    def mean(values: Int[Array, " p"]) -> Float[Array, " p"]:
+        """The mean of each row's segment; of padding 0."""
+        part = _Part(values[:, None], of_row, sizes, alone)
+        means = part.sums(jnp.ones_like(of_row, bool)) / part.counts
+        return jnp.append(means[:, 0], 0)[of_row]
+
     def level(values: Int[Array, " p"]) -> Int[Array, " p"]:
         """The values with a mean of zero in each segment, and equal spread."""
-        part = _Part(jnp.stack([values, jnp.abs(values)], 1), of_row, sizes, alone)
-        mean, spread = (part.sums(jnp.ones_like(of_row, bool)) / part.counts).T
-        centred = values - jnp.append(jnp.round(mean).astype(jnp.int32), 0)[of_row]
-        scale = jnp.append(_SPREAD / jnp.maximum(spread, 1), 0)[of_row]
+        centred = values - jnp.round(mean(values)).astype(jnp.int32)
+        scale = _SPREAD / jnp.maximum(mean(jnp.abs(centred)), 1)
         return jnp.clip(jnp.round(centred * scale), -_FARTHEST, _FARTHEST).astype(jnp.int32)
 
     degree = jnp.maximum(total(jnp.ones_like(along)), 1).astype(jnp.float32)
 
     def step(_: Integer[Array, ""] | int, values: Array) -> Array:
-        mean = jnp.round(total(values).astype(jnp.float32) / degree)
-        return level(values + mean.astype(jnp.int32))
+        nearby = jnp.round(total(values).astype(jnp.float32) / degree)
+        return level(values + nearby.astype(jnp.int32))
 
     return lax.fori_loop(0, steps, step, level(along >> 13))  # products are below 2^24
 

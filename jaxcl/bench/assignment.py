@@ -186,11 +186,12 @@ def _metis(
         settings=Gcbs(graph=graph_kind),
         place=Place(None, num_rows),
     )
-    graph, _ = jax.device_get(
-        jax.jit(graph_of_sides)(
-            *sides, temperature=jnp.float32(TEMPERATURE), key=jax.random.key(seed)
+    with jax.default_matmul_precision("highest"):
+        graph, _ = jax.device_get(
+            jax.jit(graph_of_sides)(
+                *sides, temperature=jnp.float32(TEMPERATURE), key=jax.random.key(seed)
+            )
         )
-    )
     weights = np.ones(graph.rows.shape)
     if weighted:
         weights = graph.masses / (graph.own + graph.masses.sum(1, dtype=np.float64))[:, None]

@@ -55,8 +55,10 @@ def ordered(name, devices, *, seed=0, apart=()):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name == "clustered" else [])
-        for name in SETTINGS
+        pytest.param("exact", marks=pytest.mark.smoke),
+        pytest.param("clustered", marks=pytest.mark.slow),
+        "rcm_device",
+        "rcm",
     ],
 )
 def test_each_method_brings_topics_together_on_any_mesh(name):
