@@ -34,10 +34,14 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.data.splits = ConfigDict({"train": "train", "validation": "validation", "test": "test"})
     config.data.query_field = "query"
     config.data.key_field = "key"
+    # Data sets whose rows join these, name -> name (as above), splits (role -> split), query_field,
+    # key_field, group_field; in a config file of one's own.
+    config.data.joined = ConfigDict()
     config.data.group_field = "group"
     config.data.metadata_fields = ("name", "package", "qualified_name", "file", "line")
     config.data.negatives = placeholder(str)  # an .npz with each training row's explicit negatives
     config.data.guides = placeholder(str)  # an .npz with each training row's embeddings by a judge
+    config.data.topics = placeholder(str)  # an .npz with each training row's topic
     config.data.tokenizer = placeholder(str)  # a tokenizer.json; None trains one
     config.data.vocabulary_size = 16_384
     config.data.max_tokens = ConfigDict({"query": 32, "key": 128})
@@ -91,15 +95,18 @@ def get_config(variant: str = "default") -> ConfigDict:
         str
     )  # who judges margins: "momentum", "data", or the model
 
-    # Which rows share a batch: "uniform"; "sourced", by group; or "gcbs", blocks of each other's
-    # hard negatives, chosen anew every so many steps, whole batches or shuffled into them.
+    # Which rows share a batch: "uniform"; "sourced", by where they come from; or "gcbs", blocks of
+    # each other's hard negatives, chosen anew now and then, whole batches or shuffled into them.
     config.assignment = ConfigDict()
     config.assignment.name = "uniform"
-    # All groups in a batch, "mixed", or "one"; a share for each by the temperature of their sizes,
-    # or weights, ((group, weight), …).
-    config.assignment.sourced = ConfigDict({"mix": "mixed", "temperature": 1.0, "weights": ()})
+    # By "group", "data_set" (of those joined) or "topic"; all in each batch, "mixed", or "one"; a
+    # share for each by the temperature of their sizes, or weights, ((source, weight), …).
+    config.assignment.sourced = ConfigDict(
+        {"by": "group", "mix": "mixed", "temperature": 1.0, "weights": ()}
+    )
     config.assignment.gcbs = ConfigDict(
-        {"refresh_every": 50, "method": "bisection"}
+        {"refresh_every": 50, "refresh_epochs": placeholder(float)}  # steps, or epochs if given
+        | {"method": "bisection"}
         | {"block_size": placeholder(int)}  # None for whole batches
         | {"swaps": 8, "refinements": 24}  # how long blocks are searched for
         # None takes the exact graph for up to 10,000 rows, else the "clustered" one.

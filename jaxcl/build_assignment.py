@@ -8,16 +8,28 @@ from ml_collections import ConfigDict
 
 from jaxcl.assignment import Gcbs, random_to_hard
 from jaxcl.assignment.bisection import DEFAULT_EFFORT
+from jaxcl.data.splits import part_names
 from jaxcl.ops.row_tables import padded_entries
 from jaxcl.typing import PyTree
 
-__all__ = ["ASSIGNMENTS", "GcbsRule", "assignment_memory", "assignment_name", "gcbs_rule"]
+__all__ = [
+    "ASSIGNMENTS",
+    "SOURCES",
+    "GcbsRule",
+    "assignment_memory",
+    "assignment_name",
+    "gcbs_rule",
+    "sources_by",
+]
 
 ASSIGNMENTS = ("uniform", "sourced", "gcbs")
 """What decides which rows share a batch, as `config.assignment.name`."""
 
 EMBEDDINGS = ("encode", "bank")
 """Where a refresh takes embeddings from: a pass over the data, or the instance bank."""
+
+SOURCES = ("group", "data_set", "topic")
+"""What batches may be sourced by, as `config.assignment.sourced.by`."""
 
 _APART = ("text", "group")
 
@@ -28,7 +40,8 @@ class GcbsRule(NamedTuple):
     Attributes:
       settings: of the method.
       block_size: rows that stay together.
-      refresh_every: steps between two refreshes.
+      refresh_every: steps between two refreshes; or
+      refresh_epochs: epochs between them, if not `None`.
       random_fraction: step -> the share of blocks that are random.
       apart: the columns whose equals keep out of each other's batch.
       from_bank: whether embeddings are those of the instance bank.
@@ -38,6 +51,7 @@ class GcbsRule(NamedTuple):
     settings: Gcbs
     block_size: int
     refresh_every: int
+    refresh_epochs: float | None
     random_fraction: Callable[[int], float]
     apart: tuple[str, ...]
     from_bank: bool
@@ -55,9 +69,31 @@ def assignment_name(config: ConfigDict) -> str:
         raise ValueError(
             f"assignment.name={name!r} is unknown; use one of {', '.join(ASSIGNMENTS)}"
         )
-    if name == "sourced" and config.data.get("group_field") is None:
-        raise ValueError("assignment.name='sourced' goes by group; set data.group_field")
+    if name == "sourced":
+        sources_by(config)
     return name
+
+
+def sources_by(config: ConfigDict) -> str:
+    """Which of `SOURCES` the batches of `assignment.name="sourced"` go by.
+
+    Raises:
+      ValueError: for another, or one that the data will not have.
+    """
+    by = config.assignment.sourced.get("by", "group")
+    if by not in SOURCES:
+        raise ValueError(
+            f"assignment.sourced.by={by!r} is unknown; use one of {', '.join(SOURCES)}"
+        )
+    needed = {
+        "group": ("data.group_field", config.data.get("group_field")),
+        "data_set": ("data.joined, with a split for 'train'", len(part_names(config.data)) > 1),
+        "topic": ("data.topics, a file of `python -m jaxcl.topics`", config.data.get("topics")),
+    }
+    setting, given = needed[by]
+    if not given:
+        raise ValueError(f"assignment.name='sourced' goes by {by}; set {setting}")
+    return by
 
 
 def gcbs_rule(config: ConfigDict) -> GcbsRule | None:
@@ -78,7 +114,10 @@ def gcbs_rule(config: ConfigDict) -> GcbsRule | None:
             f"global_batch_size={config.global_batch_size} into blocks of at least 2 rows; use a "
             "divisor of it"
         )
-    if not 1 <= options.refresh_every < config.steps:
+    epochs = options.get("refresh_epochs")
+    if epochs is not None and not 0 < epochs < float("inf"):
+        raise ValueError(f"assignment.gcbs.refresh_epochs={epochs}; it is above 0")
+    if epochs is None and not 1 <= options.refresh_every < config.steps:
         raise ValueError(
             f"assignment.gcbs.refresh_every={options.refresh_every} never comes in {config.steps} "
             "steps; set it from 1 to less than those"
@@ -112,6 +151,7 @@ def gcbs_rule(config: ConfigDict) -> GcbsRule | None:
         settings,
         block_size,
         options.refresh_every,
+        epochs,
         fraction,
         tuple(options.apart),
         from_bank,

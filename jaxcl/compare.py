@@ -182,7 +182,7 @@ def _check_same_queries(directories: Sequence[Path]) -> None:
         if not (directory / "data.json").exists():
             continue
         fingerprints = json.loads((directory / "data.json").read_text())["fingerprints"]
-        for role in fingerprints.keys() - {"train", "negatives", "guides"}:
+        for role in fingerprints.keys() - {"train", "negatives", "guides", "topics"}:
             where, fingerprint = first.setdefault(role, (directory, fingerprints[role]))
             if fingerprint != fingerprints[role]:
                 raise ValueError(

@@ -14,7 +14,6 @@ import argparse
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from jaxcl.processes import first_then_others, leave, leave_for, start_processes
 from jaxcl.progress import progress_bar, say
 from jaxcl.trained import Trained, open_trained
 from jaxcl.typing import PyTree
-from jaxcl.workdir import write_whole
+from jaxcl.workdir import write_npz, write_whole
 
 __all__ = ["main", "mine"]
 
@@ -135,11 +134,11 @@ def mine(
     report = {"split": split, **what, **_figures(found, positives), "made_from": run.made_from}
     if jax.process_index() != 0:
         return report
-    _write_npz(
+    write_npz(
         out,
-        rows=found.rows,
+        rows=np.asarray(found.rows),
         teacher_scores=np.concatenate([positives[:, None], scores], axis=1),
-        ranks=found.ranks,
+        ranks=np.asarray(found.ranks),
         source=np.array(source.fingerprint),
     )
     write_whole(out.with_suffix(".report.json"), json.dumps(report, indent=2) + "\n")
@@ -289,14 +288,6 @@ def _examples(source: PairSource, found: Mined, positives: np.ndarray, seed: int
 def _one_line(text: str, width: int = 160) -> str:
     line = " ".join(text.split()).replace("`", "'")
     return line if len(line) <= width else line[: width - 1] + "…"
-
-
-def _write_npz(path: Path, **arrays: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    os.replace(unfinished, path)
 
 
 def _hash(what: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jaxcl.assignment import (
     visited,
 )
 from jaxcl.build import Program
-from jaxcl.build_assignment import GcbsRule, assignment_name, gcbs_rule
+from jaxcl.build_assignment import GcbsRule, assignment_name, gcbs_rule, sources_by
 from jaxcl.data.prepare import RunData
 from jaxcl.mesh import fetch, put_rows
 from jaxcl.models.towers import SIDES
@@ -60,7 +61,10 @@ class RunBatches:
         self._table = data.tables["train"]
         self._num_rows = self._table.num_rows
         self._rule = gcbs_rule(config)
+        if assignment_name(config) == "sourced":
+            self._sourced = _sourced_rows(config, data)
         if self._rule is not None:
+            self._check_ever_due(self._rule)
             self._order = make_order(
                 program.mesh,
                 num_rows=self._num_rows,
@@ -79,22 +83,19 @@ class RunBatches:
             assigned = self._assigned(state)
             return self._uniform if assigned is None else self._in_blocks(assigned, self._rule)
         if assignment_name(self._config) == "sourced":
-            options = self._config.assignment.sourced
-            return SourcedRows(
-                np.asarray(self._table.group),
-                batch_size=self._config.global_batch_size,
-                seed=self._config.seed,
-                mix=options.mix,
-                weights=dict(options.weights) or None,
-                temperature=options.temperature,
-            )
+            return self._sourced
         return self._uniform
 
     def due(self, step: int) -> bool:
         """Whether the batches are chosen anew after so many steps."""
-        if self._rule is None or step >= self._config.steps:
+        if self._rule is None or not 0 < step < self._config.steps:
             return False
-        return step % self._rule.refresh_every == 0
+        if self._rule.refresh_epochs is None:
+            return step % self._rule.refresh_every == 0
+        # The first step that has seen so many epochs, or a multiple of them.
+        apart = self._rows_between(self._rule.refresh_epochs)
+        seen = step * self._config.global_batch_size
+        return seen // apart > (seen - self._config.global_batch_size) // apart
 
     def refresh(self, state: TrainState) -> tuple[TrainState, Mapping[str, float]]:
         """Chooses the batches from the state's step on.
@@ -150,6 +151,20 @@ class RunBatches:
         if ordered.device_bytes:
             metrics["machine/assignment_mebibytes"] = ordered.device_bytes / 2**20
         return state, metrics
+
+    def _rows_between(self, epochs: float) -> int:
+        return max(round(epochs * self._num_rows), 1)
+
+    def _check_ever_due(self, rule: GcbsRule) -> None:
+        if rule.refresh_epochs is None:
+            return
+        trained_on = (self._config.steps - 1) * self._config.global_batch_size
+        if self._rows_between(rule.refresh_epochs) > trained_on:
+            raise ValueError(
+                f"assignment.gcbs.refresh_epochs={rule.refresh_epochs} never comes: "
+                f"{self._config.steps} steps are {trained_on / self._num_rows:.1f} epochs of "
+                f"{self._num_rows:,} rows before the last; set less than those"
+            )
 
     def _uniform(self, step: int) -> Int[np.ndarray, " b"]:
         return uniform_rows(
@@ -251,6 +266,26 @@ class RunBatches:
             batch_size=block_size,
             path=directory / f"step-{step:06d}.png",
         )
+
+
+def _sourced_rows(config: ConfigDict, data: RunData) -> SourcedRows:
+    options, by = config.assignment.sourced, sources_by(config)
+    weights: dict[Any, float] = dict(options.weights)
+    if by == "data_set":
+        if unknown := sorted(set(weights) - set(data.parts)):
+            raise ValueError(
+                f"assignment.sourced.weights name {unknown}; the data sets are "
+                f"{', '.join(data.parts)}"
+            )
+        weights = {data.parts.index(name): share for name, share in weights.items()}
+    return SourcedRows(
+        data.sources_of_rows(by),
+        batch_size=config.global_batch_size,
+        seed=config.seed,
+        mix=options.mix,
+        weights=weights or None,
+        temperature=options.temperature,
+    )
 
 
 def _can_draw() -> bool:

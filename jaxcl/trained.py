@@ -12,11 +12,13 @@ from tokenizers import Tokenizer
 
 from jaxcl.build import Program, build_program
 from jaxcl.checkpoint import Checkpoints, checksum
-from jaxcl.data.sources import PairSource, open_pairs
+from jaxcl.data.sources import PairSource
+from jaxcl.data.splits import open_splits
 from jaxcl.data.token_table import TokenTable, build_token_table
 from jaxcl.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from jaxcl.models.towers import SIDES
 from jaxcl.progress import progress_bar
-from jaxcl.typing import PyTree
+from jaxcl.typing import Float, PyTree
 from jaxcl.workdir import read_config
 
 __all__ = ["Trained", "open_trained"]
@@ -54,6 +56,18 @@ class Trained(NamedTuple):
                 directory=Path(config.run.data_dir).expanduser() / "tokens",
                 advance=advance,
             )
+
+    def embeddings(self, split: str) -> dict[str, Float[np.ndarray, "n d"]]:
+        """All rows of a split, embedded: side -> vectors."""
+        table = self.token_table(split)
+        rows = np.arange(table.num_rows)
+        with progress_bar(f"embedding {split}", len(SIDES) * table.num_rows) as advance:
+            return {
+                side: self.program.embed(
+                    self.params, side, table.side(side, rows)["tokens"], advance=advance
+                )
+                for side in SIDES
+            }
 
 
 def open_trained(workdir: Path) -> Trained:
@@ -104,18 +118,9 @@ def _open_sources(config: ConfigDict, workdir: Path) -> dict[str, PairSource]:
             f"the rows of the run in {workdir} are gone from {remembered['data_set']}; the "
             "command that trained it makes them again, if the same packages are installed"
         )
-    sources: dict[str, PairSource] = {
-        role: open_pairs(
-            remembered["data_set"],
-            split,
-            data_dir=Path(config.run.data_dir).expanduser(),
-            query_field=config.data.query_field,
-            key_field=config.data.key_field,
-            group_field=config.data.group_field,  # unused, but part of the fingerprint
-            metadata_fields=tuple(config.data.metadata_fields),
-        )
-        for role, split in config.data.splits.items()
-    }
+    sources = open_splits(
+        config.data, remembered["data_set"], data_dir=Path(config.run.data_dir).expanduser()
+    )
     fingerprints = remembered["fingerprints"]
     if any(source.fingerprint != fingerprints[role] for role, source in sources.items()):
         raise ValueError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 try:
@@ -14,7 +15,7 @@ try:
 except ImportError:  # on Windows nothing keeps two runs apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["claim_workdir", "lock_workdir", "read_config", "write_whole"]
+__all__ = ["claim_workdir", "lock_workdir", "read_config", "write_npz", "write_whole"]
 
 _MAY_CHANGE = "run"
 
@@ -91,6 +92,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file so that it is there whole or not at all."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+    unfinished.replace(path)
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Writes arrays as `write_whole` does, into a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
     unfinished.replace(path)
 
 

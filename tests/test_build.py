@@ -268,6 +268,10 @@ def test_a_loss_that_does_not_fit_its_config_is_named(changes, message):
     [
         ({"name": "random"}, {}, "'random' is unknown; use one of uniform, sourced, gcbs"),
         ({"name": "sourced"}, {"data.group_field": None}, r"goes by group; set data\.group_field"),
+        ({"name": "sourced", "sourced.by": "text"}, {}, "by='text' is unknown; use one of group"),
+        ({"name": "sourced", "sourced.by": "data_set"}, {}, r"by data_set; set data\.joined"),
+        ({"name": "sourced", "sourced.by": "topic"}, {}, r"by topic; set data\.topics"),
+        ({"gcbs.refresh_epochs": 0.0}, {}, r"refresh_epochs=0\.0; it is above 0"),
         ({"gcbs.block_size": 3}, {}, "block_size=3 does not divide global_batch_size=8 into"),
         ({"gcbs.block_size": 16}, {}, "block_size=16 does not divide global_batch_size=8 "),
         ({"gcbs.block_size": 0}, {}, "into blocks of at least 2 rows; use a divisor of it"),

@@ -45,6 +45,7 @@ FLOORS = {
         "compare",
         "block_file",
         "mine",
+        "topics",
         "trained",
         "search",
         "refresh",

@@ -11,15 +11,15 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxcl import search
-from jaxcl import trained as trained_run
 from jaxcl.build import build_program
 from jaxcl.checkpoint import Checkpoints
+from jaxcl.data import splits
 from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.data.prepare import prepare_data
 from jaxcl.data.python_functions import SourceRoot
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.tokenizer import train_tokenizer
-from jaxcl.workdir import claim_workdir
+from jaxcl.workdir import claim_workdir, read_config
 
 VERBS, NOUNS = ("open", "close", "count", "merge"), ("socket", "ledger", "window", "matrix")
 PLANTED = "Tell the phase of the moon on a given calendar day."
@@ -59,7 +59,7 @@ def _config(data_set: Path, data_dir: Path) -> ConfigDict:
 
 
 def _save(workdir: Path, step: int, *, seed: int) -> None:
-    config = trained_run.read_config(workdir)
+    config = read_config(workdir)
     config.seed = seed
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(step, build_program(config).init())
@@ -170,7 +170,7 @@ def test_a_docstring_of_the_pool_finds_its_function_first(trained, hybrid):
 
 def test_hybrid_scores_are_sums_of_reciprocal_ranks(trained):
     first = search.open_search(trained, hybrid=True)(PLANTED, 1)[0]
-    rrf_k = trained_run.read_config(trained).evaluation.rrf_k
+    rrf_k = read_config(trained).evaluation.rrf_k
     assert first.score == pytest.approx(1 / (rrf_k + 1) + 1 / (rrf_k + 1))
 
 
@@ -210,7 +210,7 @@ def test_without_metadata_what_there_is_is_printed(trained, run, monkeypatch, tm
     workdir = shutil.copytree(trained, tmp_path / "workdir")
     # Equal keys have equal scores: the lower row comes first.
     pairs = InMemoryPairs(["a", "b", "c"], ["", "\n  same\nkey", "same key"])
-    monkeypatch.setattr(trained_run, "open_pairs", lambda *args, **kwargs: pairs)
+    monkeypatch.setattr(splits, "open_pairs", lambda *args, **kwargs: pairs)
     fingerprints = dict.fromkeys(("train", "test"), pairs.fingerprint)
     data = {"data_set": "memory", "fingerprints": fingerprints}
     (workdir / "data.json").write_text(json.dumps(data))
@@ -299,7 +299,7 @@ def test_the_index_is_the_key_tower_on_the_tokens_that_were_trained_on(workdir, 
     (workdir / "config.json").write_text(json.dumps(saved))
     shutil.rmtree(workdir / "checkpoints")
     _save(workdir, 2, seed=2)
-    config = trained_run.read_config(workdir)
+    config = read_config(workdir)
     data = prepare_data(config.data, data_dir=Path(config.run.data_dir), workdir=workdir)
     program = build_program(config)
     config.seed = 2

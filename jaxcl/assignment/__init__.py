@@ -1,7 +1,8 @@
 """Which rows share a batch: functions of the step, and of an order that is chosen now and then.
 
 `assign` orders pairs by their embeddings, `AssignedRows` makes batches of an order, step by step,
-and `epoch_rows` all at once; `uniform_rows` and `SourcedRows` need no embeddings.
+and `epoch_rows` all at once; `uniform_rows` and `SourcedRows` need no embeddings. `assign_topics`
+finds topics for `SourcedRows`.
 """
 
 from jaxcl.assignment.epochs import (
@@ -13,7 +14,8 @@ from jaxcl.assignment.epochs import (
     visited,
 )
 from jaxcl.assignment.gap import GapReport, make_gap_measure, measure_gap, sample_batches
-from jaxcl.assignment.gcbs import GRAPHS, METHODS, Gcbs, Ordered, assign, make_order
+from jaxcl.assignment.gcbs import Ordered, assign, assign_topics, make_order
+from jaxcl.assignment.settings import GRAPHS, METHODS, Gcbs
 from jaxcl.assignment.sourced import SourcedRows
 from jaxcl.assignment.uniform import uniform_rows
 
@@ -27,6 +29,7 @@ __all__ = [
     "Ordered",
     "SourcedRows",
     "assign",
+    "assign_topics",
     "count_conflicts",
     "epoch_rows",
     "make_gap_measure",

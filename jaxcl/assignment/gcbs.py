@@ -14,88 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxcl.assignment.bisection import DEFAULT_EFFORT, Effort, bisect
+from jaxcl.assignment.bisection import bisect
 from jaxcl.assignment.cuthill_mckee import cuthill_mckee, paper_order
-from jaxcl.assignment.graph import (
-    Affinity,
-    PairGraph,
-    TwoSided,
-    clustered_graph,
-    exact_graph,
-    two_sided,
-)
+from jaxcl.assignment.pair_graph import graph_of
 from jaxcl.assignment.place import Place
+from jaxcl.assignment.settings import Gcbs
 from jaxcl.mesh import fetch, make_mesh, put_rows
-from jaxcl.ops.grid import length_on_grid, on_grid
-from jaxcl.ops.pairs.sides import PairLabels
 from jaxcl.typing import Array, Float, Int, Key, Scalar
 
-__all__ = [
-    "GRAPHS",
-    "METHODS",
-    "Gcbs",
-    "Ordered",
-    "assign",
-    "graph_of",
-    "make_device_order",
-    "make_order",
-]
-
-METHODS = ("bisection", "rcm_device", "rcm")
-"""How rows are ordered: by bisection; by Cuthill and McKee on the devices; as in the paper."""
-
-GRAPHS = ("exact", "clustered")
-"""Where neighbours are looked for: among all rows, or in the clusters nearest to a row's own."""
-
-EXACT_ROWS = 10_000
-"""Up to so many rows the graph is exact if nothing is said: the clusters probed are most of all."""
-
-_SAMPLE = 512
-
-
-class Gcbs(NamedTuple):
-    """How batches are chosen.
-
-    Attributes:
-      method: one of `METHODS`.
-      graph: one of `GRAPHS`; `None` for the exact one up to 10,000 rows.
-      neighbours: of each row in the graph.
-      cluster_size: rows of a cluster.
-      probes: clusters in which a cluster's rows look for neighbours.
-      similarity_cap: rows more similar than this, by the mean of both directions' cosines, do not
-        attract each other; `None` for no cap.
-      quantile: of the paper's method: the share of similarities that is left out.
-      effort: of the bisection.
-    """
-
-    method: str = "bisection"
-    graph: str | None = None
-    neighbours: int = 32
-    cluster_size: int = 256
-    probes: int = 32
-    similarity_cap: float | None = None
-    quantile: float = 0.999
-    effort: Effort = DEFAULT_EFFORT
-
-    def check(self) -> None:
-        """Raises a `ValueError` for settings that cannot be."""
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is unknown; use one of {', '.join(METHODS)}")
-        if self.graph not in (None, *GRAPHS):
-            raise ValueError(
-                f"graph={self.graph!r} is unknown; use one of {', '.join(GRAPHS)}, or None"
-            )
-        sizes = {name: getattr(self, name) for name in ("neighbours", "cluster_size", "probes")}
-        if min(sizes.values()) < 1:
-            raise ValueError(f"{sizes}; all must be at least 1")
-        if self.method == "rcm" and (self.graph, self.similarity_cap) != (None, None):
-            raise ValueError(
-                f"method='rcm' takes all similarities: graph={self.graph!r} and "
-                f"similarity_cap={self.similarity_cap} are for the other methods; set them to None"
-            )
-        if not 0 < self.quantile < 1:
-            raise ValueError(f"quantile={self.quantile}; it lies between 0 and 1")
-
+__all__ = ["Ordered", "assign", "assign_topics", "make_device_order", "make_order"]
 
 DEFAULT = Gcbs()
 
@@ -152,6 +79,49 @@ def assign(
         settings=settings,
     )
     return order(queries, keys, temperature, jax.random.key(seed), apart).rows
+
+
+def assign_topics(
+    queries: Float[np.ndarray, "n d"],
+    keys: Float[np.ndarray, "_ d"],
+    *,
+    num_topics: int,
+    temperature: float = 0.05,
+    seed: int = 0,
+    settings: Gcbs = DEFAULT,
+) -> Int[np.ndarray, " n"]:
+    """Sorts pairs into topics of equal size: blocks of `assign`, for `SourcedRows`.
+
+    Args:
+      queries: one embedding per pair, of any length but 0.
+      keys: the other side's.
+      num_topics: how many; fewer where the rows do not fill as many of equal size.
+      temperature: of the loss; the lower it is, the more the nearest rows decide.
+      seed: of what is drawn.
+      settings: the method and its parts.
+
+    Returns:
+      Each row's topic, int32, numbered from 0. All have `ceil(n / num_topics)` rows but the last,
+      which may have fewer. Topics of near numbers are near each other.
+
+    Raises:
+      ValueError: for no topic, or fewer rows than topics; and as `assign`.
+
+    Example:
+      >>> rows = np.repeat(np.eye(2, 8, dtype=np.float32), 4, axis=0)
+      >>> found = assign_topics(rows, rows, num_topics=2)
+      >>> len(set(found[:4])), len(set(found[4:])), len(set(found))
+      (1, 1, 2)
+    """
+    if not 1 <= num_topics <= len(queries):
+        raise ValueError(f"num_topics={num_topics} of {len(queries)} rows; give from 1 to as many")
+    size = -(-len(queries) // num_topics)
+    order = assign(
+        queries, keys, block_size=size, temperature=temperature, seed=seed, settings=settings
+    )
+    topics = np.empty(len(order), np.int32)
+    topics[order] = np.arange(len(order), dtype=np.int32) // size
+    return topics
 
 
 class Ordered(NamedTuple):
@@ -326,87 +296,6 @@ def _on_host(rows: Array | np.ndarray) -> np.ndarray:
     if isinstance(rows, jax.Array) and not rows.is_fully_addressable:
         return fetch(rows)
     return np.asarray(rows)
-
-
-def graph_of(
-    queries: Float[Array, "n d"],
-    keys: Float[Array, "n d"],
-    apart: tuple[Int[Array, " n"], ...],
-    *,
-    num_rows: int,
-    batch_size: int,
-    temperature: Scalar,
-    settings: Gcbs,
-    key: Key[Array, ""],
-    place: Place,
-) -> tuple[PairGraph, Float[Array, "n d"]]:
-    """The graph of this device's rows, and the rows as points, on the grid.
-
-    Args:
-      queries: one embedding per row of this device.
-      keys: the other side's.
-      apart: labels whose equals do not attract each other.
-      num_rows: of all devices; rows behind them are padding.
-      batch_size: of the batches in which rows will meet.
-      temperature: of the loss.
-      settings: which graph, and its parts.
-      key: of what is drawn.
-      place: where this device's rows lie.
-    """
-    sample_key, cluster_key = jax.random.split(key)
-    pairs = two_sided(queries, keys)
-    points = on_grid(on_grid(queries) + on_grid(keys))
-    numbers = place.first + jnp.arange(place.here, dtype=jnp.int32)
-    # A row of zeros is one that the instance bank has not met.
-    valid = (numbers < num_rows) & (points != 0).any(1)
-    labels = PairLabels(different=(numbers, *apart), valid=valid)
-    if settings.similarity_cap is not None:
-        one = length_on_grid(pairs.ours.shape[1]) ** 2
-        ceiling = jnp.full(place.here, settings.similarity_cap * one, jnp.float32)
-        labels = labels._replace(ceiling=ceiling)
-    affinity = Affinity(
-        min(settings.neighbours, num_rows),
-        temperature,
-        batch_size,
-        _sample(pairs, num_rows, sample_key, place),
-    )
-    kind = settings.graph or ("exact" if num_rows <= EXACT_ROWS else "clustered")
-    if kind == "exact":
-        return exact_graph(pairs, labels, affinity, axis_name=place.axis_name), points
-    order = bisect(
-        points,
-        None,
-        num_rows=num_rows,
-        block_size=settings.cluster_size,
-        key=cluster_key,
-        effort=settings.effort,
-        axis_name=place.axis_name,
-    )
-    num_clusters = -(-num_rows // settings.cluster_size)
-    num_clusters += -num_clusters % place.num_devices
-    order = jnp.where(jnp.arange(place.num_rows) < num_rows, order, -1)
-    missing = num_clusters * settings.cluster_size - place.num_rows
-    clusters = jnp.pad(order, (0, max(missing, 0)), constant_values=-1)
-    clusters = clusters[: num_clusters * settings.cluster_size].reshape(num_clusters, -1)
-    graph = clustered_graph(
-        pairs,
-        labels,
-        affinity,
-        clusters=clusters,
-        probes=settings.probes,
-        axis_name=place.axis_name,
-    )
-    return graph, points
-
-
-def _sample(
-    pairs: TwoSided, num_rows: int, key: Key[Array, ""], place: Place
-) -> Float[Array, "s d"]:
-    """Random rows, the same on all devices."""
-    rows = jax.random.randint(key, (_SAMPLE,), 0, num_rows) - place.first
-    here = (rows >= 0) & (rows < place.here)
-    values = pairs.theirs[jnp.where(here, rows, 0)]
-    return place.total(jnp.where(here[:, None], values, 0))
 
 
 def _check_sides(queries: np.ndarray, keys: np.ndarray) -> None:

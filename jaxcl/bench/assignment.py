@@ -27,10 +27,10 @@ import numpy as np
 
 from jaxcl.assignment import Gcbs, assign, make_gap_measure, sample_batches
 from jaxcl.assignment.bisection import Effort
-from jaxcl.assignment.gcbs import graph_of
+from jaxcl.assignment.pair_graph import graph_of
 from jaxcl.assignment.place import Place
 from jaxcl.mesh import make_mesh, put_rows
-from jaxcl.progress import progress_bar, say
+from jaxcl.progress import say
 from jaxcl.typing import Float, Int
 
 __all__ = ["METHODS", "main"]
@@ -285,20 +285,8 @@ def _sides(arguments: argparse.Namespace) -> Sides:
 def _of_run(workdir: Path) -> Sides:
     from jaxcl.trained import open_trained
 
-    trained = open_trained(workdir)
-    table = trained.token_table("train")
-    with progress_bar("encoding", 2 * table.num_rows) as advance:
-        return Sides(
-            *(
-                trained.program.embed(
-                    trained.params,
-                    side,
-                    table.side(side, np.arange(table.num_rows))["tokens"],
-                    advance=advance,
-                )
-                for side in ("query", "key")
-            )
-        )
+    found = open_trained(workdir).embeddings("train")
+    return Sides(found["query"], found["key"])
 
 
 def _drawn(num_rows: int, dim: int) -> Sides:

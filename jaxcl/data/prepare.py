@@ -12,11 +12,14 @@ from tokenizers import Tokenizer
 from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.data.guides import RowGuides, read_guides
 from jaxcl.data.negatives import RowNegatives, read_negatives
-from jaxcl.data.sources import PairSource, open_pairs
+from jaxcl.data.sources import PairSource
+from jaxcl.data.splits import JoinedPairs, open_splits, part_names
 from jaxcl.data.token_table import TokenTable, build_token_table
 from jaxcl.data.tokenizer import load_tokenizer, train_tokenizer
+from jaxcl.data.topics import RowTopics, read_topics
 from jaxcl.models.towers import SIDES
 from jaxcl.progress import progress_bar
+from jaxcl.typing import Int
 from jaxcl.workdir import write_whole
 
 __all__ = ["RunData", "prepare_data"]
@@ -33,6 +36,8 @@ class RunData(NamedTuple):
       tokenizer: what turned one into the other.
       negatives: the training rows' explicit ones, or `None`.
       guides: the training rows' embeddings by a judge, or `None`.
+      topics: the training rows' topics, or `None`.
+      parts: names of the data sets that are joined in the training rows.
     """
 
     sources: Mapping[str, PairSource]
@@ -40,6 +45,23 @@ class RunData(NamedTuple):
     tokenizer: Tokenizer
     negatives: RowNegatives | None = None
     guides: RowGuides | None = None
+    topics: RowTopics | None = None
+    parts: tuple[str, ...] = ()
+
+    def sources_of_rows(self, by: str) -> Int[np.ndarray, " n"]:
+        """The number of what each training row comes from: `"group"`, `"data_set"` or `"topic"`.
+
+        Raises:
+          ValueError: for another, or one that these data do not have.
+        """
+        train = self.sources["train"]
+        if by == "group":
+            return np.asarray(self.tables["train"].group)
+        if by == "data_set" and isinstance(train, JoinedPairs):
+            return train.part
+        if by == "topic" and self.topics is not None:
+            return self.topics.topic
+        raise ValueError(f"the training rows have no {by!r}")
 
 
 def prepare_data(
@@ -60,18 +82,7 @@ def prepare_data(
       ValueError: if a split is missing or empty, or the rows of an earlier start are gone.
     """
     name = _data_set(config, data_dir=data_dir, workdir=workdir)
-    sources = {
-        role: open_pairs(
-            name,
-            split,
-            data_dir=data_dir,
-            query_field=config.query_field,
-            key_field=config.key_field,
-            group_field=config.group_field,
-            metadata_fields=tuple(config.metadata_fields),
-        )
-        for role, split in config.splits.items()
-    }
+    sources = open_splits(config, name, data_dir=data_dir)
     fingerprints = {role: source.fingerprint for role, source in sources.items()}
     negatives = None
     if config.get("negatives") is not None:
@@ -89,13 +100,19 @@ def prepare_data(
             Path(config.guides), num_rows=len(sources["train"]), source=fingerprints["train"]
         )
         fingerprints["guides"] = guides.fingerprint
+    topics = None
+    if config.get("topics") is not None:
+        topics = read_topics(
+            Path(config.topics), num_rows=len(sources["train"]), source=fingerprints["train"]
+        )
+        fingerprints["topics"] = topics.fingerprint
     _remember(workdir, fingerprints, name)
     tokenizer = _tokenizer(config, sources["train"], workdir)
     tables = {
         role: _token_table(config, source, tokenizer, role, data_dir)
         for role, source in sources.items()
     }
-    return RunData(sources, tables, tokenizer, negatives, guides)
+    return RunData(sources, tables, tokenizer, negatives, guides, topics, part_names(config))
 
 
 def _data_set(config: ConfigDict, *, data_dir: Path, workdir: Path) -> str:
@@ -121,9 +138,8 @@ def _remember(workdir: Path, fingerprints: dict[str, str], name: str) -> None:
         if before != fingerprints:
             raise ValueError(
                 f"the rows that the run in {workdir} began with are gone (the installed packages "
-                "have changed and its prepared data were removed, or data.negatives or "
-                "data.guides has changed); "
-                "start again with another --workdir"
+                "have changed and its prepared data were removed, or data.negatives, data.guides "
+                "or data.topics has changed); start again with another --workdir"
             )
         return
     write_whole(path, json.dumps({"data_set": name, "fingerprints": fingerprints}, indent=2))

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-__all__ = ["InMemoryPairs", "PairSource", "TfdsPairs", "open_pairs"]
+__all__ = ["InMemoryPairs", "PairSource", "TfdsPairs", "checked_rows", "open_pairs"]
 
 DESCRIPTION_FILE = "jaxcl.json"
 """Lies beside the records that jaxcl itself prepares; its "fingerprint" names their content."""
@@ -88,7 +88,7 @@ class InMemoryPairs:
         """Returns one dict per row number, in the order given."""
         return [
             {name: column[row] for name, column in self._columns.items()}
-            for row in _checked_rows(rows, num_rows=len(self))
+            for row in checked_rows(rows, num_rows=len(self))
         ]
 
     @functools.cached_property
@@ -126,7 +126,7 @@ class TfdsPairs:
 
     def read(self, rows: _Rows) -> list[dict[str, Any]]:
         """Returns one dict per row number, in the order given; texts are str."""
-        records = self._records.__getitems__(_checked_rows(rows, num_rows=len(self)))
+        records = self._records.__getitems__(checked_rows(rows, num_rows=len(self)))
         return [self._as_row(self._decoder.deserialize_example_np(r)) for r in records]
 
     def _as_row(self, example: Any) -> dict[str, Any]:
@@ -384,7 +384,8 @@ def _as_int32(value: Any, *, field: str) -> np.int32:
         raise ValueError(f"The group {value} of {field!r} does not fit into int32.") from error
 
 
-def _checked_rows(rows: _Rows, *, num_rows: int) -> list[int]:
+def checked_rows(rows: _Rows, *, num_rows: int) -> list[int]:
+    """Row numbers, all of which are there; else an `IndexError`."""
     numbers = np.asarray(rows, dtype=np.int64)
     if numbers.size and (numbers.min() < 0 or numbers.max() >= num_rows):
         raise IndexError(

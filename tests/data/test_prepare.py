@@ -7,6 +7,7 @@ import pytest
 
 from configs.code_search import get_config
 from jaxcl.data import prepare
+from jaxcl.data import splits as run_splits
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.tokenizer import train_tokenizer
 
@@ -23,7 +24,7 @@ def columns(monkeypatch):
         groups = {} if group_field is None else {"groups": splits[split]["groups"]}
         return InMemoryPairs(splits[split]["queries"], splits[split]["keys"], **groups)
 
-    monkeypatch.setattr(prepare, "open_pairs", open_pairs)
+    monkeypatch.setattr(run_splits, "open_pairs", open_pairs)
     return splits
 
 

@@ -1,0 +1,107 @@
+"""The graph of a data set's rows, each device's on itself, by settings."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl.assignment.bisection import bisect
+from jaxcl.assignment.graph import (
+    Affinity,
+    PairGraph,
+    TwoSided,
+    clustered_graph,
+    exact_graph,
+    two_sided,
+)
+from jaxcl.assignment.place import Place
+from jaxcl.assignment.settings import Gcbs
+from jaxcl.ops.grid import length_on_grid, on_grid
+from jaxcl.ops.pairs.sides import PairLabels
+from jaxcl.typing import Array, Float, Int, Key, Scalar
+
+__all__ = ["graph_of"]
+
+EXACT_ROWS = 10_000
+"""Up to so many rows the graph is exact if nothing is said: the clusters probed are most of all."""
+
+_SAMPLE = 512
+
+
+def graph_of(
+    queries: Float[Array, "n d"],
+    keys: Float[Array, "n d"],
+    apart: tuple[Int[Array, " n"], ...],
+    *,
+    num_rows: int,
+    batch_size: int,
+    temperature: Scalar,
+    settings: Gcbs,
+    key: Key[Array, ""],
+    place: Place,
+) -> tuple[PairGraph, Float[Array, "n d"]]:
+    """The graph of this device's rows, and the rows as points, on the grid.
+
+    Args:
+      queries: one embedding per row of this device.
+      keys: the other side's.
+      apart: labels whose equals do not attract each other.
+      num_rows: of all devices; rows behind them are padding.
+      batch_size: of the batches in which rows will meet.
+      temperature: of the loss.
+      settings: which graph, and its parts.
+      key: of what is drawn.
+      place: where this device's rows lie.
+    """
+    sample_key, cluster_key = jax.random.split(key)
+    pairs = two_sided(queries, keys)
+    points = on_grid(on_grid(queries) + on_grid(keys))
+    numbers = place.first + jnp.arange(place.here, dtype=jnp.int32)
+    # A row of zeros is one that the instance bank has not met.
+    valid = (numbers < num_rows) & (points != 0).any(1)
+    labels = PairLabels(different=(numbers, *apart), valid=valid)
+    if settings.similarity_cap is not None:
+        one = length_on_grid(pairs.ours.shape[1]) ** 2
+        ceiling = jnp.full(place.here, settings.similarity_cap * one, jnp.float32)
+        labels = labels._replace(ceiling=ceiling)
+    affinity = Affinity(
+        min(settings.neighbours, num_rows),
+        temperature,
+        batch_size,
+        _sample(pairs, num_rows, sample_key, place),
+    )
+    kind = settings.graph or ("exact" if num_rows <= EXACT_ROWS else "clustered")
+    if kind == "exact":
+        return exact_graph(pairs, labels, affinity, axis_name=place.axis_name), points
+    order = bisect(
+        points,
+        None,
+        num_rows=num_rows,
+        block_size=settings.cluster_size,
+        key=cluster_key,
+        effort=settings.effort,
+        axis_name=place.axis_name,
+    )
+    num_clusters = -(-num_rows // settings.cluster_size)
+    num_clusters += -num_clusters % place.num_devices
+    order = jnp.where(jnp.arange(place.num_rows) < num_rows, order, -1)
+    missing = num_clusters * settings.cluster_size - place.num_rows
+    clusters = jnp.pad(order, (0, max(missing, 0)), constant_values=-1)
+    clusters = clusters[: num_clusters * settings.cluster_size].reshape(num_clusters, -1)
+    graph = clustered_graph(
+        pairs,
+        labels,
+        affinity,
+        clusters=clusters,
+        probes=settings.probes,
+        axis_name=place.axis_name,
+    )
+    return graph, points
+
+
+def _sample(
+    pairs: TwoSided, num_rows: int, key: Key[Array, ""], place: Place
+) -> Float[Array, "s d"]:
+    """Random rows, the same on all devices."""
+    rows = jax.random.randint(key, (_SAMPLE,), 0, num_rows) - place.first
+    here = (rows >= 0) & (rows < place.here)
+    values = pairs.theirs[jnp.where(here, rows, 0)]
+    return place.total(jnp.where(here[:, None], values, 0))

@@ -1,0 +1,57 @@
+"""How batches are chosen: the methods, their graphs, and what is set of them."""
+
+from typing import NamedTuple
+
+from jaxcl.assignment.bisection import DEFAULT_EFFORT, Effort
+
+__all__ = ["GRAPHS", "METHODS", "Gcbs"]
+
+METHODS = ("bisection", "rcm_device", "rcm")
+"""How rows are ordered: by bisection; by Cuthill and McKee on the devices; as in the paper."""
+
+GRAPHS = ("exact", "clustered")
+"""Where neighbours are looked for: among all rows, or in the clusters nearest to a row's own."""
+
+
+class Gcbs(NamedTuple):
+    """How batches are chosen.
+
+    Attributes:
+      method: one of `METHODS`.
+      graph: one of `GRAPHS`; `None` for the exact one up to 10,000 rows.
+      neighbours: of each row in the graph.
+      cluster_size: rows of a cluster.
+      probes: clusters in which a cluster's rows look for neighbours.
+      similarity_cap: rows more similar than this, by the mean of both directions' cosines, do not
+        attract each other; `None` for no cap.
+      quantile: of the paper's method: the share of similarities that is left out.
+      effort: of the bisection.
+    """
+
+    method: str = "bisection"
+    graph: str | None = None
+    neighbours: int = 32
+    cluster_size: int = 256
+    probes: int = 32
+    similarity_cap: float | None = None
+    quantile: float = 0.999
+    effort: Effort = DEFAULT_EFFORT
+
+    def check(self) -> None:
+        """Raises a `ValueError` for settings that cannot be."""
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is unknown; use one of {', '.join(METHODS)}")
+        if self.graph not in (None, *GRAPHS):
+            raise ValueError(
+                f"graph={self.graph!r} is unknown; use one of {', '.join(GRAPHS)}, or None"
+            )
+        sizes = {name: getattr(self, name) for name in ("neighbours", "cluster_size", "probes")}
+        if min(sizes.values()) < 1:
+            raise ValueError(f"{sizes}; all must be at least 1")
+        if self.method == "rcm" and (self.graph, self.similarity_cap) != (None, None):
+            raise ValueError(
+                f"method='rcm' takes all similarities: graph={self.graph!r} and "
+                f"similarity_cap={self.similarity_cap} are for the other methods; set them to None"
+            )
+        if not 0 < self.quantile < 1:
+            raise ValueError(f"quantile={self.quantile}; it lies between 0 and 1")

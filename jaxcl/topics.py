@@ -1,0 +1,126 @@
+"""Sorts the rows of a trained run into topics, for batches of one topic, or of all, in the next.
+
+    python -m jaxcl.topics --workdir DIR [--topics 64] [--seed 0] [--out FILE]
+
+The training rows are embedded, and cut into topics of equal size whose rows are each other's hard
+negatives (`jaxcl.assignment.assign_topics`). The result is a file for
+`python -m jaxcl.train --config.assignment.name=sourced --config.assignment.sourced.by=topic
+--config.data.topics=FILE`; beside it lie each topic's most central queries to read
+(`.examples.md`). One process does it, on all of its devices.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich
+from rich.table import Table
+
+from jaxcl.assignment import assign_topics
+from jaxcl.checkpoint import CheckpointError
+from jaxcl.data.sources import PairSource
+from jaxcl.models.towers import SIDES
+from jaxcl.progress import say
+from jaxcl.trained import open_trained
+from jaxcl.typing import Float, Int
+from jaxcl.workdir import write_npz, write_whole
+
+__all__ = ["find_topics", "main"]
+
+_SPLIT = "train"
+_EXAMPLES = 5
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `find_topics` for a person: an error that is theirs comes as one line."""
+    given = _arguments(argv)
+    out = given.out or given.workdir / f"topics-{_SPLIT}.npz"
+    try:
+        report = find_topics(given.workdir, out, num_topics=given.topics, seed=given.seed)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, CheckpointError) as error:
+        say(f"error: {error}")
+        sys.exit(1)
+    table = Table("topics", "", show_header=False)
+    for name, value in report.items():
+        table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else f"{value:,}")
+    rich.print(table)
+    say(
+        "train by them with --config.assignment.name=sourced --config.assignment.sourced.by=topic "
+        f"--config.data.topics={out}"
+    )
+
+
+def find_topics(workdir: Path, out: Path, *, num_topics: int, seed: int = 0) -> dict[str, Any]:
+    """Sorts the training rows of a run into topics, writes the file, and returns a report.
+
+    Args:
+      workdir: of a run that has saved a checkpoint; nothing of it is changed.
+      out: the file to write, `.npz`: `topic`, of each row, and `source`, which names the rows.
+      num_topics: how many, at most.
+      seed: of what is drawn.
+
+    Raises:
+      ValueError: if there is no such run, or it has fewer rows than topics.
+      CheckpointError: if no checkpoint can be read.
+    """
+    run = open_trained(Path(workdir))
+    source = run.sources[_SPLIT]
+    if not 1 <= num_topics <= len(source):
+        raise ValueError(
+            f"--topics={num_topics}, but the run has {len(source):,} training rows; give from 1 "
+            "to as many"
+        )
+    sides = run.embeddings(_SPLIT)
+    topic = assign_topics(*(sides[side] for side in SIDES), num_topics=num_topics, seed=seed)
+    points = sides["query"] + sides["key"]
+    points /= np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
+    centres = np.stack([points[topic == one].mean(0) for one in range(topic.max() + 1)])
+    sizes = np.bincount(topic)
+    write_npz(out, topic=topic, source=np.array(source.fingerprint))
+    write_whole(out.with_suffix(".examples.md"), _examples(source, topic, points, centres))
+    return {
+        "rows": len(topic),
+        "topics": len(sizes),
+        "rows of a topic": int(sizes[0]),
+        "rows of the last": int(sizes[-1]),
+        # The mean cosine of two rows is the square of their mean's length.
+        "mean cosine of two rows of a topic": float((centres**2).sum(1) @ sizes / len(topic)),
+        "mean cosine of any two rows": float((points.mean(0) ** 2).sum()),
+    }
+
+
+def _examples(
+    source: PairSource,
+    topic: Int[np.ndarray, " n"],
+    points: Float[np.ndarray, "n d"],
+    centres: Float[np.ndarray, "s d"],
+) -> str:
+    """Each topic's rows that are nearest to its mean."""
+    lines = ["# Topics, by their most central queries", ""]
+    for number, centre in enumerate(centres):
+        rows = np.flatnonzero(topic == number)
+        central = rows[np.argsort(-points[rows] @ centre, kind="stable")[:_EXAMPLES]]
+        lines += [f"## {number} ({len(rows):,} rows)", ""]
+        lines += [f"- {' '.join(record['query'].split())}" for record in source.read(central)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxcl.topics", description="Sorts the rows of a trained run into topics."
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="of the run that was trained")
+    parser.add_argument("--topics", type=int, default=64, help="how many (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--out", type=Path, help=f"where; DIR/topics-{_SPLIT}.npz by default")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Topics of a trained run: planted ones are found, and the file is one that training reads."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jaxcl import topics
+from jaxcl.data.sources import InMemoryPairs
+from jaxcl.data.topics import read_topics
+from tests.helpers import unit_vectors
+
+PLANTED, SIZE, DIM = 6, 9, 16
+ROWS = PLANTED * SIZE - 2
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """A run whose embeddings lie about the centres of planted topics; returns those."""
+    planted = np.random.default_rng(0).permutation(np.repeat(np.arange(PLANTED), SIZE))[:ROWS]
+    centres = unit_vectors(0, PLANTED, DIM, dtype=np.float32)
+    sides = {
+        side: np.asarray(centres[planted] + 0.2 * unit_vectors(seed, ROWS, DIM, dtype=np.float32))
+        for seed, side in enumerate(("query", "key"), start=1)
+    }
+    pairs = InMemoryPairs([f"about  {one}" for one in planted], ["key"] * ROWS)
+    trained = SimpleNamespace(sources={"train": pairs}, embeddings={"train": sides}.get)
+    monkeypatch.setattr(topics, "open_trained", {tmp_path: trained}.__getitem__)
+    return SimpleNamespace(workdir=tmp_path, planted=planted, pairs=pairs)
+
+
+def test_planted_topics_are_found_and_can_be_read(run, capsys):
+    topics.main(["--workdir", str(run.workdir), "--topics", str(PLANTED)])
+    out = run.workdir / "topics-train.npz"
+    assert f"--config.data.topics={out}" in " ".join(capsys.readouterr().err.split())
+    found = read_topics(out, num_rows=ROWS, source=run.pairs.fingerprint).topic
+    assert np.bincount(found).tolist() == [SIZE] * (PLANTED - 1) + [SIZE - 2]
+    pure = np.mean([np.bincount(run.planted[found == one]).max() for one in range(PLANTED)]) / SIZE
+    assert pure > 0.85
+    text = (run.workdir / "topics-train.examples.md").read_text()
+    assert text.count("## ") == PLANTED
+    for one in range(PLANTED):  # the most central are of the topic's own
+        most = np.bincount(run.planted[found == one]).argmax()
+        section = text.split(f"## {one} (")[1].split("## ")[0]
+        assert section.count(f"- about {most}\n") >= 4
+
+
+def test_the_report_tells_topics_from_chance(run, tmp_path):
+    report = topics.find_topics(run.workdir, tmp_path / "made" / "six.npz", num_topics=PLANTED)
+    assert report["topics"] == PLANTED
+    vectors = run_points(run)
+    topic = np.load(tmp_path / "made" / "six.npz")["topic"]
+    cosines = vectors @ vectors.T
+    within = np.mean([cosines[row][topic == topic[row]].mean() for row in range(ROWS)])
+    assert report["mean cosine of two rows of a topic"] == pytest.approx(within, rel=1e-5)
+    assert report["mean cosine of any two rows"] == pytest.approx(cosines.mean(), rel=1e-5)
+    assert within > cosines.mean() + 0.4
+
+
+def run_points(run) -> np.ndarray:
+    sides = topics.open_trained(run.workdir).embeddings("train")
+    points = sides["query"] + sides["key"]
+    return points / np.linalg.norm(points, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("number", [0, ROWS + 1])
+def test_a_number_that_cannot_be_is_one_line(run, capsys, number):
+    with pytest.raises(SystemExit) as stopped:
+        topics.main(["--workdir", str(run.workdir), "--topics", str(number)])
+    assert stopped.value.code == 1
+    assert f"--topics={number}, but the run has {ROWS} training rows" in capsys.readouterr().err
