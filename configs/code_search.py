@@ -152,6 +152,7 @@ def get_config(variant: str = "default") -> ConfigDict:
         config.global_batch_size = 64
         config.data.code_pairs.max_pairs = 600
         config.optimizer.warmup_steps = 2
+        config.assignment.gcbs.refresh_every = 10
     elif variant not in ("default", "plain"):
         raise ValueError(f"variant {variant!r} is unknown; use default, plain or smoke")
     if variant != "default":

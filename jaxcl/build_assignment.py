@@ -92,7 +92,10 @@ def sources_by(config: ConfigDict) -> str:
     }
     setting, given = needed[by]
     if not given:
-        raise ValueError(f"assignment.name='sourced' goes by {by}; set {setting}")
+        raise ValueError(
+            f"assignment.name='sourced' goes by {by}; set {setting}, or assignment.sourced.by to "
+            f"another of {', '.join(SOURCES)}"
+        )
     return by
 
 

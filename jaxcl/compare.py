@@ -95,7 +95,7 @@ def compare(
     if baseline not in settings:
         raise ValueError(f"baseline={baseline!r} is none of {', '.join(settings)}")
     runs = {
-        (name, seed): changed_config(config, {**changes, "seed": seed})
+        (name, seed): _changed(config, name, {**changes, "seed": seed})
         for seed in range(seeds)
         for name, changes in settings.items()
     }
@@ -126,6 +126,13 @@ def compare(
     write_whole(workdir / "comparison.md", table + "\n")
     print(table)
     return records
+
+
+def _changed(config: ConfigDict, name: str, changes: Mapping[str, Any]) -> ConfigDict:
+    try:
+        return changed_config(config, changes)
+    except ValueError as error:
+        raise ValueError(f"of {name!r}: {error}") from error
 
 
 def _read_settings(path: Path) -> dict[str, dict[str, Any]]:

@@ -56,6 +56,7 @@ def changed_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict
             getattr(place, leaf)  # or it would be made
             setattr(place, leaf, tuple(value) if isinstance(value, list) else value)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
+            said = str(error.args[0] if error.args else error)  # a KeyError would quote it
+            reason = " ".join(said.replace("\\n", " ").replace("\\'", "'").split())
             raise ValueError(f"the setting {name}={value!r} does not fit: {reason}") from error
     return changed

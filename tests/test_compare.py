@@ -106,7 +106,7 @@ def test_runs_whose_queries_differ_are_not_compared(trained, tmp_path):
         ({}, {}, "give at least one of each"),
         (SETTINGS, {"seeds": 0}, "give at least one of each"),
         (SETTINGS, {"baseline": "other"}, "'other' is none of plain, "),
-        ({"a": {"model.dimension": 3}}, {}, r"model\.dimension=3 does not fit"),
+        ({"a": {"model.dimension": 3}}, {}, r"of 'a': the setting model\.dimension=3 does not fit"),
         ({"a": {"model.dim": "wide"}}, {}, r"model\.dim='wide' does not fit"),
         ({"a+": {}, "a-": {}}, {}, "would share a folder"),
     ],

@@ -1,12 +1,12 @@
 """Each training row's embeddings by a model that judges similarity, from a file."""
 
-import hashlib
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxcl.data.row_files import check_same_rows, read_arrays
 from jaxcl.models.towers import SIDES
 from jaxcl.typing import Float, Int
 
@@ -41,15 +41,10 @@ def read_guides(path: Path, *, num_rows: int, source: str | None = None) -> RowG
     """
     path = Path(path).expanduser()
     width = guide_dim(path)
-    with np.load(path) as arrays:
-        found = {side: arrays[side] for side in SIDES}
-        made_from = str(arrays["source"]) if "source" in arrays else source
-    if source is not None and made_from != source:
-        raise ValueError(
-            f"data.guides={path} was made from other rows ({made_from}) than the training split's "
-            f"({source}); make it from these"
-        )
-    for side, vectors in found.items():
+    found, fingerprint = read_arrays(path, setting="data.guides")
+    check_same_rows(path, found, source, setting="data.guides")
+    sides = {side: found[side] for side in SIDES}
+    for side, vectors in sides.items():
         if vectors.shape != (num_rows, width) or not np.issubdtype(vectors.dtype, np.floating):
             raise ValueError(
                 f"data.guides={path}: {side} is {vectors.dtype}{list(vectors.shape)}; wanted are "
@@ -57,7 +52,7 @@ def read_guides(path: Path, *, num_rows: int, source: str | None = None) -> RowG
             )
         if not np.isfinite(vectors).all():
             raise ValueError(f"data.guides={path}: {side} has numbers that are not finite")
-    return RowGuides(**found, fingerprint=hashlib.sha256(path.read_bytes()).hexdigest())
+    return RowGuides(**sides, fingerprint=fingerprint)
 
 
 def guide_dim(path: Path | str) -> int:

@@ -1,12 +1,11 @@
 """Each training row's explicit negatives, as row numbers of the same split, from a file."""
 
-import hashlib
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxcl.data.row_files import check_same_rows, read_arrays
 from jaxcl.data.token_table import TokenTable
 from jaxcl.typing import Float, Int, PyTree
 
@@ -62,23 +61,14 @@ def read_negatives(
     Raises:
       ValueError: for a file that is missing, damaged, or not of this split.
     """
-    try:
-        content = path.read_bytes()
-        with np.load(path) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"data.negatives={path} cannot be read: {error}") from error
+    found, fingerprint = read_arrays(path, setting="data.negatives")
     wanted = ["rows", *["teacher_scores"] * scored]
     missing = [name for name in wanted if name not in found]
     if missing:
         raise ValueError(
             f"data.negatives={path} has no {', '.join(missing)}; it has {', '.join(found)}"
         )
-    if source is not None and str(found.get("source", source)) != source:
-        raise ValueError(
-            f"data.negatives={path} was made from other rows ({found['source']}) than the training "
-            f"split's ({source}); make it from these"
-        )
+    check_same_rows(path, found, source, setting="data.negatives")
     rows = found["rows"]
     if rows.ndim != 2 or rows.shape[1] < 1 or not np.issubdtype(rows.dtype, np.integer):
         raise ValueError(
@@ -96,4 +86,4 @@ def read_negatives(
             f"data.negatives={path}: teacher_scores are {list(scores.shape)}; wanted are "
             f"[{num_rows}, {1 + rows.shape[1]}]: the key's, then each negative's"
         )
-    return RowNegatives(rows.astype(np.int32), scores, hashlib.sha256(content).hexdigest())
+    return RowNegatives(rows.astype(np.int32), scores, fingerprint)

@@ -202,10 +202,19 @@ def _prepared_builder(name: str | Path, data_dir: str | Path | None) -> Any:
         return read_only_builder.builder_from_files(str(name), data_dir=where)
     except tfds.core.registered.DatasetNotFoundError as error:
         looked_in = [str(d) for d in tfds.core.utils.file_utils.list_data_dirs(where)]
+        there = [f"{path.parent.name}:{path.name}" for path in _prepared_in(where)]
         raise ValueError(
-            f"The data set {name!r} is not prepared; looked in {looked_in}. Set data_dir to where "
-            f"it is, or prepare it: {_prepare_command(str(name), data_dir)}"
+            f"The data set {name!r} is not prepared; looked in {looked_in}"
+            + (f", where there is {', '.join(there)}" if there else "")
+            + ". Set data_dir to where it is, run what prepares it if it is your own, or prepare "
+            f"one of TFDS: {_prepare_command(str(name), data_dir)}"
         ) from error
+
+
+def _prepared_in(directory: Any) -> list[Any]:
+    if directory is None or not directory.exists():
+        return []
+    return sorted(path.parent for path in directory.glob("*/*/dataset_info.json"))
 
 
 def _prepare_command(name: str, data_dir: str | Path | None) -> str:

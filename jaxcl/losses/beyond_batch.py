@@ -103,6 +103,11 @@ def of_tiers(
     ceilings = comparison.ceilings(queries, keys)
     found = {}
     for name, negatives in tiers.items():
+        if negatives.vectors.shape[-1] != queries.shape[1]:
+            raise ValueError(
+                f"the tier {name!r} has {negatives.vectors.shape[-1]} features, and the batch "
+                f"{queries.shape[1]}"
+            )
         if negatives.ids is not None and comparison.ids is None:
             raise ValueError(f"the tier {name!r} has ids, compared with ids, the rows'; give both")
         if comparison.guides is not None and negatives.guides is None:

@@ -105,7 +105,15 @@ def update_queue(
       num_slots: as given to `init_bank`.
       valid: `False` for padding, which is not taken in.
       guides: their embeddings by the model that judges similarity, if the bank keeps them.
+
+    Raises:
+      ValueError: for another number of slots, or embeddings of another width, than the bank has.
     """
+    if padded_entries(num_slots) != bank.ids.shape[0]:
+        raise ValueError(
+            f"num_slots={num_slots}, but the bank has {bank.ids.shape[0]} with its padding; give "
+            "the number that init_bank was given"
+        )
     valid = jnp.ones(ids.shape, bool) if valid is None else valid
     number = jnp.cumsum(valid, dtype=jnp.int32)
     count = number[-1]
@@ -181,6 +189,11 @@ def _written(
 ) -> MemoryBank:
     if (guides is None) != (bank.guides is None):
         raise ValueError("a bank keeps guides for all embeddings or for none; see guide_dim")
+    if vectors.shape[1] != bank.vectors.shape[1]:
+        raise ValueError(
+            f"vectors have {vectors.shape[1]} features, but the bank was made for "
+            f"{bank.vectors.shape[1]}"
+        )
     places = jnp.where(taken, slots, bank.ids.shape[0])  # out of range, which is dropped
 
     def put(table: Array, values: Array) -> Array:

@@ -257,6 +257,12 @@ def test_a_data_set_that_is_not_prepared_says_where_and_how(tmp_path):
     assert not list(tmp_path.iterdir())  # nothing was begun
 
 
+def test_a_data_set_of_another_name_or_version_says_what_is_there(data_dir):
+    for name in ("tiny_answers", "tiny_questions:9.9.9"):
+        with pytest.raises(ValueError, match=r"where there is tiny_questions:1\.2\.0"):
+            open_pairs(name, "train", data_dir=data_dir, **FIELDS)
+
+
 def test_a_directory_without_a_data_set_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} holds no prepared data set"):
         open_pairs(tmp_path, "train")

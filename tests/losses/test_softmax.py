@@ -299,3 +299,5 @@ def test_a_bank_that_does_not_fit_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             infonce(tiers={"bank": read_bank(small_bank())}, **options)
+    with pytest.raises(ValueError, match="the tier 'wide' has 5 features, and the batch 2"):
+        infonce(tiers={"wide": read_bank(init_bank(4, 5))}, ids=jnp.arange(2))

@@ -126,6 +126,19 @@ def test_any_number_of_devices_holds_the_same_slots(update, dtype):
     assert one.vectors.dtype == dtype
 
 
+@pytest.mark.parametrize(
+    ("num_slots", "dim", "message"),
+    [
+        (2_000, DIM, "num_slots=2000, but the bank has 1024"),
+        (5, DIM + 1, f"vectors have {DIM + 1} features, but the bank was made for {DIM}"),
+    ],
+)
+def test_a_batch_for_another_bank_is_named(num_slots, dim, message):
+    labels = jnp.arange(3)
+    with pytest.raises(ValueError, match=message):
+        update_queue(init_bank(5, DIM), jnp.ones((3, dim)), labels, labels, num_slots=num_slots)
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="num_slots=0; a bank has at least one"):
         init_bank(0, DIM)
