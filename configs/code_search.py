@@ -34,9 +34,9 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.data.splits = ConfigDict({"train": "train", "validation": "validation", "test": "test"})
     config.data.query_field = "query"
     config.data.key_field = "key"
-    # Data sets whose rows join these, name -> name (as above), splits (role -> split), query_field,
-    # key_field, group_field; in a config file of one's own.
-    config.data.joined = ConfigDict()
+    # Data sets whose rows follow these, in a config file of one's own: name -> the name or folder
+    # of a prepared one, splits (role -> split), query_field, key_field, group_field.
+    config.data.concatenated = ConfigDict()
     config.data.group_field = "group"
     config.data.metadata_fields = ("name", "package", "qualified_name", "file", "line")
     config.data.negatives = placeholder(str)  # an .npz with each training row's explicit negatives
@@ -87,7 +87,7 @@ def get_config(variant: str = "default") -> ConfigDict:
         | {"sampling": "random"}
     )
     # Of a stratified draw, by group: "rows", "equal", or "weights", ((group, weight), …), where a
-    # group field of texts numbers them in their order.
+    # group field of texts numbers them in their order, and groups of concatenated data sets follow.
     config.negatives.proportions = "rows"
     config.negatives.weights = ()
     config.negatives.momentum_encoder = ConfigDict({"initial": placeholder(float), "final": 1.0})
@@ -99,10 +99,10 @@ def get_config(variant: str = "default") -> ConfigDict:
     # each other's hard negatives, chosen anew now and then, whole batches or shuffled into them.
     config.assignment = ConfigDict()
     config.assignment.name = "uniform"
-    # By "group", "data_set" (of those joined) or "topic"; all in each batch, "mixed", or "one"; a
-    # share for each by the temperature of their sizes, or weights, ((source, weight), …).
+    # By "group" (None), "data_set" (of those concatenated) or "topic"; all of them in each batch,
+    # "mixed", or "one"; shares by the temperature of sizes, or weights, ((source, weight), …).
     config.assignment.sourced = ConfigDict(
-        {"by": "group", "mix": "mixed", "temperature": 1.0, "weights": ()}
+        {"by": placeholder(str), "mix": "mixed", "temperature": 1.0, "weights": ()}
     )
     config.assignment.gcbs = ConfigDict(
         {"refresh_every": 50, "refresh_epochs": placeholder(float)}  # steps, or epochs if given

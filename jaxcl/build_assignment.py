@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from jaxcl.assignment import Gcbs, random_to_hard
 from jaxcl.assignment.bisection import DEFAULT_EFFORT
-from jaxcl.data.splits import part_names
+from jaxcl.data.splits import data_set_names
 from jaxcl.ops.row_tables import padded_entries
 from jaxcl.typing import PyTree
 
@@ -69,8 +69,12 @@ def assignment_name(config: ConfigDict) -> str:
         raise ValueError(
             f"assignment.name={name!r} is unknown; use one of {', '.join(ASSIGNMENTS)}"
         )
-    if name == "sourced":
-        sources_by(config)
+    by = sources_by(config) if name == "sourced" else None
+    if by != "topic" and config.data.get("topics") is not None:
+        raise ValueError(
+            "data.topics, but nobody goes by them; set assignment.name='sourced' and "
+            "assignment.sourced.by='topic', or leave it None"
+        )
     return name
 
 
@@ -80,14 +84,17 @@ def sources_by(config: ConfigDict) -> str:
     Raises:
       ValueError: for another, or one that the data will not have.
     """
-    by = config.assignment.sourced.get("by", "group")
+    by = config.assignment.sourced.get("by") or "group"
     if by not in SOURCES:
         raise ValueError(
             f"assignment.sourced.by={by!r} is unknown; use one of {', '.join(SOURCES)}"
         )
     needed = {
         "group": ("data.group_field", config.data.get("group_field")),
-        "data_set": ("data.joined, with a split for 'train'", len(part_names(config.data)) > 1),
+        "data_set": (
+            "data.concatenated, with a split for 'train'",
+            len(data_set_names(config.data)) > 1,
+        ),
         "topic": ("data.topics, a file of `python -m jaxcl.topics`", config.data.get("topics")),
     }
     setting, given = needed[by]

@@ -31,7 +31,7 @@ from jaxcl.progress import say
 from jaxcl.reports import DivergenceError
 from jaxcl.retrieval import METRICS
 from jaxcl.train import Stopped, parse_flags, train
-from jaxcl.workdir import write_whole
+from jaxcl.workdir import fields_of, write_whole
 
 __all__ = ["compare"]
 
@@ -164,8 +164,7 @@ def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _identity(config: ConfigDict) -> str:
     """Names what a run computes: its config, but for what may change between starts."""
-    computed = {name: value for name, value in config.to_dict().items() if name != "run"}
-    text = json.dumps(computed, sort_keys=True, default=str)
+    text = json.dumps(fields_of(config.to_dict()), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -271,15 +271,23 @@ class RunBatches:
 def _sourced_rows(config: ConfigDict, data: RunData) -> SourcedRows:
     options, by = config.assignment.sourced, sources_by(config)
     weights: dict[Any, float] = dict(options.weights)
-    if by == "data_set":
-        if unknown := sorted(set(weights) - set(data.parts)):
-            raise ValueError(
-                f"assignment.sourced.weights name {unknown}; the data sets are "
-                f"{', '.join(data.parts)}"
-            )
-        weights = {data.parts.index(name): share for name, share in weights.items()}
+    if len(weights) < len(options.weights):
+        raise ValueError(f"assignment.sourced.weights={options.weights} name a source twice")
+    names = data.data_sets if by == "data_set" else ()
+    if names and weights and set(weights) != set(names):
+        raise ValueError(
+            f"assignment.sourced.weights name {', '.join(map(str, weights))}; the data sets are "
+            f"{', '.join(names)}: give each a weight, 0 to leave its rows out"
+        )
+    if not names and not all(isinstance(source, int) for source in weights):
+        raise ValueError(
+            f"assignment.sourced.weights={options.weights}: by {by}, sources have numbers; names "
+            "go with assignment.sourced.by='data_set'"
+        )
+    if names:
+        weights = {names.index(name): share for name, share in weights.items()}
     return SourcedRows(
-        data.sources_of_rows(by),
+        data.source_of_row(by),
         batch_size=config.global_batch_size,
         seed=config.seed,
         mix=options.mix,

@@ -14,8 +14,6 @@ import json
 import os
 import re
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +24,7 @@ from tokenizers import Tokenizer
 
 from jaxcl.build import Program
 from jaxcl.checkpoint import CheckpointError
+from jaxcl.data.row_files import DAMAGED
 from jaxcl.data.sources import PairSource
 from jaxcl.embed import make_embedder, pad_texts
 from jaxcl.progress import progress_bar, say
@@ -108,20 +107,13 @@ def open_search(workdir: Path, *, hybrid: bool = False) -> Search:
     return search
 
 
-# What zip and NumPy raise for a file of which some bits have changed.
-_DAMAGED = (
-    *(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error),
-    *(NotImplementedError, RuntimeError),  # another compression, "encrypted"
-)
-
-
 def _read_index(path: Path, made_from: Mapping[str, Any]) -> Float[np.ndarray, "n d"] | None:
     """The pool's embeddings, or None where they are absent, damaged, or made from other things."""
     try:
         with path.open("rb") as file, np.load(file) as index:  # np.load leaks it on an error
             if json.loads(str(index["made_from"])) == made_from:
                 return index["keys"]
-    except _DAMAGED:
+    except DAMAGED:
         return None
     return None
 

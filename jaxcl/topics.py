@@ -4,8 +4,9 @@
 
 The training rows are embedded, and cut into topics of equal size whose rows are each other's hard
 negatives (`jaxcl.assignment.assign_topics`). The result is a file for
-`python -m jaxcl.train --config.assignment.name=sourced --config.assignment.sourced.by=topic
---config.data.topics=FILE`; beside it lie each topic's most central queries to read
+`python -m jaxcl.train --config.data.topics=FILE --config.assignment.name=sourced
+--config.assignment.sourced.by=topic --config.assignment.sourced.mix=one` (or `mixed`, for batches
+over which all topics are spread); beside it lie each topic's most central queries to read
 (`.examples.md`). One process does it, on all of its devices.
 """
 
@@ -47,11 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
     table = Table("topics", "", show_header=False)
     for name, value in report.items():
-        table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else f"{value:,}")
+        table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else str(value))
     rich.print(table)
     say(
-        "train by them with --config.assignment.name=sourced --config.assignment.sourced.by=topic "
-        f"--config.data.topics={out}"
+        f"train by them with --config.data.topics={out} --config.assignment.name=sourced "
+        "--config.assignment.sourced.by=topic --config.assignment.sourced.mix=one"
     )
 
 
@@ -88,10 +89,17 @@ def find_topics(workdir: Path, out: Path, *, num_topics: int, seed: int = 0) -> 
         "topics": len(sizes),
         "rows of a topic": int(sizes[0]),
         "rows of the last": int(sizes[-1]),
-        # The mean cosine of two rows is the square of their mean's length.
-        "mean cosine of two rows of a topic": float((centres**2).sum(1) @ sizes / len(topic)),
-        "mean cosine of any two rows": float((points.mean(0) ** 2).sum()),
+        "mean cosine of two rows of a topic": _mean_cosine(centres, sizes),
+        "mean cosine of any two rows": _mean_cosine(points.mean(0)[None], np.array([len(topic)])),
     }
+
+
+def _mean_cosine(centres: Float[np.ndarray, "s d"], sizes: Int[np.ndarray, " s"]) -> float | None:
+    """Of two different rows of one set, by the sets' means; `None` where all have one row."""
+    sizes = sizes.astype(np.float64)
+    pairs = (sizes * (sizes - 1)).sum()
+    # The square of a sum of unit vectors has every row with itself, too.
+    return float(((centres**2).sum(1) * sizes**2 - sizes).sum() / pairs) if pairs else None
 
 
 def _examples(

@@ -124,8 +124,9 @@ def _open_sources(config: ConfigDict, workdir: Path) -> dict[str, PairSource]:
     fingerprints = remembered["fingerprints"]
     if any(source.fingerprint != fingerprints[role] for role, source in sources.items()):
         raise ValueError(
-            f"{remembered['data_set']} no longer holds the rows that the run in {workdir} was "
-            "trained on; put them back, or train again in another --workdir"
+            f"{remembered['data_set']}, or a data set of data.concatenated, no longer holds the "
+            f"rows that the run in {workdir} was trained on; put them back, or train again in "
+            "another --workdir"
         )
     return sources
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,14 @@ try:
 except ImportError:  # on Windows nothing keeps two runs apart
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["claim_workdir", "lock_workdir", "read_config", "write_npz", "write_whole"]
+__all__ = [
+    "claim_workdir",
+    "fields_of",
+    "lock_workdir",
+    "read_config",
+    "write_npz",
+    "write_whole",
+]
 
 _MAY_CHANGE = "run"
 
@@ -88,6 +95,18 @@ def read_config(workdir: Path) -> ConfigDict:
     return ConfigDict(_read_json(path))
 
 
+def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run computes of a config: its fields by dotted name, but for those under `run`.
+
+    Without those that are `None` or empty: a later version may add more of them.
+    """
+    return {
+        field: value
+        for field, value in _flat(config)
+        if field.split(".")[0] != _MAY_CHANGE and value is not None and value != {}
+    }
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file so that it is there whole or not at all."""
     unfinished = path.with_name(path.name + ".unfinished")
@@ -137,17 +156,15 @@ def _has_checkpoint(workdir: Path) -> bool:
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The fields in which two configs differ, but for those that may change."""
-    ours, theirs = dict(_flat(now)), dict(_flat(before))
-    missing = "nothing"
+    ours, theirs = fields_of(now), fields_of(before)
     return [
-        f"{field} is {ours.get(field, missing)} here and {theirs.get(field, missing)} there"
+        f"{field} is {ours.get(field, 'nothing')} here and {theirs.get(field, 'nothing')} there"
         for field in sorted(ours.keys() | theirs.keys())
-        if ours.get(field, missing) != theirs.get(field, missing)
-        and field.split(".")[0] != _MAY_CHANGE
+        if ours.get(field) != theirs.get(field)
     ]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{name}.")

@@ -34,6 +34,7 @@ from jaxcl.data.prepare import RunData, prepare_data
 from jaxcl.data.python_functions import SourceRoot
 from jaxcl.metric_writer import read_metrics
 from jaxcl.reassign import RunBatches
+from jaxcl.topics import find_topics
 from jaxcl.train import train
 from jaxcl.train_state import TrainState
 from jaxcl.trained import open_trained
@@ -325,19 +326,73 @@ def test_batches_mix_data_sets_by_weight(configured, tmp_path):
     config = configured(
         **SOURCED, **by, **{"assignment.sourced.weights": (("first", 3.0), ("b", 1.0))}
     )
-    with config.unlocked():
-        config.data.joined = ConfigDict()
-        config.data.joined.b = ConfigDict(
-            {"name": config.data.name, "splits": {"train": f"train[{ROWS}:]"}}
-        )
+    followed(config)
     rows_of, data = sourced_batches(config, tmp_path)
-    part = data.sources["train"].part
-    assert set(part[:ROWS]) == {0}
-    assert set(part[ROWS:]) == {1}
-    assert [int(part[rows_of(step)].sum()) for step in range(8)] == [BATCH // 4] * 8
-    config.assignment.sourced.weights = (("c", 1.0),)
-    with pytest.raises(ValueError, match=r"weights name \['c'\]; the data sets are first, b"):
+    source = data.sources["train"].data_set_of_row
+    assert set(source[:ROWS]) == {0}
+    assert set(source[ROWS:]) == {1}
+    assert [int(source[rows_of(step)].sum()) for step in range(8)] == [BATCH // 4] * 8
+
+
+def followed(config: ConfigDict) -> None:
+    """Has the rest of the data set follow the training rows as another one, "b"."""
+    with config.unlocked():
+        config.data.concatenated.b = ConfigDict(
+            {
+                "name": config.data.name,
+                "splits": {"train": f"train[{ROWS}:]"},
+                "group_field": "group",
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    ("by", "weights", "message"),
+    [
+        ("data_set", (("c", 1.0),), "weights name c; the data sets are first, b: give each"),
+        ("data_set", (("first", 1.0),), "weights name first; the data sets are first, b"),
+        ("data_set", ((0, 1.0), ("b", 1.0)), "weights name 0, b; the data sets are first, b"),
+        ("group", (("b", 1.0),), "by group, sources have numbers; names go with"),
+        ("group", ((0, 1.0), (0, 2.0)), "name a source twice"),
+    ],
+)
+def test_weights_of_sources_that_are_not_there_are_named(
+    configured, tmp_path, by, weights, message
+):
+    sourced = {"assignment.sourced.by": by, "assignment.sourced.weights": weights}
+    config = configured(**SOURCED, **sourced)
+    followed(config)
+    with pytest.raises(ValueError, match=message):
         sourced_batches(config, tmp_path)
+
+
+def test_a_run_of_two_data_sets_finds_topics_for_the_next(configured, tmp_path):
+    out = tmp_path / "topics.npz"
+    short = {"steps": 4, "run.checkpoint_every": 2}
+    config = configured(**SOURCED, **short, **{"assignment.sourced.by": "data_set"})
+    followed(config)
+    train(config, tmp_path / "first")
+    find_topics(tmp_path / "first", out, num_topics=5)
+    run = open_trained(tmp_path / "first")
+    table = run.token_table("train")
+    assert table.num_rows == len(run.sources["train"]) > ROWS
+    for side, found in run.embeddings("train").items():
+        tokens = table.side(side, np.arange(table.num_rows))["tokens"]
+        np.testing.assert_array_equal(found, run.program.embed(run.params, side, tokens))
+
+    by = {"assignment.sourced.by": "topic", "assignment.sourced.mix": "one"}
+    config = configured(**SOURCED, **short, **by, **{"data.topics": str(out)})
+    with pytest.raises(ValueError, match="was made from other rows"):  # of the first data set alone
+        train(config, tmp_path / "other")
+    followed(config)
+    with watched() as (_, rows, *_):
+        train(config, tmp_path / "next")
+    topic = np.load(out)["topic"]
+    rows_of = SourcedRows(topic, batch_size=BATCH, seed=0, mix="one")
+    np.testing.assert_array_equal(rows, [rows_of(step) for step in range(4)])
+    np.savez(out, **{**np.load(out), "topic": topic[::-1]})
+    with pytest.raises(ValueError, match=r"data\.guides or data\.topics has changed"):
+        train(config, tmp_path / "next")
 
 
 def with_memory(state: TrainState, step: int, **parts) -> TrainState:

@@ -15,7 +15,7 @@ from jaxcl.assignment.epochs import (
 )
 from jaxcl.assignment.gap import GapReport, make_gap_measure, measure_gap, sample_batches
 from jaxcl.assignment.gcbs import Ordered, assign, assign_topics, make_order
-from jaxcl.assignment.settings import GRAPHS, METHODS, Gcbs
+from jaxcl.assignment.gcbs_settings import GRAPHS, METHODS, Gcbs
 from jaxcl.assignment.sourced import SourcedRows
 from jaxcl.assignment.uniform import uniform_rows
 

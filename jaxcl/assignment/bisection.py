@@ -3,7 +3,7 @@
 Every level splits all segments at once, in three steps: along the direction in which a segment's
 rows differ most; along what a random walk on the graph makes of that, since what lies in one
 direction need not hang together; and by swaps between the halves that bring more of the loss's mass
-together.
+together. The first two steps begin several times, and each segment takes its best cut.
 Whole numbers decide everything, so that the blocks are the same on any number of devices.
 """
 
@@ -23,6 +23,7 @@ from jaxcl.typing import Array, AxisName, Bool, Float, Int, Integer, Key
 
 __all__ = ["DEFAULT_EFFORT", "Effort", "bisect"]
 
+_LAST_LEVELS = 6  # begin several times; what is cut badly above can still be mended below
 _SPREAD = 2**9  # the mean magnitude of a walk's values
 _FARTHEST = 2**11  # the greatest
 
@@ -31,6 +32,8 @@ class Effort(NamedTuple):
     """How long the blocks are searched for.
 
     Attributes:
+      starts: random directions with which a split begins, in the last six levels; each segment
+        takes the cut that keeps most weight together.
       directions: steps towards the direction of a split.
       walks: steps of the random walk from there; 0 for none.
       swaps: rounds of swaps after a split.
@@ -38,7 +41,8 @@ class Effort(NamedTuple):
       eagerness: the share of the swaps worth making that a round makes.
     """
 
-    directions: int = 12
+    starts: int = 3
+    directions: int = 3
     walks: int = 24
     swaps: int = 8
     refinements: int = 24
@@ -88,6 +92,8 @@ def bisect(
             graph,
             order,
             segments,
+            halves,
+            starts=jnp.where(number >= last - _LAST_LEVELS, effort.starts, 1),
             effort=effort,
             key=jax.random.fold_in(split_key, number),
             place=place,
@@ -144,19 +150,53 @@ def _split(
     graph: PairGraph | None,
     order: Int[Array, " p"],
     segments: Segments,
+    halves: Segments,
     *,
+    starts: Integer[Array, ""] | int,
     effort: Effort,
     key: Key[Array, ""],
     place: Place,
 ) -> Int[Array, " p"]:
-    """Orders each segment's rows along the direction in which they differ most, and its walk."""
+    """Orders each segment's rows so that the halves keep together what belongs together."""
     of_row = segments.of_row(order)
-    along = place.everyone(
-        _along(points, place.mine(of_row), segments, steps=effort.directions, key=key, place=place)
-    )
-    if graph is not None and effort.walks:
-        along = _walked(graph, along, of_row, segments, steps=effort.walks, place=place)
-    return lax.sort((segments.of_position, along[order], order), num_keys=2)[2]
+    segment = place.mine(of_row)
+
+    def along(number: Integer[Array, ""] | int) -> Int[Array, " p"]:
+        start_key = jax.random.fold_in(key, number)
+        return place.everyone(
+            _along(points, segment, segments, steps=effort.directions, key=start_key, place=place)
+        )
+
+    def ordered(along: Int[Array, " p"]) -> Int[Array, " p"]:
+        return lax.sort((segments.of_position, along[order], order), num_keys=2)[2]
+
+    if graph is None:
+        return ordered(along(0))
+    inside = segments_of_neighbours(graph, of_row) == segment[:, None]
+    weights = jnp.where(inside, weights_within(graph, of_row, place), 0)
+    part = _Part(jnp.zeros((place.here, 1), jnp.int32), segment, jnp.diff(segments.starts), place)
+    padding = jnp.zeros(1, bool)
+
+    def kept(order: Int[Array, " p"]) -> Float[Array, " s"]:
+        """What the halves of each segment keep of its weight."""
+        half = halves.of_row(order)
+        together = segments_of_neighbours(graph, half) == place.mine(half)[:, None]
+        # A row's weights add up to one, and what rounding adds: to 2^12 at most.
+        of_rows = jnp.where(together, weights, 0).sum(1, keepdims=True) >> 3
+        return part._replace(points=of_rows).sums(jnp.ones_like(segment, bool))[:, 0]
+
+    def start(number: Integer[Array, ""] | int, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        order, most = best
+        walked = _walked(
+            graph, weights, along(number), of_row, segments, steps=effort.walks, place=place
+        )
+        found = ordered(walked)
+        now = kept(found)
+        better = jnp.append(now > most, padding)[segments.of_position]
+        return jnp.where(better, found, order), jnp.maximum(now, most)
+
+    none = jnp.full(segments.number, -1, jnp.float32)
+    return lax.fori_loop(0, starts, start, (order, none))[0]
 
 
 def _along(
@@ -215,6 +255,7 @@ def _along(
 
 def _walked(
     graph: PairGraph,
+    weights: Int[Array, "n k"],
     along: Int[Array, " p"],
     of_row: Int[Array, " p"],
     segments: Segments,
@@ -224,13 +265,15 @@ def _walked(
 ) -> Int[Array, " p"]:
     """How far each row lies along a direction, after a walk on the graph within its segment.
 
+    `weights` are of the neighbours in the row's segment, 0 of others.
+
     Each step adds to a row's value the weighted mean of its neighbours' and of those whose
     neighbour it is, and then centres and scales each segment's values. So they go towards the cut
     that parts least of the weight, and stop before they tell nothing but a few rows apart that
     hardly hang on the others (Lin and Cohen, "Power iteration clustering", ICML 2010).
     """
-    inside = segments_of_neighbours(graph, of_row) == place.mine(of_row)[:, None]
-    weights = jnp.where(inside, weights_within(graph, of_row, place), 0)
+    if not steps:
+        return along
     # At most 2^8, so that almost 4,096 of the greatest weight and value add up below 2^31; where
     # more do, a row's value is wrong, and its place no more than another one.
     greatest = place.everyone(weights.max(1)).max()

@@ -15,10 +15,10 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl.assignment.bisection import bisect
+from jaxcl.assignment.build_graph import graph_of
 from jaxcl.assignment.cuthill_mckee import cuthill_mckee, paper_order
-from jaxcl.assignment.pair_graph import graph_of
+from jaxcl.assignment.gcbs_settings import Gcbs
 from jaxcl.assignment.place import Place
-from jaxcl.assignment.settings import Gcbs
 from jaxcl.mesh import fetch, make_mesh, put_rows
 from jaxcl.typing import Array, Float, Int, Key, Scalar
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxcl.assignment import Gcbs, assign, make_gap_measure, sample_batches
 from jaxcl.assignment.bisection import Effort
-from jaxcl.assignment.pair_graph import graph_of
+from jaxcl.assignment.build_graph import graph_of
 from jaxcl.assignment.place import Place
 from jaxcl.mesh import make_mesh, put_rows
 from jaxcl.progress import say
@@ -226,8 +226,8 @@ def _in_batches(parts: np.ndarray, number: int, batch_size: int) -> Int[np.ndarr
     return np.argsort(filled, kind="stable").astype(np.int32)
 
 
-_LONGER = Effort(walks=32, swaps=16, refinements=64)
-_NO_GRAPH = Effort(walks=0, swaps=0, refinements=0)
+_LONGER = Effort(starts=6, swaps=16, refinements=64)
+_NO_GRAPH = Effort(starts=1, walks=0, swaps=0, refinements=0)
 
 METHODS: dict[str, Method] = {
     "random": _random,

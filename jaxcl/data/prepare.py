@@ -13,7 +13,7 @@ from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.data.guides import RowGuides, read_guides
 from jaxcl.data.negatives import RowNegatives, read_negatives
 from jaxcl.data.sources import PairSource
-from jaxcl.data.splits import JoinedPairs, open_splits, part_names
+from jaxcl.data.splits import ConcatenatedPairs, data_set_names, open_splits
 from jaxcl.data.token_table import TokenTable, build_token_table
 from jaxcl.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxcl.data.topics import RowTopics, read_topics
@@ -37,7 +37,7 @@ class RunData(NamedTuple):
       negatives: the training rows' explicit ones, or `None`.
       guides: the training rows' embeddings by a judge, or `None`.
       topics: the training rows' topics, or `None`.
-      parts: names of the data sets that are joined in the training rows.
+      data_sets: names of the data sets of the training rows, in order.
     """
 
     sources: Mapping[str, PairSource]
@@ -46,9 +46,9 @@ class RunData(NamedTuple):
     negatives: RowNegatives | None = None
     guides: RowGuides | None = None
     topics: RowTopics | None = None
-    parts: tuple[str, ...] = ()
+    data_sets: tuple[str, ...] = ()
 
-    def sources_of_rows(self, by: str) -> Int[np.ndarray, " n"]:
+    def source_of_row(self, by: str) -> Int[np.ndarray, " n"]:
         """The number of what each training row comes from: `"group"`, `"data_set"` or `"topic"`.
 
         Raises:
@@ -57,8 +57,8 @@ class RunData(NamedTuple):
         train = self.sources["train"]
         if by == "group":
             return np.asarray(self.tables["train"].group)
-        if by == "data_set" and isinstance(train, JoinedPairs):
-            return train.part
+        if by == "data_set" and isinstance(train, ConcatenatedPairs):
+            return train.data_set_of_row
         if by == "topic" and self.topics is not None:
             return self.topics.topic
         raise ValueError(f"the training rows have no {by!r}")
@@ -112,7 +112,7 @@ def prepare_data(
         role: _token_table(config, source, tokenizer, role, data_dir)
         for role, source in sources.items()
     }
-    return RunData(sources, tables, tokenizer, negatives, guides, topics, part_names(config))
+    return RunData(sources, tables, tokenizer, negatives, guides, topics, data_set_names(config))
 
 
 def _data_set(config: ConfigDict, *, data_dir: Path, workdir: Path) -> str:

@@ -2,12 +2,19 @@
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-__all__ = ["check_same_rows", "read_arrays"]
+__all__ = ["DAMAGED", "check_same_rows", "read_arrays"]
+
+DAMAGED = (
+    *(OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile, zlib.error),
+    *(NotImplementedError, RuntimeError),  # another compression, "encrypted"
+)
+"""What zip and NumPy raise for a file of which some bits have changed."""
 
 
 def read_arrays(path: Path, *, setting: str) -> tuple[dict[str, np.ndarray], str]:
@@ -20,7 +27,7 @@ def read_arrays(path: Path, *, setting: str) -> tuple[dict[str, np.ndarray], str
         content = path.read_bytes()
         with np.load(path) as arrays:
             found = {name: arrays[name] for name in arrays.files}
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise ValueError(f"{setting}={path} cannot be read: {error}") from error
     return found, hashlib.sha256(content).hexdigest()
 

@@ -15,7 +15,7 @@ import scipy.sparse
 from tokenizers import Tokenizer
 
 from jaxcl.data.sources import PairSource
-from jaxcl.data.splits import JoinedPairs
+from jaxcl.data.splits import ConcatenatedPairs
 from jaxcl.data.tokenizer import encode_texts, tokenizer_fingerprint
 from jaxcl.models.layers import PADDING_ID
 from jaxcl.models.towers import SIDES
@@ -33,7 +33,7 @@ class TokenTable(NamedTuple):
     Attributes:
       tokens: side -> all rows' ids end to end.
       offsets: side -> where each row begins, and one end more than there are rows.
-      group: each row's group; of joined data sets each has groups of its own, numbered in order.
+      group: each row's group; of concatenated data sets each has groups of its own.
       text: a number that rows of equal queries or equal keys share, and whoever shares it with
         them: none of them is a negative of another.
       max_tokens: side -> the width of its batches.
@@ -179,9 +179,8 @@ def _write(
             np.save(unfinished / f"{side}_tokens.npy", np.fromfile(raw, dtype))
             np.save(unfinished / f"{side}_offsets.npy", np.append(0, np.cumsum(lengths[side])))
             raw.unlink()
-        if isinstance(source, JoinedPairs):
-            both = np.stack([source.part, group])
-            group = np.unique(both, axis=1, return_inverse=True)[1].reshape(-1).astype(np.int32)
+        if isinstance(source, ConcatenatedPairs):
+            group = source.distinct_groups(group)
         np.save(unfinished / "group.npy", group)
         np.save(unfinished / "text.npy", _joined(*(same[side] for side in SIDES)))
         (unfinished / "made_from.json").write_text(json.dumps(made_from, indent=2))

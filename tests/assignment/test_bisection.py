@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxcl.assignment.bisection import Effort, _starts, _walked, bisect
-from jaxcl.assignment.graph import UNIT, PairGraph
+from jaxcl.assignment.bisection import Effort, _split, _starts, _walked, bisect
+from jaxcl.assignment.graph import UNIT, PairGraph, weights_within
 from jaxcl.assignment.place import Place
 from jaxcl.assignment.swaps import _most_first, refine, segments_of, swap
 from jaxcl.mesh import make_mesh
@@ -126,7 +126,10 @@ def test_swaps_and_refinement_raise_what_they_are_for():
     points, _ = clustered_points(16, 8, spread=0.8)
     graph = nearest_graph(points)
     effort = [{"swaps": 0, "refinements": 0}, {"refinements": 0}, {}]
-    none, swapped, refined = (captured(ordered(points, graph, **less), graph, 8) for less in effort)
+    start = {"starts": 1, "walks": 0}  # which leave something to be gained
+    none, swapped, refined = (
+        captured(ordered(points, graph, **start, **less), graph, 8) for less in effort
+    )
     assert none + 5 < swapped < refined
 
 
@@ -176,19 +179,22 @@ def test_a_walk_averages_over_the_neighbours_in_a_segment():
     segments = segments_of(jnp.asarray(starts), num_rows)
     of_row = np.asarray(segments.of_row(jnp.asarray(order)))
     graph = PairGraph(*map(jnp.asarray, (rows, masses, own)))
-    arguments = (graph, jnp.asarray(along), jnp.asarray(of_row), segments)
-    found = _walked(*arguments, steps=5, place=Place(None, num_rows))
+    place = Place(None, num_rows)
+    same = (rows >= 0) & (of_row[rows] == of_row[:, None])
+    given = jnp.where(same, weights_within(graph, jnp.asarray(of_row), place), 0)
+    arguments = (graph, given, jnp.asarray(along), jnp.asarray(of_row), segments)
+    found = _walked(*arguments, steps=5, place=place)
     on_eight = jax.shard_map(
         functools.partial(_walked, steps=5, place=Place("data", num_rows // 8)),
         mesh=make_mesh({"data": 8}),
-        in_specs=(PartitionSpec("data"), *3 * (PartitionSpec(),)),
+        in_specs=(PartitionSpec("data"), PartitionSpec("data"), *3 * (PartitionSpec(),)),
         out_specs=PartitionSpec(),
     )
     np.testing.assert_array_equal(jax.jit(on_eight)(*arguments), found)
 
-    same = (rows >= 0) & (of_row[rows] == of_row[:, None])
     share = np.minimum(masses / (own + (masses * same).sum(1))[:, None], 1)
     weights = np.where(same, np.round(share * 2**14).astype(int), 0)
+    np.testing.assert_allclose(given, weights, atol=1)
     weights >>= int(np.ceil(np.log2(weights.max()))) - 8
     ties = np.zeros((num_rows, num_rows))
     np.add.at(ties, (np.arange(num_rows)[:, None], rows), weights)
@@ -208,6 +214,42 @@ def test_a_walk_averages_over_the_neighbours_in_a_segment():
         expected = level(expected + np.round(ties @ expected / np.maximum(ties.sum(1), 1)))
     np.testing.assert_allclose(found[order[:36]], expected[order[:36]], atol=2)
     assert np.abs(expected - level(along >> 13)).max() > 100
+
+
+def test_each_segment_takes_the_best_of_its_cuts():
+    points, _ = clustered_points(16, 4, spread=0.9)
+    graph, place = nearest_graph(points), Place(None, 64)
+    segments, halves = (segments_of(jnp.arange(0, 65, size), 64) for size in (16, 8))
+    of_row = np.arange(64) // 16
+    rows, masses = np.asarray(graph.rows), np.asarray(graph.masses, float)
+    inside = of_row[rows] == of_row[:, None]
+    share = masses * inside / (np.asarray(graph.own) + (masses * inside).sum(1))[:, None]
+
+    def kept(starts):
+        """What the halves of each segment keep, by the shares that its neighbours have of it."""
+        order = np.asarray(
+            _split(
+                points.astype(jnp.int16),
+                graph,
+                jnp.arange(64, dtype=jnp.int32),
+                segments,
+                halves,
+                starts=starts,
+                effort=Effort(directions=1, walks=1),
+                key=jax.random.key(0),
+                place=place,
+            )
+        )
+        assert (of_row[order] == of_row).all()
+        half = np.empty(64, int)
+        half[order] = np.arange(64) // 8
+        return (share * (half[rows] == half[:, None])).sum(1).reshape(4, 16).sum(1)
+
+    found = np.stack([kept(starts) for starts in range(1, 6)])
+    assert (np.diff(found, axis=0) > -1e-2).all()  # but for the bits that are left out
+    better = np.diff(found, axis=0) > 0.1
+    assert better.any(0).sum() > 1  # of more than one segment,
+    assert len({tuple(column) for column in better.T}) > 1  # each at starts of its own
 
 
 @pytest.mark.parametrize("starts", [[0, 1_000], [0, 300, 300, 811, 900, 1_000, 1_000]])

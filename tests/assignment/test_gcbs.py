@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jaxcl.assignment import METHODS, Gcbs, assign, make_order
 from jaxcl.assignment.bisection import Effort
-from jaxcl.assignment.pair_graph import graph_of
+from jaxcl.assignment.build_graph import graph_of
 from jaxcl.assignment.place import Place
 from jaxcl.mesh import make_mesh, put_rows
 from tests.helpers import unit_vectors

@@ -8,7 +8,7 @@ import pytest
 from configs.code_search import get_config
 from jaxcl.data import splits
 from jaxcl.data.sources import InMemoryPairs
-from jaxcl.data.splits import JoinedPairs, open_splits, part_names
+from jaxcl.data.splits import ConcatenatedPairs, data_set_names, open_splits
 from jaxcl.data.token_table import build_token_table
 from jaxcl.data.tokenizer import train_tokenizer
 
@@ -25,43 +25,57 @@ DATA_SETS = {
 
 @pytest.fixture
 def opened(monkeypatch, tmp_path):
-    """Opens the splits by what is joined; also what each data set was asked for."""
+    """Opens the splits by what is concatenated; also what each data set was asked for."""
     asked = {}
 
     def open_pairs(name, split, *, data_dir, **options):
         assert data_dir == tmp_path
         asked[name] = options
+        if options["query_field"] == "nosuch":
+            raise ValueError("wiki has no field 'nosuch'")
         return DATA_SETS[name, split]
 
     monkeypatch.setattr(splits, "open_pairs", open_pairs)
 
-    def open_with(**joined):
+    def open_with(**others):
         config = get_config("smoke").data
         with config.unlocked():
             config.splits = type(config)({"train": "train", "validation": "validation"})
-            config.joined = type(config)(joined)
+            config.concatenated = type(config)(others)
         config.metadata_fields = ("name",)
-        return open_splits(config, "code", data_dir=tmp_path), asked, part_names(config)
+        return open_splits(config, "code", data_dir=tmp_path), asked, data_set_names(config)
 
     return open_with
 
 
-WIKI_TRAINS = {"name": "wiki:1.0.0", "splits": {"train": "train"}, "query_field": "question"}
+WIKI_TRAINS = {
+    "name": "wiki:1.0.0",
+    "splits": {"train": "train"},
+    "query_field": "question",
+    "key_field": "answer",
+    "group_field": "topic",
+}
+HELD_OUT_TOO = {
+    "name": "wiki:1.0.0",
+    "splits": {"validation": "test[:1]"},
+    "group_field": "topic",
+    "metadata_fields": ("name",),
+}
 
 
-def test_rows_of_joined_data_sets_follow_each_other(opened):
-    sources, asked, parts = opened(wiki=WIKI_TRAINS)
+def test_rows_of_another_data_set_follow(opened):
+    sources, asked, names = opened(wiki=WIKI_TRAINS)
     train = sources["train"]
     assert len(train) == 5
     rows = [4, 0, 2, 1, 3, 4]
     assert [record["query"] for record in train.read(rows)] == ["q4", "q0", "q2", "q1", "q1", "q4"]
-    assert train.part.tolist() == [0, 0, 1, 1, 1]
-    assert parts == ("first", "wiki")
+    assert train.data_set_of_row.tolist() == [0, 0, 1, 1, 1]
+    assert names == ("first", "wiki")
     assert sources["validation"] is HELD_OUT
     assert asked["wiki:1.0.0"] == {
         "query_field": "question",
-        "key_field": "key",
-        "group_field": None,
+        "key_field": "answer",
+        "group_field": "topic",
         "metadata_fields": (),
     }
     assert train.read([]) == []
@@ -69,50 +83,72 @@ def test_rows_of_joined_data_sets_follow_each_other(opened):
         train.read([5])
 
 
-def test_nothing_joined_is_the_data_set_itself(opened):
-    sources, _, parts = opened()
+def test_alone_it_is_the_data_set_itself(opened):
+    sources, _, names = opened()
     assert sources == {"train": CODE, "validation": HELD_OUT}
-    assert parts == ("first",)
+    assert names == ("first",)
 
 
-def test_held_out_rows_may_join_too(opened):
-    roles = {"train": "train", "validation": "test[:1]"}
-    sources, *_ = opened(wiki=WIKI_TRAINS | {"splits": roles, "metadata_fields": ("name",)})
+def test_several_follow_by_name_each_in_the_splits_that_it_gives(opened):
+    sources, _, names = opened(b=WIKI_TRAINS, a=HELD_OUT_TOO, c=WIKI_TRAINS)
+    assert names == ("first", "b", "c")
+    assert sources["train"].data_set_of_row.tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
     assert [record["query"] for record in sources["validation"].read([1, 0])] == ["q6", "q5"]
+    _, asked, _ = opened(a=HELD_OUT_TOO)
+    assert asked["wiki:1.0.0"]["key_field"] == "key"
 
 
-def test_a_fingerprint_names_the_parts_in_order():
-    joined, other = JoinedPairs([CODE, WIKI]), JoinedPairs([WIKI, CODE])
-    assert joined.fingerprint == JoinedPairs([CODE, WIKI]).fingerprint
-    assert len({joined.fingerprint, other.fingerprint, CODE.fingerprint}) == 3
-    assert pickle.loads(pickle.dumps(joined)).read([3]) == joined.read([3])
+def test_a_fingerprint_names_all_data_sets_in_order():
+    wanted = ConcatenatedPairs([CODE, WIKI]).fingerprint
+    assert wanted == ConcatenatedPairs([CODE, WIKI]).fingerprint
+    others = [CODE, *(ConcatenatedPairs(two) for two in ([WIKI, CODE], [CODE, HELD_OUT]))]
+    assert len({wanted, *(other.fingerprint for other in others)}) == 4
+    pickled = pickle.loads(pickle.dumps(ConcatenatedPairs([CODE, WIKI])))
+    assert pickled.read([3]) == WIKI.read([1])
 
 
 def test_groups_of_different_data_sets_differ_and_equal_texts_are_found_in_all(tmp_path):
     table = build_token_table(
-        JoinedPairs([CODE, WIKI]),
+        ConcatenatedPairs([CODE, WIKI, CODE]),
         train_tokenizer(["q0 q1 q2 q4 k0 k1 k2 k3 k4"], vocabulary_size=300),
         max_tokens={"query": 4, "key": 4},
         directory=tmp_path,
     )
-    # By data set, then by number: -3 and 7 of the first, 7 and the greatest of the second.
-    assert table.group.tolist() == [1, 0, 2, 2, 3]
+    # The first's stay; behind them 7 and the greatest of the second, then -3 and 7 of the third.
+    assert table.group.tolist() == [7, -3, 8, 8, 9, 11, 10]
     assert table.group.dtype == np.int32
     text = table.text
-    assert text[1] == text[3]  # q1
+    assert text[1] == text[3] == text[6]  # q1
     assert len(set(text.tolist())) == 4
+
+
+def test_groups_that_cannot_be_told_apart_are_an_error():
+    pairs = ConcatenatedPairs([WIKI, CODE])
+    with pytest.raises(ValueError, match=r"go up to 2147483649, .*give the first smaller numbers"):
+        pairs.distinct_groups(np.array([7, 7, 2**31 - 1, 7, -3]))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": None}, r"data\.joined\.wiki needs a name"),
-        ({"splits": {}}, r"data\.joined\.wiki needs a name, .*, and splits"),
-        ({"split": "train"}, r"data\.joined\.wiki has \['split'\]; it takes"),
+        ({"name": None}, r"data\.concatenated\.wiki needs a name"),
+        ({"name": "code_pairs"}, "is made for data.name alone; give the folder"),
+        ({"splits": {}}, r"data\.concatenated\.wiki needs a name, .*, and splits"),
+        ({"splits": "train"}, r"and splits, role -> split"),
+        ({"split": "train"}, r"data\.concatenated\.wiki has \['split'\]; it takes"),
         ({"splits": {"test": "train"}}, "has 'test'; data.splits has train, validation"),
         ({"splits": {"validation": "test[:1]"}}, r"metadata_fields lacks \['name'\]"),
+        ({"group_field": None}, r"group_field=None, but data\.group_field='group'"),
+        ({"query_field": "nosuch"}, r"data\.concatenated\.wiki: wiki has no field 'nosuch'"),
     ],
 )
-def test_what_cannot_join_says_why(opened, changes, message):
+def test_what_cannot_follow_says_why(opened, changes, message):
     with pytest.raises(ValueError, match=message):
         opened(wiki=WIKI_TRAINS | changes)
+
+
+def test_names_and_forms_that_cannot_be_are_named(opened):
+    with pytest.raises(ValueError, match=r"'first' is what data\.name is called"):
+        opened(first=WIKI_TRAINS)
+    with pytest.raises(ValueError, match="wiki='/folder'; it is a ConfigDict with a name"):
+        opened(wiki="/folder")

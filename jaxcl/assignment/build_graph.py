@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.assignment.bisection import bisect
+from jaxcl.assignment.gcbs_settings import Gcbs
 from jaxcl.assignment.graph import (
     Affinity,
     PairGraph,
@@ -13,7 +14,6 @@ from jaxcl.assignment.graph import (
     two_sided,
 )
 from jaxcl.assignment.place import Place
-from jaxcl.assignment.settings import Gcbs
 from jaxcl.ops.grid import length_on_grid, on_grid
 from jaxcl.ops.pairs.sides import PairLabels
 from jaxcl.typing import Array, Float, Int, Key, Scalar
