@@ -157,8 +157,9 @@ def _has_checkpoint(workdir: Path) -> bool:
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The fields in which two configs differ, but for those that may change."""
     ours, theirs = fields_of(now), fields_of(before)
+    here, there = dict(_flat(now)), dict(_flat(before))
     return [
-        f"{field} is {ours.get(field, 'nothing')} here and {theirs.get(field, 'nothing')} there"
+        f"{field} is {here.get(field, 'nothing')} here and {there.get(field, 'nothing')} there"
         for field in sorted(ours.keys() | theirs.keys())
         if ours.get(field) != theirs.get(field)
     ]

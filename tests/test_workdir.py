@@ -194,3 +194,16 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     write_whole(path, "afterwards")
     assert path.read_text() == "afterwards"
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_field_that_a_later_version_adds_unset_changes_nothing(tmp_path):
+    claim_workdir(tmp_path, config())
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    later = config()
+    with later.unlocked():
+        later.model.unset, later.model.more = None, ConfigDict()
+    claim_workdir(tmp_path, later)
+    claim_workdir(tmp_path, config())
+    with later.unlocked():
+        later.model.unset = 0
+    assert "model.unset is 0 here and nothing there" in error_of(tmp_path, later)
