@@ -8,16 +8,19 @@ import jax
 import numpy as np
 import pytest
 
+from jaxcl.build import build_program
+from jaxcl.build_assignment import sources_by
 from jaxcl.data.sources import open_pairs
+from jaxcl.data.splits import data_set_names
 from jaxcl.losses import infonce_loss
 from tests.helpers import relative_error, unit_vectors
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def snippet(heading: str) -> str:
+def snippet(heading: str, number: int = 0) -> str:
     section = README.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", section, re.S)[0]
+    return re.findall(r"```python\n(.*?)```", section, re.S)[number]
 
 
 def test_the_loss_in_ones_own_step_is_that_of_the_whole_batch():
@@ -57,3 +60,12 @@ def test_batches_are_chosen_of_two_arrays():
     # Blocks of the order stay together in a batch.
     blocks = {frozenset(block) for block in found["order"][:576].reshape(-1, 32).tolist()}
     assert {frozenset(block) for block in found["rows"][:256].reshape(-1, 32).tolist()} <= blocks
+
+
+def test_a_config_of_two_data_sets_is_one_that_can_be_built():
+    names = {}
+    exec(snippet("Which rows share a batch", 1), names)
+    config = names["get_config"]("smoke")
+    assert data_set_names(config.data) == ("first", "wiki")
+    assert sources_by(config) == "data_set"
+    assert build_program(config).mesh.size == 8
