@@ -61,8 +61,8 @@ class RunBatches:
         self._table = data.tables["train"]
         self._num_rows = self._table.num_rows
         self._rule = gcbs_rule(config)
-        if assignment_name(config) == "sourced":
-            self._sourced = _sourced_rows(config, data)
+        sourced = assignment_name(config) == "sourced"
+        self._sourced = _sourced_rows(config, data) if sourced else None
         if self._rule is not None:
             self._check_ever_due(self._rule)
             self._order = make_order(
@@ -82,9 +82,7 @@ class RunBatches:
         if self._rule is not None:
             assigned = self._assigned(state)
             return self._uniform if assigned is None else self._in_blocks(assigned, self._rule)
-        if assignment_name(self._config) == "sourced":
-            return self._sourced
-        return self._uniform
+        return self._uniform if self._sourced is None else self._sourced
 
     def due(self, step: int) -> bool:
         """Whether the batches are chosen anew after so many steps."""

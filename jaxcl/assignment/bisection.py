@@ -3,7 +3,8 @@
 Every level splits all segments at once, in three steps: along the direction in which a segment's
 rows differ most; along what a random walk on the graph makes of that, since what lies in one
 direction need not hang together; and by swaps between the halves that bring more of the loss's mass
-together. The first two steps begin several times, and each segment takes its best cut.
+together. In the last levels the first two begin several times, and each segment takes its best cut.
+
 Whole numbers decide everything, so that the blocks are the same on any number of devices.
 """
 
@@ -23,7 +24,7 @@ from jaxcl.typing import Array, AxisName, Bool, Float, Int, Integer, Key
 
 __all__ = ["DEFAULT_EFFORT", "Effort", "bisect"]
 
-_LAST_LEVELS = 6  # begin several times; what is cut badly above can still be mended below
+_LAST_LEVELS = 6  # begin several times: above them, starts take their time and gain nothing
 _SPREAD = 2**9  # the mean magnitude of a walk's values
 _FARTHEST = 2**11  # the greatest
 

@@ -24,12 +24,13 @@ def read_arrays(path: Path, *, setting: str) -> tuple[dict[str, np.ndarray], str
       ValueError: for a file that is missing or damaged; it names the setting that gave it.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
         with np.load(path) as arrays:
             found = {name: arrays[name] for name in arrays.files}
     except DAMAGED as error:
         raise ValueError(f"{setting}={path} cannot be read: {error}") from error
-    return found, hashlib.sha256(content).hexdigest()
+    return found, fingerprint
 
 
 def check_same_rows(

@@ -4,28 +4,24 @@
 that is prepared; `.read([3, 1, 4])` gives those rows as `[{"query": ..., "key": ...}, ...]`.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxcl.data.digests import file_digests
+
 __all__ = ["InMemoryPairs", "PairSource", "TfdsPairs", "checked_rows", "open_pairs"]
 
 DESCRIPTION_FILE = "jaxcl.json"
 """Lies beside the records that jaxcl itself prepares; its "fingerprint" names their content."""
 
-DIGESTS_FILE = ".jaxcl_digests.json"
-"""Lies beside the records of others, if it can: name -> size, time of the last change, sha256."""
-
 _Rows = Sequence[int] | np.ndarray
 _READ_AT_ONCE = 8192
-_BYTES_AT_ONCE = 2**22
 
 
 @runtime_checkable
@@ -320,50 +316,11 @@ def _fingerprint(builder: Any, instructions: Sequence[Any], fields: Mapping[str,
     if description.exists():
         content = json.loads(description.read_text())["fingerprint"]
     else:
-        content = [(directory / "features.json").read_text(), _digests(directory, paths)]
+        content = [(directory / "features.json").read_text(), file_digests(directory, paths)]
     rows = [
         (path.name, part.skip, part.take) for path, part in zip(paths, instructions, strict=True)
     ]
     return f"{_full_name(builder)}:{_sha256([content, rows, sorted(fields.items())])}"
-
-
-def _digests(directory: Any, paths: Sequence[Any]) -> list[str]:
-    """A digest of each file; those of files that have not been touched since are remembered."""
-    remembered = directory / DIGESTS_FILE
-    try:
-        known = json.loads(remembered.read_text())
-    except (OSError, ValueError):
-        known = {}
-    found = {}
-    for path in paths:
-        touched = _last_touched(path)
-        if known.get(path.name, [None])[:-1] == touched:
-            found[path.name] = known[path.name]
-        else:
-            found[path.name] = [*touched, _digest(path)]
-    if (remember := known | found) != known:  # which holds other splits' files, too
-        with contextlib.suppress(OSError):  # where nobody may write, they are taken each time
-            unfinished = directory / f"{DIGESTS_FILE}.unfinished"
-            unfinished.write_text(json.dumps(remember))
-            unfinished.replace(remembered)
-    return [found[path.name][-1] for path in paths]
-
-
-def _last_touched(path: Any) -> list[int]:
-    try:
-        local = os.stat(path)
-        return [local.st_size, local.st_mtime_ns]
-    except OSError:  # in a bucket
-        remote = path.stat()
-        return [remote.length, remote.mtime]
-
-
-def _digest(path: Any) -> str:
-    whole = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_BYTES_AT_ONCE):
-            whole.update(piece)
-    return whole.hexdigest()
 
 
 def _full_name(builder: Any) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from jaxcl.data.sources import DESCRIPTION_FILE, DIGESTS_FILE, InMemoryPairs, PairSource, open_pairs
+from jaxcl.data.digests import DIGESTS_FILE
+from jaxcl.data.sources import DESCRIPTION_FILE, InMemoryPairs, PairSource, open_pairs
 
 LABELS = ("no", "yes")
 NUM_ROWS = 20

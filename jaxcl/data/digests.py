@@ -1,0 +1,59 @@
+"""What files hold, by their sha256: taken once, as long as they are not touched."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["DIGESTS_FILE", "file_digests"]
+
+DIGESTS_FILE = ".jaxcl_digests.json"
+"""Lies beside the files, if it can: name -> size, time of the last change, sha256."""
+
+_BYTES_AT_ONCE = 2**22
+
+
+def file_digests(directory: Any, paths: Sequence[Any]) -> list[str]:
+    """A digest of each file; those of files that have not been touched since are remembered.
+
+    Args:
+      directory: where they lie, locally or in a bucket; `DIGESTS_FILE` is kept there.
+      paths: the files.
+    """
+    remembered = directory / DIGESTS_FILE
+    try:
+        known = json.loads(remembered.read_text())
+    except (OSError, ValueError):
+        known = {}
+    found = {}
+    for path in paths:
+        touched = _last_touched(path)
+        if known.get(path.name, [None])[:-1] == touched:
+            found[path.name] = known[path.name]
+        else:
+            found[path.name] = [*touched, _digest(path)]
+    if (remember := known | found) != known:  # which holds other splits' files, too
+        with contextlib.suppress(OSError):  # where nobody may write, they are taken each time
+            unfinished = directory / f"{DIGESTS_FILE}.unfinished"
+            unfinished.write_text(json.dumps(remember))
+            unfinished.replace(remembered)
+    return [found[path.name][-1] for path in paths]
+
+
+def _last_touched(path: Any) -> list[int]:
+    try:
+        local = os.stat(path)
+        return [local.st_size, local.st_mtime_ns]
+    except OSError:  # in a bucket
+        remote = path.stat()
+        return [remote.length, remote.mtime]
+
+
+def _digest(path: Any) -> str:
+    whole = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_BYTES_AT_ONCE):
+            whole.update(piece)
+    return whole.hexdigest()
