@@ -77,8 +77,8 @@ def get_config(variant: str = "default") -> ConfigDict:
         {"kind": placeholder(str), "slots": 16_384, "momentum": 0.5, "dtype": "float32"}
     )
     # How many negatives a query meets beside the batch's: jaxcl.negatives.tiers explains them.
-    # Made ones help here (README: Negatives beyond the batch).
-    made = TierBudgets(mixed=16, mixed_with_query=8, perturbed=8, hardest=32)
+    # Made ones help here, of the batch more than of a bank (README: Negatives beyond the batch).
+    made = TierBudgets(mixed=16, mixed_with_query=8, perturbed=8, hardest=32, of_batch=True)
     config.negatives.tiers = ConfigDict(made._asdict())
     # Mined from the instance bank every so many steps, then read and encoded with the batch.
     config.negatives.mined = ConfigDict(

@@ -188,11 +188,13 @@ def _check_tiers(config: ConfigDict, kind: str | None, budgets: TierBudgets) -> 
             raise ValueError(f"negatives.tiers.{name}={getattr(budgets, name)}; 0 is the least")
     if budgets.synthetic and budgets.hardest < 1:
         raise ValueError(f"negatives.tiers.hardest={budgets.hardest}; set it to at least 1")
-    read = budgets.any_tier or mining_rule(config) is not None or _chooses_batches(config)
+    drawn = budgets.whole or budgets.drawn or (budgets.synthetic and not budgets.of_batch)
+    read = drawn or mining_rule(config) is not None or _chooses_batches(config)
     if kind is not None and not read:
         raise ValueError(
             f"negatives.bank.kind={kind!r}, but nobody reads the bank; set negatives.tiers.whole "
-            "to True, or uniform, stratified, nearest or a synthetic tier to a number"
+            "to True, or uniform, stratified, nearest or a synthetic tier (without of_batch) to a "
+            "number"
         )
     if kind is None and budgets.drawn:
         raise ValueError(

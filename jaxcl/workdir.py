@@ -98,12 +98,12 @@ def read_config(workdir: Path) -> ConfigDict:
 def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run computes of a config: its fields by dotted name, but for those under `run`.
 
-    Without those that are `None` or empty: a later version may add more of them.
+    Without those that are `None`, `False` or empty: a later version may add more of them.
     """
     return {
         field: value
         for field, value in _flat(config)
-        if field.split(".")[0] != _MAY_CHANGE and value is not None and value != {}
+        if field.split(".")[0] != _MAY_CHANGE and value not in (None, {}) and value is not False
     }
 
 

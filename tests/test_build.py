@@ -189,6 +189,14 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
             r"tiers\.whole has every slot of the bank count already",
         ),
         ({"negatives.bank.kind": "queue"}, "nobody reads the bank; set negatives.tiers.whole"),
+        (
+            {
+                "negatives.bank.kind": "queue",
+                "negatives.tiers.mixed": 2,
+                "negatives.tiers.of_batch": True,
+            },
+            "nobody reads the bank; set negatives.tiers.whole",
+        ),
         ({**QUEUE, "negatives.bank.dtype": "bf16"}, "dtype='bf16'; use float32, bfloat16"),
         ({"negatives.momentum_encoder.initial": 0.9}, "nobody reads that encoder"),
         (

@@ -71,7 +71,7 @@ def batch_of(step, mined):
     return {"query": tokens, "key": tokens, "negatives": explicit, **labels(rows)}
 
 
-def functions(devices, *, gradient=False):
+def functions(devices, **changes):
     """A mesh of so many devices, and what trains on it."""
     mesh = make_mesh({"data": devices}, devices=jax.devices()[:devices])
 
@@ -79,7 +79,7 @@ def functions(devices, *, gradient=False):
         return update_instances(bank, vectors, rows, groups, momentum=BANK_MOMENTUM, ids=ids)
 
     beyond = BeyondBatch(
-        BUDGETS._replace(gradient=gradient),
+        BUDGETS._replace(**changes),
         {"query": update, "key": update},
         guide=None,
         margins={"relative_margin": RELATIVE_MARGIN},
@@ -111,9 +111,9 @@ def initial_state():
     return TrainState(jnp.int32(0), params, OPTIMIZER.init(params), memory, jax.random.key(7))
 
 
-def train_in_jax(devices, *, gradient=False, move=None):
+def train_in_jax(devices, *, move=None, **changes):
     """The state after all steps and their losses; `move` is (step, devices, folder)."""
-    mesh, step_fn, refresh = functions(devices, gradient=gradient)
+    mesh, step_fn, refresh = functions(devices, **changes)
     state = initial_state()
     state = jax.device_put(state, state_sharding(mesh, state))
     losses = []
@@ -157,7 +157,7 @@ def cast(state, dtype):
 class Restated:
     """The same in NumPy: every score of every query in one list, and gradients by hand."""
 
-    def __init__(self, *, gradient=False):
+    def __init__(self, *, gradient=False, of_batch=False):
         self.towers = initial()
         self.momentum = initial()
         self.log_temperature = np.log(BOUNDS.initial)
@@ -165,7 +165,7 @@ class Restated:
         self.written = np.zeros(ROWS, bool)
         self.mined = np.full((ROWS, RULE.per_query), -1)
         self.key = jax.random.key(7)
-        self.gradient = gradient
+        self.gradient, self.of_batch = gradient, of_batch
         self.losses = []
         self.met = dict.fromkeys(("batch", "explicit", "shared", "nearest", "synthetic"), 0)
         self.counted = dict(self.met)
@@ -286,6 +286,13 @@ class Restated:
             ]
             hardest = [self.bank["key"][slot] for _, slot in sorted(there)[: BUDGETS.hardest]]
             nearest.append(hardest[: BUDGETS.nearest])
+            if self.of_batch:
+                there = [
+                    (-(queries[i] @ keys[j]), j)
+                    for j, other in enumerate(rows)
+                    if TEXT[other] != TEXT[row] and queries[i] @ keys[j] <= ceiling
+                ]
+                hardest = [keys[j] for _, j in sorted(there)[: BUDGETS.hardest]]
             synthetic.append(self.made(jax.random.fold_in(key, row), queries[i], hardest))
         return {"shared": uniform + stratified, "nearest": nearest, "synthetic": synthetic}
 
@@ -355,8 +362,8 @@ def cross_entropy(positive, scores):
 
 
 @functools.cache
-def restated(*, gradient=False):
-    return Restated(gradient=gradient).run()
+def restated(**changes):
+    return Restated(**changes).run()
 
 
 def assert_same(state, losses, wanted, *, tolerance=1e-10):
@@ -391,6 +398,13 @@ def test_every_tier_trains_as_written_out_in_numpy(devices):
 def test_a_run_moves_from_8_devices_to_4_with_all_that_it_remembers(tmp_path):
     moved_run = train_in_jax(8, move=(REFRESH_AT + 1, 4, tmp_path / "run"))
     assert_same(*moved_run, restated(), tolerance=1e-6)  # it was saved in float32
+
+
+@pytest.mark.slow
+def test_synthetic_negatives_may_be_of_the_batch_though_a_bank_is_there():
+    assert_same(*train_in_jax(8, of_batch=True), restated(of_batch=True))
+    wanted, other = (restated(of_batch=flag).towers["query"] for flag in (True, False))
+    assert relative_error(wanted, other) > 1e-4
 
 
 @pytest.mark.slow

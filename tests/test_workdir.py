@@ -201,7 +201,7 @@ def test_a_field_that_a_later_version_adds_unset_changes_nothing(tmp_path):
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     later = config()
     with later.unlocked():
-        later.model.unset, later.model.more = None, ConfigDict()
+        later.model.unset, later.model.off, later.model.more = None, False, ConfigDict()
     claim_workdir(tmp_path, later)
     claim_workdir(tmp_path, config())
     with later.unlocked():

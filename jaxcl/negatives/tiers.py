@@ -44,6 +44,8 @@ class TierBudgets(NamedTuple):
       perturbed: hardest negatives turned by `degrees`.
       hardest: how many of a query's nearest these three are made of: in the bank, or in the batch
         where there is no bank.
+      of_batch: whether they are made of the batch although there is a bank, which may be there to
+        mine by, or to choose batches by.
       degrees: the angle by which perturbed negatives are turned.
       gradient: whether the three pass gradients on to what they are made of.
     """
@@ -56,6 +58,7 @@ class TierBudgets(NamedTuple):
     mixed_with_query: int = 0
     perturbed: int = 0
     hardest: int = 64
+    of_batch: bool = False
     degrees: float = 20.0
     gradient: bool = False
 
@@ -181,7 +184,8 @@ def draw_tiers(
       margin: as for `infonce_loss`: the nearest are those that its masks leave.
       relative_margin: the same.
       guides: the same.
-      source: the bank to draw from; without it, the three synthetic tiers are made of the batch.
+      source: the bank to draw from; without it, or with `budgets.of_batch`, the three synthetic
+        tiers are made of the batch.
       axis_name: the mesh axes over which rows and slots are sharded.
 
     Returns:
@@ -193,29 +197,34 @@ def draw_tiers(
         relative_margin=relative_margin,
     )
     query_guide, key_guide = (None, None) if guides is None else guides
+    batch = SharedNegatives(keys, ids, groups, valid, key_guide)
     tiers: dict[str, SharedNegatives | OwnNegatives] = {}
-    if source is None:
-        candidates = SharedNegatives(keys, ids, groups, valid, key_guide)
-    else:
-        drawn, candidates = _drawn_by_all(budgets, source, axis_name)
+    slots = batch
+    if source is not None:
+        drawn, slots = _drawn_by_all(budgets, source, axis_name)
         tiers |= drawn
-    count = max(budgets.nearest, budgets.hardest if budgets.synthetic else 0)
-    if count:
-        hardest = _nearest_of(
-            queries,
-            PairLabels(
-                different=(ids,) if groups is None else (ids, groups),
-                valid=valid,
-                ceiling=ceilings,
-                guide=query_guide,
-            ),
-            candidates,
-            count,
-            axis_name,
-            gradient=budgets.gradient,
+
+    def hardest_of(candidates: SharedNegatives, count: int) -> OwnNegatives:
+        labels = PairLabels(
+            different=(ids,) if groups is None else (ids, groups),
+            valid=valid,
+            ceiling=ceilings,
+            guide=query_guide,
         )
-        if budgets.nearest:
-            tiers["nearest"] = jax.tree.map(lambda leaf: leaf[:, : budgets.nearest], hardest)
+        gradient = budgets.gradient
+        return _nearest_of(queries, labels, candidates, count, axis_name, gradient=gradient)
+
+    made_of_batch = budgets.of_batch and source is not None
+    hardest_count = budgets.hardest if budgets.synthetic else 0
+    # One search serves both tiers that are of the same candidates.
+    count = budgets.nearest if made_of_batch else max(budgets.nearest, hardest_count)
+    if count:
+        hardest = hardest_of(slots, count)
+    if budgets.nearest:
+        tiers["nearest"] = jax.tree.map(lambda leaf: leaf[:, : budgets.nearest], hardest)
+    if budgets.synthetic:
+        if made_of_batch:
+            hardest = hardest_of(batch, budgets.hardest)
         tiers |= _synthetic(budgets, queries, hardest, row_keys, guided=guides is not None)
     return tiers
 

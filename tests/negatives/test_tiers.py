@@ -260,6 +260,36 @@ def test_without_a_bank_synthetic_negatives_are_made_of_the_batch():
             assert residual.sum() < 1e-10
 
 
+def test_beside_a_bank_they_may_be_made_of_the_batch_as_well():
+    of_batch, of_bank = (tiers_on(8, ALL._replace(of_batch=flag)) for flag in (True, False))
+    without = tiers_on(8, ALL._replace(uniform=0, stratified=0, nearest=0), bank=False)
+    made = {"mixed", "mixed_with_query", "perturbed"}
+    assert of_batch.keys() == of_bank.keys()
+    assert without.keys() == made
+    for name, tier in of_batch.items():
+        wanted = without if name in made else of_bank
+        jax.tree.map(np.testing.assert_array_equal, tier.vectors, wanted[name].vectors)
+        np.testing.assert_array_equal(tier.valid, wanted[name].valid)
+    assert not np.allclose(of_batch["mixed"].vectors, of_bank["mixed"].vectors, atol=1e-2)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_their_gradients_reach_the_batch_they_are_made_of(gradient):
+    queries, keys = (unit_vectors(seed, QUERIES, DIM, dtype=jnp.float32) for seed in (1, 2))
+    budgets = TierBudgets(mixed=3, hardest=2, gradient=gradient, of_batch=True)
+    numbers = jnp.arange(QUERIES)
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), numbers)
+
+    def first_of_all(keys, bank):
+        source = DrawSource(bank_of()) if bank else None
+        tiers = draw_tiers(budgets, queries, keys, row_keys=row_keys, ids=numbers, source=source)
+        return tiers["mixed"].vectors[..., 0].sum()
+
+    with_bank, without = (jax.grad(first_of_all)(keys, bank) for bank in (True, False))
+    np.testing.assert_array_equal(with_bank, without)
+    assert bool((with_bank != 0).any()) == gradient
+
+
 def test_no_device_receives_more_of_the_bank_than_it_draws():
     budgets = TierBudgets(uniform=24, nearest=5)
     program = tiers_on(8, budgets, lower=True).as_text()
