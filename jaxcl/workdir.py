@@ -98,7 +98,8 @@ def read_config(workdir: Path) -> ConfigDict:
 def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run computes of a config: its fields by dotted name, but for those under `run`.
 
-    Without those that are `None`, `False` or empty: a later version may add more of them.
+    Without those that are `None`, `False` or empty: a later version may add more of them, of which
+    these mean what was done before.
     """
     return {
         field: value

@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, annotations that are checked, programs that are kept."""
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -19,7 +20,7 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get
 # What one test compiles another need not, in this process or in those that it starts. Workers have
 # a folder each, since one may read what another has written half.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxcl-tests-compiled-")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
@@ -35,6 +36,13 @@ def _eight_devices() -> None:
     assert jax.device_count() == 8, "jax started before tests/conftest.py asked for 8 devices"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _what_stays_is_searched_once() -> None:
+    """Spares the garbage collector the millions of objects of what was compiled before."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def x64():
     """Float64 for the length of a test."""
@@ -43,27 +51,33 @@ def x64():
 
 
 @pytest.fixture(scope="session")
-def smoke_command(tmp_path_factory):
-    """What trains a small code search, of pairs that all such runs of this process share.
+def smoke_pairs(tmp_path_factory) -> Path:
+    """The pairs of the smoke config, parsed once for all workers: a folder in their data_dir.
 
-    `(workdir) -> arguments` of a new process; more of them may follow.
+    To name it spares a run the hashing of all packages.
     """
     from configs.code_search import get_config
     from jaxcl.data.code_pairs import prepare_code_pairs
 
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return prepare_code_pairs(folder / "data", **get_config("smoke").data.code_pairs).directory
+
+
+@pytest.fixture(scope="session")
+def smoke_command(smoke_pairs):
+    """What trains a small code search: `(workdir) -> arguments` of a process; more may follow."""
     config = Path(__file__).parents[1] / "configs" / "code_search.py"
-    data_dir = tmp_path_factory.getbasetemp() / "data"
-    of_smoke = get_config("smoke").data.code_pairs
-    pairs = prepare_code_pairs(data_dir, **of_smoke).directory
 
     def arguments(workdir: Path) -> list[str]:
         return [
             *(sys.executable, "-m", "jaxcl.train", f"--config={config}:smoke"),
             f"--workdir={workdir}",
-            f"--config.data.name={pairs}",
+            f"--config.data.name={smoke_pairs}",
             "--config.data.vocabulary_size=1000",
             "--config.model.dim=16",
-            f"--config.run.data_dir={data_dir}",
+            f"--config.run.data_dir={smoke_pairs.parents[1]}",
             "--config.run.log_every=1",
         ]
 

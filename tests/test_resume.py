@@ -39,8 +39,8 @@ def command(smoke_command):
 def start(arguments: list[str]) -> subprocess.Popen:
     """A process with one CPU device, in a group of its own."""
     # What it compiles it keeps where the trainer does, since one that is killed may leave a part.
-    others = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
-    environment = {name: value for name, value in os.environ.items() if name not in others}
+    others = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         arguments,

@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from jaxcl.assignment import uniform_rows
 from jaxcl.build import build_program
 from jaxcl.checkpoint import CheckpointError, Checkpoints
-from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.data.prepare import prepare_data
 from jaxcl.data.token_table import TokenTable
 from jaxcl.metric_writer import read_metrics
@@ -55,33 +54,18 @@ def smoke_config(**changes) -> ConfigDict:
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """The pairs of the smoke config, parsed once; test_resume.py shares them."""
-    directory = tmp_path_factory.getbasetemp() / "data"
-    prepare_code_pairs(directory, **smoke_config().data.code_pairs)
-    return directory
-
-
-@pytest.fixture(scope="session")
-def pairs(data_dir):
-    """The prepared data set's folder: naming it spares each run the hashing of all packages."""
-    [directory] = (data_dir / "code_pairs").iterdir()
-    return directory
-
-
-@pytest.fixture(scope="session")
-def tiny(data_dir, pairs, tmp_path_factory):
+def tiny(smoke_pairs, tmp_path_factory):
     """A config of 20 steps with a small model, by changes."""
     tokenizer = tmp_path_factory.getbasetemp() / "tokenizer.json"
 
     def config(**changes) -> ConfigDict:
         small = {
-            "data.name": str(pairs),
+            "data.name": str(smoke_pairs),
             "data.vocabulary_size": 1_000,
             "data.tokenizer": str(tokenizer) if tokenizer.exists() else None,
             "model.dim": 16,
             "optimizer.warmup_steps": 2,
-            "run.data_dir": str(data_dir),
+            "run.data_dir": str(smoke_pairs.parents[1]),
             "run.log_every": 2,
             "run.evaluate_every": 10,
             "run.checkpoint_every": 10,
@@ -158,10 +142,11 @@ def half_run(monkeypatch, config: ConfigDict, workdir: Path, *, until: int = 10)
 
 
 @pytest.mark.smoke
-def test_the_smoke_config_trains_evaluates_and_leaves_its_files(data_dir, tmp_path):
+def test_the_smoke_config_trains_evaluates_and_leaves_its_files(smoke_pairs, tmp_path):
     small = {"model.dim": 32, "data.vocabulary_size": 2_000}
     small |= {"optimizer.learning_rate": 2e-2, "optimizer.warmup_steps": 2}
-    config = smoke_config(**small, **{"run.data_dir": str(data_dir), "run.log_every": 1})
+    data_dir = str(smoke_pairs.parents[1])  # where they are found, but must be named by no one
+    config = smoke_config(**small, **{"run.data_dir": data_dir, "run.log_every": 1})
     results = train(config, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert results["steps"] == 20
@@ -494,8 +479,8 @@ def test_a_config_that_cannot_run_says_why_and_writes_nothing(tiny, tmp_path, ch
     assert not (tmp_path / "run").exists()
 
 
-def test_more_rows_than_there_are_is_an_error(tiny, tmp_path, pairs):
-    sizes = json.loads((pairs / "dataset_info.json").read_text())["splits"]
+def test_more_rows_than_there_are_is_an_error(tiny, tmp_path, smoke_pairs):
+    sizes = json.loads((smoke_pairs / "dataset_info.json").read_text())["splits"]
     rows = next(sum(map(int, s["shardLengths"])) for s in sizes if s["name"] == "train")
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the text is compared below
         train(tiny(global_batch_size=1_024), tmp_path)

@@ -108,10 +108,10 @@ def assign_topics(
       ValueError: for no topic, or fewer rows than topics; and as `assign`.
 
     Example:
-      >>> rows = np.repeat(np.eye(2, 8, dtype=np.float32), 4, axis=0)
-      >>> found = assign_topics(rows, rows, num_topics=2)
-      >>> len(set(found[:4])), len(set(found[4:])), len(set(found))
-      (1, 1, 2)
+      >>> rows = np.repeat(np.eye(4, 8, dtype=np.float32), 4, axis=0)
+      >>> found = assign_topics(rows, rows, num_topics=4)
+      >>> [len(set(topics)) for topics in found.reshape(4, 4)], len(set(found))
+      ([1, 1, 1, 1], 4)
     """
     if not 1 <= num_topics <= len(queries):
         raise ValueError(f"num_topics={num_topics} of {len(queries)} rows; give from 1 to as many")

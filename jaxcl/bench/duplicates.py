@@ -116,7 +116,8 @@ def _config(workdir: Path, *, mask: str, steps: int, seed: int) -> ConfigDict:
     config.loss.masks = (mask,)
     config.optimizer.warmup_steps = max(1, steps // 10)
     config.negatives.bank.kind = "queue"
-    config.negatives.tiers.whole = True
+    with config.unlocked():  # an older run does not know of_batch
+        config.negatives.tiers.update(whole=True, of_batch=False)
     return config
 
 

@@ -222,9 +222,9 @@ def draw_tiers(
         hardest = hardest_of(slots, count)
     if budgets.nearest:
         tiers["nearest"] = jax.tree.map(lambda leaf: leaf[:, : budgets.nearest], hardest)
-    if budgets.synthetic:
+    if hardest_count:
         if made_of_batch:
-            hardest = hardest_of(batch, budgets.hardest)
+            hardest = hardest_of(batch, hardest_count)
         tiers |= _synthetic(budgets, queries, hardest, row_keys, guided=guides is not None)
     return tiers
 

@@ -17,6 +17,7 @@ from tests.helpers import unit_vectors
 
 TOPICS, SIZE, DIM = 15, 8, 16
 ROWS = TOPICS * SIZE - 3  # divides over no mesh
+SIZES = {"block_size": SIZE, "batch_size": 2 * SIZE}  # the same, or more would be compiled
 QUICK = Effort(directions=4, swaps=4, refinements=2)
 SETTINGS = {
     "exact": Gcbs(neighbours=9, effort=QUICK),
@@ -41,10 +42,7 @@ def topical(seed=0, noise=0.45):
 @functools.cache
 def compiled(name, devices):
     mesh = make_mesh({"data": devices}, devices=jax.devices()[:devices])
-    order = make_order(
-        mesh, num_rows=ROWS, block_size=SIZE, batch_size=2 * SIZE, settings=SETTINGS[name]
-    )
-    return mesh, order
+    return mesh, make_order(mesh, num_rows=ROWS, settings=SETTINGS[name], **SIZES)
 
 
 def ordered(name, devices, *, seed=0, apart=()):
@@ -92,21 +90,20 @@ def test_rows_on_the_mesh_may_be_more_than_those_of_the_data_set():
 
 def test_equal_labels_do_not_attract_each_other():
     topic = topical()[2].astype(np.int32)
-    found, without = (ordered("exact", 1, apart=apart).rows for apart in ((topic,), ()))
+    found, without = (ordered("exact", 8, apart=apart).rows for apart in ((topic,), ()))
     together = [(topic[order][1:] == topic[order][:-1]).mean() for order in (found, without)]
     assert together[0] < together[1] - 0.1
 
 
 def test_a_newcomer_gives_two_arrays():
     queries, keys, topic = topical()
-    order = assign(queries, keys, block_size=SIZE, settings=SETTINGS["exact"])
+    options = {"block_size": SIZE, "settings": SETTINGS["exact"]}  # whole batches
+    order = assign(queries, keys, **options)
     whole = order[: ROWS // SIZE * SIZE].reshape(-1, SIZE)
     most = np.mean([np.bincount(topic[block]).max() for block in whole]) / SIZE
     assert most > 0.7
     # Lengths do not count, nor do types.
-    other = assign(
-        3 * queries, keys.astype(np.float16), block_size=SIZE, settings=SETTINGS["exact"]
-    )
+    other = assign(3 * queries, keys.astype(np.float16), **options)
     assert sorted(other.tolist()) == list(range(ROWS))
 
 
@@ -150,7 +147,7 @@ def test_labels_and_temperatures_that_cannot_be_are_named():
 
 def test_other_types_of_the_same_shape_are_ordered_too():
     queries, keys, topic = topical()
-    options = {"block_size": SIZE, "settings": SETTINGS["exact"]}
+    options = {"settings": SETTINGS["exact"], **SIZES}
     for dtype, label in ((np.float32, np.int32), (np.float16, np.int8)):
         apart = (topic.astype(label),)
         found = assign(queries.astype(dtype), keys.astype(dtype), apart=apart, **options)
@@ -177,7 +174,7 @@ def test_more_neighbours_than_rows_and_what_padding_holds_change_nothing(graph):
 
 def test_labels_of_64_bits_stay_as_many():
     queries, keys, topic = topical()
-    options = {"block_size": SIZE, "settings": SETTINGS["exact"]}
+    options = {"settings": SETTINGS["exact"], **SIZES}
     orders = [
         assign(queries, keys, apart=(labels,), **options)
         # In 32 bits all of these would be one.

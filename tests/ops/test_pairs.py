@@ -98,6 +98,15 @@ def value_and_gradients(function, *inputs):
     return jax.jit(jax.value_and_grad(function, (0, 1, 2)))(*inputs)
 
 
+@functools.cache
+def of_option(sizes, option, implementation):
+    num_queries, num_keys = sizes
+    *labels, options = labels_of(option, num_queries, num_keys)
+    how = {"implementation": implementation, "tile": TILE}
+    inputs = unit_vectors(0, num_queries, 6), unit_vectors(1, num_keys, 6), jnp.log(0.1)
+    return value_and_gradients(weighted(pair_logsumexp, labels, options, **how), *inputs)
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("implementation", ANYWHERE)
 def test_two_by_three_by_hand(implementation):
@@ -144,13 +153,8 @@ def test_each_mask_by_hand(implementation):
 )
 @pytest.mark.parametrize("by_tiles", BY_TILES)
 def test_tiles_give_the_value_and_gradients_of_the_whole(by_tiles, sizes, option):
-    num_queries, num_keys = sizes
-    *labels, options = labels_of(option, num_queries, num_keys)
-    inputs = unit_vectors(0, num_queries, 6), unit_vectors(1, num_keys, 6), jnp.log(0.1)
-    whole, tiles = (
-        value_and_gradients(weighted(pair_logsumexp, labels, options, **how), *inputs)
-        for how in ({"implementation": "reference"}, {"implementation": by_tiles, "tile": TILE})
-    )
+    whole = of_option(sizes, option, "reference")
+    tiles = of_option(sizes, option, by_tiles)
     errors = {
         path: np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-3)
         for (path, a), b in zip(
