@@ -44,6 +44,14 @@ def _what_stays_is_searched_once() -> None:
 
 
 @pytest.fixture
+def nothing_left_behind():
+    """Lets what a failed load leaves behind warn here, not in the test that comes next."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
 def x64():
     """Float64 for the length of a test."""
     with jax.enable_x64(True):

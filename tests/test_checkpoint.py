@@ -1,7 +1,6 @@
 """Checkpoints: what is saved comes back to the last bit, and what is damaged never does."""
 
 import contextlib
-import gc
 import json
 import logging
 import os
@@ -25,18 +24,11 @@ pytestmark = [
     # Where a load fails, Orbax leaves what it had begun.
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.usefixtures("_nothing_left_behind"),
+    pytest.mark.usefixtures("nothing_left_behind"),
 ]
 
 ROWS = PartitionSpec("data")
 WHOLE = PartitionSpec()
-
-
-@pytest.fixture
-def _nothing_left_behind():
-    """Lets what a failed load leaves behind warn here, not in the test that comes next."""
-    yield
-    gc.collect()
 
 
 def mesh_of(num_devices: int):

@@ -1,7 +1,6 @@
 """Training end to end: the real config, shrunk, on eight devices; a resumed run is the same run."""
 
 import contextlib
-import gc
 import importlib.util
 import json
 import signal
@@ -29,18 +28,11 @@ pytestmark = [
     # Where a load fails, Orbax leaves what it had begun.
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.usefixtures("_nothing_left_behind"),
+    pytest.mark.usefixtures("nothing_left_behind"),
 ]
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "code_search.py"
-
-
-@pytest.fixture
-def _nothing_left_behind():
-    """Lets what a failed load leaves behind warn here, not in the test that comes next."""
-    yield
-    gc.collect()
 
 
 def smoke_config(**changes) -> ConfigDict:
