@@ -137,7 +137,7 @@ def half_run(monkeypatch, config: ConfigDict, workdir: Path, *, until: int = 10)
 def test_the_smoke_config_trains_evaluates_and_leaves_its_files(smoke_pairs, tmp_path):
     small = {"model.dim": 32, "data.vocabulary_size": 2_000}
     small |= {"optimizer.learning_rate": 2e-2, "optimizer.warmup_steps": 2}
-    data_dir = str(smoke_pairs.parents[1])  # where they are found, but must be named by no one
+    data_dir = str(smoke_pairs.parents[1])  # where the run finds the pairs by itself
     config = smoke_config(**small, **{"run.data_dir": data_dir, "run.log_every": 1})
     results = train(config, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == results

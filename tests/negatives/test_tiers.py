@@ -290,6 +290,40 @@ def test_their_gradients_reach_the_batch_they_are_made_of(gradient):
     assert bool((with_bank != 0).any()) == gradient
 
 
+def test_a_guide_judges_what_they_are_made_of():
+    queries, keys = (unit_vectors(seed, QUERIES, DIM, dtype=jnp.float32) for seed in (1, 2))
+    guides = tuple(unit_vectors(seed, QUERIES, DIM, dtype=jnp.float32) for seed in (4, 5))
+    numbers = jnp.arange(QUERIES)
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), numbers)
+    bank = bank_of()._replace(guides=bank_of().vectors)
+
+    def made(bank):
+        found = draw_tiers(
+            TierBudgets(mixed=3, hardest=2, of_batch=True),
+            queries,
+            keys,
+            row_keys=row_keys,
+            ids=numbers,
+            margin=0.0,
+            guides=guides,
+            source=None if bank is None else DrawSource(bank),
+        )
+        return np.asarray(found["mixed"].vectors)
+
+    found = made(bank)
+    np.testing.assert_array_equal(found, made(None))
+    judged, scores = np.asarray(guides[0] @ guides[1].T), np.asarray(queries @ keys.T)
+    several = 0
+    for row in range(QUERIES):
+        allowed = np.flatnonzero(judged[row] < judged[row, row])
+        hardest = np.asarray(keys)[allowed[np.argsort(-scores[row, allowed])[:2]]]
+        several += len(hardest) == 2
+        for vector in found[row] if len(hardest) == 2 else ():
+            _, residual, *_ = np.linalg.lstsq(hardest.T, vector, rcond=None)
+            assert residual.sum() < 1e-10
+    assert several > QUERIES / 2
+
+
 def test_no_device_receives_more_of_the_bank_than_it_draws():
     budgets = TierBudgets(uniform=24, nearest=5)
     program = tiers_on(8, budgets, lower=True).as_text()
