@@ -44,7 +44,7 @@ class BlockFile:
         self.done += len(rows)
         if not self._writes:
             return
-        self.array.flush()  # type: ignore[attr-defined]
+        self.array.flush()  # type: ignore[attr-defined] # it is a memmap if it writes
         write_whole(self._counter, json.dumps({"rows": self.done}))
 
     def _done_before(self, path: Path, shape: tuple[int, ...], dtype: type) -> int:

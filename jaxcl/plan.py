@@ -119,7 +119,7 @@ def make_plan(config: ConfigDict, devices: Sequence[jax.Device], *, num_rows: in
     program = build_program(config, devices=devices)
     state = program.abstract_state(num_rows, np.zeros(num_rows, np.int32))
     batch = _abstract_batch(config, program.mesh)
-    traced = program.train_step.trace(state, batch)  # type: ignore[attr-defined]
+    traced = program.train_step.trace(state, batch)  # type: ignore[attr-defined] # a jitted one's
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:

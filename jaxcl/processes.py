@@ -126,14 +126,14 @@ def together(make: Callable[[], T]) -> T:
     result = error = None
     try:
         result = make()
-    except Exception as raised:
+    except Exception as raised:  # whatever it is, it is raised again once all know of it
         error = raised
     failed = multihost_utils.process_allgather(np.array(error is not None))
     if error is not None:
         raise error
     if failed.any():
         raise PeerError(f"process {int(np.argmax(failed))} has failed; its own output says why")
-    return result  # type: ignore[return-value]
+    return result  # type: ignore[return-value] # without an error it was made
 
 
 def first_of_all(numbers: Sequence[int]) -> list[int]:
@@ -159,7 +159,7 @@ def first_then_others(make: Callable[[], T]) -> T:
     first = jax.process_index() == 0
     made = together(lambda: make() if first else None)
     others = together(lambda: None if first else make())
-    return made if first else others  # type: ignore[return-value]
+    return made if first else others  # type: ignore[return-value] # each made its own
 
 
 def of_lost_process(error: BaseException) -> bool:

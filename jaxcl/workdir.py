@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 try:
     import fcntl
 except ImportError:  # on Windows nothing keeps two runs apart
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment] # asked for before each use
 
 __all__ = [
     "claim_workdir",
