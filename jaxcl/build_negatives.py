@@ -193,8 +193,9 @@ def _check_tiers(config: ConfigDict, kind: str | None, budgets: TierBudgets) -> 
     if kind is not None and not read:
         raise ValueError(
             f"negatives.bank.kind={kind!r}, but nobody reads the bank; set negatives.tiers.whole "
-            "to True, or uniform, stratified, nearest or a synthetic tier (without of_batch) to a "
-            "number"
+            "to True, negatives.tiers.uniform, stratified, nearest or a synthetic tier (without "
+            "of_batch) or negatives.mined.refresh_every to a number, or assignment.gcbs.embeddings "
+            "to bank"
         )
     if kind is None and budgets.drawn:
         raise ValueError(
