@@ -6,8 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jaxcl.assignment import Gcbs, random_to_hard
-from jaxcl.assignment.bisection import DEFAULT_EFFORT
+from jaxcl.assignment import PRESETS, Gcbs, random_to_hard
 from jaxcl.data.splits import data_set_names
 from jaxcl.ops.row_tables import padded_entries
 from jaxcl.typing import PyTree
@@ -149,9 +148,7 @@ def gcbs_rule(config: ConfigDict) -> GcbsRule | None:
         )
     if "group" in options.apart and config.data.get("group_field") is None:
         raise ValueError("assignment.gcbs.apart names 'group', but data.group_field is None")
-    shared = ("method", "graph", "neighbours", "similarity_cap")
-    effort = DEFAULT_EFFORT._replace(swaps=options.swaps, refinements=options.refinements)
-    settings = Gcbs(**{name: options[name] for name in shared}, effort=effort)
+    settings = _settings(options)
     try:
         settings.check()
         fraction = random_to_hard(options.random_initial, options.random_final, config.steps)
@@ -166,6 +163,22 @@ def gcbs_rule(config: ConfigDict) -> GcbsRule | None:
         tuple(options.apart),
         from_bank,
         options.picture,
+    )
+
+
+def _settings(options: ConfigDict) -> Gcbs:
+    name = options.get("preset") or "full"  # which configs of before did not name
+    if name not in PRESETS:
+        raise ValueError(
+            f"assignment.gcbs.preset={name!r} is unknown; use one of {', '.join(PRESETS)}"
+        )
+    preset = PRESETS[name]
+    given = {name: value for name, value in options.items() if value is not None}
+    effort = {name: given[name] for name in ("swaps", "refinements") if name in given}
+    shared = ("method", "graph", "neighbours", "similarity_cap")
+    return preset._replace(
+        **{name: given[name] for name in shared if name in given},
+        effort=preset.effort._replace(**effort),
     )
 
 

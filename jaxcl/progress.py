@@ -55,9 +55,11 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
 def _line_printer(what: str, total: int | None) -> Callable[..., None]:
     start = last = time.monotonic()
     count = 0
+    # The first line: what came before it had to compile, or was done by an earlier run.
+    first: tuple[float, int] | None = None
 
     def advance(done: int = 1, note: str = "") -> None:
-        nonlocal count, last
+        nonlocal count, last, first
         count += done
         now = time.monotonic()
         if now - last < _SECONDS_BETWEEN_LINES and count != total:
@@ -67,8 +69,11 @@ def _line_printer(what: str, total: int | None) -> Callable[..., None]:
         if total is None:
             parts = [f"{what}: {count:,}", note, seconds]
         else:
-            left = (now - start) * (total - count) / max(count, 1)
-            parts = [f"{what}: {count:,}/{total:,}", note, f"{seconds}, {left:.0f} s left"]
+            if first is not None and first[1] < count < total:
+                left = (now - first[0]) * (total - count) / (count - first[1])
+                seconds += f", {left:.0f} s left"
+            parts = [f"{what}: {count:,}/{total:,}", note, seconds]
+        first = first or (now, count)
         say(" ".join(filter(None, parts)))
 
     return advance

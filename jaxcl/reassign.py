@@ -22,6 +22,7 @@ from jaxcl.assignment import (
     uniform_rows,
     visited,
 )
+from jaxcl.assignment.gap import GapMeasure
 from jaxcl.build import Program
 from jaxcl.build_assignment import GcbsRule, assignment_name, gcbs_rule, sources_by
 from jaxcl.data.prepare import RunData
@@ -37,7 +38,10 @@ __all__ = ["RunBatches"]
 
 RowsOfStep = Callable[[int], Int[np.ndarray, " b"]]
 
-_MEASURED_ROWS = 1_024  # or a batch: each costs two passes over all rows
+_MEASURED_ROWS = 256  # each costs six products with every row
+_MEASURED_BATCHES = 16  # or as many as have so many rows together:
+_FETCHED_ROWS = 16_384
+_BEFORE = ("train_loss", "gap", "closed")  # what is measured of the batches before a choice as well
 _REASSIGNING = 2**31 + 1  # what the run's key is folded with: greater than any step, as in refresh
 
 
@@ -72,10 +76,22 @@ class RunBatches:
                 batch_size=config.global_batch_size,
                 settings=self._rule.settings,
             )
-            self._measure = make_gap_measure(program.mesh, num_rows=self._num_rows)
+            self._measured_batches = _clipped(
+                _FETCHED_ROWS // config.global_batch_size, most=_MEASURED_BATCHES
+            )
+            make_measure = functools.partial(
+                make_gap_measure,
+                program.mesh,
+                num_rows=self._num_rows,
+                rows_per_batch=_MEASURED_ROWS // self._measured_batches,
+            )
+            self._measure_chosen = make_measure()
+            self._measure_before = make_measure(fields=_BEFORE)
             self._draws = self._rule.picture and _can_draw()
             if self._rule.picture and not self._draws:
-                say("pip install 'jaxcl[pictures]' for a picture of each choice of batches")
+                of_packages = config.data.name == "code_pairs"
+                other = ", and other rows: those of what is installed" if of_packages else ""
+                say(f"pip install 'jaxcl[pictures]' for a picture of each choice of batches{other}")
 
     def rows_of(self, state: TrainState) -> RowsOfStep:
         """Step -> the rows of its global batch, from the state's step on."""
@@ -132,22 +148,21 @@ class RunBatches:
         report = functools.partial(
             self._report, queries, keys, different, temperature, measure_key, step
         )
-        after, before = report(self.rows_of(state)), report(rows_before)
+        after = report(self._measure_chosen, self.rows_of(state))
+        before = report(self._measure_before, rows_before)
         if self._draws:
             self._draw(queries, keys, ordered.rows, self._rule.block_size, step)
         metrics = {
             **{f"assignment/{name}": value for name, value in after.items()},
-            **{
-                f"assignment/{name}_before": before[name]
-                for name in ("train_loss", "gap", "closed")
-                if name in before
-            },
+            **{f"assignment/{name}_before": before[name] for name in _BEFORE if name in before},
             "time/assignment_encode_seconds": encoded - start,
             "time/assignment_order_seconds": chosen - encoded,
             "time/assignment_seconds": time.perf_counter() - start,
         }
         if ordered.device_bytes:
             metrics["machine/assignment_mebibytes"] = ordered.device_bytes / 2**20
+        if jax.process_index() == 0:
+            say(_chosen(step, metrics))
         return state, metrics
 
     def _rows_between(self, epochs: float) -> int:
@@ -232,18 +247,21 @@ class RunBatches:
         temperature: Array,
         key: Array,
         step: int,
+        measure: GapMeasure,
         rows: RowsOfStep,
     ) -> dict[str, float]:
         """What the batches of the next whole epoch leave of the gap."""
         batch_size, num_rows = self._config.global_batch_size, self._num_rows
         begin = (step * batch_size // num_rows + 1) * num_rows
         whole = range(-(-begin // batch_size), (begin + num_rows) // batch_size)
-        count = max(1, min(len(whole), _MEASURED_ROWS // batch_size))
+        count = _clipped(len(whole), most=self._measured_batches)
         steps = whole[:: max(1, len(whole) // count)][:count]
         batches = np.stack([rows(one) for one in steps or [step]])
         if len(np.unique(batches)) < batches.size:  # no batch lies within an epoch
             return {}
-        report = self._measure(queries, keys, jnp.asarray(batches), temperature, key, different)
+        # Any of a batch's rows, where its first are measured.
+        batches = np.random.default_rng(step).permuted(batches, axis=1)
+        report = measure(queries, keys, jnp.asarray(batches), temperature, key, different)
         return {name: float(value) for name, value in report._asdict().items()}
 
     def _draw(
@@ -292,6 +310,20 @@ def _sourced_rows(config: ConfigDict, data: RunData) -> SourcedRows:
         weights=weights or None,
         temperature=options.temperature,
     )
+
+
+def _chosen(step: int, metrics: Mapping[str, float]) -> str:
+    """A refresh in a line."""
+    seconds = metrics["time/assignment_seconds"]
+    line = f"batches chosen anew after step {step:,} in {seconds:.1f} s"
+    if "assignment/closed" not in metrics:
+        return line
+    closed, before = metrics["assignment/closed"], metrics.get("assignment/closed_before", 0.0)
+    return f"{line}: {closed:.0%} of the gap to the loss of all rows is closed, before {before:.0%}"
+
+
+def _clipped(count: int, *, most: int) -> int:
+    return min(max(count, 1), most)
 
 
 def _can_draw() -> bool:

@@ -271,6 +271,8 @@ def _opening(
     abstract_params = jax.tree.leaves(program.abstract_state(table.num_rows, table.group).params)
     parameters = sum(leaf.size for leaf in abstract_params)
     begins = f"goes on from step {first_step}" if first_step else "begins"
+    if first_step >= config.steps:
+        begins = f"has made its {first_step} steps, and is evaluated"
     return (
         f"{workdir}: {begins}. {config.model.name}, {parameters:,} parameters, "
         f"{program.mesh.size} × {jax.devices()[0].device_kind} as "

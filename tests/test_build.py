@@ -7,6 +7,7 @@ import pytest
 
 from configs import large_encoders
 from configs.code_search import get_config
+from jaxcl.assignment import PRESETS, Gcbs
 from jaxcl.build import build_optimizer, build_program
 from jaxcl.build_assignment import gcbs_rule
 from jaxcl.build_loss import LOSSES, _chunk_sizes
@@ -299,6 +300,8 @@ def test_a_loss_that_does_not_fit_its_config_is_named(changes, message):
         ({"gcbs.method": "metis"}, {}, "'metis' is unknown; use one of bisection, rcm_device, rcm"),
         ({"gcbs.graph": "whole"}, {}, "'whole' is unknown; use one of exact, clustered"),
         ({"gcbs.neighbours": 0}, {}, "'neighbours': 0.* must be at least 1"),
+        ({"gcbs.swaps": -1}, {}, r"assignment\.gcbs: swaps=-1; it is at least 0"),
+        ({"gcbs.preset": "heavy"}, {}, r"gcbs\.preset='heavy' is unknown; use one of full, light"),
         ({"gcbs.random_initial": 1.5}, {}, r"initial=1\.5 and final=0\.0 must be from 0 to 1"),
         ({"gcbs.random_final": -0.5}, {}, r"initial=0\.0 and final=-0\.5 must be from 0 to 1"),
     ],
@@ -312,15 +315,30 @@ def test_an_assignment_that_cannot_be_is_named(assignment, others, message):
 def test_settings_of_an_assignment_arrive_in_its_rule():
     settings = {"method": "rcm_device", "graph": "clustered", "similarity_cap": 0.9}
     settings["neighbours"] = 7
+    effort = {"swaps": 5, "refinements": 2}
     config = get_config("smoke")
     assert gcbs_rule(config) is None
-    named = {f"gcbs.{name}": value for name, value in settings.items()}
+    named = {f"gcbs.{name}": value for name, value in (settings | effort).items()}
     config.update_from_flattened_dict(assignment_of(**named, **{"gcbs.random_initial": 0.5}))
     rule = gcbs_rule(config)
     assert settings.items() <= rule.settings._asdict().items()
+    assert effort.items() <= rule.settings.effort._asdict().items()
     assert rule[1:3] == (4, 5)
     assert [rule.random_fraction(step) for step in (0, 10, 20)] == [0.5, 0.25, 0.0]
     assert (rule.apart, rule.from_bank, rule.picture) == (("text",), False, True)
+
+
+def test_what_is_not_set_of_an_assignment_is_the_presets():
+    config = get_config("smoke")
+    config.assignment.name = "gcbs"
+    light = PRESETS["light"]
+    assert gcbs_rule(config).settings == light
+    config.assignment.gcbs.update({"swaps": 0, "similarity_cap": 0.9})
+    effort = light.effort._replace(swaps=0)
+    assert gcbs_rule(config).settings == light._replace(similarity_cap=0.9, effort=effort)
+    del config.assignment.gcbs.preset  # a config of before
+    config.assignment.gcbs.update({"swaps": None, "similarity_cap": None})
+    assert gcbs_rule(config).settings == Gcbs()
 
 
 def assignment_of(**changes):

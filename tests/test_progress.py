@@ -37,7 +37,7 @@ def test_a_log_gets_one_line_with_the_final_count(console, clock):
         for _ in range(3):
             clock[0] += 2.0
             advance(1000)
-    assert log.getvalue() == "reading: 3,000/3,000 6 s, 0 s left\n"
+    assert log.getvalue() == "reading: 3,000/3,000 6 s\n"
 
 
 def test_long_work_gets_a_line_every_ten_seconds_with_the_time_left(console, clock):
@@ -47,10 +47,24 @@ def test_long_work_gets_a_line_every_ten_seconds_with_the_time_left(console, clo
             clock[0] += 4.0
             advance(1, f"loss {step}")
     assert log.getvalue().splitlines() == [
-        "training: 3/10 loss 2 12 s, 28 s left",
+        "training: 3/10 loss 2 12 s",
         "training: 6/10 loss 5 24 s, 16 s left",
         "training: 9/10 loss 8 36 s, 4 s left",
-        "training: 10/10 loss 9 40 s, 0 s left",
+        "training: 10/10 loss 9 40 s",
+    ]
+
+
+def test_the_time_left_counts_neither_compiling_nor_what_an_earlier_run_did(console, clock):
+    log = console(terminal=False)
+    with progress_bar("training", 1_000) as advance:
+        advance(500)
+        for step_seconds in [60.0] + [1.0] * 20:
+            clock[0] += step_seconds
+            advance()
+    assert log.getvalue().splitlines() == [
+        "training: 501/1,000 60 s",
+        "training: 511/1,000 70 s, 489 s left",
+        "training: 521/1,000 80 s, 479 s left",
     ]
 
 

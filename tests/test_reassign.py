@@ -59,6 +59,7 @@ SMALL = {
     "assignment.name": "gcbs",
     f"{GCBS}refresh_every": EVERY,
     f"{GCBS}block_size": BLOCK,
+    f"{GCBS}preset": "full",
     f"{GCBS}neighbours": 8,
     "run.log_every": 1,
     "run.checkpoint_every": 4,
@@ -281,6 +282,12 @@ def test_each_choice_is_measured(run_of, method):
     # hold is but half known: with it, a choice still closes more than none.
     least = 0.1 if method != "rcm_device" else 0.0
     assert records[0]["assignment/closed"] > records[0]["assignment/closed_before"] + least
+    for record in records:
+        shares = (record[f"assignment/{name}"] for name in ("closed", "closed_before"))
+        closed, before = (f"{share:.0%}" for share in shares)
+        seconds = f"{record['time/assignment_seconds']:.1f} s"
+        line = f"batches chosen anew after step {record['step']} in {seconds}: {closed} of the gap"
+        assert f"{line} to the loss of all rows is closed, before {before}\n" in run_of(method).said
 
 
 def test_pictures_are_drawn_where_they_are_wanted_and_can_be(run_of):

@@ -359,11 +359,12 @@ def test_a_run_goes_on_upon_another_mesh(tiny, uninterrupted, tmp_path, monkeypa
     assert ours[-2]["loss"] != pytest.approx(ours[0]["loss"], rel=1e-4), "nothing was learnt"
 
 
-def test_a_finished_run_evaluates_again_and_trains_no_more(tiny, uninterrupted, monkeypatch):
+def test_a_finished_run_evaluates_again_and_trains_no_more(tiny, uninterrupted, capsys):
     workdir, wanted = uninterrupted
     before = unclocked(workdir)
     assert train(tiny(), workdir) == wanted
     assert unclocked(workdir) == before
+    assert f"{workdir}: has made its 20 steps, and is evaluated. " in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -15,13 +15,14 @@ from jaxcl.assignment.epochs import (
 )
 from jaxcl.assignment.gap import GapReport, make_gap_measure, measure_gap, sample_batches
 from jaxcl.assignment.gcbs import Ordered, assign, assign_topics, make_order
-from jaxcl.assignment.gcbs_settings import GRAPHS, METHODS, Gcbs
+from jaxcl.assignment.gcbs_settings import GRAPHS, METHODS, PRESETS, Gcbs
 from jaxcl.assignment.sourced import SourcedRows
 from jaxcl.assignment.uniform import uniform_rows
 
 __all__ = [
     "GRAPHS",
     "METHODS",
+    "PRESETS",
     "Assigned",
     "AssignedRows",
     "GapReport",

@@ -49,6 +49,15 @@ class Effort(NamedTuple):
     refinements: int = 24
     eagerness: float = 0.7
 
+    def check(self) -> None:
+        """Raises a `ValueError` for what cannot be."""
+        least = {"starts": 1, "directions": 0, "walks": 0, "swaps": 0, "refinements": 0}
+        for name, count in least.items():
+            if getattr(self, name) < count:
+                raise ValueError(f"{name}={getattr(self, name)}; it is at least {count}")
+        if not 0 < self.eagerness <= 1:
+            raise ValueError(f"eagerness={self.eagerness}; it lies above 0, up to 1")
+
 
 DEFAULT_EFFORT = Effort()
 

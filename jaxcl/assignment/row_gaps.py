@@ -22,7 +22,7 @@ _BLOCK_ROWS = 256  # rows of a batch that are held against the whole of it at a 
 
 
 class RowGaps(NamedTuple):
-    """Each row's part in a `GapReport`, batch after batch.
+    """Each measured row's part in a `GapReport`, batch after batch.
 
     Attributes:
       train_loss: in its batch.
@@ -30,7 +30,7 @@ class RowGaps(NamedTuple):
       random_gap: the gap in a batch of random rows.
       bound: of the gap.
       neighbours: the share of its nearest rows that are in its batch.
-      near_duplicates: how many rows behind it in its batch are almost the same.
+      near_duplicates: how many other rows of its batch are almost the same.
     """
 
     train_loss: Float[Array, " q"]
@@ -52,39 +52,42 @@ def row_gaps(
     axis_name: AxisName | None = None,
     different: tuple[Labels, ...] = (),
     near_duplicate: float = 0.95,
+    rows_per_batch: int | None = None,
 ) -> RowGaps:
     """What `measure_gap` takes means of, arguments as there.
 
     Returns:
-      This device's share of the batches, row after row. The last ones may be none, where batches do
-      not divide over the devices.
+      This device's share of the batches, measured row after measured row. The last ones may be
+      none, where batches do not divide over the devices.
     """
     if rows.size > num_rows:
         raise ValueError(
             f"batches of {rows.size} rows in all, of a data set of {num_rows}; sample fewer, so "
             "that each row is in one at most"
         )
+    if rows_per_batch is not None and rows_per_batch < 1:
+        raise ValueError(f"rows_per_batch={rows_per_batch}; measure at least 1, or None for all")
     batch_size = rows.shape[1]
     table = _table(queries, keys, rows, different, axis_name)
     fetch = functools.partial(fetch_rows, table, axis_name=axis_name, constant=True)
     mates = jax.random.permutation(key, num_rows)[: rows.size].reshape(rows.shape)
     log_sums = functools.partial(_log_sums, temperature=temperature)
 
-    def of_batch(batch: tuple[_Rows, _Rows]) -> tuple[Array, Array, Array]:
-        ours, mates = batch
-        own = log_sums(ours, ours, _labels(ours, ours.ids), _labels(ours, ours.ids))
+    def of_batch(batch: tuple[_Rows, _Rows]) -> tuple[_Rows, Array, Array, Array]:
+        whole, mates = batch
+        ours = jax.tree.map(lambda leaf: leaf[:rows_per_batch], whole)
+        own = log_sums(ours, whole, _labels(ours, ours.ids), _labels(whole, whole.ids))
         # All have the mates but the last one; it stands in for a row among its own mates.
         among = jnp.isin(ours.ids, mates.ids[:-1]).astype(jnp.int32)
         spare = jnp.full(batch_size, -1, jnp.int32).at[-1].set(0)
         random = log_sums(
             ours, mates, _labels(ours, ours.ids, among), _labels(mates, mates.ids, spare)
         )
-        return own, random, _near_duplicates(ours, near_duplicate)
+        return ours, own, random, _near_duplicates(ours, whole, near_duplicate)
 
     batches = fetch(_share(rows, axis_name)), fetch(_share(mates, axis_name))
     ours, own, random, near_duplicates = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]),
-        (batches[0], *lax.map(of_batch, batches)),
+        lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), lax.map(of_batch, batches)
     )
     there = table.ids < num_rows
     outside = _labels(ours, ours.batch), _labels(table, table.batch, valid=there)
@@ -210,18 +213,19 @@ def _both_ways(reduce: Callable[[Array, Array], Array], ours: _Rows, theirs: _Ro
     return jnp.stack([reduce(ours.queries, theirs.keys), reduce(ours.keys, theirs.queries)], 1)
 
 
-def _near_duplicates(rows: _Rows, threshold: float) -> Int[Array, " b"]:
-    """How many of the rows behind each have almost its query or its key."""
-    wide = jnp.promote_types(rows.queries.dtype, jnp.float32)
-    sides = [normalise(side.astype(wide)) for side in (rows.queries, rows.keys)]
-    places = jnp.arange(rows.ids.shape[0], dtype=jnp.int32)
+def _near_duplicates(ours: _Rows, batch: _Rows, threshold: float) -> Int[Array, " m"]:
+    """How many other rows of the batch have almost the query or the key of each of ours."""
+    wide = jnp.promote_types(batch.queries.dtype, jnp.float32)
+    sides = [normalise(side.astype(wide)) for side in (batch.queries, batch.keys)]
+    num_ours = ours.ids.shape[0]  # the first of the batch
 
     def of_row(row: tuple[Array, list[Array]]) -> Array:
-        place, ours = row
+        number, ours = row
         query, key = (
             inner_products(one[None], side)[0] > threshold
             for one, side in zip(ours, sides, strict=True)
         )
-        return ((query | key) & (places > place)).sum(dtype=jnp.int32)
+        return ((query | key) & (batch.ids != number)).sum(dtype=jnp.int32)
 
-    return lax.map(of_row, (places, sides), batch_size=_BLOCK_ROWS)
+    our_sides = [side[:num_ours] for side in sides]
+    return lax.map(of_row, (ours.ids, our_sides), batch_size=_BLOCK_ROWS)

@@ -1,7 +1,7 @@
 """How much of the loss's gap do batches close, in what time and memory, by each method?
 
     python -m jaxcl.bench assignment [--workdir RUN | --embeddings FILE] [--rows N] [--dim N]
-        [--batch N …] [--methods NAME …] [--rounds N] [--measured N] [--json FILE]
+        [--batch N …] [--methods NAME …] [--rounds N] [--measured N] [--recall] [--json FILE]
 
 Embeddings are those of a trained run's training rows, or `query` and `key` of an .npz file, or
 drawn: topics in topics. Of more rows than asked for, as many are drawn. Each method runs in a
@@ -25,9 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.assignment import Gcbs, assign, make_gap_measure, sample_batches
+from jaxcl.assignment import PRESETS, Gcbs, assign, make_gap_measure, sample_batches
 from jaxcl.assignment.bisection import Effort
 from jaxcl.assignment.build_graph import graph_of
+from jaxcl.assignment.graph import PairGraph
 from jaxcl.assignment.place import Place
 from jaxcl.mesh import make_mesh, put_rows
 from jaxcl.progress import say
@@ -62,12 +63,15 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument(
         "--measured", type=int, default=16_384, help="rows of which the gap is, 0 for none"
     )
+    parser.add_argument(
+        "--recall", action="store_true", help="of the clustered graphs as well, by the exact one"
+    )
     arguments = parser.parse_args(argv)
     sides = _sides(arguments)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "embeddings.npz"
         np.savez(path, query=sides.queries, key=sides.keys)
-        return measure(
+        record = measure(
             sides,
             path,
             arguments.batch,
@@ -75,6 +79,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             rounds=arguments.rounds,
             measured_rows=arguments.measured,
         )
+    if arguments.recall:
+        record["facts"] |= _recalls(sides)
+    return record
 
 
 def measure(
@@ -178,23 +185,11 @@ def _metis(
     import scipy.sparse
 
     num_rows = len(sides.queries)
-    graph_of_sides = functools.partial(
-        graph_of,
-        apart=(),
-        num_rows=num_rows,
-        batch_size=batch_size,
-        settings=Gcbs(graph=graph_kind),
-        place=Place(None, num_rows),
-    )
-    with jax.default_matmul_precision("highest"):
-        graph, _ = jax.device_get(
-            jax.jit(graph_of_sides)(
-                *sides, temperature=jnp.float32(TEMPERATURE), key=jax.random.key(seed)
-            )
-        )
+    graph = _graph(sides, batch_size, seed, settings=Gcbs(graph=graph_kind))
     weights = np.ones(graph.rows.shape)
     if weighted:
-        weights = graph.masses / (graph.own + graph.masses.sum(1, dtype=np.float64))[:, None]
+        weights = np.asarray(graph.masses, np.float64)
+        weights /= (graph.own + weights.sum(1))[:, None]
     there = graph.rows >= 0
     ends = np.nonzero(there)[0], graph.rows[there]
     matrix = scipy.sparse.csr_matrix((weights[there], ends), (num_rows,) * 2)
@@ -207,6 +202,38 @@ def _metis(
         options=pymetis.Options(seed=seed),
     )
     return _in_batches(np.asarray(parts), number, batch_size)
+
+
+def _graph(sides: Sides, batch_size: int, seed: int, *, settings: Gcbs) -> PairGraph:
+    num_rows = len(sides.queries)
+    graph_of_sides = functools.partial(
+        graph_of,
+        apart=(),
+        num_rows=num_rows,
+        batch_size=batch_size,
+        settings=settings,
+        place=Place(None, num_rows),
+    )
+    with jax.default_matmul_precision("highest"):
+        graph, _ = jax.jit(graph_of_sides)(
+            *sides, temperature=jnp.float32(TEMPERATURE), key=jax.random.key(seed)
+        )
+    return jax.device_get(graph)
+
+
+def _recalls(sides: Sides) -> dict[str, float]:
+    """Which share of each row's ten nearest a clustered graph has among its neighbours."""
+    graph = functools.partial(_graph, sides, 64, 0)  # a batch's size decides on no neighbour
+    nearest = graph(settings=Gcbs(graph="exact", neighbours=10)).rows
+    return {
+        f"recall of the ten nearest, {name}": np.mean(
+            (nearest[:, :, None] == graph(settings=settings).rows[:, None]).any(2)
+        ).item()
+        for name, settings in {
+            "clustered": Gcbs(graph="clustered"),
+            "light": PRESETS["light"]._replace(graph="clustered"),
+        }.items()
+    }
 
 
 def _in_batches(parts: np.ndarray, number: int, batch_size: int) -> Int[np.ndarray, " n"]:
@@ -239,6 +266,7 @@ METHODS: dict[str, Method] = {
     ),
     "bisection, exact": functools.partial(_gcbs, settings=Gcbs(graph="exact")),
     "bisection, clustered": functools.partial(_gcbs, settings=Gcbs(graph="clustered")),
+    "bisection, light": functools.partial(_gcbs, settings=PRESETS["light"]),
     "bisection, exact, longer": functools.partial(
         _gcbs, settings=Gcbs(graph="exact", effort=_LONGER)
     ),
@@ -253,7 +281,8 @@ METHODS: dict[str, Method] = {
 
 
 def _gap_measure(num_rows: int) -> Callable[..., Any]:
-    return make_gap_measure(make_mesh({"data": -1}), num_rows=num_rows)
+    mesh = make_mesh({"data": -1})
+    return make_gap_measure(mesh, num_rows=num_rows, fields=("closed",))
 
 
 def _closed(

@@ -39,7 +39,7 @@ def log_sum(scores, mask):
     return np.log(np.where(mask, np.exp(scores), 0).sum(1))
 
 
-def by_all_pairs(queries, keys, rows, *, different=(), threshold=0.95):
+def by_all_pairs(queries, keys, rows, *, different=(), threshold=0.95, rows_per_batch=None):
     """Every part of the report from dense matrices, row by row."""
     x, y = (np.asarray(side, np.float64)[:ROWS] for side in (queries, keys))
     scores = x @ y.T / TEMPERATURE
@@ -50,6 +50,7 @@ def by_all_pairs(queries, keys, rows, *, different=(), threshold=0.95):
     cosines = [side @ side.T / np.outer(*[np.linalg.norm(side, axis=1)] * 2) for side in (x, y)]
     mates = np.asarray(jax.random.permutation(KEY, ROWS))[: rows.size].reshape(rows.shape)
     parts = {name: [] for name in ("train", "gap", "random", "bound", "neighbours", "duplicates")}
+    first = slice(rows_per_batch)
     for batch, drawn in zip(rows, mates, strict=True):
         inside, others = np.zeros((2, ROWS, ROWS), bool)
         inside[:, batch] = True
@@ -64,16 +65,16 @@ def by_all_pairs(queries, keys, rows, *, different=(), threshold=0.95):
             bound = np.log(np.exp(own) + (ROWS - len(batch)) * np.exp(hardest)) - own
             ways.append([own - np.diag(matrix), whole - own, whole - random, bound])
         for name, values in zip(parts, np.mean(ways, 0), strict=False):
-            parts[name].append(values[batch])
+            parts[name].append(values[batch[first]])
         likeness = np.where(may_meet & ~np.eye(ROWS, dtype=bool), (scores + scores.T) / 2, -np.inf)
-        nearest = np.argsort(-likeness, axis=1)[batch, :10]
+        nearest = np.argsort(-likeness, axis=1)[batch[first], :10]
         parts["neighbours"].append(np.isin(nearest, batch).mean(1))
-        close = np.triu((np.maximum(*cosines) > threshold)[np.ix_(batch, batch)], 1)
-        parts["duplicates"].append(close.sum(1))
+        close = (np.maximum(*cosines) > threshold) & ~np.eye(ROWS, dtype=bool)
+        parts["duplicates"].append(close[np.ix_(batch[first], batch)].sum(1) * len(batch) / 2)
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-def summary(parts, num_batches):
+def summary(parts):
     return GapReport(
         global_loss=parts["train"].mean() + parts["gap"].mean(),
         train_loss=parts["train"].mean(),
@@ -84,7 +85,7 @@ def summary(parts, num_batches):
         closed=1 - parts["gap"].mean() / parts["random"].mean(),
         bound=parts["bound"].mean(),
         neighbours=parts["neighbours"].mean(),
-        near_duplicates=parts["duplicates"].sum() / num_batches,
+        near_duplicates=parts["duplicates"].mean(),
     )
 
 
@@ -111,11 +112,39 @@ def test_the_report_is_that_of_all_pairs(devices, batch_size, count, labelled, x
     labels = (jnp.arange(PADDED) // 3 % 15, jnp.arange(PADDED) % 5) if labelled else ()
     rows = some_batches(batch_size=batch_size, count=count)
     found = measured(*sides, rows, devices=devices, different=labels, near_duplicate=0.5)
-    wanted = summary(by_all_pairs(*sides, rows, different=labels, threshold=0.5), count)
+    wanted = summary(by_all_pairs(*sides, rows, different=labels, threshold=0.5))
     assert wanted.near_duplicates > 0
     assert 0 < wanted.neighbours < 1
     for name, value in wanted._asdict().items():
         assert relative_error(getattr(found, name), value) < 1e-12, name
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_of_some_rows_of_each_batch_it_is_theirs_among_all_of_it(devices, x64):
+    sides, rows = pairs(), some_batches()
+    options = {"near_duplicate": 0.5, "rows_per_batch": 3}
+    found = measured(*sides, rows, devices=devices, **options)
+    wanted = summary(by_all_pairs(*sides, rows, threshold=0.5, rows_per_batch=3))
+    assert wanted.near_duplicates > 0
+    for name, value in wanted._asdict().items():
+        assert relative_error(getattr(found, name), value) < 1e-12, name
+
+
+def test_fields_that_are_wanted_alone_are_the_same(x64):
+    sides, rows = pairs(), some_batches()
+    whole, some = measured(*sides, rows), measured(*sides, rows, fields=("gap", "closed"))
+    for name, value in some._asdict().items():
+        wanted = getattr(whole, name) if name in ("gap", "closed") else np.nan
+        np.testing.assert_array_equal(value, wanted)
+    with pytest.raises(ValueError, match="gaps: no field of a report; use global_loss, "):
+        make_gap_measure(make_mesh({"data": -1}), num_rows=ROWS, fields=("gap", "gaps"))
+
+
+def test_more_rows_of_each_batch_than_it_has_are_all_of_it(x64):
+    sides, rows = pairs(), some_batches()
+    np.testing.assert_array_equal(measured(*sides, rows), measured(*sides, rows, rows_per_batch=9))
+    with pytest.raises(ValueError, match="rows_per_batch=0; measure at least 1"):
+        measured(*sides, rows, rows_per_batch=0)
 
 
 def test_without_a_mesh_it_is_the_same(x64):
@@ -209,7 +238,7 @@ def test_batches_of_whole_clusters_close_most_of_the_gap_and_torn_ones_open_it()
     assert torn.neighbours < 0.3
 
 
-def test_near_duplicates_are_counted_once_a_pair_on_either_side(x64):
+def test_near_duplicates_are_counted_of_both_rows_on_either_side(x64):
     queries, keys = (jnp.asarray(np.eye(12)[numbers]) for numbers in (range(8), range(8)))
     # In the first batch two queries and two keys of one pair agree, and one query of another; in
     # the second three keys. A longer vector is none the less a duplicate, and (0, 4) are apart.
@@ -217,12 +246,12 @@ def test_near_duplicates_are_counted_once_a_pair_on_either_side(x64):
     keys = keys.at[1].set(keys[0]).at[jnp.array([6, 7])].set(keys[5])
     rows = np.arange(8).reshape(2, 4)
     found = per_row(queries, keys, rows, num_rows=8)
-    assert found.near_duplicates.tolist() == [1, 0, 1, 0, 0, 2, 1, 0]
+    assert found.near_duplicates.tolist() == [1, 1, 1, 1, 0, 2, 2, 2]
 
 
 def test_halves_are_measured_as_what_they_are():
     sides, rows = pairs(dtype=jnp.bfloat16), some_batches()
-    wanted = summary(by_all_pairs(*sides, rows), len(rows))
+    wanted = summary(by_all_pairs(*sides, rows))
     found = measured(*sides, rows, devices=8)
     # `closed`, near 0, is a difference of ones.
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
