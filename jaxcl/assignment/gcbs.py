@@ -174,7 +174,7 @@ def make_order(
         batch_size=batch_size,
         settings=settings,
     )
-    compiled: dict[Any, Any] = {}
+    compiled: dict[Any, tuple[Any, int]] = {}  # and what they take on a device, in bytes
 
     def order(
         queries: Array | np.ndarray,
@@ -196,12 +196,16 @@ def make_order(
         arguments = (*sides, jnp.float32(temperature), key, labels)
         shapes = jax.tree.structure(arguments), tuple(map(jnp.shape, jax.tree.leaves(arguments)))
         if shapes not in compiled:
-            compiled[shapes] = program.lower(*arguments).compile()
-        memory = compiled[shapes].memory_analysis()
-        return Ordered(
-            np.asarray(compiled[shapes](*arguments))[:num_rows],
-            memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes,
-        )
+            run = program.lower(*arguments).compile()
+            memory = run.memory_analysis()
+            compiled[shapes] = (
+                run,
+                memory.argument_size_in_bytes
+                + memory.temp_size_in_bytes
+                + memory.output_size_in_bytes,
+            )
+        run, device_bytes = compiled[shapes]
+        return Ordered(np.asarray(run(*arguments))[:num_rows], device_bytes)
 
     return order
 
