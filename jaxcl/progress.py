@@ -12,6 +12,8 @@ __all__ = ["progress_bar", "say"]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
+_with_bars: list[Console] = []  # the innermost bar's last: a line through it stands above the bar
+
 
 def say(text: str) -> None:
     """Prints a line for the person at the terminal, or for the log.
@@ -20,7 +22,8 @@ def say(text: str) -> None:
     """
     if jax.distributed.is_initialized():
         text = f"[{jax.process_index()}] {text}"
-    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+    console = _with_bars[-1] if _with_bars else _console()
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -47,7 +50,11 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
         )
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(what, total=total, note="")
-            yield lambda done=1, note="": progress.update(task, advance=done, note=note)
+            _with_bars.append(console)
+            try:
+                yield lambda done=1, note="": progress.update(task, advance=done, note=note)
+            finally:
+                _with_bars.remove(console)
     else:
         yield _line_printer(what, total)
 

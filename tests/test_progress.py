@@ -119,6 +119,20 @@ def test_what_is_said_is_one_line_as_it_stands(console, terminal):
     assert screen.getvalue() == text + "\n"
 
 
+def test_what_is_said_beside_a_bar_has_a_line_of_its_own(monkeypatch):
+    screen = io.StringIO()
+    terminal = {"file": screen, "force_terminal": True, "width": 100, "color_system": None}
+    monkeypatch.setattr(progress, "_console", lambda: Console(**terminal))
+    with progress_bar("training", 2) as advance:
+        advance(1)
+        with progress_bar("encoding", 1) as encoded:
+            encoded()
+        say("chosen anew")
+    say("done")
+    assert re.search(r"\r\x1b\[2Kchosen anew *\n", screen.getvalue())
+    assert screen.getvalue().endswith("\x1b[?25hdone\n")
+
+
 def test_standard_output_is_left_to_results(capsys):
     say("to the log")
     assert capsys.readouterr() == ("", "to the log\n")
