@@ -167,12 +167,12 @@ def gcbs_rule(config: ConfigDict) -> GcbsRule | None:
 
 
 def _settings(options: ConfigDict) -> Gcbs:
-    name = options.get("preset") or "full"  # which configs of before did not name
-    if name not in PRESETS:
+    named = options.get("preset")
+    if named not in (None, *PRESETS):
         raise ValueError(
-            f"assignment.gcbs.preset={name!r} is unknown; use one of {', '.join(PRESETS)}"
+            f"assignment.gcbs.preset={named!r} is unknown; use one of {', '.join(PRESETS)}"
         )
-    preset = PRESETS[name]
+    preset = PRESETS[named or "full"]  # configs of before named none
     given = {name: value for name, value in options.items() if value is not None}
     effort = {name: given[name] for name in ("swaps", "refinements") if name in given}
     shared = ("method", "graph", "neighbours", "similarity_cap")

@@ -76,9 +76,7 @@ class RunBatches:
                 batch_size=config.global_batch_size,
                 settings=self._rule.settings,
             )
-            self._measured_batches = _clipped(
-                _FETCHED_ROWS // config.global_batch_size, most=_MEASURED_BATCHES
-            )
+            self._measured_batches = _measured_batches(self._num_rows, config.global_batch_size)
             make_measure = functools.partial(
                 make_gap_measure,
                 program.mesh,
@@ -254,7 +252,7 @@ class RunBatches:
         batch_size, num_rows = self._config.global_batch_size, self._num_rows
         begin = (step * batch_size // num_rows + 1) * num_rows
         whole = range(-(-begin // batch_size), (begin + num_rows) // batch_size)
-        count = _clipped(len(whole), most=self._measured_batches)
+        count = max(min(len(whole), self._measured_batches), 1)
         steps = whole[:: max(1, len(whole) // count)][:count]
         batches = np.stack([rows(one) for one in steps or [step]])
         if len(np.unique(batches)) < batches.size:  # no batch lies within an epoch
@@ -318,12 +316,13 @@ def _chosen(step: int, metrics: Mapping[str, float]) -> str:
     line = f"batches chosen anew after step {step:,} in {seconds:.1f} s"
     if "assignment/closed" not in metrics:
         return line
-    closed, before = metrics["assignment/closed"], metrics.get("assignment/closed_before", 0.0)
-    return f"{line}: {closed:.0%} of the gap to the loss of all rows is closed, before {before:.0%}"
+    line += f": {metrics['assignment/closed']:.0%} of the gap to the loss of all rows is closed"
+    before = metrics.get("assignment/closed_before")
+    return line if before is None else f"{line}, before {before:.0%}"
 
 
-def _clipped(count: int, *, most: int) -> int:
-    return min(max(count, 1), most)
+def _measured_batches(num_rows: int, batch_size: int) -> int:
+    return max(min(_MEASURED_BATCHES, _FETCHED_ROWS // batch_size, num_rows // batch_size), 1)
 
 
 def _can_draw() -> bool:

@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 _MAY_CHANGE = "run"
+_AS_BEFORE = {"assignment.gcbs.preset": "full"}  # what was done before there were such fields
 
 
 @contextlib.contextmanager
@@ -99,12 +100,18 @@ def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run computes of a config: its fields by dotted name, but for those under `run`.
 
     Without those that are `None`, `False` or empty: a later version may add more of them, of which
-    these mean what was done before.
+    these mean what was done before. And without the settings of assignments that are not its own.
     """
+    assignment = config.get("assignment", {}).get("name")
+    others = tuple(f"assignment.{name}." for name in ("sourced", "gcbs") if name != assignment)
     return {
         field: value
         for field, value in _flat(config)
-        if field.split(".")[0] != _MAY_CHANGE and value not in (None, {}) and value is not False
+        if field.split(".")[0] != _MAY_CHANGE
+        and not field.startswith(others)
+        and value not in (None, {})
+        and value is not False
+        and (field not in _AS_BEFORE or value != _AS_BEFORE[field])
     }
 
 

@@ -7,7 +7,8 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from jaxcl.workdir import claim_workdir, lock_workdir, read_config, write_whole
+from configs.code_search import get_config
+from jaxcl.workdir import claim_workdir, fields_of, lock_workdir, read_config, write_whole
 
 
 def config(**changes) -> ConfigDict:
@@ -194,6 +195,20 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     write_whole(path, "afterwards")
     assert path.read_text() == "afterwards"
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_settings_of_an_assignment_that_is_not_asked_for_change_nothing():
+    config = get_config()
+    before = fields_of(config.to_dict())
+    config.assignment.gcbs.update({"preset": "full", "neighbours": 32})
+    assert fields_of(config.to_dict()) == before
+    config.assignment.name = "gcbs"
+    chosen = fields_of(config.to_dict())
+    assert chosen["assignment.gcbs.neighbours"] == 32
+    del config.assignment.gcbs.preset  # a run of before, which took what is "full" now
+    assert fields_of(config.to_dict()) == chosen
+    config.assignment.gcbs.preset = "light"
+    assert fields_of(config.to_dict()) != chosen
 
 
 def test_a_field_that_a_later_version_adds_unset_changes_nothing(tmp_path):

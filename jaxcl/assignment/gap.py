@@ -28,7 +28,7 @@ __all__ = [
 
 
 class GapReport(NamedTuple):
-    """Of the rows of some batches, in nats where it says nothing else.
+    """Of the measured rows of some batches, in nats where it says nothing else.
 
     Attributes:
       global_loss: the mean loss among the keys, and the queries, of the whole data set.
@@ -41,7 +41,8 @@ class GapReport(NamedTuple):
       bound: the mean of what a row's gap can be at most, by the most similar row outside. It holds
         for each row, and is loose where few rows outside are as similar as that one.
       neighbours: the share of each row's ten nearest other rows that are in its batch.
-      near_duplicates: pairs of rows with almost one query or almost one key, per batch.
+      near_duplicates: pairs of rows with almost one query or almost one key, per batch; an estimate
+        where not all of its rows are measured.
     """
 
     global_loss: Scalar

@@ -121,7 +121,7 @@ def test_the_report_is_that_of_all_pairs(devices, batch_size, count, labelled, x
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_of_some_rows_of_each_batch_it_is_theirs_among_all_of_it(devices, x64):
-    sides, rows = pairs(), some_batches()
+    sides, rows = pairs(), some_batches(count=6)
     options = {"near_duplicate": 0.5, "rows_per_batch": 3}
     found = measured(*sides, rows, devices=devices, **options)
     wanted = summary(by_all_pairs(*sides, rows, threshold=0.5, rows_per_batch=3))
@@ -140,11 +140,13 @@ def test_fields_that_are_wanted_alone_are_the_same(x64):
         make_gap_measure(make_mesh({"data": -1}), num_rows=ROWS, fields=("gap", "gaps"))
 
 
-def test_more_rows_of_each_batch_than_it_has_are_all_of_it(x64):
+@pytest.mark.parametrize("devices", [1, 8])
+def test_more_rows_of_each_batch_than_it_has_are_all_of_it(devices, x64):
     sides, rows = pairs(), some_batches()
-    np.testing.assert_array_equal(measured(*sides, rows), measured(*sides, rows, rows_per_batch=9))
+    on = functools.partial(measured, *sides, rows, devices=devices)
+    np.testing.assert_array_equal(on(), on(rows_per_batch=9))
     with pytest.raises(ValueError, match="rows_per_batch=0; measure at least 1"):
-        measured(*sides, rows, rows_per_batch=0)
+        on(rows_per_batch=0)
 
 
 def test_without_a_mesh_it_is_the_same(x64):
