@@ -33,7 +33,7 @@ from jaxcl.data.loader import training_batches
 from jaxcl.data.prepare import RunData, prepare_data
 from jaxcl.data.python_functions import SourceRoot
 from jaxcl.metric_writer import read_metrics
-from jaxcl.reassign import RunBatches
+from jaxcl.reassign import RunBatches, _measured_batches
 from jaxcl.topics import find_topics
 from jaxcl.train import train
 from jaxcl.train_state import TrainState
@@ -532,3 +532,12 @@ def test_blocks_are_random_at_first_and_whole_at_last(configured, tmp_path):
 
 def test_a_run_that_chose_its_batches_can_be_opened(run_of):
     assert open_trained(run_of("bisection").workdir).token_table("train").num_rows == ROWS
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "batch_size", "count"),
+    [(19_691, 64, 16), (19_691, 1_024, 16), (474, 64, 7), (100, 64, 1), (10**7, 8_192, 2)],
+)
+def test_the_gap_is_measured_of_many_batches_where_they_are_small(num_rows, batch_size, count):
+    assert _measured_batches(num_rows, batch_size) == count
+    assert _measured_batches(10**7, 2**20) == 1  # a batch of its own size is fetched whole

@@ -121,10 +121,10 @@ def test_the_report_is_that_of_all_pairs(devices, batch_size, count, labelled, x
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_of_some_rows_of_each_batch_it_is_theirs_among_all_of_it(devices, x64):
-    sides, rows = pairs(), some_batches(count=6)
-    options = {"near_duplicate": 0.5, "rows_per_batch": 3}
+    sides, rows = pairs(), some_batches(batch_size=15)  # a third are among their own mates
+    options = {"near_duplicate": 0.5, "rows_per_batch": 6}
     found = measured(*sides, rows, devices=devices, **options)
-    wanted = summary(by_all_pairs(*sides, rows, threshold=0.5, rows_per_batch=3))
+    wanted = summary(by_all_pairs(*sides, rows, threshold=0.5, rows_per_batch=6))
     assert wanted.near_duplicates > 0
     for name, value in wanted._asdict().items():
         assert relative_error(getattr(found, name), value) < 1e-12, name
