@@ -39,7 +39,7 @@ __all__ = ["RunBatches"]
 RowsOfStep = Callable[[int], Int[np.ndarray, " b"]]
 
 _MEASURED_ROWS = 256  # each costs six products with every row
-_MEASURED_BATCHES = 16  # or as many as have so many rows together:
+_MEASURED_BATCHES = 16  # of which these are, or as many as have so many rows together:
 _FETCHED_ROWS = 16_384
 _BEFORE = ("train_loss", "gap", "closed")  # what is measured of the batches before a choice as well
 _REASSIGNING = 2**31 + 1  # what the run's key is folded with: greater than any step, as in refresh
@@ -76,12 +76,12 @@ class RunBatches:
                 batch_size=config.global_batch_size,
                 settings=self._rule.settings,
             )
-            self._measured_batches = _measured_batches(self._num_rows, config.global_batch_size)
+            self._num_measured = _num_measured(self._num_rows, config.global_batch_size)
             make_measure = functools.partial(
                 make_gap_measure,
                 program.mesh,
                 num_rows=self._num_rows,
-                rows_per_batch=_MEASURED_ROWS // self._measured_batches,
+                rows_per_batch=_MEASURED_ROWS // self._num_measured,
             )
             self._measure_chosen = make_measure()
             self._measure_before = make_measure(fields=_BEFORE)
@@ -249,16 +249,15 @@ class RunBatches:
         rows: RowsOfStep,
     ) -> dict[str, float]:
         """What the batches of the next whole epoch leave of the gap."""
-        batch_size, num_rows = self._config.global_batch_size, self._num_rows
-        begin = (step * batch_size // num_rows + 1) * num_rows
-        whole = range(-(-begin // batch_size), (begin + num_rows) // batch_size)
-        count = max(min(len(whole), self._measured_batches), 1)
-        steps = whole[:: max(1, len(whole) // count)][:count]
-        batches = np.stack([rows(one) for one in steps or [step]])
+        batches = _batches_of_next_epoch(
+            rows,
+            step,
+            num_rows=self._num_rows,
+            batch_size=self._config.global_batch_size,
+            most=self._num_measured,
+        )
         if len(np.unique(batches)) < batches.size:  # no batch lies within an epoch
             return {}
-        # Any of a batch's rows, where its first are measured.
-        batches = np.random.default_rng(step).permuted(batches, axis=1)
         report = measure(queries, keys, jnp.asarray(batches), temperature, key, different)
         return {name: float(value) for name, value in report._asdict().items()}
 
@@ -321,8 +320,21 @@ def _chosen(step: int, metrics: Mapping[str, float]) -> str:
     return line if before is None else f"{line}, before {before:.0%}"
 
 
-def _measured_batches(num_rows: int, batch_size: int) -> int:
+def _num_measured(num_rows: int, batch_size: int) -> int:
+    """Of how many batches some rows are measured."""
     return max(min(_MEASURED_BATCHES, _FETCHED_ROWS // batch_size, num_rows // batch_size), 1)
+
+
+def _batches_of_next_epoch(
+    rows: RowsOfStep, step: int, *, num_rows: int, batch_size: int, most: int
+) -> Int[np.ndarray, "batches b"]:
+    """Batches all over the next epoch, the rows of each shuffled: the first are any of them."""
+    begin = (step * batch_size // num_rows + 1) * num_rows
+    whole = range(-(-begin // batch_size), (begin + num_rows) // batch_size)
+    count = max(min(len(whole), most), 1)
+    steps = whole[:: max(1, len(whole) // count)][:count]
+    batches = np.stack([rows(one) for one in steps or [step]])
+    return np.random.default_rng(step).permuted(batches, axis=1)
 
 
 def _can_draw() -> bool:

@@ -102,8 +102,8 @@ def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
     Without those that are `None`, `False` or empty: a later version may add more of them, of which
     these mean what was done before. And without the settings of assignments that are not its own.
     """
-    assignment = config.get("assignment", {}).get("name")
-    others = tuple(f"assignment.{name}." for name in ("sourced", "gcbs") if name != assignment)
+    assignment = config.get("assignment", {})
+    others = tuple(f"assignment.{name}." for name in assignment if name != assignment.get("name"))
     return {
         field: value
         for field, value in _flat(config)

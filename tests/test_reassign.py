@@ -33,7 +33,7 @@ from jaxcl.data.loader import training_batches
 from jaxcl.data.prepare import RunData, prepare_data
 from jaxcl.data.python_functions import SourceRoot
 from jaxcl.metric_writer import read_metrics
-from jaxcl.reassign import RunBatches, _measured_batches
+from jaxcl.reassign import RunBatches, _batches_of_next_epoch, _num_measured
 from jaxcl.topics import find_topics
 from jaxcl.train import train
 from jaxcl.train_state import TrainState
@@ -539,5 +539,26 @@ def test_a_run_that_chose_its_batches_can_be_opened(run_of):
     [(19_691, 64, 16), (19_691, 1_024, 16), (474, 64, 7), (100, 64, 1), (10**7, 8_192, 2)],
 )
 def test_the_gap_is_measured_of_many_batches_where_they_are_small(num_rows, batch_size, count):
-    assert _measured_batches(num_rows, batch_size) == count
-    assert _measured_batches(10**7, 2**20) == 1  # a batch of its own size is fetched whole
+    assert _num_measured(num_rows, batch_size) == count
+    assert _num_measured(10**7, 2**20) == 1  # a batch of its own size is fetched whole
+
+
+@pytest.mark.parametrize(("step", "most", "steps"), [(3, 6, 6), (3, 2, 2), (20, 3, 3)])
+def test_batches_that_are_measured_are_of_the_next_epoch_in_any_order(step, most, steps):
+    def rows(step):  # in the order of their numbers
+        visits = np.arange(step * BATCH, (step + 1) * BATCH) % ROWS
+        return np.sort(visits).astype(np.int32)
+
+    found = _batches_of_next_epoch(rows, step, num_rows=ROWS, batch_size=BATCH, most=most)
+    assert found.shape == (steps, BATCH)
+    assert len(np.unique(found)) == found.size
+    epoch = step * BATCH // ROWS + 1
+    wanted = [
+        rows(one).tolist()
+        for one in range(STEPS * 3)
+        if one * BATCH // ROWS == ((one + 1) * BATCH - 1) // ROWS == epoch
+    ]
+    chosen = np.sort(found, axis=1).tolist()
+    assert all(batch in wanted for batch in chosen)
+    assert max(wanted.index(batch) for batch in chosen) >= len(wanted) // 2  # not the first alone
+    assert (np.diff(found, axis=1) < 0).any(axis=1).all(), "the first rows of a batch are no draw"
