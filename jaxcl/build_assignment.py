@@ -1,6 +1,6 @@
 """From a config to the rule by which rows share a batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ __all__ = [
     "assignment_name",
     "gcbs_rule",
     "sources_by",
+    "unused_settings",
 ]
 
 ASSIGNMENTS = ("uniform", "sourced", "gcbs")
@@ -77,6 +78,12 @@ def assignment_name(config: ConfigDict) -> str:
     return name
 
 
+def unused_settings(config: ConfigDict, given: Iterable[str]) -> list[str]:
+    """Which of the given settings are those of another assignment than the run's."""
+    others = [f"assignment.{name}." for name in ASSIGNMENTS if name != assignment_name(config)]
+    return [setting for setting in given if setting.startswith(tuple(others))]
+
+
 def sources_by(config: ConfigDict) -> str:
     """Which of `SOURCES` the batches of `assignment.name="sourced"` go by.
 
@@ -123,14 +130,6 @@ def gcbs_rule(config: ConfigDict) -> GcbsRule | None:
             f"global_batch_size={config.global_batch_size} into blocks of at least 2 rows; use a "
             "divisor of it"
         )
-    epochs = options.get("refresh_epochs")
-    if epochs is not None and not 0 < epochs < float("inf"):
-        raise ValueError(f"assignment.gcbs.refresh_epochs={epochs}; it is above 0")
-    if epochs is None and not 1 <= options.refresh_every < config.steps:
-        raise ValueError(
-            f"assignment.gcbs.refresh_every={options.refresh_every} never comes in {config.steps} "
-            "steps; set it from 1 to less than those"
-        )
     if options.embeddings not in EMBEDDINGS:
         raise ValueError(
             f"assignment.gcbs.embeddings={options.embeddings!r} is unknown; use one of "
@@ -154,6 +153,15 @@ def gcbs_rule(config: ConfigDict) -> GcbsRule | None:
         fraction = random_to_hard(options.random_initial, options.random_final, config.steps)
     except ValueError as error:
         raise ValueError(f"assignment.gcbs: {error}") from error
+    # Names first: who tries a setting in a short run is told of that before of the length.
+    epochs = options.get("refresh_epochs")
+    if epochs is not None and not 0 < epochs < float("inf"):
+        raise ValueError(f"assignment.gcbs.refresh_epochs={epochs}; it is above 0")
+    if epochs is None and not 1 <= options.refresh_every < config.steps:
+        raise ValueError(
+            f"assignment.gcbs.refresh_every={options.refresh_every} never comes in {config.steps} "
+            "steps; set it to a step before the last, or train longer"
+        )
     return GcbsRule(
         settings,
         block_size,

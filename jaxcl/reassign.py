@@ -317,7 +317,12 @@ def _chosen(step: int, metrics: Mapping[str, float]) -> str:
         return line
     line += f": {metrics['assignment/closed']:.0%} of the gap to the loss of all rows is closed"
     before = metrics.get("assignment/closed_before")
-    return line if before is None else f"{line}, before {before:.0%}"
+    if before is not None:
+        line += f", before {before:.0%}"
+    if {"assignment/train_loss", "assignment/train_loss_before"} <= metrics.keys():
+        harder = metrics["assignment/train_loss"] - metrics["assignment/train_loss_before"]
+        line += f"; their loss is {abs(harder):.2f} {'higher' if harder >= 0 else 'lower'}"
+    return line
 
 
 def _num_measured(num_rows: int, batch_size: int) -> int:

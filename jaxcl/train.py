@@ -21,6 +21,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from jaxcl.build import Program, build_program
+from jaxcl.build_assignment import unused_settings
 from jaxcl.build_loss import batch_needs
 from jaxcl.build_negatives import check_bank_divides, tiers_left_empty
 from jaxcl.checkpoint import CheckpointError, Checkpoints
@@ -89,6 +90,9 @@ def main(argv: list[str]) -> None:
             asked=_DISTRIBUTED.value,
         )
         workdir = _workdir()
+        given = config_flags.get_override_values(flags.FLAGS["config"])
+        for setting in unused_settings(_CONFIG.value, given):
+            say(f"warning: {setting} has no effect; assignment.name is another")
         keep_compiled(workdir.parent / ".compiled")
         train(_CONFIG.value, workdir, profile=_profiled(_PROFILE.value))
     except Stopped as stopped:
@@ -304,7 +308,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         if "Traceback" in reason:
             reason = reason.strip().splitlines()[-1]
         # The libraries quote a message within a message.
-        readable = " ".join(re.sub(r"\\n|[\\'\"]", " ", reason).split())
+        readable = " ".join(re.sub(r"[\\'\"]", "", reason.replace("\\n", " ")).split())
+        readable = readable.replace(" Did you mean", ". Did you mean")
         overrides = [argument for argument in argv if argument.startswith("--config.")]
         given = f" (given: {' '.join(overrides)})" if overrides else ""
         say(f"error: the config cannot be used: {readable}{given}")

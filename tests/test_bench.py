@@ -181,3 +181,20 @@ def test_an_unknown_benchmark_is_an_error_that_lists_the_known(capsys):
         main(["no_such_benchmark"])
     message = capsys.readouterr().err
     assert all(name in message for name in BENCHMARKS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [(["--help"], "{assignment,bank,"), (["assignment", "--help"], "'bisection, exact, longer'")],
+)
+def test_help_is_of_all_or_of_a_benchmark(arguments, wanted, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert not stopped.value.code
+    assert wanted in " ".join(capsys.readouterr().out.split())
+
+
+def test_batches_of_more_rows_than_there_are_are_an_error(capsys):
+    with pytest.raises(SystemExit):
+        main(["assignment", "--rows", "20", "--dim", "4", "--batch", "8", "32"])
+    assert "--batch [8, 32]: there are 20 rows" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from configs import large_encoders
 from configs.code_search import get_config
 from jaxcl.assignment import PRESETS, Gcbs
 from jaxcl.build import build_optimizer, build_program
-from jaxcl.build_assignment import gcbs_rule
+from jaxcl.build_assignment import gcbs_rule, unused_settings
 from jaxcl.build_loss import LOSSES, _chunk_sizes
 from jaxcl.build_negatives import build_momentum, tiers_left_empty
 from jaxcl.mesh import put_batch
@@ -287,7 +287,7 @@ def test_a_loss_that_does_not_fit_its_config_is_named(changes, message):
         ({"gcbs.block_size": 0}, {}, "into blocks of at least 2 rows; use a divisor of it"),
         ({"gcbs.block_size": 1}, {}, "into blocks of at least 2 rows; use a divisor of it"),
         ({"gcbs.refresh_every": 20}, {}, "refresh_every=20 never comes in 20 steps"),
-        ({"gcbs.refresh_every": 0}, {}, "set it from 1 to less than those"),
+        ({"gcbs.refresh_every": 0}, {}, "set it to a step before the last, or train longer"),
         ({"gcbs.embeddings": "model"}, {}, "'model' is unknown; use one of encode, bank"),
         ({"gcbs.embeddings": "bank"}, {}, r"set negatives\.bank\.kind='instance'"),
         ({"gcbs.embeddings": "bank"}, QUEUE, r"set negatives\.bank\.kind='instance'"),
@@ -303,6 +303,7 @@ def test_a_loss_that_does_not_fit_its_config_is_named(changes, message):
         ({"gcbs.swaps": -1}, {}, r"assignment\.gcbs: swaps=-1; it is at least 0"),
         ({"gcbs.preset": "heavy"}, {}, r"gcbs\.preset='heavy' is unknown; use one of full, light"),
         ({"gcbs.random_initial": 1.5}, {}, r"initial=1\.5 and final=0\.0 must be from 0 to 1"),
+        ({"gcbs.method": "rmc", "gcbs.refresh_every": 20}, {}, "'rmc' is unknown"),
         ({"gcbs.random_final": -0.5}, {}, r"initial=0\.0 and final=-0\.5 must be from 0 to 1"),
     ],
 )
@@ -310,6 +311,14 @@ def test_an_assignment_that_cannot_be_is_named(assignment, others, message):
     program_of(**assignment_of())
     with pytest.raises(ValueError, match=message):
         program_of(**assignment_of(**assignment), **others)
+
+
+@pytest.mark.parametrize("name", ["uniform", "gcbs"])
+def test_settings_of_another_assignment_have_no_effect(name):
+    config = get_config("smoke")
+    config.assignment.name = name
+    given = ["steps", "assignment.name", "assignment.gcbs.method", "assignment.sourced.mix"]
+    assert unused_settings(config, given) == given[2 if name == "uniform" else 3 :]
 
 
 def test_settings_of_an_assignment_arrive_in_its_rule():

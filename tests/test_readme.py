@@ -57,9 +57,9 @@ def test_batches_are_chosen_of_two_arrays():
     found = {"queries": queries, "keys": keys}
     exec(snippet("Which rows share a batch"), found)
     assert sorted(found["rows"].tolist()) == list(range(600))
-    # Blocks of the order stay together in a batch.
-    blocks = {frozenset(block) for block in found["order"][:576].reshape(-1, 32).tolist()}
-    assert {frozenset(block) for block in found["rows"][:256].reshape(-1, 32).tolist()} <= blocks
+    # Blocks of the order are batches.
+    blocks = {frozenset(block) for block in found["order"][:512].reshape(-1, 256).tolist()}
+    assert {frozenset(block) for block in found["rows"][:512].reshape(-1, 256).tolist()} == blocks
 
 
 def test_a_config_of_two_data_sets_is_one_that_can_be_built():

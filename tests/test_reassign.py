@@ -287,7 +287,10 @@ def test_each_choice_is_measured(run_of, method):
         closed, before = (f"{share:.0%}" for share in shares)
         seconds = f"{record['time/assignment_seconds']:.1f} s"
         line = f"batches chosen anew after step {record['step']} in {seconds}: {closed} of the gap"
-        assert f"{line} to the loss of all rows is closed, before {before}\n" in run_of(method).said
+        line += f" to the loss of all rows is closed, before {before}; their loss is "
+        ours, theirs = record["assignment/train_loss"], record["assignment/train_loss_before"]
+        line += f"{ours - theirs:.2f} higher" if ours >= theirs else f"{theirs - ours:.2f} lower"
+        assert f"{line}\n" in run_of(method).said
 
 
 def test_pictures_are_drawn_where_they_are_wanted_and_can_be(run_of):

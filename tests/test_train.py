@@ -641,10 +641,23 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["--config.stepz=3"], ["stepz", "steps"]),
+        (
+            ["--config.stepz=3"],
+            ["no such field: stepz. Did you mean steps instead of stepz? (given: --config.stepz=3"],
+        ),
         pytest.param(["--config.model.dimm=3"], ["dimm", "dim"], marks=pytest.mark.slow),
         pytest.param(["--config.steps=many"], ["steps", "many"], marks=pytest.mark.slow),
-        (["--config.global_batch_size=7", "--config.run.mesh.data=3"], ["error: mesh={'data': 3}"]),
+        (
+            [
+                "--config.global_batch_size=7",
+                "--config.run.mesh.data=3",
+                "--config.assignment.gcbs.swaps=2",
+            ],
+            [
+                "warning: assignment.gcbs.swaps has no effect; assignment.name is another",
+                "error: mesh={'data': 3}",
+            ],
+        ),
     ],
 )
 def test_the_command_names_what_is_wrong_and_fails(tmp_path, arguments, wanted):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+from numpy.typing import ArrayLike
 
 from jaxcl.assignment.bisection import bisect
 from jaxcl.assignment.build_graph import graph_of
@@ -28,8 +29,8 @@ DEFAULT = Gcbs()
 
 
 def assign(
-    queries: Float[np.ndarray, "n d"],
-    keys: Float[np.ndarray, "_ d"],
+    queries: ArrayLike,
+    keys: ArrayLike,
     *,
     block_size: int,
     batch_size: int | None = None,
@@ -43,10 +44,12 @@ def assign(
     Runs on all devices of this process. `jaxcl.assignment.epoch_rows` makes batches of the order.
 
     Args:
-      queries: one embedding per pair, of any length but 0.
+      queries: one embedding per pair, `[n, d]`, of any length but 0; whatever NumPy makes an array
+        of, such as a tensor of another framework in the host's memory.
       keys: the other side's.
-      block_size: rows that are to meet in one batch.
-      batch_size: of the batches, if several blocks are to share one.
+      block_size: rows that are to meet in one batch. Whole batches, as hard as can be, have trained
+        best so far.
+      batch_size: of the batches, if several blocks are to share one; a multiple of `block_size`.
       temperature: of the loss.
       seed: of what is drawn.
       apart: labels by row, whose equals are no negatives and do not attract each other: ids of
@@ -68,14 +71,14 @@ def assign(
       >>> [len(set(block // 4)) for block in shuffled[order].reshape(4, 4)]
       [1, 1, 1, 1]
     """
-    _check_sides(queries, keys)
+    queries, keys = _sides(queries, keys)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature}; it is above 0")
     order = _order_of_devices(
         make_mesh({"data": -1}, devices=jax.local_devices()),
         num_rows=len(queries),
         block_size=block_size,
-        batch_size=batch_size or block_size,
+        batch_size=block_size if batch_size is None else batch_size,
         settings=settings,
     )
     return order(queries, keys, temperature, jax.random.key(seed), apart).rows
@@ -160,10 +163,10 @@ def make_order(
       ValueError: for sizes that cannot be.
     """
     settings.check()
-    if min(num_rows, block_size) < 1 or batch_size < block_size:
+    if min(num_rows, block_size, batch_size) < 1 or batch_size % block_size:
         raise ValueError(
             f"num_rows={num_rows}, block_size={block_size}, batch_size={batch_size}; a batch holds "
-            "a block of at least 1 row"
+            "whole blocks of at least 1 row"
         )
     if settings.method == "rcm":
         return functools.partial(_paper_order, num_rows=num_rows, quantile=settings.quantile)
@@ -302,11 +305,20 @@ def _on_host(rows: Array | np.ndarray) -> np.ndarray:
     return np.asarray(rows)
 
 
-def _check_sides(queries: np.ndarray, keys: np.ndarray) -> None:
+def _sides(
+    queries: ArrayLike, keys: ArrayLike
+) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]:
+    """Both as arrays that can be ordered."""
+    queries, keys = np.asarray(queries), np.asarray(keys)
     if queries.shape != keys.shape or queries.ndim != 2 or not len(queries):
         raise ValueError(
-            f"queries {queries.shape} and keys {keys.shape}; give one row of each per pair"
+            f"queries {queries.shape} and keys {keys.shape}; give one row of each per pair, and "
+            "as many features: [n, d]"
         )
     for name, side in (("queries", queries), ("keys", keys)):
-        if not np.isfinite(side).all():
-            raise ValueError(f"{name} has embeddings that are not finite")
+        bad = np.flatnonzero(~np.isfinite(side).all(1))
+        if len(bad):
+            raise ValueError(
+                f"{name} has {len(bad)} embeddings that are not finite; the first is row {bad[0]}"
+            )
+    return queries, keys

@@ -16,7 +16,7 @@ from jaxcl.assignment.place import Place
 from jaxcl.ops.varying import as_varying
 from jaxcl.typing import Array, Float, Int, Integer, Key
 
-__all__ = ["Segments", "refine", "segments_of", "swap"]
+__all__ = ["Segments", "most_first", "refine", "segments_of", "swap"]
 
 _MATCHING_ROUNDS = 4
 _DISTANCES = 3
@@ -48,6 +48,27 @@ def segments_of(starts: Int[Array, " _"], num_positions: int) -> Segments:
     """Cuts positions at `starts`."""
     begun = jnp.zeros(num_positions + 1, jnp.int32).at[starts[1:]].add(1)
     return Segments(starts, jnp.cumsum(begun[:num_positions]))
+
+
+def most_first(gains: Int[Array, " p"], segments: Segments) -> Int[Array, " p"]:
+    """Positions, segment by segment, of those first that gain most, as exactly as 32 bits allow.
+
+    Segment, gain and place in the segment are one number, since XLA sorts one array many times
+    faster than several. The gain has the bits that the others leave, from its sign and exponent on:
+    15 where there are 50,000 rows, 7 where there are 10 million. Of equals the first comes first.
+    """
+    starts, of_position = segments
+    position = jnp.arange(of_position.shape[0], dtype=jnp.int32)
+    padding = of_position == segments.number
+    segment = jnp.where(padding, 0, of_position)
+    place = jnp.where(padding, 0, position - starts[segment])
+    place_bits, segment_bits = (32 - lax.clz(numbers.max()) for numbers in (place, segment))
+    gain_bits = jnp.minimum(32 - place_bits - segment_bits, _ORDERED_BITS)
+    gain = _ordered(-gains) >> (_ORDERED_BITS - gain_bits)
+    packed = (segment << gain_bits | gain) << place_bits | place
+    packed = jnp.where(padding, jnp.uint32(2**32 - 1), packed.astype(jnp.uint32))
+    ordered = lax.sort(packed).astype(jnp.int32) & ((1 << place_bits) - 1)
+    return jnp.where(padding, position, starts[segment] + ordered)
 
 
 def swap(
@@ -92,7 +113,7 @@ def swap(
         gain = _gains(graph, weights, of_row, partners, place)
         # Of each segment the rows that would gain most first; ranks next to each other are mates,
         # another distance in each round, or two that want each other would stay mates for ever.
-        order = order[_most_first(gain[order], segments)]
+        order = order[most_first(gain[order], segments)]
         distance = jnp.where(of_position < other, 1, -1) * (number % _DISTANCES)
         mate = starts[other] + (rank + distance) % jnp.maximum(ranks, 1)
         mate = jnp.where(paired, mate, 0)
@@ -165,27 +186,6 @@ def _weight_between(
     """The weight of each row's mate among its neighbours."""
     found = (graph.rows == place.mine(mate)[:, None]) & (graph.rows >= 0)
     return place.everyone(jnp.where(found, weights, 0).sum(1))
-
-
-def _most_first(gains: Int[Array, " p"], segments: Segments) -> Int[Array, " p"]:
-    """Positions, segment by segment, of those first that gain most, as exactly as 32 bits allow.
-
-    Segment, gain and place in the segment are one number, since XLA sorts one array many times
-    faster than several. The gain has the bits that the others leave, from its sign and exponent on:
-    15 where there are 50,000 rows, 7 where there are 10 million. Of equals the first comes first.
-    """
-    starts, of_position = segments
-    position = jnp.arange(of_position.shape[0], dtype=jnp.int32)
-    padding = of_position == segments.number
-    segment = jnp.where(padding, 0, of_position)
-    place = jnp.where(padding, 0, position - starts[segment])
-    place_bits, segment_bits = (32 - lax.clz(numbers.max()) for numbers in (place, segment))
-    gain_bits = jnp.minimum(32 - place_bits - segment_bits, _ORDERED_BITS)
-    gain = _ordered(-gains) >> (_ORDERED_BITS - gain_bits)
-    packed = (segment << gain_bits | gain) << place_bits | place
-    packed = jnp.where(padding, jnp.uint32(2**32 - 1), packed.astype(jnp.uint32))
-    ordered = lax.sort(packed).astype(jnp.int32) & ((1 << place_bits) - 1)
-    return jnp.where(padding, position, starts[segment] + ordered)
 
 
 def _ordered(numbers: Int[Array, "*n"]) -> Int[Array, "*n"]:

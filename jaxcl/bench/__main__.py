@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,12 @@ BENCHMARKS: Mapping[str, Callable[[Sequence[str]], dict[str, Any]]] = {
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs one benchmark and returns its record, as the JSON holds it."""
     parser = argparse.ArgumentParser(prog="python -m jaxcl.bench", add_help=False)
-    parser.add_argument("benchmark", choices=BENCHMARKS)
+    parser.add_argument("benchmark", choices=BENCHMARKS, help="with --help for its own options")
     parser.add_argument("--json", type=Path, help="where to write the record")
+    argv = sys.argv[1:] if argv is None else argv
+    if list(argv) in (["-h"], ["--help"]):  # behind a name it asks for the benchmark's
+        parser.print_help()
+        sys.exit()
     arguments, rest = parser.parse_known_args(argv)
     measured = BENCHMARKS[arguments.benchmark](rest)
     record = {

@@ -53,21 +53,35 @@ Method = Callable[[Sides, int, int], Int[np.ndarray, " n"]]
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures every method at every batch size."""
     parser = argparse.ArgumentParser(prog="python -m jaxcl.bench assignment")
-    parser.add_argument("--workdir", type=Path)
-    parser.add_argument("--embeddings", type=Path)
-    parser.add_argument("--rows", type=int, default=10_000)
-    parser.add_argument("--dim", type=int, default=256, help="of drawn embeddings")
-    parser.add_argument("--batch", type=int, nargs="+", default=[64, 1_024])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--workdir", type=Path, help="a trained run, whose training rows these are")
+    parser.add_argument("--embeddings", type=Path, help="an .npz file of arrays `query` and `key`")
+    parser.add_argument("--rows", type=int, default=10_000, help="at most so many; 10000")
+    parser.add_argument("--dim", type=int, default=256, help="of drawn embeddings; 256")
     parser.add_argument(
-        "--measured", type=int, default=16_384, help="rows of which the gap is, 0 for none"
+        "--batch", type=int, nargs="+", default=[64, 1_024], help="rows of a batch; 64 1024"
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="NAME",
+        help="of " + ", ".join(map(repr, METHODS)) + "; all",
+    )
+    parser.add_argument("--rounds", type=int, default=1, help="each with other draws; 1")
+    parser.add_argument(
+        "--measured",
+        type=int,
+        default=16_384,
+        help="rows of which the gap is measured, 0 for none; 16384",
     )
     parser.add_argument(
         "--recall", action="store_true", help="of the clustered graphs as well, by the exact one"
     )
     arguments = parser.parse_args(argv)
     sides = _sides(arguments)
+    if not 1 <= min(arguments.batch) <= max(arguments.batch) <= len(sides.queries):
+        parser.error(f"--batch {arguments.batch}: there are {len(sides.queries)} rows")
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "embeddings.npz"
         np.savez(path, query=sides.queries, key=sides.keys)

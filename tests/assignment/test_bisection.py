@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxcl.assignment.bisection import Effort, _split, _starts, _walked, bisect
 from jaxcl.assignment.graph import UNIT, PairGraph, weights_within
 from jaxcl.assignment.place import Place
-from jaxcl.assignment.swaps import _most_first, refine, segments_of, swap
+from jaxcl.assignment.swaps import most_first, refine, segments_of, swap
 from jaxcl.mesh import make_mesh
 from jaxcl.ops.grid import on_grid
 from tests.helpers import unit_vectors
@@ -219,7 +219,8 @@ def test_a_walk_averages_over_the_neighbours_in_a_segment():
 
     expected = level(along >> 13)
     for _ in range(5):
-        expected = level(expected + np.round(ties @ expected / np.maximum(ties.sum(1), 1)))
+        nearby = np.round(ties @ expected / np.maximum(ties.sum(1), 1))
+        expected = level(np.floor(expected / 4) + nearby)
     np.testing.assert_allclose(found[order[:36]], expected[order[:36]], atol=2)
     assert np.abs(expected - level(along >> 13)).max() > 100
 
@@ -269,7 +270,7 @@ def test_rows_stand_by_segment_and_by_gain(starts):
     gains = np.random.default_rng(0).integers(-3_000, 3_000, 1_024).astype(np.int32)
     expected = np.lexsort((-gains, np.asarray(segments.of_position)))
     expected[1_000:] = np.arange(1_000, 1_024)
-    np.testing.assert_array_equal(_most_first(jnp.asarray(gains), segments), expected)
+    np.testing.assert_array_equal(most_first(jnp.asarray(gains), segments), expected)
 
 
 def test_of_a_million_rows_gains_keep_their_sign_and_magnitude():
@@ -277,7 +278,7 @@ def test_of_a_million_rows_gains_keep_their_sign_and_magnitude():
     segments = segments_of(jnp.array([0, num_rows // 3, num_rows]), num_rows)
     gains = np.random.default_rng(0).integers(-(2**31) + 1, 2**31, num_rows)
     gains = (gains >> np.arange(num_rows) % 31).astype(np.int32)
-    found = np.asarray(jax.jit(_most_first)(jnp.asarray(gains), segments))
+    found = np.asarray(jax.jit(most_first)(jnp.asarray(gains), segments))
     np.testing.assert_array_equal(np.sort(found), np.arange(num_rows))
     np.testing.assert_array_equal(found < num_rows // 3, np.arange(num_rows) < num_rows // 3)
     for part in np.split(gains[found].astype(np.float64), [num_rows // 3]):

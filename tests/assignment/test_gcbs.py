@@ -129,12 +129,16 @@ def test_settings_that_cannot_be_are_named(changes, message):
 
 def test_embeddings_that_cannot_be_are_named():
     queries, keys, _ = topical()
-    with pytest.raises(ValueError, match="give one row of each per pair"):
-        assign(queries[:-1], keys, block_size=8)
-    with pytest.raises(ValueError, match="keys has embeddings that are not finite"):
-        assign(queries, np.where(keys == keys.max(), np.nan, keys), block_size=8)
-    with pytest.raises(ValueError, match="a batch holds a block"):
-        assign(queries, keys, block_size=8, batch_size=4)
+    for other in (keys[:-1], keys[:, :-1], keys[0]):
+        with pytest.raises(ValueError, match=r"one row of each per pair, and as many features"):
+            assign(queries, other, block_size=8)
+    broken = keys.copy()
+    broken[[3, 5]] = np.array([[np.nan], [np.inf]])
+    with pytest.raises(ValueError, match=r"keys has 2 embeddings that are not finite.* is row 3"):
+        assign(queries, broken, block_size=8)
+    for batch_size in (4, 12, 0):
+        with pytest.raises(ValueError, match="a batch holds whole blocks"):
+            assign(queries, keys, block_size=8, batch_size=batch_size)
     assert set(METHODS) == {"bisection", "rcm_device", "rcm"}
 
 
@@ -155,6 +159,8 @@ def test_other_types_of_the_same_shape_are_ordered_too():
         apart = (topic.astype(label),)
         found = assign(queries.astype(dtype), keys.astype(dtype), apart=apart, **options)
         assert sorted(found.tolist()) == list(range(ROWS))
+    sides = jnp.asarray(queries), keys.tolist()
+    np.testing.assert_array_equal(assign(*sides, **options), assign(queries, keys, **options))
 
 
 @pytest.mark.slow
