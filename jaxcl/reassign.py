@@ -315,10 +315,10 @@ def _chosen(step: int, metrics: Mapping[str, float]) -> str:
     line = f"batches chosen anew after step {step:,} in {seconds:.1f} s"
     if "assignment/closed" not in metrics:
         return line
-    line += f": {metrics['assignment/closed']:.0%} of the gap to the loss of all rows is closed"
-    before = metrics.get("assignment/closed_before")
-    if before is not None:
-        line += f", before {before:.0%}"
+    closed = round(100 * metrics["assignment/closed"])
+    line += f": {closed}% of the gap to the loss of all rows is closed"
+    if "assignment/closed_before" in metrics:
+        line += f", before {round(100 * metrics['assignment/closed_before'])}%"
     if {"assignment/train_loss", "assignment/train_loss_before"} <= metrics.keys():
         harder = metrics["assignment/train_loss"] - metrics["assignment/train_loss_before"]
         line += f"; their loss is {abs(harder):.2f} {'higher' if harder >= 0 else 'lower'}"

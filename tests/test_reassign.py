@@ -284,7 +284,7 @@ def test_each_choice_is_measured(run_of, method):
     assert records[0]["assignment/closed"] > records[0]["assignment/closed_before"] + least
     for record in records:
         shares = (record[f"assignment/{name}"] for name in ("closed", "closed_before"))
-        closed, before = (f"{share:.0%}" for share in shares)
+        closed, before = (f"{round(100 * share)}%" for share in shares)
         seconds = f"{record['time/assignment_seconds']:.1f} s"
         line = f"batches chosen anew after step {record['step']} in {seconds}: {closed} of the gap"
         line += f" to the loss of all rows is closed, before {before}; their loss is "

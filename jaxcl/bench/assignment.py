@@ -131,15 +131,18 @@ def measure(
         for number in range(rounds):
             for method in methods:
                 name = f"{method}, batch {batch_size:,}"
-                say(f"round {number + 1} of {rounds}: {name}")
                 result = path.with_name("order.npz")
                 command = [sys.executable, "-m", "jaxcl.bench.assignment", method]
                 command += [str(batch_size), str(number), str(path), str(result)]
                 subprocess.run(command, check=True)
                 with np.load(result) as found:
                     seconds.setdefault(name, []).append(float(found["seconds"]))
+                    line = f"round {number + 1} of {rounds}: {name}, {found['seconds']:.2f} s"
                     if count:
-                        facts.setdefault(f"gap closed, {name}", []).append(closed(found["order"]))
+                        share = closed(found["order"])
+                        facts.setdefault(f"gap closed, {name}", []).append(share)
+                        line += f", {share:.4f} of the gap"
+                    say(line)  # now, so that a bench that is cut short has not been for nothing
                     facts[f"s with compilation, {name}"] = float(found["first_seconds"])
                     facts[f"peak MiB beyond the embeddings, {name}"] = float(found["mebibytes"])
     means = {name: np.mean(value).item() for name, value in facts.items()}
