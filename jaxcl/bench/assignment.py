@@ -270,7 +270,7 @@ def _in_batches(parts: np.ndarray, number: int, batch_size: int) -> Int[np.ndarr
     return np.argsort(filled, kind="stable").astype(np.int32)
 
 
-_LONGER = Effort(starts=6, swaps=16, refinements=64)
+_LONGER = Effort(swaps=16, refinements=64)
 _NO_GRAPH = Effort(starts=1, directions=12, walks=0, swaps=0, refinements=0)
 
 METHODS: dict[str, Method] = {
