@@ -25,6 +25,7 @@ from jaxcl.typing import Array, AxisName, Bool, Float, Int, Integer, Key
 __all__ = ["DEFAULT_EFFORT", "Effort", "bisect"]
 
 _LAST_LEVELS = 6  # begin several times: above them, starts take their time and gain nothing
+_LARGE = 1_024  # rows of a segment: smaller ones begin half as often, since swaps mend their cuts
 _SPREAD = 2**9  # the mean magnitude of a walk's values
 _FARTHEST = 2**11  # the greatest
 
@@ -33,8 +34,9 @@ class Effort(NamedTuple):
     """How long the blocks are searched for.
 
     Attributes:
-      starts: random directions with which a split begins, in the last six levels; each segment
-        takes the cut that keeps most weight together.
+      starts: random directions with which a split begins, in the last six levels, and half as many
+        where segments have less than 1,024 rows; each takes the cut that keeps most weight
+        together.
       directions: steps towards the direction of a split.
       walks: steps of the random walk from there; 0 for none.
       swaps: rounds of swaps after a split.
@@ -97,13 +99,15 @@ def bisect(
     def level(number: Integer[Array, ""] | int, order: Array) -> Array:
         segments = segments_of(table[number], place.num_rows)
         halves = segments_of(table[number + 1], place.num_rows)
+        large = jnp.diff(table[number]).max() >= _LARGE
+        starts = jnp.where(large, effort.starts, -(-effort.starts // 2))
         order = _split(
             points,
             graph,
             order,
             segments,
             halves,
-            starts=jnp.where(number >= last - _LAST_LEVELS, effort.starts, 1),
+            starts=jnp.where(number >= last - _LAST_LEVELS, starts, 1),
             effort=effort,
             key=jax.random.fold_in(split_key, number),
             place=place,
