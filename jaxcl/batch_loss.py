@@ -10,13 +10,13 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl.grad_cache import chunked
 from jaxcl.losses.negative_metrics import NegativeMetrics
-from jaxcl.models.towers import SIDES, Encode
+from jaxcl.models.towers import Encode
 from jaxcl.negatives.draws import priorities
 from jaxcl.negatives.memory_bank import MemoryBank, mean_age
 from jaxcl.negatives.tiers import DrawSource, TierBudgets, draw_tiers
 from jaxcl.ops.row_tables import read_rows, write_rows
 from jaxcl.parameter_sharding import FSDP
-from jaxcl.typing import Array, Batch, Embeddings, Int, Key, PyTree, RowKeys, Scalar
+from jaxcl.typing import SIDES, Array, Batch, Embeddings, Int, Key, PyTree, RowKeys, Scalar
 
 __all__ = ["BeyondBatch", "LossOfBatch", "MeasureOfBatch", "make_loss", "make_measure"]
 

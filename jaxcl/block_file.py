@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxcl.workdir import write_whole
+from jaxcl.files import write_whole
 
 __all__ = ["BlockFile"]
 

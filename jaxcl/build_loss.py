@@ -24,10 +24,10 @@ from jaxcl.losses import (
 )
 from jaxcl.losses.negative_metrics import measure_negatives
 from jaxcl.losses.running_estimate import estimate_memory, remembered_estimate_loss
-from jaxcl.models.towers import SIDES, Towers
+from jaxcl.models.towers import Towers
 from jaxcl.options import arguments_of, bind_options
 from jaxcl.train_step import TemperatureBounds
-from jaxcl.typing import Integer, PyTree
+from jaxcl.typing import SIDES, Integer, PyTree
 
 __all__ = [
     "LOSSES",

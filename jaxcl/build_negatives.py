@@ -11,12 +11,11 @@ from ml_collections import ConfigDict
 from jaxcl.batch_loss import BeyondBatch
 from jaxcl.build_assignment import gcbs_rule
 from jaxcl.data.guides import guide_dim
-from jaxcl.models.towers import SIDES
 from jaxcl.negatives.memory_bank import MemoryBank, init_bank, update_instances, update_queue
 from jaxcl.negatives.mining import MiningRule
 from jaxcl.negatives.tiers import TierBudgets, strata_of
 from jaxcl.ops.row_tables import ENTRIES_MULTIPLE, padded_entries
-from jaxcl.typing import Integer, PyTree, Scalar
+from jaxcl.typing import SIDES, Integer, PyTree, Scalar
 
 __all__ = [
     "BANKS",

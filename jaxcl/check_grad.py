@@ -23,10 +23,9 @@ from jaxcl.build import build_towers, run_mesh
 from jaxcl.build_loss import batch_needs, build_loss, build_memory
 from jaxcl.data.guides import guide_dim
 from jaxcl.mesh import make_mesh, put_batch
-from jaxcl.models.towers import SIDES
 from jaxcl.progress import say
 from jaxcl.train_step import TemperatureBounds, init_state, state_sharding
-from jaxcl.typing import Batch, NumpyInt, PyTree
+from jaxcl.typing import SIDES, Batch, NumpyInt, PyTree
 
 __all__ = ["GradientCheck", "compare_gradients"]
 

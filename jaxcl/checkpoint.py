@@ -24,6 +24,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
+from jaxcl.files import write_whole
 from jaxcl.processes import (
     PeerError,
     first_of_all,
@@ -33,7 +34,6 @@ from jaxcl.processes import (
     together,
 )
 from jaxcl.typing import Array, Integer, PyTree
-from jaxcl.workdir import write_whole
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored", "checksum"]
 

@@ -24,6 +24,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from jaxcl.checkpoint import CheckpointError
+from jaxcl.files import write_whole
 from jaxcl.host_memory import start_with_huge_pages
 from jaxcl.metrics import paired_difference
 from jaxcl.options import changed_config
@@ -31,7 +32,7 @@ from jaxcl.progress import say
 from jaxcl.reports import DivergenceError
 from jaxcl.retrieval import METRICS
 from jaxcl.train import Stopped, parse_flags, train
-from jaxcl.workdir import fields_of, write_whole
+from jaxcl.workdir import fields_of
 
 __all__ = ["compare"]
 

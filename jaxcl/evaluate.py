@@ -22,6 +22,7 @@ from jaxcl.build import Program
 from jaxcl.data.prepare import RunData
 from jaxcl.data.token_table import TokenTable
 from jaxcl.embed import pad_texts
+from jaxcl.files import write_whole
 from jaxcl.metrics import mean_and_standard_error
 from jaxcl.progress import progress_bar
 from jaxcl.retrieval import (
@@ -33,7 +34,6 @@ from jaxcl.retrieval import (
     results_table,
 )
 from jaxcl.typing import Float, Int, PyTree
-from jaxcl.workdir import write_whole
 
 __all__ = ["evaluate_run", "quick_metrics"]
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.files import write_whole
 from jaxcl.mesh import fetch
 from jaxcl.typing import Array, Float, Integer
-from jaxcl.workdir import write_whole
 
 __all__ = ["coarse_similarity", "similarity_picture"]
 

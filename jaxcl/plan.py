@@ -29,13 +29,13 @@ from jaxcl.build_loss import build_loss
 from jaxcl.chips import CHIPS, Chip
 from jaxcl.mesh import batch_sharding
 from jaxcl.models.layers import default_compute_dtype
-from jaxcl.models.towers import SIDES, Towers
+from jaxcl.models.towers import Towers
 from jaxcl.options import changed_config
 from jaxcl.program_cost import matrix_flops, traffic
 from jaxcl.progress import say
 from jaxcl.train import parse_flags
 from jaxcl.train_state import TrainState
-from jaxcl.typing import Batch, Embeddings, PyTree, RowKeys
+from jaxcl.typing import SIDES, Batch, Embeddings, PyTree, RowKeys
 
 __all__ = ["NoRoomError", "Plan", "make_plan"]
 

@@ -27,12 +27,11 @@ from jaxcl.build import Program
 from jaxcl.build_assignment import GcbsRule, assignment_name, gcbs_rule, sources_by
 from jaxcl.data.prepare import RunData
 from jaxcl.mesh import fetch, put_rows
-from jaxcl.models.towers import SIDES
 from jaxcl.ops.row_tables import padded_entries
 from jaxcl.picture import similarity_picture
 from jaxcl.progress import progress_bar, say
 from jaxcl.train_state import TrainState
-from jaxcl.typing import Array, Float, Int
+from jaxcl.typing import SIDES, Array, Float, Int
 
 __all__ = ["RunBatches"]
 

@@ -23,11 +23,10 @@ from rich.table import Table
 from jaxcl.assignment import assign_topics
 from jaxcl.checkpoint import CheckpointError
 from jaxcl.data.sources import PairSource
-from jaxcl.models.towers import SIDES
+from jaxcl.files import write_npz, write_whole
 from jaxcl.progress import say
 from jaxcl.trained import open_trained
-from jaxcl.typing import Float, Int
-from jaxcl.workdir import write_npz, write_whole
+from jaxcl.typing import SIDES, Float, Int
 
 __all__ = ["find_topics", "main"]
 

@@ -12,11 +12,9 @@ from jax.sharding import Mesh
 
 from jaxcl.batch_loss import LossOfBatch
 from jaxcl.mesh import batch_sharding, replicated_sharding, table_sharding
-from jaxcl.models.layers import PADDING_ID
-from jaxcl.models.towers import SIDES
 from jaxcl.parameter_sharding import Rule, parameter_shardings
 from jaxcl.train_state import TrainState
-from jaxcl.typing import Array, Batch, Int, Key, PyTree, Scalar
+from jaxcl.typing import PADDING_ID, SIDES, Array, Batch, Int, Key, PyTree, Scalar
 
 __all__ = ["StepMetrics", "TemperatureBounds", "init_state", "make_train_step", "state_sharding"]
 

@@ -16,9 +16,8 @@ from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import open_splits
 from jaxcl.data.token_table import TokenTable, build_token_table
 from jaxcl.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-from jaxcl.models.towers import SIDES
 from jaxcl.progress import progress_bar
-from jaxcl.typing import Float, PyTree
+from jaxcl.typing import SIDES, Float, PyTree
 from jaxcl.workdir import read_config
 
 __all__ = ["Trained", "open_trained"]

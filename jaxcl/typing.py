@@ -25,6 +25,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 __all__ = [
+    "PADDING_ID",
+    "SIDES",
     "Array",
     "AxisName",
     "Batch",
@@ -40,6 +42,12 @@ __all__ = [
     "Scalar",
     "Tokens",
 ]
+
+SIDES = ("query", "key")
+"""The two sides of a pair, in the order in which arrays and random keys take them."""
+
+PADDING_ID = 0
+"""The token id that fills a text up to the width of its batch; encoders mask it."""
 
 PyTree: TypeAlias = Any
 AxisName: TypeAlias = Hashable | tuple[Hashable, ...]

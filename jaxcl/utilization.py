@@ -9,8 +9,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcl.chips import chip_of
-from jaxcl.models.towers import SIDES, Towers
+from jaxcl.models.towers import Towers
 from jaxcl.program_cost import matrix_flops
+from jaxcl.typing import SIDES
 
 __all__ = ["model_flops", "peak_flops"]
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
+
+from jaxcl.files import write_whole
 
 try:
     import fcntl
@@ -20,8 +21,6 @@ __all__ = [
     "fields_of",
     "lock_workdir",
     "read_config",
-    "write_npz",
-    "write_whole",
 ]
 
 _MAY_CHANGE = "run"
@@ -113,22 +112,6 @@ def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
         and value is not False
         and (field not in _AS_BEFORE or value != _AS_BEFORE[field])
     }
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    unfinished.replace(path)
-
-
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Writes arrays as `write_whole` does, into a folder that is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    unfinished.replace(path)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ FLOORS = {
         "checkpoint",
         "chips",
         "program_cost",
+        "files",
         "progress",
         "workdir",
         "picture",

@@ -8,7 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.code_search import get_config
-from jaxcl.workdir import claim_workdir, fields_of, lock_workdir, read_config, write_whole
+from jaxcl.files import write_whole
+from jaxcl.workdir import claim_workdir, fields_of, lock_workdir, read_config
 
 
 def config(**changes) -> ConfigDict:

@@ -20,9 +20,8 @@ from ml_collections import ConfigDict
 from jaxcl.bench.timing import milliseconds
 from jaxcl.build import build_program
 from jaxcl.mesh import put_batch
-from jaxcl.models.towers import SIDES
 from jaxcl.train_state import TrainState
-from jaxcl.typing import Batch
+from jaxcl.typing import SIDES, Batch
 
 __all__ = ["main", "measure"]
 

@@ -24,11 +24,10 @@ from jaxcl.build import Program, build_program
 from jaxcl.data.loader import training_batches
 from jaxcl.data.token_table import TokenTable
 from jaxcl.metrics import mrr_metric
-from jaxcl.models.towers import SIDES
 from jaxcl.progress import progress_bar
 from jaxcl.retrieval import evaluate_retrieval
 from jaxcl.trained import open_trained
-from jaxcl.typing import PyTree
+from jaxcl.typing import SIDES, PyTree
 from jaxcl.workdir import read_config
 
 __all__ = ["main", "measure", "with_copies"]

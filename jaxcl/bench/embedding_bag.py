@@ -15,8 +15,7 @@ import numpy as np
 
 from jaxcl.bench.timing import milliseconds
 from jaxcl.models.embedding_bag import IMPLEMENTATIONS, embedding_bag
-from jaxcl.models.layers import PADDING_ID
-from jaxcl.typing import Array, Float, Int
+from jaxcl.typing import PADDING_ID, Array, Float, Int
 
 __all__ = ["DEFAULT_SHAPES", "BagShape", "main", "measure", "row_lengths", "zipf_tokens"]
 

@@ -18,8 +18,7 @@ from jaxcl.bench.timing import compile_all, facts_of, largest_that_fits, millise
 from jaxcl.losses import infonce_loss
 from jaxcl.mesh import make_mesh
 from jaxcl.models import TransformerEncoder, make_towers
-from jaxcl.models.towers import SIDES
-from jaxcl.typing import Batch, PyTree
+from jaxcl.typing import SIDES, Batch, PyTree
 
 __all__ = ["main", "measure"]
 

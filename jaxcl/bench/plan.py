@@ -21,8 +21,8 @@ import numpy as np
 
 from jaxcl.build import build_program
 from jaxcl.mesh import put_batch
-from jaxcl.models.towers import SIDES
 from jaxcl.plan import make_plan
+from jaxcl.typing import SIDES
 
 __all__ = ["main"]
 

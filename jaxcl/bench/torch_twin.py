@@ -14,8 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxcl.build import Program, build_program
 from jaxcl.mesh import put_batch
-from jaxcl.models.towers import SIDES
-from jaxcl.typing import Batch, PyTree
+from jaxcl.typing import SIDES, Batch, PyTree
 
 __all__ = ["Ask", "agreement", "torch_twin"]
 

@@ -39,10 +39,9 @@ from jaxcl.data.loader import training_batches
 from jaxcl.data.token_table import TokenTable
 from jaxcl.mesh import put_batch
 from jaxcl.metric_writer import MetricWriter
-from jaxcl.models.towers import SIDES
 from jaxcl.progress import progress_bar
 from jaxcl.reports import Reports
-from jaxcl.typing import Batch
+from jaxcl.typing import SIDES, Batch
 
 __all__ = ["DEFAULT_SHAPES", "StepShape", "main", "measure"]
 

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxcl.data.row_files import check_same_rows, read_arrays
-from jaxcl.models.towers import SIDES
-from jaxcl.typing import Float, Int
+from jaxcl.typing import SIDES, Float, Int
 
 __all__ = ["RowGuides", "guide_dim", "read_guides"]
 

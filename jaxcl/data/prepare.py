@@ -17,10 +17,9 @@ from jaxcl.data.splits import ConcatenatedPairs, data_set_names, open_splits
 from jaxcl.data.token_table import TokenTable, build_token_table
 from jaxcl.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxcl.data.topics import RowTopics, read_topics
-from jaxcl.models.towers import SIDES
+from jaxcl.files import write_whole
 from jaxcl.progress import progress_bar
-from jaxcl.typing import Int
-from jaxcl.workdir import write_whole
+from jaxcl.typing import SIDES, Int
 
 __all__ = ["RunData", "prepare_data"]
 

@@ -17,9 +17,7 @@ from tokenizers import Tokenizer
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import ConcatenatedPairs
 from jaxcl.data.tokenizer import encode_texts, tokenizer_fingerprint
-from jaxcl.models.layers import PADDING_ID
-from jaxcl.models.towers import SIDES
-from jaxcl.typing import Batch, Int, Integer
+from jaxcl.typing import PADDING_ID, SIDES, Batch, Int, Integer
 
 __all__ = ["TokenTable", "build_token_table", "padded"]
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from jaxcl.models.layers import PADDING_ID
-from jaxcl.typing import Int
+from jaxcl.typing import PADDING_ID, Int
 
 __all__ = ["encode_texts", "load_tokenizer", "tokenizer_fingerprint", "train_tokenizer"]
 

@@ -6,7 +6,6 @@ from flax import nnx
 from jax import lax
 
 from jaxcl.models.layers import (
-    PADDING_ID,
     default_compute_dtype,
     pool,
     row_dropout,
@@ -14,7 +13,7 @@ from jaxcl.models.layers import (
     stacked,
 )
 from jaxcl.ops.vectors import normalise
-from jaxcl.typing import Array, Bool, Embeddings, Float, Int, PyTree, RowKeys
+from jaxcl.typing import PADDING_ID, Array, Bool, Embeddings, Float, Int, PyTree, RowKeys
 
 __all__ = ["DecoderEncoder"]
 

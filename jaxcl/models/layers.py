@@ -8,10 +8,9 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxcl.typing import Array, Bool, Float, Int, Key, PyTree, RowKeys, Tokens
+from jaxcl.typing import PADDING_ID, Array, Bool, Float, Int, Key, PyTree, RowKeys, Tokens
 
 __all__ = [
-    "PADDING_ID",
     "POOLINGS",
     "default_compute_dtype",
     "pool",
@@ -20,9 +19,6 @@ __all__ = [
     "stacked",
     "token_dropout_mask",
 ]
-
-PADDING_ID = 0
-"""The token id that stands for "no token here" in every tokenizer of jaxcl."""
 
 POOLINGS = ("mean", "cls", "last")
 

@@ -6,11 +6,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 from flax import nnx
 
-from jaxcl.typing import Array, Embeddings, Key, PyTree, RowKeys
+from jaxcl.typing import SIDES, Array, Embeddings, Key, PyTree, RowKeys
 
-__all__ = ["SIDES", "Encode", "Towers", "make_towers"]
-
-SIDES = ("query", "key")
+__all__ = ["Encode", "Towers", "make_towers"]
 
 
 @runtime_checkable

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcl.models.layers import (
-    PADDING_ID,
     POOLINGS,
     default_compute_dtype,
     pool,
@@ -17,7 +16,7 @@ from jaxcl.models.layers import (
     stacked,
 )
 from jaxcl.ops.vectors import normalise
-from jaxcl.typing import Array, Bool, Embeddings, Float, Int, PyTree, RowKeys
+from jaxcl.typing import PADDING_ID, Array, Bool, Embeddings, Float, Int, PyTree, RowKeys
 
 __all__ = ["NORM_POSITIONS", "TransformerEncoder"]
 

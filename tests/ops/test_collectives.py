@@ -10,9 +10,9 @@ from configs.code_search import get_config
 from jaxcl import parameter_sharding
 from jaxcl.build import build_program
 from jaxcl.mesh import make_mesh
-from jaxcl.models.towers import SIDES
 from jaxcl.ops import collectives
 from jaxcl.ops.collectives import gather, sum_scatter
+from jaxcl.typing import SIDES
 
 AXES = ("data", "fsdp")
 
