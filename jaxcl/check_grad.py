@@ -19,12 +19,12 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxcl.build import build_towers, run_mesh
-from jaxcl.build_loss import batch_needs, build_loss, build_memory
-from jaxcl.data.guides import guide_dim
-from jaxcl.mesh import make_mesh, put_batch
-from jaxcl.progress import say
-from jaxcl.train_step import TemperatureBounds, init_state, state_sharding
+from jaxcl.data.row_guides import guide_dim
+from jaxcl.host.progress import say
+from jaxcl.ops.mesh import make_mesh, put_batch
+from jaxcl.settings.build import build_towers, run_mesh
+from jaxcl.settings.build_loss import batch_needs, build_loss, build_memory
+from jaxcl.step.train_step import TemperatureBounds, init_state, state_sharding
 from jaxcl.typing import SIDES, Batch, NumpyInt, PyTree
 
 __all__ = ["GradientCheck", "compare_gradients"]

@@ -23,16 +23,16 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from jaxcl.checkpoint import CheckpointError
-from jaxcl.files import write_whole
-from jaxcl.host_memory import start_with_huge_pages
+from jaxcl.evaluation.retrieval import METRICS
+from jaxcl.host.files import write_whole
+from jaxcl.host.huge_pages import start_with_huge_pages
+from jaxcl.host.progress import say
 from jaxcl.metrics import paired_difference
-from jaxcl.options import changed_config
-from jaxcl.progress import say
-from jaxcl.reports import DivergenceError
-from jaxcl.retrieval import METRICS
+from jaxcl.run.checkpoint import CheckpointError
+from jaxcl.run.reports import DivergenceError
+from jaxcl.run.workdir import fields_of
+from jaxcl.settings.options import changed_config
 from jaxcl.train import Stopped, parse_flags, train
-from jaxcl.workdir import fields_of
 
 __all__ = ["compare"]
 

@@ -25,17 +25,17 @@ import rich
 from jax.sharding import Mesh, PartitionSpec
 from rich.table import Table
 
-from jaxcl.block_file import BlockFile
-from jaxcl.checkpoint import CheckpointError
 from jaxcl.data.sources import PairSource
 from jaxcl.data.token_table import TokenTable
-from jaxcl.files import write_npz, write_whole
-from jaxcl.mesh import fetch, local_rows, put_batch
+from jaxcl.host.block_file import BlockFile
+from jaxcl.host.files import write_npz, write_whole
+from jaxcl.host.processes import first_then_others, leave, leave_for, start_processes
+from jaxcl.host.progress import progress_bar, say
 from jaxcl.negatives.mining import Mined, MiningRule, mine_negatives
+from jaxcl.ops.mesh import fetch, local_rows, put_batch
 from jaxcl.ops.pairs import PairLabels
-from jaxcl.processes import first_then_others, leave, leave_for, start_processes
-from jaxcl.progress import progress_bar, say
-from jaxcl.trained import Trained, open_trained
+from jaxcl.run.checkpoint import CheckpointError
+from jaxcl.run.trained import Trained, open_trained
 from jaxcl.typing import SIDES, PyTree
 
 __all__ = ["main", "mine"]

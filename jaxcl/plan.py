@@ -24,17 +24,17 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from jaxcl.build import build_program
-from jaxcl.build_loss import build_loss
-from jaxcl.chips import CHIPS, Chip
-from jaxcl.mesh import batch_sharding
+from jaxcl.cost.chips import CHIPS, Chip
+from jaxcl.cost.program_cost import matrix_flops, traffic
+from jaxcl.host.progress import say
 from jaxcl.models.layers import default_compute_dtype
 from jaxcl.models.towers import Towers
-from jaxcl.options import changed_config
-from jaxcl.program_cost import matrix_flops, traffic
-from jaxcl.progress import say
+from jaxcl.ops.mesh import batch_sharding
+from jaxcl.settings.build import build_program
+from jaxcl.settings.build_loss import build_loss
+from jaxcl.settings.options import changed_config
+from jaxcl.step.train_state import TrainState
 from jaxcl.train import parse_flags
-from jaxcl.train_state import TrainState
 from jaxcl.typing import SIDES, Batch, Embeddings, PyTree, RowKeys
 
 __all__ = ["NoRoomError", "Plan", "make_plan"]

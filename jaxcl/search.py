@@ -22,14 +22,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from jaxcl.build import Program
-from jaxcl.checkpoint import CheckpointError
 from jaxcl.data.row_files import DAMAGED
 from jaxcl.data.sources import PairSource
-from jaxcl.embed import make_embedder, pad_texts
-from jaxcl.progress import progress_bar, say
-from jaxcl.retrieval import BM25, dense_scores, reciprocal_rank_fusion
-from jaxcl.trained import open_trained
+from jaxcl.evaluation.retrieval import BM25, dense_scores, reciprocal_rank_fusion
+from jaxcl.host.progress import progress_bar, say
+from jaxcl.run.checkpoint import CheckpointError
+from jaxcl.run.trained import open_trained
+from jaxcl.settings.build import Program
+from jaxcl.step.embedder import make_embedder, pad_texts
 from jaxcl.typing import Float, PyTree
 
 __all__ = ["Hit", "Search", "main", "open_search"]

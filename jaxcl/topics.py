@@ -21,11 +21,11 @@ import rich
 from rich.table import Table
 
 from jaxcl.assignment import assign_topics
-from jaxcl.checkpoint import CheckpointError
 from jaxcl.data.sources import PairSource
-from jaxcl.files import write_npz, write_whole
-from jaxcl.progress import say
-from jaxcl.trained import open_trained
+from jaxcl.host.files import write_npz, write_whole
+from jaxcl.host.progress import say
+from jaxcl.run.checkpoint import CheckpointError
+from jaxcl.run.trained import open_trained
 from jaxcl.typing import SIDES, Float, Int
 
 __all__ = ["find_topics", "main"]

@@ -20,32 +20,32 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxcl.build import Program, build_program
-from jaxcl.build_assignment import unused_settings
-from jaxcl.build_loss import batch_needs
-from jaxcl.build_negatives import check_bank_divides, tiers_left_empty
-from jaxcl.checkpoint import CheckpointError, Checkpoints
 from jaxcl.data.loader import training_batches
-from jaxcl.data.negatives import RowNegatives
 from jaxcl.data.prepare import RunData, prepare_data
-from jaxcl.evaluate import evaluate_run, quick_metrics
-from jaxcl.host_memory import start_with_huge_pages
-from jaxcl.mesh import fetch
-from jaxcl.metric_writer import MetricWriter
-from jaxcl.processes import (
+from jaxcl.data.row_negatives import RowNegatives
+from jaxcl.evaluation.held_out import evaluate_run, quick_metrics
+from jaxcl.host.huge_pages import start_with_huge_pages
+from jaxcl.host.processes import (
     first_then_others,
     leave,
     leave_for,
     start_processes,
     stop_requests,
 )
-from jaxcl.progress import progress_bar, say
-from jaxcl.reassign import RunBatches
-from jaxcl.reports import DivergenceError, Reports
-from jaxcl.train_state import TrainState
+from jaxcl.host.progress import progress_bar, say
+from jaxcl.ops.mesh import fetch
+from jaxcl.run.batches import RunBatches
+from jaxcl.run.checkpoint import CheckpointError, Checkpoints
+from jaxcl.run.metric_writer import MetricWriter
+from jaxcl.run.reports import DivergenceError, Reports
+from jaxcl.run.watch import Watch, keep_compiled
+from jaxcl.run.workdir import claim_workdir, lock_workdir
+from jaxcl.settings.build import Program, build_program
+from jaxcl.settings.build_assignment import unused_settings
+from jaxcl.settings.build_loss import batch_needs
+from jaxcl.settings.build_negatives import check_bank_divides, tiers_left_empty
+from jaxcl.step.train_state import TrainState
 from jaxcl.typing import Batch
-from jaxcl.watch import Watch, keep_compiled
-from jaxcl.workdir import claim_workdir, lock_workdir
 
 __all__ = ["Stopped", "parse_flags", "train"]
 

@@ -38,8 +38,8 @@ import numpy as np
 from configs.code_search import get_config
 from jaxcl.bench.machine import commit
 from jaxcl.data.code_pairs import prepare_code_pairs
-from jaxcl.files import write_whole
-from jaxcl.processes import PEER_LOST
+from jaxcl.host.files import write_whole
+from jaxcl.host.processes import PEER_LOST
 from tests import fault_worker
 from tests.helpers import unclocked
 

@@ -15,8 +15,8 @@ import jax
 from absl import app
 
 from jaxcl import train as trainer
-from jaxcl.checkpoint import Checkpoints
-from jaxcl.mesh import fetch
+from jaxcl.ops.mesh import fetch
+from jaxcl.run.checkpoint import Checkpoints
 from tests.helpers import bits
 
 

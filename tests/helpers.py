@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.build import build_program
-from jaxcl.checkpoint import Checkpoints
-from jaxcl.metric_writer import read_metrics
-from jaxcl.workdir import read_config
+from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.metric_writer import read_metrics
+from jaxcl.run.workdir import read_config
+from jaxcl.settings.build import build_program
 
 
 def unit_vectors(seed: int, *shape: int, dtype=jnp.float64):

@@ -8,10 +8,15 @@ import os
 import numpy as np
 import pytest
 
-from jaxcl.bench import assignment, embedding_bag, grad_cache, loss, nearest, train_step
+from jaxcl.bench import bench_assignment as assignment
+from jaxcl.bench import bench_embedding_bag as embedding_bag
+from jaxcl.bench import bench_grad_cache as grad_cache
+from jaxcl.bench import bench_loss as loss
+from jaxcl.bench import bench_nearest as nearest
+from jaxcl.bench import bench_train_step as train_step
 from jaxcl.bench.__main__ import BENCHMARKS, as_table, main
-from jaxcl.bench.embedding_bag import BagShape
-from jaxcl.bench.train_step import StepShape
+from jaxcl.bench.bench_embedding_bag import BagShape
+from jaxcl.bench.bench_train_step import StepShape
 from jaxcl.models.embedding_bag import IMPLEMENTATIONS
 
 _SHAPES = {

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxcl.metric_writer import MetricWriter
+from jaxcl.run.metric_writer import MetricWriter
 from tests.fault_suite import STEPS, TURNS, Wrong, check_epochs, compare, run_suite
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")

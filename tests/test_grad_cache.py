@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 
 from jaxcl.grad_cache import chunked, rows_per_chunk
 from jaxcl.losses import infonce_loss, sigmoid_pair_loss
-from jaxcl.mesh import make_mesh
 from jaxcl.models.layers import row_dropout
+from jaxcl.ops.mesh import make_mesh
 from jaxcl.ops.vectors import normalise
 from tests.helpers import relative_errors, unit_vectors
 

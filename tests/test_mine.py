@@ -8,13 +8,13 @@ import pytest
 
 from configs.code_search import get_config
 from jaxcl import mine as miner
-from jaxcl.block_file import BlockFile
 from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.data.python_functions import SourceRoot
+from jaxcl.host.block_file import BlockFile
 from jaxcl.mine import main, mine
 from jaxcl.negatives.mining import MiningRule
+from jaxcl.run.trained import open_trained
 from jaxcl.train import train
-from jaxcl.trained import open_trained
 
 VERBS = ("open", "close", "count", "merge", "split", "drop")
 NOUNS = ("socket", "ledger", "window", "matrix", "folder")

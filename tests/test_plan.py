@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from configs.code_search import get_config
-from jaxcl.build import build_program
-from jaxcl.chips import CHIPS
-from jaxcl.mesh import put_batch
+from jaxcl.cost.chips import CHIPS
+from jaxcl.ops.mesh import put_batch
 from jaxcl.plan import NoRoomError, Plan, _advice, _devices, _settings, make_plan
+from jaxcl.settings.build import build_program
 
 ROWS = 2_000
 

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxcl.build import build_program
-from jaxcl.build_assignment import sources_by
 from jaxcl.data.sources import open_pairs
 from jaxcl.data.splits import data_set_names
 from jaxcl.losses import infonce_loss
+from jaxcl.settings.build import build_program
+from jaxcl.settings.build_assignment import sources_by
 from tests.helpers import relative_error, unit_vectors
 
 README = Path(__file__).parents[1] / "README.md"

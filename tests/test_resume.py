@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxcl.metric_writer import read_metrics
+from jaxcl.run.metric_writer import read_metrics
 from tests.helpers import bits, final_state, unclocked
 
 ROOT = Path(__file__).parents[1]

@@ -11,15 +11,15 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxcl import search
-from jaxcl.build import build_program
-from jaxcl.checkpoint import Checkpoints
 from jaxcl.data import splits
 from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.data.prepare import prepare_data
 from jaxcl.data.python_functions import SourceRoot
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.tokenizer import train_tokenizer
-from jaxcl.workdir import claim_workdir, read_config
+from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.workdir import claim_workdir, read_config
+from jaxcl.settings.build import build_program
 
 VERBS, NOUNS = ("open", "close", "count", "merge"), ("socket", "ledger", "window", "matrix")
 PLANTED = "Tell the phase of the moon on a given calendar day."

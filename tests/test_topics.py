@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxcl import topics
+from jaxcl.data.row_topics import read_topics
 from jaxcl.data.sources import InMemoryPairs
-from jaxcl.data.topics import read_topics
 from tests.helpers import unit_vectors
 
 PLANTED, SIZE, DIM = 6, 9, 16

@@ -15,12 +15,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxcl.assignment import uniform_rows
-from jaxcl.build import build_program
-from jaxcl.checkpoint import CheckpointError, Checkpoints
 from jaxcl.data.prepare import prepare_data
 from jaxcl.data.token_table import TokenTable
-from jaxcl.metric_writer import read_metrics
-from jaxcl.reports import DivergenceError, Reports
+from jaxcl.run.checkpoint import CheckpointError, Checkpoints
+from jaxcl.run.metric_writer import read_metrics
+from jaxcl.run.reports import DivergenceError, Reports
+from jaxcl.settings.build import build_program
 from jaxcl.train import train
 from tests.helpers import bits, unclocked
 
@@ -496,7 +496,7 @@ def test_another_seed_reads_the_rows_in_another_order(tiny, tmp_path, monkeypatc
         seeds.append(seed)
         return uniform_rows(*args, seed=seed, **options)
 
-    monkeypatch.setattr("jaxcl.reassign.uniform_rows", noting)
+    monkeypatch.setattr("jaxcl.run.batches.uniform_rows", noting)
     train(tiny(steps=2, seed=5), tmp_path)
     assert set(seeds) == {5}
 

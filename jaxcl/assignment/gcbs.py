@@ -20,7 +20,7 @@ from jaxcl.assignment.build_graph import graph_of
 from jaxcl.assignment.cuthill_mckee import cuthill_mckee, paper_order
 from jaxcl.assignment.gcbs_settings import Gcbs
 from jaxcl.assignment.place import Place
-from jaxcl.mesh import fetch, make_mesh, put_rows
+from jaxcl.ops.mesh import fetch, make_mesh, put_rows
 from jaxcl.typing import Array, Float, Int, Key, Scalar
 
 __all__ = ["Ordered", "assign", "assign_topics", "make_device_order", "make_order"]

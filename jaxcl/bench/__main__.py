@@ -26,33 +26,33 @@ from typing import Any
 import jax
 
 from jaxcl.bench import (
-    assignment,
-    bank,
-    duplicates,
-    embedding_bag,
-    grad_cache,
-    loss,
-    nearest,
-    plan,
-    scaling,
-    start,
-    train_step,
+    bench_assignment,
+    bench_bank,
+    bench_duplicates,
+    bench_embedding_bag,
+    bench_grad_cache,
+    bench_loss,
+    bench_nearest,
+    bench_plan,
+    bench_scaling,
+    bench_start,
+    bench_train_step,
 )
 from jaxcl.bench.machine import commit, cpu_model
-from jaxcl.host_memory import start_with_huge_pages
+from jaxcl.host.huge_pages import start_with_huge_pages
 
 BENCHMARKS: Mapping[str, Callable[[Sequence[str]], dict[str, Any]]] = {
-    "assignment": assignment.main,
-    "bank": bank.main,
-    "duplicates": duplicates.main,
-    "embedding_bag": embedding_bag.main,
-    "grad_cache": grad_cache.main,
-    "loss": loss.main,
-    "nearest": nearest.main,
-    "plan": plan.main,
-    "scaling": scaling.main,
-    "start": start.main,
-    "train_step": train_step.main,
+    "assignment": bench_assignment.main,
+    "bank": bench_bank.main,
+    "duplicates": bench_duplicates.main,
+    "embedding_bag": bench_embedding_bag.main,
+    "grad_cache": bench_grad_cache.main,
+    "loss": bench_loss.main,
+    "nearest": bench_nearest.main,
+    "plan": bench_plan.main,
+    "scaling": bench_scaling.main,
+    "start": bench_start.main,
+    "train_step": bench_train_step.main,
 }
 """Benchmarks by name."""
 

@@ -1,4 +1,4 @@
-"""PyTorch's side of `jaxcl.bench.loss`: a cross entropy in both directions, plain and compiled.
+"""The PyTorch side of `jaxcl.bench.bench_loss`: cross entropy both ways, eager and compiled.
 
 A program of its own, which needs torch and NumPy alone: it reads what to measure from its one
 argument, as JSON, and its last line is the answer, as JSON.

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcl.build import Program, build_program
-from jaxcl.mesh import put_batch
+from jaxcl.ops.mesh import put_batch
+from jaxcl.settings.build import Program, build_program
 from jaxcl.typing import SIDES, Batch, PyTree
 
 __all__ = ["Ask", "agreement", "torch_twin"]
@@ -44,7 +44,7 @@ def torch_twin(
       program: whose initial parameters the twin takes over.
       batches: what it trains on, in turn; NumPy arrays.
       workdir: where its input is written.
-      huge_pages: with the environment that `jaxcl.train` gives itself (`jaxcl.host_memory`). No
+      huge_pages: with the environment that `jaxcl.train` gives itself (`jaxcl.host.huge_pages`). No
         PyTorch program does so by itself.
     """
     arrays, spec_file = workdir / "arrays.npz", workdir / "spec.json"

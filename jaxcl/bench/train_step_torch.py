@@ -1,4 +1,4 @@
-"""The PyTorch twin of `jaxcl.bench.train_step`: the same models, written as its users write them.
+"""The PyTorch twin of `jaxcl.bench.bench_train_step`: the same models, idiomatic PyTorch.
 
     python train_step_torch.py SPEC.json
 

@@ -29,7 +29,7 @@ from absl import logging
 from jaxcl.data import python_functions
 from jaxcl.data.python_functions import FileScan, PythonFunction, SourceRoot
 from jaxcl.data.sources import DESCRIPTION_FILE
-from jaxcl.progress import progress_bar, say
+from jaxcl.host.progress import progress_bar, say
 
 __all__ = ["CodePairs", "CodePairsInfo", "prepare_code_pairs", "split_functions"]
 

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcl.data.guides import RowGuides
-from jaxcl.data.negatives import RowNegatives
+from jaxcl.data.row_guides import RowGuides
+from jaxcl.data.row_negatives import RowNegatives
 from jaxcl.data.token_table import TokenTable
-from jaxcl.mesh import put_batch
+from jaxcl.ops.mesh import put_batch
 from jaxcl.typing import Batch, Int
 
 __all__ = ["training_batches"]

@@ -10,15 +10,15 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from jaxcl.data.code_pairs import prepare_code_pairs
-from jaxcl.data.guides import RowGuides, read_guides
-from jaxcl.data.negatives import RowNegatives, read_negatives
+from jaxcl.data.row_guides import RowGuides, read_guides
+from jaxcl.data.row_negatives import RowNegatives, read_negatives
+from jaxcl.data.row_topics import RowTopics, read_topics
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import ConcatenatedPairs, data_set_names, open_splits
 from jaxcl.data.token_table import TokenTable, build_token_table
 from jaxcl.data.tokenizer import load_tokenizer, train_tokenizer
-from jaxcl.data.topics import RowTopics, read_topics
-from jaxcl.files import write_whole
-from jaxcl.progress import progress_bar
+from jaxcl.host.files import write_whole
+from jaxcl.host.progress import progress_bar
 from jaxcl.typing import SIDES, Int
 
 __all__ = ["RunData", "prepare_data"]

@@ -12,8 +12,8 @@ from jaxcl.assignment.bisection import Effort, _split, _starts, _walked, bisect
 from jaxcl.assignment.graph import UNIT, PairGraph, weights_within
 from jaxcl.assignment.place import Place
 from jaxcl.assignment.swaps import most_first, refine, segments_of, swap
-from jaxcl.mesh import make_mesh
 from jaxcl.ops.grid import on_grid
+from jaxcl.ops.mesh import make_mesh
 from tests.helpers import unit_vectors
 
 

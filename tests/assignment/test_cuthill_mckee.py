@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components, reverse_cuthill_mckee
 
 from jaxcl.assignment.cuthill_mckee import cuthill_mckee, paper_order
 from jaxcl.assignment.graph import PairGraph
-from jaxcl.mesh import make_mesh
+from jaxcl.ops.mesh import make_mesh
 from tests.helpers import unit_vectors
 
 NUM_ROWS, WIDTH = 90, 20  # of every graph, so that one program is compiled for all

@@ -16,7 +16,7 @@ from jaxcl.assignment.gap import (
     sample_batches,
 )
 from jaxcl.assignment.row_gaps import row_gaps
-from jaxcl.mesh import batch_sharding, make_mesh
+from jaxcl.ops.mesh import batch_sharding, make_mesh
 from jaxcl.ops.vectors import normalise
 from tests.helpers import relative_error, unit_vectors
 

@@ -12,7 +12,7 @@ from jaxcl.assignment import METHODS, Gcbs, assign, make_order
 from jaxcl.assignment.bisection import Effort
 from jaxcl.assignment.build_graph import graph_of
 from jaxcl.assignment.place import Place
-from jaxcl.mesh import make_mesh, put_rows
+from jaxcl.ops.mesh import make_mesh, put_rows
 from tests.helpers import unit_vectors
 
 TOPICS, SIZE, DIM = 15, 8, 16

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxcl.assignment.graph import UNIT, Affinity, clustered_graph, exact_graph, two_sided
-from jaxcl.mesh import make_mesh
 from jaxcl.ops.grid import length_on_grid
+from jaxcl.ops.mesh import make_mesh
 from jaxcl.ops.pairs.sides import PairLabels
 from tests.helpers import unit_vectors
 

@@ -9,7 +9,7 @@ from jaxcl.data.loader import _LocalBatches, training_batches
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.token_table import build_token_table
 from jaxcl.data.tokenizer import train_tokenizer
-from jaxcl.mesh import batch_sharding, make_mesh
+from jaxcl.ops.mesh import batch_sharding, make_mesh
 
 NUM_ROWS, BATCH_SIZE, STEPS = 37, 16, 7  # over three epochs, none of which ends with a batch
 

@@ -19,8 +19,8 @@ from jaxcl.losses import (
 )
 from jaxcl.losses.comparison import DIRECTIONS
 from jaxcl.losses.running_estimate import NEVER_SEEN
-from jaxcl.mesh import make_mesh
 from jaxcl.negatives.memory_bank import init_bank, read_bank
+from jaxcl.ops.mesh import make_mesh
 from tests.helpers import relative_error, relative_errors, unit_vectors
 
 pytestmark = pytest.mark.usefixtures("x64")

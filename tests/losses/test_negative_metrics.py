@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxcl.losses.negative_metrics import measure_negatives
-from jaxcl.mesh import make_mesh
 from jaxcl.negatives.sets import OwnNegatives, SharedNegatives
+from jaxcl.ops.mesh import make_mesh
 from tests.helpers import unit_vectors
 
 pytestmark = pytest.mark.usefixtures("x64")

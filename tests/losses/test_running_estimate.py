@@ -12,7 +12,7 @@ from jaxcl.losses.running_estimate import (
     estimate_memory,
     remembered_estimate_loss,
 )
-from jaxcl.mesh import make_mesh
+from jaxcl.ops.mesh import make_mesh
 from tests.helpers import relative_error, relative_errors, unit_vectors
 
 pytestmark = pytest.mark.usefixtures("x64")

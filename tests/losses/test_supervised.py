@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxcl.losses import infonce_loss, supervised_infonce_loss
-from jaxcl.mesh import make_mesh
+from jaxcl.ops.mesh import make_mesh
 from tests.helpers import relative_errors, unit_vectors
 
 pytestmark = pytest.mark.usefixtures("x64")

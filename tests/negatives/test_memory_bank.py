@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.mesh import batch_sharding, make_mesh, replicated_sharding, table_sharding
 from jaxcl.negatives.memory_bank import (
     init_bank,
     mean_age,
@@ -11,6 +10,7 @@ from jaxcl.negatives.memory_bank import (
     update_instances,
     update_queue,
 )
+from jaxcl.ops.mesh import batch_sharding, make_mesh, replicated_sharding, table_sharding
 from tests.helpers import unit_vectors
 
 DIM = 4

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxcl.mesh import make_mesh
 from jaxcl.negatives.mining import MiningRule, mine_negatives
+from jaxcl.ops.mesh import make_mesh
 from jaxcl.ops.pairs import PairLabels
 from tests.helpers import unit_vectors
 

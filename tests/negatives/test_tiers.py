@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxcl.mesh import make_mesh
 from jaxcl.negatives.draws import draw_slots, priorities
 from jaxcl.negatives.memory_bank import MemoryBank, init_bank
 from jaxcl.negatives.tiers import DrawSource, TierBudgets, draw_tiers, strata_of
+from jaxcl.ops.mesh import make_mesh
 from jaxcl.ops.row_tables import fetch_rows
 from tests.helpers import unit_vectors
 

@@ -7,11 +7,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from configs.code_search import get_config
-from jaxcl import parameter_sharding
-from jaxcl.build import build_program
-from jaxcl.mesh import make_mesh
 from jaxcl.ops import collectives
 from jaxcl.ops.collectives import gather, sum_scatter
+from jaxcl.ops.mesh import make_mesh
+from jaxcl.settings.build import build_program
+from jaxcl.step import parameter_sharding
 from jaxcl.typing import SIDES
 
 AXES = ("data", "fsdp")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxcl.mesh import make_mesh
+from jaxcl.ops.mesh import make_mesh
 from jaxcl.ops.nearest import IMPLEMENTATIONS, nearest
 from jaxcl.ops.pairs import PairLabels
 from tests.helpers import unit_vectors

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
-from jaxcl.mesh import make_mesh
+from jaxcl.ops.mesh import make_mesh
 from jaxcl.ops.pairs import (
     EXCHANGES,
     PairLabels,

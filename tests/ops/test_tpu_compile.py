@@ -136,7 +136,7 @@ def test_the_order_of_a_million_rows_takes_little_of_a_chip():
 
 _PLAN = """
 from configs import large_encoders
-from jaxcl.chips import CHIPS
+from jaxcl.cost.chips import CHIPS
 from jaxcl.plan import make_plan
 
 plan = make_plan(large_encoders.get_config(exchange), devices, num_rows=10_000_000)

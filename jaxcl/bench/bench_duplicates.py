@@ -1,0 +1,149 @@
+"""What do planted duplicates cost an embedder, with and without masks of equal texts?
+
+    python -m jaxcl.bench duplicates --workdir DIR [--share 0.05] [--copies N] [--steps N]
+        [--seeds N] [--json FILE]
+
+DIR is of a run of `python -m jaxcl.train`, whose data and config are taken, with a queue. A share
+of the training rows is copied, each so many times, so that a row meets its own text as a negative:
+seldom in the batch, nearly always in the queue. Trained are the rows as they are and with copies,
+masked by row and by text; asked are the copied rows' queries among the keys of all training texts,
+and the held-out queries among theirs.
+"""
+
+import argparse
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxcl.assignment import uniform_rows
+from jaxcl.data.loader import training_batches
+from jaxcl.data.token_table import TokenTable
+from jaxcl.evaluation.retrieval import evaluate_retrieval
+from jaxcl.host.progress import progress_bar
+from jaxcl.metrics import mrr_metric
+from jaxcl.run.trained import open_trained
+from jaxcl.run.workdir import read_config
+from jaxcl.settings.build import Program, build_program
+from jaxcl.typing import SIDES, PyTree
+
+__all__ = ["main", "measure", "with_copies"]
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Measures one share."""
+    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench duplicates")
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--share", type=float, default=0.05)
+    parser.add_argument("--copies", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    return measure(**vars(parser.parse_args(argv)))
+
+
+def measure(workdir: Path, *, share: float, copies: int, steps: int, seeds: int) -> dict[str, Any]:
+    """Trains all four with several seeds.
+
+    Args:
+      workdir: of a run.
+      share: how many rows are copied, as a share of all.
+      copies: of each.
+      steps: of training.
+      seeds: how many, from 0.
+
+    Returns:
+      The record that `jaxcl.bench` prints: MRR@10 of each seed.
+    """
+    run = open_trained(workdir)
+    tables = {split: run.token_table(split) for split in ("train", "validation")}
+    clean = tables["train"]
+    copied = np.random.default_rng(0).permutation(clean.num_rows)[: int(share * clean.num_rows)]
+    planted = with_copies(clean, np.repeat(copied, copies))
+    conditions = {
+        "no copies, masked by row": (clean, "row"),
+        "no copies, masked by text": (clean, "text"),
+        "copies, masked by row": (planted, "row"),
+        "copies, masked by text": (planted, "text"),
+    }
+    found: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        for name, (table, mask) in conditions.items():
+            config = _config(workdir, mask=mask, steps=steps, seed=seed)
+            program = build_program(config)
+            params = _trained(config, program, table, f"{name}, seed {seed}")
+            for asked, (pool, rows) in {
+                "copied rows": (clean, copied),
+                "held out": (tables["validation"], None),
+            }.items():
+                figure = _mrr(program, params, pool, rows)
+                found.setdefault(f"{asked}: {name}", []).append(figure)
+    facts = {}
+    for asked in ("copied rows", "held out"):
+        means = {name: float(np.mean(found[f"{asked}: {name}"])) for name in conditions}
+        for mask in ("row", "text"):
+            facts[f"lost, {asked}, masked by {mask}"] = (
+                means[f"no copies, masked by {mask}"] - means[f"copies, masked by {mask}"]
+            )
+    return {
+        "shapes": {"rows": clean.num_rows, "copied": len(copied), "copies": copies}
+        | {"steps": steps, "seeds": seeds},
+        "unit": "MRR@10",
+        "rounds": found,
+        "facts": facts,
+    }
+
+
+def with_copies(table: TokenTable, rows: np.ndarray) -> TokenTable:
+    """A table with copies of some rows behind the rest, which share the text of what they copy."""
+    order = np.concatenate([np.arange(table.num_rows), rows])
+    tokens, offsets = {}, {}
+    for side in SIDES:
+        starts = table.offsets[side][order]
+        lengths = table.offsets[side][order + 1] - starts
+        offsets[side] = np.append(0, np.cumsum(lengths))
+        within = np.arange(offsets[side][-1]) - np.repeat(offsets[side][:-1], lengths)
+        tokens[side] = np.asarray(table.tokens[side])[np.repeat(starts, lengths) + within]
+    return TokenTable(tokens, offsets, table.group[order], table.text[order], table.max_tokens)
+
+
+def _config(workdir: Path, *, mask: str, steps: int, seed: int) -> ConfigDict:
+    config = read_config(workdir)
+    config.steps, config.seed = steps, seed
+    config.loss.masks = (mask,)
+    config.optimizer.warmup_steps = max(1, steps // 10)
+    config.negatives.bank.kind = "queue"
+    with config.unlocked():  # an older run does not know of_batch
+        config.negatives.tiers.update(whole=True, of_batch=False)
+    return config
+
+
+def _trained(config: ConfigDict, program: Program, table: TokenTable, what: str) -> PyTree:
+    rows_fn = functools.partial(
+        uniform_rows,
+        num_rows=table.num_rows,
+        batch_size=config.global_batch_size,
+        seed=config.seed,
+    )
+    state = program.init(table.num_rows, table.group)
+    batches = training_batches(table, rows_fn, program.mesh, first_step=0, last_step=config.steps)
+    with progress_bar(what, config.steps) as advance:
+        for batch in batches:
+            state, metrics = program.train_step(state, batch)
+            metrics.loss.block_until_ready()
+            advance(1)
+    return state.params["towers"]
+
+
+def _mrr(program: Program, params: PyTree, pool: TokenTable, rows: np.ndarray | None) -> float:
+    """Of the queries of some rows, or all, among the keys of the pool's distinct texts."""
+    _, first, text = np.unique(pool.text, return_index=True, return_inverse=True)
+    rows = np.arange(pool.num_rows) if rows is None else rows
+    queries = program.embed(params, "query", pool.side("query", rows)["tokens"])
+    keys = program.embed(params, "key", pool.side("key", first)["tokens"])
+    found = evaluate_retrieval(None, None, queries, keys, relevant=text[rows], methods=("dense",))[
+        "dense"
+    ]
+    return float(mrr_metric(found.ranks).mean())

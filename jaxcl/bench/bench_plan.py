@@ -1,0 +1,102 @@
+"""Is the planned memory what a step then takes? On the present CPU, by the process's own peak.
+
+    python -m jaxcl.bench plan [--config FILE] [--batch 256] [--rounds 3]
+
+Each round is a process of its own, with one device: it plans, compiles, notes how much memory it
+has, and then makes the state and trains a few steps. What it had more at its most is held against
+the plan. Linux alone says so (`/proc/self/clear_refs`).
+"""
+
+import argparse
+import ctypes
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcl.ops.mesh import put_batch
+from jaxcl.plan import make_plan
+from jaxcl.settings.build import build_program
+from jaxcl.typing import SIDES
+
+__all__ = ["main"]
+
+_ROWS = 20_000
+_STEPS = 3
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Measures every config at every batch size."""
+    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench plan")
+    parser.add_argument("--config", nargs="+", default=["configs/code_search_transformer.py"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args(argv)
+    rounds: dict[str, list[float]] = {}
+    facts: dict[str, Any] = {}
+    for _ in range(arguments.rounds):
+        for config in arguments.config:
+            for size in arguments.batch:
+                command = [sys.executable, "-m", "jaxcl.bench.bench_plan", config, str(size)]
+                finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                planned, measured = map(float, finished.stdout.split()[-2:])
+                name = f"{Path(config).stem}, batch {size:,}"
+                rounds.setdefault(f"{name}, planned", []).append(planned)
+                rounds.setdefault(f"{name}, taken", []).append(measured)
+    for name, taken in list(rounds.items()):
+        if name.endswith(", taken"):
+            planned = rounds[name.replace("taken", "planned")][0]
+            facts[name.replace("taken", "taken/planned")] = float(np.median(taken)) / planned
+    return {"shapes": {"rows": _ROWS}, "unit": "MiB", "rounds": rounds, "facts": facts}
+
+
+def measure(config_file: str, size: int) -> tuple[float, float]:
+    """MiB that are planned for a step, and that it takes."""
+    file, _, variant = config_file.partition(":")
+    spec = importlib.util.spec_from_file_location("config", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(variant or "default")
+    config.global_batch_size = size
+    plan = make_plan(config, jax.devices(), num_rows=_ROWS)
+    program = build_program(config)
+    groups = np.zeros(_ROWS, np.int32)
+    rng = np.random.default_rng(0)
+    batch: dict[str, Any] = {
+        side: {"tokens": rng.integers(1, 99, (size, config.data.max_tokens[side]), np.int32)}
+        for side in SIDES
+    }
+    batch |= {name: np.arange(size, dtype=np.int32) for name in ("row", "text", "group")}
+
+    def train() -> None:
+        state = program.init(_ROWS, groups)
+        for _ in range(_STEPS):
+            state, metrics = program.train_step(state, put_batch(batch, program.mesh))
+            metrics.loss.block_until_ready()
+
+    train()  # all is compiled then
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    train()
+    return plan.total / 2**20, _status("VmHWM") - before
+
+
+def _status(name: str) -> float:
+    """MiB, as the kernel counts them."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) / 2**10
+    raise OSError(f"/proc/self/status says nothing of {name}")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    print(*measure(sys.argv[1], int(sys.argv[2])))

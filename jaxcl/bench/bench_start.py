@@ -1,0 +1,55 @@
+"""How long a run takes from its command to its first step, with and without compiled programs.
+
+    python -m jaxcl.bench start [--config configs/code_search.py] [--rounds 3]
+
+Each round starts the command twice in a new place, first with nothing compiled and then with what
+the first start has kept; the data are there already. The first metrics that appear stop the clock.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxcl.run.metric_writer import read_metrics
+
+__all__ = ["main"]
+
+_TIMEOUT = 600.0
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Times both starts."""
+    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench start")
+    parser.add_argument("--config", default="configs/code_search.py")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args(argv)
+    rounds: dict[str, list[float]] = {"nothing compiled": [], "compiled before": []}
+    with tempfile.TemporaryDirectory() as prepared:
+        first_step(arguments.config, Path(prepared) / "run")  # which prepares the data
+        for _ in range(arguments.rounds):
+            with tempfile.TemporaryDirectory() as place:
+                for name, seconds in rounds.items():
+                    seconds.append(first_step(arguments.config, Path(place) / name))
+    return {"shapes": {"config": arguments.config}, "unit": "s", "rounds": rounds, "facts": {}}
+
+
+def first_step(config: str, workdir: Path) -> float:
+    """Seconds from the command to the first metrics of a step; the run is ended there."""
+    command = [sys.executable, "-m", "jaxcl.train", f"--config={config}", f"--workdir={workdir}"]
+    begun = time.perf_counter()
+    run = subprocess.Popen([*command, "--config.run.log_every=1"], stderr=subprocess.DEVNULL)
+    try:
+        # A step's metrics are read when the next one is under way, so that two are done by then.
+        while not read_metrics(workdir):
+            if run.poll() is not None or time.perf_counter() - begun > _TIMEOUT:
+                raise RuntimeError(f"{' '.join(command)} has come to no step")
+            time.sleep(0.02)
+        return time.perf_counter() - begun
+    finally:
+        run.kill()
+        run.wait()

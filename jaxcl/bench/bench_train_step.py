@@ -1,0 +1,361 @@
+"""How many pairs per second does training update, beside PyTorch, and what of it is XLA's work?
+
+    python -m jaxcl.bench train_step [--model static|transformer] [--rounds N]
+        [--torch-python PATH] [--json FILE]
+
+Three things are timed in turn, each for some steps, while the others sleep:
+
+- *step*: the jitted update on batches that are already on the device;
+- *loop*: the same as a run does it: rows in their order, the loader, the update, metrics that are
+  read one step late, and records that are written;
+- *PyTorch*: the same model on the same batches, in a process of its own. Before that, both make
+  a few updates from the same parameters without dropout, and must agree on loss and gradient.
+
+Each makes a step or two before its clock starts, since caches and pages belong to whoever ran
+last; and rounds alternate between this order and its reverse. The share of the loop that is not
+XLA's work is `1 - loop / step`, by rounds.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxcl.assignment import uniform_rows
+from jaxcl.bench.bench_embedding_bag import row_lengths, zipf_tokens
+from jaxcl.bench.torch_twin import agreement, torch_twin
+from jaxcl.data.loader import training_batches
+from jaxcl.data.token_table import TokenTable
+from jaxcl.host.progress import progress_bar
+from jaxcl.ops.mesh import put_batch
+from jaxcl.run.metric_writer import MetricWriter
+from jaxcl.run.reports import Reports
+from jaxcl.settings.build import Program, build_program
+from jaxcl.typing import SIDES, Batch
+
+__all__ = ["DEFAULT_SHAPES", "StepShape", "main", "measure"]
+
+_RESIDENT_BATCHES = 4
+_MANY_STEPS = 1_000_000  # more than any benchmark makes; the rate then hardly falls
+
+
+class StepShape(NamedTuple):
+    """What is trained: a model, and the sizes of its batches.
+
+    Attributes:
+      model: of `jaxcl.settings.build.ENCODERS`.
+      options: of the model.
+      dropout: which option drops, and how much.
+      dim: width of the embeddings.
+      batch_size: pairs.
+      max_tokens: side -> width of its batches.
+      mean_tokens: side -> about how many of them are real.
+      steps: per round.
+      num_rows: of the data set, which fits into memory.
+      vocabulary_size: of the tokenizer.
+    """
+
+    model: str
+    options: Mapping[str, Any]
+    dropout: tuple[str, float]
+    dim: int
+    batch_size: int
+    max_tokens: Mapping[str, int]
+    mean_tokens: Mapping[str, int]
+    steps: int
+    num_rows: int = 16_384
+    vocabulary_size: int = 16_384
+
+
+DEFAULT_SHAPES: Mapping[str, StepShape] = {
+    "static": StepShape(
+        model="static",
+        options={"max_tokens": 128},
+        dropout=("token_dropout", 0.5),
+        dim=512,
+        batch_size=1_024,
+        max_tokens={"query": 32, "key": 128},
+        mean_tokens={"query": 11, "key": 55},
+        steps=20,
+    ),
+    "transformer": StepShape(
+        model="transformer",
+        options={
+            "max_tokens": 64,
+            "hidden_dim": 384,
+            "num_layers": 6,
+            "num_heads": 6,
+            "mlp_dim": 1_536,
+            "compute_dtype": "float32",
+        },
+        dropout=("dropout", 0.1),
+        dim=384,
+        batch_size=128,
+        max_tokens={"query": 64, "key": 64},
+        mean_tokens={"query": 48, "key": 48},
+        steps=2,
+    ),
+}
+"""By model: that of `configs/code_search.py`, and MiniLM's size."""
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Measures one of the default shapes."""
+    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench train_step")
+    parser.add_argument("--model", choices=DEFAULT_SHAPES, default="static")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--torch-python", help="an interpreter with torch; without it, jaxcl alone")
+    parser.add_argument(
+        "--torch-variant",
+        choices=("ragged", "padded", "einsum"),
+        default="ragged",
+        help="how the static encoder sums in PyTorch; ragged is its fastest",
+    )
+    parser.add_argument(
+        "--torch-adam",
+        choices=("fused", "foreach"),
+        default="fused",
+        help="the implementation of Adam in PyTorch; fused is its fastest",
+    )
+    parser.add_argument(
+        "--torch-huge-pages",
+        action="store_true",
+        help="PyTorch's memory comes in huge pages, as jaxcl's own does",
+    )
+    arguments = parser.parse_args(argv)
+    return measure(
+        DEFAULT_SHAPES[arguments.model],
+        rounds=arguments.rounds,
+        torch_python=arguments.torch_python,
+        torch_variant=arguments.torch_variant,
+        torch_adam=arguments.torch_adam,
+        torch_huge_pages=arguments.torch_huge_pages,
+    )
+
+
+def measure(
+    shape: StepShape,
+    *,
+    rounds: int,
+    torch_python: str | None = None,
+    torch_variant: str = "ragged",
+    torch_adam: str = "fused",
+    torch_huge_pages: bool = False,
+) -> dict[str, Any]:
+    """Times the step, the loop and PyTorch in turn, round after round.
+
+    Args:
+      shape: what is trained.
+      rounds: how often each is timed.
+      torch_python: an interpreter with torch; `None` leaves PyTorch out.
+      torch_variant: how the static encoder sums in PyTorch.
+      torch_adam: the implementation of Adam in PyTorch.
+      torch_huge_pages: whether PyTorch's memory comes in huge pages, as jaxcl's does.
+
+    Returns:
+      The record that `jaxcl.bench` prints, in pairs per second.
+
+    Raises:
+      RuntimeError: if PyTorch does not compute the same, or does not run.
+    """
+    config = _config(shape)
+    program = build_program(config)
+    table = _token_table(shape)
+    host_batches = [table.batch(_rows(config, table)(step)) for step in range(_RESIDENT_BATCHES)]
+    batches = [put_batch(batch, program.mesh) for batch in host_batches]
+    facts: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        workdir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxcl-bench-")))
+        step = _ResidentSteps(program, batches)
+        facts["first step with compilation, s"] = step.run(1)
+        loop = stack.enter_context(_loop(config, program, table, workdir))
+        timed: dict[str, Callable[[int], float]] = {"jaxcl step": step.run, "jaxcl loop": loop}
+        if torch_python is not None:
+            spec = _twin_spec(config, shape, torch_variant, torch_adam)
+            run_torch, torch_facts = stack.enter_context(
+                torch_twin(
+                    torch_python,
+                    spec,
+                    program,
+                    host_batches,
+                    workdir,
+                    huge_pages=torch_huge_pages,
+                )
+            )
+            still = _config(shape, drops=False)
+            facts.update(torch_facts, **agreement(still, host_batches, run_torch))
+            timed["PyTorch step"] = lambda count: run_torch("run", count)["seconds"]
+        rates = _rates(timed, shape, rounds)
+    facts.update(_comparisons(rates))
+    return {
+        "shapes": shape._asdict(),
+        "unit": "pairs/s",
+        "rounds": rates,
+        "facts": facts,
+    }
+
+
+def _rates(
+    timed: Mapping[str, Callable[[int], float]], shape: StepShape, rounds: int
+) -> dict[str, list[float]]:
+    """Pairs per second, in turn, each warm: what ran before has left its own pages and caches."""
+    rates: dict[str, list[float]] = {name: [] for name in timed}
+    for index in range(rounds):
+        names = list(timed) if index % 2 == 0 else list(timed)[::-1]
+        for name in names:
+            timed[name](math.ceil(shape.steps / 10))
+            rates[name].append(shape.steps * shape.batch_size / timed[name](shape.steps))
+    return rates
+
+
+def _comparisons(rates: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Medians of ratios within rounds, which a machine's slow and fast hours do not move."""
+
+    def ratio(name: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True))
+
+    compared = {"share of the loop not XLA's": 1 - ratio("jaxcl loop", "jaxcl step")}
+    if "PyTorch step" in rates:
+        compared["jaxcl step / PyTorch step"] = ratio("jaxcl step", "PyTorch step")
+        compared["jaxcl loop / PyTorch step"] = ratio("jaxcl loop", "PyTorch step")
+    return compared
+
+
+class _ResidentSteps:
+    """Updates of a state of its own, on batches that are on the device already."""
+
+    def __init__(self, program: Program, batches: Sequence[Batch]):
+        self._program, self._batches = program, batches
+        self._state, self._position = program.init(), 0
+        jax.block_until_ready(self._state)
+
+    def run(self, count: int) -> float:
+        """Seconds of so many updates."""
+        unread: jax.Array | None = None
+        start = time.perf_counter()
+        for _ in range(count):
+            batch = self._batches[self._position % len(self._batches)]
+            self._state, metrics = self._program.train_step(self._state, batch)
+            # One step late, as the loop reads them: the same number of updates is under way.
+            if unread is not None:
+                unread.block_until_ready()
+            unread = metrics.loss
+            self._position += 1
+        jax.block_until_ready(self._state)
+        return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _loop(
+    config: ConfigDict, program: Program, table: TokenTable, workdir: Path
+) -> Iterator[Callable[[int], float]]:
+    """What `jaxcl.train` does between two evaluations, as a function of a number of steps.
+
+    The loader goes on where it was, some batches ahead, as in the middle of a run.
+    """
+    batches = enumerate(
+        training_batches(
+            table, _rows(config, table), program.mesh, first_step=0, last_step=config.steps
+        ),
+        start=1,
+    )
+    state = program.init()
+    with (
+        contextlib.closing(MetricWriter(workdir, step=0)) as writer,
+        progress_bar("training", config.steps) as advance,
+    ):
+        reports = Reports(config, program, writer, advance)
+
+        def run(count: int) -> float:
+            nonlocal state
+            start = time.perf_counter()
+            for _ in range(count):
+                step, batch = next(batches)
+                state, metrics = program.train_step(state, batch)
+                reports.add(step, metrics)
+            reports.flush()
+            jax.block_until_ready(state)
+            return time.perf_counter() - start
+
+        yield run
+
+
+def _config(shape: StepShape, *, drops: bool = True) -> ConfigDict:
+    """As `configs/code_search.py`, as far as the step goes, but with a rate that starts at once."""
+    dropout_option, rate = shape.dropout
+    return ConfigDict(
+        {
+            "seed": 0,
+            "steps": _MANY_STEPS,
+            "global_batch_size": shape.batch_size,
+            "data": {"vocabulary_size": shape.vocabulary_size},
+            "model": {
+                "name": shape.model,
+                "shared": True,
+                "dim": shape.dim,
+                "options": {**shape.options, dropout_option: rate if drops else 0.0},
+            },
+            "loss": {
+                "name": "infonce",
+                "options": {"directions": ("query_to_key", "key_to_query")},
+                "masks": ("row",),
+                "temperature": {"initial": 0.05, "minimum": 0.01, "maximum": 1.0},
+            },
+            "optimizer": {
+                "name": "adam",
+                "learning_rate": 1e-3,
+                "warmup_steps": 0,
+                "weight_decay": 0.0,
+                "clip_norm": 1.0,
+                "options": {},
+            },
+            "evaluation": {"batch_size": shape.batch_size},
+            "run": {"mesh": {"data": -1}, "log_every": min(20, shape.steps)},
+        }
+    )
+
+
+def _twin_spec(config: ConfigDict, shape: StepShape, variant: str, adam: str) -> dict[str, Any]:
+    return {
+        "model": shape.model,
+        **shape.options,
+        "dropout": shape.dropout[1],
+        "variant": variant,
+        "adam": adam,
+        "learning_rate": config.optimizer.learning_rate,
+        "clip_norm": config.optimizer.clip_norm,
+        "temperature_bounds": [config.loss.temperature.minimum, config.loss.temperature.maximum],
+        "seed": config.seed,
+        "threads": os.cpu_count(),
+    }
+
+
+def _token_table(shape: StepShape) -> TokenTable:
+    rng = np.random.default_rng(0)
+    tokens, offsets = {}, {}
+    for side in SIDES:
+        lengths = row_lengths(
+            rng, shape.num_rows, mean=shape.mean_tokens[side], width=shape.max_tokens[side]
+        )
+        offsets[side] = np.append(0, np.cumsum(lengths))
+        tokens[side] = zipf_tokens(
+            rng, int(offsets[side][-1]), vocabulary_size=shape.vocabulary_size
+        )
+    numbers = np.arange(shape.num_rows, dtype=np.int32)
+    return TokenTable(tokens, offsets, numbers, numbers, shape.max_tokens)
+
+
+def _rows(config: ConfigDict, table: TokenTable) -> Callable[[int], np.ndarray]:
+    return lambda step: uniform_rows(
+        step, num_rows=table.num_rows, batch_size=config.global_batch_size, seed=config.seed
+    )

@@ -1,0 +1,201 @@
+"""Evaluates a trained embedder on the held-out splits of its run.
+
+Read the head of `jaxcl.evaluation.retrieval` for when not to trust the figures. In particular,
+`validation` holds unseen files of packages whose other files were trained on, and is the friendly
+split; `test` holds packages that training never saw.
+"""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import rich
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from jaxcl.data.prepare import RunData
+from jaxcl.data.token_table import TokenTable
+from jaxcl.evaluation.retrieval import (
+    METRICS,
+    RetrievalResult,
+    comparison,
+    evaluate_retrieval,
+    mask_name,
+    results_table,
+)
+from jaxcl.host.files import write_whole
+from jaxcl.host.progress import progress_bar
+from jaxcl.metrics import mean_and_standard_error
+from jaxcl.settings.build import Program
+from jaxcl.step.embedder import pad_texts
+from jaxcl.typing import Float, Int, PyTree
+
+__all__ = ["evaluate_run", "quick_metrics"]
+
+HELD_OUT = ("validation", "test")
+Results = dict[tuple[str, str], dict[str, RetrievalResult]]
+
+
+def quick_metrics(program: Program, data: RunData, params: PyTree) -> dict[str, float]:
+    """Dense retrieval over the validation split: what a run reports while it trains."""
+    if "validation" not in data.tables:
+        return {}
+    queries, keys = (
+        program.embed(params, side, _tokens(data.tables["validation"], side))
+        for side in ("query", "key")
+    )
+    ranks = _ranked(None, None, queries, keys, methods=("dense",))["dense"].ranks
+    return {
+        f"validation/dense/{name}": mean_and_standard_error(METRICS[name](ranks))[0]
+        for name in ("mrr@10", "recall@10")
+    }
+
+
+def evaluate_run(
+    config: ConfigDict, program: Program, data: RunData, params: PyTree, workdir: Path
+) -> dict[str, Any]:
+    """Ranks every held-out query by BM25, by the embedder, and by both, and keeps what it found.
+
+    Writes `results.json` (means and standard errors, with what they were measured on) and
+    `ranks.npz` (each query's rank, for paired comparisons between runs), and prints a table. Where
+    the data know each function's name, a second variant hides it from the key.
+
+    Args:
+      config: the run's.
+      program: its functions.
+      data: its splits.
+      params: the towers' parameters.
+      workdir: where the files go.
+
+    Returns:
+      What `results.json` holds.
+    """
+    results: Results = {}
+    for split in HELD_OUT:
+        if split in data.sources:
+            results |= _evaluate_split(config, program, data, params, split)
+    summary = _summary(config, data, results)
+    if jax.process_index() == 0:
+        ranks = {
+            "/".join((*place, method)): result.ranks
+            for place, by_method in results.items()
+            for method, result in by_method.items()
+        }
+        np.savez(workdir / "ranks.npz", allow_pickle=False, **ranks)
+        write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
+        rich.print(results_table(results))
+    return summary
+
+
+def _evaluate_split(
+    config: ConfigDict, program: Program, data: RunData, params: PyTree, split: str
+) -> Results:
+    source, table = data.sources[split], data.tables[split]
+    records = source.read(np.arange(len(source)))
+    queries = [record["query"] for record in records]
+    key_texts = {"plain": [record["key"] for record in records]}
+    key_tokens = {"plain": _tokens(table, "key")}
+    if "name" in config.data.metadata_fields:
+        masked = [mask_name(record["key"], record["name"]) for record in records]
+        key_texts["name masked"] = masked
+        key_tokens["name masked"] = pad_texts(
+            data.tokenizer,
+            masked,
+            max_tokens=config.data.max_tokens["key"],
+            add_cls=config.data.add_cls,
+            distinct=config.data.distinct_tokens,
+        )
+    query_embeddings = program.embed(params, "query", _tokens(table, "query"))
+    results: Results = {}
+    for variant, texts in key_texts.items():
+        own = len(queries) / jax.process_count()
+        with progress_bar(f"evaluating {split}, {variant}", round(own)) as advance:
+            results[split, variant] = _ranked(
+                queries,
+                texts,
+                query_embeddings,
+                program.embed(params, "key", key_tokens[variant]),
+                methods=config.evaluation.methods,
+                rrf_k=config.evaluation.rrf_k,
+                advance=advance,
+            )
+    return results
+
+
+def _ranked(
+    query_texts: Sequence[str] | None,
+    key_texts: Sequence[str] | None,
+    query_embeddings: Float[np.ndarray, "n d"],
+    key_embeddings: Float[np.ndarray, "n d"],
+    **options: Any,
+) -> dict[str, RetrievalResult]:
+    """As `evaluate_retrieval`, where query i wants key i; each process ranks a part of them."""
+    count, processes = len(query_embeddings), jax.process_count()
+    if processes == 1 or count < processes:
+        return evaluate_retrieval(
+            query_texts, key_texts, query_embeddings, key_embeddings, **options
+        )
+    ours = np.array_split(np.arange(count), processes)[jax.process_index()]
+    rows = slice(ours[0], ours[-1] + 1)
+    found = evaluate_retrieval(
+        None if query_texts is None else query_texts[rows],
+        key_texts,
+        query_embeddings[rows],
+        key_embeddings,
+        relevant=ours,
+        **options,
+    )
+    ranks = {method: np.zeros(count, np.float32) for method in found}  # halves are exact to 2^23
+    for method, result in found.items():
+        ranks[method][rows] = result.ranks
+    return {
+        method: found[method]._replace(ranks=parts.sum(0).astype(np.float64))
+        for method, parts in multihost_utils.process_allgather(ranks).items()
+    }
+
+
+def _summary(config: ConfigDict, data: RunData, results: Results) -> dict[str, Any]:
+    devices = jax.devices()
+    return {
+        "steps": config.steps,
+        "seed": config.seed,
+        "rows": {split: table.num_rows for split, table in data.tables.items()},
+        "fingerprints": {split: source.fingerprint for split, source in data.sources.items()},
+        "devices": f"{len(devices)} × {devices[0].device_kind}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("jaxcl", "jax", "flax", "optax")},
+        },
+        "metrics": {
+            split: {
+                variant: _figures(results[split, variant])
+                for place, variant in results
+                if place == split
+            }
+            for split, _ in results
+        },
+    }
+
+
+def _figures(by_method: Mapping[str, RetrievalResult]) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        method: {
+            name: {"mean": mean, "standard_error": error}
+            for name, (mean, error) in result.summary().items()
+        }
+        for method, result in by_method.items()
+    }
+    for method in by_method:
+        if method != "bm25" and "bm25" in by_method:
+            mean, error = comparison(by_method, method, "bm25")
+            figures[f"{method} - bm25"] = {"mrr@10": {"mean": mean, "standard_error": error}}
+    return figures
+
+
+def _tokens(table: TokenTable, side: str) -> Int[np.ndarray, "n t"]:
+    return table.side(side, np.arange(table.num_rows))["tokens"]

@@ -1,0 +1,1 @@
+"""The host: processes, progress, memory and files."""

@@ -1,0 +1,264 @@
+"""Several processes as one run: how they start, do things in turn, fail and stop together.
+
+Each process runs the same program on its own devices; JAX's coordination service, which the first
+one hosts, lets them find each other and notices when one is gone. In one process all of this is
+nothing but a call.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NoReturn, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxcl.host.progress import say
+
+__all__ = [
+    "HEARTBEAT_SECONDS",
+    "PEER_LOST",
+    "PeerError",
+    "StopRequests",
+    "first_of_all",
+    "first_then_others",
+    "leave",
+    "leave_for",
+    "of_full_devices",
+    "of_lost_process",
+    "start_processes",
+    "stop_requests",
+    "together",
+]
+
+HEARTBEAT_SECONDS = 30
+"""How long a process may be silent until the others end: one that is stuck, or its host gone.
+
+One that is killed is noticed earlier, when the others exchange something with it."""
+
+PEER_LOST = 75
+"""The exit code of a process that ends since another one has: "try again" (EX_TEMPFAIL)."""
+
+# What JAX says where a process alone would fail in the same way.
+_OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+
+# Variables that say of several processes how many they are, or the names of their hosts.
+_COUNTS = {"Slurm": "SLURM_STEP_NUM_TASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
+_HOSTS = {"TPU": "TPU_WORKER_HOSTNAMES"}
+
+T = TypeVar("T")
+
+
+class PeerError(RuntimeError):
+    """Another process of the run has failed."""
+
+
+def start_processes(
+    *,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    asked: bool = False,
+    environment: Mapping[str, str] = os.environ,
+) -> None:
+    """Makes this process one of a run's, if it is asked for; before anything else of JAX.
+
+    It is asked for by arguments; by `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID`; by what Slurm, Open MPI or a TPU pod on Kubernetes sets for several processes;
+    or by `asked`, where JAX is to find out on what cluster it is, as on a pod of TPU hosts.
+
+    Args:
+      coordinator: address and port of the first process, which listens there.
+      num_processes: how many there are.
+      process_id: which this one is, from 0.
+      asked: to start even if nothing says how many there are.
+      environment: where variables are looked up.
+
+    Raises:
+      ValueError: if only a part is given, or the others cannot be reached.
+    """
+    coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
+    if num_processes is None:
+        num_processes = _number(environment, "JAX_NUM_PROCESSES")
+    if process_id is None:
+        process_id = _number(environment, "JAX_PROCESS_ID")
+    given = f"{coordinator=}, {num_processes=}, {process_id=}"
+    known = [value is not None for value in (coordinator, num_processes, process_id)]
+    cluster = _cluster(environment)
+    if not all(known) and cluster is None and not asked:
+        if any(known):
+            raise ValueError(f"{given}: several processes need all three")
+        return
+    if process_id is not None and not 0 <= process_id < (num_processes or process_id + 1):
+        raise ValueError(f"{process_id=} of {num_processes=}; they are counted from 0")
+    others = "the other processes" if num_processes is None else f"{num_processes - 1} more"
+    if process_id in (0, None):
+        say(f"waiting for {others} (for five minutes at the most)")
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except Exception as error:  # of whatever class: the cluster's, the connection's, JAX's
+        raise ValueError(
+            f"the processes of the run do not find each other ({cluster or given}): "
+            f"{' '.join(str(error).split())[:400]}"
+        ) from error
+
+
+def together(make: Callable[[], T]) -> T:
+    """Calls `make` in every process; if it fails in one, it fails in all.
+
+    Without that, those that did not fail would wait for ever for the one that did.
+
+    Raises:
+      PeerError: where another process failed; the failing one raises its own error.
+    """
+    if jax.process_count() == 1:
+        return make()
+    result = error = None
+    try:
+        result = make()
+    except Exception as raised:  # whatever it is, it is raised again once all know of it
+        error = raised
+    failed = multihost_utils.process_allgather(np.array(error is not None))
+    if error is not None:
+        raise error
+    if failed.any():
+        raise PeerError(f"process {int(np.argmax(failed))} has failed; its own output says why")
+    return result  # type: ignore[return-value] # without an error it was made
+
+
+def first_of_all(numbers: Sequence[int]) -> list[int]:
+    """What the first process has, in every process."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    count = int(multihost_utils.broadcast_one_to_all(np.array(len(numbers))))
+    ours = np.resize(np.array([*numbers, 0], np.int32), count + 1)
+    return multihost_utils.broadcast_one_to_all(ours).tolist()[:count]
+
+
+def first_then_others(make: Callable[[], T]) -> T:
+    """Calls `make` in the first process, and then in all others.
+
+    What the first one leaves on a disk that they share the others find there, and what they do not
+    share each makes for itself.
+
+    Raises:
+      PeerError: where another process failed.
+    """
+    if jax.process_count() == 1:
+        return make()
+    first = jax.process_index() == 0
+    made = together(lambda: make() if first else None)
+    others = together(lambda: None if first else make())
+    return made if first else others  # type: ignore[return-value] # each made its own
+
+
+def of_lost_process(error: BaseException) -> bool:
+    """Whether it came of another process that is gone: what JAX raises, but for own faults."""
+    if isinstance(error, PeerError):
+        return True
+    of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+    own = any(fault in str(error) for fault in _OWN_FAULTS)
+    return jax.process_count() > 1 and of_jax and not own
+
+
+def of_full_devices(error: BaseException) -> bool:
+    """Whether a program found no room on its devices."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def leave_for(error: Exception) -> NoReturn:
+    """Ends this process by what it cannot mend; one of several at once, and not in a barrier."""
+    reason = " ".join(str(error).split())[:200]
+    if of_full_devices(error):
+        say(
+            f"error: no room on the devices ({reason}); python -m jaxcl.plan says what takes it, "
+            "and global_batch_size, grad_cache.chunk_size or more devices make some"
+        )
+        leave(1)
+    if jax.process_count() == 1:
+        raise error
+    if of_lost_process(error):
+        say(
+            f"error: process {jax.process_index()} cannot go on without another one ({reason}); "
+            "start all of them again: the same command goes on from what was saved last"
+        )
+        leave(PEER_LOST)
+    traceback.print_exception(error)
+    leave(1)
+
+
+def leave(exit_code: int) -> NoReturn:
+    """Ends this process; one of several without waiting for the others, which may be stuck."""
+    if jax.process_count() == 1:
+        sys.exit(exit_code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+StopRequests = Callable[[int], int | None]
+"""`step -> signal number`, once the run is to stop after that step; the same in all processes."""
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequests]:
+    """Turns SIGTERM and SIGINT into a stop after a step, the same one in every process.
+
+    A second signal to a single process is obeyed at once. In several, a signal to any one stops
+    all; JAX listens for SIGTERM and finds the step, and SIGINT is handed on to it.
+    """
+    several = jax.process_count() > 1
+    received: list[int] = []
+    caught = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in caught}
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        say(f"{signal.Signals(number).name} received: saving, then stopping")
+        for other, handler in before.items():
+            signal.signal(other, handler)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def asked(step: int) -> int | None:
+        if not several:
+            return received[0] if received else None
+        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+
+    for number in caught:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _cluster(environment: Mapping[str, str]) -> str | None:
+    """The cluster on which this is one of several processes."""
+    for name, variable in _COUNTS.items():
+        if (_number(environment, variable) or 1) > 1:
+            return name
+    for name, variable in _HOSTS.items():
+        if re.fullmatch(r"[\w.:-]+(,[\w.:-]+)+", environment.get(variable, "")):
+            return name
+    return None
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    value = environment.get(name)
+    if value is None:
+        return None
+    if not value.isdigit():
+        raise ValueError(f"{name}={value!r}; it is a number")
+    return int(value)

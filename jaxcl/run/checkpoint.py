@@ -1,0 +1,324 @@
+"""Saves and restores the one train state through Orbax, and knows a damaged checkpoint.
+
+Orbax commits atomically, but it loads flipped bits without a word and never falls back by itself.
+So each checkpoint carries a checksum of every array, taken on the devices before the save and
+again after the load. A checksum does not depend on how its array is sharded, so that a run may
+move to another mesh. Beside the checkpoints lies a list of their files and sizes: a file that is
+missing or cut is found before anything is loaded, since of several processes those that can read
+their parts would wait five minutes for the one that cannot.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import logging as absl_logging
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
+
+from jaxcl.host.files import write_whole
+from jaxcl.host.processes import (
+    PeerError,
+    first_of_all,
+    first_then_others,
+    of_full_devices,
+    of_lost_process,
+    together,
+)
+from jaxcl.typing import Array, Integer, PyTree
+
+__all__ = ["CheckpointError", "Checkpoints", "Restored", "checksum"]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none of those there can be read."""
+
+
+class Restored(NamedTuple):
+    """A state read back, the step it was saved at, and the damaged steps passed over for it."""
+
+    state: PyTree
+    step: int
+    damaged_steps: tuple[int, ...]
+
+
+class Checkpoints:
+    """The checkpoints of one run, a folder per step; on a clean exit all of them are written.
+
+    Args:
+      directory: where they are.
+      keep: how many of the newest stay; at least 2, or there is nothing to fall back to.
+      read_only: never makes, moves or removes anything, for programs that only look.
+
+    Raises:
+      CheckpointError: if the directory cannot be made or written.
+      ValueError: if `keep` is below 2.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 2, read_only: bool = False):
+        if keep < 2:
+            raise ValueError(f"keep={keep} leaves nothing to fall back to; keep at least 2")
+        self.directory = Path(directory).absolute()
+        self._sizes = self.directory.with_name(f"{self.directory.name}.sizes.json")
+        self._read_only = read_only
+        self._saving: tuple[int, Any] | None = None
+        for logger in ("absl", "asyncio"):
+            logging.getLogger(logger).addFilter(_drop_orbax_records)
+        with _explained(f"cannot use {self.directory} for checkpoints"):
+            if not read_only:
+                first_then_others(lambda: self.directory.mkdir(parents=True, exist_ok=True))
+            self._checkpointer = ocp.training.Checkpointer(
+                self.directory,
+                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                cleanup_tmp_directories=not read_only,
+            )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            # Closing waits for a save under way, and repeats errors that were reported before.
+            with contextlib.suppress(Exception):
+                self._checkpointer.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that are there, oldest first."""
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+    def save(self, step: int, state: PyTree) -> None:
+        """Saves in the background; the state may be donated at once.
+
+        Raises:
+          CheckpointError: if the save before this one failed, or this one at its start.
+        """
+        self.wait()
+        self._note_sizes(step, None)  # of an earlier one of that step
+        items = {"state": state, "checksums": _checksums(state)}
+        with _explained(f"cannot save step {step} to {self.directory}"):
+            response = self._checkpointer.save_checkpointables_async(step, items, force=True)
+        self._saving = (step, response)
+
+    def wait(self) -> None:
+        """Returns when what was saved is on disk.
+
+        Raises:
+          CheckpointError: if it could not be written. Earlier checkpoints are untouched.
+        """
+        if self._saving is None:
+            return
+        (step, response), self._saving = self._saving, None
+        try:
+            with _explained(f"cannot save step {step} to {self.directory}"):
+                response.result()
+        except CheckpointError:
+            unfinished = self.directory / f"{step}.orbax-checkpoint-tmp"
+            shutil.rmtree(unfinished, ignore_errors=True)  # it holds space that may be wanted
+            raise
+        self._note_sizes(step, self.directory / str(step))
+
+    def restore_latest(self, abstract_state: PyTree) -> Restored | None:
+        """The newest state that is whole, or `None` where nothing was ever saved.
+
+        Damaged ones are moved aside, beside the directory, with a warning that says why, and the
+        one before is tried.
+
+        Args:
+          abstract_state: the state's `jax.ShapeDtypeStruct`s, with the shardings to restore into;
+            `...` in place of an array that is not wanted, and that stays so in the result.
+
+        Raises:
+          CheckpointError: if there are checkpoints and none can be read.
+        """
+        damaged: dict[int, str] = {}
+        # Those that the first process sees: a shared file system may be late with the newest.
+        for step in reversed(first_of_all(self.steps)):
+            try:
+                together(functools.partial(self._check_sizes, step))
+                state = together(functools.partial(self._load, step, abstract_state))
+            except (CheckpointError, PeerError) as error:
+                damaged[step] = str(error)
+                continue
+            self._set_aside(damaged, restored_step=step)
+            return Restored(state, step, tuple(damaged))
+        if damaged:
+            listed = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+            raise CheckpointError(
+                f"none of the checkpoints in {self.directory} can be read ({listed}); restore "
+                "that folder from a copy, or start again with another --workdir"
+            )
+        return None
+
+    def _known_sizes(self) -> dict[str, dict[str, int]]:
+        try:
+            return json.loads(self._sizes.read_text())
+        except (OSError, ValueError):  # saved by a process that was killed right after
+            return {}
+
+    def _note_sizes(self, step: int, directory: Path | None) -> None:
+        """Lists the files of a step, or forgets them, and those of steps that are gone."""
+        if jax.process_index() != 0:
+            return
+        before = self._known_sizes()
+        noted = {name: before[name] for name in map(str, self.steps) if name in before}
+        noted.pop(str(step), None)
+        with contextlib.suppress(OSError):  # it is a help, no part of the checkpoint
+            if directory is not None:
+                noted[str(step)] = _sizes_of(directory)
+            if noted != before:
+                write_whole(self._sizes, json.dumps(noted))
+
+    def _check_sizes(self, step: int) -> None:
+        if jax.process_index() != 0:
+            return
+        sizes = _sizes_of(self.directory / str(step))
+        for name, size in self._known_sizes().get(str(step), {}).items():
+            if sizes.get(name) != size:
+                found = f"has {sizes[name]} bytes of" if name in sizes else "is missing, of"
+                raise CheckpointError(f"its file {name} {found} {size}")
+
+    def _load(self, step: int, abstract_state: PyTree) -> PyTree:
+        abstract_checksums = jax.tree.map(_abstract_checksum, abstract_state)
+        abstract_items = {"state": abstract_state, "checksums": abstract_checksums}
+        with _explained("it does not load"):
+            items = self._checkpointer.load_checkpointables(step, abstract_items)
+        # Without its metadata a random key comes back as bare integers, with the right checksum.
+        jax.tree.map(_check_form, abstract_state, items["state"])
+        read = jax.tree.map(lambda leaf: None if leaf is ... else leaf, items)
+        found, saved = jax.device_get((_checksums(read["state"]), read["checksums"]))
+        wrong = [
+            jax.tree_util.keystr(path)
+            for (path, ours), theirs in zip(
+                jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(saved), strict=True
+            )
+            if ours != theirs
+        ]
+        if wrong:
+            raise CheckpointError(f"checksums differ for {', '.join(wrong)}")
+        return items["state"]
+
+    def _set_aside(self, damaged: dict[int, str], *, restored_step: int) -> None:
+        for step, reason in damaged.items():
+            absl_logging.warning(
+                "the checkpoint of step %d is damaged (%s); step %d is restored instead",
+                step,
+                reason,
+                restored_step,
+            )
+        if damaged and not self._read_only:
+            first_then_others(functools.partial(self._move_aside, damaged))
+            self._checkpointer.reload()
+
+    def _move_aside(self, steps: Iterable[int]) -> None:
+        shelf = self.directory.with_name(f"{self.directory.name}.damaged")
+        shelf.mkdir(exist_ok=True)
+        for step in steps:
+            if (self.directory / str(step)).exists():
+                shutil.rmtree(shelf / str(step), ignore_errors=True)
+                shutil.move(self.directory / str(step), shelf / str(step))
+
+
+@jax.jit
+def checksum(array: Array) -> Integer[Array, ""]:
+    r"""Sums the array's words, each mixed with its place: $\sum_i (w_i \oplus m_i)\, o_i$ mod 2³².
+
+    $m_i$ is a hash of $i$ and $o_i$ an odd one, so that a change of any one word always shows, and
+    any other change but for one case in 2³². Integer sums do not depend on their order, so neither
+    does this on sharding.
+    """
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    width = min(array.dtype.itemsize, 4)
+    words = lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    mask = _mixed(place)
+    return jnp.sum((words ^ mask) * (_mixed(mask) | 1), dtype=jnp.uint32)
+
+
+def _mixed(words: Integer[Array, "..."]) -> Integer[Array, "..."]:
+    """The 32-bit finaliser of MurmurHash3 (Appleby, 2011)."""
+    words = (words ^ (words >> 16)) * jnp.uint32(0x85EBCA6B)
+    words = (words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35)
+    return words ^ (words >> 16)
+
+
+@jax.jit
+def _checksums(state: PyTree) -> PyTree:
+    return jax.tree.map(checksum, state)
+
+
+def _check_form(wanted: Any, leaf: Any) -> None:
+    if wanted is ...:
+        return
+    if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
+        raise CheckpointError(
+            f"an array is {leaf.dtype}{list(leaf.shape)}, not {wanted.dtype}{list(wanted.shape)}"
+        )
+
+
+def _abstract_checksum(leaf: Any) -> Any:
+    if leaf is ...:
+        return ...
+    whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
+
+
+def _sizes_of(directory: Path) -> dict[str, int]:
+    """Bytes of each file, by its path inside."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.stat().st_size for path in files}
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turns whatever a storage library raises into one `CheckpointError` that says why.
+
+    Of several processes, what JAX raises is that another one is gone: a `PeerError`. That one
+    process's devices are full stays what it is.
+    """
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise every class there is
+        errors: list[BaseException] = [error]
+        while (cause := errors[-1].__cause__) is not None:  # Orbax buries the reason
+            errors.append(cause)
+        several = jax.process_count() > 1
+        if not several and (full := next(filter(of_full_devices, errors), None)):
+            # The checkpoint may be whole. Several processes must all go on to the one before.
+            raise full from full.__cause__
+        last = errors[-1]
+        if any(map(of_lost_process, errors)) or ("Gloo" in str(last) and several):
+            raise PeerError(f"{what}: {last}") from last
+        reason = " ".join(str(last).split()) or type(last).__name__
+        hint = _hint(reason)
+        raise CheckpointError(f"{what}: {reason[:400]}{hint}") from last
+
+
+def _hint(reason: str) -> str:
+    lowered = reason.lower()
+    if any(sign in lowered for sign in ("no space", "quota", "file too large")):
+        return ". Free some space, then run the same command again: it goes on from the last one"
+    if "permission denied" in lowered or "read-only" in lowered:
+        return ". Make it writable, or choose another --workdir"
+    return ""
+
+
+def _drop_orbax_records(record: logging.LogRecord) -> bool:
+    # Orbax logs a page of traceback per background thread for what is raised here in one line.
+    return "orbax" not in record.pathname

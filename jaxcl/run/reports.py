@@ -1,0 +1,170 @@
+"""What a run says of itself while it trains, and when it must stop saying so."""
+
+import collections
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxcl.cost.utilization import model_flops, peak_flops
+from jaxcl.run.metric_writer import MetricWriter
+from jaxcl.settings.build import Program
+from jaxcl.step.train_state import TrainState
+from jaxcl.step.train_step import StepMetrics
+from jaxcl.typing import PyTree
+
+__all__ = ["DivergenceError", "Reports"]
+
+
+class DivergenceError(RuntimeError):
+    """The loss, its gradient or a parameter is no longer finite."""
+
+
+class Reports:
+    """Reads each step's metrics one step late, so that the device never waits for the host.
+
+    Reading them every step also bounds how many are under way, without which the collectives of
+    many fake devices on few cores can block each other for ever.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        program: Program,
+        writer: MetricWriter,
+        advance: Callable[..., None],
+    ):
+        self._config, self._program = config, program
+        self._writer, self._advance = writer, advance
+        self._unread: collections.deque[tuple[int, StepMetrics]] = collections.deque()
+        self._rate = math.nan
+        self._peak_flops = peak_flops(program.mesh.devices.ravel().tolist())
+        known = self._peak_flops is not None and "max_tokens" in config.data
+        self._model_flops = model_flops(config, program.towers) if known else 0.0
+        # All at once, since a single one would wait for the step that is under way.
+        steps = jnp.arange(config.steps)
+        self._learning_rates = np.asarray(jax.vmap(program.learning_rate)(steps))
+        self._restart_clock(time.perf_counter())
+
+    def add(self, step: int, metrics: StepMetrics, *, input_seconds: float = 0.0) -> None:
+        """Takes one step's metrics, and reads those of the step before.
+
+        Args:
+          step: whose they are.
+          metrics: on the device, until they are read.
+          input_seconds: how long the step waited for its batch.
+        """
+        self._input_seconds += input_seconds  # they have passed, whenever the step is read
+        self._unread.append((step, metrics))
+        if len(self._unread) > 1:
+            self._read(*self._unread.popleft())
+
+    def flush(self) -> None:
+        """Reads all that is left."""
+        while self._unread:
+            self._read(*self._unread.popleft())
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Reads all that is left, and leaves what is done meanwhile out of the speed."""
+        self.flush()
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
+
+    def check(self, step: int, state: TrainState) -> None:
+        """Raises a `DivergenceError` unless every parameter is finite.
+
+        The loss of a step is that of the parameters before its update.
+        """
+        finite = jax.device_get(_finite_leaves(state.params))
+        culprits = _names_of_false(finite)
+        if culprits:
+            raise DivergenceError(
+                f"step {step} diverged: after its update {', '.join(culprits)} are not finite. "
+                f"{_advice(self._config)}"
+            )
+
+    def _step_seconds(self, seconds: float) -> dict[str, float]:
+        """Where the time between two reports went, by step: waiting for batches, for devices,
+        and the host's own.
+        """
+        host = seconds - self._input_seconds - self._device_seconds
+        parts = {"input": self._input_seconds, "device": self._device_seconds, "host": host}
+        return {f"time/step_{part}_seconds": s / self._steps_since for part, s in parts.items()}
+
+    def _utilization(self, seconds: float) -> dict[str, float]:
+        """The share of the devices' arithmetic, where it is known what they can do."""
+        if self._peak_flops is None or not self._model_flops:
+            return {}
+        done = self._model_flops * self._steps_since / seconds
+        return {"time/model_flop_utilization": done / self._peak_flops}
+
+    def _restart_clock(self, now: float) -> None:
+        self._since, self._steps_since = now, 0
+        self._input_seconds = self._device_seconds = 0.0
+        self._tokens = 0
+
+    def _read(self, step: int, metrics: StepMetrics) -> None:
+        begun = time.perf_counter()
+        loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
+        self._device_seconds += time.perf_counter() - begun
+        if not np.isfinite([loss, gradient_norm]).all():
+            raise DivergenceError(_diagnosis(step, metrics, self._program, self._config))
+        self._steps_since += 1
+        self._tokens += int(metrics.tokens)
+        if step % self._config.run.log_every == 0 or step == self._config.steps:
+            now = time.perf_counter()
+            seconds = now - self._since
+            self._rate = self._steps_since * self._config.global_batch_size / seconds
+            self._writer.write(
+                step,
+                {
+                    "loss": loss,
+                    "gradient_norm": gradient_norm,
+                    "temperature": float(metrics.temperature),
+                    "learning_rate": float(self._learning_rates[step - 1]),
+                    "time/pairs_per_second": self._rate,
+                    "time/tokens_per_second": self._tokens / seconds,
+                    **self._step_seconds(seconds),
+                    **self._utilization(seconds),
+                },
+            )
+            self._restart_clock(now)  # so that writing counts, too
+        rate = "" if math.isnan(self._rate) else f" · {self._rate:,.0f} pairs/s"
+        self._advance(1, f"loss {loss:.3f}{rate}")
+
+
+def _diagnosis(step: int, metrics: StepMetrics, program: Program, config: ConfigDict) -> str:
+    finite = jax.tree.map(np.isfinite, jax.device_get(metrics.leaf_gradient_norms))
+    return (
+        f"step {step} diverged: loss {float(metrics.loss)}, gradient norm "
+        f"{float(metrics.gradient_norm)}, not finite for "
+        f"{', '.join(_names_of_false(finite)) or 'no parameter'}; temperature "
+        f"{float(metrics.temperature):.4f}, learning rate "
+        f"{float(program.learning_rate(step - 1)):.2e}. {_advice(config)}"
+    )
+
+
+def _advice(config: ConfigDict) -> str:
+    return (
+        "What was saved before is kept. Try a lower optimizer.learning_rate (now "
+        f"{config.optimizer.learning_rate}) or optimizer.clip_norm (now "
+        f"{config.optimizer.clip_norm}), or a higher loss.temperature.minimum (now "
+        f"{config.loss.temperature.minimum}), in another --workdir"
+    )
+
+
+def _names_of_false(tree: PyTree) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path) for path, good in leaves if not good]
+
+
+@jax.jit
+def _finite_leaves(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), params)

@@ -1,0 +1,100 @@
+"""What a run makes anew of its memory now and then: the mined negatives of its training rows."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxcl.negatives.memory_bank import MemoryBank
+from jaxcl.negatives.mining import Mined, MiningRule, mine_negatives
+from jaxcl.ops.pairs import PairLabels
+from jaxcl.step.train_state import TrainState
+from jaxcl.typing import RowKeys, Scalar
+
+__all__ = ["Refresh", "make_mined_refresh"]
+
+Refresh = Callable[[TrainState], tuple[TrainState, Mapping[str, Scalar]]]
+"""`state -> (state, metrics)`; the state is donated."""
+
+_BLOCK_ROWS = 4_096  # queries of all devices that are searched for at a time
+_MINING = 2**31  # what the run's key is folded with: greater than any step, with which it is, too
+
+
+def make_mined_refresh(rule: MiningRule, mesh: Mesh, *, by_group: bool) -> Refresh:
+    """Compiles the mining of all training rows from the instance banks, with no pass over the data.
+
+    Args:
+      rule: which negatives are taken.
+      mesh: over whose devices the banks are sharded.
+      by_group: whether rows of one group are none of each other's negatives.
+
+    Returns:
+      `state -> (state, metrics)`, with new rows in `memory["mined"]`. A row that has not been
+      trained on yet has none, and is none's. Metrics are how many negatives a row has, their mean
+      similarity and their mean rank.
+    """
+    rule.check()
+    axes = mesh.axis_names
+    rows: Any = PartitionSpec(axes)
+    whole: Any = PartitionSpec()
+    slots = MemoryBank(rows, rows, rows, rows, whole, whole, rows)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(slots, slots, rows), out_specs=rows)
+    def mined(queries: MemoryBank, keys: MemoryBank, row_keys: RowKeys) -> Mined:
+        labels = [
+            PairLabels(
+                different=(bank.ids, bank.groups) if by_group else (bank.ids,),
+                valid=bank.written >= 0,
+            )
+            for bank in (queries, keys)
+        ]
+        vectors, positives = (bank.vectors.astype(jnp.float32) for bank in (queries, keys))
+
+        def of_block(block: tuple) -> Mined:
+            vectors, own, ours, row_keys = block
+            return mine_negatives(
+                vectors,
+                own,
+                positives,
+                rule=rule,
+                row_keys=row_keys,
+                query_labels=ours,
+                table_labels=labels[1],
+                axis_name=axes,
+            )
+
+        # Block by block, so that no device holds the others' queries all at once.
+        num_blocks = _blocks(vectors.shape[0], most=max(_BLOCK_ROWS // mesh.size, 1))
+        blocks = jax.tree.map(
+            lambda leaf: leaf.reshape(num_blocks, -1, *leaf.shape[1:]),
+            (vectors, positives, labels[0], row_keys),
+        )
+        found = jax.lax.map(of_block, blocks)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def refresh(state: TrainState) -> tuple[TrainState, Mapping[str, Scalar]]:
+        banks, before = state.memory["bank"], state.memory["mined"]
+        key = jax.random.fold_in(jax.random.fold_in(state.key, _MINING), state.step)
+        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(before.shape[0]))
+        found = mined(banks["query"], banks["key"], row_keys)
+        there = found.rows >= 0
+        count = jnp.maximum(there.sum(), 1)
+        trained = (banks["query"].written >= 0).sum()
+        metrics = {
+            "mined/per_row": there.sum() / jnp.maximum(trained, 1),
+            "mined/similarity": jnp.where(there, found.similarities, 0).sum() / count,
+            "mined/rank": jnp.where(there, found.ranks, 0).sum() / count,
+        }
+        memory = state.memory | {"mined": found.rows}
+        return state._replace(memory=memory), metrics
+
+    return refresh
+
+
+def _blocks(rows: int, *, most: int) -> int:
+    """The least number of equal blocks of at most so many rows."""
+    return next(count for count in range(-(-rows // most), rows + 1) if rows % count == 0)

@@ -1,0 +1,80 @@
+"""Which part of each parameter a device holds, where the mesh has an axis for that.
+
+Parameters, their optimiser's state and the momentum encoder are cut along one of their dimensions
+over the axis `"fsdp"`, and put together where they are used; rows go over all axes, so that the
+program computes what it computes with whole parameters (Zhao et al., "PyTorch FSDP", VLDB 2023).
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxcl.typing import PyTree
+
+__all__ = ["FSDP", "Rule", "parameter_shardings"]
+
+FSDP = "fsdp"
+"""The axis over which parameters are sharded."""
+
+Rule = tuple[str, int | None]
+"""A regular expression of paths, and the dimension along which they are cut; `None` for whole."""
+
+_WORTH_CUTTING = 2**14  # numbers; fewer cost more to fetch than to keep
+
+
+def parameter_shardings(mesh: Mesh, tree: PyTree, *, rules: Sequence[Rule] = ()) -> PyTree:
+    """Where each array of a tree goes.
+
+    The first rule whose expression is found in an array's path decides. Without one, its longest
+    dimension that the axis divides is cut, the first of several; an array of fewer than 16,384
+    numbers stays whole.
+
+    Args:
+      mesh: without an axis `"fsdp"`, everything is whole.
+      tree: arrays or their shapes: parameters, or anything that has the same paths in it.
+      rules: of paths such as `"towers/both/table"`, or of a part of them.
+
+    Raises:
+      ValueError: for a rule whose dimension is not there, or that the axis does not divide.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxcl.ops.mesh import make_mesh
+      >>> mesh = make_mesh({"data": -1, "fsdp": 1})
+      >>> tuple(parameter_shardings(mesh, {"table": np.zeros((300, 512))})["table"].spec)
+      (None, 'fsdp')
+    """
+    size = dict(mesh.shape).get(FSDP)
+
+    def placed(path: tuple, leaf: Any) -> NamedSharding:
+        if size is None:
+            return NamedSharding(mesh, PartitionSpec())
+        dimension = _dimension(
+            jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, size, rules
+        )
+        if dimension is None:
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, PartitionSpec(*[None] * dimension, FSDP))
+
+    return jax.tree_util.tree_map_with_path(placed, tree)
+
+
+def _dimension(path: str, shape: tuple[int, ...], size: int, rules: Sequence[Rule]) -> int | None:
+    for expression, dimension in rules:
+        if re.search(expression, path):
+            if dimension is not None and (
+                not 0 <= dimension < len(shape) or shape[dimension] % size
+            ):
+                raise ValueError(
+                    f"the rule ({expression!r}, {dimension}) cannot cut {path} {list(shape)} over "
+                    f"{size} devices; name a dimension that they divide, or None"
+                )
+            return dimension
+    divided = [number for number, length in enumerate(shape) if length % size == 0]
+    if not divided or math.prod(shape) < _WORTH_CUTTING:
+        return None
+    return max(divided, key=lambda number: shape[number])

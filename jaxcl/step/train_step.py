@@ -1,0 +1,168 @@
+"""One update: encode both sides, lose, differentiate, step. One jitted program over the mesh."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxcl.ops.mesh import batch_sharding, replicated_sharding, table_sharding
+from jaxcl.step.batch_loss import LossOfBatch
+from jaxcl.step.parameter_sharding import Rule, parameter_shardings
+from jaxcl.step.train_state import TrainState
+from jaxcl.typing import PADDING_ID, SIDES, Array, Batch, Int, Key, PyTree, Scalar
+
+__all__ = ["StepMetrics", "TemperatureBounds", "init_state", "make_train_step", "state_sharding"]
+
+
+class TemperatureBounds(NamedTuple):
+    """Where the temperature starts, and the range that each update clamps it to."""
+
+    initial: float
+    minimum: float
+    maximum: float
+
+
+def init_state(
+    key: Key[Array, ""],
+    init_towers: Callable[[Key[Array, ""]], PyTree],
+    optimizer: optax.GradientTransformation,
+    *,
+    temperature: TemperatureBounds,
+    bias: float | None = None,
+    memory: PyTree = None,
+) -> TrainState:
+    """The state before the first update.
+
+    Args:
+      key: the run's.
+      init_towers: key -> parameters.
+      optimizer: whose state goes along.
+      temperature: where it starts.
+      bias: of the scores, where a loss learns one.
+      memory: as `jaxcl.step.batch_loss.make_loss` describes it; an empty `"momentum"` in it
+        becomes a copy of the towers.
+    """
+    init_key, run_key = jax.random.split(key)
+    params = {
+        "towers": init_towers(init_key),
+        "log_temperature": jnp.log(jnp.float32(temperature.initial)),
+    }
+    if bias is not None:
+        params["bias"] = jnp.float32(bias)
+    memory = {} if memory is None else memory
+    if "momentum" in memory:
+        memory = memory | {"momentum": jax.tree.map(jnp.copy, params["towers"])}
+    return TrainState(jnp.int32(0), params, optimizer.init(params), memory, run_key)
+
+
+class StepMetrics(NamedTuple):
+    """What one update reports, on the device until somebody asks.
+
+    Attributes:
+      loss: mean over the global batch, in nats, before the update.
+      gradient_norm: of all parameters together, before clipping.
+      temperature: after the update.
+      leaf_gradient_norms: the same per parameter, to name the culprit of a loss that diverges.
+      tokens: how many of both sides were read, padding left out.
+    """
+
+    loss: Scalar
+    gradient_norm: Scalar
+    temperature: Scalar
+    leaf_gradient_norms: PyTree
+    tokens: Int[Array, ""]
+
+
+def make_train_step(
+    loss: LossOfBatch,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    temperature: TemperatureBounds,
+    momentum: Callable[[Scalar], Scalar] | None = None,
+    rules: Sequence[Rule] = (),
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """Compiles the update for a mesh: rows over all its devices, parameters over its axis `"fsdp"`.
+
+    Args:
+      loss: as `make_loss` returns it.
+      optimizer: what turns gradients into updates.
+      mesh: where it runs.
+      temperature: the clamp after each update. Clamping the parameter rather than its use leaves
+        its gradient alive at the bound.
+      momentum: step -> how much of the momentum encoder an update leaves, where there is one.
+      rules: how parameters are cut, as in `jaxcl.step.parameter_sharding`.
+
+    Returns:
+      `(state, batch) -> (state, metrics)`. The state is donated: its old buffers are gone.
+    """
+    low, high = math.log(temperature.minimum), math.log(temperature.maximum)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        (value, memory), gradients = jax.value_and_grad(loss, has_aux=True)(
+            state.params, state.memory, batch, key
+        )
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params["log_temperature"] = jnp.clip(params["log_temperature"], low, high)
+        if momentum is not None:
+            memory = memory | {
+                "momentum": _moved(memory["momentum"], params["towers"], momentum(state.step))
+            }
+        leaf_norms = jax.tree.map(jnp.linalg.norm, gradients)
+        metrics = StepMetrics(
+            loss=value,
+            gradient_norm=optax.tree.norm(leaf_norms),
+            temperature=jnp.exp(params["log_temperature"]),
+            leaf_gradient_norms=leaf_norms,
+            tokens=_num_tokens(batch),
+        )
+        return TrainState(state.step + 1, params, optimizer_state, memory, state.key), metrics
+
+    def placed_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        state, metrics = train_step(state, batch)
+        return jax.lax.with_sharding_constraint(
+            (state, metrics),
+            (state_sharding(mesh, state, rules=rules), replicated_sharding(mesh)),
+        )
+
+    return jax.jit(placed_step, in_shardings=(None, batch_sharding(mesh)), donate_argnums=0)
+
+
+def state_sharding(mesh: Mesh, state: TrainState, *, rules: Sequence[Rule] = ()) -> TrainState:
+    """Where a state's arrays are.
+
+    Parameters, the optimiser's state and the momentum encoder are whole on every device, or sharded
+    over the axis `"fsdp"`; row tables, banks, mined rows and their order by row over all axes;
+    numbers are whole.
+    """
+    whole, tables = replicated_sharding(mesh), table_sharding(mesh)
+    cut = functools.partial(parameter_shardings, mesh, rules=rules)
+    placed: TrainState = jax.tree.map(lambda _: whole, state)
+    placed = placed._replace(params=cut(state.params), optimizer=cut(state.optimizer))
+    if "momentum" in state.memory:
+        momentum = {"momentum": cut(state.memory["momentum"])}
+        placed = placed._replace(memory=placed.memory | momentum)
+    sharded = {
+        name: jax.tree.map(lambda leaf: tables if leaf.ndim else whole, part)
+        for name, part in state.memory.items()
+        if name in ("rows", "bank", "mined", "assignment")
+    }
+    return placed._replace(memory=placed.memory | sharded)
+
+
+def _num_tokens(batch: Batch) -> Int[Array, ""]:
+    read = [batch[side]["tokens"] for side in SIDES if "tokens" in batch[side]]
+    return jnp.int32(0) + sum(jnp.count_nonzero(tokens != PADDING_ID) for tokens in read)
+
+
+def _moved(average: PyTree, params: PyTree, momentum: Scalar) -> PyTree:
+    return jax.tree.map(
+        lambda old, new: (momentum * old + (1 - momentum) * new).astype(old.dtype), average, params
+    )

@@ -1,0 +1,144 @@
+"""What is read off a program: held against what is known of it, and against XLA's own count."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxcl.cost.program_cost import matrix_flops, traffic
+from jaxcl.ops.mesh import make_mesh
+
+
+def layers(x, w):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0].sum()
+
+
+def products(function, *arguments):
+    return matrix_flops(jax.make_jaxpr(function)(*arguments))
+
+
+X, W = jnp.ones((8, 16)), jnp.ones((6, 16, 16))
+ONE = 2 * 8 * 16 * 16
+
+
+def test_products_count_as_often_as_they_run():
+    assert products(layers, X, W) == 6 * ONE
+    assert products(jax.grad(layers, (0, 1)), X, W) == 3 * 6 * ONE
+    assert products(jax.grad(jax.checkpoint(layers), (0, 1)), X, W) == 4 * 6 * ONE
+    assert (
+        products(lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ W[0], lambda x: x, x), X) == ONE
+    )
+
+
+@pytest.mark.parametrize(
+    ("axes", "count"),
+    [
+        ({"data", "fsdp"}, 2),  # rows over four, and twice the same over two
+        ({"data"}, 1),  # the compiler spreads it over the others
+    ],
+)
+def test_products_inside_of_a_shard_map_count_on_each_device(axes, count):
+    inside = jax.shard_map(
+        lambda x: x @ W[0],
+        mesh=make_mesh({"data": 4, "fsdp": 2}),
+        in_specs=P("data"),
+        out_specs=P("data"),
+        axis_names=axes,
+    )
+    assert products(inside, X) == count * ONE
+
+
+def compiled(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile()
+
+
+def test_memory_traffic_is_xlas_own_where_there_is_no_loop():
+    program = compiled(lambda x, w: jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]).sum(), X, W)
+    accessed = program.cost_analysis()["bytes accessed"]
+    assert traffic(program.as_text()).memory == pytest.approx(accessed, rel=0.05)
+
+
+def test_memory_traffic_grows_with_the_loop_and_not_with_what_it_slices():
+    few, many = (
+        traffic(compiled(layers, X, jnp.ones((n, 16, 16))).as_text()).memory for n in (10, 1_000)
+    )
+    assert 60 * few < many < 110 * few
+
+
+@pytest.mark.parametrize("collective", ["psum", "all_gather", "psum_scatter", "ppermute"])
+def test_collectives_bring_what_a_ring_brings(collective):
+    mesh = make_mesh({"data": 8})
+    received = {  # of [8, 4] float32 on each of 8 devices
+        "psum": 2 * 7 / 8 * 128,
+        "all_gather": 7 * 128,
+        "psum_scatter": 7 / 8 * 128,
+        "ppermute": 128,
+    }
+
+    def local(x):
+        if collective == "psum":
+            return jax.lax.psum(x, "data")
+        if collective == "all_gather":
+            return jax.lax.all_gather(x, "data", tiled=True)
+        if collective == "psum_scatter":
+            return jax.lax.psum_scatter(x, "data", tiled=True)
+        return jax.lax.ppermute(x, "data", [(i, (i + 1) % 8) for i in range(8)])
+
+    out = P() if collective == "psum" else P("data")
+    program = compiled(
+        jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=out), jnp.ones((64, 4))
+    )
+    assert traffic(program.as_text()).interconnect == received[collective]
+
+
+def test_a_ring_in_a_loop_counts_every_turn():
+    mesh = make_mesh({"data": 8})
+    turn = [(i, (i + 1) % 8) for i in range(8)]
+
+    def local(x):
+        return jax.lax.fori_loop(0, 7, lambda _, x: jax.lax.ppermute(jnp.sin(x), "data", turn), x)
+
+    program = compiled(
+        jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data")), jnp.ones((64, 4))
+    )
+    assert traffic(program.as_text()).interconnect == 7 * 128
+
+
+def test_started_collectives_and_on_chip_memory_are_read_off_the_text():
+    program = """
+HloModule step
+
+%bound (p: (s32[], f32[4])) -> pred[] {
+  %p = (s32[], f32[4]{0}) parameter(0)
+  %n = s32[] constant(15)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%turn (p.1: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p.1 = (s32[], f32[4]{0}) parameter(0)
+  %x = f32[4]{0:T(128)S(1)} get-tuple-element(%p.1), index=1
+  %go = (f32[4]{0}, f32[4]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x)
+  %gone = f32[4]{0} collective-permute-done(%go)
+  ROOT %t = (s32[], f32[4]{0}) tuple(%x, %gone)
+}
+
+%scatter (b: f32[4,4]) -> f32[2,4] {
+  %b = f32[4,4]{1,0} parameter(0)
+  ROOT %part = f32[2,4]{1,0} reduce-scatter(%b), replica_groups={{0,1},{2,3}}
+}
+
+ENTRY %main (a: f32[2,4]) -> f32[16,4] {
+  %a = f32[2,4]{1,0} parameter(0)
+  %loop = (s32[], f32[4]{0}) while(%a), condition=%bound, body=%turn
+  %all = (f32[2,4]{1,0}, f32[16,4]{1,0}) all-gather-start(%a), replica_groups=[2,8]<=[16]
+  %chip = bf16[1024]{0:T(1024)S(1)} broadcast(%a)
+  %far = (f32[2,4]{1,0}, f32[2,4]{1,0}) collective-permute-start(%a)
+  %begun = ((f32[2,4]{1,0}), f32[2,4]{1,0}) async-start(%a), calls=%scatter
+  %ended = f32[2,4]{1,0} async-done(%begun), calls=%scatter
+  ROOT %done = f32[16,4]{1,0} all-gather-done(%all)
+}
+"""
+    found = traffic(program)
+    assert found.interconnect == 15 * 16 + 7 / 8 * 256 + 32 + 32
+    assert found.memory == 15 * (2 * 16) + 32 + 256 + 32 + 2 * 32 + 2 * 32

@@ -1,0 +1,40 @@
+"""A model's arithmetic, by a formula that was written down for it."""
+
+import jax
+import pytest
+
+from configs.code_search_transformer import get_config
+from jaxcl.cost.chips import CHIPS
+from jaxcl.cost.utilization import model_flops, peak_flops
+from jaxcl.settings.build import build_towers
+
+
+def test_a_transformer_s_products_are_those_of_the_formula():
+    config = get_config("smoke")
+    options, size = config.model.options, config.global_batch_size
+    h, mlp, layers = options.hidden_dim, options.mlp_dim, options.num_layers
+    forward = 0
+    for width in config.data.max_tokens.values():
+        projections = 2 * width * (4 * h**2 + 2 * h * mlp)
+        attention = 2 * 2 * width**2 * h
+        pooling = 2 * width * h + 2 * h * config.model.dim
+        forward += size * (layers * (projections + attention) + pooling)
+    scores = 2 * size**2 * config.model.dim
+    towers = build_towers(config.model, vocabulary_size=config.data.vocabulary_size)
+    assert model_flops(config, towers) == 3 * (forward + scores)
+    config.model.options.remat = True  # what is computed again does not count
+    towers = build_towers(config.model, vocabulary_size=config.data.vocabulary_size)
+    assert model_flops(config, towers) == 3 * (forward + scores)
+
+
+class Device:
+    def __init__(self, kind):
+        self.device_kind = kind
+
+
+def test_the_peak_is_known_of_chips_that_are_known():
+    v5e = CHIPS["v5e"].flops
+    assert peak_flops([Device("TPU v5 lite")] * 4) == pytest.approx(4 * v5e)
+    assert peak_flops([Device("TPU v5 lite"), Device("cpu")]) is None
+    assert peak_flops(jax.devices()) is None
+    assert peak_flops([Device("NVIDIA H100 80GB HBM3")]) == CHIPS["H100"].flops

@@ -1,0 +1,50 @@
+"""A judge's embeddings by row number: what a batch holds, and what a wrong file says."""
+
+import numpy as np
+import pytest
+
+from jaxcl.data.row_guides import guide_dim, read_guides
+
+QUERY, KEY = np.arange(6.0).reshape(3, 2), np.arange(6.0, 12).reshape(3, 2)
+
+
+def written(path, **arrays):
+    np.savez(path / "guides.npz", **arrays)
+    return path / "guides.npz"
+
+
+def test_a_batch_holds_the_embeddings_of_its_rows(tmp_path):
+    path = written(tmp_path, query=QUERY, key=KEY)
+    guides = read_guides(path, num_rows=3)
+    found = guides.columns(np.array([2, 0]))
+    assert found["query"].tolist() == [[4, 5], [0, 1]]
+    assert found["key"].tolist() == [[10, 11], [6, 7]]
+    assert found["key"].dtype == np.float32
+    assert guide_dim(path) == 2
+    other = read_guides(written(tmp_path, query=QUERY, key=QUERY), num_rows=3)
+    assert other.fingerprint != guides.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"query": QUERY}, "cannot be read: it has no key"),
+        ({"query": QUERY[:2], "key": KEY[:2]}, r"wanted are floats, \[3, 2\]"),
+        ({"query": QUERY[:, :1], "key": KEY}, r"query is float64\[3, 1\]"),
+        ({"query": QUERY.astype(int), "key": KEY}, "query is int64"),
+        ({"query": QUERY * np.nan, "key": KEY}, "not finite"),
+        ({"query": QUERY, "key": KEY[0]}, r"wanted is \[rows, width\]"),
+    ],
+)
+def test_a_wrong_file_says_what_is_wrong(tmp_path, arrays, message):
+    with pytest.raises(ValueError, match=message):
+        read_guides(written(tmp_path, **arrays), num_rows=3)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no archive"])
+def test_a_missing_or_damaged_file_is_named(tmp_path, content):
+    path = tmp_path / "guides.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"data\.guides=.*guides\.npz cannot be read"):
+        read_guides(path, num_rows=3)

@@ -1,0 +1,45 @@
+"""Topics by row number: what is read, and what a wrong file says."""
+
+import numpy as np
+import pytest
+
+from jaxcl.data.row_topics import read_topics
+
+TOPIC = np.array([3, 0, 3])
+
+
+def written(path, **arrays):
+    np.savez(path / "topics.npz", **arrays)
+    return path / "topics.npz"
+
+
+def test_topics_are_read(tmp_path):
+    found = read_topics(written(tmp_path, topic=TOPIC, source=np.array("rows")), num_rows=3)
+    assert found.topic.tolist() == [3, 0, 3]
+    assert found.topic.dtype == np.int32
+    other = read_topics(written(tmp_path, topic=TOPIC + 1), num_rows=3, source="any")
+    assert other.fingerprint != found.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"topics": TOPIC}, "has no topic; it has topics"),
+        ({"topic": TOPIC[:2]}, r"wanted are integers, \[3\]"),
+        ({"topic": TOPIC.astype(float)}, "topic is float64"),
+        ({"topic": TOPIC + 2**31}, "fit into int32"),
+        ({"topic": TOPIC, "source": np.array("others")}, r"from other rows \(others\)"),
+    ],
+)
+def test_a_wrong_file_says_what_is_wrong(tmp_path, arrays, message):
+    with pytest.raises(ValueError, match=message):
+        read_topics(written(tmp_path, **arrays), num_rows=3, source="rows")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no archive"])
+def test_a_missing_or_damaged_file_is_named(tmp_path, content):
+    path = tmp_path / "topics.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"data\.topics=.*topics\.npz cannot be read"):
+        read_topics(path, num_rows=3)

@@ -1,0 +1,134 @@
+"""Evaluation: each side's own tokens, each variant's own keys, and every difference's sign."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs.code_search import get_config
+from jaxcl.data.prepare import RunData
+from jaxcl.data.sources import InMemoryPairs
+from jaxcl.data.token_table import build_token_table
+from jaxcl.data.tokenizer import train_tokenizer
+from jaxcl.evaluation import held_out as evaluate
+from jaxcl.settings.build import build_program
+
+QUERIES = ["moon phase", "open socket", "merge ledger"]
+KEYS = [
+    "def moon ( moon , phase , day ) : return day",
+    "def open ( socket , socket ) : return socket",
+    "def merge ( ledger ) : return ledger",
+]
+NAMES = ["moon", "open", "merge"]
+
+
+@pytest.fixture
+def config():
+    config = get_config("smoke")
+    config.model.dim = 4
+    config.data.vocabulary_size = 400
+    config.data.max_tokens = {"query": 2, "key": 12}
+    return config
+
+
+@pytest.fixture
+def make_data(config, tmp_path):
+    """The run's data by split -> names of its functions."""
+    tokenizer = train_tokenizer(QUERIES + KEYS, vocabulary_size=400)
+
+    def make(**names) -> RunData:
+        sources = {
+            split: InMemoryPairs(
+                [f"{split} {query}" for query in QUERIES], KEYS, metadata={"name": own}
+            )
+            for split, own in names.items()
+        }
+        tables = {
+            split: build_token_table(
+                source,
+                tokenizer,
+                max_tokens=dict(config.data.max_tokens),
+                distinct=config.data.distinct_tokens,
+                directory=tmp_path,
+            )
+            for split, source in sources.items()
+        }
+        return RunData(sources, tables, tokenizer)
+
+    return make
+
+
+@pytest.fixture
+def program_with(config):
+    """The run's program with embeddings by side, and what it was asked to embed."""
+
+    def program(queries, keys):
+        asked = {"query": [], "key": []}
+        vectors = {"query": np.array(queries, np.float32), "key": np.array(keys, np.float32)}
+
+        def embed(params, side, tokens, **_):
+            asked[side].append(tokens)
+            return vectors[side]
+
+        return build_program(config)._replace(embed=embed), asked
+
+    return program
+
+
+def test_a_run_reports_the_queries_of_its_validation_split(make_data, program_with):
+    data = make_data(validation=NAMES, test=NAMES)
+    # Query 1 finds key 0 first and its own second; every key finds its own query first.
+    program, asked = program_with([[1, 0, 0], [0.9, 0.1, 0], [0, 0, 1]], np.eye(3))
+    found = evaluate.quick_metrics(program, data, {})
+    assert found["validation/dense/mrr@10"] == pytest.approx((1 + 1 / 2 + 1) / 3)
+    assert found["validation/dense/recall@10"] == 1.0
+    for side in ("query", "key"):
+        wanted = data.tables["validation"].side(side, np.arange(3))["tokens"]
+        np.testing.assert_array_equal(asked[side], [wanted])
+
+
+def test_without_a_validation_split_a_run_reports_nothing(make_data, program_with):
+    program, _ = program_with(np.eye(3), np.eye(3))
+    assert evaluate.quick_metrics(program, make_data(train=NAMES), {}) == {}
+
+
+def test_a_key_without_its_name_is_tokenised_as_the_table_is(
+    config, make_data, program_with, tmp_path
+):
+    program, asked = program_with(np.eye(3), np.eye(3))
+    evaluate.evaluate_run(config, program, make_data(test=["absent"] * 3), {}, tmp_path)
+    plain, masked = asked["key"]
+    np.testing.assert_array_equal(plain, masked)
+
+
+def test_names_are_hidden_from_the_keys_of_their_own_variant(
+    config, make_data, program_with, tmp_path
+):
+    program, asked = program_with(np.eye(3), np.eye(3))
+    data = make_data(test=NAMES)
+    evaluate.evaluate_run(config, program, data, {}, tmp_path)
+    hidden = [data.tokenizer.token_to_id(token) for token in data.tokenizer.encode("moon").tokens]
+    plain, masked = asked["key"]
+    assert set(hidden) <= set(plain[0].tolist())
+    assert not set(hidden) & set(masked[0].tolist())
+
+
+def test_differences_are_those_from_bm25(config, make_data, program_with, tmp_path, monkeypatch):
+    # Every query finds its own key last by its embedding, and first by its words.
+    program, _ = program_with(-np.eye(3), np.eye(3))
+    constants, ranked = [], evaluate.evaluate_retrieval
+
+    def noting(*args, rrf_k, **options):
+        constants.append(rrf_k)
+        return ranked(*args, rrf_k=rrf_k, **options)
+
+    monkeypatch.setattr(evaluate, "evaluate_retrieval", noting)
+    config.evaluation.rrf_k = 3
+    results = evaluate.evaluate_run(config, program, make_data(test=NAMES), {}, tmp_path)
+    figures = results["metrics"]["test"]["plain"]
+    assert set(figures) == {"bm25", "dense", "hybrid", "dense - bm25", "hybrid - bm25"}
+    assert figures["bm25"]["mrr@10"]["mean"] == 1.0
+    assert figures["dense"]["mrr@10"]["mean"] == pytest.approx(1 / 3)
+    assert figures["dense - bm25"]["mrr@10"]["mean"] == pytest.approx(1 / 3 - 1)
+    assert constants == [3, 3]
+    assert json.loads((tmp_path / "results.json").read_text()) == results

@@ -1,0 +1,567 @@
+"""Runs that choose their batches anew: each row once per epoch, and the same after any stop."""
+
+import contextlib
+import functools
+import importlib.util
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs.code_search import get_config
+from jaxcl.assignment import (
+    METHODS,
+    Assigned,
+    AssignedRows,
+    GapReport,
+    SourcedRows,
+    count_conflicts,
+    make_order,
+    uniform_rows,
+    visited,
+)
+from jaxcl.data.code_pairs import prepare_code_pairs
+from jaxcl.data.loader import training_batches
+from jaxcl.data.prepare import RunData, prepare_data
+from jaxcl.data.python_functions import SourceRoot
+from jaxcl.run.batches import RunBatches, _batches_of_next_epoch, _num_measured
+from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.metric_writer import read_metrics
+from jaxcl.run.trained import open_trained
+from jaxcl.settings.build import build_program
+from jaxcl.step.train_state import TrainState
+from jaxcl.topics import find_topics
+from jaxcl.train import train
+from tests.helpers import bits, unclocked, unit_vectors
+
+TOPICS = ("socket network port", "ledger money account", "window screen pixel", "folder disk path")
+TOPICS += ("matrix vector tensor", "recipe oven flour", "planet orbit comet", "violin cello flute")
+TOPICS += ("garden seed soil", "river lake ocean", "doctor nurse clinic", "engine wheel brake")
+VERBS = ("open", "close", "count", "merge", "split", "drop", "find", "paint", "lend", "weigh")
+ROWS, BATCH, BLOCK, STEPS, EVERY, DIM = 107, 16, 8, 17, 3, 16
+CHOICES = [3, 6, 9, 12, 15]  # epochs end in steps 6 and 13
+GCBS = "assignment.gcbs."
+SMALL = {
+    "data.vocabulary_size": 600,
+    "model.dim": DIM,
+    "global_batch_size": BATCH,
+    "steps": STEPS,
+    "optimizer.learning_rate": 2e-2,
+    "optimizer.warmup_steps": 1,
+    "evaluation.methods": ("dense",),
+    "evaluation.batch_size": 64,
+    "assignment.name": "gcbs",
+    f"{GCBS}refresh_every": EVERY,
+    f"{GCBS}block_size": BLOCK,
+    f"{GCBS}preset": "full",
+    f"{GCBS}neighbours": 8,
+    "run.log_every": 1,
+    "run.checkpoint_every": 4,
+}
+BANK = {f"{GCBS}embeddings": "bank", "negatives.bank.kind": "instance", f"{GCBS}picture": False}
+SHARES = tuple((group, 1.0 + group % 3) for group in range(10))
+SOURCED = {"assignment.name": "sourced"}
+RUNS: dict[str, dict[str, Any]] = {
+    "bisection": {},
+    "rcm_device": {f"{GCBS}method": "rcm_device", **BANK},
+    "rcm": {f"{GCBS}method": "rcm"},  # without matplotlib
+    "one": {"assignment.sourced.mix": "one", "assignment.sourced.temperature": 2.0, **SOURCED},
+    "mixed": {"assignment.sourced.weights": SHARES, **SOURCED},
+}
+
+
+class Choice(NamedTuple):
+    """A state that was refreshed, what was ordered by the method then, and its order."""
+
+    state: TrainState
+    sides: list[np.ndarray]
+    temperature: float
+    apart: Any
+    order: np.ndarray
+
+
+class Run(NamedTuple):
+    """A finished run, with the rows of each step."""
+
+    config: ConfigDict
+    workdir: Path
+    data: RunData
+    rows: np.ndarray
+    choices: list[Choice]
+    said: str
+
+
+def functions(topic: str) -> Iterator[str]:
+    first, second, third = topic.split()
+    # A token counts once in a text, so that the last query is that of the first.
+    for verb, more in (*((verb, "") for verb in VERBS), (VERBS[0], f" and {third}")):
+        query = f"{verb.title()} the {first} of {second} and {third}{more}."
+        name = f"{verb}_{first}_again" if more else f"{verb}_{first}"
+        body = f"{second} = find_{first}(name)\n    {third} = {second}.{verb}('{more}')"
+        yield f'def {name}(name):\n    """{query}"""\n    {body}\n    return {third}\n'
+
+
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory):
+    """A config over functions of twelve topics, a group each, by changes."""
+    folder = tmp_path_factory.mktemp("reassign")
+    for topic in TOPICS:
+        package = folder / "site" / topic.split()[0]
+        package.mkdir(parents=True)
+        package.joinpath("__init__.py").write_text("\n\n".join(functions(topic)))
+    whole = {"test_packages": (), "validation_fraction": 0.0}
+    pairs = prepare_code_pairs(folder / "data", roots=[SourceRoot(folder / "site")], **whole)
+    places = {"data.name": str(pairs.directory), "run.data_dir": str(folder / "data")}
+
+    def config(**changes) -> ConfigDict:
+        made = get_config("smoke")
+        made.update_from_flattened_dict(SMALL | places)
+        made.update_from_flattened_dict(changes)
+        with made.unlocked():
+            made.data.splits = ConfigDict({"train": f"train[:{ROWS}]"})
+            made.data.splits.validation = f"train[{ROWS}:]"
+        return made
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def run_of(configured, tmp_path_factory):
+    """A run of `RUNS` by its name, trained where it is first asked for."""
+    find = importlib.util.find_spec
+
+    def without_matplotlib(name, *package):
+        return None if name == "matplotlib" else find(name, *package)
+
+    @functools.cache
+    def run(name: str) -> Run:
+        config, workdir = configured(**RUNS[name]), tmp_path_factory.mktemp(name)
+        with watched() as (patch, rows, choices, said):
+            if name == "rcm":
+                patch.setattr("importlib.util.find_spec", without_matplotlib)
+            train(config, workdir)
+        data = data_of(config, workdir)
+        return Run(config, workdir, data, np.stack(rows), choices, said.getvalue())
+
+    return run
+
+
+@contextlib.contextmanager
+def watched():
+    """Notes what a run does, and changes none of it."""
+    rows, states, choices, said = [], [], [], io.StringIO()
+    refresh = RunBatches.refresh
+
+    def batches(*arguments, **options):
+        for batch in training_batches(*arguments, **options):
+            rows.append(np.asarray(batch["row"]))
+            yield batch
+
+    def refreshing(self, state):
+        states.append(jax.tree.map(np.array, state._replace(key=0)))  # the buffers are donated
+        return refresh(self, state)
+
+    def ordering(*arguments, **options):
+        order = make_order(*arguments, **options)
+
+        def noted(queries, keys, temperature, key, apart):
+            ordered = order(queries, keys, temperature, key, apart)
+            sides = [np.array(side[:ROWS]) for side in (queries, keys)]
+            choices.append(Choice(states[-1], sides, float(temperature), apart, ordered.rows))
+            return ordered
+
+        return noted
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr("jaxcl.train.training_batches", batches)
+        patch.setattr("jaxcl.run.batches.make_order", ordering)
+        patch.setattr(RunBatches, "refresh", refreshing)
+        yield patch, rows, choices, said
+
+
+def data_of(config: ConfigDict, workdir: Path) -> RunData:
+    return prepare_data(config.data, data_dir=Path(config.run.data_dir), workdir=workdir)
+
+
+def newest_state(config: ConfigDict, workdir: Path) -> TrainState:
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        return checkpoints.restore_latest(build_program(config).abstract_state(ROWS)).state
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_trains_on_each_row_once_per_epoch(run_of, method):
+    run = run_of(method)
+    assert len(run.rows) == STEPS == sum("loss" in record for record in unclocked(run.workdir))
+    visits = run.rows.ravel()
+    for begin in range(0, visits.size, ROWS):
+        epoch = visits[begin : begin + ROWS]
+        assert len(set(epoch)) == len(epoch)
+    for step, rows in enumerate(run.rows):
+        uniform = uniform_rows(step, num_rows=ROWS, batch_size=BATCH, seed=0)
+        assert (rows == uniform).all() == (step < EVERY), step
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_trains_on_the_batches_of_its_newest_order(run_of, method):
+    run = run_of(method)
+    visits, text = run.rows.ravel(), run.data.tables["train"].text
+    sizes = {"batch_size": BATCH, "block_size": BLOCK, "seed": 0}
+    for choice, step in zip(run.choices, CHOICES, strict=True):
+        seen, position = np.zeros(ROWS, bool), step * BATCH
+        seen[visits[position - position % ROWS : position]] = True
+        assert 0 < seen.sum() < ROWS
+        rows_of = AssignedRows(Assigned(choice.order, seen, step), **sizes, apart=(text,))
+        for later in range(step, min(step + EVERY, STEPS)):
+            np.testing.assert_array_equal(run.rows[later], rows_of(later))
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_chooses_batches_ends_as_if_it_had_not_been(run_of, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def killing(*arguments, step, **options):  # which comes after the order
+        if step == CHOICES[2]:
+            raise Killed
+        return visited(*arguments, step=step, **options)
+
+    whole = run_of("bisection")
+    with watched() as (patch, _, choices, _):
+        patch.setattr("jaxcl.run.batches.visited", killing)
+        with pytest.raises(Killed):
+            train(whole.config, tmp_path)
+    assert len(choices) == 3
+    assert CHOICES[1] < int(newest_state(whole.config, tmp_path).step) < CHOICES[2]
+    train(whole.config, tmp_path)
+    ours, theirs = (newest_state(whole.config, folder) for folder in (tmp_path, whole.workdir))
+    assert jax.tree.map(bits, ours) == jax.tree.map(bits, theirs)
+    assert unclocked(tmp_path) == unclocked(whole.workdir)
+    assert (tmp_path / "results.json").read_text() == (whole.workdir / "results.json").read_text()
+
+
+def test_a_choice_encodes_all_rows_by_the_model_as_it_is(run_of):
+    run = run_of("bisection")
+    embed, table = build_program(run.config).embed, run.data.tables["train"]
+    for choice in run.choices:
+        for side, found in zip(("query", "key"), choice.sides, strict=True):
+            tokens = table.side(side, np.arange(ROWS))["tokens"]
+            wanted = embed(choice.state.params["towers"], side, tokens)
+            np.testing.assert_array_equal(found, wanted)
+        log_temperature = choice.state.params["log_temperature"]
+        assert choice.temperature == pytest.approx(np.exp(log_temperature), rel=1e-6)
+    assert len({choice.sides[0].tobytes() for choice in run.choices}) == len(CHOICES)
+
+
+def test_a_choice_by_the_bank_takes_its_vectors(run_of):
+    run = run_of("rcm_device")
+    for choice, step in zip(run.choices, CHOICES, strict=True):
+        for side, found in zip(("query", "key"), choice.sides, strict=True):
+            bank = choice.state.memory["bank"][side]
+            np.testing.assert_array_equal(found, bank.vectors[:ROWS])
+            assert found.any(1).sum() == min(step * BATCH, ROWS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_choice_is_measured(run_of, method):
+    records = [one for one in read_metrics(run_of(method).workdir) if "assignment/gap" in one]
+    assert [record["step"] for record in records] == CHOICES
+    names = {*GapReport._fields, "train_loss_before", "gap_before", "closed_before"}
+    names = {f"assignment/{name}" for name in names}
+    names |= set() if method == "rcm" else {"machine/assignment_mebibytes"}
+    times = {f"time/assignment_{what}seconds" for what in ("", "encode_", "order_")}
+    for record in records:
+        assert set(record) == {"step"} | names | times
+        assert min(record[name] for name in times) > 0
+    # The batches before the first choice are random. A bank is half empty then, and what its rows
+    # hold is but half known: with it, a choice still closes more than none.
+    least = 0.1 if method != "rcm_device" else 0.0
+    assert records[0]["assignment/closed"] > records[0]["assignment/closed_before"] + least
+    for record in records:
+        shares = (record[f"assignment/{name}"] for name in ("closed", "closed_before"))
+        closed, before = (f"{round(100 * share)}%" for share in shares)
+        seconds = f"{record['time/assignment_seconds']:.1f} s"
+        line = f"batches chosen anew after step {record['step']} in {seconds}: {closed} of the gap"
+        line += f" to the loss of all rows is closed, before {before}; their loss is "
+        ours, theirs = record["assignment/train_loss"], record["assignment/train_loss_before"]
+        line += f"{ours - theirs:.2f} higher" if ours >= theirs else f"{theirs - ours:.2f} lower"
+        assert f"{line}\n" in run_of(method).said
+
+
+def test_pictures_are_drawn_where_they_are_wanted_and_can_be(run_of):
+    drawn = sorted((run_of("bisection").workdir / "assignment").iterdir())
+    assert [path.name for path in drawn] == [f"step-{step:06d}.png" for step in CHOICES]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    for method, times in (("bisection", 0), ("rcm_device", 0), ("rcm", 1)):
+        assert run_of(method).said.count("pip install 'jaxcl[pictures]'") == times
+        assert (run_of(method).workdir / "assignment").exists() == (method == "bisection")
+
+
+@pytest.mark.parametrize(
+    ("mix", "options"), [("one", {"temperature": 2.0}), ("mixed", {"weights": dict(SHARES)})]
+)
+def test_batches_by_source_are_trained_on(run_of, mix, options):
+    run = run_of(mix)
+    group = run.data.tables["train"].group
+    rows_of = SourcedRows(group, batch_size=BATCH, seed=0, mix=mix, **options)
+    np.testing.assert_array_equal(run.rows, [rows_of(step) for step in range(STEPS)])
+    counts = [len(set(group[rows])) for rows in run.rows]
+    assert (max(counts) == 1) if mix == "one" else (min(counts) > 3)
+
+
+def sourced_batches(config: ConfigDict, tmp_path: Path):
+    data = data_of(config, tmp_path)
+    program = build_program(config)
+    return RunBatches(config, program, data, tmp_path).rows_of(program.init(ROWS)), data
+
+
+def test_batches_may_be_of_one_topic_each(configured, tmp_path):
+    topic = np.random.default_rng(0).integers(-2, 4, ROWS)
+    np.savez(tmp_path / "topics.npz", topic=topic)
+    by = {"data.topics": str(tmp_path / "topics.npz"), "assignment.sourced.by": "topic"}
+    config = configured(**SOURCED, **by, **{"assignment.sourced.mix": "one"})
+    rows_of, _ = sourced_batches(config, tmp_path)
+    found = [set(topic[rows_of(step)]) for step in range(40)]
+    assert all(len(topics) == 1 for topics in found)
+    assert set.union(*found) == set(topic)
+
+
+def test_batches_mix_data_sets_by_weight(configured, tmp_path):
+    by = {"assignment.sourced.by": "data_set"}
+    config = configured(
+        **SOURCED, **by, **{"assignment.sourced.weights": (("first", 3.0), ("b", 1.0))}
+    )
+    followed(config)
+    rows_of, data = sourced_batches(config, tmp_path)
+    source = data.sources["train"].data_set_of_row
+    assert set(source[:ROWS]) == {0}
+    assert set(source[ROWS:]) == {1}
+    assert [int(source[rows_of(step)].sum()) for step in range(8)] == [BATCH // 4] * 8
+
+
+def followed(config: ConfigDict) -> None:
+    """Has the rest of the data set follow the training rows as another one, "b"."""
+    with config.unlocked():
+        config.data.concatenated.b = ConfigDict(
+            {
+                "name": config.data.name,
+                "splits": {"train": f"train[{ROWS}:]"},
+                "group_field": "group",
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    ("by", "weights", "message"),
+    [
+        ("data_set", (("c", 1.0),), "weights name c; the data sets are first, b: give each"),
+        ("data_set", (("first", 1.0),), "weights name first; the data sets are first, b"),
+        ("data_set", ((0, 1.0), ("b", 1.0)), "weights name 0, b; the data sets are first, b"),
+        ("group", (("b", 1.0),), "by group, sources have numbers; names go with"),
+        ("group", ((0, 1.0), (0, 2.0)), "name a source twice"),
+    ],
+)
+def test_weights_of_sources_that_are_not_there_are_named(
+    configured, tmp_path, by, weights, message
+):
+    sourced = {"assignment.sourced.by": by, "assignment.sourced.weights": weights}
+    config = configured(**SOURCED, **sourced)
+    followed(config)
+    with pytest.raises(ValueError, match=message):
+        sourced_batches(config, tmp_path)
+
+
+def test_a_run_of_two_data_sets_finds_topics_for_the_next(configured, tmp_path):
+    out = tmp_path / "topics.npz"
+    short = {"steps": 4, "run.checkpoint_every": 2}
+    config = configured(**SOURCED, **short, **{"assignment.sourced.by": "data_set"})
+    followed(config)
+    train(config, tmp_path / "first")
+    find_topics(tmp_path / "first", out, num_topics=5)
+    run = open_trained(tmp_path / "first")
+    table = run.token_table("train")
+    assert table.num_rows == len(run.sources["train"]) > ROWS
+    for side, found in run.embeddings("train").items():
+        tokens = table.side(side, np.arange(table.num_rows))["tokens"]
+        np.testing.assert_array_equal(found, run.program.embed(run.params, side, tokens))
+
+    by = {"assignment.sourced.by": "topic", "assignment.sourced.mix": "one"}
+    config = configured(**SOURCED, **short, **by, **{"data.topics": str(out)})
+    with pytest.raises(ValueError, match="was made from other rows"):  # of the first data set alone
+        train(config, tmp_path / "other")
+    followed(config)
+    with watched() as (_, rows, *_):
+        train(config, tmp_path / "next")
+    topic = np.load(out)["topic"]
+    rows_of = SourcedRows(topic, batch_size=BATCH, seed=0, mix="one")
+    np.testing.assert_array_equal(rows, [rows_of(step) for step in range(4)])
+    np.savez(out, **{**np.load(out), "topic": topic[::-1]})
+    with pytest.raises(ValueError, match=r"data\.guides or data\.topics has changed"):
+        train(config, tmp_path / "next")
+
+
+def with_memory(state: TrainState, step: int, **parts) -> TrainState:
+    """The state at another step, with parts of its memory in place of those it had."""
+    old = state.step, state.memory
+    new = jnp.int32(step), state.memory | parts
+    step, memory = jax.tree.map(lambda leaf, was: jax.device_put(leaf, was.sharding), new, old)
+    return state._replace(step=step, memory=memory)
+
+
+def planted(state: TrainState, vectors: np.ndarray) -> TrainState:
+    """As if these were in the bank, for both sides, before the sixth step."""
+    banks = state.memory["bank"]
+    slots = np.zeros(banks["key"].vectors.shape, np.float32)
+    slots[:ROWS] = vectors
+    return with_memory(state, 5, bank={side: banks[side]._replace(vectors=slots) for side in banks})
+
+
+def epoch_of(rows_of, epoch: int) -> tuple[int, np.ndarray]:
+    """Where in its first batch an epoch begins, and its rows."""
+    first, begin = divmod(epoch * ROWS, BATCH)
+    rows = [rows_of(first + number) for number in range(-(-(begin + ROWS) // BATCH))]
+    return begin, np.concatenate(rows)[begin : begin + ROWS]
+
+
+def test_rows_of_equal_text_keep_out_of_each_others_batch(configured, run_of, tmp_path):
+    run = run_of("bisection")
+    text = run.data.tables["train"].text
+    assert len(set(text)) < ROWS - 5
+    assert all(np.array_equal(choice.apart, [text]) for choice in run.choices)
+    state = newest_state(run.config, run.workdir)
+
+    def conflicts(apart: tuple[str, ...]) -> Iterator[int]:
+        config = configured(**{f"{GCBS}apart": apart})
+        rows_of = RunBatches(config, build_program(config), run.data, tmp_path).rows_of(state)
+        for begin, rows in (epoch_of(rows_of, epoch) for epoch in range(3, 8)):
+            yield count_conflicts(rows, text, batch_size=BATCH, first_position=begin)
+
+    assert [*conflicts(("text",))] == [0] * 5
+    assert sum(conflicts(())) > 0
+
+
+def test_what_is_kept_apart_is_no_gap(configured, tmp_path):
+    config = configured(**BANK, **{f"{GCBS}method": "rcm", f"{GCBS}apart": ("group",)})
+    program, data = build_program(config), data_of(config, tmp_path)
+    group = data.tables["train"].group
+    # Within a group all are alike, between groups nobody is.
+    state = planted(program.init(ROWS, group), np.eye(DIM)[group])
+    _, metrics = RunBatches(config, program, data, tmp_path).refresh(state)
+    least, most = (np.log(1 + (ROWS - size) * np.exp(-1 / 0.05)) for size in (11, 8))
+    assert 0.99 * least < metrics["assignment/global_loss"] < 1.01 * most
+
+
+def test_any_number_of_devices_chooses_the_same_and_goes_on_with_it(configured, tmp_path):
+    config = configured(**BANK)
+    data = data_of(config, tmp_path)
+    group = data.tables["train"].group
+
+    def program_on(count: int):
+        program = build_program(config, devices=jax.devices()[:count])
+        return program._replace(embed=None)  # which the bank spares
+
+    # Six batches are measured of one draw, which closes .4 to .8 of their gap.
+    draws = [np.asarray(unit_vectors(seed, ROWS, DIM, dtype=jnp.float32)) for seed in range(8)]
+    chosen, rows, closed, closed_before = [], [], [], []
+    for count, noises in ((1, draws), (8, draws[-1:])):
+        program = program_on(count)
+        assert program.mesh.size == count
+        batches = RunBatches(config, program, data, tmp_path)
+        for noise in noises:
+            state = planted(program.init(ROWS, group), np.eye(DIM)[group] + 0.6 * noise)
+            state, metrics = batches.refresh(state)
+            closed.append(metrics["assignment/closed"])
+            closed_before.append(metrics["assignment/closed_before"])
+        chosen.append(jax.tree.map(bits, state.memory["assignment"]))
+        rows.append([batches.rows_of(state)(step) for step in range(5, 30)])
+    assert chosen[0] == chosen[1]
+    assert np.mean(closed) > 0.5 > np.mean(closed_before) + 0.3
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(5, state)
+        checkpoints.wait()
+        program = program_on(4)
+        state = checkpoints.restore_latest(program.abstract_state(ROWS, group)).state
+    assert state.memory["assignment"]["order"].sharding.mesh.size == 4
+    rows_of = RunBatches(config, program, data, tmp_path).rows_of(state)
+    np.testing.assert_array_equal([*rows, [rows_of(step) for step in range(5, 30)]], [rows[0]] * 3)
+
+
+@pytest.mark.parametrize("epochs", [0.4, 1.0, 1.7])
+def test_batches_are_chosen_anew_every_so_many_epochs(configured, tmp_path, epochs):
+    config = configured(**BANK, **{f"{GCBS}refresh_epochs": epochs, "steps": 60})
+    batches = RunBatches(config, build_program(config), data_of(config, tmp_path), tmp_path)
+    apart = round(epochs * ROWS)
+    turns = range(1, 59 * BATCH // apart + 1)
+    wanted = [-(-turn * apart // BATCH) for turn in turns]
+    assert [step for step in range(61) if batches.due(step)] == wanted
+
+
+def test_epochs_that_never_pass_are_an_error(configured, tmp_path):
+    config = configured(**BANK, **{f"{GCBS}refresh_epochs": 9.0, "steps": 60})
+    program, data = build_program(config), data_of(config, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"=9\.0 never comes: 60 steps are 8\.8 epochs of 107 rows"
+    ):
+        RunBatches(config, program, data, tmp_path)
+
+
+def test_blocks_are_random_at_first_and_whole_at_last(configured, tmp_path):
+    shares = {f"{GCBS}random_initial": 1.0, f"{GCBS}random_final": 0.0, f"{GCBS}apart": ()}
+    config = configured(steps=1_000, **shares)
+    program, data = build_program(config), data_of(config, tmp_path)
+    order = np.random.default_rng(0).permutation(ROWS).astype(np.int32)
+    state = program.init(ROWS)
+    kept = {name: np.array(leaf) for name, leaf in state.memory["assignment"].items()}
+    kept["order"][:ROWS], kept["step"] = order, np.int32(0)
+    state = with_memory(state, 0, assignment=kept)
+    rows_of = RunBatches(config, program, data, tmp_path).rows_of(state)
+    block = np.argsort(order) // BLOCK
+
+    def whole_blocks(epoch: int) -> list[bool]:
+        begin, rows = epoch_of(rows_of, epoch)
+        first = -begin % BLOCK
+        last = first + (ROWS - first) // BLOCK * BLOCK
+        return [len(set(found)) == 1 for found in block[rows[first:last]].reshape(-1, BLOCK)]
+
+    assert not any(whole_blocks(0))
+    assert 3 < sum(whole_blocks(500 * BATCH // ROWS)) < 10
+    assert all(whole_blocks(995 * BATCH // ROWS))
+
+
+def test_a_run_that_chose_its_batches_can_be_opened(run_of):
+    assert open_trained(run_of("bisection").workdir).token_table("train").num_rows == ROWS
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "batch_size", "count"),
+    [(19_691, 64, 16), (19_691, 1_024, 16), (474, 64, 7), (100, 64, 1), (10**7, 8_192, 2)],
+)
+def test_the_gap_is_measured_of_many_batches_where_they_are_small(num_rows, batch_size, count):
+    assert _num_measured(num_rows, batch_size) == count
+    assert _num_measured(10**7, 2**20) == 1  # a batch of its own size is fetched whole
+
+
+@pytest.mark.parametrize(("step", "most", "steps"), [(3, 6, 6), (3, 2, 2), (20, 3, 3)])
+def test_batches_that_are_measured_are_of_the_next_epoch_in_any_order(step, most, steps):
+    def rows(step):  # in the order of their numbers
+        visits = np.arange(step * BATCH, (step + 1) * BATCH) % ROWS
+        return np.sort(visits).astype(np.int32)
+
+    found = _batches_of_next_epoch(rows, step, num_rows=ROWS, batch_size=BATCH, most=most)
+    assert found.shape == (steps, BATCH)
+    assert len(np.unique(found)) == found.size
+    epoch = step * BATCH // ROWS + 1
+    wanted = [
+        rows(one).tolist()
+        for one in range(STEPS * 3)
+        if one * BATCH // ROWS == ((one + 1) * BATCH - 1) // ROWS == epoch
+    ]
+    chosen = np.sort(found, axis=1).tolist()
+    assert all(batch in wanted for batch in chosen)
+    assert max(wanted.index(batch) for batch in chosen) >= len(wanted) // 2  # not the first alone
+    assert (np.diff(found, axis=1) < 0).any(axis=1).all(), "the first rows of a batch are no draw"

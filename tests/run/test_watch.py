@@ -1,0 +1,77 @@
+"""Traces, programs that are kept, and a word where a step was compiled again."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxcl.run.watch import Watch, keep_compiled
+from jaxcl.train import _profiled
+
+
+def test_a_step_that_is_compiled_again_says_so(tmp_path, capsys):
+    step = jax.jit(lambda x: x + 1)
+    with Watch(tmp_path, None) as watch:
+        for number, size in enumerate((4, 4, 5, 5), 1):
+            batch = jnp.zeros(size)
+            watch.before(number)
+            step(batch)
+            watch.dispatched(number)
+            jnp.ones((number, 7)) * 3.0  # what others compile meanwhile is no step
+    said = capsys.readouterr().err
+    assert said.count("was compiled again") == 1
+    assert "step 3 was compiled again" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_steps_asked_for_are_traced(tmp_path):
+    step = jax.jit(lambda x: x + 1)
+    with Watch(tmp_path, (2, 3)) as watch:
+        for number in (1, 2, 3):
+            watch.before(number)
+            step(jnp.zeros(4)).block_until_ready()
+            assert watch._tracing == (number >= 2)
+            watch.after(number)
+            assert watch._tracing == (number == 2)  # until the step behind is under way
+    assert any(path.name.endswith(".xplane.pb") for path in tmp_path.rglob("*"))
+
+
+def test_a_run_that_goes_on_among_the_steps_traces_the_rest(tmp_path, capsys):
+    with Watch(tmp_path / "a", (2, 9)) as watch:
+        watch.before(5)
+        assert watch._tracing
+    assert "a trace of the steps is in" in capsys.readouterr().err
+    with Watch(tmp_path / "b", (2, 9)) as watch:
+        watch.before(9)
+        watch.after(9)
+    assert "no step from 2 to 8 was trained here: there is no trace" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_trace_ends_with_its_run(tmp_path):
+    def stopped_run():
+        with Watch(tmp_path, (1, 9)) as watch:
+            watch.before(1)
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        stopped_run()
+    assert any(path.name.endswith(".xplane.pb") for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("given", ["10", "9:3", "0:4", "a:b"])
+def test_steps_that_cannot_be_traced_are_named(given):
+    with pytest.raises(ValueError, match=f"--profile={given}; give the first step"):
+        _profiled(given)
+    assert _profiled("10:12") == (10, 12)
+    assert _profiled(None) is None
+
+
+def test_programs_are_kept_unless_somebody_says_where(tmp_path, monkeypatch):
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", lambda name, value: updates.update({name: value}))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    keep_compiled(tmp_path)
+    assert updates == {}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    keep_compiled(tmp_path)
+    assert updates["jax_compilation_cache_dir"].startswith(str(tmp_path / "cpu-"))

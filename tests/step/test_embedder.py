@@ -1,0 +1,128 @@
+"""Embedding many rows: what the encoder gives, whatever the number of rows and devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcl.data.tokenizer import encode_texts, train_tokenizer
+from jaxcl.models import StaticEncoder, make_towers
+from jaxcl.ops.mesh import make_mesh
+from jaxcl.step.embedder import make_embedder, pad_texts
+from tests.helpers import relative_error
+
+BATCH_SIZE, WIDTH, DIM, VOCABULARY = 16, 5, 12, 50
+TOLERANCE = 3e-7  # float32: a batch of another shape may be added up in another order
+
+
+@pytest.fixture(scope="module")
+def towers():
+    return make_towers(
+        lambda rngs: StaticEncoder(VOCABULARY, dim=DIM, max_tokens=64, rngs=rngs), shared=False
+    )
+
+
+@pytest.fixture(scope="module")
+def params(towers):
+    return towers.init(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def embed(towers):
+    return make_embedder(towers.encode, make_mesh({"data": -1}), batch_size=BATCH_SIZE)
+
+
+def some_tokens(num_rows: int) -> np.ndarray:
+    """Texts of 1 to WIDTH tokens, with padding behind."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(1, VOCABULARY, (num_rows, WIDTH), dtype=np.int32)
+    lengths = generator.integers(1, WIDTH + 1, (num_rows, 1))
+    return np.where(np.arange(WIDTH) < lengths, tokens, 0).astype(np.int32)
+
+
+ROWS = [1, 7, BATCH_SIZE - 1, BATCH_SIZE, BATCH_SIZE + 1, 3 * BATCH_SIZE - 5]
+
+
+@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("side", ["query", "key"])
+def test_any_number_of_rows_is_embedded_as_the_encoder_does(towers, params, embed, side, num_rows):
+    tokens = some_tokens(num_rows)
+    found = embed(params, side, tokens)
+    wanted = towers.encode(params, side, {"tokens": jnp.asarray(tokens)})
+    assert found.shape == (num_rows, DIM)
+    assert found.dtype == np.float32
+    assert relative_error(found, wanted) < TOLERANCE
+
+
+def test_the_sides_have_towers_of_their_own(params, embed):
+    tokens = some_tokens(9)
+    assert relative_error(embed(params, "query", tokens), embed(params, "key", tokens)) > 0.5
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "model": 4}, {"data": 1}])
+def test_the_mesh_does_not_change_embeddings(towers, params, embed, axes):
+    tokens = some_tokens(BATCH_SIZE + 3)
+    mesh = make_mesh(axes, devices=jax.devices()[: 8 if "model" in axes else 1])
+    other = make_embedder(towers.encode, mesh, batch_size=BATCH_SIZE)
+    assert relative_error(other(params, "key", tokens), embed(params, "key", tokens)) < TOLERANCE
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 9])
+def test_a_batch_that_does_not_divide_over_the_devices_is_rounded_up(
+    towers, params, embed, batch_size
+):
+    tokens = some_tokens(21)
+    uneven = make_embedder(towers.encode, make_mesh({"data": -1}), batch_size=batch_size)
+    done = []
+    found = uneven(params, "key", tokens, advance=done.append)
+    rounded = -(-batch_size // 8) * 8
+    assert done == [rounded] * (21 // rounded) + [21 % rounded]
+    assert relative_error(found, embed(params, "key", tokens)) < TOLERANCE
+
+
+def test_every_number_of_rows_runs_the_same_program(towers, params):
+    traced = []
+
+    def encode(params, side, inputs, rngs=None):
+        traced.append((side, inputs["tokens"].shape))
+        return towers.encode(params, side, inputs, rngs)
+
+    embed = make_embedder(encode, make_mesh({"data": -1}), batch_size=BATCH_SIZE)
+    for num_rows in ROWS:
+        embed(params, "key", some_tokens(num_rows))
+    assert traced == [("key", (BATCH_SIZE, WIDTH))]
+
+
+def test_embeddings_in_low_precision_come_back_as_float32(towers, params):
+    def encode(params, side, inputs, rngs=None):
+        return towers.encode(params, side, inputs, rngs).astype(jnp.bfloat16)
+
+    embed = make_embedder(encode, make_mesh({"data": -1}), batch_size=BATCH_SIZE)
+    assert embed(params, "key", some_tokens(3)).dtype == np.float32
+
+
+def test_no_rows_have_no_embeddings(params, embed):
+    assert embed(params, "key", some_tokens(0)).shape == (0, DIM)
+
+
+TEXTS = ["add one", "", "add one to the number and return it", "number"]
+
+
+@pytest.mark.parametrize("add_cls", [False, True])
+def test_texts_are_padded_to_one_width(add_cls):
+    tokenizer = train_tokenizer(TEXTS, vocabulary_size=VOCABULARY)
+    found = pad_texts(tokenizer, TEXTS, max_tokens=WIDTH, add_cls=add_cls)
+    rows = encode_texts(tokenizer, TEXTS, max_tokens=WIDTH, add_cls=add_cls)
+    wanted = [[*row, *[0] * (WIDTH - len(row))] for row in rows]
+    np.testing.assert_array_equal(found, wanted)
+    assert found.dtype == np.int32
+    assert found[1].tolist() == ([2, 1] if add_cls else [1, 0]) + [0] * (WIDTH - 2)
+
+
+def test_distinct_tokens_of_a_text_stand_once():
+    tokenizer = train_tokenizer(TEXTS, vocabulary_size=VOCABULARY)
+    once, twice = (
+        pad_texts(tokenizer, [text], max_tokens=WIDTH, distinct=True)
+        for text in ("number", "number number")
+    )
+    np.testing.assert_array_equal(once, twice)
