@@ -17,12 +17,13 @@ from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import ConcatenatedPairs, data_set_names, open_splits
 from jaxcl.data.token_table import TokenTable, build_token_table
 from jaxcl.data.tokenizer import load_tokenizer, train_tokenizer
-from jaxcl.host.files import write_whole
+from jaxcl.host.files import read_json_object, write_whole
 from jaxcl.host.progress import progress_bar
 from jaxcl.typing import SIDES, Int
 
-__all__ = ["RunData", "prepare_data"]
+__all__ = ["RememberedData", "RunData", "prepare_data", "read_remembered_data"]
 
+DATA_FILE = "data.json"
 _CHUNK_ROWS = 4096
 
 
@@ -61,6 +62,34 @@ class RunData(NamedTuple):
         if by == "topic" and self.topics is not None:
             return self.topics.topic
         raise ValueError(f"the training rows have no {by!r}")
+
+
+class RememberedData(NamedTuple):
+    """The rows that a run began with.
+
+    Attributes:
+      data_set: a TFDS name, or the folder of a prepared data set.
+      fingerprints: role -> the fingerprint of its rows.
+    """
+
+    data_set: str
+    fingerprints: dict[str, str]
+
+
+def read_remembered_data(workdir: Path) -> RememberedData | None:
+    """Read `data.json` of a workdir, or return None if there is none yet.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    path = workdir / DATA_FILE
+    if not path.exists():
+        return None
+    content = read_json_object(path)
+    data_set, fingerprints = content.get("data_set"), content.get("fingerprints")
+    if not isinstance(data_set, str) or not isinstance(fingerprints, dict):
+        raise ValueError(f"{path} is damaged (it lacks the data set or its fingerprints)")
+    return RememberedData(data_set, fingerprints)
 
 
 def prepare_data(
@@ -122,25 +151,23 @@ def _data_set(config: ConfigDict, *, data_dir: Path, workdir: Path) -> str:
         )
     if config.name != "code_pairs":
         return config.name
-    remembered = workdir / "data.json"
-    if remembered.exists():
-        directory = json.loads(remembered.read_text())["data_set"]
-        if Path(directory).exists():
-            return directory
+    remembered = read_remembered_data(workdir)
+    if remembered is not None and Path(remembered.data_set).exists():
+        return remembered.data_set
     return str(prepare_code_pairs(data_dir, **config.code_pairs).directory)
 
 
 def _remember(workdir: Path, fingerprints: dict[str, str], name: str) -> None:
-    path = workdir / "data.json"
-    if path.exists():
-        before = json.loads(path.read_text())["fingerprints"]
-        if before != fingerprints:
+    before = read_remembered_data(workdir)
+    if before is not None:
+        if before.fingerprints != fingerprints:
             raise ValueError(
                 f"the rows that the run in {workdir} began with are gone (the installed packages "
                 "have changed and its prepared data were removed, or data.negatives, data.guides "
                 "or data.topics has changed); start again with another --workdir"
             )
         return
+    path = workdir / DATA_FILE
     write_whole(path, json.dumps({"data_set": name, "fingerprints": fingerprints}, indent=2))
 
 

@@ -4,9 +4,11 @@
 that is prepared; `.read([3, 1, 4])` gives those rows as `[{"query": ..., "key": ...}, ...]`.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +16,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from jaxcl.data.digests import file_digests
+from jaxcl.data.row_ranges import RowRange
+from jaxcl.data.tfds_directory import find_directory, full_name, open_builder, open_records
+from jaxcl.host.files import read_json_object
 
 __all__ = ["InMemoryPairs", "PairSource", "TfdsPairs", "checked_rows", "open_pairs"]
 
@@ -34,6 +39,10 @@ class PairSource(Protocol):
     @property
     def fingerprint(self) -> str:
         """Names exactly these rows: an equal fingerprint means equal rows in equal order."""
+
+    @property
+    def row_ranges(self) -> tuple[RowRange, ...]:
+        """The rows as ranges of files; empty for rows that come from no file."""
 
     def __len__(self) -> int: ...
 
@@ -87,6 +96,11 @@ class InMemoryPairs:
             for row in checked_rows(rows, num_rows=len(self))
         ]
 
+    @property
+    def row_ranges(self) -> tuple[RowRange, ...]:
+        """Empty: these rows come from no file."""
+        return ()
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A sha256 of the rows."""
@@ -105,17 +119,24 @@ class TfdsPairs:
         fields: Mapping[str, str],
         groups: Sequence[str] | None,
         fingerprint: str,
+        row_ranges: Sequence[RowRange],
     ) -> None:
         self._records = records
         self._decoder = decoder
         self._fields = dict(fields)
         self._group_index = None if groups is None else {name: i for i, name in enumerate(groups)}
         self._fingerprint = fingerprint
+        self._row_ranges = tuple(row_ranges)
 
     @property
     def fingerprint(self) -> str:
         """Names the data set, the rows of the split, and the fields read."""
         return self._fingerprint
+
+    @property
+    def row_ranges(self) -> tuple[RowRange, ...]:
+        """The rows as ranges of files."""
+        return self._row_ranges
 
     def __len__(self) -> int:
         return len(self._records)
@@ -144,11 +165,11 @@ def open_pairs(
     group_field: str | None = None,
     metadata_fields: Sequence[str] = (),
 ) -> TfdsPairs:
-    """Opens the pairs of a prepared TFDS data set; nothing is downloaded.
+    """Open the pairs of a prepared TFDS data set; nothing is downloaded or imported for it.
 
     Args:
       name: a TFDS name such as `"snli:1.1.0"`, or the directory of a prepared data set.
-      split: `"train"`, or a part of it: `"train[:10%]"`.
+      split: `"train"`, or a part of it: `"train[:10%]"`. Parquet has whole splits only.
       data_dir: where TFDS names are looked up; None means TFDS's own directories.
       query_field, key_field: the features that hold the two sides; `"a/b"` is b inside of a.
       group_field: becomes each row's int32 "group". Integers, labels and booleans are taken as
@@ -157,68 +178,41 @@ def open_pairs(
       metadata_fields: further features, each under its own name.
 
     Raises:
-      ValueError: if the data set is not there or not readable, a split or field is unknown, the
-        split is empty, or the group is neither an integer nor a text.
+      ValueError: if the data set is not there or not readable, has a feature of a class other than
+        TFDS's own, or holds another number of rows than it says; if a split or field is unknown,
+        the split is empty, or the group is neither an integer nor a text.
     """
+    from etils import epath
+
     _check_metadata_names(metadata_fields, has_group=group_field is not None)
     fields = {"query": query_field, "key": key_field}
     fields |= {} if group_field is None else {"group": group_field}
     sides = dict(fields)
     fields |= {field: field for field in metadata_fields}
-    builder = _prepared_builder(name, data_dir)
+    builder = open_builder(find_directory(name, data_dir))
     decoder = _decoder(builder, list(fields.values()))
     instructions = _file_instructions(builder, split, name)
-    fingerprint = _fingerprint(builder, instructions, sides)
-    source = _record_source(builder, split)
-    groups = None if group_field is None else _text_groups(builder, source, group_field)
-    return TfdsPairs(source, decoder, fields=fields, groups=groups, fingerprint=fingerprint)
+    paths = [epath.Path(part.filename) for part in instructions]
+    content, names = _contents(builder, paths)
+    rows = [
+        (path.name, part.skip, part.take) for path, part in zip(paths, instructions, strict=True)
+    ]
+    digest = _sha256([content, rows, sorted(sides.items())])
+    records = open_records(builder, split, instructions)
+    return TfdsPairs(
+        records,
+        decoder,
+        fields=fields,
+        groups=None if group_field is None else _text_groups(builder, records, group_field),
+        fingerprint=f"{full_name(builder)}:{digest}",
+        row_ranges=_row_ranges(paths, names, instructions),
+    )
 
 
 def _check_metadata_names(names: Iterable[str], *, has_group: bool) -> None:
     taken = {"query", "key", *(["group"] if has_group else [])} & set(names)
     if taken:
         raise ValueError(f"Metadata cannot be named {sorted(taken)}: rows have these already.")
-
-
-def _prepared_builder(name: str | Path, data_dir: str | Path | None) -> Any:
-    import tensorflow_datasets as tfds
-    from etils import epath
-    from tensorflow_datasets.core import read_only_builder
-
-    directory = epath.Path(name).expanduser()
-    if (directory / "dataset_info.json").exists():
-        return tfds.builder_from_directory(directory)
-    if directory.is_absolute() or str(name).startswith((".", "~")):
-        raise ValueError(
-            f"{directory} holds no prepared data set (there is no dataset_info.json in it). Name "
-            "the directory of one version, or a TFDS name together with data_dir."
-        )
-    where = None if data_dir is None else epath.Path(data_dir).expanduser()
-    try:
-        return read_only_builder.builder_from_files(str(name), data_dir=where)
-    except tfds.core.registered.DatasetNotFoundError as error:
-        looked_in = [str(d) for d in tfds.core.utils.file_utils.list_data_dirs(where)]
-        there = [f"{path.parent.name}:{path.name}" for path in _prepared_in(where)]
-        raise ValueError(
-            f"The data set {name!r} is not prepared; looked in {looked_in}"
-            + (f", where there is {', '.join(there)}" if there else "")
-            + ". Set data_dir to where it is, run what prepares it if it is your own, or prepare "
-            f"one of TFDS: {_prepare_command(str(name), data_dir)}"
-        ) from error
-
-
-def _prepared_in(directory: Any) -> list[Any]:
-    if directory is None or not directory.exists():
-        return []
-    return sorted(path.parent for path in directory.glob("*/*/dataset_info.json"))
-
-
-def _prepare_command(name: str, data_dir: str | Path | None) -> str:
-    where = "" if data_dir is None else f"data_dir='{data_dir}', "
-    return (
-        'python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{name}', {where}file_format='array_record').download_and_prepare()\""
-    )
 
 
 def _leaves(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -244,26 +238,6 @@ def _file_instructions(builder: Any, split: str, name: str | Path) -> list[Any]:
         sizes = {known: info.num_examples for known, info in splits.items()}
         raise ValueError(f"The split {split!r} of {name} has no rows; the splits have {sizes}.")
     return instructions
-
-
-def _record_source(builder: Any, split: str) -> Any:
-    """Opens the undecoded records of a split."""
-    import tensorflow_datasets as tfds
-
-    raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    try:
-        return builder.as_data_source(split, deserialize_method=raw)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"{builder.data_path} is prepared as {builder.info.file_format.value}, whose rows "
-            "cannot be read in any order. Prepare it as array_record in another data_dir: "
-            f"{_prepare_command(_full_name(builder), '/another/directory')}"
-        ) from error
-    except ImportError as error:
-        raise ValueError(
-            "Reading a prepared data set needs array_record, which is not installed (Windows has "
-            "no wheel); install it, or use InMemoryPairs."
-        ) from error
 
 
 def _decoder(builder: Any, fields: Iterable[str]) -> Any:
@@ -304,29 +278,35 @@ def _text_groups(builder: Any, source: Any, field: str) -> list[str] | None:
     return sorted(distinct)
 
 
-def _fingerprint(builder: Any, instructions: Sequence[Any], fields: Mapping[str, str]) -> str:
-    """Names the content: by what jaxcl wrote beside it, if it prepared it, else by all bytes."""
-    from etils import epath
+def _contents(builder: Any, paths: Sequence[Any]) -> tuple[Any, list[str]]:
+    """Names the content of a split's files.
 
+    Returns:
+      The content for the fingerprint, and a name for each file's content: from the fingerprint
+      that jaxcl writes next to the files it prepares, or else from digests of the files.
+    """
     directory = builder.data_path
-    paths = [epath.Path(part.filename) for part in instructions]
     if missing := [str(path) for path in paths if not path.exists()]:
-        raise ValueError(f"The data set lacks {missing}; delete {directory} and prepare it again.")
+        raise ValueError(f"the data set lacks {missing}; delete {directory} and prepare it again.")
     description = directory / DESCRIPTION_FILE
     if description.exists():
-        content = json.loads(description.read_text())["fingerprint"]
-    else:
-        content = [(directory / "features.json").read_text(), file_digests(directory, paths)]
-    rows = [
-        (path.name, part.skip, part.take) for path, part in zip(paths, instructions, strict=True)
-    ]
-    return f"{_full_name(builder)}:{_sha256([content, rows, sorted(fields.items())])}"
+        content = read_json_object(description).get("fingerprint")
+        return content, [f"{content}/{path.name}" for path in paths]
+    digests = file_digests(directory, paths)
+    return [(directory / "features.json").read_text(), digests], digests
 
 
-def _full_name(builder: Any) -> str:
-    """Returns the name, with the configuration if there is one, and the version."""
-    config = f"/{builder.info.config_name}" if builder.info.config_name else ""
-    return f"{builder.name}{config}:{builder.info.version}"
+def _row_ranges(paths: Sequence[Any], names: Sequence[str], parts: Sequence[Any]) -> list[RowRange]:
+    """The ranges of files that a split reads."""
+    ranges = []
+    for path, name, part in zip(paths, names, parts, strict=True):
+        identities = {f"content {name}", f"path {path.resolve()}"}
+        with contextlib.suppress(OSError):  # in a bucket
+            local = os.stat(path)
+            identities.add(f"inode {local.st_dev}/{local.st_ino}")
+        stop = part.skip + part.take
+        ranges.append(RowRange(path.name, frozenset(identities), part.skip, stop))
+    return ranges
 
 
 def _sha256(values: Iterable[Any]) -> str:

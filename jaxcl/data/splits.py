@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxcl.data.row_ranges import RowRange, check_held_out
 from jaxcl.data.sources import PairSource, checked_rows, open_pairs
 from jaxcl.typing import Int
 
@@ -53,6 +54,11 @@ class ConcatenatedPairs:
         lines = "\n".join(one.fingerprint for one in self._data_sets)
         return f"concatenated:{hashlib.sha256(lines.encode()).hexdigest()}"
 
+    @property
+    def row_ranges(self) -> tuple[RowRange, ...]:
+        """The rows of all data sets as ranges of files."""
+        return tuple(rows for one in self._data_sets for rows in one.row_ranges)
+
     def read(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """Returns one dict per row number, in the order given."""
         numbers = np.array(checked_rows(rows, num_rows=len(self)), np.int64)
@@ -90,21 +96,23 @@ class ConcatenatedPairs:
 
 
 def open_splits(config: ConfigDict, name: str, *, data_dir: Path) -> dict[str, PairSource]:
-    """Opens the splits of a run; nothing is made.
+    """Open the splits of a run; nothing is prepared.
 
     Args:
       config: `config.data`.
-      name: the data set, in place of `config.name`: a TFDS name, or the folder of a prepared one.
+      name: the data set, instead of `config.name`: a TFDS name, or the folder of a prepared one.
       data_dir: where TFDS names are looked up.
 
     Returns:
       Role -> its pairs. Where `config.concatenated` has a split for a role, its rows follow.
 
     Raises:
-      ValueError: if a data set, a split or a field is unknown, or a split is empty.
+      ValueError: if a data set, a split or a field is unknown, a split is empty, or a role other
+        than `"train"` has rows that `"train"` has.
     """
     own = config.to_dict()
     found = {role: [_opened(own, name, split, data_dir)] for role, split in own["splits"].items()}
+    settings = {role: [f"data.splits.{role}={split!r}"] for role, split in own["splits"].items()}
     for other, options in _concatenated(config).items():
         where = f"data.concatenated.{other}"
         _check(where, other, options, own)
@@ -113,6 +121,16 @@ def open_splits(config: ConfigDict, name: str, *, data_dir: Path) -> dict[str, P
                 found[role].append(_opened(options, options["name"], split, data_dir))
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
+            settings[role].append(f"{where}.splits.{role}={split!r}")
+    check_held_out(
+        {
+            role: [
+                (setting, source.row_ranges)
+                for setting, source in zip(settings[role], sources, strict=True)
+            ]
+            for role, sources in found.items()
+        }
+    )
     return {
         role: one[0] if len(one) == 1 else ConcatenatedPairs(one) for role, one in found.items()
     }

@@ -1,10 +1,41 @@
-"""Files that are whole or not there: each is written under another name, then renamed."""
+"""Files: written whole or not at all, and JSON from others read with a limit.
 
+A file is written under another name, then renamed.
+"""
+
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-__all__ = ["write_npz", "write_whole"]
+__all__ = ["read_json_object", "write_npz", "write_whole"]
+
+_MAX_CHARACTERS = 64 * 2**20
+"""Of a JSON file; the largest real ones have a few million."""
+
+
+def read_json_object(path: Any) -> dict[str, Any]:
+    """Read a JSON file of limited size that holds an object.
+
+    Args:
+      path: a `pathlib.Path` or `etils.epath.Path`.
+
+    Raises:
+      ValueError: if the file has more than 64 Mi characters, or does not hold a JSON object.
+      OSError: if it cannot be read.
+    """
+    try:
+        with path.open() as file:  # as text, in the encoding in which TFDS reads it
+            text = file.read(_MAX_CHARACTERS + 1)
+        if len(text) > _MAX_CHARACTERS:
+            raise ValueError(f"it has more than {_MAX_CHARACTERS:,} characters")
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("it does not hold a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    return content
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -1,6 +1,5 @@
 """Opens a run that has been trained, for whoever reads it: search, mining."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
+from jaxcl.data.prepare import read_remembered_data
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import open_splits
 from jaxcl.data.token_table import TokenTable, build_token_table
@@ -107,23 +107,20 @@ def _config(workdir: Path) -> ConfigDict:
 
 
 def _open_sources(config: ConfigDict, workdir: Path) -> dict[str, PairSource]:
-    """The splits that the run began with, opened where they were, and never made anew."""
-    path = workdir / "data.json"
-    if not path.exists():
+    """Open the splits that the run began with, where they were; nothing is prepared again."""
+    remembered = read_remembered_data(workdir)
+    if remembered is None:
         raise ValueError(_train_first(f"the run in {workdir} has not opened its data yet"))
-    remembered = json.loads(path.read_text())
-    if Path(remembered["data_set"]).is_absolute() and not Path(remembered["data_set"]).exists():
+    data_set, fingerprints = remembered
+    if Path(data_set).is_absolute() and not Path(data_set).exists():
         raise ValueError(
-            f"the rows of the run in {workdir} are gone from {remembered['data_set']}; the "
+            f"the rows of the run in {workdir} are gone from {data_set}; the "
             "command that trained it makes them again, if the same packages are installed"
         )
-    sources = open_splits(
-        config.data, remembered["data_set"], data_dir=Path(config.run.data_dir).expanduser()
-    )
-    fingerprints = remembered["fingerprints"]
-    if any(source.fingerprint != fingerprints[role] for role, source in sources.items()):
+    sources = open_splits(config.data, data_set, data_dir=Path(config.run.data_dir).expanduser())
+    if any(source.fingerprint != fingerprints.get(role) for role, source in sources.items()):
         raise ValueError(
-            f"{remembered['data_set']}, or a data set of data.concatenated, no longer holds the "
+            f"{data_set}, or a data set of data.concatenated, no longer holds the "
             f"rows that the run in {workdir} was trained on; put them back, or train again in "
             "another --workdir"
         )

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from jaxcl.host.files import write_whole
+from jaxcl.host.files import read_json_object, write_whole
 
 try:
     import fcntl
@@ -132,11 +132,10 @@ def _explained(workdir: Path) -> Iterator[None]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return read_json_object(path)
+    except ValueError as error:
         raise ValueError(
-            f"{path} is damaged ({error}); put it back, or delete it and give the config that "
-            "the run began with"
+            f"{error}; put it back, or delete it and give the config that the run began with"
         ) from error
 
 

@@ -1,0 +1,229 @@
+"""Prepared TFDS data sets: where they lie, and how they are opened without running their code.
+
+`tfds.builder_from_files` would do it in one call, but it reads a data set before anyone can check
+it, and to find out the default configuration it imports all of TFDS's data set modules.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxcl.data.tfds_features import DATASET_INFO_FILE, check_features
+from jaxcl.host.files import read_json_object
+
+__all__ = ["find_directory", "full_name", "open_builder", "open_records"]
+
+_NAME = re.compile(
+    r"(?P<name>[a-zA-Z]\w*)(/(?P<config>[\w+-][\w+.-]*))?"
+    r"(:(?P<version>(\d+|\*)(\.(\d+|\*)){2}))?"
+)
+_RANDOM_ACCESS = ("array_record", "parquet")
+"""File formats whose rows can be read in any order, the preferred one first."""
+
+
+def find_directory(name: str | Path, data_dir: str | Path | None) -> Any:
+    """Find the directory of a prepared data set, without reading it.
+
+    Args:
+      name: the directory of one version, or a TFDS name: `NAME`, `NAME/CONFIG`, `NAME:VERSION` or
+        `NAME/CONFIG:VERSION`. Without a version it is the newest.
+      data_dir: where names are looked up; None means TFDS's own directories.
+
+    Returns:
+      An `etils.epath.Path`.
+
+    Raises:
+      ValueError: if the data set is not there, or is there more than once.
+    """
+    from etils import epath
+    from tensorflow_datasets.core.utils import file_utils
+
+    directory = epath.Path(name).expanduser()
+    if (directory / DATASET_INFO_FILE).exists():
+        return directory
+    if directory.is_absolute() or str(name).startswith((".", "~")):
+        raise ValueError(
+            f"{directory} holds no prepared data set (there is no dataset_info.json in it). Name "
+            "the directory of one version, or a TFDS name together with data_dir."
+        )
+    if (parts := _NAME.fullmatch(str(name))) is None:
+        raise ValueError(
+            f"{str(name)!r} is neither a directory nor the name of a TFDS data set; give NAME, "
+            "NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION"
+        )
+    where = None if data_dir is None else epath.Path(data_dir).expanduser()
+    roots = [epath.Path(root) for root in file_utils.list_data_dirs(where)]
+    found = [d for d in (_version_directory(root, **parts.groupdict()) for root in roots) if d]
+    if len(found) > 1:
+        raise ValueError(
+            f"the data set {name!r} is prepared in {' and in '.join(map(str, found))}; set "
+            "data_dir, or name the directory"
+        )
+    if found:
+        return found[0]
+    prepared = [] if where is None else _prepared_in(where)
+    raise ValueError(
+        f"the data set {name!r} is not prepared; looked in {[str(root) for root in roots]}"
+        + (f", where there is {', '.join(prepared)}" if prepared else "")
+        + ". Set data_dir to its directory, run your own script that prepares it, or prepare "
+        f"a data set of TFDS: {_prepare_command(str(name), data_dir)}"
+    )
+
+
+def open_builder(directory: Any) -> Any:
+    """Open a prepared data set, if possible in a file format with random access.
+
+    Args:
+      directory: an `etils.epath.Path`, as `find_directory` returns it.
+
+    Raises:
+      ValueError: if a feature is of a class other than TFDS's own, or the files are damaged.
+    """
+    import tensorflow_datasets as tfds
+    from google.protobuf.json_format import ParseError
+
+    check_features(directory)
+    try:
+        builder = tfds.builder_from_directory(directory)
+        main = builder.info.file_format
+        available = {known.value for known in builder.info.available_file_formats()}
+        best = next((known for known in _RANDOM_ACCESS if known in available), None)
+        if best is None or (main is not None and main.value == best):
+            return builder
+        # As it is, the splits would name the files of the other format.
+        return tfds.builder_from_directory(directory, file_format=best)
+    except (ParseError, AssertionError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{directory} cannot be read as a prepared data set ({error}); prepare it again"
+        ) from error
+
+
+def open_records(builder: Any, split: str, instructions: Sequence[Any]) -> Any:
+    """Open the undecoded records of a split.
+
+    Args:
+      builder: of `open_builder`.
+      split: as `builder.info.splits` knows it.
+      instructions: the split's file instructions.
+
+    Raises:
+      ValueError: if the file format has no random access or does not follow the split, or files
+        hold other numbers of rows than `dataset_info.json` says.
+    """
+    import tensorflow_datasets as tfds
+
+    file_format = builder.info.file_format.value
+    if file_format == "parquet":
+        _check_whole_files(builder, split, instructions)
+    try:
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        records = builder.as_data_source(split, deserialize_method=raw)
+        if file_format == "array_record":
+            _check_array_records(builder, instructions)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{builder.data_path} is prepared as {file_format}, whose rows "
+            f"cannot be read in any order. {_prepare_again(builder)}"
+        ) from error
+    except ImportError as error:
+        raise ValueError(
+            f"reading a data set that is prepared as {file_format} needs a package that is not "
+            f"installed ({error}). Install it (array_record has no wheel for Windows), or use "
+            "InMemoryPairs."
+        ) from error
+    stated = sum(instruction.take for instruction in instructions)
+    if len(records) != stated:
+        raise ValueError(
+            f"the split {split!r} of {builder.data_path} has {stated:,} rows by its "
+            f"{DATASET_INFO_FILE}, but its files hold {len(records):,}; prepare it again"
+        )
+    return records
+
+
+def full_name(builder: Any) -> str:
+    """The name, with the configuration if there is one, and the version."""
+    config = f"/{builder.info.config_name}" if builder.info.config_name else ""
+    return f"{builder.name}{config}:{builder.info.version}"
+
+
+def _check_whole_files(builder: Any, split: str, instructions: Sequence[Any]) -> None:
+    """Refuse parts of files: TFDS reads Parquet files whole, whatever the split says."""
+    files = [instruction.filename for instruction in instructions]
+    whole = all(part.take == part.examples_in_shard for part in instructions)
+    if not whole or len(set(files)) < len(files):
+        raise ValueError(
+            f"the split {split!r} of {builder.data_path} cannot be read: it is prepared as "
+            f"parquet, and TFDS reads Parquet files whole. Name a whole split, one of "
+            f"{sorted(builder.info.splits)}. Or: {_prepare_again(builder)}"
+        )
+
+
+def _check_array_records(builder: Any, instructions: Sequence[Any]) -> None:
+    """Compare each file's number of rows with `dataset_info.json`, which TFDS does not check."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    for path, stated in {part.filename: part.examples_in_shard for part in instructions}.items():
+        try:
+            reader = ArrayRecordReader(path)
+            num_rows = reader.num_records()
+            reader.close()  # only here an error in the file's index shows
+        except RuntimeError as error:
+            raise ValueError(f"{path} is damaged ({error}); prepare the data set again") from error
+        if num_rows != stated:
+            raise ValueError(
+                f"{path} has {num_rows:,} rows, but {stated:,} by the "
+                f"{DATASET_INFO_FILE} next to it; prepare the data set again"
+            )
+
+
+def _version_directory(root: Any, name: str, config: str | None, version: str | None) -> Any:
+    """The newest version that matches, or None."""
+    from tensorflow_datasets.core import naming
+    from tensorflow_datasets.core.utils.version import list_all_versions
+
+    data_set = root / naming.camelcase_to_snakecase(name)
+    folders = [data_set / config] if config else [data_set, *_default_config(data_set)]
+    for folder in folders:
+        for known in reversed(list_all_versions(folder)):
+            directory = folder / str(known)
+            matches = version is None or known.match(version)
+            if matches and (directory / DATASET_INFO_FILE).exists():
+                return directory
+    return None
+
+
+def _default_config(data_set: Any) -> list[Any]:
+    """The folder of the default configuration, if there is one."""
+    metadata = data_set / ".config" / "metadata.json"
+    if not metadata.exists():
+        return []
+    name = read_json_object(metadata).get("default_config_name")
+    known = isinstance(name, str) and re.fullmatch(r"[\w+-][\w+.-]*", name)
+    return [data_set / name] if known else []
+
+
+def _prepared_in(directory: Any) -> list[str]:
+    """The names of the data sets in a directory."""
+    plain = directory.glob(f"*/*/{DATASET_INFO_FILE}")
+    configured = directory.glob(f"*/*/*/{DATASET_INFO_FILE}")
+    return sorted(
+        f"{'/'.join(path.parent.parent.relative_to(directory).parts)}:{path.parent.name}"
+        for paths in (plain, configured)
+        for path in paths
+    )
+
+
+def _prepare_again(builder: Any) -> str:
+    return (
+        "Prepare it as array_record in another data_dir: "
+        f"{_prepare_command(full_name(builder), '/another/directory')}"
+    )
+
+
+def _prepare_command(name: str, data_dir: str | Path | None) -> str:
+    where = "" if data_dir is None else f"data_dir='{data_dir}', "
+    return (
+        'python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', {where}file_format='array_record').download_and_prepare()\""
+    )
