@@ -1,7 +1,7 @@
-"""Prepared TFDS data sets: where they lie, and how they are opened without running their code.
+"""Finds and opens prepared TFDS data sets without importing anything that they name.
 
-`tfds.builder_from_files` would do it in one call, but it reads a data set before anyone can check
-it, and to find out the default configuration it imports all of TFDS's data set modules.
+`tfds.builder_from_files` would do it in one call, but it reads a data set before it can be checked,
+and imports TFDS's data set modules to find the default configuration.
 """
 
 import re
@@ -86,13 +86,12 @@ def open_builder(directory: Any) -> Any:
     check_features(directory)
     try:
         builder = tfds.builder_from_directory(directory)
-        main = builder.info.file_format
         available = {known.value for known in builder.info.available_file_formats()}
         best = next((known for known in _RANDOM_ACCESS if known in available), None)
-        if best is None or (main is not None and main.value == best):
-            return builder
-        # As it is, the splits would name the files of the other format.
-        return tfds.builder_from_directory(directory, file_format=best)
+        if best is not None:
+            # Otherwise the splits would name the files of the main format, and TFDS read these.
+            builder.info.set_file_format(best, override=True, override_if_initialized=True)
+        return builder
     except (ParseError, AssertionError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{directory} cannot be read as a prepared data set ({error}); prepare it again"
@@ -222,7 +221,10 @@ def _prepare_again(builder: Any) -> str:
 
 
 def _prepare_command(name: str, data_dir: str | Path | None) -> str:
-    where = "" if data_dir is None else f"data_dir='{data_dir}', "
+    # People copy the command into a shell, and someone else may have written the names.
+    name = name if _NAME.fullmatch(name) else "NAME:VERSION"
+    safe = data_dir is None or re.fullmatch(r"[\w./:~+ -]+", str(data_dir))
+    where = "" if data_dir is None else f"data_dir='{data_dir if safe else 'DIRECTORY'}', "
     return (
         'python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder('{name}', {where}file_format='array_record').download_and_prepare()\""
