@@ -11,11 +11,11 @@ import pytest
 
 from configs import code_search, tfds_pairs
 from jaxcl import mine, search, topics
-from jaxcl.block_file import BlockFile
 from jaxcl.data.prepare import prepare_data
 from jaxcl.data.row_files import read_arrays
-from jaxcl.trained import open_trained
-from jaxcl.workdir import claim_workdir
+from jaxcl.host.block_file import BlockFile
+from jaxcl.run.trained import open_trained
+from jaxcl.run.workdir import claim_workdir
 from tests.prepared_data import Trap, make_hostile, prepare_pairs, read_by_tfds
 
 trap_numbers = itertools.count(1_000)

@@ -8,8 +8,6 @@ import sys
 import pytest
 import tensorflow_datasets as tfds
 
-from jaxcl.data import json_files
-from jaxcl.data.json_files import read_json
 from jaxcl.data.sources import open_pairs
 from jaxcl.data.tfds_features import FEATURE_CLASSES
 from tests.prepared_data import HOSTILE_FEATURES, Trap, make_hostile, prepare_pairs, read_by_tfds
@@ -91,13 +89,3 @@ def test_damaged_files_are_named(data_set, file, content):
     (data_set / file).write_text(content)
     with pytest.raises(ValueError, match=str(data_set)):
         open_pairs(data_set, "train")
-
-
-def test_a_file_of_any_size_is_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_files, "_MAX_CHARACTERS", 10)
-    path = tmp_path / "content.json"
-    path.write_text('"' + 8 * "a" + '"')
-    assert read_json(path) == 8 * "a"
-    path.write_text('"' + 9 * "a" + '"')
-    with pytest.raises(ValueError, match=r"content\.json is damaged \(it has more than 10 char"):
-        read_json(path)
