@@ -1,4 +1,4 @@
-"""Small data sets that TFDS prepares, and what a hostile one could hold."""
+"""Small data sets that TFDS prepares, and hostile versions of them."""
 
 import contextlib
 import json

@@ -89,7 +89,7 @@ def open_builder(directory: Any) -> Any:
         available = {known.value for known in builder.info.available_file_formats()}
         best = next((known for known in _RANDOM_ACCESS if known in available), None)
         if best is not None:
-            # Otherwise the splits would name the files of the main format, and TFDS read these.
+            # TFDS would read the files of this format, but its splits name other files.
             builder.info.set_file_format(best, override=True, override_if_initialized=True)
         return builder
     except (ParseError, AssertionError, AttributeError, KeyError, TypeError) as error:
@@ -123,7 +123,7 @@ def open_records(builder: Any, split: str, instructions: Sequence[Any]) -> Any:
     except NotImplementedError as error:
         raise ValueError(
             f"{builder.data_path} is prepared as {file_format}, whose rows "
-            f"cannot be read in any order. {_prepare_again(builder)}"
+            f"cannot be read in any order; {_prepare_again(builder)}"
         ) from error
     except ImportError as error:
         raise ValueError(
@@ -154,7 +154,7 @@ def _check_whole_files(builder: Any, split: str, instructions: Sequence[Any]) ->
         raise ValueError(
             f"the split {split!r} of {builder.data_path} cannot be read: it is prepared as "
             f"parquet, and TFDS reads Parquet files whole. Name a whole split, one of "
-            f"{sorted(builder.info.splits)}. Or: {_prepare_again(builder)}"
+            f"{sorted(builder.info.splits)}, or {_prepare_again(builder)}"
         )
 
 
@@ -215,7 +215,7 @@ def _prepared_in(directory: Any) -> list[str]:
 
 def _prepare_again(builder: Any) -> str:
     return (
-        "Prepare it as array_record in another data_dir: "
+        "prepare it as array_record in another data_dir: "
         f"{_prepare_command(full_name(builder), '/another/directory')}"
     )
 

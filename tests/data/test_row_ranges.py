@@ -21,7 +21,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def opened(data_dir):
-    """Opens splits, of which others may be concatenated."""
+    """Opens splits of a data set, with others concatenated."""
 
     def open_with(splits, *others, name="tiny_pairs:1.0.0"):
         config = get_config("smoke").data
