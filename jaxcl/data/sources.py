@@ -287,10 +287,14 @@ def _contents(builder: Any, paths: Sequence[Any]) -> tuple[Any, list[str]]:
     """
     directory = builder.data_path
     if missing := [str(path) for path in paths if not path.exists()]:
-        raise ValueError(f"the data set lacks {missing}; delete {directory} and prepare it again.")
+        raise ValueError(f"the data set lacks {missing}; delete {directory} and prepare it again")
     description = directory / DESCRIPTION_FILE
     if description.exists():
         content = read_json_object(description).get("fingerprint")
+        if not isinstance(content, str):
+            raise ValueError(
+                f"{description} is damaged (it lacks the fingerprint); prepare it again"
+            )
         return content, [f"{content}/{path.name}" for path in paths]
     digests = file_digests(directory, paths)
     return [(directory / "features.json").read_text(), digests], digests

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
+from tensorflow_datasets.core.utils import file_utils
 
 from configs.tfds_pairs import get_config
 from jaxcl.data.sources import open_pairs
@@ -149,6 +150,15 @@ def data_dir(tmp_path):
 )
 def test_names_find_the_newest_version_that_matches(data_dir, name, directory):
     assert str(find_directory(name, data_dir)) == str(data_dir / directory)
+
+
+def test_a_data_set_in_two_places_is_ambiguous(data_dir, tmp_path_factory, monkeypatch):
+    other = tmp_path_factory.mktemp("other")
+    monkeypatch.setattr(file_utils, "list_data_dirs", lambda _: [data_dir, other])
+    assert str(find_directory("plain", None)) == str(data_dir / "plain/1.10.0")
+    shutil.copytree(data_dir / "plain", other / "plain")
+    with pytest.raises(ValueError, match=r"is prepared in .* and in .*; set data_dir"):
+        find_directory("plain", None)
 
 
 @pytest.mark.parametrize("name", ["other", "plain:2.0.0", "plain:3.*.*", "configured/c", "plain/b"])
