@@ -44,7 +44,7 @@ def main(argv: Sequence[str], json_file: Path | None = None) -> dict[str, Any]:
     Raises:
       SystemExit: with 1 if something failed, with 128 plus a signal's number after that signal.
     """
-    start = time.monotonic()
+    start = time.monotonic() - _process_age()
     arguments = _parse(argv)
     nvidia_smi = _nvidia_smi()
     sizes = {"full": FULL, "tiny": TINY}[arguments.sizes or ("full" if nvidia_smi else "tiny")]
@@ -80,6 +80,7 @@ def main(argv: Sequence[str], json_file: Path | None = None) -> dict[str, Any]:
                 platform=platform,
                 sizes=sizes,
                 torch_python=arguments.torch_python,
+                pairs=arguments.pairs,
             )
     except _Stopped as stopped:
         record.interrupt(signal.Signals(stopped.args[0]).name)
@@ -110,6 +111,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--torch-python", default=sys.executable, help="an interpreter with torch; this one"
     )
     parser.add_argument(
+        "--pairs",
+        metavar="DIR",
+        help="prepared pairs for part 6, as code_pairs keeps them in its data_dir;\n"
+        "without them it parses all functions installed here",
+    )
+    parser.add_argument(
         "--sizes", choices=("full", "tiny"), help="full on an NVIDIA GPU, tiny elsewhere"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
@@ -137,6 +144,7 @@ def _run(
     platform: str,
     sizes: Sizes,
     torch_python: str,
+    pairs: str | None,
 ) -> None:
     """Runs the jobs in order; the time that one leaves over goes to those after it."""
     with tempfile.TemporaryDirectory(prefix="jaxcl-gpu-") as scratch:
@@ -156,6 +164,7 @@ def _run(
                     "platform": "cpu" if job.on_cpu else platform,
                     "sizes": as_json(sizes),
                     "seed": record.content["seed"],
+                    "pairs": pairs,
                 },
                 directory,
                 seconds=limit,
@@ -203,6 +212,16 @@ def _plan(jobs: Sequence[Job], sizes: Sizes, seconds: float) -> str:
         shown = "; ".join(cell.name for cell in value) if name == "cells" else value
         lines.append(f"  {name}: {shown}")
     return "\n".join(lines)
+
+
+def _process_age() -> float:
+    """Seconds since this process started, as imports take some; 0 where the system does not say."""
+    try:
+        stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return 0.0
+    return max(0.0, uptime - int(stat[19]) / os.sysconf("SC_CLK_TCK"))
 
 
 @contextmanager

@@ -24,8 +24,16 @@ def measure_all(recorder: Recorder, spec: Spec) -> None:
     """Trains the smoke config, restores it from its checkpoint, and trains the default config."""
     with tempfile.TemporaryDirectory(prefix="jaxcl-gpu-") as directory:
         smoke = Path(directory) / "smoke"
+        data = [f"--config.run.data_dir={directory}/data"]
+        if spec.pairs is not None:
+            data.append(f"--config.data.name={spec.pairs}")
         train_smoke = functools.partial(
-            _train, f"{_CONFIG}:smoke", smoke, "--config.evaluation.methods=('dense',)"
+            _train,
+            f"{_CONFIG}:smoke",
+            smoke,
+            *data,
+            "--config.evaluation.methods=('dense',)",
+            *spec.sizes.smoke_options,
         )
         recorder.measure("smoke config: train and save", train_smoke)
         recorder.measure(
@@ -34,7 +42,8 @@ def measure_all(recorder: Recorder, spec: Spec) -> None:
         if spec.sizes.default_config:
             workdir = Path(directory) / "default"
             recorder.measure(
-                "default config, end to end", functools.partial(_train, str(_CONFIG), workdir)
+                "default config, end to end",
+                functools.partial(_train, str(_CONFIG), workdir, *data),
             )
         else:
             recorder.write(
@@ -67,3 +76,13 @@ def _restore(train: Any, workdir: Path) -> dict[str, Any]:
     if "has made its" not in record["output"]:
         raise CheckFailed(f"the run began again instead of restoring:\n{record['output']}")
     return record
+
+
+def _metrics(results: dict[str, Any]) -> dict[str, float]:
+    """MRR@10 of each split and method, with names visible."""
+    return {
+        f"{split} {method}": figures["mrr@10"]["mean"]
+        for split, variants in results["metrics"].items()
+        for method, figures in variants["plain"].items()
+        if " - " not in method  # a difference of two
+    }

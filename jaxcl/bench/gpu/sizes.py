@@ -65,6 +65,7 @@ class Sizes(NamedTuple):
       search_dim: width of the embeddings in both.
       search_count: neighbours per query.
       assigned_batch: rows of a batch in the assignments.
+      smoke_options: of the smoke config's run, in addition to its own.
       default_config: whether the default config is trained in addition to its `smoke` variant.
     """
 
@@ -89,6 +90,7 @@ class Sizes(NamedTuple):
     search_dim: int
     search_count: int
     assigned_batch: int
+    smoke_options: tuple[str, ...]
     default_config: bool
 
 
@@ -130,6 +132,7 @@ FULL = Sizes(
     search_dim=256,
     search_count=32,
     assigned_batch=1_024,
+    smoke_options=(),
     default_config=True,
 )
 """For one GPU with about 80 GB."""
@@ -156,6 +159,13 @@ TINY = Sizes(
     search_dim=16,
     search_count=4,
     assigned_batch=16,
+    smoke_options=(
+        "--config.steps=4",
+        "--config.global_batch_size=16",
+        "--config.model.dim=16",
+        "--config.data.vocabulary_size=500",
+        "--config.data.code_pairs.max_pairs=120",
+    ),
     default_config=False,
 )
 """For a rehearsal on a CPU: every part runs, in seconds."""

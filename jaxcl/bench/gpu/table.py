@@ -68,28 +68,21 @@ def _head(record: Mapping[str, Any]) -> list[str]:
 def _rows(results: list[Result]) -> list[str]:
     done = [one for one in results if one["status"] == "ok"]
     columns = [column for column in _COLUMNS if any(column.text(one) for one in done)]
-    table = [["", *(column.title for column in columns)]]
+    table = [["", *(column.title for column in columns)]] if done else []
     for one in results:
         if one["status"] == "ok":
             table.append([one["name"], *(column.text(one) for column in columns)])
         else:
-            table.append([one["name"], _WHY_NOT[one.get("kind", "skip")]])
-    widths = [
-        max((len(row[number]) for row in table if number < len(row)), default=0)
-        for number in range(len(columns) + 1)
-    ]
-    widths[1:] = [
-        max(len(row[number]) for row in table if len(row) == len(widths))
-        for number in range(1, len(widths))
-    ]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(width) if number == 0 or len(row) != len(widths) else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=False))
-        ).rstrip()
-        for row in table
-    ]
+            table.append([one["name"], f"({_WHY_NOT[one.get('kind', 'skip')]})"])
+    names = max(len(row[0]) for row in table)
+    whole = [row for row in table if len(row) == len(columns) + 1]
+    widths = [max(len(row[number + 1]) for row in whole) for number in range(len(columns))]
+    lines = []
+    for name, *cells in table:
+        if len(cells) == len(columns):
+            cells = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        lines.append("  " + "  ".join([name.ljust(names), *cells]).rstrip())
+    return lines
 
 
 _WHY_NOT = {

@@ -31,6 +31,7 @@ class Spec(NamedTuple):
       results: the file of JSON lines that is written.
       seconds: how long the process may take.
       done: measurements that are not to be run again.
+      pairs: a folder of prepared pairs for the training programs, if there is one.
     """
 
     program: str
@@ -40,12 +41,13 @@ class Spec(NamedTuple):
     results: Path
     seconds: float
     done: tuple[str, ...] = ()
+    pairs: str | None = None
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> "Spec":
         """From the parent's JSON."""
         sizes = {"full": FULL, "tiny": TINY}[given["sizes"]["name"]]
-        fields = {name: given[name] for name in cls._fields}
+        fields = {name: given.get(name) for name in cls._fields}
         return cls(**{**fields, "sizes": sizes, "done": tuple(given["done"])})
 
 
