@@ -8,6 +8,7 @@ timed, and are written to FILE as they arrive. This process never starts a devic
 """
 
 import argparse
+import functools
 import os
 import secrets
 import shutil
@@ -170,7 +171,7 @@ def _run(
                 seconds=limit,
                 measurement_seconds=job.measurement_seconds,
                 environment=_environment(job, rehearsal=sizes.name == "tiny" and platform == "cpu"),
-                on_event=lambda event, job=job: _report(record, job, event),
+                on_event=functools.partial(_report, record, job),
             )
             record.end(job, outcome)
             if outcome.status == "failed":

@@ -51,17 +51,17 @@ class Job(NamedTuple):
 
 
 _JOBS = (
-    Job(0, "machine", "ceilings", 0.5, 60),
-    Job(0, "machine, PyTorch", "ceilings_torch.py", 0.5, 60),
-    Job(1, "smoke", "smoke", 2, 60),
-    Job(2, "parity", "kernel_parity", 2, 45),
-    Job(3, "loss", "loss_speed", 3, 60),
-    Job(3, "loss, PyTorch", "loss_speed_torch.py", 1.5, 90),
-    Job(4, "step", "step_speed", 4, 120),
-    Job(4, "step, PyTorch", "step_speed_torch.py", 3, 120),
-    Job(5, "search", "search_speed", 3, 120),
-    Job(5, "search, CPU", "search_speed", 1, 120, on_cpu=True),
-    Job(6, "programs", "programs", 3, 600),
+    Job(0, "machine", "ceilings", 0.5, 60.0),
+    Job(0, "machine, PyTorch", "ceilings_torch.py", 0.5, 60.0),
+    Job(1, "smoke", "smoke", 2.0, 60.0),
+    Job(2, "parity", "kernel_parity", 2.0, 45.0),
+    Job(3, "loss", "loss_speed", 3.0, 60.0),
+    Job(3, "loss, PyTorch", "loss_speed_torch.py", 1.5, 90.0),
+    Job(4, "step", "step_speed", 4.0, 120.0),
+    Job(4, "step, PyTorch", "step_speed_torch.py", 3.0, 120.0),
+    Job(5, "search", "search_speed", 3.0, 120.0),
+    Job(5, "search, CPU", "search_speed", 1.0, 120.0, on_cpu=True),
+    Job(6, "programs", "programs", 3.0, 600.0),
 )
 
 

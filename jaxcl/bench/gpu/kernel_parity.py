@@ -30,8 +30,9 @@ def measure_all(recorder: Recorder, spec: Spec) -> None:
     for dim in spec.sizes.parity_dims:
         for batch in spec.sizes.parity_batches:
             sides = [unit_rows(spec.seed + side, batch, dim, dtype="bfloat16") for side in (0, 1)]
+            queries, keys = sides
             exact = functools.cache(
-                functools.partial(exact_infonce, *sides, TEMPERATURE, dtype="float64")
+                functools.partial(exact_infonce, queries, keys, TEMPERATURE, dtype="float64")
             )
             for way in ("pallas_gpu", "tiled"):
                 for masked in (False, True):

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -160,8 +160,9 @@ def _inputs(seed: int, batch: int, dim: int) -> list[tuple[Array, ...]]:
     return [(*_sides(seed + 2 * number, batch, dim), temperature) for number in range(_NUM_INPUTS)]
 
 
-def _sides(seed: int, batch: int, dim: int) -> Sequence[Array]:
-    return [unit_rows(seed + side, batch, dim, dtype="bfloat16") for side in (0, 1)]
+def _sides(seed: int, batch: int, dim: int) -> tuple[Array, Array]:
+    first, second = (unit_rows(seed + side, batch, dim, dtype="bfloat16") for side in (0, 1))
+    return first, second
 
 
 def _exact(seed: int, batch: int, dim: int) -> dict[str, np.ndarray]:

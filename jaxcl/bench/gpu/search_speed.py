@@ -66,8 +66,9 @@ def check_neighbours(
     return {"errors": {"similarity": error}, "facts": {"recall": float(shared.mean())}}
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def topic_pairs(
-    seed: int, num_rows: int, dim: int
+    seed: int | Int[Array, ""], num_rows: int, dim: int
 ) -> tuple[Float[Array, "n d"], Float[Array, "n d"]]:
     """Noisy pairs around nested topics, whose similarities resemble a trained embedder's."""
     keys = iter(jax.random.split(jax.random.key(seed), 16))

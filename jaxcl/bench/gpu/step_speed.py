@@ -75,7 +75,10 @@ def _measure(cell: Cell, attention: str, spec: Spec) -> dict[str, Any]:
     mesh = make_mesh({"data": 1}, devices=jax.devices()[:1])
     step = make_train_step(_loss(cell, towers), optimizer, mesh, temperature=_TEMPERATURE)
     batches = [_batch(spec.seed + number, cell, cell.batch_size) for number in range(4)]
-    state = init_state(jax.random.key(spec.seed), towers.init, optimizer, temperature=_TEMPERATURE)
+    init = functools.partial(
+        init_state, init_towers=towers.init, optimizer=optimizer, temperature=_TEMPERATURE
+    )
+    state = jax.jit(init)(jax.random.key(spec.seed))
     program = compile_program(step, state, batches[0])
 
     def advance(batch: Batch) -> Array:
@@ -101,8 +104,8 @@ def _check(cell: Cell, attention: str, spec: Spec) -> dict[str, Any]:
     with jax.default_matmul_precision("highest"):
         exact = small._replace(chunk_size=None)
         towers = encoder_towers(exact, compute_dtype="float32")
-        key = jax.random.key(spec.seed)
-        params = {"towers": towers.init(key), "log_temperature": jnp.log(_TEMPERATURE.initial)}
+        initial = jax.jit(towers.init)(jax.random.key(spec.seed))
+        params = {"towers": initial, "log_temperature": jnp.log(_TEMPERATURE.initial)}
         wanted = _loss_and_gradient(_loss(exact, towers), params, batch)
     towers = encoder_towers(small, attention=attention)
     found = _loss_and_gradient(_loss(small, towers), params, batch)

@@ -82,7 +82,7 @@ def _check(cell: Cell, spec: dict[str, Any]) -> dict[str, float]:
 
     wanted = evaluated(_loss(model, None), False)
     found = evaluated(_loss(model, chunk), True)
-    errors = {}
+    errors: dict[str, float] = {}
     for name, tolerance in {"loss": 2e-2, "gradient": 1e-1}.items():
         errors |= checked({name: found[name]}, {name: wanted[name]}, tolerance=tolerance)
     return errors
@@ -120,14 +120,15 @@ def _loss(model: SentenceTransformer, chunk_size: int | None) -> torch.nn.Module
 def _batch(cell: Cell, rows: int) -> tuple[Features, Features]:
     shape, vocabulary = (rows, cell["num_tokens"]), cell["encoder"]["vocabulary_size"]
     mask = torch.ones(shape, dtype=torch.long, device=DEVICE)
-    return tuple(
-        {
+
+    def side() -> Features:
+        return {
             "input_ids": torch.randint(5, vocabulary, shape, device=DEVICE),
             "attention_mask": mask,
             "token_type_ids": torch.zeros_like(mask),
         }
-        for _ in range(2)
-    )
+
+    return side(), side()
 
 
 if __name__ == "__main__":

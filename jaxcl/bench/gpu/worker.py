@@ -47,7 +47,7 @@ class Spec(NamedTuple):
     def read(cls, given: Mapping[str, Any]) -> "Spec":
         """From the parent's JSON."""
         sizes = {"full": FULL, "tiny": TINY}[given["sizes"]["name"]]
-        fields = {name: given.get(name) for name in cls._fields}
+        fields: dict[str, Any] = {name: given.get(name) for name in cls._fields}
         return cls(**{**fields, "sizes": sizes, "done": tuple(given["done"])})
 
 
