@@ -1,4 +1,4 @@
-"""The machine, and what it can do at most: a large bf16 product, and a copy of device memory."""
+"""The machine and its two ceilings: a large bf16 product, and a copy of device memory."""
 
 import importlib.metadata
 import platform

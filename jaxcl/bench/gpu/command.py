@@ -206,7 +206,7 @@ def _plan(jobs: Sequence[Job], sizes: Sizes, seconds: float) -> str:
     lines = [f"{seconds / 60:g} minutes, sizes: {sizes.name}"]
     lines += [
         f"  part {job.part}, {job.name}: up to {limit:.0f} s, {job.measurement_seconds:.0f} s "
-        "per measurement; what it leaves over goes to the next"
+        "per measurement; unused time goes to the next"
         for job, limit in zip(jobs, limits, strict=True)
     ]
     for name, value in sizes._asdict().items():

@@ -1,4 +1,4 @@
-"""What the PyTorch scripts of this folder share: checks, times, peak memory."""
+"""Checks, times and peak memory for the PyTorch scripts of this folder."""
 
 import itertools
 import json

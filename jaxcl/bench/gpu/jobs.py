@@ -66,7 +66,7 @@ _JOBS = (
 
 
 def jobs_of(parts: Collection[int], *, torch: bool) -> list[Job]:
-    """The jobs of some parts, in order; those of PyTorch only where they are wanted.
+    """The jobs of some parts, in order, with or without the PyTorch jobs.
 
     Example:
       >>> [job.name for job in jobs_of({1, 3}, torch=False)]

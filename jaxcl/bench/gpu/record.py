@@ -17,11 +17,11 @@ _PRODUCT, _COPY = "bf16 product", "device copy"
 
 
 class Record:
-    """What was measured so far, on disk at any time.
+    """The results so far, on disk at any time.
 
     Args:
       path: the JSON file; `None` keeps the record in memory only.
-      head: what is known before anything is measured.
+      head: facts known before the first measurement.
     """
 
     def __init__(self, path: Path | None, head: Mapping[str, Any]):
@@ -75,7 +75,7 @@ class Record:
         self._write()
 
     def failures(self) -> list[dict[str, Any]]:
-        """Results that are failures, those that only ran out of time or memory left out."""
+        """Failed results, except measurements that ran out of time or memory."""
         return [
             one
             for one in self.content["results"]

@@ -1,6 +1,6 @@
 """Writes the results of one process, one JSON line each, for the parent to read.
 
-Standard library only: the PyTorch scripts beside it import it as well.
+Standard library only: the PyTorch scripts of this folder import it as well.
 """
 
 import json
@@ -26,7 +26,7 @@ class DeviceLost(Exception):
 
 
 class Recorder:
-    """Runs measurements one after the other, and writes what each gave before the next starts.
+    """Runs measurements one after the other, and writes each result before the next starts.
 
     A measurement is a function that returns a JSON dictionary. One that raises costs only itself.
 

@@ -1,4 +1,4 @@
-"""What is measured, on a GPU (`FULL`) and as a rehearsal on a CPU (`TINY`).
+"""The sizes to measure: on a GPU (`FULL`), and as a rehearsal on a CPU (`TINY`).
 
 Standard library only: the parent and the PyTorch scripts read these without starting JAX.
 """
@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
 
     Attributes:
       name: "full" or "tiny".
-      rounds: timed rounds of which the median is reported.
+      rounds: timed rounds; their median is reported.
       round_seconds: how long a round lasts at least, by repeating short calls.
       product_size: rows of the square bf16 product that is the ceiling of arithmetic.
       copy_mebibytes: the array whose copy is the ceiling of memory traffic.

@@ -1,4 +1,4 @@
-"""Part 1: does the library give on this device what it gives in float64?"""
+"""Part 1: do the library's results on this device agree with float64?"""
 
 import functools
 import time

@@ -1,4 +1,4 @@
-"""Runs one job in processes of its own, within its time, and reads its results as they arrive."""
+"""Runs one job in separate processes, within its time, and reads its results as they arrive."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
 
 
 class _Progress:
-    """What the current process has reported, and which measurement it is in."""
+    """The reports of the current process, and the measurement that it is in."""
 
     def __init__(self, path: Path, on_event: Callable[[Event], None]):
         self.done: list[str] = []
@@ -87,7 +87,7 @@ def run_job(
 
     Args:
       command: starts a process, which reads `spec` from `directory / "spec.json"`.
-      spec: what the process is asked; `results`, `seconds` and `done` are added.
+      spec: the request to the process; `results`, `seconds` and `done` are added.
       directory: for the job's files.
       seconds: its time limit.
       measurement_seconds: after how long one measurement is taken to hang.
@@ -146,7 +146,7 @@ def _ended(status: int) -> str:
 def _group(
     command: Sequence[str], environment: Mapping[str, str], output: Any
 ) -> Iterator[subprocess.Popen]:
-    """A process in a group of its own, all of which is killed on the way out."""
+    """A process in a new process group; the whole group is killed on the way out."""
     process = subprocess.Popen(
         command,
         env=dict(environment),

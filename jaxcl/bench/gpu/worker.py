@@ -21,7 +21,7 @@ DEVICE_LOST = 3
 
 
 class Spec(NamedTuple):
-    """What the parent asks of a worker.
+    """The parent's request to a worker.
 
     Attributes:
       program: the module of this folder that measures.
