@@ -85,7 +85,10 @@ def test_a_sabotaged_kernel_has_no_time(sabotaged, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tiled, sabotaged, slightly_wrong)
     path = tmp_path / "results.jsonl"
-    loss_speed.measure_all(Recorder(path, seconds=600.0), spec_for("loss_speed", path))
+    spec = spec_for("loss_speed", path)
+    gradients = [one for one in loss_speed.measurements(spec) if one.gradients]
+    monkeypatch.setattr(loss_speed, "measurements", lambda _: gradients)
+    loss_speed.measure_all(Recorder(path, seconds=600.0), spec)
     name = "B = 64, d = 8: tiled, tile 32, forward + backward"
     failure = events(path, "failure")[name]
     assert failure["kind"] == "check"
@@ -135,7 +138,7 @@ def test_the_exact_loss_by_hand():
     assert math.isclose(found["temperature"], 4 * other, rel_tol=1e-12)
 
 
-@pytest.mark.parametrize("entries", [1, 30, 10_000])
+@pytest.mark.parametrize("entries", [30, 10_000])
 def test_the_exact_loss_is_that_of_autodiff_at_any_chunk(entries, monkeypatch):
     monkeypatch.setattr("jaxcl.bench.gpu.exact._ENTRIES", entries)
     jax.clear_caches()

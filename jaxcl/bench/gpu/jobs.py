@@ -51,8 +51,8 @@ class Job(NamedTuple):
 
 
 _JOBS = (
-    Job(0, "machine", "ceilings", 0.5, 60.0),
-    Job(0, "machine, PyTorch", "ceilings_torch.py", 0.5, 60.0),
+    Job(0, "machine", "ceilings", 1.5, 60.0),
+    Job(0, "machine, PyTorch", "ceilings_torch.py", 1.5, 60.0),
     Job(1, "smoke", "smoke", 2.0, 60.0),
     Job(2, "parity", "kernel_parity", 2.0, 45.0),
     Job(3, "loss", "loss_speed", 3.0, 60.0),

@@ -1,5 +1,6 @@
 """Checks, times and weighs one jitted program."""
 
+import collections
 import contextlib
 import itertools
 import time
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 _MOST_CALLS = 32
+_IN_FLIGHT = 4
 _MOST_SECONDS = 4.0  # of all rounds of one program
 
 
@@ -55,7 +57,7 @@ def compile_program(function: Callable, *arguments: PyTree) -> CompiledProgram:
         total = sum(getattr(memory, f"{kind}_size_in_bytes") for kind in sizes)
         facts["program_mib"] = (total - memory.alias_size_in_bytes) / 2**20
     # A backend may write programs in ways that are not known there.
-    with contextlib.suppress(KeyError, ValueError):
+    with contextlib.suppress(IndexError, KeyError, ValueError):
         facts["bytes"] = traffic(program.as_text()).memory
     return CompiledProgram(program, facts)
 
@@ -77,7 +79,12 @@ def time_calls(
     affordable = int(_MOST_SECONDS / (count * seconds))
 
     def one_round() -> list[PyTree]:
-        return [call(*next(rotation)) for _ in range(count)]
+        running: collections.deque[PyTree] = collections.deque()
+        for _ in range(count):
+            if len(running) == _IN_FLIGHT:  # more results at a time would fill the memory
+                jax.block_until_ready(running.popleft())
+            running.append(call(*next(rotation)))
+        return list(running)
 
     rounds = int(np.clip(affordable, min(3, sizes.rounds), sizes.rounds))
     times = milliseconds({"calls": one_round}, rounds=rounds)["calls"]

@@ -103,7 +103,7 @@ FULL = Sizes(
     rounds=7,
     round_seconds=0.03,
     product_size=16_384,
-    copy_mebibytes=4_096,
+    copy_mebibytes=2_048,
     losses=(
         *("infonce", "sigmoid", "supervised", "decoupled", "hard"),
         *("running_estimate", "distillation"),
