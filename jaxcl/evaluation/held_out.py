@@ -169,7 +169,7 @@ def _summary(config: ConfigDict, data: RunData, results: Results) -> dict[str, A
         "devices": f"{len(devices)} × {devices[0].device_kind}",
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("jaxcl", "jax", "flax", "optax")},
+            **{name: _version(name) for name in ("jaxcl", "jax", "flax", "optax")},
         },
         "metrics": {
             split: {
@@ -199,3 +199,11 @@ def _figures(by_method: Mapping[str, RetrievalResult]) -> dict[str, Any]:
 
 def _tokens(table: TokenTable, side: str) -> Int[np.ndarray, "n t"]:
     return table.side(side, np.arange(table.num_rows))["tokens"]
+
+
+def _version(package: str) -> str:
+    """The installed version; of jaxcl there may be only a checkout on the path."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -18,8 +18,9 @@ from jaxcl.models.layers import (
 from jaxcl.ops.vectors import normalise
 from jaxcl.typing import PADDING_ID, Array, Bool, Embeddings, Float, Int, PyTree, RowKeys
 
-__all__ = ["NORM_POSITIONS", "TransformerEncoder"]
+__all__ = ["ATTENTIONS", "NORM_POSITIONS", "TransformerEncoder"]
 
+ATTENTIONS = ("xla", "cudnn")
 NORM_POSITIONS = ("pre", "post")
 
 
@@ -34,6 +35,8 @@ class TransformerEncoder(nnx.Module):
       num_layers: attention and MLP blocks.
       num_heads: attention heads.
       mlp_dim: width of the MLP.
+      attention: `"xla"`, which runs everywhere, or `"cudnn"`, cuDNN's fused attention on NVIDIA
+        GPUs. cuDNN needs 16-bit activations, and padding only at the end of a text.
       norm_position: `"pre"` (stable to train from scratch) or `"post"` (as BERT).
       pooling: `"mean"` over the tokens, `"cls"`, the first, or `"last"`.
       dropout: on embeddings and on each block's two outputs, by row.
@@ -45,7 +48,8 @@ class TransformerEncoder(nnx.Module):
       rngs: for the initial parameters.
 
     Raises:
-      ValueError: for an unknown name, or heads that do not divide the width.
+      ValueError: for an unknown name, heads that do not divide the width, or cuDNN's attention with
+        activations that are not 16 bits wide.
 
     Reference:
       Vaswani et al., 2017; pre-LN: Xiong et al., "On Layer Normalization in the Transformer
@@ -62,6 +66,7 @@ class TransformerEncoder(nnx.Module):
         num_layers: int = 6,
         num_heads: int = 6,
         mlp_dim: int = 1536,
+        attention: str = "xla",
         norm_position: str = "pre",
         pooling: str = "mean",
         dropout: float = 0.1,
@@ -70,6 +75,10 @@ class TransformerEncoder(nnx.Module):
         compute_dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
+        if attention not in ATTENTIONS:
+            raise ValueError(
+                f"attention={attention!r} is unknown; use one of {', '.join(ATTENTIONS)}"
+            )
         if norm_position not in NORM_POSITIONS:
             raise ValueError(
                 f"norm_position={norm_position!r} is unknown; use one of "
@@ -82,6 +91,11 @@ class TransformerEncoder(nnx.Module):
                 f"hidden_dim={hidden_dim} does not divide over {num_heads} heads; use a multiple"
             )
         dtype = jnp.dtype(compute_dtype or default_compute_dtype(jax.default_backend()))
+        if attention == "cudnn" and dtype.itemsize != 2:
+            raise ValueError(
+                f"attention='cudnn' with activations of {dtype}; set compute_dtype to 'bfloat16', "
+                "or attention to 'xla'"
+            )
         scale = jax.nn.initializers.normal(0.02)
         layer_norm = functools.partial(nnx.LayerNorm, hidden_dim, dtype=dtype, rngs=rngs)
         self.token_table = nnx.Param(scale(rngs.params(), (vocabulary_size, hidden_dim)))
@@ -92,6 +106,7 @@ class TransformerEncoder(nnx.Module):
                 hidden_dim,
                 num_heads=num_heads,
                 mlp_dim=mlp_dim,
+                attention=attention,
                 norm_position=norm_position,
                 dropout=dropout,
                 dtype=dtype,
@@ -159,6 +174,7 @@ class Block(nnx.Module):
         *,
         num_heads: int,
         mlp_dim: int,
+        attention: str,
         norm_position: str,
         dropout: float,
         dtype: jnp.dtype,
@@ -173,6 +189,7 @@ class Block(nnx.Module):
         self.widen = linear(hidden_dim, mlp_dim)
         self.narrow = linear(mlp_dim, hidden_dim)
         self.num_heads = num_heads
+        self.attention = attention
         self.norm_position = norm_position
         self.dropout = dropout
 
@@ -196,11 +213,18 @@ class Block(nnx.Module):
     ) -> Float[Array, "b t h"]:
         b, t, h = hidden.shape
         heads = self.projections(hidden).reshape(b, t, 3, self.num_heads, h // self.num_heads)
-        # A row without any token attends to all of its padding: a softmax needs something.
-        attended = mask | ~mask.any(1, keepdims=True)
-        mixed = jax.nn.dot_product_attention(
-            heads[:, :, 0], heads[:, :, 1], heads[:, :, 2], mask=attended[:, None, None, :]
+        attend = functools.partial(
+            jax.nn.dot_product_attention,
+            *(heads[:, :, part] for part in range(3)),
+            implementation=self.attention,
         )
+        # A row without any token attends to some of its padding: a softmax needs something.
+        if self.attention == "cudnn":  # lengths, since a mask becomes a full matrix of biases
+            lengths = jnp.maximum(jnp.count_nonzero(mask, axis=1), 1).astype(jnp.int32)
+            mixed = attend(key_value_seq_lengths=lengths)
+        else:
+            attended = mask | ~mask.any(1, keepdims=True)
+            mixed = attend(mask=attended[:, None, None, :])
         return self.output(mixed.reshape(b, t, h))
 
     def transform(self, hidden: Float[Array, "b t h"]) -> Float[Array, "b t h"]:

@@ -121,9 +121,37 @@ def test_attention_sees_no_padding_token():
     assert relative_error(embed(towers, wide)[0], embed(towers, TOKENS[:, :4])[0]) < 1e-5
 
 
+def test_cudnn_s_attention_gets_lengths_that_give_the_mask_s_embeddings(monkeypatch):
+    asked = []
+
+    def on_a_cpu(queries, keys, values, *, implementation, **options):
+        asked.append((implementation, *options))
+        return dot_product_attention(queries, keys, values, **options)
+
+    dot_product_attention = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_a_cpu)
+    by_mask, by_lengths = (
+        make_towers(
+            lambda rngs, attention=attention: transformer(
+                attention=attention, compute_dtype="bfloat16", rngs=rngs
+            ),
+            shared=True,
+        )
+        for attention in ("xla", "cudnn")
+    )
+    tokens = np.pad(TOKENS, ((0, 1), (0, 0)))  # the last row has no token
+    assert relative_error(embed(by_lengths, tokens), embed(by_mask, tokens)) < 1e-2
+    assert asked == [("cudnn", "key_value_seq_lengths")] * 2 + [("xla", "mask")] * 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"attention": "flash"}, "attention='flash' is unknown; use one of xla, cudnn"),
+        (
+            {"attention": "cudnn", "compute_dtype": "float32"},
+            "attention='cudnn' with activations of float32; set compute_dtype to 'bfloat16'",
+        ),
         ({"norm_position": "both"}, "norm_position='both' is unknown; use one of pre, post"),
         ({"pooling": "max"}, "pooling='max' is unknown; use one of mean, cls"),
         ({"num_heads": 3}, "hidden_dim=8 does not divide over 3 heads"),
