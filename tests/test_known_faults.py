@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jaxcl import assignment, negatives
-from jaxcl.data.negatives import read_negatives
+from jaxcl.data.row_negatives import read_negatives
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.tokenizer import train_tokenizer
+from jaxcl.evaluation.retrieval import reciprocal_rank_fusion
 from jaxcl.grad_cache import chunked
 from jaxcl.losses import (
     decoupled_infonce_loss,
@@ -24,7 +25,6 @@ from jaxcl.negatives import OwnNegatives
 from jaxcl.ops.nearest import nearest
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.vectors import normalise
-from jaxcl.retrieval import reciprocal_rank_fusion
 from tests.helpers import relative_error, unit_vectors
 from tests.known_faults import known_fault
 

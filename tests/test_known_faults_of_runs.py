@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import tfds_pairs
 from jaxcl.compare import compare
-from jaxcl.metric_writer import read_metrics
+from jaxcl.run.metric_writer import read_metrics
 from jaxcl.search import main as search
 from jaxcl.train import train
 from tests.known_faults import known_fault
