@@ -67,9 +67,9 @@ def _measure(cell: Cell, spec: dict[str, Any], compiled: bool) -> dict[str, Any]
 def _check(cell: Cell, spec: dict[str, Any]) -> dict[str, float]:
     """Compares autocast with float32, and the cached loss with the whole one, on a few rows.
 
-    There is no dropout. Under autocast the losses round their scores to bfloat16. Embeddings of a random encoder are so
-    similar that the gradient of the loss is then mostly rounding. Hence the encoder's gradient is
-    compared for a random weighting of the embeddings, and the loss's by its value.
+    There is no dropout. Under autocast the losses round their scores to bfloat16. A random
+    encoder's embeddings are so similar that the loss's gradient is then mostly rounding. So the
+    encoder's gradient is compared for a random weighting of the embeddings, and the loss by value.
     """
     rows = spec["sizes"]["check_rows"]
     model = _model(cell, dropout=0.0)
