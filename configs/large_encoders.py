@@ -3,22 +3,19 @@
     python -m jaxcl.train --config configs/large_encoders.py:bert_base --config.data.name=…
     python -m jaxcl.plan --config configs/large_encoders.py:mistral_7b --topology v5e:16x16
 
-Their parameters begin at random: weights of other projects are not read. They say what a pod must
-hold, and are where a team begins.
+Their parameters start at random. They show what a pod must hold.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
-from configs import tfds_pairs
+from jaxcl.configs import base
 
 
 def get_config(variant: str = "bert_base") -> ConfigDict:
-    """`tfds_pairs.get_config` with another model, `"bert_base"` or `"mistral_7b"`."""
+    """The defaults with another model, `"bert_base"` or `"mistral_7b"`."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is unknown; use {' or '.join(VARIANTS)}")
-    config = tfds_pairs.get_config("plain")
-    config.data.distinct_tokens = False
+    config = base.get_config()
     config.optimizer.weight_decay = 0.01
     VARIANTS[variant](config)
     return config
@@ -31,10 +28,10 @@ def _bert_base(config: ConfigDict) -> None:
     config.global_batch_size = 32_768
     config.model.name = "transformer"
     config.model.dim = 768
-    config.model.options = ConfigDict(
+    config.model.options.update(
         {"max_tokens": 512, "hidden_dim": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3_072}
         | {"norm_position": "post", "pooling": "mean", "dropout": 0.1}
-        | {"remat": True, "scan_layers": True, "compute_dtype": placeholder(str)}
+        | {"remat": True, "scan_layers": True}
     )
     config.optimizer.learning_rate = 2e-4
     config.grad_cache.chunk_size = 32
@@ -47,10 +44,10 @@ def _mistral_7b(config: ConfigDict) -> None:
     config.global_batch_size = 2_048
     config.model.name = "decoder"
     config.model.dim = 4_096
-    config.model.options = ConfigDict(
+    config.model.options.update(
         {"max_tokens": 512, "hidden_dim": 4_096, "num_layers": 32, "mlp_dim": 14_336}
         | {"num_heads": 32, "num_key_heads": 8, "rotary_base": 10_000.0, "dropout": 0.0}
-        | {"remat": True, "compute_dtype": placeholder(str)}
+        | {"remat": True}
     )
     config.optimizer.learning_rate = 1e-5
     config.run.mesh.fsdp = 64

@@ -5,19 +5,24 @@
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
-from configs import code_search
-from jaxcl.negatives.tiers import TierBudgets
+from jaxcl.configs import base
 
 
 def get_config(variant: str = "default") -> ConfigDict:
-    """`code_search.get_config` over another data set: no function names, groups only if named."""
-    config = code_search.get_config(variant)
-    del config.data.code_pairs
-    config.negatives.tiers = ConfigDict(TierBudgets()._asdict())  # made ones are not measured here
-    config.data.name = placeholder(str)
-    config.data.splits = ConfigDict({"train": "train[:95%]", "validation": "train[95%:]"})
-    config.data.group_field = placeholder(str)
-    config.data.metadata_fields = ()
+    """The static encoder of `code_search` on other data, with random batches.
+
+    `configs/tfds_pairs.py:smoke` is the same, shrunk to seconds.
+    """
+    if variant not in ("default", "smoke"):
+        raise ValueError(f"variant {variant!r} is unknown; use default or smoke")
+    config = base.get_config()
+    config.data.distinct_tokens = True
+    config.model.options.token_dropout = 0.4
+    config.assignment.name = "uniform"  # chosen batches are not measured here
+    if variant == "smoke":
+        config.steps = 20
+        config.global_batch_size = 64
+        config.optimizer.warmup_steps = 2
+        config.assignment.gcbs.refresh_every = 10
     return config

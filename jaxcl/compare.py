@@ -1,69 +1,80 @@
-"""Trains several settings of a config with several seeds, and says which is better by how much.
+"""Trains several settings of a config with several seeds, and compares them query by query.
 
-    python -m jaxcl.compare --config configs/code_search.py --settings configs/negatives.json \
-        --workdir runs/negatives [--seeds 3] [--baseline NAME] [--config.steps=500 …]
+    python -m jaxcl.compare --config configs/code_search.py --settings configs/sweep_negatives.py \\
+        --workdir runs/negatives --seeds 3
 
-The settings are a JSON file, name -> what differs from the config, such as
-`{"queue": {"negatives.bank.kind": "queue"}}`. Each run has a folder of its own and keeps its
-metrics and the rank of every query, but no checkpoints; the same command goes on where it was
-stopped. `comparison.json` and `comparison.md` hold the table.
+The settings are a Python file whose `get_settings()` returns, by name, what differs from the
+config, such as `{"queue": {"negatives.bank.kind": "queue"}}`. Each run has its own folder and keeps
+its metrics and the rank of every query, but no checkpoints; the same command resumes after a stop.
+`comparison.json` and `comparison.md` hold the table.
+
+In a program or a notebook, call `compare`:
+
+    settings = {"plain": {}, "wide": {"model.dim": 1024}}
+    compare(load_config("code_search"), settings, Path("runs/dim"), seeds=3)
 """
 
 import hashlib
 import json
 import shutil
 import statistics
-import sys
 import time
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from jaxcl.evaluation.retrieval import METRICS
+from jaxcl.host.command import run_command
+from jaxcl.host.command_flags import CommandParser, user_path
 from jaxcl.host.files import write_whole
-from jaxcl.host.huge_pages import start_with_huge_pages
 from jaxcl.host.progress import say
 from jaxcl.metrics import paired_difference
-from jaxcl.run.checkpoint import CheckpointError
-from jaxcl.run.reports import DivergenceError
 from jaxcl.run.workdir import fields_of
-from jaxcl.settings.options import changed_config
-from jaxcl.train import Stopped, parse_flags, train
+from jaxcl.settings.changed import changed_config
+from jaxcl.settings.command_line import add_config_flags, config_of
+from jaxcl.settings.config_files import read_settings_file
+from jaxcl.settings.read import read_settings
+from jaxcl.train import train
 
-__all__ = ["compare"]
+__all__ = ["compare", "main"]
 
 METRIC = "mrr@10"
 FINISHED = "finished.json"
 
 
-def main(argv: list[str]) -> None:
-    """Runs `compare` for a person: an error that is theirs comes as one line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)
-    given = flags.FLAGS
-    try:
-        settings = _read_settings(Path(given.settings))
-        compare(
-            given.config,
-            settings,
-            Path(given.workdir),
-            seeds=given.seeds,
-            baseline=given.baseline,
-        )
-    except Stopped as stopped:
-        say(str(stopped))
-        sys.exit(stopped.exit_code)
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from there")
-        sys.exit(130)
-    except (ValueError, OSError, CheckpointError, DivergenceError) as error:
-        say(f"error: {error}")
-        sys.exit(1)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = CommandParser("jaxcl.compare", __doc__)
+    add_config_flags(parser)
+    parser.add_argument(
+        "--settings",
+        metavar="FILE[:VARIANT]",
+        required=True,
+        help="a Python file with a function get_settings",
+    )
+    parser.add_argument(
+        "--workdir", metavar="DIR", type=user_path, required=True, help="the folder of all runs"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="the number of seeds (default: 3)")
+    parser.add_argument(
+        "--baseline", metavar="NAME", help="the setting to compare with; by default the first"
+    )
+    interrupted = "interrupted; the same command resumes from there"
+    run_command(parser, _run, argv, interrupted=interrupted, trains=True)
+
+
+def _run(arguments: Namespace) -> None:
+    compare(
+        config_of(arguments),
+        read_settings_file(arguments.settings),
+        arguments.workdir,
+        seeds=arguments.seeds,
+        baseline=arguments.baseline,
+    )
 
 
 def compare(
@@ -116,7 +127,8 @@ def compare(
             say(f"run {number} of {len(runs)}: {name}, seed {seed}")
             start = time.perf_counter()
             alike = [run for run in runs if _data_set_of(runs[run]) == _data_set_of(changed)]
-            train(_with_data_of([_directory(workdir, *run) for run in alike], changed), directory)
+            own = _with_data_of([_directory(workdir, *run) for run in alike], changed)
+            train(own, directory, changed=tuple(settings[name]))
             _check_same_queries([_directory(workdir, *run) for run in runs])
             finished = {"seconds": time.perf_counter() - start, "config": _identity(changed)}
             write_whole(directory / FINISHED, json.dumps(finished))
@@ -134,15 +146,6 @@ def _changed(config: ConfigDict, name: str, changes: Mapping[str, Any]) -> Confi
         return changed_config(config, changes)
     except ValueError as error:
         raise ValueError(f"of {name!r}: {error}") from error
-
-
-def _read_settings(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"--settings={path}: there is no such file") from None
-    except ValueError as error:
-        raise ValueError(f"--settings={path} is no JSON: {error}") from None
 
 
 def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
@@ -165,12 +168,13 @@ def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _identity(config: ConfigDict) -> str:
     """Names what a run computes: its config, but for what may change between starts."""
-    text = json.dumps(fields_of(config.to_dict()), sort_keys=True, default=str)
+    text = json.dumps(fields_of(read_settings(config)), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _data_set_of(config: ConfigDict) -> tuple[str, Any]:
-    return config.data.name, config.data.get("code_pairs")
+def _data_set_of(config: ConfigDict) -> tuple[str | None, Any]:
+    data = read_settings(config).data
+    return data.name, data.code_pairs
 
 
 def _with_data_of(directories: Sequence[Path], config: ConfigDict) -> ConfigDict:
@@ -250,10 +254,4 @@ def _values(directory: Path) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    # --config and --workdir are those of jaxcl.train.
-    flags.DEFINE_string("settings", None, "A JSON file, name -> what differs.")
-    flags.DEFINE_integer("seeds", 3, "How many seeds, from 0.")
-    flags.DEFINE_string("baseline", None, "With which setting all are compared; the first.")
-    flags.mark_flags_as_required(["settings", "workdir"])
-    start_with_huge_pages()
-    app.run(main, flags_parser=parse_flags)
+    main()

@@ -120,15 +120,7 @@ def ndcg_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int = 10) -> Float[np
     `ndcg_i = 1 / log2(1 + rank_i)` if `rank_i <= cutoff`, else 0. The ideal order has the key at
     rank 1 and a gain of 1, so that nothing is left to divide by.
 
-    Args:
-        ranks: from `rank_of_key`, at least 1.
-        cutoff: last rank that counts; 10 as is customary.
-
-    Returns:
-        Values in [0, 1], no unit.
-
-    Raises:
-        ValueError: if `cutoff` is not a positive whole number, or a rank is below 1 or not finite.
+    Arguments, values and errors as for `mrr_metric`.
 
     Example:
         >>> ndcg_metric(np.array([1.0, 3.0, 11.0])).tolist()

@@ -1,19 +1,22 @@
 """Mines hard negatives with a trained run, for the next one to train on.
 
-    python -m jaxcl.mine --workdir DIR [--split train] [--per-query 7] [--rank-range 10:100]
-        [--margin X | --relative-margin 0.05] [--sampling random] [--masks text] [--out FILE]
+    python -m jaxcl.mine --workdir runs/code_search --per-query 7 --rank-range 10:100
 
-Every query meets all keys of its split, exactly, over all devices. The result is a file for
-`python -m jaxcl.train --config.data.negatives=FILE`: the rows of each row's negatives, and this
-run's similarities, by which the next may be taught (`loss.name=distillation`). Beside it lie a
-report (`.report.json`) and examples to read (`.examples.md`). The same command goes on where it was
-stopped. In several processes they find each other as those of `jaxcl.train` do.
+Every query is compared with all keys of its split, exactly, over all devices. The result is a file
+for `python -m jaxcl.train --config.data.negatives=FILE`: the rows of each row's negatives, and this
+run's similarities, which may teach the next run (`loss.name=distillation`). Next to it are a report
+(`.report.json`) and examples to read (`.examples.md`). The same command resumes after a stop.
+Several processes find each other as those of `jaxcl.train` do.
+
+In a program or a notebook, call `mine`:
+
+    mine(Path("runs/code_search"), Path("mined.npz"), rule=MiningRule(per_query=7))
 """
 
-import argparse
 import functools
 import hashlib
 import json
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,14 +31,16 @@ from rich.table import Table
 from jaxcl.data.sources import PairSource
 from jaxcl.data.token_table import TokenTable
 from jaxcl.host.block_file import BlockFile
+from jaxcl.host.command import join_processes, run_command
+from jaxcl.host.command_flags import CommandParser, add_process_flags, add_workdir_flag, user_path
 from jaxcl.host.files import write_npz, write_whole
-from jaxcl.host.processes import first_then_others, leave, leave_for, start_processes
+from jaxcl.host.processes import first_then_others
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.negatives.mining import Mined, MiningRule, mine_negatives
 from jaxcl.ops.mesh import fetch, local_rows, put_batch
 from jaxcl.ops.pairs import PairLabels
-from jaxcl.run.checkpoint import CheckpointError
-from jaxcl.run.trained import Trained, open_trained
+from jaxcl.run.opened import OpenedRun, open_run
+from jaxcl.settings.parts import Trust
 from jaxcl.typing import SIDES, PyTree
 
 __all__ = ["main", "mine"]
@@ -46,35 +51,59 @@ _EXAMPLES = 10
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `mine` for a person: an error that is theirs comes as one line."""
-    given = _arguments(argv)
-    # What is mined is written as it comes, so that SIGTERM may end a process at once.
+    """Run the command."""
+    parser = CommandParser("jaxcl.mine", __doc__)
+    rule = MiningRule()
+    first, last = rule.rank_range
+    add_workdir_flag(parser)
+    parser.add_argument("--split", default="train", help="whose rows (default: train)")
+    parser.add_argument(
+        "--per-query", type=int, default=rule.per_query, help="negatives of a row, at most"
+    )
+    parser.add_argument(
+        "--rank-range",
+        metavar="FIRST:LAST",
+        default=f"{first}:{last}",
+        help="first rank, and the first beyond",
+    )
+    parser.add_argument("--margin", type=float, help="how much less similar than the own key")
+    parser.add_argument("--relative-margin", type=float, help="the same as a share of it")
+    parser.add_argument("--sampling", default=rule.sampling, help="random, or top")
+    parser.add_argument("--masks", nargs="+", default=["text"], help=f"some of {', '.join(MASKS)}")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choice")
+    parser.add_argument(
+        "--out", metavar="FILE", type=user_path, help="the file; DIR/mined-SPLIT.npz by default"
+    )
+    add_process_flags(parser)
+    run_command(parser, _run, argv, interrupted="interrupted; the same command resumes from there")
+
+
+def _run(arguments: Namespace) -> None:
+    # Results are written as they are found, so that SIGTERM may end a process at once.
     jax.config.update("jax_enable_preemption_service", False)
-    try:
-        start_processes(asked=given.distributed)
-        rule = MiningRule(
-            per_query=given.per_query,
-            rank_range=_rank_range(given.rank_range),
-            margin=given.margin,
-            relative_margin=given.relative_margin,
-            sampling=given.sampling,
-        )
-        out = given.out or given.workdir / f"mined-{given.split}.npz"
-        report = mine(
-            given.workdir, out, split=given.split, rule=rule, masks=given.masks, seed=given.seed
-        )
-        if jax.process_index() == 0:
-            rich.print(_as_table(report))
-        if given.split == "train" and jax.process_index() == 0:
+    join_processes(arguments)
+    rule = MiningRule(
+        per_query=arguments.per_query,
+        rank_range=_rank_range(arguments.rank_range),
+        margin=arguments.margin,
+        relative_margin=arguments.relative_margin,
+        sampling=arguments.sampling,
+    )
+    split = arguments.split
+    out = arguments.out or arguments.workdir / f"mined-{split}.npz"
+    report = mine(
+        arguments.workdir,
+        out,
+        split=split,
+        rule=rule,
+        masks=arguments.masks,
+        seed=arguments.seed,
+        trust=arguments.trust,
+    )
+    if jax.process_index() == 0:
+        rich.print(_as_table(report))
+        if split == "train":
             say(f"train on them with --config.data.negatives={out}")
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from there")
-        leave(130)
-    except (ValueError, OSError, CheckpointError) as error:
-        say(f"error: {error}")
-        leave(1)
-    except Exception as error:  # whatever it is, the others must not wait for this process
-        leave_for(error)
 
 
 def mine(
@@ -85,6 +114,7 @@ def mine(
     rule: MiningRule,
     masks: Sequence[str] = ("text",),
     seed: int = 0,
+    trust: Trust = (),
 ) -> dict[str, Any]:
     """Mines the rows of a split, writes the file, and returns the report.
 
@@ -96,6 +126,7 @@ def mine(
       rule: which are taken.
       masks: columns whose equals are no negatives: `"row"`, `"text"`, `"group"`.
       seed: of the random choice within the range of ranks.
+      trust: packages whose code the run may name.
 
     Raises:
       ValueError: if there is no such run or split, or by the rule nothing could be found.
@@ -107,13 +138,14 @@ def mine(
         raise ValueError(
             f"masks={tuple(masks)}: use some of {', '.join(MASKS)}, 'row' or 'text' among them"
         )
-    run = open_trained(Path(workdir))
-    if "group" in masks and run.config.data.group_field is None:
+    run = open_run(Path(workdir), trust=trust)
+    if "group" in masks and run.settings.data.group_field is None:
         raise ValueError("masks name 'group', but the run's data.group_field is None; leave it out")
-    if split not in run.sources:
-        raise ValueError(f"split={split!r} is unknown; the run has {', '.join(run.sources)}")
-    source = run.sources[split]
-    table = first_then_others(functools.partial(run.token_table, split))
+    sources = run.sources()
+    if split not in sources:
+        raise ValueError(f"split={split!r} is unknown; the run has {', '.join(sources)}")
+    source = sources[split]
+    table = first_then_others(functools.partial(run.token_table, split, source))
     if table.num_rows <= rule.rank_range[0]:
         raise ValueError(f"the split has {table.num_rows} rows, none of rank {rule.rank_range[0]}")
     folder = _work_folder(Path(workdir), run, split)
@@ -125,7 +157,7 @@ def mine(
         "masks": sorted(masks),
         "seed": seed,
     }
-    found = _search_all(run.program.mesh, vectors, labels, rule, seed, folder / _hash(what))
+    found = _search_all(run.encoder.mesh, vectors, labels, rule, seed, folder / _hash(what))
     if not (np.asarray(found.rows) >= 0).any():
         raise ValueError("nothing was found by this rule; widen the ranks, or lower the margin")
     positives = np.einsum("nd,nd->n", vectors["query"], vectors["key"], dtype=np.float32)
@@ -145,14 +177,14 @@ def mine(
     return report
 
 
-def _work_folder(workdir: Path, run: Trained, split: str) -> Path:
+def _work_folder(workdir: Path, run: OpenedRun, split: str) -> Path:
     """Where unfinished work of these parameters on this split lies."""
     return workdir / "mining" / _hash({"split": split, **run.made_from})
 
 
-def _embedded(run: Trained, table: TokenTable, side: str, folder: Path) -> np.ndarray:
+def _embedded(run: OpenedRun, table: TokenTable, side: str, folder: Path) -> np.ndarray:
     """All rows of a side, embedded block by block."""
-    shape = (table.num_rows, run.config.model.dim)
+    shape = (table.num_rows, run.settings.model.dim)
     blocks = _block_file(folder / f"{side}.npy", shape, np.float32)
     name = {"query": "embedding queries", "key": "embedding keys"}[side]
     with progress_bar(name, table.num_rows) as advance:
@@ -160,7 +192,7 @@ def _embedded(run: Trained, table: TokenTable, side: str, folder: Path) -> np.nd
         while blocks.done < table.num_rows:
             rows = np.arange(blocks.done, min(blocks.done + _BLOCK_ROWS, table.num_rows))
             tokens = table.side(side, rows)["tokens"]
-            blocks.append(run.program.embed(run.params, side, tokens, advance=advance))
+            blocks.append(run.encoder.embed(side, tokens, advance=advance))
     return blocks.array
 
 
@@ -298,32 +330,6 @@ def _rank_range(text: str) -> tuple[int, int]:
     if not separator or not first.isdigit() or not last.isdigit():
         raise ValueError(f"--rank-range={text} is no range; give two ranks, such as 10:100")
     return int(first), int(last)
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxcl.mine", description="Mines hard negatives with a trained run."
-    )
-    rule = MiningRule()
-    first, last = rule.rank_range
-    parser.add_argument("--workdir", type=Path, required=True, help="of the run that was trained")
-    parser.add_argument("--split", default="train", help="whose rows (default: train)")
-    parser.add_argument(
-        "--per-query", type=int, default=rule.per_query, help="negatives of a row, at most"
-    )
-    parser.add_argument(
-        "--rank-range", default=f"{first}:{last}", help="first rank, and the first beyond"
-    )
-    parser.add_argument("--margin", type=float, help="less similar than the own key by so much")
-    parser.add_argument("--relative-margin", type=float, help="the same as a share of it")
-    parser.add_argument("--sampling", default=rule.sampling, help="random, or top")
-    parser.add_argument("--masks", nargs="+", default=["text"], help=f"some of {', '.join(MASKS)}")
-    parser.add_argument("--seed", type=int, default=0, help="of the random choice")
-    parser.add_argument(
-        "--distributed", action="store_true", help="several processes, which JAX finds out about"
-    )
-    parser.add_argument("--out", type=Path, help="where; DIR/mined-SPLIT.npz by default")
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
-"""What a run's train step takes, before anything is rented: memory, arithmetic, traffic, price.
+"""Plans a run's train step before anything is rented: memory, arithmetic, traffic, price.
 
-    python -m jaxcl.plan --config configs/code_search.py --topology v5e:16x16 --rows 10000000
-        [--price 1.2] [--sweep global_batch_size=8192,32768] [--config.model.dim=768 …]
+    python -m jaxcl.plan --config configs/code_search.py --topology v5e:16x16 --rows 10000000 \\
+        --price 1.2 --sweep global_batch_size=8192,32768
 
 The real step is compiled ahead of time for a slice of TPUs that is not there (which needs
-jaxcl[tpu]), or, with `--devices 8`, for so many devices of the present kind. Memory is what the
-compiler has planned; times are estimates, of what the chip's maker says that it can do at most.
+jaxcl[tpu]), or, with `--devices 8`, for that number of devices of the present kind. Memory is what
+the compiler plans; times are estimates from the chip maker's peak rates.
 """
 
 import ast
 import importlib.util
 import math
 import os
-import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import logging
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -26,15 +26,19 @@ from rich.table import Table
 
 from jaxcl.cost.chips import CHIPS, Chip
 from jaxcl.cost.program_cost import matrix_flops, traffic
+from jaxcl.host.command import UserError, run_command
+from jaxcl.host.command_flags import CommandParser
 from jaxcl.host.progress import say
 from jaxcl.models.layers import default_compute_dtype
 from jaxcl.models.towers import Towers
 from jaxcl.ops.mesh import batch_sharding
-from jaxcl.settings.build import build_program
-from jaxcl.settings.build_loss import build_loss
-from jaxcl.settings.options import changed_config
+from jaxcl.run.build_loss import build_loss
+from jaxcl.run.training import build_training
+from jaxcl.settings.changed import changed_config
+from jaxcl.settings.command_line import add_config_flags, config_of
+from jaxcl.settings.read import read_settings
+from jaxcl.settings.sections import GradCacheSettings, Settings
 from jaxcl.step.train_state import TrainState
-from jaxcl.train import parse_flags
 from jaxcl.typing import SIDES, Batch, Embeddings, PyTree, RowKeys
 
 __all__ = ["NoRoomError", "Plan", "make_plan"]
@@ -94,31 +98,31 @@ class Plan(NamedTuple):
         }
 
 
-def make_plan(config: ConfigDict, devices: Sequence[jax.Device], *, num_rows: int) -> Plan:
-    """Compiles the step of a config for devices, which need not be there, and reads what it takes.
+def make_plan(settings: Settings, devices: Sequence[jax.Device], *, num_rows: int) -> Plan:
+    """Compiles a run's step for devices, which need not be there, and reads what it takes.
 
     Args:
-      config: as the files of `configs/` return it.
-      devices: all of them are used, as `config.run.mesh` arranges them.
+      settings: the run's.
+      devices: all of them are used, as `settings.run.mesh` arranges them.
       num_rows: of the training split, for what has an entry for each row.
 
     Raises:
-      ValueError: for a config that cannot run there, or whose batches hold what only its data know.
+      ValueError: for a run that cannot run there, or whose batches hold what only its data know.
       NoRoomError: where the devices' compiler itself knows that the step does not fit.
     """
-    if config.data.get("negatives") is not None or config.data.get("guides") is not None:
+    if settings.data.negatives is not None or settings.data.guides is not None:
         raise ValueError("data.negatives and data.guides have shapes that only their files know")
-    if num_rows < config.global_batch_size:
+    if num_rows < settings.global_batch_size:
         raise ValueError(
-            f"--rows={num_rows} are fewer than one batch of {config.global_batch_size}"
+            f"--rows={num_rows} are fewer than one batch of {settings.global_batch_size}"
         )
-    config = config.copy_and_resolve_references()
-    options = config.model.options
-    if "compute_dtype" in options and options.compute_dtype is None:
-        options.compute_dtype = default_compute_dtype(devices[0].platform)
-    program = build_program(config, devices=devices)
+    options = settings.model.options
+    if settings.model.name in ("transformer", "decoder") and "compute_dtype" not in options:
+        options = {**options, "compute_dtype": default_compute_dtype(devices[0].platform)}
+        settings = settings._replace(model=settings.model._replace(options=options))
+    program = build_training(settings, devices=devices)
     state = program.abstract_state(num_rows, np.zeros(num_rows, np.int32))
-    batch = _abstract_batch(config, program.mesh)
+    batch = _abstract_batch(settings, program.mesh)
     traced = program.train_step.trace(state, batch)  # type: ignore[attr-defined] # a jitted one's
     try:
         compiled = traced.lower().compile()
@@ -132,7 +136,7 @@ def make_plan(config: ConfigDict, devices: Sequence[jax.Device], *, num_rows: in
     temporary = memory.temp_size_in_bytes + max(
         memory.output_size_in_bytes - memory.alias_size_in_bytes, 0
     )
-    loss = min(_loss_bytes(config, program.mesh, state, batch), temporary)
+    loss = min(_loss_bytes(settings, program.mesh, state, batch), temporary)
     return Plan(
         len(devices),
         parameters=_bytes_here(state.params),
@@ -148,19 +152,18 @@ def make_plan(config: ConfigDict, devices: Sequence[jax.Device], *, num_rows: in
 
 
 def _loss_bytes(
-    config: ConfigDict, mesh: jax.sharding.Mesh, state: TrainState, batch: Batch
+    settings: Settings, mesh: jax.sharding.Mesh, state: TrainState, batch: Batch
 ) -> int:
     """What the loss needs for itself: that of embeddings that are given, and their gradient."""
 
     def given(params: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
         return inputs["tokens"]
 
-    config = config.copy_and_resolve_references()
-    config.grad_cache = ConfigDict()
-    loss = build_loss(config, Towers(lambda key: {}, given), mesh)
+    whole = settings._replace(grad_cache=GradCacheSettings())
+    loss = build_loss(whole, Towers(lambda key: {}, given), mesh)
 
     def embedded(tokens: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        shape = (*tokens.shape[:-1], config.model.dim)
+        shape = (*tokens.shape[:-1], settings.model.dim)
         return jax.ShapeDtypeStruct(shape, np.float32, sharding=tokens.sharding)
 
     # Embeddings in place of tokens; the gradient is taken of these.
@@ -182,8 +185,8 @@ def _loss_bytes(
     return int(memory.temp_size_in_bytes)
 
 
-def _abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> Batch:
-    size = config.global_batch_size
+def _abstract_batch(settings: Settings, mesh: jax.sharding.Mesh) -> Batch:
+    size = settings.global_batch_size
     sharding = batch_sharding(mesh)
 
     def column(*shape: int, kind: Any = np.int32) -> jax.ShapeDtypeStruct:
@@ -191,12 +194,12 @@ def _abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> Batch:
 
     labels = ("row", "text", "group")
     batch: dict[str, Any] = {
-        side: {"tokens": column(config.data.max_tokens[side])} for side in SIDES
+        side: {"tokens": column(getattr(settings.data.max_tokens, side))} for side in SIDES
     }
     batch |= {name: column() for name in labels}
-    mined = config.negatives.mined
+    mined = settings.negatives.mined
     if mined.refresh_every is not None:
-        tokens = column(mined.per_query, config.data.max_tokens["key"])
+        tokens = column(mined.per_query, settings.data.max_tokens.key)
         batch["negatives"] = {
             "inputs": {"tokens": tokens},
             "valid": column(mined.per_query, kind=np.bool_),
@@ -279,15 +282,15 @@ def _devices(topology: str | None, count: int | None) -> Sequence[jax.Device]:
         raise ValueError(f"--topology={topology} is none: {reason}") from error
 
 
-def _settings(config: ConfigDict, sweep: str | None) -> dict[str, ConfigDict]:
+def _settings(config: ConfigDict, sweep: str | None) -> dict[str, Settings]:
     """Columns of the table: the config, or one for each value of a field."""
     if sweep is None:
-        return {"": config}
+        return {"": read_settings(config)}
     field, separator, values = sweep.partition("=")
     if not separator:
         raise ValueError(f"--sweep={sweep}; give a field and its values, as global_batch_size=1,2")
     return {
-        f"{field}={value}": changed_config(config, {field: _literal(value)})
+        f"{field}={value}": read_settings(changed_config(config, {field: _literal(value)}))
         for value in values.split(",")
     }
 
@@ -300,47 +303,53 @@ def _literal(value: str) -> Any:
         return value
 
 
-def main(argv: list[str]) -> None:
-    """Prints the table for a person."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = CommandParser("jaxcl.plan", __doc__)
+    add_config_flags(parser)
+    parser.add_argument("--topology", help="a slice of TPUs, such as v5e:16x16")
+    parser.add_argument(
+        "--devices", type=int, help="a number of devices of the present kind instead"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=1_000_000, help="rows of the training split (default: 1000000)"
+    )
+    parser.add_argument(
+        "--price", type=float, default=0.0, help="of a chip and hour; the table is in its currency"
+    )
+    parser.add_argument("--sweep", metavar="FIELD=VALUE,…", help="a column for each value")
+    run_command(parser, _run, argv)
+
+
+def _run(arguments: Namespace) -> None:
     logging.set_verbosity(logging.ERROR)
-    # A program that was kept may not say of its memory what one that is compiled says.
+    topology, count = arguments.topology, arguments.devices
+    if count is not None and count < 1:
+        raise ValueError(f"--devices={count}; give at least 1")
+    if arguments.price and topology is None:
+        raise ValueError("--price is of a chip's hour; say of which with --topology")
+    configs = _settings(config_of(arguments), arguments.sweep)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used
+    # A program from the cache may report other memory than one that is compiled.
     jax.config.update("jax_compilation_cache_dir", None)
-    given = flags.FLAGS
-    try:
-        if given.devices is not None and given.devices < 1:
-            raise ValueError(f"--devices={given.devices}; give at least 1")
-        if given.price and given.topology is None:
-            raise ValueError("--price is of a chip's hour; say of which with --topology")
-        if given.topology is None and given.devices is not None:
-            jax.config.update("jax_num_cpu_devices", given.devices)
-        devices = _devices(given.topology, given.devices)
-        settings = _settings(given.config, given.sweep)
-        plans = {}
-        for name, config in settings.items():
-            say(f"compiling {name or 'the step'} for {len(devices)} × {devices[0].device_kind}")
-            try:
-                plans[name or "step"] = make_plan(config, devices, num_rows=given.rows)
-            except NoRoomError as error:
-                say(f"{name or 'the step'} does not fit: {error}")
-    except ValueError as error:
-        say(f"error: {error}")
-        sys.exit(1)
-    chip = CHIPS.get(given.topology.partition(":")[0]) if given.topology else None
+    if topology is None and count is not None:
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = _devices(topology, count)
+    plans = {}
+    for name, settings in configs.items():
+        say(f"compiling {name or 'the step'} for {len(devices)} × {devices[0].device_kind}")
+        try:
+            plans[name] = make_plan(settings, devices, num_rows=arguments.rows)
+        except NoRoomError as error:
+            say(f"{name or 'the step'} does not fit: {error}")
     if not plans:
-        sys.exit(1)
-    sizes = [settings["" if name == "step" else name].global_batch_size for name in plans]
-    Console().print(_table(plans, chip, sizes, given.price))
+        raise UserError("nothing fits")
+    chip = CHIPS.get(topology.partition(":")[0]) if topology else None
+    sizes = [configs[name].global_batch_size for name in plans]
+    columns = {name or "step": plan for name, plan in plans.items()}
+    Console().print(_table(columns, chip, sizes, arguments.price))
 
 
 if __name__ == "__main__":
-    # The trainer's flags are there already: --config among them.
-    flags.DEFINE_string("topology", None, "A slice of TPUs, such as v5e:16x16.")
-    flags.DEFINE_integer("devices", None, "So many devices of the present kind instead.")
-    flags.DEFINE_integer("rows", 1_000_000, "Rows of the training split.")
-    flags.DEFINE_float("price", 0.0, "Of a chip and hour; the table is in its currency.")
-    flags.DEFINE_string("sweep", None, "FIELD=VALUE,VALUE…: a column for each.")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used
-    app.run(main, flags_parser=parse_flags)
+    main()

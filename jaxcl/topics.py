@@ -1,17 +1,20 @@
 """Sorts the rows of a trained run into topics, for batches of one topic, or of all, in the next.
 
-    python -m jaxcl.topics --workdir DIR [--topics 64] [--seed 0] [--out FILE]
+    python -m jaxcl.topics --workdir runs/code_search --topics 64
 
 The training rows are embedded, and cut into topics of equal size whose rows are each other's hard
 negatives (`jaxcl.assignment.assign_topics`). The result is a file for
 `python -m jaxcl.train --config.data.topics=FILE --config.assignment.name=sourced
 --config.assignment.sourced.by=topic --config.assignment.sourced.mix=one` (or `mixed`, for batches
-over which all topics are spread); beside it lie each topic's most central queries to read
-(`.examples.md`). One process does it, on all of its devices.
+over which all topics are spread). Next to it, `.examples.md` lists each topic's most central
+queries. It runs in one process, on all of its devices.
+
+In a program or a notebook, call `topics`:
+
+    topics(Path("runs/code_search"), Path("topics.npz"), num_topics=64)
 """
 
-import argparse
-import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,29 +25,44 @@ from rich.table import Table
 
 from jaxcl.assignment import assign_topics
 from jaxcl.data.sources import PairSource
+from jaxcl.host.command import run_command
+from jaxcl.host.command_flags import CommandParser, add_workdir_flag, user_path
 from jaxcl.host.files import write_npz, write_whole
 from jaxcl.host.progress import say
-from jaxcl.run.checkpoint import CheckpointError
-from jaxcl.run.trained import open_trained
+from jaxcl.run.opened import open_run
+from jaxcl.settings.parts import Trust
 from jaxcl.typing import SIDES, Float, Int
 
-__all__ = ["find_topics", "main"]
+__all__ = ["main", "topics"]
 
 _SPLIT = "train"
 _EXAMPLES = 5
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `find_topics` for a person: an error that is theirs comes as one line."""
-    given = _arguments(argv)
-    out = given.out or given.workdir / f"topics-{_SPLIT}.npz"
-    try:
-        report = find_topics(given.workdir, out, num_topics=given.topics, seed=given.seed)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, CheckpointError) as error:
-        say(f"error: {error}")
-        sys.exit(1)
+    """Run the command."""
+    parser = CommandParser("jaxcl.topics", __doc__)
+    add_workdir_flag(parser)
+    parser.add_argument("--topics", type=int, default=64, help="the number of topics (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random starts")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        type=user_path,
+        help=f"the file; DIR/topics-{_SPLIT}.npz by default",
+    )
+    run_command(parser, _run, argv)
+
+
+def _run(arguments: Namespace) -> None:
+    out = arguments.out or arguments.workdir / f"topics-{_SPLIT}.npz"
+    report = topics(
+        arguments.workdir,
+        out,
+        num_topics=arguments.topics,
+        seed=arguments.seed,
+        trust=arguments.trust,
+    )
     table = Table("topics", "", show_header=False)
     for name, value in report.items():
         table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else str(value))
@@ -55,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def find_topics(workdir: Path, out: Path, *, num_topics: int, seed: int = 0) -> dict[str, Any]:
+def topics(
+    workdir: Path, out: Path, *, num_topics: int, seed: int = 0, trust: Trust = ()
+) -> dict[str, Any]:
     """Sorts the training rows of a run into topics, writes the file, and returns a report.
 
     Args:
@@ -63,19 +83,20 @@ def find_topics(workdir: Path, out: Path, *, num_topics: int, seed: int = 0) -> 
       out: the file to write, `.npz`: `topic`, of each row, and `source`, which names the rows.
       num_topics: how many, at most.
       seed: of what is drawn.
+      trust: packages whose code the run may name.
 
     Raises:
       ValueError: if there is no such run, or it has fewer rows than topics.
       CheckpointError: if no checkpoint can be read.
     """
-    run = open_trained(Path(workdir))
-    source = run.sources[_SPLIT]
+    run = open_run(Path(workdir), trust=trust)
+    source = run.sources()[_SPLIT]
     if not 1 <= num_topics <= len(source):
         raise ValueError(
             f"--topics={num_topics}, but the run has {len(source):,} training rows; give from 1 "
             "to as many"
         )
-    sides = run.embeddings(_SPLIT)
+    sides = run.embeddings(_SPLIT, source)
     topic = assign_topics(*(sides[side] for side in SIDES), num_topics=num_topics, seed=seed)
     points = sides["query"] + sides["key"]
     points /= np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
@@ -116,17 +137,6 @@ def _examples(
         lines += [f"- {' '.join(record['query'].split())}" for record in source.read(central)]
         lines.append("")
     return "\n".join(lines)
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxcl.topics", description="Sorts the rows of a trained run into topics."
-    )
-    parser.add_argument("--workdir", type=Path, required=True, help="of the run that was trained")
-    parser.add_argument("--topics", type=int, default=64, help="how many (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
-    parser.add_argument("--out", type=Path, help=f"where; DIR/topics-{_SPLIT}.npz by default")
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

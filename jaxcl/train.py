@@ -1,124 +1,95 @@
 """Trains an embedder.
 
-    python -m jaxcl.train --config configs/code_search.py [--workdir DIR] [--config.steps=500 …]
+    python -m jaxcl.train --config configs/code_search.py --config.steps=500
 
-The same command goes on where it was stopped. A run starts in one of three ways: from nothing;
-from the newest checkpoint of its workdir; or, where that one is damaged, from the one before.
+The same command resumes a run that was stopped, from the newest checkpoint of its workdir, or from
+the one before it if that one is damaged.
+
+In a program or a notebook, call `train`:
+
+    train(load_config("code_search:smoke"), Path("runs/smoke"))
 """
 
 import contextlib
 import functools
 import re
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from argparse import Namespace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from jaxcl.data.loader import training_batches
 from jaxcl.data.prepare import RunData, prepare_data
 from jaxcl.data.row_negatives import RowNegatives
 from jaxcl.evaluation.held_out import evaluate_run, quick_metrics
-from jaxcl.host.huge_pages import start_with_huge_pages
-from jaxcl.host.processes import (
-    first_then_others,
-    leave,
-    leave_for,
-    start_processes,
-    stop_requests,
-)
+from jaxcl.host.command import join_processes, run_command
+from jaxcl.host.command_flags import CommandParser, add_process_flags, user_path
+from jaxcl.host.processes import Stopped, first_then_others, stop_requests
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.ops.mesh import fetch
 from jaxcl.run.batches import RunBatches
-from jaxcl.run.checkpoint import CheckpointError, Checkpoints
+from jaxcl.run.build_loss import batch_needs
+from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.memory import check_bank_divides, tiers_left_empty
 from jaxcl.run.metric_writer import MetricWriter
-from jaxcl.run.reports import DivergenceError, Reports
+from jaxcl.run.reports import Reports
+from jaxcl.run.training import Training, build_training
 from jaxcl.run.watch import Watch, keep_compiled
 from jaxcl.run.workdir import claim_workdir, lock_workdir
-from jaxcl.settings.build import Program, build_program
-from jaxcl.settings.build_assignment import unused_settings
-from jaxcl.settings.build_loss import batch_needs
-from jaxcl.settings.build_negatives import check_bank_divides, tiers_left_empty
+from jaxcl.settings.command_line import add_config_flags, changed_fields, config_of
+from jaxcl.settings.read import read_settings
+from jaxcl.settings.sections import Settings
 from jaxcl.step.train_state import TrainState
 from jaxcl.typing import Batch
 
-__all__ = ["Stopped", "parse_flags", "train"]
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of configs/, such as configs/code_search.py or …py:smoke."
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run keeps all it writes; runs/NAME-OF-THE-CONFIG by default."
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of the first of several processes."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
-_DISTRIBUTED = flags.DEFINE_boolean(
-    "distributed", False, "Several processes, which JAX finds out about, as on a pod of TPU hosts."
-)
-_PROFILE = flags.DEFINE_string(
-    "profile", None, "START:STOP, the steps of which a trace goes to WORKDIR/profile."
-)
-flags.mark_flag_as_required("config")
+__all__ = ["Stopped", "main", "train"]
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop, and its state is saved."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = CommandParser("jaxcl.train", __doc__)
+    add_config_flags(parser)
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        type=user_path,
+        help="the folder of the run; runs/NAME-OF-THE-CONFIG by default",
+    )
+    parser.add_argument(
+        "--profile", metavar="START:STOP", help="the steps to trace into WORKDIR/profile"
+    )
+    add_process_flags(parser)
+    interrupted = "interrupted; the same command resumes from the last checkpoint"
+    run_command(parser, _run, argv, interrupted=interrupted, trains=True)
 
-    def __init__(self, signal_number: int, step: int):
-        super().__init__(f"stopped at step {step}; the same command goes on from there")
-        self.exit_code = 128 + signal_number
 
-
-def main(argv: list[str]) -> None:
-    """Runs `train` for a person: an error that is theirs comes as one line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)  # libraries say much that helps nobody
-    try:
-        start_processes(
-            coordinator=_COORDINATOR.value,
-            num_processes=_NUM_PROCESSES.value,
-            process_id=_PROCESS_ID.value,
-            asked=_DISTRIBUTED.value,
-        )
-        workdir = _workdir()
-        given = config_flags.get_override_values(flags.FLAGS["config"])
-        for setting in unused_settings(_CONFIG.value, given):
-            say(f"warning: {setting} has no effect; assignment.name is another")
-        keep_compiled(workdir.parent / ".compiled")
-        train(_CONFIG.value, workdir, profile=_profiled(_PROFILE.value))
-    except Stopped as stopped:
-        say(str(stopped))
-        sys.exit(stopped.exit_code)
-    except KeyboardInterrupt:
-        say("interrupted a second time; the same command goes on from the last whole checkpoint")
-        leave(128 + signal.SIGINT)
-    except (ValueError, OSError, CheckpointError, DivergenceError) as error:
-        logging.vlog(1, "the error in full", exc_info=True)
-        say(f"error: {error}")
-        leave(1)
-    except Exception as error:  # whatever it is, the others must not wait for this process
-        logging.vlog(1, "the error in full", exc_info=True)
-        leave_for(error)
+def _run(arguments: Namespace) -> None:
+    config = config_of(arguments)
+    profile = _profiled(arguments.profile)
+    join_processes(arguments)
+    workdir = arguments.workdir or _default_workdir(arguments.config)
+    keep_compiled(workdir.parent / ".compiled")
+    train(config, workdir, changed=changed_fields(arguments), profile=profile)
 
 
 def train(
-    config: ConfigDict, workdir: Path, *, profile: tuple[int, int] | None = None
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    changed: Collection[str] = (),
+    profile: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Trains to the last step, evaluates, and returns what `results.json` then holds.
 
     Args:
       config: the run's, as the files of `configs/` return it.
       workdir: where it keeps all it writes.
-      profile: the first step of a trace, and the first behind it.
+      changed: dotted names of the fields that the user changed; one without effect is an error.
+      profile: the first step of a trace, and the first step after it.
 
     Raises:
       ValueError: for a config that cannot run here, or a workdir of another config or run.
@@ -126,38 +97,42 @@ def train(
       DivergenceError: if the loss is not finite.
       Stopped: after SIGTERM or SIGINT, with everything saved.
     """
-    program = build_program(config)
-    check_bank_divides(config, program.mesh)
+    settings = read_settings(config, changed=changed)
+    training = build_training(settings)
+    check_bank_divides(settings, training.mesh)
     with lock_workdir(workdir):
-        first_then_others(functools.partial(claim_workdir, workdir, config))
-        data_dir = Path(config.run.data_dir).expanduser()
-        scored = "teacher_scores" in batch_needs(config)
+        first_then_others(functools.partial(claim_workdir, workdir, settings))
+        data_dir = Path(settings.run.data_dir).expanduser()
+        scored = "teacher_scores" in batch_needs(settings)
         data = first_then_others(
             functools.partial(
-                prepare_data, config.data, data_dir=data_dir, workdir=workdir, scored=scored
+                prepare_data,
+                settings.data,
+                data_dir=data_dir,
+                workdir=workdir,
+                scored=scored,
+                open_source=settings.parts.source,
             )
         )
-        _check_enough_rows(config, data)
-        with Checkpoints(workdir / "checkpoints", keep=config.run.keep_checkpoints) as checkpoints:
+        _check_enough_rows(settings, data)
+        keep = settings.run.keep_checkpoints
+        with Checkpoints(workdir / "checkpoints", keep=keep) as checkpoints:
             rows = data.tables["train"].num_rows, data.tables["train"].group
-            restored = checkpoints.restore_latest(program.abstract_state(*rows))
-            state = program.init(*rows) if restored is None else restored.state
+            restored = checkpoints.restore_latest(training.abstract_state(*rows))
+            state = training.init(*rows) if restored is None else restored.state
             if jax.process_index() == 0:
-                for tier in tiers_left_empty(config, rows[0]):
+                for tier in tiers_left_empty(settings, rows[0]):
                     say(f"warning: negatives.tiers.uniform draws all of the bank, none for {tier}")
-                say(_opening(config, program, data, workdir, first_step=int(state.step)))
+                say(_opening(training, data, workdir, first_step=int(state.step)))
             with contextlib.closing(MetricWriter(workdir, step=int(state.step))) as writer:
-                batches = RunBatches(config, program, data, workdir)
+                batches = RunBatches(training, data, workdir)
                 with Watch(workdir / "profile", profile) as watch:
-                    state = _run_steps(
-                        config, program, data, batches, state, checkpoints, writer, watch
-                    )
-        return evaluate_run(config, program, data, state.params["towers"], workdir)
+                    state = _run_steps(training, data, batches, state, checkpoints, writer, watch)
+        return evaluate_run(settings, training.encoder(state, data.tokenizer), data, workdir)
 
 
 def _run_steps(
-    config: ConfigDict,
-    program: Program,
+    training: Training,
     data: RunData,
     run_batches: RunBatches,
     state: TrainState,
@@ -165,39 +140,39 @@ def _run_steps(
     writer: MetricWriter,
     watch: Watch,
 ) -> TrainState:
-    step = int(state.step)
-    batches = _batches(config, program, data, run_batches, state)
-    with stop_requests() as asked_to_stop, progress_bar("training", config.steps) as advance:
+    step, settings = int(state.step), training.settings
+    batches = _batches(training, data, run_batches, state)
+    with stop_requests() as asked_to_stop, progress_bar("training", settings.steps) as advance:
         advance(step)
-        reports = Reports(config, program, writer, advance)
-        while step < config.steps:
+        reports = Reports(training, writer, advance)
+        while step < settings.steps:
             begun = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - begun
             step += 1
-            at_end = step == config.steps
-            evaluating = at_end or step % config.run.evaluate_every == 0
+            at_end = step == settings.steps
+            evaluating = at_end or step % settings.run.evaluate_every == 0
             measured: dict[str, float] = {}
             if evaluating:
                 with reports.paused():
-                    measured = _floats(program.measure(state, batch))
+                    measured = _floats(training.measure(state, batch))
             watch.before(step)
-            state, metrics = program.train_step(state, batch)
+            state, metrics = training.train_step(state, batch)
             watch.dispatched(step)
             reports.add(step, metrics, input_seconds=waited)
             watch.after(step)
             stopping = asked_to_stop(step)
             if evaluating:
                 with reports.paused():
-                    found = quick_metrics(program, data, state.params["towers"])
-                writer.write(step, found | measured)
-            if not at_end and (refreshes := _refreshes(config, program, run_batches, step)):
+                    scores = quick_metrics(training.encoder(state, data.tokenizer), data)
+                writer.write(step, scores | measured)
+            if not at_end and (refreshes := _refreshes(training, run_batches, step)):
                 with reports.paused():
                     for refresh in refreshes:
                         state, made = refresh(state)
                         writer.write(step, _floats(made))
-                    batches = _batches(config, program, data, run_batches, state)
-            if at_end or stopping or step % config.run.checkpoint_every == 0:
+                    batches = _batches(training, data, run_batches, state)
+            if at_end or stopping or step % settings.run.checkpoint_every == 0:
                 reports.flush()
                 reports.check(step, state)  # nothing but a good state is ever saved
                 checkpoints.save(step, state)
@@ -208,32 +183,29 @@ def _run_steps(
 
 
 def _refreshes(
-    config: ConfigDict, program: Program, run_batches: RunBatches, step: int
+    training: Training, run_batches: RunBatches, step: int
 ) -> list[Callable[[TrainState], tuple[TrainState, Mapping[str, Any]]]]:
-    """What is made anew after a step, in this order."""
+    """What is recomputed after a step, in this order."""
     refreshes: list[Callable] = []
-    if program.mine and step % config.negatives.mined.refresh_every == 0:
-        refreshes.append(program.mine)
+    every = training.settings.negatives.mined.refresh_every
+    if training.mine is not None and every is not None and step % every == 0:
+        refreshes.append(training.mine)
     if run_batches.due(step):
         refreshes.append(run_batches.refresh)
     return refreshes
 
 
 def _batches(
-    config: ConfigDict,
-    program: Program,
-    data: RunData,
-    run_batches: RunBatches,
-    state: TrainState,
+    training: Training, data: RunData, run_batches: RunBatches, state: TrainState
 ) -> Iterator[Batch]:
     """The batches to come, a function of the state alone."""
-    negatives = _mined_negatives(state, data) if program.mine else data.negatives
+    negatives = _mined_negatives(state, data) if training.mine else data.negatives
     return training_batches(
         data.tables["train"],
         run_batches.rows_of(state),
-        program.mesh,
+        training.mesh,
         first_step=int(state.step),
-        last_step=config.steps,
+        last_step=training.settings.steps,
         negatives=negatives,
         guides=data.guides,
     )
@@ -254,68 +226,39 @@ def _profiled(given: str | None) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", given)
     if not found or not 0 < int(found[1]) < int(found[2]):
-        raise ValueError(f"--profile={given}; give the first step and the one behind the last")
+        raise ValueError(f"--profile={given}; give the first step and the first one after it")
     return int(found[1]), int(found[2])
 
 
-def _check_enough_rows(config: ConfigDict, data: RunData) -> None:
+def _check_enough_rows(settings: Settings, data: RunData) -> None:
     num_rows = data.tables["train"].num_rows
-    if num_rows < config.global_batch_size:
+    if num_rows < settings.global_batch_size:
         raise ValueError(
             f"the training split has {num_rows} rows, fewer than one batch of "
-            f"{config.global_batch_size}; set global_batch_size to at most {num_rows}"
+            f"{settings.global_batch_size}; set global_batch_size to at most {num_rows}"
         )
 
 
-def _opening(
-    config: ConfigDict, program: Program, data: RunData, workdir: Path, *, first_step: int
-) -> str:
+def _opening(training: Training, data: RunData, workdir: Path, *, first_step: int) -> str:
     rows = {role: table.num_rows for role, table in data.tables.items()}
-    table = data.tables["train"]
-    abstract_params = jax.tree.leaves(program.abstract_state(table.num_rows, table.group).params)
+    table, steps = data.tables["train"], training.settings.steps
+    abstract_params = jax.tree.leaves(training.abstract_state(table.num_rows, table.group).params)
     parameters = sum(leaf.size for leaf in abstract_params)
     begins = f"goes on from step {first_step}" if first_step else "begins"
-    if first_step >= config.steps:
+    if first_step >= steps:
         begins = f"has made its {first_step} steps, and is evaluated"
     return (
-        f"{workdir}: {begins}. {config.model.name}, {parameters:,} parameters, "
-        f"{program.mesh.size} × {jax.devices()[0].device_kind} as "
-        f"{dict(program.mesh.shape)}; pairs: "
+        f"{workdir}: {begins}. {training.settings.model.name}, {parameters:,} parameters, "
+        f"{training.mesh.size} × {jax.devices()[0].device_kind} as "
+        f"{dict(training.mesh.shape)}; pairs: "
         + ", ".join(f"{count:,} {role}" for role, count in rows.items())
     )
 
 
-def _workdir() -> Path:
-    if _WORKDIR.value:
-        return Path(_WORKDIR.value)
-    file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+def _default_workdir(named: str) -> Path:
+    file, _, variant = named.partition(":")
     return Path("runs") / "-".join(filter(None, (Path(file).stem, variant)))
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Absl's parser, but a config or override that is wrong comes as one line."""
-    for argument, value in zip(argv, [*argv[1:], ""], strict=True):
-        named = value if argument == "--config" else argument.removeprefix("--config=")
-        file = Path(named.partition(":")[0])
-        if named != argument and not file.exists():
-            say(f"error: --config={named}: there is no such file as {file.absolute()}")
-            sys.exit(1)
-    try:
-        return flags.FLAGS(argv)
-    except Exception as error:  # a config is a program: it may raise whatever there is
-        unknown_field = isinstance(error, (AttributeError, KeyError))
-        reason = f"no such field: {error}" if unknown_field else str(error)
-        if "Traceback" in reason:
-            reason = reason.strip().splitlines()[-1]
-        # The libraries quote a message within a message.
-        readable = " ".join(re.sub(r"[\\'\"]", "", reason.replace("\\n", " ")).split())
-        readable = readable.replace(" Did you mean", ". Did you mean")
-        overrides = [argument for argument in argv if argument.startswith("--config.")]
-        given = f" (given: {' '.join(overrides)})" if overrides else ""
-        say(f"error: the config cannot be used: {readable}{given}")
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    start_with_huge_pages()
-    app.run(main, flags_parser=parse_flags)
+    main()

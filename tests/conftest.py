@@ -73,7 +73,8 @@ def smoke_pairs(tmp_path_factory) -> Path:
 
     To name it spares a run the hashing of all packages.
     """
-    from configs.code_search import get_config
+    from jaxcl.configs.code_search import get_config
+
     from jaxcl.data.code_pairs import prepare_code_pairs
 
     folder = tmp_path_factory.getbasetemp()

@@ -34,8 +34,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxcl.configs.code_search import get_config
 
-from configs.code_search import get_config
 from jaxcl.bench.machine import commit
 from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.host.files import write_whole

@@ -8,11 +8,9 @@ was read back.
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import jax
-from absl import app
 
 from jaxcl import train as trainer
 from jaxcl.ops.mesh import fetch
@@ -30,7 +28,6 @@ def run(arguments: list[str], environment: dict[str, str], log: Path, output: Pa
       output: what it says goes there.
     """
     os.environ.update(environment)
-    sys.argv = ["jaxcl.train", *arguments]
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -61,7 +58,7 @@ def run(arguments: list[str], environment: dict[str, str], log: Path, output: Pa
 
     Checkpoints.restore_latest, Checkpoints.save = noted_restore, noted_save
     trainer.training_batches = noted_batches
-    app.run(trainer.main, flags_parser=trainer.parse_flags)
+    trainer.main(arguments)
 
 
 def digest(state) -> str:

@@ -8,8 +8,9 @@ import numpy as np
 
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.metric_writer import read_metrics
+from jaxcl.run.training import build_training
 from jaxcl.run.workdir import read_config
-from jaxcl.settings.build import build_program
+from jaxcl.settings.read import read_settings
 
 
 def unit_vectors(seed: int, *shape: int, dtype=jnp.float64):
@@ -56,9 +57,14 @@ def unclocked(workdir: Path) -> list[dict]:
     ]
 
 
+def training_of(config, **options):
+    """The functions of a run, from its config."""
+    return build_training(read_settings(config), **options)
+
+
 def final_state(workdir: Path, *, step: int):
     """The state at the newest checkpoint, which is that of a step; on all devices that are here."""
-    program = build_program(read_config(workdir))
+    program = training_of(read_config(workdir))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore_latest(program.abstract_state())
     assert restored.step == step

@@ -28,6 +28,7 @@ from jaxcl.bench.gpu.table import as_table
 from jaxcl.bench.gpu.worker import Spec
 from jaxcl.cost.program_cost import matrix_flops
 from jaxcl.ops.pairs import pallas_gpu, tiled
+from jaxcl.typing import SIDES
 from tests.helpers import relative_error, unit_vectors
 
 ROOT = Path(__file__).parents[1]
@@ -332,7 +333,7 @@ def test_parts_1_to_5_need_little():
 
 
 def test_a_heavy_import_would_be_seen():
-    assert "tokenizers is blocked" in import_without("jaxcl.settings.build").stderr
+    assert "tokenizers is blocked" in import_without("jaxcl.run.training").stderr
 
 
 _PARENT = """
@@ -340,7 +341,6 @@ import sys
 from jax._src import xla_bridge
 from jaxcl.bench import __main__
 from jaxcl.bench.gpu import command
-from jaxcl.typing import SIDES
 command.jobs_of = lambda *_, **__: []
 __main__.main(["gpu", "--minutes=1", "--json", sys.argv[1]])
 assert not xla_bridge.backends_are_initialized()

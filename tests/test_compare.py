@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from jaxcl.configs.code_search import get_config
 
-from configs.code_search import get_config
 from jaxcl import compare as comparing
 from jaxcl.compare import as_markdown, compare
 
@@ -17,7 +17,7 @@ def trained(monkeypatch, trained_on):
     """What was trained; each run leaves the ranks that its config gives it."""
     runs = []
 
-    def train(config, workdir):
+    def train(config, workdir, *, changed):
         runs.append((config.model.dim, config.seed, config.loss.masks))
         trained_on.append(config.data.name)
         workdir.mkdir(parents=True)

@@ -16,13 +16,14 @@ FLOORS = dict(
             ("losses", "negatives", "assignment", "ops", "grad_cache", "metrics"),
             ("host",),
             ("models",),
+            ("settings", "configs"),
             ("cost",),
             ("data",),
             ("step",),
-            ("settings",),
             ("run",),
             ("evaluation",),
             ("train", "search", "mine", "topics", "compare", "plan", "check_grad", "bench"),
+            ("__main__",),
         ]
     )
 )
@@ -65,6 +66,37 @@ def test_a_foreign_import_is_seen(tmp_path):
     ]
 
 
+COMMANDS = {"train", "search", "mine", "topics", "compare", "plan", "check_grad"}
+ROOT = COMMANDS | {"__init__", "__main__", "typing", "metrics", "grad_cache"}
+READERS = COMMANDS | {"settings", "configs", "bench"}
+
+
+def test_the_root_holds_the_commands_and_five_files():
+    assert {path.stem for path in PACKAGE.glob("*.py")} <= ROOT
+
+
+def test_only_commands_and_settings_know_of_configs():
+    """Code below the commands receives checked settings, never a ConfigDict."""
+    assert config_readers(PACKAGE) == []
+
+
+def test_a_config_below_the_commands_is_seen(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "build.py").write_text("from ml_collections import ConfigDict\n")
+    (tmp_path / "train.py").write_text("from ml_collections import ConfigDict\n")
+    assert config_readers(tmp_path) == ["run/build.py"]
+
+
+def test_no_module_is_too_long():
+    assert too_long(PACKAGE) == []
+
+
+def test_a_long_module_is_seen(tmp_path):
+    (tmp_path / "short.py").write_text("x = 1\n" * 400)
+    (tmp_path / "long.py").write_text("x = 1\n" * 401)
+    assert too_long(tmp_path) == ["long.py: 401 lines"]
+
+
 def test_a_fresh_interpreter_loads_nothing_heavy_for_the_library():
     everything = ", ".join(["jaxcl", *(f"jaxcl.{part}" for part in LIBRARY)])
     assert heavy_modules_after(f"import {everything}") == []
@@ -92,6 +124,26 @@ def foreign_imports(package):
         if path.relative_to(package).parts[0].removesuffix(".py") in LIBRARY
         for name in sorted({module.split(".")[0] for module in modules_imported(path)})
         if name not in ALLOWED_IN_LIBRARY
+    ]
+
+
+def config_readers(package):
+    return [
+        str(path.relative_to(package))
+        for path in sorted(package.rglob("*.py"))
+        if path.relative_to(package).parts[0].removesuffix(".py") not in READERS
+        and any(module.split(".")[0] == "ml_collections" for module in modules_imported(path))
+    ]
+
+
+def too_long(package):
+    lines = {
+        path.relative_to(package): path.read_text().count("\n") for path in package.rglob("*.py")
+    }
+    return [
+        f"{path}: {count} lines"
+        for path, count in sorted(lines.items())
+        if count > (700 if path.parts[:2] == ("ops", "pairs") else 400)
     ]
 
 

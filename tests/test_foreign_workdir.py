@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import code_search, tfds_pairs
 from jaxcl import mine, search, topics
+from jaxcl.configs import code_search, tfds_pairs
 from jaxcl.data.prepare import prepare_data
 from jaxcl.data.row_files import read_arrays
 from jaxcl.host.block_file import BlockFile
-from jaxcl.run.trained import open_trained
-from jaxcl.run.workdir import claim_workdir
+from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.opened import open_run
+from jaxcl.run.workdir import claim_workdir, read_config
+from jaxcl.settings.read import read_settings
+from tests.helpers import training_of
 from tests.prepared_data import Trap, make_hostile, prepare_pairs, read_by_tfds
 
 trap_numbers = itertools.count(1_000)
@@ -45,8 +48,8 @@ def config(prepared, tmp_path):
 def workdir(config, tmp_path):
     """A run that has its data and no checkpoint."""
     workdir = tmp_path / "workdir"
-    claim_workdir(workdir, config)
-    prepare_data(config.data, data_dir=tmp_path / "data", workdir=workdir)
+    claim_workdir(workdir, read_settings(config))
+    prepare_data(read_settings(config).data, data_dir=tmp_path / "data", workdir=workdir)
     return workdir
 
 
@@ -82,11 +85,17 @@ def concatenate_in_config_json(workdir, hostile):
     )
 
 
+def save_checkpoint(workdir):
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(1, training_of(read_config(workdir)).init())
+
+
 @pytest.mark.parametrize("change", [name_in_data_json, concatenate_in_config_json])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_command_imports_a_class_that_a_workdir_names(
     workdir, hostile, trap, capsys, change, command
 ):
+    save_checkpoint(workdir)
     change(workdir, hostile)
     with pytest.raises(SystemExit) as stop:
         COMMANDS[command](workdir)
@@ -109,12 +118,12 @@ def test_a_harmless_workdir_is_opened(workdir, capsys, command):
 def test_training_imports_nothing_either(config, workdir, hostile, trap, tmp_path):
     config.data.name = str(hostile)
     with pytest.raises(ValueError, match="names the feature class"):
-        prepare_data(config.data, data_dir=tmp_path, workdir=tmp_path)
+        prepare_data(read_settings(config).data, data_dir=tmp_path, workdir=tmp_path)
     # A run of code pairs takes the folder from data.json.
     name_in_data_json(workdir, hostile)
-    config = code_search.get_config("smoke").data
+    data = read_settings(code_search.get_config("smoke")).data
     with pytest.raises(ValueError, match="names the feature class"):
-        prepare_data(config, data_dir=tmp_path, workdir=workdir)
+        prepare_data(data, data_dir=tmp_path, workdir=workdir)
     assert not trap.sprung
 
 
@@ -126,8 +135,9 @@ def test_a_folder_with_a_program_is_no_data_set(workdir, trap, monkeypatch, name
         shutil.copy(workdir.parent / f"{trap.module}.py", folder / file)
     monkeypatch.chdir(workdir.parent)
     change_json(workdir / "data.json", lambda content: content.update(data_set=name))
+    save_checkpoint(workdir)
     with pytest.raises(ValueError, match=r"not prepared|neither a directory|no prepared data set"):
-        open_trained(workdir)
+        open_run(workdir).sources()
     assert not trap.sprung
 
 
@@ -137,14 +147,14 @@ def test_a_folder_with_a_program_is_no_data_set(workdir, trap, monkeypatch, name
 def test_a_damaged_data_json_is_named(workdir, content):
     (workdir / "data.json").write_text(content)
     with pytest.raises(ValueError, match=r"data\.json is damaged"):
-        open_trained(workdir)
+        open_run(workdir)
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "!!python/object/apply:os.getcwd []"])
 def test_a_config_of_a_workdir_is_json(workdir, content):
     (workdir / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
-        open_trained(workdir)
+        open_run(workdir)
 
 
 class Touch:

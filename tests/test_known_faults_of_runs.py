@@ -12,8 +12,8 @@ import pytest
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from configs import tfds_pairs
 from jaxcl.compare import compare
+from jaxcl.configs import tfds_pairs
 from jaxcl.run.metric_writer import read_metrics
 from jaxcl.search import main as search
 from jaxcl.train import train
@@ -105,7 +105,6 @@ def trained(small_config, tmp_path_factory):
     return workdir
 
 
-@known_fault("the setting is accepted")
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
@@ -185,7 +184,6 @@ def run_python(*arguments: str, directory: Path, **environment: str) -> str:
     return finished.stdout
 
 
-@known_fault("a folder with the name ~ is made")
 def test_a_workdir_may_begin_with_a_tilde(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
@@ -210,13 +208,11 @@ app.run(lambda argv: print("imported"))
 """
 
 
-@known_fault("importing the function defines the program's flags, one of them required")
 @pytest.mark.parametrize("program", [OWN_FLAG, OWN_MAIN], ids=["own flag", "own main"])
 def test_a_program_that_defines_flags_can_import_train(program, tmp_path):
     assert run_python("-c", program, directory=tmp_path).endswith("imported\n")
 
 
-@known_fault("signal handlers are set up in every thread", raises=ValueError)
 def test_a_run_may_train_in_a_thread(small_config, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         results = pool.submit(train, small_config(), tmp_path / "run").result()

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jaxcl.configs.code_search import get_config
 
-from configs.code_search import get_config
 from jaxcl import mine as miner
 from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.data.python_functions import SourceRoot
 from jaxcl.host.block_file import BlockFile
 from jaxcl.mine import main, mine
 from jaxcl.negatives.mining import MiningRule
-from jaxcl.run.trained import open_trained
+from jaxcl.run.opened import open_run
 from jaxcl.train import train
 
 VERBS = ("open", "close", "count", "merge", "split", "drop")
@@ -61,10 +61,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 def embeddings(workdir):
-    run = open_trained(workdir)
-    table = run.token_table("train")
+    run = open_run(workdir)
+    table = run.token_table("train", run.sources()["train"])
     sides = [
-        run.program.embed(run.params, side, table.side(side, np.arange(table.num_rows))["tokens"])
+        run.encoder.embed(side, table.side(side, np.arange(table.num_rows))["tokens"])
         for side in ("query", "key")
     ]
     return (*sides, table)

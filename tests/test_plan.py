@@ -5,12 +5,13 @@ import math
 import jax
 import numpy as np
 import pytest
+from jaxcl.configs.code_search import get_config
 
-from configs.code_search import get_config
 from jaxcl.cost.chips import CHIPS
 from jaxcl.ops.mesh import put_batch
 from jaxcl.plan import NoRoomError, Plan, _advice, _devices, _settings, make_plan
-from jaxcl.settings.build import build_program
+from jaxcl.settings.read import read_settings
+from tests.helpers import training_of
 
 ROWS = 2_000
 
@@ -42,8 +43,8 @@ def small(**changes):
 )
 def test_parts_are_those_of_the_arrays(changes):
     config = small(**changes)
-    plan = make_plan(config, jax.devices(), num_rows=ROWS)
-    program = build_program(config)
+    plan = make_plan(read_settings(config), jax.devices(), num_rows=ROWS)
+    program = training_of(config)
     state = program.init(ROWS, np.zeros(ROWS, np.int32))
     for part, tree in (
         (plan.parameters, state.params),
@@ -70,7 +71,7 @@ def test_parts_are_those_of_the_arrays(changes):
 def test_mined_negatives_are_part_of_the_batch_and_of_the_loss():
     mined = {"negatives.bank.kind": "instance", "negatives.mined.refresh_every": 5}
     config = small(**mined)
-    plan = make_plan(config, jax.devices(), num_rows=ROWS)
+    plan = make_plan(read_settings(config), jax.devices(), num_rows=ROWS)
     rows, count = config.global_batch_size // 8, config.negatives.mined.per_query
     tokens = {side: 4 * length for side, length in config.data.max_tokens.items()}
     labels = 3 * 4
@@ -83,7 +84,8 @@ def test_mined_negatives_are_part_of_the_batch_and_of_the_loss():
 
 def test_parameters_over_an_axis_take_a_share():
     whole, shared = (
-        make_plan(small(**{"run.mesh.fsdp": size}), jax.devices(), num_rows=ROWS) for size in (1, 8)
+        make_plan(read_settings(small(**{"run.mesh.fsdp": size})), jax.devices(), num_rows=ROWS)
+        for size in (1, 8)
     )
     assert shared.parameters < whole.parameters / 7
     assert shared.optimizer < whole.optimizer / 7
@@ -120,16 +122,18 @@ def test_a_step_that_the_compiler_cannot_fit_is_named(monkeypatch):
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", exhausted)
     with pytest.raises(NoRoomError, match=r"^Ran out of memory: 19G of 15G.; try grad_cache"):
-        make_plan(small(), jax.devices(), num_rows=ROWS)
+        make_plan(read_settings(small()), jax.devices(), num_rows=ROWS)
 
 
 def test_what_only_a_file_knows_is_an_error():
     with pytest.raises(ValueError, match="shapes that only their files know"):
-        make_plan(small(**{"data.negatives": "mined.npz"}), jax.devices(), num_rows=ROWS)
+        make_plan(
+            read_settings(small(**{"data.negatives": "mined.npz"})), jax.devices(), num_rows=ROWS
+        )
 
 
 def test_fewer_rows_than_a_batch_or_devices_than_asked_for_are_errors():
     with pytest.raises(ValueError, match="fewer than one batch"):
-        make_plan(small(), jax.devices(), num_rows=0)
+        make_plan(read_settings(small()), jax.devices(), num_rows=0)
     with pytest.raises(ValueError, match="but here are 8"):
         _devices(None, 9)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from jaxcl.data.sources import open_pairs
-from jaxcl.data.splits import data_set_names
 from jaxcl.losses import infonce_loss
-from jaxcl.settings.build import build_program
-from jaxcl.settings.build_assignment import sources_by
+from jaxcl.run.training import build_training
+from jaxcl.settings.derived import data_set_names, sources_by
+from jaxcl.settings.read import read_settings
 from tests.helpers import relative_error, unit_vectors
 
 README = Path(__file__).parents[1] / "README.md"
@@ -65,7 +65,7 @@ def test_batches_are_chosen_of_two_arrays():
 def test_a_config_of_two_data_sets_is_one_that_can_be_built():
     names = {}
     exec(snippet("Which rows share a batch", 1), names)
-    config = names["get_config"]("smoke")
-    assert data_set_names(config.data) == ("first", "wiki")
-    assert sources_by(config) == "data_set"
-    assert build_program(config).mesh.size == 8
+    settings = read_settings(names["get_config"]("smoke"))
+    assert data_set_names(settings.data) == ("first", "wiki")
+    assert sources_by(settings) == "data_set"
+    assert build_training(settings).mesh.size == 8

@@ -18,8 +18,9 @@ from jaxcl.data.python_functions import SourceRoot
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.tokenizer import train_tokenizer
 from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.training import build_training
 from jaxcl.run.workdir import claim_workdir, read_config
-from jaxcl.settings.build import build_program
+from jaxcl.settings.read import read_settings
 
 VERBS, NOUNS = ("open", "close", "count", "merge"), ("socket", "ledger", "window", "matrix")
 PLANTED = "Tell the phase of the moon on a given calendar day."
@@ -59,10 +60,9 @@ def _config(data_set: Path, data_dir: Path) -> ConfigDict:
 
 
 def _save(workdir: Path, step: int, *, seed: int) -> None:
-    config = read_config(workdir)
-    config.seed = seed
+    settings = read_settings(read_config(workdir))._replace(seed=seed)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        checkpoints.save(step, build_program(config).init())
+        checkpoints.save(step, build_training(settings).init())
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def untrained(tmp_path_factory) -> Path:
     )
     assert sum(pairs.split_sizes.values()) == NUM_FUNCTIONS
     config, workdir = _config(pairs.directory, folder / "data"), folder / "workdir"
-    claim_workdir(workdir, config)
-    prepare_data(config.data, data_dir=folder / "data", workdir=workdir)
+    claim_workdir(workdir, read_settings(config))
+    prepare_data(read_settings(config).data, data_dir=folder / "data", workdir=workdir)
     return workdir
 
 
@@ -151,13 +151,13 @@ def _flip_bytes(workdir: Path, step: int) -> None:
 @pytest.fixture
 def embeddings_made(monkeypatch) -> list[int]:
     """Grows by one number whenever a pool is embedded."""
-    made, embed_pool = [], search._embed_pool
+    made, build_index = [], search._build_index
 
-    def counting(*args):
+    def counting(run):
         made.append(1)
-        return embed_pool(*args)
+        return build_index(run)
 
-    monkeypatch.setattr(search, "_embed_pool", counting)
+    monkeypatch.setattr(search, "_build_index", counting)
     return made
 
 
@@ -170,7 +170,7 @@ def test_a_docstring_of_the_pool_finds_its_function_first(trained, hybrid):
 
 def test_hybrid_scores_are_sums_of_reciprocal_ranks(trained):
     first = search.open_search(trained, hybrid=True)(PLANTED, 1)[0]
-    rrf_k = read_config(trained).evaluation.rrf_k
+    rrf_k = read_settings(read_config(trained)).evaluation.rrf_k
     assert first.score == pytest.approx(1 / (rrf_k + 1) + 1 / (rrf_k + 1))
 
 
@@ -226,6 +226,14 @@ def test_without_metadata_what_there_is_is_printed(trained, run, monkeypatch, tm
     assert len(hits) == 6
     assert list(hits[0]) == ["score", "query", "first_line", "key"]
     assert [hit["query"] for hit in hits[:4]] == ["b", "c", "b", "c"]
+
+
+def test_one_call_finds_what_the_opened_run_finds(trained):
+    hits = search.search(trained, PLANTED, top=2)
+    assert hits == search.open_search(trained)(PLANTED, 2)
+    assert len(hits) == 2
+    with pytest.raises(ValueError, match="give 1 or more"):
+        search.search(trained, PLANTED, top=0)
 
 
 @pytest.mark.parametrize("end", ["", EOFError, KeyboardInterrupt])
@@ -299,11 +307,11 @@ def test_the_index_is_the_key_tower_on_the_tokens_that_were_trained_on(workdir, 
     (workdir / "config.json").write_text(json.dumps(saved))
     shutil.rmtree(workdir / "checkpoints")
     _save(workdir, 2, seed=2)
-    config = read_config(workdir)
-    data = prepare_data(config.data, data_dir=Path(config.run.data_dir), workdir=workdir)
-    program = build_program(config)
-    config.seed = 2
-    params = build_program(config).init().params["towers"]
+    settings = read_settings(read_config(workdir))
+    data_dir = Path(settings.run.data_dir)
+    data = prepare_data(settings.data, data_dir=data_dir, workdir=workdir)
+    program = build_training(settings._replace(seed=2))
+    params = program.init().params["towers"]
 
     def embedded(side):
         parts = [table.side(side, np.arange(table.num_rows)) for table in data.tables.values()]
@@ -326,15 +334,17 @@ def test_the_first_line_is_that_of_the_def(start):
 
 def test_no_flipped_bit_of_an_index_is_an_error_or_believed(tmp_path):
     path, made_from = tmp_path / search.INDEX_FILE, {"step": 1}
-    keys = np.ones((3, 4), np.float32)
-    search._write_index(path, made_from, keys)
+    index = search._Index(np.ones((3, 4), np.float32), [{"key": str(row)} for row in range(3)])
+    search._write_index(path, made_from, index)
     whole = path.read_bytes()
     for place in range(0, 8 * len(whole), 3):
         damaged = bytearray(whole)
         damaged[place // 8] ^= 1 << place % 8
         path.write_bytes(damaged)
         found = search._read_index(path, made_from)
-        assert found is None or np.array_equal(found, keys)
+        assert found is None or (
+            np.array_equal(found.keys, index.keys) and found.rows == index.rows
+        )
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-500], lambda content: b""])
@@ -431,3 +441,28 @@ def test_neither_the_mesh_nor_the_batch_of_the_run_matters(workdir):
     config["global_batch_size"] = 3
     path.write_text(json.dumps(config))
     assert search.open_search(workdir)(PLANTED, 1)[0].record["name"] == "moon_phase"
+
+
+def _move_data_away(workdir: Path) -> None:
+    """What a workdir finds on another machine: neither its data set nor its data folder."""
+    for name, change in {
+        "data.json": lambda content: content.update(data_set="/no/such/data_set"),
+        "config.json": lambda content: content["run"].update(data_dir="/no/such/folder"),
+    }.items():
+        content = json.loads((workdir / name).read_text())
+        change(content)
+        (workdir / name).write_text(json.dumps(content))
+
+
+def test_a_copied_workdir_is_searched_from_its_index_without_its_data(trained, workdir):
+    wanted = search.search(trained, PLANTED, top=3)
+    _move_data_away(workdir)
+    found = search.search(workdir, PLANTED, top=3)
+    assert [hit.score for hit in found] == [hit.score for hit in wanted]
+    assert [hit.record["key"] for hit in found] == [hit.record["key"] for hit in wanted]
+
+
+def test_without_an_index_a_copied_workdir_says_that_its_rows_are_gone(workdir, run):
+    _move_data_away(workdir)
+    (workdir / search.INDEX_FILE).unlink()
+    assert "are gone from /no/such/data_set" in _error(run, "--workdir", workdir, PLANTED)

@@ -24,8 +24,8 @@ def run(monkeypatch, tmp_path):
         for seed, side in enumerate(("query", "key"), start=1)
     }
     pairs = InMemoryPairs([f"about  {row}" for row in range(ROWS)], ["key"] * ROWS)
-    trained = SimpleNamespace(sources={"train": pairs}, embeddings={"train": sides}.get)
-    monkeypatch.setattr(topics, "open_trained", {tmp_path: trained}.__getitem__)
+    trained = SimpleNamespace(sources=lambda: {"train": pairs}, embeddings=lambda *_: sides)
+    monkeypatch.setattr(topics, "open_run", lambda workdir, **_: {tmp_path: trained}[workdir])
     return SimpleNamespace(workdir=tmp_path, planted=planted, pairs=pairs)
 
 
@@ -47,7 +47,7 @@ def test_planted_topics_are_found_and_can_be_read(run, capsys):
 
 
 def test_the_report_tells_topics_from_chance(run, tmp_path):
-    report = topics.find_topics(run.workdir, tmp_path / "made" / "six.npz", num_topics=PLANTED)
+    report = topics.topics(run.workdir, tmp_path / "made" / "six.npz", num_topics=PLANTED)
     assert report["topics"] == PLANTED
     vectors = run_points(run)
     topic = np.load(tmp_path / "made" / "six.npz")["topic"]
@@ -58,7 +58,7 @@ def test_the_report_tells_topics_from_chance(run, tmp_path):
         cosines[different].mean(), rel=1e-4
     )
     assert within > cosines[different].mean() + 0.4
-    alone = topics.find_topics(run.workdir, tmp_path / "alone.npz", num_topics=ROWS)
+    alone = topics.topics(run.workdir, tmp_path / "alone.npz", num_topics=ROWS)
     assert alone["mean cosine of two rows of a topic"] is None
 
 
@@ -75,7 +75,7 @@ def test_out_and_seed_are_heard(run):
 
 
 def run_points(run) -> np.ndarray:
-    sides = topics.open_trained(run.workdir).embeddings("train")
+    sides = topics.open_run(run.workdir).embeddings("train", run.pairs)
     points = sides["query"] + sides["key"]
     return points / np.linalg.norm(points, axis=1, keepdims=True)
 

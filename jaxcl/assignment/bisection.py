@@ -1,11 +1,13 @@
 """Balanced blocks of rows that are each other's hard negatives, by recursive bisection.
 
-Every level splits all segments at once, in three steps: along the direction in which a segment's
-rows differ most; along what a random walk on the graph makes of that, since what lies in one
-direction need not hang together; and by swaps between the halves that bring more of the loss's mass
-together. In the last levels the first two begin several times, and each segment takes its best cut.
+Every level splits all segments at once, in three steps. The first cut runs across the direction in
+which a segment's rows differ most. A random walk on the graph then moves the cut to where few edges
+cross it, since rows in the same direction need not be neighbours. Finally, swaps between the halves
+move more of the loss's mass inside them. The last levels try several starts and keep the best cut
+of each segment.
 
-Whole numbers decide everything, so that the blocks are the same on any number of devices.
+All decisions compare integers, whose sums are exact in any order. The blocks are therefore the same
+on any number of devices.
 """
 
 from typing import NamedTuple
@@ -24,24 +26,23 @@ from jaxcl.typing import Array, AxisName, Bool, Float, Int, Integer, Key
 
 __all__ = ["DEFAULT_EFFORT", "Effort", "bisect"]
 
-_LAST_LEVELS = 6  # begin several times: above them, starts take their time and gain nothing
-_LARGE = 1_024  # rows of a segment: smaller ones begin half as often, since swaps mend their cuts
+_LAST_LEVELS = 6  # levels with several starts; further up, more starts cost time and do not help
+_LARGE = 1_024  # rows; smaller segments get half the starts, since swaps repair their cuts
 _SPREAD = 2**9  # the mean magnitude of a walk's values
-_FARTHEST = 2**11  # the greatest
+_FARTHEST = 2**11  # their greatest magnitude, at which the sums in `_walked` fit in int32
 
 
 class Effort(NamedTuple):
-    """How long the blocks are searched for.
+    """How long to search for good blocks.
 
     Attributes:
-      starts: random directions with which a split begins, in the last six levels, and half as many
-        where segments have less than 1,024 rows; each takes the cut that keeps most weight
-        together.
-      directions: steps towards the direction of a split.
-      walks: steps of the random walk from there; 0 for none.
+      starts: random initial directions per split in the last six levels, and half as many where
+        segments have less than 1,024 rows. Each segment keeps the cut with most weight inside.
+      directions: power-iteration steps towards the direction of a split.
+      walks: steps of the random walk that follows; 0 for none.
       swaps: rounds of swaps after a split.
-      refinements: rounds of swaps between any blocks, in the end.
-      eagerness: the share of the swaps worth making that a round makes.
+      refinements: rounds of swaps between any two blocks, after the last level.
+      eagerness: the share of the profitable swaps that a round makes.
     """
 
     starts: int = 6
@@ -52,7 +53,7 @@ class Effort(NamedTuple):
     eagerness: float = 0.7
 
     def check(self) -> None:
-        """Raises a `ValueError` for what cannot be."""
+        """Raise a `ValueError` for a value out of range."""
         least = {"starts": 1, "directions": 0, "walks": 0, "swaps": 0, "refinements": 0}
         for name, count in least.items():
             if getattr(self, name) < count:
@@ -74,15 +75,16 @@ def bisect(
     effort: Effort = DEFAULT_EFFORT,
     axis_name: AxisName | None = None,
 ) -> Int[Array, " p"]:
-    """Orders the rows so that each `block_size` of them belong together.
+    """Order the rows so that every `block_size` consecutive ones are hard negatives of each other.
 
     Args:
-      points: this device's rows, on the grid of `jaxcl.ops.grid.on_grid`; what lies close is first
-        put together.
-      graph: the rows' nearest, for the walks and swaps; `None` for directions alone.
-      num_rows: of all devices; rows behind them are padding, and come last.
+      points: this device's rows, on the grid of `jaxcl.ops.grid.on_grid`; the first cuts group
+        them by distance.
+      graph: each row's nearest neighbours, for the walks and swaps; `None` to cut by direction
+        only.
+      num_rows: rows on all devices; later ones are padding, and come last.
       block_size: rows of a block; the last one may be shorter.
-      key: of the first directions, and of which swaps are made.
+      key: draws the initial directions and the swaps.
       effort: how long to search.
       axis_name: mesh axes of an enclosing `jax.shard_map` over which rows are sharded.
 
@@ -90,11 +92,12 @@ def bisect(
       Row numbers of all devices, block after block, the same on every device.
     """
     place = Place(axis_name, points.shape[0])
-    # Behind a barrier, since XLA would fold sums over all positions while it compiles.
+    # The barrier keeps the table out of constant folding: XLA would otherwise evaluate cumulative
+    # sums over all positions at compile time.
     table = lax.optimization_barrier(jnp.asarray(_starts(num_rows, block_size)))
     last = table.shape[0] - 1
     split_key, swap_key, refine_key = jax.random.split(key, 3)
-    points = points.astype(jnp.int16)
+    points = points.astype(jnp.int16)  # coordinates of the grid are at most 2^12
 
     def level(number: Integer[Array, ""] | int, order: Array) -> Array:
         segments = segments_of(table[number], place.num_rows)
@@ -114,7 +117,7 @@ def bisect(
         )
         if graph is None:
             return order
-        siblings = jnp.arange(halves.number, dtype=jnp.int32) ^ 1
+        siblings = jnp.arange(halves.number, dtype=jnp.int32) ^ 1  # halves are 2 s and 2 s + 1
         return swap(
             graph,
             order,
@@ -142,16 +145,18 @@ def bisect(
 
 
 def _starts(num_rows: int, block_size: int) -> Int[np.ndarray, "l s"]:
-    """Where each level's segments begin, halves behind each other; `[levels + 1, segments + 1]`.
+    """The first position of each segment, `[levels + 1, segments + 1]`.
 
-    Segment `s` of one level is `2 s` and `2 s + 1` of the next. All but the last hold whole blocks;
-    a segment of one block has an empty second half.
+    Segment `s` of one level becomes `2 s` and `2 s + 1` of the next. All segments except the last
+    hold whole blocks; a segment of one block has an empty second half.
     """
     blocks = np.array([-(-num_rows // block_size)])
     levels = [blocks]
     while blocks.max() > 1:
         blocks = np.stack([blocks - blocks // 2, blocks // 2], axis=1).ravel()
         levels.append(blocks)
+    # All levels are as wide as the last one, padded with empty segments, so that one loop body
+    # serves all of them.
     table = np.full((len(levels), len(blocks) + 1), num_rows, np.int32)
     for row, blocks in zip(table, levels, strict=True):
         row[0] = 0
@@ -171,7 +176,7 @@ def _split(
     key: Key[Array, ""],
     place: Place,
 ) -> Int[Array, " p"]:
-    """Orders each segment's rows so that the halves keep together what belongs together."""
+    """Order each segment's rows so that little weight crosses the cut between its halves."""
     of_row = segments.of_row(order)
     segment = place.mine(of_row)
 
@@ -188,19 +193,21 @@ def _split(
         return ordered(along(0))
 
     def by_walk(values: Int[Array, " p"]) -> Int[Array, " p"]:
-        # They lie around zero, where `most_first` tells them apart, and sorts many times faster.
+        # Walks are centred on zero, where `most_first` resolves best; it sorts one array instead of
+        # three, which is many times faster.
         return order[most_first(-values[order], segments)]
 
     inside = segments_of_neighbours(graph, of_row) == segment[:, None]
     weights = jnp.where(inside, weights_within(graph, of_row, place), 0)
     part = _Part(jnp.zeros((place.here, 1), jnp.int32), segment, jnp.diff(segments.starts), place)
-    padding = jnp.zeros(1, bool)
+    padding = jnp.zeros(1, bool)  # its positions have the segment after the last one
 
     def kept(order: Int[Array, " p"]) -> Float[Array, " s"]:
-        """What the halves of each segment keep of its weight."""
+        """The weight of each segment that stays inside its halves."""
         half = halves.of_row(order)
         together = segments_of_neighbours(graph, half) == place.mine(half)[:, None]
-        # A row's weights add up to one, and what rounding adds: to 2^12 at most.
+        # A row's weights add up to about 2^14; three bits less is below the 2^12 that
+        # `_Part.sums` has room for, rounding included.
         of_rows = jnp.where(together, weights, 0).sum(1, keepdims=True) >> 3
         return part._replace(points=of_rows).sums(jnp.ones_like(segment, bool))[:, 0]
 
@@ -211,6 +218,7 @@ def _split(
         )
         found = by_walk(walked) if effort.walks else ordered(walked)
         now = kept(found)
+        # Each segment chooses for itself; of equal cuts it keeps the earliest start.
         better = jnp.append(now > most, padding)[segments.of_position]
         return jnp.where(better, found, order), jnp.maximum(now, most)
 
@@ -229,16 +237,17 @@ def _along(
 ) -> Int[Array, " n"]:
     """How far each row lies along its segment's direction.
 
-    A step cuts a segment at the middle of its direction, and takes the difference between the means
-    of both parts as the next: the sign of a power iteration's, which needs no more than whole sums.
+    A step cuts a segment at its mean along the direction. The difference between the means of both
+    parts is the next direction. This is a power iteration on signs, which needs integer sums only.
     """
-    # No more segments at a time than this device has rows, so that it holds no more than its share.
+    # At most as many segments at a time as this device has rows: one direction per segment, for all
+    # segments, would take as much memory as the rows of many devices.
     num_chunks = -(-segments.number // place.here)
     chunk = -(-segments.number // num_chunks)
     sizes = jnp.diff(segments.starts)
 
     def of_chunk(number: Integer[Array, ""] | int, found: Array) -> Array:
-        # The last chunk begins earlier if need be, and finds the same once more.
+        # The last chunk starts earlier where chunks do not divide; it recomputes equal values.
         first = jnp.minimum(number * chunk, segments.number - chunk)
         inside = (segment >= first) & (segment < first + chunk)
         part = _Part(
@@ -248,6 +257,7 @@ def _along(
             place,
         )
         everything = part.sums(inside)
+        # Both vectors are about 2^12 long at most: `middle` stays near 2^24, far inside int32.
         mean = jnp.round(everything / part.counts).astype(jnp.int32)
 
         def step(_: Integer[Array, ""] | int, direction: Array) -> Array:
@@ -260,7 +270,7 @@ def _along(
             )
             return on_grid(difference)
 
-        # One key per segment: how many a device looks at together changes nothing.
+        # One key per segment, since the chunk size depends on the number of devices.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(chunk))
         random = jax.vmap(lambda key: jax.random.normal(key, points.shape[1:]))(keys)
         direction = lax.fori_loop(0, steps, step, on_grid(random))
@@ -284,23 +294,23 @@ def _walked(
 ) -> Int[Array, " p"]:
     """How far each row lies along a direction, after a walk on the graph within its segment.
 
-    `weights` are of the neighbours in the row's segment, 0 of others.
+    `weights` are 0 for neighbours outside of the row's segment.
 
-    Each step gives a row the weighted mean of its neighbours' values and of those whose neighbour
-    it is, and a quarter of its own, without which two rows that have but each other would exchange
-    theirs for ever; and then centres and scales each segment's values. So they go towards the cut
-    that parts least of the weight, and stop before they tell nothing but a few rows apart that
-    hardly hang on the others (Lin and Cohen, "Power iteration clustering", ICML 2010).
+    Each step replaces a row's value by a quarter of it plus the weighted mean over the row's edges
+    in both directions. Without the quarter, two rows with only each other as neighbours would
+    exchange values for ever. Then each segment's values are centred and scaled. They approach the
+    cut that separates least weight. Few steps are enough; many would single out a few rows that are
+    hardly connected (Lin and Cohen, "Power iteration clustering", ICML 2010).
     """
     if not steps:
         return along
-    # At most 2^8, so that almost 4,096 of the greatest weight and value add up below 2^31; where
-    # more do, a row's value is wrong, and its place no more than another one.
+    # Weights of at most 2^8 and values of at most 2^11: almost 4,096 products of the greatest ones
+    # add up below 2^31. A row with more edges may overflow, which only costs it a worse position.
     greatest = place.everyone(weights.max(1)).max()
     weights >>= jnp.maximum(32 - lax.clz(jnp.maximum(greatest - 1, 0)) - 8, 0)
-    neighbours = jnp.maximum(graph.rows, 0)
+    neighbours = jnp.maximum(graph.rows, 0)  # a missing neighbour has the weight 0
     sizes = jnp.diff(segments.starts)
-    alone = Place(None, place.num_rows)  # all devices know all values
+    alone = Place(None, place.num_rows)  # every device holds all values: sums need no exchange
 
     def total(values: Int[Array, " p"]) -> Int[Array, " p"]:
         sums = as_varying(jnp.zeros(place.num_rows, jnp.int32), weights)
@@ -309,13 +319,13 @@ def _walked(
         return place.total(lax.dynamic_update_slice_in_dim(sums, mine, place.first, 0))
 
     def mean(values: Int[Array, " p"]) -> Float[Array, " p"]:
-        """The mean of each row's segment; of padding 0."""
+        """The mean of each row's segment; 0 for padding."""
         part = _Part(values[:, None], of_row, sizes, alone)
         means = part.sums(jnp.ones_like(of_row, bool)) / part.counts
         return jnp.append(means[:, 0], 0)[of_row]
 
     def level(values: Int[Array, " p"]) -> Int[Array, " p"]:
-        """The values with a mean of zero in each segment, and equal spread."""
+        """Values centred and scaled to the same spread in each segment."""
         centred = values - jnp.round(mean(values)).astype(jnp.int32)
         scale = _SPREAD / jnp.maximum(mean(jnp.abs(centred)), 1)
         return jnp.clip(jnp.round(centred * scale), -_FARTHEST, _FARTHEST).astype(jnp.int32)
@@ -326,15 +336,16 @@ def _walked(
         nearby = jnp.round(total(values).astype(jnp.float32) / degree)
         return level((values >> 2) + nearby.astype(jnp.int32))
 
-    return lax.fori_loop(0, steps, step, level(along >> 13))  # products are below 2^24
+    # Products are at most 2^24, and 2^11 after the shift: in range for the sums of `mean`.
+    return lax.fori_loop(0, steps, step, level(along >> 13))
 
 
 class _Part(NamedTuple):
-    """Rows of some segments.
+    """The rows of some segments.
 
     Attributes:
       points: this device's rows.
-      segment: of each row, among those looked at; their number for all others.
+      segment: each row's index into `sizes`; `len(sizes)` for rows of other segments.
       sizes: rows of each segment on all devices.
       place: where this device's rows lie.
     """
@@ -346,14 +357,14 @@ class _Part(NamedTuple):
 
     @property
     def counts(self) -> Float[Array, "s 1"]:
-        """Their sizes, as divisors."""
+        """The segments' sizes, as divisors."""
         return jnp.maximum(self.sizes, 1).astype(jnp.float32)[:, None]
 
     def sums(self, counted: Bool[Array, " n"]) -> Float[Array, "s d"]:
         """Each segment's sum of the counted rows of all devices.
 
-        Coordinates are at most 2^12, so that sums of 2^19 rows fit; of larger segments as many
-        of the lowest bits are left out as they need.
+        Coordinates are at most 2^12, so that fewer than 2^19 rows add up below 2^31. Larger
+        segments drop as many low bits as they need.
         """
         bit_length = 32 - lax.clz(self.sizes)
         shift = jnp.maximum(0, bit_length - 19)
@@ -362,7 +373,7 @@ class _Part(NamedTuple):
         return self._total(values).astype(jnp.float32) * (1 << shift).astype(jnp.float32)[:, None]
 
     def number(self, counted: Bool[Array, " n"]) -> Float[Array, "s 1"]:
-        """How many rows of each segment are counted."""
+        """The number of counted rows in each segment."""
         return self._total(counted.astype(jnp.int32)).astype(jnp.float32)[:, None]
 
     def along(self, direction: Float[Array, "s d"]) -> Int[Array, " n"]:
@@ -371,5 +382,5 @@ class _Part(NamedTuple):
         return (self.points.astype(jnp.int32) * padded[self.segment]).sum(1)
 
     def _total(self, values: Int[Array, "n ..."]) -> Int[Array, "s ..."]:
-        number = self.sizes.shape[0]
+        number = self.sizes.shape[0]  # one more sum takes up the rows of other segments
         return self.place.total(jax.ops.segment_sum(values, self.segment, number + 1)[:number])

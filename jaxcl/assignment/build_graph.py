@@ -1,4 +1,4 @@
-"""The graph of a data set's rows, each device's on itself, by settings."""
+"""The graph of a data set's rows as settings ask for it, each device's part on that device."""
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ from jaxcl.typing import Array, Float, Int, Key, Scalar
 __all__ = ["graph_of"]
 
 EXACT_ROWS = 10_000
-"""Up to so many rows the graph is exact if nothing is said: the clusters probed are most of all."""
+"""The most rows for which `graph=None` is exact: so few that probes would search most clusters."""
 
-_SAMPLE = 512
+_SAMPLE = 512  # random rows from which the mass of an average batch is estimated
 
 
 def graph_of(
@@ -38,27 +38,29 @@ def graph_of(
     key: Key[Array, ""],
     place: Place,
 ) -> tuple[PairGraph, Float[Array, "n d"]]:
-    """The graph of this device's rows, and the rows as points, on the grid.
+    """The graph of this device's rows, and the rows as points on the grid.
 
     Args:
       queries: one embedding per row of this device.
-      keys: the other side's.
-      apart: labels whose equals do not attract each other.
-      num_rows: of all devices; rows behind them are padding.
-      batch_size: of the batches in which rows will meet.
-      temperature: of the loss.
-      settings: which graph, and its parts.
-      key: of what is drawn.
+      keys: their keys.
+      apart: labels; rows of an equal label are never neighbours.
+      num_rows: rows on all devices; later ones are padding.
+      batch_size: rows of a global batch.
+      temperature: temperature of the loss.
+      settings: the kind of graph and its parameters.
+      key: draws the sample and the clusters' initial directions.
       place: where this device's rows lie.
     """
     sample_key, cluster_key = jax.random.split(key)
     pairs = two_sided(queries, keys)
+    # Each side on the grid first, or the longer one would decide where a point lies.
     points = on_grid(on_grid(queries) + on_grid(keys))
     numbers = place.first + jnp.arange(place.here, dtype=jnp.int32)
-    # A row of zeros is one that the instance bank has not met.
+    # A row of zeros is an instance-bank slot that no batch has written yet.
     valid = (numbers < num_rows) & (points != 0).any(1)
     labels = PairLabels(different=(numbers, *apart), valid=valid)
     if settings.similarity_cap is not None:
+        # A cap is a cosine, but similarities on the grid are in units of the squared length.
         one = length_on_grid(pairs.ours.shape[1]) ** 2
         ceiling = jnp.full(place.here, settings.similarity_cap * one, jnp.float32)
         labels = labels._replace(ceiling=ceiling)
@@ -80,6 +82,8 @@ def graph_of(
         effort=settings.effort,
         axis_name=place.axis_name,
     )
+    # Rounded up to whole clusters per device, the additional ones empty. Only padding is ever cut
+    # off the end, since the clusters have room for all rows.
     num_clusters = -(-num_rows // settings.cluster_size)
     num_clusters += -num_clusters % place.num_devices
     order = jnp.where(jnp.arange(place.num_rows) < num_rows, order, -1)
@@ -101,6 +105,7 @@ def _sample(
     pairs: TwoSided, num_rows: int, key: Key[Array, ""], place: Place
 ) -> Float[Array, "s d"]:
     """Random rows, the same on all devices."""
+    # Each row is nonzero on the one device that holds it: the sum moves the sample, not the table.
     rows = jax.random.randint(key, (_SAMPLE,), 0, num_rows) - place.first
     here = (rows >= 0) & (rows < place.here)
     values = pairs.theirs[jnp.where(here, rows, 0)]

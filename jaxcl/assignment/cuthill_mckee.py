@@ -1,4 +1,4 @@
-"""Rows in an order in which neighbours stand close: the paper's way, and one on a sparse graph."""
+"""Orders of rows that keep neighbours close: the paper's method, and one for a sparse graph."""
 
 from collections.abc import Callable
 
@@ -32,25 +32,25 @@ def paper_order(
     r"""The order of Global Contrastive Batch Sampling; batches are cut from it in turn.
 
     Rows $i$ and $j$ are neighbours if $x_i \cdot y_j$ or $x_j \cdot y_i$ is above the quantile of
-    all such products, and SciPy's reverse Cuthill–McKee brings neighbours close together. A row's
-    own pair neither is an edge nor counts in the quantile, as it would in the paper: it says
-    nothing of who is next to whom, and for up to 1 / (1 - quantile) rows it could be all that is
-    above.
+    all such products, and SciPy's reverse Cuthill–McKee brings neighbours close together. Unlike in
+    the paper, a row's own pair is neither an edge nor part of the quantile. It carries no
+    information about neighbours, and with up to 1 / (1 - quantile) rows, the own pairs alone could
+    fill the share above the quantile.
 
     Args:
       queries: one side of the pairs; of unit length, their products are the paper's cosines.
       keys: the other side, row by row.
-      quantile: the share of products that make no edge. A row has `(1 - quantile) · n` of its own
-        on average, 50 of 50,000 with the paper's value, and a thousand of a million.
-      block: queries whose products are computed at a time, on the device; the memory they take
-        grows as block · n, and everything else as the number of edges.
-      sample: products from which the quantile is found. Of no more than that it is exact;
-        otherwise it is that of all products of randomly chosen queries.
-      seed: of the choice.
+      quantile: the share of products that are not edges. A row has `(1 - quantile) · n` edges on
+        average: with the paper's value, 50 of 50,000 rows, or a thousand of a million.
+      block: queries whose products the device computes at a time. Device memory grows as block · n,
+        all other memory as the number of edges.
+      sample: products from which the quantile is estimated. It is exact if there are no more;
+        otherwise it is the quantile over all products of randomly chosen queries.
+      seed: draws these queries.
       advance: called after each block with the number of its queries.
 
     Returns:
-      Row numbers, int32. Products are float32 ones, which another device may round in another way.
+      Row numbers, int32. Products are in float32; another kind of device may round differently.
 
     Raises:
       ValueError: for sides that differ in shape, a quantile that is not between 0 and 1, or a block
@@ -82,6 +82,7 @@ def paper_order(
     threshold = _threshold(x, y, quantile, sample, seed)
     degrees, columns = [], []
     for first in range(0, num_rows, block):
+        # Compared on the device, so that one byte per product crosses to the host, not four.
         above = np.asarray(_above(x[first : first + block], y, threshold))
         row, column = np.divmod(np.flatnonzero(above), num_rows)
         others = column != first + row
@@ -91,6 +92,7 @@ def paper_order(
     ends = np.concatenate(columns)
     starts = np.cumsum(np.concatenate([[0], *degrees]))
     edges = csr_matrix((np.ones(len(ends), bool), ends, starts), shape=(num_rows, num_rows))
+    # Row i's edges come from its query only; SciPy adds the transpose unless told it is symmetric.
     return reverse_cuthill_mckee(edges, symmetric_mode=False).astype(np.int32)
 
 
@@ -113,6 +115,7 @@ def _threshold(
 
 @jax.jit
 def _products(queries: Float[Array, "q d"], keys: Float[Array, "n d"]) -> Float[Array, "q n"]:
+    # In full float32: accelerators' default precision would move products across the threshold.
     return jnp.dot(queries, keys.T, precision=lax.Precision.HIGHEST)
 
 
@@ -128,17 +131,17 @@ def cuthill_mckee(
 ) -> Int[Array, " n"]:
     """Reverse Cuthill–McKee on the graph of nearest rows, level by level, for `jax.jit`.
 
-    Rows are taken up breadth first from an end of the graph, a row of least degree, and in each
-    level in the order of (their earliest neighbour in the level before, degree, row number). Then
-    the order is reversed. Every component begins at its own row of least degree and they follow
-    each other by that degree, as when each is begun where the last is exhausted; but all are
-    walked at the same time, so that the number of turns is the most levels that one component has.
+    The traversal is breadth first from a row of least degree. Within a level, rows are ordered by
+    (their earliest neighbour in the previous level, degree, row number). Then the order is
+    reversed. Each component starts at its own row of least degree, and components follow each
+    other by that degree, as in the sequential algorithm. All components are traversed at the same
+    time, so that the number of iterations is the depth of the deepest one.
 
     Args:
-      graph: this device's rows; an edge counts for both of its ends. The degree is the number of
-        edges to and from a row, two for neighbours who name each other: SciPy counts them once,
-        which takes a look at the neighbours' own lists, on other devices.
-      num_rows: of all devices; rows behind them are padding, and come last.
+      graph: this device's rows; an edge counts at both of its ends. The degree is the number of
+        edges to and from a row, two for neighbours in each other's lists. SciPy counts those once,
+        which would require the neighbours' lists from other devices.
+      num_rows: rows on all devices; later ones are padding, and come last.
       axis_name: mesh axes of an enclosing `jax.shard_map` over which rows are sharded.
 
     Returns:
@@ -157,7 +160,10 @@ def cuthill_mckee(
     numbers = jnp.arange(place.num_rows, dtype=jnp.int32)
     there = (graph.rows >= 0) & (graph.rows < num_rows)
     there &= (place.mine(numbers) < num_rows)[:, None]
+    # Missing neighbours point past the end, where gathers and scatters drop them; -1 would wrap
+    # around to the last row.
     ends = jnp.where(there, graph.rows, place.num_rows)
+    # Padding has the greatest degree and no edges: single components that sort last.
     degree = jnp.where(numbers < num_rows, _degrees(ends, place), _NONE)
     _, by_degree = lax.sort((degree, numbers), num_keys=2)
     rank = jnp.zeros_like(numbers).at[by_degree].set(numbers)
@@ -193,7 +199,10 @@ def _seeds(
     def spread(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         seed, _ = carry
         less = jnp.minimum(seed, _least_of_neighbours(seed, ends, place))
-        less = less[by_degree[less]]  # what the row of that rank knows; saves most turns
+        # Pointer jumping: the row of that rank may know a lower one already. Without it, a rank
+        # would move one edge per iteration.
+        less = less[by_degree[less]]
+        # All devices hold the same values, and leave the loop, with its collectives, together.
         return less, (less != seed).any()
 
     return lax.while_loop(lambda carry: carry[1], spread, (rank, jnp.array(True)))[0]
@@ -202,19 +211,22 @@ def _seeds(
 def _positions(
     ends: Int[Array, "_ k"], rank: Int[Array, " n"], seed: Int[Array, " n"], place: Place
 ) -> Int[Array, " n"]:
-    """Numbers that rise within each component in the order in which its rows are taken up."""
+    """Numbers that increase within each component in the order of the traversal."""
     numbers = jnp.arange(place.num_rows, dtype=jnp.int32)
 
     def level(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         position, end, _ = carry
-        # Rows that have none yet have no neighbour that has, but for those of the last level.
+        # A row without a position has positioned neighbours only in the level just finished, since
+        # earlier levels have positioned all of theirs. So the least one is the parent.
         parent = _least_of_neighbours(position, ends, place)
         new = (position == _NONE) & (parent < _NONE)
+        # All other rows have no parent here and sort after the new ones, whose turns are 0, 1, ...
         taken = lax.sort((jnp.where(new, parent, _NONE), rank, numbers), num_keys=2)[2]
         turn = jnp.zeros_like(numbers).at[taken].set(numbers)
         position = jnp.where(new, end + turn, position)
         return position, end + new.sum(dtype=jnp.int32), new.any()
 
-    # All components' first rows, by their rank; the gaps between them do no harm.
+    # The first row of each component starts at its rank: only the order of positions matters, so
+    # that gaps do no harm.
     start = (jnp.where(seed == rank, rank, _NONE), jnp.int32(place.num_rows), jnp.array(True))
     return lax.while_loop(lambda carry: carry[2], level, start)[0]

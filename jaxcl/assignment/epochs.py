@@ -1,4 +1,4 @@
-"""From an order of all rows, whose neighbours are each other's hard negatives, to batches."""
+"""Batches from an order of all rows in which neighbours are each other's hard negatives."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -23,12 +23,12 @@ _TRIES = 2**14
 
 
 class Assigned(NamedTuple):
-    """An order of all rows, and from where on it holds.
+    """An order of all rows, and the step from which it applies.
 
     Attributes:
-      order: a permutation of all row numbers; consecutive ones belong together.
-      seen: of each row, whether the epoch under way had visited it when the order was made.
-      step: when the order was made; the batch of this step is its first.
+      order: a permutation of all row numbers; consecutive rows share a block.
+      seen: whether the epoch under way at `step` has already visited each row.
+      step: the first step whose batch uses this order.
     """
 
     order: Int[np.ndarray, " n"]
@@ -39,23 +39,23 @@ class Assigned(NamedTuple):
 class AssignedRows:
     """The rows of each batch from `assigned.step` on: `AssignedRows(assigned, ...)(step)`.
 
-    The epoch under way at `assigned.step` ends with the rows that it has not seen yet, in blocks
-    of the order that is left of them; `epoch_rows` lays out every later one. So each row is
-    visited once per epoch, also where the order changes in the middle of one. The last two epochs
-    are kept, which changes nothing but the time: the rows are a function of the arguments and step.
+    The epoch under way at `assigned.step` ends with the rows that it has not visited yet, in blocks
+    of the order restricted to them. `epoch_rows` lays out all later epochs. So each row is visited
+    once per epoch, even if the order changes within one. The rows are a function of the arguments
+    and the step; the last two epochs are cached for speed only.
 
     Args:
-      assigned: the order, and what was visited before it.
+      assigned: the order, and the rows visited before it.
       batch_size: rows of a batch, over all devices and hosts.
       block_size: rows that stay together; it divides `batch_size`.
-      seed: another seed, another order of the blocks.
-      random_fraction: the share of blocks to dissolve; or a function of the step, asked where an
-        epoch, or what is left of one, begins.
+      seed: determines the order of the blocks.
+      random_fraction: the share of blocks to dissolve; or a function of the step, evaluated at the
+        first step of an epoch, or of the rest of one.
       apart: label arrays, by row number; rows of an equal label stay out of each other's batch.
 
     Raises:
       ValueError: for sizes that do not fit, an `order` that is no permutation, `seen` that does not
-        count the rows visited before `assigned.step`, or a step before it.
+        have the number of rows visited before `assigned.step`, or a step before it.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class AssignedRows:
         return np.concatenate(pieces)
 
     def _rows_of_epoch(self, epoch: int) -> tuple[int, Int[np.ndarray, " _"]]:
-        """The rows of an epoch that this order gives, and the position of the first."""
+        """The rows of an epoch in this order, and the position of the first."""
         order, seen, step = self._assigned
         first = max(epoch * len(order), step * self._batch_size)
         fraction = self._random_fraction
@@ -122,26 +122,26 @@ def epoch_rows(
 ) -> Int[np.ndarray, " n"]:
     """All rows in the order in which an epoch visits them, each once.
 
-    Positions count on from epoch to epoch, and batches are cut from them, so that a batch may hold
-    the end of one epoch and the start of the next. Each batch holds whole blocks: those lie on
-    multiples of `block_size` among all positions. An epoch that begins between two of them begins
-    and ends with a piece of a block. The pieces are the last rows of the order: its short block,
-    and where that is shorter than the first piece, its last whole one too.
+    Positions are numbered across epochs, and batches are cut from them, so that a batch may hold
+    the end of one epoch and the start of the next. Blocks start at multiples of `block_size`, so
+    that each batch holds whole blocks. An epoch that starts between two multiples starts and ends
+    with a partial block. The partial blocks are the last rows of the order: its short block, and if
+    that is shorter than the first partial block, its last whole block too.
 
     Args:
-      order: a permutation of all row numbers; each `block_size` of it are a block.
-      epoch: which one, from 0; each has its own order of the blocks.
+      order: a permutation of all row numbers; every `block_size` consecutive ones are a block.
+      epoch: the epoch, from 0; each has its own order of the blocks.
       batch_size: rows of a batch, over all devices and hosts.
       block_size: rows that stay together; it divides `batch_size`.
-      seed: another seed, another order of the blocks.
-      random_fraction: of the whole blocks, the share whose rows are permuted among themselves. 1
-        permutes all rows, those of the pieces too.
+      seed: determines the order of the blocks.
+      random_fraction: the share of whole blocks whose rows are permuted among themselves. 1
+        permutes all rows, partial blocks included.
       apart: label arrays, by row number. Where two rows of a batch have an equal label, the later
         is swapped with a row of another batch, if that leaves fewer such conflicts and no array
-        with more. With one array and batches of one size, conflicts stay only of labels that have
-        more rows than there are batches; several arrays, or the short batches at the ends of an
-        epoch, may keep others. A batch that two epochs share is two here, which do not know each
-        other. Each swap takes two rows out of their blocks.
+        with more. With one array and batches of equal size, only labels with more rows than there
+        are batches keep conflicts. Several arrays, or the short batches at the ends of an epoch,
+        may keep others. The two parts of a batch that spans two epochs are treated as separate
+        batches. Each swap takes two rows out of their blocks.
 
     Returns:
       Row numbers, int32.
@@ -176,16 +176,16 @@ def visited(
     batch_size: int,
     seen: Bool[np.ndarray, " n"] | None = None,
 ) -> Bool[np.ndarray, " n"]:
-    """Which rows the epoch under way at `step` has visited before it: the next order's `seen`.
+    """The rows that the epoch under way at `step` has visited before it: the next order's `seen`.
 
     Args:
       rows_fn: step -> the rows of its batch, from `before_step` on.
-      before_step: where `rows_fn` begins, at most `step`.
-      step: the first that does not count.
-      num_rows: of the data set.
+      before_step: the first step of `rows_fn`, at most `step`.
+      step: the first step that is not included.
+      num_rows: rows of the data set.
       batch_size: rows of a batch, over all devices and hosts.
-      seen: what this function returned for `before_step`. It counts only where that lies in the
-        same epoch; `None` will do where it does not, or begins it.
+      seen: the result of this function for `before_step`. Needed only if the epoch under way began
+        before that step; `None` otherwise.
 
     Raises:
       ValueError: if `step` is before `before_step`, or `seen` is missing.
@@ -195,7 +195,7 @@ def visited(
     epoch_begin = step * batch_size // num_rows * num_rows
     begin = max(epoch_begin, before_step * batch_size)
     result = np.zeros(num_rows, bool)
-    if begin > epoch_begin:  # `rows_fn` does not go back to where the epoch began
+    if begin > epoch_begin:  # `rows_fn` starts in the middle of the epoch
         if seen is None:
             raise ValueError(
                 f"before_step={before_step} is in the middle of the epoch of step={step}; give "
@@ -208,7 +208,7 @@ def visited(
 
 
 def random_to_hard(initial: float, final: float, steps: int) -> Callable[[int], float]:
-    """A `random_fraction` that goes from `initial` to `final` in even steps, and stays there.
+    """A `random_fraction` that moves linearly from `initial` to `final`, and stays there.
 
     Example:
       >>> fraction = random_to_hard(1.0, 0.25, 10)
@@ -229,13 +229,13 @@ def count_conflicts(
     batch_size: int,
     first_position: int = 0,
 ) -> int:
-    """How many rows have a label that a row before them in their batch has.
+    """The number of rows whose label an earlier row of their batch already has.
 
     Args:
       rows: the rows at consecutive positions.
       labels: of each row of the data set.
       batch_size: rows of a batch, over all devices and hosts.
-      first_position: where `rows` begin, counted from the first row of the run.
+      first_position: the position of the first of `rows`, counted from the start of the run.
     """
     pairs = np.stack([_batches(len(rows), first_position, batch_size), labels[rows]], 1)
     return len(rows) - len(np.unique(pairs, axis=0))
@@ -251,7 +251,7 @@ def _laid_out(
     random_fraction: float,
     apart: Sequence[np.ndarray],
 ) -> Int[np.ndarray, " n"]:
-    """The given rows from `first_position` on."""
+    """The rows of an order, laid out from `first_position` on."""
     if not 0 <= random_fraction <= 1:
         raise ValueError(f"random_fraction={random_fraction} must be from 0 to 1")
     rows = _in_blocks(order, first_position, block_size, seed, random_fraction).astype(np.int32)
@@ -269,6 +269,7 @@ def _in_blocks(
     random_fraction: float,
 ) -> Int[np.ndarray, " n"]:
     def shuffle(size: int, purpose: int) -> Int[np.ndarray, " _"]:
+        # Keyed by position: the rest of an epoch is not shuffled like the whole of it.
         return permutation(size, epoch=first_position, seed=fold_in(seed, purpose))
 
     if random_fraction == 1:
@@ -290,11 +291,11 @@ def _keep_apart(
     *,
     seed: int,
 ) -> None:
-    """Swaps rows in place until a round finds no swap that helps, or after 100 rounds.
+    """Swap rows in place until a round finds no swap that helps, at most 100 rounds.
 
-    In a round, each row whose batch has its label already tries a random place, or several, if
-    there are few such rows. Swaps are judged by what batches hold when the round begins. No two
-    of those made touch one place or bring one label into one batch, so each helps as judged.
+    In a round, each row with a conflict tries a random place, or several if there are few such
+    rows. Swaps are evaluated against the batches at the start of the round. No two accepted ones
+    touch the same place or bring the same label into the same batch, so that each still helps.
     """
     labels = [np.unique(label, return_inverse=True)[1] for label in apart]
     for number in range(_MAX_ROUNDS):
@@ -315,13 +316,13 @@ def _keep_apart(
 
 
 class _Held(NamedTuple):
-    """Which labels each batch holds.
+    """The labels that each batch holds.
 
     Attributes:
-      batch: of each place.
-      label: of the row there.
-      keys: of all pairs of a batch and a label in it, sorted.
-      repeated: whether a place before it in its batch has its label.
+      batch: the batch of each place.
+      label: the label of the row in each place.
+      keys: a number for each pair of a batch and a label in it, sorted.
+      repeated: whether an earlier place of the batch has the same label.
     """
 
     batch: Int[np.ndarray, " n"]
@@ -339,14 +340,15 @@ class _Held(NamedTuple):
     def judge(
         self, swaps: Int[np.ndarray, "s 2"]
     ) -> tuple[Int[np.ndarray, " s"], Int[np.ndarray, "s 2"]]:
-        """How many conflicts each swap adds, and which keys it does; other numbers where none."""
+        """The number of conflicts that each swap adds, and the keys; unique numbers for no key."""
         label = self.label[swaps]
         arrivals = _key(self.batch[swaps[:, ::-1]], label)
         slot = np.minimum(np.searchsorted(self.keys, arrivals), len(self.keys) - 1)
         there = self.keys[slot] == arrivals
         equal = label[:, 0] == label[:, 1]
         change = np.where(equal, 0, there.sum(1) - self.repeated[swaps].sum(1))
-        # A label that is there already is one more conflict, however many bring it.
+        # A label that the batch holds already is one more conflict, however many swaps bring it.
+        # Such swaps need not exclude each other: negative numbers, unlike all keys and distinct.
         unlike = ~np.arange(arrivals.size).reshape(arrivals.shape)
         return change, np.where(there | equal[:, None], unlike, arrivals)
 
@@ -356,7 +358,7 @@ def _key(batch: Int[np.ndarray, "*s"], label: Int[np.ndarray, "*s"]) -> Int[np.n
 
 
 def _tries(movers: Int[np.ndarray, " _"], num_places: int, *, seed: int) -> Int[np.ndarray, "s 2"]:
-    """Each mover with random places, no place more often than it must be."""
+    """Each mover with random places, which repeat only after all places have been used."""
     movers = np.resize(movers, max(movers.size, min(16 * num_places, _TRIES)))
     turn, index = np.divmod(np.arange(movers.size), num_places)
     places = permuted(index, turn, num_rows=num_places, seed=seed).astype(np.int64)
@@ -364,7 +366,7 @@ def _tries(movers: Int[np.ndarray, " _"], num_places: int, *, seed: int) -> Int[
 
 
 def _each_once(numbers: Int[np.ndarray, "s 2"]) -> Bool[np.ndarray, " s"]:
-    """Whether no swap before it has one of a swap's two numbers."""
+    """Whether both numbers of a swap occur in it for the first time."""
     first = np.zeros(numbers.size, bool)
     first[np.unique(numbers, return_index=True)[1]] = True
     ones, others = first.reshape(numbers.shape).T
@@ -372,7 +374,7 @@ def _each_once(numbers: Int[np.ndarray, "s 2"]) -> Bool[np.ndarray, " s"]:
 
 
 def _batches(num_rows: int, first_position: int, batch_size: int) -> Int[np.ndarray, " _"]:
-    """Which batch each of some consecutive positions is in, the first one's being 0."""
+    """The batch of each of some consecutive positions, counted from that of the first."""
     return (first_position % batch_size + np.arange(num_rows)) // batch_size
 
 

@@ -1,7 +1,7 @@
-r"""What a batch assignment leaves between the loss of a batch and that of the whole data set.
+r"""The gap between the loss in assigned batches and the loss over the whole data set.
 
-A row's loss in its batch sums over the rows of the batch, where that of the whole data set sums
-over all: $\log Z_\text{all} - \log Z_\text{batch} \ge 0$ is what the row's batch does not show it.
+A row's loss in its batch sums over the rows of the batch; its global loss sums over all rows. The
+gap $\log Z_\text{all} - \log Z_\text{batch} \ge 0$ is the part of the loss that its batch misses.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxcl.assignment.row_gaps import row_gaps
+from jaxcl.assignment.row_gaps import GapOptions, row_gaps
 from jaxcl.ops.pairs import Labels
 from jaxcl.typing import Array, AxisName, Float, Int, Integer, Key, Scalar
 
@@ -28,21 +28,22 @@ __all__ = [
 
 
 class GapReport(NamedTuple):
-    """Of the measured rows of some batches, in nats where it says nothing else.
+    """Gaps of the measured rows of some batches, in nats unless stated otherwise.
 
     Attributes:
-      global_loss: the mean loss among the keys, and the queries, of the whole data set.
-      train_loss: the same among those of a row's batch.
-      gap: the first less the second.
-      gap_p99: what the gaps of 99 % of the rows do not pass.
-      gap_max: the greatest.
-      random_gap: the mean gap that the same rows would have in batches of random rows.
-      closed: the share of `random_gap` that is not in `gap`; below 0 for batches worse than random.
-      bound: the mean of what a row's gap can be at most, by the most similar row outside. It holds
-        for each row, and is loose where few rows outside are as similar as that one.
+      global_loss: mean loss with all rows of the data set as negatives, over both directions.
+      train_loss: mean loss with the rows of the batch as negatives.
+      gap: `global_loss` minus `train_loss`.
+      gap_p99: the 99th percentile of the rows' gaps.
+      gap_max: the greatest gap.
+      random_gap: the mean gap of the same rows in batches of random rows.
+      closed: the share of `random_gap` that the batches close; below 0 if they are worse than
+        random.
+      bound: the mean upper bound of a row's gap, from the most similar row outside of its batch. It
+        holds for each row, and is loose where few rows outside are as similar as that one.
       neighbours: the share of each row's ten nearest other rows that are in its batch.
-      near_duplicates: pairs of rows with almost one query or almost one key, per batch; an estimate
-        where not all of its rows are measured.
+      near_duplicates: pairs of rows with almost the same query or key, per batch; an estimate if
+        `rows_per_batch` is set.
     """
 
     global_loss: Scalar
@@ -64,9 +65,9 @@ GapMeasure = Callable[..., GapReport]
 def sample_batches(
     order: Integer[np.ndarray, " n"], *, batch_size: int, count: int, seed: int
 ) -> Int[np.ndarray, "batches b"]:
-    """Some of the batches into which an order is cut; all, if there are no more of them.
+    """Draw some of the batches that an order is cut into, or all if there are no more.
 
-    What is left behind the last whole batch is in none.
+    Rows after the last whole batch are in none.
 
     Raises:
       ValueError: for sizes below 1, or an order that is shorter than a batch.
@@ -101,67 +102,57 @@ def measure_gap(
     near_duplicate: float = 0.95,
     rows_per_batch: int | None = None,
 ) -> GapReport:
-    r"""The gap of some batches, in both directions, without a matrix of their rows and all others.
+    r"""Measure the gap of some batches in both directions, without a full matrix of scores.
 
     With $s_{ij} = \langle x_i, y_j\rangle / \tau$ and $B_i$ the batch of row $i$,
 
     $$g_i = \tfrac12 \Big(\log \frac{\sum_j e^{s_{ij}}}{\sum_{j \in B_i} e^{s_{ij}}}
     + \log \frac{\sum_j e^{s_{ji}}}{\sum_{j \in B_i} e^{s_{ji}}}\Big).$$
 
-    No row outside is more similar than the most similar one, so that each half is at most
-    $\log(1 + (N - b) e^{m_i / \tau} / Z_i)$, with $m_i$ its similarity and $Z_i$ the sum over the
-    batch: `bound`.
+    The $N - b$ rows outside are at most as similar as the most similar one, with similarity $m_i$.
+    With $Z_i$ the sum over the batch, each half is therefore at most `bound`,
+    $\log(1 + (N - b) e^{m_i / \tau} / Z_i)$.
 
     Args:
       queries: this device's rows of the data set, in the order of their numbers.
-      keys: theirs.
+      keys: the keys of these rows.
       rows: the batches' row numbers, equal on all devices; no row twice.
       temperature: $\tau > 0$, of the loss.
-      key: by which the rows of random batches are drawn; equal on all devices.
-      num_rows: rows of the data set. Those of greater numbers are padding.
+      key: draws the rows of random batches; equal on all devices.
+      num_rows: rows of the data set; later ones are padding.
       axis_name: mesh axes of an enclosing `jax.shard_map` over which rows are sharded. The rows of
         batches travel to all devices; all others stay where they are.
-      different: this device's labels of rows by which two must differ to be each other's negatives,
-        as in `jaxcl.ops.pairs`; a row is its own positive whatever they say.
+      different: this device's labels by which two rows must differ to be each other's negatives,
+        as in `jaxcl.ops.pairs`; a row is its own positive whatever its labels.
       near_duplicate: the cosine of two queries, or of two keys, above which two rows of a batch are
         near duplicates.
-      rows_per_batch: how many rows of each batch are measured, its first ones, among all of it;
-        `None` for all.
+      rows_per_batch: rows to measure of each batch, the first ones, against all of it; `None` for
+        all.
 
     Returns:
       The report, equal on all devices.
 
     Raises:
-      ValueError: for more rows than the data set has, or fewer than 1 of each batch.
+      ValueError: for more rows than the data set has, or `rows_per_batch` below 1.
 
     Reference:
       Sachidananda, Yang and Zhu, "Global Selection of Contrastive Batches via Optimization on
       Sample Permutations", ICML 2023, bound the gap by such a bottleneck and assign batches so as
       to lower it.
     """
-    by_row = row_gaps(
-        queries,
-        keys,
-        rows,
-        temperature=temperature,
-        key=key,
-        num_rows=num_rows,
-        axis_name=axis_name,
-        different=different,
-        near_duplicate=near_duplicate,
-        rows_per_batch=rows_per_batch,
-    )
+    options = GapOptions(num_rows, axis_name, near_duplicate, rows_per_batch)
+    by_row = row_gaps(queries, keys, rows, different, options, temperature=temperature, key=key)
     if axis_name is not None:
         everyone = functools.partial(
             lax.all_gather, axis_name=axis_name, tiled=True, to="invarying"
         )
         by_row = jax.tree.map(everyone, by_row)
-    # Batches that fill up the last devices stand behind all others.
+    # Padding batches come after all others, and would pull the means and the maximum.
     num_batches, batch_size = rows.shape
     measured = num_batches * min(batch_size, rows_per_batch or batch_size)
     by_row = jax.tree.map(lambda leaf: leaf[:measured], by_row)
     mean = jax.tree.map(jnp.mean, by_row)
-    least = jnp.finfo(mean.gap.dtype).tiny  # in a single batch of all rows, where no gap is left
+    least = jnp.finfo(mean.gap.dtype).tiny  # one batch of all rows has no gap: 0 / 0 without this
     return GapReport(
         global_loss=mean.train_loss + mean.gap,
         train_loss=mean.train_loss,
@@ -184,15 +175,15 @@ def make_gap_measure(
     rows_per_batch: int | None = None,
     fields: Sequence[str] = GapReport._fields,
 ) -> GapMeasure:
-    """Compiles `measure_gap` for embeddings that are sharded over a mesh.
+    """Compile `measure_gap` for embeddings that are sharded over a mesh.
 
     Args:
-      mesh: over whose devices they are.
+      mesh: the devices that hold the embeddings.
       num_rows: rows of the data set; the tables may be longer, so that they divide over the mesh.
       near_duplicate: cosine of near duplicates.
-      rows_per_batch: how many rows of each batch are measured; `None` for all.
-      fields: which of a report's are wanted. The others are NaN, and what they alone need is left
-        out: without `bound` and `neighbours` it takes a third of the time.
+      rows_per_batch: rows to measure of each batch; `None` for all.
+      fields: the fields of the report to compute. All others are NaN and cost nothing: without
+        `bound` and `neighbours`, a call takes a third of the time.
 
     Returns:
       `(queries, keys, rows, temperature, key, different=()) -> GapReport`.
@@ -241,6 +232,7 @@ def make_gap_measure(
         key: Key[Array, ""],
         different: tuple[Labels, ...] = (),
     ) -> GapReport:
+        # Overwritten inside `jit`, so that XLA removes the work for the unwanted fields.
         report = measured(queries, keys, rows, temperature, key, different)
         unwanted = {name: jnp.full((), jnp.nan) for name in GapReport._fields if name not in fields}
         return report._replace(**unwanted)

@@ -1,4 +1,4 @@
-"""Which rows are each other's hardest negatives: a few neighbours for each, and their mass."""
+"""The graph of hard negatives: a few nearest neighbours of each row, and their mass in its loss."""
 
 import functools
 from typing import NamedTuple
@@ -29,28 +29,27 @@ __all__ = [
 ]
 
 UNIT = 2**20
-"""A mass of one. Masses of all neighbours add up below 2^31."""
+"""The integer that stands for a mass of one; all masses of a row add up below 2^31."""
 
 _GREATEST = UNIT // 8
-# No neighbour's mass counts for more. Blocks that were sought with all of it close 1 % less of the
-# gap: near-duplicates then decide, and the many others of a batch do not.
+# The greatest mass of a neighbour. Without this cap, blocks close 1 % less of the gap: a few
+# near-duplicates then outweigh the many other rows of a batch.
 
-_WEIGHT = 2**14  # a weight of one; gains overflow where 30,000 rows have no neighbour but one row
+_WEIGHT = 2**14  # a weight of one; gains overflow if 30,000 rows have the same only neighbour
 
-_BLOCK = 16_384  # rows of all devices whose neighbours are searched for at a time
+_BLOCK = 16_384  # rows on all devices whose neighbours are searched at a time
 
 
 class PairGraph(NamedTuple):
-    """Each row's nearest rows; `-1` where there is none.
+    """The nearest neighbours of each row.
 
-    A mass is what a row, as a negative, adds to the sum in the loss of another, relative to the
-    greatest term of that sum, in units of 1 / `UNIT`.
+    A mass is the term of a negative in a row's softmax sum, relative to the greatest term of that
+    sum, in units of 1 / `UNIT`.
 
     Attributes:
-      rows: row numbers in the whole data set.
-      masses: of each neighbour.
-      own: what is in a row's batch whatever its neighbours are: its positive, and what random rows
-        add.
+      rows: neighbours, by row number in the whole data set; `-1` for none.
+      masses: the neighbours' masses.
+      own: the mass in a row's batch whichever neighbours it has: its positive and random rows.
     """
 
     rows: Int[Array, "n k"]
@@ -62,8 +61,8 @@ class TwoSided(NamedTuple):
     r"""Pairs as vectors whose products are $(x_i \cdot y_j + y_i \cdot x_j) / 2$, on the grid.
 
     Attributes:
-      ours: $(x, y)$ of each row.
-      theirs: $(y, x)$.
+      ours: $(x, y)$ of each row, as an anchor.
+      theirs: $(y, x)$ of each row, as a negative.
     """
 
     ours: Float[Array, "n d"]
@@ -74,10 +73,11 @@ class Affinity(NamedTuple):
     """How similarities become masses.
 
     Attributes:
-      neighbours: how many each row has.
-      temperature: of the loss.
-      batch_size: of the batches in which rows will meet.
-      sample: random rows of `TwoSided.theirs`, the same on all devices: what any batch holds.
+      neighbours: neighbours per row.
+      temperature: temperature of the loss.
+      batch_size: rows of a global batch.
+      sample: random rows of `TwoSided.theirs`, the same on all devices. They stand for the rows
+        of a batch that are not neighbours.
     """
 
     neighbours: int
@@ -88,23 +88,20 @@ class Affinity(NamedTuple):
 
 def two_sided(queries: Float[Array, "n d"], keys: Float[Array, "n d"]) -> TwoSided:
     """Both sides' embeddings, of any length, as one vector per row and role."""
+    # On the grid before they are joined, so that both sides have the same length.
     x, y = on_grid(queries), on_grid(keys)
     return TwoSided(on_grid(jnp.concatenate([x, y], 1)), on_grid(jnp.concatenate([y, x], 1)))
 
 
 def exact_graph(
-    pairs: TwoSided,
-    labels: PairLabels,
-    affinity: Affinity,
-    *,
-    axis_name: AxisName | None = None,
+    pairs: TwoSided, labels: PairLabels, affinity: Affinity, *, axis_name: AxisName | None = None
 ) -> PairGraph:
-    """The graph of every row's nearest rows among all.
+    """The graph of each row's nearest neighbours among all rows.
 
     Args:
       pairs: this device's rows.
-      labels: which pairs count, for both roles.
-      affinity: how many neighbours there are, and what they weigh.
+      labels: which pairs are allowed, for both roles.
+      affinity: the number of neighbours and their masses.
       axis_name: mesh axes over which rows are sharded.
     """
     place = Place(axis_name, pairs.ours.shape[0])
@@ -121,11 +118,13 @@ def exact_graph(
         )
         return _graph(found, ours, own, affinity)
 
-    # Block by block, so that no device holds the others' rows all at once.
+    # Block by block: `nearest` gathers the queries of all devices, which must not be all rows.
     num_blocks = -(-place.num_rows // _BLOCK)
     size = -(-place.here // num_blocks)
+    # The last blocks start earlier where blocks do not divide; a row in two of them is written
+    # twice, with equal values.
     starts = jnp.minimum(jnp.arange(num_blocks) * size, place.here - size)
-    rows = starts[:, None] + jnp.arange(size)  # the last ones begin earlier if need be
+    rows = starts[:, None] + jnp.arange(size)
     everything = (pairs.ours, labels, _own(pairs))
     blocks = lax.map(
         lambda rows: of_block(jax.tree.map(lambda leaf: leaf[rows], everything)),
@@ -145,16 +144,14 @@ def clustered_graph(
     probes: int,
     axis_name: AxisName | None = None,
 ) -> PairGraph:
-    """The graph of every row's nearest rows in its own cluster and those most like it.
+    """The graph of each row's nearest neighbours in its own cluster and the most similar ones.
+
+    Other arguments as for `exact_graph`.
 
     Args:
-      pairs: this device's rows.
-      labels: which pairs count, for both roles.
-      affinity: how many neighbours there are, and what they weigh.
-      clusters: the rows of each, all rows once; `-1` for none. Equal on all devices, which must
-        divide their number.
-      probes: clusters in which a cluster's rows look, its own among them.
-      axis_name: mesh axes over which rows are sharded.
+      clusters: the rows of each cluster, every row once, filled up with `-1`. Equal on all devices;
+        the number of clusters is a multiple of theirs.
+      probes: clusters searched for the rows of a cluster, including its own.
     """
     place = Place(axis_name, pairs.ours.shape[0])
     fetch = functools.partial(fetch_rows, axis_name=axis_name)
@@ -163,11 +160,12 @@ def clustered_graph(
 
     def of_cluster(number: Integer[Array, ""]) -> PairGraph:
         likeness = jnp.where(empty, -jnp.inf, inner_products(ours[number][None], theirs)[0])
+        # Infinity, so that a cluster always searches itself.
         probed = lax.top_k(likeness.at[number].set(jnp.inf), min(probes, len(clusters)))[1]
         rows, others = clusters[number], clusters[probed].reshape(-1)
         our_rows, our_labels, own = fetch((pairs.ours, labels, _own(pairs)), rows)
         their_rows, their_labels = fetch((pairs.theirs, labels), others)
-        there = others >= 0
+        there = others >= 0  # missing rows are fetched as zeros, and 0 beats negative similarities
         if their_labels.valid is not None:
             there &= their_labels.valid
         found = nearest(
@@ -180,10 +178,14 @@ def clustered_graph(
         neighbours = jnp.where(found.rows >= 0, others[jnp.maximum(found.rows, 0)], -1)
         return _graph(found._replace(rows=neighbours), our_rows, own, affinity)
 
+    # The same number of clusters on each device: `fetch` is a collective, and devices that leave
+    # the loop early would keep the others waiting.
     per_device = len(clusters) // place.num_devices
     numbers = place.device * per_device + jnp.arange(per_device, dtype=jnp.int32)
     by_cluster = lax.map(of_cluster, as_varying(numbers, pairs))
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), by_cluster)
+    # Back from the order of clusters to that of rows. Padding keeps position 0 and a copy of that
+    # row's neighbours, which all users of a graph mask by segment or row number.
     members = clusters.reshape(-1)
     position = jnp.zeros(place.num_rows, jnp.int32)
     position = position.at[jnp.where(members >= 0, members, place.num_rows)].set(
@@ -193,18 +195,19 @@ def clustered_graph(
 
 
 def segments_of_neighbours(graph: PairGraph, of_row: Int[Array, " p"]) -> Int[Array, "n k"]:
-    """The segment of each neighbour, by those of all rows; -1 where there is none."""
+    """The segment of each neighbour, given the segments of all rows; -1 for no neighbour."""
     return jnp.where(graph.rows >= 0, of_row[jnp.maximum(graph.rows, 0)], -1)
 
 
 def weights_within(graph: PairGraph, of_row: Int[Array, " p"], place: Place) -> Int[Array, "n k"]:
-    """What a row's loss would gain by each neighbour's coming, in units of 2^-14.
+    """The gain of a row's loss from having a neighbour in its segment, in units of 2^-14.
 
-    The gap of a row is the log of all mass over that in its batch: its derivative by a neighbour is
-    the neighbour's mass over the mass that is there, that of the row's segment.
+    The gap of a row is the logarithm of all its mass over the mass in its batch. To first order, a
+    neighbour closes its own mass divided by the mass present in the row's segment.
     """
     same = segments_of_neighbours(graph, of_row) == place.mine(of_row)[:, None]
     there = graph.own + jnp.where(same, graph.masses, 0).sum(1)
+    # The share may exceed 1 where little mass is present; the cap keeps sums of weights in int32.
     share = graph.masses.astype(jnp.float32) / jnp.maximum(there, 1).astype(jnp.float32)[:, None]
     return jnp.round(jnp.minimum(share, 1) * _WEIGHT).astype(jnp.int32)
 
@@ -218,9 +221,9 @@ def _centres(
 ) -> Float[Array, "c d"]:
     """Each cluster's mean, on the grid."""
     number = jnp.broadcast_to(jnp.arange(len(clusters))[:, None], clusters.shape)
-    of_row = jnp.full(place.num_rows, len(clusters), jnp.int32)  # of padding: none
+    of_row = jnp.full(place.num_rows, len(clusters), jnp.int32)  # out of range, for padding
     of_row = of_row.at[jnp.where(clusters >= 0, clusters, place.num_rows)].set(number, mode="drop")
-    whole = vectors.astype(jnp.int32)
+    whole = vectors.astype(jnp.int32)  # integer sums: the same on any number of devices
     sums = jax.ops.segment_sum(whole, place.mine(of_row), len(clusters))
     return on_grid(place.total(sums).astype(jnp.float32))
 
@@ -229,6 +232,7 @@ def _graph(
     found: Nearest, ours: Float[Array, "q d"], own: Float[Array, " q"], affinity: Affinity
 ) -> PairGraph:
     similarities, there = found.similarities, found.rows >= 0
+    # Relative to the greatest term, or the exponentials would overflow at low temperatures.
     greatest = jnp.maximum(own, similarities[:, 0])[:, None]
     one = affinity.temperature * length_on_grid(ours.shape[1]) ** 2
 
@@ -236,10 +240,12 @@ def _graph(
         return jnp.round(unit * jnp.exp((products - greatest) / one)).astype(jnp.int32)
 
     masses = jnp.where(there, jnp.minimum(mass(similarities, UNIT), _GREATEST), 0)
-    # A random row is no neighbour: those of the sample that are weigh no more than the last one.
+    # Neighbours are counted by their masses already: where the sample holds one, it weighs no more
+    # than the last neighbour.
     least = jnp.where(there, similarities, greatest).min(1, keepdims=True)
     random = mass(jnp.minimum(inner_products(ours, affinity.sample), least), UNIT).sum(1)
     share = (affinity.batch_size - 1) / affinity.sample.shape[0]
+    # In float32 and capped: scaled to a large batch, the int32 sum would overflow.
     rest = jnp.minimum(random.astype(jnp.float32) * share, float(2**29))
     return PairGraph(
         found.rows, masses, mass(own[:, None], UNIT)[:, 0] + jnp.round(rest).astype(jnp.int32)

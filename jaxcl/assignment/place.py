@@ -1,4 +1,4 @@
-"""What one device knows of rows that are sharded, and of all of them."""
+"""The position of one device's rows among all rows, and the exchanges between devices."""
 
 from typing import NamedTuple
 
@@ -12,11 +12,11 @@ __all__ = ["Place"]
 
 
 class Place(NamedTuple):
-    """Where this device's rows lie among all; inside of `jax.shard_map`, or alone.
+    """Where this device's rows lie among all rows, inside of `jax.shard_map` or on one device.
 
     Attributes:
       axis_name: the mesh axes over which rows are sharded; `None` for one device.
-      here: how many rows this device holds, as many as every other.
+      here: the number of rows on this device, equal on all devices.
     """
 
     axis_name: AxisName | None
@@ -24,7 +24,7 @@ class Place(NamedTuple):
 
     @property
     def num_devices(self) -> int:
-        """How many devices hold rows."""
+        """The number of devices that hold rows."""
         return 1 if self.axis_name is None else lax.axis_size(self.axis_name)
 
     @property
@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Rows of all devices."""
+        """The number of rows on all devices."""
         return self.here * self.num_devices
 
     @property
@@ -43,7 +43,7 @@ class Place(NamedTuple):
         return self.device * self.here
 
     def mine(self, everyone: Array) -> Array:
-        """This device's part of what is known of all rows."""
+        """This device's slice of an array over all rows."""
         return lax.dynamic_slice_in_dim(everyone, self.first, self.here)
 
     def total(self, numbers: Array) -> Array:
@@ -51,8 +51,9 @@ class Place(NamedTuple):
         return numbers if self.axis_name is None else lax.psum(numbers, self.axis_name)
 
     def everyone(self, mine: Array) -> Array:
-        """What each device knows of its own rows, put together on each of them."""
+        """The arrays of all devices, concatenated, on each of them."""
         if self.axis_name is None:
             return mine
+        # A sum of zero-padded parts, since its result is typed as equal on all devices.
         zeros = as_varying(jnp.zeros((self.num_rows, *mine.shape[1:]), mine.dtype), mine)
         return self.total(lax.dynamic_update_slice_in_dim(zeros, mine, self.first, 0))

@@ -1,4 +1,4 @@
-"""What each row of some batches does not meet in its own: sums in the batch, and outside of it."""
+"""Loss gaps by row: softmax sums of sampled batches' rows, inside and outside of their batch."""
 
 import functools
 import math
@@ -15,22 +15,31 @@ from jaxcl.ops.row_tables import fetch_rows
 from jaxcl.ops.vectors import inner_product, inner_products, normalise
 from jaxcl.typing import Array, AxisName, Float, Int, Key, Scalar
 
-__all__ = ["RowGaps", "row_gaps"]
+__all__ = ["GapOptions", "RowGaps", "row_gaps"]
 
 _NEIGHBOURS = 10
-_BLOCK_ROWS = 256  # rows of a batch that are held against the whole of it at a time
+_BLOCK_ROWS = 256  # rows compared with the whole batch at a time when near-duplicates are counted
+
+
+class GapOptions(NamedTuple):
+    """The options of `measure_gap`, as documented there."""
+
+    num_rows: int
+    axis_name: AxisName | None = None
+    near_duplicate: float = 0.95
+    rows_per_batch: int | None = None
 
 
 class RowGaps(NamedTuple):
-    """Each measured row's part in a `GapReport`, batch after batch.
+    """Each measured row's part of a `GapReport`, batch after batch.
 
     Attributes:
-      train_loss: in its batch.
-      gap: to its loss among all rows.
+      train_loss: the loss in its batch.
+      gap: its loss among all rows minus that in its batch.
       random_gap: the gap in a batch of random rows.
-      bound: of the gap.
-      neighbours: the share of its nearest rows that are in its batch.
-      near_duplicates: how many other rows of its batch are almost the same.
+      bound: an upper bound of the gap.
+      neighbours: the share of its nearest neighbours that are in its batch.
+      near_duplicates: the number of other rows of its batch that are almost the same.
     """
 
     train_loss: Float[Array, " q"]
@@ -45,21 +54,19 @@ def row_gaps(
     queries: Float[Array, "n d"],
     keys: Float[Array, "n d"],
     rows: Int[Array, "batches b"],
+    different: tuple[Labels, ...],
+    options: GapOptions,
     *,
     temperature: float | Scalar,
     key: Key[Array, ""],
-    num_rows: int,
-    axis_name: AxisName | None = None,
-    different: tuple[Labels, ...] = (),
-    near_duplicate: float = 0.95,
-    rows_per_batch: int | None = None,
 ) -> RowGaps:
-    """What `measure_gap` takes means of, arguments as there.
+    """Measure each row on its own; `measure_gap` takes the means. Arguments as there.
 
     Returns:
-      This device's share of the batches, measured row after measured row. The last ones may be
-      none, where batches do not divide over the devices.
+      The measured rows of this device's batches. The last devices have padding rows where batches
+      do not divide over the devices.
     """
+    num_rows, axis_name, near_duplicate, rows_per_batch = options
     if rows.size > num_rows:
         raise ValueError(
             f"batches of {rows.size} rows in all, of a data set of {num_rows}; sample fewer, so "
@@ -77,7 +84,8 @@ def row_gaps(
         whole, mates = batch
         ours = jax.tree.map(lambda leaf: leaf[:rows_per_batch], whole)
         own = log_sums(ours, whole, _labels(ours, ours.ids), _labels(whole, whole.ids))
-        # All have the mates but the last one; it stands in for a row among its own mates.
+        # Every row meets exactly b - 1 random rows: all mates except the last one. A row that is
+        # among these itself has the label 1, and meets the last mate, of label 0, instead.
         among = jnp.isin(ours.ids, mates.ids[:-1]).astype(jnp.int32)
         spare = jnp.full(batch_size, -1, jnp.int32).at[-1].set(0)
         random = log_sums(
@@ -102,13 +110,14 @@ def row_gaps(
         axis_name=axis_name,
     ).rows
     theirs = fetch_rows(table.batch, found, axis_name=axis_name, constant=True)
-    inside = (found >= 0) & (theirs == ours.batch[:, None])
+    inside = (found >= 0) & (theirs == ours.batch[:, None])  # missing rows were fetched as batch 0
 
     positives = inner_product(ours.queries, ours.keys)[:, None] / temperature
     in_batch, in_random = jnp.logaddexp(positives, own), jnp.logaddexp(positives, random)
     others = math.log(num_rows - batch_size) if num_rows > batch_size else -math.inf
     return RowGaps(
-        # Without the difference of two large numbers.
+        # Softplus where one sum contains the other: a difference of two log-sums would lose small
+        # losses and gaps to rounding.
         train_loss=jax.nn.softplus(own - positives).mean(1),
         gap=jax.nn.softplus(missing - in_batch).mean(1),
         random_gap=(jnp.logaddexp(in_batch, missing) - in_random).mean(1),
@@ -119,14 +128,14 @@ def row_gaps(
 
 
 class _Rows(NamedTuple):
-    """Pairs and what is known of them.
+    """Pairs with their labels.
 
     Attributes:
       queries: one side.
-      keys: the other.
+      keys: the other side.
       ids: row numbers in the whole data set.
-      batch: which of the measured batches a row is in; −1 for none.
-      different: labels by which two must differ.
+      batch: the sampled batch that a row is in; −1 for none.
+      different: labels by which two rows must differ.
     """
 
     queries: Float[Array, "*r d"]
@@ -143,7 +152,8 @@ def _table(
     here = queries.shape[0]
     first = 0 if axis_name is None else lax.axis_index(axis_name) * here
     place = rows - first
-    place = jnp.where((place >= 0) & (place < here), place, here)  # `here` is out
+    # Past the end, where the scatter drops it; a negative place would count from the end.
+    place = jnp.where((place >= 0) & (place < here), place, here)
     numbers = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
     batch = jnp.full(here, -1, jnp.int32).at[place].set(numbers, mode="drop")
     ids = first + jnp.arange(here, dtype=jnp.int32)
@@ -151,7 +161,7 @@ def _table(
 
 
 def _share(rows: Int[Array, "batches b"], axis_name: AxisName | None) -> Int[Array, "_ b"]:
-    """This device's batches, filled up with rows that are none."""
+    """This device's batches, padded with batches of missing rows."""
     if axis_name is None:
         return rows
     size = lax.axis_size(axis_name)
@@ -177,7 +187,7 @@ def _log_sums(
     """Our queries' log-sum-exp over their keys, and our keys' over their queries."""
 
     def columns(ours: Array, theirs: Array) -> Array:
-        # As columns, since those are what travels.
+        # Ours are the columns, which the devices exchange; the table's rows stay where they are.
         return pair_logsumexp(
             theirs,
             ours,
@@ -214,7 +224,7 @@ def _both_ways(reduce: Callable[[Array, Array], Array], ours: _Rows, theirs: _Ro
 
 
 def _near_duplicates(ours: _Rows, batch: _Rows, threshold: float) -> Int[Array, " m"]:
-    """How many other rows of the batch have almost the query or the key of each of ours."""
+    """The number of other rows of the batch with almost the same query or key as each of ours."""
     wide = jnp.promote_types(batch.queries.dtype, jnp.float32)
     sides = [normalise(side.astype(wide)) for side in (batch.queries, batch.keys)]
     num_ours = ours.ids.shape[0]  # the first of the batch

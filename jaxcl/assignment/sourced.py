@@ -1,4 +1,4 @@
-"""Several sources, or topics, in one training set: each with its share, from the step alone."""
+"""Batches from several sources or topics, each with its share, as a function of the step alone."""
 
 from collections.abc import Mapping
 
@@ -16,34 +16,34 @@ _BITS = 32
 class SourcedRows:
     r"""The rows of each batch, with a share for each source: `SourcedRows(sources, ...)(step)`.
 
-    The share of a source of $n_s$ rows is $n_s^{1/T} / \sum_r n_r^{1/T}$ at temperature $T$. What
-    is drawn is rows, or with `mix="one"` batches: sources lie behind each other on a line, each as
-    long as its share of a batch's draws; step $t$ draws where points at distance 1, moved by the
-    $t$-th van der Corput number, fall. So
+    The share of a source with $n_s$ rows is $n_s^{1/T} / \sum_r n_r^{1/T}$ at temperature $T$. A
+    draw is a row, or a whole batch with `mix="one"`. Sources are intervals on a line, one after the
+    other, each as long as its share of a batch's draws. Step $t$ draws the sources at points one
+    unit apart, shifted by the $t$-th van der Corput number. So
 
-    - a mixed batch has of each source its share of rows, rounded up or down;
-    - in all steps before $t$ together, a source is off its share by fewer draws than $t$ has binary
-      ones: by less than one before steps 1, 2, 4, 8, ...; by less than 5 wherever we looked;
-    - each row comes once per epoch of its source. Such an epoch goes on from batch to batch
+    - a mixed batch has each source's share of rows, rounded up or down;
+    - over all steps before $t$, a source is off its share by fewer draws than $t$ has binary ones:
+      by less than one before steps 1, 2, 4, 8, ..., and by less than 5 in all our measurements;
+    - each row comes once per epoch of its source. Such an epoch continues from batch to batch
       whatever else is drawn, and the next one follows without a gap. At temperature 1 an epoch of
-      all rows is one of each source, but for those few draws.
+      all rows is one epoch of each source, except for those few draws.
 
-    A batch holds a row twice where it draws more rows from a source than that has, or where two of
+    A batch holds a row twice if it draws more rows from a source than the source has, or if two of
     its epochs meet; the losses' `ids` mask it out.
 
     Args:
       sources: the number of each row's source or topic; any integers.
       batch_size: rows of a batch, over all devices and hosts.
-      seed: another seed, other rows, and another order of sources.
-      mix: `"mixed"` for all sources in each batch, in random places; `"one"` for batches of one
-        source each.
+      seed: determines the rows and the order of sources.
+      mix: `"mixed"` for all sources in each batch, in random places; `"one"` for batches from a
+        single source.
       weights: source -> share, in any unit; a source of weight 0 is never drawn. `None` for shares
         by size.
-      temperature: 1 draws all rows equally often, infinity all sources.
+      temperature: 1 draws all rows equally often; infinity draws all sources equally often.
 
     Raises:
-      ValueError: for an unknown mix, weights or a temperature that make no shares, sources without
-        weight or rows, or a step below 0.
+      ValueError: for an unknown mix, invalid weights or temperature, sources without weight or
+        rows, or a step below 0.
 
     Example:
       >>> rows = SourcedRows(np.array([0, 0, 0, 0, 0, 0, 7, 7]), batch_size=4, seed=0)
@@ -76,12 +76,14 @@ class SourcedRows:
         self._batch_size, self._seed = batch_size, seed
         self._rows_per_draw = batch_size if mix == "one" else 1
         self._draws_per_step = batch_size // self._rows_per_draw
-        # Digits flipped by the seed: another sequence, as even.
+        # Flipping digits of the van der Corput numbers gives another sequence, equally even.
         self._flipped = fold_in(seed, 1) % 2**_BITS
         self._sizes = sizes
         self._first = np.cumsum(sizes) - sizes
         self._by_source = np.argsort(sources, kind="stable").astype(np.int32)
         edges = np.cumsum(_shares(names, sizes, weights, temperature))
+        # Fixed-point integers from here on: counts of draws must add up exactly at any step. The
+        # last edge divided by itself is 1, so that rounding never loses a draw.
         edges = np.append(0, edges / edges[-1]) * self._draws_per_step
         self._edges = np.rint(edges * 2**_BITS).astype(np.int64)
 
@@ -91,9 +93,11 @@ class SourcedRows:
         begin = self._drawn(step) * self._rows_per_draw
         count = self._drawn_in(step, 0) * self._rows_per_draw
         source = np.repeat(np.arange(len(count)), count)
-        # Where each row is among those that its source gives to this batch.
+        # The rank of each row among the rows of its source in this batch.
         nth = np.arange(self._batch_size) - (np.cumsum(count) - count)[source]
         epoch, index = np.divmod(begin[source] + nth, self._sizes[source])
+        # An epoch number for each pair of source and epoch, or sources of equal size would be
+        # permuted alike.
         place = permuted(
             index,
             epoch * len(self._sizes) + source,
@@ -104,7 +108,9 @@ class SourcedRows:
         return rows[permutation(len(rows), epoch=step, seed=fold_in(self._seed, 0))]
 
     def _drawn(self, step: int) -> Int[np.ndarray, " s"]:
-        """How many draws each source has had before a step."""
+        """The number of draws from each source before a step."""
+        # Aligned runs of 2^i steps, one for each binary one of the step: resuming at any step takes
+        # a logarithmic number of additions.
         total = np.zeros_like(self._sizes)
         for i in range(step.bit_length()):
             if step >> i & 1:
@@ -112,10 +118,10 @@ class SourcedRows:
         return total
 
     def _drawn_in(self, step: int, i: int) -> Int[np.ndarray, " s"]:
-        """How many each source has in $2^i$ steps from `step` on, a multiple of that.
+        """The number of draws from each source in $2^i$ steps from `step` on, a multiple of $2^i$.
 
-        The van der Corput number of a step is its binary digits in reverse, behind the point. In
-        these steps the first $i$ digits take all values, so that all draws lie evenly.
+        The van der Corput number of a step is its binary digits in reverse, after the point. In
+        these steps the first $i$ digits take all values, so that all draws are evenly spaced.
         """
         spacing = 2 ** (_BITS - i)
         reverse = int(f"{step:0{_BITS}b}"[::-1], 2)
@@ -130,7 +136,7 @@ def _shares(
     weights: Mapping[int, float] | None,
     temperature: float,
 ) -> Float[np.ndarray, " s"]:
-    """Of each source, in no particular unit."""
+    """The share of each source, not normalised."""
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0; math.inf for equal shares")
     if weights is None:

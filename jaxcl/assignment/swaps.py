@@ -1,8 +1,8 @@
-"""Swaps of rows between segments, by which more of the loss's mass comes into the batches.
+"""Swaps of rows between segments that move more of the loss's mass into the batches.
 
-The parallel form of Kernighan and Lin, "An efficient heuristic procedure for partitioning graphs",
-Bell System Technical Journal, 1970: the rows of two segments are paired by what they would gain
-from being in the other one, and pairs that gain together change places at once.
+A parallel form of Kernighan and Lin, "An efficient heuristic procedure for partitioning graphs",
+Bell System Technical Journal, 1970. The rows of two segments are ranked by their gain from moving
+to the other one, rows of equal rank are paired, and all profitable pairs swap at once.
 """
 
 from typing import NamedTuple
@@ -20,15 +20,15 @@ __all__ = ["Segments", "most_first", "refine", "segments_of", "swap"]
 
 _MATCHING_ROUNDS = 4
 _DISTANCES = 3
-_ORDERED_BITS = 29  # of what `_ordered` returns
+_ORDERED_BITS = 29  # the width of the numbers that `_ordered` returns
 
 
 class Segments(NamedTuple):
-    """A cut of all positions of an order, equal on all devices.
+    """A partition of all positions of an order, equal on all devices.
 
     Attributes:
-      starts: the first position of each segment; of one more, behind which padding lies.
-      of_position: the segment of each position. Padding has the number of segments.
+      starts: the first position of each segment, followed by the first position of the padding.
+      of_position: the segment of each position; `number` for padding.
     """
 
     starts: Int[Array, " _"]
@@ -36,7 +36,7 @@ class Segments(NamedTuple):
 
     @property
     def number(self) -> int:
-        """How many segments there are, some of them perhaps empty."""
+        """The number of segments, including empty ones."""
         return self.starts.shape[0] - 1
 
     def of_row(self, order: Int[Array, " p"]) -> Int[Array, " p"]:
@@ -45,17 +45,18 @@ class Segments(NamedTuple):
 
 
 def segments_of(starts: Int[Array, " _"], num_positions: int) -> Segments:
-    """Cuts positions at `starts`."""
+    """Cut positions at `starts`."""
+    # One entry more, since segments without padding end at `num_positions`.
     begun = jnp.zeros(num_positions + 1, jnp.int32).at[starts[1:]].add(1)
     return Segments(starts, jnp.cumsum(begun[:num_positions]))
 
 
 def most_first(gains: Int[Array, " p"], segments: Segments) -> Int[Array, " p"]:
-    """Positions, segment by segment, of those first that gain most, as exactly as 32 bits allow.
+    """Positions by segment and descending gain, as exactly as 32 bits allow.
 
-    Segment, gain and place in the segment are one number, since XLA sorts one array many times
-    faster than several. The gain has the bits that the others leave, from its sign and exponent on:
-    15 where there are 50,000 rows, 7 where there are 10 million. Of equals the first comes first.
+    Segment, gain and place in the segment are packed into one integer, since XLA sorts one array
+    many times faster than several. The gain gets the remaining bits, starting from its sign and
+    exponent: 15 for 50,000 rows, 7 for 10 million. Equal gains keep their order.
     """
     starts, of_position = segments
     position = jnp.arange(of_position.shape[0], dtype=jnp.int32)
@@ -65,8 +66,10 @@ def most_first(gains: Int[Array, " p"], segments: Segments) -> Int[Array, " p"]:
     place_bits, segment_bits = (32 - lax.clz(numbers.max()) for numbers in (place, segment))
     gain_bits = jnp.minimum(32 - place_bits - segment_bits, _ORDERED_BITS)
     gain = _ordered(-gains) >> (_ORDERED_BITS - gain_bits)
+    # All 32 bits may be in use: as int32, segments with the top bit set would sort first.
     packed = (segment << gain_bits | gain) << place_bits | place
     packed = jnp.where(padding, jnp.uint32(2**32 - 1), packed.astype(jnp.uint32))
+    # Sorting leaves each segment in its own positions, so that only the place is unpacked.
     ordered = lax.sort(packed).astype(jnp.int32) & ((1 << place_bits) - 1)
     return jnp.where(padding, position, starts[segment] + ordered)
 
@@ -82,25 +85,26 @@ def swap(
     key: Key[Array, ""],
     place: Place,
 ) -> Int[Array, " p"]:
-    """Swaps rows between each segment and its partner, round after round.
+    """Swap rows between each segment and its partner, round after round.
 
     Args:
-      graph: this device's rows' neighbours.
+      graph: the neighbours of this device's rows.
       order: all rows, by position.
-      segments: which positions are one segment.
-      partners: of each segment the one to swap with, each other's; itself for none.
-      rounds: how many.
-      eagerness: the share of swaps worth making that a round makes; less than 1, since neighbours
-        that follow each other would miss each other.
-      key: of which ones are made.
+      segments: the partition of the positions.
+      partners: the segment to swap with, for each segment and mutually; itself for none.
+      rounds: number of rounds.
+      eagerness: the share of the profitable swaps that a round makes. Below 1, so that two
+        neighbours do not follow each other across in the same round and stay apart.
+      key: draws which swaps are made.
       place: where this device's rows lie.
 
     Returns:
       The new order; segments keep their sizes.
     """
     of_position, starts = segments.of_position, segments.starts
+    # Padding is one more segment, without rows and its own partner, so that it never swaps.
     sizes = jnp.append(jnp.diff(starts), 0)
-    partners = jnp.append(partners, segments.number)  # padding's is padding
+    partners = jnp.append(partners, segments.number)
     other = partners[of_position]
     position = jnp.arange(place.num_rows, dtype=jnp.int32)
     rank = position - starts[of_position]
@@ -111,17 +115,21 @@ def swap(
         of_row = segments.of_row(order)
         weights = weights_within(graph, of_row, place)
         gain = _gains(graph, weights, of_row, partners, place)
-        # Of each segment the rows that would gain most first; ranks next to each other are mates,
-        # another distance in each round, or two that want each other would stay mates for ever.
         order = order[most_first(gain[order], segments)]
+        # Rows of nearby ranks are paired, at another distance in each round: two neighbours that
+        # block each other's swap would otherwise stay paired for ever. The signs are opposite on
+        # both sides, so that pairing is mutual.
         distance = jnp.where(of_position < other, 1, -1) * (number % _DISTANCES)
         mate = starts[other] + (rank + distance) % jnp.maximum(ranks, 1)
         mate = jnp.where(paired, mate, 0)
         first = jnp.minimum(position, mate)
         mate_of_row = jnp.zeros_like(order).at[order].set(jnp.where(paired, order[mate], -1))
-        # A row that gains by its mate's neighbourhood does not if that mate leaves.
+        # Kernighan and Lin's correction: an edge between the two still crosses after the swap, but
+        # both gains have counted it as won.
         tie = _weight_between(graph, weights, mate_of_row, place)[order]
         worth = gain[order] + gain[order[mate]] - 2 * (tie + tie[mate])
+        # Both ends read the chance of the lower position. If only one of them moved, a row would
+        # be in the order twice and another one not at all.
         chance = jax.random.uniform(jax.random.fold_in(key, number), (place.num_rows,))
         swapped = paired & (worth > 0) & (chance[first] < eagerness)
         return jnp.where(swapped, order[mate], order)
@@ -139,9 +147,9 @@ def refine(
     key: Key[Array, ""],
     place: Place,
 ) -> Int[Array, " p"]:
-    """Swaps between segments that are no siblings: each round matches those that would gain.
+    """Swap rows between segments that need not be siblings: each round draws new partners.
 
-    Arguments and result are those of `swap`; a round is a matching and two rounds of swaps.
+    Arguments and result as for `swap`; a round is one matching and two rounds of swaps.
     """
 
     def one_round(number: Integer[Array, ""] | int, order: Array) -> Array:
@@ -168,12 +176,13 @@ def _gains(
     partners: Int[Array, " s"],
     place: Place,
 ) -> Int[Array, " p"]:
-    """What all rows' losses would gain if a row moved to its segment's partner."""
+    """The gain in all rows' losses if a row moved to its segment's partner."""
     theirs, ours = segments_of_neighbours(graph, of_row), place.mine(of_row)[:, None]
     same = theirs == ours
     across = (theirs == partners[ours]) & ~same
     moved = jnp.where(across, weights, 0) - jnp.where(same, weights, 0)
-    # By its own neighbours, and by those whose neighbour it is.
+    # Edges count at both ends: a row may be the neighbour of rows on any device. Sums are integers,
+    # so that neither the order of the scatter nor the number of devices changes them.
     gain = as_varying(jnp.zeros(place.num_rows, jnp.int32), moved)
     gain = gain.at[jnp.where(graph.rows >= 0, graph.rows, place.num_rows)].add(moved, mode="drop")
     mine = place.mine(gain) + moved.sum(1)
@@ -183,15 +192,17 @@ def _gains(
 def _weight_between(
     graph: PairGraph, weights: Int[Array, "n k"], mate: Int[Array, " p"], place: Place
 ) -> Int[Array, " p"]:
-    """The weight of each row's mate among its neighbours."""
+    """The weight of the edge from each row to its mate; 0 if the mate is no neighbour."""
     found = (graph.rows == place.mine(mate)[:, None]) & (graph.rows >= 0)
     return place.everyone(jnp.where(found, weights, 0).sum(1))
 
 
 def _ordered(numbers: Int[Array, "*n"]) -> Int[Array, "*n"]:
-    """Whole numbers from 0 in the same order, whose highest bits say sign and magnitude."""
+    """Non-negative integers in the same order, with sign and magnitude in the highest bits."""
+    # The bits of positive floats sort like the floats, the exponent first: a prefix of them
+    # resolves small gains as well as large ones.
     magnitude = lax.bitcast_convert_type(jnp.abs(numbers).astype(jnp.float32), jnp.int32)
-    # From the exponent below that of 1 on: at most 2^28.
+    # Counted from one exponent below that of 1, so that 2^31 becomes 2^28, and 1 more than 0.
     magnitude = jnp.maximum(magnitude - (126 << 23), 0)
     return jnp.minimum(2**28 + jnp.sign(numbers) * magnitude, 2**_ORDERED_BITS - 1)
 
@@ -205,16 +216,17 @@ def _matched(
 ) -> Int[Array, " s"]:
     """Pairs of segments that would gain by swaps, drawn at random; the others pair with themselves.
 
-    Each segment proposes where one of its eager rows wants to go; of proposals that meet, the one
-    with the highest lot is taken (Luby, "A simple parallel algorithm for the maximal independent
-    set problem", STOC 1985).
+    Each segment proposes the destination of one of its rows with a large gain. Of proposals that
+    share a segment, the one with the highest lot is accepted (Luby, "A simple parallel algorithm
+    for the maximal independent set problem", STOC 1985).
     """
     weights = weights_within(graph, of_row, place)
     theirs, ours = segments_of_neighbours(graph, of_row), place.mine(of_row)[:, None]
     slots = graph.rows.shape[1]
     rows = place.first + jnp.arange(place.here)
     slot_seed, row_seed, lot_seed = jax.random.bits(key, (3,))
-    # Where one of its neighbours is, heavy ones more often.
+    # A row's destination is the segment of a random neighbour, heavier ones more often. The noise
+    # depends on the global row number: devices need no exchange to draw the same.
     lots = weights * _noise(rows[:, None] * slots + jnp.arange(slots), slot_seed)
     elsewhere = (theirs >= 0) & (theirs != ours)
     drawn = jnp.argmax(jnp.where(elsewhere, lots, -1), axis=1, keepdims=True)
@@ -224,12 +236,15 @@ def _matched(
     eagerness = jnp.ceil(jnp.maximum(wanted, 0) * _noise(rows, row_seed)).astype(jnp.int32)
     eagerness, target = place.everyone(eagerness), place.everyone(target[:, 0])
 
+    # Padding is out of range here, and `segment_max` drops it.
     most = jax.ops.segment_max(eagerness, of_row, num_segments)
     row = jnp.arange(place.num_rows)
     is_most = eagerness == most[jnp.minimum(of_row, num_segments - 1)]
     proposer = jax.ops.segment_max(jnp.where(is_most, row, -1), of_row, num_segments)
     itself = jnp.arange(num_segments, dtype=jnp.int32)
     proposal = jnp.where(most > 0, target[jnp.maximum(proposer, 0)], itself)
+    # A permutation, so that no two lots are equal: of two proposals that share a segment, only one
+    # can have the highest.
     lot = jnp.argsort(_noise(itself, lot_seed))
 
     def one_round(_: Integer[Array, ""] | int, partners: Array) -> Array:
@@ -247,12 +262,14 @@ def _matched(
 
 
 def _noise(numbers: Integer[Array, "..."], seed: Integer[Array, ""]) -> Float[Array, "..."]:
-    """Numbers in [0, 1) that look random, by the number alone, so that no device draws others.
+    """Pseudo-random numbers in [0, 1), each a function of its number and the seed alone.
 
-    The mixing of Wellons' "lowbias32", hash-prospector, 2018.
+    They are therefore equal on any number of devices. The hash is Wellons' "lowbias32",
+    hash-prospector, 2018.
     """
     word = numbers.astype(jnp.uint32) ^ seed
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         word = (word ^ (word >> shift)) * jnp.uint32(factor)
     word ^= word >> 16
+    # 24 bits fit in a float32; with all 32, rounding could return 1.
     return (word >> 8).astype(jnp.float32) / 2**24

@@ -1,4 +1,4 @@
-"""Every row once per epoch, in an order that is computed rather than stored."""
+"""A random order of all rows for each epoch, computed rather than stored."""
 
 import operator
 from typing import SupportsIndex
@@ -15,17 +15,17 @@ _ROUNDS = 6
 def uniform_rows(
     step: SupportsIndex, *, num_rows: SupportsIndex, batch_size: SupportsIndex, seed: SupportsIndex
 ) -> Int[np.ndarray, " b"]:
-    """The rows of one global batch: each row once per epoch, in an order of each epoch's own.
+    """The rows of one global batch: each row once per epoch, each epoch in a new order.
 
-    Epochs follow each other without a gap. Where the batch does not divide the data, a batch
-    holds the end of one epoch and the start of the next, and no row is dropped; it may then hold
-    a row twice, which the losses' `ids` mask out.
+    Epochs follow each other without a gap. If the batch size does not divide the data, a batch may
+    hold the end of one epoch and the start of the next, so that no row is dropped. Such a batch may
+    hold a row twice, which the losses' `ids` mask out.
 
     Args:
-      step: which batch, from 0.
+      step: the batch, from 0.
       num_rows: rows of the data set.
       batch_size: rows of the batch, over all devices and hosts.
-      seed: another seed, another order.
+      seed: determines the order.
 
     Returns:
       Row numbers, int32. Memory and time do not depend on `num_rows`.
@@ -38,7 +38,8 @@ def uniform_rows(
       >>> sorted(np.concatenate(epoch).tolist())
       [0, 1, 2, 3, 4, 5]
     """
-    # NumPy's own integers would overflow, or turn the positions into floats.
+    # Python integers: NumPy's would overflow in the product, and signed ones turn a sum with uint64
+    # into floats.
     step, num_rows, batch_size, seed = map(operator.index, (step, num_rows, batch_size, seed))
     if num_rows < 1 or batch_size < 1:
         raise ValueError(f"num_rows={num_rows} and batch_size={batch_size} must be at least 1")
@@ -50,7 +51,7 @@ def uniform_rows(
 
 
 def permutation(num_rows: int, *, epoch: int, seed: int) -> Int[np.ndarray, " n"]:
-    """All of `range(num_rows)`, in the order of one epoch."""
+    """The numbers of `range(num_rows)` in the order of one epoch."""
     index, number = np.arange(num_rows, dtype=np.uint64), np.array(epoch % 2**64, np.uint64)
     return permuted(index, number, num_rows=num_rows, seed=seed).astype(np.int64)
 
@@ -62,24 +63,27 @@ def permuted(
     num_rows: int | Integer[np.ndarray, " b"],
     seed: int,
 ) -> Integer[np.ndarray, " b"]:
-    """Permutes `range(num_rows)` by a Feistel network, each epoch with its own.
+    """Look up places of a random permutation of `range(num_rows)`, another one for each epoch.
 
-    The network permutes the next power of 4; what lands outside of the rows goes through it again
-    (cycle walking), which keeps a permutation and takes under four passes on average.
+    A Feistel network permutes the numbers below the next power of 4. Results outside of the rows
+    go through it again (cycle walking), which yields a permutation of the rows and takes under four
+    passes on average.
 
     Args:
-      index: which places of the permutation to look up.
-      epoch: one for all, or one each.
-      num_rows: one for all, or one each; above each index.
-      seed: another seed, other permutations.
+      index: the places to look up.
+      epoch: one for all places, or one each.
+      num_rows: one for all places, or one each; above each index.
+      seed: determines the permutations.
 
     Returns:
-      What stands in those places, uint64.
+      The numbers in those places, uint64.
     """
+    # Multiples of the number of rounds, so that no two seeds share a word.
     words = np.array([(seed * _ROUNDS + i) % 2**64 for i in range(_ROUNDS)], np.uint64)
     keys = _mixed(epoch.astype(np.uint64) ^ _mixed(words)[:, None])
     keys = np.broadcast_to(keys, (_ROUNDS, len(index)))  # without a copy where the epoch is one
     limit = np.broadcast_to(np.asarray(num_rows, np.uint64), index.shape)
+    # The bit length of the last row, for arrays; float64 holds row numbers exactly.
     _, bits = np.frexp(np.maximum(limit, 2) - 1.0)
     half_bits = ((bits + 1) // 2).astype(np.uint64)
     result = _feistel(index.astype(np.uint64), keys, half_bits)
@@ -89,7 +93,7 @@ def permuted(
 
 
 def fold_in(seed: int, number: int) -> int:
-    """Another seed for each number, as `jax.random.fold_in` makes keys."""
+    """Derive a seed for each number, like `jax.random.fold_in` for keys."""
     word = _mixed(np.array([seed % 2**64], np.uint64)) ^ np.uint64(number % 2**64)
     return int(_mixed(word)[0])
 
@@ -102,6 +106,7 @@ def _feistel(
     low = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = index >> half_bits, index & low
     for round_key in round_keys:
+        # Invertible whatever the mixing function is: `right` is kept, and XOR undone by itself.
         left, right = right, left ^ (_mixed(right ^ round_key) & low)
     return (left << half_bits) | right
 

@@ -1,6 +1,6 @@
 """Measures jaxcl, in turn with what a user would otherwise pick.
 
-    python -m jaxcl.bench BENCHMARK [--json FILE] [options of the benchmark]
+    python -m jaxcl.bench loss --json loss.json --rounds 3
 
 Each benchmark is a module whose `main(argv)` measures and returns a record:
 
@@ -13,22 +13,20 @@ This module adds commit, device and versions, prints one table, and writes one J
 own table and JSON (`jaxcl.bench.gpu`).
 """
 
-import argparse
 import importlib
 import importlib.metadata
 import json
 import os
 import platform
 import statistics
-import sys
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxcl.bench.machine import commit, cpu_model
-from jaxcl.host.huge_pages import start_with_huge_pages
+from jaxcl.host.command_flags import CommandParser, user_path
 
 BENCHMARKS = (
     "assignment",
@@ -48,29 +46,33 @@ BENCHMARKS = (
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Runs one benchmark and returns its record, as the JSON holds it."""
-    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench", add_help=False)
-    parser.add_argument("benchmark", choices=BENCHMARKS, help="with --help for its own options")
-    parser.add_argument("--json", type=Path, help="where to write the record")
-    argv = sys.argv[1:] if argv is None else argv
-    if list(argv) in (["-h"], ["--help"]):  # behind a name it asks for the benchmark's
-        parser.print_help()
-        sys.exit()
-    arguments, rest = parser.parse_known_args(argv)
-    if arguments.benchmark == "gpu":
+    """Run one benchmark and return its record, as the JSON holds it."""
+    parser = CommandParser("jaxcl.bench", __doc__, passes_on=True)
+    parser.add_argument("benchmark", choices=BENCHMARKS, help="with --help for its own flags")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="where to write the record")
+    arguments = parser.parse(argv)
+    if arguments.benchmark == "gpu":  # it runs without most of jaxcl's dependencies
         from jaxcl.bench.gpu import command
 
-        return command.main(rest, arguments.json)
-    measured = importlib.import_module(f"jaxcl.bench.bench_{arguments.benchmark}").main(rest)
+        spent = command.process_age() if argv is None else 0.0
+        return command.main(arguments.rest, arguments.json, spent_seconds=spent)
+    from jaxcl.host.command import run_command
+
+    return run_command(parser, _run, argv, trains=True)
+
+
+def _run(arguments: Namespace) -> dict[str, Any]:
+    name, json_file = arguments.benchmark, arguments.json
+    measured = importlib.import_module(f"jaxcl.bench.bench_{name}").main(arguments.rest)
     record = {
-        "benchmark": arguments.benchmark,
+        "benchmark": name,
         **environment(),
         **measured,
         "summary": {name: summary(figures) for name, figures in measured["rounds"].items()},
     }
     print(as_table(record))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    if json_file:
+        json_file.write_text(json.dumps(record, indent=2) + "\n")
     return record
 
 
@@ -115,5 +117,4 @@ def _short(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    start_with_huge_pages()  # as jaxcl.train
     main()

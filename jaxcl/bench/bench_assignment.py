@@ -30,6 +30,7 @@ from jaxcl.assignment.bisection import Effort
 from jaxcl.assignment.build_graph import graph_of
 from jaxcl.assignment.graph import PairGraph
 from jaxcl.assignment.place import Place
+from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.host.progress import say
 from jaxcl.ops.mesh import make_mesh, put_rows
 from jaxcl.typing import Float, Int
@@ -52,7 +53,7 @@ Method = Callable[[Sides, int, int], Int[np.ndarray, " n"]]
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures every method at every batch size."""
-    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench assignment")
+    parser = benchmark_parser("assignment", __doc__)
     parser.add_argument("--workdir", type=Path, help="a trained run, whose training rows these are")
     parser.add_argument("--embeddings", type=Path, help="an .npz file of arrays `query` and `key`")
     parser.add_argument("--rows", type=int, default=10_000, help="at most so many; 10000")
@@ -78,7 +79,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument(
         "--recall", action="store_true", help="of the clustered graphs as well, by the exact one"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     sides = _sides(arguments)
     if not 1 <= min(arguments.batch) <= max(arguments.batch) <= len(sides.queries):
         parser.error(f"--batch {arguments.batch}: there are {len(sides.queries)} rows")
@@ -329,9 +330,10 @@ def _sides(arguments: argparse.Namespace) -> Sides:
 
 
 def _of_run(workdir: Path) -> Sides:
-    from jaxcl.run.trained import open_trained
+    from jaxcl.run.opened import open_run
 
-    found = open_trained(workdir).embeddings("train")
+    run = open_run(workdir)
+    found = run.embeddings("train", run.sources()["train"])
     return Sides(found["query"], found["key"])
 
 

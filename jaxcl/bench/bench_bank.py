@@ -8,7 +8,6 @@ The step is that of `configs/code_search_transformer.py` but for what is given. 
 same for any batch, so that a small one shows its share at its largest.
 """
 
-import argparse
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +16,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.bench.timing import milliseconds
 from jaxcl.ops.mesh import put_batch
-from jaxcl.settings.build import build_program
+from jaxcl.run.training import build_training
+from jaxcl.settings.read import read_settings
+from jaxcl.settings.sections import Settings
 from jaxcl.step.train_state import TrainState
 from jaxcl.typing import SIDES, Batch
 
@@ -28,7 +30,7 @@ __all__ = ["main", "measure"]
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures one shape."""
-    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench bank")
+    parser = benchmark_parser("bank", __doc__)
     parser.add_argument("--slots", type=int, default=2**20)
     parser.add_argument("--uniform", type=int, default=2_048)
     parser.add_argument("--dim", type=int, default=256)
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--tokens", type=int, nargs=2, default=[64, 256])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=4)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     return measure(**vars(arguments))
 
 
@@ -64,7 +66,7 @@ def measure(
     Returns:
       The record that `jaxcl.bench` prints, in milliseconds.
     """
-    from configs.code_search_transformer import get_config
+    from jaxcl.configs.code_search_transformer import get_config
 
     config = get_config()
     config.global_batch_size = batch
@@ -77,7 +79,7 @@ def measure(
     for name, kind in (("without a bank", None), ("with a bank", "queue")):
         config.negatives.bank.kind = kind
         config.negatives.tiers.uniform = uniform if kind else 0
-        steps[name], memory = _resident(config)
+        steps[name], memory = _resident(read_settings(config))
         facts |= {f"{what}, {name}": figure for what, figure in memory.items()}
     size = np.dtype(jax.numpy.dtype(dtype)).itemsize
     facts["MiB of a device's share of the bank"] = (
@@ -98,10 +100,10 @@ def measure(
     }
 
 
-def _resident(config: ConfigDict) -> tuple[Any, dict[str, float]]:
+def _resident(settings: Settings) -> tuple[Any, dict[str, float]]:
     """One update of a state of its own, again and again; and what its program needs."""
-    program = build_program(config)
-    state, batch = _filled(program.init()), put_batch(_batch(config), program.mesh)
+    program = build_training(settings)
+    state, batch = _filled(program.init()), put_batch(_batch(settings), program.mesh)
     start = time.perf_counter()
     compiled = program.train_step.lower(state, batch).compile()  # type: ignore[attr-defined] # jitted
     memory = compiled.memory_analysis()
@@ -131,15 +133,15 @@ def _filled(state: TrainState) -> TrainState:
     return state._replace(memory=state.memory | ({"bank": banks} if banks else {}))
 
 
-def _batch(config: ConfigDict) -> Batch:
+def _batch(settings: Settings) -> Batch:
     rng = np.random.default_rng(0)
-    rows = np.arange(config.global_batch_size, dtype=np.int32)
+    rows = np.arange(settings.global_batch_size, dtype=np.int32)
     sides = {
         side: {
-            "tokens": rng.integers(1, config.data.vocabulary_size, (len(rows), width)).astype(
+            "tokens": rng.integers(1, settings.data.vocabulary_size, (len(rows), width)).astype(
                 np.int32
             )
         }
-        for side, width in config.data.max_tokens.items()
+        for side, width in settings.data.max_tokens._asdict().items()
     }
     return {**sides, "row": rows, "text": rows, "group": rows}

@@ -10,7 +10,6 @@ masked by row and by text; asked are the copied rows' queries among the keys of 
 and the held-out queries among theirs.
 """
 
-import argparse
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +19,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcl.assignment import uniform_rows
+from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.data.loader import training_batches
 from jaxcl.data.token_table import TokenTable
 from jaxcl.evaluation.retrieval import evaluate_retrieval
 from jaxcl.host.progress import progress_bar
 from jaxcl.metrics import mrr_metric
-from jaxcl.run.trained import open_trained
+from jaxcl.run.opened import OpenedRun, open_run
+from jaxcl.run.training import Training, build_training
 from jaxcl.run.workdir import read_config
-from jaxcl.settings.build import Program, build_program
+from jaxcl.settings.read import read_settings
+from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES, PyTree
 
 __all__ = ["main", "measure", "with_copies"]
@@ -35,13 +37,13 @@ __all__ = ["main", "measure", "with_copies"]
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures one share."""
-    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench duplicates")
+    parser = benchmark_parser("duplicates", __doc__)
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--share", type=float, default=0.05)
     parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
-    return measure(**vars(parser.parse_args(argv)))
+    return measure(**vars(parser.parse(argv)))
 
 
 def measure(workdir: Path, *, share: float, copies: int, steps: int, seeds: int) -> dict[str, Any]:
@@ -57,8 +59,9 @@ def measure(workdir: Path, *, share: float, copies: int, steps: int, seeds: int)
     Returns:
       The record that `jaxcl.bench` prints: MRR@10 of each seed.
     """
-    run = open_trained(workdir)
-    tables = {split: run.token_table(split) for split in ("train", "validation")}
+    run = open_run(workdir)
+    sources = run.sources()
+    tables = {split: run.token_table(split, sources[split]) for split in ("train", "validation")}
     clean = tables["train"]
     copied = np.random.default_rng(0).permutation(clean.num_rows)[: int(share * clean.num_rows)]
     planted = with_copies(clean, np.repeat(copied, copies))
@@ -71,9 +74,8 @@ def measure(workdir: Path, *, share: float, copies: int, steps: int, seeds: int)
     found: dict[str, list[float]] = {}
     for seed in range(seeds):
         for name, (table, mask) in conditions.items():
-            config = _config(workdir, mask=mask, steps=steps, seed=seed)
-            program = build_program(config)
-            params = _trained(config, program, table, f"{name}, seed {seed}")
+            program = build_training(_settings(run, mask=mask, steps=steps, seed=seed))
+            params = _trained(program, table, f"{name}, seed {seed}")
             for asked, (pool, rows) in {
                 "copied rows": (clean, copied),
                 "held out": (tables["validation"], None),
@@ -109,27 +111,28 @@ def with_copies(table: TokenTable, rows: np.ndarray) -> TokenTable:
     return TokenTable(tokens, offsets, table.group[order], table.text[order], table.max_tokens)
 
 
-def _config(workdir: Path, *, mask: str, steps: int, seed: int) -> ConfigDict:
-    config = read_config(workdir)
+def _settings(run: OpenedRun, *, mask: str, steps: int, seed: int) -> Settings:
+    """The run's settings with a queue, masked by a column."""
+    config = ConfigDict(read_config(run.workdir))
     config.steps, config.seed = steps, seed
     config.loss.masks = (mask,)
     config.optimizer.warmup_steps = max(1, steps // 10)
     config.negatives.bank.kind = "queue"
-    with config.unlocked():  # an older run does not know of_batch
-        config.negatives.tiers.update(whole=True, of_batch=False)
-    return config
+    config.negatives.tiers.update(whole=True, of_batch=False)
+    return read_settings(config)
 
 
-def _trained(config: ConfigDict, program: Program, table: TokenTable, what: str) -> PyTree:
+def _trained(program: Training, table: TokenTable, what: str) -> PyTree:
+    settings = program.settings
     rows_fn = functools.partial(
         uniform_rows,
         num_rows=table.num_rows,
-        batch_size=config.global_batch_size,
-        seed=config.seed,
+        batch_size=settings.global_batch_size,
+        seed=settings.seed,
     )
     state = program.init(table.num_rows, table.group)
-    batches = training_batches(table, rows_fn, program.mesh, first_step=0, last_step=config.steps)
-    with progress_bar(what, config.steps) as advance:
+    batches = training_batches(table, rows_fn, program.mesh, first_step=0, last_step=settings.steps)
+    with progress_bar(what, settings.steps) as advance:
         for batch in batches:
             state, metrics = program.train_step(state, batch)
             metrics.loss.block_until_ready()
@@ -137,7 +140,7 @@ def _trained(config: ConfigDict, program: Program, table: TokenTable, what: str)
     return state.params["towers"]
 
 
-def _mrr(program: Program, params: PyTree, pool: TokenTable, rows: np.ndarray | None) -> float:
+def _mrr(program: Training, params: PyTree, pool: TokenTable, rows: np.ndarray | None) -> float:
     """Of the queries of some rows, or all, among the keys of the pool's distinct texts."""
     _, first, text = np.unique(pool.text, return_index=True, return_inverse=True)
     rows = np.arange(pool.num_rows) if rows is None else rows

@@ -3,7 +3,6 @@
 python -m jaxcl.bench embedding_bag [--rounds N] [--json FILE]
 """
 
-import argparse
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.bench.timing import milliseconds
 from jaxcl.models.embedding_bag import IMPLEMENTATIONS, embedding_bag
 from jaxcl.typing import PADDING_ID, Array, Float, Int
@@ -36,9 +36,9 @@ DEFAULT_SHAPES = (BagShape(1_024, 32, 12), BagShape(1_024, 256, 110))
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures the default shapes."""
-    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench embedding_bag")
+    parser = benchmark_parser("embedding_bag", __doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    return measure(DEFAULT_SHAPES, rounds=parser.parse_args(argv).rounds)
+    return measure(DEFAULT_SHAPES, rounds=parser.parse(argv).rounds)
 
 
 def measure(shapes: Sequence[BagShape], *, rounds: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@
 A transformer's loss and gradient, whole and in chunks, on one device, with dropout.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.bench.timing import compile_all, facts_of, largest_that_fits, milliseconds
 from jaxcl.losses import infonce_loss
 from jaxcl.models import TransformerEncoder, make_towers
@@ -27,14 +27,14 @@ _VOCABULARY = 1_024
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures one shape."""
-    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench grad_cache")
+    parser = benchmark_parser("grad_cache", __doc__)
     parser.add_argument("--batch", type=int, default=256, help="pairs")
     parser.add_argument("--chunk", type=int, default=32, help="rows encoded at a time")
     parser.add_argument("--tokens", type=int, default=32, help="of a text")
     parser.add_argument("--dim", type=int, default=128, help="width of the encoder")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
-    return measure(**vars(parser.parse_args(argv)))
+    return measure(**vars(parser.parse(argv)))
 
 
 def measure(

@@ -9,7 +9,6 @@ interpreter that has torch, PyTorch's cross entropy over the whole matrix follow
 compiled. On a GPU that both share, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
-import argparse
 import functools
 import json
 import statistics
@@ -25,6 +24,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.bench.timing import Compiled, compile_all, facts_of, largest_that_fits, milliseconds
 from jaxcl.losses import infonce_loss
 from jaxcl.ops.mesh import make_mesh
@@ -40,14 +40,14 @@ _PEAK_SIZE = {"cpu": 2_048}  # rows of a square product; elsewhere 16,384
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures one shape."""
-    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench loss")
+    parser = benchmark_parser("loss", __doc__)
     parser.add_argument("--batch", type=int, default=8_192, help="pairs over all devices")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--devices", type=int, default=1, help="fake ones, on a CPU")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--torch-python", help="an interpreter with torch; without it, jaxcl alone")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     if arguments.devices > 1:
         jax.config.update("jax_num_cpu_devices", arguments.devices)
     return measure(

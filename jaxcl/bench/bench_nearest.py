@@ -6,7 +6,6 @@
 Queries are the rows of the table themselves. faiss takes part if it is installed (`faiss-cpu`).
 """
 
-import argparse
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.bench.timing import compile_all, facts_of, milliseconds
 from jaxcl.ops.nearest import TILE, nearest
 
@@ -24,13 +24,13 @@ __all__ = ["main", "measure"]
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures one shape."""
-    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench nearest")
+    parser = benchmark_parser("nearest", __doc__)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--tile", type=int, nargs="+", default=[TILE])
     parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     return measure(
         arguments.rows,
         arguments.dim,

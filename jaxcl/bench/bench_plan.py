@@ -7,9 +7,7 @@ has, and then makes the state and trains a few steps. What it had more at its mo
 the plan. Linux alone says so (`/proc/self/clear_refs`).
 """
 
-import argparse
 import ctypes
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,9 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.ops.mesh import put_batch
 from jaxcl.plan import make_plan
-from jaxcl.settings.build import build_program
+from jaxcl.run.training import build_training
+from jaxcl.settings.config_files import load_config
+from jaxcl.settings.read import read_settings
 from jaxcl.typing import SIDES
 
 __all__ = ["main"]
@@ -32,11 +33,11 @@ _STEPS = 3
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures every config at every batch size."""
-    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench plan")
+    parser = benchmark_parser("plan", __doc__)
     parser.add_argument("--config", nargs="+", default=["configs/code_search_transformer.py"])
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     rounds: dict[str, list[float]] = {}
     facts: dict[str, Any] = {}
     for _ in range(arguments.rounds):
@@ -57,20 +58,17 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 def measure(config_file: str, size: int) -> tuple[float, float]:
     """MiB that are planned for a step, and that it takes."""
-    file, _, variant = config_file.partition(":")
-    spec = importlib.util.spec_from_file_location("config", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(variant or "default")
+    config = load_config(config_file)
     config.global_batch_size = size
-    plan = make_plan(config, jax.devices(), num_rows=_ROWS)
-    program = build_program(config)
+    settings = read_settings(config)
+    plan = make_plan(settings, jax.devices(), num_rows=_ROWS)
+    program = build_training(settings)
     groups = np.zeros(_ROWS, np.int32)
     rng = np.random.default_rng(0)
     batch: dict[str, Any] = {
-        side: {"tokens": rng.integers(1, 99, (size, config.data.max_tokens[side]), np.int32)}
+        side: {
+            "tokens": rng.integers(1, 99, (size, getattr(settings.data.max_tokens, side)), np.int32)
+        }
         for side in SIDES
     }
     batch |= {name: np.arange(size, dtype=np.int32) for name in ("row", "text", "group")}

@@ -9,7 +9,6 @@ and a batch that grows with them. What is timed is the host's part of a step, as
 and the time that the first process's main thread had a core, which no busy neighbour changes.
 """
 
-import argparse
 import os
 import socket
 import statistics
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.cost.program_cost import traffic
 from jaxcl.host.progress import say
 from jaxcl.losses import infonce_loss
@@ -42,14 +42,14 @@ _SMALL = ("--config.model.dim=16", "--config.data.vocabulary_size=1000")
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Counts the bytes, and times the hosts."""
-    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench scaling")
+    parser = benchmark_parser("scaling", __doc__)
     parser.add_argument("--batch", type=int, default=1_024)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--config", default="configs/code_search.py:smoke")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     jax.config.update("jax_num_cpu_devices", max(_DEVICES))
     facts = {}
     for exchange in EXCHANGES:

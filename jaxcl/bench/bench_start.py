@@ -6,7 +6,6 @@ Each round starts the command twice in a new place, first with nothing compiled 
 the first start has kept; the data are there already. The first metrics that appear stop the clock.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.run.metric_writer import read_metrics
 
 __all__ = ["main"]
@@ -24,10 +24,10 @@ _TIMEOUT = 600.0
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Times both starts."""
-    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench start")
+    parser = benchmark_parser("start", __doc__)
     parser.add_argument("--config", default="configs/code_search.py")
     parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     rounds: dict[str, list[float]] = {"nothing compiled": [], "compiled before": []}
     with tempfile.TemporaryDirectory() as prepared:
         first_step(arguments.config, Path(prepared) / "run")  # which prepares the data

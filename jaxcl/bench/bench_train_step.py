@@ -16,7 +16,6 @@ last; and rounds alternate between this order and its reverse. The share of the 
 XLA's work is `1 - loop / step`, by rounds.
 """
 
-import argparse
 import contextlib
 import math
 import os
@@ -29,10 +28,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from jaxcl.assignment import uniform_rows
 from jaxcl.bench.bench_embedding_bag import row_lengths, zipf_tokens
+from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.bench.torch_twin import agreement, torch_twin
 from jaxcl.data.loader import training_batches
 from jaxcl.data.token_table import TokenTable
@@ -40,7 +39,9 @@ from jaxcl.host.progress import progress_bar
 from jaxcl.ops.mesh import put_batch
 from jaxcl.run.metric_writer import MetricWriter
 from jaxcl.run.reports import Reports
-from jaxcl.settings.build import Program, build_program
+from jaxcl.run.training import Training, build_training
+from jaxcl.settings.read import read_settings
+from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES, Batch
 
 __all__ = ["DEFAULT_SHAPES", "StepShape", "main", "measure"]
@@ -53,7 +54,7 @@ class StepShape(NamedTuple):
     """What is trained: a model, and the sizes of its batches.
 
     Attributes:
-      model: of `jaxcl.settings.build.ENCODERS`.
+      model: of `jaxcl.settings.parts.ENCODERS`.
       options: of the model.
       dropout: which option drops, and how much.
       dim: width of the embeddings.
@@ -111,7 +112,7 @@ DEFAULT_SHAPES: Mapping[str, StepShape] = {
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures one of the default shapes."""
-    parser = argparse.ArgumentParser(prog="python -m jaxcl.bench train_step")
+    parser = benchmark_parser("train_step", __doc__)
     parser.add_argument("--model", choices=DEFAULT_SHAPES, default="static")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--torch-python", help="an interpreter with torch; without it, jaxcl alone")
@@ -132,7 +133,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         action="store_true",
         help="PyTorch's memory comes in huge pages, as jaxcl's own does",
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     return measure(
         DEFAULT_SHAPES[arguments.model],
         rounds=arguments.rounds,
@@ -168,20 +169,20 @@ def measure(
     Raises:
       RuntimeError: if PyTorch does not compute the same, or does not run.
     """
-    config = _config(shape)
-    program = build_program(config)
+    settings = _settings(shape)
+    program = build_training(settings)
     table = _token_table(shape)
-    host_batches = [table.batch(_rows(config, table)(step)) for step in range(_RESIDENT_BATCHES)]
+    host_batches = [table.batch(_rows(settings, table)(step)) for step in range(_RESIDENT_BATCHES)]
     batches = [put_batch(batch, program.mesh) for batch in host_batches]
     facts: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         workdir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxcl-bench-")))
         step = _ResidentSteps(program, batches)
         facts["first step with compilation, s"] = step.run(1)
-        loop = stack.enter_context(_loop(config, program, table, workdir))
+        loop = stack.enter_context(_loop(program, table, workdir))
         timed: dict[str, Callable[[int], float]] = {"jaxcl step": step.run, "jaxcl loop": loop}
         if torch_python is not None:
-            spec = _twin_spec(config, shape, torch_variant, torch_adam)
+            spec = _twin_spec(settings, shape, torch_variant, torch_adam)
             run_torch, torch_facts = stack.enter_context(
                 torch_twin(
                     torch_python,
@@ -192,7 +193,7 @@ def measure(
                     huge_pages=torch_huge_pages,
                 )
             )
-            still = _config(shape, drops=False)
+            still = _settings(shape, drops=False)
             facts.update(torch_facts, **agreement(still, host_batches, run_torch))
             timed["PyTorch step"] = lambda count: run_torch("run", count)["seconds"]
         rates = _rates(timed, shape, rounds)
@@ -234,7 +235,7 @@ def _comparisons(rates: Mapping[str, Sequence[float]]) -> dict[str, float]:
 class _ResidentSteps:
     """Updates of a state of its own, on batches that are on the device already."""
 
-    def __init__(self, program: Program, batches: Sequence[Batch]):
+    def __init__(self, program: Training, batches: Sequence[Batch]):
         self._program, self._batches = program, batches
         self._state, self._position = program.init(), 0
         jax.block_until_ready(self._state)
@@ -256,25 +257,24 @@ class _ResidentSteps:
 
 
 @contextlib.contextmanager
-def _loop(
-    config: ConfigDict, program: Program, table: TokenTable, workdir: Path
-) -> Iterator[Callable[[int], float]]:
+def _loop(program: Training, table: TokenTable, workdir: Path) -> Iterator[Callable[[int], float]]:
     """What `jaxcl.train` does between two evaluations, as a function of a number of steps.
 
     The loader goes on where it was, some batches ahead, as in the middle of a run.
     """
+    settings = program.settings
     batches = enumerate(
         training_batches(
-            table, _rows(config, table), program.mesh, first_step=0, last_step=config.steps
+            table, _rows(settings, table), program.mesh, first_step=0, last_step=settings.steps
         ),
         start=1,
     )
     state = program.init()
     with (
         contextlib.closing(MetricWriter(workdir, step=0)) as writer,
-        progress_bar("training", config.steps) as advance,
+        progress_bar("training", settings.steps) as advance,
     ):
-        reports = Reports(config, program, writer, advance)
+        reports = Reports(program, writer, advance)
 
         def run(count: int) -> float:
             nonlocal state
@@ -290,15 +290,18 @@ def _loop(
         yield run
 
 
-def _config(shape: StepShape, *, drops: bool = True) -> ConfigDict:
+def _settings(shape: StepShape, *, drops: bool = True) -> Settings:
     """As `configs/code_search.py`, as far as the step goes, but with a rate that starts at once."""
     dropout_option, rate = shape.dropout
-    return ConfigDict(
+    return read_settings(
         {
             "seed": 0,
             "steps": _MANY_STEPS,
             "global_batch_size": shape.batch_size,
-            "data": {"vocabulary_size": shape.vocabulary_size},
+            "data": {
+                "vocabulary_size": shape.vocabulary_size,
+                "max_tokens": dict(shape.max_tokens),
+            },
             "model": {
                 "name": shape.model,
                 "shared": True,
@@ -325,17 +328,17 @@ def _config(shape: StepShape, *, drops: bool = True) -> ConfigDict:
     )
 
 
-def _twin_spec(config: ConfigDict, shape: StepShape, variant: str, adam: str) -> dict[str, Any]:
+def _twin_spec(settings: Settings, shape: StepShape, variant: str, adam: str) -> dict[str, Any]:
     return {
         "model": shape.model,
         **shape.options,
         "dropout": shape.dropout[1],
         "variant": variant,
         "adam": adam,
-        "learning_rate": config.optimizer.learning_rate,
-        "clip_norm": config.optimizer.clip_norm,
-        "temperature_bounds": [config.loss.temperature.minimum, config.loss.temperature.maximum],
-        "seed": config.seed,
+        "learning_rate": settings.optimizer.learning_rate,
+        "clip_norm": settings.optimizer.clip_norm,
+        "temperature_bounds": list(settings.loss.temperature[1:]),
+        "seed": settings.seed,
         "threads": os.cpu_count(),
     }
 
@@ -355,7 +358,7 @@ def _token_table(shape: StepShape) -> TokenTable:
     return TokenTable(tokens, offsets, numbers, numbers, shape.max_tokens)
 
 
-def _rows(config: ConfigDict, table: TokenTable) -> Callable[[int], np.ndarray]:
+def _rows(settings: Settings, table: TokenTable) -> Callable[[int], np.ndarray]:
     return lambda step: uniform_rows(
-        step, num_rows=table.num_rows, batch_size=config.global_batch_size, seed=config.seed
+        step, num_rows=table.num_rows, batch_size=settings.global_batch_size, seed=settings.seed
     )

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from jaxcl.ops.mesh import put_batch
-from jaxcl.settings.build import Program, build_program
+from jaxcl.run.training import Training, build_training
+from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES, Batch, PyTree
 
 __all__ = ["Ask", "agreement", "torch_twin"]
@@ -30,7 +30,7 @@ _PROGRAM = Path(__file__).with_name("train_step_torch.py")
 def torch_twin(
     python: str,
     spec: Mapping[str, Any],
-    program: Program,
+    program: Training,
     batches: Sequence[Batch],
     workdir: Path,
     *,
@@ -87,11 +87,11 @@ def torch_twin(
             commands.close()
 
 
-def agreement(config: ConfigDict, batches: Sequence[Batch], ask: Ask) -> dict[str, float]:
+def agreement(settings: Settings, batches: Sequence[Batch], ask: Ask) -> dict[str, float]:
     """Relative differences between both over a few updates.
 
     Args:
-      config: the run, without dropout.
+      settings: the run's, without dropout.
       batches: the twin's.
       ask: the twin.
 
@@ -99,7 +99,7 @@ def agreement(config: ConfigDict, batches: Sequence[Batch], ask: Ask) -> dict[st
       RuntimeError: if the first loss or gradient norm is not the same: another model, no twin.
     """
     theirs = ask("losses", _CHECKED_STEPS)
-    program = build_program(config)
+    program = build_training(settings)
     state = program.init()
     ours: dict[str, list[float]] = {"losses": [], "gradient_norms": []}
     for step in range(_CHECKED_STEPS):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 PADDING_ID = 0
 SIDES = ("query", "key")
@@ -41,7 +41,7 @@ class StaticEncoder(nn.Module):
             variant
         ]
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         mask = tokens != PADDING_ID
         if self.training and self.dropout:
             mask &= torch.rand(tokens.shape) >= self.dropout
@@ -50,12 +50,8 @@ class StaticEncoder(nn.Module):
 
 
 def _ragged_bag(
-    table: torch.Tensor,
-    weight: torch.Tensor,
-    positions: torch.Tensor,
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-) -> torch.Tensor:
+    table: Tensor, weight: Tensor, positions: Tensor, tokens: Tensor, mask: Tensor
+) -> Tensor:
     lengths = mask.sum(1)
     flat = tokens[mask]
     return F.embedding_bag(
@@ -68,12 +64,8 @@ def _ragged_bag(
 
 
 def _padded_bag(
-    table: torch.Tensor,
-    weight: torch.Tensor,
-    positions: torch.Tensor,
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-) -> torch.Tensor:
+    table: Tensor, weight: Tensor, positions: Tensor, tokens: Tensor, mask: Tensor
+) -> Tensor:
     kept = torch.where(mask, tokens, PADDING_ID)
     return F.embedding_bag(
         kept,
@@ -85,12 +77,8 @@ def _padded_bag(
 
 
 def _einsum_bag(
-    table: torch.Tensor,
-    weight: torch.Tensor,
-    positions: torch.Tensor,
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-) -> torch.Tensor:
+    table: Tensor, weight: Tensor, positions: Tensor, tokens: Tensor, mask: Tensor
+) -> Tensor:
     weights = (F.embedding(tokens, weight[:, None])[..., 0] + positions).exp() * mask
     return torch.einsum("bt,bth->bh", weights, F.embedding(tokens, table))
 
@@ -114,7 +102,7 @@ class TransformerEncoder(nn.Module):
         self.norm = _layer_norm(arrays, "norm")
         self.projection = _linear(arrays, "projection")
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         mask = tokens != PADDING_ID
         hidden = self.token_table(tokens) + self.position_table[: tokens.shape[1]]
         hidden = self.dropout(hidden)
@@ -140,12 +128,12 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.num_heads = num_heads
 
-    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         hidden = hidden + self.dropout(self.attend(self.attention_norm(hidden), mask))
         widened = F.gelu(self.widen(self.mlp_norm(hidden)), approximate="tanh")
         return hidden + self.dropout(self.narrow(widened))
 
-    def attend(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def attend(self, hidden: Tensor, mask: Tensor) -> Tensor:
         b, t, h = hidden.shape
         heads = self.projections(hidden).view(b, t, 3, self.num_heads, h // self.num_heads)
         queries, keys, values = heads.permute(2, 0, 3, 1, 4)
@@ -206,12 +194,12 @@ class Training:
             self.parameters, lr=spec["learning_rate"], **{spec["adam"]: True}
         )
 
-    def step(self, batch: Mapping[str, torch.Tensor]) -> None:
+    def step(self, batch: Mapping[str, Tensor]) -> None:
         """One update."""
         self.differentiate(batch)
         self.update()
 
-    def checked_step(self, batch: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+    def checked_step(self, batch: Mapping[str, Tensor]) -> tuple[float, float]:
         """One update; returns the loss before it and the gradient's norm."""
         loss = self.differentiate(batch)
         # In float64: PyTorch's own float32 norm of a large table is off by 0.2 %.
@@ -219,7 +207,7 @@ class Training:
         self.update()
         return float(loss), float(sum(squares)) ** 0.5
 
-    def differentiate(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def differentiate(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Leaves gradients at the parameters; returns the loss."""
         queries, keys = (self.encoder(batch[side]) for side in SIDES)
         scores = queries @ keys.T / self.log_temperature.exp()

@@ -6,17 +6,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from jaxcl.cost.chips import chip_of
 from jaxcl.cost.program_cost import matrix_flops
 from jaxcl.models.towers import Towers
+from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES
 
 __all__ = ["model_flops", "peak_flops"]
 
 
-def model_flops(config: ConfigDict, towers: Towers) -> float:
+def model_flops(settings: Settings, towers: Towers) -> float:
     """Products and sums of one step that the model itself asks for.
 
     The matrix products of both sides' encoding and of the scores of all queries with all keys,
@@ -27,14 +27,14 @@ def model_flops(config: ConfigDict, towers: Towers) -> float:
       Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, appendix B.
     """
     params = jax.eval_shape(towers.init, jax.random.key(0))
-    size = config.global_batch_size
+    size = settings.global_batch_size
 
     def of_side(side: str) -> float:
-        tokens = jax.ShapeDtypeStruct((size, config.data.max_tokens[side]), np.int32)
+        tokens = jax.ShapeDtypeStruct((size, getattr(settings.data.max_tokens, side)), np.int32)
         encode = jax.make_jaxpr(lambda params, tokens: towers.encode(params, side, tokens))
         return matrix_flops(encode(params, {"tokens": tokens}))
 
-    return 3 * (sum(map(of_side, SIDES)) + 2.0 * size**2 * config.model.dim)
+    return 3 * (sum(map(of_side, SIDES)) + 2.0 * size**2 * settings.model.dim)
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:

@@ -3,10 +3,9 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from jaxcl.data.code_pairs import prepare_code_pairs
@@ -14,11 +13,13 @@ from jaxcl.data.row_guides import RowGuides, read_guides
 from jaxcl.data.row_negatives import RowNegatives, read_negatives
 from jaxcl.data.row_topics import RowTopics, read_topics
 from jaxcl.data.sources import PairSource
-from jaxcl.data.splits import ConcatenatedPairs, data_set_names, open_splits
+from jaxcl.data.splits import ConcatenatedPairs, open_splits
 from jaxcl.data.token_table import TokenTable, build_token_table
 from jaxcl.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxcl.host.files import read_json_object, write_whole
 from jaxcl.host.progress import progress_bar
+from jaxcl.settings.derived import data_set_names
+from jaxcl.settings.sections import CodePairsSettings, DataSettings
 from jaxcl.typing import SIDES, Int
 
 __all__ = ["RememberedData", "RunData", "prepare_data", "read_remembered_data"]
@@ -93,7 +94,12 @@ def read_remembered_data(workdir: Path) -> RememberedData | None:
 
 
 def prepare_data(
-    config: ConfigDict, *, data_dir: Path, workdir: Path, scored: bool = False
+    data: DataSettings,
+    *,
+    data_dir: Path,
+    workdir: Path,
+    scored: bool = False,
+    open_source: Callable[[str], PairSource] | None = None,
 ) -> RunData:
     """Opens the splits of a run as text and as token ids, making what is not there yet.
 
@@ -101,60 +107,51 @@ def prepare_data(
     (`tokenizer.json`). A run that goes on reads those, whatever has been installed since.
 
     Args:
-      config: `config.data`.
+      data: the run's.
       data_dir: where prepared data are shared between runs.
       workdir: the run's own folder.
       scored: whether the negatives' file must have a teacher's scores.
+      open_source: role -> its pairs, where they are not those of a prepared data set.
 
     Raises:
       ValueError: if a split is missing or empty, or the rows of an earlier start are gone.
     """
-    name = _data_set(config, data_dir=data_dir, workdir=workdir)
-    sources = open_splits(config, name, data_dir=data_dir)
+    name = _data_set(data, data_dir=data_dir, workdir=workdir)
+    sources = open_splits(data, name, data_dir=data_dir, open_source=open_source)
     fingerprints = {role: source.fingerprint for role, source in sources.items()}
-    negatives = None
-    if config.get("negatives") is not None:
-        path = Path(config.negatives).expanduser()
-        negatives = read_negatives(
-            path,
-            num_rows=len(sources["train"]),
-            scored=scored,
-            source=fingerprints["train"],
-        )
+    rows: dict[str, Any] = {"num_rows": len(sources["train"]), "source": fingerprints["train"]}
+    negatives = guides = topics = None
+    if data.negatives is not None:
+        negatives = read_negatives(Path(data.negatives).expanduser(), scored=scored, **rows)
         fingerprints["negatives"] = negatives.fingerprint
-    guides = None
-    if config.get("guides") is not None:
-        guides = read_guides(
-            Path(config.guides), num_rows=len(sources["train"]), source=fingerprints["train"]
-        )
+    if data.guides is not None:
+        guides = read_guides(Path(data.guides).expanduser(), **rows)
         fingerprints["guides"] = guides.fingerprint
-    topics = None
-    if config.get("topics") is not None:
-        topics = read_topics(
-            Path(config.topics), num_rows=len(sources["train"]), source=fingerprints["train"]
-        )
+    if data.topics is not None:
+        topics = read_topics(Path(data.topics).expanduser(), **rows)
         fingerprints["topics"] = topics.fingerprint
     _remember(workdir, fingerprints, name)
-    tokenizer = _tokenizer(config, sources["train"], workdir)
+    tokenizer = _tokenizer(data, sources["train"], workdir)
     tables = {
-        role: _token_table(config, source, tokenizer, role, data_dir)
+        role: _token_table(data, source, tokenizer, role, data_dir)
         for role, source in sources.items()
     }
-    return RunData(sources, tables, tokenizer, negatives, guides, topics, data_set_names(config))
+    return RunData(sources, tables, tokenizer, negatives, guides, topics, data_set_names(data))
 
 
-def _data_set(config: ConfigDict, *, data_dir: Path, workdir: Path) -> str:
+def _data_set(data: DataSettings, *, data_dir: Path, workdir: Path) -> str:
     """The TFDS name, or the folder, that holds the rows of this run."""
-    if config.name is None:
+    if data.name is None:
         raise ValueError(
             "data.name is not set; give a data set as NAME:VERSION, or the folder of a prepared one"
         )
-    if config.name != "code_pairs":
-        return config.name
+    if data.name != "code_pairs":
+        return data.name
     remembered = read_remembered_data(workdir)
     if remembered is not None and Path(remembered.data_set).exists():
         return remembered.data_set
-    return str(prepare_code_pairs(data_dir, **config.code_pairs).directory)
+    options = (data.code_pairs or CodePairsSettings())._asdict()
+    return str(prepare_code_pairs(data_dir, **options).directory)
 
 
 def _remember(workdir: Path, fingerprints: dict[str, str], name: str) -> None:
@@ -171,22 +168,22 @@ def _remember(workdir: Path, fingerprints: dict[str, str], name: str) -> None:
     write_whole(path, json.dumps({"data_set": name, "fingerprints": fingerprints}, indent=2))
 
 
-def _tokenizer(config: ConfigDict, train: PairSource, workdir: Path) -> Tokenizer:
+def _tokenizer(data: DataSettings, train: PairSource, workdir: Path) -> Tokenizer:
     path = workdir / "tokenizer.json"
     if not path.exists():
-        if config.tokenizer is not None:
-            tokenizer = load_tokenizer(Path(config.tokenizer).expanduser())
+        if data.tokenizer is not None:
+            tokenizer = load_tokenizer(Path(data.tokenizer).expanduser())
         else:
             with progress_bar("reading texts for the tokenizer", len(train)) as advance:
                 texts = _texts(train, advance)
-                tokenizer = train_tokenizer(texts, vocabulary_size=config.vocabulary_size)
+                tokenizer = train_tokenizer(texts, vocabulary_size=data.vocabulary_size)
         write_whole(path, tokenizer.to_str())
     tokenizer = load_tokenizer(path)
     num_ids = max(tokenizer.get_vocab().values()) + 1
-    if num_ids > config.vocabulary_size:
+    if num_ids > data.vocabulary_size:
         raise ValueError(
             f"the tokenizer's ids go up to {num_ids - 1}, but "
-            f"data.vocabulary_size={config.vocabulary_size}; set it to at least {num_ids}"
+            f"data.vocabulary_size={data.vocabulary_size}; set it to at least {num_ids}"
         )
     return tokenizer
 
@@ -200,15 +197,15 @@ def _texts(source: PairSource, advance: Callable[[int], None]) -> Iterator[str]:
 
 
 def _token_table(
-    config: ConfigDict, source: PairSource, tokenizer: Tokenizer, role: str, data_dir: Path
+    data: DataSettings, source: PairSource, tokenizer: Tokenizer, role: str, data_dir: Path
 ) -> TokenTable:
     with progress_bar(f"tokenising {role}", len(source)) as advance:
         return build_token_table(
             source,
             tokenizer,
-            max_tokens=dict(config.max_tokens),
-            add_cls=config.add_cls,
-            distinct=config.distinct_tokens,
+            max_tokens=data.max_tokens._asdict(),
+            add_cls=data.add_cls,
+            distinct=data.distinct_tokens,
             directory=data_dir / "tokens",
             advance=advance,
         )

@@ -40,6 +40,7 @@ _NOT_A_DESCRIPTION = re.compile(
     re.IGNORECASE,
 )
 _STDLIB_WITHOUT = frozenset({"idlelib", "lib2to3", "site-packages", "dist-packages"})
+_OURSELVES = frozenset({"jaxcl"})  # or an upgrade of jaxcl would change its own training data
 
 # Reasons for which a file is passed over.
 UNREADABLE = "unreadable"
@@ -117,12 +118,13 @@ class ParsedFunctions(NamedTuple):
 
 
 def installed_roots() -> tuple[SourceRoot, ...]:
-    """Returns the standard library and every site-packages of the running interpreter."""
+    """The standard library and every site-packages of this interpreter, without jaxcl itself."""
     paths = sysconfig.get_paths()
     # A virtual environment has a site-packages of its own, and the standard library of its base.
     roots = [SourceRoot(Path(paths["stdlib"]), "stdlib", _STDLIB_WITHOUT)]
     site_packages = dict.fromkeys(Path(paths[k]).resolve() for k in ("purelib", "platlib"))
-    return (*roots, *(SourceRoot(path) for path in site_packages if path.is_dir()))
+    packages = (SourceRoot(path, None, _OURSELVES) for path in site_packages if path.is_dir())
+    return (*roots, *packages)
 
 
 def scan_files(roots: Sequence[SourceRoot], *, on_progress: Progress = lambda _: None) -> FileScan:

@@ -1,23 +1,18 @@
 """The splits of a run, as its config names them: of one data set, or of several concatenated."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from jaxcl.data.row_ranges import RowRange, check_held_out
 from jaxcl.data.sources import PairSource, checked_rows, open_pairs
+from jaxcl.settings.sections import DataSet, DataSettings
 from jaxcl.typing import Int
 
-__all__ = ["ConcatenatedPairs", "data_set_names", "open_splits"]
-
-FIRST = "first"
-"""What `data.name` is called among the data sets that are concatenated."""
-
-_KNOWN = {"name", "splits", "query_field", "key_field", "group_field", "metadata_fields"}
+__all__ = ["ConcatenatedPairs", "open_splits"]
 
 
 class ConcatenatedPairs:
@@ -95,110 +90,56 @@ class ConcatenatedPairs:
         return distinct.astype(np.int32)
 
 
-def open_splits(config: ConfigDict, name: str, *, data_dir: Path) -> dict[str, PairSource]:
+def open_splits(
+    data: DataSettings,
+    name: str,
+    *,
+    data_dir: Path,
+    open_source: Callable[[str], PairSource] | None = None,
+) -> dict[str, PairSource]:
     """Open the splits of a run; nothing is prepared.
 
     Args:
-      config: `config.data`.
-      name: the data set, instead of `config.name`: a TFDS name, or the folder of a prepared one.
+      data: which splits, fields and further data sets.
+      name: the first data set, instead of `data.name`: a TFDS name, or the folder of a prepared
+        one.
       data_dir: where TFDS names are looked up.
+      open_source: role -> the pairs of the first data set, instead of a prepared one.
 
     Returns:
-      Role -> its pairs. Where `config.concatenated` has a split for a role, its rows follow.
+      Role -> its pairs. Where `data.concatenated` has a split for a role, its rows follow.
 
     Raises:
       ValueError: if a data set, a split or a field is unknown, a split is empty, or a role other
         than `"train"` has rows that `"train"` has.
     """
-    own = config.to_dict()
-    found = {role: [_opened(own, name, split, data_dir)] for role, split in own["splits"].items()}
-    settings = {role: [f"data.splits.{role}={split!r}"] for role, split in own["splits"].items()}
-    for other, options in _concatenated(config).items():
-        where = f"data.concatenated.{other}"
-        _check(where, other, options, own)
-        for role, split in options["splits"].items():
+    parts: dict[str, list[PairSource]] = {role: [] for role in data.splits}
+    ranges: dict[str, list[tuple[str, tuple[RowRange, ...]]]] = {role: [] for role in data.splits}
+    others = [(f"data.concatenated.{other}", one) for other, one in data.concatenated.items()]
+    for where, data_set in [("data", data.first._replace(name=name)), *sorted(others)]:
+        for role, split in data_set.splits.items():
             try:
-                found[role].append(_opened(options, options["name"], split, data_dir))
+                if where == "data" and open_source is not None:
+                    opened = open_source(role)
+                else:
+                    opened = _opened(data_set, role, data_dir)
             except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
-            settings[role].append(f"{where}.splits.{role}={split!r}")
-    check_held_out(
-        {
-            role: [
-                (setting, source.row_ranges)
-                for setting, source in zip(settings[role], sources, strict=True)
-            ]
-            for role, sources in found.items()
-        }
-    )
+                raise error if where == "data" else ValueError(f"{where}: {error}") from error
+            parts[role].append(opened)
+            ranges[role].append((f"{where}.splits.{role}={split!r}", opened.row_ranges))
+    check_held_out(ranges)
     return {
-        role: one[0] if len(one) == 1 else ConcatenatedPairs(one) for role, one in found.items()
+        role: one[0] if len(one) == 1 else ConcatenatedPairs(one) for role, one in parts.items()
     }
 
 
-def data_set_names(config: ConfigDict) -> tuple[str, ...]:
-    """The data sets of a run's training rows by name, in order: `"first"`, then the others."""
-    others = _concatenated(config).items()
-    return (FIRST, *(name for name, one in others if "train" in (one.get("splits") or ())))
-
-
-def _check(where: str, name: str, options: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raises a `ValueError` for options of a data set that cannot follow that of the run."""
-    if name == FIRST:
-        raise ValueError(f"{where}: {FIRST!r} is what data.name is called; choose another name")
-    if unknown := set(options) - _KNOWN:
-        raise ValueError(f"{where} has {sorted(unknown)}; it takes {sorted(_KNOWN)}")
-    splits = options.get("splits")
-    if not options.get("name") or not isinstance(splits, Mapping) or not splits:
-        raise ValueError(
-            f"{where} needs a name, of a data set or its folder, and splits, role -> split, such "
-            "as {'train': 'train'}"
-        )
-    if options["name"] == "code_pairs":
-        raise ValueError(
-            f"{where}.name='code_pairs' is made for data.name alone; give the folder of prepared "
-            "ones, as some run's data.json names it"
-        )
-    if (options.get("group_field") is None) != (own.get("group_field") is None):
-        raise ValueError(
-            f"{where}.group_field={options.get('group_field')!r}, but data.group_field="
-            f"{own.get('group_field')!r}: rows without a group would all be of one; give both one, "
-            "or neither"
-        )
-    for role in splits:
-        if role not in own["splits"]:
-            raise ValueError(
-                f"{where}.splits has {role!r}; data.splits has {', '.join(own['splits'])}, which "
-                "rows can follow"
-            )
-        if role != "train" and (missing := _metadata(own) - _metadata(options)):
-            raise ValueError(
-                f"{where}.metadata_fields lacks {sorted(missing)}, which the evaluation of "
-                f"{role!r} may read; give them, or leave {role!r} out of its splits"
-            )
-
-
-def _concatenated(config: ConfigDict) -> dict[str, Any]:
-    others = config.get("concatenated") or ConfigDict()
-    for name, options in others.items():
-        if not isinstance(options, ConfigDict):
-            raise ValueError(
-                f"data.concatenated.{name}={options!r}; it is a ConfigDict with a name and splits"
-            )
-    return dict(sorted(others.to_dict().items()))
-
-
-def _metadata(options: Mapping[str, Any]) -> set[str]:
-    return set(options.get("metadata_fields") or ())
-
-
-def _opened(options: Mapping[str, Any], name: str, split: str, data_dir: Path) -> PairSource:
+def _opened(data_set: DataSet, role: str, data_dir: Path) -> PairSource:
     return open_pairs(
-        name,
-        split,
+        str(data_set.name),
+        data_set.splits[role],
         data_dir=data_dir,
-        query_field=options.get("query_field") or "query",
-        key_field=options.get("key_field") or "key",
-        group_field=options.get("group_field"),
-        metadata_fields=tuple(options.get("metadata_fields") or ()),
+        query_field=data_set.query_field,
+        key_field=data_set.key_field,
+        group_field=data_set.group_field,
+        metadata_fields=data_set.metadata_fields,
     )

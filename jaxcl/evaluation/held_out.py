@@ -16,7 +16,6 @@ import jax
 import numpy as np
 import rich
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from jaxcl.data.prepare import RunData
 from jaxcl.data.token_table import TokenTable
@@ -31,9 +30,9 @@ from jaxcl.evaluation.retrieval import (
 from jaxcl.host.files import write_whole
 from jaxcl.host.progress import progress_bar
 from jaxcl.metrics import mean_and_standard_error
-from jaxcl.settings.build import Program
-from jaxcl.step.embedder import pad_texts
-from jaxcl.typing import Float, Int, PyTree
+from jaxcl.run.encoder import Encoder
+from jaxcl.settings.sections import Settings
+from jaxcl.typing import SIDES, Float, Int
 
 __all__ = ["evaluate_run", "quick_metrics"]
 
@@ -41,13 +40,12 @@ HELD_OUT = ("validation", "test")
 Results = dict[tuple[str, str], dict[str, RetrievalResult]]
 
 
-def quick_metrics(program: Program, data: RunData, params: PyTree) -> dict[str, float]:
+def quick_metrics(encoder: Encoder, data: RunData) -> dict[str, float]:
     """Dense retrieval over the validation split: what a run reports while it trains."""
     if "validation" not in data.tables:
         return {}
     queries, keys = (
-        program.embed(params, side, _tokens(data.tables["validation"], side))
-        for side in ("query", "key")
+        encoder.embed(side, _tokens(data.tables["validation"], side)) for side in SIDES
     )
     ranks = _ranked(None, None, queries, keys, methods=("dense",))["dense"].ranks
     return {
@@ -57,19 +55,18 @@ def quick_metrics(program: Program, data: RunData, params: PyTree) -> dict[str, 
 
 
 def evaluate_run(
-    config: ConfigDict, program: Program, data: RunData, params: PyTree, workdir: Path
+    settings: Settings, encoder: Encoder, data: RunData, workdir: Path
 ) -> dict[str, Any]:
-    """Ranks every held-out query by BM25, by the embedder, and by both, and keeps what it found.
+    """Ranks every held-out query by BM25, by the embedder, and by both, and writes the results.
 
     Writes `results.json` (means and standard errors, with what they were measured on) and
     `ranks.npz` (each query's rank, for paired comparisons between runs), and prints a table. Where
     the data know each function's name, a second variant hides it from the key.
 
     Args:
-      config: the run's.
-      program: its functions.
+      settings: the run's.
+      encoder: its model.
       data: its splits.
-      params: the towers' parameters.
       workdir: where the files go.
 
     Returns:
@@ -78,8 +75,8 @@ def evaluate_run(
     results: Results = {}
     for split in HELD_OUT:
         if split in data.sources:
-            results |= _evaluate_split(config, program, data, params, split)
-    summary = _summary(config, data, results)
+            results |= _evaluate_split(settings, encoder, data, split)
+    summary = _summary(settings, data, results)
     if jax.process_index() == 0:
         ranks = {
             "/".join((*place, method)): result.ranks
@@ -92,25 +89,17 @@ def evaluate_run(
     return summary
 
 
-def _evaluate_split(
-    config: ConfigDict, program: Program, data: RunData, params: PyTree, split: str
-) -> Results:
+def _evaluate_split(settings: Settings, encoder: Encoder, data: RunData, split: str) -> Results:
     source, table = data.sources[split], data.tables[split]
     records = source.read(np.arange(len(source)))
     queries = [record["query"] for record in records]
     key_texts = {"plain": [record["key"] for record in records]}
     key_tokens = {"plain": _tokens(table, "key")}
-    if "name" in config.data.metadata_fields:
+    if "name" in settings.data.metadata_fields:
         masked = [mask_name(record["key"], record["name"]) for record in records]
         key_texts["name masked"] = masked
-        key_tokens["name masked"] = pad_texts(
-            data.tokenizer,
-            masked,
-            max_tokens=config.data.max_tokens["key"],
-            add_cls=config.data.add_cls,
-            distinct=config.data.distinct_tokens,
-        )
-    query_embeddings = program.embed(params, "query", _tokens(table, "query"))
+        key_tokens["name masked"] = encoder.tokens("key", masked)
+    query_embeddings = encoder.embed("query", _tokens(table, "query"))
     results: Results = {}
     for variant, texts in key_texts.items():
         own = len(queries) / jax.process_count()
@@ -119,9 +108,9 @@ def _evaluate_split(
                 queries,
                 texts,
                 query_embeddings,
-                program.embed(params, "key", key_tokens[variant]),
-                methods=config.evaluation.methods,
-                rrf_k=config.evaluation.rrf_k,
+                encoder.embed("key", key_tokens[variant]),
+                methods=settings.evaluation.methods,
+                rrf_k=settings.evaluation.rrf_k,
                 advance=advance,
             )
     return results
@@ -159,11 +148,11 @@ def _ranked(
     }
 
 
-def _summary(config: ConfigDict, data: RunData, results: Results) -> dict[str, Any]:
+def _summary(settings: Settings, data: RunData, results: Results) -> dict[str, Any]:
     devices = jax.devices()
     return {
-        "steps": config.steps,
-        "seed": config.seed,
+        "steps": settings.steps,
+        "seed": settings.seed,
         "rows": {split: table.num_rows for split, table in data.tables.items()},
         "fingerprints": {split: source.fingerprint for split, source in data.sources.items()},
         "devices": f"{len(devices)} × {devices[0].device_kind}",

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NoReturn, TypeVar
@@ -25,6 +26,7 @@ __all__ = [
     "PEER_LOST",
     "PeerError",
     "StopRequests",
+    "Stopped",
     "first_of_all",
     "first_then_others",
     "leave",
@@ -56,6 +58,14 @@ T = TypeVar("T")
 
 class PeerError(RuntimeError):
     """Another process of the run has failed."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and its state is saved."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(f"stopped at step {step}; the same command resumes from there")
+        self.exit_code = 128 + signal_number
 
 
 def start_processes(
@@ -176,8 +186,15 @@ def of_full_devices(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
-def leave_for(error: Exception) -> NoReturn:
-    """Ends this process by what it cannot mend; one of several at once, and not in a barrier."""
+def leave_for(error: Exception, *, verbose: bool = False) -> NoReturn:
+    """Ends this process because of an error; one of several at once, without a barrier.
+
+    Args:
+      error: any error that is not the user's.
+      verbose: whether an error that is reported in one line is printed with its traceback too.
+    """
+    if verbose and (of_full_devices(error) or of_lost_process(error)):
+        traceback.print_exception(error)
     reason = " ".join(str(error).split())[:200]
     if of_full_devices(error):
         say(
@@ -215,11 +232,14 @@ def stop_requests() -> Iterator[StopRequests]:
     """Turns SIGTERM and SIGINT into a stop after a step, the same one in every process.
 
     A second signal to a single process is obeyed at once. In several, a signal to any one stops
-    all; JAX listens for SIGTERM and finds the step, and SIGINT is handed on to it.
+    all; JAX listens for SIGTERM and finds the step, and SIGINT is handed on to it. Python lets only
+    the main thread handle signals: in another one, the program's handlers stay.
     """
     several = jax.process_count() > 1
     received: list[int] = []
-    caught = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    caught = [signal.SIGINT] if several else [signal.SIGTERM, signal.SIGINT]
+    if threading.current_thread() is not threading.main_thread():
+        caught = []
     before = {number: signal.getsignal(number) for number in caught}
 
     def note(number: int, _: object) -> None:

@@ -23,7 +23,7 @@ def say(text: str) -> None:
     if jax.distributed.is_initialized():
         text = f"[{jax.process_index()}] {text}"
     console = _with_bars[-1] if _with_bars else _console()
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

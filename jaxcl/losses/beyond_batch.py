@@ -1,4 +1,4 @@
-"""Keys that are no row's of the batch: explicit negatives, and what the tiers bring."""
+"""Negatives from outside of the batch: explicit negatives and tiers."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -26,12 +26,12 @@ __all__ = [
 
 
 class Reduce(NamedTuple):
-    """One number of each row's negatives.
+    """A reduction of each row's negatives to one number.
 
     Attributes:
-      pairs: an operation of `jaxcl.ops.pairs`, on a matrix of rows and keys.
-      own: the same on the similarities `[q, n]` of rows with keys of their own, and which count.
-      join: two parts into one.
+      pairs: an operation of `jaxcl.ops.pairs`, for negatives that all rows share.
+      own: the same for separate negatives of each row: (similarities `[q, n]`, mask) -> values.
+      join: (values, values) -> values of both parts together.
     """
 
     pairs: Callable[..., tuple[Array, Array]]
@@ -40,10 +40,10 @@ class Reduce(NamedTuple):
 
 
 def log_sum_exp(temperature: float | Array, *, hardness: float, own_hardness: float) -> Reduce:
-    """In nats; −∞ of nothing."""
+    """The log-sum-exp of each row's scores, in nats; −∞ for no negatives."""
 
     def own(similarities: Float[Array, "q n"], counted: Bool[Array, "q n"]) -> Float[Array, " q"]:
-        scores = similarities / jnp.reshape(jnp.asarray(temperature), (-1, 1))
+        scores = similarities / jnp.reshape(jnp.asarray(temperature), (-1, 1))  # for all or by row
         scores += own_hardness * lax.stop_gradient(similarities)
         return LOGSUMEXP.reduce(jnp.where(counted, scores, -jnp.inf), 1)
 
@@ -54,14 +54,14 @@ def log_sum_exp(temperature: float | Array, *, hardness: float, own_hardness: fl
 COUNT = Reduce(
     pair_count, lambda similarities, counted: counted.sum(1).astype(similarities.dtype), jnp.add
 )
-"""How many count."""
+"""The number of allowed negatives."""
 
 SIMILARITY = Reduce(
     functools.partial(pair_sum, temperature=1.0),
     lambda similarities, counted: jnp.where(counted, similarities, 0).sum(1),
     jnp.add,
 )
-"""The sum of their similarities."""
+"""The sum of the allowed negatives' similarities."""
 
 
 def of_explicit(
@@ -73,7 +73,7 @@ def of_explicit(
     *,
     directions: tuple[str, ...],
 ) -> dict[str, Float[Array, " q"]]:
-    """Reduces all rows' explicit negatives, for the directions that see keys."""
+    """Reduce all rows' explicit negatives, for the directions with keys as candidates."""
     if not {"query_to_key", "key_to_key"} & set(directions):
         raise ValueError(f"negatives are keys, and nobody looks for one in {directions}")
     ceilings = comparison.ceilings(queries, keys)
@@ -86,7 +86,9 @@ def of_explicit(
         )
         if direction in directions
     }
-    if "query_to_key" in found:  # a key has no negatives of its own
+    # Explicit negatives belong to queries; keys have none. A query's own are reduced separately,
+    # since their hardness may differ from that of other rows' negatives.
+    if "query_to_key" in found:
         own = _of_own(reduce, comparison, queries, negatives, ceilings)
         found["query_to_key"] = reduce.join(found["query_to_key"], own)
     return found
@@ -99,7 +101,7 @@ def of_tiers(
     keys: Float[Array, "q d"],
     tiers: Mapping[str, SharedNegatives | OwnNegatives],
 ) -> dict[str, Float[Array, " q"]]:
-    """Reduces each tier's keys for this device's queries."""
+    """Reduce each tier's keys for this device's queries."""
     ceilings = comparison.ceilings(queries, keys)
     found = {}
     for name, negatives in tiers.items():
@@ -122,7 +124,7 @@ def of_tiers(
 def check_explicit(
     comparison: Comparison, negatives: OwnNegatives, queries: Float[Array, "q d"]
 ) -> None:
-    """Raises a `ValueError` for explicit negatives that do not belong to these rows."""
+    """Raise a `ValueError` for explicit negatives that do not fit these rows."""
     (rows, width), shape = queries.shape, negatives.vectors.shape
     if shape[0] != rows or shape[2] != width:
         raise ValueError(
@@ -152,12 +154,12 @@ def _of_other_rows(
     negatives: OwnNegatives,
     ceilings: Float[Array, " q"] | None,
 ) -> Float[Array, " q"]:
-    """Of each row over the explicit negatives of all rows but itself."""
+    """Reduce, for each row, the explicit negatives of all other rows."""
     num_rows, width = negatives.vectors.shape[:2]
     (place,) = batch_labels(num_rows, axis_name=comparison.axis_name).different
     valid = jnp.ones((num_rows, width), bool) if negatives.valid is None else negatives.valid
     if comparison.valid is not None:
-        valid &= comparison.valid[:, None]
+        valid &= comparison.valid[:, None]  # padding brings no negatives for others
     flat = SharedNegatives(
         vectors=negatives.vectors.reshape(-1, negatives.vectors.shape[-1]),
         ids=None if negatives.ids is None else negatives.ids.ravel(),
@@ -165,6 +167,7 @@ def _of_other_rows(
         valid=valid.ravel(),
     )
     ours, theirs = _labels(comparison, flat, ceilings)
+    # The row's place in the global batch excludes its own negatives, which the caller adds.
     ours = ours._replace(different=(place, *ours.different))
     theirs = theirs._replace(different=(jnp.repeat(place, width), *theirs.different))
     if guide is not None and negatives.guides is not None:
@@ -184,7 +187,7 @@ def _of_own(
     negatives: OwnNegatives,
     ceilings: Float[Array, " q"] | None,
 ) -> Float[Array, " q"]:
-    """Of each query over its own."""
+    """Reduce each query's separate negatives."""
     similarities = own_products(queries, negatives.vectors.astype(queries.dtype))
     counted = jnp.ones(similarities.shape, bool)
     if negatives.valid is not None:
@@ -208,10 +211,10 @@ def _of_shared(
     negatives: SharedNegatives,
     ceilings: Float[Array, " q"] | None,
 ) -> Float[Array, " q"]:
-    """Of each query over all devices' shared ones.
+    """Reduce, for each query, the shared negatives of all devices.
 
-    Where these are more than the queries they stay where they are, as the rows of the product, and
-    the queries visit them.
+    If there are more negatives than queries, the negatives are the rows of the product and stay on
+    their devices; only the queries, its columns, are exchanged.
     """
     ours, theirs = _labels(comparison, negatives, ceilings)
     if comparison.guides is not None:
@@ -230,7 +233,7 @@ def _of_shared(
 
 
 def _by_row(reduce: Reduce) -> bool:
-    """Whether rows have temperatures of their own, which columns of a product cannot have."""
+    """Whether temperatures are per row, which columns of a product cannot have."""
     keywords = getattr(reduce.pairs, "keywords", {})
     return jnp.ndim(keywords.get("temperature", 0.0)) > 0
 
@@ -248,6 +251,6 @@ def _labels(
 def _compared(
     comparison: Comparison, negatives: SharedNegatives | OwnNegatives
 ) -> list[tuple[Array, Array]]:
-    """The labels of rows and of negatives that must differ, where both have them."""
+    """Pairs of row labels and negatives' labels that must differ, where both sides have them."""
     pairs = ((comparison.ids, negatives.ids), (comparison.groups, negatives.groups))
     return [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]

@@ -1,4 +1,4 @@
-"""What the losses of a batch share: who is compared with whom."""
+"""The comparison of a batch's rows that all losses share: directions, labels and masks."""
 
 import functools
 from collections.abc import Callable
@@ -15,14 +15,11 @@ from jaxcl.typing import Array, AxisName, Bool, Float, Integer
 __all__ = ["DIRECTIONS", "Comparison", "check_sides", "own_products"]
 
 DIRECTIONS = ("query_to_key", "key_to_query", "query_to_query", "key_to_key")
-"""Who looks among whom: in `"query_to_key"`, each query for its key among all keys."""
+"""Anchors and candidates: in `"query_to_key"`, each query is an anchor and all keys candidates."""
 
 
 class Comparison(NamedTuple):
-    """How the rows of a batch are compared: the arguments that all its losses have in common.
-
-    `infonce_loss` explains them.
-    """
+    """The arguments that all losses of a batch share; `infonce_loss` documents them."""
 
     ids: Integer[Array, " q"] | None
     groups: Integer[Array, " q"] | None
@@ -43,7 +40,7 @@ class Comparison(NamedTuple):
         directions: tuple[str, ...],
         hardness: float = 0.0,
     ) -> dict[str, Float[Array, " q"]]:
-        """The log-sum-exp of each row's negatives by direction, in nats; −∞ without any."""
+        """The log-sum-exp of each row's negatives by direction, in nats; −∞ for no negatives."""
         reduce = functools.partial(pair_logsumexp, temperature=temperature, hardness=hardness)
         return self.reduced(reduce, queries, keys, directions)
 
@@ -55,9 +52,10 @@ class Comparison(NamedTuple):
         temperature: Float[Array, " q"],
         direction: str,
     ) -> Float[Array, " q"]:
-        """The same for one direction, in which each row that looks has a temperature of its own."""
+        """The same for one direction, with one temperature per anchor."""
         if direction == "key_to_query":
-            # Temperatures go by the rows of a product: here the keys look.
+            # Only the rows of a product can have separate temperatures, so that the anchors, here
+            # the keys, become its rows, with their guides.
             guides = None if self.guides is None else self.guides[::-1]
             queries, keys, direction = keys, queries, "query_to_key"
             swapped = self._replace(guides=guides)
@@ -73,7 +71,7 @@ class Comparison(NamedTuple):
         *,
         directions: tuple[str, ...],
     ) -> dict[str, Float[Array, " q"]]:
-        """How many negatives each row has, by direction."""
+        """The number of each row's negatives, by direction."""
         return self.reduced(pair_count, queries, keys, directions)
 
     def reduced(
@@ -87,7 +85,8 @@ class Comparison(NamedTuple):
         found: dict[str, Float[Array, " q"]] = {}
         query_guide, key_guide = (None, None) if self.guides is None else self.guides
         if {"query_to_key", "key_to_query"} & set(directions):
-            # One product for both. Who does not look has no say in what is too similar.
+            # One product for both directions. Only anchors bring ceilings: another row's margin
+            # must not mask pairs of a direction in which that row has no loss.
             rows, columns = reduce(
                 queries,
                 keys,
@@ -117,7 +116,7 @@ class Comparison(NamedTuple):
     def ceilings(
         self, queries: Float[Array, "q d"], keys: Float[Array, "q d"]
     ) -> Float[Array, " q"] | None:
-        """The greatest similarity at which a negative of each row counts."""
+        """The greatest similarity at which a negative of each row is allowed; `None` for all."""
         ceilings = similarity_ceilings(
             inner_product(*((queries, keys) if self.guides is None else self.guides)),
             margin=self.margin,
@@ -128,7 +127,7 @@ class Comparison(NamedTuple):
         return ceilings
 
     def how(self) -> dict[str, Any]:
-        """What every reduction of this comparison is told."""
+        """The arguments of every reduction: how devices exchange keys, and the implementation."""
         return {
             "axis_name": self.axis_name,
             "exchange": self.exchange,
@@ -143,7 +142,7 @@ class Comparison(NamedTuple):
         *,
         ceiling: bool = True,
     ) -> PairLabels:
-        """One side's labels, with the ceilings of its rows if it looks."""
+        """One side's labels, with the ceilings of its rows if these are anchors."""
         labels = batch_labels(
             queries.shape[0],
             ids=self.ids,
@@ -161,7 +160,7 @@ class Comparison(NamedTuple):
 
 
 def own_products(rows: Float[Array, "q d"], vectors: Float[Array, "q n d"]) -> Float[Array, "q n"]:
-    """Each row's inner products with vectors of its own, summed in float32 at least."""
+    """Each row's inner products with its separate vectors, summed in float32 or wider."""
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     return jnp.einsum("qd,qnd->qn", rows, vectors, preferred_element_type=wide)
 
@@ -169,7 +168,7 @@ def own_products(rows: Float[Array, "q d"], vectors: Float[Array, "q n d"]) -> F
 def check_sides(
     queries: Float[Array, "..."], keys: Float[Array, "..."], directions: tuple[str, ...]
 ) -> None:
-    """Raises a `ValueError` for sides that do not belong together, or an unknown direction."""
+    """Raise a `ValueError` for sides of different shapes, or an unknown direction."""
     if (
         not directions
         or set(directions) - set(DIRECTIONS)

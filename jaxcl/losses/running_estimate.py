@@ -1,4 +1,4 @@
-"""InfoNCE over all rows of the data, whose denominators are estimated along the way."""
+"""InfoNCE over all rows of the data, with running estimates of the denominators."""
 
 import inspect
 import math
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 NEVER_SEEN = -jnp.inf
-"""The estimate of a row that no batch has held."""
+"""The estimate of a row that no batch has contained yet."""
 
 
 def running_estimate_loss(
@@ -44,47 +44,47 @@ def running_estimate_loss(
     exchange: str = "gather",
     implementation: str | None = None,
 ) -> tuple[Float[Array, " q"], Float[Array, "q e"]]:
-    r"""The global contrastive loss by a running estimate of each row's denominator.
+    r"""The global contrastive loss, from a running estimate of each row's denominator.
 
-    With $g_i$ the mean of $e^{s_{ij} - s_{ii}}$ over the $N_i$ negatives that this batch holds for
-    row $i$, and $\gamma$ the update rate,
+    With $g_i$ the mean of $e^{s_{ij} - s_{ii}}$ over the $N_i$ negatives of row $i$ in this batch,
+    and $\gamma$ the update rate,
 
     $$u_i \leftarrow (1 - \gamma)\, u_i + \gamma\, g_i, \qquad
     \ell_i = \log(\varepsilon + u_i), \qquad
     \nabla \ell_i = \frac{1}{\varepsilon + u_i} \nabla g_i.$$
 
-    A small batch then has the gradient of a large one, but for the estimate's lag. Where a row is
-    seen for the first time, $u_i = g_i$. Other arguments as for `infonce_loss`.
+    A small batch then has the gradient of a large one, except for the lag of the estimate. At a
+    row's first visit, $u_i = g_i$. Other arguments as for `infonce_loss`.
 
     Args:
       queries: this device's queries.
       keys: this device's keys.
-      estimates: $\log u_i$ of these rows by direction, in nats, as the last call with the row gave
-        it back; −∞ if there was none.
+      estimates: $\log u_i$ of these rows by direction, in nats, from the last call with the row; −∞
+        for rows without one.
       temperature: $\tau > 0$, one for all, or one for each row and direction.
-      update_rate: $\gamma$ in (0, 1]; 1 forgets at once, and leaves the decoupled loss of the batch
-        less $\log N_i$.
-      robustness: $\rho$; if given, the loss is $\tau\,(\ell_i + \rho)$, by whose minimum a
-        temperature is learned. Without it a learned temperature follows $\ell$.
+      update_rate: $\gamma$ in (0, 1]; 1 uses this batch only, which is its decoupled loss minus
+        $\log N_i$.
+      robustness: $\rho$; if given, the loss is $\tau\,(\ell_i + \rho)$, which a learned temperature
+        minimises. Without it a learned temperature follows $\ell$.
       epsilon: $\varepsilon > 0$.
-      directions: who looks among whom.
+      directions: directions of the comparison.
       ids: row numbers.
-      groups: labels.
+      groups: labels; rows of an equal label are not negatives.
       valid: `False` for padding, which keeps its estimate.
-      margin: as a difference to the positive's similarity.
-      relative_margin: as a share of it.
-      guides: who judges similarity.
+      margin: masks negatives within this difference of the positive's similarity.
+      relative_margin: the same as a share of it.
+      guides: embeddings of a guide model, whose similarities decide on the margins.
       axis_name: the mesh axes over which rows are sharded.
       exchange: `"gather"` or `"ring"`.
-      implementation: of `jaxcl.ops.pairs`.
+      implementation: an implementation of `jaxcl.ops.pairs`.
 
     Returns:
-      The loss of each of this device's rows, in nats (times $\tau$, with `robustness`), and the new
-      estimates. A row without negatives in this batch has the loss of its old estimate, or 0, keeps
-      that estimate, and gives no embedding a gradient.
+      The loss of each of this device's rows, in nats (times $\tau$ with `robustness`), and the new
+      estimates. A row without negatives in this batch has the loss of its old estimate, or 0 if
+      there is none. It keeps that estimate, and contributes no gradient to the embeddings.
 
     Raises:
-      ValueError: for estimates or rates that do not fit, and as `infonce_loss`.
+      ValueError: for invalid estimates or rates, and as `infonce_loss`.
 
     Reference:
       SogCLR: Yuan et al., "Provable Stochastic Optimization for Global Contrastive Learning", 2022,
@@ -120,18 +120,21 @@ def running_estimate_loss(
         found = comparison.negatives(*sides, temperature=temperatures, directions=directions)
     positives = inner_product(queries, keys)[:, None] / temperatures
     counted = jnp.stack([counts[direction] for direction in directions], 1)
-    # Without anything there, only finite numbers go on, lest a gradient be NaN.
+    # Rows without negatives have log-sums of −∞. They compute with 0 instead, since the weight of 0
+    # below does not mask −∞ − (−∞), which is NaN, in the loss or its gradient.
     some = counted > 0
     log_sums = jnp.where(some, jnp.stack([found[direction] for direction in directions], 1), 0)
     log_means = log_sums - jnp.log(jnp.maximum(counted, 1)) - positives
     estimates = lax.stop_gradient(estimates)
     now = lax.stop_gradient(log_means)
+    # In logarithms, since u reaches e^100 at a temperature of .01, past the range of float32.
     mixed = jnp.logaddexp(jnp.log1p(-update_rate) + estimates, jnp.log(update_rate) + now)
     updated = jnp.where(jnp.isfinite(estimates), mixed, now)
     updated = jnp.where(some, updated, estimates).astype(estimates.dtype)
     known = jnp.isfinite(updated)
     values = jnp.where(known, jnp.logaddexp(updated, jnp.log(epsilon)), 0)
-    # The value is the estimate's; the gradient is that of g over the estimate.
+    # The value of the loss is the logarithm of the estimate. Its gradient is ∇g / (ε + u), which is
+    # the gradient of log g times g / (ε + u).
     weights = jnp.where(some, jnp.exp(now - values), 0)
     loss = values + weights * (log_means - now)
     if robustness is not None:
@@ -150,17 +153,17 @@ def remembered_estimate_loss(
     temperature_rate: float | None = None,
     **options: Any,
 ) -> tuple[Float[Array, " q"], dict[str, Float[Array, "q e"]]]:
-    r"""`running_estimate_loss` whose estimates, and temperatures by row, are the run's memory.
+    r"""`running_estimate_loss` with estimates, and temperatures by row, in the run's memory.
 
     Args:
       queries: this device's queries.
       keys: this device's keys.
-      memory: these rows' entries, as `estimate_memory` began them.
-      temperature: $\tau$ for all rows; not read where the memory has one for each.
-      temperature_bounds: the range that a row's own temperature is clamped to.
-      temperature_rate: by how much a row's own $\log \tau$ falls per unit of its loss' derivative,
-        each time that a batch holds the row; `None` for one temperature of all.
-      options: of `running_estimate_loss`.
+      memory: these rows' entries, initially from `estimate_memory`.
+      temperature: $\tau$ for all rows; ignored if the memory has one for each row.
+      temperature_bounds: the range to which a row's temperature is clamped.
+      temperature_rate: learning rate of a row's $\log \tau$, for one gradient step each time that a
+        batch contains the row; `None` for one temperature for all rows.
+      options: options of `running_estimate_loss`.
 
     Returns:
       The loss of each of this device's rows, and their new entries.
@@ -180,6 +183,8 @@ def remembered_estimate_loss(
 
     if not temperature_rate > 0:
         raise ValueError(f"temperature_rate={temperature_rate}; set it above 0, or to None")
+    # Taken of a sum over rows: each temperature enters its row's loss only. The embeddings are
+    # constants here, or an outer gradient would differentiate this one.
     constants = map(lax.stop_gradient, (queries, keys))
     log_temperatures = memory["log_temperatures"]
     slope = jax.grad(lambda *inputs: total(*inputs)[0])(log_temperatures, *constants)
@@ -191,7 +196,7 @@ def remembered_estimate_loss(
 
 
 def _signature() -> inspect.Signature:
-    """Its own arguments and those that it hands on."""
+    """The arguments of the function and of the one that it wraps, for callers that inspect it."""
     own, handed_on = (
         dict(inspect.signature(function).parameters)
         for function in (remembered_estimate_loss, running_estimate_loss)
@@ -211,7 +216,7 @@ def estimate_memory(
     directions: tuple[str, ...] = ("query_to_key", "key_to_query"),
     **_: Any,
 ) -> dict[str, Float[Array, "n e"]]:
-    """The memory of `remembered_estimate_loss` before the first batch, for its options."""
+    """The memory of `remembered_estimate_loss` before the first batch, given its options."""
     width = len(directions)
     memory = {"estimates": init_table(num_rows, width, value=NEVER_SEEN)}
     if temperature_rate is not None:

@@ -1,19 +1,24 @@
 """The decoder encoder: Mistral's family, whose last token says what the text is."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from jaxcl.models.layers import (
+    Hidden,
+    TokenMask,
+    check_length,
     default_compute_dtype,
     pool,
     row_dropout,
     run_layers,
     stacked,
+    unit_vectors,
 )
-from jaxcl.ops.vectors import normalise
-from jaxcl.typing import PADDING_ID, Array, Bool, Embeddings, Float, Int, PyTree, RowKeys
+from jaxcl.typing import PADDING_ID, Array, Embeddings, Float, Int, PyTree, RowKeys
 
 __all__ = ["DecoderEncoder"]
 
@@ -77,18 +82,10 @@ class DecoderEncoder(nnx.Module):
         dtype = jnp.dtype(compute_dtype or default_compute_dtype(jax.default_backend()))
         scale = jax.nn.initializers.normal(0.02)
         self.token_table = nnx.Param(scale(rngs.params(), (vocabulary_size, hidden_dim)))
+        shape = DecoderBlockShape(num_heads, num_key_heads, mlp_dim, rotary_base, dropout, dtype)
 
         def make_block(rngs: nnx.Rngs) -> "DecoderBlock":
-            return DecoderBlock(
-                hidden_dim,
-                num_heads=num_heads,
-                num_key_heads=num_key_heads,
-                mlp_dim=mlp_dim,
-                rotary_base=rotary_base,
-                dropout=dropout,
-                dtype=dtype,
-                rngs=rngs,
-            )
+            return DecoderBlock(hidden_dim, shape, rngs=rngs)
 
         self.blocks = stacked(make_block, rngs, num_layers=num_layers)
         self.norm = nnx.RMSNorm(hidden_dim, dtype=dtype, rngs=rngs)
@@ -102,10 +99,7 @@ class DecoderEncoder(nnx.Module):
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
         """Embeds `{"tokens": int32[b, t]}`; with `rngs` (one key per row) it drops out."""
         tokens = inputs["tokens"]
-        if tokens.shape[1] > self.max_tokens:
-            raise ValueError(
-                f"texts of {tokens.shape[1]} tokens; this encoder reads {self.max_tokens}"
-            )
+        check_length(tokens, self.max_tokens)
         mask = tokens != PADDING_ID
         hidden = self.token_table[...][tokens].astype(self.dtype)
         hidden = run_layers(
@@ -114,25 +108,26 @@ class DecoderEncoder(nnx.Module):
         vectors = pool(self.norm(hidden), mask, pooling="last")
         if self.projection is not None:
             vectors = self.projection(vectors)
-        # At least float32, or the norm is a bf16 sum.
-        return normalise(vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32)))
+        return unit_vectors(vectors)
+
+
+class DecoderBlockShape(NamedTuple):
+    """The options that all blocks of a decoder share; `DecoderEncoder` documents them."""
+
+    num_heads: int
+    num_key_heads: int
+    mlp_dim: int
+    rotary_base: float
+    dropout: float
+    dtype: jnp.dtype
 
 
 class DecoderBlock(nnx.Module):
     """Causal self-attention and a gated MLP, each behind a norm and with a residual."""
 
-    def __init__(
-        self,
-        hidden_dim: int,
-        *,
-        num_heads: int,
-        num_key_heads: int,
-        mlp_dim: int,
-        rotary_base: float,
-        dropout: float,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, hidden_dim: int, shape: DecoderBlockShape, *, rngs: nnx.Rngs):
+        num_heads, num_key_heads, mlp_dim, rotary_base, dropout, dtype = shape
+
         def linear(width: int, out: int) -> nnx.Linear:
             return nnx.Linear(width, out, use_bias=False, dtype=dtype, rngs=rngs)
 
@@ -151,21 +146,15 @@ class DecoderBlock(nnx.Module):
         self.dropout = dropout
 
     def __call__(
-        self,
-        hidden: Float[Array, "b t h"],
-        mask: Bool[Array, "b t"],
-        rngs: RowKeys | None,
-        layer: int | Int[Array, ""],
-    ) -> Float[Array, "b t h"]:
-        def drop(values: Float[Array, "b t h"], number: int) -> Float[Array, "b t h"]:
+        self, hidden: Hidden, mask: TokenMask, rngs: RowKeys | None, layer: int | Int[Array, ""]
+    ) -> Hidden:
+        def drop(values: Hidden, number: int) -> Hidden:
             return row_dropout(values, rngs, rate=self.dropout, layer=2 * layer + number)
 
         hidden += drop(self.attend(self.attention_norm(hidden), mask), 0)
         return hidden + drop(self.transform(self.mlp_norm(hidden)), 1)
 
-    def attend(
-        self, hidden: Float[Array, "b t h"], mask: Bool[Array, "b t"]
-    ) -> Float[Array, "b t h"]:
+    def attend(self, hidden: Hidden, mask: TokenMask) -> Hidden:
         b, t, h = hidden.shape
         queries, keys, values = (
             side(hidden).reshape(b, t, -1, self.head)
@@ -182,7 +171,7 @@ class DecoderBlock(nnx.Module):
         )
         return self.output(mixed.reshape(b, t, h))
 
-    def transform(self, hidden: Float[Array, "b t h"]) -> Float[Array, "b t h"]:
+    def transform(self, hidden: Hidden) -> Hidden:
         return self.narrow(jax.nn.silu(self.gate(hidden)) * self.widen(hidden))
 
 

@@ -1,6 +1,7 @@
 """What the encoders share: dropout by row, pooling, and a loop over equal layers."""
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +9,36 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxcl.typing import PADDING_ID, Array, Bool, Float, Int, Key, PyTree, RowKeys, Tokens
+from jaxcl.ops.vectors import normalise
+from jaxcl.typing import (
+    PADDING_ID,
+    Array,
+    Bool,
+    Embeddings,
+    Float,
+    Int,
+    Key,
+    PyTree,
+    RowKeys,
+    Tokens,
+)
 
 __all__ = [
     "POOLINGS",
+    "Hidden",
+    "TokenMask",
+    "check_length",
     "default_compute_dtype",
     "pool",
     "row_dropout",
     "run_layers",
     "stacked",
     "token_dropout_mask",
+    "unit_vectors",
 ]
+
+Hidden: TypeAlias = Float[Array, "b t h"]
+TokenMask: TypeAlias = Bool[Array, "b t"]
 
 POOLINGS = ("mean", "cls", "last")
 
@@ -26,6 +46,17 @@ POOLINGS = ("mean", "cls", "last")
 def default_compute_dtype(platform: str) -> str:
     """The type of activations where a config names none, by the platform of the devices."""
     return "float32" if platform == "cpu" else "bfloat16"
+
+
+def check_length(tokens: Tokens, longest: int) -> None:
+    """Raise a `ValueError` for texts of more tokens than an encoder reads."""
+    if tokens.shape[1] > longest:
+        raise ValueError(f"texts of {tokens.shape[1]} tokens; this encoder reads {longest}")
+
+
+def unit_vectors(vectors: Embeddings) -> Embeddings:
+    """Vectors of unit norm, in float32 or wider: in bfloat16 the norm would be a coarse sum."""
+    return normalise(vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32)))
 
 
 def pool(

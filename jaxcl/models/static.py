@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcl.models.embedding_bag import embedding_bag
-from jaxcl.models.layers import token_dropout_mask
+from jaxcl.models.layers import check_length, token_dropout_mask
 from jaxcl.ops.vectors import normalise
 from jaxcl.typing import Embeddings, PyTree, RowKeys
 
@@ -54,9 +54,7 @@ class StaticEncoder(nnx.Module):
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
         """Embeds `{"tokens": int32[b, t]}`; with `rngs` (one key per row) it drops tokens."""
         tokens = inputs["tokens"]
-        longest = self.position_weight.shape[0]
-        if tokens.shape[1] > longest:
-            raise ValueError(f"texts of {tokens.shape[1]} tokens; this encoder reads {longest}")
+        check_length(tokens, self.position_weight.shape[0])
         counted = token_dropout_mask(tokens, rngs, rate=self.token_dropout)
         log_weights = self.token_weight[...][tokens] + self.position_weight[...][: tokens.shape[1]]
         weights = jnp.where(counted, jnp.exp(log_weights), 0)

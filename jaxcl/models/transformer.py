@@ -1,7 +1,7 @@
 """The transformer encoder: BERT's family, pre-LN or post-LN."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,17 @@ from flax import nnx
 
 from jaxcl.models.layers import (
     POOLINGS,
+    Hidden,
+    TokenMask,
+    check_length,
     default_compute_dtype,
     pool,
     row_dropout,
     run_layers,
     stacked,
+    unit_vectors,
 )
-from jaxcl.ops.vectors import normalise
-from jaxcl.typing import PADDING_ID, Array, Bool, Embeddings, Float, Int, PyTree, RowKeys
+from jaxcl.typing import PADDING_ID, Array, Embeddings, Int, PyTree, RowKeys
 
 __all__ = ["ATTENTIONS", "NORM_POSITIONS", "TransformerEncoder"]
 
@@ -100,18 +103,10 @@ class TransformerEncoder(nnx.Module):
         layer_norm = functools.partial(nnx.LayerNorm, hidden_dim, dtype=dtype, rngs=rngs)
         self.token_table = nnx.Param(scale(rngs.params(), (vocabulary_size, hidden_dim)))
         self.position_table = nnx.Param(scale(rngs.params(), (max_tokens, hidden_dim)))
+        shape = BlockShape(num_heads, mlp_dim, attention, norm_position, dropout, dtype)
 
         def make_block(rngs: nnx.Rngs) -> "Block":
-            return Block(
-                hidden_dim,
-                num_heads=num_heads,
-                mlp_dim=mlp_dim,
-                attention=attention,
-                norm_position=norm_position,
-                dropout=dropout,
-                dtype=dtype,
-                rngs=rngs,
-            )
+            return Block(hidden_dim, shape, rngs=rngs)
 
         if scan_layers:
             self.blocks: Any = stacked(make_block, rngs, num_layers=num_layers)
@@ -131,9 +126,7 @@ class TransformerEncoder(nnx.Module):
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
         """Embeds `{"tokens": int32[b, t]}`; with `rngs` (one key per row) it drops out."""
         tokens = inputs["tokens"]
-        longest = self.position_table.shape[0]
-        if tokens.shape[1] > longest:
-            raise ValueError(f"texts of {tokens.shape[1]} tokens; this encoder reads {longest}")
+        check_length(tokens, self.position_table.shape[0])
         mask = tokens != PADDING_ID
         hidden = self.token_table[...][tokens] + self.position_table[...][: tokens.shape[1]]
         hidden = hidden.astype(self.dtype)
@@ -150,36 +143,31 @@ class TransformerEncoder(nnx.Module):
                 hidden = run(block, hidden, mask, rngs, layer)
         if self.norm_position == "pre":
             hidden = self.norm(hidden)
-        vectors = self.projection(pool(hidden, mask, pooling=self.pooling))
-        # At least float32, or the norm is a bf16 sum.
-        return normalise(vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32)))
+        return unit_vectors(self.projection(pool(hidden, mask, pooling=self.pooling)))
 
 
 def _run_block(
-    block: "Block",
-    hidden: Float[Array, "b t h"],
-    mask: Bool[Array, "b t"],
-    rngs: RowKeys | None,
-    layer: int,
-) -> Float[Array, "b t h"]:
+    block: "Block", hidden: Hidden, mask: TokenMask, rngs: RowKeys | None, layer: int
+) -> Hidden:
     return block(hidden, mask, rngs, layer)
+
+
+class BlockShape(NamedTuple):
+    """The options that all blocks of a transformer share; `TransformerEncoder` documents them."""
+
+    num_heads: int
+    mlp_dim: int
+    attention: str
+    norm_position: str
+    dropout: float
+    dtype: jnp.dtype
 
 
 class Block(nnx.Module):
     """Self-attention and an MLP, each with a residual, a norm and dropout."""
 
-    def __init__(
-        self,
-        hidden_dim: int,
-        *,
-        num_heads: int,
-        mlp_dim: int,
-        attention: str,
-        norm_position: str,
-        dropout: float,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, hidden_dim: int, shape: BlockShape, *, rngs: nnx.Rngs):
+        num_heads, mlp_dim, attention, norm_position, dropout, dtype = shape
         linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
         layer_norm = functools.partial(nnx.LayerNorm, hidden_dim, dtype=dtype, rngs=rngs)
         self.attention_norm = layer_norm()
@@ -194,12 +182,8 @@ class Block(nnx.Module):
         self.dropout = dropout
 
     def __call__(
-        self,
-        hidden: Float[Array, "b t h"],
-        mask: Bool[Array, "b t"],
-        rngs: RowKeys | None,
-        layer: int | Int[Array, ""],
-    ) -> Float[Array, "b t h"]:
+        self, hidden: Hidden, mask: TokenMask, rngs: RowKeys | None, layer: int | Int[Array, ""]
+    ) -> Hidden:
         drop = functools.partial(row_dropout, rngs=rngs, rate=self.dropout)
         first, second = 1 + 2 * layer, 2 + 2 * layer  # 0 is the embeddings'
         if self.norm_position == "pre":
@@ -208,9 +192,7 @@ class Block(nnx.Module):
         hidden = self.attention_norm(hidden + drop(self.attend(hidden, mask), layer=first))
         return self.mlp_norm(hidden + drop(self.transform(hidden), layer=second))
 
-    def attend(
-        self, hidden: Float[Array, "b t h"], mask: Bool[Array, "b t"]
-    ) -> Float[Array, "b t h"]:
+    def attend(self, hidden: Hidden, mask: TokenMask) -> Hidden:
         b, t, h = hidden.shape
         heads = self.projections(hidden).reshape(b, t, 3, self.num_heads, h // self.num_heads)
         attend = functools.partial(
@@ -227,5 +209,5 @@ class Block(nnx.Module):
             mixed = attend(mask=attended[:, None, None, :])
         return self.output(mixed.reshape(b, t, h))
 
-    def transform(self, hidden: Float[Array, "b t h"]) -> Float[Array, "b t h"]:
+    def transform(self, hidden: Hidden) -> Hidden:
         return self.narrow(jax.nn.gelu(self.widen(hidden)))

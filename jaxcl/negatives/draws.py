@@ -1,4 +1,4 @@
-"""Random draws of slots that lie on many devices, equal on any number of them."""
+"""Random draws of sharded slots, equal on any number of devices."""
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,14 @@ from jaxcl.typing import Array, AxisName, Bool, Int, Integer, Key
 
 __all__ = ["draw_slots", "priorities"]
 
-_DIGITS = 256  # of the base in which priorities are compared
+_DIGITS = 256  # the base in which priorities are compared: four digits of a byte each
 
 
 def priorities(key: Key[Array, ""], num_slots: int) -> Integer[Array, " m"]:
-    """The random numbers of a draw, by which slots come first.
+    """The random numbers of a draw; slots with greater ones are drawn first.
 
-    Made outside of `jax.shard_map`, they are the same on any number of devices, and each device
-    makes those of its own slots.
+    Call it outside of `jax.shard_map`: the numbers are then equal on any number of devices, and
+    each device computes only its slots' share.
     """
     return jax.random.bits(key, (num_slots,), jnp.uint32)
 
@@ -29,34 +29,37 @@ def draw_slots(
     count: int,
     axis_name: AxisName | None = None,
 ) -> Int[Array, " _"]:
-    """The slots with the greatest priorities of each stratum, as many as its quota.
+    """Draw the slots with the greatest priorities of each stratum, up to its quota.
 
-    The least priority that is drawn is found digit by digit: four times, each device counts its
-    slots by stratum and digit, and the counts of all are summed. Besides these `4 · 256 · g`
-    numbers, `count` slot numbers go to all devices. Of equal priorities the lowest slot is first.
+    The least priority to draw is found digit by digit. Four times, each device counts its slots by
+    stratum and digit, and the counts of all devices are summed. In addition to these `4 · 256 · g`
+    numbers, `count` slot numbers go to all devices. Equal priorities favour the lowest slot.
 
     Args:
       priority: random numbers of this device's slots.
-      stratum: their stratum; one that has no quota is never drawn.
-      quotas: how many of each stratum.
-      count: their sum, at least.
+      stratum: the stratum of each slot; strata without a quota are never drawn.
+      quotas: the number of slots to draw from each stratum.
+      count: the length of the result, at least the sum of the quotas.
       axis_name: the mesh axes over which slots are sharded.
 
     Returns:
-      Slot numbers over all devices, ascending, `[count]`, the same on each; −1 behind them where
-      there are too few.
+      Slot numbers over all devices, ascending, `[count]`, equal on all devices; filled up with −1
+      if there are too few slots.
     """
     num_slots = priority.shape[0]
     device = 0 if axis_name is None else lax.axis_index(axis_name)
     slots = device * num_slots + jnp.arange(num_slots, dtype=jnp.int32)
     taken = _greatest_of_strata(priority, slots, stratum, quotas, axis_name)
     here = taken.sum(dtype=jnp.int32)
+    # Each device writes after the slots of all devices before it, which keeps slots ascending.
     before = jnp.int32(0)
     if axis_name is not None:
         counts = lax.all_gather(here, axis_name)
         before = jnp.where(jnp.arange(counts.shape[0]) < device, counts, 0).sum(dtype=jnp.int32)
     places = jnp.where(taken, before + jnp.cumsum(taken, dtype=jnp.int32) - 1, count)
-    drawn = jnp.full(count, -1, jnp.int32).at[places].set(slots, mode="drop")  # count is out
+    # Slots that are not taken point past the end. A place is written by one device and −1 on all
+    # others, so that the maximum joins them.
+    drawn = jnp.full(count, -1, jnp.int32).at[places].set(slots, mode="drop")
     return drawn if axis_name is None else lax.pmax(drawn, axis_name)
 
 
@@ -67,23 +70,25 @@ def _greatest_of_strata(
     quotas: Int[Array, " g"],
     axis_name: AxisName | None,
 ) -> Bool[Array, " m"]:
-    """Which slots are among the first of their stratum, by a radix selection over all devices."""
+    """Whether each slot is among the first of its stratum: a radix selection over all devices."""
 
     def pass_over(
         numbers: Array, shift: int, state: tuple[Array, Array, Array]
     ) -> tuple[Array, Array, Array]:
-        """Decides those that differ from the last one taken in this digit; the rest stays open."""
+        """Decide the slots whose digit differs from the last one taken; the rest stays open."""
         taken, open_, wanted = state
+        # A stratum without a quota counts past the end, where the scatter drops it.
         digit = ((numbers >> shift) & (_DIGITS - 1)).astype(jnp.int32)
         counts = jnp.zeros(quotas.shape[0] * _DIGITS, jnp.int32)
         counts = counts.at[stratum * _DIGITS + digit].add(open_.astype(jnp.int32), mode="drop")
         if axis_name is not None:
             counts = lax.psum(counts, axis_name)
         counts = counts.reshape(-1, _DIGITS)
-        above = counts[:, ::-1].cumsum(1)[:, ::-1] - counts  # how many have a greater digit
+        above = counts[:, ::-1].cumsum(1)[:, ::-1] - counts  # slots with a greater digit
         wanted = jnp.minimum(wanted, counts.sum(1))
         last = (above < wanted[:, None]) & (above + counts >= wanted[:, None])
-        # Where nothing is wanted no digit is the last, and none is above it.
+        # If nothing is wanted, `last` is false throughout and its argmax 0, which would take all
+        # greater digits; a limit above all digits takes none.
         limit = jnp.where(wanted > 0, last.argmax(1), _DIGITS).astype(jnp.int32)
         theirs = limit.at[stratum].get(mode="fill", fill_value=_DIGITS)
         used = jnp.where(last, above, 0).sum(1)
@@ -97,7 +102,9 @@ def _greatest_of_strata(
     known = stratum < quotas.shape[0]
     start = as_varying((jnp.zeros(priority.shape, bool), known), (priority, stratum))
     taken, open_, wanted = passes(priority, (*start, quotas.astype(jnp.int32)))
-    # Of equal priorities, which are rare, the slots decide.
+    # Slots with equal priorities stay open, which is rare. Then the slot numbers decide, flipped so
+    # that the lowest comes first. The condition is a sum over all devices: they agree on whether to
+    # enter the branch, whose collectives would wait for ever otherwise.
     still = jnp.zeros(quotas.shape, jnp.int32).at[stratum].add(open_.astype(jnp.int32), mode="drop")
     if axis_name is not None:
         still = lax.psum(still, axis_name)

@@ -1,8 +1,8 @@
-"""Embeddings of earlier batches, kept in the train state, as negatives of this one.
+"""Embeddings of earlier batches, kept in the train state, as negatives of the current one.
 
-Two kinds. A *queue* holds the last keys, first in, first out. An *instance bank* has a slot for
-each training row, which follows the row's embedding as a moving average. Slots are numbered over
-all devices and mean the same on any number of them: a bank is sharded by slot, nothing more.
+There are two kinds. A *queue* holds the most recent keys, first in, first out. An *instance bank*
+has a slot for each training row, with a moving average of the row's embedding. Banks are sharded by
+slot; slots are numbered over all devices and do not depend on their number.
 """
 
 from typing import Any, NamedTuple
@@ -26,16 +26,16 @@ __all__ = [
 
 
 class MemoryBank(NamedTuple):
-    """Embeddings by slot, and what is known of them.
+    """Embeddings and labels by slot.
 
     Attributes:
-      vectors: one per slot; those never written are 0.
-      ids: whose each is, as a loss compares: by training row, or by text.
-      groups: its group.
-      written: which update wrote it; −1 if none has.
+      vectors: one per slot; 0 if never written.
+      ids: the ids that a loss compares, by training row or by text.
+      groups: the group of each slot.
+      written: the update that wrote each slot; −1 for none.
       head: the slot that a queue writes next.
-      updates: how many there have been.
-      guides: embeddings of the same by a model that judges similarity, where a run has one.
+      updates: the number of updates so far.
+      guides: the guide model's embeddings of the same slots; `None` without a guide model.
     """
 
     vectors: Float[Array, "m d"]
@@ -50,17 +50,17 @@ class MemoryBank(NamedTuple):
 def init_bank(
     num_slots: int, dim: int, *, dtype: Any = None, guide_dim: int | None = None
 ) -> MemoryBank:
-    """A bank in which nothing is written.
+    """Create an empty bank.
 
     Args:
-      num_slots: keys that a queue keeps, or training rows; filled up to a multiple of 1,024 with
-        slots that stay empty, so that a checkpoint may move between meshes.
+      num_slots: keys that a queue keeps, or training rows; rounded up to a multiple of 1,024 with
+        slots that stay empty, so that a checkpoint can move between meshes.
       dim: width of the embeddings.
-      dtype: of the embeddings; float32 by default.
-      guide_dim: width of the embeddings of a model that judges similarity; `None` without one.
+      dtype: type of the embeddings; float32 by default.
+      guide_dim: width of the guide model's embeddings; `None` without one.
 
     Raises:
-      ValueError: if there is no slot, or for a type that is not floating.
+      ValueError: if there is no slot, or for a type that is not floating-point.
     """
     if num_slots < 1:
         raise ValueError(f"num_slots={num_slots}; a bank has at least one")
@@ -90,21 +90,19 @@ def update_queue(
     valid: Bool[Array, " b"] | None = None,
     guides: Float[Array, "b g"] | None = None,
 ) -> MemoryBank:
-    """Takes in the embeddings of a global batch, in its order; the oldest make room.
+    """Append the embeddings of a global batch, in order, and overwrite the oldest ones.
 
-    It goes by slot numbers of the whole bank, outside of `jax.shard_map`.
-
-    Any number of slots does for any batch: a batch that has more keys than there are slots leaves
-    the last of them.
+    Call it outside of `jax.shard_map`, since slots are numbered over the whole bank. The batch may
+    have more keys than the queue has slots; the last of them then stay.
 
     Args:
-      bank: as `init_bank` made it.
-      vectors: of the whole batch.
-      ids: by which a row knows its own: training rows, or texts.
+      bank: from `init_bank`.
+      vectors: embeddings of the whole batch.
+      ids: their ids, by training row or by text.
       groups: their groups.
       num_slots: as given to `init_bank`.
-      valid: `False` for padding, which is not taken in.
-      guides: their embeddings by the model that judges similarity, if the bank keeps them.
+      valid: `False` for padding, which is skipped.
+      guides: their guide embeddings, if the bank keeps them.
 
     Raises:
       ValueError: for another number of slots, or embeddings of another width, than the bank has.
@@ -117,6 +115,7 @@ def update_queue(
     valid = jnp.ones(ids.shape, bool) if valid is None else valid
     number = jnp.cumsum(valid, dtype=jnp.int32)
     count = number[-1]
+    # The last `num_slots` only: of two keys for one slot, a scatter may write either.
     taken = valid & (number > count - num_slots)
     slots = (bank.head + number - 1) % num_slots
     written = _written(bank, slots, taken, vectors, ids, groups, guides)
@@ -134,28 +133,28 @@ def update_instances(
     valid: Bool[Array, " b"] | None = None,
     guides: Float[Array, "b g"] | None = None,
 ) -> MemoryBank:
-    r"""Moves the slots of a batch's rows towards their embeddings.
+    r"""Move the slots of a batch's rows towards their embeddings.
 
-    $v \leftarrow \operatorname{normalise}(\mu v + (1 - \mu)\, x)$, and $v \leftarrow x$ where
-    nothing was written. Of a row that the batch holds twice, the first embedding counts. It goes by
-    slot numbers of the whole bank, outside of `jax.shard_map`.
+    $v \leftarrow \operatorname{normalise}(\mu v + (1 - \mu)\, x)$, and $v \leftarrow x$ in a slot
+    that was never written. If the batch holds a row twice, its first embedding is used. Call it
+    outside of `jax.shard_map`, since slots are numbered over the whole bank.
 
     Args:
-      bank: with a slot for each training row.
-      vectors: of the whole batch.
+      bank: a bank with a slot for each training row.
+      vectors: embeddings of the whole batch.
       rows: their training rows, which are their slots.
       groups: their groups.
-      momentum: $\mu$ in [0, 1); 0 keeps the newest embedding as it is.
-      ids: by which a row knows its own, in place of the training rows: such as texts.
+      momentum: $\mu$ in [0, 1); 0 stores the newest embedding as it is.
+      ids: ids to store instead of the training rows, such as those by text.
       valid: `False` for padding.
-      guides: their embeddings by the model that judges similarity, if the bank keeps them.
+      guides: their guide embeddings, if the bank keeps them.
 
     Reference:
       Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018.
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum={momentum}; set it to at least 0 and below 1")
-    taken = first_places(rows, valid)
+    taken = first_places(rows, valid)  # of two embeddings for one slot, a scatter may write either
     if momentum:
         before = bank.vectors[rows].astype(vectors.dtype)
         moved = normalise(momentum * before + (1 - momentum) * vectors)
@@ -164,7 +163,7 @@ def update_instances(
 
 
 def read_bank(bank: MemoryBank) -> SharedNegatives:
-    """The whole bank as negatives; slots never written are none, and no gradient flows into it."""
+    """The whole bank as negatives, without gradient; slots never written are not valid."""
     guides = None if bank.guides is None else lax.stop_gradient(bank.guides)
     return SharedNegatives(
         lax.stop_gradient(bank.vectors), bank.ids, bank.groups, bank.written >= 0, guides
@@ -172,7 +171,7 @@ def read_bank(bank: MemoryBank) -> SharedNegatives:
 
 
 def mean_age(bank: MemoryBank) -> Float[Array, ""]:
-    """How many updates ago a slot was written, on average over those written; 0 without any."""
+    """The mean number of updates since a written slot was written; 0 for an empty bank."""
     written = bank.written >= 0
     ages = jnp.where(written, bank.updates - 1 - bank.written, 0).astype(jnp.float32)
     return ages.sum() / jnp.maximum(written.sum(), 1)  # a sum of int32 would overflow
@@ -194,10 +193,10 @@ def _written(
             f"vectors have {vectors.shape[1]} features, but the bank was made for "
             f"{bank.vectors.shape[1]}"
         )
-    places = jnp.where(taken, slots, bank.ids.shape[0])  # out of range, which is dropped
+    places = jnp.where(taken, slots, bank.ids.shape[0])  # past the end, where the scatter drops it
 
     def put(table: Array, values: Array) -> Array:
-        # As bits, since XLA makes a float32 table of one of bfloat16 on a CPU.
+        # As bits: for a scatter into bfloat16, XLA on a CPU converts the whole table to float32.
         values = as_bits(values.astype(table.dtype))
         return from_bits(as_bits(table).at[places].set(values, mode="drop"), table.dtype)
 

@@ -1,4 +1,4 @@
-"""Hard negatives of a query, from all the keys there are."""
+"""Hard-negative mining: each query's hard negatives among all keys."""
 
 from typing import NamedTuple
 
@@ -18,15 +18,15 @@ SAMPLINGS = ("random", "top")
 
 
 class MiningRule(NamedTuple):
-    """Which of the keys near a query are taken for its negatives.
+    """The rule that selects a query's hard negatives among its nearest keys.
 
     Attributes:
-      per_query: how many, at most.
-      rank_range: the first rank that may be taken, and the first that may not; ranks count from 0,
-        among the keys of other ids and groups. The nearest ones are often positives in truth.
-      margin: a negative must be by so much less similar than the query's own key.
+      per_query: the most negatives per query.
+      rank_range: first rank to use and first rank past the end. Ranks count from 0 among keys of
+        other ids and groups. The nearest keys are left out because many are false negatives.
+      margin: a negative is less similar than the query's own key by at least this amount.
       relative_margin: the same as a share of that similarity.
-      sampling: `"random"`, any of those that are left, alike; or `"top"`, the nearest of them.
+      sampling: `"random"`, uniformly among the remaining keys; or `"top"`, the nearest of them.
     """
 
     per_query: int = 7
@@ -36,7 +36,7 @@ class MiningRule(NamedTuple):
     sampling: str = "random"
 
     def check(self) -> None:
-        """Raises a `ValueError` for a rule by which nothing could be found."""
+        """Raise a `ValueError` for a rule that can select nothing."""
         first, last = self.rank_range
         if self.per_query < 1:
             raise ValueError(f"per_query={self.per_query}; set it to at least 1")
@@ -54,12 +54,12 @@ class MiningRule(NamedTuple):
 
 
 class Mined(NamedTuple):
-    """The negatives of each query, the nearest first.
+    """The hard negatives of each query, the nearest first.
 
     Attributes:
-      rows: rows of the whole table; −1 where a query has fewer.
-      similarities: theirs; −∞ there.
-      ranks: their ranks among the keys of other ids and groups; −1 there.
+      rows: rows of the whole table; −1 where a query has fewer negatives.
+      similarities: their similarities to the query; −∞ for none.
+      ranks: their ranks among the keys of other ids and groups; −1 for none.
     """
 
     rows: Int[Array | np.ndarray, "q n"]
@@ -78,20 +78,20 @@ def mine_negatives(
     table_labels: PairLabels,
     axis_name: AxisName | None = None,
 ) -> Mined:
-    """Finds each query's hard negatives by exact search over all devices' keys.
+    """Find each query's hard negatives by exact search over all devices' keys.
 
     Args:
-      queries: of this device.
+      queries: this device's queries.
       positives: their own keys.
       table: this device's keys.
-      rule: which are taken.
+      rule: the rule that selects negatives.
       row_keys: a random key for each query.
-      query_labels: by what a query knows the keys that are none of its negatives.
-      table_labels: the keys' part.
+      query_labels: the queries' labels, which mask keys that are no negatives.
+      table_labels: the keys' labels.
       axis_name: the mesh axes over which queries and keys are sharded.
 
     Raises:
-      ValueError: for a rule by which nothing could be found.
+      ValueError: for a rule that can select nothing.
 
     Example:
       >>> import jax
@@ -134,11 +134,12 @@ def mine_negatives(
         order = jax.vmap(lambda key: jax.random.uniform(key, (width,)))(row_keys)
     else:
         order = ranks / width
-    # Those that may not be taken come last in either order, and a chosen few return to their ranks.
+    # Both orders lie in [0, 1), so that 2 sorts masked keys last. The second sort returns the
+    # selection to the order of ranks; a query with too few keys has `width` in the last places.
     places = jnp.argsort(jnp.where(there, order, 2), axis=1)[:, : rule.per_query]
     places = jnp.sort(jnp.where(jnp.take_along_axis(there, places, 1), places, width), axis=1)
     taken = places < width
-    places = jnp.minimum(places, width - 1)
+    places = jnp.minimum(places, width - 1)  # in range for the lookups, whose results are masked
     return Mined(
         rows=jnp.where(taken, jnp.take_along_axis(rows, places, 1), -1),
         similarities=jnp.where(taken, jnp.take_along_axis(similarities, places, 1), -jnp.inf),

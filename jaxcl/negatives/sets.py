@@ -1,4 +1,4 @@
-"""Keys that stand against queries without being any row's of the batch."""
+"""Negatives from outside of the batch: shared by all queries, or separate for each query."""
 
 from typing import NamedTuple
 
@@ -8,14 +8,14 @@ __all__ = ["OwnNegatives", "SharedNegatives"]
 
 
 class SharedNegatives(NamedTuple):
-    """Keys that every query of every device meets; this device holds its share of them.
+    """Keys that are negatives of every query on every device; this device holds its share.
 
     Attributes:
-      vectors: the keys; constants of the gradient unless their maker says otherwise.
-      ids: what a query's own id must differ from; `None` where nobody shares one.
-      groups: what its group must differ from.
-      valid: `False` where there is none.
-      guides: their embeddings by the model that judges similarity.
+      vectors: the keys; without gradient unless the function that builds them says otherwise.
+      ids: ids, from which a query's own id must differ; `None` if no query shares one.
+      groups: groups, from which a query's own group must differ.
+      valid: `False` for padding.
+      guides: their guide embeddings.
     """
 
     vectors: Float[Array, "n d"]
@@ -26,14 +26,14 @@ class SharedNegatives(NamedTuple):
 
 
 class OwnNegatives(NamedTuple):
-    """Keys of each query of this device: mined ones, the nearest of a bank, mixtures of those.
+    """Separate keys for each query of this device: mined, nearest in a bank, or synthetic.
 
     Attributes:
-      vectors: some for each query.
-      ids: what the query's own id must differ from; `None` where nobody shares one.
-      groups: what its group must differ from.
+      vectors: the keys of each query.
+      ids: ids, from which the query's own id must differ; `None` if no query shares one.
+      groups: groups, from which the query's own group must differ.
       valid: `False` where a query has fewer.
-      guides: their embeddings by the model that judges similarity.
+      guides: their guide embeddings.
     """
 
     vectors: Float[Array, "q n d"]

@@ -1,4 +1,4 @@
-"""Negatives that no row has: mixtures of a query's hardest, and the same turned a little."""
+"""Synthetic negatives: mixtures of a query's hardest negatives, and slightly rotated ones."""
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,18 @@ def mixed(
     *,
     count: int,
 ) -> tuple[Float[Array, "q _ d"], Bool[Array, "q _"]]:
-    r"""Mixtures of two of each query's hardest negatives: $\alpha h_i + (1 - \alpha) h_j$, normed.
+    r"""Normalised mixtures of two of each query's hardest negatives: $\alpha h_i + (1-\alpha) h_j$.
 
-    The two are different ones, unless a query has but one.
+    The two are different, unless a query has only one.
 
     Args:
       keys: a random key for each query.
-      hardest: its hardest negatives, of unit norm; those that count come first.
-      valid: which of them count.
-      count: how many mixtures of each query; $i$, $j$ and $\alpha \in [0, 1)$ are drawn uniformly.
+      hardest: its hardest negatives, of unit norm; the valid ones come first.
+      valid: `False` where a query has fewer negatives.
+      count: mixtures per query; $i$, $j$ and $\alpha \in [0, 1)$ are drawn uniformly.
 
     Returns:
-      The mixtures, and which there are: none for a query without negatives.
+      The mixtures, and whether each is valid: none is for a query without negatives.
 
     Reference:
       Kalantidis et al., "Hard Negative Mixing for Contrastive Learning" (MoCHi), 2020, equation 4.
@@ -35,6 +35,7 @@ def mixed(
     uniform = _uniform(keys, 3, count)
     there = valid.sum(1, dtype=jnp.int32)[:, None]
     first = _below(there, uniform[:, 0])
+    # One to n - 1 places further round, so that the two never coincide if there are two.
     second = (first + 1 + _below(there - 1, uniform[:, 1])) % jnp.maximum(there, 1)
     share = uniform[:, 2, :, None].astype(hardest.dtype)
     mixture = share * _at(hardest, first) + (1 - share) * _at(hardest, second)
@@ -49,10 +50,10 @@ def mixed_with_query(
     *,
     count: int,
 ) -> tuple[Float[Array, "q _ d"], Bool[Array, "q _"]]:
-    r"""Mixtures of each query with one of its hardest negatives: $\beta q + (1 - \beta) h$, normed.
+    r"""Normalised mixtures of a query and one of its hardest negatives: $\beta q + (1 - \beta) h$.
 
-    They are harder than any key; $\beta \in [0, 1/2)$ keeps the query the smaller part. Arguments
-    as for `mixed`.
+    A mixture is at least as hard as its negative; $\beta \in [0, 1/2)$ keeps the query the smaller
+    part. Arguments as for `mixed`.
 
     Reference:
       The same, equation 5.
@@ -71,21 +72,22 @@ def perturbed(
     count: int,
     degrees: float,
 ) -> tuple[Float[Array, "q _ d"], Bool[Array, "q _"]]:
-    r"""Hard negatives turned by an angle in a random direction: $\cos\theta\, h + \sin\theta\, u$.
+    r"""Hard negatives rotated in a random direction: $\cos\theta\, h + \sin\theta\, u$.
 
-    $u$ is a Gaussian vector without its part along $h$, of unit norm, so that every direction on
-    the sphere is as likely. Arguments as for `mixed`, besides:
+    $u$ is a Gaussian vector without its part along $h$, of unit norm, so that all directions are
+    equally likely.
 
     Args:
       keys: a random key for each query.
-      hardest: its hardest negatives, of unit norm.
-      valid: which of them count.
-      count: how many of each query.
+      hardest: its hardest negatives, of unit norm; the valid ones come first.
+      valid: `False` where a query has fewer negatives.
+      count: rotated negatives per query.
       degrees: $\theta$.
     """
     there = valid.sum(1, dtype=jnp.int32)[:, None]
     drawn = _at(hardest, _below(there, _uniform(keys, 1, count)[:, 0]))
     width = hardest.shape[-1]
+    # Another key than `_uniform` uses, so that the direction is independent of the choice.
     normal = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), (count, width)))
     noise = normal(keys).astype(hardest.dtype)
     along = jnp.sum(noise * drawn, -1, keepdims=True) * drawn
@@ -99,7 +101,8 @@ def _uniform(keys: Key[Array, " q"], rows: int, count: int) -> Float[Array, "q _
 
 
 def _below(limit: Int[Array, "q 1"], uniform: Float[Array, "q _"]) -> Int[Array, "q _"]:
-    """Whole numbers from 0 to below the limit; 0 where there are none."""
+    """Integers from 0 to below the limit; 0 if the limit is 0."""
+    # Clipped, since a uniform number close to 1 times the limit may round up to the limit.
     return jnp.clip((uniform * limit).astype(jnp.int32), 0, jnp.maximum(limit - 1, 0))
 
 

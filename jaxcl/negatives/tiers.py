@@ -1,4 +1,4 @@
-"""How many negatives a query meets of each kind, and the draws from a bank that provide them."""
+"""The number of negatives of each kind per query, and the draws from a bank that provide them."""
 
 import math
 from collections.abc import Mapping
@@ -30,24 +30,24 @@ __all__ = [
 
 
 class TierBudgets(NamedTuple):
-    """How many negatives each tier brings.
+    """The number of negatives in each tier.
 
-    No slot is drawn by two of `uniform`, `stratified` and `nearest`, in this order.
+    The tiers `uniform`, `stratified` and `nearest` draw different slots, in this order.
 
     Attributes:
-      whole: every query meets the whole bank.
-      uniform: slots of the bank, drawn anew each step, that every query meets.
-      stratified: the same, so many of each group as `Strata` say.
-      nearest: slots of the bank for each query, its nearest that count as negatives.
-      mixed: mixtures of two of a query's hardest negatives, for each query.
-      mixed_with_query: mixtures of the query with one of its hardest.
-      perturbed: hardest negatives turned by `degrees`.
-      hardest: how many of a query's nearest these three are made of: in the bank, or in the batch
-        where there is no bank.
-      of_batch: whether they are made of the batch although there is a bank, which may be there to
-        mine by, or to choose batches by.
-      degrees: the angle by which perturbed negatives are turned.
-      gradient: whether the three pass gradients on to what they are made of.
+      whole: whether every query meets the full bank.
+      uniform: random slots of the bank, another draw in each step, shared by all queries.
+      stratified: the same, with the number from each group in `Strata`.
+      nearest: each query's nearest slots of the bank that its masks allow.
+      mixed: mixtures of two of a query's hardest negatives.
+      mixed_with_query: mixtures of the query with one of its hardest negatives.
+      perturbed: hardest negatives rotated by `degrees`.
+      hardest: nearest negatives of each query from which these three are built: in the bank, or in
+        the batch if there is no bank.
+      of_batch: whether to build synthetic negatives from the batch even if there is a bank, for
+        example one that serves mining or batch assignment.
+      degrees: the angle by which perturbed negatives are rotated.
+      gradient: whether gradients flow through synthetic negatives to their sources.
     """
 
     whole: bool = False
@@ -64,26 +64,26 @@ class TierBudgets(NamedTuple):
 
     @property
     def drawn(self) -> int:
-        """How many come from the bank, but for the whole of it."""
+        """The number of slots drawn from the bank, not counting the full bank."""
         return self.uniform + self.stratified + self.nearest
 
     @property
     def synthetic(self) -> int:
-        """How many negatives of a query no row has."""
+        """The number of synthetic negatives per query."""
         return self.mixed + self.mixed_with_query + self.perturbed
 
     @property
     def any_tier(self) -> bool:
-        """Whether there is anything to draw or to make."""
+        """Whether any tier has a budget."""
         return self.whole or self.drawn + self.synthetic > 0
 
 
 class Strata(NamedTuple):
-    """How many slots a stratified draw takes of each group.
+    """The number of slots that a stratified draw takes from each group.
 
     Attributes:
-      groups: the groups that have any, ascending.
-      quotas: slots of each; of a group that has fewer, all are drawn.
+      groups: the groups with a quota, ascending.
+      quotas: slots from each group; all of them if a group has fewer.
     """
 
     groups: Int[Array, " g"]
@@ -91,13 +91,13 @@ class Strata(NamedTuple):
 
 
 class DrawSource(NamedTuple):
-    """A bank, and by what its slots are drawn.
+    """A bank and the random numbers of its draws.
 
     Attributes:
-      bank: this device's share.
-      uniform: its slots' part of the `priorities` of that draw, where there is one.
-      stratified: the same.
-      strata: for `stratified`.
+      bank: this device's share of the bank.
+      uniform: this device's share of the uniform draw's `priorities`; `None` without that tier.
+      stratified: the same for the stratified draw.
+      strata: the quotas of the stratified draw.
     """
 
     bank: MemoryBank
@@ -112,16 +112,16 @@ def strata_of(
     count: int,
     proportions: str | Mapping[int | str, int | float] = "rows",
 ) -> Strata:
-    """Divides a budget over groups: by largest remainders, so that the quotas add up to it.
+    """Divide a budget over groups by largest remainders, so that the quotas add up to it.
 
     Args:
       groups: each training row's group.
       count: slots to divide.
-      proportions: `"rows"`, as the training rows are divided; `"equal"`, as many of each group; or
-        group -> weight, where a group that is not named gets none.
+      proportions: `"rows"`, in proportion to the training rows; `"equal"`, the same number from
+        each group; or group -> weight, where a missing group gets none.
 
     Raises:
-      ValueError: for an unknown name, a group that no row has, or weights that are no proportions.
+      ValueError: for an unknown name, a group without rows, or invalid weights.
 
     Example:
       >>> strata_of(np.array([3, 3, 3, 8]), count=5).quotas.tolist()
@@ -147,8 +147,9 @@ def strata_of(
     exact = count * weights / weights.sum()
     quotas = np.floor(exact).astype(np.int64)
     missing = count - quotas.sum()
+    # Stable, so that equal remainders favour the lowest group on every host.
     quotas[np.argsort(quotas - exact, kind="stable")[:missing]] += 1
-    drawn = quotas > 0  # the others would only be counted
+    drawn = quotas > 0  # all others would only lengthen the counts that devices exchange
     return Strata(jnp.asarray(labels[drawn], jnp.int32), jnp.asarray(quotas[drawn], jnp.int32))
 
 
@@ -169,23 +170,24 @@ def draw_tiers(
 ) -> dict[str, SharedNegatives | OwnNegatives]:
     """The negatives of a step beyond its batch, tier by tier, for `infonce_loss(tiers=…)`.
 
-    No device ever holds more of the bank than its share and what it draws: with `p` devices, a
-    shared budget of `s` slots costs `s` entries in and out on each, a budget of `o` for each of its
-    `q` queries `p · q · o`, and the search for the nearest `p · q` queries.
+    A device never holds more of the bank than its share and its draws. With `p` devices and `q`
+    queries on each, every device sends and receives `s` entries for a shared budget of `s` slots,
+    `p · q · o` entries for a budget of `o` per query, and `p · q` queries to search for the
+    nearest.
 
     Args:
-      budgets: how many of each.
-      queries: this device's.
-      keys: this device's.
+      budgets: the number of negatives in each tier.
+      queries: this device's queries.
+      keys: this device's keys.
       row_keys: a random key for each of its rows.
-      ids: its rows', as for `infonce_loss`.
-      groups: the same.
-      valid: the same.
-      margin: as for `infonce_loss`: the nearest are those that its masks leave.
-      relative_margin: the same.
-      guides: the same.
+      ids: its rows' ids, as for `infonce_loss`.
+      groups: its rows' groups, as there.
+      valid: `False` for padding, as there.
+      margin: as there; it also masks the nearest negatives.
+      relative_margin: the same, as a share of the positive's similarity.
+      guides: the guide model's embeddings, as there.
       source: the bank to draw from; without it, or with `budgets.of_batch`, the three synthetic
-        tiers are made of the batch.
+        tiers are built from the batch.
       axis_name: the mesh axes over which rows and slots are sharded.
 
     Returns:
@@ -216,7 +218,7 @@ def draw_tiers(
 
     made_of_batch = budgets.of_batch and source is not None
     hardest_count = budgets.hardest if budgets.synthetic else 0
-    # One search serves both tiers that are of the same candidates.
+    # One search, the most expensive part, serves all tiers with the same candidates.
     count = budgets.nearest if made_of_batch else max(budgets.nearest, hardest_count)
     if count:
         hardest = hardest_of(slots, count)
@@ -232,7 +234,7 @@ def draw_tiers(
 def _drawn_by_all(
     budgets: TierBudgets, source: DrawSource, axis_name: AxisName | None
 ) -> tuple[dict[str, SharedNegatives], SharedNegatives]:
-    """The tiers that all queries meet, and the slots that are left for others."""
+    """The tiers that all queries share, and the slots that remain for the others."""
     slots = read_bank(source.bank)
     free = source.bank.written >= 0
     tiers = {"bank": slots} if budgets.whole else {}
@@ -248,6 +250,7 @@ def _drawn_by_all(
     if budgets.stratified:
         assert source.strata is not None
         groups, quotas = source.strata
+        # A search returns a place for any group, including those without a quota.
         places = jnp.searchsorted(groups, source.bank.groups).astype(jnp.int32)
         known = groups.at[places].get(mode="fill", fill_value=-1) == source.bank.groups
         stratum = jnp.where(free & known, places, groups.shape[0])
@@ -257,6 +260,7 @@ def _drawn_by_all(
 
 def _share_of(drawn: Array, slots: SharedNegatives, axis_name: AxisName | None) -> SharedNegatives:
     """The drawn slots as negatives, divided over the devices."""
+    # Every device knows all slot numbers, but fetches the entries of its share only.
     if axis_name is not None:
         size = lax.axis_size(axis_name)
         share = math.ceil(drawn.shape[0] / size)
@@ -267,8 +271,9 @@ def _share_of(drawn: Array, slots: SharedNegatives, axis_name: AxisName | None) 
 
 
 def _here(drawn: Array, num_slots: int, axis_name: AxisName | None) -> Array:
-    """Which of this device's slots are among the drawn."""
+    """Whether each of this device's slots has been drawn."""
     first = 0 if axis_name is None else lax.axis_index(axis_name) * num_slots
+    # Slots of earlier devices, and −1, would otherwise count from the end of this device's share.
     places = jnp.where(drawn >= first, drawn - first, num_slots)
     return jnp.zeros(num_slots, bool).at[places].set(True, mode="drop")
 
@@ -309,6 +314,7 @@ def _synthetic(
     vectors, valid = hardest.vectors[:, : budgets.hardest], hardest.valid[:, : budgets.hardest]
     vectors = vectors.astype(queries.dtype)
 
+    # One key per tier and row: a tier's draws do not depend on which other tiers are on.
     def keys(number: int) -> Array:
         return jax.vmap(jax.random.fold_in, (0, None))(row_keys, number)
 
@@ -325,7 +331,8 @@ def _synthetic(
         )
     if not budgets.gradient:
         made = lax.stop_gradient(made)
-    # What no row has no guide has seen: it judges itself.
+    # No guide model has encoded synthetic negatives. Their own vectors stand in, which is right for
+    # a guide that shares this model's space, such as its moving average.
     return {
         name: OwnNegatives(found, valid=there, guides=lax.stop_gradient(found) if guided else None)
         for name, (found, there) in made.items()

@@ -1,4 +1,4 @@
-"""The nearest rows of a sharded table, exactly, without a matrix of queries and rows."""
+"""Exact nearest neighbours in a sharded table, without a full matrix of similarities."""
 
 from typing import NamedTuple
 
@@ -15,17 +15,17 @@ __all__ = ["IMPLEMENTATIONS", "QUERY_TILE", "TILE", "Nearest", "nearest"]
 IMPLEMENTATIONS = ("reference", "tiled")
 
 QUERY_TILE, TILE = 256, 65_536
-"""Queries and rows of a tile: 64 MiB of float32 similarities. Wide, since each is sorted once."""
+"""Queries and rows of a tile: 64 MiB of float32 similarities. Wide, since each tile is one sort."""
 
-_GROUP = 32  # columns of which the greatest is looked at first
+_GROUP = 32  # columns that are represented by their maximum before the sort
 
 
 class Nearest(NamedTuple):
-    """The rows nearest to each query, the nearest first, and of equals the lowest row first.
+    """The rows nearest to each query, the nearest first; ties are in the order of rows.
 
     Attributes:
-      similarities: inner products; −∞ where fewer rows than asked for count.
-      rows: row numbers in the whole table; −1 there.
+      similarities: inner products; −∞ where fewer rows are allowed than requested.
+      rows: row numbers in the whole table; −1 for none.
     """
 
     similarities: Float[Array, "q m"]
@@ -47,21 +47,21 @@ def nearest(
     """Each query's nearest rows by inner product.
 
     Args:
-      queries: of this device.
+      queries: this device's queries.
       table: this device's rows of the table.
-      count: how many are wanted, at least 1.
-      query_labels: the queries' part in which rows count, as in `jaxcl.ops.pairs`.
-      table_labels: the rows' part.
-      axis_name: the mesh axes of an enclosing `jax.shard_map` over which both sides are sharded,
-        row by row. All devices' queries visit every device's rows: with `b` queries in all,
-        `(b - q) · d` numbers come in for them, and `2 · (b - q) · count` with what was found.
-      implementation: `"reference"`, all similarities and a sort; `"tiled"`, a tile at a time, whose
-        best are joined with those before.
+      count: rows to find per query, at least 1.
+      query_labels: the queries' labels, which mask pairs as in `jaxcl.ops.pairs`.
+      table_labels: the rows' labels.
+      axis_name: the mesh axes of an enclosing `jax.shard_map` over which both sides are sharded by
+        row. All queries visit all devices: with `b` queries in total, each device receives
+        `(b - q) · d` numbers of queries and `2 · (b - q) · count` numbers of results.
+      implementation: `"reference"`, all similarities and a sort; `"tiled"`, one tile at a time,
+        whose best are merged with the previous ones.
       query_tile: queries of a tile.
       tile: rows of a tile.
 
     Returns:
-      The nearest of all devices' rows; constants of the gradient.
+      The nearest of all devices' rows, without gradient.
 
     Raises:
       ValueError: for an unknown name, or a count or tile below 1.
@@ -88,8 +88,8 @@ def nearest(
     everyone = jax.tree.map(lambda leaf: lax.all_gather(leaf, axis_name, tiled=True), ours)
     first = lax.axis_index(axis_name) * table.shape[0]
     here = _of_table(everyone, theirs, first, count, query_tile, tile)
-    # [devices, q, count] of each: what every device has found for this one's queries, in the order
-    # of devices, which is that of rows.
+    # [devices, q, count] each: the results of every device for this one's queries. Devices are in
+    # the order of their rows, so that `_best` still resolves ties by row.
     parts = jax.tree.map(
         lambda leaf: lax.all_to_all(
             leaf.reshape(-1, queries.shape[0], count), axis_name, 0, 0, tiled=True
@@ -119,7 +119,8 @@ def _of_table(
             place = jnp.minimum(number * width, num_rows - width)
             theirs = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, place, width), table)
             rows = place + jnp.arange(width, dtype=jnp.int32)
-            # The last tile begins earlier if need be; what the one before has seen is not new.
+            # The last tile starts earlier where tiles do not divide, so that all have one shape.
+            # Rows that it shares with the previous tile are masked, or they would be found twice.
             more = _tile(ours, theirs, first + rows, rows >= number * width, count)
             return _best(_joined(found, more), count)
 
@@ -132,7 +133,7 @@ def _of_table(
 
     starts = [min(start, num_queries - height) for start in range(0, num_queries, height)]
     found = lax.map(of_queries, as_varying(jnp.array(starts), queries))
-    # The last block, too, begins earlier if need be; only what no other has counts.
+    # The last block of queries starts earlier, too; only its new queries are appended.
     new = num_queries - height * (len(starts) - 1)
     return jax.tree.map(
         lambda leaf: jnp.concatenate([leaf[:-1].reshape(-1, count), leaf[-1, height - new :]]),
@@ -141,7 +142,7 @@ def _of_table(
 
 
 def _even(size: int, tile: int) -> int:
-    """The least tile that needs no more of them than this one, of whole groups where it has any."""
+    """The smallest tile with the same number of tiles, in whole groups if possible."""
     least = -(-size // -(-size // tile))
     return min(-(-least // _GROUP) * _GROUP, tile, size)
 
@@ -152,27 +153,28 @@ def _tile(queries: PyTree, table: PyTree, rows: Array, new: Array, count: int) -
     similarities, counted = pair_scores(
         PairQueries(vectors, scale, labels), PairKeys(table[0], None, table[1]), hardness=0.0
     )
-    similarities = jnp.where(similarities == 0, 0, similarities)  # −0 is no less than 0
+    # `top_k` sorts −0 below 0: a tie that the order of rows must decide.
+    similarities = jnp.where(similarities == 0, 0, similarities)
     similarities = jnp.where(counted & new, similarities, -jnp.inf)
     return _best(_candidates(similarities, rows, count), min(count, rows.shape[0]))
 
 
 def _candidates(similarities: Float[Array, "q k"], rows: Array, count: int) -> Nearest:
-    """A part of a tile that holds its best, in the order of rows: cheaper to sort than the whole.
+    """A part of a tile that contains its best columns, in the order of rows, and is fast to sort.
 
-    The best `count` lie in the `count` groups of columns with the greatest maxima: of a group left
-    out, each member stands behind `count` others. Of equal maxima the first groups are kept, which
-    are those of the lowest rows.
+    The best `count` columns lie in the `count` groups with the greatest maxima: each member of
+    another group ranks after all of these. Ties between maxima keep the groups with the lowest
+    rows.
     """
     num_queries, width = similarities.shape
     num_groups = -(-width // _GROUP)
-    if num_groups <= 2 * count:
+    if num_groups <= 2 * count:  # the groups would hold more than half of the tile
         return Nearest(similarities, jnp.broadcast_to(rows, similarities.shape))
     missing = num_groups * _GROUP - width
     filled = jnp.pad(similarities, ((0, 0), (0, missing)), constant_values=-jnp.inf)
     groups = filled.reshape(num_queries, num_groups, _GROUP)
     _, best = lax.top_k(groups.max(2), count)
-    best = jnp.sort(best, axis=1)
+    best = jnp.sort(best, axis=1)  # back in the order of rows, on which ties depend
     chosen = jnp.take_along_axis(groups, best[:, :, None], axis=1)
     grouped_rows = jnp.pad(rows, (0, missing)).reshape(num_groups, _GROUP)
     return Nearest(chosen.reshape(num_queries, -1), grouped_rows[best].reshape(num_queries, -1))
@@ -183,7 +185,8 @@ def _joined(found: Nearest, more: Nearest) -> Nearest:
 
 
 def _best(candidates: Nearest, count: int) -> Nearest:
-    """The best of candidates whose equals stand in the order of their rows."""
+    """The best of the candidates; those with equal similarities must be in the order of rows."""
+    # `top_k` returns the first of equals.
     similarities, places = lax.top_k(candidates.similarities, count)
     rows = jnp.take_along_axis(candidates.rows, places, axis=1)
     return Nearest(similarities, jnp.where(similarities > -jnp.inf, rows, -1))

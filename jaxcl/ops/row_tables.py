@@ -1,4 +1,4 @@
-"""Tables with an entry for each training row, whole or sharded by row."""
+"""Tables with one entry per training row, replicated or sharded by row."""
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +21,25 @@ __all__ = [
 ]
 
 ENTRIES_MULTIPLE = 1_024
-"""What the number of a table's entries is a multiple of, so that it divides over most meshes."""
+"""Tables are padded to a multiple of this number of entries, which divides over most meshes."""
 
 
 def init_table(num_rows: int, width: int, *, value: float) -> Float[Array, "n w"]:
-    """A table with an entry for each row, all alike.
+    """A table with one entry per row, all equal to `value`.
 
-    Entries are filled up to a multiple of 1,024 on every mesh, so that a checkpoint may move.
+    It is padded to a multiple of 1,024 entries on every mesh, so that a checkpoint can move from
+    one mesh to another.
     """
     return jnp.full((padded_entries(num_rows), width), value, jnp.float32)
 
 
 def padded_entries(number: int) -> int:
-    """The least multiple of `ENTRIES_MULTIPLE` that is no less."""
+    """The number rounded up to a multiple of `ENTRIES_MULTIPLE`."""
     return -(-number // ENTRIES_MULTIPLE) * ENTRIES_MULTIPLE
 
 
 def read_rows(tables: PyTree, rows: Int[Array, " b"]) -> PyTree:
-    """The entries of some rows: each table's `[b, …]`."""
+    """The entries of some rows, `[b, …]` from each table."""
     return jax.tree.map(lambda table: table[rows], tables)
 
 
@@ -49,21 +50,21 @@ def fetch_rows(
     axis_name: AxisName | None,
     constant: bool = False,
 ) -> PyTree:
-    """The entries of rows that any device may hold, inside of `jax.shard_map`.
+    """Fetch the entries of rows that any device may hold, inside of `jax.shard_map`.
 
-    The rows asked for go round the devices, and each fills in what it holds, so that none has more
-    than one device's answer at a time. With `r` rows asked for by each of `p` devices, `p · r`
-    entries and row numbers come in and go out.
+    Requests travel round the devices, and each device fills in the entries that it holds. No device
+    holds more than one other device's result at a time. If each of `p` devices requests `r` rows,
+    every device sends and receives `p · r` entries and row numbers.
 
     Args:
-      tables: this device's share of each, `[n / devices, …]`.
-      rows: which are wanted here, by their number in the whole table; a negative one gives 0.
-      axis_name: the mesh axes over which tables are sharded; `None` for whole ones.
-      constant: no gradient is wanted. Numbers of two bytes then go as bits, without which XLA makes
-        a whole float32 table of them on a CPU.
+      tables: this device's share of each table, `[n / devices, …]`.
+      rows: the requested rows, by their number in the whole table; negative ones give 0.
+      axis_name: the mesh axes over which tables are sharded; `None` for replicated ones.
+      constant: whether no gradient is needed. Two-byte floats then travel as bits; otherwise XLA on
+        a CPU converts the whole table to float32.
 
     Returns:
-      The entries, `[*rows.shape, …]`; differentiable by the tables unless constant.
+      The entries, `[*rows.shape, …]`; differentiable with respect to the tables unless constant.
     """
     if constant:
         types = jax.tree.map(lambda table: table.dtype, tables)
@@ -76,6 +77,7 @@ def fetch_rows(
         def fill(table: Array, answer: Array) -> Array:
             place = rows - device * table.shape[0]
             here = (rows >= 0) & (place >= 0) & (place < table.shape[0])
+            # Rows of other devices read the first entry, which `where` masks, gradient included.
             values = table[jnp.where(here, place, 0)]
             return jnp.where(here.reshape(*here.shape, *[1] * (table.ndim - 1)), values, answer)
 
@@ -93,6 +95,7 @@ def fetch_rows(
         return filled(rows, found)
 
     def visit(_: Array, carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
+        # As many rotations as devices: requests end where they started, with all answers.
         rows, found = carry
         return rotate((rows, filled(rows, found)), axis_name)
 
@@ -100,13 +103,13 @@ def fetch_rows(
 
 
 def as_bits(array: Array) -> Array:
-    """Floating numbers of two bytes as whole ones; anything else as it is, without a gradient."""
+    """Two-byte floats as unsigned integers, all other arrays unchanged; both without gradient."""
     array = lax.stop_gradient(array)
     return lax.bitcast_convert_type(array, jnp.uint16) if _is_half(array.dtype) else array
 
 
 def from_bits(array: Array, dtype: jnp.dtype) -> Array:
-    """The way back."""
+    """Invert `as_bits`."""
     return lax.bitcast_convert_type(array, dtype) if _is_half(dtype) else array
 
 
@@ -115,9 +118,9 @@ def _is_half(dtype: jnp.dtype) -> bool:
 
 
 def write_rows(tables: PyTree, rows: Int[Array, " b"], entries: PyTree) -> PyTree:
-    """The tables with new entries for some rows; of a row given twice the first entry stays.
+    """Write new entries for some rows; for a row given twice, the first entry.
 
-    Otherwise the order of devices would decide.
+    Without this rule, the order in which devices write would decide.
     """
     first = first_places(rows)
 
@@ -131,9 +134,10 @@ def write_rows(tables: PyTree, rows: Int[Array, " b"], entries: PyTree) -> PyTre
 def first_places(
     rows: Int[Array, " b"], valid: Bool[Array, " b"] | None = None
 ) -> Bool[Array, " b"]:
-    """Where a row stands for the first time, among the valid places."""
+    """Whether each place is valid and the first one with its row."""
     if valid is not None:
-        rows = jnp.where(valid, rows, -1)
+        rows = jnp.where(valid, rows, -1)  # no valid place comes after an invalid one of its row
+    # Stable, so that equal rows keep the order of their places.
     order = jnp.argsort(rows, stable=True)
     ordered = rows[order]
     first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])

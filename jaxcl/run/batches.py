@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from jaxcl.assignment import (
     Assigned,
@@ -28,8 +27,9 @@ from jaxcl.host.progress import progress_bar, say
 from jaxcl.ops.mesh import fetch, put_rows
 from jaxcl.ops.row_tables import padded_entries
 from jaxcl.run.picture import similarity_picture
-from jaxcl.settings.build import Program
-from jaxcl.settings.build_assignment import GcbsRule, assignment_name, gcbs_rule, sources_by
+from jaxcl.run.training import Training
+from jaxcl.settings.derived import GcbsRule, gcbs_rule, sources_by
+from jaxcl.settings.sections import Settings
 from jaxcl.step.train_state import TrainState
 from jaxcl.typing import SIDES, Array, Float, Int
 
@@ -50,8 +50,7 @@ class RunBatches:
     What was chosen is in the state, so that a run goes on with it on any number of devices.
 
     Args:
-      config: the run's.
-      program: its functions.
+      training: the run's functions.
       data: its splits.
       workdir: where pictures go.
 
@@ -59,26 +58,31 @@ class RunBatches:
       ValueError: for an assignment that cannot be.
     """
 
-    def __init__(self, config: ConfigDict, program: Program, data: RunData, workdir: Path):
-        self._config, self._program, self._workdir = config, program, workdir
+    def __init__(self, training: Training, data: RunData, workdir: Path):
+        settings = training.settings
+        self._settings, self._training, self._workdir = settings, training, workdir
         self._table = data.tables["train"]
         self._num_rows = self._table.num_rows
-        self._rule = gcbs_rule(config)
-        sourced = assignment_name(config) == "sourced"
-        self._sourced = _sourced_rows(config, data) if sourced else None
+        self._rule = gcbs_rule(settings)
+        sourced = settings.assignment.name == "sourced"
+        self._sourced = _sourced_rows(settings, data) if sourced else None
+        own = settings.parts.assignment
+        self._own: RowsOfStep | None = own and own(
+            num_rows=self._num_rows, batch_size=settings.global_batch_size, seed=settings.seed
+        )
         if self._rule is not None:
             self._check_ever_due(self._rule)
             self._order = make_order(
-                program.mesh,
+                training.mesh,
                 num_rows=self._num_rows,
                 block_size=self._rule.block_size,
-                batch_size=config.global_batch_size,
+                batch_size=settings.global_batch_size,
                 settings=self._rule.settings,
             )
-            self._num_measured = _num_measured(self._num_rows, config.global_batch_size)
+            self._num_measured = _num_measured(self._num_rows, settings.global_batch_size)
             make_measure = functools.partial(
                 make_gap_measure,
-                program.mesh,
+                training.mesh,
                 num_rows=self._num_rows,
                 rows_per_batch=_MEASURED_ROWS // self._num_measured,
             )
@@ -86,7 +90,7 @@ class RunBatches:
             self._measure_before = make_measure(fields=_BEFORE)
             self._draws = self._rule.picture and _can_draw()
             if self._rule.picture and not self._draws:
-                of_packages = config.data.name == "code_pairs"
+                of_packages = settings.data.name == "code_pairs"
                 other = ", and other rows: those of what is installed" if of_packages else ""
                 say(f"pip install 'jaxcl[pictures]' for a picture of each choice of batches{other}")
 
@@ -95,18 +99,20 @@ class RunBatches:
         if self._rule is not None:
             assigned = self._assigned(state)
             return self._uniform if assigned is None else self._in_blocks(assigned, self._rule)
+        if self._own is not None:
+            return self._own
         return self._uniform if self._sourced is None else self._sourced
 
     def due(self, step: int) -> bool:
         """Whether the batches are chosen anew after so many steps."""
-        if self._rule is None or not 0 < step < self._config.steps:
+        if self._rule is None or not 0 < step < self._settings.steps:
             return False
         if self._rule.refresh_epochs is None:
             return step % self._rule.refresh_every == 0
         # The first step that has seen so many epochs, or a multiple of them.
         apart = self._rows_between(self._rule.refresh_epochs)
-        seen = step * self._config.global_batch_size
-        return seen // apart > (seen - self._config.global_batch_size) // apart
+        seen = step * self._settings.global_batch_size
+        return seen // apart > (seen - self._settings.global_batch_size) // apart
 
     def refresh(self, state: TrainState) -> tuple[TrainState, Mapping[str, float]]:
         """Chooses the batches from the state's step on.
@@ -133,14 +139,14 @@ class RunBatches:
             before_step=0 if earlier is None else earlier.step,
             step=step,
             num_rows=self._num_rows,
-            batch_size=self._config.global_batch_size,
+            batch_size=self._settings.global_batch_size,
             seen=None if earlier is None else earlier.seen,
         )
         state = self._with(state, Assigned(ordered.rows, seen, step))
 
         # Rows that keep out of each other's batch are no negatives, so that they leave no gap.
         different = tuple(
-            put_rows(label, self._program.mesh, num_rows=len(queries)) for label in labels
+            put_rows(label, self._training.mesh, num_rows=len(queries)) for label in labels
         )
         report = functools.partial(
             self._report, queries, keys, different, temperature, measure_key, step
@@ -168,11 +174,11 @@ class RunBatches:
     def _check_ever_due(self, rule: GcbsRule) -> None:
         if rule.refresh_epochs is None:
             return
-        trained_on = (self._config.steps - 1) * self._config.global_batch_size
+        trained_on = (self._settings.steps - 1) * self._settings.global_batch_size
         if self._rows_between(rule.refresh_epochs) > trained_on:
             raise ValueError(
                 f"assignment.gcbs.refresh_epochs={rule.refresh_epochs} never comes: "
-                f"{self._config.steps} steps are {trained_on / self._num_rows:.1f} epochs of "
+                f"{self._settings.steps} steps are {trained_on / self._num_rows:.1f} epochs of "
                 f"{self._num_rows:,} rows before the last; set less than those"
             )
 
@@ -180,16 +186,16 @@ class RunBatches:
         return uniform_rows(
             step,
             num_rows=self._num_rows,
-            batch_size=self._config.global_batch_size,
-            seed=self._config.seed,
+            batch_size=self._settings.global_batch_size,
+            seed=self._settings.seed,
         )
 
     def _in_blocks(self, assigned: Assigned, rule: GcbsRule) -> AssignedRows:
         return AssignedRows(
             assigned,
-            batch_size=self._config.global_batch_size,
+            batch_size=self._settings.global_batch_size,
             block_size=rule.block_size,
-            seed=self._config.seed,
+            seed=self._settings.seed,
             random_fraction=rule.random_fraction,
             apart=self._labels(rule),
         )
@@ -227,14 +233,14 @@ class RunBatches:
         assert self._rule is not None
         if self._rule.from_bank:
             return put_rows(
-                state.memory["bank"][side].vectors, self._program.mesh, num_rows=self._num_rows
+                state.memory["bank"][side].vectors, self._training.mesh, num_rows=self._num_rows
             )
         tokens = self._table.side(side, np.arange(self._num_rows))["tokens"]
         with progress_bar(f"encoding each {side} to choose batches", self._num_rows) as advance:
-            vectors: Float[np.ndarray, "n d"] = self._program.embed(
+            vectors: Float[np.ndarray, "n d"] = self._training.embed(
                 state.params["towers"], side, tokens, advance=advance
             )
-        return put_rows(vectors, self._program.mesh, num_rows=self._num_rows)
+        return put_rows(vectors, self._training.mesh, num_rows=self._num_rows)
 
     def _report(
         self,
@@ -252,7 +258,7 @@ class RunBatches:
             rows,
             step,
             num_rows=self._num_rows,
-            batch_size=self._config.global_batch_size,
+            batch_size=self._settings.global_batch_size,
             most=self._num_measured,
         )
         if len(np.unique(batches)) < batches.size:  # no batch lies within an epoch
@@ -280,8 +286,8 @@ class RunBatches:
         )
 
 
-def _sourced_rows(config: ConfigDict, data: RunData) -> SourcedRows:
-    options, by = config.assignment.sourced, sources_by(config)
+def _sourced_rows(settings: Settings, data: RunData) -> SourcedRows:
+    options, by = settings.assignment.sourced, sources_by(settings)
     weights: dict[Any, float] = dict(options.weights)
     if len(weights) < len(options.weights):
         raise ValueError(f"assignment.sourced.weights={options.weights} name a source twice")
@@ -300,8 +306,8 @@ def _sourced_rows(config: ConfigDict, data: RunData) -> SourcedRows:
         weights = {names.index(name): share for name, share in weights.items()}
     return SourcedRows(
         data.source_of_row(by),
-        batch_size=config.global_batch_size,
-        seed=config.seed,
+        batch_size=settings.global_batch_size,
+        seed=settings.seed,
         mix=options.mix,
         weights=weights or None,
         temperature=options.temperature,

@@ -24,6 +24,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
+from jaxcl.host.command import UserError
 from jaxcl.host.files import write_whole
 from jaxcl.host.processes import (
     PeerError,
@@ -38,7 +39,7 @@ from jaxcl.typing import Array, Integer, PyTree
 __all__ = ["CheckpointError", "Checkpoints", "Restored", "checksum"]
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint could not be written, or none of those there can be read."""
 
 
@@ -129,7 +130,7 @@ class Checkpoints:
             raise
         self._note_sizes(step, self.directory / str(step))
 
-    def restore_latest(self, abstract_state: PyTree) -> Restored | None:
+    def restore_latest(self, abstract_state: PyTree, *, partial: bool = False) -> Restored | None:
         """The newest state that is whole, or `None` where nothing was ever saved.
 
         Damaged ones are moved aside, beside the directory, with a warning that says why, and the
@@ -138,6 +139,8 @@ class Checkpoints:
         Args:
           abstract_state: the state's `jax.ShapeDtypeStruct`s, with the shardings to restore into;
             `...` in place of an array that is not wanted, and that stays so in the result.
+          partial: whether `abstract_state` may be a part of the state, as nested dicts; what it
+            leaves out is not read.
 
         Raises:
           CheckpointError: if there are checkpoints and none can be read.
@@ -147,7 +150,8 @@ class Checkpoints:
         for step in reversed(first_of_all(self.steps)):
             try:
                 together(functools.partial(self._check_sizes, step))
-                state = together(functools.partial(self._load, step, abstract_state))
+                load = functools.partial(self._load, step, abstract_state, partial=partial)
+                state = together(load)
             except (CheckpointError, PeerError) as error:
                 damaged[step] = str(error)
                 continue
@@ -189,10 +193,12 @@ class Checkpoints:
                 found = f"has {sizes[name]} bytes of" if name in sizes else "is missing, of"
                 raise CheckpointError(f"its file {name} {found} {size}")
 
-    def _load(self, step: int, abstract_state: PyTree) -> PyTree:
+    def _load(self, step: int, abstract_state: PyTree, *, partial: bool) -> PyTree:
         abstract_checksums = jax.tree.map(_abstract_checksum, abstract_state)
         abstract_items = {"state": abstract_state, "checksums": abstract_checksums}
-        with _explained("it does not load"):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = partial
+        with _explained("it does not load"), context:
             items = self._checkpointer.load_checkpointables(step, abstract_items)
         # Without its metadata a random key comes back as bare integers, with the right checksum.
         jax.tree.map(_check_form, abstract_state, items["state"])

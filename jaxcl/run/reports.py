@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from jaxcl.cost.utilization import model_flops, peak_flops
+from jaxcl.host.command import UserError
 from jaxcl.run.metric_writer import MetricWriter
-from jaxcl.settings.build import Program
+from jaxcl.run.training import Training
+from jaxcl.settings.sections import Settings
 from jaxcl.step.train_state import TrainState
 from jaxcl.step.train_step import StepMetrics
 from jaxcl.typing import PyTree
@@ -21,7 +22,7 @@ from jaxcl.typing import PyTree
 __all__ = ["DivergenceError", "Reports"]
 
 
-class DivergenceError(RuntimeError):
+class DivergenceError(UserError):
     """The loss, its gradient or a parameter is no longer finite."""
 
 
@@ -34,21 +35,21 @@ class Reports:
 
     def __init__(
         self,
-        config: ConfigDict,
-        program: Program,
+        training: Training,
         writer: MetricWriter,
         advance: Callable[..., None],
     ):
-        self._config, self._program = config, program
+        settings = training.settings
+        self._settings, self._training = settings, training
         self._writer, self._advance = writer, advance
         self._unread: collections.deque[tuple[int, StepMetrics]] = collections.deque()
         self._rate = math.nan
-        self._peak_flops = peak_flops(program.mesh.devices.ravel().tolist())
-        known = self._peak_flops is not None and "max_tokens" in config.data
-        self._model_flops = model_flops(config, program.towers) if known else 0.0
+        self._peak_flops = peak_flops(training.mesh.devices.ravel().tolist())
+        known = self._peak_flops is not None
+        self._model_flops = model_flops(settings, training.towers) if known else 0.0
         # All at once, since a single one would wait for the step that is under way.
-        steps = jnp.arange(config.steps)
-        self._learning_rates = np.asarray(jax.vmap(program.learning_rate)(steps))
+        steps = jnp.arange(settings.steps)
+        self._learning_rates = np.asarray(jax.vmap(training.learning_rate)(steps))
         self._restart_clock(time.perf_counter())
 
     def add(self, step: int, metrics: StepMetrics, *, input_seconds: float = 0.0) -> None:
@@ -87,7 +88,7 @@ class Reports:
         if culprits:
             raise DivergenceError(
                 f"step {step} diverged: after its update {', '.join(culprits)} are not finite. "
-                f"{_advice(self._config)}"
+                f"{_advice(self._settings)}"
             )
 
     def _step_seconds(self, seconds: float) -> dict[str, float]:
@@ -115,13 +116,13 @@ class Reports:
         loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
         self._device_seconds += time.perf_counter() - begun
         if not np.isfinite([loss, gradient_norm]).all():
-            raise DivergenceError(_diagnosis(step, metrics, self._program, self._config))
+            raise DivergenceError(_diagnosis(step, metrics, self._training))
         self._steps_since += 1
         self._tokens += int(metrics.tokens)
-        if step % self._config.run.log_every == 0 or step == self._config.steps:
+        if step % self._settings.run.log_every == 0 or step == self._settings.steps:
             now = time.perf_counter()
             seconds = now - self._since
-            self._rate = self._steps_since * self._config.global_batch_size / seconds
+            self._rate = self._steps_since * self._settings.global_batch_size / seconds
             self._writer.write(
                 step,
                 {
@@ -140,23 +141,23 @@ class Reports:
         self._advance(1, f"loss {loss:.3f}{rate}")
 
 
-def _diagnosis(step: int, metrics: StepMetrics, program: Program, config: ConfigDict) -> str:
+def _diagnosis(step: int, metrics: StepMetrics, training: Training) -> str:
     finite = jax.tree.map(np.isfinite, jax.device_get(metrics.leaf_gradient_norms))
     return (
         f"step {step} diverged: loss {float(metrics.loss)}, gradient norm "
         f"{float(metrics.gradient_norm)}, not finite for "
         f"{', '.join(_names_of_false(finite)) or 'no parameter'}; temperature "
         f"{float(metrics.temperature):.4f}, learning rate "
-        f"{float(program.learning_rate(step - 1)):.2e}. {_advice(config)}"
+        f"{float(training.learning_rate(step - 1)):.2e}. {_advice(training.settings)}"
     )
 
 
-def _advice(config: ConfigDict) -> str:
+def _advice(settings: Settings) -> str:
     return (
         "What was saved before is kept. Try a lower optimizer.learning_rate (now "
-        f"{config.optimizer.learning_rate}) or optimizer.clip_norm (now "
-        f"{config.optimizer.clip_norm}), or a higher loss.temperature.minimum (now "
-        f"{config.loss.temperature.minimum}), in another --workdir"
+        f"{settings.optimizer.learning_rate}) or optimizer.clip_norm (now "
+        f"{settings.optimizer.clip_norm}), or a higher loss.temperature.minimum (now "
+        f"{settings.loss.temperature.minimum}), in another --workdir"
     )
 
 

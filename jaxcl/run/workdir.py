@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from jaxcl.host.files import read_json_object, write_whole
+from jaxcl.settings.ranges import read_section
+from jaxcl.settings.read import as_dict
+from jaxcl.settings.sections import AssignmentSettings, Settings
 
 try:
     import fcntl
@@ -24,7 +26,8 @@ __all__ = [
 ]
 
 _MAY_CHANGE = "run"
-_AS_BEFORE = {"assignment.gcbs.preset": "full"}  # what was done before there were such fields
+
+CONFIG_FILE = "config.json"
 
 
 @contextlib.contextmanager
@@ -52,65 +55,64 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
         yield
 
 
-def claim_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Makes a run's folder, or checks that it is this config's.
+def claim_workdir(workdir: Path, settings: Settings) -> None:
+    """Makes a run's folder, or checks that it belongs to these settings.
 
-    What stands under `config.run` (cadences, mesh, folders) may differ from the start before: it
-    does not change what the run computes. Before the first checkpoint nothing is lost by another
-    config: then the folder becomes this one's.
+    What stands under `run` (cadences, mesh, folders) may differ from earlier starts: it does not
+    change what the run computes. Before the first checkpoint nothing is lost by other settings:
+    then the folder becomes theirs.
 
     Raises:
-      ValueError: if a run of another config has saved a step there, with the fields that differ.
+      ValueError: if a run of other settings has saved a step there, with the fields that differ.
       PermissionError: if it cannot be written.
     """
     workdir = Path(workdir)
-    path = workdir / "config.json"
+    path = workdir / CONFIG_FILE
     with _explained(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        before = _read_json(path) if path.exists() else None
-        now = json.loads(config.to_json_best_effort())
-        if before is not None and (different := _differences(before, now)):
-            if _has_checkpoint(workdir):
-                raise ValueError(
-                    f"the workdir {workdir} belongs to another config: {'; '.join(different)}. "
-                    "Choose another --workdir, or take the settings back"
-                )
-            for made_for_it in ("data.json", "tokenizer.json"):
-                (workdir / made_for_it).unlink(missing_ok=True)
+        if path.exists():
+            before = read_section(Settings, _read_json(path))
+            if different := _differences(fields_of(before), fields_of(settings)):
+                if _has_checkpoint(workdir):
+                    raise ValueError(
+                        f"the workdir {workdir} belongs to another config: "
+                        f"{'; '.join(different)}. Choose another --workdir, or take the settings "
+                        "back"
+                    )
+                for made_for_it in ("data.json", "tokenizer.json"):
+                    (workdir / made_for_it).unlink(missing_ok=True)
         if jax.process_index() == 0:
-            write_whole(path, json.dumps(now, indent=2) + "\n")
+            write_whole(path, json.dumps(as_dict(settings), indent=2) + "\n")
 
 
-def read_config(workdir: Path) -> ConfigDict:
-    """The config of the run in a folder.
+def read_config(workdir: Path) -> Mapping[str, Any]:
+    """The config of the run in a folder, for `read_settings`.
 
     Raises:
       ValueError: if no run has begun there.
     """
-    path = Path(workdir) / "config.json"
+    path = Path(workdir) / CONFIG_FILE
     if not path.exists():
         raise ValueError(
             f"there is no run in {workdir} (no {path.name}); give the --workdir that was trained"
         )
-    return ConfigDict(_read_json(path))
+    return _read_json(path)
 
 
-def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run computes of a config: its fields by dotted name, but for those under `run`.
+def fields_of(settings: Settings) -> dict[str, Any]:
+    """The settings that decide what a run computes, by dotted name.
 
-    Without those that are `None`, `False` or empty: a later version may add more of them, of which
-    these mean what was done before. And without the settings of assignments that are not its own.
+    They are all except those under `run`, and those of assignments that the run does not use.
     """
-    assignment = config.get("assignment", {})
-    others = tuple(f"assignment.{name}." for name in assignment if name != assignment.get("name"))
+    unused = tuple(
+        f"assignment.{name}."
+        for name in AssignmentSettings._fields
+        if name not in ("name", settings.assignment.name)
+    )
     return {
         field: value
-        for field, value in _flat(config)
-        if field.split(".")[0] != _MAY_CHANGE
-        and not field.startswith(others)
-        and value not in (None, {})
-        and value is not False
-        and (field not in _AS_BEFORE or value != _AS_BEFORE[field])
+        for field, value in _flat(as_dict(settings))
+        if field.split(".")[0] != _MAY_CHANGE and not field.startswith(unused)
     }
 
 
@@ -144,14 +146,12 @@ def _has_checkpoint(workdir: Path) -> bool:
     return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The fields in which two configs differ, but for those that may change."""
-    ours, theirs = fields_of(now), fields_of(before)
-    here, there = dict(_flat(now)), dict(_flat(before))
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The fields in which two runs differ; one that is unset is one that is not there."""
     return [
-        f"{field} is {here.get(field, 'nothing')} here and {there.get(field, 'nothing')} there"
-        for field in sorted(ours.keys() | theirs.keys())
-        if ours.get(field) != theirs.get(field)
+        f"{field} is {now.get(field, 'nothing')} here and {before.get(field, 'nothing')} there"
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field) != now.get(field)
     ]
 
 

@@ -15,7 +15,7 @@ from jaxcl.assignment.gap import (
     measure_gap,
     sample_batches,
 )
-from jaxcl.assignment.row_gaps import row_gaps
+from jaxcl.assignment.row_gaps import GapOptions, row_gaps
 from jaxcl.ops.mesh import batch_sharding, make_mesh
 from jaxcl.ops.vectors import normalise
 from tests.helpers import relative_error, unit_vectors
@@ -181,7 +181,8 @@ def test_the_order_within_batches_changes_nothing(x64):
 
 @functools.partial(jax.jit, static_argnames="num_rows")
 def per_row(queries, keys, rows, *, temperature=TEMPERATURE, num_rows=ROWS):
-    return row_gaps(queries, keys, rows, temperature=temperature, key=KEY, num_rows=num_rows)
+    options = GapOptions(num_rows)
+    return row_gaps(queries, keys, rows, (), options, temperature=temperature, key=KEY)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])

@@ -2,11 +2,12 @@
 
 import jax
 import pytest
+from jaxcl.configs.code_search_transformer import get_config
 
-from configs.code_search_transformer import get_config
 from jaxcl.cost.chips import CHIPS
 from jaxcl.cost.utilization import model_flops, peak_flops
-from jaxcl.settings.build import build_towers
+from jaxcl.run.training import build_towers
+from jaxcl.settings.read import read_settings
 
 
 def test_a_transformer_s_products_are_those_of_the_formula():
@@ -20,11 +21,11 @@ def test_a_transformer_s_products_are_those_of_the_formula():
         pooling = 2 * width * h + 2 * h * config.model.dim
         forward += size * (layers * (projections + attention) + pooling)
     scores = 2 * size**2 * config.model.dim
-    towers = build_towers(config.model, vocabulary_size=config.data.vocabulary_size)
-    assert model_flops(config, towers) == 3 * (forward + scores)
-    config.model.options.remat = True  # what is computed again does not count
-    towers = build_towers(config.model, vocabulary_size=config.data.vocabulary_size)
-    assert model_flops(config, towers) == 3 * (forward + scores)
+    for remat in (False, True):  # what is computed again does not count
+        config.model.options.remat = remat
+        settings = read_settings(config)
+        towers = build_towers(settings.model, settings.parts, settings.data.vocabulary_size)
+        assert model_flops(settings, towers) == 3 * (forward + scores)
 
 
 class Device:

@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from jaxcl.configs.code_search import get_config
 
-from configs.code_search import get_config
 from jaxcl.data import prepare
 from jaxcl.data import splits as run_splits
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.tokenizer import train_tokenizer
+from jaxcl.settings.read import read_settings
 
 TRAIN = {"queries": ["aaa aaa bbb", "bbb"], "keys": ["ccc ccc ccc", "ddd"], "groups": [5, 7]}
 TEST = {"queries": ["eee"], "keys": ["fff"], "groups": [9]}
@@ -36,7 +37,8 @@ def prepared(tmp_path, columns):
     def prepare_with(**changes):
         config = get_config("smoke").data
         config.update({"name": "memory", "vocabulary_size": 300} | changes)
-        return prepare.prepare_data(config, data_dir=tmp_path, workdir=tmp_path / "run")
+        data = read_settings({"data": config.to_dict()}).data
+        return prepare.prepare_data(data, data_dir=tmp_path, workdir=tmp_path / "run")
 
     return prepare_with
 

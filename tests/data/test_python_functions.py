@@ -295,6 +295,7 @@ def test_a_missing_root_is_named(tmp_path):
 def test_the_interpreters_own_json_package_is_found():
     [stdlib] = [root for root in installed_roots() if root.package == "stdlib"]
     assert Path(sysconfig.get_paths()["purelib"]).resolve() in [r.path for r in installed_roots()]
+    assert all("jaxcl" in r.excluded for r in installed_roots() if r.package is None)
     scan = scan_files([SourceRoot(stdlib.path / "json", "json")])
     functions, skipped = parse_functions(scan.files)
     found = {function.qualified_name: function for function in functions}

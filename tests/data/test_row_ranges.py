@@ -4,11 +4,12 @@ import os
 import shutil
 
 import pytest
+from jaxcl.configs.tfds_pairs import get_config
 
-from configs.tfds_pairs import get_config
 from jaxcl.data.row_ranges import RowRange, check_held_out, shared_rows
 from jaxcl.data.sources import DESCRIPTION_FILE
 from jaxcl.data.splits import open_splits
+from jaxcl.settings.read import read_settings
 from tests.prepared_data import NUM_TRAIN, prepare_pairs
 
 
@@ -33,7 +34,8 @@ def opened(data_dir):
                     for i, (other, their_splits) in enumerate(others)
                 }
             )
-        return open_splits(config, str(name), data_dir=data_dir)
+        data = read_settings({"data": config.to_dict()}).data
+        return open_splits(data, str(name), data_dir=data_dir)
 
     return open_with
 

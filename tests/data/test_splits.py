@@ -4,13 +4,15 @@ import pickle
 
 import numpy as np
 import pytest
+from jaxcl.configs.code_search import get_config
 
-from configs.code_search import get_config
 from jaxcl.data import splits
 from jaxcl.data.sources import InMemoryPairs
-from jaxcl.data.splits import ConcatenatedPairs, data_set_names, open_splits
+from jaxcl.data.splits import ConcatenatedPairs, open_splits
 from jaxcl.data.token_table import build_token_table
 from jaxcl.data.tokenizer import train_tokenizer
+from jaxcl.settings.derived import data_set_names
+from jaxcl.settings.read import read_settings
 
 CODE = InMemoryPairs(["q0", "q1"], ["k0", "k1"], groups=[7, -3])
 WIKI = InMemoryPairs(["q2", "q1", "q4"], ["k2", "k3", "k4"], groups=[7, 7, 2**31 - 1])
@@ -43,7 +45,8 @@ def opened(monkeypatch, tmp_path):
             config.splits = type(config)({"train": "train", "validation": "validation"})
             config.concatenated = type(config)(others)
         config.metadata_fields = ("name",)
-        return open_splits(config, "code", data_dir=tmp_path), asked, data_set_names(config)
+        data = read_settings({"data": config.to_dict()}).data
+        return open_splits(data, "code", data_dir=tmp_path), asked, data_set_names(data)
 
     return open_with
 
@@ -134,8 +137,8 @@ def test_groups_that_cannot_be_told_apart_are_an_error():
         ({"name": None}, r"data\.concatenated\.wiki needs a name"),
         ({"name": "code_pairs"}, "is made for data.name alone; give the folder"),
         ({"splits": {}}, r"data\.concatenated\.wiki needs a name, .*, and splits"),
-        ({"splits": "train"}, r"and splits, role -> split"),
-        ({"split": "train"}, r"data\.concatenated\.wiki has \['split'\]; it takes"),
+        ({"splits": "train"}, r"wiki\.splits='train'; set it to a mapping"),
+        ({"split": "train"}, r"wiki\.split is unknown \(did you mean 'splits'\?\)"),
         ({"splits": {"test": "train"}}, "has 'test'; data.splits has train, validation"),
         ({"splits": {"validation": "test[:1]"}}, r"metadata_fields lacks \['name'\]"),
         ({"group_field": None}, r"group_field=None, but data\.group_field='group'"),
@@ -150,5 +153,5 @@ def test_what_cannot_follow_says_why(opened, changes, message):
 def test_names_and_forms_that_cannot_be_are_named(opened):
     with pytest.raises(ValueError, match=r"'first' is what data\.name is called"):
         opened(first=WIKI_TRAINS)
-    with pytest.raises(ValueError, match="wiki='/folder'; it is a ConfigDict with a name"):
+    with pytest.raises(ValueError, match="wiki='/folder'; set it to a ConfigDict with name"):
         opened(wiki="/folder")

@@ -4,12 +4,13 @@ import shutil
 
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
+from jaxcl.configs.tfds_pairs import get_config
 from tensorflow_datasets.core.utils import file_utils
 
-from configs.tfds_pairs import get_config
 from jaxcl.data.sources import open_pairs
 from jaxcl.data.splits import open_splits
 from jaxcl.data.tfds_directory import find_directory
+from jaxcl.settings.read import read_settings
 from tests.prepared_data import NUM_DEV, NUM_TRAIN, Trap, change_info, prepare_pairs
 
 
@@ -65,14 +66,18 @@ def test_parts_of_parquet_files_are_refused(array_record, parquet, split):
 
 def test_the_default_splits_of_tfds_pairs_hold_out_no_training_row(array_record, parquet, tmp_path):
     config = get_config("smoke").data
-    sources = open_splits(config, str(array_record), data_dir=tmp_path)
+    sources = open_splits(
+        read_settings({"data": config.to_dict()}).data, str(array_record), data_dir=tmp_path
+    )
     assert sorted([*numbers(sources["train"]), *numbers(sources["validation"])]) == list(
         range(NUM_TRAIN)
     )
     with pytest.raises(ValueError, match="prepared as parquet"):
-        open_splits(config, str(parquet), data_dir=tmp_path)
+        open_splits(read_settings({"data": config.to_dict()}).data, str(parquet), data_dir=tmp_path)
     config.splits = type(config)({"train": "train", "validation": "dev"})
-    sources = open_splits(config, str(parquet), data_dir=tmp_path)
+    sources = open_splits(
+        read_settings({"data": config.to_dict()}).data, str(parquet), data_dir=tmp_path
+    )
     assert numbers(sources["validation"]) == list(range(NUM_TRAIN, NUM_TRAIN + NUM_DEV))
 
 

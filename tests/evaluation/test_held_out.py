@@ -4,14 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from jaxcl.configs.code_search import get_config
 
-from configs.code_search import get_config
 from jaxcl.data.prepare import RunData
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.token_table import build_token_table
 from jaxcl.data.tokenizer import train_tokenizer
 from jaxcl.evaluation import held_out as evaluate
-from jaxcl.settings.build import build_program
+from jaxcl.settings.read import read_settings
+from tests.helpers import training_of
 
 QUERIES = ["moon phase", "open socket", "merge ledger"]
 KEYS = [
@@ -59,10 +60,12 @@ def make_data(config, tmp_path):
 
 
 @pytest.fixture
-def program_with(config):
-    """The run's program with embeddings by side, and what it was asked to embed."""
+def encoder_with(config):
+    """The run's encoder with embeddings by side, and what it was asked to embed."""
 
-    def program(queries, keys):
+    tokenizer = train_tokenizer(QUERIES + KEYS, vocabulary_size=400)
+
+    def encoder(queries, keys):
         asked = {"query": [], "key": []}
         vectors = {"query": np.array(queries, np.float32), "key": np.array(keys, np.float32)}
 
@@ -70,16 +73,22 @@ def program_with(config):
             asked[side].append(tokens)
             return vectors[side]
 
-        return build_program(config)._replace(embed=embed), asked
+        training = training_of(config)._replace(embed=embed)
+        return training.encoder(training.init(), tokenizer), asked
 
-    return program
+    return encoder
 
 
-def test_a_run_reports_the_queries_of_its_validation_split(make_data, program_with):
+def evaluated(config, encoder, data, workdir):
+    encoder = encoder._replace(tokenizer=data.tokenizer)
+    return evaluate.evaluate_run(read_settings(config), encoder, data, workdir)
+
+
+def test_a_run_reports_the_queries_of_its_validation_split(make_data, encoder_with):
     data = make_data(validation=NAMES, test=NAMES)
     # Query 1 finds key 0 first and its own second; every key finds its own query first.
-    program, asked = program_with([[1, 0, 0], [0.9, 0.1, 0], [0, 0, 1]], np.eye(3))
-    found = evaluate.quick_metrics(program, data, {})
+    encoder, asked = encoder_with([[1, 0, 0], [0.9, 0.1, 0], [0, 0, 1]], np.eye(3))
+    found = evaluate.quick_metrics(encoder, data)
     assert found["validation/dense/mrr@10"] == pytest.approx((1 + 1 / 2 + 1) / 3)
     assert found["validation/dense/recall@10"] == 1.0
     for side in ("query", "key"):
@@ -87,35 +96,35 @@ def test_a_run_reports_the_queries_of_its_validation_split(make_data, program_wi
         np.testing.assert_array_equal(asked[side], [wanted])
 
 
-def test_without_a_validation_split_a_run_reports_nothing(make_data, program_with):
-    program, _ = program_with(np.eye(3), np.eye(3))
-    assert evaluate.quick_metrics(program, make_data(train=NAMES), {}) == {}
+def test_without_a_validation_split_a_run_reports_nothing(make_data, encoder_with):
+    encoder, _ = encoder_with(np.eye(3), np.eye(3))
+    assert evaluate.quick_metrics(encoder, make_data(train=NAMES)) == {}
 
 
 def test_a_key_without_its_name_is_tokenised_as_the_table_is(
-    config, make_data, program_with, tmp_path
+    config, make_data, encoder_with, tmp_path
 ):
-    program, asked = program_with(np.eye(3), np.eye(3))
-    evaluate.evaluate_run(config, program, make_data(test=["absent"] * 3), {}, tmp_path)
+    encoder, asked = encoder_with(np.eye(3), np.eye(3))
+    evaluated(config, encoder, make_data(test=["absent"] * 3), tmp_path)
     plain, masked = asked["key"]
     np.testing.assert_array_equal(plain, masked)
 
 
 def test_names_are_hidden_from_the_keys_of_their_own_variant(
-    config, make_data, program_with, tmp_path
+    config, make_data, encoder_with, tmp_path
 ):
-    program, asked = program_with(np.eye(3), np.eye(3))
+    encoder, asked = encoder_with(np.eye(3), np.eye(3))
     data = make_data(test=NAMES)
-    evaluate.evaluate_run(config, program, data, {}, tmp_path)
+    evaluated(config, encoder, data, tmp_path)
     hidden = [data.tokenizer.token_to_id(token) for token in data.tokenizer.encode("moon").tokens]
     plain, masked = asked["key"]
     assert set(hidden) <= set(plain[0].tolist())
     assert not set(hidden) & set(masked[0].tolist())
 
 
-def test_differences_are_those_from_bm25(config, make_data, program_with, tmp_path, monkeypatch):
+def test_differences_are_those_from_bm25(config, make_data, encoder_with, tmp_path, monkeypatch):
     # Every query finds its own key last by its embedding, and first by its words.
-    program, _ = program_with(-np.eye(3), np.eye(3))
+    encoder, _ = encoder_with(-np.eye(3), np.eye(3))
     constants, ranked = [], evaluate.evaluate_retrieval
 
     def noting(*args, rrf_k, **options):
@@ -124,7 +133,7 @@ def test_differences_are_those_from_bm25(config, make_data, program_with, tmp_pa
 
     monkeypatch.setattr(evaluate, "evaluate_retrieval", noting)
     config.evaluation.rrf_k = 3
-    results = evaluate.evaluate_run(config, program, make_data(test=NAMES), {}, tmp_path)
+    results = evaluated(config, encoder, make_data(test=NAMES), tmp_path)
     figures = results["metrics"]["test"]["plain"]
     assert set(figures) == {"bm25", "dense", "hybrid", "dense - bm25", "hybrid - bm25"}
     assert figures["bm25"]["mrr@10"]["mean"] == 1.0

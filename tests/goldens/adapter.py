@@ -107,6 +107,7 @@ def prepare_data_set(directory: Path) -> None:
                     del columns["split"]
                     yield row, columns
 
+    tfds.disable_progress_bar()
     GoldenPairs(data_dir=directory, file_format="array_record").download_and_prepare()
 
 

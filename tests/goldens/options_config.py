@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import code_search
+from jaxcl.configs import code_search
 
 OPTIONS = {
     "running_estimate": (

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from jaxcl.configs.code_search import get_config
 
-from configs.code_search import get_config
 from jaxcl.ops import collectives
 from jaxcl.ops.collectives import gather, sum_scatter
 from jaxcl.ops.mesh import make_mesh
-from jaxcl.settings.build import build_program
 from jaxcl.step import parameter_sharding
 from jaxcl.typing import SIDES
+from tests.helpers import training_of
 
 AXES = ("data", "fsdp")
 
@@ -58,7 +58,7 @@ def test_no_step_has_a_reduce_scatter_by_gloo(changes, monkeypatch):
     config = get_config("smoke")
     small = {"model.dim": 8, "data.vocabulary_size": 100, "global_batch_size": 16}
     config.update_from_flattened_dict(small | changes)
-    program = build_program(config)
+    program = training_of(config)
     shapes = {side: {"tokens": jax.ShapeDtypeStruct((16, 4), np.int32)} for side in SIDES}
     labels = dict.fromkeys(("row", "text", "group"), jax.ShapeDtypeStruct((16,), np.int32))
     state = program.abstract_state(100)

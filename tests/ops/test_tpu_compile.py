@@ -135,11 +135,12 @@ def test_the_order_of_a_million_rows_takes_little_of_a_chip():
 
 
 _PLAN = """
-from configs import large_encoders
+from jaxcl.configs import large_encoders
 from jaxcl.cost.chips import CHIPS
 from jaxcl.plan import make_plan
+from jaxcl.settings.read import read_settings
 
-plan = make_plan(large_encoders.get_config(exchange), devices, num_rows=10_000_000)
+plan = make_plan(read_settings(large_encoders.get_config(exchange)), devices, num_rows=10_000_000)
 print(json.dumps(plan.total / CHIPS[topology.partition(":")[0]].memory))
 """
 

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxcl.configs.code_search import get_config
 from ml_collections import ConfigDict
 
-from configs.code_search import get_config
 from jaxcl.assignment import (
     METHODS,
     Assigned,
@@ -33,12 +33,12 @@ from jaxcl.data.python_functions import SourceRoot
 from jaxcl.run.batches import RunBatches, _batches_of_next_epoch, _num_measured
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.metric_writer import read_metrics
-from jaxcl.run.trained import open_trained
-from jaxcl.settings.build import build_program
+from jaxcl.run.opened import open_run
+from jaxcl.settings.read import read_settings
 from jaxcl.step.train_state import TrainState
-from jaxcl.topics import find_topics
+from jaxcl.topics import topics
 from jaxcl.train import train
-from tests.helpers import bits, unclocked, unit_vectors
+from tests.helpers import bits, training_of, unclocked, unit_vectors
 
 TOPICS = ("socket network port", "ledger money account", "window screen pixel", "folder disk path")
 TOPICS += ("matrix vector tensor", "recipe oven flour", "planet orbit comet", "violin cello flute")
@@ -57,6 +57,7 @@ SMALL = {
     "evaluation.methods": ("dense",),
     "evaluation.batch_size": 64,
     "assignment.name": "gcbs",
+    f"{GCBS}picture": True,
     f"{GCBS}refresh_every": EVERY,
     f"{GCBS}block_size": BLOCK,
     f"{GCBS}preset": "full",
@@ -186,12 +187,14 @@ def watched():
 
 
 def data_of(config: ConfigDict, workdir: Path) -> RunData:
-    return prepare_data(config.data, data_dir=Path(config.run.data_dir), workdir=workdir)
+    return prepare_data(
+        read_settings(config).data, data_dir=Path(config.run.data_dir), workdir=workdir
+    )
 
 
 def newest_state(config: ConfigDict, workdir: Path) -> TrainState:
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        return checkpoints.restore_latest(build_program(config).abstract_state(ROWS)).state
+        return checkpoints.restore_latest(training_of(config).abstract_state(ROWS)).state
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -247,7 +250,7 @@ def test_a_run_killed_while_it_chooses_batches_ends_as_if_it_had_not_been(run_of
 
 def test_a_choice_encodes_all_rows_by_the_model_as_it_is(run_of):
     run = run_of("bisection")
-    embed, table = build_program(run.config).embed, run.data.tables["train"]
+    embed, table = training_of(run.config).embed, run.data.tables["train"]
     for choice in run.choices:
         for side, found in zip(("query", "key"), choice.sides, strict=True):
             tokens = table.side(side, np.arange(ROWS))["tokens"]
@@ -316,8 +319,8 @@ def test_batches_by_source_are_trained_on(run_of, mix, options):
 
 def sourced_batches(config: ConfigDict, tmp_path: Path):
     data = data_of(config, tmp_path)
-    program = build_program(config)
-    return RunBatches(config, program, data, tmp_path).rows_of(program.init(ROWS)), data
+    program = training_of(config)
+    return RunBatches(program, data, tmp_path).rows_of(program.init(ROWS)), data
 
 
 def test_batches_may_be_of_one_topic_each(configured, tmp_path):
@@ -345,12 +348,14 @@ def test_batches_mix_data_sets_by_weight(configured, tmp_path):
 
 
 def followed(config: ConfigDict) -> None:
-    """Has the rest of the data set follow the training rows as another one, "b"."""
+    """Has more rows of the data set follow the training rows as another one, "b"."""
+    held_out = ROWS + 15
     with config.unlocked():
+        config.data.splits.validation = f"train[{held_out}:]"
         config.data.concatenated.b = ConfigDict(
             {
                 "name": config.data.name,
-                "splits": {"train": f"train[{ROWS}:]"},
+                "splits": {"train": f"train[{ROWS}:{held_out}]"},
                 "group_field": "group",
             }
         )
@@ -382,13 +387,14 @@ def test_a_run_of_two_data_sets_finds_topics_for_the_next(configured, tmp_path):
     config = configured(**SOURCED, **short, **{"assignment.sourced.by": "data_set"})
     followed(config)
     train(config, tmp_path / "first")
-    find_topics(tmp_path / "first", out, num_topics=5)
-    run = open_trained(tmp_path / "first")
-    table = run.token_table("train")
-    assert table.num_rows == len(run.sources["train"]) > ROWS
-    for side, found in run.embeddings("train").items():
+    topics(tmp_path / "first", out, num_topics=5)
+    run = open_run(tmp_path / "first")
+    source = run.sources()["train"]
+    table = run.token_table("train", source)
+    assert table.num_rows == len(source) > ROWS
+    for side, found in run.embeddings("train", source).items():
         tokens = table.side(side, np.arange(table.num_rows))["tokens"]
-        np.testing.assert_array_equal(found, run.program.embed(run.params, side, tokens))
+        np.testing.assert_array_equal(found, run.encoder.embed(side, tokens))
 
     by = {"assignment.sourced.by": "topic", "assignment.sourced.mix": "one"}
     config = configured(**SOURCED, **short, **by, **{"data.topics": str(out)})
@@ -437,7 +443,7 @@ def test_rows_of_equal_text_keep_out_of_each_others_batch(configured, run_of, tm
 
     def conflicts(apart: tuple[str, ...]) -> Iterator[int]:
         config = configured(**{f"{GCBS}apart": apart})
-        rows_of = RunBatches(config, build_program(config), run.data, tmp_path).rows_of(state)
+        rows_of = RunBatches(training_of(config), run.data, tmp_path).rows_of(state)
         for begin, rows in (epoch_of(rows_of, epoch) for epoch in range(3, 8)):
             yield count_conflicts(rows, text, batch_size=BATCH, first_position=begin)
 
@@ -447,11 +453,11 @@ def test_rows_of_equal_text_keep_out_of_each_others_batch(configured, run_of, tm
 
 def test_what_is_kept_apart_is_no_gap(configured, tmp_path):
     config = configured(**BANK, **{f"{GCBS}method": "rcm", f"{GCBS}apart": ("group",)})
-    program, data = build_program(config), data_of(config, tmp_path)
+    program, data = training_of(config), data_of(config, tmp_path)
     group = data.tables["train"].group
     # Within a group all are alike, between groups nobody is.
     state = planted(program.init(ROWS, group), np.eye(DIM)[group])
-    _, metrics = RunBatches(config, program, data, tmp_path).refresh(state)
+    _, metrics = RunBatches(program, data, tmp_path).refresh(state)
     least, most = (np.log(1 + (ROWS - size) * np.exp(-1 / 0.05)) for size in (11, 8))
     assert 0.99 * least < metrics["assignment/global_loss"] < 1.01 * most
 
@@ -462,7 +468,7 @@ def test_any_number_of_devices_chooses_the_same_and_goes_on_with_it(configured, 
     group = data.tables["train"].group
 
     def program_on(count: int):
-        program = build_program(config, devices=jax.devices()[:count])
+        program = training_of(config, devices=jax.devices()[:count])
         return program._replace(embed=None)  # which the bank spares
 
     # Six batches are measured of one draw, which closes .4 to .8 of their gap.
@@ -471,7 +477,7 @@ def test_any_number_of_devices_chooses_the_same_and_goes_on_with_it(configured, 
     for count, noises in ((1, draws), (8, draws[-1:])):
         program = program_on(count)
         assert program.mesh.size == count
-        batches = RunBatches(config, program, data, tmp_path)
+        batches = RunBatches(program, data, tmp_path)
         for noise in noises:
             state = planted(program.init(ROWS, group), np.eye(DIM)[group] + 0.6 * noise)
             state, metrics = batches.refresh(state)
@@ -487,14 +493,14 @@ def test_any_number_of_devices_chooses_the_same_and_goes_on_with_it(configured, 
         program = program_on(4)
         state = checkpoints.restore_latest(program.abstract_state(ROWS, group)).state
     assert state.memory["assignment"]["order"].sharding.mesh.size == 4
-    rows_of = RunBatches(config, program, data, tmp_path).rows_of(state)
+    rows_of = RunBatches(program, data, tmp_path).rows_of(state)
     np.testing.assert_array_equal([*rows, [rows_of(step) for step in range(5, 30)]], [rows[0]] * 3)
 
 
 @pytest.mark.parametrize("epochs", [0.4, 1.0, 1.7])
 def test_batches_are_chosen_anew_every_so_many_epochs(configured, tmp_path, epochs):
     config = configured(**BANK, **{f"{GCBS}refresh_epochs": epochs, "steps": 60})
-    batches = RunBatches(config, build_program(config), data_of(config, tmp_path), tmp_path)
+    batches = RunBatches(training_of(config), data_of(config, tmp_path), tmp_path)
     apart = round(epochs * ROWS)
     turns = range(1, 59 * BATCH // apart + 1)
     wanted = [-(-turn * apart // BATCH) for turn in turns]
@@ -503,23 +509,23 @@ def test_batches_are_chosen_anew_every_so_many_epochs(configured, tmp_path, epoc
 
 def test_epochs_that_never_pass_are_an_error(configured, tmp_path):
     config = configured(**BANK, **{f"{GCBS}refresh_epochs": 9.0, "steps": 60})
-    program, data = build_program(config), data_of(config, tmp_path)
+    program, data = training_of(config), data_of(config, tmp_path)
     with pytest.raises(
         ValueError, match=r"=9\.0 never comes: 60 steps are 8\.8 epochs of 107 rows"
     ):
-        RunBatches(config, program, data, tmp_path)
+        RunBatches(program, data, tmp_path)
 
 
 def test_blocks_are_random_at_first_and_whole_at_last(configured, tmp_path):
     shares = {f"{GCBS}random_initial": 1.0, f"{GCBS}random_final": 0.0, f"{GCBS}apart": ()}
     config = configured(steps=1_000, **shares)
-    program, data = build_program(config), data_of(config, tmp_path)
+    program, data = training_of(config), data_of(config, tmp_path)
     order = np.random.default_rng(0).permutation(ROWS).astype(np.int32)
     state = program.init(ROWS)
     kept = {name: np.array(leaf) for name, leaf in state.memory["assignment"].items()}
     kept["order"][:ROWS], kept["step"] = order, np.int32(0)
     state = with_memory(state, 0, assignment=kept)
-    rows_of = RunBatches(config, program, data, tmp_path).rows_of(state)
+    rows_of = RunBatches(program, data, tmp_path).rows_of(state)
     block = np.argsort(order) // BLOCK
 
     def whole_blocks(epoch: int) -> list[bool]:
@@ -534,7 +540,8 @@ def test_blocks_are_random_at_first_and_whole_at_last(configured, tmp_path):
 
 
 def test_a_run_that_chose_its_batches_can_be_opened(run_of):
-    assert open_trained(run_of("bisection").workdir).token_table("train").num_rows == ROWS
+    run = open_run(run_of("bisection").workdir)
+    assert run.token_table("train", run.sources()["train"]).num_rows == ROWS
 
 
 @pytest.mark.parametrize(

@@ -196,9 +196,9 @@ def test_a_missing_or_cut_file_is_found_before_anything_is_loaded(tmp_path, capl
     loaded = []
     load = Checkpoints._load
 
-    def noted(self, step, abstract_state):
+    def noted(self, step, abstract_state, **options):
         loaded.append(step)
-        return load(self, step, abstract_state)
+        return load(self, step, abstract_state, **options)
 
     monkeypatch.setattr(Checkpoints, "_load", noted)
     assert restore(directory, keep=3).damaged_steps == (9, 6)

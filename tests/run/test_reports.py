@@ -5,13 +5,13 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxcl.configs.code_search import get_config
 
-from configs.code_search import get_config
 from jaxcl.run.metric_writer import MetricWriter, read_metrics
 from jaxcl.run.reports import DivergenceError, Reports
-from jaxcl.settings.build import build_program
 from jaxcl.step.train_state import TrainState
 from jaxcl.step.train_step import StepMetrics
+from tests.helpers import training_of
 
 
 @pytest.fixture
@@ -25,8 +25,9 @@ def reports(tmp_path, notes):
     config.model.dim = 4
     config.data.vocabulary_size = 10
     config.run.log_every = 2
+    training = training_of(config)
     writer = MetricWriter(tmp_path, step=0)
-    yield Reports(config, build_program(config), writer, lambda done, note: notes.append(note))
+    yield Reports(training, writer, lambda done, note: notes.append(note))
     writer.close()
 
 
@@ -49,11 +50,12 @@ def test_every_so_many_steps_are_written(reports, tmp_path):
 
 
 def test_the_rate_written_is_that_of_the_update(reports, tmp_path):
-    reports._config.run.log_every = 1
+    run = reports._settings.run._replace(log_every=1)
+    reports._settings = reports._settings._replace(run=run)
     for step in (1, 2, 3, 4):
         reports.add(step, metrics())
     rates = [record["learning_rate"] for record in read_metrics(tmp_path)]
-    peak = reports._config.optimizer.learning_rate
+    peak = reports._settings.optimizer.learning_rate
     assert rates == pytest.approx([0.0, peak / 2, peak])  # two steps of warmup
 
 
@@ -64,12 +66,13 @@ def test_where_a_step_s_time_went_is_written(reports, tmp_path):
     parts = {part: record[f"time/step_{part}_seconds"] for part in ("input", "device", "host")}
     assert parts["input"] == 0.75 / 2  # the third has been waited for before the second is read
     assert parts["device"] >= 0
-    seconds = reports._config.global_batch_size / record["time/pairs_per_second"]
+    seconds = reports._settings.global_batch_size / record["time/pairs_per_second"]
     assert sum(parts.values()) == pytest.approx(seconds)
 
 
 def test_no_part_of_a_step_s_time_is_below_zero(reports, tmp_path):
-    reports._config.run.log_every = 1
+    run = reports._settings.run._replace(log_every=1)
+    reports._settings = reports._settings._replace(run=run)
     for step in range(1, 6):
         begun = time.perf_counter()
         time.sleep(0.01)
@@ -86,7 +89,7 @@ def test_tokens_and_the_share_of_the_peak_are_those_of_the_seconds(reports, tmp_
     for step in range(1, 4):
         reports.add(step, metrics(tokens=1_000))
     (record,) = read_metrics(tmp_path)
-    size = reports._config.global_batch_size
+    size = reports._settings.global_batch_size
     steps_per_second = record["time/pairs_per_second"] / size
     assert record["time/tokens_per_second"] == pytest.approx(1_000 * steps_per_second)
     share = 5e9 * steps_per_second / 1e12
@@ -94,7 +97,7 @@ def test_tokens_and_the_share_of_the_peak_are_those_of_the_seconds(reports, tmp_
 
 
 def test_the_last_step_is_written_whatever_its_number(reports, tmp_path):
-    reports._config.steps = 3
+    reports._settings = reports._settings._replace(steps=3)
     for step in (1, 2, 3):
         reports.add(step, metrics())
     reports.flush()
@@ -108,7 +111,7 @@ def test_the_speed_is_that_since_the_report_before(reports, tmp_path, monkeypatc
     for step, seconds in enumerate([1.0, 1.0, 0.25, 0.25, 0.0], start=1):
         reports.add(step, metrics())  # reads the step before
         now += seconds
-    batch = reports._config.global_batch_size
+    batch = reports._settings.global_batch_size
     speeds = [record["time/pairs_per_second"] for record in read_metrics(tmp_path)]
     assert speeds == [2 * batch / 2.0, 2 * batch / 0.5]
 
@@ -124,7 +127,7 @@ def test_what_is_done_while_paused_is_left_out_of_the_speed(reports, tmp_path, m
             with reports.paused():
                 now += 100.0
     reports.flush()
-    batch = reports._config.global_batch_size
+    batch = reports._settings.global_batch_size
     assert [record["time/pairs_per_second"] for record in read_metrics(tmp_path)] == [batch]
 
 
@@ -142,7 +145,7 @@ def test_what_writing_takes_is_part_of_the_speed(reports, tmp_path, monkeypatch)
     for step in range(1, 6):
         now += 1.0
         reports.add(step, metrics())
-    batch = reports._config.global_batch_size
+    batch = reports._settings.global_batch_size
     speeds = [record["time/pairs_per_second"] for record in read_metrics(tmp_path)]
     assert speeds == [2 * batch / 3.0, 2 * batch / 3.0]  # the first steps waited for one to read
 

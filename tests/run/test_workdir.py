@@ -5,29 +5,33 @@ import os
 
 import jax
 import pytest
-from ml_collections import ConfigDict
 
-from configs.code_search import get_config
 from jaxcl.host.files import write_whole
 from jaxcl.run.workdir import claim_workdir, fields_of, lock_workdir, read_config
+from jaxcl.settings.read import read_settings
+from jaxcl.settings.sections import Settings
 
 
-def config(**changes) -> ConfigDict:
-    whole = ConfigDict(
-        {
-            "steps": 100,
-            "seed": 0,
-            "model": {"dim": 64, "options": {}, "layers": (1, 2)},
-            "data": {"group_field": None},
-            "run": {"log_every": 10, "mesh": {"data": -1}},
-            "running": {"speed": 1},
-        }
-    )
-    whole.update_from_flattened_dict(changes)
-    return whole
+def settings(**changes) -> Settings:
+    """Settings with other values, by dotted name."""
+    config = {
+        "steps": 100,
+        "seed": 0,
+        "data": {"group_field": None},
+        "model": {"dim": 64, "name": "transformer", "options": {"num_layers": 2}},
+        "loss": {"matryoshka_dims": (16, 32)},
+        "run": {"log_every": 10, "mesh": {"data": -1}},
+    }
+    for name, value in changes.items():
+        *parents, leaf = name.split(".")
+        section = config
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[leaf] = value
+    return read_settings(config)
 
 
-def error_of(workdir, other: ConfigDict) -> str:
+def error_of(workdir, other: Settings) -> str:
     (workdir / "checkpoints" / "10").mkdir(parents=True, exist_ok=True)
     with pytest.raises(ValueError, match="belongs to another config") as error:
         claim_workdir(workdir, other)
@@ -36,21 +40,21 @@ def error_of(workdir, other: ConfigDict) -> str:
 
 def test_a_claimed_workdir_tells_its_config(tmp_path):
     workdir = tmp_path / "runs" / "first"
-    claim_workdir(workdir, config())
-    found = read_config(workdir)
+    claim_workdir(workdir, settings())
+    found = read_settings(read_config(workdir))
     assert found.model.dim == 64
-    assert found.to_dict() == json.loads(config().to_json())
+    assert found == settings()
     assert [path.name for path in workdir.iterdir()] == ["config.json"]
 
 
 def test_the_same_config_claims_its_workdir_again(tmp_path):
-    claim_workdir(tmp_path, config())
-    claim_workdir(tmp_path, config())
+    claim_workdir(tmp_path, settings())
+    claim_workdir(tmp_path, settings())
 
 
 def test_every_field_that_differs_is_named_with_both_values(tmp_path):
-    claim_workdir(tmp_path, config())
-    message = error_of(tmp_path, config(**{"steps": 200, "model.dim": 32}))
+    claim_workdir(tmp_path, settings())
+    message = error_of(tmp_path, settings(**{"steps": 200, "model.dim": 32}))
     assert message == (
         f"the workdir {tmp_path} belongs to another config: model.dim is 32 here and 64 there; "
         "steps is 200 here and 100 there. Choose another --workdir, or take the settings back"
@@ -58,20 +62,20 @@ def test_every_field_that_differs_is_named_with_both_values(tmp_path):
 
 
 def test_the_config_of_a_workdir_outlives_a_claim_that_failed(tmp_path):
-    claim_workdir(tmp_path, config())
-    error_of(tmp_path, config(steps=200))
-    assert read_config(tmp_path).steps == 100
+    claim_workdir(tmp_path, settings())
+    error_of(tmp_path, settings(steps=200))
+    assert read_settings(read_config(tmp_path)).steps == 100
 
 
 def test_before_the_first_checkpoint_a_workdir_may_become_another_configs(tmp_path):
-    claim_workdir(tmp_path, config())
+    claim_workdir(tmp_path, settings())
     (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp").mkdir(parents=True)
     for name in ("data.json", "tokenizer.json"):
         (tmp_path / name).write_text("{}")
-    claim_workdir(tmp_path, config(**{"run.log_every": 50}))
+    claim_workdir(tmp_path, settings(**{"run.log_every": 50}))
     assert (tmp_path / "data.json").exists()
-    claim_workdir(tmp_path, config(steps=200))
-    assert read_config(tmp_path).steps == 200
+    claim_workdir(tmp_path, settings(steps=200))
+    assert read_settings(read_config(tmp_path)).steps == 200
     assert not (tmp_path / "data.json").exists()
     assert not (tmp_path / "tokenizer.json").exists()
 
@@ -90,9 +94,9 @@ def test_two_runs_are_never_at_work_in_one_workdir(tmp_path):
 
 
 def test_a_damaged_config_is_an_error_that_names_the_file(tmp_path):
-    claim_workdir(tmp_path, config())
+    claim_workdir(tmp_path, settings())
     (tmp_path / "config.json").write_text("{\0")
-    for use in (lambda: claim_workdir(tmp_path, config()), lambda: read_config(tmp_path)):
+    for use in (lambda: claim_workdir(tmp_path, settings()), lambda: read_config(tmp_path)):
         with pytest.raises(ValueError, match=r"config\.json is damaged"):
             use()
 
@@ -102,47 +106,36 @@ def test_a_damaged_config_is_an_error_that_names_the_file(tmp_path):
     [
         ({"seed": 1}, "seed is 1 here and 0 there"),
         ({"data.group_field": "topic"}, "data.group_field is topic here and None there"),
-        ({"model.layers": (1, 3)}, "model.layers is [1, 3] here and [1, 2] there"),
-        ({"running.speed": 2}, "running.speed is 2 here and 1 there"),
+        (
+            {"loss.matryoshka_dims": (16,)},
+            "loss.matryoshka_dims is [16] here and [16, 32] there",
+        ),
+        ({"model.options.num_layers": 3}, "model.options.num_layers is 3 here and 2 there"),
     ],
 )
 def test_whatever_changes_the_result_makes_another_config(tmp_path, changes, difference):
-    claim_workdir(tmp_path, config())
-    assert difference in error_of(tmp_path, config(**changes))
+    claim_workdir(tmp_path, settings())
+    assert difference in error_of(tmp_path, settings(**changes))
 
 
-def test_fields_that_only_one_config_has_are_named(tmp_path):
-    claim_workdir(tmp_path, config())
-    other = config()
-    with other.unlocked():
-        other.model.options.heads = 4
-        del other.seed
-    message = error_of(tmp_path, other)
-    assert "model.options.heads is 4 here and nothing there" in message
-    assert "seed is nothing here and 0 there" in message
+def test_an_option_that_only_one_config_has_is_named(tmp_path):
+    claim_workdir(tmp_path, settings())
+    message = error_of(tmp_path, settings(**{"model.options": {"num_heads": 4}}))
+    assert "model.options.num_heads is 4 here and nothing there" in message
+    assert "model.options.num_layers is nothing here and 2 there" in message
 
 
 def test_what_stands_under_run_may_change_and_the_newest_is_kept(tmp_path):
-    claim_workdir(tmp_path, config())
-    other = config(**{"run.log_every": 50})
-    with other.unlocked():
-        other.run.mesh = {"data": 2, "model": 4}
-        other.run.data_dir = "elsewhere"
-    claim_workdir(tmp_path, other)
-    assert read_config(tmp_path).run.to_dict() == other.run.to_dict()
-
-
-def test_an_empty_run_may_change_too(tmp_path):
-    empty = config()
-    with empty.unlocked():
-        empty.run = {}
-    claim_workdir(tmp_path, empty)
-    claim_workdir(tmp_path, config())
+    claim_workdir(tmp_path, settings())
+    mesh = {"data": 2, "model": 4}
+    changes = {"run.log_every": 50, "run.mesh": mesh, "run.data_dir": "elsewhere"}
+    claim_workdir(tmp_path, settings(**changes))
+    assert read_settings(read_config(tmp_path)).run == settings(**changes).run
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    claim_workdir(tmp_path / "run", config())
+    claim_workdir(tmp_path / "run", settings())
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -151,7 +144,7 @@ def test_a_workdir_at_or_below_a_file_is_an_error_that_names_it(tmp_path, below)
     (tmp_path / "file").write_text("no folder")
     workdir = tmp_path / "file" / below
     with pytest.raises(PermissionError, match="a file is in the way") as error:
-        claim_workdir(workdir, config())
+        claim_workdir(workdir, settings())
     assert str(workdir) in str(error.value)
     assert "choose another --workdir" in str(error.value)
 
@@ -161,7 +154,7 @@ def test_a_workdir_without_write_permission_is_an_error_that_names_it(tmp_path):
     workdir = tmp_path / "locked"
     workdir.mkdir(mode=0o500)
     with pytest.raises(PermissionError, match=r"locked \(Permission denied\); make it writable"):
-        claim_workdir(workdir, config())
+        claim_workdir(workdir, settings())
 
 
 def test_a_file_system_that_is_read_only_is_the_same_error(tmp_path, monkeypatch):
@@ -170,7 +163,7 @@ def test_a_file_system_that_is_read_only_is_the_same_error(tmp_path, monkeypatch
 
     monkeypatch.setattr("pathlib.Path.write_bytes", read_only)
     with pytest.raises(PermissionError, match=r"\(Read-only file system\); make it writable"):
-        claim_workdir(tmp_path, config())
+        claim_workdir(tmp_path, settings())
 
 
 def test_a_folder_without_a_run_is_an_error_that_names_it(tmp_path):
@@ -199,27 +192,19 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_settings_of_an_assignment_that_is_not_asked_for_change_nothing():
-    config = get_config()
-    before = fields_of(config.to_dict())
-    config.assignment.gcbs.update({"preset": "full", "neighbours": 32})
-    assert fields_of(config.to_dict()) == before
-    config.assignment.name = "gcbs"
-    chosen = fields_of(config.to_dict())
+    options = {"assignment.gcbs.preset": "full", "assignment.gcbs.neighbours": 32}
+    assert fields_of(settings(**options)) == fields_of(settings())
+    chosen = fields_of(settings(**options, **{"assignment.name": "gcbs"}))
     assert chosen["assignment.gcbs.neighbours"] == 32
-    del config.assignment.gcbs.preset  # a run of before, which took what is "full" now
-    assert fields_of(config.to_dict()) == chosen
-    config.assignment.gcbs.preset = "light"
-    assert fields_of(config.to_dict()) != chosen
+    assert chosen != fields_of(settings(**{"assignment.name": "gcbs"}))
 
 
-def test_a_field_that_a_later_version_adds_unset_changes_nothing(tmp_path):
-    claim_workdir(tmp_path, config())
+def test_a_field_that_a_later_version_adds_has_its_default(tmp_path):
+    claim_workdir(tmp_path, settings())
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-    later = config()
-    with later.unlocked():
-        later.model.unset, later.model.off, later.model.more = None, False, ConfigDict()
-    claim_workdir(tmp_path, later)
-    claim_workdir(tmp_path, config())
-    with later.unlocked():
-        later.model.unset = 0
-    assert "model.unset is 0 here and nothing there" in error_of(tmp_path, later)
+    earlier = json.loads((tmp_path / "config.json").read_text())
+    del earlier["optimizer"]["clip_norm"]
+    (tmp_path / "config.json").write_text(json.dumps(earlier))
+    claim_workdir(tmp_path, settings())
+    message = error_of(tmp_path, settings(**{"optimizer.clip_norm": 2.0}))
+    assert "optimizer.clip_norm is 2.0 here and 1.0 there" in message

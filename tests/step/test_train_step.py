@@ -395,7 +395,7 @@ def test_the_attention_of_jax_agrees_to_float32_rounding(shape, x64):
     assert max(errors.values()) < 1e-6, errors  # 2⁻²⁴ per rounding of the float32 softmax
 
 
-def double_attention(query, key, value, *, mask):
+def double_attention(query, key, value, *, mask, implementation):
     scores = jnp.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(query.shape[-1])
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
     return jnp.einsum("bnts,bsnh->btnh", weights, value)

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.bench.gpu.jobs import PARTS, Job, jobs_of
 from jaxcl.bench.gpu.record import Record
 from jaxcl.bench.gpu.sizes import FULL, TINY, Sizes, as_json
@@ -39,13 +40,20 @@ class _Stopped(BaseException):
     """A signal asked for the end."""
 
 
-def main(argv: Sequence[str], json_file: Path | None = None) -> dict[str, Any]:
+def main(
+    argv: Sequence[str], json_file: Path | None = None, *, spent_seconds: float = 0.0
+) -> dict[str, Any]:
     """Runs the parts that were asked for; returns the record.
+
+    Args:
+      argv: the flags.
+      json_file: where the record goes.
+      spent_seconds: what the command has taken already, which counts towards its minutes.
 
     Raises:
       SystemExit: with 1 if something failed, with 128 plus a signal's number after that signal.
     """
-    start = time.monotonic() - _process_age()
+    start = time.monotonic() - spent_seconds
     arguments = _parse(argv)
     nvidia_smi = _nvidia_smi()
     sizes = {"full": FULL, "tiny": TINY}[arguments.sizes or ("full" if nvidia_smi else "tiny")]
@@ -96,9 +104,8 @@ def main(argv: Sequence[str], json_file: Path | None = None) -> dict[str, Any]:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m jaxcl.bench gpu", formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = benchmark_parser("gpu", __doc__)
+    parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("--minutes", type=float, required=True, help="for everything together")
     parser.add_argument(
         "--only",
@@ -121,7 +128,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--sizes", choices=("full", "tiny"), help="full on an NVIDIA GPU, tiny elsewhere"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
     if not arguments.minutes > 0:
         parser.error(f"--minutes={arguments.minutes}; give more than 0")
     return arguments
@@ -215,7 +222,7 @@ def _plan(jobs: Sequence[Job], sizes: Sizes, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def _process_age() -> float:
+def process_age() -> float:
     """Seconds since this process started, as imports take some; 0 where the system does not say."""
     try:
         stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()

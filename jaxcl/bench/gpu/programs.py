@@ -25,15 +25,18 @@ def measure_all(recorder: Recorder, spec: Spec) -> None:
     with tempfile.TemporaryDirectory(prefix="jaxcl-gpu-") as directory:
         smoke = Path(directory) / "smoke"
         data = [f"--config.run.data_dir={directory}/data"]
+        options = list(spec.sizes.smoke_options)
         if spec.pairs is not None:
             data.append(f"--config.data.name={spec.pairs}")
+            # Which pairs are prepared is settled, so that a setting of it would be an error.
+            options = [option for option in options if "data.code_pairs" not in option]
         train_smoke = functools.partial(
             _train,
             f"{_CONFIG}:smoke",
             smoke,
             *data,
             "--config.evaluation.methods=('dense',)",
-            *spec.sizes.smoke_options,
+            *options,
         )
         recorder.measure("smoke config: train and save", train_smoke)
         recorder.measure(

@@ -1,4 +1,4 @@
-"""How the queries of each device meet the keys of all."""
+"""The ring: each device's queries meet the keys of all devices, one device's at a time."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.ops.collectives import rotate
-from jaxcl.ops.pairs.reductions import Reduction
+from jaxcl.ops.pairs.reductions import Reduced, Reduction, Residuals
 from jaxcl.ops.pairs.sides import PairKeys, PairQueries
 from jaxcl.ops.varying import full_like_varying
 from jaxcl.typing import Array, AxisName, Float, PyTree
@@ -17,12 +17,12 @@ __all__ = ["TilePasses", "ring_backward", "ring_forward"]
 
 
 class TilePasses(NamedTuple):
-    """One implementation on one device.
+    """The two passes of an implementation on one device.
 
     Attributes:
-      forward: as `tiled.forward`.
-      backward: as `tiled.backward`.
-      hardness: of the scores.
+      forward: a function like `tiled.forward`.
+      backward: a function like `tiled.backward`.
+      hardness: weight of the constant similarity in the scores.
       tile: rows and columns of a tile.
     """
 
@@ -31,15 +31,17 @@ class TilePasses(NamedTuple):
     hardness: float
     tile: int
 
-    def reduce(
-        self, reduction: Reduction, queries: PairQueries, keys: PairKeys
-    ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
-        """Reduces every row and every column of this device's matrix."""
+    def reduce(self, reduction: Reduction, queries: PairQueries, keys: PairKeys) -> Reduced:
+        """Reduce every row and every column of this device's matrix."""
         return self.forward(reduction, queries, keys, hardness=self.hardness, tile=self.tile)
 
-    def differentiate(self, *inputs: PyTree) -> tuple[Array, Array, Array, Array]:
+    def differentiate(
+        self, reduction: Reduction, residuals: Residuals, cotangents: Reduced
+    ) -> tuple[Array, Array, Array, Array]:
         """The gradients of query vectors, scales, key vectors and biases."""
-        return self.backward(*inputs, hardness=self.hardness, tile=self.tile)
+        return self.backward(
+            reduction, residuals, cotangents, hardness=self.hardness, tile=self.tile
+        )
 
 
 def ring_forward(
@@ -48,64 +50,45 @@ def ring_forward(
     queries: PairQueries,
     keys: PairKeys,
     axis_name: AxisName,
-) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
-    """Reduces this device's rows over all keys, and this device's columns over all queries.
+) -> Reduced:
+    """Reduce this device's rows over all keys, and this device's columns over all queries.
 
-    The keys visit one device after the other, with what their columns have come to so far. They
-    leave for the next before the product with them begins, so that the two can overlap.
+    The keys visit one device after the other, together with their columns' partial results.
     """
     rows, columns = _nothing(reduction, queries, keys)
-
-    def visit(_: Array, carry: tuple) -> tuple:
-        visitors, columns, rows = carry
-        following = rotate(visitors, axis_name)
-        columns, rows = meet(visitors, columns, rows)
-        return following, rotate(columns, axis_name), rows
 
     def meet(visitors: PairKeys, columns: Array, rows: Array) -> tuple[Array, Array]:
         more_rows, more_columns = passes.reduce(reduction, queries, visitors)
         return reduction.join(columns, more_columns), reduction.join(rows, more_rows)
 
-    visitors, columns, rows = lax.fori_loop(
-        0, lax.axis_size(axis_name) - 1, visit, (keys, columns, rows)
-    )
-    columns, rows = meet(visitors, columns, rows)  # the last visitors need not go on
-    return rows, rotate(columns, axis_name)
+    columns, rows = _round_the_ring(meet, keys, columns, rows, axis_name)
+    return rows, columns
 
 
 def ring_backward(
     passes: TilePasses,
     reduction: Reduction,
-    queries: PairQueries,
-    keys: PairKeys,
-    reduced: tuple[Float[Array, " q"], Float[Array, " k"]],
-    cotangents: tuple[Float[Array, " q"], Float[Array, " k"]],
+    residuals: Residuals,
+    cotangents: Reduced,
     axis_name: AxisName,
 ) -> tuple[Float[Array, "q d"], Float[Array, " q"], Float[Array, "k d"], Float[Array, " k"]]:
     """The gradients of query vectors, scales, key vectors and biases.
 
-    The keys travel once more, and their gradient behind them, until it is at home.
+    The keys travel round the ring again, and their gradients follow until they are home.
     """
-    rows, columns = reduced
+    queries, keys, (rows, columns) = residuals
     row_cotangents, column_cotangents = cotangents
     wide = rows.dtype
 
+    # Sums over the devices are in float32 or wider, also for bfloat16 vectors.
     def zeros(array: Array) -> Array:
         return full_like_varying(array.shape, 0.0, wide, (queries, keys))
-
-    def visit(_: Array, carry: tuple) -> tuple:
-        visitors, to_visitors, to_ours = carry
-        following = rotate(visitors, axis_name)
-        to_visitors, to_ours = meet(visitors, to_visitors, to_ours)
-        return following, rotate(to_visitors, axis_name), to_ours
 
     def meet(visitors: tuple, to_visitors: tuple, to_ours: tuple) -> tuple[tuple, tuple]:
         their_keys, their_values, their_cotangents = visitors
         to_vectors, to_scales, to_keys, to_biases = passes.differentiate(
             reduction,
-            queries,
-            their_keys,
-            (rows, their_values),
+            Residuals(queries, their_keys, (rows, their_values)),
             (row_cotangents, their_cotangents),
         )
         return (
@@ -113,14 +96,43 @@ def ring_backward(
             jax.tree.map(jnp.add, to_ours, (to_vectors, to_scales)),
         )
 
-    carry = (
+    to_visitors, to_ours = _round_the_ring(
+        meet,
         (keys, columns, column_cotangents),
         (zeros(keys.vectors), zeros(columns)),
         (zeros(queries.vectors), zeros(rows)),
+        axis_name,
     )
-    visitors, to_visitors, to_ours = lax.fori_loop(0, lax.axis_size(axis_name) - 1, visit, carry)
-    to_visitors, to_ours = meet(visitors, to_visitors, to_ours)
-    return *to_ours, *rotate(to_visitors, axis_name)
+    return *to_ours, *to_visitors
+
+
+def _round_the_ring(
+    meet: Callable, visitors: PyTree, theirs: PyTree, ours: PyTree, axis_name: AxisName
+) -> tuple[PyTree, PyTree]:
+    """Send visitors round all devices, with results that travel and results that stay.
+
+    Args:
+      meet: (visitors, theirs, ours) -> new (theirs, ours).
+      visitors: this device's inputs, which visit all devices.
+      theirs: the visitors' results, which travel with them and return home.
+      ours: this device's results.
+      axis_name: mesh axes that form the ring.
+    """
+
+    def visit(_: Array, carry: tuple) -> tuple:
+        visitors, theirs, ours = carry
+        # Sent before the product, which does not depend on it: the transfer can overlap.
+        following = rotate(visitors, axis_name)
+        theirs, ours = meet(visitors, theirs, ours)
+        return following, rotate(theirs, axis_name), ours
+
+    visitors, theirs, ours = lax.fori_loop(
+        0, lax.axis_size(axis_name) - 1, visit, (visitors, theirs, ours)
+    )
+    # Outside of the loop, since the last visitors are not sent again. Their results are one device
+    # short of home.
+    theirs, ours = meet(visitors, theirs, ours)
+    return rotate(theirs, axis_name), ours
 
 
 def _nothing(reduction: Reduction, queries: PairQueries, keys: PairKeys) -> tuple[Array, Array]:

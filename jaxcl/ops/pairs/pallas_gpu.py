@@ -1,9 +1,9 @@
-"""Large tiles in kernels for NVIDIA GPUs from Hopper on: their scores never leave the chip.
+"""Large tiles in kernels for NVIDIA GPUs from Hopper on, whose scores never leave the chip.
 
-The tiles of `tiled`, but thousands wide, and each of them one launch: every block of threads
-multiplies 128 queries with 128 keys on the tensor cores, and reduces the scores in its registers to
-one number per row and column, or turns them into the weights of the backward pass, which alone are
-written, in the vectors' type. The two products of the gradients are XLA's.
+The tiles are as in `tiled`, but thousands wide, and each is one kernel launch. Every thread block
+multiplies 128 queries by 128 keys on the tensor cores and keeps the scores in registers.
+Forward, it reduces them to one number per row and column. Backward, it turns them into weights,
+which are written in the vectors' type. XLA computes the two products of the gradients.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import Literal
 
 from jaxcl.ops.pairs import tiled
-from jaxcl.ops.pairs.reductions import Reduction
+from jaxcl.ops.pairs.reductions import Reduced, Reduction, Residuals
 from jaxcl.ops.pairs.sides import PairKeys, PairQueries, as_columns, as_rows, block_scores
 from jaxcl.ops.varying import shape_like_varying
 from jaxcl.typing import Array, Float, PyTree
@@ -30,22 +30,24 @@ TILE = 8_192
 """Rows and columns of a launch: 128 MiB of bfloat16 weights in the backward pass."""
 
 INTERPRET: Any = None
-"""What `plgpu.kernel` takes as `interpret`, for tests."""
+"""The `interpret` argument of `plgpu.kernel`, for tests."""
 
 _WHOLE = (...,) if "idx" in inspect.signature(plgpu.load).parameters else ()  # before jax 0.12
-_BLOCK = 128  # queries and keys of a block of threads
-_CHUNK = 64  # features at a time: 128 bytes, what memory is swizzled by
+_BLOCK = 128  # queries and keys of a thread block
+_CHUNK = 64  # features at a time: 128 bytes, the width of a swizzle in shared memory
 _STAGES = 3  # chunks in flight
 
 
 def _reduce(
     reduction: Reduction, queries: PairQueries, keys: PairKeys, *, hardness: float
-) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
+) -> Reduced:
     sizes = queries.vectors.shape[0], keys.vectors.shape[0]
     queries, keys = _padded(queries), _padded(keys)
     down, across = _blocks(queries, keys)
 
     def epilogue(scores: Array, labels: tuple, i: Array, j: Array, results: Sequence) -> None:
+        # Each block writes separate partial results: atomic sums would vary with the order of
+        # blocks.
         rows, columns = results
         rows[j, pl.ds(i * _BLOCK, _BLOCK)] = _in_kernel(reduction.reduce, scores, 1)
         columns[i, pl.ds(j * _BLOCK, _BLOCK)] = _in_kernel(reduction.reduce, scores, 0)
@@ -67,14 +69,9 @@ def _reduce(
 
 
 def _weigh(
-    reduction: Reduction,
-    queries: PairQueries,
-    keys: PairKeys,
-    reduced: tuple[Float[Array, " q"], Float[Array, " k"]],
-    cotangents: tuple[Float[Array, " q"], Float[Array, " k"]],
-    *,
-    hardness: float,
+    reduction: Reduction, residuals: Residuals, cotangents: Reduced, *, hardness: float
 ) -> tuple[Float[Array, "q k"], Float[Array, " k"]]:
+    queries, keys, reduced = residuals
     num_queries, num_keys = queries.vectors.shape[0], keys.vectors.shape[0]
     dtype = queries.vectors.dtype
     queries, keys = _padded(queries), _padded(keys)
@@ -90,6 +87,8 @@ def _weigh(
         gradient += _in_kernel(reduction.weigh, scores, *of_columns)
         to_biases[i, pl.ds(j * _BLOCK, _BLOCK)] = gradient.sum(0)
         staged[...] = (gradient * ours.scale).astype(dtype)
+        # Makes the registers' writes visible to the copy, which is asynchronous; the wait keeps the
+        # block, and its shared memory, alive until it is done.
         plgpu.commit_smem()
         place = (pl.ds(i * _BLOCK, _BLOCK), pl.ds(j * _BLOCK, _BLOCK))
         plgpu.copy_smem_to_gmem(staged, weights.at[place])
@@ -112,10 +111,10 @@ def _weigh(
 _KERNELS = tiled.TileOps(_reduce, _weigh)
 
 forward = functools.partial(tiled.forward_by, _KERNELS)
-"""`tiled.forward_by` these kernels."""
+"""`tiled.forward_by` with these kernels."""
 
 backward = functools.partial(tiled.backward_by, _KERNELS)
-"""`tiled.backward_by` these kernels."""
+"""`tiled.backward_by` with these kernels."""
 
 
 def _launch(
@@ -127,15 +126,15 @@ def _launch(
     results: Sequence[tuple[tuple[int, int], jnp.dtype]],
     scratch: Sequence[Any] = (),
 ) -> Sequence[Array]:
-    """Runs a kernel on every block of a tile.
+    """Run a kernel on every block of a tile.
 
     Args:
       epilogue: (scores, both sides' labels and values, the block's place down and across,
-        references of the results and of the scratch); what it reads is as wide as the block.
-      sides: padded to whole blocks.
-      values: more of each side's rows, as the epilogue reads them.
-      hardness: of the scores.
-      results: shapes and types.
+        references of the results and of the scratch); its inputs are broadcast to the block.
+      sides: queries and keys, padded to whole blocks.
+      values: further arrays by row of each side, for the epilogue.
+      hardness: weight of the constant similarity in the scores.
+      results: shapes and types of the results.
       scratch: shared memory of a block.
     """
     queries, keys = sides
@@ -181,12 +180,12 @@ def _launch(
         ),
         interpret=INTERPRET,
     )
-    # The tensor cores read the second factor column by column as well; a copy is one of k · d.
+    # `_product` reads the second factor as features by keys; the copy is small next to the product.
     return launch(queries.vectors, keys.vectors.T, *leaves)
 
 
 def _product(vectors: Any, others: Any, i: Array, j: Array, features: int) -> Array:
-    """The block's inner products, some chunks of features in flight."""
+    """The block's inner products, with several chunks of features in flight."""
 
     def multiplied(accumulator: Any) -> Array:
         def chunk(_: Any, ours: Any, theirs: Any) -> None:
@@ -208,12 +207,13 @@ def _product(vectors: Any, others: Any, i: Array, j: Array, features: int) -> Ar
 
 
 def _spread(reference: Any, is_bool: bool, block: Array, axis: int) -> Array:
-    """A row's or a column's number in every place of the block, laid out as the product is."""
+    """A number per row or column, broadcast to the block in the layout of the product."""
+    # The product's layout with one axis reduced, since elementwise operations need equal layouts.
     place = pl.ds(block * _BLOCK, _BLOCK)
     if INTERPRET is None:
         layout = plgpu.Layout.WGMMA.reduce(1 - axis)
         values = plgpu.load(reference.at[place], *_WHOLE, layout=layout, optimized=False)
-    else:  # which knows no layouts
+    else:  # the interpreter has no layouts
         values = reference[place]
     spread = lax.broadcast_in_dim(values, (_BLOCK, _BLOCK), (axis,))
     return spread != 0 if is_bool else spread
@@ -228,7 +228,7 @@ def _blocks(queries: PairQueries, keys: PairKeys) -> tuple[int, int]:
 
 
 def _padded(side: PyTree) -> PyTree:
-    """A side of whole blocks, whose padding is not valid, and of whole chunks of features."""
+    """A side padded to whole blocks, with masked padding, and to whole chunks of features."""
     num_rows, features = side.vectors.shape
     valid = side.labels.valid
     valid = jnp.ones(num_rows, bool) if valid is None else valid
@@ -245,7 +245,8 @@ def _padded_rows(rows: Array) -> Array:
 
 
 def _in_kernel(function: Callable[..., Array], *arguments: Any) -> Array:
-    """Calls a function, with other operations in place of those that GPU kernels do not know."""
+    """Call a function with substitutes for the operations that GPU kernels lack."""
+    # The reductions then need no second version for this kernel.
     numbers = [argument for argument in arguments if not isinstance(argument, int)]
     options = [argument for argument in arguments if isinstance(argument, int)]
     closed = jax.make_jaxpr(lambda *given: function(*given, *options))(*numbers)
@@ -274,7 +275,7 @@ def _evaluated(closed: Any, *arguments: Any) -> list[Array]:
 
 
 def _log1p(x: Array) -> Array:
-    """By its series near 0, where 1 + x would forget most of x: to 2e-6 everywhere."""
+    """log(1 + x) with an error of at most 2e-6; a series near 0, where 1 + x would round x away."""
     series = x * (1 - x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x / 5))))
     return jnp.where(jnp.abs(x) < 0.05, series, jnp.log(1 + x))
 

@@ -1,9 +1,9 @@
 """The matrix tile by tile in kernels for TPUs: product, mask and sums without leaving the chip.
 
-Forward, one kernel: a tile's product feeds its rows' and its columns' sums, both of which stay in
-the core's memory. Backward, two kernels, each of which computes the tiles once more: one goes along
-the rows and sums what queries get, one down the columns for the keys. Elsewhere than on a TPU the
-same kernels are interpreted, which is slow, and meant for tests.
+The forward pass is one kernel: a tile's product updates the sums of its rows and its columns, which
+stay in the core's memory. The backward pass is two kernels, and each recomputes the tiles. One runs
+along the rows and sums the queries' gradients; the other runs down the columns for the keys. On
+other devices the same kernels are interpreted, which is slow and meant for tests.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxcl.ops.pairs.reductions import Reduction
+from jaxcl.ops.pairs.reductions import Reduced, Reduction, Residuals
 from jaxcl.ops.pairs.sides import PairKeys, PairQueries, as_columns, as_rows, block_scores
 from jaxcl.ops.varying import shape_like_varying
 from jaxcl.ops.vectors import inner_products
@@ -25,15 +25,16 @@ from jaxcl.typing import Array, Bool, Float, PyTree
 __all__ = ["TILE", "backward", "forward"]
 
 TILE = 512
-"""Rows and columns of a tile: 1 MiB of float32 scores, beside two blocks of each side."""
+"""Rows and columns of a tile: 1 MiB of float32 scores, next to two blocks of each side."""
 
+# More than the compiler's default, for blocks of wide embeddings and the results of all columns.
 _CORE_MEMORY_BYTES = 64 * 2**20
 
 
 def forward(
     reduction: Reduction, queries: PairQueries, keys: PairKeys, *, hardness: float, tile: int
-) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
-    """Reduces every row and every column, one product per tile."""
+) -> Reduced:
+    """Reduce every row and every column, with one product per tile."""
     cut = _Cut.of(queries, keys, tile)
     wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
 
@@ -61,7 +62,8 @@ def forward(
         order=lambda i, j: (i, j),
         results=(
             ((cut.num_queries, 1), (cut.height, 1), lambda i, j: (i, 0)),
-            # A row for each tile across: what all columns have come to, at hand all the time.
+            # One row for each tile across. All columns' results stay in memory for the whole grid,
+            # since every row of tiles updates all of them.
             ((cut.across, cut.width), (cut.across, cut.width), lambda i, j: (0, 0)),
         ),
         dtype=wide,
@@ -70,23 +72,17 @@ def forward(
 
 
 def backward(
-    reduction: Reduction,
-    queries: PairQueries,
-    keys: PairKeys,
-    reduced: tuple[Float[Array, " q"], Float[Array, " k"]],
-    cotangents: tuple[Float[Array, " q"], Float[Array, " k"]],
-    *,
-    hardness: float,
-    tile: int,
+    reduction: Reduction, residuals: Residuals, cotangents: Reduced, *, hardness: float, tile: int
 ) -> tuple[Float[Array, "q d"], Float[Array, " q"], Float[Array, "k d"], Float[Array, " k"]]:
     """The gradients of query vectors, scales, key vectors and biases: four products per tile."""
+    queries, keys, reduced = residuals
     cut = _Cut.of(queries, keys, tile)
     wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
     dim = queries.vectors.shape[1]
     sides = _sides(queries, keys, *zip(reduced, cotangents, strict=True))
 
     def gradients(sides: PyTree, i: Array, j: Array) -> tuple[Array, Array, Array, Array]:
-        """Those of a tile's scores, and of its products; the vectors of both sides."""
+        """The gradients of a tile's scores and of its products, and the vectors of both sides."""
         scores, (ours, theirs) = _tile_scores(sides, cut, i, j, hardness)
         found = reduction.weigh(scores, *ours.values) + reduction.weigh(scores, *theirs.values)
         weights = (found * ours.labels.scale).astype(ours.vectors.dtype)
@@ -133,7 +129,7 @@ def backward(
 
 
 class _Cut(NamedTuple):
-    """How a matrix is cut into tiles. The last ones reach over its ends.
+    """How a matrix is cut into tiles. The last ones extend past its ends.
 
     Attributes:
       num_queries: its rows.
@@ -161,7 +157,7 @@ class _Cut(NamedTuple):
         return -(-self.num_keys // self.width)
 
     def inside(self, i: Array, j: Array) -> Bool[Array, "q k"]:
-        """Which entries of a tile are entries of the matrix."""
+        """Whether each entry of a tile is an entry of the matrix."""
         shape = (self.height, self.width)
         row = i * self.height + lax.broadcasted_iota(jnp.int32, shape, 0)
         column = j * self.width + lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -177,15 +173,16 @@ def _call(
     results: tuple[tuple[tuple[int, int], tuple[int, int], Callable], ...],
     dtype: jnp.dtype,
 ) -> Sequence[Array]:
-    """Runs a kernel on every tile, the last of its two grid indices fastest.
+    """Run a kernel on every tile, with the last of the two grid indices fastest.
 
     Args:
       kernel: (references of both sides, a reference for each result).
       sides: the queries' arrays, as columns, and the keys', as rows.
-      cut: into which tiles.
+      cut: how the matrix is cut into tiles.
       order: a place in the grid -> the tile's place down and across.
-      results: of each its shape, that of a block, and a place in the grid -> the block's place.
-      dtype: of the results.
+      results: for each result its shape, its block's shape, and a function from a place in the grid
+        to the block's place.
+      dtype: type of the results.
     """
     bools = [leaf.dtype == jnp.bool_ for leaf in jax.tree.leaves(sides)]
     numbers = jax.tree.map(
@@ -207,6 +204,8 @@ def _call(
         in_specs=specs,
         out_specs=[pl.BlockSpec(block, place) for _, block, place in results],
         out_shape=[shape_like_varying(shape, dtype, leaves[0]) for shape, _, _ in results],
+        # Sequential along both axes: a "parallel" one could be split over two cores, and sums that
+        # accumulate along it would be wrong.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=_CORE_MEMORY_BYTES
         ),
@@ -215,13 +214,13 @@ def _call(
 
 
 class _Block(NamedTuple):
-    """A block of one of the sides' arrays, before it is read; numbers stand for its bools."""
+    """A block of one of the sides' arrays, not read yet; int32 represents bool."""
 
     reference: Any
     is_bool: bool
 
     def read(self, axis: int, start: Array, size: int) -> Array:
-        """Its values, 0 from a place along an axis on, at which the matrix ends."""
+        """The values, with 0 past the end of the matrix along an axis."""
         values = self.reference[...]
         if size % values.shape[axis]:
             place = start * values.shape[axis] + lax.broadcasted_iota(jnp.int32, values.shape, axis)
@@ -230,13 +229,13 @@ class _Block(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """What a kernel reads of one side.
+    """One side's inputs of a kernel.
 
     Attributes:
       labels: `as_columns` of queries, `as_rows` of keys.
-      values: what its rows or columns came to, and the cotangents, shaped likewise.
-      vectors: its vectors.
-      guide: its guide's, or `None`.
+      values: the reduced rows or columns and their cotangents, in the same shapes.
+      vectors: the side's vectors.
+      guide: the guide's vectors, or `None`.
     """
 
     labels: PyTree
@@ -257,7 +256,10 @@ def _sides(
 
 
 def _map_sides(down: Callable, across: Callable, vectors: Callable, sides: PyTree) -> PyTree:
-    """Maps what goes down the matrix, what lies across it, and the keys' vectors, row by row."""
+    """Map arrays along the rows, arrays along the columns, and the keys' vectors.
+
+    The vectors of keys lie along the columns, but are stored row by row.
+    """
     queries, keys = sides
     lying = jax.tree.map(across, (keys.labels, keys.values), is_leaf=_is_block)
     standing = jax.tree.map(vectors, (keys.vectors, keys.guide), is_leaf=_is_block)
@@ -265,7 +267,7 @@ def _map_sides(down: Callable, across: Callable, vectors: Callable, sides: PyTre
 
 
 def _specs(sides: PyTree, cut: _Cut, order: Callable) -> PyTree:
-    """A block of every array of both sides."""
+    """The block specification of every array of both sides."""
 
     def down(leaf: Array) -> pl.BlockSpec:
         return pl.BlockSpec((cut.height, leaf.shape[1]), lambda *at: (order(*at)[0], 0))
@@ -280,7 +282,9 @@ def _specs(sides: PyTree, cut: _Cut, order: Callable) -> PyTree:
 
 
 def _loaded(sides: PyTree, cut: _Cut, i: Array, j: Array) -> PyTree:
-    """Both sides' blocks, 0 beyond the ends of the matrix, where a NaN would survive a product."""
+    """Both sides' blocks, with 0 past the ends of the matrix."""
+    # Memory past the ends is undefined. A NaN there would survive the products, even with weights
+    # of 0.
     return _map_sides(
         lambda block: block.read(0, i, cut.num_queries),
         lambda block: block.read(1, j, cut.num_keys),
@@ -300,7 +304,7 @@ def _is_spec(node: Any) -> bool:
 def _tile_scores(
     sides: PyTree, cut: _Cut, i: Array, j: Array, hardness: float
 ) -> tuple[Float[Array, "q k"], tuple[_Side, _Side]]:
-    """The scores of tile (i, j), −∞ where a pair does not count, and what was read for them."""
+    """The scores of tile (i, j), −∞ for masked pairs, and both sides' blocks."""
     ours, theirs = _loaded(sides, cut, i, j)
     similarity = inner_products(ours.vectors, theirs.vectors)
     guided = None if ours.guide is None else inner_products(ours.guide, theirs.guide)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jaxcl.ops.collectives import gather
 from jaxcl.ops.pairs import reference
 from jaxcl.ops.pairs.exchange import TilePasses, ring_backward, ring_forward
-from jaxcl.ops.pairs.reductions import COUNT, LOGSUMEXP, SOFTPLUS, SUM, Reduction
+from jaxcl.ops.pairs.reductions import COUNT, LOGSUMEXP, SOFTPLUS, SUM, Reduction, Residuals
 from jaxcl.ops.pairs.sides import ALL_COUNT, PairKeys, PairLabels, PairQueries
 from jaxcl.ops.varying import as_varying
 from jaxcl.typing import Array, AxisName, Float
@@ -26,7 +27,7 @@ __all__ = [
 IMPLEMENTATIONS = ("reference", "tiled", "pallas_tpu", "pallas_gpu")
 EXCHANGES = ("gather", "ring")
 
-_LARGEST_REFERENCE = 2**20  # entries: 4 MiB of float32, as much as one tile
+_LARGEST_REFERENCE = 2**20  # entries: 4 MiB of float32 scores, the size of one tile
 
 
 def pair_logsumexp(
@@ -45,36 +46,36 @@ def pair_logsumexp(
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
     r"""Each row's and each column's log-sum-exp of a matrix of scores that is never stored.
 
-    With $x_{ij} = \langle q_i, k_j\rangle$, its value as a constant $\bar x_{ij}$, the scores
-    $s_{ij} = x_{ij} / \tau_i + b_j + \alpha \bar x_{ij}$, and $m_{ij}$ saying which pairs count,
+    With $x_{ij} = \langle q_i, k_j\rangle$, its value without gradient $\bar x_{ij}$, the scores
+    $s_{ij} = x_{ij} / \tau_i + b_j + \alpha \bar x_{ij}$, and the mask $m_{ij}$ of allowed pairs,
 
     $$r_i = \log \sum_j m_{ij} e^{s_{ij}}, \qquad c_j = \log \sum_i m_{ij} e^{s_{ij}}.$$
 
-    Both come from one product, whose tiles are computed again in the backward pass.
+    Both come from one product, whose tiles are recomputed in the backward pass.
 
     Args:
       queries: one vector per row.
       keys: one vector per column.
       temperature: $\tau > 0$, for all rows or per row.
-      query_labels: the rows' part in which pairs count.
-      key_labels: the columns' part.
-      key_bias: $b$, in nats: such as the logarithm of how often a key is drawn, subtracted.
-      hardness: $\alpha \ge 0$, by which harder pairs weigh more.
-      axis_name: mesh axes of an enclosing `jax.shard_map` over which both sides are sharded, row by
-        row. Each device gets its rows over all keys, and its columns over all queries.
-      exchange: `"gather"` holds all devices' keys on each: `(devices - 1) · k · d` numbers come in,
-        and as many go out for the gradient (a reduce-scatter). `"ring"` passes the keys round, and
-        holds one other device's at a time: `(devices - 1) · k · d` in the forward pass, once more
-        the same in the backward, and `devices · k · d` for the gradient, which travels along.
-        Either moves three numbers a column besides: its value, its value's shift or its cotangent.
-      implementation: `"reference"`, the whole block of scores with JAX's own gradient; `"tiled"`,
+      query_labels: the rows' labels, which mask pairs.
+      key_labels: the columns' labels.
+      key_bias: $b$, in nats; for example minus the logarithm of how often a key is sampled.
+      hardness: $\alpha \ge 0$; greater values give hard pairs more weight.
+      axis_name: mesh axes of an enclosing `jax.shard_map` over which both sides are sharded by row.
+        Each device gets its rows over all keys, and its columns over all queries.
+      exchange: `"gather"` holds the keys of all devices on each. A device receives
+        `(devices - 1) · k · d` numbers, and sends as many for the gradient (a reduce-scatter).
+        `"ring"` holds the keys of one other device at a time. It moves `(devices - 1) · k · d`
+        numbers in each pass, and `devices · k · d` for the gradient, which travels along. Both move
+        three more numbers per column: its value, and its value's shift or its cotangent.
+      implementation: `"reference"`, the full block of scores, differentiated by JAX; `"tiled"`,
         `tile²` scores at a time; `"pallas_tpu"`, the same in kernels for TPUs; `"pallas_gpu"`, in
-        kernels for NVIDIA GPUs from Hopper on, of bfloat16 or float16 and without guides. `None`
-        takes the reference where it has at most 2²⁰ entries, and `"tiled"` elsewhere.
-      tile: rows and columns of a tile; `None` for what suits the implementation.
+        kernels for NVIDIA GPUs from Hopper on, for bfloat16 or float16 without guides. `None` uses
+        the reference up to 2²⁰ entries, and `"tiled"` above.
+      tile: rows and columns of a tile; `None` for the implementation's default.
 
     Returns:
-      Rows and columns, in nats, in float32 at least; −∞ where nothing counts, with the gradient 0.
+      Rows and columns, in nats, in float32 or wider; −∞ with gradient 0 if all pairs are masked.
 
     Raises:
       ValueError: for an unknown name, labels that do not fit, or a ring of the reference.
@@ -114,9 +115,9 @@ def pair_sum(
     implementation: str | None = None,
     tile: int | None = None,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
-    """Each row's and each column's sum of the scores that count, in nats.
+    """Each row's and each column's sum of the scores of allowed pairs, in nats.
 
-    Arguments as for `pair_logsumexp`; a row in which nothing counts is 0.
+    Arguments as for `pair_logsumexp`; a fully masked row is 0.
     """
     scale = jnp.broadcast_to(1 / jnp.asarray(temperature), queries.shape[:1])
     return _reduce_pairs(
@@ -144,10 +145,10 @@ def pair_softplus(
     implementation: str | None = None,
     tile: int | None = None,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
-    r"""Each row's and each column's sum of $\log(1 + e^{s_{ij}})$ over the pairs that count.
+    r"""Each row's and each column's sum of $\log(1 + e^{s_{ij}})$ over allowed pairs.
 
-    $s_{ij} = a \langle q_i, k_j\rangle + b$. Arguments as for `pair_logsumexp`, but for the affine
-    form of the scores; a row in which nothing counts is 0.
+    The scores are $s_{ij} = a \langle q_i, k_j\rangle + b$ with `scale` $a$ and `bias` $b$; other
+    arguments as for `pair_logsumexp`. A fully masked row is 0.
     """
     return _reduce_pairs(
         SOFTPLUS,
@@ -172,7 +173,7 @@ def pair_count(
     implementation: str | None = None,
     tile: int | None = None,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
-    """How many pairs count in each row and each column. Arguments as for `pair_logsumexp`."""
+    """The number of allowed pairs in each row and column. Arguments as for `pair_logsumexp`."""
     queries, keys = map(jax.lax.stop_gradient, (queries, keys))
     return _reduce_pairs(
         COUNT,
@@ -199,7 +200,7 @@ def _reduce_pairs(
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
     _check(queries, keys, exchange, implementation, tile)
     by_tiles = "tiled" if implementation in (None, "reference") else implementation
-    # Here and not above, since kernels load much that others do not need.
+    # Imported on use, since Pallas loads much that the other implementations do not need.
     module = importlib.import_module(f"jaxcl.ops.pairs.{by_tiles}")
     passes = TilePasses(module.forward, module.backward, hardness, tile or module.TILE)
     if axis_name is not None and exchange == "ring":
@@ -239,35 +240,35 @@ def _by_tiles_forward(
     ring: AxisName | None,
     queries: PairQueries,
     keys: PairKeys,
-) -> tuple[tuple[Array, Array], tuple]:
+) -> tuple[tuple[Array, Array], Residuals]:
     reduced = _by_tiles(passes, reduction, ring, queries, keys)
-    return reduced, (queries, keys, reduced)
+    return reduced, Residuals(queries, keys, reduced)
 
 
 def _by_tiles_backward(
     passes: TilePasses,
     reduction: Reduction,
     ring: AxisName | None,
-    residuals: tuple,
+    residuals: Residuals,
     cotangents: tuple[Array, Array],
 ) -> tuple[PairQueries, PairKeys]:
-    queries, keys, reduced = residuals
+    queries, keys, _ = residuals
     if ring is not None:
-        gradients = ring_backward(passes, reduction, queries, keys, reduced, cotangents, ring)
+        gradients = ring_backward(passes, reduction, residuals, cotangents, ring)
     else:
-        gradients = passes.differentiate(reduction, queries, keys, reduced, cotangents)
+        gradients = passes.differentiate(reduction, residuals, cotangents)
     to_vectors, to_scales, to_keys, to_biases = gradients
-    # Which pairs count is no differentiable question: `None` for the labels.
+    no_gradient: Any = None  # labels only mask pairs
     return (
         queries._replace(
             vectors=to_vectors.astype(queries.vectors.dtype),
             scale=to_scales.astype(queries.scale.dtype),
-            labels=None,
+            labels=no_gradient,
         ),
         keys._replace(
             vectors=to_keys.astype(keys.vectors.dtype),
             bias=None if keys.bias is None else to_biases.astype(keys.bias.dtype),
-            labels=None,
+            labels=no_gradient,
         ),
     )
 

@@ -1,27 +1,46 @@
-"""The ways to reduce a row or a column of scores to one number."""
+"""Reductions of a row or a column of scores to one number."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.ops.collectives import sum_scatter
+from jaxcl.ops.pairs.sides import PairKeys, PairQueries
 from jaxcl.typing import Array, AxisName, Float
 
-__all__ = ["COUNT", "LOGSUMEXP", "SOFTPLUS", "SUM", "Reduction"]
+__all__ = ["COUNT", "LOGSUMEXP", "SOFTPLUS", "SUM", "Reduced", "Reduction", "Residuals"]
+
+
+Reduced: TypeAlias = tuple[Float[Array, " q"], Float[Array, " k"]]
+"""The result of a reduction: one number for each row and for each column of a pair matrix."""
+
+
+class Residuals(NamedTuple):
+    """The inputs and the result of a reduction, which its backward pass needs.
+
+    Attributes:
+      queries: the rows.
+      keys: the columns.
+      reduced: the reduction of each row and of each column.
+    """
+
+    queries: PairQueries
+    keys: PairKeys
+    reduced: Reduced
 
 
 class Reduction(NamedTuple):
-    """A reduction that can be taken in parts. A pair that does not count has the score −∞.
+    """A reduction that can be computed in parts. Masked pairs have the score −∞.
 
     Attributes:
-      empty: the reduction of nothing.
+      empty: the reduction of no scores.
       reduce: (scores, axis) -> values.
       join: (values, values) -> values of both parts together.
       join_devices: (values of all columns, axis name) -> this device's columns, over all devices.
-      weigh: (scores, values, cotangents) -> the scores' gradients; the last two broadcast.
+      weigh: (scores, values, cotangents) -> the scores' gradients; values and cotangents broadcast.
     """
 
     empty: float
@@ -32,15 +51,16 @@ class Reduction(NamedTuple):
 
 
 def _logsumexp(scores: Float[Array, "q k"], axis: int) -> Float[Array, " _"]:
-    """−∞ for nothing, with the gradient 0, where XLA's own formula would give NaN."""
+    """−∞ with gradient 0 if all are masked, where the usual formula has the gradient NaN."""
+    # A maximum of −∞ must not be subtracted: −∞ − (−∞) is NaN.
     top = lax.stop_gradient(_finite(scores.max(axis)))
-    # In one step, as kernels want it.
+    # One broadcast instead of a reshape and a broadcast, for kernels.
     shift = lax.broadcast_in_dim(top, scores.shape, (1 - axis,))
     return _log(jnp.exp(scores - shift).sum(axis), top)
 
 
 def _logsumexp_over_devices(values: Float[Array, " k"], axis_name: AxisName) -> Float[Array, " q"]:
-    # The shift cancels; pmax has no derivative, so its input must be constant.
+    # The shift cancels, so that its gradient is 0 anyway; pmax has no derivative.
     top = _finite(lax.pmax(lax.stop_gradient(values), axis_name))
     total = sum_scatter(jnp.exp(values - top), axis_name)
     size, start = total.shape[0], lax.axis_index(axis_name) * total.shape[0]
@@ -48,7 +68,8 @@ def _logsumexp_over_devices(values: Float[Array, " k"], axis_name: AxisName) -> 
 
 
 def _log(total: Array, shift: Array) -> Array:
-    some = total != 0  # a NaN is something
+    some = total != 0  # true for NaN, which must not be reported as an empty sum
+    # The inner `where` keeps log(0) out of the gradient: 0 times its infinite slope is NaN.
     return jnp.where(some, jnp.log(jnp.where(some, total, 1)) + shift, -jnp.inf)
 
 
@@ -57,6 +78,7 @@ def _finite(values: Array) -> Array:
 
 
 def _softmax_weights(scores: Array, values: Array, cotangents: Array) -> Array:
+    # An empty row has the value −∞, and exp(−∞ − (−∞)) would be NaN.
     some = jnp.isfinite(values)
     return jnp.exp(scores - jnp.where(some, values, 0)) * jnp.where(some, cotangents, 0)
 
@@ -68,7 +90,7 @@ LOGSUMEXP = Reduction(
     join_devices=_logsumexp_over_devices,
     weigh=_softmax_weights,
 )
-r"""$\log \sum_j e^{s_j}$, in nats; −∞ where nothing counts."""
+r"""$\log \sum_j e^{s_j}$, in nats; −∞ if all pairs are masked."""
 
 SOFTPLUS = Reduction(
     empty=0.0,
@@ -77,7 +99,7 @@ SOFTPLUS = Reduction(
     join_devices=sum_scatter,
     weigh=lambda scores, values, cotangents: jax.nn.sigmoid(scores) * cotangents,
 )
-r"""$\sum_j \log(1 + e^{s_j})$, in nats; 0 where nothing counts."""
+r"""$\sum_j \log(1 + e^{s_j})$, in nats; 0 if all pairs are masked."""
 
 SUM = Reduction(
     empty=0.0,
@@ -86,7 +108,7 @@ SUM = Reduction(
     join_devices=sum_scatter,
     weigh=lambda scores, values, cotangents: jnp.where(scores != -jnp.inf, cotangents, 0),
 )
-r"""$\sum_j s_j$, in nats; 0 where nothing counts."""
+r"""$\sum_j s_j$, in nats; 0 if all pairs are masked."""
 
 COUNT = Reduction(
     empty=0.0,
@@ -95,4 +117,4 @@ COUNT = Reduction(
     join_devices=sum_scatter,
     weigh=lambda scores, values, cotangents: jnp.zeros_like(scores),
 )
-"""How many pairs count."""
+"""The number of allowed pairs."""

@@ -1,4 +1,4 @@
-"""What the two sides of a pair matrix bring along, and the matrix that they describe."""
+"""The two sides of a pair matrix, and the scores and mask that they define."""
 
 import functools
 import itertools
@@ -29,18 +29,18 @@ Labels: TypeAlias = Integer[Array, " r"] | Integer[Array, "r s"]
 
 
 class PairLabels(NamedTuple):
-    """One side's part in the question which pairs count. Both sides fill the same fields.
+    """One side's labels, which decide which pairs are allowed. Both sides fill the same fields.
 
-    A pair counts if all of these say so, and every pair counts if none is given.
+    A pair is allowed if it passes all tests; without labels, every pair is.
 
     Attributes:
-      different: labels by which the two must differ: row ids, groups. The first of one side is
-        compared with the first of the other, and so on. A row may have several labels, `[r, s]`,
-        filled up with negative ones: two rows then agree if they have one in common.
+      different: labels by which the two must differ, such as row ids and groups. The first of one
+        side is compared with the first of the other, and so on. A row may have several labels,
+        `[r, s]`, padded with negative ones; two rows then agree if they share one.
       equal: labels in which the two must agree.
       valid: `False` for padding.
-      ceiling: the greatest similarity at which a pair counts; a side may leave it out.
-      guide: embeddings whose similarity is held against the ceilings, in place of the pair's own.
+      ceiling: the greatest similarity at which a pair is allowed; a side may leave it out.
+      guide: embeddings whose similarity is compared with the ceilings instead of the pair's own.
     """
 
     different: tuple[Labels, ...] = ()
@@ -51,7 +51,7 @@ class PairLabels(NamedTuple):
 
 
 ALL_COUNT = PairLabels()
-"""No labels: every pair counts."""
+"""No labels: every pair is allowed."""
 
 
 class PairQueries(NamedTuple):
@@ -59,8 +59,8 @@ class PairQueries(NamedTuple):
 
     Attributes:
       vectors: one per row.
-      scale: what a row's similarities are multiplied by: the inverse temperature.
-      labels: which pairs count.
+      scale: the factor of a row's similarities: the inverse temperature.
+      labels: the rows' labels.
     """
 
     vectors: Float[Array, "q d"]
@@ -73,8 +73,8 @@ class PairKeys(NamedTuple):
 
     Attributes:
       vectors: one per column.
-      bias: what is added to a column's scores, in nats; `None` for nothing.
-      labels: which pairs count.
+      bias: an offset of a column's scores, in nats; `None` for none.
+      labels: the columns' labels.
     """
 
     vectors: Float[Array, "k d"]
@@ -85,26 +85,28 @@ class PairKeys(NamedTuple):
 def pair_scores(
     queries: PairQueries, keys: PairKeys, *, hardness: float
 ) -> tuple[Float[Array, "q k"], Bool[Array, "q k"]]:
-    r"""The scores of all pairs, $s_{ij} = a_i x_{ij} + b_j + \alpha \bar x_{ij}$, and which count.
+    r"""The scores $s_{ij} = a_i x_{ij} + b_j + \alpha \bar x_{ij}$ and the mask of allowed pairs.
 
-    $x$ is the inner product, $\bar x$ the same as a constant, by which hard pairs weigh more.
+    $x$ is the inner product; $\bar x$ is the same without gradient, and gives hard pairs more
+    weight.
     """
     columns, rows = as_columns(queries), as_rows(keys)
     similarity = inner_products(queries.vectors, keys.vectors)
     guided = None
     if queries.labels.guide is not None and keys.labels.guide is not None:
         guided = inner_products(queries.labels.guide, keys.labels.guide)
+    # Hardness weights and ceilings use this one: they must not move the embeddings themselves.
     constant = lax.stop_gradient(similarity)
     return block_scores(similarity, constant, guided, columns, rows, hardness=hardness)
 
 
 def as_columns(queries: PairQueries) -> PairQueries:
-    """The same without vectors, each array `[q, 1]`: a label is a tuple of them, of several one."""
+    """The queries without vectors, each array `[q, 1]`; a label is a tuple of one or more."""
     return _shaped(queries, lambda rows: rows[:, None])
 
 
 def as_rows(keys: PairKeys) -> PairKeys:
-    """The same without vectors, each array `[1, k]`: a label is a tuple of them, of several one."""
+    """The keys without vectors, each array `[1, k]`; a label is a tuple of one or more."""
     return _shaped(keys, lambda rows: rows[None, :])
 
 
@@ -117,10 +119,10 @@ def block_scores(
     *,
     hardness: float,
 ) -> tuple[Float[Array, "q k"], Bool[Array, "q k"]]:
-    """`pair_scores` from the products and from what `as_columns` and `as_rows` have shaped.
+    """`pair_scores` from the products and the results of `as_columns` and `as_rows`.
 
-    Nothing but broadcasts, so that kernels can use it for a tile. `constant` is the similarity
-    without a gradient, `guided` that of the guides.
+    It only broadcasts, so that kernels can use it on a tile. `constant` is the similarity without
+    gradient, `guided` that of the guides.
     """
     scores = similarity * columns.scale
     if rows.bias is not None:
@@ -144,7 +146,8 @@ def _columns_of(label: Labels) -> tuple[Array, ...]:
     if label.ndim == 1:
         return (label,)
     columns = tuple(label.T)
-    # One of several is not the same as one: a negative label is then none.
+    # `[r, 1]` is not `[r]`: its negative labels are padding, which `_agree` ignores only for tuples
+    # of several.
     return columns if len(columns) > 1 else (*columns, jnp.full_like(columns[0], -1))
 
 
@@ -161,7 +164,7 @@ def _mask(
 
 
 def _agree(ours: PyTree, theirs: PyTree) -> Bool[Array, "..."]:
-    """Which pairs have a label in common: tuples of columns, tuples of rows."""
+    """Whether each pair shares a label, from tuples of columns and of rows."""
     if len(ours) == len(theirs) == 1:
         return ours[0] == theirs[0]
     pairs = itertools.product(ours, theirs)

@@ -1,7 +1,7 @@
-"""The matrix tile by tile, forward and backward: it never exists as a whole.
+"""The matrix of scores tile by tile, forward and backward, without ever storing all of it.
 
-The last tile of a side that the tile does not divide starts earlier, so that all have one shape and
-nothing is padded or copied; what an earlier tile has seen does not count again.
+If the tile does not divide a side, the last tile starts earlier. All tiles then have the same
+shape, and nothing is padded or copied. Rows that an earlier tile has covered are masked.
 """
 
 import functools
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcl.ops.pairs.reductions import Reduction
+from jaxcl.ops.pairs.reductions import Reduced, Reduction, Residuals
+from jaxcl.ops.pairs.reference import reduce_pairs
 from jaxcl.ops.pairs.sides import PairKeys, PairQueries, pair_scores
 from jaxcl.ops.varying import full_like_varying
 from jaxcl.typing import Array, Bool, Float, Int, PyTree
@@ -20,17 +21,16 @@ from jaxcl.typing import Array, Bool, Float, Int, PyTree
 __all__ = ["TILE", "TileOps", "backward", "backward_by", "forward", "forward_by"]
 
 TILE = 1024
-"""Rows and columns of a tile: 4 MiB of float32 scores, which stay in a CPU's cache."""
+"""Rows and columns of a tile: 4 MiB of float32 scores, which fit in a CPU's cache."""
 
 
 class TileOps(NamedTuple):
-    """How one tile is computed.
+    """The operations on one tile.
 
     Attributes:
       reduce: (reduction, queries, keys, hardness=…) -> its rows and its columns, reduced.
-      weigh: (reduction, queries, keys, (rows, columns), cotangents, hardness=…) -> what its
-        products are weighed by in the gradients of the vectors, in their type, and the sum of its
-        scores' gradients by column.
+      weigh: (reduction, residuals, cotangents, hardness=…) -> the weights of the vectors in each
+        other's gradients, in the vectors' type, and the gradients of the columns' biases.
     """
 
     reduce: Callable[..., tuple[Array, Array]]
@@ -45,8 +45,8 @@ def forward_by(
     *,
     hardness: float,
     tile: int,
-) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
-    """Reduces every row and every column, one product per tile."""
+) -> Reduced:
+    """Reduce every row and every column, with one product per tile."""
     wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
     num_queries, num_keys = queries.vectors.shape[0], keys.vectors.shape[0]
 
@@ -71,18 +71,17 @@ def forward_by(
 def backward_by(
     ops: TileOps,
     reduction: Reduction,
-    queries: PairQueries,
-    keys: PairKeys,
-    reduced: tuple[Float[Array, " q"], Float[Array, " k"]],
-    cotangents: tuple[Float[Array, " q"], Float[Array, " k"]],
+    residuals: Residuals,
+    cotangents: Reduced,
     *,
     hardness: float,
     tile: int,
 ) -> tuple[Float[Array, "q d"], Float[Array, " q"], Float[Array, "k d"], Float[Array, " k"]]:
     """The gradients of query vectors, scales, key vectors and biases: three products per tile.
 
-    The scores of each tile are computed again.
+    One of these recomputes the tile's scores.
     """
+    queries, keys, reduced = residuals
     wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
     num_queries, num_keys = queries.vectors.shape[0], keys.vectors.shape[0]
 
@@ -96,12 +95,11 @@ def backward_by(
         )
         weights, to_biases = ops.weigh(
             reduction,
-            _fresh(ours, i),
-            _fresh(theirs, j),
-            (our_values, their_values),
+            Residuals(_fresh(ours, i), _fresh(theirs, j), (our_values, their_values)),
             (our_cotangents, their_cotangents),
             hardness=hardness,
         )
+        # The vectors keep the rows that an earlier tile has covered: their weights are 0.
         to_queries, to_keys, all_to_biases = gradients
         product = jnp.einsum("qk,kd->qd", weights, theirs.vectors, preferred_element_type=wide)
         to_queries = _update(jnp.add, to_queries, rows, product)
@@ -113,44 +111,32 @@ def backward_by(
     start = tuple(full_like_varying(shape, 0.0, wide, (queries, keys)) for shape in shapes)
     num_tiles = _num_tiles(num_queries, num_keys, tile)
     to_queries, to_keys, to_biases = lax.fori_loop(0, num_tiles, one_tile, start)
-    # A scale multiplies what its row's vector is multiplied with: their gradients are one sum.
+    # With G the scores' gradients, a query gets a_i Σ_j G_ij k_j and its scale Σ_j G_ij ⟨q_i, k_j⟩:
+    # the latter follows from the former without another pass over the tiles.
     to_scales = jnp.einsum("qd,qd->q", to_queries, queries.vectors.astype(wide)) / queries.scale
     return to_queries, to_scales, to_keys, to_biases
 
 
-def _reduce(
-    reduction: Reduction, queries: PairQueries, keys: PairKeys, *, hardness: float
-) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
-    scores, counted = pair_scores(queries, keys, hardness=hardness)
-    scores = jnp.where(counted, scores, -jnp.inf)
-    return reduction.reduce(scores, 1), reduction.reduce(scores, 0)
-
-
 def _weigh(
-    reduction: Reduction,
-    queries: PairQueries,
-    keys: PairKeys,
-    reduced: tuple[Float[Array, " q"], Float[Array, " k"]],
-    cotangents: tuple[Float[Array, " q"], Float[Array, " k"]],
-    *,
-    hardness: float,
+    reduction: Reduction, residuals: Residuals, cotangents: Reduced, *, hardness: float
 ) -> tuple[Float[Array, "q k"], Float[Array, " k"]]:
+    queries, keys, reduced = residuals
     scores, counted = pair_scores(queries, keys, hardness=hardness)
     scores = jnp.where(counted, scores, -jnp.inf)
     gradient = reduction.weigh(scores, reduced[0][:, None], cotangents[0][:, None])
     gradient += reduction.weigh(scores, reduced[1], cotangents[1])
-    # In the inputs' type, as their own product: bf16 stays on the matrix unit.
+    # In the vectors' type: a float32 factor would take the products off the bfloat16 matrix unit.
     weights = (gradient * queries.scale[:, None]).astype(queries.vectors.dtype)
     return weights, gradient.sum(0)
 
 
-_XLA = TileOps(_reduce, _weigh)
+_XLA = TileOps(reduce_pairs, _weigh)
 
 forward = functools.partial(forward_by, _XLA)
-"""`forward_by` XLA's own operations."""
+"""`forward_by` with XLA's operations."""
 
 backward = functools.partial(backward_by, _XLA)
-"""`backward_by` XLA's own operations."""
+"""`backward_by` with XLA's operations."""
 
 
 def _num_tiles(num_queries: int, num_keys: int, tile: int) -> int:
@@ -160,7 +146,7 @@ def _num_tiles(num_queries: int, num_keys: int, tile: int) -> int:
 def _places(
     index: Int[Array, ""], num_queries: int, num_keys: int, tile: int
 ) -> tuple[tuple[Array, Bool[Array, " q"]], tuple[Array, Bool[Array, " k"]]]:
-    """Where a tile begins on each side, and which of its rows and columns no earlier one had."""
+    """The start of a tile on each side, and whether its rows and columns are new."""
     tiles_per_row = -(-num_keys // tile)
     return (
         _place(index // tiles_per_row, num_queries, tile),
@@ -180,7 +166,7 @@ def _slice(side: PyTree, start: Int[Array, ""], size: int, tile: int) -> PyTree:
 
 
 def _fresh(side: PyTree, fresh: Bool[Array, " r"]) -> PyTree:
-    """A side of which only these rows count."""
+    """A side in which all rows except the fresh ones are masked."""
     valid = side.labels.valid
     labels = side.labels._replace(valid=fresh if valid is None else valid & fresh)
     return side._replace(labels=labels)

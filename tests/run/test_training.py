@@ -4,15 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxcl.configs.code_search import get_config
 
-from configs import large_encoders
-from configs.code_search import get_config
 from jaxcl.assignment import PRESETS, Gcbs
+from jaxcl.configs import large_encoders
 from jaxcl.ops.mesh import put_batch
-from jaxcl.settings.build import build_optimizer, build_program
-from jaxcl.settings.build_assignment import gcbs_rule, unused_settings
-from jaxcl.settings.build_loss import LOSSES, _chunk_sizes
-from jaxcl.settings.build_negatives import build_momentum, tiers_left_empty
+from jaxcl.run.build_loss import _chunk_sizes, build_momentum
+from jaxcl.run.memory import tiers_left_empty
+from jaxcl.run.training import build_optimizer
+from jaxcl.settings.derived import gcbs_rule
+from jaxcl.settings.parts import LOSSES
+from jaxcl.settings.read import read_settings
+from tests.helpers import training_of
 
 RATE = 0.5
 QUEUE = {"negatives.bank.kind": "queue", "negatives.tiers.whole": True}
@@ -64,7 +67,7 @@ def test_sgd_keeps_nine_tenths_of_its_momentum():
 def test_the_large_encoders_have_the_sizes_of_their_namesakes(variant, count):
     config = large_encoders.get_config(variant)
     config.run.mesh.fsdp = 8
-    params = build_program(config).abstract_state(1_000_000).params["towers"]
+    params = training_of(config).abstract_state(1_000_000).params["towers"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
@@ -204,7 +207,7 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
             {"data.negatives": "some.npz", "loss.matryoshka_dims": (2,)},
             "they are whole embeddings",
         ),
-        ({"negatives.tiers.mixed": -1}, r"tiers\.mixed=-1; 0 is the least"),
+        ({"negatives.tiers.mixed": -1}, r"tiers\.mixed=-1; set it to at least 0"),
         (
             {"negatives.tiers.mixed": 2, "negatives.tiers.hardest": 0},
             r"tiers\.hardest=0; set it to at least 1",
@@ -228,7 +231,10 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
             r"needs negatives\.momentum_encoder\.initial",
         ),
         ({"negatives.guide": "data", "loss.margin": 0.0}, "need each other"),
-        ({"negatives.momentum_encoder.initial": 1.5}, r"initial=1\.5, final=1\.0; they lie"),
+        (
+            {"negatives.momentum_encoder.initial": 1.5},
+            r"initial=1\.5; set it to at least 0, at most 1",
+        ),
         (
             {"negatives.mined.refresh_every": 5},
             r"set negatives\.bank\.kind='instance'",
@@ -239,7 +245,7 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
         ),
         (
             {"negatives.mined.refresh_every": 0, "negatives.bank.kind": "instance"},
-            r"refresh_every=0; 1 is the least",
+            r"refresh_every=0; set it to at least 1",
         ),
         (
             {
@@ -255,7 +261,7 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
                 "negatives.bank.kind": "instance",
                 "negatives.mined.per_query": 0,
             },
-            r"negatives\.mined: per_query=0",
+            r"negatives\.mined\.per_query=0; set it to at least 1",
         ),
         (
             {"loss.name": "distillation", "loss.margin": 0.1, "loss.masks": ()},
@@ -263,7 +269,7 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
         ),
         (
             {**QUEUE, "negatives.bank.momentum": 1.0},
-            "set it to at least 0, below 1",
+            r"bank\.momentum=1\.0; set it to at least 0, below 1",
         ),
     ],
 )
@@ -281,17 +287,17 @@ def test_a_loss_that_does_not_fit_its_config_is_named(changes, message):
         ({"name": "sourced", "sourced.by": "data_set"}, {}, r"by data_set; set data\.concatenated"),
         ({"name": "sourced", "sourced.by": "topic"}, {}, r"by topic; set data\.topics"),
         ({}, {"data.topics": "topics.npz"}, r"data\.topics, but nobody goes by them"),
-        ({"gcbs.refresh_epochs": 0.0}, {}, r"refresh_epochs=0\.0; it is above 0"),
+        ({"gcbs.refresh_epochs": 0.0}, {}, r"refresh_epochs=0\.0; set it above 0"),
         ({"gcbs.block_size": 3}, {}, "block_size=3 does not divide global_batch_size=8 into"),
         ({"gcbs.block_size": 16}, {}, "block_size=16 does not divide global_batch_size=8 "),
         ({"gcbs.block_size": 0}, {}, "into blocks of at least 2 rows; use a divisor of it"),
         ({"gcbs.block_size": 1}, {}, "into blocks of at least 2 rows; use a divisor of it"),
         ({"gcbs.refresh_every": 20}, {}, "refresh_every=20 never comes in 20 steps"),
-        ({"gcbs.refresh_every": 0}, {}, "set it to a step before the last, or train longer"),
+        ({"gcbs.refresh_every": 0}, {}, r"refresh_every=0; set it to at least 1"),
         ({"gcbs.embeddings": "model"}, {}, "'model' is unknown; use one of encode, bank"),
         ({"gcbs.embeddings": "bank"}, {}, r"set negatives\.bank\.kind='instance'"),
         ({"gcbs.embeddings": "bank"}, QUEUE, r"set negatives\.bank\.kind='instance'"),
-        ({"gcbs.apart": ("text", "row")}, {}, "apart names row; use text, group"),
+        ({"gcbs.apart": ("text", "row")}, {}, "apart names 'row'; use some of text, group"),
         (
             {"gcbs.apart": ("group",)},
             {"data.group_field": None},
@@ -299,12 +305,12 @@ def test_a_loss_that_does_not_fit_its_config_is_named(changes, message):
         ),
         ({"gcbs.method": "metis"}, {}, "'metis' is unknown; use one of bisection, rcm_device, rcm"),
         ({"gcbs.graph": "whole"}, {}, "'whole' is unknown; use one of exact, clustered"),
-        ({"gcbs.neighbours": 0}, {}, "'neighbours': 0.* must be at least 1"),
-        ({"gcbs.swaps": -1}, {}, r"assignment\.gcbs: swaps=-1; it is at least 0"),
+        ({"gcbs.neighbours": 0}, {}, r"gcbs\.neighbours=0; set it to at least 1"),
+        ({"gcbs.swaps": -1}, {}, r"assignment\.gcbs\.swaps=-1; set it to at least 0"),
         ({"gcbs.preset": "heavy"}, {}, r"gcbs\.preset='heavy' is unknown; use one of full, light"),
-        ({"gcbs.random_initial": 1.5}, {}, r"initial=1\.5 and final=0\.0 must be from 0 to 1"),
+        ({"gcbs.random_initial": 1.5}, {}, r"random_initial=1\.5; set it to at least 0, at most 1"),
         ({"gcbs.method": "rmc", "gcbs.refresh_every": 20}, {}, "'rmc' is unknown"),
-        ({"gcbs.random_final": -0.5}, {}, r"initial=0\.0 and final=-0\.5 must be from 0 to 1"),
+        ({"gcbs.random_final": -0.5}, {}, r"random_final=-0\.5; set it to at least 0, at most 1"),
     ],
 )
 def test_an_assignment_that_cannot_be_is_named(assignment, others, message):
@@ -317,8 +323,11 @@ def test_an_assignment_that_cannot_be_is_named(assignment, others, message):
 def test_settings_of_another_assignment_have_no_effect(name):
     config = get_config("smoke")
     config.assignment.name = name
-    given = ["steps", "assignment.name", "assignment.gcbs.method", "assignment.sourced.mix"]
-    assert unused_settings(config, given) == given[2 if name == "uniform" else 3 :]
+    read_settings(config, changed=["steps", "assignment.name"])
+    unread = ["assignment.sourced.mix"] + ["assignment.gcbs.method"] * (name == "uniform")
+    for setting in unread:
+        with pytest.raises(ValueError, match=rf"{setting} has no effect here: assignment\.name="):
+            read_settings(config, changed=["steps", setting])
 
 
 def test_settings_of_an_assignment_arrive_in_its_rule():
@@ -326,28 +335,29 @@ def test_settings_of_an_assignment_arrive_in_its_rule():
     settings["neighbours"] = 7
     effort = {"swaps": 5, "refinements": 2}
     config = get_config("smoke")
-    assert gcbs_rule(config) is None
+    assert gcbs_rule(read_settings(config)) is None
     named = {f"gcbs.{name}": value for name, value in (settings | effort).items()}
     config.update_from_flattened_dict(assignment_of(**named, **{"gcbs.random_initial": 0.5}))
-    rule = gcbs_rule(config)
+    rule = gcbs_rule(read_settings(config))
     assert settings.items() <= rule.settings._asdict().items()
     assert effort.items() <= rule.settings.effort._asdict().items()
     assert rule[1:3] == (4, 5)
     assert [rule.random_fraction(step) for step in (0, 10, 20)] == [0.5, 0.25, 0.0]
-    assert (rule.apart, rule.from_bank, rule.picture) == (("text",), False, True)
+    assert (rule.apart, rule.from_bank, rule.picture) == (("text",), False, False)
 
 
 def test_what_is_not_set_of_an_assignment_is_the_presets():
     config = get_config("smoke")
     config.assignment.name = "gcbs"
     light = PRESETS["light"]
-    assert gcbs_rule(config).settings == light
+    assert gcbs_rule(read_settings(config)).settings == light
     config.assignment.gcbs.update({"swaps": 0, "similarity_cap": 0.9})
     effort = light.effort._replace(swaps=0)
-    assert gcbs_rule(config).settings == light._replace(similarity_cap=0.9, effort=effort)
-    del config.assignment.gcbs.preset  # a config of before
-    config.assignment.gcbs.update({"swaps": None, "similarity_cap": None})
-    assert gcbs_rule(config).settings == Gcbs()
+    rule = gcbs_rule(read_settings(config))
+    assert rule.settings == light._replace(similarity_cap=0.9, effort=effort)
+    full = {"preset": "full", "swaps": None, "similarity_cap": None}
+    config.assignment.gcbs.update(full)
+    assert gcbs_rule(read_settings(config)).settings == Gcbs()
 
 
 def assignment_of(**changes):
@@ -356,9 +366,10 @@ def assignment_of(**changes):
 
 def test_the_momentum_encoder_slows_down_along_a_cosine():
     config = get_config("smoke")
+    config.update_from_flattened_dict(QUEUE)
     config.negatives.momentum_encoder.update({"initial": 0.9, "final": 1.0})
     config.steps = 101
-    momentum = build_momentum(config)
+    momentum = build_momentum(read_settings(config))
     found = [float(momentum(jnp.int32(step))) for step in (0, 50, 100, 200)]
     np.testing.assert_allclose(found, [0.9, 0.95, 1.0, 1.0], atol=1e-6)
     assert found[0] < float(momentum(jnp.int32(10))) < 0.91  # slowly at first
@@ -397,7 +408,7 @@ def test_a_tier_for_which_nothing_is_left_is_named(bank, uniform, empty):
     config = get_config("smoke")
     tiers = {"negatives.tiers.uniform": uniform, "negatives.tiers.nearest": 4}
     config.update_from_flattened_dict(bank | tiers)
-    assert tiers_left_empty(config, 300) == empty
+    assert tiers_left_empty(read_settings(config), 300) == empty
 
 
 def test_a_judge_from_the_data_masks_the_batch_and_the_bank(tmp_path):
@@ -440,14 +451,15 @@ def negatives_of(tokens):
 def optimizer_of(*, steps: int = 1000, **changes):
     config = get_config("smoke").optimizer
     config.update({"learning_rate": RATE, "warmup_steps": 0} | changes)
-    return build_optimizer(config, steps=steps)
+    settings = read_settings({"optimizer": config.to_dict()})
+    return build_optimizer(settings.optimizer, settings.parts, steps=steps)
 
 
 def program_of(**changes):
     config = get_config("smoke")
     small = {"model.dim": 4, "data.vocabulary_size": 10, "global_batch_size": 8}
     config.update_from_flattened_dict(small | changes)
-    return build_program(config)
+    return training_of(config)
 
 
 def table(state) -> np.ndarray:
@@ -456,17 +468,17 @@ def table(state) -> np.ndarray:
 
 def test_a_gradient_cache_goes_by_rows_or_by_tokens():
     config = get_config("smoke")
-    assert _chunk_sizes(config) is None
+    assert _chunk_sizes(read_settings(config)) is None
     config.grad_cache.chunk_size = 4
-    assert _chunk_sizes(config) == {"query": 4, "key": 4}
+    assert _chunk_sizes(read_settings(config)) == {"query": 4, "key": 4}
     config.grad_cache.chunk_tokens = 256
     with pytest.raises(ValueError, match=r"chunk_size=4 and grad_cache\.chunk_tokens=256"):
-        build_program(config)
+        training_of(config)
     config.grad_cache.chunk_size = None
-    assert _chunk_sizes(config) == {"query": 256 // 32, "key": 256 // 128}
+    assert _chunk_sizes(read_settings(config)) == {"query": 256 // 32, "key": 256 // 128}
     config.grad_cache.chunk_tokens = 0
     with pytest.raises(ValueError, match=r"grad_cache\.chunk_tokens=0; set it to at least 1"):
-        build_program(config)
+        training_of(config)
 
 
 def test_a_loss_over_nested_lengths_is_their_sum():

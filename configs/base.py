@@ -1,0 +1,169 @@
+"""Every setting with its default, for other configs to start from.
+
+    from jaxcl.configs import base
+
+    def get_config():
+        config = base.get_config()
+        config.data.name = "my_pairs:1.0.0"
+        return config
+
+`jaxcl/settings/sections.py` declares the type and the range of each.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from jaxcl.negatives.tiers import TierBudgets
+from jaxcl.settings.parts import ENCODERS, LOSSES, OPTIMIZERS, option_fields
+
+
+def get_config() -> ConfigDict:
+    """The defaults; `None` means that a setting is off, or what its comment says."""
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 300
+    config.global_batch_size = 1_024  # pairs over all devices and hosts
+    config.data = _data()
+    config.model = _model()
+    config.loss = _loss()
+    config.negatives = _negatives()
+    config.assignment = _assignment()
+    # Rows, or tokens, that a device encodes at a time; None encodes all at once.
+    config.grad_cache = ConfigDict(
+        {"chunk_size": placeholder(int), "chunk_tokens": placeholder(int)}
+    )
+    config.optimizer = _optimizer()
+    config.evaluation = ConfigDict({"methods": ("bm25", "dense", "hybrid"), "rrf_k": 10})
+    config.evaluation.batch_size = 1_024  # rows embedded at a time
+    config.run = _run()
+    return config
+
+
+def _data() -> ConfigDict:
+    data = ConfigDict()
+    data.name = placeholder(str)  # a TFDS name, the folder of a prepared data set, or "code_pairs"
+    data.splits = ConfigDict({"train": "train[:95%]", "validation": "train[95%:]"})  # by role
+    data.query_field = "query"
+    data.key_field = "key"
+    # Data sets whose rows follow these: name -> name (or folder), splits (role -> split),
+    # query_field, key_field, group_field, metadata_fields.
+    data.concatenated = ConfigDict()
+    data.group_field = placeholder(str)  # a column of integers, labels or texts
+    data.metadata_fields = ()  # further columns, for search and evaluation
+    data.negatives = placeholder(str)  # an .npz with the explicit negatives of each training row
+    data.guides = placeholder(str)  # an .npz with a guide model's embeddings of each training row
+    data.topics = placeholder(str)  # an .npz with the topic of each training row
+    data.tokenizer = placeholder(str)  # a tokenizer.json; None trains one on the training split
+    data.vocabulary_size = 16_384
+    data.max_tokens = ConfigDict({"query": 32, "key": 128})
+    data.add_cls = False
+    data.distinct_tokens = False  # True keeps each token of a text once, for static encoders
+    return data
+
+
+def _model() -> ConfigDict:
+    model = ConfigDict({"name": "static", "shared": True, "dim": 512})
+    # The options of all encoders; None is the encoder's own default, which its docstring gives.
+    model.options = option_fields(ENCODERS)
+    model.options.max_tokens = 128
+    return model
+
+
+def _loss() -> ConfigDict:
+    loss = ConfigDict()
+    loss.name = "infonce"
+    loss.options = option_fields(LOSSES)  # of all losses; None is the loss's own default
+    loss.exchange = "gather"  # or "ring"
+    loss.implementation = placeholder(str)  # None takes the best that runs here
+    loss.bias = placeholder(float)  # where a learned bias of the scores starts, for "sigmoid"
+    loss.matryoshka_dims = ()  # shorter lengths at which the embeddings are trained as well
+    # Columns of a batch whose equal entries are no negatives of each other: "row", "text" (equal
+    # queries or keys), "group".
+    loss.masks = ("row",)
+    # How much less similar than the positive a negative must be: by this amount, or by this share.
+    loss.margin = placeholder(float)
+    loss.relative_margin = placeholder(float)
+    loss.temperature = ConfigDict({"initial": 0.05, "minimum": 0.01, "maximum": 1.0})
+    return loss
+
+
+def _negatives() -> ConfigDict:
+    negatives = ConfigDict()
+    # A memory bank: a "queue" of the last keys, or an "instance" slot for each training row, which
+    # an update moves towards the new embedding by 1 - momentum.
+    negatives.bank = ConfigDict(
+        {"kind": placeholder(str), "slots": 16_384, "momentum": 0.5, "dtype": "float32"}
+    )
+    # How many negatives of each tier a query meets: jaxcl.negatives.tiers.TierBudgets.
+    negatives.tiers = ConfigDict(TierBudgets()._asdict())
+    # Negatives mined from the instance bank every this many steps, encoded with the batch.
+    negatives.mined = ConfigDict(
+        {"refresh_every": placeholder(int), "per_query": 4, "rank_range": (10, 100)}
+        | {"margin": placeholder(float), "relative_margin": placeholder(float)}
+        | {"sampling": "random"}  # or "top"
+    )
+    # The shares of the groups in a stratified draw: "rows", "equal", or "weights", which gives
+    # ((group, weight), …). A group field of texts numbers them in alphabetical order.
+    negatives.proportions = "rows"
+    negatives.weights = ()
+    # The share of the momentum encoder that an update keeps, from the first step to the last.
+    negatives.momentum_encoder = ConfigDict({"initial": placeholder(float), "final": 1.0})
+    negatives.guide = placeholder(str)  # who judges margins: "momentum", "data", or None, the model
+    return negatives
+
+
+def _assignment() -> ConfigDict:
+    assignment = ConfigDict()
+    # Which rows share a batch: "uniform", at random; "sourced", by where rows come from; "gcbs",
+    # blocks of each other's hard negatives, reassigned during training.
+    assignment.name = "uniform"
+    # by: "group" (None), "data_set" (of those concatenated) or "topic". mix: all sources in each
+    # batch, "mixed", or "one". Shares by the temperature of sizes, or by ((source, weight), …).
+    assignment.sourced = ConfigDict(
+        {"by": placeholder(str), "mix": "mixed", "temperature": 1.0, "weights": ()}
+    )
+    gcbs = ConfigDict()
+    gcbs.refresh_every = 50  # steps between refreshes
+    gcbs.refresh_epochs = placeholder(float)  # epochs between them instead
+    gcbs.method = "bisection"  # or "rcm_device", or "rcm", the paper's
+    gcbs.block_size = placeholder(int)  # None for whole batches
+    # How long the search is: "light" trains as well as "full", which closes more of the gap in
+    # three times the time. Each of the next five replaces the preset's value unless it is None.
+    gcbs.preset = "light"
+    gcbs.neighbours = placeholder(int)
+    gcbs.swaps = placeholder(int)
+    gcbs.refinements = placeholder(int)
+    gcbs.graph = placeholder(str)  # "exact" or "clustered"
+    gcbs.similarity_cap = placeholder(float)
+    gcbs.embeddings = "encode"  # or "bank", which needs an instance bank and no pass over the data
+    gcbs.random_initial = 0.0  # the share of random blocks at the first step, and at the last
+    gcbs.random_final = 0.0
+    gcbs.apart = ("text",)  # columns whose equal entries never share a batch: "text", "group"
+    gcbs.picture = False  # of the similarities, at each refresh; needs matplotlib
+    assignment.gcbs = gcbs
+    return assignment
+
+
+def _optimizer() -> ConfigDict:
+    optimizer = ConfigDict({"name": "adam", "schedule": "warmup_cosine"})
+    optimizer.learning_rate = 2e-3
+    optimizer.warmup_steps = 30
+    optimizer.weight_decay = 0.0  # of matrices
+    optimizer.clip_norm = 1.0  # of the whole gradient; 0 clips nothing
+    optimizer.options = option_fields(OPTIMIZERS)  # of all optimizers; None is their own default
+    return optimizer
+
+
+def _run() -> ConfigDict:
+    """What may change between a stop and a restart; everything else makes another run."""
+    run = ConfigDict()
+    run.data_dir = "~/.cache/jaxcl"  # prepared data and token ids, shared by all runs
+    # Devices that share the rows, and devices that share the parameters as well.
+    run.mesh = ConfigDict({"data": -1, "fsdp": 1})
+    # Along which dimension fsdp cuts a parameter, if not its longest: ((path, number or None), …).
+    run.parameter_rules = ()
+    run.log_every = 10
+    run.evaluate_every = 100
+    run.checkpoint_every = 100
+    run.keep_checkpoints = 2
+    return run

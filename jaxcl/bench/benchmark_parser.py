@@ -1,0 +1,11 @@
+"""The parser of a benchmark's flags."""
+
+from jaxcl.host.command_flags import CommandParser
+
+__all__ = ["benchmark_parser"]
+
+
+def benchmark_parser(name: str, doc: str | None) -> CommandParser:
+    """A parser for the flags of one benchmark, whose module has this docstring."""
+    more = "Every benchmark also takes --json FILE, and -v for the traceback of an error."
+    return CommandParser(f"jaxcl.bench {name}", f"{doc}\n{more}", verbose=False)

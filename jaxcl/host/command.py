@@ -1,0 +1,92 @@
+"""The frame around every command: its errors and its exit code.
+
+A command's module defines `main`, which describes the flags and hands over:
+
+    def main(argv: Sequence[str] | None = None) -> None:
+        parser = CommandParser("jaxcl.search", __doc__)
+        parser.add_argument("--top", type=int, default=10, help="hits to show")
+        run_command(parser, _run, argv)
+
+The command exits with
+
+    0        on success
+    1        after an error: one line if the user can fix it, otherwise a traceback
+    2        for flags that cannot be parsed
+    75       because another process of the run was lost; restart all of them
+    130      after Ctrl-C
+    128 + n  after signal n, with everything saved
+"""
+
+import re
+import signal
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from absl import logging
+
+from jaxcl.host.command_flags import CommandParser
+from jaxcl.host.huge_pages import start_with_huge_pages
+from jaxcl.host.processes import Stopped, leave, leave_for, start_processes
+from jaxcl.host.progress import say
+
+__all__ = ["UserError", "join_processes", "run_command"]
+
+T = TypeVar("T")
+
+
+class UserError(RuntimeError):
+    """An error that the user can fix, which a command prints as one line."""
+
+
+def run_command(
+    parser: CommandParser,
+    run: Callable[[Namespace], T],
+    argv: Sequence[str] | None = None,
+    *,
+    interrupted: str = "interrupted",
+    trains: bool = False,
+) -> T:
+    """Parse the flags and run a command; exit as this module's docstring says.
+
+    Args:
+      parser: of the command's flags.
+      run: the command itself.
+      argv: the arguments; `None` takes this process's.
+      interrupted: what Ctrl-C prints.
+      trains: whether to restart the process with huge pages, if `argv` is `None`.
+
+    Returns:
+      What `run` returns.
+    """
+    arguments = parser.parse(argv)
+    if trains and argv is None:
+        start_with_huge_pages()
+    logging.set_verbosity(logging.WARNING)  # libraries log a lot at INFO
+    try:
+        return run(arguments)
+    except Stopped as stopped:
+        say(str(stopped))
+        sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        say(interrupted)
+        leave(128 + signal.SIGINT)
+    except (ValueError, OSError, UserError) as error:
+        if arguments.verbose:
+            traceback.print_exception(error)
+        say("error: " + re.sub(r"\s*\n\s*", " ", str(error)))
+        leave(1)
+    except Exception as error:  # whatever it is, the others must not wait for this process
+        leave_for(error, verbose=arguments.verbose)
+
+
+def join_processes(arguments: Namespace) -> None:
+    """Join the other processes that the flags of `add_process_flags` or the cluster name."""
+    start_processes(
+        coordinator=arguments.coordinator,
+        num_processes=arguments.num_processes,
+        process_id=arguments.process_id,
+        asked=arguments.distributed,
+    )

@@ -1,0 +1,144 @@
+"""The flags of commands: one spelling, one-line errors, `--help` with an example.
+
+Imports the standard library only, so that a parser needs no other package.
+"""
+
+import argparse
+import os
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+__all__ = ["CommandParser", "add_process_flags", "add_workdir_flag", "user_path"]
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose `--help` shows the module's docstring, with its example.
+
+    Flags are spelled with dashes; underscores are accepted too. A flag that cannot be parsed ends
+    the process with a one-line error. Positional arguments may stand between flags.
+    """
+
+    def __init__(
+        self, name: str, doc: str | None, *, verbose: bool = True, passes_on: bool = False
+    ):
+        """Describe a command.
+
+        Args:
+          name: what follows `python -m`.
+          doc: the module's docstring: a summary line, then an example and details.
+          verbose: whether there is a flag `-v` for `run_command`.
+          passes_on: whether unknown arguments are kept in `arguments.rest` for another parser;
+            `--help` next to another argument is then one of them.
+        """
+        summary, _, details = (doc or "").partition("\n")
+        super().__init__(
+            prog=f"python -m {name}",
+            description=summary,
+            epilog=details.strip("\n"),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            add_help=not passes_on,
+        )
+        if verbose:
+            help_text = "print the traceback of an error"
+            self.add_argument("-v", "--verbose", action="store_true", help=help_text)
+        self._passes_on = passes_on
+        self._prefixes: list[str] = []
+
+    def add_fields(self, name: str, *, help: str) -> None:
+        """Add `--NAME.FIELD VALUE` for any field; `arguments.NAME_fields` lists (field, text)."""
+        self._prefixes.append(f"--{name}.")
+        self.add_argument(
+            f"--{name}.FIELD",
+            dest=f"{name}_fields",
+            metavar="VALUE",
+            type=_field_and_text,
+            action="append",
+            default=[],
+            help=help,
+        )
+
+    def parse(self, argv: Sequence[str] | None = None) -> Namespace:
+        """Parse `argv`, by default this process's arguments."""
+        words = list(self._one_spelling(iter(sys.argv[1:] if argv is None else argv)))
+        if not self._passes_on:
+            return self.parse_intermixed_args(words)
+        if words in (["-h"], ["--help"]):
+            self.print_help()
+            self.exit()
+        arguments, rest = self.parse_known_args(words)
+        arguments.rest = rest
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2 and one line."""
+        print(f"error: {message}; {self.prog} --help lists the flags", file=sys.stderr)
+        sys.exit(2)
+
+    def _one_spelling(self, words: Iterator[str]) -> Iterator[str]:
+        """Dashes for underscores in flags, and `--NAME.FIELD=FIELD=VALUE` for fields."""
+        for word in words:
+            if word == "--":
+                yield word
+                yield from words
+                return
+            name, separator, value = word.partition("=")
+            prefix = next((one for one in self._prefixes if name.startswith(one)), None)
+            if prefix is not None:
+                if not separator:
+                    value = next(words, "--")
+                    if value.startswith("--"):
+                        self.error(f"{name} needs a value, as in {name}=VALUE")
+                yield f"{prefix}FIELD={name.removeprefix(prefix)}={value}"
+            elif name.startswith("--"):
+                yield name.replace("_", "-") + separator + value
+            else:
+                yield word
+
+
+def user_path(text: str) -> Path:
+    """The path in a flag's text, with `~` expanded to the home directory."""
+    return Path(os.path.expanduser(text))
+
+
+def add_workdir_flag(parser: CommandParser) -> None:
+    """Add `--workdir`, the folder of a trained run, and `--trust`."""
+    parser.add_argument(
+        "--trust",
+        metavar="PACKAGE",
+        action="append",
+        default=[],
+        help="import an encoder or a data source that the run names from this package",
+    )
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        type=user_path,
+        required=True,
+        help="the folder of a run that has saved a checkpoint",
+    )
+
+
+def add_process_flags(parser: CommandParser) -> None:
+    """Add the flags that make this process one of several."""
+    parser.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0, if there are several processes"
+    )
+    parser.add_argument("--num-processes", type=int, help="the number of processes")
+    parser.add_argument("--process-id", type=int, help="which of them this one is, from 0")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="there are several processes, and JAX finds them, as on a pod of TPU hosts",
+    )
+
+
+def _field_and_text(argument: str) -> tuple[str, str]:
+    found = re.fullmatch(r"([^=]+)=(.*)", argument, re.DOTALL)
+    if not found:
+        raise argparse.ArgumentTypeError("give a field and its value")
+    return found[1], found[2]

@@ -1,0 +1,48 @@
+"""The commands of jaxcl, found without importing them."""
+
+import ast
+import sys
+from pathlib import Path
+
+from jaxcl.host.extras import missing_message
+
+__all__ = ["commands", "refuse_other_modules"]
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def commands() -> dict[str, str]:
+    """The summary line of each command, by its name without `jaxcl.`."""
+    files = {path.stem: path for path in _PACKAGE.glob("*.py") if path.stem != "__main__"}
+    files |= {path.parent.name: path for path in _PACKAGE.glob("*/__main__.py")}
+    return {name: _summary(path) for name, path in sorted(files.items()) if _runs(path)}
+
+
+def refuse_other_modules() -> None:
+    """Exit with an error line if Python is about to run a module of jaxcl that cannot run.
+
+    It is no command, which Python itself would import without a word, or it is a command whose
+    extra is not installed.
+    """
+    if sys.argv[:1] != ["-m"] or "-m" not in sys.orig_argv:  # while it looks for the module
+        return
+    module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1]
+    if not module or module[0].split(".")[0] != "jaxcl":
+        return
+    base = _PACKAGE.joinpath(*module[0].split(".")[1:])
+    file = base / "__main__.py" if base.is_dir() else base.with_suffix(".py")
+    exists = file.exists() or base.is_dir()
+    if exists and not (file.exists() and _runs(file)):
+        sys.exit(f"error: {module[0]} is not a command; python -m jaxcl lists the commands")
+    is_root_command = file.parent == _PACKAGE and file.name != "__main__.py" and file.exists()
+    if is_root_command and (missing := missing_message()) is not None:
+        sys.exit(f"error: {module[0]} {missing}")
+
+
+def _runs(path: Path) -> bool:
+    """Whether a file is written to be run."""
+    return path.name == "__main__.py" or '\nif __name__ == "__main__":' in path.read_text()
+
+
+def _summary(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]

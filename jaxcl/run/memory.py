@@ -1,0 +1,108 @@
+"""What a run remembers beyond a batch, before the first step: banks, estimates, the batch order."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxcl.data.row_guides import guide_dim
+from jaxcl.negatives.memory_bank import init_bank
+from jaxcl.negatives.tiers import strata_of
+from jaxcl.ops.row_tables import ENTRIES_MULTIPLE, padded_entries
+from jaxcl.run.build_loss import beyond_batch
+from jaxcl.settings.derived import gcbs_rule
+from jaxcl.settings.parts import MEMORIES
+from jaxcl.settings.sections import Settings
+from jaxcl.typing import Integer, PyTree
+
+__all__ = ["check_bank_divides", "init_memory", "tiers_left_empty"]
+
+
+def init_memory(
+    settings: Settings,
+    num_rows: int | None,
+    groups: Integer[np.ndarray, " n"] | None = None,
+) -> dict[str, PyTree]:
+    """The memory of a run before its first batch: `TrainState.memory`.
+
+    Args:
+      settings: the run's.
+      num_rows: training rows; `None` where nothing has an entry per row.
+      groups: of each row, for a stratified draw.
+
+    Raises:
+      ValueError: if the number of rows, or their groups, are needed and missing.
+    """
+    memory = _negatives_memory(settings, num_rows, groups) | _assignment_memory(settings, num_rows)
+    estimates = MEMORIES.get(settings.parts.loss)
+    if estimates is not None:
+        if num_rows is None:
+            raise ValueError("the loss remembers rows; give the number of them")
+        initial = settings.loss.temperature.initial
+        memory["rows"] = estimates(num_rows, temperature=initial, **settings.loss.options)
+    return memory
+
+
+def check_bank_divides(settings: Settings, mesh: Mesh) -> None:
+    """Raise a `ValueError` if the slots of a bank do not divide over the devices of a mesh."""
+    if beyond_batch(settings).update_banks and ENTRIES_MULTIPLE % mesh.size:
+        raise ValueError(
+            f"a bank is divided over the devices: {mesh.size} do not divide {ENTRIES_MULTIPLE}; "
+            "use a number that does"
+        )
+
+
+def tiers_left_empty(settings: Settings, num_rows: int) -> list[str]:
+    """The tiers for which no slot is left, since `uniform` draws all of the bank."""
+    budgets, bank = settings.negatives.tiers.budgets, settings.negatives.bank
+    if bank.kind is None:
+        return []
+    slots = num_rows if bank.kind == "instance" else bank.slots
+    others = ("stratified", "nearest") if budgets.uniform >= slots else ()
+    return [name for name in others if getattr(budgets, name)]
+
+
+def _negatives_memory(
+    settings: Settings, num_rows: int | None, groups: Integer[np.ndarray, " n"] | None
+) -> dict[str, PyTree]:
+    memory: dict[str, PyTree] = {}
+    negatives, beyond = settings.negatives, beyond_batch(settings)
+    if negatives.bank.kind == "instance" and num_rows is None:
+        raise ValueError("the bank remembers rows; give the number of them")
+    if beyond.update_banks:
+        bank, guides = negatives.bank, settings.data.guides
+        slots: Any = num_rows if bank.kind == "instance" else bank.slots
+        width = None if guides is None else guide_dim(guides)
+        memory["bank"] = {
+            side: init_bank(slots, settings.model.dim, dtype=jnp.dtype(bank.dtype), guide_dim=width)
+            for side in beyond.update_banks
+        }
+    if negatives.mined.refresh_every is not None and num_rows is not None:
+        per_query = negatives.mined.per_query
+        memory["mined"] = jnp.full((padded_entries(num_rows), per_query), -1, jnp.int32)
+    if beyond.budgets.stratified:
+        if groups is None:
+            raise ValueError("a stratified draw goes by the rows' groups; give them")
+        by = negatives.proportions
+        proportions: Any = dict(negatives.weights) if by == "weights" else by
+        count = beyond.budgets.stratified
+        memory["strata"] = strata_of(groups, count=count, proportions=proportions)
+    if negatives.momentum_encoder.initial is not None:
+        memory["momentum"] = {}  # which becomes a copy of the towers
+    return memory
+
+
+def _assignment_memory(settings: Settings, num_rows: int | None) -> dict[str, PyTree]:
+    """No order yet."""
+    if gcbs_rule(settings) is None:
+        return {}
+    if num_rows is None:
+        raise ValueError("batches are chosen among the training rows; give the number of them")
+    entries = padded_entries(num_rows)
+    assigned = {
+        "order": jnp.full(entries, -1, jnp.int32),
+        "seen": jnp.zeros(entries, bool),
+        "step": jnp.int32(-1),
+    }
+    return {"assignment": assigned}

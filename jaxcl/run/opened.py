@@ -1,0 +1,163 @@
+"""Opens a run that has been trained, for search, mining and topics: its encoder, and its data."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxcl.data.prepare import read_remembered_data
+from jaxcl.data.sources import PairSource
+from jaxcl.data.splits import open_splits
+from jaxcl.data.token_table import TokenTable, build_token_table
+from jaxcl.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from jaxcl.host.progress import progress_bar
+from jaxcl.models import Towers
+from jaxcl.ops.mesh import make_mesh, replicated_sharding
+from jaxcl.run.checkpoint import Checkpoints, checksum
+from jaxcl.run.encoder import Encoder
+from jaxcl.run.training import build_towers
+from jaxcl.run.workdir import read_config
+from jaxcl.settings.parts import Trust, is_function_name
+from jaxcl.settings.read import read_settings
+from jaxcl.settings.sections import Settings
+from jaxcl.step.embedder import make_embedder
+from jaxcl.typing import SIDES, Float, PyTree
+
+__all__ = ["OpenedRun", "open_run"]
+
+
+class OpenedRun(NamedTuple):
+    """A run as its newest checkpoint left it, on the present devices.
+
+    Attributes:
+      workdir: the run's folder.
+      settings: the run's.
+      encoder: its model.
+      data_set: the name or folder of its data set.
+      made_from: names all of this: an equal one gives equal embeddings.
+    """
+
+    workdir: Path
+    settings: Settings
+    encoder: Encoder
+    data_set: str
+    made_from: dict[str, Any]
+
+    def sources(self) -> dict[str, PairSource]:
+        """The splits that the run began with, as text; opened where they were, never made again.
+
+        Raises:
+          ValueError: if they are gone, or hold other rows.
+        """
+        if Path(self.data_set).is_absolute() and not Path(self.data_set).exists():
+            raise ValueError(
+                f"the rows of the run in {self.workdir} are gone from {self.data_set}; the "
+                "command that trained it makes them again, if the same packages are installed"
+            )
+        sources = open_splits(
+            self.settings.data,
+            self.data_set,
+            data_dir=Path(self.settings.run.data_dir).expanduser(),
+            open_source=self._open_source(),
+        )
+        fingerprints = self.made_from["fingerprints"]
+        if any(source.fingerprint != fingerprints.get(role) for role, source in sources.items()):
+            raise ValueError(
+                f"{self.data_set}, or a data set of data.concatenated, no longer holds the "
+                f"rows that the run in {self.workdir} was trained on; put them back, or train "
+                "again in another --workdir"
+            )
+        return sources
+
+    def _open_source(self) -> Callable[[str], PairSource] | None:
+        name, function = self.settings.data.name, self.settings.parts.source
+        if is_function_name(name) and function is None:
+            raise PermissionError(
+                f"data.name={name!r} would run code of that package; name it with --trust if you "
+                "trust it"
+            )
+        return function
+
+    def token_table(self, split: str, source: PairSource) -> TokenTable:
+        """A split's pairs as token ids."""
+        text = self.settings.data.text
+        with progress_bar(f"tokenising {split}", len(source)) as advance:
+            return build_token_table(
+                source,
+                self.encoder.tokenizer,
+                max_tokens=text.max_tokens._asdict(),
+                add_cls=text.add_cls,
+                distinct=text.distinct_tokens,
+                directory=Path(self.settings.run.data_dir).expanduser() / "tokens",
+                advance=advance,
+            )
+
+    def embeddings(self, split: str, source: PairSource) -> dict[str, Float[np.ndarray, "n d"]]:
+        """All rows of a split, embedded: side -> vectors."""
+        table = self.token_table(split, source)
+        rows = np.arange(table.num_rows)
+        with progress_bar(f"embedding {split}", len(SIDES) * table.num_rows) as advance:
+            return {
+                side: self.encoder.embed(side, table.side(side, rows)["tokens"], advance=advance)
+                for side in SIDES
+            }
+
+
+def open_run(workdir: Path, *, trust: Trust = ()) -> OpenedRun:
+    """Opens a run; nothing of it is changed, and it may still be training.
+
+    Neither its training data nor their paths are needed: a workdir that was copied opens as well.
+
+    Args:
+      workdir: of a run that has saved a checkpoint.
+      trust: the packages from which an encoder named `package.module:function` is imported.
+
+    Raises:
+      ValueError: if there is no run, or it has no checkpoint.
+      CheckpointError: if no checkpoint can be read.
+      PermissionError: for an encoder of a package that is not trusted.
+    """
+    workdir = Path(workdir)
+    settings = read_settings(read_config(workdir), trust=trust)
+    remembered = read_remembered_data(workdir)
+    if remembered is None:
+        raise ValueError(_train_first(f"the run in {workdir} has not opened its data yet"))
+    tokenizer = load_tokenizer(workdir / "tokenizer.json")
+    mesh = make_mesh({"data": -1})  # the present devices, whatever the run's were
+    towers = build_towers(settings.model, settings.parts, settings.data.vocabulary_size)
+    params, step = _newest_params(towers, workdir, mesh)
+    embedder = make_embedder(towers.encode, mesh, batch_size=settings.evaluation.batch_size)
+    roles = set(settings.data.splits)
+    made_from = {
+        "step": step,
+        # A run that was trained again from nothing passes the same steps.
+        "parameters": [int(checksum(leaf)) for leaf in jax.tree.leaves(params)],
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "fingerprints": {
+            role: value for role, value in remembered.fingerprints.items() if role in roles
+        },
+    }
+    encoder = Encoder(mesh, towers, embedder, params, tokenizer, settings.data.text)
+    return OpenedRun(workdir, settings, encoder, remembered.data_set, made_from)
+
+
+def _newest_params(towers: Towers, workdir: Path, mesh: jax.sharding.Mesh) -> tuple[PyTree, int]:
+    """The parameters of the towers alone: nothing else of the state is read."""
+    whole = replicated_sharding(mesh)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        jax.eval_shape(towers.init, jax.random.key(0)),
+    )
+    directory = workdir / "checkpoints"
+    if directory.is_dir():
+        with Checkpoints(directory, read_only=True) as checkpoints:
+            restored = checkpoints.restore_latest({"params": {"towers": abstract}}, partial=True)
+        if restored is not None:
+            return restored.state["params"]["towers"], restored.step
+    raise ValueError(_train_first(f"the run in {workdir} has saved no checkpoint yet"))
+
+
+def _train_first(why: str) -> str:
+    return f"{why}; train first: python -m jaxcl.train --config … --workdir …"

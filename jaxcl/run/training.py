@@ -1,0 +1,203 @@
+"""From settings to the functions of a training run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from jaxcl.models import Towers, make_towers
+from jaxcl.ops.mesh import make_mesh
+from jaxcl.run.build_loss import build_loss, build_measure, build_momentum
+from jaxcl.run.encoder import Encoder
+from jaxcl.run.memory import init_memory
+from jaxcl.settings.sections import ModelSettings, OptimizerSettings, Parts, Settings
+from jaxcl.step.embedder import Embedder, make_embedder
+from jaxcl.step.mined_refresh import Refresh, make_mined_refresh
+from jaxcl.step.parameter_sharding import FSDP
+from jaxcl.step.train_state import TrainState
+from jaxcl.step.train_step import (
+    StepMetrics,
+    TemperatureBounds,
+    init_state,
+    make_train_step,
+    state_sharding,
+)
+from jaxcl.typing import Batch, Integer, PyTree, Scalar
+
+__all__ = ["Training", "build_optimizer", "build_towers", "build_training", "run_mesh"]
+
+Groups: TypeAlias = Integer[np.ndarray, " n"]
+
+
+class Training(NamedTuple):
+    """The functions of a training run on a mesh.
+
+    Attributes:
+      settings: what they were built from.
+      mesh: the devices.
+      towers: the model.
+      init: `(number of training rows, their groups) -> the state before the first update`, on the
+        mesh. Only what remembers rows needs the number, only a stratified draw the groups.
+      train_step: `(state, batch) -> (state, metrics)`; the state is donated.
+      measure: `(state, batch) -> metrics` of the negatives in the update to come, by name.
+      mine: `state -> (state with new mined negatives, metrics)`, or `None`; the state is donated.
+      embed: `(parameters of the towers, side, tokens) -> embeddings`, without dropout.
+      learning_rate: step -> the rate of that update.
+      abstract_state: as `init` -> the state's shapes, types and shardings.
+    """
+
+    settings: Settings
+    mesh: Mesh
+    towers: Towers
+    init: Callable[..., TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    measure: Callable[[TrainState, Batch], Mapping[str, Scalar]]
+    mine: Refresh | None
+    embed: Embedder
+    learning_rate: Callable[[Scalar | int], Scalar]
+    abstract_state: Callable[..., TrainState]
+
+    def encoder(self, state: TrainState, tokenizer: Tokenizer) -> Encoder:
+        """The model of a state, to embed with."""
+        return Encoder(
+            self.mesh,
+            self.towers,
+            self.embed,
+            state.params["towers"],
+            tokenizer,
+            self.settings.data.text,
+        )
+
+
+def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None = None) -> Training:
+    """Build a run's functions.
+
+    Args:
+      settings: the run's.
+      devices: where it runs; all that there are by default.
+
+    Raises:
+      ValueError: for a mesh that the devices do not form, and for a batch that does not divide
+        over it.
+    """
+    mesh = run_mesh(settings.run.mesh, devices=devices)
+    if settings.global_batch_size % mesh.size:
+        raise ValueError(
+            f"global_batch_size={settings.global_batch_size} does not divide over {mesh.size} "
+            f"devices; use a multiple of {mesh.size}"
+        )
+    towers = build_towers(settings.model, settings.parts, settings.data.vocabulary_size)
+    optimizer, learning_rate = build_optimizer(
+        settings.optimizer, settings.parts, steps=settings.steps
+    )
+    measure = build_measure(settings, towers, mesh)
+    init, abstract_state = _state_makers(settings, mesh, towers, optimizer)
+
+    @jax.jit
+    def measured(state: TrainState, batch: Batch) -> Mapping[str, Scalar]:
+        key = jax.random.fold_in(state.key, state.step)
+        return measure(state.params, state.memory, batch, key)
+
+    mined = settings.negatives.mined
+    by_group = "group" in settings.loss.masks
+    return Training(
+        settings=settings,
+        mesh=mesh,
+        towers=towers,
+        init=init,
+        train_step=make_train_step(
+            build_loss(settings, towers, mesh),
+            optimizer,
+            mesh,
+            temperature=TemperatureBounds(*settings.loss.temperature),
+            momentum=build_momentum(settings),
+            rules=settings.run.parameter_rules,
+        ),
+        measure=measured,
+        mine=None
+        if mined.refresh_every is None
+        else make_mined_refresh(mined.rule, mesh, by_group=by_group),
+        embed=make_embedder(towers.encode, mesh, batch_size=settings.evaluation.batch_size),
+        learning_rate=learning_rate,
+        abstract_state=abstract_state,
+    )
+
+
+def _state_makers(
+    settings: Settings, mesh: Mesh, towers: Towers, optimizer: optax.GradientTransformation
+) -> tuple[Callable[..., TrainState], Callable[..., TrainState]]:
+    """`init` and `abstract_state` of a `Training`."""
+    rules = settings.run.parameter_rules
+
+    def unplaced(num_rows: int | None, groups: Groups | None) -> TrainState:
+        return init_state(
+            jax.random.key(settings.seed),
+            towers.init,
+            optimizer,
+            temperature=TemperatureBounds(*settings.loss.temperature),
+            bias=settings.loss.bias,
+            memory=init_memory(settings, num_rows, groups),
+        )
+
+    def abstract_state(num_rows: int | None = None, groups: Groups | None = None) -> TrainState:
+        state = jax.eval_shape(lambda: unplaced(num_rows, groups))
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            state_sharding(mesh, state, rules=rules),
+        )
+
+    def init(num_rows: int | None = None, groups: Groups | None = None) -> TrainState:
+        def placed() -> TrainState:
+            state = unplaced(num_rows, groups)
+            return jax.lax.with_sharding_constraint(state, state_sharding(mesh, state, rules=rules))
+
+        return jax.jit(placed)()
+
+    return init, abstract_state
+
+
+def run_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `settings.run.mesh`; an axis for parameters with one device is left out."""
+    return make_mesh(
+        {name: size for name, size in axes.items() if name != FSDP or size != 1},
+        devices=None if devices is None else list(devices),
+    )
+
+
+def build_towers(model: ModelSettings, parts: Parts, vocabulary_size: int) -> Towers:
+    """The model of `settings.model`."""
+    return make_towers(
+        lambda rngs: parts.encoder(vocabulary_size, dim=model.dim, rngs=rngs, **model.options),
+        shared=model.shared,
+    )
+
+
+def build_optimizer(
+    settings: OptimizerSettings, parts: Parts, *, steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of `settings.optimizer`, and its learning rate by step.
+
+    Gradients are clipped by their norm together, scaled, joined by the decay of matrices (not of
+    vectors and scalars), and multiplied by the learning rate.
+    """
+    learning_rate = parts.schedule(
+        settings.learning_rate, warmup_steps=settings.warmup_steps, steps=steps
+    )
+    clip = settings.clip_norm
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(clip) if clip else optax.identity(),
+        parts.optimizer(**settings.options),
+        optax.add_decayed_weights(settings.weight_decay, mask=_is_matrix),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return optimizer, learning_rate
+
+
+def _is_matrix(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)

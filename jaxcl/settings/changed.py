@@ -1,0 +1,29 @@
+"""A config with other values."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+__all__ = ["changed_config"]
+
+
+def changed_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy with other values, by dotted name; a list becomes a tuple.
+
+    Raises:
+      ValueError: if there is no such field, or the value is of another type than the field's.
+    """
+    changed = config.copy_and_resolve_references()
+    for name, value in changes.items():
+        *parents, leaf = name.split(".")
+        try:
+            section = functools.reduce(getattr, parents, changed)
+            getattr(section, leaf)  # or it would be created
+            setattr(section, leaf, tuple(value) if isinstance(value, list) else value)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            message = str(error.args[0] if error.args else error)  # a KeyError would quote it
+            reason = " ".join(message.replace("\\n", " ").replace("\\'", "'").split())
+            raise ValueError(f"the setting {name}={value!r} does not fit: {reason}") from error
+    return changed

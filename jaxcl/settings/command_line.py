@@ -1,0 +1,132 @@
+"""A config from the command line: `--config FILE[:VARIANT] --config.FIELD=VALUE …`."""
+
+import ast
+from argparse import Namespace
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxcl.host.command_flags import CommandParser
+from jaxcl.settings.config_files import load_config
+from jaxcl.settings.ranges import did_you_mean
+
+__all__ = ["add_config_flags", "changed_fields", "config_of", "override", "parse_value"]
+
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def add_config_flags(parser: CommandParser) -> None:
+    """Add `--config`, and `--config.FIELD` for each of its fields."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:VARIANT]",
+        help="a Python file with a function get_config, or the name of a config of jaxcl",
+    )
+    parser.add_fields(
+        "config", help="another value of a field, such as --config.steps=500; as often as needed"
+    )
+
+
+def config_of(arguments: Namespace) -> ConfigDict:
+    """The config of the flags that `add_config_flags` adds.
+
+    Raises:
+      ValueError: if there is no such config or field, or a value is of another type.
+    """
+    config = load_config(arguments.config)
+    for field, text in arguments.config_fields:
+        override(config, field, text)
+    return config
+
+
+def changed_fields(arguments: Namespace) -> tuple[str, ...]:
+    """The dotted names of the fields that the command line changes."""
+    return tuple(field for field, _ in arguments.config_fields)
+
+
+def override(config: ConfigDict, field: str, text: str) -> None:
+    """Set a field of a config from text, in place.
+
+    Args:
+      config: the config.
+      field: its dotted name.
+      text: its value, read by `parse_value` as the type that the field has.
+
+    Raises:
+      ValueError: if there is no such field, or the text is no value of its type.
+
+    Example:
+      >>> config = ConfigDict({"model": {"dim": 512}})
+      >>> override(config, "model.dim", "256")
+      >>> config.model.dim
+      256
+    """
+    section: Any = config
+    *parents, leaf = field.split(".")
+    for depth, name in enumerate([*parents, leaf]):
+        if not isinstance(section, ConfigDict):
+            place = ".".join(parents[:depth])
+            raise ValueError(f"--config.{field}={text}: {place} is a value without fields")
+        if name not in section:
+            place = ".".join(parents[:depth]) or "a config"
+            raise ValueError(
+                f"--config.{field}={text}: there is no such field as {name}"
+                f"{did_you_mean(name, list(section))}; {place} has {', '.join(section)}"
+            )
+        if depth < len(parents):
+            section = section[name]
+    if isinstance(section[leaf], ConfigDict):
+        fields = ", ".join(section[leaf]) or "no fields"
+        raise ValueError(f"--config.{field}={text}: {field} is a section; set one of {fields}")
+    try:
+        section[leaf] = parse_value(text, section.get_type(leaf))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--config.{field}={text}: {error}") from error
+
+
+def parse_value(text: str, kind: type) -> Any:
+    """Read a value of a type; `None` is a value of every type.
+
+    Args:
+      text: `true` or `false` for a bool; a text as it is; otherwise a Python literal. A tuple of
+        names may be written as `dense,bm25`.
+      kind: the type; `NoneType` and `object` stand for any.
+
+    Raises:
+      ValueError: if the text is no value of the type.
+
+    Example:
+      >>> parse_value("1e-3", float), parse_value("('row', 'text')", tuple)
+      (0.001, ('row', 'text'))
+    """
+    if text == "None":
+        return None
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() not in _BOOLEANS:
+            raise ValueError("give true or false")
+        return _BOOLEANS[text.lower()]
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise ValueError({int: "give an integer", float: "give a number"}[kind]) from error
+    value = _literal(text)
+    if kind in (tuple, list):
+        return kind(value if isinstance(value, (tuple, list)) else [value])
+    if kind not in (object, type(None)) and not isinstance(value, kind):
+        raise ValueError(f"give a {kind.__name__}")
+    return value
+
+
+def _literal(text: str) -> Any:
+    """A Python literal; otherwise names between commas, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError) as error:
+        if not text or any(mark in text for mark in "()[]{}'\""):
+            raise ValueError("give a Python literal, such as ('dense', 'bm25')") from error
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    return names if "," in text else text

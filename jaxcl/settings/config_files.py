@@ -1,0 +1,89 @@
+"""Config files: found by name or path, and run."""
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import jaxcl.configs
+from jaxcl.settings.ranges import did_you_mean
+
+__all__ = ["find_config", "known_configs", "load_config", "read_settings_file"]
+
+
+def known_configs() -> list[str]:
+    """The names of the configs that come with jaxcl."""
+    found = {path.stem for folder in jaxcl.configs.__path__ for path in Path(folder).glob("*.py")}
+    return sorted(found - {"__init__"})
+
+
+def find_config(named: str) -> Path:
+    """The file of a config that is named by a path, or by its name alone.
+
+    Raises:
+      ValueError: if there is no such file, and jaxcl has no config of that name.
+
+    Example:
+      >>> find_config("code_search").name
+      'code_search.py'
+    """
+    path = Path(named).expanduser()
+    if path.is_file():
+        return path
+    if path.name == named.removesuffix(".py"):
+        for folder in jaxcl.configs.__path__:
+            candidate = Path(folder) / f"{path.name}.py"
+            if candidate.exists():
+                return candidate
+    known = known_configs()
+    raise ValueError(
+        f"there is no such file as {path.absolute()}, and no config named {named!r}"
+        f"{did_you_mean(path.stem, known)}; jaxcl has {', '.join(known)}"
+    )
+
+
+def load_config(named: str) -> ConfigDict:
+    """Load a config.
+
+    Args:
+      named: a Python file, or the name of a config of jaxcl; a variant may follow a colon.
+
+    Raises:
+      ValueError: if there is no such file, or its `get_config` fails.
+
+    Example:
+      >>> load_config("code_search:smoke").steps
+      20
+    """
+    config = _call(named, "get_config")
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"get_config of {named} returns no ConfigDict")
+    return config
+
+
+def read_settings_file(named: str) -> dict[str, dict[str, Any]]:
+    """The settings of a sweep: what its `get_settings` returns.
+
+    Args:
+      named: a Python file, or the name of a sweep of jaxcl; a variant may follow a colon.
+
+    Raises:
+      ValueError: if there is no such file, or its `get_settings` fails.
+    """
+    return _call(named, "get_settings")
+
+
+def _call(named: str, function: str) -> Any:
+    """Run a Python file and call one of its functions with the variant."""
+    file, _, variant = named.partition(":")
+    path = find_config(file)
+    try:
+        get: Callable[..., Any] | None = runpy.run_path(str(path)).get(function)
+        if callable(get):
+            return get(variant) if variant else get()
+    except Exception as error:  # the file is a program, and may raise whatever there is
+        reason = f"{type(error).__name__}: " if not isinstance(error, ValueError) else ""
+        raise ValueError(f"the config cannot be used: {named}: {reason}{error}") from error
+    raise ValueError(f"{path} has no function {function}")

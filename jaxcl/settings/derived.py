@@ -1,0 +1,108 @@
+"""What follows from settings: the rule of batch assignment, the names of data sets and masks."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from jaxcl.assignment import PRESETS, Gcbs, random_to_hard
+from jaxcl.settings.sections import DataSettings, GcbsSettings, Settings
+
+__all__ = [
+    "ASSIGNMENTS",
+    "BANKS",
+    "EMBEDDINGS",
+    "GUIDES",
+    "MASKS",
+    "SOURCES",
+    "GcbsRule",
+    "data_set_names",
+    "gcbs_rule",
+    "sources_by",
+]
+
+ASSIGNMENTS = ("uniform", "sourced", "gcbs")
+"""What decides which rows share a batch, as `config.assignment.name`."""
+
+BANKS = ("queue", "instance")
+"""Memory banks by name, as `config.negatives.bank.kind`."""
+
+EMBEDDINGS = ("encode", "bank")
+"""Where a refresh of the batches takes embeddings from: a pass over the data, or the bank."""
+
+GUIDES = ("momentum", "data")
+"""The guide models that may judge similarity instead of the model: `config.negatives.guide`."""
+
+MASKS: Mapping[str, str] = {"row": "ids", "text": "ids", "group": "groups"}
+"""Columns of a batch whose equal entries are no negatives -> the loss's argument for them. A row
+has its own text, so that `"text"` masks all that `"row"` does."""
+
+SOURCES = ("group", "data_set", "topic")
+"""What batches may be sourced by, as `config.assignment.sourced.by`."""
+
+
+class GcbsRule(NamedTuple):
+    """How a run reassigns its batches.
+
+    Attributes:
+      settings: of the method.
+      block_size: rows that stay together.
+      refresh_every: steps between refreshes; or
+      refresh_epochs: epochs between them, if not `None`.
+      random_fraction: step -> the share of blocks that are random.
+      apart: the columns whose equal entries are kept out of each other's batch.
+      from_bank: whether embeddings are those of the instance bank.
+      picture: whether each refresh draws one.
+    """
+
+    settings: Gcbs
+    block_size: int
+    refresh_every: int
+    refresh_epochs: float | None
+    random_fraction: Callable[[int], float]
+    apart: tuple[str, ...]
+    from_bank: bool
+    picture: bool
+
+
+def gcbs_rule(settings: Settings) -> GcbsRule | None:
+    """How a run reassigns its batches; `None` if it does not."""
+    if settings.assignment.name != "gcbs":
+        return None
+    options = settings.assignment.gcbs
+    return GcbsRule(
+        _method(options),
+        settings.global_batch_size if options.block_size is None else options.block_size,
+        options.refresh_every,
+        options.refresh_epochs,
+        random_to_hard(options.random_initial, options.random_final, settings.steps),
+        options.apart,
+        options.embeddings == "bank",
+        options.picture,
+    )
+
+
+def _method(options: GcbsSettings) -> Gcbs:
+    if options.preset not in PRESETS:
+        raise ValueError(
+            f"assignment.gcbs.preset={options.preset!r} is unknown; use one of {', '.join(PRESETS)}"
+        )
+    preset = PRESETS[options.preset]
+
+    def given(*names: str) -> dict:
+        values = {name: getattr(options, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    return preset._replace(
+        **given("method", "graph", "neighbours", "similarity_cap"),
+        effort=preset.effort._replace(**given("swaps", "refinements")),
+    )
+
+
+def sources_by(settings: Settings) -> str:
+    """What the batches of `assignment.name="sourced"` go by."""
+    return settings.assignment.sourced.by or "group"
+
+
+def data_set_names(data: DataSettings) -> tuple[str, ...]:
+    """The data sets of the training rows by name, in order: `"first"`, then the others."""
+    others = sorted(data.concatenated.items())
+    return ("first", *(name for name, one in others if "train" in one.splits))

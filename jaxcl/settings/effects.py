@@ -1,0 +1,142 @@
+"""Settings that have no effect, because another setting decides that they are not read."""
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from jaxcl.settings.sections import Settings
+
+__all__ = ["check_effects"]
+
+
+class _Unread(NamedTuple):
+    """Settings that are not read, and when.
+
+    Attributes:
+      fields: dotted names, or prefixes that end in a dot.
+      holds: settings -> whether they are not read.
+      reason: what would have to be set for them to be read.
+    """
+
+    fields: tuple[str, ...]
+    holds: Callable[[Settings], bool]
+    reason: str
+
+
+def _fields(section: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{section}.{name}" for name in names)
+
+
+_UNREAD = (
+    _Unread(
+        ("data.code_pairs.",),
+        lambda s: s.data.name != "code_pairs",
+        "data.name='code_pairs' reads it",
+    ),
+    _Unread(
+        ("negatives.bank.slots",),
+        lambda s: s.negatives.bank.kind != "queue",
+        "negatives.bank.kind='queue' reads it",
+    ),
+    _Unread(
+        ("negatives.bank.momentum",),
+        lambda s: s.negatives.bank.kind != "instance",
+        "negatives.bank.kind='instance' reads it",
+    ),
+    _Unread(
+        ("negatives.bank.dtype",),
+        lambda s: s.negatives.bank.kind is None,
+        "negatives.bank.kind reads it",
+    ),
+    _Unread(
+        ("negatives.tiers.whole",),
+        lambda s: s.negatives.tiers.whole and s.negatives.bank.kind is None,
+        "negatives.bank.kind gives it a bank",
+    ),
+    _Unread(
+        _fields("negatives.tiers", "hardest", "of_batch", "gradient"),
+        lambda s: not s.negatives.tiers.budgets.synthetic,
+        "negatives.tiers.mixed, mixed_with_query or perturbed reads it",
+    ),
+    _Unread(
+        ("negatives.tiers.degrees",),
+        lambda s: not s.negatives.tiers.perturbed,
+        "negatives.tiers.perturbed reads it",
+    ),
+    _Unread(
+        ("negatives.proportions",),
+        lambda s: not s.negatives.tiers.stratified,
+        "negatives.tiers.stratified reads it",
+    ),
+    _Unread(
+        ("negatives.weights",),
+        lambda s: not s.negatives.tiers.stratified or s.negatives.proportions != "weights",
+        "negatives.tiers.stratified with negatives.proportions='weights' reads it",
+    ),
+    _Unread(
+        _fields(
+            "negatives.mined", "per_query", "rank_range", "margin", "relative_margin", "sampling"
+        ),
+        lambda s: s.negatives.mined.refresh_every is None,
+        "negatives.mined.refresh_every reads it",
+    ),
+    _Unread(
+        ("negatives.momentum_encoder.final",),
+        lambda s: s.negatives.momentum_encoder.initial is None,
+        "negatives.momentum_encoder.initial reads it",
+    ),
+    _Unread(
+        ("assignment.sourced.",),
+        lambda s: s.assignment.name != "sourced",
+        "assignment.name='sourced' reads it",
+    ),
+    _Unread(
+        ("assignment.gcbs.",),
+        lambda s: s.assignment.name != "gcbs",
+        "assignment.name='gcbs' reads it",
+    ),
+    _Unread(
+        ("assignment.gcbs.refresh_every",),
+        lambda s: s.assignment.gcbs.refresh_epochs is not None,
+        "assignment.gcbs.refresh_epochs goes before it",
+    ),
+    _Unread(
+        _fields("assignment.gcbs", "swaps", "refinements"),
+        lambda s: s.assignment.gcbs.method != "bisection",
+        "assignment.gcbs.method='bisection' reads it",
+    ),
+    _Unread(
+        _fields("assignment.gcbs", "neighbours", "graph", "similarity_cap"),
+        lambda s: s.assignment.gcbs.method == "rcm",
+        "the other methods of assignment.gcbs.method read it",
+    ),
+    _Unread(
+        ("evaluation.rrf_k",),
+        lambda s: "hybrid" not in s.evaluation.methods,
+        "'hybrid' among evaluation.methods reads it",
+    ),
+    _Unread(
+        ("run.parameter_rules",),
+        lambda s: s.run.mesh.get("fsdp", 1) == 1,
+        "run.mesh.fsdp above 1 reads it",
+    ),
+)
+
+
+def check_effects(settings: Settings, changed: Collection[str]) -> None:
+    """Raise a `ValueError` for a setting that was changed and is not read.
+
+    Args:
+      settings: all of them.
+      changed: dotted names of what the user changed. Defaults that are not read are no error.
+    """
+    for field in changed:
+        for unread in _UNREAD:
+            if _names(field, unread.fields) and unread.holds(settings):
+                raise ValueError(f"{field} has no effect here: {unread.reason}. Leave it out")
+
+
+def _names(field: str, fields: tuple[str, ...]) -> bool:
+    return any(
+        field.startswith(one) if one.endswith(".") else field == one or field.startswith(one + ".")
+        for one in fields
+    )

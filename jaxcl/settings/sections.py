@@ -1,0 +1,332 @@
+"""Every setting of a run, with its type, its range and its default.
+
+`read_settings` fills these from a config. `configs/base.py` explains the settings one by one.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple
+
+from jaxcl.negatives.mining import MiningRule
+from jaxcl.negatives.tiers import TierBudgets
+from jaxcl.settings.ranges import Range
+
+__all__ = [
+    "AssignmentSettings",
+    "BankSettings",
+    "CodePairsSettings",
+    "DataSet",
+    "DataSettings",
+    "EvaluationSettings",
+    "GcbsSettings",
+    "GradCacheSettings",
+    "LossSettings",
+    "MaxTokens",
+    "MinedSettings",
+    "ModelSettings",
+    "MomentumSettings",
+    "NegativesSettings",
+    "OptimizerSettings",
+    "Parts",
+    "RunSettings",
+    "Settings",
+    "SourcedSettings",
+    "TemperatureSettings",
+    "TextSpec",
+    "TierSettings",
+    "unresolved",
+]
+
+Count = Annotated[int, Range(least=0)]
+Size = Annotated[int, Range(least=1)]
+Share = Annotated[float, Range(least=0, most=1)]
+Seed = Annotated[int, Range(least=0, below=2**63)]
+Margin = Annotated[float, Range(least=-2, most=2)]  # a difference of cosines
+
+
+class CodePairsSettings(NamedTuple):
+    """Pairs of docstrings and functions from the installed packages."""
+
+    test_packages: tuple[str, ...] = ("stdlib",)
+    validation_fraction: Annotated[float, Range(least=0, below=1)] = 0.1
+    split_seed: Seed = 0
+    max_pairs: Size | None = None
+
+
+class MaxTokens(NamedTuple):
+    """The longest text of each side, in tokens."""
+
+    query: Size = 32
+    key: Size = 128
+
+
+class TextSpec(NamedTuple):
+    """How a text becomes tokens."""
+
+    max_tokens: MaxTokens
+    add_cls: bool
+    distinct_tokens: bool
+
+
+class DataSet(NamedTuple):
+    """One prepared data set, its splits by role, and the fields that are read."""
+
+    name: str | None = None
+    splits: Mapping[str, str] = {}
+    query_field: str = "query"
+    key_field: str = "key"
+    group_field: str | None = None
+    metadata_fields: tuple[str, ...] = ()
+
+
+class DataSettings(NamedTuple):
+    """The rows of a run, and how their texts become tokens."""
+
+    name: str | None = None
+    code_pairs: CodePairsSettings | None = None
+    splits: Mapping[str, str] = {"train": "train[:95%]", "validation": "train[95%:]"}
+    query_field: str = "query"
+    key_field: str = "key"
+    concatenated: Mapping[str, DataSet] = {}
+    group_field: str | None = None
+    metadata_fields: tuple[str, ...] = ()
+    negatives: str | None = None
+    guides: str | None = None
+    topics: str | None = None
+    tokenizer: str | None = None
+    vocabulary_size: Size = 16_384
+    max_tokens: MaxTokens = MaxTokens()
+    add_cls: bool = False
+    distinct_tokens: bool = False
+
+    @property
+    def first(self) -> DataSet:
+        """The data set of `name`, which those of `concatenated` follow."""
+        return DataSet(*(getattr(self, field) for field in DataSet._fields))
+
+    @property
+    def text(self) -> TextSpec:
+        """How the texts become tokens."""
+        return TextSpec(self.max_tokens, self.add_cls, self.distinct_tokens)
+
+
+class ModelSettings(NamedTuple):
+    """The encoder and the width of its embeddings; `options` are the encoder's own arguments."""
+
+    name: str = "static"
+    shared: bool = True
+    dim: Size = 512
+    options: Mapping[str, Any] = {"max_tokens": 128}
+
+
+class TemperatureSettings(NamedTuple):
+    """Where the learned temperature starts, and the range that each update clamps it to."""
+
+    initial: Annotated[float, Range(above=0)] = 0.05
+    minimum: Annotated[float, Range(above=0)] = 0.01
+    maximum: Annotated[float, Range(above=0)] = 1.0
+
+
+class LossSettings(NamedTuple):
+    """The loss, its masks and its temperature; `options` are the loss's own arguments."""
+
+    name: str = "infonce"
+    options: Mapping[str, Any] = {}
+    exchange: str = "gather"
+    implementation: str | None = None
+    bias: Annotated[float, Range()] | None = None
+    matryoshka_dims: tuple[Size, ...] = ()
+    masks: tuple[str, ...] = ("row",)
+    margin: Margin | None = None
+    relative_margin: Annotated[float, Range(least=-1, most=1)] | None = None
+    temperature: TemperatureSettings = TemperatureSettings()
+
+    @property
+    def margins(self) -> dict[str, float]:
+        """The margins that are set, by the name of the loss's argument."""
+        both = {"margin": self.margin, "relative_margin": self.relative_margin}
+        return {name: value for name, value in both.items() if value is not None}
+
+
+class BankSettings(NamedTuple):
+    """The memory bank."""
+
+    kind: str | None = None
+    slots: Size = 16_384
+    momentum: Annotated[float, Range(least=0, below=1)] = 0.5
+    dtype: str = "float32"
+
+
+class TierSettings(NamedTuple):
+    """How many negatives of each tier a query meets: `jaxcl.negatives.tiers.TierBudgets`."""
+
+    whole: bool = False
+    uniform: Count = 0
+    stratified: Count = 0
+    nearest: Count = 0
+    mixed: Count = 0
+    mixed_with_query: Count = 0
+    perturbed: Count = 0
+    hardest: Size = 64
+    of_batch: bool = False
+    degrees: Annotated[float, Range(above=0, most=180)] = 20.0
+    gradient: bool = False
+
+    @property
+    def budgets(self) -> TierBudgets:
+        """The same as the library takes it."""
+        return TierBudgets(**self._asdict())
+
+
+class MinedSettings(NamedTuple):
+    """Mining in training from the instance bank."""
+
+    refresh_every: Size | None = None
+    per_query: Size = 4
+    rank_range: tuple[Count, Count] = (10, 100)
+    margin: Margin | None = None
+    relative_margin: Annotated[float, Range(least=-1, most=1)] | None = None
+    sampling: str = "random"
+
+    @property
+    def rule(self) -> MiningRule:
+        """The same as the library takes it."""
+        return MiningRule(**{name: getattr(self, name) for name in MiningRule._fields})
+
+
+class MomentumSettings(NamedTuple):
+    """The share of the momentum encoder that an update keeps, from the first step to the last."""
+
+    initial: Share | None = None
+    final: Share = 1.0
+
+
+class NegativesSettings(NamedTuple):
+    """Negatives in addition to those of the batch."""
+
+    bank: BankSettings = BankSettings()
+    tiers: TierSettings = TierSettings()
+    mined: MinedSettings = MinedSettings()
+    proportions: str = "rows"
+    weights: tuple[tuple[int, Annotated[float, Range(least=0)]], ...] = ()
+    momentum_encoder: MomentumSettings = MomentumSettings()
+    guide: str | None = None
+
+
+class SourcedSettings(NamedTuple):
+    """Batches by source: `jaxcl.assignment.SourcedRows`."""
+
+    by: str | None = None
+    mix: str = "mixed"
+    temperature: Annotated[float, Range(above=0, finite=False)] = 1.0
+    weights: tuple[tuple[int | str, Annotated[float, Range(least=0)]], ...] = ()
+
+
+class GcbsSettings(NamedTuple):
+    """Global contrastive batch sampling."""
+
+    refresh_every: Size = 50
+    refresh_epochs: Annotated[float, Range(above=0)] | None = None
+    method: str = "bisection"
+    block_size: int | None = None  # checked against the batch
+    preset: str = "light"
+    neighbours: Size | None = None
+    swaps: Count | None = None
+    refinements: Count | None = None
+    graph: str | None = None
+    similarity_cap: Annotated[float, Range(least=-1, most=1)] | None = None
+    embeddings: str = "encode"
+    random_initial: Share = 0.0
+    random_final: Share = 0.0
+    apart: tuple[str, ...] = ("text",)
+    picture: bool = False
+
+
+class AssignmentSettings(NamedTuple):
+    """Which rows share a batch."""
+
+    name: str = "uniform"
+    sourced: SourcedSettings = SourcedSettings()
+    gcbs: GcbsSettings = GcbsSettings()
+
+
+class GradCacheSettings(NamedTuple):
+    """How many rows, or tokens, a device encodes at a time; `None` for all."""
+
+    chunk_size: Size | None = None
+    chunk_tokens: Size | None = None
+
+
+class OptimizerSettings(NamedTuple):
+    """The optimiser and its schedule; `options` are the optimiser's own arguments."""
+
+    name: str = "adam"
+    schedule: str = "warmup_cosine"
+    learning_rate: Annotated[float, Range(above=0)] = 2e-3
+    warmup_steps: Count = 30
+    weight_decay: Annotated[float, Range(least=0)] = 0.0
+    clip_norm: Annotated[float, Range(least=0)] = 1.0
+    options: Mapping[str, Any] = {}
+
+
+class EvaluationSettings(NamedTuple):
+    """How held-out splits are ranked."""
+
+    methods: tuple[str, ...] = ("bm25", "dense", "hybrid")
+    rrf_k: Size = 10
+    batch_size: Size = 1_024
+
+
+class RunSettings(NamedTuple):
+    """What may change between a stop and a restart."""
+
+    data_dir: str = "~/.cache/jaxcl"
+    mesh: Mapping[str, int] = {"data": -1, "fsdp": 1}
+    parameter_rules: tuple[tuple[str, int | None], ...] = ()
+    log_every: Size = 10
+    evaluate_every: Size = 100
+    checkpoint_every: Size = 100
+    keep_checkpoints: Annotated[int, Range(least=2)] = 2
+
+
+def unresolved(*_: Any, **__: Any) -> Any:
+    """Stand for a part that was not looked up, or may not be imported."""
+    raise ValueError("this part of the run was not imported, since its package is not trusted")
+
+
+class Parts(NamedTuple):
+    """The functions that a run's config names, or `unresolved`.
+
+    Attributes:
+      encoder: `(vocabulary_size, *, dim, rngs, **options) -> module`.
+      loss: as those of `jaxcl.losses`.
+      optimizer: `(**options) -> optax.GradientTransformation`.
+      schedule: `(peak, *, warmup_steps, steps) -> optax.Schedule`.
+      assignment: `(*, num_rows, batch_size, seed) -> (step -> row numbers)`, where
+        `assignment.name` is `package.module:function`.
+      source: `role -> PairSource`, where `data.name` is `package.module:function`.
+    """
+
+    encoder: Callable = unresolved
+    loss: Callable = unresolved
+    optimizer: Callable = unresolved
+    schedule: Callable = unresolved
+    assignment: Callable | None = None
+    source: Callable | None = None
+
+
+class Settings(NamedTuple):
+    """All settings of a run, checked, and the functions that they name (`parts`)."""
+
+    seed: Seed = 0
+    steps: Size = 300
+    global_batch_size: Size = 1_024
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    loss: LossSettings = LossSettings()
+    negatives: NegativesSettings = NegativesSettings()
+    assignment: AssignmentSettings = AssignmentSettings()
+    grad_cache: GradCacheSettings = GradCacheSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    run: RunSettings = RunSettings()
+    parts: Parts = Parts()

@@ -1,0 +1,152 @@
+"""A config is read once: every field is checked, and every name becomes a function."""
+
+import math
+import sys
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import optax
+import pytest
+
+from jaxcl.configs import base, code_search
+from jaxcl.losses import infonce_loss
+from jaxcl.settings.effects import _UNREAD, check_effects
+from jaxcl.settings.parts import ENCODERS, LOSSES, OPTIMIZERS
+from jaxcl.settings.ranges import Range
+from jaxcl.settings.read import as_dict, read_settings
+from jaxcl.settings.sections import Parts, Settings, unresolved
+
+LIMITS = (-1, 0, 2**70, -math.inf, math.inf, math.nan)
+
+
+def numbers(section: type, path: str = "") -> Iterator[tuple[str, Range | None]]:
+    """Each number of a section: its dotted name and its range."""
+    for name, hint in get_type_hints(section, include_extras=True).items():
+        yield from numbers_of_hint(hint, f"{path}{name}")
+
+
+def numbers_of_hint(hint: Any, path: str) -> Iterator[tuple[str, Range | None]]:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        yield path, next((note for note in arguments[1:] if isinstance(note, Range)), None)
+    elif origin in (Union, types.UnionType):
+        for one in arguments:
+            yield from numbers_of_hint(one, path)
+    elif hint in (int, float):
+        yield path, None
+    elif isinstance(hint, type) and hasattr(hint, "_fields") and hint is not Parts:
+        yield from numbers(hint, f"{path}.")
+
+
+NUMBERS = dict(numbers(Settings))
+CHECKED_ELSEWHERE = {"assignment.gcbs.block_size"}  # against the batch
+
+
+def test_the_commented_base_has_the_declared_defaults():
+    assert as_dict(read_settings(base.get_config())) == as_dict(read_settings({}))
+
+
+def test_every_number_has_a_range():
+    assert len(NUMBERS) > 40
+    assert {path for path, limits in NUMBERS.items() if limits is None} == CHECKED_ELSEWHERE
+
+
+@pytest.mark.parametrize("path", sorted(NUMBERS.keys() - CHECKED_ELSEWHERE))
+def test_a_number_out_of_its_range_is_refused_by_name(path):
+    refused = 0
+    for value in LIMITS:
+        try:
+            NUMBERS[path].check(path, value)
+        except ValueError:
+            refused += 1
+            config: dict[str, Any] = {}
+            *parents, leaf = path.split(".")
+            section = config
+            for parent in parents:
+                section = section.setdefault(parent, {})
+            section[leaf] = value
+            with pytest.raises(ValueError, match=rf"{path}="):
+                read_settings(config)
+    assert refused >= 2  # NaN, and infinity or what is below it
+
+
+REGISTRIES = {"model": ENCODERS, "loss": LOSSES, "optimizer": OPTIMIZERS}
+
+
+@pytest.mark.parametrize("section", REGISTRIES)
+def test_every_number_of_an_option_has_a_range(section):
+    for name, part in REGISTRIES[section].items():
+        for option, limits in numbers(part.options):
+            assert limits is not None, (name, option)
+
+
+def test_settings_survive_the_way_through_json():
+    settings = read_settings(code_search.get_config())
+    assert read_settings(as_dict(settings)) == settings
+
+
+def test_a_field_of_no_section_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer\.rate is unknown"):
+        read_settings({"optimizer": {"rate": 1}})
+    with pytest.raises(ValueError, match="parts is no field of a config"):
+        read_settings({"parts": {}})
+
+
+def test_only_a_changed_setting_without_effect_is_an_error():
+    settings = read_settings({})  # the defaults, under which most of those settings are not read
+    tried = 0
+    for unread in _UNREAD:
+        for field in unread.fields:
+            if unread.holds(settings):
+                tried += 1
+                name = field + "name" if field.endswith(".") else field
+                with pytest.raises(ValueError, match=f"{name} has no effect here"):
+                    check_effects(settings, [name])
+    assert tried > 15
+    check_effects(settings, ["steps", "loss.margin", "assignment.name"])
+    queue = {"bank": {"kind": "queue", "slots": 7}, "tiers": {"whole": True}}
+    read_settings({"negatives": queue}, changed=["negatives.bank.slots", "negatives.tiers.whole"])
+
+
+def test_a_name_may_be_a_function_of_a_package(tmp_path, monkeypatch):
+    schedule = "import optax\n\ndef flat(peak, **_):\n    return optax.constant_schedule(peak)\n"
+    (tmp_path / "own_schedules.py").write_text(schedule)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = {
+        "loss": {"name": "jaxcl.losses:infonce_loss", "options": {"hardness": 0.5}},
+        "optimizer": {"name": "optax:scale_by_adam", "schedule": "own_schedules:flat"},
+        "model": {"name": "jaxcl.models:StaticEncoder"},
+    }
+    parts = read_settings(config).parts
+    assert parts.loss is infonce_loss
+    assert parts.optimizer is optax.scale_by_adam
+    assert parts.schedule(0.25, warmup_steps=1, steps=2)(7) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("infonc", r"loss\.name='infonc' is unknown \(did you mean 'infonce'\?\)"),
+        ("no_such_package:loss", r"loss\.name='no_such_package:loss' cannot be imported"),
+        ("jaxcl.losses:no_such_loss", "cannot be imported"),
+        ("jaxcl:losses", "is not a function"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_an_error(name, message):
+    with pytest.raises(ValueError, match=message):
+        read_settings({"loss": {"name": name}})
+
+
+def test_nothing_is_imported_of_a_package_that_is_not_trusted(tmp_path, monkeypatch):
+    (tmp_path / "untrusted.py").write_text("raise AssertionError('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    other = {"loss": {"name": "untrusted:loss"}, "optimizer": {"name": "untrusted:rule"}}
+    parts = read_settings(other, trust=()).parts  # the encoder alone can be opened
+    assert parts.loss is parts.optimizer is unresolved
+    with pytest.raises(PermissionError, match="--trust untrusted"):
+        read_settings({"model": {"name": "untrusted:encoder"}}, trust=("jaxcl",))
+    assert "untrusted" not in sys.modules
+    with pytest.raises(AssertionError, match="imported"):  # which shows that it can be
+        read_settings({"model": {"name": "untrusted:encoder"}}, trust=("untrusted",))
+    assert read_settings({"model": {"name": "jaxcl.models:StaticEncoder"}}, trust=("jaxcl",))
