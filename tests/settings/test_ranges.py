@@ -66,6 +66,7 @@ def test_what_does_not_fit_is_named(given, message):
         (Range(least=0, below=1), [0, 0.999], [1, -0.1]),
         (Range(above=0, finite=False), [math.inf], [-math.inf, math.nan]),
         (Range(), [-1e9, 0], [math.inf, -math.inf, math.nan]),
+        (Range(finite=False), [math.inf, -math.inf], [math.nan]),
     ],
 )
 def test_a_range_ends_where_it_says(limits, inside, outside):
