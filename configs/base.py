@@ -128,9 +128,11 @@ def _assignment() -> ConfigDict:
     gcbs.method = "bisection"  # or "rcm_device", or "rcm", the paper's
     gcbs.block_size = placeholder(int)  # None for whole batches
     # How long the search is: "light" trains as well as "full", which closes more of the gap in
-    # three times the time. Each of the next five replaces the preset's value unless it is None.
+    # three times the time. Each of the next seven replaces the preset's value unless it is None.
     gcbs.preset = "light"
     gcbs.neighbours = placeholder(int)
+    gcbs.starts = placeholder(int)  # random initial directions of a split
+    gcbs.walks = placeholder(int)
     gcbs.swaps = placeholder(int)
     gcbs.refinements = placeholder(int)
     gcbs.graph = placeholder(str)  # "exact" or "clustered"

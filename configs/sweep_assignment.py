@@ -3,7 +3,9 @@
     python -m jaxcl.compare --config configs/code_search.py \\
         --settings configs/sweep_assignment.py --workdir runs/assignment
 
-`configs/sweep_assignment.py:small` has batches of 64, 1,000 steps and refreshes every 200.
+`configs/sweep_assignment.py:small` has batches of 64, 1,000 steps and refreshes every 200;
+`configs/sweep_assignment.py:refreshes` has only the settings from which code search's default was
+chosen: how often batches are chosen anew, and with how many starts.
 """
 
 DENSE = {"evaluation.methods": ("dense",)}
@@ -11,13 +13,16 @@ RANDOM = DENSE | {"assignment.name": "uniform"}
 LIGHT = DENSE | {"assignment.name": "gcbs"}
 FULL = LIGHT | {"assignment.gcbs.preset": "full"}
 BANK = {"assignment.gcbs.embeddings": "bank", "negatives.bank.kind": "instance"}
+TWO_STARTS = {"assignment.gcbs.starts": 2, "assignment.gcbs.walks": 4}
 MASKS = {"loss.masks": ("text",), "loss.relative_margin": 0.05}
 
 
 def get_settings(variant: str = "default") -> dict[str, dict]:
     """Random and chosen batches; the first is the baseline."""
+    if variant == "refreshes":
+        return {"random": RANDOM, **_refreshes(50, 75, 100), **_refreshes(50, 75, starts=TWO_STARTS)}
     if variant not in ("default", "small"):
-        raise ValueError(f"variant {variant!r} is unknown; use default or small")
+        raise ValueError(f"variant {variant!r} is unknown; use default, small or refreshes")
     small = variant == "small"
     refresh, steps = (200, 1_000) if small else (50, 300)
     size = {"global_batch_size": 64, "steps": steps} if small else {}
@@ -41,9 +46,7 @@ def get_settings(variant: str = "default") -> dict[str, dict]:
         settings["gcbs 8"] = full | {"assignment.gcbs.block_size": 8}
         settings["random, 2,000 steps"] = random | {"steps": 2_000}
         return settings
-    for steps_between in (75, 100, 150):
-        every = {"assignment.gcbs.refresh_every": steps_between}
-        settings[f"light, every {steps_between}"] = light | every
+    settings |= _refreshes(75, 100, 150) | _refreshes(50, 75, starts=TWO_STARTS)
     settings["light, bank"] = light | BANK
     settings["gcbs 128"] = full | {"assignment.gcbs.block_size": 128}
     settings["random, 450 steps"] = random | {"steps": 450}
@@ -51,4 +54,13 @@ def get_settings(variant: str = "default") -> dict[str, dict]:
         "negatives.bank.kind": "instance",
         "negatives.tiers.of_batch": False,
     }
+    return settings
+
+
+def _refreshes(*all_steps: int, starts: dict[str, int] | None = None) -> dict[str, dict]:
+    """The light preset with refreshes after so many steps each."""
+    settings = {}
+    for steps in all_steps:
+        name = f"light, every {steps}" + (", two starts" if starts else "")
+        settings[name] = LIGHT | {"assignment.gcbs.refresh_every": steps} | (starts or {})
     return settings

@@ -93,7 +93,7 @@ def _method(options: GcbsSettings) -> Gcbs:
 
     return preset._replace(
         **given("method", "graph", "neighbours", "similarity_cap"),
-        effort=preset.effort._replace(**given("swaps", "refinements")),
+        effort=preset.effort._replace(**given("starts", "walks", "swaps", "refinements")),
     )
 
 

@@ -100,7 +100,7 @@ _UNREAD = (
         "assignment.gcbs.refresh_epochs goes before it",
     ),
     _Unread(
-        _fields("assignment.gcbs", "swaps", "refinements"),
+        _fields("assignment.gcbs", "starts", "walks", "swaps", "refinements"),
         lambda s: s.assignment.gcbs.method != "bisection",
         "assignment.gcbs.method='bisection' reads it",
     ),

@@ -230,6 +230,8 @@ class GcbsSettings(NamedTuple):
     block_size: int | None = None  # checked against the batch
     preset: str = "light"
     neighbours: Size | None = None
+    starts: Size | None = None
+    walks: Count | None = None
     swaps: Count | None = None
     refinements: Count | None = None
     graph: str | None = None

@@ -92,7 +92,10 @@ def _tier(*budgets: str, bank: str = "dtype=float32") -> Case:
 RUNS = {
     "default": Case(
         CODE_SEARCH,
-        ("evaluation.methods=('bm25', 'dense', 'hybrid')", "data.metadata_fields=('name',)"),
+        (
+            *("evaluation.methods=('bm25', 'dense', 'hybrid')", "data.metadata_fields=('name',)"),
+            "assignment.name=uniform",  # as the default was when the modules moved
+        ),
     ),
     "two-towers": Case(PLAIN, ("model.shared=False", "optimizer.weight_decay=0.01")),
     "masks-and-margin": Case(PLAIN, (*TEXT_AND_GROUP, *MARGIN)),
