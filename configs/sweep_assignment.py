@@ -20,7 +20,11 @@ MASKS = {"loss.masks": ("text",), "loss.relative_margin": 0.05}
 def get_settings(variant: str = "default") -> dict[str, dict]:
     """Random and chosen batches; the first is the baseline."""
     if variant == "refreshes":
-        return {"random": RANDOM, **_refreshes(50, 75, 100), **_refreshes(50, 75, starts=TWO_STARTS)}
+        return {
+            "random": RANDOM,
+            **_refreshes(50, 75, 100),
+            **_refreshes(50, 75, starts=TWO_STARTS),
+        }
     if variant not in ("default", "small"):
         raise ValueError(f"variant {variant!r} is unknown; use default, small or refreshes")
     small = variant == "small"
