@@ -13,8 +13,11 @@
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from jaxcl.losses import LOSSES
+from jaxcl.models import ENCODERS
+from jaxcl.models.augmentations import AUGMENTATIONS
 from jaxcl.negatives.tiers import TierBudgets
-from jaxcl.settings.parts import ENCODERS, LOSSES, OPTIMIZERS, option_fields
+from jaxcl.settings.parts import OPTIMIZERS, option_fields
 
 
 def get_config() -> ConfigDict:
@@ -25,6 +28,7 @@ def get_config() -> ConfigDict:
     config.global_batch_size = 1_024  # pairs over all devices and hosts
     config.data = _data()
     config.model = _model()
+    config.augmentation = _augmentation()
     config.loss = _loss()
     config.negatives = _negatives()
     config.assignment = _assignment()
@@ -54,6 +58,7 @@ def _data() -> ConfigDict:
     data.guides = placeholder(str)  # an .npz with a guide model's embeddings of each training row
     data.topics = placeholder(str)  # an .npz with the topic of each training row
     data.tokenizer = placeholder(str)  # a tokenizer.json; None trains one on the training split
+    data.modality = ConfigDict({"query": "text", "key": "text"})  # of each side
     data.vocabulary_size = 16_384
     data.max_tokens = ConfigDict({"query": 32, "key": 128})
     data.add_cls = False
@@ -66,7 +71,19 @@ def _model() -> ConfigDict:
     # The options of all encoders; None is the encoder's own default, which its docstring gives.
     model.options = option_fields(ENCODERS)
     model.options.max_tokens = 128
+    model.pretrained = placeholder(str)  # a file or folder to start from; None starts at random
+    # The keys' encoder if it is of another kind than the queries'; it needs shared=False.
+    model.key = ConfigDict({"name": placeholder(str), "options": option_fields(ENCODERS)})
+    model.key.pretrained = placeholder(str)
     return model
+
+
+def _augmentation() -> ConfigDict:
+    augmentation = ConfigDict()
+    augmentation.name = placeholder(str)  # "token_dropout" or "span_masking"; None changes nothing
+    augmentation.sides = ("query", "key")
+    augmentation.options = option_fields(AUGMENTATIONS)
+    return augmentation
 
 
 def _loss() -> ConfigDict:

@@ -38,7 +38,8 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.data.group_field = "group"
     config.data.metadata_fields = ("name", "package", "qualified_name", "file", "line")
     config.data.distinct_tokens = True
-    config.model.options.token_dropout = 0.4
+    config.augmentation.name = "token_dropout"
+    config.augmentation.options.rate = 0.4
     config.assignment.name = "gcbs" if variant == "default" else "uniform"
     if variant == "default":
         config.negatives.tiers.update(SYNTHETIC)

@@ -19,7 +19,8 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.data.distinct_tokens = False
     config.model.name = "transformer"
     config.model.dim = 384
-    config.model.options.token_dropout = None  # the static encoder's
+    config.augmentation.name = None  # this encoder has dropout
+    config.augmentation.options.rate = None
     config.model.options.update(
         {"max_tokens": 256, "hidden_dim": 384, "num_layers": 6, "num_heads": 6, "mlp_dim": 1_536}
         | {"norm_position": "pre", "pooling": "mean", "dropout": 0.1}

@@ -18,7 +18,8 @@ def get_config(variant: str = "default") -> ConfigDict:
         raise ValueError(f"variant {variant!r} is unknown; use default or smoke")
     config = base.get_config()
     config.data.distinct_tokens = True
-    config.model.options.token_dropout = 0.4
+    config.augmentation.name = "token_dropout"
+    config.augmentation.options.rate = 0.4
     config.assignment.name = "uniform"  # chosen batches are not measured here
     if variant == "smoke":
         config.steps = 20

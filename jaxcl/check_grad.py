@@ -3,7 +3,7 @@
     python -m jaxcl.check_grad --config configs/code_search.py --config.run.mesh.fsdp=2
 
 Compares the loss, exchange, masks and gradient cache of a config on the present mesh with the dense
-loss on one device, for every parameter, on a tiny copy of its model and a batch of random tokens,
+loss on one device, for every parameter, on a tiny copy of its model and a batch of random inputs,
 without dropout. A reduction that is wrong shows as a ratio: the number of devices, or its inverse.
 """
 
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
+from jaxcl.data.modalities import modality_of
 from jaxcl.data.row_guides import guide_dim
 from jaxcl.host.command import UserError, run_command
 from jaxcl.host.command_flags import CommandParser
@@ -95,7 +96,7 @@ def compare_gradients(settings: Settings) -> list[GradientCheck]:
     """
     mesh = run_mesh(settings.run.mesh)
     tiny = _tiny(settings)
-    towers = build_towers(tiny.model, tiny.parts, _VOCABULARY)
+    towers = build_towers(tiny)
     num_rows = _ROWS_PER_DEVICE * mesh.size
     batch = _random_batch(tiny, num_rows)
     state = init_state(
@@ -149,7 +150,7 @@ def _tiny(settings: Settings) -> Settings:
             dim=max((16, *settings.loss.matryoshka_dims)), options=options
         ),
         negatives=settings.negatives._replace(proportions="rows"),  # of the groups of the batch
-        data=settings.data._replace(max_tokens=MaxTokens(8, 8)),
+        data=settings.data._replace(max_tokens=MaxTokens(8, 8), vocabulary_size=_VOCABULARY),
         grad_cache=GradCacheSettings(chunk_size=2) if cached else settings.grad_cache,
     )
 
@@ -164,18 +165,22 @@ def _dense(settings: Settings) -> Settings:
 def _random_batch(settings: Settings, num_rows: int) -> Batch:
     rng = np.random.default_rng(0)
     rows = np.arange(num_rows, dtype=np.int32)
+    modalities = {side: modality_of(settings.data, side) for side in SIDES}
     sides = {
-        side: {"tokens": rng.integers(1, _VOCABULARY, (num_rows, width)).astype(np.int32)}
-        for side, width in settings.data.max_tokens._asdict().items()
+        side: modality.random_inputs(settings.data, side, rng, num_rows)
+        for side, modality in modalities.items()
     }
     batch = {**sides, **_labels(rows)}
     needs = batch_needs(settings)
     if "negatives" in needs:
-        width = settings.data.max_tokens.key
-        tokens = rng.integers(1, _VOCABULARY, (num_rows, _NEGATIVES, width)).astype(np.int32)
+        count = num_rows * _NEGATIVES
+        flat = modalities["key"].random_inputs(settings.data, "key", rng, count)
+        inputs = jax.tree.map(
+            lambda leaf: leaf.reshape(num_rows, _NEGATIVES, *leaf.shape[1:]), flat
+        )
         others = rng.integers(0, num_rows, (num_rows, _NEGATIVES)).astype(np.int32)
         valid = rng.random(others.shape) < 0.8
-        batch["negatives"] = {"inputs": {"tokens": tokens}, "valid": valid, **_labels(others)}
+        batch["negatives"] = {"inputs": inputs, "valid": valid, **_labels(others)}
     if "teacher_scores" in needs:
         scores = rng.normal(size=(num_rows, 1 + _NEGATIVES))
         batch["teacher_scores"] = scores.astype(np.float32)

@@ -25,11 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich
+import rich.table
 from jax.sharding import Mesh, PartitionSpec
-from rich.table import Table
 
 from jaxcl.data.sources import PairSource
-from jaxcl.data.token_table import TokenTable
+from jaxcl.data.table import Table
 from jaxcl.host.block_file import BlockFile
 from jaxcl.host.command import join_processes, run_command
 from jaxcl.host.command_flags import CommandParser, add_process_flags, add_workdir_flag, user_path
@@ -145,7 +145,7 @@ def mine(
     if split not in sources:
         raise ValueError(f"split={split!r} is unknown; the run has {', '.join(sources)}")
     source = sources[split]
-    table = first_then_others(functools.partial(run.token_table, split, source))
+    table = first_then_others(functools.partial(run.table, split, source))
     if table.num_rows <= rule.rank_range[0]:
         raise ValueError(f"the split has {table.num_rows} rows, none of rank {rule.rank_range[0]}")
     folder = _work_folder(Path(workdir), run, split)
@@ -182,7 +182,7 @@ def _work_folder(workdir: Path, run: OpenedRun, split: str) -> Path:
     return workdir / "mining" / _hash({"split": split, **run.made_from})
 
 
-def _embedded(run: OpenedRun, table: TokenTable, side: str, folder: Path) -> np.ndarray:
+def _embedded(run: OpenedRun, table: Table, side: str, folder: Path) -> np.ndarray:
     """All rows of a side, embedded block by block."""
     shape = (table.num_rows, run.settings.model.dim)
     blocks = _block_file(folder / f"{side}.npy", shape, np.float32)
@@ -191,8 +191,7 @@ def _embedded(run: OpenedRun, table: TokenTable, side: str, folder: Path) -> np.
         advance(blocks.done)
         while blocks.done < table.num_rows:
             rows = np.arange(blocks.done, min(blocks.done + _BLOCK_ROWS, table.num_rows))
-            tokens = table.side(side, rows)["tokens"]
-            blocks.append(run.encoder.embed(side, tokens, advance=advance))
+            blocks.append(run.encoder.embed(side, table, rows, advance=advance))
     return blocks.array
 
 
@@ -292,8 +291,8 @@ def _figures(found: Mined, positives: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _as_table(report: dict[str, Any]) -> Table:
-    table = Table("mined", "", show_header=False)
+def _as_table(report: dict[str, Any]) -> rich.table.Table:
+    table = rich.table.Table("mined", "", show_header=False)
     for name, value in report.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else f"{value:,}")

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from jaxcl.cost.chips import CHIPS, Chip
 from jaxcl.cost.program_cost import matrix_flops, traffic
+from jaxcl.data.modalities import modality_of
 from jaxcl.host.command import UserError, run_command
 from jaxcl.host.command_flags import CommandParser
 from jaxcl.host.progress import say
@@ -157,21 +158,21 @@ def _loss_bytes(
     """What the loss needs for itself: that of embeddings that are given, and their gradient."""
 
     def given(params: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
-        return inputs["tokens"]
+        return inputs
 
     whole = settings._replace(grad_cache=GradCacheSettings())
-    loss = build_loss(whole, Towers(lambda key: {}, given), mesh)
+    loss = build_loss(whole, Towers(lambda key: {}, lambda source: {}, given), mesh)
 
-    def embedded(tokens: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        shape = (*tokens.shape[:-1], settings.model.dim)
-        return jax.ShapeDtypeStruct(shape, np.float32, sharding=tokens.sharding)
+    def embedded(inputs: PyTree, num_axes: int) -> jax.ShapeDtypeStruct:
+        one: Any = jax.tree.leaves(inputs)[0]
+        shape = (*one.shape[:num_axes], settings.model.dim)
+        return jax.ShapeDtypeStruct(shape, np.float32, sharding=one.sharding)
 
-    # Embeddings in place of tokens; the gradient is taken of these.
-    vectors: dict[str, Any] = {side: {"tokens": embedded(batch[side]["tokens"])} for side in SIDES}
+    # Embeddings instead of inputs; the gradient is taken with respect to them.
+    vectors = {side: embedded(batch[side], 1) for side in SIDES}
     rest = {name: column for name, column in batch.items() if name not in SIDES}
     if "negatives" in batch:
-        tokens = batch["negatives"]["inputs"]["tokens"]
-        vectors["inputs"] = {"tokens": embedded(tokens)}
+        vectors["inputs"] = embedded(batch["negatives"]["inputs"], 2)
 
     def of_vectors(vectors: PyTree, params: PyTree, memory: PyTree, rest: Batch) -> PyTree:
         full = rest | {side: vectors[side] for side in SIDES}
@@ -192,16 +193,17 @@ def _abstract_batch(settings: Settings, mesh: jax.sharding.Mesh) -> Batch:
     def column(*shape: int, kind: Any = np.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((size, *shape), kind, sharding=sharding)
 
+    def inputs(side: str, *shape: int) -> PyTree:
+        spec = modality_of(settings.data, side).spec(settings.data, side)
+        return jax.tree.map(lambda leaf: column(*shape, *leaf.shape, kind=leaf.dtype), spec)
+
     labels = ("row", "text", "group")
-    batch: dict[str, Any] = {
-        side: {"tokens": column(getattr(settings.data.max_tokens, side))} for side in SIDES
-    }
+    batch: dict[str, Any] = {side: inputs(side) for side in SIDES}
     batch |= {name: column() for name in labels}
     mined = settings.negatives.mined
     if mined.refresh_every is not None:
-        tokens = column(mined.per_query, settings.data.max_tokens.key)
         batch["negatives"] = {
-            "inputs": {"tokens": tokens},
+            "inputs": inputs("key", mined.per_query),
             "valid": column(mined.per_query, kind=np.bool_),
             **{name: column(mined.per_query) for name in labels},
         }

@@ -191,8 +191,8 @@ def _build_index(run: OpenedRun) -> _Index:
         for source in sources.values():
             for first in range(0, len(source), _CHUNK_ROWS):
                 chunk = source.read(np.arange(first, min(first + _CHUNK_ROWS, len(source))))
-                tokens = run.encoder.tokens("key", [record["key"] for record in chunk])
-                parts.append(run.encoder.embed("key", tokens, advance=advance))
+                keys = [record["key"] for record in chunk]
+                parts.append(run.encoder.encode("key", keys, advance=advance))
                 rows.extend(chunk)
     return _Index(np.concatenate(parts), rows)
 

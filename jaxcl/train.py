@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcl.data.loader import training_batches
@@ -44,7 +45,7 @@ from jaxcl.settings.command_line import add_config_flags, changed_fields, config
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
 from jaxcl.step.train_state import TrainState
-from jaxcl.typing import Batch
+from jaxcl.typing import Batch, Int
 
 __all__ = ["Stopped", "main", "train"]
 
@@ -117,7 +118,7 @@ def train(
         _check_enough_rows(settings, data)
         keep = settings.run.keep_checkpoints
         with Checkpoints(workdir / "checkpoints", keep=keep) as checkpoints:
-            rows = data.tables["train"].num_rows, data.tables["train"].group
+            rows = _training_rows(data)
             restored = checkpoints.restore_latest(training.abstract_state(*rows))
             state = training.init(*rows) if restored is None else restored.state
             if jax.process_index() == 0:
@@ -128,7 +129,7 @@ def train(
                 batches = RunBatches(training, data, workdir)
                 with Watch(workdir / "profile", profile) as watch:
                     state = _run_steps(training, data, batches, state, checkpoints, writer, watch)
-        return evaluate_run(settings, training.encoder(state, data.tokenizer), data, workdir)
+        return evaluate_run(settings, training.encoder(state, data.readers), data, workdir)
 
 
 def _run_steps(
@@ -164,7 +165,7 @@ def _run_steps(
             stopping = asked_to_stop(step)
             if evaluating:
                 with reports.paused():
-                    scores = quick_metrics(training.encoder(state, data.tokenizer), data)
+                    scores = quick_metrics(training.encoder(state, data.readers), data)
                 writer.write(step, scores | measured)
             if not at_end and (refreshes := _refreshes(training, run_batches, step)):
                 with reports.paused():
@@ -216,6 +217,12 @@ def _mined_negatives(state: TrainState, data: RunData) -> RowNegatives:
     return RowNegatives(rows, teacher_scores=None, fingerprint="")
 
 
+def _training_rows(data: RunData) -> tuple[int, Int[np.ndarray, " n"]]:
+    """The number of training rows, and the group of each."""
+    table = data.tables["train"]
+    return table.num_rows, table.labels(np.arange(table.num_rows))["group"]
+
+
 def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
@@ -241,8 +248,8 @@ def _check_enough_rows(settings: Settings, data: RunData) -> None:
 
 def _opening(training: Training, data: RunData, workdir: Path, *, first_step: int) -> str:
     rows = {role: table.num_rows for role, table in data.tables.items()}
-    table, steps = data.tables["train"], training.settings.steps
-    abstract_params = jax.tree.leaves(training.abstract_state(table.num_rows, table.group).params)
+    steps = training.settings.steps
+    abstract_params = jax.tree.leaves(training.abstract_state(*_training_rows(data)).params)
     parameters = sum(leaf.size for leaf in abstract_params)
     begins = f"goes on from step {first_step}" if first_step else "begins"
     if first_step >= steps:

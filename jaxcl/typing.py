@@ -1,4 +1,4 @@
-"""The axis letters and array aliases that every annotation of jaxcl uses.
+"""The axis letters, array aliases and ranges that the annotations of jaxcl use.
 
 The letters, one meaning each, everywhere:
 
@@ -18,8 +18,9 @@ The two sides of a pair are its *query* and its *key*: documents, passages, code
 second views are keys.
 """
 
-from collections.abc import Hashable
-from typing import Any, TypeAlias
+import math
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
@@ -28,6 +29,7 @@ __all__ = [
     "PADDING_ID",
     "SIDES",
     "Array",
+    "Augment",
     "AxisName",
     "Batch",
     "Bool",
@@ -38,6 +40,7 @@ __all__ = [
     "Key",
     "NumpyInt",
     "PyTree",
+    "Range",
     "RowKeys",
     "Scalar",
     "Tokens",
@@ -64,4 +67,45 @@ Scalar: TypeAlias = Float[Array, ""]
 RowKeys: TypeAlias = Key[Array, " b"]
 """One random key per row, so that neither chunking nor the device count changes what is drawn."""
 
+Augment: TypeAlias = Callable[[PyTree, Key[Array, ""]], PyTree]
+"""`(one row's input, a random key) -> an input of the same shapes`, compiled into the step."""
+
 NumpyInt: TypeAlias = Int[np.ndarray, "..."]
+
+
+class Range(NamedTuple):
+    """The values that a number may have; infinity only where no upper bound is given and `finite`
+    is false, NaN never.
+
+    Attributes:
+      least: the smallest value allowed.
+      above: the value must be greater than this.
+      most: the largest value allowed.
+      below: the value must be less than this.
+      finite: whether infinity is excluded.
+    """
+
+    least: int | float | None = None
+    above: int | float | None = None
+    most: int | float | None = None
+    below: int | float | None = None
+    finite: bool = True
+
+    def check(self, name: str, value: int | float) -> None:
+        """Raise a `ValueError` that names the setting if the value lies outside."""
+        inside = (
+            not math.isnan(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+            and (not self.finite or math.isfinite(value))
+        )
+        if not inside:
+            raise ValueError(f"{name}={value}; set it {self}")
+
+    def __str__(self) -> str:
+        words = {"to at least": self.least, "above": self.above}
+        words |= {"at most": self.most, "below": self.below}
+        bounds = [f"{word} {bound}" for word, bound in words.items() if bound is not None]
+        return ", ".join(bounds) or "to a finite number"

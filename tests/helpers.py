@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.losses import Masks
+from jaxcl.models import Towers
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.metric_writer import read_metrics
 from jaxcl.run.training import build_training
@@ -69,3 +71,14 @@ def final_state(workdir: Path, *, step: int):
         restored = checkpoints.restore_latest(program.abstract_state())
     assert restored.step == step
     return restored.state
+
+
+def loss_arguments(**options):
+    """The arguments of a loss, with the fields of `Masks` gathered in `masks`."""
+    masks = {name: options.pop(name) for name in Masks._fields if name in options}
+    return options | ({"masks": Masks(**masks)} if masks else {})
+
+
+def towers_of(encode):
+    """Towers with only an encode function."""
+    return Towers(init=lambda key: {}, load=lambda source: {}, encode=encode)

@@ -23,7 +23,7 @@ _SHAPES = {
     "static": StepShape(
         model="static",
         options={"max_tokens": 9},
-        dropout=("token_dropout", 0.4),
+        dropout=0.4,
         dim=8,
         batch_size=16,
         max_tokens={"query": 4, "key": 9},
@@ -42,7 +42,7 @@ _SHAPES = {
             "mlp_dim": 16,
             "compute_dtype": "float32",
         },
-        dropout=("dropout", 0.1),
+        dropout=0.1,
         dim=8,
         batch_size=16,
         max_tokens={"query": 8, "key": 8},

@@ -91,8 +91,9 @@ def test_a_mask_that_is_off_by_one_row_is_seen(monkeypatch):
     right = recorded_here()
     case = losses.CASES[CASE]
 
-    def shifted(queries, keys, *, ids, **options):
-        return case.variant.loss_fn(queries, keys, ids=jnp.roll(ids, 1), **options)
+    def shifted(queries, keys, *, masks, **options):
+        masks = masks._replace(ids=jnp.roll(masks.ids, 1))
+        return case.variant.loss_fn(queries, keys, masks=masks, **options)
 
     wrong = case._replace(variant=case.variant._replace(loss_fn=shifted))
     monkeypatch.setattr(losses, "CASES", {CASE: wrong})

@@ -62,11 +62,8 @@ def folder(tmp_path_factory) -> Path:
 
 def embeddings(workdir):
     run = open_run(workdir)
-    table = run.token_table("train", run.sources()["train"])
-    sides = [
-        run.encoder.embed(side, table.side(side, np.arange(table.num_rows))["tokens"])
-        for side in ("query", "key")
-    ]
+    table = run.table("train", run.sources()["train"])
+    sides = [run.encoder.embed(side, table) for side in ("query", "key")]
     return (*sides, table)
 
 

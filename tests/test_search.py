@@ -1,5 +1,6 @@
 """Search: finds planted functions, keeps a fresh index, and changes nothing of the run."""
 
+import functools
 import json
 import shutil
 from importlib import util
@@ -314,8 +315,11 @@ def test_the_index_is_the_key_tower_on_the_tokens_that_were_trained_on(workdir, 
     params = program.init().params["towers"]
 
     def embedded(side):
-        parts = [table.side(side, np.arange(table.num_rows)) for table in data.tables.values()]
-        return program.embed(params, side, np.concatenate([part["tokens"] for part in parts]))
+        parts = [
+            program.embed(params, side, functools.partial(table.side, side), table.num_rows)
+            for table in data.tables.values()
+        ]
+        return np.concatenate(parts)
 
     queries, keys = embedded("query"), embedded("key")
     first_split = next(iter(data.sources.values()))

@@ -415,8 +415,8 @@ def test_other_models_train(tiny, tmp_path, model):
             "model.name='statik' is unknown (did you mean 'static'?); use one of decoder, static",
         ),
         (
-            {"model.options": {"token_dropuot": 0.1}},
-            "model.options.token_dropuot is unknown to 'static' (did you mean 'token_dropout'?)",
+            {"model.options": {"hiden_dim": 8}},
+            "model.options.hiden_dim is unknown to 'static' (did you mean 'hidden_dim'?)",
         ),
         (
             {"loss.name": "info"},

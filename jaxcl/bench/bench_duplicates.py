@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from jaxcl.assignment import uniform_rows
 from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.data.loader import training_batches
+from jaxcl.data.table import Table
 from jaxcl.data.token_table import TokenTable
 from jaxcl.evaluation.retrieval import evaluate_retrieval
 from jaxcl.host.progress import progress_bar
@@ -61,8 +62,10 @@ def measure(workdir: Path, *, share: float, copies: int, steps: int, seeds: int)
     """
     run = open_run(workdir)
     sources = run.sources()
-    tables = {split: run.token_table(split, sources[split]) for split in ("train", "validation")}
+    tables = {split: run.table(split, sources[split]) for split in ("train", "validation")}
     clean = tables["train"]
+    if not isinstance(clean, TokenTable):
+        raise ValueError(f"{workdir} was not trained on texts, which this benchmark copies")
     copied = np.random.default_rng(0).permutation(clean.num_rows)[: int(share * clean.num_rows)]
     planted = with_copies(clean, np.repeat(copied, copies))
     conditions = {
@@ -122,7 +125,7 @@ def _settings(run: OpenedRun, *, mask: str, steps: int, seed: int) -> Settings:
     return read_settings(config)
 
 
-def _trained(program: Training, table: TokenTable, what: str) -> PyTree:
+def _trained(program: Training, table: Table, what: str) -> PyTree:
     settings = program.settings
     rows_fn = functools.partial(
         uniform_rows,
@@ -130,7 +133,7 @@ def _trained(program: Training, table: TokenTable, what: str) -> PyTree:
         batch_size=settings.global_batch_size,
         seed=settings.seed,
     )
-    state = program.init(table.num_rows, table.group)
+    state = program.init(table.num_rows, table.labels(np.arange(table.num_rows))["group"])
     batches = training_batches(table, rows_fn, program.mesh, first_step=0, last_step=settings.steps)
     with progress_bar(what, settings.steps) as advance:
         for batch in batches:
@@ -140,12 +143,13 @@ def _trained(program: Training, table: TokenTable, what: str) -> PyTree:
     return state.params["towers"]
 
 
-def _mrr(program: Training, params: PyTree, pool: TokenTable, rows: np.ndarray | None) -> float:
+def _mrr(program: Training, params: PyTree, pool: Table, rows: np.ndarray | None) -> float:
     """Of the queries of some rows, or all, among the keys of the pool's distinct texts."""
-    _, first, text = np.unique(pool.text, return_index=True, return_inverse=True)
+    texts = pool.labels(np.arange(pool.num_rows))["text"]
+    _, first, text = np.unique(texts, return_index=True, return_inverse=True)
     rows = np.arange(pool.num_rows) if rows is None else rows
-    queries = program.embed(params, "query", pool.side("query", rows)["tokens"])
-    keys = program.embed(params, "key", pool.side("key", first)["tokens"])
+    queries = program.embed(params, "query", lambda one: pool.side("query", rows[one]), len(rows))
+    keys = program.embed(params, "key", lambda one: pool.side("key", first[one]), len(first))
     found = evaluate_retrieval(None, None, queries, keys, relevant=text[rows], methods=("dense",))[
         "dense"
     ]

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.bench.timing import compile_all, facts_of, largest_that_fits, milliseconds
-from jaxcl.losses import infonce_loss
+from jaxcl.losses import Loss, infonce_loss
 from jaxcl.models import TransformerEncoder, make_towers
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.step.batch_loss import make_loss
@@ -71,7 +71,7 @@ def measure(
     mesh = make_mesh({"data": 1}, devices=jax.devices()[:1])
 
     def gradient(chunk_sizes: dict[str, int] | None) -> Callable:
-        loss = make_loss(towers.encode, infonce_loss, mesh, masks={}, chunk_sizes=chunk_sizes)
+        loss = make_loss(towers, Loss(infonce_loss), mesh, masks={}, chunk_sizes=chunk_sizes)
         return jax.value_and_grad(lambda params, batch, key: loss(params, {}, batch, key)[0])
 
     functions = {

@@ -34,6 +34,7 @@ from jaxcl.bench.bench_embedding_bag import row_lengths, zipf_tokens
 from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.bench.torch_twin import agreement, torch_twin
 from jaxcl.data.loader import training_batches
+from jaxcl.data.table import table_batch
 from jaxcl.data.token_table import TokenTable
 from jaxcl.host.progress import progress_bar
 from jaxcl.ops.mesh import put_batch
@@ -56,7 +57,7 @@ class StepShape(NamedTuple):
     Attributes:
       model: of `jaxcl.settings.parts.ENCODERS`.
       options: of the model.
-      dropout: which option drops, and how much.
+      dropout: the rate, of the augmentation `token_dropout` or of the encoder's option `dropout`.
       dim: width of the embeddings.
       batch_size: pairs.
       max_tokens: side -> width of its batches.
@@ -68,7 +69,7 @@ class StepShape(NamedTuple):
 
     model: str
     options: Mapping[str, Any]
-    dropout: tuple[str, float]
+    dropout: float
     dim: int
     batch_size: int
     max_tokens: Mapping[str, int]
@@ -82,7 +83,7 @@ DEFAULT_SHAPES: Mapping[str, StepShape] = {
     "static": StepShape(
         model="static",
         options={"max_tokens": 128},
-        dropout=("token_dropout", 0.5),
+        dropout=0.5,
         dim=512,
         batch_size=1_024,
         max_tokens={"query": 32, "key": 128},
@@ -99,7 +100,7 @@ DEFAULT_SHAPES: Mapping[str, StepShape] = {
             "mlp_dim": 1_536,
             "compute_dtype": "float32",
         },
-        dropout=("dropout", 0.1),
+        dropout=0.1,
         dim=384,
         batch_size=128,
         max_tokens={"query": 64, "key": 64},
@@ -172,7 +173,9 @@ def measure(
     settings = _settings(shape)
     program = build_training(settings)
     table = _token_table(shape)
-    host_batches = [table.batch(_rows(settings, table)(step)) for step in range(_RESIDENT_BATCHES)]
+    host_batches = [
+        table_batch(table, _rows(settings, table)(step)) for step in range(_RESIDENT_BATCHES)
+    ]
     batches = [put_batch(batch, program.mesh) for batch in host_batches]
     facts: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
@@ -292,7 +295,10 @@ def _loop(program: Training, table: TokenTable, workdir: Path) -> Iterator[Calla
 
 def _settings(shape: StepShape, *, drops: bool = True) -> Settings:
     """As `configs/code_search.py`, as far as the step goes, but with a rate that starts at once."""
-    dropout_option, rate = shape.dropout
+    rate = shape.dropout if drops else 0.0
+    augments = shape.model == "static"
+    dropout = {} if augments else {"dropout": rate}
+    augmentation = {"name": "token_dropout", "options": {"rate": rate}} if augments else {}
     return read_settings(
         {
             "seed": 0,
@@ -306,8 +312,9 @@ def _settings(shape: StepShape, *, drops: bool = True) -> Settings:
                 "name": shape.model,
                 "shared": True,
                 "dim": shape.dim,
-                "options": {**shape.options, dropout_option: rate if drops else 0.0},
+                "options": {**shape.options, **dropout},
             },
+            "augmentation": augmentation,
             "loss": {
                 "name": "infonce",
                 "options": {"directions": ("query_to_key", "key_to_query")},
@@ -332,7 +339,7 @@ def _twin_spec(settings: Settings, shape: StepShape, variant: str, adam: str) ->
     return {
         "model": shape.model,
         **shape.options,
-        "dropout": shape.dropout[1],
+        "dropout": shape.dropout,
         "variant": variant,
         "adam": adam,
         "learning_rate": settings.optimizer.learning_rate,

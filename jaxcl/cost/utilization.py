@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxcl.cost.chips import chip_of
 from jaxcl.cost.program_cost import matrix_flops
+from jaxcl.data.modalities import modality_of
 from jaxcl.models.towers import Towers
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES
@@ -30,9 +30,12 @@ def model_flops(settings: Settings, towers: Towers) -> float:
     size = settings.global_batch_size
 
     def of_side(side: str) -> float:
-        tokens = jax.ShapeDtypeStruct((size, getattr(settings.data.max_tokens, side)), np.int32)
-        encode = jax.make_jaxpr(lambda params, tokens: towers.encode(params, side, tokens))
-        return matrix_flops(encode(params, {"tokens": tokens}))
+        spec = modality_of(settings.data, side).spec(settings.data, side)
+        inputs = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), spec
+        )
+        encode = jax.make_jaxpr(lambda params, inputs: towers.encode(params, side, inputs))
+        return matrix_flops(encode(params, inputs))
 
     return 3 * (sum(map(of_side, SIDES)) + 2.0 * size**2 * settings.model.dim)
 

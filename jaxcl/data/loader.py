@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jaxcl.data.row_guides import RowGuides
 from jaxcl.data.row_negatives import RowNegatives
-from jaxcl.data.token_table import TokenTable
+from jaxcl.data.table import Table, table_batch
 from jaxcl.ops.mesh import put_batch
 from jaxcl.typing import Batch, Int
 
@@ -19,7 +19,7 @@ _PREFETCHED_BATCHES = 4
 
 
 def training_batches(
-    table: TokenTable,
+    table: Table,
     rows_fn: Callable[[int], Int[np.ndarray, " b"]],
     mesh: Mesh,
     *,
@@ -60,7 +60,7 @@ class _LocalBatches:
 
     def __init__(
         self,
-        table: TokenTable,
+        table: Table,
         rows_fn: Callable[[int], Int[np.ndarray, " b"]],
         num_steps: int,
         negatives: RowNegatives | None = None,
@@ -74,7 +74,7 @@ class _LocalBatches:
 
     def __getitem__(self, step: int) -> Batch:
         rows = np.split(self.rows_fn(step), jax.process_count())[jax.process_index()]
-        batch = self.table.batch(rows)
+        batch = table_batch(self.table, rows)
         if self.negatives is not None:
             batch |= self.negatives.columns(self.table, rows)
         if self.guides is not None:

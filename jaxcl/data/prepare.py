@@ -1,40 +1,37 @@
 """The data of a run: found or made once, then the same for as long as its workdir lives."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from jaxcl.data.code_pairs import prepare_code_pairs
+from jaxcl.data.modalities import Reader, build_readers, open_tables
 from jaxcl.data.row_guides import RowGuides, read_guides
 from jaxcl.data.row_negatives import RowNegatives, read_negatives
 from jaxcl.data.row_topics import RowTopics, read_topics
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import ConcatenatedPairs, open_splits
-from jaxcl.data.token_table import TokenTable, build_token_table
-from jaxcl.data.tokenizer import load_tokenizer, train_tokenizer
+from jaxcl.data.table import Table
 from jaxcl.host.files import read_json_object, write_whole
-from jaxcl.host.progress import progress_bar
 from jaxcl.settings.derived import data_set_names
 from jaxcl.settings.sections import CodePairsSettings, DataSettings
-from jaxcl.typing import SIDES, Int
+from jaxcl.typing import Int
 
 __all__ = ["RememberedData", "RunData", "prepare_data", "read_remembered_data"]
 
 DATA_FILE = "data.json"
-_CHUNK_ROWS = 4096
 
 
 class RunData(NamedTuple):
     """What a run reads.
 
     Attributes:
-      sources: split -> its pairs as text, with their metadata.
-      tables: split -> its pairs as token ids.
-      tokenizer: what turned one into the other.
+      sources: split -> its pairs as they are stored, with their metadata.
+      tables: split -> its pairs as inputs of the encoders.
+      readers: side -> the function that turns its values into inputs.
       negatives: the training rows' explicit ones, or `None`.
       guides: the training rows' embeddings by a judge, or `None`.
       topics: the training rows' topics, or `None`.
@@ -42,8 +39,8 @@ class RunData(NamedTuple):
     """
 
     sources: Mapping[str, PairSource]
-    tables: Mapping[str, TokenTable]
-    tokenizer: Tokenizer
+    tables: Mapping[str, Table]
+    readers: Mapping[str, Reader]
     negatives: RowNegatives | None = None
     guides: RowGuides | None = None
     topics: RowTopics | None = None
@@ -57,7 +54,8 @@ class RunData(NamedTuple):
         """
         train = self.sources["train"]
         if by == "group":
-            return np.asarray(self.tables["train"].group)
+            table = self.tables["train"]
+            return table.labels(np.arange(table.num_rows))["group"]
         if by == "data_set" and isinstance(train, ConcatenatedPairs):
             return train.data_set_of_row
         if by == "topic" and self.topics is not None:
@@ -101,7 +99,7 @@ def prepare_data(
     scored: bool = False,
     open_source: Callable[[str], PairSource] | None = None,
 ) -> RunData:
-    """Opens the splits of a run as text and as token ids, making what is not there yet.
+    """Open the splits of a run and their tables, and prepare them first if necessary.
 
     The workdir remembers which rows it began with (`data.json`) and its tokenizer
     (`tokenizer.json`). A run that goes on reads those, whatever has been installed since.
@@ -131,12 +129,10 @@ def prepare_data(
         topics = read_topics(Path(data.topics).expanduser(), **rows)
         fingerprints["topics"] = topics.fingerprint
     _remember(workdir, fingerprints, name)
-    tokenizer = _tokenizer(data, sources["train"], workdir)
-    tables = {
-        role: _token_table(data, source, tokenizer, role, data_dir)
-        for role, source in sources.items()
-    }
-    return RunData(sources, tables, tokenizer, negatives, guides, topics, data_set_names(data))
+    tables = open_tables(data, sources, data_dir=data_dir, workdir=workdir)
+    readers = build_readers(data, workdir)
+    names = data_set_names(data)
+    return RunData(sources, tables, readers, negatives, guides, topics, names)
 
 
 def _data_set(data: DataSettings, *, data_dir: Path, workdir: Path) -> str:
@@ -166,46 +162,3 @@ def _remember(workdir: Path, fingerprints: dict[str, str], name: str) -> None:
         return
     path = workdir / DATA_FILE
     write_whole(path, json.dumps({"data_set": name, "fingerprints": fingerprints}, indent=2))
-
-
-def _tokenizer(data: DataSettings, train: PairSource, workdir: Path) -> Tokenizer:
-    path = workdir / "tokenizer.json"
-    if not path.exists():
-        if data.tokenizer is not None:
-            tokenizer = load_tokenizer(Path(data.tokenizer).expanduser())
-        else:
-            with progress_bar("reading texts for the tokenizer", len(train)) as advance:
-                texts = _texts(train, advance)
-                tokenizer = train_tokenizer(texts, vocabulary_size=data.vocabulary_size)
-        write_whole(path, tokenizer.to_str())
-    tokenizer = load_tokenizer(path)
-    num_ids = max(tokenizer.get_vocab().values()) + 1
-    if num_ids > data.vocabulary_size:
-        raise ValueError(
-            f"the tokenizer's ids go up to {num_ids - 1}, but "
-            f"data.vocabulary_size={data.vocabulary_size}; set it to at least {num_ids}"
-        )
-    return tokenizer
-
-
-def _texts(source: PairSource, advance: Callable[[int], None]) -> Iterator[str]:
-    for first in range(0, len(source), _CHUNK_ROWS):
-        rows = np.arange(first, min(first + _CHUNK_ROWS, len(source)))
-        for record in source.read(rows):
-            yield from (record[side] for side in SIDES)
-        advance(len(rows))
-
-
-def _token_table(
-    data: DataSettings, source: PairSource, tokenizer: Tokenizer, role: str, data_dir: Path
-) -> TokenTable:
-    with progress_bar(f"tokenising {role}", len(source)) as advance:
-        return build_token_table(
-            source,
-            tokenizer,
-            max_tokens=data.max_tokens._asdict(),
-            add_cls=data.add_cls,
-            distinct=data.distinct_tokens,
-            directory=data_dir / "tokens",
-            advance=advance,
-        )

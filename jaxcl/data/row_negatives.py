@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from jaxcl.data.row_files import check_same_rows, read_arrays
-from jaxcl.data.token_table import TokenTable
+from jaxcl.data.table import Table
 from jaxcl.typing import Float, Int, PyTree
 
 __all__ = ["RowNegatives", "read_negatives"]
@@ -25,15 +26,15 @@ class RowNegatives(NamedTuple):
     teacher_scores: Float[np.ndarray, "n _"] | None
     fingerprint: str
 
-    def columns(self, table: TokenTable, rows: Int[np.ndarray, " b"]) -> dict[str, PyTree]:
+    def columns(self, table: Table, rows: Int[np.ndarray, " b"]) -> dict[str, PyTree]:
         """The columns that `jaxcl.step.batch_loss.make_loss` reads for a batch of these rows."""
         numbers = self.rows[rows]
         valid = numbers >= 0
         theirs = np.where(valid, numbers, 0)
-        inputs = {
-            name: leaf.reshape(*theirs.shape, *leaf.shape[1:])
-            for name, leaf in table.side("key", theirs.ravel()).items()
-        }
+        inputs = jax.tree.map(
+            lambda leaf: leaf.reshape(*theirs.shape, *leaf.shape[1:]),
+            table.side("key", theirs.ravel()),
+        )
         columns: dict[str, PyTree] = {
             "negatives": {
                 "inputs": inputs,

@@ -54,7 +54,7 @@ class InMemoryPairs:
     """Pairs held in memory, for tests and notebooks, and where array_record has no wheel.
 
     Args:
-      queries, keys: the texts of the two sides.
+      queries, keys: the values of the two sides, such as texts.
       groups: one integer per row, kept as int32; None leaves "group" out.
       metadata: further columns, by name.
 
@@ -69,8 +69,8 @@ class InMemoryPairs:
 
     def __init__(
         self,
-        queries: Sequence[str],
-        keys: Sequence[str],
+        queries: Sequence[Any],
+        keys: Sequence[Any],
         *,
         groups: Sequence[int] | np.ndarray | None = None,
         metadata: Mapping[str, Sequence[Any]] | None = None,

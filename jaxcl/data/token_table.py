@@ -6,20 +6,21 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
-import scipy.sparse
 from tokenizers import Tokenizer
 
+from jaxcl.data.same_texts import joined_numbers
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import ConcatenatedPairs
 from jaxcl.data.tokenizer import encode_texts, tokenizer_fingerprint
-from jaxcl.typing import PADDING_ID, SIDES, Batch, Int, Integer
+from jaxcl.typing import PADDING_ID, SIDES, Int, Integer
 
-__all__ = ["TokenTable", "build_token_table", "padded"]
+__all__ = ["TokenTable", "build_token_table", "pad_texts", "padded", "token_spec"]
 
 _FORMAT = 3
 _CHUNK_ROWS = 4096
@@ -54,14 +55,18 @@ class TokenTable(NamedTuple):
         lengths = self.offsets[side][rows + 1] - starts
         return {"tokens": padded(self.tokens[side], starts, lengths, width=self.max_tokens[side])}
 
-    def batch(self, rows: Int[np.ndarray, " b"]) -> Batch:
-        """The batch of the given rows, in their order."""
-        sides = {side: self.side(side, rows) for side in SIDES}
-        return {**sides, **self.labels(rows)}
+    def spec(self, side: str) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shape and type of one row of a side."""
+        return token_spec(self.max_tokens[side])
 
     def labels(self, rows: Int[np.ndarray, "*b"]) -> dict[str, Int[np.ndarray, "*b"]]:
-        """By which the given rows know each other: `"row"`, `"text"`, `"group"`."""
+        """The labels of the given rows: `"row"`, `"text"`, `"group"`."""
         return {"row": rows.astype(np.int32), "text": self.text[rows], "group": self.group[rows]}
+
+
+def token_spec(width: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """One text as an encoder's input, without its values."""
+    return {"tokens": jax.ShapeDtypeStruct((width,), np.int32)}
 
 
 def padded(
@@ -85,6 +90,7 @@ def build_token_table(
     max_tokens: Mapping[str, int],
     add_cls: bool = False,
     distinct: bool = False,
+    sides: Sequence[str] = SIDES,
     directory: Path,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> TokenTable:
@@ -96,6 +102,7 @@ def build_token_table(
       max_tokens: side -> longest text, in tokens; the rest is cut off.
       add_cls: begin every text with [CLS].
       distinct: keep each token of a text once.
+      sides: the sides that are texts.
       directory: where tables are kept, each under the hash of all that it was made from.
       advance: called with the number of rows done since the last call.
 
@@ -110,20 +117,22 @@ def build_token_table(
         "add_cls": add_cls,
         "distinct": distinct,
     }
+    if tuple(sides) != SIDES:
+        made_from["sides"] = list(sides)
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
     path = Path(directory) / name
     if not path.exists():
-        _write(source, tokenizer, made_from, path, advance)
-    return _read(path, max_tokens)
+        _write(source, tokenizer, made_from, path, sides, advance)
+    return _read(path, max_tokens, sides)
 
 
-def _read(path: Path, max_tokens: Mapping[str, int]) -> TokenTable:
+def _read(path: Path, max_tokens: Mapping[str, int], sides: Sequence[str]) -> TokenTable:
     def column(name: str) -> np.ndarray:
         return np.load(path / f"{name}.npy", mmap_mode="r")
 
     return TokenTable(
-        tokens={side: column(f"{side}_tokens") for side in SIDES},
-        offsets={side: np.asarray(column(f"{side}_offsets")) for side in SIDES},
+        tokens={side: column(f"{side}_tokens") for side in sides},
+        offsets={side: np.asarray(column(f"{side}_offsets")) for side in sides},
         group=np.asarray(column("group")),
         text=np.asarray(column("text")),
         max_tokens=dict(max_tokens),
@@ -135,6 +144,7 @@ def _write(
     tokenizer: Tokenizer,
     made_from: dict,
     path: Path,
+    sides: Sequence[str],
     advance: Callable[[int], None],
 ) -> None:
     """Writes beside the final place and renames, so that a table is whole or not there."""
@@ -142,14 +152,14 @@ def _write(
     unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.unfinished-"))
     dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32
     group = np.zeros(len(source), np.int32)
-    lengths = {side: np.zeros(len(source), np.int64) for side in SIDES}
-    numbers: dict[str, dict[bytes, int]] = {side: {} for side in SIDES}
-    same = {side: np.zeros(len(source), np.int64) for side in SIDES}
+    lengths = {side: np.zeros(len(source), np.int64) for side in sides}
+    numbers: dict[str, dict[bytes, int]] = {side: {} for side in sides}
+    same = {side: np.zeros(len(source), np.int64) for side in sides}
     try:
         with contextlib.ExitStack() as open_files:
             files = {
                 side: open_files.enter_context(open(unfinished / f"{side}.raw", "wb"))
-                for side in SIDES
+                for side in sides
             }
             for first in range(0, len(source), _CHUNK_ROWS):
                 rows = np.arange(first, min(first + _CHUNK_ROWS, len(source)))
@@ -172,7 +182,7 @@ def _write(
                     ]
                     file.write(np.concatenate(ids).astype(dtype).tobytes())
                 advance(len(rows))
-        for side in SIDES:
+        for side in sides:
             raw = unfinished / f"{side}.raw"
             np.save(unfinished / f"{side}_tokens.npy", np.fromfile(raw, dtype))
             np.save(unfinished / f"{side}_offsets.npy", np.append(0, np.cumsum(lengths[side])))
@@ -180,7 +190,7 @@ def _write(
         if isinstance(source, ConcatenatedPairs):
             group = source.distinct_groups(group)
         np.save(unfinished / "group.npy", group)
-        np.save(unfinished / "text.npy", _joined(*(same[side] for side in SIDES)))
+        np.save(unfinished / "text.npy", _same_text(*(same[side] for side in sides)))
         (unfinished / "made_from.json").write_text(json.dumps(made_from, indent=2))
         try:
             os.rename(unfinished, path)
@@ -191,19 +201,26 @@ def _write(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def _same_text(*numbers: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """A number that rows share if they share a text, given numbers for one side or for both."""
+    return joined_numbers(numbers[0], numbers[-1])
+
+
 def _digest(tokens: Integer[np.ndarray, " t"]) -> bytes:
     return hashlib.blake2b(np.asarray(tokens, np.uint32).tobytes(), digest_size=16).digest()
 
 
-def _joined(queries: Int[np.ndarray, " n"], keys: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """The parts in which rows hang together by equal numbers on either side, numbered.
-
-    Rows are the edges of a graph from queries to keys.
-    """
-    num_queries = int(queries.max()) + 1
-    size = num_queries + int(keys.max()) + 1
-    edges = scipy.sparse.coo_array(
-        (np.ones(len(queries), np.int8), (queries, num_queries + keys)), shape=(size, size)
+def pad_texts(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    max_tokens: int,
+    add_cls: bool = False,
+    distinct: bool = False,
+) -> Int[np.ndarray, "n t"]:
+    """Token ids of texts, padded to `max_tokens`."""
+    rows = list(
+        encode_texts(tokenizer, texts, max_tokens=max_tokens, add_cls=add_cls, distinct=distinct)
     )
-    _, part = scipy.sparse.csgraph.connected_components(edges, directed=False)
-    return part[queries].astype(np.int32)
+    lengths = np.array([len(row) for row in rows])
+    return padded(np.concatenate(rows), np.cumsum(lengths) - lengths, lengths, width=max_tokens)

@@ -18,7 +18,6 @@ import rich
 from jax.experimental import multihost_utils
 
 from jaxcl.data.prepare import RunData
-from jaxcl.data.token_table import TokenTable
 from jaxcl.evaluation.retrieval import (
     METRICS,
     RetrievalResult,
@@ -32,7 +31,7 @@ from jaxcl.host.progress import progress_bar
 from jaxcl.metrics import mean_and_standard_error
 from jaxcl.run.encoder import Encoder
 from jaxcl.settings.sections import Settings
-from jaxcl.typing import SIDES, Float, Int
+from jaxcl.typing import SIDES, Float
 
 __all__ = ["evaluate_run", "quick_metrics"]
 
@@ -44,9 +43,7 @@ def quick_metrics(encoder: Encoder, data: RunData) -> dict[str, float]:
     """Dense retrieval over the validation split: what a run reports while it trains."""
     if "validation" not in data.tables:
         return {}
-    queries, keys = (
-        encoder.embed(side, _tokens(data.tables["validation"], side)) for side in SIDES
-    )
+    queries, keys = (encoder.embed(side, data.tables["validation"]) for side in SIDES)
     ranks = _ranked(None, None, queries, keys, methods=("dense",))["dense"].ranks
     return {
         f"validation/dense/{name}": mean_and_standard_error(METRICS[name](ranks))[0]
@@ -94,12 +91,12 @@ def _evaluate_split(settings: Settings, encoder: Encoder, data: RunData, split: 
     records = source.read(np.arange(len(source)))
     queries = [record["query"] for record in records]
     key_texts = {"plain": [record["key"] for record in records]}
-    key_tokens = {"plain": _tokens(table, "key")}
+    embed_keys = {"plain": lambda: encoder.embed("key", table)}
     if "name" in settings.data.metadata_fields:
         masked = [mask_name(record["key"], record["name"]) for record in records]
         key_texts["name masked"] = masked
-        key_tokens["name masked"] = encoder.tokens("key", masked)
-    query_embeddings = encoder.embed("query", _tokens(table, "query"))
+        embed_keys["name masked"] = lambda: encoder.encode("key", masked)
+    query_embeddings = encoder.embed("query", table)
     results: Results = {}
     for variant, texts in key_texts.items():
         own = len(queries) / jax.process_count()
@@ -108,7 +105,7 @@ def _evaluate_split(settings: Settings, encoder: Encoder, data: RunData, split: 
                 queries,
                 texts,
                 query_embeddings,
-                encoder.embed("key", key_tokens[variant]),
+                embed_keys[variant](),
                 methods=settings.evaluation.methods,
                 rrf_k=settings.evaluation.rrf_k,
                 advance=advance,
@@ -184,10 +181,6 @@ def _figures(by_method: Mapping[str, RetrievalResult]) -> dict[str, Any]:
             mean, error = comparison(by_method, method, "bm25")
             figures[f"{method} - bm25"] = {"mrr@10": {"mean": mean, "standard_error": error}}
     return figures
-
-
-def _tokens(table: TokenTable, side: str) -> Int[np.ndarray, "n t"]:
-    return table.side(side, np.arange(table.num_rows))["tokens"]
 
 
 def _version(package: str) -> str:

@@ -1,22 +1,76 @@
 """Contrastive losses: embeddings in, one value per query out, in nats."""
 
-from jaxcl.losses.distillation import distillation_loss
+from collections.abc import Mapping
+
+from jaxcl.losses.distillation import DistillationOptions, distillation_loss
 from jaxcl.losses.matryoshka import matryoshka
 from jaxcl.losses.negative_metrics import NegativeMetrics, measure_negatives
-from jaxcl.losses.running_estimate import running_estimate_loss
-from jaxcl.losses.sigmoid import sigmoid_pair_loss
-from jaxcl.losses.softmax import decoupled_infonce_loss, hard_infonce_loss, infonce_loss
+from jaxcl.losses.protocol import Loss, LossFn, Masks, NoOptions
+from jaxcl.losses.running_estimate import (
+    EstimateOptions,
+    estimate_memory,
+    remembered_estimate_loss,
+    running_estimate_loss,
+)
+from jaxcl.losses.sigmoid import SigmoidOptions, sigmoid_pair_loss
+from jaxcl.losses.softmax import (
+    DirectionOptions,
+    HardOptions,
+    InfonceOptions,
+    decoupled_infonce_loss,
+    hard_infonce_loss,
+    infonce_loss,
+    nt_xent_loss,
+)
 from jaxcl.losses.supervised import supervised_infonce_loss
+from jaxcl.negatives.sets import ExplicitNegatives, OwnNegatives, SharedNegatives
 
 __all__ = [
+    "LOSSES",
+    "ExplicitNegatives",
+    "Loss",
+    "LossFn",
+    "Masks",
     "NegativeMetrics",
+    "OwnNegatives",
+    "SharedNegatives",
     "decoupled_infonce_loss",
     "distillation_loss",
     "hard_infonce_loss",
     "infonce_loss",
     "matryoshka",
     "measure_negatives",
+    "nt_xent_loss",
     "running_estimate_loss",
     "sigmoid_pair_loss",
     "supervised_infonce_loss",
 ]
+
+LOSSES: Mapping[str, Loss] = {
+    "decoupled": Loss(decoupled_infonce_loss, DirectionOptions),
+    "distillation": Loss(
+        distillation_loss,
+        DistillationOptions,
+        masks=("valid",),
+        negatives=(ExplicitNegatives,),
+        columns={"teacher_scores": "teacher_scores"},
+        exchanges=False,
+    ),
+    "hard": Loss(hard_infonce_loss, HardOptions),
+    "infonce": Loss(infonce_loss, InfonceOptions),
+    "nt_xent": Loss(nt_xent_loss, NoOptions),
+    "running_estimate": Loss(
+        remembered_estimate_loss,
+        EstimateOptions,
+        init_memory=estimate_memory,
+        bounds_temperature=True,
+    ),
+    "sigmoid": Loss(sigmoid_pair_loss, SigmoidOptions, has_bias=True),
+    "supervised": Loss(
+        supervised_infonce_loss,
+        DirectionOptions,
+        masks=("ids", "valid"),
+        columns={"labels": "group"},
+    ),
+}
+"""Losses by `config.loss.name`, with their declarations."""

@@ -1,32 +1,37 @@
 """One embedding that is good at several lengths."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxcl.ops.vectors import normalise
-from jaxcl.typing import Array, Float
+import jax.numpy as jnp
 
-__all__ = ["matryoshka"]
+from jaxcl.losses.protocol import Loss, NegativesByName
+from jaxcl.ops.vectors import normalise
+from jaxcl.typing import Array, Float, PyTree
+
+__all__ = ["matryoshka", "nested"]
 
 
 def matryoshka(
-    loss_fn: Callable[..., Float[Array, " q"]],
+    loss_fn: Callable[..., Any],
     *,
     dims: Sequence[int],
     weights: Sequence[float] | None = None,
-) -> Callable[..., Float[Array, " q"]]:
-    r"""Sums a loss over nested lengths of the embeddings: $\sum_d w_d\, \ell(q_{1:d}, k_{1:d})$.
+) -> Callable[..., Any]:
+    r"""Sum a loss over nested lengths of the embeddings: $\sum_d w_d\, \ell(q_{1:d}, k_{1:d})$.
 
-    Each length is normalised anew.
+    Each length is normalised separately. Negatives from outside the batch are cut as the queries
+    and keys are; the embeddings of a guide model are not.
 
     Args:
-      loss_fn: of `jaxcl.losses`.
+      loss_fn: a loss of `jaxcl.losses`, or any `LossFn`.
       dims: the lengths, each once, at most that of the embeddings.
       weights: one per length; 1 each by default.
 
     Returns:
-      A loss of the same signature.
+      A loss with the same arguments. If `loss_fn` takes and returns `memory`, the memory of this
+      one maps each length to its memory.
 
     Raises:
       ValueError: for lengths or weights that do not fit.
@@ -48,16 +53,59 @@ def matryoshka(
             "and one weight for each"
         )
 
-    @functools.wraps(loss_fn)
     def nested_loss(
-        queries: Float[Array, "q d"], keys: Float[Array, "q d"], **options: Any
-    ) -> Float[Array, " q"]:
+        queries: Float[Array, "q d"],
+        keys: Float[Array, "q d"],
+        *,
+        negatives: NegativesByName | None = None,
+        memory: Mapping[str, PyTree] | None = None,
+        **options: Any,
+    ) -> Any:
         if max(dims) > queries.shape[1]:
             raise ValueError(f"dims={tuple(dims)} of embeddings that have {queries.shape[1]}")
-        parts = (
-            weight * loss_fn(normalise(queries[:, :dim]), normalise(keys[:, :dim]), **options)
-            for dim, weight in zip(dims, weights, strict=True)
-        )
-        return functools.reduce(lambda total, part: total + part, parts)
+        parts, updated = [], {}
+        for dim, weight in zip(dims, weights, strict=True):
+            given = dict(options)
+            if negatives is not None:
+                given["negatives"] = {name: _cut(one, dim) for name, one in negatives.items()}
+            if memory is not None:
+                given["memory"] = memory[_name(dim)]
+            found = loss_fn(normalise(queries[:, :dim]), normalise(keys[:, :dim]), **given)
+            if memory is not None:
+                found, updated[_name(dim)] = found
+            elif isinstance(found, tuple):
+                raise ValueError(
+                    f"{getattr(loss_fn, '__name__', loss_fn)} returns more than its values; nest a "
+                    "loss that keeps the rest in memory, such as "
+                    "jaxcl.losses.running_estimate.remembered_estimate_loss"
+                )
+            parts.append(weight * found)
+        total = functools.reduce(lambda total, part: total + part, parts)
+        return total if memory is None else (total, updated)
 
     return nested_loss
+
+
+def nested(loss: Loss, *, dims: Sequence[int]) -> Loss:
+    """The declaration of `matryoshka(loss.function, dims=dims)`."""
+    init_memory = loss.init_memory
+
+    def init_each(num_rows: int, **options: Any) -> dict[str, PyTree]:
+        assert init_memory is not None
+        return {_name(dim): init_memory(num_rows, **options) for dim in dims}
+
+    return loss._replace(
+        function=matryoshka(loss.function, dims=dims),
+        init_memory=None if init_memory is None else init_each,
+    )
+
+
+def _cut(negatives: Any, dim: int) -> Any:
+    vectors = negatives.vectors[..., :dim]
+    wide = jnp.promote_types(vectors.dtype, jnp.float32)  # a bank may hold bfloat16
+    return negatives._replace(vectors=normalise(vectors.astype(wide)).astype(vectors.dtype))
+
+
+def _name(dim: int) -> str:
+    """The key of a length in the memory; checkpoints have text keys."""
+    return str(dim)

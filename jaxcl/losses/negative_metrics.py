@@ -1,16 +1,15 @@
 """How many negatives a query had of each kind, and what they weighed."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxcl.losses.beyond_batch import COUNT, SIMILARITY, Reduce, log_sum_exp, of_explicit, of_tiers
 from jaxcl.losses.comparison import Comparison
-from jaxcl.negatives.sets import OwnNegatives, SharedNegatives
+from jaxcl.losses.protocol import NO_MASKS, Masks, NegativesByName
+from jaxcl.losses.reduce_negatives import COUNT, SIMILARITY, Reduce, log_sum_exp, reduce_outside
 from jaxcl.ops.vectors import inner_product
-from jaxcl.typing import Array, AxisName, Bool, Float, Integer
+from jaxcl.typing import Array, AxisName, Float
 
 __all__ = ["NegativeMetrics", "measure_negatives"]
 
@@ -37,54 +36,38 @@ def measure_negatives(
     *,
     temperature: float | Float[Array, ""] | Float[Array, " q"] = 0.05,
     hardness: float = 0.0,
-    negatives: Float[Array, "q n d"] | None = None,
-    negative_ids: Integer[Array, "q n"] | None = None,
-    negative_groups: Integer[Array, "q n"] | None = None,
-    negatives_valid: Bool[Array, "q n"] | None = None,
-    negative_guides: Float[Array, "q n g"] | None = None,
     negative_hardness: float = 0.0,
-    tiers: Mapping[str, SharedNegatives | OwnNegatives] | None = None,
-    ids: Integer[Array, " q"] | None = None,
-    groups: Integer[Array, " q"] | None = None,
-    valid: Bool[Array, " q"] | None = None,
-    margin: float | None = None,
-    relative_margin: float | None = None,
-    guides: tuple[Float[Array, "q g"], Float[Array, "q g"]] | None = None,
+    masks: Masks = NO_MASKS,
+    negatives: NegativesByName | None = None,
     axis_name: AxisName | None = None,
     exchange: str = "gather",
     implementation: str | None = None,
 ) -> dict[str, NegativeMetrics]:
-    """What each query's negatives in `infonce_loss` were, in its direction `"query_to_key"`.
+    """Measure each query's negatives in the direction `"query_to_key"` of `infonce_loss`.
 
     Arguments as there.
 
     Returns:
-      `"batch"`, `"explicit"` if there are any, and each tier -> its part.
+      `"batch"`, and each name in `negatives` -> what its negatives are.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> batch = measure_negatives(jnp.eye(3), jnp.eye(3), groups=jnp.array([1, 1, 2]))["batch"]
+      >>> masks = Masks(groups=jnp.array([1, 1, 2]))
+      >>> batch = measure_negatives(jnp.eye(3), jnp.eye(3), masks=masks)["batch"]
       >>> batch.counted.tolist(), batch.masked.tolist()
       ([1.0, 1.0, 2.0], [1.0, 1.0, 0.0])
     """
-    comparison = Comparison(
-        ids, groups, valid, margin, relative_margin, guides, axis_name, exchange, implementation
-    )
-    explicit = None
-    if negatives is not None:
-        explicit = OwnNegatives(
-            negatives, negative_ids, negative_groups, negatives_valid, negative_guides
-        )
-    unmasked = Comparison(None, None, valid, None, None, None, axis_name, exchange, implementation)
+    comparison = Comparison(masks, axis_name, exchange, implementation)
+    unmasked = comparison._replace(masks=Masks(valid=masks.valid))
     reduce = log_sum_exp(temperature, hardness=hardness, own_hardness=negative_hardness)
-    tiers = {} if tiers is None else tiers
-    sums = _each(reduce, comparison, queries, keys, explicit, tiers)
-    counted = _each(COUNT, comparison, queries, keys, explicit, tiers)
-    similar = _each(SIMILARITY, comparison, queries, keys, explicit, tiers)
-    bare = {name: theirs._replace(ids=None, groups=None) for name, theirs in tiers.items()}
-    if explicit is not None:
-        explicit = explicit._replace(ids=None, groups=None)
-    present = _each(COUNT, unmasked, queries, keys, explicit, bare)
+    negatives = negatives or {}
+    sums = _each(reduce, comparison, queries, keys, negatives)
+    counted = _each(COUNT, comparison, queries, keys, negatives)
+    similar = _each(SIMILARITY, comparison, queries, keys, negatives)
+    bare = {
+        name: one._replace(ids=None, groups=None, guides=None) for name, one in negatives.items()
+    }
+    present = _each(COUNT, unmasked, queries, keys, bare)
     positives = inner_product(queries, keys) / temperature
     everything = jax.scipy.special.logsumexp(jnp.stack([positives, *sums.values()]), axis=0)
     return {
@@ -103,13 +86,10 @@ def _each(
     comparison: Comparison,
     queries: Float[Array, "q d"],
     keys: Float[Array, "q d"],
-    explicit: OwnNegatives | None,
-    tiers: Mapping[str, SharedNegatives | OwnNegatives],
+    negatives: NegativesByName,
 ) -> dict[str, Float[Array, " q"]]:
     """One number of each query's negatives, by their kind."""
     to_keys = ("query_to_key",)
-    found = {"batch": comparison.reduced(reduce.pairs, queries, keys, to_keys)["query_to_key"]}
-    if explicit is not None:
-        theirs = of_explicit(reduce, comparison, queries, keys, explicit, directions=to_keys)
-        found["explicit"] = theirs["query_to_key"]
-    return found | of_tiers(reduce, comparison, queries, keys, tiers)
+    found = {"batch": comparison.reduced(reduce.pairs, queries, keys, to_keys)}
+    found |= reduce_outside(reduce, comparison, queries, keys, negatives, directions=to_keys)
+    return {name: values["query_to_key"] for name, values in found.items()}

@@ -1,20 +1,25 @@
 """InfoNCE over all rows of the data, with running estimates of the denominators."""
 
-import inspect
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcl.losses.comparison import Comparison, check_sides
+from jaxcl.losses.comparison import SYMMETRIC, Comparison, check_sides
+from jaxcl.losses.protocol import NO_MASKS, Masks, NegativesByName
+from jaxcl.losses.reduce_negatives import COUNT, log_sum_exp, reduce_all
+from jaxcl.negatives.sets import ExplicitNegatives
 from jaxcl.ops.row_tables import init_table
 from jaxcl.ops.vectors import inner_product
-from jaxcl.typing import Array, AxisName, Bool, Float, Integer
+from jaxcl.typing import Array, AxisName, Float, PyTree, Range
 
 __all__ = [
     "NEVER_SEEN",
+    "EstimateOptions",
     "estimate_memory",
     "remembered_estimate_loss",
     "running_estimate_loss",
@@ -22,6 +27,16 @@ __all__ = [
 
 NEVER_SEEN = -jnp.inf
 """The estimate of a row that no batch has contained yet."""
+
+
+class EstimateOptions(NamedTuple):
+    """Options of `remembered_estimate_loss` in a config."""
+
+    update_rate: Annotated[float, Range(above=0, most=1)] | None = None
+    robustness: Annotated[float, Range()] | None = None
+    epsilon: Annotated[float, Range(above=0)] | None = None
+    directions: tuple[str, ...] | None = None
+    temperature_rate: Annotated[float, Range(above=0)] | None = None
 
 
 def running_estimate_loss(
@@ -33,13 +48,9 @@ def running_estimate_loss(
     update_rate: float | Float[Array, ""] = 0.9,
     robustness: float | None = None,
     epsilon: float = 1e-14,
-    directions: tuple[str, ...] = ("query_to_key", "key_to_query"),
-    ids: Integer[Array, " q"] | None = None,
-    groups: Integer[Array, " q"] | None = None,
-    valid: Bool[Array, " q"] | None = None,
-    margin: float | None = None,
-    relative_margin: float | None = None,
-    guides: tuple[Float[Array, "q g"], Float[Array, "q g"]] | None = None,
+    directions: tuple[str, ...] = SYMMETRIC,
+    masks: Masks = NO_MASKS,
+    negatives: NegativesByName | None = None,
     axis_name: AxisName | None = None,
     exchange: str = "gather",
     implementation: str | None = None,
@@ -68,12 +79,9 @@ def running_estimate_loss(
         minimises. Without it a learned temperature follows $\ell$.
       epsilon: $\varepsilon > 0$.
       directions: directions of the comparison.
-      ids: row numbers.
-      groups: labels; rows of an equal label are not negatives.
-      valid: `False` for padding, which keeps its estimate.
-      margin: masks negatives within this difference of the positive's similarity.
-      relative_margin: the same as a share of it.
-      guides: embeddings of a guide model, whose similarities decide on the margins.
+      masks: which pairs are not negatives; padding keeps its estimate.
+      negatives: negatives from outside the batch, by name. They count as much as in-batch
+        negatives, so the estimate is of the mean over both.
       axis_name: the mesh axes over which rows are sharded.
       exchange: `"gather"` or `"ring"`.
       implementation: an implementation of `jaxcl.ops.pairs`.
@@ -104,20 +112,19 @@ def running_estimate_loss(
         raise ValueError(f"update_rate={update_rate}; set it above 0 and at most 1")
     if not epsilon > 0:
         raise ValueError(f"epsilon={epsilon}; set it above 0")
-    comparison = Comparison(
-        ids, groups, valid, margin, relative_margin, guides, axis_name, exchange, implementation
-    )
+    comparison = Comparison(masks, axis_name, exchange, implementation)
     sides = (queries, keys)
-    counts = comparison.counts(*sides, directions=directions)
+    counts = reduce_all(COUNT, comparison, *sides, negatives, directions=directions)
     if by_row:
         found = {
-            direction: comparison.negatives_of_rows(
-                *sides, temperature=temperatures[:, place], direction=direction
+            direction: _log_sums_by_row(
+                comparison, *sides, negatives, temperatures[:, place], direction
             )
             for place, direction in enumerate(directions)
         }
     else:
-        found = comparison.negatives(*sides, temperature=temperatures, directions=directions)
+        reduce = log_sum_exp(temperatures)
+        found = reduce_all(reduce, comparison, *sides, negatives, directions=directions)
     positives = inner_product(queries, keys)[:, None] / temperatures
     counted = jnp.stack([counts[direction] for direction in directions], 1)
     # Rows without negatives have log-sums of −∞. They compute with 0 instead, since the weight of 0
@@ -140,7 +147,33 @@ def running_estimate_loss(
     if robustness is not None:
         loss = jnp.where(known, temperatures * (loss + robustness), 0)
     loss = loss.mean(1)
-    return loss if valid is None else jnp.where(valid, loss, 0), updated
+    return loss if masks.valid is None else jnp.where(masks.valid, loss, 0), updated
+
+
+def _log_sums_by_row(
+    comparison: Comparison,
+    queries: Float[Array, "q d"],
+    keys: Float[Array, "q d"],
+    negatives: NegativesByName | None,
+    temperature: Float[Array, " q"],
+    direction: str,
+) -> Float[Array, " q"]:
+    """The log-sum-exp of each row's negatives in one direction, with a temperature per anchor."""
+    reduce, sides = log_sum_exp(temperature), (queries, keys)
+    if direction == "key_to_query":
+        # Only the rows of a product can have separate temperatures, so the anchors, here the keys,
+        # become its rows.
+        sides, direction, comparison = (keys, queries), "query_to_key", comparison.swapped()
+        negatives = None  # they are keys, and so no candidates of keys in this direction
+    elif direction == "query_to_query":
+        negatives = None
+    elif direction == "key_to_key":
+        negatives = {
+            name: one
+            for name, one in (negatives or {}).items()
+            if isinstance(one, ExplicitNegatives)
+        }
+    return reduce_all(reduce, comparison, *sides, negatives, directions=(direction,))[direction]
 
 
 def remembered_estimate_loss(
@@ -151,6 +184,7 @@ def remembered_estimate_loss(
     temperature: float | Float[Array, ""] = 0.05,
     temperature_bounds: tuple[float, float] = (0.01, 1.0),
     temperature_rate: float | None = None,
+    negatives: NegativesByName | None = None,
     **options: Any,
 ) -> tuple[Float[Array, " q"], dict[str, Float[Array, "q e"]]]:
     r"""`running_estimate_loss` with estimates, and temperatures by row, in the run's memory.
@@ -163,49 +197,35 @@ def remembered_estimate_loss(
       temperature_bounds: the range to which a row's temperature is clamped.
       temperature_rate: learning rate of a row's $\log \tau$, for one gradient step each time that a
         batch contains the row; `None` for one temperature for all rows.
-      options: options of `running_estimate_loss`.
+      negatives: negatives from outside the batch, by name.
+      options: other arguments of `running_estimate_loss`.
 
     Returns:
       The loss of each of this device's rows, and their new entries.
     """
-    estimates = memory["estimates"]
+    loss_fn: Callable[..., Any] = functools.partial(
+        running_estimate_loss, estimates=memory["estimates"], **options
+    )
     if temperature_rate is None:
-        loss, updated = running_estimate_loss(
-            queries, keys, estimates=estimates, temperature=temperature, **options
-        )
+        loss, updated = loss_fn(queries, keys, negatives=negatives, temperature=temperature)
         return loss, {"estimates": updated}
 
-    def total(log_temperatures: Array, *sides: Array) -> tuple[Array, tuple[Array, Array]]:
-        found = running_estimate_loss(
-            *sides, estimates=estimates, temperature=jnp.exp(log_temperatures), **options
-        )
-        return found[0].sum(), found
+    def losses(log_temperatures: Array, vectors: PyTree) -> tuple[Array, Array]:
+        queries, keys, negatives = vectors
+        return loss_fn(queries, keys, negatives=negatives, temperature=jnp.exp(log_temperatures))
 
     if not temperature_rate > 0:
         raise ValueError(f"temperature_rate={temperature_rate}; set it above 0, or to None")
-    # Taken of a sum over rows: each temperature enters its row's loss only. The embeddings are
-    # constants here, or an outer gradient would differentiate this one.
-    constants = map(lax.stop_gradient, (queries, keys))
-    log_temperatures = memory["log_temperatures"]
-    slope = jax.grad(lambda *inputs: total(*inputs)[0])(log_temperatures, *constants)
-    _, (loss, updated) = total(log_temperatures, queries, keys)
+    log_temperatures, vectors = memory["log_temperatures"], (queries, keys, negatives)
+    # Each temperature enters only the loss of its row, so one gradient of the sum gives all. The
+    # embeddings are constants here, or an outer gradient would differentiate this one.
+    constants = lax.stop_gradient(vectors)
+    slope = jax.grad(lambda logs: losses(logs, constants)[0].sum())(log_temperatures)
+    loss, updated = losses(log_temperatures, vectors)
     moved = jnp.clip(
         log_temperatures - temperature_rate * slope, *map(math.log, temperature_bounds)
     )
     return loss, {"estimates": updated, "log_temperatures": moved}
-
-
-def _signature() -> inspect.Signature:
-    """The arguments of the function and of the one that it wraps, for callers that inspect it."""
-    own, handed_on = (
-        dict(inspect.signature(function).parameters)
-        for function in (remembered_estimate_loss, running_estimate_loss)
-    )
-    del own["options"], handed_on["estimates"]
-    return inspect.Signature([*(handed_on | own).values()])
-
-
-remembered_estimate_loss.__signature__ = _signature()  # type: ignore[attr-defined] # inspect's
 
 
 def estimate_memory(
@@ -213,7 +233,7 @@ def estimate_memory(
     *,
     temperature: float,
     temperature_rate: float | None = None,
-    directions: tuple[str, ...] = ("query_to_key", "key_to_query"),
+    directions: tuple[str, ...] = SYMMETRIC,
     **_: Any,
 ) -> dict[str, Float[Array, "n e"]]:
     """The memory of `remembered_estimate_loss` before the first batch, given its options."""

@@ -1,15 +1,25 @@
-"""Every pair a question of its own: does this key belong to this query?"""
+"""A loss that asks of every pair separately: does this key belong to this query?"""
+
+import functools
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxcl.losses.comparison import check_sides
-from jaxcl.negatives.masks import batch_labels
+from jaxcl.losses.comparison import Comparison, check_sides
+from jaxcl.losses.protocol import NO_MASKS, Masks, NegativesByName
+from jaxcl.losses.reduce_negatives import Reduce, reduce_all
 from jaxcl.ops.pairs import pair_softplus
 from jaxcl.ops.vectors import inner_product
-from jaxcl.typing import Array, AxisName, Bool, Float, Integer
+from jaxcl.typing import Array, AxisName, Float, Range
 
-__all__ = ["sigmoid_pair_loss"]
+__all__ = ["SigmoidOptions", "sigmoid_pair_loss"]
+
+
+class SigmoidOptions(NamedTuple):
+    """Options of `sigmoid_pair_loss` in a config."""
+
+    bias: Annotated[float, Range()] | None = None
 
 
 def sigmoid_pair_loss(
@@ -18,9 +28,8 @@ def sigmoid_pair_loss(
     *,
     temperature: float | Float[Array, ""] = 0.1,
     bias: float | Float[Array, ""] = -10.0,
-    ids: Integer[Array, " q"] | None = None,
-    groups: Integer[Array, " q"] | None = None,
-    valid: Bool[Array, " q"] | None = None,
+    masks: Masks = NO_MASKS,
+    negatives: NegativesByName | None = None,
     axis_name: AxisName | None = None,
     exchange: str = "gather",
     implementation: str | None = None,
@@ -31,23 +40,24 @@ def sigmoid_pair_loss(
 
     $$\ell_i = \log(1 + e^{-s_{ii}}) + \sum_{j \ne i} m_{ij} \log(1 + e^{s_{ij}}).$$
 
-    Nothing is normalised over the batch, so that no device waits for another's sums. Arguments as
-    for `infonce_loss`, besides:
+    No sum over the batch is divided by another, so devices need not wait for each other's sums.
 
     Args:
       queries: this device's queries.
       keys: this device's keys.
       temperature: $\tau > 0$; the paper starts at 0.1 and learns it.
       bias: $b$; the paper starts at -10 and learns it, since nearly all pairs are negatives.
-      ids: row numbers.
-      groups: labels.
-      valid: `False` for padding.
+      masks: which pairs are not negatives.
+      negatives: negatives from outside the batch, by name.
       axis_name: the mesh axes over which rows are sharded.
       exchange: `"gather"` or `"ring"`.
-      implementation: of `jaxcl.ops.pairs`.
+      implementation: an implementation of `jaxcl.ops.pairs`.
 
     Returns:
       The loss of each of this device's queries, in nats.
+
+    Raises:
+      ValueError: for sides or negatives that do not fit.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,20 +67,18 @@ def sigmoid_pair_loss(
     Reference:
       Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023, equation 2 and algorithm 1.
     """
-    check_sides(queries, keys, ("query_to_key",))
-    labels = batch_labels(
-        queries.shape[0], ids=ids, groups=groups, valid=valid, axis_name=axis_name
+    directions = ("query_to_key",)
+    check_sides(queries, keys, directions)
+    scale = 1 / jnp.asarray(temperature)
+    reduce = Reduce(
+        functools.partial(pair_softplus, scale=scale, bias=bias),
+        lambda similarities, counted: jnp.where(
+            counted, jax.nn.softplus(similarities * scale + bias), 0
+        ).sum(1),
+        jnp.add,
     )
-    rows, _ = pair_softplus(
-        queries,
-        keys,
-        scale=1 / jnp.asarray(temperature),
-        bias=bias,
-        query_labels=labels,
-        key_labels=labels,
-        axis_name=axis_name,
-        exchange=exchange,
-        implementation=implementation,
-    )
-    loss = rows + jax.nn.softplus(-(inner_product(queries, keys) / temperature + bias))
-    return loss if valid is None else jnp.where(valid, loss, 0)
+    comparison = Comparison(masks, axis_name, exchange, implementation)
+    found = reduce_all(reduce, comparison, queries, keys, negatives, directions=directions)
+    positives = inner_product(queries, keys) / temperature + bias
+    loss = found["query_to_key"] + jax.nn.softplus(-positives)
+    return loss if masks.valid is None else jnp.where(masks.valid, loss, 0)

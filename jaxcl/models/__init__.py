@@ -1,15 +1,27 @@
 """Encoders: one side's tree of inputs in, `[b, d]` unit vectors out."""
 
-from jaxcl.models.decoder import DecoderEncoder
-from jaxcl.models.static import StaticEncoder
-from jaxcl.models.towers import Encode, Towers, make_towers
-from jaxcl.models.transformer import TransformerEncoder
+from collections.abc import Mapping
+
+from jaxcl.models.decoder import DecoderEncoder, DecoderOptions
+from jaxcl.models.static import StaticEncoder, StaticOptions
+from jaxcl.models.towers import Encode, EncoderPart, Towers, TowerSpec, make_towers
+from jaxcl.models.transformer import TransformerEncoder, TransformerOptions
 
 __all__ = [
+    "ENCODERS",
     "DecoderEncoder",
     "Encode",
+    "EncoderPart",
     "StaticEncoder",
+    "TowerSpec",
     "Towers",
     "TransformerEncoder",
     "make_towers",
 ]
+
+ENCODERS: Mapping[str, EncoderPart] = {
+    "decoder": EncoderPart(DecoderEncoder, DecoderOptions),
+    "static": EncoderPart(StaticEncoder, StaticOptions),
+    "transformer": EncoderPart(TransformerEncoder, TransformerOptions),
+}
+"""Encoders by `config.model.name`."""

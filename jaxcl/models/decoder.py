@@ -1,6 +1,6 @@
 """The decoder encoder: Mistral's family, whose last token says what the text is."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,24 @@ from jaxcl.models.layers import (
     stacked,
     unit_vectors,
 )
-from jaxcl.typing import PADDING_ID, Array, Embeddings, Float, Int, PyTree, RowKeys
+from jaxcl.typing import PADDING_ID, Array, Embeddings, Float, Int, PyTree, Range, RowKeys
 
-__all__ = ["DecoderEncoder"]
+__all__ = ["DecoderEncoder", "DecoderOptions"]
+
+
+class DecoderOptions(NamedTuple):
+    """Options of `DecoderEncoder` in a config."""
+
+    max_tokens: Annotated[int, Range(least=1)] | None = None
+    hidden_dim: Annotated[int, Range(least=1)] | None = None
+    num_layers: Annotated[int, Range(least=1)] | None = None
+    num_heads: Annotated[int, Range(least=1)] | None = None
+    num_key_heads: Annotated[int, Range(least=1)] | None = None
+    mlp_dim: Annotated[int, Range(least=1)] | None = None
+    rotary_base: Annotated[float, Range(above=0)] | None = None
+    dropout: Annotated[float, Range(least=0, below=1)] | None = None
+    remat: bool | None = None
+    compute_dtype: str | None = None
 
 
 class DecoderEncoder(nnx.Module):

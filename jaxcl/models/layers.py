@@ -11,7 +11,6 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxcl.ops.vectors import normalise
 from jaxcl.typing import (
-    PADDING_ID,
     Array,
     Bool,
     Embeddings,
@@ -33,7 +32,6 @@ __all__ = [
     "row_dropout",
     "run_layers",
     "stacked",
-    "token_dropout_mask",
     "unit_vectors",
 ]
 
@@ -70,7 +68,8 @@ def pool(
     if pooling == "cls":
         return hidden[:, 0]
     if pooling == "last":
-        last = jnp.maximum(mask.sum(1) - 1, 0)  # a row may have no token
+        # Augmentation may leave padding between tokens, or no token at all.
+        last = jnp.where(mask, jnp.arange(mask.shape[1]), 0).max(1)
         return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     if pooling == "mean":
         weights = mask.astype(hidden.dtype)
@@ -102,15 +101,6 @@ def row_dropout(
         return jnp.where(kept, row / (1.0 - rate), 0).astype(row.dtype)
 
     return jax.vmap(drop)(rngs, values)
-
-
-def token_dropout_mask(tokens: Tokens, rngs: RowKeys | None, *, rate: float) -> Bool[Array, "b t"]:
-    """`True` for the tokens that count: no padding and, in training, a random share of the rest."""
-    mask = tokens != PADDING_ID
-    if rngs is None or rate == 0.0:
-        return mask
-    width = tokens.shape[1]
-    return mask & jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, (width,)))(rngs)
 
 
 def stacked(

@@ -1,17 +1,25 @@
 """The static encoder: a weighted sum of token embeddings. No attention, and very fast."""
 
 import math
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxcl.models.embedding_bag import embedding_bag
-from jaxcl.models.layers import check_length, token_dropout_mask
+from jaxcl.models.layers import check_length
 from jaxcl.ops.vectors import normalise
-from jaxcl.typing import Embeddings, PyTree, RowKeys
+from jaxcl.typing import PADDING_ID, Embeddings, PyTree, Range, RowKeys
 
-__all__ = ["StaticEncoder"]
+__all__ = ["StaticEncoder", "StaticOptions"]
+
+
+class StaticOptions(NamedTuple):
+    """Options of `StaticEncoder` in a config."""
+
+    max_tokens: Annotated[int, Range(least=1)] | None = None
+    hidden_dim: Annotated[int, Range(least=1)] | None = None
 
 
 class StaticEncoder(nnx.Module):
@@ -21,15 +29,14 @@ class StaticEncoder(nnx.Module):
 
     with a learned log-weight $a_v$ per token, which plays the part of an inverse document
     frequency, and a learned log-weight $p_j$ per position, by which the start of a text (a
-    function's name and arguments) may count for more than its end. Trained with token dropout:
-    without it the embedder memorises its pairs.
+    function's name and arguments) may count for more than its end. Train it with token dropout
+    (`jaxcl.models.augmentations`): without it the embedder memorises its pairs.
 
     Args:
       vocabulary_size: number of token ids; id 0 is padding.
       dim: width of the embeddings.
       max_tokens: the longest text, in tokens.
       hidden_dim: width of the token embeddings; `None` for `dim` and no projection $W$.
-      token_dropout: the share of tokens left out in training, in [0, 1).
       rngs: for the initial parameters.
     """
 
@@ -40,7 +47,6 @@ class StaticEncoder(nnx.Module):
         dim: int,
         max_tokens: int,
         hidden_dim: int | None = None,
-        token_dropout: float = 0.5,
         rngs: nnx.Rngs,
     ):
         width = hidden_dim or dim
@@ -49,15 +55,13 @@ class StaticEncoder(nnx.Module):
         self.token_weight = nnx.Param(jnp.zeros((vocabulary_size,)))
         self.position_weight = nnx.Param(jnp.zeros((max_tokens,)))
         self.projection = nnx.Linear(width, dim, use_bias=False, rngs=rngs) if hidden_dim else None
-        self.token_dropout = token_dropout
 
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
-        """Embeds `{"tokens": int32[b, t]}`; with `rngs` (one key per row) it drops tokens."""
+        """Embeds `{"tokens": int32[b, t]}`; training and evaluation are the same."""
         tokens = inputs["tokens"]
         check_length(tokens, self.position_weight.shape[0])
-        counted = token_dropout_mask(tokens, rngs, rate=self.token_dropout)
         log_weights = self.token_weight[...][tokens] + self.position_weight[...][: tokens.shape[1]]
-        weights = jnp.where(counted, jnp.exp(log_weights), 0)
+        weights = jnp.where(tokens != PADDING_ID, jnp.exp(log_weights), 0)
         vectors = embedding_bag(self.table[...], tokens, weights)
         if self.projection is not None:
             # The sum grows with the text; its norm is lost below, so keep the product in range.

@@ -1,14 +1,19 @@
 """Two towers as plain functions: parameters in a dict, one encoder for both sides or one each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from flax import nnx
 
-from jaxcl.typing import SIDES, Array, Embeddings, Key, PyTree, RowKeys
+from jaxcl.typing import SIDES, Array, Augment, Embeddings, Key, PyTree, RowKeys
 
-__all__ = ["Encode", "Towers", "make_towers"]
+__all__ = ["Encode", "EncoderPart", "TowerSpec", "Towers", "make_towers"]
+
+SHARED = "both"
+"""The name of the parameters that both sides share."""
 
 
 @runtime_checkable
@@ -23,40 +28,130 @@ class Encode(Protocol):
     ) -> Embeddings: ...
 
 
+class EncoderPart(NamedTuple):
+    """An encoder that a config may name.
+
+    Attributes:
+      function: `(first, *, dim, rngs, **options) -> module`, where `first` comes from the modality
+        of the side (`jaxcl.data.modalities`): for texts, the size of the vocabulary.
+      options: a NamedTuple class of its options, each `None` for the encoder's own default, with
+        the range of each number (`jaxcl.typing.Range`); `None` if nothing is declared.
+      load: as `TowerSpec.load`.
+    """
+
+    function: Callable[..., nnx.Module]
+    options: type | None = None
+    load: Callable[[Path, PyTree], PyTree] | None = None
+
+
+class TowerSpec(NamedTuple):
+    """One encoder.
+
+    Attributes:
+      make: builds a module that maps `(inputs, rngs)` to `[b, d]`.
+      load: `(file or folder, abstract parameters) -> the same tree of NumPy arrays`; `None` for an
+        encoder that cannot be loaded.
+    """
+
+    make: Callable[[nnx.Rngs], nnx.Module]
+    load: Callable[[Path, PyTree], PyTree] | None = None
+
+
 class Towers(NamedTuple):
-    """What an application needs of a model: initial parameters and an encode function."""
+    """A model as functions.
+
+    Attributes:
+      init: a random key -> initial parameters: a dict of dicts of float32 arrays, under `"both"`,
+        or under `"query"` and `"key"`.
+      load: a file or folder, or name of a tower -> its own -> the same tree as NumPy arrays, or
+        the part of it with these names.
+      encode: the encode function.
+      augment: side -> its augmentation in training.
+    """
 
     init: Callable[[Key[Array, ""]], PyTree]
+    load: Callable[[Path | Mapping[str, Path]], PyTree]
     encode: Encode
+    augment: Mapping[str, Augment] = {}
 
 
-def make_towers(make_encoder: Callable[[nnx.Rngs], nnx.Module], *, shared: bool) -> Towers:
-    """Turns an encoder's constructor into two towers.
+def make_towers(
+    encoders: Callable[[nnx.Rngs], nnx.Module] | Mapping[str, TowerSpec],
+    *,
+    shared: bool = True,
+    augment: Mapping[str, Augment] | None = None,
+) -> Towers:
+    """Turn encoders into two towers.
 
     Args:
-      make_encoder: builds a module that maps `(inputs, rngs)` to `[b, d]`.
-      shared: one set of parameters for queries and keys, or one for each side.
+      encoders: the constructor of an encoder for both sides; or `{"both": one encoder}`, or
+        `"query"` and `"key"` -> an encoder each, which may be of different kinds.
+      shared: for a constructor: whether both sides share its parameters.
+      augment: side -> a function of one row's input and a random key.
 
-    Returns:
-      The towers. Their parameters are a dict of dicts of float32 arrays, under `"both"` or under
-      `"query"` and `"key"`.
+    Raises:
+      ValueError: for other names of encoders.
     """
-    # The graph definition holds no numbers, so an abstract initialisation will do.
-    graph, _ = nnx.split(nnx.eval_shape(lambda: make_encoder(nnx.Rngs(0))), nnx.Param)
-
-    def init_one(key: Key[Array, ""]) -> PyTree:
-        _, params = nnx.split(make_encoder(nnx.Rngs(params=key)), nnx.Param)
-        return nnx.to_pure_dict(params)
+    if not isinstance(encoders, Mapping):
+        spec = TowerSpec(encoders)
+        encoders = {SHARED: spec} if shared else dict.fromkeys(SIDES, spec)
+    specs: dict[str, TowerSpec] = dict(encoders)
+    if set(specs) not in ({SHARED}, set(SIDES)):
+        raise ValueError(f"encoders={sorted(specs)}; give {SHARED!r}, or {' and '.join(SIDES)}")
+    # A graph definition holds no numbers, so an abstract initialisation is enough.
+    graphs, abstract = {}, {}
+    for name, spec in specs.items():
+        # Random streams must be made where they are traced.
+        module = nnx.eval_shape(lambda spec=spec: spec.make(nnx.Rngs(0)))
+        graphs[name], params = nnx.split(module, nnx.Param)
+        abstract[name] = nnx.to_pure_dict(params)
 
     def init(key: Key[Array, ""]) -> PyTree:
-        if shared:
-            return {"both": init_one(key)}
+        if SHARED in specs:
+            return {SHARED: _init_one(specs[SHARED], key)}
         keys = jax.random.split(key, len(SIDES))
-        return {side: init_one(own) for side, own in zip(SIDES, keys, strict=True)}
+        return {side: _init_one(specs[side], own) for side, own in zip(SIDES, keys, strict=True)}
+
+    def load(source: Path | Mapping[str, Path]) -> PyTree:
+        sources = source if isinstance(source, Mapping) else dict.fromkeys(specs, source)
+        return {name: _load_one(name, specs, abstract, path) for name, path in sources.items()}
 
     def encode(
         params: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None = None
     ) -> Embeddings:
-        return nnx.merge(graph, params["both" if shared else side])(inputs, rngs)
+        name = SHARED if SHARED in specs else side
+        return nnx.merge(graphs[name], params[name])(inputs, rngs)
 
-    return Towers(init, encode)
+    return Towers(init, load, encode, augment or {})
+
+
+def _init_one(spec: TowerSpec, key: Key[Array, ""]) -> PyTree:
+    _, params = nnx.split(spec.make(nnx.Rngs(params=key)), nnx.Param)
+    return nnx.to_pure_dict(params)
+
+
+def _load_one(
+    name: str, specs: Mapping[str, TowerSpec], abstract: Mapping[str, PyTree], path: Path
+) -> PyTree:
+    if name not in specs:
+        raise ValueError(f"no encoder is called {name!r}; there are {', '.join(specs)}")
+    load = specs[name].load
+    if load is None:
+        raise ValueError(f"the encoder {name!r} cannot be loaded from {path}")
+    found, wanted = load(path, abstract[name]), abstract[name]
+    ours, theirs = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (found, wanted)
+    )
+    if different := sorted(ours.keys() ^ theirs.keys()):
+        raise ValueError(f"{path} has other parameters than the encoder: {', '.join(different)}")
+    for parameter, leaf in theirs.items():
+        if ours[parameter].shape != leaf.shape:
+            raise ValueError(
+                f"{path}: {parameter} has the shape {ours[parameter].shape}, and the encoder's "
+                f"{leaf.shape}"
+            )
+    return jax.tree.map(lambda leaf, like: np.asarray(leaf, like.dtype), found, wanted)

@@ -1,7 +1,7 @@
 """The transformer encoder: BERT's family, pre-LN or post-LN."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,29 @@ from jaxcl.models.layers import (
     stacked,
     unit_vectors,
 )
-from jaxcl.typing import PADDING_ID, Array, Embeddings, Int, PyTree, RowKeys
+from jaxcl.typing import PADDING_ID, Array, Embeddings, Int, PyTree, Range, RowKeys
 
-__all__ = ["ATTENTIONS", "NORM_POSITIONS", "TransformerEncoder"]
+__all__ = ["ATTENTIONS", "NORM_POSITIONS", "TransformerEncoder", "TransformerOptions"]
 
 ATTENTIONS = ("xla", "cudnn")
 NORM_POSITIONS = ("pre", "post")
+
+
+class TransformerOptions(NamedTuple):
+    """Options of `TransformerEncoder` in a config."""
+
+    max_tokens: Annotated[int, Range(least=1)] | None = None
+    hidden_dim: Annotated[int, Range(least=1)] | None = None
+    num_layers: Annotated[int, Range(least=1)] | None = None
+    num_heads: Annotated[int, Range(least=1)] | None = None
+    mlp_dim: Annotated[int, Range(least=1)] | None = None
+    norm_position: str | None = None
+    pooling: str | None = None
+    dropout: Annotated[float, Range(least=0, below=1)] | None = None
+    attention: str | None = None
+    remat: bool | None = None
+    scan_layers: bool | None = None
+    compute_dtype: str | None = None
 
 
 class TransformerEncoder(nnx.Module):

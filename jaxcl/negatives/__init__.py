@@ -10,14 +10,21 @@ from jaxcl.negatives.memory_bank import (
     update_queue,
 )
 from jaxcl.negatives.mining import Mined, MiningRule, mine_negatives
-from jaxcl.negatives.sets import OwnNegatives, SharedNegatives
+from jaxcl.negatives.sets import (
+    ExplicitNegatives,
+    Negatives,
+    OwnNegatives,
+    SharedNegatives,
+)
 from jaxcl.negatives.tiers import DrawSource, TierBudgets, draw_tiers, strata_of
 
 __all__ = [
     "DrawSource",
+    "ExplicitNegatives",
     "MemoryBank",
     "Mined",
     "MiningRule",
+    "Negatives",
     "OwnNegatives",
     "SharedNegatives",
     "TierBudgets",

@@ -1,10 +1,10 @@
-"""Negatives from outside of the batch: shared by all queries, or separate for each query."""
+"""Negatives from outside the batch: shared by all queries, or separate for each query."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from jaxcl.typing import Array, Bool, Float, Integer
 
-__all__ = ["OwnNegatives", "SharedNegatives"]
+__all__ = ["ExplicitNegatives", "Negatives", "OwnNegatives", "SharedNegatives"]
 
 
 class SharedNegatives(NamedTuple):
@@ -26,7 +26,7 @@ class SharedNegatives(NamedTuple):
 
 
 class OwnNegatives(NamedTuple):
-    """Separate keys for each query of this device: mined, nearest in a bank, or synthetic.
+    """Separate keys for each query of this device: nearest in a bank, or synthetic.
 
     Attributes:
       vectors: the keys of each query.
@@ -41,3 +41,27 @@ class OwnNegatives(NamedTuple):
     groups: Integer[Array, "q n"] | None = None
     valid: Bool[Array, "q n"] | None = None
     guides: Float[Array, "q n g"] | None = None
+
+
+class ExplicitNegatives(NamedTuple):
+    """Keys that come with each row, such as mined negatives, and serve all queries of all devices.
+
+    A query's own may be given more weight. In the direction `"key_to_key"` they are also negatives
+    of the other rows' keys.
+
+    Attributes:
+      vectors: the keys of each row.
+      ids: the row number of each, from which a query's own id must differ.
+      groups: groups, from which a query's own group must differ.
+      valid: `False` where a row has fewer.
+      guides: their guide embeddings.
+    """
+
+    vectors: Float[Array, "q n d"]
+    ids: Integer[Array, "q n"] | None = None
+    groups: Integer[Array, "q n"] | None = None
+    valid: Bool[Array, "q n"] | None = None
+    guides: Float[Array, "q n g"] | None = None
+
+
+Negatives: TypeAlias = ExplicitNegatives | OwnNegatives | SharedNegatives

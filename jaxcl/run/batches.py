@@ -201,7 +201,8 @@ class RunBatches:
         )
 
     def _labels(self, rule: GcbsRule) -> tuple[Int[np.ndarray, " n"], ...]:
-        return tuple(np.asarray(getattr(self._table, name)) for name in rule.apart)
+        labels = self._table.labels(np.arange(self._num_rows))
+        return tuple(labels[name] for name in rule.apart)
 
     def _assigned(self, state: TrainState) -> Assigned | None:
         """What the last refresh chose; `None` before the first."""
@@ -235,10 +236,13 @@ class RunBatches:
             return put_rows(
                 state.memory["bank"][side].vectors, self._training.mesh, num_rows=self._num_rows
             )
-        tokens = self._table.side(side, np.arange(self._num_rows))["tokens"]
         with progress_bar(f"encoding each {side} to choose batches", self._num_rows) as advance:
             vectors: Float[np.ndarray, "n d"] = self._training.embed(
-                state.params["towers"], side, tokens, advance=advance
+                state.params["towers"],
+                side,
+                functools.partial(self._table.side, side),
+                self._num_rows,
+                advance=advance,
             )
         return put_rows(vectors, self._training.mesh, num_rows=self._num_rows)
 

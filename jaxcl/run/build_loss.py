@@ -7,13 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxcl.data.modalities import modality_of
 from jaxcl.grad_cache import rows_per_chunk
-from jaxcl.losses import matryoshka
-from jaxcl.losses.negative_metrics import measure_negatives
+from jaxcl.losses import Loss, measure_negatives
+from jaxcl.losses.matryoshka import nested
 from jaxcl.models.towers import Towers
 from jaxcl.negatives.memory_bank import MemoryBank, update_instances, update_queue
 from jaxcl.settings.derived import MASKS, gcbs_rule
-from jaxcl.settings.parts import MEMORIES, arguments_of
 from jaxcl.settings.sections import BankSettings, Settings
 from jaxcl.step.batch_loss import (
     BeyondBatch,
@@ -24,38 +24,55 @@ from jaxcl.step.batch_loss import (
 )
 from jaxcl.typing import SIDES, Scalar
 
-__all__ = ["batch_needs", "beyond_batch", "build_loss", "build_measure", "build_momentum"]
+__all__ = [
+    "batch_needs",
+    "beyond_batch",
+    "build_loss",
+    "build_measure",
+    "build_momentum",
+    "run_loss",
+]
 
 
 def build_loss(settings: Settings, towers: Towers, mesh: Mesh) -> LossOfBatch:
     """The loss of `settings.loss`, encoded as `settings.grad_cache` says: see `make_loss`."""
-    return make_loss(
-        towers.encode,
-        _loss_fn(settings),
+    return make_loss(towers, run_loss(settings), mesh, **_arrangement(settings))
+
+
+def build_measure(settings: Settings, towers: Towers, mesh: Mesh) -> MeasureOfBatch:
+    """The metrics of that loss's negatives: see `make_measure`."""
+    options = {
+        name: value
+        for name, value in settings.loss.options.items()
+        if name in ("hardness", "negative_hardness")
+    }
+    return make_measure(
+        towers,
+        settings.parts.loss,
         mesh,
-        remembers=settings.parts.loss in MEMORIES,
+        measure_fn=functools.partial(measure_negatives, **options, **_exchange(settings)),
         **_arrangement(settings),
     )
 
 
-def build_measure(settings: Settings, towers: Towers, mesh: Mesh) -> MeasureOfBatch:
-    """What that loss's negatives are: see `make_measure`."""
-    known = arguments_of(measure_negatives)
-    options = {
-        name: value
-        for name, value in {**settings.loss.options, **_arguments(settings)}.items()
-        if name in known
-    }
-    measure_fn = functools.partial(measure_negatives, **options)
-    return make_measure(towers.encode, measure_fn, mesh, **_arrangement(settings))
+def run_loss(settings: Settings) -> Loss:
+    """The loss of `settings.loss` with its options bound."""
+    loss, given = settings.parts.loss, settings.loss
+    arguments = dict(given.options)
+    if loss.exchanges:
+        arguments |= _exchange(settings)
+    if loss.bounds_temperature:
+        arguments["temperature_bounds"] = (given.temperature.minimum, given.temperature.maximum)
+    bound = loss._replace(function=functools.partial(loss.function, **arguments))
+    return nested(bound, dims=given.matryoshka_dims) if given.matryoshka_dims else bound
 
 
 def batch_needs(settings: Settings) -> tuple[str, ...]:
-    """What a batch must hold in addition to its pairs, rows and groups."""
+    """The columns of a batch in addition to its pairs, rows and groups."""
     mines = settings.negatives.mined.refresh_every is not None
     needed = {
         "negatives": settings.data.negatives is not None or mines,
-        "teacher_scores": "teacher_scores" in arguments_of(settings.parts.loss),
+        "teacher_scores": "teacher_scores" in settings.parts.loss.columns.values(),
         "guides": settings.data.guides is not None,
     }
     return tuple(column for column, wanted in needed.items() if wanted)
@@ -101,20 +118,11 @@ def _arrangement(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _loss_fn(settings: Settings) -> Callable:
-    loss = settings.loss
-    arguments = {**loss.options, **_arguments(settings)}
-    if settings.parts.loss in MEMORIES:
-        arguments["temperature_bounds"] = (loss.temperature.minimum, loss.temperature.maximum)
-    loss_fn = functools.partial(settings.parts.loss, **arguments)
-    return matryoshka(loss_fn, dims=loss.matryoshka_dims) if loss.matryoshka_dims else loss_fn
-
-
-def _arguments(settings: Settings) -> dict[str, Any]:
-    """What the settings say to every loss, where they say anything."""
+def _exchange(settings: Settings) -> dict[str, Any]:
+    """How the devices exchange rows."""
     loss = settings.loss
     given = {"exchange": loss.exchange, "implementation": loss.implementation}
-    return {name: value for name, value in given.items() if value is not None} | loss.margins
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _chunk_sizes(settings: Settings) -> dict[str, int] | None:
@@ -123,8 +131,9 @@ def _chunk_sizes(settings: Settings) -> dict[str, int] | None:
     if size is not None:
         return dict.fromkeys(SIDES, size)
     if tokens is not None:
-        widths = settings.data.max_tokens._asdict()
-        return {side: rows_per_chunk(width, max_tokens=tokens) for side, width in widths.items()}
+        data = settings.data
+        lengths = {side: modality_of(data, side).length(data, side) for side in SIDES}
+        return {side: rows_per_chunk(one, max_tokens=tokens) for side, one in lengths.items()}
     return None
 
 

@@ -1,15 +1,15 @@
-"""A trained model on the present devices: texts in, embeddings out."""
+"""A trained model on the present devices: texts, or whatever its sides hold, in; embeddings out."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
-from tokenizers import Tokenizer
 
+from jaxcl.data.modalities import Reader
+from jaxcl.data.table import Table
 from jaxcl.models import Towers
-from jaxcl.settings.sections import TextSpec
-from jaxcl.step.embedder import Embedder, make_embedder, pad_texts
+from jaxcl.step.embedder import Embedder, make_embedder, rows_of
 from jaxcl.typing import Float, Int, PyTree
 
 __all__ = ["Encoder"]
@@ -21,48 +21,62 @@ class Encoder(NamedTuple):
     Attributes:
       mesh: the devices.
       towers: the model.
-      embedder: its compiled forward pass, `(params, side, tokens) -> embeddings`.
+      embedder: its compiled forward pass.
       params: the parameters of the towers.
-      tokenizer: the run's own.
-      text: how texts become tokens.
+      readers: side -> the function that turns its values into inputs.
     """
 
     mesh: Mesh
     towers: Towers
     embedder: Embedder
     params: PyTree
-    tokenizer: Tokenizer
-    text: TextSpec
+    readers: Mapping[str, Reader]
 
-    def tokens(self, side: str, texts: Sequence[str]) -> Int[np.ndarray, "n t"]:
-        """Token ids of texts, padded to the longest that the side reads."""
-        return pad_texts(
-            self.tokenizer,
-            texts,
-            max_tokens=getattr(self.text.max_tokens, side),
-            add_cls=self.text.add_cls,
-            distinct=self.text.distinct_tokens,
-        )
+    def encode(
+        self,
+        side: str,
+        values: Sequence[Any],
+        *,
+        advance: Callable[[int], None] = lambda rows: None,
+    ) -> Float[np.ndarray, "n d"]:
+        """Embed values, such as texts.
+
+        Args:
+          side: `"query"` or `"key"`.
+          values: texts, or other values as a data source returns them.
+          advance: called with the number of rows as they are done.
+
+        Returns:
+          Unit vectors in float32, on the host.
+        """
+        inputs = self.readers[side](values)
+        return self.embedder(self.params, side, rows_of(inputs), len(values), advance=advance)
 
     def embed(
         self,
         side: str,
-        tokens: Int[np.ndarray, "n t"],
+        table: Table,
+        rows: Int[np.ndarray, " n"] | None = None,
         *,
         advance: Callable[[int], None] = lambda rows: None,
     ) -> Float[np.ndarray, "n d"]:
-        """Embeddings of token ids: float32 unit vectors on the host.
+        """Embed rows of a table, all by default, reading one batch at a time.
 
         Args:
           side: `"query"` or `"key"`.
-          tokens: ids, padded.
+          table: the rows.
+          rows: their numbers.
           advance: called with the number of rows as they are done.
         """
-        return self.embedder(self.params, side, tokens, advance=advance)
-
-    def encode(self, side: str, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
-        """Embeddings of texts."""
-        return self.embed(side, self.tokens(side, texts))
+        if rows is None:
+            rows = np.arange(table.num_rows)
+        return self.embedder(
+            self.params,
+            side,
+            lambda places: table.side(side, rows[places]),
+            len(rows),
+            advance=advance,
+        )
 
     def for_batches_of(self, rows: int) -> "Encoder":
         """The same encoder, compiled for batches of this many rows."""

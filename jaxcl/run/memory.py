@@ -10,9 +10,8 @@ from jaxcl.data.row_guides import guide_dim
 from jaxcl.negatives.memory_bank import init_bank
 from jaxcl.negatives.tiers import strata_of
 from jaxcl.ops.row_tables import ENTRIES_MULTIPLE, padded_entries
-from jaxcl.run.build_loss import beyond_batch
+from jaxcl.run.build_loss import beyond_batch, run_loss
 from jaxcl.settings.derived import gcbs_rule
-from jaxcl.settings.parts import MEMORIES
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import Integer, PyTree
 
@@ -35,12 +34,12 @@ def init_memory(
       ValueError: if the number of rows, or their groups, are needed and missing.
     """
     memory = _negatives_memory(settings, num_rows, groups) | _assignment_memory(settings, num_rows)
-    estimates = MEMORIES.get(settings.parts.loss)
-    if estimates is not None:
+    init_rows = run_loss(settings).init_memory
+    if init_rows is not None:
         if num_rows is None:
             raise ValueError("the loss remembers rows; give the number of them")
         initial = settings.loss.temperature.initial
-        memory["rows"] = estimates(num_rows, temperature=initial, **settings.loss.options)
+        memory["rows"] = init_rows(num_rows, temperature=initial, **settings.loss.options)
     return memory
 
 

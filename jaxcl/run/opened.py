@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxcl.data.modalities import build_readers, modality_of, open_tables
 from jaxcl.data.prepare import read_remembered_data
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import open_splits
-from jaxcl.data.token_table import TokenTable, build_token_table
-from jaxcl.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from jaxcl.data.table import Table
 from jaxcl.host.progress import progress_bar
 from jaxcl.models import Towers
 from jaxcl.ops.mesh import make_mesh, replicated_sharding
@@ -80,29 +80,19 @@ class OpenedRun(NamedTuple):
             )
         return function
 
-    def token_table(self, split: str, source: PairSource) -> TokenTable:
-        """A split's pairs as token ids."""
-        text = self.settings.data.text
-        with progress_bar(f"tokenising {split}", len(source)) as advance:
-            return build_token_table(
-                source,
-                self.encoder.tokenizer,
-                max_tokens=text.max_tokens._asdict(),
-                add_cls=text.add_cls,
-                distinct=text.distinct_tokens,
-                directory=Path(self.settings.run.data_dir).expanduser() / "tokens",
-                advance=advance,
-            )
+    def table(self, split: str, source: PairSource) -> Table:
+        """A split's pairs as inputs of the encoders."""
+        data_dir = Path(self.settings.run.data_dir).expanduser()
+        tables = open_tables(
+            self.settings.data, {split: source}, data_dir=data_dir, workdir=self.workdir
+        )
+        return tables[split]
 
     def embeddings(self, split: str, source: PairSource) -> dict[str, Float[np.ndarray, "n d"]]:
         """All rows of a split, embedded: side -> vectors."""
-        table = self.token_table(split, source)
-        rows = np.arange(table.num_rows)
+        table = self.table(split, source)
         with progress_bar(f"embedding {split}", len(SIDES) * table.num_rows) as advance:
-            return {
-                side: self.encoder.embed(side, table.side(side, rows)["tokens"], advance=advance)
-                for side in SIDES
-            }
+            return {side: self.encoder.embed(side, table, advance=advance) for side in SIDES}
 
 
 def open_run(workdir: Path, *, trust: Trust = ()) -> OpenedRun:
@@ -124,9 +114,8 @@ def open_run(workdir: Path, *, trust: Trust = ()) -> OpenedRun:
     remembered = read_remembered_data(workdir)
     if remembered is None:
         raise ValueError(_train_first(f"the run in {workdir} has not opened its data yet"))
-    tokenizer = load_tokenizer(workdir / "tokenizer.json")
     mesh = make_mesh({"data": -1})  # the present devices, whatever the run's were
-    towers = build_towers(settings.model, settings.parts, settings.data.vocabulary_size)
+    towers = build_towers(settings)
     params, step = _newest_params(towers, workdir, mesh)
     embedder = make_embedder(towers.encode, mesh, batch_size=settings.evaluation.batch_size)
     roles = set(settings.data.splits)
@@ -134,12 +123,12 @@ def open_run(workdir: Path, *, trust: Trust = ()) -> OpenedRun:
         "step": step,
         # A run that was trained again from nothing passes the same steps.
         "parameters": [int(checksum(leaf)) for leaf in jax.tree.leaves(params)],
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "inputs": {side: modality_of(settings.data, side).fingerprint(workdir) for side in SIDES},
         "fingerprints": {
             role: value for role, value in remembered.fingerprints.items() if role in roles
         },
     }
-    encoder = Encoder(mesh, towers, embedder, params, tokenizer, settings.data.text)
+    encoder = Encoder(mesh, towers, embedder, params, build_readers(settings.data, workdir))
     return OpenedRun(workdir, settings, encoder, remembered.data_set, made_from)
 
 

@@ -118,7 +118,7 @@ class Reports:
         if not np.isfinite([loss, gradient_norm]).all():
             raise DivergenceError(_diagnosis(step, metrics, self._training))
         self._steps_since += 1
-        self._tokens += int(metrics.tokens)
+        self._tokens += int(metrics.length)
         if step % self._settings.run.log_every == 0 or step == self._settings.steps:
             now = time.perf_counter()
             seconds = now - self._since

@@ -1,6 +1,8 @@
 """From settings to the functions of a training run."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -8,14 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from tokenizers import Tokenizer
 
-from jaxcl.models import Towers, make_towers
+from jaxcl.data.modalities import Reader, modality_of
+from jaxcl.models import Towers, TowerSpec, make_towers
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.run.build_loss import build_loss, build_measure, build_momentum
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.memory import init_memory
-from jaxcl.settings.sections import ModelSettings, OptimizerSettings, Parts, Settings
+from jaxcl.settings.sections import (
+    ModelSettings,
+    OptimizerSettings,
+    Parts,
+    Settings,
+    TowerSettings,
+)
 from jaxcl.step.embedder import Embedder, make_embedder
 from jaxcl.step.mined_refresh import Refresh, make_mined_refresh
 from jaxcl.step.parameter_sharding import FSDP
@@ -27,7 +35,7 @@ from jaxcl.step.train_step import (
     make_train_step,
     state_sharding,
 )
-from jaxcl.typing import Batch, Integer, PyTree, Scalar
+from jaxcl.typing import SIDES, Batch, Integer, PyTree, Scalar
 
 __all__ = ["Training", "build_optimizer", "build_towers", "build_training", "run_mesh"]
 
@@ -46,7 +54,8 @@ class Training(NamedTuple):
       train_step: `(state, batch) -> (state, metrics)`; the state is donated.
       measure: `(state, batch) -> metrics` of the negatives in the update to come, by name.
       mine: `state -> (state with new mined negatives, metrics)`, or `None`; the state is donated.
-      embed: `(parameters of the towers, side, tokens) -> embeddings`, without dropout.
+      embed: `(parameters of the towers, side, read, num_rows) -> embeddings`, without dropout
+        (`jaxcl.step.embedder`).
       learning_rate: step -> the rate of that update.
       abstract_state: as `init` -> the state's shapes, types and shardings.
     """
@@ -62,16 +71,9 @@ class Training(NamedTuple):
     learning_rate: Callable[[Scalar | int], Scalar]
     abstract_state: Callable[..., TrainState]
 
-    def encoder(self, state: TrainState, tokenizer: Tokenizer) -> Encoder:
-        """The model of a state, to embed with."""
-        return Encoder(
-            self.mesh,
-            self.towers,
-            self.embed,
-            state.params["towers"],
-            tokenizer,
-            self.settings.data.text,
-        )
+    def encoder(self, state: TrainState, readers: Mapping[str, Reader]) -> Encoder:
+        """The model of a state, to embed with, given the readers of its sides."""
+        return Encoder(self.mesh, self.towers, self.embed, state.params["towers"], readers)
 
 
 def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None = None) -> Training:
@@ -91,7 +93,7 @@ def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None =
             f"global_batch_size={settings.global_batch_size} does not divide over {mesh.size} "
             f"devices; use a multiple of {mesh.size}"
         )
-    towers = build_towers(settings.model, settings.parts, settings.data.vocabulary_size)
+    towers = build_towers(settings)
     optimizer, learning_rate = build_optimizer(
         settings.optimizer, settings.parts, steps=settings.steps
     )
@@ -117,6 +119,7 @@ def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None =
             temperature=TemperatureBounds(*settings.loss.temperature),
             momentum=build_momentum(settings),
             rules=settings.run.parameter_rules,
+            count=functools.partial(_length, settings),
         ),
         measure=measured,
         mine=None
@@ -134,10 +137,10 @@ def _state_makers(
     """`init` and `abstract_state` of a `Training`."""
     rules = settings.run.parameter_rules
 
-    def unplaced(num_rows: int | None, groups: Groups | None) -> TrainState:
+    def unplaced(num_rows: int | None, groups: Groups | None, loaded: PyTree) -> TrainState:
         return init_state(
             jax.random.key(settings.seed),
-            towers.init,
+            lambda key: {**towers.init(key), **loaded},
             optimizer,
             temperature=TemperatureBounds(*settings.loss.temperature),
             bias=settings.loss.bias,
@@ -145,7 +148,7 @@ def _state_makers(
         )
 
     def abstract_state(num_rows: int | None = None, groups: Groups | None = None) -> TrainState:
-        state = jax.eval_shape(lambda: unplaced(num_rows, groups))
+        state = jax.eval_shape(lambda: unplaced(num_rows, groups, {}))
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             state,
@@ -153,13 +156,32 @@ def _state_makers(
         )
 
     def init(num_rows: int | None = None, groups: Groups | None = None) -> TrainState:
-        def placed() -> TrainState:
-            state = unplaced(num_rows, groups)
+        def placed(loaded: PyTree) -> TrainState:
+            state = unplaced(num_rows, groups, loaded)
             return jax.lax.with_sharding_constraint(state, state_sharding(mesh, state, rules=rules))
 
-        return jax.jit(placed)()
+        sources = pretrained_sources(settings.model)
+        loaded = {}
+        if sources:
+            parameters = abstract_state(num_rows, groups).params["towers"]
+            loaded = {
+                name: jax.tree.map(_placed, tree, parameters[name])
+                for name, tree in towers.load(sources).items()
+            }
+        return jax.jit(placed, donate_argnums=0)(loaded)
 
     return init, abstract_state
+
+
+def _placed(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array of the host on the devices: each receives only its part."""
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: array[index])
+
+
+def _length(settings: Settings, batch: Batch) -> Integer[jax.Array, ""]:
+    """The length of a batch's inputs without padding, of both sides."""
+    lengths = [modality_of(settings.data, side).count(batch[side]) for side in SIDES]
+    return lengths[0] + lengths[1]
 
 
 def run_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -170,12 +192,41 @@ def run_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = 
     )
 
 
-def build_towers(model: ModelSettings, parts: Parts, vocabulary_size: int) -> Towers:
-    """The model of `settings.model`."""
+def build_towers(settings: Settings) -> Towers:
+    """The model of `settings.model`, with the augmentations of `settings.augmentation`."""
+    model, parts, augmentation = settings.model, settings.parts, settings.augmentation
+    queries = TowerSettings(model.name, model.options)
+    keys = queries if model.key.name is None else model.key
+    towers = {"both": queries} if model.shared else {"query": queries, "key": keys}
+    augment = {}
+    if parts.augmentation is not None:
+        function = parts.augmentation(**augmentation.options)
+        augment = dict.fromkeys(augmentation.sides, function)
     return make_towers(
-        lambda rngs: parts.encoder(vocabulary_size, dim=model.dim, rngs=rngs, **model.options),
-        shared=model.shared,
+        {
+            name: _tower_spec(settings, "query" if name == "both" else name, tower)
+            for name, tower in towers.items()
+        },
+        augment=augment,
     )
+
+
+def _tower_spec(settings: Settings, side: str, tower: TowerSettings) -> TowerSpec:
+    part = settings.parts.encoders[str(tower.name)]
+    first = modality_of(settings.data, side).encoder_argument(settings.data, side)
+    return TowerSpec(
+        lambda rngs: part.function(first, dim=settings.model.dim, rngs=rngs, **tower.options),
+        part.load,
+    )
+
+
+def pretrained_sources(model: ModelSettings) -> dict[str, Path]:
+    """Name of a tower -> the file or folder from which it is loaded."""
+    towers = {"both": model.pretrained}
+    if not model.shared:
+        own = model.pretrained if model.key.name is None else model.key.pretrained
+        towers = {"query": model.pretrained, "key": own}
+    return {name: Path(path).expanduser() for name, path in towers.items() if path is not None}
 
 
 def build_optimizer(

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from jaxcl.host.files import read_json_object, write_whole
-from jaxcl.settings.ranges import read_section
 from jaxcl.settings.read import as_dict
+from jaxcl.settings.section_reader import read_section
 from jaxcl.settings.sections import AssignmentSettings, Settings
 
 try:

@@ -1,11 +1,12 @@
 """The checks that look at several settings at once, in the order of the config's sections."""
 
-import inspect
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
 from jaxcl.assignment import random_to_hard
+from jaxcl.losses import ExplicitNegatives, OwnNegatives, SharedNegatives
 from jaxcl.settings.derived import (
     ASSIGNMENTS,
     BANKS,
@@ -17,8 +18,9 @@ from jaxcl.settings.derived import (
     gcbs_rule,
     sources_by,
 )
-from jaxcl.settings.parts import MEMORIES, arguments_of, is_function_name
+from jaxcl.settings.parts import is_function_name
 from jaxcl.settings.sections import DataSet, DataSettings, Settings, TierSettings, unresolved
+from jaxcl.typing import SIDES
 
 __all__ = ["check_settings"]
 
@@ -31,6 +33,7 @@ def check_settings(settings: Settings) -> None:
     """Raise a `ValueError` for settings that cannot go together."""
     _check_data(settings.data)
     _check_widths(settings)
+    _check_model(settings)
     _check_loss(settings)
     _check_bank(settings)
     _check_tiers(settings, settings.negatives.tiers)
@@ -90,6 +93,37 @@ def _check_widths(settings: Settings) -> None:
         )
 
 
+def _check_model(settings: Settings) -> None:
+    model, augmentation = settings.model, settings.augmentation
+    if model.shared and model.key.name is not None:
+        raise ValueError(
+            f"model.key.name={model.key.name!r} is an encoder for the keys alone; set model.shared "
+            "to False, or leave it None"
+        )
+    if model.key.name is None and (model.key.pretrained is not None or _given(model.key.options)):
+        raise ValueError("model.key describes an encoder without a name; set model.key.name")
+    for field, tower in (("model", model), ("model.key", model.key)):
+        part = settings.parts.encoders.get(str(tower.name))
+        if tower.pretrained is not None and part is not None and part.load is None:
+            raise ValueError(
+                f"{field}.pretrained={tower.pretrained!r}, but the encoder {tower.name!r} cannot "
+                "be loaded from a file"
+            )
+    _check_names("augmentation.sides", augmentation.sides, SIDES)
+    if augmentation.name is None and _given(augmentation.options):
+        raise ValueError("augmentation.options without augmentation.name, which reads them")
+    texts = set(settings.data.modality) == {"text"}
+    if not texts and {"bm25", "hybrid"} & set(settings.evaluation.methods):
+        raise ValueError(
+            "evaluation.methods: bm25 and hybrid compare texts, and data.modality has others; use "
+            "('dense',)"
+        )
+
+
+def _given(options: Mapping[str, Any]) -> bool:
+    return any(value is not None for value in options.values())
+
+
 def _check_loss(settings: Settings) -> None:
     loss, data = settings.loss, settings.data
     _check_names("loss.masks", loss.masks, MASKS)
@@ -110,54 +144,48 @@ def _check_loss(settings: Settings) -> None:
         raise ValueError(
             f"loss.matryoshka_dims={loss.matryoshka_dims} has a length above model.dim={longest}"
         )
-    if settings.parts.loss is not unresolved:
-        _check_arguments(settings, arguments_of(settings.parts.loss))
+    if settings.parts.loss.function is not unresolved:
+        _check_given(settings)
+        _check_taken(settings)
 
 
-def _check_arguments(settings: Settings, arguments: Mapping[str, inspect.Parameter]) -> None:
-    """Whether the loss takes what the settings would give it."""
-    loss, name = settings.loss, settings.loss.name
-    for column in loss.masks:
-        if MASKS[column] not in arguments:
-            raise ValueError(
-                f"loss.masks: {name!r} takes no {column!r}; leave "
-                'it out (--config.loss.masks="()" names none)'
-            )
-    for column, argument in MASKS.items():
-        needed = argument in arguments and arguments[argument].default is inspect.Parameter.empty
-        if needed and not any(MASKS[mask] == argument for mask in loss.masks):
-            raise ValueError(f"loss.masks={loss.masks}: {name!r} needs {column!r} among them")
+def _check_given(settings: Settings) -> None:
+    """Check that the loss takes every argument that the settings would give it."""
+    loss, name, part = settings.loss, settings.loss.name, settings.parts.loss
+    if "group" in loss.masks and MASKS["group"] not in part.masks:
+        raise ValueError(f"loss.masks names 'group', but {name!r} does not mask by groups")
     for margin, value in loss.margins.items():
-        if margin not in arguments:
+        if margin not in part.masks:
             raise ValueError(f"loss.{margin}={value}, but {name!r} takes none")
-    if loss.bias is not None and "bias" not in arguments:
+    if loss.bias is not None and not part.has_bias:
         raise ValueError(
             f"loss.bias={loss.bias} is learned by losses that have one; {name!r} has none"
         )
     if loss.bias is not None and "bias" in loss.options:
         raise ValueError("loss.bias and loss.options.bias are both given; leave one out")
-    if loss.matryoshka_dims and settings.parts.loss in MEMORIES:
-        raise ValueError(
-            f"loss.matryoshka_dims={loss.matryoshka_dims} with {name!r}, which remembers one "
-            "number of each row, not one for each length; leave one of the two out"
-        )
     data, mined = settings.data, settings.negatives.mined
-    if "negatives" not in arguments and (data.negatives or mined.refresh_every):
-        setting = "negatives.mined.refresh_every" if mined.refresh_every else ""
-        setting = setting or f"data.negatives={data.negatives}"
-        raise ValueError(f"{setting}, but the loss {name!r} takes none; leave it None")
-    if "teacher_scores" in arguments and data.negatives is None:
+    explicit = data.negatives is not None or mined.refresh_every is not None
+    if explicit and ExplicitNegatives not in part.negatives:
+        setting = "negatives.mined.refresh_every" if mined.refresh_every else "data.negatives"
+        raise ValueError(f"{setting} is set, but the loss {name!r} takes no explicit negatives")
+    tiers, bank = settings.negatives.tiers.budgets, settings.negatives.bank.kind
+    drawn = tiers.drawn + tiers.synthetic > 0 or (tiers.whole and bank is not None)
+    if drawn and not {OwnNegatives, SharedNegatives} <= set(part.negatives):
         raise ValueError(
-            f"the loss {name!r} needs a teacher's scores: set data.negatives to an .npz that has "
-            "'teacher_scores' beside each row's negatives"
+            f"the loss {name!r} takes no negatives of a bank and no synthetic ones; leave "
+            "negatives.bank.kind None, and negatives.tiers at 0"
         )
-    tiers = settings.negatives.tiers.budgets
-    bank = settings.negatives.bank.kind is not None
-    takes_tiers = tiers.drawn + tiers.synthetic > 0 or (tiers.whole and bank)
-    if takes_tiers and "tiers" not in arguments:
+
+
+def _check_taken(settings: Settings) -> None:
+    """Check that the data have the columns that the loss takes."""
+    data, columns, name = settings.data, settings.parts.loss.columns, settings.loss.name
+    if "group" in columns.values() and data.group_field is None:
+        raise ValueError(f"the loss {name!r} needs the rows' groups; set data.group_field")
+    if "teacher_scores" in columns.values() and data.negatives is None:
         raise ValueError(
-            f"the loss {name!r} takes no negatives beside its batch's; leave negatives.bank.kind "
-            "None, and negatives.tiers at 0"
+            f"the loss {name!r} needs a teacher's scores; set data.negatives to an .npz that has "
+            "'teacher_scores' in addition to each row's negatives"
         )
 
 
@@ -209,12 +237,6 @@ def _check_tiers(settings: Settings, tiers: TierSettings) -> None:
         raise ValueError(
             f"negatives.proportions={settings.negatives.proportions!r} is unknown; use rows, equal "
             "or weights"
-        )
-    explicit = settings.data.negatives is not None
-    if (kind or budgets.synthetic or explicit) and settings.loss.matryoshka_dims:
-        raise ValueError(
-            "negatives beside the batch's with loss.matryoshka_dims: they are whole embeddings; "
-            "leave one of the two out"
         )
 
 

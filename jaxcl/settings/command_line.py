@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from jaxcl.host.command_flags import CommandParser
 from jaxcl.settings.config_files import load_config
-from jaxcl.settings.ranges import did_you_mean
+from jaxcl.settings.section_reader import did_you_mean
 
 __all__ = ["add_config_flags", "changed_fields", "config_of", "override", "parse_value"]
 

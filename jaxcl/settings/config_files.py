@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import jaxcl.configs
-from jaxcl.settings.ranges import did_you_mean
+from jaxcl.settings.section_reader import did_you_mean
 
 __all__ = ["find_config", "known_configs", "load_config", "read_settings_file"]
 

@@ -28,6 +28,21 @@ def _fields(section: str, *names: str) -> tuple[str, ...]:
 
 _UNREAD = (
     _Unread(
+        ("augmentation.sides",),
+        lambda s: s.augmentation.name is None,
+        "augmentation.name reads it",
+    ),
+    _Unread(
+        ("loss.masks",),
+        lambda s: bool(s.loss.masks) and "ids" not in s.parts.loss.masks,
+        "loss.name would have to name a loss that masks by rows",
+    ),
+    _Unread(
+        ("loss.exchange", "loss.implementation"),
+        lambda s: not s.parts.loss.exchanges,
+        "loss.name would have to name a loss that compares rows of different devices",
+    ),
+    _Unread(
         ("data.code_pairs.",),
         lambda s: s.data.name != "code_pairs",
         "data.name='code_pairs' reads it",

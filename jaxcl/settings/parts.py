@@ -1,41 +1,39 @@
 """The parts that a config names: losses, encoders, optimizers and schedules, with their options.
 
-A name is one of the registries below, or `package.module:function`, which is imported.
+A name is one of a registry, or `package.module:function`, which is imported. The registries of
+losses and encoders are `jaxcl.losses.LOSSES` and `jaxcl.models.ENCODERS`.
 """
 
 import functools
 import importlib
-import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any, NamedTuple, TypeAlias, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    NamedTuple,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import optax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from jaxcl.losses import (
-    decoupled_infonce_loss,
-    distillation_loss,
-    hard_infonce_loss,
-    infonce_loss,
-    sigmoid_pair_loss,
-    supervised_infonce_loss,
-)
-from jaxcl.losses.running_estimate import estimate_memory, remembered_estimate_loss
-from jaxcl.models import DecoderEncoder, StaticEncoder, TransformerEncoder
-from jaxcl.settings.ranges import Range, did_you_mean, read_section
-from jaxcl.typing import PyTree
+from jaxcl.losses import Loss
+from jaxcl.models import EncoderPart
+from jaxcl.models.augmentations import Augmentation
+from jaxcl.settings.section_reader import did_you_mean, read_section
+from jaxcl.typing import Range
 
 __all__ = [
-    "ENCODERS",
-    "LOSSES",
-    "MEMORIES",
     "OPTIMIZERS",
     "SCHEDULES",
     "Part",
     "Trust",
-    "arguments_of",
     "find_part",
     "given_options",
     "is_function_name",
@@ -62,92 +60,11 @@ class Part(NamedTuple):
     """
 
     function: Callable
-    options: type | None
+    options: type | None = None
 
 
-class InfonceOptions(NamedTuple):
-    """Options of `infonce_loss`."""
-
-    directions: tuple[str, ...] | None = None
-    partition: str | None = None
-    hardness: _NotNegative | None = None
-    negative_hardness: _NotNegative | None = None
-
-
-class DirectionOptions(NamedTuple):
-    """Options of losses that only choose their directions."""
-
-    directions: tuple[str, ...] | None = None
-
-
-class HardOptions(NamedTuple):
-    """Options of `hard_infonce_loss`."""
-
-    concentration: _NotNegative | None = None
-    positive_share: _Rate | None = None
-    directions: tuple[str, ...] | None = None
-
-
-class SigmoidOptions(NamedTuple):
-    """Options of `sigmoid_pair_loss`."""
-
-    bias: _Number | None = None
-
-
-class DistillationOptions(NamedTuple):
-    """Options of `distillation_loss`."""
-
-    teacher_temperature: _Positive | None = None
-
-
-class EstimateOptions(NamedTuple):
-    """Options of `remembered_estimate_loss`."""
-
-    update_rate: Annotated[float, Range(above=0, most=1)] | None = None
-    robustness: _Number | None = None
-    epsilon: _Positive | None = None
-    directions: tuple[str, ...] | None = None
-    temperature_rate: _Positive | None = None
-
-
-class StaticOptions(NamedTuple):
-    """Options of `StaticEncoder`."""
-
-    max_tokens: _Size | None = None
-    hidden_dim: _Size | None = None
-    token_dropout: _Rate | None = None
-
-
-class TransformerOptions(NamedTuple):
-    """Options of `TransformerEncoder`."""
-
-    max_tokens: _Size | None = None
-    hidden_dim: _Size | None = None
-    num_layers: _Size | None = None
-    num_heads: _Size | None = None
-    mlp_dim: _Size | None = None
-    norm_position: str | None = None
-    pooling: str | None = None
-    dropout: _Rate | None = None
-    attention: str | None = None
-    remat: bool | None = None
-    scan_layers: bool | None = None
-    compute_dtype: str | None = None
-
-
-class DecoderOptions(NamedTuple):
-    """Options of `DecoderEncoder`."""
-
-    max_tokens: _Size | None = None
-    hidden_dim: _Size | None = None
-    num_layers: _Size | None = None
-    num_heads: _Size | None = None
-    num_key_heads: _Size | None = None
-    mlp_dim: _Size | None = None
-    rotary_base: _Positive | None = None
-    dropout: _Rate | None = None
-    remat: bool | None = None
-    compute_dtype: str | None = None
+AnyPart: TypeAlias = Part | Loss | EncoderPart | Augmentation
+P = TypeVar("P", Part, Loss, EncoderPart, Augmentation)
 
 
 class AdamOptions(NamedTuple):
@@ -176,27 +93,6 @@ class SgdOptions(NamedTuple):
     nesterov: bool | None = None
 
 
-LOSSES: Mapping[str, Part] = {
-    "decoupled": Part(decoupled_infonce_loss, DirectionOptions),
-    "distillation": Part(distillation_loss, DistillationOptions),
-    "hard": Part(hard_infonce_loss, HardOptions),
-    "infonce": Part(infonce_loss, InfonceOptions),
-    "running_estimate": Part(remembered_estimate_loss, EstimateOptions),
-    "sigmoid": Part(sigmoid_pair_loss, SigmoidOptions),
-    "supervised": Part(supervised_infonce_loss, DirectionOptions),
-}
-"""Losses by `config.loss.name`."""
-
-MEMORIES: Mapping[Callable, Callable[..., PyTree]] = {remembered_estimate_loss: estimate_memory}
-"""What a loss remembers of each training row, from their number and the loss's options."""
-
-ENCODERS: Mapping[str, Part] = {
-    "decoder": Part(DecoderEncoder, DecoderOptions),
-    "static": Part(StaticEncoder, StaticOptions),
-    "transformer": Part(TransformerEncoder, TransformerOptions),
-}
-"""Encoders by `config.model.name`."""
-
 OPTIMIZERS: Mapping[str, Part] = {
     "adam": Part(optax.scale_by_adam, AdamOptions),
     "lion": Part(optax.scale_by_lion, LionOptions),
@@ -223,7 +119,7 @@ SCHEDULES: Mapping[str, Part] = {"warmup_cosine": Part(_warmup_cosine, None)}
 `"warmup_cosine"` rises linearly and falls to zero along a cosine."""
 
 
-def option_fields(registry: Mapping[str, Part]) -> ConfigDict:
+def option_fields(registry: Mapping[str, AnyPart]) -> ConfigDict:
     """The options of all members of a registry, unset and typed, for a config's `options`.
 
     So `--config.loss.options.NAME=VALUE` works for whichever loss is named.
@@ -236,13 +132,17 @@ def option_fields(registry: Mapping[str, Part]) -> ConfigDict:
     return fields
 
 
-def find_part(setting: str, name: str, registry: Mapping[str, Part], *, trust: Trust) -> Part:
+def find_part(
+    setting: str, name: str, registry: Mapping[str, P], *, kind: type[P], trust: Trust
+) -> P:
     """The part of a name.
 
     Args:
       setting: what is being set, such as `"loss.name"`, for messages.
       name: a member of the registry, or `package.module:function`.
       registry: the known parts.
+      kind: what declares a part: `Loss`, `EncoderPart`, `Augmentation`, or `Part` for all others.
+        The name may be that of a function, or of a declaration of this kind.
       trust: the packages that may be imported.
 
     Raises:
@@ -267,9 +167,11 @@ def find_part(setting: str, name: str, registry: Mapping[str, Part], *, trust: T
         function = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{setting}={name!r} cannot be imported: {error}") from error
+    if isinstance(function, kind):
+        return function
     if not callable(function):
         raise ValueError(f"{setting}={name!r} is not a function")
-    return Part(function, None)
+    return kind(function)
 
 
 def is_function_name(name: str | None) -> bool:
@@ -282,7 +184,7 @@ def is_function_name(name: str | None) -> bool:
     return name is not None and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name) is not None
 
 
-def given_options(section: str, name: str, part: Part, options: Mapping[str, Any]) -> dict:
+def given_options(section: str, name: str, part: AnyPart, options: Mapping[str, Any]) -> dict:
     """The options that are set, checked against what the part declares.
 
     Args:
@@ -306,14 +208,3 @@ def given_options(section: str, name: str, part: Part, options: Mapping[str, Any
             )
     checked: Any = read_section(part.options, given, path=f"{section}.options")
     return {option: getattr(checked, option) for option in given}
-
-
-def arguments_of(function: Callable) -> dict[str, inspect.Parameter]:
-    """The arguments of a function or class that can be given by name."""
-    # Flax's metaclass hides the signature of a module's constructor.
-    signature = inspect.signature(function.__init__ if inspect.isclass(function) else function)
-    return {
-        name: parameter
-        for name, parameter in signature.parameters.items()
-        if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.VAR_KEYWORD)
-    }

@@ -1,15 +1,17 @@
 """From a config to checked settings: the only place that reads a ConfigDict."""
 
+import contextlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxcl.losses import LOSSES, Loss
+from jaxcl.models import ENCODERS, EncoderPart
+from jaxcl.models.augmentations import AUGMENTATIONS, Augmentation
 from jaxcl.settings.checks import check_settings
 from jaxcl.settings.effects import check_effects
 from jaxcl.settings.parts import (
-    ENCODERS,
-    LOSSES,
     OPTIMIZERS,
     SCHEDULES,
     Part,
@@ -18,8 +20,8 @@ from jaxcl.settings.parts import (
     given_options,
     is_function_name,
 )
-from jaxcl.settings.ranges import read_section
-from jaxcl.settings.sections import Parts, Settings
+from jaxcl.settings.section_reader import read_section
+from jaxcl.settings.sections import ModelSettings, Parts, Settings
 
 __all__ = ["as_dict", "read_settings"]
 
@@ -64,33 +66,66 @@ def read_settings(
 
 def _with_parts(settings: Settings, trust: Trust) -> Settings:
     """The settings with the functions that they name, and the options that are set."""
-    model, loss, optimizer = settings.model, settings.loss, settings.optimizer
-    encoder = find_part("model.name", model.name, ENCODERS, trust=trust)
-    model = model._replace(options=given_options("model", model.name, encoder, model.options))
-    found: dict[str, Part] = {}
-    named = {
-        "loss": ("loss.name", loss.name, LOSSES),
-        "optimizer": ("optimizer.name", optimizer.name, OPTIMIZERS),
-        "schedule": ("optimizer.schedule", optimizer.schedule, SCHEDULES),
+    sections: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
+    sections["model"], parts["encoders"] = _with_encoders(settings.model, trust)
+    # An encoder alone can be opened without the others.
+    with contextlib.suppress(PermissionError):
+        sections["loss"], parts["loss"] = _resolved("loss", settings.loss, LOSSES, Loss, trust)
+    with contextlib.suppress(PermissionError):
+        sections["optimizer"], optimizer = _resolved(
+            "optimizer", settings.optimizer, OPTIMIZERS, Part, trust
+        )
+        parts["optimizer"] = optimizer.function
+    if settings.augmentation.name is None:
+        sections["augmentation"] = _without_unset(settings.augmentation)
+    else:
+        with contextlib.suppress(PermissionError):
+            sections["augmentation"], augmentation = _resolved(
+                "augmentation", settings.augmentation, AUGMENTATIONS, Augmentation, trust
+            )
+            parts["augmentation"] = augmentation.function
+    others: dict[str, tuple[str, str, Mapping[str, Part]]] = {
+        "schedule": ("optimizer.schedule", settings.optimizer.schedule, SCHEDULES)
     }
-    own: Mapping[str, Part] = {}
     if ":" in settings.assignment.name:
-        named["assignment"] = ("assignment.name", settings.assignment.name, own)
+        others["assignment"] = ("assignment.name", settings.assignment.name, {})
     if is_function_name(settings.data.name):
-        named["source"] = ("data.name", str(settings.data.name), own)
-    for part, (setting, name, registry) in named.items():
-        try:
-            found[part] = find_part(setting, name, registry, trust=trust)
-        except PermissionError:  # an encoder alone can be opened without it
-            continue
-    if "loss" in found:
-        options = given_options("loss", loss.name, found["loss"], loss.options)
-        loss = loss._replace(options=options)
-    if "optimizer" in found:
-        options = given_options("optimizer", optimizer.name, found["optimizer"], optimizer.options)
-        optimizer = optimizer._replace(options=options)
-    parts = Parts(encoder.function, **{name: part.function for name, part in found.items()})
-    return settings._replace(model=model, loss=loss, optimizer=optimizer, parts=parts)
+        others["source"] = ("data.name", str(settings.data.name), {})
+    for name, (setting, value, registry) in others.items():
+        with contextlib.suppress(PermissionError):
+            parts[name] = find_part(setting, value, registry, kind=Part, trust=trust).function
+    return settings._replace(**sections, parts=Parts(**parts))
+
+
+def _with_encoders(
+    model: ModelSettings, trust: Trust
+) -> tuple[ModelSettings, dict[str, EncoderPart]]:
+    """The model with the options that are set, and its encoders by name."""
+    model, part = _resolved("model", model, ENCODERS, EncoderPart, trust)
+    encoders = {model.name: part}
+    if model.key.name is None:
+        model = model._replace(key=_without_unset(model.key))
+    else:
+        key, part = _resolved("model.key", model.key, ENCODERS, EncoderPart, trust)
+        encoders[key.name] = part
+        model = model._replace(key=key)
+    return model, encoders
+
+
+def _without_unset(section: Any) -> Any:
+    """A section that names no part, with the options that are set nevertheless."""
+    options = {name: value for name, value in section.options.items() if value is not None}
+    return section._replace(options=options)
+
+
+def _resolved(
+    path: str, section: Any, registry: Mapping[str, Any], kind: Any, trust: Trust
+) -> tuple[Any, Any]:
+    """A section with the options that are set, and the part that it names."""
+    part = find_part(f"{path}.name", section.name, registry, kind=kind, trust=trust)
+    options = given_options(path, section.name, part, section.options)
+    return section._replace(options=options), part
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:

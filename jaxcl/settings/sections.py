@@ -6,12 +6,15 @@
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
+from jaxcl.losses import Loss
+from jaxcl.models import EncoderPart
 from jaxcl.negatives.mining import MiningRule
 from jaxcl.negatives.tiers import TierBudgets
-from jaxcl.settings.ranges import Range
+from jaxcl.typing import SIDES, Range
 
 __all__ = [
     "AssignmentSettings",
+    "AugmentationSettings",
     "BankSettings",
     "CodePairsSettings",
     "DataSet",
@@ -29,10 +32,11 @@ __all__ = [
     "Parts",
     "RunSettings",
     "Settings",
+    "SideModalities",
     "SourcedSettings",
     "TemperatureSettings",
-    "TextSpec",
     "TierSettings",
+    "TowerSettings",
     "unresolved",
 ]
 
@@ -59,14 +63,6 @@ class MaxTokens(NamedTuple):
     key: Size = 128
 
 
-class TextSpec(NamedTuple):
-    """How a text becomes tokens."""
-
-    max_tokens: MaxTokens
-    add_cls: bool
-    distinct_tokens: bool
-
-
 class DataSet(NamedTuple):
     """One prepared data set, its splits by role, and the fields that are read."""
 
@@ -76,6 +72,13 @@ class DataSet(NamedTuple):
     key_field: str = "key"
     group_field: str | None = None
     metadata_fields: tuple[str, ...] = ()
+
+
+class SideModalities(NamedTuple):
+    """The modality of each side, one of `jaxcl.data.modalities.MODALITIES`."""
+
+    query: str = "text"
+    key: str = "text"
 
 
 class DataSettings(NamedTuple):
@@ -92,6 +95,7 @@ class DataSettings(NamedTuple):
     negatives: str | None = None
     guides: str | None = None
     topics: str | None = None
+    modality: SideModalities = SideModalities()
     tokenizer: str | None = None
     vocabulary_size: Size = 16_384
     max_tokens: MaxTokens = MaxTokens()
@@ -103,19 +107,32 @@ class DataSettings(NamedTuple):
         """The data set of `name`, which those of `concatenated` follow."""
         return DataSet(*(getattr(self, field) for field in DataSet._fields))
 
-    @property
-    def text(self) -> TextSpec:
-        """How the texts become tokens."""
-        return TextSpec(self.max_tokens, self.add_cls, self.distinct_tokens)
+
+class TowerSettings(NamedTuple):
+    """An encoder; `options` are its own arguments."""
+
+    name: str | None = None
+    options: Mapping[str, Any] = {}
+    pretrained: str | None = None
 
 
 class ModelSettings(NamedTuple):
-    """The encoder and the width of its embeddings; `options` are the encoder's own arguments."""
+    """The encoder, or that of the queries and another of the keys, and the embeddings' width."""
 
     name: str = "static"
     shared: bool = True
     dim: Size = 512
     options: Mapping[str, Any] = {"max_tokens": 128}
+    pretrained: str | None = None
+    key: TowerSettings = TowerSettings()
+
+
+class AugmentationSettings(NamedTuple):
+    """A random change of the inputs in training."""
+
+    name: str | None = None
+    sides: tuple[str, ...] = SIDES
+    options: Mapping[str, Any] = {}
 
 
 class TemperatureSettings(NamedTuple):
@@ -299,20 +316,22 @@ class Parts(NamedTuple):
     """The functions that a run's config names, or `unresolved`.
 
     Attributes:
-      encoder: `(vocabulary_size, *, dim, rngs, **options) -> module`.
-      loss: as those of `jaxcl.losses`.
+      encoders: name -> an encoder.
+      loss: a loss with its declaration.
       optimizer: `(**options) -> optax.GradientTransformation`.
       schedule: `(peak, *, warmup_steps, steps) -> optax.Schedule`.
       assignment: `(*, num_rows, batch_size, seed) -> (step -> row numbers)`, where
         `assignment.name` is `package.module:function`.
+      augmentation: `(**options) -> ((input, key) -> input)`.
       source: `role -> PairSource`, where `data.name` is `package.module:function`.
     """
 
-    encoder: Callable = unresolved
-    loss: Callable = unresolved
+    encoders: Mapping[str, EncoderPart] = {}
+    loss: Loss = Loss(unresolved)
     optimizer: Callable = unresolved
     schedule: Callable = unresolved
     assignment: Callable | None = None
+    augmentation: Callable | None = None
     source: Callable | None = None
 
 
@@ -324,6 +343,7 @@ class Settings(NamedTuple):
     global_batch_size: Size = 1_024
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
+    augmentation: AugmentationSettings = AugmentationSettings()
     loss: LossSettings = LossSettings()
     negatives: NegativesSettings = NegativesSettings()
     assignment: AssignmentSettings = AssignmentSettings()

@@ -1,5 +1,6 @@
-"""The loss of a global batch: encode, gather what stands against whom, lose."""
+"""The loss of a global batch: encode it, draw its negatives, and compare them."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -8,15 +9,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxcl.grad_cache import chunked
+from jaxcl.losses import Loss, Masks
 from jaxcl.losses.negative_metrics import NegativeMetrics
-from jaxcl.models.towers import Encode
+from jaxcl.models.towers import Towers
 from jaxcl.negatives.draws import priorities
 from jaxcl.negatives.memory_bank import MemoryBank, mean_age
+from jaxcl.negatives.sets import ExplicitNegatives, Negatives
 from jaxcl.negatives.tiers import DrawSource, TierBudgets, draw_tiers
 from jaxcl.ops.row_tables import read_rows, write_rows
-from jaxcl.step.parameter_sharding import FSDP
-from jaxcl.typing import SIDES, Array, Batch, Embeddings, Int, Key, PyTree, RowKeys, Scalar
+from jaxcl.step.encode_rows import (
+    EncodeRows,
+    fold_rows,
+    keys_of_side,
+    keys_of_slots,
+    make_encode_rows,
+)
+from jaxcl.typing import SIDES, Array, Batch, Embeddings, Key, PyTree, RowKeys, Scalar
 
 __all__ = ["BeyondBatch", "LossOfBatch", "MeasureOfBatch", "make_loss", "make_measure"]
 
@@ -34,15 +42,15 @@ _DRAWS = 1_000  # what the key of a step is folded with for draws, apart from th
 
 
 class BeyondBatch(NamedTuple):
-    """Which negatives a loss takes beside its batch's, and who judges them.
+    """The negatives that a loss takes from outside the batch, and the guide model.
 
     Attributes:
-      budgets: of the tiers.
+      budgets: the tiers' budgets.
       update_banks: side -> `(bank, vectors, rows, ids, groups, guides) -> bank`, for each side
         whose embeddings are kept in `memory["bank"]`; the tiers draw from that of the keys.
-      guide: who judges similarity: `"momentum"`, the momentum encoder, `"data"`,
-        `batch["guides"]`, or `None` for the model itself.
-      margins: `margin` or `relative_margin` of the loss, which the draws heed, too.
+      guide: the guide model: `"momentum"`, the momentum encoder; `"data"`, `batch["guides"]`;
+        `None`, the model itself.
+      margins: `margin` or `relative_margin`, which mask negatives in the loss and in the draws.
     """
 
     budgets: TierBudgets = TierBudgets()
@@ -52,13 +60,12 @@ class BeyondBatch(NamedTuple):
 
 
 def make_loss(
-    encode: Encode,
-    loss_fn: Callable[..., Any],
+    towers: Towers,
+    loss: Loss,
     mesh: Mesh,
     *,
     masks: Mapping[str, str],
     chunk_sizes: Mapping[str, int] | None = None,
-    remembers: bool = False,
     beyond: BeyondBatch | None = None,
     needs: Sequence[str] = (),
 ) -> LossOfBatch:
@@ -70,87 +77,98 @@ def make_loss(
 
     A batch may hold explicit negatives of each row, `batch["negatives"]`: `"inputs"`, a tree like
     that of the keys with `[b, n, …]`, `"valid"`, and a column for each of the masks. They are
-    encoded as keys and handed to the loss, and so are `batch["teacher_scores"]`.
+    encoded as keys.
 
     `memory` holds what outlives a batch: `"rows"`, tables with an entry for each training row;
     `"bank"`, side -> embeddings of earlier batches; `"momentum"`, the parameters of a momentum
     encoder, which then writes the banks; `"strata"`, the quotas of a stratified draw.
 
     Args:
-      encode: the towers' function.
-      loss_fn: of `jaxcl.losses`, its options bound.
-      mesh: where it runs; rows are sharded over all of its axes.
-      masks: arguments of the loss that mask false negatives -> columns of the batch they take.
+      towers: the model.
+      loss: a loss of `jaxcl.losses.LOSSES`, or another, with its options bound.
+      mesh: the devices; rows are sharded over all axes.
+      masks: `"ids"` and `"groups"` of `jaxcl.losses.Masks` -> the columns of the batch that they
+        are.
       chunk_sizes: side -> how many of a device's rows are encoded at a time (`jaxcl.grad_cache`);
         `None` for all at once.
-      remembers: the loss takes `memory`, these rows' entries of the tables in `memory["rows"]`, and
-        returns `(loss, memory)`.
-      beyond: which negatives it takes beside the batch's.
-      needs: what a batch must hold besides, such as `"teacher_scores"`; without it a `ValueError`.
+      beyond: the negatives from outside the batch.
+      needs: columns that a batch must have in addition, such as `"teacher_scores"`.
 
     Returns:
       `(params, memory, batch, key) -> (nats, memory)`. `key=None` is the evaluation mode; otherwise
-      each row draws from the key folded with its side and its row number.
+      the randomness of each row comes from the key folded with its side and its row number. The
+      function raises a `ValueError` for a batch without a column that is needed.
     """
-    how = _Arrangement(encode, mesh, masks, chunk_sizes, beyond or BeyondBatch(), tuple(needs))
+    arrangement = _Arrangement(
+        towers, loss, mesh, masks, chunk_sizes, beyond or BeyondBatch(), tuple(needs)
+    )
+    remembers = loss.init_memory is not None
 
     def local(given: _Arguments) -> tuple[Array, PyTree]:
-        keywords = how.keywords(given)
+        keywords = arrangement.keywords(given)
         if remembers:
-            return loss_fn(*given.sides, memory=given.entries, **keywords)
-        return loss_fn(*given.sides, **keywords), given.entries
+            return loss.function(*given.sides, memory=given.entries, **keywords)
+        return loss.function(*given.sides, **keywords), given.entries
 
-    sharded = how.sharded(local)
+    sharded = arrangement.sharded(local)
 
-    def loss(
+    def mean_loss(
         params: PyTree, memory: PyTree, batch: Batch, key: Key[Array, ""] | None
     ) -> tuple[Scalar, PyTree]:
-        given, remembered = how.arguments(params, memory, batch, key)
-        found, entries = sharded(given)
+        given, remembered = arrangement.arguments(params, memory, batch, key)
+        losses, entries = sharded(given)
         after = dict(memory)
         if remembers:
             after["rows"] = write_rows(memory["rows"], batch["row"], entries)
-        if how.beyond.update_banks:
-            after["bank"] = how.updated_banks(memory["bank"], remembered, batch)
-        return found.mean(), after
+        if arrangement.beyond.update_banks:
+            after["bank"] = arrangement.updated_banks(memory["bank"], remembered, batch)
+        return losses.mean(), after
 
-    return loss
+    return mean_loss
 
 
 def make_measure(
-    encode: Encode,
-    measure_fn: Callable[..., Mapping[str, NegativeMetrics]],
+    towers: Towers,
+    loss: Loss,
     mesh: Mesh,
     *,
+    measure_fn: Callable[..., Mapping[str, NegativeMetrics]],
     masks: Mapping[str, str],
     chunk_sizes: Mapping[str, int] | None = None,
     beyond: BeyondBatch | None = None,
     needs: Sequence[str] = (),
 ) -> MeasureOfBatch:
-    """What the negatives of a global batch are, as the loss of the same arguments meets them.
+    """The metrics of a global batch's negatives, as the loss with the same arguments sees them.
 
-    Arguments as for `make_loss`, but for `measure_fn`: `jaxcl.losses.measure_negatives`, its
+    Arguments as for `make_loss`, except `measure_fn`: `jaxcl.losses.measure_negatives` with its
     options bound.
 
     Returns:
       `(params, memory, batch, key) -> metrics`: `"negatives/KIND/…"`, the batch's mean of each of
       `NegativeMetrics`; `"bank/SIDE/age"`, in updates, and `"bank/SIDE/written"`, in slots.
     """
-    how = _Arrangement(encode, mesh, masks, chunk_sizes, beyond or BeyondBatch(), tuple(needs))
+    arrangement = _Arrangement(
+        towers, loss, mesh, masks, chunk_sizes, beyond or BeyondBatch(), tuple(needs)
+    )
 
     def local(given: _Arguments) -> Mapping[str, NegativeMetrics]:
-        keywords = how.keywords(given)
-        no_part = ("teacher_scores", "bias")  # of what the negatives are
+        masks = arrangement.masks_of(given)
+        if "labels" in given.columns:  # rows of one class are positives
+            masks = masks._replace(groups=given.columns["labels"])
         return measure_fn(
-            *given.sides, **{name: keywords[name] for name in keywords if name not in no_part}
+            *given.sides,
+            temperature=given.scalars["temperature"],
+            masks=masks,
+            negatives=arrangement.negatives_of(given),
+            axis_name=mesh.axis_names,
         )
 
-    sharded = how.sharded(local)
+    sharded = arrangement.sharded(local)
 
     def measure(
         params: PyTree, memory: PyTree, batch: Batch, key: Key[Array, ""] | None
     ) -> Mapping[str, Scalar]:
-        given, _ = how.arguments(params, memory, batch, key)
+        given, _ = arrangement.arguments(params, memory, batch, key)
         found = {
             f"negatives/{kind}/{field}": value.mean()
             for kind, metrics in sharded(given).items()
@@ -165,9 +183,11 @@ def make_measure(
 
 
 class _Arguments(NamedTuple):
-    """What goes into the `shard_map`: of the batch by row, of the bank by slot, the rest whole."""
+    """The arguments of the `shard_map`: sharded by row, the bank by slot, scalars not at all."""
 
     sides: tuple[Embeddings, ...]
+    labels: dict[str, PyTree]  # of `Masks`
+    explicit: ExplicitNegatives | None
     columns: dict[str, PyTree]
     scalars: dict[str, Scalar]
     entries: PyTree
@@ -178,7 +198,8 @@ class _Arguments(NamedTuple):
 class _Arrangement(NamedTuple):
     """How a batch becomes the arguments of its loss: as given to `make_loss`."""
 
-    encode: Encode
+    towers: Towers
+    loss: Loss
     mesh: Mesh
     masks: Mapping[str, str]
     chunk_sizes: Mapping[str, int] | None
@@ -187,75 +208,131 @@ class _Arrangement(NamedTuple):
 
     def sharded(self, local: Callable[[_Arguments], PyTree]) -> Callable[[_Arguments], PyTree]:
         """A function of each device's part, as one of the whole; its results go by row."""
-        axes = self.mesh.axis_names
-        rows: Any = PartitionSpec(axes)
+        rows: Any = PartitionSpec(self.mesh.axis_names)
         whole: Any = PartitionSpec()
         slots = MemoryBank(rows, rows, rows, rows, whole, whole, rows)
         source = DrawSource(slots, rows, rows, whole)
-        parts: Any = _Arguments(rows, rows, whole, rows, rows, source)
+        parts: Any = _Arguments(rows, rows, rows, rows, whole, rows, rows, source)
 
         def checked(given: _Arguments) -> PyTree:
-            # A spec for what is not there would be one too many.
+            # A spec for an argument that is not there would be one too many.
             there = parts._replace(source=None if given.source is None else source)
             return jax.shard_map(local, mesh=self.mesh, in_specs=(there,), out_specs=rows)(given)
 
         return checked
 
     def keywords(self, given: _Arguments) -> dict[str, Any]:
-        """The arguments of a loss beside its two sides, inside of the `shard_map`."""
-        axes = self.mesh.axis_names
-        found = {"axis_name": axes, **given.columns, **given.scalars}
+        """The arguments of the loss in addition to its two sides, inside of the `shard_map`."""
+        keywords = {**given.columns, **given.scalars}
+        if self.loss.exchanges:
+            keywords["axis_name"] = self.mesh.axis_names
+        if self.loss.masks:
+            keywords["masks"] = self.masks_of(given)
+        if self.loss.negatives:
+            keywords["negatives"] = self.negatives_of(given)
+        return keywords
+
+    def masks_of(self, given: _Arguments) -> Masks:
+        """The masks that the loss heeds."""
+        fields = {**given.labels, **self.beyond.margins}
+        return Masks(**{name: one for name, one in fields.items() if name in self.loss.masks})
+
+    def negatives_of(self, given: _Arguments) -> dict[str, Negatives] | None:
+        """The negatives from outside the batch, by name."""
+        negatives: dict[str, Negatives] = {}
+        if given.explicit is not None:
+            negatives["explicit"] = given.explicit
         if self.beyond.budgets.any_tier:
-            found["tiers"] = draw_tiers(
+            negatives |= draw_tiers(
                 self.beyond.budgets,
                 *given.sides,
                 row_keys=given.row_keys,
-                ids=given.columns["ids"],
-                groups=given.columns.get("groups"),
-                guides=given.columns.get("guides"),
+                ids=given.labels["ids"],
+                groups=given.labels.get("groups", given.columns.get("labels")),
+                guides=given.labels.get("guides"),
                 source=given.source,
-                axis_name=axes,
+                axis_name=self.mesh.axis_names,
                 **self.beyond.margins,
             )
-        return found
+        return negatives or None
 
     def arguments(
         self, params: PyTree, memory: PyTree, batch: Batch, key: Key[Array, ""] | None
     ) -> tuple[_Arguments, dict[str, Embeddings]]:
-        """What the loss is given, and what the banks will remember of each side."""
-        for name in self.needs:
+        """The arguments of the loss, and each side's embeddings for the banks."""
+        for name in (*self.needs, *self.loss.columns.values()):
             if name not in batch:
                 raise ValueError(f"this loss needs batch[{name!r}], which these data do not have")
-        encode = _encoder(self.encode, self.mesh, self.chunk_sizes)
+        encode = make_encode_rows(self.towers, self.mesh, self.chunk_sizes)
         beyond, row = self.beyond, batch["row"]
-        sides = tuple(
-            encode(params["towers"], side, batch[side], _row_keys(key, number, row))
-            for number, side in enumerate(SIDES)
-        )
+        row_keys = {side: keys_of_side(key, number, row) for number, side in enumerate(SIDES)}
+        sides = tuple(encode(params["towers"], side, batch[side], row_keys[side]) for side in SIDES)
         remembered = dict(zip(SIDES, sides, strict=True))
         if "momentum" in memory:
             wanted = SIDES if beyond.guide == "momentum" else tuple(beyond.update_banks)
-            remembered |= {side: encode(memory["momentum"], side, batch[side]) for side in wanted}
+            remembered |= {
+                side: encode(memory["momentum"], side, batch[side], row_keys[side], dropout=False)
+                for side in wanted
+            }
         remembered = lax.stop_gradient(remembered)
-        columns = {argument: batch[column] for argument, column in self.masks.items()}
-        if "teacher_scores" in batch:
-            columns["teacher_scores"] = batch["teacher_scores"]
-        if "negatives" in batch:
-            columns |= _explicit_columns(batch, encode, params["towers"], self.masks, key)
-        columns |= self._guide_columns(encode, memory, batch, remembered)
         scalars = {"temperature": jnp.exp(params["log_temperature"])}
         if "bias" in params:
             scalars["bias"] = params["bias"]
         draw_key = jax.random.fold_in(jax.random.key(0) if key is None else key, _DRAWS)
         given = _Arguments(
             sides=sides,
-            columns=columns,
+            labels=self._labels(batch, remembered),
+            explicit=self._explicit(params["towers"], memory, batch, encode, key),
+            columns={name: batch[column] for name, column in self.loss.columns.items()},
             scalars=scalars,
             entries=read_rows(memory.get("rows", {}), row),
-            row_keys=_folded(draw_key, row),
+            row_keys=fold_rows(draw_key, row),
             source=self._draw_source(memory, draw_key),
         )
         return given, remembered
+
+    def _labels(self, batch: Batch, remembered: Mapping[str, Embeddings]) -> dict[str, PyTree]:
+        """The labels of the batch's rows, and the guide embeddings if there is a guide model."""
+        labels: dict[str, PyTree] = {name: batch[column] for name, column in self.masks.items()}
+        if self.beyond.guide is not None:
+            guides = remembered if self.beyond.guide == "momentum" else batch["guides"]
+            labels["guides"] = tuple(guides[side] for side in SIDES)
+        return labels
+
+    def _explicit(
+        self,
+        towers: PyTree,
+        memory: PyTree,
+        batch: Batch,
+        encode: EncodeRows,
+        key: Key[Array, ""] | None,
+    ) -> ExplicitNegatives | None:
+        """The explicit negatives of a batch, encoded as keys."""
+        if "negatives" not in batch or ExplicitNegatives not in self.loss.negatives:
+            return None
+        explicit = batch["negatives"]
+        rows, slots = explicit["valid"].shape
+        inputs = jax.tree.map(
+            lambda leaf: leaf.reshape(rows * slots, *leaf.shape[2:]), explicit["inputs"]
+        )
+        keys = keys_of_slots(keys_of_side(key, len(SIDES), batch["row"]), slots)
+        encoded = functools.partial(encode, side="key", inputs=inputs, rngs=keys)
+        guides = None
+        if self.beyond.guide == "momentum":
+            seen = encoded(memory["momentum"], dropout=False)
+            guides = lax.stop_gradient(seen.reshape(rows, slots, -1))
+        elif self.beyond.guide == "data":
+            guides = explicit["guides"]
+        heeded = {name: column for name, column in self.masks.items() if name in self.loss.masks}
+        labels = {name: explicit[column] for name, column in heeded.items()}
+        if "labels" in self.loss.columns:
+            labels["groups"] = explicit[self.loss.columns["labels"]]
+        return ExplicitNegatives(
+            encoded(towers).reshape(rows, slots, -1),
+            **labels,
+            valid=explicit["valid"],
+            guides=guides,
+        )
 
     def _draw_source(self, memory: PyTree, key: Key[Array, ""]) -> DrawSource | None:
         if not self.beyond.update_banks:
@@ -281,108 +358,3 @@ class _Arrangement(NamedTuple):
             )
             for side, update in self.beyond.update_banks.items()
         }
-
-    def _guide_columns(
-        self, encode: Encode, memory: PyTree, batch: Batch, remembered: Mapping[str, Embeddings]
-    ) -> dict[str, PyTree]:
-        """The embeddings by which similarity is judged, where the model's own are not."""
-        if self.beyond.guide is None:
-            return {}
-        if self.beyond.guide == "momentum":
-            found: dict[str, PyTree] = {"guides": tuple(remembered[side] for side in SIDES)}
-            if "negatives" in batch:
-                seen = _explicit_columns(batch, encode, memory["momentum"], self.masks, None)
-                found["negative_guides"] = lax.stop_gradient(seen["negatives"])
-            return found
-        found = {"guides": tuple(batch["guides"][side] for side in SIDES)}
-        if "negatives" in batch:
-            found["negative_guides"] = batch["negatives"]["guides"]
-        return found
-
-
-def _encoder(encode: Encode, mesh: Mesh, chunk_sizes: Mapping[str, int] | None) -> Encode:
-    """The same, in chunks if it has chunk sizes; it knows of a mesh that has parameters cut."""
-    if FSDP in mesh.axis_names:
-        encode = _knowing(encode, mesh)
-    if chunk_sizes is None:
-        return encode
-    # Each device goes through its own rows, so that chunks keep their sharding, and gradients are
-    # summed over devices once. Only sharded parameters are the compiler's business: it puts each
-    # together where a chunk needs it, since all of them at once might not fit.
-    manual = tuple(axis for axis in mesh.axis_names if axis != FSDP)
-    shards = dict(mesh.shape).get(FSDP, 1)
-    rows, whole = PartitionSpec(manual), PartitionSpec()
-
-    def encode_rows(
-        params: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None = None
-    ) -> Embeddings:
-        in_chunks = chunked(
-            lambda params, inputs, rngs: encode(params, side, inputs, rngs),
-            chunk_size=chunk_sizes[side],
-            shards=shards,
-        )
-        if manual:
-            in_chunks = jax.shard_map(
-                in_chunks,
-                mesh=mesh,
-                in_specs=(whole, rows, rows),
-                out_specs=rows,
-                axis_names=set(manual),
-            )
-        return in_chunks(params, inputs, rngs)
-
-    return encode_rows
-
-
-def _knowing(encode: Encode, mesh: Mesh) -> Encode:
-    """The same, where the models can ask for the mesh."""
-
-    def encode_rows(
-        params: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None = None
-    ) -> Embeddings:
-        if not jax.sharding.get_abstract_mesh().empty:  # within a `shard_map`
-            return encode(params, side, inputs, rngs)
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return encode(params, side, inputs, rngs)
-
-    return encode_rows
-
-
-def _explicit_columns(
-    batch: Batch,
-    encode: Encode,
-    towers: PyTree,
-    masks: Mapping[str, str],
-    key: Key[Array, ""] | None,
-) -> dict[str, Array]:
-    """What a loss takes of the explicit negatives of a batch, encoded as keys."""
-    explicit = batch["negatives"]
-    rows, slots = explicit["valid"].shape
-    inputs = jax.tree.map(
-        lambda leaf: leaf.reshape(rows * slots, *leaf.shape[2:]), explicit["inputs"]
-    )
-    keys = _slot_keys(_row_keys(key, len(SIDES), batch["row"]), slots)
-    return {
-        "negatives": encode(towers, "key", inputs, keys).reshape(rows, slots, -1),
-        "negatives_valid": explicit["valid"],
-        **{f"negative_{name}": explicit[column] for name, column in masks.items()},
-    }
-
-
-def _row_keys(key: Key[Array, ""] | None, number: int, row: Int[Array, " b"]) -> RowKeys | None:
-    """A key for each row of what the batch holds under a number: queries, keys, negatives."""
-    if key is None:
-        return None
-    return _folded(jax.random.fold_in(key, number), row)
-
-
-def _folded(key: Key[Array, ""], row: Int[Array, " b"]) -> RowKeys:
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, row)
-
-
-def _slot_keys(keys: RowKeys | None, slots: int) -> Key[Array, " _"] | None:
-    """A key for each of the slots of each row, row by row."""
-    if keys is None:
-        return None
-    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-    return fold(keys, jnp.arange(slots)).reshape(-1)

@@ -1,35 +1,37 @@
-"""Embeds many rows or texts with a trained model: forward only, in batches over the mesh."""
+"""Embeds many rows with a trained model: forward only, in batches over the mesh."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tokenizers import Tokenizer
 
-from jaxcl.data.token_table import padded
-from jaxcl.data.tokenizer import encode_texts
 from jaxcl.models import Encode
 from jaxcl.ops.mesh import batch_sharding, fetch, local_rows, put_batch
 from jaxcl.typing import Float, Int, PyTree
 
-__all__ = ["Embedder", "make_embedder", "pad_texts"]
+__all__ = ["Embedder", "ReadRows", "make_embedder", "rows_of"]
 
-Embedder = Callable[..., Float[np.ndarray, "n d"]]
-"""`(params, side, inputs, *, advance) -> embeddings` of all rows, float32 on the host."""
+ReadRows: TypeAlias = Callable[[Int[np.ndarray, " b"]], PyTree]
+"""Row numbers -> a side's inputs of these rows."""
+
+Embedder: TypeAlias = Callable[..., Float[np.ndarray, "n d"]]
+"""`(params, side, read, num_rows, *, advance) -> embeddings` of all rows, float32 on the host."""
 
 
 def make_embedder(encode: Encode, mesh: Mesh, *, batch_size: int = 1024) -> Embedder:
-    """Compiles an encoder for embedding any number of rows.
+    """Compile an encoder for embedding any number of rows.
 
     Args:
       encode: the towers' function.
-      mesh: where it runs; rows are sharded over all of its axes.
-      batch_size: rows at once; rounded up to a multiple of the devices.
+      mesh: the devices; rows are sharded over all axes.
+      batch_size: rows at once; rounded up to a multiple of the number of devices.
 
     Returns:
-      `(params, side, tokens, *, advance=None) -> float32[n, d]`, where `params` are those of the
-      towers, `tokens` is `int32[n, t]`, and `advance(rows)` is called as rows are done.
+      `(params, side, read, num_rows, *, advance=None) -> float32[n, d]`, where `params` are those
+      of the towers, and `read(rows)` returns the inputs of some of the rows `0 … num_rows - 1`.
+      Only one batch of inputs is held at a time. `advance(rows)` is called as rows are done.
     """
     batch_size += -batch_size % mesh.size
     forward = jax.jit(
@@ -42,35 +44,29 @@ def make_embedder(encode: Encode, mesh: Mesh, *, batch_size: int = 1024) -> Embe
     def embed(
         params: PyTree,
         side: str,
-        tokens: Int[np.ndarray, "n t"],
+        read: ReadRows,
+        num_rows: int,
         *,
         advance: Callable[[int], None] = lambda rows: None,
     ) -> Float[np.ndarray, "n d"]:
         parts = []
-        for first in range(0, max(len(tokens), 1), batch_size):
-            rows = tokens[first : first + batch_size]
+        for first in range(0, max(num_rows, 1), batch_size):
+            count = min(batch_size, num_rows - first)
             # Every batch has one shape, so that one program is compiled; the surplus is cut off.
-            inputs = {"tokens": np.pad(rows, ((0, batch_size - len(rows)), (0, 0)))}
-            local = jax.tree.map(local_rows, inputs)
-            vectors = forward(params, side, put_batch(local, mesh))
-            parts.append(fetch(vectors)[: len(rows)].astype(np.float32))
-            advance(len(rows))
+            inputs = jax.tree.map(
+                lambda leaf, missing=batch_size - count: np.pad(
+                    leaf, ((0, missing), *[(0, 0)] * (leaf.ndim - 1))
+                ),
+                read(np.arange(first, first + count)),
+            )
+            vectors = forward(params, side, put_batch(jax.tree.map(local_rows, inputs), mesh))
+            parts.append(fetch(vectors)[:count].astype(np.float32))
+            advance(count)
         return np.concatenate(parts)
 
     return embed
 
 
-def pad_texts(
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    *,
-    max_tokens: int,
-    add_cls: bool = False,
-    distinct: bool = False,
-) -> Int[np.ndarray, "n t"]:
-    """Token ids of texts, padded to `max_tokens`."""
-    rows = list(
-        encode_texts(tokenizer, texts, max_tokens=max_tokens, add_cls=add_cls, distinct=distinct)
-    )
-    lengths = np.array([len(row) for row in rows])
-    return padded(np.concatenate(rows), np.cumsum(lengths) - lengths, lengths, width=max_tokens)
+def rows_of(inputs: PyTree) -> ReadRows:
+    """Reads rows of inputs that are in memory."""
+    return lambda rows: jax.tree.map(lambda leaf: leaf[rows], inputs)

@@ -14,7 +14,7 @@ from jaxcl.ops.mesh import batch_sharding, replicated_sharding, table_sharding
 from jaxcl.step.batch_loss import LossOfBatch
 from jaxcl.step.parameter_sharding import Rule, parameter_shardings
 from jaxcl.step.train_state import TrainState
-from jaxcl.typing import PADDING_ID, SIDES, Array, Batch, Int, Key, PyTree, Scalar
+from jaxcl.typing import Array, Batch, Int, Key, PyTree, Scalar
 
 __all__ = ["StepMetrics", "TemperatureBounds", "init_state", "make_train_step", "state_sharding"]
 
@@ -68,14 +68,14 @@ class StepMetrics(NamedTuple):
       gradient_norm: of all parameters together, before clipping.
       temperature: after the update.
       leaf_gradient_norms: the same per parameter, to name the culprit of a loss that diverges.
-      tokens: how many of both sides were read, padding left out.
+      length: the length of all inputs of the batch together, without padding: tokens of texts.
     """
 
     loss: Scalar
     gradient_norm: Scalar
     temperature: Scalar
     leaf_gradient_norms: PyTree
-    tokens: Int[Array, ""]
+    length: Int[Array, ""]
 
 
 def make_train_step(
@@ -86,6 +86,7 @@ def make_train_step(
     temperature: TemperatureBounds,
     momentum: Callable[[Scalar], Scalar] | None = None,
     rules: Sequence[Rule] = (),
+    count: Callable[[Batch], Int[Array, ""] | int] = lambda batch: 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Compiles the update for a mesh: rows over all its devices, parameters over its axis `"fsdp"`.
 
@@ -97,6 +98,7 @@ def make_train_step(
         its gradient alive at the bound.
       momentum: step -> how much of the momentum encoder an update leaves, where there is one.
       rules: how parameters are cut, as in `jaxcl.step.parameter_sharding`.
+      count: batch -> the length of its inputs, for the metrics.
 
     Returns:
       `(state, batch) -> (state, metrics)`. The state is donated: its old buffers are gone.
@@ -121,7 +123,7 @@ def make_train_step(
             gradient_norm=optax.tree.norm(leaf_norms),
             temperature=jnp.exp(params["log_temperature"]),
             leaf_gradient_norms=leaf_norms,
-            tokens=_num_tokens(batch),
+            length=jnp.int32(0) + count(batch),
         )
         return TrainState(state.step + 1, params, optimizer_state, memory, state.key), metrics
 
@@ -155,11 +157,6 @@ def state_sharding(mesh: Mesh, state: TrainState, *, rules: Sequence[Rule] = ())
         if name in ("rows", "bank", "mined", "assignment")
     }
     return placed._replace(memory=placed.memory | sharded)
-
-
-def _num_tokens(batch: Batch) -> Int[Array, ""]:
-    read = [batch[side]["tokens"] for side in SIDES if "tokens" in batch[side]]
-    return jnp.int32(0) + sum(jnp.count_nonzero(tokens != PADDING_ID) for tokens in read)
 
 
 def _moved(average: PyTree, params: PyTree, momentum: Scalar) -> PyTree:

@@ -24,7 +24,7 @@ def test_a_transformer_s_products_are_those_of_the_formula():
     for remat in (False, True):  # what is computed again does not count
         config.model.options.remat = remat
         settings = read_settings(config)
-        towers = build_towers(settings.model, settings.parts, settings.data.vocabulary_size)
+        towers = build_towers(settings)
         assert model_flops(settings, towers) == 3 * (forward + scores)
 
 

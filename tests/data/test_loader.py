@@ -7,6 +7,7 @@ import pytest
 from jaxcl.assignment import uniform_rows
 from jaxcl.data.loader import _LocalBatches, training_batches
 from jaxcl.data.sources import InMemoryPairs
+from jaxcl.data.table import table_batch
 from jaxcl.data.token_table import build_token_table
 from jaxcl.data.tokenizer import train_tokenizer
 from jaxcl.ops.mesh import batch_sharding, make_mesh
@@ -50,7 +51,7 @@ def test_each_batch_holds_the_rows_of_its_step(table, mesh):
     batches = read(table, mesh)
     assert len(batches) == STEPS
     for step, batch in enumerate(batches):
-        assert_equal(jax.device_get(batch), table.batch(rows_of(step)))
+        assert_equal(jax.device_get(batch), table_batch(table, rows_of(step)))
     assert len({tuple(batch["row"].tolist()) for batch in batches}) == STEPS
 
 
@@ -75,7 +76,7 @@ def test_the_last_step_ends_the_run_and_changes_no_batch(table, mesh):
 def test_rows_are_spread_over_all_axes_of_the_mesh(table, axes):
     mesh = make_mesh(axes)
     batch = read(table, mesh, last_step=1)[0]
-    wanted = table.batch(rows_of(0))
+    wanted = table_batch(table, rows_of(0))
     assert_equal(jax.device_get(batch), wanted)
     for array in jax.tree.leaves(batch):
         assert array.sharding == batch_sharding(mesh)
@@ -105,7 +106,7 @@ def test_the_parts_of_all_processes_make_up_the_batch(table, monkeypatch, num_pr
                 parts.append(source[step])
         assert [len(part["row"]) for part in parts] == [BATCH_SIZE // num_processes] * num_processes
         whole = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
-        assert_equal(whole, table.batch(rows_of(step)))
+        assert_equal(whole, table_batch(table, rows_of(step)))
 
 
 def test_a_batch_that_the_processes_cannot_share_is_an_error(table, monkeypatch):

@@ -9,7 +9,7 @@ from jaxcl.configs.code_search import get_config
 from jaxcl.data import prepare
 from jaxcl.data import splits as run_splits
 from jaxcl.data.sources import InMemoryPairs
-from jaxcl.data.tokenizer import train_tokenizer
+from jaxcl.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxcl.settings.read import read_settings
 
 TRAIN = {"queries": ["aaa aaa bbb", "bbb"], "keys": ["ccc ccc ccc", "ddd"], "groups": [5, 7]}
@@ -43,8 +43,13 @@ def prepared(tmp_path, columns):
     return prepare_with
 
 
-def test_the_tokenizer_knows_both_sides_of_the_training_split_and_no_other(prepared):
-    vocabulary = prepared().tokenizer.get_vocab()
+def tokenizer_of(run_data, tmp_path):
+    assert run_data.tables
+    return load_tokenizer(tmp_path / "run" / "tokenizer.json")
+
+
+def test_the_tokenizer_knows_both_sides_of_the_training_split_and_no_other(prepared, tmp_path):
+    vocabulary = tokenizer_of(prepared(), tmp_path).get_vocab()
     for letter, known in dict.fromkeys("abcd", True).items() | dict.fromkeys("ef", False).items():
         assert any(letter * 3 in token for token in vocabulary) == known, letter
 
@@ -67,13 +72,13 @@ def test_rows_that_changed_since_the_start_are_an_error(prepared, columns):
 def test_the_tokenizer_of_the_start_is_kept(prepared, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(train_tokenizer(["aaa"], vocabulary_size=100).to_str())
-    before = prepared(tokenizer=str(path)).tokenizer.to_str()
+    before = tokenizer_of(prepared(tokenizer=str(path)), tmp_path).to_str()
     path.write_text(train_tokenizer(["zzz"], vocabulary_size=100).to_str())
-    assert prepared(tokenizer=str(path)).tokenizer.to_str() == before
+    assert tokenizer_of(prepared(tokenizer=str(path)), tmp_path).to_str() == before
 
 
-def test_a_vocabulary_must_hold_every_id_of_the_tokenizer(prepared):
-    num_ids = prepared().tokenizer.get_vocab_size()
+def test_a_vocabulary_must_hold_every_id_of_the_tokenizer(prepared, tmp_path):
+    num_ids = tokenizer_of(prepared(), tmp_path).get_vocab_size()
     prepared(vocabulary_size=num_ids)
     with pytest.raises(ValueError, match=f"ids go up to {num_ids - 1}, .*at least {num_ids}$"):
         prepared(vocabulary_size=num_ids - 1)

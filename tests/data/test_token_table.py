@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxcl.data import token_table
 from jaxcl.data.sources import InMemoryPairs
+from jaxcl.data.table import table_batch
 from jaxcl.data.token_table import build_token_table, padded
 from jaxcl.data.tokenizer import encode_texts, train_tokenizer
 
@@ -61,7 +62,8 @@ def directly(tokenizer, texts, *, width, add_cls=False):
 
 @pytest.mark.parametrize("add_cls", [False, True])
 def test_the_table_holds_what_encoding_each_text_gives(tokenizer, tmp_path, add_cls):
-    batch = build(pairs(), tokenizer, tmp_path, add_cls=add_cls).batch(np.arange(NUM_ROWS))
+    table = build(pairs(), tokenizer, tmp_path, add_cls=add_cls)
+    batch = table_batch(table, np.arange(NUM_ROWS))
     for side, texts in (("query", QUERIES), ("key", KEYS)):
         wanted = directly(tokenizer, texts, width=MAX_TOKENS[side], add_cls=add_cls)
         np.testing.assert_array_equal(batch[side]["tokens"], wanted)
@@ -79,7 +81,7 @@ def test_the_size_of_the_chunks_does_not_matter(tokenizer, tmp_path, chunk_rows,
 @pytest.mark.parametrize("rows", [[0], [10], [7, 2, 10, 2, 2, 0], list(range(10, -1, -1)) * 2])
 def test_rows_come_in_the_order_asked_for_and_as_often(tokenizer, tmp_path, rows):
     table = build(pairs(), tokenizer, tmp_path)
-    batch, whole = table.batch(np.array(rows)), table.batch(np.arange(NUM_ROWS))
+    batch, whole = table_batch(table, np.array(rows)), table_batch(table, np.arange(NUM_ROWS))
     for side in ("query", "key"):
         np.testing.assert_array_equal(batch[side]["tokens"], whole[side]["tokens"][rows])
     np.testing.assert_array_equal(batch["row"], rows)
@@ -91,7 +93,7 @@ def test_one_row_is_a_table(tokenizer, tmp_path):
     table = build(InMemoryPairs([""], ["return"]), tokenizer, tmp_path)
     assert table.num_rows == 1
     unknown = tokenizer.token_to_id("[UNK]")
-    query = table.batch(np.array([0]))["query"]["tokens"]
+    query = table_batch(table, np.array([0]))["query"]["tokens"]
     np.testing.assert_array_equal(query, [[unknown, 0, 0, 0]])
 
 
@@ -112,7 +114,7 @@ def test_a_table_is_built_once(tokenizer, tmp_path):
     assert done == []
     rows = np.arange(NUM_ROWS)
     np.testing.assert_array_equal(
-        first.batch(rows)["key"]["tokens"], second.batch(rows)["key"]["tokens"]
+        table_batch(first, rows)["key"]["tokens"], table_batch(second, rows)["key"]["tokens"]
     )
 
 
@@ -195,7 +197,7 @@ def test_ids_take_two_bytes_where_they_fit(tmp_path, vocabulary_size, dtype):
     last = f"w{vocabulary_size - 1}"
     table = build(InMemoryPairs([last], [f"w2 {last}"]), tokenizer, tmp_path)
     assert table.tokens["query"].dtype == dtype
-    keys = table.batch(np.array([0]))["key"]["tokens"]
+    keys = table_batch(table, np.array([0]))["key"]["tokens"]
     np.testing.assert_array_equal(keys, [[2, vocabulary_size - 1, 0, 0, 0, 0, 0]])
     assert keys.dtype == np.int32
 
@@ -203,12 +205,12 @@ def test_ids_take_two_bytes_where_they_fit(tmp_path, vocabulary_size, dtype):
 def test_ids_with_gaps_between_them_are_kept_whole(tmp_path):
     """A foreign vocabulary may be small and still number a token beyond 2¹⁶."""
     table = build(InMemoryPairs(["far"], ["far"]), word_level({"far": 2**16 + 5}), tmp_path)
-    assert table.batch(np.array([0]))["query"]["tokens"][0, 0] == 2**16 + 5
+    assert table_batch(table, np.array([0]))["query"]["tokens"][0, 0] == 2**16 + 5
 
 
 def test_a_source_without_groups_has_group_0_throughout(tokenizer, tmp_path):
     table = build(InMemoryPairs(QUERIES, KEYS), tokenizer, tmp_path)
-    assert table.batch(np.arange(NUM_ROWS))["group"].tolist() == [0] * NUM_ROWS
+    assert table_batch(table, np.arange(NUM_ROWS))["group"].tolist() == [0] * NUM_ROWS
 
 
 def test_tokens_stay_on_disk(tokenizer, tmp_path):
@@ -226,7 +228,7 @@ def test_rows_of_equal_queries_or_keys_are_of_one_text(tokenizer, tmp_path):
     # 0 and 2 share a query, 2 and 3 a key, 3 and 5 a query.
     assert table.text[[0, 2, 3, 5]].tolist() == [table.text[0]] * 4
     assert len(set(table.text.tolist())) == 3
-    assert table.batch(np.array([4, 1]))["text"].tolist() == table.text[[4, 1]].tolist()
+    assert table_batch(table, np.array([4, 1]))["text"].tolist() == table.text[[4, 1]].tolist()
 
 
 def test_texts_that_agree_as_far_as_they_are_read_are_one(tokenizer, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jaxcl.configs.code_search import get_config
 
+from jaxcl.data.modalities import build_readers
 from jaxcl.data.prepare import RunData
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.token_table import build_token_table
@@ -54,7 +55,10 @@ def make_data(config, tmp_path):
             )
             for split, source in sources.items()
         }
-        return RunData(sources, tables, tokenizer)
+        workdir = tmp_path / "run"
+        workdir.mkdir(exist_ok=True)
+        tokenizer.save(str(workdir / "tokenizer.json"))
+        return RunData(sources, tables, build_readers(read_settings(config).data, workdir))
 
     return make
 
@@ -63,24 +67,22 @@ def make_data(config, tmp_path):
 def encoder_with(config):
     """The run's encoder with embeddings by side, and what it was asked to embed."""
 
-    tokenizer = train_tokenizer(QUERIES + KEYS, vocabulary_size=400)
-
     def encoder(queries, keys):
         asked = {"query": [], "key": []}
         vectors = {"query": np.array(queries, np.float32), "key": np.array(keys, np.float32)}
 
-        def embed(params, side, tokens, **_):
-            asked[side].append(tokens)
+        def embed(params, side, read, num_rows, **_):
+            asked[side].append(read(np.arange(num_rows))["tokens"])
             return vectors[side]
 
         training = training_of(config)._replace(embed=embed)
-        return training.encoder(training.init(), tokenizer), asked
+        return training.encoder(training.init(), {}), asked
 
     return encoder
 
 
 def evaluated(config, encoder, data, workdir):
-    encoder = encoder._replace(tokenizer=data.tokenizer)
+    encoder = encoder._replace(readers=data.readers)
     return evaluate.evaluate_run(read_settings(config), encoder, data, workdir)
 
 
@@ -116,7 +118,8 @@ def test_names_are_hidden_from_the_keys_of_their_own_variant(
     encoder, asked = encoder_with(np.eye(3), np.eye(3))
     data = make_data(test=NAMES)
     evaluated(config, encoder, data, tmp_path)
-    hidden = [data.tokenizer.token_to_id(token) for token in data.tokenizer.encode("moon").tokens]
+    hidden = data.readers["key"](["moon"])["tokens"]
+    hidden = hidden[hidden > 0].tolist()
     plain, masked = asked["key"]
     assert set(hidden) <= set(plain[0].tolist())
     assert not set(hidden) & set(masked[0].tolist())

@@ -15,6 +15,10 @@ import jax
 import numpy as np
 
 from jaxcl.losses import (
+    ExplicitNegatives,
+    Masks,
+    OwnNegatives,
+    SharedNegatives,
     decoupled_infonce_loss,
     distillation_loss,
     hard_infonce_loss,
@@ -25,12 +29,13 @@ from jaxcl.losses import (
     sigmoid_pair_loss,
     supervised_infonce_loss,
 )
-from jaxcl.negatives import OwnNegatives, SharedNegatives
 from tests.goldens.pairs import Pair, read_pairs
 
 __all__ = [
     "LOSSES",
     "ROOT",
+    "ExplicitNegatives",
+    "Masks",
     "OwnNegatives",
     "SharedNegatives",
     "digests",

@@ -17,6 +17,8 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from tests.goldens.adapter import (
     LOSSES,
+    ExplicitNegatives,
+    Masks,
     OwnNegatives,
     SharedNegatives,
     matryoshka,
@@ -69,6 +71,7 @@ class Variant(NamedTuple):
     masks: tuple[str, ...] = ("unmasked", "labels", "margin", "everything")
     ways: tuple[str, ...] = FEWER_WAYS
     negatives: tuple[str, ...] = ("batch",)
+    exchanges: bool = True
 
 
 def _variants() -> dict[str, Variant]:
@@ -108,10 +111,10 @@ def _variants() -> dict[str, Variant]:
         "running-estimate-robust": with_options(estimate, robustness=6.5)._replace(
             columns=("estimates", "row_temperatures"), masks=FEWER_MASKS
         ),
-        "supervised": Variant(LOSSES["supervised_infonce"], columns=("groups",), masks=valid_only),
+        "supervised": Variant(LOSSES["supervised_infonce"], columns=("labels",), masks=valid_only),
         "supervised-many": Variant(
             LOSSES["supervised_infonce"],
-            columns=("many_groups", "key_groups"),
+            columns=("many_labels", "key_labels"),
             masks=valid_only,
         ),
         "distillation": Variant(
@@ -120,6 +123,7 @@ def _variants() -> dict[str, Variant]:
             masks=valid_only,
             ways=("one", "gather"),
             negatives=("explicit",),
+            exchanges=False,
         ),
         "measure": Variant(measure_negatives, masks=FEWER_MASKS, negatives=("all",)),
     }
@@ -181,31 +185,34 @@ def _local_loss(
     case: Case, rows: Arrays, scalars: Arrays, columns: Arrays, axis_name: str | None = None
 ) -> Any:
     """The loss of one device's rows."""
-    arguments = {name: leaf for name, leaf in columns.items() if not name.startswith("tier ")}
+    arguments = {name: leaf for name, leaf in columns.items() if name not in rows}
+    if "many_labels" in arguments:
+        arguments["labels"] = arguments.pop("many_labels")
     temperature = jnp.exp(scalars["log_temperature"])
     for name in ("temperatures", "row_temperatures"):
         if name in arguments:
             temperature = temperature * arguments.pop(name)
-    if "many_groups" in arguments:
-        arguments["groups"] = arguments.pop("many_groups")
     if "bias" in scalars:
         arguments["bias"] = scalars["bias"]
-    if "negatives" in rows:
-        arguments["negatives"] = rows["negatives"]
-    tiers = {
-        kind: made(rows[kind], **columns[f"tier {kind}"])
-        for kind, made in (("shared", SharedNegatives), ("own", OwnNegatives))
-        if kind in rows
+    masks = {name: arguments.pop(name) for name in MASKS[case.masks][0]}
+    negatives = {
+        name: kind(rows[column], **columns[column])
+        for column, name, kind in (
+            ("negatives", "explicit", ExplicitNegatives),
+            ("shared", "shared", SharedNegatives),
+            ("own", "own", OwnNegatives),
+        )
+        if column in rows
     }
-    if tiers:
-        arguments["tiers"] = tiers
+    if negatives:
+        arguments["negatives"] = negatives
+    if case.variant.exchanges:
+        arguments |= {"axis_name": axis_name, **case.way.options}
     return case.variant.loss_fn(
         rows["queries"],
         rows["keys"],
         temperature=temperature,
-        axis_name=axis_name,
-        **MASKS[case.masks][1],
-        **case.way.options,
+        masks=Masks(**masks, **MASKS[case.masks][1]),
         **arguments,
     )
 
@@ -226,15 +233,13 @@ def _inputs(case: Case) -> tuple[Arrays, Arrays, Arrays]:
     labels = [name for name in ("ids", "groups", "guides") if name in masked]
     if case.negatives in ("explicit", "all"):
         rows["negatives"] = _unit_vectors(2, NUM_ROWS, EXPLICIT, DIM)
-        described = _described(3, (NUM_ROWS, EXPLICIT), labels)
-        columns["negatives_valid"] = described.pop("valid")
-        columns |= {f"negative_{name}": column for name, column in described.items()}
+        columns["negatives"] = _described(3, (NUM_ROWS, EXPLICIT), labels)
     if case.negatives in ("shared", "all"):
         rows["shared"] = _unit_vectors(4, SHARED, DIM)
-        columns["tier shared"] = _described(5, (SHARED,), labels)
+        columns["shared"] = _described(5, (SHARED,), labels)
     if case.negatives in ("own", "all"):
         rows["own"] = _unit_vectors(6, NUM_ROWS, OWN, DIM)
-        columns["tier own"] = _described(7, (NUM_ROWS, OWN), labels)
+        columns["own"] = _described(7, (NUM_ROWS, OWN), labels)
     return rows, scalars, columns
 
 
@@ -247,8 +252,9 @@ def _columns() -> Arrays:
     return {
         "ids": place % 13,
         "groups": place // 3,
-        "many_groups": jnp.stack([place // 2, jnp.where(place % 2, place % 5, -1)], 1),
-        "key_groups": place // 2,
+        "labels": place // 3,
+        "many_labels": jnp.stack([place // 2, jnp.where(place % 2, place % 5, -1)], 1),
+        "key_labels": place // 2,
         "valid": place != 5,
         "guides": (
             _unit_vectors(8, NUM_ROWS, GUIDE_DIM),

@@ -31,13 +31,13 @@ SMALL = (
     *("steps=24", "global_batch_size=64", "data.vocabulary_size=500", "model.dim=16"),
     *("optimizer.warmup_steps=2", "evaluation.methods=('dense',)"),
     *("run.log_every=1", "run.evaluate_every=12", "run.checkpoint_every=24"),
-    *("assignment.gcbs.refresh_every=10", "assignment.gcbs.picture=False"),
 )
 """Settings of every run; 24 steps are 3 epochs and a part of the fourth."""
 
 SOURCED = ("assignment.name=sourced",)
 BY_TOPIC = ("assignment.sourced.by=topic", "data.topics={files}/topics.npz")
-GCBS = ("assignment.name=gcbs",)
+UNIFORM = ("assignment.name=uniform",)
+GCBS = ("assignment.name=gcbs", "assignment.gcbs.refresh_every=10")
 QUEUE = ("negatives.bank.kind=queue", "negatives.bank.slots=200")
 INSTANCE = ("negatives.bank.kind=instance",)
 WHOLE = ("negatives.tiers.whole=True",)
@@ -94,7 +94,7 @@ RUNS = {
         CODE_SEARCH,
         (
             *("evaluation.methods=('bm25', 'dense', 'hybrid')", "data.metadata_fields=('name',)"),
-            "assignment.name=uniform",  # as the default was when the modules moved
+            *UNIFORM,  # as the default was when the modules moved
         ),
     ),
     "two-towers": Case(PLAIN, ("model.shared=False", "optimizer.weight_decay=0.01")),
@@ -103,7 +103,7 @@ RUNS = {
     "gcbs-full-encode": Case(PLAIN, (*GCBS, "assignment.gcbs.preset=full")),
     "gcbs-light-bank": Case(PLAIN, FROM_BANK),
     "gcbs-full-bank": Case(PLAIN, (*FROM_BANK, "assignment.gcbs.preset=full")),
-    "gcbs-blocks": Case(PLAIN, (*GCBS, *BLOCKS)),
+    "gcbs-blocks": Case(PLAIN, ("assignment.name=gcbs", *BLOCKS)),
     "gcbs-rcm": Case(PLAIN, (*GCBS, "assignment.gcbs.method=rcm")),
     "sourced-mixed": Case(PLAIN, (*SOURCED, "assignment.sourced.temperature=2.0")),
     "sourced-one-topic": Case(
@@ -118,7 +118,7 @@ RUNS = {
     "tier-synthetic": _tier(*SYNTHETIC),
     "tiers-together": Case(PLAIN, (*INSTANCE, *ALL_TIERS, *TEXT_AND_GROUP, *MARGIN)),
     "synthetic-with-gradient": Case(
-        CODE_SEARCH, ("negatives.tiers.gradient=True", "negatives.tiers.hardest=8")
+        CODE_SEARCH, (*UNIFORM, "negatives.tiers.gradient=True", "negatives.tiers.hardest=8")
     ),
     "mined": Case(PLAIN, (*MINED, *TEXT_AND_GROUP)),
     "momentum-guide": Case(
@@ -132,11 +132,9 @@ RUNS = {
     "running-estimate-options": Case(f"{OPTIONS}:running_estimate"),
     "distillation": Case(
         PLAIN,
-        ("loss.name=distillation", "loss.masks=()", "data.negatives={files}/negatives.npz"),
+        ("loss.name=distillation", "data.negatives={files}/negatives.npz"),
     ),
-    "supervised": Case(
-        PLAIN, ("loss.name=supervised", "loss.masks=('group',)", "optimizer.name=lion")
-    ),
+    "supervised": Case(PLAIN, ("loss.name=supervised", "optimizer.name=lion")),
     "sigmoid": Case(PLAIN, ("loss.name=sigmoid", "loss.bias=-5.0")),
     "decoupled": Case(
         PLAIN, ("loss.name=decoupled", "optimizer.name=sgd", "optimizer.learning_rate=0.1")
@@ -152,7 +150,7 @@ RUNS = {
         TRANSFORMER, ("grad_cache.chunk_tokens=400", *SHORT_TEXTS, *SCANNED)
     ),
     "decoder": Case(DECODER, DECODER_SIZES),
-    "8-devices": Case(CODE_SEARCH, devices=8),
+    "8-devices": Case(CODE_SEARCH, UNIFORM, devices=8),
     "8-devices-ring": Case(PLAIN, (*QUEUE, *WHOLE, "loss.exchange=ring"), devices=8),
     "8-devices-remembering": Case(
         PLAIN,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.losses import distillation_loss
+from jaxcl.losses import ExplicitNegatives, Masks, distillation_loss
 from tests.helpers import unit_vectors
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -21,7 +21,7 @@ def test_two_candidates_by_hand():
     loss = distillation_loss(
         queries,
         keys,
-        negatives=negatives,
+        negatives={"explicit": ExplicitNegatives(negatives)},
         teacher_scores=jnp.array([[3.0, 1.0, 2.0]]),
         temperature=0.5,
         teacher_temperature=2.0,
@@ -36,16 +36,17 @@ def test_what_a_row_does_not_have_is_not_read():
     valid = jnp.arange(4) < jnp.array([[4], [2], [0]])
 
     def loss(negatives, scores):
-        return distillation_loss(
-            *sides, negatives=negatives, negatives_valid=valid, teacher_scores=scores
-        )
+        explicit = {"explicit": ExplicitNegatives(negatives, valid=valid)}
+        return distillation_loss(*sides, negatives=explicit, teacher_scores=scores)
 
     found = loss(negatives, scores)
     nowhere = jnp.concatenate([jnp.ones((3, 1), bool), valid], 1)
     other = loss(jnp.where(valid[..., None], negatives, 7.0), jnp.where(nowhere, scores, jnp.nan))
     np.testing.assert_allclose(found, other, rtol=1e-12)
     shorter = distillation_loss(
-        *(side[1:2] for side in sides), negatives=negatives[1:2, :2], teacher_scores=scores[1:2, :3]
+        *(side[1:2] for side in sides),
+        negatives={"explicit": ExplicitNegatives(negatives[1:2, :2])},
+        teacher_scores=scores[1:2, :3],
     )
     np.testing.assert_allclose(found[1], shorter[0], rtol=1e-12)
     assert found[2] == 0  # its key alone: nothing to disagree about
@@ -60,7 +61,10 @@ def test_a_pupil_that_says_what_the_teacher_says_has_nothing_to_learn():
     scores = jnp.concatenate(
         [jnp.einsum("qd,qd->q", *sides)[:, None], jnp.einsum("qd,qnd->qn", sides[0], negatives)], 1
     )
-    same = {"negatives": negatives, "teacher_scores": scores / 0.05}
+    same = {
+        "negatives": {"explicit": ExplicitNegatives(negatives)},
+        "teacher_scores": scores / 0.05,
+    }
     loss, gradient = jax.value_and_grad(lambda q: distillation_loss(q, sides[1], **same).sum())(
         sides[0]
     )
@@ -74,7 +78,7 @@ def test_a_teacher_learns_nothing():
     sides = unit_vectors(0, 3, 4), unit_vectors(1, 3, 4)
 
     def loss(scores):
-        negatives = unit_vectors(2, 3, 1, 4)
+        negatives = {"explicit": ExplicitNegatives(unit_vectors(2, 3, 1, 4))}
         return distillation_loss(*sides, negatives=negatives, teacher_scores=scores).sum()
 
     assert not jax.grad(loss)(jnp.arange(6.0).reshape(3, 2)).any()
@@ -85,9 +89,9 @@ def test_padding_is_worth_nothing_and_one_candidate_too():
     negatives = unit_vectors(2, 3, 1, 4)
     loss = distillation_loss(
         *sides,
-        negatives=negatives,
+        negatives={"explicit": ExplicitNegatives(negatives)},
         teacher_scores=jnp.array([[log(3.0), 0.0]] * 3),
-        valid=jnp.array([True, False, True]),
+        masks=Masks(valid=jnp.array([True, False, True])),
     )
     assert loss[1] == 0
     assert (loss[::2] > 0).all()
@@ -98,3 +102,12 @@ def test_scores_that_do_not_fit_are_named():
     sides = unit_vectors(0, 3, 4), unit_vectors(1, 3, 4)
     with pytest.raises(ValueError, match=r"teacher_scores have the shape \(3, 3\); wanted is"):
         distillation_loss(*sides, teacher_scores=jnp.ones((3, 3)))
+
+
+def test_masks_and_negatives_that_a_teacher_does_not_score_are_errors():
+    sides, scores = (unit_vectors(0, 3, 4), unit_vectors(1, 3, 4)), jnp.ones((3, 1))
+    with pytest.raises(ValueError, match=r"only masks\.valid is allowed"):
+        distillation_loss(*sides, teacher_scores=scores, masks=Masks(ids=jnp.arange(3)))
+    bank = {"bank": ExplicitNegatives(unit_vectors(2, 3, 1, 4))}
+    with pytest.raises(ValueError, match=r"negatives has \['bank'\]; a teacher scores 'explicit'"):
+        distillation_loss(*sides, teacher_scores=scores, negatives=bank)

@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxcl.losses.negative_metrics import measure_negatives
-from jaxcl.negatives.sets import OwnNegatives, SharedNegatives
+from jaxcl.losses import (
+    ExplicitNegatives,
+    Masks,
+    OwnNegatives,
+    SharedNegatives,
+    measure_negatives,
+)
 from jaxcl.ops.mesh import make_mesh
 from tests.helpers import unit_vectors
 
@@ -20,11 +25,13 @@ TEMPERATURE, MARGIN = 0.3, 0.1
 def arguments():
     rng = np.random.default_rng(0)
     return {
-        "negatives": unit_vectors(2, ROWS, OWN, DIM),
-        "negative_ids": jnp.asarray(rng.integers(0, ROWS, (ROWS, OWN))),
-        "negatives_valid": jnp.asarray(rng.random((ROWS, OWN)) < 0.7),
         "ids": jnp.arange(ROWS) // 2,
-        "tiers": {
+        "negatives": {
+            "explicit": ExplicitNegatives(
+                unit_vectors(2, ROWS, OWN, DIM),
+                ids=jnp.asarray(rng.integers(0, ROWS, (ROWS, OWN))),
+                valid=jnp.asarray(rng.random((ROWS, OWN)) < 0.7),
+            ),
             "bank": SharedNegatives(
                 unit_vectors(3, SHARED, DIM),
                 ids=jnp.asarray(rng.integers(0, 8, SHARED)),
@@ -40,15 +47,14 @@ def arguments():
 def dense(queries, keys, given):
     """(similarity, present, counted) of each kind, `[q, any]`."""
     ids = np.asarray(given["ids"])
-    explicit = np.asarray(given["negatives"]).reshape(-1, DIM)
-    bank, mixed = given["tiers"]["bank"], given["tiers"]["mixed"]
+    explicit, bank, mixed = given["negatives"].values()
     own = np.einsum("qd,qnd->qn", queries, mixed.vectors)
     return {
         "batch": (queries @ keys.T, ~np.eye(ROWS, dtype=bool), ids[:, None] != ids),
         "explicit": (
-            queries @ explicit.T,
-            np.broadcast_to(np.asarray(given["negatives_valid"]).ravel(), (ROWS, ROWS * OWN)),
-            ids[:, None] != np.asarray(given["negative_ids"]).ravel(),
+            queries @ np.asarray(explicit.vectors).reshape(-1, DIM).T,
+            np.broadcast_to(np.asarray(explicit.valid).ravel(), (ROWS, ROWS * OWN)),
+            ids[:, None] != np.asarray(explicit.ids).ravel(),
         ),
         "bank": (
             queries @ np.asarray(bank.vectors).T,
@@ -71,10 +77,10 @@ def test_they_are_those_of_a_dense_matrix(devices, implementation):
         return measure_negatives(
             *sides,
             temperature=TEMPERATURE,
-            margin=MARGIN,
+            masks=Masks(ids=given["ids"], margin=MARGIN),
+            negatives=given["negatives"],
             axis_name="data",
             implementation=implementation,
-            **given,
         )
 
     measure = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows), out_specs=rows)

@@ -6,9 +6,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from jaxcl.losses import infonce_loss, matryoshka
+from jaxcl.losses import ExplicitNegatives, infonce_loss, matryoshka
 from jaxcl.losses.comparison import DIRECTIONS
-from tests.helpers import unit_vectors
+from tests.helpers import loss_arguments, unit_vectors
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -61,15 +61,22 @@ def test_every_value_is_compared():
 @pytest.mark.parametrize("name", VALUES)
 def test_the_mean_is_that_of_sentence_transformers(name, implementation):
     loss_fn, options = infonce_loss, dict(OPTIONS[name])
-    for vectors in {"negatives", "negative_guides"} & set(options):
-        seed, *shape = options[vectors]
-        options[vectors] = unit_vectors(seed, *shape)
+    vectors = {
+        name: unit_vectors(*options.pop(name))
+        for name in ("negatives", "negative_guides")
+        if name in options
+    }
+    if vectors:
+        explicit = ExplicitNegatives(vectors["negatives"], guides=vectors.get("negative_guides"))
+        options["negatives"] = {"explicit": explicit}
     if options.pop("guides", False):
         options["guides"] = unit_vectors(3, ROWS, 5), unit_vectors(4, ROWS, 5)
     if name == "matryoshka":
         loss_fn = matryoshka(infonce_loss, dims=(12, 8, 3), weights=(1.0, 0.5, 0.25))
     sides = unit_vectors(0, ROWS, DIM), unit_vectors(1, ROWS, DIM)
-    loss = loss_fn(*sides, temperature=0.05, implementation=implementation, **options)
+    loss = loss_fn(
+        *sides, temperature=0.05, implementation=implementation, **loss_arguments(**options)
+    )
     assert float(loss.mean()) == pytest.approx(VALUES[name], rel=1e-5)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxcl.losses import decoupled_infonce_loss, running_estimate_loss
+from jaxcl.losses import Masks, decoupled_infonce_loss, running_estimate_loss
 from jaxcl.losses.running_estimate import (
     NEVER_SEEN,
     estimate_memory,
@@ -118,15 +118,16 @@ def test_rows_that_do_not_count_keep_their_estimate():
     sides = unit_vectors(0, 4, 4), unit_vectors(1, 4, 4)
     before = jnp.array([[0.1, 0.2], [0.3, 0.4], [NEVER_SEEN] * 2, [0.7, 0.8]])
     loss, estimates = running_estimate_loss(
-        *sides, estimates=before, valid=jnp.array([True, True, False, False])
+        *sides, estimates=before, masks=Masks(valid=jnp.array([True, True, False, False]))
     )
     assert loss[2:].tolist() == [0, 0]
     np.testing.assert_array_equal(estimates[2:], before[2:])
     assert relative_error(estimates[:2], before[:2]) > 0.1
     alone, kept = running_estimate_loss(sides[0][:1], sides[1][:1], estimates=before[2:3])
     assert (alone.tolist(), kept.tolist()) == ([0.0], [[NEVER_SEEN] * 2])
+    nothing = Masks(valid=jnp.zeros(4, bool))
     _, gradient = jax.value_and_grad(
-        lambda s: running_estimate_loss(s, s, estimates=before, valid=jnp.zeros(4, bool))[0].sum()
+        lambda s: running_estimate_loss(s, s, estimates=before, masks=nothing)[0].sum()
     )(sides[0])
     assert not gradient.any()
 

@@ -5,9 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.losses import decoupled_infonce_loss, hard_infonce_loss, infonce_loss
+from jaxcl.losses import (
+    ExplicitNegatives,
+    Masks,
+    decoupled_infonce_loss,
+    hard_infonce_loss,
+    infonce_loss,
+)
 from jaxcl.negatives.memory_bank import init_bank, read_bank
-from tests.helpers import unit_vectors
+from tests.helpers import loss_arguments, unit_vectors
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -17,7 +23,16 @@ KEYS = np.array([[1.0, 0.0], [0.0, 1.0]])
 
 
 def infonce(**options):
-    return infonce_loss(jnp.asarray(QUERIES), jnp.asarray(KEYS), temperature=1.0, **options)
+    sides = jnp.asarray(QUERIES), jnp.asarray(KEYS)
+    return infonce_loss(*sides, temperature=1.0, **loss_arguments(**options))
+
+
+def explicit(vectors, **columns):
+    return {"explicit": ExplicitNegatives(vectors, **columns)}
+
+
+def bank_of(bank):
+    return {"bank": read_bank(bank)}
 
 
 def cross_entropy(positive, *negatives):
@@ -80,7 +95,7 @@ def test_a_guide_judges_in_place_of_the_model():
 def test_explicit_negatives_stand_against_every_query():
     negatives = jnp.array([[[0.0, 1.0], [1.0, 0.0]], [[0.0, -1.0], [0.0, 0.0]]])
     valid = jnp.array([[True, True], [True, False]])  # ragged: row 1 has one
-    loss = infonce(directions=("query_to_key",), negatives=negatives, negatives_valid=valid)
+    loss = infonce(directions=("query_to_key",), negatives=explicit(negatives, valid=valid))
     wanted = [cross_entropy(1, 0, 0, 1, 0), cross_entropy(0.8, 0.6, 0.8, 0.6, -0.8)]
     np.testing.assert_allclose(loss, wanted, rtol=1e-12)
 
@@ -88,7 +103,7 @@ def test_explicit_negatives_stand_against_every_query():
 def test_hardness_tells_own_explicit_negatives_from_those_of_other_rows():
     negatives = jnp.array([[[0.6, 0.8]], [[0.8, 0.6]]])
     # Queries with them: [[.6, .8], [1, .96]]; with the other's key: 0 and .6.
-    one_way = {"directions": ("query_to_key",), "negatives": negatives}
+    one_way = {"directions": ("query_to_key",), "negatives": explicit(negatives)}
     loss = infonce(**one_way, hardness=2.0)
     wanted = [cross_entropy(1, 0, 0.6, 3 * 0.8), cross_entropy(0.8, 3 * 0.6, 0.96, 3 * 1)]
     np.testing.assert_allclose(loss, wanted, rtol=1e-12)
@@ -99,14 +114,14 @@ def test_hardness_tells_own_explicit_negatives_from_those_of_other_rows():
 
 def test_keys_stand_against_the_explicit_negatives_of_other_rows():
     negatives = jnp.array([[[0.6, 0.8]], [[0.8, 0.6]]])
-    loss = infonce(directions=("key_to_key",), negatives=negatives)
+    loss = infonce(directions=("key_to_key",), negatives=explicit(negatives))
     wanted = [cross_entropy(1, 0, 0.8), cross_entropy(0.8, 0, 0.8)]
     np.testing.assert_allclose(loss, wanted, rtol=1e-12)
 
 
 def test_explicit_negatives_too_are_left_out_by_a_margin():
     negatives = jnp.array([[[0.6, 0.8]], [[0.8, 0.6]]])
-    loss = infonce(directions=("query_to_key",), negatives=negatives, margin=0.1)
+    loss = infonce(directions=("query_to_key",), negatives=explicit(negatives), margin=0.1)
     np.testing.assert_allclose(
         loss, [cross_entropy(1, 0, 0.6, 0.8), cross_entropy(0.8, 0.6)], rtol=1e-12
     )
@@ -114,8 +129,11 @@ def test_explicit_negatives_too_are_left_out_by_a_margin():
 
 def test_no_query_meets_its_own_key_among_the_explicit_negatives():
     negatives = jnp.asarray(KEYS)[::-1, None]  # row 0 has mined row 1's key, and row 1 row 0's
-    labels = {"ids": jnp.array([7, 8]), "negative_ids": jnp.array([[8], [7]])}
-    loss = infonce(directions=("query_to_key",), negatives=negatives, **labels)
+    loss = infonce(
+        directions=("query_to_key",),
+        negatives=explicit(negatives, ids=jnp.array([[8], [7]])),
+        ids=jnp.array([7, 8]),
+    )
     np.testing.assert_allclose(
         loss, [cross_entropy(1, 0, 0), cross_entropy(0.8, 0.6, 0.6)], rtol=1e-12
     )
@@ -123,8 +141,11 @@ def test_no_query_meets_its_own_key_among_the_explicit_negatives():
 
 def test_no_query_meets_its_own_group_among_the_explicit_negatives():
     negatives = jnp.asarray(KEYS)[::-1, None]
-    labels = {"groups": jnp.array([7, 8]), "negative_groups": jnp.array([[7], [9]])}
-    loss = infonce(directions=("query_to_key",), negatives=negatives, **labels)
+    loss = infonce(
+        directions=("query_to_key",),
+        negatives=explicit(negatives, groups=jnp.array([[7], [9]])),
+        groups=jnp.array([7, 8]),
+    )
     # Row 0 may not see its own negative, a 7; its other is row 1's.
     wanted = [cross_entropy(1, 0, 1), cross_entropy(0.8, 0.6, 0.8, 0.6)]
     np.testing.assert_allclose(loss, wanted, rtol=1e-12)
@@ -139,8 +160,7 @@ def test_a_guide_judges_explicit_negatives_too():
     ):
         loss = infonce(
             directions=("query_to_key",),
-            negatives=negatives,
-            negative_guides=jnp.array(judged),
+            negatives=explicit(negatives, guides=jnp.array(judged)),
             guides=guides,
             margin=0.0,
         )
@@ -202,25 +222,31 @@ def test_a_pair_far_ahead_keeps_its_last_digits():
         ({"directions": ("both",)}, "give one or more of query_to_key, key_to_query"),
         ({"directions": ()}, "give one or more"),
         ({"directions": ("query_to_key",) * 2}, "each once"),
-        ({"partition": "all"}, "'all' is unknown; use one of separate, joint"),
+        ({"partition": "all"}, "'all' is unknown; use one of separate, anchor, joint"),
         ({"exchange": "star"}, "'star' is unknown"),
         ({"guides": (jnp.eye(2), jnp.eye(2))}, "give margin or relative_margin"),
         ({"margin": 0.1, "relative_margin": 0.1}, "choose one"),
-        ({"negatives": jnp.ones((2, 1, 2)), "directions": ("key_to_query",)}, "nobody looks"),
         (
-            {"negatives": jnp.ones((2, 1, 2)), "negative_ids": jnp.ones((2, 1), int)},
-            "give both",
+            {"negatives": explicit(jnp.ones((2, 1, 2))), "directions": ("key_to_query",)},
+            "no direction that uses them; add key_to_key or query_to_key",
         ),
-        ({"negative_hardness": 1.0}, "negative_hardness without negatives"),
+        (
+            {"negatives": explicit(jnp.ones((2, 1, 2)), ids=jnp.ones((2, 1), int))},
+            r"ids are compared with masks.ids; give both",
+        ),
+        ({"negative_hardness": 1.0}, "give some in negatives, or leave it 0"),
         ({"hardness": -1.0}, "both must be at least 0"),
-        ({"negatives_valid": jnp.ones((2, 1), bool)}, "negatives_valid without negatives"),
         (
-            {"negatives": jnp.ones((2, 1, 2)), "negative_guides": jnp.ones((2, 1, 2))},
-            "by negative_guides; give both",
+            {"negatives": explicit(jnp.ones((2, 1, 2)), valid=jnp.ones((2, 2), bool))},
+            r"valid have the shape \(2, 2\), not \(2, 1\)",
         ),
         (
-            {"negatives": jnp.ones((2, 1, 2)), "negative_groups": jnp.ones((2, 1), int)},
-            "negative_groups are compared with groups",
+            {"negatives": explicit(jnp.ones((2, 1, 2)), guides=jnp.ones((2, 1, 2)))},
+            "masks.guides are None; give both",
+        ),
+        (
+            {"negatives": explicit(jnp.ones((2, 1, 2)), groups=jnp.ones((2, 1), int))},
+            r"groups are compared with masks.groups",
         ),
     ],
 )
@@ -233,7 +259,7 @@ def test_sides_of_different_shapes_are_an_error():
     with pytest.raises(Exception, match=r"shape|axis|dimension"):
         infonce_loss(jnp.eye(3), jnp.eye(3)[:2])
     with pytest.raises(Exception, match=r"shape|axis|dimension"):
-        infonce(negatives=jnp.ones((2, 1, 3)))
+        infonce(negatives=explicit(jnp.ones((2, 1, 3))))
 
 
 def small_bank():
@@ -251,10 +277,10 @@ def small_bank():
 def test_a_bank_s_keys_are_negatives_but_for_a_query_s_own_row_and_group():
     # Queries with the bank: [[0, .8, –, −1], [.8, .96, –, −.6]].
     labels = {"ids": jnp.array([7, 1]), "groups": jnp.array([0, 2])}
-    loss = infonce(directions=("query_to_key",), tiers={"bank": read_bank(small_bank())}, **labels)
+    loss = infonce(directions=("query_to_key",), negatives=bank_of(small_bank()), **labels)
     wanted = [cross_entropy(1, 0, 0.8, -1), cross_entropy(0.8, 0.6, 0.8, -0.6)]
     np.testing.assert_allclose(loss, wanted, rtol=1e-12)
-    loss = infonce(tiers={"bank": read_bank(small_bank())}, ids=labels["ids"], margin=0.05)
+    loss = infonce(negatives=bank_of(small_bank()), ids=labels["ids"], margin=0.05)
     one_way = [cross_entropy(1, 0, 0.8, -1), cross_entropy(0.8, 0.6, -0.6)]
     other_way = infonce(directions=("key_to_query",), ids=labels["ids"], margin=0.05)
     np.testing.assert_allclose(loss, (np.array(one_way) + other_way) / 2, rtol=1e-12)
@@ -267,14 +293,13 @@ def test_a_twin_of_the_positive_in_a_bank_turns_a_query_s_gradient_down_and_no_o
 
     def gradient(bank):
         def loss(queries):
-            tiers = {"bank": read_bank(bank)}
             losses = infonce_loss(
                 queries,
                 keys,
                 temperature=1.0,
                 directions=("query_to_key",),
-                ids=jnp.arange(2),
-                tiers=tiers,
+                masks=Masks(ids=jnp.arange(2)),
+                negatives=bank_of(bank),
             )
             return losses[0]
 
@@ -290,14 +315,20 @@ def test_a_twin_of_the_positive_in_a_bank_turns_a_query_s_gradient_down_and_no_o
 
 def test_a_bank_that_does_not_fit_is_named():
     for options, message in (
-        ({}, "the tier 'bank' has ids"),
-        ({"ids": jnp.arange(2), "directions": ("key_to_query",)}, "tiers hold keys"),
+        ({}, r"negatives\['bank'\].ids are compared"),
+        (
+            {"ids": jnp.arange(2), "directions": ("key_to_query",)},
+            "no direction that uses them; add query_to_key",
+        ),
         (
             {"ids": jnp.arange(2), "margin": 0.0, "guides": (jnp.eye(2), jnp.eye(2))},
-            "has no guides",
+            "have no guides",
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            infonce(tiers={"bank": read_bank(small_bank())}, **options)
-    with pytest.raises(ValueError, match="the tier 'wide' has 5 features, and the batch 2"):
-        infonce(tiers={"wide": read_bank(init_bank(4, 5))}, ids=jnp.arange(2))
+            infonce(negatives=bank_of(small_bank()), **options)
+    with pytest.raises(
+        ValueError,
+        match=r"negatives\['wide'\] have the shape \(\d+, 5\); wanted is \(any number, 2\)",
+    ):
+        infonce(negatives={"wide": read_bank(init_bank(4, 5))}, ids=jnp.arange(2))

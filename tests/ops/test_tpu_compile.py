@@ -18,7 +18,7 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxcl.losses import infonce_loss, sigmoid_pair_loss, supervised_infonce_loss
+from jaxcl.losses import Masks, infonce_loss, sigmoid_pair_loss, supervised_infonce_loss
 
 topology, exchange, *_ = sys.argv[1:]
 devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -55,12 +55,14 @@ labels = {
 
 def local(queries, keys, temperature, labels):
     how = {"exchange": exchange, "implementation": "pallas_tpu", "axis_name": "data"}
-    how |= {"temperature": temperature, "valid": labels["valid"]}
+    how |= {"temperature": temperature}
+    valid = Masks(valid=labels["valid"])
+    masks = valid._replace(ids=labels["ids"], groups=labels["ids"], guides=labels["guides"])
+    masks = masks._replace(margin=0.1)
     return (
-        infonce_loss(queries, keys, **how, hardness=1.0, margin=0.1, ids=labels["ids"],
-                     groups=labels["ids"], guides=labels["guides"])
-        + sigmoid_pair_loss(queries, keys, **how)
-        + supervised_infonce_loss(queries, keys, **how, groups=labels["groups"])
+        infonce_loss(queries, keys, **how, hardness=1.0, masks=masks)
+        + sigmoid_pair_loss(queries, keys, **how, masks=valid)
+        + supervised_infonce_loss(queries, keys, **how, labels=labels["groups"], masks=valid)
     )
 
 loss = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, whole, rows), out_specs=rows)

@@ -253,8 +253,8 @@ def test_a_choice_encodes_all_rows_by_the_model_as_it_is(run_of):
     embed, table = training_of(run.config).embed, run.data.tables["train"]
     for choice in run.choices:
         for side, found in zip(("query", "key"), choice.sides, strict=True):
-            tokens = table.side(side, np.arange(ROWS))["tokens"]
-            wanted = embed(choice.state.params["towers"], side, tokens)
+            read = functools.partial(table.side, side)
+            wanted = embed(choice.state.params["towers"], side, read, ROWS)
             np.testing.assert_array_equal(found, wanted)
         log_temperature = choice.state.params["log_temperature"]
         assert choice.temperature == pytest.approx(np.exp(log_temperature), rel=1e-6)
@@ -390,11 +390,11 @@ def test_a_run_of_two_data_sets_finds_topics_for_the_next(configured, tmp_path):
     topics(tmp_path / "first", out, num_topics=5)
     run = open_run(tmp_path / "first")
     source = run.sources()["train"]
-    table = run.token_table("train", source)
+    table = run.table("train", source)
     assert table.num_rows == len(source) > ROWS
     for side, found in run.embeddings("train", source).items():
-        tokens = table.side(side, np.arange(table.num_rows))["tokens"]
-        np.testing.assert_array_equal(found, run.encoder.embed(side, tokens))
+        values = [record[side] for record in source.read(np.arange(table.num_rows))]
+        np.testing.assert_array_equal(found, run.encoder.encode(side, values))
 
     by = {"assignment.sourced.by": "topic", "assignment.sourced.mix": "one"}
     config = configured(**SOURCED, **short, **by, **{"data.topics": str(out)})
@@ -541,7 +541,7 @@ def test_blocks_are_random_at_first_and_whole_at_last(configured, tmp_path):
 
 def test_a_run_that_chose_its_batches_can_be_opened(run_of):
     run = open_run(run_of("bisection").workdir)
-    assert run.token_table("train", run.sources()["train"]).num_rows == ROWS
+    assert run.table("train", run.sources()["train"]).num_rows == ROWS
 
 
 @pytest.mark.parametrize(

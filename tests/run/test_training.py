@@ -8,12 +8,12 @@ from jaxcl.configs.code_search import get_config
 
 from jaxcl.assignment import PRESETS, Gcbs
 from jaxcl.configs import large_encoders
+from jaxcl.losses import LOSSES
 from jaxcl.ops.mesh import put_batch
 from jaxcl.run.build_loss import _chunk_sizes, build_momentum
 from jaxcl.run.memory import tiers_left_empty
 from jaxcl.run.training import build_optimizer
 from jaxcl.settings.derived import gcbs_rule
-from jaxcl.settings.parts import LOSSES
 from jaxcl.settings.read import read_settings
 from tests.helpers import training_of
 
@@ -119,7 +119,7 @@ def test_estimates_are_the_state_s_memory():
 
 @pytest.mark.parametrize(("kind", "slots"), [("queue", 12), ("instance", 40)])
 def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
-    still = {"optimizer.learning_rate": 1e-9, "model.options.token_dropout": 0.0}
+    still = {"optimizer.learning_rate": 1e-9, "augmentation.options.rate": 0.0}
     bank = {"negatives.bank.kind": kind, "negatives.bank.slots": 12}
     changes = {**bank, "negatives.tiers.whole": True, **still}
     with_bank, without = program_of(**changes), program_of(**still)
@@ -150,8 +150,8 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
     [
         ({"negatives.bank.kind": "stack"}, "'stack' is unknown; use one of queue, instance"),
         (
-            {**QUEUE, "loss.name": "decoupled"},
-            "'decoupled' takes no negatives beside",
+            {**QUEUE, "loss.name": "distillation", "data.negatives": "some.npz"},
+            "'distillation' takes no negatives of a bank and no synthetic ones",
         ),
         (
             {**QUEUE, "loss.masks": ()},
@@ -161,28 +161,23 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
             {**QUEUE, "negatives.bank.slots": 0},
             "negatives.bank.slots=0; set it to at least 1",
         ),
-        ({"loss.name": "supervised"}, "'supervised' takes no 'row'; leave it out"),
-        ({"loss.name": "supervised", "loss.masks": ()}, "'supervised' needs 'group' among them"),
         (
-            {"loss.name": "running_estimate", "loss.matryoshka_dims": (2,)},
-            "leave one of the two out",
+            {"loss.name": "supervised", "data.group_field": None},
+            "'supervised' needs the rows' groups; set data.group_field",
         ),
+        (
+            {"loss.name": "supervised", "loss.masks": ("group",)},
+            "names 'group', but 'supervised' does not mask by groups",
+        ),
+        ({"loss.name": "supervised", "loss.margin": 0.1}, r"loss\.margin=0\.1, but 'supervised'"),
         (
             {"loss.options": {"negatives": 1}},
             "loss.options.negatives is unknown to 'infonce'",
-        ),
-        (
-            {"loss.name": "decoupled", "data.negatives": "some.npz"},
-            r"data\.negatives=some\.npz, but the loss 'decoupled' takes none",
         ),
         ({"loss.options": {"exchange": "ring"}}, "loss.options.exchange is unknown"),
         (
             {"loss.name": "sigmoid", "loss.bias": -1.0, "loss.options": {"bias": -1.0}},
             "both given; leave one out",
-        ),
-        (
-            {**QUEUE, "loss.matryoshka_dims": (2,)},
-            "they are whole embeddings",
         ),
         (
             {"negatives.tiers.uniform": 5},
@@ -203,18 +198,18 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
         ),
         ({**QUEUE, "negatives.bank.dtype": "bf16"}, "dtype='bf16'; use float32, bfloat16"),
         ({"negatives.momentum_encoder.initial": 0.9}, "nobody reads that encoder"),
-        (
-            {"data.negatives": "some.npz", "loss.matryoshka_dims": (2,)},
-            "they are whole embeddings",
-        ),
         ({"negatives.tiers.mixed": -1}, r"tiers\.mixed=-1; set it to at least 0"),
         (
             {"negatives.tiers.mixed": 2, "negatives.tiers.hardest": 0},
             r"tiers\.hardest=0; set it to at least 1",
         ),
         (
-            {"negatives.tiers.mixed": 2, "loss.name": "sigmoid"},
-            "'sigmoid' takes no negatives beside its batch's",
+            {
+                "negatives.tiers.mixed": 2,
+                "loss.name": "distillation",
+                "data.negatives": "some.npz",
+            },
+            "'distillation' takes no negatives of a bank and no synthetic ones",
         ),
         (
             {
@@ -487,7 +482,7 @@ def test_a_loss_over_nested_lengths_is_their_sum():
     batch["group"] = batch["row"]
     losses = []
     for dims in ((), (4,), (2,), (4, 2)):
-        program = program_of(**{"loss.matryoshka_dims": dims, "model.options.token_dropout": 0.0})
+        program = program_of(**{"loss.matryoshka_dims": dims, "augmentation.options.rate": 0.0})
         _, metrics = program.train_step(program.init(), put_batch(batch, program.mesh))
         losses.append(float(metrics.loss))
     whole, same, half, both = losses
@@ -500,8 +495,7 @@ def test_a_loss_over_nested_lengths_is_their_sum():
 )
 def test_every_loss_makes_a_step_by_its_name(name, exchange):
     how = {"loss.exchange": exchange, "loss.implementation": "tiled", "grad_cache.chunk_size": 1}
-    masks = {"supervised": ("group",), "distillation": ()}.get(name, ("row",))
-    changes = {"loss.name": name, "loss.masks": masks, **how}
+    changes = {"loss.name": name, **how}
     if name == "distillation":
         changes["data.negatives"] = "some.npz"
     program = program_of(**changes)

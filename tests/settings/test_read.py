@@ -10,12 +10,14 @@ import optax
 import pytest
 
 from jaxcl.configs import base, code_search
-from jaxcl.losses import infonce_loss
+from jaxcl.losses import LOSSES, infonce_loss
+from jaxcl.models import ENCODERS
+from jaxcl.models.augmentations import AUGMENTATIONS
 from jaxcl.settings.effects import _UNREAD, check_effects
-from jaxcl.settings.parts import ENCODERS, LOSSES, OPTIMIZERS
-from jaxcl.settings.ranges import Range
+from jaxcl.settings.parts import OPTIMIZERS
 from jaxcl.settings.read import as_dict, read_settings
 from jaxcl.settings.sections import Parts, Settings, unresolved
+from jaxcl.typing import Range
 
 LIMITS = (-1, 0, 2**70, -math.inf, math.inf, math.nan)
 
@@ -71,7 +73,12 @@ def test_a_number_out_of_its_range_is_refused_by_name(path):
     assert refused >= 2  # NaN, and infinity or what is below it
 
 
-REGISTRIES = {"model": ENCODERS, "loss": LOSSES, "optimizer": OPTIMIZERS}
+REGISTRIES = {
+    "model": ENCODERS,
+    "loss": LOSSES,
+    "optimizer": OPTIMIZERS,
+    "augmentation": AUGMENTATIONS,
+}
 
 
 @pytest.mark.parametrize("section", REGISTRIES)
@@ -119,7 +126,7 @@ def test_a_name_may_be_a_function_of_a_package(tmp_path, monkeypatch):
         "model": {"name": "jaxcl.models:StaticEncoder"},
     }
     parts = read_settings(config).parts
-    assert parts.loss is infonce_loss
+    assert parts.loss.function is infonce_loss
     assert parts.optimizer is optax.scale_by_adam
     assert parts.schedule(0.25, warmup_steps=1, steps=2)(7) == 0.25
 
@@ -143,7 +150,7 @@ def test_nothing_is_imported_of_a_package_that_is_not_trusted(tmp_path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     other = {"loss": {"name": "untrusted:loss"}, "optimizer": {"name": "untrusted:rule"}}
     parts = read_settings(other, trust=()).parts  # the encoder alone can be opened
-    assert parts.loss is parts.optimizer is unresolved
+    assert parts.loss.function is parts.optimizer is unresolved
     with pytest.raises(PermissionError, match="--trust untrusted"):
         read_settings({"model": {"name": "untrusted:encoder"}}, trust=("jaxcl",))
     assert "untrusted" not in sys.modules

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcl.data.token_table import pad_texts
 from jaxcl.data.tokenizer import encode_texts, train_tokenizer
 from jaxcl.models import StaticEncoder, make_towers
 from jaxcl.ops.mesh import make_mesh
-from jaxcl.step.embedder import make_embedder, pad_texts
+from jaxcl.step.embedder import make_embedder, rows_of
 from tests.helpers import relative_error
 
 BATCH_SIZE, WIDTH, DIM, VOCABULARY = 16, 5, 12, 50
@@ -29,7 +30,18 @@ def params(towers):
 
 @pytest.fixture(scope="module")
 def embed(towers):
-    return make_embedder(towers.encode, make_mesh({"data": -1}), batch_size=BATCH_SIZE)
+    return embedder(towers.encode)
+
+
+def embedder(encode, mesh=None, *, batch_size=BATCH_SIZE):
+    """Embeds tokens that are in memory."""
+    mesh = make_mesh({"data": -1}) if mesh is None else mesh
+    embed_rows = make_embedder(encode, mesh, batch_size=batch_size)
+
+    def embed(params, side, tokens, **options):
+        return embed_rows(params, side, rows_of({"tokens": tokens}), len(tokens), **options)
+
+    return embed
 
 
 def some_tokens(num_rows: int) -> np.ndarray:
@@ -63,7 +75,7 @@ def test_the_sides_have_towers_of_their_own(params, embed):
 def test_the_mesh_does_not_change_embeddings(towers, params, embed, axes):
     tokens = some_tokens(BATCH_SIZE + 3)
     mesh = make_mesh(axes, devices=jax.devices()[: 8 if "model" in axes else 1])
-    other = make_embedder(towers.encode, mesh, batch_size=BATCH_SIZE)
+    other = embedder(towers.encode, mesh)
     assert relative_error(other(params, "key", tokens), embed(params, "key", tokens)) < TOLERANCE
 
 
@@ -72,7 +84,7 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_rounded_up(
     towers, params, embed, batch_size
 ):
     tokens = some_tokens(21)
-    uneven = make_embedder(towers.encode, make_mesh({"data": -1}), batch_size=batch_size)
+    uneven = embedder(towers.encode, batch_size=batch_size)
     done = []
     found = uneven(params, "key", tokens, advance=done.append)
     rounded = -(-batch_size // 8) * 8
@@ -87,7 +99,7 @@ def test_every_number_of_rows_runs_the_same_program(towers, params):
         traced.append((side, inputs["tokens"].shape))
         return towers.encode(params, side, inputs, rngs)
 
-    embed = make_embedder(encode, make_mesh({"data": -1}), batch_size=BATCH_SIZE)
+    embed = embedder(encode)
     for num_rows in ROWS:
         embed(params, "key", some_tokens(num_rows))
     assert traced == [("key", (BATCH_SIZE, WIDTH))]
@@ -97,12 +109,26 @@ def test_embeddings_in_low_precision_come_back_as_float32(towers, params):
     def encode(params, side, inputs, rngs=None):
         return towers.encode(params, side, inputs, rngs).astype(jnp.bfloat16)
 
-    embed = make_embedder(encode, make_mesh({"data": -1}), batch_size=BATCH_SIZE)
+    embed = embedder(encode)
     assert embed(params, "key", some_tokens(3)).dtype == np.float32
 
 
 def test_no_rows_have_no_embeddings(params, embed):
     assert embed(params, "key", some_tokens(0)).shape == (0, DIM)
+
+
+def test_only_one_batch_of_rows_is_read_at_a_time(params, embed, towers):
+    tokens, read = some_tokens(3 * BATCH_SIZE - 5), []
+
+    def read_rows(rows):
+        read.append(rows)
+        return {"tokens": tokens[rows]}
+
+    embed_rows = make_embedder(towers.encode, make_mesh({"data": -1}), batch_size=BATCH_SIZE)
+    found = embed_rows(params, "key", read_rows, len(tokens))
+    assert relative_error(found, embed(params, "key", tokens)) < TOLERANCE
+    assert np.concatenate(read).tolist() == list(range(len(tokens)))
+    assert max(map(len, read)) == BATCH_SIZE
 
 
 TEXTS = ["add one", "", "add one to the number and return it", "number"]

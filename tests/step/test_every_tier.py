@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxcl.losses import infonce_loss
+from jaxcl.losses import LOSSES
 from jaxcl.negatives.memory_bank import init_bank, update_instances
 from jaxcl.negatives.mining import MiningRule
 from jaxcl.negatives.tiers import TierBudgets, strata_of
@@ -18,7 +18,7 @@ from jaxcl.step.batch_loss import BeyondBatch, make_loss
 from jaxcl.step.mined_refresh import make_mined_refresh
 from jaxcl.step.train_state import TrainState
 from jaxcl.step.train_step import TemperatureBounds, make_train_step, state_sharding
-from tests.helpers import bits, relative_error
+from tests.helpers import bits, relative_error, towers_of
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -85,10 +85,9 @@ def functions(devices, **changes):
         margins={"relative_margin": RELATIVE_MARGIN},
     )
 
-    def loss_fn(*sides, **keywords):
-        return infonce_loss(*sides, relative_margin=RELATIVE_MARGIN, **keywords)
-
-    loss = make_loss(encode, loss_fn, mesh, masks={"ids": "text"}, beyond=beyond)
+    loss = make_loss(
+        towers_of(encode), LOSSES["infonce"], mesh, masks={"ids": "text"}, beyond=beyond
+    )
     step_fn = make_train_step(
         loss, OPTIMIZER, mesh, temperature=BOUNDS, momentum=lambda step: jnp.float64(TOWER_MOMENTUM)
     )

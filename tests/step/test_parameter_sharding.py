@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxcl.losses import infonce_loss
+from jaxcl.losses import LOSSES
 from jaxcl.models import TransformerEncoder, make_towers
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.step import parameter_sharding
@@ -92,11 +92,12 @@ def trained(name, shape, *, steps=3, chunk_sizes=None):
     state = state._replace(params=wide[0], memory=wide[1], optimizer=optimizer.init(wide[0]))
     state = jax.device_put(state, state_sharding(mesh, state))
     step = make_train_step(
-        make_loss(towers.encode, infonce_loss, mesh, masks=MASKS, chunk_sizes=chunk_sizes),
+        make_loss(towers, LOSSES["infonce"], mesh, masks=MASKS, chunk_sizes=chunk_sizes),
         optimizer,
         mesh,
         temperature=TEMPERATURE,
         momentum=lambda step: jnp.float64(0.9),
+        count=lambda batch: jnp.count_nonzero(batch["query"]["tokens"]),
     )
     for _ in range(steps):
         state, metrics = step(state, on_mesh(some_batch(), mesh))

@@ -9,8 +9,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxcl.losses import infonce_loss, sigmoid_pair_loss
+from jaxcl.losses import LOSSES, ExplicitNegatives, Loss, Masks, infonce_loss, sigmoid_pair_loss
 from jaxcl.models import StaticEncoder, TransformerEncoder, make_towers
+from jaxcl.models.augmentations import span_masking, token_dropout
 from jaxcl.models.embedding_bag import embedding_bag
 from jaxcl.ops.mesh import make_mesh, put_batch, replicated_sharding, table_sharding
 from jaxcl.ops.row_tables import init_table
@@ -21,19 +22,23 @@ from jaxcl.step.train_step import (
     make_train_step,
     state_sharding,
 )
-from tests.helpers import relative_error, relative_errors
+from jaxcl.typing import SIDES
+from tests.helpers import relative_error, relative_errors, towers_of
 
 MESHES = ({"data": 8}, {"replica": 2, "data": 4})
 TEMPERATURE = TemperatureBounds(initial=0.05, minimum=0.01, maximum=1.0)
 KEY = 1
 MASKS = {"ids": "row", "groups": "group"}
+INFONCE = LOSSES["infonce"]
 TOWERS = {
     "static": make_towers(
-        lambda rngs: StaticEncoder(50, dim=8, max_tokens=9, token_dropout=0.3, rngs=rngs),
-        shared=True,
+        lambda rngs: StaticEncoder(50, dim=8, max_tokens=9, rngs=rngs),
+        augment=dict.fromkeys(SIDES, token_dropout(rate=0.3)),
     ),
     "static, projected, two towers": make_towers(
-        lambda rngs: StaticEncoder(50, dim=8, max_tokens=9, hidden_dim=12, rngs=rngs), shared=False
+        lambda rngs: StaticEncoder(50, dim=8, max_tokens=9, hidden_dim=12, rngs=rngs),
+        shared=False,
+        augment=dict.fromkeys(SIDES, span_masking(rate=0.3)),
     ),
     "transformer": make_towers(
         lambda rngs: TransformerEncoder(
@@ -80,7 +85,7 @@ def test_a_gradient_cache_has_every_gradient_of_the_whole_batch(name, shape, x64
     bag = functools.partial(embedding_bag, implementation="loop")
     monkeypatch.setattr("jaxcl.models.static.embedding_bag", bag)
     wanted = loss_and_gradients(name, {"data": 1})
-    ring = functools.partial(infonce_loss, exchange="ring", implementation="tiled")
+    ring = Loss(functools.partial(infonce_loss, exchange="ring", implementation="tiled"))
     found = loss_and_gradients(name, shape, ring, chunk_sizes={"query": 1, "key": 3})
     errors = relative_errors(found, wanted)
     assert max(errors.values()) < 1e-10, errors
@@ -105,7 +110,7 @@ def test_a_wrong_reduction_fails_that_test(x64):
     wrong = jax.jit(
         jax.shard_map(local_gradients, mesh=mesh, in_specs=(whole, rows), out_specs=whole)
     )(params, batch)
-    whole_batch = make_loss(towers.encode, infonce_loss, mesh, masks={})
+    whole_batch = make_loss(towers, INFONCE, mesh, masks={})
     right, _ = jax.jit(jax.grad(whole_batch, has_aux=True))(params, {}, batch, None)
     assert min(relative_errors(wrong, right).values()) > 1e-10
     ratio = wrong["log_temperature"] / right["log_temperature"]
@@ -115,7 +120,7 @@ def test_a_wrong_reduction_fails_that_test(x64):
 def test_dropout_follows_the_row_and_not_its_place(x64):
     towers, mesh = TOWERS["static"], make_mesh({"data": 8})
     params, batch = double_params(towers), some_batch()
-    loss = value_of(make_loss(towers.encode, infonce_loss, mesh, masks={}))
+    loss = value_of(make_loss(towers, INFONCE, mesh, masks={}))
     order = np.random.default_rng(0).permutation(16)
     shuffled = jax.tree.map(lambda column: column[order], batch)
     key = jax.random.key(3)
@@ -129,7 +134,7 @@ def test_the_two_sides_of_a_row_drop_differently():
     batch = some_batch()
     batch["key"] = batch["query"]
     mesh = make_mesh({"data": 8})
-    loss = value_of(make_loss(towers.encode, infonce_loss, mesh, masks={}))
+    loss = value_of(make_loss(towers, INFONCE, mesh, masks={}))
     params = init_state(
         jax.random.key(0), towers.init, optax.identity(), temperature=TEMPERATURE
     ).params
@@ -141,7 +146,7 @@ def test_the_two_sides_of_a_row_drop_differently():
 def test_the_two_sides_of_a_row_draw_from_keys_of_their_own():
     mesh = make_mesh({"data": 8})
     params = {"towers": {}, "log_temperature": jnp.float32(0.0)}
-    loss = value_of(make_loss(drawn, difference, mesh, masks={}))
+    loss = value_of(make_loss(towers_of(drawn), Loss(difference), mesh, masks={}))
     assert float(loss(params, some_batch(), jax.random.key(1))) > 0.1
 
 
@@ -167,21 +172,24 @@ def test_explicit_negatives_go_through_step_cache_and_ring(shape, x64):
         return infonce_loss(
             *(towers.encode(params["towers"], side, batch[side]) for side in ("query", "key")),
             temperature=jnp.exp(params["log_temperature"]),
-            ids=batch["row"],
-            groups=batch["group"],
-            negatives=vectors.reshape(16, 3, -1),
-            negatives_valid=explicit["valid"],
-            negative_ids=explicit["row"],
-            negative_groups=explicit["group"],
+            masks=Masks(ids=batch["row"], groups=batch["group"]),
+            negatives={
+                "explicit": ExplicitNegatives(
+                    vectors.reshape(16, 3, -1),
+                    ids=explicit["row"],
+                    groups=explicit["group"],
+                    valid=explicit["valid"],
+                )
+            },
         ).mean()
 
     wanted = jax.jit(jax.value_and_grad(by_hand))(params)
     without, _ = loss_and_gradients("static", {"data": 1}, key=None)
     assert relative_error(wanted[0], without) > 0.05
     cached = {"chunk_sizes": {"query": 2, "key": 5}} if shape else {}
-    ring = functools.partial(infonce_loss, exchange="ring", implementation="tiled")
+    ring = Loss(functools.partial(infonce_loss, exchange="ring", implementation="tiled"))
     found = loss_and_gradients(
-        "static", shape or {"data": 1}, ring if shape else infonce_loss, batch, key=None, **cached
+        "static", shape or {"data": 1}, ring if shape else INFONCE, batch, key=None, **cached
     )
     assert max(relative_errors(found, wanted).values()) < 1e-10
 
@@ -193,15 +201,13 @@ def test_each_explicit_negative_draws_from_a_key_of_its_own():
         "valid": jnp.ones((16, 3), bool),
     }
 
+    def remember(queries, keys, *, negatives, memory, **_):
+        explicit = negatives["explicit"].vectors[..., 0]
+        drawn_by_row = jnp.concatenate([queries[:, :1], keys[:, :1], explicit], 1)
+        return queries[:, 0], {"drawn": drawn_by_row}
+
     loss = make_loss(
-        drawn,
-        lambda queries, keys, *, negatives, memory, **_: (
-            queries[:, 0],
-            {"drawn": jnp.concatenate([queries[:, :1], keys[:, :1], negatives[..., 0]], 1)},
-        ),
-        make_mesh({"data": 8}),
-        masks={},
-        remembers=True,
+        towers_of(drawn), Loss(remember, init_memory=dict), make_mesh({"data": 8}), masks={}
     )
     memory = {"rows": {"drawn": init_table(16, 5, value=0.0)}}
     params = {"towers": {}, "log_temperature": jnp.float32(0.0)}
@@ -232,7 +238,7 @@ def test_what_a_loss_remembers_is_read_and_written_by_row(size):
         memory={"rows": {"seen": init_table(1_031, 1, value=2.0)}},
     )
     assert state.memory["rows"]["seen"].shape == (2_048, 1)
-    loss = make_loss(encode, count, mesh, masks={}, remembers=True)
+    loss = make_loss(towers_of(encode), Loss(count, init_memory=dict), mesh, masks={})
     step = make_train_step(loss, optimizer, mesh, temperature=TEMPERATURE)
     state, metrics = step(jax.device_put(state, state_sharding(mesh, state)), on_mesh(batch, mesh))
     assert float(metrics.loss) == 2.0
@@ -252,7 +258,7 @@ def test_a_bias_of_the_scores_is_learned_where_a_loss_has_one(x64):
     towers = TOWERS["static"]
     mesh = make_mesh({"data": 8})
     params = double_params(towers) | {"bias": jnp.asarray(-3.0)}
-    loss = make_loss(towers.encode, sigmoid_pair_loss, mesh, masks={"ids": "row"})
+    loss = make_loss(towers, LOSSES["sigmoid"], mesh, masks={"ids": "row"})
     batch = some_batch()
 
     def by_hand(params):
@@ -260,7 +266,7 @@ def test_a_bias_of_the_scores_is_learned_where_a_loss_has_one(x64):
             *(towers.encode(params["towers"], side, batch[side]) for side in ("query", "key")),
             temperature=jnp.exp(params["log_temperature"]),
             bias=params["bias"],
-            ids=batch["row"],
+            masks=Masks(ids=batch["row"]),
         ).mean()
 
     found, _ = jax.jit(jax.grad(loss, has_aux=True))(params, {}, on_mesh(batch, mesh), None)
@@ -285,10 +291,10 @@ def test_the_loss_is_the_mean_over_rows_and_takes_the_columns_of_its_masks():
     mesh, batch = make_mesh({"data": 8}), some_batch()
     params = {"towers": {}, "log_temperature": jnp.log(0.25)}
 
-    def labels(queries, keys, *, ids, groups, temperature, **_):
-        return (100 * ids + groups + temperature).astype(queries.dtype)
+    def labels(queries, keys, *, masks, temperature, **_):
+        return (100 * masks.ids + masks.groups + temperature).astype(queries.dtype)
 
-    loss = value_of(make_loss(drawn, labels, mesh, masks=MASKS))
+    loss = value_of(make_loss(towers_of(drawn), Loss(labels), mesh, masks=MASKS))
     found = loss(params, batch, jax.random.key(1))
     wanted = 100 * np.mean(batch["row"]) + np.mean(batch["group"]) + 0.25
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
@@ -370,7 +376,7 @@ def test_the_temperature_is_clamped_and_comes_back_from_the_bound(gradient_sign)
 def test_the_step_counts_and_donates():
     mesh = make_mesh({"data": 8})
     towers, optimizer = TOWERS["static"], optax.sgd(0.1)
-    loss = make_loss(towers.encode, infonce_loss, mesh, masks=MASKS)
+    loss = make_loss(towers, INFONCE, mesh, masks=MASKS)
     step = make_train_step(loss, optimizer, mesh, temperature=TEMPERATURE)
     before = jax.device_put(
         init_state(jax.random.key(0), towers.init, optimizer, temperature=TEMPERATURE),
@@ -401,15 +407,17 @@ def double_attention(query, key, value, *, mask, implementation):
     return jnp.einsum("bnts,bsnh->btnh", weights, value)
 
 
-def loss_and_gradients(name, shape, loss_fn=infonce_loss, batch=None, key=KEY, **options):
+def loss_and_gradients(name, shape, loss=INFONCE, batch=None, key=KEY, **options):
     towers = TOWERS[name]
     size = int(np.prod(list(shape.values())))
     mesh = make_mesh(shape, devices=jax.devices()[:size])
     params = jax.device_put(double_params(towers), replicated_sharding(mesh))
     batch = on_mesh(some_batch() if batch is None else batch, mesh)
-    loss = make_loss(towers.encode, loss_fn, mesh, masks=MASKS, **options)
+    of_batch = make_loss(towers, loss, mesh, masks=MASKS, **options)
     key = jax.random.key(key) if key == KEY else key
-    (value, _), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, {}, batch, key)
+    (value, _), gradient = jax.jit(jax.value_and_grad(of_batch, has_aux=True))(
+        params, {}, batch, key
+    )
     return value, gradient
 
 

@@ -14,7 +14,7 @@ from jaxcl.bench.gpu.exact import exact_infonce
 from jaxcl.bench.gpu.measure import PeakMemory, checked, compile_program, time_calls, unit_rows
 from jaxcl.bench.gpu.recorder import NotHere, Recorder
 from jaxcl.bench.gpu.worker import Spec
-from jaxcl.losses import infonce_loss
+from jaxcl.losses import Masks, infonce_loss
 from jaxcl.ops.pairs import pallas_gpu, tiled
 from jaxcl.typing import Array
 
@@ -93,7 +93,8 @@ def loss_of(way: str) -> Callable[..., Array]:
     """The mean symmetric loss: `(queries, keys, temperature, ids=None) -> nats`."""
 
     def loss(queries: Array, keys: Array, temperature: Array, ids: Array | None = None) -> Array:
-        rows = infonce_loss(queries, keys, temperature=temperature, ids=ids, implementation=way)
+        masks = Masks(ids=ids)
+        rows = infonce_loss(queries, keys, temperature=temperature, masks=masks, implementation=way)
         return rows.mean()
 
     return loss

@@ -45,20 +45,21 @@ def measure_all(recorder: Recorder, spec: Spec) -> None:
 
 def losses(num_rows: int) -> Mapping[str, Callable[..., Array]]:
     """The library's losses by name: `(queries, keys, temperature=…, implementation=…)`."""
-    groups = jnp.arange(num_rows) // 3
+    labels = jnp.arange(num_rows) // 3
 
     def running_estimate(queries: Array, keys: Array, **options: Any) -> Array:
         estimates = jnp.zeros((num_rows, 2), queries.dtype)
         return running_estimate_loss(queries, keys, estimates=estimates, **options)[0]
 
-    def distillation(queries: Array, keys: Array, **options: Any) -> Array:
+    def distillation(queries: Array, keys: Array, temperature: Array, implementation: str) -> Array:
+        del implementation  # it compares no rows
         scores = jnp.sin(jnp.arange(num_rows**2, dtype=queries.dtype)).reshape(num_rows, -1)
-        return distillation_loss(queries, keys, teacher_scores=scores, **options)
+        return distillation_loss(queries, keys, teacher_scores=scores, temperature=temperature)
 
     return {
         "infonce": infonce_loss,
         "sigmoid": sigmoid_pair_loss,
-        "supervised": functools.partial(supervised_infonce_loss, groups=groups),
+        "supervised": functools.partial(supervised_infonce_loss, labels=labels),
         "decoupled": decoupled_infonce_loss,
         "hard": functools.partial(hard_infonce_loss, positive_share=0.01),
         "running_estimate": running_estimate,

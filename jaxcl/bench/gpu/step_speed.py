@@ -14,7 +14,7 @@ from jaxcl.bench.gpu.measure import PeakMemory, checked, compile_program, time_c
 from jaxcl.bench.gpu.recorder import NotHere, Recorder
 from jaxcl.bench.gpu.sizes import Cell, step_flops
 from jaxcl.bench.gpu.worker import Spec
-from jaxcl.losses import infonce_loss
+from jaxcl.losses import Loss, infonce_loss
 from jaxcl.models import Towers, TransformerEncoder, make_towers
 from jaxcl.models.transformer import ATTENTIONS
 from jaxcl.ops.mesh import make_mesh
@@ -125,9 +125,9 @@ def _loss_and_gradient(loss: LossOfBatch, params: PyTree, batch: Batch) -> dict[
 def _loss(cell: Cell, towers: Towers) -> LossOfBatch:
     """Queries among keys, as sentence-transformers' MultipleNegativesRankingLoss."""
     chunks = None if cell.chunk_size is None else dict.fromkeys(SIDES, cell.chunk_size)
-    loss_fn = functools.partial(infonce_loss, directions=("query_to_key",))
+    loss = Loss(functools.partial(infonce_loss, directions=("query_to_key",)))
     mesh = make_mesh({"data": 1}, devices=jax.devices()[:1])
-    return make_loss(towers.encode, loss_fn, mesh, masks={}, chunk_sizes=chunks)
+    return make_loss(towers, loss, mesh, masks={}, chunk_sizes=chunks)
 
 
 def _batch(seed: int, cell: Cell, rows: int) -> Batch:

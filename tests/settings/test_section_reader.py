@@ -7,7 +7,8 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import pytest
 
-from jaxcl.settings.ranges import Range, read_section
+from jaxcl.settings.section_reader import read_section
+from jaxcl.typing import Range
 
 
 class Inner(NamedTuple):

@@ -1,4 +1,4 @@
-"""Ranges of settings, and the reader that turns a section of a config into its NamedTuple.
+"""The reader that turns a section of a config into its NamedTuple.
 
 A numeric setting states its range where it is defined:
 
@@ -9,54 +9,17 @@ A numeric setting states its range where it is defined:
 """
 
 import difflib
-import math
 import types
 from collections.abc import Collection, Iterable, Mapping
-from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-__all__ = ["Range", "did_you_mean", "read_section"]
+from jaxcl.typing import Range
+
+__all__ = ["did_you_mean", "read_section"]
 
 T = TypeVar("T", bound=tuple)
-
-
-class Range(NamedTuple):
-    """The values that a number may have; infinity only where no upper bound is given and `finite`
-    is false, NaN never.
-
-    Attributes:
-      least: the smallest value allowed.
-      above: the value must be greater than this.
-      most: the largest value allowed.
-      below: the value must be less than this.
-      finite: whether infinity is excluded.
-    """
-
-    least: int | float | None = None
-    above: int | float | None = None
-    most: int | float | None = None
-    below: int | float | None = None
-    finite: bool = True
-
-    def check(self, name: str, value: int | float) -> None:
-        """Raise a `ValueError` that names the setting if the value lies outside."""
-        inside = (
-            not math.isnan(value)
-            and (self.least is None or value >= self.least)
-            and (self.above is None or value > self.above)
-            and (self.most is None or value <= self.most)
-            and (self.below is None or value < self.below)
-            and (not self.finite or math.isfinite(value))
-        )
-        if not inside:
-            raise ValueError(f"{name}={value}; set it {self}")
-
-    def __str__(self) -> str:
-        words = {"to at least": self.least, "above": self.above}
-        words |= {"at most": self.most, "below": self.below}
-        bounds = [f"{word} {bound}" for word, bound in words.items() if bound is not None]
-        return ", ".join(bounds) or "to a finite number"
 
 
 def read_section(section: type[T], given: Mapping[str, Any], *, path: str = "") -> T:
@@ -77,6 +40,7 @@ def read_section(section: type[T], given: Mapping[str, Any], *, path: str = "") 
         message names the setting.
 
     Example:
+      >>> from typing import NamedTuple
       >>> class Steps(NamedTuple):
       ...     count: Annotated[int, Range(least=1)] = 10
       >>> read_section(Steps, {"count": 3})

@@ -1,0 +1,234 @@
+"""Modalities: how the values of a side, such as texts, become inputs of an encoder.
+
+`config.data.modality.query` and `.key` name one of `MODALITIES`. Everything outside of this folder
+and of the models sees only trees of arrays.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from jaxcl.data.sources import PairSource
+from jaxcl.data.table import Table, join_sides
+from jaxcl.data.token_table import build_token_table, pad_texts, token_spec
+from jaxcl.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from jaxcl.host.files import write_whole
+from jaxcl.host.progress import progress_bar
+from jaxcl.settings.sections import DataSettings
+from jaxcl.typing import PADDING_ID, SIDES, Array, Int, PyTree
+
+__all__ = [
+    "MODALITIES",
+    "Modality",
+    "Reader",
+    "SplitFiles",
+    "Text",
+    "build_readers",
+    "modality_of",
+    "open_tables",
+]
+
+Reader: TypeAlias = Callable[[Sequence[Any]], PyTree]
+"""Values of a side, such as texts -> an encoder's inputs, arrays `[n, …]`."""
+
+_CHUNK_ROWS = 4096
+
+
+class SplitFiles(NamedTuple):
+    """Where a table may keep files.
+
+    Attributes:
+      role: the split's role, such as `"train"`.
+      data_dir: a folder that runs share; files there are named by their content.
+      workdir: the run's own folder.
+    """
+
+    role: str
+    data_dir: Path
+    workdir: Path
+
+
+@runtime_checkable
+class Modality(Protocol):
+    """One kind of content."""
+
+    def prepare(self, data: DataSettings, train: PairSource, workdir: Path) -> None:
+        """Make the files in the workdir that the run's inputs depend on, once."""
+
+    def open_table(self, data: DataSettings, source: PairSource, files: SplitFiles) -> Table:
+        """The table of a split, with the sides that have this modality."""
+
+    def reader(self, data: DataSettings, side: str, workdir: Path) -> Reader:
+        """The function that turns values of a side, as a source returns them, into inputs."""
+
+    def fingerprint(self, workdir: Path) -> str:
+        """Names the files of `prepare`: an equal one means equal inputs for equal values."""
+
+    def encoder_argument(self, data: DataSettings, side: str) -> Any:
+        """The first argument of an encoder of this modality."""
+
+    def spec(self, data: DataSettings, side: str) -> PyTree:
+        """The shapes and types of one row's input, as `Table.spec`, without opening the data."""
+
+    def random_inputs(
+        self, data: DataSettings, side: str, rng: np.random.Generator, num_rows: int
+    ) -> PyTree:
+        """Random inputs of a side, to check and to measure with."""
+
+    def length(self, data: DataSettings, side: str) -> int:
+        """The positions of one row's input, such as tokens, by which its cost grows."""
+
+    def count(self, inputs: PyTree) -> Int[Array, ""]:
+        """How many positions a batch's inputs have, without padding."""
+
+
+class Text:
+    """Texts as token ids; the first argument of an encoder is the size of the vocabulary."""
+
+    def prepare(self, data: DataSettings, train: PairSource, workdir: Path) -> None:
+        """Write the run's tokenizer: the one of `data.tokenizer`, or one trained on these rows."""
+        path = _tokenizer_file(workdir)
+        if not path.exists():
+            if data.tokenizer is not None:
+                tokenizer = load_tokenizer(Path(data.tokenizer).expanduser())
+            else:
+                with progress_bar("reading texts for the tokenizer", len(train)) as advance:
+                    texts = _texts(train, _text_sides(data), advance)
+                    tokenizer = train_tokenizer(texts, vocabulary_size=data.vocabulary_size)
+            write_whole(path, tokenizer.to_str())
+        num_ids = max(load_tokenizer(path).get_vocab().values()) + 1
+        if num_ids > data.vocabulary_size:
+            raise ValueError(
+                f"the tokenizer's ids go up to {num_ids - 1}, but "
+                f"data.vocabulary_size={data.vocabulary_size}; set it to at least {num_ids}"
+            )
+
+    def open_table(self, data: DataSettings, source: PairSource, files: SplitFiles) -> Table:
+        """The split's token ids, computed once and kept in the shared folder."""
+        with progress_bar(f"tokenising {files.role}", len(source)) as advance:
+            return build_token_table(
+                source,
+                self.tokenizer(files.workdir),
+                max_tokens=data.max_tokens._asdict(),
+                add_cls=data.add_cls,
+                distinct=data.distinct_tokens,
+                sides=_text_sides(data),
+                directory=files.data_dir / "tokens",
+                advance=advance,
+            )
+
+    def tokenizer(self, workdir: Path) -> Tokenizer:
+        """The run's tokenizer."""
+        return load_tokenizer(_tokenizer_file(workdir))
+
+    def reader(self, data: DataSettings, side: str, workdir: Path) -> Reader:
+        """Texts -> `{"tokens": int32[n, t]}`, padded to the side's width."""
+        tokenizer = self.tokenizer(workdir)
+
+        def read(values: Sequence[Any]) -> PyTree:
+            tokens = pad_texts(
+                tokenizer,
+                values,
+                max_tokens=getattr(data.max_tokens, side),
+                add_cls=data.add_cls,
+                distinct=data.distinct_tokens,
+            )
+            return {"tokens": tokens}
+
+        return read
+
+    def fingerprint(self, workdir: Path) -> str:
+        """Names the tokenizer."""
+        return tokenizer_fingerprint(self.tokenizer(workdir))
+
+    def encoder_argument(self, data: DataSettings, side: str) -> int:
+        """The size of the vocabulary."""
+        return data.vocabulary_size
+
+    def spec(self, data: DataSettings, side: str) -> PyTree:
+        """`{"tokens": int32[t]}`."""
+        return token_spec(self.length(data, side))
+
+    def random_inputs(
+        self, data: DataSettings, side: str, rng: np.random.Generator, num_rows: int
+    ) -> PyTree:
+        """Random tokens, none of them padding."""
+        shape = (num_rows, self.length(data, side))
+        return {"tokens": rng.integers(1, data.vocabulary_size, shape).astype(np.int32)}
+
+    def length(self, data: DataSettings, side: str) -> int:
+        """The width of a side's batches, in tokens."""
+        return getattr(data.max_tokens, side)
+
+    def count(self, inputs: PyTree) -> Int[Array, ""]:
+        """The number of tokens."""
+        return jnp.count_nonzero(inputs["tokens"] != PADDING_ID)
+
+
+MODALITIES: Mapping[str, Modality] = {"text": Text()}
+"""Modalities by `config.data.modality.query` and `.key`."""
+
+
+def modality_of(data: DataSettings, side: str) -> Modality:
+    """The modality of a side.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    name = getattr(data.modality, side)
+    if name not in MODALITIES:
+        raise ValueError(
+            f"data.modality.{side}={name!r} is unknown; use one of {', '.join(MODALITIES)}"
+        )
+    return MODALITIES[name]
+
+
+def build_readers(data: DataSettings, workdir: Path) -> dict[str, Reader]:
+    """The readers of both sides of a run, by side."""
+    return {side: modality_of(data, side).reader(data, side, workdir) for side in SIDES}
+
+
+def open_tables(
+    data: DataSettings, sources: Mapping[str, PairSource], *, data_dir: Path, workdir: Path
+) -> dict[str, Table]:
+    """The tables of all splits, by role, after preparing the modalities.
+
+    Args:
+      data: the run's settings.
+      sources: role -> the split's rows. The files that inputs depend on are made from `"train"`;
+        without it they must exist.
+      data_dir: the folder that runs share.
+      workdir: the run's own folder.
+    """
+    different = list(dict.fromkeys(data.modality))
+    for name in different:
+        if "train" in sources:
+            MODALITIES[name].prepare(data, sources["train"], workdir)
+    tables = {}
+    for role, source in sources.items():
+        files = SplitFiles(role, data_dir, workdir)
+        opened = {name: MODALITIES[name].open_table(data, source, files) for name in different}
+        tables[role] = join_sides({side: opened[getattr(data.modality, side)] for side in SIDES})
+    return tables
+
+
+def _text_sides(data: DataSettings) -> tuple[str, ...]:
+    return tuple(side for side in SIDES if getattr(data.modality, side) == "text")
+
+
+def _tokenizer_file(workdir: Path) -> Path:
+    return workdir / "tokenizer.json"
+
+
+def _texts(
+    source: PairSource, sides: Sequence[str], advance: Callable[[int], None]
+) -> Iterator[str]:
+    for first in range(0, len(source), _CHUNK_ROWS):
+        rows = np.arange(first, min(first + _CHUNK_ROWS, len(source)))
+        for record in source.read(rows):
+            yield from (record[side] for side in sides)
+        advance(len(rows))

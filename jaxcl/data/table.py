@@ -1,0 +1,88 @@
+"""Tables: the rows of a split by number, as inputs of the encoders."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from jaxcl.data.same_texts import joined_numbers
+from jaxcl.typing import SIDES, Batch, Int, PyTree
+
+__all__ = ["SidesTable", "Table", "join_sides", "table_batch"]
+
+
+@runtime_checkable
+class Table(Protocol):
+    """The rows of a split: for each side a tree of arrays, and the labels of the rows."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the split."""
+
+    def labels(self, rows: Int[np.ndarray, "*b"]) -> dict[str, Int[np.ndarray, "*b"]]:
+        """The labels of the given rows: `"row"`, `"text"` and `"group"`, int32.
+
+        `"text"` is a number that rows with the same content on either side share.
+        """
+
+    def side(self, side: str, rows: Int[np.ndarray, " b"]) -> PyTree:
+        """One side's inputs of the given rows, in their order: arrays `[b, …]`.
+
+        The result depends on nothing but the rows. It is read by a worker thread.
+        """
+
+    def spec(self, side: str) -> PyTree:
+        """The same tree for one row: a `jax.ShapeDtypeStruct` for each array, without `b`."""
+
+
+def table_batch(table: Table, rows: Int[np.ndarray, " b"]) -> Batch:
+    """The batch of the given rows, in their order."""
+    return {**{side: table.side(side, rows) for side in SIDES}, **table.labels(rows)}
+
+
+class SidesTable(NamedTuple):
+    """A table whose two sides come from tables of different kinds, such as images and captions.
+
+    Attributes:
+      sides: side -> a table of the same rows.
+      text: a number that rows share if their content on either side is the same.
+    """
+
+    sides: Mapping[str, Table]
+    text: Int[np.ndarray, " n"]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the split."""
+        return self.sides["query"].num_rows
+
+    def labels(self, rows: Int[np.ndarray, "*b"]) -> dict[str, Int[np.ndarray, "*b"]]:
+        """The labels of the given rows."""
+        return self.sides["query"].labels(rows) | {"text": self.text[rows]}
+
+    def side(self, side: str, rows: Int[np.ndarray, " b"]) -> PyTree:
+        """One side's inputs of the given rows."""
+        return self.sides[side].side(side, rows)
+
+    def spec(self, side: str) -> PyTree:
+        """The shapes and types of one row of a side."""
+        return self.sides[side].spec(side)
+
+
+def join_sides(tables: Mapping[str, Table]) -> Table:
+    """The table of both sides.
+
+    Args:
+      tables: side -> a table of the same rows; if both are the same, the result is that table.
+
+    Raises:
+      ValueError: for tables of different lengths.
+    """
+    queries, keys = (tables[side] for side in SIDES)
+    if queries is keys:
+        return queries
+    if queries.num_rows != keys.num_rows:
+        raise ValueError(f"{queries.num_rows} queries and {keys.num_rows} keys; row i is a pair")
+    rows = np.arange(queries.num_rows)
+    text = joined_numbers(*(table.labels(rows)["text"] for table in (queries, keys)))
+    return SidesTable(dict(tables), text)

@@ -1,0 +1,299 @@
+"""Reduces all negatives of each row, from the batch and from outside, to one number."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcl.losses.comparison import Comparison
+from jaxcl.losses.protocol import Masks, NegativesByName
+from jaxcl.negatives.masks import batch_labels
+from jaxcl.negatives.sets import ExplicitNegatives, Negatives, OwnNegatives, SharedNegatives
+from jaxcl.ops.pairs import PairLabels, pair_count, pair_logsumexp, pair_sum
+from jaxcl.ops.pairs.reductions import LOGSUMEXP
+from jaxcl.typing import Array, Bool, Float
+
+__all__ = [
+    "COUNT",
+    "SIMILARITY",
+    "Reduce",
+    "log_sum_exp",
+    "own_products",
+    "reduce_all",
+    "reduce_outside",
+]
+
+
+class Reduce(NamedTuple):
+    """A reduction of each row's negatives to one number.
+
+    Attributes:
+      pairs: an operation of `jaxcl.ops.pairs`, for negatives that all rows share.
+      own: the same for separate negatives of each row: (similarities `[q, n]`, mask) -> values.
+      join: (values, values) -> values of both parts together.
+      by_row: whether `pairs` treats rows differently, by their temperatures for example, so that
+        it cannot return a value per column.
+    """
+
+    pairs: Callable[..., tuple[Array, Array]]
+    own: Callable[[Array, Array], Array]
+    join: Callable[[Array, Array], Array]
+    by_row: bool = False
+
+
+def log_sum_exp(
+    temperature: float | Array, *, hardness: float = 0.0, own_hardness: float = 0.0
+) -> Reduce:
+    """The log-sum-exp of each row's scores, in nats; −∞ for no negatives."""
+
+    def own(similarities: Float[Array, "q n"], counted: Bool[Array, "q n"]) -> Float[Array, " q"]:
+        scores = similarities / jnp.reshape(jnp.asarray(temperature), (-1, 1))  # for all or by row
+        scores += own_hardness * lax.stop_gradient(similarities)
+        return LOGSUMEXP.reduce(jnp.where(counted, scores, -jnp.inf), 1)
+
+    pairs = functools.partial(pair_logsumexp, temperature=temperature, hardness=hardness)
+    return Reduce(pairs, own, jnp.logaddexp, by_row=jnp.ndim(temperature) > 0)
+
+
+COUNT = Reduce(
+    pair_count, lambda similarities, counted: counted.sum(1).astype(similarities.dtype), jnp.add
+)
+"""The number of allowed negatives."""
+
+SIMILARITY = Reduce(
+    functools.partial(pair_sum, temperature=1.0),
+    lambda similarities, counted: jnp.where(counted, similarities, 0).sum(1),
+    jnp.add,
+)
+"""The sum of the allowed negatives' similarities."""
+
+
+def reduce_all(
+    reduce: Reduce,
+    comparison: Comparison,
+    queries: Float[Array, "q d"],
+    keys: Float[Array, "q d"],
+    negatives: NegativesByName | None,
+    *,
+    directions: tuple[str, ...],
+) -> dict[str, Float[Array, " q"]]:
+    """Reduce the negatives of the batch and those from outside together, for each direction."""
+    found = comparison.reduced(reduce.pairs, queries, keys, directions)
+    outside = reduce_outside(
+        reduce, comparison, queries, keys, negatives or {}, directions=directions
+    )
+    for theirs in outside.values():
+        for direction, values in theirs.items():
+            found[direction] = reduce.join(found[direction], values)
+    return found
+
+
+def reduce_outside(
+    reduce: Reduce,
+    comparison: Comparison,
+    queries: Float[Array, "q d"],
+    keys: Float[Array, "q d"],
+    negatives: NegativesByName,
+    *,
+    directions: tuple[str, ...],
+) -> dict[str, dict[str, Float[Array, " q"]]]:
+    """Reduce the negatives from outside the batch: name -> direction -> values.
+
+    All of them are keys, so they serve the directions with keys as candidates.
+
+    Raises:
+      ValueError: for negatives that do not fit the batch, or that no direction can use.
+    """
+    ceilings = comparison.ceilings(queries, keys) if negatives else None
+    found: dict[str, dict[str, Float[Array, " q"]]] = {}
+    for name, one in negatives.items():
+        _check(name, one, comparison.masks, queries, directions)
+        if isinstance(one, ExplicitNegatives):
+            found[name] = _of_explicit(
+                reduce, comparison, queries, keys, one, ceilings, directions=directions
+            )
+        elif isinstance(one, OwnNegatives):
+            found[name] = {"query_to_key": _of_own(reduce, comparison, queries, one, ceilings)}
+        else:
+            found[name] = {"query_to_key": _of_shared(reduce, comparison, queries, one, ceilings)}
+    return found
+
+
+def own_products(rows: Float[Array, "q d"], vectors: Float[Array, "q n d"]) -> Float[Array, "q n"]:
+    """Each row's inner products with its separate vectors, summed in float32 or wider."""
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    return jnp.einsum("qd,qnd->qn", rows, vectors, preferred_element_type=wide)
+
+
+def _check(
+    name: str,
+    negatives: Negatives,
+    masks: Masks,
+    queries: Float[Array, "q d"],
+    directions: tuple[str, ...],
+) -> None:
+    rows, width = queries.shape
+    shape = negatives.vectors.shape
+    explicit = isinstance(negatives, ExplicitNegatives)
+    anchors = {"query_to_key", "key_to_key"} if explicit else {"query_to_key"}
+    if not anchors & set(directions):
+        raise ValueError(
+            f"negatives[{name!r}] are keys, but {directions} has no direction that uses them; add "
+            f"{' or '.join(sorted(anchors))}"
+        )
+    axes = 1 if isinstance(negatives, SharedNegatives) else 2
+    if len(shape) != axes + 1 or shape[-1] != width or (axes == 2 and shape[0] != rows):
+        wanted = f"(any number, {width})" if axes == 1 else f"({rows}, any number, {width})"
+        raise ValueError(f"negatives[{name!r}] have the shape {shape}; wanted is {wanted}")
+    for field in ("ids", "groups", "valid", "guides"):
+        array = getattr(negatives, field)
+        if array is not None and array.shape[:axes] != shape[:axes]:
+            raise ValueError(
+                f"negatives[{name!r}].{field} have the shape {array.shape}, not {shape[:axes]}"
+            )
+    if masks.guides is not None and negatives.guides is None:
+        raise ValueError(
+            f"masks.guides are given, but negatives[{name!r}] have no guides; give both"
+        )
+    if explicit and masks.guides is None and negatives.guides is not None:
+        raise ValueError(f"negatives[{name!r}] have guides, but masks.guides are None; give both")
+    # A memory bank holds groups whether or not a loss masks by them; explicit negatives do not.
+    for field in ("ids", "groups") if explicit else ("ids",):
+        if getattr(negatives, field) is not None and getattr(masks, field) is None:
+            raise ValueError(
+                f"negatives[{name!r}].{field} are compared with masks.{field}; give both"
+            )
+
+
+def _of_explicit(
+    reduce: Reduce,
+    comparison: Comparison,
+    queries: Float[Array, "q d"],
+    keys: Float[Array, "q d"],
+    negatives: ExplicitNegatives,
+    ceilings: Float[Array, " q"] | None,
+    *,
+    directions: tuple[str, ...],
+) -> dict[str, Float[Array, " q"]]:
+    """Reduce all rows' explicit negatives, for the directions with keys as candidates."""
+    guides = comparison.masks.guides
+    query_guide, key_guide = (None, None) if guides is None else guides
+    found = {
+        direction: _of_other_rows(reduce, comparison, rows, guide, negatives, ceilings)
+        for direction, rows, guide in (
+            ("query_to_key", queries, query_guide),
+            ("key_to_key", keys, key_guide),
+        )
+        if direction in directions
+    }
+    # Explicit negatives belong to queries; keys have none. A query's own are reduced separately,
+    # since their hardness may differ from that of other rows' negatives.
+    if "query_to_key" in found:
+        own = _of_own(reduce, comparison, queries, negatives, ceilings)
+        found["query_to_key"] = reduce.join(found["query_to_key"], own)
+    return found
+
+
+def _of_other_rows(
+    reduce: Reduce,
+    comparison: Comparison,
+    rows: Float[Array, "q d"],
+    guide: Float[Array, "q g"] | None,
+    negatives: ExplicitNegatives,
+    ceilings: Float[Array, " q"] | None,
+) -> Float[Array, " q"]:
+    """Reduce, for each row, the explicit negatives of all other rows."""
+    num_rows, width = negatives.vectors.shape[:2]
+    (place,) = batch_labels(num_rows, axis_name=comparison.axis_name).different
+    valid = jnp.ones((num_rows, width), bool) if negatives.valid is None else negatives.valid
+    if comparison.masks.valid is not None:
+        valid &= comparison.masks.valid[:, None]  # padding brings no negatives for others
+    flat = SharedNegatives(
+        vectors=negatives.vectors.reshape(-1, negatives.vectors.shape[-1]),
+        ids=None if negatives.ids is None else negatives.ids.ravel(),
+        groups=None if negatives.groups is None else negatives.groups.ravel(),
+        valid=valid.ravel(),
+    )
+    ours, theirs = _labels(comparison.masks, flat, ceilings)
+    # The row's place in the global batch excludes its own negatives, which the caller adds.
+    ours = ours._replace(different=(place, *ours.different))
+    theirs = theirs._replace(different=(jnp.repeat(place, width), *theirs.different))
+    if guide is not None and negatives.guides is not None:
+        ours = ours._replace(guide=lax.stop_gradient(guide))
+        guides = negatives.guides.reshape(-1, guide.shape[-1])
+        theirs = theirs._replace(guide=lax.stop_gradient(guides))
+    found, _ = reduce.pairs(
+        rows, flat.vectors, query_labels=ours, key_labels=theirs, **comparison.how()
+    )
+    return found
+
+
+def _of_own(
+    reduce: Reduce,
+    comparison: Comparison,
+    queries: Float[Array, "q d"],
+    negatives: ExplicitNegatives | OwnNegatives,
+    ceilings: Float[Array, " q"] | None,
+) -> Float[Array, " q"]:
+    """Reduce each query's separate negatives."""
+    masks = comparison.masks
+    similarities = own_products(queries, negatives.vectors.astype(queries.dtype))
+    counted = jnp.ones(similarities.shape, bool)
+    if negatives.valid is not None:
+        counted &= negatives.valid
+    for ours, theirs in _compared(masks, negatives):
+        counted &= theirs != ours[:, None]
+    if ceilings is not None:
+        judged = lax.stop_gradient(similarities)
+        if masks.guides is not None and negatives.guides is not None:
+            judged = own_products(masks.guides[0], negatives.guides)
+        counted &= judged <= ceilings[:, None]
+    if masks.valid is not None:
+        counted &= masks.valid[:, None]
+    return reduce.own(similarities, counted)
+
+
+def _of_shared(
+    reduce: Reduce,
+    comparison: Comparison,
+    queries: Float[Array, "q d"],
+    negatives: SharedNegatives,
+    ceilings: Float[Array, " q"] | None,
+) -> Float[Array, " q"]:
+    """Reduce, for each query, the shared negatives of all devices.
+
+    If there are more negatives than queries, the negatives are the rows of the product and stay on
+    their devices; only the queries, its columns, are exchanged.
+    """
+    ours, theirs = _labels(comparison.masks, negatives, ceilings)
+    if comparison.masks.guides is not None:
+        ours = ours._replace(guide=lax.stop_gradient(comparison.masks.guides[0]))
+        theirs = theirs._replace(guide=negatives.guides)
+    vectors = negatives.vectors.astype(queries.dtype)
+    if vectors.shape[0] <= queries.shape[0] or reduce.by_row:
+        found, _ = reduce.pairs(
+            queries, vectors, query_labels=ours, key_labels=theirs, **comparison.how()
+        )
+    else:
+        _, found = reduce.pairs(
+            vectors, queries, query_labels=theirs, key_labels=ours, **comparison.how()
+        )
+    return found
+
+
+def _labels(
+    masks: Masks, negatives: SharedNegatives, ceilings: Float[Array, " q"] | None
+) -> tuple[PairLabels, PairLabels]:
+    compared = _compared(masks, negatives)
+    return (
+        PairLabels(tuple(ours for ours, _ in compared), valid=masks.valid, ceiling=ceilings),
+        PairLabels(tuple(theirs for _, theirs in compared), valid=negatives.valid),
+    )
+
+
+def _compared(masks: Masks, negatives: Negatives) -> list[tuple[Array, Array]]:
+    """Pairs of row labels and negatives' labels that must differ, where both sides have them."""
+    pairs = ((masks.ids, negatives.ids), (masks.groups, negatives.groups))
+    return [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]

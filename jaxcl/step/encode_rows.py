@@ -1,0 +1,121 @@
+"""Encodes the rows of a batch on a mesh: augmented, in chunks, with a random key for each row."""
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxcl.grad_cache import chunked
+from jaxcl.models.towers import Encode, Towers
+from jaxcl.step.parameter_sharding import FSDP
+from jaxcl.typing import Array, Embeddings, Int, Key, PyTree, RowKeys
+
+__all__ = ["EncodeRows", "fold_rows", "keys_of_side", "keys_of_slots", "make_encode_rows"]
+
+_VIEW = 0  # a row has one view on each side
+
+
+@runtime_checkable
+class EncodeRows(Protocol):
+    """`(params, side, inputs, a random key per row or None) -> [b, d]`.
+
+    With keys, inputs are augmented, and the encoder is in training mode unless `dropout` is false.
+    """
+
+    def __call__(
+        self,
+        params: PyTree,
+        side: str,
+        inputs: PyTree,
+        rngs: RowKeys | None = None,
+        *,
+        dropout: bool = True,
+    ) -> Embeddings: ...
+
+
+def make_encode_rows(
+    towers: Towers, mesh: Mesh, chunk_sizes: Mapping[str, int] | None
+) -> EncodeRows:
+    """The towers on a mesh.
+
+    Args:
+      towers: the model and its augmentations.
+      mesh: the devices. With an axis for parameters, the encoders know the mesh.
+      chunk_sizes: side -> how many of a device's rows are encoded at a time; `None` for all.
+    """
+    encode = _with_mesh(towers.encode, mesh) if FSDP in mesh.axis_names else towers.encode
+    # Each device goes through its own rows, so that chunks keep their sharding, and gradients are
+    # summed over devices once. Only sharded parameters are the compiler's business: it puts each
+    # together where a chunk needs it, since all of them at once might not fit.
+    manual = tuple(axis for axis in mesh.axis_names if axis != FSDP)
+    shards = dict(mesh.shape).get(FSDP, 1)
+    rows, whole = PartitionSpec(manual), PartitionSpec()
+
+    def encode_rows(
+        params: PyTree,
+        side: str,
+        inputs: PyTree,
+        rngs: RowKeys | None = None,
+        *,
+        dropout: bool = True,
+    ) -> Embeddings:
+        def encode_some(params: PyTree, inputs: PyTree, rngs: RowKeys | None) -> Embeddings:
+            if rngs is not None and side in towers.augment:
+                inputs = jax.vmap(towers.augment[side])(inputs, _keys_of_view(rngs))
+            return encode(params, side, inputs, rngs if dropout else None)
+
+        if chunk_sizes is None:
+            return encode_some(params, inputs, rngs)
+        in_chunks = chunked(encode_some, chunk_size=chunk_sizes[side], shards=shards)
+        if manual:
+            in_chunks = jax.shard_map(
+                in_chunks,
+                mesh=mesh,
+                in_specs=(whole, rows, rows),
+                out_specs=rows,
+                axis_names=set(manual),
+            )
+        return in_chunks(params, inputs, rngs)
+
+    return encode_rows
+
+
+def _with_mesh(encode: Encode, mesh: Mesh) -> Encode:
+    """The same, where the models can ask for the mesh."""
+
+    def encode_rows(
+        params: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None = None
+    ) -> Embeddings:
+        if not jax.sharding.get_abstract_mesh().empty:  # within a `shard_map`
+            return encode(params, side, inputs, rngs)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return encode(params, side, inputs, rngs)
+
+    return encode_rows
+
+
+def keys_of_side(key: Key[Array, ""] | None, number: int, row: Int[Array, " b"]) -> RowKeys | None:
+    """A key for each row of one part of a batch: 0 for queries, 1 for keys, 2 for negatives."""
+    if key is None:
+        return None
+    return fold_rows(jax.random.fold_in(key, number), row)
+
+
+def fold_rows(key: Key[Array, ""], row: Int[Array, " b"]) -> RowKeys:
+    """A key for each row number."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, row)
+
+
+def keys_of_slots(keys: RowKeys | None, slots: int) -> Key[Array, " _"] | None:
+    """A key for each of the slots of each row, row by row."""
+    if keys is None:
+        return None
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+    return fold(keys, jnp.arange(slots)).reshape(-1)
+
+
+def _keys_of_view(keys: RowKeys) -> RowKeys:
+    # Folded with the view, so that augmentation and dropout draw different numbers.
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, _VIEW)
