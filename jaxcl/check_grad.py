@@ -8,8 +8,8 @@ without dropout. A reduction that is wrong shows as a ratio: the number of devic
 """
 
 from argparse import Namespace
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ from jaxcl.run.build_loss import batch_needs, build_loss
 from jaxcl.run.memory import init_memory
 from jaxcl.run.training import build_towers, run_mesh
 from jaxcl.settings.command_line import add_config_flags, config_of
+from jaxcl.settings.derived import with_encoder_options
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import GradCacheSettings, MaxTokens, Settings
 from jaxcl.step.train_step import TemperatureBounds, init_state, state_sharding
@@ -139,16 +140,16 @@ def _compared(parameter: str, ours: jax.Array, theirs: jax.Array) -> GradientChe
 def _tiny(settings: Settings) -> Settings:
     """The same with a small model that drops nothing, and chunks of 2 rows if it has chunks."""
     small = {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "mlp_dim": 32}
-    given = settings.model.options
-    options = {name: 0.0 if "dropout" in name else value for name, value in given.items()}
-    options |= {name: value for name, value in small.items() if name in given}
-    if settings.model.name in ("transformer", "decoder"):
-        options["compute_dtype"] = "float32"
+
+    def shrunk(given: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+        options = {name: 0.0 if "dropout" in name else value for name, value in given.items()}
+        options |= {name: value for name, value in small.items() if name in given}
+        return options | ({"compute_dtype": "float32"} if "compute_dtype" in known else {})
+
+    settings = with_encoder_options(settings, shrunk)
     cached = any(value is not None for value in settings.grad_cache)
     return settings._replace(
-        model=settings.model._replace(
-            dim=max((16, *settings.loss.matryoshka_dims)), options=options
-        ),
+        model=settings.model._replace(dim=max((16, *settings.loss.matryoshka_dims))),
         negatives=settings.negatives._replace(proportions="rows"),  # of the groups of the batch
         data=settings.data._replace(max_tokens=MaxTokens(8, 8), vocabulary_size=_VOCABULARY),
         grad_cache=GradCacheSettings(chunk_size=2) if cached else settings.grad_cache,

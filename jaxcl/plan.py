@@ -37,6 +37,7 @@ from jaxcl.run.build_loss import build_loss
 from jaxcl.run.training import build_training
 from jaxcl.settings.changed import changed_config
 from jaxcl.settings.command_line import add_config_flags, config_of
+from jaxcl.settings.derived import with_encoder_options
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import GradCacheSettings, Settings
 from jaxcl.step.train_state import TrainState
@@ -117,10 +118,13 @@ def make_plan(settings: Settings, devices: Sequence[jax.Device], *, num_rows: in
         raise ValueError(
             f"--rows={num_rows} are fewer than one batch of {settings.global_batch_size}"
         )
-    options = settings.model.options
-    if settings.model.name in ("transformer", "decoder") and "compute_dtype" not in options:
-        options = {**options, "compute_dtype": default_compute_dtype(devices[0].platform)}
-        settings = settings._replace(model=settings.model._replace(options=options))
+    dtype = default_compute_dtype(devices[0].platform)
+    settings = with_encoder_options(
+        settings,
+        lambda options, known: (
+            {"compute_dtype": dtype, **options} if "compute_dtype" in known else dict(options)
+        ),
+    )
     program = build_training(settings, devices=devices)
     state = program.abstract_state(num_rows, np.zeros(num_rows, np.int32))
     batch = _abstract_batch(settings, program.mesh)

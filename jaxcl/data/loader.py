@@ -73,7 +73,7 @@ class _LocalBatches:
         return self.num_steps
 
     def __getitem__(self, step: int) -> Batch:
-        rows = np.split(self.rows_fn(step), jax.process_count())[jax.process_index()]
+        rows = np.split(np.asarray(self.rows_fn(step)), jax.process_count())[jax.process_index()]
         batch = table_batch(self.table, rows)
         if self.negatives is not None:
             batch |= self.negatives.columns(self.table, rows)

@@ -82,9 +82,7 @@ def running_estimate_loss(
       masks: which pairs are not negatives; padding keeps its estimate.
       negatives: negatives from outside the batch, by name. They count as much as in-batch
         negatives, so the estimate is of the mean over both.
-      axis_name: the mesh axes over which rows are sharded.
-      exchange: `"gather"` or `"ring"`.
-      implementation: an implementation of `jaxcl.ops.pairs`.
+      axis_name, exchange, implementation: as for `LossFn`.
 
     Returns:
       The loss of each of this device's rows, in nats (times $\tau$ with `robustness`), and the new

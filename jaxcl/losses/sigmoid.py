@@ -47,11 +47,7 @@ def sigmoid_pair_loss(
       keys: this device's keys.
       temperature: $\tau > 0$; the paper starts at 0.1 and learns it.
       bias: $b$; the paper starts at -10 and learns it, since nearly all pairs are negatives.
-      masks: which pairs are not negatives.
-      negatives: negatives from outside the batch, by name.
-      axis_name: the mesh axes over which rows are sharded.
-      exchange: `"gather"` or `"ring"`.
-      implementation: an implementation of `jaxcl.ops.pairs`.
+      masks, negatives, axis_name, exchange, implementation: as for `LossFn`.
 
     Returns:
       The loss of each of this device's queries, in nats.

@@ -177,11 +177,7 @@ def nt_xent_loss(
       queries: first views.
       keys: second views.
       temperature: $\tau > 0$.
-      masks: which pairs are not negatives.
-      negatives: negatives from outside the batch, for the first views; explicit ones for both.
-      axis_name: the mesh axes over which rows are sharded.
-      exchange: `"gather"` or `"ring"`.
-      implementation: an implementation of `jaxcl.ops.pairs`.
+      masks, negatives, axis_name, exchange, implementation: as for `LossFn`.
 
     Returns:
       The loss of each of this device's rows, in nats.
@@ -277,12 +273,8 @@ def hard_infonce_loss(
       temperature: $\tau > 0$.
       concentration: $\beta \ge 0$; 0 weighs all negatives alike.
       positive_share: $\pi$ in [0, 1): the share of the negatives assumed to be positives.
-      directions: anchors and candidates.
-      masks: which pairs are not negatives.
-      negatives: negatives from outside the batch, by name.
-      axis_name: the mesh axes over which rows are sharded.
-      exchange: `"gather"` or `"ring"`.
-      implementation: an implementation of `jaxcl.ops.pairs`.
+      directions: anchors and candidates, as for `infonce_loss`.
+      masks, negatives, axis_name, exchange, implementation: as for `LossFn`.
 
     Returns:
       The loss of each of this device's rows, in nats.

@@ -77,9 +77,7 @@ def supervised_infonce_loss(
         one side, and no query meets its own key among `negatives`. Labels take the place of groups.
       negatives: negatives from outside the batch, by name. Those whose groups equal a query's label
         do not count for it.
-      axis_name: the mesh axes over which rows are sharded.
-      exchange: `"gather"` or `"ring"`.
-      implementation: an implementation of `jaxcl.ops.pairs`.
+      axis_name, exchange, implementation: as for `LossFn`.
 
     Returns:
       The loss of each of this device's rows, in nats.

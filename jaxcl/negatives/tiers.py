@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxcl.ops.nearest import nearest
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.row_tables import fetch_rows
 from jaxcl.ops.vectors import inner_product
-from jaxcl.typing import Array, AxisName, Bool, Float, Int, Integer, Key
+from jaxcl.typing import Array, AxisName, Bool, Float, Int, Integer, Key, Range
 
 __all__ = [
     "DrawSource",
@@ -51,15 +51,15 @@ class TierBudgets(NamedTuple):
     """
 
     whole: bool = False
-    uniform: int = 0
-    stratified: int = 0
-    nearest: int = 0
-    mixed: int = 0
-    mixed_with_query: int = 0
-    perturbed: int = 0
-    hardest: int = 64
+    uniform: Annotated[int, Range(least=0)] = 0
+    stratified: Annotated[int, Range(least=0)] = 0
+    nearest: Annotated[int, Range(least=0)] = 0
+    mixed: Annotated[int, Range(least=0)] = 0
+    mixed_with_query: Annotated[int, Range(least=0)] = 0
+    perturbed: Annotated[int, Range(least=0)] = 0
+    hardest: Annotated[int, Range(least=1)] = 64
     of_batch: bool = False
-    degrees: float = 20.0
+    degrees: Annotated[float, Range(above=0, most=180)] = 20.0
     gradient: bool = False
 
     @property
@@ -168,7 +168,7 @@ def draw_tiers(
     source: DrawSource | None = None,
     axis_name: AxisName | None = None,
 ) -> dict[str, SharedNegatives | OwnNegatives]:
-    """The negatives of a step beyond its batch, tier by tier, for `infonce_loss(tiers=…)`.
+    """The negatives of a step beyond its batch, tier by tier, as `negatives` of a loss.
 
     A device never holds more of the bank than its share and its draws. With `p` devices and `q`
     queries on each, every device sends and receives `s` entries for a shared budget of `s` slots,

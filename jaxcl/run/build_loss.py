@@ -81,7 +81,7 @@ def batch_needs(settings: Settings) -> tuple[str, ...]:
 def beyond_batch(settings: Settings) -> BeyondBatch:
     """The negatives of `settings.negatives`."""
     negatives = settings.negatives
-    kind, tiers = negatives.bank.kind, negatives.tiers.budgets
+    kind, tiers = negatives.bank.kind, negatives.tiers
     rule = gcbs_rule(settings)
     sides: tuple[str, ...] = () if kind is None else ("key",)
     if negatives.mined.refresh_every is not None or (rule is not None and rule.from_bank):

@@ -54,7 +54,7 @@ def check_bank_divides(settings: Settings, mesh: Mesh) -> None:
 
 def tiers_left_empty(settings: Settings, num_rows: int) -> list[str]:
     """The tiers for which no slot is left, since `uniform` draws all of the bank."""
-    budgets, bank = settings.negatives.tiers.budgets, settings.negatives.bank
+    budgets, bank = settings.negatives.tiers, settings.negatives.bank
     if bank.kind is None:
         return []
     slots = num_rows if bank.kind == "instance" else bank.slots

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxcl.assignment import random_to_hard
 from jaxcl.losses import ExplicitNegatives, OwnNegatives, SharedNegatives
+from jaxcl.negatives.tiers import TierBudgets
 from jaxcl.settings.derived import (
     ASSIGNMENTS,
     BANKS,
@@ -19,7 +20,7 @@ from jaxcl.settings.derived import (
     sources_by,
 )
 from jaxcl.settings.parts import is_function_name
-from jaxcl.settings.sections import DataSet, DataSettings, Settings, TierSettings, unresolved
+from jaxcl.settings.sections import DataSet, DataSettings, Settings, unresolved
 from jaxcl.typing import SIDES
 
 __all__ = ["check_settings"]
@@ -168,7 +169,7 @@ def _check_given(settings: Settings) -> None:
     if explicit and ExplicitNegatives not in part.negatives:
         setting = "negatives.mined.refresh_every" if mined.refresh_every else "data.negatives"
         raise ValueError(f"{setting} is set, but the loss {name!r} takes no explicit negatives")
-    tiers, bank = settings.negatives.tiers.budgets, settings.negatives.bank.kind
+    tiers, bank = settings.negatives.tiers, settings.negatives.bank.kind
     drawn = tiers.drawn + tiers.synthetic > 0 or (tiers.whole and bank is not None)
     if drawn and not {OwnNegatives, SharedNegatives} <= set(part.negatives):
         raise ValueError(
@@ -203,8 +204,8 @@ def _check_bank(settings: Settings) -> None:
         raise ValueError(f"negatives.bank.dtype={bank.dtype!r}; use float32, bfloat16 or float16")
 
 
-def _check_tiers(settings: Settings, tiers: TierSettings) -> None:
-    budgets, kind = tiers.budgets, settings.negatives.bank.kind
+def _check_tiers(settings: Settings, budgets: TierBudgets) -> None:
+    kind = settings.negatives.bank.kind
     drawn = budgets.whole or budgets.drawn or (budgets.synthetic and not budgets.of_batch)
     rule = gcbs_rule(settings)
     chooses_batches = rule is not None and rule.from_bank
@@ -292,7 +293,7 @@ def _check_judges(settings: Settings) -> None:
             "negatives.momentum_encoder.initial, but nobody reads that encoder: it writes a bank "
             "(negatives.bank.kind) and judges (negatives.guide='momentum'); leave it None"
         )
-    if guide == "data" and negatives.tiers.budgets.synthetic:
+    if guide == "data" and negatives.tiers.synthetic:
         raise ValueError("negatives.guide='data' has not seen synthetic negatives; use 'momentum'")
 
 

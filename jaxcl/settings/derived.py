@@ -1,7 +1,7 @@
 """What follows from settings: the rule of batch assignment, the names of data sets and masks."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxcl.assignment import PRESETS, Gcbs, random_to_hard
 from jaxcl.settings.sections import DataSettings, GcbsSettings, Settings
@@ -17,6 +17,7 @@ __all__ = [
     "data_set_names",
     "gcbs_rule",
     "sources_by",
+    "with_encoder_options",
 ]
 
 ASSIGNMENTS = ("uniform", "sourced", "gcbs")
@@ -106,3 +107,26 @@ def data_set_names(data: DataSettings) -> tuple[str, ...]:
     """The data sets of the training rows by name, in order: `"first"`, then the others."""
     others = sorted(data.concatenated.items())
     return ("first", *(name for name, one in others if "train" in one.splits))
+
+
+def with_encoder_options(
+    settings: Settings, change: Callable[[Mapping[str, Any], tuple[str, ...]], dict[str, Any]]
+) -> Settings:
+    """The settings with other options of the encoders.
+
+    Args:
+      settings: the run's.
+      change: (the options that are set, the names of all options that the encoder declares) -> the
+        options to use.
+    """
+    model, encoders = settings.model, settings.parts.encoders
+
+    def changed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        declared: Any = encoders[name].options
+        return change(options, () if declared is None else declared._fields)
+
+    model = model._replace(options=changed(model.name, model.options))
+    if model.key.name is not None:
+        own = changed(model.key.name, model.key.options)
+        model = model._replace(key=model.key._replace(options=own))
+    return settings._replace(model=model)

@@ -69,7 +69,7 @@ _UNREAD = (
     ),
     _Unread(
         _fields("negatives.tiers", "hardest", "of_batch", "gradient"),
-        lambda s: not s.negatives.tiers.budgets.synthetic,
+        lambda s: not s.negatives.tiers.synthetic,
         "negatives.tiers.mixed, mixed_with_query or perturbed reads it",
     ),
     _Unread(

@@ -35,7 +35,6 @@ __all__ = [
     "SideModalities",
     "SourcedSettings",
     "TemperatureSettings",
-    "TierSettings",
     "TowerSettings",
     "unresolved",
 ]
@@ -173,27 +172,6 @@ class BankSettings(NamedTuple):
     dtype: str = "float32"
 
 
-class TierSettings(NamedTuple):
-    """How many negatives of each tier a query meets: `jaxcl.negatives.tiers.TierBudgets`."""
-
-    whole: bool = False
-    uniform: Count = 0
-    stratified: Count = 0
-    nearest: Count = 0
-    mixed: Count = 0
-    mixed_with_query: Count = 0
-    perturbed: Count = 0
-    hardest: Size = 64
-    of_batch: bool = False
-    degrees: Annotated[float, Range(above=0, most=180)] = 20.0
-    gradient: bool = False
-
-    @property
-    def budgets(self) -> TierBudgets:
-        """The same as the library takes it."""
-        return TierBudgets(**self._asdict())
-
-
 class MinedSettings(NamedTuple):
     """Mining in training from the instance bank."""
 
@@ -221,7 +199,7 @@ class NegativesSettings(NamedTuple):
     """Negatives in addition to those of the batch."""
 
     bank: BankSettings = BankSettings()
-    tiers: TierSettings = TierSettings()
+    tiers: TierBudgets = TierBudgets()
     mined: MinedSettings = MinedSettings()
     proportions: str = "rows"
     weights: tuple[tuple[int, Annotated[float, Range(least=0)]], ...] = ()
