@@ -2,19 +2,23 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.metric_writer import read_metrics
 from jaxcl.run.opened import open_run
+from jaxcl.run.training import build_training
+from jaxcl.settings.read import read_settings
 from jaxcl.train import train
 
 OWN_PARTS = """
 import jax.numpy as jnp
 
 from jaxcl.data.sources import InMemoryPairs
-from jaxcl.losses import infonce_loss
+from jaxcl.losses import Loss, infonce_loss
 
 STEPS = []
 
@@ -35,6 +39,13 @@ def in_order(*, num_rows, batch_size, seed):
 
 def doubled_loss(queries, keys, *, weight=2.0, **arguments):
     return weight * infonce_loss(queries, keys, **arguments)
+
+
+def cosine_loss(queries, keys, *, temperature):
+    return (1 - (queries * keys).sum(1)) / temperature
+
+
+ALONE = Loss(cosine_loss, masks=(), negatives=(), exchanges=False)
 
 
 def forget_first(*, count):
@@ -103,3 +114,36 @@ def test_a_loss_and_an_augmentation_of_a_package_are_trained_with(parts, tmp_pat
     np.testing.assert_allclose(losses(tmp_path / "doubled")[0], 2 * plain[0], rtol=1e-6)
     np.testing.assert_allclose(losses(tmp_path / "weighted"), plain, rtol=1e-6)
     assert abs(losses(tmp_path / "forgetful")[0] / plain[0] - 1) > 1e-3
+
+
+def test_a_loss_without_masks_and_negatives_works_under_the_default_config(parts, tmp_path):
+    alone = {"name": "own_parts:ALONE"}
+    train(config(tmp_path, loss=alone), tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == 4
+    for changes, message in (
+        ({"margin": 0.1}, r"loss\.margin=0\.1, but 'own_parts:ALONE' takes none"),
+        ({"masks": ("group",)}, "does not mask by groups"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_settings({"loss": alone | changes, "data": {"group_field": "group"}})
+    with pytest.raises(ValueError, match=r"loss\.masks has no effect here"):
+        read_settings({"loss": alone}, changed=["loss.masks"])
+
+
+def test_a_nested_running_estimate_remembers_each_length(tmp_path, parts):
+    nested = {"name": "running_estimate", "matryoshka_dims": (4, 8)}
+    whole = config(tmp_path, loss=nested)
+    train(whole, tmp_path / "whole")
+    memory = open_memory(tmp_path / "whole", whole)
+    assert set(memory["rows"]) == {"4", "8"}
+    seen = {dim: np.isfinite(tables["estimates"]).sum() for dim, tables in memory["rows"].items()}
+    assert seen["4"] == seen["8"] == 2 * 64  # 4 steps of 16 rows are all rows, in two directions
+    assert not np.array_equal(*(tables["estimates"] for tables in memory["rows"].values()))
+
+
+def open_memory(workdir, settings):
+    """The memory in the newest checkpoint."""
+    training = build_training(read_settings(settings))
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore_latest(training.abstract_state(64))
+    return jax.device_get(restored.state.memory)
