@@ -70,7 +70,6 @@ def _model() -> ConfigDict:
     model = ConfigDict({"name": "static", "shared": True, "dim": 512})
     # The options of all encoders; None is the encoder's own default, which its docstring gives.
     model.options = option_fields(ENCODERS)
-    model.options.max_tokens = 128
     model.pretrained = placeholder(str)  # a file or folder to start from; None starts at random
     # The keys' encoder if it is of another kind than the queries'; it needs shared=False.
     model.key = ConfigDict({"name": placeholder(str), "options": option_fields(ENCODERS)})

@@ -455,7 +455,7 @@ def test_other_models_train(tiny, tmp_path, model):
         ({"run.keep_checkpoints": 1}, "run.keep_checkpoints=1; set it to at least 2"),
         ({"optimizer.learning_rate": -1.0}, "optimizer.learning_rate=-1.0; set it above 0"),
         ({"loss.temperature.initial": 0.0}, "loss.temperature.initial=0.0; set it above 0"),
-        ({"model.options.max_tokens": 1}, "data.max_tokens="),
+        ({"model.options.max_tokens": 1}, "data.max_tokens."),
         (
             {"run.mesh": {"data": 3}},
             "mesh={'data': 3} does not fit 8 devices; its sizes must multiply to 8",

@@ -55,7 +55,7 @@ class StepShape(NamedTuple):
     """What is trained: a model, and the sizes of its batches.
 
     Attributes:
-      model: of `jaxcl.settings.parts.ENCODERS`.
+      model: of `jaxcl.models.ENCODERS`.
       options: of the model.
       dropout: the rate, of the augmentation `token_dropout` or of the encoder's option `dropout`.
       dim: width of the embeddings.

@@ -54,7 +54,13 @@ class SplitFiles(NamedTuple):
 
 @runtime_checkable
 class Modality(Protocol):
-    """One kind of content."""
+    """One kind of content.
+
+    Attributes:
+      files: names of the files that `prepare` makes in the workdir.
+    """
+
+    files: tuple[str, ...]
 
     def prepare(self, data: DataSettings, train: PairSource, workdir: Path) -> None:
         """Make the files in the workdir that the run's inputs depend on, once."""
@@ -88,6 +94,8 @@ class Modality(Protocol):
 
 class Text:
     """Texts as token ids; the first argument of an encoder is the size of the vocabulary."""
+
+    files: tuple[str, ...] = ("tokenizer.json",)
 
     def prepare(self, data: DataSettings, train: PairSource, workdir: Path) -> None:
         """Write the run's tokenizer: the one of `data.tokenizer`, or one trained on these rows."""
@@ -204,14 +212,16 @@ def open_tables(
       data_dir: the folder that runs share.
       workdir: the run's own folder.
     """
-    different = list(dict.fromkeys(data.modality))
-    for name in different:
+    modalities = {getattr(data.modality, side): modality_of(data, side) for side in SIDES}
+    for modality in modalities.values():
         if "train" in sources:
-            MODALITIES[name].prepare(data, sources["train"], workdir)
+            modality.prepare(data, sources["train"], workdir)
     tables = {}
     for role, source in sources.items():
         files = SplitFiles(role, data_dir, workdir)
-        opened = {name: MODALITIES[name].open_table(data, source, files) for name in different}
+        opened = {
+            name: modality.open_table(data, source, files) for name, modality in modalities.items()
+        }
         tables[role] = join_sides({side: opened[getattr(data.modality, side)] for side in SIDES})
     return tables
 
@@ -221,7 +231,8 @@ def _text_sides(data: DataSettings) -> tuple[str, ...]:
 
 
 def _tokenizer_file(workdir: Path) -> Path:
-    return workdir / "tokenizer.json"
+    (name,) = Text.files
+    return workdir / name
 
 
 def _texts(

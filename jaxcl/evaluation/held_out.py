@@ -88,25 +88,30 @@ def evaluate_run(
 
 def _evaluate_split(settings: Settings, encoder: Encoder, data: RunData, split: str) -> Results:
     source, table = data.sources[split], data.tables[split]
-    records = source.read(np.arange(len(source)))
-    queries = [record["query"] for record in records]
-    key_texts = {"plain": [record["key"] for record in records]}
+    methods = settings.evaluation.methods
+    hides_names = "name" in settings.data.metadata_fields and settings.data.modality.key == "text"
+    queries: list[str] = []
+    key_texts: dict[str, list[str]] = {"plain": []}
     embed_keys = {"plain": lambda: encoder.embed("key", table)}
-    if "name" in settings.data.metadata_fields:
+    if hides_names or {"bm25", "hybrid"} & set(methods):  # otherwise no text is needed
+        records = source.read(np.arange(len(source)))
+        queries = [record["query"] for record in records]
+        key_texts["plain"] = [record["key"] for record in records]
+    if hides_names:
         masked = [mask_name(record["key"], record["name"]) for record in records]
         key_texts["name masked"] = masked
         embed_keys["name masked"] = lambda: encoder.encode("key", masked)
     query_embeddings = encoder.embed("query", table)
     results: Results = {}
     for variant, texts in key_texts.items():
-        own = len(queries) / jax.process_count()
+        own = table.num_rows / jax.process_count()
         with progress_bar(f"evaluating {split}, {variant}", round(own)) as advance:
             results[split, variant] = _ranked(
-                queries,
-                texts,
+                queries or None,
+                texts or None,
                 query_embeddings,
                 embed_keys[variant](),
-                methods=settings.evaluation.methods,
+                methods=methods,
                 rrf_k=settings.evaluation.rrf_k,
                 advance=advance,
             )

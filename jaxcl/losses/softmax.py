@@ -126,6 +126,8 @@ def infonce_loss(
     check_sides(queries, keys, directions)
     if partition not in PARTITIONS:
         raise ValueError(f"partition={partition!r} is unknown; use one of {', '.join(PARTITIONS)}")
+    if jnp.ndim(temperature) and partition == "anchor":
+        raise ValueError("partition='anchor' takes one temperature for all rows")
     if hardness < 0 or negative_hardness < 0:
         raise ValueError(
             f"hardness={hardness}, negative_hardness={negative_hardness}; both must be at least 0"

@@ -96,6 +96,8 @@ def supervised_infonce_loss(
     if any(field is not None for field in masks._replace(ids=None, valid=None)):
         raise ValueError("labels decide which rows are positives; masks takes only ids and valid")
     within = [one for one in directions if one not in SYMMETRIC]
+    if within and jnp.ndim(temperature):
+        raise ValueError(f"directions={within} take one temperature for all rows")
     if within and key_labels is not None:
         raise ValueError(f"directions={within} compare rows of one side; leave key_labels None")
     comparison = Comparison(masks, axis_name, exchange, implementation)

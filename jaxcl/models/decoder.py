@@ -8,6 +8,7 @@ from flax import nnx
 from jax import lax
 
 from jaxcl.models.layers import (
+    DEFAULT_MAX_TOKENS,
     Hidden,
     TokenMask,
     check_length,
@@ -74,7 +75,7 @@ class DecoderEncoder(nnx.Module):
         vocabulary_size: int,
         *,
         dim: int,
-        max_tokens: int,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
         hidden_dim: int = 512,
         num_layers: int = 8,
         num_heads: int = 8,

@@ -23,6 +23,7 @@ from jaxcl.typing import (
 )
 
 __all__ = [
+    "DEFAULT_MAX_TOKENS",
     "POOLINGS",
     "Hidden",
     "TokenMask",
@@ -37,6 +38,9 @@ __all__ = [
 
 Hidden: TypeAlias = Float[Array, "b t h"]
 TokenMask: TypeAlias = Bool[Array, "b t"]
+
+DEFAULT_MAX_TOKENS = 128
+"""The longest text that an encoder reads by default, in tokens."""
 
 POOLINGS = ("mean", "cls", "last")
 

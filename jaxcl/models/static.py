@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcl.models.embedding_bag import embedding_bag
-from jaxcl.models.layers import check_length
+from jaxcl.models.layers import DEFAULT_MAX_TOKENS, check_length
 from jaxcl.ops.vectors import normalise
 from jaxcl.typing import PADDING_ID, Embeddings, PyTree, Range, RowKeys
 
@@ -45,7 +45,7 @@ class StaticEncoder(nnx.Module):
         vocabulary_size: int,
         *,
         dim: int,
-        max_tokens: int,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
         hidden_dim: int | None = None,
         rngs: nnx.Rngs,
     ):

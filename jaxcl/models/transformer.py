@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcl.models.layers import (
+    DEFAULT_MAX_TOKENS,
     POOLINGS,
     Hidden,
     TokenMask,
@@ -81,7 +82,7 @@ class TransformerEncoder(nnx.Module):
         vocabulary_size: int,
         *,
         dim: int,
-        max_tokens: int,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
         hidden_dim: int = 384,
         num_layers: int = 6,
         num_heads: int = 6,

@@ -106,7 +106,8 @@ def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None =
         return measure(state.params, state.memory, batch, key)
 
     mined = settings.negatives.mined
-    by_group = "group" in settings.loss.masks
+    # Rows of one group are masked as negatives, or are each other's positives.
+    by_group = "group" in (*settings.loss.masks, *settings.parts.loss.columns.values())
     return Training(
         settings=settings,
         mesh=mesh,

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxcl.data.modalities import MODALITIES
 from jaxcl.host.files import read_json_object, write_whole
 from jaxcl.settings.read import as_dict
 from jaxcl.settings.section_reader import read_section
@@ -71,7 +72,7 @@ def claim_workdir(workdir: Path, settings: Settings) -> None:
     with _explained(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            before = read_section(Settings, _read_json(path))
+            before = read_section(Settings, _migrated(_read_json(path)))
             if different := _differences(fields_of(before), fields_of(settings)):
                 if _has_checkpoint(workdir):
                     raise ValueError(
@@ -79,8 +80,9 @@ def claim_workdir(workdir: Path, settings: Settings) -> None:
                         f"{'; '.join(different)}. Choose another --workdir, or take the settings "
                         "back"
                     )
-                for made_for_it in ("data.json", "tokenizer.json"):
-                    (workdir / made_for_it).unlink(missing_ok=True)
+                prepared = [name for modality in MODALITIES.values() for name in modality.files]
+                for name in ("data.json", *prepared):
+                    (workdir / name).unlink(missing_ok=True)
         if jax.process_index() == 0:
             write_whole(path, json.dumps(as_dict(settings), indent=2) + "\n")
 
@@ -96,7 +98,16 @@ def read_config(workdir: Path) -> Mapping[str, Any]:
         raise ValueError(
             f"there is no run in {workdir} (no {path.name}); give the --workdir that was trained"
         )
-    return _read_json(path)
+    return _migrated(_read_json(path))
+
+
+def _migrated(config: dict[str, Any]) -> dict[str, Any]:
+    """A config of an earlier version, with the names of this one."""
+    options = config.get("model", {}).get("options", {})
+    if "token_dropout" in options and "augmentation" not in config:
+        rate = options.pop("token_dropout")
+        config["augmentation"] = {"name": "token_dropout", "options": {"rate": rate}}
+    return config
 
 
 def fields_of(settings: Settings) -> dict[str, Any]:

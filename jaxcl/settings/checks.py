@@ -1,13 +1,13 @@
 """The checks that look at several settings at once, in the order of the config's sections."""
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import jax.numpy as jnp
 
 from jaxcl.assignment import random_to_hard
 from jaxcl.losses import ExplicitNegatives, OwnNegatives, SharedNegatives
 from jaxcl.negatives.tiers import TierBudgets
+from jaxcl.settings.check_model import check_model
 from jaxcl.settings.derived import (
     ASSIGNMENTS,
     BANKS,
@@ -21,7 +21,6 @@ from jaxcl.settings.derived import (
 )
 from jaxcl.settings.parts import is_function_name
 from jaxcl.settings.sections import DataSet, DataSettings, Settings, unresolved
-from jaxcl.typing import SIDES
 
 __all__ = ["check_settings"]
 
@@ -33,8 +32,7 @@ _METHODS = ("bm25", "dense", "hybrid")
 def check_settings(settings: Settings) -> None:
     """Raise a `ValueError` for settings that cannot go together."""
     _check_data(settings.data)
-    _check_widths(settings)
-    _check_model(settings)
+    check_model(settings)
     _check_loss(settings)
     _check_bank(settings)
     _check_tiers(settings, settings.negatives.tiers)
@@ -84,47 +82,6 @@ def _check_concatenated(where: str, name: str, data_set: DataSet, data: DataSett
             )
 
 
-def _check_widths(settings: Settings) -> None:
-    widths = settings.data.max_tokens
-    longest = settings.model.options.get("max_tokens")
-    if longest is not None and max(widths) > longest:
-        raise ValueError(
-            f"data.max_tokens={widths._asdict()}, but model.options.max_tokens={longest} is the "
-            f"longest text that the model reads; set it to at least {max(widths)}"
-        )
-
-
-def _check_model(settings: Settings) -> None:
-    model, augmentation = settings.model, settings.augmentation
-    if model.shared and model.key.name is not None:
-        raise ValueError(
-            f"model.key.name={model.key.name!r} is an encoder for the keys alone; set model.shared "
-            "to False, or leave it None"
-        )
-    if model.key.name is None and (model.key.pretrained is not None or _given(model.key.options)):
-        raise ValueError("model.key describes an encoder without a name; set model.key.name")
-    for field, tower in (("model", model), ("model.key", model.key)):
-        part = settings.parts.encoders.get(str(tower.name))
-        if tower.pretrained is not None and part is not None and part.load is None:
-            raise ValueError(
-                f"{field}.pretrained={tower.pretrained!r}, but the encoder {tower.name!r} cannot "
-                "be loaded from a file"
-            )
-    _check_names("augmentation.sides", augmentation.sides, SIDES)
-    if augmentation.name is None and _given(augmentation.options):
-        raise ValueError("augmentation.options without augmentation.name, which reads them")
-    texts = set(settings.data.modality) == {"text"}
-    if not texts and {"bm25", "hybrid"} & set(settings.evaluation.methods):
-        raise ValueError(
-            "evaluation.methods: bm25 and hybrid compare texts, and data.modality has others; use "
-            "('dense',)"
-        )
-
-
-def _given(options: Mapping[str, Any]) -> bool:
-    return any(value is not None for value in options.values())
-
-
 def _check_loss(settings: Settings) -> None:
     loss, data = settings.loss, settings.data
     _check_names("loss.masks", loss.masks, MASKS)
@@ -155,6 +112,11 @@ def _check_given(settings: Settings) -> None:
     loss, name, part = settings.loss, settings.loss.name, settings.parts.loss
     if "group" in loss.masks and MASKS["group"] not in part.masks:
         raise ValueError(f"loss.masks names 'group', but {name!r} does not mask by groups")
+    if "text" in loss.masks and "labels" in part.columns:
+        raise ValueError(
+            f"loss.masks names 'text', but {name!r} compares classes, so rows with equal texts and "
+            "different classes are negatives; use 'row'"
+        )
     for margin, value in loss.margins.items():
         if margin not in part.masks:
             raise ValueError(f"loss.{margin}={value}, but {name!r} takes none")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
+from jaxcl.settings.derived import MASKS
 from jaxcl.settings.sections import Settings
 
 __all__ = ["check_effects"]
@@ -34,8 +35,8 @@ _UNREAD = (
     ),
     _Unread(
         ("loss.masks",),
-        lambda s: bool(s.loss.masks) and "ids" not in s.parts.loss.masks,
-        "loss.name would have to name a loss that masks by rows",
+        lambda s: not {MASKS[name] for name in s.loss.masks} <= {*s.parts.loss.masks},
+        "loss.name would have to name a loss that masks by these",
     ),
     _Unread(
         ("loss.exchange", "loss.implementation"),

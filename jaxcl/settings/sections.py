@@ -121,7 +121,7 @@ class ModelSettings(NamedTuple):
     name: str = "static"
     shared: bool = True
     dim: Size = 512
-    options: Mapping[str, Any] = {"max_tokens": 128}
+    options: Mapping[str, Any] = {}
     pretrained: str | None = None
     key: TowerSettings = TowerSettings()
 

@@ -14,7 +14,7 @@ from jaxcl.typing import Array, Embeddings, Int, Key, PyTree, RowKeys
 
 __all__ = ["EncodeRows", "fold_rows", "keys_of_side", "keys_of_slots", "make_encode_rows"]
 
-_VIEW = 0  # a row has one view on each side
+_VIEW = 1_000_000  # beyond the numbers of layers, with which dropout folds the same keys
 
 
 @runtime_checkable

@@ -42,6 +42,8 @@ class NumberTable:
 class Numbers:
     """The modality of `NumberTable`."""
 
+    files = ("numbers.txt",)
+
     def prepare(self, data, train, workdir):
         (workdir / "numbers.txt").write_text("prepared")
 
@@ -77,6 +79,7 @@ def mixed(monkeypatch, tmp_path):
     monkeypatch.setattr(modalities, "MODALITIES", known)
     config = {
         "data": {"modality": {"query": "numbers", "key": "text"}, "vocabulary_size": 300},
+        "model": {"shared": False},
         "evaluation": {"methods": ("dense",)},
     }
     data = read_settings(config).data
@@ -133,3 +136,25 @@ def test_an_unknown_modality_is_an_error():
     data = data._replace(modality=data.modality._replace(query="smell"))
     with pytest.raises(ValueError, match=r"data\.modality\.query='smell' is unknown; use one of"):
         modalities.modality_of(data, "query")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"data": {"modality": {"query": "numbers"}}}, "which one encoder cannot read"),
+        (
+            {"data": {"modality": {"query": "numbers"}}, "model": {"shared": False}},
+            "bm25 and hybrid compare texts",
+        ),
+        ({"augmentation": {"sides": ()}}, "name one or both of query, key"),
+        ({"augmentation": {"options": {"rate": 0.1}}}, r"without augmentation\.name"),
+        (
+            {"augmentation": {"name": "span_masking", "options": {"mask_id": 16_384}}},
+            "mask_id=16384 is no token",
+        ),
+        ({"augmentation": {"name": "token_drop"}}, "did you mean 'token_dropout'"),
+    ],
+)
+def test_sides_and_augmentations_that_cannot_be_are_errors(config, message):
+    with pytest.raises(ValueError, match=message):
+        read_settings(config)

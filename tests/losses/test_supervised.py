@@ -107,3 +107,18 @@ def test_any_mesh_gives_the_loss_and_gradients_of_one_device(exchange, implement
     inputs = unit_vectors(0, 16, 8), unit_vectors(1, 16, 8), jnp.asarray(0.1)
     found, wanted = (jax.jit(jax.value_and_grad(f, (0, 1, 2)))(*inputs) for f in (over_mesh, dense))
     assert max(relative_errors(found, wanted).values()) < 1e-10
+
+
+def test_arguments_without_a_meaning_here_are_errors():
+    sides, labels = (jnp.eye(3), jnp.eye(3)), jnp.array([0, 0, 1])
+    within = {"directions": ("query_to_key", "query_to_query")}
+    for options, message in (
+        ({"masks": Masks(groups=labels)}, "masks takes only ids and valid"),
+        ({"masks": Masks(margin=0.1)}, "masks takes only ids and valid"),
+        ({**within, "key_labels": labels}, "leave key_labels None"),
+        ({**within, "temperature": jnp.ones(3)}, "one temperature for all rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            supervised_infonce_loss(*sides, labels=labels, **options)
+    with pytest.raises(ValueError, match="one temperature for all rows"):
+        infonce_loss(*sides, temperature=jnp.ones(3), partition="anchor")

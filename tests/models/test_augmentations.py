@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.models import StaticEncoder, make_towers
+from jaxcl.models import StaticEncoder, TransformerEncoder, make_towers
 from jaxcl.models.augmentations import span_masking, token_dropout
+from jaxcl.models.layers import row_dropout
 from jaxcl.ops.mesh import make_mesh
+from jaxcl.step import encode_rows
 from jaxcl.step.encode_rows import keys_of_side, make_encode_rows
 from jaxcl.typing import SIDES
 
@@ -110,3 +112,41 @@ def test_a_momentum_encoder_sees_the_view_and_evaluation_sees_the_text():
     plain = towers().encode(params, "query", inputs)
     np.testing.assert_array_equal(encode(params, "query", inputs), plain)
     assert np.abs(np.asarray(view - plain)).max() > 0.05
+
+
+def test_augmentation_and_dropout_draw_different_numbers():
+    keys = keys_of_side(jax.random.key(2), 0, jnp.arange(64))
+    views = encode_rows._keys_of_view(keys)
+    tokens = {"tokens": jnp.ones((64, 32), int)}
+    kept = jax.vmap(token_dropout(rate=0.3))(tokens, views)["tokens"] == 1
+    for layer in range(100):
+        units = row_dropout(jnp.ones((64, 32)), keys, rate=0.3, layer=layer) > 0
+        assert abs(np.mean(kept == units) - (0.7**2 + 0.3**2)) < 0.06  # as independent draws do
+
+
+def test_a_transformer_s_dropout_does_not_change_its_view():
+    def towers_with(dropout):
+        return make_towers(
+            lambda rngs: TransformerEncoder(
+                200,
+                dim=8,
+                hidden_dim=8,
+                num_layers=1,
+                num_heads=2,
+                mlp_dim=8,
+                dropout=dropout,
+                rngs=rngs,
+            ),
+            augment={"query": token_dropout(rate=0.5)},
+        )
+
+    mesh = make_mesh({"data": 1}, devices=jax.devices()[:1])
+    inputs = {"tokens": jnp.broadcast_to(TOKENS, (4, WIDTH))}
+    keys = keys_of_side(jax.random.key(2), 0, jnp.arange(4))
+    params = towers_with(0.0).init(jax.random.key(1))
+    plain = make_encode_rows(towers_with(0.0), mesh, None)(params, "query", inputs, keys)
+    encode = make_encode_rows(towers_with(0.3), mesh, None)
+    np.testing.assert_allclose(
+        encode(params, "query", inputs, keys, dropout=False), plain, atol=1e-6
+    )
+    assert np.abs(np.asarray(encode(params, "query", inputs, keys) - plain)).max() > 0.05

@@ -117,6 +117,10 @@ def test_the_keys_may_have_an_encoder_of_another_kind(own_encoder, tmp_path):
         ({"key": {"name": "decoder"}}, r"set model\.shared to False"),
         ({"key": {"pretrained": "weights"}}, r"set model\.key\.name"),
         (
+            {"shared": False, "key": {"name": "static", "options": {"max_tokens": 32}}},
+            r"data\.max_tokens\.key=128, but model\.key\.options\.max_tokens=32 is the longest",
+        ),
+        (
             {"shared": False, "key": {"name": "decoder", "options": {"dropuot": 0.1}}},
             r"model\.key\.options\.dropuot is unknown to 'decoder' \(did you mean 'dropout'\?\)",
         ),

@@ -208,3 +208,14 @@ def test_a_field_that_a_later_version_adds_has_its_default(tmp_path):
     claim_workdir(tmp_path, settings())
     message = error_of(tmp_path, settings(**{"optimizer.clip_norm": 2.0}))
     assert "optimizer.clip_norm is 2.0 here and 1.0 there" in message
+
+
+def test_a_config_of_before_augmentations_is_read(tmp_path):
+    claim_workdir(tmp_path, settings(**{"model.name": "static", "model.options": {}}))
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    stored["model"]["options"]["token_dropout"] = 0.3
+    del stored["augmentation"]
+    path.write_text(json.dumps(stored))
+    augmentation = read_settings(read_config(tmp_path)).augmentation
+    assert (augmentation.name, augmentation.options) == ("token_dropout", {"rate": 0.3})

@@ -1,0 +1,78 @@
+"""The checks of the encoders, the lengths of texts, and the augmentation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxcl.models.layers import DEFAULT_MAX_TOKENS
+from jaxcl.settings.sections import Settings
+from jaxcl.typing import SIDES
+
+__all__ = ["check_model"]
+
+
+def check_model(settings: Settings) -> None:
+    """Raise a `ValueError` for encoders, texts and augmentations that do not go together."""
+    _check_widths(settings)
+    model = settings.model
+    if model.shared and model.key.name is not None:
+        raise ValueError(
+            f"model.key.name={model.key.name!r} is an encoder for the keys alone; set model.shared "
+            "to False, or leave it None"
+        )
+    if model.key.name is None and (model.key.pretrained is not None or _given(model.key.options)):
+        raise ValueError("model.key describes an encoder without a name; set model.key.name")
+    for field, tower in (("model", model), ("model.key", model.key)):
+        part = settings.parts.encoders.get(str(tower.name))
+        if tower.pretrained is not None and part is not None and part.load is None:
+            raise ValueError(
+                f"{field}.pretrained={tower.pretrained!r}, but the encoder {tower.name!r} cannot "
+                "be loaded from a file"
+            )
+    if model.shared and len(set(settings.data.modality)) > 1:
+        raise ValueError(
+            f"data.modality={settings.data.modality._asdict()} has two modalities, which one "
+            "encoder cannot read; set model.shared to False, and model.key.name"
+        )
+    _check_augmentation(settings)
+    texts = set(settings.data.modality) == {"text"}
+    if not texts and {"bm25", "hybrid"} & set(settings.evaluation.methods):
+        raise ValueError(
+            "evaluation.methods: bm25 and hybrid compare texts, and data.modality has others; use "
+            "('dense',)"
+        )
+
+
+def _check_augmentation(settings: Settings) -> None:
+    augmentation = settings.augmentation
+    if not augmentation.sides or set(augmentation.sides) - set(SIDES):
+        raise ValueError(
+            f"augmentation.sides={augmentation.sides}; name one or both of {', '.join(SIDES)}"
+        )
+    if augmentation.name is None and _given(augmentation.options):
+        raise ValueError("augmentation.options without augmentation.name, which reads them")
+    mask_id = augmentation.options.get("mask_id")
+    if mask_id is not None and mask_id >= settings.data.vocabulary_size:
+        raise ValueError(
+            f"augmentation.options.mask_id={mask_id} is no token; the vocabulary has "
+            f"data.vocabulary_size={settings.data.vocabulary_size}"
+        )
+
+
+def _given(options: Mapping[str, Any]) -> bool:
+    return any(value is not None for value in options.values())
+
+
+def _check_widths(settings: Settings) -> None:
+    model = settings.model
+    key = ("model", model) if model.key.name is None else ("model.key", model.key)
+    for side, (field, tower) in {"query": ("model", model), "key": key}.items():
+        part = settings.parts.encoders.get(str(tower.name))
+        declared: Any = () if part is None or part.options is None else part.options
+        default = DEFAULT_MAX_TOKENS if "max_tokens" in getattr(declared, "_fields", ()) else None
+        longest = tower.options.get("max_tokens", default)
+        width = getattr(settings.data.max_tokens, side)
+        if longest is not None and width > longest:
+            raise ValueError(
+                f"data.max_tokens.{side}={width}, but {field}.options.max_tokens={longest} is the "
+                f"longest text that the encoder reads; set it to at least {width}"
+            )
