@@ -139,6 +139,7 @@ def mine(
             f"masks={tuple(masks)}: use some of {', '.join(MASKS)}, 'row' or 'text' among them"
         )
     run = open_run(Path(workdir), trust=trust)
+    run.check_texts("jaxcl.mine")
     if "group" in masks and run.settings.data.group_field is None:
         raise ValueError("masks name 'group', but the run's data.group_field is None; leave it out")
     sources = run.sources()

@@ -116,6 +116,7 @@ def open_search(workdir: Path, *, hybrid: bool = False, trust: Trust = ()) -> Se
     """
     workdir = Path(workdir)
     run = open_run(workdir, trust=trust)
+    run.check_texts("jaxcl.search")
     index = _read_index(workdir / INDEX_FILE, run.made_from)
     if index is None:
         index = _build_index(run)

@@ -90,6 +90,7 @@ def topics(
       CheckpointError: if no checkpoint can be read.
     """
     run = open_run(Path(workdir), trust=trust)
+    run.check_texts("jaxcl.topics")
     source = run.sources()[_SPLIT]
     if not 1 <= num_topics <= len(source):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Modalities: how the values of a side, such as texts, become inputs of an encoder.
+"""The registry of modalities, and texts, the first of them.
 
 `config.data.modality.query` and `.key` name one of `MODALITIES`. Everything outside of this folder
 and of the models sees only trees of arrays.
@@ -6,12 +6,13 @@ and of the models sees only trees of arrays.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from jaxcl.data.modality import Modality, Reader, SplitFiles
 from jaxcl.data.sources import PairSource
 from jaxcl.data.table import Table, join_sides
 from jaxcl.data.token_table import build_token_table, pad_texts, token_spec
@@ -32,64 +33,7 @@ __all__ = [
     "open_tables",
 ]
 
-Reader: TypeAlias = Callable[[Sequence[Any]], PyTree]
-"""Values of a side, such as texts -> an encoder's inputs, arrays `[n, …]`."""
-
 _CHUNK_ROWS = 4096
-
-
-class SplitFiles(NamedTuple):
-    """Where a table may keep files.
-
-    Attributes:
-      role: the split's role, such as `"train"`.
-      data_dir: a folder that runs share; files there are named by their content.
-      workdir: the run's own folder.
-    """
-
-    role: str
-    data_dir: Path
-    workdir: Path
-
-
-@runtime_checkable
-class Modality(Protocol):
-    """One kind of content.
-
-    Attributes:
-      files: names of the files that `prepare` makes in the workdir.
-    """
-
-    files: tuple[str, ...]
-
-    def prepare(self, data: DataSettings, train: PairSource, workdir: Path) -> None:
-        """Make the files in the workdir that the run's inputs depend on, once."""
-
-    def open_table(self, data: DataSettings, source: PairSource, files: SplitFiles) -> Table:
-        """The table of a split, with the sides that have this modality."""
-
-    def reader(self, data: DataSettings, side: str, workdir: Path) -> Reader:
-        """The function that turns values of a side, as a source returns them, into inputs."""
-
-    def fingerprint(self, workdir: Path) -> str:
-        """Names the files of `prepare`: an equal one means equal inputs for equal values."""
-
-    def encoder_argument(self, data: DataSettings, side: str) -> Any:
-        """The first argument of an encoder of this modality."""
-
-    def spec(self, data: DataSettings, side: str) -> PyTree:
-        """The shapes and types of one row's input, as `Table.spec`, without opening the data."""
-
-    def random_inputs(
-        self, data: DataSettings, side: str, rng: np.random.Generator, num_rows: int
-    ) -> PyTree:
-        """Random inputs of a side, to check and to measure with."""
-
-    def length(self, data: DataSettings, side: str) -> int:
-        """The positions of one row's input, such as tokens, by which its cost grows."""
-
-    def count(self, inputs: PyTree) -> Int[Array, ""]:
-        """How many positions a batch's inputs have, without padding."""
 
 
 class Text:
@@ -97,7 +41,9 @@ class Text:
 
     files: tuple[str, ...] = ("tokenizer.json",)
 
-    def prepare(self, data: DataSettings, train: PairSource, workdir: Path) -> None:
+    def prepare(
+        self, data: DataSettings, train: PairSource, sides: tuple[str, ...], workdir: Path
+    ) -> None:
         """Write the run's tokenizer: the one of `data.tokenizer`, or one trained on these rows."""
         path = _tokenizer_file(workdir)
         if not path.exists():
@@ -105,7 +51,7 @@ class Text:
                 tokenizer = load_tokenizer(Path(data.tokenizer).expanduser())
             else:
                 with progress_bar("reading texts for the tokenizer", len(train)) as advance:
-                    texts = _texts(train, _text_sides(data), advance)
+                    texts = _texts(train, sides, advance)
                     tokenizer = train_tokenizer(texts, vocabulary_size=data.vocabulary_size)
             write_whole(path, tokenizer.to_str())
         num_ids = max(load_tokenizer(path).get_vocab().values()) + 1
@@ -124,7 +70,7 @@ class Text:
                 max_tokens=data.max_tokens._asdict(),
                 add_cls=data.add_cls,
                 distinct=data.distinct_tokens,
-                sides=_text_sides(data),
+                sides=files.sides,
                 directory=files.data_dir / "tokens",
                 advance=advance,
             )
@@ -212,22 +158,22 @@ def open_tables(
       data_dir: the folder that runs share.
       workdir: the run's own folder.
     """
-    modalities = {getattr(data.modality, side): modality_of(data, side) for side in SIDES}
-    for modality in modalities.values():
-        if "train" in sources:
-            modality.prepare(data, sources["train"], workdir)
+    sides_of: dict[str, tuple[str, ...]] = {}
+    for side in SIDES:
+        name = getattr(data.modality, side)
+        sides_of[name] = (*sides_of.get(name, ()), side)
+    if "train" in sources:
+        for sides in sides_of.values():
+            modality_of(data, sides[0]).prepare(data, sources["train"], sides, workdir)
     tables = {}
     for role, source in sources.items():
-        files = SplitFiles(role, data_dir, workdir)
-        opened = {
-            name: modality.open_table(data, source, files) for name, modality in modalities.items()
-        }
-        tables[role] = join_sides({side: opened[getattr(data.modality, side)] for side in SIDES})
+        by_side: dict[str, Table] = {}
+        for sides in sides_of.values():
+            files = SplitFiles(role, sides, data_dir, workdir)
+            table = modality_of(data, sides[0]).open_table(data, source, files)
+            by_side |= dict.fromkeys(sides, table)
+        tables[role] = join_sides(by_side)
     return tables
-
-
-def _text_sides(data: DataSettings) -> tuple[str, ...]:
-    return tuple(side for side in SIDES if getattr(data.modality, side) == "text")
 
 
 def _tokenizer_file(workdir: Path) -> Path:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcl.data.code_pairs import prepare_code_pairs
-from jaxcl.data.modalities import Reader, build_readers, open_tables
+from jaxcl.data.modalities import build_readers, open_tables
+from jaxcl.data.modality import Reader
 from jaxcl.data.row_guides import RowGuides, read_guides
 from jaxcl.data.row_negatives import RowNegatives, read_negatives
 from jaxcl.data.row_topics import RowTopics, read_topics

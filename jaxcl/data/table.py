@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxcl.data.same_texts import joined_numbers
+from jaxcl.data.row_labels import joined_numbers
 from jaxcl.typing import SIDES, Batch, Int, PyTree
 
 __all__ = ["SidesTable", "Table", "join_sides", "table_batch"]

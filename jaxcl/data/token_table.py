@@ -14,9 +14,8 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxcl.data.same_texts import joined_numbers
+from jaxcl.data.row_labels import split_labels
 from jaxcl.data.sources import PairSource
-from jaxcl.data.splits import ConcatenatedPairs
 from jaxcl.data.tokenizer import encode_texts, tokenizer_fingerprint
 from jaxcl.typing import PADDING_ID, SIDES, Int, Integer
 
@@ -187,10 +186,8 @@ def _write(
             np.save(unfinished / f"{side}_tokens.npy", np.fromfile(raw, dtype))
             np.save(unfinished / f"{side}_offsets.npy", np.append(0, np.cumsum(lengths[side])))
             raw.unlink()
-        if isinstance(source, ConcatenatedPairs):
-            group = source.distinct_groups(group)
-        np.save(unfinished / "group.npy", group)
-        np.save(unfinished / "text.npy", _same_text(*(same[side] for side in sides)))
+        for name, labels in split_labels(source, group, [same[side] for side in sides]).items():
+            np.save(unfinished / f"{name}.npy", labels)
         (unfinished / "made_from.json").write_text(json.dumps(made_from, indent=2))
         try:
             os.rename(unfinished, path)
@@ -199,11 +196,6 @@ def _write(
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _same_text(*numbers: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """A number that rows share if they share a text, given numbers for one side or for both."""
-    return joined_numbers(numbers[0], numbers[-1])
 
 
 def _digest(tokens: Integer[np.ndarray, " t"]) -> bytes:

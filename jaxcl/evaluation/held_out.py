@@ -93,8 +93,10 @@ def _evaluate_split(settings: Settings, encoder: Encoder, data: RunData, split: 
     queries: list[str] = []
     key_texts: dict[str, list[str]] = {"plain": []}
     embed_keys = {"plain": lambda: encoder.embed("key", table)}
-    if hides_names or {"bm25", "hybrid"} & set(methods):  # otherwise no text is needed
+    lexical = bool({"bm25", "hybrid"} & set(methods))
+    if hides_names or lexical:  # otherwise nothing but the table is read
         records = source.read(np.arange(len(source)))
+    if lexical:
         queries = [record["query"] for record in records]
         key_texts["plain"] = [record["key"] for record in records]
     if hides_names:

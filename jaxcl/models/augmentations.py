@@ -11,6 +11,7 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcl.models.layers import tokens_of
 from jaxcl.typing import PADDING_ID, Array, Augment, Int, Key, PyTree, Range
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "span_masking", "token_dropout"]
@@ -86,7 +87,7 @@ def span_masking(
     start_rate = 1 - (1 - rate) ** (1 / span_length)
 
     def augment(inputs: PyTree, key: Key[Array, ""]) -> PyTree:
-        tokens: Int[Array, " t"] = inputs["tokens"]
+        tokens: Int[Array, " t"] = tokens_of(inputs, "this augmentation")
         width = tokens.shape[0]
         starts = ~jax.random.bernoulli(key, 1.0 - start_rate, (width + span_length - 1,))
         masked = jnp.zeros(width, bool)

@@ -17,6 +17,7 @@ from jaxcl.models.layers import (
     row_dropout,
     run_layers,
     stacked,
+    tokens_of,
     unit_vectors,
 )
 from jaxcl.typing import PADDING_ID, Array, Embeddings, Float, Int, PyTree, Range, RowKeys
@@ -114,7 +115,7 @@ class DecoderEncoder(nnx.Module):
 
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
         """Embeds `{"tokens": int32[b, t]}`; with `rngs` (one key per row) it drops out."""
-        tokens = inputs["tokens"]
+        tokens = tokens_of(inputs, "DecoderEncoder")
         check_length(tokens, self.max_tokens)
         mask = tokens != PADDING_ID
         hidden = self.token_table[...][tokens].astype(self.dtype)

@@ -33,6 +33,7 @@ __all__ = [
     "row_dropout",
     "run_layers",
     "stacked",
+    "tokens_of",
     "unit_vectors",
 ]
 
@@ -48,6 +49,19 @@ POOLINGS = ("mean", "cls", "last")
 def default_compute_dtype(platform: str) -> str:
     """The type of activations where a config names none, by the platform of the devices."""
     return "float32" if platform == "cpu" else "bfloat16"
+
+
+def tokens_of(inputs: PyTree, reader: str) -> Int[Array, "*b t"]:
+    """The tokens of texts.
+
+    Raises:
+      ValueError: for inputs of another modality, with the name of what reads them.
+    """
+    if "tokens" not in inputs:
+        raise ValueError(
+            f"{reader} reads texts, but this side has {', '.join(inputs)}; see data.modality"
+        )
+    return inputs["tokens"]
 
 
 def check_length(tokens: Tokens, longest: int) -> None:

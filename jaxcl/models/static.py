@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcl.models.embedding_bag import embedding_bag
-from jaxcl.models.layers import DEFAULT_MAX_TOKENS, check_length
+from jaxcl.models.layers import DEFAULT_MAX_TOKENS, check_length, tokens_of
 from jaxcl.ops.vectors import normalise
 from jaxcl.typing import PADDING_ID, Embeddings, PyTree, Range, RowKeys
 
@@ -58,7 +58,7 @@ class StaticEncoder(nnx.Module):
 
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
         """Embeds `{"tokens": int32[b, t]}`; training and evaluation are the same."""
-        tokens = inputs["tokens"]
+        tokens = tokens_of(inputs, "StaticEncoder")
         check_length(tokens, self.position_weight.shape[0])
         log_weights = self.token_weight[...][tokens] + self.position_weight[...][: tokens.shape[1]]
         weights = jnp.where(tokens != PADDING_ID, jnp.exp(log_weights), 0)

@@ -18,6 +18,7 @@ from jaxcl.models.layers import (
     row_dropout,
     run_layers,
     stacked,
+    tokens_of,
     unit_vectors,
 )
 from jaxcl.typing import PADDING_ID, Array, Embeddings, Int, PyTree, Range, RowKeys
@@ -143,7 +144,7 @@ class TransformerEncoder(nnx.Module):
 
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
         """Embeds `{"tokens": int32[b, t]}`; with `rngs` (one key per row) it drops out."""
-        tokens = inputs["tokens"]
+        tokens = tokens_of(inputs, "TransformerEncoder")
         check_length(tokens, self.position_table.shape[0])
         mask = tokens != PADDING_ID
         hidden = self.token_table[...][tokens] + self.position_table[...][: tokens.shape[1]]

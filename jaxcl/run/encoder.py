@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcl.data.modalities import Reader
+from jaxcl.data.modality import Reader
 from jaxcl.data.table import Table
 from jaxcl.models import Towers
 from jaxcl.step.embedder import Embedder, make_embedder, rows_of

@@ -71,6 +71,15 @@ class OpenedRun(NamedTuple):
             )
         return sources
 
+    def check_texts(self, command: str) -> None:
+        """Raise a `ValueError` if a side of the run holds anything else than texts."""
+        modality = self.settings.data.modality
+        if set(modality) != {"text"}:
+            raise ValueError(
+                f"{command} reads and prints texts, but the run in {self.workdir} has "
+                f"data.modality={modality._asdict()}"
+            )
+
     def _open_source(self) -> Callable[[str], PairSource] | None:
         name, function = self.settings.data.name, self.settings.parts.source
         if is_function_name(name) and function is None:

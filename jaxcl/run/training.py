@@ -11,7 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxcl.data.modalities import Reader, modality_of
+from jaxcl.data.modalities import modality_of
+from jaxcl.data.modality import Reader
 from jaxcl.models import Towers, TowerSpec, make_towers
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.run.build_loss import build_loss, build_measure, build_momentum

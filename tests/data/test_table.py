@@ -8,6 +8,9 @@ import pytest
 from jaxcl.data import modalities
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.table import SidesTable, Table, join_sides, table_batch
+from jaxcl.models import StaticEncoder, make_towers
+from jaxcl.models.augmentations import token_dropout
+from jaxcl.run.opened import OpenedRun
 from jaxcl.settings.read import read_settings
 
 TEXTS = ["red", "blue", "red", "green"]
@@ -44,7 +47,7 @@ class Numbers:
 
     files = ("numbers.txt",)
 
-    def prepare(self, data, train, workdir):
+    def prepare(self, data, train, sides, workdir):
         (workdir / "numbers.txt").write_text("prepared")
 
     def open_table(self, data, source, files):
@@ -158,3 +161,30 @@ def test_an_unknown_modality_is_an_error():
 def test_sides_and_augmentations_that_cannot_be_are_errors(config, message):
     with pytest.raises(ValueError, match=message):
         read_settings(config)
+
+
+def test_commands_for_texts_refuse_other_modalities(mixed, tmp_path):
+    data, _, _ = mixed
+    settings = read_settings({})
+    texts = OpenedRun(tmp_path, settings, None, "", {})
+    texts.check_texts("jaxcl.search")
+    with pytest.raises(ValueError, match=r"jaxcl\.search reads and prints texts, but the run in"):
+        texts._replace(settings=settings._replace(data=data)).check_texts("jaxcl.search")
+
+
+def test_what_reads_texts_says_so_of_other_inputs():
+    numbers = {"number": jnp.ones((2, 2))}
+    towers = make_towers(lambda rngs: StaticEncoder(10, dim=2, rngs=rngs))
+    with pytest.raises(ValueError, match="StaticEncoder reads texts, but this side has number"):
+        towers.encode(towers.init(jax.random.key(0)), "query", numbers)
+    with pytest.raises(ValueError, match="this augmentation reads texts, but this side has number"):
+        token_dropout(rate=0.1)({"number": jnp.ones(2)}, jax.random.key(0))
+
+
+def test_large_arrays_that_differ_have_different_fingerprints():
+    first = np.zeros((32, 32, 3), np.uint8)
+    second = first.copy()
+    second[16, 16] = 255  # where the text of an array has only dots
+    same = InMemoryPairs([first], [first]).fingerprint
+    assert InMemoryPairs([first.copy()], [first]).fingerprint == same
+    assert InMemoryPairs([second], [first]).fingerprint != same

@@ -1,0 +1,75 @@
+"""The Protocol of modalities: how the values of a side, such as texts, become inputs."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+
+from jaxcl.data.sources import PairSource
+from jaxcl.data.table import Table
+from jaxcl.settings.sections import DataSettings
+from jaxcl.typing import Array, Int, PyTree
+
+__all__ = ["Modality", "Reader", "SplitFiles"]
+
+Reader: TypeAlias = Callable[[Sequence[Any]], PyTree]
+"""Values of a side, such as texts -> an encoder's inputs, arrays `[n, …]`."""
+
+
+class SplitFiles(NamedTuple):
+    """What a table is opened for, and where it may keep files.
+
+    Attributes:
+      role: the split's role, such as `"train"`.
+      sides: the sides that have this modality.
+      data_dir: a folder that runs share; files there are named by their content.
+      workdir: the run's own folder.
+    """
+
+    role: str
+    sides: tuple[str, ...]
+    data_dir: Path
+    workdir: Path
+
+
+@runtime_checkable
+class Modality(Protocol):
+    """One kind of content.
+
+    Attributes:
+      files: names of the files that `prepare` makes in the workdir.
+    """
+
+    files: tuple[str, ...]
+
+    def prepare(
+        self, data: DataSettings, train: PairSource, sides: tuple[str, ...], workdir: Path
+    ) -> None:
+        """Make the files in the workdir that the inputs of these sides depend on, once."""
+
+    def open_table(self, data: DataSettings, source: PairSource, files: SplitFiles) -> Table:
+        """The table of a split, with the sides that have this modality."""
+
+    def reader(self, data: DataSettings, side: str, workdir: Path) -> Reader:
+        """The function that turns values of a side, as a source returns them, into inputs."""
+
+    def fingerprint(self, workdir: Path) -> str:
+        """Names the files of `prepare`: an equal one means equal inputs for equal values."""
+
+    def encoder_argument(self, data: DataSettings, side: str) -> Any:
+        """The first argument of an encoder of this modality."""
+
+    def spec(self, data: DataSettings, side: str) -> PyTree:
+        """The shapes and types of one row's input, as `Table.spec`, without opening the data."""
+
+    def random_inputs(
+        self, data: DataSettings, side: str, rng: np.random.Generator, num_rows: int
+    ) -> PyTree:
+        """Random inputs of a side, to check and to measure with."""
+
+    def length(self, data: DataSettings, side: str) -> int:
+        """The positions of one row's input, such as tokens, by which its cost grows."""
+
+    def count(self, inputs: PyTree) -> Int[Array, ""]:
+        """How many positions a batch's inputs have, without padding."""
