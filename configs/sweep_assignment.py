@@ -5,7 +5,7 @@
 
 `configs/sweep_assignment.py:small` has batches of 64, 1,000 steps and refreshes every 200;
 `configs/sweep_assignment.py:refreshes` has only the settings from which code search's default was
-chosen: how often batches are chosen anew, and with how many starts.
+chosen: how often batches are reassigned, and with how many starts.
 """
 
 DENSE = {"evaluation.methods": ("dense",)}
@@ -62,7 +62,7 @@ def get_settings(variant: str = "default") -> dict[str, dict]:
 
 
 def _refreshes(*all_steps: int, starts: dict[str, int] | None = None) -> dict[str, dict]:
-    """The light preset with refreshes after so many steps each."""
+    """The light preset with each of these numbers of steps between refreshes."""
     settings = {}
     for steps in all_steps:
         name = f"light, every {steps}" + (", two starts" if starts else "")

@@ -18,7 +18,7 @@ Reader: TypeAlias = Callable[[Sequence[Any]], PyTree]
 
 
 class SplitFiles(NamedTuple):
-    """What a table is opened for, and where it may keep files.
+    """The purpose of a table, and the folders for its files.
 
     Attributes:
       role: the split's role, such as `"train"`.
