@@ -24,7 +24,11 @@ def run(monkeypatch, tmp_path):
         for seed, side in enumerate(("query", "key"), start=1)
     }
     pairs = InMemoryPairs([f"about  {row}" for row in range(ROWS)], ["key"] * ROWS)
-    trained = SimpleNamespace(sources=lambda: {"train": pairs}, embeddings=lambda *_: sides)
+    trained = SimpleNamespace(
+        sources=lambda: {"train": pairs},
+        embeddings=lambda *_: sides,
+        check_texts=lambda command: None,
+    )
     monkeypatch.setattr(topics, "open_run", lambda workdir, **_: {tmp_path: trained}[workdir])
     return SimpleNamespace(workdir=tmp_path, planted=planted, pairs=pairs)
 

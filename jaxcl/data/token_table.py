@@ -211,6 +211,8 @@ def pad_texts(
     distinct: bool = False,
 ) -> Int[np.ndarray, "n t"]:
     """Token ids of texts, padded to `max_tokens`."""
+    if not texts:
+        return np.zeros((0, max_tokens), np.int32)
     rows = list(
         encode_texts(tokenizer, texts, max_tokens=max_tokens, add_cls=add_cls, distinct=distinct)
     )

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxcl.data.modality import Reader
 from jaxcl.data.table import Table
 from jaxcl.models import Towers
-from jaxcl.step.embedder import Embedder, make_embedder, rows_of
+from jaxcl.step.embedder import Embedder, make_embedder
 from jaxcl.typing import Float, Int, PyTree
 
 __all__ = ["Encoder"]
@@ -39,7 +39,7 @@ class Encoder(NamedTuple):
         *,
         advance: Callable[[int], None] = lambda rows: None,
     ) -> Float[np.ndarray, "n d"]:
-        """Embed values, such as texts.
+        """Embed values, such as texts, reading one batch at a time.
 
         Args:
           side: `"query"` or `"key"`.
@@ -49,8 +49,14 @@ class Encoder(NamedTuple):
         Returns:
           Unit vectors in float32, on the host.
         """
-        inputs = self.readers[side](values)
-        return self.embedder(self.params, side, rows_of(inputs), len(values), advance=advance)
+        read = self.readers[side]
+        return self.embedder(
+            self.params,
+            side,
+            lambda rows: read([values[row] for row in rows]),
+            len(values),
+            advance=advance,
+        )
 
     def embed(
         self,

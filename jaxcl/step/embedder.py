@@ -11,7 +11,7 @@ from jaxcl.models import Encode
 from jaxcl.ops.mesh import batch_sharding, fetch, local_rows, put_batch
 from jaxcl.typing import Float, Int, PyTree
 
-__all__ = ["Embedder", "ReadRows", "make_embedder", "rows_of"]
+__all__ = ["Embedder", "ReadRows", "make_embedder"]
 
 ReadRows: TypeAlias = Callable[[Int[np.ndarray, " b"]], PyTree]
 """Row numbers -> a side's inputs of these rows."""
@@ -65,8 +65,3 @@ def make_embedder(encode: Encode, mesh: Mesh, *, batch_size: int = 1024) -> Embe
         return np.concatenate(parts)
 
     return embed
-
-
-def rows_of(inputs: PyTree) -> ReadRows:
-    """Reads rows of inputs that are in memory."""
-    return lambda rows: jax.tree.map(lambda leaf: leaf[rows], inputs)

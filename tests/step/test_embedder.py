@@ -9,7 +9,7 @@ from jaxcl.data.token_table import pad_texts
 from jaxcl.data.tokenizer import encode_texts, train_tokenizer
 from jaxcl.models import StaticEncoder, make_towers
 from jaxcl.ops.mesh import make_mesh
-from jaxcl.step.embedder import make_embedder, rows_of
+from jaxcl.step.embedder import make_embedder
 from tests.helpers import relative_error
 
 BATCH_SIZE, WIDTH, DIM, VOCABULARY = 16, 5, 12, 50
@@ -39,7 +39,9 @@ def embedder(encode, mesh=None, *, batch_size=BATCH_SIZE):
     embed_rows = make_embedder(encode, mesh, batch_size=batch_size)
 
     def embed(params, side, tokens, **options):
-        return embed_rows(params, side, rows_of({"tokens": tokens}), len(tokens), **options)
+        return embed_rows(
+            params, side, lambda rows: {"tokens": tokens[rows]}, len(tokens), **options
+        )
 
     return embed
 

@@ -55,13 +55,15 @@ def filled_bank():
     return update_queue(bank, jnp.asarray(vectors), ids, ids // 2, num_slots=SLOTS)
 
 
-def value_and_gradients(name, devices, chunk_sizes, *, explicit=True):
+def value_and_gradients(name, devices, chunk_sizes, *, explicit=True, gradients=True):
     loss, mesh = ALL[name], make_mesh({"data": devices}, devices=jax.devices()[:devices])
     update_banks, budgets = {}, TierBudgets()
     memory = {}
     if SharedNegatives in loss.negatives:
         update_banks = {"key": lambda old, *_: old}
-        budgets = TierBudgets(uniform=16, nearest=4, mixed=2)
+        # All tiers take the same way into every loss, so one loss with the slow ones is enough.
+        more = {"nearest": 4, "mixed": 2} if name == "infonce" else {}
+        budgets = TierBudgets(uniform=16, **more)
         memory["bank"] = {"key": filled_bank()}
     if loss.init_memory is not None:
         tables = loss.init_memory(ROWS, temperature=0.05)
@@ -88,14 +90,21 @@ def value_and_gradients(name, devices, chunk_sizes, *, explicit=True):
         memory,
     )
     params = jax.device_put(params, replicated_sharding(mesh))
-    found = jax.jit(jax.value_and_grad(of_batch, has_aux=True))(
-        params, memory, put_batch(given, mesh), jax.random.key(2)
-    )
-    (value, after), gradients = found
-    return value, gradients, after.get("rows", {})
+    arguments = params, memory, put_batch(given, mesh), jax.random.key(2)
+    if not gradients:
+        return jax.jit(of_batch)(*arguments)
+    (value, after), found = jax.jit(jax.value_and_grad(of_batch, has_aux=True))(*arguments)
+    return value, found, after.get("rows", {})
 
 
-@pytest.mark.parametrize("name", ALL)
+# The others differ from these only in what `tests/losses/test_battery.py` checks on a mesh.
+DISTINCT = ("infonce", "sigmoid", "running_estimate", "supervised", "distillation")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=[] if one in DISTINCT else [pytest.mark.slow]) for one in ALL],
+)
 def test_cached_on_a_mesh_is_whole_on_one_device(name):
     wanted = value_and_gradients(name, 1, None)
     found = value_and_gradients(name, 8, {"query": 1, "key": 2})
@@ -107,6 +116,6 @@ def test_cached_on_a_mesh_is_whole_on_one_device(name):
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "distillation"])
 def test_explicit_negatives_have_a_part_in_it(name):
-    value, *_ = value_and_gradients(name, 1, None)
-    without, *_ = value_and_gradients(name, 1, None, explicit=False)
+    value, _ = value_and_gradients(name, 1, None, gradients=False)
+    without, _ = value_and_gradients(name, 1, None, explicit=False, gradients=False)
     assert relative_error(without, value) > 1e-3
