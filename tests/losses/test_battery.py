@@ -347,7 +347,13 @@ TAKES_NEGATIVES = [name for name, loss in LOSSES.items() if SharedNegatives in l
     [
         # Every loss the hard way; the other ways and the deeper mesh where they can differ.
         *(parameter(name, FLAT, True, True, ("ring", "tiled")) for name in ALL),
-        *((name, DEEP, True, True, ("gather", "tiled")) for name in TAKES_NEGATIVES),
+        *(
+            pytest.param(
+                *(name, DEEP, True, True, ("gather", "tiled")),
+                marks=[] if name in MAIN else [pytest.mark.slow],
+            )
+            for name in TAKES_NEGATIVES
+        ),
         *((name, FLAT, True, False, way) for name in MAIN for way in WAYS[:2]),
         *((name, DEEP, False, False, way) for name in MAIN for way in WAYS[1:]),
     ],

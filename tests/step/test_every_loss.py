@@ -98,7 +98,7 @@ def value_and_gradients(name, devices, chunk_sizes, *, explicit=True, gradients=
 
 
 # The others differ from these only in what `tests/losses/test_battery.py` checks on a mesh.
-DISTINCT = ("infonce", "sigmoid", "running_estimate", "supervised", "distillation")
+DISTINCT = ("infonce", "running_estimate", "supervised", "distillation")
 
 
 @pytest.mark.parametrize(
