@@ -56,7 +56,8 @@ class LossFn(Protocol):
     - Row `i` of the queries belongs to row `i` of the keys, and the order of rows does not matter.
     - Rows that are not valid have the value 0, and change no other row's value or gradient.
       The result is finite, with a finite gradient, for a batch without valid rows or negatives.
-    - Pairs that the masks exclude count no more than if the other row were not there.
+    - A pair that is excluded by a mask that the loss heeds counts no more than if the other row
+      were not there.
     - With `axis_name` the rows of all devices are compared: values and gradients are the same as on
       one device that holds all rows, whatever the exchange and the implementation.
     - Gradients reach both sides and the temperature, which may be an array.

@@ -144,3 +144,20 @@ def test_differences_are_those_from_bm25(config, make_data, encoder_with, tmp_pa
     assert figures["dense - bm25"]["mrr@10"]["mean"] == pytest.approx(1 / 3 - 1)
     assert constants == [3, 3]
     assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_dense_ranking_reads_no_texts(config, make_data, encoder_with, tmp_path, monkeypatch):
+    config.evaluation.methods = ("dense",)
+    config.data.metadata_fields = ()
+    encoder, _ = encoder_with(np.eye(3), np.eye(3))
+    data = make_data(test=NAMES)
+
+    def read(self, rows):
+        raise AssertionError("the texts were read")
+
+    monkeypatch.setattr(InMemoryPairs, "read", read)
+    results = evaluated(config, encoder, data, tmp_path)
+    assert results["metrics"]["test"]["plain"]["dense"]["mrr@10"]["mean"] == 1.0
+    config.data.metadata_fields = ("name",)
+    with pytest.raises(AssertionError, match="the texts were read"):
+        evaluated(config, encoder, data, tmp_path)

@@ -46,6 +46,7 @@ def cosine_loss(queries, keys, *, temperature):
 
 
 ALONE = Loss(cosine_loss, masks=(), negatives=(), exchanges=False)
+BY_GROUP = Loss(infonce_loss, masks=("groups", "valid"), negatives=())
 
 
 def forget_first(*, count):
@@ -129,6 +130,8 @@ def test_a_loss_without_masks_and_negatives_works_under_the_default_config(parts
             read_settings({"loss": alone | changes, "data": {"group_field": "group"}})
     with pytest.raises(ValueError, match=r"loss\.masks has no effect here"):
         read_settings({"loss": alone}, changed=["loss.masks"])
+    by_group = {"name": "own_parts:BY_GROUP", "masks": ("group",)}
+    read_settings({"loss": by_group, "data": {"group_field": "group"}}, changed=["loss.masks"])
 
 
 def test_a_nested_running_estimate_remembers_each_length(tmp_path, parts):

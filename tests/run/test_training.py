@@ -10,6 +10,7 @@ from jaxcl.assignment import PRESETS, Gcbs
 from jaxcl.configs import large_encoders
 from jaxcl.losses import LOSSES
 from jaxcl.ops.mesh import put_batch
+from jaxcl.run import training
 from jaxcl.run.build_loss import _chunk_sizes, build_momentum
 from jaxcl.run.memory import tiers_left_empty
 from jaxcl.run.training import build_optimizer
@@ -168,6 +169,10 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
         (
             {"loss.name": "supervised", "loss.masks": ("group",)},
             "names 'group', but 'supervised' does not mask by groups",
+        ),
+        (
+            {"loss.name": "supervised", "loss.masks": ("text",)},
+            "compares classes, so rows with equal texts",
         ),
         ({"loss.name": "supervised", "loss.margin": 0.1}, r"loss\.margin=0\.1, but 'supervised'"),
         (
@@ -508,3 +513,19 @@ def test_every_loss_makes_a_step_by_its_name(name, exchange):
     assert int(state.step) == 1
     assert np.isfinite(metrics.loss)
     assert metrics.gradient_norm > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "by_group"),
+    [({}, False), ({"loss.masks": ("row", "group")}, True), ({"loss.name": "supervised"}, True)],
+)
+def test_rows_of_one_group_are_not_mined_where_they_are_no_negatives(
+    changes, by_group, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(training, "make_mined_refresh", lambda *_, **how: asked.append(how))
+    program_of(
+        **{"negatives.bank.kind": "instance", "negatives.mined.refresh_every": 2},
+        **changes,
+    )
+    assert asked == [{"by_group": by_group}]

@@ -55,7 +55,16 @@ def filled_bank():
     return update_queue(bank, jnp.asarray(vectors), ids, ids // 2, num_slots=SLOTS)
 
 
-def value_and_gradients(name, devices, chunk_sizes, *, explicit=True, gradients=True):
+def value_and_gradients(
+    name,
+    devices,
+    chunk_sizes,
+    *,
+    explicit=True,
+    own_group=False,
+    without_valid=False,
+    gradients=True,
+):
     loss, mesh = ALL[name], make_mesh({"data": devices}, devices=jax.devices()[:devices])
     update_banks, budgets = {}, TierBudgets()
     memory = {}
@@ -84,6 +93,11 @@ def value_and_gradients(name, devices, chunk_sizes, *, explicit=True, gradients=
     given = batch()
     if not explicit:
         del given["negatives"]
+    elif own_group:
+        given["negatives"]["group"] = np.ones_like(given["negatives"]["group"])
+        given["group"] = np.ones_like(given["group"])
+        if without_valid:
+            given["negatives"]["valid"] = np.zeros_like(given["negatives"]["valid"])
     tables = table_sharding(mesh)
     memory = jax.tree.map(
         lambda leaf: jax.device_put(leaf, tables if leaf.ndim else replicated_sharding(mesh)),
@@ -119,3 +133,12 @@ def test_explicit_negatives_have_a_part_in_it(name):
     value, _ = value_and_gradients(name, 1, None, gradients=False)
     without, _ = value_and_gradients(name, 1, None, explicit=False, gradients=False)
     assert relative_error(without, value) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["infonce", "supervised"])
+def test_explicit_negatives_of_a_row_s_own_group_do_not_count(name):
+    """Groups are masks of one, and classes of the other."""
+    one_group = {"gradients": False, "own_group": True}
+    value, _ = value_and_gradients(name, 1, None, **one_group)
+    without, _ = value_and_gradients(name, 1, None, **one_group, without_valid=True)
+    np.testing.assert_allclose(value, without, rtol=1e-12)
