@@ -186,7 +186,7 @@ def _run_steps(
 def _refreshes(
     training: Training, run_batches: RunBatches, step: int
 ) -> list[Callable[[TrainState], tuple[TrainState, Mapping[str, Any]]]]:
-    """What is recomputed after a step, in this order."""
+    """The refreshes that are due after a step, in order."""
     refreshes: list[Callable] = []
     every = training.settings.negatives.mined.refresh_every
     if training.mine is not None and every is not None and step % every == 0:

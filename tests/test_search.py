@@ -448,7 +448,7 @@ def test_neither_the_mesh_nor_the_batch_of_the_run_matters(workdir):
 
 
 def _move_data_away(workdir: Path) -> None:
-    """What a workdir finds on another machine: neither its data set nor its data folder."""
+    """Another machine, without the run's data set and data folder."""
     for name, change in {
         "data.json": lambda content: content.update(data_set="/no/such/data_set"),
         "config.json": lambda content: content["run"].update(data_dir="/no/such/folder"),

@@ -269,7 +269,7 @@ def _check_assignment(settings: Settings) -> None:
     by = sources_by(settings) if name == "sourced" else None
     if by != "topic" and data.topics is not None:
         raise ValueError(
-            "data.topics, but nobody goes by them; set assignment.name='sourced' and "
+            "data.topics is set, but no setting reads it; set assignment.name='sourced' and "
             "assignment.sourced.by='topic', or leave it None"
         )
     if name != "sourced":

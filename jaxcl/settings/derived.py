@@ -30,7 +30,7 @@ EMBEDDINGS = ("encode", "bank")
 """Where a refresh of the batches takes embeddings from: a pass over the data, or the bank."""
 
 GUIDES = ("momentum", "data")
-"""The guide models that may judge similarity instead of the model: `config.negatives.guide`."""
+"""The guide models, as `config.negatives.guide`: their similarities decide on the margins."""
 
 MASKS: Mapping[str, str] = {"row": "ids", "text": "ids", "group": "groups"}
 """Columns of a batch whose equal entries are no negatives -> the loss's argument for them. A row
@@ -50,7 +50,7 @@ class GcbsRule(NamedTuple):
       refresh_epochs: epochs between them, if not `None`.
       random_fraction: step -> the share of blocks that are random.
       apart: the columns whose equal entries are kept out of each other's batch.
-      from_bank: whether embeddings are those of the instance bank.
+      from_bank: whether embeddings come from the instance bank.
       picture: whether each refresh draws one.
     """
 
@@ -99,7 +99,7 @@ def _method(options: GcbsSettings) -> Gcbs:
 
 
 def sources_by(settings: Settings) -> str:
-    """What the batches of `assignment.name="sourced"` go by."""
+    """The label that defines a source for `assignment.name="sourced"`."""
     return settings.assignment.sourced.by or "group"
 
 

@@ -143,7 +143,7 @@ def check_effects(settings: Settings, changed: Collection[str]) -> None:
 
     Args:
       settings: all of them.
-      changed: dotted names of what the user changed. Defaults that are not read are no error.
+      changed: dotted names of the changed fields. Defaults that are not read are no error.
     """
     for field in changed:
         for unread in _UNREAD:

@@ -138,7 +138,7 @@ def find_part(
     """The part of a name.
 
     Args:
-      setting: what is being set, such as `"loss.name"`, for messages.
+      setting: the name of the setting, such as `"loss.name"`, for messages.
       name: a member of the registry, or `package.module:function`.
       registry: the known parts.
       kind: what declares a part: `Loss`, `EncoderPart`, `Augmentation`, or `Part` for all others.
@@ -185,7 +185,7 @@ def is_function_name(name: str | None) -> bool:
 
 
 def given_options(section: str, name: str, part: AnyPart, options: Mapping[str, Any]) -> dict:
-    """The options that are set, checked against what the part declares.
+    """The options that are set, checked against the part's declaration.
 
     Args:
       section: `"loss"`, `"model"` or `"optimizer"`, for messages.

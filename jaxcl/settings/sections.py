@@ -103,7 +103,7 @@ class DataSettings(NamedTuple):
 
     @property
     def first(self) -> DataSet:
-        """The data set of `name`, which those of `concatenated` follow."""
+        """The data set of `name`; the data sets of `concatenated` follow it."""
         return DataSet(*(getattr(self, field) for field in DataSet._fields))
 
 
@@ -196,7 +196,7 @@ class MomentumSettings(NamedTuple):
 
 
 class NegativesSettings(NamedTuple):
-    """Negatives in addition to those of the batch."""
+    """Negatives in addition to in-batch negatives."""
 
     bank: BankSettings = BankSettings()
     tiers: TierBudgets = TierBudgets()

@@ -396,7 +396,7 @@ def test_a_wrong_reduction_would_be_seen(name, way):
 
 
 def scores_of_negatives(rows, negatives, ceilings, temperature):
-    """Each query's scores with the negatives that count, by dense matrices."""
+    """Each query's scores with its allowed negatives, by dense matrices."""
     ids, groups = (np.asarray(rows.masks[name]) for name in ("ids", "groups"))
     queries, keys = np.asarray(rows.queries), np.asarray(rows.keys)
     kept = [[] for _ in queries]

@@ -286,7 +286,7 @@ def test_a_loss_that_does_not_fit_its_config_is_named(changes, message):
         ({"name": "sourced", "sourced.by": "text"}, {}, "by='text' is unknown; use one of group"),
         ({"name": "sourced", "sourced.by": "data_set"}, {}, r"by data_set; set data\.concatenated"),
         ({"name": "sourced", "sourced.by": "topic"}, {}, r"by topic; set data\.topics"),
-        ({}, {"data.topics": "topics.npz"}, r"data\.topics, but nobody goes by them"),
+        ({}, {"data.topics": "topics.npz"}, r"data\.topics is set, but no setting reads it"),
         ({"gcbs.refresh_epochs": 0.0}, {}, r"refresh_epochs=0\.0; set it above 0"),
         ({"gcbs.block_size": 3}, {}, "block_size=3 does not divide global_batch_size=8 into"),
         ({"gcbs.block_size": 16}, {}, "block_size=16 does not divide global_batch_size=8 "),

@@ -70,7 +70,7 @@ def test_a_number_out_of_its_range_is_refused_by_name(path):
             section[leaf] = value
             with pytest.raises(ValueError, match=rf"{path}="):
                 read_settings(config)
-    assert refused >= 2  # NaN, and infinity or what is below it
+    assert refused >= 2  # NaN, and infinity or a value below the range
 
 
 REGISTRIES = {
