@@ -20,7 +20,6 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.model.name = "transformer"
     config.model.dim = 384
     config.augmentation.name = None  # this encoder has dropout
-    config.augmentation.options.rate = None
     config.model.options.update(
         {"max_tokens": 256, "hidden_dim": 384, "num_layers": 6, "num_heads": 6, "mlp_dim": 1_536}
         | {"norm_position": "pre", "pooling": "mean", "dropout": 0.1}

@@ -26,7 +26,7 @@ def check_model(settings: Settings) -> None:
         if tower.pretrained is not None and part is not None and part.load is None:
             raise ValueError(
                 f"{field}.pretrained={tower.pretrained!r}, but the encoder {tower.name!r} cannot "
-                "be loaded from a file"
+                "be loaded from a file; leave it None, or name an encoder that declares `load`"
             )
     if model.shared and len(set(settings.data.modality)) > 1:
         raise ValueError(
@@ -48,8 +48,6 @@ def _check_augmentation(settings: Settings) -> None:
         raise ValueError(
             f"augmentation.sides={augmentation.sides}; name one or both of {', '.join(SIDES)}"
         )
-    if augmentation.name is None and _given(augmentation.options):
-        raise ValueError("augmentation.options without augmentation.name, which reads them")
     mask_id = augmentation.options.get("mask_id")
     if mask_id is not None and mask_id >= settings.data.vocabulary_size:
         raise ValueError(

@@ -29,7 +29,7 @@ def _fields(section: str, *names: str) -> tuple[str, ...]:
 
 _UNREAD = (
     _Unread(
-        ("augmentation.sides",),
+        ("augmentation.sides", "augmentation.options"),
         lambda s: s.augmentation.name is None,
         "augmentation.name reads it",
     ),

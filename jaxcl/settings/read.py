@@ -78,7 +78,7 @@ def _with_parts(settings: Settings, trust: Trust) -> Settings:
         )
         parts["optimizer"] = optimizer.function
     if settings.augmentation.name is None:
-        sections["augmentation"] = _without_unset(settings.augmentation)
+        sections["augmentation"] = settings.augmentation._replace(options={})
     else:
         with contextlib.suppress(PermissionError):
             sections["augmentation"], augmentation = _resolved(

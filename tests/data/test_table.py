@@ -150,7 +150,6 @@ def test_an_unknown_modality_is_an_error():
             "bm25 and hybrid compare texts",
         ),
         ({"augmentation": {"sides": ()}}, "name one or both of query, key"),
-        ({"augmentation": {"options": {"rate": 0.1}}}, r"without augmentation\.name"),
         (
             {"augmentation": {"name": "span_masking", "options": {"mask_id": 16_384}}},
             "mask_id=16384 is no token",
@@ -188,3 +187,11 @@ def test_large_arrays_that_differ_have_different_fingerprints():
     same = InMemoryPairs([first], [first]).fingerprint
     assert InMemoryPairs([first.copy()], [first]).fingerprint == same
     assert InMemoryPairs([second], [first]).fingerprint != same
+
+
+def test_an_augmentation_is_turned_off_by_its_name_alone():
+    off = {"augmentation": {"name": None, "options": {"rate": 0.4}}}
+    assert read_settings(off).augmentation == read_settings({}).augmentation
+    for field in ("augmentation.options.rate", "augmentation.sides"):
+        with pytest.raises(ValueError, match=f"{field} has no effect here: augmentation.name"):
+            read_settings(off, changed=[field])
