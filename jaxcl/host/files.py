@@ -1,54 +1,212 @@
-"""Files: written whole or not at all, and JSON from others read with a limit.
+"""Files: read with a limit, and written whole or not at all.
 
-A file is written under another name, then renamed.
+Only regular files are read, so that a pipe or a device in a file's place is an error and not a
+program that hangs. A file is written under another name, brought to the disk, then renamed.
 """
 
+import contextlib
+import io
 import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["read_json_object", "write_npz", "write_whole"]
+__all__ = [
+    "JsonLines",
+    "is_remote",
+    "open_regular",
+    "read_json_lines",
+    "read_json_object",
+    "read_regular",
+    "read_text",
+    "write_npz",
+    "write_whole",
+]
 
-_MAX_CHARACTERS = 64 * 2**20
+_MAX_BYTES = 64 * 2**20
 """Of a JSON file; the largest real ones have a few million."""
+_MAX_LOG_BYTES = 2**30
+"""Of JSON lines, such as the metrics of a run."""
 
 
-def read_json_object(path: Any) -> dict[str, Any]:
-    """Read a JSON file of limited size that holds an object.
+def is_remote(path: Any) -> bool:
+    """Whether a path has a scheme, such as `gs://`, so that only `etils.epath` can open it."""
+    return "://" in os.fspath(path)
+
+
+def open_regular(path: Any) -> io.IOBase:
+    """Open a regular file to read its bytes; links are followed.
 
     Args:
       path: a `pathlib.Path` or `etils.epath.Path`.
 
     Raises:
-      ValueError: if the file has more than 64 Mi characters, or does not hold a JSON object.
+      ValueError: if the path names a folder, a pipe or a device.
+      OSError: if it cannot be opened.
+    """
+    if is_remote(path):
+        return path.open("rb")
+    # Without O_NONBLOCK the opening of a pipe waits for somebody who writes into it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+            raise ValueError(f"{path} is {kind}; a regular file is wanted")
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: Any, *, limit: int) -> bytes:
+    """Read the bytes of a regular file.
+
+    Args:
+      path: a `pathlib.Path` or `etils.epath.Path`.
+      limit: the largest size, in bytes; no more is read.
+
+    Raises:
+      ValueError: if the file is larger, or not a regular file.
       OSError: if it cannot be read.
     """
-    try:
-        with path.open() as file:  # as text, in the encoding in which TFDS reads it
-            text = file.read(_MAX_CHARACTERS + 1)
-        if len(text) > _MAX_CHARACTERS:
-            raise ValueError(f"it has more than {_MAX_CHARACTERS:,} characters")
-        content = json.loads(text)
-        if not isinstance(content, dict):
-            raise ValueError("it does not hold a JSON object")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path} has more than {limit:,} bytes; give a smaller file")
     return content
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader finds all of it or none of it."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    unfinished.replace(path)
+def read_text(path: Any, *, limit: int = _MAX_BYTES) -> str:
+    """Read a regular file as UTF-8.
+
+    Raises:
+      ValueError: if the file is larger than `limit` bytes, not UTF-8, or not a regular file.
+      OSError: if it cannot be read.
+    """
+    try:
+        return read_regular(path, limit=limit).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); write it in that encoding") from error
+
+
+def read_json_object(
+    path: Any, *, remedy: str = "restore it from a copy, or make it again"
+) -> dict[str, Any]:
+    """Read a JSON file of limited size that holds an object.
+
+    Args:
+      path: a `pathlib.Path` or `etils.epath.Path`.
+      remedy: what to do about a damaged file, for the message.
+
+    Raises:
+      ValueError: if the file has more than 64 MiB, does not hold a JSON object, or is not a regular
+        file.
+      OSError: if it cannot be read.
+    """
+    raw = read_regular(path, limit=_MAX_BYTES)
+    try:
+        # TFDS reads these files in the encoding of the locale. A file that we read in another one
+        # could name other classes to TFDS than those that were checked.
+        content = json.loads(io.TextIOWrapper(io.BytesIO(raw)).read())
+        if not isinstance(content, dict):
+            raise ValueError("it does not hold a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error
+    return content
+
+
+class JsonLines(NamedTuple):
+    """The records of a file with a JSON object in each line.
+
+    Attributes:
+      records: the objects, in order.
+      num_damaged: how many other lines there are, except empty ones.
+    """
+
+    records: list[dict[str, Any]]
+    num_damaged: int
+
+
+def read_json_lines(path: Any) -> JsonLines:
+    """Read the JSON objects of a file, one a line; lines that hold none are counted.
+
+    Raises:
+      ValueError: if the file has more than 1 GiB, or is not a regular file.
+      OSError: if it cannot be read.
+    """
+    records, num_damaged = [], 0
+    for line in filter(bytes.strip, read_regular(path, limit=_MAX_LOG_BYTES).split(b"\n")):
+        try:
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        else:
+            num_damaged += 1
+    return JsonLines(records, num_damaged)
+
+
+def write_whole(path: Any, content: str | bytes) -> None:
+    """Write a file so that a reader, or the next start, finds all of it or none of it.
+
+    Args:
+      path: a `pathlib.Path` or `etils.epath.Path`.
+      content: all of it; text is written as UTF-8.
+
+    Raises:
+      OSError: if it cannot be written, with the file's name.
+    """
+    with _replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
     """Write arrays to an `.npz` as `write_whole` does, creating its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
+    with _replacing(path) as file:
         np.savez(file, allow_pickle=False, **arrays)
-    unfinished.replace(path)
+
+
+@contextlib.contextmanager
+def _replacing(path: Any) -> Iterator[io.IOBase]:
+    """A file that takes the path's place once it is complete."""
+    if is_remote(path):
+        whole = io.BytesIO()
+        yield whole
+        path.write_bytes(whole.getvalue())  # which object stores put in place at once
+        return
+    # The name is new, and O_EXCL follows no link, so that nothing else is written to.
+    unfinished = path.with_name(f"{path.name}.unfinished-{secrets.token_hex(4)}")
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with open(os.open(unfinished, flags, 0o666), "wb") as file:
+            with contextlib.suppress(FileNotFoundError):
+                os.fchmod(file.fileno(), stat.S_IMODE(os.stat(path).st_mode))
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(unfinished)
+        if isinstance(error, OSError) and error.filename is None:  # such as for a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
