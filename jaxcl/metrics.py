@@ -42,12 +42,14 @@ def rank_of_key(
     Raises:
         ValueError: if the shapes disagree, a score is NaN or infinite, or an entry of `relevant`
             is no column of `scores`.
+        TypeError: if `relevant` holds no integers.
 
     Example:
         >>> scores = np.array([[0.9, 0.1, 0.5], [0.2, 0.2, 0.7]])
         >>> rank_of_key(scores, np.array([2, 0])).tolist()
         [2.0, 2.5]
     """
+    scores, relevant = np.asarray(scores), np.asarray(relevant)
     if scores.ndim != 2 or relevant.shape != scores.shape[:1]:
         raise ValueError(
             f"scores of shape {scores.shape} and relevant of shape {relevant.shape} do not fit; "
@@ -81,14 +83,16 @@ def mid_ranks(scores: Float[np.ndarray, "q n"]) -> Float[np.ndarray, "q n"]:
         >>> mid_ranks(np.array([[0.9, 0.1, 0.9, 0.5]])).tolist()
         [[1.5, 4.0, 1.5, 3.0]]
     """
+    scores = np.asarray(scores)
     if scores.ndim != 2:
         raise ValueError(f"scores have shape {scores.shape}; give one row per query, [q, n].")
     _check_finite(scores)
     ranks = np.empty(scores.shape)
     # Row by row: the working memory stays at one row, and it is no slower than all at once.
     for row, out in zip(scores, ranks, strict=True):
-        _, tie, sizes = np.unique(-row, return_inverse=True, return_counts=True)
-        out[:] = (np.cumsum(sizes) - (sizes - 1) / 2)[tie]
+        _, tie, sizes = np.unique(row, return_inverse=True, return_counts=True)
+        # Counted from the lowest score up, since unsigned scores cannot be negated.
+        out[:] = row.size + 1 - (np.cumsum(sizes) - (sizes - 1) / 2)[tie]
     return ranks
 
 
@@ -111,7 +115,8 @@ def mrr_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int = 10) -> Float[np.
         >>> mrr_metric(np.array([1.0, 4.0, 11.0])).tolist()
         [1.0, 0.25, 0.0]
     """
-    return _up_to(cutoff, ranks, 1 / _checked(ranks))
+    ranks = _checked(ranks)
+    return _up_to(cutoff, ranks, 1 / ranks)
 
 
 def ndcg_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int = 10) -> Float[np.ndarray, " q"]:
@@ -129,7 +134,8 @@ def ndcg_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int = 10) -> Float[np
     Reference:
         Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", TOIS 2002.
     """
-    return _up_to(cutoff, ranks, 1 / np.log2(1 + _checked(ranks)))
+    ranks = _checked(ranks)
+    return _up_to(cutoff, ranks, 1 / np.log2(1 + ranks))
 
 
 def recall_at_k_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int) -> Float[np.ndarray, " q"]:
@@ -152,7 +158,8 @@ def recall_at_k_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int) -> Float[
         >>> recall_at_k_metric(np.array([1.0, 10.0, 10.5]), cutoff=10).tolist()
         [1.0, 1.0, 0.0]
     """
-    return _up_to(cutoff, ranks, np.ones_like(_checked(ranks)))
+    ranks = _checked(ranks)
+    return _up_to(cutoff, ranks, np.ones_like(ranks))
 
 
 def mean_and_standard_error(values: Float[np.ndarray, " q"]) -> tuple[float, float]:
@@ -178,6 +185,7 @@ def mean_and_standard_error(values: Float[np.ndarray, " q"]) -> tuple[float, flo
         >>> round(mean, 3), round(error, 3)
         (0.5, 0.289)
     """
+    values = np.asarray(values, np.float64)
     if values.size == 0:
         raise ValueError("The mean of no queries is undefined; evaluate at least one query.")
     if values.size == 1:
@@ -208,6 +216,7 @@ def paired_difference(
         >>> round(mean, 3), round(error, 3)
         (0.1, 0.1)
     """
+    values, baseline = np.asarray(values, np.float64), np.asarray(baseline, np.float64)
     if values.shape != baseline.shape:
         raise ValueError(
             f"values for {values.size} queries and a baseline for {baseline.size} cannot be "
@@ -225,7 +234,8 @@ def _up_to(
 
 
 def _checked(ranks: Float[np.ndarray, " q"]) -> Float[np.ndarray, " q"]:
-    """The ranks, if they are ranks: NaN fails the comparison too."""
+    """The ranks in float64, if they are ranks: NaN fails the comparison too."""
+    ranks = np.asarray(ranks, np.float64)
     if not np.all((ranks >= 1) & (ranks < np.inf)):
         raise ValueError(
             f"ranks go down to {ranks.min()}, but the best rank is 1 and every rank is finite; "
@@ -247,6 +257,8 @@ def _check_finite(scores: Float[np.ndarray, "q n"]) -> None:
 
 
 def _check_columns(relevant: Int[np.ndarray, " q"], *, num_keys: int) -> None:
+    if not np.issubdtype(relevant.dtype, np.integer):
+        raise TypeError(f"relevant has the type {relevant.dtype}; give column numbers as integers")
     # A negative column would silently count from the end.
     outside = np.flatnonzero((relevant < 0) | (relevant >= num_keys))
     if outside.size:

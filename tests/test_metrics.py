@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
@@ -60,6 +61,54 @@ def test_mid_ranks_of_all_keys_agree_with_the_rank_of_one(num_keys, dtype):
     for key in range(num_keys):
         assert every[:, key].tolist() == rank_of_key(scores, np.full(20, key)).tolist()
     assert every.sum(axis=1).tolist() == [num_keys * (num_keys + 1) / 2] * 20
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint64, np.int64, np.float16, bool])
+def test_ranks_are_those_of_the_same_scores_in_float64(dtype):
+    scores = np.array([[0, 1, 127, 3, 1], [0, 0, 0, 0, 0]]).astype(dtype)
+    assert mid_ranks(scores).tolist() == mid_ranks(scores.astype(np.float64)).tolist()
+    assert mid_ranks(scores.tolist()).tolist() == mid_ranks(scores).tolist()
+    relevant = np.array([3, 1])
+    exact = rank_of_key(scores.astype(np.float64), relevant)
+    assert rank_of_key(scores, relevant.astype(np.uint8)).tolist() == exact.tolist()
+    assert rank_of_key(scores.tolist(), relevant.tolist()).tolist() == exact.tolist()
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_ranks_tell_integers_apart_that_float64_does_not():
+    assert mid_ranks(np.array([[2**53, 2**53 + 1]])).tolist() == [[2, 1]]
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_ranks_take_bfloat16_scores():
+    assert mid_ranks(jnp.array([[0.5, 2, 1, 2]], jnp.bfloat16)).tolist() == [[4, 1.5, 3, 1.5]]
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_metric_of_integer_ranks_is_that_of_the_same_floats(metric):
+    ranks = np.array([1, 255], np.uint8)
+    floats = metric(ranks.astype(np.float64), cutoff=300)
+    assert metric(ranks, cutoff=300).tolist() == floats.tolist()
+    assert metric(ranks.tolist(), cutoff=300).tolist() == floats.tolist()
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_means_and_differences_are_computed_in_float64():
+    values = np.array([60_000, 60_000, 0], np.float16)  # their sum and squares overflow float16
+    mean, error = mean_and_standard_error(values)
+    assert mean == 40_000
+    np.testing.assert_allclose(error, math.sqrt((2 * 20_000**2 + 40_000**2) / 2 / 3))
+    unsigned, baseline = np.array([0, 1], np.uint8), np.array([1, 1], np.uint8)
+    assert paired_difference(unsigned, baseline)[0] == -1 / 2
+    assert paired_difference(unsigned.tolist(), baseline.tolist())[0] == -1 / 2
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_columns_that_are_no_integers_are_refused():
+    with pytest.raises(TypeError, match="float64"):
+        rank_of_key(np.zeros((2, 3)), np.array([0.0, 1.0]))
 
 
 def test_a_positive_and_a_negative_zero_tie():

@@ -280,14 +280,14 @@ def reciprocal_rank_fusion(
         Cormack, Clarke and Büttcher, "Reciprocal rank fusion outperforms Condorcet and individual
         rank learning methods", SIGIR 2009.
     """
-    shapes = {table.shape for table in score_tables}
+    shapes = {np.shape(table) for table in score_tables}
     if len(shapes) != 1:
         raise ValueError(
             f"Fusion wants one or more tables of one shape, but got shapes {sorted(shapes)}; "
             "score the same queries and keys with every method."
         )
-    if not k >= 0:
-        raise ValueError(f"k={k} can divide by zero; use a constant of 0 or more, 60 as a start.")
+    if not 0 <= k < np.inf:
+        raise ValueError(f"k={k}; use a finite constant of 0 or more, 60 as a start.")
     shares = np.stack([1 / (k + mid_ranks(table)) for table in score_tables])
     shares.sort(axis=0)  # or ranks (1, 2, 3) and (3, 1, 2) differ in the last bit of their sum
     return shares.sum(axis=0)

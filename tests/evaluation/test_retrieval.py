@@ -167,6 +167,9 @@ def test_fusion_refuses_no_tables_other_shapes_and_a_negative_constant():
         reciprocal_rank_fusion([np.zeros((1, 2)), np.zeros((1, 3))])
     with pytest.raises(ValueError, match="k=-1"):
         reciprocal_rank_fusion([np.zeros((1, 2))], k=-1)
+    for k in (math.nan, math.inf):  # with an infinite constant, all keys have the score 0
+        with pytest.raises(ValueError, match="finite"):
+            reciprocal_rank_fusion([np.zeros((1, 2))], k=k)
 
 
 @pytest.mark.parametrize("tile", [1, 7, 39, 40, 41, 512])
