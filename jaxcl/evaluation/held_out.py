@@ -5,9 +5,11 @@ Read the head of `jaxcl.evaluation.retrieval` for when not to trust the figures.
 split; `test` holds packages that training never saw.
 """
 
+import functools
 import json
+import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,25 +20,52 @@ import rich
 from jax.experimental import multihost_utils
 
 from jaxcl.data.prepare import RunData
+from jaxcl.data.sources import PairSource
 from jaxcl.evaluation.retrieval import (
     METRICS,
     RetrievalResult,
     comparison,
     evaluate_retrieval,
+    lexical_tokens,
     mask_name,
     results_table,
 )
-from jaxcl.host.files import write_whole
+from jaxcl.host.files import write_npz, write_whole
+from jaxcl.host.processes import PeerError, together
 from jaxcl.host.progress import progress_bar
 from jaxcl.metrics import mean_and_standard_error
 from jaxcl.run.encoder import Encoder
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES, Float
 
-__all__ = ["evaluate_run", "quick_metrics"]
+__all__ = ["check_evaluation", "evaluate_run", "quick_metrics"]
 
 HELD_OUT = ("validation", "test")
+_ROWS_AT_ONCE = 64
 Results = dict[tuple[str, str], dict[str, RetrievalResult]]
+
+
+def check_evaluation(settings: Settings, data: RunData) -> None:
+    """Raise a `ValueError` if a held-out split cannot be ranked by `settings.evaluation.methods`.
+
+    BM25 needs a word in some key. This reads keys of the split until there is one.
+    """
+    if not {"bm25", "hybrid"} & set(settings.evaluation.methods):
+        return
+    for split in HELD_OUT:
+        if split in data.sources and not _has_words(data.sources[split]):
+            raise ValueError(
+                f"no key of the {split} split has a word, so that BM25 cannot rank them; set "
+                "evaluation.methods to ('dense',), or data.key_field to another field"
+            )
+
+
+def _has_words(source: PairSource) -> bool:
+    for first in range(0, len(source), _ROWS_AT_ONCE):
+        records = source.read(np.arange(first, min(first + _ROWS_AT_ONCE, len(source))))
+        if any(lexical_tokens(record["key"]) for record in records):
+            return True
+    return False
 
 
 def quick_metrics(encoder: Encoder, data: RunData) -> dict[str, float]:
@@ -68,11 +97,15 @@ def evaluate_run(
 
     Returns:
       What `results.json` holds.
+
+    Raises:
+      ValueError: of the first method that failed, after the results of all others are written.
     """
     results: Results = {}
+    failures: list[Exception] = []
     for split in HELD_OUT:
         if split in data.sources:
-            results |= _evaluate_split(settings, encoder, data, split)
+            results |= _evaluate_split(settings, encoder, data, split, failures)
     summary = _summary(settings, data, results)
     if jax.process_index() == 0:
         ranks = {
@@ -80,13 +113,22 @@ def evaluate_run(
             for place, by_method in results.items()
             for method, result in by_method.items()
         }
-        np.savez(workdir / "ranks.npz", allow_pickle=False, **ranks)
-        write_whole(workdir / "results.json", json.dumps(summary, indent=2) + "\n")
+        write_npz(workdir / "ranks.npz", **ranks)
+        content = json.dumps(_strict(summary), indent=2, allow_nan=False)
+        write_whole(workdir / "results.json", content + "\n")
         rich.print(results_table(results))
+    if failures:
+        raise failures[0]
     return summary
 
 
-def _evaluate_split(settings: Settings, encoder: Encoder, data: RunData, split: str) -> Results:
+def _evaluate_split(
+    settings: Settings,
+    encoder: Encoder,
+    data: RunData,
+    split: str,
+    failures: list[Exception],
+) -> Results:
     source, table = data.sources[split], data.tables[split]
     methods = settings.evaluation.methods
     hides_names = "name" in settings.data.metadata_fields and settings.data.modality.key == "text"
@@ -108,15 +150,34 @@ def _evaluate_split(settings: Settings, encoder: Encoder, data: RunData, split: 
     for variant, texts in key_texts.items():
         own = table.num_rows / jax.process_count()
         with progress_bar(f"evaluating {split}, {variant}", round(own)) as advance:
-            results[split, variant] = _ranked(
+            rank = functools.partial(
+                _ranked,
                 queries or None,
                 texts or None,
                 query_embeddings,
                 embed_keys[variant](),
-                methods=methods,
                 rrf_k=settings.evaluation.rrf_k,
                 advance=advance,
             )
+            results[split, variant] = _each_that_works(rank, methods, failures)
+    return results
+
+
+def _each_that_works(
+    rank: Callable[..., dict[str, RetrievalResult]],
+    methods: Sequence[str],
+    failures: list[Exception],
+) -> dict[str, RetrievalResult]:
+    """Ranks by all methods at once; if that fails, by each that does not fail."""
+    try:
+        return rank(methods=methods)
+    except (ValueError, ArithmeticError, PeerError) as error:
+        if len(methods) == 1:
+            failures.append(error)
+            return {}
+    results: dict[str, RetrievalResult] = {}
+    for method in methods:
+        results |= _each_that_works(rank, (method,), failures)
     return results
 
 
@@ -135,7 +196,8 @@ def _ranked(
         )
     ours = np.array_split(np.arange(count), processes)[jax.process_index()]
     rows = slice(ours[0], ours[-1] + 1)
-    found = evaluate_retrieval(
+    rank = functools.partial(
+        evaluate_retrieval,
         None if query_texts is None else query_texts[rows],
         key_texts,
         query_embeddings[rows],
@@ -143,6 +205,7 @@ def _ranked(
         relevant=ours,
         **options,
     )
+    found = together(rank)
     ranks = {method: np.zeros(count, np.float32) for method in found}  # halves are exact to 2^23
     for method, result in found.items():
         ranks[method][rows] = result.ranks
@@ -173,6 +236,13 @@ def _summary(settings: Settings, data: RunData, results: Results) -> dict[str, A
             for split, _ in results
         },
     }
+
+
+def _strict(value: Any) -> Any:
+    """The value with None for numbers that JSON lacks, such as the error of a single query."""
+    if isinstance(value, Mapping):
+        return {name: _strict(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _figures(by_method: Mapping[str, RetrievalResult]) -> dict[str, Any]:
