@@ -126,31 +126,31 @@ class JsonLines(NamedTuple):
 
     Attributes:
       records: the objects, in order.
-      num_damaged: how many other lines there are, except empty ones.
+      damaged: the other lines, except empty ones.
     """
 
     records: list[dict[str, Any]]
-    num_damaged: int
+    damaged: list[bytes]
 
 
 def read_json_lines(path: Any) -> JsonLines:
-    """Read the JSON objects of a file, one a line; lines that hold none are counted.
+    """Read the JSON objects of a file, one a line, and the lines that hold none.
 
     Raises:
       ValueError: if the file has more than 1 GiB, or is not a regular file.
       OSError: if it cannot be read.
     """
-    records, num_damaged = [], 0
+    lines = JsonLines([], [])
     for line in filter(bytes.strip, read_regular(path, limit=_MAX_LOG_BYTES).split(b"\n")):
         try:
             record = json.loads(line.decode())
         except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
-            records.append(record)
+            lines.records.append(record)
         else:
-            num_damaged += 1
-    return JsonLines(records, num_damaged)
+            lines.damaged.append(line)
+    return lines
 
 
 def write_whole(path: Any, content: str | bytes) -> None:

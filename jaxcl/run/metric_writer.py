@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -11,7 +11,12 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-__all__ = ["MetricWriter", "read_metrics"]
+from jaxcl.host.files import JsonLines, read_json_lines, write_whole
+from jaxcl.host.progress import say
+
+__all__ = ["METRICS_FILE", "MetricWriter", "read_metrics"]
+
+METRICS_FILE = "metrics.jsonl"
 
 _FLUSH_SECONDS = 30.0  # how old the newest event of TensorBoard may be
 
@@ -36,12 +41,13 @@ class MetricWriter:
         self._flushed = time.monotonic()
         if jax.process_index() != 0:
             return
-        path = self._path = Path(workdir) / "metrics.jsonl"
-        kept = [record for record in read_metrics(workdir) if record["step"] <= step]
-        rewritten = path.with_suffix(".rewritten")
+        path = self._path = Path(workdir) / METRICS_FILE
+        records, damaged = _read(path)
+        kept = [record for record in records if record["step"] <= step]
         with _explained(path):
-            rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            rewritten.replace(path)
+            if damaged:
+                _set_aside(path, damaged)
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
             self._file = path.open("a")
             events = Path(workdir) / "tensorboard" / "events"
             events.parent.mkdir(exist_ok=True)
@@ -74,17 +80,30 @@ class MetricWriter:
 
 
 def read_metrics(workdir: Path) -> list[dict]:
-    """The records of a run so far, oldest first; a line cut short by a crash is left out."""
-    path = Path(workdir) / "metrics.jsonl"
+    """The records of a run so far, oldest first; damaged lines are left out."""
+    return _read(Path(workdir) / METRICS_FILE).records
+
+
+def _read(path: Path) -> JsonLines:
+    """The records of a file that have a step; all other lines are damaged."""
     if not path.exists():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+        return JsonLines([], [])
+    lines = read_json_lines(path)
+    of_steps = JsonLines([], lines.damaged)
+    for record in lines.records:
+        if isinstance(record.get("step"), int):
+            of_steps.records.append(record)
+        else:
+            of_steps.damaged.append(json.dumps(record).encode())
+    return of_steps
+
+
+def _set_aside(path: Path, damaged: Sequence[bytes]) -> None:
+    """Keeps damaged lines in another file, and says how many."""
+    shelf = path.with_suffix(".damaged")
+    with shelf.open("ab") as file:
+        file.write(b"\n".join(damaged) + b"\n")
+    say(f"{len(damaged)} damaged lines of {path} are set aside in {shelf.name}")
 
 
 def _event(step: int, **what: object) -> Event:

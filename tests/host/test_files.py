@@ -114,9 +114,9 @@ def test_another_encoding_is_an_error(tmp_path, read):
 def test_damaged_lines_are_counted_and_the_others_read(tmp_path):
     path = tmp_path / "content.jsonl"
     path.write_bytes(b'{"a": 1}\n\xff\n\n[]\n{"a": "' + "é".encode() + b'"}\n{"a": 2')
-    records, num_damaged = read_json_lines(path)
+    records, damaged = read_json_lines(path)
     assert records == [{"a": 1}, {"a": "é"}]
-    assert num_damaged == 3
+    assert len(damaged) == 3
 
 
 def test_a_remote_file_is_read_and_written_through_its_own_class():

@@ -103,7 +103,7 @@ def test_no_record_is_lost_when_a_resuming_process_is_killed(tmp_path, monkeypat
     def killed(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pathlib.Path.replace", killed)
+    monkeypatch.setattr("os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         MetricWriter(tmp_path, step=2)
     assert steps(tmp_path) == [1, 2, 3]
@@ -159,3 +159,19 @@ def test_tensorboard_reads_the_same(tmp_path):
         (1, "loss", pytest.approx(0.1)),
         (2, "loss", pytest.approx(0.2)),
     ]
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe", b"[]", b"5", b"{}", b'{"step": "one"}', b"[" * 9_999]
+)
+def test_a_damaged_line_is_set_aside_and_stops_nothing(tmp_path, capsys, line):
+    write(tmp_path, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, line, second]) + b"\n")
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    with contextlib.closing(MetricWriter(tmp_path, step=2)):
+        pass
+    assert path.read_bytes().splitlines() == [first, second]
+    assert (tmp_path / "metrics.damaged").read_bytes() == line + b"\n"
+    assert "1 damaged lines" in " ".join(capsys.readouterr().err.split())
