@@ -5,6 +5,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,13 @@ import numpy as np
 
 from jaxcl.cost.utilization import model_flops, peak_flops
 from jaxcl.host.command import UserError
+from jaxcl.host.progress import say
 from jaxcl.run.metric_writer import MetricWriter
 from jaxcl.run.training import Training
 from jaxcl.settings.sections import Settings
 from jaxcl.step.train_state import TrainState
 from jaxcl.step.train_step import StepMetrics
-from jaxcl.typing import PyTree
+from jaxcl.typing import PyTree, Scalar
 
 __all__ = ["DivergenceError", "Reports"]
 
@@ -47,9 +49,8 @@ class Reports:
         self._peak_flops = peak_flops(training.mesh.devices.ravel().tolist())
         known = self._peak_flops is not None
         self._model_flops = model_flops(settings, training.towers) if known else 0.0
-        # All at once, since a single one would wait for the step that is under way.
-        steps = jnp.arange(settings.steps)
-        self._learning_rates = np.asarray(jax.vmap(training.learning_rate)(steps))
+        self._learning_rates = _RatesByStep(training.learning_rate)
+        self._warned = False
         self._restart_clock(time.perf_counter())
 
     def add(self, step: int, metrics: StepMetrics, *, input_seconds: float = 0.0) -> None:
@@ -117,6 +118,13 @@ class Reports:
         self._device_seconds += time.perf_counter() - begun
         if not np.isfinite([loss, gradient_norm]).all():
             raise DivergenceError(_diagnosis(step, metrics, self._training))
+        if gradient_norm == 0 and not self._warned:
+            self._warned = True
+            say(
+                f"warning: the gradient of step {step} is 0, so that it trains nothing: its rows "
+                "have no allowed negative, or none that the loss reads. Look at loss.masks, the "
+                "margins and the groups of the data (further such steps are not reported)"
+            )
         self._steps_since += 1
         self._tokens += int(metrics.length)
         if step % self._settings.run.log_every == 0 or step == self._settings.steps:
@@ -129,7 +137,7 @@ class Reports:
                     "loss": loss,
                     "gradient_norm": gradient_norm,
                     "temperature": float(metrics.temperature),
-                    "learning_rate": float(self._learning_rates[step - 1]),
+                    "learning_rate": self._learning_rates(step - 1),
                     "time/pairs_per_second": self._rate,
                     "time/tokens_per_second": self._tokens / seconds,
                     **self._step_seconds(seconds),
@@ -139,6 +147,26 @@ class Reports:
             self._restart_clock(now)  # so that writing counts, too
         rate = "" if math.isnan(self._rate) else f" · {self._rate:,.0f} pairs/s"
         self._advance(1, f"loss {loss:.3f}{rate}")
+
+
+class _RatesByStep:
+    """The learning rate of each step.
+
+    Many are computed at once, since a single one would wait for the step that is under way.
+    """
+
+    _COUNT = 65_536
+
+    def __init__(self, learning_rate: Callable[[Any], Scalar]):
+        self._of_steps = jax.vmap(learning_rate)
+        self._first, self._rates = -1, np.zeros(0)
+
+    def __call__(self, step: int) -> float:
+        first = step - step % self._COUNT
+        if first != self._first:
+            steps = first + jnp.arange(self._COUNT, dtype=jnp.int32)
+            self._first, self._rates = first, np.asarray(self._of_steps(steps))
+        return float(self._rates[step - first])
 
 
 def _diagnosis(step: int, metrics: StepMetrics, training: Training) -> str:
