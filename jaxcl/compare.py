@@ -33,7 +33,7 @@ from jaxcl.host.command_flags import CommandParser, user_path
 from jaxcl.host.files import write_whole
 from jaxcl.host.progress import say
 from jaxcl.metrics import paired_difference
-from jaxcl.run.workdir import fields_of
+from jaxcl.run.identity import fields_of
 from jaxcl.settings.changed import changed_config
 from jaxcl.settings.command_line import add_config_flags, config_of
 from jaxcl.settings.config_files import read_settings_file

@@ -17,16 +17,17 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcl.data.loader import training_batches
-from jaxcl.data.prepare import RunData, prepare_data
+from jaxcl.data.prepare import RunData, prepare_data, remembered_from
 from jaxcl.data.row_negatives import RowNegatives
-from jaxcl.evaluation.held_out import evaluate_run, quick_metrics
+from jaxcl.evaluation.held_out import check_evaluation, evaluate_run, quick_metrics
+from jaxcl.host.agreement import check_processes_agree
 from jaxcl.host.command import join_processes, run_command
 from jaxcl.host.command_flags import CommandParser, add_process_flags, user_path
 from jaxcl.host.processes import Stopped, first_then_others, stop_requests
@@ -35,12 +36,20 @@ from jaxcl.ops.mesh import fetch
 from jaxcl.run.batches import RunBatches
 from jaxcl.run.build_loss import batch_needs
 from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.identity import process_report, run_record
 from jaxcl.run.memory import check_bank_divides, tiers_left_empty
 from jaxcl.run.metric_writer import MetricWriter
 from jaxcl.run.reports import Reports
 from jaxcl.run.training import Training, build_training
 from jaxcl.run.watch import Watch, keep_compiled
-from jaxcl.run.workdir import claim_workdir, lock_workdir
+from jaxcl.run.workdir import (
+    CHECKPOINTS,
+    check_saved_settings,
+    claim_workdir,
+    emptied_unless_begun,
+    lock_workdir,
+    workdir_id,
+)
 from jaxcl.settings.command_line import add_config_flags, changed_fields, config_of
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
@@ -99,53 +108,79 @@ def train(
       Stopped: after SIGTERM or SIGINT, with everything saved.
     """
     settings = read_settings(config, changed=changed)
+    check_processes_agree(process_report(settings))
     training = build_training(settings)
     check_bank_divides(settings, training.mesh)
-    with lock_workdir(workdir):
-        first_then_others(functools.partial(claim_workdir, workdir, settings))
-        data_dir = Path(settings.run.data_dir).expanduser()
-        scored = "teacher_scores" in batch_needs(settings)
-        data = first_then_others(
-            functools.partial(
-                prepare_data,
-                settings.data,
-                data_dir=data_dir,
-                workdir=workdir,
-                scored=scored,
-                open_source=settings.parts.source,
-            )
-        )
+    with lock_workdir(workdir), emptied_unless_begun(workdir):
+        saved = first_then_others(functools.partial(claim_workdir, workdir, settings))
+        data = first_then_others(functools.partial(_prepare, settings, workdir, saved))
+        shared = {"the id of the workdir": workdir_id(workdir), **data.remembered.fingerprints}
+        check_processes_agree(shared)
         _check_enough_rows(settings, data)
+        check_evaluation(settings, data)
         keep = settings.run.keep_checkpoints
-        with Checkpoints(workdir / "checkpoints", keep=keep) as checkpoints:
+        with Checkpoints(workdir / CHECKPOINTS, keep=keep) as checkpoints:
             rows = _training_rows(data)
-            restored = checkpoints.restore_latest(training.abstract_state(*rows))
+            restored = checkpoints.restore_latest(
+                training.abstract_state(*rows),
+                check=functools.partial(check_saved_settings, workdir, settings),
+            )
             state = training.init(*rows) if restored is None else restored.state
             if jax.process_index() == 0:
                 for tier in tiers_left_empty(settings, rows[0]):
                     say(f"warning: negatives.tiers.uniform draws all of the bank, none for {tier}")
                 say(_opening(training, data, workdir, first_step=int(state.step)))
             with contextlib.closing(MetricWriter(workdir, step=int(state.step))) as writer:
-                batches = RunBatches(training, data, workdir)
+                run = _Run(training, data, RunBatches(training, data, workdir), checkpoints, writer)
+                if restored is not None and restored.record.get("finished"):
+                    state = run.refreshed(state)  # which the last step of a run leaves out
                 with Watch(workdir / "profile", profile) as watch:
-                    state = _run_steps(training, data, batches, state, checkpoints, writer, watch)
+                    state = _run_steps(run, state, watch)
         return evaluate_run(settings, training.encoder(state, data.readers), data, workdir)
 
 
-def _run_steps(
-    training: Training,
-    data: RunData,
-    run_batches: RunBatches,
-    state: TrainState,
-    checkpoints: Checkpoints,
-    writer: MetricWriter,
-    watch: Watch,
-) -> TrainState:
+def _prepare(settings: Settings, workdir: Path, saved: Mapping[str, Any] | None) -> RunData:
+    """The data of a run, which are those of its newest checkpoint's record if there is one."""
+    return prepare_data(
+        settings.data,
+        data_dir=Path(settings.run.data_dir).expanduser(),
+        workdir=workdir,
+        scored="teacher_scores" in batch_needs(settings),
+        open_source=settings.parts.source,
+        saved=None if saved is None else remembered_from(workdir / CHECKPOINTS, saved.get("data")),
+    )
+
+
+class _Run(NamedTuple):
+    """What the steps of a run read and write."""
+
+    training: Training
+    data: RunData
+    batches: RunBatches
+    checkpoints: Checkpoints
+    writer: MetricWriter
+
+    def refreshed(self, state: TrainState) -> TrainState:
+        """The state after the refreshes that are due at its step."""
+        for refresh in _refreshes(self.training, self.batches, int(state.step)):
+            state, metrics = refresh(state)
+            self.writer.write(int(state.step), _floats(metrics))
+        return state
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Saves the state, with a record of the run."""
+        settings = self.training.settings
+        record = run_record(settings, self.data.remembered)
+        self.checkpoints.save(step, state, {**record, "finished": step == settings.steps})
+
+
+def _run_steps(run: _Run, state: TrainState, watch: Watch) -> TrainState:
+    training, data = run.training, run.data
     step, settings = int(state.step), training.settings
-    batches = _batches(training, data, run_batches, state)
+    batches = _batches(run, state)
     with stop_requests() as asked_to_stop, progress_bar("training", settings.steps) as advance:
         advance(step)
-        reports = Reports(training, writer, advance)
+        reports = Reports(training, run.writer, advance)
         while step < settings.steps:
             begun = time.perf_counter()
             batch = next(batches)
@@ -166,19 +201,17 @@ def _run_steps(
             if evaluating:
                 with reports.paused():
                     scores = quick_metrics(training.encoder(state, data.readers), data)
-                writer.write(step, scores | measured)
-            if not at_end and (refreshes := _refreshes(training, run_batches, step)):
+                run.writer.write(step, scores | measured)
+            if not at_end and _refreshes(training, run.batches, step):
                 with reports.paused():
-                    for refresh in refreshes:
-                        state, made = refresh(state)
-                        writer.write(step, _floats(made))
-                    batches = _batches(training, data, run_batches, state)
+                    state = run.refreshed(state)
+                    batches = _batches(run, state)
             if at_end or stopping or step % settings.run.checkpoint_every == 0:
                 reports.flush()
                 reports.check(step, state)  # nothing but a good state is ever saved
-                checkpoints.save(step, state)
+                run.save(step, state)
             if stopping and not at_end:
-                checkpoints.wait()
+                run.checkpoints.wait()
                 raise Stopped(stopping, step)
     return state
 
@@ -196,14 +229,13 @@ def _refreshes(
     return refreshes
 
 
-def _batches(
-    training: Training, data: RunData, run_batches: RunBatches, state: TrainState
-) -> Iterator[Batch]:
+def _batches(run: _Run, state: TrainState) -> Iterator[Batch]:
     """The batches to come, a function of the state alone."""
+    training, data = run.training, run.data
     negatives = _mined_negatives(state, data) if training.mine else data.negatives
     return training_batches(
         data.tables["train"],
-        run_batches.rows_of(state),
+        run.batches.rows_of(state),
         training.mesh,
         first_step=int(state.step),
         last_step=training.settings.steps,

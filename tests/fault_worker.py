@@ -38,15 +38,15 @@ def run(arguments: list[str], environment: dict[str, str], log: Path, output: Pa
             with log.open("a") as file:
                 file.write(json.dumps(what) + "\n")
 
-    def noted_restore(self, abstract_state):
-        restored = restore(self, abstract_state)
+    def noted_restore(self, abstract_state, **options):
+        restored = restore(self, abstract_state, **options)
         if restored is not None:
             note(step=restored.step, restored=digest(restored.state))
         return restored
 
-    def noted_save(self, step, state):
+    def noted_save(self, step, state, record):
         note(step=step, saved=digest(state))
-        save(self, step, state)
+        save(self, step, state, record)
 
     def noted_batches(table, rows_of, mesh, **given):
         def noted_rows(step):

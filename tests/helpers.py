@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.data.prepare import read_remembered_data
 from jaxcl.losses import Masks
 from jaxcl.models import Towers
 from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.identity import run_record
 from jaxcl.run.metric_writer import read_metrics
 from jaxcl.run.training import build_training
 from jaxcl.run.workdir import read_config
@@ -62,6 +64,11 @@ def unclocked(workdir: Path) -> list[dict]:
 def training_of(config, **options):
     """The functions of a run, from its config."""
     return build_training(read_settings(config), **options)
+
+
+def record_of(workdir: Path):
+    """What a checkpoint of the run in a folder says of it."""
+    return run_record(read_settings(read_config(workdir)), read_remembered_data(workdir))
 
 
 def final_state(workdir: Path, *, step: int):

@@ -18,7 +18,7 @@ from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.opened import open_run
 from jaxcl.run.workdir import claim_workdir, read_config
 from jaxcl.settings.read import read_settings
-from tests.helpers import training_of
+from tests.helpers import record_of, training_of
 from tests.prepared_data import Trap, make_hostile, prepare_pairs, read_by_tfds
 
 trap_numbers = itertools.count(1_000)
@@ -87,7 +87,7 @@ def concatenate_in_config_json(workdir, hostile):
 
 def save_checkpoint(workdir):
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        checkpoints.save(1, training_of(read_config(workdir)).init())
+        checkpoints.save(1, training_of(read_config(workdir)).init(), record_of(workdir))
 
 
 @pytest.mark.parametrize("change", [name_in_data_json, concatenate_in_config_json])
@@ -95,8 +95,8 @@ def save_checkpoint(workdir):
 def test_no_command_imports_a_class_that_a_workdir_names(
     workdir, hostile, trap, capsys, change, command
 ):
-    save_checkpoint(workdir)
     change(workdir, hostile)
+    save_checkpoint(workdir)
     with pytest.raises(SystemExit) as stop:
         COMMANDS[command](workdir)
     assert not trap.sprung
@@ -144,9 +144,11 @@ def test_a_folder_with_a_program_is_no_data_set(workdir, trap, monkeypatch, name
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", '{"data_set": 3, "fingerprints": {}}', '{"data_set": "a"}']
 )
-def test_a_damaged_data_json_is_named(workdir, content):
-    (workdir / "data.json").write_text(content)
-    with pytest.raises(ValueError, match=r"data\.json is damaged"):
+def test_damaged_data_of_a_checkpoint_are_named(workdir, content):
+    record = record_of(workdir) | {"data": json.loads(content or "null")}
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(1, training_of(read_config(workdir)).init(), record)
+    with pytest.raises(ValueError, match=r"checkpoints is damaged \(it lacks the data set"):
         open_run(workdir)
 
 

@@ -22,6 +22,7 @@ from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.training import build_training
 from jaxcl.run.workdir import claim_workdir, read_config
 from jaxcl.settings.read import read_settings
+from tests.helpers import record_of
 
 VERBS, NOUNS = ("open", "close", "count", "merge"), ("socket", "ledger", "window", "matrix")
 PLANTED = "Tell the phase of the moon on a given calendar day."
@@ -62,8 +63,15 @@ def _config(data_set: Path, data_dir: Path) -> ConfigDict:
 
 def _save(workdir: Path, step: int, *, seed: int) -> None:
     settings = read_settings(read_config(workdir))._replace(seed=seed)
+    state = build_training(settings).init()
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        checkpoints.save(step, build_training(settings).init())
+        checkpoints.save(step, state, record_of(workdir))
+
+
+def _save_again(workdir: Path) -> None:
+    """As if the run had begun with the present `config.json` and `data.json`."""
+    shutil.rmtree(workdir / "checkpoints")
+    _save(workdir, 1, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +223,7 @@ def test_without_metadata_what_there_is_is_printed(trained, run, monkeypatch, tm
     fingerprints = dict.fromkeys(("train", "test"), pairs.fingerprint)
     data = {"data_set": "memory", "fingerprints": fingerprints}
     (workdir / "data.json").write_text(json.dumps(data))
+    _save_again(workdir)
     code, out, _ = run("--workdir", workdir, "--top", 2, "same key")
     assert code == 0
     assert [line.split() for line in out.splitlines()] == [
@@ -417,15 +426,27 @@ def test_a_run_without_checkpoints_says_to_train_first(untrained, tmp_path, run,
     assert (workdir / "checkpoints").exists() == folder_exists
 
 
-def test_a_run_that_never_opened_its_data_says_to_train_first(workdir, run):
-    (workdir / "data.json").unlink()
-    assert "train first" in _error(run, "--workdir", workdir, PLANTED)
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", "5", '{"data_set": 3}'])
+def test_the_checkpoint_replaces_a_lost_or_damaged_data_json(trained, workdir, content):
+    wanted = search.search(trained, PLANTED, top=2)
+    path = workdir / "data.json"
+    path.unlink() if content is None else path.write_text(content)
+    assert search.search(workdir, PLANTED, top=2) == wanted
+
+
+def test_another_config_than_the_checkpoints_is_an_error(workdir, run):
+    path = workdir / "config.json"
+    config = json.loads(path.read_text())
+    config["loss"]["masks"] = []
+    path.write_text(json.dumps(config))
+    assert "belongs to another config: loss.masks is" in _error(run, "--workdir", workdir, PLANTED)
 
 
 def test_other_rows_than_were_trained_on_are_an_error(workdir, run):
     data = json.loads((workdir / "data.json").read_text())
     data["fingerprints"]["test"] = "others"
     (workdir / "data.json").write_text(json.dumps(data))
+    _save_again(workdir)
     assert "no longer holds the rows" in _error(run, "--workdir", workdir, PLANTED)
 
 
@@ -440,10 +461,15 @@ def test_a_top_of_nothing_is_an_error(trained, run):
 
 def test_neither_the_mesh_nor_the_batch_of_the_run_matters(workdir):
     path = workdir / "config.json"
+    settings = read_settings(read_config(workdir))
     config = json.loads(path.read_text())
     config["run"]["mesh"] = {"data": 3 * jax.device_count()}
     config["global_batch_size"] = 3
     path.write_text(json.dumps(config))
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore_latest(build_training(settings).abstract_state())
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(restored.step + 1, restored.state, record_of(workdir))
     assert search.open_search(workdir)(PLANTED, 1)[0].record["name"] == "moon_phase"
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from ml_collections import ConfigDict
 from jaxcl.assignment import uniform_rows
 from jaxcl.data.prepare import prepare_data
 from jaxcl.data.token_table import TokenTable
-from jaxcl.run.checkpoint import CheckpointError, Checkpoints
+from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.checkpoint_record import CheckpointError
 from jaxcl.run.metric_writer import read_metrics
-from jaxcl.run.reports import DivergenceError, Reports
+from jaxcl.run.reports import DivergenceError, Reports, _RatesByStep
 from jaxcl.settings.read import read_settings
 from jaxcl.train import main, train
 from tests.helpers import bits, training_of, unclocked
@@ -117,8 +119,8 @@ def stop_after(monkeypatch, step: int) -> None:
     """Makes a run die right after it has saved a step."""
     save = Checkpoints.save
 
-    def save_and_die(self, saved_step, state):
-        save(self, saved_step, state)
+    def save_and_die(self, saved_step, state, record):
+        save(self, saved_step, state, record)
         if saved_step == step:
             self.wait()
             raise _Interrupted
@@ -313,8 +315,8 @@ def test_a_run_that_forgets_a_leaf_goes_on_differently(
     half_run(monkeypatch, tiny(), tmp_path)
     restore = Checkpoints.restore_latest
 
-    def forgetful(self, abstract_state):
-        restored = restore(self, abstract_state)
+    def forgetful(self, abstract_state, **options):
+        restored = restore(self, abstract_state, **options)
         return restored._replace(state=forget(restored.state))
 
     with monkeypatch.context() as patch:
@@ -653,3 +655,67 @@ def test_the_command_names_what_is_wrong_and_fails(tmp_path, capsys, arguments, 
     assert line.startswith("error: ")
     assert wanted in line
     assert not (tmp_path / "run").exists()
+
+
+REFRESHED = {
+    "optimizer.schedule": "warmup_constant",
+    "assignment.name": "gcbs",
+    "assignment.gcbs.refresh_every": 5,
+    "assignment.gcbs.picture": False,
+    "negatives.bank.kind": "instance",
+    "negatives.mined.refresh_every": 5,
+}
+
+
+def test_a_finished_run_that_is_extended_is_the_longer_run(tiny, tmp_path):
+    train(tiny(**REFRESHED), tmp_path / "longer")
+    # Step 10 is the last: nothing is mined and no batch chosen after it, until it is extended.
+    train(tiny(**REFRESHED, steps=10), tmp_path / "extended")
+    assert train(tiny(**REFRESHED), tmp_path / "extended")["steps"] == 20
+    assert differences(tiny(**REFRESHED), tmp_path / "extended", tmp_path / "longer") == []
+
+
+def test_a_run_of_a_falling_learning_rate_is_not_extended(tiny, uninterrupted):
+    workdir, _ = uninterrupted
+    with pytest.raises(ValueError, match=r"steps is 30 here and 20 there \(optimizer.schedule dep"):
+        train(tiny(steps=30), workdir)
+
+
+@pytest.mark.parametrize("lost", ["config.json", "data.json", "run.json", "all"])
+def test_a_finished_run_whose_small_files_are_lost_is_still_that_run(
+    tiny, uninterrupted, tmp_path, lost
+):
+    workdir = shutil.copytree(uninterrupted[0], tmp_path / "workdir")
+    for name in ["config.json", "data.json", "run.json"] if lost == "all" else [lost]:
+        (workdir / name).unlink()
+    with pytest.raises(ValueError, match="another config: seed is 1 here and 0 there"):
+        train(tiny(seed=1), workdir)
+    assert train(tiny(), workdir) == uninterrupted[1]
+    assert differences(tiny(), workdir, uninterrupted[0]) == []
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over(tiny, uninterrupted, tmp_path):
+    workdir = shutil.copytree(uninterrupted[0], tmp_path / "workdir")
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"step 20 was saved in .* no checkpoint is"):
+        train(tiny(), workdir)
+    assert unclocked(workdir) == unclocked(uninterrupted[0])
+
+
+def test_a_start_that_fails_after_its_data_are_prepared_leaves_no_workdir(tiny, tmp_path):
+    with pytest.raises(ValueError, match="fewer than one batch"):
+        train(tiny(global_batch_size=8 * 10**6), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_without_allowed_negatives_is_a_warning(tiny, tmp_path, capsys):
+    train(tiny(**{"loss.margin": 2.0, "steps": 2}), tmp_path)
+    warned = " ".join(capsys.readouterr().err.split())
+    assert warned.count("the gradient of step 1 is 0") == 1
+    assert "the gradient of step 2" not in warned
+
+
+def test_learning_rates_are_computed_for_as_many_steps_as_there_are():
+    rate_of = _RatesByStep(lambda step: 1e-3 * step)
+    for step in (0, 65_535, 65_536, 2**31 - 2, 7):
+        assert rate_of(step) == pytest.approx(1e-3 * step)

@@ -1,5 +1,6 @@
 """The data of a run: found or made once, then the same for as long as its workdir lives."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,9 +22,29 @@ from jaxcl.settings.derived import data_set_names
 from jaxcl.settings.sections import CodePairsSettings, DataSettings
 from jaxcl.typing import Int
 
-__all__ = ["RememberedData", "RunData", "prepare_data", "read_remembered_data"]
+__all__ = [
+    "RememberedData",
+    "RunData",
+    "prepare_data",
+    "read_remembered_data",
+    "remembered_from",
+]
 
 DATA_FILE = "data.json"
+_FILES = ("negatives", "guides", "topics")
+
+
+class RememberedData(NamedTuple):
+    """The rows that a run began with.
+
+    Attributes:
+      data_set: a TFDS name, or the folder of a prepared data set.
+      fingerprints: role -> the fingerprint of its rows; also those of the files of negatives,
+        guides and topics.
+    """
+
+    data_set: str
+    fingerprints: dict[str, str]
 
 
 class RunData(NamedTuple):
@@ -37,6 +58,7 @@ class RunData(NamedTuple):
       guides: the training rows' embeddings by a judge, or `None`.
       topics: the training rows' topics, or `None`.
       data_sets: names of the data sets of the training rows, in order.
+      remembered: the data set and the fingerprints of all of this.
     """
 
     sources: Mapping[str, PairSource]
@@ -46,6 +68,7 @@ class RunData(NamedTuple):
     guides: RowGuides | None = None
     topics: RowTopics | None = None
     data_sets: tuple[str, ...] = ()
+    remembered: RememberedData = RememberedData("", {})
 
     def source_of_row(self, by: str) -> Int[np.ndarray, " n"]:
         """The number of what each training row comes from: `"group"`, `"data_set"` or `"topic"`.
@@ -64,18 +87,6 @@ class RunData(NamedTuple):
         raise ValueError(f"the training rows have no {by!r}")
 
 
-class RememberedData(NamedTuple):
-    """The rows that a run began with.
-
-    Attributes:
-      data_set: a TFDS name, or the folder of a prepared data set.
-      fingerprints: role -> the fingerprint of its rows.
-    """
-
-    data_set: str
-    fingerprints: dict[str, str]
-
-
 def read_remembered_data(workdir: Path) -> RememberedData | None:
     """Read `data.json` of a workdir, or return None if there is none yet.
 
@@ -85,10 +96,22 @@ def read_remembered_data(workdir: Path) -> RememberedData | None:
     path = workdir / DATA_FILE
     if not path.exists():
         return None
-    content = read_json_object(path)
-    data_set, fingerprints = content.get("data_set"), content.get("fingerprints")
+    return remembered_from(path, read_json_object(path))
+
+
+def remembered_from(where: Path, content: Any) -> RememberedData:
+    """The fields of `RememberedData` in an object that was stored in a file.
+
+    Raises:
+      ValueError: if they are not there, or of other types.
+    """
+    fields = content if isinstance(content, dict) else {}
+    data_set, fingerprints = fields.get("data_set"), fields.get("fingerprints")
     if not isinstance(data_set, str) or not isinstance(fingerprints, dict):
-        raise ValueError(f"{path} is damaged (it lacks the data set or its fingerprints)")
+        raise ValueError(
+            f"{where} is damaged (it lacks the data set or its fingerprints); restore it from a "
+            "copy, or train again in another --workdir"
+        )
     return RememberedData(data_set, fingerprints)
 
 
@@ -99,11 +122,12 @@ def prepare_data(
     workdir: Path,
     scored: bool = False,
     open_source: Callable[[str], PairSource] | None = None,
+    saved: RememberedData | None = None,
 ) -> RunData:
     """Open the splits of a run and their tables, and prepare them first if necessary.
 
     The workdir remembers which rows it began with (`data.json`) and its tokenizer
-    (`tokenizer.json`). A run that goes on reads those, whatever has been installed since.
+    (`tokenizer.json`). A resumed run reads those, whatever has been installed since.
 
     Args:
       data: the run's.
@@ -111,11 +135,16 @@ def prepare_data(
       workdir: the run's own folder.
       scored: whether the negatives' file must have a teacher's scores.
       open_source: role -> its pairs, where they are not those of a prepared data set.
+      saved: what the newest checkpoint was trained on; `data.json` is written again if it is lost.
 
     Raises:
       ValueError: if a split is missing or empty, or the rows of an earlier start are gone.
     """
-    name = _data_set(data, data_dir=data_dir, workdir=workdir)
+    before = saved
+    if before is None:
+        with contextlib.suppress(ValueError):  # no step was saved, so that a damaged one is no loss
+            before = read_remembered_data(workdir)
+    name = _data_set(data, data_dir=data_dir, before=before)
     sources = open_splits(data, name, data_dir=data_dir, open_source=open_source)
     fingerprints = {role: source.fingerprint for role, source in sources.items()}
     rows: dict[str, Any] = {"num_rows": len(sources["train"]), "source": fingerprints["train"]}
@@ -129,14 +158,16 @@ def prepare_data(
     if data.topics is not None:
         topics = read_topics(Path(data.topics).expanduser(), **rows)
         fingerprints["topics"] = topics.fingerprint
-    _remember(workdir, fingerprints, name)
+    remembered = RememberedData(name, fingerprints)
+    _check_same_rows(workdir, before, remembered)
+    _write_remembered(workdir, remembered)
     tables = open_tables(data, sources, data_dir=data_dir, workdir=workdir)
     readers = build_readers(data, workdir)
     names = data_set_names(data)
-    return RunData(sources, tables, readers, negatives, guides, topics, names)
+    return RunData(sources, tables, readers, negatives, guides, topics, names, remembered)
 
 
-def _data_set(data: DataSettings, *, data_dir: Path, workdir: Path) -> str:
+def _data_set(data: DataSettings, *, data_dir: Path, before: RememberedData | None) -> str:
     """The TFDS name, or the folder, that holds the rows of this run."""
     if data.name is None:
         raise ValueError(
@@ -144,22 +175,33 @@ def _data_set(data: DataSettings, *, data_dir: Path, workdir: Path) -> str:
         )
     if data.name != "code_pairs":
         return data.name
-    remembered = read_remembered_data(workdir)
-    if remembered is not None and Path(remembered.data_set).exists():
-        return remembered.data_set
+    if before is not None and Path(before.data_set).exists():
+        return before.data_set
     options = (data.code_pairs or CodePairsSettings())._asdict()
     return str(prepare_code_pairs(data_dir, **options).directory)
 
 
-def _remember(workdir: Path, fingerprints: dict[str, str], name: str) -> None:
-    before = read_remembered_data(workdir)
-    if before is not None:
-        if before.fingerprints != fingerprints:
-            raise ValueError(
-                f"the rows that the run in {workdir} began with are gone (the installed packages "
-                "have changed and its prepared data were removed, or data.negatives, data.guides "
-                "or data.topics has changed); start again with another --workdir"
-            )
+def _check_same_rows(workdir: Path, before: RememberedData | None, now: RememberedData) -> None:
+    if before is None:
         return
-    path = workdir / DATA_FILE
-    write_whole(path, json.dumps({"data_set": name, "fingerprints": fingerprints}, indent=2))
+    names = sorted(before.fingerprints.keys() | now.fingerprints.keys())
+    differ = [n for n in names if before.fingerprints.get(n) != now.fingerprints.get(n)]
+    files = [f"data.{name}" for name in differ if name in _FILES]
+    reasons = [f"the file of {', '.join(files)} has changed"] if files else []
+    if roles := [name for name in differ if name not in _FILES]:
+        reasons.append(
+            f"{now.data_set} holds other rows for {', '.join(roles)} (a data set was replaced, or "
+            "its prepared rows were removed and the installed packages have changed)"
+        )
+    if reasons:
+        raise ValueError(
+            f"the run in {workdir} was trained on other data: {'; '.join(reasons)}. Put them back, "
+            "or start again with another --workdir"
+        )
+
+
+def _write_remembered(workdir: Path, remembered: RememberedData) -> None:
+    with contextlib.suppress(ValueError):
+        if read_remembered_data(workdir) == remembered:
+            return
+    write_whole(workdir / DATA_FILE, json.dumps(remembered._asdict(), indent=2) + "\n")

@@ -3,9 +3,12 @@
 Orbax commits atomically, but it loads flipped bits without a word and never falls back by itself.
 So each checkpoint carries a checksum of every array, taken on the devices before the save and
 again after the load. A checksum does not depend on how its array is sharded, so that a run may
-move to another mesh. Beside the checkpoints lies a list of their files and sizes: a file that is
-missing or cut is found before anything is loaded, since of several processes those that can read
-their parts would wait five minutes for the one that cannot.
+move to another mesh. A list of the checkpoints' files and sizes lies next to their folder: a file
+that is missing or cut is found before anything is loaded, since of several processes those that can
+read their parts would wait five minutes for the one that cannot.
+
+Each checkpoint also carries a record of its run and its step (`saved_record`), so that a checkpoint
+of another run, or a folder that was renamed to another step, is never restored.
 """
 
 import contextlib
@@ -13,7 +16,7 @@ import functools
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +27,6 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from jaxcl.host.command import UserError
 from jaxcl.host.files import write_whole
 from jaxcl.host.processes import (
     PeerError,
@@ -34,20 +36,30 @@ from jaxcl.host.processes import (
     of_lost_process,
     together,
 )
+from jaxcl.run.checkpoint_record import (
+    RECORD,
+    CheckpointError,
+    check_none_lost,
+    known_sizes,
+    saved_record,
+    sealed,
+    sizes_file,
+    sizes_of,
+)
 from jaxcl.typing import Array, Integer, PyTree
 
-__all__ = ["CheckpointError", "Checkpoints", "Restored", "checksum"]
+__all__ = ["Checkpoints", "Restored", "checksum"]
 
-
-class CheckpointError(UserError):
-    """A checkpoint could not be written, or none of those there can be read."""
+_REGISTRY = ocp.handlers.local_registry(include_global_registry=True)
+_REGISTRY.add(ocp.handlers.JsonHandler, checkpointable_name=RECORD)
 
 
 class Restored(NamedTuple):
-    """A state read back, the step it was saved at, and the damaged steps passed over for it."""
+    """A state read back, the step it was saved at, its record, and the damaged steps after it."""
 
     state: PyTree
     step: int
+    record: Mapping[str, Any]
     damaged_steps: tuple[int, ...]
 
 
@@ -68,7 +80,7 @@ class Checkpoints:
         if keep < 2:
             raise ValueError(f"keep={keep} leaves nothing to fall back to; keep at least 2")
         self.directory = Path(directory).absolute()
-        self._sizes = self.directory.with_name(f"{self.directory.name}.sizes.json")
+        self._sizes = sizes_file(self.directory)
         self._read_only = read_only
         self._saving: tuple[int, Any] | None = None
         for logger in ("absl", "asyncio"):
@@ -99,8 +111,13 @@ class Checkpoints:
         """Steps that are there, oldest first."""
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
-    def save(self, step: int, state: PyTree) -> None:
+    def save(self, step: int, state: PyTree, record: Mapping[str, Any] | None = None) -> None:
         """Saves in the background; the state may be donated at once.
+
+        Args:
+          step: of the state.
+          state: the arrays.
+          record: what the checkpoint says of its run, as JSON's types.
 
         Raises:
           CheckpointError: if the save before this one failed, or this one at its start.
@@ -108,7 +125,10 @@ class Checkpoints:
         self.wait()
         self._note_sizes(step, None)  # of an earlier one of that step
         items = {"state": state, "checksums": _checksums(state)}
-        with _explained(f"cannot save step {step} to {self.directory}"):
+        items[RECORD] = sealed({**(record or {}), "step": step})
+        context = ocp.Context()
+        context.checkpointables.registry = _REGISTRY
+        with _explained(f"cannot save step {step} to {self.directory}"), context:
             response = self._checkpointer.save_checkpointables_async(step, items, force=True)
         self._saving = (step, response)
 
@@ -130,65 +150,74 @@ class Checkpoints:
             raise
         self._note_sizes(step, self.directory / str(step))
 
-    def restore_latest(self, abstract_state: PyTree, *, partial: bool = False) -> Restored | None:
+    def restore_latest(
+        self,
+        abstract_state: PyTree,
+        *,
+        partial: bool = False,
+        check: Callable[[Mapping[str, Any]], None] = lambda record: None,
+    ) -> Restored | None:
         """The newest state that is whole, or `None` where nothing was ever saved.
 
-        Damaged ones are moved aside, beside the directory, with a warning that says why, and the
-        one before is tried.
+        Damaged checkpoints are moved aside, next to the directory, with a warning that says why,
+        and the one before is tried.
 
         Args:
           abstract_state: the state's `jax.ShapeDtypeStruct`s, with the shardings to restore into;
             `...` in place of an array that is not wanted, and that stays so in the result.
           partial: whether `abstract_state` may be a part of the state, as nested dicts; what it
             leaves out is not read.
+          check: raises a `ValueError` for a record of another run.
 
         Raises:
-          CheckpointError: if there are checkpoints and none can be read.
+          CheckpointError: if there are checkpoints and none can be read, or if there are none
+            although some were saved.
+          ValueError: of `check`.
         """
         damaged: dict[int, str] = {}
-        # Those that the first process sees: a shared file system may be late with the newest.
+        # As process 0 sees them: a shared file system may show the newest late.
         for step in reversed(first_of_all(self.steps)):
             try:
                 together(functools.partial(self._check_sizes, step))
+                record = together(functools.partial(saved_record, self.directory / str(step)))
+                together(functools.partial(check, record))
                 load = functools.partial(self._load, step, abstract_state, partial=partial)
                 state = together(load)
             except (CheckpointError, PeerError) as error:
+                if self._read_only and not (self.directory / str(step)).exists():
+                    self._checkpointer.reload()  # the run has just removed it for newer ones
+                    return self.restore_latest(abstract_state, partial=partial, check=check)
                 damaged[step] = str(error)
                 continue
             self._set_aside(damaged, restored_step=step)
-            return Restored(state, step, tuple(damaged))
+            return Restored(state, step, record, tuple(damaged))
         if damaged:
             listed = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
             raise CheckpointError(
                 f"none of the checkpoints in {self.directory} can be read ({listed}); restore "
                 "that folder from a copy, or start again with another --workdir"
             )
+        together(functools.partial(check_none_lost, self.directory))
         return None
-
-    def _known_sizes(self) -> dict[str, dict[str, int]]:
-        try:
-            return json.loads(self._sizes.read_text())
-        except (OSError, ValueError):  # saved by a process that was killed right after
-            return {}
 
     def _note_sizes(self, step: int, directory: Path | None) -> None:
         """Lists the files of a step, or forgets them, and those of steps that are gone."""
         if jax.process_index() != 0:
             return
-        before = self._known_sizes()
+        before = known_sizes(self._sizes)
         noted = {name: before[name] for name in map(str, self.steps) if name in before}
         noted.pop(str(step), None)
         with contextlib.suppress(OSError):  # it is a help, no part of the checkpoint
             if directory is not None:
-                noted[str(step)] = _sizes_of(directory)
+                noted[str(step)] = sizes_of(directory)
             if noted != before:
                 write_whole(self._sizes, json.dumps(noted))
 
     def _check_sizes(self, step: int) -> None:
         if jax.process_index() != 0:
             return
-        sizes = _sizes_of(self.directory / str(step))
-        for name, size in self._known_sizes().get(str(step), {}).items():
+        sizes = sizes_of(self.directory / str(step))
+        for name, size in known_sizes(self._sizes).get(str(step), {}).items():
             if sizes.get(name) != size:
                 found = f"has {sizes[name]} bytes of" if name in sizes else "is missing, of"
                 raise CheckpointError(f"its file {name} {found} {size}")
@@ -283,12 +312,6 @@ def _abstract_checksum(leaf: Any) -> Any:
         return ...
     whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
     return jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
-
-
-def _sizes_of(directory: Path) -> dict[str, int]:
-    """Bytes of each file, by its path inside."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.stat().st_size for path in files}
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Opens a run that has been trained, for search, mining and topics: its encoder, and its data."""
 
+import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,22 +10,23 @@ import jax
 import numpy as np
 
 from jaxcl.data.modalities import build_readers, modality_of, open_tables
-from jaxcl.data.prepare import read_remembered_data
+from jaxcl.data.prepare import RememberedData, read_remembered_data, remembered_from
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import open_splits
 from jaxcl.data.table import Table
 from jaxcl.host.progress import progress_bar
 from jaxcl.models import Towers
 from jaxcl.ops.mesh import make_mesh, replicated_sharding
-from jaxcl.run.checkpoint import Checkpoints, checksum
+from jaxcl.run.checkpoint import Checkpoints, Restored, checksum
+from jaxcl.run.checkpoint_record import check_none_lost
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.training import build_towers
-from jaxcl.run.workdir import read_config
+from jaxcl.run.workdir import CHECKPOINTS, check_saved_settings, read_config
 from jaxcl.settings.parts import Trust, is_function_name
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
 from jaxcl.step.embedder import make_embedder
-from jaxcl.typing import SIDES, Float, PyTree
+from jaxcl.typing import SIDES, Float
 
 __all__ = ["OpenedRun", "open_run"]
 
@@ -120,42 +123,57 @@ def open_run(workdir: Path, *, trust: Trust = ()) -> OpenedRun:
     """
     workdir = Path(workdir)
     settings = read_settings(read_config(workdir), trust=trust)
-    remembered = read_remembered_data(workdir)
-    if remembered is None:
-        raise ValueError(_train_first(f"the run in {workdir} has not opened its data yet"))
     mesh = make_mesh({"data": -1})  # the present devices, whatever the run's were
     towers = build_towers(settings)
-    params, step = _newest_params(towers, workdir, mesh)
+    restored = _newest_params(towers, settings, workdir, mesh)
+    params = restored.state["params"]["towers"]
+    saved = remembered_from(workdir / CHECKPOINTS, restored.record.get("data"))
     embedder = make_embedder(towers.encode, mesh, batch_size=settings.evaluation.batch_size)
-    roles = set(settings.data.splits)
     made_from = {
-        "step": step,
+        "step": restored.step,
         # A run that was trained again from nothing passes the same steps.
         "parameters": [int(checksum(leaf)) for leaf in jax.tree.leaves(params)],
         "inputs": {side: modality_of(settings.data, side).fingerprint(workdir) for side in SIDES},
         "fingerprints": {
-            role: value for role, value in remembered.fingerprints.items() if role in roles
+            role: value
+            for role, value in saved.fingerprints.items()
+            if role in settings.data.splits
         },
     }
     encoder = Encoder(mesh, towers, embedder, params, build_readers(settings.data, workdir))
-    return OpenedRun(workdir, settings, encoder, remembered.data_set, made_from)
+    return OpenedRun(workdir, settings, encoder, _data_set(workdir, saved), made_from)
 
 
-def _newest_params(towers: Towers, workdir: Path, mesh: jax.sharding.Mesh) -> tuple[PyTree, int]:
+def _newest_params(
+    towers: Towers, settings: Settings, workdir: Path, mesh: jax.sharding.Mesh
+) -> Restored:
     """The parameters of the towers alone: nothing else of the state is read."""
     whole = replicated_sharding(mesh)
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
         jax.eval_shape(towers.init, jax.random.key(0)),
     )
-    directory = workdir / "checkpoints"
+    directory = workdir / CHECKPOINTS
+    restored = None
     if directory.is_dir():
         with Checkpoints(directory, read_only=True) as checkpoints:
-            restored = checkpoints.restore_latest({"params": {"towers": abstract}}, partial=True)
-        if restored is not None:
-            return restored.state["params"]["towers"], restored.step
-    raise ValueError(_train_first(f"the run in {workdir} has saved no checkpoint yet"))
+            restored = checkpoints.restore_latest(
+                {"params": {"towers": abstract}},
+                partial=True,
+                check=functools.partial(check_saved_settings, workdir, settings),
+            )
+    if restored is None:
+        check_none_lost(directory)
+        raise ValueError(
+            f"the run in {workdir} has saved no checkpoint yet; train first: "
+            "python -m jaxcl.train --config … --workdir …"
+        )
+    return restored
 
 
-def _train_first(why: str) -> str:
-    return f"{why}; train first: python -m jaxcl.train --config … --workdir …"
+def _data_set(workdir: Path, saved: RememberedData) -> str:
+    """The data set of a run; `data.json` may name the folder to which it was moved."""
+    with contextlib.suppress(ValueError):
+        if (remembered := read_remembered_data(workdir)) is not None:
+            return remembered.data_set
+    return saved.data_set

@@ -2,17 +2,22 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxcl.data.modalities import MODALITIES
+from jaxcl.data.prepare import DATA_FILE
 from jaxcl.host.files import read_json_object, write_whole
+from jaxcl.run.checkpoint_record import check_none_lost, newest_record
+from jaxcl.run.identity import differences, jax_flags, migrated, settings_differences
+from jaxcl.run.metric_writer import METRICS_FILE
 from jaxcl.settings.read import as_dict
-from jaxcl.settings.section_reader import read_section
-from jaxcl.settings.sections import AssignmentSettings, Settings
+from jaxcl.settings.sections import Settings
 
 try:
     import fcntl
@@ -20,15 +25,19 @@ except ImportError:  # on Windows nothing keeps two runs apart
     fcntl = None  # type: ignore[assignment] # asked for before each use
 
 __all__ = [
+    "CHECKPOINTS",
+    "check_saved_flags",
+    "check_saved_settings",
     "claim_workdir",
-    "fields_of",
     "lock_workdir",
     "read_config",
+    "workdir_id",
 ]
 
-_MAY_CHANGE = "run"
-
 CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+ID_FILE = "run.json"
+LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
@@ -44,7 +53,7 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
         return
     with _explained(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
+        lock = (workdir / LOCK_FILE).open("w")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,35 +65,105 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
         yield
 
 
-def claim_workdir(workdir: Path, settings: Settings) -> None:
+@contextlib.contextmanager
+def emptied_unless_begun(workdir: Path) -> Iterator[None]:
+    """Removes what a new run has written to its folder if it fails before its first record.
+
+    A folder that held a run before is left as it is.
+    """
+    is_new = not (workdir / CONFIG_FILE).exists()
+    try:
+        yield
+    except BaseException:
+        if is_new and jax.process_index() == 0 and not _has_begun(workdir):
+            _remove_run(workdir)
+        raise
+
+
+def _has_begun(workdir: Path) -> bool:
+    metrics = workdir / METRICS_FILE
+    return _has_checkpoint(workdir) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _remove_run(workdir: Path) -> None:
+    prepared = [name for modality in MODALITIES.values() for name in modality.files]
+    for name in (CONFIG_FILE, ID_FILE, DATA_FILE, METRICS_FILE, LOCK_FILE, *prepared):
+        with contextlib.suppress(OSError):
+            (workdir / name).unlink()
+    shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
+    for directory in (workdir / CHECKPOINTS, workdir):
+        with contextlib.suppress(OSError):  # where there are files of the user
+            directory.rmdir()
+
+
+def claim_workdir(workdir: Path, settings: Settings) -> Mapping[str, Any] | None:
     """Makes a run's folder, or checks that it belongs to these settings.
 
-    What stands under `run` (cadences, mesh, folders) may differ from earlier starts: it does not
-    change what the run computes. Before the first checkpoint nothing is lost by other settings:
-    then the folder becomes theirs.
+    The newest checkpoint says which settings the run has, whatever became of `config.json`. Before
+    the first checkpoint nothing is lost by other settings: the folder then becomes theirs.
+
+    Returns:
+      The record of the newest checkpoint (`run_record`), or None before the first.
 
     Raises:
       ValueError: if a run of other settings has saved a step there, with the fields that differ.
+      CheckpointError: if its checkpoints are gone.
       PermissionError: if it cannot be written.
     """
     workdir = Path(workdir)
-    path = workdir / CONFIG_FILE
     with _explained(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            before = read_section(Settings, _migrated(_read_json(path)))
-            if different := _differences(fields_of(before), fields_of(settings)):
-                if _has_checkpoint(workdir):
-                    raise ValueError(
-                        f"the workdir {workdir} belongs to another config: "
-                        f"{'; '.join(different)}. Choose another --workdir, or take the settings "
-                        "back"
-                    )
-                prepared = [name for modality in MODALITIES.values() for name in modality.files]
-                for name in ("data.json", *prepared):
-                    (workdir / name).unlink(missing_ok=True)
+        check_none_lost(workdir / CHECKPOINTS)
+        record = newest_record(workdir / CHECKPOINTS)
+        if record is not None:
+            check_saved_settings(workdir, settings, record)
+            check_saved_flags(workdir, record)
+        elif (workdir / CONFIG_FILE).exists():
+            _replace_other_config(workdir, settings)
         if jax.process_index() == 0:
-            write_whole(path, json.dumps(as_dict(settings), indent=2) + "\n")
+            write_whole(workdir / CONFIG_FILE, json.dumps(as_dict(settings), indent=2) + "\n")
+            if not (workdir / ID_FILE).exists():
+                write_whole(workdir / ID_FILE, json.dumps({"id": uuid.uuid4().hex}) + "\n")
+    return record
+
+
+def workdir_id(workdir: Path) -> str:
+    """The id of a claimed workdir, by which processes know that they share it.
+
+    Raises:
+      ValueError: if there is none, as where another process has claimed another folder.
+    """
+    path = Path(workdir) / ID_FILE
+    if not path.exists():
+        raise ValueError(
+            f"process {jax.process_index()} does not find {path}, which process 0 wrote; give all "
+            "processes the same --workdir, on a file system that they share"
+        )
+    return str(read_json_object(path).get("id"))
+
+
+def check_saved_settings(workdir: Path, settings: Settings, record: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` if a checkpoint's record names other settings."""
+    try:
+        different = settings_differences(
+            record.get("settings", {}), settings, saved_step=record["step"]
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"the checkpoints in {workdir} are those of another version of jaxcl ({error}); choose "
+            "another --workdir"
+        ) from error
+    if different:
+        raise ValueError(_of_another_config(workdir, different))
+
+
+def check_saved_flags(workdir: Path, record: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` if a checkpoint was saved with other flags of JAX."""
+    if different := differences(record.get("flags", {}), jax_flags()):
+        raise ValueError(
+            f"the run in {workdir} was trained with other flags of JAX: {'; '.join(different)}. "
+            "Set them as they were, or choose another --workdir"
+        )
 
 
 def read_config(workdir: Path) -> Mapping[str, Any]:
@@ -98,33 +177,26 @@ def read_config(workdir: Path) -> Mapping[str, Any]:
         raise ValueError(
             f"there is no run in {workdir} (no {path.name}); give the --workdir that was trained"
         )
-    return _migrated(_read_json(path))
+    return migrated(_read_json(path))
 
 
-def _migrated(config: dict[str, Any]) -> dict[str, Any]:
-    """A config of an earlier version, with the names of this one."""
-    options = config.get("model", {}).get("options", {})
-    if "token_dropout" in options and "augmentation" not in config:
-        rate = options.pop("token_dropout")
-        config["augmentation"] = {"name": "token_dropout", "options": {"rate": rate}}
-    return config
+def _replace_other_config(workdir: Path, settings: Settings) -> None:
+    """Removes what a run of another config prepared, unless it has saved a step."""
+    saved = _read_json(workdir / CONFIG_FILE)
+    different = settings_differences(saved, settings, saved_step=None)
+    if different and _has_checkpoint(workdir):
+        raise ValueError(_of_another_config(workdir, different))
+    if different:
+        prepared = [name for modality in MODALITIES.values() for name in modality.files]
+        for name in (DATA_FILE, *prepared):
+            (workdir / name).unlink(missing_ok=True)
 
 
-def fields_of(settings: Settings) -> dict[str, Any]:
-    """The settings that decide what a run computes, by dotted name.
-
-    They are all except those under `run`, and those of assignments that the run does not use.
-    """
-    unused = tuple(
-        f"assignment.{name}."
-        for name in AssignmentSettings._fields
-        if name not in ("name", settings.assignment.name)
+def _of_another_config(workdir: Path, different: Sequence[str]) -> str:
+    return (
+        f"the workdir {workdir} belongs to another config: {'; '.join(different)}. Choose another "
+        "--workdir, or take the settings back"
     )
-    return {
-        field: value
-        for field, value in _flat(as_dict(settings))
-        if field.split(".")[0] != _MAY_CHANGE and not field.startswith(unused)
-    }
 
 
 @contextlib.contextmanager
@@ -153,22 +225,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _has_checkpoint(workdir: Path) -> bool:
-    checkpoints = workdir / "checkpoints"
+    checkpoints = workdir / CHECKPOINTS
     return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The fields in which two runs differ; one that is unset is one that is not there."""
-    return [
-        f"{field} is {now.get(field, 'nothing')} here and {before.get(field, 'nothing')} there"
-        for field in sorted(before.keys() | now.keys())
-        if before.get(field) != now.get(field)
-    ]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -114,9 +114,18 @@ def _warmup_cosine(peak: float, *, warmup_steps: int, steps: int) -> optax.Sched
     )
 
 
-SCHEDULES: Mapping[str, Part] = {"warmup_cosine": Part(_warmup_cosine, None)}
+def _warmup_constant(peak: float, *, warmup_steps: int, steps: int) -> optax.Schedule:
+    del steps  # so that a finished run can be extended
+    return optax.schedules.warmup_constant_schedule(0.0, peak, warmup_steps)
+
+
+SCHEDULES: Mapping[str, Part] = {
+    "warmup_cosine": Part(_warmup_cosine, None),
+    "warmup_constant": Part(_warmup_constant, None),
+}
 """Schedules by `config.optimizer.schedule`: `(peak, *, warmup_steps, steps) -> optax.Schedule`.
-`"warmup_cosine"` rises linearly and falls to zero along a cosine."""
+Both rise linearly. `"warmup_cosine"` then falls to zero along a cosine; `"warmup_constant"` keeps
+the peak, so that a finished run can be extended by more `steps`."""
 
 
 def option_fields(registry: Mapping[str, AnyPart]) -> ConfigDict:

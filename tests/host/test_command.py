@@ -18,7 +18,7 @@ from jaxcl.host.command import UserError, run_command
 from jaxcl.host.command_flags import CommandParser, user_path
 from jaxcl.host.command_names import commands
 from jaxcl.host.processes import Stopped, stop_requests
-from jaxcl.run.checkpoint import CheckpointError
+from jaxcl.run.checkpoint_record import CheckpointError
 from jaxcl.run.reports import DivergenceError
 
 ROOT = Path(__file__).parents[2]

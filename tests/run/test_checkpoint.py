@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcl.host.processes import PeerError
 from jaxcl.ops.mesh import make_mesh
-from jaxcl.run.checkpoint import CheckpointError, Checkpoints, _explained, checksum
+from jaxcl.run.checkpoint import Checkpoints, _explained, checksum
+from jaxcl.run.checkpoint_record import CheckpointError, check_none_lost, newest_record
 from tests.helpers import bits
 
 pytestmark = [
@@ -117,6 +118,88 @@ DAMAGES = {
     "no manifest": lambda step: (step / "state" / "manifest.ocdbt").unlink(),
     "no checksums": lambda step: shutil.rmtree(step / "checksums"),
 }
+
+
+def test_a_checkpoint_keeps_its_record(tmp_path):
+    record = {"settings": {"seed": 3, "names": ["ä", None], "rate": 0.1}}
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(5, make_state(5), record)
+    assert restore(tmp_path / "checkpoints").record == {**record, "step": 5}
+    assert newest_record(tmp_path / "checkpoints") == {**record, "step": 5}
+
+
+def test_the_state_of_another_run_is_not_restored(tmp_path):
+    def check(record):
+        raise ValueError(f"of another run: step {record['step']}")
+
+    save_steps(tmp_path / "checkpoints", 1, 2)
+    with (
+        Checkpoints(tmp_path / "checkpoints") as checkpoints,
+        pytest.raises(ValueError, match="of another run: step 2"),
+    ):
+        checkpoints.restore_latest(abstract(make_state(0)), check=check)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_a_folder_that_was_renamed_to_a_later_step_is_set_aside(tmp_path, caplog):
+    directory = tmp_path / "checkpoints"
+    save_steps(directory, 3, 5)
+    (directory / "3").rename(directory / "900")
+    restored = restore(directory)
+    assert (restored.step, restored.damaged_steps) == (5, (900,))
+    assert "it holds step 3: its folder was renamed" in caplog.text
+    with Checkpoints(directory) as checkpoints:  # a later step is not taken for an older one
+        checkpoints.save(7, make_state(7))
+    assert restore(directory).step == 7
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_text("[]"),
+        lambda path: path.write_text("{}"),
+        lambda path: path.write_text(path.read_text().replace('"seed": 3', '"seed": 4')),
+        lambda path: path.write_text('{"record": [5], "sha256": ""}'),
+    ],
+    ids=["gone", "a list", "empty", "changed", "retyped"],
+)
+def test_a_damaged_record_is_a_damaged_checkpoint(tmp_path, damage):
+    directory = tmp_path / "checkpoints"
+    with Checkpoints(directory) as checkpoints:
+        for step in (3, 5):
+            checkpoints.save(step, make_state(step), {"seed": 3})
+    damage(directory / "5" / "record" / "data.json")
+    assert newest_record(directory)["step"] == 3
+    restored = restore(directory)
+    assert (restored.step, restored.damaged_steps) == (3, (5,))
+
+
+@pytest.mark.parametrize("lose", [shutil.rmtree, lambda path: shutil.rmtree(path / "5")])
+def test_checkpoints_that_are_gone_do_not_start_a_run_over(tmp_path, lose):
+    directory = tmp_path / "checkpoints"
+    save_steps(directory, 5)
+    lose(directory)
+    for use in (lambda: restore(directory), lambda: check_none_lost(directory)):
+        with pytest.raises(CheckpointError, match=r"step 5 was saved in .* mount that.* delete "):
+            use()
+    directory.with_name("checkpoints.sizes.json").unlink()  # as the message says
+    assert restore(directory) is None
+
+
+def test_a_checkpoint_that_the_run_removes_while_it_is_read_is_no_damage(tmp_path, monkeypatch):
+    directory = tmp_path / "checkpoints"
+    save_steps(directory, 3)
+    load = Checkpoints._load
+
+    def overtaken(self, step, *arguments, **options):
+        if step == 3:
+            save_steps(directory, 4, 5)  # which removes step 3
+        return load(self, step, *arguments, **options)
+
+    monkeypatch.setattr(Checkpoints, "_load", overtaken)
+    restored = restore(directory, read_only=True)
+    assert (restored.step, restored.damaged_steps) == (5, ())
 
 
 @pytest.mark.smoke

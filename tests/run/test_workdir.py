@@ -1,13 +1,23 @@
 """Workdirs: a folder belongs to one config, and its files are whole."""
 
+import contextlib
 import json
 import os
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from jaxcl.host.files import write_whole
-from jaxcl.run.workdir import claim_workdir, fields_of, lock_workdir, read_config
+from jaxcl.data.prepare import RememberedData
+from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.identity import fields_of, run_record
+from jaxcl.run.workdir import (
+    claim_workdir,
+    emptied_unless_begun,
+    lock_workdir,
+    read_config,
+    workdir_id,
+)
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
 
@@ -44,7 +54,7 @@ def test_a_claimed_workdir_tells_its_config(tmp_path):
     found = read_settings(read_config(workdir))
     assert found.model.dim == 64
     assert found == settings()
-    assert [path.name for path in workdir.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in workdir.iterdir()) == ["config.json", "run.json"]
 
 
 def test_the_same_config_claims_its_workdir_again(tmp_path):
@@ -161,7 +171,7 @@ def test_a_file_system_that_is_read_only_is_the_same_error(tmp_path, monkeypatch
     def read_only(*args, **kwargs):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", read_only)
+    monkeypatch.setattr("os.replace", read_only)
     with pytest.raises(PermissionError, match=r"\(Read-only file system\); make it writable"):
         claim_workdir(tmp_path, settings())
 
@@ -170,25 +180,6 @@ def test_a_folder_without_a_run_is_an_error_that_names_it(tmp_path):
     with pytest.raises(ValueError, match="there is no run in") as error:
         read_config(tmp_path)
     assert str(tmp_path) in str(error.value)
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    write_whole(path, "before")
-    write_bytes = type(path).write_bytes
-
-    def killed_halfway(self, text):
-        write_bytes(self, text[: len(text) // 2])
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as killed:
-        killed.setattr(type(path), "write_bytes", killed_halfway)
-        with pytest.raises(KeyboardInterrupt):
-            write_whole(path, "afterwards")
-    assert path.read_text() == "before"
-    write_whole(path, "afterwards")
-    assert path.read_text() == "afterwards"
-    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_settings_of_an_assignment_that_is_not_asked_for_change_nothing():
@@ -219,3 +210,93 @@ def test_a_config_of_before_augmentations_is_read(tmp_path):
     path.write_text(json.dumps(stored))
     augmentation = read_settings(read_config(tmp_path)).augmentation
     assert (augmentation.name, augmentation.options) == ("token_dropout", {"rate": 0.3})
+
+
+def run_record_of(settings: Settings):
+    return run_record(settings, RememberedData("pairs", {"train": "abc"}))
+
+
+def save(workdir, saved: Settings, *, step: int = 10) -> None:
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(step, {"weight": jnp.zeros(3)}, run_record_of(saved))
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"seed": 7}'])
+def test_the_checkpoint_says_whose_workdir_it_is_whatever_became_of_the_config(tmp_path, content):
+    claim_workdir(tmp_path, settings())
+    save(tmp_path, settings())
+    path = tmp_path / "config.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ValueError, match=r"another config: seed is 1 here and 0 there\. Choose"):
+        claim_workdir(tmp_path, settings(seed=1))
+    assert claim_workdir(tmp_path, settings()) == {**run_record_of(settings()), "step": 10}
+    assert read_settings(read_config(tmp_path)) == settings()
+
+
+def test_other_flags_of_jax_are_named(tmp_path):
+    save(tmp_path, settings())
+    with (
+        jax.enable_x64(True),
+        pytest.raises(ValueError, match="flags of JAX: jax_enable_x64 is True here and False"),
+    ):
+        claim_workdir(tmp_path, settings())
+    claim_workdir(tmp_path, settings())
+
+
+def test_settings_that_this_version_does_not_know_are_named(tmp_path):
+    record = run_record_of(settings())
+    record["settings"]["warp"] = 9
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(10, {"weight": jnp.zeros(3)}, record)
+    with pytest.raises(ValueError, match=r"another version of jaxcl \(warp is unknown"):
+        claim_workdir(tmp_path, settings())
+
+
+def test_processes_know_by_its_id_that_they_share_a_workdir(tmp_path):
+    for name in ("one", "other"):
+        claim_workdir(tmp_path / name, settings())
+    claim_workdir(tmp_path / "one", settings())
+    assert workdir_id(tmp_path / "one") != workdir_id(tmp_path / "other")
+    (tmp_path / "one").rename(tmp_path / "mounted elsewhere")
+    assert len(workdir_id(tmp_path / "mounted elsewhere")) == 32
+    with pytest.raises(ValueError, match="the same --workdir, on a file system that they share"):
+        workdir_id(tmp_path / "one")
+
+
+def fail_to_start(workdir) -> None:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        lock_workdir(workdir),
+        emptied_unless_begun(workdir),
+    ):
+        claim_workdir(workdir, settings())
+        for name in ("data.json", "tokenizer.json", "metrics.jsonl"):
+            (workdir / name).touch()
+        (workdir / "checkpoints").mkdir(exist_ok=True)
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        raise KeyboardInterrupt
+
+
+def test_a_failed_start_leaves_nothing(tmp_path):
+    fail_to_start(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_start_leaves_files_of_the_user(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    fail_to_start(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_failed_start_leaves_the_run_of_an_earlier_one(tmp_path):
+    claim_workdir(tmp_path, settings())
+    fail_to_start(tmp_path)
+    assert {"config.json", "data.json", "tokenizer.json"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_a_run_that_has_begun_is_left(tmp_path):
+    with contextlib.suppress(KeyboardInterrupt), emptied_unless_begun(tmp_path):
+        claim_workdir(tmp_path, settings())
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+        raise KeyboardInterrupt
+    assert (tmp_path / "config.json").exists()

@@ -1,0 +1,107 @@
+"""What lies with the arrays of a checkpoint: the record of its run, and the sizes of its files."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxcl.host.command import UserError
+from jaxcl.host.files import read_json_object
+
+__all__ = [
+    "RECORD",
+    "CheckpointError",
+    "check_none_lost",
+    "known_sizes",
+    "newest_record",
+    "saved_record",
+    "sealed",
+    "sizes_file",
+    "sizes_of",
+]
+
+RECORD = "record"
+"""The name of the record next to the state in a checkpoint."""
+
+_RECORD_FILE = Path(RECORD) / "data.json"  # as Orbax writes it
+
+
+class CheckpointError(UserError):
+    """A checkpoint could not be written, or none of those there can be read."""
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with its digest, as `saved_record` reads it."""
+    return {"record": dict(record), "sha256": _digest(record)}
+
+
+def saved_record(directory: Path) -> Mapping[str, Any]:
+    """The record of the checkpoint in a folder.
+
+    Raises:
+      CheckpointError: if it is damaged, or that of another step.
+    """
+    try:
+        content = read_json_object(directory / _RECORD_FILE)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"its record cannot be read: {error}") from error
+    record = content.get("record")
+    if not isinstance(record, dict) or content.get("sha256") != _digest(record):
+        raise CheckpointError(f"its record in {_RECORD_FILE} is damaged")
+    if record.get("step") != int(directory.name):
+        raise CheckpointError(f"it holds step {record.get('step')}: its folder was renamed")
+    return record
+
+
+def newest_record(directory: Path) -> Mapping[str, Any] | None:
+    """The record of the newest checkpoint whose record can be read, or `None` without any."""
+    for step in reversed(_steps_in(directory)):
+        with contextlib.suppress(CheckpointError):
+            return saved_record(directory / str(step))
+    return None
+
+
+def check_none_lost(directory: Path) -> None:
+    """Raise a `CheckpointError` if steps were saved in a folder that now has no checkpoint."""
+    file = sizes_file(directory)
+    noted = known_sizes(file)
+    if noted and not _steps_in(directory):
+        raise CheckpointError(
+            f"step {max(map(int, noted))} was saved in {directory}, but no checkpoint is there; if "
+            "it lies on another volume, mount that, or restore it from a copy. To start over from "
+            f"nothing, delete {file}"
+        )
+
+
+def sizes_file(directory: Path) -> Path:
+    """Where the sizes of the checkpoints in a folder are noted."""
+    return directory.with_name(f"{directory.name}.sizes.json")
+
+
+def known_sizes(path: Path) -> dict[str, dict[str, int]]:
+    """Step -> the bytes of each file; a damaged file is as good as none."""
+    try:
+        content = read_json_object(path)
+    except (OSError, ValueError):  # the process was killed right after its first save
+        return {}
+    return {
+        step: sizes for step, sizes in content.items() if step.isdigit() and isinstance(sizes, dict)
+    }
+
+
+def sizes_of(directory: Path) -> dict[str, int]:
+    """Bytes of each file, by its path inside."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.stat().st_size for path in files}
+
+
+def _steps_in(directory: Path) -> list[int]:
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,189 @@
+"""What identifies a run: the settings, data and flags of JAX that decide the bits of its result.
+
+Every checkpoint carries a record of these, so that a state is never resumed as another run's.
+"""
+
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcl.data.prepare import RememberedData
+from jaxcl.settings.derived import gcbs_rule
+from jaxcl.settings.read import as_dict
+from jaxcl.settings.section_reader import read_section
+from jaxcl.settings.sections import AssignmentSettings, Settings
+from jaxcl.typing import Int
+
+__all__ = [
+    "differences",
+    "fields_of",
+    "jax_flags",
+    "migrated",
+    "process_report",
+    "run_record",
+    "settings_differences",
+]
+
+# Read by the evaluation and by the host alone.
+_MAY_CHANGE = ("run.", "evaluation.methods", "evaluation.rrf_k")
+
+_FLAGS = ("jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers")
+
+
+def fields_of(settings: Settings) -> dict[str, Any]:
+    """The settings that decide what a run computes, by dotted name.
+
+    These are all except cadences, mesh and folders (`run`), the ranking of the evaluation, and the
+    sections of assignments that the run does not use.
+    """
+    unused = tuple(
+        f"assignment.{name}."
+        for name in AssignmentSettings._fields
+        if name not in ("name", settings.assignment.name)
+    )
+    return {
+        field: value
+        for field, value in _flat(as_dict(settings))
+        if not field.startswith(_MAY_CHANGE + unused)
+    }
+
+
+def settings_differences(
+    saved: Mapping[str, Any], settings: Settings, *, saved_step: int | None
+) -> list[str]:
+    """How settings differ from those that a state was saved with, a text per setting.
+
+    The number of steps may change if the steps made so far do not depend on it, as with a constant
+    learning rate.
+
+    Args:
+      saved: the settings of the state, as `as_dict` gives them.
+      settings: the present ones.
+      saved_step: the step of the newest state; None where it is unknown, so that the number of
+        steps may not change.
+
+    Raises:
+      ValueError: if the saved settings cannot be read.
+    """
+    # No part is looked up: a file does not decide what is imported.
+    before = read_section(Settings, migrated(saved))._replace(parts=settings.parts)
+    different = differences(fields_of(before), fields_of(settings))
+    if before.steps == settings.steps or saved_step is None:
+        return different
+    others = [text for text in different if not text.startswith("steps ")]
+    reasons = _reasons_to_keep_steps(before, settings, saved_step)
+    if reasons:
+        changed = f"steps is {settings.steps} here and {before.steps} there"
+        return [f"{changed} ({', '.join(reasons)})", *others]
+    return others
+
+
+def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored config with the names of this version."""
+    config = dict(config)
+    model = dict(config.get("model", {}))
+    options = dict(model.get("options", {}))
+    if "token_dropout" in options and "augmentation" not in config:
+        rate = options.pop("token_dropout")
+        config["augmentation"] = {"name": "token_dropout", "options": {"rate": rate}}
+        config["model"] = model | {"options": options}
+    return config
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The fields whose values differ; a missing field counts as None."""
+    return [
+        f"{field} is {now.get(field, 'nothing')} here and {before.get(field, 'nothing')} there"
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field) != now.get(field)
+    ]
+
+
+def run_record(settings: Settings, remembered: RememberedData) -> dict[str, Any]:
+    """What a checkpoint says of its run, as JSON's types.
+
+    Args:
+      settings: the run's.
+      remembered: the data that it reads.
+    """
+    return {
+        "settings": as_dict(settings),
+        "data": remembered._asdict(),
+        "flags": jax_flags(),
+        "versions": _versions(),
+    }
+
+
+def process_report(settings: Settings) -> dict[str, Any]:
+    """What must be equal in all processes of a run before they begin, by name."""
+    cadences = {f"run.{name}": value for name, value in settings.run._asdict().items()}
+    del cadences["run.data_dir"]  # hosts may mount it at different paths
+    return fields_of(settings) | cadences | jax_flags() | _versions()
+
+
+def jax_flags() -> dict[str, Any]:
+    """The flags of JAX that change what a run computes."""
+    return {name: getattr(jax.config, name) for name in _FLAGS}
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _reasons_to_keep_steps(before: Settings, now: Settings, saved_step: int) -> list[str]:
+    """What would have been otherwise in the steps made so far with the present number of steps."""
+    if saved_step > now.steps:
+        return [f"{saved_step:,} steps are already made"]
+    made = np.unique(np.linspace(0, max(saved_step - 1, 0), num=1_000).astype(np.int32))
+    values: Mapping[str, Callable[[Settings], np.ndarray]] = {
+        "optimizer.schedule": lambda one: _learning_rates(one, made),
+        "negatives.momentum_encoder": lambda one: _ramp(one.negatives.momentum_encoder, one.steps),
+        "assignment.gcbs.random_final": _random_share,
+    }
+    return [
+        f"{name} depends on it"
+        for name, value in values.items()
+        if not np.array_equal(value(before), value(now))
+    ]
+
+
+def _learning_rates(settings: Settings, made: Int[np.ndarray, " _"]) -> np.ndarray:
+    schedule, optimizer = settings.parts.schedule, settings.optimizer
+    rate = schedule(
+        optimizer.learning_rate, warmup_steps=optimizer.warmup_steps, steps=settings.steps
+    )
+    return np.asarray(jax.vmap(rate)(made))
+
+
+def _ramp(ends: tuple[float | None, float], steps: int) -> np.ndarray:
+    """What determines a value that moves from one end to the other over the whole run."""
+    initial, final = ends
+    if initial is None or initial == final:
+        return np.zeros(2)
+    return np.array([initial, steps])
+
+
+def _random_share(settings: Settings) -> np.ndarray:
+    if gcbs_rule(settings) is None:
+        return np.zeros(2)
+    gcbs = settings.assignment.gcbs
+    return _ramp((gcbs.random_initial, gcbs.random_final), settings.steps)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
