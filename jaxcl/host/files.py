@@ -51,17 +51,19 @@ def open_regular(path: Any) -> io.IOBase:
     """
     if is_remote(path):
         return path.open("rb")
-    # Without O_NONBLOCK the opening of a pipe waits for somebody who writes into it.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-            raise ValueError(f"{path} is {kind}; a regular file is wanted")
-        return open(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
+        file = open(path, "rb", opener=_opened_without_waiting)  # noqa: SIM115 - the caller closes it
+    except IsADirectoryError as error:
+        raise ValueError(f"{path} is a folder; a regular file is wanted") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path} is a pipe or a device; a regular file is wanted")
+    return file
+
+
+def _opened_without_waiting(path: str, flags: int) -> int:
+    # Otherwise opening a pipe waits until another process writes to it.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_regular(path: Any, *, limit: int) -> bytes:
@@ -111,8 +113,8 @@ def read_json_object(
     """
     raw = read_regular(path, limit=_MAX_BYTES)
     try:
-        # TFDS reads these files in the encoding of the locale. A file that we read in another one
-        # could name other classes to TFDS than those that were checked.
+        # TFDS reads these files in the encoding of the locale. Read in another one, a file could
+        # show us other classes than TFDS finds.
         content = json.loads(io.TextIOWrapper(io.BytesIO(raw)).read())
         if not isinstance(content, dict):
             raise ValueError("it does not hold a JSON object")
@@ -182,13 +184,12 @@ def _replacing(path: Any) -> Iterator[io.IOBase]:
         yield whole
         path.write_bytes(whole.getvalue())  # which object stores put in place at once
         return
-    # The name is new, and O_EXCL follows no link, so that nothing else is written to.
+    # The name is new, and mode "x" follows no link, so that nothing else is written to.
     unfinished = path.with_name(f"{path.name}.unfinished-{secrets.token_hex(4)}")
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with open(os.open(unfinished, flags, 0o666), "wb") as file:
+        with open(unfinished, "xb") as file:
             with contextlib.suppress(FileNotFoundError):
-                os.fchmod(file.fileno(), stat.S_IMODE(os.stat(path).st_mode))
+                os.chmod(unfinished, stat.S_IMODE(os.stat(path).st_mode))
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -203,10 +204,10 @@ def _replacing(path: Any) -> Iterator[io.IOBase]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot
+    """Bring the names in a folder to the disk, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)
