@@ -290,6 +290,7 @@ def _paper_order(
 ) -> Ordered:
     """The paper's method, which knows no temperature, no labels, and draws nothing of account."""
     sides = (_on_host(side)[:num_rows] for side in (queries, keys))
+    sides = (side.astype(np.promote_types(side.dtype, np.float32)) for side in sides)
     unit = (side / np.linalg.norm(side, axis=1, keepdims=True).clip(1e-30) for side in sides)
     return Ordered(paper_order(*unit, quantile=quantile), 0)
 

@@ -4,8 +4,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from jaxcl.losses.protocol import Loss, NegativesByName
 from jaxcl.ops.vectors import normalise
 from jaxcl.typing import Array, Float, PyTree
@@ -101,9 +99,7 @@ def nested(loss: Loss, *, dims: Sequence[int]) -> Loss:
 
 
 def _cut(negatives: Any, dim: int) -> Any:
-    vectors = negatives.vectors[..., :dim]
-    wide = jnp.promote_types(vectors.dtype, jnp.float32)  # a bank may hold bfloat16
-    return negatives._replace(vectors=normalise(vectors.astype(wide)).astype(vectors.dtype))
+    return negatives._replace(vectors=normalise(negatives.vectors[..., :dim]))
 
 
 def _name(dim: int) -> str:

@@ -90,9 +90,12 @@ def pool(
         last = jnp.where(mask, jnp.arange(mask.shape[1]), 0).max(1)
         return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     if pooling == "mean":
+        # Summed in float32 at least: float16 would overflow, and bfloat16 counts exactly to 256.
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
         weights = mask.astype(hidden.dtype)
-        count = jnp.maximum(weights.sum(1, keepdims=True), 1)  # a row may have no token
-        return jnp.einsum("bt,bth->bh", weights, hidden) / count
+        count = jnp.maximum(mask.sum(1, keepdims=True), 1)  # a row may have no token
+        total = jnp.einsum("bt,bth->bh", weights, hidden, preferred_element_type=wide)
+        return (total / count).astype(hidden.dtype)
     raise ValueError(f"pooling={pooling!r} is unknown; use one of {', '.join(POOLINGS)}")
 
 

@@ -156,6 +156,7 @@ def update_instances(
         raise ValueError(f"momentum={momentum}; set it to at least 0 and below 1")
     taken = first_places(rows, valid)  # of two embeddings for one slot, a scatter may write either
     if momentum:
+        vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
         before = bank.vectors[rows].astype(vectors.dtype)
         moved = normalise(momentum * before + (1 - momentum) * vectors)
         vectors = jnp.where((bank.written[rows] >= 0)[:, None], moved, vectors)

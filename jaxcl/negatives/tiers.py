@@ -312,7 +312,8 @@ def _synthetic(
 ) -> dict[str, OwnNegatives]:
     assert hardest.valid is not None
     vectors, valid = hardest.vectors[:, : budgets.hardest], hardest.valid[:, : budgets.hardest]
-    vectors = vectors.astype(queries.dtype)
+    wide = jnp.promote_types(queries.dtype, jnp.float32)
+    vectors, queries = vectors.astype(wide), queries.astype(wide)
 
     # One key per tier and row: a tier's draws do not depend on which other tiers are on.
     def keys(number: int) -> Array:

@@ -12,8 +12,11 @@ def normalise(vectors: Float[Array, "*b d"], *, epsilon: float = 1e-12) -> Float
     r"""Unit norm: $x \cdot (\sum_i x_i^2 + \varepsilon)^{-1/2}$.
 
     The zero vector stays zero and has a finite gradient, where $x / \lVert x \rVert$ has none.
+    Computed in float32 at least: in float16, $\varepsilon$ is 0 and 256² infinite.
     """
-    return vectors * lax.rsqrt(jnp.sum(vectors * vectors, axis=-1, keepdims=True) + epsilon)
+    wide = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
+    unit = wide * lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return unit.astype(vectors.dtype)
 
 
 def inner_product(left: Float[Array, "q d"], right: Float[Array, "q d"]) -> Float[Array, " q"]:

@@ -229,3 +229,14 @@ def graph_on(mesh, queries, keys, *, settings):
 
     program = jax.shard_map(of_shard, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
     return jax.jit(program)(queries, keys)
+
+
+def test_the_paper_s_method_takes_long_vectors_in_half_precision():
+    queries, keys, _ = topical()
+    halves = [(300 * side).astype(np.float16) for side in (queries, keys)]  # squares overflow
+    wide = [side.astype(np.float32) for side in halves]
+    settings = SETTINGS["rcm"]
+    np.testing.assert_array_equal(
+        assign(*halves, block_size=SIZE, settings=settings),
+        assign(*wide, block_size=SIZE, settings=settings),
+    )

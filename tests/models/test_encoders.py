@@ -198,6 +198,13 @@ def test_a_text_longer_than_the_positions_is_an_error():
         embed(towers, np.ones((1, 8), int))
 
 
+def test_a_mean_in_half_precision_is_summed_in_float32():
+    hidden = jnp.full((1, 3_000, 2), 100.0, jnp.float16)  # the sum and the count overflow float16
+    mean = pool(hidden, jnp.ones((1, 3_000), bool), pooling="mean")
+    assert mean.dtype == jnp.float16
+    assert mean.tolist() == [[100.0, 100.0]]
+
+
 def test_pooling_by_hand():
     hidden = jnp.array([[[1.0, 2.0], [3.0, 4.0], [100.0, 100.0]]])
     mask = jnp.array([[True, True, False]])

@@ -90,10 +90,9 @@ def pair_logsumexp(
       The online sum is that of Milakov and Gimelshein, "Online normalizer calculation for
       softmax", 2018; the ring is that of Liu et al., "Ring Attention", 2023.
     """
-    scale = jnp.broadcast_to(1 / jnp.asarray(temperature), queries.shape[:1])
     return _reduce_pairs(
         LOGSUMEXP,
-        PairQueries(queries, scale.astype(_wide(queries)), query_labels),
+        PairQueries(queries, _inverse(temperature, queries), query_labels),
         PairKeys(keys, key_bias, key_labels),
         hardness=hardness,
         axis_name=axis_name,
@@ -119,10 +118,9 @@ def pair_sum(
 
     Arguments as for `pair_logsumexp`; a fully masked row is 0.
     """
-    scale = jnp.broadcast_to(1 / jnp.asarray(temperature), queries.shape[:1])
     return _reduce_pairs(
         SUM,
-        PairQueries(queries, scale.astype(_wide(queries)), query_labels),
+        PairQueries(queries, _inverse(temperature, queries), query_labels),
         PairKeys(keys, None, key_labels),
         hardness=0.0,
         axis_name=axis_name,
@@ -274,6 +272,13 @@ def _by_tiles_backward(
 
 
 _by_tiles.defvjp(_by_tiles_forward, _by_tiles_backward)
+
+
+def _inverse(temperature: float | Array, queries: Float[Array, "q d"]) -> Float[Array, " q"]:
+    """Each row's factor: float16 cannot hold the inverse of a low temperature."""
+    given = jnp.asarray(temperature)
+    scale = 1 / given.astype(jnp.promote_types(given.dtype, jnp.float32))
+    return jnp.broadcast_to(scale, queries.shape[:1]).astype(_wide(queries))
 
 
 def _wide(vectors: Array) -> jnp.dtype:
