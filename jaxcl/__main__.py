@@ -6,10 +6,12 @@ python -m jaxcl
 import sys
 
 from jaxcl.host.command_names import commands
+from jaxcl.host.output import protect_output
 
 
 def main() -> None:
     """Print a line for each command."""
+    protect_output()
     known = commands()
     if sys.argv[1:] not in ([], ["-h"], ["--help"]):
         sys.exit("error: python -m jaxcl takes no arguments; run python -m jaxcl.COMMAND")

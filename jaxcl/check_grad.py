@@ -22,6 +22,7 @@ from jaxcl.data.modalities import modality_of
 from jaxcl.data.row_guides import guide_dim
 from jaxcl.host.command import UserError, run_command
 from jaxcl.host.command_flags import CommandParser
+from jaxcl.host.output import check_output
 from jaxcl.host.progress import say
 from jaxcl.ops.mesh import make_mesh, put_batch
 from jaxcl.run.build_loss import batch_needs, build_loss
@@ -76,6 +77,7 @@ def _run(arguments: Namespace) -> None:
         cells = f"{comparison.ratio:.6f}", f"{comparison.error:.1e}"
         table.add_row(comparison.parameter, *cells, "" if comparison.agrees else "wrong")
     Console().print(table)
+    check_output()
     if run_mesh(settings.run.mesh).size == 1:
         say(
             "one device: nothing was summed over devices. "

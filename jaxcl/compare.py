@@ -31,6 +31,7 @@ from jaxcl.evaluation.retrieval import METRICS
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser, user_path
 from jaxcl.host.files import write_whole
+from jaxcl.host.printable import printable
 from jaxcl.host.progress import say
 from jaxcl.metrics import paired_difference
 from jaxcl.run.identity import fields_of
@@ -150,20 +151,24 @@ def _changed(config: ConfigDict, name: str, changes: Mapping[str, Any]) -> Confi
 
 def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
     """The table: means over seeds, and differences with the baseline with standard errors."""
-    places, baseline = list(records[0]["places"]), records[0]["baseline"]
+    places, baseline = list(records[0]["places"]), _cell(records[0]["baseline"])
     lines = [
         "| setting | " + " | ".join(f"{place} | − {baseline}" for place in places) + " | s |",
         "|---" * (2 * len(places) + 2) + "|",
     ]
     for record in records:
-        cells = [record["setting"]]
+        cells = [_cell(record["setting"])]
         for found in record["places"].values():
             spread = f" ({min(found['seeds']):.3f} to {max(found['seeds']):.3f})"
             cells.append(f"{found['mean']:.3f}{spread}")
             cells.append(f"{found['difference']:+.4f} ± {found['standard_error']:.4f}")
         cells.append(f"{record['seconds']:.0f}")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
+
+
+def _cell(name: str) -> str:
+    return " ".join(name.split()).replace("|", r"\|")
 
 
 def _identity(config: ConfigDict) -> str:

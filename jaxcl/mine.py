@@ -34,6 +34,7 @@ from jaxcl.host.block_file import BlockFile
 from jaxcl.host.command import join_processes, run_command
 from jaxcl.host.command_flags import CommandParser, add_process_flags, add_workdir_flag, user_path
 from jaxcl.host.files import write_npz, write_whole
+from jaxcl.host.printable import printable
 from jaxcl.host.processes import first_then_others
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.negatives.mining import Mined, MiningRule, mine_negatives
@@ -313,7 +314,7 @@ def _examples(source: PairSource, found: Mined, positives: np.ndarray, seed: int
                 (their,) = source.read([int(other)])
                 lines.append(f"- rank {rank} ({similarity:.3f}) `{_one_line(their['key'])}`")
         lines.append("")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _one_line(text: str, width: int = 160) -> str:

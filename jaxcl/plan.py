@@ -29,6 +29,7 @@ from jaxcl.cost.program_cost import matrix_flops, traffic
 from jaxcl.data.modalities import modality_of
 from jaxcl.host.command import UserError, run_command
 from jaxcl.host.command_flags import CommandParser
+from jaxcl.host.output import check_output
 from jaxcl.host.progress import say
 from jaxcl.models.layers import default_compute_dtype
 from jaxcl.models.towers import Towers
@@ -355,6 +356,7 @@ def _run(arguments: Namespace) -> None:
     sizes = [configs[name].global_batch_size for name in plans]
     columns = {name or "step": plan for name, plan in plans.items()}
     Console().print(_table(columns, chip, sizes, arguments.price))
+    check_output()
 
 
 if __name__ == "__main__":

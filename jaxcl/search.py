@@ -26,6 +26,8 @@ from jaxcl.data.row_files import DAMAGED
 from jaxcl.evaluation.retrieval import BM25, dense_scores, reciprocal_rank_fusion
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser, add_workdir_flag
+from jaxcl.host.output import check_output
+from jaxcl.host.printable import printable
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.run.opened import OpenedRun, open_run
 from jaxcl.settings.parts import Trust
@@ -69,6 +71,7 @@ def _run(arguments: Namespace) -> None:
     ranked = open_search(arguments.workdir, hybrid=arguments.hybrid, trust=arguments.trust)
     for asked in [query] if query else _asked(prompt="" if arguments.json else "search> "):
         show(ranked(asked, arguments.top))
+        check_output()
 
 
 def search(
@@ -206,7 +209,8 @@ def _asked(*, prompt: str) -> Iterator[str]:
 
 
 def _show_as_json(hits: Sequence[Hit]) -> None:
-    print(json.dumps([_as_json(hit) for hit in hits], ensure_ascii=False, default=str), flush=True)
+    text = json.dumps([_as_json(hit) for hit in hits], ensure_ascii=False, default=str)
+    print(printable(text))
 
 
 def _as_json(hit: Hit) -> dict[str, Any]:
@@ -220,12 +224,12 @@ def _show_as_text(hits: Sequence[Hit]) -> None:
     for rank, (score, record) in enumerate(hits, start=1):
         name = ":".join(_present(record, "package", "qualified_name"))
         place = ":".join(_present(record, "file", "line"))
-        print(f"{rank:3}  {score:.4f}  " + "  ".join(filter(None, (name, place))))
-        print(f"     {_first_line(record['key'])}", flush=True)
+        head = f"{rank:3}  {score:.4f}  " + "  ".join(filter(None, (name, place)))
+        print(printable(f"{head}\n     {_first_line(record['key'])}"))
 
 
 def _present(record: Mapping[str, Any], *fields: str) -> list[str]:
-    return [str(record[field]) for field in fields if field in record]
+    return [" ".join(str(record[field]).split()) for field in fields if field in record]
 
 
 def _first_line(text: str) -> str:

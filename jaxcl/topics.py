@@ -28,6 +28,7 @@ from jaxcl.data.sources import PairSource
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser, add_workdir_flag, user_path
 from jaxcl.host.files import write_npz, write_whole
+from jaxcl.host.printable import printable
 from jaxcl.host.progress import say
 from jaxcl.run.opened import open_run
 from jaxcl.settings.parts import Trust
@@ -137,7 +138,7 @@ def _examples(
         lines += [f"## {number} ({len(rows):,} rows)", ""]
         lines += [f"- {' '.join(record['query'].split())}" for record in source.read(central)]
         lines.append("")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 if __name__ == "__main__":

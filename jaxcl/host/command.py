@@ -9,18 +9,17 @@ A command's module defines `main`, which describes the flags and hands over:
 
 The command exits with
 
-    0        on success
+    0        on success, also if the reader of the output leaves, as after `| head -1`
     1        after an error: one line if the user can fix it, otherwise a traceback
     2        for flags that cannot be parsed
     75       because another process of the run was lost; restart all of them
-    130      after Ctrl-C
+    130      after Ctrl-C; the second one ends the process at once
     128 + n  after signal n, with everything saved
 """
 
 import re
 import signal
 import sys
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -29,7 +28,8 @@ from absl import logging
 
 from jaxcl.host.command_flags import CommandParser
 from jaxcl.host.huge_pages import start_with_huge_pages
-from jaxcl.host.processes import Stopped, leave, leave_for, start_processes
+from jaxcl.host.output import print_traceback, protect_output
+from jaxcl.host.processes import Stopped, catch_interrupt, leave, leave_for, start_processes
 from jaxcl.host.progress import say
 
 __all__ = ["UserError", "join_processes", "run_command"]
@@ -61,9 +61,12 @@ def run_command(
     Returns:
       What `run` returns.
     """
+    protect_output()
     arguments = parser.parse(argv)
     if trains and argv is None:
         start_with_huge_pages()
+    if argv is None:
+        catch_interrupt()
     logging.set_verbosity(logging.WARNING)  # libraries log a lot at INFO
     try:
         return run(arguments)
@@ -75,7 +78,7 @@ def run_command(
         leave(128 + signal.SIGINT)
     except (ValueError, OSError, UserError) as error:
         if arguments.verbose:
-            traceback.print_exception(error)
+            print_traceback(error)
         say("error: " + re.sub(r"\s*\n\s*", " ", str(error)))
         leave(1)
     except Exception as error:  # whatever it is, the others must not wait for this process

@@ -1,6 +1,6 @@
 """The flags of commands: one spelling, one-line errors, `--help` with an example.
 
-Imports the standard library only, so that a parser needs no other package.
+Needs the standard library only, so that a parser needs no other package.
 """
 
 import argparse
@@ -11,6 +11,8 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
+
+from jaxcl.host.printable import printable
 
 __all__ = ["CommandParser", "add_process_flags", "add_workdir_flag", "user_path"]
 
@@ -76,7 +78,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2 and one line."""
-        print(f"error: {message}; {self.prog} --help lists the flags", file=sys.stderr)
+        line = f"error: {message}; {self.prog} --help lists the flags"
+        print(printable(line), file=sys.stderr)
         sys.exit(2)
 
     def _one_spelling(self, words: Iterator[str]) -> Iterator[str]:

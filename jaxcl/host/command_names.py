@@ -1,6 +1,7 @@
 """The commands of jaxcl, found without importing them."""
 
 import ast
+import signal
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def refuse_other_modules() -> None:
     """Exit with an error line if Python is about to run a module of jaxcl that cannot run.
 
     It is no command, which Python itself would import without a word, or it is a command whose
-    extra is not installed.
+    extra is not installed. While a command is imported, Ctrl-C ends it without a traceback.
     """
     if sys.argv[:1] != ["-m"] or "-m" not in sys.orig_argv:  # while it looks for the module
         return
@@ -37,6 +38,8 @@ def refuse_other_modules() -> None:
     is_root_command = file.parent == _PACKAGE and file.name != "__main__.py" and file.exists()
     if is_root_command and (missing := missing_message()) is not None:
         sys.exit(f"error: {module[0]} {missing}")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _runs(path: Path) -> bool:

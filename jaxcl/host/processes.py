@@ -11,7 +11,6 @@ import re
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxcl.host.output import print_traceback
 from jaxcl.host.progress import say
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "PeerError",
     "StopRequests",
     "Stopped",
+    "catch_interrupt",
     "first_of_all",
     "first_then_others",
     "leave",
@@ -116,6 +117,8 @@ def start_processes(
             process_id,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
+        for number in _hangup():  # stop_requests comes later
+            signal.signal(number, _hand_on)
     except Exception as error:  # of whatever class: the cluster's, the connection's, JAX's
         raise ValueError(
             f"the processes of the run do not find each other ({cluster or given}): "
@@ -194,7 +197,7 @@ def leave_for(error: Exception, *, verbose: bool = False) -> NoReturn:
       verbose: whether an error that is reported in one line is printed with its traceback too.
     """
     if verbose and (of_full_devices(error) or of_lost_process(error)):
-        traceback.print_exception(error)
+        print_traceback(error)
     reason = " ".join(str(error).split())[:200]
     if of_full_devices(error):
         say(
@@ -210,7 +213,7 @@ def leave_for(error: Exception, *, verbose: bool = False) -> NoReturn:
             "start all of them again: the same command goes on from what was saved last"
         )
         leave(PEER_LOST)
-    traceback.print_exception(error)
+    print_traceback(error)
     leave(1)
 
 
@@ -227,17 +230,38 @@ StopRequests = Callable[[int], int | None]
 """`step -> signal number`, once the run is to stop after that step; the same in all processes."""
 
 
+_interrupted: list[int] = []  # SIGINT, once the first Ctrl-C has come
+
+
+def catch_interrupt() -> None:
+    """Make the first Ctrl-C a `KeyboardInterrupt`, and let the second end the process at once."""
+
+    def interrupt(number: int, _: object) -> NoReturn:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        _interrupted.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
+
+
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Turns SIGTERM and SIGINT into a stop after a step, the same one in every process.
+    """Turn SIGTERM, SIGINT and SIGHUP into a stop after a step, the same one in every process.
 
     A second signal to a single process is obeyed at once. In several, a signal to any one stops
-    all; JAX listens for SIGTERM and finds the step, and SIGINT is handed on to it. Python lets only
-    the main thread handle signals: in another one, the program's handlers stay.
+    all; JAX listens for SIGTERM and finds the step, and the other signals are handed on to it.
+    SIGHUP stays ignored if it was at the start, as under `nohup`. Python lets only the main thread
+    handle signals: in another one, the program's handlers stay.
+
+    Raises:
+      KeyboardInterrupt: if Ctrl-C came earlier and was lost in a callback, where Python drops it.
     """
+    if _interrupted:
+        raise KeyboardInterrupt
     several = jax.process_count() > 1
     received: list[int] = []
-    caught = [signal.SIGINT] if several else [signal.SIGTERM, signal.SIGINT]
+    caught = [signal.SIGINT, *_hangup()] if several else [signal.SIGTERM, signal.SIGINT, *_hangup()]
     if threading.current_thread() is not threading.main_thread():
         caught = []
     before = {number: signal.getsignal(number) for number in caught}
@@ -248,7 +272,7 @@ def stop_requests() -> Iterator[StopRequests]:
         for other, handler in before.items():
             signal.signal(other, handler)
         if several:
-            os.kill(os.getpid(), signal.SIGTERM)
+            _hand_on()
 
     def asked(step: int) -> int | None:
         if not several:
@@ -262,6 +286,17 @@ def stop_requests() -> Iterator[StopRequests]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _hangup() -> list[signal.Signals]:
+    """SIGHUP, where it exists and is not ignored."""
+    number = getattr(signal, "SIGHUP", None)
+    return [] if number is None or signal.getsignal(number) is signal.SIG_IGN else [number]
+
+
+def _hand_on(*_: object) -> None:
+    """Give JAX, which stops all processes together, the signal that it listens for."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _cluster(environment: Mapping[str, str]) -> str | None:

@@ -1,12 +1,17 @@
 """Progress of long work, on standard error: a bar on a terminal, else a line now and then."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxcl.host.output import LossyStream
+from jaxcl.host.printable import printable
 
 __all__ = ["progress_bar", "say"]
 
@@ -23,7 +28,7 @@ def say(text: str) -> None:
     if jax.distributed.is_initialized():
         text = f"[{jax.process_index()}] {text}"
     console = _with_bars[-1] if _with_bars else _console()
-    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    console.print(printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -49,10 +54,14 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
             TextColumn("{task.fields[note]}", markup=False),
         )
         with Progress(*columns, console=console) as progress:
-            task = progress.add_task(what, total=total, note="")
+            task = progress.add_task(printable(what), total=total, note="")
             _with_bars.append(console)
+
+            def advance(done: int = 1, note: str = "") -> None:
+                progress.update(task, advance=done, note=printable(note))
+
             try:
-                yield lambda done=1, note="": progress.update(task, advance=done, note=note)
+                yield advance
             finally:
                 _with_bars.remove(console)
     else:
@@ -87,5 +96,7 @@ def _line_printer(what: str, total: int | None) -> Callable[..., None]:
 
 
 def _console() -> Console:
-    # Standard output is for results.
-    return Console(stderr=True)
+    # Standard output is for results. A bar swaps standard error for a proxy.
+    stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+    lossy: Any = None if stream is None else LossyStream(stream)
+    return Console(file=lossy, stderr=True)

@@ -259,6 +259,27 @@ def test_signal_handlers_are_left_alone_outside_of_the_main_thread():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_each_signal_asks_for_a_stop_once(number, capsys):
+    before = signal.getsignal(number)
+    with stop_requests() as asked_to_stop:
+        assert asked_to_stop(1) is None
+        os.kill(os.getpid(), number)
+        assert asked_to_stop(1) == number
+        assert signal.getsignal(number) is before
+    assert f"{number.name} received: saving, then stopping" in capsys.readouterr().err
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as asked_to_stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert asked_to_stop(1) is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_argparse_alone_would_neither_join_spellings_nor_print_one_line(capsys):
     plain = argparse.ArgumentParser()
     plain.add_argument("--up-to", type=int)

@@ -224,12 +224,19 @@ def test_a_run_goes_on_with_other_processes_and_devices(command, two, tmp_path, 
     assert_close_runs(tmp_path, two, tolerance=1e-4)
 
 
-def test_a_signal_to_one_stops_all_at_the_same_step(command, two, tmp_path):
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGHUP, signal.SIGINT)),
+    ],
+)
+def test_a_signal_to_one_stops_all_at_the_same_step(command, two, tmp_path, number):
     # No checkpoint is due before the end, so that the one found is the signal's.
     rarely = command(tmp_path, "--config.run.checkpoint_every=1000")
     run = Run(rarely, processes=2, devices=2)
     run.wait_for(lambda: (tmp_path / "data.json").exists())  # the steps may be over in a second
-    run.processes[1].terminate()
+    run.processes[1].send_signal(number)
     codes, outputs = run.wait()
     assert codes == [128 + signal.SIGTERM] * 2, "\n".join(outputs)
     steps = [int(re.search(r"stopped at step (\d+)", output)[1]) for output in outputs]

@@ -1,0 +1,141 @@
+"""Control characters of data reach neither the terminal nor Markdown nor JSON."""
+
+import io
+import json
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+
+from jaxcl import compare, mine, search, topics
+from jaxcl.data.sources import InMemoryPairs
+from jaxcl.host.command import run_command
+from jaxcl.host.command_flags import CommandParser
+from jaxcl.host.printable import printable
+from jaxcl.host.progress import progress_bar, say
+from jaxcl.negatives.mining import Mined
+
+HOSTILE = "a\x1b[2J\x9b31m\x07\x7f\r\u202eb\u2066c\u2028\u200f\ud800"
+
+
+def is_unsafe(character: str) -> bool:
+    """By Unicode's own tables: controls, writing directions, separators, surrogates."""
+    direction = unicodedata.bidirectional(character) in {"LRE", "RLE", "PDF", "LRO", "RLO"}
+    isolate = unicodedata.bidirectional(character) in {"LRI", "RLI", "FSI", "PDI"}
+    mark = character in "\u061c\u200e\u200f"
+    kind = unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"}
+    return (kind and character not in "\n\t") or direction or isolate or mark
+
+
+def test_exactly_the_unsafe_characters_are_escaped():
+    for number in range(sys.maxunicode + 1):
+        character = chr(number)
+        escaped = f"\\u{number:04x}" if is_unsafe(character) else character
+        assert printable(character) == escaped
+
+
+def test_text_that_is_safe_stays():
+    text = "def größe(x):\n\treturn '→ 你好 🏴'\u200d\n"
+    assert printable(text) == text
+
+
+def test_json_reads_the_same_text_back():
+    text = json.dumps([HOSTILE], ensure_ascii=False)
+    assert is_printed_safely(printable(text))
+    assert json.loads(printable(text)) == [HOSTILE]
+
+
+def is_printed_safely(text: str) -> bool:
+    return bool(text) and not any(map(is_unsafe, text))
+
+
+def test_the_check_sees_what_is_unsafe():
+    assert not any(
+        is_printed_safely(f"a{character}") for character in HOSTILE[1:] if is_unsafe(character)
+    )
+
+
+def test_what_is_said_is_safe(capsys):
+    say(HOSTILE)
+    with progress_bar(HOSTILE, 1) as advance:
+        advance(note=HOSTILE)
+    assert is_printed_safely(capsys.readouterr().err)
+
+
+def test_a_bar_on_a_terminal_shows_text_safely(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "300")
+    with progress_bar("\x1b]0;title\x07", 1) as advance:
+        advance(note="\u202e")
+    shown = screen.getvalue()
+    assert "\\u001b]0;title\\u0007" in shown
+    assert "\x1b]0;" not in shown
+    assert "\u202e" not in shown
+
+
+@pytest.mark.parametrize("flags", [[], ["--verbose"]])
+@pytest.mark.parametrize("error", [ValueError(HOSTILE), OSError(2, HOSTILE, HOSTILE)])
+def test_errors_are_printed_safely(capsys, flags, error):
+    def fail(arguments):
+        raise error
+
+    with pytest.raises(SystemExit):
+        run_command(CommandParser("jaxcl.x", "X."), fail, flags)
+    assert is_printed_safely(capsys.readouterr().err)
+
+
+def test_the_traceback_of_a_mistake_is_printed_safely(capsys):
+    run_command(CommandParser("jaxcl.x", "X."), lambda arguments: None, [])
+    mistake = KeyError(HOSTILE)
+    sys.excepthook(KeyError, mistake, None)
+    sys.excepthook(ZeroDivisionError, ZeroDivisionError(HOSTILE), None)
+    assert is_printed_safely(capsys.readouterr().err)
+
+
+def test_arguments_that_cannot_be_parsed_are_printed_safely(capsys):
+    with pytest.raises(SystemExit):
+        CommandParser("jaxcl.x", "X.").parse([f"--{HOSTILE}"])
+    assert is_printed_safely(capsys.readouterr().err)
+
+
+RECORD = {
+    "query": HOSTILE,
+    "key": f"def f():  # {HOSTILE}",
+    "qualified_name": f"f\n  1  0.9999  forged {HOSTILE}",
+    "file": HOSTILE,
+    HOSTILE: HOSTILE,
+}
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_hits_are_printed_safely(monkeypatch, capsys, flags):
+    monkeypatch.setattr(
+        search, "open_search", lambda *_, **__: lambda query, top: [search.Hit(0.5, RECORD)]
+    )
+    search.main(["--workdir", "run", *flags, "query"])
+    shown = capsys.readouterr().out
+    assert is_printed_safely(shown)
+    if flags:
+        assert json.loads(shown)[0]["query"] == HOSTILE
+    else:
+        assert len(shown.splitlines()) == 2, "a name forges no line"
+
+
+def test_examples_for_a_reader_are_safe():
+    two, pairs = np.ones((2, 4), np.float32), InMemoryPairs([HOSTILE] * 2, [HOSTILE] * 2)
+    assert is_printed_safely(topics._examples(pairs, np.zeros(2, np.int32), two, two[:1]))
+    found = Mined(np.array([[1], [0]]), np.ones((2, 1)), np.ones((2, 1), np.int32))
+    assert is_printed_safely(mine._examples(pairs, found, np.ones(2), seed=0))
+
+
+def test_the_table_of_a_comparison_is_safe_and_has_its_columns():
+    place = {"mean": 0.5, "seeds": [0.5], "difference": 0.0, "standard_error": 0.1}
+    record = {"baseline": f"a|b\nc{HOSTILE}", "places": {"test/dense": place}, "seconds": 1.0}
+    table = compare.as_markdown([record | {"setting": record["baseline"]}])
+    assert is_printed_safely(table)
+    head, _, row = table.splitlines()
+    assert [line.replace(r"\|", "").count("|") for line in (head, row)] == [5, 5]
