@@ -5,10 +5,10 @@ and `epoch_rows` all at once; `uniform_rows` and `SourcedRows` need no embedding
 finds topics for `SourcedRows`.
 """
 
+from jaxcl.assignment.conflicts import count_conflicts
 from jaxcl.assignment.epochs import (
     Assigned,
     AssignedRows,
-    count_conflicts,
     epoch_rows,
     random_to_hard,
     visited,

@@ -6,20 +6,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxcl.assignment.uniform import fold_in, permutation, permuted
+from jaxcl.assignment.conflicts import batches_of, keep_apart
+from jaxcl.assignment.uniform import fold_in, permutation
+from jaxcl.ops.arguments import as_integers
 from jaxcl.typing import Bool, Int
 
 __all__ = [
     "Assigned",
     "AssignedRows",
-    "count_conflicts",
     "epoch_rows",
     "random_to_hard",
     "visited",
 ]
-
-_MAX_ROUNDS = 100
-_TRIES = 2**14
 
 
 class Assigned(NamedTuple):
@@ -68,8 +66,9 @@ class AssignedRows:
         random_fraction: Callable[[int], float] | float = 0.0,
         apart: Sequence[Int[np.ndarray, " n"]] = (),
     ):
-        num_rows = len(assigned.order)
-        _check_order(assigned.order, apart)
+        order, apart = _checked_order(assigned.order, apart)
+        assigned = assigned._replace(order=order)
+        num_rows = len(order)
         _check_sizes(batch_size, block_size)
         wanted = assigned.step * batch_size % num_rows
         if assigned.seen.shape != (num_rows,) or assigned.seen.sum() != wanted:
@@ -154,7 +153,7 @@ def epoch_rows(
       >>> sorted((rows // 2).tolist()), (rows[::2] // 2 == rows[1::2] // 2).all()
       ([0, 0, 1, 1, 2, 2], np.True_)
     """
-    _check_order(order, apart)
+    order, apart = _checked_order(order, apart)
     _check_sizes(batch_size, block_size)
     return _laid_out(
         order,
@@ -222,25 +221,6 @@ def random_to_hard(initial: float, final: float, steps: int) -> Callable[[int], 
     return lambda step: initial + (final - initial) * min(max(step / steps, 0.0), 1.0)
 
 
-def count_conflicts(
-    rows: Int[np.ndarray, " _"],
-    labels: Int[np.ndarray, " n"],
-    *,
-    batch_size: int,
-    first_position: int = 0,
-) -> int:
-    """The number of rows whose label an earlier row of their batch already has.
-
-    Args:
-      rows: the rows at consecutive positions.
-      labels: of each row of the data set.
-      batch_size: rows of a batch, over all devices and hosts.
-      first_position: the position of the first of `rows`, counted from the start of the run.
-    """
-    pairs = np.stack([_batches(len(rows), first_position, batch_size), labels[rows]], 1)
-    return len(rows) - len(np.unique(pairs, axis=0))
-
-
 def _laid_out(
     order: Int[np.ndarray, " n"],
     *,
@@ -256,8 +236,8 @@ def _laid_out(
         raise ValueError(f"random_fraction={random_fraction} must be from 0 to 1")
     rows = _in_blocks(order, first_position, block_size, seed, random_fraction).astype(np.int32)
     if apart:
-        batch = _batches(len(rows), first_position, batch_size)
-        _keep_apart(rows, apart, batch, seed=fold_in(fold_in(seed, 4), first_position))
+        batch = batches_of(len(rows), first_position, batch_size)
+        keep_apart(rows, apart, batch, seed=fold_in(fold_in(seed, 4), first_position))
     return rows
 
 
@@ -284,100 +264,6 @@ def _in_blocks(
     return np.concatenate([pieces[:head], blocks.ravel(), pieces[head:]])
 
 
-def _keep_apart(
-    rows: Int[np.ndarray, " n"],
-    apart: Sequence[np.ndarray],
-    batch: Int[np.ndarray, " n"],
-    *,
-    seed: int,
-) -> None:
-    """Swap rows in place until a round finds no swap that helps, at most 100 rounds.
-
-    In a round, each row with a conflict tries a random place, or several if there are few such
-    rows. Swaps are evaluated against the batches at the start of the round. No two accepted ones
-    touch the same place or bring the same label into the same batch, so that each still helps.
-    """
-    labels = [np.unique(label, return_inverse=True)[1] for label in apart]
-    for number in range(_MAX_ROUNDS):
-        held = [_Held.of(batch, label[rows]) for label in labels]
-        movers = np.flatnonzero(np.any([one.repeated for one in held], axis=0))
-        if not movers.size:
-            return
-        swaps = _tries(movers, len(rows), seed=fold_in(seed, number))
-        swaps = swaps[batch[swaps[:, 0]] != batch[swaps[:, 1]]]
-        judged = [one.judge(swaps) for one in held]
-        changes = np.array([change for change, _ in judged])
-        good = (changes <= 0).all(0) & (changes.sum(0) < 0)
-        taken = [swaps[good], *(arrivals[good] for _, arrivals in judged)]
-        swaps = swaps[good][np.all([_each_once(numbers) for numbers in taken], axis=0)]
-        if not swaps.size:
-            return
-        rows[swaps] = rows[swaps[:, ::-1]]
-
-
-class _Held(NamedTuple):
-    """The labels that each batch holds.
-
-    Attributes:
-      batch: the batch of each place.
-      label: the label of the row in each place.
-      keys: a number for each pair of a batch and a label in it, sorted.
-      repeated: whether an earlier place of the batch has the same label.
-    """
-
-    batch: Int[np.ndarray, " n"]
-    label: Int[np.ndarray, " n"]
-    keys: Int[np.ndarray, " _"]
-    repeated: Bool[np.ndarray, " n"]
-
-    @classmethod
-    def of(cls, batch: Int[np.ndarray, " n"], label: Int[np.ndarray, " n"]) -> "_Held":
-        keys, first = np.unique(_key(batch, label), return_index=True)
-        repeated = np.ones(len(batch), bool)
-        repeated[first] = False
-        return cls(batch, label, keys, repeated)
-
-    def judge(
-        self, swaps: Int[np.ndarray, "s 2"]
-    ) -> tuple[Int[np.ndarray, " s"], Int[np.ndarray, "s 2"]]:
-        """The number of conflicts that each swap adds, and the keys; unique numbers for no key."""
-        label = self.label[swaps]
-        arrivals = _key(self.batch[swaps[:, ::-1]], label)
-        slot = np.minimum(np.searchsorted(self.keys, arrivals), len(self.keys) - 1)
-        there = self.keys[slot] == arrivals
-        equal = label[:, 0] == label[:, 1]
-        change = np.where(equal, 0, there.sum(1) - self.repeated[swaps].sum(1))
-        # A label that the batch holds already is one more conflict, however many swaps bring it.
-        # Such swaps need not exclude each other: negative numbers, unlike all keys and distinct.
-        unlike = ~np.arange(arrivals.size).reshape(arrivals.shape)
-        return change, np.where(there | equal[:, None], unlike, arrivals)
-
-
-def _key(batch: Int[np.ndarray, "*s"], label: Int[np.ndarray, "*s"]) -> Int[np.ndarray, "*s"]:
-    return batch << 32 | label
-
-
-def _tries(movers: Int[np.ndarray, " _"], num_places: int, *, seed: int) -> Int[np.ndarray, "s 2"]:
-    """Each mover with random places, which repeat only after all places have been used."""
-    movers = np.resize(movers, max(movers.size, min(16 * num_places, _TRIES)))
-    turn, index = np.divmod(np.arange(movers.size), num_places)
-    places = permuted(index, turn, num_rows=num_places, seed=seed).astype(np.int64)
-    return np.stack([movers, places], axis=1)
-
-
-def _each_once(numbers: Int[np.ndarray, "s 2"]) -> Bool[np.ndarray, " s"]:
-    """Whether both numbers of a swap occur in it for the first time."""
-    first = np.zeros(numbers.size, bool)
-    first[np.unique(numbers, return_index=True)[1]] = True
-    ones, others = first.reshape(numbers.shape).T
-    return ones & others
-
-
-def _batches(num_rows: int, first_position: int, batch_size: int) -> Int[np.ndarray, " _"]:
-    """The batch of each of some consecutive positions, counted from that of the first."""
-    return (first_position % batch_size + np.arange(num_rows)) // batch_size
-
-
 def _check_sizes(batch_size: int, block_size: int) -> None:
     if block_size < 1 or batch_size < 1 or batch_size % block_size:
         raise ValueError(
@@ -386,10 +272,16 @@ def _check_sizes(batch_size: int, block_size: int) -> None:
         )
 
 
-def _check_order(order: Int[np.ndarray, " n"], apart: Sequence[np.ndarray]) -> None:
+def _checked_order(
+    order: Int[np.ndarray, " n"], apart: Sequence[np.ndarray]
+) -> tuple[Int[np.ndarray, " n"], list[Int[np.ndarray, " n"]]]:
+    """The order and the labels as arrays of integers that fit together."""
+    order = as_integers("order", order)
+    labels = [as_integers("apart", label) for label in apart]
     if not np.array_equal(np.sort(order), np.arange(len(order))) or not len(order):
         raise ValueError(f"order is no permutation of its {len(order)} rows")
-    if any(len(label) != len(order) for label in apart):
+    if any(len(label) != len(order) for label in labels):
         raise ValueError(
-            f"apart has labels of {[len(label) for label in apart]} rows; there are {len(order)}"
+            f"apart has labels of {[len(label) for label in labels]} rows; there are {len(order)}"
         )
+    return order, labels

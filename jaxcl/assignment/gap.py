@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl.assignment.row_gaps import GapOptions, row_gaps
+from jaxcl.ops.arguments import as_integers, as_labels
 from jaxcl.ops.pairs import Labels
 from jaxcl.typing import Array, AxisName, Float, Int, Integer, Key, Scalar
 
@@ -78,6 +79,7 @@ def sample_batches(
     """
     if batch_size < 1 or count < 1:
         raise ValueError(f"batch_size={batch_size} and count={count} must be at least 1")
+    order = as_integers("order", order)
     num_batches = len(order) // batch_size
     if num_batches < 1:
         raise ValueError(
@@ -224,17 +226,29 @@ def make_gap_measure(
         )
 
     @jax.jit
-    def measure(
+    def compiled(
         queries: Float[Array, "n d"],
         keys: Float[Array, "n d"],
         rows: Int[Array, "batches b"],
         temperature: Scalar,
         key: Key[Array, ""],
-        different: tuple[Labels, ...] = (),
+        different: tuple[Labels, ...],
     ) -> GapReport:
         # Overwritten inside `jit`, so that XLA removes the work for the unwanted fields.
         report = measured(queries, keys, rows, temperature, key, different)
         unwanted = {name: jnp.full((), jnp.nan) for name in GapReport._fields if name not in fields}
         return report._replace(**unwanted)
+
+    def measure(
+        queries: Float[Array, "n d"],
+        keys: Float[Array, "n d"],
+        rows: Int[Array, "batches b"],
+        temperature: float | Scalar,
+        key: Key[Array, ""],
+        different: tuple[Labels, ...] = (),
+    ) -> GapReport:
+        # `jit` would cut labels of 64 bits without a word.
+        labels = tuple(as_labels("different", one) for one in different)
+        return compiled(queries, keys, rows, temperature, key, labels)
 
     return measure

@@ -20,6 +20,7 @@ from jaxcl.assignment.build_graph import graph_of
 from jaxcl.assignment.cuthill_mckee import cuthill_mckee, paper_order
 from jaxcl.assignment.gcbs_settings import Gcbs
 from jaxcl.assignment.place import Place
+from jaxcl.ops.arguments import as_integers
 from jaxcl.ops.mesh import fetch, make_mesh, put_rows
 from jaxcl.typing import Array, Float, Int, Key, Scalar
 
@@ -62,6 +63,7 @@ def assign(
     Raises:
       ValueError: for sides that do not match, vectors that are not finite, and settings that cannot
         be.
+      TypeError: for labels that are not integers.
 
     Example:
       >>> rng = np.random.default_rng(0)
@@ -297,7 +299,8 @@ def _paper_order(
 
 def _numbered(labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     """The same labels as small numbers: those of 64 bits would lose half of them on a device."""
-    return np.unique(labels, return_inverse=True)[1].astype(np.int32)
+    numbers = np.unique(as_integers("apart", labels), return_inverse=True)[1]
+    return numbers.astype(np.int32)
 
 
 def _on_host(rows: Array | np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxcl.assignment.uniform import fold_in, permutation, permuted
+from jaxcl.ops.arguments import as_integers
 from jaxcl.typing import Float, Int
 
 __all__ = ["SourcedRows"]
@@ -44,6 +45,7 @@ class SourcedRows:
     Raises:
       ValueError: for an unknown mix, invalid weights or temperature, sources without weight or
         rows, or a step below 0.
+      TypeError: for sources that are not integers.
 
     Example:
       >>> rows = SourcedRows(np.array([0, 0, 0, 0, 0, 0, 7, 7]), batch_size=4, seed=0)
@@ -70,6 +72,7 @@ class SourcedRows:
     ):
         if mix not in _MIXES:
             raise ValueError(f"mix={mix!r} is unknown; use one of {', '.join(_MIXES)}")
+        sources = as_integers("sources", sources)
         if batch_size < 1 or not sources.size:
             raise ValueError(f"batch_size={batch_size} and rows={sources.size} must be at least 1")
         names, sizes = np.unique(sources, return_counts=True)

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,7 +60,9 @@ class InMemoryPairs:
       metadata: further columns, by name.
 
     Raises:
-      ValueError: if there are no rows, columns differ in length, or a name is taken.
+      ValueError: if there are no rows, columns differ in length, a name is taken, or a group does
+        not fit into int32.
+      TypeError: if a group is not an integer.
 
     Example:
       >>> pairs = InMemoryPairs(["add", "sub"], ["a + b", "a - b"], groups=[0, 1])
@@ -337,9 +340,14 @@ def _value(example: Any, field: str) -> Any:
 
 def _as_int32(value: Any, *, field: str) -> np.int32:
     try:
-        return np.int32(value)
-    except OverflowError as error:
-        raise ValueError(f"The group {value} of {field!r} does not fit into int32.") from error
+        group = operator.index(bool(value) if isinstance(value, np.bool_) else value)
+    except TypeError:
+        raise TypeError(
+            f"the group {value!r} of {field!r} is a {type(value).__name__}; number the groups"
+        ) from None
+    if not -(2**31) <= group < 2**31:
+        raise ValueError(f"the group {group} of {field!r} does not fit into int32; number them")
+    return np.int32(group)
 
 
 def checked_rows(rows: _Rows, *, num_rows: int) -> list[int]:

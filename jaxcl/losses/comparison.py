@@ -7,11 +7,12 @@ from jax import lax
 
 from jaxcl.losses.protocol import Masks
 from jaxcl.negatives.masks import batch_labels, similarity_ceilings
+from jaxcl.ops.arguments import label_fields
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, AxisName, Float
 
-__all__ = ["DIRECTIONS", "SYMMETRIC", "Comparison", "check_sides"]
+__all__ = ["DIRECTIONS", "SYMMETRIC", "Comparison", "checked_batch"]
 
 DIRECTIONS = ("query_to_key", "key_to_query", "query_to_query", "key_to_key")
 """Anchors and candidates: in `"query_to_key"`, each query is an anchor and all keys candidates."""
@@ -120,10 +121,23 @@ class Comparison(NamedTuple):
         )
 
 
-def check_sides(
-    queries: Float[Array, "..."], keys: Float[Array, "..."], directions: tuple[str, ...]
-) -> None:
-    """Raise a `ValueError` for sides of different shapes, or an unknown direction."""
+def checked_batch(
+    queries: Float[Array, "..."],
+    keys: Float[Array, "..."],
+    masks: Masks,
+    *,
+    directions: tuple[str, ...],
+) -> Masks:
+    """Check what every loss takes.
+
+    Returns:
+      The masks, with labels as int32.
+
+    Raises:
+      ValueError: for sides of different shapes, an unknown direction, or a label that int32 cannot
+        hold.
+      TypeError: for labels that are not integers.
+    """
     if (
         not directions
         or set(directions) - set(DIRECTIONS)
@@ -137,3 +151,4 @@ def check_sides(
             f"queries have the shape {queries.shape} and keys {keys.shape}; row i of one belongs "
             "to row i of the other, so give as many, of one width"
         )
+    return masks._replace(**label_fields("masks", masks))

@@ -5,7 +5,7 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcl.losses.comparison import check_sides
+from jaxcl.losses.comparison import checked_batch
 from jaxcl.losses.protocol import NO_MASKS, Masks
 from jaxcl.losses.reduce_negatives import own_products
 from jaxcl.negatives.sets import ExplicitNegatives
@@ -71,7 +71,7 @@ def distillation_loss(
       Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; over the candidates of a
       query, Ren et al., "RocketQAv2", 2021, equation 3.
     """
-    check_sides(queries, keys, ("query_to_key",))
+    masks = checked_batch(queries, keys, masks, directions=("query_to_key",))
     if any(field is not None for field in masks._replace(valid=None)):
         raise ValueError("the teacher scores every candidate, so only masks.valid is allowed")
     if unknown := set(negatives or {}) - {_EXPLICIT}:

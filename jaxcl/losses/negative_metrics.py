@@ -5,13 +5,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcl.losses.comparison import Comparison
+from jaxcl.losses.comparison import Comparison, checked_batch
 from jaxcl.losses.protocol import NO_MASKS, Masks, NegativesByName
 from jaxcl.losses.reduce_negatives import COUNT, SIMILARITY, Reduce, log_sum_exp, reduce_outside
 from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, AxisName, Float
 
 __all__ = ["NegativeMetrics", "measure_negatives"]
+
+_TO_KEYS = ("query_to_key",)
 
 
 class NegativeMetrics(NamedTuple):
@@ -57,6 +59,7 @@ def measure_negatives(
       >>> batch.counted.tolist(), batch.masked.tolist()
       ([1.0, 1.0, 2.0], [1.0, 1.0, 0.0])
     """
+    masks = checked_batch(queries, keys, masks, directions=_TO_KEYS)
     comparison = Comparison(masks, axis_name, exchange, implementation)
     unmasked = comparison._replace(masks=Masks(valid=masks.valid))
     reduce = log_sum_exp(temperature, hardness=hardness, own_hardness=negative_hardness)
@@ -89,7 +92,6 @@ def _each(
     negatives: NegativesByName,
 ) -> dict[str, Float[Array, " q"]]:
     """One number of each query's negatives, by their kind."""
-    to_keys = ("query_to_key",)
-    found = {"batch": comparison.reduced(reduce.pairs, queries, keys, to_keys)}
-    found |= reduce_outside(reduce, comparison, queries, keys, negatives, directions=to_keys)
+    found = {"batch": comparison.reduced(reduce.pairs, queries, keys, _TO_KEYS)}
+    found |= reduce_outside(reduce, comparison, queries, keys, negatives, directions=_TO_KEYS)
     return {name: values["query_to_key"] for name, values in found.items()}

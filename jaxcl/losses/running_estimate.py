@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcl.losses.comparison import SYMMETRIC, Comparison, check_sides
+from jaxcl.losses.comparison import SYMMETRIC, Comparison, checked_batch
 from jaxcl.losses.protocol import NO_MASKS, Masks, NegativesByName
 from jaxcl.losses.reduce_negatives import COUNT, log_sum_exp, reduce_all
 from jaxcl.negatives.sets import ExplicitNegatives
@@ -97,7 +97,7 @@ def running_estimate_loss(
       algorithm 1. Robustness and temperatures by row: iSogCLR, Qiu et al., 2023, and "FastCLIP",
       Wei et al., 2024.
     """
-    check_sides(queries, keys, directions)
+    masks = checked_batch(queries, keys, masks, directions=directions)
     temperatures = jnp.asarray(temperature)
     by_row = temperatures.ndim > 0
     shape = (queries.shape[0], len(directions))

@@ -6,7 +6,7 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcl.losses.comparison import Comparison, check_sides
+from jaxcl.losses.comparison import Comparison, checked_batch
 from jaxcl.losses.protocol import NO_MASKS, Masks, NegativesByName
 from jaxcl.losses.reduce_negatives import Reduce, reduce_all
 from jaxcl.ops.pairs import pair_softplus
@@ -64,7 +64,7 @@ def sigmoid_pair_loss(
       Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023, equation 2 and algorithm 1.
     """
     directions = ("query_to_key",)
-    check_sides(queries, keys, directions)
+    masks = checked_batch(queries, keys, masks, directions=directions)
     scale = 1 / jnp.asarray(temperature)
     reduce = Reduce(
         functools.partial(pair_softplus, scale=scale, bias=bias),

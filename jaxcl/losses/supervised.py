@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from jaxcl.losses.comparison import SYMMETRIC, Comparison, check_sides
+from jaxcl.losses.comparison import SYMMETRIC, Comparison, checked_batch
 from jaxcl.losses.protocol import NO_MASKS, Masks, NegativesByName
 from jaxcl.losses.reduce_negatives import log_sum_exp, reduce_outside
 from jaxcl.negatives.masks import batch_labels
+from jaxcl.ops.arguments import as_labels
 from jaxcl.ops.pairs import Labels, PairLabels, pair_count, pair_logsumexp, pair_sum
 from jaxcl.typing import Array, AxisName, Float
 
@@ -92,9 +93,11 @@ def supervised_infonce_loss(
     Reference:
       Khosla et al., "Supervised Contrastive Learning", 2020, equation 2.
     """
-    check_sides(queries, keys, directions)
+    masks = checked_batch(queries, keys, masks, directions=directions)
     if any(field is not None for field in masks._replace(ids=None, valid=None)):
         raise ValueError("labels decide which rows are positives; masks takes only ids and valid")
+    labels = as_labels("labels", labels)
+    key_labels = None if key_labels is None else as_labels("key_labels", key_labels)
     within = [one for one in directions if one not in SYMMETRIC]
     if within and jnp.ndim(temperature):
         raise ValueError(f"directions={within} take one temperature for all rows")

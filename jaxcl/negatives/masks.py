@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.ops.pairs import PairLabels
+from jaxcl.ops.pairs.sides import checked_labels
 from jaxcl.typing import Array, AxisName, Bool, Float, Integer
 
 __all__ = ["batch_labels", "similarity_ceilings"]
@@ -36,7 +37,8 @@ def batch_labels(
     if ids is None:
         first = 0 if axis_name is None else lax.axis_index(axis_name) * num_rows
         ids = first + jnp.arange(num_rows, dtype=jnp.int32)
-    return PairLabels(different=(ids,) if groups is None else (ids, groups), valid=valid)
+    different = (ids,) if groups is None else (ids, groups)
+    return checked_labels("the batch's labels", PairLabels(different, valid=valid))
 
 
 def similarity_ceilings(

@@ -8,9 +8,11 @@ slot; slots are numbered over all devices and do not depend on their number.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxcl.negatives.sets import SharedNegatives
+from jaxcl.ops.arguments import as_labels
 from jaxcl.ops.row_tables import as_bits, first_places, from_bits, padded_entries
 from jaxcl.ops.vectors import normalise
 from jaxcl.typing import Array, Bool, Float, Int, Integer
@@ -105,13 +107,16 @@ def update_queue(
       guides: their guide embeddings, if the bank keeps them.
 
     Raises:
-      ValueError: for another number of slots, or embeddings of another width, than the bank has.
+      ValueError: for another number of slots, or embeddings of another width, than the bank has,
+        and for labels that int32 cannot hold.
+      TypeError: for labels that are not integers, or traced ones that may not fit into int32.
     """
     if padded_entries(num_slots) != bank.ids.shape[0]:
         raise ValueError(
             f"num_slots={num_slots}, but the bank has {bank.ids.shape[0]} with its padding; give "
             "the number that init_bank was given"
         )
+    ids, groups = _as_int32("ids", ids), _as_int32("groups", groups)
     valid = jnp.ones(ids.shape, bool) if valid is None else valid
     number = jnp.cumsum(valid, dtype=jnp.int32)
     count = number[-1]
@@ -149,18 +154,24 @@ def update_instances(
       valid: `False` for padding.
       guides: their guide embeddings, if the bank keeps them.
 
+    Raises:
+      ValueError: for a momentum out of range, and as `update_queue`.
+      TypeError: as `update_queue`.
+
     Reference:
       Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018.
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum={momentum}; set it to at least 0 and below 1")
+    rows, groups = _as_int32("rows", rows), _as_int32("groups", groups)
+    ids = rows if ids is None else _as_int32("ids", ids)
     taken = first_places(rows, valid)  # of two embeddings for one slot, a scatter may write either
     if momentum:
         vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
         before = bank.vectors[rows].astype(vectors.dtype)
         moved = normalise(momentum * before + (1 - momentum) * vectors)
         vectors = jnp.where((bank.written[rows] >= 0)[:, None], moved, vectors)
-    return _written(bank, rows, taken, vectors, rows if ids is None else ids, groups, guides)
+    return _written(bank, rows, taken, vectors, ids, groups, guides)
 
 
 def read_bank(bank: MemoryBank) -> SharedNegatives:
@@ -176,6 +187,17 @@ def mean_age(bank: MemoryBank) -> Float[Array, ""]:
     written = bank.written >= 0
     ages = jnp.where(written, bank.updates - 1 - bank.written, 0).astype(jnp.float32)
     return ages.sum() / jnp.maximum(written.sum(), 1)  # a sum of int32 would overflow
+
+
+def _as_int32(name: str, labels: Integer[Array, " b"]) -> Int[Array, " b"]:
+    """Labels that a bank can store: of traced ones, those whose type fits."""
+    labels = as_labels(name, labels)
+    if not np.can_cast(labels.dtype, np.int32):
+        raise TypeError(
+            f"{name} are traced as {labels.dtype}, whose values cannot be checked, and a bank "
+            "stores int32; convert them before the call"
+        )
+    return labels
 
 
 def _written(

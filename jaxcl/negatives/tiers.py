@@ -1,6 +1,7 @@
 """The number of negatives of each kind per query, and the draws from a bank that provide them."""
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import Annotated, NamedTuple
 
@@ -14,6 +15,7 @@ from jaxcl.negatives.masks import similarity_ceilings
 from jaxcl.negatives.memory_bank import MemoryBank, read_bank
 from jaxcl.negatives.sets import OwnNegatives, SharedNegatives
 from jaxcl.negatives.synthetic import mixed, mixed_with_query, perturbed
+from jaxcl.ops.arguments import as_labels
 from jaxcl.ops.nearest import nearest
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.row_tables import fetch_rows
@@ -121,13 +123,15 @@ def strata_of(
         each group; or group -> weight, where a missing group gets none.
 
     Raises:
-      ValueError: for an unknown name, a group without rows, or invalid weights.
+      ValueError: for an unknown name, a group without rows or that int32 cannot hold, or invalid
+        weights.
+      TypeError: for groups that are not integers.
 
     Example:
       >>> strata_of(np.array([3, 3, 3, 8]), count=5).quotas.tolist()
       [4, 1]
     """
-    labels, sizes = np.unique(groups, return_counts=True)
+    labels, sizes = np.unique(as_labels("groups", groups), return_counts=True)
     if proportions == "rows":
         weights = sizes.astype(np.float64)
     elif proportions == "equal":
@@ -137,7 +141,7 @@ def strata_of(
             f"proportions={proportions!r} are unknown; use rows, equal, or weights by group"
         )
     else:
-        given = {int(group): float(weight) for group, weight in proportions.items()}
+        given = {_group(group): float(weight) for group, weight in proportions.items()}
         unknown = sorted(set(given) - set(labels.tolist()))
         if unknown:
             raise ValueError(f"proportions name the groups {unknown}, which no row has")
@@ -151,6 +155,10 @@ def strata_of(
     quotas[np.argsort(quotas - exact, kind="stable")[:missing]] += 1
     drawn = quotas > 0  # all others would only lengthen the counts that devices exchange
     return Strata(jnp.asarray(labels[drawn], jnp.int32), jnp.asarray(quotas[drawn], jnp.int32))
+
+
+def _group(name: int | str) -> int:
+    return int(name) if isinstance(name, str) else operator.index(name)  # `int` would cut fractions
 
 
 def draw_tiers(
@@ -192,7 +200,13 @@ def draw_tiers(
 
     Returns:
       A set of negatives for each tier with a budget.
+
+    Raises:
+      ValueError: for labels that int32 cannot hold, or both margins.
+      TypeError: for labels that are not integers.
     """
+    ids = as_labels("ids", ids)
+    groups = None if groups is None else as_labels("groups", groups)
     ceilings = similarity_ceilings(
         inner_product(*((queries, keys) if guides is None else guides)),
         margin=margin,

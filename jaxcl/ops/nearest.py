@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcl.ops.pairs.sides import ALL_COUNT, PairKeys, PairLabels, PairQueries, pair_scores
+from jaxcl.ops.pairs.sides import (
+    ALL_COUNT,
+    PairKeys,
+    PairLabels,
+    PairQueries,
+    checked_labels,
+    pair_scores,
+)
 from jaxcl.ops.varying import as_varying
 from jaxcl.typing import Array, AxisName, Float, Int, Integer, PyTree
 
@@ -64,7 +71,8 @@ def nearest(
       The nearest of all devices' rows, without gradient.
 
     Raises:
-      ValueError: for an unknown name, or a count or tile below 1.
+      ValueError: for an unknown name, a count or tile below 1, or a label that int32 cannot hold.
+      TypeError: for labels that are not integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -80,6 +88,8 @@ def nearest(
         raise ValueError(
             f"count={count}, query_tile={query_tile}, tile={tile}; all must be at least 1"
         )
+    query_labels = checked_labels("query_labels", query_labels)
+    table_labels = checked_labels("table_labels", table_labels)
     if implementation == "reference":
         query_tile, tile = queries.shape[0], table.shape[0]
     ours, theirs = lax.stop_gradient(((queries, query_labels), (table, table_labels)))

@@ -6,10 +6,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from jaxcl.assignment.conflicts import count_conflicts
 from jaxcl.assignment.epochs import (
     Assigned,
     AssignedRows,
-    count_conflicts,
     epoch_rows,
     random_to_hard,
     visited,
@@ -397,7 +397,7 @@ def rounds(monkeypatch, order: np.ndarray, apart, *, seed: int):
     """The rows and each array's conflicts after 0, 1, 2, ... rounds of swaps."""
     rows, conflicts = [], []
     for max_rounds in range(6):
-        monkeypatch.setattr("jaxcl.assignment.epochs._MAX_ROUNDS", max_rounds)
+        monkeypatch.setattr("jaxcl.assignment.conflicts._MAX_ROUNDS", max_rounds)
         found = epoch_rows(order, epoch=0, batch_size=20, block_size=4, seed=seed, apart=apart)
         rows.append(found)
         conflicts.append([count_conflicts(found, labels, batch_size=20) for labels in apart])

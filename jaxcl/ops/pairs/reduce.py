@@ -11,7 +11,7 @@ from jaxcl.ops.collectives import gather
 from jaxcl.ops.pairs import reference
 from jaxcl.ops.pairs.exchange import TilePasses, ring_backward, ring_forward
 from jaxcl.ops.pairs.reductions import COUNT, LOGSUMEXP, SOFTPLUS, SUM, Reduction, Residuals
-from jaxcl.ops.pairs.sides import ALL_COUNT, PairKeys, PairLabels, PairQueries
+from jaxcl.ops.pairs.sides import ALL_COUNT, PairKeys, PairLabels, PairQueries, checked_labels
 from jaxcl.ops.varying import as_varying
 from jaxcl.typing import Array, AxisName, Float
 
@@ -78,7 +78,9 @@ def pair_logsumexp(
       Rows and columns, in nats, in float32 or wider; −∞ with gradient 0 if all pairs are masked.
 
     Raises:
-      ValueError: for an unknown name, labels that do not fit, or a ring of the reference.
+      ValueError: for an unknown name, labels that do not fit, into int32 or together, or a ring of
+        the reference.
+      TypeError: for labels that are not integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -196,6 +198,8 @@ def _reduce_pairs(
     implementation: str | None,
     tile: int | None,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
+    queries = queries._replace(labels=checked_labels("query_labels", queries.labels))
+    keys = keys._replace(labels=checked_labels("key_labels", keys.labels))
     _check(queries, keys, exchange, implementation, tile)
     by_tiles = "tiled" if implementation in (None, "reference") else implementation
     # Imported on use, since Pallas loads much that the other implementations do not need.

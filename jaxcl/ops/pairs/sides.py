@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcl.ops.arguments import as_labels
 from jaxcl.ops.vectors import inner_products
 from jaxcl.typing import Array, Bool, Float, Integer, PyTree
 
@@ -21,6 +22,7 @@ __all__ = [
     "as_columns",
     "as_rows",
     "block_scores",
+    "checked_labels",
     "pair_scores",
 ]
 
@@ -80,6 +82,14 @@ class PairKeys(NamedTuple):
     vectors: Float[Array, "k d"]
     bias: Float[Array, " k"] | None
     labels: PairLabels
+
+
+def checked_labels(name: str, labels: PairLabels) -> PairLabels:
+    """One side's labels as int32; `as_labels` documents the errors."""
+    return labels._replace(
+        different=tuple(as_labels(f"{name}.different", one) for one in labels.different),
+        equal=tuple(as_labels(f"{name}.equal", one) for one in labels.equal),
+    )
 
 
 def pair_scores(

@@ -1,0 +1,63 @@
+"""Checks of what callers give, before JAX converts it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.typing import Array, Int, Integer
+
+__all__ = ["as_integers", "as_labels", "label_fields"]
+
+_INT32 = np.iinfo(np.int32)
+
+
+def as_integers(name: str, values: Any) -> Int[np.ndarray, "..."]:
+    """Integers of any width on the host, such as a list's.
+
+    Raises:
+      TypeError: for other types; fractions would be cut off.
+    """
+    integers = np.asarray(values)
+    if not integers.size:
+        integers = integers.astype(np.int64)  # an empty list has no type
+    if not np.issubdtype(integers.dtype, np.integer):
+        raise TypeError(f"{name} has the type {integers.dtype}; give integers")
+    return integers
+
+
+def as_labels(name: str, labels: Any) -> Integer[Array, "..."]:
+    """Ids, groups or row numbers as int32.
+
+    Of a traced array, and of one on several hosts, only the type is checked; it stays as it is.
+
+    Raises:
+      TypeError: for labels that are not integers.
+      ValueError: for a label that int32 cannot hold, which JAX would cut without a word.
+    """
+    if isinstance(labels, jax.core.Tracer) or not getattr(labels, "is_fully_addressable", True):
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise TypeError(f"{name} has the type {labels.dtype}; give integers")
+        return labels
+    if isinstance(labels, jax.Array) and labels.dtype == np.int32:
+        return labels  # unread: a device may still compute its values
+    integers = as_integers(name, labels)
+    outside = integers[(integers < _INT32.min) | (integers > _INT32.max)]
+    if outside.size:
+        raise ValueError(
+            f"{name} holds {outside[0]}, which int32 cannot hold; number the labels from 0, such "
+            "as by np.unique(labels, return_inverse=True)[1]"
+        )
+    # Where a device holds them, they stay there.
+    return jnp.asarray(labels if isinstance(labels, jax.Array) else integers, jnp.int32)
+
+
+def label_fields(name: str, holder: Any) -> dict[str, Any]:
+    """The fields `ids` and `groups` of a NamedTuple as `as_labels`, where there are any."""
+    fields = {field: getattr(holder, field) for field in ("ids", "groups")}
+    return {
+        field: as_labels(f"{name}.{field}", labels)
+        for field, labels in fields.items()
+        if labels is not None
+    }
