@@ -260,7 +260,6 @@ def test_temperatures_that_are_not_positive_are_refused(temperature):
         infonce_loss(*sides(4), temperature=temperature)
 
 
-@known_fault("row −1 is written to the last slot")
 def test_filled_up_rows_do_not_write_to_the_bank():
     rows, groups = jnp.array([-1, 0]), jnp.zeros(2, int)
     bank = negatives.update_instances(negatives.init_bank(4, 8), sides(2)[0], rows, groups)

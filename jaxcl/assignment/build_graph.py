@@ -52,11 +52,13 @@ def graph_of(
       place: where this device's rows lie.
     """
     sample_key, cluster_key = jax.random.split(key)
+    finite = (jnp.isfinite(queries) & jnp.isfinite(keys)).all(1, keepdims=True)
+    queries, keys = jnp.where(finite, queries, 0), jnp.where(finite, keys, 0)
     pairs = two_sided(queries, keys)
     # Each side on the grid first, or the longer one would decide where a point lies.
     points = on_grid(on_grid(queries) + on_grid(keys))
     numbers = place.first + jnp.arange(place.here, dtype=jnp.int32)
-    # A row of zeros is an instance-bank slot that no batch has written yet.
+    # A row of zeros is not finite, or an instance-bank slot that no batch has written yet.
     valid = (numbers < num_rows) & (points != 0).any(1)
     labels = PairLabels(different=(numbers, *apart), valid=valid)
     if settings.similarity_cap is not None:

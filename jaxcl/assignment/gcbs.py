@@ -159,7 +159,8 @@ def make_order(
 
     Returns:
       `(queries, keys, temperature, key, apart=()) -> Ordered`. Embeddings may have more rows than
-      `num_rows`, which are left out. Equal on any number of devices.
+      `num_rows`, which are left out. Equal on any number of devices. A pair that is not finite has
+      no neighbours.
 
     Raises:
       ValueError: for sizes that cannot be.
@@ -293,6 +294,7 @@ def _paper_order(
     """The paper's method, which knows no temperature, no labels, and draws nothing of account."""
     sides = (_on_host(side)[:num_rows] for side in (queries, keys))
     sides = (side.astype(np.promote_types(side.dtype, np.float32)) for side in sides)
+    sides = (np.where(np.isfinite(side).all(1, keepdims=True), side, 0) for side in sides)
     unit = (side / np.linalg.norm(side, axis=1, keepdims=True).clip(1e-30) for side in sides)
     return Ordered(paper_order(*unit, quantile=quantile), 0)
 

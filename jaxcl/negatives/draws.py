@@ -46,6 +46,7 @@ def draw_slots(
       Slot numbers over all devices, ascending, `[count]`, equal on all devices; filled up with −1
       if there are too few slots.
     """
+    stratum = jnp.where(stratum >= 0, stratum, quotas.shape[0])  # −1 would be the last stratum
     num_slots = priority.shape[0]
     device = 0 if axis_name is None else lax.axis_index(axis_name)
     slots = device * num_slots + jnp.arange(num_slots, dtype=jnp.int32)

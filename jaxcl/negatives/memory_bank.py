@@ -147,7 +147,7 @@ def update_instances(
     Args:
       bank: a bank with a slot for each training row.
       vectors: embeddings of the whole batch.
-      rows: their training rows, which are their slots.
+      rows: their training rows, which are their slots; negative ones are padding.
       groups: their groups.
       momentum: $\mu$ in [0, 1); 0 stores the newest embedding as it is.
       ids: ids to store instead of the training rows, such as those by text.

@@ -30,6 +30,8 @@ _GROUP = 32  # columns that are represented by their maximum before the sort
 class Nearest(NamedTuple):
     """The rows nearest to each query, the nearest first; ties are in the order of rows.
 
+    A row whose similarity is not finite is near no query.
+
     Attributes:
       similarities: inner products; −∞ where fewer rows are allowed than requested.
       rows: row numbers in the whole table; −1 for none.
@@ -165,7 +167,9 @@ def _tile(queries: PyTree, table: PyTree, rows: Array, new: Array, count: int) -
     )
     # `top_k` sorts −0 below 0: a tie that the order of rows must decide.
     similarities = jnp.where(similarities == 0, 0, similarities)
-    similarities = jnp.where(counted & new, similarities, -jnp.inf)
+    # `top_k` sorts NaN above all numbers.
+    counted &= new & jnp.isfinite(similarities)
+    similarities = jnp.where(counted, similarities, -jnp.inf)
     return _best(_candidates(similarities, rows, count), min(count, rows.shape[0]))
 
 

@@ -120,7 +120,8 @@ def _is_half(dtype: jnp.dtype) -> bool:
 def write_rows(tables: PyTree, rows: Int[Array, " b"], entries: PyTree) -> PyTree:
     """Write new entries for some rows; for a row given twice, the first entry.
 
-    Without this rule, the order in which devices write would decide.
+    Without this rule, the order in which devices write would decide. Negative rows, such as the −1
+    of padding, are written nowhere.
     """
     first = first_places(rows)
 
@@ -134,12 +135,11 @@ def write_rows(tables: PyTree, rows: Int[Array, " b"], entries: PyTree) -> PyTre
 def first_places(
     rows: Int[Array, " b"], valid: Bool[Array, " b"] | None = None
 ) -> Bool[Array, " b"]:
-    """Whether each place is valid and the first one with its row."""
-    if valid is not None:
-        rows = jnp.where(valid, rows, -1)  # no valid place comes after an invalid one of its row
+    """Whether each place is valid and the first one with its row; negative rows are not valid."""
+    valid = rows >= 0 if valid is None else valid & (rows >= 0)
+    rows = jnp.where(valid, rows, -1)  # no valid place comes after an invalid one of its row
     # Stable, so that equal rows keep the order of their places.
     order = jnp.argsort(rows, stable=True)
     ordered = rows[order]
     first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
-    first = jnp.zeros(rows.shape, bool).at[order].set(first)
-    return first if valid is None else first & valid
+    return jnp.zeros(rows.shape, bool).at[order].set(first) & valid

@@ -240,3 +240,16 @@ def test_the_paper_s_method_takes_long_vectors_in_half_precision():
         assign(*halves, block_size=SIZE, settings=settings),
         assign(*wide, block_size=SIZE, settings=settings),
     )
+
+
+@pytest.mark.parametrize("name", ["exact", "rcm_device", "rcm"])
+def test_pairs_that_are_not_finite_are_those_that_were_never_written(name):
+    queries, keys, _ = topical()
+    blank, bad = ((queries.copy(), keys.copy()) for _ in range(2))
+    for place in (3, 40):
+        blank[0][place] = blank[1][place] = 0
+    bad[0][3], bad[1][3] = np.nan, 0
+    bad[0][40], bad[1][40, 2] = 0, np.inf
+    order = compiled(name, 1)[1]
+    found, expected = (order(*sides, 0.1, jax.random.key(0)).rows for sides in (bad, blank))
+    np.testing.assert_array_equal(found, expected)

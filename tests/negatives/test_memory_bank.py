@@ -11,6 +11,7 @@ from jaxcl.negatives.memory_bank import (
     update_queue,
 )
 from jaxcl.ops.mesh import batch_sharding, make_mesh, replicated_sharding, table_sharding
+from jaxcl.ops.row_tables import write_rows
 from tests.helpers import unit_vectors
 
 DIM = 4
@@ -160,3 +161,20 @@ def test_the_age_of_many_old_slots_does_not_overflow():
     )
     assert float(mean_age(bank)) == pytest.approx(6_000, rel=1e-5)
     assert float(mean_age(init_bank(4, 1))) == 0
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_a_negative_row_is_written_nowhere(momentum):
+    rows, groups = jnp.array([-1, 0, -3]), jnp.zeros(3, int)
+    vectors = unit_vectors(0, 3, DIM, dtype=jnp.float32)
+    bank = update_instances(init_bank(4, DIM), vectors, rows, groups, momentum=momentum)
+    assert np.flatnonzero(bank.written >= 0).tolist() == [0]
+    valid = jnp.array([True, False, True])
+    bank = update_instances(init_bank(4, DIM), vectors, rows, groups, valid=valid)
+    assert not (bank.written >= 0).any()
+
+
+def test_a_table_has_no_entry_of_a_negative_row():
+    table = jnp.zeros((4, 1))
+    rows, entries = jnp.array([-1, 2, 2]), jnp.array([[5.0], [6.0], [7.0]])
+    assert write_rows(table, rows, entries).tolist() == [[0], [0], [6], [0]]

@@ -104,3 +104,13 @@ def test_any_number_of_devices_mines_the_same():
 def test_a_rule_that_finds_nothing_is_named(rule, message):
     with pytest.raises(ValueError, match=message):
         mined(rule)
+
+
+def test_a_key_that_is_not_a_number_is_never_mined():
+    queries, keys = (unit_vectors(n, ROWS, DIM, dtype=jnp.float32) for n in range(2))
+    row_keys = jax.random.split(jax.random.key(0), ROWS)
+    rule = MiningRule(per_query=8, rank_range=(0, 8), sampling="top")
+    found = miner(rule, 1)(queries, keys.at[7].set(jnp.nan), jnp.asarray(IDS), row_keys)
+    rows = np.delete(np.asarray(found.rows), 7, axis=0)  # with its NaN key, row 7 still has a query
+    assert (rows >= 0).all()
+    assert not (found.rows == 7).any()

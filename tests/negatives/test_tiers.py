@@ -344,3 +344,24 @@ def collective_sizes(program):
         program,
     )
     return [int(np.prod([int(size) for size in shape.split(",") if size])) for shape in found]
+
+
+def test_slots_without_a_stratum_are_never_drawn():
+    priority = priorities(jax.random.key(0), 8)
+    stratum = jnp.array([-1, -1, 0, -1, 1, -1, -1, 1])  # −1 would count as the last stratum
+    found = draw_slots(priority, stratum, jnp.array([2, 3]), count=5)
+    assert found[found >= 0].tolist() == [2, 4, 7]
+
+
+def test_a_slot_that_is_not_a_number_is_no_hard_negative():
+    keys = unit_vectors(1, 4, DIM, dtype=jnp.float32).at[2].set(jnp.nan)
+    tiers = draw_tiers(
+        TierBudgets(nearest=3, mixed=2, hardest=3),
+        unit_vectors(0, 4, DIM, dtype=jnp.float32),
+        keys,
+        row_keys=jax.random.split(jax.random.key(0), 4),
+        ids=jnp.arange(4),
+    )
+    assert not (tiers["nearest"].ids == 2).any()
+    assert np.isfinite(tiers["nearest"].vectors).all()
+    assert np.isfinite(tiers["mixed"].vectors).all()

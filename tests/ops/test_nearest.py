@@ -130,3 +130,19 @@ def test_mistakes_are_named():
         nearest(jnp.eye(2), jnp.eye(2), count=1, implementation="faiss")
     with pytest.raises(ValueError, match="count=0"):
         nearest(jnp.eye(2), jnp.eye(2), count=0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_that_are_not_finite_are_near_no_query(implementation, bad):
+    queries, table = (np.array(unit_vectors(n, 7, 6, dtype=jnp.float32)) for n in (0, 1))
+    rest = [row for row in range(7) if row != 3]
+    _, places = by_sorting(queries, table[rest], 6)
+    table[3, 2] = bad
+    queries[5] = np.nan
+    find = functools.partial(nearest, count=7, tile=4, implementation=implementation)
+    found = find(jnp.asarray(queries), jnp.asarray(table))
+    expected = np.column_stack([np.array(rest)[places], np.full(7, -1)])
+    expected[5] = -1
+    np.testing.assert_array_equal(found.rows, expected)
+    np.testing.assert_array_equal(np.isneginf(found.similarities), expected == -1)
