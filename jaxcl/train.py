@@ -82,7 +82,7 @@ def _run(arguments: Namespace) -> None:
     profile = _profiled(arguments.profile)
     join_processes(arguments)
     workdir = arguments.workdir or _default_workdir(arguments.config)
-    keep_compiled(workdir.parent / ".compiled")
+    keep_compiled()
     train(config, workdir, changed=changed_fields(arguments), profile=profile)
 
 

@@ -498,6 +498,7 @@ def run_suite(
     FORKS.set_forkserver_preload(["tests.fault_worker"])
     tally, begun = Tally(), time.monotonic()
     place = Path(tempfile.mkdtemp(prefix="faults-"))
+    os.environ["XDG_CACHE_HOME"] = str(place / "cache")
     references = {}
     for name in dict.fromkeys(names):
         reference = references[name] = place / name.replace(" ", "-")

@@ -31,6 +31,7 @@ from jaxcl.host.huge_pages import start_with_huge_pages
 from jaxcl.host.output import print_traceback, protect_output
 from jaxcl.host.processes import Stopped, catch_interrupt, leave, leave_for, start_processes
 from jaxcl.host.progress import say
+from jaxcl.host.user_folders import ensure_home
 
 __all__ = ["UserError", "join_processes", "run_command"]
 
@@ -62,6 +63,7 @@ def run_command(
       What `run` returns.
     """
     protect_output()
+    ensure_home()
     arguments = parser.parse(argv)
     if trains and argv is None:
         start_with_huge_pages()

@@ -44,8 +44,8 @@ def refuse_other_modules() -> None:
 
 def _runs(path: Path) -> bool:
     """Whether a file is written to be run."""
-    return path.name == "__main__.py" or '\nif __name__ == "__main__":' in path.read_text()
+    return path.name == "__main__.py" or '\nif __name__ == "__main__":' in path.read_text("utf-8")
 
 
 def _summary(path: Path) -> str:
-    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+    return (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").partition("\n")[0]

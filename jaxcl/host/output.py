@@ -19,7 +19,7 @@ _NOT_WRITTEN = (OSError, ValueError, RuntimeError)
 
 
 class LossyStream:
-    """A text stream that drops what it cannot write.
+    """A text stream that drops text where writing fails.
 
     Args:
       stream: a text stream, where the text goes.
@@ -44,7 +44,7 @@ class LossyStream:
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what is buffered."""
+        """Write the buffered text."""
         try:
             self._stream.flush()
         except _NOT_WRITTEN as error:

@@ -9,22 +9,31 @@ import jax
 import jax.monitoring
 
 from jaxcl.host.progress import say
+from jaxcl.host.user_folders import cache_folder, make_private
 
 __all__ = ["Watch", "keep_compiled"]
 
 _WORTH_KEEPING_SECONDS = 0.3
 
 
-def keep_compiled(directory: Path) -> None:
-    """Keeps compiled programs for the next start, unless `JAX_COMPILATION_CACHE_DIR` says where.
+def keep_compiled() -> None:
+    """Keep compiled programs for later starts, unless `JAX_COMPILATION_CACHE_DIR` says where.
 
-    Those of a CPU are kept by host, since another's processor may lack an instruction.
+    They are native code, which JAX loads as it finds it. Hence they lie in the user's cache, and
+    are used only where no other user could have written them. Those of a CPU are kept by host,
+    since another's processor may lack an instruction.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     backend = jax.default_backend()
     kind = f"cpu-{platform.node()}" if backend == "cpu" else backend
-    jax.config.update("jax_compilation_cache_dir", str(directory.absolute() / kind))
+    directory = cache_folder() / "compiled" / kind
+    try:
+        make_private(directory)
+    except OSError as error:
+        say(f"warning: compiled programs are neither kept nor reused: {error}")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING_SECONDS)
 
 

@@ -126,6 +126,20 @@ def test_characters_that_the_encoding_lacks_are_escaped(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("arguments", [["jaxcl"], ["jaxcl.train", "--help"]])
+def test_commands_start_where_the_locale_is_ascii(arguments):
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | locale,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("module", ["jaxcl", "jaxcl.train"])
 def test_help_for_a_reader_that_has_gone_is_no_error(module):
     with broken("closed pipe") as number:
@@ -167,11 +181,11 @@ ERRORS = [
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_a_program_that_calls_the_library_is_not_stopped_either(monkeypatch, error):
     monkeypatch.setattr(sys, "stderr", Broken(error))
-    say("to nobody")
+    say("to a closed log")
     with progress_bar("reading", 1) as advance:
         advance()
     monkeypatch.setattr(sys, "stderr", None)
-    say("to nobody")
+    say("to a closed log")
 
 
 def test_a_bar_on_a_terminal_that_is_gone_stops_nothing(monkeypatch):
@@ -230,7 +244,7 @@ def run(arguments):
 run_command(CommandParser("jaxcl.x", "X."), run, interrupted="interrupted")
 """
 WAITS = "time.sleep(60)"
-# Python drops an exception in such a callback, as in those that JAX gives to the garbage collector.
+# Python drops an exception in a finaliser. JAX has such callbacks in the garbage collector.
 LOSES = """
     class Lossy:
         def __del__(self):

@@ -1,5 +1,8 @@
 """Traces, programs that are kept, and a word where a step was compiled again."""
 
+import stat
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -66,12 +69,47 @@ def test_steps_that_cannot_be_traced_are_named(given):
     assert _profiled(None) is None
 
 
-def test_programs_are_kept_unless_somebody_says_where(tmp_path, monkeypatch):
-    updates = {}
-    monkeypatch.setattr(jax.config, "update", lambda name, value: updates.update({name: value}))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
-    keep_compiled(tmp_path)
-    assert updates == {}
+@pytest.fixture
+def updates(monkeypatch, tmp_path):
+    """What JAX is told, by name; the user's cache is in the test's folder."""
+    told = {}
+    monkeypatch.setattr(jax.config, "update", lambda name, value: told.update({name: value}))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    keep_compiled(tmp_path)
-    assert updates["jax_compilation_cache_dir"].startswith(str(tmp_path / "cpu-"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return told
+
+
+def test_compiled_programs_are_kept_in_the_cache_of_the_user_alone(tmp_path, updates, capsys):
+    keep_compiled()
+    folder = Path(updates["jax_compilation_cache_dir"])
+    assert folder.parent == tmp_path / "jaxcl" / "compiled"
+    assert folder.name.startswith("cpu-")
+    for made in (folder, folder.parent, folder.parents[1]):
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_that_the_environment_names_wins(tmp_path, updates, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    keep_compiled()
+    assert updates == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
+def test_programs_that_others_may_have_written_are_not_loaded(tmp_path, updates, capsys, mode):
+    keep_compiled()
+    folder = Path(updates.pop("jax_compilation_cache_dir"))
+    folder.chmod(mode)
+    keep_compiled()
+    assert "jax_compilation_cache_dir" not in updates
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: compiled programs are neither kept nor reused")
+
+
+def test_a_cache_that_cannot_be_made_is_one_warning(tmp_path, updates, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    keep_compiled()
+    assert "jax_compilation_cache_dir" not in updates
+    assert len(capsys.readouterr().err.splitlines()) == 1

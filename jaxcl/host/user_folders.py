@@ -1,0 +1,63 @@
+"""The user's own folders: where caches go, and which of them can be trusted."""
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from jaxcl.host.progress import say
+
+__all__ = ["cache_folder", "ensure_home", "make_private"]
+
+
+def ensure_home() -> None:
+    """Give a user without a home directory one among the temporary files.
+
+    In a container the user may be a mere number, without `HOME` and without an entry in the list of
+    users; then `~` means nothing to this program and its libraries.
+    """
+    if os.path.expanduser("~") != "~":
+        return
+    home = Path(tempfile.gettempdir()) / f"jaxcl-home-{os.getuid()}"
+    try:
+        make_private(home)
+    except OSError:
+        home = Path(tempfile.mkdtemp(prefix="jaxcl-home-"))
+    os.environ["HOME"] = str(home)
+    say(f"warning: this user has no home directory; {home} is used instead, or set HOME")
+
+
+def cache_folder() -> Path:
+    """The folder for jaxcl's caches: in `XDG_CACHE_HOME` or `~/.cache`."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "jaxcl"
+
+
+def make_private(folder: Path) -> None:
+    """Create a folder that no other user can write to or replace, or check that it is one.
+
+    Raises:
+      PermissionError: if another user owns it or one of its parents, or may change them.
+      OSError: if it cannot be created.
+    """
+    for parent in reversed([folder, *folder.parents]):
+        if not parent.exists():
+            parent.mkdir(mode=0o700, exist_ok=True)
+    if not hasattr(os, "getuid"):  # on Windows folders belong to their users
+        return
+    resolved = folder.resolve(strict=True)
+    if not resolved.is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder")
+    _check_owner(resolved.lstat(), resolved, own=True)
+    for parent in resolved.parents:
+        _check_owner(parent.lstat(), parent, own=False)
+
+
+def _check_owner(found: os.stat_result, path: Path, *, own: bool) -> None:
+    allowed = {os.getuid()} if own else {os.getuid(), 0}
+    if found.st_uid not in allowed:
+        raise PermissionError(f"{path} belongs to another user")
+    # In a parent with the sticky bit, such as /tmp, others cannot replace what is not theirs.
+    sticky = not own and found.st_mode & stat.S_ISVTX
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+        raise PermissionError(f"other users may write to {path}; chmod go-w takes that right away")
