@@ -1,12 +1,15 @@
 """A run's own folder: one run at a time, of one config, with files that are whole or not there."""
 
 import contextlib
+import errno
 import json
+import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 
@@ -45,24 +48,36 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     """Makes a run's folder and keeps other runs out of it, until the process ends at the latest.
 
     Raises:
-      ValueError: if another run is at work there.
+      ValueError: if another run is at work there, or its lock is not a regular file.
       PermissionError: if it cannot be written.
     """
     if jax.process_index() != 0 or fcntl is None:
         yield
         return
     with _explained(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / LOCK_FILE).open("w")
+        lock = _locked_file(workdir)
     with lock:
+        yield
+
+
+def _locked_file(workdir: Path) -> BinaryIO:
+    path = workdir / LOCK_FILE
+    while True:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = _open_lock(path)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.close()
             raise ValueError(
                 f"another run is at work in {workdir}; wait until it ends, or choose another "
                 "--workdir"
             ) from None
-        yield
+        # A start that failed has removed the file between our opening and locking it.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        lock.close()
 
 
 @contextlib.contextmanager
@@ -94,6 +109,21 @@ def _remove_run(workdir: Path) -> None:
     for directory in (workdir / CHECKPOINTS, workdir):
         with contextlib.suppress(OSError):  # where there are files of the user
             directory.rmdir()
+
+
+def _open_lock(path: Path) -> BinaryIO:
+    """Open the lock file, and nothing that somebody has put in its place."""
+    # A link is not followed, no content is cut off, and a pipe does not wait for a reader.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o666)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return os.fdopen(descriptor, "r+b", buffering=0)
+        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+    raise ValueError(f"{path} is not a regular file; remove it")
 
 
 def claim_workdir(workdir: Path, settings: Settings) -> Mapping[str, Any] | None:
