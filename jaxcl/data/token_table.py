@@ -1,27 +1,31 @@
 """Token ids of a whole split, computed once and then read from disk by row number."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tokenizers import Tokenizer
 
+from jaxcl.data.checked_array import CheckedArray, DamagedArray, array_record, digest_of
 from jaxcl.data.row_labels import split_labels
 from jaxcl.data.sources import PairSource
 from jaxcl.data.tokenizer import encode_texts, tokenizer_fingerprint
+from jaxcl.host.files import read_json_object
+from jaxcl.host.progress import say
+from jaxcl.host.workplace import put_in_place, workplace
 from jaxcl.typing import PADDING_ID, SIDES, Int, Integer
 
 __all__ = ["TokenTable", "build_token_table", "pad_texts", "padded", "token_spec"]
 
-_FORMAT = 3
+_FORMAT = 4
+_INDEX_FILE = "table.json"
 _CHUNK_ROWS = 4096
 
 
@@ -37,7 +41,7 @@ class TokenTable(NamedTuple):
       max_tokens: side -> the width of its batches.
     """
 
-    tokens: Mapping[str, Integer[np.ndarray, " _"]]
+    tokens: Mapping[str, "Integer[np.ndarray, ' _'] | _Tokens"]
     offsets: Mapping[str, Int[np.ndarray, " _"]]
     group: Int[np.ndarray, " n"]
     text: Int[np.ndarray, " n"]
@@ -69,7 +73,7 @@ def token_spec(width: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def padded(
-    flat: Integer[np.ndarray, " _"],
+    flat: "Integer[np.ndarray, ' _'] | _Tokens",
     starts: Int[np.ndarray, " b"],
     lengths: Int[np.ndarray, " b"],
     *,
@@ -93,7 +97,7 @@ def build_token_table(
     directory: Path,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> TokenTable:
-    """Reads a split's token ids, after computing them where nobody has.
+    """Reads a split's token ids, and computes them first if necessary.
 
     Args:
       source: the pairs.
@@ -106,7 +110,11 @@ def build_token_table(
       advance: called with the number of rows done since the last call.
 
     Returns:
-      The table, memory-mapped.
+      The table, memory-mapped. A table that is damaged is built again, and so is one of which a
+      part turns out to be damaged when a batch first reads it.
+
+    Raises:
+      OSError: if the table cannot be written, or differs right after that.
     """
     made_from = {
         "format": _FORMAT,
@@ -118,24 +126,119 @@ def build_token_table(
     }
     if tuple(sides) != SIDES:
         made_from["sides"] = list(sides)
-    name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+    name = hashlib.sha256(_json_bytes(made_from)).hexdigest()[:12]
     path = Path(directory) / name
-    if not path.exists():
-        _write(source, tokenizer, made_from, path, sides, advance)
-    return _read(path, max_tokens, sides)
+    write = functools.partial(_write, source, tokenizer, made_from, path, sides)
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+
+    def read() -> TokenTable:
+        arrays = _open_arrays(path, made_from, num_ids=num_ids)
+        return _as_table(arrays, path, max_tokens, sides, num_rows=len(source), rebuilt=rebuilt)
+
+    def rebuilt(
+        damage: DamagedArray, advance: Callable[[int], None] = lambda rows: None
+    ) -> TokenTable:
+        say(f"the token table is built again: {damage}")
+        write(advance)
+        try:
+            table = read()
+            for tokens in table.tokens.values():
+                np.asarray(tokens)  # verifies all of it
+        except DamagedArray as error:
+            raise OSError(
+                f"{error}, right after it was written; set run.data_dir to a folder on another disk"
+            ) from error
+        return table
+
+    if not os.path.lexists(path):
+        write(advance)
+    try:
+        return read()
+    except DamagedArray as damage:
+        return rebuilt(damage, advance)
 
 
-def _read(path: Path, max_tokens: Mapping[str, int], sides: Sequence[str]) -> TokenTable:
-    def column(name: str) -> np.ndarray:
-        return np.load(path / f"{name}.npy", mmap_mode="r")
+class _Tokens:
+    """A side's ids on disk. Where they turn out damaged, the table is built again.
 
-    return TokenTable(
-        tokens={side: column(f"{side}_tokens") for side in sides},
-        offsets={side: np.asarray(column(f"{side}_offsets")) for side in sides},
-        group=np.asarray(column("group")),
-        text=np.asarray(column("text")),
+    Args:
+      array: the ids.
+      mended: what returns them after a damage.
+    """
+
+    def __init__(self, array: CheckedArray, mended: Callable[[DamagedArray], CheckedArray]) -> None:
+        self.array, self._mended = array, mended
+
+    def __getitem__(self, positions: Int[np.ndarray, "*n"]) -> Integer[np.ndarray, "*n"]:
+        try:
+            return self.array[positions]
+        except DamagedArray as damage:
+            self.array = self._mended(damage)
+            return self.array[positions]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.array.whole(), dtype, copy=copy)
+
+
+def _open_arrays(path: Path, made_from: Mapping, *, num_ids: int) -> dict[str, CheckedArray]:
+    """The columns of a table, by name.
+
+    Raises:
+      DamagedArray: if the index or a file differs from what was written.
+    """
+    try:
+        index = read_json_object(path / _INDEX_FILE)
+    except (OSError, ValueError) as error:
+        raise DamagedArray(f"{path / _INDEX_FILE} cannot be read ({error})") from error
+    content: Any = index.get("content")
+    if index.get("digest") != digest_of(_json_bytes(content)) or content["made_from"] != made_from:
+        raise DamagedArray(f"{path / _INDEX_FILE} differs from what was written")
+    return {
+        name: CheckedArray(
+            path / f"{name}.npy", record, below=num_ids if name.endswith("_tokens") else None
+        )
+        for name, record in content["columns"].items()
+    }
+
+
+def _as_table(
+    arrays: Mapping[str, CheckedArray],
+    path: Path,
+    max_tokens: Mapping[str, int],
+    sides: Sequence[str],
+    *,
+    num_rows: int,
+    rebuilt: Callable[[DamagedArray], TokenTable],
+) -> TokenTable:
+    """The table of these columns.
+
+    Raises:
+      DamagedArray: if a column that is read whole differs from what was written, or the columns
+        do not fit together.
+    """
+
+    def mended(side: str, damage: DamagedArray) -> CheckedArray:
+        tokens = rebuilt(damage).tokens[side]
+        assert isinstance(tokens, _Tokens)
+        return tokens.array
+
+    table = TokenTable(
+        tokens={
+            side: _Tokens(arrays[f"{side}_tokens"], functools.partial(mended, side))
+            for side in sides
+        },
+        offsets={side: np.asarray(arrays[f"{side}_offsets"].whole()) for side in sides},
+        group=np.asarray(arrays["group"].whole()),
+        text=np.asarray(arrays["text"].whole()),
         max_tokens=dict(max_tokens),
     )
+    for side, offsets in table.offsets.items():
+        ends = len(offsets) == num_rows + 1 and (offsets[0], offsets[-1])
+        if ends != (0, len(arrays[f"{side}_tokens"])) or np.diff(offsets).min() < 0:
+            raise DamagedArray(f"{path} has offsets of each {side} that do not fit its tokens")
+    if not len(table.group) == len(table.text) == num_rows:
+        raise DamagedArray(f"{path} has labels of another number of rows than {num_rows:,}")
+    return table
 
 
 def _write(
@@ -146,56 +249,80 @@ def _write(
     sides: Sequence[str],
     advance: Callable[[int], None],
 ) -> None:
-    """Writes beside the final place and renames, so that a table is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.name}.unfinished-"))
+    """Writes a table next to its final place, then renames it.
+
+    Nothing waits for the disk: after a power failure the digests differ, and it is built again.
+    """
+    replace = os.path.lexists(path)
+    try:
+        with workplace(path) as folder:
+            made = folder / "table"
+            made.mkdir()
+            for name, column in _encode(source, tokenizer, made_from, made, sides, advance).items():
+                np.save(made / f"{name}.npy", column)
+            columns = {file.stem: array_record(file) for file in sorted(made.glob("*.npy"))}
+            content = {"made_from": made_from, "columns": columns}
+            index = {"digest": digest_of(_json_bytes(content)), "content": content}
+            (made / _INDEX_FILE).write_text(json.dumps(index))
+            put_in_place(made, path, replace=replace)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(  # a full disk names no file
+            f"cannot write the token table {path} ({error}); make room there, or set run.data_dir "
+            "to another folder"
+        ) from error
+
+
+def _encode(
+    source: PairSource,
+    tokenizer: Tokenizer,
+    made_from: Mapping[str, Any],
+    folder: Path,
+    sides: Sequence[str],
+    advance: Callable[[int], None],
+) -> dict[str, np.ndarray]:
+    """Writes the token ids of all rows into a folder, and returns the other columns by name."""
     dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32
     group = np.zeros(len(source), np.int32)
     lengths = {side: np.zeros(len(source), np.int64) for side in sides}
     numbers: dict[str, dict[bytes, int]] = {side: {} for side in sides}
     same = {side: np.zeros(len(source), np.int64) for side in sides}
-    try:
-        with contextlib.ExitStack() as open_files:
-            files = {
-                side: open_files.enter_context(open(unfinished / f"{side}.raw", "wb"))
-                for side in sides
-            }
-            for first in range(0, len(source), _CHUNK_ROWS):
-                rows = np.arange(first, min(first + _CHUNK_ROWS, len(source)))
-                records = source.read(rows)
-                group[rows] = [record.get("group", 0) for record in records]
-                for side, file in files.items():
-                    texts = [record[side] for record in records]
-                    ids = list(
-                        encode_texts(
-                            tokenizer,
-                            texts,
-                            max_tokens=made_from["max_tokens"][side],
-                            add_cls=made_from["add_cls"],
-                            distinct=made_from["distinct"],
-                        )
+    with contextlib.ExitStack() as open_files:
+        files = {
+            side: open_files.enter_context(open(folder / f"{side}.raw", "wb")) for side in sides
+        }
+        for first in range(0, len(source), _CHUNK_ROWS):
+            rows = np.arange(first, min(first + _CHUNK_ROWS, len(source)))
+            records = source.read(rows)
+            group[rows] = [record.get("group", 0) for record in records]
+            for side, file in files.items():
+                ids = list(
+                    encode_texts(
+                        tokenizer,
+                        [record[side] for record in records],
+                        max_tokens=made_from["max_tokens"][side],
+                        add_cls=made_from["add_cls"],
+                        distinct=made_from["distinct"],
                     )
-                    lengths[side][rows] = [len(row) for row in ids]
-                    same[side][rows] = [
-                        numbers[side].setdefault(_digest(row), len(numbers[side])) for row in ids
-                    ]
-                    file.write(np.concatenate(ids).astype(dtype).tobytes())
-                advance(len(rows))
-        for side in sides:
-            raw = unfinished / f"{side}.raw"
-            np.save(unfinished / f"{side}_tokens.npy", np.fromfile(raw, dtype))
-            np.save(unfinished / f"{side}_offsets.npy", np.append(0, np.cumsum(lengths[side])))
-            raw.unlink()
-        for name, labels in split_labels(source, group, [same[side] for side in sides]).items():
-            np.save(unfinished / f"{name}.npy", labels)
-        (unfinished / "made_from.json").write_text(json.dumps(made_from, indent=2))
-        try:
-            os.rename(unfinished, path)
-        except OSError:
-            if not path.exists():  # another process was first
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+                )
+                lengths[side][rows] = [len(row) for row in ids]
+                same[side][rows] = [
+                    numbers[side].setdefault(_digest(row), len(numbers[side])) for row in ids
+                ]
+                file.write(np.concatenate(ids).astype(dtype).tobytes())
+            advance(len(rows))
+    columns = split_labels(source, group, [same[side] for side in sides])
+    for side in sides:
+        raw = folder / f"{side}.raw"
+        columns[f"{side}_tokens"] = np.fromfile(raw, dtype)
+        columns[f"{side}_offsets"] = np.append(0, np.cumsum(lengths[side]))
+        raw.unlink()
+    return columns
+
+
+def _json_bytes(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
 
 
 def _digest(tokens: Integer[np.ndarray, " t"]) -> bytes:

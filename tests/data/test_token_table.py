@@ -1,12 +1,17 @@
 """Token tables: what encoding each text gives, made once, whole or not there."""
 
+import errno
+import json
 import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from jaxcl.data import token_table
+from jaxcl.data import checked_array, token_table
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.table import table_batch
 from jaxcl.data.token_table import build_token_table, padded
@@ -155,32 +160,233 @@ def test_a_table_cut_off_while_written_is_not_taken_for_one(tokenizer, tmp_path,
     assert table.num_rows == NUM_ROWS
 
 
-def test_a_process_killed_while_writing_leaves_nothing_that_is_taken_for_a_table(
-    tokenizer, tmp_path, monkeypatch
-):
-    with monkeypatch.context() as killed:
-        killed.setattr(token_table.shutil, "rmtree", lambda *args, **kwargs: None)
-        with pytest.raises(KeyboardInterrupt):
-            build(pairs(fails_at=NUM_ROWS - 1), tokenizer, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1  # what a killed process cannot tidy up
+KILLED = """
+import os, sys
+from pathlib import Path
+from tokenizers import Tokenizer
+from jaxcl.data.sources import InMemoryPairs
+from jaxcl.data.token_table import build_token_table
+
+class Killed(InMemoryPairs):
+    def read(self, rows):
+        os._exit(9)
+
+tokenizer = Tokenizer.from_file(sys.argv[1])
+pairs = Killed(["a"], ["b"])
+build_token_table(
+    pairs, tokenizer, max_tokens={"query": 4, "key": 7}, directory=Path(sys.argv[2])
+)
+"""
+
+
+def test_what_a_killed_process_leaves_is_no_table_and_is_removed(tokenizer, tmp_path):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    directory = tmp_path / "tokens"
+    arguments = [str(tmp_path / "tokenizer.json"), str(directory)]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert killed.returncode == 9
+    [left] = directory.iterdir()
     source = pairs()
     rows = np.arange(NUM_ROWS)
-    tokens = build(source, tokenizer, tmp_path).side("key", rows)["tokens"]
+    tokens = build(source, tokenizer, directory).side("key", rows)["tokens"]
     assert source.rows_read == NUM_ROWS
     np.testing.assert_array_equal(tokens, directly(tokenizer, KEYS, width=MAX_TOKENS["key"]))
+    assert not left.exists()
+
+
+def test_the_unfinished_table_of_a_living_process_stays(tokenizer, tmp_path):
+    class BuildsAnother(InMemoryPairs):
+        def read(self, rows):
+            [unfinished] = tmp_path.iterdir()
+            build(pairs(), tokenizer, tmp_path)
+            assert unfinished.exists()
+            return super().read(rows)
+
+    source = BuildsAnother(["add"], ["return"])
+    assert build(source, tokenizer, tmp_path).num_rows == 1
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_two_processes_that_finish_together_share_one_table(tokenizer, tmp_path, monkeypatch):
-    rename = os.rename
+    put = token_table.put_in_place
 
-    def rename_after_another(unfinished, path):
-        monkeypatch.setattr(token_table.os, "rename", rename)
+    def put_after_another(*arguments, **options):
+        monkeypatch.setattr(token_table, "put_in_place", put)
         build(pairs(), tokenizer, tmp_path)
-        rename(unfinished, path)
+        put(*arguments, **options)
 
-    monkeypatch.setattr(token_table.os, "rename", rename_after_another)
+    monkeypatch.setattr(token_table, "put_in_place", put_after_another)
     assert build(pairs(), tokenizer, tmp_path).num_rows == NUM_ROWS
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_others_may_read_a_table(tokenizer, tmp_path):
+    before = os.umask(0o022)
+    try:
+        build(pairs(), tokenizer, tmp_path)
+    finally:
+        os.umask(before)
+    [table] = tmp_path.iterdir()
+    assert table.stat().st_mode & 0o777 == 0o755
+    assert {file.stat().st_mode & 0o777 for file in table.iterdir()} == {0o644}
+
+
+# Damage
+
+FILES = [
+    *("query_tokens.npy", "key_tokens.npy", "query_offsets.npy", "key_offsets.npy"),
+    *("group.npy", "text.npy", "table.json"),
+]
+
+
+def flipped(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) - 6] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-2])
+
+
+def lengthened(file):
+    file.write_bytes(file.read_bytes() + b"\0\0")
+
+
+def swapped_for_a_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+def swapped_for_a_pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+DAMAGES = [
+    *(flipped, cut, lengthened, lambda file: file.write_bytes(b""), os.unlink),
+    *(swapped_for_a_folder, swapped_for_a_pipe),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_table_is_built_again_and_says_so(tokenizer, tmp_path, capsys, name, damage):
+    build(pairs(), tokenizer, tmp_path)
+    [table] = tmp_path.iterdir()
+    damage(table / name)
+    source = pairs()
+    rows = np.arange(NUM_ROWS)
+    batch = table_batch(build(source, tokenizer, tmp_path), rows)
+    assert source.rows_read == NUM_ROWS
+    np.testing.assert_array_equal(
+        batch["key"]["tokens"], directly(tokenizer, KEYS, width=MAX_TOKENS["key"])
+    )
+    np.testing.assert_array_equal(batch["group"], GROUPS)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("the token table is built again: ")
+    assert name in line
+    assert list(tmp_path.iterdir()) == [table]
+    assert build(source, tokenizer, tmp_path).num_rows == source.rows_read == NUM_ROWS  # whole
+
+
+@pytest.mark.parametrize("swap", [swapped_for_a_pipe, lambda path: path.write_bytes(b"")])
+def test_something_else_in_a_table_s_place_is_replaced(tokenizer, tmp_path, swap):
+    build(pairs(), tokenizer, tmp_path)
+    [table] = tmp_path.iterdir()
+    table.rename(tmp_path / "elsewhere")
+    table.touch()
+    swap(table)
+    assert build(pairs(), tokenizer, tmp_path).num_rows == NUM_ROWS
+
+
+def test_a_table_of_other_things_under_the_same_name_is_built_again(tokenizer, tmp_path):
+    build(pairs(), tokenizer, tmp_path / "a")
+    build(InMemoryPairs(KEYS, QUERIES), tokenizer, tmp_path / "b")
+    ([table], [other]) = ((tmp_path / name).iterdir() for name in "ab")
+    shutil.rmtree(table)
+    other.rename(table)
+    tokens = build(pairs(), tokenizer, tmp_path / "a").side("key", np.arange(NUM_ROWS))["tokens"]
+    np.testing.assert_array_equal(tokens, directly(tokenizer, KEYS, width=MAX_TOKENS["key"]))
+
+
+def with_right_digests(table, name, change):
+    """Changes a column and the index with it, as a faulty writer would have written both."""
+    column = np.load(table / f"{name}.npy")
+    change(column)
+    np.save(table / f"{name}.npy", column)
+    content = json.loads((table / "table.json").read_text())["content"]
+    content["columns"][name] = checked_array.array_record(table / f"{name}.npy")
+    digest = checked_array.digest_of(token_table._json_bytes(content))
+    (table / "table.json").write_text(json.dumps({"digest": digest, "content": content}))
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [
+        ("key_tokens", 3, 60_000),  # beyond the vocabulary
+        ("key_offsets", 2, 0),  # falls
+        ("key_offsets", 0, 1),
+        ("query_offsets", -1, 10**6),  # beyond the tokens
+    ],
+)
+def test_a_table_that_reads_out_of_range_is_built_again(tokenizer, tmp_path, name, place, value):
+    build(pairs(), tokenizer, tmp_path)
+    [table] = tmp_path.iterdir()
+    with_right_digests(table, name, lambda column: column.__setitem__(place, value))
+    source = pairs()
+    read = build(source, tokenizer, tmp_path).side("key", np.arange(NUM_ROWS))["tokens"]
+    np.testing.assert_array_equal(read, directly(tokenizer, KEYS, width=MAX_TOKENS["key"]))
+    assert source.rows_read == NUM_ROWS
+
+
+def test_a_sound_table_with_changed_labels_and_right_digests_is_kept(tokenizer, tmp_path):
+    """Without it the test above could pass because `with_right_digests` writes wrong ones."""
+    build(pairs(), tokenizer, tmp_path)
+    [table] = tmp_path.iterdir()
+    with_right_digests(table, "group", lambda column: column.__setitem__(0, 9))
+    source = pairs()
+    assert build(source, tokenizer, tmp_path).group[0] == 9
+    assert source.rows_read == 0
+
+
+@pytest.mark.parametrize("damage", [flipped, cut])
+def test_damage_that_a_batch_meets_in_the_middle_of_a_run_is_mended(
+    tokenizer, tmp_path, monkeypatch, capsys, damage
+):
+    monkeypatch.setattr(checked_array, "_CHUNK_BYTES", 128 + 16)  # 8 ids behind the header
+    source = pairs()
+    build(source, tokenizer, tmp_path)
+    table = build(source, tokenizer, tmp_path)
+    first = table.side("key", np.array([0]))["tokens"]
+    [folder] = tmp_path.iterdir()
+    damage(folder / "key_tokens.npy")
+    np.testing.assert_array_equal(table.side("key", np.array([0]))["tokens"], first)
+    assert source.rows_read == NUM_ROWS
+    assert capsys.readouterr().err == ""
+    tokens = table.side("key", np.arange(NUM_ROWS))["tokens"]
+    np.testing.assert_array_equal(tokens, directly(tokenizer, KEYS, width=MAX_TOKENS["key"]))
+    assert source.rows_read == 2 * NUM_ROWS
+    assert "the token table is built again: " in capsys.readouterr().err
+
+
+def test_a_disk_that_never_returns_what_was_written_is_an_error(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_table, "array_record", lambda path: {"bytes": 0, "digests": []})
+    with pytest.raises(OSError, match=r"right after it was written; set run\.data_dir"):
+        build(pairs(), tokenizer, tmp_path)
+
+
+def test_a_full_disk_names_the_table_and_leaves_nothing(tokenizer, tmp_path, monkeypatch):
+    def full(path, column):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(token_table.np, "save", full)
+    with pytest.raises(OSError, match=r"cannot write the token table .*No space left .*make room"):
+        build(pairs(), tokenizer, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def word_level(vocabulary: dict[str, int]) -> Tokenizer:
@@ -196,7 +402,7 @@ def test_ids_take_two_bytes_where_they_fit(tmp_path, vocabulary_size, dtype):
     tokenizer = word_level({f"w{i}": i for i in range(2, vocabulary_size)})
     last = f"w{vocabulary_size - 1}"
     table = build(InMemoryPairs([last], [f"w2 {last}"]), tokenizer, tmp_path)
-    assert table.tokens["query"].dtype == dtype
+    assert table.tokens["query"].array.dtype == dtype
     keys = table_batch(table, np.array([0]))["key"]["tokens"]
     np.testing.assert_array_equal(keys, [[2, vocabulary_size - 1, 0, 0, 0, 0, 0]])
     assert keys.dtype == np.int32
@@ -216,8 +422,8 @@ def test_a_source_without_groups_has_group_0_throughout(tokenizer, tmp_path):
 def test_tokens_stay_on_disk(tokenizer, tmp_path):
     table = build(pairs(), tokenizer, tmp_path)
     for side in ("query", "key"):
-        assert isinstance(table.tokens[side], np.memmap)
-        assert not table.tokens[side].flags.writeable
+        assert isinstance(table.tokens[side].array.whole(), np.memmap)
+        assert not table.tokens[side].array.whole().flags.writeable
 
 
 def test_rows_of_equal_queries_or_keys_are_of_one_text(tokenizer, tmp_path):

@@ -1,0 +1,128 @@
+"""Arrays on disk whose content is verified, each chunk when it is first read.
+
+record = array_record(path)               # when the file has been written
+tokens = CheckedArray(path, record)       # compares the size and the header
+tokens[np.array([5, 2_000_000])]          # compares the digests of two chunks
+"""
+
+import functools
+import hashlib
+import io
+import os
+import threading
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxcl.host.files import open_regular
+from jaxcl.typing import Bool, Int, Integer
+
+__all__ = ["CheckedArray", "DamagedArray", "array_record", "digest_of"]
+
+_CHUNK_BYTES = 2**20
+"""A multiple of every item's size. Digests then take 0.004% of the array's own bytes."""
+
+
+class DamagedArray(ValueError):
+    """A file does not hold what was written to it."""
+
+
+def array_record(path: Path) -> dict[str, Any]:
+    """The size of a file, and the digest of each of its chunks; it can be written as JSON."""
+    with path.open("rb") as file:
+        chunks = iter(functools.partial(file.read, _CHUNK_BYTES), b"")
+        return {"digests": [digest_of(chunk) for chunk in chunks], "bytes": file.tell()}
+
+
+def digest_of(content: bytes) -> str:
+    """A digest of some bytes, 32 letters."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+class CheckedArray:
+    """A one-dimensional array in a `.npy` file, mapped to memory and read only.
+
+    The digests are compared with what the file itself returns: a file that has been cut or a disk
+    that cannot be read then raises an error, where the mapped memory would end the process.
+
+    Args:
+      path: the file.
+      record: of `array_record`.
+      below: what all numbers must be below.
+
+    Raises:
+      DamagedArray: if the file is not there, or has another size or header.
+    """
+
+    def __init__(self, path: Path, record: Mapping[str, Any], *, below: int | None = None) -> None:
+        self._path, self._below, self._digests = path, below, record["digests"]
+        try:
+            # Without its buffer, which could hold what the file no longer does.
+            file: Any = open_regular(path)
+            self._file = file.detach()
+        except (OSError, ValueError) as error:
+            raise DamagedArray(f"{path} cannot be read ({error})") from error
+        weakref.finalize(self, self._file.close)
+        size = os.fstat(self._file.fileno()).st_size
+        if size != record["bytes"]:
+            raise DamagedArray(f"{path} has {size:,} bytes, but {record['bytes']:,} were written")
+        self._lock = threading.Lock()
+        header = io.BytesIO(self._read(0))
+        np.lib.format.read_magic(header)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+        self._begin = header.tell()
+        self._array = np.memmap(self._file, dtype, "r", self._begin, shape)
+        self._unverified = np.ones(len(self._digests), bool)
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the numbers."""
+        return self._array.dtype
+
+    def __getitem__(self, positions: Int[np.ndarray, "*n"]) -> Integer[np.ndarray, "*n"]:
+        """The numbers at these positions.
+
+        Raises:
+          DamagedArray: if a chunk that holds one of them differs from what was written.
+        """
+        if self._unverified.any():
+            touched = np.zeros_like(self._unverified)
+            touched[(self._begin + positions * self.dtype.itemsize) // _CHUNK_BYTES] = True
+            self._verify(touched)
+        return self._array[positions]
+
+    def whole(self) -> Integer[np.ndarray, " _"]:
+        """All numbers, still mapped to memory.
+
+        Raises:
+          DamagedArray: if the file differs from what was written.
+        """
+        self._verify(np.ones_like(self._unverified))
+        return self._array
+
+    def _verify(self, chunks: Bool[np.ndarray, " _"]) -> None:
+        with self._lock:
+            for chunk in np.flatnonzero(chunks & self._unverified).tolist():
+                self._check_numbers(self._read(chunk), begin=0 if chunk else self._begin)
+                self._unverified[chunk] = False
+
+    def _read(self, chunk: int) -> bytes:
+        try:
+            self._file.seek(chunk * _CHUNK_BYTES)
+            content = self._file.read(_CHUNK_BYTES)
+        except OSError as error:
+            raise DamagedArray(f"{self._path} cannot be read ({error})") from error
+        if digest_of(content) != self._digests[chunk]:
+            raise DamagedArray(f"{self._path} differs from what was written")
+        return content
+
+    def _check_numbers(self, content: bytes, *, begin: int) -> None:
+        numbers = np.frombuffer(content, self.dtype, offset=begin)
+        if self._below is not None and numbers.size and numbers.max() >= self._below:
+            raise DamagedArray(f"{self._path} has numbers of {self._below} and more")

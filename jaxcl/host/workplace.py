@@ -1,0 +1,96 @@
+"""Folders that are made under another name and put in place whole."""
+
+import contextlib
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # on Windows the folders of killed processes stay
+    fcntl = None  # type: ignore[assignment] # asked for before each use
+
+__all__ = ["put_in_place", "workplace"]
+
+_MARK = ".unfinished-"
+_LOCK = ".lock"
+_SECONDS_OF_A_DAY = 24 * 60 * 60
+
+
+@contextlib.contextmanager
+def workplace(path: Path) -> Iterator[Path]:
+    """An empty folder next to `path`, to make its content in before `put_in_place`.
+
+    The folder is removed at the end. Folders that killed processes have left next to it are removed
+    at the beginning; a running process holds a lock on its own.
+
+    Args:
+      path: the final place; the folder that holds it is made if necessary.
+
+    Raises:
+      OSError: if the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path.parent)
+    suffix = secrets.token_hex(4)
+    folder = path.with_name(f"{path.name}{_MARK}{suffix}")
+    unseen = path.with_name(f".{path.name}-{suffix}")
+    unseen.mkdir()  # unlike those of tempfile, readable by whomever the umask allows
+    try:
+        with (unseen / _LOCK).open("w") as lock:
+            _try_lock(lock)
+            unseen.rename(folder)  # only now do other processes look at its lock
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(made: Path, path: Path, *, replace: bool) -> None:
+    """Give a folder within a workplace its final place.
+
+    Args:
+      made: a folder within a workplace.
+      path: the final place.
+      replace: whether to remove what is there. Otherwise another process was faster and `made` is
+        left as it is.
+
+    Raises:
+      OSError: if the folder that holds the place cannot be written.
+    """
+    if replace:
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(made.with_name(f"{made.name}.replaced"))
+    try:
+        made.rename(path)
+    except OSError:
+        if not path.exists():
+            raise
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for folder in parent.glob(f"*{_MARK}*"):
+        with contextlib.suppress(OSError):
+            if _is_abandoned(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    lock_file = folder / _LOCK
+    if not lock_file.exists():  # earlier versions locked nothing
+        return time.time() - folder.stat().st_mtime > _SECONDS_OF_A_DAY
+    with lock_file.open("r+") as lock:
+        return _try_lock(lock)
+
+
+def _try_lock(file: IO) -> bool:
+    """Whether no other process holds the lock, which ends with this process at the latest."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or a file system without locks
+        return False
+    return True
