@@ -13,10 +13,7 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +26,9 @@ from absl import logging
 from jaxcl.data import python_functions
 from jaxcl.data.python_functions import FileScan, PythonFunction, SourceRoot
 from jaxcl.data.sources import DESCRIPTION_FILE
+from jaxcl.host.files import read_json_object
 from jaxcl.host.progress import progress_bar, say
+from jaxcl.host.workplace import put_in_place, workplace
 
 __all__ = ["CodePairs", "CodePairsInfo", "prepare_code_pairs", "split_functions"]
 
@@ -37,7 +36,6 @@ FORMAT_VERSION = "1.0.0"
 """Part of the fingerprint: raise it whenever the same files should give other rows."""
 
 _COPIED = ("package", "module", "qualified_name", "name")
-_SECONDS_OF_A_DAY = 24 * 60 * 60
 _FILES_WORTH_PROCESSES = 1000
 
 
@@ -149,7 +147,7 @@ def prepare_code_pairs(
     fingerprint = _sha256(content)
     name = _sha256([fingerprint, [os.path.abspath(root.path) for root in roots]])[:12]
     directory = Path(data_dir).expanduser().absolute() / "code_pairs" / name
-    if (info := _read_info(directory)) is not None:
+    if (info := _read_info(directory, fingerprint)) is not None:
         return info
     functions, skipped = _parse(scan)
     splits, num_duplicates = split_functions(
@@ -291,41 +289,26 @@ def _parse(scan: FileScan) -> tuple[list[PythonFunction], Counter[str]]:
 
 
 def _write(info: CodePairsInfo, splits: Mapping[str, Sequence[PythonFunction]]) -> CodePairsInfo:
-    """Writes into a directory of its own, and renames that when all is there."""
-    parent = info.directory.parent
+    """Writes into a workplace, and renames the result when all is there."""
+    num_pairs = sum(info.split_sizes.values())
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        workplace = Path(tempfile.mkdtemp(prefix=f".incomplete-{info.directory.name}-", dir=parent))
+        with workplace(info.directory) as folder:
+            with progress_bar("writing pairs", num_pairs) as advance, _quiet_tfds():
+                builder = CodePairs(
+                    splits=splits, packages=info.packages, data_dir=folder, on_progress=advance
+                )
+                builder.download_and_prepare()
+            written = Path(builder.data_path)
+            _write_info(info, written)
+            damaged = os.path.lexists(info.directory) and _read_info(*info[:2]) is None
+            put_in_place(written, info.directory, replace=damaged)
     except OSError as error:
+        data_dir = str(info.directory.parent.parent)
         raise ValueError(
-            f"data_dir={str(parent.parent)!r} cannot be written ({error}); set data_dir to a "
-            "directory that can."
+            f"data_dir={data_dir!r} cannot be written ({error}); set data_dir to a directory that "
+            "can."
         ) from error
-    try:
-        num_pairs = sum(info.split_sizes.values())
-        with progress_bar("writing pairs", num_pairs) as advance, _quiet_tfds():
-            builder = CodePairs(
-                splits=splits, packages=info.packages, data_dir=workplace, on_progress=advance
-            )
-            builder.download_and_prepare()
-        written = Path(builder.data_path)
-        _write_info(info, written)
-        _put_in_place(written, info.directory, workplace)
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
-        _remove_abandoned(parent)
     return info
-
-
-def _put_in_place(written: Path, directory: Path, workplace: Path) -> None:
-    if directory.exists() and _read_info(directory) is None:
-        os.replace(directory, workplace / "damaged")
-    try:
-        written.rename(directory)
-    except OSError:
-        # Another process was quicker; its rows are the same.
-        if _read_info(directory) is None:
-            raise
 
 
 def _write_info(info: CodePairsInfo, directory: Path) -> None:
@@ -335,25 +318,18 @@ def _write_info(info: CodePairsInfo, directory: Path) -> None:
     (directory / DESCRIPTION_FILE).write_text(json.dumps(values, indent=1) + "\n")
 
 
-def _read_info(directory: Path) -> CodePairsInfo | None:
+def _read_info(directory: Path, fingerprint: str) -> CodePairsInfo | None:
     """Returns None unless the description is there, and each file with the size it states."""
     try:
-        values = json.loads((directory / DESCRIPTION_FILE).read_text())
+        values = read_json_object(directory / DESCRIPTION_FILE)
         sizes = values.pop("files")
         if any((directory / name).stat().st_size != size for name, size in sizes.items()):
             return None
         values["packages"] = tuple(values["packages"])
-    except (OSError, ValueError, KeyError):
+        info = CodePairsInfo(directory=directory, **values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return CodePairsInfo(directory=directory, **values)
-
-
-def _remove_abandoned(parent: Path) -> None:
-    """Removes what killed preparations left a day ago or longer."""
-    for path in parent.glob(".incomplete-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _SECONDS_OF_A_DAY:
-                shutil.rmtree(path, ignore_errors=True)
+    return info if info.fingerprint == fingerprint else None
 
 
 @contextlib.contextmanager
