@@ -61,7 +61,7 @@ def chunked(
         num_rows = _num_rows(rows)
         if num_rows % shards:
             raise ValueError(f"{num_rows} rows do not divide over {shards} shards")
-        size = min(chunk_size, num_rows // shards)
+        size = max(1, min(chunk_size, num_rows // shards))
         # Once, before the loop: else the gradient would be summed over devices in every turn.
         params = as_varying(params, rows)
         chunks = jax.tree.map(lambda leaf: _split(leaf, size, shards), rows)
@@ -95,7 +95,7 @@ def _num_rows(rows: PyTree) -> int:
 def _split(leaf: Array, size: int, shards: int) -> Array:
     """[rows, …] -> [chunks, shards * size, …], the last filled up with the first rows."""
     inside = leaf.shape[1:]
-    parts = leaf.reshape(shards, -1, *inside)
+    parts = leaf.reshape(shards, leaf.shape[0] // shards, *inside)
     num_chunks = -(-parts.shape[1] // size)
     missing = num_chunks * size - parts.shape[1]
     filled = jnp.concatenate([parts, parts[:, :missing]], axis=1) if missing else parts
@@ -105,9 +105,9 @@ def _split(leaf: Array, size: int, shards: int) -> Array:
 
 def _joined(encoded: PyTree, num_rows: int, shards: int) -> PyTree:
     def join(leaf: Array) -> Array:
-        num_chunks, inside = leaf.shape[0], leaf.shape[2:]
-        parts = leaf.reshape(num_chunks, shards, -1, *inside).swapaxes(0, 1)
-        parts = parts.reshape(shards, -1, *inside)[:, : num_rows // shards]
+        num_chunks, size, inside = leaf.shape[0], leaf.shape[1] // shards, leaf.shape[2:]
+        parts = leaf.reshape(num_chunks, shards, size, *inside).swapaxes(0, 1)
+        parts = parts.reshape(shards, num_chunks * size, *inside)[:, : num_rows // shards]
         return parts.reshape(num_rows, *inside)
 
     return jax.tree.map(join, encoded)

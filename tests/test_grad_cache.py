@@ -189,3 +189,13 @@ def test_mistakes_are_named():
     uneven = inputs_of(0) | {"offset": jnp.zeros(3)}
     with pytest.raises(ValueError, match=r"all rows must be as many; there are \[3, 16\]"):
         chunked(encode, chunk_size=4)(params_of(0), uneven)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_no_rows_make_no_chunk(shards):
+    encode = chunked(
+        lambda params, rows: (params * rows, rows.sum()), chunk_size=2, shards=shards, has_aux=True
+    )
+    embeddings, aux = encode(jnp.ones(()), jnp.zeros((0, 8)))
+    assert embeddings.shape == (0, 8)
+    assert aux.shape == (0,)

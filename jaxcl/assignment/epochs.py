@@ -1,8 +1,9 @@
 """Batches from an order of all rows in which neighbours are each other's hard negatives."""
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 
@@ -66,11 +67,14 @@ class AssignedRows:
         random_fraction: Callable[[int], float] | float = 0.0,
         apart: Sequence[Int[np.ndarray, " n"]] = (),
     ):
+        batch_size, block_size, seed = map(operator.index, (batch_size, block_size, seed))
         order, apart = _checked_order(assigned.order, apart)
-        assigned = assigned._replace(order=order)
+        assigned = Assigned(order, np.asarray(assigned.seen, bool), operator.index(assigned.step))
         num_rows = len(order)
         _check_sizes(batch_size, block_size)
         wanted = assigned.step * batch_size % num_rows
+        if assigned.step < 0:
+            raise ValueError(f"step={assigned.step}; steps count from 0")
         if assigned.seen.shape != (num_rows,) or assigned.seen.sum() != wanted:
             raise ValueError(
                 f"seen names {assigned.seen.sum()} of {len(assigned.seen)} rows; before step "
@@ -84,7 +88,8 @@ class AssignedRows:
         )
         self._epoch = functools.lru_cache(maxsize=2)(self._rows_of_epoch)
 
-    def __call__(self, step: int) -> Int[np.ndarray, " b"]:
+    def __call__(self, step: SupportsIndex) -> Int[np.ndarray, " b"]:
+        step = operator.index(step)  # NumPy's would overflow in the products
         if step < self._assigned.step:
             raise ValueError(
                 f"step {step} is before step {self._assigned.step}, when this order was made; ask "
@@ -146,13 +151,16 @@ def epoch_rows(
       Row numbers, int32.
 
     Raises:
-      ValueError: for sizes that do not fit, or an `order` that is no permutation.
+      ValueError: for sizes that do not fit, an `order` that is no permutation, or an epoch below 0.
 
     Example:
       >>> rows = epoch_rows(np.arange(6), epoch=0, batch_size=4, block_size=2, seed=0)
       >>> sorted((rows // 2).tolist()), (rows[::2] // 2 == rows[1::2] // 2).all()
       ([0, 0, 1, 1, 2, 2], np.True_)
     """
+    epoch, batch_size, block_size, seed = map(operator.index, (epoch, batch_size, block_size, seed))
+    if epoch < 0:
+        raise ValueError(f"epoch={epoch}; epochs count from 0")
     order, apart = _checked_order(order, apart)
     _check_sizes(batch_size, block_size)
     return _laid_out(
@@ -189,6 +197,13 @@ def visited(
     Raises:
       ValueError: if `step` is before `before_step`, or `seen` is missing.
     """
+    step, before_step = operator.index(step), operator.index(before_step)
+    num_rows, batch_size = operator.index(num_rows), operator.index(batch_size)
+    if before_step < 0 or min(num_rows, batch_size) < 1:
+        raise ValueError(
+            f"before_step={before_step}, num_rows={num_rows}, batch_size={batch_size}; steps count "
+            "from 0, and sizes are at least 1"
+        )
     if step < before_step:
         raise ValueError(f"step={step} is before before_step={before_step}, where rows_fn begins")
     epoch_begin = step * batch_size // num_rows * num_rows

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl.assignment.row_gaps import GapOptions, row_gaps
-from jaxcl.ops.arguments import as_integers, as_labels
+from jaxcl.ops.arguments import as_integers, as_labels, as_vectors
 from jaxcl.ops.pairs import Labels
 from jaxcl.typing import Array, AxisName, Float, Int, Integer, Key, Scalar
 
@@ -142,6 +142,7 @@ def measure_gap(
       Sample Permutations", ICML 2023, bound the gap by such a bottleneck and assign batches so as
       to lower it.
     """
+    queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
     options = GapOptions(num_rows, axis_name, near_duplicate, rows_per_batch)
     by_row = row_gaps(queries, keys, rows, different, options, temperature=temperature, key=key)
     if axis_name is not None:
@@ -248,6 +249,7 @@ def make_gap_measure(
         different: tuple[Labels, ...] = (),
     ) -> GapReport:
         # `jit` would cut labels of 64 bits without a word.
+        queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
         labels = tuple(as_labels("different", one) for one in different)
         return compiled(queries, keys, rows, temperature, key, labels)
 

@@ -6,6 +6,7 @@ over all keys. `"rcm"` is their method, the others work on a graph of neighbours
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from jaxcl.assignment.build_graph import graph_of
 from jaxcl.assignment.cuthill_mckee import cuthill_mckee, paper_order
 from jaxcl.assignment.gcbs_settings import Gcbs
 from jaxcl.assignment.place import Place
-from jaxcl.ops.arguments import as_integers
+from jaxcl.ops.arguments import as_integers, native
 from jaxcl.ops.mesh import fetch, make_mesh, put_rows
 from jaxcl.typing import Array, Float, Int, Key, Scalar
 
@@ -87,8 +88,8 @@ def assign(
 
 
 def assign_topics(
-    queries: Float[np.ndarray, "n d"],
-    keys: Float[np.ndarray, "_ d"],
+    queries: ArrayLike,
+    keys: ArrayLike,
     *,
     num_topics: int,
     temperature: float = 0.05,
@@ -98,7 +99,7 @@ def assign_topics(
     """Sorts pairs into topics of equal size: blocks of `assign`, for `SourcedRows`.
 
     Args:
-      queries: one embedding per pair, of any length but 0.
+      queries: one embedding per pair, as for `assign`.
       keys: the other side's.
       num_topics: how many; fewer where the rows do not fill as many of equal size.
       temperature: of the loss; the lower it is, the more the nearest rows decide.
@@ -118,6 +119,8 @@ def assign_topics(
       >>> [len(set(topics)) for topics in found.reshape(4, 4)], len(set(found))
       ([1, 1, 1, 1], 4)
     """
+    queries, keys = _sides(queries, keys)
+    num_topics = operator.index(num_topics)
     if not 1 <= num_topics <= len(queries):
         raise ValueError(f"num_topics={num_topics} of {len(queries)} rows; give from 1 to as many")
     size = -(-len(queries) // num_topics)
@@ -165,6 +168,7 @@ def make_order(
     Raises:
       ValueError: for sizes that cannot be.
     """
+    num_rows, block_size, batch_size = map(operator.index, (num_rows, block_size, batch_size))
     settings.check()
     if min(num_rows, block_size, batch_size) < 1 or batch_size % block_size:
         raise ValueError(
@@ -315,16 +319,20 @@ def _sides(
     queries: ArrayLike, keys: ArrayLike
 ) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]:
     """Both as arrays that can be ordered."""
-    queries, keys = np.asarray(queries), np.asarray(keys)
+    queries, keys = native(np.asarray(queries)), native(np.asarray(keys))
     if queries.shape != keys.shape or queries.ndim != 2 or not len(queries):
         raise ValueError(
             f"queries {queries.shape} and keys {keys.shape}; give one row of each per pair, and "
             "as many features: [n, d]"
         )
     for name, side in (("queries", queries), ("keys", keys)):
-        bad = np.flatnonzero(~np.isfinite(side).all(1))
+        if not jnp.issubdtype(side.dtype, jnp.floating) and side.dtype.kind not in "iu":
+            raise TypeError(f"{name} has the type {side.dtype}; give floats")
+        with np.errstate(over="ignore"):  # of float64
+            bad = np.flatnonzero(~np.isfinite(side.astype(np.float32)).all(1))
         if len(bad):
             raise ValueError(
-                f"{name} has {len(bad)} embeddings that are not finite; the first is row {bad[0]}"
+                f"{name} has {len(bad)} embeddings that are not finite in float32; the first is "
+                f"row {bad[0]}"
             )
     return queries, keys

@@ -1,6 +1,6 @@
 """How batches are chosen: the methods, their graphs, and what is set of them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxcl.assignment.bisection import DEFAULT_EFFORT, Effort
 
@@ -13,8 +13,19 @@ GRAPHS = ("exact", "clustered")
 """Where neighbours are looked for: among all rows, or in the clusters nearest to a row's own."""
 
 
-class Gcbs(NamedTuple):
-    """How batches are chosen.
+class _Choices(NamedTuple):
+    method: str = "bisection"
+    graph: str | None = None
+    neighbours: int = 32
+    cluster_size: int = 256
+    probes: int = 32
+    similarity_cap: float | None = None
+    quantile: float = 0.999
+    effort: Effort = DEFAULT_EFFORT
+
+
+class Gcbs(_Choices):
+    """How batches are chosen: `Gcbs(neighbours=16)`, or `Gcbs(preset="light", neighbours=8)`.
 
     Attributes:
       method: one of `METHODS`.
@@ -28,14 +39,16 @@ class Gcbs(NamedTuple):
       effort: of the bisection.
     """
 
-    method: str = "bisection"
-    graph: str | None = None
-    neighbours: int = 32
-    cluster_size: int = 256
-    probes: int = 32
-    similarity_cap: float | None = None
-    quantile: float = 0.999
-    effort: Effort = DEFAULT_EFFORT
+    __slots__ = ()
+
+    def __new__(cls, *values: Any, preset: str | None = None, **named: Any) -> "Gcbs":
+        if preset is None:
+            return super().__new__(cls, *values, **named)
+        if preset not in PRESETS:
+            raise ValueError(f"preset={preset!r} is unknown; use one of {', '.join(PRESETS)}")
+        if values:
+            raise TypeError(f"name the values that replace those of preset={preset!r}")
+        return PRESETS[preset]._replace(**named)
 
     def check(self) -> None:
         """Raises a `ValueError` for settings that cannot be."""

@@ -1,6 +1,8 @@
 """Batches from several sources or topics, each with its share, as a function of the step alone."""
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -62,7 +64,7 @@ class SourcedRows:
 
     def __init__(
         self,
-        sources: Int[np.ndarray, " n"],
+        sources: Int[np.ndarray, " n"] | Sequence[int],
         *,
         batch_size: int,
         seed: int,
@@ -70,6 +72,7 @@ class SourcedRows:
         weights: Mapping[int, float] | None = None,
         temperature: float = 1.0,
     ):
+        batch_size, seed = operator.index(batch_size), operator.index(seed)
         if mix not in _MIXES:
             raise ValueError(f"mix={mix!r} is unknown; use one of {', '.join(_MIXES)}")
         sources = as_integers("sources", sources)
@@ -90,7 +93,8 @@ class SourcedRows:
         edges = np.append(0, edges / edges[-1]) * self._draws_per_step
         self._edges = np.rint(edges * 2**_BITS).astype(np.int64)
 
-    def __call__(self, step: int) -> Int[np.ndarray, " b"]:
+    def __call__(self, step: SupportsIndex) -> Int[np.ndarray, " b"]:
+        step = operator.index(step)  # NumPy's would overflow, and have no bit length
         if not 0 <= step < 2**_BITS:
             raise ValueError(f"step={step} must be from 0 to 2^{_BITS} - 1")
         begin = self._drawn(step) * self._rows_per_draw

@@ -31,7 +31,7 @@ def uniform_rows(
       Row numbers, int32. Memory and time do not depend on `num_rows`.
 
     Raises:
-      ValueError: for sizes below 1, or more rows than int32 can number.
+      ValueError: for sizes below 1, more rows than int32 can number, or a step below 0.
 
     Example:
       >>> epoch = [uniform_rows(step, num_rows=6, batch_size=2, seed=0) for step in range(3)]
@@ -45,6 +45,8 @@ def uniform_rows(
         raise ValueError(f"num_rows={num_rows} and batch_size={batch_size} must be at least 1")
     if num_rows > 2**31:
         raise ValueError(f"num_rows={num_rows} are more than int32 can number; use at most 2**31")
+    if step < 0 or (step + 1) * batch_size > 2**64:
+        raise ValueError(f"step={step}; steps count from 0, up to 2**64 rows in all")
     position = step * batch_size + np.arange(batch_size, dtype=np.uint64)
     epoch, index = np.divmod(position, np.uint64(num_rows))
     return permuted(index, epoch, num_rows=num_rows, seed=seed).astype(np.int32)

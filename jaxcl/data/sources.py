@@ -20,6 +20,7 @@ from jaxcl.data.digests import file_digests
 from jaxcl.data.row_ranges import RowRange
 from jaxcl.data.tfds_directory import find_directory, full_name, open_builder, open_records
 from jaxcl.host.files import read_json_object
+from jaxcl.ops.arguments import as_integers
 
 __all__ = ["InMemoryPairs", "PairSource", "TfdsPairs", "checked_rows", "open_pairs"]
 
@@ -352,7 +353,7 @@ def _as_int32(value: Any, *, field: str) -> np.int32:
 
 def checked_rows(rows: _Rows, *, num_rows: int) -> list[int]:
     """Row numbers, all of which are there; else an `IndexError`."""
-    numbers = np.asarray(rows, dtype=np.int64)
+    numbers = as_integers("rows", rows).astype(np.int64)
     if numbers.size and (numbers.min() < 0 or numbers.max() >= num_rows):
         raise IndexError(
             f"Rows {numbers.min()} to {numbers.max()} were asked for; there are {num_rows}, "

@@ -242,13 +242,12 @@ def dense_scores(
         >>> print(dense_scores(np.array([[0.6, 0.8]]), np.eye(2)))
         [[0.6 0.8]]
     """
-    if queries.shape[1] != keys.shape[1]:
+    queries, keys = np.asarray(queries, np.float64), np.asarray(keys, np.float64)
+    if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1]:
         raise ValueError(
-            f"Queries have {queries.shape[1]} features and keys {keys.shape[1]}; embed both sides "
-            "with towers of one output size."
+            f"Queries have the shape {queries.shape} and keys {keys.shape}; give [q, d] and [n, d]."
         )
-    products = np.asarray(queries, np.float64) @ np.asarray(keys, np.float64).T
-    return products.astype(np.float32)
+    return (queries @ keys.T).astype(np.float32)
 
 
 def reciprocal_rank_fusion(
@@ -390,6 +389,8 @@ def _dense_scorer(
 def _finite_rows(name: str, embeddings: Float[Array | np.ndarray, "q d"]) -> np.ndarray:
     # Found here the row number is the data's; in a tile of scores it would be the tile's.
     rows = np.asarray(embeddings, np.float64)
+    if rows.ndim != 2:
+        raise ValueError(f"{name} have the shape {rows.shape}; give one vector per row, [n, d].")
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if bad.size:
         raise ValueError(

@@ -7,7 +7,7 @@ from jax import lax
 
 from jaxcl.losses.protocol import Masks
 from jaxcl.negatives.masks import batch_labels, similarity_ceilings
-from jaxcl.ops.arguments import label_fields
+from jaxcl.ops.arguments import as_vectors, label_fields
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, AxisName, Float
@@ -127,17 +127,18 @@ def checked_batch(
     masks: Masks,
     *,
     directions: tuple[str, ...],
-) -> Masks:
+) -> tuple[Float[Array, "q d"], Float[Array, "q d"], Masks]:
     """Check what every loss takes.
 
     Returns:
-      The masks, with labels as int32.
+      The queries, the keys and the masks as arrays of JAX, with labels as int32.
 
     Raises:
       ValueError: for sides of different shapes, an unknown direction, or a label that int32 cannot
         hold.
-      TypeError: for labels that are not integers.
+      TypeError: for sides that are not arrays of floats, or labels that are not integers.
     """
+    queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
     if (
         not directions
         or set(directions) - set(DIRECTIONS)
@@ -151,4 +152,7 @@ def checked_batch(
             f"queries have the shape {queries.shape} and keys {keys.shape}; row i of one belongs "
             "to row i of the other, so give as many, of one width"
         )
-    return masks._replace(**label_fields("masks", masks))
+    if masks.guides is not None:
+        query_guide, key_guide = (as_vectors("masks.guides", guide) for guide in masks.guides)
+        masks = masks._replace(guides=(query_guide, key_guide))
+    return queries, keys, masks._replace(**label_fields("masks", masks))

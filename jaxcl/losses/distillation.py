@@ -9,6 +9,7 @@ from jaxcl.losses.comparison import checked_batch
 from jaxcl.losses.protocol import NO_MASKS, Masks
 from jaxcl.losses.reduce_negatives import own_products
 from jaxcl.negatives.sets import ExplicitNegatives
+from jaxcl.ops.arguments import as_vectors
 from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, Float, Range
 
@@ -71,17 +72,19 @@ def distillation_loss(
       Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; over the candidates of a
       query, Ren et al., "RocketQAv2", 2021, equation 3.
     """
-    masks = checked_batch(queries, keys, masks, directions=("query_to_key",))
+    queries, keys, masks = checked_batch(queries, keys, masks, directions=("query_to_key",))
     if any(field is not None for field in masks._replace(valid=None)):
         raise ValueError("the teacher scores every candidate, so only masks.valid is allowed")
     if unknown := set(negatives or {}) - {_EXPLICIT}:
         raise ValueError(f"negatives has {sorted(unknown)}; a teacher scores {_EXPLICIT!r} ones")
+    teacher_scores = as_vectors("teacher_scores", teacher_scores)
     similarities = inner_product(queries, keys)[:, None]
     counted = jnp.ones(similarities.shape, bool)
     if negatives:
         explicit = negatives[_EXPLICIT]
-        similarities = jnp.concatenate([similarities, own_products(queries, explicit.vectors)], 1)
-        own = jnp.ones(explicit.vectors.shape[:2], bool)
+        vectors = as_vectors(f"negatives[{_EXPLICIT!r}]", explicit.vectors, axes=3)
+        similarities = jnp.concatenate([similarities, own_products(queries, vectors)], 1)
+        own = jnp.ones(vectors.shape[:2], bool)
         counted = jnp.concatenate([counted, own if explicit.valid is None else explicit.valid], 1)
     if teacher_scores.shape != similarities.shape:
         raise ValueError(

@@ -4,7 +4,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxcl.losses.protocol import Loss, NegativesByName
+from jaxcl.ops.arguments import as_vectors
 from jaxcl.ops.vectors import normalise
 from jaxcl.typing import Array, Float, PyTree
 
@@ -59,6 +62,7 @@ def matryoshka(
         memory: Mapping[str, PyTree] | None = None,
         **options: Any,
     ) -> Any:
+        queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
         if max(dims) > queries.shape[1]:
             raise ValueError(f"dims={tuple(dims)} of embeddings that have {queries.shape[1]}")
         parts, updated = [], {}
@@ -99,7 +103,8 @@ def nested(loss: Loss, *, dims: Sequence[int]) -> Loss:
 
 
 def _cut(negatives: Any, dim: int) -> Any:
-    return negatives._replace(vectors=normalise(negatives.vectors[..., :dim]))
+    vectors = as_vectors("negatives", negatives.vectors, axes=jnp.ndim(negatives.vectors))
+    return negatives._replace(vectors=normalise(vectors[..., :dim]))
 
 
 def _name(dim: int) -> str:

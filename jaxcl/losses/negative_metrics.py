@@ -59,7 +59,7 @@ def measure_negatives(
       >>> batch.counted.tolist(), batch.masked.tolist()
       ([1.0, 1.0, 2.0], [1.0, 1.0, 0.0])
     """
-    masks = checked_batch(queries, keys, masks, directions=_TO_KEYS)
+    queries, keys, masks = checked_batch(queries, keys, masks, directions=_TO_KEYS)
     comparison = Comparison(masks, axis_name, exchange, implementation)
     unmasked = comparison._replace(masks=Masks(valid=masks.valid))
     reduce = log_sum_exp(temperature, hardness=hardness, own_hardness=negative_hardness)

@@ -11,7 +11,7 @@ from jaxcl.losses.comparison import Comparison
 from jaxcl.losses.protocol import Masks, NegativesByName
 from jaxcl.negatives.masks import batch_labels
 from jaxcl.negatives.sets import ExplicitNegatives, Negatives, OwnNegatives, SharedNegatives
-from jaxcl.ops.arguments import label_fields
+from jaxcl.ops.arguments import as_vectors, label_fields
 from jaxcl.ops.pairs import PairLabels, pair_count, pair_logsumexp, pair_sum
 from jaxcl.ops.pairs.reductions import LOGSUMEXP
 from jaxcl.typing import Array, Bool, Float
@@ -110,7 +110,9 @@ def reduce_outside(
     ceilings = comparison.ceilings(queries, keys) if negatives else None
     found: dict[str, dict[str, Float[Array, " q"]]] = {}
     for name, one in negatives.items():
-        one = one._replace(**label_fields(f"negatives[{name!r}]", one))
+        axes = 2 if isinstance(one, SharedNegatives) else 3
+        vectors = as_vectors(f"negatives[{name!r}]", one.vectors, axes=axes)
+        one = one._replace(vectors=vectors, **label_fields(f"negatives[{name!r}]", one))
         _check(name, one, comparison.masks, queries, directions)
         if isinstance(one, ExplicitNegatives):
             found[name] = _of_explicit(

@@ -13,6 +13,7 @@ from jaxcl.losses.comparison import SYMMETRIC, Comparison, checked_batch
 from jaxcl.losses.protocol import NO_MASKS, Masks, NegativesByName
 from jaxcl.losses.reduce_negatives import COUNT, log_sum_exp, reduce_all
 from jaxcl.negatives.sets import ExplicitNegatives
+from jaxcl.ops.arguments import as_vectors
 from jaxcl.ops.row_tables import init_table
 from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, AxisName, Float, PyTree, Range
@@ -97,7 +98,8 @@ def running_estimate_loss(
       algorithm 1. Robustness and temperatures by row: iSogCLR, Qiu et al., 2023, and "FastCLIP",
       Wei et al., 2024.
     """
-    masks = checked_batch(queries, keys, masks, directions=directions)
+    queries, keys, masks = checked_batch(queries, keys, masks, directions=directions)
+    estimates = as_vectors("estimates", estimates)
     temperatures = jnp.asarray(temperature)
     by_row = temperatures.ndim > 0
     shape = (queries.shape[0], len(directions))

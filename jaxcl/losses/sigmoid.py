@@ -64,7 +64,7 @@ def sigmoid_pair_loss(
       Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023, equation 2 and algorithm 1.
     """
     directions = ("query_to_key",)
-    masks = checked_batch(queries, keys, masks, directions=directions)
+    queries, keys, masks = checked_batch(queries, keys, masks, directions=directions)
     scale = 1 / jnp.asarray(temperature)
     reduce = Reduce(
         functools.partial(pair_softplus, scale=scale, bias=bias),

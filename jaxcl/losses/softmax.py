@@ -123,7 +123,7 @@ def infonce_loss(
       equation 4; the symmetric form is that of Radford et al., 2021, figure 3; all directions in
       one softmax, Li et al., "GTE", 2023; hardness, Lan et al., "LLaVE", 2025.
     """
-    masks = checked_batch(queries, keys, masks, directions=directions)
+    queries, keys, masks = checked_batch(queries, keys, masks, directions=directions)
     if partition not in PARTITIONS:
         raise ValueError(f"partition={partition!r} is unknown; use one of {', '.join(PARTITIONS)}")
     if jnp.ndim(temperature) and partition == "anchor":
@@ -235,7 +235,7 @@ def decoupled_infonce_loss(
     Reference:
       Yeh et al., "Decoupled Contrastive Learning", 2022, equation 6.
     """
-    masks = checked_batch(queries, keys, masks, directions=directions)
+    queries, keys, masks = checked_batch(queries, keys, masks, directions=directions)
     comparison = Comparison(masks, axis_name, exchange, implementation)
     reduce = log_sum_exp(temperature)
     found = reduce_all(reduce, comparison, queries, keys, negatives, directions=directions)
@@ -291,7 +291,7 @@ def hard_infonce_loss(
       Robinson et al., "Contrastive Learning with Hard Negative Samples", 2021, equation 5; with
       $\beta = 0$ Chuang et al., "Debiased Contrastive Learning", 2020, equation 8.
     """
-    masks = checked_batch(queries, keys, masks, directions=directions)
+    queries, keys, masks = checked_batch(queries, keys, masks, directions=directions)
     if concentration < 0 or not 0 <= positive_share < 1:
         raise ValueError(
             f"concentration={concentration} must be at least 0, and "

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from jaxcl.negatives.sets import SharedNegatives
-from jaxcl.ops.arguments import as_labels
+from jaxcl.ops.arguments import as_labels, as_vectors
 from jaxcl.ops.row_tables import as_bits, first_places, from_bits, padded_entries
 from jaxcl.ops.vectors import normalise
 from jaxcl.typing import Array, Bool, Float, Int, Integer
@@ -117,9 +117,10 @@ def update_queue(
             "the number that init_bank was given"
         )
     ids, groups = _as_int32("ids", ids), _as_int32("groups", groups)
+    vectors = as_vectors("vectors", vectors)
     valid = jnp.ones(ids.shape, bool) if valid is None else valid
     number = jnp.cumsum(valid, dtype=jnp.int32)
-    count = number[-1]
+    count = valid.sum(dtype=jnp.int32)
     # The last `num_slots` only: of two keys for one slot, a scatter may write either.
     taken = valid & (number > count - num_slots)
     slots = (bank.head + number - 1) % num_slots
@@ -163,6 +164,7 @@ def update_instances(
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum={momentum}; set it to at least 0 and below 1")
+    vectors = as_vectors("vectors", vectors)
     rows, groups = _as_int32("rows", rows), _as_int32("groups", groups)
     ids = rows if ids is None else _as_int32("ids", ids)
     taken = first_places(rows, valid)  # of two embeddings for one slot, a scatter may write either

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.negatives.masks import similarity_ceilings
+from jaxcl.ops.arguments import as_vectors
 from jaxcl.ops.nearest import nearest
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.vectors import inner_product
@@ -110,6 +111,7 @@ def mine_negatives(
       "NV-Retriever", 2024.
     """
     rule.check()
+    queries, positives = as_vectors("queries", queries), as_vectors("positives", positives)
     first, last = rule.rank_range
     found = nearest(
         queries,

@@ -15,7 +15,7 @@ from jaxcl.negatives.masks import similarity_ceilings
 from jaxcl.negatives.memory_bank import MemoryBank, read_bank
 from jaxcl.negatives.sets import OwnNegatives, SharedNegatives
 from jaxcl.negatives.synthetic import mixed, mixed_with_query, perturbed
-from jaxcl.ops.arguments import as_labels
+from jaxcl.ops.arguments import as_labels, as_vectors
 from jaxcl.ops.nearest import nearest
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.row_tables import fetch_rows
@@ -205,6 +205,7 @@ def draw_tiers(
       ValueError: for labels that int32 cannot hold, or both margins.
       TypeError: for labels that are not integers.
     """
+    queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
     ids = as_labels("ids", ids)
     groups = None if groups is None else as_labels("groups", groups)
     ceilings = similarity_ceilings(

@@ -6,11 +6,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.typing import Array, Int, Integer
+from jaxcl.typing import Array, Float, Int, Integer
 
-__all__ = ["as_integers", "as_labels", "label_fields"]
+__all__ = ["as_integers", "as_labels", "as_vectors", "label_fields", "native"]
 
 _INT32 = np.iinfo(np.int32)
+
+
+def as_vectors(name: str, vectors: Any, *, axes: int = 2) -> Float[Array, "..."]:
+    """Embeddings as an array of JAX.
+
+    Raises:
+      TypeError: for a list, or numbers that are not floating-point.
+      ValueError: for another number of axes, or vectors without features.
+    """
+    if not isinstance(vectors, jax.Array | np.ndarray):
+        kind = type(vectors).__name__
+        raise TypeError(f"{name} is a {kind}; give an array of floats, such as jnp.asarray({name})")
+    if not jnp.issubdtype(vectors.dtype, jnp.floating):
+        raise TypeError(f"{name} has the type {vectors.dtype}; give floats")
+    if vectors.ndim != axes or not vectors.shape[-1]:
+        raise ValueError(
+            f"{name} has the shape {vectors.shape}; give {axes} axes, the last one of features"
+        )
+    return jnp.asarray(native(vectors) if isinstance(vectors, np.ndarray) else vectors)
+
+
+def native(array: np.ndarray) -> np.ndarray:
+    """The array in the byte order of this machine, the only one that JAX takes."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def as_integers(name: str, values: Any) -> Int[np.ndarray, "..."]:

@@ -8,6 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxcl.ops.arguments import native
 from jaxcl.ops.row_tables import ENTRIES_MULTIPLE
 from jaxcl.typing import PyTree
 
@@ -122,7 +123,7 @@ def put_rows(rows: jax.Array | np.ndarray, mesh: Mesh, *, num_rows: int) -> jax.
     sharding = batch_sharding(mesh)
     if isinstance(rows, jax.Array) and rows.shape[0] % mesh.size == 0:
         return jax.device_put(rows, sharding)
-    host = np.asarray(rows)[:num_rows]
+    host = native(np.asarray(rows)[:num_rows])
     missing = num_rows + -num_rows % mesh.size - len(host)
     filled = np.pad(host, [(0, missing), *[(0, 0)] * (host.ndim - 1)])
     return jax.make_array_from_callback(filled.shape, sharding, lambda index: filled[index])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcl.ops.arguments import as_vectors
 from jaxcl.ops.pairs.sides import (
     ALL_COUNT,
     PairKeys,
@@ -14,7 +15,7 @@ from jaxcl.ops.pairs.sides import (
     checked_labels,
     pair_scores,
 )
-from jaxcl.ops.varying import as_varying
+from jaxcl.ops.varying import as_varying, full_like_varying
 from jaxcl.typing import Array, AxisName, Float, Int, Integer, PyTree
 
 __all__ = ["IMPLEMENTATIONS", "QUERY_TILE", "TILE", "Nearest", "nearest"]
@@ -74,7 +75,7 @@ def nearest(
 
     Raises:
       ValueError: for an unknown name, a count or tile below 1, or a label that int32 cannot hold.
-      TypeError: for labels that are not integers.
+      TypeError: for labels that are not integers, or vectors that are not arrays of floats.
 
     Example:
       >>> import jax.numpy as jnp
@@ -90,10 +91,18 @@ def nearest(
         raise ValueError(
             f"count={count}, query_tile={query_tile}, tile={tile}; all must be at least 1"
         )
+    queries, table = as_vectors("queries", queries), as_vectors("table", table)
     query_labels = checked_labels("query_labels", query_labels)
     table_labels = checked_labels("table_labels", table_labels)
     if implementation == "reference":
         query_tile, tile = queries.shape[0], table.shape[0]
+    if not len(queries) or not len(table):
+        shape, like = (len(queries), count), (queries, table)
+        wide = jnp.promote_types(queries.dtype, jnp.float32)
+        return Nearest(
+            full_like_varying(shape, -jnp.inf, wide, like),
+            full_like_varying(shape, -1, jnp.int32, like),
+        )
     ours, theirs = lax.stop_gradient(((queries, query_labels), (table, table_labels)))
     if axis_name is None:
         return _of_table(ours, theirs, jnp.int32(0), count, query_tile, tile)

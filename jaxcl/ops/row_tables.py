@@ -141,5 +141,5 @@ def first_places(
     # Stable, so that equal rows keep the order of their places.
     order = jnp.argsort(rows, stable=True)
     ordered = rows[order]
-    first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+    first = jnp.concatenate([jnp.ones_like(ordered[:1], bool), ordered[1:] != ordered[:-1]])
     return jnp.zeros(rows.shape, bool).at[order].set(first) & valid

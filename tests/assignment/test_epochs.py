@@ -516,3 +516,30 @@ def test_a_step_before_the_order_is_an_error():
 def test_seen_that_does_not_count_what_was_visited_is_an_error(seen):
     with pytest.raises(ValueError, match="before step 5 its epoch has visited 4 of 8"):
         AssignedRows(Assigned(np.arange(8), seen, 5), batch_size=4, block_size=4, seed=0)
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_numbers_may_be_those_of_numpy():
+    assigned = unseen(100)
+    plain = AssignedRows(assigned, batch_size=10, block_size=5, seed=0)
+    other = AssignedRows(
+        Assigned(assigned.order.tolist(), assigned.seen.tolist(), np.int32(0)),
+        **{name: np.int32(size) for name, size in (("batch_size", 10), ("block_size", 5))},
+        seed=np.int64(0),
+    )
+    step = 2**29  # ten times as much overflows int32
+    np.testing.assert_array_equal(other(np.int32(step)), plain(step))
+    sizes = {"batch_size": 10, "block_size": 5, "seed": 0}
+    order = assigned.order
+    np.testing.assert_array_equal(
+        epoch_rows(order, epoch=np.int32(2**27), **sizes), epoch_rows(order, epoch=2**27, **sizes)
+    )
+
+
+def test_steps_and_epochs_count_from_0():
+    with pytest.raises(ValueError, match="epoch=-1; epochs count from 0"):
+        epoch_rows(an_order(4), epoch=-1, batch_size=2, block_size=1, seed=0)
+    with pytest.raises(ValueError, match="step=-2; steps count from 0"):
+        AssignedRows(unseen(4)._replace(step=-2), batch_size=2, block_size=1, seed=0)
+    with pytest.raises(ValueError, match="before_step=-1"):
+        visited(lambda step: an_order(2), before_step=-1, step=2, num_rows=4, batch_size=2)

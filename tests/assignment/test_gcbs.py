@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxcl.assignment import METHODS, Gcbs, assign, make_order
+from jaxcl.assignment import METHODS, PRESETS, Gcbs, assign, assign_topics, make_order
 from jaxcl.assignment.bisection import Effort
 from jaxcl.assignment.build_graph import graph_of
 from jaxcl.assignment.place import Place
@@ -125,6 +125,32 @@ def test_settings_that_cannot_be_are_named(changes, message):
     queries, keys, _ = topical()
     with pytest.raises(ValueError, match=message):
         assign(queries, keys, block_size=8, settings=Gcbs(**changes))
+
+
+def test_a_preset_may_be_named_and_changed():
+    assert Gcbs(preset="light") == PRESETS["light"]
+    assert Gcbs(preset="light", neighbours=8) == PRESETS["light"]._replace(neighbours=8)
+    assert isinstance(Gcbs(preset="full"), Gcbs)
+    with pytest.raises(ValueError, match="preset='fast' is unknown; use one of full, light"):
+        Gcbs(preset="fast")
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_embeddings_of_other_types_are_those_of_float32():
+    queries, keys, _ = topical()
+    assign_them = functools.partial(assign, block_size=SIZE, settings=SETTINGS["rcm"])
+    expected = assign_them(queries, keys)
+    for as_given in (np.ndarray.tolist, lambda side: side.astype(">f4"), jnp.asarray):
+        np.testing.assert_array_equal(assign_them(as_given(queries), as_given(keys)), expected)
+    texts = np.array([["a", "b"]] * ROWS)
+    with pytest.raises(TypeError, match="queries has the type"):
+        assign_them(texts, texts)
+    with pytest.raises(ValueError, match="1 embeddings that are not finite in float32"):
+        assign_them(np.where(np.arange(ROWS)[:, None] == 3, 1e39, queries.astype(float)), keys)
+    topics = assign_topics(
+        queries.tolist(), keys.tolist(), num_topics=np.int64(5), settings=SETTINGS["rcm"]
+    )
+    assert np.bincount(topics).max() == -(-ROWS // 5)
 
 
 def test_embeddings_that_cannot_be_are_named():

@@ -279,3 +279,13 @@ def test_what_makes_no_shares_is_an_error(wrong, message):
 def test_a_step_out_of_range_is_an_error(step):
     with pytest.raises(ValueError, match=f"step={step} must be from 0"):
         SourcedRows(SOURCES, batch_size=4, seed=0)(step)
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_numbers_may_be_those_of_numpy_and_sources_a_list():
+    plain = SourcedRows(np.array([0, 1, 1, 1]), batch_size=2, seed=0)
+    other = SourcedRows([0, 1, 1, 1], batch_size=np.int64(2), seed=np.int64(0))
+    for step in (0, 5, 2**31 - 1):
+        np.testing.assert_array_equal(other(np.int32(step)), plain(step))
+    with pytest.raises(ValueError, match="step=-1"):
+        plain(np.int64(-1))

@@ -175,3 +175,9 @@ def test_sizes_below_one_are_an_error_that_names_them(sizes):
 def test_more_rows_than_int32_can_number_are_an_error():
     with pytest.raises(ValueError, match=f"num_rows={2**31 + 1}"):
         uniform_rows(0, num_rows=2**31 + 1, batch_size=4, seed=0)
+
+
+@pytest.mark.parametrize("step", [-1, 2**63])
+def test_a_step_that_cannot_be_is_refused(step):
+    with pytest.raises(ValueError, match=f"step={step}; steps count from 0"):
+        uniform_rows(step, num_rows=6, batch_size=2, seed=0)

@@ -1,9 +1,12 @@
-"""Labels that int32 cannot hold, and those that are no integers, are refused everywhere."""
+"""What callers give: labels and vectors of every type, and too few of them, at every door."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from jaxcl import assignment, negatives
 from jaxcl.data.sources import InMemoryPairs
@@ -14,15 +17,24 @@ from jaxcl.losses import (
     OwnNegatives,
     SharedNegatives,
     infonce_loss,
+    matryoshka,
     measure_negatives,
     supervised_infonce_loss,
 )
 from jaxcl.ops.arguments import as_integers, as_labels
 from jaxcl.ops.mesh import make_mesh
-from jaxcl.ops.nearest import nearest
-from jaxcl.ops.pairs import PairLabels, pair_count, pair_logsumexp, pair_softplus, pair_sum
+from jaxcl.ops.nearest import IMPLEMENTATIONS, nearest
+from jaxcl.ops.pairs import (
+    EXCHANGES,
+    PairLabels,
+    pair_count,
+    pair_logsumexp,
+    pair_softplus,
+    pair_sum,
+)
 from tests.helpers import relative_error, unit_vectors
 
+# The checks of annotations would refuse some inputs before the library sees them.
 pytestmark = pytest.mark.usefixtures("unchecked_annotations")
 
 ROWS = 4
@@ -200,6 +212,133 @@ def test_traced_labels_are_checked_by_their_type():
 def test_labels_on_devices_stay_where_they_are():
     labels = jnp.arange(3, dtype=jnp.int32)
     assert as_labels("ids", labels) is labels
+
+
+def loss_of(name):
+    """A loss with the columns that it needs, for any number of rows."""
+
+    def compute(queries, keys):
+        rows, loss = np.shape(queries)[0], LOSSES[name]
+        columns = {"labels": jnp.arange(rows), "teacher_scores": jnp.zeros((rows, 1))}
+        given = {argument: columns[argument] for argument in loss.columns}
+        if loss.init_memory is not None:
+            tables = loss.init_memory(rows, temperature=0.1)
+            given["memory"] = jax.tree.map(lambda table: table[:rows], tables)
+        found = loss.function(queries, keys, temperature=0.1, **given)
+        return found if loss.init_memory is None else found[0]
+
+    return compute
+
+
+def of_tiers(queries, keys):
+    rows = np.shape(queries)[0]
+    return negatives.draw_tiers(
+        negatives.TierBudgets(nearest=2),
+        queries,
+        keys,
+        row_keys=jax.random.split(jax.random.key(0), rows),
+        ids=jnp.arange(rows),
+    )["nearest"].vectors
+
+
+def of_mining(queries, keys):
+    rows = np.shape(queries)[0]
+    labels = PairLabels((jnp.arange(rows),))
+    return negatives.mine_negatives(
+        queries,
+        keys,
+        keys,
+        rule=negatives.MiningRule(1, (0, 2)),
+        row_keys=jax.random.split(jax.random.key(0), rows),
+        query_labels=labels,
+        table_labels=labels,
+    ).rows
+
+
+def of_queue(vectors, _):
+    labels = jnp.arange(np.shape(vectors)[0])
+    return negatives.update_queue(
+        negatives.init_bank(9, 8), vectors, labels, labels, num_slots=9
+    ).vectors
+
+
+def of_instances(vectors, _):
+    labels = jnp.arange(np.shape(vectors)[0])
+    return negatives.update_instances(negatives.init_bank(9, 8), vectors, labels, labels).vectors
+
+
+OF_ROWS = {
+    **{name: loss_of(name) for name in LOSSES},
+    "matryoshka": matryoshka(infonce_loss, dims=(4, 8)),
+    "measure_negatives": lambda *sides: measure_negatives(*sides)["batch"].share,
+    "pair_logsumexp": lambda *sides: pair_logsumexp(*sides, temperature=0.1)[0],
+    "tiled": lambda *sides: pair_logsumexp(*sides, temperature=0.1, implementation="tiled")[0],
+    "pair_sum": lambda *sides: pair_sum(*sides, temperature=0.1)[0],
+    "pair_softplus": lambda *sides: pair_softplus(*sides, scale=1.0, bias=0.0)[0],
+    "pair_count": lambda *sides: pair_count(*sides)[0],
+    "nearest": lambda *sides: nearest(*sides, count=2).rows,
+    "mine_negatives": of_mining,
+    "draw_tiers": of_tiers,
+    "update_queue": of_queue,
+    "update_instances": of_instances,
+}
+of_rows = pytest.mark.parametrize("compute", OF_ROWS.values(), ids=OF_ROWS)
+
+
+@of_rows
+def test_vectors_that_are_no_arrays_of_floats_are_refused_by_name(compute):
+    named = r"(queries|vectors) (is a list; give an array of floats|has the type int)"
+    with pytest.raises(TypeError, match=named):
+        compute(*(side.tolist() for side in sides()))
+    with pytest.raises(TypeError, match=named):
+        compute(*(np.ones((ROWS, 8), int) for _ in range(2)))
+    with pytest.raises(ValueError, match=r"(queries|vectors) has the shape \(4, 0\)"):
+        compute(*(np.ones((ROWS, 0), np.float32) for _ in range(2)))
+
+
+@of_rows
+def test_vectors_may_have_another_byte_order(compute):
+    swapped = (np.asarray(side).astype(">f4") for side in sides())
+    np.testing.assert_array_equal(compute(*swapped), compute(*sides()))
+
+
+@of_rows
+def test_nothing_comes_of_no_rows(compute):
+    found = compute(jnp.zeros((0, 8)), jnp.zeros((0, 8)))
+    assert len(found) == 0 or not found.any()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_gradient_of_no_rows_is_empty(name):
+    nobody = jnp.zeros((0, 8))
+    assert jax.grad(lambda queries: loss_of(name)(queries, nobody).sum())(nobody).shape == (0, 8)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_an_empty_side_has_no_nearest_row(implementation):
+    find = functools.partial(nearest, count=3, implementation=implementation)
+    found = find(sides()[0], jnp.zeros((0, 8)))
+    assert found.rows.tolist() == [[-1] * 3] * ROWS
+    assert np.isneginf(found.similarities).all()
+    assert find(jnp.zeros((0, 8)), sides()[0]).rows.shape == (0, 3)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_an_empty_batch_on_each_device_is_none_either(exchange):
+    mesh = make_mesh({"data": 2}, devices=jax.devices()[:2])
+    loss = functools.partial(infonce_loss, axis_name="data", exchange=exchange)
+    rows = PartitionSpec("data")
+    found = jax.shard_map(loss, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
+    assert found(jnp.zeros((0, 8)), jnp.zeros((0, 8))).shape == (0,)
+
+
+def test_vectors_outside_of_the_batch_are_named():
+    others = {"others": ExplicitNegatives(sides()[1][:, None].tolist())}
+    with pytest.raises(TypeError, match=r"negatives\['others'\] is a list"):
+        infonce_loss(*sides(), negatives=others)
+    guides = Masks(guides=tuple(side.tolist() for side in sides()), margin=0.1)
+    with pytest.raises(TypeError, match=r"masks\.guides is a list"):
+        infonce_loss(*sides(), masks=guides)
 
 
 def test_an_empty_list_has_integers():

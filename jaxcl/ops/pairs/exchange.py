@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcl.ops.collectives import rotate
-from jaxcl.ops.pairs.reductions import Reduced, Reduction, Residuals
+from jaxcl.ops.pairs.reductions import Reduced, Reduction, Residuals, nothing
 from jaxcl.ops.pairs.sides import PairKeys, PairQueries
 from jaxcl.ops.varying import full_like_varying
 from jaxcl.typing import Array, AxisName, Float, PyTree
@@ -55,7 +55,7 @@ def ring_forward(
 
     The keys visit one device after the other, together with their columns' partial results.
     """
-    rows, columns = _nothing(reduction, queries, keys)
+    rows, columns = nothing(reduction, queries, keys)
 
     def meet(visitors: PairKeys, columns: Array, rows: Array) -> tuple[Array, Array]:
         more_rows, more_columns = passes.reduce(reduction, queries, visitors)
@@ -133,12 +133,3 @@ def _round_the_ring(
     # short of home.
     theirs, ours = meet(visitors, theirs, ours)
     return rotate(theirs, axis_name), ours
-
-
-def _nothing(reduction: Reduction, queries: PairQueries, keys: PairKeys) -> tuple[Array, Array]:
-    wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
-    sides = (queries, keys)
-    rows, columns = (
-        full_like_varying(side.vectors.shape[0], reduction.empty, wide, sides) for side in sides
-    )
-    return rows, columns

@@ -7,10 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcl.ops.arguments import as_vectors
 from jaxcl.ops.collectives import gather
 from jaxcl.ops.pairs import reference
 from jaxcl.ops.pairs.exchange import TilePasses, ring_backward, ring_forward
-from jaxcl.ops.pairs.reductions import COUNT, LOGSUMEXP, SOFTPLUS, SUM, Reduction, Residuals
+from jaxcl.ops.pairs.reductions import (
+    COUNT,
+    LOGSUMEXP,
+    SOFTPLUS,
+    SUM,
+    Reduction,
+    Residuals,
+    nothing,
+)
 from jaxcl.ops.pairs.sides import ALL_COUNT, PairKeys, PairLabels, PairQueries, checked_labels
 from jaxcl.ops.varying import as_varying
 from jaxcl.typing import Array, AxisName, Float
@@ -92,6 +101,7 @@ def pair_logsumexp(
       The online sum is that of Milakov and Gimelshein, "Online normalizer calculation for
       softmax", 2018; the ring is that of Liu et al., "Ring Attention", 2023.
     """
+    queries, keys = _as_sides(queries, keys)
     return _reduce_pairs(
         LOGSUMEXP,
         PairQueries(queries, _inverse(temperature, queries), query_labels),
@@ -120,6 +130,7 @@ def pair_sum(
 
     Arguments as for `pair_logsumexp`; a fully masked row is 0.
     """
+    queries, keys = _as_sides(queries, keys)
     return _reduce_pairs(
         SUM,
         PairQueries(queries, _inverse(temperature, queries), query_labels),
@@ -150,6 +161,7 @@ def pair_softplus(
     The scores are $s_{ij} = a \langle q_i, k_j\rangle + b$ with `scale` $a$ and `bias` $b$; other
     arguments as for `pair_logsumexp`. A fully masked row is 0.
     """
+    queries, keys = _as_sides(queries, keys)
     return _reduce_pairs(
         SOFTPLUS,
         PairQueries(queries, jnp.full(queries.shape[:1], scale, _wide(queries)), query_labels),
@@ -174,7 +186,7 @@ def pair_count(
     tile: int | None = None,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
     """The number of allowed pairs in each row and column. Arguments as for `pair_logsumexp`."""
-    queries, keys = map(jax.lax.stop_gradient, (queries, keys))
+    queries, keys = map(jax.lax.stop_gradient, _as_sides(queries, keys))
     return _reduce_pairs(
         COUNT,
         PairQueries(queries, jnp.ones(queries.shape[:1], _wide(queries)), query_labels),
@@ -185,6 +197,10 @@ def pair_count(
         implementation=implementation,
         tile=tile,
     )
+
+
+def _as_sides(queries: Array, keys: Array) -> tuple[Float[Array, "q d"], Float[Array, "k d"]]:
+    return as_vectors("queries", queries), as_vectors("keys", keys)
 
 
 def _reduce_pairs(
@@ -205,6 +221,8 @@ def _reduce_pairs(
     # Imported on use, since Pallas loads much that the other implementations do not need.
     module = importlib.import_module(f"jaxcl.ops.pairs.{by_tiles}")
     passes = TilePasses(module.forward, module.backward, hardness, tile or module.TILE)
+    if not len(queries.vectors) or not len(keys.vectors):
+        return nothing(reduction, queries, keys)
     if axis_name is not None and exchange == "ring":
         if implementation == "reference":
             raise ValueError("a ring has no whole block of scores; use implementation='tiled'")

@@ -9,9 +9,10 @@ from jax import lax
 
 from jaxcl.ops.collectives import sum_scatter
 from jaxcl.ops.pairs.sides import PairKeys, PairQueries
+from jaxcl.ops.varying import full_like_varying
 from jaxcl.typing import Array, AxisName, Float
 
-__all__ = ["COUNT", "LOGSUMEXP", "SOFTPLUS", "SUM", "Reduced", "Reduction", "Residuals"]
+__all__ = ["COUNT", "LOGSUMEXP", "SOFTPLUS", "SUM", "Reduced", "Reduction", "Residuals", "nothing"]
 
 
 Reduced: TypeAlias = tuple[Float[Array, " q"], Float[Array, " k"]]
@@ -48,6 +49,16 @@ class Reduction(NamedTuple):
     join: Callable[[Array, Array], Array]
     join_devices: Callable[[Array, AxisName], Array]
     weigh: Callable[[Array, Array, Array], Array]
+
+
+def nothing(reduction: Reduction, queries: PairQueries, keys: PairKeys) -> Reduced:
+    """The reductions of no scores, as a loop over tiles or devices starts with them."""
+    wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
+    sides = (queries, keys)
+    rows, columns = (
+        full_like_varying(side.vectors.shape[0], reduction.empty, wide, sides) for side in sides
+    )
+    return rows, columns
 
 
 def _logsumexp(scores: Float[Array, "q k"], axis: int) -> Float[Array, " _"]:

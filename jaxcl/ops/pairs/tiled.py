@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcl.ops.pairs.reductions import Reduced, Reduction, Residuals
+from jaxcl.ops.pairs.reductions import Reduced, Reduction, Residuals, nothing
 from jaxcl.ops.pairs.reference import reduce_pairs
 from jaxcl.ops.pairs.sides import PairKeys, PairQueries, pair_scores
 from jaxcl.ops.varying import full_like_varying
@@ -47,7 +47,6 @@ def forward_by(
     tile: int,
 ) -> Reduced:
     """Reduce every row and every column, with one product per tile."""
-    wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
     num_queries, num_keys = queries.vectors.shape[0], keys.vectors.shape[0]
 
     def one_tile(index: Int[Array, ""], reduced: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -61,10 +60,7 @@ def forward_by(
             _update(reduction.join, by_column, columns, more_columns),
         )
 
-    start = tuple(
-        full_like_varying(size, reduction.empty, wide, (queries, keys))
-        for size in (num_queries, num_keys)
-    )
+    start = nothing(reduction, queries, keys)
     return lax.fori_loop(0, _num_tiles(num_queries, num_keys, tile), one_tile, start)
 
 
