@@ -73,9 +73,15 @@ Augment: TypeAlias = Callable[[PyTree, Key[Array, ""]], PyTree]
 NumpyInt: TypeAlias = Int[np.ndarray, "..."]
 
 
+_INT32_END = 2**31
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
 class Range(NamedTuple):
-    """The values that a number may have; infinity only where no upper bound is given and `finite`
-    is false, NaN never.
+    """The values that a number may have.
+
+    NaN is never allowed; infinity only where no upper bound is given and `finite` is false. Without
+    an upper bound, a finite number must fit int32 or float32, in which JAX computes with it.
 
     Attributes:
       least: the smallest value allowed.
@@ -103,6 +109,9 @@ class Range(NamedTuple):
         )
         if not inside:
             raise ValueError(f"{name}={value}; set it {self}")
+        limit = _INT32_END - 1 if isinstance(value, int) else _FLOAT32_MAX
+        if self.most is None and self.below is None and limit < abs(value) < math.inf:
+            raise ValueError(f"{name}={value} is too large; set it to at most {limit}")
 
     def __str__(self) -> str:
         words = {"to at least": self.least, "above": self.above}

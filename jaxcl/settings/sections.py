@@ -43,6 +43,7 @@ Count = Annotated[int, Range(least=0)]
 Size = Annotated[int, Range(least=1)]
 Share = Annotated[float, Range(least=0, most=1)]
 Seed = Annotated[int, Range(least=0, below=2**63)]
+Label = Annotated[int, Range(least=-(2**31), below=2**31)]  # of a group or a source
 Margin = Annotated[float, Range(least=-2, most=2)]  # a difference of cosines
 
 
@@ -202,7 +203,7 @@ class NegativesSettings(NamedTuple):
     tiers: TierBudgets = TierBudgets()
     mined: MinedSettings = MinedSettings()
     proportions: str = "rows"
-    weights: tuple[tuple[int, Annotated[float, Range(least=0)]], ...] = ()
+    weights: tuple[tuple[Label, Annotated[float, Range(least=0)]], ...] = ()
     momentum_encoder: MomentumSettings = MomentumSettings()
     guide: str | None = None
 
@@ -213,7 +214,7 @@ class SourcedSettings(NamedTuple):
     by: str | None = None
     mix: str = "mixed"
     temperature: Annotated[float, Range(above=0, finite=False)] = 1.0
-    weights: tuple[tuple[int | str, Annotated[float, Range(least=0)]], ...] = ()
+    weights: tuple[tuple[Label | str, Annotated[float, Range(least=0)]], ...] = ()
 
 
 class GcbsSettings(NamedTuple):
@@ -222,7 +223,7 @@ class GcbsSettings(NamedTuple):
     refresh_every: Size = 50
     refresh_epochs: Annotated[float, Range(above=0)] | None = None
     method: str = "bisection"
-    block_size: int | None = None  # checked against the batch
+    block_size: Annotated[int, Range(least=2)] | None = None
     preset: str = "light"
     neighbours: Size | None = None
     starts: Size | None = None
@@ -277,8 +278,8 @@ class RunSettings(NamedTuple):
     """What may change between a stop and a restart."""
 
     data_dir: str = "~/.cache/jaxcl"
-    mesh: Mapping[str, int] = {"data": -1, "fsdp": 1}
-    parameter_rules: tuple[tuple[str, int | None], ...] = ()
+    mesh: Mapping[str, Annotated[int, Range(least=-1)]] = {"data": -1, "fsdp": 1}
+    parameter_rules: tuple[tuple[str, Annotated[int, Range(least=0)] | None], ...] = ()
     log_every: Size = 10
     evaluate_every: Size = 100
     checkpoint_every: Size = 100

@@ -1,15 +1,13 @@
 """The lock of a workdir is a regular file, whatever somebody has put in its place."""
 
-import fcntl
 import os
 import socket
-import sys
 
 import pytest
 
 from jaxcl.run.workdir import lock_workdir
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such lock")
+fcntl = pytest.importorskip("fcntl", reason="Windows has no such lock")
 
 
 def link_to_a_file(path):
@@ -54,7 +52,7 @@ def test_a_lock_keeps_the_content_of_its_file(tmp_path):
     assert (tmp_path / ".lock").read_text() == "a note"
 
 
-def test_a_lock_that_a_failed_start_removed_is_taken_anew(tmp_path, monkeypatch):
+def test_a_lock_that_a_failed_start_removed_is_taken_again(tmp_path, monkeypatch):
     flock = fcntl.flock
     removed = []
 

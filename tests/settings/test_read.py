@@ -1,9 +1,10 @@
 """A config is read once: every field is checked, and every name becomes a function."""
 
 import math
+import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import optax
@@ -19,7 +20,11 @@ from jaxcl.settings.read import as_dict, read_settings
 from jaxcl.settings.sections import Parts, Settings, unresolved
 from jaxcl.typing import Range
 
-LIMITS = (-1, 0, 2**70, -math.inf, math.inf, math.nan)
+LIMITS = (-1, 0, 2**31, 2**70, 1e300, -math.inf, math.inf, math.nan)
+
+
+KINDS: dict[str, type] = {}
+"""Whether a number with a range is an int or a float."""
 
 
 def numbers(section: type, path: str = "") -> Iterator[tuple[str, Range | None]]:
@@ -31,10 +36,14 @@ def numbers(section: type, path: str = "") -> Iterator[tuple[str, Range | None]]
 def numbers_of_hint(hint: Any, path: str) -> Iterator[tuple[str, Range | None]]:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        yield path, next((note for note in arguments[1:] if isinstance(note, Range)), None)
-    elif origin in (Union, types.UnionType):
+        limits = next((note for note in arguments[1:] if isinstance(note, Range)), None)
+        yield path, limits
+        KINDS[path] = arguments[0]
+    elif origin in (Union, types.UnionType, tuple):
         for one in arguments:
             yield from numbers_of_hint(one, path)
+    elif origin is Mapping:
+        yield from numbers_of_hint(arguments[1], path)
     elif hint in (int, float):
         yield path, None
     elif isinstance(hint, type) and hasattr(hint, "_fields") and hint is not Parts:
@@ -42,7 +51,25 @@ def numbers_of_hint(hint: Any, path: str) -> Iterator[tuple[str, Range | None]]:
 
 
 NUMBERS = dict(numbers(Settings))
-CHECKED_ELSEWHERE = {"assignment.gcbs.block_size"}  # against the batch
+
+
+def config_with(path: str, value: Any) -> dict[str, Any]:
+    """A config with one number, in a tuple or a mapping if the setting is one."""
+    wrapped = {
+        "loss.matryoshka_dims": lambda: (value,),
+        "negatives.mined.rank_range": lambda: (value, 5),
+        "negatives.weights": lambda: ((0, value),),
+        "assignment.sourced.weights": lambda: ((0, value),),
+        "run.mesh": lambda: {"data": value},
+        "run.parameter_rules": lambda: (("kernel", value),),
+    }
+    *parents, leaf = path.split(".")
+    config: dict[str, Any] = {}
+    section = config
+    for parent in parents:
+        section = section.setdefault(parent, {})
+    section[leaf] = wrapped.get(path, lambda: value)()
+    return config
 
 
 def test_the_commented_base_has_the_declared_defaults():
@@ -50,27 +77,31 @@ def test_the_commented_base_has_the_declared_defaults():
 
 
 def test_every_number_has_a_range():
-    assert len(NUMBERS) > 40
-    assert {path for path, limits in NUMBERS.items() if limits is None} == CHECKED_ELSEWHERE
+    assert len(NUMBERS) > 50
+    assert {path for path, limits in NUMBERS.items() if limits is None} == set()
 
 
-@pytest.mark.parametrize("path", sorted(NUMBERS.keys() - CHECKED_ELSEWHERE))
+@pytest.mark.parametrize("path", sorted(NUMBERS))
 def test_a_number_out_of_its_range_is_refused_by_name(path):
     refused = 0
-    for value in LIMITS:
+    for limit in LIMITS:
+        value = float(limit) if KINDS[path] is float else limit
         try:
             NUMBERS[path].check(path, value)
         except ValueError:
             refused += 1
-            config: dict[str, Any] = {}
-            *parents, leaf = path.split(".")
-            section = config
-            for parent in parents:
-                section = section.setdefault(parent, {})
-            section[leaf] = value
-            with pytest.raises(ValueError, match=rf"{path}="):
-                read_settings(config)
-    assert refused >= 2  # NaN, and infinity or a value below the range
+            with pytest.raises(ValueError, match=re.escape(path)):
+                read_settings(config_with(path, value))
+    assert refused >= 4  # NaN, and numbers that int32 or float32 cannot hold
+
+
+@pytest.mark.parametrize(("value", "limit"), [(2**31, 2**31 - 1), (1e39, 3.4028234663852886e38)])
+def test_a_number_that_jax_cannot_hold_is_too_large(value, limit):
+    Range(least=0).check("size", limit)
+    with pytest.raises(
+        ValueError, match=re.escape(f"size={value} is too large; set it to at most {limit}")
+    ):
+        Range(least=0).check("size", value)
 
 
 REGISTRIES = {
