@@ -37,7 +37,7 @@ from jaxcl.run.batches import RunBatches
 from jaxcl.run.build_loss import batch_needs
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.identity import process_report, run_record
-from jaxcl.run.memory import check_bank_divides, tiers_left_empty
+from jaxcl.run.memory import tiers_left_empty
 from jaxcl.run.metric_writer import MetricWriter
 from jaxcl.run.reports import Reports
 from jaxcl.run.training import Training, build_training
@@ -110,7 +110,6 @@ def train(
     settings = read_settings(config, changed=changed)
     check_processes_agree(process_report(settings))
     training = build_training(settings)
-    check_bank_divides(settings, training.mesh)
     with lock_workdir(workdir), emptied_unless_begun(workdir):
         saved = first_then_others(functools.partial(claim_workdir, workdir, settings))
         data = first_then_others(functools.partial(_prepare, settings, workdir, saved))

@@ -82,6 +82,24 @@ def init_bank(
     )
 
 
+def pad_slots(bank: MemoryBank, *, multiple: int) -> MemoryBank:
+    """Add slots that were never written, up to a multiple, so that they divide over devices."""
+    missing = -bank.ids.shape[0] % multiple
+    if not missing:
+        return bank
+
+    def padded(array: Array, value: int) -> Array:
+        return jnp.pad(array, [(0, missing), *[(0, 0)] * (array.ndim - 1)], constant_values=value)
+
+    return bank._replace(
+        vectors=padded(bank.vectors, 0),
+        ids=padded(bank.ids, -1),
+        groups=padded(bank.groups, -1),
+        written=padded(bank.written, -1),
+        guides=None if bank.guides is None else padded(bank.guides, 0),
+    )
+
+
 def update_queue(
     bank: MemoryBank,
     vectors: Float[Array, "b d"],

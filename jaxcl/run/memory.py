@@ -4,18 +4,17 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxcl.data.row_guides import guide_dim
 from jaxcl.negatives.memory_bank import init_bank
 from jaxcl.negatives.tiers import strata_of
-from jaxcl.ops.row_tables import ENTRIES_MULTIPLE, padded_entries
+from jaxcl.ops.row_tables import padded_entries
 from jaxcl.run.build_loss import beyond_batch, run_loss
 from jaxcl.settings.derived import gcbs_rule
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import Integer, PyTree
 
-__all__ = ["check_bank_divides", "init_memory", "tiers_left_empty"]
+__all__ = ["init_memory", "tiers_left_empty"]
 
 
 def init_memory(
@@ -41,15 +40,6 @@ def init_memory(
         initial = settings.loss.temperature.initial
         memory["rows"] = init_rows(num_rows, temperature=initial, **settings.loss.options)
     return memory
-
-
-def check_bank_divides(settings: Settings, mesh: Mesh) -> None:
-    """Raise a `ValueError` if the slots of a bank do not divide over the devices of a mesh."""
-    if beyond_batch(settings).update_banks and ENTRIES_MULTIPLE % mesh.size:
-        raise ValueError(
-            f"a bank is divided over the devices: {mesh.size} do not divide {ENTRIES_MULTIPLE}; "
-            "use a number that does"
-        )
 
 
 def tiers_left_empty(settings: Settings, num_rows: int) -> list[str]:

@@ -13,7 +13,7 @@ from jaxcl.losses import Loss, Masks
 from jaxcl.losses.negative_metrics import NegativeMetrics
 from jaxcl.models.towers import Towers
 from jaxcl.negatives.draws import priorities
-from jaxcl.negatives.memory_bank import MemoryBank, mean_age
+from jaxcl.negatives.memory_bank import MemoryBank, mean_age, pad_slots
 from jaxcl.negatives.sets import ExplicitNegatives, Negatives
 from jaxcl.negatives.tiers import DrawSource, TierBudgets, draw_tiers
 from jaxcl.ops.row_tables import read_rows, write_rows
@@ -340,8 +340,13 @@ class _Arrangement(NamedTuple):
         bank, budgets = memory["bank"]["key"], self.beyond.budgets
         if self.beyond.guide == "momentum":
             bank = bank._replace(guides=bank.vectors)  # which that encoder wrote
+        slots = bank.ids.shape[0]
+        bank = pad_slots(bank, multiple=self.mesh.size)
+        missing = bank.ids.shape[0] - slots
         uniform, stratified = (
-            priorities(jax.random.fold_in(key, number), bank.ids.shape[0]) if count else None
+            jnp.pad(priorities(jax.random.fold_in(key, number), slots), (0, missing))
+            if count
+            else None
             for number, count in enumerate((budgets.uniform, budgets.stratified))
         )
         return DrawSource(bank, uniform, stratified, memory.get("strata"))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxcl.negatives.memory_bank import MemoryBank
+from jaxcl.negatives.memory_bank import MemoryBank, pad_slots
 from jaxcl.negatives.mining import Mined, MiningRule, mine_negatives
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.step.train_state import TrainState
@@ -77,9 +77,12 @@ def make_mined_refresh(rule: MiningRule, mesh: Mesh, *, by_group: bool) -> Refre
 
     @functools.partial(jax.jit, donate_argnums=0)
     def refresh(state: TrainState) -> tuple[TrainState, Mapping[str, Scalar]]:
-        banks, before = state.memory["bank"], state.memory["mined"]
+        entries = state.memory["mined"].shape[0]
+        banks = {
+            side: pad_slots(bank, multiple=mesh.size) for side, bank in state.memory["bank"].items()
+        }
         key = jax.random.fold_in(jax.random.fold_in(state.key, _MINING), state.step)
-        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(before.shape[0]))
+        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(banks["query"].ids)))
         found = mined(banks["query"], banks["key"], row_keys)
         there = found.rows >= 0
         count = jnp.maximum(there.sum(), 1)
@@ -89,7 +92,7 @@ def make_mined_refresh(rule: MiningRule, mesh: Mesh, *, by_group: bool) -> Refre
             "mined/similarity": jnp.where(there, found.similarities, 0).sum() / count,
             "mined/rank": jnp.where(there, found.ranks, 0).sum() / count,
         }
-        memory = state.memory | {"mined": found.rows}
+        memory = state.memory | {"mined": found.rows[:entries]}
         return state._replace(memory=memory), metrics
 
     return refresh

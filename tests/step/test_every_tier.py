@@ -38,7 +38,8 @@ LEARNING_RATE, BANK_MOMENTUM, TOWER_MOMENTUM, RELATIVE_MARGIN = 0.3, 0.4, 0.9, 0
 OPTIMIZER = optax.sgd(LEARNING_RATE)
 BOUNDS = TemperatureBounds(initial=0.2, minimum=0.01, maximum=1.0)
 TEXT = np.arange(ROWS) // 2 * 2  # rows of one text in pairs
-GROUP = np.arange(ROWS) % 3 * 10
+GROUP = np.arange(ROWS, dtype=np.int32) % 3 * 10
+OTHERS = ((3, 30), (5, 30), (7, 35))  # devices, and a batch that they divide
 
 
 def rows_of(step):
@@ -397,6 +398,33 @@ def test_every_tier_trains_as_written_out_in_numpy(devices):
 def test_a_run_moves_from_8_devices_to_4_with_all_that_it_remembers(tmp_path):
     moved_run = train_in_jax(8, move=(REFRESH_AT + 1, 4, tmp_path / "run"))
     assert_same(*moved_run, restated(), tolerance=1e-6)  # it was saved in float32
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch"), [(6, 30), *(pytest.param(*one, marks=pytest.mark.slow) for one in OTHERS)]
+)
+def test_a_bank_is_the_same_on_devices_that_do_not_divide_it(monkeypatch, devices, batch, tmp_path):
+    rows = (np.arange(batch)[None] * 7 + 3 * np.arange(STEPS)[:, None]) % ROWS
+    monkeypatch.setitem(globals(), "rows_of", lambda step: rows[step])
+    state, losses = train_in_jax(devices)
+    alone, losses_alone = train_in_jax(1)
+    assert relative_error(losses, losses_alone) < 1e-12
+    for part in ("params", "memory"):
+        ours, theirs = getattr(state, part), getattr(alone, part)
+        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+        for leaf, leaf_alone in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(leaf, leaf_alone, rtol=1e-9, atol=1e-12)
+    assert (state.memory["mined"] >= 0).any(1).sum() > ROWS / 2
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_numbers_of_devices_that_do_not_divide_its_bank(monkeypatch, tmp_path):
+    rows = (np.arange(30)[None] * 7 + 3 * np.arange(STEPS)[:, None]) % ROWS
+    monkeypatch.setitem(globals(), "rows_of", lambda step: rows[step])
+    state, losses = train_in_jax(6, move=(REFRESH_AT + 1, 5, tmp_path / "run"))
+    wanted, losses_wanted = train_in_jax(6)
+    assert relative_error(losses, losses_wanted) < 1e-6  # it was saved in float32
+    np.testing.assert_array_equal(state.memory["mined"], wanted.memory["mined"])
 
 
 @pytest.mark.slow
