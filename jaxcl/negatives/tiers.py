@@ -15,7 +15,7 @@ from jaxcl.negatives.masks import similarity_ceilings
 from jaxcl.negatives.memory_bank import MemoryBank, read_bank
 from jaxcl.negatives.sets import OwnNegatives, SharedNegatives
 from jaxcl.negatives.synthetic import mixed, mixed_with_query, perturbed
-from jaxcl.ops.arguments import as_labels, as_vectors
+from jaxcl.ops.arguments import as_labels, as_vectors, host_labels
 from jaxcl.ops.nearest import nearest
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.row_tables import fetch_rows
@@ -131,7 +131,7 @@ def strata_of(
       >>> strata_of(np.array([3, 3, 3, 8]), count=5).quotas.tolist()
       [4, 1]
     """
-    labels, sizes = np.unique(as_labels("groups", groups), return_counts=True)
+    labels, sizes = np.unique(host_labels("groups", groups), return_counts=True)
     if proportions == "rows":
         weights = sizes.astype(np.float64)
     elif proportions == "equal":

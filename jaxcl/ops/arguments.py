@@ -8,7 +8,14 @@ import numpy as np
 
 from jaxcl.typing import Array, Float, Int, Integer
 
-__all__ = ["as_integers", "as_labels", "as_vectors", "label_fields", "native"]
+__all__ = [
+    "as_integers",
+    "as_labels",
+    "as_vectors",
+    "host_labels",
+    "label_fields",
+    "native",
+]
 
 _INT32 = np.iinfo(np.int32)
 
@@ -66,6 +73,18 @@ def as_labels(name: str, labels: Any) -> Integer[Array, "..."]:
         return labels
     if isinstance(labels, jax.Array) and labels.dtype == np.int32:
         return labels  # unread: a device may still compute its values
+    values = host_labels(name, labels)
+    # Where a device holds them, they stay there.
+    return jnp.asarray(labels if isinstance(labels, jax.Array) else values, jnp.int32)
+
+
+def host_labels(name: str, labels: Any) -> Integer[np.ndarray, "..."]:
+    """Ids, groups or row numbers as int32 on the host, whatever is traced meanwhile.
+
+    Raises:
+      TypeError: for labels that are not integers.
+      ValueError: for a label that int32 cannot hold.
+    """
     integers = as_integers(name, labels)
     outside = integers[(integers < _INT32.min) | (integers > _INT32.max)]
     if outside.size:
@@ -73,8 +92,7 @@ def as_labels(name: str, labels: Any) -> Integer[Array, "..."]:
             f"{name} holds {outside[0]}, which int32 cannot hold; number the labels from 0, such "
             "as by np.unique(labels, return_inverse=True)[1]"
         )
-    # Where a device holds them, they stay there.
-    return jnp.asarray(labels if isinstance(labels, jax.Array) else integers, jnp.int32)
+    return integers.astype(np.int32)
 
 
 def label_fields(name: str, holder: Any) -> dict[str, Any]:

@@ -365,3 +365,9 @@ def test_a_slot_that_is_not_a_number_is_no_hard_negative():
     assert not (tiers["nearest"].ids == 2).any()
     assert np.isfinite(tiers["nearest"].vectors).all()
     assert np.isfinite(tiers["mixed"].vectors).all()
+
+
+def test_strata_may_be_made_while_something_else_is_traced():
+    groups = np.array([3, 3, 3, 8])
+    traced = jax.eval_shape(lambda: (jnp.zeros(1), strata_of(groups, count=5)))[1]
+    assert traced.quotas.shape == strata_of(groups, count=5).quotas.shape
