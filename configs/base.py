@@ -26,6 +26,8 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.steps = 300
     config.global_batch_size = 1_024  # pairs over all devices and hosts
+    # A workdir, or WORKDIR/checkpoints/STEP, whose encoders and tokenizer a new run starts with.
+    config.init_from = placeholder(str)
     config.data = _data()
     config.model = _model()
     config.augmentation = _augmentation()

@@ -102,13 +102,15 @@ def compare(
     Raises:
       ValueError: for settings that do not fit the config.
     """
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"the settings are {settings!r}; give a mapping, name -> changes")
     if not settings or seeds < 1:
         raise ValueError(f"{len(settings)} settings with {seeds} seeds; give at least one of each")
     baseline = next(iter(settings)) if baseline is None else baseline
     if baseline not in settings:
         raise ValueError(f"baseline={baseline!r} is none of {', '.join(settings)}")
     runs = {
-        (name, seed): _changed(config, name, {**changes, "seed": seed})
+        (name, seed): _changed(config, name, seed, changes)
         for seed in range(seeds)
         for name, changes in settings.items()
     }
@@ -142,9 +144,9 @@ def compare(
     return records
 
 
-def _changed(config: ConfigDict, name: str, changes: Mapping[str, Any]) -> ConfigDict:
+def _changed(config: ConfigDict, name: str, seed: int, changes: Mapping[str, Any]) -> ConfigDict:
     try:
-        return changed_config(config, changes)
+        return changed_config(changed_config(config, changes), {"seed": seed})
     except ValueError as error:
         raise ValueError(f"of {name!r}: {error}") from error
 

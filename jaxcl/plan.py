@@ -12,6 +12,7 @@ import ast
 import importlib.util
 import math
 import os
+import re
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ from jaxcl.typing import SIDES, Batch, Embeddings, PyTree, RowKeys
 __all__ = ["NoRoomError", "Plan", "make_plan"]
 
 _GIB = 2**30
+_TPUS = [name for name in CHIPS if name.startswith("v")]
 _OF_ACTIVATIONS = "grad_cache.chunk_size or model.options.remat, or more devices"
 _OF_LOSS = "loss.exchange=ring, loss.implementation=tiled, or smaller tiers of negatives"
 
@@ -280,6 +282,11 @@ def _devices(topology: str | None, count: int | None) -> Sequence[jax.Device]:
         if count is not None and not 0 < count <= len(devices):
             raise ValueError(f"--devices={count}, but here are {len(devices)}")
         return devices[:count]
+    if not re.fullmatch(rf"({'|'.join(_TPUS)}):\d+(x\d+)*", topology):
+        raise ValueError(
+            f"--topology={topology!r} is unknown; give {', '.join(_TPUS[:-1])} or {_TPUS[-1]}, and "
+            "the shape of the slice, such as v5e:16x16"
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("the TPU compiler is not installed: pip install -e '.[tpu]'")
     try:

@@ -66,8 +66,8 @@ def _run(arguments: Namespace) -> None:
     show = _show_as_json if arguments.json else _show_as_text
     _check_top(arguments.top)
     query = " ".join(arguments.query)
-    if arguments.query and not query.strip():
-        raise ValueError("the query is empty; say what to look for, or leave it out to be asked")
+    if arguments.query:
+        _check_query(query)
     ranked = open_search(arguments.workdir, hybrid=arguments.hybrid, trust=arguments.trust)
     for asked in [query] if query else _asked(prompt="" if arguments.json else "search> "):
         show(ranked(asked, arguments.top))
@@ -91,6 +91,17 @@ def search(
     """
     _check_top(top)
     return open_search(workdir, hybrid=hybrid, trust=trust)(query, top)
+
+
+def _check_query(query: str) -> None:
+    if not query.strip():
+        raise ValueError("the query is empty; say what to look for, or leave it out to be asked")
+    try:
+        query.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the query {query!r} is not Unicode; set the terminal, or LANG, to UTF-8"
+        ) from error
 
 
 def _check_top(top: int) -> None:
@@ -129,6 +140,7 @@ def open_search(workdir: Path, *, hybrid: bool = False, trust: Trust = ()) -> Se
     encoder, rrf_k = run.encoder.for_batches_of(1), run.settings.evaluation.rrf_k
 
     def ranked(query: str, top: int) -> list[Hit]:
+        _check_query(query)
         scores = dense_scores(encoder.encode("query", [query]), index.keys)
         if lexical is not None:
             scores = reciprocal_rank_fusion([lexical.scores([query]), scores], k=rrf_k)

@@ -37,6 +37,7 @@ from jaxcl.run.batches import RunBatches
 from jaxcl.run.build_loss import batch_needs
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.identity import process_report, run_record
+from jaxcl.run.initial import copy_prepared_files, with_initial_towers
 from jaxcl.run.memory import tiers_left_empty
 from jaxcl.run.metric_writer import MetricWriter
 from jaxcl.run.reports import Reports
@@ -124,7 +125,10 @@ def train(
                 training.abstract_state(*rows),
                 check=functools.partial(check_saved_settings, workdir, settings),
             )
-            state = training.init(*rows) if restored is None else restored.state
+            if restored is None:
+                state = with_initial_towers(settings, training.init(*rows))
+            else:
+                state = restored.state
             if jax.process_index() == 0:
                 for tier in tiers_left_empty(settings, rows[0]):
                     say(f"warning: negatives.tiers.uniform draws all of the bank, none for {tier}")
@@ -140,6 +144,7 @@ def train(
 
 def _prepare(settings: Settings, workdir: Path, saved: Mapping[str, Any] | None) -> RunData:
     """The data of a run, which are those of its newest checkpoint's record if there is one."""
+    copy_prepared_files(settings, workdir)
     return prepare_data(
         settings.data,
         data_dir=Path(settings.run.data_dir).expanduser(),

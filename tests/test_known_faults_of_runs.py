@@ -147,17 +147,22 @@ def test_a_text_that_is_not_utf_8_is_refused_with_its_field_and_row(small_config
     assert "row" in str(caught.value)
 
 
-@known_fault("the tokenizer refuses the query's type", raises=TypeError)
 def test_a_query_that_is_no_unicode_ends_the_search_with_an_error_line(trained):
     with pytest.raises(SystemExit) as caught:
         search([f"--workdir={trained}", "\udcff\udcfe broken"])
     assert caught.value.code == 1
 
 
-@known_fault("a setting without changes is unpacked", raises=TypeError)
-def test_compared_settings_must_be_mappings(config, tmp_path):
-    with pytest.raises(ValueError, match="'a'"):
-        compare(config, {"a": None}, tmp_path)
+@pytest.mark.parametrize("changes", [None, 5, "seed", ["seed"]])
+def test_compared_settings_must_be_mappings(config, tmp_path, changes):
+    with pytest.raises(ValueError, match=r"'a'.* give a mapping"):
+        compare(config, {"a": changes}, tmp_path)
+
+
+@pytest.mark.parametrize("settings", [None, ["a"], "a", {}])
+def test_what_is_compared_must_be_a_mapping(config, tmp_path, settings):
+    with pytest.raises(ValueError, match=r"give (a mapping|at least one)"):
+        compare(config, settings, tmp_path)
 
 
 def test_the_results_of_one_query_are_json(trained):

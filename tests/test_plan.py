@@ -137,3 +137,9 @@ def test_fewer_rows_than_a_batch_or_devices_than_asked_for_are_errors():
         make_plan(read_settings(small()), jax.devices(), num_rows=0)
     with pytest.raises(ValueError, match="but here are 8"):
         _devices(None, 9)
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v5e:", "v9:4x4", "H100:8", "v5e:4x", "", "../v4:2"])
+def test_an_unknown_slice_is_an_error_that_lists_the_known_ones(topology):
+    with pytest.raises(ValueError, match="is unknown; give v4, v5e, v5p or v6e, and the shape"):
+        _devices(topology, None)

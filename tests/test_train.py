@@ -719,3 +719,57 @@ def test_learning_rates_are_computed_for_as_many_steps_as_there_are():
     rate_of = _RatesByStep(lambda step: 1e-3 * step)
     for step in (0, 65_535, 65_536, 2**31 - 2, 7):
         assert rate_of(step) == pytest.approx(1e-3 * step)
+
+
+@pytest.mark.parametrize("named", ["workdir", "checkpoint"])
+def test_a_run_starts_with_the_encoders_and_the_tokenizer_of_another(
+    tiny, uninterrupted, tmp_path, named
+):
+    origin, step = uninterrupted[0], 20
+    if named == "checkpoint":
+        step = 10
+        origin = origin / "checkpoints" / "10"
+    config = tiny(
+        **{
+            "init_from": str(origin),
+            "data.tokenizer": None,
+            "steps": 1,
+            "optimizer.schedule": "warmup_constant",  # whose first rate is 0
+            "negatives.bank.kind": "queue",
+            "negatives.tiers.whole": True,
+            "negatives.momentum_encoder.initial": 0.5,
+            "negatives.momentum_encoder.final": 0.5,
+        }
+    )
+    train(config, tmp_path / "run")
+    state = final_state(config, tmp_path / "run")
+    abstract = training_of(tiny()).abstract_state().params["towers"]
+    with Checkpoints(uninterrupted[0] / "checkpoints", read_only=True) as checkpoints:
+        wanted = checkpoints.restore_latest(
+            {"params": {"towers": abstract}}, partial=True, only=step
+        ).state["params"]["towers"]
+    assert jax.tree.map(bits, state.params["towers"]) == jax.tree.map(bits, wanted)
+    assert jax.tree.map(bits, state.memory["momentum"]) == jax.tree.map(bits, wanted)
+    tokenizer = (uninterrupted[0] / "tokenizer.json").read_text()
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == tokenizer
+    assert float(state.params["log_temperature"]) == pytest.approx(np.log(0.05), abs=1e-6)
+    config.init_from = None
+    with pytest.raises(ValueError, match="init_from is None here and"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init_from": "nowhere"}, "no tokenizer.json in nowhere"),
+        ({"model.dim": 8}, r"other shapes: both/.* is \(.*8.*\) here and \(.*16.*\) there"),
+        ({"data.tokenizer": "mine.json"}, "brings its own weights and tokenizer"),
+    ],
+)
+def test_a_run_that_cannot_start_from_another_says_why(
+    tiny, uninterrupted, tmp_path, changes, message
+):
+    config = {"init_from": str(uninterrupted[0]), "data.tokenizer": None, **changes}
+    with pytest.raises(ValueError, match=message):
+        train(tiny(**config), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -155,6 +155,7 @@ class Checkpoints:
         abstract_state: PyTree,
         *,
         partial: bool = False,
+        only: int | None = None,
         check: Callable[[Mapping[str, Any]], None] = lambda record: None,
     ) -> Restored | None:
         """The newest state that is whole, or `None` where nothing was ever saved.
@@ -167,6 +168,7 @@ class Checkpoints:
             `...` in place of an array that is not wanted, and that stays so in the result.
           partial: whether `abstract_state` may be a part of the state, as nested dicts; what it
             leaves out is not read.
+          only: the step to restore; None for the newest, or the one before if that is damaged.
           check: raises a `ValueError` for a record of another run.
 
         Raises:
@@ -176,7 +178,8 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         # As process 0 sees them: a shared file system may show the newest late.
-        for step in reversed(first_of_all(self.steps)):
+        wanted = reversed(first_of_all(self.steps)) if only is None else [only]
+        for step in wanted:
             try:
                 together(functools.partial(self._check_sizes, step))
                 record = together(functools.partial(saved_record, self.directory / str(step)))
@@ -184,7 +187,8 @@ class Checkpoints:
                 load = functools.partial(self._load, step, abstract_state, partial=partial)
                 state = together(load)
             except (CheckpointError, PeerError) as error:
-                if self._read_only and not (self.directory / str(step)).exists():
+                gone = not (self.directory / str(step)).exists()
+                if self._read_only and gone and step in self.steps:
                     self._checkpointer.reload()  # the run has just removed it for newer ones
                     return self.restore_latest(abstract_state, partial=partial, check=check)
                 damaged[step] = str(error)

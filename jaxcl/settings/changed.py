@@ -13,8 +13,14 @@ def changed_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict
     """A copy with other values, by dotted name; a list becomes a tuple.
 
     Raises:
-      ValueError: if there is no such field, or the value is of another type than the field's.
+      ValueError: if there is no such field, or the value is of another type than the field's; also
+        for changes that are no mapping.
     """
+    if not isinstance(changes, Mapping):
+        raise ValueError(
+            f"changes of a config are {changes!r}; give a mapping, dotted name -> value, such as "
+            "{'loss.masks': ['row']}"
+        )
     changed = config.copy_and_resolve_references()
     for name, value in changes.items():
         *parents, leaf = name.split(".")

@@ -28,6 +28,16 @@ def check_model(settings: Settings) -> None:
                 f"{field}.pretrained={tower.pretrained!r}, but the encoder {tower.name!r} cannot "
                 "be loaded from a file; leave it None, or name an encoder that declares `load`"
             )
+    for field, value in (
+        ("model.pretrained", model.pretrained),
+        ("model.key.pretrained", model.key.pretrained),
+        ("data.tokenizer", settings.data.tokenizer),
+    ):
+        if settings.init_from is not None and value is not None:
+            raise ValueError(
+                f"{field}={value!r}, but init_from={settings.init_from!r} brings its own weights "
+                "and tokenizer; leave one of the two None"
+            )
     if model.shared and len(set(settings.data.modality)) > 1:
         raise ValueError(
             f"data.modality={settings.data.modality._asdict()} has two modalities, which one "

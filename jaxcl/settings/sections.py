@@ -320,6 +320,7 @@ class Settings(NamedTuple):
     seed: Seed = 0
     steps: Size = 300
     global_batch_size: Size = 1_024
+    init_from: str | None = None
     data: DataSettings = DataSettings()
     model: ModelSettings = ModelSettings()
     augmentation: AugmentationSettings = AugmentationSettings()

@@ -1,0 +1,114 @@
+"""Starts a run with the encoders of another one: `config.init_from`."""
+
+import functools
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcl.data.modalities import MODALITIES
+from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.checkpoint_record import newest_record
+from jaxcl.run.training import build_towers
+from jaxcl.run.workdir import CHECKPOINTS
+from jaxcl.settings.read import read_settings
+from jaxcl.settings.sections import Settings
+from jaxcl.step.train_state import TrainState
+
+__all__ = ["copy_prepared_files", "with_initial_towers"]
+
+
+def copy_prepared_files(settings: Settings, workdir: Path) -> None:
+    """Copies what the inputs of the other run depend on, such as its tokenizer, to a new workdir.
+
+    Raises:
+      ValueError: if there is no such run, or it has no such files.
+    """
+    if settings.init_from is None:
+        return
+    origin, _ = _origin(settings.init_from)
+    for name in {settings.data.modality.query, settings.data.modality.key}:
+        for file in MODALITIES[name].files:
+            if not (origin / file).exists():
+                raise ValueError(
+                    f"init_from={settings.init_from!r}: there is no {file} in {origin}; give the "
+                    "workdir of a run that has saved a checkpoint, or one of its checkpoints"
+                )
+            if not (workdir / file).exists():
+                shutil.copyfile(origin / file, workdir / file)
+
+
+def with_initial_towers(settings: Settings, state: TrainState) -> TrainState:
+    """The state of a new run, with the encoders of the run that `settings.init_from` names.
+
+    The temperature, the optimizer and all memory begin as without it; a momentum encoder begins
+    as a copy of the encoders.
+
+    Raises:
+      ValueError: if there is no such run, or its encoders have other parameters.
+      CheckpointError: if its checkpoint cannot be read.
+    """
+    if settings.init_from is None:
+        return state
+    origin, step = _origin(settings.init_from)
+    if newest_record(origin / CHECKPOINTS) is None:
+        raise ValueError(
+            f"init_from={settings.init_from!r}: no run has saved a checkpoint in {origin}; give "
+            "the workdir of one that has"
+        )
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+        state.params["towers"],
+    )
+    with Checkpoints(origin / CHECKPOINTS, read_only=True) as checkpoints:
+        restored = checkpoints.restore_latest(
+            {"params": {"towers": abstract}},
+            partial=True,
+            only=step,
+            check=functools.partial(_check_same_parameters, settings),
+        )
+    assert restored is not None  # there is a record
+    towers = restored.state["params"]["towers"]
+    memory = dict(state.memory)
+    if "momentum" in memory:
+        memory["momentum"] = jax.tree.map(jnp.copy, towers)  # the state is donated as a whole
+    return state._replace(params=state.params | {"towers": towers}, memory=memory)
+
+
+def _origin(init_from: str) -> tuple[Path, int | None]:
+    """The workdir, and the step if a single checkpoint is named."""
+    path = Path(init_from).expanduser()
+    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
+        return path.parent.parent, int(path.name)
+    return path, None
+
+
+def _check_same_parameters(settings: Settings, record: Mapping[str, Any]) -> None:
+    model = settings.model
+    # The other run's file may name code, of which no more is imported than this run's own.
+    names = {str(name).partition(":")[0].partition(".")[0] for name in (model.name, model.key.name)}
+    stored = record.get("settings", {})
+    sections = {name: stored.get(name, {}) for name in ("model", "data")}
+    other = read_settings(sections, trust=names)
+    ours, theirs = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(
+                jax.eval_shape(build_towers(one).init, jax.random.key(0))
+            )
+        }
+        for one in (settings, other)
+    )
+    different = [
+        f"{name} is {ours.get(name, 'absent')} here and {theirs.get(name, 'absent')} there"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"init_from={settings.init_from!r} has encoders of other shapes: "
+            f"{'; '.join(different[:4])}. Give this run the same model and data.vocabulary_size"
+        )
