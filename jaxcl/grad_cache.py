@@ -82,6 +82,8 @@ def rows_per_chunk(width: int, *, max_tokens: int) -> int:
       >>> rows_per_chunk(128, max_tokens=4_096)
       32
     """
+    if width < 1:
+        raise ValueError(f"width={width}; a row has at least one token")
     return max(1, max_tokens // width)
 
 

@@ -19,8 +19,8 @@ second views are keys.
 """
 
 import math
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple, TypeAlias, get_args, get_type_hints
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
@@ -44,6 +44,7 @@ __all__ = [
     "RowKeys",
     "Scalar",
     "Tokens",
+    "check_ranges",
 ]
 
 SIDES = ("query", "key")
@@ -118,3 +119,22 @@ class Range(NamedTuple):
         words |= {"at most": self.most, "below": self.below}
         bounds = [f"{word} {bound}" for word, bound in words.items() if bound is not None]
         return ", ".join(bounds) or "to a finite number"
+
+
+def check_ranges(options: tuple[Any, ...]) -> None:
+    """Raise a `ValueError` for a field of a NamedTuple outside the `Range` of its annotation.
+
+    `None` is inside of each.
+    """
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        if value is not None:
+            for allowed in _ranges(hint):
+                allowed.check(name, value)
+
+
+def _ranges(hint: Any) -> Iterator[Range]:
+    if isinstance(hint, Range):
+        yield hint
+    for part in get_args(hint):
+        yield from _ranges(part)

@@ -253,7 +253,6 @@ def test_a_loss_that_returns_estimates_cannot_be_nested():
 # Small inputs
 
 
-@known_fault("the loss of a temperature below 0 falls as pairs part", raises=NOT_RAISED)
 @pytest.mark.parametrize("temperature", [-0.1, 0.0])
 def test_temperatures_that_are_not_positive_are_refused(temperature):
     with pytest.raises(ValueError, match="temperature"):

@@ -10,7 +10,7 @@ All decisions compare integers, whose sums are exact in any order. The blocks ar
 on any number of devices.
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxcl.assignment.place import Place
 from jaxcl.assignment.swaps import Segments, most_first, refine, segments_of, swap
 from jaxcl.ops.grid import on_grid
 from jaxcl.ops.varying import as_varying
-from jaxcl.typing import Array, AxisName, Bool, Float, Int, Integer, Key
+from jaxcl.typing import Array, AxisName, Bool, Float, Int, Integer, Key, Range, check_ranges
 
 __all__ = ["DEFAULT_EFFORT", "Effort", "bisect"]
 
@@ -45,21 +45,16 @@ class Effort(NamedTuple):
       eagerness: the share of the profitable swaps that a round makes.
     """
 
-    starts: int = 6
-    directions: int = 3
-    walks: int = 12
-    swaps: int = 8
-    refinements: int = 24
-    eagerness: float = 0.7
+    starts: Annotated[int, Range(least=1)] = 6
+    directions: Annotated[int, Range(least=0)] = 3
+    walks: Annotated[int, Range(least=0)] = 12
+    swaps: Annotated[int, Range(least=0)] = 8
+    refinements: Annotated[int, Range(least=0)] = 24
+    eagerness: Annotated[float, Range(above=0, most=1)] = 0.7
 
     def check(self) -> None:
         """Raise a `ValueError` for a value out of range."""
-        least = {"starts": 1, "directions": 0, "walks": 0, "swaps": 0, "refinements": 0}
-        for name, count in least.items():
-            if getattr(self, name) < count:
-                raise ValueError(f"{name}={getattr(self, name)}; it is at least {count}")
-        if not 0 < self.eagerness <= 1:
-            raise ValueError(f"eagerness={self.eagerness}; it lies above 0, up to 1")
+        check_ranges(self)
 
 
 DEFAULT_EFFORT = Effort()

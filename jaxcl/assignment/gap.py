@@ -15,9 +15,9 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl.assignment.row_gaps import GapOptions, row_gaps
-from jaxcl.ops.arguments import as_integers, as_labels, as_vectors
+from jaxcl.ops.arguments import as_integers, as_labels, as_vectors, check_numbers
 from jaxcl.ops.pairs import Labels
-from jaxcl.typing import Array, AxisName, Float, Int, Integer, Key, Scalar
+from jaxcl.typing import Array, AxisName, Float, Int, Integer, Key, Range, Scalar
 
 __all__ = [
     "GapMeasure",
@@ -143,6 +143,8 @@ def measure_gap(
       to lower it.
     """
     queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
+    check_numbers("temperature", temperature, Range(above=0))
+    check_numbers("near_duplicate", near_duplicate, Range())
     options = GapOptions(num_rows, axis_name, near_duplicate, rows_per_batch)
     by_row = row_gaps(queries, keys, rows, different, options, temperature=temperature, key=key)
     if axis_name is not None:
@@ -250,6 +252,7 @@ def make_gap_measure(
     ) -> GapReport:
         # `jit` would cut labels of 64 bits without a word.
         queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
+        check_numbers("temperature", temperature, Range(above=0))
         labels = tuple(as_labels("different", one) for one in different)
         return compiled(queries, keys, rows, temperature, key, labels)
 

@@ -21,9 +21,9 @@ from jaxcl.assignment.build_graph import graph_of
 from jaxcl.assignment.cuthill_mckee import cuthill_mckee, paper_order
 from jaxcl.assignment.gcbs_settings import Gcbs
 from jaxcl.assignment.place import Place
-from jaxcl.ops.arguments import as_integers, native
+from jaxcl.ops.arguments import as_integers, check_numbers, native
 from jaxcl.ops.mesh import fetch, make_mesh, put_rows
-from jaxcl.typing import Array, Float, Int, Key, Scalar
+from jaxcl.typing import Array, Float, Int, Key, Range, Scalar
 
 __all__ = ["Ordered", "assign", "assign_topics", "make_device_order", "make_order"]
 
@@ -75,8 +75,7 @@ def assign(
       [1, 1, 1, 1]
     """
     queries, keys = _sides(queries, keys)
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}; it is above 0")
+    check_numbers("temperature", temperature, Range(above=0))
     order = _order_of_devices(
         make_mesh({"data": -1}, devices=jax.local_devices()),
         num_rows=len(queries),
@@ -193,6 +192,7 @@ def make_order(
         key: Key[Array, ""],
         apart: Sequence[Int[np.ndarray, " _"]] = (),
     ) -> Ordered:
+        check_numbers("temperature", temperature, Range(above=0))
         lengths = [len(part) for part in (queries, keys, *apart)]
         if min(lengths) < num_rows or any(length != num_rows for length in lengths[2:]):
             raise ValueError(

@@ -1,8 +1,9 @@
 """How batches are chosen: the methods, their graphs, and what is set of them."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from jaxcl.assignment.bisection import DEFAULT_EFFORT, Effort
+from jaxcl.typing import Range, check_ranges
 
 __all__ = ["GRAPHS", "METHODS", "PRESETS", "Gcbs"]
 
@@ -16,11 +17,11 @@ GRAPHS = ("exact", "clustered")
 class _Choices(NamedTuple):
     method: str = "bisection"
     graph: str | None = None
-    neighbours: int = 32
-    cluster_size: int = 256
-    probes: int = 32
-    similarity_cap: float | None = None
-    quantile: float = 0.999
+    neighbours: Annotated[int, Range(least=1)] = 32
+    cluster_size: Annotated[int, Range(least=1)] = 256
+    probes: Annotated[int, Range(least=1)] = 32
+    similarity_cap: Annotated[float, Range(least=-1, most=1)] | None = None
+    quantile: Annotated[float, Range(above=0, below=1)] = 0.999
     effort: Effort = DEFAULT_EFFORT
 
 
@@ -58,16 +59,12 @@ class Gcbs(_Choices):
             raise ValueError(
                 f"graph={self.graph!r} is unknown; use one of {', '.join(GRAPHS)}, or None"
             )
-        sizes = {name: getattr(self, name) for name in ("neighbours", "cluster_size", "probes")}
-        if min(sizes.values()) < 1:
-            raise ValueError(f"{sizes}; all must be at least 1")
+        check_ranges(self)
         if self.method == "rcm" and (self.graph, self.similarity_cap) != (None, None):
             raise ValueError(
                 f"method='rcm' takes all similarities: graph={self.graph!r} and "
                 f"similarity_cap={self.similarity_cap} are for the other methods; set them to None"
             )
-        if not 0 < self.quantile < 1:
-            raise ValueError(f"quantile={self.quantile}; it lies between 0 and 1")
         self.effort.check()
 
 

@@ -7,17 +7,19 @@ from jax import lax
 
 from jaxcl.losses.protocol import Masks
 from jaxcl.negatives.masks import batch_labels, similarity_ceilings
-from jaxcl.ops.arguments import as_vectors, label_fields
+from jaxcl.ops.arguments import as_vectors, check_numbers, label_fields
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.vectors import inner_product
-from jaxcl.typing import Array, AxisName, Float
+from jaxcl.typing import Array, AxisName, Float, Range
 
-__all__ = ["DIRECTIONS", "SYMMETRIC", "Comparison", "checked_batch"]
+__all__ = ["DIRECTIONS", "SYMMETRIC", "TEMPERATURES", "Comparison", "checked_batch"]
 
 DIRECTIONS = ("query_to_key", "key_to_query", "query_to_query", "key_to_key")
 """Anchors and candidates: in `"query_to_key"`, each query is an anchor and all keys candidates."""
 
 SYMMETRIC = DIRECTIONS[:2]
+
+TEMPERATURES = Range(above=0)
 
 
 class Comparison(NamedTuple):
@@ -127,6 +129,7 @@ def checked_batch(
     masks: Masks,
     *,
     directions: tuple[str, ...],
+    temperature: float | Array,
 ) -> tuple[Float[Array, "q d"], Float[Array, "q d"], Masks]:
     """Check what every loss takes.
 
@@ -134,11 +137,12 @@ def checked_batch(
       The queries, the keys and the masks as arrays of JAX, with labels as int32.
 
     Raises:
-      ValueError: for sides of different shapes, an unknown direction, or a label that int32 cannot
-        hold.
+      ValueError: for sides of different shapes, an unknown direction, a temperature that is not
+        above 0, or a label that int32 cannot hold.
       TypeError: for sides that are not arrays of floats, or labels that are not integers.
     """
     queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
+    check_numbers("temperature", temperature, TEMPERATURES)
     if (
         not directions
         or set(directions) - set(DIRECTIONS)

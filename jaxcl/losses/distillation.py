@@ -5,11 +5,11 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcl.losses.comparison import checked_batch
+from jaxcl.losses.comparison import TEMPERATURES, checked_batch
 from jaxcl.losses.protocol import NO_MASKS, Masks
 from jaxcl.losses.reduce_negatives import own_products
 from jaxcl.negatives.sets import ExplicitNegatives
-from jaxcl.ops.arguments import as_vectors
+from jaxcl.ops.arguments import as_vectors, check_numbers
 from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, Float, Range
 
@@ -72,7 +72,10 @@ def distillation_loss(
       Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; over the candidates of a
       query, Ren et al., "RocketQAv2", 2021, equation 3.
     """
-    queries, keys, masks = checked_batch(queries, keys, masks, directions=("query_to_key",))
+    queries, keys, masks = checked_batch(
+        queries, keys, masks, directions=("query_to_key",), temperature=temperature
+    )
+    check_numbers("teacher_temperature", teacher_temperature, TEMPERATURES)
     if any(field is not None for field in masks._replace(valid=None)):
         raise ValueError("the teacher scores every candidate, so only masks.valid is allowed")
     if unknown := set(negatives or {}) - {_EXPLICIT}:

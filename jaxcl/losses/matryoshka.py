@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxcl.losses.protocol import Loss, NegativesByName
-from jaxcl.ops.arguments import as_vectors
+from jaxcl.ops.arguments import as_vectors, check_numbers
 from jaxcl.ops.vectors import normalise
-from jaxcl.typing import Array, Float, PyTree
+from jaxcl.typing import Array, Float, PyTree, Range
 
 __all__ = ["matryoshka", "nested"]
 
@@ -47,6 +47,7 @@ def matryoshka(
     Reference:
       Kusupati et al., "Matryoshka Representation Learning", 2022, equation 1.
     """
+    check_numbers("weights", [] if weights is None else list(weights), Range(least=0))
     weights = [1.0] * len(dims) if weights is None else list(weights)
     if not dims or min(dims) < 1 or len(set(dims)) < len(dims) or len(weights) != len(dims):
         raise ValueError(

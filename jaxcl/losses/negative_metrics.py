@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxcl.losses.comparison import Comparison, checked_batch
 from jaxcl.losses.protocol import NO_MASKS, Masks, NegativesByName
 from jaxcl.losses.reduce_negatives import COUNT, SIMILARITY, Reduce, log_sum_exp, reduce_outside
+from jaxcl.ops.arguments import check_numbers
 from jaxcl.ops.vectors import inner_product
-from jaxcl.typing import Array, AxisName, Float
+from jaxcl.typing import Array, AxisName, Float, Range
 
 __all__ = ["NegativeMetrics", "measure_negatives"]
 
@@ -59,7 +60,11 @@ def measure_negatives(
       >>> batch.counted.tolist(), batch.masked.tolist()
       ([1.0, 1.0, 2.0], [1.0, 1.0, 0.0])
     """
-    queries, keys, masks = checked_batch(queries, keys, masks, directions=_TO_KEYS)
+    queries, keys, masks = checked_batch(
+        queries, keys, masks, directions=_TO_KEYS, temperature=temperature
+    )
+    check_numbers("hardness", hardness, Range(least=0))
+    check_numbers("negative_hardness", negative_hardness, Range(least=0))
     comparison = Comparison(masks, axis_name, exchange, implementation)
     unmasked = comparison._replace(masks=Masks(valid=masks.valid))
     reduce = log_sum_exp(temperature, hardness=hardness, own_hardness=negative_hardness)

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcl.losses.comparison import SYMMETRIC, Comparison, checked_batch
+from jaxcl.losses.comparison import SYMMETRIC, TEMPERATURES, Comparison, checked_batch
 from jaxcl.losses.protocol import NO_MASKS, Masks, NegativesByName
 from jaxcl.losses.reduce_negatives import COUNT, log_sum_exp, reduce_all
 from jaxcl.negatives.sets import ExplicitNegatives
-from jaxcl.ops.arguments import as_vectors
+from jaxcl.ops.arguments import as_vectors, check_numbers
 from jaxcl.ops.row_tables import init_table
 from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, AxisName, Float, PyTree, Range
@@ -98,7 +98,9 @@ def running_estimate_loss(
       algorithm 1. Robustness and temperatures by row: iSogCLR, Qiu et al., 2023, and "FastCLIP",
       Wei et al., 2024.
     """
-    queries, keys, masks = checked_batch(queries, keys, masks, directions=directions)
+    queries, keys, masks = checked_batch(
+        queries, keys, masks, directions=directions, temperature=temperature
+    )
     estimates = as_vectors("estimates", estimates)
     temperatures = jnp.asarray(temperature)
     by_row = temperatures.ndim > 0
@@ -108,10 +110,10 @@ def running_estimate_loss(
             raise ValueError(
                 f"{name} have the shape {given.shape}; wanted is {shape}, a row's, by direction"
             )
-    if not isinstance(update_rate, Array) and not 0 < update_rate <= 1:
-        raise ValueError(f"update_rate={update_rate}; set it above 0 and at most 1")
-    if not epsilon > 0:
-        raise ValueError(f"epsilon={epsilon}; set it above 0")
+    check_numbers("update_rate", update_rate, Range(above=0, most=1))
+    check_numbers("epsilon", epsilon, Range(above=0))
+    if robustness is not None:
+        check_numbers("robustness", robustness, Range())
     comparison = Comparison(masks, axis_name, exchange, implementation)
     sides = (queries, keys)
     counts = reduce_all(COUNT, comparison, *sides, negatives, directions=directions)
@@ -214,17 +216,17 @@ def remembered_estimate_loss(
         queries, keys, negatives = vectors
         return loss_fn(queries, keys, negatives=negatives, temperature=jnp.exp(log_temperatures))
 
-    if not temperature_rate > 0:
-        raise ValueError(f"temperature_rate={temperature_rate}; set it above 0, or to None")
+    check_numbers("temperature_rate", temperature_rate, Range(above=0))
+    check_numbers("temperature_bounds", temperature_bounds, Range(above=0))
+    least, most = temperature_bounds
+    Range(most=most).check("temperature_bounds[0]", least)
     log_temperatures, vectors = memory["log_temperatures"], (queries, keys, negatives)
     # Each temperature enters only the loss of its row, so one gradient of the sum gives all. The
     # embeddings are constants here, or an outer gradient would differentiate this one.
     constants = lax.stop_gradient(vectors)
     slope = jax.grad(lambda logs: losses(logs, constants)[0].sum())(log_temperatures)
     loss, updated = losses(log_temperatures, vectors)
-    moved = jnp.clip(
-        log_temperatures - temperature_rate * slope, *map(math.log, temperature_bounds)
-    )
+    moved = jnp.clip(log_temperatures - temperature_rate * slope, math.log(least), math.log(most))
     return loss, {"estimates": updated, "log_temperatures": moved}
 
 
@@ -237,6 +239,7 @@ def estimate_memory(
     **_: Any,
 ) -> dict[str, Float[Array, "n e"]]:
     """The memory of `remembered_estimate_loss` before the first batch, given its options."""
+    check_numbers("temperature", temperature, TEMPERATURES)
     width = len(directions)
     memory = {"estimates": init_table(num_rows, width, value=NEVER_SEEN)}
     if temperature_rate is not None:

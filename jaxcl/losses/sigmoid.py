@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxcl.losses.comparison import Comparison, checked_batch
 from jaxcl.losses.protocol import NO_MASKS, Masks, NegativesByName
 from jaxcl.losses.reduce_negatives import Reduce, reduce_all
+from jaxcl.ops.arguments import check_numbers
 from jaxcl.ops.pairs import pair_softplus
 from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, AxisName, Float, Range
@@ -64,7 +65,10 @@ def sigmoid_pair_loss(
       Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023, equation 2 and algorithm 1.
     """
     directions = ("query_to_key",)
-    queries, keys, masks = checked_batch(queries, keys, masks, directions=directions)
+    queries, keys, masks = checked_batch(
+        queries, keys, masks, directions=directions, temperature=temperature
+    )
+    check_numbers("bias", bias, Range())
     scale = 1 / jnp.asarray(temperature)
     reduce = Reduce(
         functools.partial(pair_softplus, scale=scale, bias=bias),

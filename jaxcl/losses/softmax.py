@@ -10,6 +10,7 @@ from jaxcl.losses.comparison import DIRECTIONS, SYMMETRIC, Comparison, checked_b
 from jaxcl.losses.protocol import NO_MASKS, Masks, NegativesByName
 from jaxcl.losses.reduce_negatives import COUNT, log_sum_exp, reduce_all
 from jaxcl.negatives.sets import SharedNegatives
+from jaxcl.ops.arguments import check_numbers
 from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, AxisName, Float, Range
 
@@ -123,15 +124,15 @@ def infonce_loss(
       equation 4; the symmetric form is that of Radford et al., 2021, figure 3; all directions in
       one softmax, Li et al., "GTE", 2023; hardness, Lan et al., "LLaVE", 2025.
     """
-    queries, keys, masks = checked_batch(queries, keys, masks, directions=directions)
+    queries, keys, masks = checked_batch(
+        queries, keys, masks, directions=directions, temperature=temperature
+    )
     if partition not in PARTITIONS:
         raise ValueError(f"partition={partition!r} is unknown; use one of {', '.join(PARTITIONS)}")
     if jnp.ndim(temperature) and partition == "anchor":
         raise ValueError("partition='anchor' takes one temperature for all rows")
-    if hardness < 0 or negative_hardness < 0:
-        raise ValueError(
-            f"hardness={hardness}, negative_hardness={negative_hardness}; both must be at least 0"
-        )
+    check_numbers("hardness", hardness, Range(least=0))
+    check_numbers("negative_hardness", negative_hardness, Range(least=0))
     separate = [one for one in (negatives or {}).values() if not isinstance(one, SharedNegatives)]
     if negative_hardness and not separate:
         raise ValueError(
@@ -235,7 +236,9 @@ def decoupled_infonce_loss(
     Reference:
       Yeh et al., "Decoupled Contrastive Learning", 2022, equation 6.
     """
-    queries, keys, masks = checked_batch(queries, keys, masks, directions=directions)
+    queries, keys, masks = checked_batch(
+        queries, keys, masks, directions=directions, temperature=temperature
+    )
     comparison = Comparison(masks, axis_name, exchange, implementation)
     reduce = log_sum_exp(temperature)
     found = reduce_all(reduce, comparison, queries, keys, negatives, directions=directions)
@@ -291,12 +294,11 @@ def hard_infonce_loss(
       Robinson et al., "Contrastive Learning with Hard Negative Samples", 2021, equation 5; with
       $\beta = 0$ Chuang et al., "Debiased Contrastive Learning", 2020, equation 8.
     """
-    queries, keys, masks = checked_batch(queries, keys, masks, directions=directions)
-    if concentration < 0 or not 0 <= positive_share < 1:
-        raise ValueError(
-            f"concentration={concentration} must be at least 0, and "
-            f"positive_share={positive_share} in [0, 1)"
-        )
+    queries, keys, masks = checked_batch(
+        queries, keys, masks, directions=directions, temperature=temperature
+    )
+    check_numbers("concentration", concentration, Range(least=0))
+    check_numbers("positive_share", positive_share, Range(least=0, below=1))
     reduced = functools.partial(
         reduce_all,
         comparison=Comparison(masks, axis_name, exchange, implementation),

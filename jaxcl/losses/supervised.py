@@ -93,7 +93,9 @@ def supervised_infonce_loss(
     Reference:
       Khosla et al., "Supervised Contrastive Learning", 2020, equation 2.
     """
-    queries, keys, masks = checked_batch(queries, keys, masks, directions=directions)
+    queries, keys, masks = checked_batch(
+        queries, keys, masks, directions=directions, temperature=temperature
+    )
     if any(field is not None for field in masks._replace(ids=None, valid=None)):
         raise ValueError("labels decide which rows are positives; masks takes only ids and valid")
     labels = as_labels("labels", labels)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.models.layers import tokens_of
-from jaxcl.typing import PADDING_ID, Array, Augment, Int, Key, PyTree, Range
+from jaxcl.typing import PADDING_ID, Array, Augment, Int, Key, PyTree, Range, check_ranges
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "span_masking", "token_dropout"]
 
@@ -83,7 +83,11 @@ def span_masking(
 
     Returns:
       The augmentation of `{"tokens": int32[t]}`.
+
+    Raises:
+      ValueError: for an option out of range.
     """
+    check_ranges(SpanMaskingOptions(rate, keep_first, span_length, mask_id))
     start_rate = 1 - (1 - rate) ** (1 / span_length)
 
     def augment(inputs: PyTree, key: Key[Array, ""]) -> PyTree:

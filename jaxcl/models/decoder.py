@@ -20,7 +20,17 @@ from jaxcl.models.layers import (
     tokens_of,
     unit_vectors,
 )
-from jaxcl.typing import PADDING_ID, Array, Embeddings, Float, Int, PyTree, Range, RowKeys
+from jaxcl.typing import (
+    PADDING_ID,
+    Array,
+    Embeddings,
+    Float,
+    Int,
+    PyTree,
+    Range,
+    RowKeys,
+    check_ranges,
+)
 
 __all__ = ["DecoderEncoder", "DecoderOptions"]
 
@@ -64,7 +74,7 @@ class DecoderEncoder(nnx.Module):
       rngs: for the initial parameters.
 
     Raises:
-      ValueError: for heads that do not divide the width or each other.
+      ValueError: for an option out of range, or heads that do not divide the width or each other.
 
     Reference:
       Jiang et al., "Mistral 7B", 2023; as an embedder: Wang et al., "Improving Text Embeddings with
@@ -88,6 +98,9 @@ class DecoderEncoder(nnx.Module):
         compute_dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
+        heads = num_heads, num_key_heads
+        sizes = DecoderOptions(max_tokens, hidden_dim, num_layers, *heads, mlp_dim)
+        check_ranges(sizes._replace(rotary_base=rotary_base, dropout=dropout))
         if hidden_dim % (2 * num_heads):
             raise ValueError(
                 f"hidden_dim={hidden_dim} does not divide over {num_heads} heads of an even width"

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxcl.models.embedding_bag import embedding_bag
 from jaxcl.models.layers import DEFAULT_MAX_TOKENS, check_length, tokens_of
 from jaxcl.ops.vectors import normalise
-from jaxcl.typing import PADDING_ID, Embeddings, PyTree, Range, RowKeys
+from jaxcl.typing import PADDING_ID, Embeddings, PyTree, Range, RowKeys, check_ranges
 
 __all__ = ["StaticEncoder", "StaticOptions"]
 
@@ -38,6 +38,9 @@ class StaticEncoder(nnx.Module):
       max_tokens: the longest text, in tokens.
       hidden_dim: width of the token embeddings; `None` for `dim` and no projection $W$.
       rngs: for the initial parameters.
+
+    Raises:
+      ValueError: for an option out of range.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class StaticEncoder(nnx.Module):
         hidden_dim: int | None = None,
         rngs: nnx.Rngs,
     ):
+        check_ranges(StaticOptions(max_tokens, hidden_dim))
         width = hidden_dim or dim
         table = jax.random.normal(rngs.params(), (vocabulary_size, width)) / math.sqrt(width)
         self.table = nnx.Param(table)

@@ -21,7 +21,7 @@ from jaxcl.models.layers import (
     tokens_of,
     unit_vectors,
 )
-from jaxcl.typing import PADDING_ID, Array, Embeddings, Int, PyTree, Range, RowKeys
+from jaxcl.typing import PADDING_ID, Array, Embeddings, Int, PyTree, Range, RowKeys, check_ranges
 
 __all__ = ["ATTENTIONS", "NORM_POSITIONS", "TransformerEncoder", "TransformerOptions"]
 
@@ -70,8 +70,8 @@ class TransformerEncoder(nnx.Module):
       rngs: for the initial parameters.
 
     Raises:
-      ValueError: for an unknown name, heads that do not divide the width, or cuDNN's attention with
-        activations that are not 16 bits wide.
+      ValueError: for an unknown name, an option out of range, heads that do not divide the width,
+        or cuDNN's attention with activations that are not 16 bits wide.
 
     Reference:
       Vaswani et al., 2017; pre-LN: Xiong et al., "On Layer Normalization in the Transformer
@@ -97,6 +97,8 @@ class TransformerEncoder(nnx.Module):
         compute_dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
+        sizes = TransformerOptions(max_tokens, hidden_dim, num_layers, num_heads, mlp_dim)
+        check_ranges(sizes._replace(dropout=dropout))
         if attention not in ATTENTIONS:
             raise ValueError(
                 f"attention={attention!r} is unknown; use one of {', '.join(ATTENTIONS)}"

@@ -3,11 +3,14 @@
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcl.ops.arguments import check_numbers
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.pairs.sides import checked_labels
-from jaxcl.typing import Array, AxisName, Bool, Float, Integer
+from jaxcl.typing import Array, AxisName, Bool, Float, Integer, Range
 
-__all__ = ["batch_labels", "similarity_ceilings"]
+__all__ = ["RELATIVE_MARGINS", "batch_labels", "similarity_ceilings"]
+
+RELATIVE_MARGINS = Range(least=-1, most=1)
 
 
 def batch_labels(
@@ -54,13 +57,13 @@ def similarity_ceilings(
     Args:
       positives: $x_{ii}$, the similarity of each row's own pair, by the model or by a guide.
       margin: $\delta$ as a difference of similarities.
-      relative_margin: $\delta$ as a share of the positive's absolute similarity.
+      relative_margin: $\delta$ as a share of the positive's absolute similarity, from -1 to 1.
 
     Returns:
       Ceilings, constants of the gradient; `None` without a margin.
 
     Raises:
-      ValueError: if both margins are given.
+      ValueError: if both margins are given, or one that is not finite or more than the whole.
 
     Example:
       >>> import jax.numpy as jnp
@@ -75,6 +78,12 @@ def similarity_ceilings(
         raise ValueError(
             f"margin={margin} and relative_margin={relative_margin} are both given; choose one"
         )
+    for name, value, allowed in (
+        ("margin", margin, Range()),
+        ("relative_margin", relative_margin, RELATIVE_MARGINS),
+    ):
+        if value is not None:
+            check_numbers(name, value, allowed)
     positives = lax.stop_gradient(positives)
     if margin is not None:
         return positives - margin

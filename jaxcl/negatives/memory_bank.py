@@ -62,10 +62,11 @@ def init_bank(
       guide_dim: width of the guide model's embeddings; `None` without one.
 
     Raises:
-      ValueError: if there is no slot, or for a type that is not floating-point.
+      ValueError: if there is no slot or feature, or for a type that is not floating-point.
     """
-    if num_slots < 1:
-        raise ValueError(f"num_slots={num_slots}; a bank has at least one")
+    for name, size in (("num_slots", num_slots), ("dim", dim), ("guide_dim", guide_dim)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name}={size}; a bank has at least one")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={dtype}; embeddings are kept as float32, bfloat16 or float16")
     slots = padded_entries(num_slots)

@@ -1,17 +1,17 @@
 """Hard-negative mining: each query's hard negatives among all keys."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.negatives.masks import similarity_ceilings
+from jaxcl.negatives.masks import RELATIVE_MARGINS, similarity_ceilings
 from jaxcl.ops.arguments import as_vectors
 from jaxcl.ops.nearest import nearest
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.vectors import inner_product
-from jaxcl.typing import Array, AxisName, Float, Int, Key
+from jaxcl.typing import Array, AxisName, Float, Int, Key, Range, check_ranges
 
 __all__ = ["SAMPLINGS", "Mined", "MiningRule", "mine_negatives"]
 
@@ -30,17 +30,16 @@ class MiningRule(NamedTuple):
       sampling: `"random"`, uniformly among the remaining keys; or `"top"`, the nearest of them.
     """
 
-    per_query: int = 7
+    per_query: Annotated[int, Range(least=1)] = 7
     rank_range: tuple[int, int] = (10, 100)
-    margin: float | None = None
-    relative_margin: float | None = None
+    margin: Annotated[float, Range()] | None = None
+    relative_margin: Annotated[float, RELATIVE_MARGINS] | None = None
     sampling: str = "random"
 
     def check(self) -> None:
         """Raise a `ValueError` for a rule that can select nothing."""
+        check_ranges(self)
         first, last = self.rank_range
-        if self.per_query < 1:
-            raise ValueError(f"per_query={self.per_query}; set it to at least 1")
         if not 0 <= first < last or last - first < self.per_query:
             raise ValueError(
                 f"rank_range={first}:{last} has no room for {self.per_query} per query; it begins "

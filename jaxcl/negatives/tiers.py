@@ -20,7 +20,7 @@ from jaxcl.ops.nearest import nearest
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.row_tables import fetch_rows
 from jaxcl.ops.vectors import inner_product
-from jaxcl.typing import Array, AxisName, Bool, Float, Int, Integer, Key, Range
+from jaxcl.typing import Array, AxisName, Bool, Float, Int, Integer, Key, Range, check_ranges
 
 __all__ = [
     "DrawSource",
@@ -202,9 +202,11 @@ def draw_tiers(
       A set of negatives for each tier with a budget.
 
     Raises:
-      ValueError: for labels that int32 cannot hold, or both margins.
+      ValueError: for a budget or margin out of range, both margins, or labels that int32 cannot
+        hold.
       TypeError: for labels that are not integers.
     """
+    check_ranges(budgets)
     queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
     ids = as_labels("ids", ids)
     groups = None if groups is None else as_labels("groups", groups)

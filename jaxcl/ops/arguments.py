@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.typing import Array, Float, Int, Integer
+from jaxcl.typing import Array, Float, Int, Integer, Range
 
 __all__ = [
     "as_integers",
     "as_labels",
     "as_vectors",
+    "check_numbers",
     "host_labels",
     "label_fields",
     "native",
@@ -67,7 +68,7 @@ def as_labels(name: str, labels: Any) -> Integer[Array, "..."]:
       TypeError: for labels that are not integers.
       ValueError: for a label that int32 cannot hold, which JAX would cut without a word.
     """
-    if isinstance(labels, jax.core.Tracer) or not getattr(labels, "is_fully_addressable", True):
+    if _is_unknown(labels):
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise TypeError(f"{name} has the type {labels.dtype}; give integers")
         return labels
@@ -93,6 +94,23 @@ def host_labels(name: str, labels: Any) -> Integer[np.ndarray, "..."]:
             "as by np.unique(labels, return_inverse=True)[1]"
         )
     return integers.astype(np.int32)
+
+
+def check_numbers(name: str, numbers: Any, allowed: Range) -> None:
+    """Raise a `ValueError` for a number, or an array that holds one, out of range.
+
+    The values of a traced array, and of one on several hosts, are unknown and pass.
+    """
+    if _is_unknown(numbers):
+        return
+    values = np.asarray(numbers)
+    if values.size:
+        for extreme in (values.min(), values.max()):  # of a NaN among them, both are NaN
+            allowed.check(name, extreme.item())
+
+
+def _is_unknown(array: Any) -> bool:
+    return isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True)
 
 
 def label_fields(name: str, holder: Any) -> dict[str, Any]:

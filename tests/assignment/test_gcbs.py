@@ -112,11 +112,15 @@ def test_a_newcomer_gives_two_arrays():
     [
         ({"method": "kmeans"}, "method='kmeans' is unknown; use one of bisection"),
         ({"graph": "nn"}, "graph='nn' is unknown"),
-        ({"neighbours": 0}, "all must be at least 1"),
+        ({"neighbours": 0}, "neighbours=0; set it to at least 1"),
         ({"quantile": 1.0}, "quantile=1.0"),
-        ({"effort": Effort(starts=0)}, "starts=0; it is at least 1"),
-        ({"effort": Effort(swaps=-1)}, "swaps=-1; it is at least 0"),
-        ({"effort": Effort(eagerness=0.0)}, r"eagerness=0\.0; it lies above 0, up to 1"),
+        ({"quantile": float("nan")}, "quantile=nan"),
+        ({"similarity_cap": float("nan")}, "similarity_cap=nan"),
+        ({"similarity_cap": 1.5}, "similarity_cap=1.5; set it to at least -1, at most 1"),
+        ({"effort": Effort(eagerness=float("nan"))}, "eagerness=nan"),
+        ({"effort": Effort(starts=0)}, "starts=0; set it to at least 1"),
+        ({"effort": Effort(swaps=-1)}, "swaps=-1; set it to at least 0"),
+        ({"effort": Effort(eagerness=0.0)}, r"eagerness=0\.0; set it above 0, at most 1"),
         ({"method": "rcm", "similarity_cap": 0.9}, "similarity_cap=0.9 are for the other methods"),
         ({"method": "rcm", "graph": "exact"}, "graph='exact' and similarity_cap=None are for"),
     ],
@@ -174,7 +178,7 @@ def test_labels_and_temperatures_that_cannot_be_are_named():
         with pytest.raises(ValueError, match="give one of each per row"):
             assign(queries, keys, block_size=8, apart=(apart.astype(np.int32),))
     for temperature in (0.0, -1.0, np.nan):
-        with pytest.raises(ValueError, match="it is above 0"):
+        with pytest.raises(ValueError, match="set it above 0"):
             assign(queries, keys, block_size=8, temperature=temperature)
 
 

@@ -235,7 +235,7 @@ def test_a_pair_far_ahead_keeps_its_last_digits():
             r"ids are compared with masks.ids; give both",
         ),
         ({"negative_hardness": 1.0}, "give some in negatives, or leave it 0"),
-        ({"hardness": -1.0}, "both must be at least 0"),
+        ({"hardness": -1.0}, r"hardness=-1\.0; set it to at least 0"),
         (
             {"negatives": explicit(jnp.ones((2, 1, 2)), valid=jnp.ones((2, 2), bool))},
             r"valid have the shape \(2, 2\), not \(2, 1\)",

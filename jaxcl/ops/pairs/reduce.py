@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcl.ops.arguments import as_vectors
+from jaxcl.ops.arguments import as_vectors, check_numbers
 from jaxcl.ops.collectives import gather
 from jaxcl.ops.pairs import reference
 from jaxcl.ops.pairs.exchange import TilePasses, ring_backward, ring_forward
@@ -22,7 +22,7 @@ from jaxcl.ops.pairs.reductions import (
 )
 from jaxcl.ops.pairs.sides import ALL_COUNT, PairKeys, PairLabels, PairQueries, checked_labels
 from jaxcl.ops.varying import as_varying
-from jaxcl.typing import Array, AxisName, Float
+from jaxcl.typing import Array, AxisName, Float, Range
 
 __all__ = [
     "EXCHANGES",
@@ -162,6 +162,8 @@ def pair_softplus(
     arguments as for `pair_logsumexp`. A fully masked row is 0.
     """
     queries, keys = _as_sides(queries, keys)
+    check_numbers("scale", scale, Range())
+    check_numbers("bias", bias, Range())
     return _reduce_pairs(
         SOFTPLUS,
         PairQueries(queries, jnp.full(queries.shape[:1], scale, _wide(queries)), query_labels),
@@ -216,6 +218,7 @@ def _reduce_pairs(
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
     queries = queries._replace(labels=checked_labels("query_labels", queries.labels))
     keys = keys._replace(labels=checked_labels("key_labels", keys.labels))
+    check_numbers("hardness", hardness, Range(least=0))
     _check(queries, keys, exchange, implementation, tile)
     by_tiles = "tiled" if implementation in (None, "reference") else implementation
     # Imported on use, since Pallas loads much that the other implementations do not need.
@@ -298,6 +301,7 @@ _by_tiles.defvjp(_by_tiles_forward, _by_tiles_backward)
 
 def _inverse(temperature: float | Array, queries: Float[Array, "q d"]) -> Float[Array, " q"]:
     """Each row's factor: float16 cannot hold the inverse of a low temperature."""
+    check_numbers("temperature", temperature, Range(above=0))
     given = jnp.asarray(temperature)
     scale = 1 / given.astype(jnp.promote_types(given.dtype, jnp.float32))
     return jnp.broadcast_to(scale, queries.shape[:1]).astype(_wide(queries))
