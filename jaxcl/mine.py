@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(arguments: Namespace) -> None:
     # Results are written as they are found, so that SIGTERM may end a process at once.
     jax.config.update("jax_enable_preemption_service", False)
-    join_processes(arguments)
+    join_processes(arguments, arguments.workdir)
     rule = MiningRule(
         per_query=arguments.per_query,
         rank_range=_rank_range(arguments.rank_range),

@@ -81,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(arguments: Namespace) -> None:
     config = config_of(arguments)
     profile = _profiled(arguments.profile)
-    join_processes(arguments)
     workdir = arguments.workdir or _default_workdir(arguments.config)
+    join_processes(arguments, workdir)
     keep_compiled()
     train(config, workdir, changed=changed_fields(arguments), profile=profile)
 

@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
 # Trains with several processes on this machine, which find each other as those of a cluster do.
 #   launch/local_processes.sh 2 --config configs/code_search.py:smoke
-# DEVICES fake CPU devices in each (4 by default), PORT of the first one (12355 by default).
-# Ctrl-C, or SIGTERM to any of them, saves in all and stops. Runs in the tests.
+# DEVICES fake CPU devices in each (4 by default). PORT of process 0; without it, process 0 takes a
+# free one and tells the others through the workdir.
+# Ctrl-C, or SIGTERM or SIGHUP to any of them, saves in all and stops. Runs in the tests.
 set -euo pipefail
 processes=${1:?how many processes?}; shift
 export JAX_PLATFORMS=cpu NPROC="${NPROC:-32}"
 export XLA_FLAGS="--xla_force_host_platform_device_count=${DEVICES:-4} ${XLA_FLAGS:-}"
-export JAX_COORDINATOR_ADDRESS="127.0.0.1:${PORT:-12355}" JAX_NUM_PROCESSES="$processes"
+export JAX_COORDINATOR_ADDRESS="127.0.0.1:${PORT:-0}" JAX_NUM_PROCESSES="$processes"
 
 children=()
 for ((process = 0; process < processes; process++)); do
     JAX_PROCESS_ID=$process python -m jaxcl.train "$@" &
     children+=($!)
 done
-trap 'kill -TERM "${children[@]}" 2>/dev/null || true' TERM INT
+trap 'kill -TERM "${children[@]}" 2>/dev/null || true' TERM INT HUP
 code=0
 for child in "${children[@]}"; do
     status=0

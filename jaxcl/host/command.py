@@ -22,6 +22,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from absl import logging
@@ -87,11 +88,17 @@ def run_command(
         leave_for(error, verbose=arguments.verbose)
 
 
-def join_processes(arguments: Namespace) -> None:
-    """Join the other processes that the flags of `add_process_flags` or the cluster name."""
+def join_processes(arguments: Namespace, workdir: Path) -> None:
+    """Join the other processes that the flags of `add_process_flags` or the cluster name.
+
+    Args:
+      arguments: with those flags.
+      workdir: the folder of the run.
+    """
     start_processes(
         coordinator=arguments.coordinator,
         num_processes=arguments.num_processes,
         process_id=arguments.process_id,
         asked=arguments.distributed,
+        workdir=workdir,
     )

@@ -12,12 +12,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxcl.host.meeting import meet
 from jaxcl.host.output import print_traceback
 from jaxcl.host.progress import say
 
@@ -75,6 +77,7 @@ def start_processes(
     num_processes: int | None = None,
     process_id: int | None = None,
     asked: bool = False,
+    workdir: Path | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> None:
     """Makes this process one of a run's, if it is asked for; before anything else of JAX.
@@ -88,6 +91,8 @@ def start_processes(
       num_processes: how many there are.
       process_id: which this one is, from 0.
       asked: to start even if nothing says how many there are.
+      workdir: the run's folder, in which processes with a coordinator meet first, so that those of
+        another run are refused.
       environment: where variables are looked up.
 
     Raises:
@@ -110,20 +115,40 @@ def start_processes(
     others = "the other processes" if num_processes is None else f"{num_processes - 1} more"
     if process_id in (0, None):
         say(f"waiting for {others} (for five minutes at the most)")
+    if coordinator is None or num_processes is None or process_id is None or workdir is None:
+        _initialize(coordinator, num_processes, process_id, where=cluster or given)
+        return
+    bind = environment.get("JAX_COORDINATOR_BIND_ADDRESS")
+    with meet(
+        workdir, coordinator, num_processes=num_processes, process_id=process_id, bind=bind
+    ) as (address, bind_address):
+        _initialize(address, num_processes, process_id, bind_address, where=given)
+
+
+def _initialize(
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    bind_address: str | None = None,
+    *,
+    where: str,
+) -> None:
+    """Connect JAX's processes; SIGHUP is then handed on until `stop_requests` takes over."""
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
+            coordinator_bind_address=bind_address,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-        for number in _hangup():  # stop_requests comes later
-            signal.signal(number, _hand_on)
     except Exception as error:  # of whatever class: the cluster's, the connection's, JAX's
         raise ValueError(
-            f"the processes of the run do not find each other ({cluster or given}): "
+            f"the processes of the run do not find each other ({where}): "
             f"{' '.join(str(error).split())[:400]}"
         ) from error
+    for number in _hangup():
+        signal.signal(number, _hand_on)
 
 
 def together(make: Callable[[], T]) -> T:

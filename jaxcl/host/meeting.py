@@ -1,0 +1,256 @@
+"""Lets the processes of one run find each other before JAX connects them.
+
+JAX's coordinator takes in any process that connects to its port, and shares the port with another
+coordinator on the same machine. So process 0 first takes the port for itself, and leaves an
+invitation in the workdir, which the other processes of the run can read and those of another run
+cannot: the port and a token of this start. They connect, show the token, and wait until all have
+come. Then JAX's coordinator takes over the port.
+
+This shows that processes belong together. It does not protect the coordinator from other programs
+on the network (`launch/README.md`).
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxcl.host.files import read_json_object, write_whole
+from jaxcl.host.ports import guard_port, listen, split_address
+from jaxcl.host.progress import say
+
+__all__ = ["Meeting", "meet"]
+
+INVITATION_FILE = ".meeting.json"
+MEETING_SECONDS = 300
+GRACE_SECONDS = 30
+"""How long a process without the token may ask again: the invitation may reach its host late."""
+
+_SECONDS_BETWEEN_TRIES = 0.5
+_SECONDS_TO_ANSWER = 5
+_MAX_BYTES = 65_536
+_HINT = "start all processes of a run with the same --workdir, and each run with its own port"
+
+
+class Meeting(NamedTuple):
+    """Where JAX's coordinator is.
+
+    Attributes:
+      address: where the processes reach it.
+      bind_address: where it listens; `None` in other processes than process 0.
+    """
+
+    address: str
+    bind_address: str | None
+
+
+@contextlib.contextmanager
+def meet(
+    workdir: Path, coordinator: str, *, num_processes: int, process_id: int, bind: str | None
+) -> Iterator[Meeting]:
+    """Wait until all processes of the run are there; the port is kept until the block ends.
+
+    Args:
+      workdir: the folder of the run, which all processes see, under whatever path.
+      coordinator: host and port of process 0; port 0 lets it choose a free one.
+      num_processes: the number of processes.
+      process_id: which one this is.
+      bind: host and port where process 0 listens, if not at those of the coordinator.
+
+    Raises:
+      ValueError: if the port is in use, or a process does not come or does not fit.
+    """
+    host, port = split_address(coordinator)
+    if process_id:
+        introduction = {
+            "process_id": process_id,
+            "num_processes": num_processes,
+            "workdir": str(workdir.absolute()),
+        }
+        yield Meeting(f"{host}:{_join(workdir, host, port, introduction)}", None)
+        return
+    with contextlib.closing(listen(coordinator, bind)) as listener:
+        bound, bound_port, *_ = listener.getsockname()
+        port = port or bound_port
+        with _invitation(workdir, port) as token:
+            _Reception(workdir, f"{host}:{port}", token, num_processes).receive(listener)
+        guard = guard_port(listener)
+    with guard:
+        where = f"[{bound}]" if ":" in bound else bound
+        yield Meeting(f"{host}:{port}", f"{where}:{bound_port}")
+
+
+@contextlib.contextmanager
+def _invitation(workdir: Path, port: int) -> Iterator[str]:
+    """A file in the workdir for the other processes; afterwards the workdir is as it was."""
+    absent = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    path, token = workdir / INVITATION_FILE, secrets.token_hex()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"port": port, "token": token}))
+        yield token
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            for folder in absent:
+                folder.rmdir()
+
+
+class _Reception:
+    """Process 0's side of the meeting.
+
+    Args:
+      workdir: the run's.
+      address: of the coordinator.
+      token: what a process of this start shows.
+      num_processes: the number of processes, this one included.
+    """
+
+    def __init__(self, workdir: Path, address: str, token: str, num_processes: int):
+        self._workdir, self._address = str(workdir.absolute()), address
+        self._token, self._num_processes = token, num_processes
+        self._present: dict[int, socket.socket] = {}
+        # Of each number, when a process without the token came first, and what its workdir is.
+        self._strangers: dict[int, tuple[float, str]] = {}
+
+    def receive(self, listener: socket.socket) -> None:
+        """Wait for the other processes, then let all of them go on."""
+        deadline = time.monotonic() + MEETING_SECONDS
+        with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+            selector.register(listener, selectors.EVENT_READ)
+            while len(self._present) < self._num_processes - 1:
+                self._check_missing(deadline)
+                for key, _ in selector.select(timeout=1):
+                    if key.fileobj is not listener:  # it waits in silence: this is its end
+                        selector.unregister(key.fileobj)
+                        del self._present[key.data]
+                        continue
+                    connection = stack.enter_context(listener.accept()[0])
+                    process_id = self._admit(connection)
+                    if process_id is not None:
+                        self._present[process_id] = connection
+                        selector.register(connection, selectors.EVENT_READ, process_id)
+            for connection in self._present.values():
+                _send(connection, {"all": "present"})
+
+    def _check_missing(self, deadline: float) -> None:
+        now = time.monotonic()
+        missing = [n for n in range(1, self._num_processes) if n not in self._present]
+        for number in missing:
+            came, workdir = self._strangers.get(number, (now, ""))
+            if now - came > GRACE_SECONDS:
+                raise ValueError(
+                    f"process {number} was started with the workdir {workdir}, process 0 with "
+                    f"{self._workdir}; {_HINT}"
+                )
+        if now > deadline:
+            raise ValueError(
+                f"of {self._num_processes} processes, {', '.join(map(str, missing))} did not come "
+                f"within {MEETING_SECONDS} s; {_HINT}"
+            )
+
+    def _admit(self, connection: socket.socket) -> int | None:
+        """The number of a process of this run; any other is told why it is refused."""
+        connection.settimeout(_SECONDS_TO_ANSWER)
+        asked = _read(connection)
+        number, theirs = asked.get("process_id"), asked.get("num_processes")
+        if asked.get("token") != self._token:
+            if isinstance(number, int) and theirs == self._num_processes:
+                first = time.monotonic(), str(asked.get("workdir"))
+                self._strangers.setdefault(number, first)
+            answer = {"stranger": f"{self._address} belongs to the run in {self._workdir}"}
+        elif theirs != self._num_processes:
+            ours = f"process 0 is one of {self._num_processes} processes"
+            answer = {"problem": f"{ours}, process {number} one of {theirs}"}
+        elif number in self._present:
+            answer = {"problem": f"there are two processes with number {number}"}
+        else:
+            _send(connection, {"welcome": number})
+            return number
+        if "problem" in answer:
+            say(f"a process was refused: {answer['problem']}")
+        _send(connection, answer)
+        connection.close()
+        return None
+
+
+def _join(workdir: Path, host: str, port: int, introduction: Mapping[str, Any]) -> int:
+    """Find process 0 of the run; returns its port once all processes have come."""
+    deadline = time.monotonic() + MEETING_SECONDS
+    refused_since = None
+    reason = "it has left no invitation there"
+    while (now := time.monotonic()) < deadline:
+        invitation = _read_invitation(workdir)
+        # Without an invitation, process 0 can still say what its workdir is.
+        asked_port = invitation.get("port", port)
+        if asked_port and port in (0, asked_port):
+            shown = {**introduction, "token": invitation.get("token")}
+            answer = _ask((host.strip("[]"), asked_port), shown, deadline - now)
+            if "all" in answer:
+                return asked_port
+            if "problem" in answer:
+                raise ValueError(f"{answer['problem']}; give each process its own number")
+            reason = answer.get("nobody", reason)
+            if "stranger" not in answer:
+                refused_since = None
+            elif refused_since is None:
+                refused_since = now
+            elif now - refused_since > GRACE_SECONDS:
+                ours = introduction["workdir"]
+                raise ValueError(f"{answer['stranger']}, not to that in {ours}; {_HINT}")
+        time.sleep(_SECONDS_BETWEEN_TRIES)
+    raise ValueError(
+        f"process 0 did not come to {workdir} within {MEETING_SECONDS} s ({reason}); {_HINT}"
+    )
+
+
+def _ask(address: tuple[str, int], introduction: Mapping[str, Any], seconds: float) -> Mapping:
+    """What process 0 answers, which may take as long as the others take to come."""
+    where = "{}:{}".format(*address)
+    try:
+        with socket.create_connection(address, timeout=seconds) as server:
+            server.settimeout(_SECONDS_TO_ANSWER)
+            _send(server, introduction)
+            answer = _read(server)
+            if "welcome" in answer:
+                server.settimeout(seconds + _SECONDS_TO_ANSWER)  # process 0 gives up first
+                answer = _read(server) or {"nobody": "it has gone again"}
+    except OSError as error:
+        return {"nobody": f"{where}: {error}"}
+    return answer or {"stranger": f"{where} belongs to another run or program"}
+
+
+def _read_invitation(workdir: Path) -> dict[str, Any]:
+    """The invitation, or nothing."""
+    try:
+        os.listdir(workdir)  # makes NFS look again for a file that was absent before
+        found = read_json_object(workdir / INVITATION_FILE)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found.get("port"), int) else {}
+
+
+def _send(connection: socket.socket, message: Mapping[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # who does not read it has gone
+        connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _read(connection: socket.socket) -> dict[str, Any]:
+    """A message of one line, or nothing."""
+    received = b""
+    try:
+        while not received.endswith(b"\n") and len(received) < _MAX_BYTES:
+            part = connection.recv(1)
+            if not part:
+                break
+            received += part
+        message = json.loads(received)
+    except (OSError, ValueError):
+        return {}
+    return message if isinstance(message, dict) else {}
