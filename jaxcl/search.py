@@ -13,7 +13,6 @@ In a program or a notebook, call `search`, or `open_search` for many queries:
 
 import contextlib
 import json
-import os
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcl.data.row_files import DAMAGED
 from jaxcl.evaluation.retrieval import BM25, dense_scores, reciprocal_rank_fusion
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser, add_workdir_flag
+from jaxcl.host.files import write_npz
+from jaxcl.host.npz import read_npz
 from jaxcl.host.output import check_output
 from jaxcl.host.printable import printable
 from jaxcl.host.progress import progress_bar, say
@@ -165,33 +165,28 @@ class _Index(NamedTuple):
 def _read_index(path: Path, made_from: Mapping[str, Any]) -> _Index | None:
     """The index, or None where it is absent, damaged, or made from other things."""
     try:
-        with path.open("rb") as file, np.load(file) as index:  # np.load leaks it on an error
-            if json.loads(str(index["made_from"])) != made_from:
-                return None
-            keys, rows = index["keys"], json.loads(index["rows"].tobytes())
-    except DAMAGED:
+        index = read_npz(path, ["made_from", "keys", "rows"])
+        if json.loads(str(index["made_from"])) != made_from:
+            return None
+        keys, rows = index["keys"], json.loads(index["rows"].tobytes())
+    except (ValueError, RecursionError):
         return None
-    return _Index(keys, rows) if len(keys) == len(rows) else None
+    fits = keys.ndim == 2 and isinstance(rows, list) and len(keys) == len(rows)
+    return _Index(keys, rows) if fits else None
 
 
 def _write_index(path: Path, made_from: Mapping[str, Any], index: _Index) -> None:
     """Keeps the index, whole or not at all; where that cannot be, the search goes on."""
-    # A name of its own: two searches may begin at once.
-    unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
     text = json.dumps(index.rows, ensure_ascii=False, default=_plain).encode()
     try:
-        with unfinished.open("wb") as file:
-            np.savez(
-                file,
-                keys=index.keys,
-                rows=np.frombuffer(text, np.uint8),
-                made_from=np.array(json.dumps(made_from)),
-            )
-        unfinished.replace(path)
+        write_npz(
+            path,
+            keys=index.keys,
+            rows=np.frombuffer(text, np.uint8),
+            made_from=np.array(json.dumps(made_from)),
+        )
     except OSError as error:
         say(f"the next search embeds the pool again: cannot write {path} ({error.strerror})")
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
 
 
 def _plain(value: Any) -> Any:

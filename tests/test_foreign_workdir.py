@@ -12,8 +12,8 @@ import pytest
 from jaxcl import mine, search, topics
 from jaxcl.configs import code_search, tfds_pairs
 from jaxcl.data.prepare import prepare_data
-from jaxcl.data.row_files import read_arrays
 from jaxcl.host.block_file import BlockFile
+from jaxcl.host.npz import read_npz
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.opened import open_run
 from jaxcl.run.workdir import claim_workdir, read_config
@@ -177,8 +177,8 @@ def test_arrays_are_not_unpickled(tmp_path):
     np.save(tmp_path / "rows.npy", pickled)
     (tmp_path / "rows.done.json").write_text('{"rows": 1}')
     assert search._read_index(path, {}) is None
-    with pytest.raises(ValueError, match="allow_pickle=False"):
-        read_arrays(path, setting="data.topics")
+    with pytest.raises(ValueError, match="keys holds Python objects"):
+        read_npz(path, ["keys"])
     block = BlockFile(tmp_path / "rows.npy", (1, 1), np.float32, writes=True)
     assert block.done == 0
     assert not marker.exists()

@@ -314,7 +314,6 @@ def test_no_rows_make_no_chunk():
 # Files
 
 
-@known_fault("NaN reaches the loss, and the learning rate is blamed", raises=NOT_RAISED)
 def test_teacher_scores_that_are_not_finite_are_refused_when_they_are_read(tmp_path):
     scores = np.full((4, 3), np.nan)
     np.savez(tmp_path / "file.npz", rows=np.zeros((4, 2), int), teacher_scores=scores)

@@ -1,58 +1,98 @@
-"""Files with something for each training row: what is read of them, and whose rows they are of."""
+"""Files with something for each training row: their arrays, and the rows that they belong to."""
 
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["DAMAGED", "check_same_rows", "read_arrays"]
+from jaxcl.data.row_checks import check_rows
+from jaxcl.host.files import open_regular
+from jaxcl.host.npz import ArrayHeader, npz_headers, read_npz
+from jaxcl.typing import Bool
 
-DAMAGED = (
-    *(OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile, zlib.error),
-    *(NotImplementedError, RuntimeError),  # another compression, "encrypted"
-)
-"""What zip and NumPy raise for a file of which some bits have changed."""
+__all__ = ["Column", "read_arrays"]
+
+_KINDS = {"integers": "iu", "floats": "f", "numbers": "iuf"}
+_SOURCE = "source"
+_MAX_SOURCE_BYTES = 4096
 
 
-def read_arrays(path: Path, *, setting: str) -> tuple[dict[str, np.ndarray], str]:
-    """The arrays of an `.npz`, and a fingerprint of the file.
+class Column(NamedTuple):
+    """An array that a file must have.
 
-    Raises:
-      ValueError: for a file that is missing or damaged; it names the setting that gave it.
+    Attributes:
+      kind: `"integers"`, `"floats"` or `"numbers"`.
+      shape: each axis's size; None for at least 1.
     """
-    try:
-        with path.open("rb") as file:
-            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
-        with np.load(path) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except DAMAGED as error:
-        raise ValueError(f"{setting}={path} cannot be read: {error}") from error
-    return found, fingerprint
+
+    kind: str
+    shape: tuple[int | None, ...]
 
 
-def check_same_rows(
-    path: Path, found: Mapping[str, np.ndarray], source: str | None, *, setting: str
-) -> None:
-    """Checks that a file was made from the rows of a training split.
+def read_arrays(
+    path: Path, columns: Mapping[str, Column], *, setting: str, source: str | None = None
+) -> tuple[dict[str, np.ndarray], str]:
+    """Read arrays with an entry for each training row from an `.npz`.
 
     Args:
-      path: of the file.
-      found: its arrays; `source` among them, if it is there, is the fingerprint of its rows.
-      source: that of the training split; `None` if it is not known.
-      setting: which gave the file.
+      path: the file. Where it has a `source`, the fingerprint of the split that it was made from,
+        that must be the one given.
+      columns: name -> the array that is wanted; others are not read.
+      setting: the setting that gave the file, for messages.
+      source: the fingerprint of the training split; `None` if it is not known.
+
+    Returns:
+      The arrays, in which all floats are finite in float32, and a fingerprint of the file.
 
     Raises:
-      ValueError: if they differ.
+      ValueError: for a file that is missing or damaged, lacks an array, has one of another kind or
+        shape or with numbers that are not finite, or was made from other rows.
     """
-    theirs = str(found.get("source", source))
-    if source is not None and theirs != source:
+    try:
+        headers = npz_headers(path, list(columns), optional=[_SOURCE])
+        if _SOURCE in headers and source is not None:
+            _check_same_rows(path, headers[_SOURCE], source)
+        for name, column in columns.items():
+            _check_header(headers[name], column, what=f"{path}: {name}")
+        arrays = read_npz(path, list(columns))
+        with open_regular(path) as file:
+            fingerprint = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"{setting}={error}") from error
+    for name, array in arrays.items():
+        if array.dtype.kind == "f":
+            check_rows(array, _finite, what=f"{setting}={path}: {name}", wanted="finite float32")
+    return arrays, fingerprint
+
+
+def _finite(part: np.ndarray) -> Bool[np.ndarray, "..."]:
+    with np.errstate(over="ignore"):
+        return np.isfinite(part.astype(np.float32))
+
+
+def _check_header(header: ArrayHeader, column: Column, *, what: str) -> None:
+    sizes = zip(header.shape, column.shape, strict=False)
+    fits = len(header.shape) == len(column.shape) and all(
+        size >= 1 if wanted is None else size == wanted for size, wanted in sizes
+    )
+    if not fits or header.dtype.kind not in _KINDS[column.kind]:
+        wanted = ", ".join("at least 1" if size is None else str(size) for size in column.shape)
         raise ValueError(
-            f"{setting}={path} was made from other rows ({_short(theirs)}) than those of this "
-            f"run's training split ({_short(source)}): data or installed packages have changed "
-            "since, or it is another split. Make it by a run that has these rows"
+            f"{what} is {header.dtype}{list(header.shape)}; wanted are {column.kind}, [{wanted}]"
+        )
+
+
+def _check_same_rows(path: Path, header: ArrayHeader, source: str) -> None:
+    if header.shape or header.dtype.kind != "U" or header.dtype.itemsize > _MAX_SOURCE_BYTES:
+        raise ValueError(f"{path}: source is {header.dtype}{list(header.shape)}; wanted is a text")
+    theirs = str(read_npz(path, [_SOURCE])[_SOURCE])
+    if theirs != source:
+        raise ValueError(
+            f"{path} was made from other rows ({_short(theirs)}) than those of this run's training "
+            f"split ({_short(source)}): data or installed packages have changed since, or it is "
+            "another split. Make it by a run that has these rows"
         )
 
 

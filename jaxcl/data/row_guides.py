@@ -1,13 +1,17 @@
 """Each training row's embeddings by a model that judges similarity, from a file."""
 
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxcl.data.row_files import check_same_rows, read_arrays
-from jaxcl.typing import SIDES, Float, Int
+from jaxcl.data.row_checks import check_rows
+from jaxcl.data.row_files import Column, read_arrays
+from jaxcl.host.npz import npz_headers
+from jaxcl.typing import SIDES, Bool, Float, Int
+
+_MIN_SQUARE = 1e-10
+"""Far above the ε of unit norms, below which an embedding counts as zero."""
 
 __all__ = ["RowGuides", "guide_dim", "read_guides"]
 
@@ -39,34 +43,33 @@ def read_guides(path: Path, *, num_rows: int, source: str | None = None) -> RowG
       ValueError: for a file that is missing, damaged, or not of this split.
     """
     path = Path(path).expanduser()
-    width = guide_dim(path)
-    found, fingerprint = read_arrays(path, setting="data.guides")
-    check_same_rows(path, found, source, setting="data.guides")
-    sides = {side: found[side] for side in SIDES}
+    columns = {side: Column("floats", (num_rows, guide_dim(path))) for side in SIDES}
+    sides, fingerprint = read_arrays(path, columns, setting="data.guides", source=source)
     for side, vectors in sides.items():
-        if vectors.shape != (num_rows, width) or not np.issubdtype(vectors.dtype, np.floating):
-            raise ValueError(
-                f"data.guides={path}: {side} is {vectors.dtype}{list(vectors.shape)}; wanted are "
-                f"floats, [{num_rows}, {width}]"
-            )
-        if not np.isfinite(vectors).all():
-            raise ValueError(f"data.guides={path}: {side} has numbers that are not finite")
+        check_rows(
+            vectors,
+            _has_norm,
+            what=f"data.guides={path}: {side}",
+            wanted="embeddings of norm 1, or of a norm between 1e-5 and 1e19",
+        )
     return RowGuides(**sides, fingerprint=fingerprint)
+
+
+def _has_norm(vectors: Float[np.ndarray, "n g"]) -> Bool[np.ndarray, " n"]:
+    """Whether cosines are defined: an embedding of zeros is allowed, and is similar to none."""
+    vectors = vectors.astype(np.float32)
+    with np.errstate(over="ignore"):
+        squares = np.einsum("ng,ng->n", vectors, vectors)
+    return np.isfinite(squares) & ((squares > _MIN_SQUARE) | ~vectors.any(axis=1))
 
 
 def guide_dim(path: Path | str) -> int:
     """The width of the embeddings in such a file, from its header alone."""
     path = Path(path).expanduser()
     try:
-        with zipfile.ZipFile(path) as archive:
-            missing = [side for side in SIDES if f"{side}.npy" not in archive.namelist()]
-            if missing:
-                raise ValueError(f"it has no {', '.join(missing)}")
-            with archive.open("key.npy") as file:
-                np.lib.format.read_magic(file)
-                shape, _, _ = np.lib.format.read_array_header_1_0(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"data.guides={path} cannot be read: {error}") from error
-    if len(shape) != 2:
+        shape = npz_headers(path, SIDES)["key"].shape
+    except ValueError as error:
+        raise ValueError(f"data.guides={error}") from error
+    if len(shape) != 2 or shape[1] < 1:
         raise ValueError(f"data.guides={path}: key has the shape {shape}; wanted is [rows, width]")
     return shape[1]

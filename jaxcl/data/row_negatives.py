@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxcl.data.row_files import check_same_rows, read_arrays
+from jaxcl.data.row_checks import check_rows
+from jaxcl.data.row_files import Column, read_arrays
 from jaxcl.data.table import Table
 from jaxcl.typing import Float, Int, PyTree
 
@@ -62,29 +63,22 @@ def read_negatives(
     Raises:
       ValueError: for a file that is missing, damaged, or not of this split.
     """
-    found, fingerprint = read_arrays(path, setting="data.negatives")
-    wanted = ["rows", *["teacher_scores"] * scored]
-    missing = [name for name in wanted if name not in found]
-    if missing:
-        raise ValueError(
-            f"data.negatives={path} has no {', '.join(missing)}; it has {', '.join(found)}"
-        )
-    check_same_rows(path, found, source, setting="data.negatives")
-    rows = found["rows"]
-    if rows.ndim != 2 or rows.shape[1] < 1 or not np.issubdtype(rows.dtype, np.integer):
-        raise ValueError(
-            f"data.negatives={path}: rows are {rows.dtype}{list(rows.shape)}; wanted are integers, "
-            f"[{num_rows}, at least 1]"
-        )
-    if rows.shape[0] != num_rows or rows.min() < -1 or rows.max() >= num_rows:
-        raise ValueError(
-            f"data.negatives={path} has {rows.shape[0]} rows that name rows {rows.min()} to "
-            f"{rows.max()}, but the training split has {num_rows}; make it from this split"
-        )
-    scores = found["teacher_scores"].astype(np.float32) if scored else None
-    if scores is not None and scores.shape != (num_rows, 1 + rows.shape[1]):
-        raise ValueError(
-            f"data.negatives={path}: teacher_scores are {list(scores.shape)}; wanted are "
-            f"[{num_rows}, {1 + rows.shape[1]}]: the key's, then each negative's"
-        )
+    columns = {"rows": Column("integers", (num_rows, None))}
+    if scored:
+        columns["teacher_scores"] = Column("numbers", (num_rows, None))
+    arrays, fingerprint = read_arrays(path, columns, setting="data.negatives", source=source)
+    rows, scores = arrays["rows"], arrays.get("teacher_scores")
+    check_rows(
+        rows,
+        lambda part: (part >= -1) & (part < num_rows),
+        what=f"data.negatives={path}: rows",
+        wanted=f"rows of the training split, 0 to {num_rows - 1}, or -1 for none",
+    )
+    if scores is not None:
+        if scores.shape[1] != 1 + rows.shape[1]:
+            raise ValueError(
+                f"data.negatives={path}: teacher_scores are {list(scores.shape)}; wanted are "
+                f"[{num_rows}, {1 + rows.shape[1]}]: the key's, then each negative's"
+            )
+        scores = scores.astype(np.float32)
     return RowNegatives(rows.astype(np.int32), scores, fingerprint)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxcl.data.row_files import check_same_rows, read_arrays
+from jaxcl.data.row_checks import checked_int32
+from jaxcl.data.row_files import Column, read_arrays
 from jaxcl.typing import Int
 
 __all__ = ["RowTopics", "read_topics"]
@@ -32,16 +33,7 @@ def read_topics(path: Path, *, num_rows: int, source: str | None = None) -> RowT
       ValueError: for a file that is missing, damaged, or not of this split.
     """
     path = Path(path).expanduser()
-    found, fingerprint = read_arrays(path, setting="data.topics")
-    if "topic" not in found:
-        raise ValueError(f"data.topics={path} has no topic; it has {', '.join(found)}")
-    check_same_rows(path, found, source, setting="data.topics")
-    topic = found["topic"]
-    if topic.shape != (num_rows,) or not np.issubdtype(topic.dtype, np.integer):
-        raise ValueError(
-            f"data.topics={path}: topic is {topic.dtype}{list(topic.shape)}; wanted are integers, "
-            f"[{num_rows}]"
-        )
-    if topic.min() < -(2**31) or topic.max() >= 2**31:
-        raise ValueError(f"data.topics={path}: topics must fit into int32")
-    return RowTopics(topic.astype(np.int32), fingerprint)
+    columns = {"topic": Column("integers", (num_rows,))}
+    arrays, fingerprint = read_arrays(path, columns, setting="data.topics", source=source)
+    topic = checked_int32(arrays["topic"], what=f"data.topics={path}: topic")
+    return RowTopics(topic, fingerprint)

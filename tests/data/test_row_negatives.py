@@ -20,6 +20,13 @@ def table():
     )
 
 
+def spoilt(value):
+    """Scores of which one, in row 1, is this."""
+    scores = np.ones((3, 3))
+    scores[1, 2] = value
+    return scores
+
+
 def written(path, **arrays):
     np.savez(path / "negatives.npz", **arrays)
     return path / "negatives.npz"
@@ -63,15 +70,33 @@ def test_other_negatives_have_another_fingerprint(tmp_path):
         ({"rows": ROWS}, "has no teacher_scores; it has rows"),
         ({"rows": ROWS * 1.0, "teacher_scores": np.ones((3, 3))}, "wanted are integers"),
         ({"rows": ROWS[:, 0], "teacher_scores": np.ones((3, 3))}, "wanted are integers"),
-        ({"rows": ROWS[:2], "teacher_scores": np.ones((2, 3))}, "has 2 rows .* has 3"),
-        ({"rows": ROWS + 1, "teacher_scores": np.ones((3, 3))}, "name rows 0 to 3"),
-        ({"rows": ROWS - 1, "teacher_scores": np.ones((3, 3))}, "name rows -2 to 1"),
+        ({"rows": ROWS[:2], "teacher_scores": np.ones((2, 3))}, r"wanted are integers, \[3, at l"),
+        ({"rows": ROWS + 1, "teacher_scores": np.ones((3, 3))}, r"rows has \[2 3\] in row 0; use "),
+        ({"rows": ROWS - 1, "teacher_scores": np.ones((3, 3))}, r"rows has \[ 1 -2\] in row 1; "),
+        ({"rows": ROWS + 2**32, "teacher_scores": np.ones((3, 3))}, "rows has .* in row 0"),
+        ({"rows": ROWS[:, :0], "teacher_scores": np.ones((3, 1))}, "at least 1"),
+        (
+            {"rows": ROWS, "teacher_scores": spoilt(np.nan)},
+            "scores has .* in row 1; use finite",
+        ),
+        (
+            {"rows": ROWS, "teacher_scores": spoilt(np.inf)},
+            "scores has .* in row 1; use finite",
+        ),
+        (
+            {"rows": ROWS, "teacher_scores": spoilt(1e39)},
+            "scores has .* in row 1; use finite",
+        ),
+        ({"rows": ROWS, "teacher_scores": np.full((3, 3), 1j)}, "wanted are numbers"),
+        ({"rows": ROWS, "teacher_scores": np.ones(3)}, r"wanted are numbers, \[3, at least 1\]"),
+        ({"rows": ROWS, "teacher_scores": np.array([["1"] * 3] * 3)}, "wanted are numbers"),
         ({"rows": ROWS, "teacher_scores": np.ones((3, 2))}, "the key's, then each negative's"),
     ],
 )
 def test_a_wrong_file_says_what_is_wrong(tmp_path, arrays, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         read_negatives(written(tmp_path, **arrays), num_rows=3, scored=True)
+    assert str(caught.value).startswith(f"data.negatives={tmp_path / 'negatives.npz'}")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no archive"])

@@ -27,13 +27,19 @@ def test_topics_are_read(tmp_path):
         ({"topics": TOPIC}, "has no topic; it has topics"),
         ({"topic": TOPIC[:2]}, r"wanted are integers, \[3\]"),
         ({"topic": TOPIC.astype(float)}, "topic is float64"),
-        ({"topic": TOPIC + 2**31}, "fit into int32"),
+        ({"topic": TOPIC + np.array([0, 2**31, 0])}, "topic has 2147483648 in row 1; .* int32"),
+        ({"topic": TOPIC - np.array([0, 0, 2**31 + 4])}, "topic has .* in row 2; .* int32"),
+        ({"topic": np.array([0, 2**63, 1], np.uint64)}, "topic has .* in row 1; .* int32"),
+        ({"topic": np.array(["a", "b", "c"])}, "wanted are integers"),
+        ({"topic": TOPIC, "source": np.array([1, 2])}, r"source is int64\[2\]; wanted is a text"),
+        ({"topic": TOPIC, "source": np.array("x" * 10_000)}, "wanted is a text"),
         ({"topic": TOPIC, "source": np.array("others")}, r"from other rows \(others\)"),
     ],
 )
 def test_a_wrong_file_says_what_is_wrong(tmp_path, arrays, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         read_topics(written(tmp_path, **arrays), num_rows=3, source="rows")
+    assert str(caught.value).startswith(f"data.topics={tmp_path / 'topics.npz'}")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no archive"])
