@@ -16,7 +16,12 @@ from jaxcl.data.modality import Modality, Reader, SplitFiles
 from jaxcl.data.sources import PairSource
 from jaxcl.data.table import Table, join_sides
 from jaxcl.data.token_table import build_token_table, pad_texts, token_spec
-from jaxcl.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from jaxcl.data.tokenizer import (
+    check_texts,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
 from jaxcl.host.files import write_whole
 from jaxcl.host.progress import progress_bar
 from jaxcl.settings.sections import DataSettings
@@ -186,6 +191,8 @@ def _texts(
 ) -> Iterator[str]:
     for first in range(0, len(source), _CHUNK_ROWS):
         rows = np.arange(first, min(first + _CHUNK_ROWS, len(source)))
-        for record in source.read(rows):
-            yield from (record[side] for side in sides)
+        records = source.read(rows)
+        for side in sides:
+            check_texts([record[side] for record in records], what=f"{side} of row", first=first)
+        yield from (record[side] for record in records for side in sides)
         advance(len(rows))

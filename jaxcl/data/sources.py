@@ -82,7 +82,9 @@ class InMemoryPairs:
         _check_metadata_names(metadata or (), has_group=groups is not None)
         self._columns: dict[str, Sequence[Any]] = {"query": list(queries), "key": list(keys)}
         if groups is not None:
-            self._columns["group"] = [_as_int32(group, field="groups") for group in groups]
+            self._columns["group"] = [
+                _as_int32(group, field="groups", row=row) for row, group in enumerate(groups)
+            ]
         self._columns |= {name: list(column) for name, column in (metadata or {}).items()}
         lengths = {name: len(column) for name, column in self._columns.items()}
         if len(set(lengths.values())) > 1:
@@ -155,16 +157,18 @@ class TfdsPairs:
 
     def read(self, rows: _Rows) -> list[dict[str, Any]]:
         """Returns one dict per row number, in the order given; texts are str."""
-        records = self._records.__getitems__(checked_rows(rows, num_rows=len(self)))
-        return [self._as_row(self._decoder.deserialize_example_np(r)) for r in records]
+        numbers = checked_rows(rows, num_rows=len(self))
+        records = zip(numbers, self._records.__getitems__(numbers), strict=True)
+        decode = self._decoder.deserialize_example_np
+        return [self._as_row(decode(record), row) for row, record in records]
 
-    def _as_row(self, example: Any) -> dict[str, Any]:
-        row = {name: _value(example, field) for name, field in self._fields.items()}
+    def _as_row(self, example: Any, row: int) -> dict[str, Any]:
+        values = {name: _value(example, field, row) for name, field in self._fields.items()}
         if "group" in self._fields:
-            group = row["group"]
+            group = values["group"]
             index = group if self._group_index is None else self._group_index[group]
-            row["group"] = _as_int32(index, field=self._fields["group"])
-        return row
+            values["group"] = _as_int32(index, field=self._fields["group"], row=row)
+        return values
 
 
 def open_pairs(
@@ -176,6 +180,7 @@ def open_pairs(
     key_field: str = "key",
     group_field: str | None = None,
     metadata_fields: Sequence[str] = (),
+    text_sides: Sequence[str] = (),
 ) -> TfdsPairs:
     """Open the pairs of a prepared TFDS data set; nothing is downloaded or imported for it.
 
@@ -188,11 +193,13 @@ def open_pairs(
         they are. A text becomes its place among the split's sorted distinct texts, for which that
         column is read once, here; so `"train"` and `"train[:10%]"` may number texts differently.
       metadata_fields: further features, each under its own name.
+      text_sides: the sides that must be texts, such as `("query", "key")`.
 
     Raises:
       ValueError: if the data set is not there or not readable, has a feature of a class other than
         TFDS's own, or holds another number of rows than it says; if a split or field is unknown,
-        the split is empty, or the group is neither an integer nor a text.
+        the split is empty, a side that must be is no text, or the group is neither an integer nor
+        a text.
     """
     from etils import epath
 
@@ -211,6 +218,8 @@ def open_pairs(
     ]
     digest = _sha256([content, rows, sorted(sides.items())])
     records = open_records(builder, split, instructions)
+    for side in text_sides:
+        _check_text(builder, records, fields[side], side=side)
     return TfdsPairs(
         records,
         decoder,
@@ -271,10 +280,18 @@ def _decoder(builder: Any, fields: Iterable[str]) -> Any:
     return tfds.features.FeaturesDict(wanted)
 
 
-def _text_groups(builder: Any, source: Any, field: str) -> list[str] | None:
+def _check_text(builder: Any, records: Any, field: str, *, side: str) -> None:
+    [first] = _read_column(builder, records, field, [0])
+    if not isinstance(first, str):
+        raise ValueError(
+            f"the field {field!r} of {builder.name} holds {type(first).__name__}; give a field of "
+            f"texts as {side}_field: it has {sorted(dict(_leaves(builder.info.features)))}"
+        )
+
+
+def _text_groups(builder: Any, records: Any, field: str) -> list[str] | None:
     """Returns the distinct texts of `field`, sorted, or None if it holds integers."""
-    decoder = _decoder(builder, [field])
-    first = _value(decoder.deserialize_example_np(source[0]), field)
+    [first] = _read_column(builder, records, field, [0])
     if isinstance(first, int):  # a bool is one
         return None
     if not isinstance(first, str):
@@ -283,11 +300,16 @@ def _text_groups(builder: Any, source: Any, field: str) -> list[str] | None:
             "integer, a label, a boolean or a text in each row."
         )
     distinct: set[str] = set()
-    for start in range(0, len(source), _READ_AT_ONCE):
-        rows = list(range(start, min(start + _READ_AT_ONCE, len(source))))
-        records = source.__getitems__(rows)
-        distinct.update(_value(decoder.deserialize_example_np(r), field) for r in records)
+    for start in range(0, len(records), _READ_AT_ONCE):
+        rows = list(range(start, min(start + _READ_AT_ONCE, len(records))))
+        distinct.update(_read_column(builder, records, field, rows))
     return sorted(distinct)
+
+
+def _read_column(builder: Any, records: Any, field: str, rows: list[int]) -> list[Any]:
+    decode = _decoder(builder, [field]).deserialize_example_np
+    pairs = zip(rows, records.__getitems__(rows), strict=True)
+    return [_value(decode(record), field, row) for row, record in pairs]
 
 
 def _contents(builder: Any, paths: Sequence[Any]) -> tuple[Any, list[str]]:
@@ -332,23 +354,30 @@ def _sha256(values: Iterable[Any]) -> str:
     return whole.hexdigest()
 
 
-def _value(example: Any, field: str) -> Any:
+def _value(example: Any, field: str, row: int) -> Any:
     value = functools.reduce(lambda node, part: node[part], field.split("/"), example)
     if isinstance(value, bytes):
-        return value.decode()
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"row {row} of the field {field!r} is not UTF-8 ({error}); prepare the data set "
+                "with texts in that encoding"
+            ) from error
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _as_int32(value: Any, *, field: str) -> np.int32:
+def _as_int32(value: Any, *, field: str, row: int) -> np.int32:
+    value = value.item() if isinstance(value, np.generic) else value
     try:
-        group = operator.index(bool(value) if isinstance(value, np.bool_) else value)
-    except TypeError:
-        raise TypeError(
-            f"the group {value!r} of {field!r} is a {type(value).__name__}; number the groups"
-        ) from None
-    if not -(2**31) <= group < 2**31:
-        raise ValueError(f"the group {group} of {field!r} does not fit into int32; number them")
-    return np.int32(group)
+        number = operator.index(value)
+    except TypeError as error:
+        raise ValueError(
+            f"the group of row {row} in {field!r} is {value!r}; use integers or labels"
+        ) from error
+    if not -(2**31) <= number < 2**31:
+        raise ValueError(f"the group {number} of row {row} in {field!r} does not fit into int32")
+    return np.int32(number)
 
 
 def checked_rows(rows: _Rows, *, num_rows: int) -> list[int]:

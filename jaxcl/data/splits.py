@@ -10,7 +10,7 @@ import numpy as np
 from jaxcl.data.row_ranges import RowRange, check_held_out
 from jaxcl.data.sources import PairSource, checked_rows, open_pairs
 from jaxcl.settings.sections import DataSet, DataSettings
-from jaxcl.typing import Int
+from jaxcl.typing import SIDES, Int
 
 __all__ = ["ConcatenatedPairs", "open_splits"]
 
@@ -116,13 +116,14 @@ def open_splits(
     parts: dict[str, list[PairSource]] = {role: [] for role in data.splits}
     ranges: dict[str, list[tuple[str, tuple[RowRange, ...]]]] = {role: [] for role in data.splits}
     others = [(f"data.concatenated.{other}", one) for other, one in data.concatenated.items()]
+    text_sides = [side for side in SIDES if getattr(data.modality, side) == "text"]
     for where, data_set in [("data", data.first._replace(name=name)), *sorted(others)]:
         for role, split in data_set.splits.items():
             try:
                 if where == "data" and open_source is not None:
                     opened = open_source(role)
                 else:
-                    opened = _opened(data_set, role, data_dir)
+                    opened = _opened(data_set, role, data_dir, text_sides)
             except ValueError as error:
                 raise error if where == "data" else ValueError(f"{where}: {error}") from error
             parts[role].append(opened)
@@ -133,7 +134,7 @@ def open_splits(
     }
 
 
-def _opened(data_set: DataSet, role: str, data_dir: Path) -> PairSource:
+def _opened(data_set: DataSet, role: str, data_dir: Path, text_sides: Sequence[str]) -> PairSource:
     return open_pairs(
         str(data_set.name),
         data_set.splits[role],
@@ -142,4 +143,5 @@ def _opened(data_set: DataSet, role: str, data_dir: Path) -> PairSource:
         key_field=data_set.key_field,
         group_field=data_set.group_field,
         metadata_fields=data_set.metadata_fields,
+        text_sides=text_sides,
     )

@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxcl.data.checked_array import CheckedArray, DamagedArray, array_record, digest_of
+from jaxcl.data.row_checks import checked_int32
 from jaxcl.data.row_labels import split_labels
 from jaxcl.data.sources import PairSource
 from jaxcl.data.tokenizer import encode_texts, tokenizer_fingerprint
@@ -295,7 +296,8 @@ def _encode(
         for first in range(0, len(source), _CHUNK_ROWS):
             rows = np.arange(first, min(first + _CHUNK_ROWS, len(source)))
             records = source.read(rows)
-            group[rows] = [record.get("group", 0) for record in records]
+            groups = [record.get("group", 0) for record in records]
+            group[rows] = checked_int32(groups, what="group", first_row=first)
             for side, file in files.items():
                 ids = list(
                     encode_texts(
@@ -304,6 +306,8 @@ def _encode(
                         max_tokens=made_from["max_tokens"][side],
                         add_cls=made_from["add_cls"],
                         distinct=made_from["distinct"],
+                        what=f"{side} of row",
+                        first=first,
                     )
                 )
                 lengths[side][rows] = [len(row) for row in ids]

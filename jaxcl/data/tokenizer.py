@@ -3,13 +3,20 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from jaxcl.typing import PADDING_ID, Int
 
-__all__ = ["encode_texts", "load_tokenizer", "tokenizer_fingerprint", "train_tokenizer"]
+__all__ = [
+    "check_texts",
+    "encode_texts",
+    "load_tokenizer",
+    "tokenizer_fingerprint",
+    "train_tokenizer",
+]
 
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]")
 
@@ -95,6 +102,8 @@ def encode_texts(
     max_tokens: int,
     add_cls: bool = False,
     distinct: bool = False,
+    what: str = "text",
+    first: int = 0,
 ) -> Iterator[Int[np.ndarray, " t"]]:
     """Token ids of each text.
 
@@ -106,12 +115,14 @@ def encode_texts(
       add_cls: begin with [CLS].
       distinct: each token once, where it first stands: for encoders that neither read order nor
         should count how often a name is repeated.
+      what, first: a name for the texts and the number of the first, for messages.
 
     Yields:
       One array per text.
 
     Raises:
-      ValueError: if the tokenizer lacks the token that a text should begin with.
+      ValueError: if the tokenizer lacks the token that a text should begin with, or a text is not
+        a `str` of Unicode.
     """
     if add_cls and tokenizer.token_to_id(_SPECIAL_TOKENS[2]) is None:
         raise ValueError(
@@ -120,6 +131,30 @@ def encode_texts(
         )
     unknown = [tokenizer.token_to_id(_SPECIAL_TOKENS[1])]
     prefix = [tokenizer.token_to_id(_SPECIAL_TOKENS[2])] if add_cls else []
-    for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False):
+    try:
+        encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    except TypeError:
+        check_texts(texts, what=what, first=first)
+        raise
+    for encoding in encodings:
         ids = list(dict.fromkeys(encoding.ids)) if distinct else encoding.ids
         yield np.asarray((prefix + (ids or unknown))[:max_tokens], np.int32)
+
+
+def check_texts(texts: Sequence[Any], *, what: str, first: int = 0) -> None:
+    """Check that values are texts.
+
+    Args:
+      texts: the values.
+      what, first: a name for them and the number of the first, for messages.
+
+    Raises:
+      ValueError: if one is not a `str`, or not Unicode.
+    """
+    for number, text in enumerate(texts, start=first):
+        if not isinstance(text, str):
+            raise ValueError(f"{what} {number} is {type(text).__name__}, {text!r}; give a text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{what} {number} is not Unicode ({error})") from error

@@ -172,7 +172,7 @@ def test_a_group_field_can_be_metadata_as_well(data_dir):
 def test_a_group_beyond_int32_is_an_error(data_dir):
     pairs = open_tiny(data_dir, group_field="large")
     assert pairs.read([6])[0]["group"] == 2**31 - 1
-    with pytest.raises(ValueError, match="2147483648 of 'large' does not fit"):
+    with pytest.raises(ValueError, match="2147483648 of row 7 in 'large' does not fit"):
         pairs.read([7])
 
 
@@ -255,6 +255,13 @@ def test_other_bytes_of_the_same_size_change_the_fingerprint(version_dir):
         ({"key_field": "answer"}, r"no field 'answer'; it has"),
         ({"metadata_fields": ("title",)}, "no field 'title'"),
         ({"group_field": "vector"}, "holds ndarray"),
+        ({"text_sides": ("key",), "key_field": "number"}, "'number' of .* int; .* as key_field"),
+        (
+            {"text_sides": ("query",), "query_field": "vector"},
+            "'vector' .* ndarray; .* query_field",
+        ),
+        ({"text_sides": ("key",), "key_field": "label"}, "'label' of .* int; .* as key_field"),
+        ({"text_sides": ("key",), "key_field": "good"}, "'good' of .* bool; .* as key_field"),
         ({"metadata_fields": ("query",)}, r"cannot be named \['query'\]"),
     ],
 )
@@ -319,9 +326,17 @@ def test_memory_fingerprints_follow_the_content():
         ((["a"], ["b"]), {"groups": [1, 2]}, "differ in length"),
         (([], []), {}, "no pairs"),
         ((["a"], ["b"]), {"groups": [2**31]}, "int32"),
+        ((["a", "c"], ["b", "d"]), {"groups": np.array([0, 2**40])}, "1099511627776 of row 1 .*32"),
+        ((["a", "c"], ["b", "d"]), {"groups": np.array([0, 2**63], np.uint64)}, "row 1 .* int32"),
+        ((["a"], ["b"]), {"groups": [-(2**31) - 1]}, "int32"),
+        ((["a"], ["b"]), {"groups": [0.5]}, r"group of row 0 in 'groups' is 0\.5; use integers"),
+        ((["a"], ["b"]), {"groups": np.array([1.0])}, r"is 1\.0; use integers"),
+        ((["a"], ["b"]), {"groups": ["x"]}, "is 'x'; use integers"),
+        ((["a"], ["b"]), {"groups": [None]}, "is None; use integers"),
         ((["a"], ["b"]), {"metadata": {"key": [1]}}, "cannot be named"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_wrong_columns_are_explained(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         InMemoryPairs(*arguments, **options)

@@ -80,6 +80,7 @@ def test_rows_of_another_data_set_follow(opened):
         "key_field": "answer",
         "group_field": "topic",
         "metadata_fields": (),
+        "text_sides": ["query", "key"],
     }
     assert train.read([]) == []
     with pytest.raises(IndexError, match="there are 5"):

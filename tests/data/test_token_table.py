@@ -234,6 +234,58 @@ def test_others_may_read_a_table(tokenizer, tmp_path):
     assert {file.stat().st_mode & 0o777 for file in table.iterdir()} == {0o644}
 
 
+class Rows:
+    """A source of others: any values."""
+
+    fingerprint, row_ranges = "rows", ()
+
+    def __init__(self, *rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def read(self, rows):
+        return [dict(zip(("query", "key", "group"), self.rows[row], strict=True)) for row in rows]
+
+
+GOOD = [("add", "return", 0)] * 5  # more than a chunk
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            ("add", "return", 2**31),
+            "group has 2147483648 in row 5; use integers in int32",
+        ),
+        (("add", "return", -(2**40)), "group has .* in row 5; use integers in int32"),
+        (("add", "return", 0.5), r"group has 0\.5 in row 5; use integers in int32"),
+        (("add", "return", "0"), "group has '?0'? in row 5"),
+        (("add", "return", None), "group has None in row 5"),
+        (("add", "return", 2**70), "group has 1180591620717411303424 in row 5"),
+        ((3, "return", 0), "query of row 5 is int, 3; give a text"),
+        (("add", b"return", 0), "key of row 5 is bytes, b'return'; give a text"),
+        (("add", None, 0), "key of row 5 is NoneType, None; give a text"),
+        (("add", ["return"], 0), r"key of row 5 is list, \['return'\]; give a text"),
+        (("add", np.zeros(2), 0), "key of row 5 is ndarray"),
+        (("add \udcff", "return", 0), "query of row 5 is not Unicode"),
+    ],
+)
+def test_a_row_that_cannot_be_meant_is_named(tokenizer, tmp_path, row, message):
+    with pytest.raises(ValueError, match=message):
+        build(Rows(*GOOD, row), tokenizer, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_groups_may_be_any_integers_and_booleans(tokenizer, tmp_path):
+    groups = [True, np.int64(-(2**31)), np.uint8(7), 2**31 - 1, 0]
+    rows = [(f"add {row}", f"return {row}", group) for row, group in enumerate(groups)]
+    table = build(Rows(*rows), tokenizer, tmp_path)
+    assert table.group.tolist() == [1, -(2**31), 7, 2**31 - 1, 0]
+
+
 # Damage
 
 FILES = [
