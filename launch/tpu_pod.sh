@@ -23,7 +23,11 @@ done
 on_all_hosts() {
     gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"
 }
-on_all_hosts "pip install --quiet uv && git clone --quiet $repository jaxcl && cd jaxcl && \
+# The hosts' shell reads these words again.
+printf -v repository ' %q' "$repository"
+printf -v bucket ' %q' "$bucket"
+printf -v workdir '%q' "$name"
+on_all_hosts "pip install --quiet uv && git clone --quiet --$repository jaxcl && cd jaxcl && \
     python3 -m uv venv --quiet --python 3.12 && python3 -m uv pip install --quiet -e '.[tpu]'"
-on_all_hosts "mkdir -p runs && gcsfuse $bucket runs"
-on_all_hosts "cd jaxcl && .venv/bin/python -m jaxcl.train --distributed --workdir ~/runs/$name$arguments"
+on_all_hosts "mkdir -p runs && gcsfuse$bucket runs"
+on_all_hosts "cd jaxcl && .venv/bin/python -m jaxcl.train --distributed --workdir ~/runs/$workdir$arguments"

@@ -1,5 +1,7 @@
 """The scripts of launch/ are sound as far as that shows without a cluster."""
 
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -56,6 +58,87 @@ def test_the_job_of_kubernetes_fits_its_schema():
     wrong["spec"]["template"]["spec"]["containers"][0]["arg"] = []
     with pytest.raises(kubernetes_validate.ValidationError, match="arg"):
         kubernetes_validate.validate(wrong, version, strict=True)
+
+
+def test_the_pods_have_no_more_rights_than_they_need():
+    pod = job()["spec"]["template"]["spec"]
+    context = pod["securityContext"]
+    user = context["runAsUser"]
+    assert context["runAsNonRoot"] is True
+    assert user > 0
+    assert context["fsGroup"] == context["runAsGroup"] == user
+    assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in pod["containers"]:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    assert f"USER {user}:{user}" in lines
+    assert lines.index(f"USER {user}:{user}") > lines.index("COPY . .")
+
+
+def test_the_base_image_is_one_version():
+    base = re.search(r"^ARG BASE=(\S+)$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)[1]
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base)
+
+
+def test_the_image_holds_the_package_and_nothing_else():
+    listed = (LAUNCH.parent / ".dockerignore").read_text().splitlines()
+    rules = [line for line in listed if not line.startswith("#")]
+    assert rules[0] == "*"
+    allowed = {rule.removeprefix("!") for rule in rules if rule.startswith("!")}
+    assert all((LAUNCH.parent / name).exists() for name in allowed)
+    assert allowed == {"LICENSE", "README.md", "pyproject.toml", "configs", "jaxcl"}
+
+
+def test_the_readme_lists_every_file():
+    table = re.findall(r"^\| `([^`]+)` \|", (LAUNCH / "README.md").read_text(), re.MULTILINE)
+    assert sorted(table) == sorted(path.name for path in LAUNCH.iterdir() if path.suffix != ".md")
+
+
+HOSTILE = "x; touch pwned $(touch pwned) `touch pwned` 'a\" b"
+
+
+def run_on_a_pod(folder: Path, *arguments: str) -> list[list[str]]:
+    """The commands that the hosts of a pod run, on stubs of the programs that they need."""
+    stubs = folder / "stubs"
+    stubs.mkdir()
+    record = '#!/bin/bash\nprintf "%s\\0" "${0##*/}" "$@" >> "$RECORD"; echo >> "$RECORD"\n'
+    for name in ("git", "gcsfuse", "pip", "python3", "python"):
+        (stubs / name).write_text(record)
+    # A host's shell reads the command again, as that at the end of SSH does.
+    (stubs / "gcloud").write_text(
+        '#!/bin/bash\ncase "$*" in *describe*) echo ACTIVE; exit;; esac\n'
+        'for word in "$@"; do case $word in --command=*)\n'
+        '    HOME="$HOSTS_HOME" bash -euc "${word#--command=}";; esac; done\n'
+    )
+    for stub in stubs.iterdir():
+        stub.chmod(0o755)
+    for name in (".venv/bin", ""):
+        (folder / "jaxcl" / name).mkdir(parents=True, exist_ok=True)
+    shutil.copy(stubs / "python", folder / "jaxcl" / ".venv" / "bin" / "python")
+    subprocess.run(
+        [LAUNCH / "tpu_pod.sh", *arguments],
+        cwd=folder,
+        env=os.environ
+        | {"PATH": f"{stubs}:{os.environ['PATH']}", "RECORD": str(folder / "record")}
+        | {"HOSTS_HOME": "/home/host"},
+        check=True,
+        timeout=60,
+    )
+    lines = (folder / "record").read_text().split("\0\n")
+    return [line.split("\0") for line in lines if line]
+
+
+def test_the_hosts_of_a_pod_get_each_word_as_it_was_given(tmp_path):
+    ran = run_on_a_pod(tmp_path, HOSTILE, "zone", "v5litepod-16", HOSTILE, HOSTILE, "--x", HOSTILE)
+    assert ["git", "clone", "--quiet", "--", HOSTILE, "jaxcl"] in ran
+    assert ["gcsfuse", HOSTILE, "runs"] in ran
+    workdir = f"/home/host/runs/{HOSTILE}"
+    trainer = ["python", "-m", "jaxcl.train", "--distributed", "--workdir", workdir]
+    assert [*trainer, "--x", HOSTILE] in ran
+    assert not list(tmp_path.rglob("pwned"))
 
 
 def test_a_mistake_would_be_found(tmp_path):

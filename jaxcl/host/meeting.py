@@ -2,9 +2,9 @@
 
 JAX's coordinator takes in any process that connects to its port, and shares the port with another
 coordinator on the same machine. So process 0 first takes the port for itself, and leaves an
-invitation in the workdir, which the other processes of the run can read and those of another run
-cannot: the port and a token of this start. They connect, show the token, and wait until all have
-come. Then JAX's coordinator takes over the port.
+invitation in the workdir, which only processes with the same workdir can read: the port and a token
+of this start. They connect, show the token, and wait until all have come. Then JAX's coordinator
+takes over the port.
 
 This shows that processes belong together. It does not protect the coordinator from other programs
 on the network (`launch/README.md`).
@@ -108,7 +108,7 @@ class _Reception:
     Args:
       workdir: the run's.
       address: of the coordinator.
-      token: what a process of this start shows.
+      token: the proof that a process belongs to this start.
       num_processes: the number of processes, this one included.
     """
 
@@ -116,11 +116,11 @@ class _Reception:
         self._workdir, self._address = str(workdir.absolute()), address
         self._token, self._num_processes = token, num_processes
         self._present: dict[int, socket.socket] = {}
-        # Of each number, when a process without the token came first, and what its workdir is.
+        # Processes without the token, by number: when each first came, and its workdir.
         self._strangers: dict[int, tuple[float, str]] = {}
 
     def receive(self, listener: socket.socket) -> None:
-        """Wait for the other processes, then let all of them go on."""
+        """Wait for the other processes, then release all of them."""
         deadline = time.monotonic() + MEETING_SECONDS
         with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
             selector.register(listener, selectors.EVENT_READ)
@@ -156,7 +156,7 @@ class _Reception:
             )
 
     def _admit(self, connection: socket.socket) -> int | None:
-        """The number of a process of this run; any other is told why it is refused."""
+        """The number of a process of this run; any other gets the reason for its refusal."""
         connection.settimeout(_SECONDS_TO_ANSWER)
         asked = _read(connection)
         number, theirs = asked.get("process_id"), asked.get("num_processes")

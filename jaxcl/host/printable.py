@@ -12,7 +12,7 @@ _UNSAFE = re.compile(
 
 
 def printable(text: str) -> str:
-    r"""Escape the characters that a terminal obeys, and those that reorder the text on the screen.
+    r"""Escape the characters that a terminal obeys or by which it reorders the text.
 
     They become `\uXXXX`, which JSON reads back as the same character, so that a JSON text may be
     escaped as a whole. Newlines and tabs stay.

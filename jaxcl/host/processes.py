@@ -91,8 +91,8 @@ def start_processes(
       num_processes: how many there are.
       process_id: which this one is, from 0.
       asked: to start even if nothing says how many there are.
-      workdir: the run's folder, in which processes with a coordinator meet first, so that those of
-        another run are refused.
+      workdir: the run's folder, in which processes with a coordinator meet first, so that other
+        runs stay apart.
       environment: where variables are looked up.
 
     Raises:

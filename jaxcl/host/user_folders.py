@@ -14,9 +14,11 @@ def ensure_home() -> None:
     """Give a user without a home directory one among the temporary files.
 
     In a container the user may be a mere number, without `HOME` and without an entry in the list of
-    users; then `~` means nothing to this program and its libraries.
+    users. Then `~` means nothing to this program and its libraries, or it is the root folder, which
+    container runtimes take instead.
     """
-    if os.path.expanduser("~") != "~":
+    known = os.path.expanduser("~")
+    if known != "~" and (known != "/" or os.access("/", os.W_OK)):
         return
     home = Path(tempfile.gettempdir()) / f"jaxcl-home-{os.getuid()}"
     try:

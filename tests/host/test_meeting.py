@@ -1,4 +1,4 @@
-"""The processes of one run meet; those of another, and other programs, are kept out."""
+"""The processes of one run meet; other runs and other programs are kept out."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def pool():
-    """Threads, each of which stands for a process."""
+    """Threads that stand for processes."""
     with ThreadPoolExecutor() as threads:
         yield threads
 

@@ -92,10 +92,17 @@ def nobody(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_a_user_without_a_home_gets_the_same_private_one_at_each_start(nobody, monkeypatch, capsys):
+@pytest.mark.parametrize("variable", [None, "/"])
+def test_a_user_without_a_home_gets_the_same_private_one_at_each_start(
+    nobody, monkeypatch, capsys, variable
+):
     homes = []
+    monkeypatch.setattr(os, "access", lambda *_: False)
     for _ in range(2):
-        monkeypatch.delenv("HOME", raising=False)
+        if variable is None:
+            monkeypatch.delenv("HOME", raising=False)
+        else:
+            monkeypatch.setenv("HOME", variable)
         run_command(CommandParser("jaxcl.x", "X."), lambda arguments: homes.append(Path.home()), [])
     assert homes == [nobody / f"jaxcl-home-{os.getuid()}"] * 2
     assert stat.S_IMODE(homes[0].stat().st_mode) == 0o700
@@ -111,8 +118,10 @@ def test_a_home_that_another_user_prepared_is_not_used(nobody):
     assert stat.S_IMODE(Path.home().stat().st_mode) == 0o700
 
 
-def test_a_home_that_exists_is_left_alone(monkeypatch, capsys):
-    monkeypatch.setenv("HOME", "/home/ada")
+@pytest.mark.parametrize("home", ["/home/ada", "/"])
+def test_a_home_that_exists_is_left_alone(monkeypatch, capsys, home):
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(os, "access", lambda *_: True)
     ensure_home()
-    assert os.environ["HOME"] == "/home/ada"
+    assert os.environ["HOME"] == home
     assert capsys.readouterr().err == ""

@@ -71,7 +71,7 @@ def test_steps_that_cannot_be_traced_are_named(given):
 
 @pytest.fixture
 def updates(monkeypatch, tmp_path):
-    """What JAX is told, by name; the user's cache is in the test's folder."""
+    """The updates of JAX's config; the user's cache is in the test's folder."""
     told = {}
     monkeypatch.setattr(jax.config, "update", lambda name, value: told.update({name: value}))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
