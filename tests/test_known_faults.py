@@ -209,7 +209,6 @@ def test_tiles_have_the_second_derivative_of_the_whole_block():
 # Long words
 
 
-@known_fault("the trainer merges a word of any length, in quadratic time")
 def test_the_tokenizer_learns_from_short_pieces_of_a_very_long_word():
     word = "acgt" * 500
     tokenizer = train_tokenizer(["some words", word], vocabulary_size=500)

@@ -53,7 +53,7 @@ class Text:
         path = _tokenizer_file(workdir)
         if not path.exists():
             if data.tokenizer is not None:
-                tokenizer = load_tokenizer(Path(data.tokenizer).expanduser())
+                tokenizer = _tokenizer_of_settings(data.tokenizer)
             else:
                 with progress_bar("reading texts for the tokenizer", len(train)) as advance:
                     texts = _texts(train, sides, advance)
@@ -179,6 +179,13 @@ def open_tables(
             by_side |= dict.fromkeys(sides, table)
         tables[role] = join_sides(by_side)
     return tables
+
+
+def _tokenizer_of_settings(path: str) -> Tokenizer:
+    try:
+        return load_tokenizer(Path(path).expanduser())
+    except ValueError as error:
+        raise ValueError(f"data.tokenizer={error}") from error
 
 
 def _tokenizer_file(workdir: Path) -> Path:

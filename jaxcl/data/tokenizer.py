@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from jaxcl.host.files import read_text
 from jaxcl.typing import PADDING_ID, Int
 
 __all__ = [
@@ -18,6 +19,10 @@ __all__ = [
     "train_tokenizer",
 ]
 
+_MAX_WORD = 256
+"""Letters: a longer word is read as several, since training takes time quadratic in its length."""
+_MAX_BYTES = 256 * 2**20
+"""Of a `tokenizer.json`; the largest real ones have 40 million."""
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]")
 
 
@@ -44,7 +49,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> Tokenizer:
             normalizers.Lowercase(),
         ]
     )
-    words = Regex(r"[^\W\d_]+|\d|[^\w\s]")
+    words = Regex(rf"[^\W\d_]{{1,{_MAX_WORD}}}|\d|[^\w\s]")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(words, "removed", invert=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
@@ -59,12 +64,17 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> Tokenizer:
 def load_tokenizer(path: Path) -> Tokenizer:
     """Reads a `tokenizer.json`, of `train_tokenizer` or of any other origin.
 
+    Memory is bounded by the size of the file, but time is not: the patterns of a file from someone
+    else may take very long to match a text.
+
     Raises:
       ValueError: if the file cannot be read as a tokenizer, its id 0 is not padding, or it
-        has no unknown token.
+        has no unknown token; the message begins with the file's name.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the tokenizer.json in it")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(read_text(path, limit=_MAX_BYTES))
     except Exception as error:  # the library raises the bare class
         raise ValueError(f"{path} is no readable tokenizer.json: {error}") from error
     if tokenizer.id_to_token(PADDING_ID) != _SPECIAL_TOKENS[0]:
@@ -121,8 +131,8 @@ def encode_texts(
       One array per text.
 
     Raises:
-      ValueError: if the tokenizer lacks the token that a text should begin with, or a text is not
-        a `str` of Unicode.
+      ValueError: if the tokenizer lacks the token that a text should begin with, cannot
+        encode at all, or if a text is not a `str` of Unicode.
     """
     if add_cls and tokenizer.token_to_id(_SPECIAL_TOKENS[2]) is None:
         raise ValueError(
@@ -133,9 +143,9 @@ def encode_texts(
     prefix = [tokenizer.token_to_id(_SPECIAL_TOKENS[2])] if add_cls else []
     try:
         encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    except TypeError:
+    except Exception as error:  # the library raises the bare class
         check_texts(texts, what=what, first=first)
-        raise
+        raise ValueError(f"the tokenizer cannot encode the texts: {error}") from error
     for encoding in encodings:
         ids = list(dict.fromkeys(encoding.ids)) if distinct else encoding.ids
         yield np.asarray((prefix + (ids or unknown))[:max_tokens], np.int32)

@@ -1,6 +1,7 @@
 """The tokenizer: identifiers and prose read alike, id 0 is padding alone, one file holds it all."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -199,6 +200,55 @@ def test_an_unreadable_file_is_an_error_that_names_it(content, tmp_path):
         path.write_text(content)
     with pytest.raises(ValueError, match=r"tokenizer\.json is no readable tokenizer\.json"):
         load_tokenizer(path)
+
+
+def test_a_folder_a_pipe_and_a_file_without_end_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    for name, message in {
+        ".": "is a folder; give the tokenizer.json in it",
+        "pipe": "pipe is a pipe or a device",
+        "zero": "zero is a pipe or a device",
+        "sparse": "has more than 268,435,456 bytes",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(tmp_path / name)
+
+
+def test_a_tokenizer_that_cannot_encode_is_an_error(tmp_path):
+    path = saved_vocabulary(tmp_path / "tokenizer.json", "[PAD]", "[UNK]", "word")
+    assert '"unk_token": "<unk>"' in path.read_text()
+    with pytest.raises(ValueError, match=r"the tokenizer cannot encode the texts: .*UNK"):
+        encoded(load_tokenizer(path), "another")
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (3, "text 1 is int, 3; give a text"),
+        (None, "text 1 is NoneType, None; give a text"),
+        (b"word", "text 1 is bytes, b'word'; give a text"),
+        ("\udcff", "text 1 is not Unicode"),
+    ],
+)
+def test_what_is_no_text_is_an_error_that_names_it(trained, text, message):
+    with pytest.raises(ValueError, match=message):
+        list(encode_texts(trained, ["word", text], max_tokens=4))
+
+
+def test_words_of_a_bounded_length_are_read_as_without_the_bound(trained, monkeypatch):
+    longest = "acgt" * 64
+    texts = [*TEXTS, "日本", f"x{longest[1:]} 12 {longest}"]
+    bounded = train_tokenizer(texts, vocabulary_size=200)
+    monkeypatch.setattr("jaxcl.data.tokenizer._MAX_WORD", 10_000)
+    unbounded = train_tokenizer(texts, vocabulary_size=200)
+    assert bounded.get_vocab() == unbounded.get_vocab()
+    for text in texts:
+        assert encoded(bounded, text) == encoded(unbounded, text)
+    assert encoded(bounded, longest + longest) == 2 * encoded(bounded, longest)
 
 
 def test_distinct_keeps_each_token_where_it_first_stands(trained):
