@@ -6,7 +6,6 @@ tokens[np.array([5, 2_000_000])]          # compares the digests of two chunks
 """
 
 import functools
-import hashlib
 import io
 import os
 import threading
@@ -17,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxcl.host.files import open_regular
+from jaxcl.host.files import digest_of, open_regular
 from jaxcl.typing import Bool, Int, Integer
 
-__all__ = ["CheckedArray", "DamagedArray", "array_record", "digest_of"]
+__all__ = ["CheckedArray", "DamagedArray", "array_record"]
 
 _CHUNK_BYTES = 2**20
 """A multiple of every item's size. Digests then take 0.004% of the array's own bytes."""
@@ -35,11 +34,6 @@ def array_record(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         chunks = iter(functools.partial(file.read, _CHUNK_BYTES), b"")
         return {"digests": [digest_of(chunk) for chunk in chunks], "bytes": file.tell()}
-
-
-def digest_of(content: bytes) -> str:
-    """A digest of some bytes, 32 letters."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 class CheckedArray:

@@ -1,16 +1,17 @@
-"""What files hold, by their sha256: taken once, as long as they are not touched."""
+"""Digests of files, taken again only when a file has been touched."""
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
 
+from jaxcl.host.files import open_regular, read_sealed_json, write_sealed_json
+
 __all__ = ["DIGESTS_FILE", "file_digests"]
 
 DIGESTS_FILE = ".jaxcl_digests.json"
-"""Lies beside the files, if it can: name -> size, time of the last change, sha256."""
+"""Lies next to the files, if it can: name -> size, time of the last change, sha256."""
 
 _BYTES_AT_ONCE = 2**22
 
@@ -24,7 +25,7 @@ def file_digests(directory: Any, paths: Sequence[Any]) -> list[str]:
     """
     remembered = directory / DIGESTS_FILE
     try:
-        known = json.loads(remembered.read_text())
+        known = read_sealed_json(remembered)
     except (OSError, ValueError):
         known = {}
     found = {}
@@ -36,9 +37,7 @@ def file_digests(directory: Any, paths: Sequence[Any]) -> list[str]:
             found[path.name] = [*touched, _digest(path)]
     if (remember := known | found) != known:  # which holds other splits' files, too
         with contextlib.suppress(OSError):  # where nobody may write, they are taken each time
-            unfinished = directory / f"{DIGESTS_FILE}.unfinished"
-            unfinished.write_text(json.dumps(remember))
-            unfinished.replace(remembered)
+            write_sealed_json(remembered, remember)
     return [found[path.name][-1] for path in paths]
 
 
@@ -53,7 +52,7 @@ def _last_touched(path: Any) -> list[int]:
 
 def _digest(path: Any) -> str:
     whole = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(_BYTES_AT_ONCE):
             whole.update(piece)
     return whole.hexdigest()

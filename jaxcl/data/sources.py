@@ -158,9 +158,9 @@ class TfdsPairs:
     def read(self, rows: _Rows) -> list[dict[str, Any]]:
         """Returns one dict per row number, in the order given; texts are str."""
         numbers = checked_rows(rows, num_rows=len(self))
-        records = zip(numbers, self._records.__getitems__(numbers), strict=True)
+        records = self._records.read(numbers)
         decode = self._decoder.deserialize_example_np
-        return [self._as_row(decode(record), row) for row, record in records]
+        return [self._as_row(decode(r), row) for row, r in zip(numbers, records, strict=True)]
 
     def _as_row(self, example: Any, row: int) -> dict[str, Any]:
         values = {name: _value(example, field, row) for name, field in self._fields.items()}
@@ -308,7 +308,7 @@ def _text_groups(builder: Any, records: Any, field: str) -> list[str] | None:
 
 def _read_column(builder: Any, records: Any, field: str, rows: list[int]) -> list[Any]:
     decode = _decoder(builder, [field]).deserialize_example_np
-    pairs = zip(rows, records.__getitems__(rows), strict=True)
+    pairs = zip(rows, records.read(rows), strict=True)
     return [_value(decode(record), field, row) for row, record in pairs]
 
 

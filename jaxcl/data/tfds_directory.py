@@ -21,6 +21,9 @@ _NAME = re.compile(
 _RANDOM_ACCESS = ("array_record", "parquet")
 """File formats whose rows can be read in any order, the preferred one first."""
 
+_HUGGING_FACE_FILES = ("dataset_dict.json", "state.json")
+"""What `save_to_disk` writes, the first for several splits."""
+
 
 def find_directory(name: str | Path, data_dir: str | Path | None) -> Any:
     """Find the directory of a prepared data set, without reading it.
@@ -40,6 +43,11 @@ def find_directory(name: str | Path, data_dir: str | Path | None) -> Any:
     from tensorflow_datasets.core.utils import file_utils
 
     directory = epath.Path(name).expanduser()
+    if any((directory / file).exists() for file in _HUGGING_FACE_FILES):
+        raise ValueError(
+            f"{directory} holds a data set of Hugging Face's datasets; write it as one of TFDS, "
+            "or name a function that reads it: data.name=my_package.module:open_split"
+        )
     if (directory / DATASET_INFO_FILE).exists():
         return directory
     if directory.is_absolute() or str(name).startswith((".", "~")):
@@ -92,13 +100,44 @@ def open_builder(directory: Any) -> Any:
             # TFDS would read the files of this format, but its splits name other files.
             builder.info.set_file_format(best, override=True, override_if_initialized=True)
         return builder
-    except (ParseError, AssertionError, AttributeError, KeyError, TypeError) as error:
+    except (
+        ParseError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{directory} cannot be read as a prepared data set ({error}); prepare it again"
+            f"{directory} cannot be read as a prepared data set ({reason}); prepare it again"
         ) from error
 
 
-def open_records(builder: Any, split: str, instructions: Sequence[Any]) -> Any:
+class Records:
+    """The undecoded records of a split."""
+
+    def __init__(self, source: Any, directory: str) -> None:
+        self._source, self._directory = source, directory
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, rows: list[int]) -> list[Any]:
+        """The records of these rows.
+
+        Raises:
+          ValueError: if a file is damaged.
+        """
+        try:
+            return list(self._source.__getitems__(rows))
+        except RuntimeError as error:  # of array_record
+            raise ValueError(
+                f"a file in {self._directory} is damaged ({error}); prepare the data set again"
+            ) from error
+
+
+def open_records(builder: Any, split: str, instructions: Sequence[Any]) -> Records:
     """Open the undecoded records of a split.
 
     Args:
@@ -137,7 +176,7 @@ def open_records(builder: Any, split: str, instructions: Sequence[Any]) -> Any:
             f"the split {split!r} of {builder.data_path} has {stated:,} rows by its "
             f"{DATASET_INFO_FILE}, but its files hold {len(records):,}; prepare it again"
         )
-    return records
+    return Records(records, str(builder.data_path))
 
 
 def full_name(builder: Any) -> str:

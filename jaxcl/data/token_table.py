@@ -13,12 +13,12 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxcl.data.checked_array import CheckedArray, DamagedArray, array_record, digest_of
+from jaxcl.data.checked_array import CheckedArray, DamagedArray, array_record
 from jaxcl.data.row_checks import checked_int32
 from jaxcl.data.row_labels import split_labels
 from jaxcl.data.sources import PairSource
 from jaxcl.data.tokenizer import encode_texts, tokenizer_fingerprint
-from jaxcl.host.files import read_json_object
+from jaxcl.host.files import read_sealed_json, write_sealed_json
 from jaxcl.host.progress import say
 from jaxcl.host.workplace import put_in_place, workplace
 from jaxcl.typing import PADDING_ID, SIDES, Int, Integer
@@ -127,7 +127,7 @@ def build_token_table(
     }
     if tuple(sides) != SIDES:
         made_from["sides"] = list(sides)
-    name = hashlib.sha256(_json_bytes(made_from)).hexdigest()[:12]
+    name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
     path = Path(directory) / name
     write = functools.partial(_write, source, tokenizer, made_from, path, sides)
     num_ids = max(tokenizer.get_vocab().values()) + 1
@@ -188,17 +188,16 @@ def _open_arrays(path: Path, made_from: Mapping, *, num_ids: int) -> dict[str, C
       DamagedArray: if the index or a file differs from what was written.
     """
     try:
-        index = read_json_object(path / _INDEX_FILE)
+        index = read_sealed_json(path / _INDEX_FILE)
     except (OSError, ValueError) as error:
         raise DamagedArray(f"{path / _INDEX_FILE} cannot be read ({error})") from error
-    content: Any = index.get("content")
-    if index.get("digest") != digest_of(_json_bytes(content)) or content["made_from"] != made_from:
-        raise DamagedArray(f"{path / _INDEX_FILE} differs from what was written")
+    if index["made_from"] != made_from:
+        raise DamagedArray(f"{path} was made from other texts than its name says")
     return {
         name: CheckedArray(
             path / f"{name}.npy", record, below=num_ids if name.endswith("_tokens") else None
         )
-        for name, record in content["columns"].items()
+        for name, record in index["columns"].items()
     }
 
 
@@ -262,9 +261,7 @@ def _write(
             for name, column in _encode(source, tokenizer, made_from, made, sides, advance).items():
                 np.save(made / f"{name}.npy", column)
             columns = {file.stem: array_record(file) for file in sorted(made.glob("*.npy"))}
-            content = {"made_from": made_from, "columns": columns}
-            index = {"digest": digest_of(_json_bytes(content)), "content": content}
-            (made / _INDEX_FILE).write_text(json.dumps(index))
+            write_sealed_json(made / _INDEX_FILE, {"made_from": made_from, "columns": columns})
             put_in_place(made, path, replace=replace)
     except OSError as error:
         if error.filename is not None:
@@ -323,10 +320,6 @@ def _encode(
         columns[f"{side}_offsets"] = np.append(0, np.cumsum(lengths[side]))
         raw.unlink()
     return columns
-
-
-def _json_bytes(content: Any) -> bytes:
-    return json.dumps(content, sort_keys=True).encode()
 
 
 def _digest(tokens: Integer[np.ndarray, " t"]) -> bytes:

@@ -5,6 +5,7 @@ program that hangs. A file is written under another name, brought to the disk, t
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -18,13 +19,16 @@ import numpy as np
 
 __all__ = [
     "JsonLines",
+    "digest_of",
     "is_remote",
     "open_regular",
     "read_json_lines",
     "read_json_object",
     "read_regular",
+    "read_sealed_json",
     "read_text",
     "write_npz",
+    "write_sealed_json",
     "write_whole",
 ]
 
@@ -123,6 +127,34 @@ def read_json_object(
     return content
 
 
+def digest_of(content: bytes) -> str:
+    """A digest of some bytes, 32 letters."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def read_sealed_json(path: Any) -> Any:
+    """Read what `write_sealed_json` has written.
+
+    Raises:
+      ValueError: if the file holds anything else.
+      OSError: if it cannot be read.
+    """
+    sealed = read_json_object(path)
+    content = sealed.get("content")
+    if sealed.get("digest") != digest_of(_canonical(content)):
+        raise ValueError(f"{path} differs from what was written")
+    return content
+
+
+def write_sealed_json(path: Any, content: Any) -> None:
+    """Write a value as JSON together with its digest."""
+    write_whole(path, json.dumps({"digest": digest_of(_canonical(content)), "content": content}))
+
+
+def _canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
+
+
 class JsonLines(NamedTuple):
     """The records of a file with a JSON object in each line.
 
@@ -203,7 +235,7 @@ def _replacing(path: Any) -> Iterator[io.IOBase]:
     _sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def _sync_folder(folder: Any) -> None:
     """Bring the names in a folder to the disk, where the file system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

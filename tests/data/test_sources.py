@@ -13,6 +13,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from jaxcl.data.digests import DIGESTS_FILE
 from jaxcl.data.sources import DESCRIPTION_FILE, InMemoryPairs, PairSource, open_pairs
+from jaxcl.host.files import read_sealed_json, write_sealed_json
 
 LABELS = ("no", "yes")
 NUM_ROWS = 20
@@ -235,14 +236,37 @@ def test_other_bytes_of_the_same_size_change_the_fingerprint(version_dir):
     assert after != before
     # What has not been touched is not read again.
     remembered = version_dir / DIGESTS_FILE
-    digests = json.loads(remembered.read_text())
+    digests = read_sealed_json(remembered)
     digests[shard.name][-1] = "remembered"
-    content = json.dumps({"another-split.array_record": [1, 2, "3"], **digests}, indent=1)
-    remembered.write_text(content)
+    write_sealed_json(remembered, {"another-split.array_record": [1, 2, "3"], **digests})
+    content = remembered.read_text()
     assert fingerprint() not in (before, after)
     assert remembered.read_text() == content  # nothing was new, and nothing was written
-    remembered.write_text("cut sh")
-    assert fingerprint() == after
+    for damaged in ("cut sh", "[]", "{}", "5", content.replace("remembered", "Remembered")):
+        remembered.write_text(damaged)
+        assert fingerprint() == after
+
+
+def test_a_flipped_byte_of_a_record_is_an_error_that_names_the_data_set(version_dir):
+    [shard] = version_dir.glob("*-train.array_record*")
+    rewrite(shard, lambda record: record)  # without compression
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"answer 7")] ^= 1
+    shard.write_bytes(content)
+    pairs = open_pairs(version_dir, "train", **FIELDS)
+    with pytest.raises(ValueError, match=r"copy is damaged .*prepare the data set again"):
+        pairs.read(range(NUM_ROWS))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "5", "null", '""', ""])
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", DESCRIPTION_FILE])
+def test_a_description_of_something_else_is_an_error_that_names_the_data_set(
+    version_dir, name, content
+):
+    (version_dir / name).write_text(content)
+    with pytest.raises(ValueError, match="copy") as caught:
+        open_pairs(version_dir, "train", **FIELDS)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

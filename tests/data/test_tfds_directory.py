@@ -1,5 +1,6 @@
 """Finding prepared data sets, and reading as many rows of them as they say."""
 
+import json
 import shutil
 
 import pytest
@@ -213,3 +214,19 @@ def test_a_default_configuration_is_a_plain_name(data_dir, default):
     metadata.write_text(f'{{"default_config_name": {default}}}')
     with pytest.raises(ValueError, match="is not prepared"):
         find_directory("configured", data_dir)
+
+
+@pytest.mark.parametrize("name", ["whole", "by_split"])
+def test_a_folder_of_hugging_face_is_named_as_such(tmp_path, monkeypatch, name):
+    """As their `save_to_disk` writes a data set, and several splits."""
+    one_split = tmp_path / "whole"
+    one_split.mkdir()
+    info = {"builder_name": "json", "features": {"text": {"dtype": "string", "_type": "Value"}}}
+    (one_split / "dataset_info.json").write_text(json.dumps(info))
+    (one_split / "state.json").write_text(json.dumps({"_fingerprint": "a"}))
+    shutil.copytree(one_split, tmp_path / "by_split" / "train")
+    (tmp_path / "by_split" / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
+    monkeypatch.chdir(tmp_path)
+    for given in (name, tmp_path / name):
+        with pytest.raises(ValueError, match=f"{name} holds a data set of Hugging Face's datasets"):
+            open_pairs(given, "train")

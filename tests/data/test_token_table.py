@@ -1,7 +1,6 @@
 """Token tables: what encoding each text gives, made once, whole or not there."""
 
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.table import table_batch
 from jaxcl.data.token_table import build_token_table, padded
 from jaxcl.data.tokenizer import encode_texts, train_tokenizer
+from jaxcl.host.files import read_sealed_json, write_sealed_json
 
 NUM_ROWS = 11
 MAX_TOKENS = {"query": 4, "key": 7}
@@ -370,10 +370,9 @@ def with_right_digests(table, name, change):
     column = np.load(table / f"{name}.npy")
     change(column)
     np.save(table / f"{name}.npy", column)
-    content = json.loads((table / "table.json").read_text())["content"]
-    content["columns"][name] = checked_array.array_record(table / f"{name}.npy")
-    digest = checked_array.digest_of(token_table._json_bytes(content))
-    (table / "table.json").write_text(json.dumps({"digest": digest, "content": content}))
+    index = read_sealed_json(table / "table.json")
+    index["columns"][name] = checked_array.array_record(table / f"{name}.npy")
+    write_sealed_json(table / "table.json", index)
 
 
 @pytest.mark.parametrize(
