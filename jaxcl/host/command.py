@@ -78,7 +78,7 @@ def run_command(
         sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
         say(interrupted)
-        leave(128 + signal.SIGINT)
+        leave(128 + signal.SIGINT, at_once=argv is None)
     except (ValueError, OSError, UserError) as error:
         if arguments.verbose:
             print_traceback(error)

@@ -242,9 +242,14 @@ def leave_for(error: Exception, *, verbose: bool = False) -> NoReturn:
     leave(1)
 
 
-def leave(exit_code: int) -> NoReturn:
-    """Ends this process; one of several without waiting for the others, which may be stuck."""
-    if jax.process_count() == 1:
+def leave(exit_code: int, *, at_once: bool = False) -> NoReturn:
+    """End this process; one of several without waiting for the others, which may be stuck.
+
+    Args:
+      exit_code: the exit code.
+      at_once: whether to leave without Python's own end, which can crash while JAX still computes.
+    """
+    if not at_once and jax.process_count() == 1:
         sys.exit(exit_code)
     sys.stdout.flush()
     sys.stderr.flush()
