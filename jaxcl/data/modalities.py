@@ -34,6 +34,8 @@ __all__ = [
     "SplitFiles",
     "Text",
     "build_readers",
+    "check_inputs",
+    "input_fingerprints",
     "modality_of",
     "open_tables",
 ]
@@ -151,8 +153,42 @@ def build_readers(data: DataSettings, workdir: Path) -> dict[str, Reader]:
     return {side: modality_of(data, side).reader(data, side, workdir) for side in SIDES}
 
 
+def input_fingerprints(data: DataSettings, workdir: Path) -> dict[str, str]:
+    """Fingerprints of the files in a workdir that inputs depend on, such as the tokenizer."""
+    return {
+        f"inputs.{getattr(data.modality, side)}": modality_of(data, side).fingerprint(workdir)
+        for side in SIDES
+    }
+
+
+def check_inputs(data: DataSettings, workdir: Path, recorded: Mapping[str, str]) -> None:
+    """Check that the files in a workdir that inputs depend on are those that a run has recorded.
+
+    Args:
+      data: the run's settings.
+      workdir: the run's own folder.
+      recorded: `input_fingerprints` of an earlier start, among others; runs of earlier versions
+        have recorded none.
+
+    Raises:
+      ValueError: if a file has changed.
+    """
+    for name, fingerprint in input_fingerprints(data, workdir).items():
+        if recorded.get(name, fingerprint) != fingerprint:
+            files = ", ".join(MODALITIES[name.removeprefix("inputs.")].files)
+            raise ValueError(
+                f"{files} in {workdir} has changed since the run was trained; restore it from a "
+                "copy, or train again in another --workdir"
+            )
+
+
 def open_tables(
-    data: DataSettings, sources: Mapping[str, PairSource], *, data_dir: Path, workdir: Path
+    data: DataSettings,
+    sources: Mapping[str, PairSource],
+    *,
+    data_dir: Path,
+    workdir: Path,
+    recorded: Mapping[str, str] | None = None,
 ) -> dict[str, Table]:
     """The tables of all splits, by role, after preparing the modalities.
 
@@ -162,6 +198,10 @@ def open_tables(
         without it they must exist.
       data_dir: the folder that runs share.
       workdir: the run's own folder.
+      recorded: for `check_inputs`.
+
+    Raises:
+      ValueError: if a file that inputs depend on has changed since it was recorded.
     """
     sides_of: dict[str, tuple[str, ...]] = {}
     for side in SIDES:
@@ -170,6 +210,7 @@ def open_tables(
     if "train" in sources:
         for sides in sides_of.values():
             modality_of(data, sides[0]).prepare(data, sources["train"], sides, workdir)
+    check_inputs(data, workdir, recorded or {})
     tables = {}
     for role, source in sources.items():
         by_side: dict[str, Table] = {}
