@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -397,4 +398,5 @@ def _without_docstring(node: _Definition, lines: list[str]) -> tuple[list[str], 
 
 
 if __name__ == "__main__":  # see _parse_in_new_process
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback of each interpreter
     sys.stdout.write(json.dumps(_parse_files([SourceFile(*f) for f in json.load(sys.stdin)])))

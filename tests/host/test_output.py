@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxcl.data import python_functions
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser
 from jaxcl.host.output import LossyStream, check_output
@@ -282,6 +283,18 @@ def test_the_first_interrupt_ends_a_command_cleanly():
     process = interrupted(WAITS)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (130, "interrupted\n")
+
+
+def test_an_interrupt_ends_the_interpreters_that_parse_without_a_traceback():
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", python_functions.__file__],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdin.write(b" " * 2**20)  # more than a pipe holds, so that it reads by now
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (-signal.SIGINT, b"")
 
 
 def test_an_interrupt_that_python_drops_ends_the_command_before_the_first_step():
