@@ -17,7 +17,6 @@ from jaxcl.configs import tfds_pairs
 from jaxcl.run.metric_writer import read_metrics
 from jaxcl.search import main as search
 from jaxcl.train import train
-from tests.known_faults import known_fault
 
 pytestmark = pytest.mark.usefixtures("unchecked_annotations")
 

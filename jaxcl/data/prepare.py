@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcl.data.code_pairs import prepare_code_pairs
-from jaxcl.data.modalities import build_readers, open_tables
+from jaxcl.data.modalities import build_readers, input_fingerprints, open_tables
 from jaxcl.data.modality import Reader
 from jaxcl.data.row_guides import RowGuides, read_guides
 from jaxcl.data.row_negatives import RowNegatives, read_negatives
@@ -40,7 +40,7 @@ class RememberedData(NamedTuple):
     Attributes:
       data_set: a TFDS name, or the folder of a prepared data set.
       fingerprints: role -> the fingerprint of its rows; also those of the files of negatives,
-        guides and topics.
+        guides and topics, and of `input_fingerprints`.
     """
 
     data_set: str
@@ -158,10 +158,13 @@ def prepare_data(
     if data.topics is not None:
         topics = read_topics(Path(data.topics).expanduser(), **rows)
         fingerprints["topics"] = topics.fingerprint
-    remembered = RememberedData(name, fingerprints)
-    _check_same_rows(workdir, before, remembered)
+    recorded = fingerprints if before is None else before.fingerprints
+    _check_same_rows(workdir, before, RememberedData(name, fingerprints))
+    if before is None:  # the tokenizer will be that of these rows
+        _write_remembered(workdir, RememberedData(name, fingerprints))
+    tables = open_tables(data, sources, data_dir=data_dir, workdir=workdir, recorded=recorded)
+    remembered = RememberedData(name, fingerprints | input_fingerprints(data, workdir))
     _write_remembered(workdir, remembered)
-    tables = open_tables(data, sources, data_dir=data_dir, workdir=workdir)
     readers = build_readers(data, workdir)
     names = data_set_names(data)
     return RunData(sources, tables, readers, negatives, guides, topics, names, remembered)
@@ -184,7 +187,11 @@ def _data_set(data: DataSettings, *, data_dir: Path, before: RememberedData | No
 def _check_same_rows(workdir: Path, before: RememberedData | None, now: RememberedData) -> None:
     if before is None:
         return
-    names = sorted(before.fingerprints.keys() | now.fingerprints.keys())
+    names = sorted(
+        name
+        for name in before.fingerprints.keys() | now.fingerprints.keys()
+        if not name.startswith("inputs.")  # which `open_tables` compares
+    )
     differ = [n for n in names if before.fingerprints.get(n) != now.fingerprints.get(n)]
     files = [f"data.{name}" for name in differ if name in _FILES]
     reasons = [f"the file of {', '.join(files)} has changed"] if files else []

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxcl.data.modalities import build_readers, modality_of, open_tables
+from jaxcl.data.modalities import build_readers, check_inputs, modality_of, open_tables
 from jaxcl.data.prepare import RememberedData, read_remembered_data, remembered_from
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import open_splits
@@ -128,6 +128,7 @@ def open_run(workdir: Path, *, trust: Trust = ()) -> OpenedRun:
     restored = _newest_params(towers, settings, workdir, mesh)
     params = restored.state["params"]["towers"]
     saved = remembered_from(workdir / CHECKPOINTS, restored.record.get("data"))
+    check_inputs(settings.data, workdir, saved.fingerprints)
     embedder = make_embedder(towers.encode, mesh, batch_size=settings.evaluation.batch_size)
     made_from = {
         "step": restored.step,
