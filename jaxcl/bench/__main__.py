@@ -27,6 +27,7 @@ import jax
 
 from jaxcl.bench.machine import commit, cpu_model
 from jaxcl.host.command_flags import CommandParser, user_path
+from jaxcl.host.output import check_output
 
 BENCHMARKS = (
     "assignment",
@@ -73,6 +74,7 @@ def _run(arguments: Namespace) -> dict[str, Any]:
     print(as_table(record))
     if json_file:
         json_file.write_text(json.dumps(record, indent=2) + "\n")
+    check_output()
     return record
 
 

@@ -12,7 +12,6 @@ on the network (`launch/README.md`).
 
 import contextlib
 import json
-import os
 import secrets
 import selectors
 import socket
@@ -71,7 +70,7 @@ def meet(
         introduction = {
             "process_id": process_id,
             "num_processes": num_processes,
-            "workdir": str(workdir.absolute()),
+            "workdir": _full_name(workdir),
         }
         yield Meeting(f"{host}:{_join(workdir, host, port, introduction)}", None)
         return
@@ -113,7 +112,7 @@ class _Reception:
     """
 
     def __init__(self, workdir: Path, address: str, token: str, num_processes: int):
-        self._workdir, self._address = str(workdir.absolute()), address
+        self._workdir, self._address = _full_name(workdir), address
         self._token, self._num_processes = token, num_processes
         self._present: dict[int, socket.socket] = {}
         # Processes without the token, by number: when each first came, and its workdir.
@@ -229,11 +228,16 @@ def _ask(address: tuple[str, int], introduction: Mapping[str, Any], seconds: flo
 def _read_invitation(workdir: Path) -> dict[str, Any]:
     """The invitation, or nothing."""
     try:
-        os.listdir(workdir)  # makes NFS look again for a file that was absent before
+        next(workdir.iterdir(), None)  # makes NFS look again for a file that was absent before
         found = read_json_object(workdir / INVITATION_FILE)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found.get("port"), int) else {}
+
+
+def _full_name(workdir: Path) -> str:
+    name = str(workdir)
+    return name if "://" in name else str(workdir.absolute())
 
 
 def _send(connection: socket.socket, message: Mapping[str, Any]) -> None:
