@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxcl.data.prepare import read_remembered_data
 from jaxcl.evaluation.retrieval import METRICS
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser, user_path
-from jaxcl.host.files import write_whole
+from jaxcl.host.files import read_json_object, write_whole
 from jaxcl.host.printable import printable
 from jaxcl.host.progress import say
 from jaxcl.metrics import paired_difference
@@ -186,10 +187,11 @@ def _data_set_of(config: ConfigDict) -> tuple[str | None, Any]:
 
 def _with_data_of(directories: Sequence[Path], config: ConfigDict) -> ConfigDict:
     """The config with the data set of the first of these runs, whatever was installed since."""
-    held = [path for path in (one / "data.json" for one in directories) if path.exists()]
+    found = (read_remembered_data(directory) for directory in directories)
+    held = [remembered.data_set for remembered in found if remembered is not None]
     if config.data.name != "code_pairs" or not held:
         return config
-    data_set = json.loads(held[0].read_text())["data_set"]
+    data_set = held[0]
     return changed_config(config, {"data.name": data_set}) if Path(data_set).exists() else config
 
 
@@ -197,10 +199,10 @@ def _check_same_queries(directories: Sequence[Path]) -> None:
     """Raises a `ValueError` if the held-out rows of some runs are others than those of the rest."""
     first: dict[str, tuple[Path, str]] = {}
     for directory in directories:
-        if not (directory / "data.json").exists():
-            continue
-        fingerprints = json.loads((directory / "data.json").read_text())["fingerprints"]
-        for role in fingerprints.keys() - {"train", "negatives", "guides", "topics"}:
+        remembered = read_remembered_data(directory)
+        fingerprints = {} if remembered is None else remembered.fingerprints
+        others = {"train", "negatives", "guides", "topics"}
+        for role in [one for one in fingerprints if one not in others and "." not in one]:
             where, fingerprint = first.setdefault(role, (directory, fingerprints[role]))
             if fingerprint != fingerprints[role]:
                 raise ValueError(
@@ -211,7 +213,7 @@ def _check_same_queries(directories: Sequence[Path]) -> None:
 
 def _check_finished(directory: Path, config: ConfigDict) -> None:
     finished = directory / FINISHED
-    if finished.exists() and json.loads(finished.read_text())["config"] != _identity(config):
+    if finished.exists() and read_json_object(finished).get("config") != _identity(config):
         raise ValueError(f"{directory} holds a run of another config; choose another --workdir")
 
 
@@ -238,7 +240,7 @@ def _record(workdir: Path, name: str, baseline: str, seeds: int) -> dict[str, An
             "standard_error": standard_error,
         }
     seconds = [
-        json.loads((_directory(workdir, name, seed) / FINISHED).read_text())["seconds"]
+        read_json_object(_directory(workdir, name, seed) / FINISHED)["seconds"]
         for seed in range(seeds)
     ]
     return {
