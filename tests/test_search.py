@@ -302,11 +302,12 @@ def test_other_parameters_of_the_same_step_make_the_index_anew(workdir, embeddin
     assert embeddings_made == [1]
 
 
-def test_another_tokenizer_makes_the_index_anew(workdir, embeddings_made):
+def test_another_tokenizer_than_the_run_s_is_refused(workdir, embeddings_made):
     path = workdir / "tokenizer.json"
     path.write_text(train_tokenizer(["open a window"], vocabulary_size=256).to_str())
-    search.open_search(workdir)
-    assert embeddings_made == [1]
+    with pytest.raises(ValueError, match=r"tokenizer\.json in .* has changed since the run was"):
+        search.open_search(workdir)
+    assert embeddings_made == []
 
 
 def test_the_index_is_the_key_tower_on_the_tokens_that_were_trained_on(workdir, monkeypatch):

@@ -155,10 +155,8 @@ def build_readers(data: DataSettings, workdir: Path) -> dict[str, Reader]:
 
 def input_fingerprints(data: DataSettings, workdir: Path) -> dict[str, str]:
     """Fingerprints of the files in a workdir that inputs depend on, such as the tokenizer."""
-    return {
-        f"inputs.{getattr(data.modality, side)}": modality_of(data, side).fingerprint(workdir)
-        for side in SIDES
-    }
+    modalities = {getattr(data.modality, side): modality_of(data, side) for side in SIDES}
+    return {f"inputs.{name}": one.fingerprint(workdir) for name, one in modalities.items()}
 
 
 def check_inputs(data: DataSettings, workdir: Path, recorded: Mapping[str, str]) -> None:
