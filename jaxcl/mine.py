@@ -215,7 +215,7 @@ def _search_all(
     ]
     done = min(file.done for file in files)
     for file in files:
-        file.done = done
+        file.keep(done)
     search = _search(mesh, rule, seed)
     keys = _padded(vectors["key"], num_rows + -num_rows % mesh.size)
     their_labels = tuple(_padded(label, len(keys)) for label in labels)

@@ -166,17 +166,3 @@ def test_a_mistake_is_one_line(folder, capsys, arguments, message):
     said = capsys.readouterr().err
     assert message in " ".join(said.split())
     assert "Traceback" not in said
-
-
-def test_a_block_file_keeps_what_was_done_and_no_more(tmp_path):
-    path = tmp_path / "rows.npy"
-    blocks = BlockFile(path, (5, 2), np.int32)
-    blocks.append(np.ones((3, 2), np.int32))
-    blocks.array[3] = 7  # not counted
-    again = BlockFile(path, (5, 2), np.int32)
-    assert again.done == 3
-    assert again.array[:3].tolist() == [[1, 1]] * 3
-    for shape, dtype in (((6, 2), np.int32), ((5, 2), np.float32)):
-        assert BlockFile(path, shape, dtype).done == 0
-    (tmp_path / "rows.done.json").write_text("{")
-    assert BlockFile(path, (5, 2), np.float32).done == 0
