@@ -281,7 +281,7 @@ def _decoder(builder: Any, fields: Iterable[str]) -> Any:
 
 
 def _check_text(builder: Any, records: Any, field: str, *, side: str) -> None:
-    [first] = _read_column(builder, records, field, [0])
+    first = _first_value(builder, records, field)
     if not isinstance(first, str):
         raise ValueError(
             f"the field {field!r} of {builder.name} holds {type(first).__name__}; give a field of "
@@ -291,7 +291,7 @@ def _check_text(builder: Any, records: Any, field: str, *, side: str) -> None:
 
 def _text_groups(builder: Any, records: Any, field: str) -> list[str] | None:
     """Returns the distinct texts of `field`, sorted, or None if it holds integers."""
-    [first] = _read_column(builder, records, field, [0])
+    first = _first_value(builder, records, field)
     if isinstance(first, int):  # a bool is one
         return None
     if not isinstance(first, str):
@@ -304,6 +304,15 @@ def _text_groups(builder: Any, records: Any, field: str) -> list[str] | None:
         rows = list(range(start, min(start + _READ_AT_ONCE, len(records))))
         distinct.update(_read_column(builder, records, field, rows))
     return sorted(distinct)
+
+
+def _first_value(builder: Any, records: Any, field: str) -> Any:
+    """A field's value in the first row; of anything larger, such as an image, the feature."""
+    feature = dict(_leaves(builder.info.features))[field]
+    if feature.shape != ():
+        return feature
+    [first] = _read_column(builder, records, field, [0])
+    return first
 
 
 def _read_column(builder: Any, records: Any, field: str, rows: list[int]) -> list[Any]:

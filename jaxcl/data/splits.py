@@ -126,6 +126,8 @@ def open_splits(
                     opened = _opened(data_set, role, data_dir, text_sides)
             except ValueError as error:
                 raise error if where == "data" else ValueError(f"{where}: {error}") from error
+            if not len(opened):
+                raise ValueError(f"{where}.splits.{role}={split!r} has no rows; give another split")
             parts[role].append(opened)
             ranges[role].append((f"{where}.splits.{role}={split!r}", opened.row_ranges))
     check_held_out(ranges)

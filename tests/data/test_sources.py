@@ -1,5 +1,7 @@
 """Reading pairs from TFDS data sets without TensorFlow, and from memory."""
 
+import base64
+import io
 import json
 import pickle
 import subprocess
@@ -17,6 +19,10 @@ from jaxcl.host.files import read_sealed_json, write_sealed_json
 
 LABELS = ("no", "yes")
 NUM_ROWS = 20
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAC0lEQVR4nGNgQAYAAA4AAamRc7EAAAAASUVORK5CYII="
+)
+"""Two by two black points."""
 
 
 def example(i: int) -> dict:
@@ -28,6 +34,9 @@ def example(i: int) -> dict:
         "number": i * 10,
         "large": 2**31 - 1 + (i == 7),
         "vector": np.arange(i, i + 3, dtype=np.float32),
+        "image": io.BytesIO(PNG),
+        "words": ["one", "two"],
+        "spans": [{"text": "one", "start": 0}],
     }
 
 
@@ -47,6 +56,9 @@ class TinyQuestions(tfds.core.GeneratorBasedBuilder):
             "number": np.int64,
             "large": np.int64,
             "vector": tfds.features.Tensor(shape=(3,), dtype=np.float32),
+            "image": tfds.features.Image(shape=(2, 2, 3)),
+            "words": tfds.features.Sequence(text()),
+            "spans": tfds.features.Sequence({"text": text(), "start": np.int32}),
         }
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
@@ -278,12 +290,16 @@ def test_a_description_of_something_else_is_an_error_that_names_the_data_set(
         ({"query_field": "query"}, r"no field 'query'; it has \['answer/source', 'answer/text', "),
         ({"key_field": "answer"}, r"no field 'answer'; it has"),
         ({"metadata_fields": ("title",)}, "no field 'title'"),
-        ({"group_field": "vector"}, "holds ndarray"),
+        ({"group_field": "vector"}, "holds Tensor"),
+        ({"group_field": "image"}, "holds Image"),
         ({"text_sides": ("key",), "key_field": "number"}, "'number' of .* int; .* as key_field"),
         (
             {"text_sides": ("query",), "query_field": "vector"},
-            "'vector' .* ndarray; .* query_field",
+            "'vector' .* Tensor; .* query_field",
         ),
+        ({"text_sides": ("key",), "key_field": "image"}, "'image' of .* Image; .* as key_field"),
+        ({"text_sides": ("key",), "key_field": "words"}, "'words' of .* Sequence; .* key_field"),
+        ({"text_sides": ("key",), "key_field": "spans"}, "'spans' of .* Sequence; .* key_field"),
         ({"text_sides": ("key",), "key_field": "label"}, "'label' of .* int; .* as key_field"),
         ({"text_sides": ("key",), "key_field": "good"}, "'good' of .* bool; .* as key_field"),
         ({"metadata_fields": ("query",)}, r"cannot be named \['query'\]"),

@@ -93,6 +93,19 @@ def test_alone_it_is_the_data_set_itself(opened):
     assert names == ("first",)
 
 
+class NoRows(InMemoryPairs):
+    """A source of others that has lost its rows."""
+
+    def __len__(self):
+        return 0
+
+
+def test_a_source_without_rows_is_an_error_that_names_the_split(tmp_path):
+    data = read_settings({"data": get_config("smoke").data.to_dict()}).data
+    with pytest.raises(ValueError, match=r"data\.splits\.train='train' has no rows"):
+        open_splits(data, "x", data_dir=tmp_path, open_source=lambda role: NoRows(["a"], ["b"]))
+
+
 def test_several_follow_by_name_each_in_the_splits_that_it_gives(opened):
     sources, _, names = opened(b=WIKI_TRAINS, a=HELD_OUT_TOO, c=WIKI_TRAINS)
     assert names == ("first", "b", "c")
