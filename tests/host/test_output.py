@@ -238,18 +238,21 @@ from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser
 from jaxcl.host.processes import stop_requests
 
-def run(arguments):
+def rest():
     print("ready", flush=True)
+    time.sleep(60)
+
+def run(arguments):
     WORK
 
 run_command(CommandParser("jaxcl.x", "X."), run, interrupted="interrupted")
 """
-WAITS = "time.sleep(60)"
+WAITS = "rest()"
 # Python drops an exception in a finaliser. JAX has such callbacks in the garbage collector.
 LOSES = """
     class Lossy:
         def __del__(self):
-            time.sleep(60)
+            rest()
     Lossy()
     print("lost", flush=True)
     time.sleep(TAIL)
@@ -258,7 +261,7 @@ LOSES = """
 """
 CLEANS_UP = """
     try:
-        time.sleep(60)
+        rest()
     finally:
         print("lost", flush=True)
         time.sleep(60)
