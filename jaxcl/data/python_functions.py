@@ -221,11 +221,12 @@ def _is_searched(name: str) -> bool:
 
 def _hash_file(path: str) -> str:
     """Returns the file's sha256, or the reason why it is skipped."""
+    if not os.path.isfile(path):  # such as a pipe, which would be waited for
+        return UNREADABLE
     try:
         if os.stat(path).st_size > MAX_FILE_BYTES:
             return TOO_LARGE
-        with open(path, "rb") as stream:
-            return hashlib.sha256(stream.read()).hexdigest()
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError:
         return UNREADABLE
 
@@ -261,8 +262,7 @@ def _parse_files(files: Sequence[SourceFile]) -> ParsedFunctions:
 def _parse_file(file: SourceFile) -> list[PythonFunction] | str:
     """Returns the functions of a file, or the reason why it is skipped."""
     try:
-        with open(file.path, "rb") as stream:
-            data = stream.read()
+        data = Path(file.path).read_bytes()
     except OSError:
         return UNREADABLE
     if hashlib.sha256(data).hexdigest() != file.sha256:

@@ -175,6 +175,15 @@ def test_a_long_elif_chain_is_walked_without_recursion():
     assert names(chain + "else:\n" + textwrap.indent(GOOD.format(name="last"), "    ")) == ["last"]
 
 
+def test_pipes_and_devices_are_passed_over(tmp_path):
+    root = write_files(tmp_path, {"package/sound.py": "x = 1\n"})
+    os.mkfifo(tmp_path / "package" / "pipe.py")
+    (tmp_path / "package" / "endless.py").symlink_to("/dev/zero")
+    scan = python_functions.scan_files([root])
+    assert [file.file for file in scan.files] == ["package/sound.py"]
+    assert scan.skipped == {python_functions.UNREADABLE: 2}
+
+
 def test_unusable_files_are_skipped_and_counted(tmp_path):
     good = GOOD.format(name="count")
     root = write_files(
