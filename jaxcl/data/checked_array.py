@@ -26,7 +26,7 @@ _CHUNK_BYTES = 2**20
 
 
 class DamagedArray(ValueError):
-    """A file does not hold what was written to it."""
+    """The content of a file has changed since it was written."""
 
 
 def array_record(path: Path) -> dict[str, Any]:
@@ -39,13 +39,13 @@ def array_record(path: Path) -> dict[str, Any]:
 class CheckedArray:
     """A one-dimensional array in a `.npy` file, mapped to memory and read only.
 
-    The digests are compared with what the file itself returns: a file that has been cut or a disk
-    that cannot be read then raises an error, where the mapped memory would end the process.
+    The digests are computed from the file and not from the mapped memory, because reading the
+    memory of a file that was cut, or lies on a failing disk, kills the process.
 
     Args:
       path: the file.
       record: of `array_record`.
-      below: what all numbers must be below.
+      below: an upper bound of the numbers, itself not allowed.
 
     Raises:
       DamagedArray: if the file is not there, or has another size or header.
@@ -54,7 +54,7 @@ class CheckedArray:
     def __init__(self, path: Path, record: Mapping[str, Any], *, below: int | None = None) -> None:
         self._path, self._below, self._digests = path, below, record["digests"]
         try:
-            # Without its buffer, which could hold what the file no longer does.
+            # Without its buffer, which could hold an earlier state of the file.
             file: Any = open_regular(path)
             self._file = file.detach()
         except (OSError, ValueError) as error:
@@ -83,7 +83,7 @@ class CheckedArray:
         """The numbers at these positions.
 
         Raises:
-          DamagedArray: if a chunk that holds one of them differs from what was written.
+          DamagedArray: if a chunk that holds one of them has changed since it was written.
         """
         if self._unverified.any():
             touched = np.zeros_like(self._unverified)
@@ -95,7 +95,7 @@ class CheckedArray:
         """All numbers, still mapped to memory.
 
         Raises:
-          DamagedArray: if the file differs from what was written.
+          DamagedArray: if the file has changed since it was written.
         """
         self._verify(np.ones_like(self._unverified))
         return self._array
@@ -113,7 +113,7 @@ class CheckedArray:
         except OSError as error:
             raise DamagedArray(f"{self._path} cannot be read ({error})") from error
         if digest_of(content) != self._digests[chunk]:
-            raise DamagedArray(f"{self._path} differs from what was written")
+            raise DamagedArray(f"{self._path} has changed since it was written")
         return content
 
     def _check_numbers(self, content: bytes, *, begin: int) -> None:

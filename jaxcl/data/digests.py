@@ -17,7 +17,7 @@ _BYTES_AT_ONCE = 2**22
 
 
 def file_digests(directory: Any, paths: Sequence[Any]) -> list[str]:
-    """A digest of each file; those of files that have not been touched since are remembered.
+    """A digest of each file; digests of files that nobody has touched are remembered.
 
     Args:
       directory: where they lie, locally or in a bucket; `DIGESTS_FILE` is kept there.
@@ -36,7 +36,9 @@ def file_digests(directory: Any, paths: Sequence[Any]) -> list[str]:
         else:
             found[path.name] = [*touched, _digest(path)]
     if (remember := known | found) != known:  # which holds other splits' files, too
-        with contextlib.suppress(OSError):  # where nobody may write, they are taken each time
+        with contextlib.suppress(
+            OSError
+        ):  # in a folder without write access they are computed each time
             write_sealed_json(remembered, remember)
     return [found[path.name][-1] for path in paths]
 

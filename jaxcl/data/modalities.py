@@ -160,7 +160,7 @@ def input_fingerprints(data: DataSettings, workdir: Path) -> dict[str, str]:
 
 
 def check_inputs(data: DataSettings, workdir: Path, recorded: Mapping[str, str]) -> None:
-    """Check that the files in a workdir that inputs depend on are those that a run has recorded.
+    """Compare the files in a workdir that inputs depend on with their recorded fingerprints.
 
     Args:
       data: the run's settings.

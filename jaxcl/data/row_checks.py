@@ -27,7 +27,7 @@ def check_rows(
       array: with an entry for each row.
       allowed: entries of some rows -> which of them, or of their numbers, are allowed.
       what: the array, for the message.
-      wanted: what is allowed, for the message.
+      wanted: the allowed entries, for the message.
       first_row: the number of the first row.
 
     Raises:

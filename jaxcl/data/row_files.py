@@ -90,8 +90,8 @@ def _check_same_rows(path: Path, header: ArrayHeader, source: str) -> None:
     theirs = str(read_npz(path, [_SOURCE])[_SOURCE])
     if theirs != source:
         raise ValueError(
-            f"{path} was made from other rows ({_short(theirs)}) than those of this run's training "
-            f"split ({_short(source)}): data or installed packages have changed since, or it is "
+            f"{path} was made from other rows ({_short(theirs)}) than this run's training split "
+            f"({_short(source)}): data or installed packages have changed since, or it is "
             "another split. Make it by a run that has these rows"
         )
 

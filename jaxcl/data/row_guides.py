@@ -37,6 +37,8 @@ class RowGuides(NamedTuple):
 def read_guides(path: Path, *, num_rows: int, source: str | None = None) -> RowGuides:
     """Reads an `.npz` with `query` and `key`, `[rows of the split, any width]` each.
 
+    The rows are in the order of the split. TFDS shuffles rows when it prepares them.
+
     Where it has a `source`, the fingerprint of the split, that must be the one given.
 
     Raises:

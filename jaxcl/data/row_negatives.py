@@ -54,8 +54,10 @@ def read_negatives(
     """Reads an `.npz` with `rows`, and with `teacher_scores` if those are wanted.
 
     Args:
-      path: the file. `rows` are integers `[rows of the split, most negatives of a row]`, −1 where a
-        row has fewer; `teacher_scores` are `[rows of the split, 1 + most negatives]`.
+      path: the file. Its rows are in the order of the split, and row numbers name rows of the
+        split; TFDS shuffles rows when it prepares them. `rows` are integers `[rows of the split,
+        most negatives of a row]`, −1 where a row has fewer; `teacher_scores` are `[rows of the
+        split, 1 + most negatives]`.
       num_rows: of the training split.
       scored: whether a teacher's scores are wanted; without it none are read.
       source: the split's fingerprint; the file's own `source`, if it has one, must be the same.

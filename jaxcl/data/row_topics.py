@@ -1,4 +1,4 @@
-"""Each training row's topic, from a file that `python -m jaxcl.topics` or anybody else wrote."""
+"""Each training row's topic, from a file that `python -m jaxcl.topics` or another program wrote."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,8 @@ class RowTopics(NamedTuple):
 
 def read_topics(path: Path, *, num_rows: int, source: str | None = None) -> RowTopics:
     """Reads an `.npz` with `topic`, an integer for each row of the split.
+
+    The rows are in the order of the split. TFDS shuffles rows when it prepares them.
 
     Where it has a `source`, the fingerprint of the split, that must be the one given.
 

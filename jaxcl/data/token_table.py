@@ -111,8 +111,8 @@ def build_token_table(
       advance: called with the number of rows done since the last call.
 
     Returns:
-      The table, memory-mapped. A table that is damaged is built again, and so is one of which a
-      part turns out to be damaged when a batch first reads it.
+      The table, memory-mapped. A damaged table is built again, also when the damage only shows as
+      a batch reads its part of the table.
 
     Raises:
       OSError: if the table cannot be written, or differs right after that.
@@ -160,11 +160,11 @@ def build_token_table(
 
 
 class _Tokens:
-    """A side's ids on disk. Where they turn out damaged, the table is built again.
+    """A side's ids on disk. If they are damaged, the table is built again.
 
     Args:
       array: the ids.
-      mended: what returns them after a damage.
+      mended: returns the ids of a table that is built again.
     """
 
     def __init__(self, array: CheckedArray, mended: Callable[[DamagedArray], CheckedArray]) -> None:
@@ -185,7 +185,7 @@ def _open_arrays(path: Path, made_from: Mapping, *, num_ids: int) -> dict[str, C
     """The columns of a table, by name.
 
     Raises:
-      DamagedArray: if the index or a file differs from what was written.
+      DamagedArray: if the index or a file has changed since it was written.
     """
     try:
         index = read_sealed_json(path / _INDEX_FILE)
@@ -213,8 +213,8 @@ def _as_table(
     """The table of these columns.
 
     Raises:
-      DamagedArray: if a column that is read whole differs from what was written, or the columns
-        do not fit together.
+      DamagedArray: if a column that is read whole has changed since it was written, or the
+        columns do not fit together.
     """
 
     def mended(side: str, damage: DamagedArray) -> CheckedArray:

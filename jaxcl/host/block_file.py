@@ -73,7 +73,7 @@ class BlockFile:
         return self._blocks[-1].rows if self._blocks else 0
 
     def append(self, rows: np.ndarray) -> None:
-        """Adds a block of rows, which counts once it is on the disk."""
+        """Adds a block of rows; it is done once it is on the disk."""
         begin, end = self.done, self.done + len(rows)
         self.array[begin:end] = rows
         self._blocks.append(_Block(end, _digest(self.array[begin:end])))

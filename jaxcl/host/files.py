@@ -142,7 +142,7 @@ def read_sealed_json(path: Any) -> Any:
     sealed = read_json_object(path)
     content = sealed.get("content")
     if sealed.get("digest") != digest_of(_canonical(content)):
-        raise ValueError(f"{path} differs from what was written")
+        raise ValueError(f"{path} has changed since it was written")
     return content
 
 

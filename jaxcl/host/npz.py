@@ -23,7 +23,7 @@ _DAMAGED = (
     *(OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile, zlib.error),
     *(NotImplementedError, RuntimeError, MemoryError),  # another compression, "encrypted"
 )
-"""What zip and NumPy raise for a file of which some bits have changed."""
+"""The errors of zip and NumPy for a file with flipped bits."""
 
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # NumPy's own
 _FREE_BYTES = 256 * 2**20

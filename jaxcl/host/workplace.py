@@ -38,7 +38,7 @@ def workplace(path: Path) -> Iterator[Path]:
     suffix = secrets.token_hex(4)
     folder = path.with_name(f"{path.name}{_MARK}{suffix}")
     unseen = path.with_name(f".{path.name}-{suffix}")
-    unseen.mkdir()  # unlike those of tempfile, readable by whomever the umask allows
+    unseen.mkdir()  # a folder of tempfile would be closed to other users
     try:
         with (unseen / _LOCK).open("w") as lock:
             _try_lock(lock)
@@ -54,8 +54,8 @@ def put_in_place(made: Path, path: Path, *, replace: bool) -> None:
     Args:
       made: a folder within a workplace.
       path: the final place.
-      replace: whether to remove what is there. Otherwise another process was faster and `made` is
-        left as it is.
+      replace: whether to remove an older folder in that place. If not, and another process was
+        faster, `made` stays where it is.
 
     Raises:
       OSError: if the folder that holds the place cannot be written.

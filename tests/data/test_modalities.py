@@ -1,4 +1,4 @@
-"""The files in a workdir that inputs depend on: what was recorded of them is what is read."""
+"""The files in a workdir that inputs depend on stay as they were recorded."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A judge's embeddings by row number: what a batch holds, and what a wrong file says."""
+"""A guide model's embeddings by row number: batches, and errors for wrong files."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ QUERY, KEY = np.arange(6.0).reshape(3, 2), np.arange(6.0, 12).reshape(3, 2)
 
 
 def spoilt(value):
-    """Embeddings of which one number, in row 1, is this."""
+    """Embeddings with this number in row 1."""
     vectors = np.ones((3, 2))
     vectors[1, 1] = value
     return vectors

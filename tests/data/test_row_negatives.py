@@ -1,4 +1,4 @@
-"""Explicit negatives by row number: what a batch holds, and what a wrong file says."""
+"""Explicit negatives by row number: batches, and errors for wrong files."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def table():
 
 
 def spoilt(value):
-    """Scores of which one, in row 1, is this."""
+    """Scores with this number in row 1."""
     scores = np.ones((3, 3))
     scores[1, 2] = value
     return scores

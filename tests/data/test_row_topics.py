@@ -1,4 +1,4 @@
-"""Topics by row number: what is read, and what a wrong file says."""
+"""Topics by row number, and errors for wrong files."""
 
 import numpy as np
 import pytest

@@ -408,7 +408,7 @@ def test_a_sound_table_with_changed_labels_and_right_digests_is_kept(tokenizer, 
 def test_damage_that_a_batch_meets_in_the_middle_of_a_run_is_mended(
     tokenizer, tmp_path, monkeypatch, capsys, damage
 ):
-    monkeypatch.setattr(checked_array, "_CHUNK_BYTES", 128 + 16)  # 8 ids behind the header
+    monkeypatch.setattr(checked_array, "_CHUNK_BYTES", 128 + 16)  # 8 ids after the header
     source = pairs()
     build(source, tokenizer, tmp_path)
     table = build(source, tokenizer, tmp_path)

@@ -1,4 +1,4 @@
-"""Arrays that are filled block by block: what is whole is kept, what is not is computed again."""
+"""Arrays that are filled block by block: sound blocks are kept, damaged ones computed again."""
 
 import errno
 import os

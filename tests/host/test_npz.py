@@ -1,4 +1,4 @@
-"""`.npz` files from others: what is hostile or damaged is one line, in bounded memory."""
+"""`.npz` files from others: each hostile or damaged file is one line, in bounded memory."""
 
 import io
 import os
@@ -93,7 +93,7 @@ def test_a_header_of_gigabytes_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def bomb():
-    """300 MiB of zeros behind a right header, in 300 kB."""
+    """300 MiB of zeros after a right header, in 300 kB."""
     file = io.BytesIO()
     count = 300 * 2**20
     with (

@@ -1,4 +1,4 @@
-"""Folders in which something is made: those of killed processes go, those of living ones stay."""
+"""Workplaces: the folders of killed processes are removed, the folders of running ones stay."""
 
 import os
 import subprocess
