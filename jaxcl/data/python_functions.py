@@ -319,10 +319,7 @@ def _as_function(
     is_dunder = node.name.startswith("__") and node.name.endswith("__")
     if is_dunder or "test" in node.name.lower() or _is_stub(node):
         return None
-    docstring = ast.get_docstring(node)
-    if docstring is None:
-        return None
-    paragraph = first_paragraph(docstring)
+    paragraph = first_paragraph(ast.get_docstring(node) or "")
     if not _is_description(paragraph):
         return None
     decorators, code = _without_docstring(node, lines)
