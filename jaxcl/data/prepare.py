@@ -148,6 +148,7 @@ def prepare_data(
     sources = open_splits(data, name, data_dir=data_dir, open_source=open_source)
     fingerprints = {role: source.fingerprint for role, source in sources.items()}
     rows: dict[str, Any] = {"num_rows": len(sources["train"]), "source": fingerprints["train"]}
+    rows["pairs"] = sources["train"]
     negatives = guides = topics = None
     if data.negatives is not None:
         negatives = read_negatives(Path(data.negatives).expanduser(), scored=scored, **rows)

@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxcl.data.row_checks import check_rows
 from jaxcl.data.row_files import Column, read_arrays
+from jaxcl.data.sources import PairSource
 from jaxcl.host.npz import npz_headers
 from jaxcl.typing import SIDES, Bool, Float, Int
 
@@ -34,10 +35,13 @@ class RowGuides(NamedTuple):
         return {side: getattr(self, side)[rows].astype(np.float32) for side in SIDES}
 
 
-def read_guides(path: Path, *, num_rows: int, source: str | None = None) -> RowGuides:
+def read_guides(
+    path: Path, *, num_rows: int, source: str | None = None, pairs: PairSource | None = None
+) -> RowGuides:
     """Reads an `.npz` with `query` and `key`, `[rows of the split, any width]` each.
 
-    The rows are in the order of the split. TFDS shuffles rows when it prepares them.
+    The rows are in the order of the split, which TFDS shuffles when it prepares it, or the file has
+    `ids` that match those of `pairs` (`jaxcl.data.row_files.read_arrays`).
 
     Where it has a `source`, the fingerprint of the split, that must be the one given.
 
@@ -46,7 +50,9 @@ def read_guides(path: Path, *, num_rows: int, source: str | None = None) -> RowG
     """
     path = Path(path).expanduser()
     columns = {side: Column("floats", (num_rows, guide_dim(path))) for side in SIDES}
-    sides, fingerprint = read_arrays(path, columns, setting="data.guides", source=source)
+    sides, fingerprint, *_ = read_arrays(
+        path, columns, setting="data.guides", source=source, pairs=pairs
+    )
     for side, vectors in sides.items():
         check_rows(
             vectors,

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 
 from jaxcl.data.row_checks import check_rows
-from jaxcl.data.row_files import Column, read_arrays
+from jaxcl.data.row_files import Column, RowArrays, read_arrays
+from jaxcl.data.sources import PairSource
 from jaxcl.data.table import Table
+from jaxcl.host.progress import say
 from jaxcl.typing import Float, Int, PyTree
 
 __all__ = ["RowNegatives", "read_negatives"]
@@ -49,18 +51,25 @@ class RowNegatives(NamedTuple):
 
 
 def read_negatives(
-    path: Path, *, num_rows: int, scored: bool, source: str | None = None
+    path: Path,
+    *,
+    num_rows: int,
+    scored: bool,
+    source: str | None = None,
+    pairs: PairSource | None = None,
 ) -> RowNegatives:
     """Reads an `.npz` with `rows`, and with `teacher_scores` if those are wanted.
 
     Args:
-      path: the file. Its rows are in the order of the split, and row numbers name rows of the
-        split; TFDS shuffles rows when it prepares them. `rows` are integers `[rows of the split,
-        most negatives of a row]`, −1 where a row has fewer; `teacher_scores` are `[rows of the
-        split, 1 + most negatives]`.
+      path: the file. `rows` are integers `[rows of the split, most negatives of a row]`, −1 where a
+        row has fewer; `teacher_scores` are `[rows of the split, 1 + most negatives]`. The rows are
+        in the order of the split, which TFDS shuffles when it prepares it. In a file with `ids`
+        (`jaxcl.data.row_files.read_arrays`) they are in any order, and `rows` names rows of the
+        file; negatives that are not in the split are left out.
       num_rows: of the training split.
       scored: whether a teacher's scores are wanted; without it none are read.
       source: the split's fingerprint; the file's own `source`, if it has one, must be the same.
+      pairs: the training split, to match ids.
 
     Raises:
       ValueError: for a file that is missing, damaged, or not of this split.
@@ -68,14 +77,16 @@ def read_negatives(
     columns = {"rows": Column("integers", (num_rows, None))}
     if scored:
         columns["teacher_scores"] = Column("numbers", (num_rows, None))
-    arrays, fingerprint = read_arrays(path, columns, setting="data.negatives", source=source)
-    rows, scores = arrays["rows"], arrays.get("teacher_scores")
+    read = read_arrays(path, columns, setting="data.negatives", source=source, pairs=pairs)
+    rows, scores = read.arrays["rows"], read.arrays.get("teacher_scores")
     check_rows(
         rows,
-        lambda part: (part >= -1) & (part < num_rows),
+        lambda part: (part >= -1) & (part < read.num_file_rows),
         what=f"data.negatives={path}: rows",
-        wanted=f"rows of the training split, 0 to {num_rows - 1}, or -1 for none",
+        wanted=f"rows from 0 to {read.num_file_rows - 1}, or -1 for none",
     )
+    if read.file_rows is not None:
+        rows = _renumbered(rows, read, path)
     if scores is not None:
         if scores.shape[1] != 1 + rows.shape[1]:
             raise ValueError(
@@ -83,4 +94,16 @@ def read_negatives(
                 f"[{num_rows}, {1 + rows.shape[1]}]: the key's, then each negative's"
             )
         scores = scores.astype(np.float32)
-    return RowNegatives(rows.astype(np.int32), scores, fingerprint)
+    return RowNegatives(rows.astype(np.int32), scores, read.fingerprint)
+
+
+def _renumbered(
+    rows: Int[np.ndarray, "n m"], read: RowArrays, path: Path
+) -> Int[np.ndarray, "n m"]:
+    """Rows of the split for rows of the file; −1 for those that the split does not have."""
+    split_rows = np.full(read.num_file_rows + 1, -1)  # the last one for −1
+    split_rows[read.file_rows] = np.arange(len(rows))
+    renumbered = split_rows[rows]
+    if left_out := int(((rows >= 0) & (renumbered < 0)).sum()):
+        say(f"data.negatives={path}: {left_out:,} negatives are not in the training split")
+    return renumbered

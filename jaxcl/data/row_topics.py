@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxcl.data.row_checks import checked_int32
 from jaxcl.data.row_files import Column, read_arrays
+from jaxcl.data.sources import PairSource
 from jaxcl.typing import Int
 
 __all__ = ["RowTopics", "read_topics"]
@@ -24,10 +25,13 @@ class RowTopics(NamedTuple):
     fingerprint: str
 
 
-def read_topics(path: Path, *, num_rows: int, source: str | None = None) -> RowTopics:
+def read_topics(
+    path: Path, *, num_rows: int, source: str | None = None, pairs: PairSource | None = None
+) -> RowTopics:
     """Reads an `.npz` with `topic`, an integer for each row of the split.
 
-    The rows are in the order of the split. TFDS shuffles rows when it prepares them.
+    The rows are in the order of the split, which TFDS shuffles when it prepares it, or the file has
+    `ids` that match those of `pairs` (`jaxcl.data.row_files.read_arrays`).
 
     Where it has a `source`, the fingerprint of the split, that must be the one given.
 
@@ -36,6 +40,6 @@ def read_topics(path: Path, *, num_rows: int, source: str | None = None) -> RowT
     """
     path = Path(path).expanduser()
     columns = {"topic": Column("integers", (num_rows,))}
-    arrays, fingerprint = read_arrays(path, columns, setting="data.topics", source=source)
-    topic = checked_int32(arrays["topic"], what=f"data.topics={path}: topic")
-    return RowTopics(topic, fingerprint)
+    read = read_arrays(path, columns, setting="data.topics", source=source, pairs=pairs)
+    topic = checked_int32(read.arrays["topic"], what=f"data.topics={path}: topic")
+    return RowTopics(topic, read.fingerprint)

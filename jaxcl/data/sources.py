@@ -184,6 +184,8 @@ def open_pairs(
 ) -> TfdsPairs:
     """Open the pairs of a prepared TFDS data set; nothing is downloaded or imported for it.
 
+    Rows have the order in which TFDS has stored them, usually shuffled.
+
     Args:
       name: a TFDS name such as `"snli:1.1.0"`, or the directory of a prepared data set.
       split: `"train"`, or a part of it: `"train[:10%]"`. Parquet has whole splits only.
