@@ -222,14 +222,14 @@ def _as_table(
         assert isinstance(tokens, _Tokens)
         return tokens.array
 
-    table = TokenTable(
+    table = TokenTable(  # whose small columns are copied, so that later damage does not reach them
         tokens={
             side: _Tokens(arrays[f"{side}_tokens"], functools.partial(mended, side))
             for side in sides
         },
-        offsets={side: np.asarray(arrays[f"{side}_offsets"].whole()) for side in sides},
-        group=np.asarray(arrays["group"].whole()),
-        text=np.asarray(arrays["text"].whole()),
+        offsets={side: np.array(arrays[f"{side}_offsets"].whole()) for side in sides},
+        group=np.array(arrays["group"].whole()),
+        text=np.array(arrays["text"].whole()),
         max_tokens=dict(max_tokens),
     )
     for side, offsets in table.offsets.items():

@@ -424,6 +424,22 @@ def test_damage_that_a_batch_meets_in_the_middle_of_a_run_is_mended(
     assert "the token table is built again: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["key_offsets", "group", "text"])
+def test_later_damage_of_a_column_that_was_read_whole_does_not_reach_the_run(
+    tokenizer, tmp_path, name
+):
+    table = build(pairs(), tokenizer, tmp_path)
+    wanted = table_batch(table, np.arange(NUM_ROWS))
+    [folder] = tmp_path.iterdir()
+    with (folder / f"{name}.npy").open("r+b") as file:
+        file.seek(128)
+        file.write(b"\xff" * 8)
+    found = table_batch(table, np.arange(NUM_ROWS))
+    np.testing.assert_array_equal(found["key"]["tokens"], wanted["key"]["tokens"])
+    for label in ("group", "text"):
+        np.testing.assert_array_equal(found[label], wanted[label])
+
+
 def test_a_disk_that_never_returns_what_was_written_is_an_error(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(token_table, "array_record", lambda path: {"bytes": 0, "digests": []})
     with pytest.raises(OSError, match=r"right after it was written; set run\.data_dir"):
