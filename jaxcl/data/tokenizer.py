@@ -1,5 +1,6 @@
 """A byte-pair tokenizer for code and prose, trained on the training rows and kept in one file."""
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -74,7 +75,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the tokenizer.json in it")
     try:
-        tokenizer = Tokenizer.from_str(read_text(path, limit=_MAX_BYTES))
+        content = read_text(path, limit=_MAX_BYTES)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no readable tokenizer.json: {error}") from error
+    return _parsed(content, path)
+
+
+@functools.lru_cache(maxsize=1)  # a run asks for its own several times as it starts
+def _parsed(content: str, path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(content)
     except Exception as error:  # the library raises the bare class
         raise ValueError(f"{path} is no readable tokenizer.json: {error}") from error
     if tokenizer.id_to_token(PADDING_ID) != _SPECIAL_TOKENS[0]:
