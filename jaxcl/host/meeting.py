@@ -182,7 +182,7 @@ class _Reception:
 def _join(workdir: Path, host: str, port: int, introduction: Mapping[str, Any]) -> int:
     """Find process 0 of the run; returns its port once all processes have come."""
     deadline = time.monotonic() + MEETING_SECONDS
-    refused_since = None
+    refusal = None
     reason = "it has left no invitation there"
     while (now := time.monotonic()) < deadline:
         invitation = _read_invitation(workdir)
@@ -196,13 +196,11 @@ def _join(workdir: Path, host: str, port: int, introduction: Mapping[str, Any]) 
             if "problem" in answer:
                 raise ValueError(f"{answer['problem']}; give each process its own number")
             reason = answer.get("nobody", reason)
-            if "stranger" not in answer:
-                refused_since = None
-            elif refused_since is None:
-                refused_since = now
-            elif now - refused_since > GRACE_SECONDS:
+            if "stranger" in answer and refusal is None:
+                refusal = now, answer["stranger"]
+            if refusal is not None and now - refusal[0] > GRACE_SECONDS:
                 ours = introduction["workdir"]
-                raise ValueError(f"{answer['stranger']}, not to that in {ours}; {_HINT}")
+                raise ValueError(f"{refusal[1]}, not to that in {ours}; {_HINT}")
         time.sleep(_SECONDS_BETWEEN_TRIES)
     raise ValueError(
         f"process 0 did not come to {workdir} within {MEETING_SECONDS} s ({reason}); {_HINT}"

@@ -112,6 +112,18 @@ def test_two_runs_that_start_on_one_port_exchange_no_process(pool, hurried, tmp_
     assert isinstance(strangers[1].exception(), ValueError)
 
 
+def test_a_process_whose_run_found_the_port_in_use_does_not_wait_long(pool, hurried, tmp_path):
+    coordinator = f"127.0.0.1:{free_port()}"
+    first = pool.submit(met, tmp_path / "a", coordinator, 0, 2)
+    while not (tmp_path / "a" / INVITATION_FILE).exists():
+        time.sleep(0.01)
+    stranger = pool.submit(met, tmp_path / "b", coordinator, 1, 2)
+    time.sleep(0.2)
+    pool.submit(met, tmp_path / "a", coordinator, 1, 2).result(timeout=20)
+    first.result(timeout=20)  # now the port is free, and nothing else comes
+    assert f"{coordinator} belongs to the run in {tmp_path / 'a'}" in error_of(stranger)
+
+
 def test_different_workdirs_are_named_on_both_sides(pool, hurried, tmp_path):
     coordinator = f"127.0.0.1:{free_port()}"
     futures = [pool.submit(met, tmp_path / name, coordinator, n, 2) for n, name in enumerate("ab")]
