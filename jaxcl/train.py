@@ -106,7 +106,7 @@ def train(
       ValueError: for a config that cannot run here, or a workdir of another config or run.
       CheckpointError: if checkpoints cannot be read or written.
       DivergenceError: if the loss is not finite.
-      Stopped: after SIGTERM or SIGINT, with everything saved.
+      Stopped: after SIGTERM, SIGINT or SIGHUP, with everything saved.
     """
     settings = read_settings(config, changed=changed)
     check_processes_agree(process_report(settings))

@@ -60,7 +60,7 @@ def meet(
       coordinator: host and port of process 0; port 0 lets it choose a free one.
       num_processes: the number of processes.
       process_id: which one this is.
-      bind: host and port where process 0 listens, if not at those of the coordinator.
+      bind: host and port where process 0 listens; by default the coordinator's.
 
     Raises:
       ValueError: if the port is in use, or a process does not come or does not fit.

@@ -80,23 +80,24 @@ def start_processes(
     workdir: Path | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> None:
-    """Makes this process one of a run's, if it is asked for; before anything else of JAX.
+    """Join the other processes of a run, if there are any; call it before JAX does anything else.
 
-    It is asked for by arguments; by `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID`; by what Slurm, Open MPI or a TPU pod on Kubernetes sets for several processes;
-    or by `asked`, where JAX is to find out on what cluster it is, as on a pod of TPU hosts.
+    Three things say that there are: the arguments; the variables `JAX_COORDINATOR_ADDRESS`,
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; the variables that Slurm, Open MPI or a TPU pod on
+    Kubernetes sets. With `asked`, JAX looks for the cluster itself, as on a pod of TPU hosts.
 
     Args:
-      coordinator: address and port of the first process, which listens there.
-      num_processes: how many there are.
-      process_id: which this one is, from 0.
-      asked: to start even if nothing says how many there are.
+      coordinator: host and port of process 0, which listens there; port 0 takes a free one.
+      num_processes: the number of processes.
+      process_id: which one this is, from 0.
+      asked: whether to join even if nothing says how many there are.
       workdir: the run's folder, in which processes with a coordinator meet first, so that other
         runs stay apart.
-      environment: where variables are looked up.
+      environment: the variables.
 
     Raises:
-      ValueError: if only a part is given, or the others cannot be reached.
+      ValueError: if only some of the three are given, the port is in use, or the processes do not
+        find each other.
     """
     coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
     if num_processes is None:
@@ -154,7 +155,7 @@ def _initialize(
 def together(make: Callable[[], T]) -> T:
     """Calls `make` in every process; if it fails in one, it fails in all.
 
-    Without that, those that did not fail would wait for ever for the one that did.
+    Otherwise the other processes would wait for the failed one for ever.
 
     Raises:
       PeerError: where another process failed; the failing one raises its own error.
@@ -175,7 +176,7 @@ def together(make: Callable[[], T]) -> T:
 
 
 def first_of_all(numbers: Sequence[int]) -> list[int]:
-    """What the first process has, in every process."""
+    """The numbers of process 0, in every process."""
     if jax.process_count() == 1:
         return list(numbers)
     count = int(multihost_utils.broadcast_one_to_all(np.array(len(numbers))))
@@ -184,10 +185,9 @@ def first_of_all(numbers: Sequence[int]) -> list[int]:
 
 
 def first_then_others(make: Callable[[], T]) -> T:
-    """Calls `make` in the first process, and then in all others.
+    """Calls `make` in process 0, and then in all others.
 
-    What the first one leaves on a disk that they share the others find there, and what they do not
-    share each makes for itself.
+    On a shared disk the others find the files of process 0; elsewhere each makes its own.
 
     Raises:
       PeerError: where another process failed.
@@ -201,7 +201,7 @@ def first_then_others(make: Callable[[], T]) -> T:
 
 
 def of_lost_process(error: BaseException) -> bool:
-    """Whether it came of another process that is gone: what JAX raises, but for own faults."""
+    """Whether an error means that another process is gone: JAX's errors except its own faults."""
     if isinstance(error, PeerError):
         return True
     of_jax = isinstance(error, jax.errors.JaxRuntimeError)
@@ -234,8 +234,8 @@ def leave_for(error: Exception, *, verbose: bool = False) -> NoReturn:
         raise error
     if of_lost_process(error):
         say(
-            f"error: process {jax.process_index()} cannot go on without another one ({reason}); "
-            "start all of them again: the same command goes on from what was saved last"
+            f"error: process {jax.process_index()} cannot continue without another one ({reason}); "
+            "start all of them again: the same command resumes from the last checkpoint"
         )
         leave(PEER_LOST)
     print_traceback(error)

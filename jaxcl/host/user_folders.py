@@ -59,7 +59,7 @@ def _check_owner(found: os.stat_result, path: Path, *, own: bool) -> None:
     allowed = {os.getuid()} if own else {os.getuid(), 0}
     if found.st_uid not in allowed:
         raise PermissionError(f"{path} belongs to another user")
-    # In a parent with the sticky bit, such as /tmp, others cannot replace what is not theirs.
+    # In a parent with the sticky bit, such as /tmp, others cannot replace this user's folders.
     sticky = not own and found.st_mode & stat.S_ISVTX
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
         raise PermissionError(f"other users may write to {path}; chmod go-w takes that right away")

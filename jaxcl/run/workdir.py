@@ -112,7 +112,7 @@ def _remove_run(workdir: Path) -> None:
 
 
 def _open_lock(path: Path) -> BinaryIO:
-    """Open the lock file, and nothing that somebody has put in its place."""
+    """Open the lock file; refuse anything that is not a regular file."""
     # A link is not followed, no content is cut off, and a pipe does not wait for a reader.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:

@@ -1,4 +1,4 @@
-"""The lock of a workdir is a regular file, whatever somebody has put in its place."""
+"""The lock of a workdir is a regular file; a link or a pipe in its place is refused."""
 
 import os
 import socket
