@@ -28,7 +28,7 @@ __all__ = ["Meeting", "meet"]
 
 INVITATION_FILE = ".meeting.json"
 MEETING_SECONDS = 300
-GRACE_SECONDS = 30
+GRACE_SECONDS = 15
 """How long a process without the token may ask again: the invitation may reach its host late."""
 
 _SECONDS_BETWEEN_TRIES = 0.5
