@@ -98,7 +98,6 @@ def test_a_zero_row_in_float16_leaves_the_nested_loss_finite():
 # Global settings and contexts of JAX
 
 
-@known_fault("indices of int32 and int64 meet in one update", raises=TypeError)
 @pytest.mark.parametrize("name", ["assign", "assign_topics"])
 def test_rows_are_assigned_with_64_bit_types_enabled(name):
     rows = np.asarray(sides(12)[0])
@@ -140,10 +139,6 @@ def assigned(queries, keys):
     return assignment.assign(np.asarray(queries), np.asarray(keys), block_size=2)
 
 
-IMPLICIT = "a sum or product relies on implicit rank promotion"
-
-
-@known_fault(IMPLICIT, raises=ValueError)
 @pytest.mark.parametrize(
     "function",
     [
@@ -175,7 +170,6 @@ def nothing_below_the_margin(queries, keys):
     return infonce_loss(queries, keys, masks=Masks(margin=10.0), negatives=explicit).sum()
 
 
-@known_fault("logaddexp(−∞, −∞) passes through NaN", raises=FloatingPointError)
 @pytest.mark.parametrize("loss", [nothing_explicit, nothing_in_a_tier, nothing_below_the_margin])
 def test_rows_without_negatives_pass_through_no_nan(loss):
     queries, keys = sides(4)
@@ -185,7 +179,6 @@ def test_rows_without_negatives_pass_through_no_nan(loss):
     assert not gradient.any()
 
 
-@known_fault("a mesh in the context is taken for that of the arguments", raises=ValueError)
 def test_rows_are_assigned_within_the_mesh_of_another_program():
     rows = np.asarray(sides(12)[0])
     mesh = jax.make_mesh((6,), ("data",), devices=jax.devices()[:6])

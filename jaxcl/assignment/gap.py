@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl.assignment.row_gaps import GapOptions, row_gaps
 from jaxcl.ops.arguments import as_integers, as_labels, as_vectors, check_numbers
+from jaxcl.ops.mesh import batch_sharding, current_mesh, on_mesh
 from jaxcl.ops.pairs import Labels
 from jaxcl.typing import Array, AxisName, Float, Int, Integer, Key, Range, Scalar
 
@@ -254,6 +255,10 @@ def make_gap_measure(
         queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
         check_numbers("temperature", temperature, Range(above=0))
         labels = tuple(as_labels("different", one) for one in different)
-        return compiled(queries, keys, rows, temperature, key, labels)
+        sharding = batch_sharding(mesh)
+        with current_mesh(mesh):
+            sides = jax.device_put((queries, keys, labels), sharding)
+            others = on_mesh((rows, temperature, key), mesh)
+            return compiled(*sides[:2], *others, sides[2])
 
     return measure

@@ -22,7 +22,7 @@ from jaxcl.assignment.cuthill_mckee import cuthill_mckee, paper_order
 from jaxcl.assignment.gcbs_settings import Gcbs
 from jaxcl.assignment.place import Place
 from jaxcl.ops.arguments import as_integers, check_numbers, native
-from jaxcl.ops.mesh import fetch, make_mesh, put_rows
+from jaxcl.ops.mesh import default_settings, fetch, make_mesh, on_mesh, put_rows
 from jaxcl.typing import Array, Float, Int, Key, Range, Scalar
 
 __all__ = ["Ordered", "assign", "assign_topics", "make_device_order", "make_order"]
@@ -203,19 +203,24 @@ def make_order(
             put_rows(side, mesh, num_rows=num_rows).astype(jnp.float32) for side in (queries, keys)
         ]
         labels = tuple(put_rows(_numbered(label), mesh, num_rows=len(sides[0])) for label in apart)
-        arguments = (*sides, jnp.float32(temperature), key, labels)
+        scalars = on_mesh((jnp.float32(temperature), key), mesh)
+        arguments = (*sides, *scalars, labels)
+        with default_settings(mesh):
+            return run(arguments)
+
+    def run(arguments: tuple[Any, ...]) -> Ordered:
         shapes = jax.tree.structure(arguments), tuple(map(jnp.shape, jax.tree.leaves(arguments)))
         if shapes not in compiled:
-            run = program.lower(*arguments).compile()
-            memory = run.memory_analysis()
+            executable = program.lower(*arguments).compile()
+            memory = executable.memory_analysis()
             compiled[shapes] = (
-                run,
+                executable,
                 memory.argument_size_in_bytes
                 + memory.temp_size_in_bytes
                 + memory.output_size_in_bytes,
             )
-        run, device_bytes = compiled[shapes]
-        return Ordered(np.asarray(run(*arguments))[:num_rows], device_bytes)
+        executable, device_bytes = compiled[shapes]
+        return Ordered(np.asarray(executable(*arguments))[:num_rows], device_bytes)
 
     return order
 

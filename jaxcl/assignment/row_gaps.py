@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxcl.ops.nearest import nearest
 from jaxcl.ops.pairs import Labels, PairLabels, pair_logsumexp
+from jaxcl.ops.pairs.reductions import log_add_exp
 from jaxcl.ops.row_tables import fetch_rows
 from jaxcl.ops.vectors import inner_product, inner_products, normalise
 from jaxcl.typing import Array, AxisName, Float, Int, Key, Scalar
@@ -113,14 +114,14 @@ def row_gaps(
     inside = (found >= 0) & (theirs == ours.batch[:, None])  # missing rows were fetched as batch 0
 
     positives = inner_product(ours.queries, ours.keys)[:, None] / temperature
-    in_batch, in_random = jnp.logaddexp(positives, own), jnp.logaddexp(positives, random)
+    in_batch, in_random = log_add_exp(positives, own), log_add_exp(positives, random)
     others = math.log(num_rows - batch_size) if num_rows > batch_size else -math.inf
     return RowGaps(
         # Softplus where one sum contains the other: a difference of two log-sums would lose small
         # losses and gaps to rounding.
         train_loss=jax.nn.softplus(own - positives).mean(1),
         gap=jax.nn.softplus(missing - in_batch).mean(1),
-        random_gap=(jnp.logaddexp(in_batch, missing) - in_random).mean(1),
+        random_gap=(log_add_exp(in_batch, missing) - in_random).mean(1),
         bound=jax.nn.softplus(others + hardest / temperature - in_batch).mean(1),
         neighbours=inside.sum(1) / jnp.maximum((found >= 0).sum(1), 1),
         near_duplicates=near_duplicates.astype(positives.dtype),

@@ -13,7 +13,7 @@ from jaxcl.negatives.masks import batch_labels
 from jaxcl.negatives.sets import ExplicitNegatives, Negatives, OwnNegatives, SharedNegatives
 from jaxcl.ops.arguments import as_vectors, label_fields
 from jaxcl.ops.pairs import PairLabels, pair_count, pair_logsumexp, pair_sum
-from jaxcl.ops.pairs.reductions import LOGSUMEXP
+from jaxcl.ops.pairs.reductions import LOGSUMEXP, log_add_exp
 from jaxcl.typing import Array, Bool, Float
 
 __all__ = [
@@ -55,7 +55,7 @@ def log_sum_exp(
         return LOGSUMEXP.reduce(jnp.where(counted, scores, -jnp.inf), 1)
 
     pairs = functools.partial(pair_logsumexp, temperature=temperature, hardness=hardness)
-    return Reduce(pairs, own, jnp.logaddexp, by_row=jnp.ndim(temperature) > 0)
+    return Reduce(pairs, own, log_add_exp, by_row=jnp.ndim(temperature) > 0)
 
 
 COUNT = Reduce(

@@ -14,6 +14,7 @@ from jaxcl.losses.protocol import NO_MASKS, Masks, NegativesByName
 from jaxcl.losses.reduce_negatives import COUNT, log_sum_exp, reduce_all
 from jaxcl.negatives.sets import ExplicitNegatives
 from jaxcl.ops.arguments import as_vectors, check_numbers
+from jaxcl.ops.pairs.reductions import log_add_exp
 from jaxcl.ops.row_tables import init_table
 from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, AxisName, Float, PyTree, Range
@@ -137,11 +138,11 @@ def running_estimate_loss(
     estimates = lax.stop_gradient(estimates)
     now = lax.stop_gradient(log_means)
     # In logarithms, since u reaches e^100 at a temperature of .01, past the range of float32.
-    mixed = jnp.logaddexp(jnp.log1p(-update_rate) + estimates, jnp.log(update_rate) + now)
+    mixed = log_add_exp(jnp.log1p(-update_rate) + estimates, jnp.log(update_rate) + now)
     updated = jnp.where(jnp.isfinite(estimates), mixed, now)
     updated = jnp.where(some, updated, estimates).astype(estimates.dtype)
     known = jnp.isfinite(updated)
-    values = jnp.where(known, jnp.logaddexp(updated, jnp.log(epsilon)), 0)
+    values = jnp.where(known, log_add_exp(updated, jnp.log(epsilon)), 0)
     # The value of the loss is the logarithm of the estimate. Its gradient is ∇g / (ε + u), which is
     # the gradient of log g times g / (ε + u).
     weights = jnp.where(some, jnp.exp(now - values), 0)

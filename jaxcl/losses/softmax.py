@@ -11,6 +11,7 @@ from jaxcl.losses.protocol import NO_MASKS, Masks, NegativesByName
 from jaxcl.losses.reduce_negatives import COUNT, log_sum_exp, reduce_all
 from jaxcl.negatives.sets import SharedNegatives
 from jaxcl.ops.arguments import check_numbers
+from jaxcl.ops.pairs.reductions import log_add_exp
 from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, AxisName, Float, Range
 
@@ -147,15 +148,15 @@ def infonce_loss(
     if partition == "joint":
         if set(SYMMETRIC) <= set(directions):
             sets.append(positives)  # it stands in the matrix of either direction
-        sets = [functools.reduce(jnp.logaddexp, sets)]
+        sets = [functools.reduce(log_add_exp, sets)]
     elif partition == "anchor":
         sets = [
-            functools.reduce(jnp.logaddexp, of_side)
+            functools.reduce(log_add_exp, of_side)
             for side in ("query", "key")
             if (of_side := [found[one] for one in found if one.startswith(f"{side}_to")])
         ]
     # log(e^s + e^n) − s, without the difference of two large numbers.
-    loss = jax.nn.softplus(jnp.stack(sets) - positives).mean(0)
+    loss = jax.nn.softplus(jnp.stack(sets) - positives[None]).mean(0)
     return loss if masks.valid is None else jnp.where(masks.valid, loss, 0)
 
 
@@ -244,7 +245,7 @@ def decoupled_infonce_loss(
     found = reduce_all(reduce, comparison, queries, keys, negatives, directions=directions)
     positives = inner_product(queries, keys) / temperature
     sets = jnp.stack(list(found.values()))
-    loss = jnp.where(sets != -jnp.inf, sets - positives, 0).mean(0)
+    loss = jnp.where(sets != -jnp.inf, sets - positives[None], 0).mean(0)
     return loss if masks.valid is None else jnp.where(masks.valid, loss, 0)
 
 
@@ -314,7 +315,7 @@ def hard_infonce_loss(
     counts = jnp.stack(list(reduced(COUNT).values()))
     some = counts > 0
     log_counts = jnp.log(jnp.where(some, counts, 1))
-    positives = inner_product(queries, keys) / temperature
+    positives = (inner_product(queries, keys) / temperature)[None]  # of each direction
     hard = jnp.where(some, weighted(1 + concentration), 0)
     if concentration:
         hard += log_counts - jnp.where(some, weighted(concentration), 0)
@@ -322,7 +323,8 @@ def hard_infonce_loss(
     share = positive_share * jnp.exp(jnp.minimum(positives + log_counts - hard, 80))
     less_than_all = jnp.where(share < 1, share, 0)
     debiased = hard + jnp.log1p(-less_than_all) - jnp.log1p(-positive_share)
-    least = log_counts - 1 / temperature
+    greatest = 1 / temperature  # a score, for all rows or by row
+    least = log_counts - (jnp.asarray(greatest)[None] if jnp.ndim(greatest) else greatest)
     debiased = jnp.where(share < 1, jnp.maximum(debiased, least), least)
     loss = jnp.where(some, jax.nn.softplus(debiased - positives), 0).mean(0)
     return loss if masks.valid is None else jnp.where(masks.valid, loss, 0)

@@ -11,6 +11,7 @@ from jaxcl.losses.reduce_negatives import log_sum_exp, reduce_outside
 from jaxcl.negatives.masks import batch_labels
 from jaxcl.ops.arguments import as_labels
 from jaxcl.ops.pairs import Labels, PairLabels, pair_count, pair_logsumexp, pair_sum
+from jaxcl.ops.pairs.reductions import log_add_exp
 from jaxcl.typing import Array, AxisName, Float
 
 __all__ = ["supervised_infonce_loss"]
@@ -32,7 +33,7 @@ class _Sums(NamedTuple):
     def joined(self, other: "_Sums") -> "_Sums":
         """The sums over both sets of candidates."""
         return _Sums(
-            jnp.logaddexp(self.everything, other.everything),
+            log_add_exp(self.everything, other.everything),
             self.positives + other.positives,
             self.counts + other.counts,
         )
@@ -119,7 +120,7 @@ def supervised_infonce_loss(
     )
     for values in outside.values():
         for direction, more in values.items():
-            both = jnp.logaddexp(found[direction].everything, more)
+            both = log_add_exp(found[direction].everything, more)
             found[direction] = found[direction]._replace(everything=both)
     sides = [
         functools.reduce(_Sums.joined, of_side)

@@ -191,7 +191,7 @@ class DecoderBlock(nnx.Module):
             for side in (self.queries, self.keys, self.values)
         )
         # The first token is attended in a row without any, too: a softmax needs something.
-        attended = mask | (jnp.arange(t) == 0)
+        attended = mask | (jnp.arange(t) == 0)[None]
         mixed = jax.nn.dot_product_attention(
             rotated(queries, base=self.rotary_base),
             rotated(keys, base=self.rotary_base),
@@ -212,8 +212,8 @@ def rotated(heads: Float[Array, "b t n c"], *, base: float) -> Float[Array, "b t
       Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
     """
     t, half = heads.shape[1], heads.shape[3] // 2
-    angles = jnp.arange(t)[:, None] * base ** (-jnp.arange(half) / half)
-    cosine, sine = (f(angles)[:, None].astype(heads.dtype) for f in (jnp.cos, jnp.sin))
+    angles = jnp.arange(t)[:, None] * base ** (-jnp.arange(half) / half)[None]
+    cosine, sine = (f(angles)[None, :, None].astype(heads.dtype) for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(heads, 2, axis=-1)
     return lax.concatenate(
         [first * cosine - second * sine, second * cosine + first * sine], dimension=3

@@ -87,7 +87,7 @@ def pool(
         return hidden[:, 0]
     if pooling == "last":
         # Augmentation may leave padding between tokens, or no token at all.
-        last = jnp.where(mask, jnp.arange(mask.shape[1]), 0).max(1)
+        last = jnp.where(mask, jnp.arange(mask.shape[1])[None], 0).max(1)
         return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     if pooling == "mean":
         # Summed in float32 at least: float16 would overflow, and bfloat16 counts exactly to 256.

@@ -64,7 +64,8 @@ class StaticEncoder(nnx.Module):
         """Embeds `{"tokens": int32[b, t]}`; training and evaluation are the same."""
         tokens = tokens_of(inputs, "StaticEncoder")
         check_length(tokens, self.position_weight.shape[0])
-        log_weights = self.token_weight[...][tokens] + self.position_weight[...][: tokens.shape[1]]
+        of_position = self.position_weight[...][None, : tokens.shape[1]]
+        log_weights = self.token_weight[...][tokens] + of_position
         weights = jnp.where(tokens != PADDING_ID, jnp.exp(log_weights), 0)
         vectors = embedding_bag(self.table[...], tokens, weights)
         if self.projection is not None:

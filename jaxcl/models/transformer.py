@@ -149,7 +149,7 @@ class TransformerEncoder(nnx.Module):
         tokens = tokens_of(inputs, "TransformerEncoder")
         check_length(tokens, self.position_table.shape[0])
         mask = tokens != PADDING_ID
-        hidden = self.token_table[...][tokens] + self.position_table[...][: tokens.shape[1]]
+        hidden = self.token_table[...][tokens] + self.position_table[...][None, : tokens.shape[1]]
         hidden = hidden.astype(self.dtype)
         if self.norm_position == "post":
             hidden = self.norm(hidden)

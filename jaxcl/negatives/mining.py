@@ -132,7 +132,8 @@ def mine_negatives(
     width = last - first
     ranks = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), rows.shape)
     if rule.sampling == "random":
-        order = jax.vmap(lambda key: jax.random.uniform(key, (width,)))(row_keys)
+        # In float32, or 64-bit types would change the draws.
+        order = jax.vmap(lambda key: jax.random.uniform(key, (width,), jnp.float32))(row_keys)
     else:
         order = ranks / width
     # Both orders lie in [0, 1), so that 2 sorts masked keys last. The second sort returns the

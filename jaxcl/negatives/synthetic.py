@@ -87,9 +87,12 @@ def perturbed(
     there = valid.sum(1, dtype=jnp.int32)[:, None]
     drawn = _at(hardest, _below(there, _uniform(keys, 1, count)[:, 0]))
     width = hardest.shape[-1]
+
     # Another key than `_uniform` uses, so that the direction is independent of the choice.
-    normal = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), (count, width)))
-    noise = normal(keys).astype(hardest.dtype)
+    def normal(key: Key[Array, ""]) -> Float[Array, "_ d"]:
+        return jax.random.normal(jax.random.fold_in(key, 1), (count, width), jnp.float32)
+
+    noise = jax.vmap(normal)(keys).astype(hardest.dtype)
     along = jnp.sum(noise * drawn, -1, keepdims=True) * drawn
     angle = jnp.deg2rad(jnp.asarray(degrees, hardest.dtype))
     turned = jnp.cos(angle) * drawn + jnp.sin(angle) * normalise(noise - along)
@@ -97,7 +100,8 @@ def perturbed(
 
 
 def _uniform(keys: Key[Array, " q"], rows: int, count: int) -> Float[Array, "q _ _"]:
-    return jax.vmap(lambda key: jax.random.uniform(key, (rows, count)))(keys)
+    # In float32, or 64-bit types would change the draws.
+    return jax.vmap(lambda key: jax.random.uniform(key, (rows, count), jnp.float32))(keys)
 
 
 def _below(limit: Int[Array, "q 1"], uniform: Float[Array, "q _"]) -> Int[Array, "q _"]:

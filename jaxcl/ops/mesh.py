@@ -1,7 +1,9 @@
 """The one place that makes a device mesh."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,9 +16,12 @@ from jaxcl.typing import PyTree
 
 __all__ = [
     "batch_sharding",
+    "current_mesh",
+    "default_settings",
     "fetch",
     "local_rows",
     "make_mesh",
+    "on_mesh",
     "put_batch",
     "put_rows",
     "replicated_sharding",
@@ -66,6 +71,51 @@ def make_mesh(axes: Mapping[str, int], *, devices: list[jax.Device] | None = Non
             f"mesh={dict(zip(axes, sizes, strict=True))} cannot be laid out on these devices: "
             f"{' '.join(str(error).split())[:240]}"
         ) from error
+
+
+@contextlib.contextmanager
+def current_mesh(mesh: Mesh) -> Iterator[None]:
+    """Let a `shard_map` over this mesh run inside of the `jax.set_mesh` of another one."""
+    outer = jax.sharding.get_abstract_mesh()
+    if outer.empty or outer == mesh.abstract_mesh:
+        yield
+        return
+    with jax.set_mesh(mesh):
+        yield
+
+
+def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Arrays that lie on several devices, such as those of another program's mesh, copied to these.
+
+    An array of one device stays as it is: a compiled program takes it wherever it runs.
+    """
+
+    def placed(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+            return leaf
+        if len(leaf.sharding.device_set) == 1:
+            return leaf
+        return jax.device_put(leaf, replicated_sharding(mesh))
+
+    return jax.tree.map(placed, tree)
+
+
+@contextlib.contextmanager
+def default_settings(mesh: Mesh) -> Iterator[None]:
+    """Compile and run a program on a mesh under JAX's defaults, whatever the caller has set.
+
+    For programs of int32 and float32 that are correct under these alone, or that compute with
+    numbers that `jax_debug_nans` would report though nobody reads them.
+    """
+    with (
+        current_mesh(mesh),
+        jax.enable_x64(False),
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+    ):
+        yield
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

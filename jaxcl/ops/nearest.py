@@ -177,7 +177,7 @@ def _tile(queries: PyTree, table: PyTree, rows: Array, new: Array, count: int) -
     # `top_k` sorts −0 below 0: a tie that the order of rows must decide.
     similarities = jnp.where(similarities == 0, 0, similarities)
     # `top_k` sorts NaN above all numbers.
-    counted &= new & jnp.isfinite(similarities)
+    counted &= new[None] & jnp.isfinite(similarities)
     similarities = jnp.where(counted, similarities, -jnp.inf)
     return _best(_candidates(similarities, rows, count), min(count, rows.shape[0]))
 

@@ -213,7 +213,7 @@ def test_a_row_s_own_temperature_goes_down_its_slope_and_stays_in_its_bounds():
             r"estimates have the shape \(3, 1\); wanted is \(3, 2\)",
         ),
         ({"temperature": jnp.ones(3)}, "temperature"),
-        ({"update_rate": 0.0}, "above 0 and at most 1"),
+        ({"update_rate": 0.0}, "set it above 0, at most 1"),
         ({"epsilon": 0.0}, "epsilon=0.0; set it above 0"),
     ],
 )

@@ -17,7 +17,6 @@ from jaxcl.losses import (
     OwnNegatives,
     SharedNegatives,
     infonce_loss,
-    matryoshka,
     measure_negatives,
     supervised_infonce_loss,
 )
@@ -32,6 +31,7 @@ from jaxcl.ops.pairs import (
     pair_softplus,
     pair_sum,
 )
+from tests.every_function import OF_ROWS, loss_of
 from tests.helpers import relative_error, unit_vectors
 
 # The checks of annotations would refuse some inputs before the library sees them.
@@ -214,74 +214,6 @@ def test_labels_on_devices_stay_where_they_are():
     assert as_labels("ids", labels) is labels
 
 
-def loss_of(name):
-    """A loss with the columns that it needs, for any number of rows."""
-
-    def compute(queries, keys):
-        rows, loss = np.shape(queries)[0], LOSSES[name]
-        columns = {"labels": jnp.arange(rows), "teacher_scores": jnp.zeros((rows, 1))}
-        given = {argument: columns[argument] for argument in loss.columns}
-        if loss.init_memory is not None:
-            tables = loss.init_memory(rows, temperature=0.1)
-            given["memory"] = jax.tree.map(lambda table: table[:rows], tables)
-        found = loss.function(queries, keys, temperature=0.1, **given)
-        return found if loss.init_memory is None else found[0]
-
-    return compute
-
-
-def of_tiers(queries, keys):
-    rows = np.shape(queries)[0]
-    return negatives.draw_tiers(
-        negatives.TierBudgets(nearest=2),
-        queries,
-        keys,
-        row_keys=jax.random.split(jax.random.key(0), rows),
-        ids=jnp.arange(rows),
-    )["nearest"].vectors
-
-
-def of_mining(queries, keys):
-    rows = np.shape(queries)[0]
-    labels = PairLabels((jnp.arange(rows),))
-    return negatives.mine_negatives(
-        queries,
-        keys,
-        keys,
-        rule=negatives.MiningRule(1, (0, 2)),
-        row_keys=jax.random.split(jax.random.key(0), rows),
-        query_labels=labels,
-        table_labels=labels,
-    ).rows
-
-
-def of_queue(vectors, _):
-    labels = jnp.arange(np.shape(vectors)[0])
-    return negatives.update_queue(
-        negatives.init_bank(9, 8), vectors, labels, labels, num_slots=9
-    ).vectors
-
-
-def of_instances(vectors, _):
-    labels = jnp.arange(np.shape(vectors)[0])
-    return negatives.update_instances(negatives.init_bank(9, 8), vectors, labels, labels).vectors
-
-
-OF_ROWS = {
-    **{name: loss_of(name) for name in LOSSES},
-    "matryoshka": matryoshka(infonce_loss, dims=(4, 8)),
-    "measure_negatives": lambda *sides: measure_negatives(*sides)["batch"].share,
-    "pair_logsumexp": lambda *sides: pair_logsumexp(*sides, temperature=0.1)[0],
-    "tiled": lambda *sides: pair_logsumexp(*sides, temperature=0.1, implementation="tiled")[0],
-    "pair_sum": lambda *sides: pair_sum(*sides, temperature=0.1)[0],
-    "pair_softplus": lambda *sides: pair_softplus(*sides, scale=1.0, bias=0.0)[0],
-    "pair_count": lambda *sides: pair_count(*sides)[0],
-    "nearest": lambda *sides: nearest(*sides, count=2).rows,
-    "mine_negatives": of_mining,
-    "draw_tiers": of_tiers,
-    "update_queue": of_queue,
-    "update_instances": of_instances,
-}
 of_rows = pytest.mark.parametrize("compute", OF_ROWS.values(), ids=OF_ROWS)
 
 

@@ -12,7 +12,17 @@ from jaxcl.ops.pairs.sides import PairKeys, PairQueries
 from jaxcl.ops.varying import full_like_varying
 from jaxcl.typing import Array, AxisName, Float
 
-__all__ = ["COUNT", "LOGSUMEXP", "SOFTPLUS", "SUM", "Reduced", "Reduction", "Residuals", "nothing"]
+__all__ = [
+    "COUNT",
+    "LOGSUMEXP",
+    "SOFTPLUS",
+    "SUM",
+    "Reduced",
+    "Reduction",
+    "Residuals",
+    "log_add_exp",
+    "nothing",
+]
 
 
 Reduced: TypeAlias = tuple[Float[Array, " q"], Float[Array, " k"]]
@@ -61,6 +71,12 @@ def nothing(reduction: Reduction, queries: PairQueries, keys: PairKeys) -> Reduc
     return rows, columns
 
 
+def log_add_exp(left: Float[Array, "..."], right: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`jnp.logaddexp` without NaN on the way where both are −∞, which `jax_debug_nans` reports."""
+    empty = (left == -jnp.inf) & (right == -jnp.inf)
+    return jnp.where(empty, -jnp.inf, jnp.logaddexp(jnp.where(empty, 0, left), right))
+
+
 def _logsumexp(scores: Float[Array, "q k"], axis: int) -> Float[Array, " _"]:
     """−∞ with gradient 0 if all are masked, where the usual formula has the gradient NaN."""
     # A maximum of −∞ must not be subtracted: −∞ − (−∞) is NaN.
@@ -97,7 +113,7 @@ def _softmax_weights(scores: Array, values: Array, cotangents: Array) -> Array:
 LOGSUMEXP = Reduction(
     empty=-jnp.inf,
     reduce=_logsumexp,
-    join=jnp.logaddexp,
+    join=log_add_exp,
     join_devices=_logsumexp_over_devices,
     weigh=_softmax_weights,
 )

@@ -120,7 +120,7 @@ def _weigh(
     scores, counted = pair_scores(queries, keys, hardness=hardness)
     scores = jnp.where(counted, scores, -jnp.inf)
     gradient = reduction.weigh(scores, reduced[0][:, None], cotangents[0][:, None])
-    gradient += reduction.weigh(scores, reduced[1], cotangents[1])
+    gradient += reduction.weigh(scores, reduced[1][None], cotangents[1][None])
     # In the vectors' type: a float32 factor would take the products off the bfloat16 matrix unit.
     weights = (gradient * queries.scale[:, None]).astype(queries.vectors.dtype)
     return weights, gradient.sum(0)

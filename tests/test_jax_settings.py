@@ -1,0 +1,54 @@
+"""The library under the global settings of JAX, and in the mesh of another program."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from tests.every_function import EVERY
+from tests.helpers import unit_vectors
+
+pytestmark = pytest.mark.usefixtures("unchecked_annotations")
+
+ROWS = 6
+
+
+@contextlib.contextmanager
+def mesh_of_another_program(kind):
+    mesh = jax.make_mesh((6,), ("data",), devices=jax.devices()[:6], axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        yield
+
+
+SETTINGS = {
+    "x64": lambda: jax.enable_x64(True),
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "debug_nans": lambda: jax.debug_nans(True),
+    "explicit mesh": lambda: mesh_of_another_program(AxisType.Explicit),
+    "auto mesh": lambda: mesh_of_another_program(AxisType.Auto),
+}
+
+
+# All others run as slow: what runs operation by operation is compiled anew under each setting.
+QUICK = (
+    *("infonce with labels", "gradient in tiles", "nearest", "mine_negatives", "instances"),
+    "gap on a mesh",
+)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in EVERY],
+)
+def test_every_function_gives_the_same_under_each_setting(name, setting):
+    sides = [unit_vectors(seed, ROWS, 8, dtype=jnp.float32) for seed in (0, 1)]
+    with SETTINGS[setting]():  # first, or a program that is compiled would be used
+        found = EVERY[name](*sides)
+    expected = EVERY[name](*sides)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.shape(ours) == np.shape(theirs)
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
