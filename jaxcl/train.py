@@ -32,7 +32,7 @@ from jaxcl.host.command import join_processes, run_command
 from jaxcl.host.command_flags import CommandParser, add_process_flags, user_path
 from jaxcl.host.processes import Stopped, first_then_others, stop_requests
 from jaxcl.host.progress import progress_bar, say
-from jaxcl.ops.mesh import fetch
+from jaxcl.ops.mesh import current_mesh, fetch
 from jaxcl.run.batches import RunBatches
 from jaxcl.run.build_loss import batch_needs
 from jaxcl.run.checkpoint import Checkpoints
@@ -111,7 +111,7 @@ def train(
     settings = read_settings(config, changed=changed)
     check_processes_agree(process_report(settings))
     training = build_training(settings)
-    with lock_workdir(workdir), emptied_unless_begun(workdir):
+    with lock_workdir(workdir), emptied_unless_begun(workdir), current_mesh(training.mesh):
         saved = first_then_others(functools.partial(claim_workdir, workdir, settings))
         data = first_then_others(functools.partial(_prepare, settings, workdir, saved))
         shared = {"the id of the workdir": workdir_id(workdir), **data.remembered.fingerprints}

@@ -172,7 +172,8 @@ def outcome_of(place: Path, wanted: tuple, name: str) -> str:
     except (ValueError, OSError, UserError) as error:
         folders = {"checkpoints", "tiny_pairs"} & set(Path(name).parts)
         known = [Path(name).name, *folders]
-        assert any(part in str(error) for part in known), f"{name} is not named: {error}"
+        if not any(part in str(error) for part in known):
+            raise AssertionError(f"{name} is not named") from error
         return "refused"
     states, records = wanted
     assert final_bits(config, place / "run") == states, f"{name}: another final state, silently"

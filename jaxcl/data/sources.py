@@ -395,8 +395,6 @@ def checked_rows(rows: _Rows, *, num_rows: int) -> list[int]:
     """Row numbers, all of which are there; else an `IndexError`."""
     numbers = as_integers("rows", rows).astype(np.int64)
     if numbers.size and (numbers.min() < 0 or numbers.max() >= num_rows):
-        raise IndexError(
-            f"Rows {numbers.min()} to {numbers.max()} were asked for; there are {num_rows}, "
-            "numbered from 0."
-        )
+        asked = f"{numbers.min()} to {numbers.max()}"
+        raise IndexError(f"Rows {asked} were asked for; there are {num_rows}, numbered from 0.")
     return numbers.tolist()

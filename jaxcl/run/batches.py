@@ -24,7 +24,7 @@ from jaxcl.assignment import (
 from jaxcl.assignment.gap import GapMeasure
 from jaxcl.data.prepare import RunData
 from jaxcl.host.progress import progress_bar, say
-from jaxcl.ops.mesh import fetch, put_rows
+from jaxcl.ops.mesh import default_settings, fetch, put_rows
 from jaxcl.ops.row_tables import padded_entries
 from jaxcl.run.picture import similarity_picture
 from jaxcl.run.training import Training
@@ -129,7 +129,8 @@ class RunBatches:
         queries, keys = (self._embeddings(state, side) for side in SIDES)
         encoded = time.perf_counter()
         labels = self._labels(self._rule)
-        ordered = self._order(queries, keys, temperature, order_key, labels)
+        with default_settings(self._training.mesh):
+            ordered = self._order(queries, keys, temperature, order_key, labels)
         chosen = time.perf_counter()
 
         rows_before = self.rows_of(state)

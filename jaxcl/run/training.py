@@ -36,7 +36,7 @@ from jaxcl.step.train_step import (
     make_train_step,
     state_sharding,
 )
-from jaxcl.typing import SIDES, Batch, Integer, PyTree, Scalar
+from jaxcl.typing import SIDES, Batch, Integer, Key, PyTree, Scalar
 
 __all__ = ["Training", "build_optimizer", "build_towers", "build_training", "run_mesh"]
 
@@ -204,13 +204,19 @@ def build_towers(settings: Settings) -> Towers:
     if parts.augmentation is not None:
         function = parts.augmentation(**augmentation.options)
         augment = dict.fromkeys(augmentation.sides, function)
-    return make_towers(
+    made = make_towers(
         {
             name: _tower_spec(settings, "query" if name == "both" else name, tower)
             for name, tower in towers.items()
         },
         augment=augment,
     )
+
+    def init(key: Key[jax.Array, ""]) -> PyTree:
+        # An encoder that names no type has float64 parameters with 64-bit types enabled.
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), made.init(key))
+
+    return made._replace(init=init)
 
 
 def _tower_spec(settings: Settings, side: str, tower: TowerSettings) -> TowerSpec:
