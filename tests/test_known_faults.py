@@ -187,7 +187,6 @@ def test_rows_are_assigned_within_the_mesh_of_another_program():
 
 
 @pytest.mark.usefixtures("x64")
-@known_fault("the tiled gradient has no derivative in forward mode", raises=TypeError)
 def test_tiles_have_the_second_derivative_of_the_whole_block():
     queries, keys = (unit_vectors(seed, 5, 8) for seed in (0, 1))
 

@@ -52,8 +52,7 @@ def embedding_bag(
     )
 
 
-@jax.custom_vjp
-def _looped_bag(
+def _summed_by_position(
     table: Float[Array, "v h"], tokens: Int[Array, "b t"], weights: Float[Array, "b t"]
 ) -> Float[Array, "b h"]:
     def add_position(j: Array, total: Array) -> Array:
@@ -64,8 +63,12 @@ def _looped_bag(
     return lax.fori_loop(0, tokens.shape[1], add_position, start)
 
 
+_looped_bag = jax.custom_vjp(_summed_by_position)
+
+
 def _looped_bag_forward(table: Array, tokens: Array, weights: Array) -> tuple[Array, tuple]:
-    return _looped_bag(table, tokens, weights), (table, tokens, weights)
+    # Not `_looped_bag`, or a second derivative in forward mode would not exist.
+    return _summed_by_position(table, tokens, weights), (table, tokens, weights)
 
 
 def _looped_bag_backward(residuals: tuple, cotangent: Array) -> tuple[Array, None, Array]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxcl.models.embedding_bag import IMPLEMENTATIONS, embedding_bag
-from tests.helpers import relative_errors
+from tests.helpers import relative_errors, unit_vectors
 
 
 @pytest.mark.smoke
@@ -55,3 +55,18 @@ def test_an_unknown_implementation_lists_the_known():
         embedding_bag(
             jnp.ones((2, 2)), jnp.zeros((1, 1), int), jnp.ones((1, 1)), implementation="fast"
         )
+
+
+def test_both_have_the_same_second_derivative_in_forward_mode(x64):
+    table, weights = unit_vectors(0, 9, 4), jnp.abs(unit_vectors(1, 3, 5))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 9, (3, 5)))
+
+    def second(implementation):
+        def value(table, weights):
+            bag = embedding_bag(table, tokens, weights, implementation=implementation)
+            return (jnp.tanh(bag) ** 2).sum()
+
+        gradient = jax.grad(value, argnums=(0, 1))
+        return jax.jvp(gradient, (table, weights), (table[::-1], weights[::-1]))[1]
+
+    assert max(relative_errors(second("loop"), second("gather")).values()) < 1e-10

@@ -509,3 +509,58 @@ def test_a_ring_of_the_reference_is_refused():
         over_mesh({"data": 8}, "ring", "reference")(
             unit_vectors(0, 16, 6), unit_vectors(1, 16, 6), 0.0
         )
+
+
+REDUCTIONS = {
+    "logsumexp": functools.partial(pair_logsumexp, temperature=0.1, hardness=2.0),
+    "softplus": functools.partial(pair_softplus, scale=10.0, bias=-1.0),
+    "sum": functools.partial(pair_sum, temperature=0.1),
+}
+
+
+def second_derivatives(reduce, sides, directions):
+    """The second derivative along a direction: forward over reverse, and reverse over reverse."""
+
+    def value(queries, keys):
+        return sum((jnp.tanh(one) ** 2).sum() for one in reduce(queries, keys))
+
+    gradient = jax.grad(value, argnums=(0, 1))
+
+    def along(*sides):
+        return sum(
+            (one * other).sum() for one, other in zip(gradient(*sides), directions, strict=True)
+        )
+
+    forward = jax.jvp(gradient, sides, directions)[1]
+    return jax.jit(lambda: (forward, jax.grad(along, argnums=(0, 1))(*sides)))()
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_tiles_have_the_second_derivatives_of_the_whole_block(name):
+    sides = unit_vectors(0, 5, 6), unit_vectors(1, 9, 6)
+    directions = unit_vectors(2, 5, 6), unit_vectors(3, 9, 6)
+    queries, keys, _ = labels_of("all", 5, 9)
+    reduce = functools.partial(REDUCTIONS[name], query_labels=queries, key_labels=keys, tile=TILE)
+    found, expected = (
+        second_derivatives(functools.partial(reduce, implementation=way), sides, directions)
+        for way in ("tiled", "reference")
+    )
+    for errors in (relative_errors(found, expected), relative_errors(found[0], expected[1])):
+        assert max(errors.values()) < 1e-10
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_devices_have_the_second_derivatives_of_one(exchange):
+    sides, directions = ([unit_vectors(seed, 16, 6) for seed in pair] for pair in ((0, 1), (2, 3)))
+    mesh, rows = make_mesh({"data": 8}), PartitionSpec("data")
+    reduce = functools.partial(pair_logsumexp, temperature=0.1, tile=2)
+    across = jax.shard_map(
+        functools.partial(reduce, implementation="tiled", axis_name="data", exchange=exchange),
+        mesh=mesh,
+        in_specs=(rows, rows),
+        out_specs=rows,
+    )
+    found = second_derivatives(across, tuple(sides), tuple(directions))
+    whole = functools.partial(reduce, implementation="reference")
+    expected = second_derivatives(whole, tuple(sides), tuple(directions))
+    assert max(relative_errors(found, expected).values()) < 1e-10

@@ -1,6 +1,5 @@
 """The public operations on a pair matrix: one number per row and per column."""
 
-import functools
 import importlib
 from typing import Any
 
@@ -244,8 +243,7 @@ def _reduce_pairs(
     return rows, columns
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _by_tiles(
+def _reduced_by_tiles(
     passes: TilePasses,
     reduction: Reduction,
     ring: AxisName | None,
@@ -257,6 +255,9 @@ def _by_tiles(
     return passes.reduce(reduction, queries, keys)
 
 
+_by_tiles = jax.custom_vjp(_reduced_by_tiles, nondiff_argnums=(0, 1, 2))
+
+
 def _by_tiles_forward(
     passes: TilePasses,
     reduction: Reduction,
@@ -264,7 +265,9 @@ def _by_tiles_forward(
     queries: PairQueries,
     keys: PairKeys,
 ) -> tuple[tuple[Array, Array], Residuals]:
-    reduced = _by_tiles(passes, reduction, ring, queries, keys)
+    # Not `_by_tiles`, whose gradient has no derivative in forward mode: JAX differentiates these
+    # loops, and those of the backward pass, for a second derivative.
+    reduced = _reduced_by_tiles(passes, reduction, ring, queries, keys)
     return reduced, Residuals(queries, keys, reduced)
 
 
