@@ -29,6 +29,13 @@ __all__ = ["Ordered", "assign", "assign_topics", "make_device_order", "make_orde
 
 DEFAULT = Gcbs()
 
+Report = Callable[[str], object]
+"""Takes a line of text at each stage of long work, such as `print`."""
+
+
+def _silent(line: str) -> None:
+    pass
+
 
 def assign(
     queries: ArrayLike,
@@ -40,6 +47,7 @@ def assign(
     seed: int = 0,
     apart: Sequence[Int[np.ndarray, " _"]] = (),
     settings: Gcbs = DEFAULT,
+    report: Report = _silent,
 ) -> Int[np.ndarray, " n"]:
     """Orders pairs so that each `block_size` of them are each other's hard negatives.
 
@@ -57,6 +65,8 @@ def assign(
       apart: labels by row, whose equals are no negatives and do not attract each other: ids of
         equal texts, groups.
       settings: the method and its parts.
+      report: called with a line of text at each stage, such as `print`. A program is compiled for
+        each number of rows, which may take a minute; a second call with as many compiles nothing.
 
     Returns:
       All row numbers, each once, int32.
@@ -83,7 +93,7 @@ def assign(
         batch_size=block_size if batch_size is None else batch_size,
         settings=settings,
     )
-    return order(queries, keys, temperature, jax.random.key(seed), apart).rows
+    return order(queries, keys, temperature, jax.random.key(seed), apart, report=report).rows
 
 
 def assign_topics(
@@ -94,6 +104,7 @@ def assign_topics(
     temperature: float = 0.05,
     seed: int = 0,
     settings: Gcbs = DEFAULT,
+    report: Report = _silent,
 ) -> Int[np.ndarray, " n"]:
     """Sorts pairs into topics of equal size: blocks of `assign`, for `SourcedRows`.
 
@@ -104,6 +115,7 @@ def assign_topics(
       temperature: of the loss; the lower it is, the more the nearest rows decide.
       seed: of what is drawn.
       settings: the method and its parts.
+      report: as for `assign`.
 
     Returns:
       Each row's topic, int32, numbered from 0. All have `ceil(n / num_topics)` rows but the last,
@@ -124,7 +136,13 @@ def assign_topics(
         raise ValueError(f"num_topics={num_topics} of {len(queries)} rows; give from 1 to as many")
     size = -(-len(queries) // num_topics)
     order = assign(
-        queries, keys, block_size=size, temperature=temperature, seed=seed, settings=settings
+        queries,
+        keys,
+        block_size=size,
+        temperature=temperature,
+        seed=seed,
+        settings=settings,
+        report=report,
     )
     topics = np.empty(len(order), np.int32)
     topics[order] = np.arange(len(order), dtype=np.int32) // size
@@ -144,7 +162,7 @@ class Ordered(NamedTuple):
 
 
 Order = Callable[..., Ordered]
-"""`(queries, keys, temperature, key, apart=()) -> Ordered`; rows on the host or on the mesh."""
+"""`(queries, keys, temperature, key, apart=(), *, report) -> Ordered`, of rows anywhere."""
 
 
 def make_order(
@@ -160,9 +178,9 @@ def make_order(
       settings: the method and its parts.
 
     Returns:
-      `(queries, keys, temperature, key, apart=()) -> Ordered`. Embeddings may have more rows than
-      `num_rows`, which are left out. Equal on any number of devices. A pair that is not finite has
-      no neighbours.
+      `(queries, keys, temperature, key, apart=(), *, report) -> Ordered`, with `report` as for
+      `assign`. Embeddings may have more rows than `num_rows`, which are left out. Equal on any
+      number of devices. A pair that is not finite has no neighbours.
 
     Raises:
       ValueError: for sizes that cannot be.
@@ -191,6 +209,8 @@ def make_order(
         temperature: float | Scalar,
         key: Key[Array, ""],
         apart: Sequence[Int[np.ndarray, " _"]] = (),
+        *,
+        report: Report = _silent,
     ) -> Ordered:
         check_numbers("temperature", temperature, Range(above=0))
         lengths = [len(part) for part in (queries, keys, *apart)]
@@ -206,11 +226,12 @@ def make_order(
         scalars = on_mesh((jnp.float32(temperature), key), mesh)
         arguments = (*sides, *scalars, labels)
         with default_settings(mesh):
-            return run(arguments)
+            return run(arguments, report)
 
-    def run(arguments: tuple[Any, ...]) -> Ordered:
+    def run(arguments: tuple[Any, ...], report: Report) -> Ordered:
         shapes = jax.tree.structure(arguments), tuple(map(jnp.shape, jax.tree.leaves(arguments)))
         if shapes not in compiled:
+            report(f"compiling the search for {num_rows:,} rows, once for this number of rows")
             executable = program.lower(*arguments).compile()
             memory = executable.memory_analysis()
             compiled[shapes] = (
@@ -220,6 +241,7 @@ def make_order(
                 + memory.output_size_in_bytes,
             )
         executable, device_bytes = compiled[shapes]
+        report(f"searching for the order of {num_rows:,} rows on {mesh.size} devices")
         return Ordered(np.asarray(executable(*arguments))[:num_rows], device_bytes)
 
     return order
@@ -299,13 +321,21 @@ def _paper_order(
     *,
     num_rows: int,
     quantile: float,
+    report: Report = _silent,
 ) -> Ordered:
     """The paper's method, which knows no temperature, no labels, and draws nothing of account."""
     sides = (_on_host(side)[:num_rows] for side in (queries, keys))
     sides = (side.astype(np.promote_types(side.dtype, np.float32)) for side in sides)
     sides = (np.where(np.isfinite(side).all(1, keepdims=True), side, 0) for side in sides)
     unit = (side / np.linalg.norm(side, axis=1, keepdims=True).clip(1e-30) for side in sides)
-    return Ordered(paper_order(*unit, quantile=quantile), 0)
+    compared = 0
+
+    def advance(rows: int) -> None:
+        nonlocal compared
+        compared += rows
+        report(f"compared {compared:,} of {num_rows:,} rows with all others")
+
+    return Ordered(paper_order(*unit, quantile=quantile, advance=advance), 0)
 
 
 def _numbered(labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:

@@ -283,3 +283,21 @@ def test_pairs_that_are_not_finite_are_those_that_were_never_written(name):
     order = compiled(name, 1)[1]
     found, expected = (order(*sides, 0.1, jax.random.key(0)).rows for sides in (bad, blank))
     np.testing.assert_array_equal(found, expected)
+
+
+def test_assign_says_when_it_compiles_and_how_far_it_is():
+    queries, keys, _ = topical()
+    lines = []
+    options = {"block_size": 4, "settings": SETTINGS["rcm_device"], "report": lines.append}
+    first = assign(queries[:50], keys[:50], **options)
+    search = "searching for the order of 50 rows on 8 devices"
+    assert lines == ["compiling the search for 50 rows, once for this number of rows", search]
+    np.testing.assert_array_equal(assign(queries[:50], keys[:50], **options), first)
+    assert lines[2:] == [search]  # compiled already
+
+
+def test_the_paper_s_method_says_how_many_rows_it_has_compared():
+    queries, keys, _ = topical()
+    lines = []
+    assign_topics(queries, keys, num_topics=5, settings=SETTINGS["rcm"], report=lines.append)
+    assert lines == [f"compared {ROWS} of {ROWS} rows with all others"]
