@@ -248,4 +248,4 @@ EVERY = {
     "gap": gap,
     "gap on a mesh": gap_on_mesh,
 }
-"""What each returns is a tree of arrays."""
+"""Each maps queries and keys to a tree of arrays."""

@@ -32,7 +32,7 @@ SETTINGS = {
 }
 
 
-# All others run as slow: what runs operation by operation is compiled anew under each setting.
+# All others run as slow: each operation is compiled again under each setting.
 QUICK = (
     *("infonce with labels", "gradient in tiles", "nearest", "mine_negatives", "instances"),
     "gap on a mesh",

@@ -48,7 +48,7 @@ class Gcbs(_Choices):
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is unknown; use one of {', '.join(PRESETS)}")
         if values:
-            raise TypeError(f"name the values that replace those of preset={preset!r}")
+            raise TypeError(f"preset={preset!r} takes changes by name, such as neighbours=8")
         return PRESETS[preset]._replace(**named)
 
     def check(self) -> None:

@@ -85,7 +85,7 @@ def current_mesh(mesh: Mesh) -> Iterator[None]:
 
 
 def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Arrays that lie on several devices, such as those of another program's mesh, copied to these.
+    """Copy arrays that lie on several devices, such as another program's mesh, to this mesh.
 
     An array of one device stays as it is: a compiled program takes it wherever it runs.
     """
@@ -105,7 +105,7 @@ def default_settings(mesh: Mesh) -> Iterator[None]:
     """Compile and run a program on a mesh under JAX's defaults, whatever the caller has set.
 
     For programs of int32 and float32 that are correct under these alone, or that compute with
-    numbers that `jax_debug_nans` would report though nobody reads them.
+    numbers that `jax_debug_nans` would report although they are masked later.
     """
     with (
         current_mesh(mesh),

@@ -266,7 +266,7 @@ def _by_tiles_forward(
     keys: PairKeys,
 ) -> tuple[tuple[Array, Array], Residuals]:
     # Not `_by_tiles`, whose gradient has no derivative in forward mode: JAX differentiates these
-    # loops, and those of the backward pass, for a second derivative.
+    # loops and the backward ones for a second derivative.
     reduced = _reduced_by_tiles(passes, reduction, ring, queries, keys)
     return reduced, Residuals(queries, keys, reduced)
 
