@@ -27,7 +27,6 @@ from jaxcl.negatives import OwnNegatives
 from jaxcl.ops.nearest import nearest
 from jaxcl.ops.pairs import PairLabels
 from tests.helpers import relative_error, unit_vectors
-from tests.known_faults import known_fault
 
 # The checks of the test suite would refuse some inputs before the library sees them.
 pytestmark = pytest.mark.usefixtures("unchecked_annotations")

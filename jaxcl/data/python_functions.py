@@ -14,6 +14,7 @@ import json
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -202,17 +203,16 @@ def functions_in_source(text: str, file: SourceFile) -> Iterator[PythonFunction]
 def _python_files(root: SourceRoot) -> Iterator[tuple[str, str]]:
     """Yields (absolute path, posix path relative to the root)."""
     top = os.path.abspath(root.path)
-    for directory, subdirectories, names in os.walk(top):
-        subdirectories[:] = sorted(
+    for folder, subfolders, names in os.walk(top):
+        subfolders[:] = sorted(
             name
-            for name in subdirectories
-            if _is_searched(name) and not (directory == top and name in root.excluded)
+            for name in subfolders
+            if _is_searched(name) and not (folder == top and name in root.excluded)
         )
-        relative = os.path.relpath(directory, top).replace(os.sep, "/")
+        relative = os.path.relpath(folder, top).replace(os.sep, "/")
         for name in sorted(names):
             if name.endswith(".py") and _is_searched(name.removesuffix(".py")):
-                path = os.path.join(directory, name)
-                yield path, name if relative == "." else f"{relative}/{name}"
+                yield os.path.join(folder, name), name if relative == "." else f"{relative}/{name}"
 
 
 def _is_searched(name: str) -> bool:
@@ -221,12 +221,12 @@ def _is_searched(name: str) -> bool:
 
 def _hash_file(path: str) -> str:
     """Returns the file's sha256, or the reason why it is skipped."""
-    if not os.path.isfile(path):  # such as a pipe, which would be waited for
-        return UNREADABLE
     try:
-        if os.stat(path).st_size > MAX_FILE_BYTES:
-            return TOO_LARGE
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_FILE_BYTES:
+            return TOO_LARGE if stat.S_ISREG(info.st_mode) else UNREADABLE  # a pipe would block
+        with open(path, "rb") as stream:
+            return hashlib.sha256(stream.read()).hexdigest()
     except OSError:
         return UNREADABLE
 

@@ -268,7 +268,8 @@ class RunBatches:
         )
         if len(np.unique(batches)) < batches.size:  # no batch lies within an epoch
             return {}
-        report = measure(queries, keys, jnp.asarray(batches), temperature, key, different)
+        with default_settings(self._training.mesh):
+            report = measure(queries, keys, jnp.asarray(batches), temperature, key, different)
         return {name: float(value) for name, value in report._asdict().items()}
 
     def _draw(

@@ -16,7 +16,7 @@ from jaxcl.data.splits import open_splits
 from jaxcl.data.table import Table
 from jaxcl.host.progress import progress_bar
 from jaxcl.models import Towers
-from jaxcl.ops.mesh import make_mesh, replicated_sharding
+from jaxcl.ops.mesh import current_mesh, make_mesh, replicated_sharding
 from jaxcl.run.checkpoint import Checkpoints, Restored, checksum
 from jaxcl.run.checkpoint_record import check_none_lost
 from jaxcl.run.encoder import Encoder
@@ -125,7 +125,9 @@ def open_run(workdir: Path, *, trust: Trust = ()) -> OpenedRun:
     settings = read_settings(read_config(workdir), trust=trust)
     mesh = make_mesh({"data": -1})  # the present devices, whatever the run's were
     towers = build_towers(settings)
-    restored = _newest_params(towers, settings, workdir, mesh)
+    with current_mesh(mesh):
+        restored = _newest_params(towers, settings, workdir, mesh)
+        checksums = [int(checksum(leaf)) for leaf in jax.tree.leaves(restored.state)]
     params = restored.state["params"]["towers"]
     saved = remembered_from(workdir / CHECKPOINTS, restored.record.get("data"))
     check_inputs(settings.data, workdir, saved.fingerprints)
@@ -133,7 +135,7 @@ def open_run(workdir: Path, *, trust: Trust = ()) -> OpenedRun:
     made_from = {
         "step": restored.step,
         # A run that was trained again from nothing passes the same steps.
-        "parameters": [int(checksum(leaf)) for leaf in jax.tree.leaves(params)],
+        "parameters": checksums,
         "inputs": {side: modality_of(settings.data, side).fingerprint(workdir) for side in SIDES},
         "fingerprints": {
             role: value

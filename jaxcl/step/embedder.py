@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcl.models import Encode
-from jaxcl.ops.mesh import batch_sharding, fetch, local_rows, put_batch
+from jaxcl.ops.mesh import batch_sharding, current_mesh, fetch, local_rows, put_batch
 from jaxcl.typing import Float, Int, PyTree
 
 __all__ = ["Embedder", "ReadRows", "make_embedder"]
@@ -59,8 +59,9 @@ def make_embedder(encode: Encode, mesh: Mesh, *, batch_size: int = 1024) -> Embe
                 ),
                 read(np.arange(first, first + count)),
             )
-            vectors = forward(params, side, put_batch(jax.tree.map(local_rows, inputs), mesh))
-            parts.append(fetch(vectors)[:count].astype(np.float32))
+            with current_mesh(mesh):
+                vectors = forward(params, side, put_batch(jax.tree.map(local_rows, inputs), mesh))
+                parts.append(fetch(vectors)[:count].astype(np.float32))
             advance(count)
         return np.concatenate(parts)
 
