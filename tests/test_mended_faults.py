@@ -1,4 +1,4 @@
-"""Faults of the library, each as a test of the right outcome that fails until it is mended."""
+"""Faults that users met in the library, each as a test of the right outcome."""
 
 import functools
 
@@ -31,7 +31,6 @@ from tests.helpers import relative_error, unit_vectors
 # The checks of the test suite would refuse some inputs before the library sees them.
 pytestmark = pytest.mark.usefixtures("unchecked_annotations")
 
-NOT_RAISED = pytest.fail.Exception
 LONGEST_TOKEN = 256  # characters, far above any word
 
 nested_infonce = matryoshka(infonce_loss, dims=(4, 8))

@@ -1,4 +1,4 @@
-"""Faults of the programs, each as a test of the right outcome that fails until it is mended."""
+"""Faults that users met in the programs, each as a test of the right outcome."""
 
 import concurrent.futures
 import json
