@@ -83,10 +83,14 @@ class Setting(NamedTuple):
 
 
 ALONE = (
-    *("SIGKILL", "SIGKILL in a save", "SIGTERM", "SIGINT"),
+    *("SIGKILL", "SIGKILL in a save", "SIGTERM", "SIGINT", "SIGHUP"),
     *("file cut", "file missing", "bit flipped", "disk full"),
+    *("small file", "checkpoints gone", "token table", "closed pipe"),
 )
-TOGETHER = ("SIGTERM to one of two", "SIGKILL to one of two", "file cut, two", "file missing, two")
+TOGETHER = (
+    *("SIGTERM to one of two", "SIGHUP to one of two", "SIGKILL to one of two"),
+    *("file cut, two", "file missing, two", "disagreement", "port in use"),
+)
 OTHERS = ("other devices", "other processes")
 SETTINGS = {
     "plain": Setting((), Shape(), ALONE),
@@ -140,20 +144,31 @@ class Tally:
 class Started:
     """The processes of one start, forked from one that has imported everything already."""
 
-    def __init__(self, workdir: Path, log: Path, data_dir: Path, setting: Setting, shape: Shape):
+    def __init__(
+        self,
+        workdir: Path,
+        log: Path,
+        data_dir: Path,
+        setting: Setting,
+        shape: Shape,
+        *,
+        last_arguments: tuple[str, ...] = (),
+        port: int | None = None,
+    ):
         arguments = [*SMOKE, *setting.arguments, f"--config.data.name={_pairs(data_dir)}"]
         arguments += [f"--workdir={workdir}", f"--config.run.data_dir={data_dir}"]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        numbers = range(shape.processes)
-        self._outputs = [log.with_name(f"{log.stem}.output-{number}") for number in numbers]
+        if port is None:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+        each = [arguments] * (shape.processes - 1) + [[*arguments, *last_arguments]]
+        self.outputs = outputs_of(log, shape.processes)
         self.processes = [
             FORKS.Process(
                 target=fault_worker.run,
-                args=(arguments, _environment(shape, port, number), log, output),
+                args=(each[number], _environment(shape, port, number), log, output),
             )
-            for number, output in enumerate(self._outputs)
+            for number, output in enumerate(self.outputs)
         ]
         for one in self.processes:
             one.start()
@@ -178,11 +193,16 @@ class Started:
             one.kill()
             one.join()
         outputs = [
-            path.read_text(errors="replace") if path.exists() else "" for path in self._outputs
+            path.read_text(errors="replace") if path.is_file() else "" for path in self.outputs
         ]
         if hangs:
             raise Wrong(f"it hangs: {outputs}")
         return [one.exitcode for one in self.processes], outputs
+
+
+def outputs_of(log: Path, processes: int) -> list[Path]:
+    """Where the processes of a start write what they say."""
+    return [log.with_name(f"{log.stem}.output-{number}") for number in range(processes)]
 
 
 @functools.cache
@@ -209,14 +229,17 @@ class Trial:
         self.data_dir = reference.parent / "data"
         self.shape = self.setting.shape
 
-    def start(self) -> Started:
-        """The same command as ever."""
-        return Started(self.workdir, self.log, self.data_dir, self.setting, self.shape)
+    def start(self, **changes: Any) -> Started:
+        """The same command as ever, except in the last process or on a given port."""
+        return Started(self.workdir, self.log, self.data_dir, self.setting, self.shape, **changes)
 
     def run(self, kinds: list[str]) -> None:
         """Breaks the run in each of these ways, one after the other, and lets it end."""
         mounted = "disk full" in kinds
         self.workdir.mkdir(parents=True)
+        if "token table" in kinds:  # other runs read the shared ones meanwhile
+            self.data_dir = self.place / "data"
+            shutil.copytree(self.reference.parent / "data", self.data_dir)
         if mounted:
             subprocess.run(
                 ["mount", "-t", "tmpfs", "-o", "size=16m", "none", self.workdir], check=True
@@ -322,6 +345,122 @@ class Trial:
             self.tally.add(kind, "fell back and said so" if said else "harmless")
         return True
 
+    def stop(self, *, checkpoints: int = 1) -> bool:
+        """Starts the run and stops it at a random moment, with everything saved."""
+        started = self.start()
+        if not self.wait_for_moment(started, checkpoints=checkpoints):
+            started.wait()
+            return False
+        started.send(signal.SIGTERM)
+        codes, outputs = started.wait()
+        if any(code not in (0, 128 + signal.SIGTERM) for code in codes):
+            raise Wrong(f"SIGTERM: exit codes {codes}: {outputs}")
+        return any(codes)
+
+    def harm_small_file(self, kind: str) -> bool:
+        """Damages a small file of a stopped run: it goes on as before, or names the file."""
+        if not self.stop():
+            return False
+        names = ("config.json", "data.json", "run.json", "tokenizer.json", "metrics.jsonl")
+        path = self.workdir / self.rng.choice((*names, "checkpoints.sizes.json"))
+        whole = path.read_bytes()
+        if path.name == "metrics.jsonl":  # whose records are nowhere else
+            damaged = whole + self.rng.choice((b"\xff\xfe\n", b"[]\n", b'{"step": ', b"5\n"))
+        else:
+            cut = whole[: self.rng.randrange(len(whole))]
+            damaged = self.rng.choice((cut, b"", b"[]", b"{}", b"5", b"null"))
+        path.write_bytes(damaged)
+        started = self.start()
+        if self.wait_for_moment(started):
+            started.send(signal.SIGTERM)
+        (code,), (output,) = started.wait()
+        if code == 1:
+            self.check_refused(kind, code, output, path.name)
+            path.write_bytes(whole)
+        elif code not in (0, 128 + signal.SIGTERM, -signal.SIGTERM):
+            raise Wrong(f"{kind}, {path.name}: exit code {code}: {output}")
+        self.tally.add(kind, f"{path.name} {'refused' if code == 1 else 'healed or harmless'}")
+        return True
+
+    def lose_checkpoints(self, kind: str) -> bool:
+        """Takes all checkpoints away, as an unmounted volume does, and brings them back."""
+        if not self.stop():
+            return False
+        checkpoints, away = self.workdir / "checkpoints", self.place / "away"
+        checkpoints.rename(away)
+        if self.rng.random() < 0.5:
+            checkpoints.mkdir()  # the empty mount point
+        (code,), (output,) = self.start().wait()
+        self.check_refused(kind, code, output, "checkpoints")
+        if checkpoints.exists():
+            checkpoints.rmdir()
+        away.rename(checkpoints)
+        return True
+
+    def harm_table(self, kind: str) -> bool:
+        """Damages a token table that the run reads: it is built again, and the run goes on."""
+        if not self.stop():
+            return False
+        tables = [path for path in (self.data_dir / "tokens").rglob("*") if path.is_file()]
+        path = self.rng.choice(sorted(path for path in tables if path.stat().st_size))
+        content = bytearray(path.read_bytes())
+        if self.rng.random() < 0.5:
+            content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
+        else:
+            content = content[: self.rng.randrange(len(content))]
+        path.write_bytes(content)
+        self.tally.add(kind, path.suffix)
+        return True
+
+    def close_pipe(self, kind: str) -> bool:
+        """Closes the pipe that the run writes to: it trains on."""
+        (pipe,) = outputs_of(self.log, 1)
+        pipe.unlink(missing_ok=True)
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        started = self.start()
+        moment = self.wait_for_moment(started)
+        os.close(reader)
+        before = _newest(self.workdir)
+        if moment:
+            _sleep(started, self.rng.uniform(0.5, 3))
+            started.send(signal.SIGTERM)
+        (code,), _ = started.wait()
+        pipe.unlink()
+        if code not in (0, 128 + signal.SIGTERM, -signal.SIGTERM) or _newest(self.workdir) < before:
+            raise Wrong(f"{kind}: exit code {code}")
+        return moment
+
+    def disagree(self, kind: str) -> bool:
+        """Starts two processes that differ in a setting: both say which, and nothing happens."""
+        setting = self.rng.choice(
+            ("seed=1", "optimizer.learning_rate=1.0", f"steps={STEPS + 1}", "run.log_every=7")
+        )
+        before = _newest(self.workdir)
+        codes, outputs = self.start(last_arguments=(f"--config.{setting}",)).wait()
+        name = setting.partition("=")[0]
+        if codes != [1, 1] or not all("disagree" in one and name in one for one in outputs):
+            raise Wrong(f"{kind} of {setting}: exit codes {codes}: {outputs}")
+        if _newest(self.workdir) != before:
+            raise Wrong(f"{kind} of {setting}: a step was trained")
+        return True
+
+    def take_port(self, kind: str) -> bool:
+        """Starts two processes on a port that is in use: both end, and its user is not harmed."""
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            server.listen()
+            codes, outputs = self.start(port=server.getsockname()[1]).wait()
+        if codes[0] != 1 or codes[1] not in (1, PEER_LOST) or "error: " not in outputs[0]:
+            raise Wrong(f"{kind}: exit codes {codes}: {outputs}")
+        return True
+
+    def check_refused(self, kind: str, code: int, output: str, name: str) -> None:
+        """Raises `Wrong` unless a start ended with one error line that names a file."""
+        said = [line for line in output.splitlines() if line.startswith("error: ")]
+        if code != 1 or len(said) != 1 or name not in said[0] or "Traceback" in output:
+            raise Wrong(f"{kind} of {name}: exit code {code}: {output}")
+
     def fill_disk(self, kind: str) -> bool:
         """Leaves no space for the next checkpoint, and makes some when the run has ended."""
         started = self.start()
@@ -357,11 +496,11 @@ class Trial:
         seconds = time.monotonic() - begun
         if not any(codes) or f"{STEPS}/{STEPS}" in outputs[0]:
             return False  # all was trained and saved
-        if kind.startswith("SIGTERM"):
+        if not kind.startswith("SIGKILL"):
             steps = {
                 match for text in outputs for match in re.findall(r"stopped at step (\d+)", text)
             }
-            if codes != [128 + signal.SIGTERM] * 2 or len(steps) != 1:
+            if codes != [128 + signal.SIGTERM] * 2 or len(steps) != 1:  # as JAX hands it on
                 raise Wrong(f"{kind}: exit codes {codes}, steps {steps}: {outputs}")
         else:
             if codes[1 - victim] not in (PEER_LOST, -signal.SIGABRT):
@@ -384,12 +523,20 @@ class Trial:
 
 
 BREAKS: dict[str, Callable[[Trial, str], bool]] = {
-    **dict.fromkeys(("SIGKILL", "SIGKILL in a save", "SIGTERM", "SIGINT"), Trial.signal),
+    **dict.fromkeys(("SIGKILL", "SIGKILL in a save", "SIGTERM", "SIGINT", "SIGHUP"), Trial.signal),
     **dict.fromkeys(("file cut", "file missing", "bit flipped"), Trial.damage),
     **dict.fromkeys(("file cut, two", "file missing, two"), Trial.damage),
-    **dict.fromkeys(("SIGTERM to one of two", "SIGKILL to one of two"), Trial.signal_one),
+    **dict.fromkeys(
+        [kind for kind in TOGETHER if kind.endswith("to one of two")], Trial.signal_one
+    ),
     **dict.fromkeys(OTHERS, Trial.move),
     "disk full": Trial.fill_disk,
+    "small file": Trial.harm_small_file,
+    "checkpoints gone": Trial.lose_checkpoints,
+    "token table": Trial.harm_table,
+    "closed pipe": Trial.close_pipe,
+    "disagreement": Trial.disagree,
+    "port in use": Trial.take_port,
 }
 
 
@@ -435,9 +582,14 @@ def compare(workdir: Path, log: Path, reference: Path, *, exact: bool) -> dict[s
         if not same:
             raise Wrong(f"metrics of step {record['step']} differ: {record} {wanted_record}")
     if exact:
-        for name in ("results.json", "data.json"):
-            if (workdir / name).read_text() != (reference / name).read_text():
-                raise Wrong(f"{name} differs")
+        if (workdir / "results.json").read_text() != (reference / "results.json").read_text():
+            raise Wrong("results.json differs")
+        data, wanted_data = (
+            json.loads((one / "data.json").read_text())["fingerprints"]
+            for one in (workdir, reference)
+        )
+        if data != wanted_data:
+            raise Wrong(f"fingerprints of data differ: {data} {wanted_data}")
         with np.load(workdir / "ranks.npz") as ranks, np.load(reference / "ranks.npz") as wanted:
             if any(not np.array_equal(ranks[name], wanted[name]) for name in wanted.files):
                 raise Wrong("ranks differ")
@@ -491,9 +643,14 @@ def _sleep(started: Started, seconds: float) -> bool:
 
 
 def run_suite(
-    faults: int, *, workers: int, seed: int, names: tuple[str, ...] = TURNS
+    faults: int,
+    *,
+    workers: int,
+    seed: int,
+    names: tuple[str, ...] = TURNS,
+    only: tuple[str, ...] = tuple(BREAKS),
 ) -> dict[str, Any]:
-    """Injects so many faults, into runs of these settings in turn, and returns the report."""
+    """Injects faults of some kinds into runs of these settings in turn, and returns the report."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "NPROC": "32"}
     FORKS.set_forkserver_preload(["tests.fault_worker"])
     tally, begun = Tally(), time.monotonic()
@@ -510,7 +667,9 @@ def run_suite(
 
     def work(number: int) -> None:
         name, rng = names[number % len(names)], random.Random(f"{seed} {number}")
-        kinds = [kind for kind in SETTINGS[name].kinds if kind != "disk full" or os.geteuid() == 0]
+        kinds = [kind for kind in SETTINGS[name].kinds if kind in only]
+        if os.geteuid() != 0:
+            kinds = [kind for kind in kinds if kind != "disk full"]
         chosen = [rng.choice(kinds) for _ in range(FAULTS_OF_A_RUN)]
         trial = Trial(place / f"trial-{number}", name, references[name], rng, tally)
         try:
@@ -559,6 +718,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=TURNS)
+    parser.add_argument("--kinds", nargs="+", choices=BREAKS, default=list(BREAKS))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     found = run_suite(
@@ -566,6 +726,7 @@ def main() -> None:
         workers=arguments.workers,
         seed=arguments.seed,
         names=tuple(arguments.settings),
+        only=tuple(arguments.kinds),
     )
     before = json.loads(arguments.report.read_text()) if arguments.report.exists() else []
     write_whole(arguments.report, json.dumps([*before, found], indent=2) + "\n")

@@ -24,8 +24,8 @@ def runs(tmp_path):
         for step in range(1, STEPS + 1):
             writer.write(step, {"loss": 1 / step})
         writer.close()
-        for file in ("results.json", "data.json"):
-            (workdir / file).write_text("{}")
+        (workdir / "results.json").write_text("{}")
+        (workdir / "data.json").write_text('{"fingerprints": {"train": "a"}}')
         np.savez(workdir / "ranks.npz", dense=np.arange(4))
         lines = [{"step": step, "rows": rows(step)} for step in range(1, STEPS + 1)]
         lines += [{"step": 80, "saved": "a"}, {"step": 80, "restored": "a"}]
@@ -64,6 +64,7 @@ def replaced(old, new):
         ("ours/metrics.jsonl", replaced('"loss": 0.5', '"loss": 0.51'), "metrics of step 2"),
         ("ours/metrics.jsonl", replaced('"step": 2,', '"step": 3,'), "metrics are missing"),
         ("ours/results.json", replaced("{}", "{ }"), "results.json differs"),
+        ("ours/data.json", replaced('"a"', '"b"'), "fingerprints of data differ"),
         ("ours/ranks.npz", lambda path: np.savez(path, dense=np.ones(4)), "ranks differ"),
     ],
 )
