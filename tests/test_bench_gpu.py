@@ -44,6 +44,7 @@ def events(path: Path, kind: str) -> dict[str, dict]:
     return {line["name"]: line for line in lines if line["event"] == kind}
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 def test_all_parts_run_on_a_cpu(smoke_pairs, tmp_path, capsys):
     file = tmp_path / "gpu.json"
