@@ -143,7 +143,7 @@ def train(
 
 
 def _prepare(settings: Settings, workdir: Path, saved: Mapping[str, Any] | None) -> RunData:
-    """The data of a run, which are those of its newest checkpoint's record if there is one."""
+    """The data of a run: those in the record of its newest checkpoint, if there is one."""
     copy_prepared_files(settings, workdir)
     return prepare_data(
         settings.data,
@@ -156,7 +156,7 @@ def _prepare(settings: Settings, workdir: Path, saved: Mapping[str, Any] | None)
 
 
 class _Run(NamedTuple):
-    """What the steps of a run read and write."""
+    """The parts of a run that its steps read and write."""
 
     training: Training
     data: RunData

@@ -201,7 +201,7 @@ class Started:
 
 
 def outputs_of(log: Path, processes: int) -> list[Path]:
-    """Where the processes of a start write what they say."""
+    """The files that hold the output of each process."""
     return [log.with_name(f"{log.stem}.output-{number}") for number in range(processes)]
 
 
@@ -358,7 +358,7 @@ class Trial:
         return any(codes)
 
     def harm_small_file(self, kind: str) -> bool:
-        """Damages a small file of a stopped run: it goes on as before, or names the file."""
+        """Damages a small file of a stopped run: the run resumes unchanged, or names the file."""
         if not self.stop():
             return False
         names = ("config.json", "data.json", "run.json", "tokenizer.json", "metrics.jsonl")
@@ -398,7 +398,7 @@ class Trial:
         return True
 
     def harm_table(self, kind: str) -> bool:
-        """Damages a token table that the run reads: it is built again, and the run goes on."""
+        """Damages a token table that the run reads: it is rebuilt, and the run resumes."""
         if not self.stop():
             return False
         tables = [path for path in (self.data_dir / "tokens").rglob("*") if path.is_file()]

@@ -67,7 +67,7 @@ def training_of(config, **options):
 
 
 def record_of(workdir: Path):
-    """What a checkpoint of the run in a folder says of it."""
+    """The record for a checkpoint of the run in a folder."""
     return run_record(read_settings(read_config(workdir)), read_remembered_data(workdir))
 
 

@@ -34,7 +34,7 @@ pytestmark = [
 
 STEPS, STOP = 4, 2
 ROUNDS = 6
-"""How often each file is damaged in each way, in the slow test; or what the environment says."""
+"""Rounds of damage in the slow test, unless the environment variable sets another number."""
 
 
 def config_in(place: Path) -> ConfigDict:
@@ -165,7 +165,7 @@ def files_of(place: Path) -> dict[str, Path]:
 
 
 def outcome_of(place: Path, wanted: tuple, name: str) -> str:
-    """What a resumed run comes to; fails for a silent change or a traceback."""
+    """The outcome of a resumed run; fails for a silent change or a traceback."""
     config = config_in(place)
     try:
         train(config, place / "run")
@@ -183,7 +183,7 @@ def outcome_of(place: Path, wanted: tuple, name: str) -> str:
         ]
     else:
         assert unclocked(place / "run") == records, f"{name}: other metrics, silently"
-    return "as before"
+    return "unchanged"
 
 
 def damaged(stopped, names: list[str], kinds: list[str], seed: int) -> dict:
@@ -210,9 +210,9 @@ def restore(place: Path) -> None:
     shutil.copytree(place.with_name("copy"), place)
 
 
-def test_an_undamaged_run_ends_as_before(stopped):
+def test_an_undamaged_run_is_unchanged(stopped):
     restore(stopped[0])
-    assert outcome_of(*stopped, "nothing") == "as before"
+    assert outcome_of(*stopped, "nothing") == "unchanged"
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
@@ -227,4 +227,4 @@ def test_no_damaged_file_of_a_run_changes_anything_silently(stopped, kind):
     outcomes: dict = {}
     for seed in range(int(os.environ.get("JAXCL_ROUNDS_OF_DAMAGE", ROUNDS))):
         outcomes |= damaged(stopped, list(files_of(stopped[0])), [kind], seed)
-    assert set(outcomes.values()) == {"refused", "as before"}  # or nothing was damaged
+    assert set(outcomes.values()) == {"refused", "unchanged"}  # or nothing was damaged

@@ -17,7 +17,7 @@ _BYTES_AT_ONCE = 2**22
 
 
 def file_digests(directory: Any, paths: Sequence[Any]) -> list[str]:
-    """A digest of each file; digests of files that nobody has touched are remembered.
+    """A digest of each file; digests of files that have not been touched are remembered.
 
     Args:
       directory: where they lie, locally or in a bucket; `DIGESTS_FILE` is kept there.

@@ -39,8 +39,8 @@ class RememberedData(NamedTuple):
 
     Attributes:
       data_set: a TFDS name, or the folder of a prepared data set.
-      fingerprints: role -> the fingerprint of its rows; also those of the files of negatives,
-        guides and topics, and of `input_fingerprints`.
+      fingerprints: role -> the fingerprint of its rows; also of the files of negatives, guides
+        and topics, and `input_fingerprints`.
     """
 
     data_set: str
@@ -135,7 +135,7 @@ def prepare_data(
       workdir: the run's own folder.
       scored: whether the negatives' file must have a teacher's scores.
       open_source: role -> its pairs, where they are not those of a prepared data set.
-      saved: what the newest checkpoint was trained on; `data.json` is written again if it is lost.
+      saved: the data of the newest checkpoint; `data.json` is written again if it is lost.
 
     Raises:
       ValueError: if a split is missing or empty, or the rows of an earlier start are gone.

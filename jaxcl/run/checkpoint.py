@@ -117,7 +117,7 @@ class Checkpoints:
         Args:
           step: of the state.
           state: the arrays.
-          record: what the checkpoint says of its run, as JSON's types.
+          record: the settings, data and flags of the run, as JSON's types.
 
         Raises:
           CheckpointError: if the save before this one failed, or this one at its start.

@@ -36,7 +36,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers")
 
 
 def fields_of(settings: Settings) -> dict[str, Any]:
-    """The settings that decide what a run computes, by dotted name.
+    """The settings that decide the result of a run, by dotted name.
 
     These are all except cadences, mesh and folders (`run`), the ranking of the evaluation, and the
     sections of assignments that the run does not use.
@@ -56,7 +56,7 @@ def fields_of(settings: Settings) -> dict[str, Any]:
 def settings_differences(
     saved: Mapping[str, Any], settings: Settings, *, saved_step: int | None
 ) -> list[str]:
-    """How settings differ from those that a state was saved with, a text per setting.
+    """The differences between the settings of a saved state and the present ones, a text each.
 
     The number of steps may change if the steps made so far do not depend on it, as with a constant
     learning rate.
@@ -105,7 +105,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def run_record(settings: Settings, remembered: RememberedData) -> dict[str, Any]:
-    """What a checkpoint says of its run, as JSON's types.
+    """The record of a run in its checkpoints, as JSON's types.
 
     Args:
       settings: the run's.
@@ -127,7 +127,7 @@ def process_report(settings: Settings) -> dict[str, Any]:
 
 
 def jax_flags() -> dict[str, Any]:
-    """The flags of JAX that change what a run computes."""
+    """The flags of JAX that change the result of a run."""
     return {name: getattr(jax.config, name) for name in _FLAGS}
 
 

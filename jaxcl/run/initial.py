@@ -22,7 +22,7 @@ __all__ = ["copy_prepared_files", "with_initial_towers"]
 
 
 def copy_prepared_files(settings: Settings, workdir: Path) -> None:
-    """Copies what the inputs of the other run depend on, such as its tokenizer, to a new workdir.
+    """Copies the files that inputs depend on, such as the tokenizer, from the other run.
 
     Raises:
       ValueError: if there is no such run, or it has no such files.
@@ -88,7 +88,7 @@ def _origin(init_from: str) -> tuple[Path, int | None]:
 
 def _check_same_parameters(settings: Settings, record: Mapping[str, Any]) -> None:
     model = settings.model
-    # The other run's file may name code, of which no more is imported than this run's own.
+    # The other run's file may name code: only packages that this run names are imported.
     names = {str(name).partition(":")[0].partition(".")[0] for name in (model.name, model.key.name)}
     stored = record.get("settings", {})
     sections = {name: stored.get(name, {}) for name in ("model", "data")}

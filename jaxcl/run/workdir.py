@@ -82,7 +82,7 @@ def _locked_file(workdir: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def emptied_unless_begun(workdir: Path) -> Iterator[None]:
-    """Removes what a new run has written to its folder if it fails before its first record.
+    """Removes the files of a new run if it fails before its first record.
 
     A folder that held a run before is left as it is.
     """
@@ -180,7 +180,7 @@ def check_saved_settings(workdir: Path, settings: Settings, record: Mapping[str,
         )
     except ValueError as error:
         raise ValueError(
-            f"the checkpoints in {workdir} are those of another version of jaxcl ({error}); choose "
+            f"the checkpoints in {workdir} are of another version of jaxcl ({error}); choose "
             "another --workdir"
         ) from error
     if different:
@@ -211,7 +211,7 @@ def read_config(workdir: Path) -> Mapping[str, Any]:
 
 
 def _replace_other_config(workdir: Path, settings: Settings) -> None:
-    """Removes what a run of another config prepared, unless it has saved a step."""
+    """Removes the prepared files of another config's run, unless it has saved a step."""
     saved = _read_json(workdir / CONFIG_FILE)
     different = settings_differences(saved, settings, saved_step=None)
     if different and _has_checkpoint(workdir):

@@ -22,4 +22,4 @@ def test_many_processes_are_not_all_listed():
 
 
 def test_one_process_agrees_with_itself():
-    check_processes_agree({"seed": object()})  # which nobody encodes
+    check_processes_agree({"seed": object()})  # which is not encoded
