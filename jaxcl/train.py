@@ -196,6 +196,7 @@ def _run_steps(run: _Run, state: TrainState, watch: Watch) -> TrainState:
             if evaluating:
                 with reports.paused():
                     measured = _floats(training.measure(state, batch))
+                    reports.check_negatives(step, measured)
             watch.before(step)
             state, metrics = training.train_step(state, batch)
             watch.dispatched(step)

@@ -681,12 +681,14 @@ def run_suite(
             tally.fail(setting=name, kinds=", ".join(chosen), place=str(trial.place), error=what)
 
     number = 0
+    waiting: set[concurrent.futures.Future] = set()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        waiting: set[concurrent.futures.Future] = set()
-        while waiting or number == 0:
+        while True:
             while tally.injected < faults and len(waiting) < workers and len(tally.failures) < 20:
                 waiting.add(pool.submit(work, number))
                 number += 1
+            if not waiting:
+                break
             _, waiting = concurrent.futures.wait(waiting, return_when="FIRST_COMPLETED")
             print(
                 f"{time.monotonic() - begun:6.0f} s: {tally.injected} faults, "

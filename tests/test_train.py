@@ -713,6 +713,18 @@ def test_a_batch_without_allowed_negatives_is_a_warning(tiny, tmp_path, capsys):
     warned = " ".join(capsys.readouterr().err.split())
     assert warned.count("the gradient of step 1 is 0") == 1
     assert "the gradient of step 2" not in warned
+    assert "no negative is allowed" not in warned  # which is the same, said once
+
+
+def test_negatives_that_are_all_masked_are_a_warning(capsys, monkeypatch):
+    monkeypatch.setattr(Reports, "__init__", lambda self: setattr(self, "_warned", False))
+    reports = Reports()
+    reports.check_negatives(1, {"bank/key/age": 0.0})
+    reports.check_negatives(2, {"negatives/batch/counted": 0.0, "negatives/bank/counted": 3.0})
+    assert capsys.readouterr().err == ""
+    for step in (3, 4):
+        reports.check_negatives(step, {"negatives/batch/counted": 0.0})
+    assert capsys.readouterr().err.count("no negative is allowed in the batch of step 3") == 1
 
 
 def test_learning_rates_are_computed_for_as_many_steps_as_there_are():

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,8 @@ from jaxcl.step.train_step import StepMetrics
 from jaxcl.typing import PyTree, Scalar
 
 __all__ = ["DivergenceError", "Reports"]
+
+_LOOK_AT_MASKS = "Look at loss.masks, the margins and the groups of the data (this is said once)"
 
 
 class DivergenceError(UserError):
@@ -79,6 +81,13 @@ class Reports:
         yield
         self._since += time.perf_counter() - begun
 
+    def check_negatives(self, step: int, measured: Mapping[str, float]) -> None:
+        """Warns if the metrics of a batch's negatives count none, of any kind."""
+        counts = [value for name, value in measured.items() if name.endswith("/counted")]
+        if counts and not any(counts) and not self._warned:
+            self._warned = True
+            say(f"warning: no negative is allowed in the batch of step {step}. {_LOOK_AT_MASKS}")
+
     def check(self, step: int, state: TrainState) -> None:
         """Raises a `DivergenceError` unless every parameter is finite.
 
@@ -122,8 +131,7 @@ class Reports:
             self._warned = True
             say(
                 f"warning: the gradient of step {step} is 0, so that it trains nothing: its rows "
-                "have no allowed negative, or none that the loss reads. Look at loss.masks, the "
-                "margins and the groups of the data (further such steps are not reported)"
+                f"have no allowed negative, or none that the loss reads. {_LOOK_AT_MASKS}"
             )
         self._steps_since += 1
         self._tokens += int(metrics.length)
