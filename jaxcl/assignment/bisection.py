@@ -64,21 +64,20 @@ def bisect(
     points: Float[Array, "n d"],
     graph: PairGraph | None,
     *,
-    num_rows: int,
-    block_size: int,
+    starts: Int[Array | np.ndarray, "l s"],
     key: Key[Array, ""],
     effort: Effort = DEFAULT_EFFORT,
     axis_name: AxisName | None = None,
 ) -> Int[Array, " p"]:
-    """Order the rows so that every `block_size` consecutive ones are hard negatives of each other.
+    """Order the rows so that those of each block are hard negatives of each other.
 
     Args:
       points: this device's rows, on the grid of `jaxcl.ops.grid.on_grid`; the first cuts group
         them by distance.
       graph: each row's nearest neighbours, for the walks and swaps; `None` to cut by direction
         only.
-      num_rows: rows on all devices; later ones are padding, and come last.
-      block_size: rows of a block; the last one may be shorter.
+      starts: the first position of each segment, level by level, as from `segment_starts`; those of
+        the last level are the blocks. Later positions are for padding.
       key: draws the initial directions and the swaps.
       effort: how long to search.
       axis_name: mesh axes of an enclosing `jax.shard_map` over which rows are sharded.
@@ -87,9 +86,9 @@ def bisect(
       Row numbers of all devices, block after block, the same on every device.
     """
     place = Place(axis_name, points.shape[0])
-    # The barrier keeps the table out of constant folding: XLA would otherwise evaluate cumulative
-    # sums over all positions at compile time.
-    table = lax.optimization_barrier(jnp.asarray(_starts(num_rows, block_size)))
+    # The barrier keeps a constant table out of constant folding: XLA would otherwise evaluate
+    # cumulative sums over all positions at compile time.
+    table = lax.optimization_barrier(jnp.asarray(starts))
     last = table.shape[0] - 1
     split_key, swap_key, refine_key = jax.random.split(key, 3)
     points = points.astype(jnp.int16)  # coordinates of the grid are at most 2^12
@@ -137,26 +136,6 @@ def bisect(
         key=refine_key,
         place=place,
     )
-
-
-def _starts(num_rows: int, block_size: int) -> Int[np.ndarray, "l s"]:
-    """The first position of each segment, `[levels + 1, segments + 1]`.
-
-    Segment `s` of one level becomes `2 s` and `2 s + 1` of the next. All segments except the last
-    hold whole blocks; a segment of one block has an empty second half.
-    """
-    blocks = np.array([-(-num_rows // block_size)])
-    levels = [blocks]
-    while blocks.max() > 1:
-        blocks = np.stack([blocks - blocks // 2, blocks // 2], axis=1).ravel()
-        levels.append(blocks)
-    # All levels are as wide as the last one, padded with empty segments, so that one loop body
-    # serves all of them.
-    table = np.full((len(levels), len(blocks) + 1), num_rows, np.int32)
-    for row, blocks in zip(table, levels, strict=True):
-        row[0] = 0
-        row[1 : len(blocks) + 1] = np.minimum(np.cumsum(blocks) * block_size, num_rows)
-    return table
 
 
 def _split(

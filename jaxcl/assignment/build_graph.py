@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcl.assignment.bisection import bisect
 from jaxcl.assignment.gcbs_settings import Gcbs
@@ -14,14 +15,12 @@ from jaxcl.assignment.graph import (
     two_sided,
 )
 from jaxcl.assignment.place import Place
+from jaxcl.assignment.sizes import Sizes
 from jaxcl.ops.grid import length_on_grid, on_grid
 from jaxcl.ops.pairs.sides import PairLabels
 from jaxcl.typing import Array, Float, Int, Key, Scalar
 
 __all__ = ["graph_of"]
-
-EXACT_ROWS = 10_000
-"""The most rows for which `graph=None` is exact: so few that probes would search most clusters."""
 
 _SAMPLE = 512  # random rows from which the mass of an average batch is estimated
 
@@ -31,8 +30,8 @@ def graph_of(
     keys: Float[Array, "n d"],
     apart: tuple[Int[Array, " n"], ...],
     *,
-    num_rows: int,
-    batch_size: int,
+    sizes: Sizes,
+    capacity: int,
     temperature: Scalar,
     settings: Gcbs,
     key: Key[Array, ""],
@@ -44,10 +43,10 @@ def graph_of(
       queries: one embedding per row of this device.
       keys: their keys.
       apart: labels; rows of an equal label are never neighbours.
-      num_rows: rows on all devices; later ones are padding.
-      batch_size: rows of a global batch.
+      sizes: the number of rows and the clusters' positions, from `sizes_of`.
+      capacity: the most rows that there may be, which determines the number of clusters.
       temperature: temperature of the loss.
-      settings: the kind of graph and its parameters.
+      settings: the graph's parameters.
       key: draws the sample and the clusters' initial directions.
       place: where this device's rows lie.
     """
@@ -59,7 +58,7 @@ def graph_of(
     points = on_grid(on_grid(queries) + on_grid(keys))
     numbers = place.first + jnp.arange(place.here, dtype=jnp.int32)
     # A row of zeros is not finite, or an instance-bank slot that no batch has written yet.
-    valid = (numbers < num_rows) & (points != 0).any(1)
+    valid = (numbers < sizes.num_rows) & (points != 0).any(1)
     labels = PairLabels(different=(numbers, *apart), valid=valid)
     if settings.similarity_cap is not None:
         # A cap is a cosine, but similarities on the grid are in units of the squared length.
@@ -67,28 +66,26 @@ def graph_of(
         ceiling = jnp.full(place.here, settings.similarity_cap * one, jnp.float32)
         labels = labels._replace(ceiling=ceiling)
     affinity = Affinity(
-        min(settings.neighbours, num_rows),
+        settings.neighbours,
         temperature,
-        batch_size,
-        _sample(pairs, num_rows, sample_key, place),
+        sizes.batch_size,
+        _sample(pairs, sizes.num_rows, sample_key, place),
     )
-    kind = settings.graph or ("exact" if num_rows <= EXACT_ROWS else "clustered")
-    if kind == "exact":
+    if sizes.clusters is None:
         return exact_graph(pairs, labels, affinity, axis_name=place.axis_name), points
     order = bisect(
         points,
         None,
-        num_rows=num_rows,
-        block_size=settings.cluster_size,
+        starts=sizes.clusters,
         key=cluster_key,
         effort=settings.effort,
         axis_name=place.axis_name,
     )
     # Rounded up to whole clusters per device, the additional ones empty. Only padding is ever cut
     # off the end, since the clusters have room for all rows.
-    num_clusters = -(-num_rows // settings.cluster_size)
+    num_clusters = -(-capacity // settings.cluster_size)
     num_clusters += -num_clusters % place.num_devices
-    order = jnp.where(jnp.arange(place.num_rows) < num_rows, order, -1)
+    order = jnp.where(jnp.arange(place.num_rows) < sizes.num_rows, order, -1)
     missing = num_clusters * settings.cluster_size - place.num_rows
     clusters = jnp.pad(order, (0, max(missing, 0)), constant_values=-1)
     clusters = clusters[: num_clusters * settings.cluster_size].reshape(num_clusters, -1)
@@ -104,7 +101,7 @@ def graph_of(
 
 
 def _sample(
-    pairs: TwoSided, num_rows: int, key: Key[Array, ""], place: Place
+    pairs: TwoSided, num_rows: Int[Array | np.ndarray, ""], key: Key[Array, ""], place: Place
 ) -> Float[Array, "s d"]:
     """Random rows, the same on all devices."""
     # Each row is nonzero on the one device that holds it: the sum moves the sample, not the table.

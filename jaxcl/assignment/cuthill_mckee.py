@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import reverse_cuthill_mckee
 from jaxcl.assignment.graph import PairGraph
 from jaxcl.assignment.place import Place
 from jaxcl.ops.varying import as_varying
-from jaxcl.typing import Array, AxisName, Bool, Float, Int
+from jaxcl.typing import Array, AxisName, Bool, Float, Int, Integer
 
 __all__ = ["cuthill_mckee", "paper_order"]
 
@@ -127,7 +127,10 @@ def _above(
 
 
 def cuthill_mckee(
-    graph: PairGraph, *, num_rows: int, axis_name: AxisName | None = None
+    graph: PairGraph,
+    *,
+    num_rows: int | Integer[Array | np.ndarray, ""],
+    axis_name: AxisName | None = None,
 ) -> Int[Array, " n"]:
     """Reverse Cuthill–McKee on the graph of nearest rows, level by level, for `jax.jit`.
 
@@ -150,7 +153,7 @@ def cuthill_mckee(
     Example:
       >>> path = jnp.array([[3], [0], [-1], [2]])  # 1 - 0 - 3 - 2
       >>> graph = PairGraph(path, jnp.ones_like(path), jnp.ones(4, jnp.int32))
-      >>> jax.jit(cuthill_mckee, static_argnames="num_rows")(graph, num_rows=4).tolist()
+      >>> jax.jit(cuthill_mckee)(graph, num_rows=4).tolist()
       [2, 3, 0, 1]
 
     Reference:
@@ -170,7 +173,7 @@ def cuthill_mckee(
     seed = _seeds(ends, rank, by_degree, place)
     position = _positions(ends, rank, seed, place)
     order = lax.sort((seed, position, numbers), num_keys=2)[2]
-    return jnp.concatenate([order[:num_rows][::-1], order[num_rows:]])
+    return order[jnp.where(numbers < num_rows, num_rows - 1 - numbers, numbers)]
 
 
 def _degrees(ends: Int[Array, "_ k"], place: Place) -> Int[Array, " n"]:

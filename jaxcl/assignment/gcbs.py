@@ -8,29 +8,25 @@ over all keys. `"rcm"` is their method, the others work on a graph of neighbours
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
-from jaxcl.assignment.bisection import bisect
-from jaxcl.assignment.build_graph import graph_of
-from jaxcl.assignment.cuthill_mckee import cuthill_mckee, paper_order
+from jaxcl.assignment.cuthill_mckee import paper_order
 from jaxcl.assignment.gcbs_settings import Gcbs
-from jaxcl.assignment.place import Place
+from jaxcl.assignment.order_program import Report, Search, make_search, shared_search
+from jaxcl.assignment.sizes import capacity_for, sizes_of
 from jaxcl.ops.arguments import as_integers, check_numbers, native
 from jaxcl.ops.mesh import default_settings, fetch, make_mesh, on_mesh, put_rows
 from jaxcl.typing import Array, Float, Int, Key, Range, Scalar
 
-__all__ = ["Ordered", "assign", "assign_topics", "make_device_order", "make_order"]
+__all__ = ["Ordered", "assign", "assign_topics", "make_order"]
 
 DEFAULT = Gcbs()
-
-Report = Callable[[str], object]
-"""Takes a line of text at each stage of long work, such as `print`."""
 
 
 def _silent(line: str) -> None:
@@ -65,8 +61,10 @@ def assign(
       apart: labels by row, whose equals are no negatives and do not attract each other: ids of
         equal texts, groups.
       settings: the method and its parts.
-      report: called with a line of text at each stage, such as `print`. A program is compiled for
-        each number of rows, which may take a minute; a second call with as many compiles nothing.
+      report: called with a line of text at each stage, such as `print`. Compiling may take a
+        minute. Rows are padded to one of eight sizes per doubling, and calls of one padded size
+        share a program, or two where the number of blocks passes a power of two. Only
+        `method="rcm"`, whose products are rounded, compiles its small ones for each number of rows.
 
     Returns:
       All row numbers, each once, int32.
@@ -86,8 +84,10 @@ def assign(
     """
     queries, keys = _sides(queries, keys)
     check_numbers("temperature", temperature, Range(above=0))
-    order = _order_of_devices(
+    order = _make_order(
         make_mesh({"data": -1}, devices=jax.local_devices()),
+        shared_search,
+        capacity=capacity_for(len(queries)),
         num_rows=len(queries),
         block_size=block_size,
         batch_size=block_size if batch_size is None else batch_size,
@@ -185,6 +185,28 @@ def make_order(
     Raises:
       ValueError: for sizes that cannot be.
     """
+    return _make_order(
+        mesh,
+        make_search,
+        capacity=operator.index(num_rows),
+        num_rows=num_rows,
+        block_size=block_size,
+        batch_size=batch_size,
+        settings=settings,
+    )
+
+
+def _make_order(
+    mesh: Mesh,
+    compiler: Callable[..., Search],
+    *,
+    capacity: int,
+    num_rows: int,
+    block_size: int,
+    batch_size: int,
+    settings: Gcbs,
+) -> Order:
+    """`make_order` for rows padded to `capacity`, by `make_search` or `shared_search`."""
     num_rows, block_size, batch_size = map(operator.index, (num_rows, block_size, batch_size))
     settings.check()
     if min(num_rows, block_size, batch_size) < 1 or batch_size % block_size:
@@ -194,14 +216,8 @@ def make_order(
         )
     if settings.method == "rcm":
         return functools.partial(_paper_order, num_rows=num_rows, quantile=settings.quantile)
-    program = make_device_order(
-        mesh,
-        num_rows=num_rows,
-        block_size=block_size,
-        batch_size=batch_size,
-        settings=settings,
-    )
-    compiled: dict[Any, tuple[Any, int]] = {}  # and what they take on a device, in bytes
+    sizes = sizes_of(num_rows, block_size=block_size, batch_size=batch_size, settings=settings)
+    search = compiler(mesh, capacity=capacity, settings=settings)
 
     def order(
         queries: Array | np.ndarray,
@@ -220,94 +236,15 @@ def make_order(
                 f"{num_rows}; give one of each per row"
             )
         sides = [
-            put_rows(side, mesh, num_rows=num_rows).astype(jnp.float32) for side in (queries, keys)
+            put_rows(side, mesh, num_rows=capacity).astype(jnp.float32) for side in (queries, keys)
         ]
         labels = tuple(put_rows(_numbered(label), mesh, num_rows=len(sides[0])) for label in apart)
         scalars = on_mesh((jnp.float32(temperature), key), mesh)
-        arguments = (*sides, *scalars, labels)
+        arguments = (*sides, *scalars, labels, sizes)
         with default_settings(mesh):
-            return run(arguments, report)
-
-    def run(arguments: tuple[Any, ...], report: Report) -> Ordered:
-        shapes = jax.tree.structure(arguments), tuple(map(jnp.shape, jax.tree.leaves(arguments)))
-        if shapes not in compiled:
-            report(f"compiling the search for {num_rows:,} rows, once for this number of rows")
-            executable = program.lower(*arguments).compile()
-            memory = executable.memory_analysis()
-            compiled[shapes] = (
-                executable,
-                memory.argument_size_in_bytes
-                + memory.temp_size_in_bytes
-                + memory.output_size_in_bytes,
-            )
-        executable, device_bytes = compiled[shapes]
-        report(f"searching for the order of {num_rows:,} rows on {mesh.size} devices")
-        return Ordered(np.asarray(executable(*arguments))[:num_rows], device_bytes)
-
-    return order
-
-
-_order_of_devices = functools.lru_cache(maxsize=4)(make_order)  # a second call compiles nothing
-
-
-def make_device_order(
-    mesh: Mesh, *, num_rows: int, block_size: int, batch_size: int, settings: Gcbs
-) -> Any:
-    """The program of `make_order`: jitted, of rows that lie on the mesh already.
-
-    Returns:
-      `(queries, keys, temperature, key, apart) -> order`, with as many rows on each device. Rows
-      from `num_rows` on are padding, and come last.
-    """
-    rows: Any = PartitionSpec(mesh.axis_names)
-    whole: Any = PartitionSpec()
-
-    @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(rows, rows, whole, whole, rows), out_specs=whole
-    )
-    def sharded(
-        queries: Float[Array, "n d"],
-        keys: Float[Array, "n d"],
-        temperature: Scalar,
-        key: Key[Array, ""],
-        apart: tuple[Int[Array, " n"], ...],
-    ) -> Int[Array, " _"]:
-        place = Place(mesh.axis_names, queries.shape[0])
-        graph_key, order_key = jax.random.split(key)
-        graph, points = graph_of(
-            queries,
-            keys,
-            apart,
-            num_rows=num_rows,
-            batch_size=batch_size,
-            temperature=temperature,
-            settings=settings,
-            key=graph_key,
-            place=place,
-        )
-        if settings.method == "rcm_device":
-            return cuthill_mckee(graph, num_rows=num_rows, axis_name=place.axis_name)
-        return bisect(
-            points,
-            graph,
-            num_rows=num_rows,
-            block_size=block_size,
-            key=order_key,
-            effort=settings.effort,
-            axis_name=place.axis_name,
-        )
-
-    @jax.jit
-    def order(
-        queries: Array,
-        keys: Array,
-        temperature: Scalar,
-        key: Key[Array, ""],
-        apart: tuple[Array, ...],
-    ) -> Array:
-        # Products of whole numbers are exact, unless a device rounds what it multiplies.
-        with jax.default_matmul_precision("highest"):
-            return sharded(queries, keys, temperature, key, apart)
+            executable, device_bytes = search(arguments, report)
+            report(f"searching for the order of {num_rows:,} rows on {mesh.size} devices")
+            return Ordered(np.asarray(executable(*arguments))[:num_rows], device_bytes)
 
     return order
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxcl.assignment.place import Place
@@ -82,7 +83,7 @@ class Affinity(NamedTuple):
 
     neighbours: int
     temperature: float | Scalar
-    batch_size: int
+    batch_size: int | Integer[Array | np.ndarray, ""]
     sample: Float[Array, "s d"]
 
 
@@ -244,7 +245,7 @@ def _graph(
     # than the last neighbour.
     least = jnp.where(there, similarities, greatest).min(1, keepdims=True)
     random = mass(jnp.minimum(inner_products(ours, affinity.sample), least), UNIT).sum(1)
-    share = (affinity.batch_size - 1) / affinity.sample.shape[0]
+    share = jnp.float32(affinity.batch_size - 1) / affinity.sample.shape[0]
     # In float32 and capped: scaled to a large batch, the int32 sum would overflow.
     rest = jnp.minimum(random.astype(jnp.float32) * share, float(2**29))
     return PairGraph(

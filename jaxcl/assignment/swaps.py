@@ -154,7 +154,7 @@ def refine(
 
     def one_round(number: Integer[Array, ""] | int, order: Array) -> Array:
         match_key, swap_key = jax.random.split(jax.random.fold_in(key, number))
-        partners = _matched(graph, segments.of_row(order), segments.number, match_key, place)
+        partners = _matched(graph, segments.of_row(order), segments, match_key, place)
         return swap(
             graph,
             order,
@@ -210,7 +210,7 @@ def _ordered(numbers: Int[Array, "*n"]) -> Int[Array, "*n"]:
 def _matched(
     graph: PairGraph,
     of_row: Int[Array, " p"],
-    num_segments: int,
+    segments: Segments,
     key: Key[Array, ""],
     place: Place,
 ) -> Int[Array, " s"]:
@@ -222,12 +222,14 @@ def _matched(
     """
     weights = weights_within(graph, of_row, place)
     theirs, ours = segments_of_neighbours(graph, of_row), place.mine(of_row)[:, None]
-    slots = graph.rows.shape[1]
+    # However wide the graph is, a row has at most as many neighbours as there are rows.
+    slots = jnp.minimum(graph.rows.shape[1], segments.starts[-1])
+    num_segments = segments.number
     rows = place.first + jnp.arange(place.here)
     slot_seed, row_seed, lot_seed = jax.random.bits(key, (3,))
     # A row's destination is the segment of a random neighbour, heavier ones more often. The noise
     # depends on the global row number: devices need no exchange to draw the same.
-    lots = weights * _noise(rows[:, None] * slots + jnp.arange(slots), slot_seed)
+    lots = weights * _noise(rows[:, None] * slots + jnp.arange(graph.rows.shape[1]), slot_seed)
     elsewhere = (theirs >= 0) & (theirs != ours)
     drawn = jnp.argmax(jnp.where(elsewhere, lots, -1), axis=1, keepdims=True)
     target = jnp.take_along_axis(theirs, drawn, axis=1)

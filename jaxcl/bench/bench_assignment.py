@@ -30,6 +30,7 @@ from jaxcl.assignment.bisection import Effort
 from jaxcl.assignment.build_graph import graph_of
 from jaxcl.assignment.graph import PairGraph
 from jaxcl.assignment.place import Place
+from jaxcl.assignment.sizes import sizes_of
 from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.host.progress import say
 from jaxcl.ops.mesh import make_mesh, put_rows
@@ -227,8 +228,8 @@ def _graph(sides: Sides, batch_size: int, seed: int, *, settings: Gcbs) -> PairG
     graph_of_sides = functools.partial(
         graph_of,
         apart=(),
-        num_rows=num_rows,
-        batch_size=batch_size,
+        sizes=sizes_of(num_rows, block_size=batch_size, batch_size=batch_size, settings=settings),
+        capacity=num_rows,
         settings=settings,
         place=Place(None, num_rows),
     )

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxcl.assignment.bisection import Effort, _split, _starts, _walked, bisect
+from jaxcl.assignment.bisection import Effort, _split, _walked, bisect
 from jaxcl.assignment.graph import UNIT, PairGraph, weights_within
 from jaxcl.assignment.place import Place
+from jaxcl.assignment.sizes import segment_starts
 from jaxcl.assignment.swaps import most_first, refine, segments_of, swap
 from jaxcl.ops.grid import on_grid
 from jaxcl.ops.mesh import make_mesh
@@ -42,8 +43,8 @@ def compiled(devices, num_rows, block_size, effort):
     rows, whole = PartitionSpec("data"), PartitionSpec()
 
     def of_shard(points, graph, key):
-        how = {"num_rows": num_rows, "block_size": block_size, "effort": effort}
-        return bisect(points, graph, key=key, axis_name="data", **how)
+        starts = segment_starts(num_rows, block_size)
+        return bisect(points, graph, starts=starts, key=key, effort=effort, axis_name="data")
 
     return jax.jit(
         jax.shard_map(of_shard, mesh=mesh, in_specs=(rows, rows, whole), out_specs=whole)
@@ -103,7 +104,7 @@ def test_every_row_comes_once_and_padding_last(num_rows, block_size):
 
 @pytest.mark.parametrize(("num_rows", "block_size"), [(64, 8), (90, 8), (90, 7), (7, 8), (33, 32)])
 def test_segments_hold_whole_blocks_and_halve(num_rows, block_size):
-    table = _starts(num_rows, block_size)
+    table = segment_starts(num_rows, block_size)
     num_blocks = -(-num_rows // block_size)
     assert len(table) == 1 + max(0, int(np.ceil(np.log2(num_blocks))))
     for level, starts in enumerate(table):

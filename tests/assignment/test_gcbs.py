@@ -12,6 +12,7 @@ from jaxcl.assignment import METHODS, PRESETS, Gcbs, assign, assign_topics, make
 from jaxcl.assignment.bisection import Effort
 from jaxcl.assignment.build_graph import graph_of
 from jaxcl.assignment.place import Place
+from jaxcl.assignment.sizes import sizes_of
 from jaxcl.ops.mesh import make_mesh, put_rows
 from tests.helpers import unit_vectors
 
@@ -249,8 +250,8 @@ def graph_on(mesh, queries, keys, *, settings):
             queries,
             keys,
             (),
-            num_rows=ROWS,
-            batch_size=SIZE,
+            sizes=sizes_of(ROWS, block_size=SIZE, batch_size=SIZE, settings=settings),
+            capacity=ROWS,
             temperature=jnp.float32(0.1),
             settings=settings,
             key=jax.random.key(0),
@@ -288,12 +289,29 @@ def test_pairs_that_are_not_finite_are_those_that_were_never_written(name):
 def test_assign_says_when_it_compiles_and_how_far_it_is():
     queries, keys, _ = topical()
     lines = []
-    options = {"block_size": 4, "settings": SETTINGS["rcm_device"], "report": lines.append}
+    settings = SETTINGS["rcm_device"]._replace(neighbours=4)  # as no other test compiles
+    options = {"block_size": 4, "settings": settings, "report": lines.append}
     first = assign(queries[:50], keys[:50], **options)
     search = "searching for the order of 50 rows on 8 devices"
-    assert lines == ["compiling the search for 50 rows, once for this number of rows", search]
+    assert lines == ["compiling the search for up to 1,024 rows", search]
     np.testing.assert_array_equal(assign(queries[:50], keys[:50], **options), first)
     assert lines[2:] == [search]  # compiled already
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("exact", marks=pytest.mark.slow),
+        pytest.param("clustered", marks=pytest.mark.slow),
+        "rcm_device",
+    ],
+)
+def test_padding_to_a_capacity_changes_no_order(name):
+    # `assign` pads to 1,024 rows; `make_order` only as much as the devices need.
+    queries, keys, topic = topical()
+    options = {"temperature": 0.1, "apart": (topic,), "settings": SETTINGS[name], **SIZES}
+    found = assign(queries, keys, **options)
+    np.testing.assert_array_equal(found, ordered(name, 8, apart=(topic,)).rows)
 
 
 def test_the_paper_s_method_says_how_many_rows_it_has_compared():

@@ -116,16 +116,17 @@ def test_the_kernels_compile_with_every_mask_and_reduction(
 
 _ORDER = """
 from jaxcl.assignment import Gcbs
-from jaxcl.assignment.gcbs import make_device_order
+from jaxcl.assignment.order_program import make_device_order
+from jaxcl.assignment.sizes import sizes_of
 
 num_rows = int(sys.argv[3])
 side = argument((num_rows, 256), jnp.float32)
 key = argument((), jax.eval_shape(lambda: jax.random.key(0)).dtype, whole)
 settings = Gcbs(graph="clustered")
-order = make_device_order(
-    mesh, num_rows=num_rows, block_size=64, batch_size=64, settings=settings
-)
-memory = order.lower(side, side, scalar, key, ()).compile().memory_analysis()
+order = make_device_order(mesh, capacity=num_rows, settings=settings)
+sizes = sizes_of(num_rows, block_size=64, batch_size=64, settings=settings)
+sizes = jax.tree.map(lambda leaf: argument(leaf.shape, leaf.dtype, whole), sizes)
+memory = order.lower(side, side, scalar, key, (), sizes).compile().memory_analysis()
 print(json.dumps(memory.temp_size_in_bytes / 2**20))
 """
 

@@ -1,0 +1,114 @@
+"""The compiled program of an order on the devices, one for many numbers of rows."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxcl.assignment.bisection import bisect
+from jaxcl.assignment.build_graph import graph_of
+from jaxcl.assignment.cuthill_mckee import cuthill_mckee
+from jaxcl.assignment.gcbs_settings import Gcbs
+from jaxcl.assignment.place import Place
+from jaxcl.assignment.sizes import Sizes
+from jaxcl.typing import Array, Float, Int, Key, Scalar
+
+__all__ = ["Report", "Search", "make_device_order", "make_search", "shared_search"]
+
+Report = Callable[[str], object]
+"""Takes a line of text at each stage of long work, such as `print`."""
+
+Search = Callable[[tuple[Any, ...], Report], tuple[Any, int]]
+"""`(arguments, report) -> (executable for them, bytes that it takes on a device)`."""
+
+
+def make_search(mesh: Mesh, *, capacity: int, settings: Gcbs) -> Search:
+    """Compile a search of up to `capacity` rows once per shapes and types of its arguments."""
+    program = make_device_order(mesh, capacity=capacity, settings=settings)
+    compiled: dict[Any, tuple[Any, int]] = {}
+
+    def search(arguments: tuple[Any, ...], report: Report) -> tuple[Any, int]:
+        leaves, structure = jax.tree.flatten(arguments)
+        kinds = structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
+        if kinds not in compiled:
+            report(f"compiling the search for up to {capacity:,} rows")
+            executable = program.lower(*arguments).compile()
+            memory = executable.memory_analysis()
+            compiled[kinds] = (
+                executable,
+                memory.argument_size_in_bytes
+                + memory.temp_size_in_bytes
+                + memory.output_size_in_bytes,
+            )
+        return compiled[kinds]
+
+    return search
+
+
+# For `assign`, whose arguments all come from the host: those of `make_order` may lie elsewhere than
+# those of another call, for which an executable would refuse them.
+shared_search = functools.lru_cache(maxsize=8)(make_search)
+
+
+def make_device_order(mesh: Mesh, *, capacity: int, settings: Gcbs) -> Any:
+    """The program of `make_order`: jitted, of rows that lie on the mesh already.
+
+    Returns:
+      `(queries, keys, temperature, key, apart, sizes) -> order`, with as many rows on each device
+      and `sizes` as from `sizes_of`, of at most `capacity` rows. Later rows are padding, and come
+      last.
+    """
+    rows: Any = PartitionSpec(mesh.axis_names)
+    whole: Any = PartitionSpec()
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(rows, rows, whole, whole, rows, whole), out_specs=whole
+    )
+    def sharded(
+        queries: Float[Array, "n d"],
+        keys: Float[Array, "n d"],
+        temperature: Scalar,
+        key: Key[Array, ""],
+        apart: tuple[Int[Array, " n"], ...],
+        sizes: Sizes,
+    ) -> Int[Array, " _"]:
+        place = Place(mesh.axis_names, queries.shape[0])
+        graph_key, order_key = jax.random.split(key)
+        graph, points = graph_of(
+            queries,
+            keys,
+            apart,
+            sizes=sizes,
+            capacity=capacity,
+            temperature=temperature,
+            settings=settings,
+            key=graph_key,
+            place=place,
+        )
+        if sizes.blocks is None:
+            return cuthill_mckee(graph, num_rows=sizes.num_rows, axis_name=place.axis_name)
+        return bisect(
+            points,
+            graph,
+            starts=sizes.blocks,
+            key=order_key,
+            effort=settings.effort,
+            axis_name=place.axis_name,
+        )
+
+    @jax.jit
+    def order(
+        queries: Array,
+        keys: Array,
+        temperature: Scalar,
+        key: Key[Array, ""],
+        apart: tuple[Array, ...],
+        sizes: Sizes,
+    ) -> Array:
+        # Products of whole numbers are exact, unless a device rounds what it multiplies.
+        with jax.default_matmul_precision("highest"):
+            return sharded(queries, keys, temperature, key, apart, sizes)
+
+    return order
