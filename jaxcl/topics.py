@@ -99,7 +99,9 @@ def topics(
             "to as many"
         )
     sides = run.embeddings(_SPLIT, source)
-    topic = assign_topics(*(sides[side] for side in SIDES), num_topics=num_topics, seed=seed)
+    topic = assign_topics(
+        *(sides[side] for side in SIDES), num_topics=num_topics, seed=seed, report=say
+    )
     points = sides["query"] + sides["key"]
     points /= np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
     centres = np.stack([points[topic == one].mean(0) for one in range(topic.max() + 1)])

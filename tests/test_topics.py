@@ -36,7 +36,9 @@ def run(monkeypatch, tmp_path):
 def test_planted_topics_are_found_and_can_be_read(run, capsys):
     topics.main(["--workdir", str(run.workdir), "--topics", str(PLANTED)])
     out = run.workdir / "topics-train.npz"
-    assert f"--config.data.topics={out}" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"--config.data.topics={out}" in said
+    assert f"searching for the order of {ROWS} rows" in said
     found = read_topics(out, num_rows=ROWS, source=run.pairs.fingerprint).topic
     assert np.bincount(found).tolist() == [SIZE] * (PLANTED - 1) + [SIZE - 2]
     pure = np.mean([np.bincount(run.planted[found == one]).max() for one in range(PLANTED)]) / SIZE

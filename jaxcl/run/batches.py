@@ -129,8 +129,9 @@ class RunBatches:
         queries, keys = (self._embeddings(state, side) for side in SIDES)
         encoded = time.perf_counter()
         labels = self._labels(self._rule)
+        report = say if jax.process_index() == 0 else lambda line: None
         with default_settings(self._training.mesh):
-            ordered = self._order(queries, keys, temperature, order_key, labels)
+            ordered = self._order(queries, keys, temperature, order_key, labels, report=report)
         chosen = time.perf_counter()
 
         rows_before = self.rows_of(state)
@@ -149,11 +150,11 @@ class RunBatches:
         different = tuple(
             put_rows(label, self._training.mesh, num_rows=len(queries)) for label in labels
         )
-        report = functools.partial(
+        measured = functools.partial(
             self._report, queries, keys, different, temperature, measure_key, step
         )
-        after = report(self._measure_chosen, self.rows_of(state))
-        before = report(self._measure_before, rows_before)
+        after = measured(self._measure_chosen, self.rows_of(state))
+        before = measured(self._measure_before, rows_before)
         if self._draws:
             self._draw(queries, keys, ordered.rows, self._rule.block_size, step)
         metrics = {

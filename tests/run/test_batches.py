@@ -171,8 +171,8 @@ def watched():
     def ordering(*arguments, **options):
         order = make_order(*arguments, **options)
 
-        def noted(queries, keys, temperature, key, apart):
-            ordered = order(queries, keys, temperature, key, apart)
+        def noted(queries, keys, temperature, key, apart, *, report):
+            ordered = order(queries, keys, temperature, key, apart, report=report)
             sides = [np.array(side[:ROWS]) for side in (queries, keys)]
             choices.append(Choice(states[-1], sides, float(temperature), apart, ordered.rows))
             return ordered
@@ -294,6 +294,17 @@ def test_each_choice_is_measured(run_of, method):
         ours, theirs = record["assignment/train_loss"], record["assignment/train_loss_before"]
         line += f"{ours - theirs:.2f} higher" if ours >= theirs else f"{theirs - ours:.2f} lower"
         assert f"{line}\n" in run_of(method).said
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_choice_says_how_far_it_is_and_compiles_once(run_of, method):
+    said = run_of(method).said
+    stages = {
+        f"compiling the search for up to {ROWS} rows": int(method != "rcm"),
+        f"searching for the order of {ROWS} rows": len(CHOICES) * (method != "rcm"),
+        f"compared {ROWS} of {ROWS} rows with all others": len(CHOICES) * (method == "rcm"),
+    }
+    assert {line: said.count(line) for line in stages} == stages
 
 
 def test_pictures_are_drawn_where_they_are_wanted_and_can_be(run_of):
