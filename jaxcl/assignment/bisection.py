@@ -69,15 +69,15 @@ def bisect(
     effort: Effort = DEFAULT_EFFORT,
     axis_name: AxisName | None = None,
 ) -> Int[Array, " p"]:
-    """Order the rows so that those of each block are hard negatives of each other.
+    """Order the rows so that each block's rows are hard negatives of each other.
 
     Args:
       points: this device's rows, on the grid of `jaxcl.ops.grid.on_grid`; the first cuts group
         them by distance.
       graph: each row's nearest neighbours, for the walks and swaps; `None` to cut by direction
         only.
-      starts: the first position of each segment, level by level, as from `segment_starts`; those of
-        the last level are the blocks. Later positions are for padding.
+      starts: the first position of each segment, level by level, as from `segment_starts`; the last
+        level's segments are the blocks. Later positions are for padding.
       key: draws the initial directions and the swaps.
       effort: how long to search.
       axis_name: mesh axes of an enclosing `jax.shard_map` over which rows are sharded.

@@ -47,8 +47,8 @@ def make_search(mesh: Mesh, *, capacity: int, settings: Gcbs) -> Search:
     return search
 
 
-# For `assign`, whose arguments all come from the host: those of `make_order` may lie elsewhere than
-# those of another call, for which an executable would refuse them.
+# For `assign`, whose arguments all come from the host. Arguments of `make_order` may lie on any
+# devices, and an executable refuses arguments on other devices than it was compiled for.
 shared_search = functools.lru_cache(maxsize=8)(make_search)
 
 

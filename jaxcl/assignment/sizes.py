@@ -25,8 +25,9 @@ class Sizes(NamedTuple):
     Attributes:
       num_rows: rows on all devices; later ones are padding.
       batch_size: rows of a global batch.
-      blocks: the first positions of segments that end as blocks; `None` for methods without blocks.
-      clusters: those of segments that end as clusters; `None` for an exact graph.
+      blocks: the segments of a bisection into blocks, from `segment_starts`; `None` for a method
+        without blocks.
+      clusters: the segments of a bisection into clusters; `None` for an exact graph.
     """
 
     num_rows: Int[Array | np.ndarray, ""]
