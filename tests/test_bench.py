@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxcl.bench import bench_assignment as assignment
+from jaxcl.bench import bench_assignment_sizes as assignment_sizes
 from jaxcl.bench import bench_embedding_bag as embedding_bag
 from jaxcl.bench import bench_grad_cache as grad_cache
 from jaxcl.bench import bench_loss as loss
@@ -153,6 +154,27 @@ def test_methods_that_choose_batches_are_measured_in_processes_of_their_own():
     assert 0.2 < light < all_probed - 0.05
 
 
+def test_each_number_of_rows_is_ordered_once_and_then_in_every_round(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "jaxcl.bench.bench_assignment_sizes.assign",
+        lambda queries, keys, *, seed, **options: calls.append((len(queries), seed)),
+    )
+    record = assignment_sizes.main(["--rows", "20", "21", "--dim", "4", "--rounds", "2"])
+    assert calls == [(num_rows, seed) for num_rows in (20, 21) for seed in (0, 1, 2)]
+    assert {name: len(seconds) for name, seconds in record["rounds"].items()} == {
+        "20 rows": 2,
+        "21 rows": 2,
+    }
+    assert set(record["facts"]) == {f"s of the first call, {num} rows" for num in (20, 21)}
+
+
+def test_no_round_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        assignment_sizes.main(["--rounds", "0"])
+    assert "--rounds must be at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("sizes", [(9, 7, 10, 8), (7, 7, 7, 13), (8, 8, 8, 2), (5, 9, 9, 9)])
 def test_parts_of_about_a_batch_become_batches(sizes):
     parts = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
@@ -190,7 +212,10 @@ def test_an_unknown_benchmark_is_an_error_that_lists_the_known(capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
-    [(["--help"], "{assignment,bank,"), (["assignment", "--help"], "'bisection, exact, longer'")],
+    [
+        (["--help"], "{assignment,assignment_sizes,bank,"),
+        (["assignment", "--help"], "'bisection, exact, longer'"),
+    ],
 )
 def test_help_is_of_all_or_of_a_benchmark(arguments, wanted, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -31,6 +31,7 @@ from jaxcl.host.output import check_output
 
 BENCHMARKS = (
     "assignment",
+    "assignment_sizes",
     "bank",
     "duplicates",
     "embedding_bag",

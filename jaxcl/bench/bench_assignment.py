@@ -36,7 +36,7 @@ from jaxcl.host.progress import say
 from jaxcl.ops.mesh import make_mesh, put_rows
 from jaxcl.typing import Float, Int
 
-__all__ = ["METHODS", "main"]
+__all__ = ["METHODS", "drawn", "main"]
 
 TEMPERATURE = 0.05
 
@@ -325,7 +325,7 @@ def _sides(arguments: argparse.Namespace) -> Sides:
         with np.load(arguments.embeddings) as found:
             sides = Sides(found["query"], found["key"])
     else:
-        return _drawn(arguments.rows, arguments.dim)
+        return drawn(arguments.rows, arguments.dim)
     rows = np.random.default_rng(0).permutation(len(sides.queries))[: arguments.rows]
     return Sides(*(side[np.sort(rows)] for side in sides))
 
@@ -338,7 +338,7 @@ def _of_run(workdir: Path) -> Sides:
     return Sides(found["query"], found["key"])
 
 
-def _drawn(num_rows: int, dim: int) -> Sides:
+def drawn(num_rows: int, dim: int) -> Sides:
     """Topics in topics, of which rows are noisy pairs: alike as those of a trained embedder."""
     rng = np.random.default_rng(0)
     centre = np.zeros((num_rows, dim), np.float32)
