@@ -32,6 +32,7 @@ from jaxcl.evaluation.retrieval import METRICS
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser, user_path
 from jaxcl.host.files import read_json_object, write_whole
+from jaxcl.host.paths import local_path
 from jaxcl.host.printable import printable
 from jaxcl.host.progress import say
 from jaxcl.metrics import paired_difference
@@ -103,6 +104,7 @@ def compare(
     Raises:
       ValueError: for settings that do not fit the config.
     """
+    workdir = local_path(workdir)
     if not isinstance(settings, Mapping):
         raise ValueError(f"the settings are {settings!r}; give a mapping, name -> changes")
     if not settings or seeds < 1:

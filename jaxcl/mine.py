@@ -34,6 +34,7 @@ from jaxcl.host.block_file import BlockFile
 from jaxcl.host.command import join_processes, run_command
 from jaxcl.host.command_flags import CommandParser, add_process_flags, add_workdir_flag, user_path
 from jaxcl.host.files import write_npz, write_whole
+from jaxcl.host.paths import local_path
 from jaxcl.host.printable import printable
 from jaxcl.host.processes import first_then_others
 from jaxcl.host.progress import progress_bar, say
@@ -133,13 +134,14 @@ def mine(
       ValueError: if there is no such run or split, or by the rule nothing could be found.
       CheckpointError: if no checkpoint can be read.
     """
+    workdir, out = local_path(workdir), local_path(out)
     rule.check()
     unknown = set(masks) - set(MASKS)
     if unknown or not {"row", "text"} & set(masks):
         raise ValueError(
             f"masks={tuple(masks)}: use some of {', '.join(MASKS)}, 'row' or 'text' among them"
         )
-    run = open_run(Path(workdir), trust=trust)
+    run = open_run(workdir, trust=trust)
     run.check_texts("jaxcl.mine")
     if "group" in masks and run.settings.data.group_field is None:
         raise ValueError("masks name 'group', but the run's data.group_field is None; leave it out")
@@ -150,7 +152,7 @@ def mine(
     table = first_then_others(functools.partial(run.table, split, source))
     if table.num_rows <= rule.rank_range[0]:
         raise ValueError(f"the split has {table.num_rows} rows, none of rank {rule.rank_range[0]}")
-    folder = _work_folder(Path(workdir), run, split)
+    folder = _work_folder(workdir, run, split)
     vectors = {side: _embedded(run, table, side, folder) for side in SIDES}
     known = table.labels(np.arange(table.num_rows))
     labels = tuple(known[mask] for mask in masks)

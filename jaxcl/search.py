@@ -27,6 +27,7 @@ from jaxcl.host.command_flags import CommandParser, add_workdir_flag
 from jaxcl.host.files import write_npz
 from jaxcl.host.npz import read_npz
 from jaxcl.host.output import check_output
+from jaxcl.host.paths import local_path
 from jaxcl.host.printable import printable
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.run.opened import OpenedRun, open_run
@@ -128,7 +129,7 @@ def open_search(workdir: Path, *, hybrid: bool = False, trust: Trust = ()) -> Se
         gone.
       CheckpointError: if no checkpoint can be read.
     """
-    workdir = Path(workdir)
+    workdir = local_path(workdir)
     run = open_run(workdir, trust=trust)
     run.check_texts("jaxcl.search")
     index = _read_index(workdir / INDEX_FILE, run.made_from)

@@ -28,6 +28,7 @@ from jaxcl.data.sources import PairSource
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser, add_workdir_flag, user_path
 from jaxcl.host.files import write_npz, write_whole
+from jaxcl.host.paths import local_path
 from jaxcl.host.printable import printable
 from jaxcl.host.progress import say
 from jaxcl.run.opened import open_run
@@ -90,7 +91,8 @@ def topics(
       ValueError: if there is no such run, or it has fewer rows than topics.
       CheckpointError: if no checkpoint can be read.
     """
-    run = open_run(Path(workdir), trust=trust)
+    workdir, out = local_path(workdir), local_path(out)
+    run = open_run(workdir, trust=trust)
     run.check_texts("jaxcl.topics")
     source = run.sources()[_SPLIT]
     if not 1 <= num_topics <= len(source):

@@ -30,6 +30,7 @@ from jaxcl.evaluation.held_out import check_evaluation, evaluate_run, quick_metr
 from jaxcl.host.agreement import check_processes_agree
 from jaxcl.host.command import join_processes, run_command
 from jaxcl.host.command_flags import CommandParser, add_process_flags, user_path
+from jaxcl.host.paths import local_path
 from jaxcl.host.processes import Stopped, first_then_others, stop_requests
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.ops.mesh import current_mesh, fetch
@@ -108,6 +109,7 @@ def train(
       DivergenceError: if the loss is not finite.
       Stopped: after SIGTERM, SIGINT or SIGHUP, with everything saved.
     """
+    workdir = local_path(workdir)
     settings = read_settings(config, changed=changed)
     check_processes_agree(process_report(settings))
     training = build_training(settings)
@@ -147,7 +149,7 @@ def _prepare(settings: Settings, workdir: Path, saved: Mapping[str, Any] | None)
     copy_prepared_files(settings, workdir)
     return prepare_data(
         settings.data,
-        data_dir=Path(settings.run.data_dir).expanduser(),
+        data_dir=local_path(settings.run.data_dir),
         workdir=workdir,
         scored="teacher_scores" in batch_needs(settings),
         open_source=settings.parts.source,

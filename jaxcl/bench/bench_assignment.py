@@ -32,6 +32,7 @@ from jaxcl.assignment.graph import PairGraph
 from jaxcl.assignment.place import Place
 from jaxcl.assignment.sizes import sizes_of
 from jaxcl.bench.benchmark_parser import benchmark_parser
+from jaxcl.host.command_flags import user_path
 from jaxcl.host.progress import say
 from jaxcl.ops.mesh import make_mesh, put_rows
 from jaxcl.typing import Float, Int
@@ -55,8 +56,12 @@ Method = Callable[[Sides, int, int], Int[np.ndarray, " n"]]
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures every method at every batch size."""
     parser = benchmark_parser("assignment", __doc__)
-    parser.add_argument("--workdir", type=Path, help="a trained run, whose training rows these are")
-    parser.add_argument("--embeddings", type=Path, help="an .npz file of arrays `query` and `key`")
+    parser.add_argument(
+        "--workdir", type=user_path, help="a trained run, whose training rows these are"
+    )
+    parser.add_argument(
+        "--embeddings", type=user_path, help="an .npz file of arrays `query` and `key`"
+    )
     parser.add_argument("--rows", type=int, default=10_000, help="at most so many; 10000")
     parser.add_argument("--dim", type=int, default=256, help="of drawn embeddings; 256")
     parser.add_argument(

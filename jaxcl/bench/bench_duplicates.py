@@ -24,6 +24,7 @@ from jaxcl.data.loader import training_batches
 from jaxcl.data.table import Table
 from jaxcl.data.token_table import TokenTable
 from jaxcl.evaluation.retrieval import evaluate_retrieval
+from jaxcl.host.command_flags import user_path
 from jaxcl.host.progress import progress_bar
 from jaxcl.metrics import mrr_metric
 from jaxcl.run.opened import OpenedRun, open_run
@@ -39,7 +40,7 @@ __all__ = ["main", "measure", "with_copies"]
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures one share."""
     parser = benchmark_parser("duplicates", __doc__)
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", type=user_path, required=True)
     parser.add_argument("--share", type=float, default=0.05)
     parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--steps", type=int, default=300)

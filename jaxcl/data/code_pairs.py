@@ -27,6 +27,7 @@ from jaxcl.data import python_functions
 from jaxcl.data.python_functions import FileScan, PythonFunction, SourceRoot
 from jaxcl.data.sources import DESCRIPTION_FILE
 from jaxcl.host.files import read_json_object
+from jaxcl.host.paths import local_path
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.host.workplace import put_in_place, workplace
 
@@ -146,7 +147,7 @@ def prepare_code_pairs(
     content = [FORMAT_VERSION, sys.version_info[:2], scan.fingerprint, *options]
     fingerprint = _sha256(content)
     name = _sha256([fingerprint, [os.path.abspath(root.path) for root in roots]])[:12]
-    directory = Path(data_dir).expanduser().absolute() / "code_pairs" / name
+    directory = local_path(data_dir).absolute() / "code_pairs" / name
     if (info := _read_info(directory, fingerprint)) is not None:
         return info
     functions, skipped = _parse(scan)

@@ -23,6 +23,7 @@ from jaxcl.data.tokenizer import (
     train_tokenizer,
 )
 from jaxcl.host.files import write_whole
+from jaxcl.host.paths import local_path
 from jaxcl.host.progress import progress_bar
 from jaxcl.settings.sections import DataSettings
 from jaxcl.typing import PADDING_ID, SIDES, Array, Int, PyTree
@@ -222,7 +223,7 @@ def open_tables(
 
 def _tokenizer_of_settings(path: str) -> Tokenizer:
     try:
-        return load_tokenizer(Path(path).expanduser())
+        return load_tokenizer(local_path(path))
     except ValueError as error:
         raise ValueError(f"data.tokenizer={error}") from error
 

@@ -18,6 +18,7 @@ from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import ConcatenatedPairs, open_splits
 from jaxcl.data.table import Table
 from jaxcl.host.files import read_json_object, write_whole
+from jaxcl.host.paths import local_path
 from jaxcl.settings.derived import data_set_names
 from jaxcl.settings.sections import CodePairsSettings, DataSettings
 from jaxcl.typing import Int
@@ -151,13 +152,13 @@ def prepare_data(
     rows["pairs"] = sources["train"]
     negatives = guides = topics = None
     if data.negatives is not None:
-        negatives = read_negatives(Path(data.negatives).expanduser(), scored=scored, **rows)
+        negatives = read_negatives(local_path(data.negatives), scored=scored, **rows)
         fingerprints["negatives"] = negatives.fingerprint
     if data.guides is not None:
-        guides = read_guides(Path(data.guides).expanduser(), **rows)
+        guides = read_guides(local_path(data.guides), **rows)
         fingerprints["guides"] = guides.fingerprint
     if data.topics is not None:
-        topics = read_topics(Path(data.topics).expanduser(), **rows)
+        topics = read_topics(local_path(data.topics), **rows)
         fingerprints["topics"] = topics.fingerprint
     recorded = fingerprints if before is None else before.fingerprints
     _check_same_rows(workdir, before, RememberedData(name, fingerprints))

@@ -9,6 +9,7 @@ from jaxcl.data.row_checks import check_rows
 from jaxcl.data.row_files import Column, read_arrays
 from jaxcl.data.sources import PairSource
 from jaxcl.host.npz import npz_headers
+from jaxcl.host.paths import local_path
 from jaxcl.typing import SIDES, Bool, Float, Int
 
 _MIN_SQUARE = 1e-10
@@ -48,7 +49,7 @@ def read_guides(
     Raises:
       ValueError: for a file that is missing, damaged, or not of this split.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     columns = {side: Column("floats", (num_rows, guide_dim(path))) for side in SIDES}
     sides, fingerprint, *_ = read_arrays(
         path, columns, setting="data.guides", source=source, pairs=pairs
@@ -73,7 +74,7 @@ def _has_norm(vectors: Float[np.ndarray, "n g"]) -> Bool[np.ndarray, " n"]:
 
 def guide_dim(path: Path | str) -> int:
     """The width of the embeddings in such a file, from its header alone."""
-    path = Path(path).expanduser()
+    path = local_path(path)
     try:
         shape = npz_headers(path, SIDES)["key"].shape
     except ValueError as error:

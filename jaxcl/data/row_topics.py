@@ -8,6 +8,7 @@ import numpy as np
 from jaxcl.data.row_checks import checked_int32
 from jaxcl.data.row_files import Column, read_arrays
 from jaxcl.data.sources import PairSource
+from jaxcl.host.paths import local_path
 from jaxcl.typing import Int
 
 __all__ = ["RowTopics", "read_topics"]
@@ -38,7 +39,7 @@ def read_topics(
     Raises:
       ValueError: for a file that is missing, damaged, or not of this split.
     """
-    path = Path(path).expanduser()
+    path = local_path(path)
     columns = {"topic": Column("integers", (num_rows,))}
     read = read_arrays(path, columns, setting="data.topics", source=source, pairs=pairs)
     topic = checked_int32(read.arrays["topic"], what=f"data.topics={path}: topic")

@@ -4,7 +4,6 @@ Needs the standard library only, so that a parser needs no other package.
 """
 
 import argparse
-import os
 import re
 import sys
 from argparse import Namespace
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from jaxcl.host.paths import local_path
 from jaxcl.host.printable import printable
 
 __all__ = ["CommandParser", "add_process_flags", "add_workdir_flag", "user_path"]
@@ -105,7 +105,10 @@ class CommandParser(argparse.ArgumentParser):
 
 def user_path(text: str) -> Path:
     """The path in a flag's text, with `~` expanded to the home directory."""
-    return Path(os.path.expanduser(text))
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_workdir_flag(parser: CommandParser) -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcl.data.modalities import MODALITIES
+from jaxcl.host.paths import local_path
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.checkpoint_record import newest_record
 from jaxcl.run.training import build_towers
@@ -80,7 +81,7 @@ def with_initial_towers(settings: Settings, state: TrainState) -> TrainState:
 
 def _origin(init_from: str) -> tuple[Path, int | None]:
     """The workdir, and the step if a single checkpoint is named."""
-    path = Path(init_from).expanduser()
+    path = local_path(init_from)
     if path.name.isdigit() and path.parent.name == CHECKPOINTS:
         return path.parent.parent, int(path.name)
     return path, None

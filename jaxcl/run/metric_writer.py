@@ -12,6 +12,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from jaxcl.host.files import JsonLines, read_json_lines, write_whole
+from jaxcl.host.paths import local_path
 from jaxcl.host.progress import say
 
 __all__ = ["METRICS_FILE", "MetricWriter", "read_metrics"]
@@ -81,7 +82,7 @@ class MetricWriter:
 
 def read_metrics(workdir: Path) -> list[dict]:
     """The records of a run so far, oldest first; damaged lines are left out."""
-    return _read(Path(workdir) / METRICS_FILE).records
+    return _read(local_path(workdir) / METRICS_FILE).records
 
 
 def _read(path: Path) -> JsonLines:

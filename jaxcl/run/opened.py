@@ -14,6 +14,7 @@ from jaxcl.data.prepare import RememberedData, read_remembered_data, remembered_
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import open_splits
 from jaxcl.data.table import Table
+from jaxcl.host.paths import local_path
 from jaxcl.host.progress import progress_bar
 from jaxcl.models import Towers
 from jaxcl.ops.mesh import current_mesh, make_mesh, replicated_sharding
@@ -62,7 +63,7 @@ class OpenedRun(NamedTuple):
         sources = open_splits(
             self.settings.data,
             self.data_set,
-            data_dir=Path(self.settings.run.data_dir).expanduser(),
+            data_dir=local_path(self.settings.run.data_dir),
             open_source=self._open_source(),
         )
         fingerprints = self.made_from["fingerprints"]
@@ -94,7 +95,7 @@ class OpenedRun(NamedTuple):
 
     def table(self, split: str, source: PairSource) -> Table:
         """A split's pairs as inputs of the encoders."""
-        data_dir = Path(self.settings.run.data_dir).expanduser()
+        data_dir = local_path(self.settings.run.data_dir)
         tables = open_tables(
             self.settings.data, {split: source}, data_dir=data_dir, workdir=self.workdir
         )
@@ -121,7 +122,7 @@ def open_run(workdir: Path, *, trust: Trust = ()) -> OpenedRun:
       CheckpointError: if no checkpoint can be read.
       PermissionError: for an encoder of a package that is not trusted.
     """
-    workdir = Path(workdir)
+    workdir = local_path(workdir)
     settings = read_settings(read_config(workdir), trust=trust)
     mesh = make_mesh({"data": -1})  # the present devices, whatever the run's were
     towers = build_towers(settings)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxcl.data.modalities import modality_of
 from jaxcl.data.modality import Reader
+from jaxcl.host.paths import local_path
 from jaxcl.models import Towers, TowerSpec, make_towers
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.run.build_loss import build_loss, build_measure, build_momentum
@@ -234,7 +235,7 @@ def pretrained_sources(model: ModelSettings) -> dict[str, Path]:
     if not model.shared:
         own = model.pretrained if model.key.name is None else model.key.pretrained
         towers = {"query": model.pretrained, "key": own}
-    return {name: Path(path).expanduser() for name, path in towers.items() if path is not None}
+    return {name: local_path(path) for name, path in towers.items() if path is not None}
 
 
 def build_optimizer(

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import jaxcl.configs
+from jaxcl.host.paths import local_path
 from jaxcl.settings.section_reader import did_you_mean
 
 __all__ = ["find_config", "known_configs", "load_config", "read_settings_file"]
@@ -29,7 +30,7 @@ def find_config(named: str) -> Path:
       >>> find_config("code_search").name
       'code_search.py'
     """
-    path = Path(named).expanduser()
+    path = local_path(named)
     if path.is_file():
         return path
     if path.name == named.removesuffix(".py"):
@@ -77,6 +78,7 @@ def read_settings_file(named: str) -> dict[str, dict[str, Any]]:
 
 def _call(named: str, function: str) -> Any:
     """Run a Python file and call one of its functions with the variant."""
+    local_path(named)  # otherwise the scheme of a URL would pass for the name of a config
     file, _, variant = named.partition(":")
     path = find_config(file)
     try:
