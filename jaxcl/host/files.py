@@ -12,10 +12,11 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from jaxcl.host.paths import AnyPath
 
 __all__ = [
     "JsonLines",
@@ -201,7 +202,7 @@ def write_whole(path: Any, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
+def write_npz(path: AnyPath, **arrays: np.ndarray) -> None:
     """Write arrays to an `.npz` as `write_whole` does, creating its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _replacing(path) as file:

@@ -10,12 +10,12 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxcl.host.files import open_regular
+from jaxcl.host.paths import AnyPath
 
 __all__ = ["ArrayHeader", "npz_headers", "read_npz"]
 
@@ -39,7 +39,7 @@ class ArrayHeader(NamedTuple):
 
 
 def npz_headers(
-    path: Path, names: Sequence[str], *, optional: Sequence[str] = ()
+    path: AnyPath, names: Sequence[str], *, optional: Sequence[str] = ()
 ) -> dict[str, ArrayHeader]:
     """The headers of these arrays, and of the optional ones that the file has.
 
@@ -51,7 +51,7 @@ def npz_headers(
         return {name: _header(archive, name) for name in [*names, *present]}
 
 
-def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+def read_npz(path: AnyPath, names: Sequence[str]) -> dict[str, np.ndarray]:
     """These arrays.
 
     Raises:
@@ -68,10 +68,11 @@ def read_npz(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def _archive(path: Path, names: Sequence[str]) -> Iterator[zipfile.ZipFile]:
+def _archive(path: AnyPath, names: Sequence[str]) -> Iterator[zipfile.ZipFile]:
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            size = os.fstat(file.fileno()).st_size
+            file.seek(0, os.SEEK_END)
+            size = file.tell()
             if any(part.compress_size > size for part in archive.infolist()):
                 raise zipfile.BadZipFile("a part of it is larger than the whole")
             present = [name.removesuffix(".npy") for name in archive.namelist()]

@@ -1,16 +1,61 @@
-"""Paths as users give them.
+"""Paths as users give them: local ones, and those of object stores, such as `gs://bucket/run`.
 
-Needs the standard library only, as parsers of flags do.
+Needs the standard library only until a URL is given, as parsers of flags do.
 """
 
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
-__all__ = ["local_path"]
+__all__ = ["AnyPath", "as_path", "local_path"]
+
+if TYPE_CHECKING:
+    AnyPath = Path
+else:
+    AnyPath = PurePath
+"""A `pathlib.Path` or an `etils.epath.Path`, which has the same methods and is no subclass."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 """Of a URL. `pathlib` makes one slash of the two. A single letter is a drive of Windows."""
+
+_MOUNT = (
+    "mount the bucket, as launch/tpu_pod.sh does with gcsfuse, and give the path below its mount "
+    "point"
+)
+
+
+def as_path(given: str | os.PathLike[str]) -> AnyPath:
+    """The path of a file or folder, with `~` expanded to the home directory.
+
+    Args:
+      given: a local path, or a URL of an object store that `etils.epath` supports, for which the
+        package of its file system is installed (`gcsfs` for `gs://`).
+
+    Raises:
+      ValueError: for another URL, or if the user of `~user` is unknown.
+    """
+    url = _SCHEME.match(os.fspath(given))
+    if url is None:
+        return local_path(given)
+    import fsspec
+    from etils import epath
+
+    scheme = url[1]
+    try:
+        path = epath.Path(f"{scheme}://{os.fspath(given)[url.end() :].lstrip('/')}")
+    except KeyError:  # etils has no file system for it
+        return local_path(given)
+    try:
+        protocol = fsspec.get_filesystem_class(scheme).protocol
+    except ImportError as error:
+        raise ValueError(f"{path} cannot be opened ({error}); do so, or {_MOUNT}") from error
+    protocol = protocol if isinstance(protocol, str) else protocol[0]
+    # Otherwise a process would not see the files that other processes have written since.
+    fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+    # With TensorFlow installed, etils would use its file systems instead of those of fsspec.
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    return path
 
 
 def local_path(given: str | os.PathLike[str]) -> Path:
@@ -21,10 +66,7 @@ def local_path(given: str | os.PathLike[str]) -> Path:
     """
     text = os.path.expanduser(os.fspath(given))
     if _SCHEME.match(text):
-        raise ValueError(
-            f"{text} is a URL, but a local path is wanted; mount the bucket, as launch/tpu_pod.sh "
-            "does with gcsfuse, and give the path below its mount point"
-        )
+        raise ValueError(f"{text} is a URL, but a local path is wanted; {_MOUNT}")
     if text.startswith("~"):
         raise ValueError(f"{text} names an unknown user; give the full path")
     return Path(text)
