@@ -16,7 +16,6 @@ In a program or a notebook, call `compare`:
 
 import hashlib
 import json
-import shutil
 import statistics
 import time
 from argparse import Namespace
@@ -31,10 +30,11 @@ from jaxcl.data.prepare import read_remembered_data
 from jaxcl.evaluation.retrieval import METRICS
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser, user_path
-from jaxcl.host.files import read_json_object, write_whole
-from jaxcl.host.paths import local_path
+from jaxcl.host.files import open_regular, read_json_object, write_whole
+from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.printable import printable
 from jaxcl.host.progress import say
+from jaxcl.host.remote import remove_tree
 from jaxcl.metrics import paired_difference
 from jaxcl.run.identity import fields_of
 from jaxcl.settings.changed import changed_config
@@ -83,7 +83,7 @@ def _run(arguments: Namespace) -> None:
 def compare(
     config: ConfigDict,
     settings: Mapping[str, Mapping[str, Any]],
-    workdir: Path,
+    workdir: AnyPath,
     *,
     seeds: int = 3,
     baseline: str | None = None,
@@ -104,7 +104,7 @@ def compare(
     Raises:
       ValueError: for settings that do not fit the config.
     """
-    workdir = local_path(workdir)
+    workdir = as_path(workdir)
     if not isinstance(settings, Mapping):
         raise ValueError(f"the settings are {settings!r}; give a mapping, name -> changes")
     if not settings or seeds < 1:
@@ -117,7 +117,7 @@ def compare(
         for seed in range(seeds)
         for name, changes in settings.items()
     }
-    folders: dict[Path, str] = {}
+    folders: dict[AnyPath, str] = {}
     for name in settings:
         other = folders.setdefault(_directory(workdir, name, 0), name)
         if other != name:
@@ -138,7 +138,7 @@ def compare(
             _check_same_queries([_directory(workdir, *run) for run in runs])
             finished = {"seconds": time.perf_counter() - start, "config": _identity(changed)}
             write_whole(directory / FINISHED, json.dumps(finished))
-        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        remove_tree(directory / "checkpoints")
     records = [_record(workdir, name, baseline, seeds) for name in settings]
     write_whole(workdir / "comparison.json", json.dumps(records, indent=2) + "\n")
     table = as_markdown(records)
@@ -187,7 +187,7 @@ def _data_set_of(config: ConfigDict) -> tuple[str | None, Any]:
     return data.name, data.code_pairs
 
 
-def _with_data_of(directories: Sequence[Path], config: ConfigDict) -> ConfigDict:
+def _with_data_of(directories: Sequence[AnyPath], config: ConfigDict) -> ConfigDict:
     """The config with the data set of the first of these runs, whatever was installed since."""
     found = (read_remembered_data(directory) for directory in directories)
     held = [remembered.data_set for remembered in found if remembered is not None]
@@ -197,9 +197,9 @@ def _with_data_of(directories: Sequence[Path], config: ConfigDict) -> ConfigDict
     return changed_config(config, {"data.name": data_set}) if Path(data_set).exists() else config
 
 
-def _check_same_queries(directories: Sequence[Path]) -> None:
+def _check_same_queries(directories: Sequence[AnyPath]) -> None:
     """Raises a `ValueError` if the held-out rows of some runs are others than those of the rest."""
-    first: dict[str, tuple[Path, str]] = {}
+    first: dict[str, tuple[AnyPath, str]] = {}
     for directory in directories:
         remembered = read_remembered_data(directory)
         fingerprints = {} if remembered is None else remembered.fingerprints
@@ -213,17 +213,17 @@ def _check_same_queries(directories: Sequence[Path]) -> None:
                 )
 
 
-def _check_finished(directory: Path, config: ConfigDict) -> None:
+def _check_finished(directory: AnyPath, config: ConfigDict) -> None:
     finished = directory / FINISHED
     if finished.exists() and read_json_object(finished).get("config") != _identity(config):
         raise ValueError(f"{directory} holds a run of another config; choose another --workdir")
 
 
-def _directory(workdir: Path, name: str, seed: int) -> Path:
+def _directory(workdir: AnyPath, name: str, seed: int) -> AnyPath:
     return workdir / "".join(c if c.isalnum() else "-" for c in name) / f"seed-{seed}"
 
 
-def _record(workdir: Path, name: str, baseline: str, seeds: int) -> dict[str, Any]:
+def _record(workdir: AnyPath, name: str, baseline: str, seeds: int) -> dict[str, Any]:
     ours, theirs = (
         [_values(_directory(workdir, setting, seed)) for seed in range(seeds)]
         for setting in (name, baseline)
@@ -253,9 +253,9 @@ def _record(workdir: Path, name: str, baseline: str, seeds: int) -> dict[str, An
     }
 
 
-def _values(directory: Path) -> dict[str, np.ndarray]:
+def _values(directory: AnyPath) -> dict[str, np.ndarray]:
     """Every query's part of the metric, by split and method, with names in the keys."""
-    with np.load(directory / "ranks.npz") as ranks:
+    with open_regular(directory / "ranks.npz") as file, np.load(file) as ranks:
         return {
             "/".join((split, method)): METRICS[METRIC](ranks[place])
             for place in ranks.files

@@ -18,7 +18,6 @@ import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,11 +32,12 @@ from jaxcl.data.table import Table
 from jaxcl.host.block_file import BlockFile
 from jaxcl.host.command import join_processes, run_command
 from jaxcl.host.command_flags import CommandParser, add_process_flags, add_workdir_flag, user_path
-from jaxcl.host.files import write_npz, write_whole
-from jaxcl.host.paths import local_path
+from jaxcl.host.files import is_remote, write_npz, write_whole
+from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.printable import printable
 from jaxcl.host.processes import first_then_others
 from jaxcl.host.progress import progress_bar, say
+from jaxcl.host.remote import local_folder
 from jaxcl.negatives.mining import Mined, MiningRule, mine_negatives
 from jaxcl.ops.mesh import fetch, local_rows, put_batch
 from jaxcl.ops.pairs import PairLabels
@@ -109,8 +109,8 @@ def _run(arguments: Namespace) -> None:
 
 
 def mine(
-    workdir: Path,
-    out: Path,
+    workdir: AnyPath,
+    out: AnyPath,
     *,
     split: str = "train",
     rule: MiningRule,
@@ -134,8 +134,13 @@ def mine(
       ValueError: if there is no such run or split, or by the rule nothing could be found.
       CheckpointError: if no checkpoint can be read.
     """
-    workdir, out = local_path(workdir), local_path(out)
+    workdir, out = as_path(workdir), as_path(out)
     rule.check()
+    if is_remote(workdir) and jax.process_count() > 1:
+        raise ValueError(
+            f"{jax.process_count()} processes share unfinished work in the workdir, which "
+            f"{workdir} cannot hold; mount it, or mine with one process"
+        )
     unknown = set(masks) - set(MASKS)
     if unknown or not {"row", "text"} & set(masks):
         raise ValueError(
@@ -181,12 +186,12 @@ def mine(
     return report
 
 
-def _work_folder(workdir: Path, run: OpenedRun, split: str) -> Path:
+def _work_folder(workdir: AnyPath, run: OpenedRun, split: str) -> AnyPath:
     """Where unfinished work of these parameters on this split lies."""
-    return workdir / "mining" / _hash({"split": split, **run.made_from})
+    return local_folder(workdir) / "mining" / _hash({"split": split, **run.made_from})
 
 
-def _embedded(run: OpenedRun, table: Table, side: str, folder: Path) -> np.ndarray:
+def _embedded(run: OpenedRun, table: Table, side: str, folder: AnyPath) -> np.ndarray:
     """All rows of a side, embedded block by block."""
     shape = (table.num_rows, run.settings.model.dim)
     blocks = _block_file(folder / f"{side}.npy", shape, np.float32)
@@ -205,7 +210,7 @@ def _search_all(
     labels: tuple[np.ndarray, ...],
     rule: MiningRule,
     seed: int,
-    folder: Path,
+    folder: AnyPath,
 ) -> Mined:
     """The negatives of all rows, block by block of queries."""
     num_rows = len(vectors["query"])
@@ -262,7 +267,7 @@ def _search(mesh: Mesh, rule: MiningRule, seed: int) -> Callable[[Any, Any], Min
     return search
 
 
-def _block_file(path: Path, shape: tuple[int, ...], dtype: type) -> BlockFile:
+def _block_file(path: AnyPath, shape: tuple[int, ...], dtype: type) -> BlockFile:
     writes = jax.process_index() == 0
     return first_then_others(lambda: BlockFile(path, shape, dtype, writes=writes))
 

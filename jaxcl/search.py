@@ -16,7 +16,6 @@ import json
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +26,7 @@ from jaxcl.host.command_flags import CommandParser, add_workdir_flag
 from jaxcl.host.files import write_npz
 from jaxcl.host.npz import read_npz
 from jaxcl.host.output import check_output
-from jaxcl.host.paths import local_path
+from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.printable import printable
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.run.opened import OpenedRun, open_run
@@ -76,7 +75,7 @@ def _run(arguments: Namespace) -> None:
 
 
 def search(
-    workdir: Path, query: str, *, top: int = 10, hybrid: bool = False, trust: Trust = ()
+    workdir: AnyPath, query: str, *, top: int = 10, hybrid: bool = False, trust: Trust = ()
 ) -> list[Hit]:
     """Search the pool of a run for one query; `open_search` is faster for several.
 
@@ -110,7 +109,7 @@ def _check_top(top: int) -> None:
         raise ValueError(f"--top={top} shows nothing; give 1 or more")
 
 
-def open_search(workdir: Path, *, hybrid: bool = False, trust: Trust = ()) -> Search:
+def open_search(workdir: AnyPath, *, hybrid: bool = False, trust: Trust = ()) -> Search:
     """Opens a run for searching; nothing of it is changed, and only the index is written.
 
     The index holds the pool's embeddings and its rows. With an index of the newest checkpoint the
@@ -129,7 +128,7 @@ def open_search(workdir: Path, *, hybrid: bool = False, trust: Trust = ()) -> Se
         gone.
       CheckpointError: if no checkpoint can be read.
     """
-    workdir = local_path(workdir)
+    workdir = as_path(workdir)
     run = open_run(workdir, trust=trust)
     run.check_texts("jaxcl.search")
     index = _read_index(workdir / INDEX_FILE, run.made_from)
@@ -163,7 +162,7 @@ class _Index(NamedTuple):
     rows: Sequence[dict[str, Any]]
 
 
-def _read_index(path: Path, made_from: Mapping[str, Any]) -> _Index | None:
+def _read_index(path: AnyPath, made_from: Mapping[str, Any]) -> _Index | None:
     """The index, or None where it is absent, damaged, or made from other things."""
     try:
         index = read_npz(path, ["made_from", "keys", "rows"])
@@ -176,7 +175,7 @@ def _read_index(path: Path, made_from: Mapping[str, Any]) -> _Index | None:
     return _Index(keys, rows) if fits else None
 
 
-def _write_index(path: Path, made_from: Mapping[str, Any], index: _Index) -> None:
+def _write_index(path: AnyPath, made_from: Mapping[str, Any], index: _Index) -> None:
     """Keeps the index, whole or not at all; where that cannot be, the search goes on."""
     text = json.dumps(index.rows, ensure_ascii=False, default=_plain).encode()
     try:

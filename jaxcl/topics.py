@@ -16,7 +16,6 @@ In a program or a notebook, call `topics`:
 
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from jaxcl.data.sources import PairSource
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser, add_workdir_flag, user_path
 from jaxcl.host.files import write_npz, write_whole
-from jaxcl.host.paths import local_path
+from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.printable import printable
 from jaxcl.host.progress import say
 from jaxcl.run.opened import open_run
@@ -76,7 +75,7 @@ def _run(arguments: Namespace) -> None:
 
 
 def topics(
-    workdir: Path, out: Path, *, num_topics: int, seed: int = 0, trust: Trust = ()
+    workdir: AnyPath, out: AnyPath, *, num_topics: int, seed: int = 0, trust: Trust = ()
 ) -> dict[str, Any]:
     """Sorts the training rows of a run into topics, writes the file, and returns a report.
 
@@ -91,7 +90,7 @@ def topics(
       ValueError: if there is no such run, or it has fewer rows than topics.
       CheckpointError: if no checkpoint can be read.
     """
-    workdir, out = local_path(workdir), local_path(out)
+    workdir, out = as_path(workdir), as_path(out)
     run = open_run(workdir, trust=trust)
     run.check_texts("jaxcl.topics")
     source = run.sources()[_SPLIT]

@@ -30,9 +30,10 @@ from jaxcl.evaluation.held_out import check_evaluation, evaluate_run, quick_metr
 from jaxcl.host.agreement import check_processes_agree
 from jaxcl.host.command import join_processes, run_command
 from jaxcl.host.command_flags import CommandParser, add_process_flags, user_path
-from jaxcl.host.paths import local_path
+from jaxcl.host.paths import AnyPath, as_path, local_path
 from jaxcl.host.processes import Stopped, first_then_others, stop_requests
 from jaxcl.host.progress import progress_bar, say
+from jaxcl.host.remote import local_folder
 from jaxcl.ops.mesh import current_mesh, fetch
 from jaxcl.run.batches import RunBatches
 from jaxcl.run.build_loss import batch_needs
@@ -90,7 +91,7 @@ def _run(arguments: Namespace) -> None:
 
 def train(
     config: ConfigDict,
-    workdir: Path,
+    workdir: AnyPath,
     *,
     changed: Collection[str] = (),
     profile: tuple[int, int] | None = None,
@@ -109,7 +110,7 @@ def train(
       DivergenceError: if the loss is not finite.
       Stopped: after SIGTERM, SIGINT or SIGHUP, with everything saved.
     """
-    workdir = local_path(workdir)
+    workdir = as_path(workdir)
     settings = read_settings(config, changed=changed)
     check_processes_agree(process_report(settings))
     training = build_training(settings)
@@ -139,12 +140,12 @@ def train(
                 run = _Run(training, data, RunBatches(training, data, workdir), checkpoints, writer)
                 if restored is not None and restored.record.get("finished"):
                     state = run.refreshed(state)  # which the last step of a run leaves out
-                with Watch(workdir / "profile", profile) as watch:
+                with Watch(local_folder(workdir) / "profile", profile) as watch:
                     state = _run_steps(run, state, watch)
         return evaluate_run(settings, training.encoder(state, data.readers), data, workdir)
 
 
-def _prepare(settings: Settings, workdir: Path, saved: Mapping[str, Any] | None) -> RunData:
+def _prepare(settings: Settings, workdir: AnyPath, saved: Mapping[str, Any] | None) -> RunData:
     """The data of a run: those in the record of its newest checkpoint, if there is one."""
     copy_prepared_files(settings, workdir)
     return prepare_data(
@@ -177,6 +178,7 @@ class _Run(NamedTuple):
         """Saves the state, with a record of the run."""
         settings = self.training.settings
         record = run_record(settings, self.data.remembered)
+        self.writer.upload()
         self.checkpoints.save(step, state, {**record, "finished": step == settings.steps})
 
 
@@ -285,7 +287,7 @@ def _check_enough_rows(settings: Settings, data: RunData) -> None:
         )
 
 
-def _opening(training: Training, data: RunData, workdir: Path, *, first_step: int) -> str:
+def _opening(training: Training, data: RunData, workdir: AnyPath, *, first_step: int) -> str:
     rows = {role: table.num_rows for role, table in data.tables.items()}
     steps = training.settings.steps
     abstract_params = jax.tree.leaves(training.abstract_state(*_training_rows(data)).params)
@@ -301,7 +303,7 @@ def _opening(training: Training, data: RunData, workdir: Path, *, first_step: in
     )
 
 
-def _default_workdir(named: str) -> Path:
+def _default_workdir(named: str) -> AnyPath:
     file, _, variant = named.partition(":")
     return Path("runs") / "-".join(filter(None, (Path(file).stem, variant)))
 

@@ -23,7 +23,7 @@ from jaxcl.data.tokenizer import (
     train_tokenizer,
 )
 from jaxcl.host.files import write_whole
-from jaxcl.host.paths import local_path
+from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.progress import progress_bar
 from jaxcl.settings.sections import DataSettings
 from jaxcl.typing import PADDING_ID, SIDES, Array, Int, PyTree
@@ -50,7 +50,7 @@ class Text:
     files: tuple[str, ...] = ("tokenizer.json",)
 
     def prepare(
-        self, data: DataSettings, train: PairSource, sides: tuple[str, ...], workdir: Path
+        self, data: DataSettings, train: PairSource, sides: tuple[str, ...], workdir: AnyPath
     ) -> None:
         """Write the run's tokenizer: the one of `data.tokenizer`, or one trained on these rows."""
         path = _tokenizer_file(workdir)
@@ -83,11 +83,11 @@ class Text:
                 advance=advance,
             )
 
-    def tokenizer(self, workdir: Path) -> Tokenizer:
+    def tokenizer(self, workdir: AnyPath) -> Tokenizer:
         """The run's tokenizer."""
         return load_tokenizer(_tokenizer_file(workdir))
 
-    def reader(self, data: DataSettings, side: str, workdir: Path) -> Reader:
+    def reader(self, data: DataSettings, side: str, workdir: AnyPath) -> Reader:
         """Texts -> `{"tokens": int32[n, t]}`, padded to the side's width."""
         tokenizer = self.tokenizer(workdir)
 
@@ -103,7 +103,7 @@ class Text:
 
         return read
 
-    def fingerprint(self, workdir: Path) -> str:
+    def fingerprint(self, workdir: AnyPath) -> str:
         """Names the tokenizer."""
         return tokenizer_fingerprint(self.tokenizer(workdir))
 
@@ -149,18 +149,18 @@ def modality_of(data: DataSettings, side: str) -> Modality:
     return MODALITIES[name]
 
 
-def build_readers(data: DataSettings, workdir: Path) -> dict[str, Reader]:
+def build_readers(data: DataSettings, workdir: AnyPath) -> dict[str, Reader]:
     """The readers of both sides of a run, by side."""
     return {side: modality_of(data, side).reader(data, side, workdir) for side in SIDES}
 
 
-def input_fingerprints(data: DataSettings, workdir: Path) -> dict[str, str]:
+def input_fingerprints(data: DataSettings, workdir: AnyPath) -> dict[str, str]:
     """Fingerprints of the files in a workdir that inputs depend on, such as the tokenizer."""
     modalities = {getattr(data.modality, side): modality_of(data, side) for side in SIDES}
     return {f"inputs.{name}": one.fingerprint(workdir) for name, one in modalities.items()}
 
 
-def check_inputs(data: DataSettings, workdir: Path, recorded: Mapping[str, str]) -> None:
+def check_inputs(data: DataSettings, workdir: AnyPath, recorded: Mapping[str, str]) -> None:
     """Compare the files in a workdir that inputs depend on with their recorded fingerprints.
 
     Args:
@@ -186,7 +186,7 @@ def open_tables(
     sources: Mapping[str, PairSource],
     *,
     data_dir: Path,
-    workdir: Path,
+    workdir: AnyPath,
     recorded: Mapping[str, str] | None = None,
 ) -> dict[str, Table]:
     """The tables of all splits, by role, after preparing the modalities.
@@ -223,12 +223,12 @@ def open_tables(
 
 def _tokenizer_of_settings(path: str) -> Tokenizer:
     try:
-        return load_tokenizer(local_path(path))
+        return load_tokenizer(as_path(path))
     except ValueError as error:
         raise ValueError(f"data.tokenizer={error}") from error
 
 
-def _tokenizer_file(workdir: Path) -> Path:
+def _tokenizer_file(workdir: AnyPath) -> AnyPath:
     (name,) = Text.files
     return workdir / name
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxcl.data.sources import PairSource
 from jaxcl.data.table import Table
+from jaxcl.host.paths import AnyPath
 from jaxcl.settings.sections import DataSettings
 from jaxcl.typing import Array, Int, PyTree
 
@@ -30,7 +31,7 @@ class SplitFiles(NamedTuple):
     role: str
     sides: tuple[str, ...]
     data_dir: Path
-    workdir: Path
+    workdir: AnyPath
 
 
 @runtime_checkable
@@ -44,17 +45,17 @@ class Modality(Protocol):
     files: tuple[str, ...]
 
     def prepare(
-        self, data: DataSettings, train: PairSource, sides: tuple[str, ...], workdir: Path
+        self, data: DataSettings, train: PairSource, sides: tuple[str, ...], workdir: AnyPath
     ) -> None:
         """Make the files in the workdir that the inputs of these sides depend on, once."""
 
     def open_table(self, data: DataSettings, source: PairSource, files: SplitFiles) -> Table:
         """The table of a split, with the sides that have this modality."""
 
-    def reader(self, data: DataSettings, side: str, workdir: Path) -> Reader:
+    def reader(self, data: DataSettings, side: str, workdir: AnyPath) -> Reader:
         """The function that turns values of a side, as a source returns them, into inputs."""
 
-    def fingerprint(self, workdir: Path) -> str:
+    def fingerprint(self, workdir: AnyPath) -> str:
         """Names the files of `prepare`: an equal one means equal inputs for equal values."""
 
     def encoder_argument(self, data: DataSettings, side: str) -> Any:

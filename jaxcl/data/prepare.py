@@ -18,7 +18,7 @@ from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import ConcatenatedPairs, open_splits
 from jaxcl.data.table import Table
 from jaxcl.host.files import read_json_object, write_whole
-from jaxcl.host.paths import local_path
+from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.settings.derived import data_set_names
 from jaxcl.settings.sections import CodePairsSettings, DataSettings
 from jaxcl.typing import Int
@@ -88,7 +88,7 @@ class RunData(NamedTuple):
         raise ValueError(f"the training rows have no {by!r}")
 
 
-def read_remembered_data(workdir: Path) -> RememberedData | None:
+def read_remembered_data(workdir: AnyPath) -> RememberedData | None:
     """Read `data.json` of a workdir, or return None if there is none yet.
 
     Raises:
@@ -100,7 +100,7 @@ def read_remembered_data(workdir: Path) -> RememberedData | None:
     return remembered_from(path, read_json_object(path))
 
 
-def remembered_from(where: Path, content: Any) -> RememberedData:
+def remembered_from(where: AnyPath, content: Any) -> RememberedData:
     """The fields of `RememberedData` in an object that was stored in a file.
 
     Raises:
@@ -120,7 +120,7 @@ def prepare_data(
     data: DataSettings,
     *,
     data_dir: Path,
-    workdir: Path,
+    workdir: AnyPath,
     scored: bool = False,
     open_source: Callable[[str], PairSource] | None = None,
     saved: RememberedData | None = None,
@@ -152,13 +152,13 @@ def prepare_data(
     rows["pairs"] = sources["train"]
     negatives = guides = topics = None
     if data.negatives is not None:
-        negatives = read_negatives(local_path(data.negatives), scored=scored, **rows)
+        negatives = read_negatives(as_path(data.negatives), scored=scored, **rows)
         fingerprints["negatives"] = negatives.fingerprint
     if data.guides is not None:
-        guides = read_guides(local_path(data.guides), **rows)
+        guides = read_guides(as_path(data.guides), **rows)
         fingerprints["guides"] = guides.fingerprint
     if data.topics is not None:
-        topics = read_topics(local_path(data.topics), **rows)
+        topics = read_topics(as_path(data.topics), **rows)
         fingerprints["topics"] = topics.fingerprint
     recorded = fingerprints if before is None else before.fingerprints
     _check_same_rows(workdir, before, RememberedData(name, fingerprints))
@@ -186,7 +186,7 @@ def _data_set(data: DataSettings, *, data_dir: Path, before: RememberedData | No
     return str(prepare_code_pairs(data_dir, **options).directory)
 
 
-def _check_same_rows(workdir: Path, before: RememberedData | None, now: RememberedData) -> None:
+def _check_same_rows(workdir: AnyPath, before: RememberedData | None, now: RememberedData) -> None:
     if before is None:
         return
     names = sorted(
@@ -209,7 +209,7 @@ def _check_same_rows(workdir: Path, before: RememberedData | None, now: Remember
         )
 
 
-def _write_remembered(workdir: Path, remembered: RememberedData) -> None:
+def _write_remembered(workdir: AnyPath, remembered: RememberedData) -> None:
     with contextlib.suppress(ValueError):
         if read_remembered_data(workdir) == remembered:
             return

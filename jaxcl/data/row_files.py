@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from jaxcl.data.row_ids import match_rows
 from jaxcl.data.sources import PairSource
 from jaxcl.host.files import open_regular
 from jaxcl.host.npz import ArrayHeader, npz_headers, read_npz
+from jaxcl.host.paths import AnyPath
 from jaxcl.typing import Bool, Int
 
 __all__ = ["Column", "RowArrays", "read_arrays"]
@@ -51,7 +51,7 @@ class RowArrays(NamedTuple):
 
 
 def read_arrays(
-    path: Path,
+    path: AnyPath,
     columns: Mapping[str, Column],
     *,
     setting: str,
@@ -99,7 +99,7 @@ def read_arrays(
 
 
 def _match(
-    path: Path, headers: Mapping[str, ArrayHeader], pairs: PairSource | None
+    path: AnyPath, headers: Mapping[str, ArrayHeader], pairs: PairSource | None
 ) -> Int[np.ndarray, " n"]:
     _check_text(path, headers, "id_field")
     if pairs is None or "ids" not in headers:
@@ -116,7 +116,7 @@ def _match(
         raise ValueError(f"{path}: {error}") from error
 
 
-def _check_text(path: Path, headers: Mapping[str, ArrayHeader], name: str) -> None:
+def _check_text(path: AnyPath, headers: Mapping[str, ArrayHeader], name: str) -> None:
     if name not in headers:
         raise ValueError(f"{path} has no {name}; add it")
     shape, dtype = headers[name]
@@ -141,7 +141,7 @@ def _check_header(header: ArrayHeader, column: Column, *, what: str) -> None:
         )
 
 
-def _check_same_rows(path: Path, headers: Mapping[str, ArrayHeader], source: str) -> None:
+def _check_same_rows(path: AnyPath, headers: Mapping[str, ArrayHeader], source: str) -> None:
     _check_text(path, headers, _SOURCE)
     theirs = str(read_npz(path, [_SOURCE])[_SOURCE])
     if theirs != source:

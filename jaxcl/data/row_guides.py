@@ -1,6 +1,5 @@
 """Each training row's embeddings by a model that judges similarity, from a file."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +8,7 @@ from jaxcl.data.row_checks import check_rows
 from jaxcl.data.row_files import Column, read_arrays
 from jaxcl.data.sources import PairSource
 from jaxcl.host.npz import npz_headers
-from jaxcl.host.paths import local_path
+from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.typing import SIDES, Bool, Float, Int
 
 _MIN_SQUARE = 1e-10
@@ -37,7 +36,7 @@ class RowGuides(NamedTuple):
 
 
 def read_guides(
-    path: Path, *, num_rows: int, source: str | None = None, pairs: PairSource | None = None
+    path: AnyPath, *, num_rows: int, source: str | None = None, pairs: PairSource | None = None
 ) -> RowGuides:
     """Reads an `.npz` with `query` and `key`, `[rows of the split, any width]` each.
 
@@ -49,7 +48,7 @@ def read_guides(
     Raises:
       ValueError: for a file that is missing, damaged, or not of this split.
     """
-    path = local_path(path)
+    path = as_path(path)
     columns = {side: Column("floats", (num_rows, guide_dim(path))) for side in SIDES}
     sides, fingerprint, *_ = read_arrays(
         path, columns, setting="data.guides", source=source, pairs=pairs
@@ -72,9 +71,9 @@ def _has_norm(vectors: Float[np.ndarray, "n g"]) -> Bool[np.ndarray, " n"]:
     return np.isfinite(squares) & ((squares > _MIN_SQUARE) | ~vectors.any(axis=1))
 
 
-def guide_dim(path: Path | str) -> int:
+def guide_dim(path: AnyPath | str) -> int:
     """The width of the embeddings in such a file, from its header alone."""
-    path = local_path(path)
+    path = as_path(path)
     try:
         shape = npz_headers(path, SIDES)["key"].shape
     except ValueError as error:

@@ -1,6 +1,5 @@
 """Each training row's explicit negatives, as row numbers of the same split, from a file."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ from jaxcl.data.row_checks import check_rows
 from jaxcl.data.row_files import Column, RowArrays, read_arrays
 from jaxcl.data.sources import PairSource
 from jaxcl.data.table import Table
+from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import say
 from jaxcl.typing import Float, Int, PyTree
 
@@ -51,7 +51,7 @@ class RowNegatives(NamedTuple):
 
 
 def read_negatives(
-    path: Path,
+    path: AnyPath,
     *,
     num_rows: int,
     scored: bool,
@@ -98,7 +98,7 @@ def read_negatives(
 
 
 def _renumbered(
-    rows: Int[np.ndarray, "n m"], read: RowArrays, path: Path
+    rows: Int[np.ndarray, "n m"], read: RowArrays, path: AnyPath
 ) -> Int[np.ndarray, "n m"]:
     """Rows of the split for rows of the file; −1 for those that the split does not have."""
     split_rows = np.full(read.num_file_rows + 1, -1)  # the last one for −1

@@ -1,6 +1,5 @@
 """Each training row's topic, from a file that `python -m jaxcl.topics` or another program wrote."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from jaxcl.data.row_checks import checked_int32
 from jaxcl.data.row_files import Column, read_arrays
 from jaxcl.data.sources import PairSource
-from jaxcl.host.paths import local_path
+from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.typing import Int
 
 __all__ = ["RowTopics", "read_topics"]
@@ -27,7 +26,7 @@ class RowTopics(NamedTuple):
 
 
 def read_topics(
-    path: Path, *, num_rows: int, source: str | None = None, pairs: PairSource | None = None
+    path: AnyPath, *, num_rows: int, source: str | None = None, pairs: PairSource | None = None
 ) -> RowTopics:
     """Reads an `.npz` with `topic`, an integer for each row of the split.
 
@@ -39,7 +38,7 @@ def read_topics(
     Raises:
       ValueError: for a file that is missing, damaged, or not of this split.
     """
-    path = local_path(path)
+    path = as_path(path)
     columns = {"topic": Column("integers", (num_rows,))}
     read = read_arrays(path, columns, setting="data.topics", source=source, pairs=pairs)
     topic = checked_int32(read.arrays["topic"], what=f"data.topics={path}: topic")

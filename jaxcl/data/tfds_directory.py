@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxcl.data.tfds_features import DATASET_INFO_FILE, check_features
 from jaxcl.host.files import read_json_object
+from jaxcl.host.paths import as_path
 
 __all__ = ["find_directory", "full_name", "open_builder", "open_records"]
 
@@ -42,7 +43,7 @@ def find_directory(name: str | Path, data_dir: str | Path | None) -> Any:
     from etils import epath
     from tensorflow_datasets.core.utils import file_utils
 
-    directory = epath.Path(name).expanduser()
+    directory = epath.Path(as_path(name))
     if any((directory / file).exists() for file in _HUGGING_FACE_FILES):
         raise ValueError(
             f"{directory} holds a data set of Hugging Face's datasets; write it as one of TFDS, "

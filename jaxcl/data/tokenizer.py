@@ -3,13 +3,13 @@
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from jaxcl.host.files import read_text
+from jaxcl.host.paths import AnyPath
 from jaxcl.typing import PADDING_ID, Int
 
 __all__ = [
@@ -62,7 +62,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> Tokenizer:
     return _reading_specials_as_text(tokenizer)
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: AnyPath) -> Tokenizer:
     """Reads a `tokenizer.json`, of `train_tokenizer` or of any other origin.
 
     Memory is bounded by the size of the file, but time is not: the patterns of a file from someone
@@ -82,7 +82,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 @functools.lru_cache(maxsize=1)  # a run asks for its own several times as it starts
-def _parsed(content: str, path: Path) -> Tokenizer:
+def _parsed(content: str, path: AnyPath) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(content)
     except Exception as error:  # the library raises the bare class

@@ -11,7 +11,6 @@ import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from jaxcl.evaluation.retrieval import (
     results_table,
 )
 from jaxcl.host.files import write_npz, write_whole
+from jaxcl.host.paths import AnyPath
 from jaxcl.host.processes import PeerError, together
 from jaxcl.host.progress import progress_bar
 from jaxcl.metrics import mean_and_standard_error
@@ -81,7 +81,7 @@ def quick_metrics(encoder: Encoder, data: RunData) -> dict[str, float]:
 
 
 def evaluate_run(
-    settings: Settings, encoder: Encoder, data: RunData, workdir: Path
+    settings: Settings, encoder: Encoder, data: RunData, workdir: AnyPath
 ) -> dict[str, Any]:
     """Ranks every held-out query by BM25, by the embedder, and by both, and writes the results.
 

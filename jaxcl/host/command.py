@@ -22,7 +22,6 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 from absl import logging
@@ -30,6 +29,7 @@ from absl import logging
 from jaxcl.host.command_flags import CommandParser
 from jaxcl.host.huge_pages import start_with_huge_pages
 from jaxcl.host.output import print_traceback, protect_output
+from jaxcl.host.paths import AnyPath
 from jaxcl.host.processes import Stopped, catch_interrupt, leave, leave_for, start_processes
 from jaxcl.host.progress import say
 from jaxcl.host.user_folders import ensure_home
@@ -88,7 +88,7 @@ def run_command(
         leave_for(error, verbose=arguments.verbose)
 
 
-def join_processes(arguments: Namespace, workdir: Path) -> None:
+def join_processes(arguments: Namespace, workdir: AnyPath) -> None:
     """Join the other processes that the flags of `add_process_flags` or the cluster name.
 
     Args:

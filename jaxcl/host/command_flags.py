@@ -8,10 +8,9 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NoReturn
 
-from jaxcl.host.paths import local_path
+from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.printable import printable
 
 __all__ = ["CommandParser", "add_process_flags", "add_workdir_flag", "user_path"]
@@ -103,10 +102,10 @@ class CommandParser(argparse.ArgumentParser):
                 yield word
 
 
-def user_path(text: str) -> Path:
-    """The path in a flag's text, with `~` expanded to the home directory."""
+def user_path(text: str) -> AnyPath:
+    """The path in a flag's text, as `as_path` takes it."""
     try:
-        return local_path(text)
+        return as_path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -17,10 +17,10 @@ import selectors
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxcl.host.files import read_json_object, write_whole
+from jaxcl.host.files import is_remote, read_json_object, write_whole
+from jaxcl.host.paths import AnyPath
 from jaxcl.host.ports import guard_port, listen, split_address
 from jaxcl.host.progress import say
 
@@ -51,7 +51,7 @@ class Meeting(NamedTuple):
 
 @contextlib.contextmanager
 def meet(
-    workdir: Path, coordinator: str, *, num_processes: int, process_id: int, bind: str | None
+    workdir: AnyPath, coordinator: str, *, num_processes: int, process_id: int, bind: str | None
 ) -> Iterator[Meeting]:
     """Wait until all processes of the run are there; the port is kept until the block ends.
 
@@ -86,9 +86,10 @@ def meet(
 
 
 @contextlib.contextmanager
-def _invitation(workdir: Path, port: int) -> Iterator[str]:
+def _invitation(workdir: AnyPath, port: int) -> Iterator[str]:
     """A file in the workdir for the other processes; afterwards the workdir is as it was."""
-    absent = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    folders = () if is_remote(workdir) else (workdir, *workdir.parents)
+    absent = [folder for folder in folders if not folder.exists()]
     path, token = workdir / INVITATION_FILE, secrets.token_hex()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ class _Reception:
       num_processes: the number of processes, this one included.
     """
 
-    def __init__(self, workdir: Path, address: str, token: str, num_processes: int):
+    def __init__(self, workdir: AnyPath, address: str, token: str, num_processes: int):
         self._workdir, self._address = _full_name(workdir), address
         self._token, self._num_processes = token, num_processes
         self._present: dict[int, socket.socket] = {}
@@ -179,7 +180,7 @@ class _Reception:
         return None
 
 
-def _join(workdir: Path, host: str, port: int, introduction: Mapping[str, Any]) -> int:
+def _join(workdir: AnyPath, host: str, port: int, introduction: Mapping[str, Any]) -> int:
     """Find process 0 of the run; returns its port once all processes have come."""
     deadline = time.monotonic() + MEETING_SECONDS
     refusal = None
@@ -223,7 +224,7 @@ def _ask(address: tuple[str, int], introduction: Mapping[str, Any], seconds: flo
     return answer or {"stranger": f"{where} belongs to another run or program"}
 
 
-def _read_invitation(workdir: Path) -> dict[str, Any]:
+def _read_invitation(workdir: AnyPath) -> dict[str, Any]:
     """The invitation, or nothing."""
     try:
         next(workdir.iterdir(), None)  # makes NFS look again for a file that was absent before
@@ -233,9 +234,8 @@ def _read_invitation(workdir: Path) -> dict[str, Any]:
     return found if isinstance(found.get("port"), int) else {}
 
 
-def _full_name(workdir: Path) -> str:
-    name = str(workdir)
-    return name if "://" in name else str(workdir.absolute())
+def _full_name(workdir: AnyPath) -> str:
+    return str(workdir if is_remote(workdir) else workdir.absolute())
 
 
 def _send(connection: socket.socket, message: Mapping[str, Any]) -> None:

@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import jax
@@ -21,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from jaxcl.host.meeting import meet
 from jaxcl.host.output import print_traceback
+from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import say
 
 __all__ = [
@@ -77,7 +77,7 @@ def start_processes(
     num_processes: int | None = None,
     process_id: int | None = None,
     asked: bool = False,
-    workdir: Path | None = None,
+    workdir: AnyPath | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> None:
     """Join the other processes of a run, if there are any; call it before JAX does anything else.

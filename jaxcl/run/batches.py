@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from jaxcl.assignment import (
 )
 from jaxcl.assignment.gap import GapMeasure
 from jaxcl.data.prepare import RunData
+from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.ops.mesh import default_settings, fetch, put_rows
 from jaxcl.ops.row_tables import padded_entries
@@ -58,7 +58,7 @@ class RunBatches:
       ValueError: for an assignment that cannot be.
     """
 
-    def __init__(self, training: Training, data: RunData, workdir: Path):
+    def __init__(self, training: Training, data: RunData, workdir: AnyPath):
         settings = training.settings
         self._settings, self._training, self._workdir = settings, training, workdir
         self._table = data.tables["train"]

@@ -15,9 +15,7 @@ import contextlib
 import functools
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +25,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from jaxcl.host.files import write_whole
+from jaxcl.host.files import is_remote, write_whole
+from jaxcl.host.paths import AnyPath
 from jaxcl.host.processes import (
     PeerError,
     first_of_all,
@@ -36,6 +35,7 @@ from jaxcl.host.processes import (
     of_lost_process,
     together,
 )
+from jaxcl.host.remote import file_sizes, move_tree, remove_tree
 from jaxcl.run.checkpoint_record import (
     RECORD,
     CheckpointError,
@@ -44,7 +44,6 @@ from jaxcl.run.checkpoint_record import (
     saved_record,
     sealed,
     sizes_file,
-    sizes_of,
 )
 from jaxcl.typing import Array, Integer, PyTree
 
@@ -76,10 +75,10 @@ class Checkpoints:
       ValueError: if `keep` is below 2.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2, read_only: bool = False):
+    def __init__(self, directory: AnyPath, *, keep: int = 2, read_only: bool = False):
         if keep < 2:
             raise ValueError(f"keep={keep} leaves nothing to fall back to; keep at least 2")
-        self.directory = Path(directory).absolute()
+        self.directory = directory if is_remote(directory) else directory.absolute()
         self._sizes = sizes_file(self.directory)
         self._read_only = read_only
         self._saving: tuple[int, Any] | None = None
@@ -146,7 +145,7 @@ class Checkpoints:
                 response.result()
         except CheckpointError:
             unfinished = self.directory / f"{step}.orbax-checkpoint-tmp"
-            shutil.rmtree(unfinished, ignore_errors=True)  # it holds space that may be wanted
+            remove_tree(unfinished)  # it holds space that may be wanted
             raise
         self._note_sizes(step, self.directory / str(step))
 
@@ -204,7 +203,7 @@ class Checkpoints:
         together(functools.partial(check_none_lost, self.directory))
         return None
 
-    def _note_sizes(self, step: int, directory: Path | None) -> None:
+    def _note_sizes(self, step: int, directory: AnyPath | None) -> None:
         """Lists the files of a step, or forgets them, and those of steps that are gone."""
         if jax.process_index() != 0:
             return
@@ -213,14 +212,14 @@ class Checkpoints:
         noted.pop(str(step), None)
         with contextlib.suppress(OSError):  # it is a help, no part of the checkpoint
             if directory is not None:
-                noted[str(step)] = sizes_of(directory)
+                noted[str(step)] = file_sizes(directory)
             if noted != before:
                 write_whole(self._sizes, json.dumps(noted))
 
     def _check_sizes(self, step: int) -> None:
         if jax.process_index() != 0:
             return
-        sizes = sizes_of(self.directory / str(step))
+        sizes = file_sizes(self.directory / str(step))
         for name, size in known_sizes(self._sizes).get(str(step), {}).items():
             if sizes.get(name) != size:
                 found = f"has {sizes[name]} bytes of" if name in sizes else "is missing, of"
@@ -265,8 +264,8 @@ class Checkpoints:
         shelf.mkdir(exist_ok=True)
         for step in steps:
             if (self.directory / str(step)).exists():
-                shutil.rmtree(shelf / str(step), ignore_errors=True)
-                shutil.move(self.directory / str(step), shelf / str(step))
+                remove_tree(shelf / str(step))
+                move_tree(self.directory / str(step), shelf / str(step))
 
 
 @jax.jit

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxcl.host.command import UserError
 from jaxcl.host.files import read_json_object
+from jaxcl.host.paths import AnyPath
 
 __all__ = [
     "RECORD",
@@ -19,7 +20,6 @@ __all__ = [
     "saved_record",
     "sealed",
     "sizes_file",
-    "sizes_of",
 ]
 
 RECORD = "record"
@@ -37,7 +37,7 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"record": dict(record), "sha256": _digest(record)}
 
 
-def saved_record(directory: Path) -> Mapping[str, Any]:
+def saved_record(directory: AnyPath) -> Mapping[str, Any]:
     """The record of the checkpoint in a folder.
 
     Raises:
@@ -55,7 +55,7 @@ def saved_record(directory: Path) -> Mapping[str, Any]:
     return record
 
 
-def newest_record(directory: Path) -> Mapping[str, Any] | None:
+def newest_record(directory: AnyPath) -> Mapping[str, Any] | None:
     """The record of the newest checkpoint whose record can be read, or `None` without any."""
     for step in reversed(_steps_in(directory)):
         with contextlib.suppress(CheckpointError):
@@ -63,7 +63,7 @@ def newest_record(directory: Path) -> Mapping[str, Any] | None:
     return None
 
 
-def check_none_lost(directory: Path) -> None:
+def check_none_lost(directory: AnyPath) -> None:
     """Raise a `CheckpointError` if steps were saved in a folder that now has no checkpoint."""
     file = sizes_file(directory)
     noted = known_sizes(file)
@@ -75,12 +75,12 @@ def check_none_lost(directory: Path) -> None:
         )
 
 
-def sizes_file(directory: Path) -> Path:
+def sizes_file(directory: AnyPath) -> AnyPath:
     """Where the sizes of the checkpoints in a folder are noted."""
     return directory.with_name(f"{directory.name}.sizes.json")
 
 
-def known_sizes(path: Path) -> dict[str, dict[str, int]]:
+def known_sizes(path: AnyPath) -> dict[str, dict[str, int]]:
     """Step -> the bytes of each file; a damaged file is as good as none."""
     try:
         content = read_json_object(path)
@@ -91,13 +91,7 @@ def known_sizes(path: Path) -> dict[str, dict[str, int]]:
     }
 
 
-def sizes_of(directory: Path) -> dict[str, int]:
-    """Bytes of each file, by its path inside."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.stat().st_size for path in files}
-
-
-def _steps_in(directory: Path) -> list[int]:
+def _steps_in(directory: AnyPath) -> list[int]:
     if not directory.is_dir():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())

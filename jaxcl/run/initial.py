@@ -1,16 +1,15 @@
 """Starts a run with the encoders of another one: `config.init_from`."""
 
 import functools
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxcl.data.modalities import MODALITIES
-from jaxcl.host.paths import local_path
+from jaxcl.host.files import read_regular, write_whole
+from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.checkpoint_record import newest_record
 from jaxcl.run.training import build_towers
@@ -21,8 +20,11 @@ from jaxcl.step.train_state import TrainState
 
 __all__ = ["copy_prepared_files", "with_initial_towers"]
 
+_MAX_BYTES = 2**30
+"""Of a file that inputs depend on."""
 
-def copy_prepared_files(settings: Settings, workdir: Path) -> None:
+
+def copy_prepared_files(settings: Settings, workdir: AnyPath) -> None:
     """Copies the files that inputs depend on, such as the tokenizer, from the other run.
 
     Raises:
@@ -39,7 +41,7 @@ def copy_prepared_files(settings: Settings, workdir: Path) -> None:
                     "workdir of a run that has saved a checkpoint, or one of its checkpoints"
                 )
             if not (workdir / file).exists():
-                shutil.copyfile(origin / file, workdir / file)
+                write_whole(workdir / file, read_regular(origin / file, limit=_MAX_BYTES))
 
 
 def with_initial_towers(settings: Settings, state: TrainState) -> TrainState:
@@ -79,9 +81,9 @@ def with_initial_towers(settings: Settings, state: TrainState) -> TrainState:
     return state._replace(params=state.params | {"towers": towers}, memory=memory)
 
 
-def _origin(init_from: str) -> tuple[Path, int | None]:
+def _origin(init_from: str) -> tuple[AnyPath, int | None]:
     """The workdir, and the step if a single checkpoint is named."""
-    path = local_path(init_from)
+    path = as_path(init_from)
     if path.name.isdigit() and path.parent.name == CHECKPOINTS:
         return path.parent.parent, int(path.name)
     return path, None

@@ -4,16 +4,16 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import jax
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from jaxcl.host.files import JsonLines, read_json_lines, write_whole
-from jaxcl.host.paths import local_path
+from jaxcl.host.files import JsonLines, is_remote, read_json_lines, write_whole
+from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.progress import say
+from jaxcl.host.remote import RemoteLog, local_folder, open_log
 
 __all__ = ["METRICS_FILE", "MetricWriter", "read_metrics"]
 
@@ -37,21 +37,24 @@ class MetricWriter:
       OSError: if they cannot be written, here and at each record.
     """
 
-    def __init__(self, workdir: Path, *, step: int):
+    def __init__(self, workdir: AnyPath, *, step: int):
         self._file = self._events = None
         self._flushed = time.monotonic()
         if jax.process_index() != 0:
             return
-        path = self._path = Path(workdir) / METRICS_FILE
+        workdir = as_path(workdir)
+        path = self._path = workdir / METRICS_FILE
         records, damaged = _read(path)
         kept = [record for record in records if record["step"] <= step]
         with _explained(path):
             if damaged:
                 _set_aside(path, damaged)
             write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
-            self._file = path.open("a")
-            events = Path(workdir) / "tensorboard" / "events"
-            events.parent.mkdir(exist_ok=True)
+            self._file = open_log(path)
+            events = local_folder(workdir) / "tensorboard" / "events"
+            events.parent.mkdir(parents=True, exist_ok=True)
+            if is_remote(workdir):
+                say(f"TensorBoard's events are written to {events.parent}")
             # Its `SummaryWriter` has a thread, which dies of a full disk and lets others wait.
             self._events = EventsWriter(str(events))
             begins = SessionLog(status=SessionLog.START)  # what was told of later steps is void
@@ -65,12 +68,18 @@ class MetricWriter:
             Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()
         ]
         with _explained(self._path):
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.write(json.dumps({"step": step, **metrics}).encode() + b"\n")
             self._file.flush()
             self._events.write_event(_event(step, summary=Summary(value=scalars)))
             if time.monotonic() - self._flushed > _FLUSH_SECONDS:
                 self._events.flush()
                 self._flushed = time.monotonic()
+
+    def upload(self) -> None:
+        """Uploads all records to an object store; to a disk they are written one by one."""
+        if isinstance(self._file, RemoteLog):
+            with _explained(self._path):
+                self._file.upload()
 
     def close(self) -> None:
         """Writes what is left."""
@@ -80,12 +89,12 @@ class MetricWriter:
                     sink.close()
 
 
-def read_metrics(workdir: Path) -> list[dict]:
+def read_metrics(workdir: AnyPath) -> list[dict]:
     """The records of a run so far, oldest first; damaged lines are left out."""
-    return _read(local_path(workdir) / METRICS_FILE).records
+    return _read(as_path(workdir) / METRICS_FILE).records
 
 
-def _read(path: Path) -> JsonLines:
+def _read(path: AnyPath) -> JsonLines:
     """The records of a file that have a step; all other lines are damaged."""
     if not path.exists():
         return JsonLines([], [])
@@ -99,10 +108,10 @@ def _read(path: Path) -> JsonLines:
     return of_steps
 
 
-def _set_aside(path: Path, damaged: Sequence[bytes]) -> None:
+def _set_aside(path: AnyPath, damaged: Sequence[bytes]) -> None:
     """Keeps damaged lines in another file, and says how many."""
     shelf = path.with_suffix(".damaged")
-    with shelf.open("ab") as file:
+    with open_log(shelf) as file:
         file.write(b"\n".join(damaged) + b"\n")
     say(f"{len(damaged)} damaged lines of {path} are set aside in {shelf.name}")
 
@@ -112,7 +121,7 @@ def _event(step: int, **what: object) -> Event:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -14,7 +14,7 @@ from jaxcl.data.prepare import RememberedData, read_remembered_data, remembered_
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import open_splits
 from jaxcl.data.table import Table
-from jaxcl.host.paths import local_path
+from jaxcl.host.paths import AnyPath, as_path, local_path
 from jaxcl.host.progress import progress_bar
 from jaxcl.models import Towers
 from jaxcl.ops.mesh import current_mesh, make_mesh, replicated_sharding
@@ -43,7 +43,7 @@ class OpenedRun(NamedTuple):
       made_from: names all of this: an equal one gives equal embeddings.
     """
 
-    workdir: Path
+    workdir: AnyPath
     settings: Settings
     encoder: Encoder
     data_set: str
@@ -108,7 +108,7 @@ class OpenedRun(NamedTuple):
             return {side: self.encoder.embed(side, table, advance=advance) for side in SIDES}
 
 
-def open_run(workdir: Path, *, trust: Trust = ()) -> OpenedRun:
+def open_run(workdir: AnyPath, *, trust: Trust = ()) -> OpenedRun:
     """Opens a run; nothing of it is changed, and it may still be training.
 
     Neither its training data nor their paths are needed: a workdir that was copied opens as well.
@@ -122,7 +122,7 @@ def open_run(workdir: Path, *, trust: Trust = ()) -> OpenedRun:
       CheckpointError: if no checkpoint can be read.
       PermissionError: for an encoder of a package that is not trusted.
     """
-    workdir = local_path(workdir)
+    workdir = as_path(workdir)
     settings = read_settings(read_config(workdir), trust=trust)
     mesh = make_mesh({"data": -1})  # the present devices, whatever the run's were
     towers = build_towers(settings)
@@ -149,7 +149,7 @@ def open_run(workdir: Path, *, trust: Trust = ()) -> OpenedRun:
 
 
 def _newest_params(
-    towers: Towers, settings: Settings, workdir: Path, mesh: jax.sharding.Mesh
+    towers: Towers, settings: Settings, workdir: AnyPath, mesh: jax.sharding.Mesh
 ) -> Restored:
     """The parameters of the towers alone: nothing else of the state is read."""
     whole = replicated_sharding(mesh)
@@ -175,7 +175,7 @@ def _newest_params(
     return restored
 
 
-def _data_set(workdir: Path, saved: RememberedData) -> str:
+def _data_set(workdir: AnyPath, saved: RememberedData) -> str:
     """The data set of a run; `data.json` may name the folder to which it was moved."""
     with contextlib.suppress(ValueError):
         if (remembered := read_remembered_data(workdir)) is not None:

@@ -2,7 +2,6 @@
 
 import functools
 import io
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.host.files import write_whole
+from jaxcl.host.paths import AnyPath
 from jaxcl.ops.mesh import fetch
 from jaxcl.typing import Array, Float, Integer
 
@@ -26,7 +26,7 @@ def similarity_picture(
     after: Integer[np.ndarray, " _"],
     *,
     batch_size: int,
-    path: Path,
+    path: AnyPath,
     cells: int = 256,
 ) -> None:
     """Writes a PNG of the similarities between rows, in the order before beside that after.

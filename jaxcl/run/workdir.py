@@ -4,18 +4,19 @@ import contextlib
 import errno
 import json
 import os
-import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
 
 from jaxcl.data.modalities import MODALITIES
 from jaxcl.data.prepare import DATA_FILE
-from jaxcl.host.files import read_json_object, write_whole
+from jaxcl.host.files import is_remote, read_json_object, write_whole
+from jaxcl.host.lease import leased
+from jaxcl.host.paths import AnyPath, as_path
+from jaxcl.host.remote import local_folder, remove_tree
 from jaxcl.run.checkpoint_record import check_none_lost, newest_record
 from jaxcl.run.identity import differences, jax_flags, migrated, settings_differences
 from jaxcl.run.metric_writer import METRICS_FILE
@@ -44,7 +45,7 @@ LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
-def lock_workdir(workdir: Path) -> Iterator[None]:
+def lock_workdir(workdir: AnyPath) -> Iterator[None]:
     """Makes a run's folder and keeps other runs out of it, until the process ends at the latest.
 
     Raises:
@@ -55,12 +56,12 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
         yield
         return
     with _explained(workdir):
-        lock = _locked_file(workdir)
+        lock = leased(workdir / LOCK_FILE) if is_remote(workdir) else _locked_file(workdir)
     with lock:
         yield
 
 
-def _locked_file(workdir: Path) -> BinaryIO:
+def _locked_file(workdir: AnyPath) -> BinaryIO:
     path = workdir / LOCK_FILE
     while True:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,7 @@ def _locked_file(workdir: Path) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def emptied_unless_begun(workdir: Path) -> Iterator[None]:
+def emptied_unless_begun(workdir: AnyPath) -> Iterator[None]:
     """Removes the files of a new run if it fails before its first record.
 
     A folder that held a run before is left as it is.
@@ -95,23 +96,23 @@ def emptied_unless_begun(workdir: Path) -> Iterator[None]:
         raise
 
 
-def _has_begun(workdir: Path) -> bool:
+def _has_begun(workdir: AnyPath) -> bool:
     metrics = workdir / METRICS_FILE
-    return _has_checkpoint(workdir) or (metrics.exists() and metrics.stat().st_size > 0)
+    return _has_checkpoint(workdir) or (metrics.is_file() and bool(metrics.read_bytes()))
 
 
-def _remove_run(workdir: Path) -> None:
+def _remove_run(workdir: AnyPath) -> None:
     prepared = [name for modality in MODALITIES.values() for name in modality.files]
     for name in (CONFIG_FILE, ID_FILE, DATA_FILE, METRICS_FILE, LOCK_FILE, *prepared):
         with contextlib.suppress(OSError):
             (workdir / name).unlink()
-    shutil.rmtree(workdir / "tensorboard", ignore_errors=True)
+    remove_tree(local_folder(workdir) / "tensorboard")
     for directory in (workdir / CHECKPOINTS, workdir):
-        with contextlib.suppress(OSError):  # where there are files of the user
+        with contextlib.suppress(OSError, ValueError):  # where there are files of the user
             directory.rmdir()
 
 
-def _open_lock(path: Path) -> BinaryIO:
+def _open_lock(path: AnyPath) -> BinaryIO:
     """Open the lock file; refuse anything that is not a regular file."""
     # A link is not followed, no content is cut off, and a pipe does not wait for a reader.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -126,7 +127,7 @@ def _open_lock(path: Path) -> BinaryIO:
     raise ValueError(f"{path} is not a regular file; remove it")
 
 
-def claim_workdir(workdir: Path, settings: Settings) -> Mapping[str, Any] | None:
+def claim_workdir(workdir: AnyPath, settings: Settings) -> Mapping[str, Any] | None:
     """Makes a run's folder, or checks that it belongs to these settings.
 
     The newest checkpoint says which settings the run has, whatever became of `config.json`. Before
@@ -140,7 +141,7 @@ def claim_workdir(workdir: Path, settings: Settings) -> Mapping[str, Any] | None
       CheckpointError: if its checkpoints are gone.
       PermissionError: if it cannot be written.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     with _explained(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         check_none_lost(workdir / CHECKPOINTS)
@@ -157,13 +158,13 @@ def claim_workdir(workdir: Path, settings: Settings) -> Mapping[str, Any] | None
     return record
 
 
-def workdir_id(workdir: Path) -> str:
+def workdir_id(workdir: AnyPath) -> str:
     """The id of a claimed workdir, by which processes know that they share it.
 
     Raises:
       ValueError: if there is none, as where another process has claimed another folder.
     """
-    path = Path(workdir) / ID_FILE
+    path = as_path(workdir) / ID_FILE
     if not path.exists():
         raise ValueError(
             f"process {jax.process_index()} does not find {path}, which process 0 wrote; give all "
@@ -172,7 +173,7 @@ def workdir_id(workdir: Path) -> str:
     return str(read_json_object(path).get("id"))
 
 
-def check_saved_settings(workdir: Path, settings: Settings, record: Mapping[str, Any]) -> None:
+def check_saved_settings(workdir: AnyPath, settings: Settings, record: Mapping[str, Any]) -> None:
     """Raise a `ValueError` if a checkpoint's record names other settings."""
     try:
         different = settings_differences(
@@ -187,7 +188,7 @@ def check_saved_settings(workdir: Path, settings: Settings, record: Mapping[str,
         raise ValueError(_of_another_config(workdir, different))
 
 
-def check_saved_flags(workdir: Path, record: Mapping[str, Any]) -> None:
+def check_saved_flags(workdir: AnyPath, record: Mapping[str, Any]) -> None:
     """Raise a `ValueError` if a checkpoint was saved with other flags of JAX."""
     if different := differences(record.get("flags", {}), jax_flags()):
         raise ValueError(
@@ -196,13 +197,13 @@ def check_saved_flags(workdir: Path, record: Mapping[str, Any]) -> None:
         )
 
 
-def read_config(workdir: Path) -> Mapping[str, Any]:
+def read_config(workdir: AnyPath) -> Mapping[str, Any]:
     """The config of the run in a folder, for `read_settings`.
 
     Raises:
       ValueError: if no run has begun there.
     """
-    path = Path(workdir) / CONFIG_FILE
+    path = as_path(workdir) / CONFIG_FILE
     if not path.exists():
         raise ValueError(
             f"there is no run in {workdir} (no {path.name}); give the --workdir that was trained"
@@ -210,7 +211,7 @@ def read_config(workdir: Path) -> Mapping[str, Any]:
     return migrated(_read_json(path))
 
 
-def _replace_other_config(workdir: Path, settings: Settings) -> None:
+def _replace_other_config(workdir: AnyPath, settings: Settings) -> None:
     """Removes the prepared files of another config's run, unless it has saved a step."""
     saved = _read_json(workdir / CONFIG_FILE)
     different = settings_differences(saved, settings, saved_step=None)
@@ -222,7 +223,7 @@ def _replace_other_config(workdir: Path, settings: Settings) -> None:
             (workdir / name).unlink(missing_ok=True)
 
 
-def _of_another_config(workdir: Path, different: Sequence[str]) -> str:
+def _of_another_config(workdir: AnyPath, different: Sequence[str]) -> str:
     return (
         f"the workdir {workdir} belongs to another config: {'; '.join(different)}. Choose another "
         "--workdir, or take the settings back"
@@ -230,7 +231,7 @@ def _of_another_config(workdir: Path, different: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _explained(workdir: Path) -> Iterator[None]:
+def _explained(workdir: AnyPath) -> Iterator[None]:
     try:
         yield
     except (FileExistsError, NotADirectoryError) as error:
@@ -245,7 +246,7 @@ def _explained(workdir: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: AnyPath) -> dict[str, Any]:
     try:
         return read_json_object(path)
     except ValueError as error:
@@ -254,6 +255,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _has_checkpoint(workdir: Path) -> bool:
+def _has_checkpoint(workdir: AnyPath) -> bool:
     checkpoints = workdir / CHECKPOINTS
     return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())

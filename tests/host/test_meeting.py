@@ -15,7 +15,9 @@ import pytest
 
 from jaxcl.host import meeting, ports
 from jaxcl.host.meeting import INVITATION_FILE, Meeting, meet
+from jaxcl.host.paths import as_path
 from jaxcl.host.ports import guard_port, listen, split_address
+from tests import buckets
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +53,15 @@ def error_of(future: Future) -> str:
     with pytest.raises(ValueError) as raised:  # noqa: PT011 # callers look at the message
         future.result(timeout=20)
     return str(raised.value)
+
+
+def test_processes_meet_on_an_object_store(pool, tmp_path, monkeypatch, hurried):
+    buckets.install(monkeypatch, tmp_path)
+    workdir = as_path("gs://bucket/runs/a")
+    meetings = [pool.submit(met, workdir, "127.0.0.1:0", number, 2) for number in range(2)]
+    assert len({future.result(timeout=20).address for future in meetings}) == 1
+    assert (f"bucket/runs/a/{INVITATION_FILE}", "wb") in buckets.Buckets.opened
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize("port", ["free", "given"])
