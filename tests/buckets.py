@@ -1,6 +1,6 @@
 """Object stores for tests: `gs://bucket/name` is a file in a local folder.
 
-Like a real store, they have no folders but those of names that are there, and nothing is appended.
+Like a real store, they have no empty folders, and cannot append to a file.
 """
 
 import os

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from jaxcl.configs.code_search import get_config
 
+from jaxcl import compare as comparing
 from jaxcl.data.row_negatives import read_negatives
-from jaxcl.host.files import write_whole
+from jaxcl.host import lease
+from jaxcl.host.files import write_npz, write_whole
 from jaxcl.host.paths import as_path
 from jaxcl.mine import MiningRule, mine
 from jaxcl.run.checkpoint import Checkpoints
@@ -75,9 +77,10 @@ class Killed(Exception):
 def test_a_remote_run_is_that_of_a_local_workdir(store, config, tmp_path, monkeypatch):
     local, remote = tmp_path / "local", store / "bucket" / "runs" / "a"
     train(config, local)
-    save = Checkpoints.save
+    save, uploaded = Checkpoints.save, []
 
     def save_and_die(self, step, state, record):
+        uploaded.append(read_metrics(as_path("gs://bucket/runs/a"))[-1]["step"])
         save(self, step, state, record)
         self.wait()
         raise Killed
@@ -86,7 +89,7 @@ def test_a_remote_run_is_that_of_a_local_workdir(store, config, tmp_path, monkey
         patched.setattr(Checkpoints, "save", save_and_die)
         with pytest.raises(Killed):
             train(config, as_path("gs://bucket/runs/a"))
-    assert read_metrics(as_path("gs://bucket/runs/a"))[-1]["step"] == 2
+    assert uploaded == [2]  # a process that is killed later loses no record of the checkpoint
     train(config, Path("gs://bucket/runs/a"))  # resumes
 
     assert unclocked(remote) == unclocked(local)
@@ -130,10 +133,35 @@ def test_the_files_of_another_run_are_copied_from_the_store(store, config, tmp_p
         copy_prepared_files(read_settings(config), tmp_path)
 
 
-def test_a_second_run_is_kept_out_of_the_workdir(store):
+def test_runs_on_the_store_are_compared(store, config, monkeypatch):
+    trained = []
+
+    def write_ranks(config, workdir, *, changed):
+        trained.append(config.model.dim)
+        ranks = np.arange(1.0, 5.0) + (config.model.dim == 8)
+        write_npz(workdir / "ranks.npz", **{"test/plain/dense": ranks})
+        write_whole(workdir / "checkpoints" / "4" / "state", b"large")
+
+    monkeypatch.setattr(comparing, "train", write_ranks)
+    settings = {"wide": {}, "narrow": {"model.dim": 8}}
+    records = comparing.compare(config, settings, as_path("gs://bucket/runs"), seeds=1)
+    assert comparing.compare(config, settings, as_path("gs://bucket/runs"), seeds=1) == records
+    assert trained == [16, 8]
+    expected = np.mean([1 / 2, 1 / 3, 1 / 4, 1 / 5]) - np.mean([1, 1 / 2, 1 / 3, 1 / 4])
+    assert records[1]["places"]["test/dense"]["difference"] == pytest.approx(expected)
+    assert json.loads((store / "bucket/runs/comparison.json").read_text()) == records
+    assert [path for path in store.rglob("checkpoints/**/*") if path.is_file()] == []
+
+
+def test_a_second_run_is_kept_out_of_the_workdir(store, monkeypatch):
+    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.05)
     workdir = as_path("gs://bucket/runs/a")
-    with lock_workdir(workdir):
-        assert (store / "bucket/runs/a/.lock").exists()
+    with (
+        lock_workdir(workdir),
+        pytest.raises(ValueError, match="another run is at work in gs://bucket/runs/a;"),
+        lock_workdir(workdir),
+    ):
+        pytest.fail("two runs are in the workdir")
     assert not (store / "bucket/runs/a/.lock").exists()
 
 

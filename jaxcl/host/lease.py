@@ -1,8 +1,8 @@
 """A lock on an object store: a file that its holder renews, for as long as it lives.
 
 Such a store has no locks that end with their process. So the holder writes the file again every
-few seconds, and a file that stays the same for a while is left by a process that was killed. Of
-several processes that find it, the one that creates the file of the takeover gets it.
+few seconds. If the file stays the same for two minutes, its holder was killed, and another process
+takes the lease: the one that creates the takeover file, if there are several.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ def leased(path: AnyPath) -> Iterator[None]:
 
 
 def _take_over(path: AnyPath, holder: str) -> None:
-    """Replace a file that nobody renews."""
+    """Replace a file if its holder does not renew it."""
     found = _read(path)
     deadline = time.monotonic() + EXPIRY_SECONDS
     while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Paths as users give them: local ones, and those of object stores, such as `gs://bucket/run`.
+"""Paths as users give them: local ones, and URLs of object stores, such as `gs://bucket/run`.
 
 Needs the standard library only until a URL is given, as parsers of flags do.
 """
@@ -53,7 +53,7 @@ def as_path(given: str | os.PathLike[str]) -> AnyPath:
     protocol = protocol if isinstance(protocol, str) else protocol[0]
     # Otherwise a process would not see the files that other processes have written since.
     fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
-    # With TensorFlow installed, etils would use its file systems instead of those of fsspec.
+    # With TensorFlow installed, etils would use its file systems instead of fsspec's.
     os.environ.setdefault("EPATH_USE_TF", "false")
     return path
 

@@ -1,6 +1,6 @@
-"""What object stores do otherwise than disks: no file is appended to, locked or mapped to memory.
+"""Files on object stores, which cannot append to a file, or map one to memory.
 
-Each function also takes a local path, for which it does what `pathlib` and `shutil` do.
+Except for `create_file`, the functions take local paths too.
 """
 
 import io
@@ -31,8 +31,10 @@ _MAX_SHARE = 0.02
 
 
 def local_folder(folder: AnyPath) -> Path:
-    """The folder itself, or one in the user's cache for the files of a remote one that must be
-    local: those that are mapped to memory, or written by libraries that know no object store."""
+    """The folder itself if it is local; for a remote one, its folder in the user's cache.
+
+    Files go there that are mapped to memory, or that other libraries write to disks only.
+    """
     if not is_remote(folder):
         return Path(folder)
     name = re.sub(r"[^A-Za-z0-9.]+", "-", str(folder))[-100:]
@@ -68,11 +70,12 @@ def move_tree(folder: AnyPath, target: AnyPath) -> None:
 
 
 def create_file(path: AnyPath, content: bytes) -> None:
-    """Write a remote file that is not there yet, of which the stores of Amazon, Google and
-    Microsoft make sure.
+    """Write a new remote file; of several processes, one succeeds.
+
+    The stores of Amazon, Google and Microsoft guarantee this. Others only check for the file first.
 
     Raises:
-      FileExistsError: if it is there.
+      FileExistsError: if the file is there.
     """
     system, name = _file_system(path)
     system.pipe_file(name, content, mode="create")
@@ -84,10 +87,10 @@ def open_log(path: AnyPath) -> io.BufferedIOBase:
 
 
 class RemoteLog(io.BytesIO):
-    """A remote file that grows: kept in memory, and now and then uploaded as a whole.
+    """A remote file that grows: kept in memory, and uploaded as a whole.
 
-    A flush uploads it if the last upload was half a minute ago, or longer for a log whose uploads
-    take longer, so that they never take more than 2% of the time.
+    A flush uploads it half a minute after the last upload, or later if uploads would otherwise
+    take more than 2% of the time.
 
     Args:
       path: of the file, which may have content.

@@ -9,6 +9,7 @@ from jaxcl.bench.__main__ import main as bench
 from jaxcl.data.modalities import _tokenizer_of_settings
 from jaxcl.data.row_guides import guide_dim, read_guides
 from jaxcl.data.row_topics import read_topics
+from jaxcl.data.tfds_directory import find_directory
 from jaxcl.host.command_flags import CommandParser, user_path
 from jaxcl.host.paths import local_path
 from jaxcl.run import initial, training
@@ -16,8 +17,8 @@ from jaxcl.run.metric_writer import read_metrics
 from jaxcl.run.opened import open_run
 from jaxcl.settings.config_files import load_config, read_settings_file
 from jaxcl.settings.read import read_settings
+from jaxcl.train import _prepare, train
 from jaxcl.train import main as train_command
-from jaxcl.train import train
 
 URLS = ["ftp://host/run", "gopher://host/run", "file:///tmp/run", "FTP://host/run", "ftp:/host/run"]
 
@@ -53,8 +54,8 @@ def test_the_home_directory_is_expanded(monkeypatch):
 
 
 def test_an_unknown_user_is_refused():
-    with pytest.raises(ValueError, match=r"~nobody-of-this-name/runs names an unknown user"):
-        local_path("~nobody-of-this-name/runs")
+    with pytest.raises(ValueError, match=r"~no-such-user/runs names an unknown user"):
+        local_path("~no-such-user/runs")
 
 
 URL = "ftp://host/run"
@@ -74,6 +75,8 @@ FUNCTIONS = {
     "data.guides": lambda: read_guides(Path(URL), num_rows=1),
     "the width of data.guides": lambda: guide_dim(URL),
     "data.topics": lambda: read_topics(Path(URL), num_rows=1),
+    "data.name": lambda: find_directory(URL, None),
+    "run.data_dir": lambda: _prepare(read_settings({"run": {"data_dir": URL}}), Path("run"), None),
     "init_from": lambda: initial._origin(URL),
     "model.pretrained": lambda: training.pretrained_sources(
         read_settings({}).model._replace(pretrained=URL)
@@ -115,5 +118,5 @@ def test_a_flag_keeps_the_reason_of_the_refusal(capsys):
     parser = CommandParser("jaxcl.count", "Counts.")
     parser.add_argument("--place", type=user_path, help="a folder")
     with pytest.raises(SystemExit):
-        parser.parse(["--place=~nobody-of-this-name"])
+        parser.parse(["--place=~no-such-user"])
     assert "names an unknown user; give the full path" in capsys.readouterr().err
