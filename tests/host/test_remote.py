@@ -186,9 +186,15 @@ def test_a_lease_is_held_by_one_and_ends(store, quick):
         assert path.exists()
 
 
-def test_the_lease_of_a_killed_process_is_taken_over_once(store, quick):
+def test_the_lease_of_a_killed_process_is_taken_over_once(store, quick, monkeypatch):
     path = as_path("gs://bucket/run/.lock")
     write_whole(path, "killed 7\n")
+
+    def write_late(path, content):
+        time.sleep(0.4)  # so that every process has read the file before one writes it
+        write_whole(path, content)
+
+    monkeypatch.setattr(lease, "write_whole", write_late)
     outcomes = []
 
     def start():
