@@ -16,7 +16,7 @@ __all__ = ["EXACT_ROWS", "Sizes", "capacity_for", "segment_starts", "sizes_of"]
 EXACT_ROWS = 10_000
 """The most rows for which `graph=None` is exact: so few that probes would search most clusters."""
 
-_LEAST_CAPACITY = 1_024  # a search of fewer rows takes as long, within some milliseconds
+_LEAST_CAPACITY = 1_024  # so few rows are padded in hundredths of a second, and compiled in many
 
 
 class Sizes(NamedTuple):
