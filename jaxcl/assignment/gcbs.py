@@ -269,8 +269,10 @@ def _paper_order(
 
     def advance(rows: int) -> None:
         nonlocal compared
+        tenths = 10 * compared // num_rows
         compared += rows
-        report(f"compared {compared:,} of {num_rows:,} rows with all others")
+        if 10 * compared // num_rows > tenths:
+            report(f"compared {compared:,} of {num_rows:,} rows with all others")
 
     return Ordered(paper_order(*unit, quantile=quantile, advance=advance), 0)
 
