@@ -29,7 +29,7 @@ from jaxcl.data.sources import DESCRIPTION_FILE
 from jaxcl.host.files import read_json_object
 from jaxcl.host.paths import local_path
 from jaxcl.host.progress import progress_bar, say
-from jaxcl.host.workplace import put_in_place, workplace
+from jaxcl.host.staging import put_in_place, staging_folder
 
 __all__ = ["CodePairs", "CodePairsInfo", "prepare_code_pairs", "split_functions"]
 
@@ -290,10 +290,10 @@ def _parse(scan: FileScan) -> tuple[list[PythonFunction], Counter[str]]:
 
 
 def _write(info: CodePairsInfo, splits: Mapping[str, Sequence[PythonFunction]]) -> CodePairsInfo:
-    """Writes into a workplace, and renames the result when all is there."""
+    """Writes into a staging folder, and renames the result when all is there."""
     num_pairs = sum(info.split_sizes.values())
     try:
-        with workplace(info.directory) as folder:
+        with staging_folder(info.directory) as folder:
             with progress_bar("writing pairs", num_pairs) as advance, _quiet_tfds():
                 builder = CodePairs(
                     splits=splits, packages=info.packages, data_dir=folder, on_progress=advance

@@ -20,7 +20,7 @@ from jaxcl.data.sources import PairSource
 from jaxcl.data.tokenizer import encode_texts, tokenizer_fingerprint
 from jaxcl.host.files import read_sealed_json, write_sealed_json
 from jaxcl.host.progress import say
-from jaxcl.host.workplace import put_in_place, workplace
+from jaxcl.host.staging import put_in_place, staging_folder
 from jaxcl.typing import PADDING_ID, SIDES, Int, Integer
 
 __all__ = ["TokenTable", "build_token_table", "pad_texts", "padded", "token_spec"]
@@ -255,7 +255,7 @@ def _write(
     """
     replace = os.path.lexists(path)
     try:
-        with workplace(path) as folder:
+        with staging_folder(path) as folder:
             made = folder / "table"
             made.mkdir()
             for name, column in _encode(source, tokenizer, made_from, made, sides, advance).items():

@@ -13,7 +13,7 @@ try:
 except ImportError:  # on Windows the folders of killed processes stay
     fcntl = None  # type: ignore[assignment] # asked for before each use
 
-__all__ = ["put_in_place", "workplace"]
+__all__ = ["put_in_place", "staging_folder"]
 
 _MARK = ".unfinished-"
 _LOCK = ".lock"
@@ -21,7 +21,7 @@ _SECONDS_OF_A_DAY = 24 * 60 * 60
 
 
 @contextlib.contextmanager
-def workplace(path: Path) -> Iterator[Path]:
+def staging_folder(path: Path) -> Iterator[Path]:
     """An empty folder next to `path`, to make its content in before `put_in_place`.
 
     The folder is removed at the end. Folders that killed processes have left next to it are removed
@@ -49,10 +49,10 @@ def workplace(path: Path) -> Iterator[Path]:
 
 
 def put_in_place(made: Path, path: Path, *, replace: bool) -> None:
-    """Give a folder within a workplace its final place.
+    """Give a folder within a staging folder its final place.
 
     Args:
-      made: a folder within a workplace.
+      made: a folder within a staging folder.
       path: the final place.
       replace: whether to remove an older folder in that place. If not, and another process was
         faster, `made` stays where it is.

@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from jaxcl.host.workplace import put_in_place, workplace
+from jaxcl.host.staging import put_in_place, staging_folder
 
 A_DAY_AGO = (time.time() - 25 * 60 * 60,) * 2
 
 
-def test_what_is_made_takes_its_place_and_the_workplace_goes(tmp_path):
-    with workplace(tmp_path / "parent" / "table") as folder:
+def test_what_is_made_takes_its_place_and_the_staging_folder_goes(tmp_path):
+    with staging_folder(tmp_path / "parent" / "table") as folder:
         (folder / "made").mkdir()
         (folder / "made" / "content").write_text("abc")
         put_in_place(folder / "made", tmp_path / "parent" / "table", replace=False)
@@ -22,7 +22,7 @@ def test_what_is_made_takes_its_place_and_the_workplace_goes(tmp_path):
 
 
 def test_an_error_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), workplace(tmp_path / "table"):
+    with pytest.raises(KeyboardInterrupt), staging_folder(tmp_path / "table"):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
@@ -31,7 +31,7 @@ def test_an_error_leaves_nothing(tmp_path):
 def test_a_place_that_is_taken_is_replaced_or_left_alone(tmp_path, replace, content):
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "content").write_text("old")
-    with workplace(tmp_path / "table") as folder:
+    with staging_folder(tmp_path / "table") as folder:
         (folder / "made").mkdir()
         (folder / "made" / "content").write_text("new")
         put_in_place(folder / "made", tmp_path / "table", replace=replace)
@@ -42,7 +42,7 @@ def test_a_place_that_is_taken_is_replaced_or_left_alone(tmp_path, replace, cont
 def test_the_folder_has_the_mode_that_the_umask_leaves(tmp_path):
     before = os.umask(0o022)
     try:
-        with workplace(tmp_path / "table") as folder:
+        with staging_folder(tmp_path / "table") as folder:
             assert folder.stat().st_mode & 0o777 == 0o755
     finally:
         os.umask(before)
@@ -51,8 +51,8 @@ def test_the_folder_has_the_mode_that_the_umask_leaves(tmp_path):
 HELD = """
 import sys
 from pathlib import Path
-from jaxcl.host.workplace import workplace
-with workplace(Path(sys.argv[1])) as folder:
+from jaxcl.host.staging import staging_folder
+with staging_folder(Path(sys.argv[1])) as folder:
     print(folder, flush=True)
     sys.stdin.read()
 """
@@ -68,11 +68,11 @@ def test_a_killed_process_s_folder_goes_and_a_living_one_s_stays(tmp_path):
     ) as other:
         [folder] = [other.stdout.readline().strip()]
         os.utime(folder, A_DAY_AGO)
-        with workplace(tmp_path / "another"):
+        with staging_folder(tmp_path / "another"):
             assert os.path.exists(folder)
         other.kill()
         other.wait()
-        with workplace(tmp_path / "another"):
+        with staging_folder(tmp_path / "another"):
             assert not os.path.exists(folder)
 
 
@@ -82,14 +82,14 @@ def test_a_folder_without_a_lock_goes_after_a_day(tmp_path):
     for folder in (old, new):
         folder.mkdir()
     os.utime(old, A_DAY_AGO)
-    with workplace(tmp_path / "table"):
+    with staging_folder(tmp_path / "table"):
         assert not old.exists()
         assert new.exists()
 
 
-def test_a_link_in_a_workplace_s_place_is_not_followed(tmp_path):
+def test_a_link_in_the_place_of_a_staging_folder_is_not_followed(tmp_path):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / ".lock").touch()
     (tmp_path / "table.unfinished-a").symlink_to(tmp_path / "precious")
-    with workplace(tmp_path / "table"):
+    with staging_folder(tmp_path / "table"):
         assert (tmp_path / "precious" / ".lock").exists()
