@@ -138,7 +138,7 @@ def train(
                 say(_opening(training, data, workdir, first_step=int(state.step)))
             with contextlib.closing(MetricWriter(workdir, step=int(state.step))) as writer:
                 run = _Run(training, data, RunBatches(training, data, workdir), checkpoints, writer)
-                if restored is not None and restored.record.get("finished"):
+                if restored and restored.record.get("finished") and state.step < settings.steps:
                     state = run.refreshed(state)  # which the last step of a run leaves out
                 with Watch(local_folder(workdir) / "profile", profile) as watch:
                     state = _run_steps(run, state, watch)

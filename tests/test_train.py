@@ -672,6 +672,7 @@ def test_a_finished_run_that_is_extended_is_the_longer_run(tiny, tmp_path):
     # Step 10 is the last: nothing is mined and no batch chosen after it, until it is extended.
     train(tiny(**REFRESHED, steps=10), tmp_path / "extended")
     assert train(tiny(**REFRESHED), tmp_path / "extended")["steps"] == 20
+    train(tiny(**REFRESHED), tmp_path / "extended")  # a finished run is evaluated again, no more
     assert differences(tiny(**REFRESHED), tmp_path / "extended", tmp_path / "longer") == []
 
 
