@@ -33,10 +33,7 @@ SETTINGS = {
 
 
 # All others run as slow: each operation is compiled again under each setting.
-QUICK = (
-    *("infonce with labels", "gradient in tiles", "nearest", "mine_negatives", "instances"),
-    "gap on a mesh",
-)
+QUICK = ("infonce with labels", "nearest", "instances")
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -131,6 +131,7 @@ def run_on_a_pod(folder: Path, *arguments: str) -> list[list[str]]:
     return [line.split("\0") for line in lines if line]
 
 
+@pytest.mark.slow
 def test_the_hosts_of_a_pod_get_each_word_as_it_was_given(tmp_path):
     ran = run_on_a_pod(tmp_path, HOSTILE, "zone", "v5litepod-16", HOSTILE, HOSTILE, "--x", HOSTILE)
     assert ["git", "clone", "--quiet", "--", HOSTILE, "jaxcl"] in ran

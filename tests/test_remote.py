@@ -74,6 +74,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_remote_run_is_that_of_a_local_workdir(store, config, tmp_path, monkeypatch):
     local, remote = tmp_path / "local", store / "bucket" / "runs" / "a"
     train(config, local)

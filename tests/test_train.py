@@ -667,6 +667,7 @@ REFRESHED = {
 }
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_extended_is_the_longer_run(tiny, tmp_path):
     train(tiny(**REFRESHED), tmp_path / "longer")
     # Step 10 is the last: nothing is mined and no batch chosen after it, until it is extended.

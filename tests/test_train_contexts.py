@@ -52,13 +52,8 @@ def plain(tiny, tmp_path_factory):  # noqa: F811
     return train(tiny(**CHANGES), tmp_path_factory.mktemp("plain"))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "rank promotion",
-        *(pytest.param(one, marks=pytest.mark.slow) for one in CONTEXTS if one != "rank promotion"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONTEXTS)
 def test_a_run_trains_and_finds_topics_under(name, tiny, plain, tmp_path, capsys):  # noqa: F811
     with CONTEXTS[name]():
         results = train(tiny(**CHANGES), tmp_path / "run")

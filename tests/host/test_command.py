@@ -261,12 +261,15 @@ def test_signal_handlers_are_left_alone_outside_of_the_main_thread():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_each_signal_asks_for_a_stop_once(number, capsys):
-    before = signal.getsignal(number)
-    with stop_requests() as asked_to_stop:
-        assert asked_to_stop(1) is None
-        os.kill(os.getpid(), number)
-        assert asked_to_stop(1) == number
-        assert signal.getsignal(number) is before
+    outer = signal.signal(number, signal.SIG_DFL)  # under `nohup`, SIGHUP would be ignored
+    try:
+        with stop_requests() as asked_to_stop:
+            assert asked_to_stop(1) is None
+            os.kill(os.getpid(), number)
+            assert asked_to_stop(1) == number
+            assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, outer)
     assert f"{number.name} received: saving, then stopping" in capsys.readouterr().err
 
 

@@ -222,9 +222,8 @@ def test_a_run_goes_on_with_other_processes_and_devices(command, two, tmp_path, 
     assert_close_runs(tmp_path, two, tolerance=1e-4)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_one_stops_all_at_the_same_step(command, two, tmp_path, number):
     # No checkpoint is due before the end, so that the one found is the signal's.
     rarely = command(tmp_path, "--config.run.checkpoint_every=1000")

@@ -189,7 +189,7 @@ EVERYWHERE = INTO_INT32 | OF_ANY_WIDTH
 @pytest.mark.parametrize("take", EVERYWHERE.values(), ids=EVERYWHERE)
 @pytest.mark.parametrize("labels", [np.array([0.2, 0.9, 1.5, 2.0]), np.array(list("abcd"))])
 def test_labels_that_are_no_integers_are_refused(take, labels):
-    with pytest.raises(TypeError, match=r"integers|number the groups"):
+    with pytest.raises((TypeError, ValueError), match="integers"):
         take(labels)
 
 

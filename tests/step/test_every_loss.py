@@ -111,8 +111,8 @@ def value_and_gradients(
     return value, found, after.get("rows", {})
 
 
-# The others differ from these only in what `tests/losses/test_battery.py` checks on a mesh.
-DISTINCT = ("infonce", "running_estimate", "supervised", "distillation")
+# The others differ from these only in parts that `tests/losses/test_battery.py` checks on a mesh.
+DISTINCT = ("infonce", "running_estimate", "distillation")
 
 
 @pytest.mark.parametrize(

@@ -302,7 +302,7 @@ class Restated:
         keys = [jax.random.fold_in(key, n) for n in range(3)]
 
         def uniform(key, *shape):
-            return np.asarray(jax.random.uniform(key, shape))
+            return np.asarray(jax.random.uniform(key, shape, jnp.float32))
 
         def drawn(numbers):
             return [hardest[int(number * len(hardest))] for number in numbers]
@@ -324,7 +324,7 @@ class Restated:
             found.append((vector, jacobian if self.gradient else None))
         numbers = uniform(keys[2], 1, BUDGETS.perturbed)
         noise = np.asarray(
-            jax.random.normal(jax.random.fold_in(keys[2], 1), (BUDGETS.perturbed, DIM))
+            jax.random.normal(jax.random.fold_in(keys[2], 1), (BUDGETS.perturbed, DIM), jnp.float32)
         )
         angle = np.deg2rad(BUDGETS.degrees)
         for hard, direction in zip(drawn(numbers[0]), noise, strict=True):
@@ -342,7 +342,8 @@ class Restated:
                 for other in np.flatnonzero(self.written)
                 if TEXT[other] != TEXT[row]
             )[first:last]
-            order = np.asarray(jax.random.uniform(jax.random.fold_in(key, row), (last - first,)))
+            row_key = jax.random.fold_in(key, row)
+            order = np.asarray(jax.random.uniform(row_key, (last - first,), jnp.float32))
             ceiling = query @ positive - RULE.relative_margin * abs(query @ positive)
             allowed = [place for place, (score, _) in enumerate(near) if -score <= ceiling]
             chosen = sorted(sorted(allowed, key=lambda place: order[place])[: RULE.per_query])
@@ -400,9 +401,8 @@ def test_a_run_moves_from_8_devices_to_4_with_all_that_it_remembers(tmp_path):
     assert_same(*moved_run, restated(), tolerance=1e-6)  # it was saved in float32
 
 
-@pytest.mark.parametrize(
-    ("devices", "batch"), [(6, 30), *(pytest.param(*one, marks=pytest.mark.slow) for one in OTHERS)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "batch"), [(6, 30), *OTHERS])
 def test_a_bank_is_the_same_on_devices_that_do_not_divide_it(monkeypatch, devices, batch, tmp_path):
     rows = (np.arange(batch)[None] * 7 + 3 * np.arange(STEPS)[:, None]) % ROWS
     monkeypatch.setitem(globals(), "rows_of", lambda step: rows[step])
