@@ -6,7 +6,7 @@ gap $\log Z_\text{all} - \log Z_\text{batch} \ge 0$ is the part of the loss that
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -200,6 +200,37 @@ def make_gap_measure(
     if unknown := set(fields) - set(GapReport._fields):
         there = ", ".join(GapReport._fields)
         raise ValueError(f"{', '.join(sorted(unknown))}: no field of a report; use {there}")
+    compiled = _compiled_gap(
+        mesh,
+        fields,
+        num_rows=num_rows,
+        near_duplicate=near_duplicate,
+        rows_per_batch=rows_per_batch,
+    )
+
+    def measure(
+        queries: Float[Array, "n d"],
+        keys: Float[Array, "n d"],
+        rows: Int[Array, "batches b"],
+        temperature: float | Scalar,
+        key: Key[Array, ""],
+        different: tuple[Labels, ...] = (),
+    ) -> GapReport:
+        # `jit` would cut labels of 64 bits without a word.
+        queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
+        check_numbers("temperature", temperature, Range(above=0))
+        labels = tuple(as_labels("different", one) for one in different)
+        # The fields that are left out are NaN, which `jax_debug_nans` would report.
+        with current_mesh(mesh), jax.debug_nans(False):
+            sides = jax.device_put((queries, keys, labels), batch_sharding(mesh))
+            others = on_mesh((rows, temperature, key), mesh)
+            return compiled(*sides[:2], *others, sides[2])
+
+    return measure
+
+
+def _compiled_gap(mesh: Mesh, fields: Sequence[str], **options: Any) -> Callable[..., GapReport]:
+    """`measure_gap` with its options, jitted over a mesh, with NaN for all other fields."""
     by_row, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
 
     @functools.partial(
@@ -222,11 +253,9 @@ def make_gap_measure(
             rows,
             temperature=temperature,
             key=key,
-            num_rows=num_rows,
             axis_name=mesh.axis_names,
             different=different,
-            near_duplicate=near_duplicate,
-            rows_per_batch=rows_per_batch,
+            **options,
         )
 
     @jax.jit
@@ -243,22 +272,4 @@ def make_gap_measure(
         unwanted = {name: jnp.full((), jnp.nan) for name in GapReport._fields if name not in fields}
         return report._replace(**unwanted)
 
-    def measure(
-        queries: Float[Array, "n d"],
-        keys: Float[Array, "n d"],
-        rows: Int[Array, "batches b"],
-        temperature: float | Scalar,
-        key: Key[Array, ""],
-        different: tuple[Labels, ...] = (),
-    ) -> GapReport:
-        # `jit` would cut labels of 64 bits without a word.
-        queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
-        check_numbers("temperature", temperature, Range(above=0))
-        labels = tuple(as_labels("different", one) for one in different)
-        sharding = batch_sharding(mesh)
-        with current_mesh(mesh):
-            sides = jax.device_put((queries, keys, labels), sharding)
-            others = on_mesh((rows, temperature, key), mesh)
-            return compiled(*sides[:2], *others, sides[2])
-
-    return measure
+    return compiled

@@ -24,7 +24,7 @@ from jaxcl.assignment.gap import GapMeasure
 from jaxcl.data.prepare import RunData
 from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar, say
-from jaxcl.ops.mesh import default_settings, fetch, put_rows
+from jaxcl.ops.mesh import fetch, put_rows
 from jaxcl.ops.row_tables import padded_entries
 from jaxcl.run.picture import similarity_picture
 from jaxcl.run.training import Training
@@ -130,8 +130,7 @@ class RunBatches:
         encoded = time.perf_counter()
         labels = self._labels(self._rule)
         report = say if jax.process_index() == 0 else lambda line: None
-        with default_settings(self._training.mesh):
-            ordered = self._order(queries, keys, temperature, order_key, labels, report=report)
+        ordered = self._order(queries, keys, temperature, order_key, labels, report=report)
         chosen = time.perf_counter()
 
         rows_before = self.rows_of(state)
@@ -269,8 +268,7 @@ class RunBatches:
         )
         if len(np.unique(batches)) < batches.size:  # no batch lies within an epoch
             return {}
-        with default_settings(self._training.mesh):
-            report = measure(queries, keys, jnp.asarray(batches), temperature, key, different)
+        report = measure(queries, keys, jnp.asarray(batches), temperature, key, different)
         return {name: float(value) for name, value in report._asdict().items()}
 
     def _draw(
