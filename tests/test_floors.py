@@ -97,6 +97,18 @@ def test_a_long_module_is_seen(tmp_path):
     assert too_long(tmp_path) == ["long.py: 401 lines"]
 
 
+def test_no_function_is_too_long():
+    assert long_functions(PACKAGE) == []
+
+
+def test_a_long_function_is_seen(tmp_path):
+    for name, lines in {"short": 60, "long": 61}.items():
+        body = "    x = 1\n" * lines
+        text = f'def {name}():\n    """Do a lot.\n\n    At length.\n    """\n{body}'
+        (tmp_path / f"{name}.py").write_text(text)
+    assert long_functions(tmp_path) == ["long.py: long has 61 lines"]
+
+
 def test_a_fresh_interpreter_loads_nothing_heavy_for_the_library():
     everything = ", ".join(["jaxcl", *(f"jaxcl.{part}" for part in LIBRARY)])
     assert heavy_modules_after(f"import {everything}") == []
@@ -134,6 +146,19 @@ def config_readers(package):
         if path.relative_to(package).parts[0].removesuffix(".py") not in READERS
         and any(module.split(".")[0] == "ml_collections" for module in modules_imported(path))
     ]
+
+
+def long_functions(package: Path) -> list[str]:
+    """The functions with more than 60 lines after their docstring."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = node.end_lineno - body[0].lineno + 1 if body else 0
+                if lines > 60:
+                    found.append(f"{path.relative_to(package)}: {node.name} has {lines} lines")
+    return found
 
 
 def too_long(package):
