@@ -739,10 +739,8 @@ def test_learning_rates_are_computed_for_as_many_steps_as_there_are():
 def test_a_run_starts_with_the_encoders_and_the_tokenizer_of_another(
     tiny, uninterrupted, tmp_path, named
 ):
-    origin, step = uninterrupted[0], 20
-    if named == "checkpoint":
-        step = 10
-        origin = origin / "checkpoints" / "10"
+    other = shutil.copytree(uninterrupted[0], tmp_path / "other")
+    origin, step = (other, 20) if named == "workdir" else (other / "checkpoints" / "10", 10)
     config = tiny(
         **{
             "init_from": str(origin),
@@ -767,6 +765,8 @@ def test_a_run_starts_with_the_encoders_and_the_tokenizer_of_another(
     tokenizer = (uninterrupted[0] / "tokenizer.json").read_text()
     assert (tmp_path / "run" / "tokenizer.json").read_text() == tokenizer
     assert float(state.params["log_temperature"]) == pytest.approx(np.log(0.05), abs=1e-6)
+    shutil.rmtree(other)
+    train(config, tmp_path / "run")  # which needs the other run no more
     config.init_from = None
     with pytest.raises(ValueError, match="init_from is None here and"):
         train(config, tmp_path / "run")

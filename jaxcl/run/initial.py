@@ -12,6 +12,7 @@ from jaxcl.host.files import read_regular, write_whole
 from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.checkpoint_record import newest_record
+from jaxcl.run.identity import migrated
 from jaxcl.run.training import build_towers
 from jaxcl.run.workdir import CHECKPOINTS
 from jaxcl.settings.read import read_settings
@@ -35,13 +36,14 @@ def copy_prepared_files(settings: Settings, workdir: AnyPath) -> None:
     origin, _ = _origin(settings.init_from)
     for name in {settings.data.modality.query, settings.data.modality.key}:
         for file in MODALITIES[name].files:
+            if (workdir / file).exists():  # a resumed run no longer needs the other one
+                continue
             if not (origin / file).exists():
                 raise ValueError(
                     f"init_from={settings.init_from!r}: there is no {file} in {origin}; give the "
                     "workdir of a run that has saved a checkpoint, or one of its checkpoints"
                 )
-            if not (workdir / file).exists():
-                write_whole(workdir / file, read_regular(origin / file, limit=_MAX_BYTES))
+            write_whole(workdir / file, read_regular(origin / file, limit=_MAX_BYTES))
 
 
 def with_initial_towers(settings: Settings, state: TrainState) -> TrainState:
@@ -93,9 +95,7 @@ def _check_same_parameters(settings: Settings, record: Mapping[str, Any]) -> Non
     model = settings.model
     # The other run's file may name code: only packages that this run names are imported.
     names = {str(name).partition(":")[0].partition(".")[0] for name in (model.name, model.key.name)}
-    stored = record.get("settings", {})
-    sections = {name: stored.get(name, {}) for name in ("model", "data")}
-    other = read_settings(sections, trust=names)
+    other = read_settings(migrated(record.get("settings", {})), trust=names)
     ours, theirs = (
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
