@@ -4,8 +4,8 @@ Orbax commits atomically, but it loads flipped bits without a word and never fal
 So each checkpoint carries a checksum of every array, taken on the devices before the save and
 again after the load. A checksum does not depend on how its array is sharded, so that a run may
 move to another mesh. A list of the checkpoints' files and sizes lies next to their folder: a file
-that is missing or cut is found before anything is loaded, since of several processes those that can
-read their parts would wait five minutes for the one that cannot.
+that is missing or cut is found before anything is loaded. Otherwise the processes that can read
+their parts would wait five minutes for one that cannot.
 
 Each checkpoint also carries a record of its run and its step (`saved_record`), so that a checkpoint
 of another run, or a folder that was renamed to another step, is never restored.
@@ -186,10 +186,11 @@ class Checkpoints:
                 load = functools.partial(self._load, step, abstract_state, partial=partial)
                 state = together(load)
             except (CheckpointError, PeerError) as error:
-                gone = not (self.directory / str(step)).exists()
-                if self._read_only and gone and step in self.steps:
-                    self._checkpointer.reload()  # the run has just removed it for newer ones
-                    return self.restore_latest(abstract_state, partial=partial, check=check)
+                if self._read_only and self._was_removed(step):
+                    self._checkpointer.reload()
+                    return self.restore_latest(
+                        abstract_state, partial=partial, only=only, check=check
+                    )
                 damaged[step] = str(error)
                 continue
             self._set_aside(damaged, restored_step=step)
@@ -202,6 +203,11 @@ class Checkpoints:
             )
         together(functools.partial(check_none_lost, self.directory))
         return None
+
+    def _was_removed(self, step: int) -> bool:
+        """Whether the run has removed a step for newer ones since the steps were listed."""
+        gone = step in self.steps and not (self.directory / str(step)).exists()
+        return bool(first_of_all([int(gone)])[0])  # all processes must try again, or none
 
     def _note_sizes(self, step: int, directory: AnyPath | None) -> None:
         """Lists the files of a step, or forgets them, and those of steps that are gone."""

@@ -20,6 +20,7 @@ __all__ = [
     "saved_record",
     "sealed",
     "sizes_file",
+    "steps_in",
 ]
 
 RECORD = "record"
@@ -45,6 +46,10 @@ def saved_record(directory: AnyPath) -> Mapping[str, Any]:
     """
     try:
         content = read_json_object(directory / _RECORD_FILE)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"it has no record ({_RECORD_FILE}); those of earlier versions have none"
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"its record cannot be read: {error}") from error
     record = content.get("record")
@@ -57,7 +62,7 @@ def saved_record(directory: AnyPath) -> Mapping[str, Any]:
 
 def newest_record(directory: AnyPath) -> Mapping[str, Any] | None:
     """The record of the newest checkpoint whose record can be read, or `None` without any."""
-    for step in reversed(_steps_in(directory)):
+    for step in reversed(steps_in(directory)):
         with contextlib.suppress(CheckpointError):
             return saved_record(directory / str(step))
     return None
@@ -67,7 +72,7 @@ def check_none_lost(directory: AnyPath) -> None:
     """Raise a `CheckpointError` if steps were saved in a folder that now has no checkpoint."""
     file = sizes_file(directory)
     noted = known_sizes(file)
-    if noted and not _steps_in(directory):
+    if noted and not steps_in(directory):
         raise CheckpointError(
             f"step {max(map(int, noted))} was saved in {directory}, but no checkpoint is there; if "
             "it lies on another volume, mount that, or restore it from a copy. To start over from "
@@ -91,7 +96,8 @@ def known_sizes(path: AnyPath) -> dict[str, dict[str, int]]:
     }
 
 
-def _steps_in(directory: AnyPath) -> list[int]:
+def steps_in(directory: AnyPath) -> list[int]:
+    """The steps of the checkpoints in a folder, oldest first, whether or not they are whole."""
     if not directory.is_dir():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())

@@ -17,7 +17,7 @@ from jaxcl.host.files import is_remote, read_json_object, write_whole
 from jaxcl.host.lease import leased
 from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.remote import local_folder, remove_tree
-from jaxcl.run.checkpoint_record import check_none_lost, newest_record
+from jaxcl.run.checkpoint_record import check_none_lost, newest_record, steps_in
 from jaxcl.run.identity import differences, jax_flags, migrated, settings_differences
 from jaxcl.run.metric_writer import METRICS_FILE
 from jaxcl.settings.read import as_dict
@@ -33,6 +33,7 @@ __all__ = [
     "check_saved_flags",
     "check_saved_settings",
     "claim_workdir",
+    "emptied_unless_begun",
     "lock_workdir",
     "read_config",
     "workdir_id",
@@ -83,27 +84,31 @@ def _locked_file(workdir: AnyPath) -> BinaryIO:
 
 @contextlib.contextmanager
 def emptied_unless_begun(workdir: AnyPath) -> Iterator[None]:
-    """Removes the files of a new run if it fails before its first record.
+    """Removes the files that a new run has written if it fails before its first record.
 
-    A folder that held a run before is left as it is.
+    A folder that held a run before is left as it is, and so are files that a user has put there.
     """
-    is_new = not (workdir / CONFIG_FILE).exists()
+    prepared = [name for modality in MODALITIES.values() for name in modality.files]
+    names = (CONFIG_FILE, ID_FILE, DATA_FILE, METRICS_FILE, LOCK_FILE, *prepared)
+    absent = [name for name in names if name == LOCK_FILE or not (workdir / name).exists()]
     try:
         yield
     except BaseException:
-        if is_new and jax.process_index() == 0 and not _has_begun(workdir):
-            _remove_run(workdir)
+        is_new = CONFIG_FILE in absent and not _has_begun(workdir)
+        if is_new and jax.process_index() == 0:
+            _remove_run(workdir, absent)
         raise
 
 
 def _has_begun(workdir: AnyPath) -> bool:
     metrics = workdir / METRICS_FILE
-    return _has_checkpoint(workdir) or (metrics.is_file() and bool(metrics.read_bytes()))
+    return bool(steps_in(workdir / CHECKPOINTS)) or (
+        metrics.is_file() and bool(metrics.read_bytes())
+    )
 
 
-def _remove_run(workdir: AnyPath) -> None:
-    prepared = [name for modality in MODALITIES.values() for name in modality.files]
-    for name in (CONFIG_FILE, ID_FILE, DATA_FILE, METRICS_FILE, LOCK_FILE, *prepared):
+def _remove_run(workdir: AnyPath, names: Sequence[str]) -> None:
+    for name in names:
         with contextlib.suppress(OSError):
             (workdir / name).unlink()
     remove_tree(local_folder(workdir) / "tensorboard")
@@ -215,7 +220,7 @@ def _replace_other_config(workdir: AnyPath, settings: Settings) -> None:
     """Removes the prepared files of another config's run, unless it has saved a step."""
     saved = _read_json(workdir / CONFIG_FILE)
     different = settings_differences(saved, settings, saved_step=None)
-    if different and _has_checkpoint(workdir):
+    if different and steps_in(workdir / CHECKPOINTS):
         raise ValueError(_of_another_config(workdir, different))
     if different:
         prepared = [name for modality in MODALITIES.values() for name in modality.files]
@@ -253,8 +258,3 @@ def _read_json(path: AnyPath) -> dict[str, Any]:
         raise ValueError(
             f"{error}; put it back, or delete it and give the config that the run began with"
         ) from error
-
-
-def _has_checkpoint(workdir: AnyPath) -> bool:
-    checkpoints = workdir / CHECKPOINTS
-    return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())

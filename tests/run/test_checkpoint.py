@@ -187,6 +187,31 @@ def test_checkpoints_that_are_gone_do_not_start_a_run_over(tmp_path, lose):
     assert restore(directory) is None
 
 
+def test_a_checkpoint_of_an_earlier_version_is_said_to_have_no_record(tmp_path):
+    save_steps(tmp_path / "checkpoints", 5)
+    shutil.rmtree(tmp_path / "checkpoints" / "5" / "record")
+    (tmp_path / "checkpoints.sizes.json").unlink()  # in which that version lists no record
+    with pytest.raises(CheckpointError, match=r"step 5: it has no record \(.*earlier versions"):
+        restore(tmp_path / "checkpoints")
+
+
+def test_another_step_than_the_only_one_wanted_is_never_restored(tmp_path, monkeypatch):
+    directory = tmp_path / "checkpoints"
+    save_steps(directory, 3, 4)
+
+    def removed(self, step, *arguments, **options):
+        shutil.rmtree(directory / str(step))
+        raise CheckpointError("it is gone")
+
+    monkeypatch.setattr(Checkpoints, "_load", removed)
+    with (
+        Checkpoints(directory, read_only=True) as checkpoints,
+        pytest.raises(CheckpointError, match="step 3: "),
+    ):
+        checkpoints.restore_latest(abstract(make_state(0)), only=3)
+    assert (directory / "4").exists()
+
+
 def test_a_checkpoint_that_the_run_removes_while_it_is_read_is_no_damage(tmp_path, monkeypatch):
     directory = tmp_path / "checkpoints"
     save_steps(directory, 3)

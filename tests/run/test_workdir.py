@@ -288,6 +288,13 @@ def test_a_failed_start_leaves_files_of_the_user(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_failed_start_leaves_a_tokenizer_that_was_there_before(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("mine")
+    fail_to_start(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+    assert (tmp_path / "tokenizer.json").read_text() == "mine"
+
+
 def test_a_failed_start_leaves_the_run_of_an_earlier_one(tmp_path):
     claim_workdir(tmp_path, settings())
     fail_to_start(tmp_path)
