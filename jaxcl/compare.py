@@ -177,8 +177,10 @@ def _cell(name: str) -> str:
 
 
 def _identity(config: ConfigDict) -> str:
-    """Names what a run computes: its config, but for what may change between starts."""
-    text = json.dumps(fields_of(read_settings(config)), sort_keys=True, default=str)
+    """Names a run's results: the settings that decide its parameters, and its evaluation."""
+    settings = read_settings(config)
+    ranking = {f"evaluation.{name}": one for name, one in settings.evaluation._asdict().items()}
+    text = json.dumps(fields_of(settings) | ranking, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

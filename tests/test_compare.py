@@ -8,6 +8,7 @@ from jaxcl.configs.code_search import get_config
 
 from jaxcl import compare as comparing
 from jaxcl.compare import as_markdown, compare
+from jaxcl.settings.changed import changed_config
 
 SETTINGS = {"plain": {}, "+ more": {"model.dim": 8, "loss.masks": ["text"]}}
 
@@ -70,9 +71,10 @@ def test_what_is_finished_is_not_trained_again_and_another_config_is_refused(tra
     changed = get_config("smoke")
     changed.run.log_every = 3  # which computes nothing else
     compare(changed, SETTINGS, tmp_path, seeds=2)
-    changed.steps = 7
-    with pytest.raises(ValueError, match="holds a run of another config"):
-        compare(changed, SETTINGS, tmp_path, seeds=2)
+    for name, value in {"evaluation.rrf_k": 7, "steps": 7}.items():
+        other = changed_config(changed, {name: value})
+        with pytest.raises(ValueError, match="holds a run of another config"):
+            compare(other, SETTINGS, tmp_path, seeds=2)
     assert len(trained) == 4
 
 
