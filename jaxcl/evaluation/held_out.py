@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import rich
 from jax.experimental import multihost_utils
 
 from jaxcl.data.prepare import RunData
@@ -32,7 +31,7 @@ from jaxcl.evaluation.retrieval import (
 from jaxcl.host.files import write_npz, write_whole
 from jaxcl.host.paths import AnyPath
 from jaxcl.host.processes import PeerError, together
-from jaxcl.host.progress import progress_bar
+from jaxcl.host.progress import progress_bar, show
 from jaxcl.metrics import mean_and_standard_error
 from jaxcl.run.encoder import Encoder
 from jaxcl.settings.sections import Settings
@@ -106,7 +105,7 @@ def evaluate_run(
     for split in HELD_OUT:
         if split in data.sources:
             results |= _evaluate_split(settings, encoder, data, split, failures)
-    summary = _summary(settings, data, results)
+    summary = _strict(_summary(settings, data, results))
     if jax.process_index() == 0:
         ranks = {
             "/".join((*place, method)): result.ranks
@@ -114,9 +113,9 @@ def evaluate_run(
             for method, result in by_method.items()
         }
         write_npz(workdir / "ranks.npz", **ranks)
-        content = json.dumps(_strict(summary), indent=2, allow_nan=False)
+        content = json.dumps(summary, indent=2, allow_nan=False)
         write_whole(workdir / "results.json", content + "\n")
-        rich.print(results_table(results))
+        show(results_table(results))
     if failures:
         raise failures[0]
     return summary

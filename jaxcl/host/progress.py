@@ -9,11 +9,12 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from jaxcl.host.output import LossyStream
 from jaxcl.host.printable import printable
 
-__all__ = ["progress_bar", "say"]
+__all__ = ["progress_bar", "say", "show"]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -29,6 +30,12 @@ def say(text: str) -> None:
         text = f"[{jax.process_index()}] {text}"
     console = _with_bars[-1] if _with_bars else _console()
     console.print(printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """Print a table on standard output, which may be gone."""
+    stream: Any = None if sys.stdout is None else LossyStream(sys.stdout)
+    Console(file=stream).print(table)
 
 
 @contextlib.contextmanager

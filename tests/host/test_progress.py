@@ -2,12 +2,14 @@
 
 import io
 import re
+import sys
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from jaxcl.host import progress
-from jaxcl.host.progress import progress_bar, say
+from jaxcl.host.progress import progress_bar, say, show
 
 
 @pytest.fixture
@@ -136,3 +138,18 @@ def test_what_is_said_beside_a_bar_has_a_line_of_its_own(monkeypatch):
 def test_standard_output_is_left_to_results(capsys):
     say("to the log")
     assert capsys.readouterr() == ("", "to the log\n")
+
+
+def test_a_table_for_a_reader_that_has_gone_stops_nothing(capsys, monkeypatch):
+    table = Table("method")
+    table.add_row("dense")
+    show(table)
+    assert "dense" in capsys.readouterr().out
+
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    for stream in (Gone(), None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        show(table)
