@@ -215,7 +215,10 @@ def build_towers(settings: Settings) -> Towers:
 
     def init(key: Key[jax.Array, ""]) -> PyTree:
         # An encoder that names no type has float64 parameters with 64-bit types enabled.
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), made.init(key))
+        return jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf,
+            made.init(key),
+        )
 
     return made._replace(init=init)
 

@@ -11,6 +11,7 @@ from tests.helpers import bits
 
 OWN_ENCODER = """
 import jax, numpy as np
+from flax import nnx
 from jaxcl.models import EncoderPart
 from jaxcl.models.static import StaticEncoder, StaticOptions
 
@@ -21,6 +22,11 @@ def load(path, abstract):
         )
 
 LOADED = EncoderPart(StaticEncoder, StaticOptions, load)
+
+class Half(StaticEncoder):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.table = nnx.Param(self.table[...].astype("bfloat16"))
 """
 
 
@@ -68,6 +74,15 @@ def test_a_run_begins_with_the_loaded_weights_on_any_mesh(own_encoder, tmp_path,
     )
     drawn = build_training(settings_with(name=own_encoder, mesh=mesh)).init()
     assert not np.array_equal(drawn.params["towers"]["both"]["table"], wanted["both"]["table"])
+
+
+def test_parameters_have_the_type_that_an_encoder_names_and_float32_otherwise(own_encoder):
+    name = own_encoder.replace("LOADED", "Half")
+    with jax.enable_x64(True):
+        params = weights(settings_with(name=name))["both"]
+    types = {parameter: str(leaf.dtype) for parameter, leaf in params.items()}
+    assert types.pop("table") == "bfloat16"
+    assert set(types.values()) == {"float32"}
 
 
 def test_loaded_weights_are_no_constants_of_a_program(own_encoder, tmp_path, monkeypatch):
