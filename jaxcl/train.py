@@ -31,7 +31,7 @@ from jaxcl.host.agreement import check_processes_agree
 from jaxcl.host.command import join_processes, run_command
 from jaxcl.host.command_flags import CommandParser, add_process_flags, user_path
 from jaxcl.host.paths import AnyPath, as_path, local_path
-from jaxcl.host.processes import Stopped, first_then_others, stop_requests
+from jaxcl.host.processes import Stopped, first_then_others, stop_requests, together
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.host.remote import local_folder
 from jaxcl.ops.mesh import current_mesh, fetch
@@ -117,8 +117,8 @@ def train(
     with lock_workdir(workdir), emptied_unless_begun(workdir), current_mesh(training.mesh):
         saved = first_then_others(functools.partial(claim_workdir, workdir, settings))
         data = first_then_others(functools.partial(_prepare, settings, workdir, saved))
-        shared = {"the id of the workdir": workdir_id(workdir), **data.remembered.fingerprints}
-        check_processes_agree(shared)
+        shared = {"the id of the workdir": together(functools.partial(workdir_id, workdir))}
+        check_processes_agree(shared | data.remembered.fingerprints)
         _check_enough_rows(settings, data)
         check_evaluation(settings, data)
         keep = settings.run.keep_checkpoints

@@ -33,7 +33,7 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-# A shell ignores Ctrl-C in what it starts in the background, and so would the tests' processes.
+# A shell makes programs in the background ignore Ctrl-C, and so would the tests' processes.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

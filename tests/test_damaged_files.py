@@ -26,7 +26,7 @@ from tests.helpers import bits, training_of, unclocked
 from tests.prepared_data import NUM_TRAIN, prepare_pairs
 
 pytestmark = [
-    # Where a load fails, Orbax leaves what it had begun.
+    # Where a load fails, Orbax leaves unfinished coroutines.
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.usefixtures("nothing_left_behind", "unchecked_annotations"),

@@ -107,7 +107,7 @@ def make_device_order(mesh: Mesh, *, capacity: int, settings: Gcbs) -> Any:
         apart: tuple[Array, ...],
         sizes: Sizes,
     ) -> Array:
-        # Products of whole numbers are exact, unless a device rounds what it multiplies.
+        # Products of whole numbers are exact unless a device rounds the factors.
         with jax.default_matmul_precision("highest"):
             return sharded(queries, keys, temperature, key, apart, sizes)
 

@@ -41,7 +41,7 @@ def read_guides(
     """Reads an `.npz` with `query` and `key`, `[rows of the split, any width]` each.
 
     The rows are in the order of the split, which TFDS shuffles when it prepares it, or the file has
-    `ids` that match those of `pairs` (`jaxcl.data.row_files.read_arrays`).
+    `ids` that match a field of `pairs` (`jaxcl.data.row_files.read_arrays`).
 
     Where it has a `source`, the fingerprint of the split, that must be the one given.
 

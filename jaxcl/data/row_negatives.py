@@ -100,7 +100,7 @@ def read_negatives(
 def _renumbered(
     rows: Int[np.ndarray, "n m"], read: RowArrays, path: AnyPath
 ) -> Int[np.ndarray, "n m"]:
-    """Rows of the split for rows of the file; −1 for those that the split does not have."""
+    """Rows of the split for rows of the file; −1 for rows outside the split."""
     split_rows = np.full(read.num_file_rows + 1, -1)  # the last one for −1
     split_rows[read.file_rows] = np.arange(len(rows))
     renumbered = split_rows[rows]

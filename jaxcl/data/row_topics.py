@@ -31,7 +31,7 @@ def read_topics(
     """Reads an `.npz` with `topic`, an integer for each row of the split.
 
     The rows are in the order of the split, which TFDS shuffles when it prepares it, or the file has
-    `ids` that match those of `pairs` (`jaxcl.data.row_files.read_arrays`).
+    `ids` that match a field of `pairs` (`jaxcl.data.row_files.read_arrays`).
 
     Where it has a `source`, the fingerprint of the split, that must be the one given.
 

@@ -70,7 +70,7 @@ def settings_differences(
     Raises:
       ValueError: if the saved settings cannot be read.
     """
-    # No part is looked up: a file does not decide what is imported.
+    # No part is looked up, since a file must not decide which code is imported.
     before = read_section(Settings, migrated(saved))._replace(parts=settings.parts)
     different = differences(fields_of(before), fields_of(settings))
     if before.steps == settings.steps or saved_step is None:
