@@ -58,15 +58,15 @@ def free_port() -> int:
 
 
 class Run:
-    """A run of one or several processes, with some devices each."""
+    """A run of one or several processes, with some devices each; the last has further arguments."""
 
-    def __init__(self, arguments: list[str], *, processes: int, devices: int):
+    def __init__(self, arguments: list[str], *, processes: int, devices: int, last: tuple = ()):
         numbers = range(processes)
         together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}
         together["JAX_NUM_PROCESSES"] = str(processes)
         self.processes = [
             subprocess.Popen(
-                arguments,
+                [*arguments, *(last if i == processes - 1 else ())],
                 cwd=ROOT,
                 env=environment(
                     devices, **(together | {"JAX_PROCESS_ID": str(i)} if processes > 1 else {})
@@ -220,6 +220,19 @@ def test_a_run_goes_on_with_other_processes_and_devices(command, two, tmp_path, 
     outputs = Run(command(tmp_path), processes=processes, devices=devices).finish()
     assert "goes on from step 8" in outputs[0]
     assert_close_runs(tmp_path, two, tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["seed=1", "steps=13", "run.checkpoint_every=5"])
+def test_processes_that_disagree_stop_before_the_first_step(command, tmp_path, setting):
+    last = (f"--config.{setting}",)
+    codes, outputs = Run(command(tmp_path / "run"), processes=2, devices=1, last=last).wait()
+    assert codes == [1, 1], outputs
+    name, _, value = setting.partition("=")
+    for output in outputs:
+        assert re.search(rf"error: the processes of this run disagree: {name} is \d+ in", output)
+        assert f"{value} in process 1" in output
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
