@@ -129,6 +129,10 @@ def test_the_files_of_another_run_are_copied_from_the_store(store, config, tmp_p
     config.init_from = "gs://bucket/first"
     copy_prepared_files(read_settings(config), tmp_path)
     assert (tmp_path / "tokenizer.json").read_text() == "{}"
+    copy_prepared_files(read_settings(config), tmp_path)  # after a failed start
+    write_whole(as_path("gs://bucket/first/tokenizer.json"), "{ }")
+    with pytest.raises(ValueError, match=r"tokenizer\.json differs from the one in gs://bucket/f"):
+        copy_prepared_files(read_settings(config), tmp_path)
     config.init_from = "gs://bucket/second/checkpoints/20"
     with pytest.raises(ValueError, match=r"there is no tokenizer\.json in gs://bucket/second;"):
         copy_prepared_files(read_settings(config), tmp_path)

@@ -28,22 +28,31 @@ _MAX_BYTES = 2**30
 def copy_prepared_files(settings: Settings, workdir: AnyPath) -> None:
     """Copies the files that inputs depend on, such as the tokenizer, from the other run.
 
+    A resumed run has its own copies and no longer needs the other run.
+
     Raises:
-      ValueError: if there is no such run, or it has no such files.
+      ValueError: if there is no such run, it has no such files, or a new run's `workdir` holds
+        other ones.
     """
-    if settings.init_from is None:
+    if settings.init_from is None or newest_record(workdir / CHECKPOINTS) is not None:
         return
     origin, _ = _origin(settings.init_from)
     for name in {settings.data.modality.query, settings.data.modality.key}:
         for file in MODALITIES[name].files:
-            if (workdir / file).exists():  # a resumed run no longer needs the other one
-                continue
             if not (origin / file).exists():
                 raise ValueError(
                     f"init_from={settings.init_from!r}: there is no {file} in {origin}; give the "
                     "workdir of a run that has saved a checkpoint, or one of its checkpoints"
                 )
-            write_whole(workdir / file, read_regular(origin / file, limit=_MAX_BYTES))
+            content = read_regular(origin / file, limit=_MAX_BYTES)
+            if not (workdir / file).exists():
+                write_whole(workdir / file, content)
+            elif read_regular(workdir / file, limit=_MAX_BYTES) != content:
+                raise ValueError(
+                    f"init_from={settings.init_from!r}: {workdir / file} differs from the one in "
+                    f"{origin}, whose encoders were trained with it; remove it, or give another "
+                    "workdir"
+                )
 
 
 def with_initial_towers(settings: Settings, state: TrainState) -> TrainState:
