@@ -65,6 +65,12 @@ def _data() -> ConfigDict:
     data.max_tokens = ConfigDict({"query": 32, "key": 128})
     data.add_cls = False
     data.distinct_tokens = False  # True keeps each token of a text once, for static encoders
+    # Whether texts get the tokenizer's special tokens, such as [CLS] and [SEP]. None asks the
+    # pretrained model; without one it means the tokenizer of this run, whose id 0 is padding.
+    data.special_tokens = placeholder(bool)
+    # What is put before each text of a side; None is the pretrained model's prompt, "" is none.
+    data.prompts = ConfigDict({"query": placeholder(str), "key": placeholder(str)})
+    data.exclude_prompt = placeholder(bool)  # whether pooling leaves the prompt's tokens out
     return data
 
 

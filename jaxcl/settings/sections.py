@@ -33,6 +33,7 @@ __all__ = [
     "RunSettings",
     "Settings",
     "SideModalities",
+    "SidePrompts",
     "SourcedSettings",
     "TemperatureSettings",
     "TowerSettings",
@@ -74,6 +75,13 @@ class DataSet(NamedTuple):
     metadata_fields: tuple[str, ...] = ()
 
 
+class SidePrompts(NamedTuple):
+    """What is put before each text of a side; `None` for the pretrained model's own prompts."""
+
+    query: str | None = None
+    key: str | None = None
+
+
 class SideModalities(NamedTuple):
     """The modality of each side, one of `jaxcl.data.modalities.MODALITIES`."""
 
@@ -101,6 +109,9 @@ class DataSettings(NamedTuple):
     max_tokens: MaxTokens = MaxTokens()
     add_cls: bool = False
     distinct_tokens: bool = False
+    special_tokens: bool | None = None
+    prompts: SidePrompts = SidePrompts()
+    exclude_prompt: bool | None = None
 
     @property
     def first(self) -> DataSet:

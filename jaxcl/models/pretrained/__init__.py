@@ -1,0 +1,1 @@
+"""Pretrained text encoders: their folders, their families, and their weights."""
