@@ -259,16 +259,9 @@ def _compiled_gap(mesh: Mesh, fields: Sequence[str], **options: Any) -> Callable
         )
 
     @jax.jit
-    def compiled(
-        queries: Float[Array, "n d"],
-        keys: Float[Array, "n d"],
-        rows: Int[Array, "batches b"],
-        temperature: Scalar,
-        key: Key[Array, ""],
-        different: tuple[Labels, ...],
-    ) -> GapReport:
+    def compiled(*arguments: Any) -> GapReport:
         # Overwritten inside `jit`, so that XLA removes the work for the unwanted fields.
-        report = measured(queries, keys, rows, temperature, key, different)
+        report = measured(*arguments)
         unwanted = {name: jnp.full((), jnp.nan) for name in GapReport._fields if name not in fields}
         return report._replace(**unwanted)
 

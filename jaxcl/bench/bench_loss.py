@@ -41,7 +41,9 @@ _PEAK_SIZE = {"cpu": 2_048}  # rows of a square product; elsewhere 16,384
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures one shape."""
     parser = benchmark_parser("loss", __doc__)
-    parser.add_argument("--batch", type=int, default=8_192, help="pairs over all devices")
+    parser.add_argument(
+        "--batch", type=int, default=8_192, dest="batch_size", help="pairs over all devices"
+    )
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--devices", type=int, default=1, help="fake ones, on a CPU")
@@ -50,14 +52,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     arguments = parser.parse(argv)
     if arguments.devices > 1:
         jax.config.update("jax_num_cpu_devices", arguments.devices)
-    return measure(
-        arguments.batch,
-        arguments.dim,
-        rounds=arguments.rounds,
-        devices=arguments.devices,
-        dtype=arguments.dtype,
-        torch_python=arguments.torch_python,
-    )
+    return measure(**vars(arguments))
 
 
 def measure(

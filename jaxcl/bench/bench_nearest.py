@@ -25,19 +25,12 @@ __all__ = ["main", "measure"]
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measures one shape."""
     parser = benchmark_parser("nearest", __doc__)
-    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rows", type=int, default=100_000, dest="num_rows")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--count", type=int, default=32)
-    parser.add_argument("--tile", type=int, nargs="+", default=[TILE])
+    parser.add_argument("--tile", type=int, nargs="+", default=[TILE], dest="tiles")
     parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse(argv)
-    return measure(
-        arguments.rows,
-        arguments.dim,
-        count=arguments.count,
-        tiles=arguments.tile,
-        rounds=arguments.rounds,
-    )
+    return measure(**vars(parser.parse(argv)))
 
 
 def measure(

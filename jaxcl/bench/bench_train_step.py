@@ -134,15 +134,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         action="store_true",
         help="PyTorch's memory comes in huge pages, as jaxcl's own does",
     )
-    arguments = parser.parse(argv)
-    return measure(
-        DEFAULT_SHAPES[arguments.model],
-        rounds=arguments.rounds,
-        torch_python=arguments.torch_python,
-        torch_variant=arguments.torch_variant,
-        torch_adam=arguments.torch_adam,
-        torch_huge_pages=arguments.torch_huge_pages,
-    )
+    arguments = vars(parser.parse(argv))
+    return measure(DEFAULT_SHAPES[arguments.pop("model")], **arguments)
 
 
 def measure(

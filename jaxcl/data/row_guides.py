@@ -38,15 +38,12 @@ class RowGuides(NamedTuple):
 def read_guides(
     path: AnyPath, *, num_rows: int, source: str | None = None, pairs: PairSource | None = None
 ) -> RowGuides:
-    """Reads an `.npz` with `query` and `key`, `[rows of the split, any width]` each.
+    """Read an `.npz` with `query` and `key`, `[rows of the split, any width]` each.
 
-    The rows are in the order of the split, which TFDS shuffles when it prepares it, or the file has
-    `ids` that match a field of `pairs` (`jaxcl.data.row_files.read_arrays`).
-
-    Where it has a `source`, the fingerprint of the split, that must be the one given.
+    `jaxcl.data.row_files.read_arrays` says how rows are matched, and what it refuses.
 
     Raises:
-      ValueError: for a file that is missing, damaged, or not of this split.
+      ValueError: in addition, for an embedding without a norm.
     """
     path = as_path(path)
     columns = {side: Column("floats", (num_rows, guide_dim(path))) for side in SIDES}

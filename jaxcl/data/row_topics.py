@@ -28,15 +28,9 @@ class RowTopics(NamedTuple):
 def read_topics(
     path: AnyPath, *, num_rows: int, source: str | None = None, pairs: PairSource | None = None
 ) -> RowTopics:
-    """Reads an `.npz` with `topic`, an integer for each row of the split.
+    """Read an `.npz` with `topic`, an integer for each row of the split.
 
-    The rows are in the order of the split, which TFDS shuffles when it prepares it, or the file has
-    `ids` that match a field of `pairs` (`jaxcl.data.row_files.read_arrays`).
-
-    Where it has a `source`, the fingerprint of the split, that must be the one given.
-
-    Raises:
-      ValueError: for a file that is missing, damaged, or not of this split.
+    `jaxcl.data.row_files.read_arrays` says how rows are matched, and what it refuses.
     """
     path = as_path(path)
     columns = {"topic": Column("integers", (num_rows,))}
