@@ -197,7 +197,13 @@ def newest_state(config: ConfigDict, workdir: Path) -> TrainState:
         return checkpoints.restore_latest(training_of(config).abstract_state(ROWS)).state
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "rcm_device" else [])
+        for name in METHODS
+    ],
+)
 def test_each_method_trains_on_each_row_once_per_epoch(run_of, method):
     run = run_of(method)
     assert len(run.rows) == STEPS == sum("loss" in record for record in unclocked(run.workdir))
