@@ -5,7 +5,7 @@ import importlib.util
 __all__ = ["TRAIN", "missing_message"]
 
 TRAIN: tuple[str, ...] = ("absl", "bm25s", "flax", "grain", "ml_collections", "optax", "orbax")
-TRAIN += ("rich", "tensorboardX", "tensorflow_datasets", "tokenizers")
+TRAIN += ("rich", "safetensors", "tensorboardX", "tensorflow_datasets", "tokenizers")
 """Packages of `jaxcl[train]`."""
 
 

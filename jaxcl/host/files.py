@@ -12,7 +12,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,7 @@ __all__ = [
     "read_regular",
     "read_sealed_json",
     "read_text",
+    "replacing",
     "write_npz",
     "write_sealed_json",
     "write_whole",
@@ -198,20 +199,29 @@ def write_whole(path: Any, content: str | bytes) -> None:
     Raises:
       OSError: if it cannot be written, with the file's name.
     """
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_npz(path: AnyPath, **arrays: np.ndarray) -> None:
     """Write arrays to an `.npz` as `write_whole` does, creating its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as file:
+    with replacing(path) as file:
         np.savez(file, allow_pickle=False, **arrays)
 
 
 @contextlib.contextmanager
-def _replacing(path: Any) -> Iterator[io.IOBase]:
-    """A file that takes the path's place once it is complete."""
+def replacing(path: Any) -> Iterator[IO[bytes]]:
+    """A file, open to write, that takes the path's place once it is complete.
+
+    A local file has a `name`, under which another library can write to it.
+
+    Args:
+      path: a `pathlib.Path` or `etils.epath.Path`.
+
+    Raises:
+      OSError: if it cannot be written, with the path's name.
+    """
     if is_remote(path):
         whole = io.BytesIO()
         yield whole

@@ -192,7 +192,7 @@ def test_a_link_in_the_place_of_the_unfinished_file_is_not_followed(tmp_path, mo
 
 def test_two_writers_of_one_file_do_not_share_the_unfinished_one(tmp_path):
     path = tmp_path / "content"
-    with files._replacing(path) as first:
+    with files.replacing(path) as first:
         first.write(b"first")
         write_whole(path, "second")
     assert path.read_text() == "first"
