@@ -1,17 +1,22 @@
 """Paths that a folder's own files name: they may not leave the folder."""
 
 import os
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from jaxcl.host.files import is_remote
 from jaxcl.host.paths import AnyPath
 
-__all__ = ["join", "path_inside"]
+__all__ = ["join", "lies_in", "path_inside"]
 
 
 def join(folder: str, name: str) -> str:
     """The path of a file in a folder, `""` being the model's folder itself."""
     return f"{folder}/{name}" if folder else name
+
+
+def lies_in(file: str, folder: str) -> bool:
+    """Whether a file, relative to the model's folder, lies in a folder and not deeper."""
+    return PurePosixPath(file).parent == PurePosixPath(folder)
 
 
 def path_inside(root: AnyPath, name: str) -> AnyPath:
@@ -27,7 +32,7 @@ def path_inside(root: AnyPath, name: str) -> AnyPath:
     Raises:
       ValueError: for an absolute path, one with `..`, or a link that leaves the folder.
     """
-    # Windows' rules include those of other systems: both slashes separate, and drives are known.
+    # On Windows both slashes separate, and there are drives; its rules are safe elsewhere too.
     parts = PureWindowsPath(name)
     if parts.anchor or ".." in parts.parts or "\0" in name:
         raise ValueError(

@@ -8,9 +8,11 @@ overlaps. Nothing is unpickled.
 import io
 import json
 import math
+import operator
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple, TypeAlias
 
 import ml_dtypes
@@ -20,7 +22,16 @@ from jaxcl.host.files import is_remote, open_regular, read_regular, replacing, w
 from jaxcl.host.paths import AnyPath
 from jaxcl.models.pretrained.containment import join, path_inside
 
-__all__ = ["TENSOR_TYPES", "Specs", "map_tensors", "read_specs", "weight_files", "write_tensors"]
+__all__ = [
+    "TENSOR_TYPES",
+    "Specs",
+    "map_tensors",
+    "parse_specs",
+    "read_specs",
+    "specs_as_json",
+    "weight_files",
+    "write_tensors",
+]
 
 Specs: TypeAlias = dict[str, tuple[np.dtype, tuple[int, ...]]]
 """Name of a tensor -> its type and shape."""
@@ -83,6 +94,33 @@ def map_tensors(path: AnyPath) -> dict[str, np.ndarray]:
         name: content[entry.begin : entry.end].view(entry.dtype).reshape(entry.shape)
         for name, entry in entries.items()
     }
+
+
+def specs_as_json(tensors: Mapping[str, Specs]) -> dict[str, Any]:
+    """File -> name of a tensor -> its type and shape, as `parse_specs` reads them."""
+    names = {dtype: name for name, dtype in TENSOR_TYPES.items()}
+    return {
+        file: {name: [names[dtype], list(shape)] for name, (dtype, shape) in specs.items()}
+        for file, specs in tensors.items()
+    }
+
+
+def parse_specs(content: Any) -> dict[str, Specs]:
+    """The types and shapes that `specs_as_json` has written.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    try:
+        return {
+            file: {
+                name: (TENSOR_TYPES[kind], tuple(map(operator.index, shape)))
+                for name, (kind, shape) in specs.items()
+            }
+            for file, specs in content.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"a list of tensors is damaged ({error!r})") from error
 
 
 def write_tensors(path: AnyPath, tensors: Mapping[str, np.ndarray]) -> None:
@@ -220,8 +258,9 @@ def _read_index(path: AnyPath) -> dict[str, str]:
     try:
         content = json.loads(read_regular(path, limit=_MAX_INDEX_BYTES).decode())
         shards = content["weight_map"]
-        if not all(isinstance(shard, str) for shard in shards.values()):
-            raise TypeError("a shard is not named by a string")
+        for shard in shards.values():
+            if PurePosixPath(shard).name != shard:
+                raise ValueError(f"{shard!r:.99} is not the name of a file next to it")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} does not map tensors to files ({error}); download it again"

@@ -1,0 +1,213 @@
+"""Reads the folder of a pretrained encoder: its JSON and text files, and its tensors' headers.
+
+A folder may come from a stranger. Only JSON, text and safetensors are read, within limits; nothing
+is unpickled or imported, and no file outside of the folder is opened.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from jaxcl.host.files import read_regular, read_sealed_json
+from jaxcl.host.paths import AnyPath, as_path
+from jaxcl.models.pretrained.containment import join, lies_in, path_inside
+from jaxcl.models.pretrained.description import Family, PretrainedModel
+from jaxcl.models.pretrained.modules import (
+    SENTENCE_CONFIGS,
+    Modules,
+    list_modules,
+    parse_json,
+    parse_modules,
+    parse_prompts,
+    parse_sentence_config,
+    parse_similarity,
+    refuse_foreign_code,
+)
+from jaxcl.models.pretrained.tensor_files import Specs, parse_specs, weight_files
+
+__all__ = ["TENSOR_LIST", "read_pretrained"]
+
+TENSOR_LIST = "tensors.json"
+"""Stands for the weights in a run's copy of a folder: file -> name -> [type, shape]."""
+
+_SMALL_FILES = (
+    *("config.json", "modules.json", "config_sentence_transformers.json", *SENTENCE_CONFIGS),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *(
+        "adapter_config.json",
+        "vocab.txt",
+        "vocab.json",
+        "merges.txt",
+        "model.safetensors.index.json",
+    ),
+    *("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"),
+)
+"""The files that are kept of each module's folder, in addition to its tensors."""
+
+_MAX_BYTES = 64 * 2**20
+"""Of a small file; the largest real ones, multilingual tokenizers, have half of that."""
+_MAX_TOKENS = 10**6
+"""Tokenizers without a maximum length write 10^30."""
+_STATIC_TABLES = {"embedding.weight": "static_embedding", "embeddings": "model2vec"}
+"""The name of the table -> the family of static embeddings."""
+_MODEL2VEC_TOKENS = 512
+"""Model2vec's own default."""
+
+
+def read_pretrained(path: str | os.PathLike[str]) -> PretrainedModel:
+    """Read what a folder says about a pretrained encoder; its weights stay on disk.
+
+    Args:
+      path: a sentence-transformers folder, one that transformers' or model2vec's `save_pretrained`
+        has written, or a run's copy of such a folder.
+
+    Raises:
+      ValueError: if the folder is damaged, asks for something that is not supported, or could run
+        code; the message begins with its path.
+      OSError: if it is not there, or a file cannot be read.
+    """
+    root = as_path(path)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder; give the folder of a pretrained model")
+    try:
+        return _describe(root, _read_small_files(root))
+    except ValueError as error:
+        if str(error).startswith(str(root)):
+            raise
+        raise ValueError(f"{root}: {error}") from error
+
+
+def _describe(root: AnyPath, files: Mapping[str, bytes]) -> PretrainedModel:
+    modules = parse_modules(files)
+    folder = modules.encoder_folder
+    if join(folder, "tokenizer.json") not in files:
+        raise ValueError(
+            "it has no tokenizer.json; load its tokenizer with transformers' AutoTokenizer and "
+            "save it into the folder with save_pretrained"
+        )
+    refuse_foreign_code(files, folder)
+    config = parse_json(files, join(folder, "config.json"))
+    tensors = _read_tensors(root, modules)
+    shapes = _shapes(tensors, folder)
+    name = _family_name(config, shapes, static=modules.static)
+    static = name in _STATIC_TABLES.values()
+    if static:  # these families have no config that gives their sizes
+        config |= {"tensors": shapes}
+    family = _family(name)
+    return PretrainedModel(
+        path=root,
+        family=name,
+        config=config,
+        encoder_folder=folder,
+        pooling=modules.pooling,
+        dense=modules.dense,
+        normalize=modules.normalize or (name == "model2vec" and config.get("normalize") is True),
+        prompts=parse_prompts(files),
+        similarity=parse_similarity(files),
+        special_tokens=not static,
+        skip_unknown=name == "model2vec",
+        max_tokens=_max_tokens(name, files, folder, limit=family.max_tokens(config)),
+        vocabulary_size=family.vocabulary_size(config),
+        dim=_dim(modules, family.hidden_dim(config)),
+        tensors=tensors,
+        files=files,
+    )
+
+
+def _read_small_files(root: AnyPath) -> dict[str, bytes]:
+    files = _read_folder(root, "")
+    if "modules.json" in files:
+        for _, folder in list_modules(files["modules.json"]):
+            files |= _read_folder(root, folder) if folder else {}
+    return files
+
+
+def _read_folder(root: AnyPath, folder: str) -> dict[str, bytes]:
+    directory = path_inside(root, folder)
+    present = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    return {
+        join(folder, name): read_regular(path_inside(root, join(folder, name)), limit=_MAX_BYTES)
+        for name in _SMALL_FILES
+        if name in present
+    }
+
+
+def _read_tensors(root: AnyPath, modules: Modules) -> dict[str, Specs]:
+    """File -> its tensors, of the encoder and of the dense layers."""
+    listed = path_inside(root, TENSOR_LIST)
+    if listed.exists():
+        return parse_specs(read_sealed_json(listed))
+    tensors: dict[str, Specs] = {}
+    for folder in (modules.encoder_folder, *(dense.folder for dense in modules.dense)):
+        tensors |= weight_files(root, folder)
+    return tensors
+
+
+def _shapes(tensors: Mapping[str, Specs], folder: str) -> dict[str, list[int]]:
+    """The shapes of the tensors in a folder."""
+    return {
+        name: list(shape)
+        for file, specs in tensors.items()
+        if lies_in(file, folder)
+        for name, (_, shape) in specs.items()
+    }
+
+
+def _family_name(
+    config: Mapping[str, Any], shapes: Mapping[str, list[int]], *, static: bool
+) -> str:
+    model_type = config.get("model_type")
+    if static or model_type in (None, "model2vec"):
+        for table, family in _STATIC_TABLES.items():
+            if table in shapes:
+                if len(shapes[table]) != 2:
+                    raise ValueError(f"{table} has the shape {shapes[table]}; it should be [v, d]")
+                return family
+        if static or model_type is not None:
+            raise ValueError(f"it has no tensor {' or '.join(_STATIC_TABLES)} of embeddings")
+    if not isinstance(model_type, str):
+        raise ValueError("its config.json is missing, or has no model_type; restore it")
+    return model_type
+
+
+def _family(name: str) -> Family:
+    from jaxcl.models.pretrained.families import FAMILIES
+
+    if name not in FAMILIES:
+        raise ValueError(
+            f"config.json has model_type={name!r:.99}, which is not supported; known are "
+            f"{', '.join(FAMILIES)}"
+        )
+    return FAMILIES[name]
+
+
+def _max_tokens(
+    name: str, files: Mapping[str, bytes], folder: str, *, limit: int | None
+) -> int | None:
+    """The longest text that the folder or, below that, its positions allow."""
+    of_tokenizer = parse_json(files, join(folder, "tokenizer_config.json")).get("model_max_length")
+    if name == "model2vec":
+        config = parse_json(files, join(folder, "config.json"))
+        given = config.get("max_length", _MODEL2VEC_TOKENS)
+    elif name == "static_embedding":
+        # Only here does sentence-transformers heed the truncation that a tokenizer has stored.
+        truncation = parse_json(files, join(folder, "tokenizer.json")).get("truncation")
+        given = truncation.get("max_length") if isinstance(truncation, dict) else None
+    else:
+        given = parse_sentence_config(files, folder).get("max_seq_length") or of_tokenizer
+    if given is not None and (type(given) is not int or given < 1):
+        raise ValueError(f"its longest text has {given!r:.99} tokens; give a positive number")
+    return min((n for n in (given, limit) if n is not None and n <= _MAX_TOKENS), default=None)
+
+
+def _dim(modules: Modules, hidden_dim: int) -> int:
+    """The width of the embeddings, through all dense layers."""
+    dim = hidden_dim * len(modules.pooling.modes)
+    for dense in modules.dense:
+        if dense.in_features != dim:
+            raise ValueError(
+                f"{dense.folder}/config.json has in_features={dense.in_features}, but the layer "
+                f"receives {dim} features"
+            )
+        dim = dense.out_features
+    return dim
