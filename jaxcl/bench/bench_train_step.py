@@ -35,6 +35,7 @@ from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.bench.torch_twin import agreement, torch_twin
 from jaxcl.data.loader import training_batches
 from jaxcl.data.table import table_batch
+from jaxcl.data.text_rule import TextRule
 from jaxcl.data.token_table import TokenTable
 from jaxcl.host.progress import progress_bar
 from jaxcl.ops.mesh import put_batch
@@ -355,7 +356,8 @@ def _token_table(shape: StepShape) -> TokenTable:
             rng, int(offsets[side][-1]), vocabulary_size=shape.vocabulary_size
         )
     numbers = np.arange(shape.num_rows, dtype=np.int32)
-    return TokenTable(tokens, offsets, numbers, numbers, shape.max_tokens)
+    rules = {side: TextRule(shape.max_tokens[side]) for side in SIDES}
+    return TokenTable(tokens, offsets, numbers, numbers, rules)
 
 
 def _rows(settings: Settings, table: TokenTable) -> Callable[[int], np.ndarray]:

@@ -6,7 +6,6 @@ and of the models sees only trees of arrays.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +14,11 @@ from tokenizers import Tokenizer
 from jaxcl.data.modality import Modality, Reader, SplitFiles
 from jaxcl.data.sources import PairSource
 from jaxcl.data.table import Table, join_sides
-from jaxcl.data.token_table import build_token_table, pad_texts, token_spec
+from jaxcl.data.text_rule import TextRule, TextTokenizer, as_inputs, input_spec
+from jaxcl.data.token_table import build_token_table
 from jaxcl.data.tokenizer import (
     check_texts,
+    load_pretrained_tokenizer,
     load_tokenizer,
     tokenizer_fingerprint,
     train_tokenizer,
@@ -39,6 +40,7 @@ __all__ = [
     "input_fingerprints",
     "modality_of",
     "open_tables",
+    "text_rule",
 ]
 
 _CHUNK_ROWS = 4096
@@ -56,13 +58,13 @@ class Text:
         path = _tokenizer_file(workdir)
         if not path.exists():
             if data.tokenizer is not None:
-                tokenizer = _tokenizer_of_settings(data.tokenizer)
+                tokenizer = _tokenizer_of_settings(data)
             else:
                 with progress_bar("reading texts for the tokenizer", len(train)) as advance:
                     texts = _texts(train, sides, advance)
                     tokenizer = train_tokenizer(texts, vocabulary_size=data.vocabulary_size)
             write_whole(path, tokenizer.to_str())
-        num_ids = max(load_tokenizer(path).get_vocab().values()) + 1
+        num_ids = max(self.tokenizer(data, workdir).get_vocab().values()) + 1
         if num_ids > data.vocabulary_size:
             raise ValueError(
                 f"the tokenizer's ids go up to {num_ids - 1}, but "
@@ -74,53 +76,43 @@ class Text:
         with progress_bar(f"tokenising {files.role}", len(source)) as advance:
             return build_token_table(
                 source,
-                self.tokenizer(files.workdir),
-                max_tokens=data.max_tokens._asdict(),
-                add_cls=data.add_cls,
-                distinct=data.distinct_tokens,
+                self.tokenizer(data, files.workdir),
+                rules={side: text_rule(data, side) for side in SIDES},
                 sides=files.sides,
                 directory=files.data_dir / "tokens",
                 advance=advance,
             )
 
-    def tokenizer(self, workdir: AnyPath) -> Tokenizer:
+    def tokenizer(self, data: DataSettings, workdir: AnyPath) -> Tokenizer:
         """The run's tokenizer."""
-        return load_tokenizer(_tokenizer_file(workdir))
+        return _load(data, _tokenizer_file(workdir))
 
     def reader(self, data: DataSettings, side: str, workdir: AnyPath) -> Reader:
-        """Texts -> `{"tokens": int32[n, t]}`, padded to the side's width."""
-        tokenizer = self.tokenizer(workdir)
-
-        def read(values: Sequence[Any]) -> PyTree:
-            tokens = pad_texts(
-                tokenizer,
-                values,
-                max_tokens=getattr(data.max_tokens, side),
-                add_cls=data.add_cls,
-                distinct=data.distinct_tokens,
-            )
-            return {"tokens": tokens}
-
-        return read
+        """Texts -> inputs as `spec`, padded to the side's width."""
+        rule = text_rule(data, side)
+        text = TextTokenizer(self.tokenizer(data, workdir), rule)
+        return lambda values: text.inputs(text.tokenize(values), rule.max_tokens)
 
     def fingerprint(self, workdir: AnyPath) -> str:
         """Names the tokenizer."""
-        return tokenizer_fingerprint(self.tokenizer(workdir))
+        return tokenizer_fingerprint(load_pretrained_tokenizer(_tokenizer_file(workdir)))
 
     def encoder_argument(self, data: DataSettings, side: str) -> int:
         """The size of the vocabulary."""
         return data.vocabulary_size
 
     def spec(self, data: DataSettings, side: str) -> PyTree:
-        """`{"tokens": int32[t]}`."""
-        return token_spec(self.length(data, side))
+        """`{"tokens": int32[t]}`, and the numbers that the side's `TextRule` names."""
+        return input_spec(text_rule(data, side))
 
     def random_inputs(
         self, data: DataSettings, side: str, rng: np.random.Generator, num_rows: int
     ) -> PyTree:
         """Random tokens, none of them padding."""
-        shape = (num_rows, self.length(data, side))
-        return {"tokens": rng.integers(1, data.vocabulary_size, shape).astype(np.int32)}
+        rule = text_rule(data, side)
+        lengths = np.full(num_rows, rule.max_tokens)
+        ids = rng.integers(1, data.vocabulary_size, (num_rows, rule.max_tokens)).ravel()
+        return as_inputs(ids, lengths, rule, width=rule.max_tokens, prompt_length=1)
 
     def length(self, data: DataSettings, side: str) -> int:
         """The width of a side's batches, in tokens."""
@@ -128,6 +120,8 @@ class Text:
 
     def count(self, inputs: PyTree) -> Int[Array, ""]:
         """The number of tokens."""
+        if "length" in inputs:
+            return jnp.sum(inputs["length"])
         return jnp.count_nonzero(inputs["tokens"] != PADDING_ID)
 
 
@@ -221,9 +215,27 @@ def open_tables(
     return tables
 
 
-def _tokenizer_of_settings(path: str) -> Tokenizer:
+def text_rule(data: DataSettings, side: str) -> TextRule:
+    """How the texts of a side become tokens."""
+    return TextRule(
+        max_tokens=getattr(data.max_tokens, side),
+        add_cls=data.add_cls,
+        distinct=data.distinct_tokens,
+        special_tokens=data.special_tokens,
+        prompt=getattr(data.prompts, side) or "",
+        exclude_prompt=bool(data.exclude_prompt),
+    )
+
+
+def _load(data: DataSettings, path: AnyPath) -> Tokenizer:
+    if data.special_tokens is None:
+        return load_tokenizer(path)
+    return load_pretrained_tokenizer(path)
+
+
+def _tokenizer_of_settings(data: DataSettings) -> Tokenizer:
     try:
-        return load_tokenizer(as_path(path))
+        return _load(data, as_path(str(data.tokenizer)))
     except ValueError as error:
         raise ValueError(f"data.tokenizer={error}") from error
 

@@ -17,13 +17,14 @@ from jaxcl.data.checked_array import CheckedArray, DamagedArray, array_record
 from jaxcl.data.row_checks import checked_int32
 from jaxcl.data.row_labels import split_labels
 from jaxcl.data.sources import PairSource
-from jaxcl.data.tokenizer import encode_texts, tokenizer_fingerprint
+from jaxcl.data.text_rule import TextRule, TextTokenizer, as_inputs, input_spec
+from jaxcl.data.tokenizer import tokenizer_fingerprint
 from jaxcl.host.files import read_sealed_json, write_sealed_json
 from jaxcl.host.progress import say
 from jaxcl.host.staging import put_in_place, staging_folder
-from jaxcl.typing import PADDING_ID, SIDES, Int, Integer
+from jaxcl.typing import SIDES, Int, Integer
 
-__all__ = ["TokenTable", "build_token_table", "pad_texts", "padded", "token_spec"]
+__all__ = ["TokenTable", "build_token_table"]
 
 _FORMAT = 4
 _INDEX_FILE = "table.json"
@@ -39,61 +40,70 @@ class TokenTable(NamedTuple):
       group: each row's group; of concatenated data sets each has groups of its own.
       text: a number that rows of equal queries or equal keys share, and whoever shares it with
         them: none of them is a negative of another.
-      max_tokens: side -> the width of its batches.
+      rules: side -> how its texts became tokens; `max_tokens` is the width of its batches.
+      prompt_length: side -> how many tokens stand before the first one of a text.
     """
 
     tokens: Mapping[str, "Integer[np.ndarray, ' _'] | _Tokens"]
     offsets: Mapping[str, Int[np.ndarray, " _"]]
     group: Int[np.ndarray, " n"]
     text: Int[np.ndarray, " n"]
-    max_tokens: Mapping[str, int]
+    rules: Mapping[str, TextRule]
+    prompt_length: Mapping[str, int] = {}
 
     @property
     def num_rows(self) -> int:
         """Rows of the split."""
         return len(self.group)
 
-    def side(self, side: str, rows: Int[np.ndarray, " b"]) -> dict[str, Int[np.ndarray, "b t"]]:
+    def side(self, side: str, rows: Int[np.ndarray, " b"]) -> dict[str, Int[np.ndarray, "b ..."]]:
         """One side's inputs of the given rows, padded to the side's width."""
         starts = self.offsets[side][rows]
         lengths = self.offsets[side][rows + 1] - starts
-        return {"tokens": padded(self.tokens[side], starts, lengths, width=self.max_tokens[side])}
+        return as_inputs(
+            self.tokens[side][_positions(starts, lengths)],
+            lengths,
+            self.rules[side],
+            width=self.rules[side].max_tokens,
+            prompt_length=self.prompt_length.get(side, 0),
+        )
 
     def spec(self, side: str) -> dict[str, jax.ShapeDtypeStruct]:
-        """The shape and type of one row of a side."""
-        return token_spec(self.max_tokens[side])
+        """The shapes and types of one row of a side."""
+        return input_spec(self.rules[side])
 
     def labels(self, rows: Int[np.ndarray, "*b"]) -> dict[str, Int[np.ndarray, "*b"]]:
         """The labels of the given rows: `"row"`, `"text"`, `"group"`."""
         return {"row": rows.astype(np.int32), "text": self.text[rows], "group": self.group[rows]}
 
 
-def token_spec(width: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """One text as an encoder's input, without its values."""
-    return {"tokens": jax.ShapeDtypeStruct((width,), np.int32)}
+def _described(rules: Mapping[str, TextRule]) -> dict[str, Any]:
+    """What a table's name tells of the rules; those that only set the oldest fields keep theirs."""
+    first = next(iter(rules.values()))
+    plain = TextRule(0, add_cls=first.add_cls, distinct=first.distinct)
+    described = {
+        "max_tokens": {side: rule.max_tokens for side, rule in rules.items()},
+        "add_cls": first.add_cls,
+        "distinct": first.distinct,
+    }
+    if any(rule._replace(max_tokens=0) != plain for rule in rules.values()):
+        described["rules"] = {side: rule._asdict() for side, rule in rules.items()}
+    return described
 
 
-def padded(
-    flat: "Integer[np.ndarray, ' _'] | _Tokens",
-    starts: Int[np.ndarray, " b"],
-    lengths: Int[np.ndarray, " b"],
-    *,
-    width: int,
-) -> Int[np.ndarray, "b t"]:
-    """Cuts rows out of one long array and pads them to `width`."""
-    column = np.arange(width)
-    inside = column < lengths[:, None]
-    position = np.where(inside, starts[:, None] + column, 0)
-    return np.where(inside, flat[position], PADDING_ID).astype(np.int32)
+def _positions(
+    starts: Int[np.ndarray, " b"], lengths: Int[np.ndarray, " b"]
+) -> Int[np.ndarray, " _"]:
+    """Where the tokens of some rows lie, row after row."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - ends + lengths, lengths) + np.arange(lengths.sum())
 
 
 def build_token_table(
     source: PairSource,
     tokenizer: Tokenizer,
     *,
-    max_tokens: Mapping[str, int],
-    add_cls: bool = False,
-    distinct: bool = False,
+    rules: Mapping[str, TextRule],
     sides: Sequence[str] = SIDES,
     directory: Path,
     advance: Callable[[int], None] = lambda rows: None,
@@ -103,9 +113,7 @@ def build_token_table(
     Args:
       source: the pairs.
       tokenizer: what turns text into ids.
-      max_tokens: side -> longest text, in tokens; the rest is cut off.
-      add_cls: begin every text with [CLS].
-      distinct: keep each token of a text once.
+      rules: side -> how its texts become tokens.
       sides: the sides that are texts.
       directory: where tables are kept, each under the hash of all that it was made from.
       advance: called with the number of rows done since the last call.
@@ -115,26 +123,26 @@ def build_token_table(
       a batch reads its part of the table.
 
     Raises:
+      ValueError: if a value is not a text, or the tokenizer does not fit a rule.
       OSError: if the table cannot be written, or differs right after that.
     """
     made_from = {
         "format": _FORMAT,
         "source": source.fingerprint,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "max_tokens": dict(max_tokens),
-        "add_cls": add_cls,
-        "distinct": distinct,
+        **_described(rules),
     }
     if tuple(sides) != SIDES:
         made_from["sides"] = list(sides)
+    texts = {side: TextTokenizer(tokenizer, rules[side]) for side in sides}
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
     path = Path(directory) / name
-    write = functools.partial(_write, source, tokenizer, made_from, path, sides)
-    num_ids = max(tokenizer.get_vocab().values()) + 1
+    write = functools.partial(_write, source, texts, made_from, path)
+    num_ids = max(text.num_ids for text in texts.values())
 
     def read() -> TokenTable:
         arrays = _open_arrays(path, made_from, num_ids=num_ids)
-        return _as_table(arrays, path, max_tokens, sides, num_rows=len(source), rebuilt=rebuilt)
+        return _as_table(arrays, path, texts, num_rows=len(source), rebuilt=rebuilt)
 
     def rebuilt(
         damage: DamagedArray, advance: Callable[[int], None] = lambda rows: None
@@ -204,8 +212,7 @@ def _open_arrays(path: Path, made_from: Mapping, *, num_ids: int) -> dict[str, C
 def _as_table(
     arrays: Mapping[str, CheckedArray],
     path: Path,
-    max_tokens: Mapping[str, int],
-    sides: Sequence[str],
+    texts: Mapping[str, TextTokenizer],
     *,
     num_rows: int,
     rebuilt: Callable[[DamagedArray], TokenTable],
@@ -225,12 +232,13 @@ def _as_table(
     table = TokenTable(  # whose small columns are copied, so that later damage does not reach them
         tokens={
             side: _Tokens(arrays[f"{side}_tokens"], functools.partial(mended, side))
-            for side in sides
+            for side in texts
         },
-        offsets={side: np.array(arrays[f"{side}_offsets"].whole()) for side in sides},
+        offsets={side: np.array(arrays[f"{side}_offsets"].whole()) for side in texts},
         group=np.array(arrays["group"].whole()),
         text=np.array(arrays["text"].whole()),
-        max_tokens=dict(max_tokens),
+        rules={side: text.rule for side, text in texts.items()},
+        prompt_length={side: text.prompt_length for side, text in texts.items()},
     )
     for side, offsets in table.offsets.items():
         ends = len(offsets) == num_rows + 1 and (offsets[0], offsets[-1])
@@ -243,10 +251,9 @@ def _as_table(
 
 def _write(
     source: PairSource,
-    tokenizer: Tokenizer,
+    texts: Mapping[str, TextTokenizer],
     made_from: dict,
     path: Path,
-    sides: Sequence[str],
     advance: Callable[[int], None],
 ) -> None:
     """Writes a table next to its final place, then renames it.
@@ -258,7 +265,7 @@ def _write(
         with staging_folder(path) as folder:
             made = folder / "table"
             made.mkdir()
-            for name, column in _encode(source, tokenizer, made_from, made, sides, advance).items():
+            for name, column in _encode(source, texts, made, advance).items():
                 np.save(made / f"{name}.npy", column)
             columns = {file.stem: array_record(file) for file in sorted(made.glob("*.npy"))}
             write_sealed_json(made / _INDEX_FILE, {"made_from": made_from, "columns": columns})
@@ -274,21 +281,20 @@ def _write(
 
 def _encode(
     source: PairSource,
-    tokenizer: Tokenizer,
-    made_from: Mapping[str, Any],
+    texts: Mapping[str, TextTokenizer],
     folder: Path,
-    sides: Sequence[str],
     advance: Callable[[int], None],
 ) -> dict[str, np.ndarray]:
     """Writes the token ids of all rows into a folder, and returns the other columns by name."""
-    dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32
+    num_ids = max(text.num_ids for text in texts.values())
+    dtype = np.uint16 if num_ids <= 1 << 16 else np.uint32
     group = np.zeros(len(source), np.int32)
-    lengths = {side: np.zeros(len(source), np.int64) for side in sides}
-    numbers: dict[str, dict[bytes, int]] = {side: {} for side in sides}
-    same = {side: np.zeros(len(source), np.int64) for side in sides}
+    lengths = {side: np.zeros(len(source), np.int64) for side in texts}
+    numbers: dict[str, dict[bytes, int]] = {side: {} for side in texts}
+    same = {side: np.zeros(len(source), np.int64) for side in texts}
     with contextlib.ExitStack() as open_files:
         files = {
-            side: open_files.enter_context(open(folder / f"{side}.raw", "wb")) for side in sides
+            side: open_files.enter_context(open(folder / f"{side}.raw", "wb")) for side in texts
         }
         for first in range(0, len(source), _CHUNK_ROWS):
             rows = np.arange(first, min(first + _CHUNK_ROWS, len(source)))
@@ -296,25 +302,16 @@ def _encode(
             groups = [record.get("group", 0) for record in records]
             group[rows] = checked_int32(groups, what="group", first_row=first)
             for side, file in files.items():
-                ids = list(
-                    encode_texts(
-                        tokenizer,
-                        [record[side] for record in records],
-                        max_tokens=made_from["max_tokens"][side],
-                        add_cls=made_from["add_cls"],
-                        distinct=made_from["distinct"],
-                        what=f"{side} of row",
-                        first=first,
-                    )
-                )
+                values = [record[side] for record in records]
+                ids = texts[side].tokenize(values, what=f"{side} of row", first=first)
                 lengths[side][rows] = [len(row) for row in ids]
                 same[side][rows] = [
                     numbers[side].setdefault(_digest(row), len(numbers[side])) for row in ids
                 ]
                 file.write(np.concatenate(ids).astype(dtype).tobytes())
             advance(len(rows))
-    columns = split_labels(source, group, [same[side] for side in sides])
-    for side in sides:
+    columns = split_labels(source, group, [same[side] for side in texts])
+    for side in texts:
         raw = folder / f"{side}.raw"
         columns[f"{side}_tokens"] = np.fromfile(raw, dtype)
         columns[f"{side}_offsets"] = np.append(0, np.cumsum(lengths[side]))
@@ -324,21 +321,3 @@ def _encode(
 
 def _digest(tokens: Integer[np.ndarray, " t"]) -> bytes:
     return hashlib.blake2b(np.asarray(tokens, np.uint32).tobytes(), digest_size=16).digest()
-
-
-def pad_texts(
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    *,
-    max_tokens: int,
-    add_cls: bool = False,
-    distinct: bool = False,
-) -> Int[np.ndarray, "n t"]:
-    """Token ids of texts, padded to `max_tokens`."""
-    if not texts:
-        return np.zeros((0, max_tokens), np.int32)
-    rows = list(
-        encode_texts(tokenizer, texts, max_tokens=max_tokens, add_cls=add_cls, distinct=distinct)
-    )
-    lengths = np.array([len(row) for row in rows])
-    return padded(np.concatenate(rows), np.cumsum(lengths) - lengths, lengths, width=max_tokens)

@@ -2,19 +2,20 @@
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from jaxcl.host.files import read_text
 from jaxcl.host.paths import AnyPath
-from jaxcl.typing import PADDING_ID, Int
+from jaxcl.typing import PADDING_ID
 
 __all__ = [
+    "CLS",
+    "UNKNOWN",
     "check_texts",
-    "encode_texts",
+    "load_pretrained_tokenizer",
     "load_tokenizer",
     "tokenizer_fingerprint",
     "train_tokenizer",
@@ -24,7 +25,8 @@ _MAX_WORD = 256
 """Letters: a longer word is read as several, since training takes time quadratic in its length."""
 _MAX_BYTES = 256 * 2**20
 """Of a `tokenizer.json`; the largest real ones have 40 million."""
-_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]")
+PADDING, UNKNOWN, CLS = _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]")
+"""The tokens with the ids 0, 1 and 2."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> Tokenizer:
@@ -41,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> Tokenizer:
     Returns:
       The tokenizer; `tokenizer.save(path)` keeps it whole.
     """
-    tokenizer = Tokenizer(models.BPE(unk_token=_SPECIAL_TOKENS[1]))
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.NFKC(),
@@ -63,7 +65,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: AnyPath) -> Tokenizer:
-    """Reads a `tokenizer.json`, of `train_tokenizer` or of any other origin.
+    """Reads a `tokenizer.json` that follows the ids of `train_tokenizer`.
 
     Memory is bounded by the size of the file, but time is not: the patterns of a file from someone
     else may take very long to match a text.
@@ -72,34 +74,51 @@ def load_tokenizer(path: AnyPath) -> Tokenizer:
       ValueError: if the file cannot be read as a tokenizer, its id 0 is not padding, or it
         has no unknown token; the message begins with the file's name.
     """
+    return _parsed(_read(path), path, pretrained=False)
+
+
+def load_pretrained_tokenizer(path: AnyPath) -> Tokenizer:
+    """Reads any `tokenizer.json`, such as a pretrained encoder's.
+
+    Special tokens that a text spells out, such as "</s>", are read as such, as
+    sentence-transformers does.
+
+    Raises:
+      ValueError: if the file cannot be read as a tokenizer; the message begins with its name.
+    """
+    return _parsed(_read(path), path, pretrained=True)
+
+
+def _read(path: AnyPath) -> str:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give the tokenizer.json in it")
     try:
-        content = read_text(path, limit=_MAX_BYTES)
+        return read_text(path, limit=_MAX_BYTES)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no readable tokenizer.json: {error}") from error
-    return _parsed(content, path)
 
 
-@functools.lru_cache(maxsize=1)  # a run asks for its own several times as it starts
-def _parsed(content: str, path: AnyPath) -> Tokenizer:
+@functools.lru_cache(maxsize=2)  # a run asks for its own several times as it starts
+def _parsed(content: str, path: AnyPath, *, pretrained: bool) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(content)
     except Exception as error:  # the library raises the bare class
         raise ValueError(f"{path} is no readable tokenizer.json: {error}") from error
-    if tokenizer.id_to_token(PADDING_ID) != _SPECIAL_TOKENS[0]:
-        raise ValueError(
-            f"{path}: token {PADDING_ID} is {tokenizer.id_to_token(PADDING_ID)!r}; "
-            f"it must be {_SPECIAL_TOKENS[0]!r}, since encoders read id {PADDING_ID} as padding"
-        )
-    if tokenizer.token_to_id(_SPECIAL_TOKENS[1]) is None:
-        raise ValueError(
-            f"{path} has no token {_SPECIAL_TOKENS[1]!r}, which stands for text without tokens; "
-            "add it to the vocabulary"
-        )
     # A file may carry a fixed padding or truncation of its own.
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    if pretrained:
+        return tokenizer
+    if tokenizer.id_to_token(PADDING_ID) != PADDING:
+        raise ValueError(
+            f"{path}: token {PADDING_ID} is {tokenizer.id_to_token(PADDING_ID)!r}; "
+            f"it must be {PADDING!r}, since encoders read id {PADDING_ID} as padding"
+        )
+    if tokenizer.token_to_id(UNKNOWN) is None:
+        raise ValueError(
+            f"{path} has no token {UNKNOWN!r}, which stands for text without tokens; "
+            "add it to the vocabulary"
+        )
     return _reading_specials_as_text(tokenizer)
 
 
@@ -113,52 +132,6 @@ def _reading_specials_as_text(tokenizer: Tokenizer) -> Tokenizer:
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """The sha256 of everything that the tokenizer does, in hex."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-
-
-def encode_texts(
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    *,
-    max_tokens: int,
-    add_cls: bool = False,
-    distinct: bool = False,
-    what: str = "text",
-    first: int = 0,
-) -> Iterator[Int[np.ndarray, " t"]]:
-    """Token ids of each text.
-
-    Args:
-      tokenizer: of this module, or any that follows its ids.
-      texts: what to encode. A text without any token becomes one unknown token, so that every row
-        has an embedding.
-      max_tokens: the rest is cut off.
-      add_cls: begin with [CLS].
-      distinct: each token once, where it first stands: for encoders that neither read order nor
-        should count how often a name is repeated.
-      what, first: a name for the texts and the number of the first, for messages.
-
-    Yields:
-      One array per text.
-
-    Raises:
-      ValueError: if the tokenizer lacks the token that a text should begin with, cannot
-        encode at all, or if a text is not a `str` of Unicode.
-    """
-    if add_cls and tokenizer.token_to_id(_SPECIAL_TOKENS[2]) is None:
-        raise ValueError(
-            f"the tokenizer has no token {_SPECIAL_TOKENS[2]!r} to begin texts with; add it to the "
-            "vocabulary, or set add_cls=False"
-        )
-    unknown = [tokenizer.token_to_id(_SPECIAL_TOKENS[1])]
-    prefix = [tokenizer.token_to_id(_SPECIAL_TOKENS[2])] if add_cls else []
-    try:
-        encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    except Exception as error:  # the library raises the bare class
-        check_texts(texts, what=what, first=first)
-        raise ValueError(f"the tokenizer cannot encode the texts: {error}") from error
-    for encoding in encodings:
-        ids = list(dict.fromkeys(encoding.ids)) if distinct else encoding.ids
-        yield np.asarray((prefix + (ids or unknown))[:max_tokens], np.int32)
 
 
 def check_texts(texts: Sequence[Any], *, what: str, first: int = 0) -> None:

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from jaxcl.data import checked_array, token_table
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.table import table_batch
-from jaxcl.data.token_table import build_token_table, padded
-from jaxcl.data.tokenizer import encode_texts, train_tokenizer
+from jaxcl.data.text_rule import TextRule, TextTokenizer
+from jaxcl.data.token_table import build_token_table
+from jaxcl.data.tokenizer import train_tokenizer
 from jaxcl.host.files import read_sealed_json, write_sealed_json
 
 NUM_ROWS = 11
@@ -53,15 +54,16 @@ def pairs(**options):
     return CountingPairs(QUERIES, KEYS, groups=GROUPS, **options)
 
 
-def build(source, tokenizer, directory, *, max_tokens=MAX_TOKENS, add_cls=False, **options):
-    return build_token_table(
-        source, tokenizer, max_tokens=max_tokens, add_cls=add_cls, directory=directory, **options
-    )
+def build(source, tokenizer, directory, *, max_tokens=MAX_TOKENS, advance=None, **rule):
+    rules = {side: TextRule(width, **rule) for side, width in max_tokens.items()}
+    options = {} if advance is None else {"advance": advance}
+    return build_token_table(source, tokenizer, rules=rules, directory=directory, **options)
 
 
 def directly(tokenizer, texts, *, width, add_cls=False):
     """Each text by itself, with zeros behind."""
-    rows = encode_texts(tokenizer, texts, max_tokens=width, add_cls=add_cls)
+    text = TextTokenizer(tokenizer, TextRule(width, add_cls=add_cls))
+    rows = [row for each in texts for row in text.tokenize([each])]
     return np.array([[*row, *[0] * (width - len(row))] for row in rows])
 
 
@@ -100,13 +102,6 @@ def test_one_row_is_a_table(tokenizer, tmp_path):
     unknown = tokenizer.token_to_id("[UNK]")
     query = table_batch(table, np.array([0]))["query"]["tokens"]
     np.testing.assert_array_equal(query, [[unknown, 0, 0, 0]])
-
-
-def test_padding_stands_behind_the_tokens_and_nowhere_else():
-    flat = np.array([5, 6, 7, 8, 9])
-    starts, lengths = np.array([2, 0, 4]), np.array([2, 0, 1])
-    found = padded(flat, starts, lengths, width=3)
-    np.testing.assert_array_equal(found, [[7, 8, 0], [0, 0, 0], [9, 0, 0]])
 
 
 def test_a_table_is_built_once(tokenizer, tmp_path):
@@ -165,6 +160,7 @@ import os, sys
 from pathlib import Path
 from tokenizers import Tokenizer
 from jaxcl.data.sources import InMemoryPairs
+from jaxcl.data.text_rule import TextRule
 from jaxcl.data.token_table import build_token_table
 
 class Killed(InMemoryPairs):
@@ -174,7 +170,10 @@ class Killed(InMemoryPairs):
 tokenizer = Tokenizer.from_file(sys.argv[1])
 pairs = Killed(["a"], ["b"])
 build_token_table(
-    pairs, tokenizer, max_tokens={"query": 4, "key": 7}, directory=Path(sys.argv[2])
+    pairs,
+    tokenizer,
+    rules={"query": TextRule(4), "key": TextRule(7)},
+    directory=Path(sys.argv[2]),
 )
 """
 
@@ -497,7 +496,7 @@ def test_rows_of_equal_queries_or_keys_are_of_one_text(tokenizer, tmp_path):
     queries = ["add one", "add two", "add one", "sub", "mul", "sub"]
     keys = ["return a", "return b", "return c", "return c", "return d", "return e f"]
     pairs = InMemoryPairs(queries, keys)
-    table = build_token_table(pairs, tokenizer, max_tokens=MAX_TOKENS, directory=tmp_path)
+    table = build(pairs, tokenizer, tmp_path)
     # 0 and 2 share a query, 2 and 3 a key, 3 and 5 a query.
     assert table.text[[0, 2, 3, 5]].tolist() == [table.text[0]] * 4
     assert len(set(table.text.tolist())) == 3
@@ -507,5 +506,5 @@ def test_rows_of_equal_queries_or_keys_are_of_one_text(tokenizer, tmp_path):
 def test_texts_that_agree_as_far_as_they_are_read_are_one(tokenizer, tmp_path):
     same = "return x1 + 1 and then some more of it"
     pairs = InMemoryPairs(["a", "b"], [f"{same} {end}" for end in ("here", "there")])
-    table = build_token_table(pairs, tokenizer, max_tokens=MAX_TOKENS, directory=tmp_path)
+    table = build(pairs, tokenizer, tmp_path)
     assert len(set(table.text.tolist())) == 1

@@ -7,12 +7,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from jaxcl.data.tokenizer import (
-    encode_texts,
-    load_tokenizer,
-    tokenizer_fingerprint,
-    train_tokenizer,
-)
+from jaxcl.data.text_rule import TextRule, TextTokenizer
+from jaxcl.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 TEXTS = [
     "parse the ISO date of a string",
@@ -29,7 +25,7 @@ def trained():
 
 
 def encoded(tokenizer, text, *, max_tokens=32, add_cls=False):
-    (ids,) = encode_texts(tokenizer, [text], max_tokens=max_tokens, add_cls=add_cls)
+    (ids,) = TextTokenizer(tokenizer, TextRule(max_tokens, add_cls=add_cls)).tokenize([text])
     return ids.tolist()
 
 
@@ -118,12 +114,13 @@ def test_cls_comes_first_and_counts_as_a_token(trained):
 
 
 def test_each_text_is_encoded_by_itself_and_in_order(trained):
-    rows = list(encode_texts(trained, TEXTS, max_tokens=9, add_cls=True))
+    text = TextTokenizer(trained, TextRule(9, add_cls=True))
+    rows = text.tokenize(TEXTS)
     assert [row.tolist() for row in rows] == [
         encoded(trained, text, max_tokens=9, add_cls=True) for text in TEXTS
     ]
     assert all(row.dtype == np.int32 for row in rows)
-    assert list(encode_texts(trained, [], max_tokens=9, add_cls=True)) == []
+    assert text.tokenize([]) == []
 
 
 def test_a_saved_tokenizer_is_the_same_when_loaded(trained, tmp_path):
@@ -236,7 +233,7 @@ def test_a_tokenizer_that_cannot_encode_is_an_error(tmp_path):
 )
 def test_what_is_no_text_is_an_error_that_names_it(trained, text, message):
     with pytest.raises(ValueError, match=message):
-        list(encode_texts(trained, ["word", text], max_tokens=4))
+        TextTokenizer(trained, TextRule(4)).tokenize(["word", text])
 
 
 def test_words_of_a_bounded_length_are_read_as_without_the_bound(trained, monkeypatch):
@@ -254,8 +251,9 @@ def test_words_of_a_bounded_length_are_read_as_without_the_bound(trained, monkey
 def test_distinct_keeps_each_token_where_it_first_stands(trained):
     text = "date = parse(date) : parse"
     every = encoded(trained, text)
-    (distinct,) = encode_texts(trained, [text], max_tokens=32, distinct=True)
+    (distinct,) = TextTokenizer(trained, TextRule(32, distinct=True)).tokenize([text])
     assert [trained.id_to_token(i) for i in distinct] == ["date", "=", "parse", "(", ")", ":"]
     assert len(every) == 8
-    (cut,) = encode_texts(trained, [text], max_tokens=3, distinct=True)  # cut after, not before
+    # Cut after, not before.
+    (cut,) = TextTokenizer(trained, TextRule(3, distinct=True)).tokenize([text])
     assert cut.tolist() == distinct[:3].tolist()

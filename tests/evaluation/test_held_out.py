@@ -9,6 +9,7 @@ from jaxcl.configs.code_search import get_config
 from jaxcl.data.modalities import build_readers
 from jaxcl.data.prepare import RunData
 from jaxcl.data.sources import InMemoryPairs
+from jaxcl.data.text_rule import TextRule
 from jaxcl.data.token_table import build_token_table
 from jaxcl.data.tokenizer import train_tokenizer
 from jaxcl.evaluation import held_out as evaluate
@@ -49,8 +50,10 @@ def make_data(config, tmp_path):
             split: build_token_table(
                 source,
                 tokenizer,
-                max_tokens=dict(config.data.max_tokens),
-                distinct=config.data.distinct_tokens,
+                rules={
+                    side: TextRule(width, distinct=config.data.distinct_tokens)
+                    for side, width in config.data.max_tokens.items()
+                },
                 directory=tmp_path,
             )
             for split, source in sources.items()

@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.data.token_table import pad_texts
-from jaxcl.data.tokenizer import encode_texts, train_tokenizer
 from jaxcl.models import StaticEncoder, make_towers
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.step.embedder import make_embedder
@@ -131,26 +129,3 @@ def test_only_one_batch_of_rows_is_read_at_a_time(params, embed, towers):
     assert relative_error(found, embed(params, "key", tokens)) < TOLERANCE
     assert np.concatenate(read).tolist() == list(range(len(tokens)))
     assert max(map(len, read)) == BATCH_SIZE
-
-
-TEXTS = ["add one", "", "add one to the number and return it", "number"]
-
-
-@pytest.mark.parametrize("add_cls", [False, True])
-def test_texts_are_padded_to_one_width(add_cls):
-    tokenizer = train_tokenizer(TEXTS, vocabulary_size=VOCABULARY)
-    found = pad_texts(tokenizer, TEXTS, max_tokens=WIDTH, add_cls=add_cls)
-    rows = encode_texts(tokenizer, TEXTS, max_tokens=WIDTH, add_cls=add_cls)
-    wanted = [[*row, *[0] * (WIDTH - len(row))] for row in rows]
-    np.testing.assert_array_equal(found, wanted)
-    assert found.dtype == np.int32
-    assert found[1].tolist() == ([2, 1] if add_cls else [1, 0]) + [0] * (WIDTH - 2)
-
-
-def test_distinct_tokens_of_a_text_stand_once():
-    tokenizer = train_tokenizer(TEXTS, vocabulary_size=VOCABULARY)
-    once, twice = (
-        pad_texts(tokenizer, [text], max_tokens=WIDTH, distinct=True)
-        for text in ("number", "number number")
-    )
-    np.testing.assert_array_equal(once, twice)
