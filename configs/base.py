@@ -71,11 +71,13 @@ def _data() -> ConfigDict:
     # What is put before each text of a side; None is the pretrained model's prompt, "" is none.
     data.prompts = ConfigDict({"query": placeholder(str), "key": placeholder(str)})
     data.exclude_prompt = placeholder(bool)  # whether pooling leaves the prompt's tokens out
+    data.skip_unknown = placeholder(bool)  # whether unknown tokens are left out, as by model2vec
     return data
 
 
 def _model() -> ConfigDict:
-    model = ConfigDict({"name": "static", "shared": True, "dim": 512})
+    # None is the pretrained model's own encoder, or "static" without one.
+    model = ConfigDict({"name": placeholder(str), "shared": True, "dim": 512})
     # The options of all encoders; None is the encoder's own default, which its docstring gives.
     model.options = option_fields(ENCODERS)
     model.pretrained = placeholder(str)  # a file or folder to start from; None starts at random

@@ -8,6 +8,7 @@ from jaxcl.models.towers import Encode, EncoderPart, Towers, TowerSpec, make_tow
 from jaxcl.models.transformer import TransformerEncoder, TransformerOptions
 
 __all__ = [
+    "DEFAULT_ENCODER",
     "ENCODERS",
     "DecoderEncoder",
     "Encode",
@@ -25,3 +26,6 @@ ENCODERS: Mapping[str, EncoderPart] = {
     "transformer": EncoderPart(TransformerEncoder, TransformerOptions),
 }
 """Encoders by `config.model.name`."""
+
+DEFAULT_ENCODER = "static"
+"""The encoder of a config that names none."""

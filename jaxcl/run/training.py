@@ -19,12 +19,12 @@ from jaxcl.ops.mesh import make_mesh
 from jaxcl.run.build_loss import build_loss, build_measure, build_momentum
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.memory import init_memory
+from jaxcl.settings.derived import tower_sections
 from jaxcl.settings.sections import (
     ModelSettings,
     OptimizerSettings,
     Parts,
     Settings,
-    TowerSettings,
 )
 from jaxcl.step.embedder import Embedder, make_embedder
 from jaxcl.step.mined_refresh import Refresh, make_mined_refresh
@@ -197,18 +197,15 @@ def run_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = 
 
 def build_towers(settings: Settings) -> Towers:
     """The model of `settings.model`, with the augmentations of `settings.augmentation`."""
-    model, parts, augmentation = settings.model, settings.parts, settings.augmentation
-    queries = TowerSettings(model.name, model.options)
-    keys = queries if model.key.name is None else model.key
-    towers = {"both": queries} if model.shared else {"query": queries, "key": keys}
+    parts, augmentation = settings.parts, settings.augmentation
     augment = {}
     if parts.augmentation is not None:
         function = parts.augmentation(**augmentation.options)
         augment = dict.fromkeys(augmentation.sides, function)
     made = make_towers(
         {
-            name: _tower_spec(settings, "query" if name == "both" else name, tower)
-            for name, tower in towers.items()
+            name: _tower_spec(settings, "query" if name == "both" else name, section)
+            for name, section in tower_sections(settings.model).items()
         },
         augment=augment,
     )
@@ -223,22 +220,24 @@ def build_towers(settings: Settings) -> Towers:
     return made._replace(init=init)
 
 
-def _tower_spec(settings: Settings, side: str, tower: TowerSettings) -> TowerSpec:
-    part = settings.parts.encoders[str(tower.name)]
+def _tower_spec(settings: Settings, side: str, section: str) -> TowerSpec:
+    model, part = settings.model, settings.parts.encoders[section]
+    options = model.options if section == "model" else model.key.options
     first = modality_of(settings.data, side).encoder_argument(settings.data, side)
     return TowerSpec(
-        lambda rngs: part.function(first, dim=settings.model.dim, rngs=rngs, **tower.options),
+        lambda rngs: part.function(first, dim=model.dim, rngs=rngs, **options),
         part.load,
     )
 
 
 def pretrained_sources(model: ModelSettings) -> dict[str, Path]:
     """Name of a tower -> the file or folder from which it is loaded."""
-    towers = {"both": model.pretrained}
-    if not model.shared:
-        own = model.pretrained if model.key.name is None else model.key.pretrained
-        towers = {"query": model.pretrained, "key": own}
-    return {name: local_path(path) for name, path in towers.items() if path is not None}
+    files = {"model": model.pretrained, "model.key": model.key.pretrained}
+    return {
+        tower: local_path(path)
+        for tower, section in tower_sections(model).items()
+        if (path := files[section]) is not None
+    }
 
 
 def build_optimizer(

@@ -22,7 +22,7 @@ def check_model(settings: Settings) -> None:
     if model.key.name is None and (model.key.pretrained is not None or _given(model.key.options)):
         raise ValueError("model.key describes an encoder without a name; set model.key.name")
     for field, tower in (("model", model), ("model.key", model.key)):
-        part = settings.parts.encoders.get(str(tower.name))
+        part = settings.parts.encoders.get(field)
         if tower.pretrained is not None and part is not None and part.load is None:
             raise ValueError(
                 f"{field}.pretrained={tower.pretrained!r}, but the encoder {tower.name!r} cannot "
@@ -74,7 +74,7 @@ def _check_widths(settings: Settings) -> None:
     model = settings.model
     key = ("model", model) if model.key.name is None else ("model.key", model.key)
     for side, (field, tower) in {"query": ("model", model), "key": key}.items():
-        part = settings.parts.encoders.get(str(tower.name))
+        part = settings.parts.encoders.get(field)
         declared: Any = () if part is None or part.options is None else part.options
         default = DEFAULT_MAX_TOKENS if "max_tokens" in getattr(declared, "_fields", ()) else None
         longest = tower.options.get("max_tokens", default)

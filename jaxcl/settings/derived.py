@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxcl.assignment import PRESETS, Gcbs, random_to_hard
-from jaxcl.settings.sections import DataSettings, GcbsSettings, Settings
+from jaxcl.settings.sections import DataSettings, GcbsSettings, ModelSettings, Settings
 
 __all__ = [
     "ASSIGNMENTS",
@@ -17,6 +17,7 @@ __all__ = [
     "data_set_names",
     "gcbs_rule",
     "sources_by",
+    "tower_sections",
     "with_encoder_options",
 ]
 
@@ -109,6 +110,18 @@ def data_set_names(data: DataSettings) -> tuple[str, ...]:
     return ("first", *(name for name, one in others if "train" in one.splits))
 
 
+def tower_sections(model: ModelSettings) -> dict[str, str]:
+    """Name of a tower -> the section of the config that describes its encoder.
+
+    Example:
+      >>> tower_sections(ModelSettings()), tower_sections(ModelSettings(shared=False))
+      ({'both': 'model'}, {'query': 'model', 'key': 'model'})
+    """
+    if model.shared:
+        return {"both": "model"}
+    return {"query": "model", "key": "model" if model.key.name is None else "model.key"}
+
+
 def with_encoder_options(
     settings: Settings, change: Callable[[Mapping[str, Any], tuple[str, ...]], dict[str, Any]]
 ) -> Settings:
@@ -121,12 +134,12 @@ def with_encoder_options(
     """
     model, encoders = settings.model, settings.parts.encoders
 
-    def changed(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        declared: Any = encoders[name].options
+    def changed(section: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        declared: Any = encoders[section].options
         return change(options, () if declared is None else declared._fields)
 
-    model = model._replace(options=changed(model.name, model.options))
+    model = model._replace(options=changed("model", model.options))
     if model.key.name is not None:
-        own = changed(model.key.name, model.key.options)
+        own = changed("model.key", model.key.options)
         model = model._replace(key=model.key._replace(options=own))
     return settings._replace(model=model)

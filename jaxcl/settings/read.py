@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxcl.losses import LOSSES, Loss
-from jaxcl.models import ENCODERS, EncoderPart
+from jaxcl.models import DEFAULT_ENCODER, ENCODERS, EncoderPart
 from jaxcl.models.augmentations import AUGMENTATIONS, Augmentation
 from jaxcl.settings.checks import check_settings
 from jaxcl.settings.effects import check_effects
@@ -101,14 +101,15 @@ def _with_parts(settings: Settings, trust: Trust) -> Settings:
 def _with_encoders(
     model: ModelSettings, trust: Trust
 ) -> tuple[ModelSettings, dict[str, EncoderPart]]:
-    """The model with the options that are set, and its encoders by name."""
+    """The model with the options that are set, and its encoders by the section that names them."""
+    model = model._replace(name=model.name or DEFAULT_ENCODER)
     model, part = _resolved("model", model, ENCODERS, EncoderPart, trust)
-    encoders = {model.name: part}
+    encoders = {"model": part}
     if model.key.name is None:
         model = model._replace(key=_without_unset(model.key))
     else:
         key, part = _resolved("model.key", model.key, ENCODERS, EncoderPart, trust)
-        encoders[key.name] = part
+        encoders["model.key"] = part
         model = model._replace(key=key)
     return model, encoders
 

@@ -112,6 +112,7 @@ class DataSettings(NamedTuple):
     special_tokens: bool | None = None
     prompts: SidePrompts = SidePrompts()
     exclude_prompt: bool | None = None
+    skip_unknown: bool | None = None
 
     @property
     def first(self) -> DataSet:
@@ -128,9 +129,12 @@ class TowerSettings(NamedTuple):
 
 
 class ModelSettings(NamedTuple):
-    """The encoder, or that of the queries and another of the keys, and the embeddings' width."""
+    """The encoder, or that of the queries and another of the keys, and the embeddings' width.
 
-    name: str = "static"
+    `name` is never `None` in the result of `read_settings`.
+    """
+
+    name: str | None = None
     shared: bool = True
     dim: Size = 512
     options: Mapping[str, Any] = {}
@@ -306,7 +310,7 @@ class Parts(NamedTuple):
     """The functions that a run's config names, or `unresolved`.
 
     Attributes:
-      encoders: name -> an encoder.
+      encoders: `"model"`, and `"model.key"` where the keys have their own -> an encoder.
       loss: a loss with its declaration.
       optimizer: `(**options) -> optax.GradientTransformation`.
       schedule: `(peak, *, warmup_steps, steps) -> optax.Schedule`.

@@ -106,3 +106,14 @@ def test_processes_compare_settings_cadences_flags_and_versions_but_no_folders()
     assert report == process_report(settings(run={"data_dir": "mounted/elsewhere"}))
     with jax.enable_x64(True):
         assert report != process_report(settings())
+
+
+def test_a_run_that_recorded_the_default_encoder_by_name_is_that_of_a_config_without_a_name():
+    settings = read_settings({"model": {"name": None}})
+    assert settings.model.name == "static"
+    recorded = as_dict(read_settings({"model": {"name": "static"}}))
+    assert settings_differences(recorded, settings, saved_step=None) == []
+    other = read_settings({"model": {"name": "transformer"}})
+    assert "model.name is transformer here and static there" in settings_differences(
+        recorded, other, saved_step=None
+    )
