@@ -4,6 +4,11 @@ The library, for your own training loop:
 
     from jaxcl import assignment, grad_cache, losses, metrics, negatives, ops
 
+A trained model:
+
+    model = jaxcl.load("runs/code_search")
+    model.encode(["parse an ISO 8601 date"])
+
 The application:
 
     python -m jaxcl.train --config configs/code_search.py
@@ -12,11 +17,28 @@ The application:
 `python -m jaxcl` lists all commands.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from jaxcl.host.command_names import refuse_other_modules
+from jaxcl.host.extras import missing_message
 
 refuse_other_modules()
 
 # After the check, which then need not wait for JAX.
 from jaxcl import assignment, grad_cache, losses, metrics, negatives, ops  # noqa: E402
 
-__all__ = ["assignment", "grad_cache", "losses", "metrics", "negatives", "ops"]
+if TYPE_CHECKING:
+    from jaxcl.run.load_model import load
+
+__all__ = ["assignment", "grad_cache", "load", "losses", "metrics", "negatives", "ops"]
+
+
+def __getattr__(name: str) -> Any:
+    # `load` needs the packages of the extra `train`, and seconds to import them.
+    if name != "load":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if (missing := missing_message()) is not None:
+        raise ImportError(f"jaxcl.load {missing}")
+    from jaxcl.run.load_model import load
+
+    return load

@@ -30,6 +30,7 @@ except ImportError:  # on Windows nothing keeps two runs apart
 
 __all__ = [
     "CHECKPOINTS",
+    "ID_FILE",
     "check_saved_flags",
     "check_saved_settings",
     "claim_workdir",

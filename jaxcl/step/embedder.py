@@ -11,13 +11,38 @@ from jaxcl.models import Encode
 from jaxcl.ops.mesh import batch_sharding, current_mesh, fetch, local_rows, put_batch
 from jaxcl.typing import Float, Int, PyTree
 
-__all__ = ["Embedder", "ReadRows", "make_embedder"]
+__all__ = ["Embedder", "Forward", "ReadRows", "make_embedder", "make_forward"]
 
 ReadRows: TypeAlias = Callable[[Int[np.ndarray, " b"]], PyTree]
 """Row numbers -> a side's inputs of these rows."""
 
 Embedder: TypeAlias = Callable[..., Float[np.ndarray, "n d"]]
 """`(params, side, read, num_rows, *, advance) -> embeddings` of all rows, float32 on the host."""
+
+
+Forward: TypeAlias = Callable[[PyTree, str, PyTree], jax.Array]
+"""`(params, side, inputs) -> [b, d]`, where `b` is a multiple of the number of devices."""
+
+
+def make_forward(encode: Encode, mesh: Mesh) -> Forward:
+    """Compile an encoder for batches that every process holds as a whole, a program for each shape.
+
+    Args:
+      encode: the towers' function.
+      mesh: the devices; rows are sharded over all axes.
+    """
+    compiled = jax.jit(
+        lambda params, side, inputs: encode(params, side, inputs),
+        static_argnums=1,
+        in_shardings=(None, batch_sharding(mesh)),
+        out_shardings=batch_sharding(mesh),
+    )
+
+    def forward(params: PyTree, side: str, inputs: PyTree) -> jax.Array:
+        with current_mesh(mesh):
+            return compiled(params, side, put_batch(jax.tree.map(local_rows, inputs), mesh))
+
+    return forward
 
 
 def make_embedder(encode: Encode, mesh: Mesh, *, batch_size: int = 1024) -> Embedder:
@@ -34,12 +59,7 @@ def make_embedder(encode: Encode, mesh: Mesh, *, batch_size: int = 1024) -> Embe
       Only one batch of inputs is held at a time. `advance(rows)` is called as rows are done.
     """
     batch_size += -batch_size % mesh.size
-    forward = jax.jit(
-        lambda params, side, inputs: encode(params, side, inputs),
-        static_argnums=1,
-        in_shardings=(None, batch_sharding(mesh)),
-        out_shardings=batch_sharding(mesh),
-    )
+    forward = make_forward(encode, mesh)
 
     def embed(
         params: PyTree,
@@ -59,8 +79,8 @@ def make_embedder(encode: Encode, mesh: Mesh, *, batch_size: int = 1024) -> Embe
                 ),
                 read(np.arange(first, first + count)),
             )
+            vectors = forward(params, side, inputs)
             with current_mesh(mesh):
-                vectors = forward(params, side, put_batch(jax.tree.map(local_rows, inputs), mesh))
                 parts.append(fetch(vectors)[:count].astype(np.float32))
             advance(count)
         return np.concatenate(parts)

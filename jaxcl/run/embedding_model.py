@@ -1,0 +1,238 @@
+"""A text encoder on the present devices: texts in, vectors out."""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxcl.data.tokenizer import check_texts
+from jaxcl.host.progress import progress_bar
+from jaxcl.models import Encode
+from jaxcl.run.host_vectors import check_quantize, quantized, similarities, truncated
+from jaxcl.step.embedder import make_forward
+from jaxcl.step.length_batches import LengthBatch, embed_batches, length_batches
+from jaxcl.typing import SIDES, Float, Int, PyTree
+
+__all__ = ["EmbeddingModel", "TextSide"]
+
+_CHUNK_TEXTS = 4096
+_BATCH_TOKENS = {"cpu": 4096}  # caches are small; accelerators want many rows at once
+_ACCELERATOR_TOKENS = 65_536
+_BAR_TEXTS = 1000
+"""So many texts take long enough for a progress bar."""
+
+
+class TextSide(NamedTuple):
+    """How the texts of a side become inputs.
+
+    Attributes:
+      prompt: a text that is put before each of the side's texts.
+      max_tokens: the longest text, special tokens and prompt included; `None` without a limit.
+      tokenize: `(texts, prompt) -> token ids of each`.
+      as_inputs: `(rows of token ids, prompt, width) -> the encoder's inputs`.
+    """
+
+    prompt: str
+    max_tokens: int | None
+    tokenize: Callable[[Sequence[str], str], list[Int[np.ndarray, " _"]]]
+    as_inputs: Callable[[Sequence[Int[np.ndarray, " _"]], str, int], PyTree]
+
+
+class EmbeddingModel:
+    """Embeds texts; `jaxcl.load` returns one.
+
+    Example:
+      model = jaxcl.load("runs/code_search")
+      queries = model.encode(["parse an ISO date"])
+      keys = model.encode(["def parse_iso_date(text): ...", "def open_socket(): ..."], side="key")
+      model.similarity(queries, keys)  # [1, 2]
+
+    Attributes:
+      source: the folder that it was loaded from.
+      dim: the width of the embeddings.
+      max_tokens: side -> the longest text in tokens, special ones and prompt included; the rest of
+        a text is cut off. `None` without a limit.
+      prompts: name -> a text that may be put before each text. `"query"` and `"key"` are those
+        that `encode` uses by default; a sentence-transformers folder may have more.
+      normalizes: whether the embeddings are unit vectors.
+      similarity_function: `"cosine"`, `"dot"`, `"euclidean"` or `"manhattan"`.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: str,
+        encode: Encode,
+        params: PyTree,
+        mesh: Mesh,
+        sides: Mapping[str, TextSide],
+        dim: int,
+        prompts: Mapping[str, str] | None = None,
+        normalizes: bool = True,
+        similarity_function: str = "cosine",
+    ):
+        self.source = source
+        self.dim = dim
+        self.max_tokens = {side: text.max_tokens for side, text in sides.items()}
+        self.prompts = {**(prompts or {}), **{side: text.prompt for side, text in sides.items()}}
+        self.normalizes = normalizes
+        self.similarity_function = similarity_function
+        self._params = params
+        self._mesh = mesh
+        self._sides = sides
+        self._forward = make_forward(encode, mesh)
+
+    def __repr__(self) -> str:
+        return f"EmbeddingModel({self.source!r}, dim={self.dim})"
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        side: str = "query",
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        dim: int | None = None,
+        quantize: str | None = None,
+        progress: bool | Callable[[int], object] | None = None,
+    ) -> np.ndarray:
+        """Embed texts.
+
+        Texts are sorted by length and padded to a few widths, so that little is computed on
+        padding and few programs are compiled. A vector depends on its text alone, up to rounding.
+        Of several processes, each calls this with the same texts and gets all of the vectors.
+
+        Args:
+          texts: one text, or several.
+          side: `"query"` or `"key"`: documents, passages and code are keys. It decides on the
+            prompt and, for models of two encoders, on the encoder.
+          prompt: a text to put before each, instead of the side's prompt: one of the names in
+            `prompts`, or else the prompt itself; `""` for none.
+          batch_size: texts at once, rounded up to a multiple of the number of devices; by default
+            as many as have about 4,096 tokens on a CPU, and 65,536 on an accelerator.
+          dim: keep only this many of the first dimensions, for a model that was trained for that
+            (`loss.matryoshka_dims`). Unit vectors are normalised again.
+          quantize: `"int8"`: 127 times the values, rounded, of unit vectors only. It has no
+            per-dimension ranges, so that vectors of different calls can be compared.
+            `"binary"`: a bit for each dimension, 1 where it is positive, eight to a byte, the first
+            dimension in the highest bit; the same as `"ubinary"` of sentence-transformers.
+          progress: whether to show how far the work has come, or a function that is called with the
+            number of texts as they are done; by default, long work shows a bar on a terminal.
+
+        Returns:
+          `[n, d]` in the order of the texts, or `[d]` for one text: float32, int8 for `"int8"`, or
+          uint8 of `ceil(d / 8)` for `"binary"`.
+
+        Raises:
+          TypeError: if a text is not a `str`.
+          ValueError: for a text that is not Unicode, or an unknown side or option.
+        """
+        check_quantize(quantize, normalizes=self.normalizes)
+        if dim is not None and not 1 <= dim <= self.dim:
+            raise ValueError(f"dim={dim}; the model has {self.dim} dimensions, so give 1 to that")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} embeds nothing; give 1 or more")
+        rows = self._tokens(texts, side, prompt)
+        with _shown(progress, len(rows)) as advance:
+            vectors = self._embed(rows, side, prompt, batch_size, advance)
+        vectors = quantized(truncated(vectors, dim, normalizes=self.normalizes), quantize)
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    def tokenize(
+        self, texts: str | Sequence[str], *, side: str = "query", prompt: str | None = None
+    ) -> Int[np.ndarray, " _"] | list[Int[np.ndarray, " _"]]:
+        """The token ids that the encoder reads, without padding.
+
+        Args:
+          texts: one text, or several.
+          side, prompt: as `encode`.
+
+        Returns:
+          `[t]` for each text, the prompt's and special tokens included.
+        """
+        rows = self._tokens(texts, side, prompt)
+        return rows[0] if isinstance(texts, str) else rows
+
+    def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Compare vectors of `encode` by the model's similarity function; higher is more similar.
+
+        Args:
+          a: `[n, d]`, or `[d]`; float or int8.
+          b: `[m, d]`, or `[d]`.
+
+        Returns:
+          `[n, m]` in float32, without the axis of a single vector. `"cosine"` and `"dot"` are sums
+          in float64; `"euclidean"` and `"manhattan"` are negative distances.
+        """
+        return similarities(self.similarity_function, a, b)
+
+    def _tokens(
+        self, texts: str | Sequence[str], side: str, prompt: str | None
+    ) -> list[Int[np.ndarray, " _"]]:
+        if side not in SIDES:
+            raise ValueError(f"side={side!r} is unknown; use {' or '.join(SIDES)}")
+        texts = _checked([texts] if isinstance(texts, str) else texts)
+        tokenize, before = self._sides[side].tokenize, self._prompt(side, prompt)
+        return [
+            row
+            for first in range(0, len(texts), _CHUNK_TEXTS)
+            for row in tokenize(texts[first : first + _CHUNK_TEXTS], before)
+        ]
+
+    def _prompt(self, side: str, prompt: str | None) -> str:
+        return self._sides[side].prompt if prompt is None else self.prompts.get(prompt, prompt)
+
+    def _embed(
+        self,
+        rows: Sequence[Int[np.ndarray, " _"]],
+        side: str,
+        prompt: str | None,
+        batch_size: int | None,
+        advance: Callable[[int], object],
+    ) -> Float[np.ndarray, "n d"]:
+        text, before = self._sides[side], self._prompt(side, prompt)
+        platform = self._mesh.devices.flat[0].platform
+        batches = length_batches(
+            np.array([len(row) for row in rows], np.int64),
+            multiple=self._mesh.size,
+            batch_tokens=_BATCH_TOKENS.get(platform, _ACCELERATOR_TOKENS) * self._mesh.size,
+            batch_size=batch_size,
+            longest=text.max_tokens,
+        )
+
+        def read(batch: LengthBatch) -> PyTree:
+            missing = [rows[0][:0]] * (batch.num_rows - len(batch.rows))
+            return text.as_inputs([rows[row] for row in batch.rows] + missing, before, batch.width)
+
+        out = np.empty((len(rows), self.dim), np.float32)
+        forward = functools.partial(self._forward, self._params, side)
+        embed_batches(batches, forward, read, out, advance=advance)
+        return out
+
+
+def _checked(texts: Sequence[str]) -> list[str]:
+    texts = list(texts)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"text {number} is {type(text).__name__}, {text!r:.80}; give a str")
+    check_texts(texts, what="text")
+    return texts
+
+
+@contextlib.contextmanager
+def _shown(
+    progress: bool | Callable[[int], object] | None, num_texts: int
+) -> Iterator[Callable[[int], object]]:
+    if progress is None:
+        progress = num_texts >= _BAR_TEXTS and sys.stderr is not None and sys.stderr.isatty()
+    if callable(progress):
+        yield progress
+    elif progress:
+        with progress_bar("embedding", num_texts) as advance:
+            yield advance
+    else:
+        yield lambda rows: None

@@ -1,0 +1,114 @@
+"""Embeddings on the host: truncated, quantised and compared."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from scipy.spatial.distance import cdist
+
+from jaxcl.typing import Float
+
+__all__ = [
+    "QUANTIZATIONS",
+    "SIMILARITIES",
+    "check_quantize",
+    "quantized",
+    "similarities",
+    "truncated",
+]
+
+QUANTIZATIONS = ("int8", "binary")
+"""The types of `EmbeddingModel.encode(quantize=…)` other than float32."""
+
+
+def truncated(
+    vectors: Float[np.ndarray, "n d"], dim: int | None, *, normalizes: bool
+) -> Float[np.ndarray, "n _"]:
+    """The first `dim` dimensions, normalised again where the vectors are unit vectors."""
+    if dim is None or dim == vectors.shape[1]:
+        return vectors
+    vectors = vectors[:, :dim]
+    return _unit(vectors).astype(np.float32) if normalizes else vectors
+
+
+def check_quantize(quantize: str | None, *, normalizes: bool) -> None:
+    """Raise a `ValueError` for a type that the vectors of a model cannot have."""
+    if quantize not in (None, *QUANTIZATIONS):
+        raise ValueError(f"quantize={quantize!r} is unknown; use {' or '.join(QUANTIZATIONS)}")
+    if quantize == "int8" and not normalizes:
+        raise ValueError(
+            "quantize='int8' maps -1 to 1 onto -127 to 127, but the vectors of this model are not "
+            "normalised; use 'binary', or quantise them by ranges of your own"
+        )
+
+
+def quantized(vectors: Float[np.ndarray, "n d"], quantize: str | None) -> np.ndarray:
+    """The vectors as the type of `EmbeddingModel.encode(quantize=…)`.
+
+    Example:
+      >>> quantized(np.array([[0.6, -0.8, 0.0]]), "int8").tolist()
+      [[76, -102, 0]]
+      >>> quantized(np.array([[0.6, -0.8, 0.0]]), "binary").tolist()
+      [[128]]
+    """
+    if quantize == "int8":
+        return np.rint(127 * np.clip(vectors, -1, 1)).astype(np.int8)
+    return np.packbits(vectors > 0, axis=1) if quantize == "binary" else vectors
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return a @ b.T
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return _unit(a) @ _unit(b).T
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    wide = vectors.astype(np.float64)
+    norms = np.linalg.norm(wide, axis=1, keepdims=True)
+    return wide / np.where(norms > 0, norms, 1)
+
+
+SIMILARITIES: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "cosine": _cosine,
+    "dot": _dot,
+    "euclidean": lambda a, b: -cdist(a, b),
+    "manhattan": lambda a, b: -cdist(a, b, "cityblock"),
+}
+"""`([n, d], [m, d]) -> [n, m]` by the names that sentence-transformers has for them."""
+
+
+def similarities(function: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Compare vectors.
+
+    Args:
+      function: one of `SIMILARITIES`.
+      a: `[n, d]`, or `[d]`; float or int8.
+      b: `[m, d]`, or `[d]`.
+
+    Returns:
+      `[n, m]` in float32, without the axis of a single vector.
+
+    Raises:
+      ValueError: for other shapes or types.
+
+    Example:
+      >>> similarities("cosine", np.array([3.0, 4.0]), np.eye(2)).tolist()
+      [0.6, 0.8]
+      >>> float(similarities("euclidean", np.array([3.0, 4.0]), np.zeros(2)))
+      -5.0
+    """
+    a, b = np.asarray(a), np.asarray(b)
+    for vectors in (a, b):
+        if vectors.dtype == np.uint8:
+            raise ValueError(
+                "vectors of uint8 hold eight dimensions in a byte; np.unpackbits(vectors, axis=-1) "
+                "gives them one by one"
+            )
+        if vectors.ndim not in (1, 2) or vectors.shape[-1] != a.shape[-1]:
+            raise ValueError(
+                f"vectors of the shapes {a.shape} and {b.shape} cannot be compared; give [n, d] "
+                "and [m, d]"
+            )
+    wide = (np.atleast_2d(vectors).astype(np.float64) for vectors in (a, b))
+    return SIMILARITIES[function](*wide).astype(np.float32).reshape(a.shape[:-1] + b.shape[:-1])

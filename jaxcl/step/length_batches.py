@@ -1,0 +1,121 @@
+"""Embeds texts of different lengths in batches of similar ones, each padded to its own width.
+
+Widths are powers of two and 1.5 times these, and the numbers of rows are few as well, so that few
+programs are compiled.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxcl.ops.mesh import fetch
+from jaxcl.typing import Float, Int, PyTree
+
+__all__ = ["LengthBatch", "embed_batches", "length_batches", "padded_width"]
+
+_LEAST_WIDTH = 8
+
+
+class LengthBatch(NamedTuple):
+    """Rows that are embedded at once.
+
+    Attributes:
+      rows: their numbers.
+      num_rows: how many there are with padding, a multiple of the number of devices.
+      width: the tokens of each with padding.
+    """
+
+    rows: Int[np.ndarray, " b"]
+    num_rows: int
+    width: int
+
+
+def padded_width(length: int, longest: int | None = None) -> int:
+    """The smallest width for a text.
+
+    Args:
+      length: its tokens.
+      longest: the tokens of the longest text that the encoder reads; `None` without a limit.
+
+    Example:
+      >>> [padded_width(length) for length in (0, 8, 9, 13, 17, 100)]
+      [8, 8, 12, 16, 24, 128]
+      >>> padded_width(100, longest=120)
+      120
+    """
+    length = max(length, _LEAST_WIDTH)
+    power = 1 << (length - 1).bit_length()
+    width = 3 * power // 4 if length <= 3 * power // 4 else power
+    return width if longest is None else min(width, longest)
+
+
+def length_batches(
+    lengths: Int[np.ndarray, " n"],
+    *,
+    multiple: int,
+    batch_tokens: int,
+    batch_size: int | None = None,
+    longest: int | None = None,
+) -> Iterator[LengthBatch]:
+    """Batches of texts of similar length, the longest first.
+
+    All batches of a width have the same number of rows, except the last of all, which has a power
+    of two times `multiple`.
+
+    Args:
+      lengths: the tokens of each text.
+      multiple: the number of rows of a batch is a multiple of this, the number of devices.
+      batch_tokens: about how many tokens a batch has, with padding.
+      batch_size: the number of rows instead, whatever their length.
+      longest: as `padded_width`.
+
+    Example:
+      >>> batches = length_batches(np.array([3, 20, 7, 5]), multiple=1, batch_tokens=24)
+      >>> [(batch.rows.tolist(), batch.num_rows, batch.width) for batch in batches]
+      [([1], 1, 24), ([2, 3, 0], 3, 8)]
+    """
+    order = np.argsort(-lengths, kind="stable")
+    first = 0
+    while first < len(order):
+        width = padded_width(int(lengths[order[first]]), longest)
+        most = batch_size or max(batch_tokens // width, 1)
+        most += -most % multiple
+        rows = order[first : first + most]
+        per_device = -(-len(rows) // multiple)
+        yield LengthBatch(rows, min(most, multiple << (per_device - 1).bit_length()), width)
+        first += len(rows)
+
+
+def embed_batches(
+    batches: Iterator[LengthBatch],
+    forward: Callable[[PyTree], jax.Array],
+    read: Callable[[LengthBatch], PyTree],
+    out: Float[np.ndarray, "n d"],
+    *,
+    advance: Callable[[int], object] = lambda rows: None,
+) -> None:
+    """Embed all rows of the batches.
+
+    Args:
+      batches: as `length_batches`.
+      forward: inputs of a batch -> vectors, as `jaxcl.step.embedder.make_forward`.
+      read: a batch -> its inputs, padded.
+      out: where the vectors go, by row number.
+      advance: called with the number of rows as they are done.
+    """
+    under_way: deque[tuple[LengthBatch, jax.Array]] = deque()
+
+    def finish() -> None:
+        batch, vectors = under_way.popleft()
+        out[batch.rows] = fetch(vectors)[: len(batch.rows)]
+        advance(len(batch.rows))
+
+    for batch in batches:
+        under_way.append((batch, forward(read(batch))))
+        if len(under_way) > 1:  # the next batch is prepared while this one is computed
+            finish()
+    while under_way:
+        finish()

@@ -1,0 +1,221 @@
+"""Texts in, vectors out: the same vectors in whatever company a text is embedded."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcl.data.token_table import pad_texts
+from jaxcl.data.tokenizer import encode_texts, train_tokenizer
+from jaxcl.ops.mesh import make_mesh
+from jaxcl.ops.vectors import normalise
+from jaxcl.run.embedding_model import EmbeddingModel, TextSide
+from jaxcl.run.load_model import as_inputs
+from jaxcl.typing import PADDING_ID, SIDES
+from tests.helpers import relative_error
+
+WORDS = ["parse", "the", "iso", "date", "of", "a", "message", "and", "open", "socket"]
+LONGEST, DIM = 40, 16
+rng = np.random.default_rng(0)
+TEXTS = [" ".join(rng.choice(WORDS, size=n)) for n in (1, 9, 30, 2, 60, 9, 17, 5, 44, 3, 12)]
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, vocabulary_size=60)
+
+
+def encode(params, side, inputs, rngs=None):
+    """A weighted mean over the tokens; the weights fall with the position."""
+    tokens = inputs["tokens"]
+    weights = jnp.where(tokens != PADDING_ID, 0.9 ** jnp.arange(tokens.shape[1]), 0)
+    return normalise(jnp.einsum("bt,btd->bd", weights, params[side][tokens]))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return {side: rng.normal(size=(60, DIM)).astype(np.float32) for side in SIDES}
+
+
+@pytest.fixture(scope="module")
+def model(params, tokenizer):
+    return model_of(encode, params, tokenizer)
+
+
+def model_of(encode, params, tokenizer, **options):
+    def tokenize(texts, prompt):
+        return list(encode_texts(tokenizer, [prompt + t for t in texts], max_tokens=LONGEST))
+
+    sides = {
+        "query": TextSide("", LONGEST, tokenize, as_inputs),
+        "key": TextSide("open ", LONGEST, tokenize, as_inputs),
+    }
+    return EmbeddingModel(
+        source="here",
+        encode=encode,
+        params=params,
+        mesh=make_mesh({"data": -1}),
+        sides=sides,
+        dim=DIM,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def wanted(params, tokenizer):
+    """All texts padded to the longest."""
+    tokens = pad_texts(tokenizer, TEXTS, max_tokens=LONGEST)
+    return np.asarray(encode(params, "query", {"tokens": jnp.asarray(tokens)}))
+
+
+def test_vectors_are_the_encoder_s_in_the_order_of_the_texts(model, wanted):
+    found = model.encode(TEXTS)
+    assert (found.shape, found.dtype) == ((len(TEXTS), DIM), np.float32)
+    assert np.abs(found - wanted).max() < TOLERANCE
+
+
+def test_one_text_has_one_vector(model, wanted):
+    found = model.encode(TEXTS[2])
+    assert found.shape == (DIM,)
+    assert np.abs(found - wanted[2]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 11, 64])
+def test_the_batch_size_does_not_change_a_vector(model, wanted, batch_size):
+    found = model.encode(TEXTS, batch_size=batch_size)
+    assert np.abs(found - wanted).max() < TOLERANCE
+
+
+def test_the_order_does_not_change_a_vector(model, wanted):
+    order = np.random.default_rng(1).permutation(len(TEXTS))
+    found = model.encode([TEXTS[i] for i in order])
+    assert np.abs(found - wanted[order]).max() < TOLERANCE
+
+
+def test_few_programs_are_compiled(params, tokenizer):
+    shapes = []
+
+    def noted(params, side, inputs, rngs=None):
+        shapes.append(inputs["tokens"].shape)
+        return encode(params, side, inputs)
+
+    model = model_of(noted, params, tokenizer)
+    for _ in range(2):
+        for text in TEXTS:
+            model.encode([text])
+    assert len(shapes) == len(set(shapes))
+    assert {rows for rows, _ in shapes} == {jax.device_count()}
+    assert {width for _, width in shapes} <= {8, 12, 16, 24, 32, LONGEST}
+
+
+def test_the_sides_have_their_own_encoders_and_prompts(model):
+    assert relative_error(model.encode(TEXTS, side="key"), model.encode(TEXTS)) > 0.5
+    without = model.encode(TEXTS, side="key", prompt="")
+    assert relative_error(model.encode(TEXTS, side="key"), without) > 0.01
+    assert model.prompts == {"query": "", "key": "open "}
+    assert model.max_tokens == {"query": LONGEST, "key": LONGEST}
+
+
+def test_a_prompt_is_a_name_or_a_text(model):
+    wanted = model.encode(["open " + text for text in TEXTS])
+    np.testing.assert_allclose(model.encode(TEXTS, prompt="key"), wanted, atol=TOLERANCE)
+    np.testing.assert_allclose(model.encode(TEXTS, prompt="open "), wanted, atol=TOLERANCE)
+
+
+def test_tokens_are_what_the_encoder_reads(model, tokenizer):
+    found = model.tokenize(TEXTS, side="key")
+    assert found[1].tolist() == tokenizer.encode("open " + TEXTS[1]).ids[:LONGEST]
+    assert model.tokenize(TEXTS[1], side="key").tolist() == found[1].tolist()
+    assert max(map(len, found)) == LONGEST
+
+
+def test_fewer_dimensions_are_normalised_again(model, wanted):
+    short = wanted[:, :5] / np.linalg.norm(wanted[:, :5], axis=1, keepdims=True)
+    assert np.abs(model.encode(TEXTS, dim=5) - short).max() < TOLERANCE
+    assert model.encode(TEXTS[0], dim=5).shape == (5,)
+
+
+def test_a_model_that_does_not_normalise_keeps_the_length_of_its_vectors(params, tokenizer, wanted):
+    def longer(params, side, inputs, rngs=None):
+        return 3 * encode(params, side, inputs)
+
+    raw = model_of(longer, params, tokenizer, normalizes=False)
+    assert np.abs(raw.encode(TEXTS) - 3 * wanted).max() < 3 * TOLERANCE
+    assert np.abs(raw.encode(TEXTS, dim=5) - 3 * wanted[:, :5]).max() < 3 * TOLERANCE
+    assert raw.encode(TEXTS, quantize="binary").shape == (len(TEXTS), 2)
+    with pytest.raises(ValueError, match="the vectors of this model are not normalised"):
+        raw.encode(TEXTS, quantize="int8")
+
+
+def test_int8_keeps_cosines(model, wanted):
+    found = model.encode(TEXTS, quantize="int8")
+    assert found.dtype == np.int8
+    assert np.abs(found / 127 - wanted).max() <= 0.5 / 127 + TOLERANCE
+    assert np.abs(model.similarity(found, found) - wanted @ wanted.T).max() < 0.02
+    np.testing.assert_array_equal(model.encode(TEXTS[0], quantize="int8"), found[0])
+
+
+def test_binary_is_the_sign_of_each_dimension(model, wanted):
+    found = model.encode(TEXTS, quantize="binary")
+    assert (found.shape, found.dtype) == ((len(TEXTS), DIM // 8), np.uint8)
+    np.testing.assert_array_equal(np.unpackbits(found, axis=1), wanted > 0)
+    assert model.encode(TEXTS, quantize="binary", dim=11).shape == (len(TEXTS), 2)
+    with pytest.raises(ValueError, match=r"np\.unpackbits"):
+        model.similarity(found, found)
+
+
+def test_no_texts_have_no_vectors(model):
+    assert model.encode([]).shape == (0, DIM)
+    assert model.encode([], dim=5, quantize="int8").shape == (0, 5)
+    assert model.tokenize([]) == []
+
+
+@pytest.mark.parametrize("value", [None, 3, b"bytes", ["nested"]])
+def test_the_first_value_that_is_no_text_is_named(model, value, unchecked_annotations):
+    with pytest.raises(TypeError, match=f"text 2 is {type(value).__name__}"):
+        model.encode(["a", "b", value])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"side": "document"}, "side='document' is unknown; use query or key"),
+        ({"dim": 0}, "dim=0; the model has 16"),
+        ({"dim": 17}, "dim=17; the model has 16"),
+        ({"batch_size": 0}, "batch_size=0 embeds nothing"),
+        ({"quantize": "int4"}, "quantize='int4' is unknown; use int8 or binary"),
+    ],
+)
+def test_other_options_are_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.encode(TEXTS, **options)
+
+
+def test_text_that_is_not_unicode_is_named(model):
+    with pytest.raises(ValueError, match="text 1 is not Unicode"):
+        model.encode(["a", "\ud800"])
+
+
+def test_progress_counts_the_texts(model):
+    done = []
+    model.encode(TEXTS, batch_size=8, progress=done.append)
+    assert done == [8, 3]
+
+
+def test_by_default_long_work_on_a_terminal_shows_a_bar(model, capsys, monkeypatch):
+    model.encode(["open"] * 1000)
+    assert capsys.readouterr() == ("", "")
+    model.encode(TEXTS, progress=True)
+    assert "embedding: 11/11" in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    model.encode(TEXTS)
+    assert capsys.readouterr() == ("", "")
+    model.encode(["open"] * 1000)
+    assert "1000/1000" in capsys.readouterr().err
+
+
+def test_a_model_names_its_folder_and_width(model):
+    assert repr(model) == "EmbeddingModel('here', dim=16)"

@@ -1,0 +1,87 @@
+"""`jaxcl.load` finds the model of a run, and names the folders that hold none."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+import jaxcl
+from jaxcl.data.prepare import prepare_data
+from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.opened import open_run
+from jaxcl.run.training import build_training
+from jaxcl.run.workdir import claim_workdir
+from jaxcl.settings.config_files import load_config
+from jaxcl.settings.read import read_settings
+from tests.helpers import record_of
+from tests.prepared_data import prepare_pairs
+
+TEXTS = ["key 3", "query 11 and key 5 and key 7 and query 9", "", "some other word"]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Of a run with an encoder for each side, and a limit of three tokens for queries."""
+    folder = tmp_path_factory.mktemp("load")
+    config = load_config("base")
+    config.data.name = str(prepare_pairs(folder / "data"))
+    config.data.splits = {"train": "train", "validation": "dev"}
+    config.data.vocabulary_size = 60
+    config.data.max_tokens = {"query": 3, "key": 12}
+    config.model.dim = 16
+    config.model.shared = False
+    config.global_batch_size = 8
+    config.run.data_dir = str(folder / "data")
+    settings = read_settings(config)
+    claim_workdir(folder / "run", settings)
+    prepare_data(settings.data, data_dir=folder / "data", workdir=folder / "run")
+    with Checkpoints(folder / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(1, build_training(settings).init(), record_of(folder / "run"))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+    return jaxcl.load(workdir)
+
+
+@pytest.mark.parametrize("side", ["query", "key"])
+def test_a_run_s_model_embeds_as_its_evaluation_does(workdir, model, side):
+    wanted = open_run(workdir).encoder.encode(side, TEXTS)
+    assert np.abs(model.encode(TEXTS, side=side) - wanted).max() < 1e-6
+    assert np.abs(model.encode(TEXTS[1], side=side) - wanted[1]).max() < 1e-6
+
+
+def test_each_side_of_a_run_has_its_own_limit(model):
+    assert model.max_tokens == {"query": 3, "key": 12}
+    assert model.dim == 16
+    assert model.normalizes
+    assert list(map(len, model.tokenize([TEXTS[1]] * 2, side="query"))) == [3, 3]
+    assert len(model.tokenize(TEXTS[1], side="key")) > 3
+
+
+def test_a_run_without_a_checkpoint_is_an_error(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints*"))
+    with pytest.raises(ValueError, match="has saved no checkpoint yet"):
+        jaxcl.load(tmp_path / "run")
+
+
+def test_a_folder_without_a_model_is_an_error_that_says_what_was_looked_for(tmp_path):
+    with pytest.raises(ValueError, match="holds no model: there is no checkpoints/ of a run"):
+        jaxcl.load(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*absent"):
+        jaxcl.load(tmp_path / "absent")
+
+
+def test_without_the_packages_of_training_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(jaxcl, "missing_message", lambda: "needs flax: pip install 'jaxcl[train]'")
+    with pytest.raises(ImportError, match=r"jaxcl\.load needs flax: pip install"):
+        _ = jaxcl.load
+
+
+def test_another_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'encode'"):
+        _ = jaxcl.encode

@@ -1,0 +1,63 @@
+"""Batches of texts of similar length: each text once, few shapes, little padding."""
+
+import numpy as np
+import pytest
+
+from jaxcl.step.length_batches import length_batches, padded_width
+
+LENGTHS = np.random.default_rng(0).integers(0, 200, 1000)
+
+
+def batches_of(lengths, **options):
+    options = {"multiple": 1, "batch_tokens": 512, **options}
+    return list(length_batches(np.asarray(lengths, np.int64), **options))
+
+
+@pytest.mark.parametrize("multiple", [1, 3, 8])
+@pytest.mark.parametrize("batch_size", [None, 1, 7, 5000])
+def test_each_text_is_in_one_batch_that_holds_it(multiple, batch_size):
+    batches = batches_of(LENGTHS, multiple=multiple, batch_size=batch_size)
+    rows = np.concatenate([batch.rows for batch in batches])
+    assert sorted(rows) == list(range(len(LENGTHS)))
+    for batch in batches:
+        assert LENGTHS[batch.rows].max() <= batch.width
+        assert len(batch.rows) <= batch.num_rows
+        assert batch.num_rows % multiple == 0
+
+
+def test_all_batches_but_the_last_of_a_width_have_one_shape():
+    batches = batches_of(LENGTHS)
+    assert all(len(batch.rows) == batch.num_rows == 512 // batch.width for batch in batches[:-1])
+    assert len({(batch.num_rows, batch.width) for batch in batches}) <= 12
+
+
+def test_less_than_a_third_of_a_batch_is_padding():
+    batches = batches_of(LENGTHS)[:-1]
+    padded = sum(batch.num_rows * batch.width for batch in batches)
+    tokens = sum(LENGTHS[batch.rows].sum() for batch in batches)
+    assert tokens > 2 / 3 * padded
+
+
+def test_the_last_batch_has_a_power_of_two_for_each_device():
+    for count, rows in {1: 4, 4: 4, 5: 8, 9: 16, 17: 32}.items():
+        (batch,) = batches_of([5] * count, multiple=4, batch_tokens=10_000)
+        assert batch.num_rows == rows
+
+
+def test_a_width_is_a_power_of_two_or_half_as_much_again_or_the_limit():
+    widths = {padded_width(length, longest=100) for length in range(101)}
+    assert widths == {8, 12, 16, 24, 32, 48, 64, 96, 100}
+    assert all(padded_width(length) >= length for length in range(1000))
+
+
+def test_a_text_longer_than_a_batch_is_embedded_alone():
+    batches = batches_of([2000, 3, 3000])
+    assert [(batch.rows.tolist(), batch.num_rows, batch.width) for batch in batches] == [
+        ([2], 1, 3072),
+        ([0], 1, 2048),
+        ([1], 1, 8),
+    ]
+
+
+def test_no_texts_make_no_batch():
+    assert batches_of([]) == []
