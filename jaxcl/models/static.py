@@ -20,6 +20,7 @@ class StaticOptions(NamedTuple):
 
     max_tokens: Annotated[int, Range(least=1)] | None = None
     hidden_dim: Annotated[int, Range(least=1)] | None = None
+    position_weights: bool | None = None
 
 
 class StaticEncoder(nnx.Module):
@@ -37,6 +38,8 @@ class StaticEncoder(nnx.Module):
       dim: width of the embeddings.
       max_tokens: the longest text, in tokens.
       hidden_dim: width of the token embeddings; `None` for `dim` and no projection $W$.
+      position_weights: whether the $p_j$ are learned; without them all $p_j$ are 0, so that
+        sentence-transformers can load the encoder (`jaxcl.export`).
       rngs: for the initial parameters.
 
     Raises:
@@ -50,22 +53,25 @@ class StaticEncoder(nnx.Module):
         dim: int,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         hidden_dim: int | None = None,
+        position_weights: bool = True,
         rngs: nnx.Rngs,
     ):
         check_ranges(StaticOptions(max_tokens, hidden_dim))
+        self.max_tokens = max_tokens
         width = hidden_dim or dim
         table = jax.random.normal(rngs.params(), (vocabulary_size, width)) / math.sqrt(width)
         self.table = nnx.Param(table)
         self.token_weight = nnx.Param(jnp.zeros((vocabulary_size,)))
-        self.position_weight = nnx.Param(jnp.zeros((max_tokens,)))
+        self.position_weight = nnx.Param(jnp.zeros((max_tokens,))) if position_weights else None
         self.projection = nnx.Linear(width, dim, use_bias=False, rngs=rngs) if hidden_dim else None
 
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
         """Embeds `{"tokens": int32[b, t]}`; training and evaluation are the same."""
         tokens = tokens_of(inputs, "StaticEncoder")
-        check_length(tokens, self.position_weight.shape[0])
-        of_position = self.position_weight[...][None, : tokens.shape[1]]
-        log_weights = self.token_weight[...][tokens] + of_position
+        check_length(tokens, self.max_tokens)
+        log_weights = self.token_weight[...][tokens]
+        if self.position_weight is not None:
+            log_weights += self.position_weight[...][None, : tokens.shape[1]]
         weights = jnp.where(tokens != PADDING_ID, jnp.exp(log_weights), 0)
         vectors = embedding_bag(self.table[...], tokens, weights)
         if self.projection is not None:

@@ -38,6 +38,9 @@ ENCODERS = {
     "decoder": decoder,
     "static": functools.partial(StaticEncoder, 20, dim=6, max_tokens=7),
     "static, projected": functools.partial(StaticEncoder, 20, dim=6, max_tokens=7, hidden_dim=10),
+    "static, no positions": functools.partial(
+        StaticEncoder, 20, dim=6, max_tokens=7, position_weights=False
+    ),
     "pre-LN, mean": transformer,
     "post-LN, cls": functools.partial(transformer, norm_position="post", pooling="cls"),
     "one loop": functools.partial(transformer, scan_layers=True),
@@ -249,6 +252,22 @@ def test_a_static_embedding_by_hand():
     # 3·1·(1, 0) + 1·4·(0, 1), and 1·1·(0, 1) + 3·4·(1, 0): norms 5 and √145.
     wanted = [[3 / 5, 4 / 5], [12 / 145**0.5, 1 / 145**0.5]]
     np.testing.assert_allclose(vectors, wanted, rtol=1e-6)
+
+
+def test_without_position_weights_a_static_encoder_starts_equal_and_has_no_such_parameter():
+    encoder = functools.partial(StaticEncoder, 4, dim=2, max_tokens=3)
+    towers, without = (
+        make_towers(lambda rngs, kind=kind: kind(rngs=rngs))
+        for kind in (encoder, functools.partial(encoder, position_weights=False))
+    )
+    params = without.init(jax.random.key(0))["both"]
+    assert set(params) == {"table", "token_weight"}
+    assert params["table"].tobytes() == towers.init(jax.random.key(0))["both"]["table"].tobytes()
+    np.testing.assert_array_equal(
+        embed(without, TOKENS[:, :3] % 4), embed(towers, TOKENS[:, :3] % 4)
+    )
+    with pytest.raises(ValueError, match="texts of 4 tokens; this encoder reads 3"):
+        embed(without, TOKENS[:, :4] % 4)
 
 
 @pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
