@@ -22,7 +22,17 @@ FLOORS = dict(
             ("step",),
             ("run",),
             ("evaluation",),
-            ("train", "search", "mine", "topics", "compare", "plan", "check_grad", "bench"),
+            (
+                "train",
+                "search",
+                "mine",
+                "topics",
+                "compare",
+                "plan",
+                "check_grad",
+                "export",
+                "bench",
+            ),
             ("__main__",),
         ]
     )
@@ -66,7 +76,7 @@ def test_a_foreign_import_is_seen(tmp_path):
     ]
 
 
-COMMANDS = {"train", "search", "mine", "topics", "compare", "plan", "check_grad"}
+COMMANDS = {"train", "search", "mine", "topics", "compare", "plan", "check_grad", "export"}
 ROOT = COMMANDS | {"__init__", "__main__", "typing", "metrics", "grad_cache"}
 READERS = COMMANDS | {"settings", "configs", "bench"}
 

@@ -1,0 +1,95 @@
+"""Exports the model of a trained run as a folder, for sentence-transformers or for jaxcl.
+
+    python -m jaxcl.export --workdir runs/code_search --to models/code_search
+
+The folder holds the parameters of the newest checkpoint, the tokenizer and a model card. It needs
+neither the run nor its data. `SentenceTransformer(DIR)` loads it where sentence-transformers has
+such a model: a static encoder without position weights. Any other model is exported with
+`--format jaxcl`, which `jaxcl.load` reads.
+
+In a program or a notebook, call `export`:
+
+    export("runs/code_search", "models/code_search")
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from jaxcl.host.command import run_command
+from jaxcl.host.command_flags import CommandParser, add_workdir_flag
+from jaxcl.host.paths import as_path, local_path
+from jaxcl.host.progress import say
+from jaxcl.run.exported import jaxcl_files
+from jaxcl.run.model_files import ModelFiles, check_free, write_folder
+from jaxcl.run.opened import OpenedRun, open_run
+from jaxcl.run.sentence_transformers import sentence_transformers_files
+from jaxcl.settings.parts import Trust
+
+__all__ = ["FORMATS", "export", "main"]
+
+FORMATS: Mapping[str, Callable[[OpenedRun], ModelFiles]] = {
+    "sentence-transformers": sentence_transformers_files,
+    "jaxcl": jaxcl_files,
+}
+"""The kinds of folders, by the value of `--format`."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = CommandParser("jaxcl.export", __doc__)
+    add_workdir_flag(parser)
+    parser.add_argument(
+        "--to", metavar="DIR", required=True, help="the new folder, which is absent or empty"
+    )
+    parser.add_argument(
+        "--format",
+        default=next(iter(FORMATS)),
+        help=f"{' or '.join(FORMATS)} (default: {next(iter(FORMATS))})",
+    )
+    run_command(parser, _run, argv)
+
+
+def _run(arguments: Namespace) -> None:
+    folder = export(arguments.workdir, arguments.to, format=arguments.format, trust=arguments.trust)
+    say(f"{folder} holds the model; its README.md says how to load it")
+
+
+def export(
+    workdir: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    *,
+    format: str = "sentence-transformers",
+    trust: Trust = (),
+) -> Path:
+    """Write the model of a run's newest checkpoint to a folder.
+
+    Args:
+      workdir: of a run that has saved a checkpoint; it may still be training.
+      to: the folder, absent or empty. It is written whole or not at all.
+      format: one of `FORMATS`.
+      trust: the packages from which an encoder named `package.module:function` is imported.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: for an unknown format, a model that the format cannot hold, with the reason, or
+        if there is no run, or it has no checkpoint.
+      FileExistsError: if the folder is not empty.
+      OSError: if it cannot be written.
+      CheckpointError: if no checkpoint can be read.
+      PermissionError: for an encoder of a package that is not trusted.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is unknown; use one of {', '.join(FORMATS)}")
+    folder = local_path(to).resolve()
+    check_free(folder)
+    run = open_run(as_path(workdir), trust=trust)
+    write_folder(folder, FORMATS[format](run))
+    return folder
+
+
+if __name__ == "__main__":
+    main()

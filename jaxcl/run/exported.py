@@ -1,0 +1,142 @@
+"""A trained model as a folder of jaxcl's own, and opening it.
+
+jaxcl.json          version of the format, settings, step, fingerprint of the tokenizer
+model.safetensors   the parameters, by their path
+tokenizer.json      and other files that inputs depend on
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file
+
+from jaxcl.data.modalities import MODALITIES, build_readers, check_inputs, input_fingerprints
+from jaxcl.host.files import read_json_object, read_regular
+from jaxcl.host.paths import AnyPath, as_path
+from jaxcl.ops.mesh import make_mesh, replicated_sharding
+from jaxcl.run.encoder import Encoder
+from jaxcl.run.model_files import ModelFiles
+from jaxcl.run.opened import OpenedRun
+from jaxcl.run.training import build_towers
+from jaxcl.settings.parts import Trust
+from jaxcl.settings.read import as_dict, read_settings
+from jaxcl.settings.sections import Settings
+from jaxcl.step.embedder import make_embedder
+from jaxcl.typing import PyTree
+
+__all__ = ["EXPORT_FILE", "ExportedModel", "jaxcl_files", "open_exported"]
+
+EXPORT_FILE = "jaxcl.json"
+"""The file by which an exported folder is known."""
+
+_FORMAT = 1
+_WEIGHTS = "model.safetensors"
+_MAX_BYTES = 2**30
+"""Of a file that inputs depend on."""
+
+
+class ExportedModel(NamedTuple):
+    """A model from an exported folder, on the present devices.
+
+    Attributes:
+      folder: where it lies.
+      settings: of the run that trained it.
+      encoder: the model.
+      step: the training step of its parameters.
+    """
+
+    folder: AnyPath
+    settings: Settings
+    encoder: Encoder
+    step: int
+
+
+def jaxcl_files(run: OpenedRun) -> ModelFiles:
+    """The files of a run's model for `open_exported`."""
+    data = run.settings.data
+    settings = as_dict(run.settings)
+    del settings["run"]  # folders and devices of the machine that trained it
+    description = {
+        "format": _FORMAT,
+        "step": run.made_from["step"],
+        "settings": settings,
+        "fingerprints": input_fingerprints(data, run.workdir),
+    }
+    names = [file for name in sorted(set(data.modality)) for file in MODALITIES[name].files]
+    contents = {name: read_regular(run.workdir / name, limit=_MAX_BYTES) for name in names}
+    contents[EXPORT_FILE] = (json.dumps(description, indent=2) + "\n").encode()
+    tensors = {path: np.asarray(leaf) for path, leaf in _by_path(run.encoder.params).items()}
+    return ModelFiles(contents, {_WEIGHTS: tensors})
+
+
+def open_exported(folder: AnyPath, *, trust: Trust = ()) -> ExportedModel:
+    """Open a folder that `jaxcl.export` wrote with `--format jaxcl`.
+
+    Args:
+      folder: the exported folder.
+      trust: the packages from which an encoder named `package.module:function` is imported.
+
+    Raises:
+      ValueError: if it is no such folder, or its files do not go together.
+      PermissionError: for an encoder of a package that is not trusted.
+    """
+    folder = as_path(folder)
+    description = _read_description(folder)
+    settings = read_settings(description["settings"], trust=trust)
+    check_inputs(settings.data, folder, description["fingerprints"])
+    towers = build_towers(settings)
+    mesh = make_mesh({"data": -1})
+    abstract = jax.eval_shape(towers.init, jax.random.key(0))
+    params = jax.device_put(_read_params(folder / _WEIGHTS, abstract), replicated_sharding(mesh))
+    embedder = make_embedder(towers.encode, mesh, batch_size=settings.evaluation.batch_size)
+    encoder = Encoder(mesh, towers, embedder, params, build_readers(settings.data, folder))
+    return ExportedModel(folder, settings, encoder, description["step"])
+
+
+def _read_description(folder: AnyPath) -> Mapping[str, Any]:
+    path = folder / EXPORT_FILE
+    if not path.exists():
+        raise ValueError(
+            f"{folder} holds no model exported by jaxcl (no {EXPORT_FILE}); write one with "
+            "python -m jaxcl.export --format jaxcl"
+        )
+    description = read_json_object(path, remedy="export the model again")
+    if description.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} has the format {description.get('format')!r}, and this version of jaxcl reads "
+            f"{_FORMAT}; export the model again, or install the version that wrote it"
+        )
+    kinds = {"settings": dict, "fingerprints": dict, "step": int}
+    if wrong := [
+        name for name, kind in kinds.items() if not isinstance(description.get(name), kind)
+    ]:
+        raise ValueError(f"{path} is damaged (it lacks {', '.join(wrong)}); export the model again")
+    return description
+
+
+def _read_params(path: AnyPath, abstract: PyTree) -> PyTree:
+    """The parameters in a file, as the tree of an encoder."""
+    tensors, wanted = load_file(path), _by_path(abstract)
+    different = [
+        f"{name} is {_shape(tensors.get(name))} there and {_shape(wanted.get(name))} in the encoder"
+        for name in sorted(tensors.keys() | wanted.keys())
+        if _shape(tensors.get(name)) != _shape(wanted.get(name))
+    ]
+    if different:
+        raise ValueError(f"{path} has other parameters: {'; '.join(different[:4])}")
+    leaves = [np.asarray(tensors[name], like.dtype) for name, like in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def _by_path(params: PyTree) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+def _shape(leaf: Any) -> Any:
+    return "absent" if leaf is None else leaf.shape

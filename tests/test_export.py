@@ -1,0 +1,247 @@
+"""Export: the folder gives the run's embeddings, is whole or absent, and says what it holds."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+
+from jaxcl import export
+from jaxcl.data.prepare import RememberedData
+from jaxcl.data.tokenizer import train_tokenizer
+from jaxcl.run import model_files
+from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.exported import open_exported
+from jaxcl.run.identity import run_record
+from jaxcl.run.opened import OpenedRun, open_run
+from jaxcl.run.sentence_transformers import sentence_transformers_files
+from jaxcl.run.training import build_towers
+from jaxcl.run.workdir import claim_workdir
+from jaxcl.settings.read import read_settings
+
+TEXTS = [
+    "parse an ISO date",
+    "open a window and close it again, then open another window",
+    "[PAD] is padding and [CLS] begins a text",
+    "naïve 日本 text",
+]
+EXPORTED = {"position_weights": False, "max_tokens": 12}
+
+
+def settings_of(**changes):
+    """Of a small run; `data__add_cls=True` changes `data.add_cls`."""
+    config = {
+        "steps": 7,
+        "global_batch_size": 8,
+        "data": {"name": "pairs", "vocabulary_size": 120, "max_tokens": {"query": 12, "key": 12}},
+        "model": {"dim": 6, "options": EXPORTED},
+        "evaluation": {"batch_size": 8},
+    }
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        config[section] = config.get(section, {}) | {field: value} if field else value
+    return read_settings(config)
+
+
+def save_run(workdir: Path, **changes) -> Path:
+    """A workdir as a run leaves it, with one checkpoint of random parameters."""
+    settings = settings_of(**changes)
+    claim_workdir(workdir, settings)
+    tokenizer = train_tokenizer(TEXTS[:3], vocabulary_size=120)
+    (workdir / "tokenizer.json").write_text(tokenizer.to_str())
+    rng = np.random.default_rng(0)
+    towers = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
+        jax.eval_shape(build_towers(settings).init, jax.random.key(0)),
+    )
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        record = run_record(settings, RememberedData("pairs", {}))
+        checkpoints.save(7, {"params": {"towers": towers}}, record)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def static_run(tmp_path_factory) -> Path:
+    return save_run(tmp_path_factory.mktemp("static") / "run")
+
+
+def static_embeddings(folder: Path, texts) -> np.ndarray:
+    """What sentence-transformers computes from a folder of `StaticEmbedding` and `Normalize`."""
+    modules = json.loads((folder / "modules.json").read_text())
+    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    assert kinds == ["StaticEmbedding", "Normalize"]
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    (table,) = load_file(folder / "model.safetensors").values()
+    rows = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    means = np.array([table[ids].mean(0) if ids else np.zeros(table.shape[1]) for ids in rows])
+    return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+
+
+@pytest.mark.parametrize("hidden_dim", [None, 9])
+def test_a_static_folder_gives_the_run_s_embeddings(tmp_path, hidden_dim):
+    workdir = save_run(tmp_path / "run", model__options=EXPORTED | {"hidden_dim": hidden_dim})
+    folder = export.export(workdir, tmp_path / "models" / "static")
+    wanted = open_run(workdir).encoder.encode("query", TEXTS)
+    found = static_embeddings(folder, TEXTS)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert np.abs(static_embeddings(folder, TEXTS[::-1]) - wanted).max() > 0.1
+
+
+def test_a_static_folder_cuts_texts_at_the_longer_side_s_limit(tmp_path):
+    workdir = save_run(tmp_path / "run", data__max_tokens={"query": 3, "key": 5})
+    folder = export.export(workdir, tmp_path / "static")
+    encoder = open_run(workdir).encoder
+    long, short = ["a date, a window, a text, a date"], ["a date"]
+    np.testing.assert_allclose(
+        static_embeddings(folder, long), encoder.encode("key", long), atol=1e-6
+    )
+    assert np.abs(static_embeddings(folder, long) - encoder.encode("query", long)).max() > 1e-3
+    np.testing.assert_allclose(
+        static_embeddings(folder, short), encoder.encode("query", short), atol=1e-6
+    )
+
+
+def test_a_text_without_tokens_has_the_zero_vector_there_and_the_unknown_token_s_here(
+    static_run, tmp_path
+):
+    folder = export.export(static_run, tmp_path / "static")
+    assert not static_embeddings(folder, ["", " _ "]).any()
+    vectors = open_run(static_run).encoder.encode("query", ["", " _ ", "漢"])
+    np.testing.assert_array_equal(vectors[:2], vectors[[2, 2]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model__options": {}}, "position weights"),
+        ({"model__shared": False}, r"model\.shared=False"),
+        ({"model__name": "decoder", "model__options": {}}, "no encoder like model.name='decoder'"),
+        ({"data__distinct_tokens": True}, r"data\.distinct_tokens=True"),
+        ({"data__add_cls": True}, r"data\.add_cls=True"),
+    ],
+)
+def test_a_model_without_an_equivalent_is_refused_with_the_reason(tmp_path, changes, reason):
+    run = OpenedRun(tmp_path, settings_of(**changes), encoder=None, data_set="", made_from={})
+    with pytest.raises(ValueError, match=rf"no equivalent in .*{reason}.*--format jaxcl"):
+        sentence_transformers_files(run)
+
+
+def test_a_refused_export_leaves_nothing(tmp_path):
+    workdir = save_run(tmp_path / "run", data__add_cls=True)
+    with pytest.raises(ValueError, match="no equivalent"):
+        export.export(workdir, tmp_path / "models" / "static")
+    assert list(tmp_path.iterdir()) == [workdir]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model__shared": False, "data__add_cls": True, "data__distinct_tokens": True},
+        {"model__options": {"hidden_dim": 9}},
+    ],
+)
+def test_a_folder_of_jaxcl_gives_the_run_s_parameters_and_embeddings_bit_for_bit(tmp_path, changes):
+    workdir = save_run(tmp_path / "run", **changes)
+    folder = export.export(workdir, tmp_path / "model", format="jaxcl")
+    run, model = open_run(workdir), open_exported(folder)
+    assert jax.tree.structure(model.encoder.params) == jax.tree.structure(run.encoder.params)
+    jax.tree.map(np.testing.assert_array_equal, model.encoder.params, run.encoder.params)
+    for side in ("query", "key"):
+        found, wanted = (one.encoder.encode(side, TEXTS) for one in (model, run))
+        assert found.tobytes() == wanted.tobytes()
+    assert model.step == 7
+    assert model.settings.model == run.settings.model
+
+
+def test_the_exported_folder_needs_no_run_and_no_other_file(static_run, tmp_path):
+    first = export.export(static_run, tmp_path / "first", format="jaxcl")
+    moved = first.rename(tmp_path / "moved")
+    assert {path.name for path in moved.iterdir()} == {
+        "jaxcl.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    assert open_exported(moved).encoder.encode("key", TEXTS).shape == (4, 6)
+
+
+@pytest.mark.parametrize("format", export.FORMATS)
+def test_a_model_exported_twice_gives_the_same_files(static_run, tmp_path, format):
+    folders = [export.export(static_run, tmp_path / name, format=format) for name in "ab"]
+    first, second = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")}
+        for folder in folders
+    )
+    assert first == second
+
+
+def test_an_empty_folder_is_filled_and_another_one_left_alone(static_run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    export.export(static_run, tmp_path / "empty")
+    assert (tmp_path / "empty" / "modules.json").exists()
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "file").write_text("mine")
+    for taken in ("empty", "file"):
+        with pytest.raises(FileExistsError, match="give another folder"):
+            export.export(static_run, tmp_path / taken)
+    assert sorted(tmp_path.rglob("*")) == [*before, tmp_path / "file"]
+
+
+def test_an_interrupted_export_leaves_nothing(static_run, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_files, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export.export(static_run, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_format_and_a_folder_without_a_run_are_errors(static_run, tmp_path):
+    with pytest.raises(ValueError, match="format='onnx' is unknown; use one of sentence-transf"):
+        export.export(static_run, tmp_path / "model", format="onnx")
+    with pytest.raises(ValueError, match="there is no run in"):
+        export.export(tmp_path / "absent", tmp_path / "model")
+    with pytest.raises(ValueError, match=r"no model exported by jaxcl \(no jaxcl.json\)"):
+        open_exported(static_run)
+
+
+def damaged(folder: Path, damage: str) -> str:
+    """Damage an exported folder; returns what the message says."""
+    description = json.loads((folder / "jaxcl.json").read_text())
+    if damage == "tokenizer":
+        other = train_tokenizer(["another text"], vocabulary_size=40)
+        (folder / "tokenizer.json").write_text(other.to_str())
+        return "tokenizer.json in .* has changed"
+    if damage == "format":
+        description["format"] = 2
+    elif damage == "step":
+        del description["step"]
+    else:
+        description["settings"]["model"]["dim"] = 5
+    (folder / "jaxcl.json").write_text(json.dumps(description))
+    messages = {"format": "has the format 2", "step": "damaged .it lacks step"}
+    return messages.get(damage, r"both/table is \(120, 6\) there and \(120, 5\) in the encoder")
+
+
+@pytest.mark.parametrize("damage", ["tokenizer", "format", "step", "dim"])
+def test_files_that_do_not_go_together_are_an_error(static_run, tmp_path, damage):
+    folder = export.export(static_run, tmp_path / "model", format="jaxcl")
+    message = damaged(folder, damage)
+    with pytest.raises(ValueError, match=message):
+        open_exported(folder)
+
+
+def test_the_command_exports_and_says_so(static_run, tmp_path, capsys):
+    arguments = ["--workdir", str(static_run), "--to", str(tmp_path / "model")]
+    export.main(arguments)
+    assert f"{tmp_path / 'model'} holds the model" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        export.main(arguments)
+    assert stopped.value.code == 1
+    assert "give another folder" in capsys.readouterr().err
