@@ -55,7 +55,7 @@ _MODEL2VEC_TOKENS = 512
 
 
 def read_pretrained(path: str | os.PathLike[str]) -> PretrainedModel:
-    """Read what a folder says about a pretrained encoder; its weights stay on disk.
+    """Read the description of a pretrained encoder from its folder; the weights stay on disk.
 
     Args:
       path: a sentence-transformers folder, one that transformers' or model2vec's `save_pretrained`

@@ -90,7 +90,7 @@ def list_modules(content: bytes) -> list[tuple[str, str]]:
 
 
 def parse_modules(files: Mapping[str, bytes]) -> Modules:
-    """The modules of a folder; without a `modules.json`, those that sentence-transformers adds.
+    """The modules of a folder; without a `modules.json`, a transformer and mean pooling.
 
     Args:
       files: path in the folder -> content.

@@ -1,4 +1,4 @@
-"""What the folder of a pretrained encoder says, and the folders that are refused."""
+"""Folders of pretrained encoders: their description, and the reasons to refuse one."""
 
 import json
 import os
@@ -31,13 +31,13 @@ def families(monkeypatch):
             tensors=lambda config: {"table": Tensor(table)},
             hidden_dim=lambda config: shape(config)[1],
             vocabulary_size=lambda config: shape(config)[0],
-            max_tokens=lambda config: size(config, "max_position_embeddings"),
+            max_tokens=lambda config: size(config, "max_position_embeddings", None),
         )
 
-    def size(config, key):
+    def size(config, key, default=4):
         if type(config.get(key, 1)) is not int:
             raise ValueError(f"{key} is no number")
-        return config.get(key)
+        return config.get(key, default)
 
     module = ModuleType("jaxcl.models.pretrained.families")
     module.FAMILIES = {
