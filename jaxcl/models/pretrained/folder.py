@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxcl.host.files import read_regular, read_sealed_json
-from jaxcl.host.paths import AnyPath, as_path
+from jaxcl.host.paths import AnyPath
 from jaxcl.models.pretrained.containment import join, lies_in, path_inside
 from jaxcl.models.pretrained.description import Family, PretrainedModel
+from jaxcl.models.pretrained.hub import local_or_hub
 from jaxcl.models.pretrained.modules import (
     SENTENCE_CONFIGS,
     Modules,
@@ -59,14 +60,15 @@ def read_pretrained(path: str | os.PathLike[str]) -> PretrainedModel:
 
     Args:
       path: a sentence-transformers folder, one that transformers' or model2vec's `save_pretrained`
-        has written, or a run's copy of such a folder.
+        has written, or a run's copy of such a folder; or the id of a model on the Hugging Face Hub
+        (`jaxcl.models.pretrained.hub`).
 
     Raises:
       ValueError: if the folder is damaged, asks for something that is not supported, or could run
         code; the message begins with its path.
-      OSError: if it is not there, or a file cannot be read.
+      OSError: if it is not there, or a file cannot be read or downloaded.
     """
-    root = as_path(path)
+    root = local_or_hub(path)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder; give the folder of a pretrained model")
     try:

@@ -33,7 +33,7 @@ __all__ = [
     "write_tensors",
 ]
 
-Specs: TypeAlias = dict[str, tuple[np.dtype, tuple[int, ...]]]
+Specs: TypeAlias = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 """Name of a tensor -> its type and shape."""
 
 TENSOR_TYPES: Mapping[str, np.dtype] = {
