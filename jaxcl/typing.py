@@ -69,7 +69,8 @@ RowKeys: TypeAlias = Key[Array, " b"]
 """One random key per row, so that neither chunking nor the device count changes what is drawn."""
 
 Augment: TypeAlias = Callable[[PyTree, Key[Array, ""]], PyTree]
-"""`(one row's input, a random key) -> an input of the same shapes`, compiled into the step."""
+"""`(one row's input, a random key) -> an input of the same shapes`, compiled into the step. An
+augmentation that leaves tokens out may add a `"mask"`."""
 
 NumpyInt: TypeAlias = Int[np.ndarray, "..."]
 

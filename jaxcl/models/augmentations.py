@@ -11,17 +11,26 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcl.models.layers import tokens_of
+from jaxcl.models.layers import token_mask, tokens_of
 from jaxcl.typing import PADDING_ID, Array, Augment, Int, Key, PyTree, Range, check_ranges
 
-__all__ = ["AUGMENTATIONS", "Augmentation", "span_masking", "token_dropout"]
+__all__ = [
+    "AUGMENTATIONS",
+    "KEEP_SPECIAL_TOKENS",
+    "Augmentation",
+    "span_masking",
+    "token_dropout",
+]
+
+KEEP_SPECIAL_TOKENS: Mapping[str, int] = {"keep_first": 1, "keep_last": 1}
+"""Options that keep the [CLS] and [SEP] of a text."""
 
 
 class Augmentation(NamedTuple):
     """An augmentation that a config may name.
 
     Attributes:
-      function: `(**options) -> ((input of one row, key) -> input of the same shapes)`.
+      function: `(**options) -> ((input of one row, key) -> input)`, an `Augment`.
       options: a NamedTuple class of its options, each `None` for the function's own default;
         `None` if nothing is declared.
     """
@@ -35,6 +44,7 @@ class TokenDropoutOptions(NamedTuple):
 
     rate: Annotated[float, Range(least=0, below=1)] | None = None
     keep_first: Annotated[int, Range(least=0)] | None = None
+    keep_last: Annotated[int, Range(least=0)] | None = None
 
 
 class SpanMaskingOptions(NamedTuple):
@@ -42,20 +52,23 @@ class SpanMaskingOptions(NamedTuple):
 
     rate: Annotated[float, Range(least=0, below=1)] | None = None
     keep_first: Annotated[int, Range(least=0)] | None = None
+    keep_last: Annotated[int, Range(least=0)] | None = None
     span_length: Annotated[int, Range(least=1)] | None = None
     mask_id: Annotated[int, Range(least=0)] | None = None
 
 
-def token_dropout(*, rate: float = 0.4, keep_first: int = 0) -> Augment:
+def token_dropout(*, rate: float = 0.4, keep_first: int = 0, keep_last: int = 0) -> Augment:
     """Leave out a random share of a text's tokens; the others keep their places.
 
     Args:
       rate: the probability that a token is left out, in [0, 1).
-      keep_first: tokens at the start that are never left out, such as 1 for [CLS].
+      keep_first, keep_last: tokens at both ends of a text that are never left out, such as 1 for
+        [CLS] and 1 for [SEP].
 
     Returns:
       The augmentation of `{"tokens": int32[t]}`. A token left out becomes padding, which every
-      encoder of `jaxcl.models` ignores.
+      encoder of `jaxcl.models` ignores. Inputs with a `"length"` keep their tokens, and get a
+      `"mask": bool[t]` that is `False` there.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -63,11 +76,16 @@ def token_dropout(*, rate: float = 0.4, keep_first: int = 0) -> Augment:
       >>> drop({"tokens": jnp.arange(2, 9)}, jax.random.key(0))["tokens"].shape
       (7,)
     """
-    return span_masking(rate=rate, keep_first=keep_first, span_length=1)
+    return span_masking(rate=rate, keep_first=keep_first, keep_last=keep_last, span_length=1)
 
 
 def span_masking(
-    *, rate: float = 0.15, keep_first: int = 0, span_length: int = 3, mask_id: int = PADDING_ID
+    *,
+    rate: float = 0.15,
+    keep_first: int = 0,
+    keep_last: int = 0,
+    span_length: int = 3,
+    mask_id: int | None = None,
 ) -> Augment:
     r"""Mask random spans of a text.
 
@@ -77,9 +95,11 @@ def span_masking(
 
     Args:
       rate: the probability that a token is masked, in [0, 1).
-      keep_first: tokens at the start that are never masked, such as 1 for [CLS].
+      keep_first, keep_last: tokens at both ends of a text that are never masked, such as 1 for
+        [CLS] and 1 for [SEP].
       span_length: tokens of a span; spans may overlap.
-      mask_id: the token id that masks, such as that of [MASK]; padding leaves the tokens out.
+      mask_id: the token id that masks, such as that of [MASK]; `None` leaves the tokens out, as
+        `token_dropout` does.
 
     Returns:
       The augmentation of `{"tokens": int32[t]}`.
@@ -87,18 +107,24 @@ def span_masking(
     Raises:
       ValueError: for an option out of range.
     """
-    check_ranges(SpanMaskingOptions(rate, keep_first, span_length, mask_id))
+    check_ranges(SpanMaskingOptions(rate, keep_first, keep_last, span_length, mask_id))
     start_rate = 1 - (1 - rate) ** (1 / span_length)
 
     def augment(inputs: PyTree, key: Key[Array, ""]) -> PyTree:
         tokens: Int[Array, " t"] = tokens_of(inputs, "this augmentation")
+        present = token_mask(inputs)
         width = tokens.shape[0]
         starts = ~jax.random.bernoulli(key, 1.0 - start_rate, (width + span_length - 1,))
         masked = jnp.zeros(width, bool)
         for offset in range(span_length):
             masked |= starts[offset : offset + width]
-        masked &= (tokens != PADDING_ID) & (jnp.arange(width) >= keep_first)
-        return {**inputs, "tokens": jnp.where(masked, mask_id, tokens)}
+        place = jnp.arange(width)
+        end = jnp.where(present, place + 1, 0).max()
+        masked &= present & (place >= keep_first) & (place < end - keep_last)
+        if mask_id is None and "length" in inputs:
+            return {**inputs, "mask": present & ~masked}
+        mask = PADDING_ID if mask_id is None else mask_id
+        return {**inputs, "tokens": jnp.where(masked, mask, tokens)}
 
     return augment
 

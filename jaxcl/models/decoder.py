@@ -17,11 +17,11 @@ from jaxcl.models.layers import (
     row_dropout,
     run_layers,
     stacked,
+    token_mask,
     tokens_of,
     unit_vectors,
 )
 from jaxcl.typing import (
-    PADDING_ID,
     Array,
     Embeddings,
     Float,
@@ -58,7 +58,7 @@ class DecoderEncoder(nnx.Module):
     one of two; their parameters have a leading axis of layers.
 
     Args:
-      vocabulary_size: number of token ids; id 0 is padding, which ends a text.
+      vocabulary_size: number of token ids; id 0 is padding where inputs have no `"length"`.
       dim: width of the embeddings. Where it is `hidden_dim`, the last state is the embedding.
       max_tokens: the longest text, in tokens.
       hidden_dim: width inside, a multiple of `num_heads`.
@@ -130,7 +130,7 @@ class DecoderEncoder(nnx.Module):
         """Embeds `{"tokens": int32[b, t]}`; with `rngs` (one key per row) it drops out."""
         tokens = tokens_of(inputs, "DecoderEncoder")
         check_length(tokens, self.max_tokens)
-        mask = tokens != PADDING_ID
+        mask = token_mask(inputs)
         hidden = self.token_table[...][tokens].astype(self.dtype)
         hidden = run_layers(
             self.blocks, hidden, mask, rngs, num_layers=self.num_layers, remat=self.remat

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jaxcl.ops.vectors import normalise
 from jaxcl.typing import (
+    PADDING_ID,
     Array,
     Bool,
     Embeddings,
@@ -33,6 +34,7 @@ __all__ = [
     "row_dropout",
     "run_layers",
     "stacked",
+    "token_mask",
     "tokens_of",
     "unit_vectors",
 ]
@@ -62,6 +64,24 @@ def tokens_of(inputs: PyTree, reader: str) -> Int[Array, "*b t"]:
             f"{reader} reads texts, but this side has {', '.join(inputs)}; see data.modality"
         )
     return inputs["tokens"]
+
+
+def token_mask(inputs: PyTree) -> Bool[Array, "*b t"]:
+    """Where texts have tokens.
+
+    Args:
+      inputs: the inputs of texts, or of one: `"tokens"`, and where any id may be a token, each
+        text's `"length"`. An augmentation that leaves tokens out adds a `"mask"`.
+
+    Returns:
+      `False` for padding and for tokens that an augmentation left out.
+    """
+    if "mask" in inputs:
+        return inputs["mask"]
+    tokens = inputs["tokens"]
+    if "length" in inputs:
+        return jnp.arange(tokens.shape[-1]) < inputs["length"][..., None]
+    return tokens != PADDING_ID
 
 
 def check_length(tokens: Tokens, longest: int) -> None:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcl.models.embedding_bag import embedding_bag
-from jaxcl.models.layers import DEFAULT_MAX_TOKENS, check_length, tokens_of
+from jaxcl.models.layers import DEFAULT_MAX_TOKENS, check_length, token_mask, tokens_of
 from jaxcl.ops.vectors import normalise
-from jaxcl.typing import PADDING_ID, Embeddings, PyTree, Range, RowKeys, check_ranges
+from jaxcl.typing import Embeddings, PyTree, Range, RowKeys, check_ranges
 
 __all__ = ["StaticEncoder", "StaticOptions"]
 
@@ -34,7 +34,7 @@ class StaticEncoder(nnx.Module):
     (`jaxcl.models.augmentations`): without it the embedder memorises its pairs.
 
     Args:
-      vocabulary_size: number of token ids; id 0 is padding.
+      vocabulary_size: number of token ids; id 0 is padding where inputs have no `"length"`.
       dim: width of the embeddings.
       max_tokens: the longest text, in tokens.
       hidden_dim: width of the token embeddings; `None` for `dim` and no projection $W$.
@@ -72,7 +72,7 @@ class StaticEncoder(nnx.Module):
         log_weights = self.token_weight[...][tokens]
         if self.position_weight is not None:
             log_weights += self.position_weight[...][None, : tokens.shape[1]]
-        weights = jnp.where(tokens != PADDING_ID, jnp.exp(log_weights), 0)
+        weights = jnp.where(token_mask(inputs), jnp.exp(log_weights), 0)
         vectors = embedding_bag(self.table[...], tokens, weights)
         if self.projection is not None:
             # The sum grows with the text; its norm is lost below, so keep the product in range.

@@ -18,10 +18,11 @@ from jaxcl.models.layers import (
     row_dropout,
     run_layers,
     stacked,
+    token_mask,
     tokens_of,
     unit_vectors,
 )
-from jaxcl.typing import PADDING_ID, Array, Embeddings, Int, PyTree, Range, RowKeys, check_ranges
+from jaxcl.typing import Array, Embeddings, Int, PyTree, Range, RowKeys, check_ranges
 
 __all__ = ["ATTENTIONS", "NORM_POSITIONS", "TransformerEncoder", "TransformerOptions"]
 
@@ -50,7 +51,7 @@ class TransformerEncoder(nnx.Module):
     """Embeds a text by self-attention over its tokens.
 
     Args:
-      vocabulary_size: number of token ids; id 0 is padding.
+      vocabulary_size: number of token ids; id 0 is padding where inputs have no `"length"`.
       dim: width of the embeddings.
       max_tokens: the longest text, in tokens; each position has a learned embedding.
       hidden_dim: width inside, a multiple of `num_heads`.
@@ -148,7 +149,7 @@ class TransformerEncoder(nnx.Module):
         """Embeds `{"tokens": int32[b, t]}`; with `rngs` (one key per row) it drops out."""
         tokens = tokens_of(inputs, "TransformerEncoder")
         check_length(tokens, self.position_table.shape[0])
-        mask = tokens != PADDING_ID
+        mask = token_mask(inputs)
         hidden = self.token_table[...][tokens] + self.position_table[...][None, : tokens.shape[1]]
         hidden = hidden.astype(self.dtype)
         if self.norm_position == "post":

@@ -15,6 +15,7 @@ from jaxcl.data.modalities import modality_of
 from jaxcl.data.modality import Reader
 from jaxcl.host.paths import local_path
 from jaxcl.models import Towers, TowerSpec, make_towers
+from jaxcl.models.augmentations import AUGMENTATIONS, KEEP_SPECIAL_TOKENS
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.run.build_loss import build_loss, build_measure, build_momentum
 from jaxcl.run.encoder import Encoder
@@ -200,7 +201,10 @@ def build_towers(settings: Settings) -> Towers:
     parts, augmentation = settings.parts, settings.augmentation
     augment = {}
     if parts.augmentation is not None:
-        function = parts.augmentation(**augmentation.options)
+        options = augmentation.options
+        if settings.data.special_tokens and augmentation.name in AUGMENTATIONS:
+            options = {**KEEP_SPECIAL_TOKENS, **options}
+        function = parts.augmentation(**options)
         augment = dict.fromkeys(augmentation.sides, function)
     made = make_towers(
         {

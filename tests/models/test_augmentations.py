@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcl.models import StaticEncoder, TransformerEncoder, make_towers
-from jaxcl.models.augmentations import span_masking, token_dropout
+from jaxcl.models.augmentations import KEEP_SPECIAL_TOKENS, span_masking, token_dropout
 from jaxcl.models.layers import row_dropout
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.step import encode_rows
@@ -55,6 +55,43 @@ def test_dropped_tokens_are_padding_and_the_first_may_be_kept():
     assert (tokens[:, :2] == TOKENS[:2]).all()
     dropped = tokens[:, 2:20] == 0
     assert 0.4 < dropped.mean() < 0.6
+
+
+@pytest.mark.parametrize("span_length", [1, 3])
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 20, WIDTH])
+def test_special_tokens_at_both_ends_may_be_kept(span_length, length):
+    tokens = jnp.where(jnp.arange(WIDTH) < length, 100 + jnp.arange(WIDTH), 0)
+    augment = span_masking(rate=0.6, span_length=span_length, mask_id=7, **KEEP_SPECIAL_TOKENS)
+    keys = jax.random.split(jax.random.key(0), 200)
+    masked = np.asarray(jax.vmap(lambda key: augment({"tokens": tokens}, key)["tokens"])(keys)) == 7
+    assert masked[:, 1 : length - 1].any() == (length > 2)
+    assert masked[:, 1 : max(length - 1, 1)].any(0).all()
+    assert not masked[:, 0].any()
+    assert not masked[:, max(length - 1, 0) :].any()
+
+
+@pytest.mark.parametrize(
+    "augment", [token_dropout(rate=0.5, keep_first=1), span_masking(rate=0.5, keep_first=1)]
+)
+def test_where_a_text_has_a_length_a_mask_leaves_the_tokens_out(augment):
+    """So that any id may be a token: the same tokens are left out as by the id of padding."""
+    key = jax.random.key(0)
+    by_id = augment({"tokens": TOKENS}, key)["tokens"]
+    inputs = {"tokens": TOKENS.at[5].set(0), "length": jnp.int32(20)}
+    found = augment(inputs, key)
+    np.testing.assert_array_equal(found["tokens"], inputs["tokens"])
+    np.testing.assert_array_equal(found["mask"], by_id != 0)
+    assert 3 < found["mask"].sum() < 17
+    assert found["length"] == 20
+
+
+def test_spans_with_a_token_for_the_mask_replace_tokens_where_a_text_has_a_length_too():
+    augment, key = span_masking(rate=0.5, mask_id=0), jax.random.key(0)
+    tokens = jnp.arange(100, 100 + WIDTH)
+    found = augment({"tokens": tokens, "length": jnp.int32(20)}, key)
+    assert found.keys() == {"tokens", "length"}
+    assert 3 < (found["tokens"][:20] == 0).sum() < 17
+    np.testing.assert_array_equal(found["tokens"][20:], tokens[20:])
 
 
 def test_other_inputs_of_a_row_are_left_alone():

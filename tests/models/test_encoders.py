@@ -69,6 +69,22 @@ def test_padding_changes_nothing(towers):
     assert relative_error(embed(towers, TOKENS[:1]), vectors) > 3e-2
 
 
+def test_with_lengths_any_id_may_be_a_token_and_padding_may_have_any_id(towers):
+    length = jnp.array([4, 7, 1])
+    tokens = np.where(TOKENS == 3, 0, TOKENS)
+    padded = np.where(np.arange(7) < length[:, None], tokens, 6)
+    vectors = embed(towers, tokens, length=length)
+    assert relative_error(embed(towers, padded, length=length), vectors) < 1e-5
+    assert relative_error(embed(towers, tokens)[:1], vectors[:1]) > 1e-2  # there 0 is padding
+
+
+def test_a_mask_leaves_out_tokens_that_a_length_includes(towers):
+    mask = jnp.asarray((TOKENS != 2) & (TOKENS != 0))
+    vectors = embed(towers, TOKENS, length=jnp.array([4, 7, 1]), mask=mask)
+    assert relative_error(vectors, embed(towers, np.where(mask, TOKENS, 0))) < 1e-2
+    assert relative_error(vectors, embed(towers, TOKENS)) > 1e-2
+
+
 def test_rows_do_not_see_each_other(towers):
     together = embed(towers, TOKENS)
     for row in range(3):
@@ -147,6 +163,10 @@ def test_cudnn_s_attention_gets_lengths_that_give_the_mask_s_embeddings(monkeypa
     tokens = np.pad(TOKENS, ((0, 1), (0, 0)))  # the last row has no token
     assert relative_error(embed(by_lengths, tokens), embed(by_mask, tokens)) < 1e-2
     assert asked == [("cudnn", "key_value_seq_lengths")] * 2 + [("xla", "mask")] * 2
+    length = jnp.array([4, 7, 1, 0])
+    with_zeros = np.where(tokens == 3, 0, tokens)
+    mask, lengths = (embed(one, with_zeros, length=length) for one in (by_mask, by_lengths))
+    assert relative_error(lengths, mask) < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -234,10 +254,10 @@ def test_row_dropout_keeps_the_mean_and_the_share():
     assert (dropped != other).any()
 
 
-def embed(towers, tokens):
+def embed(towers, tokens, **others):
     params = towers.init(jax.random.key(0))
     encode = jax.jit(towers.encode, static_argnums=1)
-    return encode(params, "query", {"tokens": jnp.asarray(tokens)})
+    return encode(params, "query", {"tokens": jnp.asarray(tokens), **others})
 
 
 def test_a_static_embedding_by_hand():

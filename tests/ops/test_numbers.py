@@ -168,6 +168,7 @@ DOORS = [
     (span_masking, "rate", (1.0, 1.5, -0.5, math.nan)),
     (span_masking, "span_length", (0,)),
     (span_masking, "keep_first", (-1,)),
+    (span_masking, "keep_last", (-1,)),
     (functools.partial(rows_per_chunk, max_tokens=8), "width", (0,)),
     *((kind, "dropout", (1.0, 1.5, -0.5, math.nan)) for kind in (decoder, transformer)),
     *((kind, name, (0, -1)) for kind in (decoder, transformer) for name in small),
