@@ -37,7 +37,8 @@ atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_e
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-collect_ignore = ["losses/values"]  # scripts that need packages of others
+# Scripts that need packages of others.
+collect_ignore = ["losses/values", "models/pretrained/reference/make_reference.py"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,59 @@
+"""Activation functions by the names that configs of pretrained encoders give them."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import jax
+from jax import lax
+
+from jaxcl.typing import Array, Float
+
+__all__ = ["ACTIVATIONS", "activation"]
+
+Activation: TypeAlias = Callable[[Float[Array, "*b h"]], Float[Array, "*b h"]]
+
+
+def _gelu(values: Float[Array, "*b h"]) -> Float[Array, "*b h"]:
+    # With erf instead of `jax.nn.gelu`'s erfc, which costs more and matters only where gelu is 0.
+    return 0.5 * values * (1 + lax.erf(values * math.sqrt(0.5)))
+
+
+def _quick_gelu(values: Float[Array, "*b h"]) -> Float[Array, "*b h"]:
+    return values * jax.nn.sigmoid(1.702 * values)
+
+
+_gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+
+ACTIVATIONS: Mapping[str, Activation] = {
+    "gelu": _gelu,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_python": _gelu,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "identity": lambda values: values,
+    "leaky_relu": jax.nn.leaky_relu,
+    "linear": lambda values: values,
+    "mish": jax.nn.mish,
+    "quick_gelu": _quick_gelu,
+    "relu": jax.nn.relu,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jax.numpy.tanh,
+}
+"""By the name in a `config.json`, or by the last part of a PyTorch class in lower case."""
+
+
+def activation(name: str, *, setting: str) -> Activation:
+    """The activation function of a name.
+
+    Raises:
+      ValueError: for an unknown name, with the setting that gave it.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{setting}={name!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]

@@ -1,0 +1,326 @@
+"""The transformer behind the families of pretrained encoders."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxcl.models.decoder import rotated
+from jaxcl.models.layers import (
+    Hidden,
+    TokenMask,
+    check_length,
+    default_compute_dtype,
+    row_dropout,
+)
+from jaxcl.models.pretrained.activations import activation
+from jaxcl.typing import Array, Bool, Float, Int, RowKeys, Tokens
+
+__all__ = ["NUM_BUCKETS", "Architecture", "Transformer", "relative_buckets"]
+
+NUM_BUCKETS = 32
+"""Buckets of relative positions."""
+
+FURTHEST = 128
+"""The distance in tokens from which on all share a bucket."""
+
+
+class Architecture(NamedTuple):
+    """What distinguishes one transformer from another.
+
+    Attributes:
+      vocabulary_size: rows of the token table.
+      hidden_dim: width inside, a multiple of `num_heads`.
+      num_layers: attention and MLP blocks.
+      num_heads: attention heads.
+      mlp_dim: width of the MLP.
+      activation: of the MLP, by its name in `ACTIVATIONS`.
+      epsilon: added to the variance in norms.
+      dropout: the rate of the pretraining, and the default of training.
+      num_positions: rows of the table of learned positions; with rotary positions, which have no
+        table, the longest text.
+      first_position: the row of a text's first token.
+      pre_norm: norms lie before attention and MLP, and after the last block, as in ModernBERT;
+        otherwise after each residual, as in BERT. The embeddings are normalised in both, which
+        spares a pre-norm model the norm before its first attention.
+      norm_bias, attention_bias, mlp_bias: whether these layers have biases.
+      token_types: rows of the table of token types, of which texts have the type 0; 0 for no table.
+      relative_positions: a table of `NUM_BUCKETS` relative positions adds to each head's scores.
+      rotary_bases: of each layer's rotary positions; empty for none.
+      windows: how far each layer's tokens see to either side, `None` for everywhere; empty if all
+        layers see everywhere.
+      joint_projections: queries, keys and values come from one matrix.
+      gated: the first half of the MLP's hidden values, after the activation, times the second.
+    """
+
+    vocabulary_size: int
+    hidden_dim: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    activation: str
+    epsilon: float
+    dropout: float
+    num_positions: int
+    first_position: int = 0
+    pre_norm: bool = False
+    norm_bias: bool = True
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    token_types: int = 0
+    relative_positions: bool = False
+    rotary_bases: tuple[float, ...] = ()
+    windows: tuple[int | None, ...] = ()
+    joint_projections: bool = False
+    gated: bool = False
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest text that the positions allow."""
+        return self.num_positions - self.first_position
+
+
+class Transformer(nnx.Module):
+    """Hidden states of texts.
+
+    Args:
+      architecture: what it is made of.
+      dropout: on embeddings and on each block's two outputs, by row; `None` for the
+        architecture's.
+      remat: keeps one activation per block for the backward pass, and computes the others again.
+      compute_dtype: of activations, such as `"bfloat16"`; `None` takes that on accelerators and
+        float32 elsewhere. Parameters stay float32, and so do the sums inside norms and softmax.
+      rngs: for the initial parameters.
+
+    Raises:
+      ValueError: for an unknown activation, or heads that do not divide the width.
+
+    Reference:
+      Devlin et al., "BERT", 2019; Liu et al., "RoBERTa", 2019; Song et al., "MPNet", 2020; Warner
+      et al., "Smarter, Better, Faster, Longer" (ModernBERT), 2024.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        dropout: float | None = None,
+        remat: bool = False,
+        compute_dtype: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if dropout is not None:
+            architecture = architecture._replace(dropout=dropout)
+        a = architecture
+        if a.hidden_dim % a.num_heads:
+            raise ValueError(
+                f"config.json: a width of {a.hidden_dim} does not divide over {a.num_heads} heads"
+            )
+        dtype = jnp.dtype(compute_dtype or default_compute_dtype(jax.default_backend()))
+
+        def table(rows: int, width: int) -> nnx.Param:
+            return nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, width)))
+
+        self.token_table = table(a.vocabulary_size, a.hidden_dim)
+        self.position_table = None if a.rotary_bases else table(a.num_positions, a.hidden_dim)
+        self.type_table = table(a.token_types, a.hidden_dim) if a.token_types else None
+        self.bucket_table = table(NUM_BUCKETS, a.num_heads) if a.relative_positions else None
+        self.norm = _norm(a, dtype, rngs)
+        self.blocks = nnx.List([Block(a, n, dtype=dtype, rngs=rngs) for n in range(a.num_layers)])
+        self.final_norm = _norm(a, dtype, rngs) if a.pre_norm else _identity
+        self.architecture = architecture
+        self.remat = remat
+        self.dtype = dtype
+
+    def __call__(self, tokens: Tokens, mask: TokenMask, rngs: RowKeys | None = None) -> Hidden:
+        """Hidden states of all tokens; those of padding have no meaning.
+
+        Args:
+          tokens: ids; padding comes after a text's tokens.
+          mask: `True` for tokens.
+          rngs: a random key per row for dropout, or `None` for evaluation.
+
+        Raises:
+          ValueError: for texts longer than the positions allow.
+        """
+        a, t = self.architecture, tokens.shape[1]
+        check_length(tokens, a.max_tokens)
+        hidden = self.token_table[...][tokens]
+        if self.position_table is not None:
+            hidden += self.position_table[a.first_position : a.first_position + t]
+        if self.type_table is not None:
+            hidden += self.type_table[0]
+        hidden = row_dropout(self.norm(hidden), rngs, rate=a.dropout, layer=0)
+        bias = None if self.bucket_table is None else _relative_bias(self.bucket_table[...], t)
+        run = nnx.remat(_run_block) if self.remat else _run_block
+        for block in self.blocks:
+            hidden = run(block, hidden, mask, bias, rngs)
+        return self.final_norm(hidden)
+
+
+def _run_block(
+    block: "Block",
+    hidden: Hidden,
+    mask: TokenMask,
+    bias: Float[Array, "1 n t t"] | None,
+    rngs: RowKeys | None,
+) -> Hidden:
+    return block(hidden, mask, bias, rngs)
+
+
+def _identity(hidden: Hidden) -> Hidden:
+    return hidden
+
+
+def _norm(a: Architecture, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The fast variance is a difference of two large numbers where the mean is far from 0.
+    return nnx.LayerNorm(
+        a.hidden_dim,
+        epsilon=a.epsilon,
+        use_bias=a.norm_bias,
+        use_fast_variance=False,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+class Block(nnx.Module):
+    """Self-attention and an MLP, each with a residual, a norm and dropout."""
+
+    def __init__(self, a: Architecture, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.attention = Attention(a, layer, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(a, dtype=dtype, rngs=rngs)
+        normalised_before = a.pre_norm and layer == 0
+        self.attention_norm = _identity if normalised_before else _norm(a, dtype, rngs)
+        self.mlp_norm = _norm(a, dtype, rngs)
+        self.pre_norm = a.pre_norm
+        self.dropout = a.dropout
+        self.layer = layer
+
+    def __call__(
+        self,
+        hidden: Hidden,
+        mask: TokenMask,
+        bias: Float[Array, "1 n t t"] | None,
+        rngs: RowKeys | None,
+    ) -> Hidden:
+        drop = functools.partial(row_dropout, rngs=rngs, rate=self.dropout)
+        first, second = 1 + 2 * self.layer, 2 + 2 * self.layer  # 0 is the embeddings'
+        if self.pre_norm:
+            hidden += drop(self.attention(self.attention_norm(hidden), mask, bias), layer=first)
+            return hidden + drop(self.mlp(self.mlp_norm(hidden)), layer=second)
+        hidden = self.attention_norm(hidden + drop(self.attention(hidden, mask, bias), layer=first))
+        return self.mlp_norm(hidden + drop(self.mlp(hidden), layer=second))
+
+
+class Attention(nnx.Module):
+    """Self-attention, everywhere or in a window, with rotary positions or without."""
+
+    def __init__(self, a: Architecture, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        linear = functools.partial(
+            nnx.Linear, a.hidden_dim, use_bias=a.attention_bias, dtype=dtype, rngs=rngs
+        )
+        if a.joint_projections:
+            self.projections = linear(3 * a.hidden_dim)
+        else:
+            self.query, self.key, self.value = (linear(a.hidden_dim) for _ in range(3))
+        self.output = linear(a.hidden_dim)
+        self.joint_projections = a.joint_projections
+        self.num_heads = a.num_heads
+        self.rotary_base = a.rotary_bases[layer] if a.rotary_bases else None
+        self.window = a.windows[layer] if a.windows else None
+
+    def __call__(
+        self, hidden: Hidden, mask: TokenMask, bias: Float[Array, "1 n t t"] | None
+    ) -> Hidden:
+        b, t, h = hidden.shape
+        if self.joint_projections:
+            projected = jnp.split(self.projections(hidden), 3, axis=-1)
+        else:
+            projected = [project(hidden) for project in (self.query, self.key, self.value)]
+        queries, keys, values = (side.reshape(b, t, self.num_heads, -1) for side in projected)
+        if self.rotary_base is not None:
+            queries, keys = (rotated(side, base=self.rotary_base) for side in (queries, keys))
+        seen = mask[:, None, None, :]
+        if self.window is not None:
+            seen = seen & _within(self.window, t)
+        return self.output(attend(queries, keys, values, bias, seen).reshape(b, t, h))
+
+
+class MLP(nnx.Module):
+    """Two linear layers with an activation in between, gated or not."""
+
+    def __init__(self, a: Architecture, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, use_bias=a.mlp_bias, dtype=dtype, rngs=rngs)
+        self.widen = linear(a.hidden_dim, 2 * a.mlp_dim if a.gated else a.mlp_dim)
+        self.narrow = linear(a.mlp_dim, a.hidden_dim)
+        self.activation = activation(a.activation, setting="config.json: the activation")
+        self.gated = a.gated
+
+    def __call__(self, hidden: Hidden) -> Hidden:
+        wide = self.widen(hidden)
+        if not self.gated:
+            return self.narrow(self.activation(wide))
+        values, gates = jnp.split(wide, 2, axis=-1)
+        return self.narrow(self.activation(values) * gates)
+
+
+def attend(
+    queries: Float[Array, "b t n c"],
+    keys: Float[Array, "b t n c"],
+    values: Float[Array, "b t n c"],
+    bias: Float[Array, "1 n t t"] | None,
+    seen: Bool[Array, "b 1 #t t"],
+) -> Float[Array, "b t n c"]:
+    r"""Dot-product attention: $\operatorname{softmax}(Q K^\top / \sqrt{c} + B)\, V$ for each head.
+
+    `jax.nn.dot_product_attention` rounds the weights of float64 inputs to float32; here the softmax
+    is at least float32, and float64 where the inputs are.
+
+    Args:
+      queries, keys, values: per head.
+      bias: added to the scaled scores.
+      seen: `True` where a query sees a key. A query that sees none, which only padding does,
+        takes the mean over all of them: finite, with a finite gradient.
+    """
+    wide = jnp.promote_types(queries.dtype, jnp.float32)
+    scores = jnp.einsum("bqnc,bknc->bnqk", queries, keys, preferred_element_type=wide)
+    scores *= queries.shape[-1] ** -0.5
+    if bias is not None:
+        scores += bias.astype(wide)
+    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(wide).min))
+    return jnp.einsum("bnqk,bknc->bqnc", weights.astype(values.dtype), values)
+
+
+def _within(window: int, t: int) -> Bool[Array, "t t"]:
+    places = jnp.arange(t)
+    return jnp.abs(places[:, None] - places) <= window
+
+
+def _relative_bias(table: Float[Array, "r n"], t: int) -> Float[Array, "1 n t t"]:
+    return table[relative_buckets(t)].transpose(2, 0, 1)[None]
+
+
+def relative_buckets(t: int) -> Int[np.ndarray, "t t"]:
+    """The bucket of each query's distance to each key.
+
+    Half of the buckets are for keys that come after the query. Of each half, one half are for the
+    distances 0, 1, 2, …, and the others grow with the logarithm of the distance up to `FURTHEST`.
+
+    Reference:
+      Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
+      Transformer", 2020, section 2.1.
+    """
+    relative = np.arange(t)[None, :] - np.arange(t)[:, None]  # key minus query
+    half = NUM_BUCKETS // 2
+    exact = half // 2
+    distance = np.abs(relative)
+    # In float32, as the models were trained: a bucket's border could fall to the other side.
+    log_distance = np.log(np.maximum(distance, 1).astype(np.float32) / exact)
+    share = log_distance / math.log(FURTHEST / exact)
+    coarse = np.minimum(exact + (share * (half - exact)).astype(int), half - 1)
+    return (relative > 0) * half + np.where(distance < exact, distance, coarse)

@@ -1,0 +1,115 @@
+"""A pretrained encoder as one module: tokens in, one vector per text out."""
+
+from typing import Annotated, NamedTuple
+
+from flax import nnx
+
+from jaxcl.models.layers import token_mask, tokens_of, unit_vectors
+from jaxcl.models.pretrained.activations import activation
+from jaxcl.models.pretrained.description import Dense, Pooling, PretrainedModel
+from jaxcl.models.pretrained.families import FAMILIES
+from jaxcl.models.pretrained.pooling import pool_states
+from jaxcl.typing import Embeddings, PyTree, Range, RowKeys, check_ranges
+
+__all__ = ["PretrainedEncoder", "PretrainedOptions"]
+
+
+class PretrainedOptions(NamedTuple):
+    """Options of `PretrainedEncoder` in a config."""
+
+    dropout: Annotated[float, Range(least=0, below=1)] | None = None
+    remat: bool | None = None
+    compute_dtype: str | None = None
+
+
+class PretrainedEncoder(nnx.Module):
+    """Embeds texts by a pretrained encoder, its pooling and its dense layers.
+
+    Its parameters lie under `encoder`, as the family's module names them, and under `dense/0`,
+    `dense/1` and so on.
+
+    Args:
+      model: what the encoder's folder says.
+      normalize: whether vectors have unit norm, as the losses need; without it, they are what the
+        last layer gives.
+      dropout: on embeddings and on each block's two outputs, by row; `None` for the rate of the
+        pretraining. The weights of attention are never dropped.
+      remat: keeps one activation per block for the backward pass, and computes the others again.
+      compute_dtype: of activations, such as `"bfloat16"`; `None` takes that on accelerators and
+        float32 elsewhere. Parameters stay float32; pooling and what follows are computed in it.
+      pooling: another pooling than the folder's.
+      rngs: for the initial parameters.
+
+    Raises:
+      ValueError: for an unknown family, a config or layer that is not supported, widths that do
+        not fit, or an option out of range.
+    """
+
+    def __init__(
+        self,
+        model: PretrainedModel,
+        *,
+        normalize: bool = True,
+        dropout: float | None = None,
+        remat: bool = False,
+        compute_dtype: str | None = None,
+        pooling: Pooling | None = None,
+        rngs: nnx.Rngs,
+    ):
+        check_ranges(PretrainedOptions(dropout))
+        if model.family not in FAMILIES:
+            raise ValueError(
+                f"family={model.family!r} is unknown; use one of {', '.join(FAMILIES)}"
+            )
+        family = FAMILIES[model.family]
+        self.encoder = family.make(
+            model.config, rngs=rngs, dropout=dropout, remat=remat, compute_dtype=compute_dtype
+        )
+        self.modes = (pooling or model.pooling).modes
+        _check_widths(family.hidden_dim(model.config) * len(self.modes), model.dense)
+        self.dense = nnx.List(
+            [
+                nnx.Linear(layer.in_features, layer.out_features, use_bias=layer.bias, rngs=rngs)
+                for layer in model.dense
+            ]
+        )
+        self.activations = tuple(
+            activation(layer.activation, setting=f"{layer.folder}/config.json: the activation")
+            for layer in model.dense
+        )
+        self.residuals = tuple(layer.residual for layer in model.dense)
+        self.normalize = normalize
+
+    def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
+        """Embeds texts.
+
+        Args:
+          inputs: `{"tokens": int32[b, t], "length": int32[b]}`, and `"prompt_length"`: int32[b] to
+            leave out the prompt's tokens in pooling. For `"mask"` and a missing length, see
+            `jaxcl.models.layers.token_mask`.
+          rngs: a random key per row for dropout, or `None` for evaluation.
+
+        Returns:
+          One vector per text, in float32 at least; zeros for a text without tokens.
+        """
+        mask = token_mask(inputs)
+        hidden = self.encoder(tokens_of(inputs, "PretrainedEncoder"), mask, rngs)
+        vectors = pool_states(
+            hidden, mask, modes=self.modes, prompt_length=inputs.get("prompt_length")
+        )
+        for layer, act, residual in zip(self.dense, self.activations, self.residuals, strict=True):
+            out = act(layer(vectors))
+            vectors = out + vectors if residual else out
+        return unit_vectors(vectors) if self.normalize else vectors
+
+
+def _check_widths(width: int, dense: tuple[Dense, ...]) -> None:
+    for layer in dense:
+        if layer.in_features != width:
+            raise ValueError(f"{layer.folder} reads {layer.in_features} features, and gets {width}")
+        if layer.residual and layer.out_features != width:
+            raise ValueError(
+                f"{layer.folder} adds {width} features to {layer.out_features}; a residual between "
+                "different widths is not supported"
+            )
+        width = layer.out_features

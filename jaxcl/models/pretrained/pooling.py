@@ -1,0 +1,70 @@
+"""From the hidden states of a text's tokens to one vector, as sentence-transformers defines it."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from jaxcl.models.layers import Hidden, TokenMask
+from jaxcl.models.pretrained.modules import POOLING_MODES
+from jaxcl.typing import Array, Embeddings, Float, Int
+
+__all__ = ["pool_states"]
+
+
+def pool_states(
+    hidden: Hidden,
+    mask: TokenMask,
+    *,
+    modes: Sequence[str],
+    prompt_length: Int[Array, " b"] | None = None,
+) -> Embeddings:
+    r"""One vector per text: those of all modes, concatenated, in float32 at least.
+
+    | mode | vector |
+    |---|---|
+    | `"cls"` | the state of the first token |
+    | `"max"` | the largest value of each feature |
+    | `"mean"` | $\sum_j h_j / n$ over the $n$ tokens |
+    | `"mean_sqrt_len_tokens"` | $\sum_j h_j / \sqrt{n}$ |
+    | `"weightedmean"` | $\sum_j j h_j / \sum_j j$, where the text's first token has $j = 1$ |
+    | `"lasttoken"` | the state of the last token |
+
+    Args:
+      hidden: states of tokens.
+      mask: `True` for tokens.
+      modes: some of `POOLING_MODES`.
+      prompt_length: tokens at the start of each text that are left out; the others keep their $j$.
+
+    Returns:
+      The vectors; zeros for a text without any token.
+
+    Raises:
+      ValueError: for an unknown mode.
+    """
+    places = jnp.arange(mask.shape[1])[None]
+    if prompt_length is not None:
+        mask = mask & (places >= prompt_length[:, None])
+    hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    vectors = [_pooled(hidden, mask, places, mode) for mode in modes]
+    return jnp.where(mask.any(1, keepdims=True), jnp.concatenate(vectors, axis=1), 0)
+
+
+def _pooled(
+    hidden: Hidden, mask: TokenMask, places: Int[Array, "1 t"], mode: str
+) -> Float[Array, "b h"]:
+    if mode == "cls":
+        return _state_at(hidden, mask.argmax(1))
+    if mode == "lasttoken":
+        return _state_at(hidden, jnp.where(mask, places, 0).max(1))
+    if mode == "max":
+        return jnp.where(mask[..., None], hidden, jnp.finfo(hidden.dtype).min).max(1)
+    if mode not in POOLING_MODES:
+        raise ValueError(f"pooling={mode!r} is unknown; use one of {', '.join(POOLING_MODES)}")
+    weights = mask * (places + 1 if mode == "weightedmean" else 1)
+    total = jnp.einsum("bt,bth->bh", weights.astype(hidden.dtype), hidden)
+    count = jnp.maximum(weights.sum(1, keepdims=True), 1).astype(hidden.dtype)
+    return total / (jnp.sqrt(count) if mode == "mean_sqrt_len_tokens" else count)
+
+
+def _state_at(hidden: Hidden, place: Int[Array, " b"]) -> Float[Array, "b h"]:
+    return jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]

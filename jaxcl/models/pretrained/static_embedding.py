@@ -1,0 +1,102 @@
+"""Static embeddings: one vector per token, without any context."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxcl.models.layers import Hidden, TokenMask, default_compute_dtype
+from jaxcl.models.pretrained.description import Family, Tensor
+from jaxcl.typing import RowKeys, Tokens
+
+__all__ = ["MODEL2VEC", "STATIC_EMBEDDING", "StaticEmbedding"]
+
+
+class StaticEmbedding(nnx.Module):
+    """The embeddings of a text's tokens.
+
+    Args:
+      vocabulary_size: rows of the token table.
+      dim: its width.
+      weighted: whether each token has a weight, by which its embedding is multiplied.
+      compute_dtype: of what leaves it; `None` takes bfloat16 on accelerators, float32 elsewhere.
+      rngs: for the initial parameters.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        dim: int,
+        *,
+        weighted: bool = False,
+        compute_dtype: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.token_table = nnx.Param(
+            jax.random.normal(rngs.params(), (vocabulary_size, dim)) * dim**-0.5
+        )
+        self.token_weight = nnx.Param(jnp.ones((vocabulary_size,))) if weighted else None
+        self.dtype = jnp.dtype(compute_dtype or default_compute_dtype(jax.default_backend()))
+
+    def __call__(self, tokens: Tokens, mask: TokenMask, rngs: RowKeys | None = None) -> Hidden:
+        """The embedding of each token; training and evaluation are the same."""
+        hidden = self.token_table[...][tokens]
+        if self.token_weight is not None:
+            hidden *= self.token_weight[...][tokens][..., None]
+        return hidden.astype(self.dtype)
+
+
+def _shape(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    return tuple(config["tensors"][name])
+
+
+def static_family(table: str, weights: str | None = None) -> Family:
+    """A family of static embeddings.
+
+    Folders of static embeddings have no `config.json` that says how large they are: their config
+    has the shapes of their tensors, `{"tensors": {name: shape}}`.
+
+    Args:
+      table: name of the tensor `[v, d]` of embeddings.
+      weights: name of the tensor `[v]` of weights, which a file may have or not.
+    """
+
+    def weighted(config: Mapping[str, Any]) -> bool:
+        return weights in config["tensors"]
+
+    def make(
+        config: Mapping[str, Any],
+        *,
+        rngs: nnx.Rngs,
+        dropout: float | None = None,
+        remat: bool = False,
+        compute_dtype: str | None = None,
+    ) -> nnx.Module:
+        if "mapping" in config["tensors"]:
+            raise ValueError(
+                "the tokens of these embeddings share rows (the tensor 'mapping'), which is not "
+                "supported; save them without vocabulary quantization"
+            )
+        v, d = _shape(config, table)
+        return StaticEmbedding(
+            v, d, weighted=weighted(config), compute_dtype=compute_dtype, rngs=rngs
+        )
+
+    def tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        of_weights = {"token_weight": Tensor(weights)} if weights and weighted(config) else {}
+        return {"token_table": Tensor(table)} | of_weights
+
+    return Family(
+        prefixes=(),
+        make=make,
+        tensors=tensors,
+        hidden_dim=lambda config: _shape(config, table)[1],
+        vocabulary_size=lambda config: _shape(config, table)[0],
+        max_tokens=lambda config: None,
+    )
+
+
+STATIC_EMBEDDING = static_family("embedding.weight")
+MODEL2VEC = static_family("embeddings", "weights")

@@ -1,0 +1,81 @@
+"""Where the parameters of `jaxcl.models.pretrained.blocks.Transformer` lie in a family's files."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from jaxcl.models.pretrained.blocks import Architecture, Transformer
+from jaxcl.models.pretrained.description import Family, Tensor
+
+__all__ = ["Names", "transformer_family"]
+
+
+class Names(NamedTuple):
+    """A family's names of tensors, without `.weight` and `.bias`.
+
+    Attributes:
+      tables: a table of `Transformer`, such as `"token_table"` -> its name.
+      norms: a norm outside of the blocks -> its name.
+      block: what each block's names begin with; `{}` stands for its number.
+      block_norms: a norm in a block -> its name in the block.
+      block_linear: a linear layer in a block, such as `"attention/query"` -> its name in the block.
+    """
+
+    tables: Mapping[str, str]
+    norms: Mapping[str, str]
+    block: str
+    block_norms: Mapping[str, str]
+    block_linear: Mapping[str, str]
+
+    def tensors(self, a: Architecture) -> dict[str, Tensor]:
+        """Path of a parameter -> its tensor."""
+        tensors = {path: Tensor(f"{name}.weight") for path, name in self.tables.items()}
+        for path, name in self.norms.items():
+            tensors |= _norm(path, name, bias=a.norm_bias)
+        for layer in range(a.num_layers):
+            at, block = f"blocks/{layer}/", self.block.format(layer)
+            for path, name in self.block_norms.items():
+                if not (a.pre_norm and layer == 0 and path == "attention_norm"):
+                    tensors |= _norm(at + path, block + name, bias=a.norm_bias)
+            for path, name in self.block_linear.items():
+                bias = a.mlp_bias if path.startswith("mlp/") else a.attention_bias
+                tensors |= _linear(at + path, block + name, bias=bias)
+        return tensors
+
+
+def _norm(path: str, name: str, *, bias: bool) -> dict[str, Tensor]:
+    scale = {f"{path}/scale": Tensor(f"{name}.weight")}
+    return scale | ({f"{path}/bias": Tensor(f"{name}.bias")} if bias else {})
+
+
+def _linear(path: str, name: str, *, bias: bool) -> dict[str, Tensor]:
+    kernel = {f"{path}/kernel": Tensor(f"{name}.weight", transposed=True)}
+    return kernel | ({f"{path}/bias": Tensor(f"{name}.bias")} if bias else {})
+
+
+def transformer_family(
+    prefixes: tuple[str, ...],
+    architecture: Callable[[Mapping[str, Any]], Architecture],
+    names: Names,
+) -> Family:
+    """A family whose models are transformers.
+
+    Args:
+      prefixes: what the names of tensors may begin with.
+      architecture: `config.json` -> the architecture. Raises a `ValueError` for a config that is
+        not supported.
+      names: the names of its tensors.
+    """
+
+    def make(config: Mapping[str, Any], **options: Any) -> nnx.Module:
+        return Transformer(architecture(config), **options)
+
+    return Family(
+        prefixes=prefixes,
+        make=make,
+        tensors=lambda config: names.tensors(architecture(config)),
+        hidden_dim=lambda config: architecture(config).hidden_dim,
+        vocabulary_size=lambda config: architecture(config).vocabulary_size,
+        max_tokens=lambda config: architecture(config).max_tokens,
+    )

@@ -1,0 +1,158 @@
+"""Makes tiny random models of every family, and the values that the tests compare with.
+
+    python tests/models/pretrained/reference/make_reference.py
+
+It needs torch, transformers and sentence-transformers, which the tests do not. Each family gets a
+folder here with `config.json`, `model.safetensors` and `values.npz`: tokens, their lengths, the
+hidden states after the embeddings and after the last block, and the gradient of a scalar by every
+parameter. `pooling.npz` has what sentence-transformers makes of BERT's hidden states.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import sentence_transformers
+import torch
+import transformers
+from safetensors.torch import save_file
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
+
+HERE = Path(__file__).parent
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
+# Texts are longer than ModernBERT's window and than MPNet's buckets of relative positions.
+FAMILIES = {
+    "bert": (transformers.BertConfig(**SIZES, max_position_embeddings=24), 20),
+    "roberta": (
+        transformers.RobertaConfig(
+            **SIZES, max_position_embeddings=24, type_vocab_size=1, layer_norm_eps=1e-5
+        ),
+        20,
+    ),
+    "xlm-roberta": (
+        transformers.XLMRobertaConfig(
+            **SIZES, max_position_embeddings=24, type_vocab_size=1, layer_norm_eps=1e-5
+        ),
+        20,
+    ),
+    "distilbert": (
+        transformers.DistilBertConfig(
+            vocab_size=60, dim=16, n_layers=2, n_heads=2, hidden_dim=24, max_position_embeddings=24
+        ),
+        20,
+    ),
+    "mpnet": (
+        transformers.MPNetConfig(**SIZES, max_position_embeddings=152, layer_norm_eps=1e-5),
+        150,
+    ),
+    "modernbert": (
+        transformers.ModernBertConfig(
+            **SIZES | {"num_hidden_layers": 4},
+            max_position_embeddings=32,
+            local_attention=8,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            cls_token_id=1,
+            sep_token_id=2,
+        ),
+        20,
+    ),
+}
+PROMPT_LENGTH = 3
+MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+
+
+def random_model(config):
+    """Every parameter is large enough to matter, also those that start as 0 or 1."""
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_scale = name.lower().endswith("norm.weight")
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + is_scale)
+    return model
+
+
+def texts(config, longest):
+    """Three texts, one of them of full length, padded on the right."""
+    length = np.array([longest, longest * 2 // 3, 5])
+    mask = np.arange(longest) < length[:, None]
+    tokens = np.random.default_rng(0).integers(5, SIZES["vocab_size"], mask.shape)
+    return np.where(mask, tokens, config.pad_token_id), length, mask
+
+
+def make_family(name, config, longest):
+    folder = HERE / name
+    folder.mkdir(exist_ok=True)
+    model = random_model(config)
+    tokens, length, mask = texts(config, longest)
+    output = model(
+        torch.from_numpy(tokens),
+        attention_mask=torch.from_numpy(mask).long(),
+        output_hidden_states=True,
+    )
+    last = output.last_hidden_state
+    weights = torch.from_numpy(mask)[..., None].float()
+    mean = (last * weights).sum(1) / weights.sum(1)
+    cotangent = np.cos(np.arange(mean.numel())).reshape(mean.shape)
+    (mean * torch.from_numpy(cotangent).float()).sum().backward()
+    gradients = {
+        f"gradient {key}": parameter.grad.numpy()
+        for key, parameter in model.named_parameters()
+        if parameter.grad is not None  # a pooler has none
+    }
+    (folder / "config.json").write_text(json.dumps(config.to_diff_dict(), indent=1) + "\n")
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    np.savez_compressed(
+        folder / "values.npz",
+        tokens=tokens.astype(np.int32),
+        length=length.astype(np.int32),
+        first=output.hidden_states[0].detach().numpy(),
+        last=last.detach().numpy(),
+        mean=mean.detach().numpy(),
+        **gradients,
+    )
+    return last.detach(), torch.from_numpy(mask).long()
+
+
+def make_pooling(states, mask):
+    """Vectors of each mode, with the prompt and without; then dense layers, and unit vectors."""
+    values = {}
+
+    def pooled(modes, include_prompt=True):
+        pooling = Pooling(states.shape[2], pooling_mode=modes, include_prompt=include_prompt)
+        features = {"token_embeddings": states, "attention_mask": mask}
+        return pooling(features | {"prompt_length": PROMPT_LENGTH})["sentence_embedding"]
+
+    for mode in MODES:
+        values[mode] = pooled(mode).numpy()
+        values[f"{mode} without prompt"] = pooled(mode, include_prompt=False).numpy()
+    vectors = pooled(("weightedmean", "max"))
+    torch.manual_seed(1)
+    layers = (Dense(32, 12), Dense(12, 12, activation_function=torch.nn.GELU(), use_residual=True))
+    for number, layer in enumerate(layers):
+        vectors = layer({"sentence_embedding": vectors})["sentence_embedding"]
+        values[f"dense {number} kernel"] = layer.linear.weight.detach().numpy().T
+        values[f"dense {number} bias"] = layer.linear.bias.detach().numpy()
+    unit = Normalize()({"sentence_embedding": vectors})["sentence_embedding"]
+    np.savez_compressed(HERE / "pooling.npz", dense=unit.detach().numpy(), **values)
+
+
+def main():
+    made = {name: make_family(name, *given) for name, given in FAMILIES.items()}
+    make_pooling(*made["bert"])
+    versions = [
+        f"{m.__name__} {m.__version__}" for m in (torch, transformers, sentence_transformers)
+    ]
+    (HERE / "VERSIONS.txt").write_text("\n".join([*versions, f"numpy {np.__version__}"]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The tiny models in `reference/`, which `make_reference.py` makes."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load_file
+
+from jaxcl.models.pretrained.description import Pooling, PretrainedModel
+from jaxcl.models.pretrained.encoder import PretrainedEncoder
+from jaxcl.models.pretrained.families import FAMILIES
+
+REFERENCE = Path(__file__).parent / "reference"
+TRANSFORMERS = ("bert", "distilbert", "modernbert", "mpnet", "roberta", "xlm-roberta")
+
+
+def read_config(name):
+    return json.loads((REFERENCE / name / "config.json").read_text())
+
+
+def read_values(name):
+    with np.load(REFERENCE / name / "values.npz") as values:
+        return dict(values)
+
+
+def describe(config, **changes):
+    """A `PretrainedModel` of a config alone."""
+    family = FAMILIES[config["model_type"]]
+    return PretrainedModel(
+        path=REFERENCE,
+        family=config["model_type"],
+        config=config,
+        encoder_folder="",
+        pooling=Pooling(),
+        dense=(),
+        normalize=False,
+        prompts={},
+        similarity="cosine",
+        special_tokens=True,
+        skip_unknown=False,
+        max_tokens=family.max_tokens(config),
+        vocabulary_size=family.vocabulary_size(config),
+        dim=family.hidden_dim(config),
+        tensors={},
+        files={},
+    )._replace(**changes)
+
+
+def as_parameters(config, tensors, dtype=jnp.float32):
+    """The parameters of a family's module, from tensors by their names."""
+    nested = {}
+    for path, tensor in FAMILIES[config["model_type"]].tensors(config).items():
+        value = tensors[tensor.name]
+        *parents, leaf = (int(part) if part.isdigit() else part for part in path.split("/"))
+        node = nested
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[leaf] = jnp.asarray(value.T if tensor.transposed else value, dtype)
+    return nested
+
+
+def read_parameters(name, dtype=jnp.float32):
+    tensors = load_file(REFERENCE / name / "model.safetensors")
+    return as_parameters(read_config(name), tensors, dtype)
+
+
+def hidden_states(config, params, tokens, mask, rngs=None, **options):
+    """The states of a family's module with these parameters, and these alone."""
+    make = FAMILIES[config["model_type"]].make
+    graph, abstract = nnx.split(
+        nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0), **options)), nnx.Param
+    )
+    assert jax.tree.structure(nnx.to_pure_dict(abstract)) == jax.tree.structure(params)
+    return nnx.merge(graph, params)(jnp.asarray(tokens), jnp.asarray(mask), rngs)
+
+
+def embed(model, params, inputs, rngs=None, **options):
+    """The vectors of a `PretrainedEncoder` with these parameters."""
+    options = {"normalize": model.normalize} | options
+    graph, _ = nnx.split(
+        nnx.eval_shape(lambda: PretrainedEncoder(model, rngs=nnx.Rngs(0), **options)), nnx.Param
+    )
+    return nnx.merge(graph, params)({key: jnp.asarray(v) for key, v in inputs.items()}, rngs)
