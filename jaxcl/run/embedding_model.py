@@ -4,11 +4,12 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
+from tokenizers import Tokenizer
 
+from jaxcl.data.text_rule import UNLIMITED, TextRule, TextTokenizer
 from jaxcl.data.tokenizer import check_texts
 from jaxcl.host.progress import progress_bar
 from jaxcl.models import Encode
@@ -17,29 +18,13 @@ from jaxcl.step.embedder import make_forward
 from jaxcl.step.length_batches import LengthBatch, embed_batches, length_batches
 from jaxcl.typing import SIDES, Float, Int, PyTree
 
-__all__ = ["EmbeddingModel", "TextSide"]
+__all__ = ["EmbeddingModel"]
 
 _CHUNK_TEXTS = 4096
 _BATCH_TOKENS = {"cpu": 4096}  # caches are small; accelerators want many rows at once
 _ACCELERATOR_TOKENS = 65_536
 _BAR_TEXTS = 1000
 """So many texts take long enough for a progress bar."""
-
-
-class TextSide(NamedTuple):
-    """How the texts of a side become inputs.
-
-    Attributes:
-      prompt: a text that is put before each of the side's texts.
-      max_tokens: the longest text, special tokens and prompt included; `None` without a limit.
-      tokenize: `(texts, prompt) -> token ids of each`.
-      as_inputs: `(rows of token ids, prompt, width) -> the encoder's inputs`.
-    """
-
-    prompt: str
-    max_tokens: int | None
-    tokenize: Callable[[Sequence[str], str], list[Int[np.ndarray, " _"]]]
-    as_inputs: Callable[[Sequence[Int[np.ndarray, " _"]], str, int], PyTree]
 
 
 class EmbeddingModel:
@@ -69,7 +54,8 @@ class EmbeddingModel:
         encode: Encode,
         params: PyTree,
         mesh: Mesh,
-        sides: Mapping[str, TextSide],
+        tokenizer: Tokenizer,
+        rules: Mapping[str, TextRule],
         dim: int,
         prompts: Mapping[str, str] | None = None,
         normalizes: bool = True,
@@ -77,13 +63,18 @@ class EmbeddingModel:
     ):
         self.source = source
         self.dim = dim
-        self.max_tokens = {side: text.max_tokens for side, text in sides.items()}
-        self.prompts = {**(prompts or {}), **{side: text.prompt for side, text in sides.items()}}
+        self.max_tokens = {
+            side: None if rule.max_tokens == UNLIMITED else rule.max_tokens
+            for side, rule in rules.items()
+        }
+        self.prompts = {**(prompts or {}), **{side: rule.prompt for side, rule in rules.items()}}
         self.normalizes = normalizes
         self.similarity_function = similarity_function
         self._params = params
         self._mesh = mesh
-        self._sides = sides
+        self._rules = rules
+        # The vocabulary of a tokenizer is large; a program has few prompts.
+        self._text = functools.lru_cache(maxsize=16)(functools.partial(TextTokenizer, tokenizer))
         self._forward = make_forward(encode, mesh)
 
     def __repr__(self) -> str:
@@ -136,9 +127,10 @@ class EmbeddingModel:
             raise ValueError(f"dim={dim}; the model has {self.dim} dimensions, so give 1 to that")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} embeds nothing; give 1 or more")
-        rows = self._tokens(texts, side, prompt)
+        text = self._text_of(side, prompt)
+        rows = self._tokenize(texts, text)
         with _shown(progress, len(rows)) as advance:
-            vectors = self._embed(rows, side, prompt, batch_size, advance)
+            vectors = self._embed(rows, side, text, batch_size, advance)
         vectors = quantized(truncated(vectors, dim, normalizes=self.normalizes), quantize)
         return vectors[0] if isinstance(texts, str) else vectors
 
@@ -154,7 +146,7 @@ class EmbeddingModel:
         Returns:
           `[t]` for each text, the prompt's and special tokens included.
         """
-        rows = self._tokens(texts, side, prompt)
+        rows = self._tokenize(texts, self._text_of(side, prompt))
         return rows[0] if isinstance(texts, str) else rows
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -170,43 +162,44 @@ class EmbeddingModel:
         """
         return similarities(self.similarity_function, a, b)
 
-    def _tokens(
-        self, texts: str | Sequence[str], side: str, prompt: str | None
-    ) -> list[Int[np.ndarray, " _"]]:
+    def _text_of(self, side: str, prompt: str | None) -> TextTokenizer:
         if side not in SIDES:
             raise ValueError(f"side={side!r} is unknown; use {' or '.join(SIDES)}")
+        rule = self._rules[side]
+        if prompt is not None:
+            rule = rule._replace(prompt=self.prompts.get(prompt, prompt))
+        return self._text(rule)
+
+    def _tokenize(
+        self, texts: str | Sequence[str], text: TextTokenizer
+    ) -> list[Int[np.ndarray, " _"]]:
         texts = _checked([texts] if isinstance(texts, str) else texts)
-        tokenize, before = self._sides[side].tokenize, self._prompt(side, prompt)
         return [
             row
             for first in range(0, len(texts), _CHUNK_TEXTS)
-            for row in tokenize(texts[first : first + _CHUNK_TEXTS], before)
+            for row in text.tokenize(texts[first : first + _CHUNK_TEXTS])
         ]
-
-    def _prompt(self, side: str, prompt: str | None) -> str:
-        return self._sides[side].prompt if prompt is None else self.prompts.get(prompt, prompt)
 
     def _embed(
         self,
         rows: Sequence[Int[np.ndarray, " _"]],
         side: str,
-        prompt: str | None,
+        text: TextTokenizer,
         batch_size: int | None,
         advance: Callable[[int], object],
     ) -> Float[np.ndarray, "n d"]:
-        text, before = self._sides[side], self._prompt(side, prompt)
         platform = self._mesh.devices.flat[0].platform
         batches = length_batches(
             np.array([len(row) for row in rows], np.int64),
             multiple=self._mesh.size,
             batch_tokens=_BATCH_TOKENS.get(platform, _ACCELERATOR_TOKENS) * self._mesh.size,
             batch_size=batch_size,
-            longest=text.max_tokens,
+            longest=self.max_tokens[side],
         )
 
         def read(batch: LengthBatch) -> PyTree:
-            missing = [rows[0][:0]] * (batch.num_rows - len(batch.rows))
-            return text.as_inputs([rows[row] for row in batch.rows] + missing, before, batch.width)
+            padding = [rows[0][:0]] * (batch.num_rows - len(batch.rows))
+            return text.inputs([rows[row] for row in batch.rows] + padding, batch.width)
 
         out = np.empty((len(rows), self.dim), np.float32)
         forward = functools.partial(self._forward, self._params, side)

@@ -1,28 +1,27 @@
 """Loads a model to embed texts with, from a run's workdir or from a folder."""
 
-import functools
 import os
-from collections.abc import Sequence
 
-import numpy as np
-
-from jaxcl.data.token_table import padded
-from jaxcl.data.tokenizer import encode_texts, load_tokenizer
-from jaxcl.host.paths import as_path
-from jaxcl.run.embedding_model import EmbeddingModel, TextSide
-from jaxcl.run.opened import OpenedRun, open_run
+from jaxcl.data.modalities import Text, text_rule
+from jaxcl.host.paths import AnyPath, as_path
+from jaxcl.run.embedding_model import EmbeddingModel
+from jaxcl.run.encoder import Encoder
+from jaxcl.run.exported import EXPORT_FILE, open_exported
+from jaxcl.run.opened import open_run
 from jaxcl.run.workdir import CHECKPOINTS, ID_FILE
 from jaxcl.settings.parts import Trust
-from jaxcl.typing import SIDES, Int, PyTree
+from jaxcl.settings.sections import Settings
+from jaxcl.typing import SIDES
 
-__all__ = ["load", "model_of_run"]
+__all__ = ["load"]
 
 
 def load(path: str | os.PathLike[str], *, trust: Trust = ()) -> EmbeddingModel:
     """Load a model to embed texts with, on all devices.
 
     Args:
-      path: the workdir of a run that has saved a checkpoint; it may still be training.
+      path: the workdir of a run that has saved a checkpoint, which may still be training; or a
+        folder that `jaxcl.export` has written with `--format jaxcl`.
       trust: the packages from which an encoder named `package.module:function` is imported.
 
     Raises:
@@ -37,45 +36,44 @@ def load(path: str | os.PathLike[str], *, trust: Trust = ()) -> EmbeddingModel:
     """
     folder = as_path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; give the workdir of a run")
+        raise FileNotFoundError(
+            f"there is no folder {folder}; give the workdir of a run or the folder of a model"
+        )
     if any((folder / name).exists() for name in (CHECKPOINTS, ID_FILE)):
-        return model_of_run(open_run(folder, trust=trust))
-    raise ValueError(f"{folder} holds no model: there is no {CHECKPOINTS}/ of a run in it")
+        run = open_run(folder, trust=trust)
+        return _model_of_run(run.workdir, run.settings, run.encoder)
+    if (folder / EXPORT_FILE).exists():
+        exported = open_exported(folder, trust=trust)
+        return _model_of_run(exported.folder, exported.settings, exported.encoder)
+    raise ValueError(
+        f"{folder} holds no model: there is no {CHECKPOINTS}/ of a run and no {EXPORT_FILE} of an "
+        "exported model"
+    )
 
 
-def model_of_run(run: OpenedRun) -> EmbeddingModel:
+def _model_of_run(folder: AnyPath, settings: Settings, encoder: Encoder) -> EmbeddingModel:
     """The model of a run of texts.
+
+    Args:
+      folder: that holds its tokenizer.
+      settings: the run's.
+      encoder: its model.
 
     Raises:
       ValueError: if a side holds anything else than texts.
     """
-    run.check_texts("jaxcl.load")
-    settings, encoder = run.settings, run.encoder
-    tokenizer = load_tokenizer(run.workdir / "tokenizer.json")
-
-    def side_of(side: str) -> TextSide:
-        longest = getattr(settings.data.max_tokens, side)
-        tokenize = functools.partial(
-            encode_texts,
-            tokenizer,
-            max_tokens=longest,
-            add_cls=settings.data.add_cls,
-            distinct=settings.data.distinct_tokens,
+    modality = settings.data.modality
+    if set(modality) != {"text"}:
+        raise ValueError(
+            f"{folder} has a model of data.modality={modality._asdict()}; jaxcl.load takes models "
+            "of texts"
         )
-        return TextSide("", longest, lambda texts, prompt: list(tokenize(texts)), as_inputs)
-
     return EmbeddingModel(
-        source=str(run.workdir),
+        source=str(folder),
         encode=encoder.towers.encode,
         params=encoder.params,
         mesh=encoder.mesh,
-        sides={side: side_of(side) for side in SIDES},
+        tokenizer=Text().tokenizer(settings.data, folder),
+        rules={side: text_rule(settings.data, side) for side in SIDES},
         dim=settings.model.dim,
     )
-
-
-def as_inputs(rows: Sequence[Int[np.ndarray, " _"]], prompt: str, width: int) -> PyTree:
-    """Rows of token ids, padded to a width."""
-    lengths = np.array([len(row) for row in rows])
-    flat = np.concatenate(rows)
-    return {"tokens": padded(flat, np.cumsum(lengths) - lengths, lengths, width=width)}

@@ -7,68 +7,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.data.token_table import pad_texts
-from jaxcl.data.tokenizer import encode_texts, train_tokenizer
-from jaxcl.ops.mesh import make_mesh
-from jaxcl.ops.vectors import normalise
-from jaxcl.run.embedding_model import EmbeddingModel, TextSide
-from jaxcl.run.load_model import as_inputs
-from jaxcl.typing import PADDING_ID, SIDES
+from jaxcl.data.tokenizer import train_tokenizer
 from tests.helpers import relative_error
+from tests.small_models import DIM, LONGEST, VOCABULARY, encode, small_model
 
 WORDS = ["parse", "the", "iso", "date", "of", "a", "message", "and", "open", "socket"]
-LONGEST, DIM = 40, 16
 rng = np.random.default_rng(0)
 TEXTS = [" ".join(rng.choice(WORDS, size=n)) for n in (1, 9, 30, 2, 60, 9, 17, 5, 44, 3, 12)]
 TOLERANCE = 1e-6
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(TEXTS, vocabulary_size=60)
-
-
-def encode(params, side, inputs, rngs=None):
-    """A weighted mean over the tokens; the weights fall with the position."""
-    tokens = inputs["tokens"]
-    weights = jnp.where(tokens != PADDING_ID, 0.9 ** jnp.arange(tokens.shape[1]), 0)
-    return normalise(jnp.einsum("bt,btd->bd", weights, params[side][tokens]))
+def model():
+    return small_model(TEXTS)
 
 
 @pytest.fixture(scope="module")
-def params():
-    return {side: rng.normal(size=(60, DIM)).astype(np.float32) for side in SIDES}
-
-
-@pytest.fixture(scope="module")
-def model(params, tokenizer):
-    return model_of(encode, params, tokenizer)
-
-
-def model_of(encode, params, tokenizer, **options):
-    def tokenize(texts, prompt):
-        return list(encode_texts(tokenizer, [prompt + t for t in texts], max_tokens=LONGEST))
-
-    sides = {
-        "query": TextSide("", LONGEST, tokenize, as_inputs),
-        "key": TextSide("open ", LONGEST, tokenize, as_inputs),
-    }
-    return EmbeddingModel(
-        source="here",
-        encode=encode,
-        params=params,
-        mesh=make_mesh({"data": -1}),
-        sides=sides,
-        dim=DIM,
-        **options,
-    )
-
-
-@pytest.fixture(scope="module")
-def wanted(params, tokenizer):
+def wanted(model):
     """All texts padded to the longest."""
-    tokens = pad_texts(tokenizer, TEXTS, max_tokens=LONGEST)
-    return np.asarray(encode(params, "query", {"tokens": jnp.asarray(tokens)}))
+    tokens = np.zeros((len(TEXTS), LONGEST), np.int32)
+    for row, ids in zip(tokens, model.tokenize(TEXTS), strict=True):
+        row[: len(ids)] = ids
+    return np.asarray(encode(model._params, "query", {"tokens": jnp.asarray(tokens)}))
 
 
 def test_vectors_are_the_encoder_s_in_the_order_of_the_texts(model, wanted):
@@ -95,14 +55,14 @@ def test_the_order_does_not_change_a_vector(model, wanted):
     assert np.abs(found - wanted[order]).max() < TOLERANCE
 
 
-def test_few_programs_are_compiled(params, tokenizer):
+def test_few_programs_are_compiled():
     shapes = []
 
     def noted(params, side, inputs, rngs=None):
         shapes.append(inputs["tokens"].shape)
         return encode(params, side, inputs)
 
-    model = model_of(noted, params, tokenizer)
+    model = small_model(TEXTS, encode=noted)
     for _ in range(2):
         for text in TEXTS:
             model.encode([text])
@@ -125,7 +85,8 @@ def test_a_prompt_is_a_name_or_a_text(model):
     np.testing.assert_allclose(model.encode(TEXTS, prompt="open "), wanted, atol=TOLERANCE)
 
 
-def test_tokens_are_what_the_encoder_reads(model, tokenizer):
+def test_tokens_are_those_that_the_encoder_reads(model):
+    tokenizer = train_tokenizer(TEXTS, vocabulary_size=VOCABULARY)
     found = model.tokenize(TEXTS, side="key")
     assert found[1].tolist() == tokenizer.encode("open " + TEXTS[1]).ids[:LONGEST]
     assert model.tokenize(TEXTS[1], side="key").tolist() == found[1].tolist()
@@ -138,11 +99,11 @@ def test_fewer_dimensions_are_normalised_again(model, wanted):
     assert model.encode(TEXTS[0], dim=5).shape == (5,)
 
 
-def test_a_model_that_does_not_normalise_keeps_the_length_of_its_vectors(params, tokenizer, wanted):
+def test_a_model_that_does_not_normalise_keeps_the_length_of_its_vectors(wanted):
     def longer(params, side, inputs, rngs=None):
         return 3 * encode(params, side, inputs)
 
-    raw = model_of(longer, params, tokenizer, normalizes=False)
+    raw = small_model(TEXTS, encode=longer, normalizes=False)
     assert np.abs(raw.encode(TEXTS) - 3 * wanted).max() < 3 * TOLERANCE
     assert np.abs(raw.encode(TEXTS, dim=5) - 3 * wanted[:, :5]).max() < 3 * TOLERANCE
     assert raw.encode(TEXTS, quantize="binary").shape == (len(TEXTS), 2)

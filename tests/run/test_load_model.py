@@ -7,12 +7,14 @@ import pytest
 
 import jaxcl
 from jaxcl.data.prepare import prepare_data
+from jaxcl.export import export
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.opened import open_run
 from jaxcl.run.training import build_training
 from jaxcl.run.workdir import claim_workdir
 from jaxcl.settings.config_files import load_config
 from jaxcl.settings.read import read_settings
+from jaxcl.typing import SIDES
 from tests.helpers import record_of
 from tests.prepared_data import prepare_pairs
 
@@ -60,6 +62,14 @@ def test_each_side_of_a_run_has_its_own_limit(model):
     assert len(model.tokenize(TEXTS[1], side="key")) > 3
 
 
+def test_an_exported_folder_embeds_as_its_run(workdir, model, tmp_path):
+    exported = jaxcl.load(export(workdir, tmp_path / "model", format="jaxcl"))
+    for side in SIDES:
+        difference = exported.encode(TEXTS, side=side) - model.encode(TEXTS, side=side)
+        assert np.abs(difference).max() < 1e-6
+    assert exported.max_tokens == model.max_tokens
+
+
 def test_a_run_without_a_checkpoint_is_an_error(workdir, tmp_path):
     shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints*"))
     with pytest.raises(ValueError, match="has saved no checkpoint yet"):
@@ -67,7 +77,9 @@ def test_a_run_without_a_checkpoint_is_an_error(workdir, tmp_path):
 
 
 def test_a_folder_without_a_model_is_an_error_that_says_what_was_looked_for(tmp_path):
-    with pytest.raises(ValueError, match="holds no model: there is no checkpoints/ of a run"):
+    with pytest.raises(
+        ValueError, match=r"holds no model: there is no checkpoints/ of a run and no jaxcl\.json"
+    ):
         jaxcl.load(tmp_path)
 
 
