@@ -31,6 +31,7 @@ FLOORS = dict(
                 "plan",
                 "check_grad",
                 "export",
+                "embed",
                 "bench",
             ),
             ("__main__",),
@@ -76,7 +77,7 @@ def test_a_foreign_import_is_seen(tmp_path):
     ]
 
 
-COMMANDS = {"train", "search", "mine", "topics", "compare", "plan", "check_grad", "export"}
+COMMANDS = {"train", "search", "mine", "topics", "compare", "plan", "check_grad", "export", "embed"}
 ROOT = COMMANDS | {"__init__", "__main__", "typing", "metrics", "grad_cache"}
 READERS = COMMANDS | {"settings", "configs", "bench"}
 

@@ -13,7 +13,13 @@ from typing import NoReturn
 from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.printable import printable
 
-__all__ = ["CommandParser", "add_process_flags", "add_workdir_flag", "user_path"]
+__all__ = [
+    "CommandParser",
+    "add_model_flag",
+    "add_process_flags",
+    "add_workdir_flag",
+    "user_path",
+]
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -110,21 +116,37 @@ def user_path(text: str) -> AnyPath:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def add_workdir_flag(parser: CommandParser) -> None:
+def add_workdir_flag(parser: CommandParser, *, required: bool = True) -> None:
     """Add `--workdir`, the folder of a trained run, and `--trust`."""
+    _add_trust_flag(parser)
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        type=user_path,
+        required=required,
+        help="the folder of a run that has saved a checkpoint",
+    )
+
+
+def add_model_flag(parser: CommandParser) -> None:
+    """Add `--model`, a folder that `jaxcl.load` takes, and `--trust`."""
+    _add_trust_flag(parser)
+    parser.add_argument(
+        "--model",
+        metavar="PATH",
+        type=user_path,
+        required=True,
+        help="the folder of a run, or of a pretrained or exported model",
+    )
+
+
+def _add_trust_flag(parser: CommandParser) -> None:
     parser.add_argument(
         "--trust",
         metavar="PACKAGE",
         action="append",
         default=[],
         help="import an encoder or a data source that the run names from this package",
-    )
-    parser.add_argument(
-        "--workdir",
-        metavar="DIR",
-        type=user_path,
-        required=True,
-        help="the folder of a run that has saved a checkpoint",
     )
 
 

@@ -1,0 +1,140 @@
+"""Embeds the texts of a file, whatever its length, into a file of vectors.
+
+    python -m jaxcl.embed --model runs/code_search --input texts.txt --output vectors.npy
+
+The model is a run's workdir or a folder, as `jaxcl.load` takes it. The input has a text per line
+(`.txt`), a field of JSON lines (`.jsonl`) or a column of a table (`.csv`, `.tsv`, `.parquet`); `-`
+reads lines from standard input. Row i of the output is the vector of text i, in a `.npy` or in the
+column `embedding` of a `.parquet`. The output appears once it is complete, and memory does not grow
+with the input.
+
+    python -m jaxcl.embed --model runs/code_search --side key --input code.jsonl --field code \\
+        --output code.parquet --quantize int8
+
+In a program or a notebook, call `embed`, or `jaxcl.load(PATH).encode` for texts in memory:
+
+    embed("runs/code_search", "texts.txt", "vectors.npy")
+"""
+
+import functools
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+
+from jaxcl.data.text_files import TEXT_FILES, read_texts
+from jaxcl.data.vector_files import VECTOR_FILES, write_vectors
+from jaxcl.host.command import run_command
+from jaxcl.host.command_flags import CommandParser, add_model_flag, user_path
+from jaxcl.host.paths import AnyPath, as_path
+from jaxcl.host.progress import progress_bar, say
+from jaxcl.run.embedding_model import EmbeddingModel
+from jaxcl.run.host_vectors import QUANTIZATIONS
+from jaxcl.run.load_model import load
+from jaxcl.run.watch import keep_compiled
+from jaxcl.settings.parts import Trust
+from jaxcl.typing import SIDES
+
+__all__ = ["embed", "main"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = CommandParser("jaxcl.embed", __doc__)
+    add_model_flag(parser)
+    parser.add_argument(
+        "--input", required=True, metavar="FILE", help=f"{', '.join(TEXT_FILES)}, or - for lines"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="FILE",
+        type=user_path,
+        help=" or ".join(VECTOR_FILES),
+    )
+    parser.add_argument("--field", default="text", help="of the texts in the input (default: text)")
+    parser.add_argument("--side", choices=SIDES, default="query", help="(default: query)")
+    parser.add_argument("--prompt", help="a prompt, or its name, instead of the side's own")
+    parser.add_argument("--batch-size", type=int, help="texts at once")
+    parser.add_argument("--dim", type=int, help="keep this many of the first dimensions")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS)
+    parser.add_argument("--overwrite", action="store_true", help="replace the output")
+    run_command(parser, _run, argv)
+
+
+def _run(arguments: Namespace) -> None:
+    keep_compiled()
+    options = {name: value for name, value in vars(arguments).items() if name != "verbose"}
+    num_texts = embed(options.pop("model"), options.pop("input"), options.pop("output"), **options)
+    say(f"{num_texts:,} vectors are in {arguments.output}")
+
+
+def embed(
+    model: str | os.PathLike[str] | EmbeddingModel,
+    input: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    field: str = "text",
+    side: str = "query",
+    prompt: str | None = None,
+    batch_size: int | None = None,
+    dim: int | None = None,
+    quantize: str | None = None,
+    overwrite: bool = False,
+    trust: Trust = (),
+) -> int:
+    """Embed the texts of a file.
+
+    Args:
+      model: a model, or a path as `jaxcl.load` takes it.
+      input: a file of `jaxcl.data.text_files.TEXT_FILES`; `"-"` for lines from standard input.
+      output: the file to write, `.npy` or `.parquet`.
+      field: of the texts in JSON lines, or the column of a table.
+      side, prompt, batch_size, dim, quantize: as `EmbeddingModel.encode`.
+      overwrite: whether to replace the output if it exists.
+      trust: packages whose code the run may name.
+
+    Returns:
+      The number of texts.
+
+    Raises:
+      FileExistsError: if the output exists.
+      ValueError: for another kind of file, or a line without a text, or as `EmbeddingModel.encode`.
+      OSError: if a file cannot be read or written.
+    """
+    source = None if os.fspath(input) == "-" else as_path(input)
+    blocks = read_texts(source, field=field, kind=".txt" if source is None else None)
+    output = as_path(output)
+    _check_output(source, output, overwrite=overwrite)
+    if not isinstance(model, EmbeddingModel):
+        model = load(model, trust=trust)
+    encode = functools.partial(
+        model.encode, side=side, prompt=prompt, batch_size=batch_size, dim=dim, quantize=quantize
+    )
+    empty = encode([])
+    with (
+        progress_bar("embedding", None) as advance,
+        write_vectors(output, width=empty.shape[1], dtype=empty.dtype) as write,
+    ):
+        num_texts = 0
+        for texts in blocks:
+            write(encode(texts, progress=advance))
+            num_texts += len(texts)
+    return num_texts
+
+
+def _check_output(source: AnyPath | None, output: AnyPath, *, overwrite: bool) -> None:
+    """Fail before the work, not after it."""
+    if output.suffix not in VECTOR_FILES:
+        raise ValueError(f"--output={output} is no {' or '.join(VECTOR_FILES)}")
+    if source is not None and not source.exists():
+        raise FileNotFoundError(f"there is no file {source}")
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists; choose another name, or add --overwrite")
+    if source is not None and output.exists() and output.samefile(source):
+        raise ValueError(f"{output} is the input as well; choose another name for the output")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {output.parent} for the output; create it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Texts of files: each in its row, in blocks, and what is wrong named by its line."""
+
+import io
+import json
+import sys
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from jaxcl.data import text_files
+from jaxcl.data.text_files import TEXT_FILES, read_texts
+
+TEXTS = ["parse a date", "", 'say "hi", twice', "naïve\u2028café", "tab\tand comma,"]
+
+
+def write_file(path, texts, field="text"):
+    rows = [{"id": number, field: text} for number, text in enumerate(texts)]
+    if path.suffix == ".txt":
+        path.write_text("".join(f"{text}\n" for text in texts))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        separator = {".csv": ",", ".tsv": "\t"}[path.suffix]
+        quoted = ['"' + text.replace('"', '""') + '"' for text in texts]
+        lines = [
+            separator.join(("id", field)),
+            *(f"{n}{separator}{q}" for n, q in enumerate(quoted)),
+        ]
+        path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def texts_of(path, **options):
+    return [text for block in read_texts(path, **options) for text in block]
+
+
+@pytest.mark.parametrize("kind", TEXT_FILES)
+def test_every_kind_of_file_gives_its_texts_in_order(tmp_path, kind):
+    path = write_file(tmp_path / f"texts{kind}", TEXTS)
+    assert texts_of(path) == TEXTS
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".tsv", ".parquet"])
+def test_a_field_is_chosen_by_name(tmp_path, kind):
+    path = write_file(tmp_path / f"texts{kind}", TEXTS, field="body")
+    assert texts_of(path, field="body") == TEXTS
+    with pytest.raises(ValueError, match="there is no field 'text'; there are id, body"):
+        texts_of(path)
+
+
+@pytest.mark.parametrize("kind", TEXT_FILES)
+@pytest.mark.parametrize("block_size", [1, 2, 5, 6])
+def test_a_block_has_at_most_so_many_texts(tmp_path, kind, block_size):
+    path = write_file(tmp_path / f"texts{kind}", TEXTS)
+    blocks = list(read_texts(path, block_size=block_size))
+    assert [text for block in blocks for text in block] == TEXTS
+    assert {len(block) for block in blocks[:-1]} <= {block_size}
+
+
+def test_long_texts_make_a_short_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "_BLOCK_LETTERS", 20)
+    path = write_file(tmp_path / "texts.txt", ["a" * 8] * 7)
+    assert list(map(len, read_texts(path))) == [3, 3, 1]
+
+
+def test_values_of_csv_may_span_lines(tmp_path):
+    path = tmp_path / "texts.csv"
+    path.write_text('text,id\r\n"two\nlines",1\r\none,2\r\n')
+    assert texts_of(path) == ["two\nlines", "one"]
+
+
+def test_a_line_without_an_end_is_a_text_and_an_empty_file_has_none(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("one\r\ntwo")
+    assert texts_of(path) == ["one", "two"]
+    path.write_text("")
+    assert texts_of(path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"fine\n\xff\n", "a.txt: line 2 is not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text"\n', "line 2 is not JSON"),
+        ("a.jsonl", b"[1]\n", "line 1 is not a JSON object"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1: text is 5, which is no text"),
+        ("a.jsonl", b'{"text": null}\n', "line 1: text is None, which is no text"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: text is not Unicode"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("a.csv", b"id,text\n1,a\n2\n", "line 3: text is None, which is no text"),
+        ("a.csv", b'id,text\n1,"a\n', "a.csv: unexpected end of data"),
+        ("a.parquet", b"PAR1 and no more", r"a\.parquet: "),
+        ("a.docx", b"", r"a\.docx is no \.txt, \.jsonl, \.csv, \.tsv, \.parquet"),
+    ],
+)
+def test_what_is_no_text_is_named_by_its_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        texts_of(tmp_path / name)
+
+
+def test_a_missing_value_of_parquet_is_named_by_its_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
+    with pytest.raises(ValueError, match="row 2: text is None, which is no text"):
+        texts_of(path)
+
+
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "_MAX_LINE", 100)
+    path = write_file(tmp_path / "a.txt", ["short", "a" * 101])
+    with pytest.raises(ValueError, match="line 2 has more than 100 bytes"):
+        texts_of(path)
+
+
+def test_standard_input_is_a_text_per_line(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
+    assert texts_of(None, kind=".txt") == ["one", "two"]
