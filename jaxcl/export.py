@@ -22,6 +22,7 @@ from jaxcl.host.command_flags import CommandParser, add_workdir_flag
 from jaxcl.host.paths import as_path, local_path
 from jaxcl.host.progress import say
 from jaxcl.run.exported import jaxcl_files
+from jaxcl.run.model_card import model_card
 from jaxcl.run.model_files import ModelFiles, check_free, write_folder
 from jaxcl.run.opened import OpenedRun, open_run
 from jaxcl.run.sentence_transformers import sentence_transformers_files
@@ -87,7 +88,9 @@ def export(
     folder = local_path(to).resolve()
     check_free(folder)
     run = open_run(as_path(workdir), trust=trust)
-    write_folder(folder, FORMATS[format](run))
+    files = FORMATS[format](run)
+    card = model_card(run, name=folder.name, library=format).encode()
+    write_folder(folder, files._replace(contents={**files.contents, "README.md": card}))
     return folder
 
 

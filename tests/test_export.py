@@ -1,12 +1,15 @@
 """Export: the folder gives the run's embeddings, is whole or absent, and says what it holds."""
 
+import ast
 import json
+import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
@@ -163,6 +166,7 @@ def test_the_exported_folder_needs_no_run_and_no_other_file(static_run, tmp_path
     first = export.export(static_run, tmp_path / "first", format="jaxcl")
     moved = first.rename(tmp_path / "moved")
     assert {path.name for path in moved.iterdir()} == {
+        "README.md",
         "jaxcl.json",
         "model.safetensors",
         "tokenizer.json",
@@ -172,7 +176,9 @@ def test_the_exported_folder_needs_no_run_and_no_other_file(static_run, tmp_path
 
 @pytest.mark.parametrize("format", export.FORMATS)
 def test_a_model_exported_twice_gives_the_same_files(static_run, tmp_path, format):
-    folders = [export.export(static_run, tmp_path / name, format=format) for name in "ab"]
+    folders = [
+        export.export(static_run, tmp_path / parent / "model", format=format) for parent in "ab"
+    ]
     first, second = (
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")}
         for folder in folders
@@ -196,7 +202,7 @@ def test_an_interrupted_export_leaves_nothing(static_run, tmp_path, monkeypatch)
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model_files, "save_file", interrupted)
+    monkeypatch.setattr(model_files, "write_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export.export(static_run, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
@@ -245,3 +251,111 @@ def test_the_command_exports_and_says_so(static_run, tmp_path, capsys):
         export.main(arguments)
     assert stopped.value.code == 1
     assert "give another folder" in capsys.readouterr().err
+
+
+def save_results(workdir: Path, **changes) -> None:
+    """As the evaluation at the end of training writes them."""
+
+    def figure(mean, error):
+        return {"mean": mean, "standard_error": error}
+
+    results = {
+        "steps": 7,
+        "rows": {"train": 4321, "test": 98},
+        "devices": "8 × cpu",
+        "versions": {"jax": "0.10.2"},
+        "metrics": {
+            "test": {
+                "plain": {
+                    "dense": {"mrr@10": figure(0.5, 0.0249), "ndcg@10": figure(0.25, None)},
+                    "dense - bm25": {"mrr@10": figure(-0.125, 0.02)},
+                }
+            }
+        },
+    }
+    (workdir / "results.json").write_text(json.dumps(results | changes))
+
+
+def card_of(workdir: Path, folder: Path, **options) -> tuple[dict, str]:
+    """The metadata and the text of the model card of an exported folder."""
+    export.export(workdir, folder, **options)
+    _, metadata, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(metadata), text
+
+
+def test_the_card_says_what_the_run_was_and_how_well_its_model_ranks(tmp_path):
+    workdir = save_run(tmp_path / "run", data__prompts={"query": "query: ", "key": None})
+    save_results(workdir)
+    metadata, text = card_of(workdir, tmp_path / "model")
+    assert metadata["library_name"] == "sentence-transformers"
+    assert metadata["pipeline_tag"] == "sentence-similarity"
+    assert metadata["datasets"] == ["pairs"]
+    assert {"sentence-transformers", "dataset_size:4321", "loss:infonce"} <= set(metadata["tags"])
+    assert "base_model" not in metadata
+    assert "license" not in metadata
+    for line in (
+        "# `model`",
+        "| Dimensions | 6 |",
+        '| Prompt of queries | `"query: "` |',
+        "| `train` | 4,321 |",
+        "The parameters are those after step 7 of 7.",
+        "| `global_batch_size` | `8` |",
+        "| `model.options.position_weights` | `false` |",
+        "| `test` | `plain` | `dense` | 98 | 0.500 ± 0.025 | 0.250 |  |  |",
+        "| `test` | `plain` | `dense - bm25` | 98 | -0.125 ± 0.020 |  |  |  |",
+        "model = SentenceTransformer('model')",
+        "model = jaxcl.load('model')",
+    ):
+        assert f"\n{line}\n" in text, line
+    assert "`loss.exchange`" not in text, "a default that says nothing"
+
+
+def test_the_card_of_jaxcl_s_own_format_names_no_other_library(static_run, tmp_path):
+    metadata, text = card_of(static_run, tmp_path / "model", format="jaxcl")
+    assert metadata["library_name"] == "jaxcl"
+    assert "sentence" not in text.lower()
+    assert "model = jaxcl.load('model')" in text
+
+
+@pytest.mark.parametrize("results", [None, {"steps": 6}])
+def test_results_of_another_step_are_not_in_the_card(tmp_path, results):
+    workdir = save_run(tmp_path / "run")
+    if results is not None:
+        save_results(workdir, **results)
+    metadata, text = card_of(workdir, tmp_path / "model")
+    assert "The run has no results for step 7." in text
+    assert "0.500" not in text
+    assert not any(tag.startswith("dataset_size") for tag in metadata["tags"])
+
+
+HOSTILE = "a`b``|<script>\n---\n# [x](y)\n: {'q': \"1\"}\u202e\x85\ufffe\x00é"
+
+
+def test_hostile_names_change_neither_the_card_s_form_nor_its_metadata(tmp_path):
+    workdir = save_run(tmp_path / "run", data__name=HOSTILE, data__query_field=HOSTILE)
+    metadata, text = card_of(workdir, tmp_path / "a`|\n# b'\"{}")
+    assert metadata["datasets"] == [HOSTILE.partition(":")[0]]
+    assert set(metadata) == {"library_name", "pipeline_tag", "datasets", "tags"}
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert [line.split()[1] for line in headings[1:]] == SECTIONS
+    assert sum(line.strip() == "---" for line in text.splitlines()) == 0
+    for line in text.splitlines():
+        prose = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", line)  # code spans mean nothing
+        assert "<script>" not in prose
+        assert "[x](y)" not in prose
+        assert not line.startswith("|") or prose.count("|") == line.count("|")
+    for snippet in re.findall(r"```python\n(.*?)```\n", text, re.S):
+        names = [
+            node.value for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Constant)
+        ]
+        assert "a`|\n# b'\"{}" in names
+
+
+SECTIONS = ["Usage", "Data", "Training", "Evaluation", "Limitations"]
+
+
+def test_the_card_does_not_tell_the_folders_of_the_machine(tmp_path):
+    workdir = save_run(tmp_path / "run", data__name="/home/lovelace/secret/pairs")
+    metadata, text = card_of(workdir, tmp_path / "model")
+    assert metadata["datasets"] == ["pairs"]
+    assert "lovelace" not in text

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors.numpy import load_file
 
 from jaxcl.data.modalities import MODALITIES, build_readers, check_inputs, input_fingerprints
 from jaxcl.host.files import read_json_object, read_regular
 from jaxcl.host.paths import AnyPath, as_path
+from jaxcl.models.pretrained.tensor_files import map_tensors
 from jaxcl.ops.mesh import make_mesh, replicated_sharding
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.model_files import ModelFiles
@@ -119,7 +119,7 @@ def _read_description(folder: AnyPath) -> Mapping[str, Any]:
 
 def _read_params(path: AnyPath, abstract: PyTree) -> PyTree:
     """The parameters in a file, as the tree of an encoder."""
-    tensors, wanted = load_file(path), _by_path(abstract)
+    tensors, wanted = map_tensors(path), _by_path(abstract)
     different = [
         f"{name} is {_shape(tensors.get(name))} there and {_shape(wanted.get(name))} in the encoder"
         for name in sorted(tensors.keys() | wanted.keys())

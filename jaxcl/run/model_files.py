@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from jaxcl.host.staging import put_in_place, staging_folder
+from jaxcl.models.pretrained.tensor_files import write_tensors
 
 __all__ = ["ModelFiles", "check_free", "write_folder"]
 
@@ -50,7 +50,7 @@ def write_folder(folder: Path, files: ModelFiles) -> None:
         for name, content in files.contents.items():
             _path_of(made, name).write_bytes(content)
         for name, tensors in files.tensors.items():
-            save_file(dict(tensors), _path_of(made, name), metadata={"format": "pt"})
+            write_tensors(_path_of(made, name), tensors)
         put_in_place(made, folder, replace=False)
         if made.exists():  # another process was faster
             check_free(folder)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxcl.data.tokenizer import load_tokenizer
+from jaxcl.data.tokenizer import load_pretrained_tokenizer, load_tokenizer
 from jaxcl.run.model_files import ModelFiles
 from jaxcl.run.opened import OpenedRun
 from jaxcl.settings.sections import Settings
@@ -59,11 +59,17 @@ def _no_equivalent(settings: Settings) -> str | None:
 def _static_files(run: OpenedRun) -> ModelFiles:
     data = run.settings.data
     table = folded_table(run.encoder.params["both"])
-    tokenizer = load_tokenizer(run.workdir / "tokenizer.json")
+    path = run.workdir / "tokenizer.json"
+    if data.special_tokens is None:
+        table[PADDING_ID] = 0
+        tokenizer = _without_special_tokens(load_tokenizer(path))
+    else:
+        tokenizer = Tokenizer.from_str(load_pretrained_tokenizer(path).to_str())  # of a cache
+    tokenizer.enable_truncation(max(data.max_tokens))
     contents = {
         "modules.json": _modules({"": "StaticEmbedding", "1_Normalize": "Normalize"}),
         "config_sentence_transformers.json": _library_config(run.settings),
-        "tokenizer.json": _static_tokenizer(tokenizer, longest=max(data.max_tokens)),
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
     }
     return ModelFiles(contents, {"model.safetensors": {"embedding.weight": table}})
 
@@ -75,21 +81,20 @@ def folded_table(params: PyTree) -> Float[np.ndarray, "v d"]:
       params: of a `StaticEncoder` without position weights.
 
     Returns:
-      The table in float32. The row of padding is zero.
+      The table in float32.
     """
     weights = np.exp(np.asarray(params["token_weight"], np.float64))
     table = weights[:, None] * np.asarray(params["table"], np.float64)
     if "projection" in params:
         table = table @ np.asarray(params["projection"]["kernel"], np.float64)
-    table[PADDING_ID] = 0
     return table.astype(np.float32)
 
 
-def _static_tokenizer(tokenizer: Tokenizer, *, longest: int) -> bytes:
-    """A `tokenizer.json` that cuts texts and reads the names of special tokens as plain text.
+def _without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy for which the names of special tokens are plain text, wherever it is loaded.
 
-    jaxcl reads "[PAD]" in a text as a bracket and a word. In the file no special token is declared,
-    so that this holds wherever it is loaded; those that only the declaration names are kept.
+    jaxcl reads "[PAD]" in a text as a word in brackets, by a setting that files do not keep. The
+    tokens stay in the vocabulary; those that are only declared as special stay special.
     """
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     content = json.loads(tokenizer.to_str())
@@ -98,13 +103,7 @@ def _static_tokenizer(tokenizer: Tokenizer, *, longest: int) -> bytes:
         for token in content["added_tokens"]
         if not token["special"] or token["content"] not in vocabulary
     ]
-    content["truncation"] = {
-        "direction": "Right",
-        "max_length": longest,
-        "strategy": "LongestFirst",
-        "stride": 0,
-    }
-    return _json(content, ascii_only=False)
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _modules(types: Mapping[str, str]) -> bytes:
@@ -130,5 +129,5 @@ def _library_config(settings: Settings) -> bytes:
     )
 
 
-def _json(content: Mapping[str, Any] | Sequence[Any], *, ascii_only: bool = True) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=ascii_only) + "\n").encode()
+def _json(content: Mapping[str, Any] | Sequence[Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -1,0 +1,268 @@
+"""The model card of an exported model, written from the files of the run that trained it.
+
+Names of data sets, folders and settings come from outside. In the text they stand in code spans,
+where Markdown and HTML mean nothing, and between the lines `---` as quoted strings of YAML.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxcl.host.files import read_json_object
+from jaxcl.host.printable import printable
+from jaxcl.models.pretrained.description import PretrainedModel
+from jaxcl.run.identity import fields_of
+from jaxcl.run.opened import OpenedRun
+from jaxcl.settings.read import read_settings
+from jaxcl.settings.sections import Settings
+
+__all__ = ["model_card"]
+
+_METRICS = ("mrr@10", "ndcg@10", "recall@1", "recall@10")
+_MAIN_SETTINGS = (
+    "steps",
+    "global_batch_size",
+    "loss.name",
+    "loss.temperature.initial",
+    "optimizer.name",
+    "optimizer.learning_rate",
+)
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_USE_OF_JAXCL = """\
+import jaxcl
+
+model = jaxcl.load({folder})
+queries = model.encode(["parse an ISO 8601 date"], side="query")
+keys = model.encode(["datetime.fromisoformat(text)", "os.listdir(path)"], side="key")
+print(model.similarity(queries, keys))
+"""
+_USE_OF_SENTENCE_TRANSFORMERS = """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer({folder})
+queries = model.encode_query(["parse an ISO 8601 date"])
+keys = model.encode_document(["datetime.fromisoformat(text)", "os.listdir(path)"])
+print(model.similarity(queries, keys))
+"""
+
+
+def model_card(
+    run: OpenedRun,
+    *,
+    name: str,
+    library: str,
+    base: PretrainedModel | None = None,
+    untouched: Sequence[str] = (),
+) -> str:
+    """The card, in Markdown, with metadata for the Hugging Face Hub.
+
+    Args:
+      run: which trained the model. Its metrics are those of `results.json` in its workdir, if that
+        belongs to the same step.
+      name: of the exported folder.
+      library: `"sentence-transformers"` or `"jaxcl"`, which loads the folder.
+      base: the pretrained model that the run began with.
+      untouched: names of exported tensors that training did not change.
+
+    Raises:
+      ValueError: if `results.json` is damaged.
+    """
+    results = _read_results(run)
+    sections = [
+        *_front_matter(run.settings, results, library=library, base=base),
+        *_introduction(run, name=name, base=base),
+        *_usage(name, library=library),
+        *_data(run, results),
+        *_training(run, untouched),
+        *_evaluation(run, results),
+        *_limitations(run.settings, library=library, base=base),
+    ]
+    return "\n".join(sections) + "\n"
+
+
+def _read_results(run: OpenedRun) -> Mapping[str, Any]:
+    """What `results.json` holds; empty if it is missing, or that of another step."""
+    path = run.workdir / "results.json"
+    results = read_json_object(path) if path.exists() else {}
+    return results if results.get("steps") == run.made_from["step"] else {}
+
+
+def _front_matter(
+    settings: Settings, results: Mapping[str, Any], *, library: str, base: PretrainedModel | None
+) -> Iterator[str]:
+    tags = [library, "sentence-similarity", "feature-extraction", "jaxcl"]
+    if "train" in results.get("rows", {}):
+        tags.append(f"dataset_size:{results['rows']['train']}")
+    tags.append(f"loss:{settings.loss.name}")
+    metadata: dict[str, Any] = {"library_name": library, "pipeline_tag": "sentence-similarity"}
+    if base is not None and (license_name := _license_of(base)) is not None:
+        metadata["license"] = license_name
+    origin = settings.model.pretrained
+    if origin is not None and _HUB_ID.fullmatch(origin) and not Path(origin).exists():
+        metadata["base_model"] = origin
+    metadata["datasets"] = [name.partition(":")[0] for name in _data_set_names(settings)]
+    metadata["tags"] = list(dict.fromkeys(tags))
+    # JSON is YAML.
+    return iter(["---", *(f"{key}: {_yaml(value)}" for key, value in metadata.items()), "---", ""])
+
+
+def _introduction(run: OpenedRun, *, name: str, base: PretrainedModel | None) -> Iterator[str]:
+    data, model = run.settings.data, run.settings.model
+    yield f"# {_code(name)}\n"
+    yield (
+        f"An embedding model trained with jaxcl. It maps queries and keys to unit vectors of "
+        f"{model.dim} dimensions, whose inner product is their cosine similarity.\n"
+    )
+    encoder = _code(model.name)
+    if base is not None:
+        encoder = f"{_code(base.family)}, pretrained: {_code(_public(model.pretrained))}"
+    prompts = data.prompts
+    yield from _table(
+        ("", ""),
+        ("Encoder", encoder),
+        ("Dimensions", model.dim),
+        ("Longest query", f"{data.max_tokens.query} tokens"),
+        ("Longest key", f"{data.max_tokens.key} tokens"),
+        *([("Prompt of queries", _code(json.dumps(prompts.query)))] if prompts.query else []),
+        *([("Prompt of keys", _code(json.dumps(prompts.key)))] if prompts.key else []),
+    )
+
+
+def _usage(name: str, *, library: str) -> Iterator[str]:
+    yield "## Usage\n"
+    snippets = [_USE_OF_JAXCL]
+    if library == "sentence-transformers":
+        snippets.insert(0, _USE_OF_SENTENCE_TRANSFORMERS)
+    for snippet in snippets:
+        yield f"```python\n{snippet.format(folder=ascii(name))}```\n"
+
+
+def _data(run: OpenedRun, results: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Data\n"
+    names = ", ".join(map(_code, _data_set_names(run.settings)))
+    yield f"Pairs of a query and its key, from {names}.\n"
+    if rows := results.get("rows"):
+        yield from _table(
+            ("split", "pairs"), *((_code(split), f"{count:,}") for split, count in rows.items())
+        )
+
+
+def _training(run: OpenedRun, untouched: Sequence[str]) -> Iterator[str]:
+    step = run.made_from["step"]
+    yield "## Training\n"
+    yield f"The parameters are those after step {step:,} of {run.settings.steps:,}."
+    yield "These are the main settings and all others that differ from jaxcl's defaults:\n"
+    settings, defaults = fields_of(run.settings), fields_of(read_settings({}))
+    shown = [name for name in settings if settings[name] != defaults.get(name)]
+    yield from _table(
+        ("setting", "value"),
+        *(
+            (_code(name), _code(json.dumps(_public(settings[name]), ensure_ascii=False)))
+            for name in dict.fromkeys([*_MAIN_SETTINGS, *shown])
+        ),
+    )
+    if untouched:
+        names = ", ".join(map(_code, untouched))
+        yield f"Training did not change these tensors of the pretrained model: {names}.\n"
+
+
+def _evaluation(run: OpenedRun, results: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Evaluation\n"
+    if not results:
+        yield f"The run has no results for step {run.made_from['step']:,}.\n"
+        return
+    yield (
+        "Each query of a held-out split ranks all keys of that split (the pool). One of them "
+        "counts as relevant, that of the query's own pair. Each figure is the mean over the "
+        "queries ± its standard error, which does not cover the choice of the seed.\n"
+    )
+    yield from _table(
+        ("split", "keys", "method", "pool", *_METRICS),
+        *(
+            (_code(split), _code(variant), _code(method), f"{results['rows'][split]:,}", *figures)
+            for split, variants in results["metrics"].items()
+            for variant, methods in variants.items()
+            for method, metrics in methods.items()
+            if (figures := [_figure(metrics.get(metric)) for metric in _METRICS])
+        ),
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    yield f"Computed on {_code(results['devices'])} with {_code(versions)}.\n"
+
+
+def _limitations(
+    settings: Settings, *, library: str, base: PretrainedModel | None
+) -> Iterator[str]:
+    yield "## Limitations\n"
+    yield "- Figures of pools of different sizes cannot be compared."
+    if settings.data.name == "code_pairs":
+        yield (
+            "- The `validation` split holds unseen files of packages whose other files were used "
+            "in training; `test` holds packages that training never saw."
+        )
+    if base is not None:
+        yield (
+            "- The pretrained model may have seen the held-out pairs, or similar ones, before this "
+            "training."
+        )
+    query, key = settings.data.max_tokens
+    if library == "sentence-transformers" and query != key:
+        yield (
+            f"- sentence-transformers cuts all texts at {max(query, key)} tokens; training cut "
+            f"queries at {query} and keys at {key}."
+        )
+    if library == "sentence-transformers" and base is None and settings.data.special_tokens is None:
+        yield (
+            "- A text without tokens, such as the empty one, has the zero vector. In training it "
+            "has the vector of the unknown token."
+        )
+
+
+def _license_of(base: PretrainedModel) -> str | None:
+    """The license in the metadata of the base model's card."""
+    card = base.files.get("README.md", b"").decode(errors="replace").replace("\r\n", "\n")
+    metadata = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
+    found = metadata and re.search(r"""^license: *['"]?([\w.+-]+)['"]? *$""", metadata[1], re.M)
+    return found[1] if found else None
+
+
+def _data_set_names(settings: Settings) -> list[str]:
+    data_sets = [settings.data.first, *settings.data.concatenated.values()]
+    names = [str(_public(one.name)) for one in data_sets if one.name is not None]
+    return list(dict.fromkeys(names))
+
+
+def _public(value: Any) -> Any:
+    """A setting's value; of a path of this machine only the last part."""
+    is_path = isinstance(value, str) and value.startswith(("/", "~", "."))
+    return Path(value).name if is_path else value
+
+
+def _figure(metric: Mapping[str, float | None] | None) -> str:
+    if metric is None or metric["mean"] is None:
+        return ""
+    error = metric["standard_error"]
+    return f"{metric['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _table(*rows: Sequence[Any]) -> Iterator[str]:
+    """Rows of a Markdown table, the first of which is its head."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    yield "\n".join(lines) + "\n"
+
+
+def _code(value: Any) -> str:
+    """A code span of one line, also for a cell of a table, which "|" would end."""
+    text = " ".join(printable(str(value)).split()).replace("|", r"\u007c")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if not text or "`" in (text[0], text[-1]) else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _yaml(value: Any) -> str:
+    """A value in one line of YAML, in ASCII."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub(r"[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", text)
