@@ -1,0 +1,360 @@
+"""Weights of pretrained encoders: every parameter filled, every tensor accounted for, and back."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxcl.models.pretrained.folder import read_pretrained
+from jaxcl.models.pretrained.tensor_files import map_tensors, write_tensors
+from jaxcl.models.pretrained.weights import (
+    export_tensors,
+    keep_copy,
+    load_parameters,
+    place,
+    unused_tensors,
+)
+
+PretrainedEncoder = pytest.importorskip("jaxcl.models.pretrained.encoder").PretrainedEncoder
+FAMILIES = pytest.importorskip("jaxcl.models.pretrained.families").FAMILIES
+
+SIZES = {
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 20,
+    # DistilBERT has other names.
+    **{"dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 16},
+}
+MODEL_TYPES = sorted(set(FAMILIES) - {"static_embedding", "model2vec"})
+POOLER = {
+    "pooler.dense.weight": np.ones((8, 8), np.float32),
+    "embeddings.position_ids": np.arange(20)[None],
+}
+
+
+def encoder_tensors(model_type="bert", seed=0):
+    """Random tensors of a tiny encoder, under the names of its family."""
+    family, config = FAMILIES[model_type], SIZES | {"model_type": model_type}
+    abstract = nnx.eval_shape(lambda: family.make(config, rngs=nnx.Rngs(0)))
+    shapes = {
+        name: leaf.shape for name, leaf in flat(nnx.to_pure_dict(nnx.state(abstract, nnx.Param)))
+    }
+    rng = np.random.default_rng(seed)
+    return {
+        tensor.name: rng.normal(
+            size=shapes[path][::-1] if tensor.transposed else shapes[path]
+        ).astype(np.float32)
+        for path, tensor in family.tensors(config).items()
+    }
+
+
+def flat(tree):
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def write(folder, tensors, *, model_type="bert", dense=None):
+    """Write a folder of an encoder, and of one dense layer if its tensors are given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(SIZES | {"model_type": model_type}))
+    (folder / "tokenizer.json").write_text("{}")
+    write_tensors(folder / "model.safetensors", tensors)
+    if dense is not None:
+        names = ["Transformer", "Pooling", "Dense"]
+        paths = ["", "1_Pooling", "2_Dense"]
+        modules = [
+            {"type": f"sentence_transformers.models.{name}", "path": path}
+            for name, path in zip(names, paths, strict=True)
+        ]
+        (folder / "modules.json").write_text(json.dumps(modules))
+        options = {"in_features": 8, "out_features": 4, "bias": "linear.bias" in dense}
+        for path, config in (("1_Pooling", {}), ("2_Dense", options)):
+            (folder / path).mkdir(exist_ok=True)
+            (folder / path / "config.json").write_text(json.dumps(config))
+        write_tensors(folder / "2_Dense" / "model.safetensors", dense)
+    return read_pretrained(folder)
+
+
+def abstract_parameters(model):
+    encoder = nnx.eval_shape(lambda: PretrainedEncoder(model, rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(encoder, nnx.Param))
+
+
+def load(model):
+    return load_parameters(model, abstract_parameters(model))
+
+
+def assert_same_bytes(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype
+        assert actual[name].shape == tensor.shape
+        assert actual[name].tobytes() == tensor.tobytes()
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_parameter_of_every_family_is_filled_from_its_tensor(tmp_path, model_type):
+    tensors = encoder_tensors(model_type)
+    model = write(tmp_path, tensors, model_type=model_type)
+    parameters = dict(flat(load(model)))
+    expected = FAMILIES[model_type].tensors(model.config)
+    assert parameters.keys() == {f"encoder/{path}" for path in expected}
+    for path, tensor in expected.items():
+        stored = tensors[tensor.name]
+        np.testing.assert_array_equal(
+            parameters[f"encoder/{path}"], stored.T if tensor.transposed else stored
+        )
+
+
+DENSE = {"linear.weight": np.arange(32, dtype=np.float32).reshape(4, 8), "linear.bias": np.ones(4)}
+
+
+def test_dense_layers_are_loaded(tmp_path):
+    parameters = load(write(tmp_path, encoder_tensors(), dense=DENSE))["dense"][0]
+    np.testing.assert_array_equal(parameters["kernel"], DENSE["linear.weight"].T)
+    np.testing.assert_array_equal(parameters["bias"], DENSE["linear.bias"])
+    without_bias = {"linear.weight": DENSE["linear.weight"]}
+    model = write(tmp_path, encoder_tensors(), dense=without_bias)
+    assert load(model)["dense"][0].keys() == {"kernel"}
+
+
+def test_parameters_are_views_of_the_file(tmp_path):
+    for leaf in jax.tree.leaves(load(write(tmp_path, encoder_tensors()))):
+        while isinstance(leaf.base, np.ndarray):
+            leaf = leaf.base
+        assert isinstance(leaf, np.memmap)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_prefixes_of_models_with_a_head_are_read(tmp_path, model_type):
+    tensors = encoder_tensors(model_type)
+    expected = load(write(tmp_path / "bare", tensors, model_type=model_type))
+    for prefix in FAMILIES[model_type].prefixes:
+        named = {prefix + name: tensor for name, tensor in tensors.items()}
+        model = write(tmp_path / prefix, named | {"cls.bias": np.zeros(3)}, model_type=model_type)
+        jax.tree.map(np.testing.assert_array_equal, load(model), expected)
+        assert unused_tensors(model)["model.safetensors"].keys() == {"cls.bias"}
+
+
+def test_older_names_of_norms_are_read(tmp_path):
+    tensors = encoder_tensors()
+    expected = load(write(tmp_path / "new", tensors))
+    older = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): tensor
+        for name, tensor in tensors.items()
+    }
+    assert older.keys() != tensors.keys()
+    model = write(tmp_path / "old", older)
+    jax.tree.map(np.testing.assert_array_equal, load(model), expected)
+    assert_same_bytes(export_tensors(model, load(model))["model.safetensors"], older)
+
+
+def test_shards_are_loaded_and_exported(tmp_path):
+    tensors = encoder_tensors() | POOLER
+    expected = load(write(tmp_path, tensors))
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+    for file, part in shards.items():
+        write_tensors(tmp_path / file, {name: tensors[name] for name in part})
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = read_pretrained(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, load(model), expected)
+    exported = export_tensors(model, load(model))
+    for file, part in shards.items():
+        assert_same_bytes(exported[file], {name: tensors[name] for name in part})
+
+
+def without(tensors, name):
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+LAYER = "encoder.layer.0.attention.self.query"
+UNFIT = {
+    "a missing tensor": (
+        lambda t: without(t, f"{LAYER}.bias"),
+        rf"without a tensor: encoder/blocks/0/attention/query/bias \({LAYER}.bias\)$",
+    ),
+    "another shape": (
+        lambda t: t | {f"{LAYER}.weight": np.zeros((8, 9), np.float32)},
+        rf"query/kernel \[8, 8\] \({LAYER}.weight: float32\[9, 8\]\)$",
+    ),
+    "whole numbers": (
+        lambda t: t | {f"{LAYER}.bias": np.zeros(8, np.int32)},
+        rf"query/bias \[8\] \({LAYER}.bias: int32\[8\]\)$",
+    ),
+    "an unknown tensor": (
+        lambda t: t | {"encoder.layer.2.more": np.zeros(2)},
+        r"tensors without a parameter: encoder.layer.2.more$",
+    ),
+    "a tensor under two names": (
+        lambda t: t | {"embeddings.LayerNorm.gamma": np.zeros(8)},
+        r"tensors without a parameter: embeddings.LayerNorm.(gamma|weight)$",
+    ),
+    "all names changed": (
+        lambda t: {f"x.{name}": tensor for name, tensor in t.items()},
+        r"without a tensor: .* and \d+ more; tensors without a parameter: x\..* and \d+ more$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_tensors_that_do_not_fit_are_listed(tmp_path, case):
+    change, message = UNFIT[case]
+    model = write(tmp_path, change(encoder_tensors()))
+    with pytest.raises(ValueError, match=f"^{tmp_path} does not fit a bert encoder.*{message}"):
+        load(model)
+
+
+def test_an_unknown_tensor_of_a_dense_layer_is_listed(tmp_path):
+    model = write(tmp_path, encoder_tensors(), dense=DENSE | {"residual.weight": np.zeros(1)})
+    with pytest.raises(ValueError, match=r"without a parameter: residual\.weight$"):
+        load(model)
+
+
+def test_a_file_that_changed_meanwhile_is_refused(tmp_path):
+    model = write(tmp_path, encoder_tensors())
+    write_tensors(tmp_path / "model.safetensors", encoder_tensors() | {f"{LAYER}.bias": np.ones(1)})
+    with pytest.raises(ValueError, match=rf"has changed since its folder was read: {LAYER}\.bias"):
+        load(model)
+
+
+STORED = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
+
+
+@pytest.mark.parametrize("stored", STORED, ids=lambda dtype: np.dtype(dtype).name)
+def test_untrained_weights_are_exported_with_the_same_bytes(tmp_path, stored):
+    # Random float32, so that no type loses bits on the way through float32.
+    tensors = {name: tensor.astype(stored) for name, tensor in encoder_tensors().items()}
+    dense = {name: tensor.astype(stored) for name, tensor in DENSE.items()}
+    model = write(tmp_path, tensors | POOLER, dense=dense)
+    parameters = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), load(model))
+    exported = export_tensors(model, parameters)
+    assert exported.keys() == {"model.safetensors", "2_Dense/model.safetensors"}
+    assert_same_bytes(exported["model.safetensors"], tensors | POOLER)
+    assert_same_bytes(exported["2_Dense/model.safetensors"], dense)
+    write_tensors(tmp_path / "again", exported["model.safetensors"])
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_trained_weights_are_exported_in_float32_where_their_type_is_too_narrow(tmp_path):
+    tensors = {name: tensor.astype(np.float16) for name, tensor in encoder_tensors().items()}
+    model = write(tmp_path, tensors)
+    parameters = jax.tree.map(lambda leaf: np.array(leaf, np.float32), load(model))
+    query = parameters["encoder"]["blocks"][0]["attention"]["query"]
+    query["bias"] += np.float32(1e-6)
+    query["kernel"][0, 1] = 1e6
+    exported = export_tensors(model, parameters)["model.safetensors"]
+    changed = {f"{LAYER}.bias", f"{LAYER}.weight"}
+    assert {name for name, t in exported.items() if t.dtype == np.float32} == changed
+    np.testing.assert_array_equal(exported[f"{LAYER}.bias"], query["bias"])
+    assert exported[f"{LAYER}.weight"][1, 0] == 1e6
+    assert_same_bytes(
+        {name: t for name, t in exported.items() if name not in changed},
+        {name: t for name, t in tensors.items() if name not in changed},
+    )
+
+
+def test_parameters_of_another_model_are_not_exported(tmp_path):
+    model = write(tmp_path, encoder_tensors())
+    parameters = load(model)
+    del parameters["encoder"]["blocks"][1]
+    with pytest.raises(ValueError, match=r"tensors without a parameter: encoder\.layer\.1"):
+        export_tensors(model, parameters)
+
+
+def test_unused_tensors_are_views_by_name(tmp_path):
+    unused = unused_tensors(write(tmp_path, encoder_tensors() | POOLER))
+    assert unused.keys() == {"model.safetensors"}
+    assert_same_bytes(unused["model.safetensors"], POOLER)
+    assert unused_tensors(write(tmp_path, encoder_tensors())) == {}
+
+
+@pytest.mark.parametrize("spec", [(), ("data",), (None, "data"), ("data", "model")], ids=str)
+def test_each_device_receives_its_part_in_float32(spec):
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    stored = np.arange(64, dtype=ml_dtypes.bfloat16).reshape(8, 8).T
+    like = {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=sharding)}
+    placed = place({"kernel": stored}, like)["kernel"]
+    assert (placed.dtype, placed.sharding) == (jnp.float32, sharding)
+    np.testing.assert_array_equal(placed, stored.astype(np.float32))
+
+
+def test_no_device_keeps_the_memory_of_the_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    entry = {"dtype": "F32", "shape": [2**16], "data_offsets": [0, 2**18]}
+    header = json.dumps({"a": entry}).ljust(120).encode()  # so that the tensor begins at byte 128
+    ones = np.ones(2**16, np.float32)
+    path.write_bytes((120).to_bytes(8, "little") + header + ones.tobytes())
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = {"a": jax.ShapeDtypeStruct((2**16,), jnp.float32, sharding=sharding)}
+    placed = place(map_tensors(path), like)["a"]
+    with open(path, "r+b") as file:
+        file.seek(-4, 2)
+        file.write(bytes(4))
+    assert map_tensors(path)["a"][-1] == 0
+    assert placed[-1] == 1
+
+
+def test_a_copy_describes_the_same_model_without_its_weights(tmp_path):
+    model = write(tmp_path / "original", encoder_tensors() | POOLER, dense=DENSE)
+    parameters, exported = jax.tree.map(np.array, load(model)), export_tensors(model, load(model))
+    keep_copy(model, tmp_path / "run" / "pretrained")
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    exported = {file: {k: np.array(v) for k, v in t.items()} for file, t in exported.items()}
+    shutil.rmtree(tmp_path / "original")
+    copy = read_pretrained(tmp_path / "moved" / "pretrained")
+    assert copy._replace(path=model.path) == model
+    assert_same_bytes(unused_tensors(copy)["model.safetensors"], POOLER)
+    for file, tensors in export_tensors(copy, parameters).items():
+        assert_same_bytes(tensors, exported[file])
+    with pytest.raises(ValueError, match="is a run's copy without the weights; load them from"):
+        load_parameters(copy, abstract_parameters(copy))
+    size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert size < 8_000  # the parameters alone have more than twice that
+
+
+def test_a_copy_can_be_copied_and_replaced(tmp_path):
+    model = write(tmp_path / "original", encoder_tensors() | POOLER)
+    for place_of_copy in ("first", "second", "second"):
+        keep_copy(model, tmp_path / place_of_copy)
+        model = read_pretrained(tmp_path / place_of_copy)
+    assert_same_bytes(unused_tensors(model)["model.safetensors"], POOLER)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "original", "second"]
+
+
+def test_an_interrupted_copy_leaves_nothing(tmp_path, monkeypatch):
+    model = write(tmp_path / "original", encoder_tensors() | POOLER)
+
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr("jaxcl.models.pretrained.weights.write_sealed_json", fail)
+    with pytest.raises(OSError, match="no space"):
+        keep_copy(model, tmp_path / "run" / "pretrained")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["tensors.json", "unused/model.safetensors", "config.json"])
+def test_a_damaged_copy_is_refused(tmp_path, damage):
+    model = write(tmp_path / "original", encoder_tensors() | POOLER)
+    keep_copy(model, tmp_path / "copy")
+    path = tmp_path / "copy" / damage
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=str(path.name).replace(".", r"\.")):
+        unused_tensors(read_pretrained(tmp_path / "copy"))
