@@ -12,6 +12,7 @@ from jaxcl.host.files import read_regular, read_sealed_json
 from jaxcl.host.paths import AnyPath
 from jaxcl.models.pretrained.containment import join, lies_in, path_inside
 from jaxcl.models.pretrained.description import Family, PretrainedModel
+from jaxcl.models.pretrained.families import FAMILIES
 from jaxcl.models.pretrained.hub import local_or_hub
 from jaxcl.models.pretrained.modules import (
     SENTENCE_CONFIGS,
@@ -173,8 +174,6 @@ def _family_name(
 
 
 def _family(name: str) -> Family:
-    from jaxcl.models.pretrained.families import FAMILIES
-
     if name not in FAMILIES:
         raise ValueError(
             f"config.json has model_type={name!r:.99}, which is not supported; known are "

@@ -18,6 +18,7 @@ from jaxcl.host.paths import AnyPath
 from jaxcl.host.staging import put_in_place, staging_folder
 from jaxcl.models.pretrained.containment import join, lies_in, path_inside
 from jaxcl.models.pretrained.description import PretrainedModel, Tensor
+from jaxcl.models.pretrained.families import FAMILIES
 from jaxcl.models.pretrained.folder import TENSOR_LIST
 from jaxcl.models.pretrained.tensor_files import map_tensors, specs_as_json, write_tensors
 from jaxcl.typing import PyTree
@@ -139,8 +140,7 @@ def export_tensors(model: PretrainedModel, parameters: PyTree) -> FileTensors:
     """The tensors of the original files with the values of trained parameters.
 
     A tensor keeps its type if that holds its values exactly, and becomes float32 otherwise, so that
-    weights that were loaded and not trained have the same bytes again. Unused tensors are those of
-    the original.
+    untrained weights have the same bytes again. Unused tensors come unchanged from the original.
 
     Args:
       model: the description of the original folder, or of a run's copy of it.
@@ -150,7 +150,7 @@ def export_tensors(model: PretrainedModel, parameters: PyTree) -> FileTensors:
       Tensors by file and name, for `write_tensors`.
 
     Raises:
-      ValueError: if the parameters are not those of the model.
+      ValueError: if the parameters belong to another model.
       OSError: if an unused tensor cannot be read.
     """
     match = _match(model)
@@ -204,8 +204,6 @@ def _write_copy(model: PretrainedModel, directory: AnyPath) -> None:
 
 
 def _match(model: PretrainedModel) -> _Match:
-    from jaxcl.models.pretrained.families import FAMILIES
-
     family = FAMILIES[model.family]
     match = _Match({}, {}, [], [])
     tensors = family.tensors(model.config)
@@ -246,7 +244,7 @@ def _match_part(
     plain = {name: key for key, name in names.items()}
     for name, file in files.items():
         if name not in used:
-            # Of two names that mean one tensor, the other is no known head.
+            # A second name of one tensor is unknown too.
             known = any(fnmatch.fnmatchcase(plain.get(name, ""), pattern) for pattern in _UNUSED)
             (match.unused if known else match.unknown).append((file, name))
 
@@ -296,7 +294,7 @@ def _shortened(names: list[str]) -> str:
 def _map(
     model: PretrainedModel, file: str, names: Iterable[str], *, folder: str = ""
 ) -> dict[str, np.ndarray]:
-    """Map tensors of a file, which are those that the description lists."""
+    """Map the tensors of a file; each of these names must be as the description lists it."""
     path = path_inside(model.path, join(folder, file))
     tensors = map_tensors(path)
     for name in names:

@@ -4,13 +4,11 @@ import json
 import os
 import random
 import shutil
-import sys
-from types import ModuleType
 
 import numpy as np
 import pytest
 
-from jaxcl.models.pretrained.description import Dense, Family, Pooling, Tensor
+from jaxcl.models.pretrained.description import Dense, Pooling
 from jaxcl.models.pretrained.folder import read_pretrained
 from jaxcl.models.pretrained.tensor_files import write_tensors
 
@@ -20,38 +18,13 @@ BASE = "sentence_transformers.base.modules"
 WORDS = {"embeddings.word_embeddings.weight": np.zeros((7, 4), np.float32)}
 
 
-@pytest.fixture(autouse=True)
-def families(monkeypatch):
-    """Two families with a table of tokens only."""
-
-    def family(table, shape):
-        return Family(
-            prefixes=("bert.",),
-            make=None,
-            tensors=lambda config: {"table": Tensor(table)},
-            hidden_dim=lambda config: shape(config)[1],
-            vocabulary_size=lambda config: shape(config)[0],
-            max_tokens=lambda config: size(config, "max_position_embeddings", None),
-        )
-
-    def size(config, key, default=4):
-        if type(config.get(key, 1)) is not int:
-            raise ValueError(f"{key} is no number")
-        return config.get(key, default)
-
-    module = ModuleType("jaxcl.models.pretrained.families")
-    module.FAMILIES = {
-        "bert": family(
-            "embeddings.word_embeddings.weight",
-            lambda c: (size(c, "vocab_size"), size(c, "hidden_size")),
-        ),
-        "static_embedding": family("embedding.weight", lambda c: c["tensors"]["embedding.weight"]),
-        "model2vec": family("embeddings", lambda c: c["tensors"]["embeddings"]),
-    }
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-
-
-BERT = {"model_type": "bert", "vocab_size": 7, "hidden_size": 4, "max_position_embeddings": 32}
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 7,
+    "hidden_size": 4,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
 
 
 def write(folder, tensors=WORDS, **files):

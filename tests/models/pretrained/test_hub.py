@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub, with a package in place of `huggingface_hub`."""
+"""Models of the Hugging Face Hub, with a stub instead of `huggingface_hub`."""
 
 import sys
 from fnmatch import fnmatch

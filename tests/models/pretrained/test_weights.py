@@ -11,6 +11,8 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxcl.models.pretrained.encoder import PretrainedEncoder
+from jaxcl.models.pretrained.families import FAMILIES
 from jaxcl.models.pretrained.folder import read_pretrained
 from jaxcl.models.pretrained.tensor_files import map_tensors, write_tensors
 from jaxcl.models.pretrained.weights import (
@@ -20,9 +22,6 @@ from jaxcl.models.pretrained.weights import (
     place,
     unused_tensors,
 )
-
-PretrainedEncoder = pytest.importorskip("jaxcl.models.pretrained.encoder").PretrainedEncoder
-FAMILIES = pytest.importorskip("jaxcl.models.pretrained.families").FAMILIES
 
 SIZES = {
     "vocab_size": 11,
