@@ -1,5 +1,6 @@
 """Weights of pretrained encoders: every parameter filled, every tensor accounted for, and back."""
 
+import functools
 import json
 import shutil
 
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxcl.models.pretrained.description import Pooling, PretrainedModel
 from jaxcl.models.pretrained.encoder import PretrainedEncoder
 from jaxcl.models.pretrained.families import FAMILIES
 from jaxcl.models.pretrained.folder import read_pretrained
@@ -40,14 +42,14 @@ POOLER = {
 }
 
 
-def encoder_tensors(model_type="bert", seed=0):
+def encoder_tensors(model_type="bert"):
     """Random tensors of a tiny encoder, under the names of its family."""
     family, config = FAMILIES[model_type], SIZES | {"model_type": model_type}
-    abstract = nnx.eval_shape(lambda: family.make(config, rngs=nnx.Rngs(0)))
     shapes = {
-        name: leaf.shape for name, leaf in flat(nnx.to_pure_dict(nnx.state(abstract, nnx.Param)))
+        path.removeprefix("encoder/"): leaf.shape
+        for path, leaf in flat(abstract_of(model_type, dense=()))
     }
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     return {
         tensor.name: rng.normal(
             size=shapes[path][::-1] if tensor.transposed else shapes[path]
@@ -85,13 +87,21 @@ def write(folder, tensors, *, model_type="bert", dense=None):
     return read_pretrained(folder)
 
 
-def abstract_parameters(model):
+def load(model):
+    return load_parameters(model, abstract_of(model.family, model.dense))
+
+
+@functools.cache
+def abstract_of(model_type, dense):
+    """The parameters of a tiny encoder, without values."""
+    model = PretrainedModel(*[None] * len(PretrainedModel._fields))._replace(
+        family=model_type,
+        config=SIZES | {"model_type": model_type},
+        pooling=Pooling(),
+        dense=dense,
+    )
     encoder = nnx.eval_shape(lambda: PretrainedEncoder(model, rngs=nnx.Rngs(0)))
     return nnx.to_pure_dict(nnx.state(encoder, nnx.Param))
-
-
-def load(model):
-    return load_parameters(model, abstract_parameters(model))
 
 
 def assert_same_bytes(actual, expected):
@@ -323,7 +333,7 @@ def test_a_copy_describes_the_same_model_without_its_weights(tmp_path):
     for file, tensors in export_tensors(copy, parameters).items():
         assert_same_bytes(tensors, exported[file])
     with pytest.raises(ValueError, match="is a run's copy without the weights; load them from"):
-        load_parameters(copy, abstract_parameters(copy))
+        load(copy)
     size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert size < 8_000  # the parameters alone have more than twice that
 
