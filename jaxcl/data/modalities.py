@@ -59,6 +59,11 @@ class Text:
         if not path.exists():
             if data.tokenizer is not None:
                 tokenizer = _tokenizer_of_settings(data)
+            elif data.special_tokens is not None:
+                raise ValueError(
+                    f"data.special_tokens={data.special_tokens} is for a pretrained tokenizer, but "
+                    "this run trains its own; set data.tokenizer, or data.special_tokens to None"
+                )
             else:
                 with progress_bar("reading texts for the tokenizer", len(train)) as advance:
                     texts = _texts(train, sides, advance)
@@ -224,6 +229,7 @@ def text_rule(data: DataSettings, side: str) -> TextRule:
         special_tokens=data.special_tokens,
         prompt=getattr(data.prompts, side) or "",
         exclude_prompt=bool(data.exclude_prompt),
+        skip_unknown=bool(data.skip_unknown),
     )
 
 

@@ -5,6 +5,7 @@ rows = text.tokenize(["what is a cat", "dogs"])  # ids of each text
 text.inputs(rows)  # {"tokens": int32[2, t], "length": int32[2]}
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -73,7 +74,6 @@ class TextTokenizer:
       rule: as given.
       prompt_length: how many tokens stand before the first one of a text: the prompt's, and special
         ones.
-      num_ids: one more than the tokenizer's largest id.
 
     Raises:
       ValueError: if the tokenizer lacks a token that the rule needs or does more than put special
@@ -82,7 +82,6 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Tokenizer, rule: TextRule) -> None:
         self.rule = rule
-        self.num_ids = max(tokenizer.get_vocab().values()) + 1
         self._tokenizer = tokenizer
         self._before, self._after = _added_tokens(tokenizer, rule)
         self._skipped = _unknown_id(tokenizer) if rule.skip_unknown else None
@@ -98,6 +97,11 @@ class TextTokenizer:
                 f"max_tokens={rule.max_tokens} leaves no room for text: special tokens and the "
                 f"prompt {rule.prompt!r} take {needed - 1}; use at least {needed}"
             )
+
+    @functools.cached_property
+    def num_ids(self) -> int:
+        """One more than the tokenizer's largest id."""
+        return max(self._tokenizer.get_vocab().values()) + 1
 
     def tokenize(
         self, texts: Sequence[str], *, what: str = "text", first: int = 0

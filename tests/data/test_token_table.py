@@ -1,6 +1,8 @@
 """Token tables: what encoding each text gives, made once, whole or not there."""
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -15,8 +17,9 @@ from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.table import table_batch
 from jaxcl.data.text_rule import TextRule, TextTokenizer
 from jaxcl.data.token_table import build_token_table
-from jaxcl.data.tokenizer import train_tokenizer
+from jaxcl.data.tokenizer import tokenizer_fingerprint, train_tokenizer
 from jaxcl.host.files import read_sealed_json, write_sealed_json
+from tests.data.test_text_rule import word_tokenizer
 
 NUM_ROWS = 11
 MAX_TOKENS = {"query": 4, "key": 7}
@@ -134,6 +137,44 @@ def test_whatever_it_was_made_from_a_table_has_a_place_of_its_own(tokenizer, tmp
     build(InMemoryPairs(QUERIES, KEYS, groups=GROUPS[::-1]), tokenizer, tmp_path)
     build(InMemoryPairs(KEYS, QUERIES, groups=GROUPS), tokenizer, tmp_path)
     assert len(list(tmp_path.iterdir())) == 7
+
+
+def test_the_names_of_tables_without_the_newer_rules_do_not_change(tokenizer, tmp_path):
+    rules = {"query": TextRule(4, True, True), "key": TextRule(7, True, True)}
+    build_token_table(pairs(), tokenizer, rules=rules, directory=tmp_path)
+    made_from = {
+        "format": 4,
+        "source": pairs().fingerprint,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "max_tokens": {"query": 4, "key": 7},
+        "add_cls": True,
+        "distinct": True,
+    }
+    [table] = tmp_path.iterdir()
+    content = json.dumps(made_from, sort_keys=True)
+    assert table.name == hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+NEWER_RULES = [
+    {"special_tokens": True},
+    {"special_tokens": False},
+    {"prompt": "add: "},
+    {"prompt": "add "},
+    {"special_tokens": False, "skip_unknown": True},
+]
+
+
+def test_each_rule_of_a_side_has_a_table_of_its_own(tokenizer, tmp_path):
+    for rule in NEWER_RULES:
+        build(pairs(), tokenizer, tmp_path, **rule)
+        for side in MAX_TOKENS:
+            rules = {name: TextRule(width) for name, width in MAX_TOKENS.items()}
+            rules[side] = rules[side]._replace(**rule)
+            build_token_table(pairs(), tokenizer, rules=rules, directory=tmp_path)
+    one = {"query": TextRule(4, add_cls=True), "key": TextRule(7)}
+    build_token_table(pairs(), tokenizer, rules=one, directory=tmp_path)
+    build(pairs(), tokenizer, tmp_path, add_cls=True)
+    assert len(list(tmp_path.iterdir())) == 3 * len(NEWER_RULES) + 2
 
 
 def test_an_equal_source_shares_the_table(tokenizer, tmp_path):
@@ -344,6 +385,20 @@ def test_a_damaged_table_is_built_again_and_says_so(tokenizer, tmp_path, capsys,
     assert build(source, tokenizer, tmp_path).num_rows == source.rows_read == NUM_ROWS  # whole
 
 
+@pytest.mark.parametrize("name", ["key_tokens.npy", "key_offsets.npy", "table.json"])
+def test_a_damaged_table_of_prompts_and_lengths_is_built_again(tokenizer, tmp_path, name):
+    rule = {"special_tokens": False, "prompt": "return ", "exclude_prompt": True}
+    wanted = build(pairs(), tokenizer, tmp_path, **rule).side("key", np.arange(NUM_ROWS))
+    [table] = tmp_path.iterdir()
+    flipped(table / name)
+    source = pairs()
+    found = build(source, tokenizer, tmp_path, **rule).side("key", np.arange(NUM_ROWS))
+    assert source.rows_read == NUM_ROWS
+    assert found.keys() == {"tokens", "length", "prompt_length"}
+    for leaf in found:
+        np.testing.assert_array_equal(found[leaf], wanted[leaf])
+
+
 @pytest.mark.parametrize("swap", [swapped_for_a_pipe, lambda path: path.write_bytes(b"")])
 def test_something_else_in_a_table_s_place_is_replaced(tokenizer, tmp_path, swap):
     build(pairs(), tokenizer, tmp_path)
@@ -501,6 +556,39 @@ def test_rows_of_equal_queries_or_keys_are_of_one_text(tokenizer, tmp_path):
     assert table.text[[0, 2, 3, 5]].tolist() == [table.text[0]] * 4
     assert len(set(table.text.tolist())) == 3
     assert table_batch(table, np.array([4, 1]))["text"].tolist() == table.text[[4, 1]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("rule", "room"),
+    [
+        ({"special_tokens": False}, 5),
+        ({"special_tokens": True}, 3),
+        ({"special_tokens": False, "prompt": "query: "}, 3),
+        ({"special_tokens": False, "prompt": "c "}, 4),
+    ],
+)
+def test_rows_of_texts_that_agree_as_far_as_they_are_read_are_of_one_text(tmp_path, rule, room):
+    queries = ["a b", "", "a b", "c", "a b c a", "a b c b"]
+    keys = ["a", "b", "c", "a a", "b b", "c c"]
+    table = build(
+        InMemoryPairs(queries, keys),
+        word_tokenizer(),
+        tmp_path,
+        max_tokens={"query": 5, "key": 5},
+        **rule,
+    )
+    assert table.text[0] == table.text[2]
+    assert (table.text[4] == table.text[5]) == (room == 3)
+    assert len(set(table.text.tolist())) == (4 if room == 3 else 5)
+
+
+def test_texts_without_tokens_are_of_one_text_and_have_length_0(tokenizer, tmp_path):
+    table = build(InMemoryPairs(["", " "], ["", "\n"]), tokenizer, tmp_path, special_tokens=False)
+    for side, width in MAX_TOKENS.items():
+        inputs = table.side(side, np.array([1, 0, 1]))
+        np.testing.assert_array_equal(inputs["tokens"], np.zeros((3, width)))
+        assert inputs["length"].tolist() == [0, 0, 0]
+    assert len(set(table.text.tolist())) == 1
 
 
 def test_texts_that_agree_as_far_as_they_are_read_are_one(tokenizer, tmp_path):
