@@ -1,14 +1,22 @@
-"""A small text encoder, quick to compile."""
+"""A small text encoder that is quick to compile, and a small run."""
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.data.prepare import prepare_data
 from jaxcl.data.text_rule import TextRule
 from jaxcl.data.tokenizer import train_tokenizer
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.ops.vectors import normalise
+from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.embedding_model import EmbeddingModel
+from jaxcl.run.training import build_training
+from jaxcl.run.workdir import claim_workdir
+from jaxcl.settings.config_files import load_config
+from jaxcl.settings.read import read_settings
 from jaxcl.typing import PADDING_ID, SIDES
+from tests.helpers import record_of
+from tests.prepared_data import prepare_pairs
 
 LONGEST, DIM, VOCABULARY = 40, 16, 60
 
@@ -21,7 +29,7 @@ def encode(params, side, inputs, rngs=None):
 
 
 def small_model(texts, *, encode=encode, **options):
-    """An encoder with a vocabulary of its own for each side, and a tokenizer of these texts."""
+    """An encoder with a table for each side, and a tokenizer of these texts."""
     rng = np.random.default_rng(0)
     rule = TextRule(max_tokens=LONGEST)
     return EmbeddingModel(
@@ -34,3 +42,27 @@ def small_model(texts, *, encode=encode, **options):
         dim=DIM,
         **options,
     )
+
+
+def small_config(folder):
+    """Of a static encoder for each side, whose queries have at most three tokens."""
+    config = load_config("base")
+    config.data.name = str(prepare_pairs(folder / "data"))
+    config.data.splits = {"train": "train", "validation": "dev"}
+    config.data.vocabulary_size = 60
+    config.data.max_tokens = {"query": 3, "key": 12}
+    config.model.dim = DIM
+    config.model.shared = False
+    config.global_batch_size = 8
+    config.run.data_dir = str(folder / "data")
+    return config
+
+
+def small_run(folder):
+    """The workdir of a run whose first checkpoint holds the initial parameters."""
+    workdir, settings = folder / "run", read_settings(small_config(folder))
+    claim_workdir(workdir, settings)
+    prepare_data(settings.data, data_dir=folder / "data", workdir=workdir)
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(1, build_training(settings).init(), record_of(workdir))
+    return workdir

@@ -32,6 +32,7 @@ FLOORS = dict(
                 "check_grad",
                 "export",
                 "embed",
+                "evaluate",
                 "bench",
             ),
             ("__main__",),
@@ -77,7 +78,8 @@ def test_a_foreign_import_is_seen(tmp_path):
     ]
 
 
-COMMANDS = {"train", "search", "mine", "topics", "compare", "plan", "check_grad", "export", "embed"}
+COMMANDS = {"train", "search", "mine", "topics", "compare", "plan", "check_grad", "export"}
+COMMANDS |= {"embed", "evaluate"}
 ROOT = COMMANDS | {"__init__", "__main__", "typing", "metrics", "grad_cache"}
 READERS = COMMANDS | {"settings", "configs", "bench"}
 

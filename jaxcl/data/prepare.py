@@ -26,6 +26,7 @@ from jaxcl.typing import Int
 __all__ = [
     "RememberedData",
     "RunData",
+    "open_sources",
     "prepare_data",
     "read_remembered_data",
     "remembered_from",
@@ -170,6 +171,24 @@ def prepare_data(
     readers = build_readers(data, workdir)
     names = data_set_names(data)
     return RunData(sources, tables, readers, negatives, guides, topics, names, remembered)
+
+
+def open_sources(
+    data: DataSettings,
+    *,
+    data_dir: Path,
+    open_source: Callable[[str], PairSource] | None = None,
+) -> dict[str, PairSource]:
+    """The splits that a new run would begin with, as text.
+
+    Args:
+      data, data_dir, open_source: as `prepare_data`.
+
+    Raises:
+      ValueError: if a split is missing or empty.
+    """
+    name = _data_set(data, data_dir=data_dir, before=None)
+    return open_splits(data, name, data_dir=data_dir, open_source=open_source)
 
 
 def _data_set(data: DataSettings, *, data_dir: Path, before: RememberedData | None) -> str:

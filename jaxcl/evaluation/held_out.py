@@ -11,7 +11,7 @@ import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,15 +33,29 @@ from jaxcl.host.paths import AnyPath
 from jaxcl.host.processes import PeerError, together
 from jaxcl.host.progress import progress_bar, show
 from jaxcl.metrics import mean_and_standard_error
+from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.encoder import Encoder
+from jaxcl.run.host_vectors import for_inner_products
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES, Float
 
-__all__ = ["check_evaluation", "evaluate_run", "quick_metrics"]
+__all__ = ["check_evaluation", "evaluate_model", "evaluate_run", "quick_metrics"]
 
 HELD_OUT = ("validation", "test")
 _ROWS_AT_ONCE = 64
 Results = dict[tuple[str, str], dict[str, RetrievalResult]]
+
+
+class _Vectors(NamedTuple):
+    """The embeddings of held-out splits.
+
+    Attributes:
+      of_rows: `(split, side)` -> those of all rows.
+      of_texts: `(side, texts)` -> those of other texts, such as keys without their names.
+    """
+
+    of_rows: Callable[[str, str], Float[np.ndarray, "n d"]]
+    of_texts: Callable[[str, Sequence[str]], Float[np.ndarray, "n d"]]
 
 
 def check_evaluation(settings: Settings, data: RunData) -> None:
@@ -100,12 +114,13 @@ def evaluate_run(
     Raises:
       ValueError: of the first method that failed, after the results of all others are written.
     """
-    results: Results = {}
-    failures: list[Exception] = []
-    for split in HELD_OUT:
-        if split in data.sources:
-            results |= _evaluate_split(settings, encoder, data, split, failures)
-    summary = _strict(_summary(settings, data, results))
+    vectors = _Vectors(
+        lambda split, side: encoder.embed(side, data.tables[split]),
+        lambda side, texts: encoder.encode(side, texts),
+    )
+    results, failures = _evaluate_splits(settings, vectors, data.sources)
+    described = {"steps": settings.steps, "seed": settings.seed}
+    summary = _strict({**described, **_summary(data.sources, results)})
     if jax.process_index() == 0:
         ranks = {
             "/".join((*place, method)): result.ranks
@@ -121,19 +136,80 @@ def evaluate_run(
     return summary
 
 
+def evaluate_model(
+    settings: Settings,
+    model: EmbeddingModel,
+    sources: Mapping[str, PairSource],
+    *,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Ranks the held-out queries of some splits as `evaluate_run`, and prints a table.
+
+    Args:
+      settings: those of the data and of the evaluation.
+      model: any model, which embeds texts with its own tokenizer, limits and prompts.
+      sources: role -> the split's pairs of texts.
+      batch_size: as `EmbeddingModel.encode`.
+
+    Returns:
+      Means and standard errors, with what they were measured on.
+
+    Raises:
+      ValueError: of the first method that failed, after the table of all others, or if there is no
+        held-out split.
+    """
+    if not set(HELD_OUT) & set(sources):
+        raise ValueError(
+            f"the data have the splits {', '.join(sources)}; name one {' or '.join(HELD_OUT)} in "
+            "data.splits to evaluate on it"
+        )
+
+    def of_texts(side: str, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        with progress_bar(f"embedding {len(texts):,} of side {side}", len(texts)) as advance:
+            vectors = model.encode(texts, side=side, batch_size=batch_size, progress=advance)
+        return for_inner_products(model.similarity_function, side, vectors)
+
+    def of_rows(split: str, side: str) -> Float[np.ndarray, "n d"]:
+        source = sources[split]
+        return of_texts(side, [record[side] for record in source.read(np.arange(len(source)))])
+
+    results, failures = _evaluate_splits(settings, _Vectors(of_rows, of_texts), sources)
+    if jax.process_index() == 0:
+        show(results_table(results))
+    if failures:
+        raise failures[0]
+    described = {
+        "model": model.source,
+        "dim": model.dim,
+        "max_tokens": model.max_tokens,
+        "prompts": {side: model.prompts[side] for side in SIDES},
+    }
+    return _strict({**described, **_summary(sources, results)})
+
+
+def _evaluate_splits(
+    settings: Settings, vectors: _Vectors, sources: Mapping[str, PairSource]
+) -> tuple[Results, list[Exception]]:
+    results: Results = {}
+    failures: list[Exception] = []
+    for split in HELD_OUT:
+        if split in sources:
+            results |= _evaluate_split(settings, vectors, sources[split], split, failures)
+    return results, failures
+
+
 def _evaluate_split(
     settings: Settings,
-    encoder: Encoder,
-    data: RunData,
+    vectors: _Vectors,
+    source: PairSource,
     split: str,
     failures: list[Exception],
 ) -> Results:
-    source, table = data.sources[split], data.tables[split]
     methods = settings.evaluation.methods
     hides_names = "name" in settings.data.metadata_fields and settings.data.modality.key == "text"
     queries: list[str] = []
     key_texts: dict[str, list[str]] = {"plain": []}
-    embed_keys = {"plain": lambda: encoder.embed("key", table)}
+    embed_keys = {"plain": lambda: vectors.of_rows(split, "key")}
     lexical = bool({"bm25", "hybrid"} & set(methods))
     if hides_names or lexical:  # otherwise nothing but the table is read
         records = source.read(np.arange(len(source)))
@@ -143,11 +219,11 @@ def _evaluate_split(
     if hides_names:
         masked = [mask_name(record["key"], record["name"]) for record in records]
         key_texts["name masked"] = masked
-        embed_keys["name masked"] = lambda: encoder.encode("key", masked)
-    query_embeddings = encoder.embed("query", table)
+        embed_keys["name masked"] = lambda: vectors.of_texts("key", masked)
+    query_embeddings = vectors.of_rows(split, "query")
     results: Results = {}
     for variant, texts in key_texts.items():
-        own = table.num_rows / jax.process_count()
+        own = len(source) / jax.process_count()
         with progress_bar(f"evaluating {split}, {variant}", round(own)) as advance:
             rank = functools.partial(
                 _ranked,
@@ -214,13 +290,11 @@ def _ranked(
     }
 
 
-def _summary(settings: Settings, data: RunData, results: Results) -> dict[str, Any]:
+def _summary(sources: Mapping[str, PairSource], results: Results) -> dict[str, Any]:
     devices = jax.devices()
     return {
-        "steps": settings.steps,
-        "seed": settings.seed,
-        "rows": {split: table.num_rows for split, table in data.tables.items()},
-        "fingerprints": {split: source.fingerprint for split, source in data.sources.items()},
+        "rows": {split: len(source) for split, source in sources.items()},
+        "fingerprints": {split: source.fingerprint for split, source in sources.items()},
         "devices": f"{len(devices)} × {devices[0].device_kind}",
         "versions": {
             "python": platform.python_version(),

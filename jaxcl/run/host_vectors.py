@@ -11,6 +11,7 @@ __all__ = [
     "QUANTIZATIONS",
     "SIMILARITIES",
     "check_quantize",
+    "for_inner_products",
     "quantized",
     "similarities",
     "truncated",
@@ -112,3 +113,27 @@ def similarities(function: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
             )
     wide = (np.atleast_2d(vectors).astype(np.float64) for vectors in (a, b))
     return SIMILARITIES[function](*wide).astype(np.float32).reshape(a.shape[:-1] + b.shape[:-1])
+
+
+def for_inner_products(
+    function: str, side: str, vectors: Float[np.ndarray, "n d"]
+) -> Float[np.ndarray, "n _"]:
+    r"""Vectors whose inner products rank keys as a similarity function does.
+
+    For `"euclidean"` a dimension is added, since $-\lVert q - k \rVert^2 / 2$ is $q \cdot k -
+    \lVert k \rVert^2 / 2$ up to what all keys of a query share.
+
+    Raises:
+      ValueError: for `"manhattan"`, which no inner product ranks as.
+    """
+    if function == "dot":
+        return vectors
+    if function == "cosine":
+        return _unit(vectors).astype(np.float32)
+    if function != "euclidean":
+        raise ValueError(f"keys cannot be ranked by similarity {function!r}; use cosine or dot")
+    if side == "query":
+        last = np.ones(len(vectors), vectors.dtype)
+    else:
+        last = -np.square(vectors, dtype=np.float64).sum(1) / 2
+    return np.column_stack([vectors, last])

@@ -7,13 +7,13 @@ from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.exported import EXPORT_FILE, open_exported
-from jaxcl.run.opened import open_run
+from jaxcl.run.opened import OpenedRun, open_run
 from jaxcl.run.workdir import CHECKPOINTS, ID_FILE
 from jaxcl.settings.parts import Trust
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES
 
-__all__ = ["load"]
+__all__ = ["is_run", "load", "model_of_run"]
 
 
 def load(path: str | os.PathLike[str], *, trust: Trust = ()) -> EmbeddingModel:
@@ -39,29 +39,33 @@ def load(path: str | os.PathLike[str], *, trust: Trust = ()) -> EmbeddingModel:
         raise FileNotFoundError(
             f"there is no folder {folder}; give the workdir of a run or the folder of a model"
         )
-    if any((folder / name).exists() for name in (CHECKPOINTS, ID_FILE)):
-        run = open_run(folder, trust=trust)
-        return _model_of_run(run.workdir, run.settings, run.encoder)
+    if is_run(folder):
+        return model_of_run(open_run(folder, trust=trust))
     if (folder / EXPORT_FILE).exists():
         exported = open_exported(folder, trust=trust)
-        return _model_of_run(exported.folder, exported.settings, exported.encoder)
+        return _trained_model(exported.folder, exported.settings, exported.encoder)
     raise ValueError(
         f"{folder} holds no model: there is no {CHECKPOINTS}/ of a run and no {EXPORT_FILE} of an "
         "exported model"
     )
 
 
-def _model_of_run(folder: AnyPath, settings: Settings, encoder: Encoder) -> EmbeddingModel:
-    """The model of a run of texts.
+def is_run(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is the workdir of a run."""
+    folder = as_path(path)
+    return any((folder / name).exists() for name in (CHECKPOINTS, ID_FILE))
 
-    Args:
-      folder: that holds its tokenizer.
-      settings: the run's.
-      encoder: its model.
+
+def model_of_run(run: OpenedRun) -> EmbeddingModel:
+    """The model of a run.
 
     Raises:
       ValueError: if a side holds anything else than texts.
     """
+    return _trained_model(run.workdir, run.settings, run.encoder)
+
+
+def _trained_model(folder: AnyPath, settings: Settings, encoder: Encoder) -> EmbeddingModel:
     modality = settings.data.modality
     if set(modality) != {"text"}:
         raise ValueError(

@@ -10,16 +10,23 @@ from jaxcl.host.command_flags import CommandParser
 from jaxcl.settings.config_files import load_config
 from jaxcl.settings.section_reader import did_you_mean
 
-__all__ = ["add_config_flags", "changed_fields", "config_of", "override", "parse_value"]
+__all__ = [
+    "add_config_flags",
+    "changed_fields",
+    "config_of",
+    "optional_config_of",
+    "override",
+    "parse_value",
+]
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def add_config_flags(parser: CommandParser) -> None:
+def add_config_flags(parser: CommandParser, *, required: bool = True) -> None:
     """Add `--config`, and `--config.FIELD` for each of its fields."""
     parser.add_argument(
         "--config",
-        required=True,
+        required=required,
         metavar="FILE[:VARIANT]",
         help="a Python file with a function get_config, or the name of a config of jaxcl",
     )
@@ -38,6 +45,19 @@ def config_of(arguments: Namespace) -> ConfigDict:
     for field, text in arguments.config_fields:
         override(config, field, text)
     return config
+
+
+def optional_config_of(arguments: Namespace) -> ConfigDict | None:
+    """As `config_of`, or `None` without `--config`.
+
+    Raises:
+      ValueError: as `config_of`, or for a field of no config.
+    """
+    if arguments.config is not None:
+        return config_of(arguments)
+    if fields := changed_fields(arguments):
+        raise ValueError(f"--config.{fields[0]} needs a --config whose field it changes")
+    return None
 
 
 def changed_fields(arguments: Namespace) -> tuple[str, ...]:

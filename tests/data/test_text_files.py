@@ -1,4 +1,4 @@
-"""Texts of files: each in its row, in blocks, and what is wrong named by its line."""
+"""Texts of files: each in its row, in blocks; a bad line is named by its number."""
 
 import io
 import json

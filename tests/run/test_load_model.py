@@ -6,17 +6,10 @@ import numpy as np
 import pytest
 
 import jaxcl
-from jaxcl.data.prepare import prepare_data
 from jaxcl.export import export
-from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.opened import open_run
-from jaxcl.run.training import build_training
-from jaxcl.run.workdir import claim_workdir
-from jaxcl.settings.config_files import load_config
-from jaxcl.settings.read import read_settings
 from jaxcl.typing import SIDES
-from tests.helpers import record_of
-from tests.prepared_data import prepare_pairs
+from tests.small_models import small_run
 
 TEXTS = ["key 3", "query 11 and key 5 and key 7 and query 9", "", "some other word"]
 
@@ -24,22 +17,7 @@ TEXTS = ["key 3", "query 11 and key 5 and key 7 and query 9", "", "some other wo
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """Of a run with an encoder for each side, and a limit of three tokens for queries."""
-    folder = tmp_path_factory.mktemp("load")
-    config = load_config("base")
-    config.data.name = str(prepare_pairs(folder / "data"))
-    config.data.splits = {"train": "train", "validation": "dev"}
-    config.data.vocabulary_size = 60
-    config.data.max_tokens = {"query": 3, "key": 12}
-    config.model.dim = 16
-    config.model.shared = False
-    config.global_batch_size = 8
-    config.run.data_dir = str(folder / "data")
-    settings = read_settings(config)
-    claim_workdir(folder / "run", settings)
-    prepare_data(settings.data, data_dir=folder / "data", workdir=folder / "run")
-    with Checkpoints(folder / "run" / "checkpoints") as checkpoints:
-        checkpoints.save(1, build_training(settings).init(), record_of(folder / "run"))
-    return folder / "run"
+    return small_run(tmp_path_factory.mktemp("load"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,122 @@
+"""`jaxcl.evaluate`: any model's retrieval on the held-out pairs of a config."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxcl import evaluate
+from jaxcl.data.prepare import prepare_data
+from jaxcl.evaluation import held_out
+from jaxcl.evaluation.held_out import evaluate_run
+from jaxcl.run.host_vectors import for_inner_products, similarities
+from jaxcl.run.opened import open_run
+from tests.small_models import DIM, small_config, small_model, small_run
+
+rng = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("evaluate")
+
+
+@pytest.fixture(scope="module")
+def workdir(folder):
+    return small_run(folder)
+
+
+@pytest.fixture
+def config(folder, workdir):
+    return small_config(folder)
+
+
+def model_of(vectors, **options):
+    """A model whose vectors for text `query 3` and `key 3` are row 3 of those of its side."""
+    model = small_model(["query key 0 1 2 3 4 5 6 7 8 9"], **options)
+    model.encode = lambda texts, *, side, **_: np.float32(
+        [vectors[side][int(text.split()[1])] for text in texts]
+    )
+    return model
+
+
+def test_every_held_out_query_is_ranked_among_the_keys_of_its_split(config):
+    keys = np.eye(26)
+    queries = keys + 2 * keys[[*range(20), 21, 20, 22, 23, 24, 25]]  # 20 and 21 find each other
+    found = evaluate.evaluate(model_of({"query": queries, "key": keys}), config=config)
+    dense = found["metrics"]["validation"]["plain"]["dense"]
+    assert dense["mrr@10"]["mean"] == pytest.approx((4 + 2 * 1 / 2) / 6)
+    assert found["rows"] == {"train": 20, "validation": 6}
+    assert set(found["metrics"]) == {"validation"}
+    assert found["prompts"] == {"query": "", "key": "open "}
+
+
+def test_a_run_is_evaluated_on_its_own_data_as_at_the_end_of_training(workdir, folder, tmp_path):
+    found = evaluate.evaluate(workdir)
+    run = open_run(workdir)
+    data = prepare_data(run.settings.data, data_dir=folder / "data", workdir=workdir)
+    wanted = evaluate_run(run.settings, run.encoder, data, tmp_path)
+    assert found["metrics"] == wanted["metrics"]
+    assert found["fingerprints"] == wanted["fingerprints"]
+
+
+def test_the_command_prints_a_table_and_writes_the_results(workdir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "keep_compiled", lambda: None)
+    output = tmp_path / "results.json"
+    returned = evaluate.main(["--model", str(workdir), "--output", str(output)])
+    printed = capsys.readouterr().out
+    assert "validation" in printed
+    assert "dense" in printed
+    assert json.loads(output.read_text()) == json.loads(json.dumps(returned))
+    assert returned["model"] == str(workdir)
+
+
+def error(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(word) for word in argv])
+    assert stop.value.code == 1
+    return capsys.readouterr().err
+
+
+def test_a_field_without_a_config_is_an_error(capsys, workdir, monkeypatch):
+    monkeypatch.setattr(evaluate, "keep_compiled", lambda: None)
+    message = error(capsys, "--model", workdir, "--config.steps=3")
+    assert "--config.steps needs a --config" in message
+
+
+def test_a_model_that_is_no_run_needs_a_config(tmp_path):
+    with pytest.raises(ValueError, match="is no run with data of its own; give a config"):
+        evaluate.evaluate(tmp_path)
+    with pytest.raises(ValueError, match=r"EmbeddingModel.* is no run with data of its own"):
+        evaluate.evaluate(small_model(["a"]))
+
+
+def test_data_without_a_held_out_split_are_an_error(config):
+    config.data.splits = {"train": "train"}
+    with pytest.raises(ValueError, match="the data have the splits train; name one validation or"):
+        evaluate.evaluate(small_model(["a"]), config=config)
+
+
+def test_methods_that_cannot_rank_fail_before_the_model_is_loaded(config, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", None)
+    monkeypatch.setattr(held_out, "_has_words", lambda source: False)
+    with pytest.raises(ValueError, match="no key of the validation split has a word"):
+        evaluate.evaluate("anywhere", config=config)
+
+
+@pytest.mark.parametrize("function", ["cosine", "dot", "euclidean"])
+def test_keys_are_ranked_by_the_similarity_of_the_model(function):
+    queries, keys = (rng.normal(size=(n, DIM)).astype(np.float32) for n in (20, 30))
+    wanted = np.argsort(-similarities(function, queries, keys), axis=1)
+    queries, keys = (
+        for_inner_products(function, side, vectors)
+        for side, vectors in {"query": queries, "key": keys}.items()
+    )
+    np.testing.assert_array_equal(np.argsort(-(queries @ keys.T), axis=1), wanted)
+
+
+def test_a_similarity_without_inner_products_is_an_error(config):
+    vectors = {"query": np.eye(26), "key": np.eye(26)}
+    model = model_of(vectors, similarity_function="manhattan")
+    with pytest.raises(ValueError, match="cannot be ranked by similarity 'manhattan'"):
+        evaluate.evaluate(model, config=config)
