@@ -81,15 +81,18 @@ def read_specs(path: AnyPath) -> Specs:
 def map_tensors(path: AnyPath) -> dict[str, np.ndarray]:
     """The tensors of a file as read-only views of its mapped bytes; none is copied.
 
+    A file on an object store is read into memory instead.
+
     Raises:
-      ValueError: if it is no safetensors file, damaged, or not on a local disk.
+      ValueError: if it is no safetensors file, or damaged; the message names the file.
       OSError: if it cannot be read.
     """
-    if is_remote(path):
-        raise ValueError(f"{path} cannot be mapped to memory; copy its folder to a local disk")
     with open_regular(path) as file:
         entries, begin = _read_header(file, path)
-        content = np.memmap(file, np.uint8, "r").view(np.ndarray)[begin:]
+        if is_remote(path):
+            content = np.frombuffer(file.read(), np.uint8)
+        else:
+            content = np.memmap(file, np.uint8, "r").view(np.ndarray)[begin:]
     return {
         name: content[entry.begin : entry.end].view(entry.dtype).reshape(entry.shape)
         for name, entry in entries.items()

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxcl.host.paths import as_path
 from jaxcl.models.pretrained.description import Pooling, PretrainedModel
 from jaxcl.models.pretrained.encoder import PretrainedEncoder
 from jaxcl.models.pretrained.families import FAMILIES
@@ -24,6 +25,7 @@ from jaxcl.models.pretrained.weights import (
     place,
     unused_tensors,
 )
+from tests import buckets
 
 SIZES = {
     "vocab_size": 11,
@@ -336,6 +338,16 @@ def test_a_copy_describes_the_same_model_without_its_weights(tmp_path):
         load(copy)
     size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert size < 8_000  # the parameters alone have more than twice that
+
+
+def test_a_copy_may_lie_on_an_object_store(tmp_path, monkeypatch):
+    buckets.install(monkeypatch, tmp_path / "store")
+    model = write(tmp_path / "original", encoder_tensors() | POOLER)
+    directory = as_path("gs://bucket/run/pretrained")
+    keep_copy(model, directory)
+    copy = read_pretrained(directory)
+    assert copy == model._replace(path=directory)
+    assert_same_bytes(unused_tensors(copy)["model.safetensors"], POOLER)
 
 
 def test_a_copy_can_be_copied_and_replaced(tmp_path):
