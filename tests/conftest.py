@@ -39,6 +39,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Scripts that need packages of others.
 collect_ignore = ["losses/values", "models/pretrained/reference/make_reference.py"]
+collect_ignore += ["run/encoded/make_vectors.py"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,8 +2,21 @@
 
 import os
 
+import jax
+from flax import nnx
+
 from jaxcl.data.modalities import Text, text_rule
+from jaxcl.data.text_rule import UNLIMITED, TextRule
+from jaxcl.data.tokenizer import load_pretrained_tokenizer
 from jaxcl.host.paths import AnyPath, as_path
+from jaxcl.models import make_towers
+from jaxcl.models.pretrained.description import PretrainedModel
+from jaxcl.models.pretrained.encoder import PretrainedEncoder
+from jaxcl.models.pretrained.folder import read_pretrained
+from jaxcl.models.pretrained.hub import local_or_hub
+from jaxcl.models.pretrained.modules import parse_json
+from jaxcl.models.pretrained.weights import load_parameters, place
+from jaxcl.ops.mesh import make_mesh, replicated_sharding
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.exported import EXPORT_FILE, open_exported
@@ -15,18 +28,28 @@ from jaxcl.typing import SIDES
 
 __all__ = ["is_run", "load", "model_of_run"]
 
+_PRETRAINED_FILES = ("modules.json", "config.json", "model.safetensors")
 
-def load(path: str | os.PathLike[str], *, trust: Trust = ()) -> EmbeddingModel:
+
+def load(
+    path: str | os.PathLike[str], *, compute_dtype: str = "float32", trust: Trust = ()
+) -> EmbeddingModel:
     """Load a model to embed texts with, on all devices.
 
     Args:
-      path: the workdir of a run that has saved a checkpoint, which may still be training; or a
-        folder that `jaxcl.export` has written with `--format jaxcl`.
-      trust: the packages from which an encoder named `package.module:function` is imported.
+      path: one of
+
+        - the workdir of a run that has saved a checkpoint, which may still be training;
+        - a folder that `jaxcl.export` has written;
+        - the folder of a pretrained encoder, which sentence-transformers, transformers or model2vec
+          has saved, or its id on the Hugging Face Hub (`jaxcl.models.pretrained`).
+      compute_dtype: of the activations of a pretrained encoder, such as `"bfloat16"`. A trained
+        model has its own.
+      trust: the packages from which a run's encoder named `package.module:function` is imported.
 
     Raises:
       FileNotFoundError: if there is no such folder.
-      ValueError: if it holds no model.
+      ValueError: if it holds no model, or a model that is damaged or not supported.
       CheckpointError: if no checkpoint of a run can be read.
       PermissionError: for an encoder of a package that is not trusted.
 
@@ -34,19 +57,19 @@ def load(path: str | os.PathLike[str], *, trust: Trust = ()) -> EmbeddingModel:
       model = jaxcl.load("runs/code_search")
       model.encode("parse an ISO date").shape  # (512,)
     """
-    folder = as_path(path)
+    folder = local_or_hub(path)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {folder}; give the workdir of a run or the folder of a model"
-        )
+        raise FileNotFoundError(f"there is no folder {folder}; give that of a run or of a model")
     if is_run(folder):
         return model_of_run(open_run(folder, trust=trust))
     if (folder / EXPORT_FILE).exists():
         exported = open_exported(folder, trust=trust)
         return _trained_model(exported.folder, exported.settings, exported.encoder)
+    if any((folder / name).exists() for name in _PRETRAINED_FILES):
+        return _pretrained_model(read_pretrained(folder), compute_dtype)
     raise ValueError(
-        f"{folder} holds no model: there is no {CHECKPOINTS}/ of a run and no {EXPORT_FILE} of an "
-        "exported model"
+        f"{folder} holds no model: there is no {CHECKPOINTS}/ of a run, no {EXPORT_FILE} of an "
+        f"exported model, and no {' or '.join(_PRETRAINED_FILES)} of a pretrained one"
     )
 
 
@@ -80,4 +103,50 @@ def _trained_model(folder: AnyPath, settings: Settings, encoder: Encoder) -> Emb
         tokenizer=Text().tokenizer(settings.data, folder),
         rules={side: text_rule(settings.data, side) for side in SIDES},
         dim=settings.model.dim,
+    )
+
+
+def _pretrained_model(pretrained: PretrainedModel, compute_dtype: str) -> EmbeddingModel:
+    def make(rngs: nnx.Rngs) -> PretrainedEncoder:
+        return PretrainedEncoder(
+            pretrained, normalize=pretrained.normalize, compute_dtype=compute_dtype, rngs=rngs
+        )
+
+    towers = make_towers(make)
+    mesh = make_mesh({"data": -1})
+    whole = replicated_sharding(mesh)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        jax.eval_shape(towers.init, jax.random.key(0)),
+    )
+    params = {
+        name: place(load_parameters(pretrained, tower), tower) for name, tower in abstract.items()
+    }
+    tokenizer = pretrained.path / pretrained.encoder_folder / "tokenizer.json"
+    return EmbeddingModel(
+        source=str(pretrained.path),
+        encode=towers.encode,
+        params=params,
+        mesh=mesh,
+        tokenizer=load_pretrained_tokenizer(tokenizer),
+        rules={side: _pretrained_rule(pretrained, side) for side in SIDES},
+        dim=pretrained.dim,
+        prompts=_named_prompts(pretrained),
+        normalizes=pretrained.normalize,
+        similarity_function=pretrained.similarity,
+    )
+
+
+def _named_prompts(pretrained: PretrainedModel) -> dict[str, str]:
+    config = parse_json(pretrained.files, "config_sentence_transformers.json")
+    return {name: text for name, text in (config.get("prompts") or {}).items() if text is not None}
+
+
+def _pretrained_rule(pretrained: PretrainedModel, side: str) -> TextRule:
+    return TextRule(
+        max_tokens=UNLIMITED if pretrained.max_tokens is None else pretrained.max_tokens,
+        special_tokens=pretrained.special_tokens,
+        prompt=pretrained.prompts[side],
+        exclude_prompt=not pretrained.pooling.include_prompt,
+        skip_unknown=pretrained.skip_unknown,
     )

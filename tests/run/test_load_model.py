@@ -55,9 +55,8 @@ def test_a_run_without_a_checkpoint_is_an_error(workdir, tmp_path):
 
 
 def test_a_folder_without_a_model_is_an_error_that_says_what_was_looked_for(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"holds no model: there is no checkpoints/ of a run and no jaxcl\.json"
-    ):
+    message = r"no checkpoints/ of a run, no jaxcl\.json of an exported model, and no modules\.json"
+    with pytest.raises(ValueError, match=message):
         jaxcl.load(tmp_path)
 
 
