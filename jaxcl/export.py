@@ -17,6 +17,9 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
+
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser, add_workdir_flag
 from jaxcl.host.paths import as_path, local_path
@@ -30,11 +33,14 @@ from jaxcl.settings.parts import Trust
 
 __all__ = ["FORMATS", "export", "main"]
 
-FORMATS: Mapping[str, Callable[[OpenedRun], ModelFiles]] = {
+FORMATS: Mapping[str, Callable[[OpenedRun, np.dtype | None], ModelFiles]] = {
     "sentence-transformers": sentence_transformers_files,
     "jaxcl": jaxcl_files,
 }
 """The kinds of folders, by the value of `--format`."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""The types in which parameters are written."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=next(iter(FORMATS)),
         help=f"{' or '.join(FORMATS)} (default: {next(iter(FORMATS))})",
     )
+    parser.add_argument(
+        "--dtype", help=f"{', '.join(DTYPES)}; what the model has by default, such as float32"
+    )
     run_command(parser, _run, argv)
 
 
@@ -62,6 +71,7 @@ def export(
     to: str | os.PathLike[str],
     *,
     format: str = "sentence-transformers",
+    dtype: str | None = None,
     trust: Trust = (),
 ) -> Path:
     """Write the model of a run's newest checkpoint to a folder.
@@ -70,14 +80,16 @@ def export(
       workdir: of a run that has saved a checkpoint; it may still be training.
       to: the folder, absent or empty. It is written whole or not at all.
       format: one of `FORMATS`.
+      dtype: of the parameters in the files, one of `DTYPES`; `None` for their own, or for the types
+        of a pretrained model's files where these hold the trained values.
       trust: the packages from which an encoder named `package.module:function` is imported.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: for an unknown format, a model that the format cannot hold, with the reason, or
-        if there is no run, or it has no checkpoint.
+      ValueError: for an unknown format or type, a model that the format cannot hold, with the
+        reason, parameters too large for the type, or if there is no run, or it has no checkpoint.
       FileExistsError: if the folder is not empty.
       OSError: if it cannot be written.
       CheckpointError: if no checkpoint can be read.
@@ -85,10 +97,12 @@ def export(
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is unknown; use one of {', '.join(FORMATS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     folder = local_path(to).resolve()
     check_free(folder)
     run = open_run(as_path(workdir), trust=trust)
-    files = FORMATS[format](run)
+    files = FORMATS[format](run, None if dtype is None else jnp.dtype(dtype))
     card = model_card(run, name=folder.name, library=format).encode()
     write_folder(folder, files._replace(contents={**files.contents, "README.md": card}))
     return folder

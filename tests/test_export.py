@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -14,57 +13,14 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from jaxcl import export
-from jaxcl.data.prepare import RememberedData
 from jaxcl.data.tokenizer import train_tokenizer
+from jaxcl.models.pretrained.tensor_files import map_tensors
 from jaxcl.run import model_files
-from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.exported import open_exported
-from jaxcl.run.identity import run_record
 from jaxcl.run.opened import OpenedRun, open_run
 from jaxcl.run.sentence_transformers import sentence_transformers_files
-from jaxcl.run.training import build_towers
-from jaxcl.run.workdir import claim_workdir
-from jaxcl.settings.read import read_settings
-
-TEXTS = [
-    "parse an ISO date",
-    "open a window and close it again, then open another window",
-    "[PAD] is padding and [CLS] begins a text",
-    "naïve 日本 text",
-]
-EXPORTED = {"position_weights": False, "max_tokens": 12}
-
-
-def settings_of(**changes):
-    """Of a small run; `data__add_cls=True` changes `data.add_cls`."""
-    config = {
-        "steps": 7,
-        "global_batch_size": 8,
-        "data": {"name": "pairs", "vocabulary_size": 120, "max_tokens": {"query": 12, "key": 12}},
-        "model": {"dim": 6, "options": EXPORTED},
-        "evaluation": {"batch_size": 8},
-    }
-    for name, value in changes.items():
-        section, _, field = name.partition("__")
-        config[section] = config.get(section, {}) | {field: value} if field else value
-    return read_settings(config)
-
-
-def save_run(workdir: Path, **changes) -> Path:
-    """A workdir as a run leaves it, with one checkpoint of random parameters."""
-    settings = settings_of(**changes)
-    claim_workdir(workdir, settings)
-    tokenizer = train_tokenizer(TEXTS[:3], vocabulary_size=120)
-    (workdir / "tokenizer.json").write_text(tokenizer.to_str())
-    rng = np.random.default_rng(0)
-    towers = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
-        jax.eval_shape(build_towers(settings).init, jax.random.key(0)),
-    )
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        record = run_record(settings, RememberedData("pairs", {}))
-        checkpoints.save(7, {"params": {"towers": towers}}, record)
-    return workdir
+from tests.helpers import relative_error
+from tests.saved_run import EXPORTED, TEXTS, save_run, settings_of
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +72,16 @@ def test_a_text_without_tokens_has_the_zero_vector_there_and_the_unknown_token_s
     assert not static_embeddings(folder, ["", " _ "]).any()
     vectors = open_run(static_run).encoder.encode("query", ["", " _ ", "漢"])
     np.testing.assert_array_equal(vectors[:2], vectors[[2, 2]])
+
+
+def test_a_static_folder_keeps_the_special_tokens_of_a_foreign_tokenizer(tmp_path):
+    workdir = save_run(tmp_path / "run", data__special_tokens=False)
+    folder = export.export(workdir, tmp_path / "static")
+    texts = ["[PAD]", "a [UNK] date", ""]
+    wanted = open_run(workdir).encoder.encode("query", texts)
+    np.testing.assert_allclose(static_embeddings(folder, texts), wanted, atol=1e-6)
+    (table,) = load_file(folder / "model.safetensors").values()
+    assert table[0].any()
 
 
 @pytest.mark.parametrize(
@@ -215,6 +181,27 @@ def test_an_unknown_format_and_a_folder_without_a_run_are_errors(static_run, tmp
         export.export(tmp_path / "absent", tmp_path / "model")
     with pytest.raises(ValueError, match=r"no model exported by jaxcl \(no jaxcl.json\)"):
         open_exported(static_run)
+
+
+@pytest.mark.parametrize("format", export.FORMATS)
+@pytest.mark.parametrize("dtype", export.DTYPES)
+def test_parameters_are_written_in_the_type_that_is_asked_for(static_run, tmp_path, format, dtype):
+    folder = export.export(static_run, tmp_path / "model", format=format, dtype=dtype)
+    tensors = map_tensors(folder / "model.safetensors")
+    assert {tensor.dtype.name for tensor in tensors.values()} == {dtype}
+    wanted = open_run(static_run).encoder.encode("key", TEXTS)
+    if format == "jaxcl":
+        found = open_exported(folder).encoder.encode("key", TEXTS)
+        assert relative_error(found, wanted) < 0.02  # bfloat16 has 8 bits
+        assert (relative_error(found, wanted) == 0) == (dtype == "float32")
+
+
+def test_a_type_that_cannot_hold_the_parameters_is_an_error(static_run, tmp_path):
+    with pytest.raises(ValueError, match="dtype='int8' is unknown; use one of float32, bfloat16"):
+        export.export(static_run, tmp_path / "model", dtype="int8")
+    large = {"model.safetensors": {"table": np.array([1.0, 7e4], np.float32)}}
+    with pytest.raises(ValueError, match=r"dtype=float16 cannot hold table, .* 70000; use b"):
+        model_files.with_dtype(large, np.dtype(np.float16))
 
 
 def damaged(folder: Path, damage: str) -> str:

@@ -5,7 +5,6 @@ model.safetensors   the parameters, by their path
 tokenizer.json      and other files that inputs depend on
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.models.pretrained.tensor_files import map_tensors
 from jaxcl.ops.mesh import make_mesh, replicated_sharding
 from jaxcl.run.encoder import Encoder
-from jaxcl.run.model_files import ModelFiles
+from jaxcl.run.model_files import ModelFiles, as_json, with_dtype
 from jaxcl.run.opened import OpenedRun
 from jaxcl.run.training import build_towers
 from jaxcl.settings.parts import Trust
@@ -54,8 +53,16 @@ class ExportedModel(NamedTuple):
     step: int
 
 
-def jaxcl_files(run: OpenedRun) -> ModelFiles:
-    """The files of a run's model for `open_exported`."""
+def jaxcl_files(run: OpenedRun, dtype: np.dtype | None = None) -> ModelFiles:
+    """The files of a run's model for `open_exported`.
+
+    Args:
+      run: which trained the model.
+      dtype: of the parameters in the file; `None` for their own.
+
+    Raises:
+      ValueError: for a type that cannot hold the parameters.
+    """
     data = run.settings.data
     settings = as_dict(run.settings)
     del settings["run"]  # folders and devices of the machine that trained it
@@ -67,9 +74,9 @@ def jaxcl_files(run: OpenedRun) -> ModelFiles:
     }
     names = [file for name in sorted(set(data.modality)) for file in MODALITIES[name].files]
     contents = {name: read_regular(run.workdir / name, limit=_MAX_BYTES) for name in names}
-    contents[EXPORT_FILE] = (json.dumps(description, indent=2) + "\n").encode()
+    contents[EXPORT_FILE] = as_json(description)
     tensors = {path: np.asarray(leaf) for path, leaf in _by_path(run.encoder.params).items()}
-    return ModelFiles(contents, {_WEIGHTS: tensors})
+    return ModelFiles(contents, with_dtype({_WEIGHTS: tensors}, dtype))
 
 
 def open_exported(folder: AnyPath, *, trust: Trust = ()) -> ExportedModel:

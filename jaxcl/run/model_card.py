@@ -59,7 +59,7 @@ def model_card(
     """The card, in Markdown, with metadata for the Hugging Face Hub.
 
     Args:
-      run: which trained the model. Its metrics are those of `results.json` in its workdir, if that
+      run: which trained the model. Its metrics come from `results.json` in its workdir, if that
         belongs to the same step.
       name: of the exported folder.
       library: `"sentence-transformers"` or `"jaxcl"`, which loads the folder.
@@ -248,7 +248,7 @@ def _figure(metric: Mapping[str, float | None] | None) -> str:
 
 
 def _table(*rows: Sequence[Any]) -> Iterator[str]:
-    """Rows of a Markdown table, the first of which is its head."""
+    """The lines of a Markdown table; the first row is its head."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     lines.insert(1, "|" + " --- |" * len(rows[0]))
     yield "\n".join(lines) + "\n"

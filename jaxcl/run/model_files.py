@@ -1,16 +1,18 @@
 """The files of an exported model, put in place as one folder."""
 
 import errno
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.host.staging import put_in_place, staging_folder
 from jaxcl.models.pretrained.tensor_files import write_tensors
 
-__all__ = ["ModelFiles", "check_free", "write_folder"]
+__all__ = ["ModelFiles", "as_json", "check_free", "with_dtype", "write_folder"]
 
 
 class ModelFiles(NamedTuple):
@@ -23,6 +25,38 @@ class ModelFiles(NamedTuple):
 
     contents: Mapping[str, bytes]
     tensors: Mapping[str, Mapping[str, np.ndarray]]
+
+
+def as_json(content: Any) -> bytes:
+    """The content of a JSON file."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def with_dtype(
+    tensors: Mapping[str, Mapping[str, np.ndarray]], dtype: np.dtype | None
+) -> dict[str, dict[str, np.ndarray]]:
+    """Tensors by file and name, those of floating point in another type.
+
+    Raises:
+      ValueError: if the type cannot hold a finite value.
+    """
+
+    def converted(name: str, tensor: np.ndarray) -> np.ndarray:
+        if dtype is None or not jnp.issubdtype(tensor.dtype, np.floating):
+            return tensor
+        with np.errstate(over="ignore"):
+            narrow = tensor.astype(dtype)
+        if np.isfinite(tensor).all() and not np.isfinite(narrow).all():
+            raise ValueError(
+                f"dtype={dtype.name} cannot hold {name}, whose largest value is "
+                f"{np.abs(tensor).max():g}; use bfloat16 or float32"
+            )
+        return narrow
+
+    return {
+        file: {name: converted(name, tensor) for name, tensor in named.items()}
+        for file, named in tensors.items()
+    }
 
 
 def check_free(folder: Path) -> None:

@@ -6,14 +6,13 @@ removes.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from jaxcl.data.tokenizer import load_pretrained_tokenizer, load_tokenizer
-from jaxcl.run.model_files import ModelFiles
+from jaxcl.run.model_files import ModelFiles, as_json, with_dtype
 from jaxcl.run.opened import OpenedRun
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import PADDING_ID, Float, PyTree
@@ -24,11 +23,16 @@ __all__ = ["sentence_transformers_files"]
 _TYPES = "sentence_transformers.models"
 
 
-def sentence_transformers_files(run: OpenedRun) -> ModelFiles:
+def sentence_transformers_files(run: OpenedRun, dtype: np.dtype | None = None) -> ModelFiles:
     """The files of a run's model for sentence-transformers.
 
+    Args:
+      run: which trained the model.
+      dtype: of the tensors; `None` for float32.
+
     Raises:
-      ValueError: for a model that sentence-transformers has no equivalent of, with the reason.
+      ValueError: for a model that sentence-transformers has no equivalent of, with the reason, and
+        for a type that cannot hold the parameters.
     """
     settings = run.settings
     if (reason := _no_equivalent(settings)) is not None:
@@ -36,7 +40,7 @@ def sentence_transformers_files(run: OpenedRun) -> ModelFiles:
             f"the model of the run in {run.workdir} has no equivalent in sentence-transformers: "
             f"{reason}; export it for jaxcl.load with --format jaxcl"
         )
-    return _static_files(run)
+    return _static_files(run, dtype)
 
 
 def _no_equivalent(settings: Settings) -> str | None:
@@ -56,7 +60,7 @@ def _no_equivalent(settings: Settings) -> str | None:
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
-def _static_files(run: OpenedRun) -> ModelFiles:
+def _static_files(run: OpenedRun, dtype: np.dtype | None) -> ModelFiles:
     data = run.settings.data
     table = folded_table(run.encoder.params["both"])
     path = run.workdir / "tokenizer.json"
@@ -71,7 +75,8 @@ def _static_files(run: OpenedRun) -> ModelFiles:
         "config_sentence_transformers.json": _library_config(run.settings),
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
     }
-    return ModelFiles(contents, {"model.safetensors": {"embedding.weight": table}})
+    tensors = {"model.safetensors": {"embedding.weight": table}}
+    return ModelFiles(contents, with_dtype(tensors, dtype))
 
 
 def folded_table(params: PyTree) -> Float[np.ndarray, "v d"]:
@@ -94,7 +99,7 @@ def _without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """A copy for which the names of special tokens are plain text, wherever it is loaded.
 
     jaxcl reads "[PAD]" in a text as a word in brackets, by a setting that files do not keep. The
-    tokens stay in the vocabulary; those that are only declared as special stay special.
+    tokens stay in the vocabulary; a token that is only declared as special stays special.
     """
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     content = json.loads(tokenizer.to_str())
@@ -108,7 +113,7 @@ def _without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
 
 def _modules(types: Mapping[str, str]) -> bytes:
     """`modules.json`: path of a module -> its class, in the order in which they are applied."""
-    return _json(
+    return as_json(
         [
             {"idx": index, "name": str(index), "path": path, "type": f"{_TYPES}.{kind}"}
             for index, (path, kind) in enumerate(types.items())
@@ -119,7 +124,7 @@ def _modules(types: Mapping[str, str]) -> bytes:
 def _library_config(settings: Settings) -> bytes:
     """`config_sentence_transformers.json`: the prompts of both sides, and the similarity."""
     prompts = settings.data.prompts
-    return _json(
+    return as_json(
         {
             "model_type": "SentenceTransformer",
             "prompts": {"query": prompts.query or "", "document": prompts.key or ""},
@@ -127,7 +132,3 @@ def _library_config(settings: Settings) -> bytes:
             "similarity_fn_name": "cosine",
         }
     )
-
-
-def _json(content: Mapping[str, Any] | Sequence[Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()

@@ -1,0 +1,55 @@
+"""Workdirs as runs leave them, made without training."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcl.data.prepare import RememberedData
+from jaxcl.data.tokenizer import train_tokenizer
+from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.identity import run_record
+from jaxcl.run.training import build_towers
+from jaxcl.run.workdir import claim_workdir
+from jaxcl.settings.read import read_settings
+
+TEXTS = [
+    "parse an ISO date",
+    "open a window and close it again, then open another window",
+    "[PAD] is padding and [CLS] begins a text",
+    "naïve 日本 text",
+]
+EXPORTED = {"position_weights": False, "max_tokens": 12}
+
+
+def settings_of(**changes):
+    """Of a small run; `data__add_cls=True` changes `data.add_cls`."""
+    config = {
+        "steps": 7,
+        "global_batch_size": 8,
+        "data": {"name": "pairs", "vocabulary_size": 120, "max_tokens": {"query": 12, "key": 12}},
+        "model": {"dim": 6, "options": EXPORTED},
+        "evaluation": {"batch_size": 8},
+    }
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        config[section] = config.get(section, {}) | {field: value} if field else value
+    return read_settings(config)
+
+
+def save_run(workdir: Path, **changes) -> Path:
+    """A workdir as a run leaves it, with one checkpoint of random parameters."""
+    settings = settings_of(**changes)
+    claim_workdir(workdir, settings)
+    tokenizer = train_tokenizer(TEXTS[:3], vocabulary_size=120)
+    (workdir / "tokenizer.json").write_text(tokenizer.to_str())
+    rng = np.random.default_rng(0)
+    towers = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
+        jax.eval_shape(build_towers(settings).init, jax.random.key(0)),
+    )
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        record = run_record(settings, RememberedData("pairs", {}))
+        checkpoints.save(7, {"params": {"towers": towers}}, record)
+    return workdir
