@@ -46,8 +46,13 @@ _SMALL_FILES = (
 )
 """The files that are kept of each module's folder, in addition to its tensors."""
 
+_MAX_CONFIG_BYTES = 8 * 2**20
 _MAX_BYTES = 64 * 2**20
-"""Of a small file; the largest real ones, multilingual tokenizers, have half of that."""
+"""Of the large ones; multilingual tokenizers have half of it."""
+_LARGE_FILES = (
+    *("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"),
+    *("model.safetensors.index.json", "README.md"),
+)
 _MAX_TOKENS = 10**6
 """Tokenizers without a maximum length write 10^30."""
 _STATIC_TABLES = {"embedding.weight": "static_embedding", "embeddings": "model2vec"}
@@ -93,6 +98,7 @@ def _describe(root: AnyPath, files: Mapping[str, bytes]) -> PretrainedModel:
     tensors = _read_tensors(root, modules)
     shapes = _shapes(tensors, folder)
     name = _family_name(config, shapes, static=modules.static)
+    _check_layers(config, len(shapes))
     static = name in _STATIC_TABLES.values()
     if static:  # these families have no config that gives their sizes
         config |= {"tensors": shapes}
@@ -128,11 +134,13 @@ def _read_small_files(root: AnyPath) -> dict[str, bytes]:
 def _read_folder(root: AnyPath, folder: str) -> dict[str, bytes]:
     directory = path_inside(root, folder)
     present = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    return {
-        join(folder, name): read_regular(path_inside(root, join(folder, name)), limit=_MAX_BYTES)
-        for name in _SMALL_FILES
-        if name in present
-    }
+    files = {}
+    for name in _SMALL_FILES:
+        if name in present:
+            file = join(folder, name)
+            limit = _MAX_BYTES if name in _LARGE_FILES else _MAX_CONFIG_BYTES
+            files[file] = read_regular(path_inside(root, file), limit=limit)
+    return files
 
 
 def _read_tensors(root: AnyPath, modules: Modules) -> dict[str, Specs]:
@@ -171,6 +179,16 @@ def _family_name(
     if not isinstance(model_type, str):
         raise ValueError("its config.json is missing, or has no model_type; restore it")
     return model_type
+
+
+def _check_layers(config: Mapping[str, Any], num_tensors: int) -> None:
+    """Refuse a number of layers that would fill the memory before their tensors are missed."""
+    for key in ("num_hidden_layers", "n_layers"):
+        value = config.get(key)
+        if isinstance(value, int) and value > num_tensors:
+            raise ValueError(
+                f"config.json has {key}={value}, but there are {num_tensors} tensors; restore it"
+            )
 
 
 def _family(name: str) -> Family:

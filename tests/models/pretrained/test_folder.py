@@ -20,6 +20,7 @@ WORDS = {"embeddings.word_embeddings.weight": np.zeros((7, 4), np.float32)}
 
 BERT = {
     "model_type": "bert",
+    "num_hidden_layers": 1,
     "vocab_size": 7,
     "hidden_size": 4,
     "num_attention_heads": 2,
@@ -313,6 +314,10 @@ REFUSED = {
         "default_prompt_name='b'; choose one of a",
     ),
     "an unknown family": ({"config": {"model_type": "new"}}, "model_type='new'.*known are bert"),
+    "a billion layers": (
+        {"config": {"model_type": "modernbert", "num_hidden_layers": 10**9}},
+        "num_hidden_layers=1000000000, but there are 1 tensors",
+    ),
     "no family": ({"config": {}}, "has no model_type"),
     "no config": ({"config": None}, "config.json is missing"),
     "a list for a config": ({"config": []}, "config.json is no JSON object"),
@@ -380,6 +385,9 @@ def test_a_huge_file_is_refused(tmp_path):
     write(tmp_path, config=BERT)
     os.truncate(tmp_path / "tokenizer.json", 10**9)  # takes no space on the disk
     with pytest.raises(ValueError, match=r"tokenizer\.json has more than 67,108,864 bytes"):
+        read_pretrained(tmp_path)
+    os.truncate(tmp_path / "config.json", 10**7)
+    with pytest.raises(ValueError, match=r"config\.json has more than 8,388,608 bytes"):
         read_pretrained(tmp_path)
 
 
