@@ -1,4 +1,7 @@
-"""A byte-pair tokenizer for code and prose, trained on the training rows and kept in one file."""
+"""A byte-pair tokenizer for code and prose, trained on the training rows, and those of others.
+
+Each is one file, a `tokenizer.json`.
+"""
 
 import functools
 import hashlib

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
+from jaxcl.models import ENCODERS
 from jaxcl.settings.derived import MASKS
 from jaxcl.settings.sections import Settings
 
@@ -47,6 +48,11 @@ _UNREAD = (
         ("data.code_pairs.",),
         lambda s: s.data.name != "code_pairs",
         "data.name='code_pairs' reads it",
+    ),
+    _Unread(
+        ("data.exclude_prompt",),
+        lambda s: s.model.name in ENCODERS and s.model.key.name in (None, *ENCODERS),
+        "the pooling of model.pretrained reads it",
     ),
     _Unread(
         ("negatives.bank.slots",),
