@@ -1,10 +1,12 @@
-"""Searches the pool of a trained run: every split's keys, ranked for one query.
+"""Searches a pool of texts, every split's keys, with a trained run or any other model.
 
     python -m jaxcl.search --workdir runs/code_search --top 3 parse an ISO 8601 date
+    python -m jaxcl.search --model models/minilm --config configs/code_search.py parse a date
 
-Without a query it asks for one after the other. It changes nothing of the run, which may still be
-training; it only adds `search_index.npz`, the pool's embeddings, and rebuilds it when there is a
-newer checkpoint.
+Without a query it asks for one after the other. The pool is the run's own data, or those of a
+config. It changes nothing of the run, which may still be training; it only adds
+`search_index.npz`, the pool's embeddings, and rebuilds it when there is a newer checkpoint. The
+index of a config's pool is kept in the user's cache.
 
 In a program or a notebook, call `search`, or `open_search` for many queries:
 
@@ -13,24 +15,34 @@ In a program or a notebook, call `search`, or `open_search` for many queries:
 
 import contextlib
 import json
+import os
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from jaxcl.data.prepare import open_sources
+from jaxcl.data.sources import PairSource
 from jaxcl.evaluation.retrieval import BM25, dense_scores, reciprocal_rank_fusion
 from jaxcl.host.command import run_command
-from jaxcl.host.command_flags import CommandParser, add_workdir_flag
-from jaxcl.host.files import write_npz
+from jaxcl.host.command_flags import CommandParser, add_workdir_flag, user_path
+from jaxcl.host.files import digest_of, write_npz
 from jaxcl.host.npz import read_npz
 from jaxcl.host.output import check_output
-from jaxcl.host.paths import AnyPath, as_path
+from jaxcl.host.paths import AnyPath, as_path, local_path
 from jaxcl.host.printable import printable
 from jaxcl.host.progress import progress_bar, say
-from jaxcl.run.opened import OpenedRun, open_run
+from jaxcl.host.user_folders import cache_folder
+from jaxcl.run.embedding_model import EmbeddingModel
+from jaxcl.run.host_vectors import for_inner_products
+from jaxcl.run.load_model import is_run, load, model_of_run
+from jaxcl.run.opened import open_run
+from jaxcl.settings.command_line import add_config_flags, changed_fields, optional_config_of
 from jaxcl.settings.parts import Trust
+from jaxcl.settings.read import read_settings
 from jaxcl.typing import Float
 
 __all__ = ["Hit", "Search", "main", "open_search", "search"]
@@ -55,7 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = CommandParser("jaxcl.search", __doc__)
     parser.add_argument("query", nargs="*", help="what to look for; left out, it is asked for")
-    add_workdir_flag(parser)
+    add_workdir_flag(parser, required=False)
+    parser.add_argument(
+        "--model", metavar="PATH", type=user_path, help="instead, a model as jaxcl.load takes it"
+    )
+    add_config_flags(parser, required=False)
     parser.add_argument("--top", type=int, default=10, help="hits to show (default: 10)")
     parser.add_argument("--hybrid", action="store_true", help="rank by BM25 as well")
     parser.add_argument("--json", action="store_true", help="print a JSON list for each query")
@@ -68,19 +84,33 @@ def _run(arguments: Namespace) -> None:
     query = " ".join(arguments.query)
     if arguments.query:
         _check_query(query)
-    ranked = open_search(arguments.workdir, hybrid=arguments.hybrid, trust=arguments.trust)
+    if (arguments.workdir is None) == (arguments.model is None):
+        raise ValueError("give either the --workdir of a run, or a --model")
+    ranked = open_search(
+        arguments.workdir or arguments.model,
+        config=optional_config_of(arguments),
+        changed=changed_fields(arguments),
+        hybrid=arguments.hybrid,
+        trust=arguments.trust,
+    )
     for asked in [query] if query else _asked(prompt="" if arguments.json else "search> "):
         show(ranked(asked, arguments.top))
         check_output()
 
 
 def search(
-    workdir: AnyPath, query: str, *, top: int = 10, hybrid: bool = False, trust: Trust = ()
+    path: str | os.PathLike[str],
+    query: str,
+    *,
+    top: int = 10,
+    config: ConfigDict | None = None,
+    hybrid: bool = False,
+    trust: Trust = (),
 ) -> list[Hit]:
-    """Search the pool of a run for one query; `open_search` is faster for several.
+    """Search a pool for one query; `open_search` is faster for several.
 
     Args:
-      workdir: the folder of a run that has saved a checkpoint.
+      path, config: as `open_search`.
       query: what to look for.
       top: the number of hits.
       hybrid: whether BM25's ranking is fused with the embedder's.
@@ -90,7 +120,7 @@ def search(
       ValueError, CheckpointError: as `open_search`, and if `top` is less than 1.
     """
     _check_top(top)
-    return open_search(workdir, hybrid=hybrid, trust=trust)(query, top)
+    return open_search(path, config=config, hybrid=hybrid, trust=trust)(query, top)
 
 
 def _check_query(query: str) -> None:
@@ -109,45 +139,97 @@ def _check_top(top: int) -> None:
         raise ValueError(f"--top={top} shows nothing; give 1 or more")
 
 
-def open_search(workdir: AnyPath, *, hybrid: bool = False, trust: Trust = ()) -> Search:
-    """Opens a run for searching; nothing of it is changed, and only the index is written.
+def open_search(
+    path: str | os.PathLike[str],
+    *,
+    config: ConfigDict | None = None,
+    changed: Collection[str] = (),
+    hybrid: bool = False,
+    trust: Trust = (),
+) -> Search:
+    """Opens a run or another model for searching; nothing of it is changed, except a run's index.
 
     The index holds the pool's embeddings and its rows. With an index of the newest checkpoint the
     data that the run was trained on are not needed.
 
     Args:
-      workdir: of a run that has saved a checkpoint; it may still be training.
-      hybrid: fuse the embedder's ranking with that of BM25, by the run's `evaluation.rrf_k`.
+      path: the workdir of a run that has saved a checkpoint, which may still be training; or, with
+        a config, any model that `jaxcl.load` takes.
+      config: a run's, whose `data` are searched; `None` for the run's own.
+      changed: dotted names of the fields that the user changed; one without effect is an error.
+      hybrid: fuse the embedder's ranking with that of BM25, by `evaluation.rrf_k`.
       trust: packages whose code the run may name.
 
     Returns:
-      The search. Scores are cosines, or sums of reciprocal ranks if `hybrid`.
+      The search. Scores are the inner products of `jaxcl.run.host_vectors.for_inner_products`,
+      which are cosines for most models, or sums of reciprocal ranks if `hybrid`.
 
     Raises:
-      ValueError: if there is no run, it has no checkpoint, or there is no index and its data are
-        gone.
+      ValueError: if there is no model, a run has no checkpoint, or there is no index and its data
+        are gone.
       CheckpointError: if no checkpoint can be read.
     """
-    workdir = as_path(workdir)
-    run = open_run(workdir, trust=trust)
-    run.check_texts("jaxcl.search")
-    index = _read_index(workdir / INDEX_FILE, run.made_from)
+    pool = _pool_of_run(path, trust) if config is None else _pool_of(path, config, changed, trust)
+    model, index = pool.model, _read_index(pool.index_file, pool.made_from)
     if index is None:
-        index = _build_index(run)
-        _write_index(workdir / INDEX_FILE, run.made_from, index)
+        index = _build_index(model, pool.sources())
+        _write_index(pool.index_file, pool.made_from, index)
     lexical = BM25([row["key"] for row in index.rows]) if hybrid else None
-    # Compiled for one query: in the pool's batches all the other rows would be padding.
-    encoder, rrf_k = run.encoder.for_batches_of(1), run.settings.evaluation.rrf_k
+    keys = for_inner_products(model.similarity_function, "key", index.keys)
 
     def ranked(query: str, top: int) -> list[Hit]:
         _check_query(query)
-        scores = dense_scores(encoder.encode("query", [query]), index.keys)
+        vector = for_inner_products(model.similarity_function, "query", model.encode([query]))
+        scores = dense_scores(vector, keys)
         if lexical is not None:
-            scores = reciprocal_rank_fusion([lexical.scores([query]), scores], k=rrf_k)
+            scores = reciprocal_rank_fusion([lexical.scores([query]), scores], k=pool.rrf_k)
         best = np.argsort(-scores[0], kind="stable")[:top]  # stable: of equals, the lowest row
         return [Hit(float(scores[0, row]), index.rows[row]) for row in best]
 
     return ranked
+
+
+class _Pool(NamedTuple):
+    """A model and what it searches.
+
+    Attributes:
+      model: embeds queries and keys.
+      sources: opens the splits.
+      index_file: where the index lies.
+      made_from: names the content of the index, as JSON's types.
+      rrf_k: the constant of reciprocal rank fusion.
+    """
+
+    model: EmbeddingModel
+    sources: Callable[[], Mapping[str, PairSource]]
+    index_file: AnyPath
+    made_from: Mapping[str, Any]
+    rrf_k: int
+
+
+def _pool_of_run(path: str | os.PathLike[str], trust: Trust) -> _Pool:
+    workdir = as_path(path)
+    if workdir.is_dir() and not is_run(workdir):
+        raise ValueError(f"{workdir} is no run with data of its own; name data with a config")
+    run = open_run(workdir, trust=trust)
+    run.check_texts("jaxcl.search")
+    rrf_k = run.settings.evaluation.rrf_k
+    return _Pool(model_of_run(run), run.sources, workdir / INDEX_FILE, run.made_from, rrf_k)
+
+
+def _pool_of(
+    path: str | os.PathLike[str], config: ConfigDict, changed: Collection[str], trust: Trust
+) -> _Pool:
+    """Another pool than the run's own; its index must not lie in the folder of the model."""
+    settings = read_settings(config, changed=changed)
+    data_dir, open_source = local_path(settings.run.data_dir), settings.parts.source
+    sources = open_sources(settings.data, data_dir=data_dir, open_source=open_source)
+    model = load(path, trust=trust)
+    fingerprints = {role: source.fingerprint for role, source in sources.items()}
+    made_from = {"model": model.made_from, "fingerprints": fingerprints}
+    name = digest_of(json.dumps(made_from, sort_keys=True).encode())
+    index_file = cache_folder() / "search" / f"{name}.npz"
+    return _Pool(model, lambda: sources, index_file, made_from, settings.evaluation.rrf_k)
 
 
 class _Index(NamedTuple):
@@ -194,18 +276,14 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else str(value)
 
 
-def _build_index(run: OpenedRun) -> _Index:
-    sources = run.sources()
+def _build_index(model: EmbeddingModel, sources: Mapping[str, PairSource]) -> _Index:
     rows: list[dict[str, Any]] = []
-    parts = []
-    with progress_bar("embedding the pool", sum(map(len, sources.values()))) as advance:
-        for source in sources.values():
-            for first in range(0, len(source), _CHUNK_ROWS):
-                chunk = source.read(np.arange(first, min(first + _CHUNK_ROWS, len(source))))
-                keys = [record["key"] for record in chunk]
-                parts.append(run.encoder.encode("key", keys, advance=advance))
-                rows.extend(chunk)
-    return _Index(np.concatenate(parts), rows)
+    for source in sources.values():
+        for first in range(0, len(source), _CHUNK_ROWS):
+            rows += source.read(np.arange(first, min(first + _CHUNK_ROWS, len(source))))
+    with progress_bar("embedding the pool", len(rows)) as advance:
+        keys = model.encode([row["key"] for row in rows], side="key", progress=advance)
+    return _Index(keys, rows)
 
 
 def _asked(*, prompt: str) -> Iterator[str]:

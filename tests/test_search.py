@@ -23,6 +23,7 @@ from jaxcl.run.training import build_training
 from jaxcl.run.workdir import claim_workdir, read_config
 from jaxcl.settings.read import read_settings
 from tests.helpers import record_of
+from tests.small_models import small_model
 
 VERBS, NOUNS = ("open", "close", "count", "merge"), ("socket", "ledger", "window", "matrix")
 PLANTED = "Tell the phase of the moon on a given calendar day."
@@ -162,9 +163,9 @@ def embeddings_made(monkeypatch) -> list[int]:
     """Grows by one number whenever a pool is embedded."""
     made, build_index = [], search._build_index
 
-    def counting(run):
+    def counting(*arguments):
         made.append(1)
-        return build_index(run)
+        return build_index(*arguments)
 
     monkeypatch.setattr(search, "_build_index", counting)
     return made
@@ -497,3 +498,56 @@ def test_without_an_index_a_copied_workdir_says_that_its_rows_are_gone(workdir, 
     _move_data_away(workdir)
     (workdir / search.INDEX_FILE).unlink()
     assert "are gone from /no/such/data_set" in _error(run, "--workdir", workdir, PLANTED)
+
+
+@pytest.fixture
+def other_model(monkeypatch, tmp_path):
+    """A folder that loads as a small model, and a cache for its indices."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = small_model([PLANTED, PLANTED_CODE])
+    monkeypatch.setattr(search, "load", lambda path, trust: model)
+    (tmp_path / "model").mkdir()
+    return tmp_path / "model"
+
+
+def _own_config(workdir: Path) -> ConfigDict:
+    data_set = json.loads((workdir / "data.json").read_text())["data_set"]
+    return _config(Path(data_set), workdir.parent / "data")
+
+
+def test_any_model_searches_the_pool_of_a_config(trained, other_model, embeddings_made):
+    config = _own_config(trained)
+    hits = search.search(other_model, PLANTED, top=1000, config=config)
+    assert len(hits) == NUM_FUNCTIONS
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    assert hits == search.search(other_model, PLANTED, top=1000, config=config)
+    assert embeddings_made == [1]
+    assert list(other_model.iterdir()) == []
+    assert len(list((other_model.parent / "cache" / "jaxcl" / "search").iterdir())) == 1
+
+
+def test_another_pool_or_model_has_another_index(
+    trained, other_model, embeddings_made, monkeypatch
+):
+    config = _own_config(trained)
+    search.open_search(other_model, config=config)
+    config.data.splits = {"train": "train"}
+    assert len(search.search(other_model, PLANTED, top=1000, config=config)) < NUM_FUNCTIONS
+    monkeypatch.setattr(search, "load", lambda path, trust: small_model([PLANTED_CODE]))
+    search.open_search(other_model, config=config)
+    assert embeddings_made == [1, 1, 1]
+
+
+def test_a_run_is_a_model_too(trained, run):
+    wanted = run("--workdir", trained, "--top", 2, PLANTED)
+    assert run("--model", trained, "--top", 2, PLANTED) == wanted
+
+
+@pytest.mark.parametrize("flags", [[], ["--workdir", "a", "--model", "b"]])
+def test_the_command_wants_one_model(run, flags):
+    assert "give either the --workdir of a run, or a --model" in _error(run, *flags, PLANTED)
+
+
+def test_a_model_without_data_needs_a_config(other_model, run):
+    error = _error(run, "--model", other_model, PLANTED)
+    assert "is no run with data of its own; name data with a config" in error

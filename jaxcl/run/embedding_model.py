@@ -4,15 +4,19 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from jaxcl.data.text_rule import UNLIMITED, TextRule, TextTokenizer
-from jaxcl.data.tokenizer import check_texts
+from jaxcl.data.tokenizer import check_texts, tokenizer_fingerprint
 from jaxcl.host.progress import progress_bar
 from jaxcl.models import Encode
+from jaxcl.ops.mesh import current_mesh
+from jaxcl.run.checkpoint import checksum
 from jaxcl.run.host_vectors import check_quantize, quantized, similarities, truncated
 from jaxcl.step.embedder import make_forward
 from jaxcl.step.length_batches import LengthBatch, embed_batches, length_batches
@@ -60,6 +64,7 @@ class EmbeddingModel:
         prompts: Mapping[str, str] | None = None,
         normalizes: bool = True,
         similarity_function: str = "cosine",
+        description: Mapping[str, Any] | None = None,
     ):
         self.source = source
         self.dim = dim
@@ -70,8 +75,10 @@ class EmbeddingModel:
         self.prompts = {**(prompts or {}), **{side: rule.prompt for side, rule in rules.items()}}
         self.normalizes = normalizes
         self.similarity_function = similarity_function
+        self._description = description or {}
         self._params = params
         self._mesh = mesh
+        self._tokenizer = tokenizer
         self._rules = rules
         # The vocabulary of a tokenizer is large; a program has few prompts.
         self._text = functools.lru_cache(maxsize=16)(functools.partial(TextTokenizer, tokenizer))
@@ -79,6 +86,18 @@ class EmbeddingModel:
 
     def __repr__(self) -> str:
         return f"EmbeddingModel({self.source!r}, dim={self.dim})"
+
+    @functools.cached_property
+    def made_from(self) -> dict[str, Any]:
+        """Names the model, as JSON's types: an equal one gives equal embeddings."""
+        with current_mesh(self._mesh):
+            checksums = [int(checksum(leaf)) for leaf in jax.tree.leaves(self._params)]
+        return {
+            **self._description,
+            "parameters": checksums,
+            "tokenizer": tokenizer_fingerprint(self._tokenizer),
+            "rules": {side: rule._asdict() for side, rule in self._rules.items()},
+        }
 
     def encode(
         self,
@@ -188,9 +207,14 @@ class EmbeddingModel:
         batch_size: int | None,
         advance: Callable[[int], object],
     ) -> Float[np.ndarray, "n d"]:
+        # Equal texts are embedded once, which also gives them equal vectors to the last bit.
+        numbers: dict[bytes, int] = {}
+        of_row = [numbers.setdefault(row.tobytes(), len(numbers)) for row in rows]
+        distinct = [np.frombuffer(content, np.int32) for content in numbers]
+        copies = np.bincount(of_row, minlength=len(distinct))
         platform = self._mesh.devices.flat[0].platform
         batches = length_batches(
-            np.array([len(row) for row in rows], np.int64),
+            np.array([len(row) for row in distinct], np.int64),
             multiple=self._mesh.size,
             batch_tokens=_BATCH_TOKENS.get(platform, _ACCELERATOR_TOKENS) * self._mesh.size,
             batch_size=batch_size,
@@ -198,13 +222,18 @@ class EmbeddingModel:
         )
 
         def read(batch: LengthBatch) -> PyTree:
-            padding = [rows[0][:0]] * (batch.num_rows - len(batch.rows))
-            return text.inputs([rows[row] for row in batch.rows] + padding, batch.width)
+            padding = [distinct[0][:0]] * (batch.num_rows - len(batch.rows))
+            return text.inputs([distinct[row] for row in batch.rows] + padding, batch.width)
 
-        out = np.empty((len(rows), self.dim), np.float32)
-        forward = functools.partial(self._forward, self._params, side)
-        embed_batches(batches, forward, read, out, advance=advance)
-        return out
+        vectors = np.empty((len(distinct), self.dim), np.float32)
+        embed_batches(
+            batches,
+            functools.partial(self._forward, self._params, side),
+            read,
+            vectors,
+            advance=lambda done: advance(int(copies[done].sum())),
+        )
+        return vectors if len(distinct) == len(rows) else vectors[of_row]
 
 
 def _checked(texts: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxcl.data.modality import Reader
 from jaxcl.data.table import Table
 from jaxcl.models import Towers
-from jaxcl.step.embedder import Embedder, make_embedder
+from jaxcl.step.embedder import Embedder
 from jaxcl.typing import Float, Int, PyTree
 
 __all__ = ["Encoder"]
@@ -83,7 +83,3 @@ class Encoder(NamedTuple):
             len(rows),
             advance=advance,
         )
-
-    def for_batches_of(self, rows: int) -> "Encoder":
-        """The same encoder, compiled for batches of this many rows."""
-        return self._replace(embedder=make_embedder(self.towers.encode, self.mesh, batch_size=rows))

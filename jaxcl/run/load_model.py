@@ -8,6 +8,7 @@ from flax import nnx
 from jaxcl.data.modalities import Text, text_rule
 from jaxcl.data.text_rule import UNLIMITED, TextRule
 from jaxcl.data.tokenizer import load_pretrained_tokenizer
+from jaxcl.host.files import digest_of
 from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.models import make_towers
 from jaxcl.models.pretrained.description import PretrainedModel
@@ -23,6 +24,7 @@ from jaxcl.run.exported import EXPORT_FILE, open_exported
 from jaxcl.run.opened import OpenedRun, open_run
 from jaxcl.run.workdir import CHECKPOINTS, ID_FILE
 from jaxcl.settings.parts import Trust
+from jaxcl.settings.read import as_dict
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES
 
@@ -103,6 +105,7 @@ def _trained_model(folder: AnyPath, settings: Settings, encoder: Encoder) -> Emb
         tokenizer=Text().tokenizer(settings.data, folder),
         rules={side: text_rule(settings.data, side) for side in SIDES},
         dim=settings.model.dim,
+        description={"model": as_dict(settings)["model"]},
     )
 
 
@@ -134,6 +137,10 @@ def _pretrained_model(pretrained: PretrainedModel, compute_dtype: str) -> Embedd
         prompts=_named_prompts(pretrained),
         normalizes=pretrained.normalize,
         similarity_function=pretrained.similarity,
+        description={
+            "files": {name: digest_of(content) for name, content in pretrained.files.items()},
+            "compute_dtype": compute_dtype,
+        },
     )
 
 

@@ -95,7 +95,7 @@ def embed_batches(
     read: Callable[[LengthBatch], PyTree],
     out: Float[np.ndarray, "n d"],
     *,
-    advance: Callable[[int], object] = lambda rows: None,
+    advance: Callable[[Int[np.ndarray, " b"]], object] = lambda rows: None,
 ) -> None:
     """Embed all rows of the batches.
 
@@ -104,14 +104,14 @@ def embed_batches(
       forward: inputs of a batch -> vectors, as `jaxcl.step.embedder.make_forward`.
       read: a batch -> its inputs, padded.
       out: where the vectors go, by row number.
-      advance: called with the number of rows as they are done.
+      advance: called with the numbers of the rows as they are done.
     """
     under_way: deque[tuple[LengthBatch, jax.Array]] = deque()
 
     def finish() -> None:
         batch, vectors = under_way.popleft()
         out[batch.rows] = fetch(vectors)[: len(batch.rows)]
-        advance(len(batch.rows))
+        advance(batch.rows)
 
     for batch in batches:
         under_way.append((batch, forward(read(batch))))

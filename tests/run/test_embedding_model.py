@@ -1,5 +1,6 @@
 """Texts in, vectors out: the same vectors in whatever company a text is embedded."""
 
+import json
 import sys
 
 import jax
@@ -164,6 +165,37 @@ def test_progress_counts_the_texts(model):
     done = []
     model.encode(TEXTS, batch_size=8, progress=done.append)
     assert done == [8, 3]
+
+
+def test_equal_texts_are_embedded_once():
+    rows = []
+
+    def noted(params, side, inputs, rngs=None):
+        rows.append(inputs["tokens"].shape[0])
+        return encode(params, side, inputs)
+
+    model, done = small_model(TEXTS, encode=noted), []
+    found = model.encode([*TEXTS[:3] * 20, TEXTS[4]], batch_size=8, progress=done.append)
+    assert rows == [8]
+    assert done == [61]
+    np.testing.assert_array_equal(found[:3], found[57:60])
+    assert np.abs(found[:3] - model.encode(TEXTS[:3])).max() < TOLERANCE
+
+
+def test_other_parameters_prompts_or_descriptions_are_another_model():
+    def made_from(**options):
+        return small_model(TEXTS, **options).made_from
+
+    model = small_model(TEXTS)
+    assert made_from() == model.made_from
+    assert json.loads(json.dumps(made_from())) == made_from()
+    assert made_from(description={"dtype": "bfloat16"}) != model.made_from
+    prompted, trained = small_model(TEXTS), small_model(TEXTS)
+    prompted._rules = {side: rule._replace(prompt="other") for side, rule in model._rules.items()}
+    assert prompted.made_from != model.made_from
+    trained._params = {side: table + 1 for side, table in model._params.items()}
+    assert trained.made_from != model.made_from
+    assert small_model(TEXTS[:5]).made_from != model.made_from
 
 
 def test_by_default_long_work_on_a_terminal_shows_a_bar(model, capsys, monkeypatch):
