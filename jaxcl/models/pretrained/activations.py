@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxcl.typing import Array, Float
 
-__all__ = ["ACTIVATIONS", "activation"]
+__all__ = ["ACTIVATIONS"]
 
 Activation: TypeAlias = Callable[[Float[Array, "*b h"]], Float[Array, "*b h"]]
 
@@ -46,14 +46,3 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "tanh": jax.numpy.tanh,
 }
 """By the name in a `config.json`, or by the last part of a PyTorch class in lower case."""
-
-
-def activation(name: str, *, setting: str) -> Activation:
-    """The activation function of a name.
-
-    Raises:
-      ValueError: for an unknown name, with the setting that gave it.
-    """
-    if name not in ACTIVATIONS:
-        raise ValueError(f"{setting}={name!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]

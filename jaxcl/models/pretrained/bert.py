@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxcl.models.pretrained.blocks import Architecture
-from jaxcl.models.pretrained.config_values import check_supported, number, size, text
+from jaxcl.models.pretrained.config_values import activation, check_supported, number, size
 from jaxcl.models.pretrained.tensor_names import Names, transformer_family
 
 __all__ = ["BERT", "BERT_NAMES", "bert_architecture"]
@@ -33,7 +33,7 @@ def bert_architecture(config: Mapping[str, Any]) -> Architecture:
         num_layers=size(config, "num_hidden_layers", 12),
         num_heads=size(config, "num_attention_heads", 12),
         mlp_dim=size(config, "intermediate_size", 3072),
-        activation=text(config, "hidden_act", "gelu"),
+        activation=activation(config, "hidden_act"),
         epsilon=number(config, "layer_norm_eps", 1e-12),
         dropout=number(config, "hidden_dropout_prob", 0.1),
         num_positions=size(config, "max_position_embeddings", 512),

@@ -17,7 +17,7 @@ from jaxcl.models.layers import (
     default_compute_dtype,
     row_dropout,
 )
-from jaxcl.models.pretrained.activations import activation
+from jaxcl.models.pretrained.activations import ACTIVATIONS
 from jaxcl.typing import Array, Bool, Float, Int, RowKeys, Tokens
 
 __all__ = ["NUM_BUCKETS", "Architecture", "Transformer", "relative_buckets"]
@@ -97,7 +97,7 @@ class Transformer(nnx.Module):
       rngs: for the initial parameters.
 
     Raises:
-      ValueError: for an unknown activation, or heads that do not divide the width.
+      ValueError: for heads that do not divide the width.
 
     Reference:
       Devlin et al., "BERT", 2019; Liu et al., "RoBERTa", 2019; Song et al., "MPNet", 2020; Warner
@@ -258,7 +258,7 @@ class MLP(nnx.Module):
         linear = functools.partial(nnx.Linear, use_bias=a.mlp_bias, dtype=dtype, rngs=rngs)
         self.widen = linear(a.hidden_dim, 2 * a.mlp_dim if a.gated else a.mlp_dim)
         self.narrow = linear(a.mlp_dim, a.hidden_dim)
-        self.activation = activation(a.activation, setting="config.json: the activation")
+        self.activation = ACTIVATIONS[a.activation]
         self.gated = a.gated
 
     def __call__(self, hidden: Hidden) -> Hidden:

@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["check_supported", "flag", "number", "size", "text"]
+from jaxcl.models.pretrained.activations import ACTIVATIONS
+
+__all__ = ["activation", "check_supported", "flag", "number", "size"]
 
 
 def size(config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
@@ -43,11 +45,13 @@ def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
     return value
 
 
-def text(config: Mapping[str, Any], key: str, default: str) -> str:
-    """A string; a `ValueError` for another value."""
-    value = config.get(key, default)
-    if not isinstance(value, str):
-        raise ValueError(f"config.json: {key}={value!r}; it must be a string")
+def activation(config: Mapping[str, Any], key: str) -> str:
+    """The name of a known activation, by default the exact `"gelu"`; a `ValueError` for another."""
+    value = config.get(key, "gelu")
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise ValueError(
+            f"config.json: {key}={value!r} is not supported; only {', '.join(ACTIVATIONS)} are"
+        )
     return value
 
 

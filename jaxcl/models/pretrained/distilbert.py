@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxcl.models.pretrained.blocks import Architecture
-from jaxcl.models.pretrained.config_values import check_supported, number, size, text
+from jaxcl.models.pretrained.config_values import activation, check_supported, number, size
 from jaxcl.models.pretrained.tensor_names import Names, transformer_family
 
 __all__ = ["DISTILBERT", "distilbert_architecture"]
@@ -26,7 +26,7 @@ def distilbert_architecture(config: Mapping[str, Any]) -> Architecture:
         num_layers=size(config, "n_layers", 6),
         num_heads=size(config, "n_heads", 12),
         mlp_dim=size(config, "hidden_dim", 3072),
-        activation=text(config, "activation", "gelu"),
+        activation=activation(config, "activation"),
         epsilon=1e-12,  # no key sets it
         dropout=number(config, "dropout", 0.1),
         num_positions=size(config, "max_position_embeddings", 512),

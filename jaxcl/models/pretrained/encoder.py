@@ -5,7 +5,7 @@ from typing import Annotated, NamedTuple
 from flax import nnx
 
 from jaxcl.models.layers import token_mask, tokens_of, unit_vectors
-from jaxcl.models.pretrained.activations import activation
+from jaxcl.models.pretrained.activations import ACTIVATIONS
 from jaxcl.models.pretrained.description import Dense, Pooling, PretrainedModel
 from jaxcl.models.pretrained.families import FAMILIES
 from jaxcl.models.pretrained.pooling import pool_states
@@ -66,17 +66,14 @@ class PretrainedEncoder(nnx.Module):
             model.config, rngs=rngs, dropout=dropout, remat=remat, compute_dtype=compute_dtype
         )
         self.modes = (pooling or model.pooling).modes
-        _check_widths(family.hidden_dim(model.config) * len(self.modes), model.dense)
+        _check_dense(family.hidden_dim(model.config) * len(self.modes), model.dense)
         self.dense = nnx.List(
             [
                 nnx.Linear(layer.in_features, layer.out_features, use_bias=layer.bias, rngs=rngs)
                 for layer in model.dense
             ]
         )
-        self.activations = tuple(
-            activation(layer.activation, setting=f"{layer.folder}/config.json: the activation")
-            for layer in model.dense
-        )
+        self.activations = tuple(layer.activation for layer in model.dense)
         self.residuals = tuple(layer.residual for layer in model.dense)
         self.normalize = normalize
 
@@ -92,19 +89,25 @@ class PretrainedEncoder(nnx.Module):
         Returns:
           One vector per text, in float32 at least; zeros for a text without tokens.
         """
-        mask = token_mask(inputs)
-        hidden = self.encoder(tokens_of(inputs, "PretrainedEncoder"), mask, rngs)
+        tokens, mask = tokens_of(inputs, "PretrainedEncoder"), token_mask(inputs)
+        hidden = self.encoder(tokens, mask, rngs)
         vectors = pool_states(
             hidden, mask, modes=self.modes, prompt_length=inputs.get("prompt_length")
         )
-        for layer, act, residual in zip(self.dense, self.activations, self.residuals, strict=True):
-            out = act(layer(vectors))
+        layers = zip(self.dense, self.activations, self.residuals, strict=True)
+        for layer, activation, residual in layers:
+            out = ACTIVATIONS[activation](layer(vectors))
             vectors = out + vectors if residual else out
         return unit_vectors(vectors) if self.normalize else vectors
 
 
-def _check_widths(width: int, dense: tuple[Dense, ...]) -> None:
+def _check_dense(width: int, dense: tuple[Dense, ...]) -> None:
     for layer in dense:
+        if layer.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{layer.folder}: the activation {layer.activation!r} is not supported; only "
+                f"{', '.join(ACTIVATIONS)} are"
+            )
         if layer.in_features != width:
             raise ValueError(f"{layer.folder} reads {layer.in_features} features, and gets {width}")
         if layer.residual and layer.out_features != width:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxcl.models.pretrained.blocks import Architecture
-from jaxcl.models.pretrained.config_values import check_supported, flag, number, size, text
+from jaxcl.models.pretrained.config_values import activation, check_supported, flag, number, size
 from jaxcl.models.pretrained.tensor_names import Names, transformer_family
 
 __all__ = ["MODERNBERT", "modernbert_architecture"]
@@ -36,7 +36,7 @@ def modernbert_architecture(config: Mapping[str, Any]) -> Architecture:
         num_layers=num_layers,
         num_heads=size(config, "num_attention_heads", 12),
         mlp_dim=size(config, "intermediate_size", 1152),
-        activation=text(config, "hidden_activation", "gelu"),
+        activation=activation(config, "hidden_activation"),
         epsilon=number(config, "norm_eps", 1e-5),
         dropout=0.0,  # of three rates in a config, all 0 in the published models
         num_positions=size(config, "max_position_embeddings", 8192),

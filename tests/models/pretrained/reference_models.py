@@ -62,9 +62,12 @@ def as_parameters(config, tensors, dtype=jnp.float32):
     return nested
 
 
+def read_tensors(name):
+    return load_file(REFERENCE / name / "model.safetensors")
+
+
 def read_parameters(name, dtype=jnp.float32):
-    tensors = load_file(REFERENCE / name / "model.safetensors")
-    return as_parameters(read_config(name), tensors, dtype)
+    return as_parameters(read_config(name), read_tensors(name), dtype)
 
 
 def hidden_states(config, params, tokens, mask, rngs=None, **options):

@@ -1,18 +1,33 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from scipy import special
 
+from jaxcl.models.pretrained.activations import ACTIVATIONS
+from jaxcl.models.pretrained.bert import bert_architecture
+from jaxcl.models.pretrained.blocks import relative_buckets
 from jaxcl.models.pretrained.families import FAMILIES
+from jaxcl.models.pretrained.modernbert import modernbert_architecture
+from jaxcl.models.pretrained.pooling import pool_states
 from tests.helpers import relative_error, relative_errors
+from tests.models.pretrained.reference import numpy_families
 from tests.models.pretrained.reference_models import (
     TRANSFORMERS,
     as_parameters,
     hidden_states,
     read_config,
     read_parameters,
+    read_tensors,
     read_values,
 )
+
+
+def mask_of(values):
+    return np.arange(values["tokens"].shape[1]) < values["length"][:, None]
 
 
 @pytest.fixture(scope="module", params=TRANSFORMERS)
@@ -20,26 +35,34 @@ def name(request):
     return request.param
 
 
-def mask_of(values):
-    return np.arange(values["tokens"].shape[1]) < values["length"][:, None]
+@pytest.fixture(scope="module")
+def computed(name):
+    """The states of a family's model, their means, and the gradient of the reference's scalar."""
+    values, config = read_values(name), read_config(name)
+    mask = jnp.asarray(mask_of(values))
+    cotangent = np.cos(np.arange(values["mean"].size)).reshape(values["mean"].shape)
 
+    def scalar(params):
+        states = hidden_states(config, params, values["tokens"], mask)
+        mean = pool_states(states, mask, modes=("mean",))
+        return (mean * cotangent).sum(), (states, mean)
 
-def states_of(name, **changes):
-    """The hidden states at the tokens of the reference's texts, and the reference's own."""
-    values = read_values(name)
-    mask = mask_of(values)
-    config = read_config(name) | changes
-    found = jax.jit(lambda p: hidden_states(config, p, values["tokens"], mask))(
-        read_parameters(name)
-    )
-    return np.asarray(found)[mask], values["last"][mask]
+    differentiate = jax.jit(jax.grad(scalar, has_aux=True))
+    gradients, (states, mean) = differentiate(read_parameters(name))
+    return gradients, np.asarray(states), mean
 
 
 @pytest.mark.smoke
-def test_hidden_states_are_those_of_transformers(name):
-    found, wanted = states_of(name)
+def test_hidden_states_and_their_means_are_those_of_transformers(name, computed):
+    values, (_, states, mean) = read_values(name), computed
+    mask = mask_of(values)
+    assert_equal(states[mask], values["last"][mask])
+    assert_equal(mean, values["mean"])
+
+
+def assert_equal(found, wanted):
     assert relative_error(found, wanted) < 1e-5
-    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize(
@@ -57,41 +80,177 @@ def test_hidden_states_are_those_of_transformers(name):
         ("modernbert", {"norm_eps": 1e-4}),
         ("mpnet", {"layer_norm_eps": 1e-4}),
         ("roberta", {"pad_token_id": 0}),
-        ("roberta", {"layer_norm_eps": 1e-4}),
         ("xlm-roberta", {"pad_token_id": 2}),
     ],
 )
 def test_another_value_in_the_config_gives_other_states(name, change):
-    found, wanted = states_of(name, **change)
-    assert relative_error(found, wanted) > 3e-5
+    values = read_values(name)
+    mask = mask_of(values)
+    config, params = read_config(name) | change, read_parameters(name)
+    states = hidden_states(config, params, values["tokens"], mask)
+    assert relative_error(np.asarray(states)[mask], values["last"][mask]) > 3e-5
 
 
-def test_gradients_are_those_of_transformers(name):
-    values, config = read_values(name), read_config(name)
-    mask = jnp.asarray(mask_of(values))
-    cotangent = np.cos(np.arange(values["mean"].size)).reshape(values["mean"].shape)
-
-    def scalar(params):
-        hidden = hidden_states(config, params, values["tokens"], mask)
-        mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
-        return (mean * cotangent).sum()
-
-    gradients = jax.jit(jax.grad(scalar))(read_parameters(name))
+def test_gradients_are_those_of_transformers(name, computed):
+    values, config, (gradients, _, _) = read_values(name), read_config(name), computed
     stored = {
         key.removeprefix("gradient "): value
         for key, value in values.items()
         if key.startswith("gradient ")
     }
-    assert set(stored) == {t.name for t in FAMILIES[name].tensors(config).values()}
+    assert set(stored) == {tensor.name for tensor in FAMILIES[name].tensors(config).values()}
     errors = relative_errors(
-        _without_key_biases(gradients), _without_key_biases(as_parameters(config, stored))
+        without_key_biases(gradients), without_key_biases(as_parameters(config, stored))
     )
     assert max(errors.values()) < 1e-4, errors
 
 
-def _without_key_biases(gradients):
+def without_key_biases(gradients):
     """A key's bias adds the same to all scores of a query: its gradient is rounding errors."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: None if "['key']['bias']" in jax.tree_util.keystr(path) else leaf,
         gradients,
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bert", "modernbert", "mpnet", "roberta"),
+        # They differ from the others in names alone.
+        pytest.param("distilbert", marks=pytest.mark.slow),
+        pytest.param("xlm-roberta", marks=pytest.mark.slow),
+    ],
+)
+def test_states_in_float64_are_those_of_the_restatement(name, x64):
+    values, config = read_values(name), read_config(name)
+    mask = mask_of(values)
+    params = read_parameters(name, jnp.float64)
+
+    def states(params):
+        return hidden_states(config, params, values["tokens"], mask, compute_dtype="float64")
+
+    found = np.asarray(jax.jit(states)(params))
+    assert found.dtype == np.float64
+    wanted = np.concatenate(
+        [
+            numpy_families.hidden_states(config, read_tensors(name), tokens[:length])
+            for tokens, length in zip(values["tokens"], values["length"], strict=True)
+        ]
+    )
+    assert relative_error(found[mask], wanted) < 1e-10
+    assert relative_error(values["last"][mask], wanted) > 1e-9  # float32 would not do
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("bert", {"position_embedding_type": "relative_key"}, "only 'absolute' is"),
+        ("bert", {"is_decoder": True}, "is_decoder=True is not supported"),
+        ("bert", {"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
+        ("bert", {"hidden_act": "gelu_11"}, "hidden_act='gelu_11' is not supported; only gelu, "),
+        ("bert", {"num_attention_heads": 3}, "width of 16 does not divide over 3 heads"),
+        ("bert", {"hidden_size": "16"}, "hidden_size='16'; it must be a whole number of at least"),
+        ("bert", {"layer_norm_eps": float("nan")}, "layer_norm_eps=nan; it must be a number"),
+        ("bert", {"hidden_act": ["gelu"]}, "hidden_act=.'gelu'. is not supported"),
+        ("distilbert", {"n_layers": 0}, "n_layers=0; it must be a whole number of at least 1"),
+        ("modernbert", {"norm_bias": 1}, "norm_bias=1; it must be true or false"),
+        ("modernbert", {"layer_types": ["full_attention"] * 3}, "for each of 4 layers"),
+        ("modernbert", {"layer_types": ["chunked_attention"] * 4}, "it must list 'full_attention'"),
+        ("modernbert", {"rope_parameters": [1]}, "rope_parameters=.1.; it must map"),
+        (
+            "modernbert",
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+            "rope_type='yarn' is not supported; only 'default' is",
+        ),
+        ("mpnet", {"relative_attention_num_buckets": 16}, "only 32 is"),
+        ("roberta", {"pad_token_id": -1}, "pad_token_id=-1; it must be a whole number of at least"),
+    ],
+)
+def test_a_config_that_is_not_supported_names_its_key(name, change, message):
+    with pytest.raises(ValueError, match=message):
+        FAMILIES[name].make(read_config(name) | change, rngs=nnx.Rngs(0))
+
+
+def test_a_modernbert_of_older_keys_is_the_same():
+    config = read_config("modernbert")
+    rope = config["rope_parameters"]
+    new = modernbert_architecture(config)
+    older = {
+        key: value for key, value in config.items() if key not in ("layer_types", "rope_parameters")
+    } | {
+        "global_attn_every_n_layers": 3,
+        "global_rope_theta": rope["full_attention"]["rope_theta"],
+        "local_rope_theta": rope["sliding_attention"]["rope_theta"],
+    }
+    assert modernbert_architecture(older) == new
+    assert new.windows == (None, 4, 4, None)
+    assert new.rotary_bases == (160_000.0, 10_000.0, 10_000.0, 160_000.0)
+    assert modernbert_architecture(older | {"global_rope_theta": 1.0}) != new
+
+
+def test_a_missing_key_means_the_published_base_model():
+    assert bert_architecture({})[:9] == (30522, 768, 12, 12, 3072, "gelu", 1e-12, 0.1, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "longest"), [("bert", 24), ("roberta", 22), ("mpnet", 150), ("modernbert", 32)]
+)
+def test_texts_beyond_the_positions_are_refused(name, longest):
+    config, params = read_config(name), read_parameters(name)
+    assert FAMILIES[name].max_tokens(config) == longest
+    tokens = np.ones((1, longest + 1), np.int32)
+    with pytest.raises(ValueError, match=f"texts of {longest + 1} tokens; this encoder reads"):
+        hidden_states(config, params, tokens, tokens == 1)
+
+
+def test_buckets_of_relative_positions_are_those_of_the_restatement():
+    buckets = relative_buckets(300)
+    wanted = [[numpy_families.bucket(k - q) for k in range(300)] for q in range(300)]
+    assert (buckets == np.array(wanted)).all()
+    assert buckets[0, 1] == 17  # a key after its query
+    assert buckets[1, 0] == 1
+    assert buckets[0, 128] == buckets[0, 299] == 31
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_new", "quick_gelu", "silu", "mish"])
+def test_activations_by_their_formulas(name):
+    x = np.linspace(-6, 6, 101)
+    cubic = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    wanted = {
+        "gelu": x * special.ndtr(x),
+        "gelu_new": x * (1 + np.tanh(cubic)) / 2,
+        "quick_gelu": x / (1 + np.exp(-1.702 * x)),
+        "silu": x / (1 + np.exp(-x)),
+        "mish": x * np.tanh(np.log1p(np.exp(x))),
+    }[name]
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.array(x, jnp.float32)), wanted, atol=2e-6)
+
+
+def test_activations_are_bfloat16_where_asked_and_parameters_float32():
+    values, config = read_values("bert"), read_config("bert")
+    mask = mask_of(values)
+    params = read_parameters("bert")
+    found = hidden_states(config, params, values["tokens"], mask, compute_dtype="bfloat16")
+    assert found.dtype == jnp.bfloat16
+    assert 1e-4 < relative_error(found[mask], values["last"][mask]) < 3e-2
+    made = nnx.eval_shape(
+        lambda: FAMILIES["bert"].make(config, compute_dtype="bfloat16", rngs=nnx.Rngs(0))
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(made))} == {jnp.dtype("float32")}
+
+
+def test_dropout_has_the_pretraining_s_rate_and_follows_the_rows():
+    values, config, params = read_values("bert"), read_config("bert"), read_parameters("bert")
+    tokens, mask = values["tokens"], mask_of(values)
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+
+    def states(rows, **options):
+        return hidden_states(config, params, tokens[rows], mask[rows], keys[rows], **options)
+
+    rows, order = np.arange(3), np.array([2, 0, 1])
+    dropped = states(rows)
+    np.testing.assert_array_equal(dropped, states(rows, dropout=config["hidden_dropout_prob"]))
+    assert relative_error(states(order), dropped[order]) < 1e-6
+    assert relative_error(dropped[mask], values["last"][mask]) > 1e-2
+    assert relative_error(states(rows, dropout=0.0)[mask], values["last"][mask]) < 1e-5
