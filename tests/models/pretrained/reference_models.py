@@ -86,4 +86,13 @@ def embed(model, params, inputs, rngs=None, **options):
     graph, _ = nnx.split(
         nnx.eval_shape(lambda: PretrainedEncoder(model, rngs=nnx.Rngs(0), **options)), nnx.Param
     )
-    return nnx.merge(graph, params)({key: jnp.asarray(v) for key, v in inputs.items()}, rngs)
+    inputs = {key: jnp.asarray(value) for key, value in inputs.items()}
+    return jax.jit(lambda params, *given: nnx.merge(graph, params)(*given))(params, inputs, rngs)
+
+
+def without_key_biases(gradients):
+    """A key's bias adds the same to all scores of a query: its gradient is rounding errors."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: None if "['key']['bias']" in jax.tree_util.keystr(path) else leaf,
+        gradients,
+    )

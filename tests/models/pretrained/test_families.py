@@ -23,6 +23,7 @@ from tests.models.pretrained.reference_models import (
     read_parameters,
     read_tensors,
     read_values,
+    without_key_biases,
 )
 
 
@@ -103,14 +104,6 @@ def test_gradients_are_those_of_transformers(name, computed):
         without_key_biases(gradients), without_key_biases(as_parameters(config, stored))
     )
     assert max(errors.values()) < 1e-4, errors
-
-
-def without_key_biases(gradients):
-    """A key's bias adds the same to all scores of a query: its gradient is rounding errors."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: None if "['key']['bias']" in jax.tree_util.keystr(path) else leaf,
-        gradients,
-    )
 
 
 @pytest.mark.parametrize(
