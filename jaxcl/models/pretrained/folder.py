@@ -147,7 +147,10 @@ def _read_tensors(root: AnyPath, modules: Modules) -> dict[str, Specs]:
     """File -> its tensors, of the encoder and of the dense layers."""
     listed = path_inside(root, TENSOR_LIST)
     if listed.exists():
-        return parse_specs(read_sealed_json(listed))
+        specs = parse_specs(read_sealed_json(listed))
+        for file in specs:  # an export writes files of these names
+            path_inside(root, file)
+        return specs
     tensors: dict[str, Specs] = {}
     for folder in (modules.encoder_folder, *(dense.folder for dense in modules.dense)):
         tensors |= weight_files(root, folder)

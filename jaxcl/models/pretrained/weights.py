@@ -29,7 +29,7 @@ FileTensors: TypeAlias = dict[str, dict[str, np.ndarray]]
 """File, relative to the model's folder -> name of a tensor -> the tensor."""
 
 _UNUSED = (
-    *("*pooler.*", "cls.*", "lm_head.*", "classifier.*", "qa_outputs.*", "score.*"),
+    *("*pooler.*", "cls.*", "lm_head.*", "qa_outputs.*", "classifier.*", "pre_classifier.*"),
     *("vocab_transform.*", "vocab_layer_norm.*", "vocab_projector.*", "head.*", "decoder.*"),
     *("*position_ids", "*.inv_freq"),
 )

@@ -295,6 +295,21 @@ def test_unused_tensors_are_views_by_name(tmp_path):
     assert unused_tensors(write(tmp_path, encoder_tensors())) == {}
 
 
+HEADS = (
+    *("cls.predictions.bias", "lm_head.dense.weight", "qa_outputs.bias", "vocab_transform.bias"),
+    *("classifier.out_proj.weight", "pre_classifier.bias", "head.norm.weight", "decoder.bias"),
+    *("vocab_layer_norm.bias", "vocab_projector.bias", "embeddings.position_ids"),
+    *("bert.pooler.dense.bias", "rotary_emb.inv_freq"),
+)
+
+
+def test_heads_and_computed_constants_are_known_to_be_unused(tmp_path):
+    heads = {name: np.zeros(1, np.float32) for name in HEADS}
+    model = write(tmp_path, encoder_tensors() | heads)
+    assert unused_tensors(model)["model.safetensors"].keys() == set(HEADS)
+    assert load(model)
+
+
 @pytest.mark.parametrize("spec", [(), ("data",), (None, "data"), ("data", "model")], ids=str)
 def test_each_device_receives_its_part_in_float32(spec):
     mesh = jax.make_mesh((4, 2), ("data", "model"))
@@ -369,6 +384,14 @@ def test_an_interrupted_copy_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         keep_copy(model, tmp_path / "run" / "pretrained")
     assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/tmp/x", "..\\model.safetensors"])
+def test_a_copy_does_not_name_files_outside_of_it(tmp_path, file):
+    model = write(tmp_path / "original", encoder_tensors())
+    keep_copy(model._replace(tensors={file: {}}), tmp_path / "copy")
+    with pytest.raises(ValueError, match="which may lie outside of it"):
+        read_pretrained(tmp_path / "copy")
 
 
 @pytest.mark.parametrize("damage", ["tensors.json", "unused/model.safetensors", "config.json"])
