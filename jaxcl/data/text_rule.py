@@ -188,13 +188,21 @@ def special_tokens_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that a tokenizer puts before and after one text, whatever its post-processor.
 
     Raises:
-      ValueError: if it does something else as well.
+      ValueError: if it does something else as well, or has no tokens for an example of a text.
     """
-    full = tokenizer.encode("x x")
-    bare = tokenizer.encode("x x", add_special_tokens=False).ids
+    try:
+        full = tokenizer.encode("x x")
+        bare = tokenizer.encode("x x", add_special_tokens=False).ids
+    except Exception as error:  # the library raises the bare class
+        raise ValueError(f"the tokenizer cannot encode 'x x': {error}") from error
     added = full.special_tokens_mask
     start = [*added, 0].index(0)
     before, after = full.ids[:start], full.ids[start + len(bare) :]
+    if full.ids and not bare:
+        raise ValueError(
+            "the tokenizer has no tokens for 'x x', so that it cannot be told which of its special "
+            "tokens begin a text; set special_tokens=False"
+        )
     if added != [1] * len(before) + [0] * len(bare) + [1] * len(after):
         raise ValueError(
             "the tokenizer's post-processor does more than put special tokens around a text; use "

@@ -97,6 +97,23 @@ def test_a_post_processor_that_does_more_is_an_error():
         TextTokenizer(word_tokenizer(between), TextRule(9, special_tokens=True))
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (models.WordLevel({"a": 0, "<s>": 1}), "cannot encode 'x x': WordLevel"),
+        (models.BPE({"a": 0, "<s>": 1}, []), "no tokens for 'x x'"),
+    ],
+)
+def test_special_tokens_that_cannot_be_told_apart_are_an_error(model, message):
+    tokenizer = Tokenizer(model)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    with pytest.raises(ValueError, match=message):
+        TextTokenizer(tokenizer, TextRule(9, special_tokens=True))
+    assert tokenized("a", TextRule(9, special_tokens=False), tokenizer) == [0]
+
+
 def test_special_tokens_spelt_out_in_a_text_are_those_of_a_pretrained_tokenizer():
     assert tokenized("a </s> b", TextRule(9, special_tokens=False)) == [A, END, B]
 
