@@ -112,7 +112,8 @@ def with_copies(table: TokenTable, rows: np.ndarray) -> TokenTable:
         offsets[side] = np.append(0, np.cumsum(lengths))
         within = np.arange(offsets[side][-1]) - np.repeat(offsets[side][:-1], lengths)
         tokens[side] = np.asarray(table.tokens[side])[np.repeat(starts, lengths) + within]
-    return TokenTable(tokens, offsets, table.group[order], table.text[order], table.rules)
+    group, text = table.group[order], table.text[order]
+    return table._replace(tokens=tokens, offsets=offsets, group=group, text=text)
 
 
 def _settings(run: OpenedRun, *, mask: str, steps: int, seed: int) -> Settings:

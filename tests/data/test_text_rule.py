@@ -13,6 +13,7 @@ from jaxcl.data.text_rule import (
     special_tokens_around,
 )
 from jaxcl.data.tokenizer import load_pretrained_tokenizer, train_tokenizer
+from jaxcl.models.layers import token_mask
 
 START, PAD, END, UNK, QUERY, COLON, A, B, C = range(9)
 VOCABULARY = {
@@ -241,6 +242,17 @@ def test_padding_follows_the_text_and_the_length_tells_it():
     )
     assert inputs["length"].tolist() == [4, 2, 4]
     assert {leaf.dtype for leaf in inputs.values()} == {np.dtype(np.int32)}
+
+
+def test_the_token_that_ends_texts_may_be_that_of_padding(tmp_path):
+    tokenizer = word_tokenizer(POST_PROCESSORS["end only"][0])
+    tokenizer.enable_padding(length=5, pad_id=END, pad_token="</s>")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_pretrained_tokenizer(tmp_path / "tokenizer.json")
+    text = TextTokenizer(loaded, TextRule(5, special_tokens=True))
+    inputs = text.inputs(text.tokenize(["a b", "", "</s>"]), width=5)
+    assert inputs["tokens"][:, :3].tolist() == [[A, B, END], [END, 0, 0], [END, END, 0]]
+    assert token_mask(inputs).sum(1).tolist() == inputs["length"].tolist() == [3, 1, 2]
 
 
 def test_inputs_are_as_wide_as_their_longest_text():

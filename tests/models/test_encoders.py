@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxcl.models import DecoderEncoder, StaticEncoder, TransformerEncoder, make_towers
 from jaxcl.models.decoder import rotated
-from jaxcl.models.layers import pool, row_dropout
+from jaxcl.models.layers import pool, row_dropout, token_mask
 from jaxcl.ops.vectors import normalise
 from tests.helpers import relative_error, relative_errors
 
@@ -67,6 +67,18 @@ def test_padding_changes_nothing(towers):
     vectors = embed(towers, TOKENS[2:, :1])
     assert relative_error(embed(towers, TOKENS[2:]), vectors) < 1e-2  # bfloat16 has 8 bits
     assert relative_error(embed(towers, TOKENS[:1]), vectors) > 3e-2
+
+
+def test_the_mask_of_tokens_by_hand():
+    tokens = jnp.array([[3, 0, 4, 0], [0, 5, 0, 0]])
+    length = jnp.array([4, 1])
+    mask = jnp.array([[True, True, False, True], [False] * 4])
+    by_id = [[True, False, True, False], [False, True, False, False]]
+    by_length = [[True] * 4, [True, False, False, False]]
+    assert token_mask({"tokens": tokens}).tolist() == by_id
+    assert token_mask({"tokens": tokens, "length": length}).tolist() == by_length
+    assert token_mask({"tokens": tokens[1], "length": length[1]}).tolist() == by_length[1]
+    assert (token_mask({"tokens": tokens, "length": length, "mask": mask}) == mask).all()
 
 
 def test_with_lengths_any_id_may_be_a_token_and_padding_may_have_any_id(towers):
