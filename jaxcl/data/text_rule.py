@@ -88,8 +88,9 @@ class TextTokenizer:
         self._without_tokens = []
         if rule.special_tokens is None:
             self._without_tokens = [tokenizer.token_to_id(UNKNOWN)]
-        prompt = self._ids([rule.prompt]) if rule.prompt else [[]]
-        self.prompt_length = len(self._before) + len(prompt[0])
+        check_texts([rule.prompt], what="prompt")
+        (prompt,) = self._ids([rule.prompt])
+        self.prompt_length = len(self._before) + len(prompt)
         self._room = rule.max_tokens - len(self._before) - len(self._after)
         needed = self.prompt_length + len(self._after) + 1
         if rule.max_tokens < needed:

@@ -197,6 +197,11 @@ def test_a_text_that_is_no_unicode_is_an_error_that_names_it():
         text.tokenize(["a", "b \udcff"])
 
 
+def test_a_prompt_that_is_no_unicode_is_an_error():
+    with pytest.raises(ValueError, match="prompt 0 is not Unicode"):
+        TextTokenizer(word_tokenizer(), TextRule(9, prompt="\udcff", special_tokens=True))
+
+
 @pytest.mark.usefixtures("unchecked_annotations")
 def test_a_value_that_is_no_text_is_an_error_that_names_it():
     text = TextTokenizer(word_tokenizer(), TextRule(9, special_tokens=True, prompt="query: "))
