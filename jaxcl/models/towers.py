@@ -64,7 +64,8 @@ class Towers(NamedTuple):
       init: a random key -> initial parameters: a dict of dicts of float32 arrays, under `"both"`,
         or under `"query"` and `"key"`.
       load: a file or folder, or name of a tower -> its own -> the same tree as NumPy arrays, or
-        the part of it with these names.
+        the part of it with these names. Types are those of the files, since a conversion would
+        copy what may be mapped to memory.
       encode: the encode function.
       augment: side -> its augmentation in training.
     """
@@ -154,4 +155,4 @@ def _load_one(
                 f"{path}: {parameter} has the shape {ours[parameter].shape}, and the encoder's "
                 f"{leaf.shape}"
             )
-    return jax.tree.map(lambda leaf, like: np.asarray(leaf, like.dtype), found, wanted)
+    return jax.tree.map(np.asarray, found)

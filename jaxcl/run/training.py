@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -13,20 +12,16 @@ from jax.sharding import Mesh
 
 from jaxcl.data.modalities import modality_of
 from jaxcl.data.modality import Reader
-from jaxcl.host.paths import local_path
+from jaxcl.host.paths import AnyPath, local_path
 from jaxcl.models import Towers, TowerSpec, make_towers
 from jaxcl.models.augmentations import AUGMENTATIONS, KEEP_SPECIAL_TOKENS
+from jaxcl.models.pretrained.weights import place
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.run.build_loss import build_loss, build_measure, build_momentum
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.memory import init_memory
 from jaxcl.settings.derived import tower_sections
-from jaxcl.settings.sections import (
-    ModelSettings,
-    OptimizerSettings,
-    Parts,
-    Settings,
-)
+from jaxcl.settings.sections import OptimizerSettings, Parts, Settings
 from jaxcl.step.embedder import Embedder, make_embedder
 from jaxcl.step.mined_refresh import Refresh, make_mined_refresh
 from jaxcl.step.parameter_sharding import FSDP
@@ -164,22 +159,16 @@ def _state_makers(
             state = unplaced(num_rows, groups, loaded)
             return jax.lax.with_sharding_constraint(state, state_sharding(mesh, state, rules=rules))
 
-        sources = pretrained_sources(settings.model)
+        sources = pretrained_sources(settings)
         loaded = {}
         if sources:
             parameters = abstract_state(num_rows, groups).params["towers"]
             loaded = {
-                name: jax.tree.map(_placed, tree, parameters[name])
-                for name, tree in towers.load(sources).items()
+                name: place(tree, parameters[name]) for name, tree in towers.load(sources).items()
             }
         return jax.jit(placed, donate_argnums=0)(loaded)
 
     return init, abstract_state
-
-
-def _placed(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array of the host on the devices: each receives only its part."""
-    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: array[index])
 
 
 def _length(settings: Settings, batch: Batch) -> Integer[jax.Array, ""]:
@@ -234,13 +223,14 @@ def _tower_spec(settings: Settings, side: str, section: str) -> TowerSpec:
     )
 
 
-def pretrained_sources(model: ModelSettings) -> dict[str, Path]:
+def pretrained_sources(settings: Settings) -> dict[str, AnyPath]:
     """Name of a tower -> the file or folder from which it is loaded."""
-    files = {"model": model.pretrained, "model.key": model.key.pretrained}
+    model, read = settings.model, settings.parts.pretrained
+    named = {"model": model.pretrained, "model.key": model.key.pretrained}
     return {
-        tower: local_path(path)
+        tower: read[section].path if section in read else local_path(path)
         for tower, section in tower_sections(model).items()
-        if (path := files[section]) is not None
+        if (path := named[section]) is not None
     }
 
 

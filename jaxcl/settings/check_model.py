@@ -19,7 +19,7 @@ def check_model(settings: Settings) -> None:
             f"model.key.name={model.key.name!r} is an encoder for the keys alone; set model.shared "
             "to False, or leave it None"
         )
-    if model.key.name is None and (model.key.pretrained is not None or _given(model.key.options)):
+    if model.key.name is None and _given(model.key.options):
         raise ValueError("model.key describes an encoder without a name; set model.key.name")
     for field, tower in (("model", model), ("model.key", model.key)):
         part = settings.parts.encoders.get(field)
@@ -79,8 +79,18 @@ def _check_widths(settings: Settings) -> None:
         default = DEFAULT_MAX_TOKENS if "max_tokens" in getattr(declared, "_fields", ()) else None
         longest = tower.options.get("max_tokens", default)
         width = getattr(settings.data.max_tokens, side)
+        _check_pretrained_width(settings, side, field, width)
         if longest is not None and width > longest:
             raise ValueError(
                 f"data.max_tokens.{side}={width}, but {field}.options.max_tokens={longest} is the "
                 f"longest text that the encoder reads; set it to at least {width}"
             )
+
+
+def _check_pretrained_width(settings: Settings, side: str, section: str, width: int) -> None:
+    model = settings.parts.pretrained.get(section)
+    if model is not None and model.max_tokens is not None and width > model.max_tokens:
+        raise ValueError(
+            f"data.max_tokens.{side}={width}, but the model of {section}.pretrained reads texts of "
+            f"at most {model.max_tokens} tokens; set it to at most {model.max_tokens}"
+        )

@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxcl.assignment import PRESETS, Gcbs, random_to_hard
+from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.settings.sections import DataSettings, GcbsSettings, ModelSettings, Settings
 
 __all__ = [
     "ASSIGNMENTS",
     "BANKS",
+    "CHECKPOINTS",
     "EMBEDDINGS",
     "GUIDES",
     "MASKS",
@@ -16,6 +18,7 @@ __all__ = [
     "GcbsRule",
     "data_set_names",
     "gcbs_rule",
+    "origin_of",
     "sources_by",
     "tower_sections",
     "with_encoder_options",
@@ -26,6 +29,9 @@ ASSIGNMENTS = ("uniform", "sourced", "gcbs")
 
 BANKS = ("queue", "instance")
 """Memory banks by name, as `config.negatives.bank.kind`."""
+
+CHECKPOINTS = "checkpoints"
+"""The folder of a workdir that holds its checkpoints."""
 
 EMBEDDINGS = ("encode", "bank")
 """Where a refresh of the batches takes embeddings from: a pass over the data, or the bank."""
@@ -120,6 +126,14 @@ def tower_sections(model: ModelSettings) -> dict[str, str]:
     if model.shared:
         return {"both": "model"}
     return {"query": "model", "key": "model" if model.key.name is None else "model.key"}
+
+
+def origin_of(init_from: str) -> tuple[AnyPath, int | None]:
+    """The workdir that `init_from` names, and the step if it names a single checkpoint."""
+    path = as_path(init_from)
+    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
+        return path.parent.parent, int(path.name)
+    return path, None
 
 
 def with_encoder_options(

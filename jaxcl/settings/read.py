@@ -6,9 +6,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxcl.host.paths import AnyPath
 from jaxcl.losses import LOSSES, Loss
-from jaxcl.models import DEFAULT_ENCODER, ENCODERS, EncoderPart
+from jaxcl.models import ENCODERS, EncoderPart
 from jaxcl.models.augmentations import AUGMENTATIONS, Augmentation
+from jaxcl.models.pretrained.description import PretrainedModel
 from jaxcl.settings.checks import check_settings
 from jaxcl.settings.effects import check_effects
 from jaxcl.settings.parts import (
@@ -20,8 +22,9 @@ from jaxcl.settings.parts import (
     given_options,
     is_function_name,
 )
+from jaxcl.settings.pretrained import PRETRAINED, encoder_part, with_pretrained
 from jaxcl.settings.section_reader import read_section
-from jaxcl.settings.sections import ModelSettings, Parts, Settings
+from jaxcl.settings.sections import ModelSettings, Settings
 
 __all__ = ["as_dict", "read_settings"]
 
@@ -31,8 +34,11 @@ def read_settings(
     *,
     changed: Collection[str] = (),
     trust: Trust = None,
+    workdir: AnyPath | None = None,
 ) -> Settings:
     """Read a config, and check all of it.
+
+    Of pretrained models, the small files and the headers of the weights are read.
 
     Args:
       config: as the files of `configs/` return it, or a mapping of the same form. Fields that are
@@ -41,7 +47,10 @@ def read_settings(
         One that has no effect is an error; a default that has none is not.
       trust: the packages from which parts named `package.module:function` are imported; `None`
         for all, as where the config was given on the command line. A loss or an optimizer that may
-        not be imported is `unresolved` in the result.
+        not be imported is `unresolved` in the result. Unless it is `None`, no pretrained model is
+        read outside of `workdir`.
+      workdir: of a run that has begun: its copies of pretrained models are read instead of the
+        folders that the config names.
 
     Returns:
       The settings, with the functions that the config names.
@@ -49,6 +58,7 @@ def read_settings(
     Raises:
       ValueError: for an unknown field or name, a value of another type or out of its range, and
         settings that do not go together. The message names the field.
+      OSError: for a pretrained model whose folder is not there.
       PermissionError: for an encoder that may not be imported.
 
     Example:
@@ -58,7 +68,9 @@ def read_settings(
     given = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     if "parts" in given:
         raise ValueError("parts is no field of a config; the names in it say which parts are used")
-    settings = _with_parts(read_section(Settings, given), trust)
+    settings = read_section(Settings, given)
+    settings = with_pretrained(settings, changed=changed, trust=trust, workdir=workdir)
+    settings = _with_parts(settings, trust)
     check_settings(settings)
     check_effects(settings, changed)
     return settings
@@ -68,7 +80,8 @@ def _with_parts(settings: Settings, trust: Trust) -> Settings:
     """The settings with the functions that they name, and the options that are set."""
     sections: dict[str, Any] = {}
     parts: dict[str, Any] = {}
-    sections["model"], parts["encoders"] = _with_encoders(settings.model, trust)
+    pretrained = settings.parts.pretrained
+    sections["model"], parts["encoders"] = _with_encoders(settings.model, pretrained, trust)
     # An encoder alone can be opened without the others.
     with contextlib.suppress(PermissionError):
         sections["loss"], parts["loss"] = _resolved("loss", settings.loss, LOSSES, Loss, trust)
@@ -95,20 +108,22 @@ def _with_parts(settings: Settings, trust: Trust) -> Settings:
     for name, (setting, value, registry) in others.items():
         with contextlib.suppress(PermissionError):
             parts[name] = find_part(setting, value, registry, kind=Part, trust=trust).function
-    return settings._replace(**sections, parts=Parts(**parts))
+    return settings._replace(**sections, parts=settings.parts._replace(**parts))
 
 
 def _with_encoders(
-    model: ModelSettings, trust: Trust
+    model: ModelSettings, pretrained: Mapping[str, PretrainedModel], trust: Trust
 ) -> tuple[ModelSettings, dict[str, EncoderPart]]:
     """The model with the options that are set, and its encoders by the section that names them."""
-    model = model._replace(name=model.name or DEFAULT_ENCODER)
-    model, part = _resolved("model", model, ENCODERS, EncoderPart, trust)
+    own = {section: {PRETRAINED: encoder_part(one)} for section, one in pretrained.items()}
+    registry = {**ENCODERS, **own.get("model", {})}
+    model, part = _resolved("model", model, registry, EncoderPart, trust)
     encoders = {"model": part}
     if model.key.name is None:
         model = model._replace(key=_without_unset(model.key))
     else:
-        key, part = _resolved("model.key", model.key, ENCODERS, EncoderPart, trust)
+        registry = {**ENCODERS, **own.get("model.key", {})}
+        key, part = _resolved("model.key", model.key, registry, EncoderPart, trust)
         encoders["model.key"] = part
         model = model._replace(key=key)
     return model, encoders

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 from jaxcl.losses import Loss
 from jaxcl.models import EncoderPart
+from jaxcl.models.pretrained.description import PretrainedModel
 from jaxcl.negatives.mining import MiningRule
 from jaxcl.negatives.tiers import TierBudgets
 from jaxcl.typing import SIDES, Range
@@ -310,6 +311,7 @@ class Parts(NamedTuple):
     """The functions that a run's config names, or `unresolved`.
 
     Attributes:
+      pretrained: section of an encoder, as in `encoders` -> its pretrained model.
       encoders: `"model"`, and `"model.key"` where the keys have their own -> an encoder.
       loss: a loss with its declaration.
       optimizer: `(**options) -> optax.GradientTransformation`.
@@ -320,6 +322,7 @@ class Parts(NamedTuple):
       source: `role -> PairSource`, where `data.name` is `package.module:function`.
     """
 
+    pretrained: Mapping[str, PretrainedModel] = {}
     encoders: Mapping[str, EncoderPart] = {}
     loss: Loss = Loss(unresolved)
     optimizer: Callable = unresolved

@@ -12,11 +12,13 @@ from jaxcl.data.row_topics import read_topics
 from jaxcl.data.tfds_directory import find_directory
 from jaxcl.host.command_flags import CommandParser, user_path
 from jaxcl.host.paths import local_path
-from jaxcl.run import initial, training
+from jaxcl.run import training
 from jaxcl.run.metric_writer import read_metrics
 from jaxcl.run.opened import open_run
 from jaxcl.settings.config_files import load_config, read_settings_file
+from jaxcl.settings.derived import origin_of
 from jaxcl.settings.read import read_settings
+from jaxcl.settings.sections import ModelSettings
 from jaxcl.train import _prepare, train
 from jaxcl.train import main as train_command
 
@@ -77,9 +79,9 @@ FUNCTIONS = {
     "data.topics": lambda: read_topics(Path(URL), num_rows=1),
     "data.name": lambda: find_directory(URL, None),
     "run.data_dir": lambda: _prepare(read_settings({"run": {"data_dir": URL}}), Path("run"), None),
-    "init_from": lambda: initial._origin(URL),
+    "init_from": lambda: origin_of(URL),
     "model.pretrained": lambda: training.pretrained_sources(
-        read_settings({}).model._replace(pretrained=URL)
+        read_settings({})._replace(model=ModelSettings(pretrained=URL))
     ),
 }
 

@@ -1,13 +1,19 @@
-"""A run that begins with loaded weights, and one with an encoder per side."""
+"""A run that begins with loaded weights: of an encoder's own files, or of a pretrained folder."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from jaxcl.run.training import build_towers, build_training
+from jaxcl.data.modalities import modality_of
+from jaxcl.models.pretrained.families import FAMILIES
+from jaxcl.ops.mesh import put_batch
+from jaxcl.run.training import _is_matrix, build_towers, build_training
 from jaxcl.settings.read import read_settings
-from tests.helpers import bits
+from jaxcl.typing import SIDES
+from tests.helpers import bits, relative_errors
+from tests.models.pretrained.tiny import write_tiny_bert
 
 OWN_ENCODER = """
 import jax, numpy as np
@@ -38,6 +44,12 @@ def own_encoder(tmp_path, monkeypatch):
     return "own_encoder:LOADED"
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny BERT."""
+    return write_tiny_bert(tmp_path_factory.mktemp("tiny"))
+
+
 def settings_with(**model):
     mesh = model.pop("mesh", {"data": -1})
     return read_settings(
@@ -47,6 +59,16 @@ def settings_with(**model):
             "model": {"dim": 16, "options": {"max_tokens": 128}, **model},
             "run": {"mesh": mesh},
         }
+    )
+
+
+def fine_tuning(folder, *, mesh=None, rules=(), **sections):
+    """Settings of a run that begins with the weights of a folder."""
+    model = {"pretrained": str(folder)} | sections.pop("model", {})
+    data = {"max_tokens": {"query": 8, "key": 12}}
+    run = {"mesh": mesh or {"data": -1}, "parameter_rules": rules}
+    return read_settings(
+        {"global_batch_size": 16, "model": model, "data": data, "run": run, **sections}
     )
 
 
@@ -85,10 +107,8 @@ def test_parameters_have_the_type_that_an_encoder_names_and_float32_otherwise(ow
     assert set(types.values()) == {"float32"}
 
 
-def test_loaded_weights_are_no_constants_of_a_program(own_encoder, tmp_path, monkeypatch):
-    wanted = weights(settings_with(name=own_encoder))["both"]
-    path = write(tmp_path / "weights.npz", wanted)
-    training = build_training(settings_with(name=own_encoder, pretrained=path))
+def programs_of(function, monkeypatch):
+    """The texts of the programs that a call compiles."""
     texts, jit = [], jax.jit
 
     def recording(function, **options):
@@ -100,14 +120,121 @@ def test_loaded_weights_are_no_constants_of_a_program(own_encoder, tmp_path, mon
 
         return call
 
-    monkeypatch.setattr(jax, "jit", recording)
-    training.init()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "jit", recording)
+        function()
+    return texts
+
+
+def test_loaded_weights_are_no_constants_of_a_program(own_encoder, tmp_path, monkeypatch):
+    wanted = weights(settings_with(name=own_encoder))["both"]
+    path = write(tmp_path / "weights.npz", wanted)
+    training = build_training(settings_with(name=own_encoder, pretrained=path))
     table = wanted["table"]
     hexadecimal = table[0, :4].tobytes().hex().upper()
-    (program,) = texts
+    (program,) = programs_of(training.init, monkeypatch)
     assert hexadecimal not in program
-    assert hexadecimal in jit(lambda: jnp.asarray(table) + 1).lower().as_text()  # as a constant is
+    constant = jax.jit(lambda: jnp.asarray(table) + 1).lower().as_text()
+    assert hexadecimal in constant
+
+
+def test_pretrained_weights_are_neither_constants_nor_drawn(folder, monkeypatch):
+    table = load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"]
+    (program,) = programs_of(build_training(fine_tuning(folder)).init, monkeypatch)
+    assert table[0, :4].tobytes().hex().upper() not in program
+    assert "erf_inv" not in program  # from which random normal numbers come
+    (program,) = programs_of(build_training(settings_with(name="static")).init, monkeypatch)
+    assert "erf_inv" in program
+
+
+def as_stored(model, params):
+    """The parameters of an encoder by the names of their tensors, as these are stored."""
+    tensors = FAMILIES[model.family].tensors(model.config)
+    leaves = jax.tree_util.tree_leaves_with_path(params["encoder"])
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    assert named.keys() == tensors.keys()
+    return {
+        tensor.name: named[path].T if tensor.transposed else named[path]
+        for path, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("mesh", [{"data": -1}, {"data": 2, "fsdp": 4}], ids=str)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "one each"])
+def test_a_fresh_state_has_the_tensors_of_the_folder(folder, mesh, shared):
+    rules = (("kernel", 0),) if "fsdp" in mesh else ()
+    settings = fine_tuning(folder, mesh=mesh, rules=rules, model={"shared": shared})
+    training = build_training(settings)
+    state = training.init()
+    stored = load_file(folder / "model.safetensors")
+    wanted = {name: bits(one) for name, one in stored.items() if not name.startswith("pooler")}
+    towers = state.params["towers"]
+    assert set(towers) == ({"both"} if shared else {"query", "key"})
+    for params in jax.device_get(towers).values():
+        found = as_stored(settings.parts.pretrained["model"], params)
+        assert {name: bits(leaf) for name, leaf in found.items()} == wanted
+    abstract = training.abstract_state()
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
+        lambda leaf: leaf.sharding, abstract
+    )
+    spread = [not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(towers)]
+    assert any(spread) == ("fsdp" in mesh)
+
+
+def test_two_folders_fill_the_towers_of_their_sides(folder, tmp_path):
+    other = write_tiny_bert(tmp_path, seed=1)
+    settings = fine_tuning(folder, model={"shared": False, "key": {"pretrained": str(other)}})
+    towers = jax.device_get(build_training(settings).init().params["towers"])
+    for side, path in {"query": folder, "key": other}.items():
+        stored = load_file(path / "model.safetensors")["embeddings.word_embeddings.weight"]
+        np.testing.assert_array_equal(towers[side]["encoder"]["token_table"], stored)
+
+
+def test_a_momentum_encoder_begins_as_a_copy_of_the_loaded_weights(folder):
+    negatives = {
+        "bank": {"kind": "queue", "slots": 32},
+        "tiers": {"whole": True},
+        "momentum_encoder": {"initial": 0.9},
+    }
+    state = build_training(fine_tuning(folder, negatives=negatives)).init()
+    towers = state.params["towers"]
+    assert jax.tree.map(bits, state.memory["momentum"]) == jax.tree.map(bits, towers)
+
+
+def test_weights_decay_in_matrices_and_not_in_norms_and_biases(folder):
+    towers = build_training(fine_tuning(folder)).abstract_state().params["towers"]
+    for path, decays in jax.tree_util.tree_leaves_with_path(_is_matrix(towers)):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert decays == name.endswith(("kernel", "_table")), name
+
+
+def after_two_updates(folder, *, devices, chunk_size):
+    """The parameters after two updates on random texts, and the loss of the last."""
+    settings = fine_tuning(
+        folder,
+        model={"options": {"dropout": 0.0}},  # which takes long to compile
+        grad_cache={"chunk_size": chunk_size},
+        optimizer={"name": "sgd", "learning_rate": 0.1, "warmup_steps": 0},
+    )
+    training = build_training(settings, devices=jax.devices()[:devices])
+    state, rng = training.init(), np.random.default_rng(0)
+    for step in range(2):
+        batch = {
+            side: modality_of(settings.data, side).random_inputs(settings.data, side, rng, 16)
+            for side in SIDES
+        }
+        rows = np.arange(16, dtype=np.int32) + 16 * step
+        batch |= {"row": rows, "text": rows, "group": rows}
+        state, metrics = training.train_step(state, put_batch(batch, training.mesh))
+    return jax.device_get(state.params["towers"]), float(metrics.loss)
+
+
+def test_eight_devices_and_chunks_train_as_one_device(folder):
+    wanted, loss = after_two_updates(folder, devices=1, chunk_size=None)
+    towers, ours = after_two_updates(folder, devices=8, chunk_size=1)
+    errors = relative_errors(towers, wanted)
+    assert max(errors.values()) < 2e-5, errors
+    assert ours == pytest.approx(loss, rel=1e-5)
 
 
 def test_the_keys_may_have_an_encoder_of_another_kind(own_encoder, tmp_path):
@@ -128,9 +255,12 @@ def test_the_keys_may_have_an_encoder_of_another_kind(own_encoder, tmp_path):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"pretrained": "weights.npz"}, r"the encoder 'static' cannot be loaded from a file"),
+        (
+            {"name": "static", "pretrained": "weights.npz"},
+            r"the encoder 'static' cannot be loaded from a file",
+        ),
         ({"key": {"name": "decoder"}}, r"set model\.shared to False"),
-        ({"key": {"pretrained": "weights"}}, r"set model\.key\.name"),
+        ({"key": {"pretrained": "weights"}}, r"set model\.shared to False"),
         (
             {"shared": False, "key": {"name": "static", "options": {"max_tokens": 32}}},
             r"data\.max_tokens\.key=128, but model\.key\.options\.max_tokens=32 is the longest",

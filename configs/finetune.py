@@ -1,0 +1,37 @@
+"""Fine-tune a pretrained encoder: code search, with docstrings as queries.
+
+    python -m jaxcl.train --config configs/finetune.py --config.model.pretrained=FOLDER
+
+FOLDER holds a text encoder as sentence-transformers or transformers saves it: `config.json`,
+`model.safetensors`, `tokenizer.json`. Its tokenizer, prompts, pooling and width are the run's. Code
+that the encoder saw in its pretraining may be among the held-out pairs.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxcl.configs import code_search
+
+
+def get_config(variant: str = "default") -> ConfigDict:
+    """The pairs of `code_search.py`, and the optimizer of a trained encoder; `"smoke"` shrinks it.
+
+    For other pairs, set `data.name` and the fields of its texts.
+    """
+    if variant not in ("default", "smoke"):
+        raise ValueError(f"variant {variant!r} is unknown; use default or smoke")
+    config = code_search.get_config("smoke" if variant == "smoke" else "plain")
+    config.model.name = "pretrained"
+    config.data.distinct_tokens = False
+    config.data.max_tokens = ConfigDict({"query": 64, "key": 128})
+    config.augmentation.name = None  # the encoder has dropout
+    config.loss.masks = ("row", "text")
+    config.loss.temperature = ConfigDict({"initial": 0.05, "minimum": 0.05, "maximum": 0.05})
+    config.optimizer.learning_rate = 5e-5
+    config.optimizer.weight_decay = 0.01  # of matrices, not of biases and norms
+    config.global_batch_size = 256
+    config.grad_cache.chunk_size = 64
+    config.optimizer.warmup_steps = config.steps // 10
+    if variant == "smoke":
+        config.global_batch_size = 16
+        config.data.max_tokens = ConfigDict({"query": 12, "key": 16})
+    return config

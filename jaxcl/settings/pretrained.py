@@ -1,0 +1,190 @@
+"""The pretrained encoders that a config names, and the settings that follow from them."""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from flax import nnx
+
+from jaxcl.host.paths import AnyPath
+from jaxcl.models import DEFAULT_ENCODER, EncoderPart
+from jaxcl.models.pretrained.description import PretrainedModel
+from jaxcl.models.pretrained.encoder import PretrainedEncoder, PretrainedOptions
+from jaxcl.models.pretrained.folder import read_pretrained
+from jaxcl.models.pretrained.hub import local_or_hub
+from jaxcl.models.pretrained.weights import load_parameters
+from jaxcl.settings.derived import origin_of, tower_sections
+from jaxcl.settings.parts import Trust
+from jaxcl.settings.sections import DataSettings, Settings
+from jaxcl.typing import SIDES
+
+__all__ = ["COPIES", "PRETRAINED", "encoder_part", "tokenizer_of", "with_pretrained"]
+
+PRETRAINED = "pretrained"
+"""The encoder that the files of a pretrained model describe, as `config.model.name`."""
+
+COPIES: Mapping[str, str] = {"model": "pretrained", "model.key": "pretrained-key"}
+"""Section of an encoder -> the folder of a workdir that keeps the files of its pretrained model."""
+
+
+def encoder_part(model: PretrainedModel) -> EncoderPart:
+    """The encoder that a pretrained model describes, with unit vectors, as losses need them."""
+
+    def make(_: Any, *, dim: int, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
+        return PretrainedEncoder(model, normalize=True, rngs=rngs, **options)
+
+    return EncoderPart(
+        make, PretrainedOptions, lambda _, abstract: load_parameters(model, abstract)
+    )
+
+
+def tokenizer_of(model: PretrainedModel) -> bytes:
+    """The content of a model's `tokenizer.json`."""
+    return model.files["/".join(filter(None, (model.encoder_folder, "tokenizer.json")))]
+
+
+def with_pretrained(
+    settings: Settings, *, changed: Collection[str], trust: Trust, workdir: AnyPath | None
+) -> Settings:
+    """The settings with named encoders, the pretrained models, and the values that these decide.
+
+    Args:
+      settings: as they are in the config.
+      changed: dotted names of the fields that the user changed.
+      trust: unless it is `None`, nothing outside of `workdir` is read.
+      workdir: of a run that has begun. Its copies are read, and the originals may be gone.
+
+    Raises:
+      ValueError: for a model that cannot be read, a setting that contradicts it, or two models
+        that do not go together.
+      OSError: if its folder is not there.
+    """
+    model = settings.model
+    if model.shared and model.key.pretrained is not None:
+        raise ValueError(
+            f"model.key.pretrained={model.key.pretrained!r} is an encoder for the keys alone; set "
+            "model.shared to False, or leave it None"
+        )
+    models = {
+        section: read_pretrained(folder)
+        for section in (COPIES if not model.shared else ("model",))
+        if (folder := _folder(section, settings, trust, workdir)) is not None
+    }
+    named = dict.fromkeys(models, PRETRAINED)
+    key = model.key._replace(name=named.get("model.key", model.key.name))
+    name = named.get("model", model.name or DEFAULT_ENCODER)
+    settings = settings._replace(model=model._replace(name=name, key=key))
+    return _with_derived(settings, models, changed) if models else settings
+
+
+def _folder(
+    section: str, settings: Settings, trust: Trust, workdir: AnyPath | None
+) -> AnyPath | None:
+    """Where the files of a section's pretrained model lie; `None` for another encoder."""
+    tower: Any = settings.model if section == "model" else settings.model.key
+    if tower.name not in (None, PRETRAINED):
+        return None
+    folder = None
+    if workdir is not None and (tower.pretrained or settings.init_from):
+        folder = _if_present(workdir / COPIES[section])
+    if folder is None and trust is None:
+        if tower.pretrained is not None:
+            folder = local_or_hub(tower.pretrained)
+        elif settings.init_from is not None:
+            folder = _if_present(origin_of(settings.init_from)[0] / COPIES[section])
+    if folder is None and tower.name == PRETRAINED:
+        raise ValueError(_missing(section, trust, workdir))
+    return folder
+
+
+def _if_present(folder: AnyPath) -> AnyPath | None:
+    return folder if folder.is_dir() else None
+
+
+def _missing(section: str, trust: Trust, workdir: AnyPath | None) -> str:
+    if trust is not None:
+        return (
+            f"{workdir} has no folder {COPIES[section]}, in which its run kept the files of its "
+            "pretrained model; restore it from a copy"
+        )
+    return (
+        f"{section}.name={PRETRAINED!r} needs a model; name its folder with "
+        f"--config.{section}.pretrained=FOLDER"
+    )
+
+
+def _with_derived(
+    settings: Settings, models: Mapping[str, PretrainedModel], changed: Collection[str]
+) -> Settings:
+    data = settings.data
+    _check_agreement(models, data)
+    section, first = next(iter(models.items()))
+    size = min(model.vocabulary_size for model in models.values())
+    wanted = {
+        "model.dim": first.dim,
+        "data.vocabulary_size": size,
+        "data.tokenizer": None,
+        "data.add_cls": False,
+        "data.distinct_tokens": False,
+    }
+    for field, value in wanted.items():
+        _check_own(settings, field, value, changed, section)
+    sections = tower_sections(settings.model)
+    prompts = {
+        side: models[one].prompts.get(side, "")
+        for side in SIDES
+        if (one := sections.get(side, "model")) in models and getattr(data.prompts, side) is None
+    }
+    derived: dict[str, Any] = {
+        "special_tokens": first.special_tokens,
+        "skip_unknown": first.skip_unknown,
+        "exclude_prompt": not first.pooling.include_prompt,
+    }
+    unset = {name: value for name, value in derived.items() if getattr(data, name) is None}
+    return settings._replace(
+        data=data._replace(vocabulary_size=size, prompts=data.prompts._replace(**prompts), **unset),
+        model=settings.model._replace(dim=first.dim),
+        parts=settings.parts._replace(pretrained=models),
+    )
+
+
+def _check_own(
+    settings: Settings, field: str, wanted: Any, changed: Collection[str], section: str
+) -> None:
+    """Raise a `ValueError` if the user has set a field to another value than the model's."""
+    parent, name = field.split(".")
+    values: Any = getattr(settings, parent)
+    value, default = getattr(values, name), values._field_defaults[name]
+    if value != wanted and (value != default or field in changed):
+        raise ValueError(
+            f"{field}={value!r}, but the model of {section}.pretrained needs {wanted!r}; set it to "
+            "that, or leave it out"
+        )
+
+
+def _check_agreement(models: Mapping[str, PretrainedModel], data: DataSettings) -> None:
+    """Raise a `ValueError` for encoders of the two sides that do not go together."""
+    query, key = ([*models.values()] * 2)[:2]
+    if query.dim != key.dim:
+        raise ValueError(
+            f"the embeddings of model.pretrained have {query.dim} features, and those of "
+            f"model.key.pretrained {key.dim}; choose two models of one width"
+        )
+    if _token_rule(query) != _token_rule(key):
+        raise ValueError(
+            "model.pretrained and model.key.pretrained have different tokenizers, but a run has "
+            "one; choose two models with equal tokenizers"
+        )
+    included = query.pooling.include_prompt, key.pooling.include_prompt
+    if data.exclude_prompt is None and included[0] != included[1]:
+        raise ValueError(
+            "the pooling of model.pretrained and that of model.key.pretrained differ in "
+            "include_prompt; set data.exclude_prompt for both"
+        )
+
+
+def _token_rule(model: PretrainedModel) -> tuple[Any, ...]:
+    """What decides on a text's tokens; a file's own padding and truncation do not."""
+    content = json.loads(tokenizer_of(model))
+    tokenizer = {name: content[name] for name in content.keys() - {"padding", "truncation"}}
+    return tokenizer, model.special_tokens, model.skip_unknown

@@ -1,0 +1,178 @@
+"""A pretrained encoder's folder decides on the settings that a config leaves open."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from jaxcl.configs import base, finetune
+from jaxcl.settings.command_line import override
+from jaxcl.settings.read import as_dict, read_settings
+from tests.models.pretrained.tiny import WORDS, write_tiny_bert
+
+SHORT = {"max_tokens": {"query": 8, "key": 12}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    prompts = {"query": "query : ", "document": "key : "}
+    return write_tiny_bert(
+        tmp_path_factory.mktemp("tiny"),
+        sentence_transformers={"prompts": prompts},
+        pooling={"include_prompt": False},
+    )
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A folder with another tokenizer."""
+    return write_tiny_bert(tmp_path_factory.mktemp("other"), words=(*WORDS, "another"))
+
+
+def read(model, data=SHORT, **options):
+    return read_settings({"model": model, "data": data}, **options)
+
+
+def test_what_a_config_leaves_open_is_what_the_folder_says(folder):
+    settings = read({"pretrained": str(folder)})
+    assert settings.model.name == "pretrained"
+    assert settings.model.dim == 16
+    data = settings.data
+    assert data.vocabulary_size == 4 + len(WORDS)
+    assert data.prompts._asdict() == {"query": "query : ", "key": "key : "}
+    assert (data.special_tokens, data.exclude_prompt, data.skip_unknown) == (True, True, False)
+    assert settings.parts.pretrained["model"].family == "bert"
+
+
+def test_the_record_of_a_run_reads_back_as_the_same_settings(folder):
+    recorded = as_dict(read({"pretrained": str(folder)}))
+    assert as_dict(read_settings(json.loads(json.dumps(recorded)))) == recorded
+
+
+def test_what_a_user_sets_is_kept(folder):
+    data = SHORT | {"prompts": {"query": ""}, "exclude_prompt": False, "special_tokens": False}
+    settings = read({"pretrained": str(folder), "options": {"dropout": 0.2}}, data).data
+    assert settings.prompts._asdict() == {"query": "", "key": "key : "}
+    assert (settings.special_tokens, settings.exclude_prompt) == (False, False)
+
+
+def test_untouched_defaults_never_contradict_a_folder(folder):
+    config = base.get_config()
+    for field, value in {"model.pretrained": folder, "data.max_tokens.key": 24}.items():
+        override(config, field, str(value))
+    with pytest.raises(ValueError, match=r"data\.max_tokens\.query=32"):
+        read_settings(config)
+    override(config, "data.max_tokens.query", "24")
+    assert read_settings(config, changed=("data.max_tokens.query",)).model.dim == 16
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model.dim", "32", "model.dim=32, but the model of model.pretrained needs 16"),
+        ("data.vocabulary_size", "99", "data.vocabulary_size=99, but the model of"),
+        ("data.add_cls", "true", "data.add_cls=True, but the model of"),
+        ("data.distinct_tokens", "true", "data.distinct_tokens=True, but the model of"),
+        ("data.tokenizer", "mine.json", "data.tokenizer='mine.json', but the model of"),
+        # The default, but named by the user.
+        ("model.dim", "512", "model.dim=512, but the model of model.pretrained needs 16"),
+        (
+            "data.max_tokens.key",
+            "25",
+            "data.max_tokens.key=25, but the model of model.pretrained reads texts of at most 24",
+        ),
+        ("model.options.num_layers", "3", "model.options.num_layers is unknown to 'pretrained'"),
+        ("model.name", "static", "the encoder 'static' cannot be loaded from a file"),
+        ("model.key.pretrained", "other", "set model.shared to False, or leave it None"),
+        ("init_from", "run", "init_from='run' brings its own weights"),
+    ],
+)
+def test_a_setting_that_contradicts_the_folder_is_an_error(folder, field, value, message):
+    config = base.get_config()
+    config.data.max_tokens.update(SHORT["max_tokens"])
+    config.model.pretrained = str(folder)
+    override(config, field, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_settings(config, changed=(field,))
+
+
+def test_a_config_of_fine_tuning_without_a_folder_names_the_flag():
+    with pytest.raises(ValueError, match=r"--config\.model\.pretrained=FOLDER"):
+        read_settings(finetune.get_config())
+
+
+def test_the_default_is_the_static_encoder():
+    assert read_settings(base.get_config()).model.name == "static"
+
+
+def test_both_towers_may_be_copies_of_one_folder(folder):
+    settings = read({"pretrained": str(folder), "shared": False})
+    assert settings.model.key.name is None
+    assert [*settings.parts.pretrained] == ["model"]
+
+
+def test_two_folders_need_equal_tokenizers(folder, other, tmp_path):
+    def pair(key):
+        model = {"pretrained": str(folder), "shared": False, "key": {"pretrained": str(key)}}
+        return read(model, SHORT | {"exclude_prompt": False})
+
+    with pytest.raises(ValueError, match="have different tokenizers"):
+        pair(other)
+    same = shutil.copytree(folder, tmp_path / "same")
+    tokenizer = json.loads((same / "tokenizer.json").read_text())
+    (same / "tokenizer.json").write_text(json.dumps(tokenizer | {"truncation": None}))
+    settings = pair(same)
+    assert settings.model.key.name == "pretrained"
+    assert [*settings.parts.pretrained] == ["model", "model.key"]
+
+
+def test_two_folders_need_one_width_and_one_rule_of_prompts(folder, tmp_path):
+    narrow = write_tiny_bert(tmp_path / "narrow", dim=8)
+    model = {"pretrained": str(folder), "shared": False, "key": {"pretrained": str(narrow)}}
+    with pytest.raises(ValueError, match=r"16 features, and those of model\.key\.pretrained 8"):
+        read(model)
+    whole = write_tiny_bert(tmp_path / "whole")
+    model = {"pretrained": str(folder), "shared": False, "key": {"pretrained": str(whole)}}
+    with pytest.raises(ValueError, match=r"set data\.exclude_prompt for both"):
+        read(model)
+
+
+def test_a_side_may_have_a_pretrained_encoder_next_to_another_kind(folder):
+    model = {"name": "static", "shared": False, "key": {"pretrained": str(folder)}}
+    settings = read(model)
+    assert (settings.model.name, settings.model.key.name) == ("static", "pretrained")
+    assert settings.model.dim == 16
+    assert settings.data.prompts._asdict() == {"query": None, "key": "key : "}
+
+
+def test_a_run_that_has_begun_reads_its_copy_and_not_the_folder(folder, tmp_path):
+    config = {"model": {"pretrained": str(tmp_path / "gone")}, "data": SHORT}
+    with pytest.raises(OSError, match="gone"):
+        read_settings(config)
+    shutil.copytree(folder, tmp_path / "workdir" / "pretrained")
+    settings = read_settings(config, workdir=tmp_path / "workdir")
+    assert settings.parts.pretrained["model"].path == tmp_path / "workdir" / "pretrained"
+
+
+def test_nothing_outside_of_an_untrusted_workdir_is_read(folder, tmp_path):
+    recorded = as_dict(read({"pretrained": str(folder)}))
+    with pytest.raises(ValueError, match=r"has no folder pretrained, .* restore it from a copy"):
+        read_settings(recorded, trust=(), workdir=tmp_path)
+    origin = tmp_path / "origin"
+    shutil.copytree(folder, origin / "pretrained")
+    recorded["model"]["pretrained"] = None
+    with pytest.raises(ValueError, match="restore it from a copy"):
+        read_settings(recorded | {"init_from": str(origin)}, trust=(), workdir=tmp_path)
+    shutil.copytree(folder, tmp_path / "pretrained")
+    settings = read_settings(recorded | {"init_from": "origin"}, trust=(), workdir=tmp_path)
+    assert settings.parts.pretrained["model"].path == tmp_path / "pretrained"
+
+
+def test_a_run_that_starts_from_a_fine_tuned_one_has_its_encoder(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "pretrained")
+    step = tmp_path / "checkpoints" / "5"
+    for init_from in (tmp_path, step):
+        settings = read_settings({"init_from": str(init_from), "data": SHORT})
+        assert settings.model.name == "pretrained"
+        assert settings.parts.pretrained["model"].path == tmp_path / "pretrained"
