@@ -38,8 +38,9 @@ from jaxcl.ops.mesh import current_mesh, fetch
 from jaxcl.run.batches import RunBatches
 from jaxcl.run.build_loss import batch_needs
 from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.checkpoint_record import newest_record
 from jaxcl.run.identity import process_report, run_record
-from jaxcl.run.initial import copy_prepared_files, with_initial_towers
+from jaxcl.run.initial import copy_prepared_files, keep_pretrained_files, with_initial_towers
 from jaxcl.run.memory import tiers_left_empty
 from jaxcl.run.metric_writer import MetricWriter
 from jaxcl.run.reports import Reports
@@ -54,6 +55,7 @@ from jaxcl.run.workdir import (
     workdir_id,
 )
 from jaxcl.settings.command_line import add_config_flags, changed_fields, config_of
+from jaxcl.settings.derived import tower_sections
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
 from jaxcl.step.train_state import TrainState
@@ -111,7 +113,8 @@ def train(
       Stopped: after SIGTERM, SIGINT or SIGHUP, with everything saved.
     """
     workdir = as_path(workdir)
-    settings = read_settings(config, changed=changed)
+    begun = newest_record(workdir / CHECKPOINTS) is not None
+    settings = read_settings(config, changed=changed, workdir=workdir if begun else None)
     check_processes_agree(process_report(settings))
     training = build_training(settings)
     with lock_workdir(workdir), emptied_unless_begun(workdir), current_mesh(training.mesh):
@@ -133,8 +136,8 @@ def train(
             else:
                 state = restored.state
             if jax.process_index() == 0:
-                for tier in tiers_left_empty(settings, rows[0]):
-                    say(f"warning: negatives.tiers.uniform draws all of the bank, none for {tier}")
+                for warning in _warnings(settings, num_rows=rows[0]):
+                    say(f"warning: {warning}")
                 say(_opening(training, data, workdir, first_step=int(state.step)))
             with contextlib.closing(MetricWriter(workdir, step=int(state.step))) as writer:
                 run = _Run(training, data, RunBatches(training, data, workdir), checkpoints, writer)
@@ -148,6 +151,7 @@ def train(
 def _prepare(settings: Settings, workdir: AnyPath, saved: Mapping[str, Any] | None) -> RunData:
     """The data of a run: those in the record of its newest checkpoint, if there is one."""
     copy_prepared_files(settings, workdir)
+    keep_pretrained_files(settings, workdir)
     return prepare_data(
         settings.data,
         data_dir=local_path(settings.run.data_dir),
@@ -287,6 +291,28 @@ def _check_enough_rows(settings: Settings, data: RunData) -> None:
         )
 
 
+def _warnings(settings: Settings, *, num_rows: int) -> Iterator[str]:
+    for tier in tiers_left_empty(settings, num_rows):
+        yield f"negatives.tiers.uniform draws all of the bank, none for {tier}"
+    for section, model in settings.parts.pretrained.items():
+        if model.similarity != "cosine" and not model.normalize:
+            yield (
+                f"the model of {section}.pretrained compares vectors of any norm "
+                f"({model.similarity}); this run trains it to give unit vectors"
+            )
+
+
+def _encoder_names(settings: Settings) -> str:
+    """The encoder of the model, or of each side; a pretrained one by its family."""
+    read = settings.parts.pretrained
+    named = {"model": settings.model.name, "model.key": settings.model.key.name}
+    sections = dict.fromkeys(tower_sections(settings.model).values())
+    return " and ".join(
+        f"pretrained {read[section].family}" if section in read else str(named[section])
+        for section in sections
+    )
+
+
 def _opening(training: Training, data: RunData, workdir: AnyPath, *, first_step: int) -> str:
     rows = {role: table.num_rows for role, table in data.tables.items()}
     steps = training.settings.steps
@@ -296,7 +322,7 @@ def _opening(training: Training, data: RunData, workdir: AnyPath, *, first_step:
     if first_step >= steps:
         begins = f"has made its {first_step} steps, and is evaluated"
     return (
-        f"{workdir}: {begins}. {training.settings.model.name}, {parameters:,} parameters, "
+        f"{workdir}: {begins}. {_encoder_names(training.settings)}, {parameters:,} parameters, "
         f"{training.mesh.size} × {jax.devices()[0].device_kind} as "
         f"{dict(training.mesh.shape)}; pairs: "
         + ", ".join(f"{count:,} {role}" for role, count in rows.items())

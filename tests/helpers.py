@@ -73,7 +73,7 @@ def record_of(workdir: Path):
 
 def final_state(workdir: Path, *, step: int):
     """The state at the newest checkpoint, which is that of a step; on all devices that are here."""
-    program = training_of(read_config(workdir))
+    program = build_training(read_settings(read_config(workdir), workdir=workdir))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore_latest(program.abstract_state())
     assert restored.step == step

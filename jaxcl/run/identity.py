@@ -3,7 +3,9 @@
 Every checkpoint carries a record of these, so that a state is never resumed as another run's.
 """
 
+import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,6 +25,7 @@ __all__ = [
     "fields_of",
     "jax_flags",
     "migrated",
+    "pretrained_fingerprints",
     "process_report",
     "run_record",
     "settings_differences",
@@ -113,6 +116,7 @@ def run_record(settings: Settings, remembered: RememberedData) -> dict[str, Any]
     """
     return {
         "settings": as_dict(settings),
+        "pretrained": pretrained_fingerprints(settings),
         "data": remembered._asdict(),
         "flags": jax_flags(),
         "versions": _versions(),
@@ -123,7 +127,31 @@ def process_report(settings: Settings) -> dict[str, Any]:
     """What must be equal in all processes of a run before they begin, by name."""
     cadences = {f"run.{name}": value for name, value in settings.run._asdict().items()}
     del cadences["run.data_dir"]  # hosts may mount it at different paths
-    return fields_of(settings) | cadences | jax_flags() | _versions()
+    models = {
+        f"the files of {section}.pretrained": fingerprint
+        for section, fingerprint in pretrained_fingerprints(settings).items()
+    }
+    return fields_of(settings) | models | cadences | jax_flags() | _versions()
+
+
+def pretrained_fingerprints(settings: Settings) -> dict[str, str]:
+    """Section of an encoder -> a digest of its pretrained model's files, except for the weights."""
+    return {
+        section: _digest(model.files, model.tensors)
+        for section, model in settings.parts.pretrained.items()
+    }
+
+
+def _digest(files: Mapping[str, bytes], tensors: Mapping[str, Mapping[str, Any]]) -> str:
+    content = {
+        "files": {name: hashlib.sha256(one).hexdigest() for name, one in files.items()},
+        "tensors": {
+            f"{file}/{name}": [str(dtype), *shape]
+            for file, named in tensors.items()
+            for name, (dtype, shape) in named.items()
+        },
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def jax_flags() -> dict[str, Any]:

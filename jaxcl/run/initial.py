@@ -9,17 +9,19 @@ import jax.numpy as jnp
 
 from jaxcl.data.modalities import MODALITIES
 from jaxcl.host.files import read_regular, write_whole
-from jaxcl.host.paths import AnyPath, as_path
+from jaxcl.host.paths import AnyPath
+from jaxcl.models.pretrained.weights import keep_copy
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.checkpoint_record import newest_record
 from jaxcl.run.identity import migrated
 from jaxcl.run.training import build_towers
-from jaxcl.run.workdir import CHECKPOINTS
+from jaxcl.settings.derived import CHECKPOINTS, origin_of
+from jaxcl.settings.pretrained import COPIES, tokenizer_of
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
 from jaxcl.step.train_state import TrainState
 
-__all__ = ["copy_prepared_files", "with_initial_towers"]
+__all__ = ["copy_prepared_files", "keep_pretrained_files", "with_initial_towers"]
 
 _MAX_BYTES = 2**30
 """Of a file that inputs depend on."""
@@ -36,7 +38,7 @@ def copy_prepared_files(settings: Settings, workdir: AnyPath) -> None:
     """
     if settings.init_from is None or newest_record(workdir / CHECKPOINTS) is not None:
         return
-    origin, _ = _origin(settings.init_from)
+    origin, _ = origin_of(settings.init_from)
     for name in {settings.data.modality.query, settings.data.modality.key}:
         for file in MODALITIES[name].files:
             if not (origin / file).exists():
@@ -55,6 +57,31 @@ def copy_prepared_files(settings: Settings, workdir: AnyPath) -> None:
                 )
 
 
+def keep_pretrained_files(settings: Settings, workdir: AnyPath) -> None:
+    """Keeps the pretrained models' small files in the workdir, and their tokenizer as the run's.
+
+    A resumed run reads these, and no longer needs the folders that it began with.
+
+    Raises:
+      ValueError: if a new run's `workdir` holds another tokenizer.
+    """
+    models = settings.parts.pretrained
+    if not models or newest_record(workdir / CHECKPOINTS) is not None:
+        return
+    for section, model in models.items():
+        keep_copy(model, workdir / COPIES[section])
+    if settings.init_from is None:
+        (file,) = MODALITIES["text"].files
+        content = tokenizer_of(next(iter(models.values())))
+        if not (workdir / file).exists():
+            write_whole(workdir / file, content)
+        elif read_regular(workdir / file, limit=_MAX_BYTES) != content:
+            raise ValueError(
+                f"{workdir / file} differs from the tokenizer of the pretrained model; remove it, "
+                "or choose another --workdir"
+            )
+
+
 def with_initial_towers(settings: Settings, state: TrainState) -> TrainState:
     """The state of a new run, with the encoders of the run that `settings.init_from` names.
 
@@ -67,7 +94,7 @@ def with_initial_towers(settings: Settings, state: TrainState) -> TrainState:
     """
     if settings.init_from is None:
         return state
-    origin, step = _origin(settings.init_from)
+    origin, step = origin_of(settings.init_from)
     if newest_record(origin / CHECKPOINTS) is None:
         raise ValueError(
             f"init_from={settings.init_from!r}: no run has saved a checkpoint in {origin}; give "
@@ -82,7 +109,7 @@ def with_initial_towers(settings: Settings, state: TrainState) -> TrainState:
             {"params": {"towers": abstract}},
             partial=True,
             only=step,
-            check=functools.partial(_check_same_parameters, settings),
+            check=functools.partial(_check_same_parameters, settings, origin),
         )
     assert restored is not None  # there is a record
     towers = restored.state["params"]["towers"]
@@ -92,19 +119,11 @@ def with_initial_towers(settings: Settings, state: TrainState) -> TrainState:
     return state._replace(params=state.params | {"towers": towers}, memory=memory)
 
 
-def _origin(init_from: str) -> tuple[AnyPath, int | None]:
-    """The workdir, and the step if a single checkpoint is named."""
-    path = as_path(init_from)
-    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
-        return path.parent.parent, int(path.name)
-    return path, None
-
-
-def _check_same_parameters(settings: Settings, record: Mapping[str, Any]) -> None:
+def _check_same_parameters(settings: Settings, origin: AnyPath, record: Mapping[str, Any]) -> None:
     model = settings.model
     # The other run's file may name code: only packages that this run names are imported.
     names = {str(name).partition(":")[0].partition(".")[0] for name in (model.name, model.key.name)}
-    other = read_settings(migrated(record.get("settings", {})), trust=names)
+    other = read_settings(migrated(record.get("settings", {})), trust=names, workdir=origin)
     ours, theirs = (
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape

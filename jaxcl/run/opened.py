@@ -123,7 +123,7 @@ def open_run(workdir: AnyPath, *, trust: Trust = ()) -> OpenedRun:
       PermissionError: for an encoder of a package that is not trusted.
     """
     workdir = as_path(workdir)
-    settings = read_settings(read_config(workdir), trust=trust)
+    settings = read_settings(read_config(workdir), trust=trust, workdir=workdir)
     mesh = make_mesh({"data": -1})  # the present devices, whatever the run's were
     towers = build_towers(settings)
     with current_mesh(mesh):

@@ -18,8 +18,16 @@ from jaxcl.host.lease import leased
 from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.remote import local_folder, remove_tree
 from jaxcl.run.checkpoint_record import check_none_lost, newest_record, steps_in
-from jaxcl.run.identity import differences, jax_flags, migrated, settings_differences
+from jaxcl.run.identity import (
+    differences,
+    jax_flags,
+    migrated,
+    pretrained_fingerprints,
+    settings_differences,
+)
 from jaxcl.run.metric_writer import METRICS_FILE
+from jaxcl.settings.derived import CHECKPOINTS
+from jaxcl.settings.pretrained import COPIES
 from jaxcl.settings.read import as_dict
 from jaxcl.settings.sections import Settings
 
@@ -41,7 +49,6 @@ __all__ = [
 ]
 
 CONFIG_FILE = "config.json"
-CHECKPOINTS = "checkpoints"
 ID_FILE = "run.json"
 LOCK_FILE = ".lock"
 
@@ -89,8 +96,7 @@ def emptied_unless_begun(workdir: AnyPath) -> Iterator[None]:
 
     A folder that held a run before is left as it is, and so are files that a user has put there.
     """
-    prepared = [name for modality in MODALITIES.values() for name in modality.files]
-    names = (CONFIG_FILE, ID_FILE, DATA_FILE, METRICS_FILE, LOCK_FILE, *prepared)
+    names = (CONFIG_FILE, ID_FILE, DATA_FILE, METRICS_FILE, LOCK_FILE, *_prepared())
     absent = [name for name in names if name == LOCK_FILE or not (workdir / name).exists()]
     try:
         yield
@@ -110,12 +116,24 @@ def _has_begun(workdir: AnyPath) -> bool:
 
 def _remove_run(workdir: AnyPath, names: Sequence[str]) -> None:
     for name in names:
-        with contextlib.suppress(OSError):
-            (workdir / name).unlink()
+        _remove(workdir / name)
     remove_tree(local_folder(workdir) / "tensorboard")
     for directory in (workdir / CHECKPOINTS, workdir):
         with contextlib.suppress(OSError, ValueError):  # where there are files of the user
             directory.rmdir()
+
+
+def _prepared() -> list[str]:
+    """The files and folders that the start of a run makes before its first step."""
+    return [name for one in MODALITIES.values() for name in one.files] + [*COPIES.values()]
+
+
+def _remove(path: AnyPath) -> None:
+    if path.is_dir():
+        remove_tree(path)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _open_lock(path: AnyPath) -> BinaryIO:
@@ -180,7 +198,7 @@ def workdir_id(workdir: AnyPath) -> str:
 
 
 def check_saved_settings(workdir: AnyPath, settings: Settings, record: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` if a checkpoint's record names other settings."""
+    """Raise a `ValueError` if a checkpoint's record names other settings or a pretrained model."""
     try:
         different = settings_differences(
             record.get("settings", {}), settings, saved_step=record["step"]
@@ -192,6 +210,11 @@ def check_saved_settings(workdir: AnyPath, settings: Settings, record: Mapping[s
         ) from error
     if different:
         raise ValueError(_of_another_config(workdir, different))
+    if record.get("pretrained", {}) != pretrained_fingerprints(settings):
+        raise ValueError(
+            f"the files of the pretrained model in {workdir} ({', '.join(COPIES.values())}) have "
+            "changed since the run began; restore them from a copy, or choose another --workdir"
+        )
 
 
 def check_saved_flags(workdir: AnyPath, record: Mapping[str, Any]) -> None:
@@ -224,9 +247,8 @@ def _replace_other_config(workdir: AnyPath, settings: Settings) -> None:
     if different and steps_in(workdir / CHECKPOINTS):
         raise ValueError(_of_another_config(workdir, different))
     if different:
-        prepared = [name for modality in MODALITIES.values() for name in modality.files]
-        for name in (DATA_FILE, *prepared):
-            (workdir / name).unlink(missing_ok=True)
+        for name in (DATA_FILE, *_prepared()):
+            _remove(workdir / name)
 
 
 def _of_another_config(workdir: AnyPath, different: Sequence[str]) -> str:
