@@ -22,7 +22,7 @@ from jaxcl.run.training import build_training
 from jaxcl.settings.read import read_settings
 from jaxcl.train import _warnings, train
 from tests.helpers import bits, final_state
-from tests.models.pretrained.tiny import write_tiny_bert
+from tests.models.pretrained.tiny import write_tiny_bert, write_tiny_static
 from tests.prepared_data import prepare_pairs
 
 LIBRARY = {"prompts": {"query": "query : ", "document": "key : "}, "similarity_fn_name": "dot"}
@@ -45,9 +45,7 @@ def config_with(prepared, **changes) -> ConfigDict:
         "run.data_dir": str(prepared.parent),
         "run.log_every": 1,
         "run.checkpoint_every": 2,
-        # Both take their time to compile; `tests/run/test_pretrained.py` trains with chunks.
         "grad_cache.chunk_size": None,
-        "model.options.dropout": 0.0,
     }
     config.update_from_flattened_dict(small | changes)
     return config
@@ -84,7 +82,7 @@ class Runs(NamedTuple):
 @pytest.fixture(scope="module")
 def runs(prepared, tmp_path_factory):
     """A run that was not interrupted, and one whose folder was removed half-way."""
-    folder = write_tiny_bert(tmp_path_factory.mktemp("tiny"), sentence_transformers=LIBRARY)
+    folder = write_tiny_static(tmp_path_factory.mktemp("tiny"), library=LIBRARY)
     config = config_with(prepared, **{"model.pretrained": str(folder)})
     whole, resumed = (tmp_path_factory.mktemp(name) for name in ("whole", "resumed"))
     train(config, whole)
@@ -111,8 +109,8 @@ def test_a_copied_workdir_opens_and_searches_without_the_folder(runs, tmp_path, 
 
 def test_a_changed_copy_is_refused(runs, tmp_path):
     workdir = shutil.copytree(runs.resumed, tmp_path / "changed")
-    pooling = workdir / "pretrained" / "1_Pooling" / "config.json"
-    pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"include_prompt": True}))
+    library = workdir / "pretrained" / "config_sentence_transformers.json"
+    library.write_text(json.dumps(LIBRARY | {"similarity_fn_name": "cosine"}))
     for use in (lambda: open_run(workdir), lambda: train(runs.config, workdir)):
         with pytest.raises(ValueError, match=r"pretrained.* changed since the run began"):
             use()
@@ -137,7 +135,7 @@ def test_a_run_may_start_from_a_fine_tuned_one_and_keeps_its_files(runs, prepare
 
 
 def test_a_start_that_fails_leaves_no_copy(prepared, tmp_path):
-    folder = write_tiny_bert(tmp_path / "tiny")
+    folder = write_tiny_static(tmp_path / "tiny")
     changes = {"model.pretrained": str(folder), "global_batch_size": 32}
     with pytest.raises(ValueError, match="20 rows, fewer than one batch of 32"):
         train(config_with(prepared, **changes), tmp_path / "workdir")
@@ -145,7 +143,7 @@ def test_a_start_that_fails_leaves_no_copy(prepared, tmp_path):
 
 
 def test_another_tokenizer_in_the_workdir_is_not_overwritten(prepared, tmp_path):
-    folder = write_tiny_bert(tmp_path / "tiny")
+    folder = write_tiny_static(tmp_path / "tiny")
     workdir = tmp_path / "workdir"
     workdir.mkdir()
     (workdir / "tokenizer.json").write_text("{}")
@@ -155,12 +153,11 @@ def test_another_tokenizer_in_the_workdir_is_not_overwritten(prepared, tmp_path)
 
 
 def test_a_plan_counts_the_parameters_of_the_folder(prepared, tmp_path):
-    folder = write_tiny_bert(tmp_path)
+    folder = write_tiny_static(tmp_path)
     settings = read_settings(config_with(prepared, **{"model.pretrained": str(folder)}))
     plan = make_plan(settings, jax.devices(), num_rows=20)
     stored = load_file(folder / "model.safetensors")
-    floats = sum(one.size for name, one in stored.items() if not name.startswith("pooler"))
-    assert plan.parameters == 4 * (floats + 1)  # and the temperature
+    assert plan.parameters == 4 * (stored["embedding.weight"].size + 1)  # and the temperature
 
 
 @pytest.mark.slow
@@ -177,6 +174,6 @@ def test_a_model_that_compares_vectors_of_any_norm_is_warned_of(tmp_path):
     expected = {True: 0, False: 1}
     for normalize, count in expected.items():
         folder = tmp_path / str(normalize)
-        write_tiny_bert(folder, normalize=normalize, sentence_transformers=LIBRARY)
+        write_tiny_static(folder, normalize=normalize, library=LIBRARY)
         settings = read_settings({"model": {"pretrained": str(folder)}, "data": data})
         assert len(list(_warnings(settings, num_rows=20))) == count

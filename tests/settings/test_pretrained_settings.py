@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     prompts = {"query": "query : ", "document": "key : "}
     return write_tiny_bert(
         tmp_path_factory.mktemp("tiny"),
-        sentence_transformers={"prompts": prompts},
+        library={"prompts": prompts},
         pooling={"include_prompt": False},
     )
 

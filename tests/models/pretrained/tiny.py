@@ -1,6 +1,7 @@
-"""A tiny BERT with random weights, as a folder that sentence-transformers would write."""
+"""Tiny pretrained encoders with random weights, as sentence-transformers would write them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 WORDS = ("query", "key", ":", "file", "read", *map(str, range(30)))
 """All words of the rows of `tests.prepared_data`, and a few more."""
+
 DIM, HEADS, MLP_DIM, MAX_TOKENS = 16, 2, 32, 24
 
 
@@ -22,10 +24,10 @@ def write_tiny_bert(
     num_layers: int = 1,
     words: tuple[str, ...] = WORDS,
     normalize: bool = True,
-    sentence_transformers: dict[str, Any] | None = None,
-    pooling: dict[str, Any] | None = None,
+    pooling: Mapping[str, Any] | None = None,
+    library: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the folder, and return it.
+    """Write a BERT, and return its folder.
 
     Args:
       folder: where; made if it is not there.
@@ -34,61 +36,49 @@ def write_tiny_bert(
       num_layers: how many blocks there are.
       words: the vocabulary after the special tokens.
       normalize: whether it has a Normalize module.
-      sentence_transformers: the content of config_sentence_transformers.json.
-      pooling: further keys of the pooling's config.json.
+      pooling: further keys of the config of its Pooling.
+      library: the content of config_sentence_transformers.json.
     """
     vocabulary = [*SPECIAL_TOKENS, *words]
-    modules = {"": "Transformer", "1_Pooling": "Pooling"}
-    if normalize:
-        modules["2_Normalize"] = "Normalize"
-    content = {
-        "config.json": {
-            "model_type": "bert",
-            "hidden_size": dim,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": HEADS,
-            "intermediate_size": MLP_DIM,
-            "max_position_embeddings": MAX_TOKENS,
-            "vocab_size": len(vocabulary),
-            "type_vocab_size": 2,
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-12,
-            "hidden_dropout_prob": 0.1,
-            "attention_probs_dropout_prob": 0.1,
-            "pad_token_id": 0,
-        },
-        "modules.json": [
-            {
-                "idx": number,
-                "name": str(number),
-                "path": path,
-                "type": f"sentence_transformers.{one}",
-            }
-            for number, (path, one) in enumerate(modules.items())
-        ],
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": dim,
-            "pooling_mode_mean_tokens": True,
-            **(pooling or {}),
-        },
-        "sentence_bert_config.json": {"max_seq_length": MAX_TOKENS, "do_lower_case": False},
+    config = {
+        "model_type": "bert",
+        "hidden_size": dim,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": HEADS,
+        "intermediate_size": MLP_DIM,
+        "max_position_embeddings": MAX_TOKENS,
+        "vocab_size": len(vocabulary),
+        "hidden_dropout_prob": 0.1,
     }
-    if sentence_transformers is not None:
-        content["config_sentence_transformers.json"] = sentence_transformers
-    for name, value in content.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value))
-    (folder / "tokenizer.json").write_text(_tokenizer(vocabulary).to_str())
-    tensors = random_tensors(dim, num_layers, len(vocabulary), seed)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    pooling = {"word_embedding_dimension": dim, "pooling_mode_mean_tokens": True, **(pooling or {})}
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "1_Pooling" / "config.json", pooling)
+    _write_modules(folder, {"": "Transformer", "1_Pooling": "Pooling"}, normalize, library)
+    _write_tokenizer(folder, vocabulary)
+    _write_tensors(folder, bert_tensors(dim, num_layers, len(vocabulary), seed))
     return folder
 
 
-def random_tensors(
+def write_tiny_static(
+    folder: Path,
+    *,
+    seed: int = 0,
+    normalize: bool = True,
+    library: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a table of static embeddings, which is quick to compile, and return its folder."""
+    vocabulary = [*SPECIAL_TOKENS, *WORDS]
+    _write_modules(folder, {"": "StaticEmbedding"}, normalize, library)
+    _write_tokenizer(folder, vocabulary)
+    table = np.random.default_rng(seed).normal(size=(len(vocabulary), DIM))
+    _write_tensors(folder, {"embedding.weight": table.astype(np.float32)})
+    return folder
+
+
+def bert_tensors(
     dim: int, num_layers: int, vocabulary_size: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """The tensors of the model by name, a pooler that jaxcl does not use among them."""
+    """The tensors of a BERT by name, a pooler that jaxcl does not use among them."""
     rng = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
 
@@ -118,7 +108,30 @@ def random_tensors(
     return tensors
 
 
-def _tokenizer(vocabulary: list[str]) -> Tokenizer:
+def _write_modules(
+    folder: Path, modules: dict[str, str], normalize: bool, library: Mapping[str, Any] | None
+) -> None:
+    if normalize:
+        modules = modules | {f"{len(modules)}_Normalize": "Normalize"}
+    listed = [
+        {"idx": idx, "name": str(idx), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for idx, (path, kind) in enumerate(modules.items())
+    ]
+    _write_json(folder / "modules.json", listed)
+    if library is not None:
+        _write_json(folder / "config_sentence_transformers.json", library)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def _write_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_tokenizer(folder: Path, vocabulary: list[str]) -> None:
     ids = {word: number for number, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -126,7 +139,7 @@ def _tokenizer(vocabulary: list[str]) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    # As in many released files; neither may reach the texts.
-    tokenizer.enable_truncation(8)
-    tokenizer.enable_padding(length=8)
-    return tokenizer
+    # As many released files have them; neither may reach a run's texts.
+    tokenizer.enable_truncation(MAX_TOKENS)
+    tokenizer.enable_padding(length=MAX_TOKENS)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
