@@ -35,6 +35,7 @@ BENCHMARKS = (
     "bank",
     "duplicates",
     "embedding_bag",
+    "finetune",
     "gpu",
     "grad_cache",
     "loss",

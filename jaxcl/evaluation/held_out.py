@@ -130,7 +130,8 @@ def evaluate_run(
         write_npz(workdir / "ranks.npz", **ranks)
         content = json.dumps(summary, indent=2, allow_nan=False)
         write_whole(workdir / "results.json", content + "\n")
-        show(results_table(results))
+        if results:
+            show(results_table(results))
     if failures:
         raise failures[0]
     return summary
@@ -175,7 +176,8 @@ def evaluate_model(
 
     results, failures = _evaluate_splits(settings, _Vectors(of_rows, of_texts), sources)
     if jax.process_index() == 0:
-        show(results_table(results))
+        if results:
+            show(results_table(results))
     if failures:
         raise failures[0]
     described = {

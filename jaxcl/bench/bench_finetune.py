@@ -1,0 +1,219 @@
+"""Fine-tunes a pretrained encoder, in turn with sentence-transformers on the same batches.
+
+    python -m jaxcl.bench finetune --model FOLDER --pairs 640 --torch-python PYTHON
+
+Both train on the batches of `configs/finetune.py`, with the same learning rates, decay, clipping
+and temperature, and both embed the held-out pairs, which one function ranks. What the encoder saw
+in its pretraining is unknown here: public code may be part of it.
+"""
+
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxcl.assignment import uniform_rows
+from jaxcl.bench.benchmark_parser import benchmark_parser
+from jaxcl.data.prepare import open_sources
+from jaxcl.data.sources import PairSource
+from jaxcl.evaluation.retrieval import METRICS, evaluate_retrieval
+from jaxcl.host.paths import local_path
+from jaxcl.host.progress import say
+from jaxcl.metrics import paired_difference
+from jaxcl.run.embedding_model import EmbeddingModel
+from jaxcl.run.load_model import load
+from jaxcl.run.training import build_optimizer
+from jaxcl.settings.changed import changed_config
+from jaxcl.settings.config_files import load_config
+from jaxcl.settings.read import read_settings
+from jaxcl.settings.sections import Settings
+from jaxcl.train import train
+from jaxcl.typing import SIDES, Float
+
+__all__ = ["main", "measure"]
+
+_PROGRAM = Path(__file__).with_name("finetune_torch.py")
+_HELD_OUT = ("validation", "test")
+Vectors = Mapping[str, Float[np.ndarray, "n d"]]
+
+
+class Trained(NamedTuple):
+    """One training: the embeddings of the held-out texts, and the processor's seconds."""
+
+    vectors: Vectors
+    cpu_seconds: float
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Measures one number of pairs."""
+    parser = benchmark_parser("finetune", __doc__)
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="the pretrained encoder")
+    parser.add_argument("--pairs", type=int, default=640, help="pairs in all, each seen once")
+    parser.add_argument("--batch", type=int, default=64, help="pairs of a batch")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--max-pairs", type=int, help="of the data set; all by default")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--torch-python",
+        help="an interpreter with sentence-transformers; without it, jaxcl alone",
+    )
+    return measure(**vars(parser.parse(argv)))
+
+
+def measure(
+    *,
+    model: str,
+    pairs: int,
+    batch: int,
+    learning_rate: float,
+    max_pairs: int | None,
+    seeds: int,
+    torch_python: str | None,
+) -> dict[str, Any]:
+    """Trains with each seed, and ranks each held-out query among all keys of its split.
+
+    Args:
+      model: the folder of the pretrained encoder.
+      pairs: in all; rounded down to whole batches.
+      batch: pairs of a batch.
+      learning_rate: the peak.
+      max_pairs: of the data set.
+      seeds: how many, from 0.
+      torch_python: an interpreter with sentence-transformers.
+    """
+    steps = pairs // batch
+    config = changed_config(
+        load_config("finetune"),
+        {
+            "model.pretrained": str(Path(model).resolve()),
+            "steps": steps,
+            "global_batch_size": batch,
+            "grad_cache.chunk_size": min(batch, 64),
+            "optimizer.learning_rate": learning_rate,
+            "optimizer.warmup_steps": steps // 10,
+            "data.code_pairs.max_pairs": max_pairs,
+            "data.max_tokens": {"query": 128, "key": 128},
+        },
+    )
+    settings = read_settings(config)
+    sources = open_sources(settings.data, data_dir=local_path(settings.run.data_dir))
+    texts = _held_out(sources)
+    results: dict[str, list[Trained]] = {"frozen": [Trained(_embed(load(model), texts), 0.0)]}
+    for seed in range(seeds):
+        own = changed_config(config, {"seed": seed})
+        say(f"jaxcl, seed {seed}")
+        results.setdefault("jaxcl", []).append(_train(own, texts))
+        if torch_python is not None:
+            say(f"sentence-transformers, seed {seed}")
+            spec = _spec(read_settings(own), sources["train"], texts)
+            trained = _train_in_torch(torch_python, spec)
+            results.setdefault("sentence-transformers", []).append(trained)
+    return _record(results, {"pairs": steps * batch, "batch": batch, "rate": learning_rate})
+
+
+def _held_out(sources: Mapping[str, PairSource]) -> dict[str, list[str]]:
+    records = {split: sources[split].read(np.arange(len(sources[split]))) for split in _HELD_OUT}
+    return {
+        f"{split}/{side}": [record[side] for record in records[split]]
+        for split in _HELD_OUT
+        for side in SIDES
+    }
+
+
+def _embed(model: EmbeddingModel, texts: Mapping[str, Sequence[str]]) -> Vectors:
+    return {
+        name: model.encode(several, side=name.rpartition("/")[2]) for name, several in texts.items()
+    }
+
+
+def _train(config: ConfigDict, texts: Mapping[str, Sequence[str]]) -> Trained:
+    """The command's own training, without the evaluation at its end."""
+    config = changed_config(config, {})
+    config.data.splits = ConfigDict({"train": "train"})
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.process_time()
+        train(config, Path(folder) / "run")
+        seconds = time.process_time() - begun
+        return Trained(_embed(load(Path(folder) / "run"), texts), seconds)
+
+
+def _spec(
+    settings: Settings, source: PairSource, texts: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """What `finetune_torch.py` reads."""
+    _, learning_rate = build_optimizer(settings.optimizer, settings.parts, steps=settings.steps)
+    batches = []
+    for step in range(settings.steps):
+        rows = uniform_rows(
+            step,
+            num_rows=len(source),
+            batch_size=settings.global_batch_size,
+            seed=settings.seed,
+        )
+        records = source.read(rows)
+        batches.append({side: [record[side] for record in records] for side in SIDES})
+    return {
+        "model": settings.model.pretrained,
+        "seed": settings.seed,
+        "max_tokens": settings.data.max_tokens.key,
+        "temperature": settings.loss.temperature.initial,
+        "weight_decay": settings.optimizer.weight_decay,
+        "clip_norm": settings.optimizer.clip_norm,
+        "learning_rates": [float(learning_rate(step)) for step in range(settings.steps)],
+        "batches": batches,
+        "texts": dict(texts),
+    }
+
+
+def _train_in_torch(python: str, spec: dict[str, Any]) -> Trained:
+    with tempfile.TemporaryDirectory() as folder:
+        output, file = Path(folder) / "vectors.npz", Path(folder) / "spec.json"
+        file.write_text(json.dumps(spec | {"output": str(output)}))
+        run = subprocess.run(
+            [python, str(_PROGRAM), str(file)], stdout=subprocess.PIPE, text=True, check=False
+        )
+        if run.returncode:
+            raise RuntimeError(
+                f"the PyTorch process of {python} ended with {run.returncode}; --torch-python "
+                "needs an interpreter with sentence-transformers"
+            )
+        with np.load(output) as vectors:
+            embedded = {name: vectors[name] for name in spec["texts"]}
+    return Trained(embedded, json.loads(run.stdout.splitlines()[-1])["CPU seconds"])
+
+
+def _record(results: Mapping[str, Sequence[Trained]], shapes: dict[str, Any]) -> dict[str, Any]:
+    values = {
+        (name, split): [_reciprocal_ranks(one.vectors, split) for one in trained]
+        for name, trained in results.items()
+        for split in _HELD_OUT
+    }
+    facts: dict[str, Any] = {}
+    for name, trained in results.items():
+        if name != "frozen":
+            seconds = [round(one.cpu_seconds) for one in trained]
+            facts[f"CPU seconds of training, {name}"] = ", ".join(map(str, seconds))
+    for (name, split), ours in values.items():
+        facts[f"rows of {split}"] = len(ours[0])
+        for other in ("frozen", "sentence-transformers"):
+            if name != "jaxcl" or (other, split) not in values:
+                continue
+            theirs = values[other, split]
+            difference, error = paired_difference(np.mean(ours, axis=0), np.mean(theirs, axis=0))
+            facts[f"{split}: jaxcl less {other}"] = f"{difference:+.4f} ± {error:.4f}"
+    rounds = {
+        f"{name}, {split}": [float(one.mean()) for one in v] for (name, split), v in values.items()
+    }
+    return {"shapes": shapes, "unit": "MRR@10", "rounds": rounds, "facts": facts}
+
+
+def _reciprocal_ranks(vectors: Vectors, split: str) -> Float[np.ndarray, " n"]:
+    queries, keys = (vectors[f"{split}/{side}"] for side in SIDES)
+    ranked = evaluate_retrieval(None, None, queries, keys, methods=("dense",))
+    return METRICS["mrr@10"](ranked["dense"].ranks)

@@ -1,0 +1,91 @@
+"""The PyTorch side of `jaxcl.bench.bench_finetune`: sentence-transformers on the same batches.
+
+It imports nothing of jaxcl, so that any interpreter with sentence-transformers can run it:
+
+    python finetune_torch.py SPEC.json
+
+SPEC.json names the model, the batches, the learning rate of each step and the texts to embed; the
+embeddings go to an .npz, and the CPU seconds to standard output.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+
+def main(spec_file: str) -> None:
+    """Train, embed, and print one line of JSON."""
+    with open(spec_file) as file:
+        spec = json.load(file)
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(spec["seed"])
+    model = SentenceTransformer(spec["model"], device="cpu")
+    model.max_seq_length = spec["max_tokens"]
+    begun = time.perf_counter(), _cpu_seconds()
+    losses = _train(model, spec)
+    trained = time.perf_counter(), _cpu_seconds()
+    embeddings = {
+        name: model.encode(texts, normalize_embeddings=True, batch_size=64)
+        for name, texts in spec["texts"].items()
+    }
+    np.savez(spec["output"], **embeddings)
+    print(
+        json.dumps(
+            {
+                "losses": losses,
+                "seconds": trained[0] - begun[0],
+                "CPU seconds": trained[1] - begun[1],
+                "embedding seconds": time.perf_counter() - trained[0],
+            }
+        )
+    )
+
+
+def _train(model: SentenceTransformer, spec: dict) -> list[float]:
+    loss_of = MultipleNegativesRankingLoss(
+        model,
+        scale=1 / spec["temperature"],
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+    )
+    matrices = [one for one in model.parameters() if one.ndim > 1]
+    vectors = [one for one in model.parameters() if one.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": spec["weight_decay"]},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+    )
+    model.train()
+    losses = []
+    for rate, batch in zip(spec["learning_rates"], spec["batches"], strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        sides = [
+            {name: one for name, one in model.preprocess(batch[side]).items() if one is not None}
+            for side in ("query", "key")
+        ]
+        loss = loss_of(sides, labels=None)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), spec["clip_norm"])
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    model.eval()
+    return losses
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
