@@ -32,27 +32,21 @@ __all__ = ["TENSOR_LIST", "read_pretrained"]
 TENSOR_LIST = "tensors.json"
 """Stands for the weights in a run's copy of a folder: file -> name -> [type, shape]."""
 
-_SMALL_FILES = (
+_CONFIGS = (
     *("config.json", "modules.json", "config_sentence_transformers.json", *SENTENCE_CONFIGS),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *(
-        "adapter_config.json",
-        "vocab.txt",
-        "vocab.json",
-        "merges.txt",
-        "model.safetensors.index.json",
-    ),
-    *("README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("adapter_config.json", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"),
 )
-"""The files that are kept of each module's folder, in addition to its tensors."""
-
-_MAX_CONFIG_BYTES = 8 * 2**20
-_MAX_BYTES = 64 * 2**20
-"""Of the large ones; multilingual tokenizers have half of it."""
 _LARGE_FILES = (
-    *("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"),
-    *("model.safetensors.index.json", "README.md"),
+    *("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "README.md"),
+    "model.safetensors.index.json",
 )
+_KEPT_FILES = dict.fromkeys(_CONFIGS, 8 * 2**20) | dict.fromkeys(_LARGE_FILES, 64 * 2**20)
+"""The files that are kept of each module's folder -> the largest size allowed, in bytes.
+
+The largest real ones, tokenizers of a hundred languages, have about half of that.
+"""
+
 _MAX_TOKENS = 10**6
 """Tokenizers without a maximum length write 10^30."""
 _STATIC_TABLES = {"embedding.weight": "static_embedding", "embeddings": "model2vec"}
@@ -134,13 +128,11 @@ def _read_small_files(root: AnyPath) -> dict[str, bytes]:
 def _read_folder(root: AnyPath, folder: str) -> dict[str, bytes]:
     directory = path_inside(root, folder)
     present = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    files = {}
-    for name in _SMALL_FILES:
-        if name in present:
-            file = join(folder, name)
-            limit = _MAX_BYTES if name in _LARGE_FILES else _MAX_CONFIG_BYTES
-            files[file] = read_regular(path_inside(root, file), limit=limit)
-    return files
+    return {
+        join(folder, name): read_regular(path_inside(root, join(folder, name)), limit=limit)
+        for name, limit in _KEPT_FILES.items()
+        if name in present
+    }
 
 
 def _read_tensors(root: AnyPath, modules: Modules) -> dict[str, Specs]:
