@@ -97,5 +97,7 @@ def test_a_missing_network_is_named(hub):
 
 def test_a_model_without_safetensors_is_refused(hub, tmp_path):
     hub.answers = [FileNotFoundError(), tmp_path]
-    with pytest.raises(ValueError, match="has no safetensors on the Hugging Face Hub"):
+    with pytest.raises(
+        ValueError, match=f"{tmp_path}, the copy of {MODEL} from .* has no safetensors; check the"
+    ):
         local_or_hub(MODEL)
