@@ -58,16 +58,16 @@ def test_dropped_tokens_are_padding_and_the_first_may_be_kept():
 
 
 @pytest.mark.parametrize("span_length", [1, 3])
-@pytest.mark.parametrize("length", [0, 1, 2, 3, 20, WIDTH])
-def test_special_tokens_at_both_ends_may_be_kept(span_length, length):
-    tokens = jnp.where(jnp.arange(WIDTH) < length, 100 + jnp.arange(WIDTH), 0)
+def test_special_tokens_at_both_ends_may_be_kept(span_length):
+    lengths = np.array([0, 1, 2, 3, 20, WIDTH])
+    inputs = {"tokens": jnp.where(jnp.arange(WIDTH) < lengths[:, None], 100, 0)}
     augment = span_masking(rate=0.6, span_length=span_length, mask_id=7, **KEEP_SPECIAL_TOKENS)
     keys = jax.random.split(jax.random.key(0), 200)
-    masked = np.asarray(jax.vmap(lambda key: augment({"tokens": tokens}, key)["tokens"])(keys)) == 7
-    assert masked[:, 1 : length - 1].any() == (length > 2)
-    assert masked[:, 1 : max(length - 1, 1)].any(0).all()
-    assert not masked[:, 0].any()
-    assert not masked[:, max(length - 1, 0) :].any()
+    tokens = jax.vmap(jax.vmap(augment, (None, 0)), (0, None))(inputs, keys)["tokens"]
+    for length, masked in zip(lengths, np.asarray(tokens) == 7, strict=True):
+        inner = masked[:, 1 : max(length - 1, 1)]
+        assert inner.any(0).all()  # each of them in some draw
+        assert masked.sum() == inner.sum()
 
 
 @pytest.mark.parametrize(
