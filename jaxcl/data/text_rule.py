@@ -68,7 +68,7 @@ class TextTokenizer:
     Args:
       tokenizer: of `load_tokenizer`, or of `load_pretrained_tokenizer` where the rule has
         `special_tokens` of `True` or `False`.
-      rule: what it does with texts.
+      rule: of the side.
 
     Attributes:
       rule: as given.

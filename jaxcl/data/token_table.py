@@ -78,7 +78,11 @@ class TokenTable(NamedTuple):
 
 
 def _described(rules: Mapping[str, TextRule]) -> dict[str, Any]:
-    """What a table's name tells of the rules; those that only set the oldest fields keep theirs."""
+    """The rules as a table's name hashes them.
+
+    Rules that set no newer field than `distinct` are hashed as in earlier versions, so that their
+    tables are found again.
+    """
     first = next(iter(rules.values()))
     plain = TextRule(0, add_cls=first.add_cls, distinct=first.distinct)
     described = {

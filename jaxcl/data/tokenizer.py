@@ -1,6 +1,6 @@
-"""A byte-pair tokenizer for code and prose, trained on the training rows, and those of others.
+"""A byte-pair tokenizer for code and prose, trained on the training rows and kept in one file.
 
-Each is one file, a `tokenizer.json`.
+The tokenizers of pretrained encoders are read from the same kind of file.
 """
 
 import functools
