@@ -10,6 +10,7 @@ from jaxcl.ops.mesh import make_mesh
 from jaxcl.ops.vectors import normalise
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.embedding_model import EmbeddingModel
+from jaxcl.run.initial import keep_pretrained_files
 from jaxcl.run.training import build_training
 from jaxcl.run.workdir import claim_workdir
 from jaxcl.settings.config_files import load_config
@@ -58,10 +59,13 @@ def small_config(folder):
     return config
 
 
-def small_run(folder):
+def small_run(folder, **changes):
     """The workdir of a run whose first checkpoint holds the initial parameters."""
-    workdir, settings = folder / "run", read_settings(small_config(folder))
+    config = small_config(folder)
+    config.update_from_flattened_dict(changes)
+    workdir, settings = folder / "run", read_settings(config)
     claim_workdir(workdir, settings)
+    keep_pretrained_files(settings, workdir)
     prepare_data(settings.data, data_dir=folder / "data", workdir=workdir)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(1, build_training(settings).init(), record_of(workdir))

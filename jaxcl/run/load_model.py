@@ -103,10 +103,19 @@ def _trained_model(folder: AnyPath, settings: Settings, encoder: Encoder) -> Emb
         params=encoder.params,
         mesh=encoder.mesh,
         tokenizer=Text().tokenizer(settings.data, folder),
-        rules={side: text_rule(settings.data, side) for side in SIDES},
+        rules=_trained_rules(settings),
         dim=settings.model.dim,
         description={"model": as_dict(settings)["model"]},
     )
+
+
+def _trained_rules(settings: Settings) -> dict[str, TextRule]:
+    rules = {side: text_rule(settings.data, side) for side in SIDES}
+    if not settings.parts.pretrained:
+        return rules
+    # The folder of a pretrained encoder has one limit: so does the model, exported or not.
+    longest = max(rule.max_tokens for rule in rules.values())
+    return {side: rule._replace(max_tokens=longest) for side, rule in rules.items()}
 
 
 def _pretrained_model(pretrained: PretrainedModel, compute_dtype: str) -> EmbeddingModel:

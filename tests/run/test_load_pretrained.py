@@ -5,8 +5,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxcl
+from jaxcl.typing import SIDES
 from tests.helpers import relative_error
 from tests.run.encoded.folders import FOLDERS, HERE, TEXTS, write_folder
+from tests.small_models import small_run
 
 TOLERANCE = 1e-5
 
@@ -92,3 +94,13 @@ def test_a_folder_that_lacks_a_tensor_is_refused(folders, tmp_path):
 def test_an_id_of_the_hub_is_looked_up(folders, monkeypatch):
     monkeypatch.setattr("jaxcl.run.load_model.local_or_hub", lambda name: folders[name])
     assert jaxcl.load("mean").source == str(folders["mean"])
+
+
+def test_a_fine_tuned_run_has_the_longer_limit_on_both_sides(folders, models, tmp_path):
+    changes = {"model.pretrained": str(folders["static"]), "model.shared": True}
+    run = jaxcl.load(small_run(tmp_path, **changes))
+    assert run.max_tokens == {"query": 12, "key": 12}
+    cut = [" ".join(text.split()[:12]) for text in TEXTS]
+    for side in SIDES:
+        found = run.encode(TEXTS, side=side)
+        assert np.abs(found - models["static"].encode(cut, side=side)).max() < 1e-6
