@@ -14,6 +14,7 @@ from jaxcl.run.training import build_training
 from jaxcl.settings.derived import data_set_names, sources_by
 from jaxcl.settings.read import read_settings
 from tests.helpers import relative_error, unit_vectors
+from tests.models.pretrained.tiny import DIM, write_tiny_bert
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -35,6 +36,15 @@ def test_the_loss_in_ones_own_step_is_that_of_the_whole_batch():
         params
     )
     assert max(map(relative_error, found, wanted)) < 1e-5
+
+
+def test_an_exported_model_is_loaded_and_embeds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_tiny_bert(tmp_path / "models" / "code")
+    names = {}
+    exec(snippet("Fine-tune a pretrained encoder"), names)
+    assert names["keys"].shape == (2, DIM)
+    assert len(capsys.readouterr().out.strip("[]\n").split()) == 2
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
