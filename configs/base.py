@@ -185,7 +185,9 @@ def _optimizer() -> ConfigDict:
 def _run() -> ConfigDict:
     """What may change between a stop and a restart; everything else makes another run."""
     run = ConfigDict()
-    run.data_dir = "~/.cache/jaxcl"  # prepared data and token ids, shared by all runs
+    # Where prepared data and token ids are shared by all runs; None for XDG_CACHE_HOME/jaxcl, which
+    # is ~/.cache/jaxcl unless that is set.
+    run.data_dir = placeholder(str)
     # Devices that share the rows, and devices that share the parameters as well.
     run.mesh = ConfigDict({"data": -1, "fsdp": 1})
     # Along which dimension fsdp cuts a parameter, if not its longest: ((path, number or None), …).

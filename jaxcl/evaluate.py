@@ -26,7 +26,8 @@ from jaxcl.evaluation.held_out import check_evaluation, evaluate_model
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser, add_model_flag, user_path
 from jaxcl.host.files import write_whole
-from jaxcl.host.paths import as_path, local_path
+from jaxcl.host.paths import as_path
+from jaxcl.host.user_folders import shared_folder
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.load_model import is_run, load, model_of_run
 from jaxcl.run.opened import open_run
@@ -94,7 +95,7 @@ def evaluate(
         settings = read_settings(config, changed=changed)
         sources = open_sources(
             settings.data,
-            data_dir=local_path(settings.run.data_dir),
+            data_dir=shared_folder(settings.run.data_dir),
             open_source=settings.parts.source,
         )
     elif isinstance(model, EmbeddingModel) or not is_run(model):

@@ -32,10 +32,10 @@ from jaxcl.host.command_flags import CommandParser, add_workdir_flag, user_path
 from jaxcl.host.files import digest_of, write_npz
 from jaxcl.host.npz import read_npz
 from jaxcl.host.output import check_output
-from jaxcl.host.paths import AnyPath, as_path, local_path
+from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.printable import printable
 from jaxcl.host.progress import progress_bar, say
-from jaxcl.host.user_folders import cache_folder
+from jaxcl.host.user_folders import cache_folder, shared_folder
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.host_vectors import for_inner_products
 from jaxcl.run.load_model import is_run, load, model_of_run
@@ -222,7 +222,7 @@ def _pool_of(
 ) -> _Pool:
     """Another pool than the run's own; its index must not lie in the folder of the model."""
     settings = read_settings(config, changed=changed)
-    data_dir, open_source = local_path(settings.run.data_dir), settings.parts.source
+    data_dir, open_source = shared_folder(settings.run.data_dir), settings.parts.source
     sources = open_sources(settings.data, data_dir=data_dir, open_source=open_source)
     model = load(path, trust=trust)
     fingerprints = {role: source.fingerprint for role, source in sources.items()}

@@ -30,10 +30,11 @@ from jaxcl.evaluation.held_out import check_evaluation, evaluate_run, quick_metr
 from jaxcl.host.agreement import check_processes_agree
 from jaxcl.host.command import join_processes, run_command
 from jaxcl.host.command_flags import CommandParser, add_process_flags, user_path
-from jaxcl.host.paths import AnyPath, as_path, local_path
+from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.processes import Stopped, first_then_others, stop_requests, together
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.host.remote import local_folder
+from jaxcl.host.user_folders import shared_folder
 from jaxcl.ops.mesh import current_mesh, fetch
 from jaxcl.run.batches import RunBatches
 from jaxcl.run.build_loss import batch_needs
@@ -154,7 +155,7 @@ def _prepare(settings: Settings, workdir: AnyPath, saved: Mapping[str, Any] | No
     keep_pretrained_files(settings, workdir)
     return prepare_data(
         settings.data,
-        data_dir=local_path(settings.run.data_dir),
+        data_dir=shared_folder(settings.run.data_dir),
         workdir=workdir,
         scored="teacher_scores" in batch_needs(settings),
         open_source=settings.parts.source,

@@ -23,8 +23,8 @@ from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.data.prepare import open_sources
 from jaxcl.data.sources import PairSource
 from jaxcl.evaluation.retrieval import METRICS, evaluate_retrieval
-from jaxcl.host.paths import local_path
 from jaxcl.host.progress import say
+from jaxcl.host.user_folders import shared_folder
 from jaxcl.metrics import paired_difference
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.load_model import load
@@ -102,7 +102,7 @@ def measure(
         },
     )
     settings = read_settings(config)
-    sources = open_sources(settings.data, data_dir=local_path(settings.run.data_dir))
+    sources = open_sources(settings.data, data_dir=shared_folder(settings.run.data_dir))
     texts = _held_out(sources)
     results: dict[str, list[Trained]] = {"frozen": [Trained(_embed(load(model), texts), 0.0)]}
     for seed in range(seeds):

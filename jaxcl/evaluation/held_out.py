@@ -175,9 +175,8 @@ def evaluate_model(
         return of_texts(side, [record[side] for record in source.read(np.arange(len(source)))])
 
     results, failures = _evaluate_splits(settings, _Vectors(of_rows, of_texts), sources)
-    if jax.process_index() == 0:
-        if results:
-            show(results_table(results))
+    if jax.process_index() == 0 and results:
+        show(results_table(results))
     if failures:
         raise failures[0]
     described = {

@@ -5,9 +5,10 @@ import stat
 import tempfile
 from pathlib import Path
 
+from jaxcl.host.paths import local_path
 from jaxcl.host.progress import say
 
-__all__ = ["cache_folder", "ensure_home", "make_private"]
+__all__ = ["cache_folder", "ensure_home", "make_private", "shared_folder"]
 
 
 def ensure_home() -> None:
@@ -33,6 +34,11 @@ def cache_folder() -> Path:
     """The folder for jaxcl's caches: in `XDG_CACHE_HOME` or `~/.cache`."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "jaxcl"
+
+
+def shared_folder(named: str | None) -> Path:
+    """The folder for data that runs share: the named one, or the cache."""
+    return cache_folder() if named is None else local_path(named)
 
 
 def make_private(folder: Path) -> None:

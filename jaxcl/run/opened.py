@@ -14,8 +14,9 @@ from jaxcl.data.prepare import RememberedData, read_remembered_data, remembered_
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import open_splits
 from jaxcl.data.table import Table
-from jaxcl.host.paths import AnyPath, as_path, local_path
+from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.progress import progress_bar
+from jaxcl.host.user_folders import shared_folder
 from jaxcl.models import Towers
 from jaxcl.ops.mesh import current_mesh, make_mesh, replicated_sharding
 from jaxcl.run.checkpoint import Checkpoints, Restored, checksum
@@ -63,7 +64,7 @@ class OpenedRun(NamedTuple):
         sources = open_splits(
             self.settings.data,
             self.data_set,
-            data_dir=local_path(self.settings.run.data_dir),
+            data_dir=shared_folder(self.settings.run.data_dir),
             open_source=self._open_source(),
         )
         fingerprints = self.made_from["fingerprints"]
@@ -95,7 +96,7 @@ class OpenedRun(NamedTuple):
 
     def table(self, split: str, source: PairSource) -> Table:
         """A split's pairs as inputs of the encoders."""
-        data_dir = local_path(self.settings.run.data_dir)
+        data_dir = shared_folder(self.settings.run.data_dir)
         tables = open_tables(
             self.settings.data, {split: source}, data_dir=data_dir, workdir=self.workdir
         )

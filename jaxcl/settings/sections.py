@@ -293,7 +293,7 @@ class EvaluationSettings(NamedTuple):
 class RunSettings(NamedTuple):
     """What may change between a stop and a restart."""
 
-    data_dir: str = "~/.cache/jaxcl"
+    data_dir: str | None = None
     mesh: Mapping[str, Annotated[int, Range(least=-1)]] = {"data": -1, "fsdp": 1}
     parameter_rules: tuple[tuple[str, Annotated[int, Range(least=0)] | None], ...] = ()
     log_every: Size = 10

@@ -10,7 +10,7 @@ import pytest
 
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser
-from jaxcl.host.user_folders import cache_folder, ensure_home, make_private
+from jaxcl.host.user_folders import cache_folder, ensure_home, make_private, shared_folder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX users")
 OTHER = 12_345
@@ -22,6 +22,13 @@ def test_a_private_folder_is_made_with_its_parents(tmp_path):
     make_private(folder)
     assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder.parent)] == [0o700] * 2
     make_private(folder)
+
+
+def test_data_are_shared_in_the_named_folder_or_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert shared_folder(None) == cache_folder() == tmp_path / "jaxcl"
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert shared_folder("~/data") == Path("/home/someone/data")
 
 
 @pytest.mark.parametrize("part", ["a", "a/b"])
