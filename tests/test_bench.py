@@ -11,6 +11,7 @@ import pytest
 from jaxcl.bench import bench_assignment as assignment
 from jaxcl.bench import bench_assignment_sizes as assignment_sizes
 from jaxcl.bench import bench_embedding_bag as embedding_bag
+from jaxcl.bench import bench_encode as encode
 from jaxcl.bench import bench_grad_cache as grad_cache
 from jaxcl.bench import bench_loss as loss
 from jaxcl.bench import bench_nearest as nearest
@@ -18,7 +19,9 @@ from jaxcl.bench import bench_train_step as train_step
 from jaxcl.bench.__main__ import BENCHMARKS, as_table, main
 from jaxcl.bench.bench_embedding_bag import BagShape
 from jaxcl.bench.bench_train_step import StepShape
+from jaxcl.data.python_functions import SourceRoot
 from jaxcl.models.embedding_bag import IMPLEMENTATIONS
+from tests.run.encoded.folders import TEXTS, write_folder
 
 _SHAPES = {
     "static": StepShape(
@@ -192,6 +195,47 @@ def test_all_implementations_of_the_bag_are_timed():
     record = embedding_bag.measure([shape], rounds=2)
     assert len(record["rounds"]) == 2 * len(IMPLEMENTATIONS)
     assert all(map(_is_figure, itertools.chain.from_iterable(record["rounds"].values())))
+
+
+@pytest.fixture(scope="module")
+def static_folder(tmp_path_factory):
+    return str(write_folder("static", tmp_path_factory.mktemp("static")))
+
+
+def test_encoding_is_timed(static_folder):
+    record = encode.measure(static_folder, texts=TEXTS, side="key", rounds=2)
+    assert list(record["rounds"]) == ["jaxcl"]
+    assert all(map(_is_figure, record["rounds"]["jaxcl"]))
+    assert _is_figure(record["facts"]["CPU ms a text, jaxcl"])
+
+
+def test_sentence_transformers_encodes_the_same(static_folder, torch_python):
+    record = encode.measure(
+        static_folder, texts=TEXTS, side="key", rounds=1, torch_python=torch_python
+    )
+    assert record["facts"]["largest difference of a number"] < 1e-6
+    assert _is_figure(record["rounds"]["sentence-transformers"][0])
+
+
+def test_vectors_of_another_model_are_refused():
+    with pytest.raises(RuntimeError, match=r"differ by up to 2\.0e-05: not the same model"):
+        encode._agreement(np.float32([[1]]), np.float32([[1 + 2e-5]]))
+
+
+def test_texts_of_the_standard_library_are_docstrings_and_functions(monkeypatch, tmp_path):
+    body = [
+        '    """Halve a number, whatever its kind."""',
+        "    half = number / 2",
+        "    return half",
+    ]
+    function = "\n".join(["def half(number):", *body, ""])
+    (tmp_path / "numbers.py").write_text(function)
+    monkeypatch.setattr(encode, "installed_roots", lambda: [SourceRoot(tmp_path, "stdlib")])
+    docstring, source = encode.standard_library_texts(2)
+    assert docstring == "Halve a number, whatever its kind."
+    assert source.startswith("def half(number):")
+    with pytest.raises(ValueError, match="--num-texts=3; the standard library has 2"):
+        encode.standard_library_texts(3)
 
 
 def test_the_json_holds_where_and_what_was_measured(tmp_path, monkeypatch, capsys):

@@ -35,6 +35,7 @@ BENCHMARKS = (
     "bank",
     "duplicates",
     "embedding_bag",
+    "encode",
     "finetune",
     "gpu",
     "grad_cache",

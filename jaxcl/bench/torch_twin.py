@@ -16,7 +16,7 @@ from jaxcl.run.training import Training, build_training
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES, Batch, PyTree
 
-__all__ = ["Ask", "agreement", "torch_twin"]
+__all__ = ["Ask", "agreement", "torch_process", "torch_twin"]
 
 Ask = Callable[[str, int], dict[str, Any]]
 """Sends the twin a command and a count, and returns its answer."""
@@ -53,11 +53,27 @@ def torch_twin(
         named[f"batches/{side}"] = np.stack([batch[side]["tokens"] for batch in batches])
     np.savez(arrays, **named)
     spec_file.write_text(json.dumps({**spec, "arrays": str(arrays)}))
+    with torch_process(python, _PROGRAM, spec_file, huge_pages=huge_pages) as (ask, facts):
+        yield ask, facts
+
+
+@contextlib.contextmanager
+def torch_process(
+    python: str, program: Path, spec_file: Path, *, huge_pages: bool = False
+) -> Iterator[tuple[Ask, dict[str, Any]]]:
+    """A process that answers commands: a function that sends it one, and its first answer.
+
+    Args:
+      python: an interpreter with torch.
+      program: a script that prints a line of JSON as it is ready, and one for each line of input.
+      spec_file: its argument.
+      huge_pages: as `torch_twin`.
+    """
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # or it spins in others' time
     if not huge_pages:
         environment.pop("GLIBC_TUNABLES", None)
     with subprocess.Popen(
-        [python, str(_PROGRAM), str(spec_file)],
+        [python, str(program), str(spec_file)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -72,7 +88,8 @@ def torch_twin(
             if not line:
                 raise RuntimeError(
                     f"the PyTorch process of {python} ended with {process.wait()}; "
-                    "--torch-python needs an interpreter with torch and numpy"
+                    "--torch-python needs an interpreter with the packages that "
+                    f"{program.name} imports"
                 )
             return json.loads(line)
 

@@ -1,0 +1,139 @@
+"""How many texts per second does `EmbeddingModel.encode` embed, next to sentence-transformers?
+
+    python -m jaxcl.bench encode --model PATH [--torch-python PATH] [--num-texts N] [--rounds N]
+
+The texts are docstrings and functions of the standard library, in turn. Each library embeds all of
+them per round, in turn, tokenising included and in its own batches. sentence-transformers has its
+own process. Before that, both embed all texts once, which compiles jaxcl's programs, and the
+vectors must agree.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from jaxcl.bench.benchmark_parser import benchmark_parser
+from jaxcl.bench.torch_twin import torch_process
+from jaxcl.data.python_functions import installed_roots, parse_functions, scan_files
+from jaxcl.run.load_model import load
+from jaxcl.typing import SIDES
+
+__all__ = ["main", "measure", "standard_library_texts"]
+
+Seconds: TypeAlias = tuple[float, float]
+"""On the clock, and of all threads together."""
+
+_LARGEST_DIFFERENCE = 1e-5
+_PROGRAM = Path(__file__).with_name("encode_torch.py")
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Measure one model."""
+    parser = benchmark_parser("encode", __doc__)
+    parser.add_argument("--model", required=True, help="a folder that both libraries load")
+    parser.add_argument("--side", choices=SIDES, default="query")
+    parser.add_argument("--num-texts", type=int, default=5_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--torch-python", help="an interpreter with sentence-transformers")
+    parser.add_argument("--torch-batch-size", type=int, default=32, help="its default: 32")
+    arguments = vars(parser.parse(argv))
+    num_texts = arguments.pop("num_texts")
+    return measure(texts=standard_library_texts(num_texts), **arguments)
+
+
+def standard_library_texts(count: int) -> list[str]:
+    """Docstrings and functions of the standard library, in turn.
+
+    Raises:
+      ValueError: if there are fewer.
+    """
+    files = scan_files(installed_roots()[:1]).files
+    functions = parse_functions(files).functions
+    texts = [text for one in functions for text in (one.docstring_paragraph, one.source)]
+    if len(texts) < count:
+        raise ValueError(f"--num-texts={count}; the standard library has {len(texts)}")
+    return [texts[int(place)] for place in np.linspace(0, len(texts) - 1, count)]
+
+
+def measure(
+    model: str,
+    *,
+    texts: Sequence[str],
+    side: str,
+    rounds: int,
+    torch_python: str | None = None,
+    torch_batch_size: int = 32,
+) -> dict[str, Any]:
+    """Time both libraries in turn.
+
+    Args:
+      model: a folder that both load.
+      texts: what they embed.
+      side: of the texts.
+      rounds: how often each is timed.
+      torch_python: an interpreter with sentence-transformers; `None` leaves it out.
+      torch_batch_size: of sentence-transformers.
+
+    Returns:
+      The record that `jaxcl.bench` prints, in texts per second.
+
+    Raises:
+      RuntimeError: if the vectors differ, or sentence-transformers does not run.
+    """
+    ours = load(model)
+
+    def run_jaxcl() -> Seconds:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        ours.encode(texts, side=side)
+        return time.perf_counter() - start, time.process_time() - cpu_start
+
+    facts: dict[str, Any] = {"first pass with compilation, s": run_jaxcl()[0]}
+    lengths = [len(row) for row in ours.tokenize(texts, side=side)]
+    facts["tokens of a text, mean"] = statistics.fmean(lengths)
+    timed: dict[str, Callable[[], Seconds]] = {"jaxcl": run_jaxcl}
+    with contextlib.ExitStack() as stack:
+        if torch_python is not None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxcl-bench-")))
+            vectors = folder / "vectors.npy"
+            spec = {"model": model, "side": side, "texts": texts, "threads": os.cpu_count()}
+            spec |= {"batch_size": torch_batch_size, "vectors": str(vectors)}
+            (folder / "spec.json").write_text(json.dumps(spec))
+            ask, versions = stack.enter_context(
+                torch_process(torch_python, _PROGRAM, folder / "spec.json")
+            )
+            ask("save", len(texts))
+            facts |= versions | _agreement(ours.encode(texts, side=side), np.load(vectors))
+            timed["sentence-transformers"] = lambda: _seconds(ask("run", len(texts)))
+        spent: dict[str, list[Seconds]] = {name: [] for name in timed}
+        for number in range(rounds):
+            for name in list(timed)[:: 1 if number % 2 == 0 else -1]:
+                spent[name].append(timed[name]())
+    for name, rounds_of in spent.items():
+        cpu = statistics.median(cpu for _, cpu in rounds_of)
+        facts[f"CPU ms a text, {name}"] = 1e3 * cpu / len(texts)
+    rates = {name: [len(texts) / wall for wall, _ in of] for name, of in spent.items()}
+    return {
+        "shapes": {"model": Path(model).name, "texts": len(texts), "dim": ours.dim, "side": side},
+        "unit": "texts/s",
+        "rounds": rates,
+        "facts": facts,
+    }
+
+
+def _seconds(answer: Mapping[str, float]) -> Seconds:
+    return answer["seconds"], answer["cpu_seconds"]
+
+
+def _agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    difference = float(np.abs(ours - theirs).max())
+    if not difference <= _LARGEST_DIFFERENCE:
+        raise RuntimeError(f"the vectors differ by up to {difference:.1e}: not the same model")
+    return {"largest difference of a number": difference}
