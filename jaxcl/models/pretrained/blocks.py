@@ -278,22 +278,18 @@ def attend(
 ) -> Float[Array, "b t n c"]:
     r"""Dot-product attention: $\operatorname{softmax}(Q K^\top / \sqrt{c} + B)\, V$ for each head.
 
-    `jax.nn.dot_product_attention` rounds the weights of float64 inputs to float32; here the softmax
-    is at least float32, and float64 where the inputs are.
-
     Args:
       queries, keys, values: per head.
       bias: added to the scaled scores.
       seen: `True` where a query sees a key. A query that sees none, which only padding does,
         takes the mean over all of them: finite, with a finite gradient.
     """
-    wide = jnp.promote_types(queries.dtype, jnp.float32)
-    scores = jnp.einsum("bqnc,bknc->bnqk", queries, keys, preferred_element_type=wide)
-    scores *= queries.shape[-1] ** -0.5
-    if bias is not None:
-        scores += bias.astype(wide)
-    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(wide).min))
-    return jnp.einsum("bnqk,bknc->bqnc", weights.astype(values.dtype), values)
+    if queries.dtype != jnp.float64:
+        return jax.nn.dot_product_attention(queries, keys, values, bias, seen)
+    # JAX's own rounds the weights of attention to float32.
+    scores = jnp.einsum("bqnc,bknc->bnqk", queries, keys) * queries.shape[-1] ** -0.5
+    scores = jnp.where(seen, scores if bias is None else scores + bias, jnp.finfo(scores.dtype).min)
+    return jnp.einsum("bnqk,bknc->bqnc", jax.nn.softmax(scores), values)
 
 
 def _within(window: int, t: int) -> Bool[Array, "t t"]:

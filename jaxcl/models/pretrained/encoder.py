@@ -8,7 +8,8 @@ from jaxcl.models.layers import token_mask, tokens_of, unit_vectors
 from jaxcl.models.pretrained.activations import ACTIVATIONS
 from jaxcl.models.pretrained.description import Dense, Pooling, PretrainedModel
 from jaxcl.models.pretrained.families import FAMILIES
-from jaxcl.models.pretrained.pooling import pool_states
+from jaxcl.models.pretrained.pooling import pool_states, without_prompt
+from jaxcl.models.pretrained.static_embedding import StaticEmbedding
 from jaxcl.typing import Embeddings, PyTree, Range, RowKeys, check_ranges
 
 __all__ = ["PretrainedEncoder", "PretrainedOptions"]
@@ -90,10 +91,14 @@ class PretrainedEncoder(nnx.Module):
           One vector per text, in float32 at least; zeros for a text without tokens.
         """
         tokens, mask = tokens_of(inputs, "PretrainedEncoder"), token_mask(inputs)
-        hidden = self.encoder(tokens, mask, rngs)
-        vectors = pool_states(
-            hidden, mask, modes=self.modes, prompt_length=inputs.get("prompt_length")
-        )
+        pooled = mask
+        if "prompt_length" in inputs:
+            pooled = without_prompt(mask, inputs["prompt_length"])
+        if isinstance(self.encoder, StaticEmbedding) and self.modes == ("mean",):
+            vectors = self.encoder.mean(tokens, pooled)
+        else:
+            hidden = self.encoder(tokens, mask, rngs)
+            vectors = pool_states(hidden, pooled, modes=self.modes)
         layers = zip(self.dense, self.activations, self.residuals, strict=True)
         for layer, activation, residual in layers:
             out = ACTIVATIONS[activation](layer(vectors))

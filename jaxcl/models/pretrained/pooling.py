@@ -8,16 +8,15 @@ from jaxcl.models.layers import Hidden, TokenMask
 from jaxcl.models.pretrained.modules import POOLING_MODES
 from jaxcl.typing import Array, Embeddings, Float, Int
 
-__all__ = ["pool_states"]
+__all__ = ["pool_states", "without_prompt"]
 
 
-def pool_states(
-    hidden: Hidden,
-    mask: TokenMask,
-    *,
-    modes: Sequence[str],
-    prompt_length: Int[Array, " b"] | None = None,
-) -> Embeddings:
+def without_prompt(mask: TokenMask, prompt_length: Int[Array, " b"]) -> TokenMask:
+    """A mask of tokens without the first ones of each text, which pooling leaves out."""
+    return mask & (jnp.arange(mask.shape[1]) >= prompt_length[:, None])
+
+
+def pool_states(hidden: Hidden, mask: TokenMask, *, modes: Sequence[str]) -> Embeddings:
     r"""One vector per text: those of all modes, concatenated, in float32 at least.
 
     | mode | vector |
@@ -26,14 +25,13 @@ def pool_states(
     | `"max"` | the largest value of each feature |
     | `"mean"` | $\sum_j h_j / n$ over the $n$ tokens |
     | `"mean_sqrt_len_tokens"` | $\sum_j h_j / \sqrt{n}$ |
-    | `"weightedmean"` | $\sum_j j h_j / \sum_j j$, where the text's first token has $j = 1$ |
+    | `"weightedmean"` | $\sum_j j h_j / \sum_j j$, where the first place has $j = 1$ |
     | `"lasttoken"` | the state of the last token |
 
     Args:
       hidden: states of tokens.
-      mask: `True` for tokens.
+      mask: `True` for the tokens that count.
       modes: some of `POOLING_MODES`.
-      prompt_length: tokens at the start of each text that are left out; the others keep their $j$.
 
     Returns:
       The vectors; zeros for a text without any token.
@@ -42,8 +40,6 @@ def pool_states(
       ValueError: for an unknown mode.
     """
     places = jnp.arange(mask.shape[1])[None]
-    if prompt_length is not None:
-        mask = mask & (places >= prompt_length[:, None])
     hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
     vectors = [_pooled(hidden, mask, places, mode) for mode in modes]
     return jnp.where(mask.any(1, keepdims=True), jnp.concatenate(vectors, axis=1), 0)

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxcl.models.embedding_bag import embedding_bag
 from jaxcl.models.layers import Hidden, TokenMask, default_compute_dtype
 from jaxcl.models.pretrained.description import Family, Tensor
-from jaxcl.typing import RowKeys, Tokens
+from jaxcl.typing import Embeddings, RowKeys, Tokens
 
 __all__ = ["MODEL2VEC", "STATIC_EMBEDDING", "StaticEmbedding"]
 
@@ -46,6 +47,14 @@ class StaticEmbedding(nnx.Module):
         if self.token_weight is not None:
             hidden *= self.token_weight[...][tokens][..., None]
         return hidden.astype(self.dtype)
+
+    def mean(self, tokens: Tokens, mask: TokenMask) -> Embeddings:
+        """The mean over each text's tokens, without their `[b, t, d]` in between."""
+        table = self.token_table[...]
+        weights = (mask / jnp.maximum(mask.sum(1, keepdims=True), 1)).astype(table.dtype)
+        if self.token_weight is not None:
+            weights *= self.token_weight[...][tokens]
+        return embedding_bag(table, tokens, weights)
 
 
 def _shape(config: Mapping[str, Any], name: str) -> tuple[int, ...]:

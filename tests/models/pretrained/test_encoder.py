@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcl.grad_cache import chunked
 from jaxcl.models.pretrained.description import Dense, Pooling
 from jaxcl.models.pretrained.encoder import PretrainedEncoder
+from jaxcl.models.pretrained.pooling import pool_states
 from jaxcl.models.towers import make_towers
 from tests.helpers import relative_error, relative_errors
 from tests.models.pretrained.reference_models import (
@@ -90,6 +92,16 @@ def test_a_static_embedding_is_the_mean_over_its_tokens():
     np.testing.assert_allclose(vectors, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("config", [STATIC, MODEL2VEC])
+def test_the_mean_of_a_static_embedding_is_that_of_its_states(config):
+    encoder = PretrainedEncoder(describe(config), rngs=nnx.Rngs(0)).encoder
+    tokens, mask = jnp.array([[1, 2, 3], [4, 5, 0]]), jnp.array([[1, 0, 1], [0, 0, 0]], bool)
+    states = encoder(tokens, mask)
+    np.testing.assert_allclose(
+        encoder.mean(tokens, mask), pool_states(states, mask, modes=("mean",)), rtol=1e-6
+    )
+
+
 def test_a_model2vec_weighs_its_tokens_and_normalises_where_it_says_so():
     weights = jnp.array([1.0, 0.5, 2.0, 1.0, 1.0, 1.0])
     params = {"encoder": {"token_table": TABLE, "token_weight": weights}}
@@ -141,6 +153,35 @@ def test_gradient_caching_gives_the_gradients_of_the_whole_batch():
         lambda *rows: embed(model, *rows, normalize=True, dropout=0.2, remat=True)
     )
     assert max(relative_errors(rematerialised, whole).values()) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mpnet", "modernbert"])
+def test_parameters_spread_over_devices_give_the_same_gradients(name):
+    values, model = read_values(name), describe(read_config(name))
+    params = {"encoder": read_parameters(name)}
+    inputs = {
+        key: jnp.tile(value, (8, 1)[: value.ndim]) for key, value in inputs_of(values).items()
+    }
+    keys = jax.random.split(jax.random.key(0), len(inputs["length"]))
+
+    @jax.jit
+    def differentiate(params, inputs, keys):
+        def total(params):
+            vectors = embed(model, params, inputs, keys, normalize=True, dropout=0.2)
+            return jnp.sin(7 * vectors).sum()
+
+        return without_key_biases(jax.grad(total)(params))
+
+    alone = differentiate(params, inputs, keys)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def spread(leaf):
+        spec = PartitionSpec("data") if leaf.shape[0] % 8 == 0 else PartitionSpec()
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    together = differentiate(*jax.tree.map(spread, (params, inputs, keys)))
+    assert max(relative_errors(together, alone).values()) < 1e-5
 
 
 @pytest.mark.parametrize(
