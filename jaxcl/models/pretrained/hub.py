@@ -67,8 +67,8 @@ def _download(model: str) -> Path:
     if not _has_weights(folder):
         raise ValueError(
             f"{folder}, the copy of {model} from the Hugging Face Hub, has no safetensors; check "
-            "the network or, if the Hub has only pickles, load them where you trust them, save them "
-            "as transformers' save_pretrained does, and give that folder"
+            "the network or, if the Hub has only pickles, load them where you trust them, save "
+            "them as transformers' save_pretrained does, and give that folder"
         )
     return folder
 
