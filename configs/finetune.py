@@ -31,7 +31,8 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.global_batch_size = 256
     config.grad_cache.chunk_size = 64
     config.optimizer.warmup_steps = config.steps // 10
+    config.evaluation.batch_size = 256
     if variant == "smoke":
-        config.global_batch_size = 16
+        config.global_batch_size = config.evaluation.batch_size = 16
         config.data.max_tokens = ConfigDict({"query": 12, "key": 16})
     return config

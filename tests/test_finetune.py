@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,14 +15,18 @@ from safetensors.numpy import load_file
 from jaxcl import search
 from jaxcl.check_grad import compare_gradients
 from jaxcl.configs import finetune
+from jaxcl.models.pretrained.folder import read_pretrained
 from jaxcl.plan import make_plan
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.initial import copy_prepared_files, keep_pretrained_files, with_initial_towers
 from jaxcl.run.opened import open_run
 from jaxcl.run.training import build_training
+from jaxcl.run.workdir import claim_workdir
+from jaxcl.settings.pretrained import is_copy
 from jaxcl.settings.read import read_settings
 from jaxcl.train import _warnings, train
 from tests.helpers import bits, final_state
+from tests.host.test_processes import Run, assert_close_runs
 from tests.models.pretrained.tiny import write_tiny_bert, write_tiny_static
 from tests.prepared_data import prepare_pairs
 
@@ -150,6 +155,55 @@ def test_another_tokenizer_in_the_workdir_is_not_overwritten(prepared, tmp_path)
     with pytest.raises(ValueError, match="differs from the tokenizer of the pretrained model"):
         train(config_with(prepared, **{"model.pretrained": str(folder)}), workdir)
     assert [path.name for path in workdir.iterdir()] == ["tokenizer.json"]
+
+
+def test_a_folder_of_the_user_in_the_place_of_the_copy_stays(prepared, tmp_path):
+    workdir = tmp_path / "workdir"
+    folder = write_tiny_static(workdir / "pretrained")
+    stored = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is in the way of the run's copy"):
+        train(config_with(prepared, **{"model.pretrained": str(folder)}), workdir)
+    assert (folder / "model.safetensors").read_bytes() == stored
+
+
+def test_an_interrupted_start_of_another_config_leaves_no_files_to_it(prepared, tmp_path):
+    workdir, kept = tmp_path / "workdir", {}
+    for name in ("first", "second"):
+        library = {"prompts": {"query": name}}
+        folder = write_tiny_static(tmp_path / name, library=library)
+        settings = read_settings(config_with(prepared, **{"model.pretrained": str(folder)}))
+        claim_workdir(workdir, settings)
+        assert not (workdir / "pretrained").exists()
+        keep_pretrained_files(settings, workdir)
+        kept[name] = read_pretrained(workdir / "pretrained").prompts["query"]
+    assert kept == {"first": "first", "second": "second"}
+
+
+@pytest.mark.slow
+def test_two_processes_with_cut_parameters_fine_tune_as_one(prepared, tmp_path):
+    folder = write_tiny_bert(tmp_path / "tiny")
+    flags = {
+        "steps": 2,
+        "model.pretrained": folder,
+        "data.name": prepared,
+        "data.group_field": None,
+        "data.metadata_fields": (),
+        "data.splits.validation": "dev",
+        "data.splits.test": "dev",
+        "run.data_dir": tmp_path / "data",
+        "run.log_every": 1,
+        "run.mesh.fsdp": 2,
+        "run.parameter_rules": (("kernel", 0),),
+        "evaluation.methods": "('dense',)",
+    }
+    command = [sys.executable, "-m", "jaxcl.train", "--config", "finetune:smoke"]
+    command += [f"--config.{field}={value}" for field, value in flags.items()]
+    for processes in (1, 2):
+        workdir = tmp_path / str(processes)
+        arguments = [*command, f"--workdir={workdir}"]
+        Run(arguments, processes=processes, devices=4 // processes).finish()
+    assert_close_runs(tmp_path / "2", tmp_path / "1", tolerance=1e-5)
+    assert is_copy(tmp_path / "2" / "pretrained")
 
 
 def test_a_plan_counts_the_parameters_of_the_folder(prepared, tmp_path):

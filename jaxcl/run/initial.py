@@ -16,7 +16,7 @@ from jaxcl.run.checkpoint_record import newest_record
 from jaxcl.run.identity import migrated
 from jaxcl.run.training import build_towers
 from jaxcl.settings.derived import CHECKPOINTS, origin_of
-from jaxcl.settings.pretrained import COPIES, tokenizer_of
+from jaxcl.settings.pretrained import COPIES, is_copy, tokenizer_of
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
 from jaxcl.step.train_state import TrainState
@@ -63,13 +63,21 @@ def keep_pretrained_files(settings: Settings, workdir: AnyPath) -> None:
     A resumed run reads these, and no longer needs the folders that it began with.
 
     Raises:
-      ValueError: if a new run's `workdir` holds another tokenizer.
+      ValueError: if a new run's `workdir` holds another tokenizer, or a folder of the user where
+        the copy belongs.
     """
     models = settings.parts.pretrained
     if not models or newest_record(workdir / CHECKPOINTS) is not None:
         return
-    for section, model in models.items():
-        keep_copy(model, workdir / COPIES[section])
+    if jax.process_index() == 0:
+        for section, model in models.items():
+            copy = workdir / COPIES[section]
+            if copy.exists() and not is_copy(copy):
+                raise ValueError(
+                    f"{copy} is in the way of the run's copy of its pretrained model; move it, or "
+                    "choose another --workdir"
+                )
+            keep_copy(model, copy)
     if settings.init_from is None:
         (file,) = MODALITIES["text"].files
         content = tokenizer_of(next(iter(models.values())))

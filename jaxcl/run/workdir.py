@@ -27,7 +27,7 @@ from jaxcl.run.identity import (
 )
 from jaxcl.run.metric_writer import METRICS_FILE
 from jaxcl.settings.derived import CHECKPOINTS
-from jaxcl.settings.pretrained import COPIES
+from jaxcl.settings.pretrained import COPIES, is_copy
 from jaxcl.settings.read import as_dict
 from jaxcl.settings.sections import Settings
 
@@ -130,7 +130,8 @@ def _prepared() -> list[str]:
 
 def _remove(path: AnyPath) -> None:
     if path.is_dir():
-        remove_tree(path)
+        if is_copy(path):  # otherwise it is the user's
+            remove_tree(path)
     else:
         with contextlib.suppress(OSError):
             path.unlink()

@@ -10,7 +10,7 @@ from jaxcl.host.paths import AnyPath
 from jaxcl.models import DEFAULT_ENCODER, EncoderPart
 from jaxcl.models.pretrained.description import PretrainedModel
 from jaxcl.models.pretrained.encoder import PretrainedEncoder, PretrainedOptions
-from jaxcl.models.pretrained.folder import read_pretrained
+from jaxcl.models.pretrained.folder import TENSOR_LIST, read_pretrained
 from jaxcl.models.pretrained.hub import local_or_hub
 from jaxcl.models.pretrained.weights import load_parameters
 from jaxcl.settings.derived import origin_of, tower_sections
@@ -18,7 +18,7 @@ from jaxcl.settings.parts import Trust
 from jaxcl.settings.sections import DataSettings, Settings
 from jaxcl.typing import SIDES
 
-__all__ = ["COPIES", "PRETRAINED", "encoder_part", "tokenizer_of", "with_pretrained"]
+__all__ = ["COPIES", "PRETRAINED", "encoder_part", "is_copy", "tokenizer_of", "with_pretrained"]
 
 PRETRAINED = "pretrained"
 """The encoder that the files of a pretrained model describe, as `config.model.name`."""
@@ -36,6 +36,11 @@ def encoder_part(model: PretrainedModel) -> EncoderPart:
     return EncoderPart(
         make, PretrainedOptions, lambda _, abstract: load_parameters(model, abstract)
     )
+
+
+def is_copy(folder: AnyPath) -> bool:
+    """Whether a folder is a run's copy of a pretrained model, without the weights."""
+    return (folder / TENSOR_LIST).exists()
 
 
 def tokenizer_of(model: PretrainedModel) -> bytes:
