@@ -4,8 +4,8 @@
 
 The folder holds the parameters of the newest checkpoint, the tokenizer and a model card. It needs
 neither the run nor its data. `SentenceTransformer(DIR)` loads it where sentence-transformers has
-such a model: a static encoder without position weights. Any other model is exported with
-`--format jaxcl`, which `jaxcl.load` reads.
+such a model: a fine-tuned encoder, or a static encoder without position weights. Any other model is
+exported with `--format jaxcl`, which `jaxcl.load` reads.
 
 In a program or a notebook, call `export`:
 

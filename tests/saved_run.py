@@ -10,9 +10,11 @@ from jaxcl.data.prepare import RememberedData
 from jaxcl.data.tokenizer import train_tokenizer
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.identity import run_record
-from jaxcl.run.training import build_towers
+from jaxcl.run.initial import keep_pretrained_files
+from jaxcl.run.training import build_towers, pretrained_sources
 from jaxcl.run.workdir import claim_workdir
 from jaxcl.settings.read import read_settings
+from jaxcl.settings.sections import Settings
 
 TEXTS = [
     "parse an ISO date",
@@ -23,15 +25,18 @@ TEXTS = [
 EXPORTED = {"position_weights": False, "max_tokens": 12}
 
 
-def settings_of(**changes):
+BASE = {
+    "steps": 7,
+    "global_batch_size": 8,
+    "data": {"name": "pairs", "vocabulary_size": 120, "max_tokens": {"query": 12, "key": 12}},
+    "model": {"dim": 6, "options": EXPORTED},
+    "evaluation": {"batch_size": 8},
+}
+
+
+def settings_of(base=BASE, **changes):
     """Of a small run; `data__add_cls=True` changes `data.add_cls`."""
-    config = {
-        "steps": 7,
-        "global_batch_size": 8,
-        "data": {"name": "pairs", "vocabulary_size": 120, "max_tokens": {"query": 12, "key": 12}},
-        "model": {"dim": 6, "options": EXPORTED},
-        "evaluation": {"batch_size": 8},
-    }
+    config = dict(base)
     for name, value in changes.items():
         section, _, field = name.partition("__")
         config[section] = config.get(section, {}) | {field: value} if field else value
@@ -49,7 +54,21 @@ def save_run(workdir: Path, **changes) -> Path:
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
         jax.eval_shape(build_towers(settings).init, jax.random.key(0)),
     )
+    return _with_checkpoint(workdir, settings, towers)
+
+
+def save_tuned_run(workdir: Path, pretrained: Path, **changes) -> Path:
+    """The same of a run that began with a pretrained model, whose parameters are still its own."""
+    base = BASE | {"data": {"name": "pairs", "max_tokens": {"query": 12, "key": 12}}, "model": {}}
+    settings = settings_of(base, model__pretrained=str(pretrained), **changes)
+    claim_workdir(workdir, settings)
+    keep_pretrained_files(settings, workdir)
+    towers = build_towers(settings).load(pretrained_sources(settings))
+    return _with_checkpoint(workdir, settings, jax.tree.map(jnp.array, towers))
+
+
+def _with_checkpoint(workdir: Path, settings: Settings, towers) -> Path:
+    record = run_record(settings, RememberedData("pairs", {}))
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        record = run_record(settings, RememberedData("pairs", {}))
         checkpoints.save(7, {"params": {"towers": towers}}, record)
     return workdir

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -20,7 +21,8 @@ from jaxcl.run.exported import open_exported
 from jaxcl.run.opened import OpenedRun, open_run
 from jaxcl.run.sentence_transformers import sentence_transformers_files
 from tests.helpers import relative_error
-from tests.saved_run import EXPORTED, TEXTS, save_run, settings_of
+from tests.models.pretrained.tiny import write_tiny_bert
+from tests.saved_run import EXPORTED, TEXTS, save_run, save_tuned_run, settings_of
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +76,10 @@ def test_a_text_without_tokens_has_the_zero_vector_there_and_the_unknown_token_s
     np.testing.assert_array_equal(vectors[:2], vectors[[2, 2]])
 
 
-def test_a_static_folder_keeps_the_special_tokens_of_a_foreign_tokenizer(tmp_path):
-    workdir = save_run(tmp_path / "run", data__special_tokens=False)
+@pytest.mark.parametrize("skip_unknown", [False, True])
+def test_a_static_folder_keeps_the_special_tokens_of_a_foreign_tokenizer(tmp_path, skip_unknown):
+    changes = {"data__special_tokens": False, "data__skip_unknown": skip_unknown}
+    workdir = save_run(tmp_path / "run", **changes)
     folder = export.export(workdir, tmp_path / "static")
     texts = ["[PAD]", "a [UNK] date", ""]
     wanted = open_run(workdir).encoder.encode("query", texts)
@@ -321,7 +325,7 @@ HOSTILE = "a`b``|<script>\n---\n# [x](y)\n: {'q': \"1\"}\u202e\x85\ufffe\x00é"
 def test_hostile_names_change_neither_the_card_s_form_nor_its_metadata(tmp_path):
     workdir = save_run(tmp_path / "run", data__name=HOSTILE, data__query_field=HOSTILE)
     metadata, text = card_of(workdir, tmp_path / "a`|\n# b'\"{}")
-    assert metadata["datasets"] == [HOSTILE.partition(":")[0]]
+    assert metadata["datasets"] == [re.split("[:/]", HOSTILE)[0]]
     assert set(metadata) == {"library_name", "pipeline_tag", "datasets", "tags"}
     headings = [line for line in text.splitlines() if line.startswith("#")]
     assert [line.split()[1] for line in headings[1:]] == SECTIONS
@@ -341,8 +345,78 @@ def test_hostile_names_change_neither_the_card_s_form_nor_its_metadata(tmp_path)
 SECTIONS = ["Usage", "Data", "Training", "Evaluation", "Limitations"]
 
 
-def test_the_card_does_not_tell_the_folders_of_the_machine(tmp_path):
-    workdir = save_run(tmp_path / "run", data__name="/home/lovelace/secret/pairs")
+@pytest.mark.parametrize(
+    ("name", "shown", "data_set"),
+    [
+        ("/home/lovelace/pairs", "pairs", "pairs"),
+        ("~/lovelace/pairs/1.0.0", "pairs/1.0.0", "pairs"),
+        ("pairs:1.0.0", "pairs:1.0.0", "pairs"),
+    ],
+)
+def test_the_card_names_the_data_and_not_the_folders_of_the_machine(
+    tmp_path, name, shown, data_set
+):
+    workdir = save_run(tmp_path / "run", data__name=name)
     metadata, text = card_of(workdir, tmp_path / "model")
-    assert metadata["datasets"] == ["pairs"]
+    assert metadata["datasets"] == [data_set]
+    assert f'| `data.name` | `"{shown}"` |' in text
     assert "lovelace" not in text
+
+
+@pytest.fixture(scope="module")
+def tuned_run(tmp_path_factory) -> Path:
+    """A run that began with a tiny BERT of a stated license, and has not changed it."""
+    folder = tmp_path_factory.mktemp("tuned")
+    original = write_tiny_bert(folder / "tiny")
+    (original / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# Tiny\n")
+    return save_tuned_run(folder / "run", original)
+
+
+def test_the_card_of_a_fine_tuned_model_tells_its_origin(tuned_run, tmp_path):
+    metadata, text = card_of(tuned_run, tmp_path / "model")
+    assert metadata["license"] == "mit"
+    assert "base_model" not in metadata, "a folder is no model of the Hub"
+    assert "| Encoder | `bert`, from `tiny` |" in text
+    assert "did not touch these tensors" in text
+    assert "`pooler.dense.bias`, `pooler.dense.weight`." in text
+    assert "may have seen the held-out pairs" in text
+
+
+def test_a_fine_tuned_model_is_exported_after_its_original_is_gone(tuned_run, tmp_path):
+    workdir = Path(shutil.copytree(tuned_run, tmp_path / "run"))
+    original = tuned_run.with_name("tiny")
+    weights = load_file(original / "model.safetensors")
+    moved = original.rename(tmp_path / "moved")
+    try:
+        folder = export.export(workdir, tmp_path / "model")
+        own = export.export(workdir, tmp_path / "own", format="jaxcl")
+        shutil.rmtree(workdir)
+        model = open_exported(own)
+    finally:
+        moved.rename(original)
+    found = load_file(folder / "model.safetensors")
+    assert found.keys() == weights.keys()
+    assert all(found[name].tobytes() == weights[name].tobytes() for name in weights)
+    run = open_run(tuned_run)
+    for side in ("query", "key"):
+        vectors, wanted = (one.encoder.encode(side, TEXTS) for one in (model, run))
+        assert vectors.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.slow
+def test_two_pretrained_towers_are_exported_by_the_format_that_has_them(tmp_path):
+    original = write_tiny_bert(tmp_path / "tiny")
+    workdir = save_tuned_run(tmp_path / "run", original, model__shared=False)
+    with pytest.raises(ValueError, match=r"separate encoders \(model\.shared=False\)"):
+        export.export(workdir, tmp_path / "model")
+    folder = export.export(workdir, tmp_path / "model", format="jaxcl")
+    assert set(open_exported(folder).encoder.params) == {"query", "key"}
+
+
+def test_a_changed_copy_of_the_pretrained_model_is_an_error(tuned_run, tmp_path):
+    folder = export.export(tuned_run, tmp_path / "model", format="jaxcl")
+    config = json.loads((folder / "pretrained" / "config.json").read_text())
+    config["layer_norm_eps"] = 0.1
+    (folder / "pretrained" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"pretrained in .*model has changed .* export the model"):
+        open_exported(folder)

@@ -24,6 +24,7 @@ __all__ = [
     "as_inputs",
     "input_spec",
     "special_tokens_around",
+    "unknown_id",
 ]
 
 UNLIMITED = 2**31 - 1
@@ -84,7 +85,7 @@ class TextTokenizer:
         self.rule = rule
         self._tokenizer = tokenizer
         self._before, self._after = _added_tokens(tokenizer, rule)
-        self._skipped = _unknown_id(tokenizer) if rule.skip_unknown else None
+        self._skipped = unknown_id(tokenizer) if rule.skip_unknown else None
         self._without_tokens = []
         if rule.special_tokens is None:
             self._without_tokens = [tokenizer.token_to_id(UNKNOWN)]
@@ -229,7 +230,8 @@ def _added_tokens(tokenizer: Tokenizer, rule: TextRule) -> tuple[list[int], list
     return [cls], []
 
 
-def _unknown_id(tokenizer: Tokenizer) -> int | None:
+def unknown_id(tokenizer: Tokenizer) -> int | None:
+    """The id that stands for whatever a tokenizer does not know; `None` if it has none."""
     token = getattr(tokenizer.model, "unk_token", None)
     if token is not None:
         return tokenizer.token_to_id(token)

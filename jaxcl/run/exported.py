@@ -17,10 +17,12 @@ from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.models.pretrained.tensor_files import map_tensors
 from jaxcl.ops.mesh import make_mesh, replicated_sharding
 from jaxcl.run.encoder import Encoder
+from jaxcl.run.identity import pretrained_fingerprints
 from jaxcl.run.model_files import ModelFiles, as_json, with_dtype
 from jaxcl.run.opened import OpenedRun
 from jaxcl.run.training import build_towers
 from jaxcl.settings.parts import Trust
+from jaxcl.settings.pretrained import COPIES
 from jaxcl.settings.read import as_dict, read_settings
 from jaxcl.settings.sections import Settings
 from jaxcl.step.embedder import make_embedder
@@ -71,9 +73,12 @@ def jaxcl_files(run: OpenedRun, dtype: np.dtype | None = None) -> ModelFiles:
         "step": run.made_from["step"],
         "settings": settings,
         "fingerprints": input_fingerprints(data, run.workdir),
+        "pretrained": pretrained_fingerprints(run.settings),
     }
     names = [file for name in sorted(set(data.modality)) for file in MODALITIES[name].files]
     contents = {name: read_regular(run.workdir / name, limit=_MAX_BYTES) for name in names}
+    for copy in COPIES.values():
+        contents |= _contents(run.workdir, copy)
     contents[EXPORT_FILE] = as_json(description)
     tensors = {path: np.asarray(leaf) for path, leaf in _by_path(run.encoder.params).items()}
     return ModelFiles(contents, with_dtype({_WEIGHTS: tensors}, dtype))
@@ -92,8 +97,9 @@ def open_exported(folder: AnyPath, *, trust: Trust = ()) -> ExportedModel:
     """
     folder = as_path(folder)
     description = _read_description(folder)
-    settings = read_settings(description["settings"], trust=trust)
+    settings = read_settings(description["settings"], trust=trust, workdir=folder)
     check_inputs(settings.data, folder, description["fingerprints"])
+    _check_copies(folder, settings, description["pretrained"])
     towers = build_towers(settings)
     mesh = make_mesh({"data": -1})
     abstract = jax.eval_shape(towers.init, jax.random.key(0))
@@ -101,6 +107,25 @@ def open_exported(folder: AnyPath, *, trust: Trust = ()) -> ExportedModel:
     embedder = make_embedder(towers.encode, mesh, batch_size=settings.evaluation.batch_size)
     encoder = Encoder(mesh, towers, embedder, params, build_readers(settings.data, folder))
     return ExportedModel(folder, settings, encoder, description["step"])
+
+
+def _check_copies(folder: AnyPath, settings: Settings, recorded: Mapping[str, str]) -> None:
+    for section, fingerprint in pretrained_fingerprints(settings).items():
+        if recorded.get(section) != fingerprint:
+            raise ValueError(
+                f"{COPIES[section]} in {folder} has changed since the model was exported; restore "
+                "it from a copy, or export the model again"
+            )
+
+
+def _contents(root: AnyPath, folder: str) -> dict[str, bytes]:
+    """The files in a folder and below it, by their path relative to `root`."""
+    paths = (root / folder).rglob("*")
+    return {
+        path.relative_to(root).as_posix(): read_regular(path, limit=_MAX_BYTES)
+        for path in paths
+        if not path.is_dir()
+    }
 
 
 def _read_description(folder: AnyPath) -> Mapping[str, Any]:

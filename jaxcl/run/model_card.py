@@ -13,8 +13,11 @@ from typing import Any
 from jaxcl.host.files import read_json_object
 from jaxcl.host.printable import printable
 from jaxcl.models.pretrained.description import PretrainedModel
+from jaxcl.models.pretrained.weights import unused_tensors
+from jaxcl.models.towers import SHARED
 from jaxcl.run.identity import fields_of
 from jaxcl.run.opened import OpenedRun
+from jaxcl.settings.derived import tower_sections
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
 
@@ -29,6 +32,7 @@ _MAIN_SETTINGS = (
     "optimizer.name",
     "optimizer.learning_rate",
 )
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _USE_OF_JAXCL = """\
 import jaxcl
@@ -48,14 +52,7 @@ print(model.similarity(queries, keys))
 """
 
 
-def model_card(
-    run: OpenedRun,
-    *,
-    name: str,
-    library: str,
-    base: PretrainedModel | None = None,
-    untouched: Sequence[str] = (),
-) -> str:
+def model_card(run: OpenedRun, *, name: str, library: str) -> str:
     """The card, in Markdown, with metadata for the Hugging Face Hub.
 
     Args:
@@ -63,21 +60,19 @@ def model_card(
         belongs to the same step.
       name: of the exported folder.
       library: `"sentence-transformers"` or `"jaxcl"`, which loads the folder.
-      base: the pretrained model that the run began with.
-      untouched: names of exported tensors that training did not change.
 
     Raises:
       ValueError: if `results.json` is damaged.
     """
-    results = _read_results(run)
+    settings, results = run.settings, _read_results(run)
     sections = [
-        *_front_matter(run.settings, results, library=library, base=base),
-        *_introduction(run, name=name, base=base),
+        *_front_matter(settings, results, library=library),
+        *_introduction(settings, name=name),
         *_usage(name, library=library),
-        *_data(run, results),
-        *_training(run, untouched),
+        *_data(settings, results),
+        *_training(run),
         *_evaluation(run, results),
-        *_limitations(run.settings, library=library, base=base),
+        *_limitations(settings, library=library),
     ]
     return "\n".join(sections) + "\n"
 
@@ -89,45 +84,57 @@ def _read_results(run: OpenedRun) -> Mapping[str, Any]:
     return results if results.get("steps") == run.made_from["step"] else {}
 
 
-def _front_matter(
-    settings: Settings, results: Mapping[str, Any], *, library: str, base: PretrainedModel | None
-) -> Iterator[str]:
+def _front_matter(settings: Settings, results: Mapping[str, Any], *, library: str) -> Iterator[str]:
     tags = [library, "sentence-similarity", "feature-extraction", "jaxcl"]
     if "train" in results.get("rows", {}):
         tags.append(f"dataset_size:{results['rows']['train']}")
     tags.append(f"loss:{settings.loss.name}")
     metadata: dict[str, Any] = {"library_name": library, "pipeline_tag": "sentence-similarity"}
+    base = settings.parts.pretrained.get("model")
     if base is not None and (license_name := _license_of(base)) is not None:
         metadata["license"] = license_name
     origin = settings.model.pretrained
     if origin is not None and _HUB_ID.fullmatch(origin) and not Path(origin).exists():
         metadata["base_model"] = origin
-    metadata["datasets"] = [name.partition(":")[0] for name in _data_set_names(settings)]
+    metadata["datasets"] = _data_set_names(settings)
     metadata["tags"] = list(dict.fromkeys(tags))
     # JSON is YAML.
     return iter(["---", *(f"{key}: {_yaml(value)}" for key, value in metadata.items()), "---", ""])
 
 
-def _introduction(run: OpenedRun, *, name: str, base: PretrainedModel | None) -> Iterator[str]:
-    data, model = run.settings.data, run.settings.model
+def _introduction(settings: Settings, *, name: str) -> Iterator[str]:
+    data = settings.data
     yield f"# {_code(name)}\n"
     yield (
         f"An embedding model trained with jaxcl. It maps queries and keys to unit vectors of "
-        f"{model.dim} dimensions, whose inner product is their cosine similarity.\n"
+        f"{settings.model.dim} dimensions, whose inner product is their cosine similarity.\n"
     )
-    encoder = _code(model.name)
-    if base is not None:
-        encoder = f"{_code(base.family)}, pretrained: {_code(_public(model.pretrained))}"
-    prompts = data.prompts
+    encoders = {
+        "Encoder" if tower == SHARED else f"Encoder of {tower} texts": _encoder(settings, section)
+        for tower, section in tower_sections(settings.model).items()
+    }
     yield from _table(
         ("", ""),
-        ("Encoder", encoder),
-        ("Dimensions", model.dim),
+        *encoders.items(),
+        ("Dimensions", settings.model.dim),
         ("Longest query", f"{data.max_tokens.query} tokens"),
         ("Longest key", f"{data.max_tokens.key} tokens"),
-        *([("Prompt of queries", _code(json.dumps(prompts.query)))] if prompts.query else []),
-        *([("Prompt of keys", _code(json.dumps(prompts.key)))] if prompts.key else []),
+        *(
+            [("Prompt of queries", _code(json.dumps(data.prompts.query)))]
+            if data.prompts.query
+            else []
+        ),
+        *([("Prompt of keys", _code(json.dumps(data.prompts.key)))] if data.prompts.key else []),
     )
+
+
+def _encoder(settings: Settings, section: str) -> str:
+    """The encoder of a section of the config, and the pretrained model that it began with."""
+    tower = settings.model if section == "model" else settings.model.key
+    base = settings.parts.pretrained.get(section)
+    if base is None:
+        return _code(tower.name)
+    return f"{_code(base.family)}, from {_code(_public(tower.pretrained))}"
 
 
 def _usage(name: str, *, library: str) -> Iterator[str]:
@@ -139,9 +146,9 @@ def _usage(name: str, *, library: str) -> Iterator[str]:
         yield f"```python\n{snippet.format(folder=ascii(name))}```\n"
 
 
-def _data(run: OpenedRun, results: Mapping[str, Any]) -> Iterator[str]:
+def _data(settings: Settings, results: Mapping[str, Any]) -> Iterator[str]:
     yield "## Data\n"
-    names = ", ".join(map(_code, _data_set_names(run.settings)))
+    names = ", ".join(map(_code, _data_set_names(settings)))
     yield f"Pairs of a query and its key, from {names}.\n"
     if rows := results.get("rows"):
         yield from _table(
@@ -149,7 +156,7 @@ def _data(run: OpenedRun, results: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _training(run: OpenedRun, untouched: Sequence[str]) -> Iterator[str]:
+def _training(run: OpenedRun) -> Iterator[str]:
     step = run.made_from["step"]
     yield "## Training\n"
     yield f"The parameters are those after step {step:,} of {run.settings.steps:,}."
@@ -163,9 +170,13 @@ def _training(run: OpenedRun, untouched: Sequence[str]) -> Iterator[str]:
             for name in dict.fromkeys([*_MAIN_SETTINGS, *shown])
         ),
     )
+    models = run.settings.parts.pretrained.values()
+    untouched = [
+        name for model in models for named in unused_tensors(model).values() for name in named
+    ]
     if untouched:
-        names = ", ".join(map(_code, untouched))
-        yield f"Training did not change these tensors of the pretrained model: {names}.\n"
+        names = ", ".join(map(_code, dict.fromkeys(untouched)))
+        yield f"Training did not touch these tensors of the pretrained model: {names}.\n"
 
 
 def _evaluation(run: OpenedRun, results: Mapping[str, Any]) -> Iterator[str]:
@@ -192,9 +203,8 @@ def _evaluation(run: OpenedRun, results: Mapping[str, Any]) -> Iterator[str]:
     yield f"Computed on {_code(results['devices'])} with {_code(versions)}.\n"
 
 
-def _limitations(
-    settings: Settings, *, library: str, base: PretrainedModel | None
-) -> Iterator[str]:
+def _limitations(settings: Settings, *, library: str) -> Iterator[str]:
+    base = settings.parts.pretrained.get("model")
     yield "## Limitations\n"
     yield "- Figures of pools of different sizes cannot be compared."
     if settings.data.name == "code_pairs":
@@ -229,15 +239,18 @@ def _license_of(base: PretrainedModel) -> str | None:
 
 
 def _data_set_names(settings: Settings) -> list[str]:
+    """The names of the run's data sets, without a version and the folder in which one lies."""
     data_sets = [settings.data.first, *settings.data.concatenated.values()]
     names = [str(_public(one.name)) for one in data_sets if one.name is not None]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(re.split("[:/]", name)[0] for name in names))
 
 
 def _public(value: Any) -> Any:
-    """A setting's value; of a path of this machine only the last part."""
-    is_path = isinstance(value, str) and value.startswith(("/", "~", "."))
-    return Path(value).name if is_path else value
+    """A setting's value; of a path of this machine only its end."""
+    if not isinstance(value, str) or not value.startswith(("/", "~", ".")):
+        return value
+    *parents, name = Path(value).parts
+    return f"{parents[-1]}/{name}" if parents and _VERSION.fullmatch(name) else name
 
 
 def _figure(metric: Mapping[str, float | None] | None) -> str:

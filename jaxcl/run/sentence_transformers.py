@@ -1,26 +1,25 @@
 """A trained model as a folder that sentence-transformers loads.
 
-The static encoder becomes a `StaticEmbedding`: its token weights and its projection are folded into
-one table, and the mean over tokens differs from the weighted sum by a factor that normalisation
-removes.
+A pretrained encoder becomes its own folder again, with the trained weights
+(`jaxcl.run.pretrained_folder`). The static encoder becomes a `StaticEmbedding`: its token weights
+and its projection are folded into one table, and the mean over tokens differs from the weighted sum
+by a factor that normalisation removes.
 """
 
 import json
-from collections.abc import Mapping
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from jaxcl.data.text_rule import unknown_id
 from jaxcl.data.tokenizer import load_pretrained_tokenizer, load_tokenizer
-from jaxcl.run.model_files import ModelFiles, as_json, with_dtype
+from jaxcl.run.model_files import ModelFiles, with_dtype
 from jaxcl.run.opened import OpenedRun
+from jaxcl.run.pretrained_folder import library_config, module_list, pretrained_files
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import PADDING_ID, Float, PyTree
 
 __all__ = ["sentence_transformers_files"]
-
-# The short names of version 5, which later versions load as well.
-_TYPES = "sentence_transformers.models"
 
 
 def sentence_transformers_files(run: OpenedRun, dtype: np.dtype | None = None) -> ModelFiles:
@@ -28,7 +27,8 @@ def sentence_transformers_files(run: OpenedRun, dtype: np.dtype | None = None) -
 
     Args:
       run: which trained the model.
-      dtype: of the tensors; `None` for float32.
+      dtype: of the tensors; `None` for float32, or for the types of a pretrained model's files
+        where these hold the trained values.
 
     Raises:
       ValueError: for a model that sentence-transformers has no equivalent of, with the reason, and
@@ -40,23 +40,33 @@ def sentence_transformers_files(run: OpenedRun, dtype: np.dtype | None = None) -
             f"the model of the run in {run.workdir} has no equivalent in sentence-transformers: "
             f"{reason}; export it for jaxcl.load with --format jaxcl"
         )
-    return _static_files(run, dtype)
+    pretrained = settings.parts.pretrained.get("model")
+    if pretrained is None:
+        return _static_files(run, dtype)
+    return pretrained_files(pretrained, settings.data, run.encoder.params["both"], dtype=dtype)
 
 
 def _no_equivalent(settings: Settings) -> str | None:
     """Why sentence-transformers cannot compute a model's embeddings, or `None` if it can."""
     data, model = settings.data, settings.model
-    position_weights = model.options.get("position_weights", True)
     reasons = {
         f"data.modality={data.modality._asdict()} is not text": set(data.modality) != {"text"},
         "its queries and keys have separate encoders (model.shared=False)": not model.shared,
-        f"it has no encoder like model.name={model.name!r}": model.name != "static",
-        "the static encoder has position weights, unless it is trained with "
-        "model.options.position_weights=False": position_weights,
-        "data.distinct_tokens=True counts each token of a text once": data.distinct_tokens,
-        "data.add_cls=True begins each text with [CLS]": data.add_cls,
-        "data.special_tokens=True adds special tokens to each text": bool(data.special_tokens),
     }
+    pretrained = settings.parts.pretrained.get("model")
+    if pretrained is not None:
+        folded = pretrained.family == "model2vec" and bool(pretrained.dense)
+        reasons |= {"dense layers follow its model2vec embeddings": folded}
+    else:
+        weighted = model.options.get("position_weights", True)
+        reasons |= {
+            f"it has no encoder like model.name={model.name!r}": model.name != "static",
+            "the static encoder has position weights, unless it is trained with "
+            "model.options.position_weights=False": weighted,
+            "data.distinct_tokens=True counts each token of a text once": data.distinct_tokens,
+            "data.add_cls=True begins each text with [CLS]": data.add_cls,
+            "data.special_tokens=True adds special tokens to each text": bool(data.special_tokens),
+        }
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 
@@ -69,10 +79,12 @@ def _static_files(run: OpenedRun, dtype: np.dtype | None) -> ModelFiles:
         tokenizer = _without_special_tokens(load_tokenizer(path))
     else:
         tokenizer = Tokenizer.from_str(load_pretrained_tokenizer(path).to_str())  # of a cache
+    if data.skip_unknown and (unknown := unknown_id(tokenizer)) is not None:
+        table[unknown] = 0
     tokenizer.enable_truncation(max(data.max_tokens))
     contents = {
-        "modules.json": _modules({"": "StaticEmbedding", "1_Normalize": "Normalize"}),
-        "config_sentence_transformers.json": _library_config(run.settings),
+        "modules.json": module_list([("StaticEmbedding", ""), ("Normalize", "1_Normalize")]),
+        "config_sentence_transformers.json": library_config(data),
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
     }
     tensors = {"model.safetensors": {"embedding.weight": table}}
@@ -109,26 +121,3 @@ def _without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
         if not token["special"] or token["content"] not in vocabulary
     ]
     return Tokenizer.from_str(json.dumps(content))
-
-
-def _modules(types: Mapping[str, str]) -> bytes:
-    """`modules.json`: path of a module -> its class, in the order in which they are applied."""
-    return as_json(
-        [
-            {"idx": index, "name": str(index), "path": path, "type": f"{_TYPES}.{kind}"}
-            for index, (path, kind) in enumerate(types.items())
-        ]
-    )
-
-
-def _library_config(settings: Settings) -> bytes:
-    """`config_sentence_transformers.json`: the prompts of both sides, and the similarity."""
-    prompts = settings.data.prompts
-    return as_json(
-        {
-            "model_type": "SentenceTransformer",
-            "prompts": {"query": prompts.query or "", "document": prompts.key or ""},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-        }
-    )

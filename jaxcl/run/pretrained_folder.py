@@ -1,0 +1,216 @@
+"""A fine-tuned encoder as the folder that it came from, with the trained weights.
+
+Modules are spelled as version 5 of sentence-transformers spells them, which later versions read as
+well.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from jaxcl.data.text_rule import unknown_id
+from jaxcl.models.pretrained.containment import join, lies_in
+from jaxcl.models.pretrained.description import PretrainedModel
+from jaxcl.models.pretrained.modules import SENTENCE_CONFIGS, list_modules, parse_json
+from jaxcl.models.pretrained.weights import FileTensors, export_tensors
+from jaxcl.run.model_files import ModelFiles, as_json, with_dtype
+from jaxcl.settings.sections import DataSettings
+from jaxcl.typing import PyTree
+
+__all__ = ["library_config", "module_list", "pretrained_files"]
+
+_TYPES = "sentence_transformers.models"
+_POOLING_FLAGS = {
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "mean": "pooling_mode_mean_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+"""In the order in which sentence-transformers concatenates."""
+_DENSE_FIELDS = ("in_features", "out_features", "bias", "activation_function")
+_LIBRARY_CONFIG = "config_sentence_transformers.json"
+
+
+def pretrained_files(
+    model: PretrainedModel, data: DataSettings, params: PyTree, *, dtype: np.dtype | None = None
+) -> ModelFiles:
+    """The files of a fine-tuned encoder for sentence-transformers.
+
+    Tensors that training did not touch, such as a pooler's, are written as they were. The folder
+    asks for unit vectors, as training did, and cuts the texts of both sides at the larger of their
+    limits.
+
+    Args:
+      model: the pretrained model.
+      data: settings of the run, with the prompts and the longest text of each side.
+      params: the trained parameters of its encoder.
+      dtype: of the tensors; `None` for the types that they had, where these hold the new values.
+    """
+    tensors = export_tensors(model, params)
+    if model.family == "model2vec":
+        tensors = _folded(model, tensors)
+    tensors = with_dtype(tensors, dtype)
+    modules = _modules_of(model)
+    contents = {
+        name: content
+        for name, content in model.files.items()
+        if name.rpartition("/")[2] not in ("README.md", *SENTENCE_CONFIGS)
+    }
+    if model.family == "model2vec":
+        # Its model_type is one that transformers does not know.
+        contents.pop(join(model.encoder_folder, "config.json"), None)
+    contents |= {
+        "modules.json": module_list(modules),
+        _LIBRARY_CONFIG: library_config(data, parse_json(model.files, _LIBRARY_CONFIG)),
+    }
+    for kind, folder in modules:
+        config = join(folder, "config.json")
+        if kind == "Transformer":
+            contents |= _encoder_files(model, tensors, longest=max(data.max_tokens))
+        elif kind == "Pooling":
+            contents[config] = _pooling_config(model, include_prompt=not data.exclude_prompt)
+        elif kind == "Dense":
+            contents[config] = _dense_config(parse_json(model.files, config))
+        elif kind == "StaticEmbedding":
+            name = join(folder, "tokenizer.json")
+            tokenizer = Tokenizer.from_str(model.files[name].decode())
+            tokenizer.enable_truncation(max(data.max_tokens))
+            contents[name] = tokenizer.to_str(pretty=True).encode()
+    return ModelFiles(contents, tensors)
+
+
+def library_config(data: DataSettings, before: Mapping[str, Any] | None = None) -> bytes:
+    """`config_sentence_transformers.json`: the run's prompts, and the similarity of its losses.
+
+    Args:
+      data: settings of the run.
+      before: the pretrained model's own, whose other prompts are kept.
+    """
+    before = before or {}
+    prompts = (before.get("prompts") or {}) | {
+        "query": data.prompts.query or "",
+        "document": data.prompts.key or "",
+    }
+    return as_json(
+        {
+            "model_type": "SentenceTransformer",
+            "prompts": prompts,
+            "default_prompt_name": before.get("default_prompt_name"),
+            "similarity_fn_name": "cosine",
+        }
+    )
+
+
+def module_list(modules: Sequence[tuple[str, str]]) -> bytes:
+    """`modules.json`: the class and the folder of each module, in the order of their use."""
+    return as_json(
+        [
+            {"idx": index, "name": str(index), "path": folder, "type": f"{_TYPES}.{kind}"}
+            for index, (kind, folder) in enumerate(modules)
+        ]
+    )
+
+
+def _modules_of(model: PretrainedModel) -> list[tuple[str, str]]:
+    """The classes and folders of the model's modules; the last one normalises."""
+    if "modules.json" in model.files:
+        modules = list_modules(model.files["modules.json"])
+    elif model.family in ("model2vec", "static_embedding"):
+        modules = [("StaticEmbedding", "")]
+    else:
+        modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    normalized = modules[-1][0] == "Normalize"
+    return modules if normalized else [*modules, ("Normalize", f"{len(modules)}_Normalize")]
+
+
+def _folded(model: PretrainedModel, tensors: FileTensors) -> FileTensors:
+    """The one table of a `StaticEmbedding` with the vectors of a model2vec model.
+
+    sentence-transformers counts unknown tokens, which model2vec leaves out: their row is zero, so
+    that only the norm of the mean differs.
+    """
+    ((file, named),) = tensors.items()
+    table = named["embeddings"].astype(np.float32)
+    if "weights" in named:
+        table *= named["weights"].astype(np.float32)[:, None]
+    tokenizer = Tokenizer.from_str(
+        model.files[join(model.encoder_folder, "tokenizer.json")].decode()
+    )
+    if (unknown := unknown_id(tokenizer)) is not None:
+        table[unknown] = 0
+    return {file: {"embedding.weight": table}}
+
+
+def _encoder_files(
+    model: PretrainedModel, tensors: FileTensors, *, longest: int
+) -> dict[str, bytes]:
+    """The files of the Transformer module that are not copied as they are."""
+    folder = model.encoder_folder
+    config, tokenizer_config = (
+        join(folder, name) for name in ("config.json", "tokenizer_config.json")
+    )
+    length = {"max_seq_length": longest, "do_lower_case": False}
+    files = {
+        join(folder, "sentence_bert_config.json"): as_json(length),
+        config: _with_stored_type(model, config, tensors),
+    }
+    if tokenizer_config not in model.files:
+        # Without it transformers may build another tokenizer than that of tokenizer.json.
+        files[tokenizer_config] = _tokenizer_config(model, longest=longest)
+    return files
+
+
+def _with_stored_type(model: PretrainedModel, name: str, tensors: FileTensors) -> bytes:
+    """`config.json` with the type of the tensors, in which transformers loads them."""
+    content = parse_json(model.files, name)
+    stored = [
+        tensor.dtype
+        for file, named in tensors.items()
+        if lies_in(file, model.encoder_folder)
+        for tensor in named.values()
+        if jnp.issubdtype(tensor.dtype, np.floating)
+    ]
+    widest = np.result_type(*stored).name
+    changed = {
+        key: widest
+        for key in ("dtype", "torch_dtype")
+        if content.get(key) is not None and content[key] != widest
+    }
+    return as_json({**content, **changed}) if changed else model.files[name]
+
+
+def _tokenizer_config(model: PretrainedModel, *, longest: int) -> bytes:
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest}
+    content = model.files[join(model.encoder_folder, "tokenizer.json")].decode()
+    tokenizer = Tokenizer.from_str(content)
+    padding = tokenizer.padding or {}
+    number = model.config.get("pad_token_id")
+    token = padding.get("pad_token") or (number is not None and tokenizer.id_to_token(number))
+    return as_json(config | ({"pad_token": token} if token else {}))
+
+
+def _pooling_config(model: PretrainedModel, *, include_prompt: bool) -> bytes:
+    modes = model.pooling.modes
+    width = (model.dense[0].in_features if model.dense else model.dim) // len(modes)
+    if [mode for mode in _POOLING_FLAGS if mode in modes] != list(modes):
+        # Flags cannot tell another order; only later versions read this.
+        return as_json(
+            {
+                "embedding_dimension": width,
+                "pooling_mode": list(modes),
+                "include_prompt": include_prompt,
+            }
+        )
+    flags = {flag: mode in modes for mode, flag in _POOLING_FLAGS.items()}
+    return as_json({"word_embedding_dimension": width, **flags, "include_prompt": include_prompt})
+
+
+def _dense_config(config: Mapping[str, Any]) -> bytes:
+    """A Dense module's config without fields that version 5 does not know."""
+    residual = {"use_residual": True} if config.get("use_residual") else {}
+    return as_json({name: config[name] for name in _DENSE_FIELDS if name in config} | residual)
