@@ -1,4 +1,4 @@
-"""The transformer behind the families of pretrained encoders."""
+"""One configurable transformer for the families of pretrained encoders."""
 
 import functools
 import math
@@ -48,7 +48,7 @@ class Architecture(NamedTuple):
         otherwise after each residual, as in BERT. The embeddings are normalised in both, which
         spares a pre-norm model the norm before its first attention.
       norm_bias, attention_bias, mlp_bias: whether these layers have biases.
-      token_types: rows of the table of token types, of which texts have the type 0; 0 for no table.
+      token_types: rows of the table of token types, 0 for no table; all tokens have the first type.
       relative_positions: a table of `NUM_BUCKETS` relative positions adds to each head's scores.
       rotary_bases: of each layer's rotary positions; empty for none.
       windows: how far each layer's tokens see to either side, `None` for everywhere; empty if all
@@ -88,7 +88,7 @@ class Transformer(nnx.Module):
     """Hidden states of texts.
 
     Args:
-      architecture: what it is made of.
+      architecture: its sizes and variants.
       dropout: on embeddings and on each block's two outputs, by row; `None` for the
         architecture's.
       remat: keeps one activation per block for the backward pass, and computes the others again.
@@ -97,7 +97,7 @@ class Transformer(nnx.Module):
       rngs: for the initial parameters.
 
     Raises:
-      ValueError: for heads that do not divide the width.
+      ValueError: for heads that do not divide the width, or of an odd width with rotary positions.
 
     Reference:
       Devlin et al., "BERT", 2019; Liu et al., "RoBERTa", 2019; Song et al., "MPNet", 2020; Warner
@@ -116,9 +116,11 @@ class Transformer(nnx.Module):
         if dropout is not None:
             architecture = architecture._replace(dropout=dropout)
         a = architecture
-        if a.hidden_dim % a.num_heads:
+        even = " of an even width" if a.rotary_bases else ""
+        if a.hidden_dim % (2 * a.num_heads if even else a.num_heads):
             raise ValueError(
-                f"config.json: a width of {a.hidden_dim} does not divide over {a.num_heads} heads"
+                f"config.json: a width of {a.hidden_dim} does not divide over {a.num_heads} "
+                f"heads{even}"
             )
         dtype = jnp.dtype(compute_dtype or default_compute_dtype(jax.default_backend()))
 
@@ -137,7 +139,7 @@ class Transformer(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: Tokens, mask: TokenMask, rngs: RowKeys | None = None) -> Hidden:
-        """Hidden states of all tokens; those of padding have no meaning.
+        """Compute the hidden states of all tokens; the states of padding have no meaning.
 
         Args:
           tokens: ids; padding comes after a text's tokens.
@@ -286,7 +288,7 @@ def attend(
     """
     if queries.dtype != jnp.float64:
         return jax.nn.dot_product_attention(queries, keys, values, bias, seen)
-    # JAX's own rounds the weights of attention to float32.
+    # The library's softmax rounds to float32.
     scores = jnp.einsum("bqnc,bknc->bnqk", queries, keys) * queries.shape[-1] ** -0.5
     scores = jnp.where(seen, scores if bias is None else scores + bias, jnp.finfo(scores.dtype).min)
     return jnp.einsum("bnqk,bknc->bqnc", jax.nn.softmax(scores), values)
@@ -304,8 +306,9 @@ def _relative_bias(table: Float[Array, "r n"], t: int) -> Float[Array, "1 n t t"
 def relative_buckets(t: int) -> Int[np.ndarray, "t t"]:
     """The bucket of each query's distance to each key.
 
-    Half of the buckets are for keys that come after the query. Of each half, one half are for the
-    distances 0, 1, 2, …, and the others grow with the logarithm of the distance up to `FURTHEST`.
+    Half of the buckets are for keys after the query, the other half for the rest. The first half
+    of each stands for the distances 0, 1, 2, … one by one; the others grow with the logarithm of
+    the distance, up to `FURTHEST`.
 
     Reference:
       Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text

@@ -15,7 +15,7 @@ def size(config: Mapping[str, Any], key: str, default: int | None = None, *, lea
     Args:
       config: the content of a `config.json`.
       key: its key.
-      default: what a missing key means; `None` if it must be there.
+      default: the value of a missing key; `None` if the key is required.
       least: the smallest value allowed.
 
     Raises:

@@ -30,7 +30,7 @@ class PretrainedEncoder(nnx.Module):
     `dense/1` and so on.
 
     Args:
-      model: what the encoder's folder says.
+      model: the description of the encoder's folder.
       normalize: whether vectors have unit norm, as the losses need; without it, they are what the
         last layer gives.
       dropout: on embeddings and on each block's two outputs, by row; `None` for the rate of the

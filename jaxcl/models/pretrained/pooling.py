@@ -17,7 +17,7 @@ def without_prompt(mask: TokenMask, prompt_length: Int[Array, " b"]) -> TokenMas
 
 
 def pool_states(hidden: Hidden, mask: TokenMask, *, modes: Sequence[str]) -> Embeddings:
-    r"""One vector per text: those of all modes, concatenated, in float32 at least.
+    r"""Pool hidden states into one vector per text; several modes are concatenated.
 
     | mode | vector |
     |---|---|
@@ -30,11 +30,11 @@ def pool_states(hidden: Hidden, mask: TokenMask, *, modes: Sequence[str]) -> Emb
 
     Args:
       hidden: states of tokens.
-      mask: `True` for the tokens that count.
+      mask: `True` for the tokens that take part.
       modes: some of `POOLING_MODES`.
 
     Returns:
-      The vectors; zeros for a text without any token.
+      The vectors, in float32 at least; zeros for a text without any token.
 
     Raises:
       ValueError: for an unknown mode.

@@ -17,7 +17,7 @@ class Names(NamedTuple):
     Attributes:
       tables: a table of `Transformer`, such as `"token_table"` -> its name.
       norms: a norm outside of the blocks -> its name.
-      block: what each block's names begin with; `{}` stands for its number.
+      block: the prefix of each block's names; `{}` stands for its number.
       block_norms: a norm in a block -> its name in the block.
       block_linear: a linear layer in a block, such as `"attention/query"` -> its name in the block.
     """
@@ -62,7 +62,7 @@ def transformer_family(
     """A family whose models are transformers.
 
     Args:
-      prefixes: what the names of tensors may begin with.
+      prefixes: the prefixes that names of tensors may have.
       architecture: `config.json` -> the architecture. Raises a `ValueError` for a config that is
         not supported.
       names: the names of its tensors.

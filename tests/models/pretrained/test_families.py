@@ -156,6 +156,7 @@ def test_states_in_float64_are_those_of_the_restatement(name, x64):
             {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
             "rope_type='yarn' is not supported; only 'default' is",
         ),
+        ("modernbert", {"num_attention_heads": 16}, "over 16 heads of an even width"),
         ("mpnet", {"relative_attention_num_buckets": 16}, "only 32 is"),
         ("roberta", {"pad_token_id": -1}, "pad_token_id=-1; it must be a whole number of at least"),
     ],

@@ -70,7 +70,7 @@ MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoke
 
 
 def random_model(config):
-    """Every parameter is large enough to matter, also those that start as 0 or 1."""
+    """A model whose parameters all matter, also biases and norms, which start as 0 and 1."""
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
