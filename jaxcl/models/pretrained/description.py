@@ -49,7 +49,8 @@ class PretrainedModel(NamedTuple):
     Attributes:
       path: its folder, or a run's copy of the folder's small files.
       family: one of `jaxcl.models.pretrained.families.FAMILIES`.
-      config: the content of its `config.json`.
+      config: the content of its `config.json`; for static embeddings also, under `"tensors"`, the
+        shape of each tensor.
       encoder_folder: where the encoder's `config.json` and weights lie in `path`; `""` for `path`.
       pooling: one vector from the states of a text's tokens.
       dense: layers after that.

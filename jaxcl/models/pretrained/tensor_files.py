@@ -8,7 +8,6 @@ overlaps. Nothing is unpickled.
 import io
 import json
 import math
-import operator
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -116,14 +115,17 @@ def parse_specs(content: Any) -> dict[str, Specs]:
     """
     try:
         return {
-            file: {
-                name: (TENSOR_TYPES[kind], tuple(map(operator.index, shape)))
-                for name, (kind, shape) in specs.items()
-            }
+            file: {name: _parse_spec(*spec) for name, spec in specs.items()}
             for file, specs in content.items()
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"a list of tensors is damaged ({error!r})") from error
+
+
+def _parse_spec(kind: Any, shape: Any) -> tuple[np.dtype, tuple[int, ...]]:
+    if not _are_sizes(shape, most=_MAX_DIMENSIONS):
+        raise ValueError(f"a tensor has the shape {shape!r:.99}")
+    return TENSOR_TYPES[kind], tuple(shape)
 
 
 def write_tensors(path: AnyPath, tensors: Mapping[str, np.ndarray]) -> None:

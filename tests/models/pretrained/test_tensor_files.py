@@ -12,7 +12,9 @@ import pytest
 from jaxcl.models.pretrained.tensor_files import (
     TENSOR_TYPES,
     map_tensors,
+    parse_specs,
     read_specs,
+    specs_as_json,
     weight_files,
     write_tensors,
 )
@@ -90,6 +92,24 @@ def test_an_unwritten_file_leaves_the_old_one(file):
         write_tensors(file, {"a": np.array([1j])})
     assert file.read_bytes() == before
     assert os.listdir(file.parent) == [file.name]
+
+
+def test_types_and_shapes_are_written_as_json(file):
+    specs = {"a/b.safetensors": read_specs(file)}
+    assert parse_specs(json.loads(json.dumps(specs_as_json(specs)))) == specs
+
+
+DAMAGED_LISTS = (
+    *([], {"a": 1}, {"a": {"b": 1}}, {"a": {"b": ["F32"]}}, {"a": {"b": ["F99", []]}}),
+    *({"a": {"b": [[], []]}}, {"a": {"b": ["F32", 5]}}, {"a": {"b": ["F32", [-1]]}}),
+    *({"a": {"b": ["F32", [2.0]]}}, {"a": {"b": ["F32", ["2"]]}}),
+)
+
+
+@pytest.mark.parametrize("content", DAMAGED_LISTS, ids=str)
+def test_a_damaged_list_of_tensors_is_refused(content):
+    with pytest.raises(ValueError, match="a list of tensors is damaged"):
+        parse_specs(content)
 
 
 def test_unaligned_tensors_are_read(tmp_path):
