@@ -327,6 +327,16 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("name", ["Asym", "BoW", "CNN", "LSTM", "Router", "WordEmbeddings"])
+@pytest.mark.parametrize("position", [0, 1])
+def test_other_modules_are_refused_by_name(tmp_path, name, position):
+    names = ["Transformer", "Pooling"]
+    names[position] = name
+    write(tmp_path, config=BERT, modules=modules(*names))
+    with pytest.raises(ValueError, match=f"lists {', '.join(names)}; supported are Transformer"):
+        read_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_folder_is_refused_by_name(tmp_path, case):
     files, message = REFUSED[case]

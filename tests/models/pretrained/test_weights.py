@@ -140,6 +140,30 @@ def test_dense_layers_are_loaded(tmp_path):
     assert load(model)["dense"][0].keys() == {"kernel"}
 
 
+STATIC = {
+    "static_embedding": {"embedding.weight": np.arange(12, dtype=np.float32).reshape(4, 3)},
+    "model2vec": {
+        "embeddings": np.arange(12, dtype=np.float16).reshape(4, 3),
+        "weights": np.ones(4, np.float64),
+    },
+}
+
+
+@pytest.mark.parametrize("family", STATIC)
+def test_static_embeddings_are_loaded_and_exported(tmp_path, family):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    write_tensors(tmp_path / "model.safetensors", STATIC[family])
+    model = read_pretrained(tmp_path)
+    encoder = nnx.eval_shape(lambda: PretrainedEncoder(model, rngs=nnx.Rngs(0)))
+    parameters = load_parameters(model, nnx.to_pure_dict(nnx.state(encoder, nnx.Param)))
+    assert model.family == family
+    np.testing.assert_array_equal(
+        parameters["encoder"]["token_table"], next(iter(STATIC[family].values()))
+    )
+    assert_same_bytes(export_tensors(model, parameters)["model.safetensors"], STATIC[family])
+
+
 def test_parameters_are_views_of_the_file(tmp_path):
     for leaf in jax.tree.leaves(load(write(tmp_path, encoder_tensors()))):
         while isinstance(leaf.base, np.ndarray):
