@@ -18,7 +18,7 @@ from jaxcl.run.opened import open_run
 from jaxcl.settings.config_files import load_config, read_settings_file
 from jaxcl.settings.derived import origin_of
 from jaxcl.settings.read import read_settings
-from jaxcl.settings.sections import ModelSettings
+from jaxcl.settings.sections import DataSettings, ModelSettings
 from jaxcl.train import _prepare, train
 from jaxcl.train import main as train_command
 
@@ -73,7 +73,7 @@ FUNCTIONS = {
     "read_metrics": lambda: read_metrics(Path(URL)),
     "load_config": lambda: load_config(URL),
     "read_settings_file": lambda: read_settings_file(URL),
-    "data.tokenizer": lambda: _tokenizer_of_settings(URL),
+    "data.tokenizer": lambda: _tokenizer_of_settings(DataSettings(tokenizer=URL)),
     "data.guides": lambda: read_guides(Path(URL), num_rows=1),
     "the width of data.guides": lambda: guide_dim(URL),
     "data.topics": lambda: read_topics(Path(URL), num_rows=1),
