@@ -59,7 +59,8 @@ def _data() -> ConfigDict:
     data.negatives = placeholder(str)  # an .npz with the explicit negatives of each training row
     data.guides = placeholder(str)  # an .npz with a guide model's embeddings of each training row
     data.topics = placeholder(str)  # an .npz with the topic of each training row
-    data.tokenizer = placeholder(str)  # a tokenizer.json; None trains one on the training split
+    # A tokenizer.json. None is the pretrained model's, or else one trained on the training split.
+    data.tokenizer = placeholder(str)
     data.modality = ConfigDict({"query": "text", "key": "text"})  # of each side
     data.vocabulary_size = 16_384
     data.max_tokens = ConfigDict({"query": 32, "key": 128})
@@ -80,8 +81,11 @@ def _model() -> ConfigDict:
     model = ConfigDict({"name": placeholder(str), "shared": True, "dim": 512})
     # The options of all encoders; None is the encoder's own default, which its docstring gives.
     model.options = option_fields(ENCODERS)
-    model.pretrained = placeholder(str)  # a file or folder to start from; None starts at random
-    # The keys' encoder if it is of another kind than the queries'; it needs shared=False.
+    # The folder of a pretrained encoder, or its id on the Hugging Face Hub; where name is an own
+    # encoder that declares `load`, a file of its weights. None starts at random. The width, the
+    # vocabulary and the rules of texts that are left at their defaults are the model's.
+    model.pretrained = placeholder(str)
+    # The keys' encoder if it is another one than the queries'; it needs shared=False.
     model.key = ConfigDict({"name": placeholder(str), "options": option_fields(ENCODERS)})
     model.key.pretrained = placeholder(str)
     return model

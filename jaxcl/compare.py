@@ -36,7 +36,7 @@ from jaxcl.host.printable import printable
 from jaxcl.host.progress import say
 from jaxcl.host.remote import remove_tree
 from jaxcl.metrics import paired_difference
-from jaxcl.run.identity import fields_of
+from jaxcl.run.identity import fields_of, pretrained_fingerprints
 from jaxcl.settings.changed import changed_config
 from jaxcl.settings.command_line import add_config_flags, config_of
 from jaxcl.settings.config_files import read_settings_file
@@ -180,7 +180,8 @@ def _identity(config: ConfigDict) -> str:
     """Names a run's results: the settings that decide its parameters, and its evaluation."""
     settings = read_settings(config)
     ranking = {f"evaluation.{name}": one for name, one in settings.evaluation._asdict().items()}
-    text = json.dumps(fields_of(settings) | ranking, sort_keys=True, default=str)
+    fields = fields_of(settings) | pretrained_fingerprints(settings) | ranking
+    text = json.dumps(fields, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
