@@ -39,7 +39,7 @@ from jaxcl.settings.read import read_settings
 __all__ = ["evaluate", "main"]
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = CommandParser("jaxcl.evaluate", __doc__)
     add_model_flag(parser)
@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "--output", metavar="FILE", type=user_path, help="write the results to a JSON file"
     )
     parser.add_argument("--batch-size", type=int, help="texts that are embedded at once")
-    return run_command(parser, _run, argv)
+    run_command(parser, _run, argv)
 
 
-def _run(arguments: Namespace) -> dict[str, Any]:
+def _run(arguments: Namespace) -> None:
     keep_compiled()
-    return evaluate(
+    evaluate(
         arguments.model,
         config=optional_config_of(arguments),
         changed=changed_fields(arguments),

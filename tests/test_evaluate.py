@@ -63,12 +63,13 @@ def test_a_run_is_evaluated_on_its_own_data_as_at_the_end_of_training(workdir, f
 def test_the_command_prints_a_table_and_writes_the_results(workdir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "keep_compiled", lambda: None)
     output = tmp_path / "results.json"
-    returned = evaluate.main(["--model", str(workdir), "--output", str(output)])
+    evaluate.main(["--model", str(workdir), "--output", str(output)])
     printed = capsys.readouterr().out
     assert "validation" in printed
     assert "dense" in printed
-    assert json.loads(output.read_text()) == json.loads(json.dumps(returned))
-    assert returned["model"] == str(workdir)
+    results = json.loads(output.read_text())
+    assert results["model"] == str(workdir)
+    assert results == json.loads(json.dumps(evaluate.evaluate(workdir)))
 
 
 def error(capsys, *argv):

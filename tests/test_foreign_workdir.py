@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxcl import mine, search, topics
+from jaxcl import evaluate, mine, search, topics
 from jaxcl.configs import code_search, tfds_pairs
 from jaxcl.data.prepare import prepare_data
 from jaxcl.host.block_file import BlockFile
@@ -25,6 +25,7 @@ trap_numbers = itertools.count(1_000)
 
 COMMANDS = {
     "search": lambda workdir: search.main(["--workdir", str(workdir), "query"]),
+    "evaluate": lambda workdir: evaluate.main(["--model", str(workdir)]),
     "mine": lambda workdir: mine.main(["--workdir", str(workdir)]),
     "topics": lambda workdir: topics.main(["--workdir", str(workdir)]),
 }

@@ -27,7 +27,8 @@ DOC = """Counts.
 
     python -m jaxcl.count --up-to 3
 """
-NAMES = ["bench", "check_grad", "compare", "export", "mine", "plan", "search", "topics", "train"]
+NAMES = ["bench", "check_grad", "compare", "embed", "evaluate", "export", "mine", "plan"]
+NAMES += ["search", "topics", "train"]
 
 
 def parser() -> CommandParser:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxcl import compare, mine, search, topics
+from jaxcl import compare, embed, evaluate, mine, search, topics
 from jaxcl.bench.__main__ import main as bench
 from jaxcl.data.modalities import _tokenizer_of_settings
 from jaxcl.data.row_guides import guide_dim, read_guides
@@ -13,6 +13,7 @@ from jaxcl.data.tfds_directory import find_directory
 from jaxcl.host.command_flags import CommandParser, user_path
 from jaxcl.host.paths import local_path
 from jaxcl.run import training
+from jaxcl.run.load_model import load
 from jaxcl.run.metric_writer import read_metrics
 from jaxcl.run.opened import open_run
 from jaxcl.settings.config_files import load_config, read_settings_file
@@ -65,6 +66,10 @@ FUNCTIONS = {
     "train": lambda: train(load_config("code_search:smoke"), Path(URL)),
     "compare": lambda: compare.compare(load_config("code_search:smoke"), {"a": {}}, Path(URL)),
     "open_run": lambda: open_run(Path(URL)),
+    "load": lambda: load(URL),
+    "embed, input": lambda: embed.embed("run", URL, "vectors.npy"),
+    "embed, output": lambda: embed.embed("run", "texts.txt", URL),
+    "evaluate": lambda: evaluate.evaluate(URL),
     "search": lambda: search.search(Path(URL), "query"),
     "mine": lambda: mine.mine(Path(URL), Path("mined.npz"), rule=mine.MiningRule()),
     "mine, out": lambda: mine.mine(Path("run"), Path(URL), rule=mine.MiningRule()),
@@ -96,6 +101,10 @@ COMMANDS = {
     "train": (train_command, ["--config=code_search:smoke", f"--workdir={URL}"]),
     "compare": (compare.main, ["--config=code_search", "--settings=a", f"--workdir={URL}"]),
     "search": (search.main, [f"--workdir={URL}", "query"]),
+    "search, model": (search.main, [f"--model={URL}", "query"]),
+    "embed": (embed.main, [f"--model={URL}", "--input=a.txt", "--output=a.npy"]),
+    "embed, output": (embed.main, ["--model=run", "--input=a.txt", f"--output={URL}"]),
+    "evaluate": (evaluate.main, [f"--model={URL}"]),
     "mine": (mine.main, [f"--workdir={URL}"]),
     "mine, out": (mine.main, ["--workdir=run", f"--out={URL}"]),
     "topics, out": (topics.main, ["--workdir=run", f"--out={URL}"]),
