@@ -3,8 +3,8 @@
     python -m jaxcl.search --workdir runs/code_search --top 3 parse an ISO 8601 date
     python -m jaxcl.search --model models/minilm --config configs/code_search.py parse a date
 
-Without a query it asks for one after the other. The pool is the run's own data, or those of a
-config. It changes nothing of the run, which may still be training; it only adds
+Without a query it asks for one after the other. The pool is the run's data, or those that a config
+names. It changes nothing of the run, which may still be training; it only adds
 `search_index.npz`, the pool's embeddings, and rebuilds it when there is a newer checkpoint. The
 index of a config's pool is kept in the user's cache.
 
@@ -190,7 +190,7 @@ def open_search(
 
 
 class _Pool(NamedTuple):
-    """A model and what it searches.
+    """A model and the texts that it searches.
 
     Attributes:
       model: embeds queries and keys.

@@ -28,7 +28,7 @@ _CHUNK_TEXTS = 4096
 _BATCH_TOKENS = {"cpu": 4096}  # caches are small; accelerators want many rows at once
 _ACCELERATOR_TOKENS = 65_536
 _BAR_TEXTS = 1000
-"""So many texts take long enough for a progress bar."""
+"""From this number of texts on, `encode` shows a bar on a terminal."""
 
 
 class EmbeddingModel:

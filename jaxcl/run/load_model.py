@@ -46,7 +46,8 @@ def load(
         - the folder of a pretrained encoder, which sentence-transformers, transformers or model2vec
           has saved, or its id on the Hugging Face Hub (`jaxcl.models.pretrained`).
       compute_dtype: of the activations of a pretrained encoder, such as `"bfloat16"`. A trained
-        model has its own.
+        model has its own. On accelerators JAX multiplies float32 in lower precision unless
+        `jax_default_matmul_precision` is set to `"highest"`.
       trust: the packages from which a run's encoder named `package.module:function` is imported.
 
     Raises:
