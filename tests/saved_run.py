@@ -32,6 +32,7 @@ BASE = {
     "model": {"dim": 6, "options": EXPORTED},
     "evaluation": {"batch_size": 8},
 }
+TUNED = BASE | {"data": {"name": "pairs", "max_tokens": {"query": 12, "key": 12}}, "model": {}}
 
 
 def settings_of(base=BASE, **changes):
@@ -59,8 +60,7 @@ def save_run(workdir: Path, **changes) -> Path:
 
 def save_tuned_run(workdir: Path, pretrained: Path, **changes) -> Path:
     """The same of a run that began with a pretrained model, whose parameters are still its own."""
-    base = BASE | {"data": {"name": "pairs", "max_tokens": {"query": 12, "key": 12}}, "model": {}}
-    settings = settings_of(base, model__pretrained=str(pretrained), **changes)
+    settings = settings_of(TUNED, model__pretrained=str(pretrained), **changes)
     claim_workdir(workdir, settings)
     keep_pretrained_files(settings, workdir)
     towers = build_towers(settings).load(pretrained_sources(settings))

@@ -18,11 +18,12 @@ from jaxcl.data.tokenizer import train_tokenizer
 from jaxcl.models.pretrained.tensor_files import map_tensors
 from jaxcl.run import model_files
 from jaxcl.run.exported import open_exported
+from jaxcl.run.model_card import model_card
 from jaxcl.run.opened import OpenedRun, open_run
 from jaxcl.run.sentence_transformers import sentence_transformers_files
 from tests.helpers import relative_error
 from tests.models.pretrained.tiny import write_tiny_bert
-from tests.saved_run import EXPORTED, TEXTS, save_run, save_tuned_run, settings_of
+from tests.saved_run import EXPORTED, TEXTS, TUNED, save_run, save_tuned_run, settings_of
 
 
 @pytest.fixture(scope="module")
@@ -380,6 +381,23 @@ def test_the_card_of_a_fine_tuned_model_tells_its_origin(tuned_run, tmp_path):
     assert "did not touch these tensors" in text
     assert "`pooler.dense.bias`, `pooler.dense.weight`." in text
     assert "may have seen the held-out pairs" in text
+
+
+def test_the_card_names_a_model_of_the_hub_or_the_run_that_training_began_with(tuned_run):
+    settings = settings_of(TUNED, model__pretrained=str(tuned_run.with_name("tiny")))
+    model = settings.model
+
+    def card(**changes):
+        changed = settings._replace(**changes)
+        run = OpenedRun(tuned_run, changed, encoder=None, data_set="", made_from={"step": 7})
+        return model_card(run, name="model", library="jaxcl")
+
+    of_hub = card(model=model._replace(pretrained="org/tiny"))
+    assert '\nbase_model: "org/tiny"\n' in of_hub
+    assert "`bert`, from `org/tiny` |" in of_hub
+    of_run = card(model=model._replace(pretrained=None), init_from="/home/lovelace/first")
+    assert "base_model" not in of_run
+    assert "`bert`, from `first` |" in of_run
 
 
 def test_a_fine_tuned_model_is_exported_after_its_original_is_gone(tuned_run, tmp_path):

@@ -134,7 +134,8 @@ def _encoder(settings: Settings, section: str) -> str:
     base = settings.parts.pretrained.get(section)
     if base is None:
         return _code(tower.name)
-    return f"{_code(base.family)}, from {_code(_public(tower.pretrained))}"
+    origin = settings.init_from if tower.pretrained is None else tower.pretrained
+    return f"{_code(base.family)}, from {_code(_public(origin))}"
 
 
 def _usage(name: str, *, library: str) -> Iterator[str]:
