@@ -139,7 +139,7 @@ def test_the_exact_loss_by_hand():
     assert math.isclose(found["temperature"], 4 * other, rel_tol=1e-12)
 
 
-@pytest.mark.parametrize("entries", [30, 10_000])
+@pytest.mark.parametrize("entries", [30, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_the_exact_loss_is_that_of_autodiff_at_any_chunk(entries, monkeypatch):
     monkeypatch.setattr("jaxcl.bench.gpu.exact._ENTRIES", entries)
     jax.clear_caches()

@@ -549,7 +549,8 @@ def test_tiles_have_the_second_derivatives_of_the_whole_block(name):
         assert max(errors.values()) < 1e-10
 
 
-@pytest.mark.parametrize("exchange", ["ring", pytest.param("gather", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", ["ring", "gather"])
 def test_devices_have_the_second_derivatives_of_one(exchange):
     sides, directions = ([unit_vectors(seed, 16, 6) for seed in pair] for pair in ((0, 1), (2, 3)))
     mesh, rows = make_mesh({"data": 8}), PartitionSpec("data")

@@ -200,7 +200,7 @@ def newest_state(config: ConfigDict, workdir: Path) -> TrainState:
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name == "rcm_device" else [])
+        pytest.param(name, marks=[] if name == "bisection" else [pytest.mark.slow])
         for name in METHODS
     ],
 )
@@ -398,6 +398,7 @@ def test_weights_of_sources_that_are_not_there_are_named(
         sourced_batches(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_data_sets_finds_topics_for_the_next(configured, tmp_path):
     out = tmp_path / "topics.npz"
     short = {"steps": 4, "run.checkpoint_every": 2}

@@ -481,6 +481,7 @@ def test_a_gradient_cache_goes_by_rows_or_by_tokens():
         training_of(config)
 
 
+@pytest.mark.slow
 def test_a_loss_over_nested_lengths_is_their_sum():
     tokens, rows = {"tokens": np.arange(1, 9, dtype=np.int32)[:, None]}, np.arange(8)
     batch = {"query": tokens, "key": tokens, "row": rows.astype(np.int32)}

@@ -42,7 +42,7 @@ def meshes():
     )
 
 
-@pytest.mark.parametrize("by_group", [False, True])
+@pytest.mark.parametrize("by_group", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_blocks_and_devices_change_nothing_and_only_seen_rows_take_part(monkeypatch, by_group):
     one, many = meshes()
     whole, metrics = refreshed(one, by_group=by_group)
