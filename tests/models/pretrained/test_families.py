@@ -31,7 +31,15 @@ def mask_of(values):
     return np.arange(values["tokens"].shape[1]) < values["length"][:, None]
 
 
-@pytest.fixture(scope="module", params=TRANSFORMERS)
+def quick_unless(*slow):
+    """All transformers, some of them for the slow tests."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow) if name in slow else name
+        for name in TRANSFORMERS
+    ]
+
+
+@pytest.fixture(scope="module", params=quick_unless("xlm-roberta"))  # RoBERTa's functions
 def name(request):
     return request.param
 
@@ -81,7 +89,6 @@ def assert_equal(found, wanted):
         ("modernbert", {"norm_eps": 1e-4}),
         ("mpnet", {"layer_norm_eps": 1e-4}),
         ("roberta", {"pad_token_id": 0}),
-        ("xlm-roberta", {"pad_token_id": 2}),
     ],
 )
 def test_another_value_in_the_config_gives_other_states(name, change):
@@ -106,15 +113,8 @@ def test_gradients_are_those_of_transformers(name, computed):
     assert max(errors.values()) < 1e-4, errors
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("bert", "modernbert", "mpnet", "roberta"),
-        # They differ from the others in names alone.
-        pytest.param("distilbert", marks=pytest.mark.slow),
-        pytest.param("xlm-roberta", marks=pytest.mark.slow),
-    ],
-)
+# The slow ones differ from the others in names alone.
+@pytest.mark.parametrize("name", quick_unless("distilbert", "xlm-roberta"))
 def test_states_in_float64_are_those_of_the_restatement(name, x64):
     values, config = read_values(name), read_config(name)
     mask = mask_of(values)
