@@ -6,8 +6,10 @@ from typing import Any
 
 from flax import nnx
 
+from jaxcl.host.files import is_remote
 from jaxcl.host.paths import AnyPath
 from jaxcl.models import DEFAULT_ENCODER, EncoderPart
+from jaxcl.models.pretrained.containment import join
 from jaxcl.models.pretrained.description import PretrainedModel
 from jaxcl.models.pretrained.encoder import PretrainedEncoder, PretrainedOptions
 from jaxcl.models.pretrained.folder import TENSOR_LIST, read_pretrained
@@ -45,7 +47,7 @@ def is_copy(folder: AnyPath) -> bool:
 
 def tokenizer_of(model: PretrainedModel) -> bytes:
     """The content of a model's `tokenizer.json`."""
-    return model.files["/".join(filter(None, (model.encoder_folder, "tokenizer.json")))]
+    return model.files[join(model.encoder_folder, "tokenizer.json")]
 
 
 def with_pretrained(
@@ -91,18 +93,23 @@ def _folder(
         return None
     folder = None
     if workdir is not None and (tower.pretrained or settings.init_from):
-        folder = _if_present(workdir / COPIES[section])
+        folder = _copy_in(workdir, section)
     if folder is None and trust is None:
         if tower.pretrained is not None:
             folder = local_or_hub(tower.pretrained)
         elif settings.init_from is not None:
-            folder = _if_present(origin_of(settings.init_from)[0] / COPIES[section])
+            folder = _copy_in(origin_of(settings.init_from)[0], section)
     if folder is None and tower.name == PRETRAINED:
         raise ValueError(_missing(section, trust, workdir))
     return folder
 
 
-def _if_present(folder: AnyPath) -> AnyPath | None:
+def _copy_in(workdir: AnyPath, section: str) -> AnyPath | None:
+    folder = workdir / COPIES[section]
+    if not is_remote(folder) and folder.is_symlink():
+        raise ValueError(
+            f"{folder} is a link, which may lead out of the workdir; put a copy of the folder there"
+        )
     return folder if folder.is_dir() else None
 
 
@@ -172,8 +179,8 @@ def _check_agreement(models: Mapping[str, PretrainedModel], data: DataSettings) 
     query, key = ([*models.values()] * 2)[:2]
     if query.dim != key.dim:
         raise ValueError(
-            f"the embeddings of model.pretrained have {query.dim} features, and those of "
-            f"model.key.pretrained {key.dim}; choose two models of one width"
+            f"model.pretrained has embeddings of {query.dim} features, and model.key.pretrained of "
+            f"{key.dim}; choose two models of one width"
         )
     if _token_rule(query) != _token_rule(key):
         raise ValueError(

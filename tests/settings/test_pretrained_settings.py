@@ -130,7 +130,7 @@ def test_two_folders_need_equal_tokenizers(folder, other, tmp_path):
 def test_two_folders_need_one_width_and_one_rule_of_prompts(folder, tmp_path):
     narrow = write_tiny_bert(tmp_path / "narrow", dim=8)
     model = {"pretrained": str(folder), "shared": False, "key": {"pretrained": str(narrow)}}
-    with pytest.raises(ValueError, match=r"16 features, and those of model\.key\.pretrained 8"):
+    with pytest.raises(ValueError, match=r"16 features, and model\.key\.pretrained of 8"):
         read(model)
     whole = write_tiny_bert(tmp_path / "whole")
     model = {"pretrained": str(folder), "shared": False, "key": {"pretrained": str(whole)}}
@@ -167,6 +167,14 @@ def test_nothing_outside_of_an_untrusted_workdir_is_read(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "pretrained")
     settings = read_settings(recorded | {"init_from": "origin"}, trust=(), workdir=tmp_path)
     assert settings.parts.pretrained["model"].path == tmp_path / "pretrained"
+
+
+def test_a_copy_that_leads_out_of_the_workdir_is_not_read(folder, tmp_path):
+    (tmp_path / "pretrained").symlink_to(folder)
+    recorded = as_dict(read({"pretrained": str(folder)}))
+    for trust in ((), None):
+        with pytest.raises(ValueError, match="pretrained is a link, which may lead out"):
+            read_settings(recorded, trust=trust, workdir=tmp_path)
 
 
 def test_a_run_that_starts_from_a_fine_tuned_one_has_its_encoder(folder, tmp_path):
