@@ -25,7 +25,7 @@ from jaxcl.typing import SIDES, Float, Int, PyTree
 __all__ = ["EmbeddingModel"]
 
 _CHUNK_TEXTS = 4096
-_BATCH_TOKENS = {"cpu": 4096}  # caches are small; accelerators want many rows at once
+_BATCH_TOKENS = {"cpu": 2048}  # caches are small; accelerators want many rows at once
 _ACCELERATOR_TOKENS = 65_536
 _BAR_TEXTS = 1000
 """From this number of texts on, `encode` shows a bar on a terminal."""
@@ -124,7 +124,7 @@ class EmbeddingModel:
           prompt: a text to put before each, instead of the side's prompt: one of the names in
             `prompts`, or else the prompt itself; `""` for none.
           batch_size: texts at once, rounded up to a multiple of the number of devices; by default
-            as many as have about 4,096 tokens on a CPU, and 65,536 on an accelerator.
+            as many as have about 2,048 tokens on a CPU, and 65,536 on an accelerator.
           dim: keep only this many of the first dimensions, for a model that was trained for that
             (`loss.matryoshka_dims`). Unit vectors are normalised again.
           quantize: `"int8"`: 127 times the values, rounded, of unit vectors only. It has no

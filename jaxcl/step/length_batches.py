@@ -1,7 +1,7 @@
 """Embeds texts of different lengths in batches of similar ones, each padded to its own width.
 
-Widths are powers of two and 1.5 times these, and the numbers of rows are few as well, so that few
-programs are compiled.
+There are two widths for each doubling of the length, or four where more texts are worth more
+programs. The numbers of rows are few as well, so that few programs are compiled.
 """
 
 from collections import deque
@@ -33,22 +33,23 @@ class LengthBatch(NamedTuple):
     width: int
 
 
-def padded_width(length: int, longest: int | None = None) -> int:
+def padded_width(length: int, longest: int | None = None, *, per_doubling: int = 2) -> int:
     """The smallest width for a text.
 
     Args:
       length: its tokens.
       longest: the tokens of the longest text that the encoder reads; `None` without a limit.
+      per_doubling: the number of widths from a power of two to the next, itself a power of two.
 
     Example:
       >>> [padded_width(length) for length in (0, 8, 9, 13, 17, 100)]
       [8, 8, 12, 16, 24, 128]
-      >>> padded_width(100, longest=120)
-      120
+      >>> padded_width(100, per_doubling=4), padded_width(100, longest=105)
+      (112, 105)
     """
     length = max(length, _LEAST_WIDTH)
-    power = 1 << (length - 1).bit_length()
-    width = 3 * power // 4 if length <= 3 * power // 4 else power
+    step = max((1 << (length - 1).bit_length()) // (2 * per_doubling), 1)
+    width = -(-length // step) * step
     return width if longest is None else min(width, longest)
 
 
@@ -75,12 +76,15 @@ def length_batches(
     Example:
       >>> batches = length_batches(np.array([3, 20, 7, 5]), multiple=1, batch_tokens=24)
       >>> [(batch.rows.tolist(), batch.num_rows, batch.width) for batch in batches]
-      [([1], 1, 24), ([2, 3, 0], 3, 8)]
+      [([1], 1, 20), ([2, 3, 0], 3, 8)]
     """
     order = np.argsort(-lengths, kind="stable")
+    # A single query must not wait for a program of its own width.
+    per_doubling = 4 if lengths.sum() > batch_tokens else 2
     first = 0
     while first < len(order):
-        width = padded_width(int(lengths[order[first]]), longest)
+        length = int(lengths[order[first]])
+        width = padded_width(length, longest, per_doubling=per_doubling)
         most = batch_size or max(batch_tokens // width, 1)
         most += -most % multiple
         rows = order[first : first + most]
