@@ -73,8 +73,8 @@ def test_special_tokens_at_both_ends_may_be_kept(span_length):
 @pytest.mark.parametrize(
     "augment", [token_dropout(rate=0.5, keep_first=1), span_masking(rate=0.5, keep_first=1)]
 )
-def test_where_a_text_has_a_length_a_mask_leaves_the_tokens_out(augment):
-    """So that any id may be a token: the same tokens are left out as by the id of padding."""
+def test_with_lengths_a_mask_leaves_the_tokens_out(augment):
+    """The mask leaves out the same tokens as the padding id, so that any id may be a token."""
     key = jax.random.key(0)
     by_id = augment({"tokens": TOKENS}, key)["tokens"]
     inputs = {"tokens": TOKENS.at[5].set(0), "length": jnp.int32(20)}
@@ -85,7 +85,7 @@ def test_where_a_text_has_a_length_a_mask_leaves_the_tokens_out(augment):
     assert found["length"] == 20
 
 
-def test_spans_with_a_token_for_the_mask_replace_tokens_where_a_text_has_a_length_too():
+def test_spans_are_replaced_by_the_mask_token_with_lengths_too():
     augment, key = span_masking(rate=0.5, mask_id=0), jax.random.key(0)
     tokens = jnp.arange(100, 100 + WIDTH)
     found = augment({"tokens": tokens, "length": jnp.int32(20)}, key)

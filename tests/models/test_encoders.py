@@ -69,7 +69,7 @@ def test_padding_changes_nothing(towers):
     assert relative_error(embed(towers, TOKENS[:1]), vectors) > 3e-2
 
 
-def test_the_mask_of_tokens_by_hand():
+def test_the_token_mask_of_each_kind_of_input():
     tokens = jnp.array([[3, 0, 4, 0], [0, 5, 0, 0]])
     length = jnp.array([4, 1])
     mask = jnp.array([[True, True, False, True], [False] * 4])
@@ -81,7 +81,7 @@ def test_the_mask_of_tokens_by_hand():
     assert (token_mask({"tokens": tokens, "length": length, "mask": mask}) == mask).all()
 
 
-def test_with_lengths_any_id_may_be_a_token_and_padding_may_have_any_id(towers):
+def test_with_lengths_tokens_and_padding_may_have_any_id(towers):
     length = np.array([4, 7, 1])
     inside = np.arange(7) < length[:, None]
     tokens = np.where((TOKENS == 2) | (TOKENS == 3), 0, TOKENS)
@@ -282,7 +282,7 @@ def test_a_static_embedding_by_hand():
     np.testing.assert_allclose(vectors, wanted, rtol=1e-6)
 
 
-def test_without_position_weights_a_static_encoder_starts_equal_and_has_no_such_parameter():
+def test_without_position_weights_a_static_encoder_starts_with_the_same_embeddings():
     encoder = functools.partial(StaticEncoder, 4, dim=2, max_tokens=3)
     towers, without = (
         make_towers(lambda rngs, kind=kind: kind(rngs=rngs))

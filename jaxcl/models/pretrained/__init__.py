@@ -1,1 +1,1 @@
-"""Pretrained text encoders: their folders, their families, and their weights."""
+"""Pretrained text encoders: their folders, families and weights."""

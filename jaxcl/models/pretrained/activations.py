@@ -1,4 +1,4 @@
-"""Activation functions by the names that configs of pretrained encoders give them."""
+"""Activation functions by their names in the configs of pretrained encoders."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ Activation: TypeAlias = Callable[[Float[Array, "*b h"]], Float[Array, "*b h"]]
 
 
 def _gelu(values: Float[Array, "*b h"]) -> Float[Array, "*b h"]:
-    # With erf instead of `jax.nn.gelu`'s erfc, which costs more and matters only where gelu is 0.
+    # `jax.nn.gelu` uses erfc, which costs more, and is more exact only where gelu is near 0.
     return 0.5 * values * (1 + lax.erf(values * math.sqrt(0.5)))
 
 
@@ -45,4 +45,4 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "swish": jax.nn.silu,
     "tanh": jax.numpy.tanh,
 }
-"""By the name in a `config.json`, or by the last part of a PyTorch class in lower case."""
+"""Name in a `config.json`, or a PyTorch class name in lower case -> the function."""

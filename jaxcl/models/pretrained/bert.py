@@ -1,4 +1,4 @@
-"""BERT, and the many encoders of its architecture: MiniLM, BGE, E5, GTE."""
+"""BERT, and encoders with its architecture: MiniLM, BGE, E5, GTE."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ def bert_architecture(config: Mapping[str, Any]) -> Architecture:
     """The architecture that a BERT's `config.json` describes.
 
     Raises:
-      ValueError: for a value that is not supported, with its key.
+      ValueError: for an unsupported value; the message names its key.
 
     Reference:
       Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language

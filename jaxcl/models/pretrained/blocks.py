@@ -1,4 +1,4 @@
-"""One configurable transformer for the families of pretrained encoders."""
+"""A configurable transformer that covers the families of pretrained encoders."""
 
 import functools
 import math
@@ -23,38 +23,40 @@ from jaxcl.typing import Array, Bool, Float, Int, RowKeys, Tokens
 __all__ = ["NUM_BUCKETS", "Architecture", "Transformer", "relative_buckets"]
 
 NUM_BUCKETS = 32
-"""Buckets of relative positions."""
+"""The number of buckets for relative positions."""
 
 FURTHEST = 128
-"""The distance in tokens from which on all share a bucket."""
+"""All distances of at least this number of tokens share a bucket."""
 
 
 class Architecture(NamedTuple):
-    """What distinguishes one transformer from another.
+    """The sizes and variants of a transformer.
 
     Attributes:
       vocabulary_size: rows of the token table.
-      hidden_dim: width inside, a multiple of `num_heads`.
-      num_layers: attention and MLP blocks.
-      num_heads: attention heads.
+      hidden_dim: width of the hidden states, a multiple of `num_heads`.
+      num_layers: number of blocks, each with attention and an MLP.
+      num_heads: number of attention heads.
       mlp_dim: width of the MLP.
-      activation: of the MLP, by its name in `ACTIVATIONS`.
-      epsilon: added to the variance in norms.
-      dropout: the rate of the pretraining, and the default of training.
-      num_positions: rows of the table of learned positions; with rotary positions, which have no
-        table, the longest text.
-      first_position: the row of a text's first token.
-      pre_norm: norms lie before attention and MLP, and after the last block, as in ModernBERT;
-        otherwise after each residual, as in BERT. The embeddings are normalised in both, which
-        spares a pre-norm model the norm before its first attention.
+      activation: name of the MLP's activation in `ACTIVATIONS`.
+      epsilon: added to the variance in layer norms.
+      dropout: the rate in pretraining, which is also the default for fine-tuning.
+      num_positions: rows of the position table. Rotary positions have no table; there it is the
+        number of tokens of the longest text.
+      first_position: the position of a text's first token in that table.
+      pre_norm: normalise before attention and MLP, and after the last block, as in ModernBERT;
+        otherwise after each residual, as in BERT. Both normalise the embeddings, so a pre-norm
+        model has no norm before its first attention.
       norm_bias, attention_bias, mlp_bias: whether these layers have biases.
-      token_types: rows of the table of token types, 0 for no table; all tokens have the first type.
-      relative_positions: a table of `NUM_BUCKETS` relative positions adds to each head's scores.
-      rotary_bases: of each layer's rotary positions; empty for none.
-      windows: how far each layer's tokens see to either side, `None` for everywhere; empty if all
-        layers see everywhere.
-      joint_projections: queries, keys and values come from one matrix.
-      gated: the first half of the MLP's hidden values, after the activation, times the second.
+      token_types: rows of the table of token types; 0 for no table. All tokens have the first type.
+      relative_positions: add a learned bias to each head's scores, from a table of `NUM_BUCKETS`
+        relative positions.
+      rotary_bases: each layer's base of rotary positions; empty for no rotary positions.
+      windows: for each layer, the number of tokens that attention reaches to either side, or `None`
+        for full attention; empty if all layers have full attention.
+      joint_projections: compute queries, keys and values with one matrix.
+      gated: multiply the first half of the MLP's hidden values, after the activation, by the second
+        half.
     """
 
     vocabulary_size: int
@@ -80,24 +82,25 @@ class Architecture(NamedTuple):
 
     @property
     def max_tokens(self) -> int:
-        """The longest text that the positions allow."""
+        """The number of tokens of the longest text that the positions allow."""
         return self.num_positions - self.first_position
 
 
 class Transformer(nnx.Module):
-    """Hidden states of texts.
+    """Compute hidden states of texts with a transformer.
 
     Args:
-      architecture: its sizes and variants.
-      dropout: on embeddings and on each block's two outputs, by row; `None` for the
-        architecture's.
-      remat: keeps one activation per block for the backward pass, and computes the others again.
-      compute_dtype: of activations, such as `"bfloat16"`; `None` takes that on accelerators and
-        float32 elsewhere. Parameters stay float32, and so do the sums inside norms and softmax.
+      architecture: sizes and variants.
+      dropout: rate on the embeddings and on the two outputs of each block, drawn per row; `None`
+        for the architecture's rate.
+      remat: keep one activation per block for the backward pass, and recompute the others.
+      compute_dtype: type of activations, such as `"bfloat16"`; `None` means bfloat16 on
+        accelerators and float32 on CPUs. Parameters and the sums in norms and softmax stay float32.
       rngs: for the initial parameters.
 
     Raises:
-      ValueError: for heads that do not divide the width, or of an odd width with rotary positions.
+      ValueError: if the width does not divide over the heads, or heads with rotary positions
+        have an odd width.
 
     Reference:
       Devlin et al., "BERT", 2019; Liu et al., "RoBERTa", 2019; Song et al., "MPNet", 2020; Warner
@@ -139,10 +142,10 @@ class Transformer(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: Tokens, mask: TokenMask, rngs: RowKeys | None = None) -> Hidden:
-        """Compute the hidden states of all tokens; the states of padding have no meaning.
+        """Compute the hidden states of all tokens; the states of padding tokens are meaningless.
 
         Args:
-          tokens: ids; padding comes after a text's tokens.
+          tokens: ids; padding follows the tokens of a text.
           mask: `True` for tokens.
           rngs: a random key per row for dropout, or `None` for evaluation.
 
@@ -179,7 +182,7 @@ def _identity(hidden: Hidden) -> Hidden:
 
 
 def _norm(a: Architecture, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The fast variance is a difference of two large numbers where the mean is far from 0.
+    # The fast variance subtracts two large numbers when the mean is far from 0.
     return nnx.LayerNorm(
         a.hidden_dim,
         epsilon=a.epsilon,
@@ -211,7 +214,7 @@ class Block(nnx.Module):
         rngs: RowKeys | None,
     ) -> Hidden:
         drop = functools.partial(row_dropout, rngs=rngs, rate=self.dropout)
-        first, second = 1 + 2 * self.layer, 2 + 2 * self.layer  # 0 is the embeddings'
+        first, second = 1 + 2 * self.layer, 2 + 2 * self.layer  # the embeddings are layer 0
         if self.pre_norm:
             hidden += drop(self.attention(self.attention_norm(hidden), mask, bias), layer=first)
             return hidden + drop(self.mlp(self.mlp_norm(hidden)), layer=second)
@@ -220,7 +223,7 @@ class Block(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Self-attention, everywhere or in a window, with rotary positions or without."""
+    """Self-attention, full or within a window, with or without rotary positions."""
 
     def __init__(self, a: Architecture, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         linear = functools.partial(
@@ -254,7 +257,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two linear layers with an activation in between, gated or not."""
+    """Two linear layers with an activation between them, optionally gated."""
 
     def __init__(self, a: Architecture, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, use_bias=a.mlp_bias, dtype=dtype, rngs=rngs)
@@ -281,14 +284,14 @@ def attend(
     r"""Dot-product attention: $\operatorname{softmax}(Q K^\top / \sqrt{c} + B)\, V$ for each head.
 
     Args:
-      queries, keys, values: per head.
+      queries, keys, values: the projections of each head.
       bias: added to the scaled scores.
-      seen: `True` where a query sees a key. A query that sees none, which only padding does,
-        takes the mean over all of them: finite, with a finite gradient.
+      seen: `True` where a query may attend to a key. Only padding can have no keys; it gets the
+        mean of all values, which keeps its states and gradients finite.
     """
     if queries.dtype != jnp.float64:
         return jax.nn.dot_product_attention(queries, keys, values, bias, seen)
-    # The library's softmax rounds to float32.
+    # JAX's attention computes the softmax in float32.
     scores = jnp.einsum("bqnc,bknc->bnqk", queries, keys) * queries.shape[-1] ** -0.5
     scores = jnp.where(seen, scores if bias is None else scores + bias, jnp.finfo(scores.dtype).min)
     return jnp.einsum("bnqk,bknc->bqnc", jax.nn.softmax(scores), values)
@@ -306,9 +309,9 @@ def _relative_bias(table: Float[Array, "r n"], t: int) -> Float[Array, "1 n t t"
 def relative_buckets(t: int) -> Int[np.ndarray, "t t"]:
     """The bucket of each query's distance to each key.
 
-    Half of the buckets are for keys after the query, the other half for the rest. The first half
-    of each stands for the distances 0, 1, 2, … one by one; the others grow with the logarithm of
-    the distance, up to `FURTHEST`.
+    One half of the buckets is for keys after the query, the other half for all other keys. Within
+    each half, the first buckets stand for the single distances 0, 1, 2, …; the others cover
+    logarithmically growing ranges up to `FURTHEST`.
 
     Reference:
       Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text
@@ -318,7 +321,7 @@ def relative_buckets(t: int) -> Int[np.ndarray, "t t"]:
     half = NUM_BUCKETS // 2
     exact = half // 2
     distance = np.abs(relative)
-    # In float32, as the models were trained: a bucket's border could fall to the other side.
+    # In float32, as in training: float64 could move a distance across a bucket's border.
     log_distance = np.log(np.maximum(distance, 1).astype(np.float32) / exact)
     share = log_distance / math.log(FURTHEST / exact)
     coarse = np.minimum(exact + (share * (half - exact)).astype(int), half - 1)

@@ -1,4 +1,4 @@
-"""Values of a `config.json`, checked."""
+"""Checked access to the values of a `config.json`."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ __all__ = ["activation", "check_supported", "flag", "number", "size"]
 
 
 def size(config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
-    """A whole number.
+    """Read a whole number.
 
     Args:
       config: the content of a `config.json`.
@@ -19,7 +19,7 @@ def size(config: Mapping[str, Any], key: str, default: int | None = None, *, lea
       least: the smallest value allowed.
 
     Raises:
-      ValueError: for another value, or for none.
+      ValueError: for any other value, or if a required key is missing.
     """
     value = config.get(key, default)
     if type(value) is not int or value < least:
@@ -30,7 +30,7 @@ def size(config: Mapping[str, Any], key: str, default: int | None = None, *, lea
 
 
 def number(config: Mapping[str, Any], key: str, default: float) -> float:
-    """A finite number of at least 0; a `ValueError` for another value."""
+    """Read a finite number of at least 0; raise a `ValueError` for any other value."""
     value = config.get(key, default)
     if type(value) not in (int, float) or not 0 <= value < math.inf:
         raise ValueError(f"config.json: {key}={value!r}; it must be a number of at least 0")
@@ -38,7 +38,7 @@ def number(config: Mapping[str, Any], key: str, default: float) -> float:
 
 
 def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
-    """True or false; a `ValueError` for another value."""
+    """Read true or false; raise a `ValueError` for any other value."""
     value = config.get(key, default)
     if type(value) is not bool:
         raise ValueError(f"config.json: {key}={value!r}; it must be true or false")
@@ -46,7 +46,7 @@ def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
 
 
 def activation(config: Mapping[str, Any], key: str) -> str:
-    """The name of a known activation, by default the exact `"gelu"`; a `ValueError` for another."""
+    """Read the name of a known activation, by default `"gelu"`; raise a `ValueError` for others."""
     value = config.get(key, "gelu")
     if not isinstance(value, str) or value not in ACTIVATIONS:
         raise ValueError(
@@ -56,7 +56,7 @@ def activation(config: Mapping[str, Any], key: str) -> str:
 
 
 def check_supported(config: Mapping[str, Any], **supported: Any) -> None:
-    """Raise a `ValueError` for a key whose value is neither missing, null nor the supported one."""
+    """Raise a `ValueError` for a value that is set and differs from the supported one."""
     for key, value in supported.items():
         given = config.get(key)
         if given is not None and given != value:

@@ -1,4 +1,4 @@
-"""Paths that a folder's own files name: they may not leave the folder."""
+"""Keep the paths that the files of a model name within the model's folder."""
 
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -10,29 +10,29 @@ __all__ = ["join", "lies_in", "path_inside"]
 
 
 def join(folder: str, name: str) -> str:
-    """The path of a file in a folder, `""` being the model's folder itself."""
+    """The path of a file in a folder; the folder `""` is the model's own."""
     return f"{folder}/{name}" if folder else name
 
 
 def lies_in(file: str, folder: str) -> bool:
-    """Whether a file, relative to the model's folder, lies in a folder and not deeper."""
+    """Whether a file lies directly in a folder; both are relative to the model's folder."""
     return PurePosixPath(file).parent == PurePosixPath(folder)
 
 
 def path_inside(root: AnyPath, name: str) -> AnyPath:
     """The path of a file in the model's folder.
 
-    Symbolic links are followed as long as they stay in the folder. The cache of the Hugging Face
-    Hub is an exception: there `models--…/snapshots/…` holds links into `models--…/blobs`.
+    Symbolic links are followed if they stay in the folder. In the cache of the Hugging Face Hub,
+    `models--…/snapshots/…` may also link into `models--…/blobs`.
 
     Args:
       root: the model's folder.
-      name: a path relative to it, as `modules.json` and the index of a sharded model give them.
+      name: a path relative to it, from `modules.json` or the index of a sharded model.
 
     Raises:
-      ValueError: for an absolute path, one with `..`, or a link that leaves the folder.
+      ValueError: for an absolute path, a path with `..`, or a link that leaves the folder.
     """
-    # On Windows both slashes separate, and there are drives; its rules are safe elsewhere too.
+    # Windows has two separators and drive letters; its stricter rules are safe everywhere.
     parts = PureWindowsPath(name)
     if parts.anchor or ".." in parts.parts or "\0" in name:
         raise ValueError(
@@ -49,7 +49,7 @@ def path_inside(root: AnyPath, name: str) -> AnyPath:
 
 
 def _homes(root: Path) -> list[Path]:
-    """The folders in which the files of a model may lie."""
+    """The folders that may hold the files of a model."""
     repository = root.parent.parent
     if root.parent.name == "snapshots" and repository.name.startswith("models--"):
         return [root, repository / "blobs"]

@@ -1,4 +1,4 @@
-"""What the files of a pretrained encoder say, and what a family of encoders declares."""
+"""Descriptions of pretrained encoders and of their families, without weights."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ __all__ = ["Dense", "Family", "Pooling", "PretrainedModel", "Tensor"]
 
 
 class Pooling(NamedTuple):
-    """From the states of tokens to one vector.
+    """How to pool the hidden states of a text into one vector.
 
     Attributes:
-      modes: one or several of `"cls"`, `"max"`, `"mean"`, `"mean_sqrt_len_tokens"`,
-        `"weightedmean"` and `"lasttoken"`, whose vectors are concatenated in this order.
-      include_prompt: whether the tokens of the prompt take part.
+      modes: one or more of `"cls"`, `"max"`, `"mean"`, `"mean_sqrt_len_tokens"`, `"weightedmean"`
+        and `"lasttoken"`. Their vectors are concatenated in the given order.
+      include_prompt: whether pooling includes the prompt's tokens.
     """
 
     modes: tuple[str, ...] = ("mean",)
@@ -28,11 +28,11 @@ class Dense(NamedTuple):
     """A linear layer after pooling.
 
     Attributes:
-      folder: where its files lie, relative to the model's folder.
-      in_features, out_features: its widths.
-      bias: whether it has one.
-      activation: what follows, such as `"identity"` or `"tanh"`.
-      residual: whether its input is added after the activation.
+      folder: the folder of its files, relative to the model's folder.
+      in_features, out_features: widths of its input and output.
+      bias: whether it has a bias.
+      activation: the activation after it, such as `"identity"` or `"tanh"`.
+      residual: whether its input is added to the activation's output.
     """
 
     folder: str
@@ -49,13 +49,14 @@ class PretrainedModel(NamedTuple):
     Attributes:
       path: its folder, or a run's copy of the folder's small files.
       family: one of `jaxcl.models.pretrained.families.FAMILIES`.
-      config: the content of its `config.json`; for static embeddings also, under `"tensors"`, the
-        shape of each tensor.
-      encoder_folder: where the encoder's `config.json` and weights lie in `path`; `""` for `path`.
-      pooling: one vector from the states of a text's tokens.
-      dense: layers after that.
+      config: the content of its `config.json`. For static embeddings, `"tensors"` adds the shape of
+        each tensor.
+      encoder_folder: the folder of the encoder's `config.json` and weights, relative to `path`;
+        `""` for `path` itself.
+      pooling: how to pool the hidden states into one vector.
+      dense: the linear layers after pooling.
       normalize: whether the folder asks for unit vectors.
-      prompts: side -> the text that is put before each text of this side.
+      prompts: side -> the prompt that precedes each text.
       similarity: `"cosine"`, `"dot"`, `"euclidean"` or `"manhattan"`.
       special_tokens: whether texts get the tokenizer's special tokens, such as [CLS] and [SEP].
       skip_unknown: whether unknown tokens are left out.
@@ -63,7 +64,7 @@ class PretrainedModel(NamedTuple):
       vocabulary_size: rows of the token table.
       dim: width of the embeddings.
       tensors: file, relative to `path` -> name of a tensor -> its type in the file and its shape.
-      files: JSON and text files, relative to `path` -> their content. They are kept and exported.
+      files: JSON and text file, relative to `path` -> its content, for copies and exports.
     """
 
     path: AnyPath
@@ -85,11 +86,11 @@ class PretrainedModel(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """Where a parameter lies in a file.
+    """The tensor of a parameter in a file.
 
     Attributes:
       name: the tensor's name, without a prefix such as `"bert."`.
-      transposed: whether the file holds `[out, in]`, and the parameter is `[in, out]`.
+      transposed: whether the file holds `[out, in]` for a parameter of shape `[in, out]`.
     """
 
     name: str
@@ -97,13 +98,13 @@ class Tensor(NamedTuple):
 
 
 class Family(NamedTuple):
-    """One architecture of pretrained encoders.
+    """An architecture of pretrained encoders.
 
     Attributes:
-      prefixes: what the names of tensors may begin with, such as `"bert."`.
+      prefixes: optional prefixes of tensor names, such as `"bert."`.
       make: `(config.json, *, rngs, dropout, remat, compute_dtype)` -> a module that maps tokens
-        `[b, t]` and their mask to hidden states `[b, t, h]`. Raises a `ValueError` for a config
-        that it does not support.
+        `[b, t]` and their mask to hidden states `[b, t, h]`. Raises a `ValueError` for an
+        unsupported config.
       tensors: `config.json` -> path of a parameter in the module, such as
         `"blocks/0/attention/query/kernel"` -> its tensor.
       hidden_dim: `config.json` -> width of the hidden states.

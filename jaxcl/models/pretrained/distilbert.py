@@ -1,4 +1,4 @@
-"""DistilBERT: BERT without token types, with other names."""
+"""DistilBERT: BERT without token types, with other tensor names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ def distilbert_architecture(config: Mapping[str, Any]) -> Architecture:
     """The architecture that a DistilBERT's `config.json` describes.
 
     Raises:
-      ValueError: for a value that is not supported, with its key.
+      ValueError: for an unsupported value; the message names its key.
 
     Reference:
       Sanh et al., "DistilBERT, a distilled version of BERT", 2019.

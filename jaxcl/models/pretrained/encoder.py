@@ -24,26 +24,26 @@ class PretrainedOptions(NamedTuple):
 
 
 class PretrainedEncoder(nnx.Module):
-    """Embeds texts by a pretrained encoder, its pooling and its dense layers.
+    """Embed texts with a pretrained encoder, its pooling and its dense layers.
 
-    Its parameters lie under `encoder`, as the family's module names them, and under `dense/0`,
-    `dense/1` and so on.
+    The paths of its parameters begin with `encoder`, followed by the name in the family's module,
+    or with `dense/0`, `dense/1` and so on.
 
     Args:
       model: the description of the encoder's folder.
-      normalize: whether vectors have unit norm, as the losses need; without it, they are what the
-        last layer gives.
-      dropout: on embeddings and on each block's two outputs, by row; `None` for the rate of the
-        pretraining. The weights of attention are never dropped.
-      remat: keeps one activation per block for the backward pass, and computes the others again.
-      compute_dtype: of activations, such as `"bfloat16"`; `None` takes that on accelerators and
-        float32 elsewhere. Parameters stay float32; pooling and what follows are computed in it.
-      pooling: another pooling than the folder's.
+      normalize: scale embeddings to unit norm, as the losses require; otherwise, return the output
+        of the last layer unchanged.
+      dropout: rate on the embeddings and on the two outputs of each block, drawn per row; `None`
+        for the rate in pretraining. Attention weights have no dropout.
+      remat: keep one activation per block for the backward pass, and recompute the others.
+      compute_dtype: type of activations, such as `"bfloat16"`; `None` means bfloat16 on
+        accelerators and float32 on CPUs. Parameters, pooling and dense layers stay float32.
+      pooling: replaces the folder's pooling.
       rngs: for the initial parameters.
 
     Raises:
-      ValueError: for an unknown family, a config or layer that is not supported, widths that do
-        not fit, or an option out of range.
+      ValueError: for an unknown family, an unsupported config or layer, layers whose widths do not
+        match, or an option out of range.
     """
 
     def __init__(
@@ -79,16 +79,16 @@ class PretrainedEncoder(nnx.Module):
         self.normalize = normalize
 
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
-        """Embeds texts.
+        """Embed texts.
 
         Args:
-          inputs: `{"tokens": int32[b, t], "length": int32[b]}`, and `"prompt_length"`: int32[b] to
-            leave out the prompt's tokens in pooling. For `"mask"` and a missing length, see
-            `jaxcl.models.layers.token_mask`.
+          inputs: `{"tokens": int32[b, t], "length": int32[b]}`. With `"prompt_length": int32[b]`,
+            pooling leaves out the prompt's tokens. `jaxcl.models.layers.token_mask` explains
+            `"mask"` and inputs without a length.
           rngs: a random key per row for dropout, or `None` for evaluation.
 
         Returns:
-          One vector per text, in float32 at least; zeros for a text without tokens.
+          One embedding per text, in at least float32; zeros for a text without tokens.
         """
         tokens, mask = tokens_of(inputs, "PretrainedEncoder"), token_mask(inputs)
         pooled = mask
@@ -114,7 +114,7 @@ def _check_dense(width: int, dense: tuple[Dense, ...]) -> None:
                 f"{', '.join(ACTIVATIONS)} are"
             )
         if layer.in_features != width:
-            raise ValueError(f"{layer.folder} reads {layer.in_features} features, and gets {width}")
+            raise ValueError(f"{layer.folder} reads {layer.in_features} features, but gets {width}")
         if layer.residual and layer.out_features != width:
             raise ValueError(
                 f"{layer.folder} adds {width} features to {layer.out_features}; a residual between "

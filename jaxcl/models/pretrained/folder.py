@@ -1,7 +1,7 @@
-"""Reads the folder of a pretrained encoder: its JSON and text files, and its tensors' headers.
+"""Read the folder of a pretrained encoder: JSON files, text files and the headers of its tensors.
 
-A folder may come from a stranger. Only JSON, text and safetensors are read, within limits; nothing
-is unpickled or imported, and no file outside of the folder is opened.
+Folders are untrusted. Only JSON, text and safetensors files are read, up to a size limit. Nothing
+is unpickled or imported, and no file outside the folder is opened.
 """
 
 import os
@@ -30,7 +30,7 @@ from jaxcl.models.pretrained.tensor_files import Specs, parse_specs, weight_file
 __all__ = ["TENSOR_LIST", "read_pretrained"]
 
 TENSOR_LIST = "tensors.json"
-"""Stands for the weights in a run's copy of a folder: file -> name -> [type, shape]."""
+"""The file that replaces the weights in a run's copy: file -> name -> [type, shape]."""
 
 _CONFIGS = (
     *("config.json", "modules.json", "config_sentence_transformers.json", *SENTENCE_CONFIGS),
@@ -42,35 +42,35 @@ _LARGE_FILES = (
     "model.safetensors.index.json",
 )
 _KEPT_FILES = dict.fromkeys(_CONFIGS, 8 * 2**20) | dict.fromkeys(_LARGE_FILES, 64 * 2**20)
-"""The files that are kept of each module's folder -> the largest size allowed, in bytes.
+"""Files that a copy keeps of each module's folder -> the largest size allowed, in bytes.
 
-The largest real ones, tokenizers of a hundred languages, have about half of that.
+The largest published files, multilingual tokenizers, have about half this size.
 """
 
 _MAX_TOKENS = 10**6
-"""Tokenizers without a maximum length write 10^30."""
+"""Larger values mean no limit: tokenizers without a maximum length write 10^30."""
 _STATIC_TABLES = {"embedding.weight": "static_embedding", "embeddings": "model2vec"}
-"""The name of the table -> the family of static embeddings."""
+"""Tensor name of the token table -> the family of static embeddings."""
 _MODEL2VEC_TOKENS = 512
-"""Model2vec's own default."""
+"""The default of model2vec."""
 
 
 def read_pretrained(path: str | os.PathLike[str]) -> PretrainedModel:
-    """Read the description of a pretrained encoder from its folder; the weights stay on disk.
+    """Read the description of a pretrained encoder from its folder, without loading the weights.
 
     Args:
-      path: a sentence-transformers folder, one that transformers' or model2vec's `save_pretrained`
-        has written, or a run's copy of such a folder; or the id of a model on the Hugging Face Hub
+      path: a folder of sentence-transformers, a folder that `save_pretrained` of transformers or
+        model2vec has written, a run's copy of either, or the id of a model on the Hugging Face Hub
         (`jaxcl.models.pretrained.hub`).
 
     Raises:
-      ValueError: if the folder is damaged, asks for something that is not supported, or could run
-        code; the message begins with its path.
-      OSError: if it is not there, or a file cannot be read or downloaded.
+      ValueError: if the folder is damaged, needs an unsupported feature, or could run code; the
+        message begins with its path.
+      OSError: if the folder does not exist, or a file cannot be read or downloaded.
     """
     root = local_or_hub(path)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder; give the folder of a pretrained model")
+        raise FileNotFoundError(f"{root} is not a folder; give the folder of a pretrained model")
     try:
         return _describe(root, _read_small_files(root))
     except ValueError as error:
@@ -94,7 +94,7 @@ def _describe(root: AnyPath, files: Mapping[str, bytes]) -> PretrainedModel:
     name = _family_name(config, shapes, static=modules.static)
     _check_layers(config, len(shapes))
     static = name in _STATIC_TABLES.values()
-    if static:  # these families have no config that gives their sizes
+    if static:  # these families have no sizes in their config
         config |= {"tensors": shapes}
     family = _family(name)
     return PretrainedModel(
@@ -136,11 +136,11 @@ def _read_folder(root: AnyPath, folder: str) -> dict[str, bytes]:
 
 
 def _read_tensors(root: AnyPath, modules: Modules) -> dict[str, Specs]:
-    """File -> its tensors, of the encoder and of the dense layers."""
+    """File -> its tensors, for the encoder and the dense layers."""
     listed = path_inside(root, TENSOR_LIST)
     if listed.exists():
         specs = parse_specs(read_sealed_json(listed))
-        for file in specs:  # an export writes files of these names
+        for file in specs:  # an export writes files with these names
             path_inside(root, file)
         return specs
     tensors: dict[str, Specs] = {}
@@ -167,17 +167,17 @@ def _family_name(
         for table, family in _STATIC_TABLES.items():
             if table in shapes:
                 if len(shapes[table]) != 2:
-                    raise ValueError(f"{table} has the shape {shapes[table]}; it should be [v, d]")
+                    raise ValueError(f"{table} has the shape {shapes[table]}; it must be [v, d]")
                 return family
         if static or model_type is not None:
-            raise ValueError(f"it has no tensor {' or '.join(_STATIC_TABLES)} of embeddings")
+            raise ValueError(f"it has no tensor {' or '.join(_STATIC_TABLES)} with embeddings")
     if not isinstance(model_type, str):
         raise ValueError("its config.json is missing, or has no model_type; restore it")
     return model_type
 
 
 def _check_layers(config: Mapping[str, Any], num_tensors: int) -> None:
-    """Refuse a number of layers that would fill the memory before their tensors are missed."""
+    """Refuse a number of layers that would exhaust the memory before the tensors are checked."""
     for key in ("num_hidden_layers", "n_layers"):
         value = config.get(key)
         if isinstance(value, int) and value > num_tensors:
@@ -198,24 +198,24 @@ def _family(name: str) -> Family:
 def _max_tokens(
     name: str, files: Mapping[str, bytes], folder: str, *, limit: int | None
 ) -> int | None:
-    """The longest text that the folder or, below that, its positions allow."""
+    """The longest text that both the folder's limit and its positions allow."""
     of_tokenizer = parse_json(files, join(folder, "tokenizer_config.json")).get("model_max_length")
     if name == "model2vec":
         config = parse_json(files, join(folder, "config.json"))
         given = config.get("max_length", _MODEL2VEC_TOKENS)
     elif name == "static_embedding":
-        # Only here does sentence-transformers heed the truncation that a tokenizer has stored.
+        # Only for this family does sentence-transformers obey the truncation in tokenizer.json.
         truncation = parse_json(files, join(folder, "tokenizer.json")).get("truncation")
         given = truncation.get("max_length") if isinstance(truncation, dict) else None
     else:
         given = parse_sentence_config(files, folder).get("max_seq_length") or of_tokenizer
     if given is not None and (type(given) is not int or given < 1):
-        raise ValueError(f"its longest text has {given!r:.99} tokens; give a positive number")
+        raise ValueError(f"its maximum length is {given!r:.99} tokens; give a positive number")
     return min((n for n in (given, limit) if n is not None and n <= _MAX_TOKENS), default=None)
 
 
 def _dim(modules: Modules, hidden_dim: int) -> int:
-    """The width of the embeddings, through all dense layers."""
+    """The width of the embeddings, after all dense layers."""
     dim = hidden_dim * len(modules.pooling.modes)
     for dense in modules.dense:
         if dense.in_features != dim:

@@ -1,4 +1,4 @@
-"""ModernBERT: pre-norm blocks, rotary positions, a gated MLP, and windows in most layers."""
+"""ModernBERT: pre-norm, rotary positions, a gated MLP, and local attention in most layers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,14 +13,14 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 DEFAULT_BASES = {FULL: 160_000.0, SLIDING: 10_000.0}
 OLD_BASES = {FULL: "global_rope_theta", SLIDING: "local_rope_theta"}
-"""The keys that held the bases before `rope_parameters` did."""
+"""The keys of the rotary bases in configs older than `rope_parameters`."""
 
 
 def modernbert_architecture(config: Mapping[str, Any]) -> Architecture:
     """The architecture that a ModernBERT's `config.json` describes.
 
     Raises:
-      ValueError: for a value that is not supported, with its key.
+      ValueError: for an unsupported value; the message names its key.
 
     Reference:
       Warner et al., "Smarter, Better, Faster, Longer: A Modern Bidirectional Encoder for Fast,
@@ -38,7 +38,7 @@ def modernbert_architecture(config: Mapping[str, Any]) -> Architecture:
         mlp_dim=size(config, "intermediate_size", 1152),
         activation=activation(config, "hidden_activation"),
         epsilon=number(config, "norm_eps", 1e-5),
-        dropout=0.0,  # of three rates in a config, all 0 in the published models
+        dropout=0.0,  # the config has three rates, all 0 in the published models
         num_positions=size(config, "max_position_embeddings", 8192),
         pre_norm=True,
         norm_bias=flag(config, "norm_bias", False),

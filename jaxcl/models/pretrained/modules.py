@@ -1,4 +1,4 @@
-"""The modules of a sentence-transformers folder, from its JSON files; no class is imported."""
+"""Read the modules of a sentence-transformers folder from its JSON files, without any imports."""
 
 import json
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ SENTENCE_CONFIGS = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-"""The names that versions of sentence-transformers give to the config of a Transformer module."""
+"""File names of a Transformer module's config in all versions of sentence-transformers."""
 
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
-"""In the order in which several flags of an older file are concatenated."""
+"""Pooling modes, in the order in which older configs with several flags concatenate them."""
 
 _OLD_FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -48,14 +48,14 @@ _ORDERS = (
 
 
 class Modules(NamedTuple):
-    """What `modules.json` and the configs of the modules say.
+    """The modules of a folder, with their options.
 
     Attributes:
       static: whether the encoder is a table of embeddings, without a transformer.
-      encoder_folder: where the encoder's files lie; `""` for the model's folder.
-      pooling: one vector from the states of a text's tokens.
-      dense: layers after that.
-      normalize: whether unit vectors are asked for.
+      encoder_folder: the folder of the encoder's files; `""` for the model's folder.
+      pooling: how to pool the hidden states into one vector.
+      dense: the linear layers after pooling.
+      normalize: whether the folder asks for unit vectors.
     """
 
     static: bool = False
@@ -66,37 +66,37 @@ class Modules(NamedTuple):
 
 
 def parse_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """The JSON object in one of the files; empty where it is missing.
+    """Parse the JSON object in one of the files; return an empty one for a missing file.
 
     Raises:
-      ValueError: if it holds anything else.
+      ValueError: if the file holds anything else.
     """
     content = _parse(files[name], name) if name in files else {}
     if not isinstance(content, dict):
-        raise ValueError(f"{name} is no JSON object; restore it")
+        raise ValueError(f"{name} is not a JSON object; restore it")
     return content
 
 
 def list_modules(content: bytes) -> list[tuple[str, str]]:
-    """The class, without its package, and the folder of each module in a `modules.json`.
+    """List the class name and the folder of each module in a `modules.json`.
 
     Raises:
-      ValueError: if it is damaged, or names a class outside of sentence-transformers.
+      ValueError: if the file is damaged, or names a class outside of sentence-transformers.
     """
     listed = _parse(content, "modules.json")
     if not isinstance(listed, list) or not 0 < len(listed) <= _MAX_MODULES:
-        raise ValueError(f"modules.json is no list of 1 to {_MAX_MODULES} modules; restore it")
+        raise ValueError(f"modules.json is not a list of 1 to {_MAX_MODULES} modules; restore it")
     return [_parse_module(module) for module in listed]
 
 
 def parse_modules(files: Mapping[str, bytes]) -> Modules:
-    """The modules of a folder; without a `modules.json`, a transformer and mean pooling.
+    """Parse the modules of a folder; without `modules.json`, a transformer with mean pooling.
 
     Args:
       files: path in the folder -> content.
 
     Raises:
-      ValueError: for a module, an order or an option that is not supported.
+      ValueError: for an unsupported module, order or option.
     """
     if "modules.json" not in files:
         return Modules()
@@ -112,7 +112,7 @@ def parse_modules(files: Mapping[str, bytes]) -> Modules:
         raise ValueError(f"modules.json lists {names}; supported are {_ORDERS}")
     folders = [encoder_folder, *(folder for kind, folder in rest if kind == "Dense")]
     if len(set(folders)) < len(folders):
-        raise ValueError(f"modules.json gives a folder to two modules: {', '.join(folders)}")
+        raise ValueError(f"modules.json gives one folder to two modules: {', '.join(folders)}")
     return Modules(
         static,
         encoder_folder,
@@ -123,13 +123,13 @@ def parse_modules(files: Mapping[str, bytes]) -> Modules:
 
 
 def parse_prompts(files: Mapping[str, bytes]) -> dict[str, str]:
-    """The prompt of each side, `""` for none.
+    """Parse the prompt of each side, `""` for none.
 
-    The query's is called "query", the key's "document", "passage" or "corpus"; a side without its
-    own takes the default prompt, with which sentence-transformers' `encode` begins texts.
+    Queries use the prompt named "query"; keys use the one named "document", "passage" or "corpus".
+    A side without its own prompt uses the default prompt, as sentence-transformers does.
 
     Raises:
-      ValueError: if the prompts are no strings, or the default prompt is not among them.
+      ValueError: if a prompt is not a string, or the default prompt does not exist.
     """
     file = "config_sentence_transformers.json"
     config = parse_json(files, file)
@@ -151,10 +151,10 @@ def parse_prompts(files: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def parse_similarity(files: Mapping[str, bytes]) -> str:
-    """The similarity of two embeddings, such as `"cosine"`, which is the default.
+    """Parse the name of the similarity function, `"cosine"` by default.
 
     Raises:
-      ValueError: for an unknown one.
+      ValueError: for an unknown name.
     """
     file = "config_sentence_transformers.json"
     similarity = parse_json(files, file).get("similarity_fn_name") or "cosine"
@@ -167,26 +167,26 @@ def parse_similarity(files: Mapping[str, bytes]) -> str:
 
 
 def parse_sentence_config(files: Mapping[str, bytes], folder: str) -> dict[str, Any]:
-    """The config of the Transformer module in a folder; empty without one."""
+    """Parse the config of the Transformer module in a folder; empty without a config."""
     names = [join(folder, name) for name in SENTENCE_CONFIGS]
     return next((parse_json(files, name) for name in names if name in files), {})
 
 
 def refuse_foreign_code(files: Mapping[str, bytes], folder: str) -> None:
-    """Raise a `ValueError` for a folder whose vectors depend on code that is not ours.
+    """Raise a `ValueError` for a folder whose embeddings depend on code outside jaxcl.
 
-    A config with `auto_map` is refused even where its `model_type` is a known one: the code that it
+    A config with `auto_map` is refused even if its `model_type` is known, because the code that it
     names may compute something else from the same tensors.
 
     Args:
       files: path in the model's folder -> content.
-      folder: of the encoder.
+      folder: the encoder's folder.
     """
     for name in (join(folder, "config.json"), join(folder, "tokenizer_config.json")):
         if parse_json(files, name).get("auto_map"):
             raise ValueError(
-                f"{name} asks to import code by its auto_map, which is not supported; remove the "
-                "entry if transformers' own classes give the same vectors"
+                f"{name} asks to import code with auto_map, which is not supported; remove "
+                "auto_map if transformers' own classes give the same vectors"
             )
     if join(folder, "adapter_config.json") in files:
         raise ValueError(
@@ -203,7 +203,9 @@ def refuse_foreign_code(files: Mapping[str, bytes], folder: str) -> None:
     if config.get("do_lower_case") and not _lowercases(
         parse_json(files, join(folder, "tokenizer.json")).get("normalizer")
     ):
-        raise ValueError("do_lower_case is true, but tokenizer.json has no Lowercase; add it there")
+        raise ValueError(
+            "do_lower_case is true, but tokenizer.json has no Lowercase normalizer; add one there"
+        )
     kind = parse_json(files, "config_sentence_transformers.json").get("model_type")
     if kind not in (None, "SentenceTransformer"):
         raise ValueError(f"it holds a {kind!r:.99}; give a model of dense embeddings")
@@ -242,7 +244,7 @@ def _parse_module(module: Any) -> tuple[str, str]:
 def _parse_pooling(files: Mapping[str, bytes], folder: str) -> Pooling:
     name = join(folder, "config.json")
     if name not in files:
-        raise ValueError(f"{name} is missing, which says how to pool; download the folder again")
+        raise ValueError(f"{name}, the pooling config, is missing; download the folder again")
     config = parse_json(files, name)
     modes = config.get("pooling_mode")
     if modes is None:
@@ -277,7 +279,7 @@ def _parse_dense(files: Mapping[str, bytes], folder: str) -> Dense:
 
 
 def _parse_activation(config: Mapping[str, Any], name: str) -> str:
-    """The name of torch's class in small letters, such as `"identity"`."""
+    """Parse the lower-case name of a class of torch.nn, such as `"identity"`."""
     path = config.get("activation_function", "torch.nn.modules.activation.Tanh")
     if not isinstance(path, str) or not path.startswith("torch."):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""MPNet: BERT without token types, with relative positions in addition to the learned ones."""
+"""MPNet: BERT without token types, with relative positions in addition to the absolute ones."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +13,11 @@ __all__ = ["MPNET", "mpnet_architecture"]
 def mpnet_architecture(config: Mapping[str, Any]) -> Architecture:
     """The architecture that an MPNet's `config.json` describes.
 
-    A text's first token has the position 2: the padding id is 1, whatever `pad_token_id` says.
+    The first token of a text is at position 2, because MPNet takes 1 as the padding id and ignores
+    `pad_token_id`.
 
     Raises:
-      ValueError: for a value that is not supported, with its key.
+      ValueError: for an unsupported value; the message names its key.
 
     Reference:
       Song et al., "MPNet: Masked and Permuted Pre-training for Language Understanding", NeurIPS

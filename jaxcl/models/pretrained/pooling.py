@@ -1,4 +1,4 @@
-"""From the hidden states of a text's tokens to one vector, as sentence-transformers defines it."""
+"""Pool the hidden states of a text into one vector, as sentence-transformers does."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,12 @@ __all__ = ["pool_states", "without_prompt"]
 
 
 def without_prompt(mask: TokenMask, prompt_length: Int[Array, " b"]) -> TokenMask:
-    """A mask of tokens without the first ones of each text, which pooling leaves out."""
+    """The mask of tokens after each text's prompt, for pooling without the prompt."""
     return mask & (jnp.arange(mask.shape[1]) >= prompt_length[:, None])
 
 
 def pool_states(hidden: Hidden, mask: TokenMask, *, modes: Sequence[str]) -> Embeddings:
-    r"""Pool hidden states into one vector per text; several modes are concatenated.
+    r"""Pool hidden states into one vector per text, and concatenate the vectors of several modes.
 
     | mode | vector |
     |---|---|
@@ -25,16 +25,16 @@ def pool_states(hidden: Hidden, mask: TokenMask, *, modes: Sequence[str]) -> Emb
     | `"max"` | the largest value of each feature |
     | `"mean"` | $\sum_j h_j / n$ over the $n$ tokens |
     | `"mean_sqrt_len_tokens"` | $\sum_j h_j / \sqrt{n}$ |
-    | `"weightedmean"` | $\sum_j j h_j / \sum_j j$, where the first place has $j = 1$ |
+    | `"weightedmean"` | $\sum_j j h_j / \sum_j j$, counting positions from $j = 1$ |
     | `"lasttoken"` | the state of the last token |
 
     Args:
-      hidden: states of tokens.
-      mask: `True` for the tokens that take part.
-      modes: some of `POOLING_MODES`.
+      hidden: the hidden states.
+      mask: `True` for the tokens to pool.
+      modes: one or more of `POOLING_MODES`.
 
     Returns:
-      The vectors, in float32 at least; zeros for a text without any token.
+      The pooled vectors, in at least float32; zeros for a text without tokens.
 
     Raises:
       ValueError: for an unknown mode.

@@ -1,4 +1,4 @@
-"""RoBERTa and XLM-R: BERT whose positions begin after the padding id."""
+"""RoBERTa and XLM-R: BERT with positions that start after the padding id."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +14,10 @@ __all__ = ["ROBERTA", "roberta_architecture"]
 def roberta_architecture(config: Mapping[str, Any]) -> Architecture:
     """The architecture that a RoBERTa's `config.json` describes.
 
-    A text's first token has the position `pad_token_id + 1`, whatever the ids in the text are.
+    The first token of a text is at position `pad_token_id + 1`, whatever the text's ids.
 
     Raises:
-      ValueError: for a value that is not supported, with its key.
+      ValueError: for an unsupported value; the message names its key.
 
     Reference:
       Liu et al., "RoBERTa: A Robustly Optimized BERT Pretraining Approach", 2019.

@@ -1,4 +1,4 @@
-"""Static embeddings: one vector per token, without any context."""
+"""Static embeddings: one vector per token, independent of its context."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,13 +16,13 @@ __all__ = ["MODEL2VEC", "STATIC_EMBEDDING", "StaticEmbedding"]
 
 
 class StaticEmbedding(nnx.Module):
-    """The embeddings of a text's tokens.
+    """Look up the embeddings of a text's tokens.
 
     Args:
       vocabulary_size: rows of the token table.
-      dim: its width.
-      weighted: whether each token has a weight, by which its embedding is multiplied.
-      compute_dtype: of what leaves it; `None` takes bfloat16 on accelerators, float32 elsewhere.
+      dim: width of the embeddings.
+      weighted: whether each token has a weight that scales its embedding.
+      compute_dtype: type of the output; `None` means bfloat16 on accelerators and float32 on CPUs.
       rngs: for the initial parameters.
     """
 
@@ -42,14 +42,14 @@ class StaticEmbedding(nnx.Module):
         self.dtype = jnp.dtype(compute_dtype or default_compute_dtype(jax.default_backend()))
 
     def __call__(self, tokens: Tokens, mask: TokenMask, rngs: RowKeys | None = None) -> Hidden:
-        """The embedding of each token; training and evaluation are the same."""
+        """Look up the embedding of each token; training and evaluation are the same."""
         hidden = self.token_table[...][tokens]
         if self.token_weight is not None:
             hidden *= self.token_weight[...][tokens][..., None]
         return hidden.astype(self.dtype)
 
     def mean(self, tokens: Tokens, mask: TokenMask) -> Embeddings:
-        """The mean over each text's tokens, without their `[b, t, d]` in between."""
+        """The mean embedding of each text, computed without the array `[b, t, d]`."""
         table = self.token_table[...]
         weights = (mask / jnp.maximum(mask.sum(1, keepdims=True), 1)).astype(table.dtype)
         if self.token_weight is not None:
@@ -64,12 +64,12 @@ def _shape(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
 def static_family(table: str, weights: str | None = None) -> Family:
     """A family of static embeddings.
 
-    Folders of static embeddings have no `config.json` that says how large they are: their config
-    has the shapes of their tensors, `{"tensors": {name: shape}}`.
+    Folders of static embeddings have no sizes in `config.json`. The config passed to this family
+    instead holds the shapes of the tensors, `{"tensors": {name: shape}}`.
 
     Args:
-      table: name of the tensor `[v, d]` of embeddings.
-      weights: name of the tensor `[v]` of weights, which a file may have or not.
+      table: name of the tensor of embeddings, `[v, d]`.
+      weights: name of the optional tensor of token weights, `[v]`.
     """
 
     def weighted(config: Mapping[str, Any]) -> bool:

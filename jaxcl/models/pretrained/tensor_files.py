@@ -1,8 +1,8 @@
-"""Safetensors files: mapped to memory to read, and written whole.
+"""Read safetensors files by memory mapping, and write them atomically.
 
-A header is checked in full before anything is mapped, since a folder may come from a stranger: each
-tensor has as many bytes as its type and shape need, and the tensors fill the file without gaps or
-overlaps. Nothing is unpickled.
+Files are untrusted, so the whole header is checked before any tensor is mapped: each tensor must
+have the number of bytes that its type and shape need, and the tensors must fill the file without
+gaps or overlaps. Nothing is unpickled.
 """
 
 import io
@@ -45,10 +45,10 @@ TENSOR_TYPES: Mapping[str, np.dtype] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-"""NumPy's type for each type in a file that is read."""
+"""Supported tensor type in a file -> its NumPy type."""
 
 _MAX_HEADER_BYTES = 16 * 2**20
-"""Enough for 100,000 tensors; the header of a large encoder has 50,000 bytes."""
+"""Enough for 100,000 tensors; a large encoder's header takes 50,000 bytes."""
 _MAX_DIMENSIONS = 16
 _MAX_INDEX_BYTES = 16 * 2**20
 _WEIGHTS = "model.safetensors"
@@ -57,7 +57,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class _Entry(NamedTuple):
-    """A tensor in a header; `begin` and `end` count bytes from the end of the header."""
+    """A tensor in a header; `begin` and `end` are byte offsets from the end of the header."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -66,7 +66,7 @@ class _Entry(NamedTuple):
 
 
 def read_specs(path: AnyPath) -> Specs:
-    """The types and shapes of a file's tensors; only the header is read.
+    """Read the types and shapes of a file's tensors from its header.
 
     Raises:
       ValueError: if it is no safetensors file, or damaged; the message names the file.
@@ -78,7 +78,7 @@ def read_specs(path: AnyPath) -> Specs:
 
 
 def map_tensors(path: AnyPath) -> dict[str, np.ndarray]:
-    """The tensors of a file as read-only views of its mapped bytes; none is copied.
+    """Map the tensors of a file as read-only views, without copies.
 
     A file on an object store is read into memory instead.
 
@@ -108,7 +108,7 @@ def specs_as_json(tensors: Mapping[str, Specs]) -> dict[str, Any]:
 
 
 def parse_specs(content: Any) -> dict[str, Specs]:
-    """The types and shapes that `specs_as_json` has written.
+    """Parse the types and shapes that `specs_as_json` wrote.
 
     Raises:
       ValueError: for anything else.
@@ -119,7 +119,7 @@ def parse_specs(content: Any) -> dict[str, Specs]:
             for file, specs in content.items()
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"a list of tensors is damaged ({error!r})") from error
+        raise ValueError(f"its list of tensors is damaged ({error!r})") from error
 
 
 def _parse_spec(kind: Any, shape: Any) -> tuple[np.dtype, tuple[int, ...]]:
@@ -129,15 +129,15 @@ def _parse_spec(kind: Any, shape: Any) -> tuple[np.dtype, tuple[int, ...]]:
 
 
 def write_tensors(path: AnyPath, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file that transformers can load, or nothing.
+    """Write a safetensors file that transformers can load, completely or not at all.
 
     Args:
-      path: the file, which is replaced.
-      tensors: by name, of the types of `TENSOR_TYPES`.
+      path: the file; an existing one is replaced.
+      tensors: name -> tensor of one of `TENSOR_TYPES`.
 
     Raises:
-      ValueError: for another type.
-      OSError: if it cannot be written, with the file's name.
+      ValueError: for any other type.
+      OSError: if the file cannot be written; the message names it.
     """
     from safetensors.numpy import save, save_file
 
@@ -146,9 +146,9 @@ def write_tensors(path: AnyPath, tensors: Mapping[str, np.ndarray]) -> None:
         raise ValueError(
             f"{path} cannot hold {others}; convert them to {', '.join(map(str, names))}"
         )
-    # The package writes the memory of a transposed view as if it were not transposed.
+    # The package ignores strides: it would write a transposed view untransposed.
     dense = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    metadata = {"format": "pt"}  # which older versions of transformers ask for
+    metadata = {"format": "pt"}  # older versions of transformers require it
     if is_remote(path):
         write_whole(path, save(dense, metadata))
         return
@@ -157,18 +157,18 @@ def write_tensors(path: AnyPath, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def weight_files(root: AnyPath, folder: str) -> dict[str, Specs]:
-    """The files that hold the weights of a model or of a module, with their tensors.
+    """List the files that hold the weights of a model or module, with their tensors.
 
     Args:
       root: the model's folder.
-      folder: of the module, relative to `root`; `""` for `root` itself.
+      folder: the module's folder, relative to `root`; `""` for `root` itself.
 
     Returns:
-      File, relative to `root` -> its tensors; one file, or the shards in the order of the index.
+      File, relative to `root` -> its tensors: one file, or all shards in the order of their names.
 
     Raises:
-      ValueError: if there are no safetensors, a header is damaged, or the index disagrees with the
-        shards.
+      ValueError: if there are no safetensors files, a header is damaged, or the index does not
+        match the shards.
       OSError: if a file cannot be read.
     """
     if path_inside(root, join(folder, _WEIGHTS)).exists():
@@ -191,7 +191,7 @@ def weight_files(root: AnyPath, folder: str) -> dict[str, Specs]:
 
 
 def _read_header(file: io.IOBase, path: AnyPath) -> tuple[dict[str, _Entry], int]:
-    """The entries of a header, and the position at which the tensors begin."""
+    """Read the entries of a header, and the position where the tensors begin."""
     try:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -208,7 +208,7 @@ def _read_header(file: io.IOBase, path: AnyPath) -> tuple[dict[str, _Entry], int
         _check_offsets(entries, size - 8 - length)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is no safetensors file, or damaged ({error}); download it again"
+            f"{path} is not a valid safetensors file ({error}); download it again"
         ) from error
     return entries, 8 + length
 
@@ -222,16 +222,18 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse_entry(name: str, entry: Any) -> _Entry:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name!r:.99} lacks its type, shape or offsets, or has more")
+        raise ValueError(f"{name!r:.99} must have a type, a shape and offsets, and nothing else")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in TENSOR_TYPES:
-        raise ValueError(f"{name!r:.99} has the type {kind!r}; known are {', '.join(TENSOR_TYPES)}")
+        raise ValueError(
+            f"{name!r:.99} has the type {kind!r}; supported are {', '.join(TENSOR_TYPES)}"
+        )
     if not _are_sizes(shape, most=_MAX_DIMENSIONS):
         raise ValueError(f"{name!r:.99} has the shape {shape!r:.99}")
     if not _are_sizes(offsets, most=2) or len(offsets) != 2:
         raise ValueError(f"{name!r:.99} has the offsets {offsets!r:.99}")
     dtype, (begin, end) = TENSOR_TYPES[kind], offsets
-    # Also where one size is 0, NumPy multiplies the others; no type has more than 8 bytes.
+    # NumPy multiplies the nonzero sizes even if one size is 0; no type has more than 8 bytes.
     if math.prod(max(size, 1) for size in shape) >= 2**60:
         raise ValueError(f"{name!r:.99} has the shape {shape}")
     if math.prod(shape) * dtype.itemsize != end - begin:
@@ -240,7 +242,7 @@ def _parse_entry(name: str, entry: Any) -> _Entry:
 
 
 def _are_sizes(values: Any, *, most: int) -> bool:
-    """Whether it is a list of at most this many sizes in bytes or elements."""
+    """Whether `values` is a list of at most `most` sizes, in bytes or elements."""
     return (
         isinstance(values, list)
         and len(values) <= most
@@ -265,7 +267,7 @@ def _read_index(path: AnyPath) -> dict[str, str]:
         shards = content["weight_map"]
         for shard in shards.values():
             if PurePosixPath(shard).name != shard:
-                raise ValueError(f"{shard!r:.99} is not the name of a file next to it")
+                raise ValueError(f"{shard!r:.99} is not the name of a file in the same folder")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} does not map tensors to files ({error}); download it again"
@@ -292,7 +294,7 @@ def _without_weights(folder: AnyPath) -> ValueError:
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
         return ValueError(
             f"{folder} has its weights in {', '.join(pickles)} only; a pickle can run code when it "
-            "is read, so load it where you trust it and save it as safetensors, as transformers' "
-            "save_pretrained does"
+            "is read. If you trust it, load it with transformers and save it as safetensors with "
+            "save_pretrained"
         )
     return ValueError(f"{folder} has neither {_WEIGHTS} nor {_INDEX}; download the whole model")

@@ -1,4 +1,4 @@
-"""Where the parameters of `jaxcl.models.pretrained.blocks.Transformer` lie in a family's files."""
+"""Tensor names for the parameters of `jaxcl.models.pretrained.blocks.Transformer`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,14 +12,14 @@ __all__ = ["Names", "transformer_family"]
 
 
 class Names(NamedTuple):
-    """A family's names of tensors, without `.weight` and `.bias`.
+    """The tensor names of a family, without `.weight` and `.bias`.
 
     Attributes:
-      tables: a table of `Transformer`, such as `"token_table"` -> its name.
-      norms: a norm outside of the blocks -> its name.
-      block: the prefix of each block's names; `{}` stands for its number.
-      block_norms: a norm in a block -> its name in the block.
-      block_linear: a linear layer in a block, such as `"attention/query"` -> its name in the block.
+      tables: table of `Transformer`, such as `"token_table"` -> its name.
+      norms: norm outside the blocks -> its name.
+      block: the prefix of each block's names; `{}` is replaced by its number.
+      block_norms: norm in a block -> its name in the block.
+      block_linear: linear layer in a block, such as `"attention/query"` -> its name in the block.
     """
 
     tables: Mapping[str, str]
@@ -29,7 +29,7 @@ class Names(NamedTuple):
     block_linear: Mapping[str, str]
 
     def tensors(self, a: Architecture) -> dict[str, Tensor]:
-        """Path of a parameter -> its tensor."""
+        """Map the path of each parameter to its tensor."""
         tensors = {path: Tensor(f"{name}.weight") for path, name in self.tables.items()}
         for path, name in self.norms.items():
             tensors |= _norm(path, name, bias=a.norm_bias)
@@ -62,10 +62,10 @@ def transformer_family(
     """A family whose models are transformers.
 
     Args:
-      prefixes: the prefixes that names of tensors may have.
-      architecture: `config.json` -> the architecture. Raises a `ValueError` for a config that is
-        not supported.
-      names: the names of its tensors.
+      prefixes: optional prefixes of tensor names.
+      architecture: `config.json` -> the architecture. Raises a `ValueError` for an unsupported
+        config.
+      names: the family's tensor names.
     """
 
     def make(config: Mapping[str, Any], **options: Any) -> nnx.Module:

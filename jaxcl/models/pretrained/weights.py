@@ -1,7 +1,7 @@
-"""The weights of a pretrained encoder: from its files to parameters, and back.
+"""Load the weights of a pretrained encoder into parameters, and write parameters back to tensors.
 
-Every parameter is filled from a tensor, and every tensor is used or known to be unused, such as the
-head of the pretraining. Loading fails otherwise, so that no part of a model stays random silently.
+Every parameter must have a tensor, and every tensor must be used or known to be unused, such as the
+pretraining head. Otherwise loading fails, so that no part of a model silently stays random.
 """
 
 import fnmatch
@@ -33,14 +33,14 @@ _UNUSED = (
     *("vocab_transform.*", "vocab_layer_norm.*", "vocab_projector.*", "head.*", "decoder.*"),
     *("*position_ids", "*.inv_freq"),
 )
-"""Tensors that transformers writes and embeddings do not need: heads, and computed constants."""
+"""Tensors that transformers writes but embeddings do not use: heads, and computed constants."""
 _UNUSED_FOLDER = "unused"
 _DENSE = {"kernel": Tensor("linear.weight", transposed=True), "bias": Tensor("linear.bias")}
 _SHOWN = 20
 
 
 class _Source(NamedTuple):
-    """Where a parameter lies."""
+    """The tensor of a parameter in the files."""
 
     file: str
     name: str
@@ -48,13 +48,13 @@ class _Source(NamedTuple):
 
 
 class _Match(NamedTuple):
-    """The parameters and tensors of a model.
+    """The matches between the parameters and tensors of a model.
 
     Attributes:
       sources: path of a parameter -> its tensor.
-      missing: path of a parameter -> the tensor that the files lack.
-      unused: known tensors that no parameter needs, `(file, name)`.
-      unknown: the other tensors, `(file, name)`.
+      missing: path of a parameter -> the name of its tensor, which the files lack.
+      unused: known tensors without a parameter, `(file, name)`.
+      unknown: other tensors without a parameter, `(file, name)`.
     """
 
     sources: dict[str, _Source]
@@ -64,20 +64,20 @@ class _Match(NamedTuple):
 
 
 def load_parameters(model: PretrainedModel, abstract: PyTree) -> PyTree:
-    """The weights of a folder as parameters, still mapped to memory and in the files' types.
+    """Map the weights of a folder as parameters, in the types of the files.
 
     Args:
       model: the description of the folder.
-      abstract: nested dicts of arrays or `jax.ShapeDtypeStruct`, the parameters of a
-        `PretrainedEncoder`.
+      abstract: the parameters of a `PretrainedEncoder`, nested dicts of arrays or
+        `jax.ShapeDtypeStruct`.
 
     Returns:
-      The same tree of NumPy arrays, which are read-only views of the files. `place` converts them
-      part by part.
+      The same tree of NumPy arrays, as read-only views of the files. `place` converts them shard by
+      shard.
 
     Raises:
-      ValueError: if a parameter has no tensor, a tensor has another shape or an unsuitable type, or
-        an unknown tensor is left; the message lists them. Also for a run's copy of a folder.
+      ValueError: if a parameter has no tensor, a tensor has the wrong shape or type, or an unknown
+        tensor is left over; the message lists them. Also for a run's copy, which has no weights.
       OSError: if a file cannot be read.
     """
     if _is_copy(model):
@@ -99,18 +99,18 @@ def load_parameters(model: PretrainedModel, abstract: PyTree) -> PyTree:
 
 
 def place(parameters: PyTree, abstract: PyTree) -> PyTree:
-    """Put parameters on devices; each device's part is read and converted by itself.
+    """Put parameters on devices, reading and converting them shard by shard.
 
     Args:
-      parameters: a tree of NumPy arrays, such as those of `load_parameters`.
+      parameters: a tree of NumPy arrays, such as `load_parameters` returns.
       abstract: the same tree of `jax.ShapeDtypeStruct` with shardings.
 
     Returns:
-      The same tree of JAX arrays of the abstract types.
+      The same tree of JAX arrays, in the types of `abstract`.
     """
 
     def placed(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-        # A copy, because JAX may keep the memory that it is given, here that of the file.
+        # A copy, because JAX may keep a reference to the array, and so to the mapped file.
         return jax.make_array_from_callback(
             like.shape, like.sharding, lambda part: np.array(array[part], like.dtype, order="C")
         )
@@ -119,7 +119,7 @@ def place(parameters: PyTree, abstract: PyTree) -> PyTree:
 
 
 def unused_tensors(model: PretrainedModel) -> FileTensors:
-    """The tensors that no parameter is loaded from, such as a pooler's, by file and name.
+    """Map the known tensors without a parameter, such as a pooler's, by file and name.
 
     Raises:
       ValueError: if a file is damaged.
@@ -137,20 +137,20 @@ def unused_tensors(model: PretrainedModel) -> FileTensors:
 
 
 def export_tensors(model: PretrainedModel, parameters: PyTree) -> FileTensors:
-    """The tensors of the original files with the values of trained parameters.
+    """Convert trained parameters to the tensors of the original files.
 
-    A tensor keeps its type if that holds its values exactly, and becomes float32 otherwise, so that
-    untrained weights have the same bytes again. Unused tensors come unchanged from the original.
+    A tensor keeps the type of its file if this type holds the values exactly, and becomes float32
+    otherwise. Untrained weights therefore keep their bytes. Unused tensors are copied unchanged.
 
     Args:
       model: the description of the original folder, or of a run's copy of it.
       parameters: the parameters of a `PretrainedEncoder`, as NumPy arrays or local JAX arrays.
 
     Returns:
-      Tensors by file and name, for `write_tensors`.
+      File -> name -> tensor, for `write_tensors`.
 
     Raises:
-      ValueError: if the parameters belong to another model.
+      ValueError: if the parameters do not fit the model.
       OSError: if an unused tensor cannot be read.
     """
     match = _match(model)
@@ -167,13 +167,14 @@ def export_tensors(model: PretrainedModel, parameters: PyTree) -> FileTensors:
 
 
 def keep_copy(model: PretrainedModel, directory: AnyPath) -> None:
-    """Write all of a folder except the weights that parameters are loaded from.
+    """Copy a model's folder, without the weights that are loaded as parameters.
 
-    `read_pretrained` describes the copy as it describes the folder. The copy is complete or absent.
+    `read_pretrained` returns the same description for the copy, except its path. The copy is
+    complete or absent.
 
     Args:
       model: the description of the folder, or of another copy.
-      directory: the copy; an older one is replaced.
+      directory: the folder of the copy; an older copy is replaced.
 
     Raises:
       OSError: if it cannot be written.
@@ -199,7 +200,7 @@ def _write_copy(model: PretrainedModel, directory: AnyPath) -> None:
         path = directory / _UNUSED_FOLDER / file
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors)
-    # The last file, without which the copy cannot be read.
+    # Written last: without this file, the copy cannot be read.
     write_sealed_json(directory / TENSOR_LIST, specs_as_json(model.tensors))
 
 
@@ -244,13 +245,13 @@ def _match_part(
     plain = {name: key for key, name in names.items()}
     for name, file in files.items():
         if name not in used:
-            # A second name of one tensor is unknown too.
+            # Another spelling of a used tensor's name is unknown too.
             known = any(fnmatch.fnmatchcase(plain.get(name, ""), pattern) for pattern in _UNUSED)
             (match.unused if known else match.unknown).append((file, name))
 
 
 def _plain(name: str, prefix: str) -> str:
-    """The name of a tensor without a prefix, and in the newer spelling of norms."""
+    """The name of a tensor without its prefix, with the newer names for the weights of norms."""
     name = name.removeprefix(prefix)
     for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
         if name.endswith(old):
@@ -259,7 +260,7 @@ def _plain(name: str, prefix: str) -> str:
 
 
 def _check(model: PretrainedModel, match: _Match, wanted: Mapping[str, Any]) -> None:
-    """Compare parameters, by their paths, with the tensors; a `ValueError` lists differences."""
+    """Compare the parameters with the tensors, and raise a `ValueError` that lists differences."""
     unlike = []
     for path in sorted(wanted.keys() & match.sources.keys()):
         source = match.sources[path]
@@ -272,7 +273,7 @@ def _check(model: PretrainedModel, match: _Match, wanted: Mapping[str, Any]) -> 
     unasked = sorted(match.sources.keys() - wanted.keys())
     problems = {
         "parameters without a tensor": [
-            f"{path} ({match.missing.get(path, 'of no family')})" for path in lacking
+            f"{path} ({match.missing.get(path, 'unknown')})" for path in lacking
         ],
         "parameters whose tensor has another shape or type": unlike,
         "tensors without a parameter": [
@@ -282,7 +283,7 @@ def _check(model: PretrainedModel, match: _Match, wanted: Mapping[str, Any]) -> 
     }
     if listed := [f"{kind}: {_shortened(names)}" for kind, names in problems.items() if names]:
         raise ValueError(
-            f"{model.path} does not fit a {model.family} encoder of its config: {'; '.join(listed)}"
+            f"{model.path}: its weights do not fit its {model.family} config: {'; '.join(listed)}"
         )
 
 
@@ -294,18 +295,20 @@ def _shortened(names: list[str]) -> str:
 def _map(
     model: PretrainedModel, file: str, names: Iterable[str], *, folder: str = ""
 ) -> dict[str, np.ndarray]:
-    """Map the tensors of a file; each of these names must be as the description lists it."""
+    """Map the tensors of a file, and check `names` against the description."""
     path = path_inside(model.path, join(folder, file))
     tensors = map_tensors(path)
     for name in names:
         spec = (tensors[name].dtype, tensors[name].shape) if name in tensors else None
         if spec != model.tensors[file][name]:
-            raise ValueError(f"{path} has changed since its folder was read: {name} differs")
+            raise ValueError(
+                f"{path} has changed since its folder was read: the tensor {name} differs"
+            )
     return tensors
 
 
 def _as_stored(values: np.ndarray, stored: np.dtype) -> np.ndarray:
-    """The values in the stored type if it holds them exactly, else in float32."""
+    """Convert values to the stored type if it holds them exactly, else to float32."""
     with np.errstate(over="ignore"):
         converted = values.astype(stored, copy=False)
         exact = np.array_equal(converted.astype(values.dtype), values, equal_nan=True)

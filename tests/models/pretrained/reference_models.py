@@ -1,4 +1,4 @@
-"""The tiny models in `reference/`, which `make_reference.py` makes."""
+"""Load the tiny models in `reference/`, which `make_reference.py` writes."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def read_values(name):
 
 
 def describe(config, **changes):
-    """A `PretrainedModel` of a config alone."""
+    """A `PretrainedModel` with this config and no files."""
     family = FAMILIES[config["model_type"]]
     return PretrainedModel(
         path=REFERENCE,
@@ -50,7 +50,7 @@ def describe(config, **changes):
 
 
 def as_parameters(config, tensors, dtype=jnp.float32):
-    """The parameters of a family's module, from tensors by their names."""
+    """Build the parameters of a family's module from named tensors."""
     nested = {}
     for path, tensor in FAMILIES[config["model_type"]].tensors(config).items():
         value = tensors[tensor.name]
@@ -71,7 +71,7 @@ def read_parameters(name, dtype=jnp.float32):
 
 
 def hidden_states(config, params, tokens, mask, rngs=None, **options):
-    """The states of a family's module with these parameters, and these alone."""
+    """Compute the states of a family's module with exactly these parameters."""
     make = FAMILIES[config["model_type"]].make
     graph, abstract = nnx.split(
         nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0), **options)), nnx.Param
@@ -81,7 +81,7 @@ def hidden_states(config, params, tokens, mask, rngs=None, **options):
 
 
 def embed(model, params, inputs, rngs=None, **options):
-    """The vectors of a `PretrainedEncoder` with these parameters."""
+    """Compute the embeddings of a `PretrainedEncoder` with these parameters."""
     options = {"normalize": model.normalize} | options
     graph, _ = nnx.split(
         nnx.eval_shape(lambda: PretrainedEncoder(model, rngs=nnx.Rngs(0), **options)), nnx.Param
@@ -91,7 +91,7 @@ def embed(model, params, inputs, rngs=None, **options):
 
 
 def without_key_biases(gradients):
-    """A key's bias adds the same to all scores of a query: its gradient is rounding errors."""
+    """Leave out key biases, which shift all scores of a query: their gradient is rounding error."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: None if "['key']['bias']" in jax.tree_util.keystr(path) else leaf,
         gradients,

@@ -34,13 +34,13 @@ def inputs_of(values):
 
 
 @pytest.mark.parametrize("name", ["modernbert", pytest.param("mpnet", marks=pytest.mark.slow)])
-def test_neither_padding_nor_neighbours_change_a_vector(name):
+def test_padding_and_other_rows_do_not_change_an_embedding(name):
     values, model = read_values(name), describe(read_config(name))
     params = {"encoder": read_parameters(name)}
     together = embed(model, params, inputs_of(values))
     assert relative_error(together, values["mean"]) < 1e-5
     tokens, length = values["tokens"][2:], values["length"][2:]
-    # Any id may fill a text up.
+    # Padding may have any id.
     for width, padding in ((length[0], 0), (length[0] + 4, 7)):
         filled = np.full((1, width), padding)
         filled[:, : length[0]] = tokens[:, : length[0]]
@@ -50,7 +50,7 @@ def test_neither_padding_nor_neighbours_change_a_vector(name):
     assert relative_error(shorter[0], together[2]) > 1e-2
 
 
-def test_pooling_dense_layers_and_unit_vectors_are_those_of_sentence_transformers():
+def test_pooling_dense_layers_and_unit_vectors_match_sentence_transformers():
     values = read_values("bert")
     model = describe(
         read_config("bert"),
@@ -77,7 +77,7 @@ def test_pooling_dense_layers_and_unit_vectors_are_those_of_sentence_transformer
     assert relative_error(embed(tanh, params, inputs_of(values)), wanted) > 1e-3
 
 
-def test_a_prompt_is_read_and_then_left_out_of_the_mean():
+def test_an_excluded_prompt_is_encoded_but_not_pooled():
     values, model = read_values("bert"), describe(read_config("bert"))
     params = {"encoder": read_parameters("bert")}
     inputs = inputs_of(values) | {"prompt_length": np.full(3, 3)}
@@ -93,7 +93,7 @@ def test_a_static_embedding_is_the_mean_over_its_tokens():
 
 
 @pytest.mark.parametrize("config", [STATIC, MODEL2VEC])
-def test_the_mean_of_a_static_embedding_is_that_of_its_states(config):
+def test_the_direct_mean_of_static_embeddings_equals_the_mean_of_their_states(config):
     encoder = PretrainedEncoder(describe(config), rngs=nnx.Rngs(0)).encoder
     tokens, mask = jnp.array([[1, 2, 3], [4, 5, 0]]), jnp.array([[1, 0, 1], [0, 0, 0]], bool)
     states = encoder(tokens, mask)
@@ -102,7 +102,7 @@ def test_the_mean_of_a_static_embedding_is_that_of_its_states(config):
     )
 
 
-def test_a_model2vec_weighs_its_tokens_and_normalises_where_it_says_so():
+def test_a_model2vec_weights_its_tokens_and_normalises_if_its_config_says_so():
     weights = jnp.array([1.0, 0.5, 2.0, 1.0, 1.0, 1.0])
     params = {"encoder": {"token_table": TABLE, "token_weight": weights}}
     inputs = {"tokens": [[1, 2]], "length": [2]}
@@ -119,7 +119,7 @@ def test_tokens_that_share_rows_are_refused():
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_parameters_lie_where_the_family_says(name):
+def test_parameter_paths_are_those_that_the_family_declares(name):
     config = read_config(name)
     dense = (Dense("2_Dense", 16, 4, bias=False),)
     make = functools.partial(PretrainedEncoder, describe(config, dense=dense))
@@ -157,7 +157,7 @@ def test_gradient_caching_gives_the_gradients_of_the_whole_batch():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mpnet", "modernbert"])
-def test_parameters_spread_over_devices_give_the_same_gradients(name):
+def test_sharded_parameters_give_the_same_gradients(name):
     values, model = read_values(name), describe(read_config(name))
     params = {"encoder": read_parameters(name)}
     inputs = {
@@ -188,7 +188,7 @@ def test_parameters_spread_over_devices_give_the_same_gradients(name):
     ("changes", "message"),
     [
         ({"family": "t5"}, "family='t5' is unknown; use one of bert, distilbert"),
-        ({"dense": (Dense("2_Dense", 8, 4),)}, "2_Dense reads 8 features, and gets 16"),
+        ({"dense": (Dense("2_Dense", 8, 4),)}, "2_Dense reads 8 features, but gets 16"),
         (
             {"dense": (Dense("2_Dense", 16, 4, residual=True),)},
             "2_Dense adds 16 features to 4; a residual between different widths",
@@ -199,7 +199,7 @@ def test_parameters_spread_over_devices_give_the_same_gradients(name):
         ),
     ],
 )
-def test_a_model_that_is_not_supported_says_why(changes, message):
+def test_an_unsupported_model_is_refused_with_the_reason(changes, message):
     with pytest.raises(ValueError, match=message):
         PretrainedEncoder(describe(STATIC_16)._replace(**changes), rngs=nnx.Rngs(0))
 

@@ -62,7 +62,7 @@ def computed(name):
 
 
 @pytest.mark.smoke
-def test_hidden_states_and_their_means_are_those_of_transformers(name, computed):
+def test_hidden_states_and_their_means_match_transformers(name, computed):
     values, (_, states, mean) = read_values(name), computed
     mask = mask_of(values)
     assert_equal(states[mask], values["last"][mask])
@@ -91,7 +91,7 @@ def assert_equal(found, wanted):
         ("roberta", {"pad_token_id": 0}),
     ],
 )
-def test_another_value_in_the_config_gives_other_states(name, change):
+def test_each_config_value_changes_the_states(name, change):
     values = read_values(name)
     mask = mask_of(values)
     config, params = read_config(name) | change, read_parameters(name)
@@ -99,7 +99,7 @@ def test_another_value_in_the_config_gives_other_states(name, change):
     assert relative_error(np.asarray(states)[mask], values["last"][mask]) > 3e-5
 
 
-def test_gradients_are_those_of_transformers(name, computed):
+def test_gradients_match_transformers(name, computed):
     values, config, (gradients, _, _) = read_values(name), read_config(name), computed
     stored = {
         key.removeprefix("gradient "): value
@@ -113,9 +113,9 @@ def test_gradients_are_those_of_transformers(name, computed):
     assert max(errors.values()) < 1e-4, errors
 
 
-# The slow ones differ from the others in names alone.
+# The slow ones differ from the others in names only.
 @pytest.mark.parametrize("name", quick_unless("distilbert", "xlm-roberta"))
-def test_states_in_float64_are_those_of_the_restatement(name, x64):
+def test_float64_states_match_the_numpy_reference(name, x64):
     values, config = read_values(name), read_config(name)
     mask = mask_of(values)
     params = read_parameters(name, jnp.float64)
@@ -161,12 +161,12 @@ def test_states_in_float64_are_those_of_the_restatement(name, x64):
         ("roberta", {"pad_token_id": -1}, "pad_token_id=-1; it must be a whole number of at least"),
     ],
 )
-def test_a_config_that_is_not_supported_names_its_key(name, change, message):
+def test_an_unsupported_config_value_is_refused_with_its_key(name, change, message):
     with pytest.raises(ValueError, match=message):
         FAMILIES[name].make(read_config(name) | change, rngs=nnx.Rngs(0))
 
 
-def test_a_modernbert_of_older_keys_is_the_same():
+def test_older_config_keys_of_modernbert_give_the_same_architecture():
     config = read_config("modernbert")
     rope = config["rope_parameters"]
     new = modernbert_architecture(config)
@@ -190,7 +190,7 @@ def test_a_missing_key_means_the_published_base_model():
 @pytest.mark.parametrize(
     ("name", "longest"), [("bert", 24), ("roberta", 22), ("mpnet", 150), ("modernbert", 32)]
 )
-def test_texts_beyond_the_positions_are_refused(name, longest):
+def test_texts_longer_than_the_positions_are_refused(name, longest):
     config, params = read_config(name), read_parameters(name)
     assert FAMILIES[name].max_tokens(config) == longest
     tokens = np.ones((1, longest + 1), np.int32)
@@ -198,7 +198,7 @@ def test_texts_beyond_the_positions_are_refused(name, longest):
         hidden_states(config, params, tokens, tokens == 1)
 
 
-def test_buckets_of_relative_positions_are_those_of_the_restatement():
+def test_buckets_of_relative_positions_match_the_numpy_reference():
     buckets = relative_buckets(300)
     wanted = [[numpy_families.bucket(k - q) for k in range(300)] for q in range(300)]
     assert (buckets == np.array(wanted)).all()
@@ -208,7 +208,7 @@ def test_buckets_of_relative_positions_are_those_of_the_restatement():
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_new", "quick_gelu", "silu", "mish"])
-def test_activations_by_their_formulas(name):
+def test_activations_match_their_formulas(name):
     x = np.linspace(-6, 6, 101)
     cubic = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
     wanted = {
@@ -221,7 +221,7 @@ def test_activations_by_their_formulas(name):
     np.testing.assert_allclose(ACTIVATIONS[name](jnp.array(x, jnp.float32)), wanted, atol=2e-6)
 
 
-def test_activations_are_bfloat16_where_asked_and_parameters_float32():
+def test_activations_are_bfloat16_on_request_and_parameters_float32():
     values, config = read_values("bert"), read_config("bert")
     mask = mask_of(values)
     params = read_parameters("bert")
@@ -234,7 +234,7 @@ def test_activations_are_bfloat16_where_asked_and_parameters_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(made))} == {jnp.dtype("float32")}
 
 
-def test_dropout_has_the_pretraining_s_rate_and_follows_the_rows():
+def test_dropout_has_the_rate_of_pretraining_and_depends_on_the_row_only():
     values, config, params = read_values("bert"), read_config("bert"), read_parameters("bert")
     tokens, mask = values["tokens"], mask_of(values)
     keys = jax.random.split(jax.random.key(0), len(tokens))

@@ -1,4 +1,4 @@
-"""Folders of pretrained encoders: their description, and the reasons to refuse one."""
+"""Folders of pretrained encoders: their descriptions, and the reasons to refuse one."""
 
 import json
 import os
@@ -29,7 +29,7 @@ BERT = {
 
 
 def write(folder, tensors=WORDS, **files):
-    """Write JSON files, `a__b` being `a/b.json`, a tokenizer and tensors; `None` leaves one out."""
+    """Write JSON files (`a__b` is `a/b.json`), a tokenizer and tensors; `None` omits a file."""
     for name, content in {"tokenizer": {}, **files}.items():
         path = folder / f"{name.replace('__', '/')}.json"
         if content is not None:
@@ -41,7 +41,7 @@ def write(folder, tensors=WORDS, **files):
 
 
 def modules(*classes, package=OLD):
-    """A `modules.json` as sentence-transformers writes it."""
+    """The content of a `modules.json` as sentence-transformers writes it."""
     paths = ["" if not i else f"{i}_{name}" for i, name in enumerate(classes)]
     return [
         {"idx": i, "name": str(i), "path": path, "type": f"{package}.{name}"}
@@ -54,7 +54,7 @@ DENSE = {"in_features": 4, "out_features": 2}
 
 
 def write_sentence_transformer(folder, **files):
-    """Transformer, Pooling, Dense, Normalize; `None` for a file leaves it out."""
+    """Write Transformer, Pooling, Dense and Normalize; `None` omits a file."""
     defaults = {
         "config": BERT,
         "modules": modules("Transformer", "Pooling", "Dense", "Normalize"),
@@ -68,7 +68,7 @@ def write_sentence_transformer(folder, **files):
     return folder
 
 
-def test_a_plain_folder_is_a_mean_without_normalisation(tmp_path):
+def test_a_plain_folder_has_mean_pooling_without_normalisation(tmp_path):
     model = read_pretrained(write(tmp_path, config=BERT))
     assert model.path == tmp_path
     assert (model.family, model.config, model.encoder_folder) == ("bert", BERT, "")
@@ -98,7 +98,7 @@ def test_a_sentence_transformers_folder_is_read_with_its_modules(tmp_path):
 
 
 @pytest.mark.parametrize("package", [OLD, NEW, BASE, f"{BASE}.transformer"])
-def test_classes_are_known_by_their_last_name(tmp_path, package):
+def test_modules_are_recognised_by_class_name_in_any_package(tmp_path, package):
     listed = modules("Transformer", "Pooling", "Dense", "Normalize", package=package)
     assert read_pretrained(write_sentence_transformer(tmp_path, modules=listed)).normalize
 
@@ -257,17 +257,17 @@ REFUSED = {
         {"modules": modules("Transformer", "Pooling", "Normalize", "Dense")},
         "lists Transformer, Pooling, Normalize, Dense;",
     ),
-    "no modules": ({"modules": []}, "no list of 1 to 32 modules"),
-    "an object of modules": ({"modules": {}}, "no list of 1 to 32 modules"),
-    "a hundred modules": ({"modules": modules(*["Dense"] * 100)}, "no list of 1 to 32 modules"),
+    "no modules": ({"modules": []}, "not a list of 1 to 32 modules"),
+    "an object of modules": ({"modules": {}}, "not a list of 1 to 32 modules"),
+    "a hundred modules": ({"modules": modules(*["Dense"] * 100)}, "not a list of 1 to 32 modules"),
     "a number for a module": ({"modules": [1]}, "the module 1; give its type and path"),
     "no path": (listing("change", path=None), "give its type and path"),
     "a path above": (listing("change", 1, path="../1_Pooling"), "'../1_Pooling', which may lie"),
     "an absolute path": (listing("change", 2, path="/etc"), "'/etc', which may lie outside"),
     "a drive": (listing("change", 2, path="C:\\x"), "which may lie outside"),
     "a zero byte": (listing("change", 2, path="a\0b"), "which may lie outside"),
-    "a folder twice": (listing("change", 2, path=""), "gives a folder to two modules"),
-    "no pooling config": ({"1_Pooling__config": None}, "1_Pooling/config.json is missing"),
+    "a folder twice": (listing("change", 2, path=""), "gives one folder to two modules"),
+    "no pooling config": ({"1_Pooling__config": None}, "the pooling config, is missing"),
     "an unknown pooling": (
         {"1_Pooling__config": {"pooling_mode": "median"}},
         r"pooling_mode=\['median'\]; known are cls, max, mean",
@@ -292,7 +292,7 @@ REFUSED = {
     ),
     "custom code": (
         {"config": BERT | {"auto_map": {"AutoModel": "modeling.Model"}}},
-        "config.json asks to import code by its auto_map",
+        "config.json asks to import code with auto_map",
     ),
     "a custom tokenizer": (
         {"tokenizer_config": {"auto_map": {"AutoTokenizer": ["a.B", None]}}},
@@ -302,7 +302,7 @@ REFUSED = {
     "a changed config": ({"sentence_bert_config": {"config_args": {"a": 1}}}, "config_args"),
     "another task": ({"sentence_bert_config": {"transformer_task": "fill-mask"}}, "transformer_ta"),
     "another case": ({"sentence_bert_config": {"do_lower_case": True}}, "has no Lowercase"),
-    "no text": ({"sentence_bert_config": {"max_seq_length": -1}}, "has -1 tokens"),
+    "no text": ({"sentence_bert_config": {"max_seq_length": -1}}, "is -1 tokens"),
     "another kind": ({"config_sentence_transformers": {"model_type": "SparseEncoder"}}, "'Sparse"),
     "another similarity": (
         {"config_sentence_transformers": {"similarity_fn_name": "cos"}},
@@ -320,7 +320,7 @@ REFUSED = {
     ),
     "no family": ({"config": {}}, "has no model_type"),
     "no config": ({"config": None}, "config.json is missing"),
-    "a list for a config": ({"config": []}, "config.json is no JSON object"),
+    "a list for a config": ({"config": []}, "config.json is not a JSON object"),
     "no tokenizer": ({"tokenizer": None}, r"no tokenizer\.json; load"),
     "a static module": ({"modules": modules("StaticEmbedding")}, "no tensor embedding.weight or"),
     "no embeddings": ({"modules": None, "config": {"model_type": "model2vec"}}, "no tensor embed"),
@@ -345,7 +345,7 @@ def test_a_folder_is_refused_by_name(tmp_path, case):
         read_pretrained(tmp_path)
 
 
-def test_lower_case_in_the_tokenizer_is_enough(tmp_path):
+def test_do_lower_case_is_accepted_if_the_tokenizer_lowercases(tmp_path):
     for normalizer in (
         {"type": "BertNormalizer", "lowercase": True},
         {"type": "Sequence", "normalizers": [{"type": "NFD"}, {"type": "Lowercase"}]},
@@ -355,12 +355,12 @@ def test_lower_case_in_the_tokenizer_is_enough(tmp_path):
         assert read_pretrained(tmp_path).special_tokens
 
 
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"absent is no folder"):
+def test_the_error_for_a_missing_folder_names_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent is not a folder"):
         read_pretrained(tmp_path / "absent")
 
 
-def test_files_that_are_links_out_of_the_folder_are_refused(tmp_path):
+def test_links_to_files_outside_the_folder_are_refused(tmp_path):
     folder = write(tmp_path / "model", config=BERT)
     (tmp_path / "secret").write_text("{}")
     (folder / "tokenizer_config.json").symlink_to("../secret")
@@ -380,7 +380,7 @@ def test_a_hub_cache_is_read_through_its_links(tmp_path):
     assert read_pretrained(revision)._replace(path=plain) == read_pretrained(plain)
 
 
-def test_a_pipe_or_a_folder_in_place_of_a_file_is_refused(tmp_path):
+def test_a_pipe_or_a_folder_instead_of_a_file_is_refused(tmp_path):
     write(tmp_path, config=BERT, tokenizer=None)
     os.mkfifo(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match="pipe or a device"):
@@ -435,7 +435,7 @@ def test_random_damage_is_refused_by_name_or_harmless(tmp_path, rounds):
 
 
 def damage(path, rng):
-    """Flip a byte, cut the file, or put a value of another type in its JSON."""
+    """Flip a byte, truncate the file, or change the type of a value in its JSON."""
     content = bytearray(path.read_bytes())
     kind = rng.choice(["flip", "cut", "retype", "retype"])
     if kind == "flip":

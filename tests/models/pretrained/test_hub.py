@@ -13,12 +13,12 @@ MODEL = "org/tiny-model.v2"
 
 
 class NotFound(OSError):
-    """As the package's error for an unknown model."""
+    """Stands for the package's error for an unknown model."""
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The calls of a package that answers from `hub.answers`: a folder or an error each."""
+    """A stub that records calls and answers each from `hub.answers`: a folder or an error."""
     package, utils = ModuleType("huggingface_hub"), ModuleType("huggingface_hub.utils")
     package.calls, package.answers = [], []
 
@@ -58,12 +58,12 @@ def test_a_model_is_downloaded_once(hub, snapshot):
     assert hub.calls == [(MODEL, True), (MODEL, False)]
 
 
-def test_a_model_of_which_only_the_config_is_cached_is_downloaded(hub, snapshot, tmp_path):
+def test_a_model_with_only_its_config_cached_is_downloaded(hub, snapshot, tmp_path):
     hub.answers = [tmp_path / "empty", snapshot]
     assert local_or_hub(MODEL) == snapshot
 
 
-def test_a_folder_of_that_name_comes_first(hub, tmp_path, monkeypatch):
+def test_a_folder_of_the_same_name_takes_precedence(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / MODEL).mkdir(parents=True)
     assert str(local_or_hub(MODEL)) == MODEL
@@ -71,25 +71,25 @@ def test_a_folder_of_that_name_comes_first(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["name", "a/b/c", "./a", "/org/name", "~/name", "org/na me"])
-def test_other_names_are_paths(hub, path):
-    with pytest.raises(FileNotFoundError, match="is no folder; give the folder"):
+def test_names_that_are_not_model_ids_are_paths(hub, path):
+    with pytest.raises(FileNotFoundError, match="is not a folder; give the folder"):
         read_pretrained(path)
     assert hub.calls == []
 
 
-def test_the_missing_package_is_named(monkeypatch):
+def test_the_error_without_huggingface_hub_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"org/tiny-model\.v2 is no folder.*'jaxcl\[hub\]'"):
+    with pytest.raises(ValueError, match=r"org/tiny-model\.v2 is not a folder.*'jaxcl\[hub\]'"):
         read_pretrained(MODEL)
 
 
-def test_an_unknown_model_is_named(hub):
+def test_the_error_for_an_unknown_model_names_it(hub):
     hub.answers = [FileNotFoundError(), NotFound("404 Client Error.\nmore")]
     with pytest.raises(ValueError, match=r"does not give .*\(404 Client Error\.\); check the name"):
         local_or_hub(MODEL)
 
 
-def test_a_missing_network_is_named(hub):
+def test_without_a_network_the_error_says_so(hub):
     hub.answers = [FileNotFoundError(), FileNotFoundError("offline")]
     with pytest.raises(ConnectionError, match=r"cannot be downloaded .*\(offline\); give the fold"):
         local_or_hub(MODEL)

@@ -23,11 +23,11 @@ MASK = jnp.array([[True, True, True, False]])
         ("lasttoken", [2, 0]),
     ],
 )
-def test_each_mode_by_hand(mode, vector):
+def test_each_mode_matches_a_hand_computed_vector(mode, vector):
     np.testing.assert_allclose(pool_states(STATES, MASK, modes=(mode,)), [vector], rtol=1e-6)
 
 
-def test_without_the_prompt_the_weighted_mean_keeps_its_weights():
+def test_excluding_the_prompt_does_not_shift_the_weights_of_the_weighted_mean():
     mask = without_prompt(MASK, jnp.array([1]))
     vectors = pool_states(STATES, mask, modes=("weightedmean",))
     np.testing.assert_allclose(vectors, [[(2 * 3 + 3 * 2) / (2 + 3), (2 * 4 + 0) / 5]], rtol=1e-6)
@@ -39,7 +39,7 @@ def test_modes_are_concatenated_in_the_order_given():
 
 
 @pytest.mark.parametrize("mode", POOLING_MODES)
-def test_vectors_are_those_of_sentence_transformers(mode):
+def test_pooled_vectors_match_sentence_transformers(mode):
     values = read_values("bert")
     length = values["length"][:, None]
     mask = np.arange(values["tokens"].shape[1]) < length
@@ -51,7 +51,7 @@ def test_vectors_are_those_of_sentence_transformers(mode):
     mask = without_prompt(jnp.asarray(mask), jnp.full(len(mask), 3))
     pooled = pool_states(states, mask, modes=(mode,))
     assert relative_error(pooled, rest) < 1e-5
-    # The largest values and the last token may well lie after the prompt.
+    # The largest values and the last token may come after the prompt.
     assert relative_error(whole, rest) > 1e-2 or mode in ("lasttoken", "max")
 
 

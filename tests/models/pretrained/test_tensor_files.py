@@ -43,7 +43,7 @@ def file(tmp_path):
     return path
 
 
-def test_written_tensors_are_read_again(file):
+def test_written_tensors_are_read_back(file):
     assert_same(map_tensors(file), TENSORS)
     assert read_specs(file) == {name: (t.dtype, t.shape) for name, t in TENSORS.items()}
 
@@ -56,7 +56,7 @@ def test_every_type_is_written_and_read(tmp_path, kind):
     assert_same(map_tensors(tmp_path / "a.safetensors"), tensors)
 
 
-def test_the_safetensors_package_reads_the_same(file):
+def test_the_safetensors_package_reads_the_same_tensors(file):
     from safetensors import safe_open
 
     with safe_open(file, framework="np") as opened:
@@ -80,13 +80,13 @@ def owner(array):
     return array
 
 
-def test_a_transposed_view_is_written_as_it_reads(tmp_path):
+def test_a_transposed_view_is_written_with_its_own_values(tmp_path):
     tensors = {"kernel": TENSORS["weight"].T}
     write_tensors(tmp_path / "a.safetensors", tensors)
     assert_same(map_tensors(tmp_path / "a.safetensors"), tensors)
 
 
-def test_an_unwritten_file_leaves_the_old_one(file):
+def test_a_failed_write_leaves_the_old_file(file):
     before = file.read_bytes()
     with pytest.raises(ValueError, match=r"cannot hold .*complex128"):
         write_tensors(file, {"a": np.array([1j])})
@@ -108,7 +108,7 @@ DAMAGED_LISTS = (
 
 @pytest.mark.parametrize("content", DAMAGED_LISTS, ids=str)
 def test_a_damaged_list_of_tensors_is_refused(content):
-    with pytest.raises(ValueError, match="a list of tensors is damaged"):
+    with pytest.raises(ValueError, match="its list of tensors is damaged"):
         parse_specs(content)
 
 
@@ -132,7 +132,7 @@ DAMAGED = {
     "a header longer than the file": (struct.pack("<Q", 2**63) + b"{}", "claims 9,223"),
     "no header": (b"\x01", "claims 1 bytes, but the file has 1"),
     "a header of another encoding": (struct.pack("<Q", 2) + b"\xff\xff", "utf-8"),
-    "a header that is no JSON": (raw("{"), "Expecting"),
+    "a header that is not JSON": (raw("{"), "Expecting"),
     "a list for a header": (raw("[]"), "not a JSON object"),
     "deep nesting": (raw('{"a":' + "[" * 100_000 + "]" * 100_000 + "}"), "recursion"),
     "a name twice": (raw('{"a": 1, "a": 2}'), "'a' twice"),
@@ -140,9 +140,9 @@ DAMAGED = {
         raw('{"a": {"dtype": "U8", "dtype": "U8", "shape": [], "data_offsets": [0, 1]}}', b"a"),
         "'dtype' twice",
     ),
-    "a number for an entry": (raw({"a": 1}), "lacks its type"),
-    "an unknown key": (raw({"a": F32 | {"more": 1}}, bytes(8)), "or has more"),
-    "an unknown type": (raw({"a": entry("F8_E4M3", [8], 0, 8)}, bytes(8)), "known are F64"),
+    "a number for an entry": (raw({"a": 1}), "must have a type"),
+    "an unknown key": (raw({"a": F32 | {"more": 1}}, bytes(8)), "and nothing else"),
+    "an unknown type": (raw({"a": entry("F8_E4M3", [8], 0, 8)}, bytes(8)), "supported are F64"),
     "a list for a type": (raw({"a": entry([], [8], 0, 8)}, bytes(8)), r"type \[\]"),
     "a negative size": (raw({"a": entry("F32", [-2, -1], 0, 8)}, bytes(8)), r"shape \[-2, -1\]"),
     "a boolean size": (raw({"a": entry("F32", [True, 2], 0, 8)}, bytes(8)), "shape"),
@@ -168,7 +168,7 @@ def test_a_damaged_header_is_refused_by_name(tmp_path, damage):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     for read in (read_specs, map_tensors):
-        with pytest.raises(ValueError, match=f"{path} is no safetensors file.*{message}"):
+        with pytest.raises(ValueError, match=f"{path} is not a valid safetensors file.*{message}"):
             read(path)
 
 
@@ -194,7 +194,7 @@ def test_random_damage_is_refused_by_name_or_harmless(file, rounds):
         try:
             map_tensors(file)
         except ValueError as error:
-            refused += str(error).startswith(f"{file} is no safetensors file")
+            refused += str(error).startswith(f"{file} is not a valid safetensors file")
     assert refused > rounds / 2
 
 
@@ -215,7 +215,7 @@ A, B = {"a": np.zeros(2, np.float32)}, {"b": np.ones(3, np.float32)}
 SPECS = {name: {name: (np.dtype("f4"), (size,))} for name, size in [("a", 2), ("b", 3)]}
 
 
-def test_one_file_or_all_shards_are_found(tmp_path):
+def test_a_single_file_or_all_shards_are_listed(tmp_path):
     shards(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"}, x=A, y=B)
     assert weight_files(tmp_path, "") == {"x.safetensors": SPECS["a"], "y.safetensors": SPECS["b"]}
     write_tensors(tmp_path / "model.safetensors", A)
@@ -235,9 +235,9 @@ WRONG_INDEXES = {
     "a shard above the folder": (
         {"a": "../x.safetensors"},
         {},
-        "not the name of a file next to it",
+        "not the name of a file in the same folder",
     ),
-    "an absolute shard": ({"a": "/etc/passwd"}, {}, "not the name of a file next to it"),
+    "an absolute shard": ({"a": "/etc/passwd"}, {}, "not the name of a file in the same folder"),
     "a shard on a drive": ({"a": "C:\\x.safetensors"}, {}, "lie outside"),
     "a number for a shard": ({"a": 5}, {}, "not map tensors to files"),
     "a list for the map": (["a"], {}, "not map tensors to files"),
@@ -300,7 +300,7 @@ def test_links_of_a_hub_cache_are_followed(tmp_path):
         weight_files(revision, "")
 
 
-def test_a_model_may_lie_behind_a_link(tmp_path):
+def test_the_model_folder_may_be_a_link(tmp_path):
     (tmp_path / "real").mkdir()
     write_tensors(tmp_path / "real" / "model.safetensors", A)
     (tmp_path / "link").symlink_to("real")

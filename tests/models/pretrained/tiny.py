@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 WORDS = ("query", "key", ":", "file", "read", *map(str, range(30)))
-"""All words of the rows of `tests.prepared_data`, and a few more."""
+"""All words in the rows of `tests.prepared_data`, and a few more."""
 
 DIM, HEADS, MLP_DIM, MAX_TOKENS = 16, 2, 32, 24
 
@@ -78,7 +78,7 @@ def write_tiny_static(
 def bert_tensors(
     dim: int, num_layers: int, vocabulary_size: int, seed: int
 ) -> dict[str, np.ndarray]:
-    """The tensors of a BERT by name, a pooler that jaxcl does not use among them."""
+    """The tensors of a BERT by name, including a pooler that jaxcl does not use."""
     rng = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
 
@@ -139,7 +139,7 @@ def _write_tokenizer(folder: Path, vocabulary: list[str]) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    # As many released files have them; neither may reach a run's texts.
+    # Many published files have both; neither may affect a run's texts.
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.enable_padding(length=MAX_TOKENS)
     (folder / "tokenizer.json").write_text(tokenizer.to_str())

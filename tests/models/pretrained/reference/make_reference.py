@@ -1,11 +1,11 @@
-"""Makes tiny random models of every family, and the values that the tests compare with.
+"""Write tiny random models of every family, and the values that the tests compare with.
 
     python tests/models/pretrained/reference/make_reference.py
 
-It needs torch, transformers and sentence-transformers, which the tests do not. Each family gets a
-folder here with `config.json`, `model.safetensors` and `values.npz`: tokens, their lengths, the
-hidden states after the embeddings and after the last block, and the gradient of a scalar by every
-parameter. `pooling.npz` has what sentence-transformers makes of BERT's hidden states.
+It needs torch, transformers and sentence-transformers; the tests do not. Each family gets a
+folder here, with `config.json`, `model.safetensors` and `values.npz`: tokens, their lengths, the
+hidden states after the embeddings and after the last block, and the gradient of a scalar with
+respect to every parameter. `pooling.npz` holds sentence-transformers' poolings of BERT's states.
 """
 
 import json
@@ -70,7 +70,7 @@ MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoke
 
 
 def random_model(config):
-    """A model whose parameters all matter, also biases and norms, which start as 0 and 1."""
+    """A model with random parameters everywhere, even biases and norms, which start as 0 and 1."""
     torch.manual_seed(0)
     model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -81,7 +81,7 @@ def random_model(config):
 
 
 def texts(config, longest):
-    """Three texts, one of them of full length, padded on the right."""
+    """Three texts, padded on the right; one has the full length."""
     length = np.array([longest, longest * 2 // 3, 5])
     mask = np.arange(longest) < length[:, None]
     tokens = np.random.default_rng(0).integers(5, SIZES["vocab_size"], mask.shape)
@@ -123,7 +123,7 @@ def make_family(name, config, longest):
 
 
 def make_pooling(states, mask):
-    """Vectors of each mode, with the prompt and without; then dense layers, and unit vectors."""
+    """Pool with each mode, with and without the prompt; then apply dense layers and normalise."""
     values = {}
 
     def pooled(modes, include_prompt=True):

@@ -1,7 +1,7 @@
-"""The families restated in NumPy, in float64, one text at a time and without padding.
+"""Reference implementations of the families in float64 NumPy, one text at a time, without padding.
 
-This is what `jaxcl.models.pretrained` computes, written as plainly as possible: a second opinion
-that is exact, where other implementations round some steps to float32.
+They compute the same as `jaxcl.models.pretrained`, as plainly as possible. Other implementations
+round some steps to float32; these do not.
 """
 
 import math
@@ -13,7 +13,7 @@ MPNET_BUCKETS, MPNET_FURTHEST = 32, 128
 
 
 def hidden_states(config, tensors, tokens):
-    """The states `[t, h]` after the last block of one text's tokens `[t]`."""
+    """Compute the states `[t, h]` after the last block for the tokens `[t]` of one text."""
     weights = {name: np.asarray(value, np.float64) for name, value in tensors.items()}
     if config["model_type"] == "modernbert":
         return _modernbert(config, weights, tokens)
@@ -93,7 +93,7 @@ def gelu(x):
 
 
 def heads(x, num_heads):
-    """`[t, h]` as `[n, t, c]`."""
+    """Split `[t, h]` into heads, `[n, t, c]`."""
     return x.reshape(len(x), num_heads, -1).transpose(1, 0, 2)
 
 
@@ -105,7 +105,7 @@ def attention(queries, keys, values, bias):
 
 
 def rotate(x, base):
-    """Turns feature i and i + c/2 of the token at place p by the angle p · base^(-2i/c)."""
+    """Rotate features i and i + c/2 of the token at position p by the angle p · base^(-2i/c)."""
     half = x.shape[-1] // 2
     turn = np.exp(1j * np.arange(x.shape[1])[:, None] * base ** (-np.arange(half) / half))
     turned = (x[..., :half] + 1j * x[..., half:]) * turn
