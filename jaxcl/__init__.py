@@ -34,7 +34,7 @@ __all__ = ["assignment", "grad_cache", "load", "losses", "metrics", "negatives",
 
 
 def __getattr__(name: str) -> Any:
-    # `load` needs the packages of the extra `train`, and seconds to import them.
+    # `load` needs the packages of the extra `train`, which take seconds to import.
     if name != "load":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if (missing := missing_message()) is not None:

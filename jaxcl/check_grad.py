@@ -39,7 +39,7 @@ from jaxcl.typing import SIDES, Batch, NumpyInt, PyTree
 __all__ = ["GradientCheck", "compare_gradients"]
 
 _LARGEST_ERROR = 1e-3  # float32, summed in another order
-_ROUNDING = 1e-6  # of the norm of the whole gradient
+_ROUNDING = 1e-6  # relative to the norm of the whole gradient
 _VOCABULARY = 64
 _ROWS_PER_DEVICE = 4
 _NEGATIVES = 3
@@ -137,8 +137,8 @@ def _compared(parameter: str, ours: jax.Array, theirs: jax.Array, least: float) 
     found, wanted = (np.asarray(gradient, np.float64) for gradient in (ours, theirs))
     squares = (wanted * wanted).sum()
     if squares <= least**2:
-        # Zero but for rounding: of a weight that this batch never reads, or of the bias of
-        # attention's keys, which moves all scores of a query alike.
+        # Zero up to rounding: a weight that this batch never reads, or a key bias of attention,
+        # which shifts all scores of a query alike.
         wrong = np.linalg.norm(found) > 2 * least
         return GradientCheck(parameter, float("nan") if wrong else 1.0, float(wrong))
     error = np.linalg.norm(found - wanted) / np.sqrt(squares)
@@ -157,7 +157,7 @@ def _tiny(settings: Settings) -> Settings:
     settings = with_encoder_options(settings, shrunk)
     cached = any(value is not None for value in settings.grad_cache)
     dim, vocabulary_size = max((16, *settings.loss.matryoshka_dims)), _VOCABULARY
-    if settings.parts.pretrained:  # whose sizes are those of its folder
+    if settings.parts.pretrained:  # keeps the sizes of its folder
         dim, vocabulary_size = settings.model.dim, settings.data.vocabulary_size
     return settings._replace(
         model=settings.model._replace(dim=dim),

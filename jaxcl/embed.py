@@ -125,7 +125,9 @@ def embed(
 def _check_output(source: AnyPath | None, output: AnyPath, *, overwrite: bool) -> None:
     """Fail before the work, not after it."""
     if output.suffix not in VECTOR_FILES:
-        raise ValueError(f"--output={output} is no {' or '.join(VECTOR_FILES)}")
+        raise ValueError(
+            f"--output={output} has an unknown suffix; use {' or '.join(VECTOR_FILES)}"
+        )
     if source is not None and not source.exists():
         raise FileNotFoundError(f"there is no file {source}")
     if output.exists() and not overwrite:

@@ -51,8 +51,8 @@ SIDES = ("query", "key")
 """The two sides of a pair, in the order in which arrays and random keys take them."""
 
 PADDING_ID = 0
-"""The token id that fills a text up to the width of its batch. Encoders mask it, unless inputs have
-a `"length"` and any id may be a token."""
+"""The token id that pads a text to the width of its batch. Encoders mask this id, unless the inputs
+have a `"length"`: then any id may be a token."""
 
 PyTree: TypeAlias = Any
 AxisName: TypeAlias = Hashable | tuple[Hashable, ...]

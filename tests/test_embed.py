@@ -97,7 +97,7 @@ def test_a_bad_line_ends_it_without_an_output(run, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
     code, error = run("--input", tmp_path / "a.jsonl", "--output", tmp_path / "a.npy")
     assert code == 1
-    assert "a.jsonl: line 2: text is 3, which is no text" in error
+    assert "a.jsonl: line 2: text is 3, which is not a text" in error
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
@@ -105,9 +105,9 @@ def test_a_bad_line_ends_it_without_an_output(run, tmp_path):
     ("source", "output", "message"),
     [
         ("absent.txt", "a.npy", "there is no file"),
-        ("texts.txt", "a.csv", r"a.csv is no .npy or .parquet"),
+        ("texts.txt", "a.csv", r"a.csv has an unknown suffix; use .npy or .parquet"),
         ("texts.txt", "absent/a.npy", "for the output; create it"),
-        ("texts.md", "a.npy", "texts.md is no .txt, .jsonl"),
+        ("texts.md", "a.npy", "texts.md has an unknown suffix"),
     ],
 )
 def test_files_are_checked_before_the_model_is_loaded(

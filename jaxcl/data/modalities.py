@@ -61,8 +61,9 @@ class Text:
                 tokenizer = _tokenizer_of_settings(data)
             elif data.special_tokens is not None:
                 raise ValueError(
-                    f"data.special_tokens={data.special_tokens} is for a pretrained tokenizer, but "
-                    "this run trains its own; set data.tokenizer, or data.special_tokens to None"
+                    f"data.special_tokens={data.special_tokens} needs a pretrained tokenizer, "
+                    "but this run trains its own; set data.tokenizer, or set "
+                    "data.special_tokens to None"
                 )
             else:
                 with progress_bar("reading texts for the tokenizer", len(train)) as advance:
@@ -93,7 +94,7 @@ class Text:
         return _load(data, _tokenizer_file(workdir))
 
     def reader(self, data: DataSettings, side: str, workdir: AnyPath) -> Reader:
-        """Texts -> inputs as `spec`, padded to the side's width."""
+        """A function from texts to inputs as in `spec`, padded to the side's width."""
         rule = text_rule(data, side)
         text = TextTokenizer(self.tokenizer(data, workdir), rule)
         return lambda values: text.inputs(text.tokenize(values), rule.max_tokens)
@@ -107,7 +108,7 @@ class Text:
         return data.vocabulary_size
 
     def spec(self, data: DataSettings, side: str) -> PyTree:
-        """`{"tokens": int32[t]}`, and the numbers that the side's `TextRule` names."""
+        """`{"tokens": int32[t]}`, and an int32 for each of `TextRule.numbers`."""
         return input_spec(text_rule(data, side))
 
     def random_inputs(
@@ -221,7 +222,7 @@ def open_tables(
 
 
 def text_rule(data: DataSettings, side: str) -> TextRule:
-    """How the texts of a side become tokens."""
+    """The rule by which the texts of a side become tokens."""
     return TextRule(
         max_tokens=getattr(data.max_tokens, side),
         add_cls=data.add_cls,

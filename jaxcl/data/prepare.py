@@ -179,7 +179,7 @@ def open_sources(
     data_dir: Path,
     open_source: Callable[[str], PairSource] | None = None,
 ) -> dict[str, PairSource]:
-    """The splits that a new run would begin with, as text.
+    """Open the splits that a new run would use, as text.
 
     Args:
       data, data_dir, open_source: as `prepare_data`.

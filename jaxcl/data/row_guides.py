@@ -40,7 +40,7 @@ def read_guides(
 ) -> RowGuides:
     """Read an `.npz` with `query` and `key`, `[rows of the split, any width]` each.
 
-    `jaxcl.data.row_files.read_arrays` says how rows are matched, and what it refuses.
+    `jaxcl.data.row_files.read_arrays` explains how rows are matched, and which files it refuses.
 
     Raises:
       ValueError: in addition, for an embedding without a norm.

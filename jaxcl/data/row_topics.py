@@ -30,7 +30,7 @@ def read_topics(
 ) -> RowTopics:
     """Read an `.npz` with `topic`, an integer for each row of the split.
 
-    `jaxcl.data.row_files.read_arrays` says how rows are matched, and what it refuses.
+    `jaxcl.data.row_files.read_arrays` explains how rows are matched, and which files it refuses.
     """
     path = as_path(path)
     columns = {"topic": Column("integers", (num_rows,))}

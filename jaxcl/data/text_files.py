@@ -1,6 +1,6 @@
-"""Texts from a file, in blocks: a text per line, or a field of JSON lines, CSV, TSV or Parquet.
+"""Read texts from a file in blocks: plain lines, or a field of JSON lines, CSV, TSV or Parquet.
 
-Text number i of a file belongs to row i of whatever is made from it, so that nothing is skipped.
+No text is skipped, so row i of any output belongs to text i of the file.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from jaxcl.host.paths import AnyPath
 __all__ = ["TEXT_FILES", "read_texts"]
 
 _MAX_LINE = 64 * 2**20
-"""Bytes of a line; the longest real ones have a few million."""
+"""The most bytes of a line; the longest real lines have a few million."""
 _BLOCK_LETTERS = 16 * 2**20
 
 
@@ -28,22 +28,22 @@ def read_texts(
 
     Args:
       path: the file; `None` for standard input.
-      field: of the texts in JSON lines, or the column of a table.
-      kind: one of `TEXT_FILES`; by default, the end of the file's name.
-      block_size: the most texts of a block; long texts make it shorter.
+      field: the field of the texts in JSON lines, or their column in a table.
+      kind: one of `TEXT_FILES`; by default, the file's suffix.
+      block_size: the most texts in a block; blocks of long texts are smaller.
 
     Returns:
       An iterator over lists of texts, in order.
 
     Raises:
-      ValueError: for another kind of file, or, while it is read, for a line or row without a text,
-        which it names by number.
+      ValueError: for an unknown kind of file; while iterating, for a line or row without a text,
+        with its number.
       OSError: if the file cannot be read.
     """
     name = "standard input" if path is None else str(path)
     kind = kind or ("" if path is None else path.suffix.lower())
     if kind not in TEXT_FILES:
-        raise ValueError(f"{name} is no {', '.join(TEXT_FILES)}; give a file of one of these kinds")
+        raise ValueError(f"{name} has an unknown suffix; give one of {', '.join(TEXT_FILES)}")
     return _read(path, name, functools.partial(TEXT_FILES[kind], field=field), block_size)
 
 
@@ -72,7 +72,7 @@ def _blocks(texts: Iterable[str], block_size: int) -> Iterator[list[str]]:
 
 
 def _lines(file: Any) -> Iterator[tuple[int, str]]:
-    """The lines from 1, without their ends."""
+    """Number the lines from 1, and strip line ends."""
     number = 0
     while line := file.readline(_MAX_LINE + 1):
         number += 1
@@ -109,7 +109,7 @@ def _separated(file: Any, field: str, *, delimiter: str) -> Iterator[str]:
 
 
 def _parquet(file: Any, field: str) -> Iterator[str]:
-    from pyarrow import parquet  # here and not above: it takes a while to import
+    from pyarrow import parquet  # not at the top, because the import is slow
 
     table = parquet.ParquetFile(file)
     if field not in table.schema_arrow.names:
@@ -126,16 +126,16 @@ def _text_of(record: Mapping[str, Any], field: str, where: str) -> str:
         raise ValueError(f"{where}: {_no_field(field, record)}")
     text = record[field]
     if not isinstance(text, str):
-        raise ValueError(f"{where}: {field} is {text!r:.80}, which is no text")
+        raise ValueError(f"{where}: {field} is {text!r:.80}, which is not a text")
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a character
+    except UnicodeEncodeError as error:  # JSON can encode a lone surrogate
         raise ValueError(f"{where}: {field} is not Unicode ({error.reason})") from error
     return text
 
 
 def _no_field(field: str, names: Iterable[str]) -> str:
-    return f"there is no field {field!r}; there are {', '.join(map(str, names)) or 'none'}"
+    return f"there is no field {field!r}; the fields are {', '.join(map(str, names)) or 'none'}"
 
 
 TEXT_FILES: Mapping[str, Callable[..., Iterator[str]]] = {
@@ -145,4 +145,4 @@ TEXT_FILES: Mapping[str, Callable[..., Iterator[str]]] = {
     ".tsv": functools.partial(_separated, delimiter="\t"),
     ".parquet": _parquet,
 }
-"""The end of a file's name -> `(file, field) -> its texts`."""
+"""Suffix of a file -> a function `(file, field) -> texts`."""

@@ -1,4 +1,4 @@
-"""How texts become tokens, and tokens an encoder's inputs.
+"""Turn texts into tokens, and tokens into the inputs of an encoder.
 
 text = TextTokenizer(tokenizer, TextRule(max_tokens=128, special_tokens=True, prompt="query: "))
 rows = text.tokenize(["what is a cat", "dogs"])  # ids of each text
@@ -28,24 +28,24 @@ __all__ = [
 ]
 
 UNLIMITED = 2**31 - 1
-"""`TextRule.max_tokens` where texts may have any length."""
+"""The value of `TextRule.max_tokens` without a limit."""
 
 
 class TextRule(NamedTuple):
-    """How the texts of a side become tokens.
+    """The rule by which the texts of a side become tokens.
 
     Attributes:
-      max_tokens: the longest text, its prompt and special tokens included; the rest is cut off, but
-        not the special tokens. `UNLIMITED` for any length.
-      add_cls: begin with [CLS]. For `special_tokens=None` only.
-      distinct: each token once, where it first stands: for encoders that neither read order nor
-        should count how often a name is repeated.
-      special_tokens: `None` for a tokenizer of `load_tokenizer`, whose id 0 is padding and whose
-        [UNK] stands for a text without tokens. Otherwise any tokenizer, and whether texts get its
-        special tokens; inputs then say each text's length.
-      prompt: what is put before each text.
-      exclude_prompt: inputs say how many tokens the prompt has, so that pooling leaves them out.
-      skip_unknown: leave unknown tokens out, as model2vec does.
+      max_tokens: the longest text in tokens, with its prompt and special tokens. Longer texts are
+        truncated, but keep their special tokens. `UNLIMITED` for any length.
+      add_cls: begin each text with [CLS]; only for `special_tokens=None`.
+      distinct: keep only the first occurrence of each token. For encoders that ignore the order of
+        tokens and should not count repeated names.
+      special_tokens: `None` for a tokenizer of `load_tokenizer`: id 0 is padding, and texts without
+        tokens become [UNK]. For any other tokenizer, whether to add its special tokens to each
+        text; the inputs then include each text's length.
+      prompt: the prompt that precedes each text.
+      exclude_prompt: include the prompt's length in the inputs, so that pooling leaves it out.
+      skip_unknown: leave out unknown tokens, as model2vec does.
     """
 
     max_tokens: int
@@ -58,27 +58,27 @@ class TextRule(NamedTuple):
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """The numbers that inputs have for each text, next to its tokens."""
+        """The names of the numbers that accompany the tokens of each text in the inputs."""
         length = ("length",) if self.special_tokens is not None else ()
         return (*length, "prompt_length") if self.exclude_prompt and self.prompt else length
 
 
 class TextTokenizer:
-    """A tokenizer and the rule of a side.
+    """Tokenize the texts of a side by its rule.
 
     Args:
-      tokenizer: of `load_tokenizer`, or of `load_pretrained_tokenizer` where the rule has
-        `special_tokens` of `True` or `False`.
-      rule: of the side.
+      tokenizer: from `load_tokenizer` if `rule.special_tokens` is `None`, otherwise from
+        `load_pretrained_tokenizer`.
+      rule: the side's rule.
 
     Attributes:
-      rule: as given.
-      prompt_length: how many tokens stand before the first one of a text: the prompt's, and special
-        ones.
+      rule: the side's rule.
+      prompt_length: number of tokens before the first token of a text: special tokens and the
+        prompt's tokens.
 
     Raises:
-      ValueError: if the tokenizer lacks a token that the rule needs or does more than put special
-        tokens around a text, or if `max_tokens` leaves no room for a token of a text.
+      ValueError: if the tokenizer lacks a token that the rule needs, it does more than add special
+        tokens around a text, or `max_tokens` leaves no room for text.
     """
 
     def __init__(self, tokenizer: Tokenizer, rule: TextRule) -> None:
@@ -108,14 +108,14 @@ class TextTokenizer:
     def tokenize(
         self, texts: Sequence[str], *, what: str = "text", first: int = 0
     ) -> list[Int[np.ndarray, " _"]]:
-        """Token ids of each text.
+        """Compute the token ids of each text.
 
         Args:
-          texts: what to encode, without the prompt.
-          what, first: a name for the texts and the number of the first, for messages.
+          texts: the texts, without the prompt.
+          what, first: for error messages, a name for the texts and the number of the first one.
 
         Returns:
-          One int32 array per text. A text without tokens has the special tokens, or none.
+          One int32 array per text. A text without tokens has only special tokens, or none.
 
         Raises:
           ValueError: if a text is not a `str` of Unicode, or the tokenizer fails.
@@ -136,7 +136,7 @@ class TextTokenizer:
     def inputs(
         self, rows: Sequence[Int[np.ndarray, " _"]], width: int | None = None
     ) -> dict[str, Int[np.ndarray, "n ..."]]:
-        """The inputs of tokenised texts, padded to `width` or to the longest of them."""
+        """Build the inputs of tokenised texts, padded to `width` or to the longest text."""
         return as_inputs(
             np.concatenate([np.zeros(0, np.int32), *rows]),
             np.array([len(row) for row in rows], np.int64),
@@ -161,14 +161,14 @@ def as_inputs(
     width: int,
     prompt_length: int = 0,
 ) -> dict[str, Int[np.ndarray, "n ..."]]:
-    """An encoder's inputs.
+    """Build the inputs of an encoder.
 
     Args:
-      ids: the tokens of all texts, end to end.
-      lengths: of each text, in tokens; none is longer than `width`.
-      rule: from which the tokens were made.
-      width: tokens of a row; padding follows a text.
-      prompt_length: of `TextTokenizer`.
+      ids: the tokens of all texts, concatenated.
+      lengths: number of tokens of each text, at most `width`.
+      rule: the rule that made the tokens.
+      width: number of tokens of a row, with padding after the text.
+      prompt_length: as `TextTokenizer.prompt_length`.
 
     Returns:
       `{"tokens": int32[n, width]}`, and an int32 per row for each of `rule.numbers`.
@@ -180,17 +180,17 @@ def as_inputs(
 
 
 def input_spec(rule: TextRule) -> dict[str, jax.ShapeDtypeStruct]:
-    """One text as an encoder's input, padded to the longest, without its values."""
+    """The shapes and types of an encoder's input for one text, padded to `max_tokens`."""
     number = jax.ShapeDtypeStruct((), np.int32)
     tokens = jax.ShapeDtypeStruct((rule.max_tokens,), np.int32)
     return {"tokens": tokens} | dict.fromkeys(rule.numbers, number)
 
 
 def special_tokens_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer puts before and after one text, whatever its post-processor.
+    """Find the ids that a tokenizer's post-processor adds before and after a text.
 
     Raises:
-      ValueError: if it does something else as well, or has no tokens for an example of a text.
+      ValueError: if the post-processor does anything else, or a sample text has no tokens.
     """
     try:
         full = tokenizer.encode("x x")
@@ -202,8 +202,8 @@ def special_tokens_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     before, after = full.ids[:start], full.ids[start + len(bare) :]
     if full.ids and not bare:
         raise ValueError(
-            "the tokenizer has no tokens for 'x x', so that it cannot be told which of its special "
-            "tokens begin a text; set special_tokens=False"
+            "the tokenizer has no tokens for 'x x', so its special tokens before a text cannot be "
+            "told from those after it; set special_tokens=False"
         )
     if added != [1] * len(before) + [0] * len(bare) + [1] * len(after):
         raise ValueError(
@@ -218,8 +218,8 @@ def _added_tokens(tokenizer: Tokenizer, rule: TextRule) -> tuple[list[int], list
         return special_tokens_around(tokenizer) if rule.special_tokens else ([], [])
     if rule.special_tokens is not None:
         raise ValueError(
-            "add_cls=True is for a tokenizer that was trained here; set special_tokens=True for "
-            "the special tokens of any other, and add_cls=False"
+            "add_cls=True needs a tokenizer that jaxcl has trained; set add_cls=False, and set "
+            "special_tokens=True to add the special tokens of any other tokenizer"
         )
     cls = tokenizer.token_to_id(CLS)
     if cls is None:
@@ -231,9 +231,9 @@ def _added_tokens(tokenizer: Tokenizer, rule: TextRule) -> tuple[list[int], list
 
 
 def unknown_id(tokenizer: Tokenizer) -> int | None:
-    """The id that stands for whatever a tokenizer does not know; `None` if it has none."""
+    """The id of a tokenizer's unknown token; `None` if it has none."""
     token = getattr(tokenizer.model, "unk_token", None)
     if token is not None:
         return tokenizer.token_to_id(token)
-    # A Unigram model tells the number in its file alone.
+    # A Unigram model has the id only in its serialised form.
     return json.loads(tokenizer.to_str())["model"].get("unk_id")

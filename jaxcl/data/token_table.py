@@ -40,8 +40,8 @@ class TokenTable(NamedTuple):
       group: each row's group; of concatenated data sets each has groups of its own.
       text: a number that rows of equal queries or equal keys share, and whoever shares it with
         them: none of them is a negative of another.
-      rules: side -> how its texts became tokens; `max_tokens` is the width of its batches.
-      prompt_length: side -> how many tokens stand before the first one of a text.
+      rules: side -> the rule that its texts were tokenised by; `max_tokens` is the batch width.
+      prompt_length: side -> number of tokens before the first token of a text.
     """
 
     tokens: Mapping[str, "Integer[np.ndarray, ' _'] | _Tokens"]
@@ -78,10 +78,10 @@ class TokenTable(NamedTuple):
 
 
 def _described(rules: Mapping[str, TextRule]) -> dict[str, Any]:
-    """The rules as a table's name hashes them.
+    """The part of a table's hash that describes the rules.
 
-    Rules that set no newer field than `distinct` are hashed as in earlier versions, so that their
-    tables are found again.
+    Rules that set only `max_tokens`, `add_cls` and `distinct` keep the hash of earlier versions, so
+    that existing tables are reused.
     """
     first = next(iter(rules.values()))
     plain = TextRule(0, add_cls=first.add_cls, distinct=first.distinct)
@@ -98,7 +98,7 @@ def _described(rules: Mapping[str, TextRule]) -> dict[str, Any]:
 def _positions(
     starts: Int[np.ndarray, " b"], lengths: Int[np.ndarray, " b"]
 ) -> Int[np.ndarray, " _"]:
-    """Where the tokens of some rows lie, row after row."""
+    """The positions of the tokens of some rows, row by row."""
     ends = np.cumsum(lengths)
     return np.repeat(starts - ends + lengths, lengths) + np.arange(lengths.sum())
 
@@ -117,7 +117,7 @@ def build_token_table(
     Args:
       source: the pairs.
       tokenizer: what turns text into ids.
-      rules: side -> how its texts become tokens.
+      rules: side -> the rule by which its texts become tokens.
       sides: the sides that are texts.
       directory: where tables are kept, each under the hash of all that it was made from.
       advance: called with the number of rows done since the last call.

@@ -1,6 +1,6 @@
 """A byte-pair tokenizer for code and prose, trained on the training rows and kept in one file.
 
-The tokenizers of pretrained encoders are read from the same kind of file.
+The tokenizers of pretrained encoders use the same file format.
 """
 
 import functools
@@ -81,10 +81,10 @@ def load_tokenizer(path: AnyPath) -> Tokenizer:
 
 
 def load_pretrained_tokenizer(path: AnyPath) -> Tokenizer:
-    """Reads any `tokenizer.json`, such as a pretrained encoder's.
+    """Read any `tokenizer.json`, such as a pretrained encoder's.
 
-    Special tokens that a text spells out, such as "</s>", are read as such, as
-    sentence-transformers does.
+    A special token that a text spells out, such as "</s>", is read as the special token, as in
+    sentence-transformers.
 
     Raises:
       ValueError: if the file cannot be read as a tokenizer; the message begins with its name.
@@ -101,13 +101,13 @@ def _read(path: AnyPath) -> str:
         raise ValueError(f"{path} is no readable tokenizer.json: {error}") from error
 
 
-@functools.lru_cache(maxsize=2)  # a run asks for its own several times as it starts
+@functools.lru_cache(maxsize=2)  # a starting run loads its tokenizer several times
 def _parsed(content: str, path: AnyPath, *, pretrained: bool) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(content)
     except Exception as error:  # the library raises the bare class
         raise ValueError(f"{path} is no readable tokenizer.json: {error}") from error
-    # A file may carry a fixed padding or truncation of its own.
+    # A file may contain settings for padding and truncation.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     if pretrained:
@@ -119,7 +119,7 @@ def _parsed(content: str, path: AnyPath, *, pretrained: bool) -> Tokenizer:
         )
     if tokenizer.token_to_id(UNKNOWN) is None:
         raise ValueError(
-            f"{path} has no token {UNKNOWN!r}, which stands for text without tokens; "
+            f"{path} has no token {UNKNOWN!r}, which replaces texts without tokens; "
             "add it to the vocabulary"
         )
     return _reading_specials_as_text(tokenizer)

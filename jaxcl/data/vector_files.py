@@ -1,4 +1,4 @@
-"""Files of vectors that are written block by block, and are whole or not there: `.npy`, Parquet."""
+"""Write files of vectors block by block, as `.npy` or Parquet; a file is complete or absent."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ from jaxcl.host.paths import AnyPath
 __all__ = ["VECTOR_FILES", "write_vectors"]
 
 COLUMN = "embedding"
-"""Of the vectors in Parquet."""
+"""The column of the vectors in Parquet."""
 
 WriteBlock = Callable[[np.ndarray], None]
 
@@ -22,16 +22,16 @@ def write_vectors(path: AnyPath, *, width: int, dtype: np.dtype) -> Iterator[Wri
     """Write a file of vectors.
 
     Args:
-      path: its name ends as one of `VECTOR_FILES`. In Parquet, the vectors are lists of a fixed
-        size in the column `embedding`.
-      width: of a vector.
-      dtype: of its numbers.
+      path: the file, with a suffix of `VECTOR_FILES`. Parquet files hold the vectors as fixed-size
+        lists in the column `embedding`.
+      width: number of dimensions.
+      dtype: type of the values.
 
     Yields:
-      A function that appends vectors `[n, width]`. The file is there once the context ends.
+      A function that appends vectors `[n, width]`. The file appears when the context ends.
 
     Raises:
-      ValueError: for another kind of file.
+      ValueError: for an unknown suffix.
       OSError: if it cannot be written.
 
     Example:
@@ -43,7 +43,7 @@ def write_vectors(path: AnyPath, *, width: int, dtype: np.dtype) -> Iterator[Wri
       (3, 2)
     """
     if path.suffix not in VECTOR_FILES:
-        raise ValueError(f"{path} is no {' or '.join(VECTOR_FILES)}; give a file of such a name")
+        raise ValueError(f"{path} has an unknown suffix; give {' or '.join(VECTOR_FILES)}")
     with replacing(path) as file, VECTOR_FILES[path.suffix](file, width, dtype) as write:
         yield write
 
@@ -65,7 +65,7 @@ def _npy(file: IO[bytes], width: int, dtype: np.dtype) -> Iterator[WriteBlock]:
     write_header()
     yield write
     file.seek(0)
-    write_header()  # of the same size: NumPy leaves room for the number of rows to grow
+    write_header()  # NumPy pads the header, so its size does not change
 
 
 @contextlib.contextmanager
@@ -85,4 +85,4 @@ def _parquet(file: IO[bytes], width: int, dtype: np.dtype) -> Iterator[WriteBloc
 
 
 VECTOR_FILES: Mapping[str, Any] = {".npy": _npy, ".parquet": _parquet}
-"""The end of a file's name -> `(file, width, type)` -> a context that yields what appends."""
+"""Suffix -> a context manager `(file, width, dtype)` that yields the function to append with."""

@@ -129,7 +129,7 @@ def add_workdir_flag(parser: CommandParser, *, required: bool = True) -> None:
 
 
 def add_model_flag(parser: CommandParser) -> None:
-    """Add `--model`, a folder that `jaxcl.load` takes, and `--trust`."""
+    """Add `--model`, a folder that `jaxcl.load` can read, and `--trust`."""
     _add_trust_flag(parser)
     parser.add_argument(
         "--model",

@@ -212,15 +212,15 @@ def write_npz(path: AnyPath, **arrays: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Any) -> Iterator[IO[bytes]]:
-    """A file, open to write, that takes the path's place once it is complete.
+    """Open a temporary file for writing, and move it to the path once it is complete.
 
-    A local file has a `name`, under which another library can write to it.
+    A local file has a `name`, so that other libraries can write to it.
 
     Args:
       path: a `pathlib.Path` or `etils.epath.Path`.
 
     Raises:
-      OSError: if it cannot be written, with the path's name.
+      OSError: if the file cannot be written; the message names the path.
     """
     if is_remote(path):
         whole = io.BytesIO()

@@ -37,7 +37,7 @@ def cache_folder() -> Path:
 
 
 def shared_folder(named: str | None) -> Path:
-    """The folder for data that runs share: the named one, or the cache."""
+    """The folder for data that runs share: the named folder, or the user's cache."""
     return cache_folder() if named is None else local_path(named)
 
 

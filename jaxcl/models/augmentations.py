@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 KEEP_SPECIAL_TOKENS: Mapping[str, int] = {"keep_first": 1, "keep_last": 1}
-"""Options that keep the [CLS] and [SEP] of a text."""
+"""Options that keep the [CLS] and [SEP] of each text."""
 
 
 class Augmentation(NamedTuple):
@@ -62,7 +62,7 @@ def token_dropout(*, rate: float = 0.4, keep_first: int = 0, keep_last: int = 0)
 
     Args:
       rate: the probability that a token is left out, in [0, 1).
-      keep_first, keep_last: tokens at both ends of a text that are never left out, such as 1 for
+      keep_first, keep_last: number of tokens at each end of a text to keep always, such as 1 for
         [CLS] and 1 for [SEP].
 
     Returns:
@@ -95,11 +95,11 @@ def span_masking(
 
     Args:
       rate: the probability that a token is masked, in [0, 1).
-      keep_first, keep_last: tokens at both ends of a text that are never masked, such as 1 for
+      keep_first, keep_last: number of tokens at each end of a text to keep always, such as 1 for
         [CLS] and 1 for [SEP].
       span_length: tokens of a span; spans may overlap.
-      mask_id: the token id that masks, such as that of [MASK]; `None` leaves the tokens out, as
-        `token_dropout` does.
+      mask_id: id of the token that replaces masked tokens, such as [MASK]; `None` leaves the tokens
+        out, as `token_dropout` does.
 
     Returns:
       The augmentation of `{"tokens": int32[t]}`.

@@ -67,14 +67,14 @@ def tokens_of(inputs: PyTree, reader: str) -> Int[Array, "*b t"]:
 
 
 def token_mask(inputs: PyTree) -> Bool[Array, "*b t"]:
-    """Where texts have tokens.
+    """Compute the mask of the tokens in texts.
 
     Args:
-      inputs: the inputs of texts, or of one: `"tokens"`, and where any id may be a token, each
-        text's `"length"`. An augmentation that leaves tokens out adds a `"mask"`.
+      inputs: inputs of one or more texts: `"tokens"`, and `"length"` if any id may be a token.
+        Augmentations that leave tokens out add a `"mask"`.
 
     Returns:
-      `False` for padding and for tokens that an augmentation left out.
+      `True` for tokens; `False` for padding and for tokens that an augmentation left out.
     """
     if "mask" in inputs:
         return inputs["mask"]

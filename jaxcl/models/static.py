@@ -38,8 +38,8 @@ class StaticEncoder(nnx.Module):
       dim: width of the embeddings.
       max_tokens: the longest text, in tokens.
       hidden_dim: width of the token embeddings; `None` for `dim` and no projection $W$.
-      position_weights: whether the $p_j$ are learned; without them all $p_j$ are 0, so that
-        sentence-transformers can load the encoder (`jaxcl.export`).
+      position_weights: whether to learn the $p_j$. Otherwise all $p_j$ are 0, and `jaxcl.export`
+        can write the encoder for sentence-transformers.
       rngs: for the initial parameters.
 
     Raises:

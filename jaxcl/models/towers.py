@@ -64,8 +64,8 @@ class Towers(NamedTuple):
       init: a random key -> initial parameters: a dict of dicts of float32 arrays, under `"both"`,
         or under `"query"` and `"key"`.
       load: a file or folder, or name of a tower -> its own -> the same tree as NumPy arrays, or
-        the part of it with these names. Types are those of the files, since a conversion would
-        copy what may be mapped to memory.
+        the part of it with these names. Arrays keep the types of the files, because a
+        conversion would copy arrays that may be memory-mapped.
       encode: the encode function.
       augment: side -> its augmentation in training.
     """

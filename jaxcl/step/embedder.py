@@ -21,11 +21,11 @@ Embedder: TypeAlias = Callable[..., Float[np.ndarray, "n d"]]
 
 
 Forward: TypeAlias = Callable[[PyTree, str, PyTree], jax.Array]
-"""`(params, side, inputs) -> [b, d]`, where `b` is a multiple of the number of devices."""
+"""`(params, side, inputs) -> embeddings [b, d]`; the number of devices must divide `b`."""
 
 
 def make_forward(encode: Encode, mesh: Mesh) -> Forward:
-    """Compile an encoder for batches that every process holds as a whole, a program for each shape.
+    """Compile an encoder for batches that every process holds in full, once per shape.
 
     Args:
       encode: the towers' function.

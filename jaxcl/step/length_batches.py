@@ -1,4 +1,4 @@
-"""Embeds texts of different lengths in batches of similar ones, each padded to its own width.
+"""Embed texts in batches of similar length, each padded to its own width.
 
 There are two widths for each doubling of the length, or four where more texts are worth more
 programs. The numbers of rows are few as well, so that few programs are compiled.
@@ -20,12 +20,12 @@ _LEAST_WIDTH = 8
 
 
 class LengthBatch(NamedTuple):
-    """Rows that are embedded at once.
+    """A batch of rows to embed.
 
     Attributes:
-      rows: their numbers.
-      num_rows: how many there are with padding, a multiple of the number of devices.
-      width: the tokens of each with padding.
+      rows: row numbers.
+      num_rows: number of rows with padding rows, a multiple of the number of devices.
+      width: number of tokens of each row with padding.
     """
 
     rows: Int[np.ndarray, " b"]
@@ -34,7 +34,7 @@ class LengthBatch(NamedTuple):
 
 
 def padded_width(length: int, longest: int | None = None, *, per_doubling: int = 2) -> int:
-    """The smallest width for a text.
+    """The smallest allowed width for a text.
 
     Args:
       length: its tokens.
@@ -61,16 +61,16 @@ def length_batches(
     batch_size: int | None = None,
     longest: int | None = None,
 ) -> Iterator[LengthBatch]:
-    """Batches of texts of similar length, the longest first.
+    """Group texts of similar length into batches, longest first.
 
-    All batches of a width have the same number of rows, except the last of all, which has a power
-    of two times `multiple`.
+    All batches of one width have the same number of rows, except the very last batch: it is padded
+    to `multiple` times a power of two.
 
     Args:
-      lengths: the tokens of each text.
-      multiple: the number of rows of a batch is a multiple of this, the number of devices.
-      batch_tokens: about how many tokens a batch has, with padding.
-      batch_size: the number of rows instead, whatever their length.
+      lengths: number of tokens of each text.
+      multiple: number of devices, which divides the number of rows of each batch.
+      batch_tokens: approximate number of tokens of a batch, with padding.
+      batch_size: a fixed number of rows, instead of `batch_tokens`.
       longest: as `padded_width`.
 
     Example:
@@ -104,11 +104,11 @@ def embed_batches(
     """Embed all rows of the batches.
 
     Args:
-      batches: as `length_batches`.
-      forward: inputs of a batch -> vectors, as `jaxcl.step.embedder.make_forward`.
-      read: a batch -> its inputs, padded.
-      out: where the vectors go, by row number.
-      advance: called with the numbers of the rows as they are done.
+      batches: as returned by `length_batches`.
+      forward: inputs of a batch -> embeddings, such as from `jaxcl.step.embedder.make_forward`.
+      read: batch -> its padded inputs.
+      out: receives the embeddings, by row number.
+      advance: called with the row numbers of each finished batch.
     """
     under_way: deque[tuple[LengthBatch, jax.Array]] = deque()
 
@@ -119,7 +119,7 @@ def embed_batches(
 
     for batch in batches:
         under_way.append((batch, forward(read(batch))))
-        if len(under_way) > 1:  # the next batch is prepared while this one is computed
+        if len(under_way) > 1:  # prepare the next batch while this one is computed
             finish()
     while under_way:
         finish()

@@ -99,7 +99,7 @@ TEXTS = {"query": ["a b c a b c a b", "", "b"], "key": ["c", "a a", "z b \n z"]}
 
 @pytest.fixture
 def pretrained(data, tmp_path):
-    """Settings whose file pads and truncates, and whose side has a prompt that pooling leaves."""
+    """A tokenizer file that pads and truncates, and a prompt that pooling leaves out."""
     tokenizer = word_tokenizer()
     tokenizer.enable_padding(length=12, pad_id=1, pad_token="<pad>", direction="left")
     tokenizer.enable_truncation(12)
@@ -176,7 +176,7 @@ def test_tables_readers_random_inputs_and_spec_agree(pretrained, tmp_path, chang
         assert text.count(read) == lengths.sum() > 0
 
 
-def test_the_prompt_is_put_before_the_texts_of_a_run_s_own_tokenizer(data, tmp_path):
+def test_a_prompt_precedes_texts_with_a_trained_tokenizer_too(data, tmp_path):
     data = data._replace(prompts=SidePrompts(query="add "), distinct_tokens=False)
     with_prompt = prepare(data, tmp_path / "run").readers
     plain = build_readers(data._replace(prompts=SidePrompts()), tmp_path / "run")
@@ -184,7 +184,7 @@ def test_the_prompt_is_put_before_the_texts_of_a_run_s_own_tokenizer(data, tmp_p
     assert_equal_inputs(with_prompt["key"](["one"]), plain["key"](["one"]))
 
 
-def test_a_run_s_copy_of_a_pretrained_tokenizer_reads_as_the_file(pretrained, tmp_path):
+def test_a_run_s_copy_of_a_pretrained_tokenizer_equals_the_file(pretrained, tmp_path):
     wanted = prepare_texts(pretrained, tmp_path / "run").readers["query"](TEXTS["query"])
     (tmp_path / "foreign.json").unlink()
     found = build_readers(pretrained, tmp_path / "run")["query"](TEXTS["query"])

@@ -1,4 +1,4 @@
-"""Texts of files: each in its row, in blocks; a bad line is named by its number."""
+"""Texts from files, in order and in blocks; errors give the number of a bad line."""
 
 import io
 import json
@@ -47,13 +47,13 @@ def test_every_kind_of_file_gives_its_texts_in_order(tmp_path, kind):
 def test_a_field_is_chosen_by_name(tmp_path, kind):
     path = write_file(tmp_path / f"texts{kind}", TEXTS, field="body")
     assert texts_of(path, field="body") == TEXTS
-    with pytest.raises(ValueError, match="there is no field 'text'; there are id, body"):
+    with pytest.raises(ValueError, match="there is no field 'text'; the fields are id, body"):
         texts_of(path)
 
 
 @pytest.mark.parametrize("kind", TEXT_FILES)
 @pytest.mark.parametrize("block_size", [1, 2, 5, 6])
-def test_a_block_has_at_most_so_many_texts(tmp_path, kind, block_size):
+def test_a_block_has_at_most_block_size_texts(tmp_path, kind, block_size):
     path = write_file(tmp_path / f"texts{kind}", TEXTS)
     blocks = list(read_texts(path, block_size=block_size))
     assert [text for block in blocks for text in block] == TEXTS
@@ -87,36 +87,40 @@ def test_a_line_without_an_end_is_a_text_and_an_empty_file_has_none(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n\n', "line 2 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', "line 2 is not JSON"),
         ("a.jsonl", b"[1]\n", "line 1 is not a JSON object"),
-        ("a.jsonl", b'{"text": 5}\n', "line 1: text is 5, which is no text"),
-        ("a.jsonl", b'{"text": null}\n', "line 1: text is None, which is no text"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1: text is 5, which is not a text"),
+        ("a.jsonl", b'{"text": null}\n', "line 1: text is None, which is not a text"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: text is not Unicode"),
         ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
-        ("a.csv", b"id,text\n1,a\n2\n", "line 3: text is None, which is no text"),
+        ("a.csv", b"id,text\n1,a\n2\n", "line 3: text is None, which is not a text"),
         ("a.csv", b'id,text\n1,"a\n', "a.csv: unexpected end of data"),
         ("a.parquet", b"PAR1 and no more", r"a\.parquet: "),
-        ("a.docx", b"", r"a\.docx is no \.txt, \.jsonl, \.csv, \.tsv, \.parquet"),
+        (
+            "a.docx",
+            b"",
+            r"a\.docx has an unknown suffix; give one of \.txt, \.jsonl, \.csv, \.tsv, \.parquet",
+        ),
     ],
 )
-def test_what_is_no_text_is_named_by_its_line(tmp_path, name, content, message):
+def test_the_error_for_a_value_that_is_not_a_text_gives_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         texts_of(tmp_path / name)
 
 
-def test_a_missing_value_of_parquet_is_named_by_its_row(tmp_path):
+def test_the_error_for_a_missing_value_in_parquet_gives_its_row(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
-    with pytest.raises(ValueError, match="row 2: text is None, which is no text"):
+    with pytest.raises(ValueError, match="row 2: text is None, which is not a text"):
         texts_of(path)
 
 
-def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+def test_an_endless_line_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "_MAX_LINE", 100)
     path = write_file(tmp_path / "a.txt", ["short", "a" * 101])
     with pytest.raises(ValueError, match="line 2 has more than 100 bytes"):
         texts_of(path)
 
 
-def test_standard_input_is_a_text_per_line(monkeypatch):
+def test_standard_input_has_a_text_per_line(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
     assert texts_of(None, kind=".txt") == ["one", "two"]

@@ -1,4 +1,4 @@
-"""Texts become tokens by the rule of their side, with any tokenizer, and tokens become inputs."""
+"""Texts become tokens by their side's rule, with any tokenizer, and tokens become inputs."""
 
 import numpy as np
 import pytest
@@ -66,13 +66,13 @@ every_post_processor = pytest.mark.parametrize(
 
 
 @every_post_processor
-def test_the_special_tokens_of_every_post_processor_are_known(post_processor, around):
+def test_the_special_tokens_of_every_post_processor_are_found(post_processor, around):
     assert special_tokens_around(word_tokenizer(post_processor)) == around
 
 
 @every_post_processor
 @pytest.mark.parametrize("max_tokens", [3, 4, 5, UNLIMITED])
-def test_texts_are_cut_as_the_tokenizer_itself_cuts_them(post_processor, around, max_tokens):
+def test_texts_are_truncated_as_by_the_tokenizer_itself(post_processor, around, max_tokens):
     tokenizer = word_tokenizer(post_processor)
     rows = TextTokenizer(tokenizer, TextRule(max_tokens, special_tokens=True)).tokenize(TEXTS)
     tokenizer.enable_truncation(max_tokens)
@@ -82,7 +82,7 @@ def test_texts_are_cut_as_the_tokenizer_itself_cuts_them(post_processor, around,
 
 
 @every_post_processor
-def test_without_special_tokens_there_are_none(post_processor, around):
+def test_with_special_tokens_false_none_are_added(post_processor, around):
     tokenizer = word_tokenizer(post_processor)
     assert tokenized("a z", TextRule(9, special_tokens=False), tokenizer) == [A, UNK]
     assert tokenized("", TextRule(9, special_tokens=False), tokenizer) == []
@@ -92,7 +92,7 @@ def test_a_text_without_tokens_has_its_special_tokens():
     assert tokenized("", TextRule(9, special_tokens=True)) == [START, END]
 
 
-def test_a_post_processor_that_does_more_is_an_error():
+def test_a_post_processor_that_does_more_than_add_tokens_is_an_error():
     between = processors.TemplateProcessing(single="<s> $A <s> $A", special_tokens=[("<s>", START)])
     with pytest.raises(ValueError, match="post-processor does more"):
         TextTokenizer(word_tokenizer(between), TextRule(9, special_tokens=True))
@@ -115,12 +115,12 @@ def test_special_tokens_that_cannot_be_told_apart_are_an_error(model, message):
     assert tokenized("a", TextRule(9, special_tokens=False), tokenizer) == [0]
 
 
-def test_special_tokens_spelt_out_in_a_text_are_those_of_a_pretrained_tokenizer():
+def test_special_tokens_spelt_out_in_a_text_are_read_as_special():
     assert tokenized("a </s> b", TextRule(9, special_tokens=False)) == [A, END, B]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_and_truncation_of_a_pretrained_file_are_taken_off(tmp_path, side):
+def test_padding_and_truncation_in_a_pretrained_file_are_disabled(tmp_path, side):
     tokenizer = word_tokenizer()
     tokenizer.enable_padding(length=6, pad_id=PAD, pad_token="<pad>", direction=side)
     tokenizer.enable_truncation(4, direction=side)
@@ -132,7 +132,7 @@ def test_padding_and_truncation_of_a_pretrained_file_are_taken_off(tmp_path, sid
     assert tokenized("a", TextRule(9, special_tokens=True), loaded) == [START, A, END]
 
 
-def test_a_prompt_stands_before_the_text_and_within_the_limit():
+def test_a_prompt_precedes_the_text_and_counts_towards_the_limit():
     rule = TextRule(6, special_tokens=True, prompt="query: ")
     assert tokenized("a b c", rule) == [START, QUERY, COLON, A, B, END]
     assert tokenized("", rule) == [START, QUERY, COLON, END]
@@ -143,7 +143,7 @@ def test_a_prompt_stands_before_the_text_and_within_the_limit():
 
 
 @every_post_processor
-def test_the_prompt_s_length_has_the_special_tokens_before_it_only(post_processor, around):
+def test_the_prompt_length_includes_only_special_tokens_before_the_prompt(post_processor, around):
     tokenizer = word_tokenizer(post_processor)
     rule = TextRule(9, special_tokens=True, prompt="query: ", exclude_prompt=True)
     text = TextTokenizer(tokenizer, rule)
@@ -161,14 +161,14 @@ def test_the_prompt_s_length_has_the_special_tokens_before_it_only(post_processo
         (TextRule(0, special_tokens=False, prompt="query: "), 3),
     ],
 )
-def test_a_limit_without_room_for_text_is_an_error_that_says_what_is_needed(rule, least):
+def test_a_limit_without_room_for_text_is_an_error_with_the_least_limit(rule, least):
     for max_tokens in range(least):
         with pytest.raises(ValueError, match=rf"max_tokens={max_tokens} .* at least {least}"):
             TextTokenizer(word_tokenizer(), rule._replace(max_tokens=max_tokens))
     assert A in tokenized("a b", rule._replace(max_tokens=least))
 
 
-def test_cls_of_a_trained_tokenizer_needs_room_as_well():
+def test_cls_of_a_trained_tokenizer_needs_room_too():
     own = train_tokenizer(["a b c"], vocabulary_size=60)
     with pytest.raises(ValueError, match=r"max_tokens=1 .* at least 2"):
         TextTokenizer(own, TextRule(1, add_cls=True))
@@ -177,12 +177,12 @@ def test_cls_of_a_trained_tokenizer_needs_room_as_well():
 @pytest.mark.parametrize("special_tokens", [True, False])
 def test_asking_a_pretrained_tokenizer_for_cls_is_an_error(special_tokens):
     rule = TextRule(9, add_cls=True, special_tokens=special_tokens)
-    with pytest.raises(ValueError, match="set special_tokens=True"):
+    with pytest.raises(ValueError, match="special_tokens=True"):
         TextTokenizer(word_tokenizer(), rule)
 
 
 @pytest.mark.parametrize("text", ["é", "e\u0301", "日本", "🦊", "\u200b", "a\x00b", "İ"])
-def test_unicode_is_read_as_the_tokenizer_reads_it(text):
+def test_unicode_is_tokenised_as_by_the_tokenizer_itself(text):
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -191,19 +191,19 @@ def test_unicode_is_read_as_the_tokenizer_reads_it(text):
     assert tokenized(text, TextRule(99, special_tokens=True), tokenizer) == wanted
 
 
-def test_a_text_that_is_no_unicode_is_an_error_that_names_it():
+def test_a_text_that_is_not_unicode_is_an_error_that_names_it():
     text = TextTokenizer(word_tokenizer(), TextRule(9, special_tokens=True, prompt="query: "))
     with pytest.raises(ValueError, match="text 1 is not Unicode"):
         text.tokenize(["a", "b \udcff"])
 
 
-def test_a_prompt_that_is_no_unicode_is_an_error():
+def test_a_prompt_that_is_not_unicode_is_an_error():
     with pytest.raises(ValueError, match="prompt 0 is not Unicode"):
         TextTokenizer(word_tokenizer(), TextRule(9, prompt="\udcff", special_tokens=True))
 
 
 @pytest.mark.usefixtures("unchecked_annotations")
-def test_a_value_that_is_no_text_is_an_error_that_names_it():
+def test_a_value_that_is_not_a_text_is_an_error_that_names_it():
     text = TextTokenizer(word_tokenizer(), TextRule(9, special_tokens=True, prompt="query: "))
     with pytest.raises(ValueError, match="key of row 8 is int, 3; give a text"):
         text.tokenize(["a", 3], what="key of row", first=7)
@@ -221,7 +221,7 @@ def unigram_tokenizer() -> Tokenizer:
     [(word_tokenizer(), [A, B], UNK), (unigram_tokenizer(), [2, 3], 1)],
     ids=["by token", "by number"],
 )
-def test_unknown_tokens_are_skipped_before_texts_are_cut(tokenizer, kept, unknown):
+def test_unknown_tokens_are_skipped_before_truncation(tokenizer, kept, unknown):
     rule = TextRule(2, special_tokens=False)
     assert tokenized("z a z b", rule, tokenizer) == [unknown, kept[0]]
     assert tokenized("z a z b", rule._replace(skip_unknown=True), tokenizer) == kept
@@ -237,8 +237,8 @@ def test_a_tokenizer_without_an_unknown_token_skips_nothing():
 # Inputs
 
 
-def test_padding_follows_the_text_and_the_length_tells_it():
-    """Also where the padding's id is a token, and where padding and end are one token."""
+def test_padding_follows_the_text_and_the_length_excludes_it():
+    """Even if the padding id is a token, or padding and end share a token."""
     text = TextTokenizer(word_tokenizer(), TextRule(9, special_tokens=True))
     inputs = text.inputs(text.tokenize(["<s> a", "", "<pad> </s>"]), width=6)
     np.testing.assert_array_equal(
@@ -249,7 +249,7 @@ def test_padding_follows_the_text_and_the_length_tells_it():
     assert {leaf.dtype for leaf in inputs.values()} == {np.dtype(np.int32)}
 
 
-def test_the_token_that_ends_texts_may_be_that_of_padding(tmp_path):
+def test_one_token_may_both_end_texts_and_pad_them(tmp_path):
     tokenizer = word_tokenizer(POST_PROCESSORS["end only"][0])
     tokenizer.enable_padding(length=5, pad_id=END, pad_token="</s>")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -280,7 +280,7 @@ def test_texts_of_a_trained_tokenizer_are_padded_to_one_width(add_cls):
     assert inputs["tokens"][1].tolist() == ([2, 1] if add_cls else [1, 0]) + [0] * 4
 
 
-def test_distinct_tokens_of_a_text_stand_once():
+def test_distinct_keeps_each_token_of_a_text_once():
     rule = TextRule(9, special_tokens=True, distinct=True)
     assert tokenized("b a b b c", rule) == [START, B, A, C, END]
 
@@ -288,7 +288,7 @@ def test_distinct_tokens_of_a_text_stand_once():
 @pytest.mark.parametrize("special_tokens", [None, True, False])
 @pytest.mark.parametrize("prompt", ["", "query: "])
 @pytest.mark.parametrize("exclude_prompt", [False, True])
-def test_the_spec_of_a_rule_is_that_of_its_inputs(special_tokens, prompt, exclude_prompt):
+def test_the_spec_of_a_rule_matches_its_inputs(special_tokens, prompt, exclude_prompt):
     rule = TextRule(7, special_tokens=special_tokens, prompt=prompt, exclude_prompt=exclude_prompt)
     ids, lengths = np.arange(5), np.array([3, 0, 2])
     inputs = as_inputs(ids, lengths, rule, width=7, prompt_length=2)

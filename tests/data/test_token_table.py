@@ -164,7 +164,7 @@ NEWER_RULES = [
 ]
 
 
-def test_each_rule_of_a_side_has_a_table_of_its_own(tokenizer, tmp_path):
+def test_each_rule_has_its_own_table(tokenizer, tmp_path):
     for rule in NEWER_RULES:
         build(pairs(), tokenizer, tmp_path, **rule)
         for side in MAX_TOKENS:
@@ -567,7 +567,7 @@ def test_rows_of_equal_queries_or_keys_are_of_one_text(tokenizer, tmp_path):
         ({"special_tokens": False, "prompt": "c "}, 4),
     ],
 )
-def test_rows_of_texts_that_agree_as_far_as_they_are_read_are_of_one_text(tmp_path, rule, room):
+def test_texts_that_agree_up_to_truncation_count_as_one_text(tmp_path, rule, room):
     queries = ["a b", "", "a b", "c", "a b c a", "a b c b"]
     keys = ["a", "b", "c", "a a", "b b", "c c"]
     table = build(
@@ -582,7 +582,7 @@ def test_rows_of_texts_that_agree_as_far_as_they_are_read_are_of_one_text(tmp_pa
     assert len(set(table.text.tolist())) == (4 if room == 3 else 5)
 
 
-def test_texts_without_tokens_are_of_one_text_and_have_length_0(tokenizer, tmp_path):
+def test_texts_without_tokens_count_as_one_text_of_length_0(tokenizer, tmp_path):
     table = build(InMemoryPairs(["", " "], ["", "\n"]), tokenizer, tmp_path, special_tokens=False)
     for side, width in MAX_TOKENS.items():
         inputs = table.side(side, np.array([1, 0, 1]))

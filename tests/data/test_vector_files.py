@@ -19,7 +19,7 @@ def read_vectors(path):
 @pytest.mark.parametrize("kind", VECTOR_FILES)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("sizes", [[], [0], [3], [3, 1, 4]])
-def test_the_blocks_stand_one_after_the_other(tmp_path, kind, dtype, sizes):
+def test_blocks_are_written_in_order(tmp_path, kind, dtype, sizes):
     path, rng = tmp_path / f"vectors{kind}", np.random.default_rng(0)
     blocks = [rng.integers(0, 100, (size, 5)).astype(dtype) for size in sizes]
     with write_vectors(path, width=5, dtype=np.dtype(dtype)) as write:
@@ -31,7 +31,7 @@ def test_the_blocks_stand_one_after_the_other(tmp_path, kind, dtype, sizes):
 
 
 @pytest.mark.parametrize("kind", VECTOR_FILES)
-def test_a_file_that_was_not_finished_is_not_there(tmp_path, kind):
+def test_an_unfinished_file_does_not_appear(tmp_path, kind):
     def fail():
         with write_vectors(tmp_path / f"a{kind}", width=2, dtype=np.dtype("f4")) as write:
             write(np.ones((3, 2), np.float32))
@@ -42,9 +42,9 @@ def test_a_file_that_was_not_finished_is_not_there(tmp_path, kind):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_kind_of_file_is_an_error(tmp_path):
+def test_an_unknown_suffix_is_an_error(tmp_path):
     with (
-        pytest.raises(ValueError, match=r"a\.csv is no \.npy or \.parquet"),
+        pytest.raises(ValueError, match=r"a\.csv has an unknown suffix; give \.npy or \.parquet"),
         write_vectors(tmp_path / "a.csv", width=2, dtype=np.dtype("f4")),
     ):
         pass

@@ -1,4 +1,4 @@
-"""Batches of texts of similar length: each text once, few shapes, little padding."""
+"""Batches of texts of similar length hold each text once, in few shapes, with little padding."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def batches_of(lengths, **options):
 
 @pytest.mark.parametrize("multiple", [1, 3, 8])
 @pytest.mark.parametrize("batch_size", [None, 1, 7, 5000])
-def test_each_text_is_in_one_batch_that_holds_it(multiple, batch_size):
+def test_each_text_is_in_one_batch_that_is_wide_enough(multiple, batch_size):
     batches = batches_of(LENGTHS, multiple=multiple, batch_size=batch_size)
     rows = np.concatenate([batch.rows for batch in batches])
     assert sorted(rows) == list(range(len(LENGTHS)))
@@ -25,7 +25,7 @@ def test_each_text_is_in_one_batch_that_holds_it(multiple, batch_size):
         assert batch.num_rows % multiple == 0
 
 
-def test_all_batches_but_the_last_of_a_width_have_one_shape():
+def test_all_batches_of_a_width_except_the_last_have_one_shape():
     batches = batches_of(LENGTHS)
     assert all(len(batch.rows) == batch.num_rows == 512 // batch.width for batch in batches[:-1])
     assert len({(batch.num_rows, batch.width) for batch in batches}) <= 20
@@ -48,7 +48,7 @@ def test_the_last_batch_has_a_power_of_two_for_each_device():
         assert batch.num_rows == rows
 
 
-def test_a_width_is_a_power_of_two_or_half_as_much_again_or_the_limit():
+def test_a_width_is_a_power_of_two_or_1_5_times_one_or_the_limit():
     widths = {padded_width(length, longest=100) for length in range(101)}
     assert widths == {8, 12, 16, 24, 32, 48, 64, 96, 100}
     assert all(padded_width(length) >= length for length in range(1000))
