@@ -34,7 +34,7 @@ from jaxcl.run.opened import open_run
 from jaxcl.run.watch import keep_compiled
 from jaxcl.settings.command_line import add_config_flags, changed_fields, optional_config_of
 from jaxcl.settings.parts import Trust
-from jaxcl.settings.read import read_settings
+from jaxcl.settings.read import read_data_settings
 
 __all__ = ["evaluate", "main"]
 
@@ -92,7 +92,7 @@ def evaluate(
       CheckpointError: if no checkpoint of a run can be read.
     """
     if config is not None:
-        settings = read_settings(config, changed=changed)
+        settings = read_data_settings(config, changed=changed)
         sources = open_sources(
             settings.data,
             data_dir=shared_folder(settings.run.data_dir),

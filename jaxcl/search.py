@@ -42,7 +42,7 @@ from jaxcl.run.load_model import is_run, load, model_of_run
 from jaxcl.run.opened import open_run
 from jaxcl.settings.command_line import add_config_flags, changed_fields, optional_config_of
 from jaxcl.settings.parts import Trust
-from jaxcl.settings.read import read_settings
+from jaxcl.settings.read import read_data_settings
 from jaxcl.typing import Float
 
 __all__ = ["Hit", "Search", "main", "open_search", "search"]
@@ -221,7 +221,7 @@ def _pool_of(
     path: str | os.PathLike[str], config: ConfigDict, changed: Collection[str], trust: Trust
 ) -> _Pool:
     """Another pool than the run's own; its index must not lie in the folder of the model."""
-    settings = read_settings(config, changed=changed)
+    settings = read_data_settings(config, changed=changed)
     data_dir, open_source = shared_folder(settings.run.data_dir), settings.parts.source
     sources = open_sources(settings.data, data_dir=data_dir, open_source=open_source)
     model = load(path, trust=trust)

@@ -72,6 +72,20 @@ def test_the_command_prints_a_table_and_writes_the_results(workdir, tmp_path, ca
     assert results == json.loads(json.dumps(evaluate.evaluate(workdir)))
 
 
+def test_a_config_of_a_pretrained_encoder_needs_no_folder_of_it(config):
+    expected = evaluate.evaluate(model_of({"query": np.eye(26), "key": np.eye(26)}), config=config)
+    config.model.name = "pretrained"
+    config.data.max_tokens.key = 10_000
+    found = evaluate.evaluate(model_of({"query": np.eye(26), "key": np.eye(26)}), config=config)
+    assert found["metrics"] == expected["metrics"]
+
+
+@pytest.mark.parametrize("field", ["model.dim", "data.max_tokens.key", "steps"])
+def test_a_changed_field_without_effect_is_an_error(config, field):
+    with pytest.raises(ValueError, match=f"{field} has no effect here"):
+        evaluate.evaluate(model_of({}), config=config, changed=["data.name", field])
+
+
 def error(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
         evaluate.main([str(word) for word in argv])

@@ -26,7 +26,14 @@ from jaxcl.settings.pretrained import PRETRAINED, encoder_part, with_pretrained
 from jaxcl.settings.section_reader import read_section
 from jaxcl.settings.sections import ModelSettings, Settings
 
-__all__ = ["as_dict", "read_settings"]
+__all__ = ["as_dict", "read_data_settings", "read_settings"]
+
+_DATA_SECTIONS = ("data", "evaluation", "run")
+_DATA_FIELDS = (
+    *("name", "code_pairs", "splits", "query_field", "key_field", "concatenated"),
+    *("group_field", "metadata_fields", "modality"),
+)
+"""The fields of `data` that say which rows there are, and not how a model reads them."""
 
 
 def read_settings(
@@ -74,6 +81,35 @@ def read_settings(
     check_settings(settings)
     check_effects(settings, changed)
     return settings
+
+
+def read_data_settings(config: ConfigDict, *, changed: Collection[str] = ()) -> Settings:
+    """Read only the rows, the evaluation and the folders of a config, for a model from elsewhere.
+
+    The rest has its defaults, so that the config of a pretrained encoder needs no folder here.
+
+    Args:
+      config, changed: as for `read_settings`.
+
+    Raises:
+      ValueError: as `read_settings`, and for any other field that the user changed.
+    """
+    unused = [field for field in changed if not _says_which_rows(field)]
+    if unused:
+        raise ValueError(
+            f"{', '.join(unused)} has no effect here: of the config, only the rows of data, "
+            "evaluation and run are read"
+        )
+    given = {"data": {}} | config.to_dict()
+    given["data"] = {name: one for name, one in given["data"].items() if name in _DATA_FIELDS}
+    return read_settings({name: one for name, one in given.items() if name in _DATA_SECTIONS})
+
+
+def _says_which_rows(field: str) -> bool:
+    section, _, name = field.partition(".")
+    if section == "data":
+        return name.partition(".")[0] in _DATA_FIELDS
+    return section in _DATA_SECTIONS
 
 
 def _with_parts(settings: Settings, trust: Trust) -> Settings:
