@@ -91,6 +91,6 @@ def _check_pretrained_width(settings: Settings, side: str, section: str, width: 
     model = settings.parts.pretrained.get(section)
     if model is not None and model.max_tokens is not None and width > model.max_tokens:
         raise ValueError(
-            f"data.max_tokens.{side}={width}, but the model of {section}.pretrained reads texts of "
-            f"at most {model.max_tokens} tokens; set it to at most {model.max_tokens}"
+            f"data.max_tokens.{side}={width}, but the model of {section}.pretrained reads at most "
+            f"{model.max_tokens} tokens; set data.max_tokens.{side} to {model.max_tokens} or less"
         )

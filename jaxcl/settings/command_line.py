@@ -48,15 +48,17 @@ def config_of(arguments: Namespace) -> ConfigDict:
 
 
 def optional_config_of(arguments: Namespace) -> ConfigDict | None:
-    """As `config_of`, or `None` without `--config`.
+    """The config as `config_of` returns it, or `None` without `--config`.
 
     Raises:
-      ValueError: as `config_of`, or for a field of no config.
+      ValueError: as `config_of`, or for a `--config.FIELD` flag without `--config`.
     """
     if arguments.config is not None:
         return config_of(arguments)
     if fields := changed_fields(arguments):
-        raise ValueError(f"--config.{fields[0]} needs a --config whose field it changes")
+        raise ValueError(
+            f"--config.{fields[0]} changes a field of --config, but there is no --config; add it"
+        )
     return None
 
 

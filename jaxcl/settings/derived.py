@@ -117,7 +117,7 @@ def data_set_names(data: DataSettings) -> tuple[str, ...]:
 
 
 def tower_sections(model: ModelSettings) -> dict[str, str]:
-    """Name of a tower -> the section of the config that describes its encoder.
+    """Map the name of each tower to the section of the config that describes its encoder.
 
     Example:
       >>> tower_sections(ModelSettings()), tower_sections(ModelSettings(shared=False))
@@ -129,7 +129,7 @@ def tower_sections(model: ModelSettings) -> dict[str, str]:
 
 
 def origin_of(init_from: str) -> tuple[AnyPath, int | None]:
-    """The workdir that `init_from` names, and the step if it names a single checkpoint."""
+    """The workdir that `init_from` names, and the step if it names one checkpoint."""
     path = as_path(init_from)
     if path.name.isdigit() and path.parent.name == CHECKPOINTS:
         return path.parent.parent, int(path.name)

@@ -1,4 +1,4 @@
-"""The pretrained encoders that a config names, and the settings that follow from them."""
+"""Read the pretrained encoders that a config names, and derive settings from them."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -23,14 +23,14 @@ from jaxcl.typing import SIDES
 __all__ = ["COPIES", "PRETRAINED", "encoder_part", "is_copy", "tokenizer_of", "with_pretrained"]
 
 PRETRAINED = "pretrained"
-"""The encoder that the files of a pretrained model describe, as `config.model.name`."""
+"""The `config.model.name` of an encoder that the files of a pretrained model describe."""
 
 COPIES: Mapping[str, str] = {"model": "pretrained", "model.key": "pretrained-key"}
-"""Section of an encoder -> the folder of a workdir that keeps the files of its pretrained model."""
+"""Section of an encoder -> the folder in the workdir with its copy of the pretrained model."""
 
 
 def encoder_part(model: PretrainedModel) -> EncoderPart:
-    """The encoder that a pretrained model describes, with unit vectors, as losses need them."""
+    """The encoder that a pretrained model describes, with unit vectors for the losses."""
 
     def make(_: Any, *, dim: int, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
         return PretrainedEncoder(model, normalize=True, rngs=rngs, **options)
@@ -53,24 +53,24 @@ def tokenizer_of(model: PretrainedModel) -> bytes:
 def with_pretrained(
     settings: Settings, *, changed: Collection[str], trust: Trust, workdir: AnyPath | None
 ) -> Settings:
-    """The settings with named encoders, the pretrained models, and the values that these decide.
+    """Add the pretrained models to the settings, and fill in the values that follow from them.
 
     Args:
-      settings: as they are in the config.
+      settings: as in the config.
       changed: dotted names of the fields that the user changed.
-      trust: unless it is `None`, nothing outside of `workdir` is read.
-      workdir: of a run that has begun. Its copies are read, and the originals may be gone.
+      trust: unless it is `None`, nothing outside `workdir` is read.
+      workdir: the workdir of a run that has begun. Its copies are read, and the original folders
+        may be gone.
 
     Raises:
-      ValueError: for a model that cannot be read, a setting that contradicts it, or two models
-        that do not go together.
-      OSError: if its folder is not there.
+      ValueError: for an unreadable model, a setting that contradicts it, or incompatible models.
+      OSError: if the folder of a model does not exist.
     """
     model = settings.model
     if model.shared and model.key.pretrained is not None:
         raise ValueError(
-            f"model.key.pretrained={model.key.pretrained!r} is an encoder for the keys alone; set "
-            "model.shared to False, or leave it None"
+            f"model.key.pretrained={model.key.pretrained!r} sets a separate encoder for keys; "
+            "set model.shared=False, or leave model.key.pretrained unset"
         )
     models = {
         section: read_pretrained(folder)
@@ -87,7 +87,7 @@ def with_pretrained(
 def _folder(
     section: str, settings: Settings, trust: Trust, workdir: AnyPath | None
 ) -> AnyPath | None:
-    """Where the files of a section's pretrained model lie; `None` for another encoder."""
+    """The folder of a section's pretrained model; `None` if its encoder is not pretrained."""
     tower: Any = settings.model if section == "model" else settings.model.key
     if tower.name not in (None, PRETRAINED):
         return None
@@ -116,11 +116,11 @@ def _copy_in(workdir: AnyPath, section: str) -> AnyPath | None:
 def _missing(section: str, trust: Trust, workdir: AnyPath | None) -> str:
     if trust is not None:
         return (
-            f"{workdir} has no folder {COPIES[section]}, in which its run kept the files of its "
-            "pretrained model; restore it from a copy"
+            f"{workdir} has no folder {COPIES[section]} with the run's copy of its pretrained "
+            "model; restore it from a copy"
         )
     return (
-        f"{section}.name={PRETRAINED!r} needs a model; name its folder with "
+        f"{section}.name={PRETRAINED!r} needs a pretrained model; give its folder with "
         f"--config.{section}.pretrained=FOLDER"
     )
 
@@ -163,40 +163,40 @@ def _with_derived(
 def _check_own(
     settings: Settings, field: str, wanted: Any, changed: Collection[str], section: str
 ) -> None:
-    """Raise a `ValueError` if the user has set a field to another value than the model's."""
+    """Raise a `ValueError` if the user set a field to a value that differs from the model's."""
     parent, name = field.split(".")
     values: Any = getattr(settings, parent)
     value, default = getattr(values, name), values._field_defaults[name]
     if value != wanted and (value != default or field in changed):
         raise ValueError(
             f"{field}={value!r}, but the model of {section}.pretrained needs {wanted!r}; set it to "
-            "that, or leave it out"
+            f"{wanted!r}, or leave it unset"
         )
 
 
 def _check_agreement(models: Mapping[str, PretrainedModel], data: DataSettings) -> None:
-    """Raise a `ValueError` for encoders of the two sides that do not go together."""
+    """Raise a `ValueError` if the encoders of the two sides are incompatible."""
     query, key = ([*models.values()] * 2)[:2]
     if query.dim != key.dim:
         raise ValueError(
-            f"model.pretrained has embeddings of {query.dim} features, and model.key.pretrained of "
-            f"{key.dim}; choose two models of one width"
+            f"model.pretrained has embeddings of width {query.dim}, but model.key.pretrained "
+            f"of width {key.dim}; choose two models of the same width"
         )
     if _token_rule(query) != _token_rule(key):
         raise ValueError(
             "model.pretrained and model.key.pretrained have different tokenizers, but a run has "
-            "one; choose two models with equal tokenizers"
+            "only one; choose two models with the same tokenizer"
         )
     included = query.pooling.include_prompt, key.pooling.include_prompt
     if data.exclude_prompt is None and included[0] != included[1]:
         raise ValueError(
-            "the pooling of model.pretrained and that of model.key.pretrained differ in "
-            "include_prompt; set data.exclude_prompt for both"
+            "the pooling configs of model.pretrained and model.key.pretrained differ in "
+            "include_prompt; set data.exclude_prompt"
         )
 
 
 def _token_rule(model: PretrainedModel) -> tuple[Any, ...]:
-    """What decides on a text's tokens; a file's own padding and truncation do not."""
+    """Everything that determines a text's tokens: not the padding and truncation in the file."""
     content = json.loads(tokenizer_of(model))
     tokenizer = {name: content[name] for name in content.keys() - {"padding", "truncation"}}
     return tokenizer, model.special_tokens, model.skip_unknown

@@ -45,7 +45,7 @@ def read_settings(
 ) -> Settings:
     """Read a config, and check all of it.
 
-    Of pretrained models, the small files and the headers of the weights are read.
+    For pretrained models, only the small files and the headers of the weights are read.
 
     Args:
       config: as the files of `configs/` return it, or a mapping of the same form. Fields that are
@@ -54,10 +54,10 @@ def read_settings(
         One that has no effect is an error; a default that has none is not.
       trust: the packages from which parts named `package.module:function` are imported; `None`
         for all, as where the config was given on the command line. A loss or an optimizer that may
-        not be imported is `unresolved` in the result. Unless it is `None`, no pretrained model is
-        read outside of `workdir`.
-      workdir: of a run that has begun: its copies of pretrained models are read instead of the
-        folders that the config names.
+        not be imported is `unresolved` in the result. Unless it is `None`, no pretrained model
+        outside `workdir` is read.
+      workdir: the workdir of a run that has begun; its copies of pretrained models are read
+        instead of the folders that the config names.
 
     Returns:
       The settings, with the functions that the config names.
@@ -65,7 +65,7 @@ def read_settings(
     Raises:
       ValueError: for an unknown field or name, a value of another type or out of its range, and
         settings that do not go together. The message names the field.
-      OSError: for a pretrained model whose folder is not there.
+      OSError: if the folder of a pretrained model does not exist.
       PermissionError: for an encoder that may not be imported.
 
     Example:
@@ -150,7 +150,7 @@ def _with_parts(settings: Settings, trust: Trust) -> Settings:
 def _with_encoders(
     model: ModelSettings, pretrained: Mapping[str, PretrainedModel], trust: Trust
 ) -> tuple[ModelSettings, dict[str, EncoderPart]]:
-    """The model with the options that are set, and its encoders by the section that names them."""
+    """The model with its set options, and its encoders by the section that names them."""
     own = {section: {PRETRAINED: encoder_part(one)} for section, one in pretrained.items()}
     registry = {**ENCODERS, **own.get("model", {})}
     model, part = _resolved("model", model, registry, EncoderPart, trust)

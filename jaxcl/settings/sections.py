@@ -77,7 +77,7 @@ class DataSet(NamedTuple):
 
 
 class SidePrompts(NamedTuple):
-    """What is put before each text of a side; `None` for the pretrained model's own prompts."""
+    """The prompt that precedes each text of a side; `None` for the pretrained model's prompt."""
 
     query: str | None = None
     key: str | None = None
@@ -130,9 +130,9 @@ class TowerSettings(NamedTuple):
 
 
 class ModelSettings(NamedTuple):
-    """The encoder, or that of the queries and another of the keys, and the embeddings' width.
+    """The encoder, optionally with a separate one for keys, and the width of the embeddings.
 
-    `name` is never `None` in the result of `read_settings`.
+    `read_settings` replaces a `name` of `None`.
     """
 
     name: str | None = None
@@ -312,7 +312,7 @@ class Parts(NamedTuple):
 
     Attributes:
       pretrained: section of an encoder, as in `encoders` -> its pretrained model.
-      encoders: `"model"`, and `"model.key"` where the keys have their own -> an encoder.
+      encoders: `"model"`, and `"model.key"` if the keys have their own encoder -> an encoder.
       loss: a loss with its declaration.
       optimizer: `(**options) -> optax.GradientTransformation`.
       schedule: `(peak, *, warmup_steps, steps) -> optax.Schedule`.

@@ -1,4 +1,4 @@
-"""A pretrained encoder's folder decides on the settings that a config leaves open."""
+"""The folder of a pretrained encoder decides the settings that a config leaves open."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def read(model, data=SHORT, **options):
     return read_settings({"model": model, "data": data}, **options)
 
 
-def test_what_a_config_leaves_open_is_what_the_folder_says(folder):
+def test_the_folder_fills_in_the_settings_that_a_config_leaves_open(folder):
     settings = read({"pretrained": str(folder)})
     assert settings.model.name == "pretrained"
     assert settings.model.dim == 16
@@ -45,12 +45,12 @@ def test_what_a_config_leaves_open_is_what_the_folder_says(folder):
     assert settings.parts.pretrained["model"].family == "bert"
 
 
-def test_the_record_of_a_run_reads_back_as_the_same_settings(folder):
+def test_recorded_settings_are_read_back_unchanged(folder):
     recorded = as_dict(read({"pretrained": str(folder)}))
     assert as_dict(read_settings(json.loads(json.dumps(recorded)))) == recorded
 
 
-def test_what_a_user_sets_is_kept(folder):
+def test_settings_of_the_user_are_kept(folder):
     data = SHORT | {"prompts": {"query": ""}, "exclude_prompt": False, "special_tokens": False}
     settings = read({"pretrained": str(folder), "options": {"dropout": 0.2}}, data).data
     assert settings.prompts._asdict() == {"query": "", "key": "key : "}
@@ -75,16 +75,16 @@ def test_untouched_defaults_never_contradict_a_folder(folder):
         ("data.add_cls", "true", "data.add_cls=True, but the model of"),
         ("data.distinct_tokens", "true", "data.distinct_tokens=True, but the model of"),
         ("data.tokenizer", "mine.json", "data.tokenizer='mine.json', but the model of"),
-        # The default, but named by the user.
+        # The default value, but set by the user.
         ("model.dim", "512", "model.dim=512, but the model of model.pretrained needs 16"),
         (
             "data.max_tokens.key",
             "25",
-            "data.max_tokens.key=25, but the model of model.pretrained reads texts of at most 24",
+            "data.max_tokens.key=25, but the model of model.pretrained reads at most 24",
         ),
         ("model.options.num_layers", "3", "model.options.num_layers is unknown to 'pretrained'"),
         ("model.name", "static", "the encoder 'static' cannot be loaded from a file"),
-        ("model.key.pretrained", "other", "set model.shared to False, or leave it None"),
+        ("model.key.pretrained", "other", "set model.shared=False, or leave"),
         ("init_from", "run", "init_from='run' brings its own weights"),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_setting_that_contradicts_the_folder_is_an_error(folder, field, value,
         read_settings(config, changed=(field,))
 
 
-def test_a_config_of_fine_tuning_without_a_folder_names_the_flag():
+def test_the_error_for_a_fine_tuning_config_without_a_folder_names_the_flag():
     with pytest.raises(ValueError, match=r"--config\.model\.pretrained=FOLDER"):
         read_settings(finetune.get_config())
 
@@ -127,18 +127,18 @@ def test_two_folders_need_equal_tokenizers(folder, other, tmp_path):
     assert [*settings.parts.pretrained] == ["model", "model.key"]
 
 
-def test_two_folders_need_one_width_and_one_rule_of_prompts(folder, tmp_path):
+def test_two_folders_need_the_same_width_and_prompt_pooling(folder, tmp_path):
     narrow = write_tiny_bert(tmp_path / "narrow", dim=8)
     model = {"pretrained": str(folder), "shared": False, "key": {"pretrained": str(narrow)}}
-    with pytest.raises(ValueError, match=r"16 features, and model\.key\.pretrained of 8"):
+    with pytest.raises(ValueError, match=r"width 16, but model\.key\.pretrained of width 8"):
         read(model)
     whole = write_tiny_bert(tmp_path / "whole")
     model = {"pretrained": str(folder), "shared": False, "key": {"pretrained": str(whole)}}
-    with pytest.raises(ValueError, match=r"set data\.exclude_prompt for both"):
+    with pytest.raises(ValueError, match=r"set data\.exclude_prompt"):
         read(model)
 
 
-def test_a_side_may_have_a_pretrained_encoder_next_to_another_kind(folder):
+def test_a_pretrained_encoder_may_be_used_for_one_side_only(folder):
     model = {"name": "static", "shared": False, "key": {"pretrained": str(folder)}}
     settings = read(model)
     assert (settings.model.name, settings.model.key.name) == ("static", "pretrained")
@@ -155,9 +155,9 @@ def test_a_run_that_has_begun_reads_its_copy_and_not_the_folder(folder, tmp_path
     assert settings.parts.pretrained["model"].path == tmp_path / "workdir" / "pretrained"
 
 
-def test_nothing_outside_of_an_untrusted_workdir_is_read(folder, tmp_path):
+def test_nothing_outside_an_untrusted_workdir_is_read(folder, tmp_path):
     recorded = as_dict(read({"pretrained": str(folder)}))
-    with pytest.raises(ValueError, match=r"has no folder pretrained, .* restore it from a copy"):
+    with pytest.raises(ValueError, match=r"has no folder pretrained .* restore it from a copy"):
         read_settings(recorded, trust=(), workdir=tmp_path)
     origin = tmp_path / "origin"
     shutil.copytree(folder, origin / "pretrained")
