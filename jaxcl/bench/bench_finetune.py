@@ -1,10 +1,10 @@
-"""Fine-tunes a pretrained encoder, in turn with sentence-transformers on the same batches.
+"""How does fine-tuning with jaxcl compare with sentence-transformers on the same batches?
 
     python -m jaxcl.bench finetune --model FOLDER --pairs 640 --torch-python PYTHON
 
-Both train on the batches of `configs/finetune.py`, with the same learning rates, decay, clipping
-and temperature, and both embed the held-out pairs, which one function ranks. What the encoder saw
-in its pretraining is unknown here: public code may be part of it.
+Both train in turn on the batches of `configs/finetune.py`, with the same learning rates, weight
+decay, clipping and temperature. Both embed the held-out pairs, and one function ranks them. The
+encoder's pretraining data are unknown, and may include the public code of the held-out pairs.
 """
 
 import json
@@ -44,24 +44,24 @@ Vectors = Mapping[str, Float[np.ndarray, "n d"]]
 
 
 class Trained(NamedTuple):
-    """One training: the embeddings of the held-out texts, and the processor's seconds."""
+    """The embeddings of the held-out texts after a training, and its CPU seconds."""
 
     vectors: Vectors
     cpu_seconds: float
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Measures one number of pairs."""
+    """Measure one number of pairs."""
     parser = benchmark_parser("finetune", __doc__)
     parser.add_argument("--model", required=True, metavar="FOLDER", help="the pretrained encoder")
-    parser.add_argument("--pairs", type=int, default=640, help="pairs in all, each seen once")
-    parser.add_argument("--batch", type=int, default=64, help="pairs of a batch")
+    parser.add_argument("--pairs", type=int, default=640, help="training pairs, each seen once")
+    parser.add_argument("--batch", type=int, default=64, help="pairs per batch")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--max-pairs", type=int, help="of the data set; all by default")
+    parser.add_argument("--max-pairs", type=int, help="pairs of the data set to use (default: all)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--torch-python",
-        help="an interpreter with sentence-transformers; without it, jaxcl alone",
+        help="an interpreter with sentence-transformers (default: measure jaxcl only)",
     )
     return measure(**vars(parser.parse(argv)))
 
@@ -76,16 +76,16 @@ def measure(
     seeds: int,
     torch_python: str | None,
 ) -> dict[str, Any]:
-    """Trains with each seed, and ranks each held-out query among all keys of its split.
+    """Train with each seed, and rank all keys of a split for each held-out query.
 
     Args:
       model: the folder of the pretrained encoder.
-      pairs: in all; rounded down to whole batches.
-      batch: pairs of a batch.
-      learning_rate: the peak.
-      max_pairs: of the data set.
-      seeds: how many, from 0.
-      torch_python: an interpreter with sentence-transformers.
+      pairs: training pairs, rounded down to whole batches.
+      batch: pairs per batch.
+      learning_rate: the peak learning rate.
+      max_pairs: pairs of the data set to use; `None` for all.
+      seeds: number of seeds, from 0.
+      torch_python: an interpreter with sentence-transformers; `None` measures jaxcl only.
     """
     steps = pairs // batch
     config = changed_config(
@@ -133,7 +133,7 @@ def _embed(model: EmbeddingModel, texts: Mapping[str, Sequence[str]]) -> Vectors
 
 
 def _train(config: ConfigDict, texts: Mapping[str, Sequence[str]]) -> Trained:
-    """The command's own training, without the evaluation at its end."""
+    """Train as the command does, without the evaluation at its end."""
     config = changed_config(config, {})
     config.data.splits = ConfigDict({"train": "train"})
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +146,7 @@ def _train(config: ConfigDict, texts: Mapping[str, Sequence[str]]) -> Trained:
 def _spec(
     settings: Settings, source: PairSource, texts: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
-    """What `finetune_torch.py` reads."""
+    """The specification that `finetune_torch.py` reads."""
     _, learning_rate = build_optimizer(settings.optimizer, settings.parts, steps=settings.steps)
     batches = []
     for step in range(settings.steps):
@@ -180,8 +180,8 @@ def _train_in_torch(python: str, spec: dict[str, Any]) -> Trained:
         )
         if run.returncode:
             raise RuntimeError(
-                f"the PyTorch process of {python} ended with {run.returncode}; --torch-python "
-                "needs an interpreter with sentence-transformers"
+                f"the PyTorch process of {python} exited with code {run.returncode}; "
+                "--torch-python needs an interpreter with sentence-transformers"
             )
         with np.load(output) as vectors:
             embedded = {name: vectors[name] for name in spec["texts"]}

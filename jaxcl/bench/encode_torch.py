@@ -1,4 +1,4 @@
-"""Encodes texts with sentence-transformers, on command, for `bench_encode.py`."""
+"""The PyTorch side of `jaxcl.bench.bench_encode`: encode texts with sentence-transformers."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ import torch
 
 
 def main(spec_path: str) -> None:
-    """Answers commands until its input ends."""
+    """Answer commands from standard input until it ends."""
     with open(spec_path) as file:
         spec = json.load(file)
     torch.set_num_threads(spec["threads"])

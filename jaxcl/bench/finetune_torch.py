@@ -1,11 +1,11 @@
 """The PyTorch side of `jaxcl.bench.bench_finetune`: sentence-transformers on the same batches.
 
-It imports nothing of jaxcl, so that any interpreter with sentence-transformers can run it:
+It does not import jaxcl, so any interpreter with sentence-transformers can run it:
 
     python finetune_torch.py SPEC.json
 
-SPEC.json names the model, the batches, the learning rate of each step and the texts to embed; the
-embeddings go to an .npz, and the CPU seconds to standard output.
+SPEC.json holds the model, the batches, the learning rate of each step, the texts to embed and the
+.npz file for the embeddings. The script prints the CPU seconds to standard output.
 """
 
 import json

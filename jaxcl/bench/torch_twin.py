@@ -61,12 +61,12 @@ def torch_twin(
 def torch_process(
     python: str, program: Path, spec_file: Path, *, huge_pages: bool = False
 ) -> Iterator[tuple[Ask, dict[str, Any]]]:
-    """A process that answers commands: a function that sends it one, and its first answer.
+    """Start a process that answers commands; yield a function to send one, and the first answer.
 
     Args:
       python: an interpreter with torch.
-      program: a script that prints a line of JSON as it is ready, and one for each line of input.
-      spec_file: its argument.
+      program: a script that prints a line of JSON when it is ready, and one per line of input.
+      spec_file: the argument of the script.
       huge_pages: as `torch_twin`.
     """
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # or it spins in others' time
