@@ -25,7 +25,7 @@ def test_each_text_is_in_one_batch_that_is_wide_enough(multiple, batch_size):
         assert batch.num_rows % multiple == 0
 
 
-def test_all_batches_of_a_width_except_the_last_have_one_shape():
+def test_all_batches_of_a_width_have_one_size_except_the_very_last():
     batches = batches_of(LENGTHS)
     assert all(len(batch.rows) == batch.num_rows == 512 // batch.width for batch in batches[:-1])
     assert len({(batch.num_rows, batch.width) for batch in batches}) <= 20
