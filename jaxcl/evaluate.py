@@ -1,12 +1,12 @@
-"""Evaluates any model on held-out pairs: its retrieval next to BM25, as at the end of training.
+"""Evaluates the retrieval of any model on held-out pairs next to BM25, as at the end of training.
 
     python -m jaxcl.evaluate --model runs/code_search
     python -m jaxcl.evaluate --model runs/code_search --config configs/code_search.py
 
-The model is a run's workdir or a folder, as `jaxcl.load` takes it, so that a pretrained model is a
-baseline before anything is trained. It embeds texts with its own tokenizer, limits and prompts. The
-config says what data it is evaluated on, and by which methods keys are ranked; without a config, a
-run is evaluated on its own data. Each query is ranked against all keys of its split.
+The model is anything that `jaxcl.load` accepts: the workdir of a run, an exported folder, or a
+pretrained model as a baseline before training. It embeds texts with its own tokenizer, limits and
+prompts. The config sets the data and the methods that rank keys; without a config, a run is
+evaluated on its own data. Each query ranks all keys of its split.
 
 In a program or a notebook, call `evaluate`:
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", metavar="FILE", type=user_path, help="write the results to a JSON file"
     )
-    parser.add_argument("--batch-size", type=int, help="texts that are embedded at once")
+    parser.add_argument("--batch-size", type=int, help="number of texts to embed at once")
     run_command(parser, _run, argv)
 
 
@@ -72,22 +72,23 @@ def evaluate(
     batch_size: int | None = None,
     trust: Trust = (),
 ) -> dict[str, Any]:
-    """Rank the held-out queries of some data by a model, and print a table.
+    """Evaluate the retrieval of a model on held-out pairs, and print a table.
 
     Args:
-      model: a model, or a path as `jaxcl.load` takes it.
-      config: a run's, of which `data` and `evaluation` are used; `None` for those of the run whose
-        workdir `model` is.
+      model: a model, or a path for `jaxcl.load`.
+      config: the config of a run, of which `data` and `evaluation` are used; `None` for the config
+        of the run whose workdir `model` is.
       changed: dotted names of the fields that the user changed; one without effect is an error.
       output: a JSON file for the results.
       batch_size: as `EmbeddingModel.encode`.
       trust: packages whose code the run may name.
 
     Returns:
-      The results, as the file holds them: means and standard errors by split, variant and method.
+      The results, as in the file: means and standard errors by split, variant and method.
 
     Raises:
-      ValueError: if there is no such model, no config and no run, or no held-out split.
+      ValueError: if there is no model, the data have no held-out split, or `config` is `None` and
+        `model` is not the workdir of a run.
       OSError: if a file cannot be read or written.
       CheckpointError: if no checkpoint of a run can be read.
     """
@@ -99,7 +100,7 @@ def evaluate(
             open_source=settings.parts.source,
         )
     elif isinstance(model, EmbeddingModel) or not is_run(model):
-        raise ValueError(f"{model} is no run with data of its own; give a config that names some")
+        raise ValueError(f"{model} is not a run with its own data; name the data with a config")
     else:
         run = open_run(as_path(model), trust=trust)
         settings, sources, model = run.settings, run.sources(), model_of_run(run)

@@ -1,12 +1,12 @@
-"""Searches a pool of texts, every split's keys, with a trained run or any other model.
+"""Searches the keys of all splits with the model of a run, or with any other model.
 
     python -m jaxcl.search --workdir runs/code_search --top 3 parse an ISO 8601 date
     python -m jaxcl.search --model models/minilm --config configs/code_search.py parse a date
 
-Without a query it asks for one after the other. The pool is the run's data, or those that a config
-names. It changes nothing of the run, which may still be training; it only adds
-`search_index.npz`, the pool's embeddings, and rebuilds it when there is a newer checkpoint. The
-index of a config's pool is kept in the user's cache.
+Without a query, the command prompts for queries. The pool is the data of the run, or of a config.
+The run may still be training, and stays unchanged except for `search_index.npz`, the embeddings of
+the pool, which is rebuilt for a newer checkpoint. The index of a config's pool is in the user's
+cache.
 
 In a program or a notebook, call `search`, or `open_search` for many queries:
 
@@ -69,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("query", nargs="*", help="what to look for; left out, it is asked for")
     add_workdir_flag(parser, required=False)
     parser.add_argument(
-        "--model", metavar="PATH", type=user_path, help="instead, a model as jaxcl.load takes it"
+        "--model",
+        metavar="PATH",
+        type=user_path,
+        help="instead of a run: any model that jaxcl.load accepts",
     )
     add_config_flags(parser, required=False)
     parser.add_argument("--top", type=int, default=10, help="hits to show (default: 10)")
@@ -85,7 +88,7 @@ def _run(arguments: Namespace) -> None:
     if arguments.query:
         _check_query(query)
     if (arguments.workdir is None) == (arguments.model is None):
-        raise ValueError("give either the --workdir of a run, or a --model")
+        raise ValueError("give either --workdir with a run, or --model")
     ranked = open_search(
         arguments.workdir or arguments.model,
         config=optional_config_of(arguments),
@@ -147,26 +150,26 @@ def open_search(
     hybrid: bool = False,
     trust: Trust = (),
 ) -> Search:
-    """Opens a run or another model for searching; nothing of it is changed, except a run's index.
+    """Open a run or another model for searching; only the index of a run is written.
 
     The index holds the pool's embeddings and its rows. With an index of the newest checkpoint the
     data that the run was trained on are not needed.
 
     Args:
-      path: the workdir of a run that has saved a checkpoint, which may still be training; or, with
-        a config, any model that `jaxcl.load` takes.
-      config: a run's, whose `data` are searched; `None` for the run's own.
+      path: the workdir of a run that has saved a checkpoint, which may still be training; with a
+        config, any model that `jaxcl.load` accepts.
+      config: the config of the data to search; `None` for the run's own data.
       changed: dotted names of the fields that the user changed; one without effect is an error.
-      hybrid: fuse the embedder's ranking with that of BM25, by `evaluation.rrf_k`.
+      hybrid: fuse the embedder's ranking with BM25's, with the constant `evaluation.rrf_k`.
       trust: packages whose code the run may name.
 
     Returns:
-      The search. Scores are the inner products of `jaxcl.run.host_vectors.for_inner_products`,
-      which are cosines for most models, or sums of reciprocal ranks if `hybrid`.
+      The search. Scores are inner products of `jaxcl.run.host_vectors.for_inner_products`, which
+      are cosines for most models; with `hybrid`, they are sums of reciprocal ranks.
 
     Raises:
-      ValueError: if there is no model, a run has no checkpoint, or there is no index and its data
-        are gone.
+      ValueError: if there is no model, a run has no checkpoint, or there is no index and the data
+        are missing.
       CheckpointError: if no checkpoint can be read.
     """
     pool = _pool_of_run(path, trust) if config is None else _pool_of(path, config, changed, trust)
@@ -194,9 +197,9 @@ class _Pool(NamedTuple):
 
     Attributes:
       model: embeds queries and keys.
-      sources: opens the splits.
-      index_file: where the index lies.
-      made_from: names the content of the index, as JSON's types.
+      sources: a function that opens the splits.
+      index_file: path of the index.
+      made_from: identifies the content of the index, in JSON types.
       rrf_k: the constant of reciprocal rank fusion.
     """
 
@@ -210,7 +213,7 @@ class _Pool(NamedTuple):
 def _pool_of_run(path: str | os.PathLike[str], trust: Trust) -> _Pool:
     workdir = as_path(path)
     if workdir.is_dir() and not is_run(workdir):
-        raise ValueError(f"{workdir} is no run with data of its own; name data with a config")
+        raise ValueError(f"{workdir} is not a run with its own data; name the data with a config")
     run = open_run(workdir, trust=trust)
     run.check_texts("jaxcl.search")
     rrf_k = run.settings.evaluation.rrf_k
@@ -220,7 +223,7 @@ def _pool_of_run(path: str | os.PathLike[str], trust: Trust) -> _Pool:
 def _pool_of(
     path: str | os.PathLike[str], config: ConfigDict, changed: Collection[str], trust: Trust
 ) -> _Pool:
-    """Another pool than the run's own; its index must not lie in the folder of the model."""
+    """The pool of a config; its index must stay out of the model's folder."""
     settings = read_data_settings(config, changed=changed)
     data_dir, open_source = shared_folder(settings.run.data_dir), settings.parts.source
     sources = open_sources(settings.data, data_dir=data_dir, open_source=open_source)

@@ -298,13 +298,13 @@ def _warnings(settings: Settings, *, num_rows: int) -> Iterator[str]:
     for section, model in settings.parts.pretrained.items():
         if model.similarity != "cosine" and not model.normalize:
             yield (
-                f"the model of {section}.pretrained compares vectors of any norm "
-                f"({model.similarity}); this run trains it to give unit vectors"
+                f"the model of {section}.pretrained has similarity {model.similarity} and vectors "
+                "of any norm; this run trains it to output unit vectors"
             )
 
 
 def _encoder_names(settings: Settings) -> str:
-    """The encoder of the model, or of each side; a pretrained one by its family."""
+    """The name of the encoder, or of both sides' encoders; the family of a pretrained one."""
     read = settings.parts.pretrained
     named = {"model": settings.model.name, "model.key": settings.model.key.name}
     sections = dict.fromkeys(tower_sections(settings.model).values())

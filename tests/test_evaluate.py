@@ -1,4 +1,4 @@
-"""`jaxcl.evaluate`: any model's retrieval on the held-out pairs of a config."""
+"""`jaxcl.evaluate`: the retrieval of any model on held-out pairs."""
 
 import json
 
@@ -32,7 +32,7 @@ def config(folder, workdir):
 
 
 def model_of(vectors, **options):
-    """A model whose vectors for text `query 3` and `key 3` are row 3 of those of its side."""
+    """A model that embeds `query 3` and `key 3` as row 3 of their side's `vectors`."""
     model = small_model(["query key 0 1 2 3 4 5 6 7 8 9"], **options)
     model.encode = lambda texts, *, side, **_: np.float32(
         [vectors[side][int(text.split()[1])] for text in texts]
@@ -42,7 +42,7 @@ def model_of(vectors, **options):
 
 def test_every_held_out_query_is_ranked_among_the_keys_of_its_split(config):
     keys = np.eye(26)
-    queries = keys + 2 * keys[[*range(20), 21, 20, 22, 23, 24, 25]]  # 20 and 21 find each other
+    queries = keys + 2 * keys[[*range(20), 21, 20, 22, 23, 24, 25]]  # 20 and 21 are swapped
     found = evaluate.evaluate(model_of({"query": queries, "key": keys}), config=config)
     dense = found["metrics"]["validation"]["plain"]["dense"]
     assert dense["mrr@10"]["mean"] == pytest.approx((4 + 2 * 1 / 2) / 6)
@@ -96,23 +96,23 @@ def error(capsys, *argv):
 def test_a_field_without_a_config_is_an_error(capsys, workdir, monkeypatch):
     monkeypatch.setattr(evaluate, "keep_compiled", lambda: None)
     message = error(capsys, "--model", workdir, "--config.steps=3")
-    assert "--config.steps needs a --config" in message
+    assert "--config.steps changes a field of --config" in message
 
 
-def test_a_model_that_is_no_run_needs_a_config(tmp_path):
-    with pytest.raises(ValueError, match="is no run with data of its own; give a config"):
+def test_a_model_without_a_run_needs_a_config(tmp_path):
+    with pytest.raises(ValueError, match="is not a run with its own data; name"):
         evaluate.evaluate(tmp_path)
-    with pytest.raises(ValueError, match=r"EmbeddingModel.* is no run with data of its own"):
+    with pytest.raises(ValueError, match=r"EmbeddingModel.* is not a run with its own data"):
         evaluate.evaluate(small_model(["a"]))
 
 
 def test_data_without_a_held_out_split_are_an_error(config):
     config.data.splits = {"train": "train"}
-    with pytest.raises(ValueError, match="the data have the splits train; name one validation or"):
+    with pytest.raises(ValueError, match="the data have only the splits train; add validation or"):
         evaluate.evaluate(small_model(["a"]), config=config)
 
 
-def test_methods_that_cannot_rank_fail_before_the_model_is_loaded(config, monkeypatch):
+def test_unusable_methods_fail_before_the_model_is_loaded(config, monkeypatch):
     monkeypatch.setattr(evaluate, "load", None)
     monkeypatch.setattr(held_out, "_has_words", lambda source: False)
     with pytest.raises(ValueError, match="no key of the validation split has a word"):

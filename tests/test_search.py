@@ -526,9 +526,7 @@ def test_any_model_searches_the_pool_of_a_config(trained, other_model, embedding
     assert len(list((other_model.parent / "cache" / "jaxcl" / "search").iterdir())) == 1
 
 
-def test_another_pool_or_model_has_another_index(
-    trained, other_model, embeddings_made, monkeypatch
-):
+def test_each_pool_and_model_has_its_own_index(trained, other_model, embeddings_made, monkeypatch):
     config = _own_config(trained)
     search.open_search(other_model, config=config)
     config.data.splits = {"train": "train"}
@@ -538,16 +536,16 @@ def test_another_pool_or_model_has_another_index(
     assert embeddings_made == [1, 1, 1]
 
 
-def test_a_run_is_a_model_too(trained, run):
+def test_the_model_flag_accepts_a_run(trained, run):
     wanted = run("--workdir", trained, "--top", 2, PLANTED)
     assert run("--model", trained, "--top", 2, PLANTED) == wanted
 
 
 @pytest.mark.parametrize("flags", [[], ["--workdir", "a", "--model", "b"]])
-def test_the_command_wants_one_model(run, flags):
-    assert "give either the --workdir of a run, or a --model" in _error(run, *flags, PLANTED)
+def test_the_command_needs_exactly_one_model(run, flags):
+    assert "give either --workdir with a run, or --model" in _error(run, *flags, PLANTED)
 
 
 def test_a_model_without_data_needs_a_config(other_model, run):
     error = _error(run, "--model", other_model, PLANTED)
-    assert "is no run with data of its own; name data with a config" in error
+    assert "is not a run with its own data; name the data with a config" in error

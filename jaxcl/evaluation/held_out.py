@@ -50,8 +50,8 @@ class _Vectors(NamedTuple):
     """The embeddings of held-out splits.
 
     Attributes:
-      of_rows: `(split, side)` -> those of all rows.
-      of_texts: `(side, texts)` -> those of other texts, such as keys without their names.
+      of_rows: `(split, side)` -> embeddings of all rows.
+      of_texts: `(side, texts)` -> embeddings of other texts, such as keys with masked names.
     """
 
     of_rows: Callable[[str, str], Float[np.ndarray, "n d"]]
@@ -144,25 +144,25 @@ def evaluate_model(
     *,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Ranks the held-out queries of some splits as `evaluate_run`, and prints a table.
+    """Evaluate a model on held-out splits as `evaluate_run` does, and print a table.
 
     Args:
-      settings: those of the data and of the evaluation.
-      model: any model, which embeds texts with its own tokenizer, limits and prompts.
-      sources: role -> the split's pairs of texts.
+      settings: `data` and `evaluation` are used.
+      model: any model; it embeds texts with its own tokenizer, limits and prompts.
+      sources: role -> the pairs of texts of its split.
       batch_size: as `EmbeddingModel.encode`.
 
     Returns:
-      Means and standard errors, with what they were measured on.
+      Means and standard errors, with a description of the model and the data.
 
     Raises:
-      ValueError: of the first method that failed, after the table of all others, or if there is no
-        held-out split.
+      ValueError: if there is no held-out split, or, after the table of all other methods, for the
+        first method that failed.
     """
     if not set(HELD_OUT) & set(sources):
         raise ValueError(
-            f"the data have the splits {', '.join(sources)}; name one {' or '.join(HELD_OUT)} in "
-            "data.splits to evaluate on it"
+            f"the data have only the splits {', '.join(sources)}; add {' or '.join(HELD_OUT)} to "
+            "data.splits"
         )
 
     def of_texts(side: str, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
