@@ -62,7 +62,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Namespace) -> None:
-    folder = export(arguments.workdir, arguments.to, format=arguments.format, trust=arguments.trust)
+    folder = export(
+        arguments.workdir,
+        arguments.to,
+        format=arguments.format,
+        dtype=arguments.dtype,
+        trust=arguments.trust,
+    )
     say(f"{folder} holds the model; its README.md says how to load it")
 
 

@@ -237,7 +237,9 @@ def test_files_that_do_not_go_together_are_an_error(static_run, tmp_path, damage
 
 def test_the_command_exports_and_says_so(static_run, tmp_path, capsys):
     arguments = ["--workdir", str(static_run), "--to", str(tmp_path / "model")]
-    export.main(arguments)
+    export.main([*arguments, "--dtype", "bfloat16"])
+    tensors = map_tensors(tmp_path / "model" / "model.safetensors")
+    assert {tensor.dtype.name for tensor in tensors.values()} == {"bfloat16"}
     assert f"{tmp_path / 'model'} holds the model" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         export.main(arguments)
