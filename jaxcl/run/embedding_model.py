@@ -44,8 +44,8 @@ class EmbeddingModel:
       source: the folder that it was loaded from.
       dim: the width of the embeddings.
       max_tokens: side -> the longest text in tokens, special ones and prompt included; the rest of
-        a text is cut off. `None` without a limit. A fine-tuned model has the larger limit of its
-        run's two sides for both.
+        a text is cut off. `None` without a limit. A fine-tuned model that is shared by both sides
+        has the larger limit of its run's two sides for both.
       prompts: name -> a text that may be put before each text. `"query"` and `"key"` are those
         that `encode` uses by default; a sentence-transformers folder may have more.
       normalizes: whether the embeddings are unit vectors.

@@ -112,9 +112,9 @@ def _trained_model(folder: AnyPath, settings: Settings, encoder: Encoder) -> Emb
 
 def _trained_rules(settings: Settings) -> dict[str, TextRule]:
     rules = {side: text_rule(settings.data, side) for side in SIDES}
-    if not settings.parts.pretrained:
+    if not settings.parts.pretrained or not settings.model.shared:
         return rules
-    # The folder of a pretrained encoder has one limit: so does the model, exported or not.
+    # The folder of one pretrained encoder has one limit: so does the model, exported or not.
     longest = max(rule.max_tokens for rule in rules.values())
     return {side: rule._replace(max_tokens=longest) for side, rule in rules.items()}
 

@@ -7,8 +7,11 @@ import pytest
 
 import jaxcl
 from jaxcl.export import export
+from jaxcl.run.load_model import _trained_rules
 from jaxcl.run.opened import open_run
+from jaxcl.settings.read import read_settings
 from jaxcl.typing import SIDES
+from tests.models.pretrained.tiny import write_tiny_static
 from tests.small_models import small_run
 
 TEXTS = ["key 3", "query 11 and key 5 and key 7 and query 9", "", "some other word"]
@@ -38,6 +41,19 @@ def test_each_side_of_a_run_has_its_own_limit(model):
     assert model.normalizes
     assert list(map(len, model.tokenize([TEXTS[1]] * 2, side="query"))) == [3, 3]
     assert len(model.tokenize(TEXTS[1], side="key")) > 3
+
+
+def test_each_of_two_pretrained_encoders_has_its_own_limit(tmp_path):
+    folder = write_tiny_static(tmp_path / "tiny")
+    towers = {"pretrained": str(folder), "key": {"pretrained": str(folder)}}
+    for shared, wanted in {False: 5, True: 9}.items():
+        model = towers | {"shared": False} if not shared else {"pretrained": str(folder)}
+        data = {"max_tokens": {"query": 5, "key": 9}}
+        rules = _trained_rules(read_settings({"model": model, "data": data}))
+        assert {side: rule.max_tokens for side, rule in rules.items()} == {
+            "query": wanted,
+            "key": 9,
+        }
 
 
 def test_an_exported_folder_embeds_as_its_run(workdir, model, tmp_path):
