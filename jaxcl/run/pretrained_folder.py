@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxcl.data.text_rule import unknown_id
+from jaxcl.data.text_rule import special_tokens_around, unknown_id
 from jaxcl.models.pretrained.containment import join, lies_in
 from jaxcl.models.pretrained.description import PretrainedModel
 from jaxcl.models.pretrained.modules import SENTENCE_CONFIGS, list_modules, parse_json
@@ -185,12 +185,21 @@ def _with_stored_type(model: PretrainedModel, name: str, tensors: FileTensors) -
 
 
 def _tokenizer_config(model: PretrainedModel, *, longest: int) -> bytes:
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": longest,
+    }
     content = model.files[join(model.encoder_folder, "tokenizer.json")].decode()
     tokenizer = Tokenizer.from_str(content)
     padding = tokenizer.padding or {}
     number = model.config.get("pad_token_id")
     token = padding.get("pad_token") or (number is not None and tokenizer.id_to_token(number))
+    # Where a prompt is left out of pooling, its length depends on which token is a known last one.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    before, after = special_tokens_around(tokenizer)
+    named = {"cls_token": before[:1], "sep_token": after[-1:]}
+    config |= {name: tokenizer.id_to_token(ids[0]) for name, ids in named.items() if ids}
     return as_json(config | ({"pad_token": token} if token else {}))
 
 

@@ -171,6 +171,8 @@ def test_a_tokenizer_s_config_is_kept_and_written_where_there_is_none(original, 
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": 20,
         "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
     }
     (original / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizerFast"}')
     folder = exported(original, tmp_path / "with")
