@@ -21,8 +21,9 @@ from jaxcl.run.exported import open_exported
 from jaxcl.run.model_card import model_card
 from jaxcl.run.opened import OpenedRun, open_run
 from jaxcl.run.sentence_transformers import sentence_transformers_files
+from jaxcl.settings.read import read_settings
 from tests.helpers import relative_error
-from tests.models.pretrained.tiny import write_tiny_bert
+from tests.models.pretrained.tiny import write_tiny_bert, write_tiny_static
 from tests.saved_run import EXPORTED, TEXTS, TUNED, save_run, save_tuned_run, settings_of
 
 
@@ -101,6 +102,26 @@ def test_a_static_folder_keeps_the_special_tokens_of_a_foreign_tokenizer(tmp_pat
 )
 def test_a_model_without_an_equivalent_is_refused_with_the_reason(tmp_path, changes, reason):
     run = OpenedRun(tmp_path, settings_of(**changes), encoder=None, data_set="", made_from={})
+    with pytest.raises(ValueError, match=rf"no equivalent in .*{reason}.*--format jaxcl"):
+        sentence_transformers_files(run)
+
+
+@pytest.mark.parametrize(
+    ("write", "changes", "reason"),
+    [
+        (write_tiny_bert, {"special_tokens": False}, r"data\.special_tokens=False is not what its"),
+        (write_tiny_bert, {"skip_unknown": True}, r"data\.skip_unknown=True is not what its bert"),
+        (
+            write_tiny_static,
+            {"exclude_prompt": True, "prompts": {"key": "key : "}},
+            r"data\.exclude_prompt=True leaves prompts out of a mean",
+        ),
+    ],
+)
+def test_texts_that_the_folder_reads_otherwise_are_a_reason(tmp_path, write, changes, reason):
+    data = {"name": "pairs", "max_tokens": {"query": 12, "key": 12}, **changes}
+    settings = read_settings({"data": data, "model": {"pretrained": str(write(tmp_path / "tiny"))}})
+    run = OpenedRun(tmp_path, settings, encoder=None, data_set="", made_from={})
     with pytest.raises(ValueError, match=rf"no equivalent in .*{reason}.*--format jaxcl"):
         sentence_transformers_files(run)
 

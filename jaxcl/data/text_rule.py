@@ -57,10 +57,15 @@ class TextRule(NamedTuple):
     skip_unknown: bool = False
 
     @property
+    def excludes_prompt(self) -> bool:
+        """Whether there is a prompt, and pooling leaves it out."""
+        return self.exclude_prompt and bool(self.prompt)
+
+    @property
     def numbers(self) -> tuple[str, ...]:
         """The names of the numbers that accompany the tokens of each text in the inputs."""
         length = ("length",) if self.special_tokens is not None else ()
-        return (*length, "prompt_length") if self.exclude_prompt and self.prompt else length
+        return (*length, "prompt_length") if self.excludes_prompt else length
 
 
 class TextTokenizer:

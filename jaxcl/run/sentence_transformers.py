@@ -11,13 +11,14 @@ import json
 import numpy as np
 from tokenizers import Tokenizer
 
+from jaxcl.data.modalities import text_rule
 from jaxcl.data.text_rule import unknown_id
 from jaxcl.data.tokenizer import load_pretrained_tokenizer, load_tokenizer
 from jaxcl.run.model_files import ModelFiles, with_dtype
 from jaxcl.run.opened import OpenedRun
 from jaxcl.run.pretrained_folder import library_config, module_list, pretrained_files
 from jaxcl.settings.sections import Settings
-from jaxcl.typing import PADDING_ID, Float, PyTree
+from jaxcl.typing import PADDING_ID, SIDES, Float, PyTree
 
 __all__ = ["sentence_transformers_files"]
 
@@ -56,7 +57,16 @@ def _no_equivalent(settings: Settings) -> str | None:
     pretrained = settings.parts.pretrained.get("model")
     if pretrained is not None:
         folded = pretrained.family == "model2vec" and bool(pretrained.dense)
-        reasons |= {"dense layers follow its model2vec embeddings": folded}
+        excluded = any(text_rule(data, side).excludes_prompt for side in SIDES)
+        reasons |= {
+            "dense layers follow its model2vec embeddings": folded,
+            f"data.special_tokens={data.special_tokens} is not what its {pretrained.family} "
+            "folder does": data.special_tokens != pretrained.special_tokens,
+            f"data.skip_unknown={data.skip_unknown} is not what its {pretrained.family} folder "
+            "does": data.skip_unknown != pretrained.skip_unknown,
+            "data.exclude_prompt=True leaves prompts out of a mean of static embeddings": excluded
+            and pretrained.family in ("model2vec", "static_embedding"),
+        }
     else:
         weighted = model.options.get("position_weights", True)
         reasons |= {
