@@ -131,3 +131,11 @@ def test_minilm_exported_without_training_has_its_own_bytes(minilm, tmp_path):
     before, after = (map_tensors(one / "model.safetensors") for one in (minilm, folder))
     assert before.keys() == after.keys()
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+
+
+def test_minilm_goes_through_sentence_transformers_after_training(torch_python, minilm, tmp_path):
+    workdir = trained(tmp_path / "run", minilm, query=32, key=64)
+    folder = export(workdir, tmp_path / "model")
+    model = jaxcl.load(workdir)
+    assert_same_vectors(torch_python, folder, model, LONG, tmp_path / "theirs")
+    assert np.abs(model.encode(LONG) - jaxcl.load(minilm).encode(LONG)).max() > 1e-2
