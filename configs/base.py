@@ -59,33 +59,33 @@ def _data() -> ConfigDict:
     data.negatives = placeholder(str)  # an .npz with the explicit negatives of each training row
     data.guides = placeholder(str)  # an .npz with a guide model's embeddings of each training row
     data.topics = placeholder(str)  # an .npz with the topic of each training row
-    # A tokenizer.json. None is the pretrained model's, or else one trained on the training split.
+    # A tokenizer.json. None uses the pretrained model's, or trains one on the training split.
     data.tokenizer = placeholder(str)
     data.modality = ConfigDict({"query": "text", "key": "text"})  # of each side
     data.vocabulary_size = 16_384
     data.max_tokens = ConfigDict({"query": 32, "key": 128})
     data.add_cls = False
     data.distinct_tokens = False  # True keeps each token of a text once, for static encoders
-    # Whether texts get the tokenizer's special tokens, such as [CLS] and [SEP]. None asks the
-    # pretrained model; without one it means the tokenizer of this run, whose id 0 is padding.
+    # Whether texts get the tokenizer's special tokens, such as [CLS] and [SEP]. None uses the
+    # pretrained model's setting; without one, it means a tokenizer whose id 0 is padding.
     data.special_tokens = placeholder(bool)
-    # What is put before each text of a side; None is the pretrained model's prompt, "" is none.
+    # The prompt before each text of a side; None uses the pretrained model's, "" means no prompt.
     data.prompts = ConfigDict({"query": placeholder(str), "key": placeholder(str)})
-    data.exclude_prompt = placeholder(bool)  # whether pooling leaves the prompt's tokens out
-    data.skip_unknown = placeholder(bool)  # whether unknown tokens are left out, as by model2vec
+    data.exclude_prompt = placeholder(bool)  # whether pooling leaves out the prompt's tokens
+    data.skip_unknown = placeholder(bool)  # whether to leave out unknown tokens, as model2vec does
     return data
 
 
 def _model() -> ConfigDict:
-    # None is the pretrained model's own encoder, or "static" without one.
+    # None is the pretrained model's encoder, or "static" without a pretrained model.
     model = ConfigDict({"name": placeholder(str), "shared": True, "dim": 512})
     # The options of all encoders; None is the encoder's own default, which its docstring gives.
     model.options = option_fields(ENCODERS)
-    # The folder of a pretrained encoder, or its id on the Hugging Face Hub; where name is an own
-    # encoder that declares `load`, a file of its weights. None starts at random. The width, the
-    # vocabulary and the rules of texts that are left at their defaults are the model's.
+    # The folder of a pretrained encoder, or its id on the Hugging Face Hub. If name is a custom
+    # encoder that declares `load`, a file with its weights. None starts with random weights. The
+    # folder also sets the width, the vocabulary and the text options left at their defaults.
     model.pretrained = placeholder(str)
-    # The keys' encoder if it is another one than the queries'; it needs shared=False.
+    # A separate encoder for keys; it needs shared=False.
     model.key = ConfigDict({"name": placeholder(str), "options": option_fields(ENCODERS)})
     model.key.pretrained = placeholder(str)
     return model
@@ -189,8 +189,8 @@ def _optimizer() -> ConfigDict:
 def _run() -> ConfigDict:
     """What may change between a stop and a restart; everything else makes another run."""
     run = ConfigDict()
-    # Where prepared data and token ids are shared by all runs; None for XDG_CACHE_HOME/jaxcl, which
-    # is ~/.cache/jaxcl unless that is set.
+    # The folder of prepared data and token ids, which all runs share. None means
+    # XDG_CACHE_HOME/jaxcl, or ~/.cache/jaxcl if XDG_CACHE_HOME is not set.
     run.data_dir = placeholder(str)
     # Devices that share the rows, and devices that share the parameters as well.
     run.mesh = ConfigDict({"data": -1, "fsdp": 1})

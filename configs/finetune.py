@@ -2,9 +2,9 @@
 
     python -m jaxcl.train --config configs/finetune.py --config.model.pretrained=FOLDER
 
-FOLDER holds a text encoder as sentence-transformers or transformers saves it: `config.json`,
-`model.safetensors`, `tokenizer.json`. Its tokenizer, prompts, pooling and width are the run's. Code
-that the encoder saw in its pretraining may be among the held-out pairs.
+FOLDER is a text encoder saved by sentence-transformers or transformers, with `config.json`,
+`model.safetensors` and `tokenizer.json`. The run uses its tokenizer, prompts, pooling and width.
+The encoder may have seen some of the held-out code in its pretraining.
 """
 
 from ml_collections import ConfigDict
@@ -13,9 +13,9 @@ from jaxcl.configs import code_search
 
 
 def get_config(variant: str = "default") -> ConfigDict:
-    """The pairs of `code_search.py`, and the optimizer of a trained encoder; `"smoke"` shrinks it.
+    """The pairs of `code_search.py`, with an optimizer for fine-tuning; `"smoke"` shrinks the run.
 
-    For other pairs, set `data.name` and the fields of its texts.
+    For other pairs, set `data.name` and the fields that hold the texts.
     """
     if variant not in ("default", "smoke"):
         raise ValueError(f"variant {variant!r} is unknown; use default or smoke")
