@@ -133,6 +133,7 @@ def test_minilm_exported_without_training_has_its_own_bytes(minilm, tmp_path):
     assert all(before[name].tobytes() == after[name].tobytes() for name in before)
 
 
+@pytest.mark.slow
 def test_minilm_goes_through_sentence_transformers_after_training(torch_python, minilm, tmp_path):
     workdir = trained(tmp_path / "run", minilm, query=32, key=64)
     folder = export(workdir, tmp_path / "model")
