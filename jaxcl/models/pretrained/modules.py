@@ -126,7 +126,8 @@ def parse_prompts(files: Mapping[str, bytes]) -> dict[str, str]:
     """Parse the prompt of each side, `""` for none.
 
     Queries use the prompt named "query"; keys use the one named "document", "passage" or "corpus".
-    A side without its own prompt uses the default prompt, as sentence-transformers does.
+    A side without its own prompt uses the default prompt, as sentence-transformers' `encode` does,
+    unless that is the other side's.
 
     Raises:
       ValueError: if a prompt is not a string, or the default prompt does not exist.
@@ -144,10 +145,12 @@ def parse_prompts(files: Mapping[str, bytes]) -> dict[str, str]:
             f"{file} has default_prompt_name={default!r:.99}; choose one of {', '.join(prompts)}"
         )
 
-    def first(*names: str) -> str:
-        return next((prompts[name] or "" for name in (*names, default) if name in prompts), "")
-
-    return {"query": first("query"), "key": first("document", "passage", "corpus")}
+    names = {"query": ("query",), "key": ("document", "passage", "corpus")}
+    shared = () if any(default in of_side for of_side in names.values()) else (default,)
+    return {
+        side: next((prompts[name] or "" for name in (*own, *shared) if name in prompts), "")
+        for side, own in names.items()
+    }
 
 
 def parse_similarity(files: Mapping[str, bytes]) -> str:

@@ -163,6 +163,16 @@ PROMPTS = {
     "a passage": ({"prompts": {"passage": "p: ", "corpus": "c: "}}, "", "p: "),
     "a corpus": ({"prompts": {"corpus": "c: ", "classify": "x: "}}, "", "c: "),
     "a default": ({"prompts": {"sts": "s: "}, "default_prompt_name": "sts"}, "s: ", "s: "),
+    "a default of queries": (
+        {"prompts": {"query": "q: "}, "default_prompt_name": "query"},
+        "q: ",
+        "",
+    ),
+    "a default of keys": (
+        {"prompts": {"corpus": "c: "}, "default_prompt_name": "corpus"},
+        "",
+        "c: ",
+    ),
     "a default and an empty one": (
         {"prompts": {"sts": "s: ", "document": ""}, "default_prompt_name": "sts"},
         *("s: ", ""),
