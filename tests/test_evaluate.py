@@ -51,6 +51,13 @@ def test_every_held_out_query_is_ranked_among_the_keys_of_its_split(config):
     assert found["prompts"] == {"query": "", "key": "open "}
 
 
+def test_an_unknown_field_is_an_error_wherever_it_is(config):
+    with config.unlocked():
+        config.optimizer.rate = 1
+    with pytest.raises(ValueError, match=r"optimizer\.rate"):
+        evaluate.evaluate(small_model(["a"]), config=config)
+
+
 def test_a_run_is_evaluated_on_its_own_data_as_at_the_end_of_training(workdir, folder, tmp_path):
     found = evaluate.evaluate(workdir)
     run = open_run(workdir)

@@ -101,6 +101,7 @@ def read_data_settings(config: ConfigDict, *, changed: Collection[str] = ()) -> 
             "evaluation and run are read"
         )
     given = {"data": {}} | config.to_dict()
+    read_section(Settings, given)  # names an unknown field, also of what is left out
     given["data"] = {name: one for name, one in given["data"].items() if name in _DATA_FIELDS}
     return read_settings({name: one for name, one in given.items() if name in _DATA_SECTIONS})
 
