@@ -2,10 +2,10 @@
 
     python -m jaxcl.bench encode --model PATH [--torch-python PATH] [--num-texts N] [--rounds N]
 
-The texts are docstrings and functions of the standard library, in turn. Each library embeds all of
-them per round, in turn, tokenising included and in its own batches. sentence-transformers has its
-own process. Before that, both embed all texts once, which compiles jaxcl's programs, and the
-vectors must agree.
+The texts are docstrings and functions of the standard library. In each round, both libraries in
+turn tokenise and embed all texts, each with its own batching. sentence-transformers runs in its own
+process. Before the first round, both embed all texts once: this compiles jaxcl's programs, and the
+embeddings must agree.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from jaxcl.typing import SIDES
 __all__ = ["main", "measure", "standard_library_texts"]
 
 Seconds: TypeAlias = tuple[float, float]
-"""On the clock, and of all threads together."""
+"""Wall-clock seconds, and CPU seconds of all threads."""
 
 _LARGEST_DIFFERENCE = 1e-5
 _PROGRAM = Path(__file__).with_name("encode_torch.py")
@@ -50,10 +50,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def standard_library_texts(count: int) -> list[str]:
-    """Docstrings and functions of the standard library, in turn.
+    """Docstrings and functions of the standard library, alternating.
 
     Raises:
-      ValueError: if there are fewer.
+      ValueError: if there are fewer than `count`.
     """
     files = scan_files(installed_roots()[:1]).files
     functions = parse_functions(files).functions
@@ -75,18 +75,18 @@ def measure(
     """Time both libraries in turn.
 
     Args:
-      model: a folder that both load.
-      texts: what they embed.
-      side: of the texts.
-      rounds: how often each is timed.
-      torch_python: an interpreter with sentence-transformers; `None` leaves it out.
-      torch_batch_size: of sentence-transformers.
+      model: a folder that both libraries load.
+      texts: the texts to embed.
+      side: the side of the texts.
+      rounds: number of timings of each library.
+      torch_python: an interpreter with sentence-transformers; `None` measures jaxcl only.
+      torch_batch_size: batch size of sentence-transformers.
 
     Returns:
       The record that `jaxcl.bench` prints, in texts per second.
 
     Raises:
-      RuntimeError: if the vectors differ, or sentence-transformers does not run.
+      RuntimeError: if the embeddings differ, or sentence-transformers fails.
     """
     ours = load(model)
 
@@ -135,5 +135,7 @@ def _seconds(answer: Mapping[str, float]) -> Seconds:
 def _agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     difference = float(np.abs(ours - theirs).max())
     if not difference <= _LARGEST_DIFFERENCE:
-        raise RuntimeError(f"the vectors differ by up to {difference:.1e}: not the same model")
+        raise RuntimeError(
+            f"the embeddings differ by up to {difference:.1e}, so it is not the same model"
+        )
     return {"largest difference of a number": difference}
