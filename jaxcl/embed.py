@@ -1,12 +1,12 @@
-"""Embeds the texts of a file, whatever its length, into a file of vectors.
+"""Embeds the texts of a file of any length, and writes the embeddings to a file.
 
     python -m jaxcl.embed --model runs/code_search --input texts.txt --output vectors.npy
 
-The model is a run's workdir or a folder, as `jaxcl.load` takes it. The input has a text per line
-(`.txt`), a field of JSON lines (`.jsonl`) or a column of a table (`.csv`, `.tsv`, `.parquet`); `-`
-reads lines from standard input. Row i of the output is the vector of text i, in a `.npy` or in the
-column `embedding` of a `.parquet`. The output appears once it is complete, and memory does not grow
-with the input.
+The model is anything that `jaxcl.load` accepts. The texts are the lines of a `.txt` file, a field
+of JSON lines (`.jsonl`) or a column of a table (`.csv`, `.tsv`, `.parquet`); `-` reads lines from
+standard input. Row i of the output is the embedding of text i, in a `.npy` file or in the column
+`embedding` of a `.parquet` file. The output appears once it is complete. Memory does not grow with
+the input.
 
     python -m jaxcl.embed --model runs/code_search --side key --input code.jsonl --field code \\
         --output code.parquet --quantize int8
@@ -42,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser("jaxcl.embed", __doc__)
     add_model_flag(parser)
     parser.add_argument(
-        "--input", required=True, metavar="FILE", help=f"{', '.join(TEXT_FILES)}, or - for lines"
+        "--input",
+        required=True,
+        metavar="FILE",
+        help=f"{', '.join(TEXT_FILES)}, or - for standard input",
     )
     parser.add_argument(
         "--output",
@@ -51,13 +54,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=user_path,
         help=" or ".join(VECTOR_FILES),
     )
-    parser.add_argument("--field", default="text", help="of the texts in the input (default: text)")
+    parser.add_argument(
+        "--field", default="text", help="field or column of the texts (default: text)"
+    )
     parser.add_argument("--side", choices=SIDES, default="query", help="(default: query)")
-    parser.add_argument("--prompt", help="a prompt, or its name, instead of the side's own")
-    parser.add_argument("--batch-size", type=int, help="texts at once")
-    parser.add_argument("--dim", type=int, help="keep this many of the first dimensions")
+    parser.add_argument("--prompt", help="a prompt, or its name, instead of the side's")
+    parser.add_argument("--batch-size", type=int, help="number of texts per batch")
+    parser.add_argument("--dim", type=int, help="keep only this many first dimensions")
     parser.add_argument("--quantize", choices=QUANTIZATIONS)
-    parser.add_argument("--overwrite", action="store_true", help="replace the output")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     run_command(parser, _run, argv)
 
 
@@ -65,7 +70,7 @@ def _run(arguments: Namespace) -> None:
     keep_compiled()
     options = {name: value for name, value in vars(arguments).items() if name != "verbose"}
     num_texts = embed(options.pop("model"), options.pop("input"), options.pop("output"), **options)
-    say(f"{num_texts:,} vectors are in {arguments.output}")
+    say(f"wrote {num_texts:,} vectors to {arguments.output}")
 
 
 def embed(
@@ -85,20 +90,20 @@ def embed(
     """Embed the texts of a file.
 
     Args:
-      model: a model, or a path as `jaxcl.load` takes it.
+      model: a model, or a path for `jaxcl.load`.
       input: a file of `jaxcl.data.text_files.TEXT_FILES`; `"-"` for lines from standard input.
       output: the file to write, `.npy` or `.parquet`.
-      field: of the texts in JSON lines, or the column of a table.
+      field: the field of the texts in JSON lines, or their column in a table.
       side, prompt, batch_size, dim, quantize: as `EmbeddingModel.encode`.
       overwrite: whether to replace the output if it exists.
-      trust: packages whose code the run may name.
+      trust: the packages whose code the run may name.
 
     Returns:
       The number of texts.
 
     Raises:
       FileExistsError: if the output exists.
-      ValueError: for another kind of file, or a line without a text, or as `EmbeddingModel.encode`.
+      ValueError: for an unknown suffix, a line without a text, or as `EmbeddingModel.encode`.
       OSError: if a file cannot be read or written.
     """
     source = None if os.fspath(input) == "-" else as_path(input)
@@ -123,7 +128,7 @@ def embed(
 
 
 def _check_output(source: AnyPath | None, output: AnyPath, *, overwrite: bool) -> None:
-    """Fail before the work, not after it."""
+    """Check the output before the texts are embedded, not after."""
     if output.suffix not in VECTOR_FILES:
         raise ValueError(
             f"--output={output} has an unknown suffix; use {' or '.join(VECTOR_FILES)}"
@@ -133,7 +138,7 @@ def _check_output(source: AnyPath | None, output: AnyPath, *, overwrite: bool) -
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists; choose another name, or add --overwrite")
     if source is not None and output.exists() and output.samefile(source):
-        raise ValueError(f"{output} is the input as well; choose another name for the output")
+        raise ValueError(f"{output} is also the input; choose another name for the output")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {output.parent} for the output; create it")
 

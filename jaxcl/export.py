@@ -3,9 +3,8 @@
     python -m jaxcl.export --workdir runs/code_search --to models/code_search
 
 The folder holds the parameters of the newest checkpoint, the tokenizer and a model card. It needs
-neither the run nor its data. `SentenceTransformer(DIR)` loads it where sentence-transformers has
-such a model: a fine-tuned encoder, or a static encoder without position weights. Any other model is
-exported with `--format jaxcl`, which `jaxcl.load` reads.
+neither the run nor its data. `SentenceTransformer(DIR)` loads a fine-tuned encoder, or a static
+encoder without position weights. Export any other model with `--format jaxcl`, for `jaxcl.load`.
 
 In a program or a notebook, call `export`:
 
@@ -37,10 +36,10 @@ FORMATS: Mapping[str, Callable[[OpenedRun, np.dtype | None], ModelFiles]] = {
     "sentence-transformers": sentence_transformers_files,
     "jaxcl": jaxcl_files,
 }
-"""The kinds of folders, by the value of `--format`."""
+"""Value of `--format` -> the function that collects the files of the folder."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""The types in which parameters are written."""
+"""The types for parameters in exported files."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser("jaxcl.export", __doc__)
     add_workdir_flag(parser)
     parser.add_argument(
-        "--to", metavar="DIR", required=True, help="the new folder, which is absent or empty"
+        "--to", metavar="DIR", required=True, help="the new folder, absent or empty"
     )
     parser.add_argument(
         "--format",
@@ -56,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"{' or '.join(FORMATS)} (default: {next(iter(FORMATS))})",
     )
     parser.add_argument(
-        "--dtype", help=f"{', '.join(DTYPES)}; what the model has by default, such as float32"
+        "--dtype", help=f"{', '.join(DTYPES)} (default: the types of the model, such as float32)"
     )
     run_command(parser, _run, argv)
 
@@ -83,19 +82,19 @@ def export(
     """Write the model of a run's newest checkpoint to a folder.
 
     Args:
-      workdir: of a run that has saved a checkpoint; it may still be training.
-      to: the folder, absent or empty. It is written whole or not at all.
+      workdir: the workdir of a run that has saved a checkpoint, which may still be training.
+      to: the new folder, absent or empty. It is written completely or not at all.
       format: one of `FORMATS`.
-      dtype: of the parameters in the files, one of `DTYPES`; `None` for their own, or for the types
-        of a pretrained model's files where these hold the trained values.
+      dtype: type of the parameters in the files, one of `DTYPES`; `None` for their own types, or
+        for the types in a pretrained model's files if they hold the trained values.
       trust: the packages from which an encoder named `package.module:function` is imported.
 
     Returns:
       The folder.
 
     Raises:
-      ValueError: for an unknown format or type, a model that the format cannot hold, with the
-        reason, parameters too large for the type, or if there is no run, or it has no checkpoint.
+      ValueError: for an unknown format or type, a model that the format does not support, or
+        parameters too large for the type, or if there is no run with a checkpoint.
       FileExistsError: if the folder is not empty.
       OSError: if it cannot be written.
       CheckpointError: if no checkpoint can be read.

@@ -46,7 +46,7 @@ def lines(tmp_path):
 def test_each_text_has_its_row(run, model, lines, tmp_path):
     code, error = run("--input", lines, "--output", tmp_path / "a.npy")
     assert code == 0
-    assert f"50 vectors are in {tmp_path / 'a.npy'}" in error
+    assert f"wrote 50 vectors to {tmp_path / 'a.npy'}" in error
     found = np.load(tmp_path / "a.npy", mmap_mode="r")
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, model.encode(TEXTS), atol=1e-6)
@@ -124,4 +124,4 @@ def test_the_input_is_never_its_own_output(run, tmp_path):
     path.touch()
     code, error = run("--input", path, "--output", path, "--overwrite")
     assert code == 1
-    assert "is the input as well" in error
+    assert "is also the input" in error
