@@ -1,4 +1,4 @@
-"""A text encoder on the present devices: texts in, vectors out."""
+"""A text encoder on the available devices: texts in, embeddings out."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ _BAR_TEXTS = 1000
 
 
 class EmbeddingModel:
-    """Embeds texts; `jaxcl.load` returns one.
+    """A model that embeds texts, as returned by `jaxcl.load`.
 
     Example:
       model = jaxcl.load("runs/code_search")
@@ -41,13 +41,13 @@ class EmbeddingModel:
       model.similarity(queries, keys)  # [1, 2]
 
     Attributes:
-      source: the folder that it was loaded from.
+      source: the folder that the model was loaded from.
       dim: the width of the embeddings.
-      max_tokens: side -> the longest text in tokens, special ones and prompt included; the rest of
-        a text is cut off. `None` without a limit. A fine-tuned model that is shared by both sides
-        has the larger limit of its run's two sides for both.
-      prompts: name -> a text that may be put before each text. `"query"` and `"key"` are those
-        that `encode` uses by default; a sentence-transformers folder may have more.
+      max_tokens: side -> the longest text in tokens, with special tokens and prompt; longer texts
+        are truncated. `None` without a limit. If both sides share a fine-tuned encoder, both have
+        the larger limit of its run.
+      prompts: name -> prompt. `encode` uses `"query"` and `"key"` by default; sentence-transformers
+        folders may have more.
       normalizes: whether the embeddings are unit vectors.
       similarity_function: `"cosine"`, `"dot"`, `"euclidean"` or `"manhattan"`.
     """
@@ -81,7 +81,7 @@ class EmbeddingModel:
         self._mesh = mesh
         self._tokenizer = tokenizer
         self._rules = rules
-        # The vocabulary of a tokenizer is large; a program has few prompts.
+        # A tokenizer's vocabulary is large, and programs use few prompts.
         self._text = functools.lru_cache(maxsize=16)(functools.partial(TextTokenizer, tokenizer))
         self._forward = make_forward(encode, mesh)
 
@@ -90,7 +90,7 @@ class EmbeddingModel:
 
     @functools.cached_property
     def made_from(self) -> dict[str, Any]:
-        """Names the model, as JSON's types: an equal one gives equal embeddings."""
+        """Identifies the model in JSON types: equal values mean equal embeddings."""
         with current_mesh(self._mesh):
             checksums = [int(checksum(leaf)) for leaf in jax.tree.leaves(self._params)]
         return {
@@ -113,30 +113,30 @@ class EmbeddingModel:
     ) -> np.ndarray:
         """Embed texts.
 
-        Texts are sorted by length and padded to a few widths, so that little is computed on
-        padding and few programs are compiled. A vector depends on its text alone, up to rounding.
-        Of several processes, each calls this with the same texts and gets all of the vectors.
+        Texts are sorted by length and padded to a few widths, which wastes little work on padding
+        and compiles few programs. An embedding depends only on its text, up to rounding. With
+        several processes, every process must pass the same texts, and gets all embeddings.
 
         Args:
           texts: one text, or several.
-          side: `"query"` or `"key"`: documents, passages and code are keys. It decides on the
-            prompt and, for models of two encoders, on the encoder.
-          prompt: a text to put before each, instead of the side's prompt: one of the names in
-            `prompts`, or else the prompt itself; `""` for none.
-          batch_size: texts at once, rounded up to a multiple of the number of devices; by default
-            as many as have about 2,048 tokens on a CPU, and 65,536 on an accelerator.
-          dim: keep only this many of the first dimensions, for a model that was trained for that
-            (`loss.matryoshka_dims`). Unit vectors are normalised again.
-          quantize: `"int8"`: 127 times the values, rounded, of unit vectors only. It has no
-            per-dimension ranges, so that vectors of different calls can be compared.
-            `"binary"`: a bit for each dimension, 1 where it is positive, eight to a byte, the first
-            dimension in the highest bit; the same as `"ubinary"` of sentence-transformers.
-          progress: whether to show how far the work has come, or a function that is called with the
-            number of texts as they are done; by default, long work shows a bar on a terminal.
+          side: `"query"` or `"key"`; documents, passages and code are keys. It selects the prompt
+            and, for models with two encoders, the encoder.
+          prompt: replaces the side's prompt: a name in `prompts`, or the prompt itself; `""` for no
+            prompt.
+          batch_size: number of texts per batch, rounded up to a multiple of the number of devices;
+            by default, about 2,048 tokens on a CPU, and about 65,536 on an accelerator.
+          dim: keep only the first `dim` dimensions, for models trained with
+            `loss.matryoshka_dims`. Unit vectors are normalised again.
+          quantize: `"int8"` multiplies the values of unit vectors by 127 and rounds them. It uses
+            no per-dimension ranges, so that embeddings of different calls can be compared.
+            `"binary"` keeps one bit per dimension, 1 for positive values, with the first of eight
+            dimensions in the highest bit of a byte, as `"ubinary"` of sentence-transformers.
+          progress: whether to show a progress bar, or a function that is called with the number of
+            finished texts; by default, long calls show a bar on a terminal.
 
         Returns:
-          `[n, d]` in the order of the texts, or `[d]` for one text: float32, int8 for `"int8"`, or
-          uint8 of `ceil(d / 8)` for `"binary"`.
+          Embeddings `[n, d]` in the order of the texts, or `[d]` for one text, in float32. With
+          `"int8"`, their type is int8; with `"binary"`, they are `ceil(d / 8)` values of uint8.
 
         Raises:
           TypeError: if a text is not a `str`.
@@ -144,9 +144,9 @@ class EmbeddingModel:
         """
         check_quantize(quantize, normalizes=self.normalizes)
         if dim is not None and not 1 <= dim <= self.dim:
-            raise ValueError(f"dim={dim}; the model has {self.dim} dimensions, so give 1 to that")
+            raise ValueError(f"dim={dim} is out of range; the model has dimensions 1 to {self.dim}")
         if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} embeds nothing; give 1 or more")
+            raise ValueError(f"batch_size={batch_size} is out of range; give 1 or more")
         text = self._text_of(side, prompt)
         rows = self._tokenize(texts, text)
         with _shown(progress, len(rows)) as advance:
@@ -157,28 +157,28 @@ class EmbeddingModel:
     def tokenize(
         self, texts: str | Sequence[str], *, side: str = "query", prompt: str | None = None
     ) -> Int[np.ndarray, " _"] | list[Int[np.ndarray, " _"]]:
-        """The token ids that the encoder reads, without padding.
+        """Compute the token ids that the encoder reads, without padding.
 
         Args:
           texts: one text, or several.
           side, prompt: as `encode`.
 
         Returns:
-          `[t]` for each text, the prompt's and special tokens included.
+          Ids `[t]` for each text, with the prompt's tokens and special tokens.
         """
         rows = self._tokenize(texts, self._text_of(side, prompt))
         return rows[0] if isinstance(texts, str) else rows
 
     def similarity(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """Compare vectors of `encode` by the model's similarity function; higher is more similar.
+        """Compare embeddings with the model's similarity function; higher is more similar.
 
         Args:
           a: `[n, d]`, or `[d]`; float or int8.
           b: `[m, d]`, or `[d]`.
 
         Returns:
-          `[n, m]` in float32, without the axis of a single vector. `"cosine"` and `"dot"` are sums
-          in float64; `"euclidean"` and `"manhattan"` are negative distances.
+          `[n, m]` in float32, without the axis of a single vector. `"cosine"` and `"dot"` are
+          summed in float64; `"euclidean"` and `"manhattan"` are negative distances.
         """
         return similarities(self.similarity_function, a, b)
 
@@ -208,7 +208,7 @@ class EmbeddingModel:
         batch_size: int | None,
         advance: Callable[[int], object],
     ) -> Float[np.ndarray, "n d"]:
-        # Equal texts are embedded once, which also gives them equal vectors to the last bit.
+        # Equal texts are embedded once, which also gives them bitwise equal embeddings.
         numbers: dict[bytes, int] = {}
         of_row = [numbers.setdefault(row.tobytes(), len(numbers)) for row in rows]
         distinct = [np.frombuffer(content, np.int32) for content in numbers]

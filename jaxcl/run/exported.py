@@ -1,8 +1,8 @@
-"""A trained model as a folder of jaxcl's own, and opening it.
+"""Write a trained model as a folder in jaxcl's own format, and open such a folder.
 
 jaxcl.json          version of the format, settings, step, fingerprint of the tokenizer
-model.safetensors   the parameters, by their path
-tokenizer.json      and other files that inputs depend on
+model.safetensors   the parameters, by path
+tokenizer.json, …   the files that inputs depend on
 """
 
 from collections.abc import Mapping
@@ -31,20 +31,20 @@ from jaxcl.typing import PyTree
 __all__ = ["EXPORT_FILE", "ExportedModel", "jaxcl_files", "open_exported"]
 
 EXPORT_FILE = "jaxcl.json"
-"""The file by which an exported folder is known."""
+"""The file that marks an exported folder."""
 
 _FORMAT = 1
 _WEIGHTS = "model.safetensors"
 _MAX_BYTES = 2**30
-"""Of a file that inputs depend on."""
+"""The largest size of a file that inputs depend on."""
 
 
 class ExportedModel(NamedTuple):
-    """A model from an exported folder, on the present devices.
+    """A model from an exported folder, on the available devices.
 
     Attributes:
-      folder: where it lies.
-      settings: of the run that trained it.
+      folder: the exported folder.
+      settings: the settings of the run that trained the model.
       encoder: the model.
       step: the training step of its parameters.
     """
@@ -56,18 +56,18 @@ class ExportedModel(NamedTuple):
 
 
 def jaxcl_files(run: OpenedRun, dtype: np.dtype | None = None) -> ModelFiles:
-    """The files of a run's model for `open_exported`.
+    """Collect the files of a run's model for `open_exported`.
 
     Args:
-      run: which trained the model.
-      dtype: of the parameters in the file; `None` for their own.
+      run: the run that trained the model.
+      dtype: type of the parameters in the file; `None` keeps their type.
 
     Raises:
       ValueError: for a type that cannot hold the parameters.
     """
     data = run.settings.data
     settings = as_dict(run.settings)
-    del settings["run"]  # folders and devices of the machine that trained it
+    del settings["run"]  # folders and devices of the training machine
     description = {
         "format": _FORMAT,
         "step": run.made_from["step"],
@@ -92,7 +92,7 @@ def open_exported(folder: AnyPath, *, trust: Trust = ()) -> ExportedModel:
       trust: the packages from which an encoder named `package.module:function` is imported.
 
     Raises:
-      ValueError: if it is no such folder, or its files do not go together.
+      ValueError: if it is not an exported folder, or its files do not match.
       PermissionError: for an encoder of a package that is not trusted.
     """
     folder = as_path(folder)
@@ -119,7 +119,7 @@ def _check_copies(folder: AnyPath, settings: Settings, recorded: Mapping[str, st
 
 
 def _contents(root: AnyPath, folder: str) -> dict[str, bytes]:
-    """The files in a folder and below it, by their path relative to `root`."""
+    """Read all files below a folder, by their path relative to `root`."""
     paths = (root / folder).rglob("*")
     return {
         path.relative_to(root).as_posix(): read_regular(path, limit=_MAX_BYTES)
@@ -132,13 +132,13 @@ def _read_description(folder: AnyPath) -> Mapping[str, Any]:
     path = folder / EXPORT_FILE
     if not path.exists():
         raise ValueError(
-            f"{folder} holds no model exported by jaxcl (no {EXPORT_FILE}); write one with "
+            f"{folder} has no model exported for jaxcl (no {EXPORT_FILE}); write one with "
             "python -m jaxcl.export --format jaxcl"
         )
     description = read_json_object(path, remedy="export the model again")
     if description.get("format") != _FORMAT:
         raise ValueError(
-            f"{path} has the format {description.get('format')!r}, and this version of jaxcl reads "
+            f"{path} has the format {description.get('format')!r}, but this version of jaxcl reads "
             f"{_FORMAT}; export the model again, or install the version that wrote it"
         )
     kinds = {"settings": dict, "fingerprints": dict, "step": int}
@@ -150,15 +150,15 @@ def _read_description(folder: AnyPath) -> Mapping[str, Any]:
 
 
 def _read_params(path: AnyPath, abstract: PyTree) -> PyTree:
-    """The parameters in a file, as the tree of an encoder."""
+    """Read the parameters in a file as the tree of an encoder."""
     tensors, wanted = map_tensors(path), _by_path(abstract)
     different = [
-        f"{name} is {_shape(tensors.get(name))} there and {_shape(wanted.get(name))} in the encoder"
+        f"{name} is {_shape(tensors.get(name))} there but {_shape(wanted.get(name))} in the encoder"
         for name in sorted(tensors.keys() | wanted.keys())
         if _shape(tensors.get(name)) != _shape(wanted.get(name))
     ]
     if different:
-        raise ValueError(f"{path} has other parameters: {'; '.join(different[:4])}")
+        raise ValueError(f"{path} does not fit its encoder: {'; '.join(different[:4])}")
     leaves = [np.asarray(tensors[name], like.dtype) for name, like in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 

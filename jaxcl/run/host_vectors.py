@@ -1,4 +1,4 @@
-"""Embeddings on the host: truncated, quantised and compared."""
+"""Truncate, quantise and compare embeddings on the host."""
 
 from collections.abc import Callable, Mapping
 
@@ -18,13 +18,13 @@ __all__ = [
 ]
 
 QUANTIZATIONS = ("int8", "binary")
-"""The types of `EmbeddingModel.encode(quantize=…)` other than float32."""
+"""The values of `quantize` in `EmbeddingModel.encode`."""
 
 
 def truncated(
     vectors: Float[np.ndarray, "n d"], dim: int | None, *, normalizes: bool
 ) -> Float[np.ndarray, "n _"]:
-    """The first `dim` dimensions, normalised again where the vectors are unit vectors."""
+    """Keep the first `dim` dimensions, and normalise unit vectors again."""
     if dim is None or dim == vectors.shape[1]:
         return vectors
     vectors = vectors[:, :dim]
@@ -32,18 +32,18 @@ def truncated(
 
 
 def check_quantize(quantize: str | None, *, normalizes: bool) -> None:
-    """Raise a `ValueError` for a type that the vectors of a model cannot have."""
+    """Raise a `ValueError` for a quantisation that a model does not support."""
     if quantize not in (None, *QUANTIZATIONS):
         raise ValueError(f"quantize={quantize!r} is unknown; use {' or '.join(QUANTIZATIONS)}")
     if quantize == "int8" and not normalizes:
         raise ValueError(
             "quantize='int8' maps -1 to 1 onto -127 to 127, but the vectors of this model are not "
-            "normalised; use 'binary', or quantise them by ranges of your own"
+            "normalised; use 'binary', or quantise them with your own ranges"
         )
 
 
 def quantized(vectors: Float[np.ndarray, "n d"], quantize: str | None) -> np.ndarray:
-    """The vectors as the type of `EmbeddingModel.encode(quantize=…)`.
+    """Quantise vectors as `EmbeddingModel.encode` does.
 
     Example:
       >>> quantized(np.array([[0.6, -0.8, 0.0]]), "int8").tolist()
@@ -76,11 +76,11 @@ SIMILARITIES: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "euclidean": lambda a, b: -cdist(a, b),
     "manhattan": lambda a, b: -cdist(a, b, "cityblock"),
 }
-"""`([n, d], [m, d]) -> [n, m]` by the names that sentence-transformers has for them."""
+"""Name of a similarity in sentence-transformers -> `([n, d], [m, d]) -> [n, m]`."""
 
 
 def similarities(function: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Compare vectors.
+    """Compute the similarities of vectors.
 
     Args:
       function: one of `SIMILARITIES`.
@@ -103,8 +103,8 @@ def similarities(function: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     for vectors in (a, b):
         if vectors.dtype == np.uint8:
             raise ValueError(
-                "vectors of uint8 hold eight dimensions in a byte; np.unpackbits(vectors, axis=-1) "
-                "gives them one by one"
+                "vectors of uint8 hold eight dimensions per byte; unpack them with "
+                "np.unpackbits(vectors, axis=-1)"
             )
         if vectors.ndim not in (1, 2) or vectors.shape[-1] != a.shape[-1]:
             raise ValueError(
@@ -118,13 +118,13 @@ def similarities(function: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def for_inner_products(
     function: str, side: str, vectors: Float[np.ndarray, "n d"]
 ) -> Float[np.ndarray, "n _"]:
-    r"""Vectors whose inner products rank keys as a similarity function does.
+    r"""Transform vectors so that inner products rank keys as a similarity function does.
 
-    For `"euclidean"` a dimension is added, since $-\lVert q - k \rVert^2 / 2$ is $q \cdot k -
-    \lVert k \rVert^2 / 2$ up to what all keys of a query share.
+    `"euclidean"` adds a dimension, because $-\lVert q - k \rVert^2 / 2$ is $q \cdot k -
+    \lVert k \rVert^2 / 2$ up to a constant per query.
 
     Raises:
-      ValueError: for `"manhattan"`, which no inner product ranks as.
+      ValueError: for `"manhattan"`, whose ranking no inner product gives.
     """
     if function == "dot":
         return vectors

@@ -135,7 +135,7 @@ def process_report(settings: Settings) -> dict[str, Any]:
 
 
 def pretrained_fingerprints(settings: Settings) -> dict[str, str]:
-    """Section of an encoder -> a digest of its pretrained model's files, except for the weights."""
+    """Section of an encoder -> a digest of its pretrained model's files, without the weights."""
     return {
         section: _digest(model.files, model.tensors)
         for section, model in settings.parts.pretrained.items()

@@ -58,13 +58,13 @@ def copy_prepared_files(settings: Settings, workdir: AnyPath) -> None:
 
 
 def keep_pretrained_files(settings: Settings, workdir: AnyPath) -> None:
-    """Keeps the pretrained models' small files in the workdir, and their tokenizer as the run's.
+    """Copy the pretrained models' small files into the workdir, with their tokenizer as the run's.
 
-    A resumed run reads these, and no longer needs the folders that it began with.
+    A resumed run reads these copies, and no longer needs the original folders.
 
     Raises:
-      ValueError: if a new run's `workdir` holds another tokenizer, or a folder of the user where
-        the copy belongs.
+      ValueError: if a new run's `workdir` already has a different tokenizer, or a folder of the
+        user in the place of a copy.
     """
     models = settings.parts.pretrained
     if not models or newest_record(workdir / CHECKPOINTS) is not None:

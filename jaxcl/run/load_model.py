@@ -1,4 +1,4 @@
-"""Loads a model to embed texts with, from a run's workdir or from a folder."""
+"""Load a model that embeds texts, from a run's workdir or from a folder."""
 
 import os
 
@@ -36,23 +36,23 @@ _PRETRAINED_FILES = ("modules.json", "config.json", "model.safetensors")
 def load(
     path: str | os.PathLike[str], *, compute_dtype: str = "float32", trust: Trust = ()
 ) -> EmbeddingModel:
-    """Load a model to embed texts with, on all devices.
+    """Load a model that embeds texts, on all devices.
 
     Args:
       path: one of
 
         - the workdir of a run that has saved a checkpoint, which may still be training;
-        - a folder that `jaxcl.export` has written;
-        - the folder of a pretrained encoder, which sentence-transformers, transformers or model2vec
-          has saved, or its id on the Hugging Face Hub (`jaxcl.models.pretrained`).
-      compute_dtype: of the activations of a pretrained encoder, such as `"bfloat16"`. A trained
-        model has its own. On accelerators JAX multiplies float32 in lower precision unless
-        `jax_default_matmul_precision` is set to `"highest"`.
+        - a folder written by `jaxcl.export`;
+        - the folder of a pretrained encoder saved by sentence-transformers, transformers or
+          model2vec, or its id on the Hugging Face Hub (`jaxcl.models.pretrained`).
+      compute_dtype: type of the activations of a pretrained encoder, such as `"bfloat16"`. The
+        model of a run uses the type of its config. On accelerators, JAX multiplies float32 in
+        lower precision unless `jax_default_matmul_precision` is `"highest"`.
       trust: the packages from which a run's encoder named `package.module:function` is imported.
 
     Raises:
       FileNotFoundError: if there is no such folder.
-      ValueError: if it holds no model, or a model that is damaged or not supported.
+      ValueError: if the folder holds no model, or its model is damaged or not supported.
       CheckpointError: if no checkpoint of a run can be read.
       PermissionError: for an encoder of a package that is not trusted.
 
@@ -62,7 +62,7 @@ def load(
     """
     folder = local_or_hub(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; give that of a run or of a model")
+        raise FileNotFoundError(f"there is no folder {folder}; give a folder of a run or a model")
     if is_run(folder):
         return model_of_run(open_run(folder, trust=trust))
     if (folder / EXPORT_FILE).exists():
@@ -71,8 +71,8 @@ def load(
     if any((folder / name).exists() for name in _PRETRAINED_FILES):
         return _pretrained_model(read_pretrained(folder), compute_dtype)
     raise ValueError(
-        f"{folder} holds no model: there is no {CHECKPOINTS}/ of a run, no {EXPORT_FILE} of an "
-        f"exported model, and no {' or '.join(_PRETRAINED_FILES)} of a pretrained one"
+        f"{folder} holds no model: it has no {CHECKPOINTS}/ of a run, no {EXPORT_FILE} of an "
+        f"exported model, and no {' or '.join(_PRETRAINED_FILES)} of a pretrained model"
     )
 
 
@@ -86,7 +86,7 @@ def model_of_run(run: OpenedRun) -> EmbeddingModel:
     """The model of a run.
 
     Raises:
-      ValueError: if a side holds anything else than texts.
+      ValueError: if a side holds anything other than texts.
     """
     return _trained_model(run.workdir, run.settings, run.encoder)
 
@@ -95,8 +95,8 @@ def _trained_model(folder: AnyPath, settings: Settings, encoder: Encoder) -> Emb
     modality = settings.data.modality
     if set(modality) != {"text"}:
         raise ValueError(
-            f"{folder} has a model of data.modality={modality._asdict()}; jaxcl.load takes models "
-            "of texts"
+            f"{folder} has a model with data.modality={modality._asdict()}; jaxcl.load accepts "
+            "models of texts only"
         )
     return EmbeddingModel(
         source=str(folder),
@@ -114,7 +114,7 @@ def _trained_rules(settings: Settings) -> dict[str, TextRule]:
     rules = {side: text_rule(settings.data, side) for side in SIDES}
     if not settings.parts.pretrained or not settings.model.shared:
         return rules
-    # The folder of one pretrained encoder has one limit: so does the model, exported or not.
+    # A pretrained folder has one limit for both sides, so a model has one before export too.
     longest = max(rule.max_tokens for rule in rules.values())
     return {side: rule._replace(max_tokens=longest) for side, rule in rules.items()}
 

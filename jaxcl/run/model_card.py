@@ -1,7 +1,7 @@
-"""The model card of an exported model, written from the files of the run that trained it.
+"""Write the model card of an exported model from the files of the run that trained it.
 
-Names of data sets, folders and settings come from outside. In the text they stand in code spans,
-where Markdown and HTML mean nothing, and between the lines `---` as quoted strings of YAML.
+Names of data sets, folders and settings are untrusted. In the text, they stand in code spans, where
+Markdown and HTML have no effect; in the metadata, they are quoted YAML strings.
 """
 
 import json
@@ -53,13 +53,13 @@ print(model.similarity(queries, keys))
 
 
 def model_card(run: OpenedRun, *, name: str, library: str) -> str:
-    """The card, in Markdown, with metadata for the Hugging Face Hub.
+    """Write the card in Markdown, with metadata for the Hugging Face Hub.
 
     Args:
-      run: which trained the model. Its metrics come from `results.json` in its workdir, if that
-        belongs to the same step.
-      name: of the exported folder.
-      library: `"sentence-transformers"` or `"jaxcl"`, which loads the folder.
+      run: the run that trained the model. The metrics come from `results.json` in its workdir, if
+        that file belongs to the same step.
+      name: name of the exported folder.
+      library: the library that loads the folder, `"sentence-transformers"` or `"jaxcl"`.
 
     Raises:
       ValueError: if `results.json` is damaged.
@@ -78,7 +78,7 @@ def model_card(run: OpenedRun, *, name: str, library: str) -> str:
 
 
 def _read_results(run: OpenedRun) -> Mapping[str, Any]:
-    """What `results.json` holds; empty if it is missing, or that of another step."""
+    """Read `results.json`; empty if it is missing or belongs to another step."""
     path = run.workdir / "results.json"
     results = read_json_object(path) if path.exists() else {}
     return results if results.get("steps") == run.made_from["step"] else {}
@@ -107,7 +107,7 @@ def _introduction(settings: Settings, *, name: str) -> Iterator[str]:
     yield f"# {_code(name)}\n"
     yield (
         f"An embedding model trained with jaxcl. It maps queries and keys to unit vectors of "
-        f"{settings.model.dim} dimensions, whose inner product is their cosine similarity.\n"
+        f"{settings.model.dim} dimensions; their inner product is the cosine similarity.\n"
     )
     encoders = {
         "Encoder" if tower == SHARED else f"Encoder of {tower} texts": _encoder(settings, section)
@@ -129,7 +129,7 @@ def _introduction(settings: Settings, *, name: str) -> Iterator[str]:
 
 
 def _encoder(settings: Settings, section: str) -> str:
-    """The encoder of a section of the config, and the pretrained model that it began with."""
+    """The encoder of a section of the config, and the pretrained model that it started from."""
     tower = settings.model if section == "model" else settings.model.key
     base = settings.parts.pretrained.get(section)
     if base is None:
@@ -161,7 +161,7 @@ def _training(run: OpenedRun) -> Iterator[str]:
     step = run.made_from["step"]
     yield "## Training\n"
     yield f"The parameters are those after step {step:,} of {run.settings.steps:,}."
-    yield "These are the main settings and all others that differ from jaxcl's defaults:\n"
+    yield "The table lists the main settings, and all others that differ from jaxcl's defaults.\n"
     settings, defaults = fields_of(run.settings), fields_of(read_settings({}))
     shown = [name for name in settings if settings[name] != defaults.get(name)]
     yield from _table(
@@ -177,7 +177,7 @@ def _training(run: OpenedRun) -> Iterator[str]:
     ]
     if untouched:
         names = ", ".join(map(_code, dict.fromkeys(untouched)))
-        yield f"Training did not touch these tensors of the pretrained model: {names}.\n"
+        yield f"Training left these tensors of the pretrained model unchanged: {names}.\n"
 
 
 def _evaluation(run: OpenedRun, results: Mapping[str, Any]) -> Iterator[str]:
@@ -186,9 +186,9 @@ def _evaluation(run: OpenedRun, results: Mapping[str, Any]) -> Iterator[str]:
         yield f"The run has no results for step {run.made_from['step']:,}.\n"
         return
     yield (
-        "Each query of a held-out split ranks all keys of that split (the pool). One of them "
-        "counts as relevant, that of the query's own pair. Each figure is the mean over the "
-        "queries ± its standard error, which does not cover the choice of the seed.\n"
+        "Each query of a held-out split ranks all keys of that split (the pool). Only the key of "
+        "the query's own pair counts as relevant. Each figure is the mean over the queries ± its "
+        "standard error, which does not include the variation between seeds.\n"
     )
     yield from _table(
         ("split", "keys", "method", "pool", *_METRICS),
@@ -207,7 +207,7 @@ def _evaluation(run: OpenedRun, results: Mapping[str, Any]) -> Iterator[str]:
 def _limitations(settings: Settings, *, library: str) -> Iterator[str]:
     base = settings.parts.pretrained.get("model")
     yield "## Limitations\n"
-    yield "- Figures of pools of different sizes cannot be compared."
+    yield "- Figures for pools of different sizes are not comparable."
     if settings.data.name == "code_pairs":
         yield (
             "- The `validation` split holds unseen files of packages whose other files were used "
@@ -215,19 +215,19 @@ def _limitations(settings: Settings, *, library: str) -> Iterator[str]:
         )
     if base is not None:
         yield (
-            "- The pretrained model may have seen the held-out pairs, or similar ones, before this "
-            "training."
+            "- The pretrained model may have seen the held-out pairs, or similar pairs, in its "
+            "pretraining."
         )
     query, key = settings.data.max_tokens
     if library == "sentence-transformers" and query != key:
         yield (
-            f"- sentence-transformers cuts all texts at {max(query, key)} tokens; training cut "
-            f"queries at {query} and keys at {key}."
+            f"- sentence-transformers truncates all texts to {max(query, key)} tokens; training "
+            f"truncated queries to {query} and keys to {key}."
         )
     if library == "sentence-transformers" and base is None and settings.data.special_tokens is None:
         yield (
-            "- A text without tokens, such as the empty one, has the zero vector. In training it "
-            "has the vector of the unknown token."
+            "- A text without tokens, such as an empty text, has the zero vector. In training, it "
+            "had the vector of the unknown token."
         )
 
 
@@ -240,14 +240,14 @@ def _license_of(base: PretrainedModel) -> str | None:
 
 
 def _data_set_names(settings: Settings) -> list[str]:
-    """The names of the run's data sets, without a version and the folder in which one lies."""
+    """The names of the run's data sets, without their versions and folders."""
     data_sets = [settings.data.first, *settings.data.concatenated.values()]
     names = [str(_public(one.name)) for one in data_sets if one.name is not None]
     return list(dict.fromkeys(re.split("[:/]", name)[0] for name in names))
 
 
 def _public(value: Any) -> Any:
-    """A setting's value; of a path of this machine only its end."""
+    """A setting's value; only the last part of a local path."""
     if not isinstance(value, str) or not value.startswith(("/", "~", ".")):
         return value
     *parents, name = Path(value).parts
@@ -262,14 +262,14 @@ def _figure(metric: Mapping[str, float | None] | None) -> str:
 
 
 def _table(*rows: Sequence[Any]) -> Iterator[str]:
-    """The lines of a Markdown table; the first row is its head."""
+    """Write a Markdown table; the first row is its header."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     lines.insert(1, "|" + " --- |" * len(rows[0]))
     yield "\n".join(lines) + "\n"
 
 
 def _code(value: Any) -> str:
-    """A code span of one line, also for a cell of a table, which "|" would end."""
+    """A code span on one line, without "|", which would end the cell of a table."""
     text = " ".join(printable(str(value)).split()).replace("|", r"\u007c")
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     pad = " " if not text or "`" in (text[0], text[-1]) else ""
@@ -277,6 +277,6 @@ def _code(value: Any) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """A value in one line of YAML, in ASCII."""
+    """A value as one line of YAML, in ASCII."""
     text = json.dumps(value, ensure_ascii=False)
     return re.sub(r"[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", text)

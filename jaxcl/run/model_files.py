@@ -1,4 +1,4 @@
-"""The files of an exported model, put in place as one folder."""
+"""Write the files of an exported model as one folder."""
 
 import errno
 import json
@@ -28,17 +28,17 @@ class ModelFiles(NamedTuple):
 
 
 def as_json(content: Any) -> bytes:
-    """The content of a JSON file."""
+    """Serialise the content of a JSON file."""
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def with_dtype(
     tensors: Mapping[str, Mapping[str, np.ndarray]], dtype: np.dtype | None
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Tensors by file and name, those of floating point in another type.
+    """Convert the floating-point tensors, by file and name, to another type.
 
     Raises:
-      ValueError: if the type cannot hold a finite value.
+      ValueError: if a finite value overflows in that type.
     """
 
     def converted(name: str, tensor: np.ndarray) -> np.ndarray:
@@ -67,11 +67,11 @@ def check_free(folder: Path) -> None:
 
 
 def write_folder(folder: Path, files: ModelFiles) -> None:
-    """Write a folder whole or not at all.
+    """Write a folder completely or not at all.
 
     Args:
-      folder: empty or absent; the folder that holds it is made if necessary.
-      files: its content.
+      folder: empty or absent; its parent is created if necessary.
+      files: the content of the folder.
 
     Raises:
       FileExistsError: if the folder is not empty.

@@ -1,7 +1,6 @@
-"""A fine-tuned encoder as the folder that it came from, with the trained weights.
+"""Write a fine-tuned encoder as the folder that it came from, with the trained weights.
 
-Modules are spelled as version 5 of sentence-transformers spells them, which later versions read as
-well.
+Modules have the names of sentence-transformers 5, which later versions also read.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ _POOLING_FLAGS = {
     "weightedmean": "pooling_mode_weightedmean_tokens",
     "lasttoken": "pooling_mode_lasttoken",
 }
-"""In the order in which sentence-transformers concatenates."""
+"""The flags of pooling modes, in the order in which sentence-transformers concatenates them."""
 _DENSE_FIELDS = ("in_features", "out_features", "bias", "activation_function")
 _LIBRARY_CONFIG = "config_sentence_transformers.json"
 
@@ -39,17 +38,16 @@ _LIBRARY_CONFIG = "config_sentence_transformers.json"
 def pretrained_files(
     model: PretrainedModel, data: DataSettings, params: PyTree, *, dtype: np.dtype | None = None
 ) -> ModelFiles:
-    """The files of a fine-tuned encoder for sentence-transformers.
+    """Collect the files of a fine-tuned encoder for sentence-transformers.
 
-    Tensors that training did not touch, such as a pooler's, are written as they were. The folder
-    asks for unit vectors, as training did, and cuts the texts of both sides at the larger of their
-    limits.
+    Tensors without a trained parameter, such as a pooler's, are copied unchanged. The folder asks
+    for unit vectors, as in training, and truncates texts of both sides at the larger limit.
 
     Args:
       model: the pretrained model.
-      data: settings of the run, with the prompts and the longest text of each side.
-      params: the trained parameters of its encoder.
-      dtype: of the tensors; `None` for the types that they had, where these hold the new values.
+      data: the run's settings, with the prompt and the longest text of each side.
+      params: the trained parameters of the encoder.
+      dtype: type of the tensors; `None` keeps the original types if they hold the new values.
     """
     tensors = export_tensors(model, params)
     if model.family == "model2vec":
@@ -62,7 +60,7 @@ def pretrained_files(
         if name.rpartition("/")[2] not in ("README.md", *SENTENCE_CONFIGS)
     }
     if model.family == "model2vec":
-        # Its model_type is one that transformers does not know.
+        # transformers does not know its model_type.
         contents.pop(join(model.encoder_folder, "config.json"), None)
     contents |= {
         "modules.json": module_list(modules),
@@ -85,11 +83,11 @@ def pretrained_files(
 
 
 def library_config(data: DataSettings, before: Mapping[str, Any] | None = None) -> bytes:
-    """`config_sentence_transformers.json`: the run's prompts, and the similarity of its losses.
+    """Write `config_sentence_transformers.json` with the run's prompts and cosine similarity.
 
     Args:
-      data: settings of the run.
-      before: the pretrained model's own, whose other prompts are kept.
+      data: the run's settings.
+      before: the pretrained model's config, whose other prompts are kept.
     """
     before = before or {}
     prompts = (before.get("prompts") or {}) | {
@@ -107,7 +105,7 @@ def library_config(data: DataSettings, before: Mapping[str, Any] | None = None) 
 
 
 def module_list(modules: Sequence[tuple[str, str]]) -> bytes:
-    """`modules.json`: the class and the folder of each module, in the order of their use."""
+    """Write `modules.json` with the class and folder of each module, in order."""
     return as_json(
         [
             {"idx": index, "name": str(index), "path": folder, "type": f"{_TYPES}.{kind}"}
@@ -117,7 +115,7 @@ def module_list(modules: Sequence[tuple[str, str]]) -> bytes:
 
 
 def _modules_of(model: PretrainedModel) -> list[tuple[str, str]]:
-    """The classes and folders of the model's modules; the last one normalises."""
+    """The classes and folders of the model's modules, with `Normalize` as the last one."""
     if "modules.json" in model.files:
         modules = list_modules(model.files["modules.json"])
     elif model.family in ("model2vec", "static_embedding"):
@@ -129,10 +127,10 @@ def _modules_of(model: PretrainedModel) -> list[tuple[str, str]]:
 
 
 def _folded(model: PretrainedModel, tensors: FileTensors) -> FileTensors:
-    """The one table of a `StaticEmbedding` with the vectors of a model2vec model.
+    """Fold the tensors of a model2vec model into the table of a `StaticEmbedding`.
 
-    sentence-transformers counts unknown tokens, which model2vec leaves out: their row is zero, so
-    that only the norm of the mean differs.
+    model2vec leaves out unknown tokens, but sentence-transformers counts them. Their row is zero,
+    so only the norm of the mean differs.
     """
     ((file, named),) = tensors.items()
     table = named["embeddings"].astype(np.float32)
@@ -149,7 +147,7 @@ def _folded(model: PretrainedModel, tensors: FileTensors) -> FileTensors:
 def _encoder_files(
     model: PretrainedModel, tensors: FileTensors, *, longest: int
 ) -> dict[str, bytes]:
-    """The files of the Transformer module that are not copied as they are."""
+    """The files of the Transformer module that differ from the original."""
     folder = model.encoder_folder
     config, tokenizer_config = (
         join(folder, name) for name in ("config.json", "tokenizer_config.json")
@@ -160,13 +158,13 @@ def _encoder_files(
         config: _with_stored_type(model, config, tensors),
     }
     if tokenizer_config not in model.files:
-        # Without it transformers may build another tokenizer than that of tokenizer.json.
+        # Without this file, transformers may build a tokenizer that differs from tokenizer.json.
         files[tokenizer_config] = _tokenizer_config(model, longest=longest)
     return files
 
 
 def _with_stored_type(model: PretrainedModel, name: str, tensors: FileTensors) -> bytes:
-    """`config.json` with the type of the tensors, in which transformers loads them."""
+    """`config.json` with the type of the tensors, which transformers uses for loading."""
     content = parse_json(model.files, name)
     stored = [
         tensor.dtype
@@ -194,7 +192,7 @@ def _tokenizer_config(model: PretrainedModel, *, longest: int) -> bytes:
     padding = tokenizer.padding or {}
     number = model.config.get("pad_token_id")
     token = padding.get("pad_token") or (number is not None and tokenizer.id_to_token(number))
-    # Where a prompt is left out of pooling, its length depends on which token is a known last one.
+    # Without the last token's name, sentence-transformers counts it as part of an excluded prompt.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     before, after = special_tokens_around(tokenizer)
@@ -207,7 +205,7 @@ def _pooling_config(model: PretrainedModel, *, include_prompt: bool) -> bytes:
     modes = model.pooling.modes
     width = (model.dense[0].in_features if model.dense else model.dim) // len(modes)
     if [mode for mode in _POOLING_FLAGS if mode in modes] != list(modes):
-        # Flags cannot tell another order; only later versions read this.
+        # Flags cannot express this order; only later versions read `pooling_mode`.
         return as_json(
             {
                 "embedding_dimension": width,
@@ -220,6 +218,6 @@ def _pooling_config(model: PretrainedModel, *, include_prompt: bool) -> bytes:
 
 
 def _dense_config(config: Mapping[str, Any]) -> bytes:
-    """A Dense module's config without fields that version 5 does not know."""
+    """The config of a Dense module, without the fields that version 5 does not know."""
     residual = {"use_residual": True} if config.get("use_residual") else {}
     return as_json({name: config[name] for name in _DENSE_FIELDS if name in config} | residual)

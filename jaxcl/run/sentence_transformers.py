@@ -1,9 +1,9 @@
-"""A trained model as a folder that sentence-transformers loads.
+"""Write a trained model as a folder that sentence-transformers loads.
 
-A pretrained encoder becomes its own folder again, with the trained weights
-(`jaxcl.run.pretrained_folder`). The static encoder becomes a `StaticEmbedding`: its token weights
-and its projection are folded into one table, and the mean over tokens differs from the weighted sum
-by a factor that normalisation removes.
+A fine-tuned encoder is written as its original folder, with the trained weights
+(`jaxcl.run.pretrained_folder`). A static encoder becomes a `StaticEmbedding`: one table combines
+its embeddings, token weights and projection. The mean over tokens then differs from the weighted
+sum only by a factor that normalisation removes.
 """
 
 import json
@@ -24,16 +24,16 @@ __all__ = ["sentence_transformers_files"]
 
 
 def sentence_transformers_files(run: OpenedRun, dtype: np.dtype | None = None) -> ModelFiles:
-    """The files of a run's model for sentence-transformers.
+    """Collect the files of a run's model for sentence-transformers.
 
     Args:
-      run: which trained the model.
-      dtype: of the tensors; `None` for float32, or for the types of a pretrained model's files
-        where these hold the trained values.
+      run: the run that trained the model.
+      dtype: type of the tensors; `None` for float32, or for the types in a pretrained model's files
+        if they hold the trained values.
 
     Raises:
-      ValueError: for a model that sentence-transformers has no equivalent of, with the reason, and
-        for a type that cannot hold the parameters.
+      ValueError: for a model without an equivalent in sentence-transformers, with the reason, or a
+        type that cannot hold the parameters.
     """
     settings = run.settings
     if (reason := _no_equivalent(settings)) is not None:
@@ -48,7 +48,7 @@ def sentence_transformers_files(run: OpenedRun, dtype: np.dtype | None = None) -
 
 
 def _no_equivalent(settings: Settings) -> str | None:
-    """Why sentence-transformers cannot compute a model's embeddings, or `None` if it can."""
+    """The reason why sentence-transformers cannot compute a model's embeddings, or `None`."""
     data, model = settings.data, settings.model
     reasons = {
         f"data.modality={data.modality._asdict()} is not text": set(data.modality) != {"text"},
@@ -60,11 +60,11 @@ def _no_equivalent(settings: Settings) -> str | None:
         excluded = any(text_rule(data, side).excludes_prompt for side in SIDES)
         reasons |= {
             "dense layers follow its model2vec embeddings": folded,
-            f"data.special_tokens={data.special_tokens} is not what its {pretrained.family} "
-            "folder does": data.special_tokens != pretrained.special_tokens,
-            f"data.skip_unknown={data.skip_unknown} is not what its {pretrained.family} folder "
-            "does": data.skip_unknown != pretrained.skip_unknown,
-            "data.exclude_prompt=True leaves prompts out of a mean of static embeddings": excluded
+            f"data.special_tokens={data.special_tokens} differs from its {pretrained.family} "
+            "folder": data.special_tokens != pretrained.special_tokens,
+            f"data.skip_unknown={data.skip_unknown} differs from its {pretrained.family} "
+            "folder": data.skip_unknown != pretrained.skip_unknown,
+            "data.exclude_prompt=True leaves prompts out of the mean of static embeddings": excluded
             and pretrained.family in ("model2vec", "static_embedding"),
         }
     else:
@@ -88,7 +88,8 @@ def _static_files(run: OpenedRun, dtype: np.dtype | None) -> ModelFiles:
         table[PADDING_ID] = 0
         tokenizer = _without_special_tokens(load_tokenizer(path))
     else:
-        tokenizer = Tokenizer.from_str(load_pretrained_tokenizer(path).to_str())  # of a cache
+        # A copy, because the loaded tokenizer is cached.
+        tokenizer = Tokenizer.from_str(load_pretrained_tokenizer(path).to_str())
     if data.skip_unknown and (unknown := unknown_id(tokenizer)) is not None:
         table[unknown] = 0
     tokenizer.enable_truncation(max(data.max_tokens))
@@ -102,10 +103,10 @@ def _static_files(run: OpenedRun, dtype: np.dtype | None) -> ModelFiles:
 
 
 def folded_table(params: PyTree) -> Float[np.ndarray, "v d"]:
-    r"""One vector per token, $e^{a_v}\, W\, T_v$: their sum is a text's embedding before its norm.
+    r"""Fold the parameters into one vector per token, $e^{a_v}\, W\, T_v$, to sum over a text.
 
     Args:
-      params: of a `StaticEncoder` without position weights.
+      params: parameters of a `StaticEncoder` without position weights.
 
     Returns:
       The table in float32.
@@ -118,10 +119,10 @@ def folded_table(params: PyTree) -> Float[np.ndarray, "v d"]:
 
 
 def _without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy for which the names of special tokens are plain text, wherever it is loaded.
+    """A copy that reads the names of special tokens in a text as plain text, wherever it is loaded.
 
-    jaxcl reads "[PAD]" in a text as a word in brackets, by a setting that files do not keep. The
-    tokens stay in the vocabulary; a token that is only declared as special stays special.
+    jaxcl reads "[PAD]" in a text as a word in brackets, with a setting that `tokenizer.json` does
+    not store. The tokens stay in the vocabulary, and tokens outside the vocabulary stay special.
     """
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     content = json.loads(tokenizer.to_str())

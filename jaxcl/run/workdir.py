@@ -124,7 +124,7 @@ def _remove_run(workdir: AnyPath, names: Sequence[str]) -> None:
 
 
 def _prepared() -> list[str]:
-    """The files and folders that the start of a run makes before its first step."""
+    """The files and folders that a new run creates before its first step."""
     return [name for one in MODALITIES.values() for name in one.files] + [*COPIES.values()]
 
 
@@ -199,7 +199,7 @@ def workdir_id(workdir: AnyPath) -> str:
 
 
 def check_saved_settings(workdir: AnyPath, settings: Settings, record: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` if a checkpoint's record names other settings or a pretrained model."""
+    """Raise a `ValueError` if a checkpoint's record has other settings or pretrained files."""
     try:
         different = settings_differences(
             record.get("settings", {}), settings, saved_step=record["step"]

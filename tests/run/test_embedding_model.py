@@ -1,4 +1,4 @@
-"""Texts in, vectors out: the same vectors in whatever company a text is embedded."""
+"""An embedding depends only on its text, not on the batch, the order or the padding."""
 
 import json
 import sys
@@ -145,9 +145,9 @@ def test_the_first_value_that_is_no_text_is_named(model, value, unchecked_annota
     ("options", "message"),
     [
         ({"side": "document"}, "side='document' is unknown; use query or key"),
-        ({"dim": 0}, "dim=0; the model has 16"),
-        ({"dim": 17}, "dim=17; the model has 16"),
-        ({"batch_size": 0}, "batch_size=0 embeds nothing"),
+        ({"dim": 0}, "dim=0 is out of range; the model has"),
+        ({"dim": 17}, "dim=17 is out of range; the model has"),
+        ({"batch_size": 0}, "batch_size=0 is out of range"),
         ({"quantize": "int4"}, "quantize='int4' is unknown; use int8 or binary"),
     ],
 )
