@@ -32,7 +32,7 @@ def wanted(model):
     return np.asarray(encode(model._params, "query", {"tokens": jnp.asarray(tokens)}))
 
 
-def test_vectors_are_the_encoder_s_in_the_order_of_the_texts(model, wanted):
+def test_vectors_match_the_encoder_in_the_order_of_the_texts(model, wanted):
     found = model.encode(TEXTS)
     assert (found.shape, found.dtype) == ((len(TEXTS), DIM), np.float32)
     assert np.abs(found - wanted).max() < TOLERANCE
@@ -86,7 +86,7 @@ def test_a_prompt_is_a_name_or_a_text(model):
     np.testing.assert_allclose(model.encode(TEXTS, prompt="open "), wanted, atol=TOLERANCE)
 
 
-def test_tokens_are_those_that_the_encoder_reads(model):
+def test_tokenize_returns_the_tokens_that_the_encoder_reads(model):
     tokenizer = train_tokenizer(TEXTS, vocabulary_size=VOCABULARY)
     found = model.tokenize(TEXTS, side="key")
     assert found[1].tolist() == tokenizer.encode("open " + TEXTS[1]).ids[:LONGEST]
@@ -136,7 +136,9 @@ def test_no_texts_have_no_vectors(model):
 
 
 @pytest.mark.parametrize("value", [None, 3, b"bytes", ["nested"]])
-def test_the_first_value_that_is_no_text_is_named(model, value, unchecked_annotations):
+def test_the_error_for_a_value_that_is_not_a_text_gives_its_number(
+    model, value, unchecked_annotations
+):
     with pytest.raises(TypeError, match=f"text 2 is {type(value).__name__}"):
         model.encode(["a", "b", value])
 
@@ -151,12 +153,12 @@ def test_the_first_value_that_is_no_text_is_named(model, value, unchecked_annota
         ({"quantize": "int4"}, "quantize='int4' is unknown; use int8 or binary"),
     ],
 )
-def test_other_options_are_refused(model, options, message):
+def test_unknown_options_are_refused(model, options, message):
     with pytest.raises(ValueError, match=message):
         model.encode(TEXTS, **options)
 
 
-def test_text_that_is_not_unicode_is_named(model):
+def test_the_error_for_text_that_is_not_unicode_gives_its_number(model):
     with pytest.raises(ValueError, match="text 1 is not Unicode"):
         model.encode(["a", "\ud800"])
 
@@ -182,7 +184,7 @@ def test_equal_texts_are_embedded_once():
     assert np.abs(found[:3] - model.encode(TEXTS[:3])).max() < TOLERANCE
 
 
-def test_other_parameters_prompts_or_descriptions_are_another_model():
+def test_made_from_depends_on_parameters_prompts_and_description():
     def made_from(**options):
         return small_model(TEXTS, **options).made_from
 

@@ -108,7 +108,7 @@ def test_processes_compare_settings_cadences_flags_and_versions_but_no_folders()
         assert report != process_report(settings())
 
 
-def test_a_run_that_recorded_the_default_encoder_by_name_is_that_of_a_config_without_a_name():
+def test_a_recorded_default_encoder_matches_a_config_without_a_name():
     settings = read_settings({"model": {"name": None}})
     assert settings.model.name == "static"
     recorded = as_dict(read_settings({"model": {"name": "static"}}))

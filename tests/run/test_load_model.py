@@ -1,4 +1,4 @@
-"""`jaxcl.load` finds the model of a run, and names the folders that hold none."""
+"""`jaxcl.load` finds the model of a run, and refuses folders without a model."""
 
 import shutil
 
@@ -19,7 +19,7 @@ TEXTS = ["key 3", "query 11 and key 5 and key 7 and query 9", "", "some other wo
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Of a run with an encoder for each side, and a limit of three tokens for queries."""
+    """The workdir of a run with an encoder for each side, and queries of up to three tokens."""
     return small_run(tmp_path_factory.mktemp("load"))
 
 
@@ -70,23 +70,23 @@ def test_a_run_without_a_checkpoint_is_an_error(workdir, tmp_path):
         jaxcl.load(tmp_path / "run")
 
 
-def test_a_folder_without_a_model_is_an_error_that_says_what_was_looked_for(tmp_path):
+def test_the_error_for_a_folder_without_a_model_lists_the_expected_files(tmp_path):
     message = r"no checkpoints/ of a run, no jaxcl\.json of an exported model, and no modules\.json"
     with pytest.raises(ValueError, match=message):
         jaxcl.load(tmp_path)
 
 
-def test_a_folder_that_is_not_there_is_an_error(tmp_path):
+def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder .*absent"):
         jaxcl.load(tmp_path / "absent")
 
 
-def test_without_the_packages_of_training_it_says_what_to_install(monkeypatch):
+def test_without_the_training_packages_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(jaxcl, "missing_message", lambda: "needs flax: pip install 'jaxcl[train]'")
     with pytest.raises(ImportError, match=r"jaxcl\.load needs flax: pip install"):
         _ = jaxcl.load
 
 
-def test_another_name_is_an_attribute_error():
+def test_unknown_names_in_jaxcl_are_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'encode'"):
         _ = jaxcl.encode

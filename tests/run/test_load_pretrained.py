@@ -1,4 +1,4 @@
-"""`jaxcl.load` of sentence-transformers folders: the vectors that its `encode` gives."""
+"""`jaxcl.load` gives the embeddings of sentence-transformers for its folders."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def models(folders):
 
 @pytest.mark.parametrize("side", ["query", "key"])
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_folder_gives_the_vectors_of_sentence_transformers(models, vectors, name, side):
+def test_embeddings_match_sentence_transformers(models, vectors, name, side):
     wanted = vectors[f"{name}/{side}"]
     found = models[name].encode(TEXTS, side=side)
     assert found.dtype == np.float32
@@ -42,21 +42,21 @@ def test_a_folder_gives_the_vectors_of_sentence_transformers(models, vectors, na
 
 
 @pytest.mark.parametrize(("prompt", "wanted"), [("task", "task"), ("message : ", "given")])
-def test_a_prompt_of_the_folder_has_a_name_and_any_text_may_be_one(models, vectors, prompt, wanted):
+def test_a_prompt_may_be_a_name_in_the_folder_or_any_text(models, vectors, prompt, wanted):
     found = models["prompts"].encode(TEXTS, prompt=prompt)
     assert np.abs(found - vectors[f"prompts/{wanted}"]).max() < TOLERANCE
     assert relative_error(found, vectors["prompts/query"]) > 0.01
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_similarities_are_those_of_the_folder_s_function(models, vectors, name):
+def test_similarities_use_the_function_of_the_folder(models, vectors, name):
     model = models[name]
     found = model.similarity(vectors[f"{name}/query"], vectors[f"{name}/key"])
     assert np.abs(found - vectors[f"{name}/similarity"]).max() < TOLERANCE
     assert model.similarity_function == ("dot" if name == "prompts" else "cosine")
 
 
-def test_a_model_says_what_its_folder_says(models):
+def test_the_attributes_of_a_model_come_from_its_folder(models):
     assert models["mean"].max_tokens == {"query": 12, "key": 12}
     assert models["static"].max_tokens == {"query": None, "key": None}
     assert models["mean"].prompts == {"query": "", "key": ""}
@@ -69,7 +69,7 @@ def test_a_model_says_what_its_folder_says(models):
     assert [name for name, model in models.items() if model.normalizes] == ["mean", "static"]
 
 
-def test_tokens_have_the_special_ones_and_the_limit_of_the_model(models):
+def test_tokens_include_special_tokens_within_the_limit_of_the_model(models):
     found = models["mean"].tokenize(TEXTS)
     assert [len(row) for row in found] == [6, 2, 9, 4, 12, 3]
     assert {(row[0], row[-1]) for row in found} == {(2, 3)}
@@ -91,7 +91,7 @@ def test_a_folder_that_lacks_a_tensor_is_refused(folders, tmp_path):
         jaxcl.load(folder)
 
 
-def test_an_id_of_the_hub_is_looked_up(folders, monkeypatch):
+def test_a_model_id_is_looked_up_on_the_hub(folders, monkeypatch):
     monkeypatch.setattr("jaxcl.run.load_model.local_or_hub", lambda name: folders[name])
     assert jaxcl.load("mean").source == str(folders["mean"])
 

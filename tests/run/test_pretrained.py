@@ -1,4 +1,4 @@
-"""A run that begins with loaded weights: of an encoder's own files, or of a pretrained folder."""
+"""Runs that start from loaded weights: an encoder's own files, or a pretrained folder."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def settings_with(**model):
 
 
 def fine_tuning(folder, *, mesh=None, rules=(), **sections):
-    """Settings of a run that begins with the weights of a folder."""
+    """The settings of a run that starts from the weights of a folder."""
     model = {"pretrained": str(folder)} | sections.pop("model", {})
     data = {"max_tokens": {"query": 8, "key": 12}}
     run = {"mesh": mesh or {"data": -1}, "parameter_rules": rules}
@@ -126,7 +126,7 @@ def programs_of(function, monkeypatch):
     return texts
 
 
-def test_loaded_weights_are_no_constants_of_a_program(own_encoder, tmp_path, monkeypatch):
+def test_loaded_weights_are_not_constants_of_a_program(own_encoder, tmp_path, monkeypatch):
     wanted = weights(settings_with(name=own_encoder))["both"]
     path = write(tmp_path / "weights.npz", wanted)
     training = build_training(settings_with(name=own_encoder, pretrained=path))
@@ -138,7 +138,7 @@ def test_loaded_weights_are_no_constants_of_a_program(own_encoder, tmp_path, mon
     assert hexadecimal in constant
 
 
-def test_pretrained_weights_are_neither_constants_nor_drawn(folder, monkeypatch):
+def test_pretrained_weights_are_neither_constants_nor_random(folder, monkeypatch):
     table = load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"]
     (program,) = programs_of(build_training(fine_tuning(folder)).init, monkeypatch)
     assert table[0, :4].tobytes().hex().upper() not in program
@@ -148,7 +148,7 @@ def test_pretrained_weights_are_neither_constants_nor_drawn(folder, monkeypatch)
 
 
 def as_stored(model, params):
-    """The parameters of an encoder by the names of their tensors, as these are stored."""
+    """The parameters of an encoder by tensor name, in their stored layout."""
     tensors = FAMILIES[model.family].tensors(model.config)
     leaves = jax.tree_util.tree_leaves_with_path(params["encoder"])
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -190,7 +190,7 @@ def test_two_folders_fill_the_towers_of_their_sides(folder, tmp_path):
         np.testing.assert_array_equal(towers[side]["encoder"]["token_table"], stored)
 
 
-def test_a_momentum_encoder_begins_as_a_copy_of_the_loaded_weights(folder):
+def test_a_momentum_encoder_starts_as_a_copy_of_the_loaded_weights(folder):
     negatives = {
         "bank": {"kind": "queue", "slots": 32},
         "tiers": {"whole": True},
@@ -209,7 +209,7 @@ def test_weights_decay_in_matrices_and_not_in_norms_and_biases(folder):
 
 
 def after_two_updates(folder, *, devices, chunk_size):
-    """The parameters after two updates on random texts, and the loss of the last."""
+    """The parameters after two updates on random texts, and the last loss."""
     settings = fine_tuning(
         folder,
         model={"options": {"dropout": 0.0}},  # which takes long to compile

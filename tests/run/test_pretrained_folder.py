@@ -1,4 +1,4 @@
-"""A fine-tuned encoder's folder: the original one with other weights, in the older spelling."""
+"""Export writes the original folder with new weights, and module names that all versions know."""
 
 import json
 
@@ -29,7 +29,7 @@ def abstract_parameters(model):
 
 
 def exported(original, folder, *, data=DATA, change=lambda leaf: leaf, dtype=None):
-    """Export the model of a folder after a change of its parameters."""
+    """Export the model of a folder with changed parameters."""
     model = read_pretrained(original)
     params = jax.tree.map(change, load_parameters(model, abstract_parameters(model)))
     write_folder(folder, pretrained_files(model, data, params, dtype=dtype))
@@ -127,7 +127,7 @@ def test_pooling_keeps_its_modes_in_their_order(original, tmp_path, modes, is_ol
     assert pooling["word_embedding_dimension" if is_old else "embedding_dimension"] == DIM
 
 
-def test_a_folder_of_transformers_becomes_one_of_sentence_transformers(original, tmp_path):
+def test_a_transformers_folder_is_exported_for_sentence_transformers(original, tmp_path):
     for name in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"):
         (original / name).unlink(missing_ok=True)
     folder = exported(original, tmp_path / "model")
@@ -165,7 +165,7 @@ def test_dense_layers_are_exported_without_the_fields_of_later_versions(original
     assert paths == ["", "1_Pooling", "2_Dense", "3_Normalize"]
 
 
-def test_a_tokenizer_s_config_is_kept_and_written_where_there_is_none(original, tmp_path):
+def test_a_tokenizer_config_is_kept_or_written_if_missing(original, tmp_path):
     folder = exported(original, tmp_path / "without")
     assert json.loads((folder / "tokenizer_config.json").read_text()) == {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -207,7 +207,7 @@ def test_static_embeddings_keep_their_bytes_and_get_a_limit(tmp_path):
     assert (model.family, model.normalize, model.max_tokens) == ("static_embedding", True, 20)
 
 
-def test_a_model2vec_folder_becomes_one_table_without_the_unknown_token(tmp_path):
+def test_a_model2vec_folder_becomes_one_table_with_a_zero_row_for_unknown(tmp_path):
     original = write_tiny_static(tmp_path / "original")
     (original / "modules.json").unlink()
     rewritten(original, "config.json", model_type="model2vec", normalize=True)

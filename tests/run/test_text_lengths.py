@@ -1,4 +1,4 @@
-"""Training on texts whose inputs have lengths, on eight devices."""
+"""Training on texts with lengths in their inputs, on eight devices."""
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,8 @@ def small(**changes):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_left_behind")
-def test_lengths_give_the_run_that_the_id_of_padding_gives(tmp_path):
-    """With mined negatives, their gradients cached in chunks, and tokens left out."""
+def test_lengths_and_the_padding_id_give_the_same_run(tmp_path):
+    """With mined negatives, gradient caching and token dropout."""
     pairs = prepare_pairs(tmp_path)
     config = small(steps=4, **MINED)
     config.data.update(name=str(pairs), splits={"train": "train", "validation": "dev"})

@@ -21,7 +21,7 @@ TEXTS = [
     "a",
 ]
 FOLDERS = ("mean", "prompts", "dense", "static")
-"""What `write_folder` knows."""
+"""The folders that `write_folder` can write."""
 
 _TYPE = "sentence_transformers.models."
 
@@ -78,7 +78,7 @@ def _tokenizer(*, static):
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    if not static:  # a trap, since this is not the model's limit
+    if not static:  # a decoy: this is not the model's limit
         tokenizer.enable_truncation(7)
         tokenizer.enable_padding(length=7)
     return tokenizer

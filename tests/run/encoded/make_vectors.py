@@ -1,8 +1,8 @@
-"""Makes `vectors.npz`: what sentence-transformers' `encode` gives for the folders of `folders.py`.
+"""Write `vectors.npz`: the embeddings of sentence-transformers for the folders of `folders.py`.
 
     python tests/run/encoded/make_vectors.py
 
-It needs torch and sentence-transformers, which the tests do not.
+This script needs torch and sentence-transformers; the tests do not.
 """
 
 import tempfile
