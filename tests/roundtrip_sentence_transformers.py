@@ -1,4 +1,4 @@
-"""Loads an exported folder with sentence-transformers, embeds texts, and saves the folder again.
+"""Load an exported folder with sentence-transformers, embed texts, and save the folder again.
 
     python tests/roundtrip_sentence_transformers.py FOLDER TEXTS.json VECTORS.npz SAVED
 

@@ -1,4 +1,4 @@
-"""Workdirs as runs leave them, made without training."""
+"""Create the workdirs of finished runs, without training."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ TUNED = BASE | {"data": {"name": "pairs", "max_tokens": {"query": 12, "key": 12}
 
 
 def settings_of(base=BASE, **changes):
-    """Of a small run; `data__add_cls=True` changes `data.add_cls`."""
+    """The settings of a small run; `data__add_cls=True` changes `data.add_cls`."""
     config = dict(base)
     for name, value in changes.items():
         section, _, field = name.partition("__")
@@ -45,7 +45,7 @@ def settings_of(base=BASE, **changes):
 
 
 def save_run(workdir: Path, **changes) -> Path:
-    """A workdir as a run leaves it, with one checkpoint of random parameters."""
+    """Write the workdir of a run, with one checkpoint of random parameters."""
     settings = settings_of(**changes)
     claim_workdir(workdir, settings)
     tokenizer = train_tokenizer(TEXTS[:3], vocabulary_size=120)
@@ -59,7 +59,7 @@ def save_run(workdir: Path, **changes) -> Path:
 
 
 def save_tuned_run(workdir: Path, pretrained: Path, **changes) -> Path:
-    """The same of a run that began with a pretrained model, whose parameters are still its own."""
+    """Write the workdir of a run that still has the parameters of its pretrained model."""
     settings = settings_of(TUNED, model__pretrained=str(pretrained), **changes)
     claim_workdir(workdir, settings)
     keep_pretrained_files(settings, workdir)

@@ -23,14 +23,14 @@ LONGEST, DIM, VOCABULARY = 40, 16, 60
 
 
 def encode(params, side, inputs, rngs=None):
-    """A weighted mean over the tokens; the weights fall with the position."""
+    """A weighted mean over the tokens, with weights that decrease with the position."""
     tokens = inputs["tokens"]
     weights = jnp.where(tokens != PADDING_ID, 0.9 ** jnp.arange(tokens.shape[1]), 0)
     return normalise(jnp.einsum("bt,btd->bd", weights, params[side][tokens]))
 
 
 def small_model(texts, *, encode=encode, **options):
-    """An encoder with a table for each side, and a tokenizer of these texts."""
+    """A model with a table for each side, and a tokenizer trained on these texts."""
     rng = np.random.default_rng(0)
     rule = TextRule(max_tokens=LONGEST)
     return EmbeddingModel(
@@ -46,7 +46,7 @@ def small_model(texts, *, encode=encode, **options):
 
 
 def small_config(folder):
-    """Of a static encoder for each side, whose queries have at most three tokens."""
+    """The config of a static encoder for each side, with queries of up to three tokens."""
     config = load_config("base")
     config.data.name = str(prepare_pairs(folder / "data"))
     config.data.splits = {"train": "train", "validation": "dev"}
@@ -60,7 +60,7 @@ def small_config(folder):
 
 
 def small_run(folder, **changes):
-    """The workdir of a run whose first checkpoint holds the initial parameters."""
+    """Write the workdir of a run with its initial parameters as the only checkpoint."""
     config = small_config(folder)
     config.update_from_flattened_dict(changes)
     workdir, settings = folder / "run", read_settings(config)

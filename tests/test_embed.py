@@ -1,4 +1,4 @@
-"""`jaxcl.embed`: a vector for each text of a file, in its row."""
+"""`jaxcl.embed` writes the embedding of each text of a file, in its row."""
 
 import io
 import json
@@ -21,7 +21,7 @@ def model():
 
 @pytest.fixture
 def run(model, monkeypatch, capsys):
-    """Runs the command; gives (exit code, stderr)."""
+    """A function that runs the command and returns (exit code, stderr)."""
     monkeypatch.setattr(embed, "load", lambda path, trust: model)
     monkeypatch.setattr(embed, "keep_compiled", lambda: None)
 
@@ -59,7 +59,7 @@ def test_blocks_do_not_change_a_vector(model, lines, tmp_path, monkeypatch):
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), model.encode(TEXTS), atol=1e-6)
 
 
-def test_the_options_are_those_of_encode(run, model, tmp_path):
+def test_the_options_of_the_command_match_encode(run, model, tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
     options = ["--side", "key", "--prompt", "", "--dim", 9, "--quantize", "int8", "--batch-size", 8]
@@ -83,7 +83,7 @@ def test_an_empty_file_has_no_vectors(model, tmp_path):
     assert np.load(tmp_path / "a.npy").shape == (0, DIM)
 
 
-def test_an_output_that_exists_is_kept_unless_told_otherwise(run, lines, tmp_path):
+def test_an_existing_output_is_kept_without_overwrite(run, lines, tmp_path):
     output = tmp_path / "a.npy"
     output.write_text("dear")
     code, error = run("--input", lines, "--output", output)
@@ -93,7 +93,7 @@ def test_an_output_that_exists_is_kept_unless_told_otherwise(run, lines, tmp_pat
     assert len(np.load(output)) == 50
 
 
-def test_a_bad_line_ends_it_without_an_output(run, tmp_path):
+def test_a_bad_line_leaves_no_output(run, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
     code, error = run("--input", tmp_path / "a.jsonl", "--output", tmp_path / "a.npy")
     assert code == 1

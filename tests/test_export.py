@@ -1,4 +1,4 @@
-"""Export: the folder gives the run's embeddings, is whole or absent, and says what it holds."""
+"""Exported folders give the run's embeddings, are complete or absent, and have a model card."""
 
 import ast
 import json
@@ -33,7 +33,7 @@ def static_run(tmp_path_factory) -> Path:
 
 
 def static_embeddings(folder: Path, texts) -> np.ndarray:
-    """What sentence-transformers computes from a folder of `StaticEmbedding` and `Normalize`."""
+    """Compute embeddings as sentence-transformers does with `StaticEmbedding` and `Normalize`."""
     modules = json.loads((folder / "modules.json").read_text())
     kinds = [module["type"].rpartition(".")[2] for module in modules]
     assert kinds == ["StaticEmbedding", "Normalize"]
@@ -55,7 +55,7 @@ def test_a_static_folder_gives_the_run_s_embeddings(tmp_path, hidden_dim):
     assert np.abs(static_embeddings(folder, TEXTS[::-1]) - wanted).max() > 0.1
 
 
-def test_a_static_folder_cuts_texts_at_the_longer_side_s_limit(tmp_path):
+def test_a_static_folder_truncates_texts_at_the_larger_limit(tmp_path):
     workdir = save_run(tmp_path / "run", data__max_tokens={"query": 3, "key": 5})
     folder = export.export(workdir, tmp_path / "static")
     encoder = open_run(workdir).encoder
@@ -69,9 +69,7 @@ def test_a_static_folder_cuts_texts_at_the_longer_side_s_limit(tmp_path):
     )
 
 
-def test_a_text_without_tokens_has_the_zero_vector_there_and_the_unknown_token_s_here(
-    static_run, tmp_path
-):
+def test_a_text_without_tokens_is_zero_when_exported_and_unknown_in_jaxcl(static_run, tmp_path):
     folder = export.export(static_run, tmp_path / "static")
     assert not static_embeddings(folder, ["", " _ "]).any()
     vectors = open_run(static_run).encoder.encode("query", ["", " _ ", "漢"])
@@ -79,7 +77,7 @@ def test_a_text_without_tokens_has_the_zero_vector_there_and_the_unknown_token_s
 
 
 @pytest.mark.parametrize("skip_unknown", [False, True])
-def test_a_static_folder_keeps_the_special_tokens_of_a_foreign_tokenizer(tmp_path, skip_unknown):
+def test_a_static_folder_keeps_the_special_tokens_of_a_pretrained_tokenizer(tmp_path, skip_unknown):
     changes = {"data__special_tokens": False, "data__skip_unknown": skip_unknown}
     workdir = save_run(tmp_path / "run", **changes)
     folder = export.export(workdir, tmp_path / "static")
@@ -145,7 +143,7 @@ def test_a_refused_export_leaves_nothing(tmp_path):
         {"model__options": {"hidden_dim": 9}},
     ],
 )
-def test_a_folder_of_jaxcl_gives_the_run_s_parameters_and_embeddings_bit_for_bit(tmp_path, changes):
+def test_a_jaxcl_folder_gives_the_run_s_parameters_and_embeddings_bitwise(tmp_path, changes):
     workdir = save_run(tmp_path / "run", **changes)
     folder = export.export(workdir, tmp_path / "model", format="jaxcl")
     run, model = open_run(workdir), open_exported(folder)
@@ -215,7 +213,7 @@ def test_an_unknown_format_and_a_folder_without_a_run_are_errors(static_run, tmp
 
 @pytest.mark.parametrize("format", export.FORMATS)
 @pytest.mark.parametrize("dtype", export.DTYPES)
-def test_parameters_are_written_in_the_type_that_is_asked_for(static_run, tmp_path, format, dtype):
+def test_parameters_are_written_in_the_requested_type(static_run, tmp_path, format, dtype):
     folder = export.export(static_run, tmp_path / "model", format=format, dtype=dtype)
     tensors = map_tensors(folder / "model.safetensors")
     assert {tensor.dtype.name for tensor in tensors.values()} == {dtype}
@@ -235,7 +233,7 @@ def test_a_type_that_cannot_hold_the_parameters_is_an_error(static_run, tmp_path
 
 
 def damaged(folder: Path, damage: str) -> str:
-    """Damage an exported folder; returns what the message says."""
+    """Damage an exported folder, and return the pattern of the error message."""
     description = json.loads((folder / "jaxcl.json").read_text())
     if damage == "tokenizer":
         other = train_tokenizer(["another text"], vocabulary_size=40)
@@ -253,7 +251,7 @@ def damaged(folder: Path, damage: str) -> str:
 
 
 @pytest.mark.parametrize("damage", ["tokenizer", "format", "step", "dim"])
-def test_files_that_do_not_go_together_are_an_error(static_run, tmp_path, damage):
+def test_files_that_do_not_match_are_an_error(static_run, tmp_path, damage):
     folder = export.export(static_run, tmp_path / "model", format="jaxcl")
     message = damaged(folder, damage)
     with pytest.raises(ValueError, match=message):
@@ -273,7 +271,7 @@ def test_the_command_exports_and_says_so(static_run, tmp_path, capsys):
 
 
 def save_results(workdir: Path, **changes) -> None:
-    """As the evaluation at the end of training writes them."""
+    """Write `results.json` as the evaluation at the end of training does."""
 
     def figure(mean, error):
         return {"mean": mean, "standard_error": error}
@@ -302,7 +300,7 @@ def card_of(workdir: Path, folder: Path, **options) -> tuple[dict, str]:
     return yaml.safe_load(metadata), text
 
 
-def test_the_card_says_what_the_run_was_and_how_well_its_model_ranks(tmp_path):
+def test_the_card_describes_the_run_and_its_results(tmp_path):
     workdir = save_run(tmp_path / "run", data__prompts={"query": "query: ", "key": None})
     save_results(workdir)
     metadata, text = card_of(workdir, tmp_path / "model")
@@ -350,7 +348,7 @@ def test_results_of_another_step_are_not_in_the_card(tmp_path, results):
 HOSTILE = "a`b``|<script>\n---\n# [x](y)\n: {'q': \"1\"}\u202e\x85\ufffe\x00é"
 
 
-def test_hostile_names_change_neither_the_card_s_form_nor_its_metadata(tmp_path):
+def test_hostile_names_do_not_change_the_structure_of_the_card(tmp_path):
     workdir = save_run(tmp_path / "run", data__name=HOSTILE, data__query_field=HOSTILE)
     metadata, text = card_of(workdir, tmp_path / "a`|\n# b'\"{}")
     assert metadata["datasets"] == [re.split("[:/]", HOSTILE)[0]]
@@ -359,7 +357,7 @@ def test_hostile_names_change_neither_the_card_s_form_nor_its_metadata(tmp_path)
     assert [line.split()[1] for line in headings[1:]] == SECTIONS
     assert sum(line.strip() == "---" for line in text.splitlines()) == 0
     for line in text.splitlines():
-        prose = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", line)  # code spans mean nothing
+        prose = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", line)  # without code spans
         assert "<script>" not in prose
         assert "[x](y)" not in prose
         assert not line.startswith("|") or prose.count("|") == line.count("|")
@@ -393,14 +391,14 @@ def test_the_card_names_the_data_and_not_the_folders_of_the_machine(
 
 @pytest.fixture(scope="module")
 def tuned_run(tmp_path_factory) -> Path:
-    """A run that began with a tiny BERT of a stated license, and has not changed it."""
+    """A run with the unchanged parameters of a tiny BERT that states its license."""
     folder = tmp_path_factory.mktemp("tuned")
     original = write_tiny_bert(folder / "tiny")
     (original / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n# Tiny\n")
     return save_tuned_run(folder / "run", original)
 
 
-def test_the_card_of_a_fine_tuned_model_tells_its_origin(tuned_run, tmp_path):
+def test_the_card_of_a_fine_tuned_model_names_its_origin(tuned_run, tmp_path):
     metadata, text = card_of(tuned_run, tmp_path / "model")
     assert metadata["license"] == "mit"
     assert "base_model" not in metadata, "a folder is no model of the Hub"
@@ -449,7 +447,7 @@ def test_a_fine_tuned_model_is_exported_after_its_original_is_gone(tuned_run, tm
 
 
 @pytest.mark.slow
-def test_two_pretrained_towers_are_exported_by_the_format_that_has_them(tmp_path):
+def test_two_pretrained_towers_are_exported_only_for_jaxcl(tmp_path):
     original = write_tiny_bert(tmp_path / "tiny")
     workdir = save_tuned_run(tmp_path / "run", original, model__shared=False)
     with pytest.raises(ValueError, match=r"separate encoders \(model\.shared=False\)"):

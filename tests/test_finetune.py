@@ -1,4 +1,4 @@
-"""Fine-tuning from a pretrained folder, which is needed only for the first start of a run."""
+"""Fine-tuning from a pretrained folder, which only the first start of a run needs."""
 
 import json
 import shutil
@@ -57,11 +57,11 @@ def config_with(prepared, **changes) -> ConfigDict:
 
 
 class Interrupted(Exception):
-    """Ends a run right after a checkpoint."""
+    """Ends a run right after it saves a checkpoint."""
 
 
 def train_until(step, config, workdir):
-    """Train, and die right after a step is saved."""
+    """Train, and stop right after a step is saved."""
     save = Checkpoints.save
 
     def save_and_die(self, saved, state, record):
@@ -77,7 +77,7 @@ def train_until(step, config, workdir):
 
 
 class Runs(NamedTuple):
-    """Two finished runs of one config, and the folder that is gone."""
+    """Two finished runs with the same config, and their deleted folder."""
 
     config: ConfigDict
     whole: Path
@@ -86,7 +86,7 @@ class Runs(NamedTuple):
 
 @pytest.fixture(scope="module")
 def runs(prepared, tmp_path_factory):
-    """A run that was not interrupted, and one whose folder was removed half-way."""
+    """A run without interruption, and one that was resumed without its folder."""
     folder = write_tiny_static(tmp_path_factory.mktemp("tiny"), library=LIBRARY)
     config = config_with(prepared, **{"model.pretrained": str(folder)})
     whole, resumed = (tmp_path_factory.mktemp(name) for name in ("whole", "resumed"))
@@ -157,7 +157,7 @@ def test_another_tokenizer_in_the_workdir_is_not_overwritten(prepared, tmp_path)
     assert [path.name for path in workdir.iterdir()] == ["tokenizer.json"]
 
 
-def test_a_folder_of_the_user_in_the_place_of_the_copy_stays(prepared, tmp_path):
+def test_a_user_s_folder_in_the_place_of_the_copy_is_kept(prepared, tmp_path):
     workdir = tmp_path / "workdir"
     folder = write_tiny_static(workdir / "pretrained")
     stored = (folder / "model.safetensors").read_bytes()
@@ -166,7 +166,7 @@ def test_a_folder_of_the_user_in_the_place_of_the_copy_stays(prepared, tmp_path)
     assert (folder / "model.safetensors").read_bytes() == stored
 
 
-def test_an_interrupted_start_of_another_config_leaves_no_files_to_it(prepared, tmp_path):
+def test_an_interrupted_start_leaves_no_files_to_another_config(prepared, tmp_path):
     workdir, kept = tmp_path / "workdir", {}
     for name in ("first", "second"):
         library = {"prompts": {"query": name}}
@@ -180,7 +180,7 @@ def test_an_interrupted_start_of_another_config_leaves_no_files_to_it(prepared, 
 
 
 @pytest.mark.slow
-def test_two_processes_with_cut_parameters_fine_tune_as_one(prepared, tmp_path):
+def test_two_processes_with_sharded_parameters_fine_tune_as_one(prepared, tmp_path):
     folder = write_tiny_bert(tmp_path / "tiny")
     flags = {
         "steps": 2,
@@ -223,7 +223,7 @@ def test_the_gradients_of_a_pretrained_encoder_agree_on_the_mesh(prepared, tmp_p
     assert any("token_table" in one.parameter for one in comparisons)
 
 
-def test_a_model_that_compares_vectors_of_any_norm_is_warned_of(tmp_path):
+def test_a_model_with_vectors_of_any_norm_gives_a_warning(tmp_path):
     data = {"max_tokens": {"query": 8, "key": 8}}
     expected = {True: 0, False: 1}
     for normalize, count in expected.items():

@@ -1,6 +1,6 @@
-"""sentence-transformers gives jaxcl's vectors from an exported folder, and saves what jaxcl loads.
+"""Exported folders give the same embeddings in sentence-transformers, and back in jaxcl.
 
-Needs another interpreter, since jaxcl's own environment has no torch:
+These tests need an interpreter with torch, which jaxcl's own environment lacks:
 
     JAXCL_TORCH_PYTHON=PYTHON python -m pytest -n 0 tests/test_roundtrip.py
 """
@@ -69,7 +69,7 @@ def through_sentence_transformers(python, folder, texts, place) -> dict[str, np.
 
 
 def assert_same_vectors(python, folder, model, texts, place):
-    """The exported folder, the model that it came from and the saved folder give equal vectors."""
+    """The model, its exported folder and the folder saved again give equal embeddings."""
     theirs = through_sentence_transformers(python, folder, texts, place)
     saved = jaxcl.load(place / "saved")
     for side, name in {"query": "query", "key": "document"}.items():
