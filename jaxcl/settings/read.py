@@ -84,9 +84,9 @@ def read_settings(
 
 
 def read_data_settings(config: ConfigDict, *, changed: Collection[str] = ()) -> Settings:
-    """Read only the rows, the evaluation and the folders of a config, for a model from elsewhere.
+    """Read only the fields of a config that choose rows, evaluation and folders, for any model.
 
-    The rest has its defaults, so that the config of a pretrained encoder needs no folder here.
+    All other settings have their defaults, so a config with a pretrained encoder needs no folder.
 
     Args:
       config, changed: as for `read_settings`.
@@ -97,8 +97,8 @@ def read_data_settings(config: ConfigDict, *, changed: Collection[str] = ()) -> 
     unused = [field for field in changed if not _says_which_rows(field)]
     if unused:
         raise ValueError(
-            f"{', '.join(unused)} has no effect here: of the config, only the rows of data, "
-            "evaluation and run are read"
+            f"{', '.join(unused)} has no effect here: only evaluation, run and the rows of "
+            "data are read from the config"
         )
     given = {"data": {}} | config.to_dict()
     read_section(Settings, given)  # names an unknown field, also of what is left out

@@ -1,7 +1,7 @@
 """Embed texts in batches of similar length, each padded to its own width.
 
-There are two widths for each doubling of the length, or four where more texts are worth more
-programs. The numbers of rows are few as well, so that few programs are compiled.
+There are two widths per doubling of the length, or four for many texts, which are worth compiling
+more programs. Batches come in few sizes, which also limits the number of programs.
 """
 
 from collections import deque
@@ -37,9 +37,9 @@ def padded_width(length: int, longest: int | None = None, *, per_doubling: int =
     """The smallest allowed width for a text.
 
     Args:
-      length: its tokens.
-      longest: the tokens of the longest text that the encoder reads; `None` without a limit.
-      per_doubling: the number of widths from a power of two to the next, itself a power of two.
+      length: number of tokens of the text.
+      longest: the encoder's maximum number of tokens; `None` without a limit.
+      per_doubling: number of widths between two powers of two, itself a power of two.
 
     Example:
       >>> [padded_width(length) for length in (0, 8, 9, 13, 17, 100)]
@@ -79,7 +79,7 @@ def length_batches(
       [([1], 1, 20), ([2, 3, 0], 3, 8)]
     """
     order = np.argsort(-lengths, kind="stable")
-    # A single query must not wait for a program of its own width.
+    # A single query must not wait for the compilation of a program for its width.
     per_doubling = 4 if lengths.sum() > batch_tokens else 2
     first = 0
     while first < len(order):

@@ -69,7 +69,7 @@ def read_specs(path: AnyPath) -> Specs:
     """Read the types and shapes of a file's tensors from its header.
 
     Raises:
-      ValueError: if it is no safetensors file, or damaged; the message names the file.
+      ValueError: if it is not a valid safetensors file; the message names the file.
       OSError: if it cannot be read.
     """
     with open_regular(path) as file:
@@ -83,7 +83,7 @@ def map_tensors(path: AnyPath) -> dict[str, np.ndarray]:
     A file on an object store is read into memory instead.
 
     Raises:
-      ValueError: if it is no safetensors file, or damaged; the message names the file.
+      ValueError: if it is not a valid safetensors file; the message names the file.
       OSError: if it cannot be read.
     """
     with open_regular(path) as file:
