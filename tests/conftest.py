@@ -37,7 +37,7 @@ atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_e
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Scripts that need packages of others.
+# Scripts that need additional packages.
 collect_ignore = ["losses/values", "models/pretrained/reference/make_reference.py"]
 collect_ignore += ["run/encoded/make_vectors.py"]
 

@@ -207,7 +207,7 @@ def outputs_of(log: Path, processes: int) -> list[Path]:
 
 @functools.cache
 def _pairs(data_dir: Path) -> Path:
-    """The data of all runs, whatever is installed meanwhile; a copied folder has them already."""
+    """The data of all runs, unaffected by newly installed packages; a copied folder has them."""
     for copied in (data_dir / "code_pairs").glob("*"):
         return copied
     return prepare_code_pairs(data_dir, **get_config("smoke").data.code_pairs).directory

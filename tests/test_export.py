@@ -315,7 +315,7 @@ def test_the_card_describes_the_run_and_its_results(tmp_path):
         "| Dimensions | 6 |",
         '| Prompt of queries | `"query: "` |',
         "| `train` | 4,321 |",
-        "The parameters are those after step 7 of 7.",
+        "The parameters are from step 7 of 7.",
         "| `global_batch_size` | `8` |",
         "| `model.options.position_weights` | `false` |",
         "| `test` | `plain` | `dense` | 98 | 0.500 ± 0.025 | 0.250 |  |  |",

@@ -160,7 +160,7 @@ def _data(settings: Settings, results: Mapping[str, Any]) -> Iterator[str]:
 def _training(run: OpenedRun) -> Iterator[str]:
     step = run.made_from["step"]
     yield "## Training\n"
-    yield f"The parameters are those after step {step:,} of {run.settings.steps:,}."
+    yield f"The parameters are from step {step:,} of {run.settings.steps:,}."
     yield "The table lists the main settings, and all others that differ from jaxcl's defaults.\n"
     settings, defaults = fields_of(run.settings), fields_of(read_settings({}))
     shown = [name for name in settings if settings[name] != defaults.get(name)]
