@@ -98,7 +98,6 @@ def measure(
             "optimizer.learning_rate": learning_rate,
             "optimizer.warmup_steps": steps // 10,
             "data.code_pairs.max_pairs": max_pairs,
-            "data.max_tokens": {"query": 128, "key": 128},
         },
     )
     settings = read_settings(config)
@@ -161,7 +160,7 @@ def _spec(
     return {
         "model": settings.model.pretrained,
         "seed": settings.seed,
-        "max_tokens": settings.data.max_tokens.key,
+        "max_tokens": settings.data.max_tokens.key,  # it has one limit for both sides
         "temperature": settings.loss.temperature.initial,
         "weight_decay": settings.optimizer.weight_decay,
         "clip_norm": settings.optimizer.clip_norm,
