@@ -17,6 +17,7 @@ import json
 import os
 from argparse import Namespace
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -92,6 +93,9 @@ def evaluate(
       OSError: if a file cannot be read or written.
       CheckpointError: if no checkpoint of a run can be read.
     """
+    target = None if output is None else as_path(output)
+    if isinstance(target, Path) and not target.parent.is_dir():  # fail before the work
+        raise FileNotFoundError(f"the folder {target.parent} for the output does not exist")
     if config is not None:
         settings = read_data_settings(config, changed=changed)
         sources = open_sources(
@@ -108,8 +112,8 @@ def evaluate(
     if not isinstance(model, EmbeddingModel):
         model = load(model, trust=trust)
     results = evaluate_model(settings, model, sources, batch_size=batch_size)
-    if output is not None:
-        write_whole(as_path(output), json.dumps(results, indent=2, allow_nan=False) + "\n")
+    if target is not None:
+        write_whole(target, json.dumps(results, indent=2, allow_nan=False) + "\n")
     return results
 
 

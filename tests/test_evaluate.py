@@ -93,6 +93,12 @@ def test_a_changed_field_without_effect_is_an_error(config, field):
         evaluate.evaluate(model_of({}), config=config, changed=["data.name", field])
 
 
+def test_an_output_in_no_folder_fails_before_the_model_is_loaded(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", None)
+    with pytest.raises(FileNotFoundError, match=r"absent for the output does not exist"):
+        evaluate.evaluate("anywhere", config=config, output=tmp_path / "absent" / "results.json")
+
+
 def error(capsys, *argv):
     with pytest.raises(SystemExit) as stop:
         evaluate.main([str(word) for word in argv])
