@@ -11,8 +11,8 @@ from jaxcl.models.layers import (
     DEFAULT_MAX_TOKENS,
     Hidden,
     TokenMask,
+    activation_dtype,
     check_length,
-    default_compute_dtype,
     pool,
     row_dropout,
     run_layers,
@@ -109,7 +109,7 @@ class DecoderEncoder(nnx.Module):
             raise ValueError(
                 f"num_heads={num_heads} do not divide over num_key_heads={num_key_heads}"
             )
-        dtype = jnp.dtype(compute_dtype or default_compute_dtype(jax.default_backend()))
+        dtype = activation_dtype(compute_dtype)
         scale = jax.nn.initializers.normal(0.02)
         self.token_table = nnx.Param(scale(rngs.params(), (vocabulary_size, hidden_dim)))
         shape = DecoderBlockShape(num_heads, num_key_heads, mlp_dim, rotary_base, dropout, dtype)

@@ -28,6 +28,7 @@ __all__ = [
     "POOLINGS",
     "Hidden",
     "TokenMask",
+    "activation_dtype",
     "check_length",
     "default_compute_dtype",
     "pool",
@@ -51,6 +52,23 @@ POOLINGS = ("mean", "cls", "last")
 def default_compute_dtype(platform: str) -> str:
     """The type of activations where a config names none, by the platform of the devices."""
     return "float32" if platform == "cpu" else "bfloat16"
+
+
+def activation_dtype(compute_dtype: str | None) -> jnp.dtype:
+    """The type of activations that a config names, or that of the devices for `None`.
+
+    Raises:
+      ValueError: for a name of no floating-point type.
+    """
+    try:
+        dtype = jnp.dtype(compute_dtype or default_compute_dtype(jax.default_backend()))
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"compute_dtype={compute_dtype!r} is no floating-point type; use float32 or bfloat16"
+        )
+    return dtype
 
 
 def tokens_of(inputs: PyTree, reader: str) -> Int[Array, "*b t"]:

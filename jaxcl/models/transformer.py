@@ -12,8 +12,8 @@ from jaxcl.models.layers import (
     POOLINGS,
     Hidden,
     TokenMask,
+    activation_dtype,
     check_length,
-    default_compute_dtype,
     pool,
     row_dropout,
     run_layers,
@@ -115,7 +115,7 @@ class TransformerEncoder(nnx.Module):
             raise ValueError(
                 f"hidden_dim={hidden_dim} does not divide over {num_heads} heads; use a multiple"
             )
-        dtype = jnp.dtype(compute_dtype or default_compute_dtype(jax.default_backend()))
+        dtype = activation_dtype(compute_dtype)
         if attention == "cudnn" and dtype.itemsize != 2:
             raise ValueError(
                 f"attention='cudnn' with activations of {dtype}; set compute_dtype to 'bfloat16', "

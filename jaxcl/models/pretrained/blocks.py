@@ -13,8 +13,8 @@ from jaxcl.models.decoder import rotated
 from jaxcl.models.layers import (
     Hidden,
     TokenMask,
+    activation_dtype,
     check_length,
-    default_compute_dtype,
     row_dropout,
 )
 from jaxcl.models.pretrained.activations import ACTIVATIONS
@@ -125,7 +125,7 @@ class Transformer(nnx.Module):
                 f"config.json: a width of {a.hidden_dim} does not divide over {a.num_heads} "
                 f"heads{even}"
             )
-        dtype = jnp.dtype(compute_dtype or default_compute_dtype(jax.default_backend()))
+        dtype = activation_dtype(compute_dtype)
 
         def table(rows: int, width: int) -> nnx.Param:
             return nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, width)))

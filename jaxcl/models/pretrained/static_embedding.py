@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcl.models.embedding_bag import embedding_bag
-from jaxcl.models.layers import Hidden, TokenMask, default_compute_dtype
+from jaxcl.models.layers import Hidden, TokenMask, activation_dtype
 from jaxcl.models.pretrained.description import Family, Tensor
 from jaxcl.typing import Embeddings, RowKeys, Tokens
 
@@ -39,7 +39,7 @@ class StaticEmbedding(nnx.Module):
             jax.random.normal(rngs.params(), (vocabulary_size, dim)) * dim**-0.5
         )
         self.token_weight = nnx.Param(jnp.ones((vocabulary_size,))) if weighted else None
-        self.dtype = jnp.dtype(compute_dtype or default_compute_dtype(jax.default_backend()))
+        self.dtype = activation_dtype(compute_dtype)
 
     def __call__(self, tokens: Tokens, mask: TokenMask, rngs: RowKeys | None = None) -> Hidden:
         """Look up the embedding of each token; training and evaluation are the same."""
@@ -88,6 +88,9 @@ def static_family(table: str, weights: str | None = None) -> Family:
                 "the tokens of these embeddings share rows (the tensor 'mapping'), which is not "
                 "supported; save them without vocabulary quantization"
             )
+        if dropout or remat:
+            option = f"dropout={dropout}" if dropout else "remat=True"
+            raise ValueError(f"{option} has no effect on static embeddings; leave it out")
         v, d = _shape(config, table)
         return StaticEmbedding(
             v, d, weighted=weighted(config), compute_dtype=compute_dtype, rngs=rngs

@@ -92,6 +92,19 @@ def test_a_static_embedding_is_the_mean_over_its_tokens():
     np.testing.assert_allclose(vectors, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("option", [{"dropout": 0.1}, {"remat": True}])
+def test_an_option_without_effect_on_static_embeddings_is_an_error(option):
+    with pytest.raises(ValueError, match="has no effect on static embeddings"):
+        PretrainedEncoder(describe(STATIC), rngs=nnx.Rngs(0), **option)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "half a float"])
+@pytest.mark.parametrize("config", [STATIC, read_config("bert")])
+def test_an_unknown_type_of_activations_is_an_error(config, dtype):
+    with pytest.raises(ValueError, match=f"compute_dtype='{dtype}' is no floating-point type"):
+        PretrainedEncoder(describe(config), compute_dtype=dtype, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize("config", [STATIC, MODEL2VEC])
 def test_the_direct_mean_of_static_embeddings_equals_the_mean_of_their_states(config):
     encoder = PretrainedEncoder(describe(config), rngs=nnx.Rngs(0)).encoder
