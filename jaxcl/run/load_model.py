@@ -4,6 +4,7 @@ import os
 
 import jax
 from flax import nnx
+from tokenizers import Tokenizer
 
 from jaxcl.data.modalities import Text, text_rule
 from jaxcl.data.text_rule import UNLIMITED, TextRule
@@ -120,6 +121,8 @@ def _trained_rules(settings: Settings) -> dict[str, TextRule]:
 
 
 def _pretrained_model(pretrained: PretrainedModel, compute_dtype: str) -> EmbeddingModel:
+    tokenizer = _tokenizer_of(pretrained)
+
     def make(rngs: nnx.Rngs) -> PretrainedEncoder:
         return PretrainedEncoder(
             pretrained, normalize=pretrained.normalize, compute_dtype=compute_dtype, rngs=rngs
@@ -135,13 +138,12 @@ def _pretrained_model(pretrained: PretrainedModel, compute_dtype: str) -> Embedd
     params = {
         name: place(load_parameters(pretrained, tower), tower) for name, tower in abstract.items()
     }
-    tokenizer = pretrained.path / pretrained.encoder_folder / "tokenizer.json"
     return EmbeddingModel(
         source=str(pretrained.path),
         encode=towers.encode,
         params=params,
         mesh=mesh,
-        tokenizer=load_pretrained_tokenizer(tokenizer),
+        tokenizer=tokenizer,
         rules={side: _pretrained_rule(pretrained, side) for side in SIDES},
         dim=pretrained.dim,
         prompts=_named_prompts(pretrained),
@@ -152,6 +154,20 @@ def _pretrained_model(pretrained: PretrainedModel, compute_dtype: str) -> Embedd
             "compute_dtype": compute_dtype,
         },
     )
+
+
+def _tokenizer_of(pretrained: PretrainedModel) -> Tokenizer:
+    """The model's tokenizer, all of whose ids have a row in its token table."""
+    path = pretrained.path / pretrained.encoder_folder / "tokenizer.json"
+    tokenizer = load_pretrained_tokenizer(path)
+    num_ids = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if num_ids > pretrained.vocabulary_size:
+        # A lookup past the table's end would give the last row.
+        raise ValueError(
+            f"{path} has ids up to {num_ids - 1}, but the model's token table has "
+            f"{pretrained.vocabulary_size} rows; restore the tokenizer that belongs to the model"
+        )
+    return tokenizer
 
 
 def _named_prompts(pretrained: PretrainedModel) -> dict[str, str]:

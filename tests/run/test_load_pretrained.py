@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 import jaxcl
 from jaxcl.typing import SIDES
 from tests.helpers import relative_error
+from tests.models.pretrained.tiny import write_tiny_static
 from tests.run.encoded.folders import FOLDERS, HERE, TEXTS, write_folder
 from tests.small_models import small_run
 
@@ -54,6 +56,15 @@ def test_similarities_use_the_function_of_the_folder(models, vectors, name):
     found = model.similarity(vectors[f"{name}/query"], vectors[f"{name}/key"])
     assert np.abs(found - vectors[f"{name}/similarity"]).max() < TOLERANCE
     assert model.similarity_function == ("dot" if name == "prompts" else "cosine")
+
+
+def test_a_tokenizer_with_more_ids_than_the_table_has_rows_is_an_error(tmp_path):
+    folder = write_tiny_static(tmp_path)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["another"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match="has ids up to 39, but the model's token table has 39 r"):
+        jaxcl.load(folder)
 
 
 def test_the_attributes_of_a_model_come_from_its_folder(models):
