@@ -79,7 +79,9 @@ def _lines(file: Any) -> Iterator[tuple[int, str]]:
         if len(line) > _MAX_LINE:
             raise ValueError(f"line {number} has more than {_MAX_LINE:,} bytes")
         try:
-            yield number, line.decode().removesuffix("\n").removesuffix("\r")
+            # Editors and spreadsheets may begin a file with a byte order mark.
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            yield number, text.removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
             raise ValueError(f"line {number} is not UTF-8 ({error.reason})") from error
 

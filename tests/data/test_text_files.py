@@ -37,6 +37,20 @@ def texts_of(path, **options):
     return [text for block in read_texts(path, **options) for text in block]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "parse a date\n"),
+        ("a.jsonl", '{"text": "parse a date"}\n'),
+        ("a.csv", "text,id\nparse a date,1\n"),
+        ("a.tsv", "text\tid\nparse a date\t1\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_the_first_text(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
+    assert texts_of(tmp_path / name) == ["parse a date"]
+
+
 @pytest.mark.parametrize("kind", TEXT_FILES)
 def test_every_kind_of_file_gives_its_texts_in_order(tmp_path, kind):
     path = write_file(tmp_path / f"texts{kind}", TEXTS)
