@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxcl.host.files import is_remote
+from jaxcl.host.files import is_remote, read_json_object
 from jaxcl.host.paths import AnyPath
 from jaxcl.models import DEFAULT_ENCODER, EncoderPart
 from jaxcl.models.pretrained.containment import join
@@ -17,6 +17,7 @@ from jaxcl.models.pretrained.hub import local_or_hub
 from jaxcl.models.pretrained.weights import load_parameters
 from jaxcl.settings.derived import origin_of, tower_sections
 from jaxcl.settings.parts import Trust
+from jaxcl.settings.section_reader import read_section
 from jaxcl.settings.sections import DataSettings, Settings
 from jaxcl.typing import SIDES
 
@@ -27,6 +28,10 @@ PRETRAINED = "pretrained"
 
 COPIES: Mapping[str, str] = {"model": "pretrained", "model.key": "pretrained-key"}
 """Section of an encoder -> the folder in the workdir with its copy of the pretrained model."""
+
+
+_TEXT_RULES = ("prompts", "special_tokens", "exclude_prompt", "skip_unknown")
+"""The fields of `data` that a run with `init_from` inherits where it leaves them open."""
 
 
 def encoder_part(model: PretrainedModel) -> EncoderPart:
@@ -66,6 +71,9 @@ def with_pretrained(
       ValueError: for an unreadable model, a setting that contradicts it, or incompatible models.
       OSError: if the folder of a model does not exist.
     """
+    if settings.init_from is not None and (trust is None or workdir is not None):
+        run = origin_of(settings.init_from)[0] if workdir is None else workdir
+        settings = settings._replace(data=_with_text_rules(settings.data, run))
     model = settings.model
     if model.shared and model.key.pretrained is not None:
         raise ValueError(
@@ -82,6 +90,20 @@ def with_pretrained(
     name = named.get("model", model.name or DEFAULT_ENCODER)
     settings = settings._replace(model=model._replace(name=name, key=key))
     return _with_derived(settings, models, changed) if models else settings
+
+
+def _with_text_rules(data: DataSettings, run: AnyPath) -> DataSettings:
+    """The settings of data with the prompts and special tokens of a run, where they are unset."""
+    if not (run / "config.json").exists():
+        return data
+    recorded = read_json_object(run / "config.json").get("data", {})
+    known = {name: recorded[name] for name in _TEXT_RULES if name in recorded}
+    other: Any = read_section(DataSettings, known, path="data")
+    prompts = {
+        side: getattr(other.prompts, side) for side in SIDES if getattr(data.prompts, side) is None
+    }
+    unset = {name: getattr(other, name) for name in _TEXT_RULES[1:] if getattr(data, name) is None}
+    return data._replace(prompts=data.prompts._replace(**prompts), **unset)
 
 
 def _folder(

@@ -184,3 +184,18 @@ def test_a_run_that_starts_from_a_fine_tuned_one_has_its_encoder(folder, tmp_pat
         settings = read_settings({"init_from": str(init_from), "data": SHORT})
         assert settings.model.name == "pretrained"
         assert settings.parts.pretrained["model"].path == tmp_path / "pretrained"
+
+
+def test_the_prompts_that_a_run_was_trained_with_are_those_of_the_run_after_it(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "pretrained")
+    trained = read({"pretrained": str(folder)}, SHORT | {"prompts": {"query": "file read "}})
+    (tmp_path / "config.json").write_text(json.dumps(as_dict(trained)))
+    config = {"init_from": str(tmp_path), "data": SHORT}
+    assert read_settings(config).data.prompts._asdict() == {"query": "file read ", "key": "key : "}
+    own = config | {"data": SHORT | {"prompts": {"query": ""}, "exclude_prompt": False}}
+    settings = read_settings(own)
+    assert settings.data.prompts._asdict() == {"query": "", "key": "key : "}
+    assert settings.data.exclude_prompt is False
+    # The new run goes on with them when the other one is gone.
+    resumed = config | {"init_from": "gone"}
+    assert read_settings(resumed, workdir=tmp_path).data == read_settings(config).data
