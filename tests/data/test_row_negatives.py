@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxcl.data.row_negatives import read_negatives
+from jaxcl.data.text_rule import TextRule
 from jaxcl.data.token_table import TokenTable
 
 ROWS = np.array([[1, 2], [2, -1], [-1, -1]])
@@ -16,7 +17,7 @@ def table():
         offsets={"query": np.array([0, 1, 2, 3]), "key": np.array([0, 1, 3, 6])},
         group=np.array([5, 6, 7], np.int32),
         text=np.array([0, 1, 1], np.int32),
-        max_tokens={"query": 1, "key": 3},
+        rules={"query": TextRule(1), "key": TextRule(3)},
     )
 
 

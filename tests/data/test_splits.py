@@ -9,6 +9,7 @@ from jaxcl.configs.code_search import get_config
 from jaxcl.data import splits
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.splits import ConcatenatedPairs, open_splits
+from jaxcl.data.text_rule import TextRule
 from jaxcl.data.token_table import build_token_table
 from jaxcl.data.tokenizer import train_tokenizer
 from jaxcl.settings.derived import data_set_names
@@ -128,7 +129,7 @@ def test_groups_of_different_data_sets_differ_and_equal_texts_are_found_in_all(t
     table = build_token_table(
         ConcatenatedPairs([CODE, WIKI, CODE]),
         train_tokenizer(["q0 q1 q2 q4 k0 k1 k2 k3 k4"], vocabulary_size=300),
-        max_tokens={"query": 4, "key": 4},
+        rules=dict.fromkeys(("query", "key"), TextRule(4)),
         directory=tmp_path,
     )
     # The first's stay; behind them 7 and the greatest of the second, then -3 and 7 of the third.

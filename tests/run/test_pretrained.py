@@ -260,7 +260,7 @@ def test_the_keys_may_have_an_encoder_of_another_kind(own_encoder, tmp_path):
             r"the encoder 'static' cannot be loaded from a file",
         ),
         ({"key": {"name": "decoder"}}, r"set model\.shared to False"),
-        ({"key": {"pretrained": "weights"}}, r"set model\.shared to False"),
+        ({"key": {"pretrained": "weights"}}, r"set model\.shared=False"),
         (
             {"shared": False, "key": {"name": "static", "options": {"max_tokens": 32}}},
             r"data\.max_tokens\.key=128, but model\.key\.options\.max_tokens=32 is the longest",
