@@ -8,6 +8,7 @@ from jaxcl.assignment import uniform_rows
 from jaxcl.data.loader import _LocalBatches, training_batches
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.table import table_batch
+from jaxcl.data.text_rule import TextRule
 from jaxcl.data.token_table import build_token_table
 from jaxcl.data.tokenizer import train_tokenizer
 from jaxcl.ops.mesh import batch_sharding, make_mesh
@@ -22,8 +23,7 @@ def table(tmp_path_factory):
     return build_token_table(
         InMemoryPairs(queries, keys, groups=range(NUM_ROWS)),
         train_tokenizer([*queries, *keys], vocabulary_size=40),
-        max_tokens={"query": 3, "key": 5},
-        add_cls=False,
+        rules={"query": TextRule(3), "key": TextRule(5)},
         directory=tmp_path_factory.mktemp("tokens"),
     )
 
