@@ -207,7 +207,7 @@ def test_an_unknown_format_and_a_folder_without_a_run_are_errors(static_run, tmp
         export.export(static_run, tmp_path / "model", format="onnx")
     with pytest.raises(ValueError, match="there is no run in"):
         export.export(tmp_path / "absent", tmp_path / "model")
-    with pytest.raises(ValueError, match=r"no model exported by jaxcl \(no jaxcl.json\)"):
+    with pytest.raises(ValueError, match=r"no model exported for jaxcl \(no jaxcl.json\)"):
         open_exported(static_run)
 
 

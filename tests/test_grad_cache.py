@@ -91,6 +91,7 @@ def test_other_dropout_in_the_second_pass_would_be_seen():
     assert min(relative_errors(found, wanted).values()) > 1e-3
 
 
+@pytest.mark.slow
 def test_auxiliary_losses_and_counters_of_the_chunks_are_stacked():
     def with_aux(params, inputs, keys):
         embeddings = encode(params, inputs, keys)

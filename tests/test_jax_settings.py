@@ -36,7 +36,10 @@ SETTINGS = {
 QUICK = ("infonce with labels", "nearest", "instances")
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "setting",
+    [pytest.param(one, marks=[pytest.mark.slow] if one == "auto mesh" else []) for one in SETTINGS],
+)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in EVERY],

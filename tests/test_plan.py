@@ -82,6 +82,7 @@ def test_mined_negatives_are_part_of_the_batch_and_of_the_loss():
     assert plan.loss > gradients + rows * count * 4 * config.model.dim
 
 
+@pytest.mark.slow
 def test_parameters_over_an_axis_take_a_share():
     whole, shared = (
         make_plan(read_settings(small(**{"run.mesh.fsdp": size})), jax.devices(), num_rows=ROWS)

@@ -68,6 +68,7 @@ def test_the_report_tells_topics_from_chance(run, tmp_path):
     assert alone["mean cosine of two rows of a topic"] is None
 
 
+@pytest.mark.slow
 def test_out_and_seed_are_heard(run):
     for seed in (0, 1):
         out = run.workdir / f"{seed}.npz"

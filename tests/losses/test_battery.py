@@ -346,7 +346,14 @@ TAKES_NEGATIVES = [name for name, loss in LOSSES.items() if SharedNegatives in l
     ("name", "shape", "masked", "from_outside", "way"),
     [
         # Every loss the hard way; the other ways and the deeper mesh where they can differ.
-        *(parameter(name, FLAT, True, True, ("ring", "tiled")) for name in ALL),
+        *(
+            pytest.param(
+                *(name, FLAT, True, True, ("ring", "tiled")),
+                # Their sums over tiles and devices are those of infonce and joint.
+                marks=[pytest.mark.slow] if name in (*VARIANTS, "decoupled", "nt_xent") else [],
+            )
+            for name in ALL
+        ),
         *(
             pytest.param(
                 *(name, DEEP, True, True, ("gather", "tiled")),

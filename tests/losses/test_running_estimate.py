@@ -69,6 +69,7 @@ def test_the_gradient_is_that_of_the_batch_over_the_estimate():
     assert max(relative_errors(found, wanted).values()) < 1e-12
 
 
+@pytest.mark.slow
 def test_one_that_forgets_at_once_is_the_decoupled_loss_less_the_logarithm_of_the_number():
     sides = unit_vectors(0, 6, 4), unit_vectors(1, 6, 4)
     options = {"estimates": jnp.ones((6, 2)), "update_rate": 1.0, "epsilon": 1e-300}

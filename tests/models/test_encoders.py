@@ -298,7 +298,8 @@ def test_without_position_weights_a_static_encoder_starts_with_the_same_embeddin
         embed(without, TOKENS[:, :4] % 4)
 
 
-@pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True])
 def test_one_loop_over_the_layers_is_the_layers_one_after_the_other(x64, remat):
     encoder = functools.partial(transformer, remat=remat, dropout=0.3)
     towers = make_towers(lambda rngs: encoder(rngs=rngs), shared=True)

@@ -535,7 +535,13 @@ def second_derivatives(reduce, sides, directions):
     return jax.jit(lambda: (forward, jax.grad(along, argnums=(0, 1))(*sides)))()
 
 
-@pytest.mark.parametrize("name", REDUCTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "softplus" else [])
+        for name in REDUCTIONS
+    ],
+)
 def test_tiles_have_the_second_derivatives_of_the_whole_block(name):
     sides = unit_vectors(0, 5, 6), unit_vectors(1, 9, 6)
     directions = unit_vectors(2, 5, 6), unit_vectors(3, 9, 6)

@@ -77,6 +77,15 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+of_each_method = pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[] if name == "bisection" else [pytest.mark.slow])
+        for name in METHODS
+    ],
+)
+
+
 class Choice(NamedTuple):
     """A state that was refreshed, what was ordered by the method then, and its order."""
 
@@ -197,13 +206,7 @@ def newest_state(config: ConfigDict, workdir: Path) -> TrainState:
         return checkpoints.restore_latest(training_of(config).abstract_state(ROWS)).state
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(name, marks=[] if name == "bisection" else [pytest.mark.slow])
-        for name in METHODS
-    ],
-)
+@of_each_method
 def test_each_method_trains_on_each_row_once_per_epoch(run_of, method):
     run = run_of(method)
     assert len(run.rows) == STEPS == sum("loss" in record for record in unclocked(run.workdir))
@@ -216,7 +219,7 @@ def test_each_method_trains_on_each_row_once_per_epoch(run_of, method):
         assert (rows == uniform).all() == (step < EVERY), step
 
 
-@pytest.mark.parametrize("method", METHODS)
+@of_each_method
 def test_a_run_trains_on_the_batches_of_its_newest_order(run_of, method):
     run = run_of(method)
     visits, text = run.rows.ravel(), run.data.tables["train"].text

@@ -118,7 +118,9 @@ def test_estimates_are_the_state_s_memory():
         program.init()
 
 
-@pytest.mark.parametrize(("kind", "slots"), [("queue", 12), ("instance", 40)])
+@pytest.mark.parametrize(
+    ("kind", "slots"), [("queue", 12), pytest.param("instance", 40, marks=pytest.mark.slow)]
+)
 def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
     still = {"optimizer.learning_rate": 1e-9, "augmentation.options.rate": 0.0}
     bank = {"negatives.bank.kind": kind, "negatives.bank.slots": 12}

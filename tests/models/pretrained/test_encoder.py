@@ -143,6 +143,7 @@ def test_parameter_paths_are_those_that_the_family_declares(name):
     )
 
 
+@pytest.mark.slow
 def test_gradient_caching_gives_the_gradients_of_the_whole_batch():
     values, config = read_values("bert"), read_config("bert")
     model = describe(config)
