@@ -38,8 +38,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Scripts that need additional packages.
-collect_ignore = ["losses/values", "models/pretrained/reference/make_reference.py"]
-collect_ignore += ["run/encoded/make_vectors.py"]
+collect_ignore = [  # scripts for environments with other packages
+    "losses/values",
+    "models/pretrained/reference",
+    "roundtrip_sentence_transformers.py",
+    "run/encoded/make_vectors.py",
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
