@@ -37,7 +37,6 @@ atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_e
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Scripts that need additional packages.
 collect_ignore = [  # scripts for environments with other packages
     "losses/values",
     "models/pretrained/reference",
