@@ -39,7 +39,15 @@ def quick_unless(*slow):
     ]
 
 
-@pytest.fixture(scope="module", params=quick_unless("xlm-roberta"))  # RoBERTa's functions
+MARKS = {
+    "modernbert": pytest.mark.smoke,  # whose layers have most options
+    "xlm-roberta": pytest.mark.slow,  # RoBERTa's functions
+}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(one, marks=MARKS.get(one, ())) for one in TRANSFORMERS]
+)
 def name(request):
     return request.param
 
@@ -61,7 +69,6 @@ def computed(name):
     return gradients, np.asarray(states), mean
 
 
-@pytest.mark.smoke
 def test_hidden_states_and_their_means_match_transformers(name, computed):
     values, (_, states, mean) = read_values(name), computed
     mask = mask_of(values)
