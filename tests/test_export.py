@@ -241,21 +241,39 @@ def damaged(folder: Path, damage: str) -> str:
         return "tokenizer.json in .* has changed"
     if damage == "format":
         description["format"] = 2
-    elif damage == "step":
-        del description["step"]
+    elif damage in ("step", "pretrained"):
+        del description[damage]
     else:
         description["settings"]["model"]["dim"] = 5
     (folder / "jaxcl.json").write_text(json.dumps(description))
-    messages = {"format": "has the format 2", "step": "damaged .it lacks step"}
+    messages = {"format": "has the format 2"} | {
+        name: f"damaged .it lacks {name}" for name in ("step", "pretrained")
+    }
     return messages.get(damage, r"both/table is \(120, 6\) there but \(120, 5\) in the encoder")
 
 
-@pytest.mark.parametrize("damage", ["tokenizer", "format", "step", "dim"])
+@pytest.mark.parametrize("damage", ["tokenizer", "format", "step", "pretrained", "dim"])
 def test_files_that_do_not_match_are_an_error(static_run, tmp_path, damage):
     folder = export.export(static_run, tmp_path / "model", format="jaxcl")
     message = damaged(folder, damage)
     with pytest.raises(ValueError, match=message):
         open_exported(folder)
+
+
+def test_an_opened_folder_does_not_share_memory_with_its_file(static_run, tmp_path):
+    folder = export.export(static_run, tmp_path / "model", format="jaxcl")
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    begin = -(-(8 + length) // 64) * 64  # JAX would use memory that is aligned like this
+    header = content[8 : 8 + length].ljust(begin - 8)
+    path.write_bytes((begin - 8).to_bytes(8, "little") + header + content[8 + length :])
+    opened = open_exported(folder)
+    before = jax.tree.map(np.array, opened.encoder.params)
+    with open(path, "r+b") as file:
+        file.seek(begin)
+        file.write(b"\xff" * (path.stat().st_size - begin))
+    jax.tree.map(np.testing.assert_array_equal, opened.encoder.params, before)
 
 
 def test_the_command_exports_and_says_so(static_run, tmp_path, capsys):

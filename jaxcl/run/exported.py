@@ -15,6 +15,7 @@ from jaxcl.data.modalities import MODALITIES, build_readers, check_inputs, input
 from jaxcl.host.files import read_json_object, read_regular
 from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.models.pretrained.tensor_files import map_tensors
+from jaxcl.models.pretrained.weights import place
 from jaxcl.ops.mesh import make_mesh, replicated_sharding
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.identity import pretrained_fingerprints
@@ -102,8 +103,12 @@ def open_exported(folder: AnyPath, *, trust: Trust = ()) -> ExportedModel:
     _check_copies(folder, settings, description["pretrained"])
     towers = build_towers(settings)
     mesh = make_mesh({"data": -1})
-    abstract = jax.eval_shape(towers.init, jax.random.key(0))
-    params = jax.device_put(_read_params(folder / _WEIGHTS, abstract), replicated_sharding(mesh))
+    whole = replicated_sharding(mesh)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        jax.eval_shape(towers.init, jax.random.key(0)),
+    )
+    params = place(_map_params(folder / _WEIGHTS, abstract), abstract)
     embedder = make_embedder(towers.encode, mesh, batch_size=settings.evaluation.batch_size)
     encoder = Encoder(mesh, towers, embedder, params, build_readers(settings.data, folder))
     return ExportedModel(folder, settings, encoder, description["step"])
@@ -141,7 +146,7 @@ def _read_description(folder: AnyPath) -> Mapping[str, Any]:
             f"{path} has the format {description.get('format')!r}, but this version of jaxcl reads "
             f"{_FORMAT}; export the model again, or install the version that wrote it"
         )
-    kinds = {"settings": dict, "fingerprints": dict, "step": int}
+    kinds = {"settings": dict, "fingerprints": dict, "pretrained": dict, "step": int}
     if wrong := [
         name for name, kind in kinds.items() if not isinstance(description.get(name), kind)
     ]:
@@ -149,8 +154,8 @@ def _read_description(folder: AnyPath) -> Mapping[str, Any]:
     return description
 
 
-def _read_params(path: AnyPath, abstract: PyTree) -> PyTree:
-    """Read the parameters in a file as the tree of an encoder."""
+def _map_params(path: AnyPath, abstract: PyTree) -> PyTree:
+    """The parameters in a file as the tree of an encoder, still mapped to memory."""
     tensors, wanted = map_tensors(path), _by_path(abstract)
     different = [
         f"{name} is {_shape(tensors.get(name))} there but {_shape(wanted.get(name))} in the encoder"
@@ -159,7 +164,7 @@ def _read_params(path: AnyPath, abstract: PyTree) -> PyTree:
     ]
     if different:
         raise ValueError(f"{path} does not fit its encoder: {'; '.join(different[:4])}")
-    leaves = [np.asarray(tensors[name], like.dtype) for name, like in wanted.items()]
+    leaves = [tensors[name] for name in wanted]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 
