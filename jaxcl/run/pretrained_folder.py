@@ -13,7 +13,12 @@ from tokenizers import Tokenizer
 from jaxcl.data.text_rule import special_tokens_around, unknown_id
 from jaxcl.models.pretrained.containment import join, lies_in
 from jaxcl.models.pretrained.description import PretrainedModel
-from jaxcl.models.pretrained.modules import SENTENCE_CONFIGS, list_modules, parse_json
+from jaxcl.models.pretrained.modules import (
+    POOLING_FLAGS,
+    SENTENCE_CONFIGS,
+    list_modules,
+    parse_json,
+)
 from jaxcl.models.pretrained.weights import FileTensors, export_tensors
 from jaxcl.run.model_files import ModelFiles, as_json, with_dtype
 from jaxcl.settings.sections import DataSettings
@@ -22,15 +27,6 @@ from jaxcl.typing import PyTree
 __all__ = ["library_config", "module_list", "pretrained_files"]
 
 _TYPES = "sentence_transformers.models"
-_POOLING_FLAGS = {
-    "cls": "pooling_mode_cls_token",
-    "max": "pooling_mode_max_tokens",
-    "mean": "pooling_mode_mean_tokens",
-    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
-    "weightedmean": "pooling_mode_weightedmean_tokens",
-    "lasttoken": "pooling_mode_lasttoken",
-}
-"""The flags of pooling modes, in the order in which sentence-transformers concatenates them."""
 _DENSE_FIELDS = ("in_features", "out_features", "bias", "activation_function")
 _LIBRARY_CONFIG = "config_sentence_transformers.json"
 
@@ -204,7 +200,7 @@ def _tokenizer_config(model: PretrainedModel, *, longest: int) -> bytes:
 def _pooling_config(model: PretrainedModel, *, include_prompt: bool) -> bytes:
     modes = model.pooling.modes
     width = (model.dense[0].in_features if model.dense else model.dim) // len(modes)
-    if [mode for mode in _POOLING_FLAGS if mode in modes] != list(modes):
+    if [mode for mode in POOLING_FLAGS if mode in modes] != list(modes):
         # Flags cannot express this order; only later versions read `pooling_mode`.
         return as_json(
             {
@@ -213,7 +209,7 @@ def _pooling_config(model: PretrainedModel, *, include_prompt: bool) -> bytes:
                 "include_prompt": include_prompt,
             }
         )
-    flags = {flag: mode in modes for mode, flag in _POOLING_FLAGS.items()}
+    flags = {flag: mode in modes for mode, flag in POOLING_FLAGS.items()}
     return as_json({"word_embedding_dimension": width, **flags, "include_prompt": include_prompt})
 
 

@@ -9,6 +9,7 @@ from jaxcl.models.pretrained.containment import join
 from jaxcl.models.pretrained.description import Dense, Pooling
 
 __all__ = [
+    "POOLING_FLAGS",
     "POOLING_MODES",
     "SENTENCE_CONFIGS",
     "Modules",
@@ -27,17 +28,18 @@ SENTENCE_CONFIGS = tuple(
 )
 """File names of a Transformer module's config in all versions of sentence-transformers."""
 
-POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
-"""Pooling modes, in the order in which older configs with several flags concatenate them."""
-
-_OLD_FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
+POOLING_FLAGS: Mapping[str, str] = {
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "mean": "pooling_mode_mean_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
 }
+"""Pooling mode -> its flag in the configs of sentence-transformers 5. The vectors of several modes
+are concatenated in this order."""
+
+POOLING_MODES = tuple(POOLING_FLAGS)
 _SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 _MAX_MODULES = 32
 _PACKAGE = "sentence_transformers."
@@ -251,7 +253,7 @@ def _parse_pooling(files: Mapping[str, bytes], folder: str) -> Pooling:
     config = parse_json(files, name)
     modes = config.get("pooling_mode")
     if modes is None:
-        modes = [mode for flag, mode in _OLD_FLAGS.items() if config.get(flag)] or ["mean"]
+        modes = [mode for mode, flag in POOLING_FLAGS.items() if config.get(flag)] or ["mean"]
     modes = [modes] if isinstance(modes, str) else modes
     if not isinstance(modes, list) or not modes or not all(mode in POOLING_MODES for mode in modes):
         raise ValueError(

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxcl.models.pretrained.bert import bert_architecture
 from jaxcl.models.pretrained.blocks import NUM_BUCKETS, Architecture
-from jaxcl.models.pretrained.config_values import activation, check_supported, number, size
+from jaxcl.models.pretrained.config_values import check_supported
 from jaxcl.models.pretrained.tensor_names import Names, transformer_family
 
 __all__ = ["MPNET", "mpnet_architecture"]
@@ -23,19 +24,9 @@ def mpnet_architecture(config: Mapping[str, Any]) -> Architecture:
       Song et al., "MPNet: Masked and Permuted Pre-training for Language Understanding", NeurIPS
       2020.
     """
-    check_supported(config, quantization_config=None, relative_attention_num_buckets=NUM_BUCKETS)
-    return Architecture(
-        vocabulary_size=size(config, "vocab_size", 30527),
-        hidden_dim=size(config, "hidden_size", 768),
-        num_layers=size(config, "num_hidden_layers", 12),
-        num_heads=size(config, "num_attention_heads", 12),
-        mlp_dim=size(config, "intermediate_size", 3072),
-        activation=activation(config, "hidden_act"),
-        epsilon=number(config, "layer_norm_eps", 1e-12),
-        dropout=number(config, "hidden_dropout_prob", 0.1),
-        num_positions=size(config, "max_position_embeddings", 512),
-        first_position=2,
-        relative_positions=True,
+    check_supported(config, relative_attention_num_buckets=NUM_BUCKETS)
+    return bert_architecture({"vocab_size": 30527} | dict(config))._replace(
+        first_position=2, token_types=0, relative_positions=True
     )
 
 
