@@ -77,8 +77,8 @@ def evaluate(
 
     Args:
       model: a model, or a path for `jaxcl.load`.
-      config: the config of a run, of which `data` and `evaluation` are used; `None` for the config
-        of the run whose workdir `model` is.
+      config: names the rows (`data`) and the methods (`evaluation`); `None` uses the config of the
+        run in `model`.
       changed: dotted names of the fields that the user changed; one without effect is an error.
       output: a JSON file for the results.
       batch_size: as `EmbeddingModel.encode`.

@@ -48,7 +48,7 @@ def saved_record(directory: AnyPath) -> Mapping[str, Any]:
         content = read_json_object(directory / _RECORD_FILE)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"it has no record ({_RECORD_FILE}); those of earlier versions have none"
+            f"it has no record ({_RECORD_FILE}); checkpoints of earlier versions have none"
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"its record cannot be read: {error}") from error

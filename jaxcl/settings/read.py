@@ -101,7 +101,7 @@ def read_data_settings(config: ConfigDict, *, changed: Collection[str] = ()) -> 
             "data are read from the config"
         )
     given = {"data": {}} | config.to_dict()
-    read_section(Settings, given)  # names an unknown field, also of what is left out
+    read_section(Settings, given)  # an unknown field is an error in every section
     given["data"] = {name: one for name, one in given["data"].items() if name in _DATA_FIELDS}
     return read_settings({name: one for name, one in given.items() if name in _DATA_SECTIONS})
 

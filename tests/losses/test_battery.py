@@ -349,7 +349,7 @@ TAKES_NEGATIVES = [name for name, loss in LOSSES.items() if SharedNegatives in l
         *(
             pytest.param(
                 *(name, FLAT, True, True, ("ring", "tiled")),
-                # Their sums over tiles and devices are those of infonce and joint.
+                # infonce and joint check the same sums over tiles and devices.
                 marks=[pytest.mark.slow] if name in (*VARIANTS, "decoupled", "nt_xent") else [],
             )
             for name in ALL
