@@ -1,20 +1,26 @@
-"""Read texts from a file in blocks: plain lines, or a field of JSON lines, CSV, TSV or Parquet.
+"""Read texts or records from a file in blocks: plain lines, JSON lines, CSV, TSV or Parquet.
 
-No text is skipped, so row i of any output belongs to text i of the file.
+The files may be compressed with gzip. No text is skipped, so row i of any output belongs to text i
+of the file.
 """
 
 import contextlib
 import csv
 import functools
+import gzip
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from jaxcl.host.files import open_regular
 from jaxcl.host.paths import AnyPath
 
-__all__ = ["TEXT_FILES", "read_texts"]
+__all__ = ["TEXT_FILES", "read_records", "read_texts", "text_of"]
+
+Records = Iterator[tuple[str, dict[str, Any]]]
 
 _MAX_LINE = 64 * 2**20
 """The most bytes of a line; the longest real lines have a few million."""
@@ -40,21 +46,77 @@ def read_texts(
         with its number.
       OSError: if the file cannot be read.
     """
-    name = "standard input" if path is None else str(path)
-    kind = kind or ("" if path is None else path.suffix.lower())
-    if kind not in TEXT_FILES:
+    kind = _kind_of(path, kind)
+    fields = None if kind == ".txt" else (field,)
+    name = "text" if kind == ".txt" else field
+    records = _read(path, kind, fields)
+    return _blocks((text_of(record, name, where) for where, record in records), block_size)
+
+
+def read_records(
+    path: AnyPath, *, kind: str | None = None, fields: Sequence[str] | None = None
+) -> Records:
+    """Read the records of a file one by one.
+
+    Args:
+      path: the file.
+      kind: one of `TEXT_FILES`; by default, the file's suffix.
+      fields: the columns to read of a Parquet file; `None` reads all.
+
+    Returns:
+      An iterator over pairs: where a record is, such as `"docs.jsonl: line 3"`, and the record. A
+      plain line is a record with the one field `"text"`.
+
+    Raises:
+      ValueError: for an unknown kind of file; while iterating, for a damaged line, with its number.
+      OSError: if the file cannot be read.
+    """
+    return _read(path, _kind_of(path, kind), fields)
+
+
+def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
+    """The text in a field of a record.
+
+    Args:
+      record: a record of `read_records`.
+      field: its field.
+      where: where the record is, for the message.
+
+    Raises:
+      ValueError: if the record has no such field, or no text of Unicode there.
+    """
+    if field not in record:
+        raise ValueError(f"{where}: {_no_field(field, record)}")
+    text = record[field]
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: {field} is {text!r:.80}, which is not a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can encode a lone surrogate
+        raise ValueError(f"{where}: {field} is not Unicode ({error.reason})") from error
+    return text
+
+
+def _kind_of(path: AnyPath | None, kind: str | None) -> str:
+    if kind is None and path is not None:
+        suffixes = PurePath(path.name.lower()).suffixes
+        kind = next(reversed([one for one in suffixes if one != ".gz"]), "")
+    if kind is None or kind not in TEXT_FILES:
+        name = "standard input" if path is None else str(path)
         raise ValueError(f"{name} has an unknown suffix; give one of {', '.join(TEXT_FILES)}")
-    return _read(path, name, functools.partial(TEXT_FILES[kind], field=field), block_size)
+    return kind
 
 
-def _read(
-    path: AnyPath | None, name: str, parse: Callable[..., Iterator[str]], block_size: int
-) -> Iterator[list[str]]:
+def _read(path: AnyPath | None, kind: str, fields: Sequence[str] | None) -> Records:
+    name = "standard input" if path is None else str(path)
     with contextlib.ExitStack() as stack:
         file = sys.stdin.buffer if path is None else stack.enter_context(open_regular(path))
+        if path is not None and path.name.lower().endswith(".gz"):
+            file = stack.enter_context(gzip.open(file))
         try:
-            yield from _blocks(parse(file), block_size)
-        except (ValueError, csv.Error) as error:
+            for where, record in TEXT_FILES[kind](file, fields):
+                yield f"{name}: {where}", record
+        except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
 
 
@@ -86,12 +148,12 @@ def _lines(file: Any) -> Iterator[tuple[int, str]]:
             raise ValueError(f"line {number} is not UTF-8 ({error.reason})") from error
 
 
-def _plain_lines(file: Any, field: str) -> Iterator[str]:
-    for _, line in _lines(file):
-        yield line
+def _plain_lines(file: Any, fields: Sequence[str] | None) -> Records:
+    for number, line in _lines(file):
+        yield f"line {number}", {"text": line}
 
 
-def _json_lines(file: Any, field: str) -> Iterator[str]:
+def _json_lines(file: Any, fields: Sequence[str] | None) -> Records:
     for number, line in _lines(file):
         try:
             record = json.loads(line)
@@ -99,52 +161,41 @@ def _json_lines(file: Any, field: str) -> Iterator[str]:
             raise ValueError(f"line {number} is not JSON ({error})") from error
         if not isinstance(record, dict):
             raise ValueError(f"line {number} is not a JSON object")
-        yield _text_of(record, field, f"line {number}")
+        yield f"line {number}", record
 
 
-def _separated(file: Any, field: str, *, delimiter: str) -> Iterator[str]:
+def _separated(file: Any, fields: Sequence[str] | None, *, delimiter: str) -> Records:
     lines = (f"{line}\n" for _, line in _lines(file))
     csv.field_size_limit(max(csv.field_size_limit(), _MAX_LINE))  # the default is 131,072 letters
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     for record in reader:
-        yield _text_of(record, field, f"line {reader.line_num}")
+        yield f"line {reader.line_num}", record
 
 
-def _parquet(file: Any, field: str) -> Iterator[str]:
+def _parquet(file: Any, fields: Sequence[str] | None) -> Records:
     from pyarrow import parquet  # not at the top, because the import is slow
 
     table = parquet.ParquetFile(file)
-    if field not in table.schema_arrow.names:
-        raise ValueError(_no_field(field, table.schema_arrow.names))
+    names = table.schema_arrow.names
+    for field in fields or ():
+        if field not in names:
+            raise ValueError(_no_field(field, names))
     row = 0
-    for batch in table.iter_batches(batch_size=1024, columns=[field]):
-        for text in batch.column(0).to_pylist():
+    for batch in table.iter_batches(batch_size=1024, columns=fields and list(fields)):
+        for record in batch.to_pylist():
             row += 1
-            yield _text_of({field: text}, field, f"row {row}")
-
-
-def _text_of(record: Mapping[str, Any], field: str, where: str) -> str:
-    if field not in record:
-        raise ValueError(f"{where}: {_no_field(field, record)}")
-    text = record[field]
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: {field} is {text!r:.80}, which is not a text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can encode a lone surrogate
-        raise ValueError(f"{where}: {field} is not Unicode ({error.reason})") from error
-    return text
+            yield f"row {row}", record
 
 
 def _no_field(field: str, names: Iterable[str]) -> str:
     return f"there is no field {field!r}; the fields are {', '.join(map(str, names)) or 'none'}"
 
 
-TEXT_FILES: Mapping[str, Callable[..., Iterator[str]]] = {
+TEXT_FILES: Mapping[str, Callable[..., Records]] = {
     ".txt": _plain_lines,
     ".jsonl": _json_lines,
     ".csv": functools.partial(_separated, delimiter=","),
     ".tsv": functools.partial(_separated, delimiter="\t"),
     ".parquet": _parquet,
 }
-"""Suffix of a file -> a function `(file, field) -> texts`."""
+"""Suffix of a file -> a function `(file, fields) -> records`, each with its line or row."""

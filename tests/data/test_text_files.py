@@ -1,5 +1,6 @@
 """Texts from files, in order and in blocks; errors give the number of a bad line."""
 
+import gzip
 import io
 import json
 import sys
@@ -9,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from jaxcl.data import text_files
-from jaxcl.data.text_files import TEXT_FILES, read_texts
+from jaxcl.data.text_files import TEXT_FILES, read_records, read_texts, text_of
 
 TEXTS = ["parse a date", "", 'say "hi", twice', "naïve\u2028café", "tab\tand comma,"]
 
@@ -138,3 +139,29 @@ def test_an_endless_line_is_refused_before_it_fills_the_memory(tmp_path, monkeyp
 def test_standard_input_has_a_text_per_line(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
     assert texts_of(None, kind=".txt") == ["one", "two"]
+
+
+@pytest.mark.parametrize("kind", TEXT_FILES)
+def test_files_may_be_compressed_with_gzip(tmp_path, kind):
+    plain = write_file(tmp_path / f"texts{kind}", TEXTS)
+    packed = tmp_path / f"packed{kind}.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert texts_of(packed) == TEXTS
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-9], lambda raw: b"not gzip at all"])
+def test_a_damaged_compressed_file_is_an_error_with_its_name(tmp_path, damage):
+    path = tmp_path / "texts.txt.gz"
+    path.write_bytes(damage(gzip.compress(b"one\ntwo\n" * 1000)))
+    with pytest.raises(ValueError, match=r"texts\.txt\.gz: "):
+        texts_of(path)
+
+
+def test_records_come_with_their_lines(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"id": 1, "text": "a"}\n{"id": 2}\n')
+    (where, first), (later, second) = read_records(path)
+    assert (where, first) == (f"{path}: line 1", {"id": 1, "text": "a"})
+    assert text_of(first, "text", where) == "a"
+    with pytest.raises(ValueError, match="line 2: there is no field 'text'; the fields are id"):
+        text_of(second, "text", later)
