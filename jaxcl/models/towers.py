@@ -75,6 +75,13 @@ class Towers(NamedTuple):
     encode: Encode
     augment: Mapping[str, Augment] = {}
 
+    def abstract_parameters(self, sharding: jax.sharding.Sharding) -> PyTree:
+        """The tree of `init` with a `jax.ShapeDtypeStruct` of this sharding for each array."""
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(self.init, jax.random.key(0)),
+        )
+
 
 def make_towers(
     encoders: Callable[[nnx.Rngs], nnx.Module] | Mapping[str, TowerSpec],

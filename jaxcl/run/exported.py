@@ -103,11 +103,7 @@ def open_exported(folder: AnyPath, *, trust: Trust = ()) -> ExportedModel:
     _check_copies(folder, settings, description["pretrained"])
     towers = build_towers(settings)
     mesh = make_mesh({"data": -1})
-    whole = replicated_sharding(mesh)
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-        jax.eval_shape(towers.init, jax.random.key(0)),
-    )
+    abstract = towers.abstract_parameters(replicated_sharding(mesh))
     params = place(_map_params(folder / _WEIGHTS, abstract), abstract)
     embedder = make_embedder(towers.encode, mesh, batch_size=settings.evaluation.batch_size)
     encoder = Encoder(mesh, towers, embedder, params, build_readers(settings.data, folder))

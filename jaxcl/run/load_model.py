@@ -2,7 +2,6 @@
 
 import os
 
-import jax
 from flax import nnx
 from tokenizers import Tokenizer
 
@@ -130,11 +129,7 @@ def _pretrained_model(pretrained: PretrainedModel, compute_dtype: str) -> Embedd
 
     towers = make_towers(make)
     mesh = make_mesh({"data": -1})
-    whole = replicated_sharding(mesh)
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-        jax.eval_shape(towers.init, jax.random.key(0)),
-    )
+    abstract = towers.abstract_parameters(replicated_sharding(mesh))
     params = {
         name: place(load_parameters(pretrained, tower), tower) for name, tower in abstract.items()
     }

@@ -153,11 +153,7 @@ def _newest_params(
     towers: Towers, settings: Settings, workdir: AnyPath, mesh: jax.sharding.Mesh
 ) -> Restored:
     """The parameters of the towers alone: nothing else of the state is read."""
-    whole = replicated_sharding(mesh)
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-        jax.eval_shape(towers.init, jax.random.key(0)),
-    )
+    abstract = towers.abstract_parameters(replicated_sharding(mesh))
     directory = workdir / CHECKPOINTS
     restored = None
     if directory.is_dir():
