@@ -13,7 +13,7 @@ class Kind(NamedTuple):
     """A kind of evaluation set.
 
     Attributes:
-      expected: a noun phrase for what a path of this kind is, such as "a BEIR folder".
+      expected: a noun phrase for such a path, such as "a BEIR folder", for messages.
       recognises: whether a path that exists is of this kind; it reads little.
       open: opens such a path, and raises a `ValueError` for content that is wrong.
     """
