@@ -1,1 +1,1 @@
-"""What a program costs, and what chips can do."""
+"""The cost of programs, and the peak rates of chips."""

@@ -1,4 +1,4 @@
-"""What accelerators can do at most, by their makers' figures."""
+"""Peak rates and memory of accelerators, from their data sheets."""
 
 from typing import NamedTuple
 
@@ -8,13 +8,13 @@ _GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """What a chip can do at most.
+    """The peak rates of a chip.
 
     Attributes:
-      flops: products and sums of bfloat16 per second, without sparsity.
-      memory: bytes.
-      memory_rate: bytes per second to and from it.
-      link_rate: bytes per second that come in from other chips, over all links.
+      flops: bfloat16 operations per second, without sparsity.
+      memory: size of the main memory, in bytes.
+      memory_rate: bytes per second to and from main memory.
+      link_rate: bytes per second received from other chips, over all links.
     """
 
     flops: float
@@ -38,7 +38,7 @@ _TPU_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lit
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`, or `None` where its figures are not known here.
+    """The chip of a `jax.Device.device_kind`, or `None` if it is not in `CHIPS`.
 
     Example:
       >>> chip_of("NVIDIA H200").memory_rate
@@ -47,7 +47,6 @@ def chip_of(device_kind: str) -> Chip | None:
     if device_kind in _TPU_KINDS:
         return CHIPS[_TPU_KINDS[device_kind]]
     words = device_kind.replace("-", " ").split()
-    if {"PCIe", "NVL"} & set(words):  # which are slower than the modules of the same name
+    if {"PCIe", "NVL"} & set(words):  # these are slower than the SXM modules of the same name
         return None
-    found = [chip for name, chip in CHIPS.items() if name in words]
-    return found[0] if found else None
+    return next((chip for name, chip in CHIPS.items() if name in words), None)

@@ -1,7 +1,6 @@
-"""What a program costs: its products by the traced program, its traffic by the compiled one.
+"""The cost of a program: matrix products of its trace, and memory traffic once it is compiled.
 
-XLA's own cost analysis counts the body of a loop once, however often it runs; here every loop
-counts as often as it is gone through.
+XLA's own cost analysis counts the body of a loop once. Here it counts once per iteration.
 """
 
 import collections
@@ -22,17 +21,17 @@ _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "after-all"),
     *("while", "conditional", "call", "partition-id", "replica-id", "opt-barrier"),
 )
-"""What moves nothing itself."""
+"""Instructions that move no bytes themselves."""
 
 _SLICING = frozenset(("dynamic-slice", "slice", "gather"))
 
 
 class Traffic(NamedTuple):
-    """Of one device and one run of a program, in bytes.
+    """The bytes that one device moves in one run of a program.
 
     Attributes:
-      memory: read from and written to its main memory, what stays on the chip left out.
-      interconnect: what comes in from other devices, where every collective goes round a ring.
+      memory: bytes read from and written to main memory. Arrays that stay on the chip do not count.
+      interconnect: bytes received from other devices, if every collective is a ring.
     """
 
     memory: float
@@ -40,13 +39,17 @@ class Traffic(NamedTuple):
 
 
 def matrix_flops(jaxpr: Any) -> float:
-    """Products and sums in a traced program's matrix products, over all devices.
+    """Count the floating-point operations of all matrix products in a traced program.
 
-    Every loop counts as often as it runs, where the trace knows; the dearest branch counts; the
-    inside of a `shard_map` counts on each device. All that is no matrix product is left out.
+    The count is over all devices: the body of a `shard_map` counts once per device. The body of a
+    loop counts once per iteration if the trace knows their number, and of several branches the most
+    expensive one counts.
 
     Args:
-      jaxpr: as `jax.make_jaxpr` or `.trace(…).jaxpr` give it.
+      jaxpr: a program, as returned by `jax.make_jaxpr` or `.trace(…).jaxpr`.
+
+    Returns:
+      The number of multiplications and additions.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -69,17 +72,17 @@ def matrix_flops(jaxpr: Any) -> float:
 
 
 def traffic(program: str) -> Traffic:
-    """Reads a compiled program's traffic off its text, as `compiled.as_text()` gives it."""
+    """Estimate the traffic of a compiled program from its text, `compiled.as_text()`."""
     computations, entry = _parsed(program)
     memory = interconnect = 0.0
-    # Inside of a fusion nothing goes through the memory, but collectives may be there.
+    # Nothing inside a fusion goes through main memory, but a fusion may contain collectives.
     waiting = [(entry, 1.0, False)]
     while waiting:
         name, times, fused = waiting.pop()
         named = computations[name]
         for instruction in named.values():
             if instruction.opcode in ("async-update", "async-done"):
-                continue  # of what async-start has begun
+                continue  # counted at their async-start
             interconnect += times * _received(instruction)
             if not fused:
                 memory += times * _moved(instruction, named, computations)
@@ -103,7 +106,7 @@ class _Instruction(NamedTuple):
     operands: tuple[str, ...]
     attributes: str
     is_root: bool
-    text: str  # between its brackets
+    text: str  # inside its parentheses
 
 
 def _parsed(program: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
@@ -122,10 +125,10 @@ def _parsed(program: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
 
 
 def _instruction(line: str) -> _Instruction | None:
-    found = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
-    if found is None:
+    match = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    if match is None:
         return None
-    rest = line[found.end() :]
+    rest = line[match.end() :]
     end = _closing(rest) if rest.startswith("(") else rest.find(" ")
     result, rest = rest[:end], rest[end:].lstrip()
     opcode, bracket, _ = rest.partition("(")
@@ -134,21 +137,21 @@ def _instruction(line: str) -> _Instruction | None:
     end = len(opcode) + _closing(rest[len(opcode) :])
     text = rest[len(opcode) + 1 : end - 1]
     operands = tuple(re.findall(r"%([\w.\-]+)", text))
-    return _Instruction(found[2], result, opcode, operands, rest[end:], bool(found[1]), text)
+    return _Instruction(match[2], result, opcode, operands, rest[end:], bool(match[1]), text)
 
 
 def _closing(text: str) -> int:
-    """Behind the bracket that closes the first."""
+    """The position after the parenthesis that closes the first one."""
     depth = 0
-    for place, character in enumerate(text):
+    for position, character in enumerate(text):
         depth += (character == "(") - (character == ")")
         if depth == 0:
-            return place + 1
+            return position + 1
     return len(text)
 
 
 def _shapes(result: str, *, on_chip: bool) -> Iterator[int]:
-    """The bytes of each array of a result; those that stay on the chip only where asked for."""
+    """The bytes of each array of a result; `on_chip` includes arrays that stay on the chip."""
     for kind, dimensions, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", result):
         if not on_chip and "S(" in layout:
             continue
@@ -162,13 +165,13 @@ def _moved(
     named: Mapping[str, _Instruction],
     computations: Mapping[str, Mapping[str, _Instruction]],
 ) -> float:
-    """What an instruction reads and writes."""
+    """The bytes that an instruction reads and writes."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done"):
         return 0.0
     written = float(sum(_shapes(instruction.result, on_chip=False)))
     if opcode.endswith("-start"):
-        return written  # both ends are in its result
+        return written  # the result includes source and target
     operands = [named[name].result for name in instruction.operands if name in named]
     if opcode in _SLICING:
         return 2 * written
@@ -184,19 +187,19 @@ def _moved(
         updates = [one for one in inside.values() if one.opcode == "dynamic-update-slice"]
         for update in updates:
             whole = sum(_shapes(update.result, on_chip=True))
-            if whole <= written:  # in place: only the slice is written
+            if whole <= written:  # updated in place, so that only the slice is written
                 part = inside.get(update.operands[1])
                 written -= whole - (sum(_shapes(part.result, on_chip=True)) if part else 0)
     return written + sum(read)
 
 
 def _slices_of_parameters(fused: Mapping[str, _Instruction]) -> dict[int, int]:
-    """Number of a parameter -> bytes read of it, for those of which only slices are read."""
+    """Number of a parameter -> bytes read of it, for parameters that are only read in slices."""
     users = collections.defaultdict(list)
     for instruction in fused.values():
         for operand in dict.fromkeys(instruction.operands):
             users[operand].append(instruction)
-    found = {}
+    slices = {}
     for name, parameter in fused.items():
         if parameter.opcode != "parameter" or not users[name]:
             continue
@@ -209,12 +212,12 @@ def _slices_of_parameters(fused: Mapping[str, _Instruction]) -> dict[int, int]:
             else:
                 break
         else:
-            found[int(parameter.text)] = sum(sizes)
-    return found
+            slices[int(parameter.text)] = sum(sizes)
+    return slices
 
 
 def _received(instruction: _Instruction) -> float:
-    """What a collective brings to a device, going round a ring."""
+    """The bytes that a device receives from a collective, if it is a ring."""
     collective = re.fullmatch(
         r"(all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute"
         r"|collective-broadcast)(-start)?",
@@ -225,7 +228,7 @@ def _received(instruction: _Instruction) -> float:
     kind, started = collective[1], collective[2] is not None
     sizes = [*_shapes(instruction.result, on_chip=True)]
     if started and kind in ("all-gather", "collective-permute"):
-        # What goes in, what comes out, and on a TPU two marks behind a permutation.
+        # Inputs, then outputs; on a TPU, a permutation has two more marks at its end.
         marked = re.search(r"u32\[\]\S*, u32\[\]\S*\)$", instruction.result)
         arrays = sizes[:-2] if marked else sizes
         sizes = arrays[len(arrays) // 2 :]
@@ -240,16 +243,16 @@ def _received(instruction: _Instruction) -> float:
 
 
 def _group_size(attributes: str) -> int | None:
-    """Among how many devices a collective goes; `None` where its text does not say."""
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
-        return int(found[1])
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return found[1].count(",") + 1
+    """The number of devices that take part in a collective; `None` if its text does not say."""
+    if group := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(group[1])
+    if group := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return group[1].count(",") + 1
     return None
 
 
 def _trips(loop: _Instruction, computations: Mapping[str, Mapping[str, _Instruction]]) -> float:
-    """How often a loop runs: by the compiler, or by the bound of its counter, else 1."""
+    """The number of a loop's iterations, from the compiler or the counter's bound; otherwise 1."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return float(known[1])
     condition = re.search(r"condition=%([\w.\-]+)", loop.attributes)
@@ -269,17 +272,17 @@ def _programs_of(equation: Any) -> Iterator[Any]:
 
 
 def _times(equation: Any) -> float:
-    """How often what is inside of an equation runs."""
+    """How often the programs inside an equation run."""
     name, params = equation.primitive.name, equation.params
     if name == "scan":
         return float(params["length"])
     if name == "shard_map":
-        mesh = params["mesh"]  # over its other axes the compiler spreads what is inside
+        mesh = params["mesh"]  # the compiler divides the body over the other axes
         return float(math.prod(mesh.shape[axis] for axis in params["newly_manual_axes"]))
     if name == "pallas_call":
         return float(math.prod(params["grid_mapping"].grid))
     if name == "while":
-        # A `fori_loop`'s counter and its bound lead what it carries.
+        # The carry of a `fori_loop` begins with its counter and its bound.
         carried = equation.invars[params["cond_nconsts"] + params["body_nconsts"] :]
         bounds = [int(one.val) for one in carried[:2] if isinstance(one, core.Literal)]
         if len(bounds) == 2:

@@ -1,4 +1,4 @@
-"""What share of the devices' arithmetic a run's model takes."""
+"""Model FLOPs utilization: the share of the devices' peak rate that a run's model uses."""
 
 import math
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ __all__ = ["model_flops", "peak_flops"]
 
 
 def model_flops(settings: Settings, towers: Towers) -> float:
-    """Products and sums of one step that the model itself asks for.
+    """Count the floating-point operations that the model needs in one step.
 
-    The matrix products of both sides' encoding and of the scores of all queries with all keys,
-    three times: forward, and backward to both factors. What is computed again to spare memory,
-    negatives beside the batch and a momentum encoder do not count.
+    These are the matrix products of encoding both sides and of scoring all queries against all
+    keys, counted three times: once forward, and twice backward. Recomputation, negatives in
+    addition to in-batch negatives, and a momentum encoder do not count.
 
     Reference:
       Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, appendix B.
@@ -41,6 +41,6 @@ def model_flops(settings: Settings, towers: Towers) -> float:
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
-    """What the devices can do in a second in bfloat16, by their maker; `None` where not known."""
+    """The sum of the devices' peak rates in bfloat16, in FLOP/s; `None` if one is unknown."""
     chips = [chip_of(device.device_kind) for device in devices]
     return math.fsum(chip.flops for chip in chips if chip) if all(chips) else None
