@@ -23,8 +23,8 @@ from jaxcl.settings.parts import OPTIMIZERS, option_fields
 def get_config() -> ConfigDict:
     """The defaults; `None` means that a setting is off, or what its comment says."""
     config = ConfigDict()
-    config.seed = 0
-    config.steps = 300
+    config.seed = 0  # of all random draws
+    config.steps = 300  # updates; the schedule of the learning rate ends there
     config.global_batch_size = 1_024  # pairs over all devices and hosts
     # A workdir, or WORKDIR/checkpoints/STEP, whose encoders and tokenizer a new run starts with.
     config.init_from = placeholder(str)
@@ -94,14 +94,14 @@ def _model() -> ConfigDict:
 def _augmentation() -> ConfigDict:
     augmentation = ConfigDict()
     augmentation.name = placeholder(str)  # "token_dropout" or "span_masking"; None changes nothing
-    augmentation.sides = ("query", "key")
+    augmentation.sides = ("query", "key")  # the sides that it changes
     augmentation.options = option_fields(AUGMENTATIONS)
     return augmentation
 
 
 def _loss() -> ConfigDict:
     loss = ConfigDict()
-    loss.name = "infonce"
+    loss.name = "infonce"  # a loss of jaxcl/losses/README.md
     loss.options = option_fields(LOSSES)  # of all losses; None is the loss's own default
     loss.exchange = "gather"  # or "ring"
     loss.implementation = placeholder(str)  # None takes the best that runs here
@@ -110,9 +110,10 @@ def _loss() -> ConfigDict:
     # Columns of a batch whose equal entries are no negatives of each other: "row", "text" (equal
     # queries or keys), "group".
     loss.masks = ("row",)
-    # How much less similar than the positive a negative must be: by this amount, or by this share.
+    # Negatives must be less similar than the positive, by this amount, or by this share of it.
     loss.margin = placeholder(float)
-    loss.relative_margin = placeholder(float)
+    loss.relative_margin = placeholder(float)  # the same as a share of the positive's similarity
+    # The learned temperature starts at initial and stays in its range.
     loss.temperature = ConfigDict({"initial": 0.05, "minimum": 0.01, "maximum": 1.0})
     return loss
 
@@ -132,13 +133,15 @@ def _negatives() -> ConfigDict:
         | {"margin": placeholder(float), "relative_margin": placeholder(float)}
         | {"sampling": "random"}  # or "top"
     )
-    # The shares of the groups in a stratified draw: "rows", "equal", or "weights", which gives
-    # ((group, weight), …). A group field of texts numbers them in alphabetical order.
+    # The shares of the groups in a stratified draw: "rows", "equal", or "weights".
     negatives.proportions = "rows"
+    # ((group, weight), …). A group field of texts is numbered in alphabetical order.
     negatives.weights = ()
     # The share of the momentum encoder that an update keeps, from the first step to the last.
     negatives.momentum_encoder = ConfigDict({"initial": placeholder(float), "final": 1.0})
-    negatives.guide = placeholder(str)  # who judges margins: "momentum", "data", or None, the model
+    # The guide model, whose similarities decide about margins: "momentum", "data", or None, the
+    # model itself.
+    negatives.guide = placeholder(str)
     return negatives
 
 
@@ -160,16 +163,16 @@ def _assignment() -> ConfigDict:
     # How long the search is: "light" trains as well as "full", which closes more of the gap in
     # three times the time. Each of the next seven replaces the preset's value unless it is None.
     gcbs.preset = "light"
-    gcbs.neighbours = placeholder(int)
+    gcbs.neighbours = placeholder(int)  # hard negatives of each row in the graph
     gcbs.starts = placeholder(int)  # random initial directions of a split
-    gcbs.walks = placeholder(int)
-    gcbs.swaps = placeholder(int)
-    gcbs.refinements = placeholder(int)
+    gcbs.walks = placeholder(int)  # steps of the random walk in each split
+    gcbs.swaps = placeholder(int)  # rounds of swaps after each split
+    gcbs.refinements = placeholder(int)  # rounds of swaps between any two blocks at the end
     gcbs.graph = placeholder(str)  # "exact" or "clustered"
-    gcbs.similarity_cap = placeholder(float)
+    gcbs.similarity_cap = placeholder(float)  # more similar rows are not connected
     gcbs.embeddings = "encode"  # or "bank", which needs an instance bank and no pass over the data
-    gcbs.random_initial = 0.0  # the share of random blocks at the first step, and at the last
-    gcbs.random_final = 0.0
+    gcbs.random_initial = 0.0  # the share of random blocks at the first step
+    gcbs.random_final = 0.0  # the same at the last step
     gcbs.apart = ("text",)  # columns whose equal entries never share a batch: "text", "group"
     gcbs.picture = False  # of the similarities, at each refresh; needs matplotlib
     assignment.gcbs = gcbs
@@ -177,8 +180,10 @@ def _assignment() -> ConfigDict:
 
 
 def _optimizer() -> ConfigDict:
-    optimizer = ConfigDict({"name": "adam", "schedule": "warmup_cosine"})
-    optimizer.learning_rate = 2e-3
+    optimizer = ConfigDict()
+    optimizer.name = "adam"  # or "lion" or "sgd"
+    optimizer.schedule = "warmup_cosine"  # or "warmup_constant", which allows a run to be extended
+    optimizer.learning_rate = 2e-3  # at its peak
     optimizer.warmup_steps = 30
     optimizer.weight_decay = 0.0  # of matrices
     optimizer.clip_norm = 1.0  # of the whole gradient; 0 clips nothing
@@ -196,8 +201,8 @@ def _run() -> ConfigDict:
     run.mesh = ConfigDict({"data": -1, "fsdp": 1})
     # Along which dimension fsdp cuts a parameter, if not its longest: ((path, number or None), …).
     run.parameter_rules = ()
-    run.log_every = 10
-    run.evaluate_every = 100
-    run.checkpoint_every = 100
-    run.keep_checkpoints = 2
+    run.log_every = 10  # steps between two lines of metrics
+    run.evaluate_every = 100  # steps between evaluations
+    run.checkpoint_every = 100  # steps between checkpoints
+    run.keep_checkpoints = 2  # the number of the newest checkpoints that stay
     return run
