@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from jaxcl.data.loader import training_batches
 from jaxcl.data.prepare import RunData, prepare_data, remembered_from
 from jaxcl.data.row_negatives import RowNegatives
+from jaxcl.data.table import label_column
 from jaxcl.evaluation.held_out import check_evaluation, evaluate_run, quick_metrics
 from jaxcl.host.agreement import check_processes_agree
 from jaxcl.host.command import join_processes, run_command
@@ -266,7 +267,7 @@ def _mined_negatives(state: TrainState, data: RunData) -> RowNegatives:
 def _training_rows(data: RunData) -> tuple[int, Int[np.ndarray, " n"]]:
     """The number of training rows, and the group of each."""
     table = data.tables["train"]
-    return table.num_rows, table.labels(np.arange(table.num_rows))["group"]
+    return table.num_rows, label_column(table, "group")
 
 
 def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from jaxcl.data.row_negatives import RowNegatives, read_negatives
 from jaxcl.data.row_topics import RowTopics, read_topics
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import ConcatenatedPairs, open_splits
-from jaxcl.data.table import Table
+from jaxcl.data.table import Table, label_column
 from jaxcl.host.files import read_json_object, write_whole
 from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.settings.derived import data_set_names
@@ -80,8 +80,7 @@ class RunData(NamedTuple):
         """
         train = self.sources["train"]
         if by == "group":
-            table = self.tables["train"]
-            return table.labels(np.arange(table.num_rows))["group"]
+            return label_column(self.tables["train"], "group")
         if by == "data_set" and isinstance(train, ConcatenatedPairs):
             return train.data_set_of_row
         if by == "topic" and self.topics is not None:

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.sparse
 
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import ConcatenatedPairs
-from jaxcl.typing import Int
+from jaxcl.typing import Int, Integer
 
-__all__ = ["joined_numbers", "split_labels"]
+__all__ = ["equal_rows", "joined_numbers", "split_labels"]
 
 
 def split_labels(
@@ -38,20 +37,66 @@ def joined_numbers(
     """A number that rows share if they are connected by equal queries or equal keys.
 
     Rows are the edges of a graph from queries to keys; rows of one connected component share a
-    number. None of them is a negative of another.
+    number, and components are numbered by their first rows. No row is a negative of another row of
+    its component.
 
     Args:
-      queries: a number per row, equal for equal queries.
+      queries: a number per row, at least 0 and equal for equal queries.
       keys: the same for keys.
+
+    Returns:
+      int32, from 0 without gaps.
 
     Example:
       >>> joined_numbers(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 2])).tolist()
       [0, 0, 0, 1]
     """
-    num_queries = int(queries.max()) + 1
-    size = num_queries + int(keys.max()) + 1
-    edges = scipy.sparse.coo_array(
-        (np.ones(len(queries), np.int8), (queries, num_queries + keys)), shape=(size, size)
-    )
-    _, part = scipy.sparse.csgraph.connected_components(edges, directed=False)
-    return part[queries].astype(np.int32)
+    sides = [_first_rows(queries), _first_rows(keys)]
+    first = sides[0].copy()  # the first known row of each row's component
+    while True:
+        before = first.copy()
+        for others in sides:
+            _take_least(first, others)
+        # The component's first row as known before learns of the better one, and with it all rows
+        # that point there: the number of rounds is logarithmic.
+        np.minimum.at(first, before, first)
+        first = first[first]
+        if np.array_equal(first, before):
+            break
+    numbers = np.cumsum(first == np.arange(len(first), dtype=np.int32), dtype=np.int32) - 1
+    return numbers[first]
+
+
+def equal_rows(digests: Integer[np.ndarray, "n 2"]) -> Int[np.ndarray, " n"]:
+    """For each row, the number of the first row with an equal digest of 128 bits.
+
+    Takes about 60 bytes a row.
+
+    Example:
+      >>> equal_rows(np.array([[7, 1], [7, 0], [7, 1]], np.uint64)).tolist()
+      [0, 1, 0]
+    """
+    # Stable, so that equal digests keep the order of their rows.
+    order = np.lexsort((digests[:, 1], digests[:, 0])).astype(np.int32)
+    starts = np.zeros(len(order), bool)
+    starts[:1] = True
+    for word in digests.T:
+        ordered = word[order]
+        starts[1:] |= ordered[1:] != ordered[:-1]
+    first_rows = order[starts]
+    first = np.empty(len(order), np.int32)
+    first[order] = first_rows[np.cumsum(starts, dtype=np.int32) - 1]
+    return first
+
+
+def _first_rows(numbers: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """For each row, the first row with an equal number."""
+    first = np.full(numbers.max(initial=-1) + 1, len(numbers), np.int32)
+    np.minimum.at(first, numbers, np.arange(len(numbers), dtype=np.int32))
+    return first[numbers]
+
+
+def _take_least(values: Int[np.ndarray, " n"], first_rows: Int[np.ndarray, " n"]) -> None:
+    """Set each row's value to the least one of the rows with the same first row."""
+    np.minimum.at(values, first_rows, values)
+    values[:] = values[first_rows]

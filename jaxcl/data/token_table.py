@@ -1,6 +1,5 @@
 """Token ids of a whole split, computed once and then read from disk by row number."""
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -14,10 +13,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxcl.data.checked_array import CheckedArray, DamagedArray, array_record
-from jaxcl.data.row_checks import checked_int32
-from jaxcl.data.row_labels import split_labels
 from jaxcl.data.sources import PairSource
 from jaxcl.data.text_rule import TextRule, TextTokenizer, as_inputs, input_spec
+from jaxcl.data.token_columns import write_token_columns
 from jaxcl.data.tokenizer import tokenizer_fingerprint
 from jaxcl.host.files import read_sealed_json, write_sealed_json
 from jaxcl.host.progress import say
@@ -28,7 +26,6 @@ __all__ = ["TokenTable", "build_token_table"]
 
 _FORMAT = 4
 _INDEX_FILE = "table.json"
-_CHUNK_ROWS = 4096
 
 
 class TokenTable(NamedTuple):
@@ -238,9 +235,9 @@ def _as_table(
             side: _Tokens(arrays[f"{side}_tokens"], functools.partial(mended, side))
             for side in texts
         },
-        offsets={side: np.array(arrays[f"{side}_offsets"].whole()) for side in texts},
-        group=np.array(arrays["group"].whole()),
-        text=np.array(arrays["text"].whole()),
+        offsets={side: arrays[f"{side}_offsets"].copy() for side in texts},
+        group=arrays["group"].copy(),
+        text=arrays["text"].copy(),
         rules={side: text.rule for side, text in texts.items()},
         prompt_length={side: text.prompt_length for side, text in texts.items()},
     )
@@ -269,8 +266,7 @@ def _write(
         with staging_folder(path) as folder:
             made = folder / "table"
             made.mkdir()
-            for name, column in _encode(source, texts, made, advance).items():
-                np.save(made / f"{name}.npy", column)
+            write_token_columns(source, texts, made, advance)
             columns = {file.stem: array_record(file) for file in sorted(made.glob("*.npy"))}
             write_sealed_json(made / _INDEX_FILE, {"made_from": made_from, "columns": columns})
             put_in_place(made, path, replace=replace)
@@ -281,47 +277,3 @@ def _write(
             f"cannot write the token table {path} ({error}); make room there, or set run.data_dir "
             "to another folder"
         ) from error
-
-
-def _encode(
-    source: PairSource,
-    texts: Mapping[str, TextTokenizer],
-    folder: Path,
-    advance: Callable[[int], None],
-) -> dict[str, np.ndarray]:
-    """Writes the token ids of all rows into a folder, and returns the other columns by name."""
-    num_ids = max(text.num_ids for text in texts.values())
-    dtype = np.uint16 if num_ids <= 1 << 16 else np.uint32
-    group = np.zeros(len(source), np.int32)
-    lengths = {side: np.zeros(len(source), np.int64) for side in texts}
-    numbers: dict[str, dict[bytes, int]] = {side: {} for side in texts}
-    same = {side: np.zeros(len(source), np.int64) for side in texts}
-    with contextlib.ExitStack() as open_files:
-        files = {
-            side: open_files.enter_context(open(folder / f"{side}.raw", "wb")) for side in texts
-        }
-        for first in range(0, len(source), _CHUNK_ROWS):
-            rows = np.arange(first, min(first + _CHUNK_ROWS, len(source)))
-            records = source.read(rows)
-            groups = [record.get("group", 0) for record in records]
-            group[rows] = checked_int32(groups, what="group", first_row=first)
-            for side, file in files.items():
-                values = [record[side] for record in records]
-                ids = texts[side].tokenize(values, what=f"{side} of row", first=first)
-                lengths[side][rows] = [len(row) for row in ids]
-                same[side][rows] = [
-                    numbers[side].setdefault(_digest(row), len(numbers[side])) for row in ids
-                ]
-                file.write(np.concatenate(ids).astype(dtype).tobytes())
-            advance(len(rows))
-    columns = split_labels(source, group, [same[side] for side in texts])
-    for side in texts:
-        raw = folder / f"{side}.raw"
-        columns[f"{side}_tokens"] = np.fromfile(raw, dtype)
-        columns[f"{side}_offsets"] = np.append(0, np.cumsum(lengths[side]))
-        raw.unlink()
-    return columns
-
-
-def _digest(tokens: Integer[np.ndarray, " t"]) -> bytes:
-    return hashlib.blake2b(np.asarray(tokens, np.uint32).tobytes(), digest_size=16).digest()

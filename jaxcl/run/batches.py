@@ -22,6 +22,7 @@ from jaxcl.assignment import (
 )
 from jaxcl.assignment.gap import GapMeasure
 from jaxcl.data.prepare import RunData
+from jaxcl.data.table import label_column
 from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.ops.mesh import fetch, put_rows
@@ -202,8 +203,7 @@ class RunBatches:
         )
 
     def _labels(self, rule: GcbsRule) -> tuple[Int[np.ndarray, " n"], ...]:
-        labels = self._table.labels(np.arange(self._num_rows))
-        return tuple(labels[name] for name in rule.apart)
+        return tuple(label_column(self._table, name) for name in rule.apart)
 
     def _assigned(self, state: TrainState) -> Assigned | None:
         """What the last refresh chose; `None` before the first."""

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jaxcl.data import modalities
+from jaxcl.data import table as table_module
 from jaxcl.data.sources import InMemoryPairs
-from jaxcl.data.table import SidesTable, Table, join_sides, table_batch
+from jaxcl.data.table import SidesTable, Table, join_sides, label_column, table_batch
 from jaxcl.models import StaticEncoder, make_towers
 from jaxcl.models.augmentations import token_dropout
 from jaxcl.run.opened import OpenedRun
@@ -195,3 +196,12 @@ def test_an_augmentation_is_turned_off_by_its_name_alone():
     for field in ("augmentation.options.rate", "augmentation.sides"):
         with pytest.raises(ValueError, match=f"{field} has no effect here: augmentation.name"):
             read_settings(off, changed=[field])
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 4, 5])
+def test_a_label_of_all_rows_is_read_in_parts(monkeypatch, rows_at_once):
+    monkeypatch.setattr(table_module, "_ROWS_AT_ONCE", rows_at_once)
+    table = NumberTable(NUMBERS)
+    assert label_column(table, "text").tolist() == [0, 1, 2, 1]
+    assert label_column(table, "row").tolist() == [0, 1, 2, 3]
+    assert label_column(table, "row").dtype == np.int32

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from jaxcl.data import checked_array, token_table
+from jaxcl.data import checked_array, token_columns, token_table
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.table import table_batch
 from jaxcl.data.text_rule import TextRule, TextTokenizer
@@ -36,7 +36,7 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Three chunks, the last of them short."""
-    monkeypatch.setattr(token_table, "_CHUNK_ROWS", 4)
+    monkeypatch.setattr(token_columns, "_CHUNK_ROWS", 4)
 
 
 class CountingPairs(InMemoryPairs):
@@ -83,7 +83,7 @@ def test_the_table_holds_what_encoding_each_text_gives(tokenizer, tmp_path, add_
 
 @pytest.mark.parametrize("chunk_rows", [1, NUM_ROWS - 1, NUM_ROWS, NUM_ROWS + 1])
 def test_the_size_of_the_chunks_does_not_matter(tokenizer, tmp_path, chunk_rows, monkeypatch):
-    monkeypatch.setattr(token_table, "_CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(token_columns, "_CHUNK_ROWS", chunk_rows)
     tokens = build(pairs(), tokenizer, tmp_path).side("key", np.arange(NUM_ROWS))["tokens"]
     np.testing.assert_array_equal(tokens, directly(tokenizer, KEYS, width=MAX_TOKENS["key"]))
 
