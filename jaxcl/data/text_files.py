@@ -11,20 +11,23 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxcl.host.files import open_regular
 from jaxcl.host.paths import AnyPath
 
-__all__ = ["TEXT_FILES", "read_records", "read_texts", "text_of"]
+__all__ = ["TEXT_FILES", "kind_of", "read_records", "read_rows", "read_texts", "text_of"]
 
-Records = Iterator[tuple[str, dict[str, Any]]]
+T = TypeVar("T")
+Records = Generator[tuple[str, dict[str, Any]], None, None]
+Rows = Generator[tuple[str, list[str]], None, None]
 
 _MAX_LINE = 64 * 2**20
 """The most bytes of a line; the longest real lines have a few million."""
 _BLOCK_LETTERS = 16 * 2**20
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def read_texts(
@@ -46,10 +49,10 @@ def read_texts(
         with its number.
       OSError: if the file cannot be read.
     """
-    kind = _kind_of(path, kind)
+    kind = kind_of(path, kind)
     fields = None if kind == ".txt" else (field,)
     name = "text" if kind == ".txt" else field
-    records = _read(path, kind, fields)
+    records = _read(path, functools.partial(TEXT_FILES[kind], fields=fields))
     return _blocks((text_of(record, name, where) for where, record in records), block_size)
 
 
@@ -71,7 +74,26 @@ def read_records(
       ValueError: for an unknown kind of file; while iterating, for a damaged line, with its number.
       OSError: if the file cannot be read.
     """
-    return _read(path, _kind_of(path, kind), fields)
+    return _read(path, functools.partial(TEXT_FILES[kind_of(path, kind)], fields=fields))
+
+
+def read_rows(path: AnyPath) -> Rows:
+    """Read the rows of a CSV or TSV file one by one, as lists; a header is the first of them.
+
+    Args:
+      path: the file.
+
+    Returns:
+      An iterator over pairs: where a row is, and its values. Empty lines are left out.
+
+    Raises:
+      ValueError: for another kind of file; while iterating, for a damaged line, with its number.
+      OSError: if the file cannot be read.
+    """
+    kind = kind_of(path)
+    if kind not in _DELIMITERS:
+        raise ValueError(f"{path} is no table; give a file of {' or '.join(_DELIMITERS)}")
+    return _read(path, functools.partial(_rows, delimiter=_DELIMITERS[kind]))
 
 
 def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
@@ -97,7 +119,12 @@ def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
     return text
 
 
-def _kind_of(path: AnyPath | None, kind: str | None) -> str:
+def kind_of(path: AnyPath | None, kind: str | None = None) -> str:
+    """The given kind of a file, or the one that its suffix names.
+
+    Raises:
+      ValueError: if it is none of `TEXT_FILES`.
+    """
     if kind is None and path is not None:
         suffixes = PurePath(path.name.lower()).suffixes
         kind = next(reversed([one for one in suffixes if one != ".gz"]), "")
@@ -107,14 +134,16 @@ def _kind_of(path: AnyPath | None, kind: str | None) -> str:
     return kind
 
 
-def _read(path: AnyPath | None, kind: str, fields: Sequence[str] | None) -> Records:
+def _read(
+    path: AnyPath | None, parse: Callable[[Any], Iterator[tuple[str, T]]]
+) -> Generator[tuple[str, T], None, None]:
     name = "standard input" if path is None else str(path)
     with contextlib.ExitStack() as stack:
         file = sys.stdin.buffer if path is None else stack.enter_context(open_regular(path))
         if path is not None and path.name.lower().endswith(".gz"):
             file = stack.enter_context(gzip.open(file))
         try:
-            for where, record in TEXT_FILES[kind](file, fields):
+            for where, record in parse(file):
                 yield f"{name}: {where}", record
         except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error
@@ -165,11 +194,21 @@ def _json_lines(file: Any, fields: Sequence[str] | None) -> Records:
 
 
 def _separated(file: Any, fields: Sequence[str] | None, *, delimiter: str) -> Records:
-    lines = (f"{line}\n" for _, line in _lines(file))
-    csv.field_size_limit(max(csv.field_size_limit(), _MAX_LINE))  # the default is 131,072 letters
-    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    reader = csv.DictReader(_table_lines(file), delimiter=delimiter, strict=True)
     for record in reader:
         yield f"line {reader.line_num}", record
+
+
+def _rows(file: Any, *, delimiter: str) -> Rows:
+    reader = csv.reader(_table_lines(file), delimiter=delimiter, strict=True)
+    for row in reader:
+        if row:
+            yield f"line {reader.line_num}", row
+
+
+def _table_lines(file: Any) -> Iterator[str]:
+    csv.field_size_limit(max(csv.field_size_limit(), _MAX_LINE))  # the default is 131,072 letters
+    return (f"{line}\n" for _, line in _lines(file))
 
 
 def _parquet(file: Any, fields: Sequence[str] | None) -> Records:
@@ -194,8 +233,7 @@ def _no_field(field: str, names: Iterable[str]) -> str:
 TEXT_FILES: Mapping[str, Callable[..., Records]] = {
     ".txt": _plain_lines,
     ".jsonl": _json_lines,
-    ".csv": functools.partial(_separated, delimiter=","),
-    ".tsv": functools.partial(_separated, delimiter="\t"),
+    **{kind: functools.partial(_separated, delimiter=one) for kind, one in _DELIMITERS.items()},
     ".parquet": _parquet,
 }
 """Suffix of a file -> a function `(file, fields) -> records`, each with its line or row."""

@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from jaxcl.data import text_files
-from jaxcl.data.text_files import TEXT_FILES, read_records, read_texts, text_of
+from jaxcl.data.text_files import TEXT_FILES, read_records, read_rows, read_texts, text_of
 
 TEXTS = ["parse a date", "", 'say "hi", twice', "naïve\u2028café", "tab\tand comma,"]
 
@@ -165,3 +165,21 @@ def test_records_come_with_their_lines(tmp_path):
     assert text_of(first, "text", where) == "a"
     with pytest.raises(ValueError, match="line 2: there is no field 'text'; the fields are id"):
         text_of(second, "text", later)
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv", ".tsv.gz"])
+def test_the_rows_of_a_table_include_its_first_and_repeated_values(tmp_path, kind):
+    separator = "," if kind == ".csv" else "\t"
+    lines = [["a", "a", "5.0"], ['"b\r\nc"', "", "1"]]
+    content = "\r\n\r\n".join(separator.join(line) for line in lines).encode("utf-8-sig")
+    path = tmp_path / f"rows{kind}"
+    path.write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
+    assert list(read_rows(path)) == [
+        (f"{path}: line 1", ["a", "a", "5.0"]),
+        (f"{path}: line 4", ["b\nc", "", "1"]),
+    ]
+
+
+def test_the_rows_of_other_files_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.jsonl is no table; give a file of \.csv or \.tsv"):
+        read_rows(tmp_path / "a.jsonl")
