@@ -18,7 +18,15 @@ from typing import Any, TypeVar
 from jaxcl.host.files import open_regular
 from jaxcl.host.paths import AnyPath
 
-__all__ = ["TEXT_FILES", "kind_of", "read_records", "read_rows", "read_texts", "text_of"]
+__all__ = [
+    "TEXT_FILES",
+    "is_text_file",
+    "kind_of",
+    "read_records",
+    "read_rows",
+    "read_texts",
+    "text_of",
+]
 
 T = TypeVar("T")
 Records = Generator[tuple[str, dict[str, Any]], None, None]
@@ -126,12 +134,21 @@ def kind_of(path: AnyPath | None, kind: str | None = None) -> str:
       ValueError: if it is none of `TEXT_FILES`.
     """
     if kind is None and path is not None:
-        suffixes = PurePath(path.name.lower()).suffixes
-        kind = next(reversed([one for one in suffixes if one != ".gz"]), "")
+        kind = _suffix(path)
     if kind is None or kind not in TEXT_FILES:
         name = "standard input" if path is None else str(path)
         raise ValueError(f"{name} has an unknown suffix; give one of {', '.join(TEXT_FILES)}")
     return kind
+
+
+def is_text_file(path: AnyPath) -> bool:
+    """Whether a path is a file with a suffix of `TEXT_FILES`, compressed or not."""
+    return path.is_file() and _suffix(path) in TEXT_FILES
+
+
+def _suffix(path: AnyPath) -> str:
+    suffixes = PurePath(path.name.lower()).suffixes
+    return next(reversed([one for one in suffixes if one != ".gz"]), "")
 
 
 def _read(

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from jaxcl.data.text_files import TEXT_FILES, is_text_file
+from jaxcl.evaluation.pair_classification import has_labels, open_pair_set
 from jaxcl.evaluation.protocol import EvaluationSet
+from jaxcl.evaluation.sts import open_sts_set
 from jaxcl.host.paths import AnyPath
 
 __all__ = ["KINDS", "Kind", "open_set"]
@@ -23,15 +26,21 @@ class Kind(NamedTuple):
     open: Callable[[AnyPath], EvaluationSet]
 
 
-KINDS: dict[str, Kind] = {}
+_FILE = f"a file ({', '.join(TEXT_FILES)})"
+KINDS: dict[str, Kind] = {
+    "pairs": Kind(f"{_FILE} of pairs of texts with labels 0 and 1", has_labels, open_pair_set),
+    "sts": Kind(f"{_FILE} of pairs of texts with scores", is_text_file, open_sts_set),
+}
 """Name of a kind -> how to recognise and open it. The first that recognises a path opens it."""
 
 
-def open_set(path: AnyPath) -> EvaluationSet:
+def open_set(path: AnyPath, *, kind: str | None = None) -> EvaluationSet:
     """Open an evaluation set of any kind.
 
     Args:
       path: a file or folder of one of `KINDS`.
+      kind: the name of its kind; `None` recognises it. Scores that happen to be 0 or 1 need it, as
+        pairs with such scores are taken for pair classification.
 
     Raises:
       FileNotFoundError: if there is no such file or folder.
@@ -40,8 +49,12 @@ def open_set(path: AnyPath) -> EvaluationSet:
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no evaluation set {path}; give a file or a folder")
-    for kind in KINDS.values():
-        if kind.recognises(path):
-            return kind.open(path)
-    expected = "; or ".join(kind.expected for kind in KINDS.values())
+    if kind is not None:
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r} is unknown; use {' or '.join(KINDS)}")
+        return KINDS[kind].open(path)
+    for one in KINDS.values():
+        if one.recognises(path):
+            return one.open(path)
+    expected = "; or ".join(one.expected for one in KINDS.values())
     raise ValueError(f"{path} is no evaluation set; give {expected}")

@@ -47,3 +47,49 @@ def test_a_path_of_no_kind_is_an_error_that_lists_what_is_expected(tmp_path):
 def test_a_path_that_does_not_exist_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no evaluation set"):
         open_set(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("a.csv", "a,b,5.0\nc,d,1\n", "sts"),
+        ("a.tsv", "sentence1\tsentence2\tscore\na\tb\t0.5\nc\td\t1\n", "sts"),
+        ("a.csv", "a,b,0\nc,d,1\n", "pairs"),
+        ("a.jsonl", '{"text1": "a", "text2": "b", "label": 1}\n' * 2, "error"),
+        (
+            "a.jsonl",
+            '{"text1": "a", "text2": "b", "label": true}\n'
+            '{"text1": "a", "text2": "c", "label": false}',
+            "pairs",
+        ),
+    ],
+)
+def test_labels_and_scores_tell_pairs_from_semantic_similarity(tmp_path, name, content, kind):
+    path = tmp_path / name
+    path.write_text(content)
+    if kind == "error":
+        with pytest.raises(ValueError, match=r"a\.jsonl: the labels of 2 pairs are 1; pair"):
+            open_set(path)
+    else:
+        assert open_set(path).kind == kind
+
+
+def test_a_given_kind_opens_scores_that_look_like_labels(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("a,b,0\nc,d,1\n")
+    assert open_set(path, kind="sts").kind == "sts"
+    path.write_text("a,b,0\nc,d,1\ne,f,0.5\n")
+    with pytest.raises(ValueError, match=r"a\.csv: the labels of 3 pairs are 0, 0\.5, 1; pair"):
+        open_set(path, kind="pairs")
+    with pytest.raises(ValueError, match=r"kind='st' is unknown; use .*pairs or sts"):
+        open_set(path, kind="st")
+    path.write_text("a,b,2\nc,d,2\n")
+    with pytest.raises(ValueError, match=r"a\.csv: 2 pairs with scores from 2 to 2 have no"):
+        open_set(path)
+
+
+def test_a_file_of_other_records_names_what_it_lacks(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"query": "a"}')
+    with pytest.raises(ValueError, match="line 1: none of the fields query is known to hold two"):
+        open_set(path)

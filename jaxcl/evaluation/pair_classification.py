@@ -1,0 +1,231 @@
+"""Pair classification: do the similarities of a model tell positive pairs from negative ones?
+
+When not to trust it: thresholds are chosen on the pairs that they are reported on, so `f1` and
+`accuracy` are the best that any threshold reaches, and flatter small sets. Average precision needs
+no threshold. All three grow with the share of positives, so sets with different shares cannot be
+compared.
+"""
+
+import numpy as np
+
+from jaxcl.data.scored_pairs import ScoredPairs, read_scored_pairs
+from jaxcl.data.text_files import is_text_file
+from jaxcl.evaluation.bootstrap import bootstrap_interval
+from jaxcl.evaluation.pair_similarities import pair_similarities
+from jaxcl.evaluation.protocol import Encode
+from jaxcl.host.paths import AnyPath
+from jaxcl.typing import Bool, Float, Int
+
+__all__ = [
+    "PairSet",
+    "average_precision_of_resamples",
+    "best_accuracy",
+    "best_f1",
+    "has_labels",
+    "open_pair_set",
+]
+
+
+class PairSet:
+    """Pairs of texts with labels, an `EvaluationSet`.
+
+    Attributes:
+      kind: `"pairs"`.
+      pairs: the pairs; their scores are the labels.
+      fingerprint: of the pairs.
+    """
+
+    kind = "pairs"
+
+    def __init__(self, pairs: ScoredPairs, *, num_resamples: int = 1000, seed: int = 0) -> None:
+        """Take pairs of texts.
+
+        Args:
+          pairs: with the score 1 for positive pairs and 0 for negative ones; there are both.
+          num_resamples: the number of resamples of the bootstrap interval.
+          seed: of the resamples.
+
+        Raises:
+          ValueError: for other labels, or if all are equal.
+        """
+        labels = np.unique(pairs.scores)
+        if labels.tolist() != [0, 1]:
+            first = ", ".join(f"{label:g}" for label in labels[:5])
+            raise ValueError(
+                f"the labels of {len(pairs.scores)} pairs are {first or 'none'}"
+                f"{', …' if len(labels) > 5 else ''}; pair classification needs both 0 and 1, and "
+                "no others"
+            )
+        self.pairs = pairs
+        self.fingerprint = pairs.fingerprint
+        self._num_resamples = num_resamples
+        self._seed = seed
+
+    @property
+    def description(self) -> str:
+        """How the file was read."""
+        first, second, label = self.pairs.fields
+        labels = self.pairs.scores
+        return (
+            f"classification of {len(labels):,} pairs ({first}, {second}) by labels ({label}) that "
+            f"are all 0 or 1; {int(labels.sum()):,} are 1"
+        )
+
+    def evaluate(self, encode: Encode) -> dict[str, float]:
+        """Classify the pairs by the similarities of a model.
+
+        Args:
+          encode: embeds the texts.
+
+        Returns:
+          `average_precision`, with the ends of its 95 % bootstrap interval,
+          `average_precision_low` and `average_precision_high`; `f1` and `accuracy` at their best
+          thresholds, `f1_threshold` and `accuracy_threshold`, from which on a similarity counts as
+          positive; and the numbers of `pairs` and of `positives`.
+
+        Raises:
+          ValueError: if an embedding is not finite.
+        """
+        similarities = pair_similarities(self.pairs, encode)
+        labels = self.pairs.scores == 1
+
+        def statistic(counts: np.ndarray) -> Float[np.ndarray, " r"]:
+            return average_precision_of_resamples(similarities, labels, counts)
+
+        (precision,) = statistic(np.ones((1, len(labels)), np.int64))
+        low, high = bootstrap_interval(
+            statistic, len(labels), num_resamples=self._num_resamples, seed=self._seed
+        )
+        f1, f1_threshold = best_f1(similarities, labels)
+        accuracy, accuracy_threshold = best_accuracy(similarities, labels)
+        return {
+            "average_precision": float(precision),
+            "average_precision_low": low,
+            "average_precision_high": high,
+            "f1": f1,
+            "f1_threshold": f1_threshold,
+            "accuracy": accuracy,
+            "accuracy_threshold": accuracy_threshold,
+            "pairs": len(labels),
+            "positives": int(labels.sum()),
+        }
+
+
+def has_labels(path: AnyPath) -> bool:
+    """Whether a path is a file of pairs whose scores are all 0 or 1.
+
+    Raises:
+      ValueError: as `read_scored_pairs`.
+      OSError: if the file cannot be read.
+    """
+    return is_text_file(path) and bool(np.isin(read_scored_pairs(path).scores, (0, 1)).all())
+
+
+def open_pair_set(path: AnyPath) -> PairSet:
+    """Read a file of pairs with labels.
+
+    Raises:
+      ValueError: as `read_scored_pairs`, or for other labels than 0 and 1.
+      OSError: if the file cannot be read.
+    """
+    pairs = read_scored_pairs(path)
+    try:
+        return PairSet(pairs)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def average_precision_of_resamples(
+    similarities: Float[np.ndarray, " n"],
+    labels: Bool[np.ndarray, " n"],
+    counts: Int[np.ndarray, "r n"],
+) -> Float[np.ndarray, " r"]:
+    r"""The average precision of each resample, in which pair i is `counts[:, i]` times.
+
+    $$\mathrm{AP} = \sum_t (R_t - R_{t-1}) P_t$$
+
+    over the distinct similarities t from the highest down, with precision $P_t$ and recall $R_t$ of
+    the pairs whose similarity is at least t. Equal similarities thus enter together, and a model
+    that gives all pairs the same similarity has the share of positives.
+
+    Args:
+      similarities: finite; higher for pairs that are more likely positive.
+      labels: whether each pair is positive.
+      counts: how often each resample has each pair; ones for the pairs themselves.
+
+    Returns:
+      Numbers from 0 to 1; NaN without a positive pair.
+
+    Example:
+      >>> similarities, labels = np.array([0.9, 0.8, 0.7]), np.array([True, False, True])
+      >>> counts = np.array([[1, 1, 1], [2, 1, 0]])
+      >>> average_precision_of_resamples(similarities, labels, counts).round(3).tolist()
+      [0.833, 1.0]
+    """
+    order, starts = _distinct(similarities)
+    positives = np.add.reduceat(counts[:, order] * labels[order], starts, axis=1)
+    pairs = np.add.reduceat(counts[:, order], starts, axis=1)
+    precision = np.cumsum(positives, axis=1) / np.maximum(np.cumsum(pairs, axis=1), 1)
+    total = positives.sum(1)
+    return np.where(total, (positives * precision).sum(1) / np.maximum(total, 1), np.nan)
+
+
+def best_f1(
+    similarities: Float[np.ndarray, " n"], labels: Bool[np.ndarray, " n"]
+) -> tuple[float, float]:
+    """The highest harmonic mean of precision and recall at any threshold.
+
+    Args:
+      similarities: finite.
+      labels: whether each pair is positive; at least one is.
+
+    Returns:
+      The F1 score and the highest threshold that has it, halfway between two similarities.
+
+    Example:
+      >>> best_f1(np.array([0.75, 0.5, 0.25]), np.array([True, True, False]))
+      (1.0, 0.375)
+    """
+    thresholds, true_positives, predicted = _thresholds(similarities, labels)
+    return _best(2 * true_positives / (predicted + labels.sum()), thresholds)
+
+
+def best_accuracy(
+    similarities: Float[np.ndarray, " n"], labels: Bool[np.ndarray, " n"]
+) -> tuple[float, float]:
+    """The highest share of pairs that any threshold classifies correctly.
+
+    Arguments and returns as `best_f1`. Above all similarities, every pair is called negative.
+
+    Example:
+      >>> best_accuracy(np.array([0.75, 0.5, 0.25]), np.array([True, False, False]))
+      (1.0, 0.625)
+    """
+    thresholds, true_positives, predicted = _thresholds(similarities, labels)
+    true_negatives = (~labels).sum() - (predicted - true_positives)
+    return _best((true_positives + true_negatives) / len(labels), thresholds)
+
+
+def _best(scores: np.ndarray, thresholds: np.ndarray) -> tuple[float, float]:
+    best = int(scores.argmax())
+    return float(scores[best]), float(thresholds[best])
+
+
+def _distinct(similarities: Float[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
+    """The rows by falling similarity, and where in this order each distinct similarity begins."""
+    order = np.argsort(-similarities, kind="stable")
+    starts = np.flatnonzero(np.diff(similarities[order], prepend=np.inf))
+    return order, starts
+
+
+def _thresholds(
+    similarities: Float[np.ndarray, " n"], labels: Bool[np.ndarray, " n"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All thresholds that differ, falling, with the true positives and the positives of each."""
+    order, starts = _distinct(similarities)
+    ends = np.append(starts, len(labels))
+    true_positives = np.insert(np.cumsum(labels[order]), 0, 0)[ends]
+    values = similarities[order][starts].astype(np.float64)
+    above = np.nextafter(np.float32(values[0]), np.float32(np.inf))
+    halfway = (values[:-1] + values[1:]) / 2
+    return np.array([above, *halfway, values[-1]]), true_positives, ends

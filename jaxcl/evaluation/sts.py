@@ -1,0 +1,116 @@
+"""Semantic textual similarity: do the similarities of a model agree with people's scores?
+
+When not to trust it: scores say how similar two sentences are on average over annotators, and a
+model that ranks them well need not be good at retrieval. Correlations of sets with different ranges
+of scores cannot be compared. Intervals cover the choice of pairs, as if these were independent;
+sets in which many pairs share a sentence move more than the intervals say.
+"""
+
+import numpy as np
+
+from jaxcl.data.scored_pairs import ScoredPairs, read_scored_pairs
+from jaxcl.evaluation.bootstrap import bootstrap_interval
+from jaxcl.evaluation.correlation import pearson_of_resamples, spearman_of_resamples
+from jaxcl.evaluation.pair_similarities import pair_similarities
+from jaxcl.evaluation.protocol import Encode
+from jaxcl.host.paths import AnyPath
+from jaxcl.typing import Float
+
+__all__ = ["StsSet", "open_sts_set"]
+
+_CORRELATIONS = {"spearman": spearman_of_resamples, "pearson": pearson_of_resamples}
+_NOISE = 8 * float(np.finfo(np.float32).eps)
+"""Differences of similarities below this share of the largest are rounding of embeddings."""
+
+
+class StsSet:
+    """Pairs of texts with scores, an `EvaluationSet`.
+
+    Attributes:
+      kind: `"sts"`.
+      pairs: the pairs.
+      fingerprint: of the pairs.
+    """
+
+    kind = "sts"
+
+    def __init__(self, pairs: ScoredPairs, *, num_resamples: int = 1000, seed: int = 0) -> None:
+        """Take pairs of texts.
+
+        Args:
+          pairs: at least two pairs with different scores; a higher score means more similar.
+          num_resamples: the number of resamples of the bootstrap intervals.
+          seed: of the resamples.
+
+        Raises:
+          ValueError: if all scores are equal.
+        """
+        scores = pairs.scores
+        if len(scores) < 2 or scores.min() == scores.max():
+            raise ValueError(
+                f"{len(scores)} pairs with scores from {scores.min(initial=np.inf):g} to "
+                f"{scores.max(initial=-np.inf):g} have no correlation; give pairs with different "
+                "scores"
+            )
+        self.pairs = pairs
+        self.fingerprint = pairs.fingerprint
+        self._num_resamples = num_resamples
+        self._seed = seed
+
+    @property
+    def description(self) -> str:
+        """How the file was read."""
+        first, second, score = self.pairs.fields
+        low, high = self.pairs.scores.min(), self.pairs.scores.max()
+        return (
+            f"semantic similarity of {len(self.pairs.scores):,} pairs ({first}, {second}), with "
+            f"scores ({score}) from {low:g} to {high:g}"
+        )
+
+    def evaluate(self, encode: Encode) -> dict[str, float]:
+        """Correlate the similarities of a model with the scores.
+
+        Args:
+          encode: embeds the texts.
+
+        Returns:
+          `spearman` and `pearson` from -1 to 1, with the ends of their 95 % bootstrap intervals,
+          `spearman_low`, `spearman_high` and so on; and `pairs`, their number. Correlations are NaN
+          if all similarities are equal but for rounding.
+
+        Raises:
+          ValueError: if an embedding is not finite.
+        """
+        similarities = pair_similarities(self.pairs, encode)
+        figures: dict[str, float] = {}
+        for name in _CORRELATIONS:
+            figures |= self._correlation(name, similarities)
+        return {**figures, "pairs": len(similarities)}
+
+    def _correlation(self, name: str, similarities: Float[np.ndarray, " n"]) -> dict[str, float]:
+        names = (name, f"{name}_low", f"{name}_high")
+        if np.ptp(similarities) <= _NOISE * np.abs(similarities).max():
+            return dict.fromkeys(names, np.nan)
+
+        def statistic(counts: np.ndarray) -> Float[np.ndarray, " r"]:
+            return _CORRELATIONS[name](similarities, self.pairs.scores, counts)
+
+        (value,) = statistic(np.ones((1, len(similarities)), np.int64))
+        low, high = bootstrap_interval(
+            statistic, len(similarities), num_resamples=self._num_resamples, seed=self._seed
+        )
+        return dict(zip(names, (float(value), low, high), strict=True))
+
+
+def open_sts_set(path: AnyPath) -> StsSet:
+    """Read a file of pairs with scores.
+
+    Raises:
+      ValueError: as `read_scored_pairs`, or if all scores are equal.
+      OSError: if the file cannot be read.
+    """
+    pairs = read_scored_pairs(path)
+    try:
+        return StsSet(pairs)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
