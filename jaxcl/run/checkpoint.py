@@ -15,7 +15,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,7 @@ from jaxcl.host.processes import (
     together,
 )
 from jaxcl.host.remote import file_sizes, move_tree, remove_tree
+from jaxcl.run.best import best_step, kept_steps
 from jaxcl.run.checkpoint_record import (
     RECORD,
     CheckpointError,
@@ -44,6 +45,7 @@ from jaxcl.run.checkpoint_record import (
     saved_record,
     sealed,
     sizes_file,
+    steps_in,
 )
 from jaxcl.typing import Array, Integer, PyTree
 
@@ -67,7 +69,8 @@ class Checkpoints:
 
     Args:
       directory: where they are.
-      keep: how many of the newest stay; at least 2, or there is nothing to fall back to.
+      keep: how many of the newest stay; at least 2, or there is nothing to fall back to. The step
+        that the record of one of these names as the best (`jaxcl.run.best`) stays as well.
       read_only: never makes, moves or removes anything, for programs that only look.
 
     Raises:
@@ -82,14 +85,16 @@ class Checkpoints:
         self._sizes = sizes_file(self.directory)
         self._read_only = read_only
         self._saving: tuple[int, Any] | None = None
+        self._kept = _Kept(keep)
         for logger in ("absl", "asyncio"):
             logging.getLogger(logger).addFilter(_drop_orbax_records)
         with _explained(f"cannot use {self.directory} for checkpoints"):
             if not read_only:
                 first_then_others(lambda: self.directory.mkdir(parents=True, exist_ok=True))
+                self._kept.read(self.directory)
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
-                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                preservation_policy=self._kept,
                 cleanup_tmp_directories=not read_only,
             )
 
@@ -116,7 +121,8 @@ class Checkpoints:
         Args:
           step: of the state.
           state: the arrays.
-          record: the settings, data and flags of the run, as JSON's types.
+          record: the settings, data and flags of the run, as JSON's types, and its best step so
+            far.
 
         Raises:
           CheckpointError: if the save before this one failed, or this one at its start.
@@ -125,6 +131,7 @@ class Checkpoints:
         self._note_sizes(step, None)  # of an earlier one of that step
         items = {"state": state, "checksums": _checksums(state)}
         items[RECORD] = sealed({**(record or {}), "step": step})
+        self._kept.best_of[step] = best_step(record or {})
         context = ocp.Context()
         context.checkpointables.registry = _REGISTRY
         with _explained(f"cannot save step {step} to {self.directory}"), context:
@@ -272,6 +279,29 @@ class Checkpoints:
             if (self.directory / str(step)).exists():
                 remove_tree(shelf / str(step))
                 move_tree(self.directory / str(step), shelf / str(step))
+
+
+class _Kept(ocp.training.preservation_policies.PreservationPolicy):
+    """`kept_steps` as a policy of Orbax."""
+
+    def __init__(self, newest: int):
+        self._newest = newest
+        self.best_of: dict[int, int | None] = {}
+
+    def read(self, directory: AnyPath) -> None:
+        """Reads which step the record of each checkpoint names, the same in every process."""
+        named: list[int] = []
+        for step in steps_in(directory):
+            with contextlib.suppress(CheckpointError):
+                if (best := best_step(saved_record(directory / str(step)))) is not None:
+                    named += [step, best]
+        named = first_of_all(named)
+        self.best_of = dict(zip(named[::2], named[1::2], strict=True))
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = kept_steps(steps, newest=self._newest, best_of=self.best_of)
+        return [step in kept for step in steps]
 
 
 @jax.jit

@@ -274,6 +274,50 @@ def test_the_newest_are_kept(tmp_path):
     assert restore(tmp_path, keep=3).step == 5
 
 
+def save_evaluated(directory, best_of: dict[int, int], **options) -> None:
+    """Saves steps whose records name the best step up to each."""
+    with Checkpoints(directory, **options) as checkpoints:
+        for step, best in best_of.items():
+            checkpoints.save(step, make_state(step), {"best": {"metric": "m", "step": best}})
+
+
+def test_the_best_is_kept_in_addition_to_the_newest(tmp_path):
+    save_evaluated(tmp_path, {1: 1, 2: 2, 3: 2, 4: 2, 5: 2})
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps == [2, 4, 5]
+        restored = checkpoints.restore_latest(abstract(make_state(0)), only=2)
+    assert_same(restored.state, make_state(2))
+
+
+def test_a_new_best_replaces_the_one_before_once_nothing_falls_back_to_that(tmp_path):
+    save_evaluated(tmp_path, {1: 1, 2: 1, 3: 1, 4: 4})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "4"]
+    save_evaluated(tmp_path, {5: 4})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
+
+
+def test_a_resumed_run_still_keeps_the_best(tmp_path):
+    for step in (1, 2, 3, 4, 5):  # a process for each
+        save_evaluated(tmp_path, {step: 1})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "4", "5"]
+
+
+def test_a_fall_back_finds_its_own_best(tmp_path):
+    directory = tmp_path / "checkpoints"
+    save_evaluated(directory, {1: 1, 2: 1, 3: 1, 4: 4})
+    flip_a_bit(biggest_file(directory / "4"))
+    restored = restore(directory)
+    assert (restored.step, restored.record["best"]["step"]) == (3, 1)
+    assert (directory / "1").exists()
+
+
+def test_a_damaged_record_names_no_best(tmp_path):
+    save_evaluated(tmp_path, {1: 1, 2: 1})
+    (tmp_path / "2" / "record" / "data.json").write_text("{}")
+    save_evaluated(tmp_path, {3: 3, 4: 3})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
+
+
 def test_keeping_too_few_to_fall_back_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="keep=1 leaves nothing to fall back to; keep at least 2"):
         Checkpoints(tmp_path, keep=1)

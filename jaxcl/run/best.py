@@ -1,0 +1,118 @@
+"""Which evaluation of a run was the best so far, and when to stop early: pure functions.
+
+`Best` summarizes the evaluations of a metric up to a step. A checkpoint records it, so that a
+resumed run continues with the summary that it had at that step.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from jaxcl.run.checkpoint_record import CheckpointError
+
+__all__ = ["Best", "Stopping", "best_step", "kept_steps", "recorded_best", "updated"]
+
+
+class Best(NamedTuple):
+    """The best evaluation so far of a metric that is better when it is higher.
+
+    Attributes:
+      metric: its name.
+      step: the step of the best evaluation; None before the first finite value.
+      value: the metric at that step.
+      reference: the last value that was an improvement by more than `min_delta`.
+      waited: the number of evaluations since then.
+    """
+
+    metric: str
+    step: int | None = None
+    value: float | None = None
+    reference: float | None = None
+    waited: int = 0
+
+
+class Stopping(NamedTuple):
+    """The rule of early stopping.
+
+    Attributes:
+      patience: the number of evaluations without an improvement after which a run stops; None
+        never stops.
+      min_delta: only an increase by more than this amount is an improvement.
+    """
+
+    patience: int | None = None
+    min_delta: float = 0.0
+
+    def stops(self, best: Best | None) -> bool:
+        """Whether a run stops, given its evaluations so far."""
+        return best is not None and self.patience is not None and best.waited >= self.patience
+
+
+def updated(best: Best, step: int, value: float, *, min_delta: float = 0.0) -> Best:
+    """The summary after one more evaluation.
+
+    Of equal values the first is the best. A value that is not finite is no improvement. Small
+    increases add up: each is compared with the last improvement, not with the last evaluation.
+
+    Args:
+      best: the summary of the evaluations before.
+      step: the step of this one.
+      value: the metric at that step.
+      min_delta: as in `Stopping`.
+
+    Example:
+      >>> first = updated(Best("stsb/spearman"), 100, 0.5)
+      >>> updated(first, 200, 0.75).step, updated(first, 200, 0.5)[1:]
+      (200, (100, 0.5, 0.5, 1))
+    """
+    if not math.isfinite(value):
+        return best._replace(waited=best.waited + 1)
+    if best.value is None or value > best.value:
+        best = best._replace(step=step, value=value)
+    if best.reference is None or value > best.reference + min_delta:
+        return best._replace(reference=value, waited=0)
+    return best._replace(waited=best.waited + 1)
+
+
+def recorded_best(record: Mapping[str, Any]) -> Best | None:
+    """The summary in the record of a checkpoint; None if the run kept no best checkpoint.
+
+    Raises:
+      CheckpointError: if the record has a summary of another form.
+    """
+    summary = record.get("best")
+    if summary is None:
+        return None
+    try:
+        return Best(**summary)
+    except TypeError as error:
+        raise CheckpointError(
+            f"its record has best={summary!r}, which this version of jaxcl cannot read"
+        ) from error
+
+
+def best_step(record: Mapping[str, Any]) -> int | None:
+    """The step of the best evaluation in a checkpoint's record; None without any."""
+    best = recorded_best(record)
+    return None if best is None else best.step
+
+
+def kept_steps(
+    steps: Collection[int], *, newest: int, best_of: Mapping[int, int | None]
+) -> set[int]:
+    """The checkpoints that stay: the newest ones, and the best one up to each of these.
+
+    A run whose newest checkpoint is damaged falls back to an earlier one, whose best checkpoint may
+    be another. It must still be there.
+
+    Args:
+      steps: the checkpoints, including the one that was just saved.
+      newest: how many of the newest stay.
+      best_of: step -> the step of the best evaluation up to it.
+
+    Example:
+      >>> sorted(kept_steps([10, 20, 30, 40], newest=2, best_of={30: 10, 40: 40}))
+      [10, 30, 40]
+    """
+    latest = set(sorted(steps)[-newest:])
+    return latest | {best for step in latest if (best := best_of.get(step)) in steps}
