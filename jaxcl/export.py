@@ -5,6 +5,8 @@
 The folder holds the parameters of the newest checkpoint, the tokenizer and a model card. It needs
 neither the run nor its data. `SentenceTransformer(DIR)` loads a fine-tuned encoder, or a static
 encoder without position weights. Export any other model with `--format jaxcl`, for `jaxcl.load`.
+To export the best checkpoint by `evaluation.best_metric`, give `--workdir
+runs/code_search/checkpoints/best`.
 
 In a program or a notebook, call `export`:
 
@@ -79,10 +81,11 @@ def export(
     dtype: str | None = None,
     trust: Trust = (),
 ) -> Path:
-    """Write the model of a run's newest checkpoint to a folder.
+    """Write the model of a run's checkpoint to a folder.
 
     Args:
-      workdir: the workdir of a run that has saved a checkpoint, which may still be training.
+      workdir: the workdir of a run that has saved a checkpoint, which may still be training, for
+        the newest one; or `WORKDIR/checkpoints/best` or `WORKDIR/checkpoints/STEP`.
       to: the new folder, absent or empty. It is written completely or not at all.
       format: one of `FORMATS`.
       dtype: type of the parameters in the files, one of `DTYPES`; `None` for their own types, or

@@ -42,6 +42,7 @@ from jaxcl.negatives.mining import Mined, MiningRule, mine_negatives
 from jaxcl.ops.mesh import fetch, local_rows, put_batch
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.run.opened import OpenedRun, open_run
+from jaxcl.settings.derived import origin_of
 from jaxcl.settings.parts import Trust
 from jaxcl.typing import SIDES, PyTree
 
@@ -92,7 +93,7 @@ def _run(arguments: Namespace) -> None:
         sampling=arguments.sampling,
     )
     split = arguments.split
-    out = arguments.out or arguments.workdir / f"mined-{split}.npz"
+    out = arguments.out or origin_of(arguments.workdir)[0] / f"mined-{split}.npz"
     report = mine(
         arguments.workdir,
         out,
@@ -157,7 +158,7 @@ def mine(
     table = first_then_others(functools.partial(run.table, split, source))
     if table.num_rows <= rule.rank_range[0]:
         raise ValueError(f"the split has {table.num_rows} rows, none of rank {rule.rank_range[0]}")
-    folder = _work_folder(workdir, run, split)
+    folder = _work_folder(run.workdir, run, split)
     vectors = {side: _embedded(run, table, side, folder) for side in SIDES}
     known = table.labels(np.arange(table.num_rows))
     labels = tuple(known[mask] for mask in masks)

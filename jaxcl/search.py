@@ -217,7 +217,7 @@ def _pool_of_run(path: str | os.PathLike[str], trust: Trust) -> _Pool:
     run = open_run(workdir, trust=trust)
     run.check_texts("jaxcl.search")
     rrf_k = run.settings.evaluation.rrf_k
-    return _Pool(model_of_run(run), run.sources, workdir / INDEX_FILE, run.made_from, rrf_k)
+    return _Pool(model_of_run(run), run.sources, run.workdir / INDEX_FILE, run.made_from, rrf_k)
 
 
 def _pool_of(

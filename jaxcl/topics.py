@@ -31,6 +31,7 @@ from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.printable import printable
 from jaxcl.host.progress import say
 from jaxcl.run.opened import open_run
+from jaxcl.settings.derived import origin_of
 from jaxcl.settings.parts import Trust
 from jaxcl.typing import SIDES, Float, Int
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Namespace) -> None:
-    out = arguments.out or arguments.workdir / f"topics-{_SPLIT}.npz"
+    out = arguments.out or origin_of(arguments.workdir)[0] / f"topics-{_SPLIT}.npz"
     report = topics(
         arguments.workdir,
         out,

@@ -124,7 +124,7 @@ def add_workdir_flag(parser: CommandParser, *, required: bool = True) -> None:
         metavar="DIR",
         type=user_path,
         required=required,
-        help="the folder of a run that has saved a checkpoint",
+        help="the folder of a run, or its WORKDIR/checkpoints/best or WORKDIR/checkpoints/STEP",
     )
 
 
@@ -136,7 +136,7 @@ def add_model_flag(parser: CommandParser) -> None:
         metavar="PATH",
         type=user_path,
         required=True,
-        help="the folder of a run, or of a pretrained or exported model",
+        help="the folder of a run, WORKDIR/checkpoints/best, or a pretrained or exported model",
     )
 
 

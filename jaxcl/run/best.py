@@ -8,9 +8,18 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from jaxcl.run.checkpoint_record import CheckpointError
+from jaxcl.host.paths import AnyPath
+from jaxcl.run.checkpoint_record import CheckpointError, newest_record
 
-__all__ = ["Best", "Stopping", "best_step", "kept_steps", "recorded_best", "updated"]
+__all__ = [
+    "Best",
+    "Stopping",
+    "best_step",
+    "best_step_in",
+    "kept_steps",
+    "recorded_best",
+    "updated",
+]
 
 
 class Best(NamedTuple):
@@ -95,6 +104,12 @@ def best_step(record: Mapping[str, Any]) -> int | None:
     """The step of the best evaluation in a checkpoint's record; None without any."""
     best = recorded_best(record)
     return None if best is None else best.step
+
+
+def best_step_in(directory: AnyPath) -> int | None:
+    """The step of the best evaluation in a folder of checkpoints; None without any."""
+    record = newest_record(directory)
+    return None if record is None else best_step(record)
 
 
 def kept_steps(

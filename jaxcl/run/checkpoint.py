@@ -15,7 +15,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +36,7 @@ from jaxcl.host.processes import (
     together,
 )
 from jaxcl.host.remote import file_sizes, move_tree, remove_tree
-from jaxcl.run.best import best_step, kept_steps
+from jaxcl.run.best import best_step, best_step_in
 from jaxcl.run.checkpoint_record import (
     RECORD,
     CheckpointError,
@@ -45,8 +45,8 @@ from jaxcl.run.checkpoint_record import (
     saved_record,
     sealed,
     sizes_file,
-    steps_in,
 )
+from jaxcl.run.preservation import Preservation
 from jaxcl.typing import Array, Integer, PyTree
 
 __all__ = ["Checkpoints", "Restored", "checksum"]
@@ -85,7 +85,7 @@ class Checkpoints:
         self._sizes = sizes_file(self.directory)
         self._read_only = read_only
         self._saving: tuple[int, Any] | None = None
-        self._kept = _Kept(keep)
+        self._kept = Preservation(keep)
         for logger in ("absl", "asyncio"):
             logging.getLogger(logger).addFilter(_drop_orbax_records)
         with _explained(f"cannot use {self.directory} for checkpoints"):
@@ -162,6 +162,7 @@ class Checkpoints:
         *,
         partial: bool = False,
         only: int | None = None,
+        best: bool = False,
         check: Callable[[Mapping[str, Any]], None] = lambda record: None,
     ) -> Restored | None:
         """The newest state that is whole, or `None` where nothing was ever saved.
@@ -175,17 +176,16 @@ class Checkpoints:
           partial: whether `abstract_state` may be a part of the state, as nested dicts; what it
             leaves out is not read.
           only: the step to restore; None for the newest, or the one before if that is damaged.
+          best: whether to prefer the best step to the newest.
           check: raises a `ValueError` for a record of another run.
 
         Raises:
           CheckpointError: if there are checkpoints and none can be read, or if there are none
             although some were saved.
-          ValueError: of `check`.
+          ValueError: of `check`, or if no best step is known.
         """
         damaged: dict[int, str] = {}
-        # As process 0 sees them: a shared file system may show the newest late.
-        wanted = reversed(first_of_all(self.steps)) if only is None else [only]
-        for step in wanted:
+        for step in self._in_order(best=best) if only is None else [only]:
             try:
                 together(functools.partial(self._check_sizes, step))
                 record = together(functools.partial(saved_record, self.directory / str(step)))
@@ -196,7 +196,7 @@ class Checkpoints:
                 if self._read_only and self._was_removed(step):
                     self._checkpointer.reload()
                     return self.restore_latest(
-                        abstract_state, partial=partial, only=only, check=check
+                        abstract_state, partial=partial, only=only, best=best, check=check
                     )
                 damaged[step] = str(error)
                 continue
@@ -210,6 +210,20 @@ class Checkpoints:
             )
         together(functools.partial(check_none_lost, self.directory))
         return None
+
+    def _in_order(self, *, best: bool) -> list[int]:
+        """The steps in the order in which they are tried."""
+        # As process 0 sees them: a shared file system may show the newest late.
+        steps = first_of_all(self.steps)[::-1]
+        if not best or not steps:
+            return steps
+        named = first_of_all([step for step in [best_step_in(self.directory)] if step is not None])
+        if not named:
+            raise ValueError(
+                f"no best checkpoint is known in {self.directory}: evaluation.best_metric was not "
+                "set, or not evaluated yet; name the workdir, for the newest"
+            )
+        return named + [step for step in steps if step not in named]
 
     def _was_removed(self, step: int) -> bool:
         """Whether the run has removed a step for newer ones since the steps were listed."""
@@ -279,29 +293,6 @@ class Checkpoints:
             if (self.directory / str(step)).exists():
                 remove_tree(shelf / str(step))
                 move_tree(self.directory / str(step), shelf / str(step))
-
-
-class _Kept(ocp.training.preservation_policies.PreservationPolicy):
-    """`kept_steps` as a policy of Orbax."""
-
-    def __init__(self, newest: int):
-        self._newest = newest
-        self.best_of: dict[int, int | None] = {}
-
-    def read(self, directory: AnyPath) -> None:
-        """Reads which step the record of each checkpoint names, the same in every process."""
-        named: list[int] = []
-        for step in steps_in(directory):
-            with contextlib.suppress(CheckpointError):
-                if (best := best_step(saved_record(directory / str(step)))) is not None:
-                    named += [step, best]
-        named = first_of_all(named)
-        self.best_of = dict(zip(named[::2], named[1::2], strict=True))
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = kept_steps(steps, newest=self._newest, best_of=self.best_of)
-        return [step in kept for step in steps]
 
 
 @jax.jit

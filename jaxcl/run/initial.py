@@ -15,7 +15,7 @@ from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.checkpoint_record import newest_record
 from jaxcl.run.identity import migrated
 from jaxcl.run.training import build_towers
-from jaxcl.settings.derived import CHECKPOINTS, origin_of
+from jaxcl.settings.derived import BEST, CHECKPOINTS, origin_of
 from jaxcl.settings.pretrained import COPIES, is_copy, tokenizer_of
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
@@ -102,7 +102,7 @@ def with_initial_towers(settings: Settings, state: TrainState) -> TrainState:
     """
     if settings.init_from is None:
         return state
-    origin, step = origin_of(settings.init_from)
+    origin, named = origin_of(settings.init_from)
     if newest_record(origin / CHECKPOINTS) is None:
         raise ValueError(
             f"init_from={settings.init_from!r}: no run has saved a checkpoint in {origin}; give "
@@ -116,7 +116,8 @@ def with_initial_towers(settings: Settings, state: TrainState) -> TrainState:
         restored = checkpoints.restore_latest(
             {"params": {"towers": abstract}},
             partial=True,
-            only=step,
+            only=named if isinstance(named, int) else None,
+            best=named == BEST,
             check=functools.partial(_check_same_parameters, settings, origin),
         )
     assert restored is not None  # there is a record

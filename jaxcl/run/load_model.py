@@ -23,6 +23,7 @@ from jaxcl.run.encoder import Encoder
 from jaxcl.run.exported import EXPORT_FILE, open_exported
 from jaxcl.run.opened import OpenedRun, open_run
 from jaxcl.run.workdir import CHECKPOINTS, ID_FILE
+from jaxcl.settings.derived import origin_of
 from jaxcl.settings.parts import Trust
 from jaxcl.settings.read import as_dict
 from jaxcl.settings.sections import Settings
@@ -41,7 +42,10 @@ def load(
     Args:
       path: one of
 
-        - the workdir of a run that has saved a checkpoint, which may still be training;
+        - the workdir of a run that has saved a checkpoint, which may still be training: the newest
+          one is loaded;
+        - `WORKDIR/checkpoints/STEP`, or `WORKDIR/checkpoints/best` for the step with the highest
+          `config.evaluation.best_metric`;
         - a folder written by `jaxcl.export`;
         - the folder of a pretrained encoder saved by sentence-transformers, transformers or
           model2vec, or its id on the Hugging Face Hub (`jaxcl.models.pretrained`).
@@ -60,11 +64,11 @@ def load(
       model = jaxcl.load("runs/code_search")
       model.encode("parse an ISO date").shape  # (512,)
     """
+    if is_run(path):
+        return model_of_run(open_run(as_path(path), trust=trust))
     folder = local_or_hub(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; give a folder of a run or a model")
-    if is_run(folder):
-        return model_of_run(open_run(folder, trust=trust))
     if (folder / EXPORT_FILE).exists():
         exported = open_exported(folder, trust=trust)
         return _trained_model(exported.folder, exported.settings, exported.encoder)
@@ -77,9 +81,11 @@ def load(
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is the workdir of a run."""
-    folder = as_path(path)
-    return any((folder / name).exists() for name in (CHECKPOINTS, ID_FILE))
+    """Whether a path is the workdir of a run, or names one of its checkpoints."""
+    folder, named = origin_of(path)
+    # Models of other packages may lie in a folder of that name, too.
+    files = (CHECKPOINTS, ID_FILE) if named is None else (ID_FILE,)
+    return any((folder / name).exists() for name in files)
 
 
 def model_of_run(run: OpenedRun) -> EmbeddingModel:
@@ -88,7 +94,9 @@ def model_of_run(run: OpenedRun) -> EmbeddingModel:
     Raises:
       ValueError: if a side holds anything other than texts.
     """
-    return _trained_model(run.workdir, run.settings, run.encoder)
+    model = _trained_model(run.workdir, run.settings, run.encoder)
+    model.source = str(run.path)
+    return model
 
 
 def _trained_model(folder: AnyPath, settings: Settings, encoder: Encoder) -> EmbeddingModel:

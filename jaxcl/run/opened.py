@@ -14,7 +14,7 @@ from jaxcl.data.prepare import RememberedData, read_remembered_data, remembered_
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import open_splits
 from jaxcl.data.table import Table
-from jaxcl.host.paths import AnyPath, as_path
+from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar
 from jaxcl.host.user_folders import shared_folder
 from jaxcl.models import Towers
@@ -24,6 +24,7 @@ from jaxcl.run.checkpoint_record import check_none_lost
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.training import build_towers
 from jaxcl.run.workdir import CHECKPOINTS, check_saved_settings, read_config
+from jaxcl.settings.derived import BEST, origin_of
 from jaxcl.settings.parts import Trust, is_function_name
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
@@ -34,7 +35,7 @@ __all__ = ["OpenedRun", "open_run"]
 
 
 class OpenedRun(NamedTuple):
-    """A run as its newest checkpoint left it, on the present devices.
+    """A run as one of its checkpoints left it, on the present devices.
 
     Attributes:
       workdir: the run's folder.
@@ -42,6 +43,7 @@ class OpenedRun(NamedTuple):
       encoder: its model.
       data_set: the name or folder of its data set.
       made_from: names all of this: an equal one gives equal embeddings.
+      checkpoint: the step, or `"best"`, that was asked for; None for the newest.
     """
 
     workdir: AnyPath
@@ -49,6 +51,14 @@ class OpenedRun(NamedTuple):
     encoder: Encoder
     data_set: str
     made_from: dict[str, Any]
+    checkpoint: int | str | None = None
+
+    @property
+    def path(self) -> AnyPath:
+        """What opens this checkpoint again: the workdir, or the path of the checkpoint."""
+        if self.checkpoint is None:
+            return self.workdir
+        return self.workdir / CHECKPOINTS / str(self.checkpoint)
 
     def sources(self) -> dict[str, PairSource]:
         """The splits that the run began with, as text; opened where they were, never made again.
@@ -109,26 +119,28 @@ class OpenedRun(NamedTuple):
             return {side: self.encoder.embed(side, table, advance=advance) for side in SIDES}
 
 
-def open_run(workdir: AnyPath, *, trust: Trust = ()) -> OpenedRun:
+def open_run(path: AnyPath, *, trust: Trust = ()) -> OpenedRun:
     """Opens a run; nothing of it is changed, and it may still be training.
 
     Neither its training data nor their paths are needed: a workdir that was copied opens as well.
+    If the best checkpoint is damaged, the newest is opened instead, with a warning.
 
     Args:
-      workdir: of a run that has saved a checkpoint.
+      path: the workdir of a run that has saved a checkpoint, for the newest one, or
+        `WORKDIR/checkpoints/STEP` or `WORKDIR/checkpoints/best`.
       trust: the packages from which an encoder named `package.module:function` is imported.
 
     Raises:
-      ValueError: if there is no run, or it has no checkpoint.
+      ValueError: if there is no run, or it has no checkpoint, or no best one.
       CheckpointError: if no checkpoint can be read.
       PermissionError: for an encoder of a package that is not trusted.
     """
-    workdir = as_path(workdir)
+    workdir, named = origin_of(path)
     settings = read_settings(read_config(workdir), trust=trust, workdir=workdir)
     mesh = make_mesh({"data": -1})  # the present devices, whatever the run's were
     towers = build_towers(settings)
     with current_mesh(mesh):
-        restored = _newest_params(towers, settings, workdir, mesh)
+        restored = _named_params(towers, settings, workdir, named, mesh)
         checksums = [int(checksum(leaf)) for leaf in jax.tree.leaves(restored.state)]
     params = restored.state["params"]["towers"]
     saved = remembered_from(workdir / CHECKPOINTS, restored.record.get("data"))
@@ -146,11 +158,15 @@ def open_run(workdir: AnyPath, *, trust: Trust = ()) -> OpenedRun:
         },
     }
     encoder = Encoder(mesh, towers, embedder, params, build_readers(settings.data, workdir))
-    return OpenedRun(workdir, settings, encoder, _data_set(workdir, saved), made_from)
+    return OpenedRun(workdir, settings, encoder, _data_set(workdir, saved), made_from, named)
 
 
-def _newest_params(
-    towers: Towers, settings: Settings, workdir: AnyPath, mesh: jax.sharding.Mesh
+def _named_params(
+    towers: Towers,
+    settings: Settings,
+    workdir: AnyPath,
+    named: int | str | None,
+    mesh: jax.sharding.Mesh,
 ) -> Restored:
     """The parameters of the towers alone: nothing else of the state is read."""
     abstract = towers.abstract_parameters(replicated_sharding(mesh))
@@ -161,6 +177,8 @@ def _newest_params(
             restored = checkpoints.restore_latest(
                 {"params": {"towers": abstract}},
                 partial=True,
+                only=named if isinstance(named, int) else None,
+                best=named == BEST,
                 check=functools.partial(check_saved_settings, workdir, settings),
             )
     if restored is None:

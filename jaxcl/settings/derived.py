@@ -1,5 +1,6 @@
 """What follows from settings: the rule of batch assignment, the names of data sets and masks."""
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from jaxcl.settings.sections import DataSettings, GcbsSettings, ModelSettings, S
 __all__ = [
     "ASSIGNMENTS",
     "BANKS",
+    "BEST",
     "CHECKPOINTS",
     "EMBEDDINGS",
     "GUIDES",
@@ -26,6 +28,10 @@ __all__ = [
 
 ASSIGNMENTS = ("uniform", "sourced", "gcbs")
 """What decides which rows share a batch, as `config.assignment.name`."""
+
+BEST = "best"
+"""The name in `WORKDIR/checkpoints/best`, for the checkpoint with the highest
+`config.evaluation.best_metric`. There is no folder of this name."""
 
 BANKS = ("queue", "instance")
 """Memory banks by name, as `config.negatives.bank.kind`."""
@@ -128,12 +134,21 @@ def tower_sections(model: ModelSettings) -> dict[str, str]:
     return {"query": "model", "key": "model" if model.key.name is None else "model.key"}
 
 
-def origin_of(init_from: str) -> tuple[AnyPath, int | None]:
-    """The workdir that `init_from` names, and the step if it names one checkpoint."""
-    path = as_path(init_from)
-    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
+def origin_of(path: str | os.PathLike[str]) -> tuple[AnyPath, int | str | None]:
+    """The workdir in a path, and which of its checkpoints the path names.
+
+    Args:
+      path: a workdir, `WORKDIR/checkpoints/STEP` or `WORKDIR/checkpoints/best`.
+
+    Returns:
+      The workdir, and the step, `BEST`, or None for the newest.
+    """
+    path = as_path(path)
+    if path.parent.name != CHECKPOINTS:
+        return path, None
+    if path.name.isdigit():
         return path.parent.parent, int(path.name)
-    return path, None
+    return (path.parent.parent, BEST) if path.name == BEST else (path, None)
 
 
 def with_encoder_options(

@@ -1,17 +1,28 @@
 """`jaxcl.load` finds the model of a run, and refuses folders without a model."""
 
+import logging
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxcl
+from jaxcl.evaluate import evaluate
 from jaxcl.export import export
-from jaxcl.run.load_model import _trained_rules
+from jaxcl.run.best import Best
+from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.checkpoint_record import CheckpointError
+from jaxcl.run.load_model import _trained_rules, is_run
 from jaxcl.run.opened import open_run
+from jaxcl.run.training import build_training
+from jaxcl.run.workdir import read_config
 from jaxcl.settings.read import read_settings
 from jaxcl.typing import SIDES
+from tests.helpers import record_of
 from tests.models.pretrained.tiny import write_tiny_static
+from tests.run.test_checkpoint import biggest_file, truncate
 from tests.small_models import small_run
 
 TEXTS = ["key 3", "query 11 and key 5 and key 7 and query 9", "", "some other word"]
@@ -90,3 +101,80 @@ def test_without_the_training_packages_the_error_says_what_to_install(monkeypatc
 def test_unknown_names_in_jaxcl_are_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'encode'"):
         _ = jaxcl.encode
+
+
+STEPS = (1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def evaluated(workdir, tmp_path_factory):
+    """A run with different parameters at steps 1 to 3; step 1 is the best."""
+    copy = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(workdir, copy, ignore=shutil.ignore_patterns("checkpoints*"))
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        abstract = build_training(read_settings(read_config(workdir))).abstract_state()
+        state = checkpoints.restore_latest(abstract).state
+    params, best = state.params, {"best": Best("validation/dense/mrr@10", 1, 0.5)._asdict()}
+    with Checkpoints(copy / "checkpoints") as checkpoints:
+        for step in STEPS:
+            towers = jax.tree.map(lambda leaf, by=step: jnp.roll(leaf, by - 1), params["towers"])
+            checkpoints.save(
+                step, state._replace(params=params | {"towers": towers}), record_of(copy) | best
+            )
+    return copy
+
+
+def test_the_path_of_a_checkpoint_loads_its_model(evaluated, model):
+    newest = jaxcl.load(evaluated).encode(TEXTS, side="key")
+    of_steps = [jaxcl.load(evaluated / "checkpoints" / str(step)) for step in STEPS]
+    for step, loaded in zip(STEPS, of_steps, strict=True):
+        assert loaded.source == str(evaluated / "checkpoints" / str(step))
+    best = jaxcl.load(evaluated / "checkpoints" / "best")
+    assert best.source == str(evaluated / "checkpoints" / "best")
+    vectors = best.encode(TEXTS, side="key")
+    assert vectors.tobytes() == model.encode(TEXTS, side="key").tobytes()
+    assert vectors.tobytes() == of_steps[0].encode(TEXTS, side="key").tobytes()
+    assert newest.tobytes() == of_steps[2].encode(TEXTS, side="key").tobytes()
+    assert np.abs(newest - vectors).max() > 0.1
+
+
+def test_the_best_checkpoint_is_exported_and_evaluated(evaluated, model, tmp_path):
+    best = evaluated / "checkpoints" / "best"
+    exported = jaxcl.load(export(best, tmp_path / "model", format="jaxcl"))
+    assert np.abs(exported.encode(TEXTS) - model.encode(TEXTS)).max() < 1e-6
+    results = evaluate(best)
+    assert results["model"] == str(best)
+    assert results["metrics"] == evaluate(evaluated / "checkpoints" / "1")["metrics"]
+
+
+def test_a_damaged_best_checkpoint_is_named_and_the_newest_is_loaded(evaluated, tmp_path, caplog):
+    copy = shutil.copytree(evaluated, tmp_path / "run")
+    truncate(biggest_file(copy / "checkpoints" / "1"))
+    with caplog.at_level(logging.WARNING):
+        vectors = jaxcl.load(copy / "checkpoints" / "best").encode(TEXTS)
+    assert vectors.tobytes() == jaxcl.load(evaluated).encode(TEXTS).tobytes()
+    [warning] = [text for text in caplog.messages if text.startswith("the checkpoint of step")]
+    assert warning.startswith("the checkpoint of step 1 is damaged (its file ")
+    assert warning.endswith("step 3 is restored instead")
+    with pytest.raises(CheckpointError, match="step 1: its file "):
+        jaxcl.load(copy / "checkpoints" / "1")  # this one and no other was asked for
+
+
+def test_a_best_checkpoint_that_is_gone_is_named(evaluated, tmp_path, caplog):
+    copy = shutil.copytree(evaluated, tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints" / "1")
+    with caplog.at_level(logging.WARNING):
+        jaxcl.load(copy / "checkpoints" / "best")
+    assert "the checkpoint of step 1 is damaged (" in caplog.text
+
+
+def test_a_run_without_a_best_checkpoint_says_what_would_keep_one(workdir):
+    message = "no best checkpoint is known .*evaluation.best_metric was not set"
+    with pytest.raises(ValueError, match=message):
+        jaxcl.load(workdir / "checkpoints" / "best")
+
+
+def test_a_model_in_a_folder_named_checkpoints_is_no_run(tmp_path):
+    folder = write_tiny_static(tmp_path / "checkpoints" / "500")
+    assert not is_run(folder)
+    assert jaxcl.load(folder).encode(TEXTS).shape[0] == len(TEXTS)
