@@ -68,6 +68,12 @@ def of_mining(queries, keys):
     ).rows
 
 
+def of_hard_negatives(queries, keys):
+    rule = negatives.MiningRule(2, (0, 3), relative_margin=-1.0)
+    rows = range(np.shape(queries)[0])
+    return tuple(negatives.mine_hard_negatives(queries, keys, positives=rows, rule=rule))
+
+
 def of_queue(vectors, _):
     labels = jnp.arange(np.shape(vectors)[0])
     return negatives.update_queue(
@@ -247,5 +253,6 @@ EVERY = {
     "topics": topics,
     "gap": gap,
     "gap on a mesh": gap_on_mesh,
+    "mine_hard_negatives": of_hard_negatives,
 }
 """Each maps queries and keys to a tree of arrays."""

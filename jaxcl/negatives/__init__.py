@@ -1,6 +1,7 @@
-"""Which keys stand against a query: masks, memory banks, draws from them, made and mined ones."""
+"""The negatives of a query: masks, memory banks and draws from them, synthetic and mined ones."""
 
 from jaxcl.negatives.draws import draw_slots, priorities
+from jaxcl.negatives.hard_negatives import HardNegatives, mine_hard_negatives
 from jaxcl.negatives.masks import batch_labels, similarity_ceilings
 from jaxcl.negatives.memory_bank import (
     MemoryBank,
@@ -21,6 +22,7 @@ from jaxcl.negatives.tiers import DrawSource, TierBudgets, draw_tiers, strata_of
 __all__ = [
     "DrawSource",
     "ExplicitNegatives",
+    "HardNegatives",
     "MemoryBank",
     "Mined",
     "MiningRule",
@@ -32,6 +34,7 @@ __all__ = [
     "draw_slots",
     "draw_tiers",
     "init_bank",
+    "mine_hard_negatives",
     "mine_negatives",
     "priorities",
     "read_bank",

@@ -11,9 +11,16 @@ from jaxcl.ops.arguments import as_vectors
 from jaxcl.ops.nearest import nearest
 from jaxcl.ops.pairs import PairLabels
 from jaxcl.ops.vectors import inner_product
-from jaxcl.typing import Array, AxisName, Float, Int, Key, Range, check_ranges
+from jaxcl.typing import Array, AxisName, Bool, Float, Int, Key, Range, check_ranges
 
-__all__ = ["SAMPLINGS", "Mined", "MiningRule", "mine_negatives"]
+__all__ = [
+    "SAMPLINGS",
+    "Mined",
+    "MiningRule",
+    "allowed_candidates",
+    "mine_negatives",
+    "select_negatives",
+]
 
 SAMPLINGS = ("random", "top")
 
@@ -25,9 +32,12 @@ class MiningRule(NamedTuple):
       per_query: the most negatives per query.
       rank_range: first rank to use and first rank past the end. Ranks count from 0 among keys of
         other ids and groups. The nearest keys are left out because many are false negatives.
-      margin: a negative is less similar than the query's own key by at least this amount.
+      margin: a negative is less similar than the query's own key by at least this amount; if a
+        query has several positives, than the least similar of them.
       relative_margin: the same as a share of that similarity.
       sampling: `"random"`, uniformly among the remaining keys; or `"top"`, the nearest of them.
+      min_score: the least similarity of a negative.
+      max_score: the greatest similarity of a negative.
     """
 
     per_query: Annotated[int, Range(least=1)] = 7
@@ -35,6 +45,8 @@ class MiningRule(NamedTuple):
     margin: Annotated[float, Range()] | None = None
     relative_margin: Annotated[float, RELATIVE_MARGINS] | None = None
     sampling: str = "random"
+    min_score: Annotated[float, Range()] | None = None
+    max_score: Annotated[float, Range()] | None = None
 
     def check(self) -> None:
         """Raise a `ValueError` for a rule that can select nothing."""
@@ -42,11 +54,17 @@ class MiningRule(NamedTuple):
         first, last = self.rank_range
         if not 0 <= first < last or last - first < self.per_query:
             raise ValueError(
-                f"rank_range={first}:{last} has no room for {self.per_query} per query; it begins "
-                "at 0 or later, and ends behind what is taken"
+                f"rank_range={first}:{last} has no room for {self.per_query} per query; give a "
+                "range that begins at 0 or later and has at least that many ranks"
             )
         if self.margin is not None and self.relative_margin is not None:
             raise ValueError("margin and relative_margin are both given; choose one")
+        least, most = self.min_score, self.max_score
+        if least is not None and most is not None and least > most:
+            raise ValueError(
+                f"min_score={least} is greater than max_score={most}; no "
+                "similarity lies between them"
+            )
         if self.sampling not in SAMPLINGS:
             raise ValueError(
                 f"sampling={self.sampling!r} is unknown; use one of {', '.join(SAMPLINGS)}"
@@ -120,16 +138,35 @@ def mine_negatives(
         table_labels=table_labels,
         axis_name=axis_name,
     )
-    rows, similarities = found.rows[:, first:], found.similarities[:, first:]
-    there = rows >= 0
-    ceilings = similarity_ceilings(
+    return select_negatives(
+        found.rows[:, first:],
+        found.similarities[:, first:],
         inner_product(queries, positives),
-        margin=rule.margin,
-        relative_margin=rule.relative_margin,
+        rule=rule,
+        row_keys=row_keys,
     )
-    if ceilings is not None:
-        there &= similarities <= ceilings[:, None]
+
+
+def select_negatives(
+    rows: Int[Array, "q n"],
+    scores: Float[Array, "q n"],
+    positive_scores: Float[Array, " q"],
+    *,
+    rule: MiningRule,
+    row_keys: Key[Array, " q"],
+) -> Mined:
+    """Select each query's negatives among the keys in the range of ranks.
+
+    Args:
+      rows: the keys' rows, the nearest first; −1 where there are too few.
+      scores: their similarities to the query, which may be those of a guide model.
+      positive_scores: the similarity of each query's positive by the same model.
+      rule: the rule; its range of ranks says which rank the first column has.
+      row_keys: a random key for each query.
+    """
+    first, last = rule.rank_range
     width = last - first
+    present = allowed_candidates(rows, scores, positive_scores, rule=rule)
     ranks = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), rows.shape)
     if rule.sampling == "random":
         # In float32, or 64-bit types would change the draws.
@@ -138,12 +175,33 @@ def mine_negatives(
         order = ranks / width
     # Both orders lie in [0, 1), so that 2 sorts masked keys last. The second sort returns the
     # selection to the order of ranks; a query with too few keys has `width` in the last places.
-    places = jnp.argsort(jnp.where(there, order, 2), axis=1)[:, : rule.per_query]
-    places = jnp.sort(jnp.where(jnp.take_along_axis(there, places, 1), places, width), axis=1)
+    places = jnp.argsort(jnp.where(present, order, 2), axis=1)[:, : rule.per_query]
+    places = jnp.sort(jnp.where(jnp.take_along_axis(present, places, 1), places, width), axis=1)
     taken = places < width
     places = jnp.minimum(places, width - 1)  # in range for the lookups, whose results are masked
     return Mined(
         rows=jnp.where(taken, jnp.take_along_axis(rows, places, 1), -1),
-        similarities=jnp.where(taken, jnp.take_along_axis(similarities, places, 1), -jnp.inf),
+        similarities=jnp.where(taken, jnp.take_along_axis(scores, places, 1), -jnp.inf),
         ranks=jnp.where(taken, first + jnp.take_along_axis(ranks, places, 1), -1),
     )
+
+
+def allowed_candidates(
+    rows: Int[Array, "q n"],
+    scores: Float[Array, "q n"],
+    positive_scores: Float[Array, " q"],
+    *,
+    rule: MiningRule,
+) -> Bool[Array, "q n"]:
+    """Which of the nearest keys keep the margin and the limits of a rule."""
+    allowed = rows >= 0
+    ceilings = similarity_ceilings(
+        positive_scores, margin=rule.margin, relative_margin=rule.relative_margin
+    )
+    if ceilings is not None:
+        allowed &= scores <= ceilings[:, None]
+    if rule.min_score is not None:
+        allowed &= scores >= rule.min_score
+    if rule.max_score is not None:
+        allowed &= scores <= rule.max_score
+    return allowed

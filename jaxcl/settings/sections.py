@@ -202,7 +202,8 @@ class MinedSettings(NamedTuple):
     @property
     def rule(self) -> MiningRule:
         """The same as the library takes it."""
-        return MiningRule(**{name: getattr(self, name) for name in MiningRule._fields})
+        names = [name for name in MiningRule._fields if name in self._fields]
+        return MiningRule(**{name: getattr(self, name) for name in names})
 
 
 class MomentumSettings(NamedTuple):
