@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxcl.bench.__main__ import BENCHMARKS
 from jaxcl.data.sources import open_pairs
 from jaxcl.losses import infonce_loss
 from jaxcl.run.training import build_training
@@ -16,12 +17,18 @@ from jaxcl.settings.read import read_settings
 from tests.helpers import relative_error, unit_vectors
 from tests.models.pretrained.tiny import DIM, write_tiny_bert
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
-def snippet(heading: str, number: int = 0) -> str:
-    section = README.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+def snippet(heading: str, number: int = 0, *, file: str = "README.md") -> str:
+    section = (ROOT / file).read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
     return re.findall(r"```python\n(.*?)```", section, re.S)[number]
+
+
+def first_column(file: str, heading: str) -> list[str]:
+    """The code in the first cells of the table with this first heading."""
+    table = (ROOT / file).read_text().split(f"\n| {heading} |")[1].split("\n\n")[0]
+    return re.findall(r"\n\| `(.*?)`", table)
 
 
 def test_the_loss_in_ones_own_step_is_that_of_the_whole_batch():
@@ -65,16 +72,20 @@ def test_batches_are_chosen_of_two_arrays():
     rng = np.random.default_rng(0)
     queries, keys = (rng.normal(size=(600, 16)).astype(np.float32) for _ in range(2))
     found = {"queries": queries, "keys": keys}
-    exec(snippet("Which rows share a batch"), found)
+    exec(snippet("In your own training loop", file="jaxcl/assignment/README.md"), found)
     assert sorted(found["rows"].tolist()) == list(range(600))
     # Blocks of the order are batches.
     blocks = {frozenset(block) for block in found["order"][:512].reshape(-1, 256).tolist()}
     assert {frozenset(block) for block in found["rows"][:512].reshape(-1, 256).tolist()} == blocks
 
 
+def test_every_benchmark_is_in_the_table_of_benchmarks():
+    assert first_column("jaxcl/bench/README.md", "name") == list(BENCHMARKS)
+
+
 def test_a_config_of_two_data_sets_is_one_that_can_be_built():
     names = {}
-    exec(snippet("Which rows share a batch", 1), names)
+    exec(snippet("Sources", file="jaxcl/assignment/README.md"), names)
     settings = read_settings(names["get_config"]("smoke"))
     assert data_set_names(settings.data) == ("first", "wiki")
     assert sources_by(settings) == "data_set"

@@ -1,4 +1,4 @@
-"""How much of the loss's gap do batches close, in what time and memory, by each method?
+"""How much of the gap do batches close, in what time and memory, for each method?
 
     python -m jaxcl.bench assignment [--workdir RUN | --embeddings FILE] [--rows N] [--dim N]
         [--batch N …] [--methods NAME …] [--rounds N] [--measured N] [--recall] [--json FILE]

@@ -1,4 +1,4 @@
-"""What does a memory bank add to a training step, in time and in memory on each device?
+"""What does a memory bank add to the time and memory of a training step?
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m jaxcl.bench bank
         [--slots N] [--uniform N] [--dim N] [--batch N] [--tokens QUERY KEY] [--dtype bfloat16]

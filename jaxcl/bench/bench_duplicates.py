@@ -1,4 +1,4 @@
-"""What do planted duplicates cost an embedder, with and without masks of equal texts?
+"""How much do planted duplicates harm an embedder, with and without masks of equal texts?
 
     python -m jaxcl.bench duplicates --workdir DIR [--share 0.05] [--copies N] [--steps N]
         [--seeds N] [--json FILE]

@@ -1,4 +1,4 @@
-"""What does the gradient cache cost in time, and what does it save in memory?
+"""What does gradient caching cost in time, and save in memory?
 
     python -m jaxcl.bench grad_cache [--batch N] [--chunk N] [--rounds N] [--json FILE]
 

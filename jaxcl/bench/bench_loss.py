@@ -1,4 +1,4 @@
-"""How fast is the symmetric loss, alone and with its gradient, and how much memory does it take?
+"""How fast is the symmetric loss with its gradient, and how much memory does it take?
 
     python -m jaxcl.bench loss [--batch N] [--dim N] [--dtype TYPE] [--devices N] [--rounds N]
         [--torch-python PATH] [--json FILE]

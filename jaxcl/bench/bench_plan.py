@@ -1,4 +1,4 @@
-"""Is the planned memory what a step then takes? On the present CPU, by the process's own peak.
+"""Does a step take the memory that `jaxcl.plan` predicts? Measured as this CPU process's peak.
 
     python -m jaxcl.bench plan [--config FILE] [--batch 256] [--rounds 3]
 

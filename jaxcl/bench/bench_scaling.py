@@ -1,4 +1,4 @@
-"""What grows with devices and processes: bytes between devices, and the host's time.
+"""How do bytes between devices and the host's time grow with devices and processes?
 
     python -m jaxcl.bench scaling [--batch 1024] [--dim 256] [--processes 1 2 4] [--steps 60]
 

@@ -1,4 +1,4 @@
-"""How long a run takes from its command to its first step, with and without compiled programs.
+"""How long does a run take from its command to its first step, with and without compiled programs?
 
     python -m jaxcl.bench start [--config configs/code_search.py] [--rounds 3]
 

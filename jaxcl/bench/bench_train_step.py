@@ -1,4 +1,4 @@
-"""How many pairs per second does training update, beside PyTorch, and what of it is XLA's work?
+"""How many pairs per second does training process, next to PyTorch, and how much of it is XLA?
 
     python -m jaxcl.bench train_step [--model static|transformer] [--rounds N]
         [--torch-python PATH] [--json FILE]
