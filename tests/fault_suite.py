@@ -309,13 +309,8 @@ class Trial:
         if not self.wait_for_moment(started, checkpoints=2):
             started.wait()
             return False
-        started.send(signal.SIGTERM)
-        codes, outputs = started.wait()
-        if not any(codes):
+        if not self.ended_by_sigterm(started):
             return False
-        done = f"{STEPS}/{STEPS}" in outputs[0]  # of what comes then nothing needs saving
-        if codes != [128 + signal.SIGTERM] * len(codes) and not done:
-            raise Wrong(f"SIGTERM: exit codes {codes}: {outputs}")
         newest = _newest(self.workdir)
         files = (self.workdir / "checkpoints" / str(newest)).rglob("*")
         victim = self.rng.choice(sorted(path for path in files if path.is_file()))
@@ -353,9 +348,14 @@ class Trial:
         if not self.wait_for_moment(started, checkpoints=checkpoints):
             started.wait()
             return False
+        return self.ended_by_sigterm(started)
+
+    def ended_by_sigterm(self, started: Started) -> bool:
+        """Sends SIGTERM, and returns whether it ended the run, with everything saved."""
         started.send(signal.SIGTERM)
         codes, outputs = started.wait()
-        if any(code not in (0, 128 + signal.SIGTERM) for code in codes):
+        trained = f"{STEPS}/{STEPS}" in outputs[0]  # then nothing is left to save
+        if any(codes) and not trained and codes != [128 + signal.SIGTERM] * len(codes):
             raise Wrong(f"SIGTERM: exit codes {codes}: {outputs}")
         return any(codes)
 
