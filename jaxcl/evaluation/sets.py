@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from jaxcl.data.beir import is_beir
 from jaxcl.data.text_files import TEXT_FILES, is_text_file
 from jaxcl.evaluation.pair_classification import has_labels, open_pair_set
 from jaxcl.evaluation.protocol import EvaluationSet
+from jaxcl.evaluation.retrieval_set import open_retrieval_set
 from jaxcl.evaluation.sts import open_sts_set
 from jaxcl.host.paths import AnyPath
 
@@ -28,6 +30,11 @@ class Kind(NamedTuple):
 
 _FILE = f"a file ({', '.join(TEXT_FILES)})"
 KINDS: dict[str, Kind] = {
+    "retrieval": Kind(
+        "a folder with corpus.jsonl, queries.jsonl and qrels/, or a file of qrels in it",
+        is_beir,
+        open_retrieval_set,
+    ),
     "pairs": Kind(f"{_FILE} of pairs of texts with labels 0 and 1", has_labels, open_pair_set),
     "sts": Kind(f"{_FILE} of pairs of texts with scores", is_text_file, open_sts_set),
 }

@@ -1,0 +1,250 @@
+"""Retrieval over a whole corpus: every query ranks all documents.
+
+When not to trust the figures: only judged documents count as relevant. In a large corpus, many
+relevant documents were never judged, mostly those that the systems of the judges did not find.
+Figures of corpora of different sizes cannot be compared.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxcl.data.beir import Beir, read_beir
+from jaxcl.evaluation.graded import GRADED_METRICS, GradedRanks, places_of
+from jaxcl.evaluation.protocol import Encode
+from jaxcl.evaluation.retrieval import BM25, METHODS, reciprocal_rank_fusion
+from jaxcl.host.files import digest_of
+from jaxcl.host.paths import AnyPath
+from jaxcl.host.processes import together
+from jaxcl.host.progress import progress_bar, say
+from jaxcl.typing import Float, Int
+
+__all__ = ["RetrievalSet", "open_retrieval_set"]
+
+_TILE_SCORES = 2**25
+"""Scores at once, 128 MiB in float32."""
+_BLOCK_DOCUMENTS = 16_384
+"""Documents whose vectors are in float64 at once."""
+_ENCODE_DOCUMENTS = 65_536
+"""Documents whose texts are Python strings at once; sorting them by length needs many."""
+
+_Scores = Callable[[Int[np.ndarray, " q"]], Float[np.ndarray, "q n"]]
+"""Numbers of queries -> their scores of all documents."""
+
+
+class RetrievalSet:
+    """A corpus with judged queries.
+
+    Attributes:
+      kind: `"retrieval"`.
+      data: the content.
+      fingerprint: of the corpus, the queries and the judgements.
+      sizes: the number of `documents`, of `queries` and of `relevant` pairs, and all numbers of
+        `Beir.left_out` that are not 0.
+    """
+
+    kind = "retrieval"
+
+    def __init__(self, data: Beir) -> None:
+        self.data = data
+        self.sizes = {
+            "documents": len(data.corpus),
+            "queries": len(data.query_ids),
+            "relevant": len(data.grades),
+            **{name: count for name, count in data.left_out.items() if count},
+        }
+        judged = [one.tolist() for one in (data.queries, data.documents, data.grades)]
+        content = [data.corpus.fingerprint, data.query_ids, data.query_texts, *judged]
+        self.fingerprint = digest_of(json.dumps(content).encode())
+
+    def evaluate(self, encode: Encode) -> Mapping[str, float]:
+        """Rank all documents for every query by inner products.
+
+        Args:
+          encode: embeds queries and documents, which are keys.
+
+        Returns:
+          The mean of each metric of `GRADED_METRICS` over the queries, and the sizes.
+
+        Raises:
+          ValueError: as `rank`.
+        """
+        ranks = self.rank(encode)["dense"]
+        means = {name: float(metric(ranks).mean()) for name, metric in GRADED_METRICS.items()}
+        return means | self.sizes
+
+    def rank(
+        self,
+        encode: Encode | None,
+        *,
+        methods: Sequence[str] = ("dense",),
+        rrf_k: int | float = 60,
+        tile: int | None = None,
+    ) -> dict[str, GradedRanks]:
+        """Rank all documents for every query by each method.
+
+        Scores of tied documents are equal bit for bit, since inner products are summed in float64
+        and rounded to float32. Memory: the vectors of all documents, and `tile` rows of scores.
+        With several processes, each ranks a part of the queries.
+
+        Args:
+          encode: embeds the texts; `None` if no method reads embeddings.
+          methods: of `jaxcl.evaluation.retrieval.METHODS`.
+          rrf_k: the constant of reciprocal rank fusion, for `"hybrid"`.
+          tile: number of queries whose scores are in memory at once; the result does not depend
+            on it. `None` chooses it by the size of the corpus.
+
+        Returns:
+          The places of the relevant documents by each method.
+
+        Raises:
+          ValueError: for an unknown method, vectors that are not finite, or a corpus without words
+            for BM25.
+        """
+        if not methods or not set(methods) <= set(METHODS):
+            raise ValueError(f"methods={methods!r}; give one or more of {', '.join(METHODS)}")
+        scorers: dict[str, _Scores] = {}
+        if {"bm25", "hybrid"} & set(methods):
+            scorers["bm25"] = self._lexical_scores()
+        if {"dense", "hybrid"} & set(methods):
+            scorers["dense"] = self._dense_scores(encode)
+        tile = tile or int(np.clip(_TILE_SCORES // len(self.data.corpus), 1, 512))
+        parts = np.array_split(np.arange(len(self.data.query_ids)), jax.process_count())
+        ours = parts[jax.process_index()]
+        tiles = [ours[first : first + tile] for first in range(0, len(ours), tile)]
+        places = together(lambda: self._places(tiles, scorers, methods, rrf_k))
+        if jax.process_count() > 1:  # a pair has zeros in all processes but one
+            places = multihost_utils.process_allgather(places.astype(np.int32)).sum(0)
+        return {
+            method: self._ranks(*of_method)
+            for method, of_method in zip(methods, places, strict=True)
+        }
+
+    def _ranks(self, better: Int[np.ndarray, " n"], tied: Int[np.ndarray, " n"]) -> GradedRanks:
+        data = self.data
+        return GradedRanks(
+            queries=data.queries,
+            grades=data.grades,
+            better=np.where(data.documents >= 0, better, np.inf),
+            tied=np.where(data.documents >= 0, tied, 1),
+            num_queries=len(data.query_ids),
+        )
+
+    def _places(
+        self,
+        tiles: Sequence[Int[np.ndarray, " _"]],
+        scorers: Mapping[str, _Scores],
+        methods: Sequence[str],
+        rrf_k: int | float,
+    ) -> Int[np.ndarray, "methods two n"]:
+        """`places_of` the relevant documents of some queries by each method; zeros elsewhere."""
+        data = self.data
+        places = np.zeros((len(methods), 2, len(data.grades)), np.int64)
+        bounds = np.searchsorted(data.queries, np.arange(len(data.query_ids) + 1))
+        with progress_bar("ranking documents for queries", sum(map(len, tiles))) as advance:
+            for tile in tiles:
+                tables = {
+                    name: self._without_own(scores(tile), tile) for name, scores in scorers.items()
+                }
+                for row, query in enumerate(tile):
+                    pairs = np.arange(bounds[query], bounds[query + 1])
+                    pairs = pairs[data.documents[pairs] >= 0]
+                    for number, method in enumerate(methods):
+                        scores = _scores_of(tables, row, method, rrf_k)
+                        places[number][:, pairs] = places_of(scores, data.documents[pairs])
+                    advance()
+        return places
+
+    def _without_own(
+        self, scores: Float[np.ndarray, "q n"], queries: Int[np.ndarray, " q"]
+    ) -> Float[np.ndarray, "q n"]:
+        """Rank the document with the id of its query last, after all others."""
+        own = self.data.own_documents[queries]
+        rows = np.flatnonzero(own >= 0)
+        if rows.size:
+            lowest = scores[rows].min(1)
+            scores = scores.copy()
+            scores[rows, own[rows]] = lowest - np.maximum(1, np.abs(lowest))
+        return scores
+
+    def _lexical_scores(self) -> _Scores:
+        corpus, texts = self.data.corpus, self.data.query_texts
+        say(f"indexing the words of {len(corpus):,} documents for BM25")
+        index = BM25(corpus.read(np.arange(len(corpus))))
+        return lambda queries: index.scores([texts[query] for query in queries])
+
+    def _dense_scores(self, encode: Encode | None) -> _Scores:
+        if encode is None:
+            raise ValueError('"dense" and "hybrid" read embeddings; give encode')
+        vectors = _finite("query", encode("query", self.data.query_texts))
+        keys = self._embedded_corpus(encode)
+
+        def scores(queries: Int[np.ndarray, " q"]) -> Float[np.ndarray, "q n"]:
+            wide = vectors[queries].astype(np.float64)
+            table = np.empty((len(wide), len(keys)), np.float32)
+            for first in range(0, len(keys), _BLOCK_DOCUMENTS):
+                block = slice(first, first + _BLOCK_DOCUMENTS)
+                table[:, block] = wide @ keys[block].astype(np.float64).T
+            return table
+
+        return scores
+
+    def _embedded_corpus(self, encode: Encode) -> Float[np.ndarray, "n d"]:
+        corpus = self.data.corpus
+        keys = np.empty((0, 0), np.float32)
+        for first in range(0, len(corpus), _ENCODE_DOCUMENTS):
+            rows = np.arange(first, min(first + _ENCODE_DOCUMENTS, len(corpus)))
+            vectors = _finite("key", encode("key", corpus.read(rows)))
+            if first == 0:
+                keys = np.empty((len(corpus), vectors.shape[1]), np.float32)
+            keys[rows] = vectors
+        return keys
+
+
+def open_retrieval_set(path: AnyPath) -> RetrievalSet:
+    """Open a BEIR folder, or one of its files of qrels, and say what its judgements lack.
+
+    Raises:
+      ValueError, OSError: as `jaxcl.data.beir.read_beir`.
+    """
+    data = read_beir(path)
+    if jax.process_index() == 0:
+        for name, remark in _REMARKS.items():
+            if count := data.left_out[name]:
+                say(f"{path}: {remark.format(count=count)}")
+    return RetrievalSet(data)
+
+
+_REMARKS = {
+    "queries_without_relevant": (
+        "{count:,} queries have no relevant document, so that their metrics are 0"
+    ),
+    "unknown_queries": "{count:,} queries of the qrels have no text; they are left out",
+    "unknown_documents": (
+        "{count:,} relevant documents are not in the corpus, and count as not found"
+    ),
+    "own_documents": (
+        "{count:,} documents have the id of a query, and are left out of that query's ranking"
+    ),
+}
+
+
+def _scores_of(
+    tables: Mapping[str, Float[np.ndarray, "q n"]], row: int, method: str, rrf_k: int | float
+) -> Float[np.ndarray, " n"]:
+    if method != "hybrid":
+        return tables[method][row]
+    return reciprocal_rank_fusion([table[row : row + 1] for table in tables.values()], k=rrf_k)[0]
+
+
+def _finite(side: str, vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if bad.size:
+        raise ValueError(
+            f"{bad.size:,} of {len(vectors):,} embeddings of side {side} hold a NaN or an "
+            f"infinity; the first is that of text {bad[0]}"
+        )
+    return vectors
