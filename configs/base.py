@@ -52,7 +52,8 @@ def _data() -> ConfigDict:
     data.query_field = "query"
     data.key_field = "key"
     # Data sets whose rows follow these: name -> name (or folder), splits (role -> split),
-    # query_field, key_field, group_field, metadata_fields.
+    # query_field, key_field, group_field, metadata_fields, prompts (those of the run where they are
+    # None). assignment.sourced.by="data_set" mixes them by weights or a temperature.
     data.concatenated = ConfigDict()
     data.group_field = placeholder(str)  # a column of integers, labels or texts
     data.metadata_fields = ()  # further columns, for search and evaluation

@@ -96,6 +96,7 @@ def evaluate(
     target = None if output is None else as_path(output)
     if isinstance(target, Path) and not target.parent.is_dir():  # fail before the work
         raise FileNotFoundError(f"the folder {target.parent} for the output does not exist")
+    prompts = None
     if config is not None:
         settings = read_data_settings(config, changed=changed)
         sources = open_sources(
@@ -108,10 +109,11 @@ def evaluate(
     else:
         run = open_run(as_path(model), trust=trust)
         settings, sources, model = run.settings, run.sources(), model_of_run(run)
+        prompts = run.prompts(sources)
     check_evaluation(settings, RunData(sources, {}, {}))
     if not isinstance(model, EmbeddingModel):
         model = load(model, trust=trust)
-    results = evaluate_model(settings, model, sources, batch_size=batch_size)
+    results = evaluate_model(settings, model, sources, batch_size=batch_size, prompts=prompts)
     if target is not None:
         write_whole(target, json.dumps(results, indent=2, allow_nan=False) + "\n")
     return results

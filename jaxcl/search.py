@@ -14,6 +14,7 @@ In a program or a notebook, call `search`, or `open_search` for many queries:
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcl.data.prepare import open_sources
+from jaxcl.data.row_prompts import RowPrompts
 from jaxcl.data.sources import PairSource
 from jaxcl.evaluation.retrieval import BM25, dense_scores, reciprocal_rank_fusion
 from jaxcl.host.command import run_command
@@ -37,6 +39,7 @@ from jaxcl.host.printable import printable
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.host.user_folders import cache_folder, shared_folder
 from jaxcl.run.embedding_model import EmbeddingModel
+from jaxcl.run.encode_rows import encode_rows
 from jaxcl.run.host_vectors import for_inner_products
 from jaxcl.run.load_model import is_run, load, model_of_run
 from jaxcl.run.opened import open_run
@@ -175,7 +178,7 @@ def open_search(
     pool = _pool_of_run(path, trust) if config is None else _pool_of(path, config, changed, trust)
     model, index = pool.model, _read_index(pool.index_file, pool.made_from)
     if index is None:
-        index = _build_index(model, pool.sources())
+        index = _build_index(model, *pool.sources())
         _write_index(pool.index_file, pool.made_from, index)
     lexical = BM25([row["key"] for row in index.rows]) if hybrid else None
     keys = for_inner_products(model.similarity_function, "key", index.keys)
@@ -197,14 +200,15 @@ class _Pool(NamedTuple):
 
     Attributes:
       model: embeds queries and keys.
-      sources: a function that opens the splits.
+      sources: a function that opens the splits, and gives the prompts of their rows where they
+        replace the model's.
       index_file: path of the index.
       made_from: identifies the content of the index, in JSON types.
       rrf_k: the constant of reciprocal rank fusion.
     """
 
     model: EmbeddingModel
-    sources: Callable[[], Mapping[str, PairSource]]
+    sources: Callable[[], tuple[Mapping[str, PairSource], Mapping[str, RowPrompts]]]
     index_file: AnyPath
     made_from: Mapping[str, Any]
     rrf_k: int
@@ -217,7 +221,12 @@ def _pool_of_run(path: str | os.PathLike[str], trust: Trust) -> _Pool:
     run = open_run(workdir, trust=trust)
     run.check_texts("jaxcl.search")
     rrf_k = run.settings.evaluation.rrf_k
-    return _Pool(model_of_run(run), run.sources, run.workdir / INDEX_FILE, run.made_from, rrf_k)
+
+    def opened() -> tuple[Mapping[str, PairSource], Mapping[str, RowPrompts]]:
+        sources = run.sources()
+        return sources, run.prompts(sources)
+
+    return _Pool(model_of_run(run), opened, run.workdir / INDEX_FILE, run.made_from, rrf_k)
 
 
 def _pool_of(
@@ -232,7 +241,7 @@ def _pool_of(
     made_from = {"model": model.made_from, "fingerprints": fingerprints}
     name = digest_of(json.dumps(made_from, sort_keys=True).encode())
     index_file = cache_folder() / "search" / f"{name}.npz"
-    return _Pool(model, lambda: sources, index_file, made_from, settings.evaluation.rrf_k)
+    return _Pool(model, lambda: (sources, {}), index_file, made_from, settings.evaluation.rrf_k)
 
 
 class _Index(NamedTuple):
@@ -279,14 +288,26 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else str(value)
 
 
-def _build_index(model: EmbeddingModel, sources: Mapping[str, PairSource]) -> _Index:
+def _build_index(
+    model: EmbeddingModel, sources: Mapping[str, PairSource], prompts: Mapping[str, RowPrompts]
+) -> _Index:
     rows: list[dict[str, Any]] = []
+    ends = [0]
     for source in sources.values():
         for first in range(0, len(source), _CHUNK_ROWS):
             rows += source.read(np.arange(first, min(first + _CHUNK_ROWS, len(source))))
+        ends.append(len(rows))
+    texts = [row["key"] for row in rows]
     with progress_bar("embedding the pool", len(rows)) as advance:
-        keys = model.encode([row["key"] for row in rows], side="key", progress=advance)
-    return _Index(keys, rows)
+        if not prompts:  # all splits at once, which sorts texts by length better
+            return _Index(model.encode(texts, side="key", progress=advance), rows)
+        keys = [
+            encode_rows(
+                model, texts[first:end], side="key", prompts=prompts.get(split), progress=advance
+            )
+            for split, (first, end) in zip(sources, itertools.pairwise(ends), strict=True)
+        ]
+    return _Index(np.concatenate(keys), rows)
 
 
 def _asked(*, prompt: str) -> Iterator[str]:

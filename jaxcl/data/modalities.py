@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxcl.data.modality import Modality, Reader, SplitFiles
+from jaxcl.data.row_prompts import prompt_of, row_prompts
 from jaxcl.data.sources import PairSource
 from jaxcl.data.table import Table, join_sides
 from jaxcl.data.text_rule import TextRule, TextTokenizer, as_inputs, input_spec
@@ -26,6 +27,7 @@ from jaxcl.data.tokenizer import (
 from jaxcl.host.files import write_whole
 from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.progress import progress_bar
+from jaxcl.settings.derived import data_sets_of
 from jaxcl.settings.sections import DataSettings
 from jaxcl.typing import PADDING_ID, SIDES, Array, Int, PyTree
 
@@ -85,6 +87,7 @@ class Text:
                 self.tokenizer(data, files.workdir),
                 rules={side: text_rule(data, side) for side in SIDES},
                 sides=files.sides,
+                prompts=row_prompts(data, files.role, source),
                 directory=files.data_dir / "tokens",
                 advance=advance,
             )
@@ -109,13 +112,13 @@ class Text:
 
     def spec(self, data: DataSettings, side: str) -> PyTree:
         """`{"tokens": int32[t]}`, and an int32 for each of `TextRule.numbers`."""
-        return input_spec(text_rule(data, side))
+        return input_spec(_training_rule(data, side))
 
     def random_inputs(
         self, data: DataSettings, side: str, rng: np.random.Generator, num_rows: int
     ) -> PyTree:
         """Random tokens, none of them padding."""
-        rule = text_rule(data, side)
+        rule = _training_rule(data, side)
         lengths = np.full(num_rows, rule.max_tokens)
         ids = rng.integers(1, data.vocabulary_size, (num_rows, rule.max_tokens)).ravel()
         return as_inputs(ids, lengths, rule, width=rule.max_tokens, prompt_length=1)
@@ -222,7 +225,7 @@ def open_tables(
 
 
 def text_rule(data: DataSettings, side: str) -> TextRule:
-    """The rule by which the texts of a side become tokens."""
+    """The rule by which the texts of a side become tokens, with the run's own prompt."""
     return TextRule(
         max_tokens=getattr(data.max_tokens, side),
         add_cls=data.add_cls,
@@ -232,6 +235,12 @@ def text_rule(data: DataSettings, side: str) -> TextRule:
         exclude_prompt=bool(data.exclude_prompt),
         skip_unknown=bool(data.skip_unknown),
     )
+
+
+def _training_rule(data: DataSettings, side: str) -> TextRule:
+    """The rule that describes a batch: with a prompt if any training row has one."""
+    prompts = [prompt_of(data, one.prompts, side) for one in data_sets_of(data, "train").values()]
+    return text_rule(data, side)._replace(prompt=next(filter(None, prompts), ""))
 
 
 def _load(data: DataSettings, path: AnyPath) -> Tokenizer:

@@ -39,6 +39,11 @@ class ConcatenatedPairs:
         return int(self._edges[-1])
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of rows of each data set."""
+        return tuple(map(len, self._data_sets))
+
+    @property
     def data_set_of_row(self) -> Int[np.ndarray, " n"]:
         """The number of each row's data set."""
         return np.repeat(np.arange(len(self._data_sets), dtype=np.int32), np.diff(self._edges))

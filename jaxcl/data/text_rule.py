@@ -78,8 +78,8 @@ class TextTokenizer:
 
     Attributes:
       rule: the side's rule.
-      prompt_length: number of tokens before the first token of a text: special tokens and the
-        prompt's tokens.
+      prefix: the ids before the first token of a text: special tokens and the prompt's tokens.
+        The last ones may be others where a prompt and a text run together.
 
     Raises:
       ValueError: if the tokenizer lacks a token that the rule needs, it does more than add special
@@ -96,7 +96,7 @@ class TextTokenizer:
             self._without_tokens = [tokenizer.token_to_id(UNKNOWN)]
         check_texts([rule.prompt], what="prompt")
         (prompt,) = self._ids([rule.prompt])
-        self.prompt_length = len(self._before) + len(prompt)
+        self.prefix = (*self._before, *prompt)
         self._room = rule.max_tokens - len(self._before) - len(self._after)
         needed = self.prompt_length + len(self._after) + 1
         if rule.max_tokens < needed:
@@ -104,6 +104,11 @@ class TextTokenizer:
                 f"max_tokens={rule.max_tokens} leaves no room for text: special tokens and the "
                 f"prompt {rule.prompt!r} take {needed - 1}; use at least {needed}"
             )
+
+    @property
+    def prompt_length(self) -> int:
+        """The number of tokens before the first token of a text."""
+        return len(self.prefix)
 
     @functools.cached_property
     def num_ids(self) -> int:
@@ -164,7 +169,7 @@ def as_inputs(
     rule: TextRule,
     *,
     width: int,
-    prompt_length: int = 0,
+    prompt_length: int | Int[np.ndarray, " n"] = 0,
 ) -> dict[str, Int[np.ndarray, "n ..."]]:
     """Build the inputs of an encoder.
 
@@ -173,7 +178,7 @@ def as_inputs(
       lengths: number of tokens of each text, at most `width`.
       rule: the rule that made the tokens.
       width: number of tokens of a row, with padding after the text.
-      prompt_length: as `TextTokenizer.prompt_length`.
+      prompt_length: as `TextTokenizer.prompt_length`; one of all texts, or one each.
 
     Returns:
       `{"tokens": int32[n, width]}`, and an int32 per row for each of `rule.numbers`.

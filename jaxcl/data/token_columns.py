@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxcl.data.row_checks import checked_int32
 from jaxcl.data.row_labels import equal_rows, split_labels
+from jaxcl.data.row_tokenizer import RowTokenizer
 from jaxcl.data.sources import PairSource
-from jaxcl.data.text_rule import TextTokenizer
 from jaxcl.host.progress import say
 from jaxcl.typing import Integer
 
@@ -23,7 +23,7 @@ _MANY_ROWS = 1_000_000
 
 def write_token_columns(
     source: PairSource,
-    texts: Mapping[str, TextTokenizer],
+    texts: Mapping[str, RowTokenizer],
     folder: Path,
     advance: Callable[[int], None],
 ) -> None:
@@ -62,7 +62,8 @@ def write_token_columns(
                 values = [record[side] for record in records]
                 ids = texts[side].tokenize(values, what=f"{side} of row", first=first)
                 lengths[side][rows] = [len(row) for row in ids]
-                digests[side][rows] = _digests(ids)
+                compared = texts[side].without_prompts(ids, first=first)
+                digests[side][rows] = _digests(compared)
                 append(np.concatenate(ids))
             advance(len(records))
     for side in texts:

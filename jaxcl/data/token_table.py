@@ -13,8 +13,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxcl.data.checked_array import CheckedArray, DamagedArray, array_record
+from jaxcl.data.row_prompts import RowPrompts
+from jaxcl.data.row_tokenizer import RowTokenizer
 from jaxcl.data.sources import PairSource
-from jaxcl.data.text_rule import TextRule, TextTokenizer, as_inputs, input_spec
+from jaxcl.data.text_rule import TextRule, as_inputs, input_spec
 from jaxcl.data.token_columns import write_token_columns
 from jaxcl.data.tokenizer import tokenizer_fingerprint
 from jaxcl.host.files import read_sealed_json, write_sealed_json
@@ -36,9 +38,11 @@ class TokenTable(NamedTuple):
       offsets: side -> where each row begins, and one end more than there are rows.
       group: each row's group; of concatenated data sets each has groups of its own.
       text: a number that rows of equal queries or equal keys share, and whoever shares it with
-        them: none of them is a negative of another.
-      rules: side -> the rule that its texts were tokenised by; `max_tokens` is the batch width.
-      prompt_length: side -> number of tokens before the first token of a text.
+        them: none of them is a negative of another. Prompts make no difference.
+      rules: side -> the rule that describes its inputs; `max_tokens` is the batch width.
+      prompt_length: side -> number of tokens before the first token of a text, or this number for
+        each data set of `prompts`.
+      prompts: the rows' prompts, where data sets have different ones.
     """
 
     tokens: Mapping[str, "Integer[np.ndarray, ' _'] | _Tokens"]
@@ -46,7 +50,8 @@ class TokenTable(NamedTuple):
     group: Int[np.ndarray, " n"]
     text: Int[np.ndarray, " n"]
     rules: Mapping[str, TextRule]
-    prompt_length: Mapping[str, int] = {}
+    prompt_length: Mapping[str, int | Int[np.ndarray, " s"]] = {}
+    prompts: RowPrompts | None = None
 
     @property
     def num_rows(self) -> int:
@@ -62,8 +67,14 @@ class TokenTable(NamedTuple):
             lengths,
             self.rules[side],
             width=self.rules[side].max_tokens,
-            prompt_length=self.prompt_length.get(side, 0),
+            prompt_length=self._prompt_length(side, rows),
         )
+
+    def _prompt_length(self, side: str, rows: Int[np.ndarray, " b"]) -> int | Int[np.ndarray, " b"]:
+        length = self.prompt_length.get(side, 0)
+        if self.prompts is None or isinstance(length, int):
+            return length
+        return length[self.prompts.data_set(rows)]
 
     def spec(self, side: str) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes and types of one row of a side."""
@@ -106,6 +117,7 @@ def build_token_table(
     *,
     rules: Mapping[str, TextRule],
     sides: Sequence[str] = SIDES,
+    prompts: RowPrompts | None = None,
     directory: Path,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> TokenTable:
@@ -116,6 +128,7 @@ def build_token_table(
       tokenizer: what turns text into ids.
       rules: side -> the rule by which its texts become tokens.
       sides: the sides that are texts.
+      prompts: the rows' prompts, which replace those of the rules; `None` for the rules' prompts.
       directory: where tables are kept, each under the hash of all that it was made from.
       advance: called with the number of rows done since the last call.
 
@@ -135,7 +148,9 @@ def build_token_table(
     }
     if tuple(sides) != SIDES:
         made_from["sides"] = list(sides)
-    texts = {side: TextTokenizer(tokenizer, rules[side]) for side in sides}
+    if prompts is not None:
+        made_from["prompts"] = prompts.described(tuple(sides))
+    texts = {side: RowTokenizer(tokenizer, rules[side], prompts, side) for side in sides}
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
     path = Path(directory) / name
     write = functools.partial(_write, source, texts, made_from, path)
@@ -143,7 +158,8 @@ def build_token_table(
 
     def read() -> TokenTable:
         arrays = _open_arrays(path, made_from, num_ids=num_ids)
-        return _as_table(arrays, path, texts, num_rows=len(source), rebuilt=rebuilt)
+        table = _as_table(arrays, path, texts, num_rows=len(source), rebuilt=rebuilt)
+        return table._replace(prompts=prompts)
 
     def rebuilt(
         damage: DamagedArray, advance: Callable[[int], None] = lambda rows: None
@@ -213,7 +229,7 @@ def _open_arrays(path: Path, made_from: Mapping, *, num_ids: int) -> dict[str, C
 def _as_table(
     arrays: Mapping[str, CheckedArray],
     path: Path,
-    texts: Mapping[str, TextTokenizer],
+    texts: Mapping[str, RowTokenizer],
     *,
     num_rows: int,
     rebuilt: Callable[[DamagedArray], TokenTable],
@@ -252,7 +268,7 @@ def _as_table(
 
 def _write(
     source: PairSource,
-    texts: Mapping[str, TextTokenizer],
+    texts: Mapping[str, RowTokenizer],
     made_from: dict,
     path: Path,
     advance: Callable[[int], None],

@@ -17,7 +17,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxcl.data.modalities import build_readers
 from jaxcl.data.prepare import RunData
+from jaxcl.data.row_prompts import RowPrompts, row_prompts
 from jaxcl.data.sources import PairSource
 from jaxcl.evaluation.retrieval import (
     METRICS,
@@ -34,6 +36,7 @@ from jaxcl.host.processes import PeerError, together
 from jaxcl.host.progress import progress_bar, show
 from jaxcl.metrics import mean_and_standard_error
 from jaxcl.run.embedding_model import EmbeddingModel
+from jaxcl.run.encode_rows import encode_rows
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.host_vectors import for_inner_products
 from jaxcl.settings.sections import Settings
@@ -51,11 +54,12 @@ class _Vectors(NamedTuple):
 
     Attributes:
       of_rows: `(split, side)` -> embeddings of all rows.
-      of_texts: `(side, texts)` -> embeddings of other texts, such as keys with masked names.
+      of_texts: `(split, side, texts)` -> embeddings of other texts of all rows, such as keys with
+        masked names.
     """
 
     of_rows: Callable[[str, str], Float[np.ndarray, "n d"]]
-    of_texts: Callable[[str, Sequence[str]], Float[np.ndarray, "n d"]]
+    of_texts: Callable[[str, str, Sequence[str]], Float[np.ndarray, "n d"]]
 
 
 def check_evaluation(settings: Settings, data: RunData) -> None:
@@ -114,10 +118,18 @@ def evaluate_run(
     Raises:
       ValueError: of the first method that failed, after the results of all others are written.
     """
-    vectors = _Vectors(
-        lambda split, side: encoder.embed(side, data.tables[split]),
-        lambda side, texts: encoder.encode(side, texts),
-    )
+
+    def of_texts(split: str, side: str, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        prompts = row_prompts(settings.data, split, data.sources[split])
+        if prompts is None:
+            return encoder.encode(side, texts)
+        parts = []
+        for number, rows in prompts.parts(0, len(texts)):
+            readers = build_readers(prompts.own(settings.data, number), workdir)
+            parts.append(encoder._replace(readers=readers).encode(side, texts[rows]))
+        return np.concatenate(parts)
+
+    vectors = _Vectors(lambda split, side: encoder.embed(side, data.tables[split]), of_texts)
     results, failures = _evaluate_splits(settings, vectors, data.sources)
     described = {"steps": settings.steps, "seed": settings.seed}
     summary = _strict({**described, **_summary(data.sources, results)})
@@ -143,6 +155,7 @@ def evaluate_model(
     sources: Mapping[str, PairSource],
     *,
     batch_size: int | None = None,
+    prompts: Mapping[str, RowPrompts] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on held-out splits as `evaluate_run` does, and print a table.
 
@@ -151,6 +164,8 @@ def evaluate_model(
       model: any model; it embeds texts with its own tokenizer, limits and prompts.
       sources: role -> the pairs of texts of its split.
       batch_size: as `EmbeddingModel.encode`.
+      prompts: role -> the prompts of its rows, where they replace the model's; of the model of a
+        run, and the run's own rows.
 
     Returns:
       Means and standard errors, with a description of the model and the data.
@@ -165,14 +180,17 @@ def evaluate_model(
             "data.splits"
         )
 
-    def of_texts(side: str, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
+    def of_texts(split: str, side: str, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        own = (prompts or {}).get(split)
         with progress_bar(f"embedding {len(texts):,} of side {side}", len(texts)) as advance:
-            vectors = model.encode(texts, side=side, batch_size=batch_size, progress=advance)
+            vectors = encode_rows(
+                model, texts, side=side, prompts=own, batch_size=batch_size, progress=advance
+            )
         return for_inner_products(model.similarity_function, side, vectors)
 
     def of_rows(split: str, side: str) -> Float[np.ndarray, "n d"]:
-        source = sources[split]
-        return of_texts(side, [record[side] for record in source.read(np.arange(len(source)))])
+        records = sources[split].read(np.arange(len(sources[split])))
+        return of_texts(split, side, [record[side] for record in records])
 
     results, failures = _evaluate_splits(settings, _Vectors(of_rows, of_texts), sources)
     if jax.process_index() == 0 and results:
@@ -220,7 +238,7 @@ def _evaluate_split(
     if hides_names:
         masked = [mask_name(record["key"], record["name"]) for record in records]
         key_texts["name masked"] = masked
-        embed_keys["name masked"] = lambda: vectors.of_texts("key", masked)
+        embed_keys["name masked"] = lambda: vectors.of_texts(split, "key", masked)
     query_embeddings = vectors.of_rows(split, "query")
     results: Results = {}
     for variant, texts in key_texts.items():

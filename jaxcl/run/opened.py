@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxcl.data.modalities import build_readers, check_inputs, modality_of, open_tables
 from jaxcl.data.prepare import RememberedData, read_remembered_data, remembered_from
+from jaxcl.data.row_prompts import RowPrompts, row_prompts
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import open_splits
 from jaxcl.data.table import Table
@@ -85,6 +86,14 @@ class OpenedRun(NamedTuple):
                 "again in another --workdir"
             )
         return sources
+
+    def prompts(self, sources: Mapping[str, PairSource]) -> dict[str, RowPrompts]:
+        """Split -> the prompts of its rows, where its data sets have different ones."""
+        prompts = {
+            split: row_prompts(self.settings.data, split, source)
+            for split, source in sources.items()
+        }
+        return {split: one for split, one in prompts.items() if one is not None}
 
     def check_texts(self, command: str) -> None:
         """Raise a `ValueError` if a side of the run holds anything else than texts."""

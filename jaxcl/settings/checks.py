@@ -21,6 +21,7 @@ from jaxcl.settings.derived import (
 )
 from jaxcl.settings.parts import is_function_name
 from jaxcl.settings.sections import DataSet, DataSettings, Settings, unresolved
+from jaxcl.typing import SIDES
 
 __all__ = ["check_settings"]
 
@@ -68,6 +69,8 @@ def _check_concatenated(where: str, name: str, data_set: DataSet, data: DataSett
             f"{data.group_field!r}: rows without a group would all be of one; give both one, "
             "or neither"
         )
+    for side in SIDES:
+        _check_prompt(f"{where}.prompts.{side}", getattr(data_set.prompts, side), data, side)
     for role in data_set.splits:
         if role not in data.splits:
             raise ValueError(
@@ -80,6 +83,20 @@ def _check_concatenated(where: str, name: str, data_set: DataSet, data: DataSett
                 f"{where}.metadata_fields lacks {sorted(missing)}, which the evaluation of "
                 f"{role!r} may read; give them, or leave {role!r} out of its splits"
             )
+
+
+def _check_prompt(setting: str, prompt: str | None, data: DataSettings, side: str) -> None:
+    modality = getattr(data.modality, side)
+    if prompt is not None and modality != "text":
+        raise ValueError(
+            f"{setting}={prompt!r} has no effect: data.modality.{side}={modality!r}, and only "
+            "texts have prompts; leave it out"
+        )
+    if prompt in SIDES:
+        raise ValueError(
+            f"{setting}={prompt!r} is what the run's own prompt is called; write the prompt out, "
+            f"such as {prompt + ': '!r}"
+        )
 
 
 def _check_loss(settings: Settings) -> None:

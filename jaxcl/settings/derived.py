@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from jaxcl.assignment import PRESETS, Gcbs, random_to_hard
 from jaxcl.host.paths import AnyPath, as_path
-from jaxcl.settings.sections import DataSettings, GcbsSettings, ModelSettings, Settings
+from jaxcl.settings.sections import DataSet, DataSettings, GcbsSettings, ModelSettings, Settings
 
 __all__ = [
     "ASSIGNMENTS",
@@ -19,6 +19,7 @@ __all__ = [
     "SOURCES",
     "GcbsRule",
     "data_set_names",
+    "data_sets_of",
     "gcbs_rule",
     "origin_of",
     "sources_by",
@@ -120,6 +121,13 @@ def data_set_names(data: DataSettings) -> tuple[str, ...]:
     """The data sets of the training rows by name, in order: `"first"`, then the others."""
     others = sorted(data.concatenated.items())
     return ("first", *(name for name, one in others if "train" in one.splits))
+
+
+def data_sets_of(data: DataSettings, role: str) -> dict[str, DataSet]:
+    """The data sets that have rows for a role, by the setting that names them, in order."""
+    named = {"data": data.first}
+    named |= {f"data.concatenated.{name}": one for name, one in sorted(data.concatenated.items())}
+    return {setting: one for setting, one in named.items() if role in one.splits}
 
 
 def tower_sections(model: ModelSettings) -> dict[str, str]:

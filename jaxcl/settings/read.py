@@ -107,10 +107,11 @@ def read_data_settings(config: ConfigDict, *, changed: Collection[str] = ()) -> 
 
 
 def _says_which_rows(field: str) -> bool:
-    section, _, name = field.partition(".")
-    if section == "data":
-        return name.partition(".")[0] in _DATA_FIELDS
-    return section in _DATA_SECTIONS
+    section, *names = field.split(".")
+    if section != "data":
+        return section in _DATA_SECTIONS
+    # The prompts of a data set say how the model of a run reads it.
+    return names[:1] in [[name] for name in _DATA_FIELDS] and names[2:3] != ["prompts"]
 
 
 def _with_parts(settings: Settings, trust: Trust) -> Settings:

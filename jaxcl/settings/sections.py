@@ -65,8 +65,18 @@ class MaxTokens(NamedTuple):
     key: Size = 128
 
 
+class SidePrompts(NamedTuple):
+    """The prompt that precedes each text of a side; `None` for the pretrained model's prompt."""
+
+    query: str | None = None
+    key: str | None = None
+
+
 class DataSet(NamedTuple):
-    """One prepared data set, its splits by role, and the fields that are read."""
+    """One prepared data set, its splits by role, the fields that are read, and its prompts.
+
+    A prompt of `None` is the run's.
+    """
 
     name: str | None = None
     splits: Mapping[str, str] = {}
@@ -74,13 +84,7 @@ class DataSet(NamedTuple):
     key_field: str = "key"
     group_field: str | None = None
     metadata_fields: tuple[str, ...] = ()
-
-
-class SidePrompts(NamedTuple):
-    """The prompt that precedes each text of a side; `None` for the pretrained model's prompt."""
-
-    query: str | None = None
-    key: str | None = None
+    prompts: SidePrompts = SidePrompts()
 
 
 class SideModalities(NamedTuple):
