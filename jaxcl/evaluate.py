@@ -1,16 +1,28 @@
-"""Evaluates the retrieval of any model on held-out pairs next to BM25, as at the end of training.
+"""Evaluates any model: retrieval over a corpus, similarity of texts, or held-out pairs.
+
+    python -m jaxcl.evaluate --model runs/code_search --data FOLDER
+    python -m jaxcl.evaluate --model models/minilm --data stsb-dev.csv --output results.json
+
+The data are one of
+
+- a folder with the layout of BEIR (`corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`): each query
+  ranks all documents of the corpus, by BM25, by the model, and by both;
+- a file of pairs of texts with scores, or with labels 0 and 1.
+
+Without data, the command evaluates held-out pairs, as at the end of training: the rows of a config,
+or of the run itself. Each query ranks all keys of its split, a small pool, in which every model
+looks better than in a corpus.
 
     python -m jaxcl.evaluate --model runs/code_search
-    python -m jaxcl.evaluate --model runs/code_search --config configs/code_search.py
+    python -m jaxcl.evaluate --model models/minilm --config configs/code_search.py
 
 The model is anything that `jaxcl.load` accepts: the workdir of a run, an exported folder, or a
 pretrained model as a baseline before training. It embeds texts with its own tokenizer, limits and
-prompts. The config sets the data and the methods that rank keys; without a config, a run is
-evaluated on its own data. Each query ranks all keys of its split.
+prompts.
 
 In a program or a notebook, call `evaluate`:
 
-    evaluate("runs/code_search", config=load_config("code_search"))
+    evaluate("runs/code_search", data="FOLDER")
 """
 
 import json
@@ -22,12 +34,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxcl.data.beir import is_beir, qrels_file
 from jaxcl.data.prepare import RunData, open_sources
+from jaxcl.evaluation.evaluate_set import check_methods, evaluate_set
 from jaxcl.evaluation.held_out import check_evaluation, evaluate_model
+from jaxcl.evaluation.protocol import EvaluationSet
+from jaxcl.evaluation.retrieval import METHODS
+from jaxcl.evaluation.sets import KINDS, open_set
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser, add_model_flag, user_path
 from jaxcl.host.files import write_whole
-from jaxcl.host.paths import as_path
+from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.user_folders import shared_folder
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.load_model import is_run, load, model_of_run
@@ -44,6 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = CommandParser("jaxcl.evaluate", __doc__)
     add_model_flag(parser)
+    parser.add_argument(
+        "--data", metavar="PATH", type=user_path, help="a BEIR folder, or a file of pairs"
+    )
+    parser.add_argument("--split", help="file of qrels/ to use (default: test, else dev)")
+    parser.add_argument("--kind", choices=KINDS, help="of the data (default: by their content)")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, help="how documents are ranked (default: all)"
+    )
     add_config_flags(parser, required=False)
     parser.add_argument(
         "--output", metavar="FILE", type=user_path, help="write the results to a JSON file"
@@ -56,6 +81,10 @@ def _run(arguments: Namespace) -> None:
     keep_compiled()
     evaluate(
         arguments.model,
+        data=arguments.data,
+        split=arguments.split,
+        kind=arguments.kind,
+        methods=arguments.methods,
         config=optional_config_of(arguments),
         changed=changed_fields(arguments),
         output=arguments.output,
@@ -67,35 +96,87 @@ def _run(arguments: Namespace) -> None:
 def evaluate(
     model: str | os.PathLike[str] | EmbeddingModel,
     *,
+    data: str | os.PathLike[str] | None = None,
+    split: str | None = None,
+    kind: str | None = None,
+    methods: Sequence[str] | None = None,
     config: ConfigDict | None = None,
     changed: Collection[str] = (),
     output: str | os.PathLike[str] | None = None,
     batch_size: int | None = None,
     trust: Trust = (),
 ) -> dict[str, Any]:
-    """Evaluate the retrieval of a model on held-out pairs, and print a table.
+    """Evaluate a model, and print a table.
 
     Args:
       model: a model, or a path for `jaxcl.load`.
-      config: names the rows (`data`) and the methods (`evaluation`); `None` uses the config of the
-        run in `model`.
+      data: the path of an evaluation set, as `jaxcl.evaluation.sets.open_set`; `None` for held-out
+        pairs.
+      split: name of the file in `qrels/` of a BEIR folder; `None` for `test`, else `dev`, else the
+        only one.
+      kind: a kind of `jaxcl.evaluation.sets.KINDS`; `None` recognises it by the content.
+      methods: how the documents of a BEIR folder are ranked, by default all of
+        `jaxcl.evaluation.retrieval.METHODS`.
+      config: names held-out rows (`data`) and the methods (`evaluation`); `None` uses the config of
+        the run in `model`.
       changed: dotted names of the fields that the user changed; one without effect is an error.
       output: a JSON file for the results.
       batch_size: as `EmbeddingModel.encode`.
       trust: packages whose code the run may name.
 
     Returns:
-      The results, as in the file: means and standard errors by split, variant and method.
+      The results, as in the file: metrics, with the sizes on which they depend, and a description
+      of the model and the data.
 
     Raises:
-      ValueError: if there is no model, the data have no held-out split, or `config` is `None` and
-        `model` is not the workdir of a run.
+      ValueError: if there is no model, the data cannot be used, the data have no held-out split, or
+        there are neither data nor a config and `model` is not the workdir of a run.
       OSError: if a file cannot be read or written.
       CheckpointError: if no checkpoint of a run can be read.
     """
     target = None if output is None else as_path(output)
     if isinstance(target, Path) and not target.parent.is_dir():  # fail before the work
         raise FileNotFoundError(f"the folder {target.parent} for the output does not exist")
+    if data is None:
+        _check_alone(split=split, kind=kind, methods=methods)
+        results = _of_held_out_rows(model, config, changed, batch_size, trust)
+    else:
+        if config is not None:
+            raise ValueError("--data and --config both name what to evaluate on; give one of them")
+        path = as_path(data)
+        data_set = _open(path, split, kind)
+        check_methods(data_set, methods)
+        if not isinstance(model, EmbeddingModel):
+            model = load(model, trust=trust)
+        results = evaluate_set(model, data_set, methods=methods, batch_size=batch_size)
+        results = {"data": str(path), **results}
+    if target is not None:
+        write_whole(target, json.dumps(results, indent=2, allow_nan=False) + "\n")
+    return results
+
+
+def _check_alone(**options: Any) -> None:
+    for name, value in options.items():
+        if value is not None:
+            hint = ", or set evaluation.methods in a config" if name == "methods" else ""
+            raise ValueError(f"--{name} has no effect without --data; add it{hint}")
+
+
+def _open(path: AnyPath, split: str | None, kind: str | None) -> EvaluationSet:
+    if split is None:
+        return open_set(path, kind=kind)
+    if not path.is_dir() or not is_beir(path):
+        raise ValueError(f"--split chooses a file of qrels/, but {path} is no BEIR folder")
+    return open_set(qrels_file(path, split), kind=kind)
+
+
+def _of_held_out_rows(
+    model: str | os.PathLike[str] | EmbeddingModel,
+    config: ConfigDict | None,
+    changed: Collection[str],
+    batch_size: int | None,
+    trust: Trust,
+) -> dict[str, Any]:
     prompts = None
     if config is not None:
         settings = read_data_settings(config, changed=changed)
@@ -105,7 +186,9 @@ def evaluate(
             open_source=settings.parts.source,
         )
     elif isinstance(model, EmbeddingModel) or not is_run(model):
-        raise ValueError(f"{model} is not a run with its own data; name the data with a config")
+        raise ValueError(
+            f"{model} is not a run with its own data; name the data with --data, or with a config"
+        )
     else:
         run = open_run(as_path(model), trust=trust)
         settings, sources, model = run.settings, run.sources(), model_of_run(run)
@@ -113,10 +196,7 @@ def evaluate(
     check_evaluation(settings, RunData(sources, {}, {}))
     if not isinstance(model, EmbeddingModel):
         model = load(model, trust=trust)
-    results = evaluate_model(settings, model, sources, batch_size=batch_size, prompts=prompts)
-    if target is not None:
-        write_whole(target, json.dumps(results, indent=2, allow_nan=False) + "\n")
-    return results
+    return evaluate_model(settings, model, sources, batch_size=batch_size, prompts=prompts)
 
 
 if __name__ == "__main__":

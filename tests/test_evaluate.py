@@ -113,7 +113,7 @@ def test_a_field_without_a_config_is_an_error(capsys, workdir, monkeypatch):
 
 
 def test_a_model_without_a_run_needs_a_config(tmp_path):
-    with pytest.raises(ValueError, match="is not a run with its own data; name"):
+    with pytest.raises(ValueError, match="is not a run with its own data; name the data with --d"):
         evaluate.evaluate(tmp_path)
     with pytest.raises(ValueError, match=r"EmbeddingModel.* is not a run with its own data"):
         evaluate.evaluate(small_model(["a"]))
@@ -148,3 +148,132 @@ def test_a_similarity_without_inner_products_is_an_error(config):
     model = model_of(vectors, similarity_function="manhattan")
     with pytest.raises(ValueError, match="cannot be ranked by similarity 'manhattan'"):
         evaluate.evaluate(model, config=config)
+
+
+@pytest.fixture
+def beir(tmp_path):
+    """A folder whose query i is best answered by document i, but for two that are swapped."""
+    texts = {"corpus": [f"key {n} word{n}" for n in range(8)], "queries": []}
+    texts["queries"] = [f"query {n} word{n}" for n in range(4)]
+    for name, lines in texts.items():
+        records = [{"_id": f"{name}{n}", "text": text} for n, text in enumerate(lines)]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "qrels").mkdir()
+    relevant = {"test": [0, 1, 3, 2], "dev": [0, 1, 2, 3]}
+    for split, documents in relevant.items():
+        pairs = "".join(f"queries{n}\tcorpus{row}\t1\n" for n, row in enumerate(documents))
+        (tmp_path / "qrels" / f"{split}.tsv").write_text(pairs)
+    return tmp_path
+
+
+def identity_model(**options):
+    return model_of(
+        {"query": np.eye(8) + 0.5 * np.eye(8)[[0, 1, 3, 2, 4, 5, 6, 7]], "key": np.eye(8)},
+        **options,
+    )
+
+
+def test_a_beir_folder_is_ranked_by_all_methods(beir, tmp_path, capsys):
+    found = evaluate.evaluate(identity_model(), data=beir, output=tmp_path / "results.json")
+    dense = found["metrics"]["dense"]
+    assert dense["mrr@10"]["mean"] == pytest.approx((1 + 1 + 1 / 2 + 1 / 2) / 4)
+    spread = np.std([1, 1, 1 / 2, 1 / 2], ddof=1) / np.sqrt(4)
+    assert dense["mrr@10"]["standard_error"] == pytest.approx(spread)
+    # BM25 finds the document with the query's word, then the rest in random order.
+    rest = np.mean([1 / rank for rank in range(2, 9)])
+    assert found["metrics"]["bm25"]["mrr@100"]["mean"] == pytest.approx((1 + 1 + 2 * rest) / 4)
+    assert set(found["metrics"]) == {"bm25", "dense", "hybrid", "dense - bm25", "hybrid - bm25"}
+    assert found["sizes"] == {"documents": 8, "queries": 4, "relevant": 4}
+    assert (found["kind"], found["data"]) == ("retrieval", str(beir))
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+    printed = capsys.readouterr()
+    assert "retrieval for 4 queries from 8 documents, with 4 relevant pairs" in printed.err
+    heading, *rows = [line.split() for line in printed.out.splitlines() if line.strip(" ─")]
+    assert heading[:4] == ["method", "queries", "documents", "ndcg@10"]
+    assert [row[:3] for row in rows] == [[m, "4", "8"] for m in ("bm25", "dense", "hybrid")]
+    assert max(map(len, printed.out.splitlines())) <= 80
+
+
+def test_a_split_chooses_the_judgements_and_methods_the_rankings(beir):
+    model = identity_model()
+    found = evaluate.evaluate(model, data=beir, split="dev", methods=["dense"])
+    assert set(found["metrics"]) == {"dense"}
+    assert found["metrics"]["dense"]["recall@1"]["mean"] == 1
+    same = evaluate.evaluate(model, data=beir / "qrels" / "dev.tsv", methods=["dense"])
+    assert {**same, "data": found["data"]} == found
+    with pytest.raises(ValueError, match="of the split 'train'"):
+        evaluate.evaluate(model, data=beir, split="train")
+
+
+def test_the_prompts_of_the_model_apply_by_side(beir):
+    seen = {}
+    model = small_model(["key query word open 0 1 2 3 4 5 6 7"])
+
+    tokenize = model._tokenize
+
+    def noting(texts, text):
+        rows = tokenize(texts, text)
+        seen[text.rule.prompt] = len(rows)
+        return rows
+
+    model._tokenize = noting
+    evaluate.evaluate(model, data=beir, methods=["dense"])
+    assert seen == {"": 4, "open ": 8}
+
+
+@pytest.mark.parametrize("function", ["dot", "euclidean"])
+def test_documents_are_ranked_by_the_similarity_of_the_model(beir, function):
+    found = evaluate.evaluate(
+        identity_model(similarity_function=function), data=beir, split="dev", methods=["dense"]
+    )
+    assert found["metrics"]["dense"]["recall@1"]["mean"] == 1
+    with pytest.raises(ValueError, match="cannot be ranked by similarity 'manhattan'"):
+        evaluate.evaluate(identity_model(similarity_function="manhattan"), data=beir)
+
+
+def test_one_query_has_no_standard_error(beir, tmp_path):
+    (beir / "qrels" / "one.tsv").write_text("queries0\tcorpus0\t1\n")
+    output = tmp_path / "results.json"
+    found = evaluate.evaluate(identity_model(), data=beir, split="one", output=output)
+    assert found["metrics"]["dense"]["map"] == {"mean": 1, "standard_error": None}
+    assert json.loads(output.read_text()) == found
+
+
+def test_pairs_of_texts_are_evaluated_too(tmp_path, capsys):
+    path = tmp_path / "pairs.csv"
+    path.write_text("sentence1,sentence2,score\nquery 0,query 0,5\nquery 0,query 1,1.5\n")
+    found = evaluate.evaluate(identity_model(), data=path)
+    assert found["kind"] == "sts"
+    assert found["metrics"]["pearson"] == pytest.approx(1)
+    assert "semantic similarity of 2 pairs" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="this is no retrieval: semantic similarity of 2 pairs"):
+        evaluate.evaluate(identity_model(), data=path, methods=["bm25"])
+    with pytest.raises(ValueError, match=r"--split chooses .*pairs\.csv is no BEIR folder"):
+        evaluate.evaluate(identity_model(), data=path, split="dev")
+    with pytest.raises(ValueError, match="compares texts by 'euclidean'"):
+        evaluate.evaluate(identity_model(similarity_function="euclidean"), data=path)
+
+
+def test_data_and_options_that_exclude_each_other_are_an_error(beir, config, workdir):
+    with pytest.raises(ValueError, match="both name what to evaluate on"):
+        evaluate.evaluate(identity_model(), data=beir, config=config)
+    for option in ({"split": "dev"}, {"kind": "sts"}, {"methods": ["bm25"]}):
+        with pytest.raises(ValueError, match=f"--{next(iter(option))} has no effect without"):
+            evaluate.evaluate(workdir, **option)
+
+
+def test_wrong_data_fail_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", None)
+    with pytest.raises(FileNotFoundError, match="there is no evaluation set"):
+        evaluate.evaluate("anywhere", data=tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"is no evaluation set; give a folder with corpus\.jsonl"):
+        evaluate.evaluate("anywhere", data=tmp_path)
+
+
+def test_the_command_evaluates_data(beir, workdir, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "keep_compiled", lambda: None)
+    argv = ["--model", str(workdir), "--data", str(beir), "--methods", "dense", "--split", "dev"]
+    evaluate.main(argv)
+    assert "dense" in capsys.readouterr().out
+    assert "error: --split chooses" in error(capsys, *argv[:2], "--data", workdir, *argv[-2:])

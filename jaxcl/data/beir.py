@@ -24,13 +24,14 @@ from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar
 from jaxcl.typing import Int
 
-__all__ = ["Beir", "is_beir", "read_beir"]
+__all__ = ["Beir", "is_beir", "qrels_file", "read_beir"]
 
 _QRELS_FIELDS = (
     ("query-id", "query_id", "qid"),
     ("corpus-id", "corpus_id", "document_id", "doc_id", "docid"),
     ("score", "relevance", "grade"),
 )
+_QRELS_SUFFIXES = (".tsv", ".jsonl", ".tsv.gz", ".jsonl.gz")
 _MOST_GRADE = 2**31 - 1
 
 
@@ -47,7 +48,8 @@ class Beir(NamedTuple):
       grades: relevance of each pair, at least 1.
       own_documents: for each query, the row of the document with the query's id, which its ranking
         leaves out, since it is the query itself; −1 if there is none or it is judged as relevant.
-      left_out: what the judgements and queries have in addition -> its number, as in `read_beir`.
+      left_out: name -> number of the queries, documents and judgements that do not fit together, as
+        in `read_beir`.
     """
 
     corpus: Documents
@@ -61,7 +63,7 @@ class Beir(NamedTuple):
 
 
 def is_beir(path: AnyPath) -> bool:
-    """Whether a path is a folder of this layout, or one of its files of qrels."""
+    """Whether a path is a folder of this layout, or a file of qrels in it."""
     folder = path.parent.parent if path.parent.name == "qrels" else path
     return any((folder / f"corpus.jsonl{suffix}").exists() for suffix in ("", ".gz"))
 
@@ -88,7 +90,9 @@ def read_beir(path: AnyPath) -> Beir:
         qrels, or qrels whose queries or documents are all unknown.
       OSError: if a file cannot be read.
     """
-    folder, qrels_path = _qrels_of(path)
+    is_qrels = path.parent.name == "qrels"
+    folder = path.parent.parent if is_qrels else path
+    qrels_path = path if is_qrels else qrels_file(path)
     judged = _read_qrels(qrels_path)
     queries = _read_documents(_file(folder, "queries.jsonl"))
     corpus = _read_documents(_file(folder, "corpus.jsonl"))
@@ -97,8 +101,9 @@ def read_beir(path: AnyPath) -> Beir:
     ids = [queries.ids[number] for number in kept]
     if not ids:
         raise ValueError(
-            f"{qrels_path} judges {len(judged):,} queries, none of which is in {folder}; the first "
-            f"has the id {next(iter(judged))!r}, and queries have ids like {queries.ids[0]!r}"
+            f"{qrels_path} has judgements for {len(judged):,} queries, but {folder} has none of "
+            f"them; the first has the id {next(iter(judged))!r}, and queries have ids like "
+            f"{queries.ids[0]!r}"
         )
     if not any(document in rows for name in ids for document in judged[name]):
         raise ValueError(
@@ -125,29 +130,37 @@ def read_beir(path: AnyPath) -> Beir:
     )
 
 
-def _qrels_of(path: AnyPath) -> tuple[AnyPath, AnyPath]:
-    """The folder, and the file of qrels to read."""
-    if path.parent.name == "qrels":
-        return path.parent.parent, path
-    folder = path / "qrels"
-    if not folder.is_dir():
-        raise ValueError(f"{path} has no folder qrels/ with the judgements, such as qrels/test.tsv")
-    suffixes = (".tsv", ".jsonl", ".tsv.gz", ".jsonl.gz")
-    files = sorted(one for one in folder.iterdir() if one.name.endswith(suffixes))
-    for split in ("test", "dev"):
-        of_split = [one for one in files if one.name.split(".")[0] == split]
-        if len(of_split) == 1:
-            return path, of_split[0]
-        if of_split:
-            break
-    if len(files) == 1:
-        return path, files[0]
-    names = ", ".join(one.name for one in files)
-    raise ValueError(
-        f"{folder} has no file of judgements; write {folder / 'test.tsv'}"
-        if not files
-        else f"{folder} has several files of judgements; give the path of one of {names}"
-    )
+def qrels_file(folder: AnyPath, split: str | None = None) -> AnyPath:
+    """The file of qrels of a split.
+
+    Args:
+      folder: the folder with `qrels/`.
+      split: such as `"dev"`; `None` for `test`, else `dev`, else the only file.
+
+    Raises:
+      ValueError: if there is no such file, or more than one.
+    """
+    qrels = folder / "qrels"
+    if not qrels.is_dir():
+        raise ValueError(f"{folder} has no folder qrels/ with judgements, such as qrels/test.tsv")
+    files = sorted(one for one in qrels.iterdir() if one.name.endswith(_QRELS_SUFFIXES))
+    if not files:
+        raise ValueError(f"{qrels} has no file of judgements; write {qrels / 'test.tsv'}")
+    by_split = collections.defaultdict(list)
+    for one in files:
+        by_split[one.name.split(".")[0]].append(one)
+    if split is not None:
+        chosen = by_split[split]
+    else:
+        chosen = by_split["test"] or by_split["dev"] or files
+    if len(chosen) != 1:
+        names = ", ".join(one.name for one in chosen or files)
+        many = "several files" if chosen else "no file"
+        wanted = "" if split is None else f" of the split {split!r}"
+        raise ValueError(
+            f"{qrels} has {many} of judgements{wanted}; give the path of one of {names}"
+        )
+    return chosen[0]
 
 
 def _relevant_pairs(

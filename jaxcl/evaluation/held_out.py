@@ -8,9 +8,7 @@ split; `test` holds packages that training never saw.
 import functools
 import json
 import math
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +19,7 @@ from jaxcl.data.modalities import build_readers
 from jaxcl.data.prepare import RunData
 from jaxcl.data.row_prompts import RowPrompts, row_prompts
 from jaxcl.data.sources import PairSource
+from jaxcl.evaluation.described import describe_environment, describe_model
 from jaxcl.evaluation.retrieval import (
     METRICS,
     RetrievalResult,
@@ -197,13 +196,7 @@ def evaluate_model(
         show(results_table(results))
     if failures:
         raise failures[0]
-    described = {
-        "model": model.source,
-        "dim": model.dim,
-        "max_tokens": model.max_tokens,
-        "prompts": {side: model.prompts[side] for side in SIDES},
-    }
-    return _strict({**described, **_summary(sources, results)})
+    return _strict({**describe_model(model), **_summary(sources, results)})
 
 
 def _evaluate_splits(
@@ -310,15 +303,10 @@ def _ranked(
 
 
 def _summary(sources: Mapping[str, PairSource], results: Results) -> dict[str, Any]:
-    devices = jax.devices()
     return {
         "rows": {split: len(source) for split, source in sources.items()},
         "fingerprints": {split: source.fingerprint for split, source in sources.items()},
-        "devices": f"{len(devices)} × {devices[0].device_kind}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("jaxcl", "jax", "flax", "optax")},
-        },
+        **describe_environment(),
         "metrics": {
             split: {
                 variant: _figures(results[split, variant])
@@ -350,11 +338,3 @@ def _figures(by_method: Mapping[str, RetrievalResult]) -> dict[str, Any]:
             mean, error = comparison(by_method, method, "bm25")
             figures[f"{method} - bm25"] = {"mrr@10": {"mean": mean, "standard_error": error}}
     return figures
-
-
-def _version(package: str) -> str:
-    """The installed version; of jaxcl there may be only a checkout on the path."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"

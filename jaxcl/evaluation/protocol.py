@@ -41,3 +41,8 @@ class EvaluationSet(Protocol):
           is NaN.
         """
         ...
+
+    @property
+    def description(self) -> str:
+        """How the data were read and how many there are, on one line."""
+        ...

@@ -1,7 +1,8 @@
 """Retrieval over a whole corpus: every query ranks all documents.
 
-When not to trust the figures: only judged documents count as relevant. In a large corpus, many
-relevant documents were never judged, mostly those that the systems of the judges did not find.
+When not to trust the figures: only judged documents count as relevant. In a large corpus, people
+have judged few of the relevant documents, mostly those that older systems found, which favours
+these systems.
 Figures of corpora of different sizes cannot be compared.
 """
 
@@ -22,7 +23,10 @@ from jaxcl.host.processes import together
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.typing import Float, Int
 
-__all__ = ["RetrievalSet", "open_retrieval_set"]
+__all__ = ["MAIN_METRIC", "RetrievalSet", "open_retrieval_set"]
+
+MAIN_METRIC = "ndcg@10"
+"""The metric that BEIR reports."""
 
 _TILE_SCORES = 2**25
 """Scores at once, 128 MiB in float32."""
@@ -41,12 +45,14 @@ class RetrievalSet:
     Attributes:
       kind: `"retrieval"`.
       data: the content.
+      metrics: names of the metrics, all better when they are higher, the main one first.
       fingerprint: of the corpus, the queries and the judgements.
       sizes: the number of `documents`, of `queries` and of `relevant` pairs, and all numbers of
         `Beir.left_out` that are not 0.
     """
 
     kind = "retrieval"
+    metrics = (MAIN_METRIC, *(name for name in GRADED_METRICS if name != MAIN_METRIC))
 
     def __init__(self, data: Beir) -> None:
         self.data = data
@@ -59,6 +65,14 @@ class RetrievalSet:
         judged = [one.tolist() for one in (data.queries, data.documents, data.grades)]
         content = [data.corpus.fingerprint, data.query_ids, data.query_texts, *judged]
         self.fingerprint = digest_of(json.dumps(content).encode())
+
+    @property
+    def description(self) -> str:
+        """The sizes."""
+        return (
+            f"retrieval for {self.sizes['queries']:,} queries from {self.sizes['documents']:,} "
+            f"documents, with {self.sizes['relevant']:,} relevant pairs"
+        )
 
     def evaluate(self, encode: Encode) -> Mapping[str, float]:
         """Rank all documents for every query by inner products.

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxcl.data.beir import is_beir, read_beir
+from jaxcl.data.beir import is_beir, qrels_file, read_beir
 
 CORPUS = [
     {"_id": "d1", "title": "Sockets", "text": "open a socket"},
@@ -114,6 +114,12 @@ def test_the_judgements_are_test_then_dev_then_the_only_ones(folder):
     (qrels / "dev.tsv").write_text("q1\td2\t1\n")
     (qrels / "train.tsv").write_text("q1\td3\t1\n")
     assert len(pairs_of(read_beir(folder))) == 4
+    assert qrels_file(folder) == qrels / "test.tsv"
+    assert qrels_file(folder, "train") == qrels / "train.tsv"
+    with pytest.raises(
+        ValueError, match=r"no file of judgements of the split 'valid'; .* dev\.tsv"
+    ):
+        qrels_file(folder, "valid")
     assert pairs_of(read_beir(qrels / "train.tsv")) == [("q1", "d3", 1)]
     (qrels / "test.tsv").unlink()
     assert pairs_of(read_beir(folder)) == [("q1", "d2", 1)]
@@ -165,7 +171,7 @@ def test_a_document_with_the_id_of_its_query_stays_if_it_is_relevant(folder):
         ("q1\td1\tnan\n", r"line 1: the relevance 'nan' is not an integer"),
         ("q1\td1\tinf\n", r"line 1: the relevance 'inf' is not an integer"),
         ("q1\td1\t1\nq1\td1\t1\n", r"line 2: document 'd1' is judged twice for 'q1'"),
-        ("x1\td1\t1\n", r"judges 1 queries, none of which is in .* has the id 'x1', .* like 'q1'"),
+        ("x1\td1\t1\n", r"judgements for 1 queries, but .* has the id 'x1', .* like 'q1'"),
         ("q1\tx1\t1\nq1\tx2\t1\n", r"none of the documents in .* is in the corpus"),
     ],
 )

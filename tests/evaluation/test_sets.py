@@ -13,6 +13,7 @@ class Lengths:
 
     kind = "lengths"
     fingerprint = "0"
+    description = "two texts"
 
     def evaluate(self, encode):
         return {"length": float(np.linalg.norm(encode("query", ["a", "b"]), axis=1).mean())}

@@ -1,0 +1,42 @@
+"""Describes what figures were measured on: the model, the devices, the versions of packages."""
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import jax
+
+from jaxcl.run.embedding_model import EmbeddingModel
+from jaxcl.typing import SIDES
+
+__all__ = ["describe_environment", "describe_model"]
+
+
+def describe_model(model: EmbeddingModel) -> dict[str, Any]:
+    """The source of a model, and the settings on which its embeddings depend, in JSON types."""
+    return {
+        "model": model.source,
+        "dim": model.dim,
+        "max_tokens": model.max_tokens,
+        "prompts": {side: model.prompts[side] for side in SIDES},
+    }
+
+
+def describe_environment() -> dict[str, Any]:
+    """The devices and the versions of packages, in JSON types."""
+    devices = jax.devices()
+    return {
+        "devices": f"{len(devices)} × {devices[0].device_kind}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("jaxcl", "jax", "flax", "optax")},
+        },
+    }
+
+
+def _version(package: str) -> str:
+    """The installed version; of jaxcl there may be only a checkout on the path."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

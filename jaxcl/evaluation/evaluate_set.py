@@ -1,0 +1,148 @@
+"""Evaluates a model on an evaluation set, and prints the figures next to the size of the set."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from jaxcl.evaluation.described import describe_environment, describe_model
+from jaxcl.evaluation.graded import GRADED_METRICS, GradedRanks
+from jaxcl.evaluation.protocol import EvaluationSet
+from jaxcl.evaluation.retrieval import METHODS
+from jaxcl.evaluation.retrieval_set import MAIN_METRIC, RetrievalSet
+from jaxcl.host.progress import progress_bar, say, show
+from jaxcl.metrics import mean_and_standard_error, paired_difference
+from jaxcl.run.embedding_model import EmbeddingModel
+from jaxcl.run.host_vectors import for_inner_products
+from jaxcl.typing import Float
+
+__all__ = ["check_methods", "evaluate_set"]
+
+_COLUMNS = (MAIN_METRIC, "mrr@10", "recall@100")
+
+
+def check_methods(data_set: EvaluationSet, methods: Sequence[str] | None) -> None:
+    """Raise a `ValueError` for methods of a set that is no retrieval."""
+    if methods is not None and not isinstance(data_set, RetrievalSet):
+        raise ValueError(
+            f"--methods chooses how documents are ranked, but this is no retrieval: "
+            f"{data_set.description}; leave it out"
+        )
+
+
+def evaluate_set(
+    model: EmbeddingModel,
+    data_set: EvaluationSet,
+    *,
+    methods: Sequence[str] | None = None,
+    rrf_k: int | float = 10,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model on an evaluation set, and print a table.
+
+    Args:
+      model: any model; it embeds texts with its own tokenizer, limits and prompts.
+      data_set: from `jaxcl.evaluation.sets.open_set`.
+      methods: how a retrieval set ranks documents, by default all of
+        `jaxcl.evaluation.retrieval.METHODS`.
+      rrf_k: the constant of reciprocal rank fusion.
+      batch_size: as `EmbeddingModel.encode`.
+
+    Returns:
+      The metrics, with a description of the model and the set. Those of a retrieval are means and
+      standard errors over the queries by method.
+
+    Raises:
+      ValueError: for methods of another kind of set, a similarity that inner products cannot give,
+        embeddings that are not finite, or texts without a word for BM25.
+    """
+    check_methods(data_set, methods)
+    if data_set.kind != "retrieval" and model.similarity_function not in ("cosine", "dot"):
+        raise ValueError(
+            f"the model compares texts by {model.similarity_function!r}; the similarities of pairs "
+            "are inner products, so that cosine or dot is wanted"
+        )
+    encode = functools.partial(_encode, model, batch_size)
+    if isinstance(data_set, RetrievalSet):
+        ranks = data_set.rank(encode, methods=methods or METHODS, rrf_k=rrf_k)
+        metrics, sizes, table = _figures(ranks), data_set.sizes, _table(data_set, ranks)
+    else:
+        values = data_set.evaluate(encode)
+        metrics, sizes, table = _strict(values), {}, _plain_table(values)
+    if jax.process_index() == 0:
+        say(data_set.description)
+        show(table)
+    return {
+        **describe_model(model),
+        "kind": data_set.kind,
+        "fingerprint": data_set.fingerprint,
+        "sizes": sizes,
+        **describe_environment(),
+        "metrics": metrics,
+    }
+
+
+def _encode(
+    model: EmbeddingModel, batch_size: int | None, side: str, texts: Sequence[str]
+) -> Float[np.ndarray, "n d"]:
+    with progress_bar(f"embedding {len(texts):,} of side {side}", len(texts)) as advance:
+        vectors = model.encode(texts, side=side, batch_size=batch_size, progress=advance)
+    return for_inner_products(model.similarity_function, side, vectors)
+
+
+def _figures(ranks: Mapping[str, GradedRanks]) -> dict[str, Any]:
+    figures = {
+        method: {
+            name: _figure(*mean_and_standard_error(metric(of_method)))
+            for name, metric in GRADED_METRICS.items()
+        }
+        for method, of_method in ranks.items()
+    }
+    for method in ranks:
+        if method != "bm25" and "bm25" in ranks:
+            difference = {MAIN_METRIC: _figure(*_difference(ranks, method))}
+            figures[f"{method} - bm25"] = difference
+    return figures
+
+
+def _figure(mean: float, error: float) -> dict[str, float | None]:
+    return _strict({"mean": mean, "standard_error": error})
+
+
+def _strict(values: Mapping[str, float]) -> dict[str, float | None]:
+    """The values, with `None` for NaN, which JSON lacks, such as the error of a single query."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _difference(ranks: Mapping[str, GradedRanks], method: str) -> tuple[float, float]:
+    metric = GRADED_METRICS[MAIN_METRIC]
+    return paired_difference(metric(ranks[method]), metric(ranks["bm25"]))
+
+
+def _table(data_set: RetrievalSet, ranks: Mapping[str, GradedRanks]) -> Table:
+    table = Table("method", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    headings = ["queries", "documents", *_COLUMNS]
+    for heading in [*headings, "vs bm25 (SEs)"] if len(ranks) > 1 and "bm25" in ranks else headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    sizes = [f"{data_set.sizes[name]:,}" for name in ("queries", "documents")]
+    for method, of_method in ranks.items():
+        summary = [mean_and_standard_error(GRADED_METRICS[name](of_method)) for name in _COLUMNS]
+        cells = ["{:.3f}±{:.3f}".format(*one).replace("0.", ".") for one in summary]
+        if method != "bm25" and "bm25" in ranks:
+            mean, error = _difference(ranks, method)
+            cells.append(f"{mean:+.3f}" + (f" ({mean / error:+.1f})" if error > 0 else ""))
+        table.add_row(method, *sizes, *cells)
+    return table
+
+
+def _plain_table(values: Mapping[str, float]) -> Table:
+    table = Table("metric", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("value", justify="right", no_wrap=True)
+    for name, value in values.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+    return table
