@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxcl.host.files import digest_of, open_regular
-from jaxcl.typing import Bool, Int, Integer
+from jaxcl.typing import Bool, Float, Int, Integer
 
 __all__ = ["CheckedArray", "DamagedArray", "array_record"]
 
@@ -91,7 +91,7 @@ class CheckedArray:
             self._verify(touched)
         return self._array[positions]
 
-    def whole(self) -> Integer[np.ndarray, " _"]:
+    def whole(self) -> Integer[np.ndarray, " _"] | Float[np.ndarray, " _"]:
         """All numbers, still mapped to memory.
 
         Raises:

@@ -49,6 +49,11 @@ class ConcatenatedPairs:
         return np.repeat(np.arange(len(self._data_sets), dtype=np.int32), np.diff(self._edges))
 
     @property
+    def first_rows(self) -> Int[np.ndarray, " _"]:
+        """The number of the first row of each data set."""
+        return self._edges[:-1]
+
+    @property
     def fingerprint(self) -> str:
         """Names exactly these rows."""
         lines = "\n".join(one.fingerprint for one in self._data_sets)

@@ -1,0 +1,88 @@
+"""A folder of named columns that is computed once, then verified whenever it is read."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxcl.data.checked_array import CheckedArray, DamagedArray, array_record
+from jaxcl.host.files import read_sealed_json, write_sealed_json
+from jaxcl.host.progress import say
+from jaxcl.host.staging import put_in_place, staging_folder
+
+__all__ = ["kept_columns"]
+
+_INDEX_FILE = "columns.json"
+
+
+def kept_columns(
+    path: Path,
+    made_from: Mapping[str, Any],
+    compute: Callable[[], Mapping[str, np.ndarray]],
+    *,
+    what: str,
+) -> dict[str, np.ndarray]:
+    """Read the columns in a folder, and compute them first if necessary.
+
+    Args:
+      path: the folder.
+      made_from: all that the columns depend on, as JSON's types; `path` is named after it.
+      compute: returns the columns by name, one-dimensional arrays.
+      what: the columns, for messages.
+
+    Returns:
+      The columns by name, in memory. A damaged folder is computed again.
+
+    Raises:
+      OSError: if the folder cannot be written, or differs right after that.
+    """
+    if os.path.lexists(path):
+        try:
+            return _read(path, made_from)
+        except DamagedArray as damage:
+            say(f"{what} are computed again: {damage}")
+    _write(path, made_from, compute(), what=what)
+    try:
+        return _read(path, made_from)
+    except DamagedArray as damage:
+        raise OSError(
+            f"{damage}, right after it was written; set run.data_dir to a folder on another disk"
+        ) from damage
+
+
+def _read(path: Path, made_from: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    try:
+        index = read_sealed_json(path / _INDEX_FILE)
+    except (OSError, ValueError) as error:
+        raise DamagedArray(f"{path / _INDEX_FILE} cannot be read ({error})") from error
+    if index["made_from"] != made_from:
+        raise DamagedArray(f"{path} was made from other data than its name says")
+    # Copies, so that later damage to the files does not reach them.
+    return {
+        name: np.array(CheckedArray(path / f"{name}.npy", record).whole())
+        for name, record in index["columns"].items()
+    }
+
+
+def _write(
+    path: Path, made_from: Mapping[str, Any], columns: Mapping[str, np.ndarray], *, what: str
+) -> None:
+    replace = os.path.lexists(path)
+    try:
+        with staging_folder(path) as folder:
+            made = folder / "columns"
+            made.mkdir()
+            for name, column in columns.items():
+                np.save(made / f"{name}.npy", column)
+            records = {name: array_record(made / f"{name}.npy") for name in columns}
+            write_sealed_json(made / _INDEX_FILE, {"made_from": made_from, "columns": records})
+            put_in_place(made, path, replace=replace)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(  # a full disk names no file
+            f"cannot write {what} to {path} ({error}); make room there, or set run.data_dir to "
+            "another folder"
+        ) from error

@@ -1,0 +1,80 @@
+"""Digests of contents, and numbers that equal contents share, without a Python object for each."""
+
+import hashlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from jaxcl.data.table import Table
+from jaxcl.typing import Int, Integer
+
+__all__ = ["NO_DIGEST", "as_digests", "input_digests", "number_digests", "text_digest"]
+
+NO_DIGEST = bytes(16)
+"""Stands in for content without a digest; no content has it."""
+
+_CHUNK_ROWS = 4096
+
+
+def text_digest(text: str) -> bytes:
+    """The digest of a text, 16 bytes."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def as_digests(joined: bytes | bytearray) -> Integer[np.ndarray, "n 2"]:
+    """Digests that are joined end to end, as an array of two uint64 each."""
+    return np.frombuffer(joined, np.uint64).reshape(-1, 2)
+
+
+def input_digests(
+    table: Table, side: str, *, advance: Callable[[int], None] = lambda rows: None
+) -> Integer[np.ndarray, "n 2"]:
+    """The digest of each row's input on a side; inputs that an encoder cannot tell apart share one.
+
+    Args:
+      table: the rows.
+      side: whose inputs are read.
+      advance: called with the number of rows done since the last call.
+    """
+    joined = bytearray()
+    for first in range(0, table.num_rows, _CHUNK_ROWS):
+        rows = np.arange(first, min(first + _CHUNK_ROWS, table.num_rows))
+        leaves = [
+            np.ascontiguousarray(leaf).reshape(len(rows), -1).view(np.uint8)
+            for leaf in jax.tree.leaves(table.side(side, rows))
+        ]
+        for row in np.concatenate(leaves, axis=1):
+            joined += hashlib.blake2b(row.data, digest_size=16).digest()
+        advance(len(rows))
+    return as_digests(joined)
+
+
+def number_digests(
+    digests: Integer[np.ndarray, "n 2"],
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " _"]]:
+    """Number the distinct digests in the order in which they first appear.
+
+    Args:
+      digests: as from `as_digests`.
+
+    Returns:
+      Each digest's number, int32, and for each number the place of its first digest.
+
+    Example:
+      >>> numbers, firsts = number_digests(np.array([[7, 1], [5, 1], [7, 1], [5, 2]], np.uint64))
+      >>> numbers.tolist(), firsts.tolist()
+      ([0, 1, 0, 2], [0, 1, 3])
+    """
+    order = np.lexsort(digests.T)
+    ordered = digests[order]
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    del ordered
+    firsts = order[is_first]  # the sort is stable, so that this is each one's first place
+    appearance = np.argsort(firsts)
+    renumbered = np.empty(len(firsts), np.int32)
+    renumbered[appearance] = np.arange(len(firsts), dtype=np.int32)
+    numbers = np.empty(len(order), np.int32)
+    numbers[order] = renumbered[np.cumsum(is_first) - 1]
+    return numbers, firsts[appearance]
