@@ -58,6 +58,9 @@ def _data() -> ConfigDict:
     data.group_field = placeholder(str)  # a column of integers, labels or texts
     data.metadata_fields = ()  # further columns, for search and evaluation
     data.negatives = placeholder(str)  # an .npz with the explicit negatives of each training row
+    # How many of the negative texts that a row brings are trained on: the first ones, 0 for none,
+    # None for as many as the longest list has.
+    data.negatives_per_row = placeholder(int)
     data.guides = placeholder(str)  # an .npz with a guide model's embeddings of each training row
     data.topics = placeholder(str)  # an .npz with the topic of each training row
     # A tokenizer.json. None uses the pretrained model's, or trains one on the training split.

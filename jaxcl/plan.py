@@ -35,7 +35,7 @@ from jaxcl.host.progress import say
 from jaxcl.models.layers import default_compute_dtype
 from jaxcl.models.towers import Towers
 from jaxcl.ops.mesh import batch_sharding
-from jaxcl.run.build_loss import build_loss
+from jaxcl.run.build_loss import batch_needs, build_loss
 from jaxcl.run.training import build_training
 from jaxcl.settings.changed import changed_config
 from jaxcl.settings.command_line import add_config_flags, config_of
@@ -107,7 +107,8 @@ def make_plan(settings: Settings, devices: Sequence[jax.Device], *, num_rows: in
     """Compiles a run's step for devices, which need not be there, and reads what it takes.
 
     Args:
-      settings: the run's.
+      settings: the run's. Negatives that the rows bring are planned for only if
+        `data.negatives_per_row` is set.
       devices: all of them are used, as `settings.run.mesh` arranges them.
       num_rows: of the training split, for what has an entry for each row.
 
@@ -115,12 +116,7 @@ def make_plan(settings: Settings, devices: Sequence[jax.Device], *, num_rows: in
       ValueError: for a run that cannot run there, or whose batches hold what only its data know.
       NoRoomError: where the devices' compiler itself knows that the step does not fit.
     """
-    if settings.data.negatives is not None or settings.data.guides is not None:
-        raise ValueError("data.negatives and data.guides have shapes that only their files know")
-    if num_rows < settings.global_batch_size:
-        raise ValueError(
-            f"--rows={num_rows} are fewer than one batch of {settings.global_batch_size}"
-        )
+    _check_known(settings, num_rows)
     dtype = default_compute_dtype(devices[0].platform)
     settings = with_encoder_options(
         settings,
@@ -157,6 +153,22 @@ def make_plan(settings: Settings, devices: Sequence[jax.Device], *, num_rows: in
         accessed=moved.memory,
         moved=moved.interconnect,
     )
+
+
+def _check_known(settings: Settings, num_rows: int) -> None:
+    """Raise a `ValueError` for a run whose batches cannot be known without its data."""
+    if settings.data.negatives is not None or settings.data.guides is not None:
+        raise ValueError("data.negatives and data.guides have shapes that only their files know")
+    scored = "teacher_scores" in batch_needs(settings)
+    if scored and not settings.data.negatives_per_row:
+        raise ValueError(
+            f"the loss {settings.loss.name!r} compares a row's negatives; set "
+            "data.negatives_per_row to the number of them"
+        )
+    if num_rows < settings.global_batch_size:
+        raise ValueError(
+            f"--rows={num_rows} are fewer than one batch of {settings.global_batch_size}"
+        )
 
 
 def _loss_bytes(
@@ -207,13 +219,17 @@ def _abstract_batch(settings: Settings, mesh: jax.sharding.Mesh) -> Batch:
     labels = ("row", "text", "group")
     batch: dict[str, Any] = {side: inputs(side) for side in SIDES}
     batch |= {name: column() for name in labels}
-    mined = settings.negatives.mined
+    mined, count = settings.negatives.mined, settings.data.negatives_per_row
     if mined.refresh_every is not None:
+        count = mined.per_query
+    if count:
         batch["negatives"] = {
-            "inputs": inputs("key", mined.per_query),
-            "valid": column(mined.per_query, kind=np.bool_),
-            **{name: column(mined.per_query) for name in labels},
+            "inputs": inputs("key", count),
+            "valid": column(count, kind=np.bool_),
+            **{name: column(count) for name in labels},
         }
+        if "teacher_scores" in batch_needs(settings):
+            batch["teacher_scores"] = column(1 + count, kind=np.float32)
     return batch
 
 

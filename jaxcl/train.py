@@ -41,6 +41,11 @@ from jaxcl.run.batches import RunBatches
 from jaxcl.run.build_loss import batch_needs
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.checkpoint_record import newest_record
+from jaxcl.run.explicit_negatives import (
+    check_explicit_negatives,
+    negatives_summary,
+    negatives_warnings,
+)
 from jaxcl.run.identity import process_report, run_record
 from jaxcl.run.initial import copy_prepared_files, keep_pretrained_files, with_initial_towers
 from jaxcl.run.memory import tiers_left_empty
@@ -125,6 +130,7 @@ def train(
         shared = {"the id of the workdir": together(functools.partial(workdir_id, workdir))}
         check_processes_agree(shared | data.remembered.fingerprints)
         _check_enough_rows(settings, data)
+        check_explicit_negatives(settings, data.negatives)
         check_evaluation(settings, data)
         keep = settings.run.keep_checkpoints
         with Checkpoints(workdir / CHECKPOINTS, keep=keep) as checkpoints:
@@ -138,7 +144,7 @@ def train(
             else:
                 state = restored.state
             if jax.process_index() == 0:
-                for warning in _warnings(settings, num_rows=rows[0]):
+                for warning in _warnings(settings, data):
                     say(f"warning: {warning}")
                 say(_opening(training, data, workdir, first_step=int(state.step)))
             with contextlib.closing(MetricWriter(workdir, step=int(state.step))) as writer:
@@ -293,9 +299,10 @@ def _check_enough_rows(settings: Settings, data: RunData) -> None:
         )
 
 
-def _warnings(settings: Settings, *, num_rows: int) -> Iterator[str]:
-    for tier in tiers_left_empty(settings, num_rows):
+def _warnings(settings: Settings, data: RunData) -> Iterator[str]:
+    for tier in tiers_left_empty(settings, data.tables["train"].num_rows):
         yield f"negatives.tiers.uniform draws all of the bank, none for {tier}"
+    yield from negatives_warnings(settings, data.negatives)
     for section, model in settings.parts.pretrained.items():
         if model.similarity != "cosine" and not model.normalize:
             yield (
@@ -328,6 +335,7 @@ def _opening(training: Training, data: RunData, workdir: AnyPath, *, first_step:
         f"{training.mesh.size} × {jax.devices()[0].device_kind} as "
         f"{dict(training.mesh.shape)}; pairs: "
         + ", ".join(f"{count:,} {role}" for role, count in rows.items())
+        + negatives_summary(data.negatives)
     )
 
 

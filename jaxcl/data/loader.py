@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxcl.data.row_guides import RowGuides
 from jaxcl.data.row_negatives import RowNegatives
 from jaxcl.data.table import Table, table_batch
+from jaxcl.data.text_negatives import TextNegatives
 from jaxcl.ops.mesh import put_batch
 from jaxcl.typing import Batch, Int
 
@@ -25,7 +26,7 @@ def training_batches(
     *,
     first_step: int,
     last_step: int,
-    negatives: RowNegatives | None = None,
+    negatives: RowNegatives | TextNegatives | None = None,
     guides: RowGuides | None = None,
 ) -> Iterator[Batch]:
     """The global batches of steps `first_step` to `last_step - 1`.
@@ -63,7 +64,7 @@ class _LocalBatches:
         table: Table,
         rows_fn: Callable[[int], Int[np.ndarray, " b"]],
         num_steps: int,
-        negatives: RowNegatives | None = None,
+        negatives: RowNegatives | TextNegatives | None = None,
         guides: RowGuides | None = None,
     ):
         self.table, self.rows_fn, self.num_steps = table, rows_fn, num_steps

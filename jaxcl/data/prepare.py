@@ -17,6 +17,7 @@ from jaxcl.data.row_topics import RowTopics, read_topics
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import ConcatenatedPairs, open_splits
 from jaxcl.data.table import Table, label_column
+from jaxcl.data.text_negatives import TextNegatives, open_text_negatives
 from jaxcl.host.files import read_json_object, write_whole
 from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.settings.derived import data_set_names
@@ -56,7 +57,7 @@ class RunData(NamedTuple):
       sources: split -> its pairs as they are stored, with their metadata.
       tables: split -> its pairs as inputs of the encoders.
       readers: side -> the function that turns its values into inputs.
-      negatives: the training rows' explicit ones, or `None`.
+      negatives: the training rows' explicit ones, of a file or as texts, or `None`.
       guides: the training rows' embeddings by a judge, or `None`.
       topics: the training rows' topics, or `None`.
       data_sets: names of the data sets of the training rows, in order.
@@ -66,7 +67,7 @@ class RunData(NamedTuple):
     sources: Mapping[str, PairSource]
     tables: Mapping[str, Table]
     readers: Mapping[str, Reader]
-    negatives: RowNegatives | None = None
+    negatives: RowNegatives | TextNegatives | None = None
     guides: RowGuides | None = None
     topics: RowTopics | None = None
     data_sets: tuple[str, ...] = ()
@@ -150,7 +151,8 @@ def prepare_data(
     fingerprints = {role: source.fingerprint for role, source in sources.items()}
     rows: dict[str, Any] = {"num_rows": len(sources["train"]), "source": fingerprints["train"]}
     rows["pairs"] = sources["train"]
-    negatives = guides = topics = None
+    negatives: RowNegatives | TextNegatives | None = None
+    guides = topics = None
     if data.negatives is not None:
         negatives = read_negatives(as_path(data.negatives), scored=scored, **rows)
         fingerprints["negatives"] = negatives.fingerprint
@@ -167,8 +169,11 @@ def prepare_data(
     tables = open_tables(data, sources, data_dir=data_dir, workdir=workdir, recorded=recorded)
     remembered = RememberedData(name, fingerprints | input_fingerprints(data, workdir))
     _write_remembered(workdir, remembered)
+    folders: dict[str, Any] = {"data_dir": data_dir, "workdir": workdir}
+    texts = open_text_negatives(data, sources["train"], tables["train"], scored=scored, **folders)
     readers = build_readers(data, workdir)
     names = data_set_names(data)
+    negatives = negatives if texts is None else texts
     return RunData(sources, tables, readers, negatives, guides, topics, names, remembered)
 
 

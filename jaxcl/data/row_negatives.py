@@ -1,5 +1,6 @@
 """Each training row's explicit negatives, as row numbers of the same split, from a file."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -11,9 +12,9 @@ from jaxcl.data.sources import PairSource
 from jaxcl.data.table import Table
 from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import say
-from jaxcl.typing import Float, Int, PyTree
+from jaxcl.typing import Bool, Float, Int, PyTree
 
-__all__ = ["RowNegatives", "read_negatives"]
+__all__ = ["RowNegatives", "explicit_columns", "read_negatives"]
 
 
 class RowNegatives(NamedTuple):
@@ -34,20 +35,33 @@ class RowNegatives(NamedTuple):
         numbers = self.rows[rows]
         valid = numbers >= 0
         theirs = np.where(valid, numbers, 0)
-        inputs = jax.tree.map(
-            lambda leaf: leaf.reshape(*theirs.shape, *leaf.shape[1:]),
-            table.side("key", theirs.ravel()),
-        )
         columns: dict[str, PyTree] = {
-            "negatives": {
-                "inputs": inputs,
-                "valid": valid,
-                **table.labels(theirs),
-            }
+            "negatives": explicit_columns(table, theirs, valid, table.labels(theirs))
         }
         if self.teacher_scores is not None:
             columns["teacher_scores"] = self.teacher_scores[rows]
         return columns
+
+
+def explicit_columns(
+    table: Table,
+    numbers: Int[np.ndarray, "b m"],
+    valid: Bool[np.ndarray, "b m"],
+    labels: Mapping[str, Int[np.ndarray, "b m"]],
+) -> dict[str, PyTree]:
+    """The column `"negatives"` of a batch.
+
+    Args:
+      table: whose keys they are.
+      numbers: each row's negatives, by row of the table.
+      valid: `False` where a row has fewer.
+      labels: of the negatives.
+    """
+    inputs = jax.tree.map(
+        lambda leaf: leaf.reshape(*numbers.shape, *leaf.shape[1:]),
+        table.side("key", numbers.ravel()),
+    )
+    return {"inputs": inputs, "valid": valid, **labels}
 
 
 def read_negatives(

@@ -68,12 +68,16 @@ def run_loss(settings: Settings) -> Loss:
 
 
 def batch_needs(settings: Settings) -> tuple[str, ...]:
-    """The columns of a batch in addition to its pairs, rows and groups."""
-    mines = settings.negatives.mined.refresh_every is not None
+    """The columns that a batch must have in addition to its pairs, rows and groups.
+
+    Rows that bring negatives as texts add `"negatives"` without any setting.
+    """
+    data, mines = settings.data, settings.negatives.mined.refresh_every is not None
+    scored = "teacher_scores" in settings.parts.loss.columns.values()
     needed = {
-        "negatives": settings.data.negatives is not None or mines,
-        "teacher_scores": "teacher_scores" in settings.parts.loss.columns.values(),
-        "guides": settings.data.guides is not None,
+        "negatives": data.negatives is not None or bool(data.negatives_per_row) or mines or scored,
+        "teacher_scores": scored,
+        "guides": data.guides is not None,
     }
     return tuple(column for column, wanted in needed.items() if wanted)
 

@@ -46,6 +46,11 @@ def check_settings(settings: Settings) -> None:
 
 
 def _check_data(data: DataSettings) -> None:
+    if data.negatives is not None and data.negatives_per_row:
+        raise ValueError(
+            f"data.negatives_per_row={data.negatives_per_row} counts texts that rows bring, and "
+            f"data.negatives={data.negatives} gives each row other negatives; leave one None"
+        )
     for name, data_set in data.concatenated.items():
         _check_concatenated(f"data.concatenated.{name}", name, data_set, data)
 
@@ -144,9 +149,13 @@ def _check_given(settings: Settings) -> None:
     if loss.bias is not None and "bias" in loss.options:
         raise ValueError("loss.bias and loss.options.bias are both given; leave one out")
     data, mined = settings.data, settings.negatives.mined
-    explicit = data.negatives is not None or mined.refresh_every is not None
-    if explicit and ExplicitNegatives not in part.negatives:
-        setting = "negatives.mined.refresh_every" if mined.refresh_every else "data.negatives"
+    explicit = {
+        "data.negatives": data.negatives is not None,
+        "data.negatives_per_row": bool(data.negatives_per_row),
+        "negatives.mined.refresh_every": mined.refresh_every is not None,
+    }
+    setting = next((name for name, is_set in explicit.items() if is_set), None)
+    if setting is not None and ExplicitNegatives not in part.negatives:
         raise ValueError(f"{setting} is set, but the loss {name!r} takes no explicit negatives")
     tiers, bank = settings.negatives.tiers, settings.negatives.bank.kind
     drawn = tiers.drawn + tiers.synthetic > 0 or (tiers.whole and bank is not None)
@@ -162,11 +171,6 @@ def _check_taken(settings: Settings) -> None:
     data, columns, name = settings.data, settings.parts.loss.columns, settings.loss.name
     if "group" in columns.values() and data.group_field is None:
         raise ValueError(f"the loss {name!r} needs the rows' groups; set data.group_field")
-    if "teacher_scores" in columns.values() and data.negatives is None:
-        raise ValueError(
-            f"the loss {name!r} needs a teacher's scores; set data.negatives to an .npz that has "
-            "'teacher_scores' in addition to each row's negatives"
-        )
 
 
 def _check_bank(settings: Settings) -> None:
@@ -234,11 +238,12 @@ def _check_mining(settings: Settings) -> None:
             "negatives.mined.refresh_every mines from a slot for each training row; set "
             "negatives.bank.kind='instance'"
         )
-    if settings.data.negatives is not None:
-        raise ValueError(
-            "negatives.mined.refresh_every and data.negatives both give each row its negatives; "
-            "leave one None"
-        )
+    for setting in ("negatives", "negatives_per_row"):
+        if getattr(settings.data, setting):
+            raise ValueError(
+                f"negatives.mined.refresh_every and data.{setting} both give each row its "
+                "negatives; leave one None"
+            )
     try:
         mined.rule.check()
     except ValueError as error:

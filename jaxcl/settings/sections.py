@@ -106,6 +106,7 @@ class DataSettings(NamedTuple):
     group_field: str | None = None
     metadata_fields: tuple[str, ...] = ()
     negatives: str | None = None
+    negatives_per_row: Count | None = None
     guides: str | None = None
     topics: str | None = None
     modality: SideModalities = SideModalities()

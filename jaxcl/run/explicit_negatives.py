@@ -1,0 +1,84 @@
+"""The explicit negatives of a run's data: whether its settings fit them, and their number."""
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import numpy as np
+
+from jaxcl.data.row_negatives import RowNegatives
+from jaxcl.data.text_negatives import TextNegatives
+from jaxcl.losses import ExplicitNegatives
+from jaxcl.run.build_loss import batch_needs
+from jaxcl.settings.sections import Settings
+
+__all__ = ["check_explicit_negatives", "negatives_summary", "negatives_warnings"]
+
+_FromData: TypeAlias = RowNegatives | TextNegatives | None
+
+_MANY = 16
+"""Negatives per row above which a run says what they cost."""
+
+
+def check_explicit_negatives(settings: Settings, negatives: _FromData) -> None:
+    """Raise a `ValueError` if settings do not fit the negatives of the training rows.
+
+    Args:
+      settings: the run's.
+      negatives: as in `RunData`.
+    """
+    loss, name = settings.parts.loss, settings.loss.name
+    mines = settings.negatives.mined.refresh_every is not None
+    if "teacher_scores" in batch_needs(settings) and negatives is None:
+        raise ValueError(
+            f"the loss {name!r} needs a teacher's scores of each row's negatives; give the rows "
+            "negatives and teacher_scores, or set data.negatives to an .npz that has both"
+        )
+    if not isinstance(negatives, TextNegatives):
+        return
+    leave_out = "set data.negatives_per_row=0 to leave them out"
+    if ExplicitNegatives not in loss.negatives:
+        raise ValueError(
+            f"the training rows bring negatives, but the loss {name!r} takes no explicit "
+            f"negatives; {leave_out}"
+        )
+    if mines:
+        raise ValueError(
+            "negatives.mined.refresh_every and the training rows both give each row its "
+            f"negatives; set it to None, or {leave_out}"
+        )
+    if settings.negatives.guide == "data":
+        raise ValueError(
+            "data.guides has embeddings of the training rows, and none of the negatives that they "
+            f"bring; set negatives.guide='momentum', or {leave_out}"
+        )
+
+
+def negatives_warnings(settings: Settings, negatives: _FromData) -> Iterator[str]:
+    """What may be wrong with the negatives of the training rows."""
+    if not isinstance(negatives, TextNegatives):
+        return
+    if settings.data.negatives_per_row is None and negatives.per_row > _MANY:
+        yield (
+            f"each row of a batch has places for {negatives.per_row} negatives, as many as the "
+            f"longest list has; the mean is {negatives.counts.mean():.1f}. All places are encoded: "
+            "set data.negatives_per_row to fewer"
+        )
+    loss, masks = settings.parts.loss, settings.loss.masks
+    compares_rows = "ids" in loss.masks and "labels" not in loss.columns
+    if negatives.num_own and compares_rows and "text" not in masks:
+        yield (
+            f"{negatives.num_own:,} negatives are the same text as a positive or the query of "
+            "their row; put 'text' among loss.masks to leave them out"
+        )
+
+
+def negatives_summary(negatives: _FromData) -> str:
+    """The end of a sentence with the number of negatives that the training rows bring, or `""`."""
+    if not isinstance(negatives, TextNegatives):
+        return ""
+    counts = np.minimum(negatives.counts, negatives.per_row)
+    some = counts[counts > 0]
+    return (
+        f"; negatives: {len(some):,} training rows have {some.mean():.1f} in the mean, "
+        f"{negatives.texts.num_rows:,} distinct texts"
+    )
