@@ -77,7 +77,7 @@ def row_prompts(data: DataSettings, role: str, source: PairSource) -> RowPrompts
         side: tuple(prompt_of(data, one.prompts, side) for one in data_sets.values())
         for side in SIDES
     }
-    if all(len(set(ones)) == 1 for ones in prompts.values()):
+    if all(len(set(ones)) <= 1 for ones in prompts.values()):
         return None
     assert isinstance(source, ConcatenatedPairs)  # there are several data sets
     settings = tuple(f"{setting}.prompts" for setting in data_sets)
