@@ -38,6 +38,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore = [  # scripts for environments with other packages
+    "evaluation/sentence_transformers_evaluators.py",
     "losses/values",
     "models/pretrained/reference",
     "roundtrip_sentence_transformers.py",
