@@ -15,6 +15,7 @@ from jaxcl.bench import bench_encode as encode
 from jaxcl.bench import bench_grad_cache as grad_cache
 from jaxcl.bench import bench_loss as loss
 from jaxcl.bench import bench_nearest as nearest
+from jaxcl.bench import bench_token_table as token_table
 from jaxcl.bench import bench_train_step as train_step
 from jaxcl.bench.__main__ import BENCHMARKS, as_table, main
 from jaxcl.bench.bench_embedding_bag import BagShape
@@ -272,3 +273,18 @@ def test_batches_of_more_rows_than_there_are_are_an_error(capsys):
     with pytest.raises(SystemExit):
         main(["assignment", "--rows", "20", "--dim", "4", "--batch", "8", "32"])
     assert "--batch [8, 32]: there are 20 rows" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_token_tables_measures_all_stages():
+    record = token_table.measure(300, stages=[*token_table.STAGES], few_rows=280)
+    assert [*record["rounds"]] == [
+        "build",
+        "open",
+        "first batch",
+        "run of 2 steps",
+        "resumed for 2 more",
+    ]
+    assert record["facts"]["distinct texts"] == 270  # every tenth key is that of the row before
+    for stage in token_table.STAGES:
+        assert record["facts"][f"{stage}: peak MiB with 280 rows"] > 100

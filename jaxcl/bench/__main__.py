@@ -44,6 +44,7 @@ BENCHMARKS = (
     "plan",
     "scaling",
     "start",
+    "token_table",
     "train_step",
 )
 """Names of the benchmarks. Only the module of the one that runs is imported."""
