@@ -1,0 +1,253 @@
+"""Read the rows of files one by one: JSON lines, CSV, TSV, Parquet and Arrow.
+
+A row that cannot be read is returned with its problem, so that the caller can report it, skip it,
+and read on.
+"""
+
+import bz2
+import contextlib
+import csv
+import functools
+import gzip
+import io
+import itertools
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxcl.host.files import open_regular
+from jaxcl.settings.file_kinds import file_kind
+
+__all__ = ["FileRow", "place_of", "read_fields", "read_rows"]
+
+_MAX_LINE = 64 * 2**20
+"""The most bytes of a line; the longest real lines have a few million."""
+_ROWS_AT_ONCE = 1024
+_ROWS_WITH_FIELDS = 100
+"""The least number of JSON lines whose fields count as those of the file."""
+
+
+class FileRow(NamedTuple):
+    """One row of a file.
+
+    Attributes:
+      number: of its first line, or of the row where files have no lines; from 1.
+      fields: its values by name.
+      problem: why it cannot be read; `None` if it can.
+    """
+
+    number: int
+    fields: Mapping[str, Any] = {}
+    problem: str | None = None
+
+
+def read_fields(path: Path, wanted: Collection[str] = ()) -> list[str]:
+    """The names of a file's fields, in order.
+
+    Args:
+      path: the file.
+      wanted: fields that must be there. JSON lines may leave fields out, so lines are read until
+        these have been seen, and 100 in any case.
+
+    Raises:
+      ValueError: if the file has no rows, an unknown suffix, or two columns of one name.
+      OSError: if it cannot be read.
+    """
+    with _opened(path) as (kind, file):
+        if kind == "parquet":
+            names = _parquet_file(file).schema_arrow.names
+        elif kind == "arrow":
+            names = _arrow_stream(file).schema.names
+        elif kind == "json":
+            names = _json_fields(file, wanted)
+        else:
+            names = _header(_csv_reader(file, kind))
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{path} has two columns named {min(twice)!r}; rename one")
+    return names
+
+
+def read_rows(path: Path, fields: Sequence[str]) -> Iterator[FileRow]:
+    """Read a file from its first row to its last.
+
+    Args:
+      path: the file; its suffix tells its kind.
+      fields: the names of the fields that are wanted. Rows may lack some, and have others.
+
+    Raises:
+      ValueError: while iterating, if the file is damaged; rows that are wrong are returned.
+      OSError: if the file cannot be read.
+    """
+    with _opened(path) as (kind, file):
+        if kind == "parquet":
+            batches = _parquet_file(file).iter_batches(_ROWS_AT_ONCE, columns=list(fields))
+            yield from _arrow_rows(batches)
+        elif kind == "arrow":
+            yield from _arrow_rows(batch.select(list(fields)) for batch in _arrow_stream(file))
+        elif kind == "json":
+            yield from _json_rows(file)
+        else:
+            yield from _csv_rows(_csv_reader(file, kind))
+
+
+def place_of(path: Path, number: int) -> str:
+    """The place of a row, for messages.
+
+    Example:
+      >>> place_of(Path("a/pairs.csv"), 7), place_of(Path("pairs.parquet"), 7)
+      ('pairs.csv line 7', 'pairs.parquet row 7')
+    """
+    return f"{path.name} {'row' if path.suffix in ('.parquet', '.arrow') else 'line'} {number:,}"
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[str, Any]]:
+    """The kind of a file, and the file, decompressed; errors name the file."""
+    if path.suffix == ".arrow":
+        kind, compression = "arrow", None
+    else:
+        kind, compression = file_kind(path)
+    kind = "json" if kind in ("jsonl", "ndjson") else kind
+    with open_regular(path) as file:
+        try:
+            yield kind, file if compression is None else _DECOMPRESSED[compression](file)
+        except (EOFError, zlib.error, lzma.LZMAError) as error:
+            raise ValueError(f"{path} is damaged ({error}); write it again") from error
+        except ValueError as error:  # also those of pyarrow
+            known = str(error).startswith(str(path))
+            raise error if known else ValueError(f"{path}: {error}") from error
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            raise ValueError(f"{path} is damaged ({error}); write it again") from error
+
+
+def _zstandard(file: Any) -> Any:
+    import pyarrow  # not at the top, because the import is slow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd"))
+
+
+_DECOMPRESSED: Mapping[str, Callable[[Any], Any]] = {
+    "gz": lambda file: gzip.GzipFile(fileobj=file),
+    "bz2": bz2.BZ2File,
+    "xz": lzma.LZMAFile,
+    "zst": _zstandard,
+}
+
+
+def _lines(file: Any) -> Iterator[tuple[int, bytes]]:
+    """Number the lines from 1; a byte order mark is no part of the first.
+
+    A line that is too long is cut.
+    """
+    for number in itertools.count(1):
+        line = file.readline(_MAX_LINE + 1)
+        if not line:
+            return
+        rest = line
+        while len(rest) > _MAX_LINE and not rest.endswith(b"\n"):
+            rest = file.readline(_MAX_LINE + 1)
+        yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+
+def _json_rows(file: Any) -> Iterator[FileRow]:
+    """Lines without any content are left out."""
+    for number, line in _lines(file):
+        if len(line) > _MAX_LINE:
+            yield FileRow(number, problem=f"the line has more than {_MAX_LINE:,} bytes")
+            continue
+        try:
+            record = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            yield FileRow(number, problem=f"the line is not UTF-8 ({error.reason})")
+        except (ValueError, RecursionError) as error:
+            if line.strip():
+                yield FileRow(number, problem=f"the line is not JSON ({error})")
+        else:
+            if isinstance(record, dict):
+                yield FileRow(number, record)
+            else:
+                yield FileRow(number, problem="the line is not a JSON object")
+
+
+def _json_fields(file: Any, wanted: Collection[str]) -> list[str]:
+    names: dict[str, None] = {}
+    rows = (row for row in _json_rows(file) if row.problem is None)
+    for number, row in enumerate(rows):
+        if number >= _ROWS_WITH_FIELDS and names.keys() >= set(wanted):
+            break
+        names |= dict.fromkeys(row.fields)
+    return list(names)
+
+
+def _csv_reader(file: Any, kind: str) -> Any:
+    # The default is 131,072 letters of a field.
+    csv.field_size_limit(max(csv.field_size_limit(), _MAX_LINE))
+    # Bytes that are not UTF-8 become surrogates, so that only the texts with them are refused.
+    lines = (line.decode(errors="surrogateescape") for _, line in _lines(file))
+    return csv.reader(lines, delimiter="\t" if kind == "tsv" else ",", strict=True)
+
+
+def _header(reader: Any) -> list[str]:
+    try:
+        return next(reader)
+    except StopIteration:
+        return []
+    except csv.Error as error:
+        raise ValueError(f"the header cannot be read ({error})") from error
+
+
+def _csv_rows(reader: Any) -> Iterator[FileRow]:
+    header = _header(reader)
+    while True:
+        number = reader.line_num + 1
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield FileRow(number, problem=f"the row cannot be read ({error})")
+            continue
+        if len(values) == len(header):
+            yield FileRow(number, dict(zip(header, values, strict=True)))
+        elif values:  # an empty line has none
+            problem = f"the row has {len(values)} values, and the header {len(header)}"
+            yield FileRow(number, problem=problem)
+
+
+def _parquet_file(file: Any) -> Any:
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(file)
+
+
+def _arrow_stream(file: Any) -> Any:
+    from pyarrow import ipc
+
+    return ipc.open_stream(file)
+
+
+def _arrow_rows(batches: Iterable[Any]) -> Iterator[FileRow]:
+    before = 0
+    for batch in batches:
+        try:
+            records: Iterable[Any] = batch.to_pylist()
+        except UnicodeDecodeError:
+            records = map(functools.partial(_arrow_record, batch), range(batch.num_rows))
+        for number, record in enumerate(records, before + 1):
+            if record is None:
+                yield FileRow(number, problem="a text of the row is not UTF-8")
+            else:
+                yield FileRow(number, record)
+        before += batch.num_rows
+
+
+def _arrow_record(batch: Any, row: int) -> dict[str, Any] | None:
+    try:
+        return batch.slice(row, 1).to_pylist()[0]
+    except UnicodeDecodeError:
+        return None

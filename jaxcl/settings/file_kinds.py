@@ -1,0 +1,141 @@
+"""Which values of `data.name` and `data.splits` are files of pairs, and the rows of a split."""
+
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxcl.host.paths import local_path
+
+__all__ = [
+    "COMPRESSIONS",
+    "HUGGING_FACE_FILES",
+    "KINDS",
+    "REST",
+    "WHOLE",
+    "Share",
+    "file_kind",
+    "is_pattern",
+    "names_files",
+    "names_other_files",
+    "reads_files",
+    "share_of_split",
+]
+
+KINDS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet")
+"""Suffixes of files of rows; `.ndjson` and `.json` are read as JSON lines."""
+
+COMPRESSIONS = ("gz", "bz2", "xz", "zst")
+"""Suffixes of compressed files, which follow those of `KINDS`."""
+
+HUGGING_FACE_FILES = ("dataset_dict.json", "state.json")
+"""What `save_to_disk` of Hugging Face's `datasets` writes, the first for several splits."""
+
+REST = "rest"
+"""The split with the training rows that no other role takes."""
+
+WHOLE = 1_000_000
+"""The unit of shares: a share is a range of these."""
+
+_SPLIT = re.compile(
+    r"(?P<name>\w+)(\[((?P<start>\d+(\.\d+)?)%)?:((?P<stop>\d+(\.\d+)?)%)?\])?", re.ASCII
+)
+
+
+class Share(NamedTuple):
+    """The rows of a split whose hash lies in a range.
+
+    Attributes:
+      split: the name of the split; a plain file has only `"train"`.
+      start, stop: the range, in millionths.
+    """
+
+    split: str
+    start: int = 0
+    stop: int = WHOLE
+
+
+def file_kind(path: Path) -> tuple[str, str | None]:
+    """The kind of a file and its compression, both by its name.
+
+    Raises:
+      ValueError: for an unknown suffix.
+
+    Example:
+      >>> file_kind(Path("pairs.jsonl.gz")), file_kind(Path("pairs.csv"))
+      (('jsonl', 'gz'), ('csv', None))
+    """
+    *_, before, last = ["", "", *path.name.lower().split(".")[1:]]
+    kind, compression = (before, last) if last in COMPRESSIONS else (last, None)
+    if kind not in KINDS or (kind == "parquet" and compression):
+        raise ValueError(
+            f"{path} has an unknown suffix; files of pairs are named .jsonl, .csv, .tsv or "
+            f".parquet, and all but .parquet may be compressed (.{', .'.join(COMPRESSIONS)})"
+        )
+    return kind, compression
+
+
+def names_files(name: str | None) -> bool:
+    """Whether a data set is one or more files of pairs, and not a TFDS data set.
+
+    Files are a path with a known suffix or a pattern such as `part-*.jsonl`, any file that exists,
+    and a folder that `datasets` has written.
+
+    Example:
+      >>> names_files("pairs.jsonl"), names_files("part-*.csv.gz"), names_files("snli:1.1.0")
+      (True, True, False)
+    """
+    if name is None:
+        return False
+    if is_pattern(name):
+        return True
+    try:
+        file_kind(Path(name))
+        return True
+    except ValueError:
+        pass
+    try:
+        path = local_path(name)
+        return path.is_file() or any((path / file).is_file() for file in HUGGING_FACE_FILES)
+    except (ValueError, OSError):  # a URL, or a name that is no path
+        return False
+
+
+def names_other_files(split: str) -> bool:
+    """Whether a split is a path, as it is for held-out rows in a file of their own."""
+    if split == REST or split.endswith("]") or share_of_split(split) is not None:
+        return False  # train[:100] is a range of rows, which files do not have
+    return names_files(split)
+
+
+def reads_files(name: str | None, split: str) -> bool:
+    """Whether the rows of a split come from files of pairs, and not from a TFDS data set."""
+    return names_files(name) or names_other_files(split)
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name stands for several files, as in a shell."""
+    return any(mark in name for mark in "*?[")
+
+
+def share_of_split(split: str) -> Share | None:
+    """The share of a split such as `"train"` or `"train[:95%]"`; `None` for anything else.
+
+    Raises:
+      ValueError: for an empty share, or one outside of 0% to 100%.
+
+    Example:
+      >>> share_of_split("train[95%:]"), share_of_split("dev.jsonl")
+      (Share(split='train', start=950000, stop=1000000), None)
+    """
+    match = _SPLIT.fullmatch(split)
+    if match is None:
+        return None
+    start, stop = _millionths(match["start"] or "0"), _millionths(match["stop"] or "100")
+    if not 0 <= start < stop <= WHOLE:
+        raise ValueError(f"the split {split!r} is empty; give a share such as train[:95%]")
+    return Share(match["name"], start, stop)
+
+
+def _millionths(percent: str) -> int:
+    return int(Decimal(percent) * WHOLE / 100)
