@@ -47,16 +47,21 @@ def get_config() -> ConfigDict:
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    data.name = placeholder(str)  # a TFDS name, the folder of a prepared data set, or "code_pairs"
+    # A file of pairs (.jsonl, .csv, .tsv or .parquet), a pattern for several, a folder of Hugging
+    # Face's datasets, a TFDS name, the folder of a prepared data set, or "code_pairs".
+    data.name = placeholder(str)
+    # By role. Of files, a share goes by a hash, "rest" is the rows that no other role takes, and a
+    # path names another file.
     data.splits = ConfigDict({"train": "train[:95%]", "validation": "train[95%:]"})  # by role
     data.query_field = "query"
     data.key_field = "key"
     # Data sets whose rows follow these: name -> name (or folder), splits (role -> split),
-    # query_field, key_field, group_field, metadata_fields, prompts (those of the run where they are
-    # None). assignment.sourced.by="data_set" mixes them by weights or a temperature.
+    # query_field, key_field, group_field, metadata_fields, files, prompts (those of the run where
+    # they are None). assignment.sourced.by="data_set" mixes them by weights or a temperature.
     data.concatenated = ConfigDict()
     data.group_field = placeholder(str)  # a column of integers, labels or texts
     data.metadata_fields = ()  # further columns, for search and evaluation
+    data.files = _files()
     data.negatives = placeholder(str)  # an .npz with the explicit negatives of each training row
     # How many of the negative texts that a row brings are trained on: the first ones, 0 for none,
     # None for as many as the longest list has.
@@ -78,6 +83,18 @@ def _data() -> ConfigDict:
     data.exclude_prompt = placeholder(bool)  # whether pooling leaves out the prompt's tokens
     data.skip_unknown = placeholder(bool)  # whether to leave out unknown tokens, as model2vec does
     return data
+
+
+def _files() -> ConfigDict:
+    """Files of pairs. The columns that are None are found by common names."""
+    files = ConfigDict()
+    files.negatives_field = placeholder(str)  # of texts or lists; a pattern names several columns
+    files.scores_field = placeholder(str)  # a teacher's scores of the key, then of each negative
+    files.label_field = placeholder(str)  # how similar query and key are, such as "score"
+    files.min_label = placeholder(float)  # the least label of the rows that are trained on
+    files.split_by = "query"  # whose hash decides on a row's split: "query", "key" or a column
+    files.bad_rows = "error"  # or "skip", which leaves out rows that cannot be read
+    return files
 
 
 def _model() -> ConfigDict:

@@ -91,6 +91,19 @@ class CheckedArray:
             self._verify(touched)
         return self._array[positions]
 
+    def between(self, start: int, stop: int) -> Integer[np.ndarray, " _"] | Float[np.ndarray, " _"]:
+        """The numbers from `start` to before `stop`, still mapped to memory.
+
+        Raises:
+          DamagedArray: if a chunk that holds one of them has changed since it was written.
+        """
+        if start < stop and self._unverified.any():
+            edges = self._begin + np.array([start, stop]) * self.dtype.itemsize
+            touched = np.zeros_like(self._unverified)
+            touched[edges[0] // _CHUNK_BYTES : (edges[1] - 1) // _CHUNK_BYTES + 1] = True
+            self._verify(touched)
+        return self._array[start:stop]
+
     def whole(self) -> Integer[np.ndarray, " _"] | Float[np.ndarray, " _"]:
         """All numbers, still mapped to memory.
 

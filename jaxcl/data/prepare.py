@@ -19,8 +19,9 @@ from jaxcl.data.splits import ConcatenatedPairs, open_splits
 from jaxcl.data.table import Table, label_column
 from jaxcl.data.text_negatives import TextNegatives, open_text_negatives
 from jaxcl.host.files import read_json_object, write_whole
-from jaxcl.host.paths import AnyPath, as_path
+from jaxcl.host.paths import AnyPath, as_path, local_path
 from jaxcl.settings.derived import data_set_names
+from jaxcl.settings.file_kinds import names_files
 from jaxcl.settings.sections import CodePairsSettings, DataSettings
 from jaxcl.typing import Int
 
@@ -41,7 +42,7 @@ class RememberedData(NamedTuple):
     """The rows that a run began with.
 
     Attributes:
-      data_set: a TFDS name, or the folder of a prepared data set.
+      data_set: a TFDS name, the folder of a prepared data set, or files of pairs.
       fingerprints: role -> the fingerprint of its rows; also of the files of negatives, guides
         and topics, and `input_fingerprints`.
     """
@@ -196,11 +197,14 @@ def open_sources(
 
 
 def _data_set(data: DataSettings, *, data_dir: Path, before: RememberedData | None) -> str:
-    """The TFDS name, or the folder, that holds the rows of this run."""
+    """The TFDS name, the folder or the files that hold the rows of this run."""
     if data.name is None:
         raise ValueError(
-            "data.name is not set; give a data set as NAME:VERSION, or the folder of a prepared one"
+            "data.name is not set; give a file of pairs such as pairs.jsonl, a TFDS data set as "
+            "NAME:VERSION, or the folder of a prepared one"
         )
+    if names_files(data.name):  # which are found again from another folder
+        return str(local_path(data.name).absolute())
     if data.name != "code_pairs":
         return data.name
     if before is not None and Path(before.data_set).exists():

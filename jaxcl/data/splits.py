@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxcl.data.pair_files import open_pair_files, report_shared_queries
 from jaxcl.data.row_ranges import RowRange, check_held_out
 from jaxcl.data.sources import PairSource, checked_rows, open_pairs
+from jaxcl.settings.file_kinds import reads_files
 from jaxcl.settings.sections import DataSet, DataSettings
 from jaxcl.typing import SIDES, Int
 
@@ -107,13 +109,13 @@ def open_splits(
     data_dir: Path,
     open_source: Callable[[str], PairSource] | None = None,
 ) -> dict[str, PairSource]:
-    """Open the splits of a run; nothing is prepared.
+    """Open the splits of a run; only files of pairs are prepared.
 
     Args:
       data: which splits, fields and further data sets.
-      name: the first data set, instead of `data.name`: a TFDS name, or the folder of a prepared
-        one.
-      data_dir: where TFDS names are looked up.
+      name: the first data set, instead of `data.name`: files, a TFDS name, or the folder of a
+        prepared one.
+      data_dir: where TFDS names are looked up, and the rows of files are kept.
       open_source: role -> the pairs of the first data set, instead of a prepared one.
 
     Returns:
@@ -141,12 +143,15 @@ def open_splits(
             parts[role].append(opened)
             ranges[role].append((f"{where}.splits.{role}={split!r}", opened.row_ranges))
     check_held_out(ranges)
+    report_shared_queries(parts)
     return {
         role: one[0] if len(one) == 1 else ConcatenatedPairs(one) for role, one in parts.items()
     }
 
 
 def _opened(data_set: DataSet, role: str, data_dir: Path, text_sides: Sequence[str]) -> PairSource:
+    if reads_files(data_set.name, data_set.splits[role]):
+        return open_pair_files(data_set, role, data_dir=data_dir)
     return open_pairs(
         str(data_set.name),
         data_set.splits[role],

@@ -26,6 +26,7 @@ from jaxcl.run.encoder import Encoder
 from jaxcl.run.training import build_towers
 from jaxcl.run.workdir import CHECKPOINTS, check_saved_settings, read_config
 from jaxcl.settings.derived import BEST, origin_of
+from jaxcl.settings.file_kinds import names_files
 from jaxcl.settings.parts import Trust, is_function_name
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
@@ -67,7 +68,8 @@ class OpenedRun(NamedTuple):
         Raises:
           ValueError: if they are gone, or hold other rows.
         """
-        if Path(self.data_set).is_absolute() and not Path(self.data_set).exists():
+        folder = Path(self.data_set)
+        if folder.is_absolute() and not (folder.exists() or names_files(self.data_set)):
             raise ValueError(
                 f"the rows of the run in {self.workdir} are gone from {self.data_set}; the "
                 "command that trained it makes them again, if the same packages are installed"

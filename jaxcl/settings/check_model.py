@@ -26,7 +26,9 @@ def check_model(settings: Settings) -> None:
         if tower.pretrained is not None and part is not None and part.load is None:
             raise ValueError(
                 f"{field}.pretrained={tower.pretrained!r}, but the encoder {tower.name!r} cannot "
-                "be loaded from a file; leave it None, or name an encoder that declares `load`"
+                "be loaded from a file; to fine-tune a pretrained model, set "
+                f"{field}.name='pretrained' (configs/pairs.py:finetune does), or name an encoder "
+                "that declares `load`"
             )
     for field, value in (
         ("model.pretrained", model.pretrained),

@@ -20,12 +20,13 @@ from jaxcl.settings.derived import (
     sources_by,
 )
 from jaxcl.settings.parts import is_function_name
-from jaxcl.settings.sections import DataSet, DataSettings, Settings, unresolved
+from jaxcl.settings.sections import DataSet, DataSettings, FileSettings, Settings, unresolved
 from jaxcl.typing import SIDES
 
 __all__ = ["check_settings"]
 
 _APART = ("text", "group")
+_BAD_ROWS = ("error", "skip")
 _FIRST = "first"
 _METHODS = ("bm25", "dense", "hybrid")
 
@@ -51,8 +52,21 @@ def _check_data(data: DataSettings) -> None:
             f"data.negatives_per_row={data.negatives_per_row} counts texts that rows bring, and "
             f"data.negatives={data.negatives} gives each row other negatives; leave one None"
         )
+    _check_files("data.files", data.files)
     for name, data_set in data.concatenated.items():
         _check_concatenated(f"data.concatenated.{name}", name, data_set, data)
+
+
+def _check_files(where: str, files: FileSettings) -> None:
+    if files.bad_rows not in _BAD_ROWS:
+        raise ValueError(
+            f"{where}.bad_rows={files.bad_rows!r} is unknown; use {' or '.join(_BAD_ROWS)}"
+        )
+    if files.label_field is not None and files.min_label is None:
+        raise ValueError(
+            f"{where}.label_field={files.label_field!r} is read with {where}.min_label, the least "
+            "label of the rows to train on; set it"
+        )
 
 
 def _check_concatenated(where: str, name: str, data_set: DataSet, data: DataSettings) -> None:
@@ -63,6 +77,7 @@ def _check_concatenated(where: str, name: str, data_set: DataSet, data: DataSett
             f"{where} needs a name, of a data set or its folder, and splits, role -> split, such "
             "as {'train': 'train'}"
         )
+    _check_files(f"{where}.files", data_set.files)
     if data_set.name == "code_pairs":
         raise ValueError(
             f"{where}.name='code_pairs' is made for data.name alone; give the folder of prepared "

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from jaxcl.models import ENCODERS
 from jaxcl.settings.derived import MASKS
+from jaxcl.settings.file_kinds import reads_files
 from jaxcl.settings.sections import Settings
 
 __all__ = ["check_effects"]
@@ -48,6 +49,11 @@ _UNREAD = (
         ("data.code_pairs.",),
         lambda s: s.data.name != "code_pairs",
         "data.name='code_pairs' reads it",
+    ),
+    _Unread(
+        ("data.files.",),
+        lambda s: not any(reads_files(s.data.name, split) for split in s.data.splits.values()),
+        "a file of pairs as data.name reads it",
     ),
     _Unread(
         ("data.exclude_prompt",),

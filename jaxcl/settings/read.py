@@ -31,7 +31,7 @@ __all__ = ["as_dict", "read_data_settings", "read_settings"]
 _DATA_SECTIONS = ("data", "evaluation", "run")
 _DATA_FIELDS = (
     *("name", "code_pairs", "splits", "query_field", "key_field", "concatenated"),
-    *("group_field", "metadata_fields", "modality"),
+    *("group_field", "metadata_fields", "files", "modality"),
 )
 """The fields of `data` that say which rows there are, and not how a model reads them."""
 

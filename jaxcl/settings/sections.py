@@ -21,6 +21,7 @@ __all__ = [
     "DataSet",
     "DataSettings",
     "EvaluationSettings",
+    "FileSettings",
     "GcbsSettings",
     "GradCacheSettings",
     "LossSettings",
@@ -65,6 +66,17 @@ class MaxTokens(NamedTuple):
     key: Size = 128
 
 
+class FileSettings(NamedTuple):
+    """How files of pairs are read; columns that are not named are found by common names."""
+
+    negatives_field: str | None = None
+    scores_field: str | None = None
+    label_field: str | None = None
+    min_label: Annotated[float, Range()] | None = None
+    split_by: str = "query"
+    bad_rows: str = "error"
+
+
 class SidePrompts(NamedTuple):
     """The prompt that precedes each text of a side; `None` for the pretrained model's prompt."""
 
@@ -73,7 +85,7 @@ class SidePrompts(NamedTuple):
 
 
 class DataSet(NamedTuple):
-    """One prepared data set, its splits by role, the fields that are read, and its prompts.
+    """A data set, prepared or in files, its splits by role, the fields read, and its prompts.
 
     A prompt of `None` is the run's.
     """
@@ -84,6 +96,7 @@ class DataSet(NamedTuple):
     key_field: str = "key"
     group_field: str | None = None
     metadata_fields: tuple[str, ...] = ()
+    files: FileSettings = FileSettings()
     prompts: SidePrompts = SidePrompts()
 
 
@@ -105,6 +118,7 @@ class DataSettings(NamedTuple):
     concatenated: Mapping[str, DataSet] = {}
     group_field: str | None = None
     metadata_fields: tuple[str, ...] = ()
+    files: FileSettings = FileSettings()
     negatives: str | None = None
     negatives_per_row: Count | None = None
     guides: str | None = None

@@ -1,0 +1,304 @@
+"""Pairs of files in a form for random access: written once, then mapped to memory.
+
+The folder of a cache is named by the content of the files and by all options that decide on the
+rows. It holds the texts of each column end to end, and the positions where they end.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxcl.data.array_writer import ArrayWriter
+from jaxcl.data.checked_array import CheckedArray, DamagedArray, array_record
+from jaxcl.data.pair_columns import PairColumns
+from jaxcl.data.pair_records import PairRecord
+from jaxcl.host.files import read_sealed_json, write_sealed_json
+from jaxcl.host.staging import put_in_place, staging_folder
+from jaxcl.typing import Int, Integer
+
+__all__ = ["PairCache", "PairFiles", "write_cache"]
+
+_FORMAT = 1
+_INDEX_FILE = "pairs.json"
+_BLOCK = 4096
+
+TEXTS = ("query", "key", "negative", "metadata")
+_NUMBERS = {
+    "record": np.int64,  # of each row
+    "negative_count": np.int64,  # before each record
+    "key_score": np.uint32,  # the bits of a float32, since a `CheckedArray` holds integers
+    "negative_score": np.uint32,
+    "group": np.int32,
+    "hash": np.uint64,
+}
+
+
+class PairFiles(NamedTuple):
+    """The files of a cache, and how they are read.
+
+    Attributes:
+      paths: the files, in order.
+      digests: of their content.
+      columns: the columns that are read.
+      min_label: the least label of a row; `None` for files without labels.
+      bad_rows: `"error"` or `"skip"`.
+      directory: where caches lie.
+    """
+
+    paths: tuple[Path, ...]
+    digests: tuple[str, ...]
+    columns: PairColumns
+    min_label: float | None
+    bad_rows: str
+    directory: Path
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """All that decides on the rows, as JSON's types."""
+        columns = self.columns._replace(unused=())._asdict()
+        suffixes = [path.suffixes[-2:] for path in self.paths]
+        made_from = {"format": _FORMAT, "files": [self.digests, suffixes], "columns": columns}
+        made_from |= {"min_label": self.min_label, "bad_rows": self.bad_rows}
+        return json.loads(json.dumps(made_from))
+
+    @property
+    def fingerprint(self) -> str:
+        """Names all that decides on the rows."""
+        return hashlib.sha256(json.dumps(self.made_from, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def path(self) -> Path:
+        """The folder of the cache."""
+        return self.directory / self.fingerprint[:16]
+
+
+def write_cache(
+    files: PairFiles,
+    records: Iterator[PairRecord],
+    *,
+    facts: Callable[[], Mapping[str, Any]],
+) -> None:
+    """Write the cache of some files, in place of an older one.
+
+    Args:
+      files: the files.
+      records: their records; an error that they raise leaves nothing behind.
+      facts: called after the last record; what to keep next to the rows, as JSON's types.
+
+    Raises:
+      OSError: if the cache cannot be written.
+    """
+    replace = os.path.lexists(files.path)
+    try:
+        with staging_folder(files.path) as folder:
+            made = folder / "pairs"
+            made.mkdir()
+            _write_columns(made, records, files.columns)
+            columns = {file.stem: array_record(file) for file in sorted(made.glob("*.npy"))}
+            index = {"made_from": files.made_from, "columns": columns, "facts": dict(facts())}
+            write_sealed_json(made / _INDEX_FILE, index)
+            put_in_place(made, files.path, replace=replace)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(  # a full disk names no file
+            f"cannot write the rows to {files.path} ({error}); make room there, or set "
+            "run.data_dir to another folder"
+        ) from error
+
+
+class PairCache:
+    """The rows of a cache, by number.
+
+    Args:
+      files: what the cache was made from.
+
+    Raises:
+      DamagedArray: if the cache is not there, or has changed since it was written.
+    """
+
+    def __init__(self, files: PairFiles) -> None:
+        try:
+            index = read_sealed_json(files.path / _INDEX_FILE)
+        except (OSError, ValueError) as error:
+            raise DamagedArray(f"{files.path / _INDEX_FILE} cannot be read ({error})") from error
+        if index["made_from"] != files.made_from:
+            raise DamagedArray(f"{files.path} was made from other files than its name says")
+        self.facts: Mapping[str, Any] = index["facts"]
+        self._columns = files.columns
+        self._arrays = {
+            name: CheckedArray(files.path / f"{name}.npy", record)
+            for name, record in index["columns"].items()
+        }
+        self.num_rows = len(self._arrays["key_ends"]) - 1
+        self.num_records = len(self._arrays["query_ends"]) - 1
+
+    def hashes(self) -> Integer[np.ndarray, " records"]:
+        """The hash of each record, that decides on its split, mapped to memory."""
+        return self._arrays["hash"].whole()
+
+    def record_of_row(self) -> Int[np.ndarray, " rows"] | None:
+        """The record that each row comes from; `None` if it is the row with the same number."""
+        return self._arrays["record"].whole() if "record" in self._arrays else None
+
+    def read(self, rows: Int[np.ndarray, " n"]) -> list[dict[str, Any]]:
+        """The fields of some rows.
+
+        Raises:
+          DamagedArray: if the part of the cache that holds them has changed.
+        """
+        records = self._arrays["record"][rows] if "record" in self._arrays else rows
+        fields: dict[str, Sequence[Any]] = {
+            "query": self._texts("query", records),
+            "key": self._texts("key", rows),
+        }
+        if self._columns.group is not None:
+            fields["group"] = list(self._arrays["group"][records])
+        if self._columns.negatives:
+            fields |= self._negatives(rows, records)
+        kept = map(json.loads, self._texts("metadata", records))
+        for name, values in zip(self._columns.metadata, zip(*kept, strict=True), strict=False):
+            fields[name] = values
+        return [dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)]
+
+    def _negatives(
+        self, rows: Int[np.ndarray, " n"], records: Int[np.ndarray, " n"]
+    ) -> dict[str, Sequence[Any]]:
+        counts = self._arrays["negative_count"]
+        starts, stops = counts[records], counts[records + 1]
+        edges = np.append(0, np.cumsum(stops - starts))
+        numbers = np.arange(edges[-1]) + np.repeat(starts - edges[:-1], stops - starts)
+        parts = list(itertools.pairwise(edges.tolist()))
+        texts = self._texts("negative", numbers)
+        fields: dict[str, Sequence[Any]] = {"negatives": [texts[a:b] for a, b in parts]}
+        if self._columns.scores:
+            of_keys = self._floats("key_score", rows)
+            scores = self._floats("negative_score", numbers)
+            fields["teacher_scores"] = [
+                [own, *scores[a:b]] for own, (a, b) in zip(of_keys, parts, strict=True)
+            ]
+        return fields
+
+    def _floats(self, name: str, numbers: Int[np.ndarray, " _"]) -> list[float]:
+        if not len(numbers):
+            return []
+        return self._arrays[name][numbers].view(np.float32).tolist()
+
+    def _texts(self, name: str, numbers: Int[np.ndarray, " _"]) -> list[str]:
+        if not len(numbers) or f"{name}_bytes" not in self._arrays:
+            return []
+        ends, content = self._arrays[f"{name}_ends"], self._arrays[f"{name}_bytes"]
+        starts, stops = ends[numbers], ends[numbers + 1]
+        if (starts[1:] == stops[:-1]).all():  # as where a whole split is read
+            begin = int(starts[0])
+            whole = content.between(begin, int(stops[-1])).tobytes()
+            parts = zip((starts - begin).tolist(), (stops - begin).tolist(), strict=True)
+            return [whole[start:stop].decode() for start, stop in parts]
+        parts = zip(starts.tolist(), stops.tolist(), strict=True)
+        return [content.between(start, stop).tobytes().decode() for start, stop in parts]
+
+
+class _Writers(NamedTuple):
+    """The files of a cache that is being written.
+
+    Attributes:
+      content, ends: of `TEXTS`.
+      numbers: of `_NUMBERS`.
+    """
+
+    content: Mapping[str, ArrayWriter]
+    ends: Mapping[str, ArrayWriter]
+    numbers: Mapping[str, ArrayWriter]
+
+    def texts(self, name: str, texts: Sequence[bytes]) -> None:
+        before = len(self.content[name])
+        self.content[name].append_bytes(b"".join(texts))
+        self.ends[name].append(before + np.cumsum([len(text) for text in texts], dtype=np.int64))
+
+
+def _write_columns(folder: Path, records: Iterator[PairRecord], columns: PairColumns) -> None:
+    with contextlib.ExitStack() as stack:
+
+        def writer(name: str, dtype: Any) -> ArrayWriter:
+            return stack.enter_context(ArrayWriter(folder / f"{name}.npy", dtype))
+
+        writers = _Writers(
+            {name: writer(f"{name}_bytes", np.uint8) for name in TEXTS},
+            {name: writer(f"{name}_ends", np.int64) for name in TEXTS},
+            {name: writer(name, dtype) for name, dtype in _NUMBERS.items()},
+        )
+        for ends in (*writers.ends.values(), writers.numbers["negative_count"]):
+            ends.append(np.zeros(1, np.int64))
+        groups: dict[str, int] = {}
+        num_records = 0
+        while block := list(itertools.islice(records, _BLOCK)):
+            _append(writers, block, num_records, columns, groups)
+            num_records += len(block)
+        several = len(writers.numbers["record"]) != num_records
+    if not several:
+        (folder / "record.npy").unlink(missing_ok=True)
+    if groups:
+        _number_by_name(folder / "group.npy", groups)
+
+
+def _append(
+    writers: _Writers,
+    block: Sequence[PairRecord],
+    first: int,
+    columns: PairColumns,
+    groups: dict[str, int],
+) -> None:
+    negatives = [text for record in block for text in record.negatives]
+    writers.texts("query", [record.query for record in block])
+    writers.texts("key", [text for record in block for text in record.positives])
+    if columns.negatives:
+        writers.texts("negative", negatives)
+    if columns.metadata:
+        writers.texts("metadata", [record.metadata for record in block])
+    rows = [len(record.positives) for record in block]
+    digests = (hashlib.blake2b(record.split_by, digest_size=8).digest() for record in block)
+    numbers = {
+        "record": np.repeat(np.arange(first, first + len(block)), rows),
+        "hash": np.frombuffer(b"".join(digests), "<u8"),
+    }
+    if columns.negatives:
+        counts = np.cumsum([len(record.negatives) for record in block], dtype=np.int64)
+        before = len(writers.ends["negative"]) - 1 - len(negatives)
+        numbers["negative_count"] = before + counts
+    if columns.scores:
+        numbers["key_score"] = _bits(record.positive_scores for record in block)
+        numbers["negative_score"] = _bits(record.negative_scores for record in block)
+    if columns.group is not None:
+        numbers["group"] = _group_numbers(block, groups, is_first=first == 0)
+    for name, values in numbers.items():
+        writers.numbers[name].append(values)
+
+
+def _bits(scores: Iterable[Sequence[float]]) -> np.ndarray:
+    return np.array(list(itertools.chain.from_iterable(scores)), np.float32).view(np.uint32)
+
+
+def _group_numbers(
+    block: Sequence[PairRecord], groups: dict[str, int], *, is_first: bool
+) -> np.ndarray:
+    """Integers themselves; of texts, numbers in the order in which they appear."""
+    are_texts = {isinstance(record.group, str) for record in block}
+    if len(are_texts) > 1 or not (is_first or are_texts == {bool(groups)}):
+        raise ValueError("groups are both integers and texts; make all of them one or the other")
+    if are_texts == {True}:
+        return np.array([groups.setdefault(str(one.group), len(groups)) for one in block])
+    return np.array([record.group for record in block])
+
+
+def _number_by_name(path: Path, groups: Mapping[str, int]) -> None:
+    """Number groups of texts in alphabetical order, as in prepared data sets."""
+    place = np.empty(len(groups), np.int32)
+    place[[groups[name] for name in sorted(groups)]] = np.arange(len(groups))
+    np.save(path, place[np.load(path)])

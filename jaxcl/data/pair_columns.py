@@ -1,0 +1,229 @@
+"""Find the columns of pairs among the columns of a file, by their names."""
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from jaxcl.settings.sections import DataSet
+from jaxcl.typing import SIDES
+
+__all__ = ["PairColumns", "find_columns", "named_fields"]
+
+PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("query", ("key", "pos", "positive", "positives", "answer", "document", "passage")),
+    ("anchor", ("pos", "positive", "positives")),
+    ("question", ("answer", "answers", "positive", "positives")),
+    ("sentence1", ("sentence2",)),
+    ("text1", ("text2",)),
+    ("title", ("abstract", "body")),
+)
+"""Names of the queries' column, and the names of the keys' column that go with it."""
+
+NEGATIVES = ("negative", "negatives", "neg", "hard_negatives")
+_NUMBERED = re.compile(r"(negative|neg)_?(\d+)")
+SCORES = (("teacher_scores",), ("scores",), ("pos_scores", "neg_scores"))
+LABELS = ("label", "labels", "score", "similarity", "similarity_score")
+
+
+class PairColumns(NamedTuple):
+    """The columns that are read; `None` and `()` for those that a file does not have.
+
+    Attributes:
+      query: the queries' column.
+      key: the column of the keys, each a text or a list of them.
+      split_by: the column whose value decides on a row's split.
+      negatives: of texts, or one of lists.
+      scores: of a teacher: one column of both, or those of the positives and of the negatives.
+      label: of a number that says how similar query and key are.
+      group: of each row's group.
+      metadata: of further fields.
+      unused: all other columns.
+    """
+
+    query: str
+    key: str
+    split_by: str
+    negatives: tuple[str, ...] = ()
+    scores: tuple[str, ...] = ()
+    label: str | None = None
+    group: str | None = None
+    metadata: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    @property
+    def needed(self) -> list[str]:
+        """All that are read, each once."""
+        single = [self.query, self.key, self.label, self.group, self.split_by]
+        names = [*single, *self.negatives, *self.scores, *self.metadata]
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+    def described(self) -> str:
+        """The columns in a line, for a person."""
+        parts = [f"query from {self.query!r}", f"key from {self.key!r}"]
+        others = {"negatives": self.negatives, "teacher scores": self.scores}
+        others |= {"labels": (self.label,), "group": (self.group,)}  # type: ignore[dict-item]
+        for what, names in others.items():
+            if any(names):
+                parts.append(f"{what} from {_listed(names)}")
+        if self.unused:
+            parts.append(f"not used: {_listed(self.unused)}")
+        return ", ".join(parts)
+
+
+def named_fields(data_set: DataSet) -> list[str]:
+    """The columns that the config names, without defaults and patterns."""
+    files, defaults = data_set.files, DataSet()
+    names = [data_set.group_field, *data_set.metadata_fields]
+    names += [files.negatives_field, files.scores_field, files.label_field]
+    names += [data_set.query_field] if data_set.query_field != defaults.query_field else []
+    names += [data_set.key_field] if data_set.key_field != defaults.key_field else []
+    names += [files.split_by] if files.split_by not in SIDES else []
+    return [name for name in names if name is not None and "*" not in name]
+
+
+def find_columns(names: Sequence[str], data_set: DataSet, *, where: str) -> PairColumns:
+    """Find the columns of queries, keys, negatives, scores, labels and groups.
+
+    Names that the config sets must exist. For the others, the common names are looked for.
+
+    Args:
+      names: the columns of a file.
+      data_set: the names that the config sets.
+      where: the file, for messages.
+
+    Raises:
+      ValueError: if a column that is set does not exist, there is no column of queries or keys, or
+        more than one could be meant.
+    """
+    files = data_set.files
+    query, key = _query_and_key(names, data_set, where)
+    taken = {query, key, data_set.group_field, *data_set.metadata_fields}
+    taken |= {files.negatives_field, files.scores_field, files.label_field}
+    free = [name for name in names if name not in taken]
+    group, metadata = data_set.group_field, data_set.metadata_fields
+    split_by = {"query": query, "key": key}.get(files.split_by, files.split_by)
+    _check_there("data.group_field", group, names, where)
+    _check_there("data.files.split_by", split_by, names, where)
+    for name in metadata:
+        _check_there("data.metadata_fields", name, names, where)
+    columns = PairColumns(
+        query,
+        key,
+        split_by,
+        negatives=_negatives(names, free, files.negatives_field, where),
+        scores=_scores(names, free, files.scores_field, where),
+        label=_one_of("label", LABELS, names, free, files.label_field, where),
+        group=group,
+        metadata=metadata,
+    )
+    if columns.scores and not columns.negatives:
+        columns = columns._replace(scores=())  # they compare keys with negatives
+    return columns._replace(unused=tuple(name for name in names if name not in columns.needed))
+
+
+def _query_and_key(names: Sequence[str], data_set: DataSet, where: str) -> tuple[str, str]:
+    wanted = data_set.query_field, data_set.key_field
+    defaults = DataSet().query_field, DataSet().key_field
+    if all(field in names for field in wanted):
+        return wanted
+    for setting, field, default in zip(("query_field", "key_field"), wanted, defaults, strict=True):
+        if field != default:
+            _check_there(f"data.{setting}", field, names, where)
+    pairs = [
+        (query, key)
+        for query, keys in _known_pairs(wanted, defaults)
+        for key in keys
+        if query in names and key in names and query != key
+    ]
+    if len(pairs) == 1:
+        return pairs[0]
+    columns = _listed(names) or "none"
+    if not pairs:
+        raise ValueError(
+            f"{where} has no columns that are known to be pairs; its columns are {columns}. Set "
+            "data.query_field and data.key_field to those of the queries and the keys"
+        )
+    could = " or ".join(f"{query!r} with {key!r}" for query, key in pairs)
+    raise ValueError(
+        f"{where} has several columns that could be pairs: {could}. Set data.query_field and "
+        f"data.key_field; the columns are {columns}"
+    )
+
+
+def _known_pairs(
+    wanted: tuple[str, str], defaults: tuple[str, str]
+) -> Iterable[tuple[str, tuple[str, ...]]]:
+    """The pairs of names to look for, where one or none of the two is set."""
+    every_key = tuple(dict.fromkeys(key for _, keys in PAIRS for key in keys))
+    if wanted[0] != defaults[0]:
+        return [(wanted[0], every_key)]
+    if wanted[1] != defaults[1]:
+        return [(query, (wanted[1],)) for query, _ in PAIRS]
+    return PAIRS
+
+
+def _negatives(
+    names: Sequence[str], free: Sequence[str], field: str | None, where: str
+) -> tuple[str, ...]:
+    if field is not None:
+        matching = tuple(fnmatch.filter(names, field))
+        if not matching:
+            _check_there("data.files.negatives_field", field, names, where)
+        return matching
+    numbered = [(int(match[2]), name) for name in free if (match := _NUMBERED.fullmatch(name))]
+    kinds: list[tuple[str, ...]] = [(name,) for name in NEGATIVES if name in free]
+    kinds += [tuple(name for _, name in sorted(numbered))] if numbered else []
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{where} has several columns that could be negatives: "
+            f"{' or '.join(map(_listed, kinds))}; set data.files.negatives_field to one, or to a "
+            "pattern such as negative_*"
+        )
+    return kinds[0] if kinds else ()
+
+
+def _scores(
+    names: Sequence[str], free: Sequence[str], field: str | None, where: str
+) -> tuple[str, ...]:
+    if field is not None:
+        _check_there("data.files.scores_field", field, names, where)
+        return (field,)
+    kinds = [kind for kind in SCORES if set(kind) <= set(free)]
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{where} has several columns that could be a teacher's scores: "
+            f"{' or '.join(map(_listed, kinds))}; set data.files.scores_field to one"
+        )
+    return kinds[0] if kinds else ()
+
+
+def _one_of(
+    what: str,
+    known: Sequence[str],
+    names: Sequence[str],
+    free: Sequence[str],
+    field: str | None,
+    where: str,
+) -> str | None:
+    if field is not None:
+        _check_there(f"data.files.{what}_field", field, names, where)
+        return field
+    found = [name for name in known if name in free]
+    if len(found) > 1:
+        raise ValueError(
+            f"{where} has several columns that could be a {what}: {_listed(found)}; set "
+            f"data.files.{what}_field to one"
+        )
+    return found[0] if found else None
+
+
+def _check_there(setting: str, field: str | None, names: Sequence[str], where: str) -> None:
+    if field is not None and field not in names:
+        raise ValueError(
+            f"{setting}={field!r}, but {where} has only the columns {_listed(names) or 'none'}"
+        )
+
+
+def _listed(names: Iterable[str | None]) -> str:
+    return ", ".join(str(name) for name in names)

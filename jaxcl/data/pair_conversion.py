@@ -1,0 +1,170 @@
+"""Read files of pairs row by row, check each row, and keep the good ones in a cache."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from jaxcl.data.checked_array import DamagedArray
+from jaxcl.data.file_readers import place_of, read_rows
+from jaxcl.data.pair_cache import PairCache, PairFiles, write_cache
+from jaxcl.data.pair_columns import PairColumns, find_columns
+from jaxcl.data.pair_paths import kept_digests, named_files
+from jaxcl.data.pair_records import BadRow, PairRecord, read_pair
+from jaxcl.host.progress import progress_bar, say
+from jaxcl.settings.sections import DataSet
+
+__all__ = ["describe_rows", "open_cache", "rebuilt_cache"]
+
+_NAMED_ROWS = 5
+"""Bad rows that a message names; it counts the others."""
+_MOST_BAD_ROWS = 1000
+"""After this many bad rows, reading stops if they are errors."""
+_PROGRESS_ROWS = 1000
+
+
+def open_cache(files: PairFiles) -> PairCache:
+    """The cache of some files; one that is missing or damaged is written first."""
+    if not os.path.lexists(files.path):
+        _write(files)
+    try:
+        return PairCache(files)
+    except DamagedArray as damage:
+        return rebuilt_cache(files, damage)
+
+
+def rebuilt_cache(files: PairFiles, damage: DamagedArray) -> PairCache:
+    """The cache of some files, written again.
+
+    Raises:
+      ValueError: if a file has changed since.
+    """
+    say(f"the files of pairs are read again: {damage}")
+    if kept_digests(files.paths, files.directory) != files.digests:
+        raise ValueError(f"{named_files(files.paths)} has changed since it was read; start again")
+    _write(files)
+    try:
+        return PairCache(files)
+    except DamagedArray as error:
+        raise OSError(
+            f"{error}, right after it was written; set run.data_dir to a folder on another disk"
+        ) from error
+
+
+def describe_rows(role: str, num_pairs: int, facts: Mapping[str, Any], files: PairFiles) -> str:
+    """The rows, the columns and what was left out, in a line for a person.
+
+    Args:
+      role: of the split.
+      num_pairs: its pairs.
+      facts: those of the cache.
+      files: the files.
+    """
+    parts = [
+        f"{named_files(files.paths)}: {facts['records']:,} rows, {num_pairs:,} pairs for {role}"
+    ]
+    if facts["below"]:
+        parts.append(f"{facts['below']:,} with a label below {files.min_label} left out")
+    if facts["bad"]:
+        parts.append(f"skipped: {facts['bad_rows']}")
+    return "; ".join([*parts, files.columns.described()])
+
+
+class _LeftOut:
+    """Counts the rows that are left out, and names the first bad ones.
+
+    Args:
+      stops: whether bad rows are an error.
+    """
+
+    def __init__(self, *, stops: bool) -> None:
+        self.bad = self.below = 0
+        self._stops = stops
+        self._named: list[str] = []
+
+    def add(self, place: str, error: BadRow) -> None:
+        self.bad += 1
+        if len(self._named) < _NAMED_ROWS:
+            self._named.append(f"{place}: {error}")
+        if self.bad == _MOST_BAD_ROWS and self._stops:
+            self.check()
+
+    def check(self) -> None:
+        if self.bad and self._stops:
+            raise ValueError(
+                f"{self}. Mend them, or set data.files.bad_rows='skip' to leave them out"
+            )
+
+    def __str__(self) -> str:
+        more = f"; and {self.bad - len(self._named):,} more" if self.bad > len(self._named) else ""
+        least = " or more" if self._stops and self.bad == _MOST_BAD_ROWS else ""
+        rows = "row" if self.bad == 1 else "rows"
+        return f"{self.bad:,}{least} {rows} cannot be used: {'; '.join(self._named)}{more}"
+
+
+def _write(files: PairFiles) -> None:
+    left_out = _LeftOut(stops=files.bad_rows == "error")
+    records = 0
+
+    def counted() -> Iterator[PairRecord]:
+        nonlocal records
+        for record in _records(files, left_out):
+            records += 1
+            if records % _PROGRESS_ROWS == 0:
+                advance(_PROGRESS_ROWS)
+            yield record
+        left_out.check()
+        if not records:
+            reason = f": {left_out}" if left_out.bad else ""
+            raise ValueError(f"{named_files(files.paths)} has no rows to train on{reason}")
+
+    def facts() -> dict[str, Any]:
+        counts = {"records": records, "below": left_out.below, "bad": left_out.bad}
+        return counts | {"bad_rows": str(left_out)}
+
+    advance: Callable[[int], None]
+    with progress_bar(f"reading {named_files(files.paths)}", None) as advance:
+        write_cache(files, counted(), facts=facts)
+
+
+def _records(files: PairFiles, left_out: _LeftOut) -> Iterator[PairRecord]:
+    """The good records of all files, without those whose label is too low."""
+    columns = files.columns
+    known = {*columns.needed, *columns.unused}
+    for path in files.paths:
+        for row in read_rows(path, columns.needed):
+            try:
+                if row.problem is not None:
+                    raise BadRow(row.problem)
+                pair = read_pair(row.fields, columns)
+            except BadRow as error:
+                left_out.add(place_of(path, row.number), error)
+                continue
+            if not row.fields.keys() <= known:
+                _check_late_fields(row.fields, known, columns, place_of(path, row.number))
+                known |= row.fields.keys()
+            if _is_positive(pair, files.min_label):
+                yield pair
+            else:
+                left_out.below += 1
+
+
+def _is_positive(pair: PairRecord, min_label: float | None) -> bool:
+    return pair.label is None or min_label is None or pair.label >= min_label
+
+
+def _check_late_fields(
+    fields: Mapping[str, Any], known: set[str], columns: PairColumns, place: str
+) -> None:
+    """Refuse a field that would be read if it had been among those of the first rows."""
+    names = sorted(known | fields.keys())
+    found = find_columns(
+        names,
+        DataSet(query_field=columns.query, key_field=columns.key, group_field=columns.group),
+        where=place,
+    )
+    for what in ("negatives", "scores", "label"):
+        if not getattr(columns, what) and (late := getattr(found, what)):
+            raise ValueError(
+                f"{place} has {late if isinstance(late, str) else ', '.join(late)}, which the "
+                f"first rows lack; name it as data.files.{what}_field, or leave it out of the file"
+            )

@@ -1,0 +1,92 @@
+"""Find the files of a data set that is named by a path, a pattern or a folder."""
+
+import glob
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxcl.data.digests import file_digests
+from jaxcl.host.files import read_json_object
+from jaxcl.host.paths import local_path
+from jaxcl.settings.file_kinds import HUGGING_FACE_FILES, REST, file_kind, is_pattern
+
+__all__ = ["find_paths", "kept_digests", "named_files", "unknown_split"]
+
+
+def find_paths(name: str, split: str) -> tuple[Path, ...]:
+    """The files of a data set, in order.
+
+    Raises:
+      ValueError: if there is no such file or split, or a file has an unknown suffix.
+    """
+    path = local_path(name)
+    if not path.exists() and is_pattern(name):
+        paths = [Path(one) for one in sorted(glob.glob(str(path), recursive=True))]
+        paths = [one for one in paths if one.is_file()]
+        if not paths:
+            raise ValueError(f"no file matches {path}")
+    elif path.is_dir():
+        return _hugging_face_files(path, split)
+    elif not path.exists():
+        raise ValueError(f"there is no such file as {path}")
+    else:
+        paths = [path]
+    for one in paths:
+        file_kind(one)
+    if split != "train":
+        raise ValueError(f"{unknown_split(name, split)}. A file has only the split 'train'")
+    return tuple(paths)
+
+
+def _hugging_face_files(folder: Path, split: str) -> tuple[Path, ...]:
+    """The Arrow files of a folder that `save_to_disk` has written."""
+    several, one = HUGGING_FACE_FILES
+    if (folder / several).is_file():
+        splits = read_json_object(folder / several).get("splits")
+        if not isinstance(splits, list) or split not in splits:
+            raise ValueError(f"{folder} has no split {split!r}; it has {splits}")
+        return _hugging_face_files(folder / split, "train")
+    if not (folder / one).is_file():
+        raise ValueError(
+            f"{folder} holds no data set: neither {one}, as datasets writes it, nor "
+            "dataset_info.json of a prepared TFDS data set; name a file, or a pattern such as "
+            f"{folder}/*.jsonl"
+        )
+    if split != "train":
+        raise ValueError(f"{folder} holds one data set, so its only split is 'train', not {split}")
+    entries = read_json_object(folder / one).get("_data_files")
+    names = []
+    for file in entries if isinstance(entries, list) else []:
+        name = file.get("filename") if isinstance(file, dict) else None
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".arrow":
+            raise ValueError(f"{folder / one} is damaged (it names {name!r}); write it again")
+        names.append(name)
+    if not names:
+        raise ValueError(f"{folder} has no rows")
+    return tuple(folder / name for name in names)
+
+
+def unknown_split(name: str, split: str) -> str:
+    """A message about a split that a data set does not have."""
+    return (
+        f"{split!r} is no split of {name}; give a share such as 'train[:95%]', {REST!r} for the "
+        "rows that no other role takes, or the path of another file"
+    )
+
+
+def kept_digests(paths: Sequence[Path], directory: Path) -> tuple[str, ...]:
+    """Digests of the files; those that were not touched since are remembered in the cache."""
+    digests: dict[Path, str] = {}
+    for parent in dict.fromkeys(path.parent for path in paths):
+        name = hashlib.sha256(str(parent.absolute()).encode()).hexdigest()[:16]
+        kept = directory / "digests" / name
+        kept.mkdir(parents=True, exist_ok=True)
+        own = [path for path in paths if path.parent == parent]
+        digests |= dict(zip(own, file_digests(kept, own), strict=True))
+    return tuple(digests[path] for path in paths)
+
+
+def named_files(paths: Sequence[Path]) -> str:
+    """The files in a few words, for messages."""
+    more = f" and {len(paths) - 1:,} more files" if len(paths) > 1 else ""
+    return f"{paths[0]}{more}"

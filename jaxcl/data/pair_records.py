@@ -1,0 +1,171 @@
+"""Turn a record of a file into a query, its positives and negatives, and check all of them."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxcl.data.pair_columns import PairColumns
+
+__all__ = ["BadRow", "PairRecord", "read_pair"]
+
+
+_LARGEST = 3.4e38
+"""The largest number of float32, about."""
+
+
+class BadRow(ValueError):
+    """A record that cannot be trained on, with the reason."""
+
+
+class PairRecord(NamedTuple):
+    """A checked record; texts are UTF-8.
+
+    Attributes:
+      query: its text.
+      positives: one or more texts.
+      negatives: texts, if any.
+      positive_scores, negative_scores: a teacher's, one for each text; empty without a teacher.
+      label: how similar query and key are; `None` in files without labels.
+      group: an integer or a text; `None` in files without groups.
+      metadata: the values of further fields, as JSON.
+      split_by: what decides on the split of the record.
+    """
+
+    query: bytes
+    positives: Sequence[bytes]
+    negatives: Sequence[bytes] = ()
+    positive_scores: Sequence[float] = ()
+    negative_scores: Sequence[float] = ()
+    label: float | None = None
+    group: int | str | None = None
+    metadata: bytes = b""
+    split_by: bytes = b""
+
+
+def read_pair(record: Mapping[str, Any], columns: PairColumns) -> PairRecord:
+    """Read the columns of a record.
+
+    Raises:
+      BadRow: if a field is missing, or has another type or no content.
+    """
+    query = _text(record.get(columns.query), columns.query)
+    positives = _positives(record.get(columns.key), columns.key)
+    if columns.split_by == columns.query:
+        split_by = query
+    elif columns.split_by == columns.key:
+        split_by = b"\n".join(positives)
+    else:
+        split_by = str(_there(record, columns.split_by)).encode(errors="surrogatepass")
+    pair = PairRecord(query, positives, split_by=split_by)
+    if columns.negatives:
+        pair = pair._replace(negatives=_negatives(record, columns.negatives))
+    if columns.scores:
+        pair = _with_scores(pair, record, columns.scores)
+    if columns.label is not None:
+        pair = pair._replace(label=_number(_there(record, columns.label), columns.label))
+    if columns.group is not None:
+        pair = pair._replace(group=_group(_there(record, columns.group), columns.group))
+    if columns.metadata:
+        pair = pair._replace(metadata=_metadata(record, columns.metadata))
+    return pair
+
+
+def _there(record: Mapping[str, Any], field: str) -> Any:
+    value = record.get(field)
+    if value is None or value == "":
+        raise BadRow(f"there is no {field!r}")
+    return value
+
+
+def _text(value: Any, field: str) -> bytes:
+    if not isinstance(value, str):
+        if value is None:
+            raise BadRow(f"there is no {field!r}")
+        raise BadRow(f"{field!r} is {_short(value)}, which is not a text")
+    if not value or value.isspace():
+        raise BadRow(f"{field!r} is empty")
+    try:
+        return value.encode()
+    except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair
+        raise BadRow(f"{field!r} is not UTF-8 ({error.reason})") from error
+
+
+def _positives(value: Any, field: str) -> list[bytes]:
+    if not isinstance(value, list):
+        return [_text(value, field)]
+    if not value:
+        raise BadRow(f"{field!r} is an empty list")
+    return [_text(one, field) for one in value]
+
+
+def _negatives(record: Mapping[str, Any], fields: Sequence[str]) -> list[bytes]:
+    """Of several columns, some may be empty; a list holds texts only."""
+    negatives: list[bytes] = []
+    for field in fields:
+        value = record.get(field)
+        if isinstance(value, list):
+            negatives += [_text(one, field) for one in value]
+        elif value is not None and value != "":
+            negatives.append(_text(value, field))
+    return negatives
+
+
+def _with_scores(pair: PairRecord, record: Mapping[str, Any], fields: Sequence[str]) -> PairRecord:
+    """With the scores of `{"positives": …, "negatives": …}`, of two columns, or of one list."""
+    number, wanted = len(pair.positives), len(pair.positives) + len(pair.negatives)
+    value = _there(record, fields[0])
+    if len(fields) == 2:
+        parts = [_numbers(_there(record, field), field) for field in fields]
+    elif isinstance(value, Mapping):
+        parts = [_numbers(value.get(side, []), fields[0]) for side in ("positives", "negatives")]
+    else:
+        scores = _numbers(value, fields[0])
+        parts = [scores[:number], scores[number:]]
+    counts = [len(part) for part in parts]
+    if counts != [number, wanted - number]:
+        raise BadRow(
+            f"{' and '.join(map(repr, fields))} has {counts[0]} and {counts[1]} scores for "
+            f"{number} positives and {wanted - number} negatives"
+        )
+    return pair._replace(positive_scores=parts[0], negative_scores=parts[1])
+
+
+def _numbers(value: Any, field: str) -> list[float]:
+    values = value if isinstance(value, list) else [value]
+    return [_number(one, field) for one in values]
+
+
+def _number(value: Any, field: str) -> float:
+    if isinstance(value, bool | int | float):
+        number = float(value)
+    else:
+        try:
+            number = float(str(value)) if isinstance(value, str) else math.nan
+        except ValueError:
+            number = math.nan
+    if not abs(number) <= _LARGEST:
+        raise BadRow(f"{field!r} is {_short(value)}, which is not a finite number")
+    return number
+
+
+def _group(value: Any, field: str) -> int | str:
+    if isinstance(value, str):
+        _text(value, field)
+        return value
+    if not isinstance(value, int):
+        raise BadRow(f"{field!r} is {_short(value)}, which is neither an integer nor a text")
+    if not -(2**31) <= value < 2**31:
+        raise BadRow(f"{field!r} is {value}, which does not fit into int32")
+    return int(value)
+
+
+def _metadata(record: Mapping[str, Any], fields: Sequence[str]) -> bytes:
+    try:
+        return json.dumps([record.get(field) for field in fields], default=str).encode()
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"{', '.join(fields)} cannot be kept ({error})") from error
+
+
+def _short(value: Any) -> str:
+    return f"{value!r:.60}"
