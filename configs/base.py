@@ -171,7 +171,8 @@ def _assignment() -> ConfigDict:
     # Which rows share a batch: "uniform", at random; "sourced", by where rows come from; "gcbs",
     # blocks of each other's hard negatives, reassigned during training.
     assignment.name = "uniform"
-    # by: "group" (None), "data_set" (of those concatenated) or "topic". mix: all sources in each
+    # by: "group", "data_set" (of those concatenated) or "topic"; None is "group", or "data_set" if
+    # rows of several data sets have no group. mix: all sources in each
     # batch, "mixed", or "one". Shares by the temperature of sizes, or by ((source, weight), …).
     assignment.sourced = ConfigDict(
         {"by": placeholder(str), "mix": "mixed", "temperature": 1.0, "weights": ()}

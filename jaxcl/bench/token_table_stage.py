@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxcl.assignment import uniform_rows
 from jaxcl.data.loader import training_batches
@@ -20,7 +21,7 @@ from jaxcl.data.row_ranges import RowRange
 from jaxcl.data.sources import checked_rows
 from jaxcl.data.text_rule import TextRule
 from jaxcl.data.token_table import TokenTable, build_token_table
-from jaxcl.data.tokenizer import load_tokenizer, train_tokenizer
+from jaxcl.data.tokenizer import PADDING, UNKNOWN, load_tokenizer
 from jaxcl.host.progress import progress_bar
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.settings.config_files import load_config
@@ -37,7 +38,6 @@ _WORDS = 1_000
 _BATCH_SIZE = 256
 _MAX_TOKENS = 16
 _VOCABULARY = 2_000
-_SAMPLED_ROWS = 10_000
 _TOKENIZER = "tokenizer.json"
 
 
@@ -50,6 +50,9 @@ class GeneratedPairs:
       num_rows: at most a billion.
       seed: determines the words.
 
+    Attributes:
+      words: all of them.
+
     Example:
       >>> GeneratedPairs(3).read([2])
       [{'query': 'aaba aa aa', 'key': 'aa aaba aa'}]
@@ -59,7 +62,7 @@ class GeneratedPairs:
         self._num_rows, self._seed = num_rows, seed
         letters = [chr(ord("a") + (number + seed) % 26) for number in range(26)]
         syllables = [a + b for b in letters[:4] for a in letters[:8]]
-        self._words = [a + b for a in syllables for b in ("", *syllables)][:_WORDS]
+        self.words = [a + b for a in syllables for b in ("", *syllables)][:_WORDS]
 
     @property
     def fingerprint(self) -> str:
@@ -83,7 +86,7 @@ class GeneratedPairs:
 
     def _text(self, number: int, *, turned: bool = False) -> str:
         low, middle, high = number % 1_000, number // 1_000 % 1_000, number // 1_000_000
-        words = self._words
+        words = self.words
         if turned:
             return f"{words[middle]} {words[low]} {words[high]}"
         return f"{words[low]} {words[middle]} {words[high]}"
@@ -96,13 +99,20 @@ def open_generated(role: str) -> GeneratedPairs:
     return GeneratedPairs(_HELD_OUT_ROWS, seed=1)
 
 
+def _word_tokenizer() -> Tokenizer:
+    """A token for each word: it is fast, and the question is about memory."""
+    words = (PADDING, UNKNOWN, *GeneratedPairs(1).words)
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
 def _table(folder: Path) -> TokenTable:
     source, path = open_generated("train"), folder / _TOKENIZER
     if not path.exists():
         folder.mkdir(exist_ok=True)
-        sample = GeneratedPairs(_SAMPLED_ROWS).read(range(_SAMPLED_ROWS))
-        tokenizer = train_tokenizer((row["query"] for row in sample), vocabulary_size=_VOCABULARY)
-        path.write_text(tokenizer.to_str())
+        path.write_text(_word_tokenizer().to_str())
     tokenizer = load_tokenizer(path)
     with progress_bar("tokenising", len(source)) as advance:
         return build_token_table(

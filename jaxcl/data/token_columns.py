@@ -104,7 +104,6 @@ def _array_file(path: Path, dtype: type) -> Iterator[Callable[[np.ndarray], None
 
 
 def _digests(rows: Sequence[Integer[np.ndarray, " _"]]) -> Integer[np.ndarray, "n 2"]:
-    """A digest of 128 bits of each row."""
-    content = (np.asarray(row, np.uint32).tobytes() for row in rows)
-    digests = b"".join(hashlib.blake2b(row, digest_size=16).digest() for row in content)
+    """A digest of 128 bits of each row of ids, which take four bytes each."""
+    digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows)
     return np.frombuffer(digests, np.uint64).reshape(-1, 2)

@@ -47,7 +47,8 @@ class EmbeddingModel:
         are truncated. `None` without a limit. If both sides share a fine-tuned encoder, both have
         the larger limit of its run.
       prompts: name -> prompt. `encode` uses `"query"` and `"key"` by default; sentence-transformers
-        folders may have more.
+        folders may have more. Of a run, they are the prompts of `data.prompts`; pass the prompt of
+        a data set in `data.concatenated` to `encode` for texts like its own.
       normalizes: whether the embeddings are unit vectors.
       similarity_function: `"cosine"`, `"dot"`, `"euclidean"` or `"manhattan"`.
     """

@@ -113,8 +113,12 @@ def _method(options: GcbsSettings) -> Gcbs:
 
 
 def sources_by(settings: Settings) -> str:
-    """The label that defines a source for `assignment.name="sourced"`."""
-    return settings.assignment.sourced.by or "group"
+    """The label that defines a source for `assignment.name="sourced"`.
+
+    Unless it is set, it is the group, or the data set if rows have no group.
+    """
+    without_groups = settings.data.group_field is None and len(data_set_names(settings.data)) > 1
+    return settings.assignment.sourced.by or ("data_set" if without_groups else "group")
 
 
 def data_set_names(data: DataSettings) -> tuple[str, ...]:

@@ -1,18 +1,31 @@
 """Prompts of data sets that are concatenated: each row has its own data set's."""
 
+import jax
 import numpy as np
 import pytest
 from jaxcl.configs.code_search import get_config
 
+from jaxcl.assignment import SourcedRows
 from jaxcl.data import token_columns
+from jaxcl.data.loader import _LocalBatches
 from jaxcl.data.modalities import MODALITIES, open_tables, text_rule
 from jaxcl.data.row_prompts import RowPrompts, row_prompts
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.splits import ConcatenatedPairs
+from jaxcl.data.table import table_batch
 from jaxcl.data.text_rule import TextRule
 from jaxcl.data.token_table import build_token_table
+from jaxcl.settings.derived import sources_by
 from jaxcl.settings.read import read_data_settings, read_settings
-from jaxcl.settings.sections import DataSet, DataSettings, MaxTokens, SidePrompts
+from jaxcl.settings.sections import (
+    AssignmentSettings,
+    DataSet,
+    DataSettings,
+    MaxTokens,
+    Settings,
+    SidePrompts,
+    SourcedSettings,
+)
 from jaxcl.typing import SIDES
 from tests.data.test_text_rule import A, B, word_tokenizer
 
@@ -196,6 +209,23 @@ def test_a_prompt_without_room_names_its_setting(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_the_parts_of_all_processes_make_up_a_mixed_batch(tmp_path, monkeypatch, num_processes):
+    table, source = together(tmp_path, exclude_prompt=True), ConcatenatedPairs(SOURCES)
+    rows_of = SourcedRows(source.data_set_of_row, batch_size=4, seed=0, temperature=2.0)
+    batches = _LocalBatches(table, rows_of, 5)
+    for step in range(5):
+        parts = []
+        for process in range(num_processes):
+            monkeypatch.setattr(jax, "process_count", lambda: num_processes)
+            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+            parts.append(batches[step])
+        whole = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+        wanted = table_batch(table, rows_of(step))
+        assert jax.tree.structure(whole) == jax.tree.structure(wanted)
+        jax.tree.map(np.testing.assert_array_equal, whole, wanted)
+
+
 # Settings
 
 WIKI = {"name": "wiki:1.0.0", "splits": {"train": "train"}, "group_field": "topic"}
@@ -243,3 +273,20 @@ def test_prompts_of_a_data_set_have_no_effect_on_other_models():
     assert read_data_settings(config, changed=["data.concatenated.wiki.name"]).data.concatenated
     with pytest.raises(ValueError, match=rf"{field} has no effect here"):
         read_data_settings(config, changed=[field])
+
+
+@pytest.mark.parametrize(
+    ("group_field", "by", "wanted"),
+    [
+        ("group", None, "group"),
+        (None, None, "data_set"),
+        ("group", "data_set", "data_set"),
+        (None, "topic", "topic"),
+    ],
+)
+def test_rows_without_groups_are_sourced_by_data_set(group_field, by, wanted):
+    data = settings(group_field=group_field)
+    assignment = AssignmentSettings("sourced", SourcedSettings(by=by))
+    assert sources_by(Settings(data=data, assignment=assignment)) == wanted
+    alone = Settings(data=data._replace(concatenated={}), assignment=assignment)
+    assert sources_by(alone) == (by or "group")

@@ -367,6 +367,20 @@ def test_batches_mix_data_sets_by_weight(configured, tmp_path):
     assert [int(source[rows_of(step)].sum()) for step in range(8)] == [BATCH // 4] * 8
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0, float("inf")])
+def test_batches_mix_data_sets_by_temperature(configured, tmp_path, temperature):
+    by = {"assignment.sourced.by": "data_set", "assignment.sourced.temperature": temperature}
+    config = configured(**SOURCED, **by)
+    followed(config)
+    rows_of, data = sourced_batches(config, tmp_path)
+    source = data.sources["train"].data_set_of_row
+    sizes = np.bincount(source)
+    share = sizes[1] ** (1 / temperature) / (sizes ** (1 / temperature)).sum()
+    counts = [int(source[rows_of(step)].sum()) for step in range(8)]
+    assert set(counts) <= {int(BATCH * share), int(BATCH * share) + 1}
+    assert abs(sum(counts) - 8 * BATCH * share) < 1  # before step 8, a power of two
+
+
 def followed(config: ConfigDict) -> None:
     """Has more rows of the data set follow the training rows as another one, "b"."""
     held_out = ROWS + 15
