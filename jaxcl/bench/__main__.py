@@ -36,6 +36,7 @@ BENCHMARKS = (
     "duplicates",
     "embedding_bag",
     "encode",
+    "files",
     "finetune",
     "gpu",
     "grad_cache",

@@ -28,6 +28,7 @@ __all__ = ["PairCache", "PairFiles", "write_cache"]
 _FORMAT = 1
 _INDEX_FILE = "pairs.json"
 _BLOCK = 4096
+_GATHERED_BYTES = 2**21
 
 TEXTS = ("query", "key", "negative", "metadata")
 _NUMBERS = {
@@ -196,13 +197,18 @@ class PairCache:
             return []
         ends, content = self._arrays[f"{name}_ends"], self._arrays[f"{name}_bytes"]
         starts, stops = ends[numbers], ends[numbers + 1]
+        lengths = stops - starts
         if (starts[1:] == stops[:-1]).all():  # as where a whole split is read
-            begin = int(starts[0])
-            whole = content.between(begin, int(stops[-1])).tobytes()
-            parts = zip((starts - begin).tolist(), (stops - begin).tolist(), strict=True)
-            return [whole[start:stop].decode() for start, stop in parts]
-        parts = zip(starts.tolist(), stops.tolist(), strict=True)
-        return [content.between(start, stop).tobytes().decode() for start, stop in parts]
+            joined = content.between(int(starts[0]), int(stops[-1]))
+        elif lengths.sum() > _GATHERED_BYTES and len(numbers) > 1:
+            middle = len(numbers) // 2  # since each byte takes eight for its position
+            return [*self._texts(name, numbers[:middle]), *self._texts(name, numbers[middle:])]
+        else:
+            shift = starts - (np.cumsum(lengths) - lengths)
+            joined = content[np.arange(lengths.sum()) + np.repeat(shift, lengths)]
+        whole = joined.tobytes()
+        edges = itertools.pairwise([0, *np.cumsum(lengths).tolist()])
+        return [whole[start:stop].decode() for start, stop in edges]
 
 
 class _Writers(NamedTuple):

@@ -10,7 +10,7 @@ import pytest
 from jaxcl.configs.pairs import get_config
 from pyarrow import ipc, parquet
 
-from jaxcl.data import pair_conversion, pair_files
+from jaxcl.data import pair_cache, pair_conversion, pair_files
 from jaxcl.data.pair_files import FilePairs
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import open_splits
@@ -106,6 +106,15 @@ def write_full(path, records):
         parquet.write_table(pyarrow.Table.from_pylist(records), path)
     else:
         write_folder(path, records)
+
+
+def test_long_texts_are_read_in_parts(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(pair_cache, "_GATHERED_BYTES", 64)
+    rows = [{"query": f"{i} é" * (i % 7 + 1), "key": "x" * i + "y"} for i in range(200)]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    train = opened(splits=WHOLE)["train"]
+    chosen = np.random.default_rng(0).integers(len(rows), size=300)
+    assert train.read(chosen) == [rows[row] for row in chosen]
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet", "folder"])
@@ -207,8 +216,9 @@ def test_the_first_line_says_what_was_recognised(opened, tmp_path, said):
     write_jsonl(tmp_path / "pairs.jsonl", [{**record, "url": "u"} for record in FULL])
     opened(splits=WHOLE, group_field="g")
     assert said == [
-        f"{tmp_path}/pairs.jsonl: 3 rows, 4 pairs for train; query from 'anchor', key from 'positive', "
-        "negatives from neg, teacher scores from scores, group from g, not used: url"
+        f"{tmp_path}/pairs.jsonl: 3 rows, 4 pairs for train; query from 'anchor', "
+        "key from 'positive', negatives from neg, teacher scores from scores, group from g, "
+        "not used: url"
     ]
 
 
