@@ -2,8 +2,7 @@
 
 When not to trust the figures: only judged documents count as relevant. In a large corpus, people
 have judged few of the relevant documents, mostly those that older systems found, which favours
-these systems.
-Figures of corpora of different sizes cannot be compared.
+these systems. Figures of corpora of different sizes cannot be compared.
 """
 
 import json

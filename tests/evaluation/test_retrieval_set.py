@@ -1,6 +1,11 @@
 """Retrieval over a BEIR folder: known answers, the same on any tiling, devices and processes."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -76,7 +81,7 @@ def test_embeddings_that_are_all_equal_are_as_good_as_chance(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def random_set(tmp_path_factory):
+def random_folder(tmp_path_factory):
     """Some 50 documents with duplicates, 21 queries, and 1 to 4 relevant documents for each."""
     rng = np.random.default_rng(0)
     corpus = {f"d{n}": " ".join(rng.choice(WORDS, 5)) for n in range(50)}
@@ -88,9 +93,13 @@ def random_set(tmp_path_factory):
         for query in queries
         for document in rng.choice(50, rng.integers(1, 5), replace=False)
     ]
-    return open_set(
-        write_folder(tmp_path_factory.mktemp("beir"), corpus, queries, [*qrels, ("q0", "gone", 1)])
-    )
+    folder = tmp_path_factory.mktemp("beir")
+    return write_folder(folder, corpus, queries, [*qrels, ("q0", "gone", 1)])
+
+
+@pytest.fixture(scope="module")
+def random_set(random_folder):
+    return open_set(random_folder)
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +179,57 @@ def test_each_process_ranks_a_part_of_the_queries(random_set, encode, monkeypatc
             np.testing.assert_array_equal(ours, theirs)
     assert all((part != 0).any() for part in parts)
     assert (sum((part != 0).astype(int) for part in parts) <= 1).all()
+
+
+PROCESS = """
+import json, sys
+from pathlib import Path
+import jax
+number, port, folder = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(number))
+from jaxcl.evaluation.graded import GRADED_METRICS
+from jaxcl.evaluation.sets import open_set
+from tests.evaluation.test_retrieval_set import WORDS
+from tests.small_models import small_model
+assert (jax.process_count(), jax.device_count()) == (2, 8)
+model = small_model(WORDS)
+found = open_set(Path(folder)).rank(
+    lambda side, texts: model.encode(texts, side=side), methods=["bm25", "dense", "hybrid"]
+)
+print(json.dumps({
+    f"{method} {name}": metric(ranks).tolist()
+    for method, ranks in found.items() for name, metric in GRADED_METRICS.items()
+}))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_metrics_of_one(random_set, encode, random_folder):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(number), str(port), str(random_folder)],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        outputs = [one.communicate(timeout=300)[0] for one in processes]
+    finally:
+        for one in processes:
+            one.kill()
+    expected = random_set.rank(encode, methods=METHODS)
+    first, second = (json.loads(output.splitlines()[-1]) for output in outputs)
+    assert first == second
+    for method, ranks in expected.items():
+        for name, metric in GRADED_METRICS.items():
+            np.testing.assert_allclose(first[f"{method} {name}"], metric(ranks), rtol=1e-12)
 
 
 def test_a_query_does_not_find_the_document_with_its_id(tmp_path, capsys):
