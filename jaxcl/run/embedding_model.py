@@ -18,6 +18,7 @@ from jaxcl.models import Encode
 from jaxcl.ops.mesh import current_mesh
 from jaxcl.run.checkpoint import checksum
 from jaxcl.run.host_vectors import check_quantize, quantized, similarities, truncated
+from jaxcl.run.mteb_encoder import MtebEncoder, encodes_for_mteb
 from jaxcl.step.embedder import make_forward
 from jaxcl.step.length_batches import LengthBatch, embed_batches, length_batches
 from jaxcl.typing import SIDES, Float, Int, PyTree
@@ -31,8 +32,10 @@ _BAR_TEXTS = 1000
 """From this number of texts on, `encode` shows a bar on a terminal."""
 
 
-class EmbeddingModel:
+class EmbeddingModel(MtebEncoder):
     """A model that embeds texts, as returned by `jaxcl.load`.
+
+    `mteb.evaluate` accepts it (`jaxcl.run.mteb_encoder`).
 
     Example:
       model = jaxcl.load("runs/code_search")
@@ -101,6 +104,7 @@ class EmbeddingModel:
             "rules": {side: rule._asdict() for side, rule in self._rules.items()},
         }
 
+    @encodes_for_mteb
     def encode(
         self,
         texts: str | Sequence[str],

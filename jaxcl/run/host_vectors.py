@@ -12,6 +12,7 @@ __all__ = [
     "SIMILARITIES",
     "check_quantize",
     "for_inner_products",
+    "pairwise_similarities",
     "quantized",
     "similarities",
     "truncated",
@@ -100,6 +101,12 @@ def similarities(function: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
       -5.0
     """
     a, b = np.asarray(a), np.asarray(b)
+    _check_comparable(a, b)
+    wide = (np.atleast_2d(vectors).astype(np.float64) for vectors in (a, b))
+    return SIMILARITIES[function](*wide).astype(np.float32).reshape(a.shape[:-1] + b.shape[:-1])
+
+
+def _check_comparable(a: np.ndarray, b: np.ndarray) -> None:
     for vectors in (a, b):
         if vectors.dtype == np.uint8:
             raise ValueError(
@@ -111,8 +118,41 @@ def similarities(function: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
                 f"vectors of the shapes {a.shape} and {b.shape} cannot be compared; give [n, d] "
                 "and [m, d]"
             )
-    wide = (np.atleast_2d(vectors).astype(np.float64) for vectors in (a, b))
-    return SIMILARITIES[function](*wide).astype(np.float32).reshape(a.shape[:-1] + b.shape[:-1])
+
+
+_PAIRWISE: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "cosine": lambda a, b: np.einsum("nd,nd->n", _unit(a), _unit(b)),
+    "dot": lambda a, b: np.einsum("nd,nd->n", a, b),
+    "euclidean": lambda a, b: -np.linalg.norm(a - b, axis=1),
+    "manhattan": lambda a, b: -np.abs(a - b).sum(axis=1),
+}
+
+
+def pairwise_similarities(function: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Compute the similarity of each row of `a` and the same row of `b`.
+
+    Args:
+      function: one of `SIMILARITIES`.
+      a: `[n, d]`; float or int8.
+      b: of the same shape.
+
+    Returns:
+      `[n]` in float32.
+
+    Raises:
+      ValueError: for other shapes or types.
+
+    Example:
+      >>> pairwise_similarities("cosine", np.array([[3.0, 4.0], [0.0, 2.0]]), np.eye(2)).tolist()
+      [0.6, 1.0]
+    """
+    a, b = np.asarray(a), np.asarray(b)
+    _check_comparable(a, b)
+    if a.ndim != 2 or a.shape != b.shape:
+        raise ValueError(
+            f"vectors of the shapes {a.shape} and {b.shape} are no pairs; give [n, d] twice"
+        )
+    return _PAIRWISE[function](a.astype(np.float64), b.astype(np.float64)).astype(np.float32)
 
 
 def for_inner_products(
