@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from jaxcl.configs.code_search import get_config
 
-from jaxcl import mine as miner
 from jaxcl.data.code_pairs import prepare_code_pairs
 from jaxcl.data.python_functions import SourceRoot
 from jaxcl.host.block_file import BlockFile
 from jaxcl.mine import main, mine
 from jaxcl.negatives.mining import MiningRule
+from jaxcl.run import mined_blocks
 from jaxcl.run.opened import open_run
 from jaxcl.train import train
 
@@ -68,7 +68,7 @@ def embeddings(workdir):
 
 
 def test_what_is_mined_is_what_a_dense_search_finds(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(miner, "_BLOCK_ROWS", 8)
+    monkeypatch.setattr(mined_blocks, "BLOCK_ROWS", 8)
     rule = RULE._replace(sampling="top")
     report = mine(folder / "run", tmp_path / "mined.npz", rule=rule)
     queries, keys, table = embeddings(folder / "run")
@@ -91,16 +91,17 @@ def test_what_is_mined_is_what_a_dense_search_finds(folder, tmp_path, monkeypatc
         )
         counts.append(len(places))
     assert report["negatives"] == sum(counts)
-    assert report["rows with none"] == counts.count(0)
-    assert report["negatives more similar than the own key"] == 0
+    assert report["queries without negatives"] == counts.count(0)
+    assert report["negatives more similar than the positive"] == 0
     assert json.loads((tmp_path / "mined.report.json").read_text()) == report
     assert (tmp_path / "mined.examples.md").read_text().count("rank ") > 5
 
 
-def test_interrupted_it_goes_on_and_finds_the_same(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(miner, "_BLOCK_ROWS", 8)
+def test_interrupted_it_resumes_and_finds_the_same(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(mined_blocks, "BLOCK_ROWS", 8)
     whole = mine(folder / "run", tmp_path / "whole.npz", rule=RULE, seed=1)
-    appended, stop_after = BlockFile.append, 5
+    # The first block is five files; the second is not complete.
+    appended, stop_after = BlockFile.append, 8
 
     def failing(self, rows):
         nonlocal stop_after
@@ -119,15 +120,15 @@ def test_interrupted_it_goes_on_and_finds_the_same(folder, tmp_path, monkeypatch
         BlockFile, "append", lambda self, rows: (seen.append(len(rows)), appended(self, rows))
     )
     mine(folder / "run", tmp_path / "halves.npz", rule=RULE, seed=2)
-    goes_on = len(seen)
+    resumed = len(seen)
     mine(folder / "run", tmp_path / "again.npz", rule=RULE, seed=3)
-    assert goes_on < len(seen) - goes_on  # some had been done
+    assert resumed == len(seen) - resumed - 5  # the first block had been done
     mine(folder / "run", tmp_path / "same.npz", rule=RULE, seed=1)
     ours, theirs = np.load(tmp_path / "same.npz"), np.load(tmp_path / "whole.npz")
     for name in ours.files:
         np.testing.assert_array_equal(ours[name], theirs[name])
     assert (np.load(tmp_path / "halves.npz")["rows"] != theirs["rows"]).any()
-    assert whole["rows"] == len(theirs["rows"])
+    assert whole["queries"] == len(theirs["rows"])
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar
 from jaxcl.typing import Int
 
-__all__ = ["Beir", "is_beir", "qrels_file", "read_beir"]
+__all__ = ["Beir", "is_beir", "qrels_file", "read_beir", "read_qrels"]
 
 _QRELS_FIELDS = (
     ("query-id", "query_id", "qid"),
@@ -93,7 +93,7 @@ def read_beir(path: AnyPath) -> Beir:
     is_qrels = path.parent.name == "qrels"
     folder = path.parent.parent if is_qrels else path
     qrels_path = path if is_qrels else qrels_file(path)
-    judged = _read_qrels(qrels_path)
+    judged = read_qrels(qrels_path)
     queries = _read_documents(_file(folder, "queries.jsonl"))
     corpus = _read_documents(_file(folder, "corpus.jsonl"))
     rows = {name: row for row, name in enumerate(corpus.ids)}
@@ -190,8 +190,13 @@ def _read_documents(path: AnyPath) -> Documents:
         return read_documents(path, advance=advance)
 
 
-def _read_qrels(path: AnyPath) -> dict[str, dict[str, int]]:
-    """Id of a query -> id of a document -> relevance."""
+def read_qrels(path: AnyPath) -> dict[str, dict[str, int]]:
+    """Read relevance judgements: id of a query -> id of a document -> relevance.
+
+    Raises:
+      ValueError: for a damaged line, with its number, or a document judged twice.
+      OSError: if the file cannot be read.
+    """
     judged: dict[str, dict[str, int]] = collections.defaultdict(dict)
     is_table = PurePath(path.name.removesuffix(".gz")).suffix != ".jsonl"
     for where, (query, document, grade) in _rows(path) if is_table else _records(path):

@@ -1,0 +1,161 @@
+"""The keys among which negatives are mined: different documents, and positives of the queries."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxcl.data.documents import Documents
+from jaxcl.data.query_files import QueryFile
+from jaxcl.host.files import digest_of
+from jaxcl.typing import Bool, Int, Integer
+
+__all__ = ["MiningPool", "mining_pool", "positives_as_documents"]
+
+_BLOCK = 10_000
+
+
+class MiningPool(NamedTuple):
+    """Keys with their texts, and each query's rows among them.
+
+    Texts that differ in white space only are equal here. Only the first of equal documents is a
+    key, so that no query has the same negative twice. Positives that are not in the corpus follow
+    the documents.
+
+    Attributes:
+      documents: the corpus.
+      rows: the document of each key; the other keys are `outside`.
+      outside: texts of positives that are not in the corpus.
+      candidates: the keys that may be negatives: all documents with a text.
+      positives: rows of the keys that are positives of each query.
+      positive_texts: their texts, as the queries' file gives them; `None` if it gives ids.
+      excluded: rows of further keys that are no negatives of each query: those with its own text,
+        or its own id.
+    """
+
+    documents: Documents
+    rows: Int[np.ndarray, " _"]
+    outside: Sequence[str]
+    candidates: Bool[np.ndarray, " k"]
+    positives: Sequence[Sequence[int]]
+    positive_texts: Sequence[Sequence[str]] | None
+    excluded: Sequence[Sequence[int]]
+
+    @property
+    def num_keys(self) -> int:
+        """The number of keys."""
+        return len(self.rows) + len(self.outside)
+
+    def read(self, rows: Sequence[int] | Integer[np.ndarray, " n"]) -> list[str]:
+        """The texts of some keys, in the order given."""
+        numbers = np.asarray(rows, np.int64)
+        inside = numbers < len(self.rows)
+        texts = iter(self.documents.read(self.rows[numbers[inside]]))
+        others = len(self.rows)
+        return [
+            next(texts) if known else self.outside[number - others]
+            for number, known in zip(numbers.tolist(), inside, strict=True)
+        ]
+
+    def counts(self) -> dict[str, int]:
+        """The number of documents, of copies among them, and of positives outside of the corpus."""
+        return {
+            "documents": len(self.documents),
+            "copies of documents": len(self.documents) - len(self.rows),
+            "documents without text": int((~self.candidates[: len(self.rows)]).sum()),
+            "positives outside of the corpus": len(self.outside),
+        }
+
+
+def mining_pool(documents: Documents, queries: QueryFile) -> MiningPool:
+    """Find the positives of queries, and their own texts, in a corpus.
+
+    Raises:
+      ValueError: for a positive whose id no document has; the message names the line.
+    """
+    digests = _digests_of(documents)
+    values, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    by_document = np.argsort(np.argsort(first))  # value -> key, in the order of documents
+    key_of_value = dict(zip(values.tolist(), by_document.tolist(), strict=True))
+    rows = np.sort(first)
+    outside: dict[int, str] = {}
+    if queries.by_id:
+        positives, excluded = _by_id(documents, queries, by_document[inverse])
+        texts = None
+    else:
+        positives, texts = _by_text(queries, key_of_value, outside)
+        excluded = [[] for _ in queries.queries]
+    for digest, of_query in zip(_digests(queries.queries), excluded, strict=True):
+        if digest in key_of_value:
+            of_query.append(key_of_value[digest])
+    return MiningPool(
+        documents,
+        rows,
+        list(outside.values()),
+        np.append(digests[rows] != _digests([""])[0], np.zeros(len(outside), bool)),
+        positives,
+        texts,
+        excluded,
+    )
+
+
+def positives_as_documents(queries: QueryFile) -> Documents:
+    """The different positives of all queries as a corpus.
+
+    Raises:
+      ValueError: if the positives are ids of documents.
+    """
+    import pyarrow  # not at the top, because the import is slow
+
+    if queries.by_id:
+        raise ValueError("the positives are ids of documents; give the documents with --corpus")
+    texts = list(dict.fromkeys(text for one in queries.positives for text in one))
+    fingerprint = digest_of("\n".join(f"{len(text)} {text}" for text in texts).encode())
+    column = pyarrow.chunked_array([pyarrow.array(texts, pyarrow.large_string())])
+    return Documents([str(row) for row in range(len(texts))], column, fingerprint=fingerprint)
+
+
+def _by_id(
+    documents: Documents, queries: QueryFile, key_of_document: Int[np.ndarray, " n"]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of the positives, and of documents with the id of a query."""
+    keys = dict(zip(documents.ids, key_of_document.tolist(), strict=True))
+    positives = []
+    for where, names in zip(queries.where, queries.positives, strict=True):
+        if unknown := next((name for name in names if name not in keys), None):
+            raise ValueError(f"{where}: no document of the corpus has the id {unknown!r}")
+        positives.append(list(dict.fromkeys(keys[name] for name in names)))
+    own = [[keys[name] for name in names if name in keys] for names in queries.own_ids]
+    return positives, own
+
+
+def _by_text(
+    queries: QueryFile, key_of_value: dict[int, int], outside: dict[int, str]
+) -> tuple[list[list[int]], list[list[str]]]:
+    """Rows and texts of the positives. Adds those that no document equals to `outside`."""
+    positives, texts = [], []
+    places: dict[int, int] = {}
+    for of_query in queries.positives:
+        different: dict[int, str] = {}
+        for digest, text in zip(_digests(of_query), of_query, strict=True):
+            row = key_of_value.get(digest)
+            if row is None:
+                outside.setdefault(digest, text)
+                row = len(key_of_value) + places.setdefault(digest, len(places))
+            different.setdefault(row, text)
+        positives.append(list(different))
+        texts.append(list(different.values()))
+    return positives, texts
+
+
+def _digests_of(documents: Documents) -> Integer[np.ndarray, " n"]:
+    blocks = [
+        _digests(documents.read(range(first, min(first + _BLOCK, len(documents)))))
+        for first in range(0, len(documents), _BLOCK)
+    ]
+    return np.array([digest for block in blocks for digest in block], np.uint64)
+
+
+def _digests(texts: Iterable[str]) -> list[int]:
+    """A hash of 64 bits for each text, which ignores differences in white space."""
+    return [int(digest_of(" ".join(text.split()).encode())[:16], 16) for text in texts]
