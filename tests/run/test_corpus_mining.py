@@ -4,13 +4,16 @@ import json
 
 import numpy as np
 import pytest
+from jaxcl.configs.pairs import get_config
 
 import jaxcl
+from jaxcl.data.splits import open_splits
 from jaxcl.host.block_file import BlockFile
 from jaxcl.mine import main
 from jaxcl.negatives import MiningRule
 from jaxcl.run import mined_blocks
 from jaxcl.run.corpus_mining import MinedFiles, mine_corpus
+from jaxcl.settings.read import read_settings
 from tests.models.pretrained.tiny import write_tiny_static
 
 DOCUMENTS, QUERIES = 60, 11
@@ -167,6 +170,32 @@ def test_queries_without_negatives_are_written_or_left_out(model, files):
     assert empty[0]["teacher_scores"]["negatives"] == []
     mine_corpus(model, files, rule=rule, skip_empty=True)
     assert read(files.output) == [line for line in whole if line["negatives"]]
+
+
+def test_training_reads_the_lines_as_rows(model, files, tmp_path):
+    mine_corpus(model, files, rule=RULE)
+    data = get_config("smoke").data.to_dict()
+    data |= {"name": str(files.output), "splits": {"train": "train"}}
+    settings = read_settings({"data": data}).data
+    train = open_splits(settings, settings.name, data_dir=tmp_path / "shared")["train"]
+    rows = train.read(np.arange(len(train)))
+    expected = [
+        {
+            "query": line["query"],
+            "key": positive,
+            "negatives": line["negatives"],
+            "teacher_scores": [
+                line["teacher_scores"]["positives"][place],
+                *line["teacher_scores"]["negatives"],
+            ],
+        }
+        for line in read(files.output)
+        for place, positive in enumerate(line["positives"])
+    ]
+    assert len(rows) == len(expected) == QUERIES + 1
+    for row, wanted in zip(rows, expected, strict=True):
+        np.testing.assert_allclose(row.pop("teacher_scores"), wanted.pop("teacher_scores"))
+        assert {name: row[name] for name in wanted} == wanted
 
 
 @pytest.mark.parametrize("stop_after", [4, 21, 28])
