@@ -13,7 +13,7 @@ the choice of queries, not the seed.
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -204,22 +204,22 @@ class BM25:
         the variant is Lucene's, as named by Kamphuis et al., ECIR 2020.
     """
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        # Here and not above: importing bm25s runs a JAX computation, after which
-        # jax.distributed.initialize and a choice of platform come too late.
+    def __init__(self, texts: Iterable[str]) -> None:
+        # Not at the top: it runs a JAX computation, too early for jax.distributed.initialize.
         import bm25s
 
         # It logs at DEBUG by its own choice, and absl prints whatever it logs.
         logging.getLogger("bm25s").setLevel(logging.WARNING)
-        tokens = [lexical_tokens(text) for text in texts]
-        if not any(tokens):
+        ids: dict[str, int] = {}
+        rows = [[ids.setdefault(token, len(ids)) for token in lexical_tokens(t)] for t in texts]
+        if not ids:
             raise ValueError(
-                f"None of the {len(tokens)} key texts has a word or a number to index; check "
+                f"None of the {len(rows)} key texts has a word or a number to index; check "
                 "that they are texts, or leave out the methods that read them."
             )
         self._index = bm25s.BM25(k1=1.5, b=0.75, method="lucene", backend="numpy")
         # Without the empty token, which bm25s would number beyond the end of its own table.
-        self._index.index(tokens, create_empty_token=False, show_progress=False)
+        self._index.index((rows, ids), create_empty_token=False, show_progress=False)
 
     def scores(self, queries: Sequence[str]) -> Float[np.ndarray, "q n"]:
         """Scores of every text for each query, float32; zeros where no token is shared."""
