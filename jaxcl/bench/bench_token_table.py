@@ -1,11 +1,15 @@
 """How much memory and time do many rows take, from the first look to a resumed run?
 
     python -m jaxcl.bench token_table [--rows 1000000] [--stages build open start resume]
+    python -m jaxcl.bench token_table --stages files start resume
 
 Rows of three words are generated as they are read. Each stage is a process: `build` makes the
 token table, `open` opens it and reads a batch, `start` trains a small model on it for two steps,
-and `resume` continues that run. The same stages over 10,000 rows show how much memory JAX, its
-programs and everything else take whatever the number of rows.
+and `resume` continues that run. `files` writes the rows as JSON lines, and reads and splits them;
+the stages after it train on that file, and `start` makes the token table.
+
+The same stages over 10,000 rows show how much memory JAX, its programs and everything else take
+whatever the number of rows.
 """
 
 import json
@@ -23,13 +27,14 @@ from jaxcl.bench.token_table_stage import ROWS_VARIABLE, STAGES
 __all__ = ["main", "measure"]
 
 _FEW_ROWS = 10_000
+_DEFAULT = ["build", "open", "start", "resume"]
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measure all stages, or some."""
     parser = benchmark_parser("token_table", __doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--stages", nargs="+", choices=[*STAGES], default=[*STAGES])
+    parser.add_argument("--stages", nargs="+", choices=[*STAGES], default=_DEFAULT)
     arguments = parser.parse(argv)
     return measure(arguments.rows, stages=arguments.stages)
 

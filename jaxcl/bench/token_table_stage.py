@@ -3,6 +3,7 @@
 JAXCL_GENERATED_ROWS=1000000 python -m jaxcl.bench.token_table_stage build FOLDER
 """
 
+import functools
 import json
 import os
 import sys
@@ -13,18 +14,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxcl.assignment import uniform_rows
 from jaxcl.data.loader import training_batches
 from jaxcl.data.row_ranges import RowRange
 from jaxcl.data.sources import checked_rows
+from jaxcl.data.splits import open_splits
 from jaxcl.data.text_rule import TextRule
 from jaxcl.data.token_table import TokenTable, build_token_table
 from jaxcl.data.tokenizer import PADDING, UNKNOWN, load_tokenizer
 from jaxcl.host.progress import progress_bar
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.settings.config_files import load_config
+from jaxcl.settings.sections import DataSettings
 from jaxcl.train import train
 from jaxcl.typing import SIDES
 
@@ -39,6 +43,7 @@ _BATCH_SIZE = 256
 _MAX_TOKENS = 16
 _VOCABULARY = 2_000
 _TOKENIZER = "tokenizer.json"
+_FILE = "pairs.jsonl"
 
 
 class GeneratedPairs:
@@ -140,10 +145,34 @@ def _open(folder: Path) -> dict[str, float]:
     return {"open": seconds, "first batch": batch_seconds}
 
 
+def _files(folder: Path) -> dict[str, float]:
+    source, path = open_generated("train"), folder / _FILE
+    folder.mkdir(exist_ok=True)
+    (folder / _TOKENIZER).write_text(_word_tokenizer().to_str())
+    with path.open("w") as file, progress_bar("writing rows", len(source)) as advance:
+        for first in range(0, len(source), 4_096):
+            records = source.read(range(first, min(first + 4_096, len(source))))
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            advance(len(records))
+    data = DataSettings(name=str(path), splits=_splits_of_file(len(source)))
+    open_them = functools.partial(open_splits, data, str(path), data_dir=folder)
+    _, first_seconds = _timed(open_them)
+    return {"files read and split": first_seconds, "files split again": _timed(open_them)[1]}
+
+
+def _splits_of_file(num_rows: int) -> dict[str, str]:
+    percent = min(100 * _HELD_OUT_ROWS / num_rows, 50)
+    return {"train": "rest", "validation": f"train[:{percent:.4f}%]"}
+
+
 def _run_to(folder: Path, *, steps: int) -> float:
     config = load_config("base")
+    file = folder / _FILE
     config.data.name = f"{__spec__.name}:open_generated"
-    config.data.splits = {"train": "train", "validation": "validation"}
+    config.data.splits = ConfigDict({"train": "train", "validation": "validation"})
+    if file.exists():
+        config.data.name = str(file)
+        config.data.splits = ConfigDict(_splits_of_file(len(open_generated("train"))))
     config.data.vocabulary_size = _VOCABULARY
     config.data.max_tokens = dict.fromkeys(SIDES, _MAX_TOKENS)
     config.data.tokenizer = str(folder / _TOKENIZER)  # so that it reads the table of `_build`
@@ -165,10 +194,11 @@ def _resume(folder: Path) -> dict[str, float]:
 STAGES: Mapping[str, Callable[[Path], dict[str, float]]] = {
     "build": _build,
     "open": _open,
+    "files": _files,
     "start": _start,
     "resume": _resume,
 }
-"""Name -> a function of the folder for the table and the run, in this order."""
+"""Name -> a function of the folder for the table, the file and the run, in this order."""
 
 
 def _timed(function: Callable[[], Any]) -> tuple[Any, float]:

@@ -48,8 +48,8 @@ class ArrayWriter:
     def __exit__(self, *_: object) -> None:
         with self._file:
             self._file.seek(0)
-            # NumPy leaves room in the header for more digits of the length.
-            assert self._write_header() == self._begin
+            if self._write_header() != self._begin:  # NumPy leaves room for any length
+                raise ValueError(f"the header of {self._path} does not fit its length")
         if not self._length:  # such a file could not be mapped to memory
             self._path.unlink()
 

@@ -2,17 +2,18 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from jaxcl.data.array_writer import ArrayWriter
 from jaxcl.data.row_checks import checked_int32
 from jaxcl.data.row_labels import equal_rows, split_labels
 from jaxcl.data.row_tokenizer import RowTokenizer
 from jaxcl.data.sources import PairSource
 from jaxcl.host.progress import say
-from jaxcl.typing import Integer
+from jaxcl.typing import Int, Integer
 
 __all__ = ["write_token_columns"]
 
@@ -43,34 +44,12 @@ def write_token_columns(
       ValueError: if a value is not a text, or a group not an integer.
       OSError: if a file cannot be written.
     """
-    num_ids = max(text.num_ids for text in texts.values())
-    dtype = np.uint16 if num_ids <= 1 << 16 else np.uint32
-    group = np.zeros(len(source), np.int32)
-    lengths = {side: np.zeros(len(source), np.int32) for side in texts}
-    digests = {side: np.zeros((len(source), 2), np.uint64) for side in texts}
-    with contextlib.ExitStack() as open_files:
-        files = {
-            side: open_files.enter_context(_array_file(folder / f"{side}_tokens.npy", dtype))
-            for side in texts
-        }
-        for first in range(0, len(source), _CHUNK_ROWS):
-            rows = slice(first, min(first + _CHUNK_ROWS, len(source)))
-            records = source.read(np.arange(rows.start, rows.stop))
-            groups = [record.get("group", 0) for record in records]
-            group[rows] = checked_int32(groups, what="group", first_row=first)
-            for side, append in files.items():
-                values = [record[side] for record in records]
-                ids = texts[side].tokenize(values, what=f"{side} of row", first=first)
-                lengths[side][rows] = [len(row) for row in ids]
-                compared = texts[side].without_prompts(ids, first=first)
-                digests[side][rows] = _digests(compared)
-                append(np.concatenate(ids))
-            advance(len(records))
+    group, lengths, digests = _encode(source, texts, folder, advance)
     for side in texts:
         offsets = np.zeros(len(source) + 1, np.int64)
         np.cumsum(lengths.pop(side), out=offsets[1:])
         np.save(folder / f"{side}_offsets.npy", offsets)
-    del offsets
+    del offsets  # before there are others
     if len(source) >= _MANY_ROWS:
         say(f"comparing the texts of {len(source):,} rows")
     numbers = [equal_rows(digests.pop(side)) for side in texts]
@@ -78,29 +57,43 @@ def write_token_columns(
         np.save(folder / f"{name}.npy", column)
 
 
-@contextlib.contextmanager
-def _array_file(path: Path, dtype: type) -> Iterator[Callable[[np.ndarray], None]]:
-    """Write a `.npy` file of unknown length: yields a function that appends numbers."""
-    length = 0
+def _encode(
+    source: PairSource,
+    texts: Mapping[str, RowTokenizer],
+    folder: Path,
+    advance: Callable[[int], None],
+) -> tuple[Int[np.ndarray, " n"], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Writes the ids of all rows.
 
-    def append(numbers: Integer[np.ndarray, " _"]) -> None:
-        nonlocal length
-        length += len(numbers)
-        file.write(numbers.astype(dtype).tobytes())
-
-    def write_header() -> int:
-        described = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype))}
-        np.lib.format.write_array_header_1_0(
-            file, {**described, "fortran_order": False, "shape": (length,)}
-        )
-        return file.tell()
-
-    with path.open("wb") as file:
-        begin = write_header()
-        yield append
-        file.seek(0)
-        if write_header() != begin:  # NumPy leaves room in a header for any length
-            raise ValueError(f"the header of {path} does not fit {length:,} numbers")
+    Returns:
+      Each row's group; side -> number of ids of each row; side -> digest of each row's text.
+    """
+    num_ids = max(text.num_ids for text in texts.values())
+    dtype = np.uint16 if num_ids <= 1 << 16 else np.uint32
+    group = np.zeros(len(source), np.int32)
+    lengths = {side: np.zeros(len(source), np.int32) for side in texts}
+    digests = {side: np.zeros((len(source), 2), np.uint64) for side in texts}
+    paths = {side: folder / f"{side}_tokens.npy" for side in texts}
+    with contextlib.ExitStack() as open_files:
+        files = {
+            side: open_files.enter_context(ArrayWriter(path, dtype)) for side, path in paths.items()
+        }
+        for first in range(0, len(source), _CHUNK_ROWS):
+            rows = slice(first, min(first + _CHUNK_ROWS, len(source)))
+            records = source.read(np.arange(rows.start, rows.stop))
+            groups = [record.get("group", 0) for record in records]
+            group[rows] = checked_int32(groups, what="group", first_row=first)
+            for side, file in files.items():
+                values = [record[side] for record in records]
+                ids = texts[side].tokenize(values, what=f"{side} of row", first=first)
+                lengths[side][rows] = [len(row) for row in ids]
+                digests[side][rows] = _digests(texts[side].without_prompts(ids, first=first))
+                file.append(np.concatenate(ids))
+            advance(len(records))
+    for path in paths.values():
+        if not path.exists():  # no text of this side has a token
+            np.save(path, np.zeros(0, dtype))
+    return group, lengths, digests
 
 
 def _digests(rows: Sequence[Integer[np.ndarray, " _"]]) -> Integer[np.ndarray, "n 2"]:
