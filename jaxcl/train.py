@@ -8,6 +8,7 @@ the one before it if that one is damaged.
 In a program or a notebook, call `train`:
 
     train(load_config("code_search:smoke"), Path("runs/smoke"))
+    train(load_config("pairs"), Path("runs/pairs"), rows=[{"query": …, "key": …}, …])
 """
 
 import contextlib
@@ -15,9 +16,9 @@ import functools
 import re
 import time
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ from ml_collections import ConfigDict
 from jaxcl.data.loader import training_batches
 from jaxcl.data.prepare import RunData, prepare_data, remembered_from
 from jaxcl.data.row_negatives import RowNegatives
+from jaxcl.data.saved_rows import save_rows
 from jaxcl.data.table import label_column
 from jaxcl.evaluation.held_out import check_evaluation, evaluate_run, quick_metrics
 from jaxcl.host.agreement import check_processes_agree
@@ -68,7 +70,10 @@ from jaxcl.settings.sections import Settings
 from jaxcl.step.train_state import TrainState
 from jaxcl.typing import Batch, Int
 
-__all__ = ["Stopped", "main", "train"]
+__all__ = ["Rows", "Stopped", "main", "train"]
+
+Rows: TypeAlias = Iterable[Mapping[str, Any]]
+"""Rows with the fields of a file of pairs."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -102,6 +107,7 @@ def train(
     config: ConfigDict,
     workdir: AnyPath,
     *,
+    rows: Rows | Mapping[str, Rows] | None = None,
     changed: Collection[str] = (),
     profile: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
@@ -110,6 +116,9 @@ def train(
     Args:
       config: the run's, as the files of `configs/` return it.
       workdir: where it keeps all it writes.
+      rows: the pairs, as dicts with the columns that a file of pairs may have, instead of
+        `data.name`. They are written to a file in the folder that runs share. `data.splits` says
+        which are held out; or give the rows of each role, such as `{"train": …, "validation": …}`.
       changed: dotted names of the fields that the user changed; one without effect is an error.
       profile: the first step of a trace, and the first step after it.
 
@@ -120,6 +129,8 @@ def train(
       Stopped: after SIGTERM, SIGINT or SIGHUP, with everything saved.
     """
     workdir = as_path(workdir)
+    if rows is not None:
+        config = _with_rows(config, rows)
     begun = newest_record(workdir / CHECKPOINTS) is not None
     settings = read_settings(config, changed=changed, workdir=workdir if begun else None)
     check_processes_agree(process_report(settings))
@@ -154,6 +165,22 @@ def train(
                 with Watch(local_folder(workdir) / "profile", profile) as watch:
                     state = _run_steps(run, state, watch)
         return evaluate_run(settings, training.encoder(state, data.readers), data, workdir)
+
+
+def _with_rows(config: ConfigDict, rows: Rows | Mapping[str, Rows]) -> ConfigDict:
+    """The config with files of these rows as its data."""
+    if config.data.name is not None:
+        raise ValueError(f"data.name={config.data.name!r} and rows are both given; leave one out")
+    roles: Mapping[str, Rows] = rows if isinstance(rows, Mapping) else {"train": rows}
+    if "train" not in roles:
+        raise ValueError(f"the rows are those of {', '.join(roles) or 'no role'}; add 'train'")
+    folder = shared_folder(config.run.data_dir) / "rows"
+    paths = first_then_others(lambda: {role: str(save_rows(roles[role], folder)) for role in roles})
+    config = config.copy_and_resolve_references()
+    config.data.name = paths["train"]
+    if isinstance(rows, Mapping):
+        config.data.splits = ConfigDict(paths | {"train": "train"})
+    return config
 
 
 def _prepare(settings: Settings, workdir: AnyPath, saved: Mapping[str, Any] | None) -> RunData:

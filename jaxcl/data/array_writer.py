@@ -45,8 +45,10 @@ class ArrayWriter:
     def __enter__(self) -> "ArrayWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         with self._file:
+            if error is not None:
+                return
             self._file.seek(0)
             if self._write_header() != self._begin:  # NumPy leaves room for any length
                 raise ValueError(f"the header of {self._path} does not fit its length")
