@@ -26,7 +26,8 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of all random draws
     config.steps = 300  # updates; the schedule of the learning rate ends there
     config.global_batch_size = 1_024  # pairs over all devices and hosts
-    # A workdir, or WORKDIR/checkpoints/STEP, whose encoders and tokenizer a new run starts with.
+    # A workdir, or WORKDIR/checkpoints/STEP or WORKDIR/checkpoints/best, whose encoders and
+    # tokenizer a new run starts with.
     config.init_from = placeholder(str)
     config.data = _data()
     config.model = _model()
@@ -39,8 +40,7 @@ def get_config() -> ConfigDict:
         {"chunk_size": placeholder(int), "chunk_tokens": placeholder(int)}
     )
     config.optimizer = _optimizer()
-    config.evaluation = ConfigDict({"methods": ("bm25", "dense", "hybrid"), "rrf_k": 10})
-    config.evaluation.batch_size = 1_024  # rows embedded at a time
+    config.evaluation = _evaluation()
     config.run = _run()
     return config
 
@@ -211,6 +211,22 @@ def _optimizer() -> ConfigDict:
     optimizer.clip_norm = 1.0  # of the whole gradient; 0 clips nothing
     optimizer.options = option_fields(OPTIMIZERS)  # of all optimizers; None is their own default
     return optimizer
+
+
+def _evaluation() -> ConfigDict:
+    evaluation = ConfigDict({"methods": ("bm25", "dense", "hybrid"), "rrf_k": 10})
+    evaluation.batch_size = 1_024  # rows embedded at a time
+    # Name -> the file or folder of an evaluation set, evaluated every run.evaluate_every steps as
+    # NAME/metric: --config.evaluation.sets.NAME=PATH.
+    evaluation.sets = ConfigDict()
+    # A metric such as "validation/dense/mrr@10" or "NAME/spearman". The checkpoint with the highest
+    # value is kept in addition to the newest ones, as WORKDIR/checkpoints/best.
+    evaluation.best_metric = placeholder(str)
+    # The run stops after this many evaluations in which best_metric has not increased by more than
+    # min_delta; None trains all steps.
+    evaluation.patience = placeholder(int)
+    evaluation.min_delta = 0.0
+    return evaluation
 
 
 def _run() -> ConfigDict:

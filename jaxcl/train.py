@@ -30,28 +30,32 @@ from jaxcl.data.row_negatives import RowNegatives
 from jaxcl.data.saved_rows import save_rows
 from jaxcl.data.table import label_column
 from jaxcl.evaluation.held_out import check_evaluation, evaluate_run, quick_metrics
+from jaxcl.evaluation.in_training import TrainingSets, check_best_metric, open_sets, sets_table
 from jaxcl.host.agreement import check_processes_agree
 from jaxcl.host.command import join_processes, run_command
 from jaxcl.host.command_flags import CommandParser, add_process_flags, user_path
 from jaxcl.host.paths import AnyPath, as_path
-from jaxcl.host.processes import Stopped, first_then_others, stop_requests, together
-from jaxcl.host.progress import progress_bar, say
+from jaxcl.host.processes import (
+    Stopped,
+    first_of_all,
+    first_then_others,
+    stop_requests,
+    together,
+)
+from jaxcl.host.progress import progress_bar, say, show
 from jaxcl.host.remote import local_folder
 from jaxcl.host.user_folders import shared_folder
 from jaxcl.ops.mesh import current_mesh, fetch
 from jaxcl.run.batches import RunBatches
+from jaxcl.run.best import Best, selection_of
 from jaxcl.run.build_loss import batch_needs
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.checkpoint_record import newest_record
-from jaxcl.run.explicit_negatives import (
-    check_explicit_negatives,
-    negatives_summary,
-    negatives_warnings,
-)
+from jaxcl.run.explicit_negatives import check_explicit_negatives
 from jaxcl.run.identity import process_report, run_record
 from jaxcl.run.initial import copy_prepared_files, keep_pretrained_files, with_initial_towers
-from jaxcl.run.memory import tiers_left_empty
 from jaxcl.run.metric_writer import MetricWriter
+from jaxcl.run.opening import closing, opening, run_warnings
 from jaxcl.run.reports import Reports
 from jaxcl.run.training import Training, build_training
 from jaxcl.run.watch import Watch, keep_compiled
@@ -64,7 +68,6 @@ from jaxcl.run.workdir import (
     workdir_id,
 )
 from jaxcl.settings.command_line import add_config_flags, changed_fields, config_of
-from jaxcl.settings.derived import tower_sections
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
 from jaxcl.step.train_state import TrainState
@@ -134,15 +137,18 @@ def train(
     begun = newest_record(workdir / CHECKPOINTS) is not None
     settings = read_settings(config, changed=changed, workdir=workdir if begun else None)
     check_processes_agree(process_report(settings))
+    sets = open_sets(settings)
     training = build_training(settings)
     with lock_workdir(workdir), emptied_unless_begun(workdir), current_mesh(training.mesh):
         saved = first_then_others(functools.partial(claim_workdir, workdir, settings))
         data = first_then_others(functools.partial(_prepare, settings, workdir, saved))
         shared = {"the id of the workdir": together(functools.partial(workdir_id, workdir))}
-        check_processes_agree(shared | data.remembered.fingerprints)
+        check_processes_agree(shared | data.remembered.fingerprints | sets.fingerprints)
         _check_enough_rows(settings, data)
         check_explicit_negatives(settings, data.negatives)
         check_evaluation(settings, data)
+        check_best_metric(settings, sets, data)
+        sets.check_unchanged(saved or {})
         keep = settings.run.keep_checkpoints
         with Checkpoints(workdir / CHECKPOINTS, keep=keep) as checkpoints:
             rows = _training_rows(data)
@@ -154,17 +160,24 @@ def train(
                 state = with_initial_towers(settings, training.init(*rows))
             else:
                 state = restored.state
+            record = restored.record if restored else {}
+            present = first_of_all(checkpoints.steps)
+            progress = _Progress(state, selection_of(settings).resumed(record, present=present))
             if jax.process_index() == 0:
-                for warning in _warnings(settings, data):
+                for warning in run_warnings(settings, data, record, progress.best):
                     say(f"warning: {warning}")
-                say(_opening(training, data, workdir, first_step=int(state.step)))
+                say(opening(training, data, workdir, state, progress.best))
+                for description in sets.descriptions:
+                    say(f"evaluation set {description}")
             with contextlib.closing(MetricWriter(workdir, step=int(state.step))) as writer:
-                run = _Run(training, data, RunBatches(training, data, workdir), checkpoints, writer)
-                if restored and restored.record.get("finished") and state.step < settings.steps:
-                    state = run.refreshed(state)  # which the last step of a run leaves out
+                batches = RunBatches(training, data, workdir)
+                run = _Run(training, data, sets, batches, checkpoints, writer)
+                if record.get("finished") and not run.ends(progress):
+                    # The last step of a run leaves these out.
+                    progress = progress._replace(state=run.refreshed(state))
                 with Watch(local_folder(workdir) / "profile", profile) as watch:
-                    state = _run_steps(run, state, watch)
-        return evaluate_run(settings, training.encoder(state, data.readers), data, workdir)
+                    progress = _run_steps(run, progress, watch)
+        return _evaluate(run, progress, workdir)
 
 
 def _with_rows(config: ConfigDict, rows: Rows | Mapping[str, Rows]) -> ConfigDict:
@@ -197,11 +210,24 @@ def _prepare(settings: Settings, workdir: AnyPath, saved: Mapping[str, Any] | No
     )
 
 
+class _Progress(NamedTuple):
+    """How far a run has come: its state, and its best evaluation if it selects one."""
+
+    state: TrainState
+    best: Best | None
+
+    @property
+    def step(self) -> int:
+        """The number of steps made."""
+        return int(self.state.step)
+
+
 class _Run(NamedTuple):
     """The parts of a run that its steps read and write."""
 
     training: Training
     data: RunData
+    sets: TrainingSets
     batches: RunBatches
     checkpoints: Checkpoints
     writer: MetricWriter
@@ -213,22 +239,35 @@ class _Run(NamedTuple):
             self.writer.write(int(state.step), _floats(metrics))
         return state
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Saves the state, with a record of the run."""
+    def ends(self, progress: _Progress) -> bool:
+        """Whether a run trains no further step: it has made all of them, or stopped early."""
         settings = self.training.settings
-        record = run_record(settings, self.data.remembered)
+        return progress.step >= settings.steps or selection_of(settings).stops(progress.best)
+
+    def scores(self, step: int, state: TrainState) -> dict[str, float]:
+        """The metrics of the validation split and of the evaluation sets."""
+        encoder = self.training.encoder(state, self.data.readers)
+        return quick_metrics(encoder, self.data) | self.sets.scores(step, encoder)
+
+    def save(self, step: int, state: TrainState, best: Best | None, *, finished: bool) -> None:
+        """Saves the state, with a record of the run."""
+        record = run_record(self.training.settings, self.data.remembered)
+        record |= {"sets": self.sets.fingerprints, "finished": finished}
+        if best is not None:
+            record["best"] = best._asdict()
         self.writer.upload()
-        self.checkpoints.save(step, state, {**record, "finished": step == settings.steps})
+        self.checkpoints.save(step, state, record)
 
 
-def _run_steps(run: _Run, state: TrainState, watch: Watch) -> TrainState:
-    training, data = run.training, run.data
-    step, settings = int(state.step), training.settings
+def _run_steps(run: _Run, progress: _Progress, watch: Watch) -> _Progress:
+    training = run.training
+    (state, best), step, settings = progress, progress.step, training.settings
+    selection = selection_of(settings)
     batches = _batches(run, state)
     with stop_requests() as asked_to_stop, progress_bar("training", settings.steps) as advance:
         advance(step)
         reports = Reports(training, run.writer, advance)
-        while step < settings.steps:
+        while step < settings.steps and not selection.stops(best):
             begun = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - begun
@@ -248,20 +287,43 @@ def _run_steps(run: _Run, state: TrainState, watch: Watch) -> TrainState:
             stopping = asked_to_stop(step)
             if evaluating:
                 with reports.paused():
-                    scores = quick_metrics(training.encoder(state, data.readers), data)
+                    scores = run.scores(step, state)
                 run.writer.write(step, scores | measured)
+                best = selection.after(best, step, scores)
+                at_end = at_end or selection.stops(best)
             if not at_end and _refreshes(training, run.batches, step):
                 with reports.paused():
                     state = run.refreshed(state)
                     batches = _batches(run, state)
-            if at_end or stopping or step % settings.run.checkpoint_every == 0:
+            is_best = best is not None and best.step == step
+            if at_end or stopping or is_best or step % settings.run.checkpoint_every == 0:
                 reports.flush()
                 reports.check(step, state)  # nothing but a good state is ever saved
-                run.save(step, state)
+                run.save(step, state, best, finished=at_end)
             if stopping and not at_end:
                 run.checkpoints.wait()
                 raise Stopped(stopping, step)
-    return state
+    return _Progress(state, best)
+
+
+def _evaluate(run: _Run, progress: _Progress, workdir: AnyPath) -> dict[str, Any]:
+    """Evaluates the last state of a run, and reports its best step and why it ended."""
+    settings, best, step = run.training.settings, progress.best, progress.step
+    encoder = run.training.encoder(progress.state, run.data.readers)
+    described: dict[str, Any] = {"steps": step}
+    if best is not None:
+        described["best"] = {"metric": best.metric, "step": best.step, "value": best.value}
+        if step < settings.steps:
+            described["stopped_early"] = {"step": step, "evaluations": best.waited}
+    if sets := run.sets.summary(step, encoder):
+        described["sets"] = sets
+    results = evaluate_run(settings, encoder, run.data, workdir, described=described)
+    if jax.process_index() == 0:
+        if sets:
+            show(sets_table(sets))
+        if best is not None:
+            say(closing(settings, workdir, step, best))
+    return results
 
 
 def _refreshes(
@@ -324,46 +386,6 @@ def _check_enough_rows(settings: Settings, data: RunData) -> None:
             f"the training split has {num_rows} rows, fewer than one batch of "
             f"{settings.global_batch_size}; set global_batch_size to at most {num_rows}"
         )
-
-
-def _warnings(settings: Settings, data: RunData) -> Iterator[str]:
-    for tier in tiers_left_empty(settings, data.tables["train"].num_rows):
-        yield f"negatives.tiers.uniform draws all of the bank, none for {tier}"
-    yield from negatives_warnings(settings, data.negatives)
-    for section, model in settings.parts.pretrained.items():
-        if model.similarity != "cosine" and not model.normalize:
-            yield (
-                f"the model of {section}.pretrained has similarity {model.similarity} and vectors "
-                "of any norm; this run trains it to output unit vectors"
-            )
-
-
-def _encoder_names(settings: Settings) -> str:
-    """The name of the encoder, or of both sides' encoders; the family of a pretrained one."""
-    read = settings.parts.pretrained
-    named = {"model": settings.model.name, "model.key": settings.model.key.name}
-    sections = dict.fromkeys(tower_sections(settings.model).values())
-    return " and ".join(
-        f"pretrained {read[section].family}" if section in read else str(named[section])
-        for section in sections
-    )
-
-
-def _opening(training: Training, data: RunData, workdir: AnyPath, *, first_step: int) -> str:
-    rows = {role: table.num_rows for role, table in data.tables.items()}
-    steps = training.settings.steps
-    abstract_params = jax.tree.leaves(training.abstract_state(*_training_rows(data)).params)
-    parameters = sum(leaf.size for leaf in abstract_params)
-    begins = f"goes on from step {first_step}" if first_step else "begins"
-    if first_step >= steps:
-        begins = f"has made its {first_step} steps, and is evaluated"
-    return (
-        f"{workdir}: {begins}. {_encoder_names(training.settings)}, {parameters:,} parameters, "
-        f"{training.mesh.size} × {jax.devices()[0].device_kind} as "
-        f"{dict(training.mesh.shape)}; pairs: "
-        + ", ".join(f"{count:,} {role}" for role, count in rows.items())
-        + negatives_summary(data.negatives)
-    )
 
 
 def _default_workdir(named: str) -> AnyPath:

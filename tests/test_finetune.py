@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -15,16 +16,18 @@ from safetensors.numpy import load_file
 from jaxcl import search
 from jaxcl.check_grad import compare_gradients
 from jaxcl.configs import finetune
+from jaxcl.data.prepare import RunData
 from jaxcl.models.pretrained.folder import read_pretrained
 from jaxcl.plan import make_plan
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.initial import copy_prepared_files, keep_pretrained_files, with_initial_towers
 from jaxcl.run.opened import open_run
+from jaxcl.run.opening import run_warnings
 from jaxcl.run.training import build_training
 from jaxcl.run.workdir import claim_workdir
 from jaxcl.settings.pretrained import is_copy
 from jaxcl.settings.read import read_settings
-from jaxcl.train import _warnings, train
+from jaxcl.train import train
 from tests.helpers import bits, final_state
 from tests.host.test_processes import Run, assert_close_runs
 from tests.models.pretrained.tiny import write_tiny_bert, write_tiny_static
@@ -225,9 +228,10 @@ def test_the_gradients_of_a_pretrained_encoder_agree_on_the_mesh(prepared, tmp_p
 
 def test_a_model_with_vectors_of_any_norm_gives_a_warning(tmp_path):
     data = {"max_tokens": {"query": 8, "key": 8}}
+    data_of_rows = RunData({}, {"train": SimpleNamespace(num_rows=20)}, {})
     expected = {True: 0, False: 1}
     for normalize, count in expected.items():
         folder = tmp_path / str(normalize)
         write_tiny_static(folder, normalize=normalize, library=LIBRARY)
         settings = read_settings({"model": {"pretrained": str(folder)}, "data": data})
-        assert len(list(_warnings(settings, num_rows=20))) == count
+        assert len(list(run_warnings(settings, data_of_rows, {}, None))) == count

@@ -41,9 +41,16 @@ from jaxcl.run.host_vectors import for_inner_products
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES, Float
 
-__all__ = ["check_evaluation", "evaluate_model", "evaluate_run", "quick_metrics"]
+__all__ = [
+    "check_evaluation",
+    "evaluate_model",
+    "evaluate_run",
+    "quick_metric_names",
+    "quick_metrics",
+]
 
 HELD_OUT = ("validation", "test")
+_QUICK, _QUICK_METRICS = "validation/dense", ("mrr@10", "recall@10")
 _ROWS_AT_ONCE = 64
 Results = dict[tuple[str, str], dict[str, RetrievalResult]]
 
@@ -84,6 +91,11 @@ def _has_words(source: PairSource) -> bool:
     return False
 
 
+def quick_metric_names(data: RunData) -> list[str]:
+    """The names of `quick_metrics`; all are better when they are higher."""
+    return [f"{_QUICK}/{name}" for name in _QUICK_METRICS if "validation" in data.tables]
+
+
 def quick_metrics(encoder: Encoder, data: RunData) -> dict[str, float]:
     """Dense retrieval over the validation split: what a run reports while it trains."""
     if "validation" not in data.tables:
@@ -91,13 +103,18 @@ def quick_metrics(encoder: Encoder, data: RunData) -> dict[str, float]:
     queries, keys = (encoder.embed(side, data.tables["validation"]) for side in SIDES)
     ranks = _ranked(None, None, queries, keys, methods=("dense",))["dense"].ranks
     return {
-        f"validation/dense/{name}": mean_and_standard_error(METRICS[name](ranks))[0]
-        for name in ("mrr@10", "recall@10")
+        f"{_QUICK}/{name}": mean_and_standard_error(METRICS[name](ranks))[0]
+        for name in _QUICK_METRICS
     }
 
 
 def evaluate_run(
-    settings: Settings, encoder: Encoder, data: RunData, workdir: AnyPath
+    settings: Settings,
+    encoder: Encoder,
+    data: RunData,
+    workdir: AnyPath,
+    *,
+    described: Mapping[str, Any] = {},
 ) -> dict[str, Any]:
     """Ranks every held-out query by BM25, by the embedder, and by both, and writes the results.
 
@@ -110,6 +127,7 @@ def evaluate_run(
       encoder: its model.
       data: its splits.
       workdir: where the files go.
+      described: what else `results.json` says, such as the steps that were made.
 
     Returns:
       What `results.json` holds.
@@ -130,7 +148,7 @@ def evaluate_run(
 
     vectors = _Vectors(lambda split, side: encoder.embed(side, data.tables[split]), of_texts)
     results, failures = _evaluate_splits(settings, vectors, data.sources)
-    described = {"steps": settings.steps, "seed": settings.seed}
+    described = {"steps": settings.steps, "seed": settings.seed, **described}
     summary = _strict({**described, **_summary(data.sources, results)})
     if jax.process_index() == 0:
         ranks = {

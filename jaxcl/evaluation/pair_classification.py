@@ -31,11 +31,13 @@ class PairSet:
 
     Attributes:
       kind: `"pairs"`.
+      metrics: the names of the metrics, the main one first.
       pairs: the pairs; their scores are the labels.
       fingerprint: of the pairs.
     """
 
     kind = "pairs"
+    metrics: tuple[str, ...] = ("average_precision", "f1", "accuracy")
 
     def __init__(self, pairs: ScoredPairs, *, num_resamples: int = 1000, seed: int = 0) -> None:
         """Take pairs of texts.

@@ -22,10 +22,13 @@ class EvaluationSet(Protocol):
     Attributes:
       kind: a key of `jaxcl.evaluation.sets.KINDS`, such as `"retrieval"`.
       fingerprint: equal for equal texts and judgements.
+      metrics: the names in the result of `evaluate` of the values that are better when they are
+        higher, the main one first.
     """
 
     kind: str
     fingerprint: str
+    metrics: tuple[str, ...]
 
     def evaluate(self, encode: Encode) -> Mapping[str, float]:
         """Score the embeddings of a model.

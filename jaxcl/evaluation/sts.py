@@ -28,11 +28,13 @@ class StsSet:
 
     Attributes:
       kind: `"sts"`.
+      metrics: `"spearman"` and `"pearson"`.
       pairs: the pairs.
       fingerprint: of the pairs.
     """
 
     kind = "sts"
+    metrics: tuple[str, ...] = tuple(_CORRELATIONS)
 
     def __init__(self, pairs: ScoredPairs, *, num_resamples: int = 1000, seed: int = 0) -> None:
         """Take pairs of texts.

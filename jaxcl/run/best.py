@@ -8,16 +8,21 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxcl.host.paths import AnyPath
+from jaxcl.host.processes import first_of_all
 from jaxcl.run.checkpoint_record import CheckpointError, newest_record
+from jaxcl.settings.sections import Settings
 
 __all__ = [
     "Best",
-    "Stopping",
+    "Selection",
     "best_step",
     "best_step_in",
     "kept_steps",
     "recorded_best",
+    "selection_of",
     "updated",
 ]
 
@@ -40,21 +45,53 @@ class Best(NamedTuple):
     waited: int = 0
 
 
-class Stopping(NamedTuple):
-    """The rule of early stopping.
+class Selection(NamedTuple):
+    """By which metric a run selects its best step, and when it stops early.
 
     Attributes:
-      patience: the number of evaluations without an improvement after which a run stops; None
+      metric: its name; None selects nothing.
+      patience: the number of evaluations without an improvement after which the run stops; None
         never stops.
       min_delta: only an increase by more than this amount is an improvement.
     """
 
+    metric: str | None = None
     patience: int | None = None
     min_delta: float = 0.0
 
+    def resumed(self, record: Mapping[str, Any], *, present: Collection[int]) -> Best | None:
+        """The evaluations so far, by the record of the checkpoint that a run resumes from.
+
+        A run with another metric begins a new summary. If the best checkpoint is gone, the next
+        evaluation is the best, while the wait for an improvement goes on.
+
+        Args:
+          record: the checkpoint's; empty for a new run.
+          present: the steps of all checkpoints.
+        """
+        best = recorded_best(record)
+        if self.metric is None:
+            return None
+        if best is None or best.metric != self.metric:
+            return Best(self.metric)
+        return best if best.step in present else best._replace(step=None, value=None)
+
+    def after(self, best: Best | None, step: int, values: Mapping[str, float]) -> Best | None:
+        """The summary after one more evaluation, by the values of process 0 in all processes."""
+        if best is None:
+            return None
+        value = _of_process_0(values[best.metric])
+        return updated(best, step, value, min_delta=self.min_delta)
+
     def stops(self, best: Best | None) -> bool:
-        """Whether a run stops, given its evaluations so far."""
+        """Whether a run stops early, given its evaluations so far."""
         return best is not None and self.patience is not None and best.waited >= self.patience
+
+
+def selection_of(settings: Settings) -> Selection:
+    """The selection that the settings of a run describe."""
+    evaluation = settings.evaluation
+    return Selection(evaluation.best_metric, evaluation.patience, evaluation.min_delta)
 
 
 def updated(best: Best, step: int, value: float, *, min_delta: float = 0.0) -> Best:
@@ -67,7 +104,7 @@ def updated(best: Best, step: int, value: float, *, min_delta: float = 0.0) -> B
       best: the summary of the evaluations before.
       step: the step of this one.
       value: the metric at that step.
-      min_delta: as in `Stopping`.
+      min_delta: as in `Selection`.
 
     Example:
       >>> first = updated(Best("stsb/spearman"), 100, 0.5)
@@ -81,6 +118,12 @@ def updated(best: Best, step: int, value: float, *, min_delta: float = 0.0) -> B
     if best.reference is None or value > best.reference + min_delta:
         return best._replace(reference=value, waited=0)
     return best._replace(waited=best.waited + 1)
+
+
+def _of_process_0(value: float) -> float:
+    """Process 0's value: other hosts may differ in the last bits, but must decide the same."""
+    words = np.array([value], np.float64).view(np.int32)
+    return float(np.array(first_of_all(words.tolist()), np.int32).view(np.float64)[0])
 
 
 def recorded_best(record: Mapping[str, Any]) -> Best | None:
@@ -130,4 +173,5 @@ def kept_steps(
       [10, 30, 40]
     """
     latest = set(sorted(steps)[-newest:])
-    return latest | {best for step in latest if (best := best_of.get(step)) in steps}
+    best = {best_of.get(step) for step in latest}
+    return latest | {step for step in steps if step in best}

@@ -31,8 +31,15 @@ __all__ = [
     "settings_differences",
 ]
 
-# Read by the evaluation and by the host alone.
-_MAY_CHANGE = ("run.", "evaluation.methods", "evaluation.rrf_k")
+# Read by the evaluation and by the host alone. A set that changes under the same name is an error:
+# `jaxcl.evaluation.in_training`.
+_MAY_CHANGE = (
+    "run.",
+    *(
+        f"evaluation.{name}"
+        for name in ("methods", "rrf_k", "sets", "best_metric", "patience", "min_delta")
+    ),
+)
 
 _FLAGS = ("jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers")
@@ -41,8 +48,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers")
 def fields_of(settings: Settings) -> dict[str, Any]:
     """The settings that decide the result of a run, by dotted name.
 
-    These are all except cadences, mesh and folders (`run`), the ranking of the evaluation, and the
-    sections of assignments that the run does not use.
+    These are all except cadences, mesh and folders (`run`), the evaluation and early stopping, and
+    the sections of assignments that the run does not use.
     """
     unused = tuple(
         f"assignment.{name}."
@@ -127,6 +134,12 @@ def process_report(settings: Settings) -> dict[str, Any]:
     """What must be equal in all processes of a run before they begin, by name."""
     cadences = {f"run.{name}": value for name, value in settings.run._asdict().items()}
     del cadences["run.data_dir"]  # hosts may mount it at different paths
+    evaluation = settings.evaluation
+    cadences |= {
+        f"evaluation.{name}": getattr(evaluation, name)
+        for name in ("best_metric", "patience", "min_delta")
+    }
+    cadences["the names in evaluation.sets"] = list(evaluation.sets)
     models = {
         f"the files of {section}.pretrained": fingerprint
         for section, fingerprint in pretrained_fingerprints(settings).items()

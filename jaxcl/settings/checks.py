@@ -1,5 +1,6 @@
 """The checks that look at several settings at once, in the order of the config's sections."""
 
+import re
 from collections.abc import Collection
 
 import jax.numpy as jnp
@@ -29,6 +30,11 @@ _APART = ("text", "group")
 _BAD_ROWS = ("error", "skip")
 _FIRST = "first"
 _METHODS = ("bm25", "dense", "hybrid")
+_METRIC_PREFIXES = (
+    *("assignment", "bank", "machine", "mined", "negatives", "test", "time", "train"),
+    "validation",
+)
+_SET_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def check_settings(settings: Settings) -> None:
@@ -44,6 +50,7 @@ def check_settings(settings: Settings) -> None:
     _check_gcbs(settings)
     _check_grad_cache(settings)
     _check_methods(settings.evaluation.methods)
+    _check_sets(settings)
 
 
 def _check_data(data: DataSettings) -> None:
@@ -379,6 +386,27 @@ def _check_methods(methods: Collection[str]) -> None:
     _check_names("evaluation.methods", methods, _METHODS)
     if not methods:
         raise ValueError(f"evaluation.methods=(); name one or more of {', '.join(_METHODS)}")
+
+
+def _check_sets(settings: Settings) -> None:
+    evaluation = settings.evaluation
+    for name in evaluation.sets:
+        if not _SET_NAME.fullmatch(name) or name in _METRIC_PREFIXES:
+            raise ValueError(
+                f"evaluation.sets has the name {name!r}; use letters, digits, - and _, and none of "
+                f"{', '.join(_METRIC_PREFIXES)}, which begin the names of other metrics"
+            )
+    if evaluation.sets and set(settings.data.modality) != {"text"}:
+        raise ValueError(
+            f"evaluation.sets are texts, and data.modality is {settings.data.modality._asdict()}; "
+            "leave evaluation.sets empty"
+        )
+    if evaluation.patience is not None and evaluation.best_metric is None:
+        raise ValueError(
+            f"evaluation.patience={evaluation.patience} counts evaluations of "
+            "evaluation.best_metric, which is None; name a metric, such as "
+            "'validation/dense/mrr@10'"
+        )
 
 
 def _check_names(setting: str, names: Collection[str], known: Collection[str]) -> None:

@@ -19,6 +19,9 @@ __all__ = [
     "parse_value",
 ]
 
+_NAMED_BY_USERS = ("evaluation.sets",)
+"""Sections whose fields are texts under names that the user chooses."""
+
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -91,6 +94,9 @@ def override(config: ConfigDict, field: str, text: str) -> None:
             place = ".".join(parents[:depth])
             raise ValueError(f"--config.{field}={text}: {place} is a value without fields")
         if name not in section:
+            if depth == len(parents) and ".".join(parents) in _NAMED_BY_USERS:
+                section[name] = text
+                return
             place = ".".join(parents[:depth]) or "a config"
             raise ValueError(
                 f"--config.{field}={text}: there is no such field as {name}"

@@ -143,6 +143,11 @@ _UNREAD = (
         "'hybrid' among evaluation.methods reads it",
     ),
     _Unread(
+        ("evaluation.min_delta",),
+        lambda s: s.evaluation.patience is None,
+        "evaluation.patience reads it",
+    ),
+    _Unread(
         ("run.parameter_rules",),
         lambda s: s.run.mesh.get("fsdp", 1) == 1,
         "run.mesh.fsdp above 1 reads it",

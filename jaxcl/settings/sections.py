@@ -303,11 +303,15 @@ class OptimizerSettings(NamedTuple):
 
 
 class EvaluationSettings(NamedTuple):
-    """How held-out splits are ranked."""
+    """How held-out splits are ranked, more evaluation sets, the best checkpoint, early stopping."""
 
     methods: tuple[str, ...] = ("bm25", "dense", "hybrid")
     rrf_k: Size = 10
     batch_size: Size = 1_024
+    sets: Mapping[str, str] = {}
+    best_metric: str | None = None
+    patience: Size | None = None
+    min_delta: Annotated[float, Range(least=0)] = 0.0
 
 
 class RunSettings(NamedTuple):

@@ -13,6 +13,7 @@ class Lengths:
 
     kind = "lengths"
     fingerprint = "0"
+    metrics = ("length",)
     description = "two texts"
 
     def evaluate(self, encode):

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from jaxcl.run.best import Best, Stopping, best_step, kept_steps, recorded_best, updated
+from jaxcl.run.best import Best, Selection, best_step, kept_steps, recorded_best, updated
 from jaxcl.run.checkpoint_record import CheckpointError
 
 METRIC = "stsb/spearman"
@@ -54,11 +54,11 @@ def test_small_increases_add_up_to_an_improvement():
 
 @pytest.mark.parametrize(("patience", "stops"), [(1, True), (2, True), (3, False), (None, False)])
 def test_a_run_stops_after_as_many_evaluations_without_improvement(patience, stops):
-    assert Stopping(patience).stops(summary(0.3, 0.2, 0.1)) is stops
+    assert Selection(METRIC, patience).stops(summary(0.3, 0.2, 0.1)) is stops
 
 
 def test_a_run_without_a_metric_never_stops():
-    assert not Stopping(1).stops(None)
+    assert not Selection(None).stops(None)
 
 
 def test_an_improvement_starts_the_wait_again():
@@ -66,7 +66,7 @@ def test_an_improvement_starts_the_wait_again():
     best = Best(METRIC)
     for step, value in enumerate([0.1, 0.0, 0.2, 0.1, 0.1, 0.1]):
         best = updated(best, step, value)
-        if Stopping(2).stops(best):
+        if Selection(METRIC, 2).stops(best):
             steps.append(step)
     assert steps == [4, 5]
 
@@ -106,3 +106,32 @@ def test_the_newest_and_the_best_of_each_of_them_stay():
 def test_a_best_step_that_is_gone_is_not_kept():
     assert kept_steps([40, 50], newest=2, best_of={50: 10}) == {40, 50}
     assert kept_steps([40, 50], newest=2, best_of={40: None}) == {40, 50}
+
+
+def test_a_run_resumes_with_the_recorded_summary():
+    best = summary(0.3, 0.2)
+    record = {"best": best._asdict()}
+    assert Selection(METRIC).resumed(record, present=[10, 20]) == best
+    assert Selection(METRIC).resumed({}, present=[]) == Best(METRIC)
+    assert Selection(None).resumed(record, present=[10, 20]) is None
+
+
+def test_another_metric_begins_a_new_summary():
+    record = {"best": summary(0.3, 0.2)._asdict()}
+    assert Selection("other").resumed(record, present=[10, 20]) == Best("other")
+
+
+def test_a_lost_best_checkpoint_is_replaced_while_the_wait_goes_on():
+    record = {"best": summary(0.3, 0.2)._asdict()}
+    resumed = Selection(METRIC).resumed(record, present=[20])
+    assert resumed == Best(METRIC, None, None, 0.3, 1)
+    assert updated(resumed, 30, 0.1) == Best(METRIC, 30, 0.1, 0.3, 2)
+
+
+def test_a_selection_reads_its_own_metric_to_the_last_bit():
+    selection = Selection(METRIC, min_delta=0.05)
+    best = selection.after(Best(METRIC), 10, {METRIC: 0.1 + 0.2, "other": 1.0})
+    assert best == Best(METRIC, 10, 0.1 + 0.2, 0.1 + 0.2, 0)
+    assert selection.after(best, 20, {METRIC: 0.34}).waited == 1
+    assert selection.after(best, 20, {METRIC: math.nan}).waited == 1
+    assert Selection().after(None, 10, {"other": 1.0}) is None

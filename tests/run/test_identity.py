@@ -35,6 +35,8 @@ def changed(before: Settings, after: Settings, *, saved_step: int | None = 50) -
         {"run": {"log_every": 3, "mesh": {"data": 2}, "data_dir": "elsewhere"}},
         {"evaluation": {"methods": ("dense",)}},
         {"evaluation": {"rrf_k": 60}},
+        {"evaluation": {"sets": {"dev": "sts-dev.csv"}}},
+        {"evaluation": {"best_metric": "dev/spearman", "patience": 3, "min_delta": 0.01}},
     ],
 )
 def test_cadences_devices_and_rankings_are_not_part_of_a_run(section):
@@ -104,6 +106,11 @@ def test_processes_compare_settings_cadences_flags_and_versions_but_no_folders()
     for name in ("seed", "steps", "run.checkpoint_every", "jax_enable_x64", "jax", "python"):
         assert name in report
     assert report == process_report(settings(run={"data_dir": "mounted/elsewhere"}))
+    metric = {"best_metric": "validation/dense/mrr@10"}
+    for changes in (metric, metric | {"patience": 3}, {"sets": {"dev": "sts-dev.csv"}}):
+        assert report != process_report(settings(evaluation=changes))
+    named = [process_report(settings(evaluation={"sets": {"dev": path}})) for path in "ab"]
+    assert named[0] == named[1]  # hosts may mount a set at different paths
     with jax.enable_x64(True):
         assert report != process_report(settings())
 

@@ -100,6 +100,19 @@ def test_a_wrong_field_or_value_is_named_and_changes_nothing(config, field, text
     assert config.copy_and_resolve_references() == before
 
 
+def test_evaluation_sets_are_named_on_the_command_line():
+    config = load_config("code_search:smoke")
+    override(config, "evaluation.sets.dev", "sts-dev.csv")
+    override(config, "evaluation.sets.dev", "other.csv")
+    override(config, "evaluation.sets.nano", "nano")
+    assert config.evaluation.sets.to_dict() == {"dev": "other.csv", "nano": "nano"}
+    for field in ("evaluation.sets.nano.deeper", "evaluation.set.dev", "loss.sets.dev"):
+        with pytest.raises(ValueError, match=f"--config.{field}=x: "):
+            override(config, field, "x")
+    with pytest.raises(ValueError, match="there is no such field as evaluation"):
+        override(ConfigDict({"steps": 3}), "evaluation.sets.dev", "x")
+
+
 def test_a_value_may_be_of_another_type():
     assert parse_value("{'data': 3}", dict) == {"data": 3}
     with pytest.raises(ValueError, match="give a dict"):

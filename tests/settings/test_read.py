@@ -14,10 +14,11 @@ from jaxcl.configs import base, code_search
 from jaxcl.losses import LOSSES, infonce_loss
 from jaxcl.models import ENCODERS
 from jaxcl.models.augmentations import AUGMENTATIONS
+from jaxcl.settings.checks import _check_sets
 from jaxcl.settings.effects import _UNREAD, check_effects
 from jaxcl.settings.parts import OPTIMIZERS
 from jaxcl.settings.read import as_dict, read_settings
-from jaxcl.settings.sections import Parts, Settings, unresolved
+from jaxcl.settings.sections import Parts, Settings, SideModalities, unresolved
 from jaxcl.typing import Range
 
 LIMITS = (-1, 0, 2**31, 2**70, 1e300, -math.inf, math.inf, math.nan)
@@ -188,3 +189,30 @@ def test_nothing_is_imported_of_a_package_that_is_not_trusted(tmp_path, monkeypa
     with pytest.raises(AssertionError, match="imported"):  # which shows that it can be
         read_settings({"model": {"name": "untrusted:encoder"}}, trust=("untrusted",))
     assert read_settings({"model": {"name": "jaxcl.models:StaticEncoder"}}, trust=("jaxcl",))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a b", "validation", "time", "ä"])
+def test_a_set_cannot_have_the_name_of_other_metrics(name):
+    with pytest.raises(ValueError, match=re.escape(f"evaluation.sets has the name {name!r}")):
+        read_settings({"evaluation": {"sets": {name: "sts-dev.csv"}}})
+    assert read_settings({"evaluation": {"sets": {"sts_dev-2": "a"}}}).evaluation.sets
+
+
+def test_sets_of_texts_need_a_model_of_texts():
+    settings = read_settings({"evaluation": {"sets": {"dev": "sts-dev.csv"}}})
+    images = settings.data._replace(modality=SideModalities("text", "image"))
+    with pytest.raises(ValueError, match=r"'key': 'image'.*leave evaluation\.sets empty"):
+        _check_sets(settings._replace(data=images))
+
+
+def test_patience_needs_a_metric_and_min_delta_needs_patience():
+    with pytest.raises(ValueError, match=r"evaluation\.patience=3 counts evaluations of .* None"):
+        read_settings({"evaluation": {"patience": 3}})
+    evaluation = {"best_metric": "dev/spearman", "patience": 3, "min_delta": 0.01}
+    changed = [f"evaluation.{name}" for name in evaluation]
+    read_settings({"evaluation": evaluation}, changed=changed)
+    del evaluation["patience"]
+    with pytest.raises(
+        ValueError, match=r"evaluation\.min_delta has no effect here: evaluation\.pat"
+    ):
+        read_settings({"evaluation": evaluation}, changed=changed)

@@ -1,0 +1,132 @@
+"""The evaluation sets that a run scores while it trains, and the metrics that may select its best
+checkpoint.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from jaxcl.data.prepare import RunData
+from jaxcl.evaluation.held_out import quick_metric_names
+from jaxcl.evaluation.protocol import EvaluationSet
+from jaxcl.evaluation.sets import open_set
+from jaxcl.host.paths import as_path
+from jaxcl.host.processes import together
+from jaxcl.run.encoder import Encoder
+from jaxcl.settings.section_reader import did_you_mean
+from jaxcl.settings.sections import Settings
+
+__all__ = ["TrainingSets", "check_best_metric", "open_sets", "sets_table"]
+
+
+class TrainingSets:
+    """The evaluation sets of a run.
+
+    Args:
+      sets: name -> set.
+
+    Attributes:
+      fingerprints: name -> the fingerprint of the set.
+      metrics: the names of the values that are better when they are higher, as in `scores`.
+      descriptions: a line for each set, on how it was read and its sizes.
+    """
+
+    def __init__(self, sets: Mapping[str, EvaluationSet]):
+        self._sets = dict(sets)
+        self._latest: tuple[int, dict[str, dict[str, float]]] | None = None
+        self.fingerprints = {name: one.fingerprint for name, one in sets.items()}
+        self.descriptions = [f"{name}: {one.description}" for name, one in sets.items()]
+        self.metrics = [f"{name}/{metric}" for name, one in sets.items() for metric in one.metrics]
+
+    def check_unchanged(self, record: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` if a set differs from the one that a checkpoint's record names."""
+        recorded = record.get("sets", {})
+        for name, fingerprint in self.fingerprints.items():
+            if recorded.get(name, fingerprint) != fingerprint:
+                raise ValueError(
+                    f"the evaluation set {name} has changed since step {record.get('step')} of "
+                    "this run, so that its earlier metrics cannot be compared with new ones; "
+                    "restore it, or give it another name in evaluation.sets"
+                )
+
+    def scores(self, step: int, encoder: Encoder) -> dict[str, float]:
+        """Evaluate the model of a step on every set; every process must call this.
+
+        Returns:
+          `NAME/metric` -> value, and `NAME/size` -> each size that values of the set depend on.
+        """
+        return {
+            f"{name}/{metric}": value
+            for name, values in self._values(step, encoder).items()
+            for metric, value in values.items()
+        }
+
+    def summary(self, step: int, encoder: Encoder) -> dict[str, dict[str, Any]]:
+        """The same by set, with its kind and fingerprint."""
+        return {
+            name: {
+                "kind": self._sets[name].kind,
+                "fingerprint": self.fingerprints[name],
+                "metrics": values,
+            }
+            for name, values in self._values(step, encoder).items()
+        }
+
+    def _values(self, step: int, encoder: Encoder) -> dict[str, dict[str, float]]:
+        # The last step is evaluated in the loop and after it; a large corpus takes long to encode.
+        if self._latest is None or self._latest[0] != step:
+            self._latest = (
+                step,
+                {name: _values(name, one, encoder) for name, one in self._sets.items()},
+            )
+        return self._latest[1]
+
+
+def _values(name: str, opened: EvaluationSet, encoder: Encoder) -> dict[str, float]:
+    try:
+        return dict(opened.evaluate(encoder.encode))
+    except ValueError as error:
+        raise ValueError(f"the evaluation set {name} cannot be evaluated: {error}") from error
+
+
+def open_sets(settings: Settings) -> TrainingSets:
+    """Open and check the sets that `evaluation.sets` names.
+
+    Raises:
+      ValueError: if a path is no evaluation set, with the name of the set.
+    """
+    return TrainingSets(together(functools.partial(_opened, settings.evaluation.sets)))
+
+
+def _opened(paths: Mapping[str, str]) -> dict[str, EvaluationSet]:
+    sets = {}
+    for name, path in paths.items():
+        try:
+            sets[name] = open_set(as_path(path))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"evaluation.sets.{name}={path}: {error}") from error
+    return sets
+
+
+def check_best_metric(settings: Settings, sets: TrainingSets, data: RunData) -> None:
+    """Raise a `ValueError` if the evaluations of a run will not have `evaluation.best_metric`."""
+    metric = settings.evaluation.best_metric
+    known = [*quick_metric_names(data), *sets.metrics]
+    if metric is not None and metric not in known:
+        listed = ", ".join(known) or "none: add a validation split or evaluation.sets"
+        raise ValueError(
+            f"evaluation.best_metric={metric!r} is unknown{did_you_mean(metric, known)}; the "
+            f"metrics of this run are {listed}"
+        )
+
+
+def sets_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A table of what `TrainingSets.summary` returns."""
+    table = Table("evaluation set", "kind", "metric", "value")
+    for name, summary in summaries.items():
+        for metric, value in summary["metrics"].items():
+            text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            table.add_row(name, summary["kind"], metric, text)
+    return table
