@@ -151,13 +151,13 @@ def train(
         sets.check_unchanged(saved or {})
         keep = settings.run.keep_checkpoints
         with Checkpoints(workdir / CHECKPOINTS, keep=keep) as checkpoints:
-            rows = _training_rows(data)
+            row_facts = _training_rows(data)
             restored = checkpoints.restore_latest(
-                training.abstract_state(*rows),
+                training.abstract_state(*row_facts),
                 check=functools.partial(check_saved_settings, workdir, settings),
             )
             if restored is None:
-                state = with_initial_towers(settings, training.init(*rows))
+                state = with_initial_towers(settings, training.init(*row_facts))
             else:
                 state = restored.state
             record = restored.record if restored else {}
