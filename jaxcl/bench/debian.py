@@ -180,7 +180,10 @@ def _apt_lists(folder: Path) -> tuple[str, str]:
     """The content of the lists of packages, and of their long descriptions in English."""
     for part in ("lists/partial", "cache/archives/partial"):
         (folder / part).mkdir(parents=True)
-    options = {"Dir::State::lists": folder / "lists", "Dir::Cache": folder / "cache"}
+    options: dict[str, Path | str] = {
+        "Dir::State::lists": folder / "lists",
+        "Dir::Cache": folder / "cache",
+    }
     # Images of containers leave out the long descriptions, which are in the translations.
     options["Acquire::Languages"] = "en"
     flags = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]

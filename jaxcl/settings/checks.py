@@ -1,14 +1,14 @@
 """The checks that look at several settings at once, in the order of the config's sections."""
 
-import re
-from collections.abc import Collection
-
 import jax.numpy as jnp
 
 from jaxcl.assignment import random_to_hard
 from jaxcl.losses import ExplicitNegatives, OwnNegatives, SharedNegatives
 from jaxcl.negatives.tiers import TierBudgets
+from jaxcl.settings.check_data import check_data
+from jaxcl.settings.check_evaluation import check_evaluation_settings
 from jaxcl.settings.check_model import check_model
+from jaxcl.settings.check_names import check_names
 from jaxcl.settings.derived import (
     ASSIGNMENTS,
     BANKS,
@@ -21,25 +21,16 @@ from jaxcl.settings.derived import (
     sources_by,
 )
 from jaxcl.settings.parts import is_function_name
-from jaxcl.settings.sections import DataSet, DataSettings, FileSettings, Settings, unresolved
-from jaxcl.typing import SIDES
+from jaxcl.settings.sections import Settings, unresolved
 
 __all__ = ["check_settings"]
 
 _APART = ("text", "group")
-_BAD_ROWS = ("error", "skip")
-_FIRST = "first"
-_METHODS = ("bm25", "dense", "hybrid")
-_METRIC_PREFIXES = (
-    *("assignment", "bank", "machine", "mined", "negatives", "test", "time", "train"),
-    "validation",
-)
-_SET_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def check_settings(settings: Settings) -> None:
     """Raise a `ValueError` for settings that cannot go together."""
-    _check_data(settings.data)
+    check_data(settings.data)
     check_model(settings)
     _check_loss(settings)
     _check_bank(settings)
@@ -49,86 +40,12 @@ def check_settings(settings: Settings) -> None:
     _check_assignment(settings)
     _check_gcbs(settings)
     _check_grad_cache(settings)
-    _check_methods(settings.evaluation.methods)
-    _check_sets(settings)
-
-
-def _check_data(data: DataSettings) -> None:
-    if data.negatives is not None and data.negatives_per_row:
-        raise ValueError(
-            f"data.negatives_per_row={data.negatives_per_row} counts texts that rows bring, and "
-            f"data.negatives={data.negatives} gives each row other negatives; leave one None"
-        )
-    _check_files("data.files", data.files)
-    for name, data_set in data.concatenated.items():
-        _check_concatenated(f"data.concatenated.{name}", name, data_set, data)
-
-
-def _check_files(where: str, files: FileSettings) -> None:
-    if files.bad_rows not in _BAD_ROWS:
-        raise ValueError(
-            f"{where}.bad_rows={files.bad_rows!r} is unknown; use {' or '.join(_BAD_ROWS)}"
-        )
-    if files.label_field is not None and files.min_label is None:
-        raise ValueError(
-            f"{where}.label_field={files.label_field!r} is read with {where}.min_label, the least "
-            "label of the rows to train on; set it"
-        )
-
-
-def _check_concatenated(where: str, name: str, data_set: DataSet, data: DataSettings) -> None:
-    if name == _FIRST:
-        raise ValueError(f"{where}: {_FIRST!r} is what data.name is called; choose another name")
-    if not data_set.name or not data_set.splits:
-        raise ValueError(
-            f"{where} needs a name, of a data set or its folder, and splits, role -> split, such "
-            "as {'train': 'train'}"
-        )
-    _check_files(f"{where}.files", data_set.files)
-    if data_set.name == "code_pairs":
-        raise ValueError(
-            f"{where}.name='code_pairs' is made for data.name alone; give the folder of prepared "
-            "ones, as some run's data.json names it"
-        )
-    if (data_set.group_field is None) != (data.group_field is None):
-        raise ValueError(
-            f"{where}.group_field={data_set.group_field!r}, but data.group_field="
-            f"{data.group_field!r}: rows without a group would all be of one; give both one, "
-            "or neither"
-        )
-    for side in SIDES:
-        _check_prompt(f"{where}.prompts.{side}", getattr(data_set.prompts, side), data, side)
-    for role in data_set.splits:
-        if role not in data.splits:
-            raise ValueError(
-                f"{where}.splits has {role!r}; data.splits has {', '.join(data.splits)}, which "
-                "rows can follow"
-            )
-        missing = set(data.metadata_fields) - set(data_set.metadata_fields)
-        if role != "train" and missing:
-            raise ValueError(
-                f"{where}.metadata_fields lacks {sorted(missing)}, which the evaluation of "
-                f"{role!r} may read; give them, or leave {role!r} out of its splits"
-            )
-
-
-def _check_prompt(setting: str, prompt: str | None, data: DataSettings, side: str) -> None:
-    modality = getattr(data.modality, side)
-    if prompt is not None and modality != "text":
-        raise ValueError(
-            f"{setting}={prompt!r} has no effect: data.modality.{side}={modality!r}, and only "
-            "texts have prompts; leave it out"
-        )
-    if prompt in SIDES:
-        raise ValueError(
-            f"{setting}={prompt!r} is what the run's own prompt is called; write the prompt out, "
-            f"such as {prompt + ': '!r}"
-        )
+    check_evaluation_settings(settings)
 
 
 def _check_loss(settings: Settings) -> None:
     loss, data = settings.loss, settings.data
-    _check_names("loss.masks", loss.masks, MASKS)
+    check_names("loss.masks", loss.masks, MASKS)
     if "group" in loss.masks and data.group_field is None:
         raise ValueError(
             "loss.masks names 'group', but data.group_field is None: all rows would be of one "
@@ -357,7 +274,7 @@ def _check_gcbs(settings: Settings) -> None:
             "assignment.gcbs.embeddings='bank' reads a slot for each training row; set "
             "negatives.bank.kind='instance'"
         )
-    _check_names("assignment.gcbs.apart", options.apart, _APART)
+    check_names("assignment.gcbs.apart", options.apart, _APART)
     if "group" in options.apart and settings.data.group_field is None:
         raise ValueError("assignment.gcbs.apart names 'group', but data.group_field is None")
     try:
@@ -379,38 +296,4 @@ def _check_grad_cache(settings: Settings) -> None:
         raise ValueError(
             f"grad_cache.chunk_size={size} and grad_cache.chunk_tokens={tokens} are both given; "
             "leave one out"
-        )
-
-
-def _check_methods(methods: Collection[str]) -> None:
-    _check_names("evaluation.methods", methods, _METHODS)
-    if not methods:
-        raise ValueError(f"evaluation.methods=(); name one or more of {', '.join(_METHODS)}")
-
-
-def _check_sets(settings: Settings) -> None:
-    evaluation = settings.evaluation
-    for name in evaluation.sets:
-        if not _SET_NAME.fullmatch(name) or name in _METRIC_PREFIXES:
-            raise ValueError(
-                f"evaluation.sets has the name {name!r}; use letters, digits, - and _, and none of "
-                f"{', '.join(_METRIC_PREFIXES)}, which begin the names of other metrics"
-            )
-    if evaluation.sets and set(settings.data.modality) != {"text"}:
-        raise ValueError(
-            f"evaluation.sets are texts, and data.modality is {settings.data.modality._asdict()}; "
-            "leave evaluation.sets empty"
-        )
-    if evaluation.patience is not None and evaluation.best_metric is None:
-        raise ValueError(
-            f"evaluation.patience={evaluation.patience} counts evaluations of "
-            "evaluation.best_metric, which is None; name a metric, such as "
-            "'validation/dense/mrr@10'"
-        )
-
-
-def _check_names(setting: str, names: Collection[str], known: Collection[str]) -> None:
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(
-            f"{setting} names {', '.join(map(repr, unknown))}; use some of {', '.join(known)}"
         )

@@ -14,7 +14,7 @@ from jaxcl.configs import base, code_search
 from jaxcl.losses import LOSSES, infonce_loss
 from jaxcl.models import ENCODERS
 from jaxcl.models.augmentations import AUGMENTATIONS
-from jaxcl.settings.checks import _check_sets
+from jaxcl.settings.check_evaluation import _check_sets
 from jaxcl.settings.effects import _UNREAD, check_effects
 from jaxcl.settings.parts import OPTIMIZERS
 from jaxcl.settings.read import as_dict, read_settings

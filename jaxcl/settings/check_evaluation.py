@@ -1,0 +1,45 @@
+"""The checks of the evaluation settings."""
+
+import re
+
+from jaxcl.settings.check_names import check_names
+from jaxcl.settings.sections import Settings
+
+__all__ = ["check_evaluation_settings"]
+
+_METHODS = ("bm25", "dense", "hybrid")
+_METRIC_PREFIXES = (
+    *("assignment", "bank", "machine", "mined", "negatives", "test", "time", "train"),
+    "validation",
+)
+_SET_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def check_evaluation_settings(settings: Settings) -> None:
+    """Raise a `ValueError` for unknown methods, or evaluation sets that cannot be used."""
+    methods = settings.evaluation.methods
+    check_names("evaluation.methods", methods, _METHODS)
+    if not methods:
+        raise ValueError(f"evaluation.methods=(); name one or more of {', '.join(_METHODS)}")
+    _check_sets(settings)
+
+
+def _check_sets(settings: Settings) -> None:
+    evaluation = settings.evaluation
+    for name in evaluation.sets:
+        if not _SET_NAME.fullmatch(name) or name in _METRIC_PREFIXES:
+            raise ValueError(
+                f"evaluation.sets has the name {name!r}; use letters, digits, - and _, and none of "
+                f"{', '.join(_METRIC_PREFIXES)}, which begin the names of other metrics"
+            )
+    if evaluation.sets and set(settings.data.modality) != {"text"}:
+        raise ValueError(
+            f"evaluation.sets are texts, and data.modality is {settings.data.modality._asdict()}; "
+            "leave evaluation.sets empty"
+        )
+    if evaluation.patience is not None and evaluation.best_metric is None:
+        raise ValueError(
+            f"evaluation.patience={evaluation.patience} counts evaluations of "
+            "evaluation.best_metric, which is None; name a metric, such as "
+            "'validation/dense/mrr@10'"
+        )
