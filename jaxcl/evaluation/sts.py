@@ -1,5 +1,9 @@
 """Semantic textual similarity: do the similarities of a model agree with people's scores?
 
+Both texts are embedded as queries, with the prompt of queries, unless the names of the fields say
+that the second text is a document. The evaluators of sentence-transformers use the default prompt
+instead, so that figures of a model with a prompt for queries differ.
+
 When not to trust it: scores say how similar two sentences are on average over annotators, and a
 model that ranks them well need not be good at retrieval. Correlations of sets with different ranges
 of scores cannot be compared. Intervals cover the choice of pairs, as if these were independent;

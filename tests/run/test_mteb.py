@@ -179,6 +179,20 @@ def test_pair_classification_has_the_figures_of_jaxcl(models, tmp_path, name):
         )
 
 
+@pytest.mark.parametrize("task", [LocalRetrieval, LocalSts, LocalClassification])
+def test_prompts_of_tasks_are_those_of_sentence_transformers(tmp_path, task):
+    texts = {"query": "query : ", "document": "key 7 : ", "Retrieval-document": "read 2 3 : "}
+    texts |= {"STS": "file 1 ", "PairClassification": "29 "}
+    folder = write_tiny_bert(tmp_path / "bert", library={"prompts": texts})
+    library = pytest.importorskip("sentence_transformers")
+    model = library.SentenceTransformer(str(folder), device="cpu")
+    theirs, ours = scores_of(model, task()), scores_of(jaxcl.load(folder), task())
+    without = scores_of(jaxcl.load(write_tiny_bert(tmp_path / "without")), task())
+    name = task.metadata.main_score
+    assert ours[name] == pytest.approx(theirs[name], abs=2e-5)
+    assert ours[name] != pytest.approx(without[name], abs=1e-3)
+
+
 def test_the_description_changes_with_the_model(models):
     metas = [model.mteb_model_meta for model in models.values()]
     assert [meta.name for meta in metas] == [f"jaxcl/{name}" for name in models]
