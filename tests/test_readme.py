@@ -79,6 +79,24 @@ def test_batches_are_chosen_of_two_arrays():
     assert {frozenset(block) for block in found["rows"][:512].reshape(-1, 256).tolist()} == blocks
 
 
+def test_hard_negatives_of_two_arrays_are_mined():
+    queries, keys = (np.asarray(unit_vectors(seed, 40, 8, dtype="float32")) for seed in (0, 1))
+    found = {"queries": queries, "keys": keys, "positives": [[row, 0] for row in range(40)]}
+    exec(snippet("Mine hard negatives", file="jaxcl/negatives/README.md"), found)
+    assert len(found["triplets"]) > 40
+    scores = queries @ keys.T
+    for query, positive, key in found["triplets"]:
+        assert positive == query
+        lowest = min(scores[query, query], scores[query, 0])
+        assert scores[query, key] <= lowest - 0.05 * abs(lowest) + 1e-6
+
+
+def test_the_table_of_negatives_names_every_module():
+    modules = (ROOT / "jaxcl" / "negatives").glob("[!_]*.py")
+    table = (ROOT / "jaxcl/negatives/README.md").read_text().split("\n\n")[2]
+    assert set(re.findall(r"`(\w+\.py)`", table)) == {module.name for module in modules}
+
+
 def test_every_benchmark_is_in_the_table_of_benchmarks():
     assert first_column("jaxcl/bench/README.md", "name") == list(BENCHMARKS)
 

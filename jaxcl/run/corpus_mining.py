@@ -51,6 +51,10 @@ from jaxcl.typing import Float
 __all__ = ["MinedFiles", "mine_corpus"]
 
 _WRITTEN_ROWS = 1_000
+_BLOCK_TEXTS = {"cpu": 512}
+_ACCELERATOR_TEXTS = 16_384
+"""Texts of a block, after which their vectors are on the disk. Large blocks waste less on padding;
+a CPU needs minutes for a few hundred long texts."""
 
 
 class MinedFiles(NamedTuple):
@@ -266,7 +270,8 @@ def _embedded_texts(
 
     path = cache_folder() / "mining" / f"{name}.npy"
     what = f"embedding {name.partition('-')[0]}"
-    return embed_in_blocks(path, num_texts, dim, embed, what=what)
+    block = _BLOCK_TEXTS.get(jax.default_backend(), _ACCELERATOR_TEXTS)
+    return embed_in_blocks(path, num_texts, dim, embed, what=what, block_rows=block)
 
 
 def _mined(

@@ -31,6 +31,7 @@ def embed_in_blocks(
     embed: Callable[[np.ndarray, Callable[[int], None]], Float[np.ndarray, "n d"]],
     *,
     what: str,
+    block_rows: int | None = None,
 ) -> Float[np.ndarray, "n d"]:
     """Embed rows, or map the embeddings of earlier work to memory.
 
@@ -40,15 +41,17 @@ def embed_in_blocks(
       dim: the width of the embeddings.
       embed: `(row numbers, advance) -> embeddings`.
       what: the work, for the progress bar.
+      block_rows: the number of rows after which they are on the disk, `BLOCK_ROWS` by default.
 
     Raises:
       OSError: if the disk has no room.
     """
+    step = block_rows or BLOCK_ROWS
     (blocks,) = _block_files([(path, (num_rows, dim), np.float32)])
     with progress_bar(what, num_rows) as advance:
         advance(blocks.done)
         while blocks.done < num_rows:
-            rows = np.arange(blocks.done, min(blocks.done + BLOCK_ROWS, num_rows))
+            rows = np.arange(blocks.done, min(blocks.done + step, num_rows))
             blocks.append(embed(rows, advance))
     return blocks.array
 

@@ -11,7 +11,7 @@ from jaxcl.data.splits import open_splits
 from jaxcl.host.block_file import BlockFile
 from jaxcl.mine import main
 from jaxcl.negatives import MiningRule
-from jaxcl.run import mined_blocks
+from jaxcl.run import corpus_mining, mined_blocks
 from jaxcl.run.corpus_mining import MinedFiles, mine_corpus
 from jaxcl.settings.read import read_settings
 from tests.models.pretrained.tiny import write_tiny_static
@@ -101,6 +101,7 @@ def check(lines, expected):
 @pytest.mark.parametrize("block_rows", [4096, 5])
 def test_lines_are_those_of_a_sort_by_hand(model, files, monkeypatch, block_rows):
     monkeypatch.setattr(mined_blocks, "BLOCK_ROWS", block_rows)
+    monkeypatch.setitem(corpus_mining._BLOCK_TEXTS, "cpu", block_rows)
     report = mine_corpus(model, files, rule=RULE)
     lines, expected = read(files.output), list(by_hand(model, files, RULE))
     check(lines, expected)
@@ -201,6 +202,7 @@ def test_training_reads_the_lines_as_rows(model, files, tmp_path):
 @pytest.mark.parametrize("stop_after", [4, 21, 28])
 def test_interrupted_it_resumes_and_writes_the_same(model, files, monkeypatch, stop_after):
     monkeypatch.setattr(mined_blocks, "BLOCK_ROWS", 5)
+    monkeypatch.setitem(corpus_mining._BLOCK_TEXTS, "cpu", 5)
     appended, calls = BlockFile.append, []
 
     def append(self, rows):
