@@ -4,6 +4,7 @@ A record may have `"negatives"`, a list of texts that may be empty, and `"teache
 score of its key, then one for each negative.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jaxcl.data.row_digests import NO_DIGEST, as_digests, number_digests, text_d
 from jaxcl.data.row_ranges import RowRange
 from jaxcl.data.sources import PairSource, checked_rows
 from jaxcl.data.splits import ConcatenatedPairs
-from jaxcl.typing import Float, Int, Integer
+from jaxcl.typing import SIDES, Float, Int, Integer
 
 __all__ = ["NegativeLists", "NegativeTexts", "have_negatives", "read_negative_lists"]
 
@@ -25,11 +26,12 @@ class NegativeLists(NamedTuple):
 
     Attributes:
       offsets: where each row's list begins, and one end more than there are rows.
-      numbers: all lists end to end. Equal texts share a number; numbers begin at 0, in the order in
-        which the texts appear.
+      numbers: all lists end to end. Equal texts share a number, but those of different data sets do
+        not, since their prompts may differ; numbers begin at 0, in the order in which texts appear.
       first_row: of each distinct text, the first row that has it.
       first_place: its place in that row's list.
-      query_row: the first row whose query is that text; −1 for none.
+      same_row: the first row whose key is that text; if there is none, the first whose query is;
+        −1 for none.
       scores: each row's scores end to end, its key's and then those of its negatives; NaN for a row
         without scores, `None` without any.
     """
@@ -38,7 +40,7 @@ class NegativeLists(NamedTuple):
     numbers: Int[np.ndarray, " s"]
     first_row: Int[np.ndarray, " _"]
     first_place: Int[np.ndarray, " _"]
-    query_row: Int[np.ndarray, " _"]
+    same_row: Int[np.ndarray, " _"]
     scores: Float[np.ndarray, " _"] | None
 
 
@@ -48,8 +50,7 @@ def have_negatives(source: PairSource) -> bool:
     The first record of each data set decides: its others have the field, too, or leave it out where
     they have none.
     """
-    firsts = source.first_rows if isinstance(source, ConcatenatedPairs) else np.zeros(1, np.int64)
-    return any("negatives" in record for record in source.read(firsts))
+    return any("negatives" in record for record in source.read(_first_rows(source)))
 
 
 def read_negative_lists(
@@ -67,31 +68,37 @@ def read_negative_lists(
     """
     counts = np.zeros(len(source), np.int32)
     # Two uint64 for each text, since a Python object would take several times as much.
-    queries, negatives, scores = bytearray(), bytearray(), bytearray()
+    digests = {name: bytearray() for name in ("query", "key", "negatives")}
+    scores = bytearray()
     scored = False
     for first in range(0, len(source), _CHUNK_ROWS):
         rows = np.arange(first, min(first + _CHUNK_ROWS, len(source)))
         for row, record in enumerate(source.read(rows), start=first):
             texts = _checked_texts(record.get("negatives"), row)
             counts[row] = len(texts)
-            queries += _query_digest(record["query"])
-            negatives += b"".join(map(text_digest, texts))
+            digests["negatives"] += b"".join(map(text_digest, texts))
+            for side in SIDES:
+                digests[side] += _side_digest(record[side])
             of_row = _checked_scores(record.get("teacher_scores"), row, count=1 + len(texts))
-            scored |= of_row is not None
-            missing = np.full(1 + len(texts), np.nan, np.float32)
-            scores += (missing if of_row is None else of_row).tobytes()
+            if of_row is not None and not scored:
+                scored, scores = True, bytearray(_no_scores(int(counts[:row].sum()) + row))
+            if scored:
+                scores += _no_scores(1 + len(texts)) if of_row is None else of_row.tobytes()
         advance(len(rows))
     offsets = np.append(0, np.cumsum(counts, dtype=np.int64))
-    texts_digests = as_digests(negatives)
-    numbers, firsts = number_digests(texts_digests)
-    # Not before the last row that has negatives, so that rows without any are passed over.
+    edges = offsets[[*_first_rows(source), len(source)]]
+    negatives = as_digests(digests.pop("negatives"))
+    numbers, firsts = _numbered(negatives, edges)
+    negatives = negatives[firsts]
+    # The last row that begins there, since rows without negatives begin where the next one does.
     first_row = np.searchsorted(offsets, firsts, side="right") - 1
+    of_query, of_key = (_first_equal(as_digests(digests.pop(side)), negatives) for side in SIDES)
     return NegativeLists(
         offsets=offsets,
         numbers=numbers,
         first_row=first_row,
         first_place=(firsts - offsets[first_row]).astype(np.int32),
-        query_row=_first_equal(as_digests(queries), texts_digests[firsts]),
+        same_row=np.where(of_key >= 0, of_key, of_query),
         scores=np.frombuffer(scores, np.float32) if scored else None,
     )
 
@@ -119,6 +126,16 @@ class NegativeTexts:
     def row_ranges(self) -> tuple[RowRange, ...]:
         """Empty: no row of a file is one of these."""
         return ()
+
+    @property
+    def rows(self) -> PairSource:
+        """The rows that bring them."""
+        return self._source
+
+    @property
+    def offsets(self) -> Int[np.ndarray, " _"]:
+        """For each row the number of the first text that none before it has, and their number."""
+        return np.searchsorted(self._lists.first_row, np.arange(len(self._source) + 1))
 
     def read(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """Returns `{"key": text}` per number, in the order given."""
@@ -186,11 +203,33 @@ def _as_float32(scores: Any) -> Float[np.ndarray, " _"] | None:
         return array.astype(np.float32)
 
 
-def _query_digest(query: Any) -> bytes:
+def _no_scores(count: int) -> bytes:
+    return np.full(count, np.nan, np.float32).tobytes()
+
+
+def _side_digest(value: Any) -> bytes:
     try:
-        return text_digest(query) if isinstance(query, str) else NO_DIGEST
-    except UnicodeEncodeError:  # which tokenising the queries reports
+        return text_digest(value) if isinstance(value, str) else NO_DIGEST
+    except UnicodeEncodeError:  # which tokenising the side reports
         return NO_DIGEST
+
+
+def _first_rows(source: PairSource) -> Int[np.ndarray, " _"]:
+    """The first row of each of the source's data sets."""
+    return source.first_rows if isinstance(source, ConcatenatedPairs) else np.zeros(1, np.int64)
+
+
+def _numbered(
+    digests: Integer[np.ndarray, "s 2"], edges: Int[np.ndarray, " _"]
+) -> tuple[Int[np.ndarray, " s"], Int[np.ndarray, " _"]]:
+    """`number_digests` of each data set, whose digests lie between two edges."""
+    numbers, firsts, count = [], [], 0
+    for begin, end in itertools.pairwise(edges.tolist()):
+        of_set, first = number_digests(digests[begin:end])
+        numbers.append(of_set + np.int32(count))
+        firsts.append(begin + first)
+        count += len(first)
+    return np.concatenate(numbers), np.concatenate(firsts)
 
 
 def _first_equal(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from jaxcl.data.row_labels import equal_rows
 from jaxcl.data.table import Table
 from jaxcl.typing import Int, Integer
 
@@ -15,6 +16,7 @@ NO_DIGEST = bytes(16)
 """Stands in for content without a digest; no content has it."""
 
 _CHUNK_ROWS = 4096
+_COMPARED_AT_ONCE = 1_000_000
 
 
 def text_digest(text: str) -> bytes:
@@ -66,15 +68,13 @@ def number_digests(
       >>> numbers.tolist(), firsts.tolist()
       ([0, 1, 0, 2], [0, 1, 3])
     """
-    order = np.lexsort(digests.T)
-    ordered = digests[order]
-    is_first = np.ones(len(order), bool)
-    is_first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    del ordered
-    firsts = order[is_first]  # the sort is stable, so that this is each one's first place
-    appearance = np.argsort(firsts)
-    renumbered = np.empty(len(firsts), np.int32)
-    renumbered[appearance] = np.arange(len(firsts), dtype=np.int32)
-    numbers = np.empty(len(order), np.int32)
-    numbers[order] = renumbered[np.cumsum(is_first) - 1]
-    return numbers, firsts[appearance]
+    first = np.empty(len(digests), np.int32)
+    # Equal digests are of one part; parts bound the memory of a comparison.
+    num_parts = max(len(digests) // _COMPARED_AT_ONCE, 1)
+    for part in range(num_parts):
+        places = np.flatnonzero(digests[:, 0] % num_parts == part).astype(np.int32)
+        first[places] = places[equal_rows(digests[places])]
+    firsts = np.flatnonzero(first == np.arange(len(first), dtype=np.int32))
+    renumbered = np.empty(len(first), np.int32)
+    renumbered[firsts] = np.arange(len(firsts), dtype=np.int32)
+    return renumbered[first], firsts

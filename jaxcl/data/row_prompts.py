@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxcl.data.negative_lists import NegativeTexts
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import ConcatenatedPairs
 from jaxcl.settings.derived import data_sets_of
@@ -70,8 +71,12 @@ def row_prompts(data: DataSettings, role: str, source: PairSource) -> RowPrompts
     Args:
       data: the run's settings.
       role: the split's role, such as `"train"`.
-      source: the rows of that split, as `open_splits` returns them.
+      source: the rows of that split, as `open_splits` returns them, or the negatives of the
+        training rows.
     """
+    if isinstance(source, NegativeTexts):
+        of_rows = row_prompts(data, "train", source.rows)
+        return of_rows and of_rows.spread(source.offsets)
     data_sets = data_sets_of(data, role)
     prompts = {
         side: tuple(prompt_of(data, one.prompts, side) for one in data_sets.values())

@@ -37,7 +37,7 @@ from jaxcl.data.row_checks import checked_int32
 from jaxcl.data.row_digests import input_digests, number_digests
 from jaxcl.data.row_negatives import explicit_columns
 from jaxcl.data.sources import PairSource
-from jaxcl.data.table import Table
+from jaxcl.data.table import Table, label_column
 from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar
 from jaxcl.settings.sections import DataSettings
@@ -203,7 +203,7 @@ def _columns(
             return {"offsets": lists.offsets}
         texts = _open_texts(data, source, lists, data_dir=data_dir, workdir=workdir)
         labels = _labels(lists, texts, table)
-        own = np.repeat(table.labels(np.arange(len(source)))["text"], np.diff(lists.offsets))
+        own = np.repeat(label_column(table, "text"), np.diff(lists.offsets))
         num_own = (labels["text"][lists.numbers] == own).sum()
         return columns | labels | {"num_own": np.array([num_own])}
 
@@ -232,15 +232,15 @@ def _open_texts(
 def _labels(lists: NegativeLists, texts: Table, table: Table) -> dict[str, Int[np.ndarray, " _"]]:
     """The labels of the distinct negatives, among those of the training rows.
 
-    Keys are compared as inputs of the encoder, as `Table.labels` compares the rows; queries, which
-    may have another prompt and length, as texts.
+    Keys are compared as inputs of the encoder, as `Table.labels` compares the rows. Queries, and
+    keys of other data sets, may have another prompt or length, so they are compared as texts.
     """
     with progress_bar("comparing negatives with keys", table.num_rows + texts.num_rows) as advance:
         digests = [input_digests(one, "key", advance=advance) for one in (table, texts)]
     numbers, firsts = number_digests(np.concatenate(digests))
     first = firsts[numbers[table.num_rows :]]
-    of_row = table.labels(np.arange(table.num_rows))
-    row = np.where(first < table.num_rows, first, lists.query_row)
+    of_row = {name: label_column(table, name) for name in _LABELS}
+    row = np.where(first < table.num_rows, first, lists.same_row)
     fresh = int(of_row["text"].max()) + 1 + first - table.num_rows
     groups = np.unique(of_row["group"])
     [unused, *_] = np.setdiff1d(np.arange(len(groups) + 1), groups)

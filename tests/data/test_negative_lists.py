@@ -41,10 +41,20 @@ def test_the_distinct_texts_are_a_source_of_keys():
     assert texts.fingerprint != NegativeTexts(others, read_negative_lists(others)).fingerprint
 
 
-def test_a_negative_that_is_a_query_names_the_first_row_with_that_query():
+def test_a_negative_that_is_a_key_or_a_query_names_the_first_such_row():
     queries = ["cat", "fox", "dog", "fox", "cow"]
-    lists = read_negative_lists(pairs(queries=queries))
-    assert lists.query_row.tolist() == [-1, 1, 0, -1]  # wolf, fox, cat, bear
+    assert read_negative_lists(pairs(queries=queries)).same_row.tolist() == [
+        *(-1, 1, 0, -1)  # wolf, fox, cat, bear
+    ]
+    keys = ["x", "y", "bear", "cat", "bear"]  # a key goes before a query
+    source = InMemoryPairs(queries, keys, metadata={"negatives": NEGATIVES})
+    assert read_negative_lists(source).same_row.tolist() == [-1, 1, 3, 2]
+
+
+def test_data_sets_share_no_number():
+    lists = read_negative_lists(ConcatenatedPairs([pairs([["x", "y"]]), pairs([["y"], ["x"]])]))
+    assert lists.numbers.tolist() == [0, 1, 2, 3]
+    assert lists.first_row.tolist() == [0, 0, 1, 2]
 
 
 def test_scores_are_those_of_the_key_and_of_each_negative():
@@ -57,6 +67,8 @@ def test_a_row_without_scores_has_no_numbers():
     scores = [None, *SCORES[1:]]
     found = read_negative_lists(pairs(scores=scores)).scores
     assert np.isnan(found).tolist() == [True] * 3 + [False] * 8
+    found = read_negative_lists(pairs(scores=[*SCORES[:2], None, *SCORES[3:]])).scores
+    assert np.isnan(found).tolist() == [False] * 4 + [True] * 4 + [False] * 3
 
 
 def test_many_rows_are_read_in_parts():
@@ -77,7 +89,7 @@ def test_many_rows_are_read_in_parts():
 def test_rows_without_negatives_give_empty_lists():
     lists = read_negative_lists(pairs([[], None]))
     assert lists.offsets.tolist() == [0, 0, 0]
-    assert lists.numbers.size == lists.first_row.size == lists.query_row.size == 0
+    assert lists.numbers.size == lists.first_row.size == lists.same_row.size == 0
 
 
 def test_the_first_record_of_each_data_set_says_whether_it_has_negatives():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jaxcl.data import row_digests
 from jaxcl.data.row_digests import (
     as_digests,
     input_digests,
@@ -34,7 +35,9 @@ def test_inputs_have_equal_digests_if_all_their_arrays_are_equal():
 
 
 @pytest.mark.parametrize("size", [1, 2, 1_000])
-def test_numbers_equal_those_of_a_dictionary(size):
+@pytest.mark.parametrize("at_once", [1_000_000, 100])
+def test_numbers_equal_those_of_a_dictionary(size, at_once, monkeypatch):
+    monkeypatch.setattr(row_digests, "_COMPARED_AT_ONCE", at_once)
     texts = [f"text {number}" for number in np.random.default_rng(size).integers(0, 300, size)]
     places = {}
     wanted = [places.setdefault(text, len(places)) for text in texts]

@@ -1,6 +1,7 @@
 """Negatives that rows bring as texts: batches, labels, the cached folder, and settings."""
 
 import itertools
+import json
 
 import jax
 import numpy as np
@@ -55,7 +56,7 @@ def opened(tmp_path):
             data_dir=tmp_path / "data",
             workdir=workdir,
             scored=scored,
-            open_source=lambda role: source,
+            open_source=source and (lambda role: source),
         )
 
     return run_data
@@ -207,6 +208,34 @@ def test_concatenated_data_sets_may_have_negatives_or_none(opened):
     assert data.negatives.counts.tolist() == [0] * 5 + [len(texts) for texts in NEGATIVES]
     columns = data.negatives.columns(data.tables["train"], np.array([1, 7]))
     assert texts_of(data, columns) == [[], NEGATIVES[2]]
+
+
+def test_negatives_have_the_prompt_of_their_data_set(opened, tmp_path):
+    records = [
+        {"query": query, "key": key, "negatives": negatives}
+        for query, key, negatives in zip(QUERIES, KEYS, NEGATIVES, strict=True)
+    ]
+    for name in ("first", "wiki"):
+        lines = [json.dumps(record) for record in records]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    wiki = {"name": str(tmp_path / "wiki.jsonl"), "splits": {"train": "train"}}
+    data = opened(
+        None,
+        name=str(tmp_path / "first.jsonl"),
+        concatenated={"wiki": wiki | {"prompts": {"key": "wiki "}}},
+        max_tokens={"query": 4, "key": 12},
+    )
+    table, negatives = data.tables["train"], data.negatives
+    assert negatives.texts.num_rows == 2 * len(DISTINCT)
+    assert negatives.counts.tolist() == [len(texts) for texts in NEGATIVES] * 2
+    cow = negatives.columns(table, np.array([0, 5]))["negatives"]
+    keys = table.side("key", np.array([2, 7]))["tokens"]  # "a cow", with either prompt
+    assert keys[0].tolist() != keys[1].tolist()
+    assert cow["inputs"]["tokens"][:, 0].tolist() == keys.tolist()
+    assert table.text[2] == table.text[7]
+    assert cow["text"][:, 0].tolist() == [table.text[2]] * 2
+    # "an owl" is no row's: each data set's has a label, and neither is a row's.
+    assert not set(cow["text"][:, 1].tolist()) & set(table.text.tolist())
 
 
 def test_the_loader_reads_them_with_each_batch(opened):
