@@ -1,6 +1,7 @@
 """Data sets with their own prompts, from the config to training, search and evaluation."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from jaxcl.run.opened import open_run
 from jaxcl.search import open_search, search
 from jaxcl.settings.read import read_settings
 from jaxcl.train import train
+from tests.host.test_processes import Run, assert_close_runs
 
 NOUNS = ("socket", "ledger", "window", "folder", "matrix", "recipe", "planet", "violin")
 VERBS = ("open", "close", "count", "merge", "split", "drop", "find", "paint", "lend", "weigh")
@@ -181,3 +183,43 @@ def test_other_prompts_make_another_run(config, run):
         changed.data.concatenated.b.prompts.query = "another: "
     with pytest.raises(ValueError, match=r"data\.concatenated\.b\.prompts\.query"):
         train(changed, workdir)
+
+
+MIXTURE = """
+from ml_collections import ConfigDict
+from jaxcl.configs import pairs
+
+def get_config():
+    config = pairs.get_config("smoke")
+    config.steps, config.data.vocabulary_size, config.model.dim = 3, 400, 16
+    config.global_batch_size, config.evaluation.methods = 16, ("dense",)
+    config.data.name = "{folder}/first.jsonl"
+    config.data.concatenated = ConfigDict({{
+        "b": {{
+            "name": "{folder}/second.jsonl",
+            "splits": {{"train": "rest", "validation": "train[:25%]"}},
+            "prompts": {{"query": "second: "}},
+        }},
+    }})
+    config.assignment.name = "sourced"
+    config.assignment.sourced.weights = (("first", 1.0), ("b", 3.0))
+    config.run.data_dir, config.run.log_every = "{folder}/data", 1
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_two_files_by_weight_as_one(tmp_path):
+    for name, count in (("first", 60), ("second", 40)):
+        records = [{"query": f"{name} query {i}", "key": f"{name} key {i}"} for i in range(count)]
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    config = tmp_path / "mixture.py"
+    config.write_text(MIXTURE.format(folder=tmp_path))
+    command = [sys.executable, "-m", "jaxcl.train", "--config", str(config)]
+    for processes in (1, 2):
+        arguments = [*command, f"--workdir={tmp_path / str(processes)}"]
+        Run(arguments, processes=processes, devices=4 // processes).finish()
+    assert_close_runs(tmp_path / "2", tmp_path / "1", tolerance=1e-5)
+    run = open_run(tmp_path / "2")
+    assert run.prompts(run.sources())["train"].prompts["query"] == ("", "second: ")
