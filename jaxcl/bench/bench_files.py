@@ -2,8 +2,8 @@
 
     python -m jaxcl.bench files --rows 1000000 [--folder DIR] [--rounds 1]
 
-The rows are generated JSON lines with a query of 4 and a key of 12 words. Each round runs in a
-process of its own, with an empty cache.
+The rows are generated JSON lines with a query of 4 and a key of 12 words. Each round runs in a new
+process, with an empty cache.
 """
 
 import json

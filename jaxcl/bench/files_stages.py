@@ -1,9 +1,9 @@
 """Open, split and read a file of pairs, and measure the time and the host memory of each stage.
 
-`jaxcl.bench files` runs this in a process of its own: `python -m jaxcl.bench.files_stages FILE
-DATA_DIR`. It prints a JSON object, stage -> figures. Memory is what the process allocates itself
-(`RssAnon`), above what it had after importing jaxcl; pages of mapped files belong to the kernel,
-which takes them back when others need room.
+`jaxcl.bench files` runs this in a new process: `python -m jaxcl.bench.files_stages FILE DATA_DIR`.
+It prints a JSON object, stage -> figures. Memory is the growth of the process's own allocations
+(`RssAnon`) since jaxcl was imported. Pages of mapped files are not counted: the kernel takes them
+back when other processes need room.
 """
 
 import contextlib

@@ -113,6 +113,10 @@ def _write(files: PairFiles) -> None:
                 advance(_PROGRESS_ROWS)
             yield record
         left_out.check()
+        if kept_digests(files.paths, files.directory) != files.digests:
+            raise ValueError(
+                f"{named_files(files.paths)} has changed while it was read; start again"
+            )
         if not records:
             reason = f": {left_out}" if left_out.bad else ""
             raise ValueError(f"{named_files(files.paths)} has no rows to train on{reason}")

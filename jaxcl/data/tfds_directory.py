@@ -12,6 +12,7 @@ from typing import Any
 from jaxcl.data.tfds_features import DATASET_INFO_FILE, check_features
 from jaxcl.host.files import read_json_object
 from jaxcl.host.paths import as_path
+from jaxcl.settings.file_kinds import HUGGING_FACE_FILES
 
 __all__ = ["find_directory", "full_name", "open_builder", "open_records"]
 
@@ -21,9 +22,6 @@ _NAME = re.compile(
 )
 _RANDOM_ACCESS = ("array_record", "parquet")
 """File formats whose rows can be read in any order, the preferred one first."""
-
-_HUGGING_FACE_FILES = ("dataset_dict.json", "state.json")
-"""What `save_to_disk` writes, the first for several splits."""
 
 
 def find_directory(name: str | Path, data_dir: str | Path | None) -> Any:
@@ -44,22 +42,24 @@ def find_directory(name: str | Path, data_dir: str | Path | None) -> Any:
     from tensorflow_datasets.core.utils import file_utils
 
     directory = epath.Path(as_path(name))
-    if any((directory / file).exists() for file in _HUGGING_FACE_FILES):
+    if any((directory / file).exists() for file in HUGGING_FACE_FILES):
         raise ValueError(
-            f"{directory} holds a data set of Hugging Face's datasets; write it as one of TFDS, "
-            "or name a function that reads it: data.name=my_package.module:open_split"
+            f"{directory} holds a data set of Hugging Face's datasets; a config reads it as "
+            f"data.name={directory}, and open_pair_files does in a program"
         )
     if (directory / DATASET_INFO_FILE).exists():
         return directory
     if directory.is_absolute() or str(name).startswith((".", "~")):
         raise ValueError(
             f"{directory} holds no prepared data set (there is no dataset_info.json in it). Name "
-            "the directory of one version, or a TFDS name together with data_dir."
+            "the directory of one version, a TFDS name together with data_dir, or a file of pairs "
+            "(.jsonl, .csv, .tsv, .parquet)."
         )
     if (parts := _NAME.fullmatch(str(name))) is None:
         raise ValueError(
-            f"{str(name)!r} is neither a directory nor the name of a TFDS data set; give NAME, "
-            "NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION"
+            f"{str(name)!r} is neither a directory nor the name of a TFDS data set, nor a file of "
+            "pairs (.jsonl, .csv, .tsv, .parquet); give NAME, NAME/CONFIG, NAME:VERSION or "
+            "NAME/CONFIG:VERSION"
         )
     where = None if data_dir is None else epath.Path(data_dir).expanduser()
     roots = [epath.Path(root) for root in file_utils.list_data_dirs(where)]

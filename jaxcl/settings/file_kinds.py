@@ -26,7 +26,7 @@ KINDS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet")
 """Suffixes of files of rows; `.ndjson` and `.json` are read as JSON lines."""
 
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
-"""Suffixes of compressed files, which follow those of `KINDS`."""
+"""Suffixes of compressed files, after a suffix of `KINDS`."""
 
 HUGGING_FACE_FILES = ("dataset_dict.json", "state.json")
 """What `save_to_disk` of Hugging Face's `datasets` writes, the first for several splits."""
@@ -87,22 +87,20 @@ def names_files(name: str | None) -> bool:
     """
     if name is None:
         return False
-    if is_pattern(name):
-        return True
-    try:
-        file_kind(Path(name))
-        return True
-    except ValueError:
-        pass
     try:
         path = local_path(name)
-        return path.is_file() or any((path / file).is_file() for file in HUGGING_FACE_FILES)
-    except (ValueError, OSError):  # a URL, or a name that is no path
+        if path.is_dir():  # also one with a mark of a pattern in its name
+            return any((path / file).is_file() for file in HUGGING_FACE_FILES)
+        if is_pattern(name) or path.is_file():
+            return True
+        file_kind(path)
+        return True
+    except (ValueError, OSError):  # a URL, or a name with another suffix
         return False
 
 
 def names_other_files(split: str) -> bool:
-    """Whether a split is a path, as it is for held-out rows in a file of their own."""
+    """Whether a split is a path, as for held-out rows in another file."""
     if split == REST or split.endswith("]") or share_of_split(split) is not None:
         return False  # train[:100] is a range of rows, which files do not have
     return names_files(split)

@@ -326,6 +326,20 @@ def test_damage_that_shows_while_a_file_that_changed_is_read_is_an_error(opened,
         FilePairs(train.files)
 
 
+def test_a_file_that_changes_while_it_is_read_is_refused(opened, tmp_path, monkeypatch):
+    path = tmp_path / "pairs.jsonl"
+    write_jsonl(path, plain_rows())
+    original = pair_conversion.read_rows
+
+    def read_and_append(*given):
+        yield from original(*given)
+        write_jsonl(path, plain_rows(NUM_ROWS + 1))
+
+    monkeypatch.setattr(pair_conversion, "read_rows", read_and_append)
+    with pytest.raises(ValueError, match=r"pairs\.jsonl has changed while it was read"):
+        opened()
+
+
 def test_a_failed_reading_leaves_nothing_behind(opened, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(BAD_LINES)
     for _ in range(2):

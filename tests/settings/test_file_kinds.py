@@ -39,6 +39,8 @@ def test_existing_files_and_folders_of_datasets_are_known_by_their_content(tmp_p
     assert not names_files(str(text))
     assert not names_files(str(tmp_path))
     text.touch()
+    (tmp_path / "prepared[1].csv").mkdir()
+    assert not names_files(str(tmp_path / "prepared[1].csv"))
     (tmp_path / "state.json").touch()
     assert names_files(str(text))
     assert names_files(str(tmp_path))
