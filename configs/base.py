@@ -52,9 +52,10 @@ def _data() -> ConfigDict:
     data.name = placeholder(str)
     # By role. Of files, a share goes by a hash, "rest" is the rows that no other role takes, and a
     # path names another file.
-    data.splits = ConfigDict({"train": "train[:95%]", "validation": "train[95%:]"})  # by role
+    data.splits = ConfigDict({"train": "train[:95%]", "validation": "train[95%:]"})
+    # Columns of the two sides. In a file of pairs, the defaults also stand for other common names.
     data.query_field = "query"
-    data.key_field = "key"
+    data.key_field = "key"  # the positive
     # Data sets whose rows follow these: name -> name (or folder), splits (role -> split),
     # query_field, key_field, group_field, metadata_fields, files, prompts (those of the run where
     # they are None). assignment.sourced.by="data_set" mixes them by weights or a temperature.
@@ -71,9 +72,9 @@ def _data() -> ConfigDict:
     # A tokenizer.json. None uses the pretrained model's, or trains one on the training split.
     data.tokenizer = placeholder(str)
     data.modality = ConfigDict({"query": "text", "key": "text"})  # of each side
-    data.vocabulary_size = 16_384
-    data.max_tokens = ConfigDict({"query": 32, "key": 128})
-    data.add_cls = False
+    data.vocabulary_size = 16_384  # of the tokenizer that the run trains
+    data.max_tokens = ConfigDict({"query": 32, "key": 128})  # longer texts are cut
+    data.add_cls = False  # whether the run's own tokenizer puts a [CLS] token first
     data.distinct_tokens = False  # True keeps each token of a text once, for static encoders
     # Whether texts get the tokenizer's special tokens, such as [CLS] and [SEP]. None uses the
     # pretrained model's setting; without one, it means a tokenizer whose id 0 is padding.
@@ -98,8 +99,12 @@ def _files() -> ConfigDict:
 
 
 def _model() -> ConfigDict:
-    # None is the pretrained model's encoder, or "static" without a pretrained model.
-    model = ConfigDict({"name": placeholder(str), "shared": True, "dim": 512})
+    model = ConfigDict()
+    # An encoder of jaxcl/models/README.md; None is the pretrained model's encoder, or "static"
+    # without a pretrained model.
+    model.name = placeholder(str)
+    model.shared = True  # whether one encoder serves both sides
+    model.dim = 512  # the width of the embeddings
     # The options of all encoders; None is the encoder's own default, which its docstring gives.
     model.options = option_fields(ENCODERS)
     # The folder of a pretrained encoder, or its id on the Hugging Face Hub. If name is a custom
@@ -131,8 +136,7 @@ def _loss() -> ConfigDict:
     # Columns of a batch whose equal entries are no negatives of each other: "row", "text" (equal
     # queries or keys), "group".
     loss.masks = ("row",)
-    # Negatives must be less similar than the positive, by this amount, or by this share of it.
-    loss.margin = placeholder(float)
+    loss.margin = placeholder(float)  # by how much less similar than the positive negatives must be
     loss.relative_margin = placeholder(float)  # the same as a share of the positive's similarity
     # The learned temperature starts at initial and stays in its range.
     loss.temperature = ConfigDict({"initial": 0.05, "minimum": 0.01, "maximum": 1.0})
@@ -206,7 +210,7 @@ def _optimizer() -> ConfigDict:
     optimizer.name = "adam"  # or "lion" or "sgd"
     optimizer.schedule = "warmup_cosine"  # or "warmup_constant", which allows a run to be extended
     optimizer.learning_rate = 2e-3  # at its peak
-    optimizer.warmup_steps = 30
+    optimizer.warmup_steps = 30  # in which the learning rate rises to its peak
     optimizer.weight_decay = 0.0  # of matrices
     optimizer.clip_norm = 1.0  # of the whole gradient; 0 clips nothing
     optimizer.options = option_fields(OPTIMIZERS)  # of all optimizers; None is their own default
@@ -214,7 +218,9 @@ def _optimizer() -> ConfigDict:
 
 
 def _evaluation() -> ConfigDict:
-    evaluation = ConfigDict({"methods": ("bm25", "dense", "hybrid"), "rrf_k": 10})
+    evaluation = ConfigDict()
+    evaluation.methods = ("bm25", "dense", "hybrid")  # of ranking the keys of held-out rows
+    evaluation.rrf_k = 10  # the constant of reciprocal rank fusion, for "hybrid"
     evaluation.batch_size = 1_024  # rows embedded at a time
     # Name -> the file or folder of an evaluation set, evaluated every run.evaluate_every steps as
     # NAME/metric: --config.evaluation.sets.NAME=PATH.
@@ -225,7 +231,7 @@ def _evaluation() -> ConfigDict:
     # The run stops after this many evaluations in which best_metric has not increased by more than
     # min_delta; None trains all steps.
     evaluation.patience = placeholder(int)
-    evaluation.min_delta = 0.0
+    evaluation.min_delta = 0.0  # the smallest increase of best_metric that counts for patience
     return evaluation
 
 
