@@ -7,6 +7,12 @@
 Every file may be compressed with gzip. Qrels may also have the four columns of TREC, no header, or
 be JSON lines with the fields `query-id`, `corpus-id` and `score`, which is 1 if it is missing.
 
+Without the folder `qrels/`, each record of `queries.jsonl` names its relevant documents in a field
+`positives` (a list) or `positive`, by their ids or their texts. So a file of held-out pairs can be
+evaluated over a corpus as it is:
+
+    queries.jsonl   {"query": "…", "positive": "the text of a document in corpus.jsonl"}
+
 Reference: Thakur et al., "BEIR: A Heterogeneous Benchmark for Zero-shot Evaluation of Information
 Retrieval Models", NeurIPS 2021.
 """
@@ -31,7 +37,9 @@ _QRELS_FIELDS = (
     ("corpus-id", "corpus_id", "document_id", "doc_id", "docid"),
     ("score", "relevance", "grade"),
 )
+_POSITIVES_FIELDS = ("positives", "positive")
 _QRELS_SUFFIXES = (".tsv", ".jsonl", ".tsv.gz", ".jsonl.gz")
+_BLOCK = 10_000
 _MOST_GRADE = 2**31 - 1
 
 
@@ -47,7 +55,8 @@ class Beir(NamedTuple):
       documents: the row in `corpus` of each pair's document; −1 if the corpus lacks it.
       grades: relevance of each pair, at least 1.
       own_documents: for each query, the row of the document with the query's id, which its ranking
-        leaves out, since it is the query itself; −1 if there is none or it is judged as relevant.
+        leaves out, since it is the query itself; −1 if there is none, it is judged as relevant, or
+        there are no qrels.
       left_out: name -> number of the queries, documents and judgements that do not fit together, as
         in `read_beir`.
     """
@@ -92,26 +101,31 @@ def read_beir(path: AnyPath) -> Beir:
     """
     is_qrels = path.parent.name == "qrels"
     folder = path.parent.parent if is_qrels else path
-    qrels_path = path if is_qrels else qrels_file(path)
-    judged = read_qrels(qrels_path)
-    queries = _read_documents(_file(folder, "queries.jsonl"))
+    source = queries_path = _file(folder, "queries.jsonl")
+    by_id = is_qrels or (folder / "qrels").exists()
+    if by_id:
+        source = path if is_qrels else qrels_file(folder)
+        judged = read_qrels(source)
+    queries = _read_documents(queries_path)
     corpus = _read_documents(_file(folder, "corpus.jsonl"))
     rows = {name: row for row, name in enumerate(corpus.ids)}
+    if not by_id:
+        judged = _read_positives(queries_path, queries.ids, corpus, rows)
     kept = [number for number, name in enumerate(queries.ids) if name in judged]
     ids = [queries.ids[number] for number in kept]
     if not ids:
         raise ValueError(
-            f"{qrels_path} has judgements for {len(judged):,} queries, but {folder} has none of "
+            f"{source} has judgements for {len(judged):,} queries, but {folder} has none of "
             f"them; the first has the id {next(iter(judged))!r}, and queries have ids like "
             f"{queries.ids[0]!r}"
         )
     if not any(document in rows for name in ids for document in judged[name]):
         raise ValueError(
-            f"none of the documents in {qrels_path} is in the corpus, whose ids are like "
+            f"none of the documents in {source} is in the corpus, whose ids are like "
             f"{corpus.ids[0]!r}"
         )
     pairs = _relevant_pairs([judged[name] for name in ids], rows)
-    own = [-1 if judged[name].get(name, 0) > 0 else rows.get(name, -1) for name in ids]
+    own = [rows.get(name, -1) if by_id and judged[name].get(name, 0) <= 0 else -1 for name in ids]
     return Beir(
         corpus=corpus,
         query_ids=ids,
@@ -206,6 +220,35 @@ def read_qrels(path: AnyPath) -> dict[str, dict[str, int]]:
     if not judged:
         raise ValueError(f"{path} has no judgements")
     return dict(judged)
+
+
+def _read_positives(
+    path: AnyPath, ids: Sequence[str], corpus: Documents, rows: Mapping[str, int]
+) -> dict[str, dict[str, int]]:
+    """Id of a query -> id of each of its positives -> 1."""
+    positives = {}
+    for name, (where, record) in zip(ids, read_records(path, kind=".jsonl"), strict=True):
+        field = next((one for one in _POSITIVES_FIELDS if one in record), None)
+        if field is None:
+            raise ValueError(
+                f"{where}: there is no field {' or '.join(_POSITIVES_FIELDS)}, and no folder "
+                f"{path.parent / 'qrels'} with judgements; add one of them"
+            )
+        values = record[field] if isinstance(record[field], list) else [record[field]]
+        if not all(isinstance(value, str) for value in values):
+            raise ValueError(f"{where}: {field} is {values!r:.80}; give ids or texts of documents")
+        positives[name] = values
+    wanted = {value for values in positives.values() for value in values if value not in rows}
+    documents = collections.defaultdict(list)  # documents with the same text are all relevant
+    for first in range(0, len(corpus), _BLOCK):
+        block = range(first, min(first + _BLOCK, len(corpus)))
+        for row, text in zip(block, corpus.read(block), strict=True):
+            if text in wanted:
+                documents[text].append(corpus.ids[row])
+    return {
+        name: {document: 1 for value in values for document in documents.get(value) or [value]}
+        for name, values in positives.items()
+    }
 
 
 def _rows(path: AnyPath) -> Iterator[tuple[str, Sequence[Any]]]:

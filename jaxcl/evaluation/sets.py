@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 _FILE = f"a file ({', '.join(TEXT_FILES)})"
 KINDS: dict[str, Kind] = {
     "retrieval": Kind(
-        "a folder with corpus.jsonl, queries.jsonl and qrels/, or a file of qrels in it",
+        "a folder with corpus.jsonl, queries.jsonl and mostly qrels/, or a file of qrels in it",
         is_beir,
         open_retrieval_set,
     ),

@@ -218,7 +218,7 @@ def test_incomplete_folders_are_an_error(folder):
         read_beir(folder)
     (folder / "qrels").rmdir()
     with pytest.raises(ValueError, match=r"has no folder qrels/"):
-        read_beir(folder)
+        qrels_file(folder)
     for name in ("corpus.jsonl", "corpus.jsonl.gz"):
         (folder / name).unlink()
     assert not is_beir(folder)
@@ -229,3 +229,56 @@ def test_two_documents_with_one_id_are_an_error(folder):
     write_lines(folder / "corpus.jsonl", [*CORPUS, CORPUS[0]])
     with pytest.raises(ValueError, match=r"line 5: the id 'd1' is also that of document 1"):
         read_beir(folder)
+
+
+@pytest.fixture
+def without_qrels(folder):
+    (folder / "qrels" / "test.tsv").unlink()
+    (folder / "qrels").rmdir()
+    return folder
+
+
+def test_pairs_of_texts_need_no_qrels(without_qrels):
+    write_lines(without_qrels / "corpus.jsonl", [{"text": text} for text in ("a", "b", "a", "c")])
+    write_lines(
+        without_qrels / "queries.jsonl",
+        [
+            {"query": "one", "positive": "b"},
+            {"query": "two", "positive": "a"},
+            {"query": "three", "positive": "elsewhere"},
+        ],
+    )
+    found = read_beir(without_qrels)
+    assert found.query_texts == ["one", "two", "three"]
+    assert pairs_of(found) == [("0", "1", 1), ("1", "0", 1), ("1", "2", 1), ("2", None, 1)]
+    assert found.own_documents.tolist() == [-1, -1, -1]  # the ids are the numbers of lines
+    assert found.left_out["unknown_documents"] == 1
+
+
+def test_positives_are_ids_or_texts(without_qrels):
+    titled = "Sockets open a socket"
+    for positives in (["d1", "d3"], [titled, "read a line"], ["d1", "read a line", titled]):
+        record = {"_id": "q1", "text": "socket", "positives": positives}
+        write_lines(without_qrels / "queries.jsonl", [record])
+        assert pairs_of(read_beir(without_qrels)) == [("q1", "d1", 1), ("q1", "d3", 1)]
+
+
+def test_qrels_are_used_if_there_are_both(folder):
+    write_lines(folder / "queries.jsonl", [record | {"positive": "d1"} for record in QUERIES])
+    assert pairs_of(read_beir(folder))[1] == ("q1", "d3", 3)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({}, r"line 1: there is no field positives or positive, and no folder .*qrels"),
+        ({"positives": [1]}, r"line 1: positives is \[1\]; give ids or texts"),
+        ({"positive": None}, r"line 1: positive is \[None\]; give ids or texts"),
+        ({"positives": []}, r"none of the documents in .*queries\.jsonl is in the corpus"),
+        ({"positive": "elsewhere"}, r"none of the documents in .*queries\.jsonl is in the corpus"),
+    ],
+)
+def test_wrong_positives_are_an_error(without_qrels, record, message):
+    write_lines(without_qrels / "queries.jsonl", [{"_id": "q1", "text": "socket", **record}])
+    with pytest.raises(ValueError, match=message):
+        read_beir(without_qrels)
