@@ -27,6 +27,7 @@ from jaxcl.host.processes import (
 )
 from jaxcl.run.metric_writer import read_metrics
 from tests.helpers import bits, final_state, unclocked
+from tests.models.pretrained.tiny import write_tiny_static
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -292,6 +293,36 @@ def test_processes_mine_as_one(two, tmp_path):
     for name in ("rows", "ranks", "source"):
         np.testing.assert_array_equal(several[name], one[name])
     np.testing.assert_allclose(several["teacher_scores"], one["teacher_scores"], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_processes_mine_a_corpus_as_one(tmp_path, monkeypatch):
+    write_tiny_static(tmp_path / "model")
+    texts = [f"{n % 7} {n % 11} {n % 23}" for n in range(300)]
+    pairs = [{"query": f"{text} 5", "key": text} for text in texts[:50]]
+    for name, records in (("pairs", pairs), ("corpus", [{"text": text} for text in texts])):
+        lines = "".join(f"{json.dumps(record)}\n" for record in records)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    mined = []
+    for processes, devices in ((1, 4), (2, 2)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache-{processes}"))
+        out = tmp_path / f"{processes}.jsonl"
+        arguments = [
+            *("--model", str(tmp_path / "model"), "--queries", str(tmp_path / "pairs.jsonl")),
+            *("--corpus", str(tmp_path / "corpus.jsonl"), "--output", str(out)),
+            *("--rank-range", "1:40"),
+        ]
+        command = [sys.executable, "-m", "jaxcl.mine", *arguments]
+        Run(command, processes=processes, devices=devices).finish()
+        mined.append([json.loads(line) for line in out.read_text().splitlines()])
+    one, several = mined
+    assert len(one) == 50
+    assert all(len(line["negatives"]) == 7 for line in one)
+    for ours, theirs in zip(one, several, strict=True):
+        scores = ours.pop("teacher_scores"), theirs.pop("teacher_scores")
+        assert ours == theirs
+        for kind in ("positives", "negatives"):
+            np.testing.assert_allclose(*(part[kind] for part in scores), atol=1e-5)
 
 
 def assert_same_bits(workdir: Path, other: Path) -> None:
