@@ -318,6 +318,18 @@ def card_of(workdir: Path, folder: Path, **options) -> tuple[dict, str]:
     return yaml.safe_load(metadata), text
 
 
+def test_the_card_lists_the_prompts_of_data_sets(tmp_path):
+    others = {
+        name: {"name": name, "splits": {"train": "train"}, "prompts": {"key": prompt}}
+        for name, prompt in (("b", "b: "), ("a", None), ("c", ""))
+    }
+    workdir = save_run(tmp_path / "run", data__concatenated=others)
+    _, text = card_of(workdir, tmp_path / "model")
+    assert [line for line in text.splitlines() if "| Prompt of" in line] == [
+        '| Prompt of keys in training rows of `b` | `"b: "` |'
+    ]
+
+
 def test_the_card_describes_the_run_and_its_results(tmp_path):
     workdir = save_run(tmp_path / "run", data__prompts={"query": "query: ", "key": None})
     save_results(workdir)

@@ -19,7 +19,7 @@ from jaxcl.run.identity import fields_of
 from jaxcl.run.opened import OpenedRun
 from jaxcl.settings.derived import tower_sections
 from jaxcl.settings.read import read_settings
-from jaxcl.settings.sections import Settings
+from jaxcl.settings.sections import Settings, SidePrompts
 
 __all__ = ["model_card"]
 
@@ -119,13 +119,19 @@ def _introduction(settings: Settings, *, name: str) -> Iterator[str]:
         ("Dimensions", settings.model.dim),
         ("Longest query", f"{data.max_tokens.query} tokens"),
         ("Longest key", f"{data.max_tokens.key} tokens"),
+        *_prompts(data.prompts),
         *(
-            [("Prompt of queries", _code(json.dumps(data.prompts.query)))]
-            if data.prompts.query
-            else []
+            row
+            for name, one in sorted(data.concatenated.items())
+            for row in _prompts(one.prompts, of=f" in training rows of {_code(name)}")
         ),
-        *([("Prompt of keys", _code(json.dumps(data.prompts.key)))] if data.prompts.key else []),
     )
+
+
+def _prompts(prompts: SidePrompts, *, of: str = "") -> Iterator[tuple[str, str]]:
+    for side, what in (("query", "queries"), ("key", "keys")):
+        if prompt := getattr(prompts, side):
+            yield f"Prompt of {what}{of}", _code(json.dumps(prompt))
 
 
 def _encoder(settings: Settings, section: str) -> str:

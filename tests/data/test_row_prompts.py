@@ -121,14 +121,13 @@ def test_equal_texts_are_found_whatever_their_prompts(tmp_path):
 
 
 def test_the_tokens_of_a_prompt_are_compared_where_it_runs_into_the_text(tmp_path):
-    """Prompt "a" and texts "b" and " b": one word "ab" is another text than two words."""
-    pairs = ConcatenatedPairs([InMemoryPairs(["b", " b", "zb"], ["a", "b", "c"]), SOURCES[1]])
+    """With the prompt "a", the unknown words of "ac b" and "az b" are no prompt before "b"."""
+    pairs = ConcatenatedPairs([InMemoryPairs(["c b", " b", "z b"], ["a", "b", "c"]), SOURCES[1]])
     prompts = RowPrompts(("x", "y"), np.array([3, 5]), {"query": ("a", ""), "key": ("", "")})
     table = table_of(pairs, tmp_path, prompts=prompts)
     inputs = table.side("query", np.arange(3))
     unknown = word_tokenizer().token_to_id("<unk>")
-    assert inputs["tokens"][1, 1:3].tolist() == [A, B]
-    assert inputs["tokens"][0, 1] == inputs["tokens"][2, 1] == unknown
+    assert inputs["tokens"][:, 1:3].tolist() == [[unknown, B], [A, B], [unknown, B]]
     assert table.text[0] == table.text[2] != table.text[1]
 
 
