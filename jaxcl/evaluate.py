@@ -6,7 +6,8 @@
 The data are one of
 
 - a folder with the layout of BEIR (`corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`): each query
-  ranks all documents of the corpus, by BM25, by the model, and by both;
+  ranks all documents of the corpus, by BM25, by the model, and by both. Without `qrels/`, the
+  queries name their `positives`;
 - a file of pairs of texts with scores, or with labels 0 and 1.
 
 Without data, the command evaluates held-out pairs, as at the end of training: the rows of a config,

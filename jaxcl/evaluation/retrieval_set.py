@@ -6,7 +6,7 @@ these systems. Figures of corpora of different sizes cannot be compared.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ MAIN_METRIC = "ndcg@10"
 _TILE_SCORES = 2**25
 """Scores at once, 128 MiB in float32."""
 _BLOCK_DOCUMENTS = 16_384
-"""Documents whose vectors are in float64 at once."""
+"""Documents whose vectors are in float64 at once, or whose texts are read for BM25."""
 _ENCODE_DOCUMENTS = 65_536
 """Documents whose texts are Python strings at once; sorting them by length needs many."""
 
@@ -184,10 +184,18 @@ class RetrievalSet:
         return scores
 
     def _lexical_scores(self) -> _Scores:
-        corpus, texts = self.data.corpus, self.data.query_texts
-        say(f"indexing the words of {len(corpus):,} documents for BM25")
-        index = BM25(corpus.read(np.arange(len(corpus))))
+        texts = self.data.query_texts
+        with progress_bar("indexing words for BM25", len(self.data.corpus)) as advance:
+            index = BM25(self._texts(advance))
         return lambda queries: index.scores([texts[query] for query in queries])
+
+    def _texts(self, advance: Callable[[int], None]) -> Iterator[str]:
+        """The texts of all documents, few of which are in memory as Python strings."""
+        corpus = self.data.corpus
+        for first in range(0, len(corpus), _BLOCK_DOCUMENTS):
+            rows = np.arange(first, min(first + _BLOCK_DOCUMENTS, len(corpus)))
+            yield from corpus.read(rows)
+            advance(len(rows))
 
     def _dense_scores(self, encode: Encode | None) -> _Scores:
         if encode is None:
