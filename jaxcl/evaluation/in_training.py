@@ -3,6 +3,7 @@ checkpoint.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,11 +57,13 @@ class TrainingSets:
 
         Returns:
           `NAME/metric` -> value, and `NAME/size` -> each size that values of the set depend on.
+          Values that are not finite, such as the correlation with a constant, are left out.
         """
         return {
             f"{name}/{metric}": value
             for name, values in self._values(step, encoder).items()
             for metric, value in values.items()
+            if math.isfinite(value)
         }
 
     def summary(self, step: int, encoder: Encoder) -> dict[str, dict[str, Any]]:

@@ -77,10 +77,13 @@ class Selection(NamedTuple):
         return best if best.step in present else best._replace(step=None, value=None)
 
     def after(self, best: Best | None, step: int, values: Mapping[str, float]) -> Best | None:
-        """The summary after one more evaluation, by the values of process 0 in all processes."""
+        """The summary after one more evaluation, by the values of process 0 in all processes.
+
+        A metric without a value is no improvement.
+        """
         if best is None:
             return None
-        value = _of_process_0(values[best.metric])
+        value = _of_process_0(values.get(best.metric, math.nan))
         return updated(best, step, value, min_delta=self.min_delta)
 
     def stops(self, best: Best | None) -> bool:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -62,13 +61,9 @@ class MetricWriter:
             self._events.write_event(_event(step + 1, session_log=begins))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds one record and hands it to the system, so that a killed process loses none.
-
-        Values that are not finite, which JSON lacks, are left out.
-        """
+        """Adds one record and hands it to the system, so that a killed process loses none."""
         if self._file is None or self._events is None:
             return
-        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         scalars = [
             Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()
         ]

@@ -134,4 +134,5 @@ def test_a_selection_reads_its_own_metric_to_the_last_bit():
     assert best == Best(METRIC, 10, 0.1 + 0.2, 0.1 + 0.2, 0)
     assert selection.after(best, 20, {METRIC: 0.34}).waited == 1
     assert selection.after(best, 20, {METRIC: math.nan}).waited == 1
+    assert selection.after(best, 20, {"other": 1.0}).waited == 1
     assert Selection().after(None, 10, {"other": 1.0}) is None
