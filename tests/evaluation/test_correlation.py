@@ -73,9 +73,15 @@ def test_a_constant_has_no_correlation(name, constant):
     x, y = lists(0, size=7)
     assert math.isnan(metric(np.full(7, constant), y))
     assert math.isnan(metric(y, np.full(7, constant)))
-    counts = np.zeros((2, 7), np.int64)
-    counts[0, 3], counts[1] = 7, 1  # the first resample is one row, seven times
-    assert np.isnan(of_resamples(x + constant, y, counts)).tolist() == [True, False]
+    counts = np.concatenate([7 * np.eye(7, dtype=np.int64), np.ones((1, 7), np.int64)])
+    assert np.isnan(of_resamples(x + constant, y, counts)).tolist() == [True] * 7 + [False]
+
+
+def test_the_rounding_of_a_mean_is_no_correlation():
+    x, _ = lists(0, size=49, ties=False)
+    counts = 49 * np.eye(49, dtype=np.int64)
+    assert np.isnan(pearson_of_resamples(x, x, counts)).all()
+    assert np.isfinite(pearson_of_resamples(x, x, counts + 1)).all()
 
 
 def test_numbers_far_from_zero_keep_their_digits():

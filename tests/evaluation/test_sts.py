@@ -30,8 +30,10 @@ def model_of(similarities):
 
     def encode(side, texts):
         calls.append((side, list(texts)))
-        rows = [text.split() for text in texts]
-        vectors = [(1, 0) if name == "a" else (similarities[int(row)], 1) for name, row in rows]
+        vectors = []
+        for name, row in (text.split() for text in texts):
+            scale = 2.0 ** (int(row) % 5)  # its quotients are exact
+            vectors.append((scale, 0) if name == "a" else (similarities[int(row)] / scale, 1))
         return np.array(vectors, np.float32)
 
     encode.calls = calls
