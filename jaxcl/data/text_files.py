@@ -218,9 +218,16 @@ def _separated(file: Any, fields: Sequence[str] | None, *, delimiter: str) -> Re
 
 def _rows(file: Any, *, delimiter: str) -> Rows:
     reader = csv.reader(_table_lines(file), delimiter=delimiter, strict=True)
-    for row in reader:
-        if row:
-            yield f"line {reader.line_num}", row
+    try:
+        for row in reader:
+            if delimiter == "\t" and any("\t" in value and "\n" in value for value in row):
+                # A text that begins with a quotation mark would swallow rows up to the next mark.
+                raise csv.Error("a value in quotes has a tab and a line end")
+            if row:
+                yield f"line {reader.line_num}", row
+    except csv.Error as error:
+        advice = 'put texts that begin with " in quotes, and write " twice in them'
+        raise ValueError(f"line {reader.line_num}: {error}; {advice}") from error
 
 
 def _table_lines(file: Any) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Texts from files, in order and in blocks; errors give the number of a bad line."""
 
+import csv
 import gzip
 import io
 import json
@@ -183,3 +184,22 @@ def test_the_rows_of_a_table_include_its_first_and_repeated_values(tmp_path, kin
 def test_the_rows_of_other_files_are_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"a\.jsonl is no table; give a file of \.csv or \.tsv"):
         read_rows(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('a\tb\t1\n"He" said\tc\t2\n', "line 2: .* expected after .*; put texts that begin"),
+        ('a\tb\t1\n"He said\tc\t2\nd\te\t3\n', "line 3: unexpected end of data; put"),
+        ('a\tb\t1\n"He said\tc\t2\nd\te"\tf\t3\n', "line 3: a value in quotes has a tab and a"),
+    ],
+)
+def test_a_quotation_mark_that_opens_no_quotes_swallows_no_rows(tmp_path, content, message):
+    path = tmp_path / "a.tsv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_rows(path))
+    rows = [line.split("\t") for line in content.splitlines()]
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows(rows)
+    assert [row for _, row in read_rows(path)] == rows
