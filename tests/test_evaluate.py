@@ -246,7 +246,16 @@ def test_pairs_of_texts_are_evaluated_too(tmp_path, capsys):
     found = evaluate.evaluate(identity_model(), data=path)
     assert found["kind"] == "sts"
     assert found["metrics"]["pearson"] == pytest.approx(1)
-    assert "semantic similarity of 2 pairs" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "semantic similarity of 2 pairs" in printed.err
+    lines = [line.split() for line in printed.out.splitlines() if line.strip()]
+    assert ["pearson", "1.0000", "1.0000", "to", "1.0000"] in lines
+    assert [line[0] for line in lines if line[0].isalpha()] == [
+        "metric",
+        "spearman",
+        "pearson",
+        "pairs",
+    ]
     with pytest.raises(ValueError, match="this is no retrieval: semantic similarity of 2 pairs"):
         evaluate.evaluate(identity_model(), data=path, methods=["bm25"])
     with pytest.raises(ValueError, match=r"--split chooses .*pairs\.csv is no BEIR folder"):

@@ -141,8 +141,16 @@ def _table(data_set: RetrievalSet, ranks: Mapping[str, GradedRanks]) -> Table:
 
 
 def _plain_table(values: Mapping[str, float]) -> Table:
+    """A row per value; the ends of its interval, such as `spearman_low`, stand next to a value."""
     table = Table("metric", box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    table.add_column("value", justify="right", no_wrap=True)
+    for heading in ("value", "95 % interval"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    ends = {f"{name}_{end}" for name in values for end in ("low", "high")}
     for name, value in values.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+        if name not in ends:
+            figure = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            interval = [
+                f"{values[end]:.4f}" for end in (f"{name}_low", f"{name}_high") if end in values
+            ]
+            table.add_row(name, figure, " to ".join(interval))
     return table
