@@ -11,7 +11,9 @@ file, and the keys are the documents of a corpus, or else the positives of all q
 the queries has a text (`query`, `anchor` or `question`) and positives (`positive`, `pos`, `key`,
 `answer`, …: a text or a list), or the ids of positive documents (`positive_ids`); with `--qrels`,
 positives are BEIR's judgements. The output is a line of texts and similarities for each query, for
-`python -m jaxcl.train --config.data.name=mined.jsonl`.
+`python -m jaxcl.train --config.data.name=mined.jsonl`. With `--guide`, another model decides about
+margins and limits; with `--scores`, a re-ranker: JSON lines of `query`, `document` and `score`, or
+an earlier output with its `teacher_scores` replaced.
 
 With `--workdir`, queries and keys are the rows of a run's split. The output is a file of row
 numbers and similarities, for `python -m jaxcl.train --config.data.negatives=FILE`.
@@ -68,7 +70,7 @@ __all__ = ["main", "mine"]
 MASKS = ("row", "text", "group")
 _OF_RUN = ("split", "masks")
 _OF_FILES = (
-    *("queries", "corpus", "qrels", "guide", "skip_empty"),
+    *("queries", "corpus", "qrels", "scores", "guide", "skip_empty"),
     *("query_field", "positive_field", "id_field", "text_field"),
 )
 
@@ -108,6 +110,7 @@ def _add_file_flags(parser: CommandParser) -> None:
         "--queries": "with --model: queries with their positives (.jsonl, .csv, .tsv, .parquet)",
         "--corpus": "with --model: the documents (default: the positives of all queries)",
         "--qrels": "with --model: relevance judgements of queries and documents by their ids",
+        "--scores": "with --model: a re-ranker's scores, which decide about margins and limits",
     }
     for flag, text in files.items():
         parser.add_argument(flag, metavar="FILE", type=user_path, help=text)

@@ -26,6 +26,7 @@ class MiningPool(NamedTuple):
       documents: the corpus.
       rows: the document of each key; the other keys are `outside`.
       outside: texts of positives that are not in the corpus.
+      digests: a hash of each key's text.
       candidates: the keys that may be negatives: all documents with a text.
       positives: rows of the keys that are positives of each query.
       positive_texts: their texts, as the queries' file gives them; `None` if it gives ids.
@@ -36,6 +37,7 @@ class MiningPool(NamedTuple):
     documents: Documents
     rows: Int[np.ndarray, " _"]
     outside: Sequence[str]
+    digests: Integer[np.ndarray, " k"]
     candidates: Bool[np.ndarray, " k"]
     positives: Sequence[Sequence[int]]
     positive_texts: Sequence[Sequence[str]] | None
@@ -56,6 +58,14 @@ class MiningPool(NamedTuple):
             next(texts) if known else self.outside[number - others]
             for number, known in zip(numbers.tolist(), inside, strict=True)
         ]
+
+    def find(self, texts: Sequence[str]) -> Int[np.ndarray, " n"]:
+        """The row of the key with each text; −1 where there is none."""
+        order = np.argsort(self.digests)
+        digests = np.array(_digests(texts), np.uint64)
+        places = np.searchsorted(self.digests, digests, sorter=order)
+        rows = order[np.minimum(places, self.num_keys - 1)]
+        return np.where(self.digests[rows] == digests, rows, -1)
 
     def counts(self) -> dict[str, int]:
         """The number of documents, of copies among them, and of positives outside of the corpus."""
@@ -88,10 +98,12 @@ def mining_pool(documents: Documents, queries: QueryFile) -> MiningPool:
     for digest, of_query in zip(_digests(queries.queries), excluded, strict=True):
         if digest in key_of_value:
             of_query.append(key_of_value[digest])
+    others = np.array(list(outside), np.uint64)
     return MiningPool(
         documents,
         rows,
         list(outside.values()),
+        np.append(digests[rows], others),
         np.append(digests[rows] != _digests([""])[0], np.zeros(len(outside), bool)),
         positives,
         texts,

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxcl.negatives.key_search import make_key_search
 from jaxcl.negatives.mining import Mined, MiningRule, allowed_candidates, select_negatives
+from jaxcl.negatives.pair_scores import PairScores, lowest_scores, scores_of
 from jaxcl.ops.arguments import as_integers
 from jaxcl.ops.mesh import default_settings, make_mesh
 from jaxcl.typing import Array, Bool, Float, Int, Integer, Key
@@ -21,13 +22,10 @@ __all__ = [
     "QueryBlock",
     "make_miner",
     "mine_hard_negatives",
-    "pair_similarities",
 ]
 
 BLOCK_ROWS = 4_096
 """Queries that are searched for at a time."""
-_GATHERED = 2**24
-"""The most numbers of key vectors that are gathered at a time: 64 MiB."""
 
 Rows = Sequence[Any] | Integer[Array | np.ndarray, "..."]
 """A row number per query, or several: a list of lists, or an array padded with negative ones."""
@@ -206,21 +204,28 @@ def make_miner(
     candidates: Bool[Array | np.ndarray, " k"] | None = None,
     groups: tuple[Integer[Array | np.ndarray, " k"], ...] = (),
     guide: Float[Array | np.ndarray, "k g"] | None = None,
+    pair_scores: PairScores | None = None,
     seed: int = 0,
     block_rows: int = BLOCK_ROWS,
     mesh: Mesh | None = None,
 ) -> Miner:
     """Put keys on the devices, and return a function that mines blocks of queries.
 
-    `mine_hard_negatives` describes the arguments. `groups` are labels by which a query and its
-    negatives differ, and blocks hold up to `block_rows` queries.
+    `mine_hard_negatives` describes the arguments, except for these:
+
+    Args:
+      groups: labels by which a query and its negatives differ.
+      pair_scores: instead of a guide, the scores that decide about margins and limits, such as
+        those of a re-ranker. Keys without a score are not mined.
+      block_rows: the most queries of a block.
 
     Raises:
       ValueError: for keys or a guide that are not finite or do not fit, or a rule that can select
-        nothing.
+        nothing; from the function, also for a positive without a score.
     """
     rule.check()
-    if guide is not None and not (_has_margin(rule) or _has_limit(rule)):
+    guided = guide is not None or pair_scores is not None
+    if guided and not (_has_margin(rule) or _has_limit(rule)):
         raise ValueError(
             "a guide decides about margins and limits, but the rule has none; set margin, "
             "relative_margin, min_score or max_score"
@@ -243,15 +248,17 @@ def make_miner(
         if block.excluded is not None:
             more = _padded_rows("excluded", block.excluded, len(keys))
             excluded = np.concatenate([positives, more], axis=1)
-        positive_scores = _lowest_scores(judged, judging, positives)
+        score = functools.partial(scores_of, judged, judging)
+        if pair_scores is not None:
+            score = functools.partial(pair_scores, block.numbers)
+        positive_scores = lowest_scores(score(positives), positives, block.numbers)
         with default_settings(mesh):
             found = search(vectors, block.groups, excluded, rule.rank_range)
-            scores = found.similarities
-            if guide is not None:
-                scores = _scores_of(judged, judging, found.rows)
+            scores = score(found.rows) if guided else found.similarities
+            rows = np.where(np.isnan(scores), -1, found.rows)
             numbers = block.numbers.astype(np.int32)
             key = jax.random.key(seed)
-            mined, masked = _select(found.rows, scores, positive_scores, key, numbers, rule=rule)
+            mined, masked = _select(rows, scores, positive_scores, key, numbers, rule=rule)
         rows, scores, ranks, masked = (np.asarray(part) for part in (*mined, masked))
         return HardNegatives(rows, scores, ranks, positive_scores, masked)
 
@@ -289,46 +296,6 @@ def _has_margin(rule: MiningRule) -> bool:
 
 def _has_limit(rule: MiningRule) -> bool:
     return rule.min_score is not None or rule.max_score is not None
-
-
-def _lowest_scores(
-    queries: Float[np.ndarray, "q d"],
-    keys: Float[np.ndarray, "k d"],
-    rows: Integer[np.ndarray, "q p"],
-) -> Float[np.ndarray, " q"]:
-    """The similarity of each query's least similar key of the given rows; NaN without a row."""
-    query_numbers, places = np.nonzero(rows >= 0)
-    scores = pair_similarities(queries, keys, query_numbers, rows[query_numbers, places])
-    lowest = np.full(len(rows), np.inf, np.float32)
-    np.minimum.at(lowest, query_numbers, scores)
-    return np.where((rows >= 0).any(1), lowest, np.float32(np.nan))
-
-
-def pair_similarities(
-    queries: Float[np.ndarray, "q d"],
-    keys: Float[np.ndarray, "k d"],
-    query_numbers: Integer[np.ndarray, " _"],
-    key_rows: Integer[np.ndarray, " _"],
-) -> Float[np.ndarray, " _"]:
-    """The inner products of pairs of a query and a key, gathering some of the vectors at a time."""
-    scores = np.empty(len(key_rows), np.float32)
-    step = max(_GATHERED // keys.shape[1], 1)
-    for first in range(0, len(key_rows), step):
-        here = slice(first, first + step)
-        scores[here] = np.einsum("nd,nd->n", queries[query_numbers[here]], keys[key_rows[here]])
-    return scores
-
-
-def _scores_of(
-    queries: Float[np.ndarray, "q d"],
-    keys: Float[np.ndarray, "k d"],
-    rows: Integer[np.ndarray, "q n"],
-) -> Float[np.ndarray, "q n"]:
-    """The similarities of each query to the keys of its rows; −∞ for none."""
-    scores = np.full(rows.shape, -np.inf, np.float32)
-    numbers, places = np.nonzero(rows >= 0)
-    scores[numbers, places] = pair_similarities(queries, keys, numbers, rows[numbers, places])
-    return scores
 
 
 @functools.partial(jax.jit, static_argnames="rule")

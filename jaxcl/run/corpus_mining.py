@@ -8,9 +8,8 @@ which may teach the next model:
 """
 
 import functools
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,36 +20,25 @@ from jaxcl.data.beir import read_qrels
 from jaxcl.data.documents import Documents, read_documents
 from jaxcl.data.mining_pool import MiningPool, mining_pool, positives_as_documents
 from jaxcl.data.query_files import QueryFile, read_judged_queries, read_queries
-from jaxcl.host.files import replacing
+from jaxcl.data.score_files import ScoreFile, read_pair_scores
 from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.host.remote import remove_tree
 from jaxcl.host.user_folders import cache_folder
-from jaxcl.negatives.hard_negatives import (
-    HardNegatives,
-    QueryBlock,
-    make_miner,
-    pair_similarities,
-)
+from jaxcl.negatives.hard_negatives import HardNegatives, QueryBlock, make_miner
 from jaxcl.negatives.mining import MiningRule
+from jaxcl.negatives.pair_scores import PairScores, scores_of
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.host_vectors import for_inner_products
 from jaxcl.run.load_model import load
 from jaxcl.run.mined_blocks import BLOCK_ROWS, embed_in_blocks, mine_in_blocks
-from jaxcl.run.mining_report import (
-    Example,
-    example_rows,
-    json_digest,
-    mined_figures,
-    rule_record,
-    write_reports,
-)
+from jaxcl.run.mined_lines import write_mined
+from jaxcl.run.mining_report import json_digest, mined_figures, rule_record
 from jaxcl.settings.parts import Trust
-from jaxcl.typing import Float
+from jaxcl.typing import Float, Integer
 
 __all__ = ["MinedFiles", "mine_corpus"]
 
-_WRITTEN_ROWS = 1_000
 _BLOCK_TEXTS = {"cpu": 512}
 _ACCELERATOR_TEXTS = 16_384
 """Texts of a block, after which their vectors are on the disk. Large blocks waste less on padding;
@@ -67,6 +55,9 @@ class MinedFiles(NamedTuple):
       corpus: the documents, as `jaxcl.data.documents.read_documents` reads them; `None` for the
         positives of all queries.
       qrels: BEIR's relevance judgements, whose documents above 0 are the positives.
+      scores: scores of pairs by another model, such as a re-ranker, as
+        `jaxcl.data.score_files.read_pair_scores` reads them. They decide about margins and limits,
+        and are written. Documents without a score are not mined.
       query_field, positive_field: fields of the queries; `None` takes common ones.
       id_field, text_field: fields of the corpus; `None` takes common ones.
     """
@@ -75,6 +66,7 @@ class MinedFiles(NamedTuple):
     output: str | os.PathLike[str]
     corpus: str | os.PathLike[str] | None = None
     qrels: str | os.PathLike[str] | None = None
+    scores: str | os.PathLike[str] | None = None
     query_field: str | None = None
     positive_field: str | None = None
     id_field: str | None = None
@@ -132,17 +124,22 @@ def mine_corpus(
             f"the corpus has {available} different documents, none of rank {rule.rank_range[0]}; "
             "set --rank-range to lower ranks"
         )
+    if files.scores is not None and guide is not None:
+        raise ValueError("both scores and a guide decide about margins and limits; choose one")
     models = [_loaded(one, trust) for one in (model, guide) if one is not None]
-    _check_models(models, rule)
+    _check_models(models, rule, scored=files.scores is not None)
+    scored = None if files.scores is None else _read_scores(as_path(files.scores), queries, pool)
     sides = [_embedded(one, queries.queries, pool) for one in models]
     what = {
         "rule": rule_record(rule),
         "seed": seed,
         "positives": json_digest([pool.positives, pool.excluded]),
         "embeddings": [side.name for side in sides],
+        "scores": None if scored is None else scored.fingerprint,
     }
     folder = cache_folder() / "mining" / "unfinished" / json_digest(what)
-    mined = _mined(sides, pool, rule, seed, folder)
+    score: PairScores = sides[-1].score if scored is None else scored.of
+    mined = _mined(sides, pool, rule, seed, folder, None if scored is None else score)
     report = {
         "records": queries.records,
         **pool.counts(),
@@ -152,12 +149,11 @@ def mine_corpus(
         "seed": seed,
         "model": models[0].source,
         "guide": models[1].source if guide is not None else None,
+        "scores": None if files.scores is None else str(files.scores),
         "made_from": what,
     }
     if jax.process_index() == 0:
-        lines = _lines(queries, pool, mined, sides[-1])
-        _write_lines(output, lines, len(queries.queries), skip_empty=skip_empty)
-        write_reports(output, report, _examples(queries, pool, mined, seed))
+        write_mined(output, queries, pool, mined, score, report, skip_empty=skip_empty, seed=seed)
         remove_tree(folder)
     return report
 
@@ -169,12 +165,18 @@ class _Embedded(NamedTuple):
     queries: Float[np.ndarray, "q d"]
     keys: Float[np.ndarray, "k d"]
 
+    def score(
+        self, numbers: Integer[np.ndarray, " n"], rows: Integer[np.ndarray, "n p"]
+    ) -> Float[np.ndarray, "n p"]:
+        """The similarities of some queries to rows of keys."""
+        return scores_of(self.queries[numbers], self.keys, rows)
+
 
 def _checked_output(files: MinedFiles) -> AnyPath:
     output = as_path(files.output)
     if output.suffix != ".jsonl":
         raise ValueError(f"{output} has an unknown suffix; mined texts are written as .jsonl")
-    for name in (files.queries, files.corpus, files.qrels):
+    for name in (files.queries, files.corpus, files.qrels, files.scores):
         if name is not None and output == as_path(name):
             raise ValueError(f"{output} is also an input; choose another name for the output")
     return output
@@ -205,24 +207,40 @@ def _read_files(files: MinedFiles) -> tuple[QueryFile, Documents]:
     return queries, positives_as_documents(queries)
 
 
+def _read_scores(path: AnyPath, queries: QueryFile, pool: MiningPool) -> ScoreFile:
+    scored = read_pair_scores(path, queries.queries, pool)
+    say(f"{path}: {len(scored.pairs):,} scores, {scored.unknown:,} of unknown queries or documents")
+    for number, rows in enumerate(pool.positives):
+        scores = scored.of(np.array([number]), np.array([rows]))[0]
+        if np.isnan(scores).any():
+            text = pool.read([rows[int(np.isnan(scores).argmax())]])[0]
+            raise ValueError(
+                f"{path} has no score for {queries.queries[number]!r:.80} and its positive "
+                f"{text!r:.80}; score the positives of all queries"
+            )
+    return scored
+
+
 def _loaded(model: str | os.PathLike[str] | EmbeddingModel, trust: Trust) -> EmbeddingModel:
     return model if isinstance(model, EmbeddingModel) else load(model, trust=trust)
 
 
-def _check_models(models: list[EmbeddingModel], rule: MiningRule) -> None:
+def _check_models(models: list[EmbeddingModel], rule: MiningRule, *, scored: bool) -> None:
     model, judge = models[0], models[-1]
     has_limit = rule.min_score is not None or rule.max_score is not None
-    if len(models) > 1:
-        if rule.margin is None and rule.relative_margin is None and not has_limit:
-            raise ValueError(
-                "a guide decides about margins and limits, but none is set; add --margin, "
-                "--relative-margin, --min-score or --max-score"
-            )
-        if model.made_from == judge.made_from:
-            raise ValueError(f"the guide {judge.source} is the model itself; give another one")
+    has_rule = has_limit or rule.margin is not None or rule.relative_margin is not None
+    if not has_rule and (scored or len(models) > 1):
+        name = "scores decide" if scored else "a guide decides"
+        raise ValueError(
+            f"{name} about margins and limits, but none is set; add --margin, --relative-margin, "
+            "--min-score or --max-score"
+        )
+    if len(models) > 1 and model.made_from == judge.made_from:
+        raise ValueError(f"the guide {judge.source} is the model itself; give another one")
     for one in models:  # before texts are embedded
         for_inner_products(one.similarity_function, "key", np.zeros((1, one.dim), np.float32))
-    if judge.similarity_function == "euclidean" and (has_limit or rule.relative_margin is not None):
+    distances = judge.similarity_function == "euclidean" and not scored
+    if distances and (has_limit or rule.relative_margin is not None):
         raise ValueError(
             f"{judge.source} compares by distances, for which only --margin has a meaning; leave "
             "out --relative-margin, --min-score and --max-score"
@@ -275,7 +293,12 @@ def _embedded_texts(
 
 
 def _mined(
-    sides: list[_Embedded], pool: MiningPool, rule: MiningRule, seed: int, folder: Path
+    sides: list[_Embedded],
+    pool: MiningPool,
+    rule: MiningRule,
+    seed: int,
+    folder: Path,
+    pair_scores: PairScores | None,
 ) -> HardNegatives:
     own = sides[0]
     guide = sides[1] if len(sides) > 1 else None
@@ -284,6 +307,7 @@ def _mined(
         rule=rule,
         candidates=pool.candidates,
         guide=None if guide is None else guide.keys,
+        pair_scores=pair_scores,
         seed=seed,
         block_rows=min(BLOCK_ROWS, len(own.queries)),
     )
@@ -298,61 +322,3 @@ def _mined(
         )
 
     return mine_in_blocks(mine, block_of, len(own.queries), rule.per_query, folder)
-
-
-def _lines(
-    queries: QueryFile, pool: MiningPool, mined: HardNegatives, judge: _Embedded
-) -> Iterator[dict[str, Any]]:
-    """The records of the output, in order."""
-    for first in range(0, len(queries.queries), _WRITTEN_ROWS):
-        numbers = range(first, min(first + _WRITTEN_ROWS, len(queries.queries)))
-        pairs = [(number, row) for number in numbers for row in pool.positives[number]]
-        scores = iter(pair_similarities(judge.queries, judge.keys, *np.array(pairs).T))
-        for number in numbers:
-            present = mined.rows[number] >= 0
-            positives = _positive_texts(pool, number)
-            yield {
-                "query": queries.queries[number],
-                "positives": positives,
-                "negatives": pool.read(mined.rows[number][present]),
-                "teacher_scores": {
-                    "positives": [_short(next(scores)) for _ in positives],
-                    "negatives": [_short(score) for score in mined.scores[number][present]],
-                },
-            }
-
-
-def _write_lines(
-    output: AnyPath, records: Iterator[dict[str, Any]], num_queries: int, *, skip_empty: bool
-) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output) as file, progress_bar("writing", num_queries) as advance:
-        for record in records:
-            if record["negatives"] or not skip_empty:
-                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            advance(1)
-
-
-def _examples(
-    queries: QueryFile, pool: MiningPool, mined: HardNegatives, seed: int
-) -> Iterator[Example]:
-    for number in example_rows(len(queries.queries), seed):
-        present = mined.rows[number] >= 0
-        texts = pool.read(mined.rows[number][present])
-        found = (mined.ranks[number][present], mined.scores[number][present], texts)
-        yield Example(
-            queries.queries[number],
-            _positive_texts(pool, number),
-            float(mined.positive_scores[number]),
-            [(int(rank), float(score), text) for rank, score, text in zip(*found, strict=True)],
-        )
-
-
-def _positive_texts(pool: MiningPool, number: int) -> list[str]:
-    if pool.positive_texts is None:
-        return pool.read(pool.positives[number])
-    return list(pool.positive_texts[number])
-
-
-def _short(score: Any) -> float:
-    return float(f"{score:.6g}")

@@ -60,6 +60,7 @@ def test_positives_are_found_by_text(documents, tmp_path):
     assert pool.excluded == [[4], []]  # the query is document d5
     assert pool.read([6, 1, 5]) == ["a frog", "a dog", "a fish"]
     assert pool.num_keys == 7
+    assert pool.find(["a frog", "", "A  bird", "absent", "a cat"]).tolist() == [6, 2, 3, -1, 0]
 
 
 def test_positives_are_found_by_id(documents, tmp_path):

@@ -22,10 +22,16 @@ def vectors(seed=0):
 
 
 def several_positives(seed=0):
-    """One to twenty positives per query, so that blocks need room for different numbers."""
+    """Up to twenty positives per query, so that blocks need room for different numbers.
+
+    The twenty of one query are its nearest keys, after which a short search would find nothing.
+    """
     rng = np.random.default_rng(seed)
-    counts = [1, 2, 20, *rng.integers(1, 5, QUERIES - 3)]
-    return [rng.permutation(KEYS)[:count].tolist() for count in counts]
+    counts = [1, 2, 0, *rng.integers(1, 5, QUERIES - 3)]
+    positives = [rng.permutation(KEYS)[:count].tolist() for count in counts]
+    queries, keys = vectors(seed)
+    positives[2] = np.argsort(-keys @ queries[2])[:20].tolist()
+    return positives
 
 
 def by_sorting(queries, keys, positives, rule, *, allowed=None, judges=None):

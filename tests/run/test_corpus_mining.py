@@ -127,6 +127,45 @@ def test_a_guide_judges_and_its_scores_are_written(model, guide, files):
     assert report["masked as false negatives"] > 0
 
 
+@pytest.mark.parametrize("form", ["pairs", "mined"])
+def test_scores_of_a_file_judge_and_are_written(model, guide, files, tmp_path, form):
+    mine_corpus(model, files, rule=RULE, guide=guide)
+    guided = read(files.output)
+    path = tmp_path / "scores.jsonl"
+    if form == "pairs":
+        texts = [one["text"] for one in read(files.corpus)] + [guided[5]["positives"][1]]
+        scores = guide.encode([line["query"] for line in guided]) @ guide.encode(texts).T
+        records = [
+            {"query": line["query"], "document": text, "score": float(score)}
+            for line, of_query in zip(guided, scores, strict=True)
+            for text, score in zip(texts, of_query, strict=True)
+        ]
+        unknown = {"query": "?", "document": "1", "score": 1}
+        write(path, [*records[:20], unknown, *records[20:]])
+    else:  # an output whose scores a re-ranker has replaced; it scores no other documents
+        path.write_bytes(files.output.read_bytes())
+    report = mine_corpus(model, files._replace(scores=path), rule=RULE)
+    for ours, theirs in zip(read(files.output), guided, strict=True):
+        scores = ours.pop("teacher_scores"), theirs.pop("teacher_scores")
+        assert ours == theirs
+        for kind in ("positives", "negatives"):
+            np.testing.assert_allclose(*(one[kind] for one in scores), atol=1e-5)
+    assert report["scores"] == str(path)
+
+
+def test_positives_without_a_score_are_named(model, files, tmp_path):
+    query = read(files.queries)[0]["query"]
+    path = write(tmp_path / "s.jsonl", [{"query": query, "document": query, "score": 1}] * 2)
+    with pytest.raises(ValueError, match=r"s\.jsonl scores no pair of these queries"):
+        mine_corpus(model, files._replace(scores=path), rule=RULE)
+    text = read(files.corpus)[40]["text"]
+    write(path, [{"query": query, "document": text, "score": 1}])
+    with pytest.raises(ValueError, match=rf"no score for '{query}' and its positive"):
+        mine_corpus(model, files._replace(scores=path), rule=RULE)
+    with pytest.raises(ValueError, match="scores decide about margins and limits, but none"):
+        mine_corpus(model, files._replace(scores=path), rule=RULE._replace(margin=None))
+
+
 def test_without_a_margin_the_positives_are_still_no_negatives(model, files):
     rule = MiningRule(per_query=70, rank_range=(0, 80), sampling="top")
     mine_corpus(model, files, rule=rule)
@@ -265,6 +304,8 @@ def test_a_guide_must_have_an_effect(model, guide, files):
         mine_corpus(model, files, rule=RULE._replace(margin=None), guide=guide)
     with pytest.raises(ValueError, match="is the model itself"):
         mine_corpus(model, files, rule=RULE, guide=model)
+    with pytest.raises(ValueError, match="both scores and a guide"):
+        mine_corpus(model, files._replace(scores="scores.jsonl"), rule=RULE, guide=guide)
 
 
 def test_distances_have_no_relative_margin(files, tmp_path):

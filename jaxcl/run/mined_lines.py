@@ -1,0 +1,110 @@
+"""Write mined negatives as JSON lines of texts, with a report and examples next to them."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxcl.data.mining_pool import MiningPool
+from jaxcl.data.query_files import QueryFile
+from jaxcl.host.files import replacing
+from jaxcl.host.paths import AnyPath
+from jaxcl.host.progress import progress_bar
+from jaxcl.negatives.hard_negatives import HardNegatives
+from jaxcl.negatives.pair_scores import PairScores
+from jaxcl.run.mining_report import Example, example_rows, write_reports
+from jaxcl.typing import Int
+
+__all__ = ["write_mined"]
+
+_ROWS_AT_ONCE = 1_000
+
+
+def write_mined(
+    output: AnyPath,
+    queries: QueryFile,
+    pool: MiningPool,
+    mined: HardNegatives,
+    scores: PairScores,
+    report: Mapping[str, Any],
+    *,
+    skip_empty: bool,
+    seed: int,
+) -> None:
+    """Write the lines, the report and the examples; a stop leaves no unfinished file.
+
+    Args:
+      output: the file of the lines.
+      queries: the queries.
+      pool: the keys.
+      mined: their negatives.
+      scores: the scores of positives.
+      report: the report.
+      skip_empty: whether to leave out queries without negatives.
+      seed: of the choice of examples.
+
+    Raises:
+      OSError: if a file cannot be written.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    total = len(queries.queries)
+    with replacing(output) as file, progress_bar("writing", total) as advance:
+        for line in _lines(queries, pool, mined, scores):
+            if line["negatives"] or not skip_empty:
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            advance(1)
+    write_reports(output, report, _examples(queries, pool, mined, seed))
+
+
+def _lines(
+    queries: QueryFile, pool: MiningPool, mined: HardNegatives, score: PairScores
+) -> Iterator[dict[str, Any]]:
+    """The records of the output, in order."""
+    for first in range(0, len(queries.queries), _ROWS_AT_ONCE):
+        numbers = np.arange(first, min(first + _ROWS_AT_ONCE, len(queries.queries)))
+        scores = score(numbers, _padded(pool.positives[first : first + len(numbers)]))
+        for number, of_query in zip(numbers.tolist(), scores, strict=True):
+            present = mined.rows[number] >= 0
+            positives = _positive_texts(pool, number)
+            yield {
+                "query": queries.queries[number],
+                "positives": positives,
+                "negatives": pool.read(mined.rows[number][present]),
+                "teacher_scores": {
+                    "positives": [_short(one) for one in of_query[: len(positives)]],
+                    "negatives": [_short(one) for one in mined.scores[number][present]],
+                },
+            }
+
+
+def _padded(lists: Sequence[Sequence[int]]) -> Int[np.ndarray, "n p"]:
+    rows = np.full((len(lists), max(map(len, lists))), -1, np.int64)
+    for place, one in enumerate(lists):
+        rows[place, : len(one)] = one
+    return rows
+
+
+def _examples(
+    queries: QueryFile, pool: MiningPool, mined: HardNegatives, seed: int
+) -> Iterator[Example]:
+    for number in example_rows(len(queries.queries), seed):
+        present = mined.rows[number] >= 0
+        texts = pool.read(mined.rows[number][present])
+        found = (mined.ranks[number][present], mined.scores[number][present], texts)
+        yield Example(
+            queries.queries[number],
+            _positive_texts(pool, number),
+            float(mined.positive_scores[number]),
+            [(int(rank), float(score), text) for rank, score, text in zip(*found, strict=True)],
+        )
+
+
+def _positive_texts(pool: MiningPool, number: int) -> list[str]:
+    if pool.positive_texts is None:
+        return pool.read(pool.positives[number])
+    return list(pool.positive_texts[number])
+
+
+def _short(score: Any) -> float:
+    return float(f"{score:.6g}")
