@@ -12,8 +12,9 @@ import numpy as np
 from jaxcl.host.files import digest_of, open_regular, read_json_lines, write_whole
 from jaxcl.host.progress import say
 
-__all__ = ["BlockFile"]
+__all__ = ["BlockFile", "complete_array"]
 
+_LOG = ".blocks.jsonl"
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL)  # of some file systems
 
 
@@ -43,7 +44,7 @@ class BlockFile:
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: type, *, writes: bool = True):
         self._writes = writes
-        self._log = path.with_suffix(".blocks.jsonl")
+        self._log = path.with_suffix(_LOG)
         stored = _stored(path, shape, dtype)
         logged = _logged(self._log)
         self._blocks = [] if stored is None else list(_sound(logged, stored))
@@ -92,6 +93,22 @@ class BlockFile:
 
     def _write_log(self) -> None:
         write_whole(self._log, "".join(map(_as_line, self._blocks)))
+
+
+def complete_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray | None:
+    """The array of a `BlockFile`, mapped to memory and read only, if all its blocks are undamaged.
+
+    The whole file is read once to compare its digests.
+
+    Args:
+      path, shape, dtype: as `BlockFile`.
+
+    Returns:
+      The array; `None` if it is absent, unfinished, damaged, or of another shape or type.
+    """
+    stored = _stored(path, shape, dtype)
+    blocks = [] if stored is None else list(_sound(_logged(path.with_suffix(_LOG)), stored))
+    return stored if blocks and blocks[-1].rows == shape[0] else None
 
 
 def _stored(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray | None:

@@ -53,6 +53,7 @@ class EmbeddingModel(MtebEncoder):
         folders may have more. Of a run, they are the prompts of `data.prompts`; pass the prompt of
         a data set in `data.concatenated` to `encode` for texts like its own.
       normalizes: whether the embeddings are unit vectors.
+      matryoshka_dims: the lengths that it was trained to be cut to; empty if it does not say.
       similarity_function: `"cosine"`, `"dot"`, `"euclidean"` or `"manhattan"`.
     """
 
@@ -69,6 +70,7 @@ class EmbeddingModel(MtebEncoder):
         prompts: Mapping[str, str] | None = None,
         normalizes: bool = True,
         similarity_function: str = "cosine",
+        matryoshka_dims: Sequence[int] = (),
         description: Mapping[str, Any] | None = None,
     ):
         self.source = source
@@ -80,6 +82,7 @@ class EmbeddingModel(MtebEncoder):
         self.prompts = {**(prompts or {}), **{side: rule.prompt for side, rule in rules.items()}}
         self.normalizes = normalizes
         self.similarity_function = similarity_function
+        self.matryoshka_dims = tuple(matryoshka_dims)
         self._description = description or {}
         self._params = params
         self._mesh = mesh

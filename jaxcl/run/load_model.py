@@ -114,6 +114,7 @@ def _trained_model(folder: AnyPath, settings: Settings, encoder: Encoder) -> Emb
         tokenizer=Text().tokenizer(settings.data, folder),
         rules=_trained_rules(settings),
         dim=settings.model.dim,
+        matryoshka_dims=settings.loss.matryoshka_dims,
         description={"model": as_dict(settings)["model"]},
     )
 

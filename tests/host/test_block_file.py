@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from jaxcl.host.block_file import BlockFile
+from jaxcl.host.block_file import BlockFile, complete_array
 
 SHAPE = (5, 2)
 BLOCKS = [np.full((2, 2), 1, np.int32), np.full((2, 2), 2, np.int32), np.full((1, 2), 3, np.int32)]
@@ -147,3 +147,22 @@ def test_room_for_the_whole_array_is_taken(tmp_path):
     BlockFile(tmp_path / "rows.npy", (2**18, 4), np.int32)
     stat = (tmp_path / "rows.npy").stat()
     assert stat.st_blocks * 512 >= stat.st_size > 2**22
+
+
+def test_a_complete_array_is_mapped_read_only_and_an_unfinished_one_is_none(path, tmp_path):
+    array = complete_array(path, SHAPE, np.int32)
+    assert array.tolist() == np.concatenate(BLOCKS).tolist()
+    assert not array.flags.writeable
+    for shape, dtype in (((6, 2), np.int32), (SHAPE, np.float32)):
+        assert complete_array(path, shape, dtype) is None
+    assert complete_array(tmp_path / "absent.npy", SHAPE, np.int32) is None
+    BlockFile(path, SHAPE, np.int32).keep(4)
+    assert complete_array(path, SHAPE, np.int32) is None
+
+
+@pytest.mark.parametrize("row", [0, 2, 4])
+def test_a_damaged_array_is_not_complete(path, row):
+    content = bytearray(path.read_bytes())
+    content[128 + 8 * row] ^= 1
+    path.write_bytes(content)
+    assert complete_array(path, SHAPE, np.int32) is None

@@ -1,0 +1,69 @@
+"""A line of a text, to show next to a search hit."""
+
+import re
+
+__all__ = ["snippet"]
+
+_SEARCHED = 20_000
+"""Characters of a text that are searched for the query's words."""
+_MOST_WORDS = 32
+_SHORT = 4
+"""Words with fewer letters match whole words only; longer ones also the beginning of a word."""
+_LEAD = 30
+"""Characters shown before the first match."""
+
+
+def snippet(text: str, query: str, *, width: int = 160) -> str:
+    """The passage of a text with the most of a query's words, in one line.
+
+    A long word counts for more than a short one, because short words are often common ones. Of
+    equally good passages the first one is taken; without any match, the beginning of the text. The
+    characters are those of the text, so that they may need escaping before they are printed.
+
+    Args:
+      text: the text.
+      query: what was looked for.
+      width: the largest number of characters, at least 80; dots that stand for omitted text count.
+
+    Example:
+      >>> snippet("Open a socket. " * 9 + "Then parse a date.", "parse an ISO date", width=80)
+      '… a socket. Open a socket. Open a socket. Open a socket. Then parse a date.'
+    """
+    line = " ".join(text[:_SEARCHED].split())
+    cut = len(text) > _SEARCHED
+    if len(line) <= width and not cut:
+        return line
+    first = _start(line, query, width)
+    body = line[first : first + width - 2 * (first > 0) - 2]
+    rest = line[first + len(body) :]
+    if rest and " " in body[width // 2 :] and not rest.startswith(" "):
+        body = body.rsplit(" ", 1)[0]
+    return ("… " if first else "") + body.rstrip() + (" …" if rest or cut else "")
+
+
+def _start(line: str, query: str, width: int) -> int:
+    """Where the passage begins: at the start of a word, if there is one nearby."""
+    words = sorted(set(re.findall(r"\w+", query.lower())), key=len, reverse=True)[:_MOST_WORDS]
+    if not words:
+        return 0
+    # Without the last letters of a long word, so that "photos" finds "photo".
+    stems = [re.escape(word[: max(_SHORT, len(word) - 2)]) for word in words]
+    ends = [r"\b" if len(word) < _SHORT else "" for word in words]
+    either = "|".join(stem + end for stem, end in zip(stems, ends, strict=True))
+    pattern = re.compile(rf"\b(?:{either})", re.IGNORECASE)
+    matches = [(match.start(), match[0].lower()) for match in pattern.finditer(line)]
+    best, best_value = 0, 0
+    for number, (begin, _) in enumerate(matches):
+        inside = {
+            word
+            for place, word in matches[number : number + width]
+            if place < begin + width * 3 // 4
+        }
+        value = sum(map(len, inside))
+        if value > best_value:
+            best, best_value = begin, value
+    if best < width // 2:  # the beginning of the text shows the match as well
+        return 0
+    first = min(best - _LEAD, len(line) - (width - 4))
+    space = line.find(" ", first, best)
+    return best if space < 0 else space + 1

@@ -1,0 +1,372 @@
+"""The index of a corpus on disk: embeddings of its documents, and their quantised codes.
+
+Each index is a folder, named by digests of the paths and of the content of model and corpus:
+
+    keys.npy           the documents' embeddings, ready for inner products, float32
+    keys-64.npy        the same, cut to 64 dimensions
+    int8-64.npy        codes of those, or binary-64.npy; int8.npy and binary.npy of keys.npy
+    search_index.json  the shares that were measured
+
+Next to each array is a log with the digests of its blocks (`jaxcl.host.block_file`). Embedding
+resumes after the last finished block, and damaged blocks are computed again. Once the index of a
+changed model or corpus is complete, the previous one is removed.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxcl.data.documents import Documents
+from jaxcl.host.block_file import BlockFile, complete_array
+from jaxcl.host.files import digest_of, read_sealed_json, write_sealed_json
+from jaxcl.host.progress import progress_bar, say
+from jaxcl.run.embedding_model import EmbeddingModel
+from jaxcl.run.host_vectors import for_inner_products, quantized, truncated
+from jaxcl.run.vector_search import PRECISIONS, RESCORE, VectorSearch, share_kept
+from jaxcl.typing import Float
+
+try:
+    import fcntl
+except ImportError:  # as on Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "CorpusIndex",
+    "check_options",
+    "kept_in_words",
+    "open_index",
+    "query_vectors",
+]
+
+_RECORD = "search_index.json"
+_LOCK = "lock"
+_FORMAT = 1
+_BLOCK_ROWS = 1024
+_SAMPLE = 200
+_SAMPLE_TOP = 10
+_QUERIES_AT_ONCE = 25
+
+
+class CorpusIndex(NamedTuple):
+    """An opened index.
+
+    Attributes:
+      search: over the vectors of the documents.
+      kept: measured shares of a ranking's top 10. Up to 200 documents drawn
+        at random are the queries, each without itself in its ranking. `"dim"` is the share of the
+        ranking by all dimensions that the cut vectors keep. `"search"` is the share of the ranking
+        by float32 vectors that the quantised search keeps, and `"codes"` that without rescoring.
+        Shares that do not apply are left out.
+    """
+
+    search: VectorSearch
+    kept: Mapping[str, float]
+
+
+def open_index(
+    model: EmbeddingModel,
+    documents: Documents,
+    base: Path,
+    *,
+    place: str,
+    dim: int | None = None,
+    precision: str = "float32",
+    rescore: int = 1,
+) -> CorpusIndex:
+    """Open the index of a corpus, and compute what is missing, damaged or out of date.
+
+    Args:
+      model: embeds the documents as keys.
+      documents: the corpus.
+      base: the folder of indexes; created if necessary.
+      place: identifies the paths of model and corpus; a complete index replaces earlier ones of the
+        same place.
+      dim: the number of dimensions to search by; `None` for all.
+      precision, rescore: as `VectorSearch`.
+
+    Raises:
+      ValueError: if an embedding is not finite, or no inner product gives the model's similarity.
+      OSError: if the folder cannot be written.
+    """
+    dim = None if dim == model.dim else dim
+    query_vectors(model, np.zeros((0, model.dim), np.float32), dim)  # raises before any work
+    made_from = {
+        "format": _FORMAT,
+        "model": model.made_from,
+        "similarity": model.similarity_function,
+        "documents": documents.fingerprint,
+    }
+    folder = _folder(base, place, digest_of(json.dumps(made_from, sort_keys=True).encode()))
+    with _locked(folder):
+        whole = keys = _embedded(model, documents, folder)
+        if dim is not None:
+            keys = _cut(model, whole, dim, folder)
+        search = VectorSearch(keys)
+        if precision != "float32":
+            codes = _codes(keys, precision, dim, folder)
+            search = VectorSearch(keys, codes, precision, rescore)
+        kept = _kept(model, documents, whole, search, dim, folder, made_from)
+    _remove_earlier(base, place, folder)
+    return CorpusIndex(search, kept)
+
+
+def check_options(
+    model: EmbeddingModel, dim: int | None, precision: str, rescore: int | None
+) -> int:
+    """Check the options of a search before any work is done.
+
+    Args:
+      model, dim, precision: as `open_index`.
+      rescore: candidates per hit with exact scores; `None` for the default of `RESCORE`.
+
+    Returns:
+      The number of candidates per hit.
+
+    Raises:
+      ValueError: if a value is unknown, out of range, without effect, or does not suit the model.
+    """
+    _check_dim(model, dim)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is unknown; use {', '.join(PRECISIONS)}")
+    bounded = model.normalizes or model.similarity_function == "cosine"
+    if precision == "int8" and not bounded:
+        raise ValueError(
+            "precision='int8' is for unit vectors, and this model compares vectors of any length; "
+            "use 'binary' or 'float32'"
+        )
+    if rescore is None:
+        return RESCORE.get(precision, 1)
+    if precision == "float32":
+        raise ValueError(
+            f"rescore={rescore} has no effect on exact scores of float32; leave it out"
+        )
+    if rescore < 1:
+        raise ValueError(f"rescore={rescore} leaves no candidates; give 1 or more")
+    return rescore
+
+
+def _check_dim(model: EmbeddingModel, dim: int | None) -> None:
+    if dim is None or dim == model.dim:
+        return
+    if not 1 <= dim <= model.dim:
+        raise ValueError(f"dim={dim} is out of range; the model has dimensions 1 to {model.dim}")
+    trained = model.matryoshka_dims
+    if trained and dim not in trained:
+        lengths = ", ".join(map(str, sorted({*trained, model.dim})))
+        raise ValueError(
+            f"dim={dim} is not a length that the model was trained at; use one of {lengths}"
+        )
+    if not trained:
+        say(
+            f"{model.source} does not say that it was trained at shorter lengths; compare the "
+            f"share that {dim} dimensions keep"
+        )
+
+
+def kept_in_words(kept: Mapping[str, float], dim: int | None, precision: str) -> list[str]:
+    """The measured shares of an index, a sentence each.
+
+    Args:
+      kept: of a `CorpusIndex`.
+      dim, precision: of its search.
+    """
+    how = "measured with random documents as queries"
+    lines = []
+    if "dim" in kept:
+        lines.append(
+            f"{dim} dimensions keep {kept['dim']:.1%} of the top {_SAMPLE_TOP} by all dimensions, "
+            + how
+        )
+    if "search" in kept:
+        lines.append(
+            f"{precision} with rescoring keeps {kept['search']:.1%} of the top {_SAMPLE_TOP} by "
+            f"float32 ({kept['codes']:.1%} without rescoring), {how}"
+        )
+    return lines
+
+
+def query_vectors(
+    model: EmbeddingModel, embeddings: Float[np.ndarray, "q d"], dim: int | None
+) -> Float[np.ndarray, "q _"]:
+    """Embeddings of queries, cut to `dim` dimensions and ready for inner products.
+
+    Raises:
+      ValueError: as `for_inner_products`.
+    """
+    vectors = truncated(embeddings, dim, normalizes=model.normalizes)
+    return for_inner_products(model.similarity_function, "query", vectors)
+
+
+def _key_vectors(model: EmbeddingModel, embeddings: np.ndarray, dim: int | None) -> np.ndarray:
+    vectors = truncated(embeddings, dim, normalizes=model.normalizes)
+    return for_inner_products(model.similarity_function, "key", vectors)
+
+
+def _embedded(model: EmbeddingModel, documents: Documents, folder: Path) -> np.ndarray:
+    def rows_of(rows: slice, advance: Callable[[int], object]) -> np.ndarray:
+        texts = documents.read(np.arange(rows.start, rows.stop))
+        vectors = model.encode(texts, side="key", progress=advance)
+        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if bad.size:
+            name = documents.ids[rows.start + int(bad[0])]
+            raise ValueError(f"the embedding of document {name!r} is not finite; check the model")
+        return _key_vectors(model, vectors, None)
+
+    width = _key_vectors(model, np.zeros((0, model.dim), np.float32), None).shape[1]
+    return _array(
+        folder / "keys.npy",
+        (len(documents), width),
+        np.float32,
+        rows_of,
+        doing="embedding documents",
+    )
+
+
+def _cut(model: EmbeddingModel, whole: np.ndarray, dim: int, folder: Path) -> np.ndarray:
+    def rows_of(rows: slice, advance: Callable[[int], object]) -> np.ndarray:
+        advance(rows.stop - rows.start)
+        # Without the column that Euclidean distances add, which depends on the dimensions.
+        return _key_vectors(model, whole[rows, : model.dim], dim)
+
+    width = _key_vectors(model, np.zeros((0, model.dim), np.float32), dim).shape[1]
+    shape = (len(whole), width)
+    return _array(
+        folder / f"keys-{dim}.npy", shape, np.float32, rows_of, doing=f"cutting to {dim} dimensions"
+    )
+
+
+def _codes(keys: np.ndarray, precision: str, dim: int | None, folder: Path) -> np.ndarray:
+    def rows_of(rows: slice, advance: Callable[[int], object]) -> np.ndarray:
+        advance(rows.stop - rows.start)
+        return quantized(keys[rows], precision)
+
+    empty = quantized(keys[:0], precision)
+    name = precision if dim is None else f"{precision}-{dim}"
+    return _array(
+        folder / f"{name}.npy",
+        (len(keys), empty.shape[1]),
+        empty.dtype.type,
+        rows_of,
+        doing=f"quantising to {precision}",
+    )
+
+
+def _array(
+    path: Path,
+    shape: tuple[int, int],
+    dtype: type,
+    rows_of: Callable[[slice, Callable[[int], object]], np.ndarray],
+    *,
+    doing: str,
+) -> np.ndarray:
+    """The array of a file, mapped to memory; missing rows are computed."""
+    array = complete_array(path, shape, dtype)
+    if array is not None:
+        return array
+    blocks = BlockFile(path, shape, dtype)
+    with progress_bar(doing, shape[0]) as advance:
+        advance(blocks.done)
+        while blocks.done < shape[0]:
+            rows = slice(blocks.done, min(blocks.done + _BLOCK_ROWS, shape[0]))
+            blocks.append(rows_of(rows, advance))
+    return blocks.array
+
+
+def _kept(
+    model: EmbeddingModel,
+    documents: Documents,
+    whole: np.ndarray,
+    search: VectorSearch,
+    dim: int | None,
+    folder: Path,
+    made_from: Mapping[str, Any],
+) -> dict[str, float]:
+    """The shares of `CorpusIndex`, measured once for these options."""
+    if dim is None and search.codes is None:
+        return {}
+    name = f"dim={dim} precision={search.precision} rescore={search.rescore}"
+    measured = _read_measured(folder)
+    if name not in measured:
+        measured[name] = _measured(model, documents, whole, search, dim)
+        with contextlib.suppress(OSError):  # of a folder that this user may only read
+            write_sealed_json(folder / _RECORD, {"made_from": made_from, "measured": measured})
+    return measured[name]
+
+
+def _read_measured(folder: Path) -> dict[str, dict[str, float]]:
+    try:
+        return dict(read_sealed_json(folder / _RECORD)["measured"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _measured(
+    model: EmbeddingModel,
+    documents: Documents,
+    whole: np.ndarray,
+    search: VectorSearch,
+    dim: int | None,
+) -> dict[str, float]:
+    size = min(_SAMPLE, len(documents))
+    sample = np.sort(np.random.default_rng(0).choice(len(documents), size, replace=False))
+    embeddings = model.encode(documents.read(sample), progress=False)
+    searches = {"float": VectorSearch(search.keys)}
+    if search.codes is not None:
+        searches |= {"search": search, "codes": search._replace(rescore=1)}
+    if dim is not None:
+        searches["whole"] = VectorSearch(whole)
+    rankings: dict[str, list[np.ndarray]] = {}
+    with progress_bar("measuring the share kept", size * len(searches)) as advance:
+        for name, one in searches.items():
+            queries = query_vectors(model, embeddings, None if name == "whole" else dim)
+            rankings[name] = []
+            for first in range(0, size, _QUERIES_AT_ONCE):
+                part = queries[first : first + _QUERIES_AT_ONCE]
+                rankings[name] += [best.rows for best in one.best(part, _SAMPLE_TOP + 1)]
+                advance(len(part))
+    pairs = {"dim": ("float", "whole"), "search": ("search", "float"), "codes": ("codes", "float")}
+    return {
+        name: share_kept(rankings[one], rankings[other], own=sample.tolist(), top=_SAMPLE_TOP)
+        for name, (one, other) in pairs.items()
+        if one in rankings and other in rankings
+    }
+
+
+def _folder(base: Path, place: str, content: str) -> Path:
+    """The folder of an index, also if its model or corpus was moved since."""
+    present = sorted(base.glob(f"*-{content}"))
+    folder = present[0] if present else base / f"{place}-{content}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _remove_earlier(base: Path, place: str, folder: Path) -> None:
+    for other in base.glob(f"{place}-*"):
+        if other != folder and not other.is_symlink():
+            shutil.rmtree(other, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to an index, where the file system has locks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(PermissionError):  # of a folder that this user may only read
+            lock = stack.enter_context((folder / _LOCK).open("a"))
+            if fcntl is not None:
+                _wait_for(lock, folder)
+        yield
+
+
+def _wait_for(lock: Any, folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say(f"another process writes the index in {folder}; waiting until it ends")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks
+        return
