@@ -1,75 +1,122 @@
-"""Searches the keys of all splits with the model of a run, or with any other model.
+"""Searches a corpus, or the data of a run, with any model.
 
+    python -m jaxcl.search --model models/minilm --corpus docs.jsonl parse an ISO 8601 date
     python -m jaxcl.search --workdir runs/code_search --top 3 parse an ISO 8601 date
     python -m jaxcl.search --model models/minilm --config configs/code_search.py parse a date
 
-Without a query, the command prompts for queries. The pool is the data of the run, or of a config.
-The run may still be training, and stays unchanged except for `search_index.npz`, the embeddings of
-the pool, which is rebuilt for a newer checkpoint. The index of a config's pool is in the user's
-cache.
+Without a query, the command prompts for queries. It ranks
+
+- the documents of `--corpus`: lines of a `.txt` file, or records with a text, and optionally an id
+  and a title, of `.jsonl`, `.csv`, `.tsv` or `.parquet`. They are embedded once. The index is kept
+  in the user's cache, or in `--index DIR`, and updated for a changed model or corpus. `--dim` cuts
+  the vectors; `--precision int8` or `binary` searches small codes first, and ranks the best of them
+  by exact scores. The share of the exact ranking that they keep is printed.
+- otherwise, the keys of all splits of the run or config. The run may still be training, and stays
+  unchanged except for `search_index.npz`, its index, which is rebuilt for a newer checkpoint.
 
 In a program or a notebook, call `search`, or `open_search` for many queries:
 
-    search(Path("runs/code_search"), "parse an ISO 8601 date", top=3)
+    docs = open_search("models/minilm", corpus="docs.jsonl")
+    docs("parse an ISO 8601 date", top=3)
+    docs.batch(["parse a date", "open a socket"], top=3)
 """
 
 import contextlib
-import itertools
 import json
 import os
-import re
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxcl.data.prepare import open_sources
-from jaxcl.data.row_prompts import RowPrompts
-from jaxcl.data.sources import PairSource
-from jaxcl.evaluation.retrieval import BM25, dense_scores, reciprocal_rank_fusion
+from jaxcl.data.documents import Documents, read_documents
+from jaxcl.evaluation.retrieval import BM25, reciprocal_rank_fusion
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser, add_workdir_flag, user_path
-from jaxcl.host.files import digest_of, write_npz
-from jaxcl.host.npz import read_npz
+from jaxcl.host.files import digest_of, is_remote
 from jaxcl.host.output import check_output
-from jaxcl.host.paths import AnyPath, as_path
-from jaxcl.host.printable import printable
+from jaxcl.host.paths import AnyPath, as_path, local_path
 from jaxcl.host.progress import progress_bar, say
-from jaxcl.host.user_folders import cache_folder, shared_folder
+from jaxcl.host.user_folders import cache_folder
+from jaxcl.run.corpus_index import (
+    CorpusIndex,
+    check_options,
+    kept_in_words,
+    open_index,
+    query_vectors,
+)
 from jaxcl.run.embedding_model import EmbeddingModel
-from jaxcl.run.encode_rows import encode_rows
+from jaxcl.run.hits import Hit, show_as_json, show_as_text
 from jaxcl.run.host_vectors import for_inner_products
 from jaxcl.run.load_model import is_run, load, model_of_run
 from jaxcl.run.opened import open_run
+from jaxcl.run.pool_index import open_pool, pool_index
+from jaxcl.run.vector_search import PRECISIONS, RESCORE, Ranking, VectorSearch, best_rows
 from jaxcl.settings.command_line import add_config_flags, changed_fields, optional_config_of
 from jaxcl.settings.parts import Trust
-from jaxcl.settings.read import read_data_settings
-from jaxcl.typing import Float
 
 __all__ = ["Hit", "Search", "main", "open_search", "search"]
 
-INDEX_FILE = "search_index.npz"
-_CHUNK_ROWS = 4096
-_DEFINITION = re.compile(r"\s*(async\s+)?def\s")
+_RRF_K = 60
+_BLOCK_TEXTS = 4096
 
 
-class Hit(NamedTuple):
-    """One row that was found: its score, and the row with its texts and metadata."""
+class Search:
+    """A search for queries in one pool, as returned by `open_search`.
 
-    score: float
-    record: dict[str, Any]
+    Attributes:
+      kept: measured shares of the exact ranking, as `jaxcl.run.corpus_index.CorpusIndex.kept`.
+    """
 
+    def __init__(
+        self,
+        rank: Callable[[Sequence[str], int], list[Ranking]],
+        records: Callable[[Sequence[int]], list[dict[str, Any]]],
+        kept: Mapping[str, float] | None = None,
+    ):
+        self._rank = rank
+        self._records = records
+        self.kept = kept or {}
 
-Search = Callable[[str, int], list[Hit]]
-"""`(query, top) -> hits`, best first; among equal scores the lower row of the pool first."""
+    def __call__(self, query: str, top: int = 10) -> list[Hit]:
+        """The best hits for one query, as `batch`."""
+        return self.batch([query], top)[0]
+
+    def batch(self, queries: Sequence[str], top: int = 10) -> list[list[Hit]]:
+        """The best hits for each query, which is faster than one query at a time.
+
+        Args:
+          queries: what to look for.
+          top: the number of hits; fewer if the pool is smaller.
+
+        Returns:
+          For each query its hits, best first; of equal scores, the lower row of the pool first.
+
+        Raises:
+          ValueError: for an empty query, or if `top` is less than 1.
+        """
+        _check_top(top)
+        if isinstance(queries, str):
+            raise ValueError("batch takes a list of queries; call the search itself for one query")
+        for query in queries:
+            _check_query(query)
+        return [
+            [
+                Hit(float(score), record)
+                for score, record in zip(
+                    ranking.scores, self._records(ranking.rows.tolist()), strict=True
+                )
+            ]
+            for ranking in (self._rank(queries, top) if queries else [])
+        ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = CommandParser("jaxcl.search", __doc__)
-    parser.add_argument("query", nargs="*", help="what to look for; left out, it is asked for")
+    parser.add_argument("query", nargs="*", help="what to look for; prompts for it if left out")
     add_workdir_flag(parser, required=False)
     parser.add_argument(
         "--model",
@@ -77,30 +124,61 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=user_path,
         help="instead of a run: any model that jaxcl.load accepts",
     )
+    _add_corpus_flags(parser)
     add_config_flags(parser, required=False)
     parser.add_argument("--top", type=int, default=10, help="hits to show (default: 10)")
     parser.add_argument("--hybrid", action="store_true", help="rank by BM25 as well")
     parser.add_argument("--json", action="store_true", help="print a JSON list for each query")
-    run_command(parser, _run, argv)
+    run_command(parser, _run, argv, interrupted="interrupted; the same command resumes")
+
+
+def _add_corpus_flags(parser: CommandParser) -> None:
+    parser.add_argument("--corpus", metavar="FILE", type=user_path, help="the documents to search")
+    parser.add_argument("--id-field", metavar="NAME", help="field of the documents' ids")
+    parser.add_argument("--text-field", metavar="NAME", help="field of the documents' texts")
+    parser.add_argument("--index", metavar="DIR", help="folder for the index of the corpus")
+    parser.add_argument("--dim", type=int, help="search by this many first dimensions")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="type of the vectors that are searched first (default: float32)",
+    )
+    defaults = ", ".join(f"{number} for {precision}" for precision, number in RESCORE.items())
+    parser.add_argument(
+        "--rescore",
+        type=int,
+        metavar="N",
+        help=f"candidates per hit that are ranked by exact scores (default: {defaults})",
+    )
 
 
 def _run(arguments: Namespace) -> None:
-    show = _show_as_json if arguments.json else _show_as_text
+    show = show_as_json if arguments.json else show_as_text
     _check_top(arguments.top)
     query = " ".join(arguments.query)
     if arguments.query:
         _check_query(query)
     if (arguments.workdir is None) == (arguments.model is None):
         raise ValueError("give either --workdir with a run, or --model")
-    ranked = open_search(
+    opened = open_search(
         arguments.workdir or arguments.model,
+        corpus=arguments.corpus,
         config=optional_config_of(arguments),
         changed=changed_fields(arguments),
         hybrid=arguments.hybrid,
+        index=arguments.index,
+        id_field=arguments.id_field,
+        text_field=arguments.text_field,
+        dim=arguments.dim,
+        precision=arguments.precision,
+        rescore=arguments.rescore,
         trust=arguments.trust,
     )
+    for line in kept_in_words(opened.kept, arguments.dim, arguments.precision):
+        say(line)
     for asked in [query] if query else _asked(prompt="" if arguments.json else "search> "):
-        show(ranked(asked, arguments.top))
+        show(asked, opened(asked, arguments.top))
         check_output()
 
 
@@ -109,24 +187,24 @@ def search(
     query: str,
     *,
     top: int = 10,
+    corpus: str | os.PathLike[str] | None = None,
     config: ConfigDict | None = None,
     hybrid: bool = False,
     trust: Trust = (),
 ) -> list[Hit]:
-    """Search a pool for one query; `open_search` is faster for several.
+    """Search for one query; `open_search` is faster for several.
 
     Args:
-      path, config: as `open_search`.
+      path, corpus, config, hybrid, trust: as `open_search`.
       query: what to look for.
       top: the number of hits.
-      hybrid: whether BM25's ranking is fused with the embedder's.
-      trust: packages whose code the run may name.
 
     Raises:
       ValueError, CheckpointError: as `open_search`, and if `top` is less than 1.
     """
     _check_top(top)
-    return open_search(path, config=config, hybrid=hybrid, trust=trust)(query, top)
+    opened = open_search(path, corpus=corpus, config=config, hybrid=hybrid, trust=trust)
+    return opened(query, top)
 
 
 def _check_query(query: str) -> None:
@@ -146,24 +224,41 @@ def _check_top(top: int) -> None:
 
 
 def open_search(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | EmbeddingModel,
     *,
+    corpus: str | os.PathLike[str] | None = None,
     config: ConfigDict | None = None,
     changed: Collection[str] = (),
     hybrid: bool = False,
+    index: str | os.PathLike[str] | None = None,
+    id_field: str | None = None,
+    text_field: str | None = None,
+    dim: int | None = None,
+    precision: str = "float32",
+    rescore: int | None = None,
     trust: Trust = (),
 ) -> Search:
-    """Open a run or another model for searching; only the index of a run is written.
+    """Open a corpus, a run's data or a config's data for searching with a model.
 
-    The index holds the pool's embeddings and its rows. With an index of the newest checkpoint the
-    data that the run was trained on are not needed.
+    The model and the data stay unchanged; only an index is written. With an index of the newest
+    checkpoint, a run's data need not be there.
 
     Args:
       path: the workdir of a run that has saved a checkpoint, which may still be training; with a
-        config, any model that `jaxcl.load` accepts.
-      config: the config of the data to search; `None` for the run's own data.
+        corpus or config, any model that `jaxcl.load` accepts, or such a model itself.
+      corpus: a file of documents for `jaxcl.data.documents.read_documents`.
+      config: the config of the data to search. Without corpus and config, a run's own data.
       changed: dotted names of the fields that the user changed; one without effect is an error.
-      hybrid: fuse the embedder's ranking with BM25's, with the constant `evaluation.rrf_k`.
+      hybrid: fuse the embedder's ranking with BM25's, with the constant `evaluation.rrf_k` of the
+        run or config, or 60.
+      index: the folder for the index of a corpus; by default, the user's cache.
+      id_field, text_field: as `read_documents`.
+      dim: search a corpus by this many first dimensions, normalised again.
+      precision: how a corpus is searched: `"float32"` ranks all documents by exact scores. `"int8"`
+        and `"binary"` find candidates by quantised vectors and rank those by exact scores; the
+        vectors that are read for each query are a quarter, or a thirty-second, as large.
+      rescore: the number of such candidates per hit; by default, as
+        `jaxcl.run.vector_search.RESCORE`.
       trust: packages whose code the run may name.
 
     Returns:
@@ -171,143 +266,123 @@ def open_search(
       are cosines for most models; with `hybrid`, they are sums of reciprocal ranks.
 
     Raises:
-      ValueError: if there is no model, a run has no checkpoint, or there is no index and the data
-        are missing.
+      ValueError: if there is no model, a run has no checkpoint, an option is out of range or has no
+        effect, a document is not valid, or there is no index and the data are missing.
       CheckpointError: if no checkpoint can be read.
+      OSError: if the corpus cannot be read, or its index cannot be written.
     """
-    pool = _pool_of_run(path, trust) if config is None else _pool_of(path, config, changed, trust)
-    model, index = pool.model, _read_index(pool.index_file, pool.made_from)
-    if index is None:
-        index = _build_index(model, *pool.sources())
-        _write_index(pool.index_file, pool.made_from, index)
-    lexical = BM25([row["key"] for row in index.rows]) if hybrid else None
-    keys = for_inner_products(model.similarity_function, "key", index.keys)
-
-    def ranked(query: str, top: int) -> list[Hit]:
-        _check_query(query)
-        vector = for_inner_products(model.similarity_function, "query", model.encode([query]))
-        scores = dense_scores(vector, keys)
-        if lexical is not None:
-            scores = reciprocal_rank_fusion([lexical.scores([query]), scores], k=pool.rrf_k)
-        best = np.argsort(-scores[0], kind="stable")[:top]  # stable: of equals, the lowest row
-        return [Hit(float(scores[0, row]), index.rows[row]) for row in best]
-
-    return ranked
-
-
-class _Pool(NamedTuple):
-    """A model and the texts that it searches.
-
-    Attributes:
-      model: embeds queries and keys.
-      sources: a function that opens the splits, and gives the prompts of their rows where they
-        replace the model's.
-      index_file: path of the index.
-      made_from: identifies the content of the index, in JSON types.
-      rrf_k: the constant of reciprocal rank fusion.
-    """
-
-    model: EmbeddingModel
-    sources: Callable[[], tuple[Mapping[str, PairSource], Mapping[str, RowPrompts]]]
-    index_file: AnyPath
-    made_from: Mapping[str, Any]
-    rrf_k: int
-
-
-def _pool_of_run(path: str | os.PathLike[str], trust: Trust) -> _Pool:
-    workdir = as_path(path)
-    if workdir.is_dir() and not is_run(workdir):
-        raise ValueError(f"{workdir} is not a run with its own data; name the data with a config")
-    run = open_run(workdir, trust=trust)
-    run.check_texts("jaxcl.search")
-    rrf_k = run.settings.evaluation.rrf_k
-
-    def opened() -> tuple[Mapping[str, PairSource], Mapping[str, RowPrompts]]:
-        sources = run.sources()
-        return sources, run.prompts(sources)
-
-    return _Pool(model_of_run(run), opened, run.workdir / INDEX_FILE, run.made_from, rrf_k)
-
-
-def _pool_of(
-    path: str | os.PathLike[str], config: ConfigDict, changed: Collection[str], trust: Trust
-) -> _Pool:
-    """The pool of a config; its index must stay out of the model's folder."""
-    settings = read_data_settings(config, changed=changed)
-    data_dir, open_source = shared_folder(settings.run.data_dir), settings.parts.source
-    sources = open_sources(settings.data, data_dir=data_dir, open_source=open_source)
-    model = load(path, trust=trust)
-    fingerprints = {role: source.fingerprint for role, source in sources.items()}
-    made_from = {"model": model.made_from, "fingerprints": fingerprints}
-    name = digest_of(json.dumps(made_from, sort_keys=True).encode())
-    index_file = cache_folder() / "search" / f"{name}.npz"
-    return _Pool(model, lambda: (sources, {}), index_file, made_from, settings.evaluation.rrf_k)
-
-
-class _Index(NamedTuple):
-    """The pool: all splits end to end.
-
-    Attributes:
-      keys: their keys, embedded.
-      rows: their texts and metadata.
-    """
-
-    keys: Float[np.ndarray, "n d"]
-    rows: Sequence[dict[str, Any]]
-
-
-def _read_index(path: AnyPath, made_from: Mapping[str, Any]) -> _Index | None:
-    """The index, or None where it is absent, damaged, or made from other things."""
+    if corpus is None:
+        given = {"index": index, "id_field": id_field, "text_field": text_field, "dim": dim}
+        given |= {"rescore": rescore, "precision": None if precision == "float32" else precision}
+        _check_without_corpus(given)
+        if isinstance(path, EmbeddingModel):
+            raise ValueError("a model comes without data; give a corpus to search")
+        return _search_of_pool(path, config, changed, hybrid=hybrid, trust=trust)
+    if config is not None:
+        raise ValueError("both a corpus and a config name data to search; give one of them")
+    model, rrf_k = _open_model(path, trust)
+    rescore = check_options(model, dim, precision, rescore)
+    fields = {"id_field": id_field, "text_field": text_field}
+    with progress_bar("reading documents", None) as advance:
+        documents = read_documents(as_path(corpus), **fields, advance=advance)
     try:
-        index = read_npz(path, ["made_from", "keys", "rows"])
-        if json.loads(str(index["made_from"])) != made_from:
-            return None
-        keys, rows = index["keys"], json.loads(index["rows"].tobytes())
-    except (ValueError, RecursionError):
-        return None
-    fits = keys.ndim == 2 and isinstance(rows, list) and len(keys) == len(rows)
-    return _Index(keys, rows) if fits else None
-
-
-def _write_index(path: AnyPath, made_from: Mapping[str, Any], index: _Index) -> None:
-    """Keeps the index, whole or not at all; where that cannot be, the search goes on."""
-    text = json.dumps(index.rows, ensure_ascii=False, default=_plain).encode()
-    try:
-        write_npz(
-            path,
-            keys=index.keys,
-            rows=np.frombuffer(text, np.uint8),
-            made_from=np.array(json.dumps(made_from)),
+        opened = open_index(
+            model,
+            documents,
+            cache_folder() / "search" if index is None else local_path(index),
+            place=_place_of(as_path(corpus), model, fields),
+            dim=dim,
+            precision=precision,
+            rescore=rescore,
         )
     except OSError as error:
-        say(f"the next search embeds the pool again: cannot write {path} ({error.strerror})")
+        raise OSError(f"cannot write the index ({error}); choose a folder with --index") from error
+    return _search_of_corpus(model, documents, opened, dim, rrf_k if hybrid else None)
 
 
-def _plain(value: Any) -> Any:
-    """What JSON has no type for: NumPy's numbers, and anything else as text."""
-    return value.item() if isinstance(value, np.generic) else str(value)
+def _place_of(corpus: AnyPath, model: EmbeddingModel, fields: Mapping[str, Any]) -> str:
+    """Identifies where a corpus and a model are, whatever they hold now."""
+    path = str(corpus) if is_remote(corpus) else os.path.abspath(corpus)
+    return digest_of(json.dumps([path, os.path.abspath(model.source), fields]).encode())
 
 
-def _build_index(
-    model: EmbeddingModel, sources: Mapping[str, PairSource], prompts: Mapping[str, RowPrompts]
-) -> _Index:
-    rows: list[dict[str, Any]] = []
-    ends = [0]
-    for source in sources.values():
-        for first in range(0, len(source), _CHUNK_ROWS):
-            rows += source.read(np.arange(first, min(first + _CHUNK_ROWS, len(source))))
-        ends.append(len(rows))
-    texts = [row["key"] for row in rows]
-    with progress_bar("embedding the pool", len(rows)) as advance:
-        if not prompts:  # all splits at once, which sorts texts by length better
-            return _Index(model.encode(texts, side="key", progress=advance), rows)
-        keys = [
-            encode_rows(
-                model, texts[first:end], side="key", prompts=prompts.get(split), progress=advance
-            )
-            for split, (first, end) in zip(sources, itertools.pairwise(ends), strict=True)
+def _search_of_corpus(
+    model: EmbeddingModel,
+    documents: Documents,
+    index: CorpusIndex,
+    dim: int | None,
+    rrf_k: int | None,
+) -> Search:
+    def records(rows: Sequence[int]) -> list[dict[str, Any]]:
+        texts = documents.read(rows)
+        return [
+            {"id": documents.ids[row], "text": text} for row, text in zip(rows, texts, strict=True)
         ]
-    return _Index(np.concatenate(keys), rows)
+
+    def texts() -> Iterator[str]:
+        for first in range(0, len(documents), _BLOCK_TEXTS):
+            yield from documents.read(np.arange(first, min(first + _BLOCK_TEXTS, len(documents))))
+
+    return Search(_rank(model, index.search, dim, texts(), rrf_k), records, index.kept)
+
+
+def _search_of_pool(
+    path: str | os.PathLike[str],
+    config: ConfigDict | None,
+    changed: Collection[str],
+    *,
+    hybrid: bool,
+    trust: Trust,
+) -> Search:
+    pool = open_pool(path, config, changed=changed, trust=trust)
+    index = pool_index(pool)
+    keys = for_inner_products(pool.model.similarity_function, "key", index.keys)
+    texts = (row["key"] for row in index.rows)
+    rank = _rank(pool.model, VectorSearch(keys), None, texts, pool.rrf_k if hybrid else None)
+    return Search(rank, lambda rows: [index.rows[row] for row in rows])
+
+
+def _rank(
+    model: EmbeddingModel,
+    search: VectorSearch,
+    dim: int | None,
+    texts: Iterable[str],
+    rrf_k: int | None,
+) -> Callable[[Sequence[str], int], list[Ranking]]:
+    """A function that ranks the rows of a pool; with `rrf_k`, by BM25 on the texts as well."""
+    lexical = None if rrf_k is None else BM25(texts)
+
+    def rank(queries: Sequence[str], top: int) -> list[Ranking]:
+        vectors = query_vectors(model, model.encode(list(queries)), dim)
+        if lexical is None or rrf_k is None:
+            return search.best(vectors, top)
+        rankings = []
+        for query, vector in zip(queries, vectors, strict=True):  # a table of scores is large
+            tables = [lexical.scores([query]), search.scores(vector[None], top)]
+            fused = reciprocal_rank_fusion(tables, k=rrf_k)[0]
+            rows = best_rows(fused, top)
+            rankings.append(Ranking(rows, fused[rows]))
+        return rankings
+
+    return rank
+
+
+def _open_model(
+    path: str | os.PathLike[str] | EmbeddingModel, trust: Trust
+) -> tuple[EmbeddingModel, int]:
+    """A model, and the constant of reciprocal rank fusion to use with it."""
+    if isinstance(path, EmbeddingModel):
+        return path, _RRF_K
+    if is_run(path):
+        run = open_run(as_path(path), trust=trust)
+        return model_of_run(run), run.settings.evaluation.rrf_k
+    return load(path, trust=trust), _RRF_K
+
+
+def _check_without_corpus(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}={value} is for a corpus; give one, or leave {name} out")
 
 
 def _asked(*, prompt: str) -> Iterator[str]:
@@ -315,36 +390,6 @@ def _asked(*, prompt: str) -> Iterator[str]:
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while query := input(prompt).strip():
             yield query
-
-
-def _show_as_json(hits: Sequence[Hit]) -> None:
-    text = json.dumps([_as_json(hit) for hit in hits], ensure_ascii=False, default=str)
-    print(printable(text))
-
-
-def _as_json(hit: Hit) -> dict[str, Any]:
-    rest = {name: v for name, v in hit.record.items() if name not in ("query", "key", "group")}
-    key = hit.record["key"]
-    query = hit.record["query"]
-    return {"score": hit.score, "query": query, **rest, "first_line": _first_line(key), "key": key}
-
-
-def _show_as_text(hits: Sequence[Hit]) -> None:
-    for rank, (score, record) in enumerate(hits, start=1):
-        name = ":".join(_present(record, "package", "qualified_name"))
-        place = ":".join(_present(record, "file", "line"))
-        head = f"{rank:3}  {score:.4f}  " + "  ".join(filter(None, (name, place)))
-        print(printable(f"{head}\n     {_first_line(record['key'])}"))
-
-
-def _present(record: Mapping[str, Any], *fields: str) -> list[str]:
-    return [" ".join(str(record[field]).split()) for field in fields if field in record]
-
-
-def _first_line(text: str) -> str:
-    """The line of a function's def, or else the first that is not blank."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next(filter(_DEFINITION.match, lines), lines[0] if lines else "")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from jaxcl.configs import code_search, tfds_pairs
 from jaxcl.data.prepare import prepare_data
 from jaxcl.host.block_file import BlockFile
 from jaxcl.host.npz import read_npz
+from jaxcl.run import pool_index
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.opened import open_run
 from jaxcl.run.workdir import claim_workdir, read_config
@@ -177,7 +178,7 @@ def test_arrays_are_not_unpickled(tmp_path):
     np.savez(path, keys=pickled, made_from=made_from)
     np.save(tmp_path / "rows.npy", pickled)
     (tmp_path / "rows.done.json").write_text('{"rows": 1}')
-    assert search._read_index(path, {}) is None
+    assert pool_index._read_index(path, {}) is None
     with pytest.raises(ValueError, match="keys holds Python objects"):
         read_npz(path, ["keys"])
     block = BlockFile(tmp_path / "rows.npy", (1, 1), np.float32, writes=True)

@@ -18,7 +18,10 @@ from jaxcl.data.prepare import prepare_data
 from jaxcl.data.python_functions import SourceRoot
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.tokenizer import train_tokenizer
+from jaxcl.run import pool_index
 from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.hits import _first_line
+from jaxcl.run.pool_index import INDEX_FILE
 from jaxcl.run.training import build_training
 from jaxcl.run.workdir import claim_workdir, read_config
 from jaxcl.settings.read import read_settings
@@ -144,7 +147,7 @@ def _files(folder: Path) -> dict[str, tuple[int, int]]:
     return {
         path: (stat.st_size, stat.st_mtime_ns)
         for path, stat in stats.items()
-        if not path.endswith(search.INDEX_FILE)
+        if not path.endswith(INDEX_FILE)
     }
 
 
@@ -161,13 +164,13 @@ def _flip_bytes(workdir: Path, step: int) -> None:
 @pytest.fixture
 def embeddings_made(monkeypatch) -> list[int]:
     """Grows by one number whenever a pool is embedded."""
-    made, build_index = [], search._build_index
+    made, build_index = [], pool_index._build_index
 
     def counting(*arguments):
         made.append(1)
         return build_index(*arguments)
 
-    monkeypatch.setattr(search, "_build_index", counting)
+    monkeypatch.setattr(pool_index, "_build_index", counting)
     return made
 
 
@@ -280,7 +283,7 @@ def test_asked_for_json_it_prints_a_list_per_line_and_no_prompt(trained, run, mo
 def test_an_index_is_used_again(workdir, embeddings_made):
     before = search.open_search(workdir)(PLANTED, 5)
     assert embeddings_made == []
-    (workdir / search.INDEX_FILE).unlink()
+    (workdir / INDEX_FILE).unlink()
     after = search.open_search(workdir)(PLANTED, 5)
     assert embeddings_made == [1]
     assert before == after
@@ -312,7 +315,7 @@ def test_another_tokenizer_than_the_run_s_is_refused(workdir, embeddings_made):
 
 
 def test_the_index_is_the_key_tower_on_the_tokens_that_were_trained_on(workdir, monkeypatch):
-    monkeypatch.setattr(search, "_CHUNK_ROWS", 3)
+    monkeypatch.setattr(pool_index, "_CHUNK_ROWS", 3)
     saved = json.loads((workdir / "config.json").read_text())
     saved["model"]["shared"] = False
     saved["data"]["max_tokens"] = {"query": 6, "key": 128}
@@ -335,28 +338,30 @@ def test_the_index_is_the_key_tower_on_the_tokens_that_were_trained_on(workdir, 
     queries, keys = embedded("query"), embedded("key")
     first_split = next(iter(data.sources.values()))
     [hit] = search.open_search(workdir)(first_split.read([0])[0]["query"], 1)
-    with np.load(workdir / search.INDEX_FILE) as index:
+    with np.load(workdir / INDEX_FILE) as index:
         np.testing.assert_allclose(index["keys"], keys, atol=1e-6)
     assert hit.score == pytest.approx((keys @ queries[0]).max(), abs=1e-5)
 
 
 @pytest.mark.parametrize("start", ["def ", "async def ", "  async  def "])
 def test_the_first_line_is_that_of_the_def(start):
-    assert search._first_line(f"\n@cached\n{start}find(name):\n    pass") == (
+    assert _first_line(f"\n@cached\n{start}find(name):\n    pass") == (
         f"{start}find(name):".strip()
     )
 
 
 def test_no_flipped_bit_of_an_index_is_an_error_or_believed(tmp_path):
-    path, made_from = tmp_path / search.INDEX_FILE, {"step": 1}
-    index = search._Index(np.ones((3, 4), np.float32), [{"key": str(row)} for row in range(3)])
-    search._write_index(path, made_from, index)
+    path, made_from = tmp_path / INDEX_FILE, {"step": 1}
+    index = pool_index.PoolIndex(
+        np.ones((3, 4), np.float32), [{"key": str(row)} for row in range(3)]
+    )
+    pool_index._write_index(path, made_from, index)
     whole = path.read_bytes()
     for place in range(0, 8 * len(whole), 3):
         damaged = bytearray(whole)
         damaged[place // 8] ^= 1 << place % 8
         path.write_bytes(damaged)
-        found = search._read_index(path, made_from)
+        found = pool_index._read_index(path, made_from)
         assert found is None or (
             np.array_equal(found.keys, index.keys) and found.rows == index.rows
         )
@@ -364,7 +369,7 @@ def test_no_flipped_bit_of_an_index_is_an_error_or_believed(tmp_path):
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-500], lambda content: b""])
 def test_a_damaged_index_is_made_anew(workdir, embeddings_made, damage):
-    path = workdir / search.INDEX_FILE
+    path = workdir / INDEX_FILE
     path.write_bytes(damage(path.read_bytes()))
     search.open_search(workdir)
     search.open_search(workdir)
@@ -372,8 +377,8 @@ def test_a_damaged_index_is_made_anew(workdir, embeddings_made, damage):
 
 
 def test_where_the_index_cannot_be_kept_the_search_goes_on(workdir, run):
-    (workdir / search.INDEX_FILE).unlink()
-    (workdir / search.INDEX_FILE).mkdir()
+    (workdir / INDEX_FILE).unlink()
+    (workdir / INDEX_FILE).mkdir()
     code, out, error = run("--workdir", workdir, "--top", 1, PLANTED)
     assert code == 0
     assert "moon_phase" in out
@@ -382,7 +387,7 @@ def test_where_the_index_cannot_be_kept_the_search_goes_on(workdir, run):
 
 
 def test_the_index_holds_unit_vectors_of_every_row(trained):
-    with np.load(trained / search.INDEX_FILE) as index:
+    with np.load(trained / INDEX_FILE) as index:
         keys = index["keys"]
     assert (keys.shape, keys.dtype) == ((NUM_FUNCTIONS, 64), np.float32)
     # Float32 sums of 64 squares round to about 1e-7.
@@ -392,7 +397,7 @@ def test_the_index_holds_unit_vectors_of_every_row(trained):
 def test_nothing_of_the_run_is_changed(workdir, run):
     before = _files(workdir.parent)
     assert run("--workdir", workdir, "--hybrid", PLANTED)[0] == 0
-    (workdir / search.INDEX_FILE).unlink()
+    (workdir / INDEX_FILE).unlink()
     assert run("--workdir", workdir, PLANTED)[0] == 0
     assert _files(workdir.parent) == before
 
@@ -496,7 +501,7 @@ def test_a_copied_workdir_is_searched_from_its_index_without_its_data(trained, w
 
 def test_without_an_index_a_copied_workdir_says_that_its_rows_are_gone(workdir, run):
     _move_data_away(workdir)
-    (workdir / search.INDEX_FILE).unlink()
+    (workdir / INDEX_FILE).unlink()
     assert "are gone from /no/such/data_set" in _error(run, "--workdir", workdir, PLANTED)
 
 
@@ -505,7 +510,7 @@ def other_model(monkeypatch, tmp_path):
     """A folder that loads as a small model, and a cache for its indices."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = small_model([PLANTED, PLANTED_CODE])
-    monkeypatch.setattr(search, "load", lambda path, trust: model)
+    monkeypatch.setattr(pool_index, "load", lambda path, trust: model)
     (tmp_path / "model").mkdir()
     return tmp_path / "model"
 
@@ -531,7 +536,7 @@ def test_each_pool_and_model_has_its_own_index(trained, other_model, embeddings_
     search.open_search(other_model, config=config)
     config.data.splits = {"train": "train"}
     assert len(search.search(other_model, PLANTED, top=1000, config=config)) < NUM_FUNCTIONS
-    monkeypatch.setattr(search, "load", lambda path, trust: small_model([PLANTED_CODE]))
+    monkeypatch.setattr(pool_index, "load", lambda path, trust: small_model([PLANTED_CODE]))
     search.open_search(other_model, config=config)
     assert embeddings_made == [1, 1, 1]
 
@@ -548,4 +553,25 @@ def test_the_command_needs_exactly_one_model(run, flags):
 
 def test_a_model_without_data_needs_a_config(other_model, run):
     error = _error(run, "--model", other_model, PLANTED)
-    assert "is not a run with its own data; name the data with a config" in error
+    assert "is not a run with its own data; name a file with --corpus" in error
+
+
+def test_a_run_searches_a_corpus_with_its_own_settings(workdir, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    corpus = tmp_path / "docs.txt"
+    corpus.write_text(f"open a window\n{PLANTED}\nclose a ledger\n")
+    path = workdir / "config.json"
+    config = json.loads(path.read_text())
+    config["evaluation"]["rrf_k"] = 7
+    config["loss"]["matryoshka_dims"] = [32, 64]
+    path.write_text(json.dumps(config))
+    _save_again(workdir)
+    before = _files(workdir)
+    hits = search.open_search(workdir, corpus=corpus, hybrid=True)(PLANTED, 100)
+    assert len(hits) == 3
+    assert hits[0].record == {"id": "1", "text": PLANTED}
+    assert hits[0].score == pytest.approx(1 / (7 + 1) + 1 / (7 + 1))  # first by both methods
+    assert search.open_search(workdir, corpus=corpus, dim=32)(PLANTED, 1)[0].record["id"] == "1"
+    with pytest.raises(ValueError, match=r"dim=16 is not a length .* use one of 32, 64"):
+        search.open_search(workdir, corpus=corpus, dim=16)
+    assert _files(workdir) == before

@@ -1,0 +1,186 @@
+"""The pool of a run's or a config's data, and its index: all keys embedded, with their rows."""
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxcl.data.prepare import open_sources
+from jaxcl.data.row_prompts import RowPrompts
+from jaxcl.data.sources import PairSource
+from jaxcl.host.files import digest_of, write_npz
+from jaxcl.host.npz import read_npz
+from jaxcl.host.paths import AnyPath, as_path
+from jaxcl.host.progress import progress_bar, say
+from jaxcl.host.user_folders import cache_folder, shared_folder
+from jaxcl.run.embedding_model import EmbeddingModel
+from jaxcl.run.encode_rows import encode_rows
+from jaxcl.run.load_model import is_run, load, model_of_run
+from jaxcl.run.opened import open_run
+from jaxcl.settings.parts import Trust
+from jaxcl.settings.read import read_data_settings
+from jaxcl.typing import Float
+
+__all__ = ["INDEX_FILE", "Pool", "PoolIndex", "open_pool", "pool_index"]
+
+INDEX_FILE = "search_index.npz"
+_CHUNK_ROWS = 4096
+
+
+class Pool(NamedTuple):
+    """A model and the data whose keys it searches.
+
+    Attributes:
+      model: embeds queries and keys.
+      sources: a function that opens the splits, and gives the prompts of their rows where they
+        replace the model's.
+      index_file: path of the index.
+      made_from: identifies the content of the index, in JSON types.
+      rrf_k: the constant of reciprocal rank fusion.
+    """
+
+    model: EmbeddingModel
+    sources: Callable[[], tuple[Mapping[str, PairSource], Mapping[str, RowPrompts]]]
+    index_file: AnyPath
+    made_from: Mapping[str, Any]
+    rrf_k: int
+
+
+class PoolIndex(NamedTuple):
+    """All splits of a pool, one after another.
+
+    Attributes:
+      keys: the keys' embeddings.
+      rows: texts and metadata of the rows.
+    """
+
+    keys: Float[np.ndarray, "n d"]
+    rows: Sequence[dict[str, Any]]
+
+
+def open_pool(
+    path: str | os.PathLike[str],
+    config: ConfigDict | None,
+    *,
+    changed: Collection[str] = (),
+    trust: Trust = (),
+) -> Pool:
+    """Open a model, and the data to search.
+
+    Args:
+      path: the workdir of a run; with a config, any model that `jaxcl.load` accepts.
+      config: the config of the data; `None` for the run's own data.
+      changed: dotted names of the fields that the user changed; one without effect is an error.
+      trust: packages whose code the run may name.
+
+    Raises:
+      ValueError: if there is no run or model, or the data are missing.
+      CheckpointError: if no checkpoint can be read.
+    """
+    if config is None:
+        return _pool_of_run(path, trust)
+    return _pool_of_config(path, config, changed, trust)
+
+
+def pool_index(pool: Pool) -> PoolIndex:
+    """The index of a pool, which is built if it is absent, damaged or out of date.
+
+    Raises:
+      ValueError: if it must be built and the data are missing.
+    """
+    index = _read_index(pool.index_file, pool.made_from)
+    if index is None:
+        index = _build_index(pool.model, *pool.sources())
+        _write_index(pool.index_file, pool.made_from, index)
+    return index
+
+
+def _pool_of_run(path: str | os.PathLike[str], trust: Trust) -> Pool:
+    workdir = as_path(path)
+    if workdir.is_dir() and not is_run(workdir):
+        raise ValueError(
+            f"{workdir} is not a run with its own data; name a file with --corpus, or data with a "
+            "config"
+        )
+    run = open_run(workdir, trust=trust)
+    run.check_texts("jaxcl.search")
+    rrf_k = run.settings.evaluation.rrf_k
+
+    def opened() -> tuple[Mapping[str, PairSource], Mapping[str, RowPrompts]]:
+        sources = run.sources()
+        return sources, run.prompts(sources)
+
+    return Pool(model_of_run(run), opened, run.workdir / INDEX_FILE, run.made_from, rrf_k)
+
+
+def _pool_of_config(
+    path: str | os.PathLike[str], config: ConfigDict, changed: Collection[str], trust: Trust
+) -> Pool:
+    """The pool of a config; its index must stay out of the model's folder."""
+    settings = read_data_settings(config, changed=changed)
+    data_dir, open_source = shared_folder(settings.run.data_dir), settings.parts.source
+    sources = open_sources(settings.data, data_dir=data_dir, open_source=open_source)
+    model = load(path, trust=trust)
+    fingerprints = {role: source.fingerprint for role, source in sources.items()}
+    made_from = {"model": model.made_from, "fingerprints": fingerprints}
+    name = digest_of(json.dumps(made_from, sort_keys=True).encode())
+    index_file = cache_folder() / "search" / f"{name}.npz"
+    return Pool(model, lambda: (sources, {}), index_file, made_from, settings.evaluation.rrf_k)
+
+
+def _read_index(path: AnyPath, made_from: Mapping[str, Any]) -> PoolIndex | None:
+    """The index, or `None` if it is absent, damaged, or of another model or other data."""
+    try:
+        index = read_npz(path, ["made_from", "keys", "rows"])
+        if json.loads(str(index["made_from"])) != made_from:
+            return None
+        keys, rows = index["keys"], json.loads(index["rows"].tobytes())
+    except (ValueError, RecursionError):
+        return None
+    fits = keys.ndim == 2 and isinstance(rows, list) and len(keys) == len(rows)
+    return PoolIndex(keys, rows) if fits else None
+
+
+def _write_index(path: AnyPath, made_from: Mapping[str, Any], index: PoolIndex) -> None:
+    """Write the index, whole or not at all; a failure is reported and does not end the search."""
+    text = json.dumps(index.rows, ensure_ascii=False, default=_plain).encode()
+    try:
+        write_npz(
+            path,
+            keys=index.keys,
+            rows=np.frombuffer(text, np.uint8),
+            made_from=np.array(json.dumps(made_from)),
+        )
+    except OSError as error:
+        say(f"the next search embeds the pool again: cannot write {path} ({error.strerror})")
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON has no type for: NumPy's numbers, and anything else as text."""
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def _build_index(
+    model: EmbeddingModel, sources: Mapping[str, PairSource], prompts: Mapping[str, RowPrompts]
+) -> PoolIndex:
+    rows: list[dict[str, Any]] = []
+    ends = [0]
+    for source in sources.values():
+        for first in range(0, len(source), _CHUNK_ROWS):
+            rows += source.read(np.arange(first, min(first + _CHUNK_ROWS, len(source))))
+        ends.append(len(rows))
+    texts = [row["key"] for row in rows]
+    with progress_bar("embedding the pool", len(rows)) as advance:
+        if not prompts:  # all splits at once, which sorts texts by length better
+            return PoolIndex(model.encode(texts, side="key", progress=advance), rows)
+        keys = [
+            encode_rows(
+                model, texts[first:end], side="key", prompts=prompts.get(split), progress=advance
+            )
+            for split, (first, end) in zip(sources, itertools.pairwise(ends), strict=True)
+        ]
+    return PoolIndex(np.concatenate(keys), rows)
