@@ -130,6 +130,19 @@ def test_texts_that_tokenise_alike_share_a_label(opened):
     assert first not in data.tables["train"].text.tolist()
 
 
+def test_a_negative_that_tokenises_like_a_key_has_its_labels(opened):
+    long = "a cow and a very long tail of other words that no limit leaves"
+    source = InMemoryPairs(
+        QUERIES,
+        [f"{long} {row}" if row == 3 else KEYS[row] for row in range(5)],
+        groups=GROUPS,
+        metadata={"negatives": [[], [f"{long} again"], [], [], []]},
+    )
+    data = opened(source)
+    assert data.negatives.labels["text"].tolist() == [data.tables["train"].text[3]]
+    assert data.negatives.num_own == 1  # rows 1 and 3 have equal queries
+
+
 @pytest.mark.parametrize(("given", "wanted"), [(1, 1), (3, 3), (4, 4), (9, 4), (None, 4)])
 def test_the_first_negatives_of_each_list_are_taken(opened, given, wanted):
     data = opened(pairs(scores=SCORES), scored=True, negatives_per_row=given)
