@@ -19,6 +19,7 @@ from jaxcl.typing import SIDES, Float, Int, Integer
 __all__ = ["NegativeLists", "NegativeTexts", "have_negatives", "read_negative_lists"]
 
 _CHUNK_ROWS = 4096
+_SAMPLED_ROWS = 256
 
 
 class NegativeLists(NamedTuple):
@@ -47,10 +48,12 @@ class NegativeLists(NamedTuple):
 def have_negatives(source: PairSource) -> bool:
     """Whether the records of a source have `"negatives"`.
 
-    The first record of each data set decides: its others have the field, too, or leave it out where
-    they have none.
+    The first record of each data set decides, and a sample of the others: where a record has no
+    negatives, it may leave the field out.
     """
-    return any("negatives" in record for record in source.read(_first_rows(source)))
+    sample = np.linspace(0, len(source) - 1, _SAMPLED_ROWS).astype(np.int64)
+    rows = np.unique(np.concatenate([_first_rows(source), sample]))
+    return any("negatives" in record for record in source.read(rows))
 
 
 def read_negative_lists(

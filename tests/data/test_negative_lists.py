@@ -92,6 +92,22 @@ def test_rows_without_negatives_give_empty_lists():
     assert lists.numbers.size == lists.first_row.size == lists.same_row.size == 0
 
 
+def test_records_without_negatives_may_leave_the_field_out():
+    class Sparse(InMemoryPairs):
+        def read(self, rows):
+            fields = super().read(rows)
+            return [{k: v for k, v in row.items() if v is not None} for row in fields]
+
+    source = Sparse(
+        ["q"] * 9_000,
+        ["k"] * 9_000,
+        metadata={"negatives": [None if row % 9 else ["x"] for row in range(1, 9_001)]},
+    )
+    assert "negatives" not in source.read([0])[0]
+    assert have_negatives(source)
+    assert read_negative_lists(source).numbers.shape == (1_000,)
+
+
 def test_the_first_record_of_each_data_set_says_whether_it_has_negatives():
     without = InMemoryPairs(["a"], ["b"])
     assert have_negatives(pairs([[], ["x"]]))
