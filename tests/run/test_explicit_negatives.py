@@ -1,5 +1,8 @@
 """Runs on rows that bring negatives: settings that fit them, what is said, and resuming."""
 
+import json
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from jaxcl.run.metric_writer import read_metrics
 from jaxcl.settings.read import read_settings
 from jaxcl.train import train
 from tests.helpers import bits, training_of, unclocked
+from tests.host.test_processes import Run, assert_close_runs
 
 SOURCE = """
 from jaxcl.data.sources import InMemoryPairs
@@ -164,6 +168,44 @@ def test_a_resumed_run_is_the_same_run(config, tmp_path, monkeypatch, changes):
     run.data.negatives_per_row = 1
     with pytest.raises(ValueError, match=r"data\.negatives_per_row is 1 here and None there"):
         train(run, tmp_path / "halves")
+
+
+FILES = """
+from jaxcl.configs import pairs
+
+def get_config():
+    config = pairs.get_config("smoke")
+    config.steps, config.data.vocabulary_size, config.model.dim = 3, 400, 16
+    config.global_batch_size, config.evaluation.methods = 16, ("dense",)
+    config.data.name = "{folder}/mined.jsonl"
+    config.loss.masks, config.loss.exchange = ("row", "text"), "ring"
+    config.grad_cache.chunk_size = 3
+    config.run.data_dir, config.run.log_every = "{folder}/data", 1
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_positives_and_negatives_of_a_file_as_one(tmp_path):
+    records = [
+        {
+            "query": f"query {row}",
+            "positives": [f"key {row} {place}" for place in range(1 + row % 2)],
+            "negatives": [f"other {row + place}" for place in range(row % 4)],
+        }
+        for row in range(60)
+    ]
+    (tmp_path / "mined.jsonl").write_text("\n".join(map(json.dumps, records)))
+    config = tmp_path / "mined.py"
+    config.write_text(FILES.format(folder=tmp_path))
+    command = [sys.executable, "-m", "jaxcl.train", "--config", str(config)]
+    for processes in (1, 2):
+        arguments = [*command, f"--workdir={tmp_path / str(processes)}"]
+        Run(arguments, processes=processes, devices=4 // processes).finish()
+    assert_close_runs(tmp_path / "2", tmp_path / "1", tolerance=1e-5)
+    metrics = [one for one in read_metrics(tmp_path / "2") if "negatives/explicit/counted" in one]
+    assert metrics
+    assert all(one["negatives/explicit/counted"] > 8 for one in metrics)
 
 
 @pytest.mark.parametrize(
