@@ -56,6 +56,16 @@ _UNREAD = (
         "a file of pairs as data.name reads it",
     ),
     _Unread(
+        ("data.prompts.query",),
+        lambda s: s.data.modality.query != "text",
+        "data.modality.query='text' reads it",
+    ),
+    _Unread(
+        ("data.prompts.key",),
+        lambda s: s.data.modality.key != "text",
+        "data.modality.key='text' reads it",
+    ),
+    _Unread(
         ("data.exclude_prompt",),
         lambda s: s.model.name in ENCODERS and s.model.key.name in (None, *ENCODERS),
         "the pooling of model.pretrained reads it",

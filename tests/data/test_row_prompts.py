@@ -264,6 +264,15 @@ def test_prompts_that_cannot_be_are_named(changes, message):
         read(**changes)
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_only_texts_have_prompts(side):
+    field = f"data.prompts.{side}"
+    data = {"prompts": {side: "a"}, "modality": dict.fromkeys(SIDES, "number")}
+    with pytest.raises(ValueError, match=f"{field} has no effect here: data.modality.{side}='tex"):
+        read_settings({"data": data}, changed=[field])
+    read_settings({"data": data | {"modality": {}}}, changed=[field])
+
+
 def test_prompts_of_a_data_set_have_no_effect_on_other_models():
     config = get_config("smoke")
     with config.unlocked():
