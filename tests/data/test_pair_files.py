@@ -126,6 +126,33 @@ def test_several_positives_are_consecutive_rows_with_the_same_negatives(opened, 
     assert all(record["group"].dtype == np.int32 for record in train.read([0, 2]))
 
 
+def test_rows_of_several_blocks_keep_their_negatives(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(pair_cache, "_BLOCK", 2)
+    write_jsonl(tmp_path / "pairs.jsonl", 5 * FULL)
+    assert all_rows(opened(splits=WHOLE, group_field="g")["train"]) == 5 * FULL_ROWS
+
+
+def test_all_positives_of_a_record_are_in_its_split(opened, tmp_path):
+    records = [
+        {"query": f"query {i}", "positives": [f"key {i} {j}" for j in range(1 + i % 3)]}
+        for i in range(90)
+    ]
+    write_jsonl(tmp_path / "pairs.jsonl", records)
+    splits = opened(splits={"train": "rest", "validation": "train[:30%]"})
+    chosen = {role: {row["query"] for row in all_rows(one)} for role, one in splits.items()}
+    assert chosen["train"] | chosen["validation"] == {record["query"] for record in records}
+    for role, queries in chosen.items():
+        assert len(queries) > 10
+        wanted = [
+            {"query": record["query"], "key": key}
+            for record in records
+            if record["query"] in queries
+            for key in record["positives"]
+        ]
+        assert all_rows(splits[role]) == wanted
+    assert not chosen["train"] & chosen["validation"]
+
+
 def test_metadata_and_integer_groups_are_kept(opened, tmp_path):
     rows = [{**row, "n": i, "tags": ["a", None]} for i, row in enumerate(plain_rows(5))]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
