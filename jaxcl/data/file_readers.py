@@ -157,6 +157,8 @@ def _lines(file: Any) -> Iterator[tuple[int, bytes]]:
 def _json_rows(file: Any) -> Iterator[FileRow]:
     """Lines without any content are left out."""
     for number, line in _lines(file):
+        if number == 1 and line.lstrip().startswith(b"["):
+            raise ValueError("the file is one JSON array; write each of its objects on a line")
         if len(line) > _MAX_LINE:
             yield FileRow(number, problem=f"the line has more than {_MAX_LINE:,} bytes")
             continue
@@ -194,9 +196,13 @@ def _csv_reader(file: Any, kind: str) -> Any:
 
 def _header(reader: Any) -> list[str]:
     try:
-        return next(reader)
+        names = next(reader)
+        "".join(names).encode()
+        return names
     except StopIteration:
         return []
+    except UnicodeEncodeError as error:
+        raise ValueError("the header is not UTF-8; write the file in that encoding") from error
     except csv.Error as error:
         raise ValueError(f"the header cannot be read ({error})") from error
 

@@ -49,13 +49,15 @@ def find_directory(name: str | Path, data_dir: str | Path | None) -> Any:
         )
     if (directory / DATASET_INFO_FILE).exists():
         return directory
-    if directory.is_absolute() or str(name).startswith((".", "~")):
+    parts = _NAME.fullmatch(str(name))
+    is_path = directory.is_absolute() or str(name).startswith((".", "~"))
+    if is_path or (parts is None and directory.is_dir()):
         raise ValueError(
             f"{directory} holds no prepared data set (there is no dataset_info.json in it). Name "
             "the directory of one version, a TFDS name together with data_dir, or a file of pairs "
             "(.jsonl, .csv, .tsv, .parquet)."
         )
-    if (parts := _NAME.fullmatch(str(name))) is None:
+    if parts is None:
         raise ValueError(
             f"{str(name)!r} is neither a directory nor the name of a TFDS data set, nor a file of "
             "pairs (.jsonl, .csv, .tsv, .parquet); give NAME, NAME/CONFIG, NAME:VERSION or "
@@ -74,6 +76,7 @@ def find_directory(name: str | Path, data_dir: str | Path | None) -> Any:
     prepared = [] if where is None else _prepared_in(where)
     raise ValueError(
         f"the data set {name!r} is not prepared; looked in {[str(root) for root in roots]}"
+        + (f" (the folder {directory} holds none)" if directory.is_dir() else "")
         + (f", where there is {', '.join(prepared)}" if prepared else "")
         + ". Set data_dir to its directory, run your own script that prepares it, or prepare "
         f"a data set of TFDS: {_prepare_command(str(name), data_dir)}"

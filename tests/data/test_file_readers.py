@@ -131,6 +131,8 @@ def test_a_text_that_is_not_utf8_is_a_problem_of_its_row_alone(tmp_path, kind):
     [
         ("a.csv", b"query,key,query\n", "a.csv has two columns named 'query'"),
         ("a.csv", b'"query"x,key\n', r"a.csv: the header cannot be read \("),
+        ("a.csv", b"\xff\xfeq\x00u\x00", "a.csv: the header is not UTF-8"),
+        ("a.json", b' [\n{"query": "a"}\n]', "a.json: the file is one JSON array; write each"),
         ("a.parquet", b"no parquet", "a.parquet: .*magic bytes"),
         ("a.arrow", b"no arrow at all", "a.arrow: "),
         ("a.txt", b"", "a.txt has an unknown suffix"),

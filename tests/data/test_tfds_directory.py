@@ -216,6 +216,20 @@ def test_a_default_configuration_is_a_plain_name(data_dir, default):
         find_directory("configured", data_dir)
 
 
+def test_a_folder_without_a_data_set_is_named_as_such(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, message in {
+        "folder.csv": r"folder\.csv holds no prepared data set .*or a file of pairs",
+        "folder": r"'folder' is not prepared; .*\(the folder folder holds none\)",
+    }.items():
+        with pytest.raises(ValueError, match=r"is not prepared|is neither a directory") as absent:
+            find_directory(name, tmp_path)
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match=message):
+            find_directory(name, tmp_path)
+        assert "holds no" not in str(absent.value)
+
+
 @pytest.mark.parametrize("name", ["whole", "by_split"])
 def test_a_folder_of_hugging_face_is_named_as_such(tmp_path, monkeypatch, name):
     """As their `save_to_disk` writes a data set, and several splits."""
