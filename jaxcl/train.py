@@ -143,7 +143,8 @@ def train(
         saved = first_then_others(functools.partial(claim_workdir, workdir, settings))
         data = first_then_others(functools.partial(_prepare, settings, workdir, saved))
         shared = {"the id of the workdir": together(functools.partial(workdir_id, workdir))}
-        check_processes_agree(shared | data.remembered.fingerprints | sets.fingerprints)
+        shared |= {f"the evaluation set {name}": one for name, one in sets.fingerprints.items()}
+        check_processes_agree(shared | data.remembered.fingerprints)
         _check_enough_rows(settings, data)
         check_explicit_negatives(settings, data.negatives)
         check_evaluation(settings, data)

@@ -36,7 +36,7 @@ class TrainingSets:
 
     def __init__(self, sets: Mapping[str, EvaluationSet]):
         self._sets = dict(sets)
-        self._latest: tuple[int, dict[str, dict[str, float]]] | None = None
+        self._latest: tuple[int, dict[str, dict[str, int | float]]] | None = None
         self.fingerprints = {name: one.fingerprint for name, one in sets.items()}
         self.descriptions = [f"{name}: {one.description}" for name, one in sets.items()]
         self.metrics = [f"{name}/{metric}" for name, one in sets.items() for metric in one.metrics]
@@ -60,7 +60,7 @@ class TrainingSets:
           Values that are not finite, such as the correlation with a constant, are left out.
         """
         return {
-            f"{name}/{metric}": value
+            f"{name}/{metric}": float(value)
             for name, values in self._values(step, encoder).items()
             for metric, value in values.items()
             if math.isfinite(value)
@@ -77,7 +77,7 @@ class TrainingSets:
             for name, values in self._values(step, encoder).items()
         }
 
-    def _values(self, step: int, encoder: Encoder) -> dict[str, dict[str, float]]:
+    def _values(self, step: int, encoder: Encoder) -> dict[str, dict[str, int | float]]:
         # The last step is evaluated in the loop and after it; a large corpus takes long to encode.
         if self._latest is None or self._latest[0] != step:
             self._latest = (
@@ -87,7 +87,7 @@ class TrainingSets:
         return self._latest[1]
 
 
-def _values(name: str, opened: EvaluationSet, encoder: Encoder) -> dict[str, float]:
+def _values(name: str, opened: EvaluationSet, encoder: Encoder) -> dict[str, int | float]:
     try:
         return dict(opened.evaluate(encoder.encode))
     except ValueError as error:

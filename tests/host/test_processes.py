@@ -152,6 +152,33 @@ def test_processes_train_as_one(one, two):
 
 
 @pytest.mark.slow
+def test_processes_select_and_stop_as_one(command, tmp_path):
+    pairs = [f"parse a date {i},return {i} days,{i % 7}" for i in range(20)]
+    (tmp_path / "sts.csv").write_text("\n".join(["text1,text2,score", *pairs]) + "\n")
+    more = [
+        f"--config.evaluation.sets.dev={tmp_path / 'sts.csv'}",
+        "--config.evaluation.best_metric=dev/spearman",
+        "--config.evaluation.patience=2",
+        "--config.evaluation.min_delta=2",  # more than any correlation can increase
+        "--config.run.evaluate_every=3",
+    ]
+    alone, several = tmp_path / "alone", tmp_path / "several"
+    for workdir, (processes, devices) in {alone: (1, 4), several: (2, 2)}.items():
+        outputs = Run(command(workdir, *more), processes=processes, devices=devices).finish()
+        assert sum("stopped early after 9 of 12 steps" in one for one in outputs) == 1
+    assert_close_runs(several, alone, tolerance=1e-4)
+    results = [json.loads((one / "results.json").read_text()) for one in (several, alone)]
+    for name in ("steps", "stopped_early"):
+        assert results[0][name] == results[1][name], name
+    assert results[0]["best"]["step"] == results[1]["best"]["step"]
+    ours, theirs = (one["sets"]["dev"] for one in results)
+    assert ours["fingerprint"] == theirs["fingerprint"]
+    assert ours["metrics"] == pytest.approx(theirs["metrics"], rel=1e-4)
+    kept = [sorted(one.name for one in (run / "checkpoints").iterdir()) for run in (alone, several)]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(4, 1), (2, 4), (4, 2)])
 def test_any_number_of_processes_and_devices_trains_as_one(command, tmp_path, processes, devices):
     alone, several = tmp_path / "alone", tmp_path / "several"
