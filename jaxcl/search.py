@@ -56,6 +56,7 @@ from jaxcl.run.pool_index import open_pool, pool_index
 from jaxcl.run.vector_search import PRECISIONS, RESCORE, Ranking, VectorSearch, best_rows
 from jaxcl.settings.command_line import add_config_flags, changed_fields, optional_config_of
 from jaxcl.settings.parts import Trust
+from jaxcl.settings.read import read_data_settings
 
 __all__ = ["Hit", "Search", "main", "open_search", "search"]
 
@@ -334,7 +335,8 @@ def _search_of_pool(
     hybrid: bool,
     trust: Trust,
 ) -> Search:
-    pool = open_pool(path, config, changed=changed, trust=trust)
+    settings = None if config is None else read_data_settings(config, changed=changed)
+    pool = open_pool(path, settings, trust=trust)
     index = pool_index(pool)
     keys = for_inner_products(pool.model.similarity_function, "key", index.keys)
     texts = (row["key"] for row in index.rows)

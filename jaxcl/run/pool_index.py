@@ -3,11 +3,10 @@
 import itertools
 import json
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from jaxcl.data.prepare import open_sources
 from jaxcl.data.row_prompts import RowPrompts
@@ -22,7 +21,7 @@ from jaxcl.run.encode_rows import encode_rows
 from jaxcl.run.load_model import is_run, load, model_of_run
 from jaxcl.run.opened import open_run
 from jaxcl.settings.parts import Trust
-from jaxcl.settings.read import read_data_settings
+from jaxcl.settings.sections import Settings
 from jaxcl.typing import Float
 
 __all__ = ["INDEX_FILE", "Pool", "PoolIndex", "open_pool", "pool_index"]
@@ -64,26 +63,24 @@ class PoolIndex(NamedTuple):
 
 def open_pool(
     path: str | os.PathLike[str],
-    config: ConfigDict | None,
+    settings: Settings | None,
     *,
-    changed: Collection[str] = (),
     trust: Trust = (),
 ) -> Pool:
     """Open a model, and the data to search.
 
     Args:
-      path: the workdir of a run; with a config, any model that `jaxcl.load` accepts.
-      config: the config of the data; `None` for the run's own data.
-      changed: dotted names of the fields that the user changed; one without effect is an error.
+      path: the workdir of a run; with settings, any model that `jaxcl.load` accepts.
+      settings: the settings of the data; `None` for the run's own data.
       trust: packages whose code the run may name.
 
     Raises:
       ValueError: if there is no run or model, or the data are missing.
       CheckpointError: if no checkpoint can be read.
     """
-    if config is None:
+    if settings is None:
         return _pool_of_run(path, trust)
-    return _pool_of_config(path, config, changed, trust)
+    return _pool_of_settings(path, settings, trust)
 
 
 def pool_index(pool: Pool) -> PoolIndex:
@@ -117,11 +114,8 @@ def _pool_of_run(path: str | os.PathLike[str], trust: Trust) -> Pool:
     return Pool(model_of_run(run), opened, run.workdir / INDEX_FILE, run.made_from, rrf_k)
 
 
-def _pool_of_config(
-    path: str | os.PathLike[str], config: ConfigDict, changed: Collection[str], trust: Trust
-) -> Pool:
-    """The pool of a config; its index must stay out of the model's folder."""
-    settings = read_data_settings(config, changed=changed)
+def _pool_of_settings(path: str | os.PathLike[str], settings: Settings, trust: Trust) -> Pool:
+    """The pool of other data; its index must stay out of the model's folder."""
     data_dir, open_source = shared_folder(settings.run.data_dir), settings.parts.source
     sources = open_sources(settings.data, data_dir=data_dir, open_source=open_source)
     model = load(path, trust=trust)
