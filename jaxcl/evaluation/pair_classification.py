@@ -67,10 +67,10 @@ class PairSet:
     def description(self) -> str:
         """How the file was read."""
         first, second, label = self.pairs.fields
-        labels = self.pairs.scores
+        count, positives = len(self.pairs.scores), int(self.pairs.scores.sum())
         return (
-            f"classification of {len(labels):,} pairs ({first}, {second}) by labels ({label}) that "
-            f"are all 0 or 1; {int(labels.sum()):,} are 1"
+            f"classification of {count:,} pairs ({first}, {second}), {positives:,} of them "
+            f"positive; all labels ({label}) are 0 or 1, so they are not taken for scores"
         )
 
     def evaluate(self, encode: Encode) -> dict[str, float]:

@@ -154,5 +154,6 @@ def test_it_is_an_evaluation_set():
     assert isinstance(pairs, EvaluationSet)
     assert (pairs.kind, pairs.fingerprint) == ("pairs", "some pairs")
     assert pairs.description == (
-        "classification of 3 pairs (text1, text2) by labels (score) that are all 0 or 1; 1 are 1"
+        "classification of 3 pairs (text1, text2), 1 of them positive; all labels (score) are 0 or "
+        "1, so they are not taken for scores"
     )
