@@ -52,7 +52,7 @@ from jaxcl.run.hits import Hit, show_as_json, show_as_text
 from jaxcl.run.host_vectors import for_inner_products
 from jaxcl.run.load_model import is_run, load, model_of_run
 from jaxcl.run.opened import open_run
-from jaxcl.run.pool_index import open_pool, pool_index
+from jaxcl.run.pool_index import pool_index, pool_of_data, pool_of_run
 from jaxcl.run.vector_search import PRECISIONS, RESCORE, Ranking, VectorSearch, best_rows
 from jaxcl.settings.command_line import add_config_flags, changed_fields, optional_config_of
 from jaxcl.settings.parts import Trust
@@ -335,8 +335,10 @@ def _search_of_pool(
     hybrid: bool,
     trust: Trust,
 ) -> Search:
-    settings = None if config is None else read_data_settings(config, changed=changed)
-    pool = open_pool(path, settings, trust=trust)
+    if config is None:
+        pool = pool_of_run(path, trust=trust)
+    else:
+        pool = pool_of_data(path, read_data_settings(config, changed=changed), trust=trust)
     index = pool_index(pool)
     keys = for_inner_products(pool.model.similarity_function, "key", index.keys)
     texts = (row["key"] for row in index.rows)

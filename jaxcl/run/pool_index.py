@@ -24,7 +24,7 @@ from jaxcl.settings.parts import Trust
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import Float
 
-__all__ = ["INDEX_FILE", "Pool", "PoolIndex", "open_pool", "pool_index"]
+__all__ = ["INDEX_FILE", "Pool", "PoolIndex", "pool_index", "pool_of_data", "pool_of_run"]
 
 INDEX_FILE = "search_index.npz"
 _CHUNK_ROWS = 4096
@@ -61,42 +61,17 @@ class PoolIndex(NamedTuple):
     rows: Sequence[dict[str, Any]]
 
 
-def open_pool(
-    path: str | os.PathLike[str],
-    settings: Settings | None,
-    *,
-    trust: Trust = (),
-) -> Pool:
-    """Open a model, and the data to search.
+def pool_of_run(path: str | os.PathLike[str], *, trust: Trust = ()) -> Pool:
+    """Open a run, and its own data.
 
     Args:
-      path: the workdir of a run; with settings, any model that `jaxcl.load` accepts.
-      settings: the settings of the data; `None` for the run's own data.
+      path: the workdir of a run, or one of its checkpoints.
       trust: packages whose code the run may name.
 
     Raises:
-      ValueError: if there is no run or model, or the data are missing.
+      ValueError: if there is no run, or it holds anything other than texts.
       CheckpointError: if no checkpoint can be read.
     """
-    if settings is None:
-        return _pool_of_run(path, trust)
-    return _pool_of_settings(path, settings, trust)
-
-
-def pool_index(pool: Pool) -> PoolIndex:
-    """The index of a pool, which is built if it is absent, damaged or out of date.
-
-    Raises:
-      ValueError: if it must be built and the data are missing.
-    """
-    index = _read_index(pool.index_file, pool.made_from)
-    if index is None:
-        index = _build_index(pool.model, *pool.sources())
-        _write_index(pool.index_file, pool.made_from, index)
-    return index
-
-
-def _pool_of_run(path: str | os.PathLike[str], trust: Trust) -> Pool:
     workdir = as_path(path)
     if workdir.is_dir() and not is_run(workdir):
         raise ValueError(
@@ -114,8 +89,20 @@ def _pool_of_run(path: str | os.PathLike[str], trust: Trust) -> Pool:
     return Pool(model_of_run(run), opened, run.workdir / INDEX_FILE, run.made_from, rrf_k)
 
 
-def _pool_of_settings(path: str | os.PathLike[str], settings: Settings, trust: Trust) -> Pool:
-    """The pool of other data; its index must stay out of the model's folder."""
+def pool_of_data(path: str | os.PathLike[str], settings: Settings, *, trust: Trust = ()) -> Pool:
+    """Open a model, and the data of some settings.
+
+    The index is in the user's cache, so that the model's folder stays as it is.
+
+    Args:
+      path: any model that `jaxcl.load` accepts.
+      settings: of the data, as `read_data_settings` returns them.
+      trust: packages whose code a run may name.
+
+    Raises:
+      ValueError: if there is no model, or the data are missing.
+      CheckpointError: if no checkpoint can be read.
+    """
     data_dir, open_source = shared_folder(settings.run.data_dir), settings.parts.source
     sources = open_sources(settings.data, data_dir=data_dir, open_source=open_source)
     model = load(path, trust=trust)
@@ -124,6 +111,19 @@ def _pool_of_settings(path: str | os.PathLike[str], settings: Settings, trust: T
     name = digest_of(json.dumps(made_from, sort_keys=True).encode())
     index_file = cache_folder() / "search" / f"{name}.npz"
     return Pool(model, lambda: (sources, {}), index_file, made_from, settings.evaluation.rrf_k)
+
+
+def pool_index(pool: Pool) -> PoolIndex:
+    """The index of a pool, which is built if it is absent, damaged or out of date.
+
+    Raises:
+      ValueError: if it must be built and the data are missing.
+    """
+    index = _read_index(pool.index_file, pool.made_from)
+    if index is None:
+        index = _build_index(pool.model, *pool.sources())
+        _write_index(pool.index_file, pool.made_from, index)
+    return index
 
 
 def _read_index(path: AnyPath, made_from: Mapping[str, Any]) -> PoolIndex | None:
