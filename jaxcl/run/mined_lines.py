@@ -14,7 +14,7 @@ from jaxcl.host.progress import progress_bar
 from jaxcl.negatives.hard_negatives import HardNegatives
 from jaxcl.negatives.pair_scores import PairScores
 from jaxcl.run.mining_report import Example, example_rows, write_reports
-from jaxcl.typing import Int
+from jaxcl.typing import Int, Integer
 
 __all__ = ["write_mined"]
 
@@ -63,19 +63,32 @@ def _lines(
     """The records of the output, in order."""
     for first in range(0, len(queries.queries), _ROWS_AT_ONCE):
         numbers = np.arange(first, min(first + _ROWS_AT_ONCE, len(queries.queries)))
-        scores = score(numbers, _padded(pool.positives[first : first + len(numbers)]))
-        for number, of_query in zip(numbers.tolist(), scores, strict=True):
-            present = mined.rows[number] >= 0
-            positives = _positive_texts(pool, number)
+        positives = _padded(pool.positives[first : first + len(numbers)])
+        scores = score(numbers, positives)
+        negatives = mined.rows[numbers]
+        # One look-up for many lines: each of them takes a while.
+        texts = _texts_of(pool, np.concatenate([positives, negatives], axis=1))
+        for place, number in enumerate(numbers.tolist()):
+            own, present = pool.positives[number], negatives[place] >= 0
+            if pool.positive_texts is not None:
+                own_texts = list(pool.positive_texts[number])
+            else:
+                own_texts = [texts[row] for row in own]
             yield {
                 "query": queries.queries[number],
-                "positives": positives,
-                "negatives": pool.read(mined.rows[number][present]),
+                "positives": own_texts,
+                "negatives": [texts[row] for row in negatives[place][present].tolist()],
                 "teacher_scores": {
-                    "positives": [_short(one) for one in of_query[: len(positives)]],
+                    "positives": [_short(one) for one in scores[place][: len(own)]],
                     "negatives": [_short(one) for one in mined.scores[number][present]],
                 },
             }
+
+
+def _texts_of(pool: MiningPool, rows: Integer[np.ndarray, "..."]) -> dict[int, str]:
+    """Row of a key -> its text, without negative rows."""
+    distinct = np.unique(rows[rows >= 0])
+    return dict(zip(distinct.tolist(), pool.read(distinct), strict=True))
 
 
 def _padded(lists: Sequence[Sequence[int]]) -> Int[np.ndarray, "n p"]:
@@ -94,16 +107,10 @@ def _examples(
         found = (mined.ranks[number][present], mined.scores[number][present], texts)
         yield Example(
             queries.queries[number],
-            _positive_texts(pool, number),
+            pool.read(pool.positives[number]),
             float(mined.positive_scores[number]),
             [(int(rank), float(score), text) for rank, score, text in zip(*found, strict=True)],
         )
-
-
-def _positive_texts(pool: MiningPool, number: int) -> list[str]:
-    if pool.positive_texts is None:
-        return pool.read(pool.positives[number])
-    return list(pool.positive_texts[number])
 
 
 def _short(score: Any) -> float:

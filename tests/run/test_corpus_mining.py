@@ -129,7 +129,7 @@ def test_a_guide_judges_and_its_scores_are_written(model, guide, files):
 
 @pytest.mark.parametrize("form", ["pairs", "mined"])
 def test_scores_of_a_file_judge_and_are_written(model, guide, files, tmp_path, form):
-    mine_corpus(model, files, rule=RULE, guide=guide)
+    masked = mine_corpus(model, files, rule=RULE, guide=guide)["masked as false negatives"]
     guided = read(files.output)
     path = tmp_path / "scores.jsonl"
     if form == "pairs":
@@ -151,6 +151,9 @@ def test_scores_of_a_file_judge_and_are_written(model, guide, files, tmp_path, f
         for kind in ("positives", "negatives"):
             np.testing.assert_allclose(*(one[kind] for one in scores), atol=1e-5)
     assert report["scores"] == str(path)
+    # A document without a score is not a false negative.
+    assert report["masked as false negatives"] == (masked if form == "pairs" else 0)
+    assert masked > 0
 
 
 def test_positives_without_a_score_are_named(model, files, tmp_path):
