@@ -22,7 +22,6 @@ In a program or a notebook, call `search`, or `open_search` for many queries:
 """
 
 import contextlib
-import json
 import os
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -35,9 +34,8 @@ from jaxcl.data.documents import Documents, read_documents
 from jaxcl.evaluation.retrieval import BM25, reciprocal_rank_fusion
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser, add_workdir_flag, user_path
-from jaxcl.host.files import digest_of, is_remote
 from jaxcl.host.output import check_output
-from jaxcl.host.paths import AnyPath, as_path, local_path
+from jaxcl.host.paths import as_path, local_path
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.host.user_folders import cache_folder
 from jaxcl.run.corpus_index import (
@@ -45,6 +43,7 @@ from jaxcl.run.corpus_index import (
     check_options,
     kept_in_words,
     open_index,
+    place_of,
     query_vectors,
 )
 from jaxcl.run.embedding_model import EmbeddingModel
@@ -291,7 +290,7 @@ def open_search(
             model,
             documents,
             cache_folder() / "search" if index is None else local_path(index),
-            place=_place_of(as_path(corpus), model, fields),
+            place=place_of(as_path(corpus), model, fields),
             dim=dim,
             precision=precision,
             rescore=rescore,
@@ -299,12 +298,6 @@ def open_search(
     except OSError as error:
         raise OSError(f"cannot write the index ({error}); choose a folder with --index") from error
     return _search_of_corpus(model, documents, opened, dim, rrf_k if hybrid else None)
-
-
-def _place_of(corpus: AnyPath, model: EmbeddingModel, fields: Mapping[str, Any]) -> str:
-    """Identifies where a corpus and a model are, whatever they hold now."""
-    path = str(corpus) if is_remote(corpus) else os.path.abspath(corpus)
-    return digest_of(json.dumps([path, os.path.abspath(model.source), fields]).encode())
 
 
 def _search_of_corpus(
@@ -321,8 +314,11 @@ def _search_of_corpus(
         ]
 
     def texts() -> Iterator[str]:
-        for first in range(0, len(documents), _BLOCK_TEXTS):
-            yield from documents.read(np.arange(first, min(first + _BLOCK_TEXTS, len(documents))))
+        with progress_bar("indexing words for BM25", len(documents)) as advance:
+            for first in range(0, len(documents), _BLOCK_TEXTS):
+                rows = np.arange(first, min(first + _BLOCK_TEXTS, len(documents)))
+                yield from documents.read(rows)
+                advance(len(rows))
 
     return Search(_rank(model, index.search, dim, texts(), rrf_k), records, index.kept)
 

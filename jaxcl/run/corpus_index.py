@@ -14,6 +14,7 @@ changed model or corpus is complete, the previous one is removed.
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,8 @@ import numpy as np
 
 from jaxcl.data.documents import Documents
 from jaxcl.host.block_file import BlockFile, complete_array
-from jaxcl.host.files import digest_of, read_sealed_json, write_sealed_json
+from jaxcl.host.files import digest_of, is_remote, read_sealed_json, write_sealed_json
+from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.host_vectors import for_inner_products, quantized, truncated
@@ -40,6 +42,7 @@ __all__ = [
     "check_options",
     "kept_in_words",
     "open_index",
+    "place_of",
     "query_vectors",
 ]
 
@@ -188,6 +191,12 @@ def kept_in_words(kept: Mapping[str, float], dim: int | None, precision: str) ->
             f"float32 ({kept['codes']:.1%} without rescoring), {how}"
         )
     return lines
+
+
+def place_of(corpus: AnyPath, model: EmbeddingModel, fields: Mapping[str, Any]) -> str:
+    """Identifies where a corpus and a model are, whatever they hold now."""
+    path = str(corpus) if is_remote(corpus) else os.path.abspath(corpus)
+    return digest_of(json.dumps([path, os.path.abspath(model.source), fields]).encode())
 
 
 def query_vectors(
