@@ -20,6 +20,8 @@ __all__ = ["NegativeLists", "NegativeTexts", "have_negatives", "read_negative_li
 
 _CHUNK_ROWS = 4096
 _SAMPLED_ROWS = 256
+_NUMBERING = 2
+"""Changes whenever the same texts get other numbers."""
 
 
 class NegativeLists(NamedTuple):
@@ -122,8 +124,8 @@ class NegativeTexts:
 
     @property
     def fingerprint(self) -> str:
-        """Names the texts."""
-        return f"negatives:{self._source.fingerprint}"
+        """Names the texts and their numbers."""
+        return f"negatives:{_NUMBERING}:{self._source.fingerprint}"
 
     @property
     def row_ranges(self) -> tuple[RowRange, ...]:

@@ -38,6 +38,7 @@ from jaxcl.data.row_digests import input_digests, number_digests
 from jaxcl.data.row_negatives import explicit_columns
 from jaxcl.data.sources import PairSource
 from jaxcl.data.table import Table, label_column
+from jaxcl.host.files import digest_of
 from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar
 from jaxcl.settings.sections import DataSettings
@@ -45,7 +46,7 @@ from jaxcl.typing import Float, Int, PyTree
 
 __all__ = ["TextNegatives", "open_text_negatives"]
 
-_FORMAT = 1
+_FORMAT = 2
 _ROLE = "negatives"
 _LABELS = ("text", "group")
 _NOT_READ = ("name", "splits", "negatives", "negatives_per_row", "guides", "topics")
@@ -193,6 +194,9 @@ def _columns(
         "source": source.fingerprint,
         "inputs": modality_of(data, "key").fingerprint(workdir),
         "data": json.dumps(fields, default=str),
+        # The labels of the negatives continue those of the rows, which a later version may number
+        # differently.
+        "labels": [digest_of(label_column(table, name).tobytes()) for name in _LABELS],
     }
 
     def compute() -> dict[str, np.ndarray]:

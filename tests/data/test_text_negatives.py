@@ -11,7 +11,7 @@ from jaxcl.data.loader import training_batches
 from jaxcl.data.prepare import prepare_data
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.splits import ConcatenatedPairs
-from jaxcl.data.text_negatives import TextNegatives
+from jaxcl.data.text_negatives import TextNegatives, open_text_negatives
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.settings.read import read_settings
 
@@ -213,6 +213,18 @@ def test_the_lists_are_read_once(opened, tmp_path, capsys):
     mended = opened(pairs()).negatives
     assert "the rows' negatives are computed again" in capsys.readouterr().err
     assert mended.numbers.tolist() == first.numbers.tolist()
+
+
+def test_labels_are_computed_again_if_those_of_the_rows_change(opened, tmp_path):
+    data = opened(pairs())
+    table = data.tables["train"]
+    settings = read_settings({"data": {"name": "none"}}).data
+    folders = {"data_dir": tmp_path / "data", "workdir": tmp_path / "run 0"}
+    shifted = table._replace(text=table.text + 100, group=table.group + 3)
+    for one, text, group in ((table, 0, 0), (shifted, 100, 3), (table, 0, 0)):
+        labels = open_text_negatives(settings, data.sources["train"], one, **folders).labels
+        assert labels["text"][0] == table.text[2] + text
+        assert labels["group"][0] == table.group[2] + group
 
 
 def test_concatenated_data_sets_may_have_negatives_or_none(opened):
