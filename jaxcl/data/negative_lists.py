@@ -148,7 +148,7 @@ class NegativeTexts:
         needed, places = np.unique(self._lists.first_row[numbers], return_inverse=True)
         records = self._source.read(needed)
         return [
-            {"key": records[record]["negatives"][place]}
+            {"key": _decoded(records[record]["negatives"][place])}
             for record, place in zip(
                 places.tolist(), self._lists.first_place[numbers].tolist(), strict=True
             )
@@ -163,21 +163,30 @@ def _checked_texts(texts: Any, row: int) -> Sequence[str]:
             f"the negatives of row {row} are {type(texts).__name__}, {_short(texts)}; give a list "
             "of texts, empty if the row has none"
         )
-    for place, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(
-                f"negative {place} of row {row} is {type(text).__name__}, {_short(text)}; give a "
-                "text"
-            )
-        if not text.strip():
-            raise ValueError(
-                f"negative {place} of row {row} is an empty text; leave it out of the list"
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"negative {place} of row {row} is not Unicode ({error})") from error
-    return texts
+    return [
+        _checked_text(text, f"negative {place} of row {row}") for place, text in enumerate(texts)
+    ]
+
+
+def _checked_text(text: Any, what: str) -> str:
+    try:
+        text = _decoded(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} is not UTF-8 ({error})") from error
+    if not isinstance(text, str):
+        raise ValueError(f"{what} is {type(text).__name__}, {_short(text)}; give a text")
+    if not text.strip():
+        raise ValueError(f"{what} is an empty text; leave it out of the list")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} is not Unicode ({error})") from error
+    return text
+
+
+def _decoded(text: Any) -> Any:
+    """A text that is not decoded yet, such as those in the lists of a TFDS data set, as a text."""
+    return text.decode() if isinstance(text, bytes) else text
 
 
 def _checked_scores(scores: Any, row: int, *, count: int) -> Float[np.ndarray, " _"] | None:

@@ -92,6 +92,14 @@ def test_rows_without_negatives_give_empty_lists():
     assert lists.numbers.size == lists.first_row.size == lists.same_row.size == 0
 
 
+def test_texts_of_tfds_are_decoded():
+    source = pairs([["wölf", "fox"], ["wölf".encode(), b"fox"]])
+    lists = read_negative_lists(source)
+    assert lists.numbers.tolist() == [0, 1, 0, 1]
+    swapped = pairs([[b"fox"], ["fox"]])
+    assert NegativeTexts(swapped, read_negative_lists(swapped)).read([0]) == [{"key": "fox"}]
+
+
 def test_records_without_negatives_may_leave_the_field_out():
     class Sparse(InMemoryPairs):
         def read(self, rows):
@@ -131,6 +139,8 @@ def test_the_first_record_of_each_data_set_says_whether_it_has_negatives():
         ([""], "negative 0 of row 5 is an empty text; leave it out of the list"),
         (["good", " \n"], "negative 1 of row 5 is an empty text"),
         (["\ud800"], "negative 0 of row 5 is not Unicode"),
+        ([b"good", b"\xff"], "negative 1 of row 5 is not UTF-8"),
+        ([b" "], "negative 0 of row 5 is an empty text"),
     ],
 )
 def test_wrong_negatives_are_named_by_row(wrong, message):
