@@ -16,6 +16,7 @@ from jaxcl.data.table import table_batch
 from jaxcl.data.text_rule import TextRule
 from jaxcl.data.token_table import build_token_table
 from jaxcl.settings.derived import sources_by
+from jaxcl.settings.effects import check_effects
 from jaxcl.settings.read import read_data_settings, read_settings
 from jaxcl.settings.sections import (
     AssignmentSettings,
@@ -267,10 +268,10 @@ def test_prompts_that_cannot_be_are_named(changes, message):
 @pytest.mark.parametrize("side", SIDES)
 def test_only_texts_have_prompts(side):
     field = f"data.prompts.{side}"
-    data = {"prompts": {side: "a"}, "modality": dict.fromkeys(SIDES, "number")}
-    with pytest.raises(ValueError, match=f"{field} has no effect here: data.modality.{side}='tex"):
-        read_settings({"data": data}, changed=[field])
-    read_settings({"data": data | {"modality": {}}}, changed=[field])
+    texts = read_settings({"data": {"prompts": {side: "a"}}}, changed=[field])
+    numbers = texts.data._replace(modality=texts.data.modality._replace(**{side: "number"}))
+    with pytest.raises(ValueError, match=rf"{field} has no effect here: data\.modality\.{side}="):
+        check_effects(texts._replace(data=numbers), [field])
 
 
 def test_prompts_of_a_data_set_have_no_effect_on_other_models():
