@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from jaxcl.data.prepare import RunData
@@ -127,7 +128,8 @@ def check_best_metric(settings: Settings, sets: TrainingSets, data: RunData) -> 
 
 def sets_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     """A table of what `TrainingSets.summary` returns."""
-    table = Table("evaluation set", "kind", "metric", "value")
+    table = Table("evaluation set", "kind", "metric", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("value", justify="right", no_wrap=True)
     for name, summary in summaries.items():
         for metric, value in summary["metrics"].items():
             text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -125,8 +125,7 @@ def test_the_table_has_each_metric_and_size(settings, run, tmp_path):
     sets = open_sets(settings)
     with (tmp_path / "table.txt").open("w") as file:
         Console(file=file, width=100).print(sets_table(sets.summary(1, run.encoder)))
-    rows = [line.split() for line in (tmp_path / "table.txt").read_text().splitlines()]
-    cells = {tuple(row[1:8:2]) for row in rows if len(row) >= 8}
+    cells = {tuple(line.split()) for line in (tmp_path / "table.txt").read_text().splitlines()}
     scores = sets.scores(1, run.encoder)
     assert ("beir", "retrieval", "documents", "9") in cells
     assert ("sts", "sts", "spearman", f"{scores['sts/spearman']:.4f}") in cells
