@@ -354,6 +354,8 @@ def _rank(
 
     def rank(queries: Sequence[str], top: int) -> list[Ranking]:
         vectors = query_vectors(model, model.encode(list(queries)), dim)
+        if not np.isfinite(vectors).all():
+            raise ValueError("the embedding of a query is not finite; check the model")
         if lexical is None or rrf_k is None:
             return search.best(vectors, top)
         rankings = []

@@ -265,3 +265,11 @@ def test_a_model_alone_has_nothing_to_search(model):
         search.open_search(model)
     with pytest.raises(ValueError, match="both a corpus and a config"):
         search.open_search(model, corpus="docs.txt", config=load_config("base"))
+
+
+def test_a_query_whose_embedding_is_not_finite_is_an_error(model, corpus, monkeypatch):
+    opened = search.open_search(model, corpus=corpus)
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda texts: encode(texts) * np.nan)
+    with pytest.raises(ValueError, match="the embedding of a query is not finite"):
+        opened("open the file")
