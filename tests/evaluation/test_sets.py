@@ -1,11 +1,16 @@
 """Evaluation sets are opened by the kind of their content."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from jaxcl.evaluation import sets
 from jaxcl.evaluation.protocol import EvaluationSet
-from jaxcl.evaluation.sets import Kind, open_set
+from jaxcl.evaluation.sets import KINDS, Kind, open_set
+
+FOLDER = Path(sets.__file__).parent
 
 
 class Lengths:
@@ -95,3 +100,10 @@ def test_a_file_of_other_records_names_what_it_lacks(tmp_path):
     path.write_text('{"query": "a"}')
     with pytest.raises(ValueError, match="line 1: none of the fields query is known to hold two"):
         open_set(path)
+
+
+def test_the_readme_lists_all_kinds_and_modules():
+    names = re.findall(r"^\| ([^|]*`[^|]*) \|", (FOLDER / "README.md").read_text(), re.MULTILINE)
+    listed = {name for row in names for name in re.findall(r"`([^`]+)`", row)}
+    modules = {path.name for path in FOLDER.glob("*.py")} - {"__init__.py"}
+    assert listed == set(KINDS) | modules
