@@ -62,6 +62,7 @@ from jaxcl.run.mining_report import (
 )
 from jaxcl.run.opened import OpenedRun, open_run
 from jaxcl.run.watch import keep_compiled
+from jaxcl.settings.derived import origin_of
 from jaxcl.settings.parts import Trust
 from jaxcl.typing import SIDES, Float
 
@@ -154,8 +155,8 @@ def _add_rule_flags(parser: CommandParser) -> None:
     parser.add_argument(
         "--margin",
         type=float,
-        help="a negative is less similar than the positive by this amount; a positive than the "
-        "least similar one, if there are several",
+        help="a negative is less similar than the positive, or the least similar of several "
+        "positives, by at least this amount",
     )
     parser.add_argument(
         "--relative-margin", type=float, help="the same as a share of the positive's similarity"
@@ -194,7 +195,7 @@ def _run(arguments: Namespace) -> None:
 def _mine_run(arguments: Namespace, rule: MiningRule) -> None:
     join_processes(arguments, arguments.workdir)
     split = arguments.split or "train"
-    out = arguments.output or arguments.workdir / f"mined-{split}.npz"
+    out = arguments.output or origin_of(arguments.workdir)[0] / f"mined-{split}.npz"
     report = mine(
         arguments.workdir,
         out,
@@ -243,8 +244,9 @@ def mine(
     """Mine the hard negatives of a split's rows among the same rows, and write them.
 
     Args:
-      workdir: the folder of a run that has saved a checkpoint. Only its folder `mining` changes,
-        which keeps the embeddings for another rule, and unfinished work.
+      workdir: the folder of a run that has saved a checkpoint, or the path of a checkpoint in it.
+        Only the run's folder `mining` changes, which keeps the embeddings for another rule, and
+        unfinished work.
       out: the file to write, `.npz`.
       split: the split.
       rule: which of the nearest keys are negatives.

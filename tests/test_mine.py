@@ -131,6 +131,14 @@ def test_interrupted_it_resumes_and_finds_the_same(folder, tmp_path, monkeypatch
     assert whole["queries"] == len(theirs["rows"])
 
 
+def test_a_named_checkpoint_mines_into_the_workdir(folder):
+    workdir = folder / "run"
+    main(["--workdir", str(workdir / "checkpoints" / "6"), "--rank-range", "0:9", "--seed", "5"])
+    assert (workdir / "mined-train.npz").exists()
+    assert {path.name for path in (workdir / "checkpoints").iterdir()}.isdisjoint({"mining"})
+    assert not list((workdir / "checkpoints").rglob("mined-*"))
+
+
 @pytest.mark.slow
 def test_the_next_run_trains_on_what_was_mined(folder, tmp_path, capsys):
     out = tmp_path / "mined.npz"
