@@ -15,7 +15,7 @@ from jaxcl.data.table import table_batch
 from jaxcl.losses import LOSSES, measure_negatives
 from jaxcl.ops.mesh import make_mesh, put_batch, replicated_sharding
 from jaxcl.settings.read import read_settings
-from jaxcl.step.batch_loss import make_loss, make_measure
+from jaxcl.step.batch_loss import BeyondBatch, make_loss, make_measure
 from tests.helpers import relative_error, relative_errors, towers_of
 from tests.small_models import DIM, VOCABULARY, encode
 
@@ -43,7 +43,7 @@ SCORES = [
     [round(np.cos(3 * row + place), 6) for place in range(1 + len(texts))]
     for row, texts in enumerate(NEGATIVES)
 ]
-TEMPERATURE = 0.3
+TEMPERATURE, MARGIN = 0.3, -0.2
 HOW = {
     "one device": ({"data": 1}, {}, None),
     "eight": ({"data": 8}, {}, None),
@@ -142,10 +142,15 @@ def allowed(rows, texts, masks):
     return keys, others
 
 
-def dense_infonce(params, data, rows, masks=("row", "text")):
+def dense_infonce(params, data, rows, masks=("row", "text"), guide=None):
     found = dense(params, data, rows)
     tau = jnp.exp(params["log_temperature"])
     keys, others = allowed(rows, found.texts, masks)
+    if guide is not None:  # either row's margin decides on a pair of the batch
+        seen = dense(params_of(guide), data, rows)
+        ceilings = (seen.queries * seen.keys).sum(1, keepdims=True) - MARGIN
+        keys &= seen.queries @ seen.keys.T <= jnp.minimum(ceilings, ceilings.T)
+        others &= seen.queries @ seen.negatives.T <= ceilings
     scores = found.queries @ found.keys.T / tau
     positives = jnp.diag(scores)
     apart = jnp.where(keys, scores, -jnp.inf)
@@ -199,7 +204,7 @@ DENSE = {
 MASKS = {"infonce": {"ids": "text"}, "supervised": {"ids": "row"}, "distillation": {}}
 
 
-def found_with(how, data, name, *, rows=BATCH, masks=None, batch=None):
+def found_with(how, data, name, *, rows=BATCH, masks=None, batch=None, guide=None):
     """The value and the gradients of a loss in one of the ways of `HOW`."""
     shape, options, chunk_sizes = HOW[how] if isinstance(how, str) else how
     size = int(np.prod(list(shape.values())))
@@ -213,11 +218,13 @@ def found_with(how, data, name, *, rows=BATCH, masks=None, batch=None):
         mesh,
         masks=MASKS[name] if masks is None else masks,
         chunk_sizes=chunk_sizes,
+        beyond=None if guide is None else BeyondBatch(guide="momentum", margins={"margin": MARGIN}),
     )
+    memory = {} if guide is None else {"momentum": params_of(guide)["towers"]}
     params = jax.device_put(params_of(), replicated_sharding(mesh))
     batch = put_batch(batch_of(data, rows) if batch is None else batch, mesh)
     step = jax.jit(jax.value_and_grad(of_batch, has_aux=True))
-    (value, _), gradient = step(params, {}, batch, None)
+    (value, _), gradient = step(params, memory, batch, None)
     return value, gradient
 
 
@@ -244,6 +251,14 @@ def wanted_of(data):
 def test_infonce_with_ragged_negatives_is_the_dense_one(data, wanted_of, how):
     errors = relative_errors(found_with(how, data, "infonce"), wanted_of("infonce"))
     assert max(errors.values()) < 1e-10, errors
+
+
+def test_a_momentum_encoder_judges_ragged_negatives(data, wanted_of):
+    found = found_with("chunks in a ring", data, "infonce", guide=9)
+    errors = relative_errors(found, wanted_of("infonce", guide=9))
+    assert max(errors.values()) < 1e-10, errors
+    for other in (wanted_of("infonce"), wanted_of("infonce", guide=1)):  # no guide, the model
+        assert relative_error(other[0], found[0]) > 1e-2
 
 
 @pytest.mark.parametrize("how", ["one device", "chunks in a ring"])
