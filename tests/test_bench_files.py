@@ -29,7 +29,10 @@ def test_every_stage_is_measured(tmp_path, monkeypatch):
     record = bench_files.measure(rows=300, rounds=2, folder=tmp_path)
     assert len(record["rounds"]) == 4
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in record["rounds"].values())
-    assert len(record["facts"]) == 4
+    assert len(record["facts"]) == 8
+    cpu = [figure for name, figure in record["facts"].items() if name.startswith("CPU s at most")]
+    assert len(cpu) == 4
+    assert min(cpu) > 0
     assert list(tmp_path.iterdir()) == []
 
 

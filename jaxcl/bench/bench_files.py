@@ -45,27 +45,29 @@ def measure(*, rows: int, rounds: int, folder: Path | None = None) -> dict[str, 
       folder: where the file and its cache go; `None` for a temporary folder.
 
     Returns:
-      The record that `jaxcl.bench` prints, in seconds, with the peak memory of each stage.
+      The record that `jaxcl.bench` prints, in seconds, with the CPU time and the peak memory of
+      each stage.
 
     Raises:
       RuntimeError: if the measuring process fails.
     """
     seconds: dict[str, list[float]] = {}
-    memory: dict[str, float] = {}
+    facts: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="jaxcl-bench-", dir=folder) as temporary:
         path = Path(temporary) / "pairs.jsonl"
         generate_pairs(path, rows)
         for number in range(rounds):
             for stage, figures in _run_stages(path, Path(temporary) / f"data-{number}").items():
                 seconds.setdefault(stage, []).append(figures["seconds"])
-                name = f"MiB allocated at most, {stage}"
-                memory[name] = max(memory.get(name, 0.0), figures["mebibytes"])
+                for what, figure in {"CPU s": "cpu_seconds", "MiB": "mebibytes"}.items():
+                    name = f"{what} at most, {stage}"
+                    facts[name] = max(facts.get(name, 0.0), figures[figure])
         size = path.stat().st_size / 2**20
     return {
         "shapes": {"rows": rows, "file, MiB": round(size)},
         "unit": "s",
         "rounds": seconds,
-        "facts": memory,
+        "facts": facts,
     }
 
 

@@ -27,7 +27,7 @@ _SECONDS_BETWEEN_SAMPLES = 0.01
 
 
 class _Meter:
-    """Measures stages; `figures` holds the seconds and the peak memory of each."""
+    """Measures stages; `figures` holds the time and the peak memory of each."""
 
     def __init__(self) -> None:
         self.figures: dict[str, dict[str, float]] = {}
@@ -45,13 +45,17 @@ class _Meter:
 
         sampler = threading.Thread(target=sample, daemon=True)
         sampler.start()
-        begun = time.perf_counter()
+        begun, cpu_begun = time.perf_counter(), time.process_time()
         yield
-        seconds = time.perf_counter() - begun
+        seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu_begun
         ended.set()
         sampler.join()
         mebibytes = (max(peak, _allocated()) - self._before) / 2**20
-        self.figures[name] = {"seconds": seconds, "mebibytes": mebibytes}
+        self.figures[name] = {
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "mebibytes": mebibytes,
+        }
 
 
 def _allocated() -> int:
@@ -70,7 +74,7 @@ def run_stages(path: Path, data_dir: Path) -> dict[str, dict[str, float]]:
       data_dir: where the cache goes.
 
     Returns:
-      Stage -> `"seconds"` and `"mebibytes"`.
+      Stage -> `"seconds"`, `"cpu_seconds"` and `"mebibytes"`.
     """
     data_set = DataSet(str(path), _SPLITS)
     meter = _Meter()
