@@ -210,7 +210,8 @@ def _optimizer() -> ConfigDict:
     optimizer.name = "adam"  # or "lion" or "sgd"
     optimizer.schedule = "warmup_cosine"  # or "warmup_constant", which allows a run to be extended
     optimizer.learning_rate = 2e-3  # at its peak
-    optimizer.warmup_steps = 30  # in which the learning rate rises to its peak
+    # Steps in which the learning rate rises to its peak; None is a tenth of all steps.
+    optimizer.warmup_steps = 30
     optimizer.weight_decay = 0.0  # of matrices
     optimizer.clip_norm = 1.0  # of the whole gradient; 0 clips nothing
     optimizer.options = option_fields(OPTIMIZERS)  # of all optimizers; None is their own default

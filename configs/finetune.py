@@ -8,6 +8,7 @@ The encoder may have seen some of the held-out code in its pretraining.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from jaxcl.configs import code_search
 
@@ -30,7 +31,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.optimizer.weight_decay = 0.01  # of matrices, not of biases and norms
     config.global_batch_size = 256
     config.grad_cache.chunk_size = 64
-    config.optimizer.warmup_steps = config.steps // 10
+    config.optimizer.warmup_steps = placeholder(int)  # a tenth of the steps
     config.evaluation.batch_size = 256
     if variant == "smoke":
         config.global_batch_size = config.evaluation.batch_size = 16

@@ -10,6 +10,7 @@ hash, are held out. `--config.data.splits.validation=dev.jsonl` holds out anothe
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from jaxcl.configs import base
 
@@ -30,6 +31,7 @@ def get_config(variant: str = "default") -> ConfigDict:
         config.data.max_tokens = ConfigDict({"query": 64, "key": 128})
         config.loss.temperature = ConfigDict({"initial": 0.05, "minimum": 0.05, "maximum": 0.05})
         config.optimizer.learning_rate = 5e-5
+        config.optimizer.warmup_steps = placeholder(int)  # a tenth of the steps
         config.optimizer.weight_decay = 0.01  # of matrices, not of biases and norms
         config.global_batch_size = config.evaluation.batch_size = 256
         config.grad_cache.chunk_size = 64

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxcl.data.prepare import RememberedData
-from jaxcl.settings.derived import gcbs_rule
+from jaxcl.settings.derived import gcbs_rule, learning_rate_of
 from jaxcl.settings.read import as_dict
 from jaxcl.settings.section_reader import read_section
 from jaxcl.settings.sections import AssignmentSettings, Settings
@@ -200,10 +200,7 @@ def _reasons_to_keep_steps(before: Settings, now: Settings, saved_step: int) -> 
 
 
 def _learning_rates(settings: Settings, made: Int[np.ndarray, " _"]) -> np.ndarray:
-    schedule, optimizer = settings.parts.schedule, settings.optimizer
-    rate = schedule(
-        optimizer.learning_rate, warmup_steps=optimizer.warmup_steps, steps=settings.steps
-    )
+    rate = learning_rate_of(settings.optimizer, settings.parts, steps=settings.steps)
     return np.asarray(jax.vmap(rate)(made))
 
 

@@ -20,7 +20,7 @@ from jaxcl.ops.mesh import make_mesh
 from jaxcl.run.build_loss import build_loss, build_measure, build_momentum
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.memory import init_memory
-from jaxcl.settings.derived import tower_sections
+from jaxcl.settings.derived import learning_rate_of, tower_sections
 from jaxcl.settings.sections import OptimizerSettings, Parts, Settings
 from jaxcl.step.embedder import Embedder, make_embedder
 from jaxcl.step.mined_refresh import Refresh, make_mined_refresh
@@ -242,9 +242,7 @@ def build_optimizer(
     Gradients are clipped by their norm together, scaled, joined by the decay of matrices (not of
     vectors and scalars), and multiplied by the learning rate.
     """
-    learning_rate = parts.schedule(
-        settings.learning_rate, warmup_steps=settings.warmup_steps, steps=steps
-    )
+    learning_rate = learning_rate_of(settings, parts, steps=steps)
     clip = settings.clip_norm
     optimizer = optax.chain(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),

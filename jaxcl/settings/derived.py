@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 
 from jaxcl.assignment import PRESETS, Gcbs, random_to_hard
 from jaxcl.host.paths import AnyPath, as_path
-from jaxcl.settings.sections import DataSet, DataSettings, GcbsSettings, ModelSettings, Settings
+from jaxcl.settings.sections import (
+    DataSet,
+    DataSettings,
+    GcbsSettings,
+    ModelSettings,
+    OptimizerSettings,
+    Parts,
+    Settings,
+)
 
 __all__ = [
     "ASSIGNMENTS",
@@ -21,6 +29,7 @@ __all__ = [
     "data_set_names",
     "data_sets_of",
     "gcbs_rule",
+    "learning_rate_of",
     "origin_of",
     "sources_by",
     "tower_sections",
@@ -76,6 +85,14 @@ class GcbsRule(NamedTuple):
     apart: tuple[str, ...]
     from_bank: bool
     picture: bool
+
+
+def learning_rate_of(
+    settings: OptimizerSettings, parts: Parts, *, steps: int
+) -> Callable[[Any], Any]:
+    """The learning rate by step; `warmup_steps=None` warms up for a tenth of the steps."""
+    warmup_steps = steps // 10 if settings.warmup_steps is None else settings.warmup_steps
+    return parts.schedule(settings.learning_rate, warmup_steps=warmup_steps, steps=steps)
 
 
 def gcbs_rule(settings: Settings) -> GcbsRule | None:

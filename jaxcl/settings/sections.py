@@ -296,7 +296,7 @@ class OptimizerSettings(NamedTuple):
     name: str = "adam"
     schedule: str = "warmup_cosine"
     learning_rate: Annotated[float, Range(above=0)] = 2e-3
-    warmup_steps: Count = 30
+    warmup_steps: Count | None = 30
     weight_decay: Annotated[float, Range(least=0)] = 0.0
     clip_norm: Annotated[float, Range(least=0)] = 1.0
     options: Mapping[str, Any] = {}

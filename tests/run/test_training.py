@@ -35,6 +35,13 @@ def test_a_warmup_longer_than_the_run_peaks_at_the_last_step():
     np.testing.assert_allclose(rate(3), RATE, rtol=1e-6)
 
 
+def test_a_warmup_of_none_is_a_tenth_of_the_steps():
+    _, rate = optimizer_of(warmup_steps=None, steps=40)
+    values = [float(rate(step)) for step in range(40)]
+    np.testing.assert_allclose(values[:5], [RATE * step / 4 for step in range(5)], rtol=1e-6)
+    assert max(values) == values[4]
+
+
 def test_decay_shrinks_matrices_by_their_size_and_no_vector():
     params = {"matrix": jnp.array([[1.0, -4.0]]), "vector": jnp.ones(2), "scalar": jnp.ones(())}
     zeros = jax.tree.map(jnp.zeros_like, params)
