@@ -47,6 +47,7 @@ from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.processes import first_then_others
 from jaxcl.host.progress import say
 from jaxcl.host.remote import local_folder
+from jaxcl.host.user_folders import cache_folder
 from jaxcl.negatives.hard_negatives import HardNegatives, QueryBlock, make_miner
 from jaxcl.negatives.mining import MiningRule
 from jaxcl.run.corpus_mining import MinedFiles, mine_corpus
@@ -228,6 +229,7 @@ def _mine_files(arguments: Namespace, rule: MiningRule) -> None:
     )
     if jax.process_index() == 0:
         rich.print(report_table(report))
+        say(f"embeddings are kept for other rules in {cache_folder() / 'mining'}")
         say(f"train on them with --config.data.name={arguments.output}")
 
 

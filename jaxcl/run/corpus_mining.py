@@ -21,6 +21,7 @@ from jaxcl.data.documents import Documents, read_documents
 from jaxcl.data.mining_pool import MiningPool, mining_pool, positives_as_documents
 from jaxcl.data.query_files import QueryFile, read_judged_queries, read_queries
 from jaxcl.data.score_files import ScoreFile, read_pair_scores
+from jaxcl.host.files import is_remote
 from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.host.remote import remove_tree
@@ -90,9 +91,10 @@ def mine_corpus(
     the query itself, and, with qrels, a document with the query's id. White space does not tell
     texts apart, and documents that are equal in this sense count once.
 
-    The embeddings and unfinished work stay in the user's cache, so that the same call resumes after
-    a stop, and another rule needs no embedding. Each document has its vector on the disk and on the
-    devices. With several processes, every one must make the same call; process 0 writes.
+    The embeddings and unfinished work stay in the user's cache (`cache_folder() / "mining"`), so
+    that the same call resumes after a stop, and another rule needs no embedding. The vectors of all
+    documents are on the disk and on the devices. With several processes, every one must make the
+    same call; process 0 writes.
 
     Args:
       model: a model, or a path for `jaxcl.load`.
@@ -177,9 +179,16 @@ def _checked_output(files: MinedFiles) -> AnyPath:
     if output.suffix != ".jsonl":
         raise ValueError(f"{output} has an unknown suffix; mined texts are written as .jsonl")
     for name in (files.queries, files.corpus, files.qrels, files.scores):
-        if name is not None and output == as_path(name):
+        if name is not None and _same_file(output, as_path(name)):
             raise ValueError(f"{output} is also an input; choose another name for the output")
     return output
+
+
+def _same_file(path: AnyPath, other: AnyPath) -> bool:
+    both_local = not is_remote(path) and not is_remote(other)
+    if both_local and path.exists() and other.exists():
+        return path.samefile(other)
+    return path == other
 
 
 def _read_files(files: MinedFiles) -> tuple[QueryFile, Documents]:

@@ -288,6 +288,14 @@ def test_a_mistake_in_the_files_is_named(model, files, changes, message):
         mine_corpus(model, files._replace(**changes), rule=RULE)
 
 
+def test_an_input_is_not_overwritten(model, files, tmp_path):
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(files.queries)
+    for output in (files.corpus, link):
+        with pytest.raises(ValueError, match="is also an input; choose another name"):
+            mine_corpus(model, files._replace(output=output), rule=RULE)
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
