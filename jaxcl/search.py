@@ -245,7 +245,7 @@ def open_search(
 
     Args:
       path: the workdir of a run that has saved a checkpoint, which may still be training; with a
-        corpus or config, any model that `jaxcl.load` accepts, or such a model itself.
+        corpus or config, any path that `jaxcl.load` accepts; with a corpus, also a loaded model.
       corpus: a file of documents for `jaxcl.data.documents.read_documents`.
       config: the config of the data to search. Without corpus and config, a run's own data.
       changed: dotted names of the fields that the user changed; one without effect is an error.
@@ -255,10 +255,9 @@ def open_search(
       id_field, text_field: as `read_documents`.
       dim: search a corpus by this many first dimensions, normalised again.
       precision: how a corpus is searched: `"float32"` ranks all documents by exact scores. `"int8"`
-        and `"binary"` find candidates by quantised vectors and rank those by exact scores; the
-        vectors that are read for each query are a quarter, or a thirty-second, as large.
-      rescore: the number of such candidates per hit; by default, as
-        `jaxcl.run.vector_search.RESCORE`.
+        and `"binary"` find candidates by codes of a quarter, or a thirty-second, of the size, and
+        rank the candidates by exact scores.
+      rescore: the number of candidates per hit; by default, 2 for `"int8"` and 20 for `"binary"`.
       trust: packages whose code the run may name.
 
     Returns:

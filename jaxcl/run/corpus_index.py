@@ -8,8 +8,8 @@ Each index is a folder, named by digests of the paths and of the content of mode
     search_index.json  the shares that were measured
 
 Next to each array is a log with the digests of its blocks (`jaxcl.host.block_file`). Embedding
-resumes after the last finished block, and damaged blocks are computed again. Once the index of a
-changed model or corpus is complete, the previous one is removed.
+resumes after the last finished block. From the first damaged block on, rows are computed again.
+Once the index of a changed model or corpus is complete, the previous one is removed.
 """
 
 import contextlib
@@ -60,11 +60,11 @@ class CorpusIndex(NamedTuple):
 
     Attributes:
       search: over the vectors of the documents.
-      kept: measured shares of a ranking's top 10. Up to 200 documents drawn
-        at random are the queries, each without itself in its ranking. `"dim"` is the share of the
-        ranking by all dimensions that the cut vectors keep. `"search"` is the share of the ranking
-        by float32 vectors that the quantised search keeps, and `"codes"` that without rescoring.
-        Shares that do not apply are left out.
+      kept: measured shares of a ranking's top 10. The queries are up to 200 documents drawn at
+        random, each left out of its own ranking. `"dim"` is the share of the ranking by all
+        dimensions that the cut vectors keep. `"search"` is the share of the ranking by float32
+        vectors that the quantised search keeps, and `"codes"` the same without rescoring. Shares
+        that do not apply are left out.
     """
 
     search: VectorSearch
