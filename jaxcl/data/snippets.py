@@ -17,12 +17,12 @@ def snippet(text: str, query: str, *, width: int = 160) -> str:
     """The passage of a text with the most of a query's words, in one line.
 
     A long word counts for more than a short one, because short words are often common ones. Of
-    equally good passages the first one is taken; without any match, the beginning of the text. The
-    characters are those of the text, so that they may need escaping before they are printed.
+    equally good passages the first one is taken; without any match, the beginning of the text.
+    Control characters are kept; escape them before printing.
 
     Args:
       text: the text.
-      query: what was looked for.
+      query: the words that were searched for.
       width: the largest number of characters, at least 80; dots that stand for omitted text count.
 
     Example:

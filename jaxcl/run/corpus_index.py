@@ -81,7 +81,7 @@ def open_index(
     precision: str = "float32",
     rescore: int = 1,
 ) -> CorpusIndex:
-    """Open the index of a corpus, and compute what is missing, damaged or out of date.
+    """Open the index of a corpus; missing, damaged or outdated parts are computed.
 
     Args:
       model: embeds the documents as keys.

@@ -97,7 +97,7 @@ class VectorSearch(NamedTuple):
         return ordered
 
     def _coarse(self, queries: Float[np.ndarray, "q d"]) -> np.ndarray:
-        """Scores of all keys, exact ones or those of the codes."""
+        """Scores of all keys: of their codes if there are any, otherwise exact ones."""
         if self.codes is None:
             return _in_blocks(_products, queries, self.keys, np.float32)
         codes = quantized(queries, self.precision)
@@ -144,7 +144,7 @@ def share_kept(
     Args:
       rankings: rows of keys for each query, best first, `top + 1` of them.
       reference: the same of the reference.
-      own: each query's own key, which counts in neither.
+      own: each query's own key, which is left out of both.
       top: the number of keys that are compared.
 
     Returns:
