@@ -78,6 +78,18 @@ def test_the_same_command_resumes_and_a_changed_file_is_refused(trained):
     assert len(open_run(folder / "run").sources()["validation"]) == results["rows"]["validation"]
 
 
+def test_a_run_on_relative_paths_opens_from_another_folder(config_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "pairs.jsonl", records(40))
+    write_jsonl(tmp_path / "dev.jsonl", records(8, 40))
+    files = {"data.name": "pairs.jsonl", "data.splits.validation": "dev.jsonl"}
+    train(config_of(**files), tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    sources = open_run(tmp_path / "run").sources()
+    assert {role: len(one) for role, one in sources.items()} == {"train": 40, "validation": 8}
+
+
 def test_rows_of_a_program_train_as_their_file_does(trained, config_of, tmp_path):
     _, _, results = trained
     rows = (row for row in records(60))

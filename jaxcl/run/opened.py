@@ -26,7 +26,7 @@ from jaxcl.run.encoder import Encoder
 from jaxcl.run.training import build_towers
 from jaxcl.run.workdir import CHECKPOINTS, check_saved_settings, read_config
 from jaxcl.settings.derived import BEST, origin_of
-from jaxcl.settings.file_kinds import names_files
+from jaxcl.settings.file_kinds import names_files, relocated_splits
 from jaxcl.settings.parts import Trust, is_function_name
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
@@ -74,8 +74,10 @@ class OpenedRun(NamedTuple):
                 f"the rows of the run in {self.workdir} are gone from {self.data_set}; the "
                 "command that trained it makes them again, if the same packages are installed"
             )
+        data = self.settings.data
+        splits = relocated_splits(data.splits, name=data.name, absolute_name=self.data_set)
         sources = open_splits(
-            self.settings.data,
+            data._replace(splits=splits),
             self.data_set,
             data_dir=shared_folder(self.settings.run.data_dir),
             open_source=self._open_source(),

@@ -1,6 +1,7 @@
 """Which values of `data.name` and `data.splits` are files of pairs, and the rows of a split."""
 
 import re
+from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ __all__ = [
     "names_files",
     "names_other_files",
     "reads_files",
+    "relocated_splits",
     "share_of_split",
 ]
 
@@ -109,6 +111,30 @@ def names_other_files(split: str) -> bool:
 def reads_files(name: str | None, split: str) -> bool:
     """Whether the rows of a split come from files of pairs, and not from a TFDS data set."""
     return names_files(name) or names_other_files(split)
+
+
+def relocated_splits(
+    splits: Mapping[str, str], *, name: str | None, absolute_name: str
+) -> dict[str, str]:
+    """Splits whose relative paths are found from any folder.
+
+    Args:
+      splits: role -> split.
+      name: the files of the other splits, as the config names them.
+      absolute_name: their absolute path, which tells the folder that a relative name belongs to.
+
+    Example:
+      >>> splits = {"train": "rest", "validation": "dev.jsonl"}
+      >>> relocated_splits(splits, name="a.jsonl", absolute_name="/data/a.jsonl")
+      {'train': 'rest', 'validation': '/data/dev.jsonl'}
+    """
+    if name is None or Path(name).is_absolute() or not absolute_name.endswith(f"/{name}"):
+        return dict(splits)
+    folder = Path(absolute_name.removesuffix(name))
+    return {
+        role: str(folder / Path(split).expanduser()) if names_other_files(split) else split
+        for role, split in splits.items()
+    }
 
 
 def is_pattern(name: str) -> bool:

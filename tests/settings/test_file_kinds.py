@@ -10,6 +10,7 @@ from jaxcl.settings.file_kinds import (
     file_kind,
     names_files,
     names_other_files,
+    relocated_splits,
     share_of_split,
 )
 
@@ -71,6 +72,20 @@ def test_shares_are_exact_millionths(split, share):
 def test_an_empty_share_is_refused(split):
     with pytest.raises(ValueError, match=r"is empty; give a share such as train\[:95%\]"):
         share_of_split(split)
+
+
+def test_relative_paths_of_splits_belong_to_the_folder_of_the_name():
+    splits = {"train": "train[:9%]", "validation": "sub/dev.csv", "test": "/else/test.csv"}
+    moved = splits | {"validation": "/data/sub/dev.csv"}
+
+    def relocated(name, absolute_name):
+        return relocated_splits(splits, name=name, absolute_name=absolute_name)
+
+    assert relocated("a.csv", "/data/a.csv") == moved
+    assert relocated("b/a-*.csv", "/data/b/a-*.csv") == moved
+    assert relocated("/data/a.csv", "/data/a.csv") == splits
+    assert relocated("a.csv", "/elsewhere/of-other-name.csv") == splits
+    assert relocated(None, "rows") == splits
 
 
 def test_a_split_may_be_another_file():
