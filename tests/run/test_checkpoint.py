@@ -300,6 +300,8 @@ def test_a_resumed_run_still_keeps_the_best(tmp_path):
     for step in (1, 2, 3, 4, 5):  # a process for each
         save_evaluated(tmp_path, {step: 1})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "4", "5"]
+    save_evaluated(tmp_path, {6: 6})  # a fall-back to 5 needs 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "5", "6"]
 
 
 def test_a_fall_back_finds_its_own_best(tmp_path):
