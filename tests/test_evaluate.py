@@ -87,7 +87,10 @@ def test_a_config_of_a_pretrained_encoder_needs_no_folder_of_it(config):
     assert found["metrics"] == expected["metrics"]
 
 
-@pytest.mark.parametrize("field", ["model.dim", "data.max_tokens.key", "steps"])
+@pytest.mark.parametrize(
+    "field",
+    ["model.dim", "data.max_tokens.key", "steps", "evaluation.sets.dev", "evaluation.patience"],
+)
 def test_a_changed_field_without_effect_is_an_error(config, field):
     with pytest.raises(ValueError, match=f"{field} has no effect here"):
         evaluate.evaluate(model_of({}), config=config, changed=["data.name", field])

@@ -28,6 +28,8 @@ from jaxcl.settings.sections import ModelSettings, Settings
 
 __all__ = ["as_dict", "read_data_settings", "read_settings"]
 
+_SELECTION = ("sets", "best_metric", "patience", "min_delta")
+"""The fields of `evaluation` that only training reads."""
 _DATA_SECTIONS = ("data", "evaluation", "run")
 _DATA_FIELDS = (
     *("name", "code_pairs", "splits", "query_field", "key_field", "concatenated"),
@@ -97,8 +99,8 @@ def read_data_settings(config: ConfigDict, *, changed: Collection[str] = ()) -> 
     unused = [field for field in changed if not _says_which_rows(field)]
     if unused:
         raise ValueError(
-            f"{', '.join(unused)} has no effect here: only evaluation, run and the rows of "
-            "data are read from the config"
+            f"{', '.join(unused)} has no effect here: only the rows of data, the ranking of "
+            "evaluation, and run are read from the config"
         )
     given = {"data": {}} | config.to_dict()
     read_section(Settings, given)  # an unknown field is an error in every section
@@ -108,6 +110,8 @@ def read_data_settings(config: ConfigDict, *, changed: Collection[str] = ()) -> 
 
 def _says_which_rows(field: str) -> bool:
     section, *names = field.split(".")
+    if section == "evaluation" and names[:1] in [[name] for name in _SELECTION]:
+        return False
     if section != "data":
         return section in _DATA_SECTIONS
     # The prompts of a data set say how the model of a run reads it.
