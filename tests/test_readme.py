@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -36,7 +37,7 @@ def test_the_loss_in_ones_own_step_is_that_of_the_whole_batch():
         return inputs * params
 
     names = {"f": encode, "g": encode}
-    exec(snippet("Only the loss"), names)
+    exec(snippet("Only the loss, or only the batches"), names)
     params, x, y = np.float32(0.5), *(unit_vectors(seed, 16, 4, dtype="float32") for seed in (0, 1))
     found = names["value_and_gradients"](params, x, y)
     wanted = jax.value_and_grad(lambda p: infonce_loss(x * p, y * p, temperature=0.05).mean())(
@@ -47,9 +48,9 @@ def test_the_loss_in_ones_own_step_is_that_of_the_whole_batch():
 
 def test_an_exported_model_is_loaded_and_embeds(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_tiny_bert(tmp_path / "models" / "code")
+    write_tiny_bert(tmp_path / "models" / "mine")
     names = {}
-    exec(snippet("Fine-tune a pretrained encoder"), names)
+    exec(snippet("Fine-tune a pretrained model on your pairs"), names)
     assert names["keys"].shape == (2, DIM)
     assert len(capsys.readouterr().out.strip("[]\n").split()) == 2
 
@@ -57,7 +58,7 @@ def test_an_exported_model_is_loaded_and_embeds(tmp_path, monkeypatch, capsys):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_pairs_of_ones_own_are_prepared_and_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "prepare.py").write_text(snippet("Your own data"))
+    (tmp_path / "prepare.py").write_text(snippet("TFDS data sets", file="jaxcl/data/README.md"))
     runpy.run_path("prepare.py", run_name="__main__")
     pairs = open_pairs(
         "my_pairs:1.0.0", "train", data_dir="data", query_field="question", key_field="answer"
@@ -68,11 +69,18 @@ def test_pairs_of_ones_own_are_prepared_and_read(tmp_path, monkeypatch):
     assert row["key"] == f"it is {number**2}"
 
 
-def test_batches_are_chosen_of_two_arrays():
+@pytest.mark.parametrize(
+    "code",
+    [
+        snippet("Only the loss, or only the batches", 1),
+        snippet("In your own training loop", file="jaxcl/assignment/README.md"),
+    ],
+)
+def test_batches_are_chosen_of_two_arrays(code):
     rng = np.random.default_rng(0)
     queries, keys = (rng.normal(size=(600, 16)).astype(np.float32) for _ in range(2))
     found = {"queries": queries, "keys": keys}
-    exec(snippet("In your own training loop", file="jaxcl/assignment/README.md"), found)
+    exec(code, found)
     assert sorted(found["rows"].tolist()) == list(range(600))
     # Blocks of the order are batches.
     blocks = {frozenset(block) for block in found["order"][:512].reshape(-1, 256).tolist()}
@@ -89,6 +97,44 @@ def test_hard_negatives_of_two_arrays_are_mined():
         assert positive == query
         lowest = min(scores[query, query], scores[query, 0])
         assert scores[query, key] <= lowest - 0.05 * abs(lowest) + 1e-6
+
+
+def test_a_bank_is_read_and_updated_in_ones_own_loop():
+    queries, keys = (unit_vectors(seed, 8, 256, dtype="float32") for seed in (0, 1))
+    numbers = jnp.arange(8)
+    names = {"queries": queries, "keys": keys, "rows": numbers, "groups": 0 * numbers}
+    exec(snippet("In your own training loop", file="jaxcl/negatives/README.md"), names)
+    assert np.isfinite(names["loss"]).all()
+    np.testing.assert_array_equal(names["bank"].vectors[:8], keys)
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_links_lead_to_files():
+    readmes = [path for path in ROOT.rglob("*.md") if not {".git", ".pytest_cache"} & {*path.parts}]
+    links = [
+        (readme, link)
+        for readme in readmes
+        for link in re.findall(r"\]\(([^)#:]+)\)", readme.read_text())
+    ]
+    assert len(links) > 10
+    assert [(str(path), link) for path, link in links if not (path.parent / link).exists()] == []
+
+
+def test_the_map_of_folders_is_the_tree():
+    section = (ROOT / "README.md").read_text().split("## Folders\n")[1].split("```")[1]
+    inside, _, outside = section.partition("\nconfigs/")
+    commands, folders = re.findall(r"(\w+\.py)", inside), re.findall(r"(\w+)/(?= |\n)", inside)
+    package = ROOT / "jaxcl"
+    parts = {path.name for path in package.iterdir() if path.suffix == ".py"}
+    assert set(commands) == parts - {"__init__.py", "__main__.py"}
+    present = {path.name for path in package.iterdir() if (path / "__init__.py").exists()}
+    assert set(folders) == (present | {"jaxcl", "pretrained"}) - {"configs"}
+    assert set(re.findall(r"(\w+)/", "configs/" + outside)) == {
+        *("configs", "launch", "tests", "jaxcl")
+    }
 
 
 def test_the_table_of_negatives_names_every_module():
