@@ -1,6 +1,7 @@
 """The keys among which negatives are mined: different documents, and positives of the queries."""
 
-from collections.abc import Iterable, Sequence
+import collections
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ from jaxcl.typing import Bool, Int, Integer
 __all__ = ["MiningPool", "mining_pool", "positives_as_documents"]
 
 _BLOCK = 10_000
+_TAIL_WORDS = 8
+"""The fewest words of a positive for which a document that ends with it is excluded."""
 
 
 class MiningPool(NamedTuple):
@@ -30,8 +33,9 @@ class MiningPool(NamedTuple):
       candidates: the keys that may be negatives: all documents with a text.
       positives: rows of the keys that are positives of each query.
       positive_texts: their texts, as the queries' file gives them; `None` if it gives ids.
-      excluded: rows of further keys that are no negatives of each query: those with its own text,
-        or its own id.
+      excluded: rows of further keys that are no negatives of each query: documents with its own
+        text or id, and those that end with a positive of several words. A corpus with titles has
+        the title in front of the text.
     """
 
     documents: Documents
@@ -98,6 +102,9 @@ def mining_pool(documents: Documents, queries: QueryFile) -> MiningPool:
     for digest, of_query in zip(_digests(queries.queries), excluded, strict=True):
         if digest in key_of_value:
             of_query.append(key_of_value[digest])
+    titled = _ending_with(list(outside.values()), documents, rows)
+    for of_query, keys in zip(excluded, positives, strict=True):
+        of_query += [row for key in keys for row in titled.get(key - len(rows), ())]
     others = np.array(list(outside), np.uint64)
     return MiningPool(
         documents,
@@ -158,6 +165,25 @@ def _by_text(
         positives.append(list(different))
         texts.append(list(different.values()))
     return positives, texts
+
+
+def _ending_with(
+    texts: Sequence[str], documents: Documents, rows: Int[np.ndarray, " _"]
+) -> Mapping[int, list[int]]:
+    """Number of a text -> keys whose documents have more words, and then that text."""
+    tails = collections.defaultdict(list)
+    for number, text in enumerate(texts):
+        words = text.split()
+        if len(words) >= _TAIL_WORDS:
+            tails[tuple(words[-_TAIL_WORDS:])].append((number, " ".join(words)))
+    keys = collections.defaultdict(list)
+    for first in range(0, len(rows) if tails else 0, _BLOCK):
+        for key, text in enumerate(documents.read(rows[first : first + _BLOCK]), first):
+            words = text.split()
+            for number, tail in tails.get(tuple(words[-_TAIL_WORDS:]), ()):
+                if " ".join(words).endswith(f" {tail}"):
+                    keys[number].append(key)
+    return keys
 
 
 def _digests_of(documents: Documents) -> Integer[np.ndarray, " n"]:

@@ -87,9 +87,9 @@ def mine_corpus(
     """Mine the hard negatives of queries in a corpus, and write them.
 
     Queries with the same text are one line, with all of their positives, in the order of the file.
-    Never among a query's negatives are its positives, documents with the text of a positive or of
-    the query itself, and, with qrels, a document with the query's id. White space does not tell
-    texts apart, and documents that are equal in this sense count once.
+    A query's positives are never among its negatives, nor are documents with the text of a positive
+    (alone or after a title) or of the query, and, with qrels, a document with the query's id. White
+    space does not tell texts apart, and documents that are equal in this sense count once.
 
     The embeddings and unfinished work stay in the user's cache (`cache_folder() / "mining"`), so
     that the same call resumes after a stop, and another rule needs no embedding. The vectors of all

@@ -82,6 +82,30 @@ def test_a_document_with_the_id_of_a_query_is_excluded(documents, tmp_path):
     assert pool.excluded == [[3], []]
 
 
+def test_a_positive_excludes_the_document_that_has_it_after_a_title(tmp_path):
+    long = "a bird that flies at night and eats mice"  # nine words
+    documents = read_documents(
+        write(
+            tmp_path / "corpus.jsonl",
+            [
+                {"title": "Owls", "text": long},
+                {"title": "Owls", "text": "a bird"},
+                {"text": f"{long} too"},
+                {"text": f"the{long}"},
+            ],
+        )
+    )
+    queries = queries_of(
+        tmp_path,
+        {"query": "hunts in the dark", "pos": f" {long}\n"},
+        {"query": "flies", "pos": "a bird"},  # short texts end many documents
+        {"query": "both", "pos": ["a bird", long]},
+    )
+    pool = mining_pool(documents, queries)
+    assert pool.positives == [[4], [5], [5, 4]]
+    assert pool.excluded == [[0], [], [0]]
+
+
 def test_without_a_corpus_the_positives_are_the_documents(tmp_path):
     queries = queries_of(
         tmp_path, {"query": "a", "pos": ["1", "2"]}, {"query": "b", "pos": ["2", "3"]}
