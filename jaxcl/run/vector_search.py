@@ -26,7 +26,7 @@ _BLOCK_NUMBERS = 2**18
 """Numbers of the keys that are converted at once for one query, so that they stay in the cache."""
 _MOST_BLOCKS = 16
 """For several queries, products of larger blocks are faster: this many times larger at most."""
-_TABLE_NUMBERS = 2**23
+_TABLE_NUMBERS = 2**25
 """Scores that are held at once, as far as one query allows."""
 _LARGEST_EXACT = 2**24
 """Float32 holds all integers up to this one."""
