@@ -194,9 +194,10 @@ def _run(arguments: Namespace) -> None:
 
 
 def _mine_run(arguments: Namespace, rule: MiningRule) -> None:
-    join_processes(arguments, arguments.workdir)
+    workdir, _ = origin_of(arguments.workdir)
+    join_processes(arguments, workdir)
     split = arguments.split or "train"
-    out = arguments.output or origin_of(arguments.workdir)[0] / f"mined-{split}.npz"
+    out = arguments.output or workdir / f"mined-{split}.npz"
     report = mine(
         arguments.workdir,
         out,

@@ -63,7 +63,7 @@ class Selection(NamedTuple):
         """The evaluations so far, by the record of the checkpoint that a run resumes from.
 
         A run with another metric begins a new summary. If the best checkpoint is gone, the next
-        evaluation is the best, while the wait for an improvement goes on.
+        evaluation is the best, while the wait for an improvement continues.
 
         Args:
           record: the checkpoint's; empty for a new run.
