@@ -26,7 +26,7 @@ from jaxcl.run.identity import (
     settings_differences,
 )
 from jaxcl.run.metric_writer import METRICS_FILE
-from jaxcl.settings.derived import CHECKPOINTS
+from jaxcl.settings.derived import CHECKPOINTS, origin_of
 from jaxcl.settings.pretrained import COPIES, is_copy
 from jaxcl.settings.read import as_dict
 from jaxcl.settings.sections import Settings
@@ -58,9 +58,16 @@ def lock_workdir(workdir: AnyPath) -> Iterator[None]:
     """Makes a run's folder and keeps other runs out of it, until the process ends at the latest.
 
     Raises:
-      ValueError: if another run is at work there, or its lock is not a regular file.
+      ValueError: if another run is at work there, its lock is not a regular file, or the folder is
+        a checkpoint of a run.
       PermissionError: if it cannot be written.
     """
+    run, checkpoint = origin_of(workdir)
+    if checkpoint is not None and (run / ID_FILE).exists():
+        raise ValueError(
+            f"{workdir} is a checkpoint of a run; give {run} to resume that run, or set "
+            "init_from to the checkpoint to start a new run from it, in another --workdir"
+        )
     if jax.process_index() != 0 or fcntl is None:
         yield
         return

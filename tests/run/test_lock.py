@@ -45,6 +45,17 @@ def test_whatever_is_no_regular_file_is_refused_and_left_alone(tmp_path, monkeyp
     assert "target" not in before or (tmp_path / "target").read_text() == "precious"
 
 
+@pytest.mark.parametrize("name", ["best", "20"])
+def test_a_checkpoint_of_a_run_is_no_workdir(tmp_path, name):
+    folder = tmp_path / "checkpoints" / name
+    with lock_workdir(folder):  # nothing says that this is a run
+        pass
+    (tmp_path / "run.json").write_text("{}")
+    message = rf"{name} is a checkpoint of a run; give {tmp_path} to resume .* init_from"
+    with pytest.raises(ValueError, match=message), lock_workdir(folder):
+        pass
+
+
 def test_a_lock_keeps_the_content_of_its_file(tmp_path):
     (tmp_path / ".lock").write_text("a note")
     with lock_workdir(tmp_path):
