@@ -211,9 +211,14 @@ def _json_lines(file: Any, fields: Sequence[str] | None) -> Records:
 
 
 def _separated(file: Any, fields: Sequence[str] | None, *, delimiter: str) -> Records:
-    reader = csv.DictReader(_table_lines(file), delimiter=delimiter, strict=True)
-    for record in reader:
-        yield f"line {reader.line_num}", record
+    rows = _rows(file, delimiter=delimiter)
+    first, header = next(rows, ("", []))
+    if twice := {name for name in header if header.count(name) > 1}:
+        raise ValueError(f"{first}: the header has {min(twice)!r} twice; rename one")
+    for where, row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"{where} has {len(row)} values, and the header {len(header)}")
+        yield where, dict(zip(header, row, strict=True))
 
 
 def _rows(file: Any, *, delimiter: str) -> Rows:

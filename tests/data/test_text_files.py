@@ -107,8 +107,9 @@ def test_a_line_without_an_end_is_a_text_and_an_empty_file_has_none(tmp_path):
         ("a.jsonl", b'{"text": null}\n', "line 1: text is None, which is not a text"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: text is not Unicode"),
         ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
-        ("a.csv", b"id,text\n1,a\n2\n", "line 3: text is None, which is not a text"),
-        ("a.csv", b'id,text\n1,"a\n', "a.csv: unexpected end of data"),
+        ("a.csv", b"id,text\n1,a\n2\n", "line 3 has 1 values, and the header 2"),
+        ("a.csv", b'id,text\n1,"a\n', "a.csv: line 2: unexpected end of data"),
+        ("a.csv", b"id,text,text\n1,a,b\n", "line 1: the header has 'text' twice"),
         ("a.parquet", b"PAR1 and no more", r"a\.parquet: "),
         (
             "a.docx",
@@ -199,6 +200,8 @@ def test_a_quotation_mark_that_opens_no_quotes_swallows_no_rows(tmp_path, conten
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         list(read_rows(path))
+    with pytest.raises(ValueError, match=message):
+        list(read_records(path))
     rows = [line.split("\t") for line in content.splitlines()]
     with path.open("w", newline="") as file:
         csv.writer(file, delimiter="\t").writerows(rows)
