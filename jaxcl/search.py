@@ -283,7 +283,9 @@ def open_search(
     rescore = check_options(model, dim, precision, rescore)
     fields = {"id_field": id_field, "text_field": text_field}
     with progress_bar("reading documents", None) as advance:
-        documents = read_documents(as_path(corpus), **fields, advance=advance)
+        documents = read_documents(
+            as_path(corpus), id_field=id_field, text_field=text_field, advance=advance
+        )
     try:
         opened = open_index(
             model,

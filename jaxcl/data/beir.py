@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcl.data.documents import Documents, read_documents
+from jaxcl.data.documents import QUERY_FIELDS, TEXT_FIELDS, Documents, read_documents
 from jaxcl.data.text_files import read_records
 from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar
@@ -106,7 +106,7 @@ def read_beir(path: AnyPath) -> Beir:
     if by_id:
         source = path if is_qrels else qrels_file(folder)
         judged = read_qrels(source)
-    queries = _read_documents(queries_path)
+    queries = _read_documents(queries_path, QUERY_FIELDS)
     corpus = _read_documents(_file(folder, "corpus.jsonl"))
     rows = {name: row for row, name in enumerate(corpus.ids)}
     if not by_id:
@@ -199,9 +199,9 @@ def _file(folder: AnyPath, name: str) -> AnyPath:
     return files[0]
 
 
-def _read_documents(path: AnyPath) -> Documents:
+def _read_documents(path: AnyPath, text_fields: Sequence[str] = TEXT_FIELDS) -> Documents:
     with progress_bar(f"reading {path.name}", None) as advance:
-        return read_documents(path, advance=advance)
+        return read_documents(path, text_fields=text_fields, advance=advance)
 
 
 def read_qrels(path: AnyPath) -> dict[str, dict[str, int]]:

@@ -16,6 +16,8 @@ __all__ = ["Documents", "read_documents"]
 
 ID_FIELDS = ("_id", "id", "doc_id", "docid", "document_id", "pid", "qid", "query_id")
 TEXT_FIELDS = ("text", "document", "passage", "contents", "content", "body", "key", "query")
+QUERY_FIELDS = ("query", *TEXT_FIELDS)
+"""The fields of the texts where documents are queries."""
 TITLE_FIELD = "title"
 _BLOCK = 10_000
 
@@ -51,6 +53,7 @@ def read_documents(
     *,
     id_field: str | None = None,
     text_field: str | None = None,
+    text_fields: Sequence[str] = TEXT_FIELDS,
     advance: Callable[[int], None] = lambda documents: None,
 ) -> Documents:
     """Read the documents of a file.
@@ -61,7 +64,8 @@ def read_documents(
       path: a file of `jaxcl.data.text_files.TEXT_FILES`, which may be compressed with gzip.
       id_field: the field of the ids, texts or integers; `None` takes the first of `ID_FIELDS` that
         the first record has. Lines of plain text have no ids.
-      text_field: the field of the texts; `None` takes the first of `TEXT_FIELDS`.
+      text_field: the field of the texts; `None` takes the first of `text_fields`.
+      text_fields: common names of that field.
       advance: called with the number of documents read since the last call.
 
     Returns:
@@ -79,7 +83,7 @@ def read_documents(
     digest = hashlib.sha256()
     rows: dict[str, int] = {}
     chunks = []
-    for block in _blocks(_documents(path, id_field, text_field)):
+    for block in _blocks(_documents(path, id_field, text_field, text_fields)):
         for where, name, text in block:
             if name in rows:
                 raise ValueError(
@@ -96,19 +100,19 @@ def read_documents(
 
 
 def _documents(
-    path: AnyPath, id_field: str | None, text_field: str | None
+    path: AnyPath, id_field: str | None, text_field: str | None, text_fields: Sequence[str]
 ) -> Iterator[tuple[str, str, str]]:
     """Where each document is, its id and its text."""
     for number, (where, record) in enumerate(read_records(path)):
         if number == 0:
             has_ids = id_field is not None or any(name in record for name in ID_FIELDS)
             id_field = id_field or _field(record, ID_FIELDS)
-            text_field = text_field or _field(record, TEXT_FIELDS)
+            text_field = text_field or _field(record, text_fields)
             if text_field is None:
                 raise ValueError(
                     f"{where}: none of the fields {', '.join(map(str, record)) or '(none)'} is "
                     f"known to hold texts; name the field, or call it one of "
-                    f"{', '.join(TEXT_FIELDS)}"
+                    f"{', '.join(text_fields)}"
                 )
         name = _id_of(record, str(id_field), where) if has_ids else str(number)
         yield where, name, _text(record, str(text_field), where)

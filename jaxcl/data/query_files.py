@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxcl.data.documents import QUERY_FIELDS as QUERY_TEXT_FIELDS
 from jaxcl.data.documents import read_documents
 from jaxcl.data.text_files import read_records, text_of
 from jaxcl.host.paths import AnyPath
@@ -112,7 +113,7 @@ def read_judged_queries(
       ValueError: if a query of the qrels is not in the file, or none has a positive.
       OSError: if the file cannot be read.
     """
-    documents = read_documents(path, text_field=query_field)
+    documents = read_documents(path, text_field=query_field, text_fields=QUERY_TEXT_FIELDS)
     present = set(documents.ids)
     if unknown := next((name for name in qrels if name not in present), None):
         raise ValueError(f"the qrels name query {unknown!r}, which {path} lacks")

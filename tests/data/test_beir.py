@@ -255,6 +255,12 @@ def test_pairs_of_texts_need_no_qrels(without_qrels):
     assert found.left_out["unknown_documents"] == 1
 
 
+def test_the_query_is_the_text_of_a_query_if_there_are_other_texts(folder):
+    record = {"_id": "q1", "document": "Sockets", "text": "Sockets", "query": "socket"}
+    write_lines(folder / "queries.jsonl", [record])
+    assert read_beir(folder).query_texts == ["socket"]
+
+
 def test_positives_are_ids_or_texts(without_qrels):
     titled = "Sockets open a socket"
     for positives in (["d1", "d3"], [titled, "read a line"], ["d1", "read a line", titled]):
