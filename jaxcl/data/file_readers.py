@@ -90,7 +90,7 @@ def read_rows(path: Path, fields: Sequence[str]) -> Iterator[FileRow]:
         elif kind == "json":
             yield from _json_rows(file)
         else:
-            yield from _csv_rows(_csv_reader(file, kind))
+            yield from _csv_rows(_csv_reader(file, kind), is_tsv=kind == "tsv")
 
 
 def place_of(path: Path, number: int) -> str:
@@ -178,11 +178,17 @@ def _json_rows(file: Any) -> Iterator[FileRow]:
 
 def _json_fields(file: Any, wanted: Collection[str]) -> list[str]:
     names: dict[str, None] = {}
-    rows = (row for row in _json_rows(file) if row.problem is None)
-    for number, row in enumerate(rows):
-        if number >= _ROWS_WITH_FIELDS and names.keys() >= set(wanted):
+    readable, first_problem = 0, ""
+    for row in _json_rows(file):
+        if row.problem is not None:
+            first_problem = first_problem or f"line {row.number}: {row.problem}"
+            continue
+        if readable >= _ROWS_WITH_FIELDS and names.keys() >= set(wanted):
             break
         names |= dict.fromkeys(row.fields)
+        readable += 1
+    if first_problem and not readable:
+        raise ValueError(f"no row can be read; {first_problem}")
     return list(names)
 
 
@@ -207,7 +213,7 @@ def _header(reader: Any) -> list[str]:
         raise ValueError(f"the header cannot be read ({error})") from error
 
 
-def _csv_rows(reader: Any) -> Iterator[FileRow]:
+def _csv_rows(reader: Any, *, is_tsv: bool) -> Iterator[FileRow]:
     header = _header(reader)
     while True:
         number = reader.line_num + 1
@@ -218,7 +224,11 @@ def _csv_rows(reader: Any) -> Iterator[FileRow]:
         except csv.Error as error:
             yield FileRow(number, problem=f"the row cannot be read ({error})")
             continue
-        if len(values) == len(header):
+        if is_tsv and any("\t" in value and "\n" in value for value in values):
+            # A text that begins with a quotation mark has swallowed rows up to the next mark.
+            problem = "a value in quotes has a tab and a line end; write the file as .csv or .jsonl"
+            yield FileRow(number, problem=problem)
+        elif len(values) == len(header):
             yield FileRow(number, dict(zip(header, values, strict=True)))
         elif values:  # an empty line has none
             problem = f"the row has {len(values)} values, and the header {len(header)}"

@@ -137,13 +137,10 @@ def _numbers(value: Any, field: str) -> list[float]:
 
 
 def _number(value: Any, field: str) -> float:
-    if isinstance(value, bool | int | float):
-        number = float(value)
-    else:
-        try:
-            number = float(str(value)) if isinstance(value, str) else math.nan
-        except ValueError:
-            number = math.nan
+    try:
+        number = float(value) if isinstance(value, bool | int | float | str) else math.nan
+    except (ValueError, OverflowError):  # an integer of JSON may be larger than any float
+        number = math.nan
     if not abs(number) <= _LARGEST:
         raise BadRow(f"{field!r} is {_short(value)}, which is not a finite number")
     return number

@@ -111,6 +111,18 @@ def test_wrong_rows_of_a_table_are_returned_with_their_problem(tmp_path):
     assert "cannot be read (unexpected end of data)" in rows[4].problem
 
 
+def test_a_quotation_mark_that_opens_no_quotes_swallows_no_rows(tmp_path):
+    content = b'query\tkey\n"He said\tc\nd"\tf\ng\th\n'
+    (tmp_path / "pairs.tsv").write_bytes(content)
+    wrong, right = read_rows(tmp_path / "pairs.tsv", [])
+    assert wrong.number == 2
+    assert "a value in quotes has a tab and a line end" in wrong.problem
+    assert right == FileRow(4, {"query": "g", "key": "h"})
+    (tmp_path / "pairs.csv").write_bytes(content.replace(b"\t", b","))
+    (row, _) = read_rows(tmp_path / "pairs.csv", [])
+    assert row.fields == {"query": "He said,c\nd", "key": "f"}  # as CSV is meant
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_a_text_that_is_not_utf8_is_a_problem_of_its_row_alone(tmp_path, kind):
     texts = pyarrow.array([b"a", b"\xff", b"c"]).cast(pyarrow.binary()).view(pyarrow.string())
@@ -133,6 +145,12 @@ def test_a_text_that_is_not_utf8_is_a_problem_of_its_row_alone(tmp_path, kind):
         ("a.csv", b'"query"x,key\n', r"a.csv: the header cannot be read \("),
         ("a.csv", b"\xff\xfeq\x00u\x00", "a.csv: the header is not UTF-8"),
         ("a.json", b' [\n{"query": "a"}\n]', "a.json: the file is one JSON array; write each"),
+        (
+            "a.json",
+            b'\n{\n"query": "a"\n}',
+            "a.json: no row can be read; line 2: the line is not JSON",
+        ),
+        ("a.jsonl", b"\xff\xfe{\x00", "a.jsonl: no row can be read; line 1: the line is not UTF-8"),
         ("a.parquet", b"no parquet", "a.parquet: .*magic bytes"),
         ("a.arrow", b"no arrow at all", "a.arrow: "),
         ("a.txt", b"", "a.txt has an unknown suffix"),

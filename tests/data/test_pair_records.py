@@ -71,6 +71,7 @@ def test_labels_groups_and_metadata_are_kept():
         ({"q": "a", "k": "b", "n": "c", "s": [1, math.nan]}, "not a finite number"),
         ({"q": "a", "k": "b", "n": "c", "s": [1, "x"]}, "'s' is 'x', which is not a finite number"),
         ({"q": "a", "k": "b", "n": "c", "s": [1, 1e39]}, "not a finite number"),
+        ({"q": "a", "k": "b", "n": "c", "s": [1, 10**400]}, "not a finite number"),
     ],
 )
 def test_what_cannot_be_trained_on_says_why(record, problem):
