@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jaxcl.settings.sections import DataSet
 from jaxcl.typing import SIDES
 
-__all__ = ["PairColumns", "find_columns", "named_fields"]
+__all__ = ["PairColumns", "find_columns", "late_columns", "named_fields"]
 
 PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("query", ("key", "pos", "positive", "positives", "answer", "document", "passage")),
@@ -120,6 +120,26 @@ def find_columns(names: Sequence[str], data_set: DataSet, *, where: str) -> Pair
     if columns.scores and not columns.negatives:
         columns = columns._replace(scores=())  # they compare keys with negatives
     return columns._replace(unused=tuple(name for name in names if name not in columns.needed))
+
+
+def late_columns(fields: Iterable[str], columns: PairColumns) -> list[str]:
+    """Of fields that are no columns, those that would be read if the first rows had them.
+
+    Args:
+      fields: the names of further fields.
+      columns: the columns that are read.
+    """
+    known: set[str] = set()
+    if not columns.negatives:
+        known |= set(NEGATIVES)
+    elif not columns.scores:
+        known |= {name for names in SCORES for name in names}
+    if columns.label is None:
+        known |= set(LABELS)
+    more_numbered = all(map(_NUMBERED.fullmatch, columns.negatives))
+    return sorted(
+        name for name in fields if name in known or (more_numbered and _NUMBERED.fullmatch(name))
+    )
 
 
 def _query_and_key(names: Sequence[str], data_set: DataSet, where: str) -> tuple[str, str]:

@@ -1,17 +1,16 @@
 """Read files of pairs row by row, check each row, and keep the good ones in a cache."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from jaxcl.data.checked_array import DamagedArray
 from jaxcl.data.file_readers import place_of, read_rows
 from jaxcl.data.pair_cache import PairCache, PairFiles, write_cache
-from jaxcl.data.pair_columns import PairColumns, find_columns
+from jaxcl.data.pair_columns import PairColumns, late_columns
 from jaxcl.data.pair_paths import kept_digests, named_files
 from jaxcl.data.pair_records import BadRow, PairRecord, read_pair
 from jaxcl.host.progress import progress_bar, say
-from jaxcl.settings.sections import DataSet
 
 __all__ = ["describe_rows", "open_cache", "rebuilt_cache"]
 
@@ -144,7 +143,7 @@ def _records(files: PairFiles, left_out: _LeftOut) -> Iterator[PairRecord]:
                 left_out.add(place_of(path, row.number), error)
                 continue
             if not row.fields.keys() <= known:
-                _check_late_fields(row.fields, known, columns, place_of(path, row.number))
+                _check_late_fields(row.fields.keys() - known, columns, place_of(path, row.number))
                 known |= row.fields.keys()
             if _is_positive(pair, files.min_label):
                 yield pair
@@ -156,19 +155,10 @@ def _is_positive(pair: PairRecord, min_label: float | None) -> bool:
     return pair.label is None or min_label is None or pair.label >= min_label
 
 
-def _check_late_fields(
-    fields: Mapping[str, Any], known: set[str], columns: PairColumns, place: str
-) -> None:
-    """Refuse a field that would be read if it had been among those of the first rows."""
-    names = sorted(known | fields.keys())
-    found = find_columns(
-        names,
-        DataSet(query_field=columns.query, key_field=columns.key, group_field=columns.group),
-        where=place,
-    )
-    for what in ("negatives", "scores", "label"):
-        if not getattr(columns, what) and (late := getattr(found, what)):
-            raise ValueError(
-                f"{place} has {late if isinstance(late, str) else ', '.join(late)}, which the "
-                f"first rows lack; name it as data.files.{what}_field, or leave it out of the file"
-            )
+def _check_late_fields(fields: Iterable[str], columns: PairColumns, place: str) -> None:
+    """Refuse fields that would be read if they had been among those of the first rows."""
+    if late := late_columns(fields, columns):
+        raise ValueError(
+            f"{place} has {', '.join(late)}, which the first rows lack; name such a field in "
+            "data.files, move a row with it to the beginning, or leave it out of the file"
+        )

@@ -18,7 +18,7 @@ import numpy as np
 from jaxcl.data.checked_array import DamagedArray
 from jaxcl.data.file_readers import read_fields
 from jaxcl.data.pair_cache import PairCache, PairFiles
-from jaxcl.data.pair_columns import find_columns, named_fields
+from jaxcl.data.pair_columns import find_columns, late_columns, named_fields
 from jaxcl.data.pair_conversion import describe_rows, open_cache, rebuilt_cache
 from jaxcl.data.pair_paths import find_paths, kept_digests, named_files, unknown_split
 from jaxcl.data.row_ranges import RowRange
@@ -200,6 +200,11 @@ def _described(
         fields = columns.needed if _is_json(path) else read_fields(path)
         if missing := [name for name in columns.needed if name not in fields]:
             raise ValueError(f"{path} lacks {', '.join(missing)}, which {paths[0]} has")
+        if late := late_columns(set(fields) - set(names), columns):
+            raise ValueError(
+                f"{path} has {', '.join(late)}, which {paths[0]} lacks; add it there, or leave it "
+                "out of all files"
+            )
     options = data_set.files
     if columns.label is not None and options.min_label is None:
         raise ValueError(

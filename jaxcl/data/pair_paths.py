@@ -22,7 +22,10 @@ def find_paths(name: str, split: str) -> tuple[Path, ...]:
     path = local_path(name)
     if not path.exists() and is_pattern(name):
         paths = [Path(one) for one in sorted(glob.glob(str(path), recursive=True))]
-        paths = [one for one in paths if one.is_file()]
+        # Patterns such as **/** match a file twice, and links may lead to the same one.
+        paths = list({one.resolve(): one for one in reversed(paths) if one.is_file()}.values())[
+            ::-1
+        ]
         if not paths:
             raise ValueError(f"no file matches {path}")
     elif path.is_dir():

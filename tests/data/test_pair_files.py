@@ -298,6 +298,40 @@ def test_a_field_that_appears_late_is_not_ignored(opened, tmp_path):
     assert train.read([300, 0]) == [{**rows[0], "negatives": ["x"]}, {**rows[0], "negatives": []}]
 
 
+def test_one_more_numbered_negative_is_not_ignored(opened, tmp_path):
+    rows = [{**row, "negative_1": "x"} for row in plain_rows()]
+    write_jsonl(tmp_path / "pairs.jsonl", [*rows, {**rows[0], "negative_2": "y"}])
+    with pytest.raises(ValueError, match=r"line 301 has negative_2, which the first rows lack"):
+        opened(splits=WHOLE)
+    write_jsonl(tmp_path / "pairs.jsonl", [{**rows[0], "negative_2": "y"}, *rows])
+    assert opened(splits=WHOLE)["train"].read([0])[0]["negatives"] == ["x", "y"]
+
+
+def test_columns_that_the_config_names_are_not_taken_for_late_ones(opened, tmp_path):
+    rows = [{**row, "neg": "x", "negatives": ["y"], "score": 1} for row in plain_rows()]
+    write_jsonl(tmp_path / "pairs.jsonl", [*rows, {**rows[0], "other": 1}])
+    named = {"negatives_field": "neg", "metadata_fields": ("score",)}
+    train = opened(splits=WHOLE, **named)["train"]
+    assert train.read([300]) == [{**plain_rows()[0], "negatives": ["x"], "score": 1}]
+
+
+def test_a_column_of_a_later_file_is_not_ignored(opened, tmp_path):
+    parquet.write_table(pyarrow.table({"query": ["a"], "key": ["b"]}), tmp_path / "0.parquet")
+    columns = {"query": ["c"], "key": ["d"], "other": ["e"]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "1.parquet")
+    assert len(opened("*.parquet", WHOLE)["train"]) == 2
+    parquet.write_table(pyarrow.table(columns | {"label": [0]}), tmp_path / "1.parquet")
+    with pytest.raises(ValueError, match=r"1.parquet has label, which .*0.parquet lacks"):
+        opened("*.parquet", WHOLE)
+
+
+def test_a_file_that_a_pattern_matches_twice_is_read_once(opened, tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    write_jsonl(tmp_path / "a" / "b" / "1.jsonl", plain_rows())
+    (tmp_path / "a" / "2.jsonl").symlink_to(tmp_path / "a" / "b" / "1.jsonl")
+    assert len(opened("**/**/*.jsonl", WHOLE)["train"]) == NUM_ROWS
+
+
 def test_a_fingerprint_names_content_columns_and_split(opened, tmp_path):
     path = tmp_path / "pairs.jsonl"
     rows = [{**row, "url": str(i)} for i, row in enumerate(plain_rows())]
