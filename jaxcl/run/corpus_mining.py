@@ -181,6 +181,10 @@ def _checked_output(files: MinedFiles) -> AnyPath:
     for name in (files.queries, files.corpus, files.qrels, files.scores):
         if name is not None and _same_file(output, as_path(name)):
             raise ValueError(f"{output} is also an input; choose another name for the output")
+    # Mistakes in the path show before hours of work, not after.
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder; give the path of a file")
+    output.parent.mkdir(parents=True, exist_ok=True)
     return output
 
 

@@ -35,7 +35,7 @@ def write_mined(
     """Write the lines, the report and the examples; a stop leaves no unfinished file.
 
     Args:
-      output: the file of the lines.
+      output: the file of the lines, in a folder that exists.
       queries: the queries.
       pool: the keys.
       mined: their negatives.
@@ -47,7 +47,6 @@ def write_mined(
     Raises:
       OSError: if a file cannot be written.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     total = len(queries.queries)
     with replacing(output) as file, progress_bar("writing", total) as advance:
         for line in _lines(queries, pool, mined, scores):

@@ -288,6 +288,16 @@ def test_a_mistake_in_the_files_is_named(model, files, changes, message):
         mine_corpus(model, files._replace(**changes), rule=RULE)
 
 
+def test_an_output_that_cannot_be_written_is_named_first(model, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(model), "encode", None)  # no text is embedded
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"folder\.jsonl is a folder"):
+        mine_corpus(model, files._replace(output=tmp_path / "folder.jsonl"), rule=RULE)
+    below_a_file = files.queries / "mined.jsonl"
+    with pytest.raises(OSError, match=r"pairs\.jsonl"):
+        mine_corpus(model, files._replace(output=below_a_file), rule=RULE)
+
+
 def test_an_input_is_not_overwritten(model, files, tmp_path):
     link = tmp_path / "link.jsonl"
     link.symlink_to(files.queries)
