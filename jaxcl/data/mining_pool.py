@@ -85,16 +85,18 @@ def mining_pool(documents: Documents, queries: QueryFile) -> MiningPool:
     """Find the positives of queries, and their own texts, in a corpus.
 
     Raises:
-      ValueError: for a positive whose id no document has; the message names the line.
+      ValueError: for a positive whose id no document has, or that has no text; the message names
+        the line.
     """
     digests = _digests_of(documents)
     values, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     by_document = np.argsort(np.argsort(first))  # value -> key, in the order of documents
     key_of_value = dict(zip(values.tolist(), by_document.tolist(), strict=True))
     rows = np.sort(first)
+    have_text = digests[rows] != _digests([""])[0]
     outside: dict[int, str] = {}
     if queries.by_id:
-        positives, excluded = _by_id(documents, queries, by_document[inverse])
+        positives, excluded = _by_id(documents, queries, by_document[inverse], have_text)
         texts = None
     else:
         positives, texts = _by_text(queries, key_of_value, outside)
@@ -111,7 +113,7 @@ def mining_pool(documents: Documents, queries: QueryFile) -> MiningPool:
         rows,
         list(outside.values()),
         np.append(digests[rows], others),
-        np.append(digests[rows] != _digests([""])[0], np.zeros(len(outside), bool)),
+        np.append(have_text, np.zeros(len(outside), bool)),
         positives,
         texts,
         excluded,
@@ -135,7 +137,10 @@ def positives_as_documents(queries: QueryFile) -> Documents:
 
 
 def _by_id(
-    documents: Documents, queries: QueryFile, key_of_document: Int[np.ndarray, " n"]
+    documents: Documents,
+    queries: QueryFile,
+    key_of_document: Int[np.ndarray, " n"],
+    have_text: Bool[np.ndarray, " k"],
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Rows of the positives, and of documents with the id of a query."""
     keys = dict(zip(documents.ids, key_of_document.tolist(), strict=True))
@@ -143,6 +148,8 @@ def _by_id(
     for where, names in zip(queries.where, queries.positives, strict=True):
         if unknown := next((name for name in names if name not in keys), None):
             raise ValueError(f"{where}: no document of the corpus has the id {unknown!r}")
+        if empty := next((name for name in names if not have_text[keys[name]]), None):
+            raise ValueError(f"{where}: the positive {empty!r} has no text; remove it there")
         positives.append(list(dict.fromkeys(keys[name] for name in names)))
     own = [[keys[name] for name in names if name in keys] for names in queries.own_ids]
     return positives, own

@@ -69,6 +69,9 @@ def test_positives_are_found_by_id(documents, tmp_path):
     assert pool.positives == [[1, 0]]  # d6 and d1 are one text
     assert pool.positive_texts is None
     unknown = queries_of(tmp_path, {"query": "pet", "positive_ids": ["d1", "d9"]})
+    empty = queries_of(tmp_path, {"query": "pet", "positive_ids": ["d1", "d3"]})
+    with pytest.raises(ValueError, match="line 1: the positive 'd3' has no text"):
+        mining_pool(documents, empty)  # training would refuse the line
     with pytest.raises(ValueError, match="line 1: no document of the corpus has the id 'd9'"):
         mining_pool(documents, unknown)
 
