@@ -1,5 +1,6 @@
-"""A folder of named columns that is computed once, then verified whenever it is read."""
+"""Folders of named columns that are computed once, then verified whenever they are read."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from jaxcl.host.files import read_sealed_json, write_sealed_json
 from jaxcl.host.progress import say
 from jaxcl.host.staging import put_in_place, staging_folder
 
-__all__ = ["kept_columns"]
+__all__ = ["kept_columns", "write_columns"]
 
 _INDEX_FILE = "columns.json"
 
@@ -43,7 +44,10 @@ def kept_columns(
             return _read(path, made_from)
         except DamagedArray as damage:
             say(f"{what} are computed again: {damage}")
-    _write(path, made_from, compute(), what=what)
+    columns = compute()
+    write_columns(
+        path, _INDEX_FILE, made_from, functools.partial(_save, columns=columns), what=f"{what} to"
+    )
     try:
         return _read(path, made_from)
     except DamagedArray as damage:
@@ -66,23 +70,48 @@ def _read(path: Path, made_from: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
-def _write(
-    path: Path, made_from: Mapping[str, Any], columns: Mapping[str, np.ndarray], *, what: str
+def write_columns(
+    path: Path,
+    index_file: str,
+    made_from: Mapping[str, Any],
+    write: Callable[[Path], Mapping[str, Any] | None],
+    *,
+    what: str,
 ) -> None:
+    """Write a folder of `.npy` files with a sealed index, whole or not at all.
+
+    Nothing waits for the disk: after a power failure the digests differ, and it is written again.
+
+    Args:
+      path: the folder; an older one is replaced.
+      index_file: the name of the index. It has `made_from`, and under `columns` the record of each
+        file, for `CheckedArray`.
+      made_from: all that the columns depend on, as JSON's types.
+      write: writes the files into a folder, and returns further entries of the index, or `None`.
+      what: the content, for the message of a full disk.
+
+    Raises:
+      OSError: if the folder cannot be written.
+    """
     replace = os.path.lexists(path)
     try:
         with staging_folder(path) as folder:
             made = folder / "columns"
             made.mkdir()
-            for name, column in columns.items():
-                np.save(made / f"{name}.npy", column)
-            records = {name: array_record(made / f"{name}.npy") for name in columns}
-            write_sealed_json(made / _INDEX_FILE, {"made_from": made_from, "columns": records})
+            facts = write(made) or {}
+            columns = {file.stem: array_record(file) for file in sorted(made.glob("*.npy"))}
+            index = {"made_from": made_from, "columns": columns, **facts}
+            write_sealed_json(made / index_file, index)
             put_in_place(made, path, replace=replace)
     except OSError as error:
         if error.filename is not None:
             raise
         raise OSError(  # a full disk names no file
-            f"cannot write {what} to {path} ({error}); make room there, or set run.data_dir to "
+            f"cannot write {what} {path} ({error}); make room there, or set run.data_dir to "
             "another folder"
         ) from error
+
+
+def _save(folder: Path, columns: Mapping[str, np.ndarray]) -> None:
+    for name, column in columns.items():
+        np.save(folder / f"{name}.npy", column)

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcl.data.array_writer import ArrayWriter
-from jaxcl.data.checked_array import CheckedArray, DamagedArray, array_record
+from jaxcl.data.checked_array import CheckedArray, DamagedArray
+from jaxcl.data.column_folder import write_columns
 from jaxcl.data.pair_columns import PairColumns
 from jaxcl.data.pair_records import PairRecord
-from jaxcl.host.files import read_sealed_json, write_sealed_json
-from jaxcl.host.staging import put_in_place, staging_folder
+from jaxcl.host.files import read_sealed_json
 from jaxcl.typing import Int, Integer
 
 __all__ = ["PairCache", "PairFiles", "write_cache"]
@@ -96,23 +95,12 @@ def write_cache(
     Raises:
       OSError: if the cache cannot be written.
     """
-    replace = os.path.lexists(files.path)
-    try:
-        with staging_folder(files.path) as folder:
-            made = folder / "pairs"
-            made.mkdir()
-            _write_columns(made, records, files.columns)
-            columns = {file.stem: array_record(file) for file in sorted(made.glob("*.npy"))}
-            index = {"made_from": files.made_from, "columns": columns, "facts": dict(facts())}
-            write_sealed_json(made / _INDEX_FILE, index)
-            put_in_place(made, files.path, replace=replace)
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(  # a full disk names no file
-            f"cannot write the rows to {files.path} ({error}); make room there, or set "
-            "run.data_dir to another folder"
-        ) from error
+
+    def write(folder: Path) -> dict[str, Any]:
+        _write_columns(folder, records, files.columns)
+        return {"facts": dict(facts())}
+
+    write_columns(files.path, _INDEX_FILE, files.made_from, write, what="the rows to")
 
 
 class PairCache:

@@ -12,16 +12,16 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from jaxcl.data.checked_array import CheckedArray, DamagedArray, array_record
+from jaxcl.data.checked_array import CheckedArray, DamagedArray
+from jaxcl.data.column_folder import write_columns
 from jaxcl.data.row_prompts import RowPrompts
 from jaxcl.data.row_tokenizer import RowTokenizer
 from jaxcl.data.sources import PairSource
 from jaxcl.data.text_rule import TextRule, as_inputs, input_spec
 from jaxcl.data.token_columns import write_token_columns
 from jaxcl.data.tokenizer import tokenizer_fingerprint
-from jaxcl.host.files import read_sealed_json, write_sealed_json
+from jaxcl.host.files import read_sealed_json
 from jaxcl.host.progress import say
-from jaxcl.host.staging import put_in_place, staging_folder
 from jaxcl.typing import SIDES, Int, Integer
 
 __all__ = ["TokenTable", "build_token_table"]
@@ -153,7 +153,13 @@ def build_token_table(
     texts = {side: RowTokenizer(tokenizer, rules[side], prompts, side) for side in sides}
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
     path = Path(directory) / name
-    write = functools.partial(_write, source, texts, made_from, path)
+
+    def write(advance: Callable[[int], None]) -> None:
+        def columns(folder: Path) -> None:
+            write_token_columns(source, texts, folder, advance)
+
+        write_columns(path, _INDEX_FILE, made_from, columns, what="the token table")
+
     num_ids = max(text.num_ids for text in texts.values())
 
     def read() -> TokenTable:
@@ -264,32 +270,3 @@ def _as_table(
     if not len(table.group) == len(table.text) == num_rows:
         raise DamagedArray(f"{path} has labels of another number of rows than {num_rows:,}")
     return table
-
-
-def _write(
-    source: PairSource,
-    texts: Mapping[str, RowTokenizer],
-    made_from: dict,
-    path: Path,
-    advance: Callable[[int], None],
-) -> None:
-    """Writes a table next to its final place, then renames it.
-
-    Nothing waits for the disk: after a power failure the digests differ, and it is built again.
-    """
-    replace = os.path.lexists(path)
-    try:
-        with staging_folder(path) as folder:
-            made = folder / "table"
-            made.mkdir()
-            write_token_columns(source, texts, made, advance)
-            columns = {file.stem: array_record(file) for file in sorted(made.glob("*.npy"))}
-            write_sealed_json(made / _INDEX_FILE, {"made_from": made_from, "columns": columns})
-            put_in_place(made, path, replace=replace)
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(  # a full disk names no file
-            f"cannot write the token table {path} ({error}); make room there, or set run.data_dir "
-            "to another folder"
-        ) from error

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from jaxcl.data import checked_array, token_columns, token_table
+from jaxcl.data import checked_array, column_folder, token_columns, token_table
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.data.table import table_batch
 from jaxcl.data.text_rule import TextRule, TextTokenizer
@@ -251,14 +251,14 @@ def test_the_unfinished_table_of_a_living_process_stays(tokenizer, tmp_path):
 
 
 def test_two_processes_that_finish_together_share_one_table(tokenizer, tmp_path, monkeypatch):
-    put = token_table.put_in_place
+    put = column_folder.put_in_place
 
     def put_after_another(*arguments, **options):
-        monkeypatch.setattr(token_table, "put_in_place", put)
+        monkeypatch.setattr(column_folder, "put_in_place", put)
         build(pairs(), tokenizer, tmp_path)
         put(*arguments, **options)
 
-    monkeypatch.setattr(token_table, "put_in_place", put_after_another)
+    monkeypatch.setattr(column_folder, "put_in_place", put_after_another)
     assert build(pairs(), tokenizer, tmp_path).num_rows == NUM_ROWS
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -495,7 +495,7 @@ def test_later_damage_of_a_column_that_was_read_whole_does_not_reach_the_run(
 
 
 def test_a_disk_that_never_returns_what_was_written_is_an_error(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_table, "array_record", lambda path: {"bytes": 0, "digests": []})
+    monkeypatch.setattr(column_folder, "array_record", lambda path: {"bytes": 0, "digests": []})
     with pytest.raises(OSError, match=r"right after it was written; set run\.data_dir"):
         build(pairs(), tokenizer, tmp_path)
 
