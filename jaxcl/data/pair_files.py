@@ -140,7 +140,23 @@ def open_pair_files(data_set: DataSet, role: str, *, data_dir: Path) -> FilePair
             f"data.splits.{role}={split!r} has none of the {pairs.facts['records']:,} rows of "
             f"{named_files(paths)}; give it a larger share, or another file"
         )
+    if role != "train" and jax.process_index() == 0:
+        _report_repeated_queries(role, pairs)
     return pairs
+
+
+def _report_repeated_queries(role: str, pairs: FilePairs) -> None:
+    """Warn of held-out queries with several keys, since each pair is evaluated by itself."""
+    columns = pairs.files.columns
+    if columns.split_by != columns.query:
+        return
+    queries = len(np.unique(np.concatenate(list(pairs.split_hashes()))))
+    if queries < len(pairs):
+        say(
+            f"warning: {role} has {len(pairs):,} pairs of {queries:,} different queries. Each pair "
+            "is evaluated by itself, so that the other keys of its query count as wrong; a folder "
+            "in evaluation.sets may have several relevant documents for a query"
+        )
 
 
 def report_shared_queries(sources: Mapping[str, Sequence[Any]]) -> None:

@@ -236,6 +236,18 @@ def test_equal_queries_in_a_held_out_file_are_reported(opened, tmp_path, said):
     write_jsonl(tmp_path / "dev.jsonl", plain_rows(6, first=30))
     del said[:]
     opened(splits=splits)
+    assert not any("are also in train" in line for line in said)
+
+
+def test_held_out_queries_with_several_keys_are_reported(opened, tmp_path, said):
+    rows = [{"query": f"query {i}", "positives": [f"a {i}", f"b {i}"]} for i in range(9)]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    opened(splits={"train": "rest", "validation": "train[:50%]"})
+    (warning,) = (line for line in said if "warning" in line)
+    assert "different queries. Each pair is evaluated by itself" in warning
+    del said[:]
+    write_jsonl(tmp_path / "pairs.jsonl", plain_rows(90)[::3])
+    opened(splits={"train": "rest", "validation": "train[:50%]"})
     assert not any("warning" in line for line in said)
 
 
