@@ -92,8 +92,9 @@ class VectorSearch(NamedTuple):
         for row, (query, scores) in enumerate(zip(queries, table, strict=True)):
             candidates = best_rows(scores, top * self.rescore)
             exact = _products(query[None], self.keys[candidates])[0]
-            # Above every key that is no candidate.
-            ordered[row, candidates] = scores.max() + 1.0 + (exact - exact.min())
+            # Above every key that is no candidate, by ranks: a sum would round small differences.
+            _, ranks = np.unique(exact, return_inverse=True)
+            ordered[row, candidates] = float(scores.max()) + 1 + ranks
         return ordered
 
     def _coarse(self, queries: Float[np.ndarray, "q d"]) -> np.ndarray:

@@ -118,6 +118,15 @@ def test_the_first_of_all_scores_are_the_best_and_the_others_follow(precision):
         assert (np.diff(coarse[rest]) <= 0).all()
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_scores_tell_candidates_apart_that_are_almost_equal(precision):
+    query = np.array([0.6, 0.8], np.float32)
+    keys = np.tile(query, (3, 1)) + np.array([[0], [1e-5], [2e-5]], np.float32)
+    search = search_of(keys, precision, 3)
+    [scores], [ranking] = search.scores(query[None], 3), search.best(query[None], 3)
+    assert best_rows(scores, 3).tolist() == ranking.rows.tolist() == [2, 1, 0]
+
+
 def test_keys_may_be_mapped_to_memory(tmp_path):
     keys = unit_vectors(50, 24)
     np.save(tmp_path / "keys.npy", keys)
