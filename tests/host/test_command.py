@@ -180,14 +180,13 @@ def help_of(main, capsys) -> str:
 
 
 def flags_in(path: Path) -> set[str]:
-    """The flags that a file defines."""
+    """The flags that a file defines, in calls or in loops over their names."""
     return {
-        node.args[0].value
+        node.value
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "add_argument"
-        and node.args[0].value.startswith("--")
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.fullmatch(r"--[a-z][a-z-]+", node.value)
     }
 
 
