@@ -192,8 +192,8 @@ def flags_in(path: Path) -> set[str]:
 
 def missing_flags(shown: str, flags: set[str]) -> set[str]:
     options = shown.partition("\noptions:\n")[2]
-    listed = set(re.findall(r"^  (?:-\w, )?(--[\w.-]+)", options, re.MULTILINE))
-    return flags - listed
+    heads = re.findall(r"^  (-.*?)(?:  |$)", options, re.MULTILINE)  # flags, before their text
+    return flags - set(re.findall(r"--[\w.-]+", " ".join(heads)))
 
 
 def test_the_example_in_help_is_one_that_can_be_read():
