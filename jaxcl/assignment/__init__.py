@@ -1,8 +1,8 @@
-"""Which rows share a batch: functions of the step, and of an order that is chosen now and then.
+"""Assign rows to batches, as a function of the step and of an order that is refreshed periodically.
 
-`assign` orders pairs by their embeddings, `AssignedRows` makes batches of an order, step by step,
-and `epoch_rows` all at once; `uniform_rows` and `SourcedRows` need no embeddings. `assign_topics`
-finds topics for `SourcedRows`.
+`assign` orders pairs by their embeddings. `AssignedRows` cuts batches from such an order step by
+step, `epoch_rows` lays out a whole epoch. `uniform_rows` and `SourcedRows` need no embeddings;
+`assign_topics` clusters rows into topics for `SourcedRows`.
 """
 
 from jaxcl.assignment.conflicts import count_conflicts

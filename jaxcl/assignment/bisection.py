@@ -1,13 +1,13 @@
 """Balanced blocks of rows that are each other's hard negatives, by recursive bisection.
 
 Every level splits all segments at once, in three steps. The first cut runs across the direction in
-which a segment's rows differ most. A random walk on the graph then moves the cut to where few edges
+which a segment's rows vary most. A random walk on the graph then moves the cut to where few edges
 cross it, since rows in the same direction need not be neighbours. Finally, swaps between the halves
-move more of the loss's mass inside them. The last levels try several starts and keep the best cut
+bring more of the loss's mass inside them. The last levels try several starts and keep the best cut
 of each segment.
 
-All decisions compare integers, whose sums are exact in any order. The blocks are therefore the same
-on any number of devices.
+All decisions compare integers, whose sums do not depend on their order. The blocks are therefore
+the same on any number of devices.
 """
 
 from typing import Annotated, NamedTuple
@@ -26,10 +26,12 @@ from jaxcl.typing import Array, AxisName, Bool, Float, Int, Integer, Key, Range,
 
 __all__ = ["DEFAULT_EFFORT", "Effort", "bisect"]
 
-_LAST_LEVELS = 6  # levels with several starts; further up, more starts cost time and do not help
+_LAST_LEVELS = (
+    6  # levels with several starts; at earlier levels, more starts cost time and do not help
+)
 _LARGE = 1_024  # rows; smaller segments get half the starts, since swaps repair their cuts
 _SPREAD = 2**9  # the mean magnitude of a walk's values
-_FARTHEST = 2**11  # their greatest magnitude, at which the sums in `_walked` fit in int32
+_FARTHEST = 2**11  # the largest magnitude of such a value; sums in `_walked` then fit in int32
 
 
 class Effort(NamedTuple):
@@ -37,12 +39,12 @@ class Effort(NamedTuple):
 
     Attributes:
       starts: random initial directions per split in the last six levels, and half as many where
-        segments have less than 1,024 rows. Each segment keeps the cut with most weight inside.
-      directions: power-iteration steps towards the direction of a split.
+        segments have fewer than 1,024 rows. Each segment keeps the cut with the most weight inside.
+      directions: power-iteration steps to find the direction of a split.
       walks: steps of the random walk that follows; 0 for none.
       swaps: rounds of swaps after a split.
       refinements: rounds of swaps between any two blocks, after the last level.
-      eagerness: the share of the profitable swaps that a round makes.
+      eagerness: the fraction of profitable swaps that each round makes.
     """
 
     starts: Annotated[int, Range(least=1)] = 6
@@ -53,7 +55,7 @@ class Effort(NamedTuple):
     eagerness: Annotated[float, Range(above=0, most=1)] = 0.7
 
     def check(self) -> None:
-        """Raise a `ValueError` for a value out of range."""
+        """Raise a `ValueError` if a value is out of range."""
         check_ranges(self)
 
 
@@ -76,18 +78,18 @@ def bisect(
         them by distance.
       graph: each row's nearest neighbours, for the walks and swaps; `None` to cut by direction
         only.
-      starts: the first position of each segment, level by level, as from `segment_starts`; the last
-        level's segments are the blocks. Later positions are for padding.
+      starts: the first position of each segment, level by level, from `segment_starts`; the last
+        level's segments are the blocks. Later positions are padding.
       key: draws the initial directions and the swaps.
       effort: how long to search.
       axis_name: mesh axes of an enclosing `jax.shard_map` over which rows are sharded.
 
     Returns:
-      Row numbers of all devices, block after block, the same on every device.
+      The row numbers of all devices, block by block, identical on every device.
     """
     place = Place(axis_name, points.shape[0])
-    # The barrier keeps a constant table out of constant folding: XLA would otherwise evaluate
-    # cumulative sums over all positions at compile time.
+    # The barrier prevents constant folding: XLA would otherwise evaluate cumulative sums over all
+    # positions at compile time.
     table = lax.optimization_barrier(jnp.asarray(starts))
     last = table.shape[0] - 1
     split_key, swap_key, refine_key = jax.random.split(key, 3)
@@ -167,21 +169,21 @@ def _split(
         return ordered(along(0))
 
     def by_walk(values: Int[Array, " p"]) -> Int[Array, " p"]:
-        # Walks are centred on zero, where `most_first` resolves best; it sorts one array instead of
-        # three, which is many times faster.
+        # `most_first` has its best resolution near zero, where walks are centred. It sorts one
+        # array instead of three, which is many times faster.
         return order[most_first(-values[order], segments)]
 
     inside = segments_of_neighbours(graph, of_row) == segment[:, None]
     weights = jnp.where(inside, weights_within(graph, of_row, place), 0)
     part = _Part(jnp.zeros((place.here, 1), jnp.int32), segment, jnp.diff(segments.starts), place)
-    padding = jnp.zeros(1, bool)  # its positions have the segment after the last one
+    padding = jnp.zeros(1, bool)  # padding belongs to the segment after the last one
 
     def kept(order: Int[Array, " p"]) -> Float[Array, " s"]:
-        """The weight of each segment that stays inside its halves."""
+        """The weight of each segment's edges that its halves do not cut."""
         half = halves.of_row(order)
         together = segments_of_neighbours(graph, half) == place.mine(half)[:, None]
-        # A row's weights add up to about 2^14; three bits less is below the 2^12 that
-        # `_Part.sums` has room for, rounding included.
+        # A row's weights add up to about 2^14. Shifted by three bits they stay below 2^12, the
+        # limit of `_Part.sums`, rounding included.
         of_rows = jnp.where(together, weights, 0).sum(1, keepdims=True) >> 3
         return part._replace(points=of_rows).sums(jnp.ones_like(segment, bool))[:, 0]
 
@@ -190,11 +192,11 @@ def _split(
         walked = _walked(
             graph, weights, along(number), of_row, segments, steps=effort.walks, place=place
         )
-        found = by_walk(walked) if effort.walks else ordered(walked)
-        now = kept(found)
-        # Each segment chooses for itself; of equal cuts it keeps the earliest start.
-        better = jnp.append(now > most, padding)[segments.of_position]
-        return jnp.where(better, found, order), jnp.maximum(now, most)
+        candidate = by_walk(walked) if effort.walks else ordered(walked)
+        weight = kept(candidate)
+        # Segments choose independently; ties go to the earliest start.
+        better = jnp.append(weight > most, padding)[segments.of_position]
+        return jnp.where(better, candidate, order), jnp.maximum(weight, most)
 
     none = jnp.full(segments.number, -1, jnp.float32)
     return lax.fori_loop(0, starts, start, (order, none))[0]
@@ -211,17 +213,18 @@ def _along(
 ) -> Int[Array, " n"]:
     """How far each row lies along its segment's direction.
 
-    A step cuts a segment at its mean along the direction. The difference between the means of both
-    parts is the next direction. This is a power iteration on signs, which needs integer sums only.
+    Each step cuts a segment at its mean along the direction. The difference between the means of
+    the two parts is the next direction. This power iteration on signs needs only integer sums.
     """
-    # At most as many segments at a time as this device has rows: one direction per segment, for all
-    # segments, would take as much memory as the rows of many devices.
+    # Process at most as many segments at a time as this device has rows: directions for all
+    # segments at once would take as much memory as the rows of many devices.
     num_chunks = -(-segments.number // place.here)
     chunk = -(-segments.number // num_chunks)
     sizes = jnp.diff(segments.starts)
 
-    def of_chunk(number: Integer[Array, ""] | int, found: Array) -> Array:
-        # The last chunk starts earlier where chunks do not divide; it recomputes equal values.
+    def of_chunk(number: Integer[Array, ""] | int, result: Array) -> Array:
+        # The last chunk overlaps the previous one if chunks do not divide, and recomputes the same
+        # values.
         first = jnp.minimum(number * chunk, segments.number - chunk)
         inside = (segment >= first) & (segment < first + chunk)
         part = _Part(
@@ -231,7 +234,7 @@ def _along(
             place,
         )
         everything = part.sums(inside)
-        # Both vectors are about 2^12 long at most: `middle` stays near 2^24, far inside int32.
+        # Both vectors are at most about 2^12 long, so `middle` is near 2^24 and fits in int32.
         mean = jnp.round(everything / part.counts).astype(jnp.int32)
 
         def step(_: Integer[Array, ""] | int, direction: Array) -> Array:
@@ -244,11 +247,11 @@ def _along(
             )
             return on_grid(difference)
 
-        # One key per segment, since the chunk size depends on the number of devices.
+        # One key per segment, not per chunk: the chunk size depends on the number of devices.
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(chunk))
         random = jax.vmap(lambda key: jax.random.normal(key, points.shape[1:]))(keys)
         direction = lax.fori_loop(0, steps, step, on_grid(random))
-        return jnp.where(inside, part.along(direction), found)
+        return jnp.where(inside, part.along(direction), result)
 
     nothing = as_varying(jnp.zeros(place.here, jnp.int32), points)
     if num_chunks == 1:
@@ -268,23 +271,25 @@ def _walked(
 ) -> Int[Array, " p"]:
     """How far each row lies along a direction, after a walk on the graph within its segment.
 
-    `weights` are 0 for neighbours outside of the row's segment.
+    `weights` are 0 for neighbours outside the row's segment.
 
     Each step replaces a row's value by a quarter of it plus the weighted mean over the row's edges
-    in both directions. Without the quarter, two rows with only each other as neighbours would
-    exchange values for ever. Then each segment's values are centred and scaled. They approach the
-    cut that separates least weight. Few steps are enough; many would single out a few rows that are
-    hardly connected (Lin and Cohen, "Power iteration clustering", ICML 2010).
+    in both directions. Without the quarter, two rows that are each other's only neighbour would
+    swap values forever. Then each segment's values are centred and scaled. They converge to the cut
+    that separates the least weight. A few steps are enough; many would single out a few poorly
+    connected rows (Lin and Cohen, "Power iteration clustering", ICML 2010).
     """
     if not steps:
         return along
-    # Weights of at most 2^8 and values of at most 2^11: almost 4,096 products of the greatest ones
-    # add up below 2^31. A row with more edges may overflow, which only costs it a worse position.
-    greatest = place.everyone(weights.max(1)).max()
-    weights >>= jnp.maximum(32 - lax.clz(jnp.maximum(greatest - 1, 0)) - 8, 0)
+    # With weights up to 2^8 and values up to 2^11, almost 4,096 of the largest products sum to less
+    # than 2^31. A row with more edges may overflow, and only gets a worse position.
+    largest = place.everyone(weights.max(1)).max()
+    weights >>= jnp.maximum(32 - lax.clz(jnp.maximum(largest - 1, 0)) - 8, 0)
     neighbours = jnp.maximum(graph.rows, 0)  # a missing neighbour has the weight 0
     sizes = jnp.diff(segments.starts)
-    alone = Place(None, place.num_rows)  # every device holds all values: sums need no exchange
+    alone = Place(
+        None, place.num_rows
+    )  # every device holds all values, so sums need no communication
 
     def total(values: Int[Array, " p"]) -> Int[Array, " p"]:
         sums = as_varying(jnp.zeros(place.num_rows, jnp.int32), weights)
@@ -310,17 +315,17 @@ def _walked(
         nearby = jnp.round(total(values).astype(jnp.float32) / degree)
         return level((values >> 2) + nearby.astype(jnp.int32))
 
-    # Products are at most 2^24, and 2^11 after the shift: in range for the sums of `mean`.
+    # Products are at most 2^24, and 2^11 after the shift, which `mean` can sum.
     return lax.fori_loop(0, steps, step, level(along >> 13))
 
 
 class _Part(NamedTuple):
-    """The rows of some segments.
+    """The rows of a range of segments.
 
     Attributes:
       points: this device's rows.
       segment: each row's index into `sizes`; `len(sizes)` for rows of other segments.
-      sizes: rows of each segment on all devices.
+      sizes: number of rows of each segment, over all devices.
       place: where this device's rows lie.
     """
 
@@ -334,27 +339,27 @@ class _Part(NamedTuple):
         """The segments' sizes, as divisors."""
         return jnp.maximum(self.sizes, 1).astype(jnp.float32)[:, None]
 
-    def sums(self, counted: Bool[Array, " n"]) -> Float[Array, "s d"]:
-        """Each segment's sum of the counted rows of all devices.
+    def sums(self, selected: Bool[Array, " n"]) -> Float[Array, "s d"]:
+        """Each segment's sum over the selected rows of all devices.
 
-        Coordinates are at most 2^12, so that fewer than 2^19 rows add up below 2^31. Larger
-        segments drop as many low bits as they need.
+        Coordinates are at most 2^12, so fewer than 2^19 rows sum to less than 2^31. Larger segments
+        drop as many low bits as necessary.
         """
         bit_length = 32 - lax.clz(self.sizes)
         shift = jnp.maximum(0, bit_length - 19)
         of_row = jnp.append(shift, 0)[self.segment][:, None]
-        values = jnp.where(counted[:, None], self.points.astype(jnp.int32) >> of_row, 0)
+        values = jnp.where(selected[:, None], self.points.astype(jnp.int32) >> of_row, 0)
         return self._total(values).astype(jnp.float32) * (1 << shift).astype(jnp.float32)[:, None]
 
-    def number(self, counted: Bool[Array, " n"]) -> Float[Array, "s 1"]:
-        """The number of counted rows in each segment."""
-        return self._total(counted.astype(jnp.int32)).astype(jnp.float32)[:, None]
+    def number(self, selected: Bool[Array, " n"]) -> Float[Array, "s 1"]:
+        """The number of selected rows in each segment."""
+        return self._total(selected.astype(jnp.int32)).astype(jnp.float32)[:, None]
 
     def along(self, direction: Float[Array, "s d"]) -> Int[Array, " n"]:
-        """Each row's product with its segment's direction."""
+        """Each row's inner product with its segment's direction."""
         padded = jnp.pad(direction.astype(jnp.int32), ((0, 1), (0, 0)))
         return (self.points.astype(jnp.int32) * padded[self.segment]).sum(1)
 
     def _total(self, values: Int[Array, "n ..."]) -> Int[Array, "s ..."]:
-        number = self.sizes.shape[0]  # one more sum takes up the rows of other segments
+        number = self.sizes.shape[0]  # an extra slot collects the rows of other segments
         return self.place.total(jax.ops.segment_sum(values, self.segment, number + 1)[:number])

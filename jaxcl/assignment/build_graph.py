@@ -1,4 +1,4 @@
-"""The graph of a data set's rows as settings ask for it, each device's part on that device."""
+"""Build the neighbour graph of a data set from its settings, sharded over the devices."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxcl.typing import Array, Float, Int, Key, Scalar
 
 __all__ = ["graph_of"]
 
-_SAMPLE = 512  # random rows from which the mass of an average batch is estimated
+_SAMPLE = 512  # random rows used to estimate the mass of an average batch
 
 
 def graph_of(
@@ -37,14 +37,14 @@ def graph_of(
     key: Key[Array, ""],
     place: Place,
 ) -> tuple[PairGraph, Float[Array, "n d"]]:
-    """The graph of this device's rows, and the rows as points on the grid.
+    """Build the graph of this device's rows, and place the rows on the grid.
 
     Args:
       queries: one embedding per row of this device.
       keys: their keys.
-      apart: labels; rows of an equal label are never neighbours.
+      apart: labels; rows with an equal label are never neighbours.
       sizes: the number of rows and the clusters' positions, from `sizes_of`.
-      capacity: the most rows that there may be, which determines the number of clusters.
+      capacity: the maximum number of rows, which determines the number of clusters.
       temperature: temperature of the loss.
       settings: the graph's parameters.
       key: draws the sample and the clusters' initial directions.
@@ -54,16 +54,16 @@ def graph_of(
     finite = (jnp.isfinite(queries) & jnp.isfinite(keys)).all(1, keepdims=True)
     queries, keys = jnp.where(finite, queries, 0), jnp.where(finite, keys, 0)
     pairs = two_sided(queries, keys)
-    # Each side on the grid first, or the longer one would decide where a point lies.
+    # Put each side on the grid first; otherwise the longer one would dominate the sum.
     points = on_grid(on_grid(queries) + on_grid(keys))
     numbers = place.first + jnp.arange(place.here, dtype=jnp.int32)
-    # A row of zeros is not finite, or an instance-bank slot that no batch has written yet.
+    # A row of zeros was not finite, or is an instance-bank slot that no batch has written yet.
     valid = (numbers < sizes.num_rows) & (points != 0).any(1)
     labels = PairLabels(different=(numbers, *apart), valid=valid)
     if settings.similarity_cap is not None:
-        # A cap is a cosine, but similarities on the grid are in units of the squared length.
-        one = length_on_grid(pairs.ours.shape[1]) ** 2
-        ceiling = jnp.full(place.here, settings.similarity_cap * one, jnp.float32)
+        # The cap is a cosine, but similarities on the grid are in units of the squared length.
+        unit = length_on_grid(pairs.ours.shape[1]) ** 2
+        ceiling = jnp.full(place.here, settings.similarity_cap * unit, jnp.float32)
         labels = labels._replace(ceiling=ceiling)
     affinity = Affinity(
         settings.neighbours,
@@ -81,8 +81,8 @@ def graph_of(
         effort=settings.effort,
         axis_name=place.axis_name,
     )
-    # Rounded up to whole clusters per device, the additional ones empty. Only padding is ever cut
-    # off the end, since the clusters have room for all rows.
+    # Every device gets the same number of clusters; the extra ones are empty. The clusters have
+    # room for all rows, so the slice below only cuts off padding.
     num_clusters = -(-capacity // settings.cluster_size)
     num_clusters += -num_clusters % place.num_devices
     order = jnp.where(jnp.arange(place.num_rows) < sizes.num_rows, order, -1)
@@ -103,8 +103,8 @@ def graph_of(
 def _sample(
     pairs: TwoSided, num_rows: Int[Array | np.ndarray, ""], key: Key[Array, ""], place: Place
 ) -> Float[Array, "s d"]:
-    """Random rows, the same on all devices."""
-    # Each row is nonzero on the one device that holds it: the sum moves the sample, not the table.
+    """Draw random rows, the same on all devices."""
+    # Each row is nonzero only on the device that holds it, so the sum communicates just the sample.
     rows = jax.random.randint(key, (_SAMPLE,), 0, num_rows) - place.first
     here = (rows >= 0) & (rows < place.here)
     values = pairs.theirs[jnp.where(here, rows, 0)]

@@ -1,4 +1,4 @@
-"""Conflicts: rows of an equal label in one batch, and swaps that remove them."""
+"""Conflicts, which are rows with equal labels in one batch, and swaps that remove them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,15 +22,15 @@ def count_conflicts(
     batch_size: int,
     first_position: int = 0,
 ) -> int:
-    """The number of rows whose label an earlier row of their batch already has.
+    """Count the rows that have the same label as an earlier row of their batch.
 
     Args:
       rows: the rows at consecutive positions.
-      labels: of each row of the data set.
+      labels: the label of each row of the data set.
       batch_size: rows of a batch, over all devices and hosts.
       first_position: the position of the first of `rows`, counted from the start of the run.
     """
-    # Numbered, since NumPy joins int64 and uint64 as floats.
+    # Renumbered, since NumPy stacks int64 and uint64 as floats.
     numbers = np.unique(as_integers("labels", labels), return_inverse=True)[1]
     pairs = np.stack([batches_of(len(rows), first_position, batch_size), numbers[rows]], 1)
     return len(rows) - len(np.unique(pairs, axis=0))
@@ -43,38 +43,39 @@ def keep_apart(
     *,
     seed: int,
 ) -> None:
-    """Swap rows in place until a round finds no swap that helps, at most 100 rounds.
+    """Swap rows in place to remove conflicts, for at most 100 rounds.
 
-    In a round, each row with a conflict tries a random place, or several if there are few such
-    rows. Swaps are evaluated against the batches at the start of the round. No two accepted ones
-    touch the same place or bring the same label into the same batch, so that each still helps.
+    In a round, each conflicting row tries a random position, or several if there are few such rows.
+    Swaps are evaluated against the batches at the start of the round. No two accepted swaps touch
+    the same position or bring the same label into the same batch, so that each still helps. The
+    search stops after a round without an accepted swap.
     """
     labels = [np.unique(label, return_inverse=True)[1] for label in apart]
     for number in range(_MAX_ROUNDS):
-        held = [_Held.of(batch, label[rows]) for label in labels]
-        movers = np.flatnonzero(np.any([one.repeated for one in held], axis=0))
+        contents = [_BatchLabels.of(batch, label[rows]) for label in labels]
+        movers = np.flatnonzero(np.any([content.repeated for content in contents], axis=0))
         if not movers.size:
             return
         swaps = _tries(movers, len(rows), seed=fold_in(seed, number))
         swaps = swaps[batch[swaps[:, 0]] != batch[swaps[:, 1]]]
-        judged = [one.judge(swaps) for one in held]
-        changes = np.array([change for change, _ in judged])
+        evaluated = [content.evaluate(swaps) for content in contents]
+        changes = np.array([change for change, _ in evaluated])
         good = (changes <= 0).all(0) & (changes.sum(0) < 0)
-        taken = [swaps[good], *(arrivals[good] for _, arrivals in judged)]
-        swaps = swaps[good][np.all([_each_once(numbers) for numbers in taken], axis=0)]
+        used = [swaps[good], *(arrivals[good] for _, arrivals in evaluated)]
+        swaps = swaps[good][np.all([_both_first(numbers) for numbers in used], axis=0)]
         if not swaps.size:
             return
         rows[swaps] = rows[swaps[:, ::-1]]
 
 
-class _Held(NamedTuple):
-    """The labels that each batch holds.
+class _BatchLabels(NamedTuple):
+    """The labels in each batch.
 
     Attributes:
-      batch: the batch of each place.
-      label: the label of the row in each place.
-      keys: a number for each pair of a batch and a label in it, sorted.
-      repeated: whether an earlier place of the batch has the same label.
+      batch: the batch of each position.
+      label: the label of the row at each position.
+      keys: one number per distinct (batch, label), sorted.
+      repeated: whether an earlier position of the batch has the same label.
     """
 
     batch: Int[np.ndarray, " n"]
@@ -83,48 +84,50 @@ class _Held(NamedTuple):
     repeated: Bool[np.ndarray, " n"]
 
     @classmethod
-    def of(cls, batch: Int[np.ndarray, " n"], label: Int[np.ndarray, " n"]) -> "_Held":
+    def of(cls, batch: Int[np.ndarray, " n"], label: Int[np.ndarray, " n"]) -> "_BatchLabels":
         keys, first = np.unique(_key(batch, label), return_index=True)
         repeated = np.ones(len(batch), bool)
         repeated[first] = False
         return cls(batch, label, keys, repeated)
 
-    def judge(
+    def evaluate(
         self, swaps: Int[np.ndarray, "s 2"]
     ) -> tuple[Int[np.ndarray, " s"], Int[np.ndarray, "s 2"]]:
-        """The number of conflicts that each swap adds, and the keys; unique numbers for no key."""
+        """The number of conflicts that each swap adds, and the keys that it adds.
+
+        A row that adds no key has a unique negative number instead.
+        """
         label = self.label[swaps]
         arrivals = _key(self.batch[swaps[:, ::-1]], label)
         slot = np.minimum(np.searchsorted(self.keys, arrivals), len(self.keys) - 1)
-        there = self.keys[slot] == arrivals
+        present = self.keys[slot] == arrivals
         equal = label[:, 0] == label[:, 1]
-        change = np.where(equal, 0, there.sum(1) - self.repeated[swaps].sum(1))
-        # A label that the batch holds already is one more conflict, however many swaps bring it.
-        # Such swaps need not exclude each other: negative numbers, unlike all keys and distinct.
-        unlike = ~np.arange(arrivals.size).reshape(arrivals.shape)
-        return change, np.where(there | equal[:, None], unlike, arrivals)
+        change = np.where(equal, 0, present.sum(1) - self.repeated[swaps].sum(1))
+        # If the batch already has the label, each swap that brings it adds exactly one conflict.
+        # Such swaps need not exclude each other, hence distinct negative numbers instead of keys.
+        unique = ~np.arange(arrivals.size).reshape(arrivals.shape)
+        return change, np.where(present | equal[:, None], unique, arrivals)
 
 
 def _key(batch: Int[np.ndarray, "*s"], label: Int[np.ndarray, "*s"]) -> Int[np.ndarray, "*s"]:
     return batch << 32 | label
 
 
-def _tries(movers: Int[np.ndarray, " _"], num_places: int, *, seed: int) -> Int[np.ndarray, "s 2"]:
-    """Each mover with random places, which repeat only after all places have been used."""
-    movers = np.resize(movers, max(movers.size, min(16 * num_places, _TRIES)))
-    turn, index = np.divmod(np.arange(movers.size), num_places)
-    places = permuted(index, turn, num_rows=num_places, seed=seed).astype(np.int64)
-    return np.stack([movers, places], axis=1)
+def _tries(movers: Int[np.ndarray, " _"], num_rows: int, *, seed: int) -> Int[np.ndarray, "s 2"]:
+    """Pair each mover with random positions, which repeat only after all have been used."""
+    movers = np.resize(movers, max(movers.size, min(16 * num_rows, _TRIES)))
+    turn, index = np.divmod(np.arange(movers.size), num_rows)
+    positions = permuted(index, turn, num_rows=num_rows, seed=seed).astype(np.int64)
+    return np.stack([movers, positions], axis=1)
 
 
-def _each_once(numbers: Int[np.ndarray, "s 2"]) -> Bool[np.ndarray, " s"]:
-    """Whether both numbers of a swap occur in it for the first time."""
+def _both_first(numbers: Int[np.ndarray, "s 2"]) -> Bool[np.ndarray, " s"]:
+    """Whether each swap has the first occurrence of both of its numbers."""
     first = np.zeros(numbers.size, bool)
     first[np.unique(numbers, return_index=True)[1]] = True
-    ones, others = first.reshape(numbers.shape).T
-    return ones & others
+    return first.reshape(numbers.shape).all(1)
 
 
 def batches_of(num_rows: int, first_position: int, batch_size: int) -> Int[np.ndarray, " _"]:
-    """The batch of each of some consecutive positions, counted from that of the first."""
+    """The batch of each of `num_rows` consecutive positions, counted from the first one's batch."""
     return (first_position % batch_size + np.arange(num_rows)) // batch_size

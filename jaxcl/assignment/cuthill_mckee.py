@@ -1,4 +1,4 @@
-"""Orders of rows that keep neighbours close: the paper's method, and one for a sparse graph."""
+"""Orders that keep neighbouring rows close: the paper's method, and one for a sparse graph."""
 
 from collections.abc import Callable
 
@@ -29,32 +29,32 @@ def paper_order(
     seed: int = 0,
     advance: Callable[[int], object] = lambda rows: None,
 ) -> Int[np.ndarray, " n"]:
-    r"""The order of Global Contrastive Batch Sampling; batches are cut from it in turn.
+    r"""Order rows by Global Contrastive Batch Sampling; consecutive rows share a batch.
 
     Rows $i$ and $j$ are neighbours if $x_i \cdot y_j$ or $x_j \cdot y_i$ is above the quantile of
     all such products, and SciPy's reverse Cuthill–McKee brings neighbours close together. Unlike in
-    the paper, a row's own pair is neither an edge nor part of the quantile. It carries no
-    information about neighbours, and with up to 1 / (1 - quantile) rows, the own pairs alone could
-    fill the share above the quantile.
+    the paper, a row's positive $x_i \cdot y_i$ is neither an edge nor part of the quantile. It says
+    nothing about neighbours, and with up to 1 / (1 - quantile) rows, the positives alone could be
+    all products above the quantile.
 
     Args:
-      queries: one side of the pairs; of unit length, their products are the paper's cosines.
-      keys: the other side, row by row.
+      queries: one vector per pair; with unit length, products are the paper's cosines.
+      keys: the key of each query.
       quantile: the share of products that are not edges. A row has `(1 - quantile) · n` edges on
         average: with the paper's value, 50 of 50,000 rows, or a thousand of a million.
-      block: queries whose products the device computes at a time. Device memory grows as block · n,
-        all other memory as the number of edges.
-      sample: products from which the quantile is estimated. It is exact if there are no more;
-        otherwise it is the quantile over all products of randomly chosen queries.
+      block: queries per block of products on the device. Device memory grows as block · n, host
+        memory as the number of edges.
+      sample: number of products used to estimate the quantile. It is exact if there are no more;
+        otherwise it is taken over all products of randomly chosen queries.
       seed: draws these queries.
-      advance: called after each block with the number of its queries.
+      advance: called after each block with its number of queries.
 
     Returns:
-      Row numbers, int32. Products are in float32; another kind of device may round differently.
+      Row numbers, int32. Products are in float32, and other kinds of devices may round differently.
 
     Raises:
-      ValueError: for sides that differ in shape, a quantile that is not between 0 and 1, or a block
-        or sample below 1.
+      ValueError: if the shapes of queries and keys differ, the quantile is not between 0 and 1, or
+        block or sample is below 1.
 
     Example:
       >>> topics = np.eye(2, dtype=np.float32)[[0, 1, 0, 1, 0, 1]]
@@ -72,7 +72,7 @@ def paper_order(
             "same pairs"
         )
     if not 0 < quantile < 1:
-        raise ValueError(f"quantile={quantile}; it lies between 0 and 1, such as 0.999")
+        raise ValueError(f"quantile={quantile} must be between 0 and 1, such as 0.999")
     if min(block, sample) < 1:
         raise ValueError(f"block={block}, sample={sample}; both must be at least 1")
     num_rows = len(queries)
@@ -82,7 +82,7 @@ def paper_order(
     threshold = _threshold(x, y, quantile, sample, seed)
     degrees, columns = [], []
     for first in range(0, num_rows, block):
-        # Compared on the device, so that one byte per product crosses to the host, not four.
+        # Compare on the device, which transfers one byte per product to the host instead of four.
         above = np.asarray(_above(x[first : first + block], y, threshold))
         row, column = np.divmod(np.flatnonzero(above), num_rows)
         others = column != first + row
@@ -92,7 +92,7 @@ def paper_order(
     ends = np.concatenate(columns)
     starts = np.cumsum(np.concatenate([[0], *degrees]))
     edges = csr_matrix((np.ones(len(ends), bool), ends, starts), shape=(num_rows, num_rows))
-    # Row i's edges come from its query only; SciPy adds the transpose unless told it is symmetric.
+    # Row i's edges come only from its query; with `symmetric_mode=False`, SciPy adds the transpose.
     return reverse_cuthill_mckee(edges, symmetric_mode=False).astype(np.int32)
 
 
@@ -115,7 +115,7 @@ def _threshold(
 
 @jax.jit
 def _products(queries: Float[Array, "q d"], keys: Float[Array, "n d"]) -> Float[Array, "q n"]:
-    # In full float32: accelerators' default precision would move products across the threshold.
+    # Full float32: the default precision of accelerators would move products across the threshold.
     return jnp.dot(queries, keys.T, precision=lax.Precision.HIGHEST)
 
 
@@ -132,23 +132,23 @@ def cuthill_mckee(
     num_rows: int | Integer[Array | np.ndarray, ""],
     axis_name: AxisName | None = None,
 ) -> Int[Array, " n"]:
-    """Reverse Cuthill–McKee on the graph of nearest rows, level by level, for `jax.jit`.
+    """Reverse Cuthill–McKee on the neighbour graph, level by level, for use in `jax.jit`.
 
-    The traversal is breadth first from a row of least degree. Within a level, rows are ordered by
+    The traversal is breadth first from a row of minimum degree. Within a level, rows are ordered by
     (their earliest neighbour in the previous level, degree, row number). Then the order is
-    reversed. Each component starts at its own row of least degree, and components follow each
-    other by that degree, as in the sequential algorithm. All components are traversed at the same
-    time, so that the number of iterations is the depth of the deepest one.
+    reversed. Each component starts at its row of minimum degree, and components are ordered by that
+    degree, as in the sequential algorithm. All components are traversed in parallel, so that the
+    number of iterations is the depth of the deepest one.
 
     Args:
-      graph: this device's rows; an edge counts at both of its ends. The degree is the number of
-        edges to and from a row, two for neighbours in each other's lists. SciPy counts those once,
-        which would require the neighbours' lists from other devices.
+      graph: the neighbours of this device's rows; edges are undirected. The degree is the number of
+        edges to and from a row, so that mutual neighbours add two. SciPy adds one, which would
+        require the neighbour lists of other devices.
       num_rows: rows on all devices; later ones are padding, and come last.
       axis_name: mesh axes of an enclosing `jax.shard_map` over which rows are sharded.
 
     Returns:
-      Row numbers of all devices, the same on every device and on any number of them.
+      The row numbers of all devices, identical on every device and for any number of devices.
 
     Example:
       >>> path = jnp.array([[3], [0], [-1], [2]])  # 1 - 0 - 3 - 2
@@ -161,12 +161,12 @@ def cuthill_mckee(
     """
     place = Place(axis_name, graph.rows.shape[0])
     numbers = jnp.arange(place.num_rows, dtype=jnp.int32)
-    there = (graph.rows >= 0) & (graph.rows < num_rows)
-    there &= (place.mine(numbers) < num_rows)[:, None]
+    present = (graph.rows >= 0) & (graph.rows < num_rows)
+    present &= (place.mine(numbers) < num_rows)[:, None]
     # Missing neighbours point past the end, where gathers and scatters drop them; -1 would wrap
     # around to the last row.
-    ends = jnp.where(there, graph.rows, place.num_rows)
-    # Padding has the greatest degree and no edges: single components that sort last.
+    ends = jnp.where(present, graph.rows, place.num_rows)
+    # Padding rows have the largest degree and no edges, so they are components that sort last.
     degree = jnp.where(numbers < num_rows, _degrees(ends, place), _NONE)
     _, by_degree = lax.sort((degree, numbers), num_keys=2)
     rank = jnp.zeros_like(numbers).at[by_degree].set(numbers)
@@ -185,11 +185,11 @@ def _degrees(ends: Int[Array, "_ k"], place: Place) -> Int[Array, " n"]:
 def _least_of_neighbours(
     values: Int[Array, " n"], ends: Int[Array, "_ k"], place: Place
 ) -> Int[Array, " n"]:
-    """The least value among each row's neighbours, over edges in both directions."""
+    """The minimum over each row's neighbours, along edges in both directions."""
     least = as_varying(jnp.full(place.num_rows, _NONE, jnp.int32), ends)
     least = least.at[ends].min(place.mine(values)[:, None], mode="drop")
-    theirs = values.at[ends].get(mode="fill", fill_value=_NONE).min(1)
-    mine = jnp.minimum(place.mine(least), theirs)
+    outgoing = values.at[ends].get(mode="fill", fill_value=_NONE).min(1)
+    mine = jnp.minimum(place.mine(least), outgoing)
     least = lax.dynamic_update_slice_in_dim(least, mine, place.first, 0)
     return least if place.axis_name is None else lax.pmin(least, place.axis_name)
 
@@ -197,15 +197,15 @@ def _least_of_neighbours(
 def _seeds(
     ends: Int[Array, "_ k"], rank: Int[Array, " n"], by_degree: Int[Array, " n"], place: Place
 ) -> Int[Array, " n"]:
-    """The least rank in each row's component."""
+    """The minimum rank in each row's component."""
 
     def spread(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         seed, _ = carry
         less = jnp.minimum(seed, _least_of_neighbours(seed, ends, place))
-        # Pointer jumping: the row of that rank may know a lower one already. Without it, a rank
-        # would move one edge per iteration.
+        # Pointer jumping: the row with that rank may already have a lower one. Without this step, a
+        # rank would spread by one edge per iteration.
         less = less[by_degree[less]]
-        # All devices hold the same values, and leave the loop, with its collectives, together.
+        # All devices hold the same values, so they leave the loop and its collectives together.
         return less, (less != seed).any()
 
     return lax.while_loop(lambda carry: carry[1], spread, (rank, jnp.array(True)))[0]
@@ -214,22 +214,22 @@ def _seeds(
 def _positions(
     ends: Int[Array, "_ k"], rank: Int[Array, " n"], seed: Int[Array, " n"], place: Place
 ) -> Int[Array, " n"]:
-    """Numbers that increase within each component in the order of the traversal."""
+    """Numbers that increase in traversal order within each component."""
     numbers = jnp.arange(place.num_rows, dtype=jnp.int32)
 
     def level(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         position, end, _ = carry
-        # A row without a position has positioned neighbours only in the level just finished, since
-        # earlier levels have positioned all of theirs. So the least one is the parent.
+        # Earlier levels have positioned all of their neighbours. So the positioned neighbours of a
+        # row without a position are all in the last level, and the first of them is its parent.
         parent = _least_of_neighbours(position, ends, place)
         new = (position == _NONE) & (parent < _NONE)
-        # All other rows have no parent here and sort after the new ones, whose turns are 0, 1, ...
-        taken = lax.sort((jnp.where(new, parent, _NONE), rank, numbers), num_keys=2)[2]
-        turn = jnp.zeros_like(numbers).at[taken].set(numbers)
+        # The other rows sort after the new ones, whose turns are 0, 1, ...
+        by_turn = lax.sort((jnp.where(new, parent, _NONE), rank, numbers), num_keys=2)[2]
+        turn = jnp.zeros_like(numbers).at[by_turn].set(numbers)
         position = jnp.where(new, end + turn, position)
         return position, end + new.sum(dtype=jnp.int32), new.any()
 
-    # The first row of each component starts at its rank: only the order of positions matters, so
-    # that gaps do no harm.
+    # The first row of each component starts at its rank. Only the order of positions matters, so
+    # gaps are harmless.
     start = (jnp.where(seed == rank, rank, _NONE), jnp.int32(place.num_rows), jnp.array(True))
     return lax.while_loop(lambda carry: carry[2], level, start)[0]

@@ -1,4 +1,4 @@
-"""Batches from an order of all rows in which neighbours are each other's hard negatives."""
+"""Cut batches from an order of all rows in which neighbours are each other's hard negatives."""
 
 import functools
 import operator
@@ -38,23 +38,23 @@ class Assigned(NamedTuple):
 class AssignedRows:
     """The rows of each batch from `assigned.step` on: `AssignedRows(assigned, ...)(step)`.
 
-    The epoch under way at `assigned.step` ends with the rows that it has not visited yet, in blocks
-    of the order restricted to them. `epoch_rows` lays out all later epochs. So each row is visited
-    once per epoch, even if the order changes within one. The rows are a function of the arguments
-    and the step; the last two epochs are cached for speed only.
+    The epoch under way at `assigned.step` ends with the rows it has not visited yet, in blocks of
+    the order restricted to them. `epoch_rows` lays out all later epochs. So each row is visited
+    once per epoch, even if the order changes in the middle of one. The rows depend only on the
+    arguments and the step; the last two epochs are cached for speed.
 
     Args:
-      assigned: the order, and the rows visited before it.
+      assigned: the order, and the rows visited before it applies.
       batch_size: rows of a batch, over all devices and hosts.
       block_size: rows that stay together; it divides `batch_size`.
       seed: determines the order of the blocks.
-      random_fraction: the share of blocks to dissolve; or a function of the step, evaluated at the
-        first step of an epoch, or of the rest of one.
-      apart: label arrays, by row number; rows of an equal label stay out of each other's batch.
+      random_fraction: the fraction of blocks to dissolve; or a function of the step, evaluated once
+        per epoch, at the first step of this order in it.
+      apart: label arrays, by row number; rows with an equal label go to different batches.
 
     Raises:
-      ValueError: for sizes that do not fit, an `order` that is no permutation, `seen` that does not
-        have the number of rows visited before `assigned.step`, or a step before it.
+      ValueError: if the sizes do not divide, `order` is not a permutation, the number of `seen`
+        rows is not the number visited before `assigned.step`, or the step is before it.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class AssignedRows:
         assigned = Assigned(order, np.asarray(assigned.seen, bool), operator.index(assigned.step))
         num_rows = len(order)
         _check_sizes(batch_size, block_size)
-        wanted = assigned.step * batch_size % num_rows
+        num_visited = assigned.step * batch_size % num_rows
         if assigned.step < 0:
             raise ValueError(f"step={assigned.step}; steps count from 0")
-        if assigned.seen.shape != (num_rows,) or assigned.seen.sum() != wanted:
+        if assigned.seen.shape != (num_rows,) or assigned.seen.sum() != num_visited:
             raise ValueError(
-                f"seen names {assigned.seen.sum()} of {len(assigned.seen)} rows; before step "
-                f"{assigned.step} its epoch has visited {wanted} of {num_rows}; use `visited`"
+                f"seen marks {assigned.seen.sum()} of {len(assigned.seen)} rows; before step "
+                f"{assigned.step} its epoch has visited {num_visited} of {num_rows}; use `visited`"
             )
         self._assigned = assigned
         self._batch_size = batch_size
@@ -89,11 +89,11 @@ class AssignedRows:
         self._epoch = functools.lru_cache(maxsize=2)(self._rows_of_epoch)
 
     def __call__(self, step: SupportsIndex) -> Int[np.ndarray, " b"]:
-        step = operator.index(step)  # NumPy's would overflow in the products
+        step = operator.index(step)  # NumPy integers would overflow in the products
         if step < self._assigned.step:
             raise ValueError(
-                f"step {step} is before step {self._assigned.step}, when this order was made; ask "
-                "the order before it"
+                f"step {step} is before step {self._assigned.step}, the first step of this order; "
+                "use the previous order"
             )
         begin, end = step * self._batch_size, (step + 1) * self._batch_size
         num_rows = len(self._assigned.order)
@@ -104,14 +104,14 @@ class AssignedRows:
         return np.concatenate(pieces)
 
     def _rows_of_epoch(self, epoch: int) -> tuple[int, Int[np.ndarray, " _"]]:
-        """The rows of an epoch in this order, and the position of the first."""
+        """The rows of an epoch in this order, and the position of the first of them."""
         order, seen, step = self._assigned
         first = max(epoch * len(order), step * self._batch_size)
         fraction = self._random_fraction
         if callable(fraction):
             fraction = fraction(first // self._batch_size)
-        left = order if first == epoch * len(order) else order[~seen[order]]
-        return first, self._lay_out(left, first_position=first, random_fraction=fraction)
+        remaining = order if first == epoch * len(order) else order[~seen[order]]
+        return first, self._lay_out(remaining, first_position=first, random_fraction=fraction)
 
 
 def epoch_rows(
@@ -124,34 +124,34 @@ def epoch_rows(
     random_fraction: float = 0.0,
     apart: Sequence[Int[np.ndarray, " n"]] = (),
 ) -> Int[np.ndarray, " n"]:
-    """All rows in the order in which an epoch visits them, each once.
+    """List all rows in the order in which an epoch visits them, each once.
 
-    Positions are numbered across epochs, and batches are cut from them, so that a batch may hold
-    the end of one epoch and the start of the next. Blocks start at multiples of `block_size`, so
-    that each batch holds whole blocks. An epoch that starts between two multiples starts and ends
-    with a partial block. The partial blocks are the last rows of the order: its short block, and if
-    that is shorter than the first partial block, its last whole block too.
+    Positions are numbered across epochs and cut into batches, so that a batch may hold the end of
+    one epoch and the start of the next. Blocks start at multiples of `block_size`, so that each
+    batch holds whole blocks. An epoch that starts between two multiples starts and ends with a
+    partial block. The partial blocks are taken from the end of the order: its short block, and its
+    last whole block too if the short one cannot fill the first partial block.
 
     Args:
-      order: a permutation of all row numbers; every `block_size` consecutive ones are a block.
-      epoch: the epoch, from 0; each has its own order of the blocks.
+      order: a permutation of all row numbers; every `block_size` consecutive rows are a block.
+      epoch: the epoch, from 0; each epoch shuffles the blocks differently.
       batch_size: rows of a batch, over all devices and hosts.
       block_size: rows that stay together; it divides `batch_size`.
       seed: determines the order of the blocks.
-      random_fraction: the share of whole blocks whose rows are permuted among themselves. 1
-        permutes all rows, partial blocks included.
-      apart: label arrays, by row number. Where two rows of a batch have an equal label, the later
-        is swapped with a row of another batch, if that leaves fewer such conflicts and no array
-        with more. With one array and batches of equal size, only labels with more rows than there
-        are batches keep conflicts. Several arrays, or the short batches at the ends of an epoch,
-        may keep others. The two parts of a batch that spans two epochs are treated as separate
-        batches. Each swap takes two rows out of their blocks.
+      random_fraction: the fraction of whole blocks whose rows are permuted among themselves. 1
+        permutes all rows, including partial blocks.
+      apart: label arrays, by row number. If two rows of a batch have an equal label, the later one
+        is swapped with a row of another batch, provided that this removes conflicts and adds none
+        to any array. With one array and batches of equal size, only labels with more rows than
+        there are batches keep conflicts. Several arrays, or the short batches at the ends of an
+        epoch, may keep others. The two parts of a batch that spans two epochs are treated as
+        separate batches. Each swap takes two rows out of their blocks.
 
     Returns:
       Row numbers, int32.
 
     Raises:
-      ValueError: for sizes that do not fit, an `order` that is no permutation, or an epoch below 0.
+      ValueError: if the sizes do not divide, `order` is not a permutation, or the epoch is below 0.
 
     Example:
       >>> rows = epoch_rows(np.arange(6), epoch=0, batch_size=4, block_size=2, seed=0)
@@ -183,16 +183,16 @@ def visited(
     batch_size: int,
     seen: Bool[np.ndarray, " n"] | None = None,
 ) -> Bool[np.ndarray, " n"]:
-    """The rows that the epoch under way at `step` has visited before it: the next order's `seen`.
+    """Mark the rows that the epoch under way at `step` has already visited: the next `seen`.
 
     Args:
       rows_fn: step -> the rows of its batch, from `before_step` on.
       before_step: the first step of `rows_fn`, at most `step`.
-      step: the first step that is not included.
+      step: the step to stop before.
       num_rows: rows of the data set.
       batch_size: rows of a batch, over all devices and hosts.
-      seen: the result of this function for `before_step`. Needed only if the epoch under way began
-        before that step; `None` otherwise.
+      seen: the result of this function for `before_step`. Required if the epoch under way began
+        before that step.
 
     Raises:
       ValueError: if `step` is before `before_step`, or `seen` is missing.
@@ -212,8 +212,8 @@ def visited(
     if begin > epoch_begin:  # `rows_fn` starts in the middle of the epoch
         if seen is None:
             raise ValueError(
-                f"before_step={before_step} is in the middle of the epoch of step={step}; give "
-                "what it had `seen` by then"
+                f"before_step={before_step} is in the middle of the epoch of step={step}; pass the "
+                "rows `seen` before it"
             )
         result |= seen
     for earlier in range(begin // batch_size, step):
@@ -222,7 +222,7 @@ def visited(
 
 
 def random_to_hard(initial: float, final: float, steps: int) -> Callable[[int], float]:
-    """A `random_fraction` that moves linearly from `initial` to `final`, and stays there.
+    """Build a `random_fraction` that moves linearly from `initial` to `final` over `steps` steps.
 
     Example:
       >>> fraction = random_to_hard(1.0, 0.25, 10)
@@ -246,7 +246,7 @@ def _laid_out(
     random_fraction: float,
     apart: Sequence[np.ndarray],
 ) -> Int[np.ndarray, " n"]:
-    """The rows of an order, laid out from `first_position` on."""
+    """Lay out the rows of an order from `first_position` on."""
     if not 0 <= random_fraction <= 1:
         raise ValueError(f"random_fraction={random_fraction} must be from 0 to 1")
     rows = _in_blocks(order, first_position, block_size, seed, random_fraction).astype(np.int32)
@@ -264,19 +264,19 @@ def _in_blocks(
     random_fraction: float,
 ) -> Int[np.ndarray, " n"]:
     def shuffle(size: int, purpose: int) -> Int[np.ndarray, " _"]:
-        # Keyed by position: the rest of an epoch is not shuffled like the whole of it.
+        # Keyed by position, so that the rest of an epoch is not shuffled like the whole epoch.
         return permutation(size, epoch=first_position, seed=fold_in(seed, purpose))
 
     if random_fraction == 1:
         return order[shuffle(len(order), 0)]
     head = min(-first_position % block_size, len(order))
     num_blocks = (len(order) - head) // block_size
-    whole, pieces = np.split(order, [num_blocks * block_size])
+    whole, partial = np.split(order, [num_blocks * block_size])
     blocks = whole.reshape(-1, block_size)[shuffle(num_blocks, 1)]
     dissolved = shuffle(num_blocks, 2)[: round(random_fraction * num_blocks)]
     loose = blocks[dissolved].ravel()
     blocks[dissolved] = loose[shuffle(loose.size, 3)].reshape(-1, block_size)
-    return np.concatenate([pieces[:head], blocks.ravel(), pieces[head:]])
+    return np.concatenate([partial[:head], blocks.ravel(), partial[head:]])
 
 
 def _check_sizes(batch_size: int, block_size: int) -> None:
@@ -290,11 +290,11 @@ def _check_sizes(batch_size: int, block_size: int) -> None:
 def _checked_order(
     order: Int[np.ndarray, " n"], apart: Sequence[np.ndarray]
 ) -> tuple[Int[np.ndarray, " n"], list[Int[np.ndarray, " n"]]]:
-    """The order and the labels as arrays of integers that fit together."""
+    """Check the order and the labels, and convert them to arrays of integers."""
     order = as_integers("order", order)
     labels = [as_integers("apart", label) for label in apart]
     if not np.array_equal(np.sort(order), np.arange(len(order))) or not len(order):
-        raise ValueError(f"order is no permutation of its {len(order)} rows")
+        raise ValueError(f"order is not a permutation of its {len(order)} rows")
     if any(len(label) != len(order) for label in labels):
         raise ValueError(
             f"apart has labels of {[len(label) for label in labels]} rows; there are {len(order)}"

@@ -1,7 +1,7 @@
 r"""The gap between the loss in assigned batches and the loss over the whole data set.
 
-A row's loss in its batch sums over the rows of the batch; its global loss sums over all rows. The
-gap $\log Z_\text{all} - \log Z_\text{batch} \ge 0$ is the part of the loss that its batch misses.
+A row's train loss sums over the rows of its batch, its global loss over all rows. The gap
+$\log Z_\text{all} - \log Z_\text{batch} \ge 0$ is the part of the loss that the batch misses.
 """
 
 import functools
@@ -41,9 +41,9 @@ class GapReport(NamedTuple):
       random_gap: the mean gap of the same rows in batches of random rows.
       closed: the share of `random_gap` that the batches close; below 0 if they are worse than
         random.
-      bound: the mean upper bound of a row's gap, from the most similar row outside of its batch. It
-        holds for each row, and is loose where few rows outside are as similar as that one.
-      neighbours: the share of each row's ten nearest other rows that are in its batch.
+      bound: the mean upper bound of a row's gap, from the most similar row outside its batch. It
+        holds for each row, and is loose if few other rows outside are as similar.
+      neighbours: the share of each row's ten nearest neighbours that are in its batch.
       near_duplicates: pairs of rows with almost the same query or key, per batch; an estimate if
         `rows_per_batch` is set.
     """
@@ -67,12 +67,12 @@ GapMeasure = Callable[..., GapReport]
 def sample_batches(
     order: Integer[np.ndarray, " n"], *, batch_size: int, count: int, seed: int
 ) -> Int[np.ndarray, "batches b"]:
-    """Draw some of the batches that an order is cut into, or all if there are no more.
+    """Sample whole batches of an order, or return all of them if there are at most `count`.
 
-    Rows after the last whole batch are in none.
+    Rows after the last whole batch are left out.
 
     Raises:
-      ValueError: for sizes below 1, or an order that is shorter than a batch.
+      ValueError: if a size is below 1, or the order is shorter than a batch.
 
     Example:
       >>> sample_batches(np.array([4, 2, 0, 1, 3]), batch_size=2, count=5, seed=0).tolist()
@@ -84,8 +84,8 @@ def sample_batches(
     num_batches = len(order) // batch_size
     if num_batches < 1:
         raise ValueError(
-            f"an order of {len(order)} rows has no whole batch; use a batch_size of at most that, "
-            f"in place of {batch_size}"
+            f"an order of {len(order)} rows has no whole batch of {batch_size}; use a smaller "
+            "batch_size"
         )
     batches = order[: num_batches * batch_size].reshape(num_batches, batch_size)
     chosen = np.random.default_rng(seed).permutation(num_batches)[:count]
@@ -112,36 +112,35 @@ def measure_gap(
     $$g_i = \tfrac12 \Big(\log \frac{\sum_j e^{s_{ij}}}{\sum_{j \in B_i} e^{s_{ij}}}
     + \log \frac{\sum_j e^{s_{ji}}}{\sum_{j \in B_i} e^{s_{ji}}}\Big).$$
 
-    The $N - b$ rows outside are at most as similar as the most similar one, with similarity $m_i$.
-    With $Z_i$ the sum over the batch, each half is therefore at most `bound`,
-    $\log(1 + (N - b) e^{m_i / \tau} / Z_i)$.
+    Let $m_i$ be the greatest similarity among the $N - b$ rows outside the batch, and $Z_i$ the sum
+    over the batch. Each half is then at most `bound`, $\log(1 + (N - b) e^{m_i / \tau} / Z_i)$.
 
     Args:
       queries: this device's rows of the data set, in the order of their numbers.
       keys: the keys of these rows.
-      rows: the batches' row numbers, equal on all devices; no row twice.
-      temperature: $\tau > 0$, of the loss.
+      rows: the batches' row numbers, each at most once; equal on all devices.
+      temperature: $\tau > 0$, the temperature of the loss.
       key: draws the rows of random batches; equal on all devices.
       num_rows: rows of the data set; later ones are padding.
-      axis_name: mesh axes of an enclosing `jax.shard_map` over which rows are sharded. The rows of
-        batches travel to all devices; all others stay where they are.
-      different: this device's labels by which two rows must differ to be each other's negatives,
-        as in `jaxcl.ops.pairs`; a row is its own positive whatever its labels.
+      axis_name: mesh axes of an enclosing `jax.shard_map` over which rows are sharded. Only the
+        rows of the batches are sent to other devices.
+      different: this device's labels; two rows are each other's negatives only if they differ in
+        each, as in `jaxcl.ops.pairs`. A row is its own positive whatever its labels.
       near_duplicate: the cosine of two queries, or of two keys, above which two rows of a batch are
         near duplicates.
-      rows_per_batch: rows to measure of each batch, the first ones, against all of it; `None` for
-        all.
+      rows_per_batch: measure only the first rows of each batch, against the whole batch; `None` to
+        measure all.
 
     Returns:
       The report, equal on all devices.
 
     Raises:
-      ValueError: for more rows than the data set has, or `rows_per_batch` below 1.
+      ValueError: if the batches have more rows than the data set, or `rows_per_batch` is below 1.
 
     Reference:
       Sachidananda, Yang and Zhu, "Global Selection of Contrastive Batches via Optimization on
-      Sample Permutations", ICML 2023, bound the gap by such a bottleneck and assign batches so as
-      to lower it.
+      Sample Permutations", ICML 2023, bound the gap in the same way and assign batches to lower
+      the bound.
     """
     queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
     check_numbers("temperature", temperature, Range(above=0))
@@ -153,12 +152,12 @@ def measure_gap(
             lax.all_gather, axis_name=axis_name, tiled=True, to="invarying"
         )
         by_row = jax.tree.map(everyone, by_row)
-    # Padding batches come after all others, and would pull the means and the maximum.
+    # Padding batches come last; drop them, since they would bias the means and the maximum.
     num_batches, batch_size = rows.shape
     measured = num_batches * min(batch_size, rows_per_batch or batch_size)
     by_row = jax.tree.map(lambda leaf: leaf[:measured], by_row)
     mean = jax.tree.map(jnp.mean, by_row)
-    least = jnp.finfo(mean.gap.dtype).tiny  # one batch of all rows has no gap: 0 / 0 without this
+    least = jnp.finfo(mean.gap.dtype).tiny  # avoids 0 / 0 if one batch holds all rows
     return GapReport(
         global_loss=mean.train_loss + mean.gap,
         train_loss=mean.train_loss,
@@ -169,7 +168,7 @@ def measure_gap(
         closed=1 - mean.gap / jnp.maximum(mean.random_gap, least),
         bound=mean.bound,
         neighbours=mean.neighbours,
-        near_duplicates=mean.near_duplicates * batch_size / 2,  # a pair counts for both
+        near_duplicates=mean.near_duplicates * batch_size / 2,  # each pair is counted twice
     )
 
 
@@ -185,9 +184,9 @@ def make_gap_measure(
 
     Args:
       mesh: the devices that hold the embeddings.
-      num_rows: rows of the data set; the tables may be longer, so that they divide over the mesh.
-      near_duplicate: cosine of near duplicates.
-      rows_per_batch: rows to measure of each batch; `None` for all.
+      num_rows: rows of the data set; the tables may be padded to divide over the mesh.
+      near_duplicate: the cosine above which rows are near duplicates.
+      rows_per_batch: the number of rows to measure in each batch; `None` for all.
       fields: the fields of the report to compute. All others are NaN and cost nothing: without
         `bound` and `neighbours`, a call takes a third of the time.
 
@@ -195,11 +194,11 @@ def make_gap_measure(
       `(queries, keys, rows, temperature, key, different=()) -> GapReport`.
 
     Raises:
-      ValueError: for a field that no report has.
+      ValueError: if a field is unknown.
     """
     if unknown := set(fields) - set(GapReport._fields):
-        there = ", ".join(GapReport._fields)
-        raise ValueError(f"{', '.join(sorted(unknown))}: no field of a report; use {there}")
+        known = ", ".join(GapReport._fields)
+        raise ValueError(f"unknown fields: {', '.join(sorted(unknown))}; use {known}")
     compiled = _compiled_gap(
         mesh,
         fields,
@@ -216,11 +215,11 @@ def make_gap_measure(
         key: Key[Array, ""],
         different: tuple[Labels, ...] = (),
     ) -> GapReport:
-        # `jit` would cut labels of 64 bits without a word.
+        # `jit` would silently truncate 64-bit labels.
         queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
         check_numbers("temperature", temperature, Range(above=0))
-        labels = tuple(as_labels("different", one) for one in different)
-        # The fields that are left out are NaN, which `jax_debug_nans` would report.
+        labels = tuple(as_labels("different", label) for label in different)
+        # Fields not computed are NaN, which `jax_debug_nans` would report.
         with current_mesh(mesh), jax.debug_nans(False):
             sides = jax.device_put((queries, keys, labels), batch_sharding(mesh))
             others = on_mesh((rows, temperature, key), mesh)
@@ -230,14 +229,14 @@ def make_gap_measure(
 
 
 def _compiled_gap(mesh: Mesh, fields: Sequence[str], **options: Any) -> Callable[..., GapReport]:
-    """`measure_gap` with its options, jitted over a mesh, with NaN for all other fields."""
-    by_row, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    """Jit `measure_gap` over a mesh, with NaN for all fields except `fields`."""
+    by_row, replicated = PartitionSpec(mesh.axis_names), PartitionSpec()
 
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(by_row, by_row, whole, whole, whole, by_row),
-        out_specs=whole,
+        in_specs=(by_row, by_row, replicated, replicated, replicated, by_row),
+        out_specs=replicated,
     )
     def measured(
         queries: Array,

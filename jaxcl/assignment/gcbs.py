@@ -1,8 +1,8 @@
-"""An order of all rows in which those that follow each other are each other's hard negatives.
+"""Order all rows such that consecutive rows are each other's hard negatives.
 
-The problem is that of Sachidananda, Yang, Zhu, "Global Selection of Contrastive Batches via
-Optimization on Sample Permutations", ICML 2023: to choose batches whose loss approaches the loss
-over all keys. `"rcm"` is their method, the others work on a graph of neighbours on the devices.
+The goal is that of Sachidananda, Yang and Zhu, "Global Selection of Contrastive Batches via
+Optimization on Sample Permutations", ICML 2023: batches whose loss approaches the loss over all
+keys. `"rcm"` is their method; the others order a neighbour graph on the devices.
 """
 
 import functools
@@ -45,34 +45,33 @@ def assign(
     settings: Gcbs = DEFAULT,
     report: Report = _silent,
 ) -> Int[np.ndarray, " n"]:
-    """Orders pairs so that each `block_size` of them are each other's hard negatives.
+    """Order pairs so that each block of `block_size` pairs are each other's hard negatives.
 
-    Runs on all devices of this process. `jaxcl.assignment.epoch_rows` makes batches of the order.
+    Runs on all devices of this process. `jaxcl.assignment.epoch_rows` cuts the order into batches.
 
     Args:
-      queries: one embedding per pair, `[n, d]`, of any length but 0; whatever NumPy makes an array
-        of, such as a tensor of another framework in the host's memory.
-      keys: the other side's.
-      block_size: rows that are to meet in one batch. Whole batches, as hard as can be, have trained
-        best so far.
-      batch_size: of the batches, if several blocks are to share one; a multiple of `block_size`.
-      temperature: of the loss.
-      seed: of what is drawn.
-      apart: labels by row, whose equals are no negatives and do not attract each other: ids of
-        equal texts, groups.
-      settings: the method and its parts.
+      queries: one nonzero embedding per pair, `[n, d]`, as anything that NumPy can convert, such as
+        another framework's tensor in host memory.
+      keys: the keys of the queries, likewise.
+      block_size: rows that share a batch. Blocks as large as the batch have trained best so far.
+      batch_size: rows of a batch, if it holds several blocks; a multiple of `block_size`.
+      temperature: temperature of the loss.
+      seed: seed of the random starts and swaps.
+      apart: label arrays, such as text ids or groups; rows with an equal label are not negatives
+        and are never neighbours.
+      settings: the method and its settings.
       report: called with a line of text at each stage, such as `print`. Compiling may take a
         minute. Rows are padded to one of eight sizes per doubling, and calls of one padded size
-        share a program, or two where the number of blocks passes a power of two. Only
-        `method="rcm"`, whose products are rounded, compiles its small ones for each number of rows.
+        share a program, or two if the number of blocks passes a power of two. Only `method="rcm"`
+        compiles its (small) programs for each number of rows.
 
     Returns:
       All row numbers, each once, int32.
 
     Raises:
-      ValueError: for sides that do not match, vectors that are not finite, and settings that cannot
-        be.
-      TypeError: for labels that are not integers.
+      ValueError: if queries and keys do not match, an embedding is not finite, or a setting is
+        invalid.
+      TypeError: if the labels are not integers.
 
     Example:
       >>> rng = np.random.default_rng(0)
@@ -106,34 +105,34 @@ def assign_topics(
     settings: Gcbs = DEFAULT,
     report: Report = _silent,
 ) -> Int[np.ndarray, " n"]:
-    """Sorts pairs into topics of equal size: blocks of `assign`, for `SourcedRows`.
+    """Cluster pairs into topics of equal size for `SourcedRows`. The topics are blocks of `assign`.
 
     Args:
       queries: one embedding per pair, as for `assign`.
-      keys: the other side's.
-      num_topics: how many; fewer where the rows do not fill as many of equal size.
-      temperature: of the loss; the lower it is, the more the nearest rows decide.
-      seed: of what is drawn.
-      settings: the method and its parts.
+      keys: the keys of the queries.
+      num_topics: number of topics; the result has fewer if topics of equal size use up the rows.
+      temperature: temperature of the loss; lower values give the nearest rows more weight.
+      seed: seed of the random starts and swaps.
+      settings: the method and its settings.
       report: as for `assign`.
 
     Returns:
-      Each row's topic, int32, numbered from 0. All have `ceil(n / num_topics)` rows but the last,
-      which may have fewer. Topics of near numbers are near each other.
+      Each row's topic, int32, numbered from 0. Each topic has `ceil(n / num_topics)` rows, except
+      that the last may have fewer. Topics with nearby numbers are similar.
 
     Raises:
-      ValueError: for no topic, or fewer rows than topics; and as `assign`.
+      ValueError: if `num_topics` is not from 1 to the number of rows; and as for `assign`.
 
     Example:
       >>> rows = np.repeat(np.eye(4, 8, dtype=np.float32), 4, axis=0)
-      >>> found = assign_topics(rows, rows, num_topics=4)
-      >>> [len(set(topics)) for topics in found.reshape(4, 4)], len(set(found))
+      >>> topics = assign_topics(rows, rows, num_topics=4)
+      >>> [len(set(group)) for group in topics.reshape(4, 4)], len(set(topics))
       ([1, 1, 1, 1], 4)
     """
     queries, keys = _sides(queries, keys)
     num_topics = operator.index(num_topics)
     if not 1 <= num_topics <= len(queries):
-        raise ValueError(f"num_topics={num_topics} of {len(queries)} rows; give from 1 to as many")
+        raise ValueError(f"num_topics={num_topics} must be from 1 to the {len(queries)} rows")
     size = -(-len(queries) // num_topics)
     order = assign(
         queries,
@@ -150,11 +149,11 @@ def assign_topics(
 
 
 class Ordered(NamedTuple):
-    """An order, and what it took.
+    """An order, and the memory of its search.
 
     Attributes:
       rows: all row numbers, each once.
-      device_bytes: what a device holds at a time: embeddings, graph, order; 0 for a host's method.
+      device_bytes: memory that the search needs per device; 0 for `method="rcm"`.
     """
 
     rows: Int[np.ndarray, " n"]
@@ -162,28 +161,28 @@ class Ordered(NamedTuple):
 
 
 Order = Callable[..., Ordered]
-"""`(queries, keys, temperature, key, apart=(), *, report) -> Ordered`, of rows anywhere."""
+"""`(queries, keys, temperature, key, apart=(), *, report) -> Ordered`, on any devices or hosts."""
 
 
 def make_order(
     mesh: Mesh, *, num_rows: int, block_size: int, batch_size: int, settings: Gcbs
 ) -> Order:
-    """What orders a data set, compiled once.
+    """Build a function that orders a data set, compiled once.
 
     Args:
-      mesh: over whose devices rows are sharded.
-      num_rows: of the data set.
-      block_size: rows that are to meet in one batch.
-      batch_size: of the batches.
-      settings: the method and its parts.
+      mesh: the devices that rows are sharded over.
+      num_rows: rows of the data set.
+      block_size: rows that share a batch.
+      batch_size: rows of a batch.
+      settings: the method and its settings.
 
     Returns:
       `(queries, keys, temperature, key, apart=(), *, report) -> Ordered`, with `report` as for
-      `assign`. Embeddings may have more rows than `num_rows`, which are left out. Equal on any
-      number of devices. A pair that is not finite has no neighbours.
+      `assign`. Embeddings may have more rows than `num_rows`; these are ignored. The order does not
+      depend on the number of devices. A pair that is not finite has no neighbours.
 
     Raises:
-      ValueError: for sizes that cannot be.
+      ValueError: if a size is below 1, or blocks do not divide the batch.
     """
     return _make_order(
         mesh,
@@ -206,7 +205,7 @@ def _make_order(
     batch_size: int,
     settings: Gcbs,
 ) -> Order:
-    """`make_order` for rows padded to `capacity`, by `make_search` or `shared_search`."""
+    """Build `make_order` for rows padded to `capacity`, with `make_search` or `shared_search`."""
     num_rows, block_size, batch_size = map(operator.index, (num_rows, block_size, batch_size))
     settings.check()
     if min(num_rows, block_size, batch_size) < 1 or batch_size % block_size:
@@ -232,8 +231,8 @@ def _make_order(
         lengths = [len(part) for part in (queries, keys, *apart)]
         if min(lengths) < num_rows or any(length != num_rows for length in lengths[2:]):
             raise ValueError(
-                f"sides of {lengths[:2]} rows and labels of {lengths[2:]}, of a data set of "
-                f"{num_rows}; give one of each per row"
+                f"queries and keys have {lengths[:2]} rows and labels {lengths[2:]}, but the data "
+                f"set has {num_rows}; give one of each per row"
             )
         sides = [
             put_rows(side, mesh, num_rows=capacity).astype(jnp.float32) for side in (queries, keys)
@@ -260,7 +259,7 @@ def _paper_order(
     quantile: float,
     report: Report = _silent,
 ) -> Ordered:
-    """The paper's method, which knows no temperature, no labels, and draws nothing of account."""
+    """Order rows by the paper's method, which ignores the temperature, the key and labels."""
     sides = (_on_host(side)[:num_rows] for side in (queries, keys))
     sides = (side.astype(np.promote_types(side.dtype, np.float32)) for side in sides)
     sides = (np.where(np.isfinite(side).all(1, keepdims=True), side, 0) for side in sides)
@@ -278,7 +277,7 @@ def _paper_order(
 
 
 def _numbered(labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """The same labels as small numbers: those of 64 bits would lose half of them on a device."""
+    """Renumber labels as int32, since devices would truncate 64-bit labels."""
     numbers = np.unique(as_integers("apart", labels), return_inverse=True)[1]
     return numbers.astype(np.int32)
 
@@ -292,17 +291,17 @@ def _on_host(rows: Array | np.ndarray) -> np.ndarray:
 def _sides(
     queries: ArrayLike, keys: ArrayLike
 ) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n d"]]:
-    """Both as arrays that can be ordered."""
+    """Check both sides, and convert them to arrays."""
     queries, keys = native(np.asarray(queries)), native(np.asarray(keys))
     if queries.shape != keys.shape or queries.ndim != 2 or not len(queries):
         raise ValueError(
-            f"queries {queries.shape} and keys {keys.shape}; give one row of each per pair, and "
-            "as many features: [n, d]"
+            f"queries {queries.shape} and keys {keys.shape}; give one row of each per pair, with "
+            "equally many features: [n, d]"
         )
     for name, side in (("queries", queries), ("keys", keys)):
         if not jnp.issubdtype(side.dtype, jnp.floating) and side.dtype.kind not in "iu":
             raise TypeError(f"{name} has the type {side.dtype}; give floats")
-        with np.errstate(over="ignore"):  # of float64
+        with np.errstate(over="ignore"):  # float64 values may exceed float32
             bad = np.flatnonzero(~np.isfinite(side.astype(np.float32)).all(1))
         if len(bad):
             raise ValueError(

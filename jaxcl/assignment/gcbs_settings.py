@@ -1,4 +1,4 @@
-"""How batches are chosen: the methods, their graphs, and what is set of them."""
+"""Settings for assigning rows to batches: the method, the neighbour graph, the search effort."""
 
 from typing import Annotated, Any, NamedTuple
 
@@ -8,10 +8,10 @@ from jaxcl.typing import Range, check_ranges
 __all__ = ["GRAPHS", "METHODS", "PRESETS", "Gcbs"]
 
 METHODS = ("bisection", "rcm_device", "rcm")
-"""How rows are ordered: by bisection; by Cuthill and McKee on the devices; as in the paper."""
+"""How to order rows: bisection, Cuthill–McKee on the devices, or the paper's method."""
 
 GRAPHS = ("exact", "clustered")
-"""Where neighbours are looked for: among all rows, or in the clusters nearest to a row's own."""
+"""Where to search for neighbours: among all rows, or in the clusters nearest to a row's own."""
 
 
 class _Choices(NamedTuple):
@@ -26,18 +26,18 @@ class _Choices(NamedTuple):
 
 
 class Gcbs(_Choices):
-    """How batches are chosen: `Gcbs(neighbours=16)`, or `Gcbs(preset="light", neighbours=8)`.
+    """How to order rows for batches: `Gcbs(neighbours=16)`, `Gcbs(preset="light", neighbours=8)`.
 
     Attributes:
       method: one of `METHODS`.
-      graph: one of `GRAPHS`; `None` for the exact one up to 10,000 rows.
-      neighbours: of each row in the graph.
-      cluster_size: rows of a cluster.
-      probes: clusters in which a cluster's rows look for neighbours.
-      similarity_cap: rows more similar than this, by the mean of both directions' cosines, do not
-        attract each other; `None` for no cap.
-      quantile: of the paper's method: the share of similarities that is left out.
-      effort: of the bisection.
+      graph: one of `GRAPHS`; `None` for exact up to 10,000 rows, clustered above.
+      neighbours: number of neighbours per row in the graph.
+      cluster_size: rows per cluster.
+      probes: number of clusters to search for the neighbours of a cluster's rows.
+      similarity_cap: rows more similar than this, by the mean cosine of both directions, are never
+        neighbours; `None` for no cap.
+      quantile: the share of similarities that `"rcm"` ignores.
+      effort: how long the bisection searches.
     """
 
     __slots__ = ()
@@ -52,7 +52,7 @@ class Gcbs(_Choices):
         return PRESETS[preset]._replace(**named)
 
     def check(self) -> None:
-        """Raises a `ValueError` for settings that cannot be."""
+        """Raise a `ValueError` for invalid settings."""
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is unknown; use one of {', '.join(METHODS)}")
         if self.graph not in (None, *GRAPHS):
@@ -62,8 +62,8 @@ class Gcbs(_Choices):
         check_ranges(self)
         if self.method == "rcm" and (self.graph, self.similarity_cap) != (None, None):
             raise ValueError(
-                f"method='rcm' takes all similarities: graph={self.graph!r} and "
-                f"similarity_cap={self.similarity_cap} are for the other methods; set them to None"
+                f"method='rcm' compares all rows and ignores graph={self.graph!r} and "
+                f"similarity_cap={self.similarity_cap}; set them to None"
             )
         self.effort.check()
 
@@ -77,5 +77,5 @@ PRESETS = {
         effort=Effort(starts=1, walks=6, swaps=4, refinements=8),
     ),
 }
-"""Settings by name. `"light"` searches a third as long as `"full"`, closes nine tenths of what that
-does, and trains as well."""
+"""Settings by name. `"light"` takes a third of the time of `"full"`, closes nine tenths as much of
+the gap, and trains as well."""

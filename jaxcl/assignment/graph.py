@@ -1,4 +1,4 @@
-"""The graph of hard negatives: a few nearest neighbours of each row, and their mass in its loss."""
+"""The graph of hard negatives: each row's nearest neighbours, and their mass in its loss."""
 
 import functools
 from typing import NamedTuple
@@ -30,13 +30,13 @@ __all__ = [
 ]
 
 UNIT = 2**20
-"""The integer that stands for a mass of one; all masses of a row add up below 2^31."""
+"""The integer for a mass of one; the masses of a row sum to less than 2^31."""
 
-_GREATEST = UNIT // 8
-# The greatest mass of a neighbour. Without this cap, blocks close 1 % less of the gap: a few
-# near-duplicates then outweigh the many other rows of a batch.
+_LARGEST_MASS = UNIT // 8
+# The largest mass of a neighbour. Without this cap, blocks close 1 % less of the gap: a few
+# near duplicates then outweigh the many other rows of a batch.
 
-_WEIGHT = 2**14  # a weight of one; gains overflow if 30,000 rows have the same only neighbour
+_WEIGHT = 2**14  # a weight of one; gains overflow if 30,000 rows share their only neighbour
 
 _BLOCK = 16_384  # rows on all devices whose neighbours are searched at a time
 
@@ -44,13 +44,13 @@ _BLOCK = 16_384  # rows on all devices whose neighbours are searched at a time
 class PairGraph(NamedTuple):
     """The nearest neighbours of each row.
 
-    A mass is the term of a negative in a row's softmax sum, relative to the greatest term of that
-    sum, in units of 1 / `UNIT`.
+    A mass is a negative's term in the row's softmax sum, relative to the largest term of the sum,
+    in units of 1 / `UNIT`.
 
     Attributes:
       rows: neighbours, by row number in the whole data set; `-1` for none.
       masses: the neighbours' masses.
-      own: the mass in a row's batch whichever neighbours it has: its positive and random rows.
+      own: the mass that any batch of the row has: its positive and random rows.
     """
 
     rows: Int[Array, "n k"]
@@ -59,7 +59,7 @@ class PairGraph(NamedTuple):
 
 
 class TwoSided(NamedTuple):
-    r"""Pairs as vectors whose products are $(x_i \cdot y_j + y_i \cdot x_j) / 2$, on the grid.
+    r"""Pairs as vectors with inner products $(x_i \cdot y_j + y_i \cdot x_j) / 2$, on the grid.
 
     Attributes:
       ours: $(x, y)$ of each row, as an anchor.
@@ -77,8 +77,8 @@ class Affinity(NamedTuple):
       neighbours: neighbours per row.
       temperature: temperature of the loss.
       batch_size: rows of a global batch.
-      sample: random rows of `TwoSided.theirs`, the same on all devices. They stand for the rows
-        of a batch that are not neighbours.
+      sample: random rows of `TwoSided.theirs`, the same on all devices. They represent the rows of
+        a batch that are not neighbours.
     """
 
     neighbours: int
@@ -88,8 +88,8 @@ class Affinity(NamedTuple):
 
 
 def two_sided(queries: Float[Array, "n d"], keys: Float[Array, "n d"]) -> TwoSided:
-    """Both sides' embeddings, of any length, as one vector per row and role."""
-    # On the grid before they are joined, so that both sides have the same length.
+    """Join queries and keys, of any length, into one vector per row and role."""
+    # On the grid before joining, so that both sides have the same length.
     x, y = on_grid(queries), on_grid(keys)
     return TwoSided(on_grid(jnp.concatenate([x, y], 1)), on_grid(jnp.concatenate([y, x], 1)))
 
@@ -97,7 +97,7 @@ def two_sided(queries: Float[Array, "n d"], keys: Float[Array, "n d"]) -> TwoSid
 def exact_graph(
     pairs: TwoSided, labels: PairLabels, affinity: Affinity, *, axis_name: AxisName | None = None
 ) -> PairGraph:
-    """The graph of each row's nearest neighbours among all rows.
+    """Build the graph of each row's nearest neighbours among all rows.
 
     Args:
       pairs: this device's rows.
@@ -109,7 +109,7 @@ def exact_graph(
 
     def of_block(rows: tuple[Array, PairLabels, Array]) -> PairGraph:
         ours, our_labels, own = rows
-        found = nearest(
+        neighbours = nearest(
             ours,
             pairs.theirs,
             count=affinity.neighbours,
@@ -117,13 +117,13 @@ def exact_graph(
             table_labels=labels,
             axis_name=axis_name,
         )
-        return _graph(found, ours, own, affinity)
+        return _graph(neighbours, ours, own, affinity)
 
-    # Block by block: `nearest` gathers the queries of all devices, which must not be all rows.
+    # Block by block: `nearest` gathers the queries of all devices, and all rows would not fit.
     num_blocks = -(-place.num_rows // _BLOCK)
     size = -(-place.here // num_blocks)
-    # The last blocks start earlier where blocks do not divide; a row in two of them is written
-    # twice, with equal values.
+    # The last blocks overlap if blocks do not divide; a row in two of them is written twice, with
+    # equal values.
     starts = jnp.minimum(jnp.arange(num_blocks) * size, place.here - size)
     rows = starts[:, None] + jnp.arange(size)
     everything = (pairs.ours, labels, _own(pairs))
@@ -145,14 +145,14 @@ def clustered_graph(
     probes: int,
     axis_name: AxisName | None = None,
 ) -> PairGraph:
-    """The graph of each row's nearest neighbours in its own cluster and the most similar ones.
+    """Build the graph of each row's nearest neighbours in the most similar clusters.
 
     Other arguments as for `exact_graph`.
 
     Args:
-      clusters: the rows of each cluster, every row once, filled up with `-1`. Equal on all devices;
-        the number of clusters is a multiple of theirs.
-      probes: clusters searched for the rows of a cluster, including its own.
+      clusters: the rows of each cluster, every row once, padded with `-1`. Equal on all devices;
+        the number of clusters is a multiple of the number of devices.
+      probes: number of clusters to search for each cluster's rows, including itself.
     """
     place = Place(axis_name, pairs.ours.shape[0])
     fetch = functools.partial(fetch_rows, axis_name=axis_name)
@@ -160,24 +160,25 @@ def clustered_graph(
     empty = (clusters < 0).all(1)
 
     def of_cluster(number: Integer[Array, ""]) -> PairGraph:
-        likeness = jnp.where(empty, -jnp.inf, inner_products(ours[number][None], theirs)[0])
+        similarities = jnp.where(empty, -jnp.inf, inner_products(ours[number][None], theirs)[0])
         # Infinity, so that a cluster always searches itself.
-        probed = lax.top_k(likeness.at[number].set(jnp.inf), min(probes, len(clusters)))[1]
+        probed = lax.top_k(similarities.at[number].set(jnp.inf), min(probes, len(clusters)))[1]
         rows, others = clusters[number], clusters[probed].reshape(-1)
         our_rows, our_labels, own = fetch((pairs.ours, labels, _own(pairs)), rows)
         their_rows, their_labels = fetch((pairs.theirs, labels), others)
-        there = others >= 0  # missing rows are fetched as zeros, and 0 beats negative similarities
+        # Missing rows are fetched as zeros, and 0 beats negative similarities.
+        valid = others >= 0
         if their_labels.valid is not None:
-            there &= their_labels.valid
-        found = nearest(
+            valid &= their_labels.valid
+        within = nearest(
             our_rows,
             their_rows,
             count=affinity.neighbours,
             query_labels=our_labels,
-            table_labels=their_labels._replace(valid=there),
+            table_labels=their_labels._replace(valid=valid),
         )
-        neighbours = jnp.where(found.rows >= 0, others[jnp.maximum(found.rows, 0)], -1)
-        return _graph(found._replace(rows=neighbours), our_rows, own, affinity)
+        rows = jnp.where(within.rows >= 0, others[jnp.maximum(within.rows, 0)], -1)
+        return _graph(within._replace(rows=rows), our_rows, own, affinity)
 
     # The same number of clusters on each device: `fetch` is a collective, and devices that leave
     # the loop early would keep the others waiting.
@@ -185,8 +186,8 @@ def clustered_graph(
     numbers = place.device * per_device + jnp.arange(per_device, dtype=jnp.int32)
     by_cluster = lax.map(of_cluster, as_varying(numbers, pairs))
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), by_cluster)
-    # Back from the order of clusters to that of rows. Padding keeps position 0 and a copy of that
-    # row's neighbours, which all users of a graph mask by segment or row number.
+    # Back from cluster order to row order. Padding rows keep position 0 and a copy of that row's
+    # neighbours, which all users of a graph mask by segment or row number.
     members = clusters.reshape(-1)
     position = jnp.zeros(place.num_rows, jnp.int32)
     position = position.at[jnp.where(members >= 0, members, place.num_rows)].set(
@@ -196,20 +197,20 @@ def clustered_graph(
 
 
 def segments_of_neighbours(graph: PairGraph, of_row: Int[Array, " p"]) -> Int[Array, "n k"]:
-    """The segment of each neighbour, given the segments of all rows; -1 for no neighbour."""
+    """The segment of each neighbour, from the segments of all rows; -1 for no neighbour."""
     return jnp.where(graph.rows >= 0, of_row[jnp.maximum(graph.rows, 0)], -1)
 
 
 def weights_within(graph: PairGraph, of_row: Int[Array, " p"], place: Place) -> Int[Array, "n k"]:
-    """The gain of a row's loss from having a neighbour in its segment, in units of 2^-14.
+    """How much of a row's gap each neighbour closes from within its segment, in units of 2^-14.
 
-    The gap of a row is the logarithm of all its mass over the mass in its batch. To first order, a
-    neighbour closes its own mass divided by the mass present in the row's segment.
+    The gap of a row is the logarithm of its total mass over the mass in its batch. To first order,
+    a neighbour closes its own mass divided by the mass in the row's segment.
     """
     same = segments_of_neighbours(graph, of_row) == place.mine(of_row)[:, None]
-    there = graph.own + jnp.where(same, graph.masses, 0).sum(1)
-    # The share may exceed 1 where little mass is present; the cap keeps sums of weights in int32.
-    share = graph.masses.astype(jnp.float32) / jnp.maximum(there, 1).astype(jnp.float32)[:, None]
+    present = graph.own + jnp.where(same, graph.masses, 0).sum(1)
+    # The share may exceed 1 if little mass is present; the cap keeps sums of weights in int32.
+    share = graph.masses.astype(jnp.float32) / jnp.maximum(present, 1).astype(jnp.float32)[:, None]
     return jnp.round(jnp.minimum(share, 1) * _WEIGHT).astype(jnp.int32)
 
 
@@ -224,30 +225,32 @@ def _centres(
     number = jnp.broadcast_to(jnp.arange(len(clusters))[:, None], clusters.shape)
     of_row = jnp.full(place.num_rows, len(clusters), jnp.int32)  # out of range, for padding
     of_row = of_row.at[jnp.where(clusters >= 0, clusters, place.num_rows)].set(number, mode="drop")
-    whole = vectors.astype(jnp.int32)  # integer sums: the same on any number of devices
-    sums = jax.ops.segment_sum(whole, place.mine(of_row), len(clusters))
+    integers = vectors.astype(jnp.int32)  # integer sums are the same on any number of devices
+    sums = jax.ops.segment_sum(integers, place.mine(of_row), len(clusters))
     return on_grid(place.total(sums).astype(jnp.float32))
 
 
 def _graph(
-    found: Nearest, ours: Float[Array, "q d"], own: Float[Array, " q"], affinity: Affinity
+    nearest_rows: Nearest, ours: Float[Array, "q d"], own: Float[Array, " q"], affinity: Affinity
 ) -> PairGraph:
-    similarities, there = found.similarities, found.rows >= 0
-    # Relative to the greatest term, or the exponentials would overflow at low temperatures.
-    greatest = jnp.maximum(own, similarities[:, 0])[:, None]
-    one = affinity.temperature * length_on_grid(ours.shape[1]) ** 2
+    similarities, present = nearest_rows.similarities, nearest_rows.rows >= 0
+    # Relative to the largest term, since exponentials would overflow at low temperatures.
+    largest = jnp.maximum(own, similarities[:, 0])[:, None]
+    scale = affinity.temperature * length_on_grid(ours.shape[1]) ** 2
 
     def mass(products: Float[Array, "q s"], unit: int) -> Int[Array, "q s"]:
-        return jnp.round(unit * jnp.exp((products - greatest) / one)).astype(jnp.int32)
+        return jnp.round(unit * jnp.exp((products - largest) / scale)).astype(jnp.int32)
 
-    masses = jnp.where(there, jnp.minimum(mass(similarities, UNIT), _GREATEST), 0)
-    # Neighbours are counted by their masses already: where the sample holds one, it weighs no more
-    # than the last neighbour.
-    least = jnp.where(there, similarities, greatest).min(1, keepdims=True)
+    masses = jnp.where(present, jnp.minimum(mass(similarities, UNIT), _LARGEST_MASS), 0)
+    # Neighbours have masses already. If the sample contains one, it gets the mass of the last
+    # neighbour at most.
+    least = jnp.where(present, similarities, largest).min(1, keepdims=True)
     random = mass(jnp.minimum(inner_products(ours, affinity.sample), least), UNIT).sum(1)
     share = jnp.float32(affinity.batch_size - 1) / affinity.sample.shape[0]
-    # In float32 and capped: scaled to a large batch, the int32 sum would overflow.
+    # In float32 and capped: the int32 sum would overflow when scaled to a large batch.
     rest = jnp.minimum(random.astype(jnp.float32) * share, float(2**29))
     return PairGraph(
-        found.rows, masses, mass(own[:, None], UNIT)[:, 0] + jnp.round(rest).astype(jnp.int32)
+        nearest_rows.rows,
+        masses,
+        mass(own[:, None], UNIT)[:, 0] + jnp.round(rest).astype(jnp.int32),
     )

@@ -1,4 +1,4 @@
-"""The compiled program of an order on the devices, one for many numbers of rows."""
+"""The compiled program that orders rows on the devices; one serves many numbers of rows."""
 
 import functools
 from collections.abc import Callable
@@ -18,53 +18,56 @@ from jaxcl.typing import Array, Float, Int, Key, Scalar
 __all__ = ["Report", "Search", "make_device_order", "make_search", "shared_search"]
 
 Report = Callable[[str], object]
-"""Takes a line of text at each stage of long work, such as `print`."""
+"""Called with a line of text at each stage of a long computation, such as `print`."""
 
 Search = Callable[[tuple[Any, ...], Report], tuple[Any, int]]
-"""`(arguments, report) -> (executable for them, bytes that it takes on a device)`."""
+"""`(arguments, report) -> (executable, its memory per device in bytes)`."""
 
 
 def make_search(mesh: Mesh, *, capacity: int, settings: Gcbs) -> Search:
-    """Compile a search of up to `capacity` rows once per shapes and types of its arguments."""
+    """Build a search of up to `capacity` rows, compiled once per shapes and dtypes of arguments."""
     program = make_device_order(mesh, capacity=capacity, settings=settings)
-    compiled: dict[Any, tuple[Any, int]] = {}
+    executables: dict[Any, tuple[Any, int]] = {}
 
     def search(arguments: tuple[Any, ...], report: Report) -> tuple[Any, int]:
         leaves, structure = jax.tree.flatten(arguments)
-        kinds = structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
-        if kinds not in compiled:
+        signature = structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
+        if signature not in executables:
             report(f"compiling the search for up to {capacity:,} rows")
             executable = program.lower(*arguments).compile()
             memory = executable.memory_analysis()
-            compiled[kinds] = (
+            executables[signature] = (
                 executable,
                 memory.argument_size_in_bytes
                 + memory.temp_size_in_bytes
                 + memory.output_size_in_bytes,
             )
-        return compiled[kinds]
+        return executables[signature]
 
     return search
 
 
-# For `assign`, whose arguments all come from the host. Arguments of `make_order` may lie on any
-# devices, and an executable refuses arguments on other devices than it was compiled for.
+# Only for `assign`, whose arguments all come from the host. Arguments of `make_order` may be on any
+# devices, and an executable rejects arguments on devices that it was not compiled for.
 shared_search = functools.lru_cache(maxsize=8)(make_search)
 
 
 def make_device_order(mesh: Mesh, *, capacity: int, settings: Gcbs) -> Any:
-    """The program of `make_order`: jitted, of rows that lie on the mesh already.
+    """Jit the program of `make_order`, for rows that are on the mesh already.
 
     Returns:
-      `(queries, keys, temperature, key, apart, sizes) -> order`, with as many rows on each device
-      and `sizes` as from `sizes_of`, of at most `capacity` rows. Later rows are padding, and come
-      last.
+      `(queries, keys, temperature, key, apart, sizes) -> order`. Each device has equally many rows,
+      and `sizes`, from `sizes_of`, are for at most `capacity` rows. Later rows are padding, and
+      come last.
     """
     rows: Any = PartitionSpec(mesh.axis_names)
-    whole: Any = PartitionSpec()
+    replicated: Any = PartitionSpec()
 
     @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(rows, rows, whole, whole, rows, whole), out_specs=whole
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(rows, rows, replicated, replicated, rows, replicated),
+        out_specs=replicated,
     )
     def sharded(
         queries: Float[Array, "n d"],
@@ -107,7 +110,7 @@ def make_device_order(mesh: Mesh, *, capacity: int, settings: Gcbs) -> Any:
         apart: tuple[Array, ...],
         sizes: Sizes,
     ) -> Array:
-        # Products of whole numbers are exact unless a device rounds the factors.
+        # Products of integers are exact only if the device does not round the factors.
         with jax.default_matmul_precision("highest"):
             return sharded(queries, keys, temperature, key, apart, sizes)
 

@@ -1,4 +1,4 @@
-"""The position of one device's rows among all rows, and the exchanges between devices."""
+"""The position of a device's rows among all rows, and collectives over the devices."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ __all__ = ["Place"]
 
 
 class Place(NamedTuple):
-    """Where this device's rows lie among all rows, inside of `jax.shard_map` or on one device.
+    """Where this device's rows lie among all rows, inside `jax.shard_map` or on a single device.
 
     Attributes:
       axis_name: the mesh axes over which rows are sharded; `None` for one device.
@@ -47,13 +47,13 @@ class Place(NamedTuple):
         return lax.dynamic_slice_in_dim(everyone, self.first, self.here)
 
     def total(self, numbers: Array) -> Array:
-        """The sum over devices, on each of them."""
+        """The sum over all devices, on every device."""
         return numbers if self.axis_name is None else lax.psum(numbers, self.axis_name)
 
     def everyone(self, mine: Array) -> Array:
-        """The arrays of all devices, concatenated, on each of them."""
+        """The concatenated arrays of all devices, on every device."""
         if self.axis_name is None:
             return mine
-        # A sum of zero-padded parts, since its result is typed as equal on all devices.
+        # A sum of zero-padded parts, since JAX types the result of a sum as equal on all devices.
         zeros = as_varying(jnp.zeros((self.num_rows, *mine.shape[1:]), mine.dtype), mine)
         return self.total(lax.dynamic_update_slice_in_dim(zeros, mine, self.first, 0))

@@ -1,4 +1,4 @@
-"""Loss gaps by row: softmax sums of sampled batches' rows, inside and outside of their batch."""
+"""Loss gaps per row: softmax sums of sampled batches' rows, inside and outside their batch."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from jaxcl.typing import Array, AxisName, Float, Int, Key, Scalar
 __all__ = ["GapOptions", "RowGaps", "row_gaps"]
 
 _NEIGHBOURS = 10
-_BLOCK_ROWS = 256  # rows compared with the whole batch at a time when near-duplicates are counted
+_BLOCK_ROWS = 256  # rows compared with the whole batch at a time, to count near duplicates
 
 
 class GapOptions(NamedTuple):
@@ -32,15 +32,15 @@ class GapOptions(NamedTuple):
 
 
 class RowGaps(NamedTuple):
-    """Each measured row's part of a `GapReport`, batch after batch.
+    """The `GapReport` values of each measured row, batch by batch.
 
     Attributes:
-      train_loss: the loss in its batch.
-      gap: its loss among all rows minus that in its batch.
+      train_loss: the loss in the row's batch.
+      gap: the loss over all rows minus `train_loss`.
       random_gap: the gap in a batch of random rows.
       bound: an upper bound of the gap.
-      neighbours: the share of its nearest neighbours that are in its batch.
-      near_duplicates: the number of other rows of its batch that are almost the same.
+      neighbours: the share of the row's nearest neighbours that are in its batch.
+      near_duplicates: the number of near duplicates of the row in its batch.
     """
 
     train_loss: Float[Array, " q"]
@@ -61,69 +61,73 @@ def row_gaps(
     temperature: float | Scalar,
     key: Key[Array, ""],
 ) -> RowGaps:
-    """Measure each row on its own; `measure_gap` takes the means. Arguments as there.
+    """Measure each row separately; `measure_gap` takes the means and documents the arguments.
 
     Returns:
-      The measured rows of this device's batches. The last devices have padding rows where batches
-      do not divide over the devices.
+      The measured rows of this device's batches. The last devices have padding rows if batches do
+      not divide over the devices.
     """
     num_rows, axis_name, near_duplicate, rows_per_batch = options
     if rows.size > num_rows:
         raise ValueError(
-            f"batches of {rows.size} rows in all, of a data set of {num_rows}; sample fewer, so "
-            "that each row is in one at most"
+            f"the batches have {rows.size} rows in all, the data set {num_rows}; sample fewer, so "
+            "that each row is in at most one"
         )
     if rows_per_batch is not None and rows_per_batch < 1:
         raise ValueError(f"rows_per_batch={rows_per_batch}; measure at least 1, or None for all")
     batch_size = rows.shape[1]
     table = _table(queries, keys, rows, different, axis_name)
     fetch = functools.partial(fetch_rows, table, axis_name=axis_name, constant=True)
-    mates = jax.random.permutation(key, num_rows)[: rows.size].reshape(rows.shape)
+    random_rows = jax.random.permutation(key, num_rows)[: rows.size].reshape(rows.shape)
     log_sums = functools.partial(_log_sums, temperature=temperature)
 
     def of_batch(batch: tuple[_Rows, _Rows]) -> tuple[_Rows, Array, Array, Array]:
-        whole, mates = batch
+        whole, strangers = batch
         ours = jax.tree.map(lambda leaf: leaf[:rows_per_batch], whole)
         own = log_sums(ours, whole, _labels(ours, ours.ids), _labels(whole, whole.ids))
-        # Every row meets exactly b - 1 random rows: all mates except the last one. A row that is
-        # among these itself has the label 1, and meets the last mate, of label 0, instead.
-        among = jnp.isin(ours.ids, mates.ids[:-1]).astype(jnp.int32)
+        # Compare every row with exactly b - 1 random rows: all strangers except the last. A row
+        # that is itself among them has label 1, and is compared with the last, of label 0, instead.
+        among = jnp.isin(ours.ids, strangers.ids[:-1]).astype(jnp.int32)
         spare = jnp.full(batch_size, -1, jnp.int32).at[-1].set(0)
         random = log_sums(
-            ours, mates, _labels(ours, ours.ids, among), _labels(mates, mates.ids, spare)
+            ours,
+            strangers,
+            _labels(ours, ours.ids, among),
+            _labels(strangers, strangers.ids, spare),
         )
         return ours, own, random, _near_duplicates(ours, whole, near_duplicate)
 
-    batches = fetch(_share(rows, axis_name)), fetch(_share(mates, axis_name))
+    batches = fetch(_share(rows, axis_name)), fetch(_share(random_rows, axis_name))
     ours, own, random, near_duplicates = jax.tree.map(
         lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), lax.map(of_batch, batches)
     )
-    there = table.ids < num_rows
-    outside = _labels(ours, ours.batch), _labels(table, table.batch, valid=there)
+    valid = table.ids < num_rows
+    outside = _labels(ours, ours.batch), _labels(table, table.batch, valid=valid)
     missing = log_sums(ours, table, *outside, axis_name=axis_name)
     hardest = _greatest(ours, table, *outside, axis_name=axis_name)
-    found = nearest(
+    neighbours = nearest(
         jnp.concatenate([ours.queries, ours.keys], 1),
         jnp.concatenate([table.keys, table.queries], 1),
         count=_NEIGHBOURS,
         query_labels=_labels(ours, ours.ids),
-        table_labels=_labels(table, table.ids, valid=there),
+        table_labels=_labels(table, table.ids, valid=valid),
         axis_name=axis_name,
     ).rows
-    theirs = fetch_rows(table.batch, found, axis_name=axis_name, constant=True)
-    inside = (found >= 0) & (theirs == ours.batch[:, None])  # missing rows were fetched as batch 0
+    their_batch = fetch_rows(table.batch, neighbours, axis_name=axis_name, constant=True)
+    present = neighbours >= 0  # missing rows were fetched as batch 0
+    inside = present & (their_batch == ours.batch[:, None])
 
     positives = inner_product(ours.queries, ours.keys)[:, None] / temperature
     in_batch, in_random = log_add_exp(positives, own), log_add_exp(positives, random)
     others = math.log(num_rows - batch_size) if num_rows > batch_size else -math.inf
     return RowGaps(
-        # Softplus where one sum contains the other: a difference of two log-sums would lose small
-        # losses and gaps to rounding.
+        # Softplus where one sum contains the other: a difference of log-sums would round away small
+        # losses and gaps.
         train_loss=jax.nn.softplus(own - positives).mean(1),
         gap=jax.nn.softplus(missing - in_batch).mean(1),
         random_gap=(log_add_exp(in_batch, missing) - in_random).mean(1),
         bound=jax.nn.softplus(others + hardest / temperature - in_batch).mean(1),
-        neighbours=inside.sum(1) / jnp.maximum((found >= 0).sum(1), 1),
+        neighbours=inside.sum(1) / jnp.maximum(present.sum(1), 1),
         near_duplicates=near_duplicates.astype(positives.dtype),
     )
 
@@ -132,11 +136,11 @@ class _Rows(NamedTuple):
     """Pairs with their labels.
 
     Attributes:
-      queries: one side.
-      keys: the other side.
+      queries: embeddings of the queries.
+      keys: embeddings of their keys.
       ids: row numbers in the whole data set.
-      batch: the sampled batch that a row is in; −1 for none.
-      different: labels by which two rows must differ.
+      batch: the sampled batch of each row; −1 for none.
+      different: labels that must all differ between negatives.
     """
 
     queries: Float[Array, "*r d"]
@@ -149,27 +153,28 @@ class _Rows(NamedTuple):
 def _table(
     queries: Array, keys: Array, rows: Array, different: tuple, axis_name: AxisName | None
 ) -> _Rows:
-    """This device's rows."""
+    """Collect this device's rows and their labels."""
     here = queries.shape[0]
     first = 0 if axis_name is None else lax.axis_index(axis_name) * here
-    place = rows - first
-    # Past the end, where the scatter drops it; a negative place would count from the end.
-    place = jnp.where((place >= 0) & (place < here), place, here)
+    index = rows - first
+    # Rows of other devices go past the end, where the scatter drops them; negative indices would
+    # count from the end.
+    index = jnp.where((index >= 0) & (index < here), index, here)
     numbers = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None]
-    batch = jnp.full(here, -1, jnp.int32).at[place].set(numbers, mode="drop")
+    batch = jnp.full(here, -1, jnp.int32).at[index].set(numbers, mode="drop")
     ids = first + jnp.arange(here, dtype=jnp.int32)
     return _Rows(*lax.stop_gradient((queries, keys)), ids, batch, different)
 
 
 def _share(rows: Int[Array, "batches b"], axis_name: AxisName | None) -> Int[Array, "_ b"]:
-    """This device's batches, padded with batches of missing rows."""
+    """Select this device's batches, padded with batches of missing rows."""
     if axis_name is None:
         return rows
     size = lax.axis_size(axis_name)
     per_device = -(-rows.shape[0] // size)
     missing = per_device * size - rows.shape[0]
-    filled = jnp.pad(rows, ((0, missing), (0, 0)), constant_values=-1)
-    return lax.dynamic_slice_in_dim(filled, lax.axis_index(axis_name) * per_device, per_device)
+    padded = jnp.pad(rows, ((0, missing), (0, 0)), constant_values=-1)
+    return lax.dynamic_slice_in_dim(padded, lax.axis_index(axis_name) * per_device, per_device)
 
 
 def _labels(rows: _Rows, *more: Array, valid: Array | None = None) -> PairLabels:
@@ -185,10 +190,10 @@ def _log_sums(
     temperature: float | Scalar,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "q 2"]:
-    """Our queries' log-sum-exp over their keys, and our keys' over their queries."""
+    """The log-sum-exp of our queries over their keys, and of our keys over their queries."""
 
     def columns(ours: Array, theirs: Array) -> Array:
-        # Ours are the columns, which the devices exchange; the table's rows stay where they are.
+        # Devices exchange the columns, so ours are the columns and the table's rows stay in place.
         return pair_logsumexp(
             theirs,
             ours,
@@ -209,7 +214,7 @@ def _greatest(
     *,
     axis_name: AxisName | None,
 ) -> Float[Array, "q 2"]:
-    """Our queries' greatest similarity to their keys, and our keys' to their queries."""
+    """The greatest similarity of our queries to their keys, and of our keys to their queries."""
     best = functools.partial(
         nearest,
         count=1,
@@ -225,7 +230,7 @@ def _both_ways(reduce: Callable[[Array, Array], Array], ours: _Rows, theirs: _Ro
 
 
 def _near_duplicates(ours: _Rows, batch: _Rows, threshold: float) -> Int[Array, " m"]:
-    """The number of other rows of the batch with almost the same query or key as each of ours."""
+    """Count each row's near duplicates, which have almost the same query or key, in its batch."""
     wide = jnp.promote_types(batch.queries.dtype, jnp.float32)
     sides = [normalise(side.astype(wide)) for side in (batch.queries, batch.keys)]
     num_ours = ours.ids.shape[0]  # the first of the batch
@@ -233,8 +238,8 @@ def _near_duplicates(ours: _Rows, batch: _Rows, threshold: float) -> Int[Array, 
     def of_row(row: tuple[Array, list[Array]]) -> Array:
         number, ours = row
         query, key = (
-            inner_products(one[None], side)[0] > threshold
-            for one, side in zip(ours, sides, strict=True)
+            inner_products(vector[None], side)[0] > threshold
+            for vector, side in zip(ours, sides, strict=True)
         )
         return ((query | key) & (batch.ids != number)).sum(dtype=jnp.int32)
 

@@ -1,7 +1,8 @@
-"""The sizes of a search: the capacity that its program is compiled for, and the rows that it gets.
+"""The sizes of a search: the capacity of its compiled program, and its actual number of rows.
 
 Everything that depends on the exact number of rows is an argument of the program. One program
-therefore searches any number of rows up to its capacity, and finds the same order at any capacity.
+therefore orders any number of rows up to its capacity, and the order does not depend on the
+capacity.
 """
 
 from typing import NamedTuple
@@ -14,9 +15,9 @@ from jaxcl.typing import Array, Int
 __all__ = ["EXACT_ROWS", "Sizes", "capacity_for", "segment_starts", "sizes_of"]
 
 EXACT_ROWS = 10_000
-"""The most rows for which `graph=None` is exact: so few that probes would search most clusters."""
+"""The most rows for which `graph=None` is exact. Probes would search most clusters anyway."""
 
-_LEAST_CAPACITY = 1_024  # so few rows are padded in hundredths of a second, and compiled in many
+_LEAST_CAPACITY = 1_024  # padding to it costs hundredths of a second, compiling again far more
 
 
 class Sizes(NamedTuple):
@@ -37,10 +38,10 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(num_rows: int, *, block_size: int, batch_size: int, settings: Gcbs) -> Sizes:
-    """The sizes of a search for blocks of some rows.
+    """The sizes of a search for blocks of `num_rows` rows.
 
-    Only the shapes of both tables, which depend on the number of their levels, and whether they are
-    there need another program.
+    Only a different shape of a table, which depends on its number of levels, or a missing table
+    needs another program.
     """
     kind = settings.graph or ("exact" if num_rows <= EXACT_ROWS else "clustered")
     return Sizes(
@@ -55,7 +56,8 @@ def capacity_for(num_rows: int) -> int:
     """Round a number of rows up to one of eight capacities per doubling, at least 1,024.
 
     A search then has 4 % more rows on average and 12 % at most, and the exact graph 9 % and 27 %
-    more work. Four capacities per doubling would double this; sixteen would compile twice as often.
+    more work. Four capacities per doubling would double this overhead; sixteen would compile twice
+    as often.
 
     Example:
       >>> [capacity_for(num_rows) for num_rows in (1, 1_024, 1_025, 3_000, 3_001, 1_000_000)]
@@ -70,15 +72,15 @@ def segment_starts(num_rows: int, block_size: int) -> Int[np.ndarray, "l s"]:
     """The first position of each segment, `[levels + 1, segments + 1]`.
 
     Segment `s` of one level becomes `2 s` and `2 s + 1` of the next. All segments except the last
-    hold whole blocks; a segment of one block has an empty second half.
+    hold whole blocks; the second half of a single block is empty.
     """
     blocks = np.array([-(-num_rows // block_size)])
     levels = [blocks]
     while blocks.max() > 1:
         blocks = np.stack([blocks - blocks // 2, blocks // 2], axis=1).ravel()
         levels.append(blocks)
-    # All levels are as wide as the last one, padded with empty segments, so that one loop body
-    # serves all of them.
+    # All levels are padded with empty segments to the width of the last, so that one loop body
+    # handles them all.
     table = np.full((len(levels), len(blocks) + 1), num_rows, np.int32)
     for row, blocks in zip(table, levels, strict=True):
         row[0] = 0

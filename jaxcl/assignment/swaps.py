@@ -1,8 +1,8 @@
-"""Swaps of rows between segments that move more of the loss's mass into the batches.
+"""Swap rows between segments to bring more of the loss's mass into the batches.
 
 A parallel form of Kernighan and Lin, "An efficient heuristic procedure for partitioning graphs",
 Bell System Technical Journal, 1970. The rows of two segments are ranked by their gain from moving
-to the other one, rows of equal rank are paired, and all profitable pairs swap at once.
+to the other segment, rows of equal rank are paired, and all profitable pairs swap at once.
 """
 
 from typing import NamedTuple
@@ -46,31 +46,31 @@ class Segments(NamedTuple):
 
 def segments_of(starts: Int[Array, " _"], num_positions: int) -> Segments:
     """Cut positions at `starts`."""
-    # One entry more, since segments without padding end at `num_positions`.
+    # One extra entry, since segments without padding end at `num_positions`.
     begun = jnp.zeros(num_positions + 1, jnp.int32).at[starts[1:]].add(1)
     return Segments(starts, jnp.cumsum(begun[:num_positions]))
 
 
 def most_first(gains: Int[Array, " p"], segments: Segments) -> Int[Array, " p"]:
-    """Positions by segment and descending gain, as exactly as 32 bits allow.
+    """Sort positions by segment and descending gain, as precisely as 32 bits allow.
 
-    Segment, gain and place in the segment are packed into one integer, since XLA sorts one array
-    many times faster than several. The gain gets the remaining bits, starting from its sign and
-    exponent: 15 for 50,000 rows, 7 for 10 million. Equal gains keep their order.
+    Segment, gain and offset in the segment are packed into one integer, since XLA sorts one array
+    many times faster than several. The gain gets the remaining bits, sign and exponent first: 15
+    for 50,000 rows, 7 for 10 million. Equal gains keep their order.
     """
     starts, of_position = segments
     position = jnp.arange(of_position.shape[0], dtype=jnp.int32)
     padding = of_position == segments.number
     segment = jnp.where(padding, 0, of_position)
-    place = jnp.where(padding, 0, position - starts[segment])
-    place_bits, segment_bits = (32 - lax.clz(numbers.max()) for numbers in (place, segment))
-    gain_bits = jnp.minimum(32 - place_bits - segment_bits, _ORDERED_BITS)
+    offset = jnp.where(padding, 0, position - starts[segment])
+    offset_bits, segment_bits = (32 - lax.clz(numbers.max()) for numbers in (offset, segment))
+    gain_bits = jnp.minimum(32 - offset_bits - segment_bits, _ORDERED_BITS)
     gain = _ordered(-gains) >> (_ORDERED_BITS - gain_bits)
-    # All 32 bits may be in use: as int32, segments with the top bit set would sort first.
-    packed = (segment << gain_bits | gain) << place_bits | place
+    # All 32 bits may be in use; as int32, segments with the top bit set would sort first.
+    packed = (segment << gain_bits | gain) << offset_bits | offset
     packed = jnp.where(padding, jnp.uint32(2**32 - 1), packed.astype(jnp.uint32))
-    # Sorting leaves each segment in its own positions, so that only the place is unpacked.
-    ordered = lax.sort(packed).astype(jnp.int32) & ((1 << place_bits) - 1)
+    # Sorting leaves each segment in its own positions, so only the offset is unpacked.
+    ordered = lax.sort(packed).astype(jnp.int32) & ((1 << offset_bits) - 1)
     return jnp.where(padding, position, starts[segment] + ordered)
 
 
@@ -91,18 +91,18 @@ def swap(
       graph: the neighbours of this device's rows.
       order: all rows, by position.
       segments: the partition of the positions.
-      partners: the segment to swap with, for each segment and mutually; itself for none.
+      partners: each segment's partner, mutually; the segment itself for none.
       rounds: number of rounds.
-      eagerness: the share of the profitable swaps that a round makes. Below 1, so that two
-        neighbours do not follow each other across in the same round and stay apart.
-      key: draws which swaps are made.
+      eagerness: the fraction of profitable swaps that each round makes. Below 1, so that two
+        neighbours do not both cross in the same round and stay separated.
+      key: draws the swaps that are made.
       place: where this device's rows lie.
 
     Returns:
       The new order; segments keep their sizes.
     """
     of_position, starts = segments.of_position, segments.starts
-    # Padding is one more segment, without rows and its own partner, so that it never swaps.
+    # Padding is an extra empty segment that is its own partner, so it never swaps.
     sizes = jnp.append(jnp.diff(starts), 0)
     partners = jnp.append(partners, segments.number)
     other = partners[of_position]
@@ -116,23 +116,23 @@ def swap(
         weights = weights_within(graph, of_row, place)
         gain = _gains(graph, weights, of_row, partners, place)
         order = order[most_first(gain[order], segments)]
-        # Rows of nearby ranks are paired, at another distance in each round: two neighbours that
-        # block each other's swap would otherwise stay paired for ever. The signs are opposite on
-        # both sides, so that pairing is mutual.
+        # Rows of nearby ranks are paired, at a different distance in each round: two neighbours
+        # that block each other's swap would otherwise stay paired forever. The two sides have
+        # opposite signs, so that pairing is mutual.
         distance = jnp.where(of_position < other, 1, -1) * (number % _DISTANCES)
-        mate = starts[other] + (rank + distance) % jnp.maximum(ranks, 1)
-        mate = jnp.where(paired, mate, 0)
-        first = jnp.minimum(position, mate)
-        mate_of_row = jnp.zeros_like(order).at[order].set(jnp.where(paired, order[mate], -1))
-        # Kernighan and Lin's correction: an edge between the two still crosses after the swap, but
-        # both gains have counted it as won.
-        tie = _weight_between(graph, weights, mate_of_row, place)[order]
-        worth = gain[order] + gain[order[mate]] - 2 * (tie + tie[mate])
-        # Both ends read the chance of the lower position. If only one of them moved, a row would
-        # be in the order twice and another one not at all.
+        counterpart = starts[other] + (rank + distance) % jnp.maximum(ranks, 1)
+        counterpart = jnp.where(paired, counterpart, 0)
+        first = jnp.minimum(position, counterpart)
+        paired_row = jnp.zeros_like(order).at[order].set(jnp.where(paired, order[counterpart], -1))
+        # Kernighan and Lin's correction: an edge between the two rows still crosses after the swap,
+        # but both gains include it.
+        tie = _weight_between(graph, weights, paired_row, place)[order]
+        worth = gain[order] + gain[order[counterpart]] - 2 * (tie + tie[counterpart])
+        # Both rows use the random number of the lower position. If only one of them moved, the
+        # order would contain one row twice and lose another.
         chance = jax.random.uniform(jax.random.fold_in(key, number), (place.num_rows,))
         swapped = paired & (worth > 0) & (chance[first] < eagerness)
-        return jnp.where(swapped, order[mate], order)
+        return jnp.where(swapped, order[counterpart], order)
 
     return lax.fori_loop(0, rounds, one_round, order)
 
@@ -176,13 +176,13 @@ def _gains(
     partners: Int[Array, " s"],
     place: Place,
 ) -> Int[Array, " p"]:
-    """The gain in all rows' losses if a row moved to its segment's partner."""
+    """The gain over all rows from moving a row to its segment's partner."""
     theirs, ours = segments_of_neighbours(graph, of_row), place.mine(of_row)[:, None]
     same = theirs == ours
     across = (theirs == partners[ours]) & ~same
     moved = jnp.where(across, weights, 0) - jnp.where(same, weights, 0)
-    # Edges count at both ends: a row may be the neighbour of rows on any device. Sums are integers,
-    # so that neither the order of the scatter nor the number of devices changes them.
+    # Edges count at both ends, since a row may be a neighbour of rows on any device. Integer sums
+    # depend neither on the order of the scatter nor on the number of devices.
     gain = as_varying(jnp.zeros(place.num_rows, jnp.int32), moved)
     gain = gain.at[jnp.where(graph.rows >= 0, graph.rows, place.num_rows)].add(moved, mode="drop")
     mine = place.mine(gain) + moved.sum(1)
@@ -190,19 +190,19 @@ def _gains(
 
 
 def _weight_between(
-    graph: PairGraph, weights: Int[Array, "n k"], mate: Int[Array, " p"], place: Place
+    graph: PairGraph, weights: Int[Array, "n k"], paired_row: Int[Array, " p"], place: Place
 ) -> Int[Array, " p"]:
-    """The weight of the edge from each row to its mate; 0 if the mate is no neighbour."""
-    found = (graph.rows == place.mine(mate)[:, None]) & (graph.rows >= 0)
-    return place.everyone(jnp.where(found, weights, 0).sum(1))
+    """The weight of the edge from each row to the row it is paired with; 0 without an edge."""
+    is_pair = (graph.rows == place.mine(paired_row)[:, None]) & (graph.rows >= 0)
+    return place.everyone(jnp.where(is_pair, weights, 0).sum(1))
 
 
 def _ordered(numbers: Int[Array, "*n"]) -> Int[Array, "*n"]:
-    """Non-negative integers in the same order, with sign and magnitude in the highest bits."""
+    """Map to non-negative integers in the same order, with sign and magnitude in the top bits."""
     # The bits of positive floats sort like the floats, the exponent first: a prefix of them
     # resolves small gains as well as large ones.
     magnitude = lax.bitcast_convert_type(jnp.abs(numbers).astype(jnp.float32), jnp.int32)
-    # Counted from one exponent below that of 1, so that 2^31 becomes 2^28, and 1 more than 0.
+    # Counted from one exponent below that of 1, so that 2^31 becomes 2^28 and 1 stays above 0.
     magnitude = jnp.maximum(magnitude - (126 << 23), 0)
     return jnp.minimum(2**28 + jnp.sign(numbers) * magnitude, 2**_ORDERED_BITS - 1)
 
@@ -214,28 +214,28 @@ def _matched(
     key: Key[Array, ""],
     place: Place,
 ) -> Int[Array, " s"]:
-    """Pairs of segments that would gain by swaps, drawn at random; the others pair with themselves.
+    """Draw pairs of segments that would gain from swaps; other segments pair with themselves.
 
-    Each segment proposes the destination of one of its rows with a large gain. Of proposals that
+    Each segment proposes the destination of one of its rows with a large gain. Among proposals that
     share a segment, the one with the highest lot is accepted (Luby, "A simple parallel algorithm
     for the maximal independent set problem", STOC 1985).
     """
     weights = weights_within(graph, of_row, place)
     theirs, ours = segments_of_neighbours(graph, of_row), place.mine(of_row)[:, None]
-    # However wide the graph is, a row has at most as many neighbours as there are rows.
+    # A row has at most as many neighbours as there are rows, however wide the graph is.
     slots = jnp.minimum(graph.rows.shape[1], segments.starts[-1])
     num_segments = segments.number
     rows = place.first + jnp.arange(place.here)
     slot_seed, row_seed, lot_seed = jax.random.bits(key, (3,))
-    # A row's destination is the segment of a random neighbour, heavier ones more often. The noise
-    # depends on the global row number: devices need no exchange to draw the same.
+    # A row's destination is the segment of a random neighbour, weighted by the edge. The noise
+    # depends on the global row number, so devices agree without communication.
     lots = weights * _noise(rows[:, None] * slots + jnp.arange(graph.rows.shape[1]), slot_seed)
     elsewhere = (theirs >= 0) & (theirs != ours)
     drawn = jnp.argmax(jnp.where(elsewhere, lots, -1), axis=1, keepdims=True)
     target = jnp.take_along_axis(theirs, drawn, axis=1)
     moved = jnp.where(theirs == target, weights, 0) - jnp.where(theirs == ours, weights, 0)
-    wanted = jnp.where(elsewhere.any(1), moved.sum(1), 0)
-    eagerness = jnp.ceil(jnp.maximum(wanted, 0) * _noise(rows, row_seed)).astype(jnp.int32)
+    gain = jnp.where(elsewhere.any(1), moved.sum(1), 0)
+    eagerness = jnp.ceil(jnp.maximum(gain, 0) * _noise(rows, row_seed)).astype(jnp.int32)
     eagerness, target = place.everyone(eagerness), place.everyone(target[:, 0])
 
     # Padding is out of range here, and `segment_max` drops it.
@@ -245,28 +245,28 @@ def _matched(
     proposer = jax.ops.segment_max(jnp.where(is_most, row, -1), of_row, num_segments)
     itself = jnp.arange(num_segments, dtype=jnp.int32)
     proposal = jnp.where(most > 0, target[jnp.maximum(proposer, 0)], itself)
-    # A permutation, so that no two lots are equal: of two proposals that share a segment, only one
-    # can have the highest.
+    # Lots are a permutation, hence distinct: only one of the proposals that share a segment can
+    # have the highest.
     lot = jnp.argsort(_noise(itself, lot_seed))
 
     def one_round(_: Integer[Array, ""] | int, partners: Array) -> Array:
         free = partners == itself
         proposes = free & free[proposal] & (proposal != itself)
-        lot_here = jnp.where(proposes, lot, -1)
+        own_lot = jnp.where(proposes, lot, -1)
         highest = jnp.maximum(
-            lot_here, jnp.full(num_segments, -1, lot.dtype).at[proposal].max(lot_here)
+            own_lot, jnp.full(num_segments, -1, lot.dtype).at[proposal].max(own_lot)
         )
-        taken = proposes & (highest == lot_here) & (highest[proposal] == lot_here)
-        partners = jnp.where(taken, proposal, partners)
-        return partners.at[jnp.where(taken, proposal, num_segments)].set(itself, mode="drop")
+        accepted = proposes & (highest == own_lot) & (highest[proposal] == own_lot)
+        partners = jnp.where(accepted, proposal, partners)
+        return partners.at[jnp.where(accepted, proposal, num_segments)].set(itself, mode="drop")
 
     return lax.fori_loop(0, _MATCHING_ROUNDS, one_round, itself)
 
 
 def _noise(numbers: Integer[Array, "..."], seed: Integer[Array, ""]) -> Float[Array, "..."]:
-    """Pseudo-random numbers in [0, 1), each a function of its number and the seed alone.
+    """Pseudo-random values in [0, 1), each a function of only its number and the seed.
 
-    They are therefore equal on any number of devices. The hash is Wellons' "lowbias32",
+    They therefore do not depend on the number of devices. The hash is Wellons' "lowbias32",
     hash-prospector, 2018.
     """
     word = numbers.astype(jnp.uint32) ^ seed

@@ -313,7 +313,7 @@ def test_progress_adds_up_to_all_rows():
 
 @pytest.mark.parametrize("quantile", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_a_quantile_beyond_0_and_1_is_an_error(quantile):
-    with pytest.raises(ValueError, match=f"quantile={quantile}; it lies between 0 and 1"):
+    with pytest.raises(ValueError, match=f"quantile={quantile} must be between 0 and 1"):
         paper_order(*pairs(10), quantile=quantile)
 
 

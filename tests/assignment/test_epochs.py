@@ -483,9 +483,9 @@ def test_a_schedule_that_leaves_0_to_1_is_an_error(given):
         ({"block_size": 0}, "block_size=0 does not divide"),
         ({"random_fraction": 1.1}, "random_fraction=1.1 must be from 0 to 1"),
         ({"random_fraction": float("nan")}, "random_fraction=nan"),
-        ({"order": np.array([0, 1, 1, 3])}, "no permutation of its 4 rows"),
-        ({"order": np.array([1, 2, 3, 4])}, "no permutation"),
-        ({"order": np.array([], int)}, "no permutation of its 0 rows"),
+        ({"order": np.array([0, 1, 1, 3])}, "not a permutation of its 4 rows"),
+        ({"order": np.array([1, 2, 3, 4])}, "not a permutation"),
+        ({"order": np.array([], int)}, "not a permutation of its 0 rows"),
     ],
     ids=str,
 )

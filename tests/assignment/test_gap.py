@@ -146,7 +146,7 @@ def test_fields_that_are_wanted_alone_are_the_same(x64):
         for options in ({}, {"fields": ("gap", "closed")})
     )
     assert less < work / 2
-    with pytest.raises(ValueError, match="gaps: no field of a report; use global_loss, "):
+    with pytest.raises(ValueError, match="unknown fields: gaps; use global_loss, "):
         make_gap_measure(make_mesh({"data": -1}), num_rows=ROWS, fields=("gap", "gaps"))
 
 
@@ -318,5 +318,5 @@ def test_mistakes_are_named():
         sample_batches(np.arange(5), batch_size=6, count=1, seed=0)
     with pytest.raises(ValueError, match="count=0 must be at least 1"):
         sample_batches(np.arange(5), batch_size=2, count=0, seed=0)
-    with pytest.raises(ValueError, match="50 rows in all, of a data set of 45"):
+    with pytest.raises(ValueError, match="50 rows in all, the data set 45"):
         measured(*pairs(dtype=jnp.float32), np.zeros((10, 5), np.int32))

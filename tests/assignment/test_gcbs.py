@@ -122,8 +122,8 @@ def test_a_newcomer_gives_two_arrays():
         ({"effort": Effort(starts=0)}, "starts=0; set it to at least 1"),
         ({"effort": Effort(swaps=-1)}, "swaps=-1; set it to at least 0"),
         ({"effort": Effort(eagerness=0.0)}, r"eagerness=0\.0; set it above 0, at most 1"),
-        ({"method": "rcm", "similarity_cap": 0.9}, "similarity_cap=0.9 are for the other methods"),
-        ({"method": "rcm", "graph": "exact"}, "graph='exact' and similarity_cap=None are for"),
+        ({"method": "rcm", "similarity_cap": 0.9}, "similarity_cap=0.9; set them to None"),
+        ({"method": "rcm", "graph": "exact"}, "ignores graph='exact' and similarity_cap=None"),
     ],
 )
 def test_settings_that_cannot_be_are_named(changes, message):
@@ -161,7 +161,7 @@ def test_embeddings_of_other_types_are_those_of_float32():
 def test_embeddings_that_cannot_be_are_named():
     queries, keys, _ = topical()
     for other in (keys[:-1], keys[:, :-1], keys[0]):
-        with pytest.raises(ValueError, match=r"one row of each per pair, and as many features"):
+        with pytest.raises(ValueError, match="with equally many features"):
             assign(queries, other, block_size=8)
     broken = keys.copy()
     broken[[3, 5]] = np.array([[np.nan], [np.inf]])

@@ -263,7 +263,7 @@ SOURCES = np.array([0, 0, 1, 1, 5])
         ({"weights": {0: 0.0, 1: 0.0, 5: 0.0}}, "not all 0"),
         ({"weights": {0: 1.0, 1: 1.0}}, r"sources \[5\] have no weight"),
         ({"weights": {0: 1.0, 1: 1.0, 5: 1.0, 2: 0.0}}, r"name sources \[2\], which have no rows"),
-        ({"weights": {0: 1.0, 1: 1.0, 5: 1.0}, "temperature": 2.0}, "weights cancel"),
+        ({"weights": {0: 1.0, 1: 1.0, 5: 1.0}, "temperature": 2.0}, "weights override"),
         ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"temperature": math.nan}, "temperature=nan"),
     ],
