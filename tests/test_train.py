@@ -460,7 +460,7 @@ def test_other_models_train(tiny, tmp_path, model):
         ({"model.options.max_tokens": 1}, "data.max_tokens."),
         (
             {"run.mesh": {"data": 3}},
-            "mesh={'data': 3} does not fit 8 devices; its sizes must multiply to 8",
+            "mesh={'data': 3} does not fit 8 devices; the product of its sizes must be 8",
         ),
     ],
 )

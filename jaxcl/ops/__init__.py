@@ -1,1 +1,1 @@
-"""The heavy arithmetic: a folder per family of operations, its definition beside what is fast."""
+"""Compute-intensive operations; a folder per family has the reference and fast implementations."""

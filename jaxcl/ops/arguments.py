@@ -1,4 +1,4 @@
-"""Checks of what callers give, before JAX converts it."""
+"""Checks of callers' arguments, before JAX converts them."""
 
 from typing import Any
 
@@ -22,11 +22,11 @@ _INT32 = np.iinfo(np.int32)
 
 
 def as_vectors(name: str, vectors: Any, *, axes: int = 2) -> Float[Array, "..."]:
-    """Embeddings as an array of JAX.
+    """Check embeddings, and convert them to a JAX array.
 
     Raises:
-      TypeError: for a list, or numbers that are not floating-point.
-      ValueError: for another number of axes, or vectors without features.
+      TypeError: if `vectors` is not an array of floats.
+      ValueError: if the number of axes is wrong, or the vectors have no features.
     """
     if not isinstance(vectors, jax.Array | np.ndarray):
         kind = type(vectors).__name__
@@ -41,71 +41,71 @@ def as_vectors(name: str, vectors: Any, *, axes: int = 2) -> Float[Array, "..."]
 
 
 def native(array: np.ndarray) -> np.ndarray:
-    """The array in the byte order of this machine, the only one that JAX takes."""
+    """Convert an array to this machine's byte order, the only one that JAX accepts."""
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def as_integers(name: str, values: Any) -> Int[np.ndarray, "..."]:
-    """Integers of any width on the host, such as a list's.
+    """Convert integers of any width, such as a list of them, to a NumPy array.
 
     Raises:
-      TypeError: for other types; fractions would be cut off.
+      TypeError: for other types, whose fractions would be truncated.
     """
     integers = np.asarray(values)
     if not integers.size:
-        integers = integers.astype(np.int64)  # an empty list has no type
+        integers = integers.astype(np.int64)  # NumPy makes an empty list float64
     if not np.issubdtype(integers.dtype, np.integer):
         raise TypeError(f"{name} has the type {integers.dtype}; give integers")
     return integers
 
 
 def as_labels(name: str, labels: Any) -> Integer[Array, "..."]:
-    """Ids, groups or row numbers as int32.
+    """Convert ids, groups or row numbers to int32.
 
-    Of a traced array, and of one on several hosts, only the type is checked; it stays as it is.
+    Traced arrays and arrays on several hosts are returned unchanged; only their type is checked.
 
     Raises:
-      TypeError: for labels that are not integers.
-      ValueError: for a label that int32 cannot hold, which JAX would cut without a word.
+      TypeError: if the labels are not integers.
+      ValueError: if a label does not fit in int32, where JAX would silently truncate it.
     """
     if _is_unknown(labels):
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise TypeError(f"{name} has the type {labels.dtype}; give integers")
         return labels
     if isinstance(labels, jax.Array) and labels.dtype == np.int32:
-        return labels  # unread: a device may still compute its values
+        return labels  # not read, since a device may still be computing the values
     values = host_labels(name, labels)
-    # Where a device holds them, they stay there.
+    # Labels on a device stay there.
     return jnp.asarray(labels if isinstance(labels, jax.Array) else values, jnp.int32)
 
 
 def host_labels(name: str, labels: Any) -> Integer[np.ndarray, "..."]:
-    """Ids, groups or row numbers as int32 on the host, whatever is traced meanwhile.
+    """Convert ids, groups or row numbers to int32 on the host, even while JAX traces.
 
     Raises:
-      TypeError: for labels that are not integers.
-      ValueError: for a label that int32 cannot hold.
+      TypeError: if the labels are not integers.
+      ValueError: if a label does not fit in int32.
     """
     integers = as_integers(name, labels)
     outside = integers[(integers < _INT32.min) | (integers > _INT32.max)]
     if outside.size:
         raise ValueError(
-            f"{name} holds {outside[0]}, which int32 cannot hold; number the labels from 0, such "
-            "as by np.unique(labels, return_inverse=True)[1]"
+            f"{name} holds {outside[0]}, which does not fit in int32; renumber the labels from 0, "
+            "for example with np.unique(labels, return_inverse=True)[1]"
         )
     return integers.astype(np.int32)
 
 
 def check_numbers(name: str, numbers: Any, allowed: Range) -> None:
-    """Raise a `ValueError` for a number, or an array that holds one, out of range.
+    """Raise a `ValueError` if a number, or an element of an array, is out of range.
 
-    The values of a traced array, and of one on several hosts, are unknown and pass.
+    The values of traced arrays and of arrays on several hosts are unknown and not checked.
     """
     if _is_unknown(numbers):
         return
     values = np.asarray(numbers)
     if values.size:
-        for extreme in (values.min(), values.max()):  # of a NaN among them, both are NaN
+        for extreme in (values.min(), values.max()):  # both are NaN if any value is
             allowed.check(name, extreme.item())
 
 
@@ -114,7 +114,7 @@ def _is_unknown(array: Any) -> bool:
 
 
 def label_fields(name: str, holder: Any) -> dict[str, Any]:
-    """The fields `ids` and `groups` of a NamedTuple as `as_labels`, where there are any."""
+    """Convert the fields `ids` and `groups` of a NamedTuple with `as_labels`, unless `None`."""
     fields = {field: getattr(holder, field) for field in ("ids", "groups")}
     return {
         field: as_labels(f"{name}.{field}", labels)

@@ -1,8 +1,8 @@
-"""How rows go from device to device, with their gradients.
+"""Exchange rows between devices, with gradients.
 
-Processes whose devices are CPUs talk by gloo, whose reduce-scatter is wrong now and then without a
-word, or waits for ever (jax-ml/jax issues 40830 and 40831). There a sum over all devices is made
-whole, and each takes its part.
+CPU processes communicate through gloo, whose reduce-scatter sometimes returns wrong results
+silently or hangs (jax-ml/jax issues 40830 and 40831). There, an all-reduce replaces it, and each
+device takes its slice of the sum.
 """
 
 import functools
@@ -18,14 +18,14 @@ __all__ = ["gather", "rotate", "sum_scatter"]
 
 
 def rotate(tree: PyTree, axis_name: AxisName) -> PyTree:
-    """What the device before held, in the order of the mesh axes given."""
+    """Receive the arrays of the previous device along the mesh axes, and send ours to the next."""
     size = lax.axis_size(axis_name)
     following = [(device, (device + 1) % size) for device in range(size)]
     return jax.tree.map(lambda rows: lax.ppermute(rows, axis_name, following), tree)
 
 
 def gather(tree: PyTree, axis_name: AxisName) -> PyTree:
-    """All devices' rows, in the order of the devices, on each of them."""
+    """Concatenate the rows of all devices, in device order, on every device."""
 
     def everywhere(rows: Array) -> Array:
         if _by_gloo() and jnp.issubdtype(rows.dtype, jnp.floating):
@@ -36,7 +36,7 @@ def gather(tree: PyTree, axis_name: AxisName) -> PyTree:
 
 
 def sum_scatter(values: Float[Array, "k ..."], axis_name: AxisName) -> Float[Array, "q ..."]:
-    """The sum over all devices, of which each has its own rows: the n-th of n equal parts."""
+    """Sum over all devices, and return the n-th of n equal slices on the n-th device."""
     if not _by_gloo():
         return lax.psum_scatter(values, axis_name, tiled=True)
     size = values.shape[0] // lax.axis_size(axis_name)
@@ -54,7 +54,7 @@ def _gathered(rows: Float[Array, "q ..."], axis_name: AxisName) -> Float[Array, 
 
 
 _gathered.defvjp(
-    # Not `_gathered`, or a second derivative in forward mode would not exist.
+    # Not `_gathered`, so that a second derivative in forward mode exists.
     lambda rows, axis_name: (lax.all_gather(rows, axis_name, tiled=True), None),
     lambda axis_name, _, cotangents: (sum_scatter(cotangents, axis_name),),
 )

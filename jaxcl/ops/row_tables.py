@@ -25,21 +25,21 @@ ENTRIES_MULTIPLE = 1_024
 
 
 def init_table(num_rows: int, width: int, *, value: float) -> Float[Array, "n w"]:
-    """A table with one entry per row, all equal to `value`.
+    """Create a table with one entry per row, all equal to `value`.
 
-    It is padded to a multiple of 1,024 entries on every mesh, so that a checkpoint can move from
-    one mesh to another.
+    It is padded to a multiple of 1,024 entries on every mesh, so that a checkpoint can move between
+    meshes.
     """
     return jnp.full((padded_entries(num_rows), width), value, jnp.float32)
 
 
 def padded_entries(number: int) -> int:
-    """The number rounded up to a multiple of `ENTRIES_MULTIPLE`."""
+    """Round a number up to a multiple of `ENTRIES_MULTIPLE`."""
     return -(-number // ENTRIES_MULTIPLE) * ENTRIES_MULTIPLE
 
 
 def read_rows(tables: PyTree, rows: Int[Array, " b"]) -> PyTree:
-    """The entries of some rows, `[b, …]` from each table."""
+    """Read the entries of the given rows, `[b, …]` from each table."""
     return jax.tree.map(lambda table: table[rows], tables)
 
 
@@ -50,15 +50,15 @@ def fetch_rows(
     axis_name: AxisName | None,
     constant: bool = False,
 ) -> PyTree:
-    """Fetch the entries of rows that any device may hold, inside of `jax.shard_map`.
+    """Fetch entries of sharded tables from whichever device holds them, inside `jax.shard_map`.
 
-    Requests travel round the devices, and each device fills in the entries that it holds. No device
+    Requests travel around a ring, and each device fills in the entries that it holds. No device
     holds more than one other device's result at a time. If each of `p` devices requests `r` rows,
     every device sends and receives `p · r` entries and row numbers.
 
     Args:
-      tables: this device's share of each table, `[n / devices, …]`.
-      rows: the requested rows, by their number in the whole table; negative ones give 0.
+      tables: this device's shard of each table, `[n / devices, …]`.
+      rows: the requested row numbers in the whole table; negative ones return 0.
       axis_name: the mesh axes over which tables are sharded; `None` for replicated ones.
       constant: whether no gradient is needed. Two-byte floats then travel as bits; otherwise XLA on
         a CPU converts the whole table to float32.
@@ -68,23 +68,23 @@ def fetch_rows(
     """
     if constant:
         types = jax.tree.map(lambda table: table.dtype, tables)
-        found = fetch_rows(jax.tree.map(as_bits, tables), rows, axis_name=axis_name)
-        return jax.tree.map(from_bits, found, types)
+        bits = fetch_rows(jax.tree.map(as_bits, tables), rows, axis_name=axis_name)
+        return jax.tree.map(from_bits, bits, types)
     size = 1 if axis_name is None else lax.axis_size(axis_name)
     device = 0 if axis_name is None else lax.axis_index(axis_name)
 
-    def filled(rows: Array, found: PyTree) -> PyTree:
+    def filled(rows: Array, entries: PyTree) -> PyTree:
         def fill(table: Array, answer: Array) -> Array:
-            place = rows - device * table.shape[0]
-            here = (rows >= 0) & (place >= 0) & (place < table.shape[0])
-            # Rows of other devices read the first entry, which `where` masks, gradient included.
-            values = table[jnp.where(here, place, 0)]
+            index = rows - device * table.shape[0]
+            here = (rows >= 0) & (index >= 0) & (index < table.shape[0])
+            # Rows of other devices read the first entry; `where` masks its value and gradient.
+            values = table[jnp.where(here, index, 0)]
             return jnp.where(here.reshape(*here.shape, *[1] * (table.ndim - 1)), values, answer)
 
-        return jax.tree.map(fill, tables, found)
+        return jax.tree.map(fill, tables, entries)
 
     everywhere = (tables, rows)
-    found = jax.tree.map(
+    entries = jax.tree.map(
         lambda table: full_like_varying(
             (*rows.shape, *table.shape[1:]), 0.0, table.dtype, everywhere
         ),
@@ -92,18 +92,18 @@ def fetch_rows(
     )
     rows = as_varying(rows, everywhere)
     if size == 1:
-        return filled(rows, found)
+        return filled(rows, entries)
 
     def visit(_: Array, carry: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
         # As many rotations as devices: requests end where they started, with all answers.
-        rows, found = carry
-        return rotate((rows, filled(rows, found)), axis_name)
+        rows, entries = carry
+        return rotate((rows, filled(rows, entries)), axis_name)
 
-    return lax.fori_loop(0, size, visit, (rows, found))[1]
+    return lax.fori_loop(0, size, visit, (rows, entries))[1]
 
 
 def as_bits(array: Array) -> Array:
-    """Two-byte floats as unsigned integers, all other arrays unchanged; both without gradient."""
+    """Reinterpret two-byte floats as uint16 and keep other arrays, both without gradient."""
     array = lax.stop_gradient(array)
     return lax.bitcast_convert_type(array, jnp.uint16) if _is_half(array.dtype) else array
 
@@ -118,16 +118,16 @@ def _is_half(dtype: jnp.dtype) -> bool:
 
 
 def write_rows(tables: PyTree, rows: Int[Array, " b"], entries: PyTree) -> PyTree:
-    """Write new entries for some rows; for a row given twice, the first entry.
+    """Write new entries for the given rows; the first entry wins if a row occurs twice.
 
-    Without this rule, the order in which devices write would decide. Negative rows, such as the −1
-    of padding, are written nowhere.
+    Without this rule, the result would depend on the order of the devices' writes. Negative rows,
+    such as −1 for padding, are not written.
     """
     first = first_places(rows)
 
     def written(table: Array, values: Array) -> Array:
-        places = jnp.where(first, rows, table.shape[0])
-        return table.at[places].set(values.astype(table.dtype), mode="drop")
+        indices = jnp.where(first, rows, table.shape[0])
+        return table.at[indices].set(values.astype(table.dtype), mode="drop")
 
     return jax.tree.map(written, tables, entries)
 
@@ -135,10 +135,10 @@ def write_rows(tables: PyTree, rows: Int[Array, " b"], entries: PyTree) -> PyTre
 def first_places(
     rows: Int[Array, " b"], valid: Bool[Array, " b"] | None = None
 ) -> Bool[Array, " b"]:
-    """Whether each place is valid and the first one with its row; negative rows are not valid."""
+    """Whether each position is valid and the first with its row; negative rows are not valid."""
     valid = rows >= 0 if valid is None else valid & (rows >= 0)
-    rows = jnp.where(valid, rows, -1)  # no valid place comes after an invalid one of its row
-    # Stable, so that equal rows keep the order of their places.
+    rows = jnp.where(valid, rows, -1)  # an invalid position must not precede a valid one of its row
+    # Stable, so that equal rows keep their order.
     order = jnp.argsort(rows, stable=True)
     ordered = rows[order]
     first = jnp.concatenate([jnp.ones_like(ordered[:1], bool), ordered[1:] != ordered[:-1]])

@@ -1,4 +1,4 @@
-"""The types that `jax.shard_map` gives to arrays: over which mesh axes they differ."""
+"""Array types in `jax.shard_map`, which record the mesh axes that an array varies over."""
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +12,22 @@ __all__ = ["as_varying", "full_like_varying", "shape_like_varying"]
 def full_like_varying(
     shape: int | tuple[int, ...], value: float, dtype: jnp.dtype, like: PyTree
 ) -> Array:
-    """A constant that varies over the mesh axes of `like`, as a loop's carry must at its start."""
+    """Create a constant that varies over the mesh axes of `like`, such as an initial carry."""
     return as_varying(jnp.full(shape, value, dtype), like)
 
 
 def shape_like_varying(
     shape: tuple[int, ...], dtype: jnp.dtype, like: Array
 ) -> jax.ShapeDtypeStruct:
-    """What a kernel returns whose results vary over the mesh axes of `like`."""
+    """The output type of a kernel whose results vary over the mesh axes of `like`."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
 def as_varying(tree: PyTree, like: PyTree) -> PyTree:
-    """The same arrays, declared to vary over every mesh axis over which a leaf of `like` does.
+    """Declare arrays to vary over every mesh axis that a leaf of `like` varies over.
 
-    A custom derivative must return what its inputs are: an input that is equal on all devices
-    would need a sum over them, which JAX adds by itself behind this declaration.
+    A custom derivative must return the types of its inputs. The gradient of an input that is equal
+    on all devices needs a sum over them; with this declaration, JAX adds the sum itself.
     """
     axes = frozenset().union(*(_axes(leaf) for leaf in jax.tree.leaves(like)))
 

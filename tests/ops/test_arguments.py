@@ -170,7 +170,7 @@ WIDE = np.array([1, 2**31 + 1, 2**32 + 1, -(2**40)])
 @pytest.mark.parametrize("take", INTO_INT32.values(), ids=INTO_INT32)
 @pytest.mark.parametrize("as_given", [np.asarray, np.ndarray.tolist])
 def test_labels_that_int32_cannot_hold_are_refused(take, as_given):
-    with pytest.raises(ValueError, match=r"which int32 cannot hold|does not fit into int32"):
+    with pytest.raises(ValueError, match=r"does not fit in(to)? int32"):
         take(as_given(WIDE))
 
 

@@ -39,17 +39,17 @@ def test_sizes_that_do_not_fit_the_devices_are_an_error_that_says_what_would(axe
     with pytest.raises(ValueError, match="does not fit") as error:
         make_mesh(axes)
     assert str(error.value) == (
-        f"mesh={axes} does not fit 8 devices; its sizes must multiply to 8 "
-        "(one may be -1 for what is left)"
+        f"mesh={axes} does not fit 8 devices; the product of its sizes must be 8 "
+        "(one may be -1 for all remaining devices)"
     )
 
 
 @pytest.mark.parametrize("axes", [{}, {"a": -1, "b": -1}, {"a": 0}, {"a": -2}, {"a": 8, "b": 0}])
 def test_sizes_that_are_none_are_an_error_that_says_so(axes):
-    with pytest.raises(ValueError, match="is no mesh") as error:
+    with pytest.raises(ValueError, match="is not a mesh") as error:
         make_mesh(axes)
     assert str(error.value) == (
-        f"mesh={axes} is no mesh; give axis sizes of at least 1, of which one may be -1"
+        f"mesh={axes} is not a mesh; give axis sizes of at least 1 (one may be -1)"
     )
 
 

@@ -486,11 +486,11 @@ def test_tiles_need_no_memory_for_the_matrix():
             "'cuda' is unknown; use one of reference, tiled, pallas_tpu, pallas_gpu",
         ),
         ({"exchange": "star"}, "'star' is unknown; use one of gather, ring"),
-        ({"tile": 0}, "at least one row"),
-        ({"query_labels": PairLabels(valid=np.ones(2, bool))}, "2 rows stand beside 3 vectors"),
+        ({"tile": 0}, "tile=0 must be at least 1"),
+        ({"query_labels": PairLabels(valid=np.ones(2, bool))}, "2 labels do not match 3 vectors"),
         (
             {"query_labels": PairLabels(different=(np.arange(3),))},
-            "1 labels of the kind 'different'",
+            "1 labels in 'different'",
         ),
         ({"key_labels": PairLabels(guide=np.eye(3))}, "give both"),
     ],
@@ -505,7 +505,7 @@ def test_a_mistake_is_named(arguments, message):
 
 
 def test_a_ring_of_the_reference_is_refused():
-    with pytest.raises(ValueError, match="use implementation='tiled'"):
+    with pytest.raises(ValueError, match="use 'tiled'"):
         over_mesh({"data": 8}, "ring", "reference")(
             unit_vectors(0, 16, 6), unit_vectors(1, 16, 6), 0.0
         )

@@ -122,11 +122,11 @@ def test_they_lower_for_several_in_a_mesh(exchange):
 
 
 def test_what_they_cannot_do_is_named():
-    with pytest.raises(ValueError, match="multiplies bfloat16 or float16, not float32"):
+    with pytest.raises(ValueError, match="needs bfloat16 or float16 on both sides, not float32"):
         pair_logsumexp(*sides(jnp.float32), temperature=1.0, implementation="pallas_gpu")
     guided = {
         "query_labels": PairLabels(guide=jnp.ones((ROWS, 2))),
         "key_labels": PairLabels(guide=jnp.ones((COLUMNS, 2))),
     }
-    with pytest.raises(ValueError, match="has no guides; use 'tiled'"):
+    with pytest.raises(ValueError, match="does not support guides; use 'tiled'"):
         pair_logsumexp(*sides(), temperature=1.0, implementation="pallas_gpu", **guided)

@@ -1,4 +1,4 @@
-"""Reductions of a matrix of scores between queries and keys that never exists as a whole."""
+"""Reductions of the scores between queries and keys, without storing the full matrix."""
 
 from jaxcl.ops.pairs.reduce import (
     EXCHANGES,

@@ -1,4 +1,4 @@
-"""The ring: each device's queries meet the keys of all devices, one device's at a time."""
+"""The ring: each device compares its queries with the keys of one device at a time."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class TilePasses(NamedTuple):
       forward: a function like `tiled.forward`.
       backward: a function like `tiled.backward`.
       hardness: weight of the constant similarity in the scores.
-      tile: rows and columns of a tile.
+      tile: rows and columns per tile.
     """
 
     forward: Callable
@@ -38,7 +38,7 @@ class TilePasses(NamedTuple):
     def differentiate(
         self, reduction: Reduction, residuals: Residuals, cotangents: Reduced
     ) -> tuple[Array, Array, Array, Array]:
-        """The gradients of query vectors, scales, key vectors and biases."""
+        """Compute the gradients of query vectors, scales, key vectors and biases."""
         return self.backward(
             reduction, residuals, cotangents, hardness=self.hardness, tile=self.tile
         )
@@ -53,15 +53,15 @@ def ring_forward(
 ) -> Reduced:
     """Reduce this device's rows over all keys, and this device's columns over all queries.
 
-    The keys visit one device after the other, together with their columns' partial results.
+    The keys travel around the ring, together with their columns' partial results.
     """
     rows, columns = nothing(reduction, queries, keys)
 
-    def meet(visitors: PairKeys, columns: Array, rows: Array) -> tuple[Array, Array]:
+    def combine(visitors: PairKeys, columns: Array, rows: Array) -> tuple[Array, Array]:
         more_rows, more_columns = passes.reduce(reduction, queries, visitors)
         return reduction.join(columns, more_columns), reduction.join(rows, more_rows)
 
-    columns, rows = _round_the_ring(meet, keys, columns, rows, axis_name)
+    columns, rows = _around_the_ring(combine, keys, columns, rows, axis_name)
     return rows, columns
 
 
@@ -72,19 +72,19 @@ def ring_backward(
     cotangents: Reduced,
     axis_name: AxisName,
 ) -> tuple[Float[Array, "q d"], Float[Array, " q"], Float[Array, "k d"], Float[Array, " k"]]:
-    """The gradients of query vectors, scales, key vectors and biases.
+    """Compute the gradients of query vectors, scales, key vectors and biases.
 
-    The keys travel round the ring again, and their gradients follow until they are home.
+    The keys travel around the ring again, followed by their gradients, which return home.
     """
     queries, keys, (rows, columns) = residuals
     row_cotangents, column_cotangents = cotangents
     wide = rows.dtype
 
-    # Sums over the devices are in float32 or wider, also for bfloat16 vectors.
+    # Sum over devices in float32 or wider, even for bfloat16 vectors.
     def zeros(array: Array) -> Array:
         return full_like_varying(array.shape, 0.0, wide, (queries, keys))
 
-    def meet(visitors: tuple, to_visitors: tuple, to_ours: tuple) -> tuple[tuple, tuple]:
+    def combine(visitors: tuple, to_visitors: tuple, to_ours: tuple) -> tuple[tuple, tuple]:
         their_keys, their_values, their_cotangents = visitors
         to_vectors, to_scales, to_keys, to_biases = passes.differentiate(
             reduction,
@@ -96,8 +96,8 @@ def ring_backward(
             jax.tree.map(jnp.add, to_ours, (to_vectors, to_scales)),
         )
 
-    to_visitors, to_ours = _round_the_ring(
-        meet,
+    to_visitors, to_ours = _around_the_ring(
+        combine,
         (keys, columns, column_cotangents),
         (zeros(keys.vectors), zeros(columns)),
         (zeros(queries.vectors), zeros(rows)),
@@ -106,14 +106,14 @@ def ring_backward(
     return *to_ours, *to_visitors
 
 
-def _round_the_ring(
-    meet: Callable, visitors: PyTree, theirs: PyTree, ours: PyTree, axis_name: AxisName
+def _around_the_ring(
+    combine: Callable, visitors: PyTree, theirs: PyTree, ours: PyTree, axis_name: AxisName
 ) -> tuple[PyTree, PyTree]:
-    """Send visitors round all devices, with results that travel and results that stay.
+    """Send visitors around the ring, with results that travel along and results that stay.
 
     Args:
-      meet: (visitors, theirs, ours) -> new (theirs, ours).
-      visitors: this device's inputs, which visit all devices.
+      combine: (visitors, theirs, ours) -> new (theirs, ours).
+      visitors: this device's inputs, which visit every device.
       theirs: the visitors' results, which travel with them and return home.
       ours: this device's results.
       axis_name: mesh axes that form the ring.
@@ -121,15 +121,15 @@ def _round_the_ring(
 
     def visit(_: Array, carry: tuple) -> tuple:
         visitors, theirs, ours = carry
-        # Sent before the product, which does not depend on it: the transfer can overlap.
+        # Sent before the product, which does not depend on it, so that the transfer can overlap.
         following = rotate(visitors, axis_name)
-        theirs, ours = meet(visitors, theirs, ours)
+        theirs, ours = combine(visitors, theirs, ours)
         return following, rotate(theirs, axis_name), ours
 
     visitors, theirs, ours = lax.fori_loop(
         0, lax.axis_size(axis_name) - 1, visit, (visitors, theirs, ours)
     )
-    # Outside of the loop, since the last visitors are not sent again. Their results are one device
-    # short of home.
-    theirs, ours = meet(visitors, theirs, ours)
+    # Outside the loop, since the last visitors are not sent on. Their results return home with one
+    # more rotation.
+    theirs, ours = combine(visitors, theirs, ours)
     return rotate(theirs, axis_name), ours

@@ -1,9 +1,9 @@
-"""Large tiles in kernels for NVIDIA GPUs from Hopper on, whose scores never leave the chip.
+"""Kernels for NVIDIA GPUs since Hopper that reduce large tiles, whose scores stay on the chip.
 
-The tiles are as in `tiled`, but thousands wide, and each is one kernel launch. Every thread block
-multiplies 128 queries by 128 keys on the tensor cores and keeps the scores in registers.
-Forward, it reduces them to one number per row and column. Backward, it turns them into weights,
-which are written in the vectors' type. XLA computes the two products of the gradients.
+Tiles are as in `tiled`, but thousands wide, and each is one kernel launch. Every thread block
+multiplies 128 queries by 128 keys on the tensor cores and keeps the scores in registers. The
+forward pass reduces them to one number per row and column. The backward pass converts them to
+weights and writes these in the vectors' type. XLA computes the two products of the gradients.
 """
 
 import functools
@@ -27,14 +27,14 @@ from jaxcl.typing import Array, Float, PyTree
 __all__ = ["INTERPRET", "TILE", "backward", "forward"]
 
 TILE = 8_192
-"""Rows and columns of a launch: 128 MiB of bfloat16 weights in the backward pass."""
+"""Rows and columns per launch: 128 MiB of bfloat16 weights in the backward pass."""
 
 INTERPRET: Any = None
 """The `interpret` argument of `plgpu.kernel`, for tests."""
 
 _WHOLE = (...,) if "idx" in inspect.signature(plgpu.load).parameters else ()  # before jax 0.12
-_BLOCK = 128  # queries and keys of a thread block
-_CHUNK = 64  # features at a time: 128 bytes, the width of a swizzle in shared memory
+_BLOCK = 128  # queries and keys per thread block
+_CHUNK = 64  # features per step: 128 bytes, the width of a swizzle in shared memory
 _STAGES = 3  # chunks in flight
 
 
@@ -46,7 +46,7 @@ def _reduce(
     down, across = _blocks(queries, keys)
 
     def epilogue(scores: Array, labels: tuple, i: Array, j: Array, results: Sequence) -> None:
-        # Each block writes separate partial results: atomic sums would vary with the order of
+        # Each block writes separate partial results, since atomic sums would depend on the order of
         # blocks.
         rows, columns = results
         rows[j, pl.ds(i * _BLOCK, _BLOCK)] = _in_kernel(reduction.reduce, scores, 1)
@@ -87,11 +87,11 @@ def _weigh(
         gradient += _in_kernel(reduction.weigh, scores, *of_columns)
         to_biases[i, pl.ds(j * _BLOCK, _BLOCK)] = gradient.sum(0)
         staged[...] = (gradient * ours.scale).astype(dtype)
-        # Makes the registers' writes visible to the copy, which is asynchronous; the wait keeps the
-        # block, and its shared memory, alive until it is done.
+        # Makes the writes visible to the asynchronous copy; the wait keeps the block and its shared
+        # memory alive until the copy is done.
         plgpu.commit_smem()
-        place = (pl.ds(i * _BLOCK, _BLOCK), pl.ds(j * _BLOCK, _BLOCK))
-        plgpu.copy_smem_to_gmem(staged, weights.at[place])
+        window = (pl.ds(i * _BLOCK, _BLOCK), pl.ds(j * _BLOCK, _BLOCK))
+        plgpu.copy_smem_to_gmem(staged, weights.at[window])
         plgpu.wait_smem_to_gmem(0)
 
     weights, to_biases = _launch(
@@ -129,23 +129,23 @@ def _launch(
     """Run a kernel on every block of a tile.
 
     Args:
-      epilogue: (scores, both sides' labels and values, the block's place down and across,
-        references of the results and of the scratch); its inputs are broadcast to the block.
+      epilogue: (scores, both sides' labels and values, row and column of the block, references of
+        results and scratch); labels and values are broadcast to the block.
       sides: queries and keys, padded to whole blocks.
-      values: further arrays by row of each side, for the epilogue.
+      values: additional arrays of each side for the epilogue, one value per row.
       hardness: weight of the constant similarity in the scores.
       results: shapes and types of the results.
-      scratch: shared memory of a block.
+      scratch: shared memory per block.
     """
     queries, keys = sides
     dtypes = {queries.vectors.dtype, keys.vectors.dtype}
     if len(dtypes) > 1 or not dtypes <= {jnp.dtype("bfloat16"), jnp.dtype("float16")}:
         raise ValueError(
-            f"implementation='pallas_gpu' multiplies bfloat16 or float16, not "
+            f"implementation='pallas_gpu' needs bfloat16 or float16 on both sides, not "
             f"{' with '.join(sorted(map(str, dtypes)))}; cast the embeddings, or use 'tiled'"
         )
     if queries.labels.guide is not None:
-        raise ValueError("implementation='pallas_gpu' has no guides; use 'tiled'")
+        raise ValueError("implementation='pallas_gpu' does not support guides; use 'tiled'")
     down, across = _blocks(queries, keys)
     labels = ((as_columns(queries), values[0]), (as_rows(keys), values[1]))
     leaves = [_as_numbers(leaf).reshape(-1) for leaf in jax.tree.leaves(labels)]
@@ -163,10 +163,10 @@ def _launch(
         ]
         both = treedef.unflatten(spread)
         (ours, _), (theirs, _) = both
-        scores, counted = block_scores(
+        scores, allowed = block_scores(
             similarity, similarity, None, ours, theirs, hardness=hardness
         )
-        scores = jnp.where(counted, scores, -jnp.inf)
+        scores = jnp.where(allowed, scores, -jnp.inf)
         epilogue(scores, both, i, j, references[len(bools) :])
 
     launch = plgpu.kernel(
@@ -180,12 +180,12 @@ def _launch(
         ),
         interpret=INTERPRET,
     )
-    # `_product` reads the second factor as features by keys; the copy is small next to the product.
+    # `_product` reads the keys as [features, keys]; the copy is cheap compared with the product.
     return launch(queries.vectors, keys.vectors.T, *leaves)
 
 
 def _product(vectors: Any, others: Any, i: Array, j: Array, features: int) -> Array:
-    """The block's inner products, with several chunks of features in flight."""
+    """Compute the block's inner products, with several chunks of features in flight."""
 
     def multiplied(accumulator: Any) -> Array:
         def chunk(_: Any, ours: Any, theirs: Any) -> None:
@@ -207,14 +207,14 @@ def _product(vectors: Any, others: Any, i: Array, j: Array, features: int) -> Ar
 
 
 def _spread(reference: Any, is_bool: bool, block: Array, axis: int) -> Array:
-    """A number per row or column, broadcast to the block in the layout of the product."""
+    """Broadcast one number per row or column to the block, in the layout of the product."""
     # The product's layout with one axis reduced, since elementwise operations need equal layouts.
-    place = pl.ds(block * _BLOCK, _BLOCK)
+    window = pl.ds(block * _BLOCK, _BLOCK)
     if INTERPRET is None:
         layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-        values = plgpu.load(reference.at[place], *_WHOLE, layout=layout, optimized=False)
+        values = plgpu.load(reference.at[window], *_WHOLE, layout=layout, optimized=False)
     else:  # the interpreter has no layouts
-        values = reference[place]
+        values = reference[window]
     spread = lax.broadcast_in_dim(values, (_BLOCK, _BLOCK), (axis,))
     return spread != 0 if is_bool else spread
 
@@ -228,7 +228,7 @@ def _blocks(queries: PairQueries, keys: PairKeys) -> tuple[int, int]:
 
 
 def _padded(side: PyTree) -> PyTree:
-    """A side padded to whole blocks, with masked padding, and to whole chunks of features."""
+    """Pad a side to whole blocks of masked rows and to whole chunks of features."""
     num_rows, features = side.vectors.shape
     valid = side.labels.valid
     valid = jnp.ones(num_rows, bool) if valid is None else valid
@@ -246,10 +246,10 @@ def _padded_rows(rows: Array) -> Array:
 
 def _in_kernel(function: Callable[..., Array], *arguments: Any) -> Array:
     """Call a function with substitutes for the operations that GPU kernels lack."""
-    # The reductions then need no second version for this kernel.
+    # This way, reductions need no separate version for this kernel.
     numbers = [argument for argument in arguments if not isinstance(argument, int)]
     options = [argument for argument in arguments if isinstance(argument, int)]
-    closed = jax.make_jaxpr(lambda *given: function(*given, *options))(*numbers)
+    closed = jax.make_jaxpr(lambda *operands: function(*operands, *options))(*numbers)
     return _evaluated(closed, *numbers)[0]
 
 
@@ -261,14 +261,14 @@ def _evaluated(closed: Any, *arguments: Any) -> list[Array]:
         return atom.val if isinstance(atom, Literal) else values[atom]
 
     for equation in closed.jaxpr.eqns:
-        given = [value(atom) for atom in equation.invars]
+        operands = [value(atom) for atom in equation.invars]
         called = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
         if called is not None:
-            results = _evaluated(called, *given)
+            results = _evaluated(called, *operands)
         elif equation.primitive.name in _SUBSTITUTES:
-            results = [_SUBSTITUTES[equation.primitive.name](*given)]
+            results = [_SUBSTITUTES[equation.primitive.name](*operands)]
         else:
-            result = equation.primitive.bind(*given, **equation.params)
+            result = equation.primitive.bind(*operands, **equation.params)
             results = result if equation.primitive.multiple_results else [result]
         values |= dict(zip(equation.outvars, results, strict=True))
     return [value(atom) for atom in closed.jaxpr.outvars]

@@ -1,9 +1,9 @@
-"""The matrix tile by tile in kernels for TPUs: product, mask and sums without leaving the chip.
+"""TPU kernels that reduce the scores tile by tile: product, mask and sums stay on the chip.
 
-The forward pass is one kernel: a tile's product updates the sums of its rows and its columns, which
+The forward pass is one kernel: a tile's product updates the sums of its rows and columns, which
 stay in the core's memory. The backward pass is two kernels, and each recomputes the tiles. One runs
 along the rows and sums the queries' gradients; the other runs down the columns for the keys. On
-other devices the same kernels are interpreted, which is slow and meant for tests.
+other devices the kernels are interpreted, which is slow and meant for tests.
 """
 
 import functools
@@ -25,9 +25,9 @@ from jaxcl.typing import Array, Bool, Float, PyTree
 __all__ = ["TILE", "backward", "forward"]
 
 TILE = 512
-"""Rows and columns of a tile: 1 MiB of float32 scores, next to two blocks of each side."""
+"""Rows and columns per tile: 1 MiB of float32 scores, next to two blocks of each side."""
 
-# More than the compiler's default, for blocks of wide embeddings and the results of all columns.
+# Above the compiler's default, to fit blocks of wide embeddings and the results of all columns.
 _CORE_MEMORY_BYTES = 64 * 2**20
 
 
@@ -40,7 +40,7 @@ def forward(
 
     def kernel(sides: PyTree, rows: Any, columns: Any) -> None:
         i, j = pl.program_id(0), pl.program_id(1)
-        column_place = (pl.ds(j, 1), slice(None))
+        column_index = (pl.ds(j, 1), slice(None))
 
         @pl.when(j == 0)
         def _() -> None:
@@ -48,12 +48,12 @@ def forward(
 
         @pl.when(i == 0)
         def _() -> None:
-            columns[column_place] = jnp.full((1, cut.width), reduction.empty, wide)
+            columns[column_index] = jnp.full((1, cut.width), reduction.empty, wide)
 
         scores = _tile_scores(sides, cut, i, j, hardness)[0]
         rows[...] = reduction.join(rows[...], reduction.reduce(scores, 1)[:, None])
         more = reduction.reduce(scores, 0)[None, :]
-        columns[column_place] = reduction.join(columns[column_place], more)
+        columns[column_index] = reduction.join(columns[column_index], more)
 
     rows, columns = _call(
         kernel,
@@ -62,8 +62,8 @@ def forward(
         order=lambda i, j: (i, j),
         results=(
             ((cut.num_queries, 1), (cut.height, 1), lambda i, j: (i, 0)),
-            # One row for each tile across. All columns' results stay in memory for the whole grid,
-            # since every row of tiles updates all of them.
+            # One row per tile across. The results of all columns stay in memory throughout, since
+            # every row of tiles updates all of them.
             ((cut.across, cut.width), (cut.across, cut.width), lambda i, j: (0, 0)),
         ),
         dtype=wide,
@@ -74,7 +74,10 @@ def forward(
 def backward(
     reduction: Reduction, residuals: Residuals, cotangents: Reduced, *, hardness: float, tile: int
 ) -> tuple[Float[Array, "q d"], Float[Array, " q"], Float[Array, "k d"], Float[Array, " k"]]:
-    """The gradients of query vectors, scales, key vectors and biases: four products per tile."""
+    """Compute the gradients of query vectors, scales, key vectors and biases.
+
+    Each tile takes four products.
+    """
     queries, keys, reduced = residuals
     cut = _Cut.of(queries, keys, tile)
     wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
@@ -82,11 +85,11 @@ def backward(
     sides = _sides(queries, keys, *zip(reduced, cotangents, strict=True))
 
     def gradients(sides: PyTree, i: Array, j: Array) -> tuple[Array, Array, Array, Array]:
-        """The gradients of a tile's scores and of its products, and the vectors of both sides."""
+        """The gradients of a tile's scores and inner products, and the vectors of both sides."""
         scores, (ours, theirs) = _tile_scores(sides, cut, i, j, hardness)
-        found = reduction.weigh(scores, *ours.values) + reduction.weigh(scores, *theirs.values)
-        weights = (found * ours.labels.scale).astype(ours.vectors.dtype)
-        return found, weights, ours.vectors, theirs.vectors
+        to_scores = reduction.weigh(scores, *ours.values) + reduction.weigh(scores, *theirs.values)
+        weights = (to_scores * ours.labels.scale).astype(ours.vectors.dtype)
+        return to_scores, weights, ours.vectors, theirs.vectors
 
     def to_queries_kernel(sides: PyTree, to_queries: Any) -> None:
         i, j = pl.program_id(0), pl.program_id(1)
@@ -106,9 +109,9 @@ def backward(
             to_keys[...] = jnp.zeros(to_keys.shape, wide)
             to_biases[...] = jnp.zeros(to_biases.shape, wide)
 
-        found, weights, vectors = gradients(sides, i, j)[:3]
+        to_scores, weights, vectors = gradients(sides, i, j)[:3]
         to_keys[...] += _product(weights, vectors, 0, wide)
-        to_biases[...] += found.sum(0, keepdims=True)
+        to_biases[...] += to_scores.sum(0, keepdims=True)
 
     call = functools.partial(_call, sides=sides, cut=cut, dtype=wide)
     (to_queries,) = call(
@@ -129,13 +132,13 @@ def backward(
 
 
 class _Cut(NamedTuple):
-    """How a matrix is cut into tiles. The last ones extend past its ends.
+    """How the matrix is cut into tiles; the last tiles may extend past its ends.
 
     Attributes:
-      num_queries: its rows.
-      num_keys: its columns.
-      height: rows of a tile.
-      width: columns of a tile.
+      num_queries: rows of the matrix.
+      num_keys: columns of the matrix.
+      height: rows per tile.
+      width: columns per tile.
     """
 
     num_queries: int
@@ -157,7 +160,7 @@ class _Cut(NamedTuple):
         return -(-self.num_keys // self.width)
 
     def inside(self, i: Array, j: Array) -> Bool[Array, "q k"]:
-        """Whether each entry of a tile is an entry of the matrix."""
+        """Whether each entry of a tile is inside the matrix."""
         shape = (self.height, self.width)
         row = i * self.height + lax.broadcasted_iota(jnp.int32, shape, 0)
         column = j * self.width + lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -173,15 +176,15 @@ def _call(
     results: tuple[tuple[tuple[int, int], tuple[int, int], Callable], ...],
     dtype: jnp.dtype,
 ) -> Sequence[Array]:
-    """Run a kernel on every tile, with the last of the two grid indices fastest.
+    """Run a kernel on every tile; the second grid index varies fastest.
 
     Args:
-      kernel: (references of both sides, a reference for each result).
-      sides: the queries' arrays, as columns, and the keys', as rows.
+      kernel: (references of both sides, one reference per result).
+      sides: the arrays of the queries, as columns, and of the keys, as rows.
       cut: how the matrix is cut into tiles.
-      order: a place in the grid -> the tile's place down and across.
-      results: for each result its shape, its block's shape, and a function from a place in the grid
-        to the block's place.
+      order: grid indices -> (row, column) of the tile.
+      results: for each result, its shape, the shape of its block, and a function from grid indices
+        to the block's index.
       dtype: type of the results.
     """
     bools = [leaf.dtype == jnp.bool_ for leaf in jax.tree.leaves(sides)]
@@ -202,10 +205,10 @@ def _call(
         body,
         grid=(down, across) if order(0, 1) == (0, 1) else (across, down),
         in_specs=specs,
-        out_specs=[pl.BlockSpec(block, place) for _, block, place in results],
+        out_specs=[pl.BlockSpec(block, index) for _, block, index in results],
         out_shape=[shape_like_varying(shape, dtype, leaves[0]) for shape, _, _ in results],
-        # Sequential along both axes: a "parallel" one could be split over two cores, and sums that
-        # accumulate along it would be wrong.
+        # Sequential along both axes: a "parallel" axis may be split over two cores, which would
+        # break sums that accumulate along it.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=_CORE_MEMORY_BYTES
         ),
@@ -214,22 +217,22 @@ def _call(
 
 
 class _Block(NamedTuple):
-    """A block of one of the sides' arrays, not read yet; int32 represents bool."""
+    """A block of one side's array that is read on demand; int32 represents bool."""
 
     reference: Any
     is_bool: bool
 
     def read(self, axis: int, start: Array, size: int) -> Array:
-        """The values, with 0 past the end of the matrix along an axis."""
+        """Read the values, with 0 past the end of the matrix along an axis."""
         values = self.reference[...]
         if size % values.shape[axis]:
-            place = start * values.shape[axis] + lax.broadcasted_iota(jnp.int32, values.shape, axis)
-            values = jnp.where(place < size, values, jnp.zeros((), values.dtype))
+            index = start * values.shape[axis] + lax.broadcasted_iota(jnp.int32, values.shape, axis)
+            values = jnp.where(index < size, values, jnp.zeros((), values.dtype))
         return values != 0 if self.is_bool else values
 
 
 class _Side(NamedTuple):
-    """One side's inputs of a kernel.
+    """One side's inputs to a kernel.
 
     Attributes:
       labels: `as_columns` of queries, `as_rows` of keys.
@@ -258,12 +261,12 @@ def _sides(
 def _map_sides(down: Callable, across: Callable, vectors: Callable, sides: PyTree) -> PyTree:
     """Map arrays along the rows, arrays along the columns, and the keys' vectors.
 
-    The vectors of keys lie along the columns, but are stored row by row.
+    The keys' vectors belong to columns, but are stored as rows.
     """
     queries, keys = sides
-    lying = jax.tree.map(across, (keys.labels, keys.values), is_leaf=_is_block)
-    standing = jax.tree.map(vectors, (keys.vectors, keys.guide), is_leaf=_is_block)
-    return jax.tree.map(down, queries, is_leaf=_is_block), _Side(*lying, *standing)
+    row_arrays = jax.tree.map(across, (keys.labels, keys.values), is_leaf=_is_block)
+    vector_arrays = jax.tree.map(vectors, (keys.vectors, keys.guide), is_leaf=_is_block)
+    return jax.tree.map(down, queries, is_leaf=_is_block), _Side(*row_arrays, *vector_arrays)
 
 
 def _specs(sides: PyTree, cut: _Cut, order: Callable) -> PyTree:
@@ -282,9 +285,8 @@ def _specs(sides: PyTree, cut: _Cut, order: Callable) -> PyTree:
 
 
 def _loaded(sides: PyTree, cut: _Cut, i: Array, j: Array) -> PyTree:
-    """Both sides' blocks, with 0 past the ends of the matrix."""
-    # Memory past the ends is undefined. A NaN there would survive the products, even with weights
-    # of 0.
+    """Read both sides' blocks, with 0 past the ends of the matrix."""
+    # Memory past the ends is undefined, and a NaN there would survive a product with weight 0.
     return _map_sides(
         lambda block: block.read(0, i, cut.num_queries),
         lambda block: block.read(1, j, cut.num_keys),
@@ -308,10 +310,10 @@ def _tile_scores(
     ours, theirs = _loaded(sides, cut, i, j)
     similarity = inner_products(ours.vectors, theirs.vectors)
     guided = None if ours.guide is None else inner_products(ours.guide, theirs.guide)
-    scores, counted = block_scores(
+    scores, allowed = block_scores(
         similarity, similarity, guided, ours.labels, theirs.labels, hardness=hardness
     )
-    return jnp.where(counted & cut.inside(i, j), scores, -jnp.inf), (ours, theirs)
+    return jnp.where(allowed & cut.inside(i, j), scores, -jnp.inf), (ours, theirs)
 
 
 def _product(

@@ -52,9 +52,9 @@ def pair_logsumexp(
     implementation: str | None = None,
     tile: int | None = None,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
-    r"""Each row's and each column's log-sum-exp of a matrix of scores that is never stored.
+    r"""Compute the log-sum-exp of each row and column of the scores, without storing them.
 
-    With $x_{ij} = \langle q_i, k_j\rangle$, its value without gradient $\bar x_{ij}$, the scores
+    With $x_{ij} = \langle q_i, k_j\rangle$, the same without gradient $\bar x_{ij}$, the scores
     $s_{ij} = x_{ij} / \tau_i + b_j + \alpha \bar x_{ij}$, and the mask $m_{ij}$ of allowed pairs,
 
     $$r_i = \log \sum_j m_{ij} e^{s_{ij}}, \qquad c_j = \log \sum_i m_{ij} e^{s_{ij}}.$$
@@ -64,31 +64,31 @@ def pair_logsumexp(
     Args:
       queries: one vector per row.
       keys: one vector per column.
-      temperature: $\tau > 0$, for all rows or per row.
+      temperature: $\tau > 0$, one for all rows or one per row.
       query_labels: the rows' labels, which mask pairs.
       key_labels: the columns' labels.
       key_bias: $b$, in nats; for example minus the logarithm of how often a key is sampled.
-      hardness: $\alpha \ge 0$; greater values give hard pairs more weight.
+      hardness: $\alpha \ge 0$; larger values give hard pairs more weight.
       axis_name: mesh axes of an enclosing `jax.shard_map` over which both sides are sharded by row.
-        Each device gets its rows over all keys, and its columns over all queries.
-      exchange: `"gather"` holds the keys of all devices on each. A device receives
+        Each device returns its rows over all keys, and its columns over all queries.
+      exchange: `"gather"` copies the keys of all devices to every device. A device receives
         `(devices - 1) · k · d` numbers, and sends as many for the gradient (a reduce-scatter).
         `"ring"` holds the keys of one other device at a time. It moves `(devices - 1) · k · d`
         numbers in each pass, and `devices · k · d` for the gradient, which travels along. Both move
-        three more numbers per column: its value, and its value's shift or its cotangent.
-      implementation: `"reference"`, the full block of scores, differentiated by JAX; `"tiled"`,
-        `tile²` scores at a time; `"pallas_tpu"`, the same in kernels for TPUs; `"pallas_gpu"`, in
-        kernels for NVIDIA GPUs from Hopper on, for bfloat16 or float16 without guides. `None` uses
-        the reference up to 2²⁰ entries, and `"tiled"` above.
-      tile: rows and columns of a tile; `None` for the implementation's default.
+        three more numbers per column: its value, and the value's shift or cotangent.
+      implementation: `"reference"` stores all scores and is differentiated by JAX; `"tiled"`
+        computes `tile²` scores at a time; `"pallas_tpu"` does the same in TPU kernels;
+        `"pallas_gpu"` uses kernels for NVIDIA GPUs since Hopper, for bfloat16 or float16 without
+        guides. `None` uses the reference up to 2²⁰ entries, and `"tiled"` above.
+      tile: rows and columns per tile; `None` for the implementation's default.
 
     Returns:
-      Rows and columns, in nats, in float32 or wider; −∞ with gradient 0 if all pairs are masked.
+      Rows and columns, in nats, as float32 or wider; −∞ with gradient 0 if all pairs are masked.
 
     Raises:
-      ValueError: for an unknown name, labels that do not fit, into int32 or together, or a ring of
-        the reference.
-      TypeError: for labels that are not integers.
+      ValueError: if a name is unknown, a label does not fit in int32, the two sides' labels do not
+        match, or a ring is combined with the reference.
+      TypeError: if labels are not integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -97,8 +97,8 @@ def pair_logsumexp(
       [1.3133, 1.3133]
 
     Reference:
-      The online sum is that of Milakov and Gimelshein, "Online normalizer calculation for
-      softmax", 2018; the ring is that of Liu et al., "Ring Attention", 2023.
+      The online sum is from Milakov and Gimelshein, "Online normalizer calculation for softmax",
+      2018; the ring is from Liu et al., "Ring Attention", 2023.
     """
     queries, keys = _as_sides(queries, keys)
     return _reduce_pairs(
@@ -125,7 +125,7 @@ def pair_sum(
     implementation: str | None = None,
     tile: int | None = None,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
-    """Each row's and each column's sum of the scores of allowed pairs, in nats.
+    """Sum the scores of allowed pairs over each row and column, in nats.
 
     Arguments as for `pair_logsumexp`; a fully masked row is 0.
     """
@@ -155,7 +155,7 @@ def pair_softplus(
     implementation: str | None = None,
     tile: int | None = None,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
-    r"""Each row's and each column's sum of $\log(1 + e^{s_{ij}})$ over allowed pairs.
+    r"""Sum $\log(1 + e^{s_{ij}})$ over the allowed pairs of each row and column.
 
     The scores are $s_{ij} = a \langle q_i, k_j\rangle + b$ with `scale` $a$ and `bias` $b$; other
     arguments as for `pair_logsumexp`. A fully masked row is 0.
@@ -186,7 +186,7 @@ def pair_count(
     implementation: str | None = None,
     tile: int | None = None,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
-    """The number of allowed pairs in each row and column. Arguments as for `pair_logsumexp`."""
+    """Count the allowed pairs in each row and column. Arguments as for `pair_logsumexp`."""
     queries, keys = map(jax.lax.stop_gradient, _as_sides(queries, keys))
     return _reduce_pairs(
         COUNT,
@@ -220,14 +220,16 @@ def _reduce_pairs(
     check_numbers("hardness", hardness, Range(least=0))
     _check(queries, keys, exchange, implementation, tile)
     by_tiles = "tiled" if implementation in (None, "reference") else implementation
-    # Imported on use, since Pallas loads much that the other implementations do not need.
+    # Imported on demand, since Pallas is slow to import and only two implementations need it.
     module = importlib.import_module(f"jaxcl.ops.pairs.{by_tiles}")
     passes = TilePasses(module.forward, module.backward, hardness, tile or module.TILE)
     if not len(queries.vectors) or not len(keys.vectors):
         return nothing(reduction, queries, keys)
     if axis_name is not None and exchange == "ring":
         if implementation == "reference":
-            raise ValueError("a ring has no whole block of scores; use implementation='tiled'")
+            raise ValueError(
+                "exchange='ring' does not work with implementation='reference'; use 'tiled'"
+            )
         both = as_varying((queries, keys), (queries, keys))
         return _by_tiles(passes, reduction, axis_name, *both)
     if axis_name is not None:
@@ -265,8 +267,8 @@ def _by_tiles_forward(
     queries: PairQueries,
     keys: PairKeys,
 ) -> tuple[tuple[Array, Array], Residuals]:
-    # Not `_by_tiles`, whose gradient has no derivative in forward mode: JAX differentiates these
-    # loops and the backward ones for a second derivative.
+    # Not `_by_tiles`, whose gradient has no derivative in forward mode. For a second derivative,
+    # JAX differentiates these loops and the backward ones.
     reduced = _reduced_by_tiles(passes, reduction, ring, queries, keys)
     return reduced, Residuals(queries, keys, reduced)
 
@@ -303,10 +305,10 @@ _by_tiles.defvjp(_by_tiles_forward, _by_tiles_backward)
 
 
 def _inverse(temperature: float | Array, queries: Float[Array, "q d"]) -> Float[Array, " q"]:
-    """Each row's factor: float16 cannot hold the inverse of a low temperature."""
+    """The inverse temperature of each row, in float32, since it may overflow float16."""
     check_numbers("temperature", temperature, Range(above=0))
-    given = jnp.asarray(temperature)
-    scale = 1 / given.astype(jnp.promote_types(given.dtype, jnp.float32))
+    temperature = jnp.asarray(temperature)
+    scale = 1 / temperature.astype(jnp.promote_types(temperature.dtype, jnp.float32))
     return jnp.broadcast_to(scale, queries.shape[:1]).astype(_wide(queries))
 
 
@@ -328,7 +330,7 @@ def _check(
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange={exchange!r} is unknown; use one of {', '.join(EXCHANGES)}")
     if tile is not None and tile < 1:
-        raise ValueError(f"tile={tile}; a tile has at least one row")
+        raise ValueError(f"tile={tile} must be at least 1")
     if queries.vectors.shape[1] != keys.vectors.shape[1]:
         raise ValueError(
             f"queries have {queries.vectors.shape[1]} features and keys {keys.vectors.shape[1]}"
@@ -337,12 +339,14 @@ def _check(
     for name in ("different", "equal"):
         if len(getattr(ours, name)) != len(getattr(theirs, name)):
             raise ValueError(
-                f"queries have {len(getattr(ours, name))} labels of the kind {name!r} and keys "
-                f"{len(getattr(theirs, name))}; the first is compared with the first, and so on"
+                f"queries have {len(getattr(ours, name))} labels in {name!r} and keys "
+                f"{len(getattr(theirs, name))}; give both sides equally many"
             )
     if (ours.guide is None) != (theirs.guide is None):
-        raise ValueError("one side has a guide's embeddings and the other has none; give both")
+        raise ValueError("only one side has guide embeddings; give both or neither")
     for side, size in ((ours, queries.vectors.shape[0]), (theirs, keys.vectors.shape[0])):
         for leaf in jax.tree.leaves(side):
             if leaf.shape[0] != size:
-                raise ValueError(f"labels for {leaf.shape[0]} rows stand beside {size} vectors")
+                raise ValueError(
+                    f"{leaf.shape[0]} labels do not match {size} vectors; give one per row"
+                )

@@ -1,4 +1,4 @@
-"""Reductions of a row or a column of scores to one number."""
+"""Reductions of a row or column of scores to one number."""
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
@@ -30,7 +30,7 @@ Reduced: TypeAlias = tuple[Float[Array, " q"], Float[Array, " k"]]
 
 
 class Residuals(NamedTuple):
-    """The inputs and the result of a reduction, which its backward pass needs.
+    """The inputs and the result of a reduction, for its backward pass.
 
     Attributes:
       queries: the rows.
@@ -49,7 +49,7 @@ class Reduction(NamedTuple):
     Attributes:
       empty: the reduction of no scores.
       reduce: (scores, axis) -> values.
-      join: (values, values) -> values of both parts together.
+      join: (values, values) -> the values of both parts combined.
       join_devices: (values of all columns, axis name) -> this device's columns, over all devices.
       weigh: (scores, values, cotangents) -> the scores' gradients; values and cotangents broadcast.
     """
@@ -62,7 +62,7 @@ class Reduction(NamedTuple):
 
 
 def nothing(reduction: Reduction, queries: PairQueries, keys: PairKeys) -> Reduced:
-    """The reductions of no scores, as a loop over tiles or devices starts with them."""
+    """The reductions of no scores, with which loops over tiles or devices start."""
     wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
     sides = (queries, keys)
     rows, columns = (
@@ -72,22 +72,22 @@ def nothing(reduction: Reduction, queries: PairQueries, keys: PairKeys) -> Reduc
 
 
 def log_add_exp(left: Float[Array, "..."], right: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`jnp.logaddexp` without NaN on the way where both are −∞, which `jax_debug_nans` reports."""
+    """`jnp.logaddexp` without an intermediate NaN for two −∞, which `jax_debug_nans` reports."""
     empty = (left == -jnp.inf) & (right == -jnp.inf)
     return jnp.where(empty, -jnp.inf, jnp.logaddexp(jnp.where(empty, 0, left), right))
 
 
 def _logsumexp(scores: Float[Array, "q k"], axis: int) -> Float[Array, " _"]:
-    """−∞ with gradient 0 if all are masked, where the usual formula has the gradient NaN."""
-    # A maximum of −∞ must not be subtracted: −∞ − (−∞) is NaN.
+    """Log-sum-exp; −∞ with gradient 0 if all scores are masked, where the usual gradient is NaN."""
+    # Do not subtract a maximum of −∞: −∞ − (−∞) is NaN.
     top = lax.stop_gradient(_finite(scores.max(axis)))
-    # One broadcast instead of a reshape and a broadcast, for kernels.
+    # A single broadcast instead of a reshape and a broadcast, for kernels.
     shift = lax.broadcast_in_dim(top, scores.shape, (1 - axis,))
     return _log(jnp.exp(scores - shift).sum(axis), top)
 
 
 def _logsumexp_over_devices(values: Float[Array, " k"], axis_name: AxisName) -> Float[Array, " q"]:
-    # The shift cancels, so that its gradient is 0 anyway; pmax has no derivative.
+    # The shift cancels, so its gradient is 0 anyway; pmax has no derivative.
     top = _finite(lax.pmax(lax.stop_gradient(values), axis_name))
     total = sum_scatter(jnp.exp(values - top), axis_name)
     size, start = total.shape[0], lax.axis_index(axis_name) * total.shape[0]
@@ -95,9 +95,9 @@ def _logsumexp_over_devices(values: Float[Array, " k"], axis_name: AxisName) -> 
 
 
 def _log(total: Array, shift: Array) -> Array:
-    some = total != 0  # true for NaN, which must not be reported as an empty sum
+    nonempty = total != 0  # true for NaN, which must not become the −∞ of an empty sum
     # The inner `where` keeps log(0) out of the gradient: 0 times its infinite slope is NaN.
-    return jnp.where(some, jnp.log(jnp.where(some, total, 1)) + shift, -jnp.inf)
+    return jnp.where(nonempty, jnp.log(jnp.where(nonempty, total, 1)) + shift, -jnp.inf)
 
 
 def _finite(values: Array) -> Array:
@@ -106,8 +106,8 @@ def _finite(values: Array) -> Array:
 
 def _softmax_weights(scores: Array, values: Array, cotangents: Array) -> Array:
     # An empty row has the value −∞, and exp(−∞ − (−∞)) would be NaN.
-    some = jnp.isfinite(values)
-    return jnp.exp(scores - jnp.where(some, values, 0)) * jnp.where(some, cotangents, 0)
+    nonempty = jnp.isfinite(values)
+    return jnp.exp(scores - jnp.where(nonempty, values, 0)) * jnp.where(nonempty, cotangents, 0)
 
 
 LOGSUMEXP = Reduction(

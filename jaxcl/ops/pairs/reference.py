@@ -1,4 +1,4 @@
-"""The reference implementation: the full matrix of scores, differentiated by JAX."""
+"""The reference implementation, which stores all scores and is differentiated by JAX."""
 
 import jax.numpy as jnp
 
@@ -12,6 +12,6 @@ def reduce_pairs(
     reduction: Reduction, queries: PairQueries, keys: PairKeys, *, hardness: float
 ) -> Reduced:
     """Reduce every row and every column of the matrix of scores."""
-    scores, counted = pair_scores(queries, keys, hardness=hardness)
-    scores = jnp.where(counted, scores, -jnp.inf)
+    scores, allowed = pair_scores(queries, keys, hardness=hardness)
+    scores = jnp.where(allowed, scores, -jnp.inf)
     return reduction.reduce(scores, 1), reduction.reduce(scores, 0)

@@ -1,4 +1,4 @@
-"""The two sides of a pair matrix, and the scores and mask that they define."""
+"""The two sides of a pair matrix, and the scores and the mask that follow from them."""
 
 import functools
 import itertools
@@ -33,15 +33,15 @@ Labels: TypeAlias = Integer[Array, " r"] | Integer[Array, "r s"]
 class PairLabels(NamedTuple):
     """One side's labels, which decide which pairs are allowed. Both sides fill the same fields.
 
-    A pair is allowed if it passes all tests; without labels, every pair is.
+    A pair is allowed if it passes all tests; without labels, every pair is allowed.
 
     Attributes:
-      different: labels by which the two must differ, such as row ids and groups. The first of one
-        side is compared with the first of the other, and so on. A row may have several labels,
-        `[r, s]`, padded with negative ones; two rows then agree if they share one.
-      equal: labels in which the two must agree.
+      different: labels that must differ, such as row ids and groups. The queries' n-th label is
+        compared with the keys' n-th. A row may have several labels, `[r, s]`, padded with negative
+        ones; two rows then match if they share any.
+      equal: labels that must be equal, compared in the same way.
       valid: `False` for padding.
-      ceiling: the greatest similarity at which a pair is allowed; a side may leave it out.
+      ceiling: the maximum similarity of an allowed pair; each side may omit it.
       guide: embeddings whose similarity is compared with the ceilings instead of the pair's own.
     """
 
@@ -61,7 +61,7 @@ class PairQueries(NamedTuple):
 
     Attributes:
       vectors: one per row.
-      scale: the factor of a row's similarities: the inverse temperature.
+      scale: the factor of a row's similarities, which is the inverse temperature.
       labels: the rows' labels.
     """
 
@@ -85,10 +85,10 @@ class PairKeys(NamedTuple):
 
 
 def checked_labels(name: str, labels: PairLabels) -> PairLabels:
-    """One side's labels as int32; `as_labels` documents the errors."""
+    """Convert one side's labels to int32; `as_labels` documents the errors."""
     return labels._replace(
-        different=tuple(as_labels(f"{name}.different", one) for one in labels.different),
-        equal=tuple(as_labels(f"{name}.equal", one) for one in labels.equal),
+        different=tuple(as_labels(f"{name}.different", label) for label in labels.different),
+        equal=tuple(as_labels(f"{name}.equal", label) for label in labels.equal),
     )
 
 
@@ -105,18 +105,18 @@ def pair_scores(
     guided = None
     if queries.labels.guide is not None and keys.labels.guide is not None:
         guided = inner_products(queries.labels.guide, keys.labels.guide)
-    # Hardness weights and ceilings use this one: they must not move the embeddings themselves.
+    # For hardness weights and ceilings, which must not contribute to the gradient.
     constant = lax.stop_gradient(similarity)
     return block_scores(similarity, constant, guided, columns, rows, hardness=hardness)
 
 
 def as_columns(queries: PairQueries) -> PairQueries:
-    """The queries without vectors, each array `[q, 1]`; a label is a tuple of one or more."""
+    """Reshape the queries' arrays, without vectors, to `[q, 1]`; each label becomes a tuple."""
     return _shaped(queries, lambda rows: rows[:, None])
 
 
 def as_rows(keys: PairKeys) -> PairKeys:
-    """The keys without vectors, each array `[1, k]`; a label is a tuple of one or more."""
+    """Reshape the keys' arrays, without vectors, to `[1, k]`; each label becomes a tuple."""
     return _shaped(keys, lambda rows: rows[None, :])
 
 
@@ -129,10 +129,10 @@ def block_scores(
     *,
     hardness: float,
 ) -> tuple[Float[Array, "q k"], Bool[Array, "q k"]]:
-    """`pair_scores` from the products and the results of `as_columns` and `as_rows`.
+    """Compute `pair_scores` from inner products and the results of `as_columns` and `as_rows`.
 
-    It only broadcasts, so that kernels can use it on a tile. `constant` is the similarity without
-    gradient, `guided` that of the guides.
+    This only broadcasts, so that kernels can use it on a tile. `constant` is the similarity without
+    gradient, `guided` the similarity of the guides.
     """
     scores = similarity * columns.scale
     if rows.bias is not None:
@@ -156,8 +156,8 @@ def _columns_of(label: Labels) -> tuple[Array, ...]:
     if label.ndim == 1:
         return (label,)
     columns = tuple(label.T)
-    # `[r, 1]` is not `[r]`: its negative labels are padding, which `_agree` ignores only for tuples
-    # of several.
+    # `[r, 1]` differs from `[r]`: its negative labels are padding, which `_agree` only ignores in
+    # tuples of several labels.
     return columns if len(columns) > 1 else (*columns, jnp.full_like(columns[0], -1))
 
 

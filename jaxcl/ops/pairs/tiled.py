@@ -1,7 +1,7 @@
-"""The matrix of scores tile by tile, forward and backward, without ever storing all of it.
+"""Reduce the matrix of scores tile by tile, forward and backward, without storing it.
 
-If the tile does not divide a side, the last tile starts earlier. All tiles then have the same
-shape, and nothing is padded or copied. Rows that an earlier tile has covered are masked.
+If tiles do not divide a side, the last tile starts earlier. All tiles then have the same shape, and
+nothing is padded or copied. Rows that a previous tile has covered are masked.
 """
 
 import functools
@@ -21,16 +21,16 @@ from jaxcl.typing import Array, Bool, Float, Int, PyTree
 __all__ = ["TILE", "TileOps", "backward", "backward_by", "forward", "forward_by"]
 
 TILE = 1024
-"""Rows and columns of a tile: 4 MiB of float32 scores, which fit in a CPU's cache."""
+"""Rows and columns per tile: 4 MiB of float32 scores, which fit in a CPU's cache."""
 
 
 class TileOps(NamedTuple):
     """The operations on one tile.
 
     Attributes:
-      reduce: (reduction, queries, keys, hardness=…) -> its rows and its columns, reduced.
-      weigh: (reduction, residuals, cotangents, hardness=…) -> the weights of the vectors in each
-        other's gradients, in the vectors' type, and the gradients of the columns' biases.
+      reduce: (reduction, queries, keys, hardness=…) -> the tile's reduced rows and columns.
+      weigh: (reduction, residuals, cotangents, hardness=…) -> gradients of the inner products, in
+        the vectors' type, and of the columns' biases.
     """
 
     reduce: Callable[..., tuple[Array, Array]]
@@ -50,9 +50,9 @@ def forward_by(
     num_queries, num_keys = queries.vectors.shape[0], keys.vectors.shape[0]
 
     def one_tile(index: Int[Array, ""], reduced: tuple[Array, Array]) -> tuple[Array, Array]:
-        (rows, i), (columns, j) = _places(index, num_queries, num_keys, tile)
-        ours = _fresh(_slice(queries, rows, num_queries, tile), i)
-        theirs = _fresh(_slice(keys, columns, num_keys, tile), j)
+        (rows, i), (columns, j) = _offsets(index, num_queries, num_keys, tile)
+        ours = _masked(_slice(queries, rows, num_queries, tile), i)
+        theirs = _masked(_slice(keys, columns, num_keys, tile), j)
         more_rows, more_columns = ops.reduce(reduction, ours, theirs, hardness=hardness)
         by_row, by_column = reduced
         return (
@@ -73,16 +73,16 @@ def backward_by(
     hardness: float,
     tile: int,
 ) -> tuple[Float[Array, "q d"], Float[Array, " q"], Float[Array, "k d"], Float[Array, " k"]]:
-    """The gradients of query vectors, scales, key vectors and biases: three products per tile.
+    """Compute the gradients of query vectors, scales, key vectors and biases.
 
-    One of these recomputes the tile's scores.
+    Each tile takes three products, including one to recompute its scores.
     """
     queries, keys, reduced = residuals
     wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
     num_queries, num_keys = queries.vectors.shape[0], keys.vectors.shape[0]
 
     def one_tile(index: Int[Array, ""], gradients: tuple[Array, ...]) -> tuple[Array, ...]:
-        (rows, i), (columns, j) = _places(index, num_queries, num_keys, tile)
+        (rows, i), (columns, j) = _offsets(index, num_queries, num_keys, tile)
         ours, our_values, our_cotangents = _slice(
             (queries, reduced[0], cotangents[0]), rows, num_queries, tile
         )
@@ -91,11 +91,11 @@ def backward_by(
         )
         weights, to_biases = ops.weigh(
             reduction,
-            Residuals(_fresh(ours, i), _fresh(theirs, j), (our_values, their_values)),
+            Residuals(_masked(ours, i), _masked(theirs, j), (our_values, their_values)),
             (our_cotangents, their_cotangents),
             hardness=hardness,
         )
-        # The vectors keep the rows that an earlier tile has covered: their weights are 0.
+        # The vectors include rows that a previous tile has covered, with weights of 0.
         to_queries, to_keys, all_to_biases = gradients
         product = jnp.einsum("qk,kd->qd", weights, theirs.vectors, preferred_element_type=wide)
         to_queries = _update(jnp.add, to_queries, rows, product)
@@ -107,8 +107,8 @@ def backward_by(
     start = tuple(full_like_varying(shape, 0.0, wide, (queries, keys)) for shape in shapes)
     num_tiles = _num_tiles(num_queries, num_keys, tile)
     to_queries, to_keys, to_biases = lax.fori_loop(0, num_tiles, one_tile, start)
-    # With G the scores' gradients, a query gets a_i Σ_j G_ij k_j and its scale Σ_j G_ij ⟨q_i, k_j⟩:
-    # the latter follows from the former without another pass over the tiles.
+    # With G the gradients of scores, that of a query is a_i Σ_j G_ij k_j and that of its scale
+    # Σ_j G_ij ⟨q_i, k_j⟩, which follows from the former without another pass over the tiles.
     to_scales = jnp.einsum("qd,qd->q", to_queries, queries.vectors.astype(wide)) / queries.scale
     return to_queries, to_scales, to_keys, to_biases
 
@@ -117,11 +117,11 @@ def _weigh(
     reduction: Reduction, residuals: Residuals, cotangents: Reduced, *, hardness: float
 ) -> tuple[Float[Array, "q k"], Float[Array, " k"]]:
     queries, keys, reduced = residuals
-    scores, counted = pair_scores(queries, keys, hardness=hardness)
-    scores = jnp.where(counted, scores, -jnp.inf)
+    scores, allowed = pair_scores(queries, keys, hardness=hardness)
+    scores = jnp.where(allowed, scores, -jnp.inf)
     gradient = reduction.weigh(scores, reduced[0][:, None], cotangents[0][:, None])
     gradient += reduction.weigh(scores, reduced[1][None], cotangents[1][None])
-    # In the vectors' type: a float32 factor would take the products off the bfloat16 matrix unit.
+    # In the vectors' type: with a float32 factor, products would not run on bfloat16 matrix units.
     weights = (gradient * queries.scale[:, None]).astype(queries.vectors.dtype)
     return weights, gradient.sum(0)
 
@@ -139,18 +139,18 @@ def _num_tiles(num_queries: int, num_keys: int, tile: int) -> int:
     return -(-num_queries // tile) * -(-num_keys // tile)
 
 
-def _places(
+def _offsets(
     index: Int[Array, ""], num_queries: int, num_keys: int, tile: int
 ) -> tuple[tuple[Array, Bool[Array, " q"]], tuple[Array, Bool[Array, " k"]]]:
-    """The start of a tile on each side, and whether its rows and columns are new."""
+    """The first row and column of a tile, and whether its rows and columns are new."""
     tiles_per_row = -(-num_keys // tile)
     return (
-        _place(index // tiles_per_row, num_queries, tile),
-        _place(index % tiles_per_row, num_keys, tile),
+        _offset(index // tiles_per_row, num_queries, tile),
+        _offset(index % tiles_per_row, num_keys, tile),
     )
 
 
-def _place(number: Int[Array, ""], size: int, tile: int) -> tuple[Array, Bool[Array, " r"]]:
+def _offset(number: Int[Array, ""], size: int, tile: int) -> tuple[Array, Bool[Array, " r"]]:
     length = min(tile, size)
     start = jnp.minimum(number * tile, size - length)
     return start, start + jnp.arange(length) >= number * tile
@@ -161,10 +161,10 @@ def _slice(side: PyTree, start: Int[Array, ""], size: int, tile: int) -> PyTree:
     return jax.tree.map(lambda rows: lax.dynamic_slice_in_dim(rows, start, length), side)
 
 
-def _fresh(side: PyTree, fresh: Bool[Array, " r"]) -> PyTree:
-    """A side in which all rows except the fresh ones are masked."""
+def _masked(side: PyTree, new: Bool[Array, " r"]) -> PyTree:
+    """Mask all rows of a side except the new ones."""
     valid = side.labels.valid
-    labels = side.labels._replace(valid=fresh if valid is None else valid & fresh)
+    labels = side.labels._replace(valid=new if valid is None else valid & new)
     return side._replace(labels=labels)
 
 
