@@ -1,4 +1,4 @@
-"""Random draws of sharded slots, equal on any number of devices."""
+"""Random draws of sharded slots that do not depend on the number of devices."""
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,14 @@ from jaxcl.typing import Array, AxisName, Bool, Int, Integer, Key
 
 __all__ = ["draw_slots", "priorities"]
 
-_DIGITS = 256  # the base in which priorities are compared: four digits of a byte each
+_DIGITS = 256  # priorities are compared in this base, as four digits of one byte
 
 
 def priorities(key: Key[Array, ""], num_slots: int) -> Integer[Array, " m"]:
-    """The random numbers of a draw; slots with greater ones are drawn first.
+    """Random priorities of a draw; slots with higher ones are drawn first.
 
-    Call it outside of `jax.shard_map`: the numbers are then equal on any number of devices, and
-    each device computes only its slots' share.
+    Call it outside `jax.shard_map`. The numbers then do not depend on the number of devices, and
+    each device computes only its own slots.
     """
     return jax.random.bits(key, (num_slots,), jnp.uint32)
 
@@ -29,11 +29,11 @@ def draw_slots(
     count: int,
     axis_name: AxisName | None = None,
 ) -> Int[Array, " _"]:
-    """Draw the slots with the greatest priorities of each stratum, up to its quota.
+    """Draw the slots with the highest priorities of each stratum, up to its quota.
 
-    The least priority to draw is found digit by digit. Four times, each device counts its slots by
+    The lowest priority to draw is found digit by digit. Four times, each device counts its slots by
     stratum and digit, and the counts of all devices are summed. In addition to these `4 · 256 · g`
-    numbers, `count` slot numbers go to all devices. Equal priorities favour the lowest slot.
+    numbers, devices exchange `count` slot numbers. Equal priorities favour the lowest slot.
 
     Args:
       priority: random numbers of this device's slots.
@@ -43,57 +43,58 @@ def draw_slots(
       axis_name: the mesh axes over which slots are sharded.
 
     Returns:
-      Slot numbers over all devices, ascending, `[count]`, equal on all devices; filled up with −1
-      if there are too few slots.
+      Global slot numbers, ascending, `[count]`, equal on all devices; padded with −1 if there are
+      too few slots.
     """
-    stratum = jnp.where(stratum >= 0, stratum, quotas.shape[0])  # −1 would be the last stratum
+    stratum = jnp.where(stratum >= 0, stratum, quotas.shape[0])  # −1 would index the last stratum
     num_slots = priority.shape[0]
     device = 0 if axis_name is None else lax.axis_index(axis_name)
     slots = device * num_slots + jnp.arange(num_slots, dtype=jnp.int32)
-    taken = _greatest_of_strata(priority, slots, stratum, quotas, axis_name)
+    taken = _highest_of_strata(priority, slots, stratum, quotas, axis_name)
     here = taken.sum(dtype=jnp.int32)
-    # Each device writes after the slots of all devices before it, which keeps slots ascending.
+    # Each device writes after the slots of all previous devices, which keeps slots ascending.
     before = jnp.int32(0)
     if axis_name is not None:
         counts = lax.all_gather(here, axis_name)
         before = jnp.where(jnp.arange(counts.shape[0]) < device, counts, 0).sum(dtype=jnp.int32)
-    places = jnp.where(taken, before + jnp.cumsum(taken, dtype=jnp.int32) - 1, count)
-    # Slots that are not taken point past the end. A place is written by one device and −1 on all
-    # others, so that the maximum joins them.
-    drawn = jnp.full(count, -1, jnp.int32).at[places].set(slots, mode="drop")
+    positions = jnp.where(taken, before + jnp.cumsum(taken, dtype=jnp.int32) - 1, count)
+    # Slots that are not taken point past the end. Each position is written by one device and −1 on
+    # all others, so the maximum combines them.
+    drawn = jnp.full(count, -1, jnp.int32).at[positions].set(slots, mode="drop")
     return drawn if axis_name is None else lax.pmax(drawn, axis_name)
 
 
-def _greatest_of_strata(
+def _highest_of_strata(
     priority: Integer[Array, " m"],
     slots: Int[Array, " m"],
     stratum: Int[Array, " m"],
     quotas: Int[Array, " g"],
     axis_name: AxisName | None,
 ) -> Bool[Array, " m"]:
-    """Whether each slot is among the first of its stratum: a radix selection over all devices."""
+    """Whether each slot is among the highest of its stratum, by radix selection over devices."""
 
     def pass_over(
         numbers: Array, shift: int, state: tuple[Array, Array, Array]
     ) -> tuple[Array, Array, Array]:
-        """Decide the slots whose digit differs from the last one taken; the rest stays open."""
-        taken, open_, wanted = state
-        # A stratum without a quota counts past the end, where the scatter drops it.
+        """Decide all slots except those with the last digit taken, which stay open."""
+        taken, open_, remaining = state
+        # Strata without a quota point past the end, where the scatter drops them.
         digit = ((numbers >> shift) & (_DIGITS - 1)).astype(jnp.int32)
         counts = jnp.zeros(quotas.shape[0] * _DIGITS, jnp.int32)
         counts = counts.at[stratum * _DIGITS + digit].add(open_.astype(jnp.int32), mode="drop")
         if axis_name is not None:
             counts = lax.psum(counts, axis_name)
         counts = counts.reshape(-1, _DIGITS)
-        above = counts[:, ::-1].cumsum(1)[:, ::-1] - counts  # slots with a greater digit
-        wanted = jnp.minimum(wanted, counts.sum(1))
-        last = (above < wanted[:, None]) & (above + counts >= wanted[:, None])
-        # If nothing is wanted, `last` is false throughout and its argmax 0, which would take all
-        # greater digits; a limit above all digits takes none.
-        limit = jnp.where(wanted > 0, last.argmax(1), _DIGITS).astype(jnp.int32)
-        theirs = limit.at[stratum].get(mode="fill", fill_value=_DIGITS)
+        above = counts[:, ::-1].cumsum(1)[:, ::-1] - counts  # slots with a higher digit
+        remaining = jnp.minimum(remaining, counts.sum(1))
+        last = (above < remaining[:, None]) & (above + counts >= remaining[:, None])
+        # If nothing remains to draw, `last` is all false and its argmax 0, which would take all
+        # higher digits; a limit above all digits takes none.
+        limit = jnp.where(remaining > 0, last.argmax(1), _DIGITS).astype(jnp.int32)
+        own_limit = limit.at[stratum].get(mode="fill", fill_value=_DIGITS)
         used = jnp.where(last, above, 0).sum(1)
-        return taken | (open_ & (digit > theirs)), open_ & (digit == theirs), wanted - used
+        taken |= open_ & (digit > own_limit)
+        return taken, open_ & (digit == own_limit), remaining - used
 
     def passes(numbers: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         for shift in (24, 16, 8, 0):
@@ -102,17 +103,18 @@ def _greatest_of_strata(
 
     known = stratum < quotas.shape[0]
     start = as_varying((jnp.zeros(priority.shape, bool), known), (priority, stratum))
-    taken, open_, wanted = passes(priority, (*start, quotas.astype(jnp.int32)))
-    # Slots with equal priorities stay open, which is rare. Then the slot numbers decide, flipped so
-    # that the lowest comes first. The condition is a sum over all devices: they agree on whether to
-    # enter the branch, whose collectives would wait for ever otherwise.
-    still = jnp.zeros(quotas.shape, jnp.int32).at[stratum].add(open_.astype(jnp.int32), mode="drop")
+    taken, open_, remaining = passes(priority, (*start, quotas.astype(jnp.int32)))
+    # Slots with equal priorities stay open, which is rare. Then slot numbers decide, inverted so
+    # that the lowest comes first. The condition is a sum over devices, so that they all take the
+    # same branch; its collectives would otherwise hang.
+    num_open = jnp.zeros(quotas.shape, jnp.int32)
+    num_open = num_open.at[stratum].add(open_.astype(jnp.int32), mode="drop")
     if axis_name is not None:
-        still = lax.psum(still, axis_name)
+        num_open = lax.psum(num_open, axis_name)
     taken, open_, _ = lax.cond(
-        (still > wanted).any(),
+        (num_open > remaining).any(),
         lambda state: passes(~slots, state),
         lambda state: state,
-        (taken, open_, wanted),
+        (taken, open_, remaining),
     )
     return taken | open_

@@ -1,4 +1,4 @@
-"""Which pairs may count as negatives: described by labels and ceilings, never as a whole mask."""
+"""Masks of false negatives, described by labels and ceilings instead of a full matrix."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -21,12 +21,12 @@ def batch_labels(
     valid: Bool[Array, " q"] | None = None,
     axis_name: AxisName | None = None,
 ) -> PairLabels:
-    """The labels of a batch's rows, by which no row is its own negative.
+    """Build the labels of a batch's rows, which mask at least each row's own pair.
 
     Args:
-      num_rows: of this device.
-      ids: row numbers; two rows of one id are the same row. By default each stands for itself.
-      groups: class, topic, source or hash of the text; members of one group are not pushed apart.
+      num_rows: rows of this device.
+      ids: row numbers; rows with the same id are not negatives. By default all rows are distinct.
+      groups: class, topic, source or text hash; rows of the same group are not negatives.
       valid: `False` for padding.
       axis_name: the mesh axes of an enclosing `jax.shard_map` over which rows are sharded.
 
@@ -50,20 +50,20 @@ def similarity_ceilings(
     margin: float | None = None,
     relative_margin: float | None = None,
 ) -> Float[Array, " q"] | None:
-    r"""The greatest similarity at which a row's negative counts: what is closer may be a positive.
+    r"""The maximum similarity of each row's negatives; closer keys may be false negatives.
 
-    $u_i = x_{ii} - \delta$, or $u_i = x_{ii} - \delta\, |x_{ii}|$ by share.
+    $u_i = x_{ii} - \delta$, or $u_i = x_{ii} - \delta\, |x_{ii}|$ with a relative margin.
 
     Args:
-      positives: $x_{ii}$, the similarity of each row's own pair, by the model or by a guide.
+      positives: $x_{ii}$, the similarity of each row's positive, by the model or a guide model.
       margin: $\delta$ as a difference of similarities.
-      relative_margin: $\delta$ as a share of the positive's absolute similarity, from -1 to 1.
+      relative_margin: $\delta$ as a fraction of the positive's absolute similarity, from -1 to 1.
 
     Returns:
-      Ceilings, constants of the gradient; `None` without a margin.
+      Ceilings without gradient; `None` without a margin.
 
     Raises:
-      ValueError: if both margins are given, or one that is not finite or more than the whole.
+      ValueError: if both margins are given, or one is out of range.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,8 +1,8 @@
-"""Embeddings of earlier batches, kept in the train state, as negatives of the current one.
+"""Embeddings of earlier batches, kept in the train state as negatives for later batches.
 
 There are two kinds. A *queue* holds the most recent keys, first in, first out. An *instance bank*
-has a slot for each training row, with a moving average of the row's embedding. Banks are sharded by
-slot; slots are numbered over all devices and do not depend on their number.
+has one slot per training row, with a moving average of the row's embedding. Banks are sharded by
+slot; slots are numbered globally, independently of the number of devices.
 """
 
 from typing import Any, NamedTuple
@@ -32,10 +32,10 @@ class MemoryBank(NamedTuple):
 
     Attributes:
       vectors: one per slot; 0 if never written.
-      ids: the ids that a loss compares, by training row or by text.
+      ids: the ids that losses compare, by training row or by text.
       groups: the group of each slot.
-      written: the update that wrote each slot; −1 for none.
-      head: the slot that a queue writes next.
+      written: the last update that wrote each slot; −1 for none.
+      head: the next slot that a queue writes.
       updates: the number of updates so far.
       guides: the guide model's embeddings of the same slots; `None` without a guide model.
     """
@@ -55,20 +55,20 @@ def init_bank(
     """Create an empty bank.
 
     Args:
-      num_slots: keys that a queue keeps, or training rows; rounded up to a multiple of 1,024 with
+      num_slots: number of keys in a queue, or of training rows; padded to a multiple of 1,024 with
         slots that stay empty, so that a checkpoint can move between meshes.
       dim: width of the embeddings.
       dtype: type of the embeddings; float32 by default.
       guide_dim: width of the guide model's embeddings; `None` without one.
 
     Raises:
-      ValueError: if there is no slot or feature, or for a type that is not floating-point.
+      ValueError: if there are no slots or features, or the type is not floating-point.
     """
     for name, size in (("num_slots", num_slots), ("dim", dim), ("guide_dim", guide_dim)):
         if size is not None and size < 1:
-            raise ValueError(f"{name}={size}; a bank has at least one")
+            raise ValueError(f"{name}={size} must be at least 1")
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype={dtype}; embeddings are kept as float32, bfloat16 or float16")
+        raise ValueError(f"dtype={dtype} is not a float; use float32, bfloat16 or float16")
     slots = padded_entries(num_slots)
     ids, groups, written = (jnp.full(slots, -1, jnp.int32) for _ in range(3))
     dtype = dtype or jnp.float32
@@ -84,7 +84,7 @@ def init_bank(
 
 
 def pad_slots(bank: MemoryBank, *, multiple: int) -> MemoryBank:
-    """Add slots that were never written, up to a multiple, so that they divide over devices."""
+    """Pad a bank with empty slots to a multiple, so that it divides over devices."""
     missing = -bank.ids.shape[0] % multiple
     if not missing:
         return bank
@@ -113,34 +113,34 @@ def update_queue(
 ) -> MemoryBank:
     """Append the embeddings of a global batch, in order, and overwrite the oldest ones.
 
-    Call it outside of `jax.shard_map`, since slots are numbered over the whole bank. The batch may
-    have more keys than the queue has slots; the last of them then stay.
+    Call it outside `jax.shard_map`, since slots are numbered over the whole bank. If the batch has
+    more keys than the queue has slots, only the last keys are kept.
 
     Args:
       bank: from `init_bank`.
       vectors: embeddings of the whole batch.
       ids: their ids, by training row or by text.
       groups: their groups.
-      num_slots: as given to `init_bank`.
+      num_slots: the same as for `init_bank`.
       valid: `False` for padding, which is skipped.
       guides: their guide embeddings, if the bank keeps them.
 
     Raises:
-      ValueError: for another number of slots, or embeddings of another width, than the bank has,
-        and for labels that int32 cannot hold.
-      TypeError: for labels that are not integers, or traced ones that may not fit into int32.
+      ValueError: if the number of slots or the width of the embeddings differs from the bank's,
+        or a label does not fit in int32.
+      TypeError: if labels are not integers, or are traced with a type that int32 cannot hold.
     """
     if padded_entries(num_slots) != bank.ids.shape[0]:
         raise ValueError(
-            f"num_slots={num_slots}, but the bank has {bank.ids.shape[0]} with its padding; give "
-            "the number that init_bank was given"
+            f"num_slots={num_slots}, but the bank has {bank.ids.shape[0]} including padding; use "
+            "the num_slots of init_bank"
         )
     ids, groups = _as_int32("ids", ids), _as_int32("groups", groups)
     vectors = as_vectors("vectors", vectors)
     valid = jnp.ones(ids.shape, bool) if valid is None else valid
     number = jnp.cumsum(valid, dtype=jnp.int32)
     count = valid.sum(dtype=jnp.int32)
-    # The last `num_slots` only: of two keys for one slot, a scatter may write either.
+    # Only the last `num_slots`, since a scatter may write either of two keys for one slot.
     taken = valid & (number > count - num_slots)
     slots = (bank.head + number - 1) % num_slots
     written = _written(bank, slots, taken, vectors, ids, groups, guides)
@@ -161,22 +161,22 @@ def update_instances(
     r"""Move the slots of a batch's rows towards their embeddings.
 
     $v \leftarrow \operatorname{normalise}(\mu v + (1 - \mu)\, x)$, and $v \leftarrow x$ in a slot
-    that was never written. If the batch holds a row twice, its first embedding is used. Call it
-    outside of `jax.shard_map`, since slots are numbered over the whole bank.
+    that was never written. If the batch contains a row twice, its first embedding is used. Call it
+    outside `jax.shard_map`, since slots are numbered over the whole bank.
 
     Args:
-      bank: a bank with a slot for each training row.
+      bank: a bank with one slot per training row.
       vectors: embeddings of the whole batch.
       rows: their training rows, which are their slots; negative ones are padding.
       groups: their groups.
-      momentum: $\mu$ in [0, 1); 0 stores the newest embedding as it is.
-      ids: ids to store instead of the training rows, such as those by text.
+      momentum: $\mu$ in [0, 1); 0 stores the newest embedding unchanged.
+      ids: ids to store instead of the training rows, such as text ids.
       valid: `False` for padding.
       guides: their guide embeddings, if the bank keeps them.
 
     Raises:
-      ValueError: for a momentum out of range, and as `update_queue`.
-      TypeError: as `update_queue`.
+      ValueError: if the momentum is out of range, and as for `update_queue`.
+      TypeError: as for `update_queue`.
 
     Reference:
       Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018.
@@ -186,7 +186,7 @@ def update_instances(
     vectors = as_vectors("vectors", vectors)
     rows, groups = _as_int32("rows", rows), _as_int32("groups", groups)
     ids = rows if ids is None else _as_int32("ids", ids)
-    taken = first_places(rows, valid)  # of two embeddings for one slot, a scatter may write either
+    taken = first_places(rows, valid)  # a scatter may write either of two embeddings
     if momentum:
         vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
         before = bank.vectors[rows].astype(vectors.dtype)
@@ -196,7 +196,7 @@ def update_instances(
 
 
 def read_bank(bank: MemoryBank) -> SharedNegatives:
-    """The whole bank as negatives, without gradient; slots never written are not valid."""
+    """Read the whole bank as negatives, without gradient; slots never written are not valid."""
     guides = None if bank.guides is None else lax.stop_gradient(bank.guides)
     return SharedNegatives(
         lax.stop_gradient(bank.vectors), bank.ids, bank.groups, bank.written >= 0, guides
@@ -204,19 +204,19 @@ def read_bank(bank: MemoryBank) -> SharedNegatives:
 
 
 def mean_age(bank: MemoryBank) -> Float[Array, ""]:
-    """The mean number of updates since a written slot was written; 0 for an empty bank."""
+    """The mean number of updates since the written slots were written; 0 for an empty bank."""
     written = bank.written >= 0
     ages = jnp.where(written, bank.updates - 1 - bank.written, 0).astype(jnp.float32)
-    return ages.sum() / jnp.maximum(written.sum(), 1)  # a sum of int32 would overflow
+    return ages.sum() / jnp.maximum(written.sum(), 1)  # an int32 sum would overflow
 
 
 def _as_int32(name: str, labels: Integer[Array, " b"]) -> Int[Array, " b"]:
-    """Labels that a bank can store: of traced ones, those whose type fits."""
+    """Convert labels to int32; traced labels must have a type that fits in int32."""
     labels = as_labels(name, labels)
     if not np.can_cast(labels.dtype, np.int32):
         raise TypeError(
-            f"{name} are traced as {labels.dtype}, whose values cannot be checked, and a bank "
-            "stores int32; convert them before the call"
+            f"{name} are traced as {labels.dtype}, which may not fit in the bank's int32; convert "
+            "them before the call"
         )
     return labels
 
@@ -231,18 +231,18 @@ def _written(
     guides: Float[Array, "b g"] | None,
 ) -> MemoryBank:
     if (guides is None) != (bank.guides is None):
-        raise ValueError("a bank keeps guides for all embeddings or for none; see guide_dim")
+        raise ValueError("a bank stores guides for all embeddings or for none; see guide_dim")
     if vectors.shape[1] != bank.vectors.shape[1]:
         raise ValueError(
-            f"vectors have {vectors.shape[1]} features, but the bank was made for "
-            f"{bank.vectors.shape[1]}"
+            f"vectors have {vectors.shape[1]} features, but the bank's have {bank.vectors.shape[1]}"
         )
-    places = jnp.where(taken, slots, bank.ids.shape[0])  # past the end, where the scatter drops it
+    # Slots not taken point past the end, where the scatter drops them.
+    indices = jnp.where(taken, slots, bank.ids.shape[0])
 
     def put(table: Array, values: Array) -> Array:
-        # As bits: for a scatter into bfloat16, XLA on a CPU converts the whole table to float32.
+        # As bits, since XLA on CPUs converts the whole table to float32 to scatter into bfloat16.
         values = as_bits(values.astype(table.dtype))
-        return from_bits(as_bits(table).at[places].set(values, mode="drop"), table.dtype)
+        return from_bits(as_bits(table).at[indices].set(values, mode="drop"), table.dtype)
 
     return bank._replace(
         vectors=put(bank.vectors, vectors),

@@ -8,14 +8,14 @@ __all__ = ["ExplicitNegatives", "Negatives", "OwnNegatives", "SharedNegatives"]
 
 
 class SharedNegatives(NamedTuple):
-    """Keys that are negatives of every query on every device; this device holds its share.
+    """Negatives for every query on every device; this device holds its share of them.
 
     Attributes:
       vectors: the keys; without gradient unless the function that builds them says otherwise.
-      ids: ids, from which a query's own id must differ; `None` if no query shares one.
-      groups: groups, from which a query's own group must differ.
+      ids: ids; a key with the query's id is masked. `None` if no query shares an id.
+      groups: groups; a key with the query's group is masked.
       valid: `False` for padding.
-      guides: their guide embeddings.
+      guides: the guide model's embeddings of the keys.
     """
 
     vectors: Float[Array, "n d"]
@@ -26,14 +26,14 @@ class SharedNegatives(NamedTuple):
 
 
 class OwnNegatives(NamedTuple):
-    """Separate keys for each query of this device: nearest in a bank, or synthetic.
+    """Separate negatives for each query of this device, nearest in a bank or synthetic.
 
     Attributes:
       vectors: the keys of each query.
-      ids: ids, from which the query's own id must differ; `None` if no query shares one.
-      groups: groups, from which the query's own group must differ.
-      valid: `False` where a query has fewer.
-      guides: their guide embeddings.
+      ids: ids; a key with the query's id is masked. `None` if no query shares an id.
+      groups: groups; a key with the query's group is masked.
+      valid: `False` for padding of queries with fewer keys.
+      guides: the guide model's embeddings of the keys.
     """
 
     vectors: Float[Array, "q n d"]
@@ -44,17 +44,17 @@ class OwnNegatives(NamedTuple):
 
 
 class ExplicitNegatives(NamedTuple):
-    """Keys that come with each row, such as mined negatives, and serve all queries of all devices.
+    """Negatives that belong to a row, such as mined ones, and also serve all other queries.
 
-    A query's own may be given more weight. In the direction `"key_to_key"` they are also negatives
-    of the other rows' keys.
+    A query's own explicit negatives may have more weight. In the direction `"key_to_key"` they are
+    also negatives of the other rows' keys.
 
     Attributes:
       vectors: the keys of each row.
-      ids: the row number of each, from which a query's own id must differ.
-      groups: groups, from which a query's own group must differ.
-      valid: `False` where a row has fewer.
-      guides: their guide embeddings.
+      ids: row numbers; a key with the query's id is masked.
+      groups: groups; a key with the query's group is masked.
+      valid: `False` for padding of rows with fewer keys.
+      guides: the guide model's embeddings of the keys.
     """
 
     vectors: Float[Array, "q n d"]

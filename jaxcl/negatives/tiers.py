@@ -1,4 +1,4 @@
-"""The number of negatives of each kind per query, and the draws from a bank that provide them."""
+"""Budgets of negatives per tier, and draws from a bank that fill them."""
 
 import math
 import operator
@@ -34,21 +34,21 @@ __all__ = [
 class TierBudgets(NamedTuple):
     """The number of negatives in each tier.
 
-    The tiers `uniform`, `stratified` and `nearest` draw different slots, in this order.
+    The tiers `uniform`, `stratified` and `nearest` draw disjoint slots, in this order.
 
     Attributes:
-      whole: whether every query meets the full bank.
-      uniform: random slots of the bank, another draw in each step, shared by all queries.
-      stratified: the same, with the number from each group in `Strata`.
+      whole: whether the full bank provides negatives for every query.
+      uniform: random slots of the bank, redrawn in each step, shared by all queries.
+      stratified: the same, with a quota per group from `Strata`.
       nearest: each query's nearest slots of the bank that its masks allow.
       mixed: mixtures of two of a query's hardest negatives.
-      mixed_with_query: mixtures of the query with one of its hardest negatives.
+      mixed_with_query: mixtures of the query and one of its hardest negatives.
       perturbed: hardest negatives rotated by `degrees`.
-      hardest: nearest negatives of each query from which these three are built: in the bank, or in
-        the batch if there is no bank.
-      of_batch: whether to build synthetic negatives from the batch even if there is a bank, for
-        example one that serves mining or batch assignment.
-      degrees: the angle by which perturbed negatives are rotated.
+      hardest: number of nearest negatives from which the three synthetic tiers are built, in the
+        bank, or in the batch if there is no bank.
+      of_batch: whether to build synthetic negatives from the batch even if there is a bank, such as
+        one for mining or batch assignment.
+      degrees: rotation angle of perturbed negatives.
       gradient: whether gradients flow through synthetic negatives to their sources.
     """
 
@@ -66,7 +66,7 @@ class TierBudgets(NamedTuple):
 
     @property
     def drawn(self) -> int:
-        """The number of slots drawn from the bank, not counting the full bank."""
+        """The number of slots drawn from the bank, not including the full bank."""
         return self.uniform + self.stratified + self.nearest
 
     @property
@@ -85,7 +85,7 @@ class Strata(NamedTuple):
 
     Attributes:
       groups: the groups with a quota, ascending.
-      quotas: slots from each group; all of them if a group has fewer.
+      quotas: slots to draw from each group; all of its slots if a group has fewer.
     """
 
     groups: Int[Array, " g"]
@@ -97,7 +97,7 @@ class DrawSource(NamedTuple):
 
     Attributes:
       bank: this device's share of the bank.
-      uniform: this device's share of the uniform draw's `priorities`; `None` without that tier.
+      uniform: this device's share of the uniform draw's `priorities`; `None` without this tier.
       stratified: the same for the stratified draw.
       strata: the quotas of the stratified draw.
     """
@@ -114,18 +114,18 @@ def strata_of(
     count: int,
     proportions: str | Mapping[int | str, int | float] = "rows",
 ) -> Strata:
-    """Divide a budget over groups by largest remainders, so that the quotas add up to it.
+    """Divide a budget among groups by largest remainders, so that the quotas add up to it.
 
     Args:
       groups: each training row's group.
-      count: slots to divide.
-      proportions: `"rows"`, in proportion to the training rows; `"equal"`, the same number from
-        each group; or group -> weight, where a missing group gets none.
+      count: number of slots to divide.
+      proportions: `"rows"` for quotas in proportion to training rows, `"equal"` for the same quota
+        for each group, or group -> weight, where missing groups get none.
 
     Raises:
-      ValueError: for an unknown name, a group without rows or that int32 cannot hold, or invalid
-        weights.
-      TypeError: for groups that are not integers.
+      ValueError: if a name is unknown, a group has no rows or does not fit in int32, or the weights
+        are invalid.
+      TypeError: if groups are not integers.
 
     Example:
       >>> strata_of(np.array([3, 3, 3, 8]), count=5).quotas.tolist()
@@ -138,27 +138,27 @@ def strata_of(
         weights = np.ones(len(labels))
     elif isinstance(proportions, str):
         raise ValueError(
-            f"proportions={proportions!r} are unknown; use rows, equal, or weights by group"
+            f"proportions={proportions!r} is unknown; use rows, equal, or weights by group"
         )
     else:
-        given = {_group(group): float(weight) for group, weight in proportions.items()}
-        unknown = sorted(set(given) - set(labels.tolist()))
+        by_group = {_group(group): float(weight) for group, weight in proportions.items()}
+        unknown = sorted(set(by_group) - set(labels.tolist()))
         if unknown:
-            raise ValueError(f"proportions name the groups {unknown}, which no row has")
-        weights = np.array([given.get(int(label), 0.0) for label in labels])
+            raise ValueError(f"proportions name groups {unknown}, which have no rows")
+        weights = np.array([by_group.get(int(label), 0.0) for label in labels])
         if not np.isfinite(weights).all() or weights.min() < 0 or weights.sum() <= 0:
-            raise ValueError(f"proportions={given}: weights are at least 0, and one is more")
+            raise ValueError(f"proportions={by_group} must be at least 0, and not all 0")
     exact = count * weights / weights.sum()
     quotas = np.floor(exact).astype(np.int64)
     missing = count - quotas.sum()
-    # Stable, so that equal remainders favour the lowest group on every host.
+    # Stable, so that on every host, ties between remainders go to the lowest group.
     quotas[np.argsort(quotas - exact, kind="stable")[:missing]] += 1
-    drawn = quotas > 0  # all others would only lengthen the counts that devices exchange
+    drawn = quotas > 0  # others would only lengthen the counts that devices exchange
     return Strata(jnp.asarray(labels[drawn], jnp.int32), jnp.asarray(quotas[drawn], jnp.int32))
 
 
 def _group(name: int | str) -> int:
-    return int(name) if isinstance(name, str) else operator.index(name)  # `int` would cut fractions
+    return int(name) if isinstance(name, str) else operator.index(name)  # `int` would truncate
 
 
 def draw_tiers(
@@ -176,35 +176,35 @@ def draw_tiers(
     source: DrawSource | None = None,
     axis_name: AxisName | None = None,
 ) -> dict[str, SharedNegatives | OwnNegatives]:
-    """The negatives of a step beyond its batch, tier by tier, as `negatives` of a loss.
+    """Draw the negatives of a step from outside its batch, by tier, as `negatives` of a loss.
 
     A device never holds more of the bank than its share and its draws. With `p` devices and `q`
     queries on each, every device sends and receives `s` entries for a shared budget of `s` slots,
-    `p · q · o` entries for a budget of `o` per query, and `p · q` queries to search for the
+    `p · q · o` entries for a budget of `o` per query, and `p · q` queries for the search of the
     nearest.
 
     Args:
       budgets: the number of negatives in each tier.
       queries: this device's queries.
       keys: this device's keys.
-      row_keys: a random key for each of its rows.
-      ids: its rows' ids, as for `infonce_loss`.
-      groups: its rows' groups, as there.
-      valid: `False` for padding, as there.
-      margin: as there; it also masks the nearest negatives.
-      relative_margin: the same, as a share of the positive's similarity.
-      guides: the guide model's embeddings, as there.
+      row_keys: a random key for each of this device's rows.
+      ids: the rows' ids, as in `Masks`.
+      groups: the rows' groups, as in `Masks`.
+      valid: `False` for padding.
+      margin: as in `Masks`; it also masks the nearest negatives.
+      relative_margin: the margin as a fraction of the positive's similarity.
+      guides: the guide model's embeddings, as in `Masks`.
       source: the bank to draw from; without it, or with `budgets.of_batch`, the three synthetic
         tiers are built from the batch.
       axis_name: the mesh axes over which rows and slots are sharded.
 
     Returns:
-      A set of negatives for each tier with a budget.
+      The negatives of each tier with a budget.
 
     Raises:
-      ValueError: for a budget or margin out of range, both margins, or labels that int32 cannot
-        hold.
-      TypeError: for labels that are not integers.
+      ValueError: if a budget or margin is out of range, both margins are given, or a label does not
+        fit in int32.
+      TypeError: if labels are not integers.
     """
     check_ranges(budgets)
     queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
@@ -233,16 +233,16 @@ def draw_tiers(
         gradient = budgets.gradient
         return _nearest_of(queries, labels, candidates, count, axis_name, gradient=gradient)
 
-    made_of_batch = budgets.of_batch and source is not None
+    from_batch = budgets.of_batch and source is not None
     hardest_count = budgets.hardest if budgets.synthetic else 0
-    # One search, the most expensive part, serves all tiers with the same candidates.
-    count = budgets.nearest if made_of_batch else max(budgets.nearest, hardest_count)
+    # The search is the most expensive part, so all tiers with the same candidates share one.
+    count = budgets.nearest if from_batch else max(budgets.nearest, hardest_count)
     if count:
         hardest = hardest_of(slots, count)
     if budgets.nearest:
         tiers["nearest"] = jax.tree.map(lambda leaf: leaf[:, : budgets.nearest], hardest)
     if hardest_count:
-        if made_of_batch:
+        if from_batch:
             hardest = hardest_of(batch, hardest_count)
         tiers |= _synthetic(budgets, queries, hardest, row_keys, guided=guides is not None)
     return tiers
@@ -251,7 +251,7 @@ def draw_tiers(
 def _drawn_by_all(
     budgets: TierBudgets, source: DrawSource, axis_name: AxisName | None
 ) -> tuple[dict[str, SharedNegatives], SharedNegatives]:
-    """The tiers that all queries share, and the slots that remain for the others."""
+    """Draw the tiers that all queries share, and return the slots left for the other tiers."""
     slots = read_bank(source.bank)
     free = source.bank.written >= 0
     tiers = {"bank": slots} if budgets.whole else {}
@@ -267,22 +267,22 @@ def _drawn_by_all(
     if budgets.stratified:
         assert source.strata is not None
         groups, quotas = source.strata
-        # A search returns a place for any group, including those without a quota.
-        places = jnp.searchsorted(groups, source.bank.groups).astype(jnp.int32)
-        known = groups.at[places].get(mode="fill", fill_value=-1) == source.bank.groups
-        stratum = jnp.where(free & known, places, groups.shape[0])
+        # `searchsorted` returns an index for any group, including groups without a quota.
+        indices = jnp.searchsorted(groups, source.bank.groups).astype(jnp.int32)
+        known = groups.at[indices].get(mode="fill", fill_value=-1) == source.bank.groups
+        stratum = jnp.where(free & known, indices, groups.shape[0])
         free = draw("stratified", stratum, quotas, budgets.stratified)
     return tiers, slots._replace(valid=free)
 
 
 def _share_of(drawn: Array, slots: SharedNegatives, axis_name: AxisName | None) -> SharedNegatives:
-    """The drawn slots as negatives, divided over the devices."""
-    # Every device knows all slot numbers, but fetches the entries of its share only.
+    """Fetch the drawn slots as negatives, divided over the devices."""
+    # Every device knows all slot numbers, but fetches only the entries of its share.
     if axis_name is not None:
         size = lax.axis_size(axis_name)
         share = math.ceil(drawn.shape[0] / size)
-        filled = jnp.pad(drawn, (0, share * size - drawn.shape[0]), constant_values=-1)
-        drawn = lax.dynamic_slice_in_dim(filled, lax.axis_index(axis_name) * share, share)
+        padded = jnp.pad(drawn, (0, share * size - drawn.shape[0]), constant_values=-1)
+        drawn = lax.dynamic_slice_in_dim(padded, lax.axis_index(axis_name) * share, share)
     entries = fetch_rows(slots._replace(valid=None), drawn, axis_name=axis_name, constant=True)
     return entries._replace(valid=drawn >= 0)
 
@@ -290,9 +290,9 @@ def _share_of(drawn: Array, slots: SharedNegatives, axis_name: AxisName | None) 
 def _here(drawn: Array, num_slots: int, axis_name: AxisName | None) -> Array:
     """Whether each of this device's slots has been drawn."""
     first = 0 if axis_name is None else lax.axis_index(axis_name) * num_slots
-    # Slots of earlier devices, and −1, would otherwise count from the end of this device's share.
-    places = jnp.where(drawn >= first, drawn - first, num_slots)
-    return jnp.zeros(num_slots, bool).at[places].set(True, mode="drop")
+    # Slots of previous devices, and −1, would otherwise index from the end of this device's share.
+    indices = jnp.where(drawn >= first, drawn - first, num_slots)
+    return jnp.zeros(num_slots, bool).at[indices].set(True, mode="drop")
 
 
 def _nearest_of(
@@ -306,17 +306,20 @@ def _nearest_of(
 ) -> OwnNegatives:
     different = tuple(label for label in (slots.ids, slots.groups) if label is not None)
     different = different[: len(labels.different)]
-    theirs = PairLabels(different=different, valid=slots.valid, guide=slots.guides)
+    slot_labels = PairLabels(different=different, valid=slots.valid, guide=slots.guides)
     vectors = slots.vectors.astype(queries.dtype)
-    found = nearest(
-        queries, vectors, count=count, query_labels=labels, table_labels=theirs, axis_name=axis_name
-    )
+    rows = nearest(
+        queries,
+        vectors,
+        count=count,
+        query_labels=labels,
+        table_labels=slot_labels,
+        axis_name=axis_name,
+    ).rows
     entries = fetch_rows(
-        slots._replace(valid=None), found.rows, axis_name=axis_name, constant=not gradient
+        slots._replace(valid=None), rows, axis_name=axis_name, constant=not gradient
     )
-    return OwnNegatives(
-        entries.vectors, entries.ids, entries.groups, found.rows >= 0, entries.guides
-    )
+    return OwnNegatives(entries.vectors, entries.ids, entries.groups, rows >= 0, entries.guides)
 
 
 def _synthetic(
@@ -332,26 +335,28 @@ def _synthetic(
     wide = jnp.promote_types(queries.dtype, jnp.float32)
     vectors, queries = vectors.astype(wide), queries.astype(wide)
 
-    # One key per tier and row: a tier's draws do not depend on which other tiers are on.
+    # One key per tier and row, so that a tier's draws do not depend on the other tiers.
     def keys(number: int) -> Array:
         return jax.vmap(jax.random.fold_in, (0, None))(row_keys, number)
 
-    made = {}
+    synthetic = {}
     if budgets.mixed:
-        made["mixed"] = mixed(keys(0), vectors, valid, count=budgets.mixed)
+        synthetic["mixed"] = mixed(keys(0), vectors, valid, count=budgets.mixed)
     if budgets.mixed_with_query:
-        made["mixed_with_query"] = mixed_with_query(
+        synthetic["mixed_with_query"] = mixed_with_query(
             keys(1), queries, vectors, valid, count=budgets.mixed_with_query
         )
     if budgets.perturbed:
-        made["perturbed"] = perturbed(
+        synthetic["perturbed"] = perturbed(
             keys(2), vectors, valid, count=budgets.perturbed, degrees=budgets.degrees
         )
     if not budgets.gradient:
-        made = lax.stop_gradient(made)
-    # No guide model has encoded synthetic negatives. Their own vectors stand in, which is right for
-    # a guide that shares this model's space, such as its moving average.
+        synthetic = lax.stop_gradient(synthetic)
+    # The guide model has not encoded synthetic negatives. Their own vectors replace its embeddings,
+    # which suits guides that share this model's space, such as its moving average.
     return {
-        name: OwnNegatives(found, valid=there, guides=lax.stop_gradient(found) if guided else None)
-        for name, (found, there) in made.items()
+        name: OwnNegatives(
+            vectors, valid=valid, guides=lax.stop_gradient(vectors) if guided else None
+        )
+        for name, (vectors, valid) in synthetic.items()
     }

@@ -131,7 +131,7 @@ def test_any_number_of_devices_holds_the_same_slots(update, dtype):
     ("num_slots", "dim", "message"),
     [
         (2_000, DIM, "num_slots=2000, but the bank has 1024"),
-        (5, DIM + 1, f"vectors have {DIM + 1} features, but the bank was made for {DIM}"),
+        (5, DIM + 1, f"vectors have {DIM + 1} features, but the bank's have {DIM}"),
     ],
 )
 def test_a_batch_for_another_bank_is_named(num_slots, dim, message):
@@ -141,9 +141,9 @@ def test_a_batch_for_another_bank_is_named(num_slots, dim, message):
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="num_slots=0; a bank has at least one"):
+    with pytest.raises(ValueError, match="num_slots=0 must be at least 1"):
         init_bank(0, DIM)
-    with pytest.raises(ValueError, match="dtype=int8; embeddings are kept as float32"):
+    with pytest.raises(ValueError, match="dtype=int8 is not a float; use float32"):
         init_bank(1, DIM, dtype="int8")
     with pytest.raises(ValueError, match=r"momentum=1\.0; set it to at least 0 and below 1"):
         update_instances(

@@ -123,11 +123,11 @@ def test_a_budget_is_divided_over_groups(proportions, quotas):
 @pytest.mark.parametrize(
     ("proportions", "message"),
     [
-        ("row", "'row' are unknown; use rows, equal"),
-        ({4: 1.0}, r"name the groups \[4\], which no row has"),
-        ({3: -1.0}, "weights are at least 0"),
-        ({3: 0.0}, "weights are at least 0, and one is more"),
-        ({3: float("nan")}, "weights are at least 0"),
+        ("row", "'row' is unknown; use rows, equal"),
+        ({4: 1.0}, r"name groups \[4\], which have no rows"),
+        ({3: -1.0}, "must be at least 0"),
+        ({3: 0.0}, "must be at least 0, and not all 0"),
+        ({3: float("nan")}, "must be at least 0"),
     ],
 )
 def test_proportions_that_are_none_are_named(proportions, message):
