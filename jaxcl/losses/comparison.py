@@ -1,4 +1,4 @@
-"""The comparison of a batch's rows that all losses share: directions, labels and masks."""
+"""Directions, labels and masks for comparing the rows of a batch, shared by all losses."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ TEMPERATURES = Range(above=0)
 
 
 class Comparison(NamedTuple):
-    """How a batch's rows are compared: which pairs count, and how devices exchange rows."""
+    """How to compare a batch's rows: which pairs are allowed, and how devices exchange rows."""
 
     masks: Masks
     axis_name: AxisName | None
@@ -31,7 +31,7 @@ class Comparison(NamedTuple):
     implementation: str | None
 
     def swapped(self) -> "Comparison":
-        """The same for a call in which queries and keys change places."""
+        """The same comparison for a call with queries and keys swapped."""
         if self.masks.guides is None:
             return self
         return self._replace(masks=self.masks._replace(guides=self.masks.guides[::-1]))
@@ -43,13 +43,13 @@ class Comparison(NamedTuple):
         keys: Float[Array, "q d"],
         directions: tuple[str, ...],
     ) -> dict[str, Float[Array, " q"]]:
-        """An operation of `jaxcl.ops.pairs` on each row's negatives in the batch, by direction."""
-        found: dict[str, Float[Array, " q"]] = {}
+        """Apply an operation of `jaxcl.ops.pairs` to in-batch negatives, for each direction."""
+        values: dict[str, Float[Array, " q"]] = {}
         guides = self.masks.guides
         query_guide, key_guide = (None, None) if guides is None else guides
         if {"query_to_key", "key_to_query"} & set(directions):
-            # One product for both directions. Only anchors bring ceilings: another row's margin
-            # must not mask pairs of a direction in which that row has no loss.
+            # One product for both directions. Only anchors have ceilings, since a candidate's
+            # margin must not mask pairs of a direction in which it has no loss.
             rows, columns = reduce(
                 queries,
                 keys,
@@ -61,25 +61,25 @@ class Comparison(NamedTuple):
                 ),
                 **self.how(),
             )
-            found |= {"query_to_key": rows, "key_to_query": columns}
+            values |= {"query_to_key": rows, "key_to_query": columns}
         for direction, own, guide in (
             ("query_to_query", queries, query_guide),
             ("key_to_key", keys, key_guide),
         ):
             if direction in directions:
-                found[direction], _ = reduce(
+                values[direction], _ = reduce(
                     own,
                     own,
                     query_labels=self.labels(queries, keys, guide),
                     key_labels=self.labels(queries, keys, guide, ceiling=False),
                     **self.how(),
                 )
-        return {direction: found[direction] for direction in directions}
+        return {direction: values[direction] for direction in directions}
 
     def ceilings(
         self, queries: Float[Array, "q d"], keys: Float[Array, "q d"]
     ) -> Float[Array, " q"] | None:
-        """The greatest similarity at which a negative of each row is allowed; `None` for all."""
+        """The maximum similarity of each row's allowed negatives; `None` for no limit."""
         masks = self.masks
         ceilings = similarity_ceilings(
             inner_product(*((queries, keys) if masks.guides is None else masks.guides)),
@@ -87,11 +87,11 @@ class Comparison(NamedTuple):
             relative_margin=masks.relative_margin,
         )
         if ceilings is None and masks.guides is not None:
-            raise ValueError("guides judge by a margin; give margin or relative_margin (0 will do)")
+            raise ValueError("guides need a margin; give margin or relative_margin (0 is allowed)")
         return ceilings
 
     def how(self) -> dict[str, Any]:
-        """The arguments of every reduction: how devices exchange rows, and the implementation."""
+        """The arguments of all reductions: the exchange between devices, and the implementation."""
         return {
             "axis_name": self.axis_name,
             "exchange": self.exchange,
@@ -106,7 +106,7 @@ class Comparison(NamedTuple):
         *,
         ceiling: bool = True,
     ) -> PairLabels:
-        """One side's labels, with the ceilings of its rows if these are anchors."""
+        """One side's labels, with the ceilings of its rows if they are anchors."""
         labels = batch_labels(
             queries.shape[0],
             ids=self.masks.ids,
@@ -131,15 +131,15 @@ def checked_batch(
     directions: tuple[str, ...],
     temperature: float | Array,
 ) -> tuple[Float[Array, "q d"], Float[Array, "q d"], Masks]:
-    """Check what every loss takes.
+    """Check the arguments that all losses share.
 
     Returns:
-      The queries, the keys and the masks as arrays of JAX, with labels as int32.
+      Queries, keys and masks as JAX arrays, with labels as int32.
 
     Raises:
-      ValueError: for sides of different shapes, an unknown direction, a temperature that is not
-        above 0, or a label that int32 cannot hold.
-      TypeError: for sides that are not arrays of floats, or labels that are not integers.
+      ValueError: if the shapes of queries and keys differ, a direction is unknown, the temperature
+        is not above 0, or a label does not fit in int32.
+      TypeError: if queries or keys are not arrays of floats, or labels are not integers.
     """
     queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
     check_numbers("temperature", temperature, TEMPERATURES)
@@ -153,8 +153,8 @@ def checked_batch(
         )
     if queries.shape != keys.shape:
         raise ValueError(
-            f"queries have the shape {queries.shape} and keys {keys.shape}; row i of one belongs "
-            "to row i of the other, so give as many, of one width"
+            f"queries have the shape {queries.shape} and keys {keys.shape}; give equal shapes, "
+            "with the positive of query i as key i"
         )
     if masks.guides is not None:
         query_guide, key_guide = (as_vectors("masks.guides", guide) for guide in masks.guides)

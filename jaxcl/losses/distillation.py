@@ -1,4 +1,4 @@
-"""A loss that moves each query's scores towards a teacher's."""
+"""A loss that trains each query's scores to match a teacher's."""
 
 from typing import Annotated, NamedTuple
 
@@ -34,35 +34,36 @@ def distillation_loss(
     masks: Masks = NO_MASKS,
     negatives: dict[str, ExplicitNegatives] | None = None,
 ) -> Float[Array, " q"]:
-    r"""The divergence of a query's candidates' softmax from a teacher's, one value per query.
+    r"""The KL divergence between a teacher's and the model's softmax, one value per query.
 
-    With $p_i$ the softmax of the teacher's scores over $\tau'$ and $s_{ij}$ the model's scores of
-    row $i$'s candidates, which are its key and its explicit negatives,
+    Row $i$'s candidates are its key and its explicit negatives. With $p_i$ the softmax of the
+    teacher's scores over $\tau'$ and $s_{ij}$ the model's scores,
 
     $$\ell_i = \sum_j p_{ij} \Big(\log p_{ij} - \log \frac{e^{s_{ij}}}{\sum_l e^{s_{il}}}\Big).$$
 
-    A row's candidates are its own, so nothing crosses devices.
+    Candidates are not shared between rows, so devices do not communicate.
 
     Args:
       queries: this device's queries.
       keys: this device's keys.
-      teacher_scores: the score of the key, then one for each explicit negative, such as a
-        cross-encoder's logits.
+      teacher_scores: the scores of the key and of each explicit negative, such as a cross-encoder's
+        logits.
       temperature: $\tau > 0$.
       teacher_temperature: $\tau' > 0$.
       masks: only `valid` is allowed.
-      negatives: `{"explicit": …}`; the teacher's scores of invalid ones are not read.
+      negatives: `{"explicit": …}`; the teacher's scores of invalid negatives are ignored.
 
     Returns:
       The divergence of each of this device's queries, in nats, at least 0.
 
     Raises:
-      ValueError: for sides, scores or negatives that do not fit, and for other masks.
+      ValueError: if the shapes of queries, keys, scores and negatives do not match, or for masks
+        other than `valid`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> sides, others = jnp.eye(2), ExplicitNegatives(jnp.eye(2)[::-1, None])
-      >>> scores = jnp.array([[1.0, 0.0], [0.0, 1.0]])  # this teacher finds the second row wrong
+      >>> scores = jnp.array([[1.0, 0.0], [0.0, 1.0]])  # the teacher disagrees on the second row
       >>> distillation_loss(
       ...     sides, sides, negatives={"explicit": others}, teacher_scores=scores, temperature=1.0
       ... ).round(4).tolist()
@@ -79,27 +80,27 @@ def distillation_loss(
     if any(field is not None for field in masks._replace(valid=None)):
         raise ValueError("the teacher scores every candidate, so only masks.valid is allowed")
     if unknown := set(negatives or {}) - {_EXPLICIT}:
-        raise ValueError(f"negatives has {sorted(unknown)}; a teacher scores {_EXPLICIT!r} ones")
+        raise ValueError(f"negatives has {sorted(unknown)}; only {_EXPLICIT!r} is allowed")
     teacher_scores = as_vectors("teacher_scores", teacher_scores)
     similarities = inner_product(queries, keys)[:, None]
-    counted = jnp.ones(similarities.shape, bool)
+    valid = jnp.ones(similarities.shape, bool)
     if negatives:
         explicit = negatives[_EXPLICIT]
         vectors = as_vectors(f"negatives[{_EXPLICIT!r}]", explicit.vectors, axes=3)
         similarities = jnp.concatenate([similarities, own_products(queries, vectors)], 1)
-        own = jnp.ones(vectors.shape[:2], bool)
-        counted = jnp.concatenate([counted, own if explicit.valid is None else explicit.valid], 1)
+        all_valid = jnp.ones(vectors.shape[:2], bool)
+        valid = jnp.concatenate([valid, all_valid if explicit.valid is None else explicit.valid], 1)
     if teacher_scores.shape != similarities.shape:
         raise ValueError(
-            f"teacher_scores have the shape {teacher_scores.shape}; wanted is {similarities.shape}:"
-            " the key's score, then one for each explicit negative"
+            f"teacher_scores have the shape {teacher_scores.shape}, not {similarities.shape}; give "
+            "the key's score, then one per explicit negative"
         )
     scores = similarities / jnp.reshape(jnp.asarray(temperature), (-1, 1))
-    teacher = jnp.where(counted, teacher_scores, 0).astype(scores.dtype) / teacher_temperature
-    log_wanted, log_found = (
-        jnp.where(counted, jax.nn.log_softmax(given, where=counted), 0)
-        for given in (jax.lax.stop_gradient(teacher), scores)
+    teacher = jnp.where(valid, teacher_scores, 0).astype(scores.dtype) / teacher_temperature
+    log_target, log_model = (
+        jnp.where(valid, jax.nn.log_softmax(logits, where=valid), 0)
+        for logits in (jax.lax.stop_gradient(teacher), scores)
     )
-    wanted = jnp.where(counted, jnp.exp(log_wanted), 0)
-    loss = (wanted * (log_wanted - log_found)).sum(1)
+    target = jnp.where(valid, jnp.exp(log_target), 0)
+    loss = (target * (log_target - log_model)).sum(1)
     return loss if masks.valid is None else jnp.where(masks.valid, loss, 0)

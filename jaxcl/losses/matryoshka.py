@@ -1,4 +1,4 @@
-"""One embedding that is good at several lengths."""
+"""Train embeddings that can be truncated to several lengths."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -22,20 +22,20 @@ def matryoshka(
 ) -> Callable[..., Any]:
     r"""Sum a loss over nested lengths of the embeddings: $\sum_d w_d\, \ell(q_{1:d}, k_{1:d})$.
 
-    Each length is normalised separately. Negatives from outside the batch are cut as the queries
-    and keys are; the embeddings of a guide model are not.
+    Each length is normalised separately. Negatives from outside the batch are truncated in the same
+    way; the embeddings of a guide model are not.
 
     Args:
       loss_fn: a loss of `jaxcl.losses`, or any `LossFn`.
-      dims: the lengths, each once, at most that of the embeddings.
+      dims: distinct lengths, at most the length of the embeddings.
       weights: one per length; 1 each by default.
 
     Returns:
-      A loss with the same arguments. If `loss_fn` takes and returns `memory`, the memory of this
-      one maps each length to its memory.
+      A loss with the same arguments. If `loss_fn` takes and returns `memory`, the returned loss has
+      a memory that maps each length to the memory of `loss_fn`.
 
     Raises:
-      ValueError: for lengths or weights that do not fit.
+      ValueError: if lengths or weights are invalid.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,8 +51,8 @@ def matryoshka(
     weights = [1.0] * len(dims) if weights is None else list(weights)
     if not dims or min(dims) < 1 or len(set(dims)) < len(dims) or len(weights) != len(dims):
         raise ValueError(
-            f"dims={tuple(dims)}, weights={tuple(weights)}: give lengths of at least 1, each once, "
-            "and one weight for each"
+            f"dims={tuple(dims)}, weights={tuple(weights)}; give distinct lengths of at least 1, "
+            "and one weight per length"
         )
 
     def nested_loss(
@@ -65,24 +65,28 @@ def matryoshka(
     ) -> Any:
         queries, keys = as_vectors("queries", queries), as_vectors("keys", keys)
         if max(dims) > queries.shape[1]:
-            raise ValueError(f"dims={tuple(dims)} of embeddings that have {queries.shape[1]}")
+            raise ValueError(
+                f"dims={tuple(dims)} exceed the {queries.shape[1]} features of the embeddings"
+            )
         parts, updated = [], {}
         for dim, weight in zip(dims, weights, strict=True):
-            given = dict(options)
+            arguments = dict(options)
             if negatives is not None:
-                given["negatives"] = {name: _cut(one, dim) for name, one in negatives.items()}
+                arguments["negatives"] = {
+                    name: _truncated(tier, dim) for name, tier in negatives.items()
+                }
             if memory is not None:
-                given["memory"] = memory[_name(dim)]
-            found = loss_fn(normalise(queries[:, :dim]), normalise(keys[:, :dim]), **given)
+                arguments["memory"] = memory[_name(dim)]
+            loss = loss_fn(normalise(queries[:, :dim]), normalise(keys[:, :dim]), **arguments)
             if memory is not None:
-                found, updated[_name(dim)] = found
-            elif isinstance(found, tuple):
+                loss, updated[_name(dim)] = loss
+            elif isinstance(loss, tuple):
                 raise ValueError(
-                    f"{getattr(loss_fn, '__name__', loss_fn)} returns more than its values; nest a "
-                    "loss that keeps the rest in memory, such as "
+                    f"{getattr(loss_fn, '__name__', loss_fn)} returns more than the loss; use a "
+                    "loss with memory, such as "
                     "jaxcl.losses.running_estimate.remembered_estimate_loss"
                 )
-            parts.append(weight * found)
+            parts.append(weight * loss)
         total = functools.reduce(lambda total, part: total + part, parts)
         return total if memory is None else (total, updated)
 
@@ -90,7 +94,7 @@ def matryoshka(
 
 
 def nested(loss: Loss, *, dims: Sequence[int]) -> Loss:
-    """The declaration of `matryoshka(loss.function, dims=dims)`."""
+    """Declare `matryoshka(loss.function, dims=dims)` as a `Loss`."""
     init_memory = loss.init_memory
 
     def init_each(num_rows: int, **options: Any) -> dict[str, PyTree]:
@@ -103,11 +107,11 @@ def nested(loss: Loss, *, dims: Sequence[int]) -> Loss:
     )
 
 
-def _cut(negatives: Any, dim: int) -> Any:
+def _truncated(negatives: Any, dim: int) -> Any:
     vectors = as_vectors("negatives", negatives.vectors, axes=jnp.ndim(negatives.vectors))
     return negatives._replace(vectors=normalise(vectors[..., :dim]))
 
 
 def _name(dim: int) -> str:
-    """The key of a length in the memory; checkpoints have text keys."""
+    """The key of a length in the memory; checkpoints need text keys."""
     return str(dim)

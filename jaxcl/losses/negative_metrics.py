@@ -1,4 +1,4 @@
-"""How many negatives a query had of each kind, and what they weighed."""
+"""The number of each query's negatives, and their weight in the loss, by kind."""
 
 from typing import NamedTuple
 
@@ -18,13 +18,13 @@ _TO_KEYS = ("query_to_key",)
 
 
 class NegativeMetrics(NamedTuple):
-    """Of each query, for one kind of its negatives.
+    """Metrics of each query's negatives of one kind.
 
     Attributes:
-      counted: how many there were.
-      masked: how many more there would have been without ids, groups and margins.
-      similarity: the mean similarity of those that counted; 0 without any.
-      share: their part of the softmax's sum, of which the positive has the rest.
+      counted: number of allowed negatives.
+      masked: number of negatives masked by ids, groups or margins.
+      similarity: mean similarity of the allowed negatives; 0 if there are none.
+      share: the share of these negatives in the softmax's sum over all kinds and the positive.
     """
 
     counted: Float[Array, " q"]
@@ -48,10 +48,10 @@ def measure_negatives(
 ) -> dict[str, NegativeMetrics]:
     """Measure each query's negatives in the direction `"query_to_key"` of `infonce_loss`.
 
-    Arguments as there.
+    Arguments as for `infonce_loss`.
 
     Returns:
-      `"batch"`, and each name in `negatives` -> what its negatives are.
+      The metrics of in-batch negatives as `"batch"`, and of each set in `negatives` by its name.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,18 +71,18 @@ def measure_negatives(
     negatives = negatives or {}
     sums = _each(reduce, comparison, queries, keys, negatives)
     counted = _each(COUNT, comparison, queries, keys, negatives)
-    similar = _each(SIMILARITY, comparison, queries, keys, negatives)
-    bare = {
-        name: one._replace(ids=None, groups=None, guides=None) for name, one in negatives.items()
+    similarity_sums = _each(SIMILARITY, comparison, queries, keys, negatives)
+    unlabelled = {
+        name: tier._replace(ids=None, groups=None, guides=None) for name, tier in negatives.items()
     }
-    present = _each(COUNT, unmasked, queries, keys, bare)
+    present = _each(COUNT, unmasked, queries, keys, unlabelled)
     positives = inner_product(queries, keys) / temperature
     everything = jax.scipy.special.logsumexp(jnp.stack([positives, *sums.values()]), axis=0)
     return {
         name: NegativeMetrics(
             counted=counted[name],
             masked=present[name] - counted[name],
-            similarity=similar[name] / jnp.maximum(counted[name], 1),
+            similarity=similarity_sums[name] / jnp.maximum(counted[name], 1),
             share=jnp.exp(sums[name] - everything),
         )
         for name in sums
@@ -96,7 +96,7 @@ def _each(
     keys: Float[Array, "q d"],
     negatives: NegativesByName,
 ) -> dict[str, Float[Array, " q"]]:
-    """One number of each query's negatives, by their kind."""
-    found = {"batch": comparison.reduced(reduce.pairs, queries, keys, _TO_KEYS)}
-    found |= reduce_outside(reduce, comparison, queries, keys, negatives, directions=_TO_KEYS)
-    return {name: values["query_to_key"] for name, values in found.items()}
+    """Reduce each query's negatives to one number per kind."""
+    reduced = {"batch": comparison.reduced(reduce.pairs, queries, keys, _TO_KEYS)}
+    reduced |= reduce_outside(reduce, comparison, queries, keys, negatives, directions=_TO_KEYS)
+    return {name: values["query_to_key"] for name, values in reduced.items()}

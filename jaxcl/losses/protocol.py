@@ -1,4 +1,4 @@
-"""The type of a loss: the arguments that all losses share, and the declaration of others."""
+"""The interface of losses: their shared arguments, and declarations of additional ones."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -16,18 +16,18 @@ EVERY_KIND = (ExplicitNegatives, OwnNegatives, SharedNegatives)
 
 
 class Masks(NamedTuple):
-    """Which pairs of rows are not negatives, since they may be positives or padding.
+    """Pairs of rows that are not negatives, since they may be positives or padding.
 
     Attributes:
-      ids: row numbers. Two rows with the same id are never negatives of each other, so a batch may
+      ids: row numbers. Rows with the same id are never each other's negatives, so a batch may
         contain a row twice.
-      groups: labels. Two rows of the same group are never negatives of each other.
-      valid: `False` for padding, which is no row's negative and has a loss of 0.
-      margin: a negative counts only if it is less similar than the row's own positive by at least
-        this difference. The positive is that of the row for which the loss is computed.
-      relative_margin: the same as a share of the positive's similarity.
-      guides: embeddings of both sides by a guide model, whose similarities decide on the margins
-        instead of the model's own.
+      groups: labels. Rows of the same group are never each other's negatives.
+      valid: `False` for padding, which is never a negative and has a loss of 0.
+      margin: a negative is allowed only if its similarity is below that of the anchor's positive by
+        at least this difference.
+      relative_margin: the same, as a fraction of the positive's similarity.
+      guides: a guide model's embeddings of queries and keys, whose similarities replace the model's
+        in the margins.
     """
 
     ids: Integer[Array, " q"] | None = None
@@ -49,32 +49,31 @@ class NoOptions(NamedTuple):
 class LossFn(Protocol):
     r"""`(queries, keys, *, temperature, masks, negatives, …) -> the loss of each row, in nats`.
 
-    A loss must satisfy the following; `tests/losses/test_battery.py` checks it for all of `LOSSES`.
+    Every loss must satisfy the following; `tests/losses/test_battery.py` checks all of `LOSSES`.
 
     - It returns one value per row of this device, in float32 or wider. The caller takes the mean,
-      and differentiates outside of the `shard_map`.
-    - Row `i` of the queries belongs to row `i` of the keys, and the order of rows does not matter.
-    - Rows that are not valid have the value 0, and change no other row's value or gradient.
-      The result is finite, with a finite gradient, for a batch without valid rows or negatives.
-    - A pair that is excluded by a mask that the loss heeds counts no more than if the other row
-      were not there.
-    - With `axis_name` the rows of all devices are compared: values and gradients are the same as on
-      one device that holds all rows, whatever the exchange and the implementation.
+      and differentiates outside the `shard_map`.
+    - Key `i` is the positive of query `i`, and the order of rows does not matter.
+    - Invalid rows have the value 0, and do not change the values or gradients of other rows. The
+      result is finite, with a finite gradient, for a batch without valid rows or negatives.
+    - If a mask that the loss supports excludes a pair, the other row might as well be missing.
+    - With `axis_name`, values and gradients are the same as on one device that holds the rows of
+      all devices, whatever the exchange and the implementation.
     - Gradients reach both sides and the temperature, which may be an array.
 
-    A loss is compiled into the train step, so it is pure, and its shapes are static. One that
-    takes more than these arguments, or fewer, declares that in a `Loss`.
+    A loss is compiled into the train step, so it is pure and has static shapes. A loss that takes
+    more or fewer arguments declares them in a `Loss`.
 
     Args:
-      queries: this device's queries, unit vectors in general.
+      queries: this device's queries, usually unit vectors.
       keys: their keys.
       temperature: $\tau > 0$; it may be learned.
-      masks: which pairs are not negatives.
+      masks: pairs that are not negatives.
       negatives: negatives from outside the batch, by name.
       axis_name: the mesh axis or axes of an enclosing `jax.shard_map` over which rows are sharded.
       exchange: how devices exchange their rows: `"gather"` or `"ring"`
         (`jaxcl.ops.pairs.pair_logsumexp`).
-      implementation: an implementation of `jaxcl.ops.pairs`; `None` for the best that runs here.
+      implementation: an implementation of `jaxcl.ops.pairs`; `None` chooses one by size.
     """
 
     def __call__(
@@ -92,25 +91,24 @@ class LossFn(Protocol):
 
 
 class Loss(NamedTuple):
-    """A loss function, and the arguments in which it differs from `LossFn`.
+    """A loss function, and the differences of its arguments from `LossFn`.
 
     Attributes:
       function: the loss.
-      options: a NamedTuple class of its options, each `None` for the function's own default, with
-        the range of each number (`jaxcl.typing.Range`). `None` if nothing is declared: then any
-        option is passed on.
-      masks: the fields of `Masks` that it heeds; `()` for a function without the argument `masks`.
-      negatives: the kinds of negatives from outside the batch that it takes; `()` for a function
-        without the argument `negatives`.
+      options: a NamedTuple class of its options, each `None` for the function's default, with the
+        range of each number (`jaxcl.typing.Range`). If `None`, any option is passed on.
+      masks: the fields of `Masks` that it supports; `()` for a function without a `masks` argument.
+      negatives: the kinds of negatives from outside the batch that it supports; `()` for a function
+        without a `negatives` argument.
       columns: arguments that are columns of a batch: argument -> column, such as
         `{"teacher_scores": "teacher_scores"}`.
       has_bias: whether it takes a `bias`, which may be learned.
       exchanges: whether it compares rows of different devices; if not, it takes no `axis_name`,
         `exchange` and `implementation`.
-      init_memory: `(number of training rows, *, temperature, **options) -> tables` with an entry
-        for each training row. The function then takes `memory`, the entries of its rows, and
-        returns `(loss, memory)`.
-      bounds_temperature: whether it takes `temperature_bounds`, as it learns temperatures itself.
+      init_memory: `(number of training rows, *, temperature, **options) -> tables` with one entry
+        per training row. The function then takes `memory`, the entries of its rows, and returns
+        `(loss, memory)`.
+      bounds_temperature: whether it takes `temperature_bounds` and learns temperatures itself.
     """
 
     function: Callable[..., Any]

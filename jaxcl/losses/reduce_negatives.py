@@ -1,4 +1,4 @@
-"""Reduces all negatives of each row, from the batch and from outside, to one number."""
+"""Reduce each row's negatives, from the batch and from outside it, to one number."""
 
 import functools
 from collections.abc import Callable
@@ -33,9 +33,9 @@ class Reduce(NamedTuple):
     Attributes:
       pairs: an operation of `jaxcl.ops.pairs`, for negatives that all rows share.
       own: the same for separate negatives of each row: (similarities `[q, n]`, mask) -> values.
-      join: (values, values) -> values of both parts together.
-      by_row: whether `pairs` treats rows differently, by their temperatures for example, so that
-        it cannot return a value per column.
+      join: (values, values) -> the values of both parts combined.
+      by_row: whether `pairs` treats rows differently, such as with a temperature per row, and so
+        cannot return one value per column.
     """
 
     pairs: Callable[..., tuple[Array, Array]]
@@ -49,23 +49,23 @@ def log_sum_exp(
 ) -> Reduce:
     """The log-sum-exp of each row's scores, in nats; −∞ for no negatives."""
 
-    def own(similarities: Float[Array, "q n"], counted: Bool[Array, "q n"]) -> Float[Array, " q"]:
-        scores = similarities / jnp.reshape(jnp.asarray(temperature), (-1, 1))  # for all or by row
+    def own(similarities: Float[Array, "q n"], allowed: Bool[Array, "q n"]) -> Float[Array, " q"]:
+        scores = similarities / jnp.reshape(jnp.asarray(temperature), (-1, 1))  # scalar, or per row
         scores += own_hardness * lax.stop_gradient(similarities)
-        return LOGSUMEXP.reduce(jnp.where(counted, scores, -jnp.inf), 1)
+        return LOGSUMEXP.reduce(jnp.where(allowed, scores, -jnp.inf), 1)
 
     pairs = functools.partial(pair_logsumexp, temperature=temperature, hardness=hardness)
     return Reduce(pairs, own, log_add_exp, by_row=jnp.ndim(temperature) > 0)
 
 
 COUNT = Reduce(
-    pair_count, lambda similarities, counted: counted.sum(1).astype(similarities.dtype), jnp.add
+    pair_count, lambda similarities, allowed: allowed.sum(1).astype(similarities.dtype), jnp.add
 )
 """The number of allowed negatives."""
 
 SIMILARITY = Reduce(
     functools.partial(pair_sum, temperature=1.0),
-    lambda similarities, counted: jnp.where(counted, similarities, 0).sum(1),
+    lambda similarities, allowed: jnp.where(allowed, similarities, 0).sum(1),
     jnp.add,
 )
 """The sum of the allowed negatives' similarities."""
@@ -80,15 +80,15 @@ def reduce_all(
     *,
     directions: tuple[str, ...],
 ) -> dict[str, Float[Array, " q"]]:
-    """Reduce the negatives of the batch and those from outside together, for each direction."""
-    found = comparison.reduced(reduce.pairs, queries, keys, directions)
+    """Reduce negatives from the batch and from outside it together, for each direction."""
+    total = comparison.reduced(reduce.pairs, queries, keys, directions)
     outside = reduce_outside(
         reduce, comparison, queries, keys, negatives or {}, directions=directions
     )
-    for theirs in outside.values():
-        for direction, values in theirs.items():
-            found[direction] = reduce.join(found[direction], values)
-    return found
+    for by_direction in outside.values():
+        for direction, values in by_direction.items():
+            total[direction] = reduce.join(total[direction], values)
+    return total
 
 
 def reduce_outside(
@@ -102,31 +102,33 @@ def reduce_outside(
 ) -> dict[str, dict[str, Float[Array, " q"]]]:
     """Reduce the negatives from outside the batch: name -> direction -> values.
 
-    All of them are keys, so they serve the directions with keys as candidates.
+    They are all keys, so they serve only the directions with keys as candidates.
 
     Raises:
-      ValueError: for negatives that do not fit the batch, or that no direction can use.
+      ValueError: if negatives do not match the batch, or no direction can use them.
     """
     ceilings = comparison.ceilings(queries, keys) if negatives else None
-    found: dict[str, dict[str, Float[Array, " q"]]] = {}
-    for name, one in negatives.items():
-        axes = 2 if isinstance(one, SharedNegatives) else 3
-        vectors = as_vectors(f"negatives[{name!r}]", one.vectors, axes=axes)
-        one = one._replace(vectors=vectors, **label_fields(f"negatives[{name!r}]", one))
-        _check(name, one, comparison.masks, queries, directions)
-        if isinstance(one, ExplicitNegatives):
-            found[name] = _of_explicit(
-                reduce, comparison, queries, keys, one, ceilings, directions=directions
+    reduced: dict[str, dict[str, Float[Array, " q"]]] = {}
+    for name, tier in negatives.items():
+        axes = 2 if isinstance(tier, SharedNegatives) else 3
+        vectors = as_vectors(f"negatives[{name!r}]", tier.vectors, axes=axes)
+        tier = tier._replace(vectors=vectors, **label_fields(f"negatives[{name!r}]", tier))
+        _check(name, tier, comparison.masks, queries, directions)
+        if isinstance(tier, ExplicitNegatives):
+            reduced[name] = _of_explicit(
+                reduce, comparison, queries, keys, tier, ceilings, directions=directions
             )
-        elif isinstance(one, OwnNegatives):
-            found[name] = {"query_to_key": _of_own(reduce, comparison, queries, one, ceilings)}
+        elif isinstance(tier, OwnNegatives):
+            values = _of_own(reduce, comparison, queries, tier, ceilings)
+            reduced[name] = {"query_to_key": values}
         else:
-            found[name] = {"query_to_key": _of_shared(reduce, comparison, queries, one, ceilings)}
-    return found
+            values = _of_shared(reduce, comparison, queries, tier, ceilings)
+            reduced[name] = {"query_to_key": values}
+    return reduced
 
 
 def own_products(rows: Float[Array, "q d"], vectors: Float[Array, "q n d"]) -> Float[Array, "q n"]:
-    """Each row's inner products with its separate vectors, summed in float32 or wider."""
+    """The inner products of each row with its own vectors, summed in float32 or wider."""
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     return jnp.einsum("qd,qnd->qn", rows, vectors, preferred_element_type=wide)
 
@@ -149,8 +151,8 @@ def _check(
         )
     axes = 1 if isinstance(negatives, SharedNegatives) else 2
     if len(shape) != axes + 1 or shape[-1] != width or (axes == 2 and shape[0] != rows):
-        wanted = f"(any number, {width})" if axes == 1 else f"({rows}, any number, {width})"
-        raise ValueError(f"negatives[{name!r}] have the shape {shape}; wanted is {wanted}")
+        expected = f"(any number, {width})" if axes == 1 else f"({rows}, any number, {width})"
+        raise ValueError(f"negatives[{name!r}] have the shape {shape}; expected {expected}")
     for field in ("ids", "groups", "valid", "guides"):
         array = getattr(negatives, field)
         if array is not None and array.shape[:axes] != shape[:axes]:
@@ -163,11 +165,12 @@ def _check(
         )
     if explicit and masks.guides is None and negatives.guides is not None:
         raise ValueError(f"negatives[{name!r}] have guides, but masks.guides are None; give both")
-    # A memory bank holds groups whether or not a loss masks by them; explicit negatives do not.
+    # A memory bank always has groups, even if a loss does not mask by them; explicit negatives
+    # only have them for masking.
     for field in ("ids", "groups") if explicit else ("ids",):
         if getattr(negatives, field) is not None and getattr(masks, field) is None:
             raise ValueError(
-                f"negatives[{name!r}].{field} are compared with masks.{field}; give both"
+                f"negatives[{name!r}].{field} need masks.{field} to compare with; give both"
             )
 
 
@@ -181,10 +184,10 @@ def _of_explicit(
     *,
     directions: tuple[str, ...],
 ) -> dict[str, Float[Array, " q"]]:
-    """Reduce all rows' explicit negatives, for the directions with keys as candidates."""
+    """Reduce the explicit negatives of all rows, for the directions with keys as candidates."""
     guides = comparison.masks.guides
     query_guide, key_guide = (None, None) if guides is None else guides
-    found = {
+    values = {
         direction: _of_other_rows(reduce, comparison, rows, guide, negatives, ceilings)
         for direction, rows, guide in (
             ("query_to_key", queries, query_guide),
@@ -192,12 +195,12 @@ def _of_explicit(
         )
         if direction in directions
     }
-    # Explicit negatives belong to queries; keys have none. A query's own are reduced separately,
-    # since their hardness may differ from that of other rows' negatives.
-    if "query_to_key" in found:
+    # Explicit negatives belong to queries, not to keys. A query's own are reduced separately, since
+    # their hardness may differ from that of other rows' negatives.
+    if "query_to_key" in values:
         own = _of_own(reduce, comparison, queries, negatives, ceilings)
-        found["query_to_key"] = reduce.join(found["query_to_key"], own)
-    return found
+        values["query_to_key"] = reduce.join(values["query_to_key"], own)
+    return values
 
 
 def _of_other_rows(
@@ -210,10 +213,10 @@ def _of_other_rows(
 ) -> Float[Array, " q"]:
     """Reduce, for each row, the explicit negatives of all other rows."""
     num_rows, width = negatives.vectors.shape[:2]
-    (place,) = batch_labels(num_rows, axis_name=comparison.axis_name).different
+    (position,) = batch_labels(num_rows, axis_name=comparison.axis_name).different
     valid = jnp.ones((num_rows, width), bool) if negatives.valid is None else negatives.valid
     if comparison.masks.valid is not None:
-        valid &= comparison.masks.valid[:, None]  # padding brings no negatives for others
+        valid &= comparison.masks.valid[:, None]  # negatives of padding rows are not used
     flat = SharedNegatives(
         vectors=negatives.vectors.reshape(-1, negatives.vectors.shape[-1]),
         ids=None if negatives.ids is None else negatives.ids.ravel(),
@@ -221,17 +224,17 @@ def _of_other_rows(
         valid=valid.ravel(),
     )
     ours, theirs = _labels(comparison.masks, flat, ceilings)
-    # The row's place in the global batch excludes its own negatives, which the caller adds.
-    ours = ours._replace(different=(place, *ours.different))
-    theirs = theirs._replace(different=(jnp.repeat(place, width), *theirs.different))
+    # The position in the global batch excludes a row's own negatives, which the caller adds.
+    ours = ours._replace(different=(position, *ours.different))
+    theirs = theirs._replace(different=(jnp.repeat(position, width), *theirs.different))
     if guide is not None and negatives.guides is not None:
         ours = ours._replace(guide=lax.stop_gradient(guide))
         guides = negatives.guides.reshape(-1, guide.shape[-1])
         theirs = theirs._replace(guide=lax.stop_gradient(guides))
-    found, _ = reduce.pairs(
+    values, _ = reduce.pairs(
         rows, flat.vectors, query_labels=ours, key_labels=theirs, **comparison.how()
     )
-    return found
+    return values
 
 
 def _of_own(
@@ -244,19 +247,19 @@ def _of_own(
     """Reduce each query's separate negatives."""
     masks = comparison.masks
     similarities = own_products(queries, negatives.vectors.astype(queries.dtype))
-    counted = jnp.ones(similarities.shape, bool)
+    allowed = jnp.ones(similarities.shape, bool)
     if negatives.valid is not None:
-        counted &= negatives.valid
+        allowed &= negatives.valid
     for ours, theirs in _compared(masks, negatives):
-        counted &= theirs != ours[:, None]
+        allowed &= theirs != ours[:, None]
     if ceilings is not None:
-        judged = lax.stop_gradient(similarities)
+        compared = lax.stop_gradient(similarities)
         if masks.guides is not None and negatives.guides is not None:
-            judged = own_products(masks.guides[0], negatives.guides)
-        counted &= judged <= ceilings[:, None]
+            compared = own_products(masks.guides[0], negatives.guides)
+        allowed &= compared <= ceilings[:, None]
     if masks.valid is not None:
-        counted &= masks.valid[:, None]
-    return reduce.own(similarities, counted)
+        allowed &= masks.valid[:, None]
+    return reduce.own(similarities, allowed)
 
 
 def _of_shared(
@@ -268,8 +271,8 @@ def _of_shared(
 ) -> Float[Array, " q"]:
     """Reduce, for each query, the shared negatives of all devices.
 
-    If there are more negatives than queries, the negatives are the rows of the product and stay on
-    their devices; only the queries, its columns, are exchanged.
+    If there are more negatives than queries, the negatives are the rows of the product and stay in
+    place, and devices exchange only the queries, which are the columns.
     """
     ours, theirs = _labels(comparison.masks, negatives, ceilings)
     if comparison.masks.guides is not None:
@@ -277,14 +280,14 @@ def _of_shared(
         theirs = theirs._replace(guide=negatives.guides)
     vectors = negatives.vectors.astype(queries.dtype)
     if vectors.shape[0] <= queries.shape[0] or reduce.by_row:
-        found, _ = reduce.pairs(
+        values, _ = reduce.pairs(
             queries, vectors, query_labels=ours, key_labels=theirs, **comparison.how()
         )
     else:
-        _, found = reduce.pairs(
+        _, values = reduce.pairs(
             vectors, queries, query_labels=theirs, key_labels=ours, **comparison.how()
         )
-    return found
+    return values
 
 
 def _labels(
@@ -298,6 +301,6 @@ def _labels(
 
 
 def _compared(masks: Masks, negatives: Negatives) -> list[tuple[Array, Array]]:
-    """Pairs of row labels and negatives' labels that must differ, where both sides have them."""
+    """Labels of rows and of negatives that must differ, for each kind that both sides have."""
     pairs = ((masks.ids, negatives.ids), (masks.groups, negatives.groups))
     return [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]

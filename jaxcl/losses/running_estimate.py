@@ -1,4 +1,4 @@
-"""InfoNCE over all rows of the data, with running estimates of the denominators."""
+"""InfoNCE over all rows of the data set, with running estimates of the denominators."""
 
 import functools
 import math
@@ -57,7 +57,7 @@ def running_estimate_loss(
     exchange: str = "gather",
     implementation: str | None = None,
 ) -> tuple[Float[Array, " q"], Float[Array, "q e"]]:
-    r"""The global contrastive loss, from a running estimate of each row's denominator.
+    r"""The global contrastive loss, with a running estimate of each row's denominator.
 
     With $g_i$ the mean of $e^{s_{ij} - s_{ii}}$ over the $N_i$ negatives of row $i$ in this batch,
     and $\gamma$ the update rate,
@@ -66,33 +66,33 @@ def running_estimate_loss(
     \ell_i = \log(\varepsilon + u_i), \qquad
     \nabla \ell_i = \frac{1}{\varepsilon + u_i} \nabla g_i.$$
 
-    A small batch then has the gradient of a large one, except for the lag of the estimate. At a
-    row's first visit, $u_i = g_i$. Other arguments as for `infonce_loss`.
+    A small batch then has the gradient of a large one, up to the lag of the estimate. At a row's
+    first visit, $u_i = g_i$. Other arguments as for `infonce_loss`.
 
     Args:
       queries: this device's queries.
       keys: this device's keys.
-      estimates: $\log u_i$ of these rows by direction, in nats, from the last call with the row; −∞
-        for rows without one.
-      temperature: $\tau > 0$, one for all, or one for each row and direction.
-      update_rate: $\gamma$ in (0, 1]; 1 uses this batch only, which is its decoupled loss minus
-        $\log N_i$.
+      estimates: $\log u_i$ of these rows by direction, in nats, from the last call with each row;
+        −∞ for rows without one.
+      temperature: $\tau > 0$, one for all, or one per row and direction.
+      update_rate: $\gamma$ in (0, 1]; 1 uses only this batch, for which the loss is the decoupled
+        loss minus $\log N_i$.
       robustness: $\rho$; if given, the loss is $\tau\,(\ell_i + \rho)$, which a learned temperature
-        minimises. Without it a learned temperature follows $\ell$.
+        minimises. Without it, a learned temperature minimises $\ell_i$.
       epsilon: $\varepsilon > 0$.
       directions: directions of the comparison.
-      masks: which pairs are not negatives; padding keeps its estimate.
-      negatives: negatives from outside the batch, by name. They count as much as in-batch
-        negatives, so the estimate is of the mean over both.
+      masks: pairs that are not negatives; padding keeps its estimate.
+      negatives: negatives from outside the batch, by name. They have the same weight as in-batch
+        negatives in the mean $g_i$.
       axis_name, exchange, implementation: as for `LossFn`.
 
     Returns:
       The loss of each of this device's rows, in nats (times $\tau$ with `robustness`), and the new
-      estimates. A row without negatives in this batch has the loss of its old estimate, or 0 if
-      there is none. It keeps that estimate, and contributes no gradient to the embeddings.
+      estimates. A row without negatives in this batch keeps its estimate, has the loss of that
+      estimate, or 0 without one, and contributes no gradient to the embeddings.
 
     Raises:
-      ValueError: for invalid estimates or rates, and as `infonce_loss`.
+      ValueError: if estimates or rates are invalid, and as for `infonce_loss`.
 
     Reference:
       SogCLR: Yuan et al., "Provable Stochastic Optimization for Global Contrastive Learning", 2022,
@@ -106,10 +106,10 @@ def running_estimate_loss(
     temperatures = jnp.asarray(temperature)
     by_row = temperatures.ndim > 0
     shape = (queries.shape[0], len(directions))
-    for name, given in (("estimates", estimates), ("temperature", temperatures)):
-        if given.shape != shape and (name == "estimates" or by_row):
+    for name, array in (("estimates", estimates), ("temperature", temperatures)):
+        if array.shape != shape and (name == "estimates" or by_row):
             raise ValueError(
-                f"{name} have the shape {given.shape}; wanted is {shape}, a row's, by direction"
+                f"{name} has the shape {array.shape}, not {shape}; give one per row and direction"
             )
     check_numbers("update_rate", update_rate, Range(above=0, most=1))
     check_numbers("epsilon", epsilon, Range(above=0))
@@ -119,34 +119,35 @@ def running_estimate_loss(
     sides = (queries, keys)
     counts = reduce_all(COUNT, comparison, *sides, negatives, directions=directions)
     if by_row:
-        found = {
+        by_direction = {
             direction: _log_sums_by_row(
-                comparison, *sides, negatives, temperatures[:, place], direction
+                comparison, *sides, negatives, temperatures[:, column], direction
             )
-            for place, direction in enumerate(directions)
+            for column, direction in enumerate(directions)
         }
     else:
         reduce = log_sum_exp(temperatures)
-        found = reduce_all(reduce, comparison, *sides, negatives, directions=directions)
+        by_direction = reduce_all(reduce, comparison, *sides, negatives, directions=directions)
     positives = inner_product(queries, keys)[:, None] / temperatures
-    counted = jnp.stack([counts[direction] for direction in directions], 1)
-    # Rows without negatives have log-sums of −∞. They compute with 0 instead, since the weight of 0
-    # below does not mask −∞ − (−∞), which is NaN, in the loss or its gradient.
-    some = counted > 0
-    log_sums = jnp.where(some, jnp.stack([found[direction] for direction in directions], 1), 0)
-    log_means = log_sums - jnp.log(jnp.maximum(counted, 1)) - positives
+    num_negatives = jnp.stack([counts[direction] for direction in directions], 1)
+    # Rows without negatives have log-sums of −∞. Replace these by 0, since the weight of 0 below
+    # does not mask −∞ − (−∞), which is NaN, in the loss or its gradient.
+    nonempty = num_negatives > 0
+    log_sums = jnp.stack([by_direction[direction] for direction in directions], 1)
+    log_sums = jnp.where(nonempty, log_sums, 0)
+    log_means = log_sums - jnp.log(jnp.maximum(num_negatives, 1)) - positives
     estimates = lax.stop_gradient(estimates)
-    now = lax.stop_gradient(log_means)
-    # In logarithms, since u reaches e^100 at a temperature of .01, past the range of float32.
-    mixed = log_add_exp(jnp.log1p(-update_rate) + estimates, jnp.log(update_rate) + now)
-    updated = jnp.where(jnp.isfinite(estimates), mixed, now)
-    updated = jnp.where(some, updated, estimates).astype(estimates.dtype)
+    current = lax.stop_gradient(log_means)
+    # In log space, since u reaches e^100 at a temperature of 0.01, beyond the range of float32.
+    mixed = log_add_exp(jnp.log1p(-update_rate) + estimates, jnp.log(update_rate) + current)
+    updated = jnp.where(jnp.isfinite(estimates), mixed, current)
+    updated = jnp.where(nonempty, updated, estimates).astype(estimates.dtype)
     known = jnp.isfinite(updated)
     values = jnp.where(known, log_add_exp(updated, jnp.log(epsilon)), 0)
-    # The value of the loss is the logarithm of the estimate. Its gradient is ∇g / (ε + u), which is
-    # the gradient of log g times g / (ε + u).
-    weights = jnp.where(some, jnp.exp(now - values), 0)
-    loss = values + weights * (log_means - now)
+    # The value of the loss is the log of the estimate. Its gradient, ∇g / (ε + u), is the gradient
+    # of log g times g / (ε + u).
+    weights = jnp.where(nonempty, jnp.exp(current - values), 0)
+    loss = values + weights * (log_means - current)
     if robustness is not None:
         loss = jnp.where(known, temperatures * (loss + robustness), 0)
     loss = loss.mean(1)
@@ -161,20 +162,20 @@ def _log_sums_by_row(
     temperature: Float[Array, " q"],
     direction: str,
 ) -> Float[Array, " q"]:
-    """The log-sum-exp of each row's negatives in one direction, with a temperature per anchor."""
+    """The log-sum-exp over each row's negatives in one direction, with a temperature per anchor."""
     reduce, sides = log_sum_exp(temperature), (queries, keys)
     if direction == "key_to_query":
-        # Only the rows of a product can have separate temperatures, so the anchors, here the keys,
-        # become its rows.
+        # Only rows of the product can have separate temperatures, so the anchors, here the keys,
+        # become the rows.
         sides, direction, comparison = (keys, queries), "query_to_key", comparison.swapped()
-        negatives = None  # they are keys, and so no candidates of keys in this direction
+        negatives = None  # they are keys, and this direction compares keys with queries
     elif direction == "query_to_query":
         negatives = None
     elif direction == "key_to_key":
         negatives = {
-            name: one
-            for name, one in (negatives or {}).items()
-            if isinstance(one, ExplicitNegatives)
+            name: tier
+            for name, tier in (negatives or {}).items()
+            if isinstance(tier, ExplicitNegatives)
         }
     return reduce_all(reduce, comparison, *sides, negatives, directions=(direction,))[direction]
 
@@ -190,16 +191,16 @@ def remembered_estimate_loss(
     negatives: NegativesByName | None = None,
     **options: Any,
 ) -> tuple[Float[Array, " q"], dict[str, Float[Array, "q e"]]]:
-    r"""`running_estimate_loss` with estimates, and temperatures by row, in the run's memory.
+    r"""`running_estimate_loss` with its estimates, and temperatures per row, in the train state.
 
     Args:
       queries: this device's queries.
       keys: this device's keys.
       memory: these rows' entries, initially from `estimate_memory`.
-      temperature: $\tau$ for all rows; ignored if the memory has one for each row.
-      temperature_bounds: the range to which a row's temperature is clamped.
-      temperature_rate: learning rate of a row's $\log \tau$, for one gradient step each time that a
-        batch contains the row; `None` for one temperature for all rows.
+      temperature: $\tau$ for all rows; ignored if the memory has one per row.
+      temperature_bounds: the range to which a row's temperature is clipped.
+      temperature_rate: learning rate of a row's $\log \tau$, which takes one gradient step whenever
+        a batch contains the row; `None` for a single temperature.
       negatives: negatives from outside the batch, by name.
       options: other arguments of `running_estimate_loss`.
 
@@ -222,8 +223,8 @@ def remembered_estimate_loss(
     least, most = temperature_bounds
     Range(most=most).check("temperature_bounds[0]", least)
     log_temperatures, vectors = memory["log_temperatures"], (queries, keys, negatives)
-    # Each temperature enters only the loss of its row, so one gradient of the sum gives all. The
-    # embeddings are constants here, or an outer gradient would differentiate this one.
+    # Each temperature affects only the loss of its row, so the gradient of the sum contains all.
+    # Embeddings are constants here, so that an outer gradient does not differentiate this one.
     constants = lax.stop_gradient(vectors)
     slope = jax.grad(lambda logs: losses(logs, constants)[0].sum())(log_temperatures)
     loss, updated = losses(log_temperatures, vectors)
@@ -239,7 +240,7 @@ def estimate_memory(
     directions: tuple[str, ...] = SYMMETRIC,
     **_: Any,
 ) -> dict[str, Float[Array, "n e"]]:
-    """The memory of `remembered_estimate_loss` before the first batch, given its options."""
+    """Create the initial memory of `remembered_estimate_loss` for its options."""
     check_numbers("temperature", temperature, TEMPERATURES)
     width = len(directions)
     memory = {"estimates": init_table(num_rows, width, value=NEVER_SEEN)}

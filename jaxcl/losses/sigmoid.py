@@ -1,4 +1,4 @@
-"""A loss that asks of every pair separately: does this key belong to this query?"""
+"""A loss that classifies every pair separately as positive or negative."""
 
 import functools
 from typing import Annotated, NamedTuple
@@ -41,7 +41,7 @@ def sigmoid_pair_loss(
 
     $$\ell_i = \log(1 + e^{-s_{ii}}) + \sum_{j \ne i} m_{ij} \log(1 + e^{s_{ij}}).$$
 
-    No sum over the batch is divided by another, so devices need not wait for each other's sums.
+    No sum over the batch is divided by another, so devices need not wait for other devices' sums.
 
     Args:
       queries: this device's queries.
@@ -54,7 +54,7 @@ def sigmoid_pair_loss(
       The loss of each of this device's queries, in nats.
 
     Raises:
-      ValueError: for sides or negatives that do not fit.
+      ValueError: if the shapes of queries, keys and negatives do not match.
 
     Example:
       >>> import jax.numpy as jnp
@@ -72,13 +72,13 @@ def sigmoid_pair_loss(
     scale = 1 / jnp.asarray(temperature)
     reduce = Reduce(
         functools.partial(pair_softplus, scale=scale, bias=bias),
-        lambda similarities, counted: jnp.where(
-            counted, jax.nn.softplus(similarities * scale + bias), 0
+        lambda similarities, allowed: jnp.where(
+            allowed, jax.nn.softplus(similarities * scale + bias), 0
         ).sum(1),
         jnp.add,
     )
     comparison = Comparison(masks, axis_name, exchange, implementation)
-    found = reduce_all(reduce, comparison, queries, keys, negatives, directions=directions)
+    sums = reduce_all(reduce, comparison, queries, keys, negatives, directions=directions)
     positives = inner_product(queries, keys) / temperature + bias
-    loss = found["query_to_key"] + jax.nn.softplus(-positives)
+    loss = sums["query_to_key"] + jax.nn.softplus(-positives)
     return loss if masks.valid is None else jnp.where(masks.valid, loss, 0)

@@ -1,4 +1,4 @@
-"""InfoNCE and its relatives: the cross entropy of finding a query's key among all keys."""
+"""InfoNCE and its variants: the cross entropy of finding a query's key among all keys."""
 
 import functools
 from typing import Annotated, NamedTuple
@@ -69,46 +69,45 @@ def infonce_loss(
 ) -> Float[Array, " q"]:
     r"""InfoNCE with in-batch negatives from every device, one value per query.
 
-    With $s_{ij} = \langle q_i, k_j\rangle / \tau$ and $m_{ij}$ saying which pairs count,
+    With $s_{ij} = \langle q_i, k_j\rangle / \tau$ and the mask $m_{ij}$ of allowed pairs,
 
     $$\ell_i^{q \to k} = \log\big(e^{s_{ii}} + \sum_{j \ne i} m_{ij} e^{s_{ij}}\big) - s_{ii},
     \qquad
     \ell_i^{k \to q} = \log\big(e^{s_{ii}} + \sum_{j \ne i} m_{ji} e^{s_{ji}}\big) - s_{ii},$$
 
     and in `"query_to_query"` and `"key_to_key"` the negatives are the other rows of the same side.
-    The value is the mean over the directions, unless `partition` says otherwise. The first two
-    directions share one matrix product; only one tile of it is stored at a time.
+    The value is the mean over the directions, except as described under `partition`. The first two
+    directions share one matrix product, and only one of its tiles is stored at a time.
 
     Args:
-      queries: this device's queries, unit vectors in general; row `i` belongs to key `i`.
+      queries: this device's queries, usually unit vectors; the positive of query `i` is key `i`.
       keys: this device's keys. Their gradient includes the queries of all devices.
-      temperature: $\tau > 0$, for all or by row; it may be learned. 0.05 suits unit vectors.
+      temperature: $\tau > 0$, one for all or one per row; may be learned. 0.05 suits unit vectors.
       directions: anchors and candidates; one or more of `"query_to_key"`, `"key_to_query"`,
         `"query_to_query"` and `"key_to_key"`.
       partition: which negatives share a softmax. `"separate"`: the negatives of one direction,
         and the loss is the mean over the directions. `"anchor"`: the negatives of all directions
         from one side, and the loss is the mean over the two sides. `"joint"`: all negatives, and
-        the positive counts once for each of the first two directions.
-      hardness: $\alpha \ge 0$: the weight of each negative that comes from another row is
-        multiplied by $e^{\alpha \langle q_i, k_j\rangle}$, held constant in the gradient.
+        the positive occurs once for each of the first two directions.
+      hardness: $\alpha \ge 0$; multiplies the weight of each negative from another row by
+        $e^{\alpha \langle q_i, k_j\rangle}$, held constant in the gradient.
       negative_hardness: the same for explicit and separate negatives of the query itself.
-      masks: which pairs are not negatives.
-      negatives: negatives from outside the batch by name: explicit ones, and the tiers of
-        `jaxcl.negatives.draw_tiers`. They are keys: negatives of queries in `"query_to_key"`;
-        explicit ones are also negatives of other rows' keys in `"key_to_key"`.
+      masks: pairs that are not negatives.
+      negatives: negatives from outside the batch by name: explicit negatives, and the tiers of
+        `jaxcl.negatives.draw_tiers`. They are keys, so they are negatives of queries in
+        `"query_to_key"`; explicit ones are also negatives of other rows' keys in `"key_to_key"`.
       axis_name: the mesh axis or axes of an enclosing `jax.shard_map` over which rows are
         sharded. The rows of all devices are then negatives.
-      exchange: `"gather"` holds all keys on every device, `"ring"` passes them round
-        (`jaxcl.ops.pairs.pair_logsumexp` says how much each moves).
-      implementation: an implementation of `jaxcl.ops.pairs`; `None` for the best that runs here.
+      exchange: `"gather"` copies all keys to every device, `"ring"` passes them around;
+        `jaxcl.ops.pairs.pair_logsumexp` documents the communication of each.
+      implementation: an implementation of `jaxcl.ops.pairs`; `None` chooses one by size.
 
     Returns:
-      The loss of each of this device's rows, in nats. Reduce it outside: a mean over devices is a
-      global sum over a global count. Differentiate outside of the `shard_map`.
+      The loss of each of this device's rows, in nats. Take the mean outside, as a global sum over a
+      global count. Differentiate outside the `shard_map`.
 
     Raises:
-      ValueError: for an unknown name, sides or negatives that do not fit, or arguments without
-        effect.
+      ValueError: if a name is unknown, shapes do not match, or an argument has no effect.
 
     Example:
       >>> import jax.numpy as jnp
@@ -117,13 +116,13 @@ def infonce_loss(
       [0.3133, 0.3133]
 
     Relations:
-      A batch of one row has no negatives and costs 0. As $\tau \to 0$ the loss approaches the
-      difference between the best counted score and the positive's, over $\tau$.
+      A batch of one row has no negatives and a loss of 0. As $\tau \to 0$, $\tau \ell$ approaches
+      the difference between the highest allowed similarity and the positive's.
 
     Reference:
       van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018,
-      equation 4; the symmetric form is that of Radford et al., 2021, figure 3; all directions in
-      one softmax, Li et al., "GTE", 2023; hardness, Lan et al., "LLaVE", 2025.
+      equation 4; symmetric form: Radford et al., 2021, figure 3; all directions in one softmax:
+      Li et al., "GTE", 2023; hardness: Lan et al., "LLaVE", 2025.
     """
     queries, keys, masks = checked_batch(
         queries, keys, masks, directions=directions, temperature=temperature
@@ -134,26 +133,27 @@ def infonce_loss(
         raise ValueError("partition='anchor' takes one temperature for all rows")
     check_numbers("hardness", hardness, Range(least=0))
     check_numbers("negative_hardness", negative_hardness, Range(least=0))
-    separate = [one for one in (negatives or {}).values() if not isinstance(one, SharedNegatives)]
+    tiers = (negatives or {}).values()
+    separate = [tier for tier in tiers if not isinstance(tier, SharedNegatives)]
     if negative_hardness and not separate:
         raise ValueError(
-            f"negative_hardness={negative_hardness} weighs explicit and separate negatives of a "
-            "query; give some in negatives, or leave it 0"
+            f"negative_hardness={negative_hardness} only affects explicit and separate negatives "
+            "of a query; add some to negatives, or set it to 0"
         )
     comparison = Comparison(masks, axis_name, exchange, implementation)
     reduce = log_sum_exp(temperature, hardness=hardness, own_hardness=negative_hardness)
-    found = reduce_all(reduce, comparison, queries, keys, negatives, directions=directions)
+    log_sums = reduce_all(reduce, comparison, queries, keys, negatives, directions=directions)
     positives = inner_product(queries, keys) / temperature
-    sets = list(found.values())
+    sets = list(log_sums.values())
     if partition == "joint":
         if set(SYMMETRIC) <= set(directions):
-            sets.append(positives)  # it stands in the matrix of either direction
+            sets.append(positives)  # the positive is in the matrix of both directions
         sets = [functools.reduce(log_add_exp, sets)]
     elif partition == "anchor":
         sets = [
             functools.reduce(log_add_exp, of_side)
             for side in ("query", "key")
-            if (of_side := [found[one] for one in found if one.startswith(f"{side}_to")])
+            if (of_side := [log_sums[way] for way in log_sums if way.startswith(f"{side}_to")])
         ]
     # log(e^s + e^n) − s, without the difference of two large numbers.
     loss = jax.nn.softplus(jnp.stack(sets) - positives[None]).mean(0)
@@ -171,11 +171,11 @@ def nt_xent_loss(
     exchange: str = "gather",
     implementation: str | None = None,
 ) -> Float[Array, " q"]:
-    r"""The loss of SimCLR: a row's two views are each other's positive, all other views negatives.
+    r"""The SimCLR loss: a row's two views are each other's positive, all other views negatives.
 
     With $N$ rows in the global batch, each view has $2N - 2$ negatives, from both sides. The
     value of a row is the mean over its two views, so the mean over rows is the loss of the paper.
-    It is `infonce_loss` with all directions and `partition="anchor"`, whose arguments these are.
+    It equals `infonce_loss` with all directions and `partition="anchor"`.
 
     Args:
       queries: first views.
@@ -225,9 +225,8 @@ def decoupled_infonce_loss(
 
     $$\ell_i^{q \to k} = \log \sum_{j \ne i} m_{ij} e^{s_{ij}} - s_{ii}$$
 
-    A pair that is already well aligned then loses none of its gradient, which helps small batches.
-    The value may be negative. A row without negatives has the value 0. Arguments as for
-    `infonce_loss`.
+    The gradient then does not vanish for well-aligned pairs, which helps small batches. The value
+    may be negative. A row without negatives has the value 0. Arguments as for `infonce_loss`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -242,9 +241,9 @@ def decoupled_infonce_loss(
     )
     comparison = Comparison(masks, axis_name, exchange, implementation)
     reduce = log_sum_exp(temperature)
-    found = reduce_all(reduce, comparison, queries, keys, negatives, directions=directions)
+    log_sums = reduce_all(reduce, comparison, queries, keys, negatives, directions=directions)
     positives = inner_product(queries, keys) / temperature
-    sets = jnp.stack(list(found.values()))
+    sets = jnp.stack(list(log_sums.values()))
     loss = jnp.where(sets != -jnp.inf, sets - positives[None], 0).mean(0)
     return loss if masks.valid is None else jnp.where(masks.valid, loss, 0)
 
@@ -263,7 +262,7 @@ def hard_infonce_loss(
     exchange: str = "gather",
     implementation: str | None = None,
 ) -> Float[Array, " q"]:
-    r"""InfoNCE over negatives that are sampled, in effect, by their hardness; debiased.
+    r"""Debiased InfoNCE with negatives weighted by their hardness.
 
     With $N_i$ negatives of row $i$,
 
@@ -277,8 +276,8 @@ def hard_infonce_loss(
       queries: this device's queries.
       keys: this device's keys.
       temperature: $\tau > 0$.
-      concentration: $\beta \ge 0$; 0 weighs all negatives alike.
-      positive_share: $\pi$ in [0, 1): the share of the negatives assumed to be positives.
+      concentration: $\beta \ge 0$; 0 weights all negatives equally.
+      positive_share: $\pi$ in [0, 1), the assumed share of false negatives.
       directions: anchors and candidates, as for `infonce_loss`.
       masks, negatives, axis_name, exchange, implementation: as for `LossFn`.
 
@@ -286,14 +285,14 @@ def hard_infonce_loss(
       The loss of each of this device's rows, in nats.
 
     Raises:
-      ValueError: for a concentration or share out of range, and as `infonce_loss`.
+      ValueError: if the concentration or share is out of range, and as for `infonce_loss`.
 
     Relations:
-      With $\beta = \pi = 0$ it is `infonce_loss`.
+      With $\beta = \pi = 0$ it equals `infonce_loss`.
 
     Reference:
-      Robinson et al., "Contrastive Learning with Hard Negative Samples", 2021, equation 5; with
-      $\beta = 0$ Chuang et al., "Debiased Contrastive Learning", 2020, equation 8.
+      Robinson et al., "Contrastive Learning with Hard Negative Samples", 2021, equation 5; for
+      $\beta = 0$: Chuang et al., "Debiased Contrastive Learning", 2020, equation 8.
     """
     queries, keys, masks = checked_batch(
         queries, keys, masks, directions=directions, temperature=temperature
@@ -313,18 +312,18 @@ def hard_infonce_loss(
         return jnp.stack(list(reduced(log_sum_exp(temperature / power)).values()))
 
     counts = jnp.stack(list(reduced(COUNT).values()))
-    some = counts > 0
-    log_counts = jnp.log(jnp.where(some, counts, 1))
-    positives = (inner_product(queries, keys) / temperature)[None]  # of each direction
-    hard = jnp.where(some, weighted(1 + concentration), 0)
+    nonempty = counts > 0
+    log_counts = jnp.log(jnp.where(nonempty, counts, 1))
+    positives = (inner_product(queries, keys) / temperature)[None]  # the same in each direction
+    hard = jnp.where(nonempty, weighted(1 + concentration), 0)
     if concentration:
-        hard += log_counts - jnp.where(some, weighted(concentration), 0)
-    # The assumed positives among the negatives, as a share of the whole sum.
+        hard += log_counts - jnp.where(nonempty, weighted(concentration), 0)
+    # The share of the sum that the assumed false negatives contribute.
     share = positive_share * jnp.exp(jnp.minimum(positives + log_counts - hard, 80))
-    less_than_all = jnp.where(share < 1, share, 0)
-    debiased = hard + jnp.log1p(-less_than_all) - jnp.log1p(-positive_share)
-    greatest = 1 / temperature  # a score, for all rows or by row
-    least = log_counts - (jnp.asarray(greatest)[None] if jnp.ndim(greatest) else greatest)
+    valid_share = jnp.where(share < 1, share, 0)
+    debiased = hard + jnp.log1p(-valid_share) - jnp.log1p(-positive_share)
+    max_score = 1 / temperature  # a scalar, or one per row
+    least = log_counts - (jnp.asarray(max_score)[None] if jnp.ndim(max_score) else max_score)
     debiased = jnp.where(share < 1, jnp.maximum(debiased, least), least)
-    loss = jnp.where(some, jax.nn.softplus(debiased - positives), 0).mean(0)
+    loss = jnp.where(nonempty, jax.nn.softplus(debiased - positives), 0).mean(0)
     return loss if masks.valid is None else jnp.where(masks.valid, loss, 0)

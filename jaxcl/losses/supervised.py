@@ -1,4 +1,4 @@
-"""A loss with many positives per query: all rows of its class."""
+"""A loss with several positives per query, which are all rows of its class."""
 
 import functools
 from typing import NamedTuple
@@ -18,10 +18,10 @@ __all__ = ["supervised_infonce_loss"]
 
 
 class _Sums(NamedTuple):
-    """Sums over an anchor's candidates, which add up over several sets of candidates.
+    """Sums over an anchor's candidates, which can be added over several sets of candidates.
 
     Attributes:
-      everything: the log-sum-exp of the scores of all candidates.
+      everything: the log-sum-exp of all candidates' scores.
       positives: the sum of the positives' scores.
       counts: the number of positives.
     """
@@ -31,7 +31,7 @@ class _Sums(NamedTuple):
     counts: Float[Array, " q"]
 
     def joined(self, other: "_Sums") -> "_Sums":
-        """The sums over both sets of candidates."""
+        """Add the sums over another set of candidates."""
         return _Sums(
             log_add_exp(self.everything, other.everything),
             self.positives + other.positives,
@@ -53,42 +53,42 @@ def supervised_infonce_loss(
     exchange: str = "gather",
     implementation: str | None = None,
 ) -> Float[Array, " q"]:
-    r"""InfoNCE in which every row of a query's class is a positive, one value per query.
+    r"""InfoNCE with every row of a query's class as a positive, one value per query.
 
     With $A_i$ the candidates of anchor $i$, $P_i \subseteq A_i$ the candidates of its class, and
     $s_{ij} = \langle z_i, z_j\rangle / \tau$,
 
     $$\ell_i = \log \sum_{j \in A_i} e^{s_{ij}} - \frac{1}{|P_i|} \sum_{p \in P_i} s_{ip},$$
 
-    and the value of a row is the mean over its query and its key. With the default directions a
-    query's candidates are all keys, and a key's are all queries. With all four, they are all
-    other views of the batch, and the loss is $L_{out}$ of the paper. An anchor without a positive
-    has the value 0.
+    and the value of a row is the mean over its query and its key. With the default directions, all
+    keys are candidates of a query, and all queries are candidates of a key. With all four
+    directions, all other views in the batch are candidates, and the loss is $L_{out}$ of the paper.
+    An anchor without a positive has the value 0.
 
     Args:
       queries: this device's queries.
       keys: this device's keys.
-      labels: classes; rows with the same label are positives of each other. With several labels
-        per row, `[q, s]` padded with negative numbers, rows that share one are.
-      key_labels: the labels of the keys if they differ from the queries', such as row
-        numbers if `labels` are the numbers of each query's positives.
+      labels: classes; rows with the same label are each other's positives. With several labels per
+        row, `[q, s]` padded with negative numbers, rows that share any label are.
+      key_labels: the keys' labels if they differ from the queries', such as row numbers if `labels`
+        lists the row numbers of each query's positives.
       temperature: $\tau > 0$.
       directions: anchors and candidates, as for `infonce_loss`; all directions from one side share
         a softmax.
-      masks: `valid`, and `ids`: two rows with the same id are never candidates of each other within
-        one side, and no query meets its own key among `negatives`. Labels take the place of groups.
-      negatives: negatives from outside the batch, by name. Those whose groups equal a query's label
-        do not count for it.
+      masks: only `valid` and `ids`. Within one side, rows with the same id are not each other's
+        candidates, and keys in `negatives` with a query's id are masked. Labels replace groups.
+      negatives: negatives from outside the batch, by name. Keys whose group equals a query's label
+        are masked.
       axis_name, exchange, implementation: as for `LossFn`.
 
     Returns:
       The loss of each of this device's rows, in nats.
 
     Raises:
-      ValueError: for sides or negatives that do not fit, and for groups or margins in `masks`.
+      ValueError: if shapes do not match, or `masks` has groups or margins.
 
     Relations:
-      With a different label for each row it is `infonce_loss`, and with all directions
+      With a different label for each row it equals `infonce_loss`, or with all directions
       `nt_xent_loss`.
 
     Reference:
@@ -98,17 +98,23 @@ def supervised_infonce_loss(
         queries, keys, masks, directions=directions, temperature=temperature
     )
     if any(field is not None for field in masks._replace(ids=None, valid=None)):
-        raise ValueError("labels decide which rows are positives; masks takes only ids and valid")
+        raise ValueError("labels define the positives; masks may only have ids and valid")
     labels = as_labels("labels", labels)
     key_labels = None if key_labels is None else as_labels("key_labels", key_labels)
-    within = [one for one in directions if one not in SYMMETRIC]
+    within = [direction for direction in directions if direction not in SYMMETRIC]
     if within and jnp.ndim(temperature):
-        raise ValueError(f"directions={within} take one temperature for all rows")
+        raise ValueError(f"directions={within} need one temperature for all rows")
     if within and key_labels is not None:
-        raise ValueError(f"directions={within} compare rows of one side; leave key_labels None")
+        raise ValueError(f"directions={within} compare rows of one side; set key_labels to None")
     comparison = Comparison(masks, axis_name, exchange, implementation)
-    found = _in_batch(
-        comparison, queries, keys, labels, key_labels, temperature=temperature, wanted=directions
+    sums = _in_batch(
+        comparison,
+        queries,
+        keys,
+        labels,
+        key_labels,
+        temperature=temperature,
+        directions=directions,
     )
     outside = reduce_outside(
         log_sum_exp(temperature),
@@ -119,17 +125,18 @@ def supervised_infonce_loss(
         directions=directions,
     )
     for values in outside.values():
-        for direction, more in values.items():
-            both = log_add_exp(found[direction].everything, more)
-            found[direction] = found[direction]._replace(everything=both)
+        for direction, log_sums in values.items():
+            both = log_add_exp(sums[direction].everything, log_sums)
+            sums[direction] = sums[direction]._replace(everything=both)
     sides = [
         functools.reduce(_Sums.joined, of_side)
         for side in ("query", "key")
-        if (of_side := [found[one] for one in found if one.startswith(f"{side}_to")])
+        if (of_side := [sums[way] for way in sums if way.startswith(f"{side}_to")])
     ]
     losses = [
-        jnp.where(one.counts > 0, one.everything, 0) - one.positives / jnp.maximum(one.counts, 1)
-        for one in sides
+        jnp.where(side.counts > 0, side.everything, 0)
+        - side.positives / jnp.maximum(side.counts, 1)
+        for side in sides
     ]
     loss = jnp.stack(losses).mean(0)
     return loss if masks.valid is None else jnp.where(masks.valid, loss, 0)
@@ -143,18 +150,18 @@ def _in_batch(
     key_labels: Labels | None,
     *,
     temperature: float | Array,
-    wanted: tuple[str, ...],
+    directions: tuple[str, ...],
 ) -> dict[str, _Sums]:
     """Each direction's sums over the rows of the batch."""
-    found: dict[str, _Sums] = {}
+    sums: dict[str, _Sums] = {}
     everyone = PairLabels(valid=comparison.masks.valid)
-    if set(SYMMETRIC) & set(wanted):
+    if set(SYMMETRIC) & set(directions):
         positive = everyone._replace(equal=(labels,))
         other = positive if key_labels is None else everyone._replace(equal=(key_labels,))
         both = _sums(comparison, (queries, keys), temperature, (everyone, everyone))
-        counted = _positives(comparison, (queries, keys), temperature, (positive, other))
-        for place, direction in enumerate(SYMMETRIC):
-            found[direction] = _Sums(both[place], *(one[place] for one in counted))
+        of_positives = _positives(comparison, (queries, keys), temperature, (positive, other))
+        for i, direction in enumerate(SYMMETRIC):
+            sums[direction] = _Sums(both[i], *(values[i] for values in of_positives))
     # Within one side, no row is its own candidate.
     others = batch_labels(
         queries.shape[0],
@@ -163,12 +170,12 @@ def _in_batch(
         axis_name=comparison.axis_name,
     )
     for direction, side in (("query_to_query", queries), ("key_to_key", keys)):
-        if direction in wanted:
+        if direction in directions:
             positive = others._replace(equal=(labels,))
             everything, _ = _sums(comparison, (side, side), temperature, (others, others))
-            counted = _positives(comparison, (side, side), temperature, (positive, positive))
-            found[direction] = _Sums(everything, *(one[0] for one in counted))
-    return {direction: found[direction] for direction in wanted}
+            of_positives = _positives(comparison, (side, side), temperature, (positive, positive))
+            sums[direction] = _Sums(everything, *(values[0] for values in of_positives))
+    return {direction: sums[direction] for direction in directions}
 
 
 def _sums(
@@ -192,7 +199,7 @@ def _positives(
     temperature: float | Array,
     labels: tuple[PairLabels, PairLabels],
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """The sums of the positives' scores, and their numbers, each by row and by column."""
+    """The sum of the positives' scores and the number of positives, per row and per column."""
     both = {"query_labels": labels[0], "key_labels": labels[1], **comparison.how()}
     return pair_sum(*sides, temperature=temperature, **both), pair_count(*sides, **both)
 
@@ -200,13 +207,13 @@ def _positives(
 def _by_group(
     comparison: Comparison, labels: Labels, negatives: NegativesByName | None
 ) -> Comparison:
-    """The comparison with negatives from outside, in which labels are groups."""
-    have_groups = [name for name, one in (negatives or {}).items() if one.groups is not None]
-    if not have_groups:
+    """The comparison for negatives from outside the batch, with the labels as groups."""
+    grouped = [name for name, tier in (negatives or {}).items() if tier.groups is not None]
+    if not grouped:
         return comparison
     if labels.ndim > 1:
         raise ValueError(
-            f"the groups of the negatives {', '.join(have_groups)} are compared with labels, of "
-            "which each row must have one; leave the groups None"
+            f"negatives {', '.join(grouped)} have groups, which need exactly one label per row to "
+            "compare with; set their groups to None"
         )
     return comparison._replace(masks=comparison.masks._replace(groups=labels))

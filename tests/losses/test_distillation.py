@@ -100,7 +100,7 @@ def test_padding_is_worth_nothing_and_one_candidate_too():
 
 def test_scores_that_do_not_fit_are_named():
     sides = unit_vectors(0, 3, 4), unit_vectors(1, 3, 4)
-    with pytest.raises(ValueError, match=r"teacher_scores have the shape \(3, 3\); wanted is"):
+    with pytest.raises(ValueError, match=r"teacher_scores have the shape \(3, 3\), not"):
         distillation_loss(*sides, teacher_scores=jnp.ones((3, 3)))
 
 
@@ -109,5 +109,5 @@ def test_masks_and_negatives_that_a_teacher_does_not_score_are_errors():
     with pytest.raises(ValueError, match=r"only masks\.valid is allowed"):
         distillation_loss(*sides, teacher_scores=scores, masks=Masks(ids=jnp.arange(3)))
     bank = {"bank": ExplicitNegatives(unit_vectors(2, 3, 1, 4))}
-    with pytest.raises(ValueError, match=r"negatives has \['bank'\]; a teacher scores 'explicit'"):
+    with pytest.raises(ValueError, match=r"negatives has \['bank'\]; only 'explicit' is allowed"):
         distillation_loss(*sides, teacher_scores=scores, negatives=bank)

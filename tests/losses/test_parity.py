@@ -82,7 +82,7 @@ def test_the_mean_is_that_of_sentence_transformers(name, implementation):
 
 def test_lengths_that_do_not_fit_are_named():
     for options in ({"dims": ()}, {"dims": (2, 2)}, {"dims": (0,)}, {"dims": (1,), "weights": ()}):
-        with pytest.raises(ValueError, match="one weight for each"):
+        with pytest.raises(ValueError, match="one weight per length"):
             matryoshka(infonce_loss, **options)
-    with pytest.raises(ValueError, match=r"dims=\(5,\) of embeddings that have 4"):
+    with pytest.raises(ValueError, match=r"dims=\(5,\) exceed the 4 features"):
         matryoshka(infonce_loss, dims=(5,))(jnp.eye(4), jnp.eye(4))

@@ -211,7 +211,7 @@ def test_a_row_s_own_temperature_goes_down_its_slope_and_stays_in_its_bounds():
     [
         (
             {"estimates": jnp.zeros((3, 1))},
-            r"estimates have the shape \(3, 1\); wanted is \(3, 2\)",
+            r"estimates has the shape \(3, 1\), not \(3, 2\)",
         ),
         ({"temperature": jnp.ones(3)}, "temperature"),
         ({"update_rate": 0.0}, "set it above 0, at most 1"),

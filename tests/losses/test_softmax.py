@@ -232,9 +232,9 @@ def test_a_pair_far_ahead_keeps_its_last_digits():
         ),
         (
             {"negatives": explicit(jnp.ones((2, 1, 2)), ids=jnp.ones((2, 1), int))},
-            r"ids are compared with masks.ids; give both",
+            r"ids need masks.ids to compare with; give both",
         ),
-        ({"negative_hardness": 1.0}, "give some in negatives, or leave it 0"),
+        ({"negative_hardness": 1.0}, "add some to negatives, or set it to 0"),
         ({"hardness": -1.0}, r"hardness=-1\.0; set it to at least 0"),
         (
             {"negatives": explicit(jnp.ones((2, 1, 2)), valid=jnp.ones((2, 2), bool))},
@@ -246,7 +246,7 @@ def test_a_pair_far_ahead_keeps_its_last_digits():
         ),
         (
             {"negatives": explicit(jnp.ones((2, 1, 2)), groups=jnp.ones((2, 1), int))},
-            r"groups are compared with masks.groups",
+            r"groups need masks.groups to compare with",
         ),
     ],
 )
@@ -315,7 +315,7 @@ def test_a_twin_of_the_positive_in_a_bank_turns_a_query_s_gradient_down_and_no_o
 
 def test_a_bank_that_does_not_fit_is_named():
     for options, message in (
-        ({}, r"negatives\['bank'\].ids are compared"),
+        ({}, r"negatives\['bank'\].ids need masks.ids"),
         (
             {"ids": jnp.arange(2), "directions": ("key_to_query",)},
             "no direction that uses them; add query_to_key",
@@ -329,6 +329,6 @@ def test_a_bank_that_does_not_fit_is_named():
             infonce(negatives=bank_of(small_bank()), **options)
     with pytest.raises(
         ValueError,
-        match=r"negatives\['wide'\] have the shape \(\d+, 5\); wanted is \(any number, 2\)",
+        match=r"negatives\['wide'\] have the shape \(\d+, 5\); expected \(any number, 2\)",
     ):
         infonce(negatives={"wide": read_bank(init_bank(4, 5))}, ids=jnp.arange(2))

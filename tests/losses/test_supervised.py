@@ -113,9 +113,9 @@ def test_arguments_without_a_meaning_here_are_errors():
     sides, labels = (jnp.eye(3), jnp.eye(3)), jnp.array([0, 0, 1])
     within = {"directions": ("query_to_key", "query_to_query")}
     for options, message in (
-        ({"masks": Masks(groups=labels)}, "masks takes only ids and valid"),
-        ({"masks": Masks(margin=0.1)}, "masks takes only ids and valid"),
-        ({**within, "key_labels": labels}, "leave key_labels None"),
+        ({"masks": Masks(groups=labels)}, "masks may only have ids and valid"),
+        ({"masks": Masks(margin=0.1)}, "masks may only have ids and valid"),
+        ({**within, "key_labels": labels}, "set key_labels to None"),
         ({**within, "temperature": jnp.ones(3)}, "one temperature for all rows"),
     ):
         with pytest.raises(ValueError, match=message):
