@@ -1,4 +1,4 @@
-"""The gradient of a whole batch in the activation memory of one chunk."""
+"""Compute the gradient of a whole batch with the activation memory of one chunk."""
 
 from collections.abc import Callable
 
@@ -15,30 +15,29 @@ __all__ = ["chunked", "rows_per_chunk"]
 def chunked(
     encode: Callable[..., PyTree], *, chunk_size: int, has_aux: bool = False, shards: int = 1
 ) -> Callable[..., PyTree]:
-    r"""Makes an encoder run chunk by chunk, and forget each chunk's activations.
+    r"""Make an encoder run chunk by chunk and discard each chunk's activations.
 
-    The embeddings of all chunks are kept, so that a loss over them sees the whole batch; in the
-    backward pass each chunk is encoded once more, with the same random keys, while its gradient is
-    taken. Value and gradient are those of `encode` on all rows at once, at the price of one forward
-    pass more.
+    The embeddings of all chunks are kept, so that the loss sees the whole batch. The backward pass
+    encodes each chunk again, with the same random keys, to compute its gradient. Values and
+    gradients are the same as for `encode` on all rows at once; the cost is one extra forward pass.
 
     Args:
-      encode: `(params, *rows) -> embeddings`, pure; every leaf of `rows` and of the embeddings has
-        one entry per row, and what it does to a row depends on nothing but that row. Dropout
-        therefore needs one key per row, which is one of the `rows`.
-      chunk_size: rows per chunk, at least 1; the last may have fewer, and is filled up with rows
-        whose results are dropped. Inside a `jax.shard_map` these are rows of a device.
-      has_aux: `encode` returns `(embeddings, aux)`: auxiliary losses, counters. What `aux` holds of
-        one chunk is stacked; a loss may use it, and its gradient is exact.
-      shards: over how many equal parts the compiler has spread the rows. A chunk has as many rows
-        of each, so that none of them moves.
+      encode: `(params, *rows) -> embeddings`, pure. Every leaf of `rows` and of the embeddings has
+        one entry per row, and each embedding depends only on its row. Dropout therefore needs one
+        key per row, passed as one of the `rows`.
+      chunk_size: rows per chunk, at least 1, per device inside a `jax.shard_map`. The last chunk is
+        padded with rows whose results are dropped.
+      has_aux: whether `encode` returns `(embeddings, aux)`, such as auxiliary losses or counters.
+        The `aux` of all chunks are stacked; a loss may use them, and their gradient is exact.
+      shards: number of equal parts over which the compiler shards the rows. Each chunk takes the
+        same number of rows from each part, so that no rows move between devices.
 
     Returns:
-      A function of the same arguments. With `has_aux` its second result has a leading axis of
+      A function with the same arguments. With `has_aux`, its second result has a leading axis of
       chunks.
 
     Raises:
-      ValueError: if `chunk_size` is below 1, or rows have no common number.
+      ValueError: if `chunk_size` is below 1, or the leaves differ in their number of rows.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -48,25 +47,25 @@ def chunked(
       [[3.0, 3.0], [3.0, 3.0]]
 
     Relations:
-      A chunk of the whole batch is `encode`, encoded twice. Rematerialising layers instead keeps
-      one activation per layer for the whole batch, where this keeps one embedding.
+      With one chunk for the whole batch, `encode` runs twice. Rematerialised layers instead keep
+      one activation per layer and row, where this keeps one embedding per row.
 
     Reference:
       Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021.
     """
     if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size}; a chunk has at least one row")
+        raise ValueError(f"chunk_size={chunk_size} must be at least 1")
 
     def encode_chunked(params: PyTree, *rows: PyTree) -> PyTree:
         num_rows = _num_rows(rows)
         if num_rows % shards:
             raise ValueError(f"{num_rows} rows do not divide over {shards} shards")
         size = max(1, min(chunk_size, num_rows // shards))
-        # Once, before the loop: else the gradient would be summed over devices in every turn.
+        # Before the loop, since the gradient would otherwise be summed over devices in each step.
         params = as_varying(params, rows)
         chunks = jax.tree.map(lambda leaf: _split(leaf, size, shards), rows)
-        encode_one = jax.checkpoint(lambda chunk: encode(params, *chunk))
-        encoded = lax.map(encode_one, chunks)
+        encode_chunk = jax.checkpoint(lambda chunk: encode(params, *chunk))
+        encoded = lax.map(encode_chunk, chunks)
         if not has_aux:
             return _joined(encoded, num_rows, shards)
         embeddings, aux = encoded
@@ -76,32 +75,34 @@ def chunked(
 
 
 def rows_per_chunk(width: int, *, max_tokens: int) -> int:
-    """How many rows of a width fit into a budget of tokens; one at least.
+    """The number of rows of a given width that fit in a token budget; at least one.
 
     Example:
       >>> rows_per_chunk(128, max_tokens=4_096)
       32
     """
     if width < 1:
-        raise ValueError(f"width={width}; a row has at least one token")
+        raise ValueError(f"width={width} must be at least 1")
     return max(1, max_tokens // width)
 
 
 def _num_rows(rows: PyTree) -> int:
     numbers = {leaf.shape[0] for leaf in jax.tree.leaves(rows)}
     if len(numbers) != 1:
-        raise ValueError(f"all rows must be as many; there are {sorted(numbers)}")
+        raise ValueError(
+            f"the leaves of rows differ in length, {sorted(numbers)}; give one entry per row"
+        )
     return numbers.pop()
 
 
 def _split(leaf: Array, size: int, shards: int) -> Array:
-    """[rows, …] -> [chunks, shards * size, …], the last filled up with the first rows."""
+    """[rows, …] -> [chunks, shards * size, …], padded with the first rows of each shard."""
     inside = leaf.shape[1:]
     parts = leaf.reshape(shards, leaf.shape[0] // shards, *inside)
     num_chunks = -(-parts.shape[1] // size)
     missing = num_chunks * size - parts.shape[1]
-    filled = jnp.concatenate([parts, parts[:, :missing]], axis=1) if missing else parts
-    chunks = filled.reshape(shards, num_chunks, size, *inside).swapaxes(0, 1)
+    padded = jnp.concatenate([parts, parts[:, :missing]], axis=1) if missing else parts
+    chunks = padded.reshape(shards, num_chunks, size, *inside).swapaxes(0, 1)
     return chunks.reshape(num_chunks, shards * size, *inside)
 
 

@@ -185,10 +185,10 @@ def test_a_token_budget_gives_a_number_of_rows():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="chunk_size=0; a chunk has at least one row"):
+    with pytest.raises(ValueError, match="chunk_size=0 must be at least 1"):
         chunked(encode, chunk_size=0)
     uneven = inputs_of(0) | {"offset": jnp.zeros(3)}
-    with pytest.raises(ValueError, match=r"all rows must be as many; there are \[3, 16\]"):
+    with pytest.raises(ValueError, match=r"differ in length, \[3, 16\]"):
         chunked(encode, chunk_size=4)(params_of(0), uneven)
 
 

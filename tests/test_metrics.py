@@ -133,7 +133,7 @@ def test_without_the_error_nan_scores_would_read_as_perfect():
 
 @pytest.mark.parametrize("column", [-1, 5])
 def test_a_relevant_key_outside_the_pool_is_an_error(column):
-    with pytest.raises(ValueError, match=rf"relevant\[1\]={column} is no column of 5 keys"):
+    with pytest.raises(ValueError, match=rf"relevant\[1\]={column} is not a column of 5 keys"):
         rank_of_key(np.zeros((2, 5)), np.array([0, column]))
 
 
