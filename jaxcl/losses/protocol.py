@@ -56,7 +56,8 @@ class LossFn(Protocol):
     - Key `i` is the positive of query `i`, and the order of rows does not matter.
     - Invalid rows have the value 0, and do not change the values or gradients of other rows. The
       result is finite, with a finite gradient, for a batch without valid rows or negatives.
-    - If a mask that the loss supports excludes a pair, the other row might as well be missing.
+    - A masked pair affects the loss no more than if the other row were missing, for each mask that
+      the loss supports.
     - With `axis_name`, values and gradients are the same as on one device that holds the rows of
       all devices, whatever the exchange and the implementation.
     - Gradients reach both sides and the temperature, which may be an array.

@@ -117,7 +117,7 @@ def infonce_loss(
 
     Relations:
       A batch of one row has no negatives and a loss of 0. As $\tau \to 0$, $\tau \ell$ approaches
-      the difference between the highest allowed similarity and the positive's.
+      the excess of the hardest negative's similarity over the positive's, or 0 without one.
 
     Reference:
       van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018,
