@@ -44,6 +44,10 @@ _SPLIT = re.compile(
 )
 
 
+_TFDS_SPLIT = re.compile(r"\w+(\[[^\]]*\])?(\+\w+(\[[^\]]*\])?)*", re.ASCII)
+"""A split as TFDS writes it, such as `train[:100]+dev`; brackets would also be a pattern."""
+
+
 class Share(NamedTuple):
     """The rows of a split whose hash lies in a range.
 
@@ -103,9 +107,7 @@ def names_files(name: str | None) -> bool:
 
 def names_other_files(split: str) -> bool:
     """Whether a split is a path, as for held-out rows in another file."""
-    if split == REST or split.endswith("]") or share_of_split(split) is not None:
-        return False  # train[:100] is a range of rows, which files do not have
-    return names_files(split)
+    return split != REST and _TFDS_SPLIT.fullmatch(split) is None and names_files(split)
 
 
 def reads_files(name: str | None, split: str) -> bool:

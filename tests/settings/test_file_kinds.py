@@ -89,6 +89,7 @@ def test_relative_paths_of_splits_belong_to_the_folder_of_the_name():
 
 
 def test_a_split_may_be_another_file():
-    assert names_other_files("dev.jsonl")
-    for split in (REST, "train", "train[:5%]", "train[:100]"):
+    for split in ("dev.jsonl", "part-*.csv", "parts/dev[0-3].csv"):
+        assert names_other_files(split), split
+    for split in (REST, "train", "train[:5%]", "train[:100]", "train[50%:]+dev", "a+b[1:]"):
         assert not names_other_files(split), split
