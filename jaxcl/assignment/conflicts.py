@@ -125,7 +125,8 @@ def _both_first(numbers: Int[np.ndarray, "s 2"]) -> Bool[np.ndarray, " s"]:
     """Whether each swap has the first occurrence of both of its numbers."""
     first = np.zeros(numbers.size, bool)
     first[np.unique(numbers, return_index=True)[1]] = True
-    return first.reshape(numbers.shape).all(1)
+    of_first, of_second = first.reshape(numbers.shape).T
+    return of_first & of_second
 
 
 def batches_of(num_rows: int, first_position: int, batch_size: int) -> Int[np.ndarray, " _"]:
