@@ -277,7 +277,7 @@ def test_data_and_options_that_exclude_each_other_are_an_error(beir, config, wor
 
 def test_wrong_data_fail_before_the_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load", None)
-    with pytest.raises(FileNotFoundError, match="there is no evaluation set"):
+    with pytest.raises(FileNotFoundError, match="there is no file or folder"):
         evaluate.evaluate("anywhere", data=tmp_path / "absent")
     with pytest.raises(ValueError, match=r"is no evaluation set; give a folder with corpus\.jsonl"):
         evaluate.evaluate("anywhere", data=tmp_path)

@@ -419,6 +419,14 @@ def test_the_card_names_the_data_and_not_the_folders_of_the_machine(
     assert "lovelace" not in text
 
 
+def test_a_file_of_pairs_is_no_data_set_of_the_hub(tmp_path):
+    workdir = save_run(tmp_path / "run", data__name="/home/lovelace/mine/pairs.jsonl")
+    metadata, text = card_of(workdir, tmp_path / "model")
+    assert "datasets" not in metadata
+    assert "Pairs of a query and its key, from `pairs.jsonl`." in text
+    assert "lovelace" not in text
+
+
 @pytest.fixture(scope="module")
 def tuned_run(tmp_path_factory) -> Path:
     """A run with the unchanged parameters of a tiny BERT that states its license."""

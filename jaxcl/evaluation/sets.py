@@ -55,7 +55,7 @@ def open_set(path: AnyPath, *, kind: str | None = None) -> EvaluationSet:
       OSError: if it cannot be read.
     """
     if not path.exists():
-        raise FileNotFoundError(f"there is no evaluation set {path}; give a file or a folder")
+        raise FileNotFoundError(f"there is no file or folder {path} to evaluate on")
     if kind is not None:
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is unknown; use {' or '.join(KINDS)}")

@@ -18,6 +18,7 @@ from jaxcl.models.towers import SHARED
 from jaxcl.run.identity import fields_of
 from jaxcl.run.opened import OpenedRun
 from jaxcl.settings.derived import tower_sections
+from jaxcl.settings.file_kinds import names_files
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings, SidePrompts
 
@@ -96,7 +97,8 @@ def _front_matter(settings: Settings, results: Mapping[str, Any], *, library: st
     origin = settings.model.pretrained
     if origin is not None and _HUB_ID.fullmatch(origin) and not Path(origin).exists():
         metadata["base_model"] = origin
-    metadata["datasets"] = _data_set_names(settings)
+    if data_sets := _data_set_names(settings, with_files=False):  # of the Hub
+        metadata["datasets"] = data_sets
     metadata["tags"] = list(dict.fromkeys(tags))
     # JSON is YAML.
     return iter(["---", *(f"{key}: {_yaml(value)}" for key, value in metadata.items()), "---", ""])
@@ -245,11 +247,16 @@ def _license_of(base: PretrainedModel) -> str | None:
     return found[1] if found else None
 
 
-def _data_set_names(settings: Settings) -> list[str]:
+def _data_set_names(settings: Settings, *, with_files: bool = True) -> list[str]:
     """The names of the run's data sets, without their versions and folders."""
     data_sets = [settings.data.first, *settings.data.concatenated.values()]
     names = [str(_public(one.name)) for one in data_sets if one.name is not None]
-    return list(dict.fromkeys(re.split("[:/]", name)[0] for name in names))
+    short = {
+        name: Path(name).name if names_files(name) else re.split("[:/]", name)[0]
+        for name in names
+        if with_files or not names_files(name)
+    }
+    return list(dict.fromkeys(short.values()))
 
 
 def _public(value: Any) -> Any:

@@ -1,6 +1,5 @@
 """Write the files of an exported model as one folder."""
 
-import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,8 +61,7 @@ def with_dtype(
 def check_free(folder: Path) -> None:
     """Raise a `FileExistsError` unless a folder is empty or absent."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        problem = "there are files in the way; remove them, or give another folder"
-        raise FileExistsError(errno.EEXIST, problem, str(folder))
+        raise FileExistsError(f"{folder} has files already; remove them, or give another folder")
 
 
 def write_folder(folder: Path, files: ModelFiles) -> None:

@@ -52,7 +52,7 @@ def test_a_path_of_no_kind_is_an_error_that_lists_what_is_expected(tmp_path):
 
 
 def test_a_path_that_does_not_exist_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no evaluation set"):
+    with pytest.raises(FileNotFoundError, match="there is no file or folder"):
         open_set(tmp_path / "absent")
 
 
