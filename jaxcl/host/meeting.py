@@ -126,7 +126,9 @@ class _Reception:
             selector.register(listener, selectors.EVENT_READ)
             while len(self._present) < self._num_processes - 1:
                 self._check_missing(deadline)
-                for key, _ in selector.select(timeout=1):
+                events = selector.select(timeout=1)
+                # Ends first, because a process that has ended may be the one that comes again.
+                for key, _ in sorted(events, key=lambda event: event[0].fileobj is listener):
                     if key.fileobj is not listener:  # it waits in silence: this is its end
                         selector.unregister(key.fileobj)
                         del self._present[key.data]
