@@ -102,10 +102,11 @@ def quick_metrics(encoder: Encoder, data: RunData) -> dict[str, float]:
         return {}
     queries, keys = (encoder.embed(side, data.tables["validation"]) for side in SIDES)
     ranks = _ranked(None, None, queries, keys, methods=("dense",))["dense"].ranks
-    return {
+    means = {
         f"{_QUICK}/{name}": mean_and_standard_error(METRICS[name](ranks))[0]
         for name in _QUICK_METRICS
     }
+    return means | {"validation/keys": len(keys)}  # figures of other pools cannot be compared
 
 
 def evaluate_run(

@@ -7,8 +7,7 @@ When not to trust it: one key counts as relevant per query, though others may an
 Sibling functions of one package (a synchronous and an asynchronous twin), near duplicates and
 overloads then count as errors, and the better a model understands the query, the more of them it
 meets. Where siblings of the test rows were trained on, the figures flatter instead: split by
-package, not by row. Figures of pools of different sizes cannot be compared. Standard errors cover
-the choice of queries, not the seed.
+package, not by row. Pools of different sizes cannot be compared. Errors are over queries, not seeds.
 """
 
 import logging
@@ -323,13 +322,14 @@ def results_table(
             that difference in its standard errors.
     """
     table = Table("split", "variant", "method", box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for heading in (*metrics, f"vs {baseline} (SEs)"):
+    for heading in ("keys", *metrics, f"vs {baseline} (SEs)"):
         table.add_column(heading, justify="right", no_wrap=True)
     for (split, variant), by_method in results.items():
         for method, result in by_method.items():
             summary = result.summary()
             cells = ["{:.3f}±{:.3f}".format(*summary[name]).replace("0.", ".") for name in metrics]
-            table.add_row(split, variant, method, *cells, _versus(by_method, method, baseline))
+            versus = _versus(by_method, method, baseline)
+            table.add_row(split, variant, method, f"{result.num_keys:,}", *cells, versus)
         table.add_section()
     return table
 

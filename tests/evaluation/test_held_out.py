@@ -96,6 +96,7 @@ def test_a_run_reports_the_queries_of_its_validation_split(make_data, encoder_wi
     found = evaluate.quick_metrics(encoder, data)
     assert found["validation/dense/mrr@10"] == pytest.approx((1 + 1 / 2 + 1) / 3)
     assert found["validation/dense/recall@10"] == 1.0
+    assert found["validation/keys"] == data.tables["validation"].num_rows
     for side in ("query", "key"):
         wanted = data.tables["validation"].side(side, np.arange(3))["tokens"]
         np.testing.assert_array_equal(asked[side], [wanted])

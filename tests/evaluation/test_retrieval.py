@@ -321,13 +321,16 @@ def test_only_a_bare_name_can_be_masked(name):
 
 def test_the_table_has_a_row_per_split_variant_and_method_and_fits_a_terminal():
     rng = np.random.default_rng(0)
-    by_method = {method: RetrievalResult(1.0 + rng.integers(0, 20, 300), 300) for method in METHODS}
+    by_method = {
+        method: RetrievalResult(1.0 + rng.integers(0, 20, 300), 99_999) for method in METHODS
+    }
     table = results_table({("stdlib", "plain"): by_method, ("stdlib", "name masked"): by_method})
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(table)
     text = console.export_text()
     assert table.row_count == 2 * len(METHODS)
     assert "…" not in text
+    assert text.count("99,999") == table.row_count
     mean, error = by_method["hybrid"].summary()["mrr@10"]
     assert f"{mean:.3f}±{error:.3f}".replace("0.", ".") in text
     mean, error = comparison(by_method, "hybrid", "bm25")
