@@ -89,12 +89,8 @@ def row_gaps(
         # that is itself among them has label 1, and is compared with the last, of label 0, instead.
         among = jnp.isin(ours.ids, strangers.ids[:-1]).astype(jnp.int32)
         spare = jnp.full(batch_size, -1, jnp.int32).at[-1].set(0)
-        random = log_sums(
-            ours,
-            strangers,
-            _labels(ours, ours.ids, among),
-            _labels(strangers, strangers.ids, spare),
-        )
+        labels = _labels(ours, ours.ids, among), _labels(strangers, strangers.ids, spare)
+        random = log_sums(ours, strangers, *labels)
         return ours, own, random, _near_duplicates(ours, whole, near_duplicate)
 
     batches = fetch(_share(rows, axis_name)), fetch(_share(random_rows, axis_name))

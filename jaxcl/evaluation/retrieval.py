@@ -7,7 +7,7 @@ When not to trust it: one key counts as relevant per query, though others may an
 Sibling functions of one package (a synchronous and an asynchronous twin), near duplicates and
 overloads then count as errors, and the better a model understands the query, the more of them it
 meets. Where siblings of the test rows were trained on, the figures flatter instead: split by
-package, not by row. Pools of different sizes cannot be compared. Errors are over queries, not seeds.
+package, not by row. Pools of different sizes cannot be compared. Errors are over queries only.
 """
 
 import logging
