@@ -179,14 +179,15 @@ def split_functions(
     split_seed: int,
     max_pairs: int | None = None,
 ) -> tuple[dict[str, list[PythonFunction]], int]:
-    """Drops duplicates across all packages, then splits: test by package, validation by file.
+    """Drop duplicates across all packages, then split: test by package, validation by file.
 
     Returns:
       The non-empty splits, each in the order of package, file and line, and the number of
       duplicates dropped.
 
     Raises:
-      ValueError: if nothing is found, or nothing is left for train, or for a test that is wanted.
+      ValueError: if there are no functions, or none are left for `train`, or for a `test` split
+        that `test_packages` asks for.
     """
     if not functions:
         raise ValueError("No documented Python function was found; check `roots`.")

@@ -17,10 +17,10 @@ _BYTES_AT_ONCE = 2**22
 
 
 def file_digests(directory: Any, paths: Sequence[Any]) -> list[str]:
-    """A digest of each file; digests of files that have not been touched are remembered.
+    """Compute a digest of each file; the digests of files that have not changed are cached.
 
     Args:
-      directory: where they lie, locally or in a bucket; `DIGESTS_FILE` is kept there.
+      directory: the folder of the files, local or in a bucket; the cache is its `DIGESTS_FILE`.
       paths: the files.
     """
     remembered = directory / DIGESTS_FILE

@@ -71,14 +71,14 @@ def read_fields(path: Path, wanted: Collection[str] = ()) -> list[str]:
 
 
 def read_rows(path: Path, fields: Sequence[str]) -> Iterator[FileRow]:
-    """Read a file from its first row to its last.
+    """Iterate over the rows of a file, in order.
 
     Args:
-      path: the file; its suffix tells its kind.
-      fields: the names of the fields that are wanted. Rows may lack some, and have others.
+      path: the file; its suffix determines its kind.
+      fields: the names of the fields to read. Rows may lack some of them, and have others.
 
     Raises:
-      ValueError: while iterating, if the file is damaged; rows that are wrong are returned.
+      ValueError: while iterating, if the file is damaged. Invalid rows are yielded, not raised.
       OSError: if the file cannot be read.
     """
     with _opened(path) as (kind, file):

@@ -31,17 +31,16 @@ def training_batches(
 ) -> Iterator[Batch]:
     """The global batches of steps `first_step` to `last_step - 1`.
 
-    The position in the data is the step and nothing else. What a batch holds depends neither on
-    where the run was resumed nor on how many hosts read it: each host reads its own part of the
-    same rows.
+    The step alone determines the rows of a batch. They depend neither on the step at which the run
+    was resumed nor on the number of hosts: each host reads its own part of the same rows.
 
     Args:
-      table: where rows are read.
+      table: the table of the training rows.
       rows_fn: step -> the rows of its global batch, equal on every host.
-      mesh: where batches go, rows sharded over all of its axes.
-      first_step: the first batch wanted.
-      last_step: one more than the last.
-      negatives: explicit ones of each row, read along with it.
+      mesh: the devices of the batches; rows are sharded over all of its axes.
+      first_step: the step of the first batch.
+      last_step: one more than the step of the last batch.
+      negatives: the explicit negatives of each row, read with the row.
       guides: embeddings of each row by a model that judges similarity.
 
     Yields:

@@ -158,7 +158,7 @@ def build_readers(data: DataSettings, workdir: AnyPath) -> dict[str, Reader]:
 
 
 def input_fingerprints(data: DataSettings, workdir: AnyPath) -> dict[str, str]:
-    """Fingerprints of the files in a workdir that inputs depend on, such as the tokenizer."""
+    """The fingerprints of the workdir's files that inputs depend on, such as the tokenizer."""
     modalities = {getattr(data.modality, side): modality_of(data, side) for side in SIDES}
     return {f"inputs.{name}": one.fingerprint(workdir) for name, one in modalities.items()}
 

@@ -127,18 +127,18 @@ def prepare_data(
     open_source: Callable[[str], PairSource] | None = None,
     saved: RememberedData | None = None,
 ) -> RunData:
-    """Open the splits of a run and their tables, and prepare them first if necessary.
+    """Open the splits of a run and their tables, after preparing them if necessary.
 
-    The workdir remembers which rows it began with (`data.json`) and its tokenizer
-    (`tokenizer.json`). A resumed run reads those, whatever has been installed since.
+    The workdir records the rows that the run began with (`data.json`) and its tokenizer
+    (`tokenizer.json`). A resumed run uses these, whatever packages have been installed since.
 
     Args:
       data: the run's.
-      data_dir: where prepared data are shared between runs.
+      data_dir: the folder of prepared data that runs share.
       workdir: the run's own folder.
-      scored: whether the negatives' file must have a teacher's scores.
-      open_source: role -> its pairs, where they are not those of a prepared data set.
-      saved: the data of the newest checkpoint; `data.json` is written again if it is lost.
+      scored: whether the file of negatives must have a teacher's scores.
+      open_source: role -> its pairs, if they do not come from a prepared data set.
+      saved: the data of the newest checkpoint; `data.json` is rewritten if it is lost.
 
     Raises:
       ValueError: if a split is missing or empty, or the rows of an earlier start are gone.

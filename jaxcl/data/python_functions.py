@@ -186,10 +186,10 @@ def parse_functions(
 
 
 def functions_in_source(text: str, file: SourceFile) -> Iterator[PythonFunction]:
-    """Yields the functions of one file that pass the filters, in the order of their lines.
+    """Yield the functions of one file that pass the filters, in the order of their lines.
 
     Raises:
-      SyntaxError, ValueError, RecursionError, MemoryError: what `ast.parse` raises.
+      SyntaxError, ValueError, RecursionError, MemoryError: as `ast.parse` raises them.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SyntaxWarnings about other people's escapes

@@ -21,13 +21,14 @@ def check_rows(
     wanted: str,
     first_row: int = 0,
 ) -> None:
-    """Check the entries of all rows.
+    """Check that all entries of an array are allowed.
 
     Args:
-      array: with an entry for each row.
-      allowed: entries of some rows -> which of them, or of their numbers, are allowed.
-      what: the array, for the message.
-      wanted: the allowed entries, for the message.
+      array: one entry per row, a number or an array of numbers.
+      allowed: a function from a slice of the array to a boolean array: which rows, or which numbers
+        in them, are allowed.
+      what: the name of the array, for the message.
+      wanted: a description of the allowed entries, for the message.
       first_row: the number of the first row.
 
     Raises:

@@ -53,7 +53,7 @@ def check_held_out(parts: Mapping[str, Sequence[tuple[str, Sequence[RowRange]]]]
 
 
 def shared_rows(ranges: Sequence[RowRange], others: Sequence[RowRange]) -> Iterator[RowRange]:
-    """The rows that two sources have in common, as ranges of the first's files.
+    """The rows that two sources have in common, as ranges of the first source's files.
 
     Example:
       >>> file = frozenset({"content of a"})

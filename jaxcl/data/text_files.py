@@ -109,11 +109,11 @@ def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
 
     Args:
       record: a record of `read_records`.
-      field: its field.
-      where: where the record is, for the message.
+      field: the name of the field.
+      where: the location of the record, for the message.
 
     Raises:
-      ValueError: if the record has no such field, or no text of Unicode there.
+      ValueError: if the record has no such field, or its value is not a Unicode text.
     """
     if field not in record:
         raise ValueError(f"{where}: {_no_field(field, record)}")
