@@ -147,13 +147,13 @@ def recorded_best(record: Mapping[str, Any]) -> Best | None:
 
 
 def best_step(record: Mapping[str, Any]) -> int | None:
-    """The step of the best evaluation in a checkpoint's record; None without any."""
+    """The step of the best evaluation in a checkpoint's record; `None` without evaluations."""
     best = recorded_best(record)
     return None if best is None else best.step
 
 
 def best_step_in(directory: AnyPath) -> int | None:
-    """The step of the best evaluation in a folder of checkpoints; None without any."""
+    """The step of the best evaluation in a folder of checkpoints; `None` without evaluations."""
     record = newest_record(directory)
     return None if record is None else best_step(record)
 

@@ -40,7 +40,7 @@ def build_loss(settings: Settings, towers: Towers, mesh: Mesh) -> LossOfBatch:
 
 
 def build_measure(settings: Settings, towers: Towers, mesh: Mesh) -> MeasureOfBatch:
-    """The metrics of that loss's negatives: see `make_measure`."""
+    """The metrics of the negatives in the loss of `settings`: see `make_measure`."""
     options = {
         name: value
         for name, value in settings.loss.options.items()
@@ -99,7 +99,7 @@ def beyond_batch(settings: Settings) -> BeyondBatch:
 
 
 def build_momentum(settings: Settings) -> Callable[[Scalar], Scalar] | None:
-    """Step -> the share of the momentum encoder that an update keeps; `None` without one.
+    """Step -> the decay of the momentum encoder; `None` without a momentum encoder.
 
     It rises from the initial to the final value along a cosine, as in Grill et al., "Bootstrap Your
     Own Latent", 2020.

@@ -20,7 +20,7 @@ _MANY = 16
 
 
 def check_explicit_negatives(settings: Settings, negatives: _FromData) -> None:
-    """Raise a `ValueError` if settings do not fit the negatives of the training rows.
+    """Raise a `ValueError` if the settings do not match the negatives of the training rows.
 
     Args:
       settings: the run's.

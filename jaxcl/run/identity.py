@@ -48,8 +48,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers")
 def fields_of(settings: Settings) -> dict[str, Any]:
     """The settings that decide the result of a run, by dotted name.
 
-    These are all except cadences, mesh and folders (`run`), the evaluation and early stopping, and
-    the sections of assignments that the run does not use.
+    These are all settings except `run` (intervals, mesh and folders), evaluation, early stopping,
+    and the sections of assignments that the run does not use.
     """
     unused = tuple(
         f"assignment.{name}."
@@ -66,16 +66,16 @@ def fields_of(settings: Settings) -> dict[str, Any]:
 def settings_differences(
     saved: Mapping[str, Any], settings: Settings, *, saved_step: int | None
 ) -> list[str]:
-    """The differences between the settings of a saved state and the present ones, a text each.
+    """Describe each difference between the settings of a checkpoint and the current settings.
 
-    The number of steps may change if the steps made so far do not depend on it, as with a constant
-    learning rate.
+    The number of steps may change if no step so far depends on it, as with a constant learning
+    rate.
 
     Args:
-      saved: the settings of the state, as `as_dict` gives them.
-      settings: the present ones.
-      saved_step: the step of the newest state; None where it is unknown, so that the number of
-        steps may not change.
+      saved: the settings of the checkpoint, as `as_dict` returns them.
+      settings: the current settings.
+      saved_step: the step of the newest checkpoint. If it is unknown (`None`), the number of steps
+        may not change.
 
     Raises:
       ValueError: if the saved settings cannot be read.
@@ -94,7 +94,7 @@ def settings_differences(
 
 
 def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored config with the names of this version."""
+    """Convert the config of an earlier version to the names of this version."""
     config = dict(config)
     model = dict(config.get("model", {}))
     options = dict(model.get("options", {}))

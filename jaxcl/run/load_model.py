@@ -89,10 +89,10 @@ def is_run(path: str | os.PathLike[str]) -> bool:
 
 
 def model_of_run(run: OpenedRun) -> EmbeddingModel:
-    """The model of a run.
+    """The embedding model of an opened run.
 
     Raises:
-      ValueError: if a side holds anything other than texts.
+      ValueError: if a side has a modality other than texts.
     """
     model = _trained_model(run.workdir, run.settings, run.encoder)
     model.source = str(run.path)

@@ -43,7 +43,7 @@ def init_memory(
 
 
 def tiers_left_empty(settings: Settings, num_rows: int) -> list[str]:
-    """The tiers for which no slot is left, since `uniform` draws all of the bank."""
+    """The tiers that stay empty because `uniform` already draws every slot of the bank."""
     budgets, bank = settings.negatives.tiers, settings.negatives.bank
     if bank.kind is None:
         return []

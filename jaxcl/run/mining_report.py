@@ -93,7 +93,7 @@ def report_table(report: Mapping[str, Any]) -> rich.table.Table:
 
 
 def example_rows(num_queries: int, seed: int) -> list[int]:
-    """A few random queries."""
+    """The row numbers of a few random queries, to show as examples."""
     return np.random.default_rng(seed).permutation(num_queries)[:_EXAMPLES].tolist()
 
 

@@ -50,13 +50,13 @@ def opening(
 
 
 def closing(settings: Settings, workdir: AnyPath, step: int, best: Best) -> str:
-    """The line after the evaluation of a run that selects its best step.
+    """The closing message of a run that keeps its best checkpoint.
 
     Args:
       settings: the run's.
       workdir: its folder.
-      step: the number of steps made.
-      best: its evaluations.
+      step: the number of steps trained.
+      best: the best evaluation so far.
     """
     ended = ""
     if step < settings.steps:

@@ -71,25 +71,25 @@ def make_loss(
 ) -> LossOfBatch:
     """The mean loss of a global batch as a function of the parameters.
 
-    The encoders run under the compiler's own partitioning of the batch; the loss is a `shard_map`,
-    since it says itself what crosses devices. Differentiate the result as it is: its gradient is
-    that of the mean over the global batch, on any mesh.
+    The compiler partitions the encoders over the batch. The loss runs in a `shard_map`, since it
+    communicates between devices explicitly. Differentiate the returned function directly: its
+    gradient is that of the mean over the global batch, on any mesh.
 
     A batch may hold explicit negatives of each row, `batch["negatives"]`: `"inputs"`, a tree like
     that of the keys with `[b, n, …]`, `"valid"`, and a column for each of the masks. They are
     encoded as keys.
 
-    `memory` holds what outlives a batch: `"rows"`, tables with an entry for each training row;
-    `"bank"`, side -> embeddings of earlier batches; `"momentum"`, the parameters of a momentum
-    encoder, which then writes the banks; `"strata"`, the quotas of a stratified draw.
+    `memory` holds the state that persists between batches: `"rows"`, tables with an entry for each
+    training row; `"bank"`, side -> embeddings of earlier batches; `"momentum"`, the parameters of a
+    momentum encoder, which then writes the banks; `"strata"`, the quotas of a stratified draw.
 
     Args:
       towers: the model.
-      loss: a loss of `jaxcl.losses.LOSSES`, or another, with its options bound.
+      loss: a loss of `jaxcl.losses.LOSSES`, or a custom loss, with its options bound.
       mesh: the devices; rows are sharded over all axes.
-      masks: `"ids"` and `"groups"` of `jaxcl.losses.Masks` -> the columns of the batch that they
-        are.
-      chunk_sizes: side -> how many of a device's rows are encoded at a time (`jaxcl.grad_cache`);
+      masks: the fields `"ids"` and `"groups"` of `jaxcl.losses.Masks` -> the columns of the batch
+        that fill them.
+      chunk_sizes: side -> the number of rows that a device encodes at a time (`jaxcl.grad_cache`);
         `None` for all at once.
       beyond: the negatives from outside the batch.
       needs: columns that a batch must have in addition, such as `"teacher_scores"`.
@@ -138,7 +138,7 @@ def make_measure(
     beyond: BeyondBatch | None = None,
     needs: Sequence[str] = (),
 ) -> MeasureOfBatch:
-    """The metrics of a global batch's negatives, as the loss with the same arguments sees them.
+    """The metrics of a global batch's negatives, for a loss made with the same arguments.
 
     Arguments as for `make_loss`, except `measure_fn`: `jaxcl.losses.measure_negatives` with its
     options bound.

@@ -104,7 +104,7 @@ def keys_of_side(key: Key[Array, ""] | None, number: int, row: Int[Array, " b"])
 
 
 def fold_rows(key: Key[Array, ""], row: Int[Array, " b"]) -> RowKeys:
-    """A key for each row number."""
+    """Derive a random key for each row number."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, row)
 
 

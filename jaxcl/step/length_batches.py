@@ -68,10 +68,10 @@ def length_batches(
 
     Args:
       lengths: number of tokens of each text.
-      multiple: number of devices, which divides the number of rows of each batch.
+      multiple: the number of rows of each batch is a multiple of this; the number of devices.
       batch_tokens: approximate number of tokens of a batch, with padding.
       batch_size: a fixed number of rows, instead of `batch_tokens`.
-      longest: as `padded_width`.
+      longest: as for `padded_width`.
 
     Example:
       >>> batches = length_batches(np.array([3, 20, 7, 5]), multiple=1, batch_tokens=24)

@@ -27,19 +27,19 @@ _WORTH_CUTTING = 2**14  # numbers; fewer cost more to fetch than to keep
 
 
 def parameter_shardings(mesh: Mesh, tree: PyTree, *, rules: Sequence[Rule] = ()) -> PyTree:
-    """Where each array of a tree goes.
+    """The sharding of each array of a tree.
 
-    The first rule whose expression is found in an array's path decides. Without one, its longest
-    dimension that the axis divides is cut, the first of several; an array of fewer than 16,384
-    numbers stays whole.
+    The first rule whose expression matches an array's path applies. Without one, the longest
+    dimension that the size of the axis `"fsdp"` divides is sharded, the first in a tie. Arrays of
+    fewer than 16,384 numbers are replicated.
 
     Args:
-      mesh: without an axis `"fsdp"`, everything is whole.
-      tree: arrays or their shapes: parameters, or anything that has the same paths in it.
-      rules: of paths such as `"towers/both/table"`, or of a part of them.
+      mesh: the devices; without an axis `"fsdp"`, all arrays are replicated.
+      tree: arrays or their shapes: parameters, or a tree that contains the same paths.
+      rules: rules for paths such as `"towers/both/table"`, or for parts of them.
 
     Raises:
-      ValueError: for a rule whose dimension is not there, or that the axis does not divide.
+      ValueError: for a rule whose dimension does not exist, or is not divisible by the axis.
 
     Example:
       >>> import numpy as np

@@ -88,16 +88,16 @@ def make_train_step(
     rules: Sequence[Rule] = (),
     count: Callable[[Batch], Int[Array, ""] | int] = lambda batch: 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Compiles the update for a mesh: rows over all its devices, parameters over its axis `"fsdp"`.
+    """Compile the update for a mesh: rows sharded over all devices, parameters over axis `"fsdp"`.
 
     Args:
       loss: as `make_loss` returns it.
-      optimizer: what turns gradients into updates.
-      mesh: where it runs.
-      temperature: the clamp after each update. Clamping the parameter rather than its use leaves
-        its gradient alive at the bound.
-      momentum: step -> how much of the momentum encoder an update leaves, where there is one.
-      rules: how parameters are cut, as in `jaxcl.step.parameter_sharding`.
+      optimizer: the optimizer of all parameters.
+      mesh: the devices.
+      temperature: bounds to which the temperature is clamped after each update. Clamping the
+        parameter itself, and not its value in the loss, keeps a nonzero gradient at the bound.
+      momentum: step -> the decay of the momentum encoder; `None` without a momentum encoder.
+      rules: how to shard parameters, as in `jaxcl.step.parameter_sharding`.
       count: batch -> the length of its inputs, for the metrics.
 
     Returns:
