@@ -12,7 +12,7 @@ __all__ = ["check_processes_agree"]
 
 
 def check_processes_agree(values: Mapping[str, Any]) -> None:
-    """Compare values between all processes of a run.
+    """Check that values are equal in all processes of a run.
 
     Args:
       values: name -> a value of JSON's types, in every process.

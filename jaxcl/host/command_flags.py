@@ -151,7 +151,7 @@ def _add_trust_flag(parser: CommandParser) -> None:
 
 
 def add_process_flags(parser: CommandParser) -> None:
-    """Add the flags that make this process one of several."""
+    """Add the flags with which this process joins the other processes of a run."""
     parser.add_argument(
         "--coordinator", metavar="HOST:PORT", help="of process 0, if there are several processes"
     )

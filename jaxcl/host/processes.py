@@ -82,18 +82,18 @@ def start_processes(
 ) -> None:
     """Join the other processes of a run, if there are any; call it before JAX does anything else.
 
-    Three things say that there are: the arguments; the variables `JAX_COORDINATOR_ADDRESS`,
-    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; the variables that Slurm, Open MPI or a TPU pod on
-    Kubernetes sets. With `asked`, JAX looks for the cluster itself, as on a pod of TPU hosts.
+    The other processes are known from the arguments; from the variables `JAX_COORDINATOR_ADDRESS`,
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; or from the variables that Slurm, Open MPI or
+    Kubernetes on TPUs sets. With `asked`, JAX detects the cluster itself, as on a TPU pod.
 
     Args:
       coordinator: host and port of process 0, which listens there; port 0 takes a free one.
       num_processes: the number of processes.
-      process_id: which one this is, from 0.
-      asked: whether to join even if nothing says how many there are.
-      workdir: the run's folder, in which processes with a coordinator meet first, so that other
-        runs stay apart.
-      environment: the variables.
+      process_id: the number of this process, from 0.
+      asked: whether to let JAX detect the cluster if nothing else names the processes.
+      workdir: the run's folder. With a coordinator, the processes first exchange a token through
+        it, which keeps processes of other runs out.
+      environment: the environment variables.
 
     Raises:
       ValueError: if only some of the three are given, the port is in use, or the processes do not
@@ -185,12 +185,12 @@ def first_of_all(numbers: Sequence[int]) -> list[int]:
 
 
 def first_then_others(make: Callable[[], T]) -> T:
-    """Calls `make` in process 0, and then in all others.
+    """Call `make` in process 0 first, and then in all other processes.
 
-    On a shared disk the others find the files of process 0; elsewhere each makes its own.
+    On a shared disk, the others find the files that process 0 wrote; otherwise each writes its own.
 
     Raises:
-      PeerError: where another process failed.
+      PeerError: if another process failed.
     """
     if jax.process_count() == 1:
         return make()

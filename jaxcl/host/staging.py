@@ -22,13 +22,13 @@ _SECONDS_OF_A_DAY = 24 * 60 * 60
 
 @contextlib.contextmanager
 def staging_folder(path: Path) -> Iterator[Path]:
-    """An empty folder next to `path`, to make its content in before `put_in_place`.
+    """Create an empty folder next to `path`, to fill before `put_in_place` renames it to `path`.
 
-    The folder is removed at the end. Folders that killed processes have left next to it are removed
-    at the beginning; a running process holds a lock on its own.
+    The folder is removed on exit. On entry, folders that killed processes left behind are removed;
+    a running process holds a lock on its own folder.
 
     Args:
-      path: the final place; the folder that holds it is made if necessary.
+      path: the final path; its parent folder is created if necessary.
 
     Raises:
       OSError: if the folder cannot be written.
@@ -49,16 +49,16 @@ def staging_folder(path: Path) -> Iterator[Path]:
 
 
 def put_in_place(made: Path, path: Path, *, replace: bool) -> None:
-    """Give a folder within a staging folder its final place.
+    """Move a folder within a staging folder to its final path.
 
     Args:
-      made: a folder within a staging folder.
-      path: the final place.
-      replace: whether to remove an older folder in that place. If not, and another process was
-        faster, `made` stays where it is.
+      made: the folder within a staging folder.
+      path: the final path.
+      replace: whether to replace an existing folder at that path. If not, and another process has
+        already created it, `made` stays where it is.
 
     Raises:
-      OSError: if the folder that holds the place cannot be written.
+      OSError: if the parent folder of the path cannot be written.
     """
     if replace:
         with contextlib.suppress(FileNotFoundError):

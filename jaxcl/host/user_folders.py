@@ -12,11 +12,11 @@ __all__ = ["cache_folder", "ensure_home", "make_private", "shared_folder"]
 
 
 def ensure_home() -> None:
-    """Give a user without a home directory one among the temporary files.
+    """Set `HOME` to a temporary folder for a user without a home directory.
 
-    In a container the user may be a mere number, without `HOME` and without an entry in the list of
-    users. Then `~` means nothing to this program and its libraries, or it is the root folder, which
-    container runtimes take instead.
+    In a container, the user may be just a number, without `HOME` and without an entry in the list
+    of users. Then `~` cannot be expanded by this program and its libraries, or it is `/`, which
+    container runtimes use instead.
     """
     known = os.path.expanduser("~")
     if known != "~" and (known != "/" or os.access("/", os.W_OK)):

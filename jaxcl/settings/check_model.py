@@ -11,7 +11,7 @@ __all__ = ["check_model"]
 
 
 def check_model(settings: Settings) -> None:
-    """Raise a `ValueError` for encoders, texts and augmentations that do not go together."""
+    """Raise a `ValueError` for incompatible settings of encoders, texts and augmentations."""
     _check_widths(settings)
     model = settings.model
     if model.shared and model.key.name is not None:

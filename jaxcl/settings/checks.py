@@ -29,7 +29,7 @@ _APART = ("text", "group")
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise a `ValueError` for settings that cannot go together."""
+    """Raise a `ValueError` for incompatible settings."""
     check_data(settings.data)
     check_model(settings)
     _check_loss(settings)

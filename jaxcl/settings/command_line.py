@@ -39,10 +39,10 @@ def add_config_flags(parser: CommandParser, *, required: bool = True) -> None:
 
 
 def config_of(arguments: Namespace) -> ConfigDict:
-    """The config of the flags that `add_config_flags` adds.
+    """Load the config that the flags of `add_config_flags` select and override.
 
     Raises:
-      ValueError: if there is no such config or field, or a value is of another type.
+      ValueError: if there is no such config or field, or a value has the wrong type.
     """
     config = load_config(arguments.config)
     for field, text in arguments.config_fields:
@@ -79,7 +79,7 @@ def override(config: ConfigDict, field: str, text: str) -> None:
       text: its value, read by `parse_value` as the type that the field has.
 
     Raises:
-      ValueError: if there is no such field, or the text is no value of its type.
+      ValueError: if there is no such field, or the text is not a value of its type.
 
     Example:
       >>> config = ConfigDict({"model": {"dim": 512}})

@@ -65,10 +65,10 @@ def load_config(named: str) -> ConfigDict:
 
 
 def read_settings_file(named: str) -> dict[str, dict[str, Any]]:
-    """The settings of a sweep: what its `get_settings` returns.
+    """Load the settings of a sweep from the function `get_settings` of its file.
 
     Args:
-      named: a Python file, or the name of a sweep of jaxcl; a variant may follow a colon.
+      named: a Python file, or the name of one of jaxcl's sweeps, optionally with `:variant`.
 
     Raises:
       ValueError: if there is no such file, or its `get_settings` fails.

@@ -166,11 +166,11 @@ _UNREAD = (
 
 
 def check_effects(settings: Settings, changed: Collection[str]) -> None:
-    """Raise a `ValueError` for a setting that was changed and is not read.
+    """Raise a `ValueError` for a changed setting that has no effect.
 
     Args:
-      settings: all of them.
-      changed: dotted names of the changed fields. Defaults that are not read are no error.
+      settings: all settings.
+      changed: dotted names of the changed fields; only these are checked.
     """
     for field in changed:
         for unread in _UNREAD:

@@ -62,7 +62,7 @@ class Share(NamedTuple):
 
 
 def file_kind(path: Path) -> tuple[str, str | None]:
-    """The kind of a file and its compression, both by its name.
+    """The kind of a file and its compression, by the suffixes of its name.
 
     Raises:
       ValueError: for an unknown suffix.
@@ -118,12 +118,12 @@ def reads_files(name: str | None, split: str) -> bool:
 def relocated_splits(
     splits: Mapping[str, str], *, name: str | None, absolute_name: str
 ) -> dict[str, str]:
-    """Splits whose relative paths are found from any folder.
+    """Make the relative paths in splits absolute.
 
     Args:
       splits: role -> split.
       name: the files of the other splits, as the config names them.
-      absolute_name: their absolute path, which tells the folder that a relative name belongs to.
+      absolute_name: their absolute path, from which the folder of relative paths is derived.
 
     Example:
       >>> splits = {"train": "rest", "validation": "dev.jsonl"}

@@ -131,7 +131,7 @@ the peak, so that a finished run can be extended by more `steps`."""
 def option_fields(registry: Mapping[str, AnyPart]) -> ConfigDict:
     """The options of all members of a registry, unset and typed, for a config's `options`.
 
-    So `--config.loss.options.NAME=VALUE` works for whichever loss is named.
+    With them, `--config.loss.options.NAME=VALUE` works for every loss.
     """
     fields = ConfigDict()
     for part in registry.values():
@@ -144,14 +144,14 @@ def option_fields(registry: Mapping[str, AnyPart]) -> ConfigDict:
 def find_part(
     setting: str, name: str, registry: Mapping[str, P], *, kind: type[P], trust: Trust
 ) -> P:
-    """The part of a name.
+    """Find a part by name.
 
     Args:
       setting: the name of the setting, such as `"loss.name"`, for messages.
       name: a member of the registry, or `package.module:function`.
       registry: the known parts.
-      kind: what declares a part: `Loss`, `EncoderPart`, `Augmentation`, or `Part` for all others.
-        The name may be that of a function, or of a declaration of this kind.
+      kind: the class that declares such a part: `Loss`, `EncoderPart`, `Augmentation`, or `Part`
+        for all others. `package.module:name` may refer to an instance of it, or to a function.
       trust: the packages that may be imported.
 
     Raises:

@@ -35,7 +35,7 @@ _TEXT_RULES = ("prompts", "special_tokens", "exclude_prompt", "skip_unknown")
 
 
 def encoder_part(model: PretrainedModel) -> EncoderPart:
-    """The encoder that a pretrained model describes, with unit vectors for the losses."""
+    """The encoder of a pretrained model; it returns unit vectors, as the losses need them."""
 
     def make(_: Any, *, dim: int, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
         return PretrainedEncoder(model, normalize=True, rngs=rngs, **options)

@@ -45,7 +45,7 @@ def read_settings(
     trust: Trust = None,
     workdir: AnyPath | None = None,
 ) -> Settings:
-    """Read a config, and check all of it.
+    """Convert a config to checked settings.
 
     For pretrained models, only the small files and the headers of the weights are read.
 
@@ -86,9 +86,10 @@ def read_settings(
 
 
 def read_data_settings(config: ConfigDict, *, changed: Collection[str] = ()) -> Settings:
-    """Read only the fields of a config that choose rows, evaluation and folders, for any model.
+    """Read only the fields of a config that select rows, evaluation and folders.
 
-    All other settings have their defaults, so a config with a pretrained encoder needs no folder.
+    All other settings keep their defaults, so the result can be used with any model, and a config
+    with a pretrained encoder does not need the encoder's folder.
 
     Args:
       config, changed: as for `read_settings`.
