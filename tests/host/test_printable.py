@@ -8,13 +8,14 @@ import unicodedata
 import numpy as np
 import pytest
 
-from jaxcl import compare, mine, search, topics
+from jaxcl import compare, search, topics
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser
 from jaxcl.host.printable import printable
 from jaxcl.host.progress import progress_bar, say
-from jaxcl.negatives.mining import Mined
+from jaxcl.run.mining_report import Example, write_reports
+from jaxcl.run.vector_search import Ranking
 
 HOSTILE = "a\x1b[2J\x9b31m\x07\x7f\r\u202eb\u2066c\u2028\u200f\ud800"
 
@@ -113,9 +114,9 @@ RECORD = {
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_hits_are_printed_safely(monkeypatch, capsys, flags):
-    monkeypatch.setattr(
-        search, "open_search", lambda *_, **__: lambda query, top: [search.Hit(0.5, RECORD)]
-    )
+    best = Ranking(np.zeros(1, np.int32), np.full(1, 0.5, np.float32))
+    opened = search.Search(lambda queries, top: [best], lambda rows: [RECORD])
+    monkeypatch.setattr(search, "open_search", lambda *_, **__: opened)
     search.main(["--workdir", "run", *flags, "query"])
     shown = capsys.readouterr().out
     assert is_printed_safely(shown)
@@ -125,11 +126,12 @@ def test_hits_are_printed_safely(monkeypatch, capsys, flags):
         assert len(shown.splitlines()) == 2, "a name forges no line"
 
 
-def test_examples_for_a_reader_are_safe():
+def test_examples_for_a_reader_are_safe(tmp_path):
     two, pairs = np.ones((2, 4), np.float32), InMemoryPairs([HOSTILE] * 2, [HOSTILE] * 2)
     assert is_printed_safely(topics._examples(pairs, np.zeros(2, np.int32), two, two[:1]))
-    found = Mined(np.array([[1], [0]]), np.ones((2, 1)), np.ones((2, 1), np.int32))
-    assert is_printed_safely(mine._examples(pairs, found, np.ones(2), seed=0))
+    example = Example(HOSTILE, [HOSTILE], 1.0, [(0, 0.5, HOSTILE)])
+    write_reports(tmp_path / "mined.npz", {}, [example])
+    assert is_printed_safely((tmp_path / "mined.examples.md").read_text())
 
 
 def test_the_table_of_a_comparison_is_safe_and_has_its_columns():
