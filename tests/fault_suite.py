@@ -389,14 +389,14 @@ class Trial:
         if not self.stop():
             return False
         checkpoints, away = self.workdir / "checkpoints", self.place / "away"
-        checkpoints.rename(away)
+        shutil.move(checkpoints, away)  # the workdir may be a volume of its own
         if self.rng.random() < 0.5:
             checkpoints.mkdir()  # the empty mount point
         (code,), (output,) = self.start().wait()
         self.check_refused(kind, code, output, "checkpoints")
         if checkpoints.exists():
             checkpoints.rmdir()
-        away.rename(checkpoints)
+        shutil.move(away, checkpoints)
         return True
 
     def harm_table(self, kind: str) -> bool:
