@@ -155,7 +155,7 @@ def test_a_similarity_without_inner_products_is_an_error(config):
 
 @pytest.fixture
 def beir(tmp_path):
-    """A folder whose query i is best answered by document i, but for two that are swapped."""
+    """A folder whose query i is best answered by document i, except for two that are swapped."""
     texts = {"corpus": [f"key {n} word{n}" for n in range(8)], "queries": []}
     texts["queries"] = [f"query {n} word{n}" for n in range(4)]
     for name, lines in texts.items():

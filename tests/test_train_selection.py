@@ -23,7 +23,7 @@ SCRIPT = {2: 0.1, 4: 0.5, 6: 0.2, 8: 0.3, 10: 0.4, 12: 0.1}
 """Step -> value, for runs whose best step is known."""
 
 pytestmark = [
-    # Where a load fails, Orbax leaves what it had begun.
+    # After a failed load, Orbax leaves unfinished work.
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.usefixtures("nothing_left_behind"),

@@ -1,4 +1,4 @@
-"""Runs on rows that bring negatives: settings that fit them, what is said, and resuming."""
+"""Runs on rows with text negatives: checks of settings, messages, and resuming."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The tables of `configs/README.md` are those of the settings."""
+"""The tables of `configs/README.md` match the settings."""
 
 from pathlib import Path
 from typing import Annotated, NamedTuple
