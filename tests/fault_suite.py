@@ -472,7 +472,8 @@ class Trial:
         ballast = self.workdir / "ballast"
         free = shutil.disk_usage(self.workdir).free
         left = self.rng.randrange(0, 200_000)
-        with ballast.open("wb") as file, contextlib.suppress(OSError):  # full already
+        # Full already, which closing the file may be the first to notice.
+        with contextlib.suppress(OSError), ballast.open("wb") as file:
             file.write(bytes(max(0, free - left)))
         (code,), (output,) = started.wait()
         ballast.unlink()
