@@ -123,6 +123,36 @@ def test_links_lead_to_files():
     assert [(str(path), link) for path, link in links if not (path.parent / link).exists()] == []
 
 
+def broken_anchors(readme: Path) -> list[str]:
+    """The links of a Markdown file to headings that do not exist."""
+
+    def anchors(path: Path) -> set[str]:
+        text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.S | re.M)
+        headings = re.findall(r"^#+ (.*)$", text, re.M)
+        return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", readme.read_text())
+    return [
+        f"{path}#{to}"
+        for path, to in links
+        if to not in anchors(readme.parent / path if path else readme)
+    ]
+
+
+def test_links_lead_to_headings():
+    readmes = [path for path in ROOT.rglob("*.md") if not {".git", ".pytest_cache"} & {*path.parts}]
+    broken = {str(path.relative_to(ROOT)): broken_anchors(path) for path in readmes}
+    assert {path: links for path, links in broken.items() if links} == {}
+
+
+def test_a_link_to_a_missing_heading_is_found(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "# The pair's matrix\n[a](#the-pairs-matrix) [b](#matrix) [c](README.md#matrix)\n"
+    )
+    assert broken_anchors(readme) == ["#matrix", "README.md#matrix"]
+
+
 def test_the_map_of_folders_is_the_tree():
     section = (ROOT / "README.md").read_text().split("## Folders\n")[1].split("```")[1]
     inside, _, outside = section.partition("\nconfigs/")
