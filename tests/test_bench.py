@@ -4,10 +4,14 @@ import itertools
 import json
 import math
 import os
+import sys
 
 import numpy as np
 import pytest
+import scipy.special
 
+from jaxcl.bench import alternatives_jaxcl
+from jaxcl.bench import bench_alternatives as alternatives
 from jaxcl.bench import bench_assignment as assignment
 from jaxcl.bench import bench_assignment_sizes as assignment_sizes
 from jaxcl.bench import bench_embedding_bag as embedding_bag
@@ -15,6 +19,7 @@ from jaxcl.bench import bench_encode as encode
 from jaxcl.bench import bench_grad_cache as grad_cache
 from jaxcl.bench import bench_loss as loss
 from jaxcl.bench import bench_nearest as nearest
+from jaxcl.bench import bench_static as static
 from jaxcl.bench import bench_token_table as token_table
 from jaxcl.bench import bench_train_step as train_step
 from jaxcl.bench.__main__ import BENCHMARKS, as_table, main
@@ -22,6 +27,8 @@ from jaxcl.bench.bench_embedding_bag import BagShape
 from jaxcl.bench.bench_train_step import StepShape
 from jaxcl.data.python_functions import SourceRoot
 from jaxcl.models.embedding_bag import IMPLEMENTATIONS
+from jaxcl.settings.changed import changed_config
+from jaxcl.settings.config_files import load_config
 from tests.run.encoded.folders import TEXTS, write_folder
 
 _SHAPES = {
@@ -258,7 +265,7 @@ def test_an_unknown_benchmark_is_an_error_that_lists_the_known(capsys):
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["--help"], "{assignment,assignment_sizes,bank,"),
+        (["--help"], "{alternatives,assignment,"),
         (["assignment", "--help"], "'bisection, exact, longer'"),
     ],
 )
@@ -286,3 +293,56 @@ def test_the_benchmark_of_token_tables_measures_all_stages():
     assert record["facts"]["distinct texts"] == 540  # every tenth key is that of the row before
     for stage in stages:
         assert record["facts"][f"{stage}: peak MiB with 560 rows"] > 100
+
+
+_ALTERNATIVES = {"batch": 40, "dim": 8, "rows": 90, "count": 3, "step_batch": 4, "tokens": 9}
+
+
+def test_the_loss_is_measured_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(alternatives, "PARTS", {"loss": ("reference",)})
+    reference = alternatives._PROGRAMS[True]
+    monkeypatch.setattr(alternatives, "_PROGRAMS", {True: reference, False: reference})
+    record = alternatives.measure(
+        part="loss", torch_python=sys.executable, rounds=2, **_ALTERNATIVES
+    )
+    assert set(record["rounds"]) == {"jaxcl", "reference"}
+    assert all(map(_is_figure, itertools.chain.from_iterable(record["rounds"].values())))
+    assert record["facts"]["peak MB, jaxcl"] > 0
+
+
+def test_the_measured_loss_is_the_symmetric_loss(tmp_path):
+    spec, arrays = alternatives._loss(_ALTERNATIVES)
+    value, *norms = alternatives_jaxcl.prepare_loss(spec, arrays)()
+    scores = arrays["queries"].astype(float) @ arrays["keys"].astype(float).T / spec["temperature"]
+    expected = [scipy.special.logsumexp(scores, axis=axis) - np.diagonal(scores) for axis in (0, 1)]
+    np.testing.assert_allclose(float(value), np.mean(expected), rtol=1e-5)
+    assert all(map(_is_figure, map(float, norms)))
+
+
+def test_programs_that_compute_something_else_are_refused():
+    answers = {"jaxcl": [{"values": [1.0, 2.0]}], "faiss, flat": [{"values": [1.0, 2.1]}]}
+    with pytest.raises(RuntimeError, match="faiss, flat"):
+        alternatives._largest_difference(answers, 1e-4)
+    answers["faiss, flat"] = [{"values": [1.0, 2.00001]}]
+    assert 0 < alternatives._largest_difference(answers, 1e-4) < 1e-4
+
+
+@pytest.mark.parametrize("part", alternatives.PARTS)
+def test_the_alternatives_compute_the_same(part, torch_python, static_folder, monkeypatch):
+    model = os.environ.get("JAXCL_MODEL")
+    if part == "step" and not model:
+        pytest.skip("JAXCL_MODEL names no folder of a pretrained transformer")
+    sizes = {**_ALTERNATIVES, "model": model}
+    record = alternatives.measure(part=part, torch_python=torch_python, rounds=1, **sizes)
+    assert set(record["rounds"]) == {"jaxcl", *alternatives.PARTS[part]}
+
+
+def test_a_static_encoder_is_trained_and_ranked(smoke_pairs, monkeypatch):
+    config = changed_config(
+        load_config("code_search:smoke"),
+        {"data.name": str(smoke_pairs), "run.data_dir": str(smoke_pairs.parents[1])},
+    )
+    monkeypatch.setattr(static, "load_config", lambda name: config)
+    record = static.measure(seeds=1, steps=4, max_pairs=600, torch_rates=(), torch_python=None)
+    assert set(record["rounds"]) == {"jaxcl, validation", "jaxcl, test"}
+    assert all(map(_is_figure, itertools.chain.from_iterable(record["rounds"].values())))

@@ -30,6 +30,7 @@ from jaxcl.host.command_flags import CommandParser, user_path
 from jaxcl.host.output import check_output
 
 BENCHMARKS = (
+    "alternatives",
     "assignment",
     "assignment_sizes",
     "bank",
@@ -45,6 +46,7 @@ BENCHMARKS = (
     "plan",
     "scaling",
     "start",
+    "static",
     "token_table",
     "train_step",
 )

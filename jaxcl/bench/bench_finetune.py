@@ -36,11 +36,20 @@ from jaxcl.settings.sections import Settings
 from jaxcl.train import train
 from jaxcl.typing import SIDES, Float
 
-__all__ = ["main", "measure"]
+__all__ = [
+    "Trained",
+    "as_record",
+    "held_out_texts",
+    "main",
+    "measure",
+    "torch_spec",
+    "train_in_torch",
+    "train_jaxcl",
+]
 
 _PROGRAM = Path(__file__).with_name("finetune_torch.py")
 _HELD_OUT = ("validation", "test")
-Vectors = Mapping[str, Float[np.ndarray, "n d"]]
+Vectors = Mapping[str, Float[np.ndarray, "_ d"]]
 
 
 class Trained(NamedTuple):
@@ -102,21 +111,22 @@ def measure(
     )
     settings = read_settings(config)
     sources = open_sources(settings.data, data_dir=shared_folder(settings.run.data_dir))
-    texts = _held_out(sources)
+    texts = held_out_texts(sources)
     results: dict[str, list[Trained]] = {"frozen": [Trained(_embed(load(model), texts), 0.0)]}
     for seed in range(seeds):
         own = changed_config(config, {"seed": seed})
         say(f"jaxcl, seed {seed}")
-        results.setdefault("jaxcl", []).append(_train(own, texts))
+        results.setdefault("jaxcl", []).append(train_jaxcl(own, texts))
         if torch_python is not None:
             say(f"sentence-transformers, seed {seed}")
-            spec = _spec(read_settings(own), sources["train"], texts)
-            trained = _train_in_torch(torch_python, spec)
+            spec = torch_spec(read_settings(own), sources["train"], texts)
+            trained = train_in_torch(torch_python, spec)
             results.setdefault("sentence-transformers", []).append(trained)
-    return _record(results, {"pairs": steps * batch, "batch": batch, "rate": learning_rate})
+    return as_record(results, {"pairs": steps * batch, "batch": batch, "rate": learning_rate})
 
 
-def _held_out(sources: Mapping[str, PairSource]) -> dict[str, list[str]]:
+def held_out_texts(sources: Mapping[str, PairSource]) -> dict[str, list[str]]:
+    """The texts of each held-out split and side, by `"SPLIT/SIDE"`."""
     records = {split: sources[split].read(np.arange(len(sources[split]))) for split in _HELD_OUT}
     return {
         f"{split}/{side}": [record[side] for record in records[split]]
@@ -131,21 +141,30 @@ def _embed(model: EmbeddingModel, texts: Mapping[str, Sequence[str]]) -> Vectors
     }
 
 
-def _train(config: ConfigDict, texts: Mapping[str, Sequence[str]]) -> Trained:
-    """Train as the command does, without the evaluation at its end."""
+def train_jaxcl(
+    config: ConfigDict, texts: Mapping[str, Sequence[str]], workdir: Path | None = None
+) -> Trained:
+    """Train as the command does, without the evaluation at its end.
+
+    Args:
+      config: the run's config.
+      texts: the texts to embed afterwards.
+      workdir: where to keep the run; `None` for a temporary folder.
+    """
     config = changed_config(config, {})
     config.data.splits = ConfigDict({"train": "train"})
     with tempfile.TemporaryDirectory() as folder:
+        workdir = workdir or Path(folder) / "run"
         begun = time.process_time()
-        train(config, Path(folder) / "run")
+        train(config, workdir)
         seconds = time.process_time() - begun
-        return Trained(_embed(load(Path(folder) / "run"), texts), seconds)
+        return Trained(_embed(load(workdir), texts), seconds)
 
 
-def _spec(
+def torch_spec(
     settings: Settings, source: PairSource, texts: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
-    """The specification that `finetune_torch.py` reads."""
+    """The specification that `finetune_torch.py` reads: the run's own batches and rates."""
     _, learning_rate = build_optimizer(settings.optimizer, settings.parts, steps=settings.steps)
     batches = []
     for step in range(settings.steps):
@@ -170,7 +189,8 @@ def _spec(
     }
 
 
-def _train_in_torch(python: str, spec: dict[str, Any]) -> Trained:
+def train_in_torch(python: str, spec: dict[str, Any]) -> Trained:
+    """Train with sentence-transformers in an interpreter that has it."""
     with tempfile.TemporaryDirectory() as folder:
         output, file = Path(folder) / "vectors.npz", Path(folder) / "spec.json"
         file.write_text(json.dumps(spec | {"output": str(output)}))
@@ -187,7 +207,8 @@ def _train_in_torch(python: str, spec: dict[str, Any]) -> Trained:
     return Trained(embedded, json.loads(run.stdout.splitlines()[-1])["CPU seconds"])
 
 
-def _record(results: Mapping[str, Sequence[Trained]], shapes: dict[str, Any]) -> dict[str, Any]:
+def as_record(results: Mapping[str, Sequence[Trained]], shapes: dict[str, Any]) -> dict[str, Any]:
+    """The record that `jaxcl.bench` prints: MRR@10, and jaxcl less each alternative."""
     values = {
         (name, split): [_reciprocal_ranks(one.vectors, split) for one in trained]
         for name, trained in results.items()
@@ -200,8 +221,8 @@ def _record(results: Mapping[str, Sequence[Trained]], shapes: dict[str, Any]) ->
             facts[f"CPU seconds of training, {name}"] = ", ".join(map(str, seconds))
     for (name, split), ours in values.items():
         facts[f"rows of {split}"] = len(ours[0])
-        for other in ("frozen", "sentence-transformers"):
-            if name != "jaxcl" or (other, split) not in values:
+        for other in results:
+            if name != "jaxcl" or other == "jaxcl":
                 continue
             theirs = values[other, split]
             difference, error = paired_difference(np.mean(ours, axis=0), np.mean(theirs, axis=0))

@@ -1,11 +1,12 @@
-"""The PyTorch side of `jaxcl.bench.bench_finetune`: sentence-transformers on the same batches.
+"""The PyTorch side of the benchmarks `finetune` and `static`, on the same batches as jaxcl.
 
 It does not import jaxcl, so any interpreter with sentence-transformers can run it:
 
     python finetune_torch.py SPEC.json
 
 SPEC.json holds the model, the batches, the learning rate of each step, the texts to embed and the
-.npz file for the embeddings. The script prints the CPU seconds to standard output.
+.npz file for the embeddings. The model is a folder, or a tokenizer and a width, from which a
+`StaticEmbedding` with random weights is made. The script prints the CPU seconds to standard output.
 """
 
 import json
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer
 
 
 def main(spec_file: str) -> None:
@@ -26,8 +29,7 @@ def main(spec_file: str) -> None:
         spec = json.load(file)
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(spec["seed"])
-    model = SentenceTransformer(spec["model"], device="cpu")
-    model.max_seq_length = spec["max_tokens"]
+    model = _model(spec)
     begun = time.perf_counter(), _cpu_seconds()
     losses = _train(model, spec)
     trained = time.perf_counter(), _cpu_seconds()
@@ -46,6 +48,16 @@ def main(spec_file: str) -> None:
             }
         )
     )
+
+
+def _model(spec: dict) -> SentenceTransformer:
+    if "tokenizer" not in spec:
+        model = SentenceTransformer(spec["model"], device="cpu")
+        model.max_seq_length = spec["max_tokens"]
+        return model
+    tokenizer = Tokenizer.from_file(spec["tokenizer"])
+    embedding = StaticEmbedding(tokenizer, embedding_dim=spec["dim"])
+    return SentenceTransformer(modules=[embedding], device="cpu")
 
 
 def _train(model: SentenceTransformer, spec: dict) -> list[float]:

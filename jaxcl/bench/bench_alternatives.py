@@ -1,0 +1,193 @@
+"""How much time and memory do jaxcl's parts take, next to the programs used instead of them?
+
+    python -m jaxcl.bench alternatives --part loss|nearest|step --torch-python PATH [--rounds N]
+        [--json FILE]
+
+- *loss*: the symmetric InfoNCE loss with the gradients of both sides, next to cross entropy over
+  the whole matrix and chunk by chunk in PyTorch, and to the cached loss of sentence-transformers.
+- *nearest*: the nearest rows of each row of a table, next to the flat index of faiss.
+- *step*: one update of a pretrained model on texts without padding, next to sentence-transformers
+  (`--model FOLDER`).
+
+Every program runs in a process of its own. The processes are measured in turn, round after round,
+and must agree on what they compute. The memory is the peak in addition to what a process held
+after its imports and preparation. BLAS variables such as OPENBLAS_CORETYPE slow faiss; unset them.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxcl.bench.alternatives_jaxcl import step_settings
+from jaxcl.bench.benchmark_parser import benchmark_parser
+from jaxcl.bench.torch_twin import Ask, torch_process
+from jaxcl.data.modalities import modality_of
+from jaxcl.host.progress import say
+from jaxcl.typing import SIDES
+
+__all__ = ["PARTS", "main", "measure"]
+
+_JAXCL = "jaxcl"
+_PROGRAMS = {
+    True: Path(__file__).with_name("alternatives_jaxcl.py"),
+    False: Path(__file__).with_name("alternatives_torch.py"),
+}
+PARTS: Mapping[str, Sequence[str]] = {
+    "loss": ("PyTorch, dense", "PyTorch, chunks", "sentence-transformers, cached loss"),
+    "nearest": ("faiss, flat",),
+    "step": ("sentence-transformers",),
+}
+"""By part: what jaxcl is compared with."""
+_TOLERANCES = {"loss": 1e-4, "nearest": 1e-6, "step": 1e-3}
+"""By part: the relative difference that two programs may have in float32."""
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Measure one part."""
+    parser = benchmark_parser("alternatives", __doc__)
+    parser.add_argument("--part", choices=PARTS, required=True)
+    parser.add_argument(
+        "--torch-python",
+        required=True,
+        metavar="PYTHON",
+        help="an interpreter with torch and sentence-transformers, or faiss",
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=8_192, help="pairs of the loss")
+    parser.add_argument("--dim", type=int, default=256, help="width of the embeddings")
+    parser.add_argument("--rows", type=int, default=20_000, help="rows of the table to search")
+    parser.add_argument("--count", type=int, default=32, help="nearest rows per row")
+    parser.add_argument("--model", metavar="FOLDER", help="the pretrained model of a step")
+    parser.add_argument("--step-batch", type=int, default=128, help="pairs of a step")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens per text of a step")
+    arguments = vars(parser.parse(argv))
+    if arguments["part"] == "step" and arguments["model"] is None:
+        raise ValueError("--part=step needs --model, the folder of a pretrained encoder")
+    return measure(**arguments)
+
+
+def measure(*, part: str, torch_python: str, rounds: int, **sizes: Any) -> dict[str, Any]:
+    """Measure jaxcl and its alternatives in turn.
+
+    Args:
+      part: a key of `PARTS`.
+      torch_python: the interpreter of the alternatives.
+      rounds: number of measurements of each program, after one that is not counted.
+      **sizes: the sizes that `main` reads.
+
+    Returns:
+      The record that `jaxcl.bench` prints, in CPU seconds.
+
+    Raises:
+      RuntimeError: if two programs do not compute the same.
+    """
+    prepare: Mapping[str, Callable] = {"loss": _loss, "nearest": _nearest, "step": _step}
+    spec, arrays = prepare[part](sizes)
+    spec |= {"part": part}
+    facts: dict[str, Any] = {}
+    if part == "step":  # dropout draws different bits in each program, so check without it first
+        checked, _ = _measured(spec | {"dropout": False}, arrays, torch_python, rounds=0)
+        facts["relative difference without dropout"] = _largest_difference(
+            checked, _TOLERANCES[part]
+        )
+    answers, versions = _measured(spec, arrays, torch_python, rounds=rounds)
+    if part != "step":
+        facts["relative difference"] = _largest_difference(answers, _TOLERANCES[part])
+    for name, of_program in answers.items():
+        counted = of_program[1:]
+        facts[f"wall seconds, {name}"] = statistics.median(one["seconds"] for one in counted)
+        facts[f"peak MB, {name}"] = max(one["MB"] for one in of_program)
+    variables = [name for name in os.environ if name.startswith("OPENBLAS_")]
+    facts["BLAS variables set"] = ", ".join(variables) or "none"
+    shapes = {name: value for name, value in spec.items() if isinstance(value, int | float)}
+    seconds = {n: [one["CPU seconds"] for one in several[1:]] for n, several in answers.items()}
+    return {"shapes": shapes, "unit": "CPU s", "rounds": seconds, "facts": {**facts, **versions}}
+
+
+def _loss(sizes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    arrays = {
+        side: _unit_rows(seed, sizes["batch"], sizes["dim"])
+        for seed, side in enumerate(("queries", "keys"))
+    }
+    return {"batch": sizes["batch"], "dim": sizes["dim"], "temperature": 0.05}, arrays
+
+
+def _nearest(sizes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    spec = {name: sizes[name] for name in ("rows", "dim", "count")}
+    return spec, {"table": _unit_rows(0, sizes["rows"], sizes["dim"])}
+
+
+def _step(sizes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    spec = {
+        "model": str(Path(sizes["model"]).resolve()),
+        "batch": sizes["step_batch"],
+        "tokens": sizes["tokens"],
+        "temperature": 0.05,
+        "learning_rate": 1e-5,
+        "weight_decay": 0.01,
+        "clip_norm": 1.0,
+        "dropout": True,
+    }
+    data = step_settings(spec).data
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"inputs/{side}/{name}": array
+        for side in SIDES
+        for name, array in modality_of(data, side)
+        .random_inputs(data, side, rng, spec["batch"])
+        .items()
+    }
+    return spec, arrays
+
+
+def _measured(
+    spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray], python: str, *, rounds: int
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+    """The answers of each program: one that is not counted, then one per round; and versions."""
+    facts: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxcl-bench-")))
+        named: dict[str, Any] = dict(arrays)
+        np.savez(folder / "arrays.npz", **named)
+        programs: dict[str, Ask] = {}
+        for number, way in enumerate((_JAXCL, *PARTS[spec["part"]])):
+            ours = way == _JAXCL
+            file = folder / f"spec{number}.json"
+            file.write_text(json.dumps({**spec, "way": way, "arrays": str(folder / "arrays.npz")}))
+            programs[way], versions = stack.enter_context(
+                torch_process(
+                    sys.executable if ours else python, _PROGRAMS[ours], file, huge_pages=ours
+                )
+            )
+            facts |= versions
+        answers: dict[str, list[dict[str, Any]]] = {way: [] for way in programs}
+        for number in range(1 + rounds):
+            say(f"round {number} of {rounds}")
+            for way, ask in programs.items():
+                answers[way].append(ask("run", 1))
+    return answers, facts
+
+
+def _largest_difference(
+    answers: Mapping[str, Sequence[Mapping[str, Any]]], tolerance: float
+) -> float:
+    """The largest relative difference from jaxcl's numbers in the first call."""
+    first = {way: np.array(of_program[0]["values"]) for way, of_program in answers.items()}
+    expected = first.pop(_JAXCL)
+    differences = {way: float(np.max(abs(v / expected - 1))) for way, v in first.items()}
+    if not max(differences.values()) < tolerance:
+        raise RuntimeError(f"jaxcl computes {expected}, and the others {first}")
+    return max(differences.values())
+
+
+def _unit_rows(seed: int, num_rows: int, dim: int) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(num_rows, dim)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
