@@ -78,6 +78,6 @@ def _check_prompt(setting: str, prompt: str | None, data: DataSettings, side: st
         )
     if prompt in SIDES:
         raise ValueError(
-            f"{setting}={prompt!r} is what the run's own prompt is called; write the prompt out, "
+            f"{setting}={prompt!r} is the name of the run's own prompt; write the prompt out, "
             f"such as {prompt + ': '!r}"
         )

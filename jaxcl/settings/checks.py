@@ -134,7 +134,7 @@ def _check_tiers(settings: Settings, budgets: TierBudgets) -> None:
     mines = settings.negatives.mined.refresh_every is not None
     if kind is not None and not (drawn or mines or chooses_batches):
         raise ValueError(
-            f"negatives.bank.kind={kind!r}, but nobody reads the bank; set negatives.tiers.whole "
+            f"negatives.bank.kind={kind!r}, but nothing reads the bank; set negatives.tiers.whole "
             "to True, negatives.tiers.uniform, stratified, nearest or a synthetic tier (without "
             "of_batch) or negatives.mined.refresh_every to a number, or assignment.gcbs.embeddings "
             "to bank"
@@ -204,7 +204,7 @@ def _check_judges(settings: Settings) -> None:
         )
     if guide is not None and not settings.loss.margins:
         raise ValueError(
-            f"negatives.guide={guide!r} judges by a margin; set loss.margin or "
+            f"negatives.guide={guide!r} needs a margin; set loss.margin or "
             "loss.relative_margin (0 will do)"
         )
     if guide == "momentum" and initial is None:
@@ -213,8 +213,9 @@ def _check_judges(settings: Settings) -> None:
         raise ValueError("negatives.guide='data' and data.guides, its file, need each other")
     if initial is not None and negatives.bank.kind is None and guide != "momentum":
         raise ValueError(
-            "negatives.momentum_encoder.initial, but nobody reads that encoder: it writes a bank "
-            "(negatives.bank.kind) and judges (negatives.guide='momentum'); leave it None"
+            f"negatives.momentum_encoder.initial={initial}, but nothing reads that encoder: it is "
+            "for a bank (negatives.bank.kind) or a guide model (negatives.guide='momentum'); leave "
+            "it None"
         )
     if guide == "data" and negatives.tiers.synthetic:
         raise ValueError("negatives.guide='data' has not seen synthetic negatives; use 'momentum'")

@@ -252,7 +252,7 @@ def test_a_data_set_has_the_run_s_prompts_by_default():
         ({"wiki": {"prompts": {"query": 3}}}, r"wiki\.prompts\.query=3; set it to a text"),
         (
             {"wiki": {"prompts": {"query": "query"}}},
-            "what the run's own prompt is called; write the prompt out, such as 'query: '",
+            "the name of the run's own prompt; write the prompt out, such as 'query: '",
         ),
         (
             {"wiki": {"prompts": {"key": ""}}, "modality": {"query": "text", "key": "number"}},

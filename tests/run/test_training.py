@@ -201,17 +201,17 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
             {**QUEUE, "negatives.tiers.uniform": 5},
             r"tiers\.whole has every slot of the bank count already",
         ),
-        ({"negatives.bank.kind": "queue"}, "nobody reads the bank; set negatives.tiers.whole"),
+        ({"negatives.bank.kind": "queue"}, "nothing reads the bank; set negatives.tiers.whole"),
         (
             {
                 "negatives.bank.kind": "queue",
                 "negatives.tiers.mixed": 2,
                 "negatives.tiers.of_batch": True,
             },
-            "nobody reads the bank; set negatives.tiers.whole",
+            "nothing reads the bank; set negatives.tiers.whole",
         ),
         ({**QUEUE, "negatives.bank.dtype": "bf16"}, "dtype='bf16'; use float32, bfloat16"),
-        ({"negatives.momentum_encoder.initial": 0.9}, "nobody reads that encoder"),
+        ({"negatives.momentum_encoder.initial": 0.9}, "nothing reads that encoder"),
         ({"negatives.tiers.mixed": -1}, r"tiers\.mixed=-1; set it to at least 0"),
         (
             {"negatives.tiers.mixed": 2, "negatives.tiers.hardest": 0},
@@ -234,7 +234,7 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
             r"stratified goes by group; set data\.group_field",
         ),
         ({"negatives.guide": "teacher"}, "'teacher' is unknown; use one of momentum, data"),
-        ({"negatives.guide": "momentum"}, r"judges by a margin; set loss\.margin"),
+        ({"negatives.guide": "momentum"}, r"needs a margin; set loss\.margin"),
         (
             {"negatives.guide": "momentum", "loss.margin": 0.0},
             r"needs negatives\.momentum_encoder\.initial",
