@@ -1,4 +1,4 @@
-"""The decoder encoder: Mistral's family, whose last token says what the text is."""
+"""The decoder encoder: Mistral's family, pooled from each text's last token."""
 
 from typing import Annotated, NamedTuple
 
@@ -153,7 +153,7 @@ class DecoderBlockShape(NamedTuple):
 
 
 class DecoderBlock(nnx.Module):
-    """Causal self-attention and a gated MLP, each behind a norm and with a residual."""
+    """Causal self-attention and a gated MLP, each with a norm before it and a residual."""
 
     def __init__(self, hidden_dim: int, shape: DecoderBlockShape, *, rngs: nnx.Rngs):
         num_heads, num_key_heads, mlp_dim, rotary_base, dropout, dtype = shape

@@ -26,7 +26,7 @@ def embedding_bag(
     Args:
       table: one embedding per token id.
       tokens: token ids; padding carries the weight 0, whatever its id.
-      weights: what each token counts.
+      weights: the weight of each token.
       implementation: `"gather"` reads all embeddings at once, which accelerators fuse, and which
         the compiler partitions over devices. `"loop"` adds one token position at a time, forward
         and backward, in cache: made for a CPU with one device, where XLA's gather and scatter of
@@ -77,21 +77,21 @@ def _looped_bag_backward(residuals: tuple, cotangent: Array) -> tuple[Array, Non
     def weigh_position(j: Array, gradient: Array) -> Array:
         return gradient.at[:, j].set((table[tokens[:, j]] * cotangent).sum(1))
 
-    # A loop of its own, so that the compiler drops it where nobody asks for its result.
+    # A separate loop, so that the compiler drops it where its result is not used.
     start = as_varying(jnp.zeros_like(weights), (table, cotangent))
     weight_gradient = lax.fori_loop(0, tokens.shape[1], weigh_position, start)
     return _table_gradient(table, tokens, weights, cotangent), None, weight_gradient
 
 
 def _table_gradient(table: Array, tokens: Array, weights: Array, cotangent: Array) -> Array:
-    """Scatters the tokens that count, a chunk at a time: padding is most of a batch."""
+    """Scatter the tokens with weights, chunk by chunk: padding is most of a batch."""
     counted = (weights != 0).ravel()
     num_chunks = -(-counted.size // _CHUNK_TOKENS)
     places = jnp.nonzero(counted, size=num_chunks * _CHUNK_TOKENS, fill_value=counted.size)[0]
 
     def scatter_chunk(i: Array, gradient: Array) -> Array:
         place = lax.dynamic_slice(places, (i * _CHUNK_TOKENS,), (_CHUNK_TOKENS,))
-        # Behind the last token that counts every place is outside: its weight is 0.
+        # Past the last token with a weight, indices are out of bounds, and their weights 0.
         weight = weights.ravel().at[place].get(mode="fill", fill_value=0)
         rows = place // tokens.shape[1]
         return gradient.at[tokens.ravel()[place]].add(weight[:, None] * cotangent[rows])

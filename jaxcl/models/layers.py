@@ -1,4 +1,4 @@
-"""What the encoders share: dropout by row, pooling, and a loop over equal layers."""
+"""Parts that encoders share: dropout by row, pooling, and a loop over equal layers."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -150,7 +150,7 @@ def row_dropout(
       values: activations.
       rngs: a random key per row, or `None` for evaluation.
       rate: the share of values set to 0; the rest is scaled by `1 / (1 - rate)`.
-      layer: a number of its own for every place that drops.
+      layer: a number that differs between the places that call this.
     """
     if rngs is None or rate == 0.0:
         return values
