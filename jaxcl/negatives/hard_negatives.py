@@ -106,7 +106,7 @@ def mine_hard_negatives(
       positives: the rows of each query's positives, which are never its negatives: one row per
         query, a list of rows per query, or an array `[q, p]` padded with negative numbers. A margin
         is measured from the least similar positive.
-      rule: how many negatives, of which ranks, and how much less similar than the positive.
+      rule: the number of negatives, their range of ranks, and their margin below the positive.
       excluded: rows of further keys that are no negatives of a query, such as copies of it, in the
         same form.
       candidates: the keys that may be negatives; all by default. The others are positives only.
@@ -215,8 +215,8 @@ def make_miner(
 
     Args:
       groups: labels by which a query and its negatives differ.
-      pair_scores: instead of a guide, the scores that decide about margins and limits, such as
-        those of a re-ranker. Keys without a score are not mined.
+      pair_scores: instead of a guide, the scores that decide about margins and limits, for example
+        from a re-ranker. Keys without a score are not mined.
       block_rows: the most queries of a block.
 
     Raises:
@@ -268,17 +268,17 @@ def make_miner(
 def _vectors_of(
     block: QueryBlock, keys: np.ndarray, guide: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The queries' embeddings by the model, and by what judges margins and limits."""
+    """The queries' embeddings for ranks, and those for margins and limits."""
     first = int(block.numbers[0]) if len(block.numbers) else 0
-    vectors = judged = _as_matrix("queries", block.vectors, first)
+    vectors = guided = _as_matrix("queries", block.vectors, first)
     if guide is not None:
-        judged = _as_matrix("guide_queries", block.guide, first)
-    for name, ours, theirs in (("queries", vectors, keys), ("guide_queries", judged, guide)):
-        if theirs is not None and ours.shape[1] != theirs.shape[1]:
+        guided = _as_matrix("guide_queries", block.guide, first)
+    for name, left, right in (("queries", vectors, keys), ("guide_queries", guided, guide)):
+        if right is not None and left.shape[1] != right.shape[1]:
             raise ValueError(
-                f"{name} have {ours.shape[1]} features, but their keys have {theirs.shape[1]}"
+                f"{name} have {left.shape[1]} features, but their keys have {right.shape[1]}"
             )
-    return vectors, judged
+    return vectors, guided
 
 
 def _check_positives(numbers: np.ndarray, positives: Integer[np.ndarray, "q p"]) -> None:

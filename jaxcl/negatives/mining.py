@@ -159,8 +159,8 @@ def select_negatives(
 
     Args:
       rows: the keys' rows, the nearest first; −1 where there are too few.
-      scores: their similarities to the query, which may be those of a guide model.
-      positive_scores: the similarity of each query's positive by the same model.
+      scores: their similarities to the query, by the model or by a guide model.
+      positive_scores: the similarity of each query's positive, by the same model.
       rule: the rule; its range of ranks says which rank the first column has.
       row_keys: a random key for each query.
     """
