@@ -38,7 +38,7 @@ MeasureOfBatch: TypeAlias = Callable[
 ]
 """`(params, memory, batch, key) -> metrics`."""
 
-_DRAWS = 1_000  # what the key of a step is folded with for draws, apart from the sides' numbers
+_DRAWS = 1_000  # folded into a step's key for random draws; larger than the sides' numbers
 
 
 class BeyondBatch(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a run makes anew of its memory now and then: the mined negatives of its training rows."""
+"""Mines the negatives of all training rows again during a run, from the memory banks."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -19,22 +19,22 @@ __all__ = ["Refresh", "make_mined_refresh"]
 Refresh = Callable[[TrainState], tuple[TrainState, Mapping[str, Scalar]]]
 """`state -> (state, metrics)`; the state is donated."""
 
-_BLOCK_ROWS = 4_096  # queries of all devices that are searched for at a time
-_MINING = 2**31  # what the run's key is folded with: greater than any step, with which it is, too
+_BLOCK_ROWS = 4_096  # queries at a time, over all devices
+_MINING = 2**31  # folded into the run's key, as steps are; greater than any step
 
 
 def make_mined_refresh(rule: MiningRule, mesh: Mesh, *, by_group: bool) -> Refresh:
     """Compiles the mining of all training rows from the instance banks, with no pass over the data.
 
     Args:
-      rule: which negatives are taken.
-      mesh: over whose devices the banks are sharded.
-      by_group: whether rows of one group are none of each other's negatives.
+      rule: which negatives to select.
+      mesh: the devices that the banks are sharded over.
+      by_group: whether rows of one group are excluded from each other's negatives.
 
     Returns:
-      `state -> (state, metrics)`, with new rows in `memory["mined"]`. A row that has not been
-      trained on yet has none, and is none's. Metrics are how many negatives a row has, their mean
-      similarity and their mean rank.
+      `state -> (state, metrics)`, with new negatives in `memory["mined"]`. A row that has not been
+      trained on yet has no negatives, and is not a negative of others. The metrics are the number
+      of negatives per row, their mean similarity and their mean rank.
     """
     rule.check()
     axes = mesh.axis_names
@@ -99,5 +99,5 @@ def make_mined_refresh(rule: MiningRule, mesh: Mesh, *, by_group: bool) -> Refre
 
 
 def _blocks(rows: int, *, most: int) -> int:
-    """The least number of equal blocks of at most so many rows."""
+    """The smallest number of equal blocks with at most `most` rows each."""
     return next(count for count in range(-(-rows // most), rows + 1) if rows % count == 0)

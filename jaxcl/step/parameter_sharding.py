@@ -1,8 +1,8 @@
-"""Which part of each parameter a device holds, where the mesh has an axis for that.
+"""Shards parameters over a mesh axis, `"fsdp"`.
 
-Parameters, their optimiser's state and the momentum encoder are cut along one of their dimensions
-over the axis `"fsdp"`, and put together where they are used; rows go over all axes, so that the
-program computes what it computes with whole parameters (Zhao et al., "PyTorch FSDP", VLDB 2023).
+Parameters, the optimiser's state and the momentum encoder are sharded along one of their dimensions
+and gathered where they are used. Rows are sharded over all axes, so the results are the same as
+with replicated parameters (Zhao et al., "PyTorch FSDP", VLDB 2023).
 """
 
 import math

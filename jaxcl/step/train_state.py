@@ -8,7 +8,7 @@ __all__ = ["TrainState"]
 
 
 class TrainState(NamedTuple):
-    """The one tuple that a checkpoint holds: what is not here does not survive a restart.
+    """The one tuple that a checkpoint holds; anything else is lost in a restart.
 
     The position in the data is `step`; random draws come from `key` folded with `step`. Both hold
     for any number of devices and hosts.

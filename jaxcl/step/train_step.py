@@ -61,7 +61,7 @@ def init_state(
 
 
 class StepMetrics(NamedTuple):
-    """What one update reports, on the device until somebody asks.
+    """The metrics of one update, which stay on the device until they are read.
 
     Attributes:
       loss: mean over the global batch, in nats, before the update.
