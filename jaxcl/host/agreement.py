@@ -1,4 +1,4 @@
-"""What several processes must have in common before they work together."""
+"""Checks that the processes of a run agree on values such as settings and versions."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ def check_processes_agree(values: Mapping[str, Any]) -> None:
 
 
 def _disagreements(reports: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names whose values differ, with the processes of each value."""
+    """List the names whose values differ, with the processes that have each value."""
     different = []
     for name in sorted({name for report in reports for name in report}):
         processes: dict[str, list[int]] = {}
@@ -52,7 +52,7 @@ def _numbered(processes: Sequence[int]) -> str:
 
 
 def _gathered(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The values of every process, in order."""
+    """The values of all processes, in order."""
     encoded = np.frombuffer(json.dumps(values).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array(len(encoded), np.int32))
     padded = np.zeros(int(lengths.max()), np.uint8)

@@ -1,4 +1,4 @@
-"""Long results that are computed block by block and survive a stop: `.npy` files with a log."""
+"""Long results, computed block by block and kept if interrupted: `.npy` files with a log."""
 
 import errno
 import json
@@ -15,28 +15,28 @@ from jaxcl.host.progress import say
 __all__ = ["BlockFile", "complete_array"]
 
 _LOG = ".blocks.jsonl"
-_CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL)  # of some file systems
+_CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL)  # on file systems without reservations
 
 
 class _Block(NamedTuple):
-    """Rows that are on the disk: `rows` counts those before its end."""
+    """A block that is on disk. `rows` is the number of rows up to its end."""
 
     rows: int
     digest: str
 
 
 class BlockFile:
-    """An array on disk that is filled from its first row on; earlier work on it is kept.
+    """An array on disk that is filled block by block and keeps the blocks of earlier runs.
 
-    The blocks of earlier work are compared with their digests. From the first damaged one on, rows
-    count as not done.
+    The earlier blocks are compared with their digests, and are discarded from the first damaged one
+    on.
 
     Args:
-      path: of the `.npy`; next to it, `.blocks.jsonl` has a line for each finished block.
-      shape: of the whole array; a file of another shape or type is started over.
-      dtype: of its numbers.
-      writes: of several processes that fill the same array only one does, and opens it first; the
-        others have it in memory.
+      path: the `.npy` file; next to it, `.blocks.jsonl` has a line for each finished block.
+      shape: the shape of the whole array; a file of another shape or type is started over.
+      dtype: the type of its numbers.
+      writes: whether this process writes the file. If several processes fill the same array, one
+        of them writes, and opens it first; the others keep the array in memory.
 
     Raises:
       OSError: if the disk has no room for the whole array.
@@ -54,7 +54,7 @@ class BlockFile:
                 self.array[: self.done] = stored[: self.done]
             return
         if len(self._blocks) < len(logged):
-            say(f"{path} is damaged: the rows from {self.done:,} on are computed again")
+            say(f"{path} is damaged: recomputing it from row {self.done:,} on")
         path.parent.mkdir(parents=True, exist_ok=True)
         if not self._blocks:
             path.unlink(missing_ok=True)
@@ -64,17 +64,17 @@ class BlockFile:
             _reserve(path)
         except OSError:
             if not self._blocks:
-                path.unlink()  # it may hold the rest of the disk
+                path.unlink()  # it may fill the rest of the disk
             raise
         self.array = np.lib.format.open_memmap(path, mode="r+")
 
     @property
     def done(self) -> int:
-        """The number of rows that are done, from the first on."""
+        """The number of leading rows that are done."""
         return self._blocks[-1].rows if self._blocks else 0
 
     def append(self, rows: np.ndarray) -> None:
-        """Adds a block of rows; it is done once it is on the disk."""
+        """Add a block of rows, and return once it is on disk."""
         begin, end = self.done, self.done + len(rows)
         self.array[begin:end] = rows
         self._blocks.append(_Block(end, _digest(self.array[begin:end])))
@@ -86,7 +86,7 @@ class BlockFile:
                 os.fsync(log.fileno())
 
     def keep(self, rows: int) -> None:
-        """Keeps the blocks of the first rows alone."""
+        """Keep only the blocks that end within the first `rows` rows."""
         self._blocks = [block for block in self._blocks if block.rows <= rows]
         if self._writes:
             self._write_log()
@@ -96,12 +96,12 @@ class BlockFile:
 
 
 def complete_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray | None:
-    """The array of a `BlockFile`, mapped to memory and read only, if all its blocks are undamaged.
+    """Map the array of a `BlockFile` into memory, read only, if it is complete and undamaged.
 
-    The whole file is read once to compare its digests.
+    The whole file is read once to compare the digests.
 
     Args:
-      path, shape, dtype: as `BlockFile`.
+      path, shape, dtype: as for `BlockFile`.
 
     Returns:
       The array; `None` if it is absent, unfinished, damaged, or of another shape or type.
@@ -112,7 +112,7 @@ def complete_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarra
 
 
 def _stored(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray | None:
-    """The array of earlier work, if it is one of this shape and type."""
+    """The array on disk, if it has this shape and type."""
     try:
         with open_regular(path) as file:
             np.lib.format.read_magic(file)
@@ -132,7 +132,7 @@ def _logged(path: Path) -> list[dict]:
 
 
 def _sound(logged: list[dict], stored: np.ndarray) -> Iterator[_Block]:
-    """The blocks that are as they were written, up to the first that is not."""
+    """Yield the undamaged blocks, up to the first damaged one."""
     begin = 0
     for record in logged:
         end, digest = record.get("rows"), record.get("digest")
@@ -153,7 +153,7 @@ def _as_line(block: _Block) -> str:
 
 
 def _reserve(path: Path) -> None:
-    """Takes the room for a file, since writing mapped memory to a full disk kills the process."""
+    """Reserve disk space, since writing mapped memory to a full disk kills the process."""
     if not hasattr(os, "posix_fallocate"):  # as on macOS
         return
     size = path.stat().st_size

@@ -1,6 +1,6 @@
-"""The frame around every command: its errors and its exit code.
+"""Runs a command: parses its flags, reports its errors and sets its exit code.
 
-A command's module defines `main`, which describes the flags and hands over:
+A command's module defines `main`, which declares the flags and calls `run_command`:
 
     def main(argv: Sequence[str] | None = None) -> None:
         parser = CommandParser("jaxcl.search", __doc__)
@@ -9,12 +9,12 @@ A command's module defines `main`, which describes the flags and hands over:
 
 The command exits with
 
-    0        on success, also if the reader of the output leaves, as after `| head -1`
+    0        on success, even if the reader of the output leaves early, as `| head -1` does
     1        after an error: one line if the user can fix it, otherwise a traceback
     2        for flags that cannot be parsed
     75       because another process of the run was lost; restart all of them
-    130      after Ctrl-C; the second one ends the process at once
-    128 + n  after signal n, with everything saved
+    130      after Ctrl-C; a second Ctrl-C ends the process at once
+    128 + n  after signal n, once the run is saved
 """
 
 import re
@@ -54,7 +54,7 @@ def run_command(
     """Parse the flags and run a command; exit as this module's docstring says.
 
     Args:
-      parser: of the command's flags.
+      parser: the parser of the command's flags.
       run: the command itself.
       argv: the arguments; `None` takes this process's.
       interrupted: what Ctrl-C prints.
@@ -84,15 +84,15 @@ def run_command(
             print_traceback(error)
         say("error: " + re.sub(r"\s*\n\s*", " ", str(error)))
         leave(1)
-    except Exception as error:  # whatever it is, the others must not wait for this process
+    except Exception as error:  # of any class: other processes must not wait for this one
         leave_for(error, verbose=arguments.verbose)
 
 
 def join_processes(arguments: Namespace, workdir: AnyPath) -> None:
-    """Join the other processes that the flags of `add_process_flags` or the cluster name.
+    """Join the other processes of a run, given by `add_process_flags` or by the cluster.
 
     Args:
-      arguments: with those flags.
+      arguments: the parsed flags of `add_process_flags`.
       workdir: the folder of the run.
     """
     start_processes(

@@ -1,6 +1,6 @@
-"""The flags of commands: one spelling, one-line errors, `--help` with an example.
+"""Command-line flags: one spelling, one-line errors, and `--help` with an example.
 
-Needs the standard library only, so that a parser needs no other package.
+Uses only the standard library, so that parsers work without other packages.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class CommandParser(argparse.ArgumentParser):
         Args:
           name: what follows `python -m`.
           doc: the module's docstring: a summary line, then an example and details.
-          verbose: whether there is a flag `-v` for `run_command`.
+          verbose: whether to add the flag `-v` for `run_command`.
           passes_on: whether unknown arguments are kept in `arguments.rest` for another parser;
             `--help` next to another argument is then one of them.
         """
@@ -82,13 +82,13 @@ class CommandParser(argparse.ArgumentParser):
         return arguments
 
     def error(self, message: str) -> NoReturn:
-        """Exit with 2 and one line."""
+        """Exit with code 2 and a one-line message."""
         line = f"error: {message}; {self.prog} --help lists the flags"
         print(printable(line), file=sys.stderr)
         sys.exit(2)
 
     def _one_spelling(self, words: Iterator[str]) -> Iterator[str]:
-        """Dashes for underscores in flags, and `--NAME.FIELD=FIELD=VALUE` for fields."""
+        """Write flags with dashes, and fields as `--NAME.FIELD=FIELD=VALUE`."""
         for word in words:
             if word == "--":
                 yield word
@@ -109,7 +109,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def user_path(text: str) -> AnyPath:
-    """The path in a flag's text, as `as_path` takes it."""
+    """Parse a path with `as_path`, as the `type` of a flag."""
     try:
         return as_path(text)
     except ValueError as error:
@@ -151,21 +151,21 @@ def _add_trust_flag(parser: CommandParser) -> None:
 
 
 def add_process_flags(parser: CommandParser) -> None:
-    """Add the flags with which this process joins the other processes of a run."""
+    """Add the flags that let this process join the other processes of a run."""
     parser.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="of process 0, if there are several processes"
+        "--coordinator", metavar="HOST:PORT", help="address of process 0, for several processes"
     )
     parser.add_argument("--num-processes", type=int, help="the number of processes")
-    parser.add_argument("--process-id", type=int, help="which of them this one is, from 0")
+    parser.add_argument("--process-id", type=int, help="the number of this process, from 0")
     parser.add_argument(
         "--distributed",
         action="store_true",
-        help="there are several processes, and JAX finds them, as on a pod of TPU hosts",
+        help="let JAX detect the other processes, as on a TPU pod",
     )
 
 
 def _field_and_text(argument: str) -> tuple[str, str]:
-    found = re.fullmatch(r"([^=]+)=(.*)", argument, re.DOTALL)
-    if not found:
+    match = re.fullmatch(r"([^=]+)=(.*)", argument, re.DOTALL)
+    if not match:
         raise argparse.ArgumentTypeError("give a field and its value")
-    return found[1], found[2]
+    return match[1], match[2]

@@ -22,10 +22,10 @@ def commands() -> dict[str, str]:
 def refuse_other_modules() -> None:
     """Exit with an error line if Python is about to run a module of jaxcl that cannot run.
 
-    It is no command, which Python itself would import without a word, or it is a command whose
-    extra is not installed. While a command is imported, Ctrl-C ends it without a traceback.
+    That is a module that is not a command, which Python would import and silently do nothing, or a
+    command whose extra is not installed. Ctrl-C while a command is imported shows no traceback.
     """
-    if sys.argv[:1] != ["-m"] or "-m" not in sys.orig_argv:  # while it looks for the module
+    if sys.argv[:1] != ["-m"] or "-m" not in sys.orig_argv:  # "-m" during the search
         return
     module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1]
     if not module or module[0].split(".")[0] != "jaxcl":
@@ -43,7 +43,7 @@ def refuse_other_modules() -> None:
 
 
 def _runs(path: Path) -> bool:
-    """Whether a file is written to be run."""
+    """Whether a file can be run as a command."""
     return path.name == "__main__.py" or '\nif __name__ == "__main__":' in path.read_text("utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Names the extra that is missing where a command is run without it."""
+"""Names the extra to install if a command lacks packages."""
 
 import importlib.util
 
@@ -10,7 +10,7 @@ TRAIN += ("rich", "safetensors", "tensorboardX", "tensorflow_datasets", "tokeniz
 
 
 def missing_message() -> str | None:
-    """What to install, or `None` where nothing is missing."""
+    """A message about missing packages, or `None` if all are installed."""
     missing = [name for name in TRAIN if importlib.util.find_spec(name) is None]
     if not missing:
         return None

@@ -1,7 +1,7 @@
-"""Files: read with a limit, and written whole or not at all.
+"""Reads files with a size limit, and writes files atomically.
 
-Only regular files are read, so that a pipe or a device in a file's place is an error and not a
-program that hangs. A file is written under another name, brought to the disk, then renamed.
+Only regular files are read, so that a pipe or a device under a file's name is an error and does not
+hang the program. A file is written under a temporary name, synced to disk, then renamed.
 """
 
 import contextlib
@@ -35,9 +35,9 @@ __all__ = [
 ]
 
 _MAX_BYTES = 64 * 2**20
-"""Of a JSON file; the largest real ones have a few million."""
+"""The largest JSON file that is read; real ones have at most a few million bytes."""
 _MAX_LOG_BYTES = 2**30
-"""Of JSON lines, such as the metrics of a run."""
+"""The largest file of JSON lines that is read, such as a run's metrics."""
 
 
 def is_remote(path: Any) -> bool:
@@ -60,10 +60,10 @@ def open_regular(path: Any) -> io.IOBase:
     try:
         file = open(path, "rb", opener=_opened_without_waiting)  # noqa: SIM115 - the caller closes it
     except IsADirectoryError as error:
-        raise ValueError(f"{path} is a folder; a regular file is wanted") from error
+        raise ValueError(f"{path} is a folder; give a regular file") from error
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise ValueError(f"{path} is a pipe or a device; a regular file is wanted")
+        raise ValueError(f"{path} is a pipe or a device; give a regular file")
     return file
 
 
@@ -104,7 +104,7 @@ def read_text(path: Any, *, limit: int = _MAX_BYTES) -> str:
 
 
 def read_json_object(
-    path: Any, *, remedy: str = "restore it from a copy, or make it again"
+    path: Any, *, remedy: str = "restore it from a copy, or create it again"
 ) -> dict[str, Any]:
     """Read a JSON file of limited size that holds an object.
 
@@ -119,8 +119,8 @@ def read_json_object(
     """
     raw = read_regular(path, limit=_MAX_BYTES)
     try:
-        # TFDS reads these files in the encoding of the locale. Read in another one, a file could
-        # show us other classes than TFDS finds.
+        # TFDS reads these files in the locale's encoding. In another encoding, the same file could
+        # name different classes.
         content = json.loads(io.TextIOWrapper(io.BytesIO(raw)).read())
         if not isinstance(content, dict):
             raise ValueError("it does not hold a JSON object")
@@ -130,12 +130,12 @@ def read_json_object(
 
 
 def digest_of(content: bytes) -> str:
-    """A digest of some bytes, 32 letters."""
+    """A digest of some bytes: 32 hexadecimal digits."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def read_sealed_json(path: Any) -> Any:
-    """Read what `write_sealed_json` has written.
+    """Read a value that `write_sealed_json` wrote.
 
     Raises:
       ValueError: if the file holds anything else.
@@ -162,7 +162,7 @@ class JsonLines(NamedTuple):
 
     Attributes:
       records: the objects, in order.
-      damaged: the other lines, except empty ones.
+      damaged: lines that hold no JSON object, except empty lines.
     """
 
     records: list[dict[str, Any]]
@@ -170,7 +170,7 @@ class JsonLines(NamedTuple):
 
 
 def read_json_lines(path: Any) -> JsonLines:
-    """Read the JSON objects of a file, one a line, and the lines that hold none.
+    """Read a file with a JSON object in each line.
 
     Raises:
       ValueError: if the file has more than 1 GiB, or is not a regular file.
@@ -190,14 +190,14 @@ def read_json_lines(path: Any) -> JsonLines:
 
 
 def write_whole(path: Any, content: str | bytes) -> None:
-    """Write a file so that a reader, or the next start, finds all of it or none of it.
+    """Write a file atomically: a reader or the next start finds all of it, or the previous file.
 
     Args:
       path: a `pathlib.Path` or `etils.epath.Path`.
-      content: all of it; text is written as UTF-8.
+      content: the whole content; text is written as UTF-8.
 
     Raises:
-      OSError: if it cannot be written, with the file's name.
+      OSError: if the file cannot be written; the message names it.
     """
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -223,11 +223,11 @@ def replacing(path: Any) -> Iterator[IO[bytes]]:
       OSError: if the file cannot be written; the message names the path.
     """
     if is_remote(path):
-        whole = io.BytesIO()
-        yield whole
-        path.write_bytes(whole.getvalue())  # which object stores put in place at once
+        buffer = io.BytesIO()
+        yield buffer
+        path.write_bytes(buffer.getvalue())  # atomic on object stores
         return
-    # The name is new, and mode "x" follows no link, so that nothing else is written to.
+    # The name is random, and mode "x" follows no links, so that no other file is overwritten.
     unfinished = path.with_name(f"{path.name}.unfinished-{secrets.token_hex(4)}")
     try:
         with open(unfinished, "xb") as file:
@@ -240,14 +240,14 @@ def replacing(path: Any) -> Iterator[IO[bytes]]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(unfinished)
-        if isinstance(error, OSError) and error.filename is None:  # such as for a full disk
+        if isinstance(error, OSError) and error.filename is None:  # such as when the disk is full
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Any) -> None:
-    """Bring the names in a folder to the disk, where the file system can."""
+    """Sync the names in a folder to disk, if the file system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

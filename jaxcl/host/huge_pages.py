@@ -1,4 +1,4 @@
-"""How the host gives memory to a program that trains on CPU devices."""
+"""Huge pages for programs that train on CPU devices."""
 
 import importlib.metadata
 import importlib.util
@@ -12,15 +12,15 @@ _VARIABLE, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
 
 def start_with_huge_pages() -> None:
-    """Starts this program again, once, with large blocks of memory in pages of 2 MB.
+    """Restart this program once, so that glibc allocates large blocks in pages of 2 MB.
 
-    XLA's CPU client asks malloc for a step's temporary buffers and gives them back after the step;
-    glibc returns them to the kernel, which maps and zeroes every page again at the next. In pages
-    of 4 KB that was a quarter of a step of `configs/code_search.py`, and a third of one of the
-    transformer (BUILD_NOTES.md). glibc asks for larger pages only if an environment variable says
-    so before the process starts; hence the new start, which keeps the process's number, files and
-    arguments. Nothing happens without glibc, beside a plugin for an accelerator (whose steps have
-    no buffers here), and where `GLIBC_TUNABLES` is set already.
+    XLA's CPU client allocates a step's temporary buffers with malloc and frees them after the step.
+    glibc returns them to the kernel, which maps and zeroes every page again in the next step. With
+    pages of 4 KB, this took a quarter of a step of `configs/code_search.py`, and a third of a step
+    of the transformer (BUILD_NOTES.md). glibc reads the setting for larger pages from the
+    environment before `main`, so the program has to be executed again; it keeps its process number,
+    open files and arguments. Nothing happens without glibc, if a plugin for an accelerator is
+    installed (a step's buffers are then not on the host), or if `GLIBC_TUNABLES` is already set.
     """
     if _VARIABLE in os.environ or platform.libc_ver()[0] != "glibc" or _accelerator_installed():
         return

@@ -1,8 +1,8 @@
-"""A lock on an object store: a file that its holder renews, for as long as it lives.
+"""A lock on an object store: a file that its holder renews while it runs.
 
-Such a store has no locks that end with their process. So the holder writes the file again every
-few seconds. If the file stays the same for two minutes, its holder was killed, and another process
-takes the lease: the one that creates the takeover file, if there are several.
+Object stores have no locks that end with a process, so the holder rewrites the file every 15
+seconds. If the file does not change for two minutes, its holder has been killed, and another
+process may take over the lease. If several try, the one that creates the takeover file gets it.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def leased(path: AnyPath) -> Iterator[None]:
     """Hold the lease of a remote file.
 
     Args:
-      path: of the file.
+      path: the lease file.
 
     Raises:
       ValueError: if another process holds it.
@@ -38,7 +38,7 @@ def leased(path: AnyPath) -> Iterator[None]:
     try:
         create_file(path, _content(holder, 0))
     except FileExistsError:
-        say(f"{path} is there; waiting {EXPIRY_SECONDS:.0f} s to see if a run renews it")
+        say(f"{path} exists; waiting {EXPIRY_SECONDS:.0f} s to see if another run renews it")
         _take_over(path, holder)
     ended = threading.Event()
     renewal = threading.Thread(target=_renew, args=(path, holder, ended), daemon=True)
@@ -55,11 +55,11 @@ def leased(path: AnyPath) -> Iterator[None]:
 
 def _take_over(path: AnyPath, holder: str) -> None:
     """Replace a file if its holder does not renew it."""
-    found = _read(path)
+    abandoned = _read(path)
     deadline = time.monotonic() + EXPIRY_SECONDS
     while time.monotonic() < deadline:
         time.sleep(min(RENEWAL_SECONDS, EXPIRY_SECONDS / 4))
-        if _read(path) != found:
+        if _read(path) != abandoned:
             raise _held(path)
     takeover = path.with_name(f"{path.name}.takeover")
     try:
@@ -67,7 +67,7 @@ def _take_over(path: AnyPath, holder: str) -> None:
     except FileExistsError as error:
         raise _held(path, f" (if not, remove {takeover})") from error
     try:
-        if _read(path) != found:  # another process has taken it, and is done with its takeover
+        if _read(path) != abandoned:  # another process has finished a takeover
             raise _held(path)
         write_whole(path, _content(holder, 0))
     finally:
@@ -79,13 +79,13 @@ def _renew(path: AnyPath, holder: str, ended: threading.Event) -> None:
     while not ended.wait(RENEWAL_SECONDS):
         number += 1
         try:
-            present = _holder(path)
-            if present == holder:
+            current = _holder(path)
+            if current == holder:
                 write_whole(path, _content(holder, number))
-            elif present:
-                say(f"warning: another process has taken {path}; stop one of the two")
+            elif current:
+                say(f"warning: another process has taken over {path}; stop one of the two")
                 return
-        except Exception as error:  # each store has its own classes
+        except Exception as error:  # each store has its own error classes
             say(f"warning: cannot renew {path} ({error}); another run may take the folder")
 
 

@@ -1,13 +1,13 @@
 """Lets the processes of one run find each other before JAX connects them.
 
-JAX's coordinator takes in any process that connects to its port, and shares the port with another
-coordinator on the same machine. So process 0 first takes the port for itself, and leaves an
-invitation in the workdir, which only processes with the same workdir can read: the port and a token
-of this start. They connect, show the token, and wait until all have come. Then JAX's coordinator
+JAX's coordinator accepts any process that connects to its port, and shares the port with other
+coordinators on the same machine. So process 0 first reserves the port, and writes the port and a
+new random token to the workdir, where only processes with the same workdir can read them. Those
+processes connect, send the token, and wait until all of them are connected. Then JAX's coordinator
 takes over the port.
 
-This shows that processes belong together. It does not protect the coordinator from other programs
-on the network (`launch/README.md`).
+This keeps runs apart. It does not protect the coordinator from other programs on the network
+(`launch/README.md`).
 """
 
 import contextlib
@@ -29,7 +29,7 @@ __all__ = ["Meeting", "meet"]
 INVITATION_FILE = ".meeting.json"
 MEETING_SECONDS = 300
 GRACE_SECONDS = 15
-"""How long a process without the token may ask again: the invitation may reach its host late."""
+"""How long a process without the token may retry: its host may see the invitation late."""
 
 _SECONDS_BETWEEN_TRIES = 0.5
 _SECONDS_TO_ANSWER = 5
@@ -38,11 +38,11 @@ _HINT = "start all processes of a run with the same --workdir, and each run with
 
 
 class Meeting(NamedTuple):
-    """Where JAX's coordinator is.
+    """The addresses of JAX's coordinator.
 
     Attributes:
       address: where the processes reach it.
-      bind_address: where it listens; `None` in other processes than process 0.
+      bind_address: where it listens; `None` except in process 0.
     """
 
     address: str
@@ -53,17 +53,17 @@ class Meeting(NamedTuple):
 def meet(
     workdir: AnyPath, coordinator: str, *, num_processes: int, process_id: int, bind: str | None
 ) -> Iterator[Meeting]:
-    """Wait until all processes of the run are there; the port is kept until the block ends.
+    """Wait for all processes of the run, and reserve the port until the block ends.
 
     Args:
-      workdir: the folder of the run, which all processes see, under whatever path.
-      coordinator: host and port of process 0; port 0 lets it choose a free one.
+      workdir: the folder of the run, which all processes share; their paths to it may differ.
+      coordinator: host and port of process 0; with port 0, it chooses a free port.
       num_processes: the number of processes.
-      process_id: which one this is.
+      process_id: the number of this process, from 0.
       bind: host and port where process 0 listens; by default the coordinator's.
 
     Raises:
-      ValueError: if the port is in use, or a process does not come or does not fit.
+      ValueError: if the port is in use, or a process does not connect or does not belong here.
     """
     host, port = split_address(coordinator)
     if process_id:
@@ -87,7 +87,7 @@ def meet(
 
 @contextlib.contextmanager
 def _invitation(workdir: AnyPath, port: int) -> Iterator[str]:
-    """A file in the workdir for the other processes; afterwards the workdir is as it was."""
+    """Write a file for the other processes to the workdir, and remove it afterwards."""
     folders = () if is_remote(workdir) else (workdir, *workdir.parents)
     absent = [folder for folder in folders if not folder.exists()]
     path, token = workdir / INVITATION_FILE, secrets.token_hex()
@@ -106,7 +106,7 @@ class _Reception:
     """Process 0's side of the meeting.
 
     Args:
-      workdir: the run's.
+      workdir: the folder of the run.
       address: of the coordinator.
       token: the proof that a process belongs to this start.
       num_processes: the number of processes, this one included.
@@ -116,7 +116,7 @@ class _Reception:
         self._workdir, self._address = _full_name(workdir), address
         self._token, self._num_processes = token, num_processes
         self._present: dict[int, socket.socket] = {}
-        # Processes without the token, by number: when each first came, and its workdir.
+        # Processes without the token, by number: the time of the first attempt, and the workdir.
         self._strangers: dict[int, tuple[float, str]] = {}
 
     def receive(self, listener: socket.socket) -> None:
@@ -127,9 +127,9 @@ class _Reception:
             while len(self._present) < self._num_processes - 1:
                 self._check_missing(deadline)
                 events = selector.select(timeout=1)
-                # Ends first, because a process that has ended may be the one that comes again.
+                # Ended processes first, because one of them may already be connecting again.
                 for key, _ in sorted(events, key=lambda event: event[0].fileobj is listener):
-                    if key.fileobj is not listener:  # it waits in silence: this is its end
+                    if key.fileobj is not listener:  # it sends nothing: it has closed
                         selector.unregister(key.fileobj)
                         del self._present[key.data]
                         continue
@@ -145,31 +145,31 @@ class _Reception:
         now = time.monotonic()
         missing = [n for n in range(1, self._num_processes) if n not in self._present]
         for number in missing:
-            came, workdir = self._strangers.get(number, (now, ""))
-            if now - came > GRACE_SECONDS:
+            first, workdir = self._strangers.get(number, (now, ""))
+            if now - first > GRACE_SECONDS:
                 raise ValueError(
                     f"process {number} was started with the workdir {workdir}, process 0 with "
                     f"{self._workdir}; {_HINT}"
                 )
         if now > deadline:
             raise ValueError(
-                f"of {self._num_processes} processes, {', '.join(map(str, missing))} did not come "
-                f"within {MEETING_SECONDS} s; {_HINT}"
+                f"of {self._num_processes} processes, {', '.join(map(str, missing))} did not "
+                f"connect within {MEETING_SECONDS} s; {_HINT}"
             )
 
     def _admit(self, connection: socket.socket) -> int | None:
-        """The number of a process of this run; any other gets the reason for its refusal."""
+        """Return the number of a process of this run; tell any other why it is refused."""
         connection.settimeout(_SECONDS_TO_ANSWER)
-        asked = _read(connection)
-        number, theirs = asked.get("process_id"), asked.get("num_processes")
-        if asked.get("token") != self._token:
-            if isinstance(number, int) and theirs == self._num_processes:
-                first = time.monotonic(), str(asked.get("workdir"))
-                self._strangers.setdefault(number, first)
+        request = _read(connection)
+        number, num_processes = request.get("process_id"), request.get("num_processes")
+        if request.get("token") != self._token:
+            if isinstance(number, int) and num_processes == self._num_processes:
+                attempt = time.monotonic(), str(request.get("workdir"))
+                self._strangers.setdefault(number, attempt)
             answer = {"stranger": f"{self._address} belongs to the run in {self._workdir}"}
-        elif theirs != self._num_processes:
-            ours = f"process 0 is one of {self._num_processes} processes"
-            answer = {"problem": f"{ours}, process {number} one of {theirs}"}
+        elif num_processes != self._num_processes:
+            expected = f"process 0 is one of {self._num_processes} processes"
+            answer = {"problem": f"{expected}, process {number} one of {num_processes}"}
         elif number in self._present:
             answer = {"problem": f"there are two processes with number {number}"}
         else:
@@ -183,35 +183,35 @@ class _Reception:
 
 
 def _join(workdir: AnyPath, host: str, port: int, introduction: Mapping[str, Any]) -> int:
-    """Find process 0 of the run; returns its port once all processes have come."""
+    """Find process 0 of the run; return its port once all processes are connected."""
     deadline = time.monotonic() + MEETING_SECONDS
     refusal = None
-    reason = "it has left no invitation there"
+    reason = "there is no invitation"
     while (now := time.monotonic()) < deadline:
         invitation = _read_invitation(workdir)
         # Without an invitation, process 0 can still say what its workdir is.
         asked_port = invitation.get("port", port)
         if asked_port and port in (0, asked_port):
-            shown = {**introduction, "token": invitation.get("token")}
-            answer = _ask((host.strip("[]"), asked_port), shown, deadline - now)
+            request = {**introduction, "token": invitation.get("token")}
+            answer = _ask((host.strip("[]"), asked_port), request, deadline - now)
             if "all" in answer:
                 return asked_port
             if "problem" in answer:
                 raise ValueError(f"{answer['problem']}; give each process its own number")
-            reason = answer.get("nobody", reason)
+            reason = answer.get("unreachable", reason)
             if "stranger" in answer and refusal is None:
                 refusal = now, answer["stranger"]
             if refusal is not None and now - refusal[0] > GRACE_SECONDS:
-                ours = introduction["workdir"]
-                raise ValueError(f"{refusal[1]}, not to that in {ours}; {_HINT}")
+                own = introduction["workdir"]
+                raise ValueError(f"{refusal[1]}, not to the run in {own}; {_HINT}")
         time.sleep(_SECONDS_BETWEEN_TRIES)
     raise ValueError(
-        f"process 0 did not come to {workdir} within {MEETING_SECONDS} s ({reason}); {_HINT}"
+        f"process 0 did not appear in {workdir} within {MEETING_SECONDS} s ({reason}); {_HINT}"
     )
 
 
 def _ask(address: tuple[str, int], introduction: Mapping[str, Any], seconds: float) -> Mapping:
-    """What process 0 answers, which may take as long as the others take to come."""
+    """Ask process 0 to be admitted; its last answer waits for the other processes."""
     where = "{}:{}".format(*address)
     try:
         with socket.create_connection(address, timeout=seconds) as server:
@@ -220,20 +220,20 @@ def _ask(address: tuple[str, int], introduction: Mapping[str, Any], seconds: flo
             answer = _read(server)
             if "welcome" in answer:
                 server.settimeout(seconds + _SECONDS_TO_ANSWER)  # process 0 gives up first
-                answer = _read(server) or {"nobody": "it has gone again"}
+                answer = _read(server) or {"unreachable": "it has ended"}
     except OSError as error:
-        return {"nobody": f"{where}: {error}"}
+        return {"unreachable": f"{where}: {error}"}
     return answer or {"stranger": f"{where} belongs to another run or program"}
 
 
 def _read_invitation(workdir: AnyPath) -> dict[str, Any]:
-    """The invitation, or nothing."""
+    """Read the invitation, or an empty dict if there is none."""
     try:
-        next(workdir.iterdir(), None)  # makes NFS look again for a file that was absent before
-        found = read_json_object(workdir / INVITATION_FILE)
+        next(workdir.iterdir(), None)  # makes NFS check again for a file that was absent
+        invitation = read_json_object(workdir / INVITATION_FILE)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found.get("port"), int) else {}
+    return invitation if isinstance(invitation.get("port"), int) else {}
 
 
 def _full_name(workdir: AnyPath) -> str:
@@ -241,12 +241,12 @@ def _full_name(workdir: AnyPath) -> str:
 
 
 def _send(connection: socket.socket, message: Mapping[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # who does not read it has gone
+    with contextlib.suppress(OSError):  # the other process has ended
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _read(connection: socket.socket) -> dict[str, Any]:
-    """A message of one line, or nothing."""
+    """Read a message of one line, or an empty dict."""
     received = b""
     try:
         while not received.endswith(b"\n") and len(received) < _MAX_BYTES:

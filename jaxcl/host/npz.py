@@ -1,7 +1,7 @@
-"""`.npz` files that someone else may have written: nothing is unpickled, and memory has a bound.
+"""Reads untrusted `.npz` files: nothing is unpickled, and memory is bounded by the file's size.
 
-Headers are read before the arrays that they describe, so that a file cannot ask for more memory
-than its own size allows. Arrays that are not asked for are not unpacked.
+Headers are checked before the arrays that they describe are read. Arrays that are not requested
+are not decompressed.
 """
 
 import contextlib
@@ -21,14 +21,14 @@ __all__ = ["ArrayHeader", "npz_headers", "read_npz"]
 
 _DAMAGED = (
     *(OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile, zlib.error),
-    *(NotImplementedError, RuntimeError, MemoryError),  # another compression, "encrypted"
+    *(NotImplementedError, RuntimeError, MemoryError),  # unknown compression, encryption
 )
-"""The errors of zip and NumPy for a file with flipped bits."""
+"""The errors that zipfile and NumPy raise for damaged files."""
 
-_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # NumPy's own
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # as NumPy writes
 _FREE_BYTES = 256 * 2**20
 _MAX_RATIO = 100
-"""An array of more than `_FREE_BYTES` may be this many times larger than its part of the file."""
+"""How many times an array of more than `_FREE_BYTES` may exceed its compressed size."""
 
 
 class ArrayHeader(NamedTuple):
@@ -41,10 +41,10 @@ class ArrayHeader(NamedTuple):
 def npz_headers(
     path: AnyPath, names: Sequence[str], *, optional: Sequence[str] = ()
 ) -> dict[str, ArrayHeader]:
-    """The headers of these arrays, and of the optional ones that the file has.
+    """Read the headers of these arrays, and of the optional ones that the file has.
 
     Raises:
-      ValueError: if the file cannot be read or lacks an array; it begins with the file's name.
+      ValueError: if the file cannot be read or lacks an array; the message names the file.
     """
     with _archive(path, names) as archive:
         present = [name for name in optional if f"{name}.npy" in archive.namelist()]
@@ -52,11 +52,11 @@ def npz_headers(
 
 
 def read_npz(path: AnyPath, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """These arrays.
+    """Read arrays.
 
     Raises:
       ValueError: if the file cannot be read or lacks an array, or if an array needs much more
-        memory than its part of the file; it begins with the file's name.
+        memory than its compressed size; the message names the file.
     """
     with _archive(path, names) as archive:
         arrays = {}
@@ -74,24 +74,24 @@ def _archive(path: AnyPath, names: Sequence[str]) -> Iterator[zipfile.ZipFile]:
             file.seek(0, os.SEEK_END)
             size = file.tell()
             if any(part.compress_size > size for part in archive.infolist()):
-                raise zipfile.BadZipFile("a part of it is larger than the whole")
+                raise zipfile.BadZipFile("one of its arrays is larger than the file")
             present = [name.removesuffix(".npy") for name in archive.namelist()]
             if missing := [name for name in names if name not in present]:
                 raise ValueError(f"it has no {', '.join(missing)}; it has {', '.join(present)}")
             yield archive
     except zipfile.BadZipFile as error:
         raise ValueError(
-            f"{path} cannot be read: it is no .npz, or damaged ({error}); write it with numpy.savez"
+            f"{path} cannot be read: not an .npz, or damaged ({error}); write it with numpy.savez"
         ) from error
     except _DAMAGED as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> ArrayHeader:
-    """The header of an array, which agrees with the size of its part of the file."""
+    """Read the header of an array, and check that its size in the file agrees."""
     part = archive.getinfo(f"{name}.npy")
     if part.compress_type not in _COMPRESSIONS:
-        raise ValueError(f"{name} is compressed in another way than NumPy's")
+        raise ValueError(f"{name} has a compression that NumPy does not write")
     if part.file_size > max(_FREE_BYTES, _MAX_RATIO * part.compress_size):
         raise ValueError(
             f"{name} unpacks {part.compress_size:,} bytes to {part.file_size:,}; write it with "
@@ -102,15 +102,15 @@ def _header(archive: zipfile.ZipFile, name: str) -> ArrayHeader:
         num_bytes = file.tell() + math.prod(header.shape) * header.dtype.itemsize
     if num_bytes != part.file_size:
         raise ValueError(
-            f"{name} has {part.file_size:,} bytes, but by its header {header.dtype}"
-            f"{list(header.shape)} it has {num_bytes:,}"
+            f"{name} has {part.file_size:,} bytes, but its header, {header.dtype}"
+            f"{list(header.shape)}, describes {num_bytes:,}"
         )
     return header
 
 
 def _parse_header(file: Any, name: str) -> ArrayHeader:
-    if np.lib.format.read_magic(file) != (1, 0):  # as others may claim a header of gigabytes
-        raise ValueError(f"{name} is not of the first format of .npy files")
+    if np.lib.format.read_magic(file) != (1, 0):  # others allow headers of gigabytes
+        raise ValueError(f"{name} is not in version 1.0 of the .npy format")
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     if dtype.hasobject:
         raise ValueError(f"{name} holds Python objects, which could run code; write numbers")

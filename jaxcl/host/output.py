@@ -1,7 +1,7 @@
 """Standard output and standard error that never stop a run.
 
-A log whose reader is gone, a full disk or a locale without the characters to print costs the
-lines that cannot be written, and nothing else.
+If the reader of a log is gone, the disk is full, or the locale lacks a character, only the lines
+that cannot be written are lost.
 """
 
 import os
@@ -14,7 +14,7 @@ from jaxcl.host.printable import printable
 __all__ = ["LossyStream", "check_output", "print_traceback", "protect_output"]
 
 
-# ValueError: the stream is closed. RuntimeError: a signal's handler prints amid another print.
+# ValueError: the stream is closed. RuntimeError: a signal handler prints during another print.
 _NOT_WRITTEN = (OSError, ValueError, RuntimeError)
 
 
@@ -22,10 +22,10 @@ class LossyStream:
     """A text stream that drops text where writing fails.
 
     Args:
-      stream: a text stream, where the text goes.
+      stream: the text stream to write to.
 
     Attributes:
-      error: why text was dropped last; `None` if all was written.
+      error: the error for which text was last dropped; `None` if all was written.
     """
 
     def __init__(self, stream: Any):
@@ -33,7 +33,7 @@ class LossyStream:
         self.error: Exception | None = None
 
     def write(self, text: str) -> int:
-        """Write a text, with escapes for characters that the encoding lacks."""
+        """Write text, escaping characters that the encoding lacks."""
         try:
             self._stream.write(text)
         except UnicodeEncodeError:
@@ -55,11 +55,11 @@ class LossyStream:
 
 
 def protect_output() -> None:
-    """Keep this process's output from stopping it, and control characters out of tracebacks."""
+    """Ignore errors of this process's output, and escape control characters in tracebacks."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            # It was closed before the start. The null device takes its number, which otherwise the
-            # next file would get, and with it whatever libraries print.
+            # It was closed before the start. The null device takes its file descriptor; otherwise
+            # the next file to be opened would, and libraries would print into that file.
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -69,11 +69,11 @@ def protect_output() -> None:
 
 
 def check_output() -> None:
-    """Flush standard output, for a command whose results are nowhere else.
+    """Flush standard output, for a command that writes its results nowhere else.
 
     Raises:
-      SystemExit: without an error, if its reader has gone, as after `| head -1`.
-      OSError: if it did not take everything.
+      SystemExit: with code 0, if its reader is gone, as after `| head -1`.
+      OSError: if some output could not be written.
     """
     sys.stdout.flush()
     error = sys.stdout.error if isinstance(sys.stdout, LossyStream) else None

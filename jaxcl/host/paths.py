@@ -1,6 +1,6 @@
 """Paths as users give them: local ones, and URLs of object stores, such as `gs://bucket/run`.
 
-Needs the standard library only until a URL is given, as parsers of flags do.
+Uses only the standard library unless a URL is given, so that parsers of flags stay light.
 """
 
 import os
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     AnyPath = Path
 else:
     AnyPath = PurePath
-"""A `pathlib.Path` or an `etils.epath.Path`, which has the same methods and is no subclass."""
+"""A `pathlib.Path` or an `etils.epath.Path`, which has the same methods but is no subclass."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
-"""Of a URL. `pathlib` makes one slash of the two. A single letter is a drive of Windows."""
+"""The scheme of a URL; `pathlib` merges its two slashes. A single letter is a Windows drive."""
 
 _MOUNT = (
     "mount the bucket, as launch/tpu_pod.sh does with gcsfuse, and give the path below its mount "
@@ -29,8 +29,8 @@ def as_path(given: str | os.PathLike[str]) -> AnyPath:
     """The path of a file or folder, with `~` expanded to the home directory.
 
     Args:
-      given: a local path, or a URL of an object store that `etils.epath` supports, for which the
-        package of its file system is installed (`gcsfs` for `gs://`).
+      given: a local path, or a URL of an object store that `etils.epath` supports, if the package
+        of its file system is installed (`gcsfs` for `gs://`).
 
     Raises:
       ValueError: for another URL, or if the user of `~user` is unknown.
@@ -66,7 +66,7 @@ def local_path(given: str | os.PathLike[str]) -> Path:
     """
     text = os.path.expanduser(os.fspath(given))
     if _SCHEME.match(text):
-        raise ValueError(f"{text} is a URL, but a local path is wanted; {_MOUNT}")
+        raise ValueError(f"{text} is a URL, but a local path is needed; {_MOUNT}")
     if text.startswith("~"):
         raise ValueError(f"{text} names an unknown user; give the full path")
     return Path(text)

@@ -1,4 +1,4 @@
-"""The port of JAX's coordinator: taken by one program alone, at one address."""
+"""Reserves the port of JAX's coordinator for one program."""
 
 import contextlib
 import ipaddress
@@ -11,7 +11,7 @@ __all__ = ["guard_port", "listen", "split_address"]
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `HOST:PORT`.
+    """Split `HOST:PORT` into host and port.
 
     Raises:
       ValueError: if the text is anything else.
@@ -23,11 +23,11 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def listen(coordinator: str, bind: str | None = None) -> socket.socket:
-    """Listen at an address of this machine that no other program listens at.
+    """Listen at an address of this machine where no other program listens.
 
     Args:
-      coordinator: host and port.
-      bind: where to listen instead.
+      coordinator: the host and port of the coordinator.
+      bind: host and port to listen at instead.
 
     Raises:
       ValueError: if the port is in use, or the address is not one of this machine.
@@ -39,7 +39,7 @@ def listen(coordinator: str, bind: str | None = None) -> socket.socket:
         raise ValueError(f"the coordinator's host {host!r} is unknown here ({error})") from error
     if bind is None and _is_name_of_loopback(host, address):
         say(
-            f"warning: {host} is {address} here, where no other machine can reach it; the "
+            f"warning: {host} is {address} here, which other machines cannot reach; the "
             "coordinator listens on all networks, unless JAX_COORDINATOR_BIND_ADDRESS names one"
         )
         address = "0.0.0.0"
@@ -60,10 +60,10 @@ def listen(coordinator: str, bind: str | None = None) -> socket.socket:
 
 
 def guard_port(listener: socket.socket) -> contextlib.AbstractContextManager[Any]:
-    """Keep a listener's port from other programs after it is closed, until the block ends.
+    """Keep a listener's port reserved after the listener is closed, until the block ends.
 
-    JAX's coordinator shares its port; so does the guard, and therefore lets it in. Other listeners
-    are refused. Where the system cannot do that, the port is free for an instant.
+    JAX's coordinator sets `SO_REUSEPORT`, and so does the guard, so both can bind the port, which
+    programs without that option cannot. On systems that lack it, the port is free for a moment.
     """
     guard = socket.socket(listener.family, socket.SOCK_STREAM)
     try:
@@ -77,6 +77,6 @@ def guard_port(listener: socket.socket) -> contextlib.AbstractContextManager[Any
 
 
 def _is_name_of_loopback(host: str, address: str) -> bool:
-    """Whether a host's name stands for the machine itself, as some systems set up their own."""
+    """Whether a host name resolves to loopback, as some systems set up their own name."""
     loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
     return loopback and host.strip("[]") not in (address, "localhost")

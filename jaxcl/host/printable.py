@@ -5,17 +5,17 @@ import re
 __all__ = ["printable"]
 
 # C0 controls except tab and newline, DEL, C1 controls, controls of the writing direction, line and
-# paragraph separators, and surrogates, which no encoding takes.
+# paragraph separators, and surrogates, which cannot be encoded.
 _UNSAFE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def printable(text: str) -> str:
-    r"""Escape the characters that a terminal obeys or by which it reorders the text.
+    r"""Escape the characters that control a terminal or change the order of its text.
 
-    They become `\uXXXX`, which JSON reads back as the same character, so that a JSON text may be
-    escaped as a whole. Newlines and tabs stay.
+    They become `\uXXXX`, which JSON decodes to the same character, so a whole JSON text may be
+    escaped. Newlines and tabs stay.
 
     Example:
         >>> printable("\x1b[31mred\n")

@@ -1,8 +1,8 @@
-"""Several processes as one run: how they start, do things in turn, fail and stop together.
+"""Several processes as one run: they start, take turns, fail and stop together.
 
-Each process runs the same program on its own devices; JAX's coordination service, which the first
-one hosts, lets them find each other and notices when one is gone. In one process all of this is
-nothing but a call.
+Each process runs the same program on its own devices. JAX's coordination service, which process 0
+hosts, connects them and notices when one is gone. With a single process, the functions here only
+call the function that they are given.
 """
 
 import contextlib
@@ -42,17 +42,17 @@ __all__ = [
 ]
 
 HEARTBEAT_SECONDS = 30
-"""How long a process may be silent until the others end: one that is stuck, or its host gone.
+"""How long a process that is stuck or whose host is gone may be silent until the others end.
 
-One that is killed is noticed earlier, when the others exchange something with it."""
+A killed process is noticed earlier, at the next exchange of data with it."""
 
 PEER_LOST = 75
-"""The exit code of a process that ends since another one has: "try again" (EX_TEMPFAIL)."""
+"""The exit code if another process was lost: "try again" (EX_TEMPFAIL)."""
 
-# What JAX says where a process alone would fail in the same way.
+# JAX's errors for faults that a single process has as well.
 _OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
-# Variables that say of several processes how many they are, or the names of their hosts.
+# Environment variables with the number of processes, or with the names of their hosts.
 _COUNTS = {"Slurm": "SLURM_STEP_NUM_TASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
 _HOSTS = {"TPU": "TPU_WORKER_HOSTNAMES"}
 
@@ -87,17 +87,17 @@ def start_processes(
     Kubernetes on TPUs sets. With `asked`, JAX detects the cluster itself, as on a TPU pod.
 
     Args:
-      coordinator: host and port of process 0, which listens there; port 0 takes a free one.
+      coordinator: host and port of process 0, which listens there; port 0 means any free one.
       num_processes: the number of processes.
       process_id: the number of this process, from 0.
-      asked: whether to let JAX detect the cluster if nothing else names the processes.
+      asked: whether to let JAX detect the cluster if the processes are not known otherwise.
       workdir: the run's folder. With a coordinator, the processes first exchange a token through
         it, which keeps processes of other runs out.
       environment: the environment variables.
 
     Raises:
-      ValueError: if only some of the three are given, the port is in use, or the processes do not
-        find each other.
+      ValueError: if only some of the first three are given, the port is in use, or the processes
+        cannot connect.
     """
     coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
     if num_processes is None:
@@ -112,10 +112,10 @@ def start_processes(
             raise ValueError(f"{given}: several processes need all three")
         return
     if process_id is not None and not 0 <= process_id < (num_processes or process_id + 1):
-        raise ValueError(f"{process_id=} of {num_processes=}; they are counted from 0")
+        raise ValueError(f"{process_id=} of {num_processes=}; processes are numbered from 0")
     others = "the other processes" if num_processes is None else f"{num_processes - 1} more"
     if process_id in (0, None):
-        say(f"waiting for {others} (for five minutes at the most)")
+        say(f"waiting up to five minutes for {others}")
     if coordinator is None or num_processes is None or process_id is None or workdir is None:
         _initialize(coordinator, num_processes, process_id, where=cluster or given)
         return
@@ -134,7 +134,7 @@ def _initialize(
     *,
     where: str,
 ) -> None:
-    """Connect JAX's processes; SIGHUP is then handed on until `stop_requests` takes over."""
+    """Connect JAX's processes; SIGHUP then acts as SIGTERM until `stop_requests` takes over."""
     try:
         jax.distributed.initialize(
             coordinator,
@@ -143,45 +143,45 @@ def _initialize(
             coordinator_bind_address=bind_address,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except Exception as error:  # of whatever class: the cluster's, the connection's, JAX's
+    except Exception as error:  # of any class: from the cluster, the connection or JAX
         raise ValueError(
-            f"the processes of the run do not find each other ({where}): "
+            f"the processes of the run cannot connect to each other ({where}): "
             f"{' '.join(str(error).split())[:400]}"
         ) from error
     for number in _hangup():
-        signal.signal(number, _hand_on)
+        signal.signal(number, _send_sigterm)
 
 
 def together(make: Callable[[], T]) -> T:
-    """Calls `make` in every process; if it fails in one, it fails in all.
+    """Call `make` in every process; if it fails in one of them, fail in all.
 
-    Otherwise the other processes would wait for the failed one for ever.
+    Otherwise, the other processes would wait for the failed one forever.
 
     Raises:
-      PeerError: where another process failed; the failing one raises its own error.
+      PeerError: if another process failed; the failed process raises its own error.
     """
     if jax.process_count() == 1:
         return make()
     result = error = None
     try:
         result = make()
-    except Exception as raised:  # whatever it is, it is raised again once all know of it
+    except Exception as raised:  # raised again once all processes know of it
         error = raised
     failed = multihost_utils.process_allgather(np.array(error is not None))
     if error is not None:
         raise error
     if failed.any():
         raise PeerError(f"process {int(np.argmax(failed))} has failed; its own output says why")
-    return result  # type: ignore[return-value] # without an error it was made
+    return result  # type: ignore[return-value] # set if there was no error
 
 
 def first_of_all(numbers: Sequence[int]) -> list[int]:
-    """The numbers of process 0, in every process."""
+    """Broadcast the numbers of process 0 to all processes."""
     if jax.process_count() == 1:
         return list(numbers)
     count = int(multihost_utils.broadcast_one_to_all(np.array(len(numbers))))
-    ours = np.resize(np.array([*numbers, 0], np.int32), count + 1)
-    return multihost_utils.broadcast_one_to_all(ours).tolist()[:count]
+    padded = np.resize(np.array([*numbers, 0], np.int32), count + 1)
+    return multihost_utils.broadcast_one_to_all(padded).tolist()[:count]
 
 
 def first_then_others(make: Callable[[], T]) -> T:
@@ -195,13 +195,13 @@ def first_then_others(make: Callable[[], T]) -> T:
     if jax.process_count() == 1:
         return make()
     first = jax.process_index() == 0
-    made = together(lambda: make() if first else None)
-    others = together(lambda: None if first else make())
-    return made if first else others  # type: ignore[return-value] # each made its own
+    of_first = together(lambda: make() if first else None)
+    of_others = together(lambda: None if first else make())
+    return of_first if first else of_others  # type: ignore[return-value] # not the `None`
 
 
 def of_lost_process(error: BaseException) -> bool:
-    """Whether an error means that another process is gone: JAX's errors except its own faults."""
+    """Whether an error means that another process is gone, not that this one is at fault."""
     if isinstance(error, PeerError):
         return True
     of_jax = isinstance(error, jax.errors.JaxRuntimeError)
@@ -210,24 +210,24 @@ def of_lost_process(error: BaseException) -> bool:
 
 
 def of_full_devices(error: BaseException) -> bool:
-    """Whether a program found no room on its devices."""
+    """Whether an error means that the devices are out of memory."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def leave_for(error: Exception, *, verbose: bool = False) -> NoReturn:
-    """Ends this process because of an error; one of several at once, without a barrier.
+    """End this process because of an error; one of several ends at once, without a barrier.
 
     Args:
       error: any error that is not the user's.
-      verbose: whether an error that is reported in one line is printed with its traceback too.
+      verbose: whether to print tracebacks of errors that are otherwise reported in one line.
     """
     if verbose and (of_full_devices(error) or of_lost_process(error)):
         print_traceback(error)
     reason = " ".join(str(error).split())[:200]
     if of_full_devices(error):
         say(
-            f"error: no room on the devices ({reason}); python -m jaxcl.plan says what takes it, "
-            "and global_batch_size, grad_cache.chunk_size or more devices make some"
+            f"error: out of device memory ({reason}); python -m jaxcl.plan shows what uses it; "
+            "use a smaller global_batch_size or grad_cache.chunk_size, or more devices"
         )
         leave(1)
     if jax.process_count() == 1:
@@ -247,7 +247,7 @@ def leave(exit_code: int, *, at_once: bool = False) -> NoReturn:
 
     Args:
       exit_code: the exit code.
-      at_once: whether to leave without Python's own end, which can crash while JAX still computes.
+      at_once: whether to skip Python's shutdown, which can crash while JAX still computes.
     """
     if not at_once and jax.process_count() == 1:
         sys.exit(exit_code)
@@ -257,7 +257,7 @@ def leave(exit_code: int, *, at_once: bool = False) -> NoReturn:
 
 
 StopRequests = Callable[[int], int | None]
-"""`step -> signal number`, once the run is to stop after that step; the same in all processes."""
+"""`step -> signal number`, or `None` to continue after that step; the same in all processes."""
 
 
 _interrupted: list[int] = []  # SIGINT, once the first Ctrl-C has come
@@ -277,12 +277,12 @@ def catch_interrupt() -> None:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Turn SIGTERM, SIGINT and SIGHUP into a stop after a step, the same one in every process.
+    """Turn SIGTERM, SIGINT and SIGHUP into a stop after the same step in every process.
 
-    A second signal to a single process is obeyed at once. In several, a signal to any one stops
-    all; JAX listens for SIGTERM and finds the step, and the other signals are handed on to it.
-    SIGHUP stays ignored if it was at the start, as under `nohup`. Python lets only the main thread
-    handle signals: in another one, the program's handlers stay.
+    With a single process, a second signal takes effect at once. With several, a signal to any of
+    them stops all: JAX listens for SIGTERM and chooses the step, and the other signals are sent on
+    as SIGTERM. SIGHUP stays ignored if it was ignored at the start, as under `nohup`. Python lets
+    only the main thread handle signals; in another thread, the handlers do not change.
 
     Raises:
       KeyboardInterrupt: if Ctrl-C came earlier and was lost in a callback, where Python drops it.
@@ -302,7 +302,7 @@ def stop_requests() -> Iterator[StopRequests]:
         for other, handler in before.items():
             signal.signal(other, handler)
         if several:
-            _hand_on()
+            _send_sigterm()
 
     def asked(step: int) -> int | None:
         if not several:
@@ -324,13 +324,13 @@ def _hangup() -> list[signal.Signals]:
     return [] if number is None or signal.getsignal(number) is signal.SIG_IGN else [number]
 
 
-def _hand_on(*_: object) -> None:
-    """Give JAX, which stops all processes together, the signal that it listens for."""
+def _send_sigterm(*_: object) -> None:
+    """Send this process SIGTERM, at which JAX stops all processes together."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _cluster(environment: Mapping[str, str]) -> str | None:
-    """The cluster on which this is one of several processes."""
+    """The kind of cluster that started this process as one of several, or `None`."""
     for name, variable in _COUNTS.items():
         if (_number(environment, variable) or 1) > 1:
             return name
@@ -345,5 +345,5 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
     if value is None:
         return None
     if not value.isdigit():
-        raise ValueError(f"{name}={value!r}; it is a number")
+        raise ValueError(f"{name}={value!r}; it must be a number")
     return int(value)

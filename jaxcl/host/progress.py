@@ -1,4 +1,4 @@
-"""Progress of long work, on standard error: a bar on a terminal, else a line now and then."""
+"""Shows progress on standard error: a bar on a terminal, otherwise a line every ten seconds."""
 
 import contextlib
 import sys
@@ -18,14 +18,11 @@ __all__ = ["progress_bar", "say", "show"]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
-_with_bars: list[Console] = []  # the innermost bar's last: a line through it stands above the bar
+_with_bars: list[Console] = []  # the innermost bar last; it prints lines above the bar
 
 
 def say(text: str) -> None:
-    """Prints a line for the person at the terminal, or for the log.
-
-    Of several processes each says which it is.
-    """
+    """Print a line on standard error, with the process's number if there are several."""
     if jax.distributed.is_initialized():
         text = f"[{jax.process_index()}] {text}"
     console = _with_bars[-1] if _with_bars else _console()
@@ -33,21 +30,21 @@ def say(text: str) -> None:
 
 
 def show(table: Table) -> None:
-    """Print a table on standard output, which may be gone."""
+    """Print a table on standard output, even if that is closed."""
     stream: Any = None if sys.stdout is None else LossyStream(sys.stdout)
     Console(file=stream).print(table)
 
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """Shows how far some work has come; of several processes only the first one does.
+    """Show the progress of some work, in process 0 only.
 
     Args:
       what: the work, in a few words.
-      total: how much there is; `None` where nobody knows yet.
+      total: the amount of work; `None` if it is not known.
 
     Yields:
-      `advance(done=1, note="")`: `done` more is done; the note stands behind the bar.
+      `advance(done=1, note="")`, which adds `done` to the progress and prints a note after the bar.
     """
     console = _console()
     if jax.distributed.is_initialized() and jax.process_index():
@@ -78,7 +75,7 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
 def _line_printer(what: str, total: int | None) -> Callable[..., None]:
     start = last = time.monotonic()
     count = 0
-    # The first line: what came before it had to compile, or was done by an earlier run.
+    # At the first line; earlier work included compilation, or was done by an earlier run.
     first: tuple[float, int] | None = None
 
     def advance(done: int = 1, note: str = "") -> None:

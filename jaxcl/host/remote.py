@@ -1,6 +1,6 @@
-"""Files on object stores, which cannot append to a file, or map one to memory.
+"""Files on object stores, which can neither be appended to nor mapped into memory.
 
-Except for `create_file`, the functions take local paths too.
+All functions except `create_file` also take local paths.
 """
 
 import io
@@ -27,13 +27,13 @@ __all__ = [
 _MAX_BYTES = 2**30
 _UPLOAD_SECONDS = 30.0
 _MAX_SHARE = 0.02
-"""Of the time, for uploads of a log."""
+"""The largest share of time for uploads of a log."""
 
 
 def local_folder(folder: AnyPath) -> Path:
     """The folder itself if it is local; for a remote one, its folder in the user's cache.
 
-    Files go there that are mapped to memory, or that other libraries write to disks only.
+    It is for files that are mapped into memory, or that a library can only write to a disk.
     """
     if not is_remote(folder):
         return Path(folder)
@@ -42,17 +42,17 @@ def local_folder(folder: AnyPath) -> Path:
 
 
 def file_sizes(folder: AnyPath) -> dict[str, int]:
-    """The bytes of each file in a folder and in those below, by its path inside."""
+    """The size in bytes of every file below a folder, by its path relative to the folder."""
     if is_remote(folder):
         system, root = _file_system(folder)
-        found = system.find(root, detail=True)
-        return {name[len(root) :].lstrip("/"): found[name]["size"] for name in sorted(found)}
+        details = system.find(root, detail=True)
+        return {name[len(root) :].lstrip("/"): details[name]["size"] for name in sorted(details)}
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def remove_tree(folder: AnyPath) -> None:
-    """Remove a folder with all that it holds; what cannot be removed stays."""
+    """Remove a folder and its content; local files that cannot be removed stay."""
     if not is_remote(folder):
         shutil.rmtree(folder, ignore_errors=True)
     elif folder.exists():
@@ -70,12 +70,12 @@ def move_tree(folder: AnyPath, target: AnyPath) -> None:
 
 
 def create_file(path: AnyPath, content: bytes) -> None:
-    """Write a new remote file; of several processes, one succeeds.
+    """Create a remote file; if several processes try, only one succeeds.
 
     The stores of Amazon, Google and Microsoft guarantee this. Others only check for the file first.
 
     Raises:
-      FileExistsError: if the file is there.
+      FileExistsError: if the file exists.
     """
     system, name = _file_system(path)
     system.pipe_file(name, content, mode="create")
@@ -93,7 +93,7 @@ class RemoteLog(io.BytesIO):
     take more than 2% of the time.
 
     Args:
-      path: of the file, which may have content.
+      path: the file, which may already have content.
     """
 
     def __init__(self, path: AnyPath):
@@ -111,10 +111,10 @@ class RemoteLog(io.BytesIO):
         """Upload the content if it has grown."""
         if self._uploaded == self.tell():
             return
-        begun = time.monotonic()
+        start = time.monotonic()
         write_whole(self._path, self.getvalue())
         self._uploaded, now = self.tell(), time.monotonic()
-        self._due = now + max(_UPLOAD_SECONDS, (now - begun) / _MAX_SHARE)
+        self._due = now + max(_UPLOAD_SECONDS, (now - start) / _MAX_SHARE)
 
     def close(self) -> None:
         """Upload the rest."""
@@ -124,7 +124,7 @@ class RemoteLog(io.BytesIO):
 
 
 def _file_system(path: AnyPath) -> tuple[Any, str]:
-    """The file system of a remote path, and the path as that spells it."""
+    """The file system of a remote path, and the path within it."""
     from fsspec.core import url_to_fs
 
     return url_to_fs(str(path))

@@ -1,4 +1,4 @@
-"""Folders that are made under another name and put in place whole."""
+"""Folders that are written under a temporary name, and renamed when they are complete."""
 
 import contextlib
 import secrets
@@ -11,7 +11,7 @@ from typing import IO
 try:
     import fcntl
 except ImportError:  # on Windows the folders of killed processes stay
-    fcntl = None  # type: ignore[assignment] # asked for before each use
+    fcntl = None  # type: ignore[assignment] # checked before each use
 
 __all__ = ["put_in_place", "staging_folder"]
 
@@ -24,8 +24,8 @@ _SECONDS_OF_A_DAY = 24 * 60 * 60
 def staging_folder(path: Path) -> Iterator[Path]:
     """Create an empty folder next to `path`, to fill before `put_in_place` renames it to `path`.
 
-    The folder is removed on exit. On entry, folders that killed processes left behind are removed;
-    a running process holds a lock on its own folder.
+    The folder is removed on exit. Folders of killed processes are removed on entry; a running
+    process holds a lock on its own folder.
 
     Args:
       path: the final path; its parent folder is created if necessary.
@@ -38,33 +38,33 @@ def staging_folder(path: Path) -> Iterator[Path]:
     suffix = secrets.token_hex(4)
     folder = path.with_name(f"{path.name}{_MARK}{suffix}")
     unseen = path.with_name(f".{path.name}-{suffix}")
-    unseen.mkdir()  # a folder of tempfile would be closed to other users
+    unseen.mkdir()  # tempfile would deny other users access to it
     try:
         with (unseen / _LOCK).open("w") as lock:
             _try_lock(lock)
-            unseen.rename(folder)  # only now do other processes look at its lock
+            unseen.rename(folder)  # other processes check the lock from now on
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def put_in_place(made: Path, path: Path, *, replace: bool) -> None:
+def put_in_place(staged: Path, path: Path, *, replace: bool) -> None:
     """Move a folder within a staging folder to its final path.
 
     Args:
-      made: the folder within a staging folder.
+      staged: the folder within a staging folder.
       path: the final path.
       replace: whether to replace an existing folder at that path. If not, and another process has
-        already created it, `made` stays where it is.
+        already created it, `staged` stays where it is.
 
     Raises:
       OSError: if the parent folder of the path cannot be written.
     """
     if replace:
         with contextlib.suppress(FileNotFoundError):
-            path.rename(made.with_name(f"{made.name}.replaced"))
+            path.rename(staged.with_name(f"{staged.name}.replaced"))
     try:
-        made.rename(path)
+        staged.rename(path)
     except OSError:
         if not path.exists():
             raise
@@ -86,7 +86,7 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 def _try_lock(file: IO) -> bool:
-    """Whether no other process holds the lock, which ends with this process at the latest."""
+    """Take the lock until this process ends, unless another one holds it; return whether it did."""
     if fcntl is None:
         return False
     try:

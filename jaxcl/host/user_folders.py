@@ -1,4 +1,4 @@
-"""The user's own folders: where caches go, and which of them can be trusted."""
+"""The user's folders: home, caches, and folders that no other user can change."""
 
 import os
 import stat
@@ -14,12 +14,12 @@ __all__ = ["cache_folder", "ensure_home", "make_private", "shared_folder"]
 def ensure_home() -> None:
     """Set `HOME` to a temporary folder for a user without a home directory.
 
-    In a container, the user may be just a number, without `HOME` and without an entry in the list
-    of users. Then `~` cannot be expanded by this program and its libraries, or it is `/`, which
-    container runtimes use instead.
+    In a container, the user may be just a number, without `HOME` and without an entry in
+    `/etc/passwd`. Then this program and its libraries cannot expand `~`, or it is `/`, which
+    container runtimes use as a fallback.
     """
-    known = os.path.expanduser("~")
-    if known != "~" and (known != "/" or os.access("/", os.W_OK)):
+    expanded = os.path.expanduser("~")
+    if expanded != "~" and (expanded != "/" or os.access("/", os.W_OK)):
         return
     home = Path(tempfile.gettempdir()) / f"jaxcl-home-{os.getuid()}"
     try:
@@ -27,7 +27,7 @@ def ensure_home() -> None:
     except OSError:
         home = Path(tempfile.mkdtemp(prefix="jaxcl-home-"))
     os.environ["HOME"] = str(home)
-    say(f"warning: this user has no home directory; {home} is used instead, or set HOME")
+    say(f"warning: this user has no home directory; using {home} instead, unless you set HOME")
 
 
 def cache_folder() -> Path:
@@ -42,16 +42,16 @@ def shared_folder(named: str | None) -> Path:
 
 
 def make_private(folder: Path) -> None:
-    """Create a folder that no other user can write to or replace, or check that it is one.
+    """Create a folder that no other user can write to or replace, or check an existing one.
 
     Raises:
-      PermissionError: if another user owns it or one of its parents, or may change them.
+      PermissionError: if another user owns or can change it or one of its parents.
       OSError: if it cannot be created.
     """
     for parent in reversed([folder, *folder.parents]):
         if not parent.exists():
             parent.mkdir(mode=0o700, exist_ok=True)
-    if not hasattr(os, "getuid"):  # on Windows folders belong to their users
+    if not hasattr(os, "getuid"):  # Windows keeps users' folders apart
         return
     resolved = folder.resolve(strict=True)
     if not resolved.is_dir():
@@ -61,11 +61,11 @@ def make_private(folder: Path) -> None:
         _check_owner(parent.lstat(), parent, own=False)
 
 
-def _check_owner(found: os.stat_result, path: Path, *, own: bool) -> None:
+def _check_owner(status: os.stat_result, path: Path, *, own: bool) -> None:
     allowed = {os.getuid()} if own else {os.getuid(), 0}
-    if found.st_uid not in allowed:
+    if status.st_uid not in allowed:
         raise PermissionError(f"{path} belongs to another user")
     # In a parent with the sticky bit, such as /tmp, others cannot replace this user's folders.
-    sticky = not own and found.st_mode & stat.S_ISVTX
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
-        raise PermissionError(f"other users may write to {path}; chmod go-w takes that right away")
+    sticky = not own and status.st_mode & stat.S_ISVTX
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+        raise PermissionError(f"other users can write to {path}; forbid it with chmod go-w")

@@ -63,7 +63,7 @@ def test_from_the_first_damaged_block_on_rows_are_not_done(path, capsys, row, do
     assert blocks.done == done
     assert blocks.array[:done].tolist() == np.concatenate(BLOCKS)[:done].tolist()
     said = capsys.readouterr().err
-    assert f"rows.npy is damaged: the rows from {done} on are computed again" in said
+    assert f"rows.npy is damaged: recomputing it from row {done} on" in said
     while blocks.done < len(blocks.array):
         blocks.append(np.concatenate(BLOCKS)[blocks.done : blocks.done + 1])
     assert BlockFile(path, SHAPE, np.int32).done == 5
@@ -87,7 +87,7 @@ def test_what_is_no_such_array_is_started_over(path, capsys, damage):
     blocks = BlockFile(path, SHAPE, np.int32)
     assert blocks.done == 0
     assert blocks.array.shape == SHAPE
-    assert "are computed again" in capsys.readouterr().err
+    assert "recomputing it from row" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": 5}', '{"rows": 99, "digest": ""}'])

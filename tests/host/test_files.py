@@ -30,13 +30,13 @@ READERS = [
 @pytest.mark.parametrize("read", READERS)
 def test_a_pipe_is_refused_and_does_not_hang(tmp_path, read):
     os.mkfifo(tmp_path / "content")
-    with pytest.raises(ValueError, match="content is a pipe or a device; a regular file is wanted"):
+    with pytest.raises(ValueError, match="content is a pipe or a device; give a regular file"):
         read(tmp_path / "content")
 
 
 @pytest.mark.parametrize("read", READERS)
 def test_a_folder_is_refused(tmp_path, read):
-    with pytest.raises(ValueError, match="is a folder; a regular file is wanted"):
+    with pytest.raises(ValueError, match="is a folder; give a regular file"):
         read(tmp_path)
 
 

@@ -168,8 +168,8 @@ def test_a_damaged_invitation_is_overcome(pool, hurried, tmp_path, content):
 def test_a_process_that_never_comes_is_named(pool, hurried, tmp_path):
     coordinator = f"127.0.0.1:{free_port()}"
     futures = [pool.submit(met, tmp_path / "run", coordinator, number, 4) for number in (0, 2)]
-    assert "of 4 processes, 1, 3 did not come within 3 s" in error_of(futures[0])
-    assert re.search(r"process 0 did not come to .*run within 3 s", error_of(futures[1]))
+    assert "of 4 processes, 1, 3 did not connect within 3 s" in error_of(futures[0])
+    assert re.search(r"process 0 did not appear in .*run within 3 s", error_of(futures[1]))
     assert list(tmp_path.iterdir()) == []
 
 

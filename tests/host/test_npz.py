@@ -88,7 +88,7 @@ def test_python_objects_are_refused(tmp_path, descr):
 def test_a_header_of_gigabytes_is_refused(tmp_path):
     claimed = header((1,), version=(2, 0))[:8] + (2**31).to_bytes(4, "little")
     path = written(tmp_path / "file.npz", a=claimed + bytes(1000))
-    assert "first format" in refused(path)
+    assert "not in version 1.0 of the .npy format" in refused(path)
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +129,13 @@ def test_a_part_that_claims_to_be_larger_than_the_file_is_refused(tmp_path):
     size = (len(header((10**9,), "|u1")) + 10**9).to_bytes(4, "little")
     content[entry + 20 : entry + 28] = size + size  # compressed, unpacked
     path.write_bytes(content)
-    assert "larger than the whole" in refused(path)
+    assert "larger than the file" in refused(path)
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_another_compression_is_refused(tmp_path, compression):
     path = written(tmp_path / "file.npz", compression, a=array_bytes(NUMBERS))
-    assert "in another way than NumPy's" in refused(path)
+    assert "a compression that NumPy does not write" in refused(path)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_another_compression_is_refused(tmp_path, compression):
 )
 def test_what_is_no_npz_says_so(tmp_path, content):
     (tmp_path / "file.npz").write_bytes(content)
-    assert "it is no .npz, or damaged" in refused(tmp_path / "file.npz")
+    assert "not an .npz, or damaged" in refused(tmp_path / "file.npz")
 
 
 def test_a_lacking_array_is_named_with_what_there_is(tmp_path):

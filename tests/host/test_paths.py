@@ -41,7 +41,7 @@ def test_a_url_is_no_local_path(url):
     for given in (url, Path(url)):
         with pytest.raises(ValueError, match=r"host/run|tmp/run") as error:
             local_path(given)
-        assert "is a URL, but a local path is wanted; mount the bucket" in str(error.value)
+        assert "is a URL, but a local path is needed; mount the bucket" in str(error.value)
         assert "\n" not in str(error.value)
 
 

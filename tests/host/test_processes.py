@@ -375,9 +375,9 @@ def assert_same_bits(workdir: Path, other: Path) -> None:
                 "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": "2",
             },
-            "process_id=2 of num_processes=2; they are counted from 0",
+            "process_id=2 of num_processes=2; processes are numbered from 0",
         ),
-        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'; it is a number"),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'; it must be a number"),
     ],
 )
 def test_what_does_not_make_a_run_is_named(given, message):
@@ -433,7 +433,7 @@ def test_what_is_given_is_what_is_joined(initialized):
     [
         (jax.errors.JaxRuntimeError("UNKNOWN: Gloo: connection reset"), PEER_LOST, "another one"),
         (PeerError("process 1 has failed"), PEER_LOST, "process 1 has failed"),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 20G of 16G"), 1, "no room on the devices"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 20G of 16G"), 1, "out of device memory"),
         (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no such thing"), 1, "INVALID_ARGUMENT"),
         (KeyError("a mistake"), 1, "a mistake"),
     ],
@@ -473,5 +473,5 @@ def test_processes_that_do_not_meet_are_an_error_in_a_line(monkeypatch):
         raise RuntimeError("DEADLINE_EXCEEDED:\n nobody there")
 
     monkeypatch.setattr(jax.distributed, "initialize", unreachable)
-    with pytest.raises(ValueError, match=r"do not find each other .* nobody there$"):
+    with pytest.raises(ValueError, match=r"cannot connect to each other .* nobody there$"):
         start_processes(coordinator="host:1", num_processes=2, process_id=1, environment={})

@@ -60,12 +60,12 @@ def test_a_store_whose_package_is_missing_is_refused_in_one_line():
 
 
 def test_a_scheme_without_a_file_system_is_refused():
-    with pytest.raises(ValueError, match="ftp://host/run is a URL, but a local path is wanted"):
+    with pytest.raises(ValueError, match="ftp://host/run is a URL, but a local path is needed"):
         as_path("ftp://host/run")
 
 
 def test_what_must_be_local_is_refused_on_a_store(store):
-    with pytest.raises(ValueError, match="gs://bucket/data is a URL, but a local path is wanted"):
+    with pytest.raises(ValueError, match="gs://bucket/data is a URL, but a local path is needed"):
         local_path("gs://bucket/data")
 
 

@@ -37,7 +37,7 @@ def test_a_folder_that_others_may_change_is_refused(tmp_path, part, mode):
     folder = tmp_path / "a" / "b"
     make_private(folder)
     (tmp_path / part).chmod(mode)
-    with pytest.raises(PermissionError, match=rf"other users may write to .*{part};"):
+    with pytest.raises(PermissionError, match=rf"other users can write to .*{part};"):
         make_private(folder)
 
 
