@@ -9,7 +9,7 @@ from jaxcl.typing import Float, Int
 __all__ = ["bootstrap_interval", "resample_counts"]
 
 _BLOCK_VALUES = 2**21
-"""The most values of a block of resamples, so that blocks stay in caches and in memory."""
+"""The largest number of values in a block of resamples, so that blocks fit in caches."""
 
 
 def bootstrap_interval(
@@ -23,20 +23,20 @@ def bootstrap_interval(
     """The percentile bootstrap interval of a statistic of `n` rows.
 
     A resample draws `n` rows with replacement. The interval covers the middle `level` of the
-    statistic over all resamples. It says how far the statistic would move on other rows of the same
-    kind. It covers neither the seed of training nor rows that depend on each other, such as pairs
-    that share a text.
+    statistic over all resamples. It estimates how much the statistic would vary on other rows of
+    the same kind. It accounts neither for the seed of training nor for rows that depend on each
+    other, such as pairs that share a text.
 
     Args:
-      statistic: how often each row is in each resample -> the statistic of each resample; NaN where
-        it is undefined, which the interval leaves out.
+      statistic: how often each row is in each resample -> the statistic of each resample, or NaN
+        if it is undefined; the interval ignores NaN.
       num_rows: the number of rows.
       num_resamples: the number of resamples; 1,000 fix each end to about a twentieth of the width.
-      level: the share of resamples inside of the interval.
-      seed: of the draws; equal seeds give equal intervals.
+      level: the share of resamples inside the interval.
+      seed: the seed of the draws; equal seeds give equal intervals.
 
     Returns:
-      The lower and the upper end; NaN if no resample has the statistic.
+      The lower and the upper end; NaN if the statistic is undefined for all resamples.
 
     Reference: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """

@@ -1,7 +1,7 @@
 """Correlations of two lists of numbers, for the lists themselves and for resamples of them.
 
-A resample is a row of counts: how often each number is drawn. Its ranks come from cumulative
-counts in one order, so that nothing is sorted again.
+A resample is a row of counts: how often each number is drawn. Its ranks are computed from
+cumulative counts, so the numbers are sorted only once.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from jaxcl.typing import Float, Int
 __all__ = ["pearson_metric", "pearson_of_resamples", "spearman_metric", "spearman_of_resamples"]
 
 _ROUNDING = 1e-24
-"""Variance below this share of the mean square is rounding; float64 has 1e-16 for a deviation."""
+"""Variance below this share of the mean square is rounding error, as float64 has 16 digits."""
 
 
 def pearson_metric(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float:
@@ -39,7 +39,7 @@ def pearson_metric(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> fl
 def spearman_metric(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float:
     """The correlation of ranks: 1 if one list is an increasing function of the other.
 
-    Equal numbers share the mean of their ranks. Arguments, values and errors as `pearson_metric`.
+    Equal numbers share their mean rank. Arguments, values and errors as for `pearson_metric`.
 
     Example:
       >>> spearman_metric(np.array([0.0, 1.0, 2.0]), np.array([0.0, 1.0, 4.0]))
@@ -51,7 +51,7 @@ def spearman_metric(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> f
 def pearson_of_resamples(
     x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], counts: Int[np.ndarray, "r n"]
 ) -> Float[np.ndarray, " r"]:
-    """`pearson_metric` of each resample, in which row i is `counts[:, i]` times."""
+    """`pearson_metric` of each resample, which contains row i `counts[:, i]` times."""
     _check(x, y)
     return _weighted(_centred(x), _centred(y), counts)
 
@@ -59,13 +59,13 @@ def pearson_of_resamples(
 def spearman_of_resamples(
     x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], counts: Int[np.ndarray, "r n"]
 ) -> Float[np.ndarray, " r"]:
-    """`spearman_metric` of each resample, in which row i is `counts[:, i]` times."""
+    """`spearman_metric` of each resample, which contains row i `counts[:, i]` times."""
     _check(x, y)
     return _weighted(_ranks(x, counts), _ranks(y, counts), counts)
 
 
 def _centred(x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """The numbers in another unit, in which squares keep their digits and do not overflow."""
+    """Centre and scale the numbers, so that squares neither lose digits nor overflow."""
     if x.min() == x.max():
         return np.zeros(len(x))
     deviations = x.astype(np.float64) - x.mean(dtype=np.float64)
@@ -101,6 +101,6 @@ def _once(x: Float[np.ndarray, " n"]) -> Int[np.ndarray, "1 n"]:
 def _check(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> None:
     if len(x) != len(y) or not len(x):
         raise ValueError(f"lists of {len(x)} and {len(y)} numbers; give two of equal length")
-    # A NaN would get a rank.
+    # Ranks would hide a NaN.
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError("a number is not finite; correlations need finite numbers")

@@ -1,4 +1,4 @@
-"""Describes what figures were measured on: the model, the devices, the versions of packages."""
+"""Describes how results were obtained: the model, the devices, the versions of packages."""
 
 import platform
 from importlib import metadata
@@ -35,7 +35,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _version(package: str) -> str:
-    """The installed version; of jaxcl there may be only a checkout on the path."""
+    """The installed version; jaxcl itself may be just a checkout on the path."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

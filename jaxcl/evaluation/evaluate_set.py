@@ -1,4 +1,4 @@
-"""Evaluates a model on an evaluation set, and prints the figures next to the size of the set."""
+"""Evaluates a model on an evaluation set, and prints the metrics with the size of the set."""
 
 import functools
 import math
@@ -27,10 +27,10 @@ _COLUMNS = (MAIN_METRIC, "mrr@10", "recall@100")
 
 
 def check_methods(data_set: EvaluationSet, methods: Sequence[str] | None) -> None:
-    """Raise a `ValueError` for methods of a set that is no retrieval."""
+    """Raise a `ValueError` if methods are given for a set other than a retrieval set."""
     if methods is not None and not isinstance(data_set, RetrievalSet):
         raise ValueError(
-            f"--methods chooses how documents are ranked, but this is no retrieval: "
+            f"--methods chooses how documents are ranked, but this is not a retrieval set: "
             f"{data_set.description}; leave it out"
         )
 
@@ -51,21 +51,21 @@ def evaluate_set(
       methods: how a retrieval set ranks documents, by default all of
         `jaxcl.evaluation.retrieval.METHODS`.
       rrf_k: the constant of reciprocal rank fusion.
-      batch_size: as `EmbeddingModel.encode`.
+      batch_size: as for `EmbeddingModel.encode`.
 
     Returns:
-      The metrics, with a description of the model and the set. Those of a retrieval are means and
-      standard errors over the queries by method.
+      The metrics, with a description of the model and the set. For a retrieval set, they are means
+      and standard errors over the queries for each method.
 
     Raises:
-      ValueError: for methods of another kind of set, a similarity that inner products cannot give,
-        embeddings that are not finite, or texts without a word for BM25.
+      ValueError: for methods with another kind of set, a similarity that inner products cannot
+        express, embeddings that are not finite, or texts without a word for BM25.
     """
     check_methods(data_set, methods)
     if data_set.kind != "retrieval" and model.similarity_function not in ("cosine", "dot"):
         raise ValueError(
-            f"the model compares texts by {model.similarity_function!r}; the similarities of pairs "
-            "are inner products, so that cosine or dot is wanted"
+            f"the model compares texts by {model.similarity_function!r}, but the similarities of "
+            "pairs are inner products; use a model with cosine or dot similarity"
         )
     encode = functools.partial(_encode, model, batch_size)
     if isinstance(data_set, RetrievalSet):
@@ -90,7 +90,7 @@ def evaluate_set(
 def _encode(
     model: EmbeddingModel, batch_size: int | None, side: str, texts: Sequence[str]
 ) -> Float[np.ndarray, "n d"]:
-    with progress_bar(f"embedding {len(texts):,} of side {side}", len(texts)) as advance:
+    with progress_bar(f"embedding {len(texts):,} texts of side {side}", len(texts)) as advance:
         vectors = model.encode(texts, side=side, batch_size=batch_size, progress=advance)
     return for_inner_products(model.similarity_function, side, vectors)
 
@@ -141,7 +141,7 @@ def _table(data_set: RetrievalSet, ranks: Mapping[str, GradedRanks]) -> Table:
 
 
 def _plain_table(values: Mapping[str, float]) -> Table:
-    """A row per value; the ends of its interval, such as `spearman_low`, stand next to a value."""
+    """A table with a row per value, next to its interval, such as from `spearman_low`."""
     table = Table("metric", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for heading in ("value", "95 % interval"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -1,9 +1,9 @@
 """Retrieval metrics for graded relevance and several relevant documents per query, in NumPy.
 
-Every metric is a function of the places of the relevant documents, `GradedRanks`, and gives one
+Every metric is a function of the ranks of the relevant documents, `GradedRanks`, and returns one
 value per query. Documents with equal scores are in random order: each metric is its expectation
-over the orders of tied documents. trec_eval breaks such ties by the documents' ids, so it agrees
-where scores differ, and by chance elsewhere.
+over the orders of tied documents. trec_eval breaks ties by the documents' ids, so it agrees if
+there are no ties, and otherwise only by chance.
 
 Reference:
     McSherry and Najork, "Computing Information Retrieval Performance Measures Efficiently in the
@@ -35,15 +35,14 @@ CUTOFFS = (1, 5, 10, 100)
 
 
 class GradedRanks(NamedTuple):
-    """The places of all relevant documents, one entry per pair of a query and a document.
+    """The ranks of all relevant documents, one entry per pair of a query and a document.
 
     Attributes:
-        queries: number of the pair's query, in ascending order.
+        queries: index of the pair's query, in ascending order.
         grades: relevance of the document, greater than 0.
-        better: number of documents with a higher score; infinity for a document that is not in the
-            ranking.
-        tied: number of documents with this score, itself included.
-        num_queries: queries, including those without a relevant document.
+        better: number of documents with a higher score; infinity for a document that is not ranked.
+        tied: number of documents with the same score, including itself.
+        num_queries: number of queries, with or without a relevant document.
     """
 
     queries: Int[np.ndarray, " n"]
@@ -56,7 +55,7 @@ class GradedRanks(NamedTuple):
 def places_of(
     scores: Float[np.ndarray, " n"], documents: Int[np.ndarray, " m"]
 ) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
-    """Count, for some documents, those with higher scores and those with the same score.
+    """Count, for each of some documents, all documents with a higher score and with an equal one.
 
     Args:
         scores: of all documents for one query; higher is better, and none is NaN.
@@ -82,8 +81,8 @@ def graded_ndcg_metric(ranks: GradedRanks, *, cutoff: int) -> Float[np.ndarray, 
     order.
 
     Args:
-        ranks: places of the relevant documents.
-        cutoff: the last rank that counts, at least 1.
+        ranks: ranks of the relevant documents.
+        cutoff: the last rank taken into account, at least 1.
 
     Returns:
         Values in [0, 1]; 0 for a query without a relevant document.
@@ -116,7 +115,7 @@ def graded_ndcg_metric(ranks: GradedRanks, *, cutoff: int) -> Float[np.ndarray, 
 def graded_precision_metric(ranks: GradedRanks, *, cutoff: int) -> Float[np.ndarray, " q"]:
     """Share of relevant documents among the first `cutoff`.
 
-    A pool of fewer documents counts as if it were filled up with others.
+    If there are fewer documents, the missing ones count as irrelevant.
 
     Arguments and errors as for `graded_ndcg_metric`.
     """
@@ -156,11 +155,10 @@ def graded_mrr_metric(ranks: GradedRanks, *, cutoff: int) -> Float[np.ndarray, "
 def graded_map_metric(ranks: GradedRanks) -> Float[np.ndarray, " q"]:
     """Average precision over the whole ranking; its mean over queries is MAP.
 
-    `ap = Σ_i precision@rank_i / R` over the `R` relevant documents; one that is not in the ranking
-    adds 0.
+    `ap = Σ_i precision@rank_i / R` over the `R` relevant documents; one that is not ranked adds 0.
 
     Args:
-        ranks: places of the relevant documents.
+        ranks: ranks of the relevant documents.
 
     Returns:
         Values in [0, 1]; 0 for a query without a relevant document.
@@ -169,7 +167,7 @@ def graded_map_metric(ranks: GradedRanks) -> Float[np.ndarray, " q"]:
     values = (groups.before + 1) / (groups.better + 1)
     for number in np.flatnonzero(groups.tied > 1):
         place = np.arange(1, groups.tied[number] + 1)
-        # A relevant document at this place of the tie has a share of the others before it.
+        # The expected number of the tie's other relevant documents before this position.
         others = (groups.size[number] - 1) * (place - 1) / (groups.tied[number] - 1)
         precision = (groups.before[number] + 1 + others) / (groups.better[number] + place)
         values[number] = groups.size[number] * precision.mean()
@@ -190,7 +188,7 @@ GRADED_METRICS: dict[str, Callable[[GradedRanks], Float[np.ndarray, " q"]]] = {
 
 
 class _TieGroups(NamedTuple):
-    """Groups of relevant documents of one query with one score, the best of each query first.
+    """Groups of a query's relevant documents with equal scores, the highest score first.
 
     Attributes:
         queries, better, tied: as in `GradedRanks`.
@@ -222,16 +220,16 @@ def _tie_groups(ranks: GradedRanks) -> _TieGroups:
 
 
 def _hits(ranks: GradedRanks, cutoff: int) -> Float[np.ndarray, " q"]:
-    """The expected number of relevant documents among the first ones."""
+    """The expected number of relevant documents among the first `cutoff`."""
     return _per_query(ranks, _mean_over_ties(ranks, np.arange(cutoff + 1.0)))
 
 
 def _mean_over_ties(ranks: GradedRanks, sums: Float[np.ndarray, " k"]) -> Float[np.ndarray, " n"]:
-    """The mean value of the places of each document's tie.
+    """The mean value of the positions that each document's tie occupies.
 
     Args:
-        ranks: places of the documents.
-        sums: of the values of the first 0, 1, … places; later places have the value 0.
+        ranks: ranks of the documents.
+        sums: sums of the values of the first 0, 1, … positions; later positions have the value 0.
     """
     last = len(sums) - 1
     start = np.minimum(ranks.better, last).astype(np.int64)
@@ -247,16 +245,16 @@ def _sums(
     queries: Int[np.ndarray, " n"], values: Float[np.ndarray, " n"], num_queries: int
 ) -> Float[np.ndarray, " q"]:
     sums = np.bincount(queries, weights=values, minlength=num_queries)
-    return sums.astype(np.float64)  # the sums of no values would be integers
+    return sums.astype(np.float64)  # without values, bincount returns integers
 
 
 def _ratio(
-    values: Float[np.ndarray, " q"], wholes: Float[np.ndarray, " q"]
+    values: Float[np.ndarray, " q"], totals: Float[np.ndarray, " q"]
 ) -> Float[np.ndarray, " q"]:
-    return np.divide(values, wholes, out=np.zeros(len(values)), where=wholes > 0)
+    return np.divide(values, totals, out=np.zeros(len(values)), where=totals > 0)
 
 
 def _checked(cutoff: int) -> int:
     if operator.index(cutoff) < 1:
-        raise ValueError(f"cutoff={cutoff} shows no document; use a cutoff of 1 or more")
+        raise ValueError(f"cutoff={cutoff} is too small; use a cutoff of 1 or more")
     return cutoff

@@ -97,7 +97,7 @@ def quick_metric_names(data: RunData) -> list[str]:
 
 
 def quick_metrics(encoder: Encoder, data: RunData) -> dict[str, float]:
-    """Dense retrieval over the validation split: what a run reports while it trains."""
+    """The metrics of dense retrieval over the validation split, for reports during training."""
     if "validation" not in data.tables:
         return {}
     queries, keys = (encoder.embed(side, data.tables["validation"]) for side in SIDES)
@@ -119,7 +119,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Ranks every held-out query by BM25, by the embedder, and by both, and writes the results.
 
-    Writes `results.json` (means and standard errors, with what they were measured on) and
+    Writes `results.json` (means and standard errors, and a description of the data and devices) and
     `ranks.npz` (each query's rank, for paired comparisons between runs), and prints a table. Where
     the data know each function's name, a second variant hides it from the key.
 

@@ -31,8 +31,8 @@ class TrainingSets:
 
     Attributes:
       fingerprints: name -> the fingerprint of the set.
-      metrics: the names of the values that are better when they are higher, as in `scores`.
-      descriptions: a line for each set, on how it was read and its sizes.
+      metrics: the names of the metrics, as in `scores`, all better when they are higher.
+      descriptions: for each set, a line about how it was read and its sizes.
     """
 
     def __init__(self, sets: Mapping[str, EvaluationSet]):
@@ -68,7 +68,7 @@ class TrainingSets:
         }
 
     def summary(self, step: int, encoder: Encoder) -> dict[str, dict[str, Any]]:
-        """The same by set, with its kind and fingerprint."""
+        """The values of each set, with its kind and fingerprint; every process must call this."""
         return {
             name: {
                 "kind": self._sets[name].kind,
@@ -79,7 +79,7 @@ class TrainingSets:
         }
 
     def _values(self, step: int, encoder: Encoder) -> dict[str, dict[str, int | float]]:
-        # The last step is evaluated in the loop and after it; a large corpus takes long to encode.
+        # The last step is evaluated in the loop and after it; encoding a large corpus takes long.
         if self._latest is None or self._latest[0] != step:
             self._latest = (
                 step,
@@ -99,7 +99,7 @@ def open_sets(settings: Settings) -> TrainingSets:
     """Open and check the sets that `evaluation.sets` names.
 
     Raises:
-      ValueError: if a path is no evaluation set, with the name of the set.
+      ValueError: if a path is not an evaluation set; the message names the set.
     """
     return TrainingSets(together(functools.partial(_opened, settings.evaluation.sets)))
 
@@ -115,7 +115,7 @@ def _opened(paths: Mapping[str, str]) -> dict[str, EvaluationSet]:
 
 
 def check_best_metric(settings: Settings, sets: TrainingSets, data: RunData) -> None:
-    """Raise a `ValueError` if the evaluations of a run will not have `evaluation.best_metric`."""
+    """Raise a `ValueError` if `evaluation.best_metric` is not a metric of the run's evaluations."""
     metric = settings.evaluation.best_metric
     known = [*quick_metric_names(data), *sets.metrics]
     if metric is not None and metric not in known:
@@ -127,7 +127,7 @@ def check_best_metric(settings: Settings, sets: TrainingSets, data: RunData) -> 
 
 
 def sets_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A table of what `TrainingSets.summary` returns."""
+    """A table of the summaries that `TrainingSets.summary` returns."""
     table = Table("evaluation set", "kind", "metric", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("value", justify="right", no_wrap=True)
     for name, summary in summaries.items():

@@ -1,9 +1,9 @@
 """Pair classification: do the similarities of a model tell positive pairs from negative ones?
 
-When not to trust it: thresholds are chosen on the pairs that they are reported on, so `f1` and
-`accuracy` are the best that any threshold reaches, and flatter small sets. Average precision needs
-no threshold. All three grow with the share of positives, so sets with different shares cannot be
-compared.
+When not to trust it: thresholds are chosen on the pairs that they are evaluated on, so `f1` and
+`accuracy` are the best over all thresholds, and too optimistic on small sets. Average precision
+needs no threshold. All three depend on the share of positives, so sets with different shares cannot
+be compared.
 """
 
 import numpy as np
@@ -40,15 +40,15 @@ class PairSet:
     metrics: tuple[str, ...] = ("average_precision", "f1", "accuracy")
 
     def __init__(self, pairs: ScoredPairs, *, num_resamples: int = 1000, seed: int = 0) -> None:
-        """Take pairs of texts.
+        """Check the labels of pairs of texts.
 
         Args:
-          pairs: with the score 1 for positive pairs and 0 for negative ones; there are both.
+          pairs: pairs with the score 1 (positive) or 0 (negative); both must occur.
           num_resamples: the number of resamples of the bootstrap interval.
-          seed: of the resamples.
+          seed: the seed of the resamples.
 
         Raises:
-          ValueError: for other labels, or if all are equal.
+          ValueError: for other labels, or if all labels are equal.
         """
         labels = np.unique(pairs.scores)
         if labels.tolist() != [0, 1]:
@@ -82,8 +82,8 @@ class PairSet:
         Returns:
           `average_precision`, with the ends of its 95 % bootstrap interval,
           `average_precision_low` and `average_precision_high`; `f1` and `accuracy` at their best
-          thresholds, `f1_threshold` and `accuracy_threshold`, from which on a similarity counts as
-          positive; and the numbers of `pairs` and of `positives`.
+          thresholds, `f1_threshold` and `accuracy_threshold`, at or above which a pair is predicted
+          to be positive; and the numbers of `pairs` and of `positives`.
 
         Raises:
           ValueError: if an embedding is not finite.
@@ -117,7 +117,7 @@ def has_labels(path: AnyPath) -> bool:
     """Whether a path is a file of pairs whose scores are all 0 or 1.
 
     Raises:
-      ValueError: as `read_scored_pairs`.
+      ValueError: as for `read_scored_pairs`.
       OSError: if the file cannot be read.
     """
     return is_text_file(path) and bool(np.isin(read_scored_pairs(path).scores, (0, 1)).all())
@@ -127,7 +127,7 @@ def open_pair_set(path: AnyPath) -> PairSet:
     """Read a file of pairs with labels.
 
     Raises:
-      ValueError: as `read_scored_pairs`, or for other labels than 0 and 1.
+      ValueError: as for `read_scored_pairs`, or for labels other than 0 and 1.
       OSError: if the file cannot be read.
     """
     pairs = read_scored_pairs(path)
@@ -142,18 +142,18 @@ def average_precision_of_resamples(
     labels: Bool[np.ndarray, " n"],
     counts: Int[np.ndarray, "r n"],
 ) -> Float[np.ndarray, " r"]:
-    r"""The average precision of each resample, in which pair i is `counts[:, i]` times.
+    r"""The average precision of each resample, which contains pair i `counts[:, i]` times.
 
     $$\mathrm{AP} = \sum_t (R_t - R_{t-1}) P_t$$
 
-    over the distinct similarities t from the highest down, with precision $P_t$ and recall $R_t$ of
-    the pairs whose similarity is at least t. Equal similarities thus enter together, and a model
-    that gives all pairs the same similarity has the share of positives.
+    over the distinct similarities t in descending order, with precision $P_t$ and recall $R_t$ of
+    the pairs whose similarity is at least t. Pairs with equal similarities are thus added together,
+    and if all similarities are equal, AP is the share of positives.
 
     Args:
       similarities: finite; higher for pairs that are more likely positive.
       labels: whether each pair is positive.
-      counts: how often each resample has each pair; ones for the pairs themselves.
+      counts: how often each resample contains each pair; ones for the original pairs.
 
     Returns:
       Numbers from 0 to 1; NaN without a positive pair.
@@ -197,7 +197,7 @@ def best_accuracy(
 ) -> tuple[float, float]:
     """The highest share of pairs that any threshold classifies correctly.
 
-    Arguments and returns as `best_f1`. Above all similarities, every pair is called negative.
+    Arguments and returns as for `best_f1`. The highest threshold predicts every pair as negative.
 
     Example:
       >>> best_accuracy(np.array([0.75, 0.5, 0.25]), np.array([True, False, False]))
@@ -214,7 +214,7 @@ def _best(scores: np.ndarray, thresholds: np.ndarray) -> tuple[float, float]:
 
 
 def _distinct(similarities: Float[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-    """The rows by falling similarity, and where in this order each distinct similarity begins."""
+    """The rows by descending similarity, and the start of each distinct similarity among them."""
     order = np.argsort(-similarities, kind="stable")
     starts = np.flatnonzero(np.diff(similarities[order], prepend=np.inf))
     return order, starts
@@ -223,7 +223,7 @@ def _distinct(similarities: Float[np.ndarray, " n"]) -> tuple[np.ndarray, np.nda
 def _thresholds(
     similarities: Float[np.ndarray, " n"], labels: Bool[np.ndarray, " n"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All thresholds that differ, falling, with the true positives and the positives of each."""
+    """All distinct thresholds, descending, and the true and the predicted positives of each."""
     order, starts = _distinct(similarities)
     ends = np.append(starts, len(labels))
     true_positives = np.insert(np.cumsum(labels[order]), 0, 0)[ends]

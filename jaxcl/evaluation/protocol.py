@@ -1,4 +1,4 @@
-"""The type of an evaluation set: what scores the embeddings of a model on a user's own data."""
+"""The type of an evaluation set, which scores a model's embeddings on a user's own data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -10,20 +10,20 @@ from jaxcl.typing import Float
 __all__ = ["Encode", "EvaluationSet"]
 
 Encode: TypeAlias = Callable[[str, Sequence[str]], Float[np.ndarray, "n d"]]
-"""`(side, texts) -> vectors`, one per text, whose inner products are the model's similarities or
-rank texts as they do. The side is `"query"` or `"key"`. With several processes, each calls it with
-the same texts and gets all vectors."""
+"""`(side, texts) -> vectors`, one per text. Their inner products are the model's similarities, or
+order texts in the same way. The side is `"query"` or `"key"`. With several processes, each must
+call it with the same texts, and gets all vectors."""
 
 
 @runtime_checkable
 class EvaluationSet(Protocol):
-    """Texts with judgements, opened by `jaxcl.evaluation.sets.open_set`.
+    """Texts with labels or scores, opened by `jaxcl.evaluation.sets.open_set`.
 
     Attributes:
       kind: a key of `jaxcl.evaluation.sets.KINDS`, such as `"retrieval"`.
-      fingerprint: equal for equal texts and judgements.
-      metrics: the names in the result of `evaluate` of the values that are better when they are
-        higher, the main one first.
+      fingerprint: equal for equal texts and labels.
+      metrics: the names of the metrics in the result of `evaluate`, the main one first; all are
+        better when they are higher.
     """
 
     kind: str
@@ -39,9 +39,8 @@ class EvaluationSet(Protocol):
           encode: embeds the texts.
 
         Returns:
-          Name of a metric -> value, such as `"ndcg@10"`; and the sizes on which the values depend,
-          such as `"documents"`. A value without a meaning, such as the correlation with a constant,
-          is NaN.
+          Name -> value, for metrics such as `"ndcg@10"` and for the sizes that they depend on, such
+          as `"documents"`. An undefined value, such as the correlation with a constant, is NaN.
         """
         ...
 

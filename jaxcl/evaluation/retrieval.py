@@ -54,7 +54,7 @@ METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "recall@10": partial(recall_at_k_metric, cutoff=10),
     "recall@100": partial(recall_at_k_metric, cutoff=100),
 }
-"""What a summary reports: name -> function from ranks to one value per query."""
+"""The metrics of a summary: name -> function from ranks to one value per query."""
 
 _CAMEL_BOUNDARY = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _LETTERS_OR_DIGITS = re.compile(r"[^\W\d_]+|\d+")
@@ -184,7 +184,7 @@ class BM25:
 
     with `n_t` of the `n` texts containing `t`, `f_td` its count in `d`, `L_d` the tokens of `d`,
     `L` their mean over the pool, k1 = 1.5 and b = 0.75. A token that a query repeats counts as
-    often. Tokens are those of `lexical_tokens`; words are neither stemmed nor dropped.
+    often. Tokens come from `lexical_tokens`; words are neither stemmed nor dropped.
 
     Args:
         texts: the pool.
@@ -217,7 +217,7 @@ class BM25:
                 "that they are texts, or leave out the methods that read them."
             )
         self._index = bm25s.BM25(k1=1.5, b=0.75, method="lucene", backend="numpy")
-        # Without the empty token, which bm25s would number beyond the end of its own table.
+        # Without the empty token, which bm25s would number past the end of its table.
         self._index.index((rows, ids), create_empty_token=False, show_progress=False)
 
     def scores(self, queries: Sequence[str]) -> Float[np.ndarray, "q n"]:

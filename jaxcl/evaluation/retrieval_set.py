@@ -1,8 +1,8 @@
 """Retrieval over a whole corpus: every query ranks all documents.
 
-When not to trust the figures: only judged documents count as relevant. In a large corpus, people
-have judged few of the relevant documents, mostly those that older systems found, which favours
-these systems. Figures of corpora of different sizes cannot be compared.
+When not to trust the metrics: documents without a label count as irrelevant. In a large corpus,
+only a few of the relevant documents are labelled, mostly those found by older systems, which
+favours these systems. Metrics on corpora of different sizes cannot be compared.
 """
 
 import json
@@ -28,26 +28,26 @@ MAIN_METRIC = "ndcg@10"
 """The metric that BEIR reports."""
 
 _TILE_SCORES = 2**25
-"""Scores at once, 128 MiB in float32."""
+"""Scores in memory at a time, 128 MiB in float32."""
 _BLOCK_DOCUMENTS = 16_384
-"""Documents whose vectors are in float64 at once, or whose texts are read for BM25."""
+"""Documents whose vectors are converted to float64, or whose texts are read, at a time."""
 _ENCODE_DOCUMENTS = 65_536
-"""Documents whose texts are Python strings at once; sorting them by length needs many."""
+"""Documents encoded at a time; many, because `encode` sorts them by length."""
 
 _Scores = Callable[[Int[np.ndarray, " q"]], Float[np.ndarray, "q n"]]
-"""Numbers of queries -> their scores of all documents."""
+"""Indices of queries -> the scores of all documents for each."""
 
 
 class RetrievalSet:
-    """A corpus with judged queries.
+    """A corpus, and queries with labelled documents.
 
     Attributes:
       kind: `"retrieval"`.
-      data: the content.
+      data: the corpus, the queries and the labels.
       metrics: names of the metrics, all better when they are higher, the main one first.
-      fingerprint: of the corpus, the queries and the judgements.
-      sizes: the number of `documents`, of `queries` and of `relevant` pairs, and all numbers of
-        `Beir.left_out` that are not 0.
+      fingerprint: of the corpus, the queries and the labels.
+      sizes: the numbers of `documents`, `queries` and `relevant` pairs, and the nonzero counts in
+        `Beir.left_out`.
     """
 
     kind = "retrieval"
@@ -61,8 +61,8 @@ class RetrievalSet:
             "relevant": len(data.grades),
             **{name: count for name, count in data.left_out.items() if count},
         }
-        judged = [one.tolist() for one in (data.queries, data.documents, data.grades)]
-        content = [data.corpus.fingerprint, data.query_ids, data.query_texts, *judged]
+        labels = [column.tolist() for column in (data.queries, data.documents, data.grades)]
+        content = [data.corpus.fingerprint, data.query_ids, data.query_texts, *labels]
         self.fingerprint = digest_of(json.dumps(content).encode())
 
     @property
@@ -77,13 +77,13 @@ class RetrievalSet:
         """Rank all documents for every query by inner products.
 
         Args:
-          encode: embeds queries and documents, which are keys.
+          encode: embeds the texts; documents are keys.
 
         Returns:
           The mean of each metric of `GRADED_METRICS` over the queries, and the sizes.
 
         Raises:
-          ValueError: as `rank`.
+          ValueError: as for `rank`.
         """
         ranks = self.rank(encode)["dense"]
         means = {name: float(metric(ranks).mean()) for name, metric in GRADED_METRICS.items()}
@@ -105,13 +105,13 @@ class RetrievalSet:
 
         Args:
           encode: embeds the texts; `None` if no method reads embeddings.
-          methods: of `jaxcl.evaluation.retrieval.METHODS`.
+          methods: some of `jaxcl.evaluation.retrieval.METHODS`.
           rrf_k: the constant of reciprocal rank fusion, for `"hybrid"`.
-          tile: number of queries whose scores are in memory at once; the result does not depend
+          tile: number of queries whose scores are in memory at a time; the result does not depend
             on it. `None` chooses it by the size of the corpus.
 
         Returns:
-          The places of the relevant documents by each method.
+          The ranks of the relevant documents, by method.
 
         Raises:
           ValueError: for an unknown method, vectors that are not finite, or a corpus without words
@@ -126,10 +126,10 @@ class RetrievalSet:
             scorers["dense"] = self._dense_scores(encode)
         tile = tile or int(np.clip(_TILE_SCORES // len(self.data.corpus), 1, 512))
         parts = np.array_split(np.arange(len(self.data.query_ids)), jax.process_count())
-        ours = parts[jax.process_index()]
-        tiles = [ours[first : first + tile] for first in range(0, len(ours), tile)]
+        part = parts[jax.process_index()]
+        tiles = [part[first : first + tile] for first in range(0, len(part), tile)]
         places = together(lambda: self._places(tiles, scorers, methods, rrf_k))
-        if jax.process_count() > 1:  # a pair has zeros in all processes but one
+        if jax.process_count() > 1:  # a pair has zeros in all processes except one
             places = multihost_utils.process_allgather(places.astype(np.int32)).sum(0)
         return {
             method: self._ranks(*of_method)
@@ -153,7 +153,7 @@ class RetrievalSet:
         methods: Sequence[str],
         rrf_k: int | float,
     ) -> Int[np.ndarray, "methods two n"]:
-        """`places_of` the relevant documents of some queries by each method; zeros elsewhere."""
+        """`places_of` the relevant documents of some queries by method; zeros for other queries."""
         data = self.data
         places = np.zeros((len(methods), 2, len(data.grades)), np.int64)
         bounds = np.searchsorted(data.queries, np.arange(len(data.query_ids) + 1))
@@ -174,7 +174,7 @@ class RetrievalSet:
     def _without_own(
         self, scores: Float[np.ndarray, "q n"], queries: Int[np.ndarray, " q"]
     ) -> Float[np.ndarray, "q n"]:
-        """Rank the document with the id of its query last, after all others."""
+        """Give a document with the same id as its query the lowest score for that query."""
         own = self.data.own_documents[queries]
         rows = np.flatnonzero(own >= 0)
         if rows.size:
@@ -190,7 +190,7 @@ class RetrievalSet:
         return lambda queries: index.scores([texts[query] for query in queries])
 
     def _texts(self, advance: Callable[[int], None]) -> Iterator[str]:
-        """The texts of all documents, few of which are in memory as Python strings."""
+        """Yield the texts of all documents, read block by block to save memory."""
         corpus = self.data.corpus
         for first in range(0, len(corpus), _BLOCK_DOCUMENTS):
             rows = np.arange(first, min(first + _BLOCK_DOCUMENTS, len(corpus)))
@@ -226,10 +226,10 @@ class RetrievalSet:
 
 
 def open_retrieval_set(path: AnyPath) -> RetrievalSet:
-    """Open a BEIR folder, or one of its files of qrels, and say what its judgements lack.
+    """Open a BEIR folder, or one of its qrels files, and print a line for each gap in its labels.
 
     Raises:
-      ValueError, OSError: as `jaxcl.data.beir.read_beir`.
+      ValueError, OSError: as for `jaxcl.data.beir.read_beir`.
     """
     data = read_beir(path)
     if jax.process_index() == 0:
@@ -241,7 +241,7 @@ def open_retrieval_set(path: AnyPath) -> RetrievalSet:
 
 _REMARKS = {
     "queries_without_relevant": (
-        "{count:,} queries have no relevant document, so that their metrics are 0"
+        "{count:,} queries have no relevant document, so their metrics are 0"
     ),
     "unknown_queries": "{count:,} queries of the qrels have no text; they are left out",
     "unknown_documents": (
@@ -265,7 +265,7 @@ def _finite(side: str, vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if bad.size:
         raise ValueError(
-            f"{bad.size:,} of {len(vectors):,} embeddings of side {side} hold a NaN or an "
+            f"{bad.size:,} of {len(vectors):,} embeddings of side {side} contain a NaN or an "
             f"infinity; the first is that of text {bad[0]}"
         )
     return vectors

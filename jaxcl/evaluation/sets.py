@@ -1,4 +1,4 @@
-"""Opens the evaluation sets of users, and tells their kind from the content of the path."""
+"""Opens users' evaluation sets, and detects their kind from the content of the path."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,8 +19,8 @@ class Kind(NamedTuple):
 
     Attributes:
       expected: a noun phrase for such a path, such as "a BEIR folder", for messages.
-      recognises: whether a path that exists is of this kind; it reads little.
-      open: opens such a path, and raises a `ValueError` for content that is wrong.
+      recognises: whether an existing path is of this kind; it reads only a little of it.
+      open: opens such a path, and raises a `ValueError` for invalid content.
     """
 
     expected: str
@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 _FILE = f"a file ({', '.join(TEXT_FILES)})"
 KINDS: dict[str, Kind] = {
     "retrieval": Kind(
-        "a folder with corpus.jsonl, queries.jsonl and mostly qrels/, or a file of qrels in it",
+        "a folder with corpus.jsonl, queries.jsonl and usually qrels/, or a qrels file in it",
         is_beir,
         open_retrieval_set,
     ),
@@ -46,12 +46,12 @@ def open_set(path: AnyPath, *, kind: str | None = None) -> EvaluationSet:
 
     Args:
       path: a file or folder of one of `KINDS`.
-      kind: the name of its kind; `None` recognises it. Scores that happen to be 0 or 1 need it, as
-        pairs with such scores are taken for pair classification.
+      kind: the name of its kind; `None` detects it. STS scores that are all 0 or 1 need it, since
+        they would be taken for the labels of pair classification.
 
     Raises:
       FileNotFoundError: if there is no such file or folder.
-      ValueError: if it is of no known kind, or its content is wrong.
+      ValueError: if it is of no known kind, or its content is invalid.
       OSError: if it cannot be read.
     """
     if not path.exists():
@@ -64,4 +64,4 @@ def open_set(path: AnyPath, *, kind: str | None = None) -> EvaluationSet:
         if one.recognises(path):
             return one.open(path)
     expected = "; or ".join(one.expected for one in KINDS.values())
-    raise ValueError(f"{path} is no evaluation set; give {expected}")
+    raise ValueError(f"{path} is not an evaluation set; give {expected}")

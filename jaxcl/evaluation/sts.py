@@ -1,13 +1,13 @@
-"""Semantic textual similarity: do the similarities of a model agree with people's scores?
+"""Semantic textual similarity: do the similarities of a model agree with human scores?
 
 Both texts are embedded as queries, with the prompt of queries, unless the names of the fields say
 that the second text is a document. The evaluators of sentence-transformers use the default prompt
-instead, so that figures of a model with a prompt for queries differ.
+instead, so results differ for a model with a prompt for queries.
 
-When not to trust it: scores say how similar two sentences are on average over annotators, and a
-model that ranks them well need not be good at retrieval. Correlations of sets with different ranges
-of scores cannot be compared. Intervals cover the choice of pairs, as if these were independent;
-sets in which many pairs share a sentence move more than the intervals say.
+When not to trust it: a score is the mean similarity of two sentences over annotators, and a model
+that predicts it well need not be good at retrieval. Correlations on sets with different ranges of
+scores cannot be compared. Intervals treat the pairs as independent; if many pairs share a sentence,
+correlations vary more than the intervals suggest.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ __all__ = ["StsSet", "open_sts_set"]
 
 _CORRELATIONS = {"spearman": spearman_of_resamples, "pearson": pearson_of_resamples}
 _NOISE = 8 * float(np.finfo(np.float32).eps)
-"""Differences of similarities below this share of the largest are rounding of embeddings."""
+"""Differences of similarities below this share of the largest are rounding errors."""
 
 
 class StsSet:
@@ -41,12 +41,12 @@ class StsSet:
     metrics: tuple[str, ...] = tuple(_CORRELATIONS)
 
     def __init__(self, pairs: ScoredPairs, *, num_resamples: int = 1000, seed: int = 0) -> None:
-        """Take pairs of texts.
+        """Check the scores of pairs of texts.
 
         Args:
           pairs: at least two pairs with different scores; a higher score means more similar.
           num_resamples: the number of resamples of the bootstrap intervals.
-          seed: of the resamples.
+          seed: the seed of the resamples.
 
         Raises:
           ValueError: if all scores are equal.
@@ -82,7 +82,7 @@ class StsSet:
         Returns:
           `spearman` and `pearson` from -1 to 1, with the ends of their 95 % bootstrap intervals,
           `spearman_low`, `spearman_high` and so on; and `pairs`, their number. Correlations are NaN
-          if all similarities are equal but for rounding.
+          if all similarities are equal up to rounding.
 
         Raises:
           ValueError: if an embedding is not finite.
@@ -112,7 +112,7 @@ def open_sts_set(path: AnyPath) -> StsSet:
     """Read a file of pairs with scores.
 
     Raises:
-      ValueError: as `read_scored_pairs`, or if all scores are equal.
+      ValueError: as for `read_scored_pairs`, or if all scores are equal.
       OSError: if the file cannot be read.
     """
     pairs = read_scored_pairs(path)

@@ -252,7 +252,7 @@ def test_what_the_corpus_lacks_counts_as_not_found_and_is_said(tmp_path, capsys)
     said = capsys.readouterr().err
     assert "1 relevant documents are not in the corpus, and count as not found" in said
     assert "1 queries of the qrels have no text" in said
-    assert "1 queries have no relevant document, so that their metrics are 0" in said
+    assert "1 queries have no relevant document, so their metrics are 0" in said
     assert metrics["recall@100"] == pytest.approx((2 / 2 + 1 / 2 + 0) / 3)
     assert metrics["unknown_documents"] == 1
 
