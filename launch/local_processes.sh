@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains with several processes on this machine, which find each other as those of a cluster do.
+# Trains with several processes on this machine, which connect as they do on a cluster.
 #   launch/local_processes.sh 2 --config configs/code_search.py:smoke
-# DEVICES fake CPU devices in each (4 by default). PORT of process 0; without it, process 0 takes a
-# free one and tells the others through the workdir.
-# Ctrl-C, or SIGTERM or SIGHUP to any of them, saves in all and stops. Runs in the tests.
+# DEVICES is the number of fake CPU devices per process (default: 4). PORT is the port of process 0;
+# without it, process 0 picks a free port and announces it in the workdir.
+# On Ctrl-C, SIGTERM or SIGHUP to any process, all save a checkpoint and stop. Covered by tests.
 set -euo pipefail
 processes=${1:?how many processes?}; shift
 export JAX_PLATFORMS=cpu NPROC="${NPROC:-32}"
@@ -20,7 +20,7 @@ code=0
 for child in "${children[@]}"; do
     status=0
     wait "$child" || status=$?
-    # A trapped signal ends a wait before the child does.
+    # A trapped signal ends `wait` before the child has ended.
     while kill -0 "$child" 2>/dev/null; do status=0; wait "$child" || status=$?; done
     ((status == 0)) || code=$status
 done

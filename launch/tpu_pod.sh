@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Rents a TPU slice of Google Cloud, trains on all of its hosts, and gives it back.
+# Creates a TPU slice on Google Cloud, trains on all of its hosts, and deletes it.
 #   launch/tpu_pod.sh NAME ZONE v5litepod-256 REPOSITORY BUCKET --config configs/…
-# RUNTIME=v2-alpha-tpuv5 for v5p. BUCKET needs a hierarchical namespace: checkpoints rename folders.
-# The slice is a queued resource; REPOSITORY is what its hosts clone. The run lies in BUCKET, which all
-# hosts mount: if the slice is preempted, the same command goes on. Not run: linted, no cloud was at
-# hand, so that --distributed was tried nowhere but in a test of what it calls.
+# For v5p, set RUNTIME=v2-alpha-tpuv5. BUCKET needs a hierarchical namespace, since checkpoints rename
+# folders. The slice is a queued resource, and its hosts clone REPOSITORY. The run is in BUCKET, which
+# all hosts mount; if the slice is preempted, the same command resumes. Not tested on Google Cloud,
+# only linted; a test covers the calls that --distributed makes.
 set -euo pipefail
 name=${1:?name}; zone=${2:?zone}; kind=${3:?accelerator type}; repository=${4:?repository}
 bucket=${5:?bucket}; shift 5
@@ -23,7 +23,7 @@ done
 on_all_hosts() {
     gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$1"
 }
-# The hosts' shell reads these words again.
+# These words are parsed again by the shell of the hosts.
 printf -v repository ' %q' "$repository"
 printf -v bucket ' %q' "$bucket"
 printf -v workdir '%q' "$name"

@@ -1,4 +1,4 @@
-"""The scripts of launch/ are sound as far as that shows without a cluster."""
+"""Checks of the launch scripts that need no cluster."""
 
 import os
 import re
@@ -15,23 +15,23 @@ SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_have_no_known_mistake(script):
+def test_shellcheck_finds_nothing_in_a_script(script):
     lint = shutil.which("shellcheck")
     assert lint, "shellcheck comes with jaxcl[dev]"
-    found = subprocess.run([lint, str(script)], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout
+    result = subprocess.run([lint, str(script)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_can_be_run_and_say_what_was_run_of_them(script):
+def test_scripts_are_executable_and_say_whether_they_were_tested(script):
     assert script.stat().st_mode & 0o111
     comments = " ".join(
         line.lstrip("# ") for line in script.read_text().splitlines() if line.startswith("# ")
     )
-    assert any(word in comments for word in ("Not run", "Runs in the tests", "Runs on"))
+    assert any(word in comments for word in ("Not tested", "Covered by tests", "Runs on any CPU"))
 
 
-def test_the_pods_of_kubernetes_are_as_many_as_their_slice_has_hosts():
+def test_kubernetes_starts_one_pod_per_host_of_the_slice():
     job = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())["spec"]["replicatedJobs"][0]
     spec = job["template"]["spec"]
     pod = spec["template"]["spec"]
@@ -45,13 +45,13 @@ def test_the_pods_of_kubernetes_are_as_many_as_their_slice_has_hosts():
 
 
 def job():
-    """The job within the JobSet, as Kubernetes makes one of it."""
+    """The job that JobSet creates from its template."""
     inside = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())["spec"]["replicatedJobs"][0]
     named = {"metadata": {"name": inside["name"]}, **inside["template"]}
     return {"apiVersion": "batch/v1", "kind": "Job", **named}
 
 
-def test_the_job_of_kubernetes_fits_its_schema():
+def test_the_kubernetes_job_matches_its_schema():
     version = kubernetes_validate.latest_version()
     kubernetes_validate.validate(job(), version, strict=True)
     wrong = job()
@@ -78,12 +78,12 @@ def test_the_pods_have_no_more_rights_than_they_need():
     assert lines.index(f"USER {user}:{user}") > lines.index("COPY . .")
 
 
-def test_the_base_image_is_one_version():
+def test_the_base_image_is_pinned_to_a_version():
     base = re.search(r"^ARG BASE=(\S+)$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)[1]
     assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base)
 
 
-def test_the_image_holds_the_package_and_nothing_else():
+def test_the_image_contains_only_the_package():
     listed = (LAUNCH.parent / ".dockerignore").read_text().splitlines()
     rules = [line for line in listed if not line.startswith("#")]
     assert rules[0] == "*"
@@ -101,13 +101,13 @@ HOSTILE = "x; touch pwned $(touch pwned) `touch pwned` 'a\" b"
 
 
 def run_on_a_pod(folder: Path, *arguments: str) -> list[list[str]]:
-    """The commands that the hosts of a pod run, on stubs of the programs that they need."""
+    """The commands that the hosts of a pod run, with stubs for the programs that they need."""
     stubs = folder / "stubs"
     stubs.mkdir()
     record = '#!/bin/bash\nprintf "%s\\0" "${0##*/}" "$@" >> "$RECORD"; echo >> "$RECORD"\n'
     for name in ("git", "gcsfuse", "pip", "python3", "python"):
         (stubs / name).write_text(record)
-    # A host's shell reads the command again, as that at the end of SSH does.
+    # A host's shell parses the command again, as over SSH.
     (stubs / "gcloud").write_text(
         '#!/bin/bash\ncase "$*" in *describe*) echo ACTIVE; exit;; esac\n'
         'for word in "$@"; do case $word in --command=*)\n'
