@@ -1,4 +1,4 @@
-"""Write a one-dimensional `.npy` file part by part, so that it never lies in memory whole."""
+"""Write a one-dimensional `.npy` file in parts, without holding the whole array in memory."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ __all__ = ["ArrayWriter"]
 
 
 class ArrayWriter:
-    """An `.npy` file that grows; at the end an array without numbers leaves no file.
+    """A `.npy` file that grows as numbers are appended. An empty one is deleted at the end.
 
     Args:
-      path: the file, which must not exist.
-      dtype: of the numbers.
+      path: the file, which must not exist yet.
+      dtype: the type of the numbers.
 
     Example:
       >>> import tempfile
@@ -28,17 +28,17 @@ class ArrayWriter:
         self._path, self._dtype = path, np.dtype(dtype)
         self._file = path.open("xb")
         self._length = 0
-        self._begin = self._write_header()
+        self._header_bytes = self._write_header()
 
     def __len__(self) -> int:
         return self._length
 
     def append(self, values: np.ndarray) -> None:
-        """Write further numbers, converted to the array's type."""
+        """Append numbers, converted to the array's type."""
         self.append_bytes(np.ascontiguousarray(values, self._dtype).tobytes())
 
     def append_bytes(self, content: bytes) -> None:
-        """Write further numbers as they lie in memory."""
+        """Append the raw bytes of numbers that have the array's type."""
         self._file.write(content)
         self._length += len(content) // self._dtype.itemsize
 
@@ -50,9 +50,9 @@ class ArrayWriter:
             if error is not None:
                 return
             self._file.seek(0)
-            if self._write_header() != self._begin:  # NumPy leaves room for any length
-                raise ValueError(f"the header of {self._path} does not fit its length")
-        if not self._length:  # such a file could not be mapped to memory
+            if self._write_header() != self._header_bytes:  # NumPy pads it for any length
+                raise ValueError(f"the header of {self._path} has no room for its length")
+        if not self._length:  # an empty file cannot be memory-mapped
             self._path.unlink()
 
     def _write_header(self) -> int:

@@ -1,15 +1,15 @@
-"""Reads queries, a corpus and relevance judgements from a folder with the layout of BEIR.
+"""Read queries, a corpus and relevance judgements from a folder with the layout of BEIR.
 
     corpus.jsonl    {"_id": "d1", "title": "…", "text": "…"}; the title may be missing
     queries.jsonl   {"_id": "q1", "text": "…"}
     qrels/test.tsv  query id, document id and relevance, separated by tabs, below a header
 
-Every file may be compressed with gzip. Qrels may also have the four columns of TREC, no header, or
-be JSON lines with the fields `query-id`, `corpus-id` and `score`, which is 1 if it is missing.
+Every file may be compressed with gzip. A qrels file may also have the four columns of TREC, have no
+header, or hold JSON lines with the fields `query-id`, `corpus-id` and `score` (1 if it is missing).
 
 Without the folder `qrels/`, each record of `queries.jsonl` names its relevant documents in a field
-`positives` (a list) or `positive`, by their ids or their texts. So a file of held-out pairs can be
-evaluated over a corpus as it is:
+`positives` (a list) or `positive`, by id or by text. A file of held-out pairs can therefore be
+evaluated over a corpus without conversion:
 
     queries.jsonl   {"query": "…", "positive": "the text of a document in corpus.jsonl"}
 
@@ -48,17 +48,17 @@ class Beir(NamedTuple):
 
     Attributes:
       corpus: the documents.
-      query_ids: of the queries that have judgements, in the order of their file.
+      query_ids: the ids of the queries that have judgements, in the order of their file.
       query_texts: their texts.
-      queries: the numbers of these queries, one per pair of a query and a relevant document, in
-        ascending order.
+      queries: for each pair of a query and a relevant document, the number of the query;
+        ascending.
       documents: the row in `corpus` of each pair's document; −1 if the corpus lacks it.
-      grades: relevance of each pair, at least 1.
-      own_documents: for each query, the row of the document with the query's id, which its ranking
-        leaves out, since it is the query itself; −1 if there is none, it is judged as relevant, or
-        there are no qrels.
-      left_out: name -> number of the queries, documents and judgements that do not fit together, as
-        in `read_beir`.
+      grades: the relevance of each pair, at least 1.
+      own_documents: for each query, the row of the document with the same id, which is the query
+        itself and is therefore excluded from its ranking; −1 if there is no such document, it is
+        judged relevant, or there are no qrels.
+      left_out: name -> number of queries, documents and judgements that do not match; `read_beir`
+        lists the names.
     """
 
     corpus: Documents
@@ -72,31 +72,31 @@ class Beir(NamedTuple):
 
 
 def is_beir(path: AnyPath) -> bool:
-    """Whether a path is a folder of this layout, or a file of qrels in it."""
+    """Whether a path is a folder with this layout, or a qrels file in such a folder."""
     folder = path.parent.parent if path.parent.name == "qrels" else path
     return any((folder / f"corpus.jsonl{suffix}").exists() for suffix in ("", ".gz"))
 
 
 def read_beir(path: AnyPath) -> Beir:
-    """Read a folder.
+    """Read a folder with this layout.
 
     Args:
-      path: the folder, whose qrels are `test`, else `dev`, else the only file of `qrels/`; or a
-        file of qrels in it.
+      path: the folder, or a qrels file in it. Of a folder, the qrels `test` are read; if there are
+        none, `dev`, or else the only file in `qrels/`.
 
     Returns:
-      Its content. `left_out` counts
+      The content of the folder. `left_out` counts
 
       - `queries_without_judgements`: queries that the qrels do not name, which are not ranked;
-      - `queries_without_relevant`: queries whose judged documents are all not relevant, which are
-        ranked with a value of 0, as by trec_eval;
+      - `queries_without_relevant`: queries without a relevant document, which are ranked and score
+        0, as in trec_eval;
       - `unknown_queries`: queries of the qrels that `queries.jsonl` lacks, which are not ranked;
       - `unknown_documents`: relevant documents that the corpus lacks, which count as not found;
-      - `own_documents`: documents that are left out since they have the id of their query.
+      - `own_documents`: documents that are left out because they have the id of the query.
 
     Raises:
-      ValueError: for a damaged line, with its number, a document judged twice, a missing choice of
-        qrels, or qrels whose queries or documents are all unknown.
+      ValueError: if a line is damaged (the message gives its number), a document is judged twice,
+        the qrels file is missing or ambiguous, or all of its queries or documents are unknown.
       OSError: if a file cannot be read.
     """
     is_qrels = path.parent.name == "qrels"
@@ -116,7 +116,7 @@ def read_beir(path: AnyPath) -> Beir:
     if not ids:
         raise ValueError(
             f"{source} has judgements for {len(judged):,} queries, but {folder} has none of "
-            f"them; the first has the id {next(iter(judged))!r}, and queries have ids like "
+            f"them; the first id there is {next(iter(judged))!r}, and the ids of queries are like "
             f"{queries.ids[0]!r}"
         )
     if not any(document in rows for name in ids for document in judged[name]):
@@ -145,11 +145,11 @@ def read_beir(path: AnyPath) -> Beir:
 
 
 def qrels_file(folder: AnyPath, split: str | None = None) -> AnyPath:
-    """The file of qrels of a split.
+    """Find the qrels file of a split.
 
     Args:
       folder: the folder with `qrels/`.
-      split: such as `"dev"`; `None` for `test`, else `dev`, else the only file.
+      split: the split, such as `"dev"`; `None` takes `test`, else `dev`, else the only file.
 
     Raises:
       ValueError: if there is no such file, or more than one.
@@ -157,18 +157,18 @@ def qrels_file(folder: AnyPath, split: str | None = None) -> AnyPath:
     qrels = folder / "qrels"
     if not qrels.is_dir():
         raise ValueError(f"{folder} has no folder qrels/ with judgements, such as qrels/test.tsv")
-    files = sorted(one for one in qrels.iterdir() if one.name.endswith(_QRELS_SUFFIXES))
+    files = sorted(file for file in qrels.iterdir() if file.name.endswith(_QRELS_SUFFIXES))
     if not files:
         raise ValueError(f"{qrels} has no file of judgements; write {qrels / 'test.tsv'}")
     by_split = collections.defaultdict(list)
-    for one in files:
-        by_split[one.name.split(".")[0]].append(one)
+    for file in files:
+        by_split[file.name.split(".")[0]].append(file)
     if split is not None:
         chosen = by_split[split]
     else:
         chosen = by_split["test"] or by_split["dev"] or files
     if len(chosen) != 1:
-        names = ", ".join(one.name for one in chosen or files)
+        names = ", ".join(file.name for file in chosen or files)
         many = "several files" if chosen else "no file"
         wanted = "" if split is None else f" of the split {split!r}"
         raise ValueError(
@@ -180,7 +180,7 @@ def qrels_file(folder: AnyPath, split: str | None = None) -> AnyPath:
 def _relevant_pairs(
     judged: Sequence[Mapping[str, int]], rows: Mapping[str, int]
 ) -> Int[np.ndarray, "n 3"]:
-    """Number of the query, row of the document, and grade of each relevant document."""
+    """The number of the query, the row of the document and the grade of each relevant pair."""
     pairs = [
         (query, rows.get(document, -1), grade)
         for query, of_query in enumerate(judged)
@@ -191,7 +191,7 @@ def _relevant_pairs(
 
 
 def _file(folder: AnyPath, name: str) -> AnyPath:
-    files = [one for one in (folder / name, folder / f"{name}.gz") if one.exists()]
+    files = [file for file in (folder / name, folder / f"{name}.gz") if file.exists()]
     if not files:
         raise ValueError(f"{folder} has no {name} or {name}.gz")
     if len(files) > 1:
@@ -205,10 +205,11 @@ def _read_documents(path: AnyPath, text_fields: Sequence[str] = TEXT_FIELDS) -> 
 
 
 def read_qrels(path: AnyPath) -> dict[str, dict[str, int]]:
-    """Read relevance judgements: id of a query -> id of a document -> relevance.
+    """Read relevance judgements as query id -> document id -> relevance.
 
     Raises:
-      ValueError: for a damaged line, with its number, or a document judged twice.
+      ValueError: if a line is damaged (the message gives its number), or a document is judged
+        twice.
       OSError: if the file cannot be read.
     """
     judged: dict[str, dict[str, int]] = collections.defaultdict(dict)
@@ -225,10 +226,10 @@ def read_qrels(path: AnyPath) -> dict[str, dict[str, int]]:
 def _read_positives(
     path: AnyPath, ids: Sequence[str], corpus: Documents, rows: Mapping[str, int]
 ) -> dict[str, dict[str, int]]:
-    """Id of a query -> id of each of its positives -> 1."""
+    """Query id -> id of each of its positives -> 1."""
     positives = {}
     for name, (where, record) in zip(ids, read_records(path, kind=".jsonl"), strict=True):
-        field = next((one for one in _POSITIVES_FIELDS if one in record), None)
+        field = next((known for known in _POSITIVES_FIELDS if known in record), None)
         if field is None:
             raise ValueError(
                 f"{where}: there is no field {' or '.join(_POSITIVES_FIELDS)}, and no folder "
@@ -252,25 +253,25 @@ def _read_positives(
 
 
 def _rows(path: AnyPath) -> Iterator[tuple[str, Sequence[Any]]]:
-    """Where each row of a table is, and its query, document and relevance."""
+    """Yield the place of each row of a table, and its query, document and relevance."""
     for number, (where, record) in enumerate(read_records(path, kind=".txt")):
         line = record["text"]
         columns = line.split("\t") if "\t" in line else line.split()
         if number == 0 and columns and columns[-1].lower() in _QRELS_FIELDS[2]:
             continue
-        if len(columns) == 4:  # of TREC, whose second column has no meaning
+        if len(columns) == 4:  # TREC's format, whose second column is unused
             del columns[1]
         if len(columns) == 3:
             yield where, columns
         elif columns:
             raise ValueError(
-                f"{where} has {len(columns)} columns; the id of a query, the id of a document and "
-                "the relevance are wanted, separated by tabs"
+                f"{where} has {len(columns)} columns; give a query id, a document id and the "
+                "relevance, separated by tabs"
             )
 
 
 def _records(path: AnyPath) -> Iterator[tuple[str, Sequence[Any]]]:
-    """Where each JSON line is, and its query, document and relevance."""
+    """Yield the place of each JSON line, and its query, document and relevance."""
     for where, record in read_records(path, kind=".jsonl"):
         values = []
         for names in _QRELS_FIELDS:
@@ -279,8 +280,8 @@ def _records(path: AnyPath) -> Iterator[tuple[str, Sequence[Any]]]:
                 raise ValueError(f"{where} has none of the fields {', '.join(names)}")
             values.append(1 if field is None else record[field])
         ids = values[:2]
-        if not all(isinstance(one, str | int) and not isinstance(one, bool) for one in ids):
-            raise ValueError(f"{where}: the ids {ids!r:.80} are not texts")
+        if not all(isinstance(name, str | int) and not isinstance(name, bool) for name in ids):
+            raise ValueError(f"{where}: the ids {ids!r:.80} are not texts or integers")
         yield where, [*map(str, ids), values[2]]
 
 

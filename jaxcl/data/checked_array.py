@@ -1,8 +1,8 @@
-"""Arrays on disk whose content is verified, each chunk when it is first read.
+"""Arrays on disk whose chunks are verified when they are first read.
 
-record = array_record(path)               # when the file has been written
-tokens = CheckedArray(path, record)       # compares the size and the header
-tokens[np.array([5, 2_000_000])]          # compares the digests of two chunks
+record = array_record(path)               # after the file is written
+tokens = CheckedArray(path, record)       # checks the size and the header
+tokens[np.array([5, 2_000_000])]          # checks the digests of two chunks
 """
 
 import functools
@@ -22,7 +22,7 @@ from jaxcl.typing import Bool, Float, Int, Integer
 __all__ = ["CheckedArray", "DamagedArray", "array_record"]
 
 _CHUNK_BYTES = 2**20
-"""A multiple of every item's size. Digests then take 0.004% of the array's own bytes."""
+"""A multiple of every item size. The digests take about 0.003% of the array's bytes."""
 
 
 class DamagedArray(ValueError):
@@ -30,31 +30,31 @@ class DamagedArray(ValueError):
 
 
 def array_record(path: Path) -> dict[str, Any]:
-    """The size of a file, and the digest of each of its chunks; it can be written as JSON."""
+    """The size of a file and the digest of each of its chunks, in JSON types."""
     with path.open("rb") as file:
         chunks = iter(functools.partial(file.read, _CHUNK_BYTES), b"")
         return {"digests": [digest_of(chunk) for chunk in chunks], "bytes": file.tell()}
 
 
 class CheckedArray:
-    """A one-dimensional array in a `.npy` file, mapped to memory and read only.
+    """A one-dimensional array in a `.npy` file, memory-mapped and read-only.
 
-    The digests are computed from the file and not from the mapped memory, because reading the
-    memory of a file that was cut, or lies on a failing disk, kills the process.
+    Digests are computed by reading the file, not the mapped memory: if a file was truncated or its
+    disk fails, accessing the mapped memory kills the process.
 
     Args:
       path: the file.
-      record: of `array_record`.
-      below: an upper bound of the numbers, itself not allowed.
+      record: the result of `array_record`.
+      below: the exclusive upper bound of the numbers; `None` does not check them.
 
     Raises:
-      DamagedArray: if the file is not there, or has another size or header.
+      DamagedArray: if the file is missing, or its size or header has changed.
     """
 
     def __init__(self, path: Path, record: Mapping[str, Any], *, below: int | None = None) -> None:
         self._path, self._below, self._digests = path, below, record["digests"]
         try:
-            # Without its buffer, which could hold an earlier state of the file.
+            # Unbuffered, because a buffer could hold an earlier state of the file.
             file: Any = open_regular(path)
             self._file = file.detach()
         except (OSError, ValueError) as error:
@@ -92,7 +92,7 @@ class CheckedArray:
         return self._array[positions]
 
     def between(self, start: int, stop: int) -> Integer[np.ndarray, " _"] | Float[np.ndarray, " _"]:
-        """The numbers from `start` to before `stop`, still mapped to memory.
+        """The numbers from `start` up to, but not including, `stop`, still memory-mapped.
 
         Raises:
           DamagedArray: if a chunk that holds one of them has changed since it was written.
@@ -105,7 +105,7 @@ class CheckedArray:
         return self._array[start:stop]
 
     def whole(self) -> Integer[np.ndarray, " _"] | Float[np.ndarray, " _"]:
-        """All numbers, still mapped to memory.
+        """All numbers, still memory-mapped.
 
         Raises:
           DamagedArray: if the file has changed since it was written.
@@ -114,7 +114,7 @@ class CheckedArray:
         return self._array
 
     def copy(self) -> Integer[np.ndarray, " _"]:
-        """All numbers in memory, so that later damage of the file does not reach them.
+        """Copy all numbers to memory, so that later damage to the file does not affect them.
 
         Raises:
           DamagedArray: if the file has changed since it was written.
@@ -149,4 +149,4 @@ class CheckedArray:
     def _check_numbers(self, content: bytes, *, begin: int) -> None:
         numbers = np.frombuffer(content, self.dtype, offset=begin)
         if self._below is not None and numbers.size and numbers.max() >= self._below:
-            raise DamagedArray(f"{self._path} has numbers of {self._below} and more")
+            raise DamagedArray(f"{self._path} has numbers that are not below {self._below}")

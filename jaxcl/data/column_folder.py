@@ -13,12 +13,12 @@ from jaxcl.host.files import read_sealed_json, write_sealed_json
 from jaxcl.host.progress import say
 from jaxcl.host.staging import put_in_place, staging_folder
 
-__all__ = ["kept_columns", "write_columns"]
+__all__ = ["cached_columns", "write_columns"]
 
 _INDEX_FILE = "columns.json"
 
 
-def kept_columns(
+def cached_columns(
     path: Path,
     made_from: Mapping[str, Any],
     compute: Callable[[], Mapping[str, np.ndarray]],
@@ -29,15 +29,15 @@ def kept_columns(
 
     Args:
       path: the folder.
-      made_from: all that the columns depend on, as JSON's types; `path` is named after it.
-      compute: returns the columns by name, one-dimensional arrays.
-      what: the columns, for messages.
+      made_from: everything that the columns depend on, in JSON types; `path` is named after it.
+      compute: returns the columns by name, as one-dimensional arrays.
+      what: a name for the columns, for messages.
 
     Returns:
-      The columns by name, in memory. A damaged folder is computed again.
+      The columns by name, in memory. Damaged columns are computed again.
 
     Raises:
-      OSError: if the folder cannot be written, or differs right after that.
+      OSError: if the folder cannot be written, or is damaged right after it was written.
     """
     if os.path.lexists(path):
         try:
@@ -63,7 +63,7 @@ def _read(path: Path, made_from: Mapping[str, Any]) -> dict[str, np.ndarray]:
         raise DamagedArray(f"{path / _INDEX_FILE} cannot be read ({error})") from error
     if index["made_from"] != made_from:
         raise DamagedArray(f"{path} was made from other data than its name says")
-    # Copies, so that later damage to the files does not reach them.
+    # Copies, so that later damage to the files does not affect the columns.
     return {
         name: np.array(CheckedArray(path / f"{name}.npy", record).whole())
         for name, record in index["columns"].items()
@@ -80,15 +80,16 @@ def write_columns(
 ) -> None:
     """Write a folder of `.npy` files with a sealed index, whole or not at all.
 
-    Nothing waits for the disk: after a power failure the digests differ, and it is written again.
+    Files are not synced to disk. If a power failure damages them, their digests differ, and callers
+    write the folder again.
 
     Args:
       path: the folder; an older one is replaced.
-      index_file: the name of the index. It has `made_from`, and under `columns` the record of each
-        file, for `CheckedArray`.
-      made_from: all that the columns depend on, as JSON's types.
+      index_file: the name of the index, which holds `made_from` and, under `columns`, the record of
+        each file for `CheckedArray`.
+      made_from: everything that the columns depend on, in JSON types.
       write: writes the files into a folder, and returns further entries of the index, or `None`.
-      what: the content, for the message of a full disk.
+      what: a name for the content, for the message about a full disk.
 
     Raises:
       OSError: if the folder cannot be written.
@@ -96,13 +97,13 @@ def write_columns(
     replace = os.path.lexists(path)
     try:
         with staging_folder(path) as folder:
-            made = folder / "columns"
-            made.mkdir()
-            facts = write(made) or {}
-            columns = {file.stem: array_record(file) for file in sorted(made.glob("*.npy"))}
-            index = {"made_from": made_from, "columns": columns, **facts}
-            write_sealed_json(made / index_file, index)
-            put_in_place(made, path, replace=replace)
+            staged = folder / "columns"
+            staged.mkdir()
+            entries = write(staged) or {}
+            columns = {file.stem: array_record(file) for file in sorted(staged.glob("*.npy"))}
+            index = {"made_from": made_from, "columns": columns, **entries}
+            write_sealed_json(staged / index_file, index)
+            put_in_place(staged, path, replace=replace)
     except OSError as error:
         if error.filename is not None:
             raise

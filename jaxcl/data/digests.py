@@ -1,4 +1,4 @@
-"""Digests of files, taken again only when a file has been touched."""
+"""Digests of files, recomputed only when a file has changed."""
 
 import contextlib
 import hashlib
@@ -11,7 +11,7 @@ from jaxcl.host.files import open_regular, read_sealed_json, write_sealed_json
 __all__ = ["DIGESTS_FILE", "file_digests"]
 
 DIGESTS_FILE = ".jaxcl_digests.json"
-"""Lies next to the files, if it can: name -> size, time of the last change, sha256."""
+"""The cache of digests: file name -> size, time of the last change, sha256."""
 
 _BYTES_AT_ONCE = 2**22
 
@@ -20,30 +20,29 @@ def file_digests(directory: Any, paths: Sequence[Any]) -> list[str]:
     """Compute a digest of each file; the digests of files that have not changed are cached.
 
     Args:
-      directory: the folder of the files, local or in a bucket; the cache is its `DIGESTS_FILE`.
-      paths: the files.
+      directory: the folder of the cache file `DIGESTS_FILE`, local or in a bucket.
+      paths: the files, all with different names.
     """
-    remembered = directory / DIGESTS_FILE
+    cache_file = directory / DIGESTS_FILE
     try:
-        known = read_sealed_json(remembered)
+        cached = read_sealed_json(cache_file)
     except (OSError, ValueError):
-        known = {}
-    found = {}
+        cached = {}
+    entries = {}
     for path in paths:
-        touched = _last_touched(path)
-        if known.get(path.name, [None])[:-1] == touched:
-            found[path.name] = known[path.name]
+        size_and_time = _size_and_time(path)
+        if cached.get(path.name, [None])[:-1] == size_and_time:
+            entries[path.name] = cached[path.name]
         else:
-            found[path.name] = [*touched, _digest(path)]
-    if (remember := known | found) != known:  # which holds other splits' files, too
-        with contextlib.suppress(
-            OSError
-        ):  # in a folder without write access they are computed each time
-            write_sealed_json(remembered, remember)
-    return [found[path.name][-1] for path in paths]
+            entries[path.name] = [*size_and_time, _digest(path)]
+    if (merged := cached | entries) != cached:  # the cache also holds the files of other splits
+        # In a folder without write access, digests are computed each time.
+        with contextlib.suppress(OSError):
+            write_sealed_json(cache_file, merged)
+    return [entries[path.name][-1] for path in paths]
 
 
-def _last_touched(path: Any) -> list[int]:
+def _size_and_time(path: Any) -> list[int]:
     try:
         local = os.stat(path)
         return [local.st_size, local.st_mtime_ns]

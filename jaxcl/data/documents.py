@@ -1,6 +1,7 @@
 """Documents with ids, such as a corpus to search or a list of queries, from a file.
 
-The texts stay in Arrow's compact form: a million short documents need about the size of their file.
+The texts stay in Arrow's compact form, so documents take about as much memory as their file is
+large.
 """
 
 import hashlib
@@ -26,9 +27,9 @@ class Documents:
     """Texts with ids, in the order of a file; `read_documents` opens one.
 
     Attributes:
-      ids: the ids, all different. Documents of a file without ids have their number, from `"0"`.
+      ids: the ids, all different. Without ids in the file, the documents are numbered from `"0"`.
       texts: a `pyarrow.ChunkedArray` of the texts; `read` returns some of them.
-      fingerprint: of ids and texts; equal fingerprints mean equal documents in equal order.
+      fingerprint: a hash of ids and texts; equal fingerprints mean equal documents in equal order.
     """
 
     def __init__(self, ids: Sequence[str], texts: Any, *, fingerprint: str) -> None:
@@ -58,12 +59,12 @@ def read_documents(
 ) -> Documents:
     """Read the documents of a file.
 
-    A document with a title and a text is both, joined by a space, as in BEIR.
+    If a record has a title and a text, the document is both, joined by a space, as in BEIR.
 
     Args:
       path: a file of `jaxcl.data.text_files.TEXT_FILES`, which may be compressed with gzip.
-      id_field: the field of the ids, texts or integers; `None` takes the first of `ID_FIELDS` that
-        the first record has. Lines of plain text have no ids.
+      id_field: the field of the ids, which are texts or integers; `None` takes the first of
+        `ID_FIELDS` that the first record has. Lines of plain text have no ids.
       text_field: the field of the texts; `None` takes the first of `text_fields`.
       text_fields: common names of that field.
       advance: called with the number of documents read since the last call.
@@ -72,8 +73,8 @@ def read_documents(
       The documents.
 
     Raises:
-      ValueError: if there is no document, or a record has no text or no id, or the id of an
-        earlier one; the message names the line.
+      ValueError: if there are no documents, or a record has no text, no id, or the id of an
+        earlier record; the message names the line.
       OSError: if the file cannot be read.
 
     Reference: Thakur et al. 2021, BEIR, for the fields of `corpus.jsonl`.
@@ -102,7 +103,7 @@ def read_documents(
 def _documents(
     path: AnyPath, id_field: str | None, text_field: str | None, text_fields: Sequence[str]
 ) -> Iterator[tuple[str, str, str]]:
-    """Where each document is, its id and its text."""
+    """Yield the place of each document, its id and its text."""
     for number, (where, record) in enumerate(read_records(path)):
         if number == 0:
             has_ids = id_field is not None or any(name in record for name in ID_FIELDS)

@@ -1,7 +1,7 @@
 """Read the rows of files one by one: JSON lines, CSV, TSV, Parquet and Arrow.
 
-A row that cannot be read is returned with its problem, so that the caller can report it, skip it,
-and read on.
+A row that cannot be read is returned with its problem, so that the caller can report it, skip it
+and continue.
 """
 
 import bz2
@@ -24,19 +24,20 @@ from jaxcl.settings.file_kinds import file_kind
 __all__ = ["FileRow", "place_of", "read_fields", "read_rows"]
 
 _MAX_LINE = 64 * 2**20
-"""The most bytes of a line; the longest real lines have a few million."""
+"""The longest allowed line, in bytes; the longest real lines have a few million."""
 _ROWS_AT_ONCE = 1024
 _ROWS_WITH_FIELDS = 100
-"""The least number of JSON lines whose fields count as those of the file."""
+"""The number of JSON lines that are always read to collect the fields of a file."""
 
 
 class FileRow(NamedTuple):
     """One row of a file.
 
     Attributes:
-      number: of its first line, or of the row where files have no lines; from 1.
-      fields: its values by name.
-      problem: why it cannot be read; `None` if it can.
+      number: the number of the row's first line, from 1; the row's own number in a file without
+        lines.
+      fields: the values by name.
+      problem: the reason that the row cannot be read; `None` if it can.
     """
 
     number: int
@@ -49,11 +50,11 @@ def read_fields(path: Path, wanted: Collection[str] = ()) -> list[str]:
 
     Args:
       path: the file.
-      wanted: fields that must be there. JSON lines may leave fields out, so lines are read until
-        these have been seen, and 100 in any case.
+      wanted: fields to look for. JSON lines may leave fields out, so lines are read until all of
+        these have appeared, and at least 100 lines.
 
     Raises:
-      ValueError: if the file has no rows, an unknown suffix, or two columns of one name.
+      ValueError: if the file has no rows, an unknown suffix, or two columns with one name.
       OSError: if it cannot be read.
     """
     with _opened(path) as (kind, file):
@@ -75,7 +76,7 @@ def read_rows(path: Path, fields: Sequence[str]) -> Iterator[FileRow]:
 
     Args:
       path: the file; its suffix determines its kind.
-      fields: the names of the fields to read. Rows may lack some of them, and have others.
+      fields: the names of the fields to read. A row may lack some of them, or have others too.
 
     Raises:
       ValueError: while iterating, if the file is damaged. Invalid rows are yielded, not raised.
@@ -105,7 +106,7 @@ def place_of(path: Path, number: int) -> str:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[str, Any]]:
-    """The kind of a file, and the file, decompressed; errors name the file."""
+    """Open a file, and yield its kind and its decompressed content. Errors name the file."""
     if path.suffix == ".arrow":
         kind, compression = "arrow", None
     else:
@@ -116,7 +117,7 @@ def _opened(path: Path) -> Iterator[tuple[str, Any]]:
             yield kind, file if compression is None else _DECOMPRESSED[compression](file)
         except (EOFError, zlib.error, lzma.LZMAError) as error:
             raise ValueError(f"{path} is damaged ({error}); write it again") from error
-        except ValueError as error:  # also those of pyarrow
+        except ValueError as error:  # pyarrow's errors, too
             known = str(error).startswith(str(path))
             raise error if known else ValueError(f"{path}: {error}") from error
         except OSError as error:
@@ -140,9 +141,9 @@ _DECOMPRESSED: Mapping[str, Callable[[Any], Any]] = {
 
 
 def _lines(file: Any) -> Iterator[tuple[int, bytes]]:
-    """Number the lines from 1; a byte order mark is no part of the first.
+    """Yield the lines with their numbers, from 1, without a byte order mark.
 
-    A line that is too long is cut.
+    Lines that are too long are truncated.
     """
     for number in itertools.count(1):
         line = file.readline(_MAX_LINE + 1)
@@ -155,10 +156,10 @@ def _lines(file: Any) -> Iterator[tuple[int, bytes]]:
 
 
 def _json_rows(file: Any) -> Iterator[FileRow]:
-    """Lines without any content are left out."""
+    """Read JSON lines, and skip blank ones."""
     for number, line in _lines(file):
         if number == 1 and line.lstrip().startswith(b"["):
-            raise ValueError("the file is one JSON array; write each of its objects on a line")
+            raise ValueError("the file is one JSON array; write one object per line")
         if len(line) > _MAX_LINE:
             yield FileRow(number, problem=f"the line has more than {_MAX_LINE:,} bytes")
             continue
@@ -193,9 +194,9 @@ def _json_fields(file: Any, wanted: Collection[str]) -> list[str]:
 
 
 def _csv_reader(file: Any, kind: str) -> Any:
-    # The default is 131,072 letters of a field.
+    # The default is 131,072 characters per field.
     csv.field_size_limit(max(csv.field_size_limit(), _MAX_LINE))
-    # Bytes that are not UTF-8 become surrogates, so that only the texts with them are refused.
+    # Bytes that are not UTF-8 become surrogates, so that only texts that contain them are rejected.
     lines = (line.decode(errors="surrogateescape") for _, line in _lines(file))
     return csv.reader(lines, delimiter="\t" if kind == "tsv" else ",", strict=True)
 
@@ -225,13 +226,13 @@ def _csv_rows(reader: Any, *, is_tsv: bool) -> Iterator[FileRow]:
             yield FileRow(number, problem=f"the row cannot be read ({error})")
             continue
         if is_tsv and any("\t" in value and "\n" in value for value in values):
-            # A text that begins with a quotation mark has swallowed rows up to the next mark.
-            problem = "a value in quotes has a tab and a line end; write the file as .csv or .jsonl"
+            # A text that begins with a quotation mark has swallowed the rows up to the next one.
+            problem = "a quoted value has a tab and a line break; write the file as .csv or .jsonl"
             yield FileRow(number, problem=problem)
         elif len(values) == len(header):
             yield FileRow(number, dict(zip(header, values, strict=True)))
-        elif values:  # an empty line has none
-            problem = f"the row has {len(values)} values, and the header {len(header)}"
+        elif values:  # an empty line has no values
+            problem = f"the row has {len(values)} values, but the header has {len(header)}"
             yield FileRow(number, problem=problem)
 
 

@@ -1,4 +1,4 @@
-"""Row numbers in, device arrays out: a run's batches, from any step, on any number of hosts."""
+"""The batches of a run as device arrays, from any step, on any number of hosts."""
 
 from collections.abc import Callable, Iterator
 
@@ -36,12 +36,12 @@ def training_batches(
 
     Args:
       table: the table of the training rows.
-      rows_fn: step -> the rows of its global batch, equal on every host.
-      mesh: the devices of the batches; rows are sharded over all of its axes.
+      rows_fn: step -> the rows of its global batch, the same on every host.
+      mesh: the devices; the rows of a batch are sharded over all of its axes.
       first_step: the step of the first batch.
       last_step: one more than the step of the last batch.
-      negatives: the explicit negatives of each row, read with the row.
-      guides: embeddings of each row by a model that judges similarity.
+      negatives: the explicit negatives of each row, which are added to its batch.
+      guides: a guide model's embeddings of each row, which are added to its batch.
 
     Yields:
       Batches on the devices.
@@ -56,7 +56,7 @@ def training_batches(
 
 
 class _LocalBatches:
-    """A grain source with a batch per step: this process's part of it."""
+    """A grain source whose entry for a step is this process's part of the batch."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class _LocalBatches:
         if self.guides is not None:
             batch["guides"] = self.guides.columns(rows)
             if self.negatives is not None:
-                others = batch["negatives"]["row"]
-                seen = self.guides.columns(others.ravel())["key"]
-                batch["negatives"]["guides"] = seen.reshape(*others.shape, -1)
+                negative_rows = batch["negatives"]["row"]
+                guides = self.guides.columns(negative_rows.ravel())["key"]
+                batch["negatives"]["guides"] = guides.reshape(*negative_rows.shape, -1)
         return batch

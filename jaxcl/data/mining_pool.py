@@ -1,4 +1,4 @@
-"""The keys among which negatives are mined: different documents, and positives of the queries."""
+"""The keys from which negatives are mined: distinct documents and the queries' positives."""
 
 import collections
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,27 +15,27 @@ __all__ = ["MiningPool", "mining_pool", "positives_as_documents"]
 
 _BLOCK = 10_000
 _TAIL_WORDS = 8
-"""The fewest words of a positive for which a document that ends with it is excluded."""
+"""The least number of words of a positive for which documents that end with it are excluded."""
 
 
 class MiningPool(NamedTuple):
-    """Keys with their texts, and each query's rows among them.
+    """Keys with their texts, and the positives and excluded keys of each query.
 
-    Texts that differ in white space only are equal here. Only the first of equal documents is a
-    key, so that no query has the same negative twice. Positives that are not in the corpus follow
-    the documents.
+    Texts that differ only in white space count as equal. Only the first of several equal documents
+    is a key, so that no query has the same negative twice. Positives that are not in the corpus
+    follow the documents.
 
     Attributes:
       documents: the corpus.
-      rows: the document of each key; the other keys are `outside`.
-      outside: texts of positives that are not in the corpus.
+      rows: the document of each key that is in the corpus; the keys after these are `outside`.
+      outside: the texts of positives that are not in the corpus.
       digests: a hash of each key's text.
       candidates: the keys that may be negatives: all documents with a text.
-      positives: rows of the keys that are positives of each query.
-      positive_texts: their texts, as the queries' file gives them; `None` if it gives ids.
-      excluded: rows of further keys that are no negatives of each query: documents with its own
-        text or id, and those that end with a positive of several words. A corpus with titles has
-        the title in front of the text.
+      positives: for each query, the rows of its positives.
+      positive_texts: their texts as written in the file of queries; `None` if it gives ids.
+      excluded: for each query, the rows of further keys that are not its negatives: documents with
+        the query's text or id, and documents that end with a positive of several words, as they do
+        in a corpus where the title precedes the text.
     """
 
     documents: Documents
@@ -53,26 +53,25 @@ class MiningPool(NamedTuple):
         return len(self.rows) + len(self.outside)
 
     def read(self, rows: Sequence[int] | Integer[np.ndarray, " n"]) -> list[str]:
-        """The texts of some keys, in the order given."""
+        """The texts of these keys, in the order given."""
         numbers = np.asarray(rows, np.int64)
         inside = numbers < len(self.rows)
         texts = iter(self.documents.read(self.rows[numbers[inside]]))
-        others = len(self.rows)
         return [
-            next(texts) if known else self.outside[number - others]
-            for number, known in zip(numbers.tolist(), inside, strict=True)
+            next(texts) if is_inside else self.outside[number - len(self.rows)]
+            for number, is_inside in zip(numbers.tolist(), inside, strict=True)
         ]
 
     def find(self, texts: Sequence[str]) -> Int[np.ndarray, " n"]:
         """The row of the key with each text; −1 where there is none."""
         order = np.argsort(self.digests)
         digests = np.array(_digests(texts), np.uint64)
-        places = np.searchsorted(self.digests, digests, sorter=order)
-        rows = order[np.minimum(places, self.num_keys - 1)]
+        positions = np.searchsorted(self.digests, digests, sorter=order)
+        rows = order[np.minimum(positions, self.num_keys - 1)]
         return np.where(self.digests[rows] == digests, rows, -1)
 
     def counts(self) -> dict[str, int]:
-        """The number of documents, of copies among them, and of positives outside of the corpus."""
+        """The numbers of documents, copies, empty documents, and positives outside the corpus."""
         return {
             "documents": len(self.documents),
             "copies of documents": len(self.documents) - len(self.rows),
@@ -82,15 +81,15 @@ class MiningPool(NamedTuple):
 
 
 def mining_pool(documents: Documents, queries: QueryFile) -> MiningPool:
-    """Find the positives of queries, and their own texts, in a corpus.
+    """Build the pool of a corpus and of queries with their positives.
 
     Raises:
-      ValueError: for a positive whose id no document has, or that has no text; the message names
-        the line.
+      ValueError: if no document has the id of a positive, or that document has no text; the message
+        names the line.
     """
     digests = _digests_of(documents)
     values, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-    by_document = np.argsort(np.argsort(first))  # value -> key, in the order of documents
+    by_document = np.argsort(np.argsort(first))  # distinct digest -> key, in the order of documents
     key_of_value = dict(zip(values.tolist(), by_document.tolist(), strict=True))
     rows = np.sort(first)
     have_text = digests[rows] != _digests([""])[0]
@@ -107,12 +106,12 @@ def mining_pool(documents: Documents, queries: QueryFile) -> MiningPool:
     titled = _ending_with(list(outside.values()), documents, rows)
     for of_query, keys in zip(excluded, positives, strict=True):
         of_query += [row for key in keys for row in titled.get(key - len(rows), ())]
-    others = np.array(list(outside), np.uint64)
+    outside_digests = np.array(list(outside), np.uint64)
     return MiningPool(
         documents,
         rows,
         list(outside.values()),
-        np.append(digests[rows], others),
+        np.append(digests[rows], outside_digests),
         np.append(have_text, np.zeros(len(outside), bool)),
         positives,
         texts,
@@ -121,7 +120,7 @@ def mining_pool(documents: Documents, queries: QueryFile) -> MiningPool:
 
 
 def positives_as_documents(queries: QueryFile) -> Documents:
-    """The different positives of all queries as a corpus.
+    """The distinct positives of all queries as a corpus.
 
     Raises:
       ValueError: if the positives are ids of documents.
@@ -142,14 +141,16 @@ def _by_id(
     key_of_document: Int[np.ndarray, " n"],
     have_text: Bool[np.ndarray, " k"],
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Rows of the positives, and of documents with the id of a query."""
+    """The rows of each query's positives, and of the documents with the query's id."""
     keys = dict(zip(documents.ids, key_of_document.tolist(), strict=True))
     positives = []
     for where, names in zip(queries.where, queries.positives, strict=True):
         if unknown := next((name for name in names if name not in keys), None):
             raise ValueError(f"{where}: no document of the corpus has the id {unknown!r}")
         if empty := next((name for name in names if not have_text[keys[name]]), None):
-            raise ValueError(f"{where}: the positive {empty!r} has no text; remove it there")
+            raise ValueError(
+                f"{where}: the positive {empty!r} has no text; remove it from the line"
+            )
         positives.append(list(dict.fromkeys(keys[name] for name in names)))
     own = [[keys[name] for name in names if name in keys] for names in queries.own_ids]
     return positives, own
@@ -158,16 +159,16 @@ def _by_id(
 def _by_text(
     queries: QueryFile, key_of_value: dict[int, int], outside: dict[int, str]
 ) -> tuple[list[list[int]], list[list[str]]]:
-    """Rows and texts of the positives. Adds those that no document equals to `outside`."""
+    """The rows and texts of each query's positives. Adds those not in the corpus to `outside`."""
     positives, texts = [], []
-    places: dict[int, int] = {}
+    numbers: dict[int, int] = {}
     for of_query in queries.positives:
         different: dict[int, str] = {}
         for digest, text in zip(_digests(of_query), of_query, strict=True):
             row = key_of_value.get(digest)
             if row is None:
                 outside.setdefault(digest, text)
-                row = len(key_of_value) + places.setdefault(digest, len(places))
+                row = len(key_of_value) + numbers.setdefault(digest, len(numbers))
             different.setdefault(row, text)
         positives.append(list(different))
         texts.append(list(different.values()))
@@ -177,7 +178,7 @@ def _by_text(
 def _ending_with(
     texts: Sequence[str], documents: Documents, rows: Int[np.ndarray, " _"]
 ) -> Mapping[int, list[int]]:
-    """Number of a text -> keys whose documents have more words, and then that text."""
+    """Number of a text -> the keys of longer documents that end with it."""
     tails = collections.defaultdict(list)
     for number, text in enumerate(texts):
         words = text.split()
@@ -202,5 +203,5 @@ def _digests_of(documents: Documents) -> Integer[np.ndarray, " n"]:
 
 
 def _digests(texts: Iterable[str]) -> list[int]:
-    """A hash of 64 bits for each text, which ignores differences in white space."""
+    """A 64-bit hash of each text that ignores differences in white space."""
     return [int(digest_of(" ".join(text.split()).encode())[:16], 16) for text in texts]

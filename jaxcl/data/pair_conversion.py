@@ -8,7 +8,7 @@ from jaxcl.data.checked_array import DamagedArray
 from jaxcl.data.file_readers import place_of, read_rows
 from jaxcl.data.pair_cache import PairCache, PairFiles, write_cache
 from jaxcl.data.pair_columns import PairColumns, late_columns
-from jaxcl.data.pair_paths import kept_digests, named_files
+from jaxcl.data.pair_paths import cached_digests, describe_files
 from jaxcl.data.pair_records import BadRow, PairRecord, read_pair
 from jaxcl.host.progress import progress_bar, say
 
@@ -38,8 +38,10 @@ def rebuilt_cache(files: PairFiles, damage: DamagedArray) -> PairCache:
       ValueError: if a file has changed since.
     """
     say(f"the files of pairs are read again: {damage}")
-    if kept_digests(files.paths, files.directory) != files.digests:
-        raise ValueError(f"{named_files(files.paths)} has changed since it was read; start again")
+    if cached_digests(files.paths, files.directory) != files.digests:
+        raise ValueError(
+            f"{describe_files(files.paths)} has changed since it was read; start again"
+        )
     _write(files)
     try:
         return PairCache(files)
@@ -59,7 +61,7 @@ def describe_rows(role: str, num_pairs: int, facts: Mapping[str, Any], files: Pa
       files: the files.
     """
     parts = [
-        f"{named_files(files.paths)}: {facts['records']:,} rows, {num_pairs:,} pairs for {role}"
+        f"{describe_files(files.paths)}: {facts['records']:,} rows, {num_pairs:,} pairs for {role}"
     ]
     if facts["below"]:
         parts.append(f"{facts['below']:,} with a label below {files.min_label} left out")
@@ -112,20 +114,20 @@ def _write(files: PairFiles) -> None:
                 advance(_PROGRESS_ROWS)
             yield record
         left_out.check()
-        if kept_digests(files.paths, files.directory) != files.digests:
+        if cached_digests(files.paths, files.directory) != files.digests:
             raise ValueError(
-                f"{named_files(files.paths)} has changed while it was read; start again"
+                f"{describe_files(files.paths)} has changed while it was read; start again"
             )
         if not records:
             reason = f": {left_out}" if left_out.bad else ""
-            raise ValueError(f"{named_files(files.paths)} has no rows to train on{reason}")
+            raise ValueError(f"{describe_files(files.paths)} has no rows to train on{reason}")
 
     def facts() -> dict[str, Any]:
         counts = {"records": records, "below": left_out.below, "bad": left_out.bad}
         return counts | {"bad_rows": str(left_out)}
 
     advance: Callable[[int], None]
-    with progress_bar(f"reading {named_files(files.paths)}", None) as advance:
+    with progress_bar(f"reading {describe_files(files.paths)}", None) as advance:
         write_cache(files, counted(), facts=facts)
 
 

@@ -20,7 +20,7 @@ from jaxcl.data.file_readers import read_fields
 from jaxcl.data.pair_cache import PairCache, PairFiles
 from jaxcl.data.pair_columns import find_columns, late_columns, named_fields
 from jaxcl.data.pair_conversion import describe_rows, open_cache, rebuilt_cache
-from jaxcl.data.pair_paths import find_paths, kept_digests, named_files, unknown_split
+from jaxcl.data.pair_paths import cached_digests, describe_files, find_paths, unknown_split
 from jaxcl.data.row_ranges import RowRange
 from jaxcl.data.sources import checked_rows
 from jaxcl.host.progress import say
@@ -131,14 +131,14 @@ def open_pair_files(data_set: DataSet, role: str, *, data_dir: Path) -> FilePair
             raise ValueError(unknown_split(name, split))
         ranges, folder_split = ((share.start, share.stop),), share.split
     paths = find_paths(name, folder_split)
-    files = _described(paths, data_set, directory=data_dir / "pairs", where=named_files(paths))
+    files = _described(paths, data_set, directory=data_dir / "pairs", where=describe_files(paths))
     pairs = FilePairs(files, ranges)
     if (role == "train" or own_file) and jax.process_index() == 0:
         say(describe_rows(role, len(pairs), pairs.facts, files))
     if not len(pairs):
         raise ValueError(
             f"data.splits.{role}={split!r} has none of the {pairs.facts['records']:,} rows of "
-            f"{named_files(paths)}; give it a larger share, or another file"
+            f"{describe_files(paths)}; give it a larger share, or another file"
         )
     if role != "train" and jax.process_index() == 0:
         _report_repeated_queries(role, pairs)
@@ -182,8 +182,8 @@ def _report_shared(role: str, held: FilePairs, train: FilePairs) -> None:
     if shared.any() and jax.process_index() == 0:
         say(
             f"warning: {shared.sum():,} of {len(hashes):,} different values of "
-            f"{held.files.columns.split_by!r} in {role} ({named_files(held.files.paths)}) are also "
-            f"in train ({named_files(train.files.paths)})"
+            f"{held.files.columns.split_by!r} in {role} ({describe_files(held.files.paths)}) are "
+            f"also in train ({describe_files(train.files.paths)})"
         )
 
 
@@ -233,7 +233,7 @@ def _described(
             f"data.files.min_label={options.min_label}, but {where} has no column that is known to "
             f"hold labels; set data.files.label_field to one of {', '.join(names)}"
         )
-    digests = kept_digests(paths, directory)
+    digests = cached_digests(paths, directory)
     return PairFiles(paths, digests, columns, options.min_label, options.bad_rows, directory)
 
 

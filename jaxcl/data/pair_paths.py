@@ -10,7 +10,7 @@ from jaxcl.host.files import read_json_object
 from jaxcl.host.paths import local_path
 from jaxcl.settings.file_kinds import HUGGING_FACE_FILES, REST, file_kind, is_pattern
 
-__all__ = ["find_paths", "kept_digests", "named_files", "unknown_split"]
+__all__ = ["cached_digests", "describe_files", "find_paths", "unknown_split"]
 
 
 def find_paths(name: str, split: str) -> tuple[Path, ...]:
@@ -77,7 +77,7 @@ def unknown_split(name: str, split: str) -> str:
     )
 
 
-def kept_digests(paths: Sequence[Path], directory: Path) -> tuple[str, ...]:
+def cached_digests(paths: Sequence[Path], directory: Path) -> tuple[str, ...]:
     """Digests of the files; those that were not touched since are remembered in the cache."""
     digests: dict[Path, str] = {}
     for parent in dict.fromkeys(path.parent for path in paths):
@@ -89,7 +89,7 @@ def kept_digests(paths: Sequence[Path], directory: Path) -> tuple[str, ...]:
     return tuple(digests[path] for path in paths)
 
 
-def named_files(paths: Sequence[Path]) -> str:
+def describe_files(paths: Sequence[Path]) -> str:
     """The files in a few words, for messages."""
     more = f" and {len(paths) - 1:,} more files" if len(paths) > 1 else ""
     return f"{paths[0]}{more}"

@@ -217,7 +217,7 @@ def _separated(file: Any, fields: Sequence[str] | None, *, delimiter: str) -> Re
         raise ValueError(f"{first}: the header has {min(twice)!r} twice; rename one")
     for where, row in rows:
         if len(row) != len(header):
-            raise ValueError(f"{where} has {len(row)} values, and the header {len(header)}")
+            raise ValueError(f"{where} has {len(row)} values, but the header has {len(header)}")
         yield where, dict(zip(header, row, strict=True))
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcl.data.column_folder import kept_columns
+from jaxcl.data.column_folder import cached_columns
 from jaxcl.data.modalities import modality_of
 from jaxcl.data.modality import SplitFiles
 from jaxcl.data.negative_lists import (
@@ -212,7 +212,7 @@ def _columns(
         return columns | labels | {"num_own": np.array([num_own])}
 
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
-    return kept_columns(data_dir / _ROLE / name, made_from, compute, what="the rows' negatives")
+    return cached_columns(data_dir / _ROLE / name, made_from, compute, what="the rows' negatives")
 
 
 def _lists_of(columns: Mapping[str, np.ndarray]) -> NegativeLists:

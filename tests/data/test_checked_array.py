@@ -38,5 +38,5 @@ def test_a_damaged_file_is_not_copied(path, place):
 def test_numbers_out_of_range_are_not_copied(path):
     record = array_record(path)
     np.testing.assert_array_equal(CheckedArray(path, record, below=30).copy(), NUMBERS)
-    with pytest.raises(DamagedArray, match=r"has numbers of 29 and more"):
+    with pytest.raises(DamagedArray, match=r"has numbers that are not below 29"):
         CheckedArray(path, record, below=29).copy()

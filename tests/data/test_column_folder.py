@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxcl.data.column_folder import kept_columns
+from jaxcl.data.column_folder import cached_columns
 
 COLUMNS = {"offsets": np.array([0, 2, 5]), "scores": np.array([0.5, -1.0], np.float32)}
 MADE_FROM = {"format": 1, "source": "rows"}
@@ -21,7 +21,7 @@ def kept(tmp_path):
             computed.append(made_from)
             return COLUMNS
 
-        return kept_columns(tmp_path / "columns", made_from, compute, what="some columns")
+        return cached_columns(tmp_path / "columns", made_from, compute, what="some columns")
 
     return read, computed
 
@@ -79,7 +79,7 @@ def test_later_damage_does_not_reach_columns_in_memory(kept, tmp_path):
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(OSError, match="file"):
-        kept_columns(tmp_path / "file" / "columns", MADE_FROM, lambda: COLUMNS, what="columns")
+        cached_columns(tmp_path / "file" / "columns", MADE_FROM, lambda: COLUMNS, what="columns")
 
 
 def test_the_index_names_what_the_columns_were_made_from(kept, tmp_path):

@@ -104,9 +104,9 @@ def test_wrong_rows_of_a_table_are_returned_with_their_problem(tmp_path):
     path.write_bytes(b'query,key\na,b,c\n"a"b,c\na\n\xff,d\n"open,\nx\n')
     rows = list(read_rows(path, []))
     assert [row.number for row in rows] == [2, 3, 4, 5, 6]
-    assert "3 values, and the header 2" in rows[0].problem
+    assert "3 values, but the header has 2" in rows[0].problem
     assert "cannot be read" in rows[1].problem
-    assert "1 values, and the header 2" in rows[2].problem
+    assert "1 values, but the header has 2" in rows[2].problem
     assert rows[3] == FileRow(5, {"query": "\udcff", "key": "d"})
     assert "cannot be read (unexpected end of data)" in rows[4].problem
 
@@ -116,7 +116,7 @@ def test_a_quotation_mark_that_opens_no_quotes_swallows_no_rows(tmp_path):
     (tmp_path / "pairs.tsv").write_bytes(content)
     wrong, right = read_rows(tmp_path / "pairs.tsv", [])
     assert wrong.number == 2
-    assert "a value in quotes has a tab and a line end" in wrong.problem
+    assert "a quoted value has a tab and a line break" in wrong.problem
     assert right == FileRow(4, {"query": "g", "key": "h"})
     (tmp_path / "pairs.csv").write_bytes(content.replace(b"\t", b","))
     (row, _) = read_rows(tmp_path / "pairs.csv", [])
@@ -144,7 +144,11 @@ def test_a_text_that_is_not_utf8_is_a_problem_of_its_row_alone(tmp_path, kind):
         ("a.csv", b"query,key,query\n", "a.csv has two columns named 'query'"),
         ("a.csv", b'"query"x,key\n', r"a.csv: the header cannot be read \("),
         ("a.csv", b"\xff\xfeq\x00u\x00", "a.csv: the header is not UTF-8"),
-        ("a.json", b' [\n{"query": "a"}\n]', "a.json: the file is one JSON array; write each"),
+        (
+            "a.json",
+            b' [\n{"query": "a"}\n]',
+            "a.json: the file is one JSON array; write one object",
+        ),
         (
             "a.json",
             b'\n{\n"query": "a"\n}',

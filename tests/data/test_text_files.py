@@ -107,7 +107,7 @@ def test_a_line_without_an_end_is_a_text_and_an_empty_file_has_none(tmp_path):
         ("a.jsonl", b'{"text": null}\n', "line 1: text is None, which is not a text"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: text is not Unicode"),
         ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
-        ("a.csv", b"id,text\n1,a\n2\n", "line 3 has 1 values, and the header 2"),
+        ("a.csv", b"id,text\n1,a\n2\n", "line 3 has 1 values, but the header has 2"),
         ("a.csv", b'id,text\n1,"a\n', "a.csv: line 2: unexpected end of data"),
         ("a.csv", b"id,text,text\n1,a,b\n", "line 1: the header has 'text' twice"),
         ("a.parquet", b"PAR1 and no more", r"a\.parquet: "),
