@@ -1,7 +1,7 @@
-"""Pairs of files in a form for random access: written once, then mapped to memory.
+"""A cache of the pairs in files: written once, then memory-mapped for random access.
 
-The folder of a cache is named by the content of the files and by all options that decide on the
-rows. It holds the texts of each column end to end, and the positions where they end.
+The folder of a cache is named after a hash of the files' content and of all options that affect the
+rows. It holds the texts of each column, one after the other, and the positions where they end.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ _GATHERED_BYTES = 2**21
 
 TEXTS = ("query", "key", "negative", "metadata")
 _NUMBERS = {
-    "record": np.int64,  # of each row
-    "negative_count": np.int64,  # before each record
+    "record": np.int64,  # the record of each row
+    "negative_count": np.int64,  # the number of negatives before each record
     "key_score": np.uint32,  # the bits of a float32, since a `CheckedArray` holds integers
     "negative_score": np.uint32,
     "group": np.int32,
@@ -45,11 +45,11 @@ class PairFiles(NamedTuple):
 
     Attributes:
       paths: the files, in order.
-      digests: of their content.
+      digests: the digests of their content.
       columns: the columns that are read.
-      min_label: the least label of a row; `None` for files without labels.
+      min_label: the smallest label of a row; `None` for files without labels.
       bad_rows: `"error"` or `"skip"`.
-      directory: where caches lie.
+      directory: the folder of all caches.
     """
 
     paths: tuple[Path, ...]
@@ -61,7 +61,7 @@ class PairFiles(NamedTuple):
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """All that decides on the rows, as JSON's types."""
+        """Everything that determines the rows, in JSON types."""
         columns = self.columns._replace(unused=())._asdict()
         suffixes = [path.suffixes[-2:] for path in self.paths]
         made_from = {"format": _FORMAT, "files": [self.digests, suffixes], "columns": columns}
@@ -70,7 +70,7 @@ class PairFiles(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """Names all that decides on the rows."""
+        """A hash of everything that determines the rows."""
         return hashlib.sha256(json.dumps(self.made_from, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -85,12 +85,12 @@ def write_cache(
     *,
     facts: Callable[[], Mapping[str, Any]],
 ) -> None:
-    """Write the cache of some files, in place of an older one.
+    """Write the cache of some files. It replaces an older one.
 
     Args:
       files: the files.
-      records: their records; an error that they raise leaves nothing behind.
-      facts: called after the last record; what to keep next to the rows, as JSON's types.
+      records: their records; if the iterator raises an error, no cache is written.
+      facts: called after the last record; returns facts to store next to the rows, in JSON types.
 
     Raises:
       OSError: if the cache cannot be written.
@@ -107,10 +107,10 @@ class PairCache:
     """The rows of a cache, by number.
 
     Args:
-      files: what the cache was made from.
+      files: the files that the cache was made from.
 
     Raises:
-      DamagedArray: if the cache is not there, or has changed since it was written.
+      DamagedArray: if the cache is missing, or has changed since it was written.
     """
 
     def __init__(self, files: PairFiles) -> None:
@@ -130,15 +130,15 @@ class PairCache:
         self.num_records = len(self._arrays["query_ends"]) - 1
 
     def hashes(self) -> Integer[np.ndarray, " records"]:
-        """The hash of each record, that decides on its split, mapped to memory."""
+        """The hash of each record, which determines its split, memory-mapped."""
         return self._arrays["hash"].whole()
 
     def record_of_row(self) -> Int[np.ndarray, " rows"] | None:
-        """The record that each row comes from; `None` if it is the row with the same number."""
+        """The record of each row; `None` if rows and records have the same numbers."""
         return self._arrays["record"].whole() if "record" in self._arrays else None
 
     def read(self, rows: Int[np.ndarray, " n"]) -> list[dict[str, Any]]:
-        """The fields of some rows.
+        """The fields of these rows.
 
         Raises:
           DamagedArray: if the part of the cache that holds them has changed.
@@ -152,8 +152,8 @@ class PairCache:
             fields["group"] = list(self._arrays["group"][records])
         if self._columns.negatives:
             fields |= self._negatives(rows, records)
-        kept = map(json.loads, self._texts("metadata", records))
-        for name, values in zip(self._columns.metadata, zip(*kept, strict=True), strict=False):
+        metadata = map(json.loads, self._texts("metadata", records))
+        for name, values in zip(self._columns.metadata, zip(*metadata, strict=True), strict=False):
             fields[name] = values
         return [dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)]
 
@@ -168,10 +168,11 @@ class PairCache:
         texts = self._texts("negative", numbers)
         fields: dict[str, Sequence[Any]] = {"negatives": [texts[a:b] for a, b in parts]}
         if self._columns.scores:
-            of_keys = self._floats("key_score", rows)
+            key_scores = self._floats("key_score", rows)
             scores = self._floats("negative_score", numbers)
             fields["teacher_scores"] = [
-                [own, *scores[a:b]] for own, (a, b) in zip(of_keys, parts, strict=True)
+                [key_score, *scores[a:b]]
+                for key_score, (a, b) in zip(key_scores, parts, strict=True)
             ]
         return fields
 
@@ -186,10 +187,10 @@ class PairCache:
         ends, content = self._arrays[f"{name}_ends"], self._arrays[f"{name}_bytes"]
         starts, stops = ends[numbers], ends[numbers + 1]
         lengths = stops - starts
-        if (starts[1:] == stops[:-1]).all():  # as where a whole split is read
+        if (starts[1:] == stops[:-1]).all():  # as when a whole split is read
             joined = content.between(int(starts[0]), int(stops[-1]))
         elif lengths.sum() > _GATHERED_BYTES and len(numbers) > 1:
-            middle = len(numbers) // 2  # since each byte takes eight for its position
+            middle = len(numbers) // 2  # because the position of each byte takes eight
             return [*self._texts(name, numbers[:middle]), *self._texts(name, numbers[middle:])]
         else:
             shift = starts - (np.cumsum(lengths) - lengths)
@@ -203,8 +204,8 @@ class _Writers(NamedTuple):
     """The files of a cache that is being written.
 
     Attributes:
-      content, ends: of `TEXTS`.
-      numbers: of `_NUMBERS`.
+      content, ends: the files of each column in `TEXTS`.
+      numbers: the file of each column in `_NUMBERS`.
     """
 
     content: Mapping[str, ArrayWriter]
@@ -235,8 +236,8 @@ def _write_columns(folder: Path, records: Iterator[PairRecord], columns: PairCol
         while block := list(itertools.islice(records, _BLOCK)):
             _append(writers, block, num_records, columns, groups)
             num_records += len(block)
-        several = len(writers.numbers["record"]) != num_records
-    if not several:
+        has_several_keys = len(writers.numbers["record"]) != num_records
+    if not has_several_keys:
         (folder / "record.npy").unlink(missing_ok=True)
     if groups:
         _number_by_name(folder / "group.npy", groups)
@@ -282,7 +283,7 @@ def _bits(scores: Iterable[Sequence[float]]) -> np.ndarray:
 def _group_numbers(
     block: Sequence[PairRecord], groups: dict[str, int], *, is_first: bool
 ) -> np.ndarray:
-    """Integers themselves; of texts, numbers in the order in which they appear."""
+    """Return groups that are integers, and number texts in the order in which they appear."""
     are_texts = {isinstance(record.group, str) for record in block}
     if len(are_texts) > 1 or not (is_first or are_texts == {bool(groups)}):
         raise ValueError("groups are both integers and texts; make all of them one or the other")
@@ -292,7 +293,7 @@ def _group_numbers(
 
 
 def _number_by_name(path: Path, groups: Mapping[str, int]) -> None:
-    """Number groups of texts in alphabetical order, as in prepared data sets."""
-    place = np.empty(len(groups), np.int32)
-    place[[groups[name] for name in sorted(groups)]] = np.arange(len(groups))
-    np.save(path, place[np.load(path)])
+    """Renumber groups that are texts in alphabetical order, as in prepared data sets."""
+    rank = np.empty(len(groups), np.int32)
+    rank[[groups[name] for name in sorted(groups)]] = np.arange(len(groups))
+    np.save(path, rank[np.load(path)])

@@ -18,7 +18,7 @@ PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("text1", ("text2",)),
     ("title", ("abstract", "body")),
 )
-"""Names of the queries' column, and the names of the keys' column that go with it."""
+"""Names of the queries' column, each with the names of the keys' column that go with it."""
 
 NEGATIVES = ("negative", "negatives", "neg", "hard_negatives")
 _NUMBERED = re.compile(r"(negative|neg)_?(\d+)")
@@ -27,17 +27,17 @@ LABELS = ("label", "labels", "score", "similarity", "similarity_score")
 
 
 class PairColumns(NamedTuple):
-    """The columns that are read; `None` and `()` for those that a file does not have.
+    """The names of the columns to read; `None` or `()` if a file has no such column.
 
     Attributes:
       query: the queries' column.
       key: the column of the keys, each a text or a list of them.
-      split_by: the column whose value decides on a row's split.
-      negatives: of texts, or one of lists.
-      scores: of a teacher: one column of both, or those of the positives and of the negatives.
-      label: of a number that says how similar query and key are.
-      group: of each row's group.
-      metadata: of further fields.
+      split_by: the column whose value determines the split of a row.
+      negatives: the columns of negative texts, or one column of lists.
+      scores: the columns of a teacher's scores: one column for keys and negatives, or one for each.
+      label: the column of numbers that say how similar query and key are.
+      group: the column of the rows' groups.
+      metadata: the columns of further fields.
       unused: all other columns.
     """
 
@@ -53,13 +53,13 @@ class PairColumns(NamedTuple):
 
     @property
     def needed(self) -> list[str]:
-        """All that are read, each once."""
+        """All columns to read, each once."""
         single = [self.query, self.key, self.label, self.group, self.split_by]
         names = [*single, *self.negatives, *self.scores, *self.metadata]
         return list(dict.fromkeys(name for name in names if name is not None))
 
     def described(self) -> str:
-        """The columns in a line, for a person."""
+        """Describe the columns in one line."""
         parts = [f"query from {self.query!r}", f"key from {self.key!r}"]
         others = {"negatives": self.negatives, "teacher scores": self.scores}
         others |= {"labels": (self.label,), "group": (self.group,)}  # type: ignore[dict-item]
@@ -72,7 +72,7 @@ class PairColumns(NamedTuple):
 
 
 def named_fields(data_set: DataSet) -> list[str]:
-    """The columns that the config names, without defaults and patterns."""
+    """The columns that the config names, except defaults and patterns."""
     files, defaults = data_set.files, DataSet()
     names = [data_set.group_field, *data_set.metadata_fields]
     names += [files.negatives_field, files.scores_field, files.label_field]
@@ -85,16 +85,16 @@ def named_fields(data_set: DataSet) -> list[str]:
 def find_columns(names: Sequence[str], data_set: DataSet, *, where: str) -> PairColumns:
     """Find the columns of queries, keys, negatives, scores, labels and groups.
 
-    Names that the config sets must exist. For the others, the common names are looked for.
+    Columns that the config names must exist. The others are recognised by common names.
 
     Args:
       names: the columns of a file.
       data_set: the names that the config sets.
-      where: the file, for messages.
+      where: the name of the file, for messages.
 
     Raises:
-      ValueError: if a column that is set does not exist, there is no column of queries or keys, or
-        more than one could be meant.
+      ValueError: if a column that the config names does not exist, there is no column of queries or
+        keys, or several columns could be meant.
     """
     files = data_set.files
     query, key = _query_and_key(names, data_set, where)
@@ -103,10 +103,10 @@ def find_columns(names: Sequence[str], data_set: DataSet, *, where: str) -> Pair
     free = [name for name in names if name not in taken]
     group, metadata = data_set.group_field, data_set.metadata_fields
     split_by = {"query": query, "key": key}.get(files.split_by, files.split_by)
-    _check_there("data.group_field", group, names, where)
-    _check_there("data.files.split_by", split_by, names, where)
+    _check_exists("data.group_field", group, names, where)
+    _check_exists("data.files.split_by", split_by, names, where)
     for name in metadata:
-        _check_there("data.metadata_fields", name, names, where)
+        _check_exists("data.metadata_fields", name, names, where)
     columns = PairColumns(
         query,
         key,
@@ -123,10 +123,10 @@ def find_columns(names: Sequence[str], data_set: DataSet, *, where: str) -> Pair
 
 
 def late_columns(fields: Iterable[str], columns: PairColumns) -> list[str]:
-    """Of fields that are no columns, those that would be read if the first rows had them.
+    """The fields that would have been read if the first rows had them.
 
     Args:
-      fields: the names of further fields.
+      fields: the names of fields that are not among the columns.
       columns: the columns that are read.
     """
     known: set[str] = set()
@@ -149,7 +149,7 @@ def _query_and_key(names: Sequence[str], data_set: DataSet, where: str) -> tuple
         return wanted
     for setting, field, default in zip(("query_field", "key_field"), wanted, defaults, strict=True):
         if field != default:
-            _check_there(f"data.{setting}", field, names, where)
+            _check_exists(f"data.{setting}", field, names, where)
     pairs = [
         (query, key)
         for query, keys in _known_pairs(wanted, defaults)
@@ -162,11 +162,11 @@ def _query_and_key(names: Sequence[str], data_set: DataSet, where: str) -> tuple
     if not pairs:
         raise ValueError(
             f"{where} has no columns that are known to be pairs; its columns are {columns}. Set "
-            "data.query_field and data.key_field to those of the queries and the keys"
+            "data.query_field and data.key_field to the columns of the queries and the keys"
         )
-    could = " or ".join(f"{query!r} with {key!r}" for query, key in pairs)
+    choices = " or ".join(f"{query!r} with {key!r}" for query, key in pairs)
     raise ValueError(
-        f"{where} has several columns that could be pairs: {could}. Set data.query_field and "
+        f"{where} has several columns that could be pairs: {choices}. Set data.query_field and "
         f"data.key_field; the columns are {columns}"
     )
 
@@ -174,7 +174,7 @@ def _query_and_key(names: Sequence[str], data_set: DataSet, where: str) -> tuple
 def _known_pairs(
     wanted: tuple[str, str], defaults: tuple[str, str]
 ) -> Iterable[tuple[str, tuple[str, ...]]]:
-    """The pairs of names to look for, where one or none of the two is set."""
+    """The pairs of names to look for, when at most one of the two is set."""
     every_key = tuple(dict.fromkeys(key for _, keys in PAIRS for key in keys))
     if wanted[0] != defaults[0]:
         return [(wanted[0], every_key)]
@@ -189,7 +189,7 @@ def _negatives(
     if field is not None:
         matching = tuple(fnmatch.filter(names, field))
         if not matching:
-            _check_there("data.files.negatives_field", field, names, where)
+            _check_exists("data.files.negatives_field", field, names, where)
         return matching
     numbered = [(int(match[2]), name) for name in free if (match := _NUMBERED.fullmatch(name))]
     kinds: list[tuple[str, ...]] = [(name,) for name in NEGATIVES if name in free]
@@ -207,7 +207,7 @@ def _scores(
     names: Sequence[str], free: Sequence[str], field: str | None, where: str
 ) -> tuple[str, ...]:
     if field is not None:
-        _check_there("data.files.scores_field", field, names, where)
+        _check_exists("data.files.scores_field", field, names, where)
         return (field,)
     kinds = [kind for kind in SCORES if set(kind) <= set(free)]
     if len(kinds) > 1:
@@ -227,18 +227,18 @@ def _one_of(
     where: str,
 ) -> str | None:
     if field is not None:
-        _check_there(f"data.files.{what}_field", field, names, where)
+        _check_exists(f"data.files.{what}_field", field, names, where)
         return field
-    found = [name for name in known if name in free]
-    if len(found) > 1:
+    matches = [name for name in known if name in free]
+    if len(matches) > 1:
         raise ValueError(
-            f"{where} has several columns that could be a {what}: {_listed(found)}; set "
+            f"{where} has several columns that could be a {what}: {_listed(matches)}; set "
             f"data.files.{what}_field to one"
         )
-    return found[0] if found else None
+    return matches[0] if matches else None
 
 
-def _check_there(setting: str, field: str | None, names: Sequence[str], where: str) -> None:
+def _check_exists(setting: str, field: str | None, names: Sequence[str], where: str) -> None:
     if field is not None and field not in names:
         raise ValueError(
             f"{setting}={field!r}, but {where} has only the columns {_listed(names) or 'none'}"

@@ -1,4 +1,4 @@
-"""Read files of pairs row by row, check each row, and keep the good ones in a cache."""
+"""Read files of pairs row by row, check each row, and write the valid ones to a cache."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,30 +12,31 @@ from jaxcl.data.pair_paths import cached_digests, describe_files
 from jaxcl.data.pair_records import BadRow, PairRecord, read_pair
 from jaxcl.host.progress import progress_bar, say
 
-__all__ = ["describe_rows", "open_cache", "rebuilt_cache"]
+__all__ = ["describe_rows", "open_cache", "rebuild_cache"]
 
 _NAMED_ROWS = 5
-"""Bad rows that a message names; it counts the others."""
+"""The number of bad rows that a message names; it only counts the others."""
 _MOST_BAD_ROWS = 1000
-"""After this many bad rows, reading stops if they are errors."""
+"""The number of bad rows after which reading stops if they are errors."""
 _PROGRESS_ROWS = 1000
 
 
 def open_cache(files: PairFiles) -> PairCache:
-    """The cache of some files; one that is missing or damaged is written first."""
+    """Open the cache of some files, and write it first if it is missing or damaged."""
     if not os.path.lexists(files.path):
         _write(files)
     try:
         return PairCache(files)
     except DamagedArray as damage:
-        return rebuilt_cache(files, damage)
+        return rebuild_cache(files, damage)
 
 
-def rebuilt_cache(files: PairFiles, damage: DamagedArray) -> PairCache:
-    """The cache of some files, written again.
+def rebuild_cache(files: PairFiles, damage: DamagedArray) -> PairCache:
+    """Write the cache of some files again, and open it.
 
     Raises:
-      ValueError: if a file has changed since.
+      ValueError: if a file has changed since it was first read.
+      OSError: if the new cache is damaged, too.
     """
     say(f"the files of pairs are read again: {damage}")
     if cached_digests(files.paths, files.directory) != files.digests:
@@ -52,12 +53,12 @@ def rebuilt_cache(files: PairFiles, damage: DamagedArray) -> PairCache:
 
 
 def describe_rows(role: str, num_pairs: int, facts: Mapping[str, Any], files: PairFiles) -> str:
-    """The rows, the columns and what was left out, in a line for a person.
+    """Describe the rows, the columns and the number of rows left out, in one line.
 
     Args:
-      role: of the split.
-      num_pairs: its pairs.
-      facts: those of the cache.
+      role: the role of the split.
+      num_pairs: the number of its pairs.
+      facts: the facts that the cache stores.
       files: the files.
     """
     parts = [
@@ -74,7 +75,7 @@ class _LeftOut:
     """Counts the rows that are left out, and names the first bad ones.
 
     Args:
-      stops: whether bad rows are an error.
+      stops: whether bad rows are an error, which stops reading.
     """
 
     def __init__(self, *, stops: bool) -> None:
@@ -92,14 +93,14 @@ class _LeftOut:
     def check(self) -> None:
         if self.bad and self._stops:
             raise ValueError(
-                f"{self}. Mend them, or set data.files.bad_rows='skip' to leave them out"
+                f"{self}. Fix them, or set data.files.bad_rows='skip' to leave them out"
             )
 
     def __str__(self) -> str:
         more = f"; and {self.bad - len(self._named):,} more" if self.bad > len(self._named) else ""
-        least = " or more" if self._stops and self.bad == _MOST_BAD_ROWS else ""
+        or_more = " or more" if self._stops and self.bad == _MOST_BAD_ROWS else ""
         rows = "row" if self.bad == 1 else "rows"
-        return f"{self.bad:,}{least} {rows} cannot be used: {'; '.join(self._named)}{more}"
+        return f"{self.bad:,}{or_more} {rows} cannot be used: {'; '.join(self._named)}{more}"
 
 
 def _write(files: PairFiles) -> None:
@@ -132,7 +133,7 @@ def _write(files: PairFiles) -> None:
 
 
 def _records(files: PairFiles, left_out: _LeftOut) -> Iterator[PairRecord]:
-    """The good records of all files, without those whose label is too low."""
+    """Yield the valid records of all files, except those whose label is too low."""
     columns = files.columns
     known = {*columns.needed, *columns.unused}
     for path in files.paths:
@@ -158,7 +159,7 @@ def _is_positive(pair: PairRecord, min_label: float | None) -> bool:
 
 
 def _check_late_fields(fields: Iterable[str], columns: PairColumns, place: str) -> None:
-    """Refuse fields that would be read if they had been among those of the first rows."""
+    """Reject fields that would have been read if the first rows had them."""
     if late := late_columns(fields, columns):
         raise ValueError(
             f"{place} has {', '.join(late)}, which the first rows lack; name such a field in "

@@ -1,8 +1,8 @@
 """Pairs to train on from plain files: JSON lines, CSV, TSV, Parquet, or a folder of `datasets`.
 
-The first time, files are read row by row, checked, and written to a cache of `pair_cache.py`; their
-rows are then read from there, in any order. A split is a range of the hashes of the queries, so
-that rows keep their split when others are appended, and equal queries share one.
+The first run reads the files row by row, checks each row and writes a cache (`pair_cache.py`), from
+which rows are read in any order. A split is a range of the hashes of the queries, so rows keep
+their split when others are appended, and equal queries are in the same split.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from jaxcl.data.checked_array import DamagedArray
 from jaxcl.data.file_readers import read_fields
 from jaxcl.data.pair_cache import PairCache, PairFiles
 from jaxcl.data.pair_columns import find_columns, late_columns, named_fields
-from jaxcl.data.pair_conversion import describe_rows, open_cache, rebuilt_cache
+from jaxcl.data.pair_conversion import describe_rows, open_cache, rebuild_cache
 from jaxcl.data.pair_paths import cached_digests, describe_files, find_paths, unknown_split
 from jaxcl.data.row_ranges import RowRange
 from jaxcl.data.sources import checked_rows
@@ -37,13 +37,13 @@ _ALL: Ranges = ((0, WHOLE),)
 
 
 class FilePairs:
-    """Pairs of files, or those whose hash lies in some ranges; `open_pair_files` makes them.
+    """The pairs in files whose hashes lie in some ranges; `open_pair_files` opens them.
 
-    A record with several positives is as many rows, one after another.
+    A record with several positives becomes several consecutive rows.
 
     Args:
       files: the files.
-      ranges: of hashes, in millionths.
+      ranges: the ranges of hashes, in millionths; by default, all pairs.
     """
 
     def __init__(self, files: PairFiles, ranges: Ranges = _ALL) -> None:
@@ -53,7 +53,7 @@ class FilePairs:
 
     @property
     def fingerprint(self) -> str:
-        """Names the content of the files, what is read of them, and the rows of the split."""
+        """A hash of the files' content, the columns that are read, and the rows of the split."""
         content = json.dumps([self.files.fingerprint, self.ranges])
         return f"files:{hashlib.sha256(content.encode()).hexdigest()}"
 
@@ -71,17 +71,17 @@ class FilePairs:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """The number of records, and the rows that were left out."""
+        """The numbers of records and of rows that were left out."""
         return self._cache.facts
 
     def __len__(self) -> int:
         return self._cache.num_rows if self._rows is None else len(self._rows)
 
     def read(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-        """Returns one dict per row number, in the order given.
+        """Return one dict per row number, in the order given.
 
-        A row has "query" and "key", and where the files have them "group", "negatives" (a list of
-        texts), "teacher_scores" (the key's, then one for each negative) and further fields.
+        A row has "query" and "key". If the files have them, it also has "group", "negatives" (a
+        list of texts), "teacher_scores" (the key's, then each negative's) and further fields.
         """
         numbers = np.array(checked_rows(rows, num_rows=len(self)), np.int64)
         if self._rows is not None:
@@ -89,7 +89,7 @@ class FilePairs:
         try:
             return self._cache.read(numbers)
         except DamagedArray as damage:
-            self._cache = rebuilt_cache(self.files, damage)
+            self._cache = rebuild_cache(self.files, damage)
             return self._cache.read(numbers)
 
     def split_hashes(self) -> Iterator[Integer[np.ndarray, " _"]]:
@@ -103,16 +103,16 @@ class FilePairs:
         return self.files, self.ranges
 
     def __setstate__(self, state: tuple[PairFiles, Ranges]) -> None:
-        self.__init__(*state)  # type: ignore[misc] # in another process, which opens its own
+        self.__init__(*state)  # type: ignore[misc] # each process opens the cache
 
 
 def open_pair_files(data_set: DataSet, role: str, *, data_dir: Path) -> FilePairs:
-    """Open the rows of a role, after reading the files if this is the first time.
+    """Open the rows of a role. Without a cache of the files, write it first.
 
     Args:
-      data_set: its name, its splits and the names of its columns.
-      role: one of its splits.
-      data_dir: the folder that runs share; the cache of the files is kept there.
+      data_set: the name of the data set, its splits and the names of its columns.
+      role: the role of one of its splits.
+      data_dir: the folder that runs share, which holds the cache.
 
     Raises:
       ValueError: if there is no such file or split, the columns are unknown or ambiguous, or a row
@@ -146,7 +146,7 @@ def open_pair_files(data_set: DataSet, role: str, *, data_dir: Path) -> FilePair
 
 
 def _report_repeated_queries(role: str, pairs: FilePairs) -> None:
-    """Warn of held-out queries with several keys, since each pair is evaluated by itself."""
+    """Warn about held-out queries with several keys, since each pair is evaluated on its own."""
     columns = pairs.files.columns
     if columns.split_by != columns.query:
         return
@@ -154,41 +154,42 @@ def _report_repeated_queries(role: str, pairs: FilePairs) -> None:
     if queries < len(pairs):
         say(
             f"warning: {role} has {len(pairs):,} pairs of {queries:,} different queries. Each pair "
-            "is evaluated by itself, so that the other keys of its query count as wrong; a folder "
-            "in evaluation.sets may have several relevant documents for a query"
+            "is evaluated on its own, so the other keys of its query count as wrong; a folder in "
+            "evaluation.sets may have several relevant documents for a query"
         )
 
 
 def report_shared_queries(sources: Mapping[str, Sequence[Any]]) -> None:
-    """Warn of held-out queries that are trained on, where held-out rows have files of their own.
+    """Warn about held-out queries that are also trained on, if the splits have different files.
 
     Args:
-      sources: role -> the sources of its rows.
+      sources: role -> the sources of its rows, one per data set.
     """
-    trained = [one for one in sources.get("train", ()) if isinstance(one, FilePairs)]
-    for role, held_out in sources.items():
-        for held in held_out if role != "train" else ():
-            for train in trained:
-                if isinstance(held, FilePairs) and held.files != train.files:
-                    _report_shared(role, held, train)
+    training = [source for source in sources.get("train", ()) if isinstance(source, FilePairs)]
+    for role, role_sources in sources.items():
+        for held_out in role_sources if role != "train" else ():
+            for train in training:
+                if isinstance(held_out, FilePairs) and held_out.files != train.files:
+                    _report_shared(role, held_out, train)
 
 
-def _report_shared(role: str, held: FilePairs, train: FilePairs) -> None:
-    hashes = np.unique(np.concatenate(list(held.split_hashes())))
+def _report_shared(role: str, held_out: FilePairs, train: FilePairs) -> None:
+    hashes = np.unique(np.concatenate(list(held_out.split_hashes())))
     shared = np.zeros(len(hashes), bool)
     for part in train.split_hashes():
-        place = np.minimum(np.searchsorted(hashes, part), len(hashes) - 1)
-        shared[place[hashes[place] == part]] = True
+        position = np.minimum(np.searchsorted(hashes, part), len(hashes) - 1)
+        shared[position[hashes[position] == part]] = True
     if shared.any() and jax.process_index() == 0:
         say(
             f"warning: {shared.sum():,} of {len(hashes):,} different values of "
-            f"{held.files.columns.split_by!r} in {role} ({describe_files(held.files.paths)}) are "
-            f"also in train ({describe_files(train.files.paths)})"
+            f"{held_out.files.columns.split_by!r} in {role} "
+            f"({describe_files(held_out.files.paths)}) are also in train "
+            f"({describe_files(train.files.paths)})"
         )
 
 
 def _rest(data_set: DataSet) -> tuple[Ranges, str]:
-    """The ranges that no other role takes of the split `"train"`."""
+    """The ranges of the split `"train"` that no other role takes."""
     shares = [share_of_split(split) for split in data_set.splits.values() if split != REST]
     ranges = []
     start = 0
@@ -212,7 +213,7 @@ def _described(
         raise ValueError(f"{paths[0]} has no rows")
     columns = find_columns(names, data_set, where=str(paths[0]))
     for path in paths[1:]:
-        # A record of JSON lines may leave fields out; the others are checked when they are read.
+        # JSON lines may leave fields out, so that they are checked when they are read.
         fields = columns.needed if _is_json(path) else read_fields(path)
         if missing := [name for name in columns.needed if name not in fields]:
             raise ValueError(f"{path} lacks {', '.join(missing)}, which {paths[0]} has")
@@ -224,9 +225,9 @@ def _described(
     options = data_set.files
     if columns.label is not None and options.min_label is None:
         raise ValueError(
-            f"{where} has labels in {columns.label!r}, by which a row may be no positive pair; set "
-            "data.files.min_label to the least label of the rows to train on (below all labels to "
-            "keep every row)"
+            f"{where} has labels in {columns.label!r}, so some rows may not be positive pairs; set "
+            "data.files.min_label to the smallest label of a row to train on (a value below all "
+            "labels keeps every row)"
         )
     if columns.label is None and options.min_label is not None:
         raise ValueError(

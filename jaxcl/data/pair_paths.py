@@ -22,7 +22,7 @@ def find_paths(name: str, split: str) -> tuple[Path, ...]:
     path = local_path(name)
     if not path.exists() and is_pattern(name):
         paths = [Path(one) for one in sorted(glob.glob(str(path), recursive=True))]
-        # Patterns such as **/** match a file twice, and links may lead to the same one.
+        # Patterns such as **/** match a file twice, and links may lead to the same file.
         paths = list({one.resolve(): one for one in reversed(paths) if one.is_file()}.values())[
             ::-1
         ]
@@ -31,7 +31,7 @@ def find_paths(name: str, split: str) -> tuple[Path, ...]:
     elif path.is_dir():
         return _hugging_face_files(path, split)
     elif not path.exists():
-        raise ValueError(f"there is no such file as {path}")
+        raise ValueError(f"{path} does not exist")
     else:
         paths = [path]
     for one in paths:
@@ -42,7 +42,7 @@ def find_paths(name: str, split: str) -> tuple[Path, ...]:
 
 
 def _hugging_face_files(folder: Path, split: str) -> tuple[Path, ...]:
-    """The Arrow files of a folder that `save_to_disk` has written."""
+    """The Arrow files of a folder that `save_to_disk` wrote."""
     several, one = HUGGING_FACE_FILES
     if (folder / several).is_file():
         splits = read_json_object(folder / several).get("splits")
@@ -51,8 +51,8 @@ def _hugging_face_files(folder: Path, split: str) -> tuple[Path, ...]:
         return _hugging_face_files(folder / split, "train")
     if not (folder / one).is_file():
         raise ValueError(
-            f"{folder} holds no data set: neither {one}, as datasets writes it, nor "
-            "dataset_info.json of a prepared TFDS data set; name a file, or a pattern such as "
+            f"{folder} holds no data set: it has neither {one}, which datasets writes, nor the "
+            "dataset_info.json of a prepared TFDS data set; give a file, or a pattern such as "
             f"{folder}/*.jsonl"
         )
     if split != "train":
@@ -72,24 +72,24 @@ def _hugging_face_files(folder: Path, split: str) -> tuple[Path, ...]:
 def unknown_split(name: str, split: str) -> str:
     """A message about a split that a data set does not have."""
     return (
-        f"{split!r} is no split of {name}; give a share such as 'train[:95%]', {REST!r} for the "
+        f"{name} has no split {split!r}; give a share such as 'train[:95%]', {REST!r} for the "
         "rows that no other role takes, or the path of another file"
     )
 
 
 def cached_digests(paths: Sequence[Path], directory: Path) -> tuple[str, ...]:
-    """Digests of the files; those that were not touched since are remembered in the cache."""
+    """The digests of the files. Those of unchanged files come from a cache in `directory`."""
     digests: dict[Path, str] = {}
     for parent in dict.fromkeys(path.parent for path in paths):
         name = hashlib.sha256(str(parent.absolute()).encode()).hexdigest()[:16]
-        kept = directory / "digests" / name
-        kept.mkdir(parents=True, exist_ok=True)
-        own = [path for path in paths if path.parent == parent]
-        digests |= dict(zip(own, file_digests(kept, own), strict=True))
+        cache = directory / "digests" / name
+        cache.mkdir(parents=True, exist_ok=True)
+        files = [path for path in paths if path.parent == parent]
+        digests |= dict(zip(files, file_digests(cache, files), strict=True))
     return tuple(digests[path] for path in paths)
 
 
 def describe_files(paths: Sequence[Path]) -> str:
-    """The files in a few words, for messages."""
+    """Name the first file and count the others, for messages."""
     more = f" and {len(paths) - 1:,} more files" if len(paths) > 1 else ""
     return f"{paths[0]}{more}"

@@ -1,4 +1,4 @@
-"""Turn a record of a file into a query, its positives and negatives, and check all of them."""
+"""Turn a record of a file into a checked query with its positives and negatives."""
 
 import json
 import math
@@ -11,7 +11,7 @@ __all__ = ["BadRow", "PairRecord", "read_pair"]
 
 
 _LARGEST = 3.4e38
-"""The largest number of float32, about."""
+"""About the largest float32."""
 
 
 class BadRow(ValueError):
@@ -22,14 +22,14 @@ class PairRecord(NamedTuple):
     """A checked record; texts are UTF-8.
 
     Attributes:
-      query: its text.
+      query: the query's text.
       positives: one or more texts.
-      negatives: texts, if any.
-      positive_scores, negative_scores: a teacher's, one for each text; empty without a teacher.
+      negatives: zero or more texts.
+      positive_scores, negative_scores: a teacher's scores, one per text; empty without a teacher.
       label: how similar query and key are; `None` in files without labels.
       group: an integer or a text; `None` in files without groups.
       metadata: the values of further fields, as JSON.
-      split_by: what decides on the split of the record.
+      split_by: the value that determines the split of the record.
     """
 
     query: bytes
@@ -56,22 +56,22 @@ def read_pair(record: Mapping[str, Any], columns: PairColumns) -> PairRecord:
     elif columns.split_by == columns.key:
         split_by = b"\n".join(positives)
     else:
-        split_by = str(_there(record, columns.split_by)).encode(errors="surrogatepass")
+        split_by = str(_required(record, columns.split_by)).encode(errors="surrogatepass")
     pair = PairRecord(query, positives, split_by=split_by)
     if columns.negatives:
         pair = pair._replace(negatives=_negatives(record, columns.negatives))
     if columns.scores:
         pair = _with_scores(pair, record, columns.scores)
     if columns.label is not None:
-        pair = pair._replace(label=_number(_there(record, columns.label), columns.label))
+        pair = pair._replace(label=_number(_required(record, columns.label), columns.label))
     if columns.group is not None:
-        pair = pair._replace(group=_group(_there(record, columns.group), columns.group))
+        pair = pair._replace(group=_group(_required(record, columns.group), columns.group))
     if columns.metadata:
         pair = pair._replace(metadata=_metadata(record, columns.metadata))
     return pair
 
 
-def _there(record: Mapping[str, Any], field: str) -> Any:
+def _required(record: Mapping[str, Any], field: str) -> Any:
     value = record.get(field)
     if value is None or value == "":
         raise BadRow(f"there is no {field!r}")
@@ -100,7 +100,7 @@ def _positives(value: Any, field: str) -> list[bytes]:
 
 
 def _negatives(record: Mapping[str, Any], fields: Sequence[str]) -> list[bytes]:
-    """Of several columns, some may be empty; a list holds texts only."""
+    """The negatives in some columns. A column may be empty, but a list holds only texts."""
     negatives: list[bytes] = []
     for field in fields:
         value = record.get(field)
@@ -112,21 +112,21 @@ def _negatives(record: Mapping[str, Any], fields: Sequence[str]) -> list[bytes]:
 
 
 def _with_scores(pair: PairRecord, record: Mapping[str, Any], fields: Sequence[str]) -> PairRecord:
-    """With the scores of `{"positives": …, "negatives": …}`, of two columns, or of one list."""
-    number, wanted = len(pair.positives), len(pair.positives) + len(pair.negatives)
-    value = _there(record, fields[0])
+    """Add scores given as `{"positives": …, "negatives": …}`, as two columns, or as one list."""
+    num_positives, num_negatives = len(pair.positives), len(pair.negatives)
+    value = _required(record, fields[0])
     if len(fields) == 2:
-        parts = [_numbers(_there(record, field), field) for field in fields]
+        parts = [_numbers(_required(record, field), field) for field in fields]
     elif isinstance(value, Mapping):
         parts = [_numbers(value.get(side, []), fields[0]) for side in ("positives", "negatives")]
     else:
         scores = _numbers(value, fields[0])
-        parts = [scores[:number], scores[number:]]
+        parts = [scores[:num_positives], scores[num_positives:]]
     counts = [len(part) for part in parts]
-    if counts != [number, wanted - number]:
+    if counts != [num_positives, num_negatives]:
         raise BadRow(
             f"{' and '.join(map(repr, fields))} has {counts[0]} and {counts[1]} scores for "
-            f"{number} positives and {wanted - number} negatives"
+            f"{num_positives} positives and {num_negatives} negatives"
         )
     return pair._replace(positive_scores=parts[0], negative_scores=parts[1])
 

@@ -244,7 +244,7 @@ def test_held_out_queries_with_several_keys_are_reported(opened, tmp_path, said)
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     opened(splits={"train": "rest", "validation": "train[:50%]"})
     (warning,) = (line for line in said if "warning" in line)
-    assert "different queries. Each pair is evaluated by itself" in warning
+    assert "different queries. Each pair is evaluated on its own" in warning
     del said[:]
     write_jsonl(tmp_path / "pairs.jsonl", plain_rows(90)[::3])
     opened(splits={"train": "rest", "validation": "train[:50%]"})
@@ -272,7 +272,7 @@ def test_bad_rows_are_named_and_counted_or_skipped(opened, tmp_path, said):
         opened(splits=WHOLE)
     message = str(error.value)
     assert "line 3: 'key' is empty; pairs.jsonl line 4: the line is not a JSON object" in message
-    assert "; and 10 more. Mend them, or set data.files.bad_rows='skip'" in message
+    assert "; and 10 more. Fix them, or set data.files.bad_rows='skip'" in message
     assert len(opened(splits=WHOLE, bad_rows="skip")["train"]) == 2
     assert "skipped: 15 rows cannot be used: pairs.jsonl line 2: there is no 'key'" in said[-1]
     path.write_text(good + 1000 * BAD_LINES)
@@ -425,7 +425,7 @@ def test_a_failed_reading_leaves_nothing_behind(opened, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.jsonl", None, r"there is no such file as .*/none\.jsonl"),
+        ("none.jsonl", None, r"none\.jsonl does not exist"),
         ("none-*.csv", None, r"no file matches .*/none-\*\.csv"),
         ("pairs.txt", "a\tb\n", r"pairs\.txt has an unknown suffix"),
         ("empty.jsonl", "", r"empty\.jsonl has no rows"),
@@ -444,11 +444,11 @@ def test_files_without_rows_say_so(opened, tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ({"train": "dev"}, r"'dev' is no split of .*A file has only the split 'train'"),
-        ({"train": "train[:100]"}, r"'train\[:100\]' is no split of .*give a share"),
+        ({"train": "dev"}, r"no split 'dev'; .*A file has only the split 'train'"),
+        ({"train": "train[:100]"}, r"no split 'train\[:100\]'; give a share"),
         ({"train": "train[:0.0001%]"}, r"has none of the 300 rows of .*give it a larger share"),
         ({"train": "rest", "test": "train"}, r"leaves no rows for 'rest'"),
-        ({"train": "rest", "test": "nosuch.jsonl"}, r"there is no such file as nosuch\.jsonl"),
+        ({"train": "rest", "test": "nosuch.jsonl"}, r"nosuch\.jsonl does not exist"),
     ],
 )
 def test_splits_that_are_not_there_say_so(opened, tmp_path, splits, message):
