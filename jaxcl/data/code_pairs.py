@@ -1,9 +1,9 @@
-"""Code search pairs from the installed Python packages: a docstring finds its function.
+"""Code search pairs from the installed Python packages: a docstring and its function.
 
 `open_pairs(prepare_code_pairs("~/data").directory, "train", group_field="group")` opens them.
 
-The query is the first paragraph of a docstring, the key its function's source without the
-docstring. Whole packages are held out as the test split (a domain never seen), and a share of the
+The query is the first paragraph of a docstring, and the key is the source of its function without
+the docstring. Whole packages are held out as the test split (an unseen domain), and a share of the
 other packages' files as the validation split.
 """
 
@@ -34,23 +34,23 @@ from jaxcl.host.staging import put_in_place, staging_folder
 __all__ = ["CodePairs", "CodePairsInfo", "prepare_code_pairs", "split_functions"]
 
 FORMAT_VERSION = "1.0.0"
-"""Part of the fingerprint: raise it whenever the same files should give other rows."""
+"""Part of the fingerprint; raise it whenever the same files should give different rows."""
 
 _COPIED = ("package", "module", "qualified_name", "name")
 _FILES_WORTH_PROCESSES = 1000
 
 
 class CodePairsInfo(NamedTuple):
-    """What `prepare_code_pairs` found or made.
+    """The result of `prepare_code_pairs`.
 
-    Args:
+    Attributes:
       directory: a prepared TFDS data set, for `open_pairs` or `tfds.builder_from_directory`.
-      fingerprint: a sha256 that names the rows, wherever the packages lie.
-      split_sizes: pairs per split; a split without pairs is left out.
-      packages: the sorted packages; a pair's group is its package's place here.
-      num_files: Python files searched.
-      num_duplicates: functions dropped because another had the same code or docstring.
-      skipped: files that could not be used, by reason.
+      fingerprint: a sha256 that identifies the rows, wherever the packages are installed.
+      split_sizes: number of pairs per split; splits without pairs are left out.
+      packages: the packages, sorted; a pair's group is the index of its package.
+      num_files: number of Python files searched.
+      num_duplicates: number of functions dropped because another had the same code or docstring.
+      skipped: number of files that could not be used, by reason.
     """
 
     directory: Path
@@ -63,10 +63,10 @@ class CodePairsInfo(NamedTuple):
 
 
 class CodePairs(tfds.core.GeneratorBasedBuilder):
-    """Writes given functions as pairs, in the order given; `prepare_code_pairs` uses it."""
+    """The TFDS builder of `prepare_code_pairs`, which writes functions as pairs in their order."""
 
     VERSION = tfds.core.Version(FORMAT_VERSION)
-    RELEASE_NOTES = {FORMAT_VERSION: "The first version."}  # noqa: RUF012 - as TFDS wants it
+    RELEASE_NOTES = {FORMAT_VERSION: "The first version."}  # noqa: RUF012 - as TFDS requires
 
     def __init__(
         self,
@@ -117,25 +117,26 @@ def prepare_code_pairs(
     split_seed: int = 0,
     max_pairs: int | None = None,
 ) -> CodePairsInfo:
-    """Makes the code search pairs, or finds them where nothing has changed since.
+    """Prepare the code search pairs, or find them if nothing has changed since an earlier call.
 
-    Every call hashes the packages' files. The directory's name comes from them, from the options
-    and from where the packages lie, so that a changed environment never gets the old rows.
-    A directory is put in place whole: a killed preparation leaves nothing that looks complete.
+    Every call hashes the packages' files. The directory is named after these hashes, the options
+    and the locations of the packages, so that a changed environment never gets the old rows. It
+    appears only when it is complete, so that a killed preparation leaves nothing that looks usable.
 
     Args:
       data_dir: the pairs go to `<data_dir>/code_pairs/<12 hex digits>`.
-      roots: where to search; None means the running interpreter's standard library (the package
-        `stdlib`) and its site-packages.
-      test_packages: packages held out whole; of a duplicate, theirs is kept, never train's.
+      roots: the directories to search; None means the running interpreter's standard library (the
+        package `stdlib`) and its site-packages.
+      test_packages: packages that are held out as a whole. If their code is also in a training
+        package, the copy in the training package is dropped.
       validation_fraction: the share of the other packages' files that is held out.
-      split_seed: draws those files and, with `max_pairs`, the pairs.
-      max_pairs: keeps at most so many pairs, drawn over all splits; None keeps all.
+      split_seed: the seed for drawing those files and, with `max_pairs`, the pairs.
+      max_pairs: the largest number of pairs, drawn over all splits; None keeps all.
 
     Raises:
-      ValueError: if an option is wrong, a test package is not installed, or a needed split has
-        no pair, or data_dir cannot be written.
-      RuntimeError: if files change meanwhile.
+      ValueError: if an option is wrong, a test package is not installed, a required split has no
+        pairs, or data_dir cannot be written.
+      RuntimeError: if files change during the preparation.
     """
     _check_options(validation_fraction, max_pairs)
     roots = python_functions.installed_roots() if roots is None else tuple(roots)
@@ -143,7 +144,7 @@ def prepare_code_pairs(
     with progress_bar("hashing Python files", None) as advance:
         scan = python_functions.scan_files(roots, on_progress=advance)
     _check_test_packages(test_packages, scan)
-    # A newer Python may parse what an older one skips.
+    # A newer Python may parse files that an older one skips.
     content = [FORMAT_VERSION, sys.version_info[:2], scan.fingerprint, *options]
     fingerprint = _sha256(content)
     name = _sha256([fingerprint, [os.path.abspath(root.path) for root in roots]])[:12]
@@ -167,7 +168,7 @@ def prepare_code_pairs(
         num_duplicates=num_duplicates,
         skipped=dict(sorted(skipped.items())),
     )
-    say(_found(info))
+    say(_summary(info))
     return _write(info, splits)
 
 
@@ -190,7 +191,7 @@ def split_functions(
         that `test_packages` asks for.
     """
     if not functions:
-        raise ValueError("No documented Python function was found; check `roots`.")
+        raise ValueError("no documented Python function was found; check `roots`")
     kept = _without_duplicates(functions, first_packages=test_packages)
     num_duplicates = len(functions) - len(kept)
     if max_pairs is not None:
@@ -207,8 +208,8 @@ def split_functions(
     for split, wanted in (("train", True), ("test", bool(test_packages))):
         if wanted and not splits[split]:
             raise ValueError(
-                f"No pair is left for {split} of {len(kept)} in all, with test_packages="
-                f"{tuple(test_packages)}; install or hold out other packages, or keep more pairs."
+                f"none of the {len(kept)} pairs is left for {split}, with test_packages="
+                f"{tuple(test_packages)}; install or hold out other packages, or keep more pairs"
             )
     return {split: rows for split, rows in splits.items() if rows}, num_duplicates
 
@@ -216,7 +217,7 @@ def split_functions(
 def _without_duplicates(
     functions: Sequence[PythonFunction], *, first_packages: Sequence[str]
 ) -> list[PythonFunction]:
-    """Keeps the first of those with equal code (but for spaces) or equal docstring (but case)."""
+    """Keep the first function per code (ignoring white space) and per docstring (ignoring case)."""
     kept, codes, queries = [], set(), set()
     for row in sorted(functions, key=lambda row: (row.package not in first_packages, _order(row))):
         code, query = "".join(row.source.split()), row.docstring_paragraph.lower()
@@ -236,7 +237,7 @@ def _identity(row: PythonFunction) -> str:
 
 
 def _uniform(*parts: object) -> float:
-    """Returns a number in [0, 1) that depends on the parts alone."""
+    """A number in [0, 1) that depends only on the parts."""
     return int(_sha256(list(parts))[:13], 16) / 16**13
 
 
@@ -247,28 +248,26 @@ def _sha256(value: Any) -> str:
 def _check_options(validation_fraction: float, max_pairs: int | None) -> None:
     if not 0 <= validation_fraction < 1:
         raise ValueError(
-            f"validation_fraction={validation_fraction} must be at least 0 and below 1."
+            f"validation_fraction={validation_fraction} must be at least 0 and below 1"
         )
     if max_pairs is not None and max_pairs < 1:
-        raise ValueError(f"max_pairs={max_pairs} must be positive, or None for all pairs.")
+        raise ValueError(f"max_pairs={max_pairs} must be positive, or None for all pairs")
 
 
 def _check_test_packages(test_packages: Sequence[str], scan: FileScan) -> None:
     if isinstance(test_packages, str):
-        raise ValueError(f"test_packages={test_packages!r} must be a sequence of names.")
+        raise ValueError(f"test_packages={test_packages!r} must be a sequence of names")
     if not scan.files:
-        raise ValueError("No documented Python function was found; check `roots`.")
+        raise ValueError("no documented Python function was found; check `roots`")
     known = sorted({file.package for file in scan.files})
     for package in test_packages:
         if package not in known:
-            near = difflib.get_close_matches(package, known) or known
-            raise ValueError(
-                f"The test package {package!r} is not installed; "
-                f"{'did you mean' if near is not known else 'there are'} {near}?"
-            )
+            similar = difflib.get_close_matches(package, known)
+            advice = f"did you mean {similar}?" if similar else f"the packages are {known}"
+            raise ValueError(f"the test package {package!r} is not installed; {advice}")
 
 
-def _found(info: CodePairsInfo) -> str:
+def _summary(info: CodePairsInfo) -> str:
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in info.skipped.items() if count)
     return (
         f"{sum(info.split_sizes.values()):,} pairs from {info.num_files:,} files of "
@@ -285,13 +284,13 @@ def _parse(scan: FileScan) -> tuple[list[PythonFunction], Counter[str]]:
         )
     if skipped[python_functions.CHANGED]:
         raise RuntimeError(
-            "Python files changed while they were read, perhaps by an installation; run again."
+            "Python files changed while they were read, perhaps by an installation; run again"
         )
     return functions, scan.skipped + skipped
 
 
 def _write(info: CodePairsInfo, splits: Mapping[str, Sequence[PythonFunction]]) -> CodePairsInfo:
-    """Writes into a staging folder, and renames the result when all is there."""
+    """Write into a staging folder, and rename the result when it is complete."""
     num_pairs = sum(info.split_sizes.values())
     try:
         with staging_folder(info.directory) as folder:
@@ -307,8 +306,7 @@ def _write(info: CodePairsInfo, splits: Mapping[str, Sequence[PythonFunction]]) 
     except OSError as error:
         data_dir = str(info.directory.parent.parent)
         raise ValueError(
-            f"data_dir={data_dir!r} cannot be written ({error}); set data_dir to a directory that "
-            "can."
+            f"data_dir={data_dir!r} cannot be written ({error}); set data_dir to another directory"
         ) from error
     return info
 
@@ -321,7 +319,7 @@ def _write_info(info: CodePairsInfo, directory: Path) -> None:
 
 
 def _read_info(directory: Path, fingerprint: str) -> CodePairsInfo | None:
-    """Returns None unless the description is there, and each file with the size it states."""
+    """Read a description; None unless it exists and all files have the sizes that it states."""
     try:
         values = read_json_object(directory / DESCRIPTION_FILE)
         sizes = values.pop("files")
@@ -336,7 +334,7 @@ def _read_info(directory: Path, fingerprint: str) -> CodePairsInfo | None:
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """Silences TFDS's bars, prints and logs, which are global, and restores them."""
+    """Silence TFDS's progress bars, prints and logs, which are global, and restore them."""
     from tensorflow_datasets.core.utils import tqdm_utils
 
     bars, verbosity = tqdm_utils._active, logging.get_verbosity()

@@ -1,7 +1,7 @@
-"""The registry of modalities, and texts, the first of them.
+"""The registry of modalities, and the modality of texts.
 
-`config.data.modality.query` and `.key` name one of `MODALITIES`. Everything outside of this folder
-and of the models sees only trees of arrays.
+`config.data.modality.query` and `.key` name one of `MODALITIES`. Code outside this folder and the
+models sees only trees of arrays.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,14 +49,14 @@ _CHUNK_ROWS = 4096
 
 
 class Text:
-    """Texts as token ids; the first argument of an encoder is the size of the vocabulary."""
+    """Texts as token ids. An encoder's first argument is the size of the vocabulary."""
 
     files: tuple[str, ...] = ("tokenizer.json",)
 
     def prepare(
         self, data: DataSettings, train: PairSource, sides: tuple[str, ...], workdir: AnyPath
     ) -> None:
-        """Write the run's tokenizer: the one of `data.tokenizer`, or one trained on these rows."""
+        """Write the run's tokenizer: a copy of `data.tokenizer`, or one trained on these rows."""
         path = _tokenizer_file(workdir)
         if not path.exists():
             if data.tokenizer is not None:
@@ -80,7 +80,7 @@ class Text:
             )
 
     def open_table(self, data: DataSettings, source: PairSource, files: SplitFiles) -> Table:
-        """The split's token ids, computed once and kept in the shared folder."""
+        """The split's token ids, computed once and cached in the shared folder."""
         with progress_bar(f"tokenising {files.role}", len(source)) as advance:
             return build_token_table(
                 source,
@@ -103,7 +103,7 @@ class Text:
         return lambda values: text.inputs(text.tokenize(values), rule.max_tokens)
 
     def fingerprint(self, workdir: AnyPath) -> str:
-        """Names the tokenizer."""
+        """A hash of the tokenizer."""
         return tokenizer_fingerprint(load_pretrained_tokenizer(_tokenizer_file(workdir)))
 
     def encoder_argument(self, data: DataSettings, side: str) -> int:
@@ -135,7 +135,7 @@ class Text:
 
 
 MODALITIES: Mapping[str, Modality] = {"text": Text()}
-"""Modalities by `config.data.modality.query` and `.key`."""
+"""The modalities by name, as in `config.data.modality.query` and `.key`."""
 
 
 def modality_of(data: DataSettings, side: str) -> Modality:
@@ -160,7 +160,7 @@ def build_readers(data: DataSettings, workdir: AnyPath) -> dict[str, Reader]:
 def input_fingerprints(data: DataSettings, workdir: AnyPath) -> dict[str, str]:
     """The fingerprints of the workdir's files that inputs depend on, such as the tokenizer."""
     modalities = {getattr(data.modality, side): modality_of(data, side) for side in SIDES}
-    return {f"inputs.{name}": one.fingerprint(workdir) for name, one in modalities.items()}
+    return {f"inputs.{name}": kind.fingerprint(workdir) for name, kind in modalities.items()}
 
 
 def check_inputs(data: DataSettings, workdir: AnyPath, recorded: Mapping[str, str]) -> None:
@@ -169,8 +169,8 @@ def check_inputs(data: DataSettings, workdir: AnyPath, recorded: Mapping[str, st
     Args:
       data: the run's settings.
       workdir: the run's own folder.
-      recorded: `input_fingerprints` of an earlier start, among others; runs of earlier versions
-        have recorded none.
+      recorded: the fingerprints of an earlier start, including its `input_fingerprints`, which
+        earlier versions did not record.
 
     Raises:
       ValueError: if a file has changed.
@@ -192,15 +192,15 @@ def open_tables(
     workdir: AnyPath,
     recorded: Mapping[str, str] | None = None,
 ) -> dict[str, Table]:
-    """The tables of all splits, by role, after preparing the modalities.
+    """Prepare the modalities, and open the tables of all splits by role.
 
     Args:
       data: the run's settings.
-      sources: role -> the split's rows. The files that inputs depend on are made from `"train"`;
-        without it they must exist.
+      sources: role -> the split's rows. The files that inputs depend on are prepared from
+        `"train"`; without that role they must exist.
       data_dir: the folder that runs share.
       workdir: the run's own folder.
-      recorded: for `check_inputs`.
+      recorded: as in `check_inputs`.
 
     Raises:
       ValueError: if a file that inputs depend on has changed since it was recorded.
@@ -225,7 +225,7 @@ def open_tables(
 
 
 def text_rule(data: DataSettings, side: str) -> TextRule:
-    """The rule by which the texts of a side become tokens, with the run's own prompt."""
+    """The rule by which the texts of a side become tokens, with the run's prompt."""
     return TextRule(
         max_tokens=getattr(data.max_tokens, side),
         add_cls=data.add_cls,
@@ -238,8 +238,9 @@ def text_rule(data: DataSettings, side: str) -> TextRule:
 
 
 def _training_rule(data: DataSettings, side: str) -> TextRule:
-    """The rule that describes a batch: with a prompt if any training row has one."""
-    prompts = [prompt_of(data, one.prompts, side) for one in data_sets_of(data, "train").values()]
+    """The rule that describes a batch. It has a prompt if any training row has one."""
+    data_sets = data_sets_of(data, "train").values()
+    prompts = [prompt_of(data, data_set.prompts, side) for data_set in data_sets]
     return text_rule(data, side)._replace(prompt=next(filter(None, prompts), ""))
 
 

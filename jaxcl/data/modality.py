@@ -15,7 +15,7 @@ from jaxcl.typing import Array, Int, PyTree
 __all__ = ["Modality", "Reader", "SplitFiles"]
 
 Reader: TypeAlias = Callable[[Sequence[Any]], PyTree]
-"""Values of a side, such as texts -> an encoder's inputs, arrays `[n, …]`."""
+"""A function from values of a side, such as texts, to an encoder's inputs, arrays `[n, …]`."""
 
 
 class SplitFiles(NamedTuple):
@@ -24,7 +24,7 @@ class SplitFiles(NamedTuple):
     Attributes:
       role: the split's role, such as `"train"`.
       sides: the sides that have this modality.
-      data_dir: a folder that runs share; files there are named by their content.
+      data_dir: the folder that runs share; files there are named after their content.
       workdir: the run's own folder.
     """
 
@@ -36,10 +36,10 @@ class SplitFiles(NamedTuple):
 
 @runtime_checkable
 class Modality(Protocol):
-    """One kind of content.
+    """A kind of content, such as texts or images.
 
     Attributes:
-      files: names of the files that `prepare` makes in the workdir.
+      files: names of the files that `prepare` writes to the workdir.
     """
 
     files: tuple[str, ...]
@@ -47,7 +47,7 @@ class Modality(Protocol):
     def prepare(
         self, data: DataSettings, train: PairSource, sides: tuple[str, ...], workdir: AnyPath
     ) -> None:
-        """Make the files in the workdir that the inputs of these sides depend on, once."""
+        """Write the files that the inputs of these sides depend on to the workdir, if missing."""
 
     def open_table(self, data: DataSettings, source: PairSource, files: SplitFiles) -> Table:
         """The table of a split, with the sides that have this modality."""
@@ -56,21 +56,21 @@ class Modality(Protocol):
         """The function that turns values of a side, as a source returns them, into inputs."""
 
     def fingerprint(self, workdir: AnyPath) -> str:
-        """Names the files of `prepare`: an equal one means equal inputs for equal values."""
+        """A hash of the files of `prepare`; if it is equal, equal values have equal inputs."""
 
     def encoder_argument(self, data: DataSettings, side: str) -> Any:
         """The first argument of an encoder of this modality."""
 
     def spec(self, data: DataSettings, side: str) -> PyTree:
-        """The shapes and types of one row's input, as `Table.spec`, without opening the data."""
+        """The shapes and types of one row's input, like `Table.spec`, without opening the data."""
 
     def random_inputs(
         self, data: DataSettings, side: str, rng: np.random.Generator, num_rows: int
     ) -> PyTree:
-        """Random inputs of a side, to check and to measure with."""
+        """Random inputs of a side, for checks and measurements."""
 
     def length(self, data: DataSettings, side: str) -> int:
-        """The positions of one row's input, such as tokens, by which its cost grows."""
+        """The number of positions in one row's input, such as tokens, which determines its cost."""
 
     def count(self, inputs: PyTree) -> Int[Array, ""]:
-        """How many positions a batch's inputs have, without padding."""
+        """The number of positions in a batch's inputs, without padding."""

@@ -1,4 +1,4 @@
-"""The negative texts that the rows of a source bring, and a teacher's scores: read and checked.
+"""Read and check the negative texts in the rows of a source, and a teacher's scores.
 
 A record may have `"negatives"`, a list of texts that may be empty, and `"teacher_scores"`: the
 score of its key, then one for each negative.
@@ -21,22 +21,22 @@ __all__ = ["NegativeLists", "NegativeTexts", "have_negatives", "read_negative_li
 _CHUNK_ROWS = 4096
 _SAMPLED_ROWS = 256
 _NUMBERING = 2
-"""Changes whenever the same texts get other numbers."""
+"""Raise it whenever the same texts should get different numbers."""
 
 
 class NegativeLists(NamedTuple):
-    """Each row's negatives, by the number of their text.
+    """The negatives of each row, as numbers of distinct texts.
 
     Attributes:
-      offsets: where each row's list begins, and one end more than there are rows.
-      numbers: all lists end to end. Equal texts share a number, but those of different data sets do
-        not, since their prompts may differ; numbers begin at 0, in the order in which texts appear.
-      first_row: of each distinct text, the first row that has it.
-      first_place: its place in that row's list.
-      same_row: the first row whose key is that text; if there is none, the first whose query is;
-        −1 for none.
-      scores: each row's scores end to end, its key's and then those of its negatives; NaN for a row
-        without scores, `None` without any.
+      offsets: where each row's list begins in `numbers`, followed by the end of the last list.
+      numbers: all lists, concatenated. Equal texts have the same number, except in different data
+        sets, whose prompts may differ. Numbers begin at 0, in order of first appearance.
+      first_row: for each distinct text, the first row whose list has it.
+      first_place: the text's position in that list.
+      same_row: for each distinct text, the first row whose key it equals; if there is none, the
+        first row whose query it equals, or −1.
+      scores: the scores of each row's key and then of its negatives, concatenated. NaN for a row
+        without scores; `None` if no row has any.
     """
 
     offsets: Int[np.ndarray, " _"]
@@ -50,8 +50,8 @@ class NegativeLists(NamedTuple):
 def have_negatives(source: PairSource) -> bool:
     """Whether the records of a source have `"negatives"`.
 
-    The first record of each data set decides, and a sample of the others: where a record has no
-    negatives, it may leave the field out.
+    The function reads the first record of each data set and a sample of the others, since a record
+    without negatives may leave the field out.
     """
     sample = np.linspace(0, len(source) - 1, _SAMPLED_ROWS).astype(np.int64)
     rows = np.unique(np.concatenate([_first_rows(source), sample]))
@@ -61,7 +61,7 @@ def have_negatives(source: PairSource) -> bool:
 def read_negative_lists(
     source: PairSource, *, advance: Callable[[int], None] = lambda rows: None
 ) -> NegativeLists:
-    """Read the negatives of all rows once; no text is kept.
+    """Read the negatives of all rows in one pass, without keeping the texts.
 
     Args:
       source: the rows.
@@ -72,7 +72,7 @@ def read_negative_lists(
         numbers, one for the key and one for each negative; the message names the row.
     """
     counts = np.zeros(len(source), np.int32)
-    # Two uint64 for each text, since a Python object would take several times as much.
+    # Two uint64 per text, because a Python object would take several times as much.
     digests = {name: bytearray() for name in ("query", "key", "negatives")}
     scores = bytearray()
     scored = False
@@ -84,18 +84,18 @@ def read_negative_lists(
             digests["negatives"] += b"".join(map(text_digest, texts))
             for side in SIDES:
                 digests[side] += _side_digest(record[side])
-            of_row = _checked_scores(record.get("teacher_scores"), row, count=1 + len(texts))
-            if of_row is not None and not scored:
+            row_scores = _checked_scores(record.get("teacher_scores"), row, count=1 + len(texts))
+            if row_scores is not None and not scored:
                 scored, scores = True, bytearray(_no_scores(int(counts[:row].sum()) + row))
             if scored:
-                scores += _no_scores(1 + len(texts)) if of_row is None else of_row.tobytes()
+                scores += _no_scores(1 + len(texts)) if row_scores is None else row_scores.tobytes()
         advance(len(rows))
     offsets = np.append(0, np.cumsum(counts, dtype=np.int64))
     edges = offsets[[*_first_rows(source), len(source)]]
     negatives = as_digests(digests.pop("negatives"))
     numbers, firsts = _numbered(negatives, edges)
     negatives = negatives[firsts]
-    # The last row that begins there, since rows without negatives begin where the next one does.
+    # The last row that begins there, because rows without negatives begin where the next one does.
     first_row = np.searchsorted(offsets, firsts, side="right") - 1
     of_query, of_key = (_first_equal(as_digests(digests.pop(side)), negatives) for side in SIDES)
     return NegativeLists(
@@ -109,11 +109,11 @@ def read_negative_lists(
 
 
 class NegativeTexts:
-    """The distinct negatives of a source as rows of a source, with a `"key"` only.
+    """The distinct negatives of a source, as a source of rows that have only a `"key"`.
 
     Args:
-      source: the rows that bring them.
-      lists: of `read_negative_lists`, or a cached copy.
+      source: the rows that list the negatives.
+      lists: the result of `read_negative_lists`, or a cached copy.
     """
 
     def __init__(self, source: PairSource, lists: NegativeLists) -> None:
@@ -124,33 +124,33 @@ class NegativeTexts:
 
     @property
     def fingerprint(self) -> str:
-        """Names the texts and their numbers."""
+        """A name for the texts and their numbers."""
         return f"negatives:{_NUMBERING}:{self._source.fingerprint}"
 
     @property
     def row_ranges(self) -> tuple[RowRange, ...]:
-        """Empty: no row of a file is one of these."""
+        """Empty, because these are not rows of a file."""
         return ()
 
     @property
     def rows(self) -> PairSource:
-        """The rows that bring them."""
+        """The rows that list the negatives."""
         return self._source
 
     @property
     def offsets(self) -> Int[np.ndarray, " _"]:
-        """For each row the number of the first text that none before it has, and their number."""
+        """The number of distinct texts in the rows before each row, and in all rows at the end."""
         return np.searchsorted(self._lists.first_row, np.arange(len(self._source) + 1))
 
     def read(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-        """Returns `{"key": text}` per number, in the order given."""
+        """Return `{"key": text}` per number, in the order given."""
         numbers = np.array(checked_rows(rows, num_rows=len(self)), np.int64)
-        needed, places = np.unique(self._lists.first_row[numbers], return_inverse=True)
-        records = self._source.read(needed)
+        first_rows, record_of_text = np.unique(self._lists.first_row[numbers], return_inverse=True)
+        records = self._source.read(first_rows)
         return [
             {"key": _decoded(records[record]["negatives"][place])}
             for record, place in zip(
-                places.tolist(), self._lists.first_place[numbers].tolist(), strict=True
+                record_of_text.tolist(), self._lists.first_place[numbers].tolist(), strict=True
             )
         ]
 
@@ -185,7 +185,7 @@ def _checked_text(text: Any, what: str) -> str:
 
 
 def _decoded(text: Any) -> Any:
-    """A text that is not decoded yet, such as those in the lists of a TFDS data set, as a text."""
+    """Decode a text that is still bytes, as in the lists of a TFDS data set."""
     return text.decode() if isinstance(text, bytes) else text
 
 
@@ -195,7 +195,7 @@ def _checked_scores(scores: Any, row: int, *, count: int) -> Float[np.ndarray, "
     array = _as_float32(scores)
     if array is None or not np.isfinite(array).all():
         raise ValueError(
-            f"the teacher_scores of row {row} are {_short(scores)}; give finite numbers of float32"
+            f"the teacher_scores of row {row} are {_short(scores)}; give finite float32 numbers"
         )
     if len(array) != count:
         raise ValueError(
@@ -206,7 +206,7 @@ def _checked_scores(scores: Any, row: int, *, count: int) -> Float[np.ndarray, "
 
 
 def _as_float32(scores: Any) -> Float[np.ndarray, " _"] | None:
-    """Scores as one axis of float32; `None` if they are anything else."""
+    """Scores as a one-dimensional float32 array; `None` if they are anything else."""
     try:
         array = np.asarray(scores)
     except ValueError:  # lists of different lengths
@@ -224,7 +224,7 @@ def _no_scores(count: int) -> bytes:
 def _side_digest(value: Any) -> bytes:
     try:
         return text_digest(value) if isinstance(value, str) else NO_DIGEST
-    except UnicodeEncodeError:  # which tokenising the side reports
+    except UnicodeEncodeError:  # reported when the side is tokenised
         return NO_DIGEST
 
 
@@ -236,11 +236,11 @@ def _first_rows(source: PairSource) -> Int[np.ndarray, " _"]:
 def _numbered(
     digests: Integer[np.ndarray, "s 2"], edges: Int[np.ndarray, " _"]
 ) -> tuple[Int[np.ndarray, " s"], Int[np.ndarray, " _"]]:
-    """`number_digests` of each data set, whose digests lie between two edges."""
+    """Apply `number_digests` to each data set, whose digests lie between two edges."""
     numbers, firsts, count = [], [], 0
     for begin, end in itertools.pairwise(edges.tolist()):
-        of_set, first = number_digests(digests[begin:end])
-        numbers.append(of_set + np.int32(count))
+        set_numbers, first = number_digests(digests[begin:end])
+        numbers.append(set_numbers + np.int32(count))
         firsts.append(begin + first)
         count += len(first)
     return np.concatenate(numbers), np.concatenate(firsts)
@@ -249,7 +249,7 @@ def _numbered(
 def _first_equal(
     table: Integer[np.ndarray, "n 2"], wanted: Integer[np.ndarray, "m 2"]
 ) -> Int[np.ndarray, " _"]:
-    """For each wanted digest the first row of a table with the same; −1 for none."""
+    """For each wanted digest, the first row of a table with the same digest; −1 for none."""
     numbers, firsts = number_digests(np.concatenate([table, wanted]))
     first = firsts[numbers[len(table) :]]
     return np.where(first < len(table), first, -1)

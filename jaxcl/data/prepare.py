@@ -1,4 +1,4 @@
-"""The data of a run: found or made once, then the same for as long as its workdir lives."""
+"""Prepare the data of a run, and check that they stay the same as long as its workdir exists."""
 
 import contextlib
 import json
@@ -39,12 +39,12 @@ _FILES = ("negatives", "guides", "topics")
 
 
 class RememberedData(NamedTuple):
-    """The rows that a run began with.
+    """The data that a run started with.
 
     Attributes:
       data_set: a TFDS name, the folder of a prepared data set, or files of pairs.
-      fingerprints: role -> the fingerprint of its rows; also of the files of negatives, guides
-        and topics, and `input_fingerprints`.
+      fingerprints: role -> the fingerprint of its rows; also the fingerprints of the files of
+        negatives, guides and topics, and `input_fingerprints`.
     """
 
     data_set: str
@@ -52,17 +52,17 @@ class RememberedData(NamedTuple):
 
 
 class RunData(NamedTuple):
-    """What a run reads.
+    """The data of a run.
 
     Attributes:
       sources: split -> its pairs as they are stored, with their metadata.
       tables: split -> its pairs as inputs of the encoders.
       readers: side -> the function that turns its values into inputs.
-      negatives: the training rows' explicit ones, of a file or as texts, or `None`.
-      guides: the training rows' embeddings by a judge, or `None`.
+      negatives: the training rows' explicit negatives, from a file or as texts, or `None`.
+      guides: a guide model's embeddings of the training rows, or `None`.
       topics: the training rows' topics, or `None`.
       data_sets: names of the data sets of the training rows, in order.
-      remembered: the data set and the fingerprints of all of this.
+      remembered: the name of the data set, and the fingerprints of all these data.
     """
 
     sources: Mapping[str, PairSource]
@@ -75,10 +75,10 @@ class RunData(NamedTuple):
     remembered: RememberedData = RememberedData("", {})
 
     def source_of_row(self, by: str) -> Int[np.ndarray, " n"]:
-        """The number of what each training row comes from: `"group"`, `"data_set"` or `"topic"`.
+        """The number of each training row's source: its `"group"`, `"data_set"` or `"topic"`.
 
         Raises:
-          ValueError: for another, or one that these data do not have.
+          ValueError: for any other `by`, or if these data have no such sources.
         """
         train = self.sources["train"]
         if by == "group":
@@ -91,7 +91,7 @@ class RunData(NamedTuple):
 
 
 def read_remembered_data(workdir: AnyPath) -> RememberedData | None:
-    """Read `data.json` of a workdir, or return None if there is none yet.
+    """Read `data.json` in a workdir; `None` if there is none yet.
 
     Raises:
       ValueError: if it is damaged.
@@ -103,10 +103,14 @@ def read_remembered_data(workdir: AnyPath) -> RememberedData | None:
 
 
 def remembered_from(where: AnyPath, content: Any) -> RememberedData:
-    """The fields of `RememberedData` in an object that was stored in a file.
+    """Check the fields of `RememberedData` in JSON content.
+
+    Args:
+      where: the file with the content, for the message.
+      content: the content.
 
     Raises:
-      ValueError: if they are not there, or of other types.
+      ValueError: if the fields are missing or have other types.
     """
     fields = content if isinstance(content, dict) else {}
     data_set, fingerprints = fields.get("data_set"), fields.get("fingerprints")
@@ -127,25 +131,25 @@ def prepare_data(
     open_source: Callable[[str], PairSource] | None = None,
     saved: RememberedData | None = None,
 ) -> RunData:
-    """Open the splits of a run and their tables, after preparing them if necessary.
+    """Open the splits of a run and their tables, and prepare them first if necessary.
 
-    The workdir records the rows that the run began with (`data.json`) and its tokenizer
+    The workdir records the data that the run started with (`data.json`) and its tokenizer
     (`tokenizer.json`). A resumed run uses these, whatever packages have been installed since.
 
     Args:
-      data: the run's.
+      data: the run's settings.
       data_dir: the folder of prepared data that runs share.
       workdir: the run's own folder.
-      scored: whether the file of negatives must have a teacher's scores.
+      scored: whether the negatives must have a teacher's scores.
       open_source: role -> its pairs, if they do not come from a prepared data set.
-      saved: the data of the newest checkpoint; `data.json` is rewritten if it is lost.
+      saved: the data that the newest checkpoint records; a lost `data.json` is rewritten from them.
 
     Raises:
-      ValueError: if a split is missing or empty, or the rows of an earlier start are gone.
+      ValueError: if a split is missing or empty, or the data have changed since an earlier start.
     """
     before = saved
     if before is None:
-        with contextlib.suppress(ValueError):  # no step was saved, so that a damaged one is no loss
+        with contextlib.suppress(ValueError):  # no step was saved, so a damaged file is no loss
             before = read_remembered_data(workdir)
     name = _data_set(data, data_dir=data_dir, before=before)
     sources = open_splits(data, name, data_dir=data_dir, open_source=open_source)
@@ -165,7 +169,7 @@ def prepare_data(
         fingerprints["topics"] = topics.fingerprint
     recorded = fingerprints if before is None else before.fingerprints
     _check_same_rows(workdir, before, RememberedData(name, fingerprints))
-    if before is None:  # the tokenizer will be that of these rows
+    if before is None:  # recorded first, because the tokenizer is trained on these rows
         _write_remembered(workdir, RememberedData(name, fingerprints))
     tables = open_tables(data, sources, data_dir=data_dir, workdir=workdir, recorded=recorded)
     remembered = RememberedData(name, fingerprints | input_fingerprints(data, workdir))
@@ -184,10 +188,10 @@ def open_sources(
     data_dir: Path,
     open_source: Callable[[str], PairSource] | None = None,
 ) -> dict[str, PairSource]:
-    """Open the splits that a new run would use, as text.
+    """Open the splits that a new run would use, without their tables.
 
     Args:
-      data, data_dir, open_source: as `prepare_data`.
+      data, data_dir, open_source: as in `prepare_data`.
 
     Raises:
       ValueError: if a split is missing or empty.
@@ -203,7 +207,7 @@ def _data_set(data: DataSettings, *, data_dir: Path, before: RememberedData | No
             "data.name is not set; give a file of pairs such as pairs.jsonl, a TFDS data set as "
             "NAME:VERSION, or the folder of a prepared one"
         )
-    if names_files(data.name):  # which are found again from another folder
+    if names_files(data.name):  # so that a resumed run finds them from another folder
         return str(local_path(data.name).absolute())
     if data.name != "code_pairs":
         return data.name
@@ -219,20 +223,20 @@ def _check_same_rows(workdir: AnyPath, before: RememberedData | None, now: Remem
     names = sorted(
         name
         for name in before.fingerprints.keys() | now.fingerprints.keys()
-        if not name.startswith("inputs.")  # which `open_tables` compares
+        if not name.startswith("inputs.")  # `open_tables` compares these
     )
-    differ = [n for n in names if before.fingerprints.get(n) != now.fingerprints.get(n)]
-    files = [f"data.{name}" for name in differ if name in _FILES]
+    changed = [n for n in names if before.fingerprints.get(n) != now.fingerprints.get(n)]
+    files = [f"data.{name}" for name in changed if name in _FILES]
     reasons = [f"the file of {', '.join(files)} has changed"] if files else []
-    if roles := [name for name in differ if name not in _FILES]:
+    if roles := [name for name in changed if name not in _FILES]:
         reasons.append(
             f"{now.data_set} holds other rows for {', '.join(roles)} (a data set was replaced, or "
             "its prepared rows were removed and the installed packages have changed)"
         )
     if reasons:
         raise ValueError(
-            f"the run in {workdir} was trained on other data: {'; '.join(reasons)}. Put them back, "
-            "or start again with another --workdir"
+            f"the run in {workdir} was trained on other data: {'; '.join(reasons)}. Restore the "
+            "data, or start again with another --workdir"
         )
 
 

@@ -1,7 +1,7 @@
-"""Finds the Python functions of installed packages and parses them into (docstring, code).
+"""Find the Python functions of installed packages and parse them into (docstring, code).
 
-`scan_files` reads every file once and hashes it, which is quick and tells whether anything has
-changed; `parse_functions` does the slow part.
+`scan_files` reads and hashes every file, which is quick and shows whether anything has changed;
+`parse_functions` does the slow part.
 """
 
 import ast
@@ -35,7 +35,7 @@ MIN_PARAGRAPH_WORDS = 3
 MIN_CODE_LINES = 3
 
 _TEST_PART = re.compile(r"(^|_)tests?(_|$)|^conftest$")
-# Paragraphs that say what a function does only by naming another, or say nothing of it.
+# Paragraphs that only refer to another function, or do not describe the function.
 _NOT_A_DESCRIPTION = re.compile(
     r"(see|like|same as|alias|deprecated|parameters)\b|(args?|arguments|returns?|raises):"
     r"|:param|\.\. |>>>",
@@ -44,7 +44,7 @@ _NOT_A_DESCRIPTION = re.compile(
 _STDLIB_WITHOUT = frozenset({"idlelib", "lib2to3", "site-packages", "dist-packages"})
 _OURSELVES = frozenset({"jaxcl"})  # or an upgrade of jaxcl would change its own training data
 
-# Reasons for which a file is passed over.
+# Reasons for skipping a file.
 UNREADABLE = "unreadable"
 TOO_LARGE = "larger than 1 MB"
 NULL_BYTES = "null bytes"
@@ -58,13 +58,13 @@ Progress = Callable[[int], None]
 
 
 class SourceRoot(NamedTuple):
-    """A directory below which Python files are searched.
+    """A directory that is searched for Python files, with all its subdirectories.
 
-    Args:
+    Attributes:
       path: the directory.
-      package: the package all its files belong to; None makes each top-level import name below
-        `path` a package of its own.
-      excluded: names of directories directly below `path` that are passed over.
+      package: the package that all its files belong to; None makes each top-level import name below
+        `path` a separate package.
+      excluded: names of directories directly below `path` that are skipped.
     """
 
     path: Path
@@ -82,12 +82,12 @@ class SourceFile(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """Names the file independently of where its root lies."""
+        """A name for the file that does not depend on the location of its root."""
         return f"{self.package}:{self.file}"
 
 
 class FileScan(NamedTuple):
-    """What `scan_files` found: files in sorted order, their fingerprint, what was skipped."""
+    """The result of `scan_files`: sorted files, their fingerprint, and counts of skipped files."""
 
     files: tuple[SourceFile, ...]
     fingerprint: str
@@ -97,8 +97,8 @@ class FileScan(NamedTuple):
 class PythonFunction(NamedTuple):
     """A documented function or method.
 
-    `file` is relative to its root, `path` absolute, `line` that of its `def`, from 1; `source` is
-    dedented and has decorators and comments but no docstring.
+    `file` is relative to its root, and `path` is absolute. `line` is the line of the `def`, from 1.
+    `source` is dedented, with decorators and comments but without the docstring.
     """
 
     package: str
@@ -113,16 +113,16 @@ class PythonFunction(NamedTuple):
 
 
 class ParsedFunctions(NamedTuple):
-    """Functions in the order of the files given, and the files skipped, by reason."""
+    """Functions in the order of the given files, and the number of skipped files by reason."""
 
     functions: list[PythonFunction]
     skipped: Counter[str]
 
 
 def installed_roots() -> tuple[SourceRoot, ...]:
-    """The standard library and every site-packages of this interpreter, without jaxcl itself."""
+    """The standard library and every site-packages of this interpreter, except jaxcl itself."""
     paths = sysconfig.get_paths()
-    # A virtual environment has a site-packages of its own, and the standard library of its base.
+    # A virtual environment has its own site-packages, but the standard library of its base.
     roots = [SourceRoot(Path(paths["stdlib"]), "stdlib", _STDLIB_WITHOUT)]
     site_packages = dict.fromkeys(Path(paths[k]).resolve() for k in ("purelib", "platlib"))
     packages = (SourceRoot(path, None, _OURSELVES) for path in site_packages if path.is_dir())
@@ -130,23 +130,23 @@ def installed_roots() -> tuple[SourceRoot, ...]:
 
 
 def scan_files(roots: Sequence[SourceRoot], *, on_progress: Progress = lambda _: None) -> FileScan:
-    """Reads and hashes each Python file below `roots`, without parsing any.
+    """Read and hash each Python file below `roots`, without parsing any.
 
-    Test files, hidden directories and whatever cannot be imported by its name are passed over.
-    Of two files with the same package and relative path the earlier root's is taken.
+    Test files, hidden directories and names that cannot be imported are skipped. If two files have
+    the same package and relative path, the file in the earlier root is taken.
 
     Returns:
-      The files, sorted, and a sha256 over their (package, relative path, sha256), which says
-      nothing of where the roots lie.
+      The files, sorted, and a sha256 over their (package, relative path, sha256), which does not
+      depend on the locations of the roots.
 
     Raises:
       ValueError: if a root is not a directory.
     """
-    found: dict[str, SourceFile] = {}
+    files_by_name: dict[str, SourceFile] = {}
     skipped: Counter[str] = Counter()
     for root in roots:
         if not Path(root.path).is_dir():
-            raise ValueError(f"The root {root.path} is not a directory; name one that exists.")
+            raise ValueError(f"the root {root.path} is not a directory; give one that exists")
         for path, relative in _python_files(root):
             package = root.package or relative.split("/")[0].removesuffix(".py")
             digest = _hash_file(path)
@@ -154,9 +154,9 @@ def scan_files(roots: Sequence[SourceRoot], *, on_progress: Progress = lambda _:
                 skipped[digest] += 1
             else:
                 file = SourceFile(package, relative, path, digest)
-                found.setdefault(file.identity, file)
+                files_by_name.setdefault(file.identity, file)
             on_progress(1)
-    files = tuple(sorted(found.values(), key=lambda file: (file.package, file.file)))
+    files = tuple(sorted(files_by_name.values(), key=lambda file: (file.package, file.file)))
     whole = hashlib.sha256()
     for file in files:
         whole.update(f"{file.identity}\0{file.sha256}\n".encode("utf-8", "surrogateescape"))
@@ -166,11 +166,12 @@ def scan_files(roots: Sequence[SourceRoot], *, on_progress: Progress = lambda _:
 def parse_functions(
     files: Sequence[SourceFile], *, num_processes: int = 1, on_progress: Progress = lambda _: None
 ) -> ParsedFunctions:
-    """Parses `files` and keeps the functions that make good pairs, in the order of the files.
+    """Parse files, and keep the functions that make good pairs, in the order of the files.
 
     Args:
-      num_processes: more than 1 parses in that many new interpreters. They run this file alone:
-        nothing is forked under JAX's threads, and the caller's `__main__` is not run again.
+      num_processes: if more than 1, the number of new interpreters that parse. They run only this
+        file: nothing is forked under JAX's threads, and the caller's `__main__` is not run again.
+      on_progress: reports the files that are done.
     """
     parse, size = (_parse_files, 64) if num_processes <= 1 else (_parse_in_new_process, 512)
     chunks = [files[start : start + size] for start in range(0, len(files), size)]
@@ -189,10 +190,10 @@ def functions_in_source(text: str, file: SourceFile) -> Iterator[PythonFunction]
     """Yield the functions of one file that pass the filters, in the order of their lines.
 
     Raises:
-      SyntaxError, ValueError, RecursionError, MemoryError: as `ast.parse` raises them.
+      SyntaxError, ValueError, RecursionError, MemoryError: if `ast.parse` raises them.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SyntaxWarnings about other people's escapes
+        warnings.simplefilter("ignore")  # SyntaxWarnings about escapes in the code
         tree = ast.parse(text)
     lines = text.split("\n")  # not splitlines: ast does not count form feeds as line ends
     for prefix, node in _definitions(tree):
@@ -201,7 +202,7 @@ def functions_in_source(text: str, file: SourceFile) -> Iterator[PythonFunction]
 
 
 def _python_files(root: SourceRoot) -> Iterator[tuple[str, str]]:
-    """Yields (absolute path, posix path relative to the root)."""
+    """Yield (absolute path, posix path relative to the root)."""
     top = os.path.abspath(root.path)
     for folder, subfolders, names in os.walk(top):
         subfolders[:] = sorted(
@@ -220,7 +221,7 @@ def _is_searched(name: str) -> bool:
 
 
 def _hash_file(path: str) -> str:
-    """Returns the file's sha256, or the reason why it is skipped."""
+    """The file's sha256, or the reason for skipping it."""
     try:
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_FILE_BYTES:
@@ -232,7 +233,7 @@ def _hash_file(path: str) -> str:
 
 
 def _parse_in_new_process(files: Sequence[SourceFile]) -> ParsedFunctions:
-    """Parses in an interpreter that imports nothing but the standard library."""
+    """Parse in an interpreter that imports only the standard library."""
     command = [sys.executable, "-I", "-S", __file__]
     answer = subprocess.run(
         command, input=json.dumps(files).encode(), stdout=subprocess.PIPE, check=True
@@ -260,7 +261,7 @@ def _parse_files(files: Sequence[SourceFile]) -> ParsedFunctions:
 
 
 def _parse_file(file: SourceFile) -> list[PythonFunction] | str:
-    """Returns the functions of a file, or the reason why it is skipped."""
+    """The functions of a file, or the reason for skipping it."""
     try:
         data = Path(file.path).read_bytes()
     except OSError:
@@ -282,7 +283,7 @@ def _parse_file(file: SourceFile) -> list[PythonFunction] | str:
 
 
 def _decode(data: bytes) -> str:
-    """Decodes by the byte order mark or the coding cookie, with every line end as "\\n"."""
+    """Decode by the byte order mark or the coding cookie; every line ending becomes "\\n"."""
     encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
     with io.TextIOWrapper(io.BytesIO(data), encoding) as stream:
         return stream.read()
@@ -292,8 +293,8 @@ _Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _definitions(tree: ast.Module) -> Iterator[tuple[str, _Definition]]:
-    """Yields (prefix of the qualified name, def), in order, not from inside of functions."""
-    # A stack of our own: a long chain of elif is a deep tree.
+    """Yield (prefix of the qualified name, def) in order, without defs inside functions."""
+    # A stack instead of recursion, because a long chain of elif is a deep tree.
     stack: list[tuple[str, ast.AST]] = [("", node) for node in reversed(tree.body)]
     while stack:
         prefix, node = stack.pop()
@@ -309,13 +310,13 @@ def _definitions(tree: ast.Module) -> Iterator[tuple[str, _Definition]]:
 
 def _statements(node: ast.AST, block: str) -> list[ast.AST]:
     value = getattr(node, block, None)
-    return value if isinstance(value, list) else []  # a lambda's or an a-if-b's is no list
+    return value if isinstance(value, list) else []  # of a lambda or an a-if-b it is no list
 
 
 def _as_function(
     prefix: str, node: _Definition, lines: list[str], file: SourceFile
 ) -> PythonFunction | None:
-    """Returns None where a filter drops the function."""
+    """The function, or None if a filter drops it."""
     is_dunder = node.name.startswith("__") and node.name.endswith("__")
     if is_dunder or "test" in node.name.lower() or _is_stub(node):
         return None
@@ -343,11 +344,11 @@ def _is_stub(node: _Definition) -> bool:
     """Whether nothing follows the docstring but `pass`, `...` or `raise NotImplementedError`."""
     if len(node.body) != 2:
         return len(node.body) < 2
-    only = node.body[1]
-    if isinstance(only, ast.Raise) and only.exc is not None:
-        return ast.unparse(only.exc).startswith("NotImplementedError")
-    return isinstance(only, ast.Pass) or (
-        isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant)
+    statement = node.body[1]
+    if isinstance(statement, ast.Raise) and statement.exc is not None:
+        return ast.unparse(statement.exc).startswith("NotImplementedError")
+    return isinstance(statement, ast.Pass) or (
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     )
 
 
@@ -358,7 +359,7 @@ def _is_description(paragraph: str) -> bool:
 
 
 def first_paragraph(docstring: str) -> str:
-    """Returns a docstring's first paragraph on one line and without RST markup.
+    """The first paragraph of a docstring, on one line and without RST markup.
 
     Example:
       >>> first_paragraph("Like :meth:`~Map.get`, but\\n  raises ``KeyError``.\\n\\nMore.")
@@ -376,24 +377,24 @@ def _module_name(file: str) -> str:
 
 
 def _without_docstring(node: _Definition, lines: list[str]) -> tuple[list[str], list[str]]:
-    """Returns the dedented lines of the decorators, and of the function from its `def` on."""
+    """The dedented lines of the decorators, and of the function from its `def` on."""
     docstring = node.body[0]
     first, last = docstring.lineno - 1, cast(int, docstring.end_lineno) - 1
     start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    # ast counts columns in bytes of UTF-8. Beside the docstring may stand `def f():` or `; x = 1`.
+    # ast counts columns in UTF-8 bytes. The docstring may share lines with `def f():` or `; x = 1`.
     before = lines[first].encode()[: docstring.col_offset].decode()
     after = lines[last].encode()[docstring.end_col_offset :].decode().lstrip("; \t")
-    beside = before.rstrip() if after.startswith("#") else (before + after).rstrip()
+    shared = before.rstrip() if after.startswith("#") else (before + after).rstrip()
     body = lines[last + 1 : node.end_lineno]
-    if not beside:
+    if not shared:
         body = list(itertools.dropwhile(lambda line: not line.strip(), body))
     def_line = lines[node.lineno - 1]
     indent = def_line[: len(def_line) - len(def_line.lstrip())]
-    code = [*lines[node.lineno - 1 : first], *([beside] if beside else []), *body]
+    code = [*lines[node.lineno - 1 : first], *([shared] if shared else []), *body]
     decorators = lines[start - 1 : node.lineno - 1]
     return [d.removeprefix(indent) for d in decorators], [c.removeprefix(indent) for c in code]
 
 
 if __name__ == "__main__":  # see _parse_in_new_process
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C needs no traceback of each interpreter
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback per interpreter on Ctrl-C
     sys.stdout.write(json.dumps(_parse_files([SourceFile(*f) for f in json.load(sys.stdin)])))

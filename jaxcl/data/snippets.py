@@ -1,29 +1,29 @@
-"""A line of a text, to show next to a search hit."""
+"""A one-line passage of a text, to show next to a search hit."""
 
 import re
 
 __all__ = ["snippet"]
 
 _SEARCHED = 20_000
-"""Characters of a text that are searched for the query's words."""
+"""The number of characters of a text that are searched for the query's words."""
 _MOST_WORDS = 32
 _SHORT = 4
-"""Words with fewer letters match whole words only; longer ones also the beginning of a word."""
+"""Words with fewer letters only match whole words; others also match the beginning of a word."""
 _LEAD = 30
-"""Characters shown before the first match."""
+"""The number of characters shown before the first match."""
 
 
 def snippet(text: str, query: str, *, width: int = 160) -> str:
-    """The passage of a text with the most of a query's words, in one line.
+    """The passage of a text that contains the most words of a query, on one line.
 
-    A long word counts for more than a short one, because short words are often common ones. Of
-    equally good passages the first one is taken; without any match, the beginning of the text.
-    Control characters are kept; escape them before printing.
+    Long words count for more than short ones, because short words are often common. The first of
+    several equally good passages is taken; without any match, the beginning of the text. Control
+    characters are kept; escape them before printing.
 
     Args:
       text: the text.
       query: the words that were searched for.
-      width: the largest number of characters, at least 80; dots that stand for omitted text count.
+      width: the largest number of characters, at least 80, with the dots that mark omitted text.
 
     Example:
       >>> snippet("Open a socket. " * 9 + "Then parse a date.", "parse an ISO date", width=80)
@@ -42,11 +42,11 @@ def snippet(text: str, query: str, *, width: int = 160) -> str:
 
 
 def _start(line: str, query: str, width: int) -> int:
-    """Where the passage begins: at the start of a word, if there is one nearby."""
+    """The position where the passage begins: the start of a word, if there is one nearby."""
     words = sorted(set(re.findall(r"\w+", query.lower())), key=len, reverse=True)[:_MOST_WORDS]
     if not words:
         return 0
-    # Without the last letters of a long word, so that "photos" finds "photo".
+    # The last letters of a long word are dropped, so that "photos" finds "photo".
     stems = [re.escape(word[: max(_SHORT, len(word) - 2)]) for word in words]
     ends = [r"\b" if len(word) < _SHORT else "" for word in words]
     either = "|".join(stem + end for stem, end in zip(stems, ends, strict=True))
@@ -56,8 +56,8 @@ def _start(line: str, query: str, width: int) -> int:
     for number, (begin, _) in enumerate(matches):
         inside = {
             word
-            for place, word in matches[number : number + width]
-            if place < begin + width * 3 // 4
+            for start, word in matches[number : number + width]
+            if start < begin + width * 3 // 4
         }
         value = sum(map(len, inside))
         if value > best_value:

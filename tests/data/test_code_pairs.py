@@ -312,12 +312,15 @@ def test_a_file_that_changes_meanwhile_stops_the_preparation(prepare, tmp_path, 
     ("options", "message"),
     [
         ({"test_packages": ("sean",)}, r"'sean' is not installed; did you mean \['seen'\]"),
-        ({"test_packages": ("zzz",)}, r"'zzz' is not installed; there are \['held', 'seen'\]"),
+        (
+            {"test_packages": ("zzz",)},
+            r"'zzz' is not installed; the packages are \['held', 'seen'\]",
+        ),
         ({"test_packages": "held"}, "must be a sequence of names"),
-        ({"test_packages": ("held", "seen")}, "No pair is left for train"),
+        ({"test_packages": ("held", "seen")}, "none of the .* pairs is left for train"),
         ({"validation_fraction": 1.0}, "below 1"),
         ({"max_pairs": 0}, "must be positive"),
-        ({"roots": ()}, "No documented Python function"),
+        ({"roots": ()}, "no documented Python function"),
     ],
 )
 def test_a_wrong_option_is_explained(prepare, options, message):
@@ -328,7 +331,7 @@ def test_a_wrong_option_is_explained(prepare, options, message):
 def test_packages_without_functions_are_an_error(prepare, tmp_path):
     (tmp_path / "bare" / "held").mkdir(parents=True)
     (tmp_path / "bare" / "held" / "a.py").write_text("a = 1\n")
-    with pytest.raises(ValueError, match="No documented Python function"):
+    with pytest.raises(ValueError, match="no documented Python function"):
         prepare(roots=(SourceRoot(tmp_path / "bare"),))
 
 

@@ -166,7 +166,7 @@ def test_rows_without_negatives_need_no_setting(opened):
 @pytest.mark.parametrize("negatives", [None, [[]] * 5])
 def test_a_number_per_row_without_negatives_is_an_error(opened, negatives):
     for given in (2, 2):  # also once the folder is cached
-        with pytest.raises(ValueError, match=r"negatives_per_row=2, but the training rows bring"):
+        with pytest.raises(ValueError, match=r"negatives_per_row=2, but the training rows have no"):
             opened(pairs(negatives), negatives_per_row=given)
 
 
