@@ -1,4 +1,4 @@
-"""Queries with their positives from a file: texts, ids of documents, or relevance judgements."""
+"""Read queries with their positives, given as texts, document ids or relevance judgements."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,17 +18,18 @@ ID_FIELDS = ("positive_ids", "positive_id", "pos_ids", "pos_id")
 
 
 class QueryFile(NamedTuple):
-    """Different queries with all of their positives, in the order of the file.
+    """Distinct queries with all of their positives, in the order of the file.
 
-    Records with the same query are one query here, since the positives of one record would
+    Records with the same query become one query, because the positives of one record would
     otherwise be negatives of the other.
 
     Attributes:
       queries: the texts.
-      positives: the positives of each query, all different: texts, or ids of documents.
+      positives: the distinct positives of each query, as texts or document ids.
       by_id: whether positives are ids.
-      own_ids: ids of documents that are the query itself; empty for a file without ids.
-      where: where the first record of each query is, for messages.
+      own_ids: for each query, the ids of documents that are the query itself; empty for a file
+        without ids.
+      where: the place of each query's first record, for messages.
       records: the number of records read.
       fields: a line that says which fields were read.
     """
@@ -43,7 +44,7 @@ class QueryFile(NamedTuple):
 
 
 class _Fields(NamedTuple):
-    """The fields of a record; the positives' one holds ids if `by_id` is true."""
+    """The fields of a record. The field of the positives holds ids if `by_id` is true."""
 
     query: str
     positives: str
@@ -67,11 +68,11 @@ def read_queries(
       query_field: the field of the queries; `None` takes the one of `QUERY_FIELDS` that the first
         record has.
       positive_field: the field of the positives. `None` takes the one of `POSITIVE_FIELDS` or
-        `ID_FIELDS`; only a field of these last names holds ids of documents.
+        `ID_FIELDS`; only fields in `ID_FIELDS` hold document ids.
 
     Raises:
-      ValueError: if no field is known, several could be meant, or a record lacks a text, has an
-        empty one, or has no positives; the message names the line.
+      ValueError: if no field is recognised, several fields could be meant, or a record lacks a
+        text, has an empty text, or has no positives; the message names the line.
       OSError: if the file cannot be read.
     """
     fields: _Fields | None = None
@@ -91,23 +92,23 @@ def read_queries(
         positives[row].update(dict.fromkeys(_positives_of(record, fields, where)))
     if fields is None:
         raise ValueError(f"{path} has no queries")
-    each = [list(of_query) for of_query in positives]
+    lists = [list(distinct) for distinct in positives]
     own_ids: list[list[str]] = [[] for _ in rows]
-    return QueryFile(list(rows), each, fields.by_id, own_ids, where_first, records, str(fields))
+    return QueryFile(list(rows), lists, fields.by_id, own_ids, where_first, records, str(fields))
 
 
 def read_judged_queries(
     path: AnyPath, qrels: Mapping[str, Mapping[str, int]], *, query_field: str | None = None
 ) -> QueryFile:
-    """Read queries with ids; BEIR's qrels name their positives.
+    """Read queries with ids, whose positives are given by BEIR's qrels.
 
     Args:
       path: a file that `jaxcl.data.documents.read_documents` reads, such as `queries.jsonl`.
-      qrels: id of a query -> id of a document -> relevance; documents above 0 are positives.
+      qrels: query id -> document id -> relevance; documents with a relevance above 0 are positives.
       query_field: the field of the texts; `None` takes a common one.
 
     Returns:
-      The queries that have a positive; `records` counts all of the file.
+      The queries that have a positive; `records` counts all queries of the file.
 
     Raises:
       ValueError: if a query of the qrels is not in the file, or none has a positive.
@@ -121,7 +122,7 @@ def read_judged_queries(
     positives: list[dict[str, None]] = []
     own_ids: list[list[str]] = []
     for name, query in zip(documents.ids, documents.read(range(len(documents))), strict=True):
-        relevant = [one for one, grade in qrels.get(name, {}).items() if grade > 0]
+        relevant = [document for document, grade in qrels.get(name, {}).items() if grade > 0]
         if not relevant:
             continue
         _filled(query, "the text", f"{path}: query {name!r}")
@@ -133,10 +134,10 @@ def read_judged_queries(
         own_ids[row].append(name)
     if not rows:
         raise ValueError(f"no query of {path} has a document of relevance above 0 in the qrels")
-    each = [list(of_query) for of_query in positives]
+    lists = [list(distinct) for distinct in positives]
     where = [f"the qrels of query {names[0]!r}" for names in own_ids]
     fields = "queries by their ids, positives from the qrels"
-    return QueryFile(list(rows), each, True, own_ids, where, len(documents), fields)
+    return QueryFile(list(rows), lists, True, own_ids, where, len(documents), fields)
 
 
 def _fields_of(
@@ -157,17 +158,17 @@ def _fields_of(
 
 def _one_of(
     record: Mapping[str, Any],
-    given: str | None,
+    chosen: str | None,
     known: Sequence[str],
     content: str,
     flag: str,
     where: str,
 ) -> str:
-    """The field that is given, or the known one that a record has."""
-    if given is not None:
-        if given not in record:
-            raise ValueError(f"{where} has no field {given!r}; it has {_listed(record)}")
-        return given
+    """The chosen field, or the only known field that a record has."""
+    if chosen is not None:
+        if chosen not in record:
+            raise ValueError(f"{where} has no field {chosen!r}; it has {_listed(record)}")
+        return chosen
     present = [name for name in known if name in record]
     if len(present) > 1:
         raise ValueError(

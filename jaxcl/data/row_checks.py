@@ -1,4 +1,4 @@
-"""Checks of arrays with an entry for each row; their errors name the first wrong row."""
+"""Check arrays with one entry per row; the errors name the first invalid row."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,7 +32,7 @@ def check_rows(
       first_row: the number of the first row.
 
     Raises:
-      ValueError: if a row has an entry that is not allowed, with the first such row.
+      ValueError: if a row has an entry that is not allowed; the message names the first such row.
     """
     for first in range(0, len(array), _ROWS_AT_ONCE):
         part = array[first : first + _ROWS_AT_ONCE]
@@ -46,15 +46,16 @@ def check_rows(
 def checked_int32(
     labels: Sequence[Any] | np.ndarray, *, what: str, first_row: int = 0
 ) -> Int[np.ndarray, " n"]:
-    """Labels as int32.
+    """Convert labels to int32.
 
     Args:
-      labels: integers or booleans, one for each row.
-      what: the labels, for the message.
+      labels: integers or booleans, one per row.
+      what: the name of the labels, for the message.
       first_row: the number of the first row.
 
     Raises:
-      ValueError: if one is not an integer, or does not fit into int32; it names the first such row.
+      ValueError: if a label is not an integer or does not fit into int32; the message names the
+        first such row.
     """
     array = np.asarray(labels)
     if array.dtype.kind not in "iub":

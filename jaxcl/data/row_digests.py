@@ -1,4 +1,4 @@
-"""Digests of contents, and numbers that equal contents share, without a Python object for each."""
+"""Digests of contents, and a number per distinct content, without a Python object for each."""
 
 import hashlib
 from collections.abc import Callable
@@ -13,30 +13,30 @@ from jaxcl.typing import Int, Integer
 __all__ = ["NO_DIGEST", "as_digests", "input_digests", "number_digests", "text_digest"]
 
 NO_DIGEST = bytes(16)
-"""Stands in for content without a digest; no content has it."""
+"""The placeholder for content without a digest; no real digest is equal to it."""
 
 _CHUNK_ROWS = 4096
 _COMPARED_AT_ONCE = 1_000_000
 
 
 def text_digest(text: str) -> bytes:
-    """The digest of a text, 16 bytes."""
+    """The 16-byte digest of a text."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def as_digests(joined: bytes | bytearray) -> Integer[np.ndarray, "n 2"]:
-    """Digests that are joined end to end, as an array of two uint64 each."""
+    """View concatenated digests as an array, with two uint64 per digest."""
     return np.frombuffer(joined, np.uint64).reshape(-1, 2)
 
 
 def input_digests(
     table: Table, side: str, *, advance: Callable[[int], None] = lambda rows: None
 ) -> Integer[np.ndarray, "n 2"]:
-    """The digest of each row's input on a side; inputs that an encoder cannot tell apart share one.
+    """The digest of each row's input on a side; equal for inputs that are the same to an encoder.
 
     Args:
       table: the rows.
-      side: whose inputs are read.
+      side: the side of the inputs.
       advance: called with the number of rows done since the last call.
     """
     joined = bytearray()
@@ -58,10 +58,10 @@ def number_digests(
     """Number the distinct digests in the order in which they first appear.
 
     Args:
-      digests: as from `as_digests`.
+      digests: digests as `as_digests` returns them.
 
     Returns:
-      Each digest's number, int32, and for each number the place of its first digest.
+      The number of each digest, int32, and for each number the position of its first digest.
 
     Example:
       >>> numbers, firsts = number_digests(np.array([[7, 1], [5, 1], [7, 1], [5, 2]], np.uint64))
@@ -69,11 +69,11 @@ def number_digests(
       ([0, 1, 0, 2], [0, 1, 3])
     """
     first = np.empty(len(digests), np.int32)
-    # Equal digests are of one part; parts bound the memory of a comparison.
+    # Equal digests fall into the same part. Comparing part by part limits the memory.
     num_parts = max(len(digests) // _COMPARED_AT_ONCE, 1)
     for part in range(num_parts):
-        places = np.flatnonzero(digests[:, 0] % num_parts == part).astype(np.int32)
-        first[places] = places[equal_rows(digests[places])]
+        positions = np.flatnonzero(digests[:, 0] % num_parts == part).astype(np.int32)
+        first[positions] = positions[equal_rows(digests[positions])]
     firsts = np.flatnonzero(first == np.arange(len(first), dtype=np.int32))
     renumbered = np.empty(len(first), np.int32)
     renumbered[firsts] = np.arange(len(firsts), dtype=np.int32)

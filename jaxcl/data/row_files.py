@@ -1,4 +1,4 @@
-"""Files with something for each training row: their arrays, and the rows that they belong to."""
+"""Read files with an entry for each training row, and match the entries to the rows."""
 
 import hashlib
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class Column(NamedTuple):
 
     Attributes:
       kind: `"integers"`, `"floats"` or `"numbers"`.
-      shape: each axis's size; None for at least 1.
+      shape: the size of each axis; None for any size of at least 1.
     """
 
     kind: str
@@ -38,9 +38,10 @@ class RowArrays(NamedTuple):
     """The arrays of a file, in the order of a split.
 
     Attributes:
-      arrays: by name, an entry for each row of the split; all floats are finite in float32.
-      fingerprint: of the file.
-      file_rows: the row of the file for each row of the split, where the file has ids.
+      arrays: the arrays by name, with an entry for each row of the split; all floats are finite in
+        float32.
+      fingerprint: the sha256 of the file.
+      file_rows: the row of the file for each row of the split; `None` for a file without ids.
       num_file_rows: the number of rows of the file.
     """
 
@@ -61,19 +62,19 @@ def read_arrays(
     """Read arrays with an entry for each training row from an `.npz`.
 
     Args:
-      path: the file. Where it has a `source`, the fingerprint of the split that it was made from,
-        that must be the one given. Where it has `ids`, a text or an integer for each of its rows,
-        and `id_field`, the name of the metadata field of the split that holds its ids, rows are
-        matched by them; otherwise they are in the order of the split.
-      columns: name -> the array that is wanted; others are not read.
+      path: the file. If it has a `source`, the fingerprint of the split that it was made from, this
+        must equal the argument `source`. If it has `ids`, a text or an integer for each of its
+        rows, and `id_field`, the metadata field of the split that holds the same ids, rows are
+        matched by their ids; otherwise they must be in the order of the split.
+      columns: name -> the required array; other arrays are not read.
       setting: the setting that gave the file, for messages.
       source: the fingerprint of the training split; `None` if it is not known.
       pairs: the training split, to match ids.
 
     Raises:
-      ValueError: for a file that is missing or damaged, lacks an array, has one of another kind or
-        shape or with numbers that are not finite, or was made from other rows; for ids that do not
-        name each row of the split.
+      ValueError: if the file is missing or damaged, lacks an array, was made from other rows, has
+        an array of another kind or shape or with numbers that are not finite, or has no id for a
+        row of the split.
     """
     try:
         headers = npz_headers(path, list(columns), optional=[_SOURCE, *_IDS])
@@ -107,7 +108,7 @@ def _match(
     ids = headers["ids"]
     if len(ids.shape) != 1 or ids.dtype.kind not in "iuU":
         raise ValueError(
-            f"{path}: ids is {ids.dtype}{list(ids.shape)}; wanted are texts or integers, one a row"
+            f"{path}: ids is {ids.dtype}{list(ids.shape)}; use texts or integers, one per row"
         )
     arrays = read_npz(path, _IDS)
     try:
@@ -121,7 +122,7 @@ def _check_text(path: AnyPath, headers: Mapping[str, ArrayHeader], name: str) ->
         raise ValueError(f"{path} has no {name}; add it")
     shape, dtype = headers[name]
     if shape or dtype.kind != "U" or dtype.itemsize > _MAX_TEXT_BYTES:
-        raise ValueError(f"{path}: {name} is {dtype}{list(shape)}; wanted is a text")
+        raise ValueError(f"{path}: {name} is {dtype}{list(shape)}; use a text")
 
 
 def _finite(part: np.ndarray) -> Bool[np.ndarray, "..."]:
@@ -137,18 +138,18 @@ def _check_header(header: ArrayHeader, column: Column, *, what: str) -> None:
     if not fits or header.dtype.kind not in _KINDS[column.kind]:
         wanted = ", ".join("at least 1" if size is None else str(size) for size in column.shape)
         raise ValueError(
-            f"{what} is {header.dtype}{list(header.shape)}; wanted are {column.kind}, [{wanted}]"
+            f"{what} is {header.dtype}{list(header.shape)}; use {column.kind} of shape [{wanted}]"
         )
 
 
 def _check_same_rows(path: AnyPath, headers: Mapping[str, ArrayHeader], source: str) -> None:
     _check_text(path, headers, _SOURCE)
-    theirs = str(read_npz(path, [_SOURCE])[_SOURCE])
-    if theirs != source:
+    file_source = str(read_npz(path, [_SOURCE])[_SOURCE])
+    if file_source != source:
         raise ValueError(
-            f"{path} was made from other rows ({_short(theirs)}) than this run's training split "
-            f"({_short(source)}): data or installed packages have changed since, or it is "
-            "another split. Make it by a run that has these rows"
+            f"{path} was made from other rows ({_short(file_source)}) than this run's training "
+            f"split ({_short(source)}): data or installed packages have changed since, or it is "
+            "another split. Write it again for these rows"
         )
 
 

@@ -1,4 +1,4 @@
-"""Each training row's embeddings by a model that judges similarity, from a file."""
+"""A guide model's embeddings of each training row, from a file."""
 
 from typing import NamedTuple
 
@@ -12,18 +12,18 @@ from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.typing import SIDES, Bool, Float, Int
 
 _MIN_SQUARE = 1e-10
-"""Far above the ε of unit norms, below which an embedding counts as zero."""
+"""The smallest squared norm; far above the ε of unit norms, below which vectors count as zero."""
 
 __all__ = ["RowGuides", "guide_dim", "read_guides"]
 
 
 class RowGuides(NamedTuple):
-    """A frozen model's embeddings of the training rows.
+    """A guide model's embeddings of the training rows.
 
     Attributes:
-      query: of their queries.
-      key: of their keys.
-      fingerprint: of the file.
+      query: the embeddings of the queries.
+      key: the embeddings of the keys.
+      fingerprint: the sha256 of the file.
     """
 
     query: Float[np.ndarray, "n g"]
@@ -38,12 +38,12 @@ class RowGuides(NamedTuple):
 def read_guides(
     path: AnyPath, *, num_rows: int, source: str | None = None, pairs: PairSource | None = None
 ) -> RowGuides:
-    """Read an `.npz` with `query` and `key`, `[rows of the split, any width]` each.
+    """Read an `.npz` with `query` and `key`, each `[rows of the split, any width]`.
 
     `jaxcl.data.row_files.read_arrays` explains how rows are matched, and which files it refuses.
 
     Raises:
-      ValueError: in addition, for an embedding without a norm.
+      ValueError: if it refuses the file, or the norm of an embedding is too small or too large.
     """
     path = as_path(path)
     columns = {side: Column("floats", (num_rows, guide_dim(path))) for side in SIDES}
@@ -61,7 +61,7 @@ def read_guides(
 
 
 def _has_norm(vectors: Float[np.ndarray, "n g"]) -> Bool[np.ndarray, " n"]:
-    """Whether cosines are defined: an embedding of zeros is allowed, and is similar to none."""
+    """Whether cosines are defined. A zero vector is allowed, and is similar to nothing."""
     vectors = vectors.astype(np.float32)
     with np.errstate(over="ignore"):
         squares = np.einsum("ng,ng->n", vectors, vectors)
@@ -69,12 +69,12 @@ def _has_norm(vectors: Float[np.ndarray, "n g"]) -> Bool[np.ndarray, " n"]:
 
 
 def guide_dim(path: AnyPath | str) -> int:
-    """The width of the embeddings in such a file, from its header alone."""
+    """The width of the embeddings in such a file, read from its header alone."""
     path = as_path(path)
     try:
         shape = npz_headers(path, SIDES)["key"].shape
     except ValueError as error:
         raise ValueError(f"data.guides={error}") from error
     if len(shape) != 2 or shape[1] < 1:
-        raise ValueError(f"data.guides={path}: key has the shape {shape}; wanted is [rows, width]")
+        raise ValueError(f"data.guides={path}: key has the shape {shape}; use [rows, width]")
     return shape[1]

@@ -1,4 +1,4 @@
-"""Rows of a file that are matched with the rows of a split by their ids."""
+"""Match the rows of a file to the rows of a split by their ids."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ _ROWS_AT_ONCE = 8192
 
 
 def match_rows(ids: np.ndarray, pairs: PairSource, *, field: str) -> Int[np.ndarray, " n"]:
-    """The row of a file for each row of a split.
+    """Find the row of a file for each row of a split.
 
     Args:
       ids: the id of each row of the file.

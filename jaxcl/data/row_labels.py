@@ -1,4 +1,4 @@
-"""The labels of a split's rows: groups, and numbers that rows with the same content share."""
+"""The labels of a split's rows: groups, and a number that rows with equal content share."""
 
 from collections.abc import Sequence
 
@@ -18,9 +18,9 @@ def split_labels(
 
     Args:
       source: the split.
-      groups: each row's group as the source returns it, 0 if it has none. Groups of different
+      groups: each row's group as the source returns it; 0 if it has none. Equal groups of different
         concatenated data sets become different numbers.
-      numbers: for one side or both, a number per row, equal for equal content.
+      numbers: for one side or both, a number per row that is equal for equal content.
 
     Returns:
       `"group"` and `"text"`, int32.
@@ -45,7 +45,7 @@ def joined_numbers(
       keys: the same for keys.
 
     Returns:
-      int32, from 0 without gaps.
+      int32 numbers from 0, without gaps.
 
     Example:
       >>> joined_numbers(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 2])).tolist()
@@ -54,23 +54,23 @@ def joined_numbers(
     sides = [_first_rows(queries), _first_rows(keys)]
     first = sides[0].copy()  # the first known row of each row's component
     while True:
-        before = first.copy()
-        for others in sides:
-            _take_least(first, others)
-        # The component's first row as known before learns of the better one, and with it all rows
-        # that point there: the number of rounds is logarithmic.
-        np.minimum.at(first, before, first)
+        previous = first.copy()
+        for first_equal in sides:
+            _take_least(first, first_equal)
+        # Also lower the entry of the previous first row, so that the next line updates all rows
+        # that point to it. The number of rounds is therefore logarithmic.
+        np.minimum.at(first, previous, first)
         first = first[first]
-        if np.array_equal(first, before):
+        if np.array_equal(first, previous):
             break
     numbers = np.cumsum(first == np.arange(len(first), dtype=np.int32), dtype=np.int32) - 1
     return numbers[first]
 
 
 def equal_rows(digests: Integer[np.ndarray, "n 2"]) -> Int[np.ndarray, " n"]:
-    """For each row, the number of the first row with an equal digest of 128 bits.
+    """For each row, the number of the first row with an equal 128-bit digest.
 
-    Takes about 60 bytes a row.
+    Takes about 60 bytes of memory per row.
 
     Example:
       >>> equal_rows(np.array([[7, 1], [7, 0], [7, 1]], np.uint64)).tolist()
@@ -97,6 +97,6 @@ def _first_rows(numbers: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 
 
 def _take_least(values: Int[np.ndarray, " n"], first_rows: Int[np.ndarray, " n"]) -> None:
-    """Set each row's value to the least one of the rows with the same first row."""
+    """Set each row's value to the smallest value among rows with the same first row."""
     np.minimum.at(values, first_rows, values)
     values[:] = values[first_rows]

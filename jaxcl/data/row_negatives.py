@@ -18,12 +18,12 @@ __all__ = ["RowNegatives", "explicit_columns", "read_negatives"]
 
 
 class RowNegatives(NamedTuple):
-    """The rows whose keys stand against each row's query.
+    """The rows whose keys are the explicit negatives of each row.
 
     Attributes:
-      rows: row numbers; −1 where a row has fewer than others.
-      teacher_scores: what a teacher gives the row's own key, then each negative; `None` without.
-      fingerprint: of the file.
+      rows: row numbers; −1 where a row has fewer negatives than others.
+      teacher_scores: a teacher's scores of the row's own key, then of each negative, or `None`.
+      fingerprint: the sha256 of the file.
     """
 
     rows: Int[np.ndarray, "n m"]
@@ -34,9 +34,9 @@ class RowNegatives(NamedTuple):
         """The columns that `jaxcl.step.batch_loss.make_loss` reads for a batch of these rows."""
         numbers = self.rows[rows]
         valid = numbers >= 0
-        theirs = np.where(valid, numbers, 0)
+        negatives = np.where(valid, numbers, 0)
         columns: dict[str, PyTree] = {
-            "negatives": explicit_columns(table, theirs, valid, table.labels(theirs))
+            "negatives": explicit_columns(table, negatives, valid, table.labels(negatives))
         }
         if self.teacher_scores is not None:
             columns["teacher_scores"] = self.teacher_scores[rows]
@@ -52,10 +52,10 @@ def explicit_columns(
     """The column `"negatives"` of a batch.
 
     Args:
-      table: whose keys they are.
-      numbers: each row's negatives, by row of the table.
-      valid: `False` where a row has fewer.
-      labels: of the negatives.
+      table: the table whose keys are the negatives.
+      numbers: each row's negatives, as rows of the table.
+      valid: `False` where a row has fewer negatives than others.
+      labels: the labels of the negatives.
     """
     inputs = jax.tree.map(
         lambda leaf: leaf.reshape(*numbers.shape, *leaf.shape[1:]),
@@ -72,21 +72,21 @@ def read_negatives(
     source: str | None = None,
     pairs: PairSource | None = None,
 ) -> RowNegatives:
-    """Reads an `.npz` with `rows`, and with `teacher_scores` if those are wanted.
+    """Read an `.npz` with `rows` and, if needed, `teacher_scores`.
 
     Args:
       path: the file. `rows` are integers `[rows of the split, most negatives of a row]`, −1 where a
-        row has fewer; `teacher_scores` are `[rows of the split, 1 + most negatives]`. The rows are
-        in the order of the split, which TFDS shuffles when it prepares it. In a file with `ids`
-        (`jaxcl.data.row_files.read_arrays`) they are in any order, and `rows` names rows of the
-        file; negatives that are not in the split are left out.
-      num_rows: of the training split.
-      scored: whether a teacher's scores are wanted; without it none are read.
+        row has fewer; `teacher_scores` are `[rows of the split, 1 + most negatives]`. The rows must
+        be in the order of the split; TFDS shuffles a split when it prepares it. In a file with
+        `ids` (`jaxcl.data.row_files.read_arrays`) they may be in any order, and `rows` holds row
+        numbers of the file; negatives that are not in the split are left out.
+      num_rows: the number of rows in the training split.
+      scored: whether to read a teacher's scores, which must then be in the file.
       source: the split's fingerprint; the file's own `source`, if it has one, must be the same.
       pairs: the training split, to match ids.
 
     Raises:
-      ValueError: for a file that is missing, damaged, or not of this split.
+      ValueError: if the file is missing, damaged, or does not belong to this split.
     """
     columns = {"rows": Column("integers", (num_rows, None))}
     if scored:
@@ -104,8 +104,8 @@ def read_negatives(
     if scores is not None:
         if scores.shape[1] != 1 + rows.shape[1]:
             raise ValueError(
-                f"data.negatives={path}: teacher_scores are {list(scores.shape)}; wanted are "
-                f"[{num_rows}, {1 + rows.shape[1]}]: the key's, then each negative's"
+                f"data.negatives={path}: teacher_scores have the shape {list(scores.shape)}; use "
+                f"[{num_rows}, {1 + rows.shape[1]}]: the key's score, then each negative's"
             )
         scores = scores.astype(np.float32)
     return RowNegatives(rows.astype(np.int32), scores, read.fingerprint)
@@ -114,8 +114,8 @@ def read_negatives(
 def _renumbered(
     rows: Int[np.ndarray, "n m"], read: RowArrays, path: AnyPath
 ) -> Int[np.ndarray, "n m"]:
-    """Rows of the split for rows of the file; −1 for rows outside the split."""
-    split_rows = np.full(read.num_file_rows + 1, -1)  # the last one for −1
+    """Convert rows of the file to rows of the split; −1 for rows outside the split."""
+    split_rows = np.full(read.num_file_rows + 1, -1)  # the last entry is for −1
     split_rows[read.file_rows] = np.arange(len(rows))
     renumbered = split_rows[rows]
     if left_out := int(((rows >= 0) & (renumbered < 0)).sum()):

@@ -1,4 +1,4 @@
-"""The prompts of rows, where data sets that are concatenated have different ones."""
+"""The prompts of rows when concatenated data sets have different prompts."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ __all__ = ["RowPrompts", "prompt_of", "row_prompts"]
 
 
 class RowPrompts(NamedTuple):
-    """The prompts of a split whose data sets do not all have the same.
+    """The prompts of a split whose data sets have different prompts.
 
     Attributes:
-      settings: of each data set, the name of the setting with its prompts, for messages.
-      ends: of each data set, the number after its last row.
+      settings: for each data set, the name of the setting with its prompts, for messages.
+      ends: for each data set, one more than the number of its last row.
       prompts: side -> the prompt of each data set.
     """
 
@@ -33,7 +33,7 @@ class RowPrompts(NamedTuple):
         return np.searchsorted(self.ends, rows, side="right")
 
     def parts(self, first: int, stop: int) -> Iterator[tuple[int, slice]]:
-        """The data sets of consecutive rows: the number of each, and its part of these rows.
+        """Yield each data set of consecutive rows: its number, and the slice of rows that it has.
 
         Example:
           >>> prompts = RowPrompts(("a", "b"), np.array([3, 9]), {"query": ("", "q: ")})
@@ -47,26 +47,26 @@ class RowPrompts(NamedTuple):
             begin = end
 
     def spread(self, offsets: Int[np.ndarray, " _"]) -> "RowPrompts":
-        """The prompts of a ragged table.
+        """The same prompts for a table in which each row has any number of texts.
 
         Args:
-          offsets: for each row, the number of the table's first text that belongs to it, and the
-            number of all texts at the end.
+          offsets: for each row, the number of its first text in the table; at the end, the number
+            of all texts.
         """
         return self._replace(ends=offsets[self.ends])
 
-    def own(self, data: DataSettings, number: int) -> DataSettings:
+    def apply(self, data: DataSettings, number: int) -> DataSettings:
         """The settings of a run with the prompts of one data set, for readers of its texts."""
-        prompts = SidePrompts(**{side: ones[number] for side, ones in self.prompts.items()})
+        prompts = SidePrompts(**{side: texts[number] for side, texts in self.prompts.items()})
         return data._replace(prompts=prompts)
 
     def described(self, sides: tuple[str, ...]) -> dict[str, Any]:
-        """What the tokens of these sides depend on, in JSON types."""
+        """The prompts of these sides and the rows that they belong to, in JSON types."""
         return {"ends": self.ends.tolist()} | {side: list(self.prompts[side]) for side in sides}
 
 
 def row_prompts(data: DataSettings, role: str, source: PairSource) -> RowPrompts | None:
-    """The prompts of a split's rows; `None` if all rows have those of the run.
+    """The prompts of a split's rows; `None` if they are the same for all rows.
 
     Args:
       data: the run's settings.
@@ -75,14 +75,14 @@ def row_prompts(data: DataSettings, role: str, source: PairSource) -> RowPrompts
         training rows.
     """
     if isinstance(source, NegativeTexts):
-        of_rows = row_prompts(data, "train", source.rows)
-        return of_rows and of_rows.spread(source.offsets)
+        train_prompts = row_prompts(data, "train", source.rows)
+        return train_prompts and train_prompts.spread(source.offsets)
     data_sets = data_sets_of(data, role)
     prompts = {
-        side: tuple(prompt_of(data, one.prompts, side) for one in data_sets.values())
+        side: tuple(prompt_of(data, data_set.prompts, side) for data_set in data_sets.values())
         for side in SIDES
     }
-    if all(len(set(ones)) <= 1 for ones in prompts.values()):
+    if all(len(set(texts)) <= 1 for texts in prompts.values()):
         return None
     assert isinstance(source, ConcatenatedPairs)  # there are several data sets
     settings = tuple(f"{setting}.prompts" for setting in data_sets)
@@ -90,6 +90,6 @@ def row_prompts(data: DataSettings, role: str, source: PairSource) -> RowPrompts
 
 
 def prompt_of(data: DataSettings, prompts: SidePrompts, side: str) -> str:
-    """The prompt of a side of a data set, with the run's for `None`."""
-    own = getattr(prompts, side)
-    return (getattr(data.prompts, side) if own is None else own) or ""
+    """The prompt of one side of a data set; `None` stands for the run's prompt."""
+    prompt = getattr(prompts, side)
+    return (getattr(data.prompts, side) if prompt is None else prompt) or ""

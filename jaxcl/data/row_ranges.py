@@ -1,6 +1,6 @@
 """Ranges of rows in files, to compare training rows with held-out rows without reading them.
 
-TFDS knows the range of each file that a split takes.
+TFDS knows which range of each file a split takes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ class RowRange(NamedTuple):
       file: its name, for messages.
       identities: names of the file's content, path and inode. Two files that share one of them are
         the same file, or copies.
-      start, stop: the first row, and the one after the last.
+      start, stop: the first row, and one more than the last.
     """
 
     file: str
@@ -28,15 +28,15 @@ class RowRange(NamedTuple):
 
 
 def check_held_out(parts: Mapping[str, Sequence[tuple[str, Sequence[RowRange]]]]) -> None:
-    """Refuse held-out rows that are trained on.
+    """Reject held-out rows that are also trained on.
 
     Held-out roles may share rows with each other.
 
     Args:
-      parts: role -> the parts that it reads, each as the setting that names it, and its rows.
+      parts: role -> the parts that it reads, each with the setting that names it and its rows.
 
     Raises:
-      ValueError: if a role other than `"train"` shares rows with it.
+      ValueError: if another role shares rows with `"train"`.
     """
     training = parts.get(TRAIN, ())
     for role, held_out in parts.items():
@@ -48,7 +48,7 @@ def check_held_out(parts: Mapping[str, Sequence[tuple[str, Sequence[RowRange]]]]
                     raise ValueError(
                         f"{setting} holds out rows that {train_setting} trains on: rows "
                         f"{shared.start} to {shared.stop - 1} of {shared.file} are in both; give "
-                        "splits without a common row, such as 'train[:95%]' and 'train[95%:]'"
+                        "splits without common rows, such as 'train[:95%]' and 'train[95%:]'"
                     )
 
 
@@ -65,9 +65,9 @@ def shared_rows(ranges: Sequence[RowRange], others: Sequence[RowRange]) -> Itera
     for other in others:
         for identity in other.identities:
             by_identity.setdefault(identity, []).append(other)
-    for one in ranges:
-        for identity in sorted(one.identities):
+    for part in ranges:
+        for identity in sorted(part.identities):
             for other in by_identity.get(identity, ()):
-                start, stop = max(one.start, other.start), min(one.stop, other.stop)
+                start, stop = max(part.start, other.start), min(part.stop, other.stop)
                 if start < stop:
-                    yield one._replace(start=start, stop=stop)
+                    yield part._replace(start=start, stop=stop)

@@ -21,17 +21,17 @@ class RowTokenizer:
     Args:
       tokenizer: as for `TextTokenizer`.
       rule: the side's rule.
-      prompts: the rows' prompts, which replace the rule's; `None` if all rows have the rule's.
+      prompts: the rows' prompts, which replace the rule's prompt; `None` keeps it for all rows.
       side: the side.
 
     Attributes:
       rule: the rule that describes the inputs of all rows. If any row has a prompt, it has one.
-      prompt_length: of each data set, the number of tokens that pooling leaves out if the rule says
-        so; one number without `prompts`.
+      prompt_length: for each data set, the number of tokens that pooling leaves out if the rule
+        says so; a single number without `prompts`.
       num_ids: one more than the tokenizer's largest id.
 
     Raises:
-      ValueError: as `TextTokenizer`, with the setting of the prompt.
+      ValueError: as in `TextTokenizer`; the message names the setting of the prompt.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class RowTokenizer:
                 _text(tokenizer, rule._replace(prompt=prompt), f"{setting}.{side}")
                 for setting, prompt in zip(prompts.settings, prompts.prompts[side], strict=True)
             ]
-            self.rule = max((text.rule for text in self._texts), key=lambda one: bool(one.prompt))
+            self.rule = max((text.rule for text in self._texts), key=lambda rule: bool(rule.prompt))
             # Without a prompt, pooling includes special tokens.
             lengths = [text.prompt_length if text.rule.prompt else 0 for text in self._texts]
             self.prompt_length = np.array(lengths)
@@ -56,7 +56,7 @@ class RowTokenizer:
     def tokenize(
         self, texts: Sequence[str], *, what: str, first: int
     ) -> list[Int[np.ndarray, " _"]]:
-        """The token ids of each text, as `TextTokenizer.tokenize`.
+        """The token ids of each text, as in `TextTokenizer.tokenize`.
 
         Args:
           texts: the texts of consecutive rows.
@@ -76,9 +76,9 @@ class RowTokenizer:
     def without_prompts(
         self, rows: Sequence[Integer[np.ndarray, " _"]], *, first: int
     ) -> Sequence[Integer[np.ndarray, " _"]]:
-        """The ids by which texts are compared: of rows with different prompts, those of the text.
+        """The ids by which texts are compared, without the prompts if rows have different ones.
 
-        With one prompt for all rows, they are the ids themselves. If a prompt and a text run
+        If all rows have the same prompt, these are the unchanged ids. If a prompt and a text run
         together into one token, the text is compared with its prompt.
 
         Args:

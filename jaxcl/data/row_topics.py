@@ -17,8 +17,8 @@ class RowTopics(NamedTuple):
     """The topics of the training rows.
 
     Attributes:
-      topic: of each row, a number.
-      fingerprint: of the file.
+      topic: a number for each row.
+      fingerprint: the sha256 of the file.
     """
 
     topic: Int[np.ndarray, " n"]

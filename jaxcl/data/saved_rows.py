@@ -1,4 +1,4 @@
-"""Keep rows that a program holds as a file of pairs, so that a run can find them again."""
+"""Write rows from a Python program to a file of pairs, so that a run can find them again."""
 
 import hashlib
 import json
@@ -17,15 +17,15 @@ def save_rows(rows: Iterable[Mapping[str, Any]], folder: Path) -> Path:
     """Write rows as JSON lines, under a name that is a digest of their content.
 
     Args:
-      rows: dicts with the fields of a file of pairs. They are written one by one, so that a
-        generator never lies in memory whole.
-      folder: where the file goes.
+      rows: dicts with the fields of a file of pairs. They are written one by one, so a generator is
+        never held in memory as a whole.
+      folder: the folder of the file.
 
     Returns:
       The path of the file; equal rows have equal paths.
 
     Raises:
-      ValueError: if a row is not a dict, or holds a value that JSON cannot.
+      ValueError: if a row is not a dict, or holds a value that JSON cannot represent.
       OSError: if the file cannot be written.
 
     Example:
@@ -59,7 +59,7 @@ def _line(row: Any, number: int) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and numbers of NumPy as JSON has them."""
+    """Convert NumPy arrays and numbers to JSON types."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     raise TypeError(f"it holds a {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""Scores of pairs of a query and a text, such as a re-ranker's, from a file."""
+"""Read the scores of pairs of a query and a text, such as a re-ranker's, from a file."""
 
 import itertools
 import math
@@ -24,8 +24,8 @@ class ScoreFile(NamedTuple):
     """The scores of pairs of a query and a key.
 
     Attributes:
-      pairs: the number of each pair, ascending: that of its query times `num_keys`, plus the row of
-        its key.
+      pairs: the number of each pair, ascending: the number of its query times `num_keys`, plus the
+        row of its key.
       scores: their scores.
       num_keys: the number of keys.
       unknown: the number of pairs in the file whose query or text is unknown.
@@ -39,10 +39,10 @@ class ScoreFile(NamedTuple):
     def of(
         self, queries: Integer[np.ndarray, " q"], rows: Integer[np.ndarray, "q n"]
     ) -> Float[np.ndarray, "q n"]:
-        """The scores of some rows of keys for each query; NaN without a score."""
+        """The scores of these rows of keys for each query; NaN where there is no score."""
         wanted = np.where(rows >= 0, queries[:, None].astype(np.int64) * self.num_keys + rows, -1)
-        places = np.minimum(np.searchsorted(self.pairs, wanted), len(self.pairs) - 1)
-        return np.where(self.pairs[places] == wanted, self.scores[places], np.float32(np.nan))
+        position = np.minimum(np.searchsorted(self.pairs, wanted), len(self.pairs) - 1)
+        return np.where(self.pairs[position] == wanted, self.scores[position], np.float32(np.nan))
 
     @property
     def fingerprint(self) -> str:
@@ -51,18 +51,18 @@ class ScoreFile(NamedTuple):
 
 
 def read_pair_scores(path: AnyPath, queries: Iterable[str], pool: MiningPool) -> ScoreFile:
-    """Read scores.
+    """Read the scores of pairs.
 
     Args:
       path: a file of `jaxcl.data.text_files.TEXT_FILES` except plain text. A record has a `query`,
-        the text of a `document` and a `score`; or it is a line of mined negatives, whose
-        `teacher_scores` are taken.
+        the text of a `document` and a `score`; or it is a line of mined negatives with
+        `teacher_scores`.
       queries: the queries; others in the file are left out, and counted.
       pool: the keys; other texts in the file are left out, and counted.
 
     Raises:
-      ValueError: for a record without a text or a finite number, with its line, two different
-        scores of one pair, or a file in which no pair is known.
+      ValueError: if a record lacks a text or a finite score (the message names the line), a pair
+        has two different scores, or no pair in the file is known.
       OSError: if the file cannot be read.
     """
     numbers = {query: number for number, query in enumerate(queries)}
@@ -84,7 +84,7 @@ def read_pair_scores(path: AnyPath, queries: Iterable[str], pool: MiningPool) ->
 
 
 def _triples(path: AnyPath) -> Iterator[tuple[str, str, str, float]]:
-    """Where each pair is, its query, its text and its score."""
+    """Yield the place, query, text and score of each pair."""
     for where, record in read_records(path):
         query = text_of(record, "query", where)
         if "teacher_scores" not in record:
@@ -94,10 +94,10 @@ def _triples(path: AnyPath) -> Iterator[tuple[str, str, str, float]]:
             texts, scores = record.get(kind), record["teacher_scores"]
             scores = scores.get(kind) if isinstance(scores, Mapping) else None
             if not isinstance(texts, list) or not isinstance(scores, list):
-                raise ValueError(f"{where}: {kind} and teacher_scores.{kind} are no lists")
+                raise ValueError(f"{where}: {kind} and teacher_scores.{kind} are not lists")
             if len(texts) != len(scores):
                 raise ValueError(
-                    f"{where} has {len(texts)} {kind}, but {len(scores)} scores of them"
+                    f"{where} has {len(texts)} {kind}, but {len(scores)} scores for them"
                 )
             for text, score in zip(texts, scores, strict=True):
                 number = _score({"score": score}, "score", where)

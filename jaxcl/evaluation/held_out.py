@@ -143,7 +143,7 @@ def evaluate_run(
             return encoder.encode(side, texts)
         parts = []
         for number, rows in prompts.parts(0, len(texts)):
-            readers = build_readers(prompts.own(settings.data, number), workdir)
+            readers = build_readers(prompts.apply(settings.data, number), workdir)
             parts.append(encoder._replace(readers=readers).encode(side, texts[rows]))
         return np.concatenate(parts)
 

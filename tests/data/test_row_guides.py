@@ -36,7 +36,7 @@ def test_a_batch_holds_the_embeddings_of_its_rows(tmp_path):
     ("arrays", "message"),
     [
         ({"query": QUERY}, "cannot be read: it has no key"),
-        ({"query": QUERY[:2], "key": KEY[:2]}, r"wanted are floats, \[3, 2\]"),
+        ({"query": QUERY[:2], "key": KEY[:2]}, r"use floats of shape \[3, 2\]"),
         ({"query": QUERY[:, :1], "key": KEY}, r"query is float64\[3, 1\]"),
         ({"query": QUERY.astype(int), "key": KEY}, "query is int64"),
         ({"query": spoilt(np.nan), "key": KEY}, "query has .* in row 1; use finite"),
@@ -44,8 +44,8 @@ def test_a_batch_holds_the_embeddings_of_its_rows(tmp_path):
         ({"query": QUERY, "key": spoilt(1e39)}, "key has .* in row 1; use finite"),
         ({"query": QUERY, "key": spoilt(1e20)}, "key has .* in row 1; use embeddings of norm 1"),
         ({"query": QUERY * 1e-8, "key": KEY}, "query has .* in row 0; use embeddings of norm 1"),
-        ({"query": QUERY[:, :0], "key": KEY[:, :0]}, r"wanted is \[rows, width\]"),
-        ({"query": QUERY, "key": KEY[0]}, r"wanted is \[rows, width\]"),
+        ({"query": QUERY[:, :0], "key": KEY[:, :0]}, r"use \[rows, width\]"),
+        ({"query": QUERY, "key": KEY[0]}, r"use \[rows, width\]"),
     ],
 )
 def test_a_wrong_file_says_what_is_wrong(tmp_path, arrays, message):

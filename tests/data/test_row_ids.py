@@ -65,10 +65,10 @@ def test_more_rows_than_are_read_at_once_are_matched(monkeypatch):
         ({"field": "name"}, r"id_field='name' is not read; add it to data\.metadata_fields"),
         ({"pairs": split(["d", "b", "d"])}, "rows 0 and 2 have the same id 'd'"),
         ({"pairs": split([["d"], ["b"]])}, r"ids lacks \['d'\]"),
-        ({"ids": [FILE_IDS]}, r"wanted are texts or integers, one a row"),
+        ({"ids": [FILE_IDS]}, r"use texts or integers, one per row"),
         ({"ids": np.ones(4)}, "ids is float64"),
-        ({"field": 3}, r"id_field is int64\[\]; wanted is a text"),
-        ({"topic": [0, 1, 2]}, r"wanted are integers, \[4\]"),
+        ({"field": 3}, r"id_field is int64\[\]; use a text"),
+        ({"topic": [0, 1, 2]}, r"use integers of shape \[4\]"),
     ],
 )
 def test_ids_that_do_not_match_are_an_error_that_names_the_file(tmp_path, changes, message):

@@ -69,9 +69,9 @@ def test_other_negatives_have_another_fingerprint(tmp_path):
     [
         ({"row": ROWS}, "has no rows, teacher_scores; it has row"),
         ({"rows": ROWS}, "has no teacher_scores; it has rows"),
-        ({"rows": ROWS * 1.0, "teacher_scores": np.ones((3, 3))}, "wanted are integers"),
-        ({"rows": ROWS[:, 0], "teacher_scores": np.ones((3, 3))}, "wanted are integers"),
-        ({"rows": ROWS[:2], "teacher_scores": np.ones((2, 3))}, r"wanted are integers, \[3, at l"),
+        ({"rows": ROWS * 1.0, "teacher_scores": np.ones((3, 3))}, "use integers"),
+        ({"rows": ROWS[:, 0], "teacher_scores": np.ones((3, 3))}, "use integers"),
+        ({"rows": ROWS[:2], "teacher_scores": np.ones((2, 3))}, r"use integers of shape \[3, at l"),
         ({"rows": ROWS + 1, "teacher_scores": np.ones((3, 3))}, r"rows has \[2 3\] in row 0; use "),
         ({"rows": ROWS - 1, "teacher_scores": np.ones((3, 3))}, r"rows has \[ 1 -2\] in row 1; "),
         ({"rows": ROWS + 2**32, "teacher_scores": np.ones((3, 3))}, "rows has .* in row 0"),
@@ -88,10 +88,13 @@ def test_other_negatives_have_another_fingerprint(tmp_path):
             {"rows": ROWS, "teacher_scores": spoilt(1e39)},
             "scores has .* in row 1; use finite",
         ),
-        ({"rows": ROWS, "teacher_scores": np.full((3, 3), 1j)}, "wanted are numbers"),
-        ({"rows": ROWS, "teacher_scores": np.ones(3)}, r"wanted are numbers, \[3, at least 1\]"),
-        ({"rows": ROWS, "teacher_scores": np.array([["1"] * 3] * 3)}, "wanted are numbers"),
-        ({"rows": ROWS, "teacher_scores": np.ones((3, 2))}, "the key's, then each negative's"),
+        ({"rows": ROWS, "teacher_scores": np.full((3, 3), 1j)}, "use numbers"),
+        ({"rows": ROWS, "teacher_scores": np.ones(3)}, r"use numbers of shape \[3, at least 1\]"),
+        ({"rows": ROWS, "teacher_scores": np.array([["1"] * 3] * 3)}, "use numbers"),
+        (
+            {"rows": ROWS, "teacher_scores": np.ones((3, 2))},
+            "the key's score, then each negative's",
+        ),
     ],
 )
 def test_a_wrong_file_says_what_is_wrong(tmp_path, arrays, message):

@@ -162,7 +162,7 @@ def test_data_sets_are_in_the_order_of_their_names():
     )
     assert found.ends.tolist() == [4, 7, 9]
     assert found.prompts == {"query": ("query: ", "a query: ", ""), "key": ("", "b ", "c: ")}
-    assert found.own(data, 1).prompts == SidePrompts("a query: ", "b ")
+    assert found.apply(data, 1).prompts == SidePrompts("a query: ", "b ")
     assert found.data_set(np.array([8, 0, 3, 4, 6, 7])).tolist() == [2, 0, 0, 1, 1, 2]
 
 

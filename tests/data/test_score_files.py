@@ -73,7 +73,7 @@ def test_mined_lines_hold_scores_of_positives_and_negatives(scored):
         (triple("b", "y", 0.25), "line 2 gives a second score for 'b' and 'y'"),
         (
             {"query": "a", "positives": ["x"], "negatives": [], "teacher_scores": [1]},
-            "teacher_scores.positives are no lists",
+            "teacher_scores.positives are not lists",
         ),
         (
             {
@@ -82,7 +82,7 @@ def test_mined_lines_hold_scores_of_positives_and_negatives(scored):
                 "negatives": ["y"],
                 "teacher_scores": {"positives": [1], "negatives": []},
             },
-            "line 2 has 1 negatives, but 0 scores of them",
+            "line 2 has 1 negatives, but 0 scores for them",
         ),
     ],
 )
