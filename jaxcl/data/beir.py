@@ -81,8 +81,8 @@ def read_beir(path: AnyPath) -> Beir:
     """Read a folder with this layout.
 
     Args:
-      path: the folder, or a qrels file in it. Of a folder, the qrels `test` are read; if there are
-        none, `dev`, or else the only file in `qrels/`.
+      path: the folder, or a qrels file in it. In a folder, the qrels are `test`, or `dev` without a
+        `test`, or else the only file in `qrels/`.
 
     Returns:
       The content of the folder. `left_out` counts
@@ -125,7 +125,9 @@ def read_beir(path: AnyPath) -> Beir:
             f"{corpus.ids[0]!r}"
         )
     pairs = _relevant_pairs([judged[name] for name in ids], rows)
-    own = [rows.get(name, -1) if by_id and judged[name].get(name, 0) <= 0 else -1 for name in ids]
+    own_documents = [
+        rows.get(name, -1) if by_id and judged[name].get(name, 0) <= 0 else -1 for name in ids
+    ]
     return Beir(
         corpus=corpus,
         query_ids=ids,
@@ -133,13 +135,13 @@ def read_beir(path: AnyPath) -> Beir:
         queries=pairs[:, 0],
         documents=pairs[:, 1],
         grades=pairs[:, 2],
-        own_documents=np.array(own, np.int64),
+        own_documents=np.array(own_documents, np.int64),
         left_out={
             "queries_without_judgements": len(queries) - len(ids),
             "queries_without_relevant": len(ids) - len(np.unique(pairs[:, 0])),
             "unknown_queries": len(judged) - len(ids),
             "unknown_documents": int((pairs[:, 1] < 0).sum()),
-            "own_documents": sum(row >= 0 for row in own),
+            "own_documents": sum(row >= 0 for row in own_documents),
         },
     )
 

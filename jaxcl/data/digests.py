@@ -52,8 +52,8 @@ def _size_and_time(path: Any) -> list[int]:
 
 
 def _digest(path: Any) -> str:
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     with open_regular(path) as file:
         while piece := file.read(_BYTES_AT_ONCE):
-            whole.update(piece)
-    return whole.hexdigest()
+            digest.update(piece)
+    return digest.hexdigest()

@@ -118,8 +118,8 @@ def _opened(path: Path) -> Iterator[tuple[str, Any]]:
         except (EOFError, zlib.error, lzma.LZMAError) as error:
             raise ValueError(f"{path} is damaged ({error}); write it again") from error
         except ValueError as error:  # pyarrow's errors, too
-            known = str(error).startswith(str(path))
-            raise error if known else ValueError(f"{path}: {error}") from error
+            names_file = str(error).startswith(str(path))
+            raise error if names_file else ValueError(f"{path}: {error}") from error
         except OSError as error:
             if error.filename is not None:
                 raise
@@ -249,18 +249,18 @@ def _arrow_stream(file: Any) -> Any:
 
 
 def _arrow_rows(batches: Iterable[Any]) -> Iterator[FileRow]:
-    before = 0
+    num_before = 0
     for batch in batches:
         try:
             records: Iterable[Any] = batch.to_pylist()
         except UnicodeDecodeError:
             records = map(functools.partial(_arrow_record, batch), range(batch.num_rows))
-        for number, record in enumerate(records, before + 1):
+        for number, record in enumerate(records, num_before + 1):
             if record is None:
                 yield FileRow(number, problem="a text of the row is not UTF-8")
             else:
                 yield FileRow(number, record)
-        before += batch.num_rows
+        num_before += batch.num_rows
 
 
 def _arrow_record(batch: Any, row: int) -> dict[str, Any] | None:

@@ -100,12 +100,12 @@ def mining_pool(documents: Documents, queries: QueryFile) -> MiningPool:
     else:
         positives, texts = _by_text(queries, key_of_value, outside)
         excluded = [[] for _ in queries.queries]
-    for digest, of_query in zip(_digests(queries.queries), excluded, strict=True):
+    for digest, keys in zip(_digests(queries.queries), excluded, strict=True):
         if digest in key_of_value:
-            of_query.append(key_of_value[digest])
+            keys.append(key_of_value[digest])
     titled = _ending_with(list(outside.values()), documents, rows)
-    for of_query, keys in zip(excluded, positives, strict=True):
-        of_query += [row for key in keys for row in titled.get(key - len(rows), ())]
+    for keys, positive_keys in zip(excluded, positives, strict=True):
+        keys += [row for key in positive_keys for row in titled.get(key - len(rows), ())]
     outside_digests = np.array(list(outside), np.uint64)
     return MiningPool(
         documents,
@@ -129,7 +129,7 @@ def positives_as_documents(queries: QueryFile) -> Documents:
 
     if queries.by_id:
         raise ValueError("the positives are ids of documents; give the documents with --corpus")
-    texts = list(dict.fromkeys(text for one in queries.positives for text in one))
+    texts = list(dict.fromkeys(text for positives in queries.positives for text in positives))
     fingerprint = digest_of("\n".join(f"{len(text)} {text}" for text in texts).encode())
     column = pyarrow.chunked_array([pyarrow.array(texts, pyarrow.large_string())])
     return Documents([str(row) for row in range(len(texts))], column, fingerprint=fingerprint)
@@ -152,8 +152,8 @@ def _by_id(
                 f"{where}: the positive {empty!r} has no text; remove it from the line"
             )
         positives.append(list(dict.fromkeys(keys[name] for name in names)))
-    own = [[keys[name] for name in names if name in keys] for names in queries.own_ids]
-    return positives, own
+    own_keys = [[keys[name] for name in names if name in keys] for names in queries.own_ids]
+    return positives, own_keys
 
 
 def _by_text(
@@ -162,16 +162,16 @@ def _by_text(
     """The rows and texts of each query's positives. Adds those not in the corpus to `outside`."""
     positives, texts = [], []
     numbers: dict[int, int] = {}
-    for of_query in queries.positives:
-        different: dict[int, str] = {}
-        for digest, text in zip(_digests(of_query), of_query, strict=True):
+    for query_positives in queries.positives:
+        distinct: dict[int, str] = {}
+        for digest, text in zip(_digests(query_positives), query_positives, strict=True):
             row = key_of_value.get(digest)
             if row is None:
                 outside.setdefault(digest, text)
                 row = len(key_of_value) + numbers.setdefault(digest, len(numbers))
-            different.setdefault(row, text)
-        positives.append(list(different))
-        texts.append(list(different.values()))
+            distinct.setdefault(row, text)
+        positives.append(list(distinct))
+        texts.append(list(distinct.values()))
     return positives, texts
 
 

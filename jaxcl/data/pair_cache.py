@@ -195,9 +195,9 @@ class PairCache:
         else:
             shift = starts - (np.cumsum(lengths) - lengths)
             joined = content[np.arange(lengths.sum()) + np.repeat(shift, lengths)]
-        whole = joined.tobytes()
+        joined_bytes = joined.tobytes()
         edges = itertools.pairwise([0, *np.cumsum(lengths).tolist()])
-        return [whole[start:stop].decode() for start, stop in edges]
+        return [joined_bytes[start:stop].decode() for start, stop in edges]
 
 
 class _Writers(NamedTuple):
@@ -288,7 +288,7 @@ def _group_numbers(
     if len(are_texts) > 1 or not (is_first or are_texts == {bool(groups)}):
         raise ValueError("groups are both integers and texts; make all of them one or the other")
     if are_texts == {True}:
-        return np.array([groups.setdefault(str(one.group), len(groups)) for one in block])
+        return np.array([groups.setdefault(str(record.group), len(groups)) for record in block])
     return np.array([record.group for record in block])
 
 

@@ -21,11 +21,10 @@ def find_paths(name: str, split: str) -> tuple[Path, ...]:
     """
     path = local_path(name)
     if not path.exists() and is_pattern(name):
-        paths = [Path(one) for one in sorted(glob.glob(str(path), recursive=True))]
+        paths = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         # Patterns such as **/** match a file twice, and links may lead to the same file.
-        paths = list({one.resolve(): one for one in reversed(paths) if one.is_file()}.values())[
-            ::-1
-        ]
+        distinct = {file.resolve(): file for file in reversed(paths) if file.is_file()}
+        paths = list(distinct.values())[::-1]
         if not paths:
             raise ValueError(f"no file matches {path}")
     elif path.is_dir():
@@ -34,8 +33,8 @@ def find_paths(name: str, split: str) -> tuple[Path, ...]:
         raise ValueError(f"{path} does not exist")
     else:
         paths = [path]
-    for one in paths:
-        file_kind(one)
+    for file in paths:
+        file_kind(file)
     if split != "train":
         raise ValueError(f"{unknown_split(name, split)}. A file has only the split 'train'")
     return tuple(paths)
@@ -43,26 +42,28 @@ def find_paths(name: str, split: str) -> tuple[Path, ...]:
 
 def _hugging_face_files(folder: Path, split: str) -> tuple[Path, ...]:
     """The Arrow files of a folder that `save_to_disk` wrote."""
-    several, one = HUGGING_FACE_FILES
-    if (folder / several).is_file():
-        splits = read_json_object(folder / several).get("splits")
+    splits_file, state_file = HUGGING_FACE_FILES
+    if (folder / splits_file).is_file():
+        splits = read_json_object(folder / splits_file).get("splits")
         if not isinstance(splits, list) or split not in splits:
             raise ValueError(f"{folder} has no split {split!r}; it has {splits}")
         return _hugging_face_files(folder / split, "train")
-    if not (folder / one).is_file():
+    if not (folder / state_file).is_file():
         raise ValueError(
-            f"{folder} holds no data set: it has neither {one}, which datasets writes, nor the "
-            "dataset_info.json of a prepared TFDS data set; give a file, or a pattern such as "
+            f"{folder} holds no data set: it has neither {state_file}, which datasets writes, nor "
+            "the dataset_info.json of a prepared TFDS data set; give a file, or a pattern such as "
             f"{folder}/*.jsonl"
         )
     if split != "train":
         raise ValueError(f"{folder} holds one data set, so its only split is 'train', not {split}")
-    entries = read_json_object(folder / one).get("_data_files")
+    entries = read_json_object(folder / state_file).get("_data_files")
     names = []
     for file in entries if isinstance(entries, list) else []:
         name = file.get("filename") if isinstance(file, dict) else None
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix != ".arrow":
-            raise ValueError(f"{folder / one} is damaged (it names {name!r}); write it again")
+            raise ValueError(
+                f"{folder / state_file} is damaged (it names {name!r}); write it again"
+            )
         names.append(name)
     if not names:
         raise ValueError(f"{folder} has no rows")

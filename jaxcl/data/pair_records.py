@@ -96,7 +96,7 @@ def _positives(value: Any, field: str) -> list[bytes]:
         return [_text(value, field)]
     if not value:
         raise BadRow(f"{field!r} is an empty list")
-    return [_text(one, field) for one in value]
+    return [_text(text, field) for text in value]
 
 
 def _negatives(record: Mapping[str, Any], fields: Sequence[str]) -> list[bytes]:
@@ -105,7 +105,7 @@ def _negatives(record: Mapping[str, Any], fields: Sequence[str]) -> list[bytes]:
     for field in fields:
         value = record.get(field)
         if isinstance(value, list):
-            negatives += [_text(one, field) for one in value]
+            negatives += [_text(text, field) for text in value]
         elif value is not None and value != "":
             negatives.append(_text(value, field))
     return negatives
@@ -133,7 +133,7 @@ def _with_scores(pair: PairRecord, record: Mapping[str, Any], fields: Sequence[s
 
 def _numbers(value: Any, field: str) -> list[float]:
     values = value if isinstance(value, list) else [value]
-    return [_number(one, field) for one in values]
+    return [_number(number, field) for number in values]
 
 
 def _number(value: Any, field: str) -> float:

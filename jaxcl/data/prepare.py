@@ -147,11 +147,11 @@ def prepare_data(
     Raises:
       ValueError: if a split is missing or empty, or the data have changed since an earlier start.
     """
-    before = saved
-    if before is None:
+    earlier = saved
+    if earlier is None:
         with contextlib.suppress(ValueError):  # no step was saved, so a damaged file is no loss
-            before = read_remembered_data(workdir)
-    name = _data_set(data, data_dir=data_dir, before=before)
+            earlier = read_remembered_data(workdir)
+    name = _data_set(data, data_dir=data_dir, earlier=earlier)
     sources = open_splits(data, name, data_dir=data_dir, open_source=open_source)
     fingerprints = {role: source.fingerprint for role, source in sources.items()}
     rows: dict[str, Any] = {"num_rows": len(sources["train"]), "source": fingerprints["train"]}
@@ -167,9 +167,9 @@ def prepare_data(
     if data.topics is not None:
         topics = read_topics(as_path(data.topics), **rows)
         fingerprints["topics"] = topics.fingerprint
-    recorded = fingerprints if before is None else before.fingerprints
-    _check_same_rows(workdir, before, RememberedData(name, fingerprints))
-    if before is None:  # recorded first, because the tokenizer is trained on these rows
+    recorded = fingerprints if earlier is None else earlier.fingerprints
+    _check_same_rows(workdir, earlier, RememberedData(name, fingerprints))
+    if earlier is None:  # recorded first, because the tokenizer is trained on these rows
         _write_remembered(workdir, RememberedData(name, fingerprints))
     tables = open_tables(data, sources, data_dir=data_dir, workdir=workdir, recorded=recorded)
     remembered = RememberedData(name, fingerprints | input_fingerprints(data, workdir))
@@ -196,11 +196,11 @@ def open_sources(
     Raises:
       ValueError: if a split is missing or empty.
     """
-    name = _data_set(data, data_dir=data_dir, before=None)
+    name = _data_set(data, data_dir=data_dir, earlier=None)
     return open_splits(data, name, data_dir=data_dir, open_source=open_source)
 
 
-def _data_set(data: DataSettings, *, data_dir: Path, before: RememberedData | None) -> str:
+def _data_set(data: DataSettings, *, data_dir: Path, earlier: RememberedData | None) -> str:
     """The TFDS name, the folder or the files that hold the rows of this run."""
     if data.name is None:
         raise ValueError(
@@ -211,27 +211,29 @@ def _data_set(data: DataSettings, *, data_dir: Path, before: RememberedData | No
         return str(local_path(data.name).absolute())
     if data.name != "code_pairs":
         return data.name
-    if before is not None and Path(before.data_set).exists():
-        return before.data_set
+    if earlier is not None and Path(earlier.data_set).exists():
+        return earlier.data_set
     options = (data.code_pairs or CodePairsSettings())._asdict()
     return str(prepare_code_pairs(data_dir, **options).directory)
 
 
-def _check_same_rows(workdir: AnyPath, before: RememberedData | None, now: RememberedData) -> None:
-    if before is None:
+def _check_same_rows(
+    workdir: AnyPath, earlier: RememberedData | None, current: RememberedData
+) -> None:
+    if earlier is None:
         return
     names = sorted(
         name
-        for name in before.fingerprints.keys() | now.fingerprints.keys()
+        for name in earlier.fingerprints.keys() | current.fingerprints.keys()
         if not name.startswith("inputs.")  # `open_tables` compares these
     )
-    changed = [n for n in names if before.fingerprints.get(n) != now.fingerprints.get(n)]
+    changed = [n for n in names if earlier.fingerprints.get(n) != current.fingerprints.get(n)]
     files = [f"data.{name}" for name in changed if name in _FILES]
     reasons = [f"the file of {', '.join(files)} has changed"] if files else []
     if roles := [name for name in changed if name not in _FILES]:
         reasons.append(
-            f"{now.data_set} holds other rows for {', '.join(roles)} (a data set was replaced, or "
-            "its prepared rows were removed and the installed packages have changed)"
+            f"{current.data_set} holds other rows for {', '.join(roles)} (a data set was replaced, "
+            "or its prepared rows were removed and the installed packages have changed)"
         )
     if reasons:
         raise ValueError(

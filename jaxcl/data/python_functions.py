@@ -157,10 +157,10 @@ def scan_files(roots: Sequence[SourceRoot], *, on_progress: Progress = lambda _:
                 files_by_name.setdefault(file.identity, file)
             on_progress(1)
     files = tuple(sorted(files_by_name.values(), key=lambda file: (file.package, file.file)))
-    whole = hashlib.sha256()
+    content = hashlib.sha256()
     for file in files:
-        whole.update(f"{file.identity}\0{file.sha256}\n".encode("utf-8", "surrogateescape"))
-    return FileScan(files, whole.hexdigest(), skipped)
+        content.update(f"{file.identity}\0{file.sha256}\n".encode("utf-8", "surrogateescape"))
+    return FileScan(files, content.hexdigest(), skipped)
 
 
 def parse_functions(
@@ -310,7 +310,7 @@ def _definitions(tree: ast.Module) -> Iterator[tuple[str, _Definition]]:
 
 def _statements(node: ast.AST, block: str) -> list[ast.AST]:
     value = getattr(node, block, None)
-    return value if isinstance(value, list) else []  # of a lambda or an a-if-b it is no list
+    return value if isinstance(value, list) else []  # a lambda's body is not a list
 
 
 def _as_function(

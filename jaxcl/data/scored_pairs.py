@@ -1,4 +1,4 @@
-"""Pairs of texts with a score or a label, as data sets of semantic similarity have them."""
+"""Read pairs of texts with a score or a label, such as data sets of semantic similarity."""
 
 import contextlib
 import hashlib
@@ -33,7 +33,7 @@ _QUERY_AND_KEY = (
     ("anchor", "positive"),
 )
 TEXT_FIELDS = _ALIKE + _QUERY_AND_KEY
-"""The fields of two texts that are recognised, in the order in which they are looked for."""
+"""The recognised fields of two texts, in order of preference."""
 SCORE_FIELDS = (
     *("score", "label", "labels", "similarity", "similarity_score", "gold_score"),
     *("relatedness_score", "is_duplicate"),
@@ -53,8 +53,8 @@ class ScoredPairs(NamedTuple):
       scores: a finite number for each pair.
       fields: the fields of the two texts and the score, such as `("sentence1", "sentence2",
         "score")`.
-      sides: the sides on which a model embeds the two texts: both are queries, unless the names of
-        the fields say that the second text is a document.
+      sides: the side on which a model embeds each text: both are queries, unless the names of the
+        fields say that the second text is a document.
       fingerprint: equal fingerprints mean equal texts, scores and sides in equal order.
     """
 
@@ -69,11 +69,11 @@ class ScoredPairs(NamedTuple):
 def read_scored_pairs(path: AnyPath, *, fields: Sequence[str] | None = None) -> ScoredPairs:
     """Read pairs of texts with a score or a label.
 
-    A CSV or TSV file may lack a header; its rows then are the two texts and the score.
+    A CSV or TSV file may lack a header if each row holds two texts and the score.
 
     Args:
       path: a file of `jaxcl.data.text_files.TEXT_FILES`, which may be compressed with gzip.
-      fields: the names of the fields of both texts and the score; `None` takes the first pair of
+      fields: the names of the fields of both texts and of the score; `None` takes the first pair of
         `TEXT_FIELDS` and the first of `SCORE_FIELDS` that the first record has.
 
     Returns:
@@ -85,7 +85,7 @@ def read_scored_pairs(path: AnyPath, *, fields: Sequence[str] | None = None) -> 
       OSError: if the file cannot be read.
     """
     if fields is not None and (isinstance(fields, str) or len(fields) != 3):
-        raise ValueError(f"fields={fields!r}; give three names: of the two texts and of the score")
+        raise ValueError(f"fields={fields!r}; give three names: two texts and the score")
     with contextlib.closing(_records(path)) as records:
         first_record = next(records, None)
         if first_record is None:
@@ -166,7 +166,7 @@ def _score_of(record: Mapping[str, Any], name: str, where: str) -> float:
         raise ValueError(f"{where}: there is no field {name!r}; the fields are {_listed(record)}")
     value = record[name]
     score = _number_in(str(value)) if isinstance(value, str | int | float) else None
-    if isinstance(value, bool):  # a label of JSON or Parquet
+    if isinstance(value, bool):  # a label in JSON or Parquet
         score = float(value)
     if score is None:
         raise ValueError(f"{where}: {name} is {value!r:.80}; give a finite number")

@@ -1,7 +1,7 @@
-"""Pairs to train on: from any TFDS data set, without TensorFlow, or from memory.
+"""Pairs to train on, from any TFDS data set (without TensorFlow) or from memory.
 
-`open_pairs("snli:1.1.0", "train", query_field="premise", key_field="hypothesis")` opens a data set
-that is prepared; `.read([3, 1, 4])` gives those rows as `[{"query": ..., "key": ...}, ...]`.
+`open_pairs("snli:1.1.0", "train", query_field="premise", key_field="hypothesis")` opens a
+prepared data set; `.read([3, 1, 4])` returns these rows as `[{"query": ..., "key": ...}, ...]`.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from jaxcl.ops.arguments import as_integers
 __all__ = ["InMemoryPairs", "PairSource", "TfdsPairs", "checked_rows", "open_pairs"]
 
 DESCRIPTION_FILE = "jaxcl.json"
-"""Lies beside the records that jaxcl itself prepares; its "fingerprint" names their content."""
+"""The file next to records that jaxcl prepares; its "fingerprint" identifies their content."""
 
 _Rows = Sequence[int] | np.ndarray
 _READ_AT_ONCE = 8192
@@ -33,36 +33,36 @@ _READ_AT_ONCE = 8192
 
 @runtime_checkable
 class PairSource(Protocol):
-    """Rows that can be read in any order, each a dict with "query", "key" and what was asked for.
+    """Rows that can be read in any order: dicts with "query", "key" and the requested fields.
 
-    A source can be pickled, so that worker processes can have one each.
+    A source can be pickled, so that each worker process can have a copy.
     """
 
     @property
     def fingerprint(self) -> str:
-        """Names exactly these rows: an equal fingerprint means equal rows in equal order."""
+        """Identifies the rows: equal fingerprints mean equal rows in equal order."""
 
     @property
     def row_ranges(self) -> tuple[RowRange, ...]:
-        """The rows as ranges of files; empty for rows that come from no file."""
+        """The rows as ranges of files; empty for rows that do not come from files."""
 
     def __len__(self) -> int: ...
 
     def read(self, rows: _Rows) -> list[dict[str, Any]]:
-        """Returns one dict per row number, in the order given."""
+        """Return one dict per row number, in the order given."""
 
 
 class InMemoryPairs:
-    """Pairs held in memory, for tests and notebooks, and where array_record has no wheel.
+    """Pairs held in memory, for tests, notebooks, and platforms without a wheel of array_record.
 
     Args:
       queries, keys: the values of the two sides, such as texts.
-      groups: one integer per row, kept as int32; None leaves "group" out.
+      groups: one integer per row, stored as int32; None leaves "group" out.
       metadata: further columns, by name.
 
     Raises:
-      ValueError: if there are no rows, columns differ in length, a name is taken, or a group does
-        not fit into int32.
+      ValueError: if there are no rows, columns differ in length, a metadata name is taken, or a
+        group does not fit into int32.
       TypeError: if a group is not an integer.
 
     Example:
@@ -88,15 +88,15 @@ class InMemoryPairs:
         self._columns |= {name: list(column) for name, column in (metadata or {}).items()}
         lengths = {name: len(column) for name, column in self._columns.items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"The columns differ in length: {lengths}; give one value per row.")
+            raise ValueError(f"the columns differ in length: {lengths}; give one value per row")
         if not lengths["query"]:
-            raise ValueError("There are no pairs; give at least one query and its key.")
+            raise ValueError("there are no pairs; give at least one query and its key")
 
     def __len__(self) -> int:
         return len(self._columns["query"])
 
     def read(self, rows: _Rows) -> list[dict[str, Any]]:
-        """Returns one dict per row number, in the order given."""
+        """Return one dict per row number, in the order given."""
         return [
             {name: column[row] for name, column in self._columns.items()}
             for row in checked_rows(rows, num_rows=len(self))
@@ -104,7 +104,7 @@ class InMemoryPairs:
 
     @property
     def row_ranges(self) -> tuple[RowRange, ...]:
-        """Empty: these rows come from no file."""
+        """Empty, because these rows do not come from files."""
         return ()
 
     @functools.cached_property
@@ -115,7 +115,7 @@ class InMemoryPairs:
 
 
 def _identity(value: Any) -> str:
-    """Names a value; the text of a large array would leave most of it out."""
+    """Identify a value; `str` of a large array would leave most of it out."""
     if isinstance(value, np.ndarray):
         content = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
         return f"{value.dtype}{value.shape}{content}"
@@ -123,7 +123,7 @@ def _identity(value: Any) -> str:
 
 
 class TfdsPairs:
-    """Pairs of a prepared TFDS data set; `open_pairs` makes them."""
+    """Pairs of a prepared TFDS data set; `open_pairs` opens them."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class TfdsPairs:
 
     @property
     def fingerprint(self) -> str:
-        """Names the data set, the rows of the split, and the fields read."""
+        """Identifies the data set, the rows of the split, and the fields that are read."""
         return self._fingerprint
 
     @property
@@ -156,7 +156,7 @@ class TfdsPairs:
         return len(self._records)
 
     def read(self, rows: _Rows) -> list[dict[str, Any]]:
-        """Returns one dict per row number, in the order given; texts are str."""
+        """Return one dict per row number, in the order given; texts are str."""
         numbers = checked_rows(rows, num_rows=len(self))
         records = self._records.read(numbers)
         decode = self._decoder.deserialize_example_np
@@ -182,26 +182,26 @@ def open_pairs(
     metadata_fields: Sequence[str] = (),
     text_sides: Sequence[str] = (),
 ) -> TfdsPairs:
-    """Open the pairs of a prepared TFDS data set; nothing is downloaded or imported for it.
+    """Open the pairs of a prepared TFDS data set, without downloading or importing anything for it.
 
-    Rows have the order in which TFDS has stored them, usually shuffled.
+    Rows are in the order in which TFDS stored them, which is usually shuffled.
 
     Args:
       name: a TFDS name such as `"snli:1.1.0"`, or the directory of a prepared data set.
-      split: `"train"`, or a part of it: `"train[:10%]"`. Parquet has whole splits only.
-      data_dir: where TFDS names are looked up; None means TFDS's own directories.
-      query_field, key_field: the features that hold the two sides; `"a/b"` is b inside of a.
-      group_field: becomes each row's int32 "group". Integers, labels and booleans are taken as
-        they are. A text becomes its place among the split's sorted distinct texts, for which that
-        column is read once, here; so `"train"` and `"train[:10%]"` may number texts differently.
+      split: `"train"`, or a part of it such as `"train[:10%]"`. Parquet has only whole splits.
+      data_dir: the folder where TFDS names are looked up; None means TFDS's own directories.
+      query_field, key_field: the features that hold the two sides; `"a/b"` is b inside a.
+      group_field: the feature that becomes each row's int32 "group". Integers, labels and booleans
+        are used as they are. A text becomes its index among the split's sorted distinct texts, for
+        which the column is read once; `"train"` and `"train[:10%]"` may number texts differently.
       metadata_fields: further features, each under its own name.
       text_sides: the sides that must be texts, such as `("query", "key")`.
 
     Raises:
-      ValueError: if the data set is not there or not readable, has a feature of a class other than
-        TFDS's own, or holds another number of rows than it says; if a split or field is unknown,
-        the split is empty, a side that must be is no text, or the group is neither an integer nor
-        a text.
+      ValueError: if the data set is missing or not readable, has a feature of a class other than
+        TFDS's own, or has a different number of rows than it states; if a split or field is
+        unknown, the split is empty, a side in `text_sides` is not a text, or the group is neither
+        an integer nor a text.
     """
     from etils import epath
 
@@ -235,7 +235,7 @@ def open_pairs(
 def _check_metadata_names(names: Iterable[str], *, has_group: bool) -> None:
     taken = {"query", "key", *(["group"] if has_group else [])} & set(names)
     if taken:
-        raise ValueError(f"Metadata cannot be named {sorted(taken)}: rows have these already.")
+        raise ValueError(f"metadata cannot be named {sorted(taken)}; rows already have these")
 
 
 def _leaves(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -255,16 +255,16 @@ def _file_instructions(builder: Any, split: str, name: str | Path) -> list[Any]:
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"{name} has no split {split!r}; it has {sorted(splits)}, and parts of them such as "
-            "'train[:10%]'."
+            "'train[:10%]'"
         ) from error
     if not sum(instruction.take for instruction in instructions):
         sizes = {known: info.num_examples for known, info in splits.items()}
-        raise ValueError(f"The split {split!r} of {name} has no rows; the splits have {sizes}.")
+        raise ValueError(f"the split {split!r} of {name} has no rows; the splits have {sizes}")
     return instructions
 
 
 def _decoder(builder: Any, fields: Iterable[str]) -> Any:
-    """Returns features with `fields` alone, because decoding the others would take as long again.
+    """Features with only `fields`, because decoding the others would take as long again.
 
     TFDS's PartialDecoding does not work without TensorFlow.
     """
@@ -273,7 +273,7 @@ def _decoder(builder: Any, fields: Iterable[str]) -> Any:
     known = dict(_leaves(builder.info.features))
     for field in fields:
         if field not in known:
-            raise ValueError(f"{builder.name} has no field {field!r}; it has {sorted(known)}.")
+            raise ValueError(f"{builder.name} has no field {field!r}; it has {sorted(known)}")
     wanted: dict[str, Any] = {}
     for field in fields:
         *parents, leaf = field.split("/")
@@ -292,14 +292,14 @@ def _check_text(builder: Any, records: Any, field: str, *, side: str) -> None:
 
 
 def _text_groups(builder: Any, records: Any, field: str) -> list[str] | None:
-    """Returns the distinct texts of `field`, sorted, or None if it holds integers."""
+    """The distinct texts of `field`, sorted, or None if it holds integers."""
     first = _first_value(builder, records, field)
-    if isinstance(first, int):  # a bool is one
+    if isinstance(first, int):  # or a bool
         return None
     if not isinstance(first, str):
         raise ValueError(
-            f"The group field {field!r} holds {type(first).__name__}; give one that holds an "
-            "integer, a label, a boolean or a text in each row."
+            f"the group field {field!r} holds {type(first).__name__}; give one that holds an "
+            "integer, a label, a boolean or a text in each row"
         )
     distinct: set[str] = set()
     for start in range(0, len(records), _READ_AT_ONCE):
@@ -309,7 +309,7 @@ def _text_groups(builder: Any, records: Any, field: str) -> list[str] | None:
 
 
 def _first_value(builder: Any, records: Any, field: str) -> Any:
-    """A field's value in the first row; of anything larger, such as an image, the feature."""
+    """A field's value in the first row; for an array, such as an image, the feature instead."""
     feature = dict(_leaves(builder.info.features))[field]
     if feature.shape != ():
         return feature
@@ -324,11 +324,11 @@ def _read_column(builder: Any, records: Any, field: str, rows: list[int]) -> lis
 
 
 def _contents(builder: Any, paths: Sequence[Any]) -> tuple[Any, list[str]]:
-    """Names the content of a split's files.
+    """Identify the content of a split's files.
 
     Returns:
-      The content for the fingerprint, and a name for each file's content: from the fingerprint
-      that jaxcl writes next to the files it prepares, or else from digests of the files.
+      The content for the fingerprint, and a name for each file's content. Both come from the
+      fingerprint that jaxcl writes next to files that it prepares, or else from the files' digests.
     """
     directory = builder.data_path
     if missing := [str(path) for path in paths if not path.exists()]:
@@ -359,10 +359,10 @@ def _row_ranges(paths: Sequence[Any], names: Sequence[str], parts: Sequence[Any]
 
 
 def _sha256(values: Iterable[Any]) -> str:
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for value in values:
-        whole.update(json.dumps(value).encode() + b"\n")
-    return whole.hexdigest()
+        digest.update(json.dumps(value).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _value(example: Any, field: str, row: int) -> Any:
@@ -392,9 +392,9 @@ def _as_int32(value: Any, *, field: str, row: int) -> np.int32:
 
 
 def checked_rows(rows: _Rows, *, num_rows: int) -> list[int]:
-    """Row numbers, all of which are there; else an `IndexError`."""
+    """Convert row numbers to a list; an `IndexError` if one of them does not exist."""
     numbers = as_integers("rows", rows).astype(np.int64)
     if numbers.size and (numbers.min() < 0 or numbers.max() >= num_rows):
-        asked = f"{numbers.min()} to {numbers.max()}"
-        raise IndexError(f"Rows {asked} were asked for; there are {num_rows}, numbered from 0.")
+        span = f"{numbers.min()} to {numbers.max()}"
+        raise IndexError(f"rows {span} were requested; there are {num_rows}, numbered from 0")
     return numbers.tolist()

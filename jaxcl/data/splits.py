@@ -1,4 +1,4 @@
-"""The splits of a run, as its config names them: of one data set, or of several concatenated."""
+"""Open the splits of a run, from one data set or from several concatenated ones."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ __all__ = ["ConcatenatedPairs", "open_splits"]
 
 
 class ConcatenatedPairs:
-    """Rows of several data sets, one behind the other.
+    """The rows of several data sets, one data set after the other.
 
-    A row's `"group"` is that of its own data set, so that equal numbers of two mean nothing:
-    `distinct_groups` tells them apart.
+    Each data set numbers its own `"group"`s, so equal groups of different data sets are unrelated;
+    `distinct_groups` makes them different.
 
     Args:
-      data_sets: in order.
+      data_sets: the data sets, in order.
 
     Example:
       >>> from jaxcl.data.sources import InMemoryPairs
@@ -57,47 +57,48 @@ class ConcatenatedPairs:
 
     @property
     def fingerprint(self) -> str:
-        """Names exactly these rows."""
-        lines = "\n".join(one.fingerprint for one in self._data_sets)
+        """Identifies these rows and their order."""
+        lines = "\n".join(data_set.fingerprint for data_set in self._data_sets)
         return f"concatenated:{hashlib.sha256(lines.encode()).hexdigest()}"
 
     @property
     def row_ranges(self) -> tuple[RowRange, ...]:
         """The rows of all data sets as ranges of files."""
-        return tuple(rows for one in self._data_sets for rows in one.row_ranges)
+        return tuple(rows for data_set in self._data_sets for rows in data_set.row_ranges)
 
     def read(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
-        """Returns one dict per row number, in the order given."""
+        """Return one dict per row number, in the order given."""
         numbers = np.array(checked_rows(rows, num_rows=len(self)), np.int64)
-        found: list[dict[str, Any]] = [{}] * len(numbers)
+        result: list[dict[str, Any]] = [{}] * len(numbers)
         data_set = np.searchsorted(self._edges, numbers, side="right") - 1
         for number in np.unique(data_set):
-            wanted = np.nonzero(data_set == number)[0]
-            records = self._data_sets[number].read(numbers[wanted] - self._edges[number])
-            for place, record in zip(wanted, records, strict=True):
-                found[place] = record
-        return found
+            positions = np.nonzero(data_set == number)[0]
+            records = self._data_sets[number].read(numbers[positions] - self._edges[number])
+            for position, record in zip(positions, records, strict=True):
+                result[position] = record
+        return result
 
     def distinct_groups(self, group: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Groups by which no two data sets share one.
+        """Renumber groups so that no two data sets share one.
 
-        Those of the first data set keep their numbers; those of each other one follow, in their
-        order.
+        The groups of the first data set keep their numbers. The groups of each further data set
+        follow, in their order.
 
         Args:
-          group: all rows', each as its own data set numbers them.
+          group: the groups of all rows, as their own data sets number them.
 
         Raises:
-          ValueError: if there are too many for int32.
+          ValueError: if the new numbers do not fit into int32.
         """
         distinct = np.array(group, np.int64)
         for begin, end in zip(self._edges[1:-1], self._edges[2:], strict=True):
-            following = np.unique(distinct[begin:end], return_inverse=True)[1]
-            distinct[begin:end] = distinct[:begin].max() + 1 + following
+            from_zero = np.unique(distinct[begin:end], return_inverse=True)[1]
+            distinct[begin:end] = distinct[:begin].max() + 1 + from_zero
         if distinct.max() >= 2**31:
             raise ValueError(
-                f"the groups of concatenated data sets go up to {distinct.max()}, since each one's "
-                "follow those before it; give the first smaller numbers, below 2^31 with all others"
+                f"the groups of concatenated data sets go up to {distinct.max()}, because the "
+                "groups of each follow the previous ones; give the first smaller numbers, so that "
+                "all stay below 2^31"
             )
         return distinct.astype(np.int32)
 
@@ -112,24 +113,26 @@ def open_splits(
     """Open the splits of a run; only files of pairs are prepared.
 
     Args:
-      data: which splits, fields and further data sets.
+      data: the settings, which name the splits, fields and further data sets.
       name: the first data set, instead of `data.name`: files, a TFDS name, or the folder of a
-        prepared one.
-      data_dir: where TFDS names are looked up, and the rows of files are kept.
+        prepared data set.
+      data_dir: the folder where TFDS names are looked up and the rows of files are cached.
       open_source: role -> the pairs of the first data set, instead of a prepared one.
 
     Returns:
-      Role -> its pairs. Where `data.concatenated` has a split for a role, its rows follow.
+      Role -> its pairs. If `data.concatenated` has a split for a role, its rows follow.
 
     Raises:
-      ValueError: if a data set, a split or a field is unknown, a split is empty, or a role other
-        than `"train"` has rows that `"train"` has.
+      ValueError: if a data set, a split or a field is unknown, a split is empty, or another role
+        shares rows with `"train"`.
     """
     parts: dict[str, list[PairSource]] = {role: [] for role in data.splits}
     ranges: dict[str, list[tuple[str, tuple[RowRange, ...]]]] = {role: [] for role in data.splits}
-    others = [(f"data.concatenated.{other}", one) for other, one in data.concatenated.items()]
+    further = [
+        (f"data.concatenated.{key}", data_set) for key, data_set in data.concatenated.items()
+    ]
     text_sides = [side for side in SIDES if getattr(data.modality, side) == "text"]
-    for where, data_set in [("data", data.first._replace(name=name)), *sorted(others)]:
+    for where, data_set in [("data", data.first._replace(name=name)), *sorted(further)]:
         for role, split in data_set.splits.items():
             try:
                 if where == "data" and open_source is not None:
@@ -145,7 +148,8 @@ def open_splits(
     check_held_out(ranges)
     report_shared_queries(parts)
     return {
-        role: one[0] if len(one) == 1 else ConcatenatedPairs(one) for role, one in parts.items()
+        role: sources[0] if len(sources) == 1 else ConcatenatedPairs(sources)
+        for role, sources in parts.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""Tables: the rows of a split by number, as inputs of the encoders."""
+"""Tables: the rows of a split as inputs of the encoders, read by row number."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -19,18 +19,18 @@ class Table(Protocol):
 
     @property
     def num_rows(self) -> int:
-        """Rows of the split."""
+        """The number of rows in the split."""
 
     def labels(self, rows: Int[np.ndarray, "*b"]) -> dict[str, Int[np.ndarray, "*b"]]:
         """The labels of the given rows: `"row"`, `"text"` and `"group"`, int32.
 
-        `"text"` is a number that rows with the same content on either side share.
+        `"text"` is a number shared by rows with the same content on either side.
         """
 
     def side(self, side: str, rows: Int[np.ndarray, " b"]) -> PyTree:
         """One side's inputs of the given rows, in their order: arrays `[b, …]`.
 
-        The result depends on nothing but the rows. It is read by a worker thread.
+        The result depends only on the rows. A worker thread calls this method.
         """
 
     def spec(self, side: str) -> PyTree:
@@ -43,7 +43,7 @@ def table_batch(table: Table, rows: Int[np.ndarray, " b"]) -> Batch:
 
 
 def label_column(table: Table, name: str) -> Int[np.ndarray, " n"]:
-    """One label of all rows, such as `"group"`, read without the others: four bytes a row."""
+    """One label of all rows, such as `"group"`, in four bytes per row."""
     column = np.empty(table.num_rows, np.int32)
     for first in range(0, table.num_rows, _ROWS_AT_ONCE):
         rows = np.arange(first, min(first + _ROWS_AT_ONCE, table.num_rows))
@@ -56,7 +56,7 @@ class SidesTable(NamedTuple):
 
     Attributes:
       sides: side -> a table of the same rows.
-      text: a number that rows share if their content on either side is the same.
+      text: a number shared by rows with the same content on either side.
     """
 
     sides: Mapping[str, Table]
@@ -64,7 +64,7 @@ class SidesTable(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Rows of the split."""
+        """The number of rows in the split."""
         return self.sides["query"].num_rows
 
     def labels(self, rows: Int[np.ndarray, "*b"]) -> dict[str, Int[np.ndarray, "*b"]]:
@@ -81,18 +81,18 @@ class SidesTable(NamedTuple):
 
 
 def join_sides(tables: Mapping[str, Table]) -> Table:
-    """The table of both sides.
+    """Join the tables of both sides.
 
     Args:
       tables: side -> a table of the same rows; if both are the same, the result is that table.
 
     Raises:
-      ValueError: for tables of different lengths.
+      ValueError: if the tables have different lengths.
     """
     queries, keys = (tables[side] for side in SIDES)
     if queries is keys:
         return queries
     if queries.num_rows != keys.num_rows:
-        raise ValueError(f"{queries.num_rows} queries and {keys.num_rows} keys; row i is a pair")
+        raise ValueError(f"{queries.num_rows} queries and {keys.num_rows} keys do not form pairs")
     text = joined_numbers(*(label_column(table, "text") for table in (queries, keys)))
     return SidesTable(dict(tables), text)

@@ -33,8 +33,8 @@ Records = Generator[tuple[str, dict[str, Any]], None, None]
 Rows = Generator[tuple[str, list[str]], None, None]
 
 _MAX_LINE = 64 * 2**20
-"""The most bytes of a line; the longest real lines have a few million."""
-_BLOCK_LETTERS = 16 * 2**20
+"""The longest allowed line, in bytes; the longest real lines have a few million."""
+_BLOCK_CHARACTERS = 16 * 2**20
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -47,14 +47,14 @@ def read_texts(
       path: the file; `None` for standard input.
       field: the field of the texts in JSON lines, or their column in a table.
       kind: one of `TEXT_FILES`; by default, the file's suffix.
-      block_size: the most texts in a block; blocks of long texts are smaller.
+      block_size: the largest number of texts in a block; blocks of long texts are smaller.
 
     Returns:
       An iterator over lists of texts, in order.
 
     Raises:
-      ValueError: for an unknown kind of file; while iterating, for a line or row without a text,
-        with its number.
+      ValueError: if the kind of the file is unknown; while iterating, if a line or row has no text
+        (the message gives its number).
       OSError: if the file cannot be read.
     """
     kind = kind_of(path, kind)
@@ -72,35 +72,38 @@ def read_records(
     Args:
       path: the file.
       kind: one of `TEXT_FILES`; by default, the file's suffix.
-      fields: the columns to read of a Parquet file; `None` reads all.
+      fields: the columns to read from a Parquet file; `None` reads all.
 
     Returns:
-      An iterator over pairs: where a record is, such as `"docs.jsonl: line 3"`, and the record. A
-      plain line is a record with the one field `"text"`.
+      An iterator over pairs of a place, such as `"docs.jsonl: line 3"`, and the record there. A
+      plain line is a record with the single field `"text"`.
 
     Raises:
-      ValueError: for an unknown kind of file; while iterating, for a damaged line, with its number.
+      ValueError: if the kind of the file is unknown; while iterating, if a line is damaged (the
+        message gives its number).
       OSError: if the file cannot be read.
     """
     return _read(path, functools.partial(TEXT_FILES[kind_of(path, kind)], fields=fields))
 
 
 def read_rows(path: AnyPath) -> Rows:
-    """Read the rows of a CSV or TSV file one by one, as lists; a header is the first of them.
+    """Read the rows of a CSV or TSV file one by one, as lists. A header is the first row.
 
     Args:
       path: the file.
 
     Returns:
-      An iterator over pairs: where a row is, and its values. Empty lines are left out.
+      An iterator over pairs of a place, such as `"docs.csv: line 3"`, and the values of the row
+      there. Empty lines are left out.
 
     Raises:
-      ValueError: for another kind of file; while iterating, for a damaged line, with its number.
+      ValueError: if the file is of another kind; while iterating, if a line is damaged (the message
+        gives its number).
       OSError: if the file cannot be read.
     """
     kind = kind_of(path)
     if kind not in _DELIMITERS:
-        raise ValueError(f"{path} is no table; give a file of {' or '.join(_DELIMITERS)}")
+        raise ValueError(f"{path} is not a table; give a {' or '.join(_DELIMITERS)} file")
     return _read(path, functools.partial(_rows, delimiter=_DELIMITERS[kind]))
 
 
@@ -128,10 +131,10 @@ def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
 
 
 def kind_of(path: AnyPath | None, kind: str | None = None) -> str:
-    """The given kind of a file, or the one that its suffix names.
+    """The given kind of a file, or the kind that its suffix names.
 
     Raises:
-      ValueError: if it is none of `TEXT_FILES`.
+      ValueError: if the kind is not in `TEXT_FILES`.
     """
     if kind is None and path is not None:
         kind = _suffix(path)
@@ -148,7 +151,7 @@ def is_text_file(path: AnyPath) -> bool:
 
 def _suffix(path: AnyPath) -> str:
     suffixes = PurePath(path.name.lower()).suffixes
-    return next(reversed([one for one in suffixes if one != ".gz"]), "")
+    return next(reversed([suffix for suffix in suffixes if suffix != ".gz"]), "")
 
 
 def _read(
@@ -168,19 +171,19 @@ def _read(
 
 def _blocks(texts: Iterable[str], block_size: int) -> Iterator[list[str]]:
     block: list[str] = []
-    letters = 0
+    characters = 0
     for text in texts:
         block.append(text)
-        letters += len(text)
-        if len(block) == block_size or letters >= _BLOCK_LETTERS:
+        characters += len(text)
+        if len(block) == block_size or characters >= _BLOCK_CHARACTERS:
             yield block
-            block, letters = [], 0
+            block, characters = [], 0
     if block:
         yield block
 
 
 def _lines(file: Any) -> Iterator[tuple[int, str]]:
-    """Number the lines from 1, and strip line ends."""
+    """Yield the lines with their numbers, from 1, without line ends."""
     number = 0
     while line := file.readline(_MAX_LINE + 1):
         number += 1
@@ -226,8 +229,8 @@ def _rows(file: Any, *, delimiter: str) -> Rows:
     try:
         for row in reader:
             if delimiter == "\t" and any("\t" in value and "\n" in value for value in row):
-                # A text that begins with a quotation mark would swallow rows up to the next mark.
-                raise csv.Error("a value in quotes has a tab and a line end")
+                # A text that begins with a quotation mark would swallow rows up to the next one.
+                raise csv.Error("a quoted value has a tab and a line break")
             if row:
                 yield f"line {reader.line_num}", row
     except csv.Error as error:
@@ -236,7 +239,7 @@ def _rows(file: Any, *, delimiter: str) -> Rows:
 
 
 def _table_lines(file: Any) -> Iterator[str]:
-    csv.field_size_limit(max(csv.field_size_limit(), _MAX_LINE))  # the default is 131,072 letters
+    csv.field_size_limit(max(csv.field_size_limit(), _MAX_LINE))  # the default is 131,072
     return (f"{line}\n" for _, line in _lines(file))
 
 
@@ -262,7 +265,7 @@ def _no_field(field: str, names: Iterable[str]) -> str:
 TEXT_FILES: Mapping[str, Callable[..., Records]] = {
     ".txt": _plain_lines,
     ".jsonl": _json_lines,
-    **{kind: functools.partial(_separated, delimiter=one) for kind, one in _DELIMITERS.items()},
+    **{kind: functools.partial(_separated, delimiter=mark) for kind, mark in _DELIMITERS.items()},
     ".parquet": _parquet,
 }
-"""Suffix of a file -> a function `(file, fields) -> records`, each with its line or row."""
+"""Suffix of a file -> a function from (file, fields) to records with their line or row number."""

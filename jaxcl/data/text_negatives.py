@@ -64,7 +64,7 @@ class TextNegatives(NamedTuple):
       per_row: the number of negatives that a batch takes from the beginning of each row's list.
       scores: the teacher's scores of each row's key and then of its negatives, concatenated;
         `None` if they are not needed.
-      num_own: the number of negatives that equal a positive or the query of their own row.
+      num_own: the number of negatives that equal a positive or the query of the same row.
     """
 
     texts: Table
@@ -127,30 +127,30 @@ def open_text_negatives(
     Raises:
       ValueError: if negatives or scores are invalid or missing, or settings contradict them.
     """
-    wanted = data.negatives_per_row
-    if wanted == 0:
+    per_row = data.negatives_per_row
+    if per_row == 0:
         return None
     columns: Mapping[str, np.ndarray] = {}
     if have_negatives(source):
         _check(data)
         columns = _columns(data, source, table, data_dir=data_dir, workdir=workdir)
     if "numbers" not in columns:
-        if wanted is not None:
+        if per_row is not None:
             raise ValueError(
-                f"data.negatives_per_row={wanted}, but the training rows have no negatives; set it "
-                "to None"
+                f"data.negatives_per_row={per_row}, but the training rows have no negatives; set "
+                "it to None"
             )
         return None
     lists = _lists_of(columns)
     if scored:
         _check_scored(lists)
-    most = int(np.diff(lists.offsets).max())
+    longest = int(np.diff(lists.offsets).max())
     return TextNegatives(
         texts=_open_texts(data, source, lists, data_dir=data_dir, workdir=workdir),
         offsets=lists.offsets,
         numbers=lists.numbers,
         labels={name: columns[name] for name in _LABELS},
-        per_row=most if wanted is None else min(wanted, most),
+        per_row=longest if per_row is None else min(per_row, longest),
         scores=lists.scores if scored else None,
         num_own=int(columns["num_own"][0]),
     )

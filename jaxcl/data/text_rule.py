@@ -28,17 +28,17 @@ __all__ = [
 ]
 
 UNLIMITED = 2**31 - 1
-"""The value of `TextRule.max_tokens` without a limit."""
+"""The value of `TextRule.max_tokens` that means no limit."""
 
 
 class TextRule(NamedTuple):
     """The rule by which the texts of a side become tokens.
 
     Attributes:
-      max_tokens: the longest text in tokens, with its prompt and special tokens. Longer texts are
-        truncated, but keep their special tokens. `UNLIMITED` for any length.
+      max_tokens: the maximum length of a text in tokens, with its prompt and special tokens. Longer
+        texts are truncated, but keep their special tokens. `UNLIMITED` for any length.
       add_cls: begin each text with [CLS]; only for `special_tokens=None`.
-      distinct: keep only the first occurrence of each token. For encoders that ignore the order of
+      distinct: keep only the first occurrence of each token, for encoders that ignore the order of
         tokens and should not count repeated names.
       special_tokens: `None` for a tokenizer of `load_tokenizer`: id 0 is padding, and texts without
         tokens become [UNK]. For any other tokenizer, whether to add its special tokens to each
@@ -79,11 +79,11 @@ class TextTokenizer:
     Attributes:
       rule: the side's rule.
       prefix: the ids before the first token of a text: special tokens and the prompt's tokens.
-        The last ones may be others where a prompt and a text run together.
+        The last ids may differ if the prompt and a text run together.
 
     Raises:
-      ValueError: if the tokenizer lacks a token that the rule needs, it does more than add special
-        tokens around a text, or `max_tokens` leaves no room for text.
+      ValueError: if the tokenizer lacks a token that the rule needs or does more than add special
+        tokens around a text, or if `max_tokens` leaves no room for text.
     """
 
     def __init__(self, tokenizer: Tokenizer, rule: TextRule) -> None:
@@ -122,13 +122,13 @@ class TextTokenizer:
 
         Args:
           texts: the texts, without the prompt.
-          what, first: for error messages, a name for the texts and the number of the first one.
+          what, first: a name for the texts and the number of the first one, for messages.
 
         Returns:
           One int32 array per text. A text without tokens has only special tokens, or none.
 
         Raises:
-          ValueError: if a text is not a `str` of Unicode, or the tokenizer fails.
+          ValueError: if a text is not a `str` or not Unicode, or the tokenizer fails.
         """
         try:
             rows = self._ids([self.rule.prompt + text for text in texts])
@@ -176,9 +176,9 @@ def as_inputs(
     Args:
       ids: the tokens of all texts, concatenated.
       lengths: number of tokens of each text, at most `width`.
-      rule: the rule that made the tokens.
+      rule: the rule that the tokens follow.
       width: number of tokens of a row, with padding after the text.
-      prompt_length: as `TextTokenizer.prompt_length`; one of all texts, or one each.
+      prompt_length: as in `TextTokenizer`; one number for all texts, or one per text.
 
     Returns:
       `{"tokens": int32[n, width]}`, and an int32 per row for each of `rule.numbers`.
@@ -213,7 +213,7 @@ def special_tokens_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     if full.ids and not bare:
         raise ValueError(
             "the tokenizer has no tokens for 'x x', so its special tokens before a text cannot be "
-            "told from those after it; set special_tokens=False"
+            "distinguished from those after it; set special_tokens=False"
         )
     if added != [1] * len(before) + [0] * len(bare) + [1] * len(after):
         raise ValueError(
@@ -228,7 +228,7 @@ def _added_tokens(tokenizer: Tokenizer, rule: TextRule) -> tuple[list[int], list
         return special_tokens_around(tokenizer) if rule.special_tokens else ([], [])
     if rule.special_tokens is not None:
         raise ValueError(
-            "add_cls=True needs a tokenizer that jaxcl has trained; set add_cls=False, and set "
+            "add_cls=True needs a tokenizer that jaxcl trained; set add_cls=False, and set "
             "special_tokens=True to add the special tokens of any other tokenizer"
         )
     cls = tokenizer.token_to_id(CLS)

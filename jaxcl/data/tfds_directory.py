@@ -1,6 +1,6 @@
-"""Finds and opens prepared TFDS data sets without importing anything that they name.
+"""Find and open prepared TFDS data sets without importing anything that they name.
 
-`tfds.builder_from_files` would do it in one call, but it reads a data set before it can be checked,
+`tfds.builder_from_files` would do so in one call, but it reads a data set before it can be checked,
 and imports TFDS's data set modules to find the default configuration.
 """
 
@@ -21,7 +21,7 @@ _NAME = re.compile(
     r"(:(?P<version>(\d+|\*)(\.(\d+|\*)){2}))?"
 )
 _RANDOM_ACCESS = ("array_record", "parquet")
-"""File formats whose rows can be read in any order, the preferred one first."""
+"""File formats whose rows can be read in any order, in order of preference."""
 
 
 def find_directory(name: str | Path, data_dir: str | Path | None) -> Any:
@@ -29,14 +29,14 @@ def find_directory(name: str | Path, data_dir: str | Path | None) -> Any:
 
     Args:
       name: the directory of one version, or a TFDS name: `NAME`, `NAME/CONFIG`, `NAME:VERSION` or
-        `NAME/CONFIG:VERSION`. Without a version it is the newest.
-      data_dir: where names are looked up; None means TFDS's own directories.
+        `NAME/CONFIG:VERSION`. Without a version, the newest is taken.
+      data_dir: the folder where names are looked up; None means TFDS's own directories.
 
     Returns:
       An `etils.epath.Path`.
 
     Raises:
-      ValueError: if the data set is not there, or is there more than once.
+      ValueError: if the data set does not exist, or exists more than once.
     """
     from etils import epath
     from tensorflow_datasets.core.utils import file_utils
@@ -44,8 +44,8 @@ def find_directory(name: str | Path, data_dir: str | Path | None) -> Any:
     directory = epath.Path(as_path(name))
     if any((directory / file).exists() for file in HUGGING_FACE_FILES):
         raise ValueError(
-            f"{directory} holds a data set of Hugging Face's datasets; a config reads it as "
-            f"data.name={directory}, and open_pair_files does in a program"
+            f"{directory} holds a data set of Hugging Face's datasets; set data.name={directory} "
+            "in a config, or use open_pair_files in a program"
         )
     if (directory / DATASET_INFO_FILE).exists():
         return directory
@@ -53,9 +53,9 @@ def find_directory(name: str | Path, data_dir: str | Path | None) -> Any:
     is_path = directory.is_absolute() or str(name).startswith((".", "~"))
     if is_path or (parts is None and directory.is_dir()):
         raise ValueError(
-            f"{directory} holds no prepared data set (there is no dataset_info.json in it). Name "
-            "the directory of one version, a TFDS name together with data_dir, or a file of pairs "
-            "(.jsonl, .csv, .tsv, .parquet)."
+            f"{directory} holds no prepared data set (it has no dataset_info.json); give the "
+            "directory of one version, a TFDS name together with data_dir, or a file of pairs "
+            "(.jsonl, .csv, .tsv, .parquet)"
         )
     if parts is None:
         raise ValueError(
@@ -65,14 +65,15 @@ def find_directory(name: str | Path, data_dir: str | Path | None) -> Any:
         )
     where = None if data_dir is None else epath.Path(data_dir).expanduser()
     roots = [epath.Path(root) for root in file_utils.list_data_dirs(where)]
-    found = [d for d in (_version_directory(root, **parts.groupdict()) for root in roots) if d]
-    if len(found) > 1:
+    versions = [_version_directory(root, **parts.groupdict()) for root in roots]
+    directories = [version for version in versions if version]
+    if len(directories) > 1:
         raise ValueError(
-            f"the data set {name!r} is prepared in {' and in '.join(map(str, found))}; set "
-            "data_dir, or name the directory"
+            f"the data set {name!r} is prepared in {' and in '.join(map(str, directories))}; set "
+            "data_dir, or give the directory"
         )
-    if found:
-        return found[0]
+    if directories:
+        return directories[0]
     prepared = [] if where is None else _prepared_in(where)
     raise ValueError(
         f"the data set {name!r} is not prepared; looked in {[str(root) for root in roots]}"
@@ -84,10 +85,10 @@ def find_directory(name: str | Path, data_dir: str | Path | None) -> Any:
 
 
 def open_builder(directory: Any) -> Any:
-    """Open a prepared data set, if possible in a file format with random access.
+    """Open a prepared data set, in a file format with random access if possible.
 
     Args:
-      directory: an `etils.epath.Path`, as `find_directory` returns it.
+      directory: an `etils.epath.Path` from `find_directory`.
 
     Raises:
       ValueError: if a feature is of a class other than TFDS's own, or the files are damaged.
@@ -101,7 +102,7 @@ def open_builder(directory: Any) -> Any:
         available = {known.value for known in builder.info.available_file_formats()}
         best = next((known for known in _RANDOM_ACCESS if known in available), None)
         if best is not None:
-            # TFDS would read the files of this format, but its splits name other files.
+            # TFDS would read the files of this format, but its splits would name others.
             builder.info.set_file_format(best, override=True, override_if_initialized=True)
         return builder
     except (
@@ -135,7 +136,7 @@ class Records:
         """
         try:
             return list(self._source.__getitems__(rows))
-        except RuntimeError as error:  # of array_record
+        except RuntimeError as error:  # from array_record
             raise ValueError(
                 f"a file in {self._directory} is damaged ({error}); prepare the data set again"
             ) from error
@@ -145,13 +146,13 @@ def open_records(builder: Any, split: str, instructions: Sequence[Any]) -> Recor
     """Open the undecoded records of a split.
 
     Args:
-      builder: of `open_builder`.
-      split: as `builder.info.splits` knows it.
+      builder: a builder from `open_builder`.
+      split: the name of a split in `builder.info.splits`, or a part of it.
       instructions: the split's file instructions.
 
     Raises:
-      ValueError: if the file format has no random access or does not follow the split, or files
-        hold other numbers of rows than `dataset_info.json` says.
+      ValueError: if the file format has no random access or cannot read parts of a split, or files
+        hold other numbers of rows than `dataset_info.json` states.
     """
     import tensorflow_datasets as tfds
 
@@ -177,8 +178,8 @@ def open_records(builder: Any, split: str, instructions: Sequence[Any]) -> Recor
     stated = sum(instruction.take for instruction in instructions)
     if len(records) != stated:
         raise ValueError(
-            f"the split {split!r} of {builder.data_path} has {stated:,} rows by its "
-            f"{DATASET_INFO_FILE}, but its files hold {len(records):,}; prepare it again"
+            f"the split {split!r} of {builder.data_path} has {stated:,} rows according to "
+            f"its {DATASET_INFO_FILE}, but its files hold {len(records):,}; prepare it again"
         )
     return Records(records, str(builder.data_path))
 
@@ -190,7 +191,7 @@ def full_name(builder: Any) -> str:
 
 
 def _check_whole_files(builder: Any, split: str, instructions: Sequence[Any]) -> None:
-    """Refuse parts of files: TFDS reads Parquet files whole, whatever the split says."""
+    """Reject parts of files, because TFDS reads Parquet files whole, whatever the split says."""
     files = [instruction.filename for instruction in instructions]
     whole = all(part.take == part.examples_in_shard for part in instructions)
     if not whole or len(set(files)) < len(files):
@@ -209,12 +210,12 @@ def _check_array_records(builder: Any, instructions: Sequence[Any]) -> None:
         try:
             reader = ArrayRecordReader(path)
             num_rows = reader.num_records()
-            reader.close()  # only here an error in the file's index shows
+            reader.close()  # fails if the file's index is damaged
         except RuntimeError as error:
             raise ValueError(f"{path} is damaged ({error}); prepare the data set again") from error
         if num_rows != stated:
             raise ValueError(
-                f"{path} has {num_rows:,} rows, but {stated:,} by the "
+                f"{path} has {num_rows:,} rows, but {stated:,} according to the "
                 f"{DATASET_INFO_FILE} next to it; prepare the data set again"
             )
 
@@ -227,9 +228,9 @@ def _version_directory(root: Any, name: str, config: str | None, version: str | 
     data_set = root / naming.camelcase_to_snakecase(name)
     folders = [data_set / config] if config else [data_set, *_default_config(data_set)]
     for folder in folders:
-        for known in reversed(list_all_versions(folder)):
-            directory = folder / str(known)
-            matches = version is None or known.match(version)
+        for candidate in reversed(list_all_versions(folder)):
+            directory = folder / str(candidate)
+            matches = version is None or candidate.match(version)
             if matches and (directory / DATASET_INFO_FILE).exists():
                 return directory
     return None
@@ -241,8 +242,8 @@ def _default_config(data_set: Any) -> list[Any]:
     if not metadata.exists():
         return []
     name = read_json_object(metadata).get("default_config_name")
-    known = isinstance(name, str) and re.fullmatch(r"[\w+-][\w+.-]*", name)
-    return [data_set / name] if known else []
+    is_name = isinstance(name, str) and re.fullmatch(r"[\w+-][\w+.-]*", name)
+    return [data_set / name] if is_name else []
 
 
 def _prepared_in(directory: Any) -> list[str]:
@@ -264,7 +265,7 @@ def _prepare_again(builder: Any) -> str:
 
 
 def _prepare_command(name: str, data_dir: str | Path | None) -> str:
-    # People copy the command into a shell, and someone else may have written the names.
+    # Users copy the command into a shell, and the names may come from someone else.
     name = name if _NAME.fullmatch(name) else "NAME:VERSION"
     safe = data_dir is None or re.fullmatch(r"[\w./:~+ -]+", str(data_dir))
     where = "" if data_dir is None else f"data_dir='{data_dir if safe else 'DIRECTORY'}', "

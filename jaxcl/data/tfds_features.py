@@ -1,9 +1,9 @@
-"""Checks the feature classes that a prepared data set names, before TFDS imports them.
+"""Check the feature classes that a prepared data set names, before TFDS imports them.
 
 TFDS rebuilds a data set's features from `features.json`, or from the `features` entry of
 `dataset_info.json`. Both name a Python class for each feature, and TFDS imports the module of a
-class that it does not know. An import runs code, so a folder from someone else could run anything.
-`check_features` therefore reads both files first and accepts TFDS's own classes only.
+class that it does not know. An import runs code, so a folder from someone else could run any code.
+`check_features` therefore reads both files first and accepts only TFDS's own classes.
 """
 
 import json
@@ -38,24 +38,24 @@ FEATURE_CLASSES = frozenset(
         "video_feature.Video",
     )
 )
-"""Full names. TFDS registers these classes itself, and so imports nothing for them.
+"""Full names of the accepted classes. TFDS registers them itself, so it imports nothing for them.
 
 A prefix is not enough: it would also admit TFDS's scripts and its several hundred data set modules,
 whose code runs on import.
 """
 
-# The class of a feature: in TFDS's first format, and in the present one in both spellings that
-# protobuf reads.
+# The keys of a feature's class: in TFDS's first format, and in the current format in both spellings
+# that protobuf reads.
 _CLASS_KEYS = ("type", "pythonClassName", "python_class_name")
-# JSON inside a string: of `jsonFeature`, and of a feature in the first format.
+# The keys of strings that hold JSON: in `jsonFeature`, and in a feature of the first format.
 _NESTED_JSON_KEYS = ("json", "content")
 
 
 def check_features(directory: Any) -> None:
-    """Refuse a prepared data set that names a class other than TFDS's own.
+    """Reject a prepared data set that names a class other than TFDS's own.
 
     Args:
-      directory: an `etils.epath.Path`, of one version.
+      directory: the directory of one version, an `etils.epath.Path`.
 
     Raises:
       ValueError: if a feature, at any depth, is of another class, or a file is damaged.
@@ -74,14 +74,14 @@ def _check(features: Any, path: Any) -> None:
     for name in classes:
         if name not in FEATURE_CLASSES:
             raise ValueError(
-                f"{path} names the feature class {name!r}, which is none of TFDS's own and is not "
-                "imported, because an import runs code; prepare the data set with classes of "
+                f"{path} names the feature class {name!r}, which is not one of TFDS's own and is "
+                "not imported, because an import runs code; prepare the data set with classes of "
                 "tfds.features only"
             )
 
 
 def _class_names(features: Any) -> Iterator[Any]:
-    """All class names in a tree of features, including features encoded as text."""
+    """Yield all class names in a tree of features, including features encoded as text."""
     pending = [features]
     while pending:
         node = pending.pop()

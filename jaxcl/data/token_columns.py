@@ -19,7 +19,7 @@ __all__ = ["write_token_columns"]
 
 _CHUNK_ROWS = 4096
 _MANY_ROWS = 1_000_000
-"""From this number of rows on, it takes seconds to compare them."""
+"""The number of rows from which comparing them takes seconds."""
 
 
 def write_token_columns(
@@ -30,14 +30,14 @@ def write_token_columns(
 ) -> None:
     """Write the columns of a table into a folder.
 
-    Takes about 80 bytes of memory for each row, whatever the length of the texts.
+    Takes about 80 bytes of memory per row, whatever the length of the texts.
 
     Args:
       source: the pairs.
-      texts: side -> what turns its texts into ids.
-      folder: an empty folder. Each column becomes a `.npy` file: of each side the ids of all rows
-        end to end (`query_tokens`) and where each row begins (`query_offsets`), and the labels of
-        `split_labels`.
+      texts: side -> the tokenizer of its texts.
+      folder: an empty folder. Each column becomes a `.npy` file: for each side, the concatenated
+        ids of all rows (`query_tokens`) and where each row begins (`query_offsets`); and the labels
+        from `split_labels`.
       advance: called with the number of rows done since the last call.
 
     Raises:
@@ -49,7 +49,7 @@ def write_token_columns(
         offsets = np.zeros(len(source) + 1, np.int64)
         np.cumsum(lengths.pop(side), out=offsets[1:])
         np.save(folder / f"{side}_offsets.npy", offsets)
-    del offsets  # before there are others
+    del offsets  # frees the memory
     if len(source) >= _MANY_ROWS:
         say(f"comparing the texts of {len(source):,} rows")
     numbers = [equal_rows(digests.pop(side)) for side in texts]
@@ -63,10 +63,11 @@ def _encode(
     folder: Path,
     advance: Callable[[int], None],
 ) -> tuple[Int[np.ndarray, " n"], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Writes the ids of all rows.
+    """Write the ids of all rows.
 
     Returns:
-      Each row's group; side -> number of ids of each row; side -> digest of each row's text.
+      Each row's group; side -> the number of ids of each row; side -> the digest of each row's
+      text.
     """
     num_ids = max(text.num_ids for text in texts.values())
     dtype = np.uint16 if num_ids <= 1 << 16 else np.uint32
@@ -97,6 +98,6 @@ def _encode(
 
 
 def _digests(rows: Sequence[Integer[np.ndarray, " _"]]) -> Integer[np.ndarray, "n 2"]:
-    """A digest of 128 bits of each row of ids, which take four bytes each."""
+    """A 128-bit digest of each row of ids, which take four bytes each."""
     digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows)
     return np.frombuffer(digests, np.uint64).reshape(-1, 2)

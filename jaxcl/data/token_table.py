@@ -34,15 +34,15 @@ class TokenTable(NamedTuple):
     """The rows of a split as token ids: ragged, memory-mapped, read by row number.
 
     Attributes:
-      tokens: side -> all rows' ids end to end.
-      offsets: side -> where each row begins, and one end more than there are rows.
-      group: each row's group; of concatenated data sets each has groups of its own.
-      text: a number that rows of equal queries or equal keys share, and whoever shares it with
-        them: none of them is a negative of another. Prompts make no difference.
+      tokens: side -> the ids of all rows, concatenated.
+      offsets: side -> where each row begins in `tokens`, followed by the end of the last row.
+      group: each row's group; concatenated data sets share no groups.
+      text: a number that rows share if they are connected by equal queries or equal keys, so that
+        none is a negative of another. Prompts make no difference.
       rules: side -> the rule that describes its inputs; `max_tokens` is the batch width.
-      prompt_length: side -> number of tokens before the first token of a text, or this number for
-        each data set of `prompts`.
-      prompts: the rows' prompts, where data sets have different ones.
+      prompt_length: side -> the number of tokens before the first token of a text; with `prompts`,
+        this number for each data set.
+      prompts: the rows' prompts, if data sets have different ones.
     """
 
     tokens: Mapping[str, "Integer[np.ndarray, ' _'] | _Tokens"]
@@ -55,7 +55,7 @@ class TokenTable(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Rows of the split."""
+        """The number of rows in the split."""
         return len(self.group)
 
     def side(self, side: str, rows: Int[np.ndarray, " b"]) -> dict[str, Int[np.ndarray, "b ..."]]:
@@ -121,24 +121,24 @@ def build_token_table(
     directory: Path,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> TokenTable:
-    """Reads a split's token ids, and computes them first if necessary.
+    """Read a split's token ids, and compute them first if necessary.
 
     Args:
       source: the pairs.
-      tokenizer: what turns text into ids.
+      tokenizer: the tokenizer of all texts.
       rules: side -> the rule by which its texts become tokens.
       sides: the sides that are texts.
-      prompts: the rows' prompts, which replace those of the rules; `None` for the rules' prompts.
-      directory: where tables are kept, each under the hash of all that it was made from.
+      prompts: the rows' prompts, which replace the rules' prompts; `None` keeps them.
+      directory: the folder of all tables; each is named after a hash of all that it was made from.
       advance: called with the number of rows done since the last call.
 
     Returns:
-      The table, memory-mapped. A damaged table is built again, also when the damage only shows as
+      The table, memory-mapped. A damaged table is built again, even if the damage only shows when
       a batch reads its part of the table.
 
     Raises:
       ValueError: if a value is not a text, or the tokenizer does not fit a rule.
-      OSError: if the table cannot be written, or differs right after that.
+      OSError: if the table cannot be written, or is damaged right after it was written.
     """
     made_from = {
         "format": _FORMAT,
@@ -164,10 +164,10 @@ def build_token_table(
 
     def read() -> TokenTable:
         arrays = _open_arrays(path, made_from, num_ids=num_ids)
-        table = _as_table(arrays, path, texts, num_rows=len(source), rebuilt=rebuilt)
+        table = _as_table(arrays, path, texts, num_rows=len(source), rebuild=rebuild)
         return table._replace(prompts=prompts)
 
-    def rebuilt(
+    def rebuild(
         damage: DamagedArray, advance: Callable[[int], None] = lambda rows: None
     ) -> TokenTable:
         say(f"the token table is built again: {damage}")
@@ -175,7 +175,7 @@ def build_token_table(
         try:
             table = read()
             for tokens in table.tokens.values():
-                np.asarray(tokens)  # verifies all of it
+                np.asarray(tokens)  # verifies all tokens
         except DamagedArray as error:
             raise OSError(
                 f"{error}, right after it was written; set run.data_dir to a folder on another disk"
@@ -187,7 +187,7 @@ def build_token_table(
     try:
         return read()
     except DamagedArray as damage:
-        return rebuilt(damage, advance)
+        return rebuild(damage, advance)
 
 
 class _Tokens:
@@ -195,17 +195,19 @@ class _Tokens:
 
     Args:
       array: the ids.
-      mended: returns the ids of a table that is built again.
+      rebuild: builds the table again, and returns the new ids.
     """
 
-    def __init__(self, array: CheckedArray, mended: Callable[[DamagedArray], CheckedArray]) -> None:
-        self.array, self._mended = array, mended
+    def __init__(
+        self, array: CheckedArray, rebuild: Callable[[DamagedArray], CheckedArray]
+    ) -> None:
+        self.array, self._rebuild = array, rebuild
 
     def __getitem__(self, positions: Int[np.ndarray, "*n"]) -> Integer[np.ndarray, "*n"]:
         try:
             return self.array[positions]
         except DamagedArray as damage:
-            self.array = self._mended(damage)
+            self.array = self._rebuild(damage)
             return self.array[positions]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -238,23 +240,23 @@ def _as_table(
     texts: Mapping[str, RowTokenizer],
     *,
     num_rows: int,
-    rebuilt: Callable[[DamagedArray], TokenTable],
+    rebuild: Callable[[DamagedArray], TokenTable],
 ) -> TokenTable:
-    """The table of these columns.
+    """Build the table of these columns.
 
     Raises:
       DamagedArray: if a column that is read whole has changed since it was written, or the
         columns do not fit together.
     """
 
-    def mended(side: str, damage: DamagedArray) -> CheckedArray:
-        tokens = rebuilt(damage).tokens[side]
+    def rebuild_side(side: str, damage: DamagedArray) -> CheckedArray:
+        tokens = rebuild(damage).tokens[side]
         assert isinstance(tokens, _Tokens)
         return tokens.array
 
-    table = TokenTable(  # whose small columns are copied, so that later damage does not reach them
+    table = TokenTable(  # small columns are copied, so that later damage does not affect them
         tokens={
-            side: _Tokens(arrays[f"{side}_tokens"], functools.partial(mended, side))
+            side: _Tokens(arrays[f"{side}_tokens"], functools.partial(rebuild_side, side))
             for side in texts
         },
         offsets={side: arrays[f"{side}_offsets"].copy() for side in texts},
@@ -268,5 +270,5 @@ def _as_table(
         if ends != (0, len(arrays[f"{side}_tokens"])) or np.diff(offsets).min() < 0:
             raise DamagedArray(f"{path} has offsets of each {side} that do not fit its tokens")
     if not len(table.group) == len(table.text) == num_rows:
-        raise DamagedArray(f"{path} has labels of another number of rows than {num_rows:,}")
+        raise DamagedArray(f"{path} has labels for another number of rows than {num_rows:,}")
     return table

@@ -25,26 +25,26 @@ __all__ = [
 ]
 
 _MAX_WORD = 256
-"""Letters: a longer word is read as several, since training takes time quadratic in its length."""
+"""The longest word, in letters; longer ones are split, since training time grows quadratically."""
 _MAX_BYTES = 256 * 2**20
-"""Of a `tokenizer.json`; the largest real ones have 40 million."""
+"""The size of the largest `tokenizer.json` that is read; the largest real ones have 40 MB."""
 PADDING, UNKNOWN, CLS = _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]")
 """The tokens with the ids 0, 1 and 2."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> Tokenizer:
-    """Learns byte-pair merges inside the words of identifiers and of prose.
+    """Learn byte-pair merges inside the words of identifiers and prose.
 
-    Identifiers fall apart at underscores, at digits and between `camel` and `Case` before case is
-    folded, so that `parseISODate`, `parse_iso_date` and "parse ISO date" read alike; punctuation
-    stays, a sign each.
+    Identifiers are split at underscores, at digits and between `camel` and `Case` before case
+    folding, so that `parseISODate`, `parse_iso_date` and "parse ISO date" have the same words. Each
+    punctuation mark is a word.
 
     Args:
-      texts: queries and keys of the training rows, and of no others.
-      vocabulary_size: ids in all, special ones included: 0 padding, 1 unknown, 2 [CLS].
+      texts: the queries and keys of the training rows, without any held-out rows.
+      vocabulary_size: the number of ids, including the special ones: 0 padding, 1 unknown, 2 [CLS].
 
     Returns:
-      The tokenizer; `tokenizer.save(path)` keeps it whole.
+      The tokenizer; `tokenizer.save(path)` writes all of it to one file.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(
@@ -68,7 +68,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: AnyPath) -> Tokenizer:
-    """Reads a `tokenizer.json` that follows the ids of `train_tokenizer`.
+    """Read a `tokenizer.json` with the special ids of `train_tokenizer`.
 
     Memory is bounded by the size of the file, but time is not: the patterns of a file from someone
     else may take very long to match a text.
@@ -98,7 +98,7 @@ def _read(path: AnyPath) -> str:
     try:
         return read_text(path, limit=_MAX_BYTES)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no readable tokenizer.json: {error}") from error
+        raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
 
 
 @functools.lru_cache(maxsize=2)  # a starting run loads its tokenizer several times
@@ -106,7 +106,7 @@ def _parsed(content: str, path: AnyPath, *, pretrained: bool) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(content)
     except Exception as error:  # the library raises the bare class
-        raise ValueError(f"{path} is no readable tokenizer.json: {error}") from error
+        raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
     # A file may contain settings for padding and truncation.
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -126,14 +126,14 @@ def _parsed(content: str, path: AnyPath, *, pretrained: bool) -> Tokenizer:
 
 
 def _reading_specials_as_text(tokenizer: Tokenizer) -> Tokenizer:
-    # Code about tokenizers spells "[PAD]" out, which must not become padding. Files do not keep
+    # Code about tokenizers spells out "[PAD]", which must not become padding. Files do not store
     # this setting.
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """The sha256 of everything that the tokenizer does, in hex."""
+    """The sha256 of a tokenizer's whole definition, in hex."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 
@@ -142,10 +142,10 @@ def check_texts(texts: Sequence[Any], *, what: str, first: int = 0) -> None:
 
     Args:
       texts: the values.
-      what, first: a name for them and the number of the first, for messages.
+      what, first: a name for the values and the number of the first one, for messages.
 
     Raises:
-      ValueError: if one is not a `str`, or not Unicode.
+      ValueError: if a value is not a `str`, or not Unicode.
     """
     for number, text in enumerate(texts, start=first):
         if not isinstance(text, str):

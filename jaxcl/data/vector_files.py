@@ -24,15 +24,15 @@ def write_vectors(path: AnyPath, *, width: int, dtype: np.dtype) -> Iterator[Wri
     Args:
       path: the file, with a suffix of `VECTOR_FILES`. Parquet files hold the vectors as fixed-size
         lists in the column `embedding`.
-      width: number of dimensions.
-      dtype: type of the values.
+      width: the number of dimensions.
+      dtype: the type of the values.
 
     Yields:
       A function that appends vectors `[n, width]`. The file appears when the context ends.
 
     Raises:
-      ValueError: for an unknown suffix.
-      OSError: if it cannot be written.
+      ValueError: if the suffix is unknown.
+      OSError: if the file cannot be written.
 
     Example:
       >>> import pathlib, tempfile
@@ -85,4 +85,4 @@ def _parquet(file: IO[bytes], width: int, dtype: np.dtype) -> Iterator[WriteBloc
 
 
 VECTOR_FILES: Mapping[str, Any] = {".npy": _npy, ".parquet": _parquet}
-"""Suffix -> a context manager `(file, width, dtype)` that yields the function to append with."""
+"""Suffix -> a context manager `(file, width, dtype)` that yields a function to append vectors."""

@@ -77,7 +77,7 @@ def test_a_block_has_at_most_block_size_texts(tmp_path, kind, block_size):
 
 
 def test_long_texts_make_a_short_block(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "_BLOCK_LETTERS", 20)
+    monkeypatch.setattr(text_files, "_BLOCK_CHARACTERS", 20)
     path = write_file(tmp_path / "texts.txt", ["a" * 8] * 7)
     assert list(map(len, read_texts(path))) == [3, 3, 1]
 
@@ -183,7 +183,7 @@ def test_the_rows_of_a_table_include_its_first_and_repeated_values(tmp_path, kin
 
 
 def test_the_rows_of_other_files_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.jsonl is no table; give a file of \.csv or \.tsv"):
+    with pytest.raises(ValueError, match=r"a\.jsonl is not a table; give a \.csv or \.tsv file"):
         read_rows(tmp_path / "a.jsonl")
 
 
@@ -192,7 +192,7 @@ def test_the_rows_of_other_files_are_an_error(tmp_path):
     [
         ('a\tb\t1\n"He" said\tc\t2\n', "line 2: .* expected after .*; put texts that begin"),
         ('a\tb\t1\n"He said\tc\t2\nd\te\t3\n', "line 3: unexpected end of data; put"),
-        ('a\tb\t1\n"He said\tc\t2\nd\te"\tf\t3\n', "line 3: a value in quotes has a tab and a"),
+        ('a\tb\t1\n"He said\tc\t2\nd\te"\tf\t3\n', "line 3: a quoted value has a tab and a"),
     ],
 )
 def test_a_quotation_mark_that_opens_no_quotes_swallows_no_rows(tmp_path, content, message):

@@ -57,7 +57,7 @@ def test_a_class_that_is_not_of_tfds_is_not_imported(data_set, trap, kind):
 def test_no_other_name_of_tfds_will_do(data_set, name):
     make_hostile(data_set, "first format", name)
     loaded = set(sys.modules)
-    with pytest.raises(ValueError, match="which is none of TFDS's own"):
+    with pytest.raises(ValueError, match="which is not one of TFDS's own"):
         open_pairs(data_set, "train")
     assert not {module for module in set(sys.modules) - loaded if "tensorflow_datasets" in module}
 

@@ -195,7 +195,7 @@ def test_an_unreadable_file_is_an_error_that_names_it(content, tmp_path):
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no readable tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a readable tokenizer\.json"):
         load_tokenizer(path)
 
 
