@@ -65,8 +65,8 @@ def _data() -> ConfigDict:
     data.metadata_fields = ()  # further columns that search and evaluation show
     data.files = _files()
     data.negatives = placeholder(str)  # an .npz with the explicit negatives of each training row
-    # The most negative texts to use per row, from the first; 0 uses none. None uses all, as many as
-    # the longest list has.
+    # The largest number of negative texts to use per row, from the beginning of its list; 0 uses
+    # none, and None uses all.
     data.negatives_per_row = placeholder(int)
     data.guides = placeholder(str)  # an .npz with a guide model's embeddings of each training row
     data.topics = placeholder(str)  # an .npz with the topic of each training row

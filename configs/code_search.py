@@ -14,17 +14,17 @@ from ml_collections.config_dict import placeholder
 from jaxcl.configs import base
 from jaxcl.negatives.tiers import TierBudgets
 
-# Synthetic negatives help here, those of the batch more than those of a bank.
+# Synthetic negatives help here, and more if they are made from the batch than from a bank.
 SYNTHETIC = TierBudgets(
     mixed=16, mixed_with_query=8, perturbed=8, hardest=32, of_batch=True
 )._asdict()
 
 
 def get_config(variant: str = "default") -> ConfigDict:
-    """The configuration.
+    """The configuration, with assigned batches and synthetic negatives by default.
 
-    `configs/code_search.py:plain` has random batches and the batch's own negatives alone, as all
-    losses take them; `…:smoke` is that, shrunk to seconds.
+    `configs/code_search.py:plain` has random batches and only in-batch negatives, which all losses
+    support. `configs/code_search.py:smoke` is the same, shrunk to seconds.
     """
     if variant not in ("default", "plain", "smoke"):
         raise ValueError(f"variant {variant!r} is unknown; use default, plain or smoke")

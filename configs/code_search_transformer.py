@@ -1,4 +1,4 @@
-"""The code search of `code_search.py` with a 6-layer transformer: for accelerators.
+"""Code search as in `code_search.py`, with a 6-layer transformer, for accelerators.
 
 python -m jaxcl.train --config configs/code_search_transformer.py
 """
@@ -11,7 +11,7 @@ from jaxcl.configs import code_search
 def get_config(variant: str = "default") -> ConfigDict:
     """`code_search.get_config` with another model, its optimizer and shorter keys.
 
-    Batches are random and negatives those of the batch: others are not measured with this model.
+    Batches are random and have only in-batch negatives; nothing else was measured with this model.
     """
     config = code_search.get_config("smoke" if variant == "smoke" else "plain")
     config.assignment.name = "uniform"

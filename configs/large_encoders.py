@@ -1,9 +1,9 @@
-"""Large encoders over any TFDS data set: BERT's base size, and Mistral's 7 billion parameters.
+"""Large encoders on any TFDS data set, with the sizes of BERT base and Mistral 7B.
 
     python -m jaxcl.train --config configs/large_encoders.py:bert_base --config.data.name=…
     python -m jaxcl.plan --config configs/large_encoders.py:mistral_7b --topology v5e:16x16
 
-Their parameters start at random. They show what a pod must hold.
+Both start from random weights; use them to plan the memory of a pod.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from jaxcl.configs import base
 
 
 def get_config(variant: str = "bert_base") -> ConfigDict:
-    """The defaults with another model, `"bert_base"` or `"mistral_7b"`."""
+    """The defaults with a large model, `"bert_base"` or `"mistral_7b"`."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is unknown; use {' or '.join(VARIANTS)}")
     config = base.get_config()
@@ -22,7 +22,7 @@ def get_config(variant: str = "bert_base") -> ConfigDict:
 
 
 def _bert_base(config: ConfigDict) -> None:
-    """Devlin et al., 2019, with 110 million parameters; batch of 32,768."""
+    """BERT base (Devlin et al., 2019), with 110 million parameters and batches of 32,768."""
     config.data.vocabulary_size = 30_522
     config.data.max_tokens = ConfigDict({"query": 64, "key": 256})
     config.global_batch_size = 32_768
@@ -38,7 +38,7 @@ def _bert_base(config: ConfigDict) -> None:
 
 
 def _mistral_7b(config: ConfigDict) -> None:
-    """Jiang et al., 2023, as an embedder: Wang et al., 2024; batch of 2,048."""
+    """Mistral 7B (Jiang et al., 2023) as an embedder (Wang et al., 2024), with batches of 2,048."""
     config.data.vocabulary_size = 32_000
     config.data.max_tokens = ConfigDict({"query": 512, "key": 512})
     config.global_batch_size = 2_048

@@ -4,9 +4,10 @@
     python -m jaxcl.train --config configs/pairs.py:finetune --config.data.name=pairs.jsonl \\
         --config.model.pretrained=FOLDER
 
-The file has a query and a key in each row (`configs/base.py` lists the kinds of files); its columns
-are found by common names, such as `query` and `positive`. Twentieths of the queries, chosen by a
-hash, are held out. `--config.data.splits.validation=dev.jsonl` holds out another file instead.
+The file has a query and a key in each row (`configs/base.py` lists the kinds of files). Its columns
+are recognised by common names, such as `query` and `positive`. One in twenty queries, chosen by a
+hash, is held out for validation; `--config.data.splits.validation=dev.jsonl` uses another file
+instead.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +26,7 @@ def get_config(variant: str = "default") -> ConfigDict:
         raise ValueError(f"variant {variant!r} is unknown; use default, finetune or smoke")
     config = base.get_config()
     config.data.splits = ConfigDict({"train": "rest", "validation": "train[:5%]"})
-    config.loss.masks = ("row", "text")  # rows with equal queries or equal keys are no negatives
+    config.loss.masks = ("row", "text")  # equal queries or keys are not negatives
     if variant == "finetune":
         config.model.name = "pretrained"
         config.data.max_tokens = ConfigDict({"query": 64, "key": 128})

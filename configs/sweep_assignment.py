@@ -1,11 +1,11 @@
-"""Which rows share a batch: the settings that `jaxcl.compare` trains side by side.
+"""Random and assigned batches: the settings that `jaxcl.compare` trains and compares.
 
     python -m jaxcl.compare --config configs/code_search.py \\
         --settings configs/sweep_assignment.py --workdir runs/assignment
 
-`configs/sweep_assignment.py:small` has batches of 64, 1,000 steps and refreshes every 200;
-`configs/sweep_assignment.py:refreshes` has only the settings from which code search's default was
-chosen: how often batches are reassigned, and with how many starts.
+`configs/sweep_assignment.py:small` has batches of 64, 1,000 steps and refreshes every 200 steps.
+`configs/sweep_assignment.py:refreshes` varies only the steps between refreshes and the number of
+starts; the default of code search was chosen from these settings.
 """
 
 DENSE = {"evaluation.methods": ("dense",)}
@@ -18,7 +18,7 @@ MASKS = {"loss.masks": ("text",), "loss.relative_margin": 0.05}
 
 
 def get_settings(variant: str = "default") -> dict[str, dict]:
-    """Random and chosen batches; the first is the baseline."""
+    """Random and assigned batches; the first setting is the baseline."""
     if variant == "refreshes":
         return {
             "random": RANDOM,

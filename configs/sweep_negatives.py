@@ -1,4 +1,4 @@
-"""Where negatives come from: the settings that `jaxcl.compare` trains side by side.
+"""Sources of negatives: the settings that `jaxcl.compare` trains and compares.
 
     python -m jaxcl.compare --config configs/code_search.py \\
         --settings configs/sweep_negatives.py --workdir runs/negatives
@@ -28,7 +28,7 @@ TIERS = {
 
 
 def get_settings(variant: str = "default") -> dict[str, dict]:
-    """Each tier over random batches, without and with masks; the first is the baseline."""
+    """Each tier with random batches, without and with masks; the first setting is the baseline."""
     if variant != "default":
         raise ValueError(f"variant {variant!r} is unknown; this sweep has none")
     settings = {}
