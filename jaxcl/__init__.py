@@ -24,7 +24,7 @@ from jaxcl.host.extras import missing_message
 
 refuse_other_modules()
 
-# After the check, which then need not wait for JAX.
+# Imported after the check, so that the check does not wait for JAX.
 from jaxcl import assignment, grad_cache, losses, metrics, negatives, ops  # noqa: E402
 
 if TYPE_CHECKING:

@@ -2,12 +2,14 @@
 
     python -m jaxcl.check_grad --config configs/code_search.py --config.run.mesh.fsdp=2
 
-Compares the loss, exchange, masks and gradient cache of a config on the present mesh with the dense
-loss on one device, for every parameter, on a tiny copy of its model and a batch of random inputs,
-without dropout. A pretrained encoder keeps its size, with random weights. A reduction that is wrong
-shows as a ratio: the number of devices, or its inverse.
+Computes the gradient of every parameter twice: with the loss, exchange, masks and gradient cache of
+the config on the available mesh, and with the dense loss on one device. Both use a tiny copy of the
+model, a batch of random inputs and no dropout. A pretrained encoder keeps its size but gets random
+weights. If a reduction over devices is wrong, the ratio of the two gradients is usually the number
+of devices or its inverse.
 """
 
+import functools
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -38,7 +40,7 @@ from jaxcl.typing import SIDES, Batch, NumpyInt, PyTree
 
 __all__ = ["GradientCheck", "compare_gradients"]
 
-_LARGEST_ERROR = 1e-3  # float32, summed in another order
+_LARGEST_ERROR = 1e-3  # for float32 sums in a different order
 _ROUNDING = 1e-6  # relative to the norm of the whole gradient
 _VOCABULARY = 64
 _ROWS_PER_DEVICE = 4
@@ -46,12 +48,13 @@ _NEGATIVES = 3
 
 
 class GradientCheck(NamedTuple):
-    """One parameter's gradient on the mesh beside that of one device.
+    """A comparison of one parameter's gradient on the mesh with its gradient on one device.
 
     Attributes:
-      parameter: its path.
-      ratio: by what the mesh's gradient is too large, along the other: 1 is right.
-      error: the norm of the difference over that of one device's gradient.
+      parameter: path of the parameter.
+      ratio: projection of the mesh's gradient onto the reference gradient, relative to the
+        reference; 1 if the gradient is right, 2 if it is twice too large.
+      error: norm of the difference, relative to the norm of the reference gradient.
     """
 
     parameter: str
@@ -60,7 +63,7 @@ class GradientCheck(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether the two are one, to float32's rounding."""
+        """Whether the two gradients are equal up to float32 rounding."""
         return self.error < _LARGEST_ERROR
 
 
@@ -82,8 +85,8 @@ def _run(arguments: Namespace) -> None:
     check_output()
     if run_mesh(settings.run.mesh).size == 1:
         say(
-            "one device: nothing was summed over devices. "
-            "XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight of a CPU"
+            "there is only one device, so no reduction over devices was checked; "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=8 splits a CPU into eight devices"
         )
     wrong = [comparison.parameter for comparison in comparisons if not comparison.agrees]
     if wrong:
@@ -91,13 +94,13 @@ def _run(arguments: Namespace) -> None:
 
 
 def compare_gradients(settings: Settings) -> list[GradientCheck]:
-    """Compares every parameter's gradient, the temperature's included.
+    """Compare the gradient of every parameter, including the temperature.
 
     Args:
-      settings: what counts is their loss, exchange, gradient cache and mesh.
+      settings: the settings of a run; the check uses its loss, exchange, gradient cache and mesh.
 
     Raises:
-      ValueError: for a mesh that the devices do not form.
+      ValueError: if the devices cannot form the mesh.
     """
     mesh = run_mesh(settings.run.mesh)
     tiny = _tiny(settings)
@@ -113,55 +116,57 @@ def compare_gradients(settings: Settings) -> list[GradientCheck]:
         memory=init_memory(tiny, num_rows, batch["group"]),
     )
     one = make_mesh({"data": 1}, devices=jax.devices()[:1])
-    # One batch first, so that what is remembered has a part in the gradient.
-    first = jax.jit(build_loss(_dense(tiny), towers, one))
+    # Compute one loss first, so that banks and running estimates are filled.
+    first_loss = jax.jit(build_loss(_dense(tiny), towers, one))
     placed = put_batch(batch, one)
-    state = state._replace(memory=first(state.params, state.memory, placed, None)[1])
+    state = state._replace(memory=first_loss(state.params, state.memory, placed, None)[1])
 
     def gradient(settings: Settings, mesh: Mesh) -> PyTree:
         loss = jax.jit(jax.grad(build_loss(settings, towers, mesh), has_aux=True))
         placed = jax.device_put(state, state_sharding(mesh, state))
         return loss(placed.params, placed.memory, put_batch(batch, mesh), None)[0]
 
-    found, wanted = gradient(tiny, mesh), gradient(_dense(tiny), one)
-    least = _ROUNDING * float(optax.tree.norm(wanted))
-    return [
-        _compared(jax.tree_util.keystr(path, simple=True, separator="/"), ours, theirs, least)
-        for (path, ours), theirs in zip(
-            jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True
-        )
-    ]
+    gradients, references = gradient(tiny, mesh), gradient(_dense(tiny), one)
+    least_norm = _ROUNDING * float(optax.tree.norm(references))
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(references), strict=True
+    )
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return [_compare(name(path), leaf, reference, least_norm) for (path, leaf), reference in pairs]
 
 
-def _compared(parameter: str, ours: jax.Array, theirs: jax.Array, least: float) -> GradientCheck:
-    found, wanted = (np.asarray(gradient, np.float64) for gradient in (ours, theirs))
-    squares = (wanted * wanted).sum()
-    if squares <= least**2:
-        # Zero up to rounding: a weight that this batch never reads, or a key bias of attention,
-        # which shifts all scores of a query alike.
-        wrong = np.linalg.norm(found) > 2 * least
+def _compare(
+    parameter: str, gradient: jax.Array, reference: jax.Array, least_norm: float
+) -> GradientCheck:
+    """Compare two gradients; a reference with a norm up to `least_norm` is zero up to rounding."""
+    ours, wanted = (np.asarray(array, np.float64) for array in (gradient, reference))
+    squared_norm = (wanted * wanted).sum()
+    if squared_norm <= least_norm**2:
+        # Either this batch never reads the weight, or it is a key bias of attention, which shifts
+        # all scores of a query by the same amount.
+        wrong = np.linalg.norm(ours) > 2 * least_norm
         return GradientCheck(parameter, float("nan") if wrong else 1.0, float(wrong))
-    error = np.linalg.norm(found - wanted) / np.sqrt(squares)
-    return GradientCheck(parameter, float((found * wanted).sum() / squares), float(error))
+    error = np.linalg.norm(ours - wanted) / np.sqrt(squared_norm)
+    return GradientCheck(parameter, float((ours * wanted).sum() / squared_norm), float(error))
 
 
 def _tiny(settings: Settings) -> Settings:
-    """The same with a small model that drops nothing, and chunks of 2 rows if it has chunks."""
+    """The settings with a small model without dropout, and chunks of 2 rows if chunks are used."""
     small = {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "mlp_dim": 32}
 
-    def shrunk(given: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
-        options = {name: 0.0 if "dropout" in name else value for name, value in given.items()}
-        options |= {name: value for name, value in small.items() if name in given}
-        return options | ({"compute_dtype": "float32"} if "compute_dtype" in known else {})
+    def shrink(options: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+        shrunk = {name: 0.0 if "dropout" in name else value for name, value in options.items()}
+        shrunk |= {name: value for name, value in small.items() if name in options}
+        return shrunk | ({"compute_dtype": "float32"} if "compute_dtype" in known else {})
 
-    settings = with_encoder_options(settings, shrunk)
+    settings = with_encoder_options(settings, shrink)
     cached = any(value is not None for value in settings.grad_cache)
     dim, vocabulary_size = max((16, *settings.loss.matryoshka_dims)), _VOCABULARY
-    if settings.parts.pretrained:  # keeps the sizes of its folder
+    if settings.parts.pretrained:  # has the sizes of the pretrained model
         dim, vocabulary_size = settings.model.dim, settings.data.vocabulary_size
     return settings._replace(
         model=settings.model._replace(dim=dim),
-        negatives=settings.negatives._replace(proportions="rows"),  # of the groups of the batch
+        negatives=settings.negatives._replace(proportions="rows"),  # from the batch's groups
         data=settings.data._replace(max_tokens=MaxTokens(8, 8), vocabulary_size=vocabulary_size),
         grad_cache=GradCacheSettings(chunk_size=2) if cached else settings.grad_cache,
     )

@@ -1,4 +1,4 @@
-"""Embeds the texts of a file of any length, and writes the embeddings to a file.
+"""Embeds the texts of a file, of any size, and writes the embeddings to a file.
 
     python -m jaxcl.embed --model runs/code_search --input texts.txt --output vectors.npy
 
@@ -45,23 +45,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--input",
         required=True,
         metavar="FILE",
-        help=f"{', '.join(TEXT_FILES)}, or - for standard input",
+        help=f"the texts: {', '.join(TEXT_FILES)}, or - for standard input",
     )
     parser.add_argument(
         "--output",
         required=True,
         metavar="FILE",
         type=user_path,
-        help=" or ".join(VECTOR_FILES),
+        help=f"the file to write, {' or '.join(VECTOR_FILES)}",
     )
     parser.add_argument(
         "--field", default="text", help="field or column of the texts (default: text)"
     )
-    parser.add_argument("--side", choices=SIDES, default="query", help="(default: query)")
-    parser.add_argument("--prompt", help="a prompt, or its name, instead of the side's")
+    parser.add_argument(
+        "--side", choices=SIDES, default="query", help="side of the texts (default: query)"
+    )
+    parser.add_argument("--prompt", help="a prompt or its name, instead of the side's prompt")
     parser.add_argument("--batch-size", type=int, help="number of texts per batch")
-    parser.add_argument("--dim", type=int, help="keep only this many first dimensions")
-    parser.add_argument("--quantize", choices=QUANTIZATIONS)
+    parser.add_argument("--dim", type=int, help="number of leading dimensions to keep")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="type of the values to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     run_command(parser, _run, argv)
 
@@ -94,16 +96,16 @@ def embed(
       input: a file of `jaxcl.data.text_files.TEXT_FILES`; `"-"` for lines from standard input.
       output: the file to write, `.npy` or `.parquet`.
       field: the field of the texts in JSON lines, or their column in a table.
-      side, prompt, batch_size, dim, quantize: as `EmbeddingModel.encode`.
+      side, prompt, batch_size, dim, quantize: as for `EmbeddingModel.encode`.
       overwrite: whether to replace the output if it exists.
-      trust: the packages whose code the run may name.
+      trust: packages from which an encoder named `package.module:function` may be imported.
 
     Returns:
       The number of texts.
 
     Raises:
-      FileExistsError: if the output exists.
-      ValueError: for an unknown suffix, a line without a text, or as `EmbeddingModel.encode`.
+      FileExistsError: if the output exists and `overwrite` is false.
+      ValueError: for an unknown suffix or a line without a text, and as `EmbeddingModel.encode`.
       OSError: if a file cannot be read or written.
     """
     source = None if os.fspath(input) == "-" else as_path(input)
@@ -128,7 +130,7 @@ def embed(
 
 
 def _check_output(source: AnyPath | None, output: AnyPath, *, overwrite: bool) -> None:
-    """Check the output before the texts are embedded, not after."""
+    """Check the paths before any text is embedded."""
     if output.suffix not in VECTOR_FILES:
         raise ValueError(
             f"--output={output} has an unknown suffix; use {' or '.join(VECTOR_FILES)}"

@@ -1,12 +1,12 @@
-"""Exports the model of a trained run as a folder, for sentence-transformers or for jaxcl.
+"""Exports the model of a trained run to a folder, for sentence-transformers or for jaxcl.
 
     python -m jaxcl.export --workdir runs/code_search --to models/code_search
 
-The folder holds the parameters of the newest checkpoint, the tokenizer and a model card. It needs
-neither the run nor its data. `SentenceTransformer(DIR)` loads a fine-tuned encoder, or a static
+The folder holds the parameters of the newest checkpoint, the tokenizer and a model card. It can be
+used without the run or its data. `SentenceTransformer(DIR)` loads a fine-tuned encoder, or a static
 encoder without position weights. Export any other model with `--format jaxcl`, for `jaxcl.load`.
-To export the best checkpoint by `evaluation.best_metric`, give `--workdir
-runs/code_search/checkpoints/best`.
+To export the best checkpoint by `evaluation.best_metric`, give
+`--workdir runs/code_search/checkpoints/best`.
 
 In a program or a notebook, call `export`:
 
@@ -38,10 +38,10 @@ FORMATS: Mapping[str, Callable[[OpenedRun, np.dtype | None], ModelFiles]] = {
     "sentence-transformers": sentence_transformers_files,
     "jaxcl": jaxcl_files,
 }
-"""Value of `--format` -> the function that collects the files of the folder."""
+"""Maps each value of `--format` to the function that collects the files of the folder."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""The types for parameters in exported files."""
+"""The types that exported parameters can have."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = CommandParser("jaxcl.export", __doc__)
     add_workdir_flag(parser)
     parser.add_argument(
-        "--to", metavar="DIR", required=True, help="the new folder, absent or empty"
+        "--to", metavar="DIR", required=True, help="the folder to write; it must be new or empty"
     )
     parser.add_argument(
         "--format",
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"{' or '.join(FORMATS)} (default: {next(iter(FORMATS))})",
     )
     parser.add_argument(
-        "--dtype", help=f"{', '.join(DTYPES)} (default: the types of the model, such as float32)"
+        "--dtype",
+        help=f"type of the parameters: {', '.join(DTYPES)} (default: as in the model)",
     )
     run_command(parser, _run, argv)
 
@@ -84,24 +85,24 @@ def export(
     """Write the model of a run's checkpoint to a folder.
 
     Args:
-      workdir: the workdir of a run that has saved a checkpoint, which may still be training, for
-        the newest one; or `WORKDIR/checkpoints/best` or `WORKDIR/checkpoints/STEP`.
-      to: the new folder, absent or empty. It is written completely or not at all.
+      workdir: the workdir of a run, for its newest checkpoint, or `WORKDIR/checkpoints/best` or
+        `WORKDIR/checkpoints/STEP`. The run may still be training.
+      to: the folder to write, which must be new or empty. It is written completely or not at all.
       format: one of `FORMATS`.
       dtype: type of the parameters in the files, one of `DTYPES`; `None` for their own types, or
         for the types in a pretrained model's files if they hold the trained values.
-      trust: the packages from which an encoder named `package.module:function` is imported.
+      trust: packages from which an encoder named `package.module:function` may be imported.
 
     Returns:
       The folder.
 
     Raises:
       ValueError: for an unknown format or type, a model that the format does not support, or
-        parameters too large for the type, or if there is no run with a checkpoint.
+        parameters too large for the type, or if the workdir has no run with a checkpoint.
       FileExistsError: if the folder is not empty.
-      OSError: if it cannot be written.
+      OSError: if the folder cannot be written.
       CheckpointError: if no checkpoint can be read.
-      PermissionError: for an encoder of a package that is not trusted.
+      PermissionError: for an encoder from a package that is not trusted.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is unknown; use one of {', '.join(FORMATS)}")

@@ -29,7 +29,7 @@ def chunked(
         padded with rows whose results are dropped.
       has_aux: whether `encode` returns `(embeddings, aux)`, such as auxiliary losses or counters.
         The `aux` of all chunks are stacked; a loss may use them, and their gradient is exact.
-      shards: number of equal parts over which the compiler shards the rows. Each chunk takes the
+      shards: number of equal parts into which the compiler shards the rows. Each chunk takes the
         same number of rows from each part, so that no rows move between devices.
 
     Returns:
@@ -47,8 +47,8 @@ def chunked(
       [[3.0, 3.0], [3.0, 3.0]]
 
     Relations:
-      With one chunk for the whole batch, `encode` runs twice. Rematerialised layers instead keep
-      one activation per layer and row, where this keeps one embedding per row.
+      Even with one chunk for the whole batch, `encode` runs twice. Rematerialised layers keep one
+      activation per layer and row; this function keeps only one embedding per row.
 
     Reference:
       Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021.
@@ -61,7 +61,7 @@ def chunked(
         if num_rows % shards:
             raise ValueError(f"{num_rows} rows do not divide over {shards} shards")
         size = max(1, min(chunk_size, num_rows // shards))
-        # Before the loop, since the gradient would otherwise be summed over devices in each step.
+        # Outside the loop, where the gradient is summed over devices once, not once per chunk.
         params = as_varying(params, rows)
         chunks = jax.tree.map(lambda leaf: _split(leaf, size, shards), rows)
         encode_chunk = jax.checkpoint(lambda chunk: encode(params, *chunk))
@@ -75,7 +75,7 @@ def chunked(
 
 
 def rows_per_chunk(width: int, *, max_tokens: int) -> int:
-    """The number of rows of a given width that fit in a token budget; at least one.
+    """Compute the number of rows of a given width that fit in a token budget, at least one.
 
     Example:
       >>> rows_per_chunk(128, max_tokens=4_096)
@@ -96,7 +96,7 @@ def _num_rows(rows: PyTree) -> int:
 
 
 def _split(leaf: Array, size: int, shards: int) -> Array:
-    """[rows, …] -> [chunks, shards * size, …], padded with the first rows of each shard."""
+    """Reshape [rows, …] to [chunks, shards * size, …], padded with the first rows of each shard."""
     inside = leaf.shape[1:]
     parts = leaf.reshape(shards, leaf.shape[0] // shards, *inside)
     num_chunks = -(-parts.shape[1] // size)
@@ -107,6 +107,8 @@ def _split(leaf: Array, size: int, shards: int) -> Array:
 
 
 def _joined(encoded: PyTree, num_rows: int, shards: int) -> PyTree:
+    """Undo `_split` for every leaf, and drop the padding."""
+
     def join(leaf: Array) -> Array:
         num_chunks, size, inside = leaf.shape[0], leaf.shape[1] // shards, leaf.shape[2:]
         parts = leaf.reshape(num_chunks, shards, size, *inside).swapaxes(0, 1)

@@ -25,15 +25,15 @@ __all__ = [
 def rank_of_key(
     scores: Float[np.ndarray, "q n"], relevant: Int[np.ndarray, " q"]
 ) -> Float[np.ndarray, " q"]:
-    """The rank of each query's relevant key among all keys, from 1, with ties at mid-rank.
+    """The rank of each query's relevant key among all keys, from 1, with mid-ranks for ties.
 
     `rank_i = 1 + #{j : s_ij > s_ir} + #{j ≠ r : s_ij = s_ir} / 2`, with `r = relevant_i`.
 
-    The mid-rank is the mean over all orders of the tied keys. If only strictly greater scores
-    counted, a model with equal scores for all keys would have a perfect result.
+    The mid-rank is the mean rank over all orders of the tied keys. If ties were ignored, a model
+    that gives all keys the same score would get a perfect result.
 
     Args:
-        scores: scores of all keys in the pool, not of a shortlist; higher is better.
+        scores: scores of all keys in the pool, not only of a shortlist; higher is better.
         relevant: column of each query's relevant key, in [0, n).
 
     Returns:
@@ -64,14 +64,14 @@ def rank_of_key(
 
 
 def mid_ranks(scores: Float[np.ndarray, "q n"]) -> Float[np.ndarray, "q n"]:
-    """The rank of every key in its row, from 1, with ties at mid-rank.
+    """The rank of every key in its row, from 1, with mid-ranks for ties.
 
     `rank_ij = 1 + #{l : s_il > s_ij} + #{l ≠ j : s_il = s_ij} / 2`.
 
     If you only need the ranks of relevant keys, `rank_of_key` computes them without sorting.
 
     Args:
-        scores: higher is better.
+        scores: scores of all keys in the pool; higher is better.
 
     Returns:
         Ranks in [1, n], float64; every row sums to n (n + 1) / 2.
@@ -88,7 +88,7 @@ def mid_ranks(scores: Float[np.ndarray, "q n"]) -> Float[np.ndarray, "q n"]:
         raise ValueError(f"scores have the shape {scores.shape}; give one row per query, [q, n]")
     _check_finite(scores)
     ranks = np.empty(scores.shape)
-    # Row by row, which needs the memory of one row and is as fast as all rows at once.
+    # Looping over rows needs the memory of one row, and is as fast as all rows at once.
     for row, out in zip(scores, ranks, strict=True):
         _, tie, sizes = np.unique(row, return_inverse=True, return_counts=True)
         # Count from the lowest score, since unsigned scores cannot be negated.
@@ -97,7 +97,7 @@ def mid_ranks(scores: Float[np.ndarray, "q n"]) -> Float[np.ndarray, "q n"]:
 
 
 def mrr_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int = 10) -> Float[np.ndarray, " q"]:
-    """The reciprocal rank; its mean over queries is MRR@cutoff.
+    """The reciprocal rank of each query, whose mean is MRR@cutoff.
 
     `rr_i = 1 / rank_i` if `rank_i <= cutoff`, else 0.
 
@@ -106,7 +106,7 @@ def mrr_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int = 10) -> Float[np.
         cutoff: the last rank with a value above 0; 10 as in the MS MARCO passage task.
 
     Returns:
-        Values in [0, 1], without unit.
+        Values in [0, 1].
 
     Raises:
         ValueError: if `cutoff` is below 1, or a rank is below 1 or not finite.
@@ -140,14 +140,14 @@ def ndcg_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int = 10) -> Float[np
 
 
 def recall_at_k_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int) -> Float[np.ndarray, " q"]:
-    """Whether the relevant key is among the first `cutoff`, as 1 or 0.
+    """Whether the relevant key is among the first `cutoff` keys, as 1 or 0.
 
-    `recall_i = [rank_i <= cutoff]`. The mid-rank of a tie across the cutoff decides for all its
-    keys.
+    `recall_i = [rank_i <= cutoff]`. Keys that tie across the cutoff all have the same mid-rank, so
+    either all of them are retrieved or none.
 
     Args:
         ranks: from `rank_of_key`, at least 1.
-        cutoff: number of retrieved keys; without default, since recall means little without it.
+        cutoff: number of retrieved keys. It has no default, since recall means little without it.
 
     Returns:
         0.0 or 1.0 per query.
@@ -165,18 +165,18 @@ def recall_at_k_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int) -> Float[
 
 
 def mean_and_standard_error(values: Float[np.ndarray, " q"]) -> tuple[float, float]:
-    """The mean over queries, and its standard error over samples of equally many queries.
+    """The mean over queries, and its standard error.
 
     `se = sqrt(Σ (v_i - mean)² / (q - 1)) / sqrt(q)`.
 
-    It covers only the sampling of queries. It ignores the training seed and correlated queries,
-    such as functions of one file, which make the true error larger.
+    The standard error covers only the sampling of queries. It ignores the training seed and
+    correlations between queries, such as functions from one file, which make the true error larger.
 
     Args:
-        values: one per query, from any metric here.
+        values: one value per query, from any metric of this module.
 
     Returns:
-        `(mean, standard error)` in the unit of `values`. The standard error of a single query is
+        `(mean, standard error)`, in the unit of `values`. The standard error of a single query is
         NaN.
 
     Raises:
@@ -200,12 +200,12 @@ def paired_difference(
 ) -> tuple[float, float]:
     """The mean of `values - baseline` over the same queries, and its standard error.
 
-    Systems tend to find the same queries hard, so their difference is far more precise than either
-    mean. Do not assess it by the two separate standard errors.
+    Most systems find the same queries hard, so the difference is far more precise than either mean.
+    Do not use the standard errors of the two means to assess it.
 
     Args:
-        values: one per query.
-        baseline: another system's values for the same queries in the same order.
+        values: one value per query.
+        baseline: another system's values for the same queries, in the same order.
 
     Returns:
         `(mean difference, standard error)`; positive if `values` are higher.
@@ -222,7 +222,7 @@ def paired_difference(
     if values.shape != baseline.shape:
         raise ValueError(
             f"values for {values.size} queries and a baseline for {baseline.size} cannot be "
-            "paired; give both for the same queries in the same order"
+            "paired; give both for the same queries, in the same order"
         )
     return mean_and_standard_error(values - baseline)
 
@@ -249,11 +249,11 @@ def _checked(ranks: Float[np.ndarray, " q"]) -> Float[np.ndarray, " q"]:
 
 def _check_finite(scores: Float[np.ndarray, "q n"]) -> None:
     # Comparisons with NaN are false, so a NaN would get rank 1 and a perfect metric.
-    bad = ~np.isfinite(scores)
-    if bad.any():
-        query, key = np.argwhere(bad)[0]
+    invalid = ~np.isfinite(scores)
+    if invalid.any():
+        query, key = np.argwhere(invalid)[0]
         raise ValueError(
-            f"{np.count_nonzero(bad)} of {scores.size} scores are not finite; the first is "
+            f"{np.count_nonzero(invalid)} of {scores.size} scores are not finite; the first is "
             f"{scores[query, key]} at query {query}, key {key}; check for overflow, and for zero "
             "embeddings divided by their norm"
         )

@@ -1,26 +1,28 @@
-"""Mines hard negatives with a model, for the next run to train on.
+"""Mines hard negatives with a model, for a later run to train on.
 
     python -m jaxcl.mine --model models/minilm --queries pairs.jsonl --corpus corpus.jsonl \\
         --output mined.jsonl --relative-margin 0.05
     python -m jaxcl.mine --workdir runs/code_search --per-query 7 --rank-range 10:100
 
-Each query is compared with all keys, exactly, over all devices.
+The search is exact: each query is compared with all keys, on all devices.
 
-With `--model`, any model that `jaxcl.load` accepts, the queries and their positives come from a
-file, and the keys are the documents of a corpus, or else the positives of all queries. A record of
-the queries has a text (`query`, `anchor` or `question`) and positives (`positive`, `pos`, `key`,
-`answer`, …: a text or a list), or the ids of positive documents (`positive_ids`); with `--qrels`,
-positives are BEIR's judgements. The output is a line of texts and similarities for each query, for
-`python -m jaxcl.train --config.data.name=mined.jsonl`. With `--guide`, another model decides about
-margins and limits; with `--scores`, a re-ranker: JSON lines of `query`, `document` and `score`, or
-an earlier output with its `teacher_scores` replaced.
+With `--model`, which takes any model that `jaxcl.load` accepts, the queries and their positives
+come from a file. The keys are the documents of `--corpus`, or else the positives of all queries. A
+query's record has its text (`query`, `anchor` or `question`) and its positives, as a text or a list
+of texts (`positive`, `pos`, `key`, `answer`, …) or as ids of documents (`positive_ids`). With
+`--qrels`, the positives come from relevance judgements in BEIR's format instead. The output has a
+line of texts and similarities for each query, for
+`python -m jaxcl.train --config.data.name=mined.jsonl`. Margins and limits apply to the similarities
+of the model. With `--guide`, they apply to the similarities of another model, and with `--scores`
+to a re-ranker's scores: JSON lines with `query`, `document` and `score`, or an earlier output whose
+`teacher_scores` the re-ranker has replaced.
 
-With `--workdir`, queries and keys are the rows of a run's split. The output is a file of row
+With `--workdir`, queries and keys are the rows of a split of the run. The output is a file of row
 numbers and similarities, for `python -m jaxcl.train --config.data.negatives=FILE`.
 
-The similarities may teach the next run (`loss.name=distillation`). Next to the output are a report
-(`.report.json`) and examples to read (`.examples.md`). The same command resumes after a stop.
-Several processes find each other as those of `jaxcl.train` do.
+A later run can also learn from the similarities (`loss.name=distillation`). The command writes a
+report (`.report.json`) and examples to read (`.examples.md`) next to the output. If it is stopped,
+the same command resumes. It runs in several processes with the same flags as `jaxcl.train`.
 
 In a program or a notebook, call `mine` for a run, and `jaxcl.run.corpus_mining.mine_corpus` for
 files; `jaxcl.negatives.mine_hard_negatives` takes embeddings:
@@ -85,21 +87,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--model",
         metavar="PATH",
         type=user_path,
-        help="instead of a run and its rows: any model that jaxcl.load accepts, and files",
+        help="instead of --workdir: any model that jaxcl.load accepts, to mine in files",
     )
     parser.add_argument(
         "--output",
         "--out",
         metavar="FILE",
         type=user_path,
-        help="the file to write: .jsonl with --model; else .npz (default: DIR/mined-SPLIT.npz)",
+        help="the file to write: .jsonl with --model, .npz with --workdir (default: "
+        "DIR/mined-SPLIT.npz)",
     )
     _add_file_flags(parser)
-    parser.add_argument("--split", help="with --workdir: the split (default: train)")
+    parser.add_argument("--split", help="with --workdir: the split to mine (default: train)")
     parser.add_argument(
         "--masks",
         nargs="+",
-        help="with --workdir: columns in which a query and its negatives differ, of "
+        help="with --workdir: columns in which a negative must differ from its query, of "
         f"{', '.join(MASKS)} (default: text)",
     )
     _add_rule_flags(parser)
@@ -111,8 +114,8 @@ def _add_file_flags(parser: CommandParser) -> None:
     files = {
         "--queries": "with --model: queries with their positives (.jsonl, .csv, .tsv, .parquet)",
         "--corpus": "with --model: the documents (default: the positives of all queries)",
-        "--qrels": "with --model: relevance judgements of queries and documents by their ids",
-        "--scores": "with --model: a re-ranker's scores, which decide about margins and limits",
+        "--qrels": "with --model: relevance judgements, by ids of queries and documents",
+        "--scores": "with --model: a re-ranker's scores, to which margins and limits apply",
     }
     for flag, text in files.items():
         parser.add_argument(flag, metavar="FILE", type=user_path, help=text)
@@ -120,7 +123,7 @@ def _add_file_flags(parser: CommandParser) -> None:
         "--guide",
         metavar="PATH",
         type=user_path,
-        help="with --model: another model, whose similarities decide about margins and limits",
+        help="with --model: a guide model, to whose similarities margins and limits apply",
     )
     parser.add_argument(
         "--skip-empty",
@@ -129,13 +132,14 @@ def _add_file_flags(parser: CommandParser) -> None:
         help="with --model: leave out queries without negatives",
     )
     fields = {
-        "--query-field": "of the queries, if their name is not a common one",
-        "--positive-field": "of the positives, likewise",
-        "--id-field": "of the ids of documents, likewise",
-        "--text-field": "of the texts of documents, likewise",
+        "--query-field": "the queries",
+        "--positive-field": "the positives",
+        "--id-field": "the documents' ids",
+        "--text-field": "the documents' texts",
     }
     for flag, text in fields.items():
-        parser.add_argument(flag, metavar="NAME", help=f"with --model: field {text}")
+        help_text = f"with --model: field of {text}, if it has no common name"
+        parser.add_argument(flag, metavar="NAME", help=help_text)
 
 
 def _add_rule_flags(parser: CommandParser) -> None:
@@ -145,33 +149,38 @@ def _add_rule_flags(parser: CommandParser) -> None:
         "--per-query",
         type=int,
         default=rule.per_query,
-        help=f"the most negatives of a query (default: {rule.per_query})",
+        help=f"largest number of negatives per query (default: {rule.per_query})",
     )
     parser.add_argument(
         "--rank-range",
         metavar="FIRST:LAST",
         default=f"{first}:{last}",
-        help=f"first rank, from 0, and first rank past the end (default: {first}:{last})",
+        help=f"ranks of the candidates, counted from 0; LAST is excluded (default: {first}:{last})",
     )
     parser.add_argument(
         "--margin",
         type=float,
-        help="a negative is less similar than the positive, or the least similar of several "
-        "positives, by at least this amount",
+        help="a negative's similarity must be lower than the positive's by at least this amount; "
+        "of several positives, the least similar is compared",
     )
     parser.add_argument(
-        "--relative-margin", type=float, help="the same as a share of the positive's similarity"
+        "--relative-margin",
+        type=float,
+        help="the margin as a share of the positive's similarity",
     )
-    parser.add_argument("--min-score", type=float, help="least similarity of a negative")
-    parser.add_argument("--max-score", type=float, help="greatest similarity of a negative")
+    parser.add_argument("--min-score", type=float, help="lowest similarity of a negative")
+    parser.add_argument("--max-score", type=float, help="highest similarity of a negative")
     parser.add_argument(
-        "--sampling", default=rule.sampling, help=f"random or top (default: {rule.sampling})"
+        "--sampling",
+        default=rule.sampling,
+        help="which candidates become negatives: random ones, or the top of the ranking "
+        f"(random or top; default: {rule.sampling})",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random draws")
 
 
 def _run(arguments: Namespace) -> None:
-    # Results are written as they are found, so that SIGTERM may end a process at once.
+    # Results are written block by block, so that SIGTERM may end a process at once.
     jax.config.update("jax_enable_preemption_service", False)
     if (arguments.workdir is None) == (arguments.model is None):
         raise ValueError("give either --workdir with a run, or --model with --queries")
@@ -210,7 +219,7 @@ def _mine_run(arguments: Namespace, rule: MiningRule) -> None:
     if jax.process_index() == 0:
         rich.print(report_table(report))
         if split == "train":
-            say(f"train on them with --config.data.negatives={out}")
+            say(f"to train on the negatives, use --config.data.negatives={out}")
 
 
 def _mine_files(arguments: Namespace, rule: MiningRule) -> None:
@@ -218,10 +227,10 @@ def _mine_files(arguments: Namespace, rule: MiningRule) -> None:
         raise ValueError("--model needs --queries with a file, and --output with the file to write")
     join_processes(arguments, arguments.output.parent)
     keep_compiled()
-    given = {name: getattr(arguments, name) for name in MinedFiles._fields}
+    files = MinedFiles(**{name: getattr(arguments, name) for name in MinedFiles._fields})
     report = mine_corpus(
         arguments.model,
-        MinedFiles(**given),
+        files,
         rule=rule,
         guide=arguments.guide,
         skip_empty=bool(arguments.skip_empty),
@@ -230,8 +239,8 @@ def _mine_files(arguments: Namespace, rule: MiningRule) -> None:
     )
     if jax.process_index() == 0:
         rich.print(report_table(report))
-        say(f"embeddings are kept for other rules in {cache_folder() / 'mining'}")
-        say(f"train on them with --config.data.name={arguments.output}")
+        say(f"embeddings are kept in {cache_folder() / 'mining'}, to mine by other rules")
+        say(f"to train on the negatives, use --config.data.name={arguments.output}")
 
 
 def mine(
@@ -244,42 +253,42 @@ def mine(
     seed: int = 0,
     trust: Trust = (),
 ) -> dict[str, Any]:
-    """Mine the hard negatives of a split's rows among the same rows, and write them.
+    """Mine hard negatives for the rows of a split among the same rows, and write them to a file.
 
     Args:
       workdir: the folder of a run that has saved a checkpoint, or the path of a checkpoint in it.
-        Only the run's folder `mining` changes, which keeps the embeddings for another rule, and
-        unfinished work.
+        The run stays unchanged except for its folder `mining`, which keeps unfinished work and the
+        embeddings, for use with other rules.
       out: the file to write, `.npz`.
-      split: the split.
-      rule: which of the nearest keys are negatives.
-      masks: columns in which a query and its negatives differ: `"row"`, `"text"`, `"group"`.
+      split: name of the split.
+      rule: the rule that selects negatives among the nearest keys.
+      masks: columns in which a negative must differ from its query: `"row"`, `"text"`, `"group"`.
       seed: seed of the random draws.
-      trust: packages whose code the run may name.
+      trust: packages from which parts named `package.module:function` may be imported.
 
     Returns:
       The report.
 
     Raises:
-      ValueError: if there is no such run or split, or nothing is found by the rule.
+      ValueError: if there is no such run or split, or the rule leaves no negatives.
       CheckpointError: if no checkpoint can be read.
     """
     workdir, out = as_path(workdir), as_path(out)
     rule.check()
     if is_remote(workdir) and jax.process_count() > 1:
         raise ValueError(
-            f"{jax.process_count()} processes share unfinished work in the workdir, which "
-            f"{workdir} cannot hold; mount it, or mine with one process"
+            f"{jax.process_count()} processes need a workdir in which to share unfinished work, "
+            f"but {workdir} is remote; mount it, or mine with one process"
         )
     unknown = set(masks) - set(MASKS)
     if unknown or not {"row", "text"} & set(masks):
         raise ValueError(
-            f"masks={tuple(masks)}: use some of {', '.join(MASKS)}, 'row' or 'text' among them"
+            f"masks={tuple(masks)}: use some of {', '.join(MASKS)}, including 'row' or 'text'"
         )
     run = open_run(workdir, trust=trust)
     run.check_texts("jaxcl.mine")
     if "group" in masks and run.settings.data.group_field is None:
-        raise ValueError("masks name 'group', but the run's data.group_field is None; leave it out")
+        raise ValueError("masks has 'group', but the run's data.group_field is None; leave it out")
     sources = run.sources()
     if split not in sources:
         raise ValueError(f"split={split!r} is unknown; the run has {', '.join(sources)}")
@@ -287,9 +296,9 @@ def mine(
     table = first_then_others(functools.partial(run.table, split, source))
     if table.num_rows <= rule.rank_range[0]:
         raise ValueError(f"the split has {table.num_rows} rows, none of rank {rule.rank_range[0]}")
-    what = {"rule": rule_record(rule), "masks": sorted(masks), "seed": seed}
-    mined = _mine_table(run, table, split, what, rule)
-    report = {"split": split, **what, **mined_figures(mined), "made_from": run.made_from}
+    options = {"rule": rule_record(rule), "masks": sorted(masks), "seed": seed}
+    mined = _mine_table(run, table, split, options, rule)
+    report = {"split": split, **options, **mined_figures(mined), "made_from": run.made_from}
     if jax.process_index() == 0:
         _write(out, source, mined)
         write_reports(out, report, _examples(source, mined, seed))
@@ -297,18 +306,18 @@ def mine(
 
 
 def _mine_table(
-    run: OpenedRun, table: Table, split: str, what: dict[str, Any], rule: MiningRule
+    run: OpenedRun, table: Table, split: str, options: dict[str, Any], rule: MiningRule
 ) -> HardNegatives:
-    """Embed the rows of a table, and mine their negatives, continuing earlier work."""
+    """Embed the rows of a table and mine their negatives, resuming unfinished work."""
     folder = local_folder(run.workdir) / "mining" / json_digest({"split": split, **run.made_from})
     vectors = {side: _embedded(run, table, side, folder) for side in SIDES}
     labels = table.labels(np.arange(table.num_rows))
-    groups = tuple(np.asarray(labels[mask]) for mask in what["masks"])
+    groups = tuple(np.asarray(labels[mask]) for mask in options["masks"])
     mine = make_miner(
         vectors["key"],
         rule=rule,
         groups=groups,
-        seed=what["seed"],
+        seed=options["seed"],
         block_rows=min(BLOCK_ROWS, table.num_rows),
         mesh=run.encoder.mesh,
     )
@@ -317,7 +326,7 @@ def _mine_table(
         own = tuple(label[rows] for label in groups)
         return QueryBlock(rows, vectors["query"][rows], positives=rows, groups=own)
 
-    folder = folder / json_digest(what)
+    folder = folder / json_digest(options)
     return mine_in_blocks(mine, block_of, table.num_rows, rule.per_query, folder)
 
 
@@ -325,9 +334,9 @@ def _embedded(run: OpenedRun, table: Table, side: str, folder: Path) -> Float[np
     def embed(rows: np.ndarray, advance: Callable[[int], None]) -> Float[np.ndarray, "n d"]:
         return run.encoder.embed(side, table, rows, advance=advance)
 
-    what = {"query": "embedding queries", "key": "embedding keys"}[side]
+    title = {"query": "embedding queries", "key": "embedding keys"}[side]
     path, dim = folder / f"{side}.npy", run.settings.model.dim
-    return embed_in_blocks(path, table.num_rows, dim, embed, what=what)
+    return embed_in_blocks(path, table.num_rows, dim, embed, what=title)
 
 
 def _write(out: AnyPath, source: PairSource, mined: HardNegatives) -> None:
@@ -345,20 +354,20 @@ def _examples(source: PairSource, mined: HardNegatives, seed: int) -> Iterator[E
     for row in example_rows(len(mined.rows), seed):
         (record,) = source.read([row])
         present = mined.rows[row] >= 0
-        texts = [one["key"] for one in source.read(mined.rows[row][present])]
-        found = (mined.ranks[row][present], mined.scores[row][present], texts)
+        texts = [negative["key"] for negative in source.read(mined.rows[row][present])]
+        columns = (mined.ranks[row][present], mined.scores[row][present], texts)
         yield Example(
             record["query"],
             [record["key"]],
             float(mined.positive_scores[row]),
-            [(int(rank), float(score), text) for rank, score, text in zip(*found, strict=True)],
+            [(int(rank), float(score), text) for rank, score, text in zip(*columns, strict=True)],
         )
 
 
 def _rank_range(text: str) -> tuple[int, int]:
     first, separator, last = text.partition(":")
     if not separator or not first.isdigit() or not last.isdigit():
-        raise ValueError(f"--rank-range={text} is no range; give two ranks, such as 10:100")
+        raise ValueError(f"--rank-range={text} is not a range; give two ranks, such as 10:100")
     return int(first), int(last)
 
 

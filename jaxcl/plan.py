@@ -1,11 +1,11 @@
-"""Plans a run's train step before anything is rented: memory, arithmetic, traffic, price.
+"""Estimates the memory, time and price of a run's train step before you rent the hardware.
 
     python -m jaxcl.plan --config configs/code_search.py --topology v5e:16x16 --rows 10000000 \\
         --price 1.2 --sweep global_batch_size=8192,32768
 
-The real step is compiled ahead of time for a slice of TPUs that is not there (which needs
-jaxcl[tpu]), or, with `--devices 8`, for that number of devices of the present kind. Memory is what
-the compiler plans; times are estimates from the chip maker's peak rates.
+The command compiles the real step for a TPU slice, without the hardware (needs jaxcl[tpu]), or,
+with `--devices 8`, for that number of devices of this machine's kind. Memory is the compiler's own
+figure. Times are estimates from the chip maker's peak rates.
 """
 
 import ast
@@ -54,23 +54,23 @@ _OF_LOSS = "loss.exchange=ring, loss.implementation=tiled, or smaller tiers of n
 
 
 class NoRoomError(ValueError):
-    """The compiler finds no way to fit a step into the memory of a device."""
+    """The compiler cannot fit a step into the memory of a device."""
 
 
 class Plan(NamedTuple):
-    """Of one device, and of one step.
+    """What one train step costs on each device.
 
     Attributes:
-      devices: how many there are.
-      parameters: bytes of the model's.
-      optimizer: bytes of its state.
-      memory: bytes of banks, row tables, orders, and a momentum encoder.
-      batch: bytes of its rows.
-      loss: bytes that the loss and its gradient take beside the embeddings: gathered keys, tiles.
-      activations: bytes of all else that a step needs at its most: activations, gradients.
-      flops: products and sums in the matrix products of a step.
-      accessed: bytes that a step reads and writes in the device's memory.
-      moved: bytes that come in from other devices.
+      devices: number of devices.
+      parameters: bytes of the model's parameters.
+      optimizer: bytes of the optimizer state.
+      memory: bytes of banks, row tables, batch orders and the momentum encoder.
+      batch: bytes of the device's rows of the batch.
+      loss: bytes of the loss and its gradient without the embeddings: gathered keys, tiles.
+      activations: bytes of everything else at the peak of a step: activations, gradients.
+      flops: multiplications and additions in the matrix products of a step.
+      accessed: bytes that a step reads from and writes to the device's memory.
+      moved: bytes that a step receives from other devices.
     """
 
     devices: int
@@ -86,16 +86,16 @@ class Plan(NamedTuple):
 
     @property
     def temporary(self) -> int:
-        """Bytes that are free again after a step."""
+        """Bytes that a step frees at its end."""
         return self.loss + self.activations
 
     @property
     def total(self) -> int:
-        """All bytes of a device."""
+        """Bytes in use at the peak of a step."""
         return self.parameters + self.optimizer + self.memory + self.batch + self.temporary
 
     def seconds(self, chip: Chip) -> dict[str, float]:
-        """A step's time if nothing but one thing took any; the longest bounds it."""
+        """Seconds that a step needs for each resource alone; the largest is a lower bound."""
         return {
             "compute": self.flops / chip.flops,
             "memory": self.accessed / chip.memory_rate,
@@ -104,17 +104,17 @@ class Plan(NamedTuple):
 
 
 def make_plan(settings: Settings, devices: Sequence[jax.Device], *, num_rows: int) -> Plan:
-    """Compiles a run's step for devices, which need not be there, and reads what it takes.
+    """Compile a run's train step for devices, which need not be attached, and read its cost.
 
     Args:
-      settings: the run's. Negatives that the rows bring are planned for only if
+      settings: the settings of the run. Explicit negatives are part of the plan only if
         `data.negatives_per_row` is set.
-      devices: all of them are used, as `settings.run.mesh` arranges them.
-      num_rows: of the training split, for what has an entry for each row.
+      devices: all of them are used, arranged as in `settings.run.mesh`.
+      num_rows: number of training rows, which determines the size of banks and row tables.
 
     Raises:
-      ValueError: for a run that cannot run there, or whose batches hold what only its data know.
-      NoRoomError: where the devices' compiler itself knows that the step does not fit.
+      ValueError: if the run does not fit these devices, or its batches are unknown without data.
+      NoRoomError: if the compiler reports that the step does not fit.
     """
     _check_known(settings, num_rows)
     dtype = default_compute_dtype(devices[0].platform)
@@ -156,36 +156,36 @@ def make_plan(settings: Settings, devices: Sequence[jax.Device], *, num_rows: in
 
 
 def _check_known(settings: Settings, num_rows: int) -> None:
-    """Raise a `ValueError` for a run whose batches cannot be known without its data."""
+    """Raise a `ValueError` if the shapes of the batches are unknown without the data."""
     if settings.data.negatives is not None or settings.data.guides is not None:
-        raise ValueError("data.negatives and data.guides have shapes that only their files know")
+        raise ValueError("the shapes of data.negatives and data.guides are known only from files")
     scored = "teacher_scores" in batch_needs(settings)
     if scored and not settings.data.negatives_per_row:
         raise ValueError(
-            f"the loss {settings.loss.name!r} compares a row's negatives; set "
-            "data.negatives_per_row to the number of them"
+            f"the loss {settings.loss.name!r} compares the negatives of a row; set "
+            "data.negatives_per_row to their number"
         )
     if num_rows < settings.global_batch_size:
         raise ValueError(
-            f"--rows={num_rows} are fewer than one batch of {settings.global_batch_size}"
+            f"--rows={num_rows} is fewer than one batch of {settings.global_batch_size}"
         )
 
 
 def _loss_bytes(
     settings: Settings, mesh: jax.sharding.Mesh, state: TrainState, batch: Batch
 ) -> int:
-    """What the loss needs for itself: that of embeddings that are given, and their gradient."""
+    """The temporary memory, in bytes, of the loss of given embeddings and of its gradient."""
 
     def given(params: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
         return inputs
 
-    whole = settings._replace(grad_cache=GradCacheSettings())
-    loss = build_loss(whole, Towers(lambda key: {}, lambda source: {}, given), mesh)
+    settings = settings._replace(grad_cache=GradCacheSettings())
+    loss = build_loss(settings, Towers(lambda key: {}, lambda source: {}, given), mesh)
 
     def embedded(inputs: PyTree, num_axes: int) -> jax.ShapeDtypeStruct:
-        one: Any = jax.tree.leaves(inputs)[0]
-        shape = (*one.shape[:num_axes], settings.model.dim)
-        return jax.ShapeDtypeStruct(shape, np.float32, sharding=one.sharding)
+        leaf: Any = jax.tree.leaves(inputs)[0]
+        shape = (*leaf.shape[:num_axes], settings.model.dim)
+        return jax.ShapeDtypeStruct(shape, np.float32, sharding=leaf.sharding)
 
     # Embeddings instead of inputs; the gradient is taken with respect to them.
     vectors = {side: embedded(batch[side], 1) for side in SIDES}
@@ -241,11 +241,11 @@ def _bytes_here(tree: PyTree) -> int:
 
 
 def _advice(plan: Plan) -> str:
-    """What would help most, where it does not fit."""
-    kept = plan.parameters + plan.optimizer
-    if plan.memory >= max(kept, plan.temporary):
+    """The settings to change if the step does not fit, by the largest part of its memory."""
+    training_state = plan.parameters + plan.optimizer
+    if plan.memory >= max(training_state, plan.temporary):
         return "negatives.bank.dtype=bfloat16, or a smaller bank or momentum encoder"
-    if kept >= plan.temporary:
+    if training_state >= plan.temporary:
         return "run.mesh.fsdp, which shards parameters and optimiser"
     return _OF_LOSS if plan.loss > plan.activations else _OF_ACTIVATIONS
 
@@ -253,7 +253,7 @@ def _advice(plan: Plan) -> str:
 def _table(
     plans: dict[str, Plan], chip: Chip | None, batch_sizes: list[int], price: float
 ) -> Table:
-    table = Table("of a device", *plans)
+    table = Table("per device", *plans)
 
     def row(name: str, cells: list[str]) -> None:
         table.add_row(name, *cells)
@@ -264,14 +264,14 @@ def _table(
         row(f"{title}, MiB", [f"{getattr(plan, name) / 2**20:,.1f}" for plan in plans.values()])
     row("matrix products, GFLOP", [f"{plan.flops / 1e9:,.1f}" for plan in plans.values()])
     row("read and written, MiB", [f"{plan.accessed / 2**20:,.0f}" for plan in plans.values()])
-    row("from others, MiB", [f"{plan.moved / 2**20:,.2f}" for plan in plans.values()])
+    row("received, MiB", [f"{plan.moved / 2**20:,.2f}" for plan in plans.values()])
     if chip is None:
         return table
     fits = [plan.total <= chip.memory for plan in plans.values()]
     row(f"fits {chip.memory / _GIB:.0f} GiB", ["yes" if fit else "no" for fit in fits])
     times = [plan.seconds(chip) for plan in plans.values()]
     longest = [max(seconds.values()) for seconds in times]
-    row("time, ms", [f"{1e3 * seconds:,.2f}" for seconds in longest])
+    row("step time, ms", [f"{1e3 * seconds:,.2f}" for seconds in longest])
     row("bound by", [max(seconds, key=seconds.__getitem__) for seconds in times])
     rates = [size / seconds for size, seconds in zip(batch_sizes, longest, strict=True)]
     row("pairs/s", [f"{rate:,.0f}" for rate in rates])
@@ -280,10 +280,10 @@ def _table(
         costs = [
             hour * price * plan.devices for hour, plan in zip(hours, plans.values(), strict=True)
         ]
-        row("a million pairs cost", [f"{cost:,.4f}" for cost in costs])
+        row("price of a million pairs", [f"{cost:,.4f}" for cost in costs])
     if not all(fits):
         row(
-            "what would help",
+            "to make it fit",
             [
                 _advice(plan) if not fit else ""
                 for plan, fit in zip(plans.values(), fits, strict=True)
@@ -296,7 +296,7 @@ def _devices(topology: str | None, count: int | None) -> Sequence[jax.Device]:
     if topology is None:
         devices = jax.devices()
         if count is not None and not 0 < count <= len(devices):
-            raise ValueError(f"--devices={count}, but here are {len(devices)}")
+            raise ValueError(f"--devices={count}, but this machine has {len(devices)}")
         return devices[:count]
     if not re.fullmatch(rf"({'|'.join(_TPUS)}):\d+(x\d+)*", topology):
         raise ValueError(
@@ -307,13 +307,13 @@ def _devices(topology: str | None, count: int | None) -> Sequence[jax.Device]:
         raise ValueError("the TPU compiler is not installed: pip install -e '.[tpu]'")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # of whatever class the compiler raises
+    except Exception as error:  # the compiler may raise any class
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"--topology={topology} is none: {reason}") from error
+        raise ValueError(f"--topology={topology} does not exist: {reason}") from error
 
 
 def _settings(config: ConfigDict, sweep: str | None) -> dict[str, Settings]:
-    """Columns of the table: the config, or one for each value of a field."""
+    """The settings of each column of the table: the config's, or one for each value of a field."""
     if sweep is None:
         return {"": read_settings(config)}
     field, separator, values = sweep.partition("=")
@@ -326,7 +326,7 @@ def _settings(config: ConfigDict, sweep: str | None) -> dict[str, Settings]:
 
 
 def _literal(value: str) -> Any:
-    """A number, a truth value or None where the text is one."""
+    """The Python value of a literal, such as a number, a boolean or None; other text unchanged."""
     try:
         return ast.literal_eval(value)
     except (SyntaxError, ValueError):
@@ -337,17 +337,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = CommandParser("jaxcl.plan", __doc__)
     add_config_flags(parser)
-    parser.add_argument("--topology", help="a slice of TPUs, such as v5e:16x16")
+    parser.add_argument("--topology", help="the TPU slice, such as v5e:16x16")
     parser.add_argument(
-        "--devices", type=int, help="a number of devices of the present kind instead"
+        "--devices", type=int, help="without --topology: number of devices of this machine's kind"
     )
     parser.add_argument(
-        "--rows", type=int, default=1_000_000, help="rows of the training split (default: 1000000)"
+        "--rows", type=int, default=1_000_000, help="number of training rows (default: 1000000)"
     )
     parser.add_argument(
-        "--price", type=float, default=0.0, help="of a chip and hour; the table is in its currency"
+        "--price", type=float, default=0.0, help="price of a chip per hour, in any currency"
     )
-    parser.add_argument("--sweep", metavar="FIELD=VALUE,…", help="a column for each value")
+    parser.add_argument(
+        "--sweep", metavar="FIELD=VALUE,…", help="values of a field, one column for each"
+    )
     run_command(parser, _run, argv)
 
 
@@ -357,11 +359,11 @@ def _run(arguments: Namespace) -> None:
     if count is not None and count < 1:
         raise ValueError(f"--devices={count}; give at least 1")
     if arguments.price and topology is None:
-        raise ValueError("--price is of a chip's hour; say of which with --topology")
+        raise ValueError("--price is the price of a chip per hour; give its kind with --topology")
     configs = _settings(config_of(arguments), arguments.sweep)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used
-    # A program from the cache may report other memory than one that is compiled.
+    # A cached program may report other figures for its memory than a newly compiled one.
     jax.config.update("jax_compilation_cache_dir", None)
     if topology is None and count is not None:
         jax.config.update("jax_num_cpu_devices", count)
@@ -374,7 +376,7 @@ def _run(arguments: Namespace) -> None:
         except NoRoomError as error:
             say(f"{name or 'the step'} does not fit: {error}")
     if not plans:
-        raise UserError("nothing fits")
+        raise UserError("no step fits")
     chip = CHIPS.get(topology.partition(":")[0]) if topology else None
     sizes = [configs[name].global_batch_size for name in plans]
     columns = {name or "step": plan for name, plan in plans.items()}

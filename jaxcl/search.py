@@ -4,15 +4,17 @@
     python -m jaxcl.search --workdir runs/code_search --top 3 parse an ISO 8601 date
     python -m jaxcl.search --model models/minilm --config configs/code_search.py parse a date
 
-Without a query, the command prompts for queries. It ranks
+Without a query, the command prompts for queries.
 
-- the documents of `--corpus`: lines of a `.txt` file, or records with a text, and optionally an id
-  and a title, of `.jsonl`, `.csv`, `.tsv` or `.parquet`. They are embedded once. The index is kept
-  in the user's cache, or in `--index DIR`, and updated for a changed model or corpus. `--dim` cuts
-  the vectors; `--precision int8` or `binary` searches small codes first, and ranks the best of them
-  by exact scores. The share of the exact ranking that they keep is printed.
-- otherwise, the keys of all splits of the run or config. The run may still be training, and stays
-  unchanged except for `search_index.npz`, its index, which is rebuilt for a newer checkpoint.
+With `--corpus`, it ranks documents: the lines of a `.txt` file, or the records of a `.jsonl`,
+`.csv`, `.tsv` or `.parquet` file, which have a text and optionally an id and a title. They are
+embedded once; the index is kept in the user's cache, or in `--index DIR`, and updated when the
+model or the corpus changes. `--dim` truncates the vectors. `--precision int8` or `binary` searches
+small codes first, and ranks the candidates by exact scores. The command prints how much of the
+exact ranking these options keep.
+
+Without `--corpus`, it ranks the keys of all splits of the run or config. The run may still be
+training; only its index changes, `search_index.npz`, which is rebuilt for a newer checkpoint.
 
 In a program or a notebook, call `search`, or `open_search` for many queries:
 
@@ -64,10 +66,10 @@ _BLOCK_TEXTS = 4096
 
 
 class Search:
-    """A search for queries in one pool, as returned by `open_search`.
+    """A search in one pool of documents or keys, as returned by `open_search`.
 
     Attributes:
-      kept: measured shares of the exact ranking, as `jaxcl.run.corpus_index.CorpusIndex.kept`.
+      kept: measured shares of the exact ranking, as in `jaxcl.run.corpus_index.CorpusIndex.kept`.
     """
 
     def __init__(
@@ -81,25 +83,25 @@ class Search:
         self.kept = kept or {}
 
     def __call__(self, query: str, top: int = 10) -> list[Hit]:
-        """The best hits for one query, as `batch`."""
+        """Return the best hits for one query; see `batch`."""
         return self.batch([query], top)[0]
 
     def batch(self, queries: Sequence[str], top: int = 10) -> list[list[Hit]]:
-        """The best hits for each query, which is faster than one query at a time.
+        """Return the best hits for each of several queries, faster than one query at a time.
 
         Args:
-          queries: what to look for.
-          top: the number of hits; fewer if the pool is smaller.
+          queries: texts to search for.
+          top: number of hits per query; a smaller pool gives fewer.
 
         Returns:
-          For each query its hits, best first; of equal scores, the lower row of the pool first.
+          The hits for each query, best first. Hits with equal scores are in the order of the pool.
 
         Raises:
           ValueError: for an empty query, or if `top` is less than 1.
         """
         _check_top(top)
         if isinstance(queries, str):
-            raise ValueError("batch takes a list of queries; call the search itself for one query")
+            raise ValueError("batch takes a list of queries; for one query, call the search itself")
         for query in queries:
             _check_query(query)
         return [
@@ -116,18 +118,14 @@ class Search:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = CommandParser("jaxcl.search", __doc__)
-    parser.add_argument("query", nargs="*", help="what to look for; prompts for it if left out")
+    parser.add_argument("query", nargs="*", help="the query; if left out, the command prompts")
     add_workdir_flag(parser, required=False)
-    parser.add_argument(
-        "--model",
-        metavar="PATH",
-        type=user_path,
-        help="instead of a run: any model that jaxcl.load accepts",
-    )
+    model_help = "instead of --workdir: any model that jaxcl.load accepts"
+    parser.add_argument("--model", metavar="PATH", type=user_path, help=model_help)
     _add_corpus_flags(parser)
     add_config_flags(parser, required=False)
-    parser.add_argument("--top", type=int, default=10, help="hits to show (default: 10)")
-    parser.add_argument("--hybrid", action="store_true", help="rank by BM25 as well")
+    parser.add_argument("--top", type=int, default=10, help="number of hits (default: 10)")
+    parser.add_argument("--hybrid", action="store_true", help="fuse the ranking with BM25's")
     parser.add_argument("--json", action="store_true", help="print a JSON list for each query")
     run_command(parser, _run, argv, interrupted="interrupted; the same command resumes")
 
@@ -136,20 +134,21 @@ def _add_corpus_flags(parser: CommandParser) -> None:
     parser.add_argument("--corpus", metavar="FILE", type=user_path, help="the documents to search")
     parser.add_argument("--id-field", metavar="NAME", help="field of the documents' ids")
     parser.add_argument("--text-field", metavar="NAME", help="field of the documents' texts")
-    parser.add_argument("--index", metavar="DIR", help="folder for the index of the corpus")
-    parser.add_argument("--dim", type=int, help="search by this many first dimensions")
+    index_help = "folder for the corpus index (default: in the user's cache)"
+    parser.add_argument("--index", metavar="DIR", help=index_help)
+    parser.add_argument("--dim", type=int, help="number of leading dimensions to search with")
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="type of the vectors that are searched first (default: float32)",
+        help="type of the vectors for the first search (default: float32)",
     )
     defaults = ", ".join(f"{number} for {precision}" for precision, number in RESCORE.items())
     parser.add_argument(
         "--rescore",
         type=int,
         metavar="N",
-        help=f"candidates per hit that are ranked by exact scores (default: {defaults})",
+        help=f"number of candidates per hit to rank by exact scores (default: {defaults})",
     )
 
 
@@ -177,8 +176,8 @@ def _run(arguments: Namespace) -> None:
     )
     for line in kept_in_words(opened.kept, arguments.dim, arguments.precision):
         say(line)
-    for asked in [query] if query else _asked(prompt="" if arguments.json else "search> "):
-        show(asked, opened(asked, arguments.top))
+    for text in [query] if query else _typed(prompt="" if arguments.json else "search> "):
+        show(text, opened(text, arguments.top))
         check_output()
 
 
@@ -192,15 +191,15 @@ def search(
     hybrid: bool = False,
     trust: Trust = (),
 ) -> list[Hit]:
-    """Search for one query; `open_search` is faster for several.
+    """Search for one query. For several queries, `open_search` is faster.
 
     Args:
-      path, corpus, config, hybrid, trust: as `open_search`.
-      query: what to look for.
-      top: the number of hits.
+      path, corpus, config, hybrid, trust: as for `open_search`.
+      query: text to search for.
+      top: number of hits; a smaller pool gives fewer.
 
     Raises:
-      ValueError, CheckpointError: as `open_search`, and if `top` is less than 1.
+      ValueError, CheckpointError: as for `open_search`, and if `top` is less than 1.
     """
     _check_top(top)
     opened = open_search(path, corpus=corpus, config=config, hybrid=hybrid, trust=trust)
@@ -209,7 +208,7 @@ def search(
 
 def _check_query(query: str) -> None:
     if not query.strip():
-        raise ValueError("the query is empty; say what to look for, or leave it out to be asked")
+        raise ValueError("the query is empty; give a text, or leave it out to be prompted for one")
     try:
         query.encode()
     except UnicodeEncodeError as error:
@@ -220,7 +219,7 @@ def _check_query(query: str) -> None:
 
 def _check_top(top: int) -> None:
     if top < 1:
-        raise ValueError(f"--top={top} shows nothing; give 1 or more")
+        raise ValueError(f"--top={top} must be at least 1")
 
 
 def open_search(
@@ -238,10 +237,10 @@ def open_search(
     rescore: int | None = None,
     trust: Trust = (),
 ) -> Search:
-    """Open a corpus, a run's data or a config's data for searching with a model.
+    """Open a corpus, a run's data or a config's data to search it with a model.
 
-    The model and the data stay unchanged; only an index is written. With an index of the newest
-    checkpoint, a run's data need not be there.
+    The model and the data stay unchanged; only an index is written. If a run has an index for its
+    newest checkpoint, its data may be missing.
 
     Args:
       path: the workdir of a run that has saved a checkpoint, which may still be training; with a
@@ -249,36 +248,36 @@ def open_search(
       corpus: a file of documents for `jaxcl.data.documents.read_documents`.
       config: the config of the data to search. Without corpus and config, a run's own data.
       changed: dotted names of the fields that the user changed; one without effect is an error.
-      hybrid: fuse the embedder's ranking with BM25's, with the constant `evaluation.rrf_k` of the
-        run or config, or 60.
-      index: the folder for the index of a corpus; by default, the user's cache.
-      id_field, text_field: as `read_documents`.
-      dim: search a corpus by this many first dimensions, normalised again.
-      precision: how a corpus is searched: `"float32"` ranks all documents by exact scores. `"int8"`
-        and `"binary"` find candidates by codes of a quarter, or a thirty-second, of the size, and
+      hybrid: whether to fuse the model's ranking with BM25's, by reciprocal rank fusion with the
+        constant `evaluation.rrf_k` of the run or config, or else 60.
+      index: folder for the index of a corpus; by default, in the user's cache.
+      id_field, text_field: as for `read_documents`.
+      dim: number of leading dimensions to search a corpus with, normalised again.
+      precision: how to search a corpus. `"float32"` ranks all documents by exact scores. `"int8"`
+        and `"binary"` find candidates by codes of a quarter or a thirty-second of the size, and
         rank the candidates by exact scores.
-      rescore: the number of candidates per hit; by default, 2 for `"int8"` and 20 for `"binary"`.
-      trust: packages whose code the run may name.
+      rescore: number of candidates per hit; by default, 2 for `"int8"` and 20 for `"binary"`.
+      trust: packages from which parts named `package.module:function` may be imported.
 
     Returns:
-      The search. Scores are inner products of `jaxcl.run.host_vectors.for_inner_products`, which
-      are cosines for most models; with `hybrid`, they are sums of reciprocal ranks.
+      The search. Its scores are inner products of `jaxcl.run.host_vectors.for_inner_products`,
+      which are cosines for most models. With `hybrid`, they are sums of reciprocal ranks.
 
     Raises:
       ValueError: if there is no model, a run has no checkpoint, an option is out of range or has no
-        effect, a document is not valid, or there is no index and the data are missing.
+        effect, a document is not valid, or both the index and the data are missing.
       CheckpointError: if no checkpoint can be read.
       OSError: if the corpus cannot be read, or its index cannot be written.
     """
     if corpus is None:
-        given = {"index": index, "id_field": id_field, "text_field": text_field, "dim": dim}
-        given |= {"rescore": rescore, "precision": None if precision == "float32" else precision}
-        _check_without_corpus(given)
+        options = {"index": index, "id_field": id_field, "text_field": text_field, "dim": dim}
+        options |= {"rescore": rescore, "precision": None if precision == "float32" else precision}
+        _check_without_corpus(options)
         if isinstance(path, EmbeddingModel):
-            raise ValueError("a model comes without data; give a corpus to search")
+            raise ValueError("a loaded model comes without data; give a corpus to search")
         return _search_of_pool(path, config, changed, hybrid=hybrid, trust=trust)
     if config is not None:
-        raise ValueError("both a corpus and a config name data to search; give one of them")
+        raise ValueError("a corpus and a config are both given; leave one of them out")
     model, rrf_k = _open_model(path, trust)
     rescore = check_options(model, dim, precision, rescore)
     fields = {"id_field": id_field, "text_field": text_field}
@@ -297,7 +296,7 @@ def open_search(
             rescore=rescore,
         )
     except OSError as error:
-        raise OSError(f"cannot write the index ({error}); choose a folder with --index") from error
+        raise OSError(f"cannot write the index ({error}); set another --index folder") from error
     return _search_of_corpus(model, documents, opened, dim, rrf_k if hybrid else None)
 
 
@@ -350,7 +349,7 @@ def _rank(
     texts: Iterable[str],
     rrf_k: int | None,
 ) -> Callable[[Sequence[str], int], list[Ranking]]:
-    """A function that ranks the rows of a pool; with `rrf_k`, by BM25 on the texts as well."""
+    """Make the function that ranks the rows of a pool, fused with BM25 if `rrf_k` is given."""
     lexical = None if rrf_k is None else BM25(texts)
 
     def rank(queries: Sequence[str], top: int) -> list[Ranking]:
@@ -360,7 +359,7 @@ def _rank(
         if lexical is None or rrf_k is None:
             return search.best(vectors, top)
         rankings = []
-        for query, vector in zip(queries, vectors, strict=True):  # a table of scores is large
+        for query, vector in zip(queries, vectors, strict=True):  # scores of all rows are large
             tables = [lexical.scores([query]), search.scores(vector[None], top)]
             fused = reciprocal_rank_fusion(tables, k=rrf_k)[0]
             rows = best_rows(fused, top)
@@ -373,7 +372,7 @@ def _rank(
 def _open_model(
     path: str | os.PathLike[str] | EmbeddingModel, trust: Trust
 ) -> tuple[EmbeddingModel, int]:
-    """A model, and the constant of reciprocal rank fusion to use with it."""
+    """Open a model, and return it with the constant of reciprocal rank fusion to use."""
     if isinstance(path, EmbeddingModel):
         return path, _RRF_K
     if is_run(path):
@@ -385,11 +384,11 @@ def _open_model(
 def _check_without_corpus(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if value is not None:
-            raise ValueError(f"{name}={value} is for a corpus; give one, or leave {name} out")
+            raise ValueError(f"{name}={value} has no effect without a corpus; leave it out")
 
 
-def _asked(*, prompt: str) -> Iterator[str]:
-    """Queries as they are typed, up to an empty line, Ctrl-D or Ctrl-C."""
+def _typed(*, prompt: str) -> Iterator[str]:
+    """Yield queries as they are typed, up to an empty line, Ctrl-D or Ctrl-C."""
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while query := input(prompt).strip():
             yield query

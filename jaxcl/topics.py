@@ -1,13 +1,16 @@
-"""Sorts the rows of a trained run into topics, for batches of one topic, or of all, in the next.
+"""Clusters the training rows of a run into topics, from which a later run draws its batches.
 
     python -m jaxcl.topics --workdir runs/code_search --topics 64
 
-The training rows are embedded, and cut into topics of equal size whose rows are each other's hard
-negatives (`jaxcl.assignment.assign_topics`). The result is a file for
-`python -m jaxcl.train --config.data.topics=FILE --config.assignment.name=sourced
---config.assignment.sourced.by=topic --config.assignment.sourced.mix=one` (or `mixed`, for batches
-over which all topics are spread). Next to it, `.examples.md` lists each topic's most central
-queries. It runs in one process, on all of its devices.
+The command embeds the training rows and divides them into topics of equal size, such that the rows
+of a topic are hard negatives for each other (`jaxcl.assignment.assign_topics`). It runs in one
+process, on all of its devices. To train with one topic per batch, run
+
+    python -m jaxcl.train --config.data.topics=FILE --config.assignment.name=sourced \\
+        --config.assignment.sourced.by=topic --config.assignment.sourced.mix=one
+
+With `mix=mixed`, each batch has rows of all topics. The file `.examples.md` next to the output
+lists the most central queries of each topic.
 
 In a program or a notebook, call `topics`:
 
@@ -45,13 +48,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = CommandParser("jaxcl.topics", __doc__)
     add_workdir_flag(parser)
-    parser.add_argument("--topics", type=int, default=64, help="the number of topics (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random starts")
+    parser.add_argument("--topics", type=int, default=64, help="number of topics (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws")
     parser.add_argument(
         "--out",
         metavar="FILE",
         type=user_path,
-        help=f"the file; DIR/topics-{_SPLIT}.npz by default",
+        help=f"the file to write (default: DIR/topics-{_SPLIT}.npz)",
     )
     run_command(parser, _run, argv)
 
@@ -70,7 +73,7 @@ def _run(arguments: Namespace) -> None:
         table.add_row(name, f"{value:,.3f}" if isinstance(value, float) else str(value))
     rich.print(table)
     say(
-        f"train by them with --config.data.topics={out} --config.assignment.name=sourced "
+        f"to train by topic, use --config.data.topics={out} --config.assignment.name=sourced "
         "--config.assignment.sourced.by=topic --config.assignment.sourced.mix=one"
     )
 
@@ -78,14 +81,18 @@ def _run(arguments: Namespace) -> None:
 def topics(
     workdir: AnyPath, out: AnyPath, *, num_topics: int, seed: int = 0, trust: Trust = ()
 ) -> dict[str, Any]:
-    """Sorts the training rows of a run into topics, writes the file, and returns a report.
+    """Cluster the training rows of a run into topics, and write them to a file.
 
     Args:
-      workdir: of a run that has saved a checkpoint; nothing of it is changed.
-      out: the file to write, `.npz`: `topic`, of each row, and `source`, which names the rows.
-      num_topics: how many, at most.
-      seed: of what is drawn.
-      trust: packages whose code the run may name.
+      workdir: the workdir of a run that has saved a checkpoint; it stays unchanged.
+      out: the file to write, `.npz`, with the arrays `topic`, the topic number of each row, and
+        `source`, a fingerprint of the rows.
+      num_topics: the number of topics, at least 1 and at most the number of rows.
+      seed: seed of the random draws.
+      trust: packages from which parts named `package.module:function` may be imported.
+
+    Returns:
+      The report: sizes of the topics, and mean cosines within topics and over all rows.
 
     Raises:
       ValueError: if there is no such run, or it has fewer rows than topics.
@@ -97,8 +104,8 @@ def topics(
     source = run.sources()[_SPLIT]
     if not 1 <= num_topics <= len(source):
         raise ValueError(
-            f"--topics={num_topics}, but the run has {len(source):,} training rows; give from 1 "
-            "to as many"
+            f"--topics={num_topics}, but the run has {len(source):,} training rows; give at least "
+            "1, and at most the number of rows"
         )
     sides = run.embeddings(_SPLIT, source)
     topic = assign_topics(
@@ -106,26 +113,29 @@ def topics(
     )
     points = sides["query"] + sides["key"]
     points /= np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
-    centres = np.stack([points[topic == one].mean(0) for one in range(topic.max() + 1)])
+    centres = np.stack([points[topic == number].mean(0) for number in range(topic.max() + 1)])
     sizes = np.bincount(topic)
     write_npz(out, topic=topic, source=np.array(source.fingerprint))
     write_whole(out.with_suffix(".examples.md"), _examples(source, topic, points, centres))
     return {
         "rows": len(topic),
         "topics": len(sizes),
-        "rows of a topic": int(sizes[0]),
-        "rows of the last": int(sizes[-1]),
-        "mean cosine of two rows of a topic": _mean_cosine(centres, sizes),
-        "mean cosine of any two rows": _mean_cosine(points.mean(0)[None], np.array([len(topic)])),
+        "rows per topic": int(sizes[0]),
+        "rows of the last topic": int(sizes[-1]),
+        "mean cosine within topics": _mean_cosine(centres, sizes),
+        "mean cosine of all rows": _mean_cosine(points.mean(0)[None], np.array([len(topic)])),
     }
 
 
 def _mean_cosine(centres: Float[np.ndarray, "s d"], sizes: Int[np.ndarray, " s"]) -> float | None:
-    """Of two different rows of one set, by the sets' means; `None` where all have one row."""
+    """Compute the mean cosine of two different rows of a set from the means of the sets.
+
+    Returns `None` if every set has only one row.
+    """
     sizes = sizes.astype(np.float64)
-    pairs = (sizes * (sizes - 1)).sum()
-    # The square of a sum of unit vectors has every row with itself, too.
-    return float(((centres**2).sum(1) * sizes**2 - sizes).sum() / pairs) if pairs else None
+    num_pairs = (sizes * (sizes - 1)).sum()
+    # The squared sum of a set's unit vectors also contains the cosine of each row with itself.
+    return float(((centres**2).sum(1) * sizes**2 - sizes).sum() / num_pairs) if num_pairs else None
 
 
 def _examples(
@@ -134,7 +144,7 @@ def _examples(
     points: Float[np.ndarray, "n d"],
     centres: Float[np.ndarray, "s d"],
 ) -> str:
-    """Each topic's rows that are nearest to its mean."""
+    """Format a Markdown list of the queries that are nearest to the mean of their topic."""
     lines = ["# Topics, by their most central queries", ""]
     for number, centre in enumerate(centres):
         rows = np.flatnonzero(topic == number)

@@ -1,9 +1,9 @@
-"""Trains an embedder.
+"""Trains or fine-tunes an embedding model.
 
     python -m jaxcl.train --config configs/code_search.py --config.steps=500
 
-The same command resumes a run that was stopped, from the newest checkpoint of its workdir, or from
-the one before it if that one is damaged.
+If a run was stopped, the same command resumes it from the newest checkpoint in its workdir. If that
+checkpoint is damaged, it resumes from the previous one.
 
 In a program or a notebook, call `train`:
 
@@ -87,11 +87,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--workdir",
         metavar="DIR",
         type=user_path,
-        help="the folder of the run; runs/NAME-OF-THE-CONFIG by default",
+        help="the folder of the run (default: runs/NAME-OF-THE-CONFIG)",
     )
-    parser.add_argument(
-        "--profile", metavar="START:STOP", help="the steps to trace into WORKDIR/profile"
-    )
+    profile_help = "steps to trace into WORKDIR/profile; STOP is excluded"
+    parser.add_argument("--profile", metavar="START:STOP", help=profile_help)
     add_process_flags(parser)
     interrupted = "interrupted; the same command resumes from the last checkpoint"
     run_command(parser, _run, argv, interrupted=interrupted, trains=True)
@@ -114,22 +113,22 @@ def train(
     changed: Collection[str] = (),
     profile: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Trains to the last step, evaluates, and returns what `results.json` then holds.
+    """Train a model to the last step or resume its training, evaluate it, and return the results.
 
     Args:
-      config: the run's, as the files of `configs/` return it.
-      workdir: where it keeps all it writes.
-      rows: the pairs, as dicts with the columns that a file of pairs may have, instead of
-        `data.name`. They are written to a file in the folder that runs share. `data.splits` says
-        which are held out; or give the rows of each role, such as `{"train": …, "validation": …}`.
+      config: the config of the run, as returned by the files in `configs/`.
+      workdir: folder for everything that the run writes.
+      rows: the pairs, instead of `data.name`, as dicts with the fields of a file of pairs. They are
+        written to a file in the folder that runs share. `data.splits` selects the held-out rows; or
+        give the rows of each role, such as `{"train": …, "validation": …}`.
       changed: dotted names of the fields that the user changed; one without effect is an error.
-      profile: the first step of a trace, and the first step after it.
+      profile: first step to trace, and first step after the trace.
 
     Raises:
       ValueError: for a config that cannot run here, or a workdir of another config or run.
       CheckpointError: if checkpoints cannot be read or written.
       DivergenceError: if the loss is not finite.
-      Stopped: after SIGTERM, SIGINT or SIGHUP, with everything saved.
+      Stopped: after SIGTERM, SIGINT or SIGHUP, when the state has been saved.
     """
     workdir = as_path(workdir)
     if rows is not None:
@@ -174,7 +173,7 @@ def train(
                 batches = RunBatches(training, data, workdir)
                 run = _Run(training, data, sets, batches, checkpoints, writer)
                 if record.get("finished") and not run.ends(progress):
-                    # The last step of a run leaves these out.
+                    # A run skips the refreshes after its last step, but now more steps follow.
                     progress = progress._replace(state=run.refreshed(state))
                 with Watch(local_folder(workdir) / "profile", profile) as watch:
                     progress = _run_steps(run, progress, watch)
@@ -182,12 +181,12 @@ def train(
 
 
 def _with_rows(config: ConfigDict, rows: Rows | Mapping[str, Rows]) -> ConfigDict:
-    """The config with files of these rows as its data."""
+    """Write the rows to files, and return the config with these files as its data."""
     if config.data.name is not None:
         raise ValueError(f"data.name={config.data.name!r} and rows are both given; leave one out")
     roles: Mapping[str, Rows] = rows if isinstance(rows, Mapping) else {"train": rows}
     if "train" not in roles:
-        raise ValueError(f"the rows are those of {', '.join(roles) or 'no role'}; add 'train'")
+        raise ValueError(f"rows has the roles {list(roles)}; add 'train'")
     folder = shared_folder(config.run.data_dir) / "rows"
     paths = first_then_others(lambda: {role: str(save_rows(roles[role], folder)) for role in roles})
     config = config.copy_and_resolve_references()
@@ -198,7 +197,7 @@ def _with_rows(config: ConfigDict, rows: Rows | Mapping[str, Rows]) -> ConfigDic
 
 
 def _prepare(settings: Settings, workdir: AnyPath, saved: Mapping[str, Any] | None) -> RunData:
-    """The data of a run: those in the record of its newest checkpoint, if there is one."""
+    """Prepare the data of a run, as recorded in its newest checkpoint if there is one."""
     copy_prepared_files(settings, workdir)
     keep_pretrained_files(settings, workdir)
     return prepare_data(
@@ -212,19 +211,19 @@ def _prepare(settings: Settings, workdir: AnyPath, saved: Mapping[str, Any] | No
 
 
 class _Progress(NamedTuple):
-    """How far a run has come: its state, and its best evaluation if it selects one."""
+    """The progress of a run: its state, and its best evaluation if it selects one."""
 
     state: TrainState
     best: Best | None
 
     @property
     def step(self) -> int:
-        """The number of steps made."""
+        """The number of completed steps."""
         return int(self.state.step)
 
 
 class _Run(NamedTuple):
-    """The parts of a run that its steps read and write."""
+    """The parts of a run that its training steps read and write."""
 
     training: Training
     data: RunData
@@ -241,7 +240,7 @@ class _Run(NamedTuple):
         return state
 
     def ends(self, progress: _Progress) -> bool:
-        """Whether a run trains no further step: it has made all of them, or stopped early."""
+        """Whether the run is at its end, after its last step or by early stopping."""
         settings = self.training.settings
         return progress.step >= settings.steps or selection_of(settings).stops(progress.best)
 
@@ -251,7 +250,7 @@ class _Run(NamedTuple):
         return quick_metrics(encoder, self.data) | self.sets.scores(step, encoder)
 
     def save(self, step: int, state: TrainState, best: Best | None, *, finished: bool) -> None:
-        """Saves the state, with a record of the run."""
+        """Save the state, with a record of the run."""
         record = run_record(self.training.settings, self.data.remembered)
         record |= {"sets": self.sets.fingerprints, "finished": finished}
         if best is not None:
@@ -299,7 +298,7 @@ def _run_steps(run: _Run, progress: _Progress, watch: Watch) -> _Progress:
             is_best = best is not None and best.step == step
             if at_end or stopping or is_best or step % settings.run.checkpoint_every == 0:
                 reports.flush()
-                reports.check(step, state)  # nothing but a good state is ever saved
+                reports.check(step, state)  # so that only a finite state is saved
                 run.save(step, state, best, finished=at_end)
             if stopping and not at_end:
                 run.checkpoints.wait()
@@ -308,7 +307,7 @@ def _run_steps(run: _Run, progress: _Progress, watch: Watch) -> _Progress:
 
 
 def _evaluate(run: _Run, progress: _Progress, workdir: AnyPath) -> dict[str, Any]:
-    """Evaluates the last state of a run, and reports its best step and why it ended."""
+    """Evaluate the final state of a run, and report its best step and why it ended."""
     settings, best, step = run.training.settings, progress.best, progress.step
     encoder = run.training.encoder(progress.state, run.data.readers)
     described: dict[str, Any] = {"steps": step}
@@ -341,7 +340,7 @@ def _refreshes(
 
 
 def _batches(run: _Run, state: TrainState) -> Iterator[Batch]:
-    """The batches to come, a function of the state alone."""
+    """The remaining batches, which depend only on the state."""
     training, data = run.training, run.data
     negatives = _mined_negatives(state, data) if training.mine else data.negatives
     return training_batches(
@@ -370,14 +369,14 @@ def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _profiled(given: str | None) -> tuple[int, int] | None:
-    """The steps of `--profile`."""
-    if given is None:
+def _profiled(text: str | None) -> tuple[int, int] | None:
+    """Parse the steps of `--profile`."""
+    if text is None:
         return None
-    found = re.fullmatch(r"(\d+):(\d+)", given)
-    if not found or not 0 < int(found[1]) < int(found[2]):
-        raise ValueError(f"--profile={given}; give the first step and the first one after it")
-    return int(found[1]), int(found[2])
+    steps = re.fullmatch(r"(\d+):(\d+)", text)
+    if not steps or not 0 < int(steps[1]) < int(steps[2]):
+        raise ValueError(f"--profile={text}; give the first step to trace and the first one after")
+    return int(steps[1]), int(steps[2])
 
 
 def _check_enough_rows(settings: Settings, data: RunData) -> None:
@@ -389,8 +388,8 @@ def _check_enough_rows(settings: Settings, data: RunData) -> None:
         )
 
 
-def _default_workdir(named: str) -> AnyPath:
-    file, _, variant = named.partition(":")
+def _default_workdir(config: str) -> AnyPath:
+    file, _, variant = config.partition(":")
     return Path("runs") / "-".join(filter(None, (Path(file).stem, variant)))
 
 

@@ -59,19 +59,19 @@ AxisName: TypeAlias = Hashable | tuple[Hashable, ...]
 """One mesh axis, or several, under which a function runs inside `jax.shard_map`."""
 
 Batch: TypeAlias = dict[str, PyTree]
-"""`{"query": tree, "key": tree, "row": int32[b], "group": int32[b]}`; an encoder turns a side's
-tree into `[b, d]`, so that text pairs, two views of an image, or an image and its caption are the
-same program."""
+"""`{"query": tree, "key": tree, "row": int32[b], "group": int32[b]}`. An encoder turns the tree of
+a side into embeddings `[b, d]`, so that the same program trains on text pairs, two views of an
+image, or images and captions."""
 
 Embeddings: TypeAlias = Float[Array, "b d"]
 Tokens: TypeAlias = Int[Array, "b t"]
 Scalar: TypeAlias = Float[Array, ""]
 RowKeys: TypeAlias = Key[Array, " b"]
-"""One random key per row, so that neither chunking nor the device count changes what is drawn."""
+"""One random key per row, so that the random draws depend on neither chunking nor device count."""
 
 Augment: TypeAlias = Callable[[PyTree, Key[Array, ""]], PyTree]
-"""`(one row's input, a random key) -> an input of the same shapes`, compiled into the step. An
-augmentation that leaves tokens out may add a `"mask"`."""
+"""`(the input of one row, a random key) -> an input of the same shapes`, compiled into the step. An
+augmentation that drops tokens may add a `"mask"`."""
 
 NumpyInt: TypeAlias = Int[np.ndarray, "..."]
 
@@ -83,8 +83,8 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 class Range(NamedTuple):
     """The values that a number may have.
 
-    NaN is never allowed; infinity only where no upper bound is given and `finite` is false. Without
-    an upper bound, a finite number must fit int32 or float32, in which JAX computes with it.
+    NaN is never allowed. Infinity is allowed only without an upper bound and if `finite` is false.
+    Without an upper bound, a finite number must fit JAX's type for it, int32 or float32.
 
     Attributes:
       least: the smallest value allowed.
@@ -101,7 +101,7 @@ class Range(NamedTuple):
     finite: bool = True
 
     def check(self, name: str, value: int | float) -> None:
-        """Raise a `ValueError` that names the setting if the value lies outside."""
+        """Raise a `ValueError` that names the setting if the value is outside the range."""
         inside = (
             not math.isnan(value)
             and (self.least is None or value >= self.least)
@@ -124,9 +124,9 @@ class Range(NamedTuple):
 
 
 def check_ranges(options: tuple[Any, ...]) -> None:
-    """Raise a `ValueError` for a field of a NamedTuple outside the `Range` of its annotation.
+    """Raise a `ValueError` if a field of a NamedTuple is outside the `Range` of its annotation.
 
-    `None` is inside of each.
+    `None` is always allowed.
     """
     for name, hint in get_type_hints(type(options), include_extras=True).items():
         value = getattr(options, name)

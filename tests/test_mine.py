@@ -159,11 +159,11 @@ def test_the_next_run_trains_on_what_was_mined(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rank-range", "10-100"], "--rank-range=10-100 is no range"),
+        (["--rank-range", "10-100"], "--rank-range=10-100 is not a range"),
         (["--rank-range", "90:99"], "none of rank 90"),
         (["--per-query", "0"], "per_query=0; set it to at least 1"),
         (["--split", "dev"], "split='dev' is unknown; the run has train, validation"),
-        (["--masks", "group"], "'row' or 'text' among them"),
+        (["--masks", "group"], "including 'row' or 'text'"),
         (["--sampling", "best"], "'best' is unknown"),
         (["--workdir", "nowhere"], "there is no run in nowhere"),
     ],

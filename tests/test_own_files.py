@@ -102,7 +102,7 @@ def test_rows_of_a_program_train_as_their_file_does(trained, config_of, tmp_path
         "validation": 8,
     }
     assert config.data.name is None
-    with pytest.raises(ValueError, match=r"the rows are those of validation; add 'train'"):
+    with pytest.raises(ValueError, match=r"rows has the roles \['validation'\]; add 'train'"):
         train(config, tmp_path / "none", rows={"validation": records(8)})
     with pytest.raises(ValueError, match=r"data\.name='x\.csv' and rows are both given"):
         train(config_of(**{"data.name": "x.csv"}), tmp_path / "none", rows=records(8))

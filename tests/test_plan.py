@@ -127,7 +127,7 @@ def test_a_step_that_the_compiler_cannot_fit_is_named(monkeypatch):
 
 
 def test_what_only_a_file_knows_is_an_error():
-    with pytest.raises(ValueError, match="shapes that only their files know"):
+    with pytest.raises(ValueError, match="are known only from files"):
         make_plan(
             read_settings(small(**{"data.negatives": "mined.npz"})), jax.devices(), num_rows=ROWS
         )
@@ -136,7 +136,7 @@ def test_what_only_a_file_knows_is_an_error():
 def test_fewer_rows_than_a_batch_or_devices_than_asked_for_are_errors():
     with pytest.raises(ValueError, match="fewer than one batch"):
         make_plan(read_settings(small()), jax.devices(), num_rows=0)
-    with pytest.raises(ValueError, match="but here are 8"):
+    with pytest.raises(ValueError, match="but this machine has 8"):
         _devices(None, 9)
 
 

@@ -246,7 +246,7 @@ def test_one_call_finds_what_the_opened_run_finds(trained):
     hits = search.search(trained, PLANTED, top=2)
     assert hits == search.open_search(trained)(PLANTED, 2)
     assert len(hits) == 2
-    with pytest.raises(ValueError, match="give 1 or more"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         search.search(trained, PLANTED, top=0)
 
 
@@ -463,7 +463,7 @@ def test_an_empty_query_is_an_error(trained, run, query):
 
 
 def test_a_top_of_nothing_is_an_error(trained, run):
-    assert "--top=0 shows nothing" in _error(run, "--workdir", trained, "--top", 0, PLANTED)
+    assert "--top=0 must be at least 1" in _error(run, "--workdir", trained, "--top", 0, PLANTED)
 
 
 def test_neither_the_mesh_nor_the_batch_of_the_run_matters(workdir):

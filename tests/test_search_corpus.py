@@ -153,7 +153,7 @@ def test_a_batch_is_each_query_on_its_own(model, corpus):
         opened.batch("merge")
     with pytest.raises(ValueError, match="the query is empty"):
         opened.batch(["merge", " "])
-    with pytest.raises(ValueError, match="give 1 or more"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         opened.batch(["merge"], top=0)
 
 
@@ -188,7 +188,7 @@ def test_an_index_that_cannot_be_written_names_the_flag(run, corpus, tmp_path):
     (tmp_path / "file").write_text("")
     error = error_of(run, "--corpus", corpus, "--index", tmp_path / "file", "open")
     assert "cannot write the index" in error
-    assert "choose a folder with --index" in error
+    assert "set another --index folder" in error
     assert "is a URL, but a local path" in error_of(
         run, "--corpus", corpus, "--index", "gs://bucket/index", "open"
     )
@@ -230,11 +230,11 @@ def test_a_corpus_without_words_cannot_be_searched_by_bm25(run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dim", 4], "dim=4 is for a corpus"),
-        (["--precision", "int8"], "precision=int8 is for a corpus"),
-        (["--rescore", 2], "rescore=2 is for a corpus"),
-        (["--index", "here"], "index=here is for a corpus"),
-        (["--text-field", "body"], "text_field=body is for a corpus"),
+        (["--dim", 4], "dim=4 has no effect without a corpus"),
+        (["--precision", "int8"], "precision=int8 has no effect without a corpus"),
+        (["--rescore", 2], "rescore=2 has no effect without a corpus"),
+        (["--index", "here"], "index=here has no effect without a corpus"),
+        (["--text-field", "body"], "text_field=body has no effect without a corpus"),
     ],
 )
 def test_options_of_a_corpus_without_one_are_errors(run, flags, message):
@@ -246,8 +246,8 @@ def test_options_of_a_corpus_without_one_are_errors(run, flags, message):
     [
         (["--dim", DIM + 1], f"dim={DIM + 1} is out of range"),
         (["--rescore", 2], "rescore=2 has no effect"),
-        (["--config", "base"], "both a corpus and a config name data"),
-        (["--top", 0], "--top=0 shows nothing"),
+        (["--config", "base"], "a corpus and a config are both given"),
+        (["--top", 0], "--top=0 must be at least 1"),
     ],
 )
 def test_options_out_of_range_are_errors(run, corpus, flags, message):
@@ -261,9 +261,9 @@ def test_an_unknown_precision_is_an_error_of_the_flag(run, corpus):
 
 
 def test_a_model_alone_has_nothing_to_search(model):
-    with pytest.raises(ValueError, match="a model comes without data; give a corpus"):
+    with pytest.raises(ValueError, match="a loaded model comes without data; give a corpus"):
         search.open_search(model)
-    with pytest.raises(ValueError, match="both a corpus and a config"):
+    with pytest.raises(ValueError, match="a corpus and a config are both given"):
         search.open_search(model, corpus="docs.txt", config=load_config("base"))
 
 

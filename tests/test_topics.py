@@ -59,13 +59,11 @@ def test_the_report_tells_topics_from_chance(run, tmp_path):
     topic = np.load(tmp_path / "made" / "six.npz")["topic"]
     cosines, different = vectors @ vectors.T, ~np.eye(ROWS, dtype=bool)
     within = cosines[(topic[:, None] == topic) & different].mean()
-    assert report["mean cosine of two rows of a topic"] == pytest.approx(within, rel=1e-4)
-    assert report["mean cosine of any two rows"] == pytest.approx(
-        cosines[different].mean(), rel=1e-4
-    )
+    assert report["mean cosine within topics"] == pytest.approx(within, rel=1e-4)
+    assert report["mean cosine of all rows"] == pytest.approx(cosines[different].mean(), rel=1e-4)
     assert within > cosines[different].mean() + 0.4
     alone = topics.topics(run.workdir, tmp_path / "alone.npz", num_topics=ROWS)
-    assert alone["mean cosine of two rows of a topic"] is None
+    assert alone["mean cosine within topics"] is None
 
 
 @pytest.mark.slow

@@ -644,7 +644,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tiny, tmp_path):
         (["--config.steps=many"], "--config.steps=many: give an integer"),
         (["--config.global_batch_size=7", "--config.run.mesh.data=3"], "mesh={'data': 3"),
         (["--config.assignment.gcbs.swaps=2"], "assignment.gcbs.swaps has no effect here"),
-        (["--profile=9:2"], "--profile=9:2; give the first step and the first one after it"),
+        (["--profile=9:2"], "--profile=9:2; give the first step to trace and"),
     ],
 )
 def test_the_command_names_what_is_wrong_and_fails(tmp_path, capsys, arguments, wanted):
