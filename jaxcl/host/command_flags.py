@@ -1,6 +1,6 @@
-"""Command-line flags: one spelling, one-line errors, and `--help` with an example.
+"""The flags of commands: one spelling, one-line errors, `--help` with an example.
 
-Uses only the standard library, so that parsers work without other packages.
+Needs the standard library only, so that a parser needs no other package.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class CommandParser(argparse.ArgumentParser):
         Args:
           name: what follows `python -m`.
           doc: the module's docstring: a summary line, then an example and details.
-          verbose: whether to add the flag `-v` for `run_command`.
+          verbose: whether there is a flag `-v` for `run_command`.
           passes_on: whether unknown arguments are kept in `arguments.rest` for another parser;
             `--help` next to another argument is then one of them.
         """
@@ -82,13 +82,13 @@ class CommandParser(argparse.ArgumentParser):
         return arguments
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2 and a one-line message."""
+        """Exit with 2 and one line."""
         line = f"error: {message}; {self.prog} --help lists the flags"
         print(printable(line), file=sys.stderr)
         sys.exit(2)
 
     def _one_spelling(self, words: Iterator[str]) -> Iterator[str]:
-        """Write flags with dashes, and fields as `--NAME.FIELD=FIELD=VALUE`."""
+        """Dashes for underscores in flags, and `--NAME.FIELD=FIELD=VALUE` for fields."""
         for word in words:
             if word == "--":
                 yield word
@@ -109,7 +109,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def user_path(text: str) -> AnyPath:
-    """Parse a path with `as_path`, as the `type` of a flag."""
+    """The path in a flag's text, as `as_path` takes it."""
     try:
         return as_path(text)
     except ValueError as error:
@@ -124,7 +124,7 @@ def add_workdir_flag(parser: CommandParser, *, required: bool = True) -> None:
         metavar="DIR",
         type=user_path,
         required=required,
-        help="the folder of a run, or its WORKDIR/checkpoints/best or WORKDIR/checkpoints/STEP",
+        help="the folder of a run, or WORKDIR/checkpoints/best or WORKDIR/checkpoints/STEP",
     )
 
 
@@ -146,26 +146,30 @@ def _add_trust_flag(parser: CommandParser) -> None:
         metavar="PACKAGE",
         action="append",
         default=[],
-        help="import an encoder or a data source that the run names from this package",
+        help="allow the run to import its encoder or data source from this package",
     )
 
 
 def add_process_flags(parser: CommandParser) -> None:
-    """Add the flags that let this process join the other processes of a run."""
+    """Add the flags with which this process joins the other processes of a run."""
     parser.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="address of process 0, for several processes"
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0, to run in several processes",
     )
-    parser.add_argument("--num-processes", type=int, help="the number of processes")
-    parser.add_argument("--process-id", type=int, help="the number of this process, from 0")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="number of processes")
+    parser.add_argument(
+        "--process-id", type=int, metavar="ID", help="number of this process, counted from 0"
+    )
     parser.add_argument(
         "--distributed",
         action="store_true",
-        help="let JAX detect the other processes, as on a TPU pod",
+        help="run in several processes that JAX finds itself, as on the hosts of a TPU pod",
     )
 
 
 def _field_and_text(argument: str) -> tuple[str, str]:
-    match = re.fullmatch(r"([^=]+)=(.*)", argument, re.DOTALL)
-    if not match:
+    found = re.fullmatch(r"([^=]+)=(.*)", argument, re.DOTALL)
+    if not found:
         raise argparse.ArgumentTypeError("give a field and its value")
-    return match[1], match[2]
+    return found[1], found[2]

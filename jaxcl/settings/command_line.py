@@ -31,10 +31,10 @@ def add_config_flags(parser: CommandParser, *, required: bool = True) -> None:
         "--config",
         required=required,
         metavar="FILE[:VARIANT]",
-        help="a Python file with a function get_config, or the name of a config of jaxcl",
+        help="a Python file with a function get_config, or the name of one of jaxcl's configs",
     )
     parser.add_fields(
-        "config", help="another value of a field, such as --config.steps=500; as often as needed"
+        "config", help="set a field of the config, as in --config.steps=500; may be repeated"
     )
 
 
