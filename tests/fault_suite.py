@@ -179,8 +179,8 @@ class Started:
         return all(one.is_alive() for one in self.processes)
 
     def send(self, number: int, *, to: int = 0) -> None:
-        """A signal, to one of them, if it still runs."""
-        if self.processes[to].is_alive():
+        """Send a signal to one of them, unless it has ended."""
+        with contextlib.suppress(ProcessLookupError):
             os.kill(self.processes[to].pid, number)
 
     def wait(self, timeout: float = 400) -> tuple[list[int], list[str]]:
