@@ -146,16 +146,15 @@ def open_pair_files(data_set: DataSet, role: str, *, data_dir: Path) -> FilePair
 
 
 def _report_repeated_queries(role: str, pairs: FilePairs) -> None:
-    """Warn about held-out queries with several keys, since each pair is evaluated on its own."""
+    """Say that held-out queries with several keys are evaluated once with each."""
     columns = pairs.files.columns
     if columns.split_by != columns.query:
         return
     queries = len(np.unique(np.concatenate(list(pairs.split_hashes()))))
     if queries < len(pairs):
         say(
-            f"warning: {role} has {len(pairs):,} pairs of {queries:,} different queries. Each pair "
-            "is evaluated on its own, so the other keys of its query count as wrong; a folder in "
-            "evaluation.sets may have several relevant documents for a query"
+            f"{role} has {len(pairs):,} pairs of {queries:,} different queries; each pair is "
+            "evaluated by itself, and the other keys of its query are left out of the ranking"
         )
 
 

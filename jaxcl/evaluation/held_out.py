@@ -3,6 +3,9 @@
 Read the head of `jaxcl.evaluation.retrieval` for when not to trust the figures. In particular,
 `validation` holds unseen files of packages whose other files were trained on, and is the friendly
 split; `test` holds packages that training never saw.
+
+Each row is a query that wants its own key. Keys of other rows with the same query, and keys that
+are equal to one of them or to its own, are left out of its ranking.
 """
 
 import functools
@@ -19,7 +22,9 @@ from jaxcl.data.modalities import build_readers
 from jaxcl.data.prepare import RunData
 from jaxcl.data.row_prompts import RowPrompts, row_prompts
 from jaxcl.data.sources import PairSource
+from jaxcl.data.table import label_column
 from jaxcl.evaluation.described import describe_environment, describe_model
+from jaxcl.evaluation.known_positives import KnownPositives, read_known_positives
 from jaxcl.evaluation.retrieval import (
     METRICS,
     RetrievalResult,
@@ -27,8 +32,8 @@ from jaxcl.evaluation.retrieval import (
     evaluate_retrieval,
     lexical_tokens,
     mask_name,
-    results_table,
 )
+from jaxcl.evaluation.retrieval_table import results_table
 from jaxcl.host.files import write_npz, write_whole
 from jaxcl.host.paths import AnyPath
 from jaxcl.host.processes import PeerError, together
@@ -39,7 +44,7 @@ from jaxcl.run.encode_rows import encode_rows
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.host_vectors import for_inner_products
 from jaxcl.settings.sections import Settings
-from jaxcl.typing import SIDES, Float
+from jaxcl.typing import SIDES, Float, Int
 
 __all__ = [
     "check_evaluation",
@@ -62,10 +67,13 @@ class _Vectors(NamedTuple):
       of_rows: `(split, side)` -> embeddings of all rows.
       of_texts: `(split, side, texts)` -> embeddings of other texts of all rows, such as keys with
         masked names.
+      labels: split -> a number per row, which rows with equal queries or equal keys share, or
+        `None`.
     """
 
     of_rows: Callable[[str, str], Float[np.ndarray, "n d"]]
     of_texts: Callable[[str, str, Sequence[str]], Float[np.ndarray, "n d"]]
+    labels: Callable[[str], Int[np.ndarray, " n"] | None] = lambda split: None
 
 
 def check_evaluation(settings: Settings, data: RunData) -> None:
@@ -101,7 +109,9 @@ def quick_metrics(encoder: Encoder, data: RunData) -> dict[str, float]:
     if "validation" not in data.tables:
         return {}
     queries, keys = (encoder.embed(side, data.tables["validation"]) for side in SIDES)
-    ranks = _ranked(None, None, queries, keys, methods=("dense",))["dense"].ranks
+    labels = label_column(data.tables["validation"], "text")
+    known = together(lambda: read_known_positives(data.sources["validation"], labels))
+    ranks = _ranked(None, None, queries, keys, known, methods=("dense",))["dense"].ranks
     means = {
         f"{_QUICK}/{name}": mean_and_standard_error(METRICS[name](ranks))[0]
         for name in _QUICK_METRICS
@@ -147,7 +157,11 @@ def evaluate_run(
             parts.append(encoder._replace(readers=readers).encode(side, texts[rows]))
         return np.concatenate(parts)
 
-    vectors = _Vectors(lambda split, side: encoder.embed(side, data.tables[split]), of_texts)
+    vectors = _Vectors(
+        lambda split, side: encoder.embed(side, data.tables[split]),
+        of_texts,
+        lambda split: label_column(data.tables[split], "text"),
+    )
     results, failures = _evaluate_splits(settings, vectors, data.sources)
     described = {"steps": settings.steps, "seed": settings.seed, **described}
     summary = _strict({**described, **_summary(data.sources, results)})
@@ -251,6 +265,7 @@ def _evaluate_split(
         masked = [mask_name(record["key"], record["name"]) for record in records]
         key_texts["name masked"] = masked
         embed_keys["name masked"] = lambda: vectors.of_texts(split, "key", masked)
+    known = together(lambda: read_known_positives(source, vectors.labels(split)))
     query_embeddings = vectors.of_rows(split, "query")
     results: Results = {}
     for variant, texts in key_texts.items():
@@ -262,6 +277,7 @@ def _evaluate_split(
                 texts or None,
                 query_embeddings,
                 embed_keys[variant](),
+                known,
                 rrf_k=settings.evaluation.rrf_k,
                 advance=advance,
             )
@@ -292,13 +308,14 @@ def _ranked(
     key_texts: Sequence[str] | None,
     query_embeddings: Float[np.ndarray, "n d"],
     key_embeddings: Float[np.ndarray, "n d"],
+    known: KnownPositives,
     **options: Any,
 ) -> dict[str, RetrievalResult]:
     """As `evaluate_retrieval`, where query i wants key i; each process ranks a part of them."""
     count, processes = len(query_embeddings), jax.process_count()
     if processes == 1 or count < processes:
         return evaluate_retrieval(
-            query_texts, key_texts, query_embeddings, key_embeddings, **options
+            query_texts, key_texts, query_embeddings, key_embeddings, known=known, **options
         )
     ours = np.array_split(np.arange(count), processes)[jax.process_index()]
     rows = slice(ours[0], ours[-1] + 1)
@@ -309,6 +326,7 @@ def _ranked(
         query_embeddings[rows],
         key_embeddings,
         relevant=ours,
+        known=known.part(rows),
         **options,
     )
     found = together(rank)
@@ -316,7 +334,7 @@ def _ranked(
     for method, result in found.items():
         ranks[method][rows] = result.ranks
     return {
-        method: found[method]._replace(ranks=parts.sum(0).astype(np.float64))
+        method: RetrievalResult(parts.sum(0).astype(np.float64), len(key_embeddings), known.total())
         for method, parts in multihost_utils.process_allgather(ranks).items()
     }
 
@@ -325,6 +343,7 @@ def _summary(sources: Mapping[str, PairSource], results: Results) -> dict[str, A
     return {
         "rows": {split: len(source) for split, source in sources.items()},
         "fingerprints": {split: source.fingerprint for split, source in sources.items()},
+        "left_out": {split: _num_left_out(by_method) for (split, _), by_method in results.items()},
         **describe_environment(),
         "metrics": {
             split: {
@@ -335,6 +354,11 @@ def _summary(sources: Mapping[str, PairSource], results: Results) -> dict[str, A
             for split, _ in results
         },
     }
+
+
+def _num_left_out(by_method: Mapping[str, RetrievalResult]) -> int:
+    """Keys that are left out because they answer the query too, summed over the queries."""
+    return max((result.num_left_out for result in by_method.values()), default=0)
 
 
 def _strict(value: Any) -> Any:

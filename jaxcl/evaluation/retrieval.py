@@ -3,10 +3,11 @@
 `evaluate_retrieval` ranks every key for every query, in tiles of queries, by up to three methods:
 BM25 on the texts, inner products of the embeddings, and the fusion of the two rankings.
 
-When not to trust it: one key counts as relevant per query, though others may answer it as well.
-Sibling functions of one package (a synchronous and an asynchronous twin), near duplicates and
-overloads then count as errors, and the better a model understands the query, the more of them it
-meets. Where siblings of the test rows were trained on, the figures flatter instead: split by
+When not to trust it: each query has one relevant key, and keys that are known to answer it as well
+are left out of its ranking (`jaxcl.evaluation.known_positives`). Others may answer it too: sibling
+functions of one package (a synchronous and an asynchronous twin), near duplicates and overloads
+count as errors, and the better a model understands the query, the more of them it meets. Where
+siblings of the test rows were trained on, the figures flatter instead: split by
 package, not by row. Pools of different sizes cannot be compared. Errors are over queries only.
 """
 
@@ -17,9 +18,8 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
+from jaxcl.evaluation.known_positives import KnownPositives, rank_last
 from jaxcl.metrics import (
     mean_and_standard_error,
     mid_ranks,
@@ -42,7 +42,6 @@ __all__ = [
     "lexical_tokens",
     "mask_name",
     "reciprocal_rank_fusion",
-    "results_table",
 ]
 
 METHODS = ("bm25", "dense", "hybrid")
@@ -61,10 +60,18 @@ _LETTERS_OR_DIGITS = re.compile(r"[^\W\d_]+|\d+")
 
 
 class RetrievalResult(NamedTuple):
-    """One method's ranks of the relevant keys, one per query, among `num_keys` keys."""
+    """One method's ranks of the relevant keys.
+
+    Attributes:
+        ranks: one per query.
+        num_keys: keys in the pool.
+        num_left_out: keys left out of rankings because they are known to answer the query too,
+            summed over the queries.
+    """
 
     ranks: Float[np.ndarray, " q"]
     num_keys: int
+    num_left_out: int = 0
 
     def summary(self) -> dict[str, tuple[float, float]]:
         """Every metric of `METRICS` as `(mean, standard error)` over the queries."""
@@ -80,6 +87,7 @@ def evaluate_retrieval(
     key_embeddings: Float[Array | np.ndarray, "n d"] | None,
     *,
     relevant: Int[np.ndarray, " q"] | None = None,
+    known: KnownPositives | None = None,
     methods: Sequence[str] = METHODS,
     rrf_k: int | float = 60,
     tile: int = 512,
@@ -95,6 +103,8 @@ def evaluate_retrieval(
         query_embeddings: one row per query; None where no method reads embeddings.
         key_embeddings: the pool's; it may be larger than the number of queries.
         relevant: the relevant key's row in the pool; None says that query i wants key i.
+        known: the keys that answer each query. All except the relevant one are left out of its
+            ranking: they are no hits, and push no key down. None leaves out no key.
         methods: "bm25" reads texts, "dense" embeddings, "hybrid" both.
         rrf_k: the constant of `reciprocal_rank_fusion`, for "hybrid".
         tile: queries scored at once. Memory grows as tile · n; the result does not depend on it.
@@ -128,16 +138,24 @@ def evaluate_retrieval(
     if {"dense", "hybrid"} & set(methods):
         scorers["dense"] = _dense_scorer(query_embeddings, key_embeddings)
 
+    if known is not None:
+        known.check_sizes(num_queries=num_queries, num_keys=num_keys)
     ranks = {method: np.empty(num_queries) for method in methods}
+    num_left_out = 0
     for start in range(0, num_queries, tile):
         rows = slice(start, min(start + tile, num_queries))
         tables = {name: scores_of(rows) for name, scores_of in scorers.items()}
+        if known is not None:
+            others = known.others(rows, relevant[rows])
+            num_left_out += sum(map(len, others.values()))
+            for scores in tables.values():
+                rank_last(scores, others)
         if "hybrid" in methods:
             tables["hybrid"] = reciprocal_rank_fusion(list(tables.values()), k=rrf_k)
         for method in methods:
             ranks[method][rows] = rank_of_key(tables[method], relevant[rows])
         advance(rows.stop - rows.start)
-    return {method: RetrievalResult(ranks[method], num_keys) for method in methods}
+    return {method: RetrievalResult(ranks[method], num_keys, num_left_out) for method in methods}
 
 
 def comparison(
@@ -304,41 +322,6 @@ def mask_name(source: str, name: str) -> str:
     if not name.isidentifier():
         raise ValueError(f"name={name!r} is not an identifier; give the function's bare name.")
     return re.sub(rf"\b{name}\b", "_", source)
-
-
-def results_table(
-    results: Mapping[tuple[str, str], Mapping[str, RetrievalResult]],
-    *,
-    metrics: Sequence[str] = ("mrr@10", "recall@1", "recall@10"),
-    baseline: str = "bm25",
-) -> Table:
-    """A `rich` table for the end of a run: a row per split, variant and method.
-
-    Args:
-        results: `(split, variant)` -> what `evaluate_retrieval` returned, such as
-            `("unseen packages", "name masked")`.
-        metrics: columns, each mean ± standard error; these three fit a terminal of 80 characters.
-        baseline: the method from which the last column gives the paired difference of MRR@10, and
-            that difference in its standard errors.
-    """
-    table = Table("split", "variant", "method", box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for heading in ("keys", *metrics, f"vs {baseline} (SEs)"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for (split, variant), by_method in results.items():
-        for method, result in by_method.items():
-            summary = result.summary()
-            cells = ["{:.3f}±{:.3f}".format(*summary[name]).replace("0.", ".") for name in metrics]
-            versus = _versus(by_method, method, baseline)
-            table.add_row(split, variant, method, f"{result.num_keys:,}", *cells, versus)
-        table.add_section()
-    return table
-
-
-def _versus(results: Mapping[str, RetrievalResult], method: str, baseline: str) -> str:
-    if method == baseline or baseline not in results:
-        return ""
-    mean, error = comparison(results, method, baseline)
-    return f"{mean:+.3f}" + (f" ({mean / error:+.1f})" if error > 0 else "")
 
 
 def _common_length(what: str, *sides: Sequence[str] | Array | np.ndarray | None) -> int:

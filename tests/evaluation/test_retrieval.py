@@ -23,8 +23,8 @@ from jaxcl.evaluation.retrieval import (
     lexical_tokens,
     mask_name,
     reciprocal_rank_fusion,
-    results_table,
 )
+from jaxcl.evaluation.retrieval_table import results_table
 from jaxcl.metrics import mrr_metric, rank_of_key
 
 WORDS = ["parse", "iso", "date", "open", "socket", "read", "line", "write", "file", "close"]

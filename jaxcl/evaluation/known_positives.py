@@ -1,0 +1,156 @@
+"""Keys that are known to answer a query in addition to its own key.
+
+In held-out rows, a query may occur several times, each time with another key. Each row is evaluated
+by itself, so that the other keys would count as wrong answers although the data say that they are
+right. They are therefore left out of the query's ranking, as if the pool did not contain them.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxcl.data.row_digests import as_digests, text_digest
+from jaxcl.data.row_labels import equal_rows
+from jaxcl.data.sources import PairSource
+from jaxcl.typing import SIDES, Float, Int
+
+__all__ = ["KnownPositives", "known_positives", "rank_last", "read_known_positives"]
+
+_ROWS_AT_ONCE = 4096
+
+
+class KnownPositives(NamedTuple):
+    """The keys that answer each query, in memory proportional to the number of rows.
+
+    Queries with equal content share a number, and so do keys. Every key that is paired with a
+    query's number answers the query, as does every key with the same content.
+
+    Attributes:
+      queries: the number of each query.
+      pair_starts: where each query number begins in `pairs`, and one end more.
+      pairs: the numbers of the keys that are paired with each query number.
+      row_starts: where each key number begins in `rows`, and one end more.
+      rows: the rows of the pool, ordered by the number of their key.
+    """
+
+    queries: Int[np.ndarray, " q"]
+    pair_starts: Int[np.ndarray, " _"]
+    pairs: Int[np.ndarray, " p"]
+    row_starts: Int[np.ndarray, " _"]
+    rows: Int[np.ndarray, " n"]
+
+    def part(self, queries: slice) -> "KnownPositives":
+        """The same pool for some of the queries."""
+        return self._replace(queries=self.queries[queries])
+
+    def check_sizes(self, *, num_queries: int, num_keys: int) -> None:
+        """Raise a `ValueError` for other numbers of queries or keys."""
+        if (len(self.queries), len(self.rows)) != (num_queries, num_keys):
+            raise ValueError(
+                f"known positives of {len(self.queries)} queries and {len(self.rows)} keys do not "
+                f"fit {num_queries} queries and {num_keys} keys; give those of the same rows"
+            )
+
+    def others(
+        self, queries: slice, relevant: Int[np.ndarray, " t"]
+    ) -> dict[int, Int[np.ndarray, " _"]]:
+        """The rows of the known positives of some queries, except for their relevant keys.
+
+        Args:
+          queries: which queries.
+          relevant: the row of each one's relevant key.
+
+        Returns:
+          Place in `queries` -> rows, without the queries that have none.
+        """
+        others = {}
+        for place, (number, own) in enumerate(zip(self.queries[queries], relevant, strict=True)):
+            keys = self.pairs[self.pair_starts[number] : self.pair_starts[number + 1]]
+            ends = zip(self.row_starts[keys], self.row_starts[keys + 1], strict=True)
+            rows = np.concatenate([self.rows[start:stop] for start, stop in ends])
+            if rows.size > 1 or rows[0] != own:
+                others[place] = rows[rows != own]
+        return others
+
+    def total(self) -> int:
+        """The number of known positives of all queries, except for one relevant key each."""
+        sizes = np.diff(self.row_starts)[self.pairs]
+        ends = np.concatenate([[0], np.cumsum(sizes)])[self.pair_starts]
+        return int((np.diff(ends)[self.queries] - 1).sum())
+
+
+def known_positives(queries: Int[np.ndarray, " n"], keys: Int[np.ndarray, " n"]) -> KnownPositives:
+    """The known positives of rows, each with a query and its key.
+
+    Args:
+      queries: a number per row from 0 to n - 1, equal for equal queries.
+      keys: the same for keys.
+
+    Example:
+      >>> known = known_positives(np.array([0, 0, 2]), np.array([0, 1, 1]))
+      >>> {query: rows.tolist() for query, rows in known.others(slice(3), np.arange(3)).items()}
+      {0: [1, 2], 1: [0, 2], 2: [1]}
+    """
+    numbers = np.arange(len(queries) + 1)
+    pairs = np.unique(np.stack([queries, keys], axis=1), axis=0)
+    rows = np.argsort(keys, kind="stable")
+    return KnownPositives(
+        queries=queries,
+        pair_starts=np.searchsorted(pairs[:, 0], numbers),
+        pairs=pairs[:, 1],
+        row_starts=np.searchsorted(keys[rows], numbers),
+        rows=rows,
+    )
+
+
+def read_known_positives(
+    source: PairSource, labels: Int[np.ndarray, " n"] | None = None
+) -> KnownPositives:
+    """Compare the texts, or other contents, of all rows of a split.
+
+    Args:
+      source: the split.
+      labels: a number per row, which rows with equal queries or equal keys share, such as the label
+        `"text"` of a table. Rows that share theirs with no other row are not read. `None` reads
+        all rows.
+    """
+    numbers = {side: np.arange(len(source)) for side in SIDES}
+    rows = np.arange(len(source)) if labels is None else _rows_with_shared_label(labels)
+    digests = {side: bytearray() for side in SIDES}
+    for first in range(0, len(rows), _ROWS_AT_ONCE):
+        chunk = rows[first : first + _ROWS_AT_ONCE]
+        for row, record in zip(chunk.tolist(), source.read(chunk), strict=True):
+            for side in SIDES:
+                digests[side] += text_digest(_content(record[side], row))
+    for side in SIDES:
+        numbers[side][rows] = rows[equal_rows(as_digests(digests[side]))]
+    return known_positives(*(numbers[side] for side in SIDES))
+
+
+def rank_last(scores: Float[np.ndarray, "t n"], keys: Mapping[int, Int[np.ndarray, " _"]]) -> None:
+    """Lower the scores of some keys below all others of their row, in place.
+
+    The other keys thereby have the ranks that they would have without these.
+
+    Args:
+      scores: higher is better.
+      keys: row of `scores` -> columns.
+    """
+    for row, columns in keys.items():
+        lowest = scores[row].min()
+        scores[row, columns] = lowest - np.maximum(1, np.abs(lowest))
+
+
+def _rows_with_shared_label(labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " _"]:
+    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return np.flatnonzero(counts[inverse] > 1)
+
+
+def _content(value: Any, row: int) -> str:
+    """A text that rows with equal content share; only texts and arrays are compared."""
+    if isinstance(value, str):
+        return f"text {value}"
+    if isinstance(value, np.ndarray):
+        return f"array {value.dtype} {value.shape} {np.ascontiguousarray(value).tobytes().hex()}"
+    return f"row {row}"

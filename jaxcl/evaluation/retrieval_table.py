@@ -1,0 +1,45 @@
+"""The table that a training run and `jaxcl.evaluate` print for held-out rows."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from jaxcl.evaluation.retrieval import RetrievalResult, comparison
+
+__all__ = ["results_table"]
+
+
+def results_table(
+    results: Mapping[tuple[str, str], Mapping[str, RetrievalResult]],
+    *,
+    metrics: Sequence[str] = ("mrr@10", "recall@1", "recall@10"),
+    baseline: str = "bm25",
+) -> Table:
+    """A `rich` table for the end of a run: a row per split, variant and method.
+
+    Args:
+        results: `(split, variant)` -> what `evaluate_retrieval` returned, such as
+            `("unseen packages", "name masked")`.
+        metrics: columns, each mean ± standard error; these three fit a terminal of 80 characters.
+        baseline: the method from which the last column gives the paired difference of MRR@10, and
+            that difference in its standard errors.
+    """
+    table = Table("split", "variant", "method", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    for heading in ("keys", *metrics, f"vs {baseline} (SEs)"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for (split, variant), by_method in results.items():
+        for method, result in by_method.items():
+            summary = result.summary()
+            cells = ["{:.3f}±{:.3f}".format(*summary[name]).replace("0.", ".") for name in metrics]
+            versus = _versus(by_method, method, baseline)
+            table.add_row(split, variant, method, f"{result.num_keys:,}", *cells, versus)
+        table.add_section()
+    return table
+
+
+def _versus(results: Mapping[str, RetrievalResult], method: str, baseline: str) -> str:
+    if method == baseline or baseline not in results:
+        return ""
+    mean, error = comparison(results, method, baseline)
+    return f"{mean:+.3f}" + (f" ({mean / error:+.1f})" if error > 0 else "")
