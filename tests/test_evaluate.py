@@ -259,7 +259,9 @@ def test_pairs_of_texts_are_evaluated_too(tmp_path, capsys):
         "pearson",
         "pairs",
     ]
-    with pytest.raises(ValueError, match="this is not a retrieval set: semantic similarity of 2 pairs"):
+    with pytest.raises(
+        ValueError, match="this is not a retrieval set: semantic similarity of 2 pairs"
+    ):
         evaluate.evaluate(identity_model(), data=path, methods=["bm25"])
     with pytest.raises(ValueError, match=r"--split chooses .*pairs\.csv is no BEIR folder"):
         evaluate.evaluate(identity_model(), data=path, split="dev")
@@ -279,7 +281,9 @@ def test_wrong_data_fail_before_the_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load", None)
     with pytest.raises(FileNotFoundError, match="there is no file or folder"):
         evaluate.evaluate("anywhere", data=tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"is not an evaluation set; give a folder with corpus\.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"is not an evaluation set; give a folder with corpus\.jsonl"
+    ):
         evaluate.evaluate("anywhere", data=tmp_path)
 
 
