@@ -226,7 +226,7 @@ def test_sentence_transformers_encodes_the_same(static_folder, torch_python):
 
 
 def test_vectors_of_another_model_are_refused():
-    with pytest.raises(RuntimeError, match=r"differ by up to 2\.0e-05, so it is not"):
+    with pytest.raises(RuntimeError, match=r"differ by up to 2\.0e-05; these are different models"):
         encode._agreement(np.float32([[1]]), np.float32([[1 + 2e-5]]))
 
 

@@ -1,16 +1,16 @@
-"""Measures jaxcl, in turn with what a user would otherwise pick.
+"""Measures jaxcl, in turn with the alternatives that a user might pick.
 
     python -m jaxcl.bench loss --json loss.json --rounds 3
 
 Each benchmark is a module whose `main(argv)` measures and returns a record:
 
-    shapes   what was measured
-    unit     of all figures in `rounds`
-    rounds   what was timed -> one figure per round; round i of all was taken in turn
-    facts    whatever else one should know: compile seconds, shares, checks
+    shapes   the sizes that were measured
+    unit     the unit of all values in `rounds`
+    rounds   name -> one value per round; within a round, all names are measured in turn
+    facts    further values: compile seconds, shares, checks
 
-This module adds commit, device and versions, prints one table, and writes one JSON. `gpu` has its
-own table and JSON (`jaxcl.bench.gpu`).
+This module adds the commit, the device and the versions, prints a table, and writes a JSON file.
+`gpu` has a table and a JSON file of a different form (`jaxcl.bench.gpu`).
 """
 
 import importlib
@@ -50,13 +50,13 @@ BENCHMARKS = (
     "token_table",
     "train_step",
 )
-"""Names of the benchmarks. Only the module of the one that runs is imported."""
+"""Names of the benchmarks. Only the module of the chosen one is imported."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run one benchmark and return its record, as the JSON holds it."""
+    """Run one benchmark and return its record, which the JSON file holds."""
     parser = CommandParser("jaxcl.bench", __doc__, passes_on=True)
-    parser.add_argument("benchmark", choices=BENCHMARKS, help="with --help for its own flags")
+    parser.add_argument("benchmark", choices=BENCHMARKS, help="its name; add --help for its flags")
     parser.add_argument("--json", type=user_path, metavar="FILE", help="where to write the record")
     arguments = parser.parse(argv)
     if arguments.benchmark == "gpu":  # it runs without most of jaxcl's dependencies
@@ -86,12 +86,12 @@ def _run(arguments: Namespace) -> dict[str, Any]:
 
 
 def summary(figures: Sequence[float]) -> dict[str, float]:
-    """Median, least and greatest of the rounds."""
+    """The median, minimum and maximum of the rounds."""
     return {"median": statistics.median(figures), "min": min(figures), "max": max(figures)}
 
 
 def environment() -> dict[str, Any]:
-    """Commit, device and versions, without which a figure means nothing."""
+    """The commit, device and versions that a measurement depends on."""
     device = jax.devices()[0]
     packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     return {
@@ -106,7 +106,7 @@ def environment() -> dict[str, Any]:
 
 
 def as_table(record: Mapping[str, Any]) -> str:
-    """The record for a person."""
+    """Format the record as a table."""
     width = max(map(len, [*record["summary"], *record["facts"]]))
     head = f"{record['benchmark']} · {record['device']} · {record['cpu']} · {record['commit']}"
     shapes = ", ".join(f"{name} {value}" for name, value in record["shapes"].items())

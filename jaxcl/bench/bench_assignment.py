@@ -1,13 +1,13 @@
-"""How much of the gap do batches close, in what time and memory, for each method?
+"""How much of the gap does each assignment method close, and in what time and memory?
 
     python -m jaxcl.bench assignment [--workdir RUN | --embeddings FILE] [--rows N] [--dim N]
         [--batch N …] [--methods NAME …] [--rounds N] [--measured N] [--recall] [--json FILE]
 
-Embeddings are those of a trained run's training rows, or `query` and `key` of an .npz file, or
-drawn: topics in topics. Of more rows than asked for, as many are drawn. Each method runs in a
-process of its own, in turn, so that its peak of memory is its own; a second run there, with other
-draws, is without compilation. The gap is measured on the same embeddings. METIS takes part if it is
-installed (`pymetis`), on the graph that it is given, whose time is in its own.
+The embeddings come from the training rows of a trained run, from the arrays `query` and `key` of an
+.npz file, or are drawn at random with nested topics. `--rows` limits their number, by a random
+choice. Methods run in turn, each in a separate process, which measures its peak memory; a second
+run in that process, with another seed, is timed without compilation. The gap is measured on the
+same embeddings. METIS is included if it is installed (`pymetis`); its time includes its graph.
 """
 
 import argparse
@@ -54,16 +54,18 @@ Method = Callable[[Sides, int, int], Int[np.ndarray, " n"]]
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Measures every method at every batch size."""
+    """Measure every method at every batch size."""
     parser = benchmark_parser("assignment", __doc__)
     parser.add_argument(
-        "--workdir", type=user_path, help="a trained run, whose training rows these are"
+        "--workdir", type=user_path, help="a trained run, to embed its training rows"
     )
     parser.add_argument(
         "--embeddings", type=user_path, help="an .npz file of arrays `query` and `key`"
     )
-    parser.add_argument("--rows", type=int, default=10_000, help="at most so many; 10000")
-    parser.add_argument("--dim", type=int, default=256, help="of drawn embeddings; 256")
+    parser.add_argument(
+        "--rows", type=int, default=10_000, help="at most this number of pairs; 10000"
+    )
+    parser.add_argument("--dim", type=int, default=256, help="features of drawn embeddings; 256")
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[64, 1_024], help="rows of a batch; 64 1024"
     )
@@ -75,15 +77,17 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         metavar="NAME",
         help="of " + ", ".join(map(repr, METHODS)) + "; all",
     )
-    parser.add_argument("--rounds", type=int, default=1, help="each with other draws; 1")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="repetitions, each with another seed; 1"
+    )
     parser.add_argument(
         "--measured",
         type=int,
         default=16_384,
-        help="rows of which the gap is measured, 0 for none; 16384",
+        help="rows to measure the gap on, 0 for none; 16384",
     )
     parser.add_argument(
-        "--recall", action="store_true", help="of the clustered graphs as well, by the exact one"
+        "--recall", action="store_true", help="also measure the recall of the clustered graphs"
     )
     arguments = parser.parse(argv)
     sides = _sides(arguments)
@@ -114,15 +118,15 @@ def measure(
     rounds: int,
     measured_rows: int,
 ) -> dict[str, Any]:
-    """Runs each method in a process of its own, in turn, round after round.
+    """Run each method in a separate process, in turn, round after round.
 
     Args:
       sides: the embeddings.
-      path: the same as a file.
-      batch_sizes: of the batches, which are one block each.
-      methods: names of `METHODS`; those that cannot run are left out.
-      rounds: how often; each has another seed.
-      measured_rows: of how many the gap is measured, in whole batches; 0 for none.
+      path: a file with the same embeddings.
+      batch_sizes: the batch sizes; a batch is one block.
+      methods: names of `METHODS`; METIS is left out if it is not installed.
+      rounds: the number of repetitions, each with another seed.
+      measured_rows: the number of rows to measure the gap on, in whole batches; 0 for none.
 
     Returns:
       The record that `jaxcl.bench` prints: seconds without compilation.
@@ -142,16 +146,16 @@ def measure(
                 command = [sys.executable, "-m", "jaxcl.bench.bench_assignment", method]
                 command += [str(batch_size), str(number), str(path), str(result)]
                 subprocess.run(command, check=True)
-                with np.load(result) as found:
-                    seconds.setdefault(name, []).append(float(found["seconds"]))
-                    line = f"round {number + 1} of {rounds}: {name}, {found['seconds']:.2f} s"
+                with np.load(result) as measured:
+                    seconds.setdefault(name, []).append(float(measured["seconds"]))
+                    line = f"round {number + 1} of {rounds}: {name}, {measured['seconds']:.2f} s"
                     if count:
-                        share = closed(found["order"])
+                        share = closed(measured["order"])
                         facts.setdefault(f"gap closed, {name}", []).append(share)
                         line += f", {share:.4f} of the gap"
-                    say(line)  # now, so that a bench that is cut short has not been for nothing
-                    facts[f"s with compilation, {name}"] = float(found["first_seconds"])
-                    facts[f"peak MiB beyond the embeddings, {name}"] = float(found["mebibytes"])
+                    say(line)  # now, so that an interrupted benchmark has results
+                    facts[f"s with compilation, {name}"] = float(measured["first_seconds"])
+                    facts[f"peak MiB beyond the embeddings, {name}"] = float(measured["mebibytes"])
     means = {name: np.mean(value).item() for name, value in facts.items()}
     spread = {
         f"{name}, by round": " ".join(f"{one:.4f}" for one in value)
@@ -174,7 +178,7 @@ def _gcbs(sides: Sides, batch_size: int, seed: int, *, settings: Gcbs) -> Int[np
 
 
 def _balanced_k_means(sides: Sides, batch_size: int, seed: int) -> Int[np.ndarray, " n"]:
-    """Lloyd's clusters, filled up with the rows that are nearest to them until each is a batch."""
+    """Lloyd's clusters, each filled with its nearest rows until it is a full batch."""
     rng = np.random.default_rng(seed)
     points = sides.queries + sides.keys
     points /= np.linalg.norm(points, axis=1, keepdims=True)
@@ -191,7 +195,7 @@ def _balanced_k_means(sides: Sides, batch_size: int, seed: int) -> Int[np.ndarra
     room = np.full(number, batch_size)
     room[-1] = num_rows - (number - 1) * batch_size
     cluster = np.full(num_rows, -1)
-    # Who would lose most by a second choice chooses first.
+    # Rows that would lose most by a second choice come first.
     for row in np.argsort(values[:, -1] - values[:, 0]):
         free = choices[row][room[choices[row]] > 0]
         if len(free):
@@ -204,7 +208,7 @@ def _balanced_k_means(sides: Sides, batch_size: int, seed: int) -> Int[np.ndarra
 def _metis(
     sides: Sides, batch_size: int, seed: int, *, weighted: bool, graph_kind: str = "exact"
 ) -> Int[np.ndarray, " n"]:
-    """METIS's parts of the graph; rows beyond a batch fill the parts that are short."""
+    """METIS's parts of the graph; surplus rows of large parts fill small ones."""
     import pymetis
     import scipy.sparse
 
@@ -214,9 +218,9 @@ def _metis(
     if weighted:
         weights = np.asarray(graph.masses, np.float64)
         weights /= (graph.own + weights.sum(1))[:, None]
-    there = graph.rows >= 0
-    ends = np.nonzero(there)[0], graph.rows[there]
-    matrix = scipy.sparse.csr_matrix((weights[there], ends), (num_rows,) * 2)
+    is_edge = graph.rows >= 0
+    ends = np.nonzero(is_edge)[0], graph.rows[is_edge]
+    matrix = scipy.sparse.csr_matrix((weights[is_edge], ends), (num_rows,) * 2)
     matrix = (matrix + matrix.T).tocsr()
     number = -(-num_rows // batch_size)
     _, parts = pymetis.part_graph(
@@ -246,8 +250,8 @@ def _graph(sides: Sides, batch_size: int, seed: int, *, settings: Gcbs) -> PairG
 
 
 def _recalls(sides: Sides) -> dict[str, float]:
-    """Which share of each row's ten nearest a clustered graph has, of 32 or 16 for each."""
-    graph = functools.partial(_graph, sides, 64, 0)  # a batch's size decides on no neighbour
+    """The share of each row's ten nearest neighbours among the 32 or 16 of a clustered graph."""
+    graph = functools.partial(_graph, sides, 64, 0)  # neighbours do not depend on the batch size
     nearest = graph(settings=Gcbs(graph="exact", neighbours=10)).rows
     return {
         f"recall of the ten nearest, {name}": np.mean(
@@ -261,19 +265,19 @@ def _recalls(sides: Sides) -> dict[str, float]:
 
 
 def _in_batches(parts: np.ndarray, number: int, batch_size: int) -> Int[np.ndarray, " n"]:
-    """Parts of about a batch as batches: all are filled up but the last, of what is over."""
+    """Turn parts of about a batch into full batches; the last batch has the remaining rows."""
     order = np.argsort(parts, kind="stable")
     sizes = np.bincount(parts, minlength=number)
     rank = np.arange(len(parts)) - (np.cumsum(sizes) - sizes)[parts[order]]
-    smallest = int(sizes.argmin())  # the others are filled up with its rows, too
+    smallest = int(sizes.argmin())  # its rows fill the others, too
     over = (rank >= batch_size) & (parts[order] != smallest)
     surplus = np.concatenate([order[over], order[parts[order] == smallest]])
     missing = batch_size - np.minimum(sizes, batch_size)
     missing[smallest] = 0
     filled = parts.copy()
     filled[surplus] = number  # the last batch
-    places = np.repeat(np.arange(number), missing)
-    filled[surplus[: len(places)]] = places
+    free = np.repeat(np.arange(number), missing)
+    filled[surplus[: len(free)]] = free
     return np.argsort(filled, kind="stable").astype(np.int32)
 
 
@@ -327,8 +331,8 @@ def _sides(arguments: argparse.Namespace) -> Sides:
     if arguments.workdir:
         sides = _of_run(arguments.workdir)
     elif arguments.embeddings:
-        with np.load(arguments.embeddings) as found:
-            sides = Sides(found["query"], found["key"])
+        with np.load(arguments.embeddings) as arrays:
+            sides = Sides(arrays["query"], arrays["key"])
     else:
         return drawn(arguments.rows, arguments.dim)
     rows = np.random.default_rng(0).permutation(len(sides.queries))[: arguments.rows]
@@ -339,12 +343,12 @@ def _of_run(workdir: Path) -> Sides:
     from jaxcl.run.opened import open_run
 
     run = open_run(workdir)
-    found = run.embeddings("train", run.sources()["train"])
-    return Sides(found["query"], found["key"])
+    embeddings = run.embeddings("train", run.sources()["train"])
+    return Sides(embeddings["query"], embeddings["key"])
 
 
 def drawn(num_rows: int, dim: int) -> Sides:
-    """Topics in topics, of which rows are noisy pairs: alike as those of a trained embedder."""
+    """Draw noisy pairs from nested topics, about as similar as a trained model's embeddings."""
     rng = np.random.default_rng(0)
     centre = np.zeros((num_rows, dim), np.float32)
     for depth, members in enumerate((2_048, 256, 32, 8)):
@@ -357,10 +361,10 @@ def drawn(num_rows: int, dim: int) -> Sides:
 
 
 def _one(method: str, batch_size: str, seed: str, path: str, result: str) -> None:
-    """What a method's own process does."""
-    with np.load(path) as found:
-        sides = Sides(found["query"], found["key"])
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    """Run one method in this process, and write its order, times and memory."""
+    with np.load(path) as arrays:
+        sides = Sides(arrays["query"], arrays["key"])
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _peak_mebibytes()
     run = functools.partial(METHODS[method], sides, int(batch_size))
     times = [time.perf_counter()]

@@ -1,10 +1,10 @@
-"""How long does `assign` compile and search when the number of rows changes from call to call?
+"""How long does `assign` take to compile and search if the number of rows changes between calls?
 
     python -m jaxcl.bench assignment_sizes [--rows N …] [--dim N] [--batch N] [--preset NAME]
         [--rounds N] [--json FILE]
 
-One process orders drawn embeddings of each number of rows, in the given order. The first call
-compiles unless an earlier number of rows has compiled the same search; later calls draw again.
+One process assigns random embeddings of each number of rows, in the given order. The first call
+compiles unless an earlier number of rows compiled the same search; later calls use another seed.
 """
 
 import time
@@ -19,7 +19,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Time the first call and later ones at each number of rows."""
+    """Time the first and the later calls for each number of rows."""
     parser = benchmark_parser("assignment_sizes", __doc__)
     parser.add_argument(
         "--rows",
@@ -41,11 +41,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         sides = drawn(num_rows, arguments.dim)
         seconds = []
         for seed in range(1 + arguments.rounds):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             assign(
                 *sides, block_size=arguments.batch, seed=seed, settings=PRESETS[arguments.preset]
             )
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - start)
         facts[f"s of the first call, {num_rows:,} rows"], *rounds[f"{num_rows:,} rows"] = seconds
     shapes = {"dim": arguments.dim, "batch": arguments.batch, "preset": arguments.preset}
     return {"shapes": shapes, "unit": "s", "rounds": rounds, "facts": facts}

@@ -4,8 +4,8 @@
         [--slots N] [--uniform N] [--dim N] [--batch N] [--tokens QUERY KEY] [--dtype bfloat16]
         [--rounds N] [--json FILE]
 
-The step is that of `configs/code_search_transformer.py` but for what is given. The draw costs the
-same for any batch, so that a small one shows its share at its largest.
+The step is the one of `configs/code_search_transformer.py`, changed by the flags. The draw costs
+the same for any batch size, so its share of the step is largest for a small batch.
 """
 
 import time
@@ -29,7 +29,7 @@ __all__ = ["main", "measure"]
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Measures one shape."""
+    """Measure one shape."""
     parser = benchmark_parser("bank", __doc__)
     parser.add_argument("--slots", type=int, default=2**20)
     parser.add_argument("--uniform", type=int, default=2_048)
@@ -52,16 +52,16 @@ def measure(
     dtype: str,
     rounds: int,
 ) -> dict[str, Any]:
-    """Times steps with and without the bank in turn, the bank full.
+    """Time steps with and without a full bank, in turn.
 
     Args:
-      slots: of the queue.
-      uniform: how many of them every query meets.
-      dim: of the embeddings.
-      batch: pairs of a global batch.
-      tokens: of a query and of a key.
-      dtype: of the bank.
-      rounds: how often.
+      slots: the slots of the queue.
+      uniform: the number of slots that are drawn as negatives of every query.
+      dim: the width of the embeddings.
+      batch: the pairs of a global batch.
+      tokens: the tokens of a query and of a key.
+      dtype: the type of the bank's vectors.
+      rounds: the number of repetitions.
 
     Returns:
       The record that `jaxcl.bench` prints, in milliseconds.
@@ -101,7 +101,7 @@ def measure(
 
 
 def _resident(settings: Settings) -> tuple[Any, dict[str, float]]:
-    """One update of a state of its own, again and again; and what its program needs."""
+    """A function that repeats updates of one state, and its program's compile time and memory."""
     program = build_training(settings)
     state, batch = _filled(program.init()), put_batch(_batch(settings), program.mesh)
     start = time.perf_counter()
@@ -122,7 +122,7 @@ def _resident(settings: Settings) -> tuple[Any, dict[str, float]]:
 
 
 def _filled(state: TrainState) -> TrainState:
-    """With every slot of its bank written."""
+    """The state with every slot of its bank written."""
     banks = {
         side: bank._replace(
             vectors=bank.vectors + 1 / bank.vectors.shape[1] ** 0.5,

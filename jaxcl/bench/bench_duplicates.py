@@ -3,11 +3,11 @@
     python -m jaxcl.bench duplicates --workdir DIR [--share 0.05] [--copies N] [--steps N]
         [--seeds N] [--json FILE]
 
-DIR is of a run of `python -m jaxcl.train`, whose data and config are taken, with a queue. A share
-of the training rows is copied, each so many times, so that a row meets its own text as a negative:
-seldom in the batch, nearly always in the queue. Trained are the rows as they are and with copies,
-masked by row and by text; asked are the copied rows' queries among the keys of all training texts,
-and the held-out queries among theirs.
+DIR is the workdir of a training run; the benchmark uses its data and its config, with a queue. A
+share of the training rows is copied `--copies` times, so that a row's own text becomes its
+negative: rarely in the batch, nearly always in the queue. Models are trained with and without
+copies, masked by row and by text. They are evaluated on the copied rows' queries among the keys of
+all training texts, and on the held-out queries among the held-out keys.
 """
 
 import functools
@@ -38,7 +38,7 @@ __all__ = ["main", "measure", "with_copies"]
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Measures one share."""
+    """Measure one share of copied rows."""
     parser = benchmark_parser("duplicates", __doc__)
     parser.add_argument("--workdir", type=user_path, required=True)
     parser.add_argument("--share", type=float, default=0.05)
@@ -49,14 +49,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def measure(workdir: Path, *, share: float, copies: int, steps: int, seeds: int) -> dict[str, Any]:
-    """Trains all four with several seeds.
+    """Train under all four conditions with several seeds.
 
     Args:
-      workdir: of a run.
-      share: how many rows are copied, as a share of all.
-      copies: of each.
-      steps: of training.
-      seeds: how many, from 0.
+      workdir: the folder of a run.
+      share: the share of rows that are copied.
+      copies: the number of copies of each.
+      steps: the number of training steps.
+      seeds: the number of seeds, from 0.
 
     Returns:
       The record that `jaxcl.bench` prints: MRR@10 of each seed.
@@ -66,7 +66,7 @@ def measure(workdir: Path, *, share: float, copies: int, steps: int, seeds: int)
     tables = {split: run.table(split, sources[split]) for split in ("train", "validation")}
     clean = tables["train"]
     if not isinstance(clean, TokenTable):
-        raise ValueError(f"{workdir} was not trained on texts, which this benchmark copies")
+        raise ValueError(f"{workdir} was not trained on texts; this benchmark copies texts")
     copied = np.random.default_rng(0).permutation(clean.num_rows)[: int(share * clean.num_rows)]
     planted = with_copies(clean, np.repeat(copied, copies))
     conditions = {
@@ -75,7 +75,7 @@ def measure(workdir: Path, *, share: float, copies: int, steps: int, seeds: int)
         "copies, masked by row": (planted, "row"),
         "copies, masked by text": (planted, "text"),
     }
-    found: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
     for seed in range(seeds):
         for name, (table, mask) in conditions.items():
             program = build_training(_settings(run, mask=mask, steps=steps, seed=seed))
@@ -84,11 +84,11 @@ def measure(workdir: Path, *, share: float, copies: int, steps: int, seeds: int)
                 "copied rows": (clean, copied),
                 "held out": (tables["validation"], None),
             }.items():
-                figure = _mrr(program, params, pool, rows)
-                found.setdefault(f"{asked}: {name}", []).append(figure)
+                value = _mrr(program, params, pool, rows)
+                values.setdefault(f"{asked}: {name}", []).append(value)
     facts = {}
     for asked in ("copied rows", "held out"):
-        means = {name: float(np.mean(found[f"{asked}: {name}"])) for name in conditions}
+        means = {name: float(np.mean(values[f"{asked}: {name}"])) for name in conditions}
         for mask in ("row", "text"):
             facts[f"lost, {asked}, masked by {mask}"] = (
                 means[f"no copies, masked by {mask}"] - means[f"copies, masked by {mask}"]
@@ -97,13 +97,13 @@ def measure(workdir: Path, *, share: float, copies: int, steps: int, seeds: int)
         "shapes": {"rows": clean.num_rows, "copied": len(copied), "copies": copies}
         | {"steps": steps, "seeds": seeds},
         "unit": "MRR@10",
-        "rounds": found,
+        "rounds": values,
         "facts": facts,
     }
 
 
 def with_copies(table: TokenTable, rows: np.ndarray) -> TokenTable:
-    """A table with copies of some rows behind the rest, which share the text of what they copy."""
+    """A table with copies of some rows appended, which have the text ids of the originals."""
     order = np.concatenate([np.arange(table.num_rows), rows])
     tokens, offsets = {}, {}
     for side in SIDES:
@@ -146,13 +146,11 @@ def _trained(program: Training, table: Table, what: str) -> PyTree:
 
 
 def _mrr(program: Training, params: PyTree, pool: Table, rows: np.ndarray | None) -> float:
-    """Of the queries of some rows, or all, among the keys of the pool's distinct texts."""
+    """MRR@10 of the queries of some or all rows, among the keys of the pool's distinct texts."""
     texts = pool.labels(np.arange(pool.num_rows))["text"]
     _, first, text = np.unique(texts, return_index=True, return_inverse=True)
     rows = np.arange(pool.num_rows) if rows is None else rows
     queries = program.embed(params, "query", lambda one: pool.side("query", rows[one]), len(rows))
     keys = program.embed(params, "key", lambda one: pool.side("key", first[one]), len(first))
-    found = evaluate_retrieval(None, None, queries, keys, relevant=text[rows], methods=("dense",))[
-        "dense"
-    ]
-    return float(mrr_metric(found.ranks).mean())
+    results = evaluate_retrieval(None, None, queries, keys, relevant=text[rows], methods=("dense",))
+    return float(mrr_metric(results["dense"].ranks).mean())

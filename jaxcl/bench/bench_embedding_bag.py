@@ -1,4 +1,4 @@
-"""How fast is each implementation of `embedding_bag`, forward, and forward with backward?
+"""How fast is each implementation of `embedding_bag`, forward and backward?
 
 python -m jaxcl.bench embedding_bag [--rounds N] [--json FILE]
 """
@@ -21,7 +21,7 @@ __all__ = ["DEFAULT_SHAPES", "BagShape", "main", "measure", "row_lengths", "zipf
 
 
 class BagShape(NamedTuple):
-    """Sizes of one bag: `batch_size` rows, `width` tokens wide, of which `mean_tokens` are real."""
+    """Sizes of one bag: `batch_size` rows of `width` tokens, `mean_tokens` of them not padding."""
 
     batch_size: int
     width: int
@@ -31,22 +31,22 @@ class BagShape(NamedTuple):
 
 
 DEFAULT_SHAPES = (BagShape(1_024, 32, 12), BagShape(1_024, 256, 110))
-"""Queries and keys of `configs/code_search.py`."""
+"""The queries and keys of `configs/code_search.py`."""
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Measures the default shapes."""
+    """Measure the default shapes."""
     parser = benchmark_parser("embedding_bag", __doc__)
     parser.add_argument("--rounds", type=int, default=15)
     return measure(DEFAULT_SHAPES, rounds=parser.parse(argv).rounds)
 
 
 def measure(shapes: Sequence[BagShape], *, rounds: int) -> dict[str, Any]:
-    """Times all implementations in turn, round after round.
+    """Time all implementations in turn, round after round.
 
     Args:
-      shapes: what to measure.
-      rounds: how often.
+      shapes: the shapes to measure.
+      rounds: the number of repetitions.
 
     Returns:
       The record that `jaxcl.bench` prints, in milliseconds.
@@ -73,16 +73,16 @@ def measure(shapes: Sequence[BagShape], *, rounds: int) -> dict[str, Any]:
 def zipf_tokens(
     rng: np.random.Generator, count: int, *, vocabulary_size: int
 ) -> Int[np.ndarray, " _"]:
-    """Token ids that are as unequally frequent as words: id $r$ with a probability of $1 / r$."""
+    """Token ids as frequent as words: id $r$ has a probability proportional to $1 / r$."""
     cumulative = np.cumsum(1.0 / np.arange(1, vocabulary_size))
-    # No token has the id of padding, 0.
+    # 0 is the id of padding.
     return 1 + np.searchsorted(cumulative, rng.random(count) * cumulative[-1]).astype(np.int32)
 
 
 def row_lengths(
     rng: np.random.Generator, count: int, *, mean: int, width: int
 ) -> Int[np.ndarray, " _"]:
-    """Numbers of tokens around a mean, at least 1 and cut off at a width."""
+    """Numbers of tokens with about this mean, clipped to between 1 and `width`."""
     return np.clip(rng.gamma(2.0, mean / 2.0, count), 1, width).astype(np.int64)
 
 
@@ -107,7 +107,7 @@ def _passes(implementation: str) -> dict[str, Callable]:
         return embedding_bag(table, tokens, weights, implementation=implementation)
 
     def both(table: Array, tokens: Array, weights: Array) -> tuple[Array, Array]:
-        """The table's gradient only: weights are a mask and learn nothing."""
+        """The table's gradient only, since weights are a mask and are not learned."""
         bags, pull_back = jax.vjp(lambda table: forward(table, tokens, weights), table)
         return bags, pull_back(bags)[0]
 

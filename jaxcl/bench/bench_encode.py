@@ -60,7 +60,7 @@ def standard_library_texts(count: int) -> list[str]:
     texts = [text for one in functions for text in (one.docstring_paragraph, one.source)]
     if len(texts) < count:
         raise ValueError(f"--num-texts={count}; the standard library has {len(texts)}")
-    return [texts[int(place)] for place in np.linspace(0, len(texts) - 1, count)]
+    return [texts[int(index)] for index in np.linspace(0, len(texts) - 1, count)]
 
 
 def measure(
@@ -78,9 +78,9 @@ def measure(
       model: a folder that both libraries load.
       texts: the texts to embed.
       side: the side of the texts.
-      rounds: number of timings of each library.
+      rounds: the number of timings of each library.
       torch_python: an interpreter with sentence-transformers; `None` measures jaxcl only.
-      torch_batch_size: batch size of sentence-transformers.
+      torch_batch_size: the batch size of sentence-transformers.
 
     Returns:
       The record that `jaxcl.bench` prints, in texts per second.
@@ -88,15 +88,15 @@ def measure(
     Raises:
       RuntimeError: if the embeddings differ, or sentence-transformers fails.
     """
-    ours = load(model)
+    opened = load(model)
 
     def run_jaxcl() -> Seconds:
         start, cpu_start = time.perf_counter(), time.process_time()
-        ours.encode(texts, side=side)
+        opened.encode(texts, side=side)
         return time.perf_counter() - start, time.process_time() - cpu_start
 
     facts: dict[str, Any] = {"first pass with compilation, s": run_jaxcl()[0]}
-    lengths = [len(row) for row in ours.tokenize(texts, side=side)]
+    lengths = [len(row) for row in opened.tokenize(texts, side=side)]
     facts["tokens of a text, mean"] = statistics.fmean(lengths)
     timed: dict[str, Callable[[], Seconds]] = {"jaxcl": run_jaxcl}
     with contextlib.ExitStack() as stack:
@@ -110,7 +110,7 @@ def measure(
                 torch_process(torch_python, _PROGRAM, folder / "spec.json")
             )
             ask("save", len(texts))
-            facts |= versions | _agreement(ours.encode(texts, side=side), np.load(vectors))
+            facts |= versions | _agreement(opened.encode(texts, side=side), np.load(vectors))
             timed["sentence-transformers"] = lambda: _seconds(ask("run", len(texts)))
         spent: dict[str, list[Seconds]] = {name: [] for name in timed}
         for number in range(rounds):
@@ -121,7 +121,7 @@ def measure(
         facts[f"CPU ms a text, {name}"] = 1e3 * cpu / len(texts)
     rates = {name: [len(texts) / wall for wall, _ in of] for name, of in spent.items()}
     return {
-        "shapes": {"model": Path(model).name, "texts": len(texts), "dim": ours.dim, "side": side},
+        "shapes": {"model": Path(model).name, "texts": len(texts), "dim": opened.dim, "side": side},
         "unit": "texts/s",
         "rounds": rates,
         "facts": facts,
@@ -132,10 +132,10 @@ def _seconds(answer: Mapping[str, float]) -> Seconds:
     return answer["seconds"], answer["cpu_seconds"]
 
 
-def _agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
-    difference = float(np.abs(ours - theirs).max())
+def _agreement(vectors: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    difference = float(np.abs(vectors - expected).max())
     if not difference <= _LARGEST_DIFFERENCE:
         raise RuntimeError(
-            f"the embeddings differ by up to {difference:.1e}, so it is not the same model"
+            f"the embeddings differ by up to {difference:.1e}; these are different models"
         )
     return {"largest difference of a number": difference}

@@ -1,4 +1,4 @@
-"""How long does it take to open, split and read a file of pairs, and in how much host memory?
+"""How much time and host memory does it take to open, split and read a file of pairs?
 
     python -m jaxcl.bench files --rows 1000000 [--folder DIR] [--rounds 1]
 
@@ -28,11 +28,11 @@ _ROWS_AT_ONCE = 10_000
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Measure one size."""
+    """Measure one number of rows."""
     parser = benchmark_parser("files", __doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--folder", type=user_path, help="where the file and its cache go")
+    parser.add_argument("--folder", type=user_path, help="a folder for the file and its cache")
     return measure(**vars(parser.parse(argv)))
 
 
@@ -40,9 +40,9 @@ def measure(*, rows: int, rounds: int, folder: Path | None = None) -> dict[str, 
     """Measure every stage of `files_stages.py`.
 
     Args:
-      rows: of the generated file.
-      rounds: how often all stages are measured.
-      folder: where the file and its cache go; `None` for a temporary folder.
+      rows: the number of rows of the generated file.
+      rounds: the number of repetitions.
+      folder: the folder for the file and its cache; `None` for a temporary folder.
 
     Returns:
       The record that `jaxcl.bench` prints, in seconds, with the CPU time and the peak memory of
@@ -76,8 +76,8 @@ def generate_pairs(path: Path, rows: int, *, seed: int = 0) -> None:
 
     Args:
       path: the file.
-      rows: number of lines.
-      seed: of the words.
+      rows: the number of lines.
+      seed: the seed of the words.
     """
     rng = np.random.default_rng(seed)
     letters = np.array(list("etaoinshrdlu"))

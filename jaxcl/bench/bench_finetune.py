@@ -53,7 +53,7 @@ Vectors = Mapping[str, Float[np.ndarray, "_ d"]]
 
 
 class Trained(NamedTuple):
-    """The embeddings of the held-out texts after a training, and its CPU seconds."""
+    """The embeddings of the held-out texts after training, and the CPU seconds of training."""
 
     vectors: Vectors
     cpu_seconds: float
@@ -89,11 +89,11 @@ def measure(
 
     Args:
       model: the folder of the pretrained encoder.
-      pairs: training pairs, rounded down to whole batches.
+      pairs: the number of training pairs, rounded down to whole batches.
       batch: pairs per batch.
       learning_rate: the peak learning rate.
-      max_pairs: pairs of the data set to use; `None` for all.
-      seeds: number of seeds, from 0.
+      max_pairs: the number of pairs of the data set to use; `None` for all.
+      seeds: the number of seeds, from 0.
       torch_python: an interpreter with sentence-transformers; `None` measures jaxcl only.
     """
     steps = pairs // batch
@@ -144,7 +144,7 @@ def _embed(model: EmbeddingModel, texts: Mapping[str, Sequence[str]]) -> Vectors
 def train_jaxcl(
     config: ConfigDict, texts: Mapping[str, Sequence[str]], workdir: Path | None = None
 ) -> Trained:
-    """Train as the command does, without the evaluation at its end.
+    """Train as the command does, without the final evaluation.
 
     Args:
       config: the run's config.
@@ -155,9 +155,9 @@ def train_jaxcl(
     config.data.splits = ConfigDict({"train": "train"})
     with tempfile.TemporaryDirectory() as folder:
         workdir = workdir or Path(folder) / "run"
-        begun = time.process_time()
+        start = time.process_time()
         train(config, workdir)
-        seconds = time.process_time() - begun
+        seconds = time.process_time() - start
         return Trained(_embed(load(workdir), texts), seconds)
 
 
@@ -179,7 +179,7 @@ def torch_spec(
     return {
         "model": settings.model.pretrained,
         "seed": settings.seed,
-        "max_tokens": settings.data.max_tokens.key,  # it has one limit for both sides
+        "max_tokens": settings.data.max_tokens.key,  # SentenceTransformer has one limit
         "temperature": settings.loss.temperature.initial,
         "weight_decay": settings.optimizer.weight_decay,
         "clip_norm": settings.optimizer.clip_norm,
@@ -219,13 +219,13 @@ def as_record(results: Mapping[str, Sequence[Trained]], shapes: dict[str, Any]) 
         if name != "frozen":
             seconds = [round(one.cpu_seconds) for one in trained]
             facts[f"CPU seconds of training, {name}"] = ", ".join(map(str, seconds))
-    for (name, split), ours in values.items():
-        facts[f"rows of {split}"] = len(ours[0])
+    for (name, split), ranks in values.items():
+        facts[f"rows of {split}"] = len(ranks[0])
         for other in results:
             if name != "jaxcl" or other == "jaxcl":
                 continue
-            theirs = values[other, split]
-            difference, error = paired_difference(np.mean(ours, axis=0), np.mean(theirs, axis=0))
+            base = values[other, split]
+            difference, error = paired_difference(np.mean(ranks, axis=0), np.mean(base, axis=0))
             facts[f"{split}: jaxcl less {other}"] = f"{difference:+.4f} ± {error:.4f}"
     rounds = {
         f"{name}, {split}": [float(one.mean()) for one in v] for (name, split), v in values.items()

@@ -1,8 +1,9 @@
-"""What does gradient caching cost in time, and save in memory?
+"""How much time does gradient caching cost, and how much memory does it save?
 
     python -m jaxcl.bench grad_cache [--batch N] [--chunk N] [--rounds N] [--json FILE]
 
-A transformer's loss and gradient, whole and in chunks, on one device, with dropout.
+Measures the loss and gradient of a transformer with dropout on one device, in one batch and in
+chunks.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,11 +27,11 @@ _VOCABULARY = 1_024
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Measures one shape."""
+    """Measure one shape."""
     parser = benchmark_parser("grad_cache", __doc__)
     parser.add_argument("--batch", type=int, default=256, help="pairs")
     parser.add_argument("--chunk", type=int, default=32, help="rows encoded at a time")
-    parser.add_argument("--tokens", type=int, default=32, help="of a text")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of a text")
     parser.add_argument("--dim", type=int, default=128, help="width of the encoder")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
@@ -40,15 +41,15 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 def measure(
     *, batch: int, chunk: int, tokens: int, dim: int, layers: int, rounds: int
 ) -> dict[str, Any]:
-    """Times the whole batch and the chunks in turn, round after round.
+    """Time the whole batch and the chunks in turn, round after round.
 
     Args:
-      batch: pairs.
-      chunk: rows encoded at a time.
-      tokens: of a text.
-      dim: width of the encoder.
-      layers: of the encoder.
-      rounds: how often.
+      batch: the number of pairs.
+      chunk: the number of rows encoded at a time.
+      tokens: the length of a text.
+      dim: the width of the encoder.
+      layers: the layers of the encoder.
+      rounds: the number of repetitions.
 
     Returns:
       The record that `jaxcl.bench` prints, in milliseconds.

@@ -1,12 +1,12 @@
-"""How fast is the symmetric loss with its gradient, and how much memory does it take?
+"""How fast is the symmetric loss with its gradient, and how much memory does it need?
 
     python -m jaxcl.bench loss [--batch N] [--dim N] [--dtype TYPE] [--devices N] [--rounds N]
         [--torch-python PATH] [--json FILE]
 
-Beside jaxcl's own ways stands the pair of local losses of open_clip: both sides are gathered, and
-each device computes its queries' scores over all keys, and its keys' over all queries. With an
-interpreter that has torch, PyTorch's cross entropy over the whole matrix follows, plain and
-compiled. On a GPU that both share, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
+jaxcl's implementations are compared with the pair of local losses of open_clip: both sides are
+gathered, and each device computes the scores of its queries over all keys, and of its keys over all
+queries. Given an interpreter with torch, PyTorch's cross entropy over the whole matrix is measured
+too, eager and compiled. If both share a GPU, set XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
 import functools
@@ -35,18 +35,18 @@ __all__ = ["main", "measure"]
 _AXIS = "data"
 _TEMPERATURE = 0.05
 _TORCH_PROGRAM = Path(__file__).with_name("loss_torch.py")
-_PEAK_SIZE = {"cpu": 2_048}  # rows of a square product; elsewhere 16,384
+_PEAK_SIZE = {"cpu": 2_048}  # rows of a square product; 16,384 on other backends
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Measures one shape."""
+    """Measure one shape."""
     parser = benchmark_parser("loss", __doc__)
     parser.add_argument(
         "--batch", type=int, default=8_192, dest="batch_size", help="pairs over all devices"
     )
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--devices", type=int, default=1, help="fake ones, on a CPU")
+    parser.add_argument("--devices", type=int, default=1, help="fake devices on a CPU")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--torch-python", help="an interpreter with torch; without it, jaxcl alone")
     arguments = parser.parse(argv)
@@ -64,21 +64,21 @@ def measure(
     dtype: str = "float32",
     torch_python: str | None = None,
 ) -> dict[str, Any]:
-    """Times all ways in turn, round after round, then PyTorch.
+    """Time all implementations in turn, round after round, then PyTorch.
 
     Args:
-      batch_size: pairs over all devices.
-      dim: width of the embeddings.
-      rounds: how often.
-      devices: over how many the rows are sharded.
-      dtype: of the embeddings.
+      batch_size: the pairs over all devices.
+      dim: the width of the embeddings.
+      rounds: the number of repetitions.
+      devices: the number of devices that rows are sharded over.
+      dtype: the type of the embeddings.
       torch_python: an interpreter with torch; `None` leaves PyTorch out.
 
     Returns:
       The record that `jaxcl.bench` prints, in milliseconds.
 
     Raises:
-      RuntimeError: if two ways do not agree on loss and gradients.
+      RuntimeError: if an implementation differs from the reference in loss or gradients.
     """
     if batch_size < devices or batch_size % devices:
         raise ValueError(f"--batch={batch_size} does not divide over {devices} devices")
@@ -101,11 +101,11 @@ def measure(
         times |= torch_times
         facts |= torch_facts
         if "PyTorch's loss" in facts:
-            ours = jax.tree.leaves(results["tiled"])[0]
-            facts["PyTorch's loss less jaxcl's"] = facts.pop("PyTorch's loss") - float(ours)
+            loss = jax.tree.leaves(results["tiled"])[0]
+            facts["PyTorch's loss less jaxcl's"] = facts.pop("PyTorch's loss") - float(loss)
     facts["TFLOP/s, a large product"] = _peak(dtype, rounds=rounds)
     for name, figures in times.items():
-        # Products of the definition: one forward, two more backward; what is recomputed is extra.
+        # Necessary products: one forward, two more backward, without recomputation.
         products = 1 if name.endswith("forward") else 3
         work = products * 2 * batch_size**2 * dim / devices
         facts[f"TFLOP/s a device, {name}"] = work / statistics.median(figures) / 1e9
@@ -114,7 +114,7 @@ def measure(
 
 
 def _ways(devices: int, dtype: str) -> Mapping[str, Callable]:
-    """Loss and gradients of both sides and the temperature, and loss alone, by name."""
+    """Functions for the loss and its gradients, and for the loss alone, by name."""
     ways: dict[str, dict[str, Any]] = {
         "tiled": {"implementation": "tiled"},
         "reference": {"implementation": "reference"},
@@ -192,9 +192,9 @@ def _local_pair(queries: Array, keys: Array, *, temperature: Array, axis_name: s
     labels = first + jnp.arange(queries.shape[0])
     cross_entropies = (
         optax.softmax_cross_entropy_with_integer_labels(
-            ours @ lax.all_gather(theirs, axis_name, tiled=True).T / temperature, labels
+            rows @ lax.all_gather(columns, axis_name, tiled=True).T / temperature, labels
         )
-        for ours, theirs in ((queries, keys), (keys, queries))
+        for rows, columns in ((queries, keys), (keys, queries))
     )
     return sum(cross_entropies) / 2
 
@@ -203,12 +203,12 @@ def _check_agreement(results: Mapping[str, Any], dtype: str) -> None:
     if "reference" not in results:
         return
     largest = {"float32": 1e-3, "bfloat16": 2e-2}[dtype]
-    wanted = results["reference"]
-    for name, found in results.items():
+    expected = results["reference"]
+    for name, result in results.items():
         # The loss comes first; a forward pass alone has nothing else.
-        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=False):
-            ours, theirs = (leaf.astype(jnp.float32) for leaf in (ours, theirs))
-            difference = jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs)
+        for pair in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=False):
+            leaf, reference = (value.astype(jnp.float32) for value in pair)
+            difference = jnp.linalg.norm(leaf - reference) / jnp.linalg.norm(reference)
             if not difference < largest:
                 raise RuntimeError(f"{name} differs from the reference by {difference:.1e}")
 

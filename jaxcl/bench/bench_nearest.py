@@ -3,7 +3,7 @@
     python -m jaxcl.bench nearest [--rows N] [--dim N] [--count N] [--tile N …] [--rounds N]
         [--json FILE]
 
-Queries are the rows of the table themselves. faiss takes part if it is installed (`faiss-cpu`).
+The queries are the rows of the table. faiss is included if it is installed (`faiss-cpu`).
 """
 
 import functools
@@ -23,7 +23,7 @@ __all__ = ["main", "measure"]
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Measures one shape."""
+    """Measure one shape."""
     parser = benchmark_parser("nearest", __doc__)
     parser.add_argument("--rows", type=int, default=100_000, dest="num_rows")
     parser.add_argument("--dim", type=int, default=256)
@@ -36,20 +36,20 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 def measure(
     num_rows: int, dim: int, *, count: int, tiles: Sequence[int], rounds: int
 ) -> dict[str, Any]:
-    """Times all in turn, round after round.
+    """Time all tile sizes and faiss in turn, round after round.
 
     Args:
-      num_rows: of the table, and queries.
-      dim: their width.
-      count: how many are found for each.
-      tiles: rows and queries of a tile, each measured.
-      rounds: how often.
+      num_rows: the number of rows, which are also the queries.
+      dim: the width of the rows.
+      count: the number of neighbours of each query.
+      tiles: sizes of a tile, in rows and queries.
+      rounds: the number of repetitions.
 
     Returns:
       The record that `jaxcl.bench` prints, in milliseconds.
 
     Raises:
-      RuntimeError: if faiss finds others.
+      RuntimeError: if faiss finds other similarities.
     """
     rng = np.random.default_rng(0)
     table = rng.normal(size=(num_rows, dim)).astype(np.float32)
@@ -67,16 +67,16 @@ def measure(
         index = faiss.IndexFlatIP(dim)
         index.add(table)
         calls["faiss, flat"] = lambda: index.search(table, count)
-        ours = jax.device_get(next(iter(compiled.values())).call())
-        similarities, theirs = calls["faiss, flat"]()
-        shared = [len(set(a) & set(b)) for a, b in zip(ours.rows, theirs, strict=True)]
+        result = jax.device_get(next(iter(compiled.values())).call())
+        similarities, neighbours = calls["faiss, flat"]()
+        shared = [len(set(a) & set(b)) for a, b in zip(result.rows, neighbours, strict=True)]
         facts["share of rows that faiss finds too"] = float(np.mean(shared)) / count
         facts["largest difference of a similarity"] = float(
-            np.abs(ours.similarities - similarities).max()
+            np.abs(result.similarities - similarities).max()
         )
         facts["faiss"] = faiss.__version__
         if facts["largest difference of a similarity"] > 1e-4:
-            raise RuntimeError(f"faiss finds others: {facts}")
+            raise RuntimeError(f"faiss finds other similarities: {facts}")
     return {
         "shapes": {"rows": num_rows, "dim": dim, "count": count},
         "unit": "ms",

@@ -1,10 +1,10 @@
-"""Does a step take the memory that `jaxcl.plan` predicts? Measured as this CPU process's peak.
+"""Does a step on a CPU need the memory that `jaxcl.plan` predicts?
 
     python -m jaxcl.bench plan [--config FILE] [--batch 256] [--rounds 3]
 
-Each round is a process of its own, with one device: it plans, compiles, notes how much memory it
-has, and then makes the state and trains a few steps. What it had more at its most is held against
-the plan. Linux alone says so (`/proc/self/clear_refs`).
+Each round runs in a new process with one device. It plans, compiles, and then creates the state and
+trains a few steps. The growth of its peak memory in this last part is compared with the plan. Needs
+Linux (`/proc/self/clear_refs`).
 """
 
 import ctypes
@@ -32,7 +32,7 @@ _STEPS = 3
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Measures every config at every batch size."""
+    """Measure every config at every batch size."""
     parser = benchmark_parser("plan", __doc__)
     parser.add_argument("--config", nargs="+", default=["configs/code_search_transformer.py"])
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 256])
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def measure(config_file: str, size: int) -> tuple[float, float]:
-    """MiB that are planned for a step, and that it takes."""
+    """The planned and the measured memory of a step, in MiB."""
     config = load_config(config_file)
     config.global_batch_size = size
     settings = read_settings(config)
@@ -79,20 +79,20 @@ def measure(config_file: str, size: int) -> tuple[float, float]:
             state, metrics = program.train_step(state, put_batch(batch, program.mesh))
             metrics.loss.block_until_ready()
 
-    train()  # all is compiled then
+    train()  # compiles everything
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     train()
     return plan.total / 2**20, _status("VmHWM") - before
 
 
 def _status(name: str) -> float:
-    """MiB, as the kernel counts them."""
+    """A value of /proc/self/status, in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) / 2**10
-    raise OSError(f"/proc/self/status says nothing of {name}")
+    raise OSError(f"/proc/self/status has no {name}; measure on Linux")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How do bytes between devices and the host's time grow with devices and processes?
+"""How do communication and host time grow with the number of devices and processes?
 
     python -m jaxcl.bench scaling [--batch 1024] [--dim 256] [--processes 1 2 4] [--steps 60]
 
-Bytes that come in to a device for one loss and its gradient are read off the compiled program of 2,
-4 and 8 devices, by ring and by gather: of a batch that stays as large, and of one that grows with
-the devices. Then a small run is trained by several processes of this machine, with one device each
-and a batch that grows with them. What is timed is the host's part of a step, as the run writes it,
-and the time that the first process's main thread had a core, which no busy neighbour changes.
+The bytes that a device receives for one loss and its gradient are read from the compiled program
+for 2, 4 and 8 devices, by ring and by gather, for a batch of constant size and for one that grows
+with the devices. Then several processes on this machine train a small run, with one device each and
+a batch that grows with their number. The benchmark reports the host's part of a step from the run's
+metrics, and the CPU time of process 0's main thread, which does not depend on the machine's load.
 """
 
 import os
@@ -37,11 +37,11 @@ __all__ = ["main"]
 _DEVICES = (2, 4, 8)
 _ROWS_OF_A_PROCESS = 64
 _SMALL = ("--config.model.dim=16", "--config.data.vocabulary_size=1000")
-"""Gradients that are summed in little time, so that the host's part is no small one."""
+"""A small model, whose gradients are summed fast, so that the host's part is large."""
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Counts the bytes, and times the hosts."""
+    """Count the bytes, and time the hosts."""
     parser = benchmark_parser("scaling", __doc__)
     parser.add_argument("--batch", type=int, default=1_024)
     parser.add_argument("--dim", type=int, default=256)
@@ -58,11 +58,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
                 received = _received(devices, size, arguments.dim, exchange=exchange)
                 facts[f"KiB, {exchange}, {name} batch, {devices} devices"] = received / 2**10
     rounds: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         for number in range(arguments.rounds + 1):
             for processes in arguments.processes:
                 say(f"round {number} of {arguments.rounds}: {processes} processes")
-                workdir = Path(place) / f"{number}-{processes}"
+                workdir = Path(folder) / f"{number}-{processes}"
                 parts = _trained(arguments.config, workdir, processes, arguments.steps)
                 if number:  # the first one compiles
                     for part, seconds in parts.items():
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _received(devices: int, size: int, dim: int, *, exchange: str) -> float:
-    """Bytes that come in to a device."""
+    """The bytes that a device receives."""
     mesh = make_mesh({"data": devices}, devices=jax.devices()[:devices])
     rows = PartitionSpec("data")
 
@@ -89,7 +89,7 @@ def _received(devices: int, size: int, dim: int, *, exchange: str) -> float:
 
 
 def _trained(config: str, workdir: Path, processes: int, steps: int) -> dict[str, float]:
-    """Seconds of a step by part, in the first process; the median of the later half."""
+    """Seconds of a step by part, in process 0; the median over the second half of the run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -110,7 +110,7 @@ def _trained(config: str, workdir: Path, processes: int, steps: int) -> dict[str
             environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
             environment |= {"JAX_NUM_PROCESSES": f"{processes}", "JAX_PROCESS_ID": f"{number}"}
         started.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
-    seen = []  # (step, seconds of work in the first process's main thread)
+    seen = []  # (step, CPU seconds of process 0's main thread)
     while started[0].poll() is None:
         if len(written := read_metrics(workdir)) > 0:
             seen.append((written[-1]["step"], _worked(started[0].pid)))
@@ -119,8 +119,8 @@ def _trained(config: str, workdir: Path, processes: int, steps: int) -> dict[str
     if any(codes):
         raise RuntimeError(f"the run of {processes} processes failed")
     records = [one for one in read_metrics(workdir) if one["step"] > steps / 2]
-    (first, begun), *_, (last, ended) = [one for one in seen if steps / 4 < one[0] < steps]
-    return {"host's own work": (ended - begun) / (last - first)} | {
+    (first, start), *_, (last, end) = [one for one in seen if steps / 4 < one[0] < steps]
+    return {"host's own work": (end - start) / (last - first)} | {
         part: statistics.median(
             one[f"time/step_{part}_seconds"] for one in records if "time/step_host_seconds" in one
         )
@@ -129,5 +129,5 @@ def _trained(config: str, workdir: Path, processes: int, steps: int) -> dict[str
 
 
 def _worked(process: int) -> float:
-    """Seconds that its main thread had a core; Linux alone says so."""
+    """CPU seconds of a process's main thread, on Linux."""
     return 1e-9 * int(Path(f"/proc/{process}/task/{process}/schedstat").read_text().split()[0])

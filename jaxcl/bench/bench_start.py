@@ -1,9 +1,10 @@
-"""How long does a run take from its command to its first step, with and without compiled programs?
+"""How long does a run take to reach its first step, with and without cached programs?
 
     python -m jaxcl.bench start [--config configs/code_search.py] [--rounds 3]
 
-Each round starts the command twice in a new place, first with nothing compiled and then with what
-the first start has kept; the data are there already. The first metrics that appear stop the clock.
+Each round starts the training command twice in a new folder: first with an empty cache of compiled
+programs, then with the programs of the first start. The data are prepared beforehand. The clock
+stops at the first metrics.
 """
 
 import subprocess
@@ -23,33 +24,33 @@ _TIMEOUT = 600.0
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Times both starts."""
+    """Time both starts."""
     parser = benchmark_parser("start", __doc__)
     parser.add_argument("--config", default="configs/code_search.py")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse(argv)
     rounds: dict[str, list[float]] = {"nothing compiled": [], "compiled before": []}
     with tempfile.TemporaryDirectory() as prepared:
-        first_step(arguments.config, Path(prepared) / "run")  # which prepares the data
+        first_step(arguments.config, Path(prepared) / "run")  # prepares the data
         for _ in range(arguments.rounds):
-            with tempfile.TemporaryDirectory() as place:
+            with tempfile.TemporaryDirectory() as folder:
                 for name, seconds in rounds.items():
-                    seconds.append(first_step(arguments.config, Path(place) / name))
+                    seconds.append(first_step(arguments.config, Path(folder) / name))
     return {"shapes": {"config": arguments.config}, "unit": "s", "rounds": rounds, "facts": {}}
 
 
 def first_step(config: str, workdir: Path) -> float:
-    """Seconds from the command to the first metrics of a step; the run is ended there."""
+    """Seconds from the command to the first metrics of a step; the run is then killed."""
     command = [sys.executable, "-m", "jaxcl.train", f"--config={config}", f"--workdir={workdir}"]
-    begun = time.perf_counter()
+    start = time.perf_counter()
     run = subprocess.Popen([*command, "--config.run.log_every=1"], stderr=subprocess.DEVNULL)
     try:
-        # A step's metrics are read when the next one is under way, so that two are done by then.
+        # Metrics of a step are read one step late, so two steps are done by then.
         while not read_metrics(workdir):
-            if run.poll() is not None or time.perf_counter() - begun > _TIMEOUT:
-                raise RuntimeError(f"{' '.join(command)} has come to no step")
+            if run.poll() is not None or time.perf_counter() - start > _TIMEOUT:
+                raise RuntimeError(f"{' '.join(command)} did not reach a step")
             time.sleep(0.02)
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
     finally:
         run.kill()
         run.wait()

@@ -1,4 +1,4 @@
-"""How much memory and time do many rows take, from the first look to a resumed run?
+"""How much memory and time do many rows need, from building the token table to a resumed run?
 
     python -m jaxcl.bench token_table [--rows 1000000] [--stages build open start resume]
     python -m jaxcl.bench token_table --stages files start resume
@@ -8,8 +8,8 @@ token table, `open` opens it and reads a batch, `start` trains a small model on 
 and `resume` continues that run. `files` writes the rows as JSON lines, and reads and splits them;
 the stages after it train on that file, and `start` makes the token table.
 
-The same stages over 10,000 rows show how much memory JAX, its programs and everything else take
-whatever the number of rows.
+The same stages with 10,000 rows measure the memory that does not depend on the number of rows, such
+as that of JAX and its programs.
 """
 
 import json
@@ -31,7 +31,7 @@ _DEFAULT = ["build", "open", "start", "resume"]
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Measure all stages, or some."""
+    """Measure the stages of the flag."""
     parser = benchmark_parser("token_table", __doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--stages", nargs="+", choices=[*STAGES], default=_DEFAULT)
@@ -43,9 +43,9 @@ def measure(num_rows: int, *, stages: Sequence[str], few_rows: int = _FEW_ROWS) 
     """Measure some stages, in order.
 
     Args:
-      num_rows: number of training rows.
-      stages: names of `STAGES`.
-      few_rows: number of rows for the memory that does not depend on it.
+      num_rows: the number of training rows.
+      stages: names in `STAGES`.
+      few_rows: the number of rows that measures the constant part of the memory.
 
     Returns:
       The record that `jaxcl.bench` prints, in seconds.

@@ -1,19 +1,19 @@
-"""How many pairs per second does training process, next to PyTorch, and how much of it is XLA?
+"""How fast is a training step compared with PyTorch, and how much of the loop is XLA's work?
 
     python -m jaxcl.bench train_step [--model static|transformer] [--rounds N]
         [--torch-python PATH] [--json FILE]
 
-Three things are timed in turn, each for some steps, while the others sleep:
+Three programs are timed in turn, each for some steps, while the others sleep:
 
 - *step*: the jitted update on batches that are already on the device;
-- *loop*: the same as a run does it: rows in their order, the loader, the update, metrics that are
-  read one step late, and records that are written;
-- *PyTorch*: the same model on the same batches, in a process of its own. Before that, both make
-  a few updates from the same parameters without dropout, and must agree on loss and gradient.
+- *loop*: the training loop of a run: the order of rows, the loader, the update, reading metrics one
+  step late, and writing records;
+- *PyTorch*: the same model on the same batches, in a separate process. Before that, both make a few
+  updates from the same parameters without dropout, and must agree on loss and gradient.
 
-Each makes a step or two before its clock starts, since caches and pages belong to whoever ran
-last; and rounds alternate between this order and its reverse. The share of the loop that is not
-XLA's work is `1 - loop / step`, by rounds.
+Each makes a step or two before its clock starts, to warm up caches and memory pages, and rounds
+alternate between this order and its reverse. The share of the loop that is not XLA's work is
+`1 - loop / step`, computed per round.
 """
 
 import contextlib
@@ -49,23 +49,23 @@ from jaxcl.typing import SIDES, Batch
 __all__ = ["DEFAULT_SHAPES", "StepShape", "main", "measure"]
 
 _RESIDENT_BATCHES = 4
-_MANY_STEPS = 1_000_000  # more than any benchmark makes; the rate then hardly falls
+_MANY_STEPS = 1_000_000  # more than any benchmark runs, so the learning rate hardly decays
 
 
 class StepShape(NamedTuple):
-    """What is trained: a model, and the sizes of its batches.
+    """The model to train, and the sizes of its batches.
 
     Attributes:
-      model: of `jaxcl.models.ENCODERS`.
-      options: of the model.
-      dropout: the rate, of the augmentation `token_dropout` or of the encoder's option `dropout`.
-      dim: width of the embeddings.
-      batch_size: pairs.
-      max_tokens: side -> width of its batches.
-      mean_tokens: side -> about how many of them are real.
-      steps: per round.
-      num_rows: of the data set, which fits into memory.
-      vocabulary_size: of the tokenizer.
+      model: a name in `jaxcl.models.ENCODERS`.
+      options: the model's options.
+      dropout: the rate of the augmentation `token_dropout`, or of the encoder's option `dropout`.
+      dim: the width of the embeddings.
+      batch_size: the pairs per batch.
+      max_tokens: side -> the width of its batches.
+      mean_tokens: side -> the approximate mean number of tokens without padding.
+      steps: the steps per round.
+      num_rows: the rows of the data set, which fits into memory.
+      vocabulary_size: the size of the tokenizer's vocabulary.
     """
 
     model: str
@@ -109,11 +109,11 @@ DEFAULT_SHAPES: Mapping[str, StepShape] = {
         steps=2,
     ),
 }
-"""By model: that of `configs/code_search.py`, and MiniLM's size."""
+"""By model: the one of `configs/code_search.py`, and one of MiniLM's size."""
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Measures one of the default shapes."""
+    """Measure one of the default shapes."""
     parser = benchmark_parser("train_step", __doc__)
     parser.add_argument("--model", choices=DEFAULT_SHAPES, default="static")
     parser.add_argument("--rounds", type=int, default=7)
@@ -133,7 +133,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument(
         "--torch-huge-pages",
         action="store_true",
-        help="PyTorch's memory comes in huge pages, as jaxcl's own does",
+        help="let PyTorch use huge pages, as jaxcl does",
     )
     arguments = vars(parser.parse(argv))
     return measure(DEFAULT_SHAPES[arguments.pop("model")], **arguments)
@@ -148,21 +148,21 @@ def measure(
     torch_adam: str = "fused",
     torch_huge_pages: bool = False,
 ) -> dict[str, Any]:
-    """Times the step, the loop and PyTorch in turn, round after round.
+    """Time the step, the loop and PyTorch in turn, round after round.
 
     Args:
-      shape: what is trained.
-      rounds: how often each is timed.
+      shape: the model and its batches.
+      rounds: the number of timings of each.
       torch_python: an interpreter with torch; `None` leaves PyTorch out.
       torch_variant: how the static encoder sums in PyTorch.
       torch_adam: the implementation of Adam in PyTorch.
-      torch_huge_pages: whether PyTorch's memory comes in huge pages, as jaxcl's does.
+      torch_huge_pages: whether PyTorch uses huge pages, as jaxcl does.
 
     Returns:
       The record that `jaxcl.bench` prints, in pairs per second.
 
     Raises:
-      RuntimeError: if PyTorch does not compute the same, or does not run.
+      RuntimeError: if PyTorch computes another loss or gradient, or does not run.
     """
     settings = _settings(shape)
     program = build_training(settings)
@@ -206,7 +206,7 @@ def measure(
 def _rates(
     timed: Mapping[str, Callable[[int], float]], shape: StepShape, rounds: int
 ) -> dict[str, list[float]]:
-    """Pairs per second, in turn, each warm: what ran before has left its own pages and caches."""
+    """Pairs per second, measured in turn, each after warm-up steps."""
     rates: dict[str, list[float]] = {name: [] for name in timed}
     for index in range(rounds):
         names = list(timed) if index % 2 == 0 else list(timed)[::-1]
@@ -217,7 +217,7 @@ def _rates(
 
 
 def _comparisons(rates: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Medians of ratios within rounds, which a machine's slow and fast hours do not move."""
+    """Medians of ratios within rounds, which do not depend on how a machine's speed drifts."""
 
     def ratio(name: str, other: str) -> float:
         return statistics.median(a / b for a, b in zip(rates[name], rates[other], strict=True))
@@ -230,7 +230,7 @@ def _comparisons(rates: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 class _ResidentSteps:
-    """Updates of a state of its own, on batches that are on the device already."""
+    """Updates of one state on batches that are already on the device."""
 
     def __init__(self, program: Training, batches: Sequence[Batch]):
         self._program, self._batches = program, batches
@@ -238,13 +238,13 @@ class _ResidentSteps:
         jax.block_until_ready(self._state)
 
     def run(self, count: int) -> float:
-        """Seconds of so many updates."""
+        """Run `count` updates, and return the seconds."""
         unread: jax.Array | None = None
         start = time.perf_counter()
         for _ in range(count):
             batch = self._batches[self._position % len(self._batches)]
             self._state, metrics = self._program.train_step(self._state, batch)
-            # One step late, as the loop reads them: the same number of updates is under way.
+            # One step late, as in the loop, so that the same number of updates is in flight.
             if unread is not None:
                 unread.block_until_ready()
             unread = metrics.loss
@@ -255,9 +255,9 @@ class _ResidentSteps:
 
 @contextlib.contextmanager
 def _loop(program: Training, table: TokenTable, workdir: Path) -> Iterator[Callable[[int], float]]:
-    """What `jaxcl.train` does between two evaluations, as a function of a number of steps.
+    """Yield a function that runs the loop of `jaxcl.train` for a number of steps.
 
-    The loader goes on where it was, some batches ahead, as in the middle of a run.
+    Each call continues with the next batches, which the loader has prefetched, as within a run.
     """
     settings = program.settings
     batches = enumerate(
@@ -288,7 +288,7 @@ def _loop(program: Training, table: TokenTable, workdir: Path) -> Iterator[Calla
 
 
 def _settings(shape: StepShape, *, drops: bool = True) -> Settings:
-    """As `configs/code_search.py`, as far as the step goes, but with a rate that starts at once."""
+    """The settings of a step of `configs/code_search.py`, without warmup."""
     rate = shape.dropout if drops else 0.0
     augments = shape.model == "static"
     dropout = {} if augments else {"dropout": rate}

@@ -6,6 +6,6 @@ __all__ = ["benchmark_parser"]
 
 
 def benchmark_parser(name: str, doc: str | None) -> CommandParser:
-    """A parser for the flags of one benchmark, whose module has this docstring."""
+    """Create the parser for a benchmark's flags, given its module's docstring."""
     more = "Every benchmark also takes --json FILE, and -v for the traceback of an error."
     return CommandParser(f"jaxcl.bench {name}", f"{doc}\n{more}", verbose=False)

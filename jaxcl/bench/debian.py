@@ -1,18 +1,18 @@
-"""Writes the descriptions of Debian's packages as pairs and a BEIR folder: an example of own data.
+"""Writes descriptions of Debian packages as training pairs and a BEIR folder, as example data.
 
     python -m jaxcl.bench.debian --output debian
 
-The query is the short description of a package ("fast image viewer"), its document the long one. On
-Debian or Ubuntu this needs the network, about a minute, and no root: apt's lists are downloaded to
-a temporary folder. It writes
+The query is the short description of a package ("fast image viewer"), and its document is the long
+one. Runs on Debian or Ubuntu with a network, without root, in about a minute: apt's lists are
+downloaded to a temporary folder. It writes
 
-    pairs.jsonl                   rows to train on: "query" and "positive"
+    pairs.jsonl                   training rows: "query" and "positive"
     evaluation/corpus.jsonl       the long descriptions of all packages
-    evaluation/queries.jsonl      the short descriptions of packages that are not trained on
+    evaluation/queries.jsonl      the short descriptions of held-out packages
     evaluation/qrels/dev.tsv      their documents, for choosing settings
-    evaluation/qrels/test.tsv     the same for other packages, for the final figures
+    evaluation/qrels/test.tsv     the same for other packages, for the final results
 
-Packages that are built from one source are on one side of the split, chosen by a hash of its name.
+All packages built from one source package are in the same split, chosen by a hash of its name.
 """
 
 import collections
@@ -34,7 +34,7 @@ from jaxcl.host.progress import say
 __all__ = ["Description", "descriptions", "main", "write_folder"]
 
 _FEWEST_WORDS = (3, 8)
-"""Of a short and a long description; shorter ones say too little."""
+"""The minimum words of a short and of a long description."""
 _HELD_OUT_PERCENT = {"dev": 5, "test": 5}
 
 
@@ -42,10 +42,10 @@ class Description(NamedTuple):
     """The description of a package.
 
     Attributes:
-      package: its name.
+      package: the name of the package.
       source: the name of the source package that it is built from.
-      short: one line.
-      long: the text below it, on one line.
+      short: the first line of the description.
+      long: the rest of the description, joined to one line.
     """
 
     package: str
@@ -66,15 +66,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Namespace) -> None:
     if not 1 <= arguments.percent <= 100:
-        raise ValueError(f"--percent={arguments.percent} is no share; give 1 to 100")
+        raise ValueError(f"--percent={arguments.percent} is not a percentage; give 1 to 100")
     with tempfile.TemporaryDirectory() as folder:
         packages, translations = _apt_lists(Path(folder))
-    found = [
+    chosen = [
         one
         for one in descriptions(packages, translations)
         if _percentile("share", one.source) < arguments.percent
     ]
-    sizes = write_folder(arguments.output, found)
+    sizes = write_folder(arguments.output, chosen)
     say(", ".join(f"{count:,} {name}" for name, count in sizes.items()))
 
 
@@ -86,7 +86,7 @@ def descriptions(packages: str, translations: str) -> list[Description]:
       translations: the content of `Translation-en` files.
 
     Returns:
-      One description per package, without too short ones.
+      One description per package, without descriptions that are too short.
     """
     long_ones = {}
     for stanza in _stanzas(translations):
@@ -94,7 +94,7 @@ def descriptions(packages: str, translations: str) -> list[Description]:
         long_ones[stanza.get("Description-md5")] = " ".join(
             word for word in text.split() if word != "."
         )
-    found = {}
+    by_package = {}
     for stanza in _stanzas(packages):
         name = stanza.get("Package", "")
         source = stanza.get("Source", name).split()[0] if name else ""
@@ -104,18 +104,18 @@ def descriptions(packages: str, translations: str) -> list[Description]:
             len(text.split()) >= fewest
             for text, fewest in zip((one.short, one.long), _FEWEST_WORDS, strict=True)
         ):
-            found[name] = one
-    return list(found.values())
+            by_package[name] = one
+    return list(by_package.values())
 
 
 def write_folder(folder: Path, found: Sequence[Description]) -> dict[str, int]:
     """Write the pairs and the BEIR folder.
 
-    Equal long descriptions are one document. All packages with the query as their short description
-    are relevant to it.
+    Equal long descriptions become one document. The documents of all packages with the same short
+    description are relevant to that query.
 
     Args:
-      folder: created if necessary.
+      folder: the folder, created if necessary.
       found: the descriptions.
 
     Returns:
@@ -150,7 +150,7 @@ def write_folder(folder: Path, found: Sequence[Description]) -> dict[str, int]:
 
 
 def _queries_by_split(found: Sequence[Description]) -> dict[str, dict[str, dict[str, None]]]:
-    """Split -> short description -> its different long ones, in order."""
+    """Split -> short description -> its distinct long descriptions, in order."""
     queries: dict[str, dict[str, dict[str, None]]] = {
         split: collections.defaultdict(dict) for split in (*_HELD_OUT_PERCENT, "train")
     }
@@ -158,7 +158,7 @@ def _queries_by_split(found: Sequence[Description]) -> dict[str, dict[str, dict[
         queries[_split_of(one.source)][one.short][one.long] = None
     for short in set(queries["dev"]) & set(queries["test"]):
         queries["test"][short] |= queries["dev"].pop(short)
-    for split in _HELD_OUT_PERCENT:  # their other documents are relevant too
+    for split in _HELD_OUT_PERCENT:  # the documents of other packages are relevant too
         for short in set(queries[split]) & set(queries["train"]):
             queries[split][short] |= queries["train"].pop(short)
     return queries
@@ -184,7 +184,7 @@ def _apt_lists(folder: Path) -> tuple[str, str]:
         "Dir::State::lists": folder / "lists",
         "Dir::Cache": folder / "cache",
     }
-    # Images of containers leave out the long descriptions, which are in the translations.
+    # The long descriptions are in the translations, which container images turn off.
     options["Acquire::Languages"] = "en"
     flags = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
     say("downloading the lists of packages")
@@ -231,7 +231,7 @@ def _split_of(source: str) -> str:
 
 
 def _percentile(what: str, name: str) -> float:
-    """A number from 0 to 100 that depends on the name alone."""
+    """A number from 0 to 100 that depends only on `what` and the name."""
     digest = hashlib.blake2b(f"{what} {name}".encode(), digest_size=8).digest()
     return 100 * int.from_bytes(digest, "big") / 2**64
 

@@ -1,9 +1,9 @@
-"""Open, split and read a file of pairs, and measure the time and the host memory of each stage.
+"""Measures the time and the host memory of opening, splitting and reading a file of pairs.
 
 `jaxcl.bench files` runs this in a new process: `python -m jaxcl.bench.files_stages FILE DATA_DIR`.
 It prints a JSON object, stage -> figures. Memory is the growth of the process's own allocations
-(`RssAnon`) since jaxcl was imported. Pages of mapped files are not counted: the kernel takes them
-back when other processes need room.
+(`RssAnon`) since jaxcl was imported. Pages of mapped files are not counted, since the kernel can
+reclaim them when other processes need memory.
 """
 
 import contextlib
@@ -45,9 +45,9 @@ class _Meter:
 
         sampler = threading.Thread(target=sample, daemon=True)
         sampler.start()
-        begun, cpu_begun = time.perf_counter(), time.process_time()
+        start, cpu_start = time.perf_counter(), time.process_time()
         yield
-        seconds, cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu_begun
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         ended.set()
         sampler.join()
         mebibytes = (max(peak, _allocated()) - self._before) / 2**20
@@ -71,7 +71,7 @@ def run_stages(path: Path, data_dir: Path) -> dict[str, dict[str, float]]:
 
     Args:
       path: a file of pairs with columns `query` and `key`.
-      data_dir: where the cache goes.
+      data_dir: the folder for the cache.
 
     Returns:
       Stage -> `"seconds"`, `"cpu_seconds"` and `"mebibytes"`.
@@ -96,7 +96,7 @@ def run_stages(path: Path, data_dir: Path) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """Measure the file of the first argument, with the folder of the second for its cache."""
+    """Measure the file in the first argument; the second is the folder for its cache."""
     path, data_dir = map(Path, sys.argv[1:])
     print(json.dumps(run_stages(path, data_dir)))
 

@@ -30,7 +30,7 @@ def main(spec_file: str) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(spec["seed"])
     model = _model(spec)
-    begun = time.perf_counter(), _cpu_seconds()
+    start = time.perf_counter(), _cpu_seconds()
     losses = _train(model, spec)
     trained = time.perf_counter(), _cpu_seconds()
     embeddings = {
@@ -42,8 +42,8 @@ def main(spec_file: str) -> None:
         json.dumps(
             {
                 "losses": losses,
-                "seconds": trained[0] - begun[0],
-                "CPU seconds": trained[1] - begun[1],
+                "seconds": trained[0] - start[0],
+                "CPU seconds": trained[1] - start[1],
                 "embedding seconds": time.perf_counter() - trained[0],
             }
         )

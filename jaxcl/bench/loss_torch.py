@@ -1,7 +1,7 @@
 """The PyTorch side of `jaxcl.bench.bench_loss`: cross entropy both ways, eager and compiled.
 
-A program of its own, which needs torch and NumPy alone: it reads what to measure from its one
-argument, as JSON, and its last line is the answer, as JSON.
+A separate program that needs only torch and NumPy. It reads the shape to measure from its argument,
+as JSON, and prints the results as JSON in its last line.
 """
 
 import functools
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 
 def main() -> None:
-    """Measures on the GPU if there is one."""
+    """Measure on the GPU if there is one."""
     spec = json.loads(sys.argv[1])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sides = [_side(seed, spec, device) for seed in (0, 1)]
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def loss(queries: torch.Tensor, keys: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """The mean over both directions, over the whole matrix."""
+    """The mean cross entropy of both directions over the whole matrix."""
     scores = (queries @ keys.T).float() / temperature
     labels = torch.arange(len(scores), device=scores.device)
     return (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2
@@ -64,7 +64,7 @@ def _both(way: Callable, inputs: tuple) -> None:
 
 
 def _times(call: Callable[[], object], device: str, rounds: int) -> list[float]:
-    """Milliseconds, after two calls that do not count."""
+    """Milliseconds per call, after two warm-up calls."""
     times = []
     for number in range(rounds + 2):
         start = time.perf_counter()

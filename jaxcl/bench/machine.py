@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""The commit and the CPU of a measurement."""
 
 import platform
 import subprocess
@@ -8,7 +8,7 @@ __all__ = ["commit", "cpu_model"]
 
 
 def commit() -> str:
-    """The commit of this checkout, marked where files differ from it; "unknown" outside of one."""
+    """The commit of this checkout, with "-dirty" if files differ; "unknown" without git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         described = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -18,7 +18,7 @@ def commit() -> str:
 
 
 def cpu_model() -> str:
-    """As the kernel names it."""
+    """The name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

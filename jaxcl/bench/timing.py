@@ -1,4 +1,4 @@
-"""Compiles, times in turn, and looks how much would fit."""
+"""Compiles programs, times them in turn, and finds the largest batch that fits in memory."""
 
 import functools
 import time
@@ -21,12 +21,12 @@ __all__ = [
 
 
 class Compiled(NamedTuple):
-    """A program ahead of its first call.
+    """A compiled program.
 
     Attributes:
       call: runs it on the arguments that it was compiled with.
-      seconds: of compilation.
-      temporary_mebibytes: what it needs on a device beside arguments and results.
+      seconds: the compile time.
+      temporary_mebibytes: its memory on a device in addition to arguments and results.
     """
 
     call: Callable[[], PyTree]
@@ -35,7 +35,7 @@ class Compiled(NamedTuple):
 
 
 def compile_all(functions: Mapping[str, Callable], arguments: tuple) -> dict[str, Compiled]:
-    """Compiles functions of the same arguments."""
+    """Compile functions for the same arguments."""
     compiled = {}
     for name, function in functions.items():
         start = time.perf_counter()
@@ -48,7 +48,7 @@ def compile_all(functions: Mapping[str, Callable], arguments: tuple) -> dict[str
 
 
 def milliseconds(calls: Mapping[str, Callable[[], PyTree]], *, rounds: int) -> dict[str, list]:
-    """Times calls in turn, round after round, after one that does not count."""
+    """Time calls in turn, round after round, after one untimed call each."""
     for call in calls.values():
         jax.block_until_ready(call())
     rounds_of: dict[str, list[float]] = {name: [] for name in calls}
@@ -61,18 +61,18 @@ def milliseconds(calls: Mapping[str, Callable[[], PyTree]], *, rounds: int) -> d
 
 
 def memory_bytes() -> int:
-    """What a device can hold: its own memory, or for the CPU what the system has available."""
+    """The memory of a device, or for a CPU device its share of the available memory."""
     stats: dict[str, Any] | None = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 2**10 // jax.device_count()
-    raise OSError("neither the device nor /proc/meminfo says how much memory there is")
+    raise OSError("neither the device nor /proc/meminfo reports the size of the memory")
 
 
 def facts_of(compiled: Mapping[str, Compiled]) -> dict[str, float]:
-    """What a record says of programs: how long they took to compile, and their memory."""
+    """Facts for a record: compile times and temporary memory of programs."""
     return {
         **{f"compile s, {name}": one.seconds for name, one in compiled.items()},
         **{
@@ -85,12 +85,12 @@ def facts_of(compiled: Mapping[str, Compiled]) -> dict[str, float]:
 def largest_that_fits(
     functions: Mapping[str, Callable], arguments_of: Callable[[int], PyTree], *, start: int
 ) -> dict[str, int]:
-    """What a record says of the largest batches: doublings that stay within a device's memory.
+    """Facts for a record: the largest batch that fits in a device's memory, found by doubling.
 
     Args:
-      functions: they are compiled, and never run.
-      arguments_of: a size -> abstract arguments.
-      start: the first size to try; 0 is said of what does not fit even then.
+      functions: name -> function; it is compiled, but not run.
+      arguments_of: batch size -> abstract arguments.
+      start: the first size to try; the result is 0 if it does not fit.
     """
     budget = memory_bytes()
     return {

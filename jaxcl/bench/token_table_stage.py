@@ -1,4 +1,4 @@
-"""One stage of the benchmark `token_table`, in its own process, which prints its figures as JSON.
+"""Runs one stage of the benchmark `token_table`, and prints its measurements as JSON.
 
 JAXCL_GENERATED_ROWS=1000000 python -m jaxcl.bench.token_table_stage build FOLDER
 """
@@ -47,9 +47,9 @@ _FILE = "pairs.jsonl"
 
 
 class GeneratedPairs:
-    """Pairs of three words each, computed from the row number; no row is kept.
+    """Pairs of three words each, computed from the row number, so that no row is kept in memory.
 
-    Queries are distinct. Every tenth row has the key of the row before.
+    Queries are distinct. Every tenth row has the same key as the row before it.
 
     Args:
       num_rows: at most a billion.
@@ -71,7 +71,7 @@ class GeneratedPairs:
 
     @property
     def fingerprint(self) -> str:
-        """Names the rows."""
+        """A name for the rows."""
         return f"generated:{self._num_rows}:{self._seed}"
 
     @property
@@ -105,7 +105,7 @@ def open_generated(role: str) -> GeneratedPairs:
 
 
 def _word_tokenizer() -> Tokenizer:
-    """A token for each word: it is fast, and the question is about memory."""
+    """A fast tokenizer with one token per word."""
     words = (PADDING, UNKNOWN, *GeneratedPairs(1).words)
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -175,7 +175,7 @@ def _run_to(folder: Path, *, steps: int) -> float:
         config.data.splits = ConfigDict(_splits_of_file(len(open_generated("train"))))
     config.data.vocabulary_size = _VOCABULARY
     config.data.max_tokens = dict.fromkeys(SIDES, _MAX_TOKENS)
-    config.data.tokenizer = str(folder / _TOKENIZER)  # so that it reads the table of `_build`
+    config.data.tokenizer = str(folder / _TOKENIZER)  # to use the table of `_build`
     config.model.dim, config.steps, config.global_batch_size = 16, steps, _BATCH_SIZE
     config.optimizer.schedule = "warmup_constant"
     config.evaluation.methods = ("dense",)
@@ -202,24 +202,24 @@ STAGES: Mapping[str, Callable[[Path], dict[str, float]]] = {
 
 
 def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     result = function()
-    return result, time.perf_counter() - begun
+    return result, time.perf_counter() - start
 
 
 def _peak_mebibytes() -> float:
-    """The peak of this process's memory; unlike `getrusage`, without that of its parent."""
+    """This process's peak memory; that of `getrusage` would include its parent's."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run one stage, and print its figures."""
+    """Run one stage, and print its measurements."""
     stage, folder = argv
     jax.block_until_ready(jax.numpy.zeros(8) + 1)
-    begun = time.process_time()
+    start = time.process_time()
     figures = STAGES[stage](Path(folder))
-    cpu_seconds = time.process_time() - begun
+    cpu_seconds = time.process_time() - start
     print(json.dumps({"seconds": figures, "cpu": cpu_seconds, "peak": _peak_mebibytes()}))
 
 

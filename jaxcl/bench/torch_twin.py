@@ -1,4 +1,4 @@
-"""The PyTorch twin's other end: starts its process, gives it the model, checks that both agree."""
+"""Starts the PyTorch twin in its process, sends it the model, and checks that both agree."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from jaxcl.typing import SIDES, Batch, PyTree
 __all__ = ["Ask", "agreement", "torch_process", "torch_twin"]
 
 Ask = Callable[[str, int], dict[str, Any]]
-"""Sends the twin a command and a count, and returns its answer."""
+"""`(command, count) -> answer` of the twin."""
 
 _CHECKED_STEPS = 3
 _LARGEST_DIFFERENCE = 1e-4
@@ -36,16 +36,16 @@ def torch_twin(
     *,
     huge_pages: bool = False,
 ) -> Iterator[tuple[Ask, dict[str, Any]]]:
-    """The PyTorch process: a function that sends it a command, and what it says of itself.
+    """Start the PyTorch process; yield a function that sends it commands, and its versions.
 
     Args:
       python: an interpreter with torch and NumPy.
-      spec: the model, its optimiser and how both are written; `train_step_torch.py` reads it.
-      program: whose initial parameters the twin takes over.
-      batches: what it trains on, in turn; NumPy arrays.
-      workdir: where its input is written.
-      huge_pages: with the environment that `jaxcl.train` gives itself (`jaxcl.host.huge_pages`). No
-        PyTorch program does so by itself.
+      spec: the model, its optimiser and their variants, for `train_step_torch.py`.
+      program: the training program, whose initial parameters the twin uses.
+      batches: the batches that it trains on, in turn, as NumPy arrays.
+      workdir: the folder for the files that it reads.
+      huge_pages: whether to set the environment variable that `jaxcl.train` sets for itself
+        (`jaxcl.host.huge_pages`). PyTorch programs usually run without it.
     """
     arrays, spec_file = workdir / "arrays.npz", workdir / "spec.json"
     named: dict[str, Any] = _named(program.init().params)
@@ -67,9 +67,12 @@ def torch_process(
       python: an interpreter with torch.
       program: a script that prints a line of JSON when it is ready, and one per line of input.
       spec_file: the argument of the script.
-      huge_pages: as `torch_twin`.
+      huge_pages: as for `torch_twin`.
     """
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # or it spins in others' time
+    environment = {
+        **os.environ,
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }  # otherwise, its threads spin while others are timed
     if not huge_pages:
         environment.pop("GLIBC_TUNABLES", None)
     with subprocess.Popen(
@@ -105,31 +108,31 @@ def torch_process(
 
 
 def agreement(settings: Settings, batches: Sequence[Batch], ask: Ask) -> dict[str, float]:
-    """Relative differences between both over a few updates.
+    """Compare jaxcl and the twin over a few updates; return relative differences.
 
     Args:
-      settings: the run's, without dropout.
-      batches: the twin's.
-      ask: the twin.
+      settings: the settings of the run, without dropout.
+      batches: the batches of the twin.
+      ask: sends the twin a command.
 
     Raises:
-      RuntimeError: if the first loss or gradient norm is not the same: another model, no twin.
+      RuntimeError: if the first loss or gradient norm differs, so that the models differ.
     """
-    theirs = ask("losses", _CHECKED_STEPS)
+    answer = ask("losses", _CHECKED_STEPS)
     program = build_training(settings)
     state = program.init()
-    ours: dict[str, list[float]] = {"losses": [], "gradient_norms": []}
+    figures: dict[str, list[float]] = {"losses": [], "gradient_norms": []}
     for step in range(_CHECKED_STEPS):
         batch = put_batch(batches[step % len(batches)], program.mesh)
         state, metrics = program.train_step(state, batch)
-        ours["losses"].append(float(metrics.loss))
-        ours["gradient_norms"].append(float(metrics.gradient_norm))
+        figures["losses"].append(float(metrics.loss))
+        figures["gradient_norms"].append(float(metrics.gradient_norm))
     difference = {
-        name: [abs(a - b) / abs(b) for a, b in zip(ours[name], theirs[name], strict=True)]
-        for name in ours
+        name: [abs(a - b) / abs(b) for a, b in zip(figures[name], answer[name], strict=True)]
+        for name in figures
     }
     if max(difference["losses"][0], difference["gradient_norms"][0]) > _LARGEST_DIFFERENCE:
-        raise RuntimeError(f"jaxcl computes {ours} and PyTorch {theirs}: not the same model")
+        raise RuntimeError(f"jaxcl computes {figures} and PyTorch {answer}: the models differ")
     return {
         "relative difference of the first loss": difference["losses"][0],
         "relative difference of the first gradient norm": difference["gradient_norms"][0],
@@ -138,7 +141,7 @@ def agreement(settings: Settings, batches: Sequence[Batch], ask: Ask) -> dict[st
 
 
 def _named(params: PyTree) -> dict[str, np.ndarray]:
-    """Parameters by their path."""
+    """The parameters by path."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)

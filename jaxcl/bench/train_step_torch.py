@@ -2,11 +2,11 @@
 
     python train_step_torch.py SPEC.json
 
-It needs torch and NumPy and nothing of jaxcl, so that any interpreter with torch can run it. Each
-line on its standard input is a command, and each answer is a line of JSON:
+It needs only torch and NumPy, not jaxcl, so that any interpreter with torch can run it. Each line
+of its standard input is a command, and each answer is a line of JSON:
 
-    losses N    losses and gradient norms of N updates without dropout, from the given parameters
-    run N       seconds of N updates as in training
+    losses N    losses and gradient norms of N updates without dropout, from the initial parameters
+    run N       seconds of N training updates
 """
 
 import json
@@ -27,8 +27,8 @@ SIDES = ("query", "key")
 class StaticEncoder(nn.Module):
     """A weighted sum of token embeddings, with token dropout and unit norm.
 
-    Three ways to write the sum: `"ragged"`, the bag over the tokens that count, end to end;
-    `"padded"`, the bag over padded rows; `"einsum"`, all embeddings and a product.
+    The sum has three variants: `"ragged"`, an embedding bag over the unmasked tokens of all rows;
+    `"padded"`, an embedding bag over padded rows; `"einsum"`, all embeddings and a product.
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], *, dropout: float, variant: str):
@@ -163,13 +163,12 @@ def _layer_norm(arrays: Mapping[str, np.ndarray], name: str) -> nn.LayerNorm:
 
 
 class Training:
-    """A model and its optimiser, and what one update does.
+    """A model, its optimiser and their updates.
 
     Args:
-      spec: the model's name and options, and the optimiser's.
-      arrays: the initial parameters, by their path.
-      dropout: of tokens for `static`, of activations for `transformer`.
-      variant: how the static encoder sums.
+      spec: the name and options of the model, and the settings of the optimiser.
+      arrays: the initial parameters, by path.
+      dropout: the rate, for tokens (`static`) or activations (`transformer`).
     """
 
     def __init__(
@@ -195,12 +194,12 @@ class Training:
         )
 
     def step(self, batch: Mapping[str, Tensor]) -> None:
-        """One update."""
+        """Make one update."""
         self.differentiate(batch)
         self.update()
 
     def checked_step(self, batch: Mapping[str, Tensor]) -> tuple[float, float]:
-        """One update; returns the loss before it and the gradient's norm."""
+        """Make one update; return the loss before it and the gradient's norm."""
         loss = self.differentiate(batch)
         # In float64: PyTorch's own float32 norm of a large table is off by 0.2 %.
         squares = [parameter.grad.double().square().sum() for parameter in self.parameters]
@@ -208,7 +207,7 @@ class Training:
         return float(loss), float(sum(squares)) ** 0.5
 
     def differentiate(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Leaves gradients at the parameters; returns the loss."""
+        """Compute the gradients of the parameters; return the loss."""
         queries, keys = (self.encoder(batch[side]) for side in SIDES)
         scores = queries @ keys.T / self.log_temperature.exp()
         labels = torch.arange(len(scores))
@@ -218,7 +217,7 @@ class Training:
         return loss.detach()
 
     def update(self) -> None:
-        """Clips the gradients and steps."""
+        """Clip the gradients, and update the parameters."""
         nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.optimizer.step()
         with torch.no_grad():
@@ -226,7 +225,7 @@ class Training:
 
 
 def main(spec_path: str) -> None:
-    """Answers commands until its input ends."""
+    """Answer commands until standard input ends."""
     with open(spec_path) as file:
         spec = json.load(file)
     torch.set_num_threads(spec["threads"])

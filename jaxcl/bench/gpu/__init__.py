@@ -1,5 +1,5 @@
-"""What can be checked and timed in the first minutes on a GPU, each part in its own process.
+"""Checks and benchmarks for a few minutes on a GPU, each part in a separate process.
 
-`command.py` supervises: it starts one process per job, keeps to the time limits and writes results
-as they arrive. The other modules measure, in those processes.
+`command.py` starts one process per job, enforces the time limits, and writes results as they
+arrive. The other modules run in those processes.
 """

@@ -37,18 +37,18 @@ _RESERVE_SECONDS = 2.0  # for killing the last job and printing the table
 
 
 class _Stopped(BaseException):
-    """A signal asked for the end."""
+    """A signal asked the command to stop."""
 
 
 def main(
     argv: Sequence[str], json_file: Path | None = None, *, spent_seconds: float = 0.0
 ) -> dict[str, Any]:
-    """Runs the parts that were asked for; returns the record.
+    """Run the chosen parts, and return the record.
 
     Args:
       argv: the flags.
-      json_file: where the record goes.
-      spent_seconds: what the command has taken already, which counts towards its minutes.
+      json_file: the file for the record.
+      spent_seconds: the seconds that the command has run already, as part of its minutes.
 
     Raises:
       SystemExit: with 1 if something failed, with 128 plus a signal's number after that signal.
@@ -106,7 +106,9 @@ def main(
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = benchmark_parser("gpu", __doc__)
     parser.formatter_class = argparse.RawTextHelpFormatter
-    parser.add_argument("--minutes", type=float, required=True, help="for everything together")
+    parser.add_argument(
+        "--minutes", type=float, required=True, help="the time limit for everything"
+    )
     parser.add_argument(
         "--only",
         type=_parts,
@@ -121,8 +123,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--pairs",
         metavar="DIR",
-        help="prepared pairs for part 6, as code_pairs keeps them in its data_dir;\n"
-        "without them it parses all functions installed here",
+        help="prepared pairs for part 6, from the data_dir of code_pairs;\n"
+        "by default, all installed functions are parsed",
     )
     parser.add_argument(
         "--sizes", choices=("full", "tiny"), help="full on an NVIDIA GPU, tiny elsewhere"
@@ -154,7 +156,7 @@ def _run(
     torch_python: str,
     pairs: str | None,
 ) -> None:
-    """Runs the jobs in order; the time that one leaves over goes to those after it."""
+    """Run the jobs in order; time that a job leaves unused goes to later jobs."""
     with tempfile.TemporaryDirectory(prefix="jaxcl-gpu-") as scratch:
         for number, job in enumerate(jobs):
             limit = _limits(jobs[number:], deadline - time.monotonic())[0]
@@ -192,13 +194,13 @@ def _report(record: Record, job: Job, event: Mapping[str, Any]) -> None:
 
 
 def _limits(jobs: Sequence[Job], seconds: float) -> list[float]:
-    """How long each job may take if all use their time."""
+    """The time limit of each job, in seconds, if all jobs use their time."""
     whole = sum(job.weight for job in jobs)
     return [seconds * job.weight / whole for job in jobs]
 
 
 def _environment(job: Job, *, rehearsal: bool) -> dict[str, str]:
-    """The jobs' environment; the frameworks leave each other's memory alone."""
+    """A job's environment, in which JAX does not preallocate memory."""
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
     if rehearsal:  # LLVM's optimisations would take most of its time
         flags = environment.get("XLA_FLAGS", "")
@@ -223,7 +225,7 @@ def _plan(jobs: Sequence[Job], sizes: Sizes, seconds: float) -> str:
 
 
 def process_age() -> float:
-    """Seconds since this process started, as imports take some; 0 where the system does not say."""
+    """Seconds since this process started, including its imports; 0 if the system does not say."""
     try:
         stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         uptime = float(Path("/proc/uptime").read_text().split()[0])
@@ -234,7 +236,7 @@ def process_age() -> float:
 
 @contextmanager
 def _signals_stop() -> Iterator[None]:
-    """Turns SIGINT and SIGTERM into an exception that ends the running job."""
+    """Turn SIGINT and SIGTERM into an exception that ends the running job."""
 
     def stop(number: int, frame: Any) -> None:
         raise _Stopped(number)
@@ -248,7 +250,7 @@ def _signals_stop() -> Iterator[None]:
 
 
 def _nvidia_smi() -> str | None:
-    """Name, memory and driver of the GPUs; `None` without one."""
+    """The name, memory and driver of the GPUs; `None` without a GPU."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = "--query-gpu=name,memory.total,driver_version"

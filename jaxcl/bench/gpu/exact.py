@@ -25,8 +25,8 @@ def exact_infonce(
     queries is scored at a time, so that every batch fits.
 
     Args:
-      queries: vectors, read as they are, whatever their type.
-      keys: theirs, row by row.
+      queries: vectors of any type.
+      keys: the key of each query.
       temperature: $\tau$.
       dtype: of the computation, "float32" or "float64", with the highest precision of products.
 
@@ -58,13 +58,13 @@ def _exact(queries: Any, keys: Any, temperature: Any) -> dict[str, Any]:
 
     def differentiate(sums: Any, start: Any) -> tuple[Any, Any]:
         to_keys, to_temperature = sums
-        ours = rows_of(queries, start)
-        scores = ours @ keys.T / temperature
+        chunk_queries = rows_of(queries, start)
+        scores = chunk_queries @ keys.T / temperature
         weights = jnp.exp(scores - rows_of(rows, start)[:, None]) + jnp.exp(scores - columns)
         diagonal = jnp.arange(size) == (start + jnp.arange(chunk))[:, None]
         weights = (weights - 2 * diagonal) / (2 * size)
         to_temperature -= (weights * scores).sum() / temperature
-        return (to_keys + weights.T @ ours / temperature, to_temperature), (
+        return (to_keys + weights.T @ chunk_queries / temperature, to_temperature), (
             weights @ keys / temperature
         )
 

@@ -112,13 +112,13 @@ def _exact(seed: int, batch: int, dim: int) -> dict[str, torch.Tensor]:
     to_queries, to_keys = torch.empty_like(queries), torch.zeros_like(keys)
     to_temperature = torch.zeros((), device=DEVICE)
     for start in chunks:
-        ours = queries[start : start + size]
-        scores = ours @ keys.T / TEMPERATURE
+        chunk_queries = queries[start : start + size]
+        scores = chunk_queries @ keys.T / TEMPERATURE
         weights = (scores - rows[start : start + size, None]).exp() + (scores - columns).exp()
         weights.diagonal(start).sub_(2)
         weights /= 2 * batch
         to_queries[start : start + size] = weights @ keys / TEMPERATURE
-        to_keys += weights.T @ ours / TEMPERATURE
+        to_keys += weights.T @ chunk_queries / TEMPERATURE
         to_temperature -= (weights * scores).sum() / TEMPERATURE
     own = (queries * keys).sum(1) / TEMPERATURE
     value = (rows + columns - 2 * own).mean() / 2
