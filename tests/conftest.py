@@ -1,4 +1,4 @@
-"""Eight CPU devices for every test, annotations that are checked, programs that are kept."""
+"""Eight CPU devices, checked annotations and a compilation cache for all tests."""
 
 import atexit
 import gc
@@ -9,21 +9,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Enlarges XLA's thread pool: eight devices whose collectives wait for each other can otherwise
-# starve on two cores. It must be set before jax starts.
+# Enlarges XLA's thread pool: on two cores, eight devices whose collectives wait for each other can
+# otherwise starve. It must be set before JAX starts.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# LLVM's optimisations would take a third of the tests' time. XLA's own stay; a level that is set,
-# too.
+# LLVM's optimisations would take a third of the tests' time. XLA's own optimisations stay on. A
+# level in XLA_FLAGS takes precedence.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 
-# What one test compiles another need not, in this process or in those that it starts. Workers have
-# a folder each, since one may read what another has written half.
+# Tests and the processes that they start share compiled programs. Each worker has its own folder,
+# since a worker might read a half-written file of another.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxcl-tests-compiled-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-# A process that a test starts without this folder keeps its programs in a cache of the tests.
+# Processes that are started without that variable also cache their programs there.
 os.environ["XDG_CACHE_HOME"] = os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 import jax
@@ -33,7 +33,7 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-# A shell makes programs in the background ignore Ctrl-C, and so would the tests' processes.
+# Shells make background programs ignore Ctrl-C; the tests' processes would inherit this.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -52,15 +52,15 @@ def _eight_devices() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _what_stays_is_searched_once() -> None:
-    """Spares the garbage collector the millions of objects of what was compiled before."""
+def _freeze_objects() -> None:
+    """Exclude the millions of objects of compiled programs from garbage collection."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
 def nothing_left_behind():
-    """Lets what a failed load leaves behind warn here, not in the test that comes next."""
+    """Collect the remains of a failed load here, so that the next test gets no warning."""
     yield
     gc.collect()
     gc.freeze()
@@ -68,14 +68,14 @@ def nothing_left_behind():
 
 @pytest.fixture
 def x64():
-    """Float64 for the length of a test."""
+    """Enable float64 during a test."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture
 def unchecked_annotations():
-    """Leaves annotations unchecked for the length of a test, as in a user's program."""
+    """Turn off the checks of annotations during a test, as in a user's program."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -83,9 +83,9 @@ def unchecked_annotations():
 
 @pytest.fixture(scope="session")
 def smoke_pairs(tmp_path_factory) -> Path:
-    """The pairs of the smoke config, parsed once for all workers: a folder in their data_dir.
+    """The folder with the pairs of the smoke config, parsed once for all workers.
 
-    To name it spares a run the hashing of all packages.
+    A run that names this folder does not hash all packages.
     """
     from jaxcl.configs.code_search import get_config
 
@@ -99,7 +99,7 @@ def smoke_pairs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def smoke_command(smoke_pairs):
-    """What trains a small code search: `(workdir) -> arguments` of a process; more may follow."""
+    """`(workdir) -> arguments` of a process that trains a small code search; append more flags."""
     config = Path(__file__).parents[1] / "configs" / "code_search.py"
 
     def arguments(workdir: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Blocks of rows that belong together: planted ones are found, and no device changes a bit."""
+"""Bisection finds planted blocks of similar rows, with the same bits on any number of devices."""
 
 import functools
 
@@ -57,7 +57,7 @@ def ordered(points, graph, *, devices=1, num_rows=None, block_size=8, seed=0, **
 
 
 def together(order, of_row, block_size):
-    """The share of a block's rows that are of its most frequent cluster."""
+    """The share of a block's rows that belong to its most frequent cluster."""
     blocks = of_row[order].reshape(-1, block_size)
     return np.mean([np.bincount(block).max() / block_size for block in blocks])
 
@@ -76,7 +76,7 @@ def test_planted_clusters_become_blocks():
 def test_devices_change_no_bit(with_graph):
     points, _ = clustered_points(12, 16, spread=0.6)
     graph = nearest_graph(points) if with_graph else None
-    # 8 devices of 24 rows look at 96 segments in four parts.
+    # 8 devices with 24 rows each process 96 segments in four parts.
     one, eight = (ordered(points, graph, devices=n, block_size=2) for n in (1, 8))
     np.testing.assert_array_equal(one, eight)
     assert (one != ordered(points, graph, block_size=2, seed=1)).any()
@@ -122,19 +122,19 @@ def test_segments_hold_whole_blocks_and_halve(num_rows, block_size):
 
 
 def captured(order, graph, block_size):
-    """The logs of the mass that each row has in its block: what swaps raise."""
+    """The sum of log masses that rows have in their blocks, which swaps increase."""
     block = np.empty(len(order), int)
     block[order] = np.arange(len(order)) // block_size
     same = block[np.asarray(graph.rows)] == block[:, None]
     return np.log(np.asarray(graph.own) + (np.asarray(graph.masses) * same).sum(1)).sum()
 
 
-def test_swaps_and_refinement_raise_what_they_are_for():
+def test_swaps_and_refinement_increase_the_captured_mass():
     points, _ = clustered_points(16, 8, spread=0.8)
     graph = nearest_graph(points)
-    start = {"starts": 1, "walks": 0}  # which leave something to be gained
+    start = {"starts": 1, "walks": 0}  # leaves room for improvement
     orders = [
-        ordered(points, None, **start),  # what swaps begin with
+        ordered(points, None, **start),  # the start of the swaps
         ordered(points, graph, **start, refinements=0),
         ordered(points, graph, **start),
     ]
@@ -142,8 +142,8 @@ def test_swaps_and_refinement_raise_what_they_are_for():
     assert none + 5 < swapped < refined
 
 
-def test_a_swap_is_worth_what_the_weights_inside_gain():
-    # Two segments of two rows: rows 0 and 2 want each other, and so do 1 and 3.
+def test_a_swap_is_made_only_if_the_weights_within_segments_increase():
+    # Two segments of two rows: rows 0 and 2 are neighbours, and so are 1 and 3.
     rows = jnp.array([[2], [3], [0], [1]], jnp.int32)
     graph = PairGraph(rows, jnp.full((4, 1), UNIT // 8, jnp.int32), jnp.full(4, UNIT, jnp.int32))
     segments = segments_of(jnp.array([0, 2, 4]), 4)
@@ -154,7 +154,7 @@ def test_a_swap_is_worth_what_the_weights_inside_gain():
         frozenset({0, 2}),
         frozenset({1, 3}),
     }
-    # Once they are together nothing is worth it, nor with themselves for partners.
+    # Once neighbours are together, no swap helps, nor does a swap of a row with itself.
     np.testing.assert_array_equal(swap(graph, found, segments, jnp.array([1, 0]), **options), found)
     np.testing.assert_array_equal(swap(graph, order, segments, jnp.array([0, 1]), **options), order)
 
@@ -250,7 +250,7 @@ def test_each_segment_takes_the_best_of_its_cuts():
         )
 
     def kept(starts):
-        """What the halves of each segment keep, by the shares that its neighbours have of it."""
+        """For each segment, the sum of neighbour weights that stay within its halves."""
         order = np.asarray(split(starts))
         assert (of_row[order] == of_row).all()
         half = np.empty(64, int)
@@ -258,14 +258,14 @@ def test_each_segment_takes_the_best_of_its_cuts():
         return (share * (half[rows] == half[:, None])).sum(1).reshape(4, 16).sum(1)
 
     found = np.stack([kept(starts) for starts in range(1, 6)])
-    assert (np.diff(found, axis=0) > -1e-2).all()  # but for the bits that are left out
+    assert (np.diff(found, axis=0) > -1e-2).all()  # up to the dropped bits
     better = np.diff(found, axis=0) > 0.1
-    assert better.any(0).sum() > 1  # of more than one segment,
-    assert len({tuple(column) for column in better.T}) > 1  # each at starts of its own
+    assert better.any(0).sum() > 1  # in more than one segment,
+    assert len({tuple(column) for column in better.T}) > 1  # at different starts
 
 
 @pytest.mark.parametrize("starts", [[0, 1_000], [0, 300, 300, 811, 900, 1_000, 1_000]])
-def test_rows_stand_by_segment_and_by_gain(starts):
+def test_rows_are_sorted_by_segment_and_then_by_gain(starts):
     # Positions from 1,000 on are padding, which stays where it is.
     segments = segments_of(jnp.array(starts), 1_024)
     gains = np.random.default_rng(0).integers(-3_000, 3_000, 1_024).astype(np.int32)
@@ -274,7 +274,7 @@ def test_rows_stand_by_segment_and_by_gain(starts):
     np.testing.assert_array_equal(most_first(jnp.asarray(gains), segments), expected)
 
 
-def test_of_a_million_rows_gains_keep_their_sign_and_magnitude():
+def test_a_million_rows_are_sorted_by_the_sign_and_magnitude_of_their_gains():
     num_rows = 2**20
     segments = segments_of(jnp.array([0, num_rows // 3, num_rows]), num_rows)
     gains = np.random.default_rng(0).integers(-(2**31) + 1, 2**31, num_rows)
@@ -284,12 +284,12 @@ def test_of_a_million_rows_gains_keep_their_sign_and_magnitude():
     np.testing.assert_array_equal(found < num_rows // 3, np.arange(num_rows) < num_rows // 3)
     for part in np.split(gains[found].astype(np.float64), [num_rows // 3]):
         least_so_far = np.minimum.accumulate(part)
-        # No row stands behind one that gains less, but for a tenth.
+        # Gains descend, up to a tenth.
         assert (part <= least_so_far + 0.1 * np.abs(part) + 0.1 * np.abs(least_so_far)).all()
 
 
-def test_two_that_belong_together_do_not_change_places_with_each_other():
-    # Rows 0 and 2 want each other, and are all that could be swapped: both would be apart again.
+def test_two_neighbours_are_not_swapped_with_each_other():
+    # Rows 0 and 1 are neighbours; after swapping places, they would still be apart.
     rows = jnp.array([[1], [0]], jnp.int32)
     graph = PairGraph(rows, jnp.full((2, 1), UNIT // 8, jnp.int32), jnp.full(2, UNIT, jnp.int32))
     order = jnp.arange(2, dtype=jnp.int32)
@@ -306,8 +306,8 @@ def test_two_that_belong_together_do_not_change_places_with_each_other():
     np.testing.assert_array_equal(found, order)
 
 
-def test_refinement_reaches_segments_that_are_no_siblings():
-    # Four segments of two; the pairs that belong together lie in segments 0 and 2, and 1 and 3.
+def test_refinement_swaps_between_segments_that_are_not_siblings():
+    # Four segments of two rows; neighbours are in segments 0 and 2, and in 1 and 3.
     rows = jnp.array([[4], [5], [6], [7], [0], [1], [2], [3]], jnp.int32)
     graph = PairGraph(rows, jnp.full((8, 1), UNIT // 8, jnp.int32), jnp.full(8, UNIT, jnp.int32))
     segments = segments_of(jnp.array([0, 2, 4, 6, 8]), 8)

@@ -1,4 +1,4 @@
-"""Cuthill–McKee: SciPy's order of the paper's graph, and the one that devices find together."""
+"""Reverse Cuthill–McKee: SciPy's order of the paper's graph, and the implementation on devices."""
 
 import functools
 import itertools
@@ -16,11 +16,11 @@ from jaxcl.assignment.graph import PairGraph
 from jaxcl.ops.mesh import make_mesh
 from tests.helpers import unit_vectors
 
-NUM_ROWS, WIDTH = 90, 20  # of every graph, so that one program is compiled for all
+NUM_ROWS, WIDTH = 90, 20  # the same for every graph, so that one program is compiled
 
 
 def lists_of(edges, num_rows: int) -> np.ndarray:
-    """`[n, k]`: where edges lead from each row; n is filled up to a multiple of 8 devices."""
+    """`[n, k]`: the targets of each row's edges; n is padded to a multiple of 8 devices."""
     lists = np.full((num_rows + -num_rows % 8, WIDTH), -1, np.int32)
     for row in range(num_rows):
         ends = [end for start, end in edges if start == row]
@@ -93,7 +93,7 @@ def finder(num_rows: int, devices: int):
 
 
 def found(lists: np.ndarray, num_rows: int, *, devices: int) -> list[int]:
-    """The order of all rows, of which those of padding must be the last."""
+    """The order of all rows; padding must come last."""
     graph = PairGraph(lists, np.ones_like(lists), np.ones(len(lists), np.int32))
     order = finder(num_rows, devices)(jax.tree.map(jnp.asarray, graph))
     assert order.dtype == jnp.int32
@@ -102,14 +102,14 @@ def found(lists: np.ndarray, num_rows: int, *, devices: int) -> list[int]:
 
 
 def order_of(edges, num_rows: int, *, devices: int = 1) -> list[int]:
-    """The order of a graph's rows, with others around them that have no edge."""
+    """The order of a graph's rows, among other rows without edges."""
     order = found(lists_of(edges, NUM_ROWS), NUM_ROWS, devices=devices)
     assert sorted(order) == list(range(NUM_ROWS))
     return [row for row in order if row < num_rows]
 
 
 def order_by_a_queue(edges, num_rows: int) -> list[int]:
-    """Cuthill and McKee's own words, one row after the other."""
+    """The algorithm as Cuthill and McKee describe it, one row after the other."""
     neighbours = [{a + b - row for a, b in edges if row in (a, b)} for row in range(num_rows)]
     degree = [sum(row in edge for edge in edges) for row in range(num_rows)]
     by_degree = sorted(range(num_rows), key=lambda row: (degree[row], row))
@@ -124,7 +124,7 @@ def order_by_a_queue(edges, num_rows: int) -> list[int]:
 
 
 def bandwidth(order, edges) -> int:
-    """How far apart two neighbours stand at most."""
+    """The largest distance between two neighbours in the order."""
     position = np.argsort(order)
     return max(abs(int(position[start] - position[end])) for start, end in edges)
 
@@ -167,7 +167,7 @@ def test_a_grid_is_as_narrow_as_scipy_makes_it(shape):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_one_end_and_edges_both_ways_give_scipys_order(seed):
-    """A row with a single neighbour is where both begin; of several SciPy takes any."""
+    """Both begin at the only row with a single neighbour; among several, SciPy may choose any."""
     nearest = nearest_in_a_plane(60, 6, seed=seed)
     edges = both_ways([*nearest, (60, seed)])
     starts, ends = np.array(edges).T
@@ -207,7 +207,7 @@ def test_an_edge_may_stand_in_either_list():
 
 
 def pairs(num_rows: int, *, dim: int = 8, topics: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Queries and keys around the centres of topics, row `i` of the topic `i % topics`."""
+    """Queries and keys around the centres of topics; row `i` has the topic `i % topics`."""
     centres = np.tile(unit_vectors(0, topics, dim, dtype=jnp.float32), (-(-num_rows // topics), 1))[
         :num_rows
     ]
@@ -218,7 +218,7 @@ def pairs(num_rows: int, *, dim: int = 8, topics: int = 4) -> tuple[np.ndarray, 
 
 
 def dense_order(queries: np.ndarray, keys: np.ndarray, *, quantile: float) -> np.ndarray:
-    """The method by the whole matrix."""
+    """The method, computed from the whole matrix."""
     products = queries @ keys.T
     others = ~np.eye(len(queries), dtype=bool)
     edges = (products > np.quantile(products[others], quantile)) & others
@@ -244,7 +244,7 @@ def test_the_order_is_scipys(num_rows, quantile):
 
 
 def test_own_pairs_are_neither_edges_nor_count():
-    """Features of each row's own raise its own product and no other."""
+    """One additional feature per row increases only the product of its own pair."""
     queries, keys = pairs(50)
     without = paper_order(queries, keys, quantile=0.95)
     for own in (-9, 9):

@@ -1,4 +1,4 @@
-"""From an order to batches: every row once per epoch, blocks whole, equal labels apart."""
+"""From an order to batches: every row once per epoch, whole blocks, equal labels kept apart."""
 
 import itertools
 import tracemalloc
@@ -15,7 +15,7 @@ from jaxcl.assignment.epochs import (
     visited,
 )
 
-# (rows, batch, block): what divides, what does not, data smaller than a batch or than a block.
+# (rows, batch, block): sizes that divide or do not, and data smaller than a batch or a block.
 SIZES = [
     (24, 8, 4),
     (25, 8, 4),
@@ -42,7 +42,7 @@ def unseen(num_rows: int, *, seed: int = 0) -> Assigned:
 
 
 def stream(rows_fn, num_epochs: int, *, num_rows: int, batch_size: int) -> np.ndarray:
-    """The rows of some epochs, one a line, read batch by batch from the first step."""
+    """The rows of some epochs, one epoch per line, read batch by batch from the first step."""
     steps = range(-(-num_epochs * num_rows // batch_size))
     batches = [rows_fn(step) for step in steps]
     assert all(batch.shape == (batch_size,) and batch.dtype == np.int32 for batch in batches)
@@ -54,7 +54,7 @@ def assert_once_each(epochs: np.ndarray) -> None:
 
 
 def broken_blocks(rows: np.ndarray, order: np.ndarray, *, first: int, block_size: int) -> int:
-    """How many of the blocks on the grid of all positions, within `rows`, are not the order's."""
+    """The number of blocks, on the grid of positions within `rows`, that are not in the order."""
     head = min(-first % block_size, len(rows))
     whole = rows[head : len(rows) - (len(rows) - head) % block_size].reshape(-1, block_size)
     place = np.argsort(order)[whole]
@@ -145,9 +145,9 @@ def test_a_random_fraction_of_one_is_a_random_epoch():
     place = np.argsort(np.array(epochs), axis=1)
     batch = place // 4
     together = (batch[:, order[0]] == batch[:, order[1]]).mean()
-    share = 3 * 4 * 3 / (13 * 12)  # both in one of three whole batches
+    share = 3 * 4 * 3 / (13 * 12)  # both in one of three full batches
     assert together == pytest.approx(share, abs=5 * np.sqrt(share * (1 - share) / 120))
-    for row in order[[0, -1]]:  # a row of a whole block, and the one of the short block
+    for row in order[[0, -1]]:  # one row of a full block, and the row of the short block
         count = np.bincount(place[:, row], minlength=13)
         assert np.abs(count - 120 / 13).max() < 5 * np.sqrt(120 / 13)
     hard = np.argsort([epoch_rows(order, epoch=i, **sizes) for i in range(40)], axis=1) // 4
@@ -155,7 +155,7 @@ def test_a_random_fraction_of_one_is_a_random_epoch():
 
 
 def changed(changes: list[int], last_step: int, *, num_rows: int, forget: bool = False, **options):
-    """The rows of a run whose order changes at some steps; `forget` takes no row as seen."""
+    """The rows of a run whose order changes at some steps; `forget` marks other rows as seen."""
     batch_size = options["batch_size"]
     state = unseen(num_rows)
     rows_fn = AssignedRows(state, **options)
@@ -170,7 +170,7 @@ def changed(changes: list[int], last_step: int, *, num_rows: int, forget: bool =
                 batch_size=batch_size,
                 seen=state.seen,
             )
-            if forget:  # as many, but others
+            if forget:  # as many rows, but other ones
                 seen = np.arange(num_rows) < seen.sum()
             state = Assigned(an_order(num_rows, seed=step), seen, step)
             rows_fn = AssignedRows(state, **options)
@@ -223,7 +223,7 @@ def test_visited_rows_are_those_of_the_epoch_under_way(batch_size):
 
     def rows_fn(step: int) -> np.ndarray:
         position = step * batch_size + np.arange(batch_size)
-        return (position % num_rows * 3 % num_rows).astype(np.int32)  # the same each epoch
+        return (position % num_rows * 3 % num_rows).astype(np.int32)  # the same in each epoch
 
     for step in range(12):
         place = step * batch_size % num_rows
@@ -273,7 +273,7 @@ def test_rows_do_not_depend_on_what_was_asked_before():
     for step in np.random.default_rng(0).permutation(steps + steps).tolist():
         found = reused(step)
         np.testing.assert_array_equal(found, wanted[step])
-        found[:] = -1  # a caller's own
+        found[:] = -1  # another caller's
     for step in (15, 7):
         np.testing.assert_array_equal(fresh()(step), wanted[step])
 
@@ -364,13 +364,13 @@ def test_equal_labels_are_kept_apart(num_rows, labels_of):
         conflicts = [count_conflicts(without, labels, **counted) for labels in apart]
         before += sum(conflicts)
         assert [count_conflicts(rows, labels, **counted) for labels in apart] == [0] * len(apart)
-        assert (rows != without).sum() <= 2 * sum(conflicts)  # the others stay where they were
+        assert (rows != without).sum() <= 2 * sum(conflicts)  # the others do not move
     assert before > 20
 
 
 @pytest.mark.parametrize("num_labels", [1, 3, 20, 40])
 def test_what_cannot_be_kept_apart_conflicts_as_little_as_it_can(num_labels):
-    """Of 20 batches, each can hold one row of a label; the others are conflicts."""
+    """Each of 20 batches can hold one row with a label; the other rows are conflicts."""
     labels = np.minimum(np.arange(640) // 5, 200 + np.arange(640) % num_labels)
     labels[:300] = np.arange(300) % num_labels
     order = an_order(640)
@@ -394,7 +394,7 @@ def test_a_label_without_hope_is_in_nobodys_way():
 
 
 def rounds(monkeypatch, order: np.ndarray, apart, *, seed: int):
-    """The rows and each array's conflicts after 0, 1, 2, ... rounds of swaps."""
+    """The rows, and the conflicts of each array of labels, after 0, 1, 2, ... rounds of swaps."""
     rows, conflicts = [], []
     for max_rounds in range(6):
         monkeypatch.setattr("jaxcl.assignment.conflicts._MAX_ROUNDS", max_rounds)
@@ -418,7 +418,7 @@ def test_one_label_array_is_not_repaired_at_the_cost_of_another(monkeypatch):
     order = an_order(240)
     without = epoch_rows(order, epoch=0, batch_size=20, block_size=4, seed=0)
     texts, groups = some_labels(240, 40, seed=0), np.zeros(240, int)
-    # Of 40 groups each batch has 20, once each.
+    # Each batch has 20 of 40 groups, once each.
     groups[without] = np.arange(240) % 20 + 20 * (some_labels(240, 45, seed=1) % 2)
     _, conflicts = rounds(monkeypatch, order, (texts, groups), seed=0)
     assert conflicts[-1, 0] < conflicts[0, 0] / 2
@@ -527,7 +527,7 @@ def test_numbers_may_be_those_of_numpy():
         **{name: np.int32(size) for name, size in (("batch_size", 10), ("block_size", 5))},
         seed=np.int64(0),
     )
-    step = 2**29  # ten times as much overflows int32
+    step = 2**29  # ten times this overflows int32
     np.testing.assert_array_equal(other(np.int32(step)), plain(step))
     sizes = {"batch_size": 10, "block_size": 5, "seed": 0}
     order = assigned.order

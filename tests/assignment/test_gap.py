@@ -1,4 +1,4 @@
-"""The gap between batch and data set: that of all pairs written out, on any number of devices."""
+"""The gap between batch and data set, compared with all pairs, on any number of devices."""
 
 import functools
 import math
@@ -105,10 +105,10 @@ def measured(
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize(("batch_size", "count", "labelled"), [(7, 3, False), (4, 11, True)])
-def test_the_report_is_that_of_all_pairs(devices, batch_size, count, labelled, x64):
-    """Of three batches, most of eight devices have none; of eleven, some have two."""
+def test_the_report_agrees_with_all_pairs_written_out(devices, batch_size, count, labelled, x64):
+    """With three batches, most of eight devices have none; with eleven, some have two."""
     sides = pairs()
-    # Of one text are three rows in a row, and of one group each fifth; padding is of the first.
+    # Three consecutive rows share a text, and every fifth a group; padding has the first labels.
     labels = (jnp.arange(PADDED) // 3 % 15, jnp.arange(PADDED) % 5) if labelled else ()
     rows = some_batches(batch_size=batch_size, count=count)
     found = measured(*sides, rows, devices=devices, different=labels, near_duplicate=0.5)
@@ -120,8 +120,8 @@ def test_the_report_is_that_of_all_pairs(devices, batch_size, count, labelled, x
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_of_some_rows_of_each_batch_it_is_theirs_among_all_of_it(devices, x64):
-    sides, rows = pairs(), some_batches(batch_size=15)  # a third are among their own mates
+def test_sampled_rows_are_compared_with_their_whole_batch(devices, x64):
+    sides, rows = pairs(), some_batches(batch_size=15)  # a batch has a third of all rows
     options = {"near_duplicate": 0.5, "rows_per_batch": 6}
     found = measured(*sides, rows, devices=devices, **options)
     wanted = summary(by_all_pairs(*sides, rows, threshold=0.5, rows_per_batch=6))
@@ -130,13 +130,13 @@ def test_of_some_rows_of_each_batch_it_is_theirs_among_all_of_it(devices, x64):
         assert relative_error(getattr(found, name), value) < 1e-12, name
 
 
-def test_fields_that_are_wanted_alone_are_the_same(x64):
+def test_a_selection_of_fields_has_the_same_values_and_costs_less(x64):
     sides, rows = pairs(), some_batches()
     whole, some = measured(*sides, rows), measured(*sides, rows, fields=("gap", "closed"))
     for name, value in some._asdict().items():
         wanted = getattr(whole, name) if name in ("gap", "closed") else np.nan
         np.testing.assert_array_equal(value, wanted)
-    # What they alone need is left out: the searches for the nearest and the most similar rows.
+    # The searches for nearest and most similar rows, which the other fields need, are left out.
     arguments = (*sides, jnp.asarray(rows), TEMPERATURE, KEY)
     work, less = (
         jax.jit(measure_on(1, ROWS, **options)[1])
@@ -198,7 +198,7 @@ def test_no_row_has_a_gap_below_zero_or_above_its_bound(temperature, x64):
 
 
 def test_the_bound_is_attained_where_all_outside_are_alike(x64):
-    """Every other row is orthogonal: log(1 + (N − b) e⁰ / (e^(1/τ) + (b − 1) e⁰)) for each."""
+    """If all rows are orthogonal, each gap is log(1 + (N − b) e⁰ / (e^(1/τ) + (b − 1) e⁰))."""
     size, batch_size = 12, 4
     found = per_row(*[jnp.eye(size)] * 2, np.arange(8).reshape(2, 4), num_rows=size)
     inside = math.exp(1 / TEMPERATURE) + (batch_size - 1)
@@ -247,14 +247,16 @@ def test_batches_of_whole_clusters_close_most_of_the_gap_and_torn_ones_open_it()
     assert whole.closed > 0.99
     assert torn.closed < 0
     assert whole.global_loss == pytest.approx(float(torn.global_loss), rel=1e-5)
-    assert whole.neighbours == pytest.approx(5 / 10)  # the other five of a row's ten nearest
+    assert whole.neighbours == pytest.approx(
+        5 / 10
+    )  # the other five of a row's ten nearest neighbours
     assert torn.neighbours < 0.3
 
 
-def test_near_duplicates_are_counted_of_both_rows_on_either_side(x64):
+def test_near_duplicates_are_counted_for_both_rows_and_on_both_sides(x64):
     queries, keys = (jnp.asarray(np.eye(12)[numbers]) for numbers in (range(8), range(8)))
-    # In the first batch two queries and two keys of one pair agree, and one query of another; in
-    # the second three keys. A longer vector is none the less a duplicate, and (0, 4) are apart.
+    # In the first batch, rows 0 and 1 share query and key, and rows 2 and 3 the query; in the
+    # second, three rows share a key. Lengths do not matter; rows 0 and 4 are in different batches.
     queries = queries.at[1].set(2 * queries[0]).at[2].set(queries[3]).at[4].set(queries[0])
     keys = keys.at[1].set(keys[0]).at[jnp.array([6, 7])].set(keys[5])
     rows = np.arange(8).reshape(2, 4)
@@ -262,11 +264,11 @@ def test_near_duplicates_are_counted_of_both_rows_on_either_side(x64):
     assert found.near_duplicates.tolist() == [1, 1, 1, 1, 0, 2, 2, 2]
 
 
-def test_halves_are_measured_as_what_they_are():
+def test_bfloat16_vectors_are_measured_without_further_rounding():
     sides, rows = pairs(dtype=jnp.bfloat16), some_batches()
     wanted = summary(by_all_pairs(*sides, rows))
     found = measured(*sides, rows, devices=8)
-    # `closed`, near 0, is a difference of ones.
+    # `closed` is near 0, a difference of numbers near 1.
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -297,8 +299,8 @@ def test_the_table_stays_where_it_is():
     collectives = re.findall(rf"= (.*?) (?:{names})(?:-start)?\(", program.as_text())
     shapes = re.findall(r"\[([\d,]+)\]", " ".join(collectives))
     sizes = [math.prod(int(size) for size in shape.split(",")) for shape in shapes]
-    assert max(sizes) >= 8 * 8 * DIM  # all sampled rows come to each device
-    assert max(sizes) < num_rows // 8 * DIM  # and of other rows not even one device's share
+    assert max(sizes) >= 8 * 8 * DIM  # every device receives all sampled rows
+    assert max(sizes) < num_rows // 8 * DIM  # but less than one device's share of the other rows
 
 
 def test_sampled_batches_are_whole_batches_of_the_order_and_none_twice():

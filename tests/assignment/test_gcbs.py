@@ -17,8 +17,8 @@ from jaxcl.ops.mesh import make_mesh, put_rows
 from tests.helpers import unit_vectors
 
 TOPICS, SIZE, DIM = 15, 8, 16
-ROWS = TOPICS * SIZE - 3  # divides over no mesh
-SIZES = {"block_size": SIZE, "batch_size": 2 * SIZE}  # the same, or more would be compiled
+ROWS = TOPICS * SIZE - 3  # does not divide over any mesh
+SIZES = {"block_size": SIZE, "batch_size": 2 * SIZE}  # the same size, which saves a compilation
 QUICK = Effort(directions=4, swaps=4, refinements=2)
 SETTINGS = {
     "exact": Gcbs(neighbours=9, effort=QUICK),
@@ -85,7 +85,7 @@ def test_rows_on_the_mesh_may_be_more_than_those_of_the_data_set():
     placed = [put_rows(side.astype(np.float32), mesh, num_rows=1_024) for side in more]
     found = order(*placed, 0.1, jax.random.key(0))
     assert sorted(found.rows.tolist()) == list(range(ROWS))
-    # Directions are drawn for other shapes alike, so that nothing else changes.
+    # The drawn directions do not depend on the shape, so nothing else changes.
     np.testing.assert_array_equal(found.rows, ordered("exact", 8).rows)
 
 
@@ -103,7 +103,7 @@ def test_a_newcomer_gives_two_arrays():
     whole = order[: ROWS // SIZE * SIZE].reshape(-1, SIZE)
     most = np.mean([np.bincount(topic[block]).max() for block in whole]) / SIZE
     assert most > 0.7
-    # Lengths do not count, nor do types.
+    # Neither lengths nor types matter.
     other = assign(3 * queries, keys.astype(np.float16), **options)
     assert sorted(other.tolist()) == list(range(ROWS))
 
@@ -212,21 +212,21 @@ def test_more_neighbours_than_rows_and_what_padding_holds_change_nothing(graph):
     np.testing.assert_array_equal(found[1], found[2])
 
 
-def test_labels_of_64_bits_stay_as_many():
+def test_labels_of_64_bits_stay_different():
     queries, keys, topic = topical()
     options = {"settings": SETTINGS["exact"], **SIZES}
     orders = [
         assign(queries, keys, apart=(labels,), **options)
-        # In 32 bits all of these would be one.
+        # In 32 bits, all of these would be equal.
         for labels in (topic, topic.astype(np.int64) << 32)
     ]
     np.testing.assert_array_equal(*orders)
 
 
 @pytest.mark.parametrize("graph", ["exact", "clustered"])
-def test_rows_of_zeros_are_nobody_s_neighbours(graph):
-    # As of an instance bank that has met every other row. Were they neighbours, of nobody's
-    # liking but tied, the lowest of them would fill all lists.
+def test_rows_of_zeros_have_no_neighbours_and_are_none(graph):
+    # As in an instance bank in which every second row has been written. If zero rows could be
+    # neighbours, the first of these ties would fill all lists.
     queries, keys, _ = topical()
     met = (np.arange(ROWS) % 2 == 0)[:, None]
     settings = Gcbs(graph=graph, neighbours=9, cluster_size=16, probes=8)
@@ -242,7 +242,7 @@ def test_rows_of_zeros_are_nobody_s_neighbours(graph):
 
 
 def graph_on(mesh, queries, keys, *, settings):
-    """The graph behind an order."""
+    """The graph that an order is computed from."""
     rows = PartitionSpec("data")
 
     def of_shard(queries, keys):
@@ -289,7 +289,7 @@ def test_pairs_that_are_not_finite_are_those_that_were_never_written(name):
 def test_assign_says_when_it_compiles_and_how_far_it_is():
     queries, keys, _ = topical()
     lines = []
-    settings = SETTINGS["rcm_device"]._replace(neighbours=4)  # as no other test compiles
+    settings = SETTINGS["rcm_device"]._replace(neighbours=4)  # which no other test compiles
     options = {"block_size": 4, "settings": settings, "report": lines.append}
     first = assign(queries[:50], keys[:50], **options)
     search = "searching for the order of 50 rows on 8 devices"

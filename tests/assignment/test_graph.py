@@ -1,4 +1,4 @@
-"""Each row's nearest and their masses, against a dense restatement, on 1 and on 8 devices."""
+"""Nearest neighbours and their masses, against a dense computation, on 1 and on 8 devices."""
 
 import functools
 
@@ -48,20 +48,20 @@ def graph(devices, *, clusters=None, probes=3, by_group=False, cap=None):
 
 
 def likeness():
-    """What the graph goes by, in float64 from its whole numbers; −∞ for padding and own pairs."""
-    ours, theirs = (np.asarray(side, np.float64) for side in two_sided(*pairs()))
-    products = ours @ theirs.T
+    """The graph's similarities, exact in float64; −∞ for padding and own pairs."""
+    queries, keys = (np.asarray(side, np.float64) for side in two_sided(*pairs()))
+    products = queries @ keys.T
     own = products.diagonal().copy()
     np.fill_diagonal(products, -np.inf)
     products[:, ROWS - 2 :] = -np.inf
-    return products, own, ours @ theirs[:8].T
+    return products, own, queries @ keys[:8].T
 
 
-def test_the_graph_is_what_a_dense_matrix_says():
+def test_the_graph_agrees_with_a_dense_matrix():
     products, own, random = likeness()
     found = graph(1)
     order = np.argsort(-products, axis=1, kind="stable")[:, :NEIGHBOURS]
-    valid = slice(0, ROWS - 2)  # padding has no neighbours of account
+    valid = slice(0, ROWS - 2)  # neighbours of padding do not matter
     np.testing.assert_array_equal(found.rows[valid], order[valid])
     near = np.take_along_axis(products, order, 1)
     greatest = np.maximum(own, near[:, 0])[:, None]

@@ -1,4 +1,4 @@
-"""One compiled search for many numbers of rows: the capacities, and what compiles again."""
+"""One compiled search serves many numbers of rows: capacities, and recompilations."""
 
 import contextlib
 
@@ -49,7 +49,7 @@ def test_other_numbers_of_rows_compile_nothing(name):
     options = {"block_size": 64, "settings": SETTINGS[name]}
     with compilations() as events:
         assign(*sides_of(1_020), **options)
-    assert events  # the listener hears of compilations
+    assert events  # the listener receives compilations
     for num_rows in (1_021, 1_024, 961):
         with compilations() as events:
             order = assign(*sides_of(num_rows), **options)

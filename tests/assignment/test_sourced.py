@@ -1,4 +1,4 @@
-"""Several sources: shares that hold, each row once per epoch of its source, all from the step."""
+"""Several sources: exact shares, each row once per epoch of its source, all from the step."""
 
 import math
 
@@ -18,7 +18,7 @@ SIZES = {
 
 
 def some_sources(sizes: list[int], *, seed: int = 0) -> np.ndarray:
-    """Rows of the sources 0, 3, 6, ..., in no order."""
+    """Shuffled rows of the sources 0, 3, 6, ..."""
     sources = np.repeat(3 * np.arange(len(sizes)), sizes)
     return np.random.default_rng(seed).permutation(sources)
 
@@ -29,7 +29,7 @@ def shares_of(sizes: list[int], temperature: float = 1.0) -> np.ndarray:
 
 
 def counts(rows: np.ndarray, sources: np.ndarray) -> np.ndarray:
-    """How many rows each source has among `rows`."""
+    """The number of `rows` of each source."""
     return np.bincount(sources[rows], minlength=sources.max() + 1)[::3]
 
 
@@ -51,7 +51,7 @@ def test_a_mixed_batch_has_of_each_source_its_share(sizes, temperature):
 
 
 def drift(drawn: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """How far the sources are off their share before each step, given draws `[steps, sources]`."""
+    """The deviation of the sources from their shares before each step, for `[steps, sources]`."""
     before = np.cumsum(drawn, axis=0) - drawn
     return np.abs(before - before.sum(1, keepdims=True) * share).max(1)
 
@@ -82,7 +82,7 @@ def test_sources_drawn_at_random_drift_further():
 
 
 def test_drift_does_not_grow_over_long_runs():
-    """What the batches of a step begin with is what all steps before it drew."""
+    """The counts before a step are the sum of all earlier draws."""
     sizes = SIZES["irrational"]
     sources = some_sources(sizes)
     for mix in ("mixed", "one"):
@@ -98,7 +98,7 @@ def test_drift_does_not_grow_over_long_runs():
 
 
 def assert_once_per_epoch(batches: np.ndarray, sources: np.ndarray) -> None:
-    """After k rows of a source with n, each was visited k // n times or once more."""
+    """After k draws from a source of n rows, each row was drawn k // n times or once more."""
     visits = np.zeros(len(sources), int)
     for rows in batches:
         np.add.at(visits, rows, 1)
@@ -125,8 +125,8 @@ def test_rows_drawn_anew_for_each_batch_do_not_come_once_per_epoch():
 
 
 @pytest.mark.parametrize(("mix", "missed"), [("mixed", 5), ("one", 5 * 10)])
-def test_by_rows_an_epoch_of_all_holds_nearly_every_row_once(mix, missed):
-    """All but a few draws of a source are in the epoch of all rows that they belong to."""
+def test_an_epoch_of_all_rows_has_nearly_every_row_once(mix, missed):
+    """All except a few draws of a source fall into the matching epoch of all rows."""
     sizes = [500, 300, 170, 30]
     rows_fn = SourcedRows(some_sources(sizes), batch_size=10, seed=0, mix=mix)
     for epoch in range(2):
@@ -161,22 +161,22 @@ def test_a_batch_of_one_source_has_no_other(sizes):
 
 
 def test_every_part_of_a_mixed_batch_is_mixed():
-    """No device's part is one source's alone: of 4 rows each, both sources as often."""
+    """Each device's 4 rows of a batch come from both sources equally often."""
     sources = some_sources([64, 64])
     parts = sources[batches(SourcedRows(sources, batch_size=16, seed=0), 150)].reshape(150, 4, 4)
     share = (parts == 0).mean((0, 2))
     assert np.abs(share - 0.5).max() < 5 * np.sqrt(0.25 / 600)
     alone = (parts == parts[..., :1]).all(2).mean()
-    wanted = 2 * (8 * 7 * 6 * 5) / (16 * 15 * 14 * 13)  # 4 of 8 of one of two sources
+    wanted = 2 * (8 * 7 * 6 * 5) / (16 * 15 * 14 * 13)  # all 4 among the 8 of one of two sources
     assert alone == pytest.approx(wanted, abs=5 * np.sqrt(wanted / 600))
 
 
 def test_topics_are_spread_over_the_run():
-    """Every 32 batches have three or four of a topic with a tenth of the rows."""
+    """32 consecutive batches have three or four of a topic with a tenth of the rows."""
     of = np.argmax(drawn_by("one", [70, 10, 10, 10], 192), axis=1).reshape(-1, 32)
     for topic in (1, 2, 3):
         assert set((of == topic).sum(1)) <= {3, 4}
-    assert (of[0] != of[1]).any()  # but not the same in all
+    assert (of[0] != of[1]).any()  # but not at the same places
 
 
 @pytest.mark.parametrize("mix", ["mixed", "one"])
@@ -241,7 +241,7 @@ def test_seeds_have_rows_and_turns_of_their_own():
 def test_epochs_of_a_source_and_sources_of_a_size_have_orders_of_their_own():
     sources = np.repeat([0, 1], 64)
     rows_fn = SourcedRows(sources, batch_size=2, seed=0)
-    rows = np.sort(batches(rows_fn, 192), axis=1).reshape(3, 64, 2)  # [epoch, place, source]
+    rows = np.sort(batches(rows_fn, 192), axis=1).reshape(3, 64, 2)  # [epoch, position, source]
     orders = [rows[epoch, :, source] - 64 * source for epoch in range(3) for source in (0, 1)]
     for i in range(len(orders)):
         np.testing.assert_array_equal(np.sort(orders[i]), np.arange(64))

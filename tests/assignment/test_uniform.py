@@ -1,4 +1,4 @@
-"""Uniform assignment: every row once per epoch, in any order, from the step alone."""
+"""Uniform assignment: every row once per epoch, in a random order, from the step alone."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from jaxcl.assignment import uniform_rows
 
 
 def epochs(num_epochs: int, *, num_rows: int, seed: int = 0) -> np.ndarray:
-    """The order of each epoch, one a line, read as a single batch."""
+    """The order of each epoch, one per line, read as a single batch."""
     size = num_epochs * num_rows
     return uniform_rows(0, num_rows=num_rows, batch_size=size, seed=seed).reshape(-1, num_rows)
 
@@ -25,7 +25,7 @@ def stream(num_positions: int, *, num_rows: int, batch_size: int, seed: int = 0)
     return np.concatenate(batches)[:num_positions]
 
 
-# Each power of 4, the domain of the network, with its neighbours; 4⁸ + 1 walks the longest cycles.
+# Powers of 4, the sizes of the network's domain, ± 1; 4⁸ + 1 has the longest cycle walks.
 @pytest.mark.parametrize("num_rows", [*range(1, 41), 63, 64, 65, 255, 256, 257, 1000, 4097, 65_537])
 def test_each_epoch_holds_every_row_once(num_rows):
     for order in epochs(3, num_rows=num_rows):
@@ -59,7 +59,7 @@ def test_a_batch_larger_than_the_data_holds_several_epochs():
 
 
 def test_orders_of_neighbouring_seeds_and_epochs_have_nothing_in_common():
-    """Two random orders of 64 rows agree in Poisson(1) places; 12 of them come once in 10⁹."""
+    """Two random orders of 64 rows agree at Poisson(1) positions; 12 occur once in 10⁹."""
     orders = np.concatenate([epochs(20, num_rows=64, seed=seed) for seed in range(20)])
     agreements = (orders[:, None] == orders[None, :]).sum(2)[np.triu_indices(20 * 20, 1)]
     assert agreements.max() < 12
@@ -67,27 +67,27 @@ def test_orders_of_neighbouring_seeds_and_epochs_have_nothing_in_common():
 
 
 def test_neighbouring_seeds_do_not_share_the_keys_of_rounds():
-    """The next seed would otherwise go on where the first round of a seed leaves off.
+    """Otherwise, a seed's first round would use the key of the previous seed's second round.
 
-    Of 64 rows in a square, the right halves of one order's column i would then be the left halves
-    of the next order's line i.
+    With 64 rows in a square, the right halves of column i of one order would then be the left
+    halves of line i of the next order.
     """
     squares = [epochs(1, num_rows=64, seed=seed)[0].reshape(8, 8) for seed in range(50)]
     in_common = [
-        sorted(ours[:, i] % 8) == sorted(theirs[i] // 8)
-        for ours, theirs in itertools.pairwise(squares)
+        sorted(one[:, i] % 8) == sorted(following[i] // 8)
+        for one, following in itertools.pairwise(squares)
         for i in range(8)
     ]
     assert np.mean(in_common) < 0.05
 
 
-def test_seeds_far_apart_have_orders_of_their_own():
+def test_distant_seeds_have_different_orders():
     seeds = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63 - 1]
     assert len({tuple(epochs(1, num_rows=64, seed=seed)[0]) for seed in seeds}) == len(seeds)
 
 
 def chi_square(orders: np.ndarray, *, row: int) -> float:
-    """How unevenly a row falls on the places of an epoch, in standard deviations from the mean."""
+    """How unevenly a row falls on the positions of an epoch, as a chi-square z-score."""
     num_epochs, num_rows = orders.shape
     count = np.bincount(np.argmax(orders == row, axis=1), minlength=num_rows)
     expected = num_epochs / num_rows
@@ -109,7 +109,7 @@ def test_neighbouring_seeds_are_as_random_as_neighbouring_epochs(num_rows):
 
 
 def pair_deviation(orders: np.ndarray, *, batch_size: int) -> float:
-    """The worst of all pairs' number of shared batches, in standard deviations from the mean."""
+    """The largest deviation of a pair's number of shared batches, in standard deviations."""
     num_epochs, num_rows = orders.shape
     batch_of_row = np.argsort(orders, axis=1) // batch_size
     shared = (batch_of_row[:, :, None] == batch_of_row[:, None, :]).sum(0)
@@ -126,7 +126,9 @@ def test_every_pair_shares_a_batch_equally_often(num_rows, batch_size):
 def test_the_measures_of_uniformity_tell_worse_orders_apart():
     unshuffled = np.tile(np.arange(12), (4000, 1))
     assert chi_square(unshuffled, row=0) > 100
-    rotated = (unshuffled + np.arange(4000)[:, None]) % 12  # even places, but always the same mates
+    rotated = (
+        unshuffled + np.arange(4000)[:, None]
+    ) % 12  # uniform positions, but always with the same rows
     assert chi_square(rotated, row=0) < 5
     assert pair_deviation(rotated, batch_size=4) > 20
 

@@ -1,4 +1,4 @@
-"""What is read off a program: held against what is known of it, and against XLA's own count."""
+"""Costs read from a compiled program, compared with known values and with XLA's own counts."""
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,8 @@ def test_products_count_as_often_as_they_run():
 @pytest.mark.parametrize(
     ("axes", "count"),
     [
-        ({"data", "fsdp"}, 2),  # rows over four, and twice the same over two
-        ({"data"}, 1),  # the compiler spreads it over the others
+        ({"data", "fsdp"}, 2),  # rows over four devices, replicated over two
+        ({"data"}, 1),  # the compiler divides it over the other axis
     ],
 )
 def test_products_inside_of_a_shard_map_count_on_each_device(axes, count):
@@ -68,7 +68,7 @@ def test_memory_traffic_grows_with_the_loop_and_not_with_what_it_slices():
 @pytest.mark.parametrize("collective", ["psum", "all_gather", "psum_scatter", "ppermute"])
 def test_collectives_bring_what_a_ring_brings(collective):
     mesh = make_mesh({"data": 8})
-    received = {  # of [8, 4] float32 on each of 8 devices
+    received = {  # for [8, 4] float32 on each of 8 devices
         "psum": 2 * 7 / 8 * 128,
         "all_gather": 7 * 128,
         "psum_scatter": 7 / 8 * 128,

@@ -1,4 +1,4 @@
-"""A model's arithmetic, by a formula that was written down for it."""
+"""The arithmetic of a model, compared with a formula."""
 
 import jax
 import pytest
@@ -21,7 +21,7 @@ def test_a_transformer_s_products_are_those_of_the_formula():
         pooling = 2 * width * h + 2 * h * config.model.dim
         forward += size * (layers * (projections + attention) + pooling)
     scores = 2 * size**2 * config.model.dim
-    for remat in (False, True):  # recomputation does not count
+    for remat in (False, True):  # recomputation is not counted
         config.model.options.remat = remat
         settings = read_settings(config)
         towers = build_towers(settings)
