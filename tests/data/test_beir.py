@@ -1,4 +1,4 @@
-"""BEIR folders: judgements in several formats, and an error or a count for what does not fit."""
+"""BEIR folders: relevance labels in several formats, and an error or a count for gaps."""
 
 import gzip
 import json
@@ -251,7 +251,7 @@ def test_pairs_of_texts_need_no_qrels(without_qrels):
     found = read_beir(without_qrels)
     assert found.query_texts == ["one", "two", "three"]
     assert pairs_of(found) == [("0", "1", 1), ("1", "0", 1), ("1", "2", 1), ("2", None, 1)]
-    assert found.own_documents.tolist() == [-1, -1, -1]  # the ids are the numbers of lines
+    assert found.own_documents.tolist() == [-1, -1, -1]  # ids are line numbers
     assert found.left_out["unknown_documents"] == 1
 
 

@@ -1,4 +1,4 @@
-"""Arrays on disk, copied to memory: whole, verified, and out of the reach of later damage."""
+"""Arrays on disk, copied to memory and verified, so that later damage does not matter."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Code pairs: what lands in which split, and when prepared rows are used again."""
+"""Code pairs: the split of each function, and the reuse of prepared rows."""
 
 import json
 import multiprocessing
@@ -47,7 +47,7 @@ def split(functions, **changes):
 
 
 def write_packages(root: Path) -> tuple[SourceRoot, ...]:
-    """Writes `held` (2 functions) and `seen` (a file of one function for each of 20 letters)."""
+    """Write `held` (2 functions) and `seen` (20 files of one function, one per letter)."""
     for package, files in {"held": ("x", "y"), "seen": LETTERS}.items():
         (root / package).mkdir(parents=True)
         for name in files:
@@ -234,7 +234,7 @@ def test_a_killed_preparation_is_done_again(prepare, tmp_path, killed_at):
     killed = subprocess.run([sys.executable, "-c", KILLED, *map(str, arguments)], env=environment)
     assert killed.returncode == 9
     [left] = (tmp_path / "data" / "code_pairs").iterdir()
-    assert list(left.rglob("*.array_record*"))  # it died with the records written
+    assert list(left.rglob("*.array_record*"))  # it was killed after writing the records
     info = prepare()
     assert len(read_all(info, "test")) == 2
     assert not left.exists()
@@ -352,7 +352,7 @@ def test_tfds_is_silent_meanwhile_and_as_before_afterwards(prepare, capfd):
         tfds.display_progress_bar(bars)
     captured = capfd.readouterr()
     assert captured.out == ""
-    assert len(captured.err.splitlines()) == 3  # ours: parsed, found, written
+    assert len(captured.err.splitlines()) == 3  # jaxcl's own lines: parsed, found, written
 
 
 def test_what_was_found_and_skipped_is_said(prepare, capsys):

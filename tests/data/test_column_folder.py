@@ -1,4 +1,4 @@
-"""Columns are computed once, and again if their folder is damaged."""
+"""Columns are computed once, and recomputed if their folder is damaged."""
 
 import json
 
@@ -13,7 +13,7 @@ MADE_FROM = {"format": 1, "source": "rows"}
 
 @pytest.fixture
 def kept(tmp_path):
-    """A function that reads the columns, and what it has had to compute."""
+    """A function that reads the columns, and a list of the computations that it made."""
     computed = []
 
     def read(made_from=MADE_FROM):

@@ -1,4 +1,4 @@
-"""Each kind of file gives the same rows, and the places of the rows that cannot be read."""
+"""Each kind of file gives the same rows, and the line numbers of rows that cannot be read."""
 
 import bz2
 import gzip
@@ -34,7 +34,7 @@ KINDS = ("jsonl", "csv", "tsv", "parquet", "arrow")
 
 @pytest.fixture
 def written(tmp_path):
-    """Writes the rows as a file of a kind."""
+    """Write the rows to a file of a kind."""
 
     def write(kind):
         path = tmp_path / f"pairs.{kind}"
@@ -120,7 +120,7 @@ def test_a_quotation_mark_that_opens_no_quotes_swallows_no_rows(tmp_path):
     assert right == FileRow(4, {"query": "g", "key": "h"})
     (tmp_path / "pairs.csv").write_bytes(content.replace(b"\t", b","))
     (row, _) = read_rows(tmp_path / "pairs.csv", [])
-    assert row.fields == {"query": "He said,c\nd", "key": "f"}  # as CSV is meant
+    assert row.fields == {"query": "He said,c\nd", "key": "f"}  # as the CSV standard says
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])

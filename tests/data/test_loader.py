@@ -13,7 +13,7 @@ from jaxcl.data.token_table import build_token_table
 from jaxcl.data.tokenizer import train_tokenizer
 from jaxcl.ops.mesh import batch_sharding, make_mesh
 
-NUM_ROWS, BATCH_SIZE, STEPS = 37, 16, 7  # over three epochs, none of which ends with a batch
+NUM_ROWS, BATCH_SIZE, STEPS = 37, 16, 7  # over three epochs, with batches across their ends
 
 
 @pytest.fixture(scope="module")

@@ -66,12 +66,12 @@ def test_positives_are_found_by_text(documents, tmp_path):
 def test_positives_are_found_by_id(documents, tmp_path):
     queries = queries_of(tmp_path, {"query": "pet", "positive_ids": ["d6", "d2", "d1"]})
     pool = mining_pool(documents, queries)
-    assert pool.positives == [[1, 0]]  # d6 and d1 are one text
+    assert pool.positives == [[1, 0]]  # d6 and d1 have the same text
     assert pool.positive_texts is None
     unknown = queries_of(tmp_path, {"query": "pet", "positive_ids": ["d1", "d9"]})
     empty = queries_of(tmp_path, {"query": "pet", "positive_ids": ["d1", "d3"]})
     with pytest.raises(ValueError, match="line 1: the positive 'd3' has no text"):
-        mining_pool(documents, empty)  # training would refuse the line
+        mining_pool(documents, empty)  # training would reject the line
     with pytest.raises(ValueError, match="line 1: no document of the corpus has the id 'd9'"):
         mining_pool(documents, unknown)
 
@@ -101,7 +101,7 @@ def test_a_positive_excludes_the_document_that_has_it_after_a_title(tmp_path):
     queries = queries_of(
         tmp_path,
         {"query": "hunts in the dark", "pos": f" {long}\n"},
-        {"query": "flies", "pos": "a bird"},  # short texts end many documents
+        {"query": "flies", "pos": "a bird"},  # many documents may end with a short text
         {"query": "both", "pos": ["a bird", long]},
     )
     pool = mining_pool(documents, queries)

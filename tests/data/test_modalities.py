@@ -1,4 +1,4 @@
-"""The files in a workdir that inputs depend on stay as they were recorded."""
+"""The files in a workdir that inputs depend on must not change."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The negatives that rows bring: numbered by text, and checked row by row."""
+"""Text negatives of rows: numbered by text, and checked row by row."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_a_negative_that_is_a_key_or_a_query_names_the_first_such_row():
     assert read_negative_lists(pairs(queries=queries)).same_row.tolist() == [
         *(-1, 1, 0, -1)  # wolf, fox, cat, bear
     ]
-    keys = ["x", "y", "bear", "cat", "bear"]  # a key goes before a query
+    keys = ["x", "y", "bear", "cat", "bear"]  # keys take precedence over queries
     source = InMemoryPairs(queries, keys, metadata={"negatives": NEGATIVES})
     assert read_negative_lists(source).same_row.tolist() == [-1, 1, 3, 2]
 

@@ -1,4 +1,4 @@
-"""Columns are found by common names; what could be meant twice is an error that lists them."""
+"""Columns are found by common names; ambiguous names are an error that lists them."""
 
 import pytest
 

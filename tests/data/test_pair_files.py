@@ -1,4 +1,4 @@
-"""Files of pairs as sources: rows in any order, splits that appending rows leaves as they are."""
+"""Files of pairs as sources: rows in any order, and splits that appended rows do not change."""
 
 import json
 import pickle
@@ -25,13 +25,13 @@ def write_jsonl(path, records):
 
 
 def plain_rows(count=NUM_ROWS, first=0):
-    """Rows of which each query has three."""
+    """Rows with three rows per query."""
     return [{"query": f"query {i // 3}", "key": f"key {i}"} for i in range(first, first + count)]
 
 
 @pytest.fixture
 def opened(tmp_path):
-    """Opens the splits of a file in a folder of this test, by changes of `config.data`."""
+    """Open the splits of a file in this test's folder, with changes to `config.data`."""
 
     def open_with(name="pairs.jsonl", splits=None, **changes):
         data = get_config("smoke").data.to_dict()
@@ -89,7 +89,7 @@ FULL_ROWS = [
 
 
 def write_folder(folder, records):
-    """Writes records as `save_to_disk` of Hugging Face's datasets does, in two files."""
+    """Write records to two files, as `save_to_disk` of Hugging Face's datasets does."""
     folder.mkdir(parents=True)
     table = pyarrow.Table.from_pylist(records)
     names = [f"data-{i:05d}-of-00002.arrow" for i in range(2)]
@@ -192,7 +192,7 @@ def test_the_split_of_a_row_does_not_change_when_rows_are_appended(opened, tmp_p
     for role, texts in before.items():
         assert after[role][: len(texts)] == texts
         assert len(after[role]) > len(texts)
-    # Each query lies in one split, with all three of its rows, and no row is lost.
+    # Each query is in one split, with all three of its rows, and no row is lost.
     assert sum(map(len, after.values())) == 2 * NUM_ROWS
     assert sum(len(set(texts)) for texts in after.values()) == 2 * NUM_ROWS / 3
     shares = {role: len(texts) / (2 * NUM_ROWS) for role, texts in after.items()}

@@ -1,4 +1,4 @@
-"""Records of every shape become checked pairs, or say what is wrong."""
+"""Records of every form become checked pairs, or errors that name the problem."""
 
 import json
 import math

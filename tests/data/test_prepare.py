@@ -1,4 +1,4 @@
-"""The data of a run: made once, from the training split's texts, and remembered by the workdir."""
+"""The data of a run: prepared once from the training split, and recorded in the workdir."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ TEST = {"queries": ["eee"], "keys": ["fff"], "groups": [9]}
 
 @pytest.fixture
 def columns(monkeypatch):
-    """What the splits hold; a test may change it."""
+    """The content of the splits, which a test may change."""
     splits = {"train": TRAIN, "validation": TEST, "test": TEST}
 
     def open_pairs(name, split, *, group_field, **_):
@@ -31,7 +31,7 @@ def columns(monkeypatch):
 
 @pytest.fixture
 def prepared(tmp_path, columns):
-    """Prepares the data of one workdir, by changes of `config.data`."""
+    """Prepare the data of one workdir, with changes to `config.data`."""
     (tmp_path / "run").mkdir()
 
     def prepare_with(**changes):

@@ -1,4 +1,4 @@
-"""Which functions are found, what is left of them, and which files are passed over."""
+"""The functions that are found, the text that is kept, and the files that are skipped."""
 
 import ast
 import gc
@@ -86,7 +86,7 @@ def test_a_function_is_found_with_its_parts():
     assert (found.qualified_name, found.name) == ("Outer.Inner.size", "size")
     assert (found.package, found.module) == ("tools", "tools.words")
     assert (found.file, found.path) == ("tools/words.py", "/somewhere/tools/words.py")
-    assert found.line == 5  # of the `def`; the first line is empty
+    assert found.line == 5  # the line of `def`; the first line is empty
 
 
 def test_functions_under_if_try_and_with_are_found_but_not_those_inside_functions():
@@ -203,7 +203,7 @@ def test_unusable_files_are_skipped_and_counted(tmp_path):
     )
     os.symlink(tmp_path / "nowhere", tmp_path / "pkg" / "dangling.py")
     assert scan_and_parse(root) == (
-        ["marked", "latin", "count"],  # in the order of the files' names
+        ["marked", "latin", "count"],  # sorted by file name
         {
             python_functions.BAD_SYNTAX: 1,
             python_functions.NULL_BYTES: 1,
@@ -283,7 +283,7 @@ def test_new_processes_find_the_same(tmp_path):
     serial = parse_functions(scan.files)
     assert parse_functions(scan.files, num_processes=2, on_progress=done.append) == serial
     assert len(serial.functions) == 600
-    assert gc.isenabled()  # it is off while files are parsed
+    assert gc.isenabled()  # off while files are parsed
     assert sum(done) == 601
 
 

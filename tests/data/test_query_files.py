@@ -1,4 +1,4 @@
-"""Queries with their positives: common fields are found, and every bad record is named."""
+"""Queries with positives: common field names are found, and every bad record is named."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Digests are equal for equal contents, and numbers follow the order of appearance."""
+"""Digests are equal for equal content, and numbers follow the order of first appearance."""
 
 import numpy as np
 import pytest

@@ -9,7 +9,7 @@ QUERY, KEY = np.arange(6.0).reshape(3, 2), np.arange(6.0, 12).reshape(3, 2)
 
 
 def spoilt(value):
-    """Embeddings with this number in row 1."""
+    """Embeddings with this value in row 1."""
     vectors = np.ones((3, 2))
     vectors[1, 1] = value
     return vectors

@@ -1,4 +1,4 @@
-"""Rows of files that are matched with the rows of a split by their ids."""
+"""Rows of files are matched with the rows of a split by id."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from jaxcl.data.row_topics import read_topics
 from jaxcl.data.sources import InMemoryPairs
 
 IDS = ["d", "b", "a"]
-"""Of the split's rows."""
+"""The ids of the split's rows."""
 FILE_IDS = ["a", "b", "c", "d"]
 
 

@@ -1,4 +1,4 @@
-"""Labels of rows: equal for connected rows, numbered by first rows, in memory per row."""
+"""Labels of rows: equal for connected rows, in the order of first rows, in linear memory."""
 
 import tracemalloc
 
@@ -17,7 +17,7 @@ def by_first_appearance(values):
 
 
 def components(queries, keys):
-    """The components by SciPy, numbered by their first rows."""
+    """SciPy's components, in the order of their first rows."""
     size = int(queries.max()) + 1
     edges = scipy.sparse.coo_array((np.ones(len(queries)), (queries, size + keys)))
     size = max(edges.shape)

@@ -22,7 +22,7 @@ def table():
 
 
 def spoilt(value):
-    """Scores with this number in row 1."""
+    """Scores with this value in row 1."""
     scores = np.ones((3, 3))
     scores[1, 2] = value
     return scores
@@ -37,7 +37,7 @@ def test_a_batch_holds_the_keys_that_its_rows_name(tmp_path):
     negatives = read_negatives(written(tmp_path, rows=ROWS), num_rows=3, scored=False)
     found = negatives.columns(table(), np.array([1, 0]))["negatives"]
     assert found["inputs"]["tokens"].tolist() == [
-        [[3, 3, 3], [1, 0, 0]],  # row 1 has one; what fills the other place is not valid
+        [[3, 3, 3], [1, 0, 0]],  # row 1 has one negative; the padding is not valid
         [[2, 2, 0], [3, 3, 3]],
     ]
     assert found["valid"].tolist() == [[True, False], [True, True]]

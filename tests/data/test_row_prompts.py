@@ -1,4 +1,4 @@
-"""Prompts of data sets that are concatenated: each row has its own data set's."""
+"""Prompts of concatenated data sets: each row has the prompt of its data set."""
 
 import jax
 import numpy as np
@@ -55,7 +55,7 @@ def chunk_rows(request, monkeypatch):
 
 
 def settings(*, names=("b", "c"), **changes):
-    """Settings of the data sets above, the first of them the run's own."""
+    """Settings of the data sets above; the first is the run's own."""
     concatenated = {
         name: DataSet(name, {"train": "train"}, prompts=prompts)
         for name, prompts in zip(names, PROMPTS[1:], strict=True)
@@ -106,14 +106,14 @@ def test_rows_have_the_tokens_of_their_data_set_alone(tmp_path, rule):
 
 def test_a_batch_of_all_data_sets_has_each_row_s_prompt_length(tmp_path):
     inputs = together(tmp_path, exclude_prompt=True).side("query", np.array([8, 4, 0, 5]))
-    # <s> and the tokens of "a query :", of no prompt, and of "query :".
+    # <s> and the tokens of "a query :", of an empty prompt, and of "query :".
     assert inputs["prompt_length"].tolist() == [1 + 3, 0, 1 + 2, 0]
     assert inputs["length"].tolist() == [1 + 3 + 1 + 1, 1 + 2 + 1, 1 + 2 + 3 + 1, 1 + 1 + 1]
 
 
 def test_equal_texts_are_found_whatever_their_prompts(tmp_path):
     text = together(tmp_path).text
-    assert text[0] == text[7]  # "a b c", of different data sets
+    assert text[0] == text[7]  # "a b c" in different data sets
     assert text[2] == text[4]  # "c a", without a prompt in the second
     assert text[3] == text[8]  # "b"
     assert len({text[row] for row in (1, 5, 6)}) == 3
@@ -122,7 +122,7 @@ def test_equal_texts_are_found_whatever_their_prompts(tmp_path):
 
 
 def test_the_tokens_of_a_prompt_are_compared_where_it_runs_into_the_text(tmp_path):
-    """With the prompt "a", the unknown words of "ac b" and "az b" are no prompt before "b"."""
+    """Given the prompt "a", the unknown words in "ac b" and "az b" are not a prompt before "b"."""
     pairs = ConcatenatedPairs([InMemoryPairs(["c b", " b", "z b"], ["a", "b", "c"]), SOURCES[1]])
     prompts = RowPrompts(("x", "y"), np.array([3, 5]), {"query": ("a", ""), "key": ("", "")})
     table = table_of(pairs, tmp_path, prompts=prompts)

@@ -1,4 +1,4 @@
-"""Held-out rows are none that are trained on, however they are named."""
+"""Held-out rows are never training rows, however they are named."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def opened(data_dir):
-    """Opens splits of a data set, with others concatenated."""
+    """Open splits of a data set, with others concatenated."""
 
     def open_with(splits, *others, name="tiny_pairs:1.0.0"):
         config = get_config("smoke").data
@@ -80,7 +80,7 @@ def test_splits_without_a_common_row_are_opened(opened, train, held_out):
     ],
 )
 def test_splits_with_a_common_row_are_refused(opened, data_dir, train, held_out):
-    # Each alone can be opened, and some row is in both.
+    # Each can be opened alone, and they have a row in common.
     alone = [opened({"train": split})["train"] for split in (train, held_out)]
     assert set(numbers(alone[0])) & set(numbers(alone[1]))
     with pytest.raises(ValueError, match=r"holds out rows that .* trains on") as error:

@@ -1,4 +1,4 @@
-"""Rows of a program become a file, whose name is their content."""
+"""Rows from a program are saved to a file that is named by their content."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Pairs of texts with scores, from the files in which data sets of similarity are kept."""
+"""Pairs of texts with scores, from files as similarity data sets come."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""A snippet is one line with the words of the query, however long or odd the text is."""
+"""A snippet is one line with the query's words, for long and unusual texts too."""
 
 import time
 

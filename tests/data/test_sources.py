@@ -105,7 +105,7 @@ def row(i: int) -> dict:
 
 @pytest.fixture(params=["memory", "tfds"])
 def pairs(request, data_dir):
-    """Both kinds of source with the same rows."""
+    """A source of each kind, with the same rows."""
     if request.param == "tfds":
         return open_tiny(data_dir, group_field="number", metadata_fields=("label",))
     return InMemoryPairs(
@@ -215,7 +215,7 @@ def test_a_fingerprint_beside_the_records_stands_for_their_content(version_dir):
 
 
 def rewrite(shard: Path, change) -> None:
-    """Writes a record file again, with `change(record)` for each record."""
+    """Rewrite a record file, with `change(record)` for each record."""
     reader = ArrayRecordReader(str(shard))
     records = reader.read_all()
     reader.close()
@@ -246,14 +246,14 @@ def test_other_bytes_of_the_same_size_change_the_fingerprint(version_dir):
     assert shard.stat().st_size == size
     after = fingerprint()
     assert after != before
-    # What has not been touched is not read again.
+    # A file with an unchanged time stamp is not read again.
     remembered = version_dir / DIGESTS_FILE
     digests = read_sealed_json(remembered)
     digests[shard.name][-1] = "remembered"
     write_sealed_json(remembered, {"another-split.array_record": [1, 2, "3"], **digests})
     content = remembered.read_text()
     assert fingerprint() not in (before, after)
-    assert remembered.read_text() == content  # nothing was new, and nothing was written
+    assert remembered.read_text() == content  # nothing was new, so nothing was written
     for damaged in ("cut sh", "[]", "{}", "5", content.replace("remembered", "Remembered")):
         remembered.write_text(damaged)
         assert fingerprint() == after
@@ -317,7 +317,7 @@ def test_a_data_set_that_is_not_prepared_says_where_and_how(tmp_path):
     assert f"looked in ['{tmp_path}']" in message
     command = f"tfds.builder('snli:1.1.0', data_dir='{tmp_path}', file_format='array_record')"
     assert command in message
-    assert not list(tmp_path.iterdir())  # nothing was begun
+    assert not list(tmp_path.iterdir())  # nothing was started
 
 
 def test_a_data_set_of_another_name_or_version_says_what_is_there(data_dir):

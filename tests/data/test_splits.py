@@ -1,4 +1,4 @@
-"""Several data sets as one: rows end to end, groups of their own, errors that name the setting."""
+"""Several data sets as one: rows end to end, separate groups, errors that name the setting."""
 
 import pickle
 
@@ -28,7 +28,7 @@ DATA_SETS = {
 
 @pytest.fixture
 def opened(monkeypatch, tmp_path):
-    """Opens the splits by what is concatenated; also what each data set was asked for."""
+    """A function that opens the splits with further data sets; it also returns their options."""
     asked = {}
 
     def open_pairs(name, split, *, data_dir, **options):
@@ -95,7 +95,7 @@ def test_alone_it_is_the_data_set_itself(opened):
 
 
 class NoRows(InMemoryPairs):
-    """A source of others that has lost its rows."""
+    """A user's source that has lost its rows."""
 
     def __len__(self):
         return 0
@@ -132,7 +132,7 @@ def test_groups_of_different_data_sets_differ_and_equal_texts_are_found_in_all(t
         rules=dict.fromkeys(("query", "key"), TextRule(4)),
         directory=tmp_path,
     )
-    # The first's stay; behind them 7 and the greatest of the second, then -3 and 7 of the third.
+    # The first data set's groups stay; 8 to 11 are the groups of the second and the third.
     assert table.group.tolist() == [7, -3, 8, 8, 9, 11, 10]
     assert table.group.dtype == np.int32
     text = table.text

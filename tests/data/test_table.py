@@ -1,4 +1,4 @@
-"""Tables of any modality: the Protocol, and two sides of different kinds."""
+"""Tables of any modality: the Protocol, and sides of two modalities."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ NUMBERS = [3.0, 5.0, 7.0, 5.0]
 
 
 class NumberTable:
-    """A toy table: one number per row, as a vector of two."""
+    """A toy table with one number per row, as a vector of two features."""
 
     def __init__(self, values):
         self.values = np.asarray(values, np.float32)
@@ -78,7 +78,7 @@ class Numbers:
 
 @pytest.fixture
 def mixed(monkeypatch, tmp_path):
-    """Settings and tables of numbers next to texts."""
+    """Settings and tables with numbers on one side and texts on the other."""
     known = {**modalities.MODALITIES, "numbers": Numbers()}
     monkeypatch.setattr(modalities, "MODALITIES", known)
     config = {
@@ -184,7 +184,7 @@ def test_what_reads_texts_says_so_of_other_inputs():
 def test_large_arrays_that_differ_have_different_fingerprints():
     first = np.zeros((32, 32, 3), np.uint8)
     second = first.copy()
-    second[16, 16] = 255  # where the text of an array has only dots
+    second[16, 16] = 255  # an array's text would have only dots there
     same = InMemoryPairs([first], [first]).fingerprint
     assert InMemoryPairs([first.copy()], [first]).fingerprint == same
     assert InMemoryPairs([second], [first]).fingerprint != same

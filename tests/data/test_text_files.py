@@ -1,4 +1,4 @@
-"""Texts from files, in order and in blocks; errors give the number of a bad line."""
+"""Texts from files, in order and in blocks; errors give the line number."""
 
 import csv
 import gzip

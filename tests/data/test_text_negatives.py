@@ -1,4 +1,4 @@
-"""Negatives that rows bring as texts: batches, labels, the cached folder, and settings."""
+"""Text negatives of rows: batches, labels, the cached folder, and settings."""
 
 import itertools
 import json
@@ -63,7 +63,7 @@ def opened(tmp_path):
 
 
 def texts_of(data, columns):
-    """The texts of a batch's negatives by row, recognised by their tokens."""
+    """The texts of a batch's negatives by row, found by their tokens."""
     tokens = data.readers["key"](DISTINCT)["tokens"]
     known = {row.tobytes(): text for row, text in zip(tokens, DISTINCT, strict=True)}
     explicit = columns["negatives"]
@@ -111,7 +111,7 @@ def test_a_negative_has_the_labels_of_the_row_whose_key_or_query_it_is(opened):
     fresh = [labels["text"][text] for text in ("an owl", "an elk")]
     assert len({*fresh, *of_row["text"].tolist()}) == 2 + len(set(of_row["text"].tolist()))
     nobodys = {labels["group"][text] for text in ("an owl", "an elk")}
-    assert nobodys == {2}  # the least number from 0 that is no group
+    assert nobodys == {2}  # the smallest number that is not a group
     assert data.negatives.num_own == 4  # "green cow" is a query, "a bee" row 3's, "a dog" twice
 
 
@@ -121,7 +121,7 @@ def test_groups_at_the_end_of_int32_leave_a_number(opened):
 
 
 def test_texts_that_tokenise_alike_share_a_label(opened):
-    # The limit of 6 tokens cuts off the difference.
+    # The texts differ after the limit of 6 tokens.
     cut = "a cow and a very long tail of other words that no limit leaves"
     data = opened(pairs([[f"{cut} one", f"{cut} two"], [], [], [], []]))
     assert data.negatives.texts.num_rows == 2
@@ -259,7 +259,7 @@ def test_negatives_have_the_prompt_of_their_data_set(opened, tmp_path):
     assert cow["inputs"]["tokens"][:, 0].tolist() == keys.tolist()
     assert table.text[2] == table.text[7]
     assert cow["text"][:, 0].tolist() == [table.text[2]] * 2
-    # "an owl" is no row's: each data set's has a label, and neither is a row's.
+    # "an owl" is not a key: it has one label per data set, and no row has either.
     assert not set(cow["text"][:, 1].tolist()) & set(table.text.tolist())
 
 

@@ -1,4 +1,4 @@
-"""Texts become tokens by their side's rule, with any tokenizer, and tokens become inputs."""
+"""Texts become tokens by the rule of their side, and tokens become inputs."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Finding prepared data sets, and reading as many rows of them as they say."""
+"""Prepared data sets are found, and have as many rows as they say."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def parquet(tmp_path_factory):
 
 @pytest.fixture(params=["array_record", "parquet"])
 def copy(request, array_record, parquet, tmp_path):
-    """A copy in either format, to be changed."""
+    """A copy in either format, for changes."""
     source = {"array_record": array_record, "parquet": parquet}[request.param]
     return shutil.copytree(source, tmp_path / "copy")
 
@@ -59,7 +59,7 @@ def test_whole_files_are_read_of_either_format(copy, split, wanted):
     ["train[:95%]", "train[95%:]", "train[3:9]", "train[-1:]", "dev+train[:5]", "train+train"],
 )
 def test_parts_of_parquet_files_are_refused(array_record, parquet, split):
-    pairs = open_pairs(array_record, split)  # where the same split has as many rows as it says
+    pairs = open_pairs(array_record, split)  # the same split has as many rows as it says
     assert len(numbers(pairs)) == sum(part.stop - part.start for part in pairs.row_ranges)
     with pytest.raises(ValueError, match=r"parquet, .* whole\. Name a whole split, .* or prepare"):
         open_pairs(parquet, split)
@@ -232,7 +232,7 @@ def test_a_folder_without_a_data_set_is_named_as_such(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["whole", "by_split"])
 def test_a_folder_of_hugging_face_is_named_as_such(tmp_path, monkeypatch, name):
-    """As their `save_to_disk` writes a data set, and several splits."""
+    """Files as `save_to_disk` writes them, for a data set and for several splits."""
     one_split = tmp_path / "whole"
     one_split.mkdir()
     info = {"builder_name": "json", "features": {"text": {"dtype": "string", "_type": "Value"}}}

@@ -1,4 +1,4 @@
-"""A prepared data set names TFDS's own feature classes, or nothing of it is imported."""
+"""Only TFDS's own feature classes are imported from a prepared data set."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def data_set(prepared, tmp_path):
-    """A copy, to be changed."""
+    """A copy, for changes."""
     return shutil.copytree(prepared, tmp_path / "copy")
 
 
@@ -38,7 +38,7 @@ def test_a_class_that_is_not_of_tfds_is_not_imported(data_set, trap, kind):
     with pytest.raises(ValueError, match=f"names the feature class '{trap.class_name}'"):
         open_pairs(data_set, "train")
     assert not trap.sprung
-    read_by_tfds(data_set)  # which shows that the trap is one
+    read_by_tfds(data_set)  # shows that the trap works
     assert trap.sprung
 
 
@@ -66,7 +66,7 @@ def test_all_feature_classes_of_tfds_are_allowed():
     prefix = "tensorflow_datasets.core.features."
     registered = tfds.features.FeatureConnector._registered_features
     names = {name for name in registered if name.startswith(prefix)}
-    others = {f"{prefix}top_level_feature.TopLevelFeature"}  # the abstract base of two
+    others = {f"{prefix}top_level_feature.TopLevelFeature"}  # the abstract base class of two others
     assert names - others == FEATURE_CLASSES
 
 

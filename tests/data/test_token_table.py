@@ -1,4 +1,4 @@
-"""Token tables: what encoding each text gives, made once, whole or not there."""
+"""Token tables hold the tokens of each text, are built once, and are complete or absent."""
 
 import errno
 import hashlib
@@ -35,12 +35,12 @@ def tokenizer():
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Three chunks, the last of them short."""
+    """Three chunks, with a short last one."""
     monkeypatch.setattr(token_columns, "_CHUNK_ROWS", 4)
 
 
 class CountingPairs(InMemoryPairs):
-    """Pairs that count the rows read, and fail at one of them."""
+    """Pairs that record the number of rows read, and fail at a given row."""
 
     def __init__(self, *args, fails_at=None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -64,7 +64,7 @@ def build(source, tokenizer, directory, *, max_tokens=MAX_TOKENS, advance=None, 
 
 
 def directly(tokenizer, texts, *, width, add_cls=False):
-    """Each text by itself, with zeros behind."""
+    """The tokens of each text on its own, padded with zeros."""
     text = TextTokenizer(tokenizer, TextRule(width, add_cls=add_cls))
     rows = [row for each in texts for row in text.tokenize([each])]
     return np.array([[*row, *[0] * (width - len(row))] for row in rows])
@@ -78,7 +78,7 @@ def test_the_table_holds_what_encoding_each_text_gives(tokenizer, tmp_path, add_
         wanted = directly(tokenizer, texts, width=MAX_TOKENS[side], add_cls=add_cls)
         np.testing.assert_array_equal(batch[side]["tokens"], wanted)
         assert batch[side]["tokens"].dtype == np.int32
-        assert len(np.unique(wanted, axis=0)) > 3  # the rows can be told apart
+        assert len(np.unique(wanted, axis=0)) > 3  # the rows differ
 
 
 @pytest.mark.parametrize("chunk_rows", [1, NUM_ROWS - 1, NUM_ROWS, NUM_ROWS + 1])
@@ -275,7 +275,7 @@ def test_others_may_read_a_table(tokenizer, tmp_path):
 
 
 class Rows:
-    """A source of others: any values."""
+    """A user's source, with any values."""
 
     fingerprint, row_ranges = "rows", ()
 
@@ -382,7 +382,7 @@ def test_a_damaged_table_is_built_again_and_says_so(tokenizer, tmp_path, capsys,
     assert line.startswith("the token table is built again: ")
     assert name in line
     assert list(tmp_path.iterdir()) == [table]
-    assert build(source, tokenizer, tmp_path).num_rows == source.rows_read == NUM_ROWS  # whole
+    assert build(source, tokenizer, tmp_path).num_rows == source.rows_read == NUM_ROWS  # complete
 
 
 @pytest.mark.parametrize("name", ["key_tokens.npy", "key_offsets.npy", "table.json"])
@@ -420,7 +420,7 @@ def test_a_table_of_other_things_under_the_same_name_is_built_again(tokenizer, t
 
 
 def with_right_digests(table, name, change):
-    """Changes a column and the index with it, as a faulty writer would have written both."""
+    """Change a column and its digest, as a faulty writer would have written both."""
     column = np.load(table / f"{name}.npy")
     change(column)
     np.save(table / f"{name}.npy", column)
@@ -433,9 +433,9 @@ def with_right_digests(table, name, change):
     ("name", "place", "value"),
     [
         ("key_tokens", 3, 60_000),  # beyond the vocabulary
-        ("key_offsets", 2, 0),  # falls
+        ("key_offsets", 2, 0),  # decreases
         ("key_offsets", 0, 1),
-        ("query_offsets", -1, 10**6),  # beyond the tokens
+        ("query_offsets", -1, 10**6),  # past the end of the tokens
     ],
 )
 def test_a_table_that_reads_out_of_range_is_built_again(tokenizer, tmp_path, name, place, value):
@@ -449,7 +449,7 @@ def test_a_table_that_reads_out_of_range_is_built_again(tokenizer, tmp_path, nam
 
 
 def test_a_sound_table_with_changed_labels_and_right_digests_is_kept(tokenizer, tmp_path):
-    """Without it the test above could pass because `with_right_digests` writes wrong ones."""
+    """Without this, the test above could pass because `with_right_digests` writes wrong digests."""
     build(pairs(), tokenizer, tmp_path)
     [table] = tmp_path.iterdir()
     with_right_digests(table, "group", lambda column: column.__setitem__(0, 9))
@@ -530,7 +530,7 @@ def test_ids_take_two_bytes_where_they_fit(tmp_path, vocabulary_size, dtype):
 
 
 def test_ids_with_gaps_between_them_are_kept_whole(tmp_path):
-    """A foreign vocabulary may be small and still number a token beyond 2¹⁶."""
+    """A small vocabulary from elsewhere may have a token id above 2¹⁶."""
     table = build(InMemoryPairs(["far"], ["far"]), word_level({"far": 2**16 + 5}), tmp_path)
     assert table_batch(table, np.array([0]))["query"]["tokens"][0, 0] == 2**16 + 5
 

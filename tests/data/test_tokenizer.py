@@ -1,4 +1,4 @@
-"""The tokenizer: identifiers and prose read alike, id 0 is padding alone, one file holds it all."""
+"""The tokenizer: identifiers split into words, id 0 only for padding, everything in one file."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def test_special_tokens_spelt_out_in_a_text_are_text(special, trained, tmp_path)
         ids = encoded(tokenizer, f"parse {special} date")
         assert PADDING not in ids
         assert CLS not in ids
-        assert len(ids) > 3  # two words, and the brackets with something between
+        assert len(ids) > 3  # two words, and brackets with something between
 
 
 def test_texts_are_cut_to_max_tokens(trained):
@@ -254,6 +254,6 @@ def test_distinct_keeps_each_token_where_it_first_stands(trained):
     (distinct,) = TextTokenizer(trained, TextRule(32, distinct=True)).tokenize([text])
     assert [trained.id_to_token(i) for i in distinct] == ["date", "=", "parse", "(", ")", ":"]
     assert len(every) == 8
-    # Cut after, not before.
+    # Truncated after repeated tokens are removed, not before.
     (cut,) = TextTokenizer(trained, TextRule(3, distinct=True)).tokenize([text])
     assert cut.tolist() == distinct[:3].tolist()
