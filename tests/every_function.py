@@ -104,7 +104,7 @@ OF_ROWS = {
 
 
 def gradient_of(loss):
-    """The gradient of a loss for both sides, through `chunked`."""
+    """The gradient of a loss with respect to both sides, through `chunked`."""
     encode = chunked(lambda scale, rows: scale * rows, chunk_size=2)
 
     def mean(queries, keys):
@@ -199,7 +199,7 @@ def sharded(exchange):
     compute = jax.shard_map(loss, mesh=mesh, in_specs=(rows, rows), out_specs=rows)
 
     def within(queries, keys):
-        with jax.set_mesh(mesh):  # as JAX asks of a program that is within another mesh
+        with jax.set_mesh(mesh):  # as JAX requires inside another mesh
             return compute(queries, keys)
 
     return within

@@ -1,4 +1,4 @@
-"""What many tests share: unit vectors, errors that neither zero nor NaN could pass, bits."""
+"""Helpers of many tests: unit vectors, relative errors that reject zeros and NaN, bits."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def relative_error(found, wanted) -> float:
     scale = np.linalg.norm(wanted)
     assert scale > 0, "nothing to compare with: the reference is zero"
     assert found.shape == wanted.shape
-    assert np.isfinite(found).all()  # of several errors, `max` would pass over a NaN
+    assert np.isfinite(found).all()  # among several errors, `max` could ignore a NaN
     return float(np.linalg.norm(found - wanted) / scale)
 
 
@@ -43,14 +43,14 @@ def relative_errors(found, wanted) -> dict[str, float]:
 
 
 def bits(leaf) -> bytes:
-    """An array's bytes; of a random key, those behind it."""
+    """The bytes of an array or of a random key."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     return np.asarray(leaf).tobytes()
 
 
 def unclocked(workdir: Path) -> list[dict]:
-    """The metrics of a run without those that its clock gave."""
+    """The metrics of a run, without times."""
     return [
         {
             name: value
@@ -72,7 +72,7 @@ def record_of(workdir: Path):
 
 
 def final_state(workdir: Path, *, step: int):
-    """The state at the newest checkpoint, which is that of a step; on all devices that are here."""
+    """The state of the newest checkpoint, which must be that of a step, on all devices."""
     program = build_training(read_settings(read_config(workdir), workdir=workdir))
     with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
         restored = checkpoints.restore_latest(program.abstract_state())
@@ -81,7 +81,7 @@ def final_state(workdir: Path, *, step: int):
 
 
 def loss_arguments(**options):
-    """The arguments of a loss, with the fields of `Masks` gathered in `masks`."""
+    """The arguments of a loss, with the fields of `Masks` collected in `masks`."""
     masks = {name: options.pop(name) for name in Masks._fields if name in options}
     return options | ({"masks": Masks(**masks)} if masks else {})
 

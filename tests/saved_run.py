@@ -1,4 +1,4 @@
-"""Create the workdirs of finished runs, without training."""
+"""Create workdirs of finished runs without training."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: their draws, their ends and their coverage."""
+"""Bootstrap intervals: draws, ends and coverage."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Graded metrics: arithmetic in sight, ties as expectations, and ir_measures."""
+"""Graded metrics against arithmetic, expectations over ties, and ir_measures."""
 
 import itertools
 import math
@@ -72,7 +72,7 @@ def test_every_metric_of_every_query_equals_ir_measures(num_queries, num_documen
     grades = random_grades(rng, num_queries, num_documents)
     grades[:, 0] = 1
     if num_queries > 2:
-        grades[2] = 0  # a query whose documents were all judged, none relevant
+        grades[2] = 0  # a query with only irrelevant labels
     scores = rng.permuted(np.tile(np.arange(num_documents), (num_queries, 1)), axis=1) / 7
     expected = values_by_ir_measures(scores, grades)
     ranks = ranks_of(scores, grades)
@@ -124,7 +124,7 @@ def test_ties_equal_the_mean_of_ir_measures_over_the_orders():
 
 
 def test_metrics_by_hand():
-    # The relevant documents are at ranks 2 (grade 1), 3 (grade 2) and nowhere (grade 1).
+    # The relevant documents have rank 2 (grade 1), rank 3 (grade 2) and no rank (grade 1).
     ranks = GradedRanks(
         queries=np.array([0, 0, 0]),
         grades=np.array([1, 2, 1]),

@@ -1,4 +1,4 @@
-"""Evaluation: each side's own tokens, each variant's own keys, and every difference's sign."""
+"""Evaluation on held-out rows: tokens by side, keys by variant, and signs of differences."""
 
 import json
 
@@ -36,7 +36,7 @@ def config():
 
 @pytest.fixture
 def make_data(config, tmp_path):
-    """The run's data by split -> names of its functions."""
+    """The data of a run, from split -> names of functions."""
     tokenizer = train_tokenizer(QUERIES + KEYS, vocabulary_size=400)
 
     def make(**names) -> RunData:
@@ -68,7 +68,7 @@ def make_data(config, tmp_path):
 
 @pytest.fixture
 def encoder_with(config):
-    """The run's encoder with embeddings by side, and what it was asked to embed."""
+    """A run's encoder with given embeddings by side, and the texts that it was given."""
 
     def encoder(queries, keys):
         asked = {"query": [], "key": []}

@@ -1,4 +1,4 @@
-"""The evaluation sets of a run: real ones of each kind, on any number of devices."""
+"""The evaluation sets of a run: a real set of each kind, on any number of devices."""
 
 import csv
 import json
@@ -47,7 +47,7 @@ def run(tmp_path_factory):
 
 
 def encoder_on(run, num_devices: int):
-    """The encoder of a run on some of the devices, which embed five texts at a time, or so."""
+    """The encoder of a run on some devices, with about five texts per batch."""
     mesh = make_mesh({"data": num_devices}, devices=jax.devices()[:num_devices])
     towers, params = run.encoder.towers, jax.device_get(run.encoder.params)
     embedder = make_embedder(towers.encode, mesh, batch_size=5)
@@ -61,7 +61,7 @@ def test_every_kind_of_set_has_the_metrics_that_it_names(settings, run):
     assert {one["kind"] for one in summary.values()} == set(KINDS)
     scores = sets.scores(1, run.encoder)
     assert len(sets.metrics) > 6
-    assert set(sets.metrics) < set(scores)  # the sizes are no metrics
+    assert set(sets.metrics) < set(scores)  # sizes are not metrics
     assert (scores["beir/documents"], scores["beir/queries"], scores["sts/pairs"]) == (9, 9, 8)
     assert not {"beir/documents", "sts/pairs", "labels/positives"} & set(sets.metrics)
     assert all(-1 <= scores[name] <= 1 for name in sets.metrics)

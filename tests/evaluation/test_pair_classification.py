@@ -1,4 +1,4 @@
-"""Pair classification, next to a restatement that tries every threshold."""
+"""Pair classification, against an implementation that tries every threshold."""
 
 import numpy as np
 import pytest
@@ -15,13 +15,13 @@ from tests.evaluation.test_sts import model_of, scored_pairs
 
 
 def average_precision(similarities, labels):
-    """Of the pairs themselves."""
+    """The average precision of the original pairs."""
     once = np.ones((1, len(labels)), np.int64)
     return average_precision_of_resamples(similarities, labels, once)[0]
 
 
 def slow_average_precision(similarities, labels):
-    """The area in steps of recall, from a pass over the pairs for each threshold."""
+    """The area under the steps of recall, with a pass over the pairs for each threshold."""
     area, last_recall = 0.0, 0.0
     for threshold in sorted(set(similarities.tolist()), reverse=True):
         predicted = similarities >= threshold
@@ -57,7 +57,7 @@ every_case = pytest.mark.parametrize(
 
 def test_average_precision_by_hand():
     similarities, labels = np.array([0.9, 0.8, 0.8, 0.1]), np.array([True, True, False, True])
-    # From the top: 1 of 1, then both tied pairs enter (2 of 3), then all (3 of 4).
+    # In descending order: 1 of 1, then both tied pairs (2 of 3), then all (3 of 4).
     assert average_precision(similarities, labels) == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
 
 
@@ -103,7 +103,7 @@ def test_thresholds_lie_halfway_between_similarities():
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_tie_is_not_split(reverse):
-    # The order of tied pairs would give a perfect result to one of both.
+    # One of the two orders of the tied pairs would give a perfect result.
     labels = np.array([True, True, False, False])[:: -1 if reverse else 1]
     similarities = np.full(4, 0.7, np.float32)
     assert average_precision(similarities, labels) == 2 / 4

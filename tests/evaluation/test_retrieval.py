@@ -1,4 +1,4 @@
-"""Retrieval evaluation: the lexical baseline, dense scores, their fusion, and the whole."""
+"""Retrieval evaluation: BM25, dense scores, their fusion, and all together."""
 
 import io
 import math
@@ -146,7 +146,7 @@ def test_fusion_sees_ranks_only_and_not_the_order_of_the_tables():
 
 
 def test_equal_sets_of_ranks_tie_in_the_fusion():
-    num_keys = 30  # table j turns the order by j keys, so that key i has ranks i, i + 1, i + 2
+    num_keys = 30  # table j rotates the order by j keys, so that key i has ranks i, i + 1, i + 2
     ranks = np.stack([(np.arange(num_keys) + turn) % num_keys + 1.0 for turn in range(3)])
     tables = [ranks, ranks[[1, 2, 0]], ranks[[2, 0, 1]]]
     fused = reciprocal_rank_fusion([-table for table in tables])

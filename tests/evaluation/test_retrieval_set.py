@@ -24,7 +24,7 @@ WORDS = ["parse", "iso", "date", "open", "socket", "read", "line", "write", "fil
 
 
 def write_folder(folder, corpus, queries, qrels):
-    """Write texts by id, and judgements as (query id, document id, grade)."""
+    """Write texts by id, and labels as (query id, document id, grade)."""
     for name, texts in {"corpus": corpus, "queries": queries}.items():
         lines = [json.dumps({"_id": one, "text": text}) for one, text in texts.items()]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
@@ -41,7 +41,7 @@ def small_folder(folder):
 
 
 def numbers(side, texts):
-    """A model of texts that are their vectors."""
+    """A model of texts that spell their vectors."""
     return np.float32([[float(word) for word in text.split()] for text in texts])
 
 
@@ -70,7 +70,7 @@ def test_another_model_has_other_metrics(tmp_path):
     def another(side, texts):
         return numbers(side, texts) @ turned if side == "query" else numbers(side, texts)
 
-    # Query x, now (0, 1), ranks c, b, d, a; y, now (-1, 0), does so too.
+    # Query x, now (0, 1), ranks c, b, d, a, and so does y, now (-1, 0).
     assert found.evaluate(another)["mrr@10"] == pytest.approx((1 / 2 + 1 / 3) / 2)
 
 

@@ -1,7 +1,7 @@
-"""Figures on pairs of texts are those of sentence-transformers' own evaluators.
+"""Metrics on pairs of texts equal those of sentence-transformers' evaluators.
 
-They need an interpreter with torch, MiniLM's weights next to it, and a file of semantic similarity,
-such as the development set of the STS benchmark:
+These tests need an interpreter with sentence-transformers, MiniLM's weights next to it, and a file
+of semantic similarity, such as the development set of the STS benchmark:
 
     JAXCL_TORCH_PYTHON=PYTHON JAXCL_STS_FILE=stsb-dev.csv python -m pytest -n 0 \
         tests/evaluation/test_sentence_transformers.py
@@ -57,7 +57,7 @@ def their_figures(python, folder, pairs, labels, place) -> dict[str, float]:
     (place / "pairs.json").write_text(json.dumps(content))
     files = [folder, place / "pairs.json", place / "figures.json"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [python, "-I", str(SCRIPT), *map(str, files)]  # -I: its folder holds no packages
+    command = [python, "-I", str(SCRIPT), *map(str, files)]  # -I: ignores the script's folder
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads((place / "figures.json").read_text())

@@ -1,4 +1,4 @@
-"""Evaluation sets are opened by the kind of their content."""
+"""The kind of an evaluation set is detected from its content."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Semantic similarity of texts: correlations of a model whose similarities are known."""
+"""Semantic textual similarity: correlations of a model with known similarities."""
 
 import math
 
@@ -25,14 +25,14 @@ def scored_pairs(scores, *, sides=("query", "query")) -> ScoredPairs:
 
 
 def model_of(similarities):
-    """Embeds the two texts of pair i so that their inner product is `similarities[i]`."""
+    """Embed the two texts of pair i so that their inner product is `similarities[i]`."""
     calls = []
 
     def encode(side, texts):
         calls.append((side, list(texts)))
         vectors = []
         for name, row in (text.split() for text in texts):
-            scale = 2.0 ** (int(row) % 5)  # its quotients are exact
+            scale = 2.0 ** (int(row) % 5)  # its quotients are exact in floating point
             vectors.append((scale, 0) if name == "a" else (similarities[int(row)] / scale, 1))
         return np.array(vectors, np.float32)
 
