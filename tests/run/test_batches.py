@@ -1,4 +1,4 @@
-"""Runs that choose their batches anew: each row once per epoch, and the same after any stop."""
+"""Runs that reassign batches: each row once per epoch, and the same rows after any restart."""
 
 import contextlib
 import functools
@@ -45,7 +45,7 @@ TOPICS += ("matrix vector tensor", "recipe oven flour", "planet orbit comet", "v
 TOPICS += ("garden seed soil", "river lake ocean", "doctor nurse clinic", "engine wheel brake")
 VERBS = ("open", "close", "count", "merge", "split", "drop", "find", "paint", "lend", "weigh")
 ROWS, BATCH, BLOCK, STEPS, EVERY, DIM = 107, 16, 8, 17, 3, 16
-CHOICES = [3, 6, 9, 12, 15]  # epochs end in steps 6 and 13
+CHOICES = [3, 6, 9, 12, 15]  # epochs end within steps 6 and 13
 GCBS = "assignment.gcbs."
 SMALL = {
     "data.vocabulary_size": 600,
@@ -87,7 +87,7 @@ of_each_method = pytest.mark.parametrize(
 
 
 class Choice(NamedTuple):
-    """A state that was refreshed, what was ordered by the method then, and its order."""
+    """A refreshed state, the embeddings that the method ordered, and their order."""
 
     state: TrainState
     sides: list[np.ndarray]
@@ -109,7 +109,7 @@ class Run(NamedTuple):
 
 def functions(topic: str) -> Iterator[str]:
     first, second, third = topic.split()
-    # A token counts once in a text, so that the last query is that of the first.
+    # Repeated tokens of a text are dropped, so the last query equals the first.
     for verb, more in (*((verb, "") for verb in VERBS), (VERBS[0], f" and {third}")):
         query = f"{verb.title()} the {first} of {second} and {third}{more}."
         name = f"{verb}_{first}_again" if more else f"{verb}_{first}"
@@ -119,7 +119,7 @@ def functions(topic: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def configured(tmp_path_factory):
-    """A config over functions of twelve topics, a group each, by changes."""
+    """A config, with changes, over functions of twelve topics with one group each."""
     folder = tmp_path_factory.mktemp("reassign")
     for topic in TOPICS:
         package = folder / "site" / topic.split()[0]
@@ -143,7 +143,7 @@ def configured(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_of(configured, tmp_path_factory):
-    """A run of `RUNS` by its name, trained where it is first asked for."""
+    """A function that returns a run of `RUNS` by name, trained on first use."""
     find = importlib.util.find_spec
 
     def without_matplotlib(name, *package):
@@ -164,7 +164,7 @@ def run_of(configured, tmp_path_factory):
 
 @contextlib.contextmanager
 def watched():
-    """Notes what a run does, and changes none of it."""
+    """Record what a run does, without changing it."""
     rows, states, choices, said = [], [], [], io.StringIO()
     refresh = RunBatches.refresh
 
@@ -290,8 +290,8 @@ def test_each_choice_is_measured(run_of, method):
     for record in records:
         assert set(record) == {"step"} | names | times
         assert min(record[name] for name in times) > 0
-    # The batches before the first choice are random. A bank is half empty then, and what its rows
-    # hold is but half known: with it, a choice still closes more than none.
+    # The batches before the first assignment are random. The bank is half empty then; an assignment
+    # from it still closes more of the gap than none.
     least = 0.1 if method != "rcm_device" else 0.0
     assert records[0]["assignment/closed"] > records[0]["assignment/closed_before"] + least
     for record in records:
@@ -382,7 +382,7 @@ def test_batches_mix_data_sets_by_temperature(configured, tmp_path, temperature)
 
 
 def followed(config: ConfigDict) -> None:
-    """Has more rows of the data set follow the training rows as another one, "b"."""
+    """Append more rows of the data set to the training rows, as a data set "b"."""
     held_out = ROWS + 15
     with config.unlocked():
         config.data.splits.validation = f"train[{held_out}:]"
@@ -433,7 +433,7 @@ def test_a_run_of_two_data_sets_finds_topics_for_the_next(configured, tmp_path):
 
     by = {"assignment.sourced.by": "topic", "assignment.sourced.mix": "one"}
     config = configured(**SOURCED, **short, **by, **{"data.topics": str(out)})
-    with pytest.raises(ValueError, match="was made from other rows"):  # of the first data set alone
+    with pytest.raises(ValueError, match="was made from other rows"):  # only the first data set
         train(config, tmp_path / "other")
     followed(config)
     with watched() as (_, rows, *_):
@@ -447,7 +447,7 @@ def test_a_run_of_two_data_sets_finds_topics_for_the_next(configured, tmp_path):
 
 
 def with_memory(state: TrainState, step: int, **parts) -> TrainState:
-    """The state at another step, with parts of its memory in place of those it had."""
+    """The state at another step, with some parts of its memory replaced."""
     old = state.step, state.memory
     new = jnp.int32(step), state.memory | parts
     step, memory = jax.tree.map(lambda leaf, was: jax.device_put(leaf, was.sharding), new, old)
@@ -455,7 +455,7 @@ def with_memory(state: TrainState, step: int, **parts) -> TrainState:
 
 
 def planted(state: TrainState, vectors: np.ndarray) -> TrainState:
-    """As if these were in the bank, for both sides, before the sixth step."""
+    """The state before the sixth step, with these vectors in the bank for both sides."""
     banks = state.memory["bank"]
     slots = np.zeros(banks["key"].vectors.shape, np.float32)
     slots[:ROWS] = vectors
@@ -463,7 +463,7 @@ def planted(state: TrainState, vectors: np.ndarray) -> TrainState:
 
 
 def epoch_of(rows_of, epoch: int) -> tuple[int, np.ndarray]:
-    """Where in its first batch an epoch begins, and its rows."""
+    """The position in its first batch at which an epoch begins, and the rows of the epoch."""
     first, begin = divmod(epoch * ROWS, BATCH)
     rows = [rows_of(first + number) for number in range(-(-(begin + ROWS) // BATCH))]
     return begin, np.concatenate(rows)[begin : begin + ROWS]
@@ -486,11 +486,11 @@ def test_rows_of_equal_text_keep_out_of_each_others_batch(configured, run_of, tm
     assert sum(conflicts(())) > 0
 
 
-def test_what_is_kept_apart_is_no_gap(configured, tmp_path):
+def test_rows_kept_apart_are_not_part_of_the_gap(configured, tmp_path):
     config = configured(**BANK, **{f"{GCBS}method": "rcm", f"{GCBS}apart": ("group",)})
     program, data = training_of(config), data_of(config, tmp_path)
     group = data.tables["train"].group
-    # Within a group all are alike, between groups nobody is.
+    # Rows are equal within a group and orthogonal between groups.
     state = planted(program.init(ROWS, group), np.eye(DIM)[group])
     _, metrics = RunBatches(program, data, tmp_path).refresh(state)
     least, most = (np.log(1 + (ROWS - size) * np.exp(-1 / 0.05)) for size in (11, 8))
@@ -498,16 +498,16 @@ def test_what_is_kept_apart_is_no_gap(configured, tmp_path):
 
 
 @pytest.mark.slow
-def test_any_number_of_devices_chooses_the_same_and_goes_on_with_it(configured, tmp_path):
+def test_any_number_of_devices_assigns_and_continues_with_the_same_batches(configured, tmp_path):
     config = configured(**BANK)
     data = data_of(config, tmp_path)
     group = data.tables["train"].group
 
     def program_on(count: int):
         program = training_of(config, devices=jax.devices()[:count])
-        return program._replace(embed=None)  # which the bank spares
+        return program._replace(embed=None)  # not needed with the bank
 
-    # Six batches are measured of one draw, which closes .4 to .8 of their gap.
+    # Six batches of one draw are measured; the assignment closes .4 to .8 of their gap.
     draws = [np.asarray(unit_vectors(seed, ROWS, DIM, dtype=jnp.float32)) for seed in range(8)]
     chosen, rows, closed, closed_before = [], [], [], []
     for count, noises in ((1, draws), (8, draws[-1:])):
@@ -586,12 +586,12 @@ def test_a_run_that_chose_its_batches_can_be_opened(run_of):
 )
 def test_the_gap_is_measured_of_many_batches_where_they_are_small(num_rows, batch_size, count):
     assert _num_measured(num_rows, batch_size) == count
-    assert _num_measured(10**7, 2**20) == 1  # a batch of its own size is fetched whole
+    assert _num_measured(10**7, 2**20) == 1  # a large batch is measured whole
 
 
 @pytest.mark.parametrize(("step", "most", "steps"), [(3, 6, 6), (3, 2, 2), (20, 3, 3)])
 def test_batches_that_are_measured_are_of_the_next_epoch_in_any_order(step, most, steps):
-    def rows(step):  # in the order of their numbers
+    def rows(step):  # ordered by number
         visits = np.arange(step * BATCH, (step + 1) * BATCH) % ROWS
         return np.sort(visits).astype(np.int32)
 
@@ -606,5 +606,5 @@ def test_batches_that_are_measured_are_of_the_next_epoch_in_any_order(step, most
     ]
     chosen = np.sort(found, axis=1).tolist()
     assert all(batch in wanted for batch in chosen)
-    assert max(wanted.index(batch) for batch in chosen) >= len(wanted) // 2  # not the first alone
+    assert max(wanted.index(batch) for batch in chosen) >= len(wanted) // 2  # not only the first
     assert (np.diff(found, axis=1) < 0).any(axis=1).all(), "the first rows of a batch are no draw"

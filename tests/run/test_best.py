@@ -14,7 +14,7 @@ METRIC = "stsb/spearman"
 
 
 def summary(*values: float, every: int = 10, min_delta: float = 0.0) -> Best:
-    """The summary after evaluations at steps 10, 20, …"""
+    """The summary of evaluations at steps 10, 20, …"""
     evaluations = enumerate(values, start=1)
     return functools.reduce(
         lambda best, one: updated(best, every * one[0], one[1], min_delta=min_delta),
@@ -98,7 +98,7 @@ def test_the_newest_and_the_best_of_each_of_them_stay():
     steps = [10, 20, 30, 40, 50]
     assert kept_steps(steps, newest=2, best_of={}) == {40, 50}
     assert kept_steps(steps, newest=2, best_of={40: 10, 50: 10}) == {10, 40, 50}
-    # A fall-back to 40 needs 20, although 50 is better.
+    # A fall-back to 40 needs step 20, although 50 is better.
     assert kept_steps(steps, newest=2, best_of={10: 10, 40: 20, 50: 50}) == {20, 40, 50}
     assert kept_steps(steps, newest=9, best_of={}) == set(steps)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back to the last bit, and what is damaged never does."""
+"""Checkpoints: states are restored bit for bit, and damaged checkpoints never."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from jaxcl.run.checkpoint_record import CheckpointError, check_none_lost, newest
 from tests.helpers import bits
 
 pytestmark = [
-    # Where a load fails, Orbax leaves what it had begun.
+    # If a load fails, Orbax leaves unfinished work.
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.usefixtures("nothing_left_behind"),
@@ -37,12 +37,12 @@ def mesh_of(num_devices: int):
 
 
 def sharding(array, num_devices: int) -> NamedSharding:
-    """Matrices by row, all else whole."""
+    """Matrices sharded by row, everything else replicated."""
     return NamedSharding(mesh_of(num_devices), ROWS if jnp.ndim(array) > 1 else WHOLE)
 
 
 def make_state(seed: int, *, num_devices: int = 8, rows: int = 256):
-    """A leaf of every kind that a run has, with values that arithmetic would not keep."""
+    """A leaf of every kind that a run has, with values that arithmetic would change."""
     rng = np.random.default_rng(seed)
     table = rng.normal(size=(rows, 40)).astype(np.float32)
     table.view(np.uint32)[0, :4] = [0x7FC12345, 0x80000000, 0x00000001, 0xFF800000]
@@ -76,7 +76,7 @@ def assert_same(found, wanted) -> None:
 
 
 def save_steps(directory, *steps: int, **options) -> None:
-    """Saves `make_state(step)` for each step."""
+    """Save `make_state(step)` for each step."""
     with Checkpoints(directory, **options) as checkpoints:
         for step in steps:
             checkpoints.save(step, make_state(step))
@@ -148,7 +148,7 @@ def test_a_folder_that_was_renamed_to_a_later_step_is_set_aside(tmp_path, caplog
     restored = restore(directory)
     assert (restored.step, restored.damaged_steps) == (5, (900,))
     assert "it holds step 3: its folder was renamed" in caplog.text
-    with Checkpoints(directory) as checkpoints:  # a later step is not taken for an older one
+    with Checkpoints(directory) as checkpoints:  # a later step does not replace an older one
         checkpoints.save(7, make_state(7))
     assert restore(directory).step == 7
 
@@ -183,14 +183,14 @@ def test_checkpoints_that_are_gone_do_not_start_a_run_over(tmp_path, lose):
     for use in (lambda: restore(directory), lambda: check_none_lost(directory)):
         with pytest.raises(CheckpointError, match=r"step 5 was saved in .* mount that.* delete "):
             use()
-    directory.with_name("checkpoints.sizes.json").unlink()  # as the message says
+    directory.with_name("checkpoints.sizes.json").unlink()  # as the message tells the user to do
     assert restore(directory) is None
 
 
 def test_a_checkpoint_of_an_earlier_version_is_said_to_have_no_record(tmp_path):
     save_steps(tmp_path / "checkpoints", 5)
     shutil.rmtree(tmp_path / "checkpoints" / "5" / "record")
-    (tmp_path / "checkpoints.sizes.json").unlink()  # in which that version lists no record
+    (tmp_path / "checkpoints.sizes.json").unlink()  # that version lists no record in it
     with pytest.raises(CheckpointError, match=r"step 5: it has no record \(.*earlier versions"):
         restore(tmp_path / "checkpoints")
 
@@ -259,7 +259,7 @@ def test_the_state_may_be_donated_right_after_the_save(tmp_path):
         for step in range(1, 4):
             checkpoints.save(step, state)
             donated, state = state, in_place(state)
-            donated["table"].delete()  # where it was still in use, the donation made a copy
+            donated["table"].delete()  # if it was still in use, donation made a copy
             jax.block_until_ready(state)
             checkpoints.wait()
             assert_same(checkpoints.restore_latest(abstract(state)).state, wanted)
@@ -275,7 +275,7 @@ def test_the_newest_are_kept(tmp_path):
 
 
 def save_evaluated(directory, best_of: dict[int, int], **options) -> None:
-    """Saves steps whose records name the best step up to each."""
+    """Save steps with records that name the best step so far."""
     with Checkpoints(directory, **options) as checkpoints:
         for step, best in best_of.items():
             checkpoints.save(step, make_state(step), {"best": {"metric": "m", "step": best}})
@@ -297,7 +297,7 @@ def test_a_new_best_replaces_the_one_before_once_nothing_falls_back_to_that(tmp_
 
 
 def test_a_resumed_run_still_keeps_the_best(tmp_path):
-    for step in (1, 2, 3, 4, 5):  # a process for each
+    for step in (1, 2, 3, 4, 5):  # one process each
         save_evaluated(tmp_path, {step: 1})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "4", "5"]
     save_evaluated(tmp_path, {6: 6})  # a fall-back to 5 needs 1
@@ -378,7 +378,7 @@ def test_the_list_of_an_earlier_checkpoint_is_not_taken_for_that_of_a_later_one(
     shutil.rmtree(directory)
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(3, make_state(4))
-        checkpoints._saving[1].result()  # whole on disk, and the process is killed right then
+        checkpoints._saving[1].result()  # complete on disk when the process is killed
         assert json.loads((tmp_path / "checkpoints.sizes.json").read_text()) == {}
 
 
@@ -392,7 +392,7 @@ def test_a_flipped_bit_is_told_by_the_checksum_of_its_array(tmp_path, caplog):
 def test_a_run_saves_again_over_steps_that_were_damaged(tmp_path):
     directory = tmp_path / "checkpoints"
     save_steps(directory, 3, 6)
-    for _ in range(2):  # the second time, the shelf already holds a step 6
+    for _ in range(2):  # the second time, a step 6 has already been set aside
         flip_a_bit(biggest_file(directory / "6"))
         with Checkpoints(directory) as checkpoints:
             assert checkpoints.restore_latest(abstract(make_state(0))).step == 3
@@ -672,7 +672,7 @@ def as_array(raw, dtype: str):
 
 
 def check_flips(make, raw) -> None:
-    """Every one of some single-bit flips of `raw`, an array of bytes, must change the checksum."""
+    """Check that each of some single-bit flips of the bytes `raw` changes the checksum."""
     rng = np.random.default_rng(1)
     whole = int(checksum(make(raw)))
     assert int(checksum(make(raw.copy()))) == whole
@@ -767,7 +767,7 @@ def test_full_devices_do_not_make_a_checkpoint_a_damaged_one(monkeypatch):
         with pytest.raises(jax.errors.JaxRuntimeError) as raised:
             fail(outer, inner)
         assert raised.value is full
-    # Several processes do as each other: all of them give this checkpoint up.
+    # All of several processes reject this checkpoint together.
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises((CheckpointError, PeerError), match="out of memory"):
         fail(full, None)

@@ -1,4 +1,4 @@
-"""The index of a corpus: built once, resumed, renewed, and never believed when damaged."""
+"""The index of a corpus: built once, resumed, renewed, and never used when damaged."""
 
 import json
 
@@ -58,7 +58,7 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def embedded(model, monkeypatch):
-    """Grows by the number of texts whenever documents are embedded."""
+    """A list that gets the number of texts whenever documents are embedded."""
     numbers, encode = [], model.encode
 
     def counting(texts, *, side="query", **options):

@@ -1,4 +1,4 @@
-"""Mining in a corpus: the lines that a sort by hand gives, whatever stops the work."""
+"""Mining in a corpus gives the lines of a full sort, however often it is interrupted."""
 
 import json
 
@@ -46,11 +46,11 @@ def guide(tmp_path_factory):
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """A corpus with copies, and queries of which one has several positives, one outside of it."""
+    """A corpus with copies; one query has several positives, one of them not in the corpus."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     texts = random_texts(0, DOCUMENTS)
     texts[20] = f"  {texts[3]}\n"  # a copy
-    # A query shares two words with its positive, so that some rivals are nearer, and some are not.
+    # A query shares two words with its positive, so some other documents are nearer.
     queries = [f"{text.rpartition(' ')[0]} {n} {n}" for n, text in enumerate(texts[:QUERIES])]
     texts[30] = queries[4]
     pairs = [
@@ -66,7 +66,7 @@ def files(tmp_path, monkeypatch):
 
 
 def by_hand(model, files, rule, judge=None):
-    """Each line of the output, by a sort of all similarities of a query."""
+    """The lines of the output, by sorting all similarities of each query."""
     judge = judge or model
     texts = list(dict.fromkeys(" ".join(one["text"].split()) for one in read(files.corpus)))
     for record in read(files.queries):
@@ -142,7 +142,7 @@ def test_scores_of_a_file_judge_and_are_written(model, guide, files, tmp_path, f
         ]
         unknown = {"query": "?", "document": "1", "score": 1}
         write(path, [*records[:20], unknown, *records[20:]])
-    else:  # an output whose scores a re-ranker has replaced; it scores no other documents
+    else:  # an output with scores replaced by a re-ranker, which scored no other documents
         path.write_bytes(files.output.read_bytes())
     report = mine_corpus(model, files._replace(scores=path), rule=RULE)
     for ours, theirs in zip(read(files.output), guided, strict=True):
@@ -264,8 +264,8 @@ def test_interrupted_it_resumes_and_writes_the_same(model, files, monkeypatch, s
     assert not files.output.exists()
     mine_corpus(model, files, rule=rule)
     assert files.output.read_bytes() == whole.output.read_bytes()
-    # 12 blocks of documents, 1 of positives, 3 of queries, and 3 with 5 files each: of the part
-    # before the stop, only the block that it hit is computed again.
+    # 12 blocks of documents, 1 of positives, 3 of queries, and 3 with 5 files each. From before the
+    # interruption, only the interrupted block is recomputed.
     in_block = (stop_after - 17) % 5 if stop_after > 16 else 0
     assert len(calls) == 12 + 1 + 3 + 15 + 1 + in_block
     before = len(calls)

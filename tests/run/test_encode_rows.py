@@ -82,13 +82,13 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-    """The workdir of a finished run, and what it measured."""
+    """The workdir of a finished run, and its results."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
     return workdir, train(config, workdir)
 
 
 def encoded(model, source, side, ends):
-    """Each row by itself, with the prompt of its data set spelt out."""
+    """The embedding of each row on its own, with the prompt of its data set in the text."""
     prompts = {"query": ("query: ", OWN["query"], ""), "key": ("", OWN["key"], "")}[side]
     return np.stack(
         [

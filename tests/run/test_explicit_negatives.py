@@ -48,7 +48,7 @@ def open_split(role):
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """A function from changes to the config of a small run on these rows."""
+    """A function that returns the config of a small run on these rows, with changes."""
     (tmp_path / "own_negatives.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -104,7 +104,7 @@ def test_rows_with_negatives_are_trained_on_and_reported(config, tmp_path, capsy
     assert wanted in capsys.readouterr().err
     metrics = read_metrics(tmp_path / "run")
     [*_, last] = [one for one in metrics if "negatives/explicit/counted" in one]
-    # The lists of 16 rows, of which one in four is empty, and each query meets all of them.
+    # 16 lists, every fourth empty; every query is compared with all of them.
     met = last["negatives/explicit/counted"] + last["negatives/explicit/masked"]
     assert 12 < met < 16 * 3
 

@@ -1,4 +1,4 @@
-"""The identity of a run: which settings may change between two starts."""
+"""The identity of a run: the settings that may change between starts."""
 
 import jax
 import pytest
@@ -51,7 +51,7 @@ def test_cadences_devices_and_rankings_are_not_part_of_a_run(section):
             {"optimizer": {"learning_rate": 0.5}},
             "optimizer.learning_rate is 0.5 here and 0.002 there",
         ),
-        # Embeddings of larger batches may differ in rounding, and choose other batches.
+        # Embeddings from larger batches may be rounded differently, and so change the batches.
         ({"evaluation": {"batch_size": 8}}, "evaluation.batch_size is 8 here and 1024 there"),
     ],
 )
@@ -110,7 +110,7 @@ def test_processes_compare_settings_cadences_flags_and_versions_but_no_folders()
     for changes in (metric, metric | {"patience": 3}, {"sets": {"dev": "sts-dev.csv"}}):
         assert report != process_report(settings(evaluation=changes))
     named = [process_report(settings(evaluation={"sets": {"dev": path}})) for path in "ab"]
-    assert named[0] == named[1]  # hosts may mount a set at different paths
+    assert named[0] == named[1]  # hosts may mount a data set at different paths
     with jax.enable_x64(True):
         assert report != process_report(settings())
 

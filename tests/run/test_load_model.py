@@ -157,7 +157,7 @@ def test_a_damaged_best_checkpoint_is_named_and_the_newest_is_loaded(evaluated, 
     assert warning.startswith("the checkpoint of step 1 is damaged (its file ")
     assert warning.endswith("step 3 is restored instead")
     with pytest.raises(CheckpointError, match="step 1: its file "):
-        jaxcl.load(copy / "checkpoints" / "1")  # this one and no other was asked for
+        jaxcl.load(copy / "checkpoints" / "1")  # exactly this step was requested
 
 
 def test_a_best_checkpoint_that_is_gone_is_named(evaluated, tmp_path, caplog):

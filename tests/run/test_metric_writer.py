@@ -1,4 +1,4 @@
-"""The metrics file: every step once, every value to the last bit, whatever was killed."""
+"""The metrics file: every step once, every value exact, even after kills."""
 
 import contextlib
 import errno
@@ -44,7 +44,7 @@ VALUES = [
 
 def test_values_come_back_to_the_last_bit(tmp_path):
     write(tmp_path, [1], **{f"m{i}": value for i, value in enumerate(VALUES)}, nothing=math.nan)
-    write(tmp_path, [], begins_at=1)  # resuming rewrites them
+    write(tmp_path, [], begins_at=1)  # rewritten when the run resumes
     (record,) = read_metrics(tmp_path)
     found = [record[f"m{i}"] for i in range(len(VALUES))]
     assert [value.hex() for value in found] == [value.hex() for value in VALUES]
@@ -124,7 +124,7 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
 
 
 class FullDisk:
-    """A file on it."""
+    """A file on that device."""
 
     def write(self, _):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -138,7 +138,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, full):
         writer._file = FullDisk()
     else:
         writer._events._py_recordio_writer._writer = FullDisk()
-    for step in range(1, 50):  # more than any queue holds
+    for step in range(1, 50):  # more than the queue holds
         with pytest.raises(OSError, match=r"metrics.jsonl \(No space left on device\); when it"):
             writer.write(step, {"loss": 1.0})
     for file in files:

@@ -1,4 +1,4 @@
-"""`mteb` evaluates the models of `jaxcl.load`, and finds the figures of jaxcl's own evaluation.
+"""`mteb` evaluates models from `jaxcl.load`, with the same results as jaxcl's own evaluation.
 
 These tests need mteb, which brings torch:
 
@@ -22,12 +22,12 @@ mteb = pytest.importorskip("mteb", reason="needs mteb: pip install 'jaxcl[mteb]'
 abstasks = pytest.importorskip("mteb.abstasks")
 datasets = pytest.importorskip("datasets")
 
-pytestmark = pytest.mark.filterwarnings("default")  # mteb and what it imports may warn
+pytestmark = pytest.mark.filterwarnings("default")  # mteb and its dependencies may warn
 rng = np.random.default_rng(0)
 
 
 def some_texts(count):
-    """Texts with words that the tokenizer of each model knows, so that no two are alike."""
+    """Texts of words that each model's tokenizer knows, so that no two have equal tokens."""
     words = TEXTS[1].replace(",", "").split()
     return [
         " ".join([*rng.choice(words, 2), *rng.choice(WORDS, size=rng.integers(2, 4))])

@@ -1,4 +1,4 @@
-"""Models of `jaxcl.load` take the calls of `mteb`, without `mteb` being installed.
+"""Models from `jaxcl.load` accept the calls of `mteb`, which need not be installed.
 
 `test_mteb.py` runs tasks of `mteb` itself.
 """
@@ -30,7 +30,7 @@ def model():
 
 
 def call(model, task, kind, *, prompt_type=None, **options):
-    """As `mteb` calls it, with batches of two texts."""
+    """Encode as `mteb` does, in batches of two texts."""
     batches = [{"text": TEXTS[:2], "id": ["1", "2"]}, {"text": TEXTS[2:], "id": ["3", "4"]}]
     task = SimpleNamespace(name=task, type=kind)
     names = {"hf_split": "test", "hf_subset": "default", "prompt_type": prompt_type}

@@ -1,4 +1,4 @@
-"""A run whose data, batches, loss and augmentation come from a package of the user."""
+"""A run with data, batches, a loss and an augmentation from a user's package."""
 
 import json
 
@@ -141,7 +141,7 @@ def test_a_nested_running_estimate_remembers_each_length(tmp_path, parts):
     memory = open_memory(tmp_path / "whole", whole)
     assert set(memory["rows"]) == {"4", "8"}
     seen = {dim: np.isfinite(tables["estimates"]).sum() for dim, tables in memory["rows"].items()}
-    assert seen["4"] == seen["8"] == 2 * 64  # 4 steps of 16 rows are all rows, in two directions
+    assert seen["4"] == seen["8"] == 2 * 64  # 4 steps of 16 rows cover all rows, in two directions
     assert not np.array_equal(*(tables["estimates"] for tables in memory["rows"].values()))
 
 

@@ -1,4 +1,4 @@
-"""Pictures of an assignment: what a cell holds, and that the file is a picture."""
+"""Pictures of an assignment: the values of cells, and the file format."""
 
 import struct
 
@@ -17,7 +17,7 @@ ROWS = CLUSTERS * MEMBERS
 
 
 def clustered(dtype=jnp.float32):
-    """Rows around six centres, in turn: in the order of data, no neighbours are alike."""
+    """Rows around six centres in turn, so that consecutive rows are dissimilar."""
     centres = unit_vectors(0, CLUSTERS, DIM, dtype=dtype)[np.arange(ROWS) % CLUSTERS]
     return [centres + 0.3 * unit_vectors(seed, ROWS, DIM, dtype=dtype) for seed in (1, 2)]
 
@@ -76,7 +76,7 @@ def test_batches_of_one_cluster_are_brighter_than_what_is_around_them():
     everywhere = [
         matrix.sum() * MEMBERS**2 - matrix[own].sum() * MEMBERS for matrix in (before, after)
     ]
-    assert everywhere[0] == pytest.approx(everywhere[1], rel=1e-5)  # only the order has changed
+    assert everywhere[0] == pytest.approx(everywhere[1], rel=1e-5)  # only the order changed
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_cells_hold_a_pair_and_do_not_cross_batches_where_there_are_enough(
 
 
 def drawn(monkeypatch, tmp_path, *, batch_size, order=AFTER):
-    """What is drawn, and the file."""
+    """The drawn values, and the file."""
     seen = []
     draw = picture._drawn
     monkeypatch.setattr(picture, "_drawn", lambda *parts: seen.append(parts) or draw(*parts))

@@ -142,7 +142,7 @@ def test_pretrained_weights_are_neither_constants_nor_random(folder, monkeypatch
     table = load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"]
     (program,) = programs_of(build_training(fine_tuning(folder)).init, monkeypatch)
     assert table[0, :4].tobytes().hex().upper() not in program
-    assert "erf_inv" not in program  # from which random normal numbers come
+    assert "erf_inv" not in program  # the primitive behind random normal numbers
     (program,) = programs_of(build_training(settings_with(name="static")).init, monkeypatch)
     assert "erf_inv" in program
 
@@ -212,7 +212,7 @@ def after_two_updates(folder, *, devices, chunk_size):
     """The parameters after two updates on random texts, and the last loss."""
     settings = fine_tuning(
         folder,
-        model={"options": {"dropout": 0.0}},  # which takes long to compile
+        model={"options": {"dropout": 0.0}},  # slow to compile
         grad_cache={"chunk_size": chunk_size},
         optimizer={"name": "sgd", "learning_rate": 0.1, "warmup_steps": 0},
     )

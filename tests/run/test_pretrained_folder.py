@@ -1,4 +1,4 @@
-"""Export writes the original folder with new weights, and module names that all versions know."""
+"""Export writes the original folder with new weights and widely known module names."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a run says while it trains: one step late, and never of a state that has diverged."""
+"""Reports during training: one step late, and never of a diverged state."""
 
 import time
 
@@ -64,7 +64,7 @@ def test_where_a_step_s_time_went_is_written(reports, tmp_path):
         reports.add(step, metrics(), input_seconds=0.25)
     (record,) = read_metrics(tmp_path)
     parts = {part: record[f"time/step_{part}_seconds"] for part in ("input", "device", "host")}
-    assert parts["input"] == 0.75 / 2  # the third has been waited for before the second is read
+    assert parts["input"] == 0.75 / 2  # the second is read once the third is done
     assert parts["device"] >= 0
     seconds = reports._settings.global_batch_size / record["time/pairs_per_second"]
     assert sum(parts.values()) == pytest.approx(seconds)
@@ -84,7 +84,7 @@ def test_no_part_of_a_step_s_time_is_below_zero(reports, tmp_path):
 
 
 def test_tokens_and_the_share_of_the_peak_are_those_of_the_seconds(reports, tmp_path):
-    assert reports._peak_flops is None  # of a CPU nothing is known
+    assert reports._peak_flops is None  # the peak of a CPU is unknown
     reports._peak_flops, reports._model_flops = 1e12, 5e9
     for step in range(1, 4):
         reports.add(step, metrics(tokens=1_000))
@@ -109,7 +109,7 @@ def test_the_speed_is_that_since_the_report_before(reports, tmp_path, monkeypatc
     monkeypatch.setattr("jaxcl.run.reports.time.perf_counter", lambda: now)
     reports._restart_clock(0.0)
     for step, seconds in enumerate([1.0, 1.0, 0.25, 0.25, 0.0], start=1):
-        reports.add(step, metrics())  # reads the step before
+        reports.add(step, metrics())  # reads the previous step
         now += seconds
     batch = reports._settings.global_batch_size
     speeds = [record["time/pairs_per_second"] for record in read_metrics(tmp_path)]
@@ -147,7 +147,7 @@ def test_what_writing_takes_is_part_of_the_speed(reports, tmp_path, monkeypatch)
         reports.add(step, metrics())
     batch = reports._settings.global_batch_size
     speeds = [record["time/pairs_per_second"] for record in read_metrics(tmp_path)]
-    assert speeds == [2 * batch / 3.0, 2 * batch / 3.0]  # the first steps waited for one to read
+    assert speeds == [2 * batch / 3.0, 2 * batch / 3.0]  # the first steps had none to read
 
 
 @pytest.mark.parametrize("field", ["loss", "gradient_norm"])

@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: each option arrives where it acts."""
+"""From a config to the parts of a run: each option has its effect."""
 
 import jax
 import jax.numpy as jnp
@@ -149,9 +149,9 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
     bank = states[0].memory["bank"]["key"]
     assert int((bank.written >= 0).sum()) == min(slots, 32 if kind == "instance" else 12)
     gains = np.subtract(*np.transpose(losses))
-    assert gains[0] == pytest.approx(0, abs=1e-6)  # nothing written yet
+    assert gains[0] == pytest.approx(0, abs=1e-6)  # nothing is written yet
     assert (gains[1:] > 0.01).all()
-    if kind == "instance":  # rows 0 to 7 come again, and do not meet themselves
+    if kind == "instance":  # rows 0 to 7 again, which are not their own negatives
         assert gains[4] == pytest.approx(gains[3], rel=0.5)
 
 
@@ -420,12 +420,12 @@ def test_a_tier_for_which_nothing_is_left_is_named(bank, uniform, empty):
     assert tiers_left_empty(read_settings(config), 300) == empty
 
 
-def test_a_judge_from_the_data_masks_the_batch_and_the_bank(tmp_path):
+def test_a_guide_in_the_data_masks_the_batch_and_the_bank(tmp_path):
     np.savez(tmp_path / "guides.npz", query=np.eye(8, 3), key=np.eye(8, 3))
     changes = {**QUEUE, "negatives.guide": "data", "loss.margin": 0.5}
     program = program_of(**changes, **{"data.guides": str(tmp_path / "guides.npz")})
     tokens, numbers = {"tokens": np.arange(1, 9, dtype=np.int32)[:, None]}, np.arange(8)
-    # By the judge rows 0 to 3 are all alike, and so are rows 4 to 7.
+    # For the guide model, rows 0 to 3 are equal, and so are rows 4 to 7.
     seen = np.repeat(np.eye(2, 3, dtype=np.float32), 4, axis=0)
     state = program.init()
     for first in (0, 8, 16):
@@ -436,7 +436,7 @@ def test_a_judge_from_the_data_masks_the_batch_and_the_bank(tmp_path):
         state, _ = program.train_step(state, placed)
     assert float(measured["negatives/batch/counted"]) == 4
     assert float(measured["negatives/batch/masked"]) == 3
-    assert float(measured["negatives/bank/counted"]) == 8  # of the 16 of two batches
+    assert float(measured["negatives/bank/counted"]) == 8  # of the 16 in two batches
     assert float(measured["negatives/bank/masked"]) == 8
 
 

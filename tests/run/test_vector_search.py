@@ -1,4 +1,4 @@
-"""Searches over vectors equal brute force, for each precision and any sizes."""
+"""Searches over vectors equal a brute-force search, for each precision and any sizes."""
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ def test_integer_products_of_wide_vectors_do_not_overflow():
     keys = np.ones((3, 4096), np.float32)
     keys[1, 0], keys[2] = 126 / 127, -1
     search = search_of(keys, "int8", 1)
-    # 4096 · 127² is above 2²⁴, where float32 no longer has all integers.
+    # 4096 · 127² is above 2²⁴, the largest range of exact integers in float32.
     assert search._coarse(keys[:1])[0].tolist() == [
         4096 * 127**2,
         4095 * 127**2 + 127 * 126,

@@ -1,4 +1,4 @@
-"""Traces, programs that are kept, and a word where a step was compiled again."""
+"""Traces, cached programs, and warnings about recompiled steps."""
 
 import stat
 from pathlib import Path
@@ -19,7 +19,7 @@ def test_a_step_that_is_compiled_again_says_so(tmp_path, capsys):
             watch.before(number)
             step(batch)
             watch.dispatched(number)
-            jnp.ones((number, 7)) * 3.0  # what others compile meanwhile is no step
+            jnp.ones((number, 7)) * 3.0  # other compilations in the meantime are not steps
     said = capsys.readouterr().err
     assert said.count("was compiled again") == 1
     assert "step 3 was compiled again" in said
@@ -34,7 +34,7 @@ def test_the_steps_asked_for_are_traced(tmp_path):
             step(jnp.zeros(4)).block_until_ready()
             assert watch._tracing == (number >= 2)
             watch.after(number)
-            assert watch._tracing == (number == 2)  # until the step behind is under way
+            assert watch._tracing == (number == 2)  # until the next step has started
     assert any(path.name.endswith(".xplane.pb") for path in tmp_path.rglob("*"))
 
 
@@ -71,7 +71,7 @@ def test_steps_that_cannot_be_traced_are_named(given):
 
 @pytest.fixture
 def updates(monkeypatch, tmp_path):
-    """The updates of JAX's config; the user's cache is in the test's folder."""
+    """The updates of JAX's config, with the user's cache in the test's folder."""
     told = {}
     monkeypatch.setattr(jax.config, "update", lambda name, value: told.update({name: value}))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")

@@ -1,4 +1,4 @@
-"""Workdirs: a folder belongs to one config, and its files are whole."""
+"""Workdirs: a folder belongs to one config, and its files are complete."""
 
 import contextlib
 import json

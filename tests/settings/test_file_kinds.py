@@ -1,4 +1,4 @@
-"""Names of files are told apart from TFDS names, and splits from paths."""
+"""Names of files are distinguished from TFDS names, and splits from paths."""
 
 from pathlib import Path
 

@@ -196,6 +196,6 @@ def test_the_prompts_that_a_run_was_trained_with_are_those_of_the_run_after_it(f
     settings = read_settings(own)
     assert settings.data.prompts._asdict() == {"query": "", "key": "key : "}
     assert settings.data.exclude_prompt is False
-    # The new run resumes with them when the other run is gone.
+    # The new run still has them after the other run is deleted.
     resumed = config | {"init_from": "gone"}
     assert read_settings(resumed, workdir=tmp_path).data == read_settings(config).data

@@ -1,4 +1,4 @@
-"""A config is read once: every field is checked, and every name becomes a function."""
+"""A config is read once: all fields are checked, and names become functions."""
 
 import math
 import re
@@ -29,7 +29,7 @@ KINDS: dict[str, type] = {}
 
 
 def numbers(section: type, path: str = "") -> Iterator[tuple[str, Range | None]]:
-    """Each number of a section: its dotted name and its range."""
+    """The dotted name and the range of each number in a section."""
     for name, hint in get_type_hints(section, include_extras=True).items():
         yield from numbers_of_hint(hint, f"{path}{name}")
 
@@ -133,7 +133,7 @@ def test_a_field_of_no_section_is_refused():
 
 
 def test_only_a_changed_setting_without_effect_is_an_error():
-    settings = read_settings({})  # the defaults, under which most of those settings are not read
+    settings = read_settings({})  # with the defaults, most of these settings are not read
     tried = 0
     for unread in _UNREAD:
         for field in unread.fields:
@@ -186,7 +186,7 @@ def test_nothing_is_imported_of_a_package_that_is_not_trusted(tmp_path, monkeypa
     with pytest.raises(PermissionError, match="--trust untrusted"):
         read_settings({"model": {"name": "untrusted:encoder"}}, trust=("jaxcl",))
     assert "untrusted" not in sys.modules
-    with pytest.raises(AssertionError, match="imported"):  # which shows that it can be
+    with pytest.raises(AssertionError, match="imported"):  # shows that it can be read
         read_settings({"model": {"name": "untrusted:encoder"}}, trust=("untrusted",))
     assert read_settings({"model": {"name": "jaxcl.models:StaticEncoder"}}, trust=("jaxcl",))
 
