@@ -1,4 +1,4 @@
-"""Embedding many rows: what the encoder gives, whatever the number of rows and devices."""
+"""Embeddings of many rows equal the encoder's, for any number of rows and devices."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxcl.step.embedder import make_embedder
 from tests.helpers import relative_error
 
 BATCH_SIZE, WIDTH, DIM, VOCABULARY = 16, 5, 12, 50
-TOLERANCE = 3e-7  # float32: a batch of another shape may be added up in another order
+TOLERANCE = 3e-7  # float32: sums of batches of other shapes may have another order
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def embed(towers):
 
 
 def embedder(encode, mesh=None, *, batch_size=BATCH_SIZE):
-    """Embeds tokens that are in memory."""
+    """Embed tokens in memory."""
     mesh = make_mesh({"data": -1}) if mesh is None else mesh
     embed_rows = make_embedder(encode, mesh, batch_size=batch_size)
 
@@ -45,7 +45,7 @@ def embedder(encode, mesh=None, *, batch_size=BATCH_SIZE):
 
 
 def some_tokens(num_rows: int) -> np.ndarray:
-    """Texts of 1 to WIDTH tokens, with padding behind."""
+    """Texts of 1 to WIDTH tokens, followed by padding."""
     generator = np.random.default_rng(0)
     tokens = generator.integers(1, VOCABULARY, (num_rows, WIDTH), dtype=np.int32)
     lengths = generator.integers(1, WIDTH + 1, (num_rows, 1))

@@ -1,4 +1,4 @@
-"""Every loss in the step, with all negatives that it takes: cached on a mesh is whole on one."""
+"""Every loss with all its negatives: a cached step on a mesh equals a plain one on one device."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ TOWERS = make_towers(
 
 def batch():
     rng = np.random.default_rng(0)
-    rows = (np.arange(ROWS) % 15).astype(np.int32)  # one row stands twice
+    rows = (np.arange(ROWS) % 15).astype(np.int32)  # one row occurs twice
     others = rng.integers(0, 20, (ROWS, 3)).astype(np.int32)
     tokens = rng.integers(1, 50, (5, ROWS, 9)).astype(np.int32)
     return {
@@ -70,7 +70,7 @@ def value_and_gradients(
     memory = {}
     if SharedNegatives in loss.negatives:
         update_banks = {"key": lambda old, *_: old}
-        # All tiers take the same way into every loss, so one loss with the slow ones is enough.
+        # All tiers enter every loss in the same way, so one loss with the slow tiers is enough.
         more = {"nearest": 4, "mixed": 2} if name == "infonce" else {}
         budgets = TierBudgets(uniform=16, **more)
         memory["bank"] = {"key": filled_bank()}
@@ -137,7 +137,7 @@ def test_explicit_negatives_have_a_part_in_it(name):
 
 @pytest.mark.parametrize("name", ["infonce", "supervised"])
 def test_explicit_negatives_of_a_row_s_own_group_do_not_count(name):
-    """Groups are masks of one, and classes of the other."""
+    """Groups are masks of one loss, and classes of the other."""
     one_group = {"gradients": False, "own_group": True}
     value, _ = value_and_gradients(name, 1, None, **one_group)
     without, _ = value_and_gradients(name, 1, None, **one_group, without_valid=True)

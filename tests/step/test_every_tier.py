@@ -1,4 +1,4 @@
-"""Training with every kind of negatives at once, beside the same steps written out in NumPy."""
+"""Training with every kind of negatives at once, against the same steps in NumPy."""
 
 import functools
 
@@ -37,9 +37,9 @@ RULE = MiningRule(per_query=2, rank_range=(1, 7), relative_margin=0.02)
 LEARNING_RATE, BANK_MOMENTUM, TOWER_MOMENTUM, RELATIVE_MARGIN = 0.3, 0.4, 0.9, 0.05
 OPTIMIZER = optax.sgd(LEARNING_RATE)
 BOUNDS = TemperatureBounds(initial=0.2, minimum=0.01, maximum=1.0)
-TEXT = np.arange(ROWS) // 2 * 2  # rows of one text in pairs
+TEXT = np.arange(ROWS) // 2 * 2  # pairs of rows share a text
 GROUP = np.arange(ROWS, dtype=np.int32) % 3 * 10
-OTHERS = ((3, 30), (5, 30), (7, 35))  # devices, and a batch that they divide
+OTHERS = ((3, 30), (5, 30), (7, 35))  # devices, and a batch size that they divide
 
 
 def rows_of(step):
@@ -49,7 +49,7 @@ def rows_of(step):
 def initial(seed=0):
     rng = np.random.default_rng(seed)
     tables = {side: rng.normal(size=(ROWS, DIM)) for side in ("query", "key")}
-    # A key is near its query, so that the margins let some pass and stop some.
+    # A key is near its query, so that margins mask some negatives and allow others.
     tables["key"] = tables["query"] + 0.8 * tables["key"]
     return tables
 
@@ -73,7 +73,7 @@ def batch_of(step, mined):
 
 
 def functions(devices, **changes):
-    """A mesh of so many devices, and what trains on it."""
+    """A mesh with this number of devices, and its training functions."""
     mesh = make_mesh({"data": devices}, devices=jax.devices()[:devices])
 
     def update(bank, vectors, rows, ids, groups, guides):
@@ -112,7 +112,7 @@ def initial_state():
 
 
 def train_in_jax(devices, *, move=None, **changes):
-    """The state after all steps and their losses; `move` is (step, devices, folder)."""
+    """The state after all steps, and their losses; `move` is (step, devices, folder)."""
     mesh, step_fn, refresh = functions(devices, **changes)
     state = initial_state()
     state = jax.device_put(state, state_sharding(mesh, state))
@@ -131,7 +131,7 @@ def train_in_jax(devices, *, move=None, **changes):
 
 
 def moved(state, step, mesh, folder):
-    """The same state, saved in float32, as runs are, and read by the devices of another mesh."""
+    """The state, saved in float32 as in runs, and restored on another mesh."""
     state = cast(state, jnp.float32)
     before = jax.device_get(state.memory)
     with Checkpoints(folder) as checkpoints:
@@ -155,7 +155,7 @@ def cast(state, dtype):
 
 
 class Restated:
-    """The same in NumPy: every score of every query in one list, and gradients by hand."""
+    """The same in NumPy, with all scores of a query in one list, and gradients by hand."""
 
     def __init__(self, *, gradient=False, of_batch=False):
         self.towers = initial()
@@ -193,10 +193,10 @@ class Restated:
         ceilings = positives - RELATIVE_MARGIN * abs(positives)
         for i, row in enumerate(rows):
             query, key, positive, ceiling = queries[i], keys[i], positives[i], ceilings[i]
-            # (vector, who gets its gradient, what part of it is the query's)
+            # (vector, the receiver of its gradient, the query's part of it)
             towards_keys = {kind: [] for kind in self.met}
             for j, other in enumerate(rows):
-                # The margin of either row decides.
+                # Either row's margin masks.
                 if TEXT[other] != TEXT[row] and query @ keys[j] <= ceilings[j]:
                     towards_keys["batch"].append((keys[j], ("key", other), None))
                 for their in self.mined[other]:
@@ -352,7 +352,7 @@ class Restated:
 
 
 def unit(vectors):
-    # jaxcl's own norm has 1e-12 under its root, which is beyond what is compared here
+    # jaxcl's norm adds 1e-12 under the root, which is below the tolerance here
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
@@ -445,5 +445,5 @@ def test_each_kind_had_a_part_in_it_and_each_was_masked_somewhere():
     met, counted = restated().met, restated().counted
     assert set(met) == {"batch", "explicit", "shared", "nearest", "synthetic"}
     assert min(counted.values()) > 20, counted
-    for kind in ("batch", "explicit", "shared", "synthetic"):  # the nearest are chosen unmasked
+    for kind in ("batch", "explicit", "shared", "synthetic"):  # the nearest are unmasked
         assert counted[kind] < met[kind], kind

@@ -1,4 +1,4 @@
-"""Mining from the banks in training: blocks change nothing, and rows unseen are left out."""
+"""Mining from the banks in training: blocks change nothing, and unseen rows are left out."""
 
 import jax
 import jax.numpy as jnp

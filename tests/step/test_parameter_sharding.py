@@ -1,4 +1,4 @@
-"""Parameters over an axis of the mesh: a share on each device, and the same training."""
+"""Sharded parameters: each device has a part, and training is the same."""
 
 import jax
 import jax.numpy as jnp
@@ -75,12 +75,12 @@ def test_a_rule_decides_by_the_path():
 
 
 def trained(name, shape, *, steps=3, chunk_sizes=None):
-    """The state after some steps in float64, and where it lies."""
+    """The state after some steps in float64, and its sharding."""
     mesh = make_mesh(shape, devices=jax.devices()[: int(np.prod(list(shape.values())))])
     towers, optimizer = (
         TOWERS[name],
         optax.adam(1e-2, eps=1e-3),
-    )  # or rounding would decide for weights without a gradient
+    )  # otherwise, rounding would move weights without a gradient
     state = init_state(
         jax.random.key(0),
         towers.init,
@@ -132,7 +132,7 @@ def test_training_is_that_of_one_device(name, shape, chunk_sizes, x64, monkeypat
         for leaf in jax.tree.leaves(part)
         if leaf.addressable_shards[0].data.size < leaf.size
     ]
-    # The parameters, both moments and the momentum encoder, matrices and vectors that divide.
+    # Parameters, both moments and the momentum encoder: all matrices and vectors that divide.
     assert all(leaf.addressable_shards[0].data.size * shape["fsdp"] == leaf.size for leaf in cut)
     matrices = [leaf for leaf in jax.tree.leaves(state.params["towers"]) if leaf.ndim > 1]
     assert len(cut) >= 4 * sum(any(n % shape["fsdp"] == 0 for n in leaf.shape) for leaf in matrices)

@@ -1,4 +1,4 @@
-"""Ragged text negatives and several positives of a query, next to the same written out densely."""
+"""Ragged text negatives and several positives per query, against a dense computation."""
 
 import functools
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from tests.small_models import DIM, VOCABULARY, encode
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-# Query 0 has the positives of rows 0 to 2, query 4 those of rows 4 and 5; rows 3 and 6 share a key.
+# Query 0 has positives in rows 0 to 2, query 4 in rows 4 and 5; rows 3 and 6 share a key.
 QUERIES = ["q0", "q0", "q0", "q3", "q4", "q4", *(f"q{row}" for row in range(6, 20))]
 KEYS = [f"k{row}" for row in range(20)]
 KEYS[6] = KEYS[3]
@@ -32,10 +32,10 @@ NEGATIVES = [
     ["n1", "n0", "k5"],  # a positive of another query in the batch
     ["k9", "q0"],  # a query of the batch
     ["k6 and more"],
-    ["n2", "k4", "n2"],  # twice the same; another positive of this query
+    ["n2", "k4", "n2"],  # the same text twice; another positive of this query
     ["k3"],  # its own positive
     [],
-    ["k19", "n0"],  # a key that is in no batch here
+    ["k19", "n0"],  # a key outside the batch
     *([f"own {row}"] * (row % 4) for row in range(9, 20)),
 ]
 BATCH = np.arange(16)
@@ -91,7 +91,7 @@ def params_of(seed=1):
 
 
 class Dense(NamedTuple):
-    """Embeddings of the batch's texts, each row's negatives end to end, and whose they are."""
+    """Embeddings of the batch's texts, and the row of each concatenated negative."""
 
     queries: jax.Array
     keys: jax.Array
@@ -117,7 +117,7 @@ def dense(params, data, rows):
 
 
 def alike(row):
-    """The rows that are connected with a row by equal queries or equal keys."""
+    """The rows connected with a row by equal queries or equal keys."""
     rows = {row}
     while True:
         queries, keys = {QUERIES[one] for one in rows}, {KEYS[one] for one in rows}
@@ -128,7 +128,7 @@ def alike(row):
 
 
 def allowed(rows, texts, masks):
-    """Which keys, and which negatives, are negatives of each query."""
+    """The keys, and the text negatives, that are negatives of each query."""
     keys = np.ones((len(rows), len(rows)), bool)
     others = np.ones((len(rows), len(texts)), bool)
     for i, row in enumerate(rows):
@@ -205,7 +205,7 @@ MASKS = {"infonce": {"ids": "text"}, "supervised": {"ids": "row"}, "distillation
 
 
 def found_with(how, data, name, *, rows=BATCH, masks=None, batch=None, guide=None):
-    """The value and the gradients of a loss in one of the ways of `HOW`."""
+    """The value and the gradients of a loss, computed as `HOW` says."""
     shape, options, chunk_sizes = HOW[how] if isinstance(how, str) else how
     size = int(np.prod(list(shape.values())))
     mesh = make_mesh(shape, devices=jax.devices()[:size])
@@ -286,7 +286,7 @@ def test_the_comparison_sees_a_mask_or_a_negative_that_is_missing(data, wanted_o
     without, _ = found_with("one device", data, "infonce", batch=batch)
     assert relative_error(without, wanted) > 1e-2
     batch = batch_of(data, BATCH)
-    batch["negatives"]["valid"][:] = True  # as if places without a negative had one
+    batch["negatives"]["valid"][:] = True  # as if padding were negatives
     filled, _ = found_with("one device", data, "infonce", batch=batch)
     assert relative_error(filled, wanted) > 1e-3
 

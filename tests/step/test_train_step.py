@@ -61,8 +61,8 @@ TOWERS = {
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 @pytest.mark.parametrize("name", TOWERS)
 def test_any_mesh_gives_the_loss_and_every_gradient_of_one_device(name, shape, x64, monkeypatch):
-    # JAX's attention rounds its softmax to float32 whatever it is given, which alone makes 3e-8.
-    # Attention stays within a row; what is in question here is everything between rows.
+    # JAX's attention rounds its softmax to float32 for any input type, an error of 3e-8. Attention
+    # stays within a row, while this test is about everything between rows.
     monkeypatch.setattr(jax.nn, "dot_product_attention", double_attention)
     wanted = loss_and_gradients(name, {"data": 1})
     found = loss_and_gradients(name, shape)
@@ -81,7 +81,7 @@ def test_any_mesh_gives_the_loss_and_every_gradient_of_one_device(name, shape, x
 )
 def test_a_gradient_cache_has_every_gradient_of_the_whole_batch(name, shape, x64, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", double_attention)
-    # The loop that a single CPU device takes, whatever this process has.
+    # The loop of a single CPU device, whatever this process has.
     bag = functools.partial(embedding_bag, implementation="loop")
     monkeypatch.setattr("jaxcl.models.static.embedding_bag", bag)
     wanted = loss_and_gradients(name, {"data": 1})
@@ -92,7 +92,7 @@ def test_a_gradient_cache_has_every_gradient_of_the_whole_batch(name, shape, x64
 
 
 def test_a_wrong_reduction_fails_that_test(x64):
-    """Differentiating inside of the mesh and averaging, a silent no-op there, is off by 8."""
+    """Differentiating inside the mesh and averaging, a silent no-op there, is off by 8."""
     towers, mesh = TOWERS["static"], make_mesh({"data": 8})
     params, batch = double_params(towers), some_batch()
     rows, whole = PartitionSpec("data"), PartitionSpec()
@@ -244,7 +244,7 @@ def test_what_a_loss_remembers_is_read_and_written_by_row(size):
     assert float(metrics.loss) == 2.0
     assert state.memory["rows"]["seen"].sharding == table_sharding(mesh)
     seen = np.asarray(state.memory["rows"]["seen"])[:, 0]
-    # Row 5 stands at places 0 and 2: the first of them stays.
+    # Row 5 is at positions 0 and 2: the first is kept.
     wanted = {5: 3.0, 3: 3.01, 1030: 3.03, 0: 3.04, 7: 3.05, 2: 3.06, 9: 3.07}
     np.testing.assert_allclose(seen[list(wanted)], list(wanted.values()), rtol=1e-6)
     assert (np.delete(seen, list(wanted)) == 2.0).all()
@@ -275,7 +275,7 @@ def test_a_bias_of_the_scores_is_learned_where_a_loss_has_one(x64):
 
 
 def value_of(loss):
-    """A loss without a memory, its value alone."""
+    """The value of a loss without memory."""
     return jax.jit(lambda params, batch, key: loss(params, {}, batch, key)[0])
 
 
@@ -433,7 +433,7 @@ def double_params(towers):
 def some_batch():
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 50, (2, 16, 9)).astype(np.int32)  # id 0, padding, among them
-    rows = (np.arange(16) % 15).astype(np.int32)  # one row stands twice
+    rows = (np.arange(16) % 15).astype(np.int32)  # one row occurs twice
     batch = {
         "query": {"tokens": tokens[0]},
         "key": {"tokens": tokens[1]},
