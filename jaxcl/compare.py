@@ -6,7 +6,11 @@
 The settings are a Python file whose `get_settings()` returns, by name, what differs from the
 config, such as `{"queue": {"negatives.bank.kind": "queue"}}`. Each run has its own folder and keeps
 its metrics and the rank of every query, but no checkpoints; the same command resumes after a stop.
-`comparison.json` and `comparison.md` hold the table.
+
+`comparison.json` and `comparison.md` hold the results: each setting's difference from the baseline,
+paired by query and by seed, with its standard errors over queries and over seeds, and a 95 %
+interval over both (`jaxcl.metrics.paired_interval`). With one seed, the interval is over queries
+only, and another seed may give another difference; use at least three.
 
 In a program or a notebook, call `compare`:
 
@@ -16,6 +20,7 @@ In a program or a notebook, call `compare`:
 
 import hashlib
 import json
+import math
 import statistics
 import time
 from argparse import Namespace
@@ -35,13 +40,14 @@ from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.printable import printable
 from jaxcl.host.progress import say
 from jaxcl.host.remote import remove_tree
-from jaxcl.metrics import paired_difference
+from jaxcl.metrics import paired_interval
 from jaxcl.run.identity import fields_of, pretrained_fingerprints
 from jaxcl.settings.changed import changed_config
 from jaxcl.settings.command_line import add_config_flags, config_of
 from jaxcl.settings.config_files import read_settings_file
 from jaxcl.settings.read import read_settings
 from jaxcl.train import train
+from jaxcl.typing import Float
 
 __all__ = ["compare", "main"]
 
@@ -98,8 +104,10 @@ def compare(
       baseline: a setting's name; the first by default.
 
     Returns:
-      A record for each setting: its means over the seeds, their spread, and its paired difference
-      with the baseline over the queries, with its standard error.
+      A record for each setting: for each held-out split and method (`places`), the mean over the
+      seeds, the mean of each seed, the paired difference from the baseline, its standard errors
+      over queries and over seeds, and its 95 % interval, which covers what `interval_over` says.
+      `None` stands for what one seed or one query cannot tell.
 
     Raises:
       ValueError: for settings that do not fit the config.
@@ -155,21 +163,58 @@ def _changed(config: ConfigDict, name: str, seed: int, changes: Mapping[str, Any
 
 
 def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
-    """The table: means over seeds, and differences with the baseline with standard errors."""
-    places, baseline = list(records[0]["places"]), _cell(records[0]["baseline"])
-    lines = [
-        "| setting | " + " | ".join(f"{place} | − {baseline}" for place in places) + " | s |",
-        "|---" * (2 * len(places) + 2) + "|",
-    ]
-    for record in records:
-        cells = [_cell(record["setting"])]
-        for found in record["places"].values():
-            spread = f" ({min(found['seeds']):.3f} to {max(found['seeds']):.3f})"
-            cells.append(f"{found['mean']:.3f}{spread}")
-            cells.append(f"{found['difference']:+.4f} ± {found['standard_error']:.4f}")
-        cells.append(f"{record['seconds']:.0f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return printable("\n".join(lines))
+    """A table for each held-out split and method, with a row for each setting."""
+    baseline = _cell(records[0]["baseline"])
+    blocks = []
+    for place, first in records[0]["places"].items():
+        split, method = (_cell(part) for part in place.rsplit("/", 1))
+        interval = f"95 % interval over {first['interval_over']}"
+        headings = ["setting", f"mean {METRIC.upper()}", "lowest to highest seed"]
+        headings += [f"difference from {baseline}", "± over queries", "± over seeds", interval]
+        headings += ["seconds per run"]
+        lines = [_row(headings), "|---" * len(headings) + "|"]
+        for record in records:
+            seconds = f"{record['seconds']:.0f}"
+            figures = _figures(record["places"][place], own=record["setting"] == record["baseline"])
+            lines.append(_row([_cell(record["setting"]), *figures, seconds]))
+        blocks += [f"{split}, {method}:", "\n".join(lines)]
+    num_seeds = len(next(iter(records[0]["places"].values()))["seeds"])
+    return printable("\n\n".join([*blocks, _remark(num_seeds, baseline)]))
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _figures(place: Mapping[str, Any], *, own: bool) -> list[str]:
+    """The cells of a setting's figures; the baseline has no difference from itself."""
+    means = place["seeds"]
+    cells = [f"{place['mean']:.3f}", f"{min(means):.3f} to {max(means):.3f}"]
+    if own:
+        return [*cells, "baseline", "", "", ""]
+    errors = [place["error_over_queries"], place["error_over_seeds"]]
+    reasons = ["1 query", f"{len(means)} seed"]
+    cells.append(f"{place['difference']:+.4f}")
+    for error, reason in zip(errors, reasons, strict=True):
+        cells.append(f"not available ({reason})" if error is None else f"{error:.4f}")
+    interval = place["interval"]
+    return [*cells, "not available" if interval is None else "{:+.4f} to {:+.4f}".format(*interval)]
+
+
+def _remark(num_seeds: int, baseline: str) -> str:
+    remark = (
+        f"Each query and seed is compared with the same query and seed of {baseline}. ± is the "
+        "standard error of the difference. "
+    )
+    if num_seeds == 1:
+        return remark + (
+            "With 1 seed, the interval covers only the choice of held-out queries: another seed "
+            "may give another difference. Use --seeds 3 or more to cover both."
+        )
+    return remark + (
+        "The interval covers both the choice of held-out queries and that of the seeds, with "
+        f"Student's t quantiles for {num_seeds} seeds."
+    )
 
 
 def _cell(name: str) -> str:
@@ -231,19 +276,10 @@ def _record(workdir: AnyPath, name: str, baseline: str, seeds: int) -> dict[str,
         [_values(_directory(workdir, setting, seed)) for seed in range(seeds)]
         for setting in (name, baseline)
     )
-    places = {}
-    for place in ours[0]:
-        difference, standard_error = paired_difference(
-            np.mean([values[place] for values in ours], axis=0),
-            np.mean([values[place] for values in theirs], axis=0),
-        )
-        means = [float(values[place].mean()) for values in ours]
-        places[place] = {
-            "mean": statistics.mean(means),
-            "seeds": means,
-            "difference": difference,
-            "standard_error": standard_error,
-        }
+    places = {
+        place: _place(*(np.stack([values[place] for values in runs]) for runs in (ours, theirs)))
+        for place in ours[0]
+    }
     seconds = [
         read_json_object(_directory(workdir, name, seed) / FINISHED)["seconds"]
         for seed in range(seeds)
@@ -254,6 +290,28 @@ def _record(workdir: AnyPath, name: str, baseline: str, seeds: int) -> dict[str,
         "places": places,
         "seconds": statistics.median(seconds),
     }
+
+
+def _place(
+    values: Float[np.ndarray, "seeds q"], baseline: Float[np.ndarray, "seeds q"]
+) -> dict[str, Any]:
+    """The figures of a setting for one split and method."""
+    means = [float(of_seed.mean()) for of_seed in values]
+    found = paired_interval(values, baseline)
+    return {
+        "mean": statistics.mean(means),
+        "seeds": means,
+        "difference": found.difference,
+        "error_over_queries": _known(found.error_over_queries),
+        "error_over_seeds": _known(found.error_over_seeds),
+        "interval": None if math.isnan(found.low) else [found.low, found.high],
+        "interval_over": "queries and seeds" if len(means) > 1 else "queries only",
+    }
+
+
+def _known(error: float) -> float | None:
+    """The error, or `None`, which JSON has, for the error of a single query or seed."""
+    return None if math.isnan(error) else error
 
 
 def _values(directory: AnyPath) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from jaxcl.configs.code_search import get_config
 
 from jaxcl import compare as comparing
 from jaxcl.compare import as_markdown, compare
+from jaxcl.metrics import paired_interval
 from jaxcl.settings.changed import changed_config
 
 SETTINGS = {"plain": {}, "+ more": {"model.dim": 8, "loss.masks": ["text"]}}
@@ -51,17 +52,73 @@ def test_each_setting_is_trained_with_each_seed_and_compared_query_by_query(trai
         ranks = np.random.default_rng(seed).integers(1, 12, 50)
         pair = [ranks, np.maximum(ranks - 1, 1)]
         reciprocal.append([np.where(own <= 10, 1 / own, 0) for own in pair])
-    plain, more = np.mean(reciprocal, axis=0)
+    plain, more = np.swapaxes(reciprocal, 0, 1)
     place = records[1]["places"]["validation/dense"]
     assert set(records[1]["places"]) == {"validation/dense"}
     assert place["mean"] == pytest.approx(more.mean())
-    assert place["difference"] == pytest.approx((more - plain).mean())
-    error = (more - plain).std(ddof=1) / np.sqrt(50)
-    assert place["standard_error"] == pytest.approx(error)
+    assert place["seeds"] == pytest.approx(more.mean(1))
+    differences = more - plain
+    assert place["difference"] == pytest.approx(differences.mean())
+    over_queries = differences.mean(0).std(ddof=1) / np.sqrt(50)
+    over_seeds = differences.mean(1).std(ddof=1) / np.sqrt(2)
+    assert place["error_over_queries"] == pytest.approx(over_queries)
+    assert place["error_over_seeds"] == pytest.approx(over_seeds)
+    low, high = place["interval"]
+    assert [low, high] == [*paired_interval(more, plain)[3:]]
+    assert low < place["difference"] - 1.96 * max(over_queries, over_seeds)
+    assert place["interval_over"] == "queries and seeds"
     assert not list(tmp_path.rglob("checkpoints"))
     assert json.loads((tmp_path / "comparison.json").read_text()) == records
     assert (tmp_path / "comparison.md").read_text() == as_markdown(records) + "\n"
-    assert "− plain" in as_markdown(records)
+    table = as_markdown(records)
+    assert "validation, dense:" in table
+    assert table.splitlines()[2].split(" | ")[1:] == [
+        "mean MRR@10",
+        "lowest to highest seed",
+        "difference from plain",
+        "± over queries",
+        "± over seeds",
+        "95 % interval over queries and seeds",
+        "seconds per run |",
+    ]
+    own, other = ([cell.strip() for cell in table.splitlines()[n].split("|")] for n in (4, 5))
+    assert own[4:8] == ["baseline", "", "", ""]
+    means = [f"{place['difference']:+.4f}", f"{over_queries:.4f}", f"{over_seeds:.4f}"]
+    assert other[4:8] == [*means, f"{low:+.4f} to {high:+.4f}"]
+    assert "with Student's t quantiles for 2 seeds" in table
+
+
+def test_one_seed_says_that_it_has_no_error_over_seeds(trained, tmp_path, capsys):
+    records = compare(get_config("smoke"), SETTINGS, tmp_path, seeds=1)
+    ranks = np.random.default_rng(0).integers(1, 12, 50)
+    pair = (ranks, np.maximum(ranks - 1, 1))
+    plain, more = (np.where(own <= 10, 1 / own, 0) for own in pair)
+    place = records[1]["places"]["validation/dense"]
+    error = (more - plain).std(ddof=1) / np.sqrt(50)
+    assert place["error_over_queries"] == pytest.approx(error)
+    assert place["error_over_seeds"] is None
+    half = 2.00957 * error  # the quantile of Student's t with 49 degrees of freedom
+    mean = (more - plain).mean()
+    assert place["interval"] == pytest.approx([mean - half, mean + half], rel=1e-4)
+    printed = capsys.readouterr().out
+    assert "not available (1 seed)" in printed
+    assert "95 % interval over queries only" in printed
+    assert "Use --seeds 3 or more" in printed
+    assert "NaN" not in (tmp_path / "comparison.json").read_text()
+    assert printed == (tmp_path / "comparison.md").read_text()
+
+
+def test_one_query_has_no_interval(tmp_path, monkeypatch):
+    def train(config, workdir, *, changed):
+        workdir.mkdir(parents=True)
+        np.savez(workdir / "ranks.npz", **{"test/plain/dense": np.ones(1) + config.seed})
+
+    monkeypatch.setattr(comparing, "train", train)
+    records = compare(get_config("smoke"), SETTINGS, tmp_path, seeds=2)
+    place = records[1]["places"]["test/dense"]
+    assert (place["difference"], place["error_over_seeds"]) == (0, 0)
+    assert (place["error_over_queries"], place["interval"]) == (None, None)
+    assert "not available (1 query)" in as_markdown(records)
 
 
 def test_what_is_finished_is_not_trained_again_and_another_config_is_refused(trained, tmp_path):

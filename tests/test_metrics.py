@@ -13,6 +13,7 @@ from jaxcl.metrics import (
     mrr_metric,
     ndcg_metric,
     paired_difference,
+    paired_interval,
     rank_of_key,
     recall_at_k_metric,
 )
@@ -235,3 +236,99 @@ def test_the_paired_difference_is_signed_and_ignores_what_both_share():
 def test_values_of_other_queries_cannot_be_paired():
     with pytest.raises((ValueError, TypeCheckError)):
         paired_difference(np.ones(3), np.ones(2))
+
+
+def quantile(degrees):
+    """Of Student's t, which 2.5 % of the distribution exceed, from a printed table."""
+    return {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645}[degrees]
+
+
+def test_an_interval_over_seeds_and_queries_by_hand():
+    values = np.array([[0.4, 0.2, 0.6], [0.8, 0.4, 0.3]])
+    baseline = np.array([[0.1, 0.1, 0.4], [0.2, 0.3, 0.2]])
+    found = paired_interval(values, baseline)
+    # Differences: 0.3, 0.1, 0.2 with seed 0, and 0.6, 0.1, 0.1 with seed 1.
+    of_query, of_seed = [0.45, 0.1, 0.15], [0.6 / 3, 0.8 / 3]
+    mean = (0.6 + 0.8) / 6
+    queries = sum((one - mean) ** 2 for one in of_query) / 2 / 3
+    seeds = sum((one - mean) ** 2 for one in of_seed) / 1 / 2
+    rows = [[0.3, 0.1, 0.2], [0.6, 0.1, 0.1]]
+    residuals = [
+        (one - of_seed[s] - of_query[q] + mean) ** 2
+        for s, row in enumerate(rows)
+        for q, one in enumerate(row)
+    ]
+    variance = queries + seeds - sum(residuals) / (1 * 2) / (2 * 3)
+    assert variance < queries  # so that the larger of the two errors counts
+    t = (quantile(2) * queries + quantile(1) * seeds) / (queries + seeds)
+    half = t * math.sqrt(queries)
+    assert found.difference == pytest.approx(mean)
+    assert found.error_over_queries == pytest.approx(math.sqrt(queries))
+    assert found.error_over_seeds == pytest.approx(math.sqrt(seeds))
+    assert found[3:] == pytest.approx((mean - half, mean + half), rel=1e-5)
+
+
+def test_the_variance_is_that_of_queries_and_seeds_less_the_residual():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(5, 1)) + rng.normal(size=(1, 4)) + rng.normal(size=(5, 4)) / 10
+    found = paired_interval(values, np.zeros((5, 4)))
+    queries, seeds = found.error_over_queries**2, found.error_over_seeds**2
+    centred = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
+    variance = queries + seeds - (centred**2).sum() / (4 * 3) / (5 * 4)
+    assert variance > max(queries, seeds)
+    t = (quantile(3) * queries + quantile(4) * seeds) / (queries + seeds)
+    assert found.high - found.difference == pytest.approx(t * math.sqrt(variance), rel=1e-5)
+
+
+def test_one_seed_has_an_interval_over_queries_and_one_query_has_none():
+    values, baseline = np.array([[0.9, 0.5, 0.4]]), np.array([[0.7, 0.5, 0.3]])
+    found = paired_interval(values, baseline)
+    mean, error = paired_difference(values[0], baseline[0])
+    assert found[:2] == (mean, error)
+    assert math.isnan(found.error_over_seeds)
+    half = quantile(2) * error
+    assert found[3:] == pytest.approx((mean - half, mean + half), rel=1e-5)
+    found = paired_interval(values.T, baseline.T)
+    assert found.error_over_seeds == pytest.approx(error)
+    assert np.isnan([found.error_over_queries, found.low, found.high]).all()
+
+
+def test_equal_systems_differ_by_nothing():
+    values = np.random.default_rng(0).random((3, 20))
+    assert paired_interval(values, values) == (0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+def test_the_interval_contains_the_difference_of_95_percent_of_experiments(num_seeds):
+    """Where seeds and queries both matter; an interval over queries alone fails."""
+    rng = np.random.default_rng(num_seeds)
+    num_queries, true = 80, 0.3
+    both = queries_only = 0
+    for _ in range(1000):
+        of_seeds = 0.15 * math.sqrt(num_seeds) * rng.normal(size=(num_seeds, 1))
+        differences = true + of_seeds + rng.normal(size=num_queries)
+        differences += rng.normal(size=differences.shape)
+        found = paired_interval(differences, np.zeros_like(differences))
+        both += found.low <= true <= found.high
+        alone = paired_interval(differences.mean(0)[None], np.zeros((1, num_queries)))
+        queries_only += alone.low <= true <= alone.high
+    assert 0.93 < both / 1000 < 0.99
+    assert queries_only / 1000 < 0.85
+
+
+def test_one_seed_covers_the_choice_of_queries():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        found = paired_interval(0.3 + rng.normal(size=(1, 12)), np.zeros((1, 12)))
+        covered += found.low <= 0.3 <= found.high
+    assert 0.935 < covered / 1000 < 0.965  # a normal quantile would give 0.925
+
+
+def test_values_that_cannot_be_paired_by_seed_and_query_are_an_error():
+    with pytest.raises((ValueError, TypeCheckError), match=r"cannot be paired|baseline"):
+        paired_interval(np.zeros((2, 3)), np.zeros((3, 3)))
+    with pytest.raises(ValueError, match="cannot be paired"):
+        paired_interval(np.zeros((0, 3)), np.zeros((0, 3)))
+    with pytest.raises(ValueError, match=r"level=1\.0 must be between 0 and 1"):
+        paired_interval(np.zeros((2, 3)), np.zeros((2, 3)), level=1.0)
