@@ -59,7 +59,7 @@ class Comparison(NamedTuple):
                 key_labels=self.labels(
                     queries, keys, key_guide, ceiling="key_to_query" in directions
                 ),
-                **self.how(),
+                **self.reduction_options(),
             )
             values |= {"query_to_key": rows, "key_to_query": columns}
         for direction, own, guide in (
@@ -72,7 +72,7 @@ class Comparison(NamedTuple):
                     own,
                     query_labels=self.labels(queries, keys, guide),
                     key_labels=self.labels(queries, keys, guide, ceiling=False),
-                    **self.how(),
+                    **self.reduction_options(),
                 )
         return {direction: values[direction] for direction in directions}
 
@@ -90,7 +90,7 @@ class Comparison(NamedTuple):
             raise ValueError("guides need a margin; give margin or relative_margin (0 is allowed)")
         return ceilings
 
-    def how(self) -> dict[str, Any]:
+    def reduction_options(self) -> dict[str, Any]:
         """The arguments of all reductions: the exchange between devices, and the implementation."""
         return {
             "axis_name": self.axis_name,

@@ -232,7 +232,7 @@ def _of_other_rows(
         guides = negatives.guides.reshape(-1, guide.shape[-1])
         theirs = theirs._replace(guide=lax.stop_gradient(guides))
     values, _ = reduce.pairs(
-        rows, flat.vectors, query_labels=ours, key_labels=theirs, **comparison.how()
+        rows, flat.vectors, query_labels=ours, key_labels=theirs, **comparison.reduction_options()
     )
     return values
 
@@ -281,11 +281,11 @@ def _of_shared(
     vectors = negatives.vectors.astype(queries.dtype)
     if vectors.shape[0] <= queries.shape[0] or reduce.by_row:
         values, _ = reduce.pairs(
-            queries, vectors, query_labels=ours, key_labels=theirs, **comparison.how()
+            queries, vectors, query_labels=ours, key_labels=theirs, **comparison.reduction_options()
         )
     else:
         _, values = reduce.pairs(
-            vectors, queries, query_labels=theirs, key_labels=ours, **comparison.how()
+            vectors, queries, query_labels=theirs, key_labels=ours, **comparison.reduction_options()
         )
     return values
 

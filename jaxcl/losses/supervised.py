@@ -189,7 +189,7 @@ def _sums(
         temperature=temperature,
         query_labels=labels[0],
         key_labels=labels[1],
-        **comparison.how(),
+        **comparison.reduction_options(),
     )
 
 
@@ -200,7 +200,7 @@ def _positives(
     labels: tuple[PairLabels, PairLabels],
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     """The sum of the positives' scores and the number of positives, per row and per column."""
-    both = {"query_labels": labels[0], "key_labels": labels[1], **comparison.how()}
+    both = {"query_labels": labels[0], "key_labels": labels[1], **comparison.reduction_options()}
     return pair_sum(*sides, temperature=temperature, **both), pair_count(*sides, **both)
 
 
