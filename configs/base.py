@@ -216,6 +216,10 @@ def _optimizer() -> ConfigDict:
     optimizer.warmup_steps = 30
     optimizer.weight_decay = 0.0  # of weight matrices only
     optimizer.clip_norm = 1.0  # the maximum norm of the whole gradient; 0 disables clipping
+    # Parameters that are not trained, by patterns of their paths, such as "towers/both/token_table"
+    # or "*/blocks/0/*". A pattern matches a whole path; "*" stands for any characters, also "/". A
+    # frozen parameter has no gradient and no optimizer state.
+    optimizer.freeze = ()
     optimizer.options = option_fields(OPTIMIZERS)  # of all optimizers; None is their own default
     return optimizer
 

@@ -157,7 +157,8 @@ def train(
                 check=functools.partial(check_saved_settings, workdir, settings),
             )
             if restored is None:
-                state = with_initial_towers(settings, training.init(*row_facts))
+                state = training.init(*row_facts)
+                state = with_initial_towers(settings, state, frozen=training.frozen)
             else:
                 state = restored.state
             record = restored.record if restored else {}

@@ -1,7 +1,7 @@
 """Model FLOPs utilization: the share of the devices' peak rate that a run's model uses."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -10,18 +10,25 @@ from jaxcl.cost.chips import chip_of
 from jaxcl.cost.program_cost import matrix_flops
 from jaxcl.data.modalities import modality_of
 from jaxcl.models.towers import Towers
+from jaxcl.models.trainable import merge, split
 from jaxcl.settings.sections import Settings
-from jaxcl.typing import SIDES
+from jaxcl.typing import SIDES, PyTree, Scalar
 
 __all__ = ["model_flops", "peak_flops"]
 
 
-def model_flops(settings: Settings, towers: Towers) -> float:
+def model_flops(settings: Settings, towers: Towers, *, frozen: Collection[str] = ()) -> float:
     """Count the floating-point operations that the model needs in one step.
 
     These are the matrix products of encoding both sides and of scoring all queries against all
     keys, counted three times: once forward, and twice backward. Recomputation, negatives in
-    addition to in-batch negatives, and a momentum encoder do not count.
+    addition to in-batch negatives, gradients that frozen parameters save, and a momentum encoder do
+    not count.
+
+    Args:
+      settings: the run's.
+      towers: its model.
+      frozen: the paths of the parameters that are not trained (`jaxcl.models.trainable`).
 
     Reference:
       Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, appendix B.
@@ -29,15 +36,28 @@ def model_flops(settings: Settings, towers: Towers) -> float:
     params = jax.eval_shape(towers.init, jax.random.key(0))
     size = settings.global_batch_size
 
-    def of_side(side: str) -> float:
+    def inputs_of(side: str) -> PyTree:
         spec = modality_of(settings.data, side).spec(settings.data, side)
-        inputs = jax.tree.map(
+        return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), spec
         )
-        encode = jax.make_jaxpr(lambda params, inputs: towers.encode(params, side, inputs))
-        return matrix_flops(encode(params, inputs))
 
-    return 3 * (sum(map(of_side, SIDES)) + 2.0 * size**2 * settings.model.dim)
+    def of_side(side: str) -> float:
+        encode = jax.make_jaxpr(lambda params, inputs: towers.encode(params, side, inputs))
+        return matrix_flops(encode(params, inputs_of(side)))
+
+    def of_gradient(side: str, frozen: Collection[str]) -> float:
+        trained, held = split({"towers": params}, frozen)
+
+        def total(trained: PyTree, held: PyTree, inputs: PyTree) -> Scalar:
+            return towers.encode(merge(trained, held)["towers"], side, inputs).sum()
+
+        return matrix_flops(jax.make_jaxpr(jax.grad(total))(trained, held, inputs_of(side)))
+
+    saved = 0.0
+    if frozen:
+        saved = sum(of_gradient(side, ()) - of_gradient(side, frozen) for side in SIDES)
+    return 3 * (sum(map(of_side, SIDES)) + 2.0 * size**2 * settings.model.dim) - saved
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:

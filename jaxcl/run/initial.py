@@ -1,7 +1,7 @@
 """Starts a run with the encoders of another one: `config.init_from`."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jaxcl.data.modalities import MODALITIES
 from jaxcl.host.files import read_regular, write_whole
 from jaxcl.host.paths import AnyPath
 from jaxcl.models.pretrained.weights import keep_copy
+from jaxcl.models.trainable import split
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.checkpoint_record import newest_record
 from jaxcl.run.identity import migrated
@@ -90,11 +91,18 @@ def keep_pretrained_files(settings: Settings, workdir: AnyPath) -> None:
             )
 
 
-def with_initial_towers(settings: Settings, state: TrainState) -> TrainState:
+def with_initial_towers(
+    settings: Settings, state: TrainState, *, frozen: Collection[str] = ()
+) -> TrainState:
     """The state of a new run, with the encoders of the run that `settings.init_from` names.
 
     The temperature, the optimizer and all memory begin as without it; a momentum encoder begins
     as a copy of the encoders.
+
+    Args:
+      settings: the run's.
+      state: its state before the first update.
+      frozen: the paths of the parameters that are not trained.
 
     Raises:
       ValueError: if there is no such run, or its encoders have other parameters.
@@ -124,7 +132,9 @@ def with_initial_towers(settings: Settings, state: TrainState) -> TrainState:
     towers = restored.state["params"]["towers"]
     memory = dict(state.memory)
     if "momentum" in memory:
-        memory["momentum"] = jax.tree.map(jnp.copy, towers)  # the state is donated as a whole
+        # A copy, since the state is donated as a whole.
+        trained, _ = split({"towers": towers}, frozen)
+        memory["momentum"] = jax.tree.map(jnp.copy, trained.get("towers", {}))
     return state._replace(params=state.params | {"towers": towers}, memory=memory)
 
 

@@ -7,6 +7,7 @@ import jax
 
 from jaxcl.data.prepare import RunData
 from jaxcl.host.paths import AnyPath
+from jaxcl.models.trainable import split
 from jaxcl.run.best import Best, recorded_best, selection_of
 from jaxcl.run.explicit_negatives import negatives_summary, negatives_warnings
 from jaxcl.run.memory import tiers_left_empty
@@ -39,14 +40,21 @@ def opening(
             f"has stopped early after {step} steps, and is evaluated: "
             f"{_wait(best, settings)}; a larger evaluation.patience continues it"
         )
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return (
-        f"{workdir}: {begins}. {_encoder_names(settings)}, {parameters:,} parameters, "
+        f"{workdir}: {begins}. {_encoder_names(settings)}, {_parameters(training, state)}, "
         f"{training.mesh.size} × {jax.devices()[0].device_kind} as "
         f"{dict(training.mesh.shape)}; pairs: "
         + ", ".join(f"{table.num_rows:,} {role}" for role, table in data.tables.items())
         + negatives_summary(data.negatives)
     )
+
+
+def _parameters(training: Training, state: TrainState) -> str:
+    trained, frozen = (
+        sum(leaf.size for leaf in jax.tree.leaves(part))
+        for part in split(state.params, training.frozen)
+    )
+    return f"{trained + frozen:,} parameters" + (f", {frozen:,} of them frozen" if frozen else "")
 
 
 def closing(settings: Settings, workdir: AnyPath, step: int, best: Best) -> str:

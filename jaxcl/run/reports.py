@@ -50,7 +50,8 @@ class Reports:
         self._rate = math.nan
         self._peak_flops = peak_flops(training.mesh.devices.ravel().tolist())
         known = self._peak_flops is not None
-        self._model_flops = model_flops(settings, training.towers) if known else 0.0
+        flops = model_flops(settings, training.towers, frozen=training.frozen) if known else 0.0
+        self._model_flops = flops
         self._learning_rates = _RatesByStep(training.learning_rate)
         self._warned = False
         self._restart_clock(time.perf_counter())

@@ -16,6 +16,7 @@ from jaxcl.host.paths import AnyPath, local_path
 from jaxcl.models import Towers, TowerSpec, make_towers
 from jaxcl.models.augmentations import AUGMENTATIONS, KEEP_SPECIAL_TOKENS
 from jaxcl.models.pretrained.weights import place
+from jaxcl.models.trainable import matching_paths, parameter_paths, with_frozen_momentum
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.run.build_loss import build_loss, build_measure, build_momentum
 from jaxcl.run.encoder import Encoder
@@ -35,7 +36,14 @@ from jaxcl.step.train_step import (
 )
 from jaxcl.typing import SIDES, Batch, Integer, Key, PyTree, Scalar
 
-__all__ = ["Training", "build_optimizer", "build_towers", "build_training", "run_mesh"]
+__all__ = [
+    "Training",
+    "build_optimizer",
+    "build_towers",
+    "build_training",
+    "frozen_parameters",
+    "run_mesh",
+]
 
 Groups: TypeAlias = Integer[np.ndarray, " n"]
 
@@ -56,6 +64,7 @@ class Training(NamedTuple):
         (`jaxcl.step.embedder`).
       learning_rate: step -> the rate of that update.
       abstract_state: as `init` -> the state's shapes, types and shardings.
+      frozen: the paths of the parameters that are not trained (`jaxcl.models.trainable`).
     """
 
     settings: Settings
@@ -68,6 +77,7 @@ class Training(NamedTuple):
     embed: Embedder
     learning_rate: Callable[[Scalar | int], Scalar]
     abstract_state: Callable[..., TrainState]
+    frozen: frozenset[str]
 
     def encoder(self, state: TrainState, readers: Mapping[str, Reader]) -> Encoder:
         """The model of a state, to embed with, given the readers of its sides."""
@@ -82,8 +92,8 @@ def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None =
       devices: where it runs; all that there are by default.
 
     Raises:
-      ValueError: for a mesh that the devices do not form, and for a batch that does not divide
-        over it.
+      ValueError: for a mesh that the devices do not form, for a batch that does not divide over it,
+        and for patterns of parameters that match none, or leave none to train.
     """
     mesh = run_mesh(settings.run.mesh, devices=devices)
     if settings.global_batch_size % mesh.size:
@@ -96,12 +106,14 @@ def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None =
         settings.optimizer, settings.parts, steps=settings.steps
     )
     measure = build_measure(settings, towers, mesh)
-    init, abstract_state = _state_makers(settings, mesh, towers, optimizer)
+    frozen = frozen_parameters(settings, towers)
+    init, abstract_state = _state_makers(settings, mesh, towers, optimizer, frozen)
 
     @jax.jit
     def measured(state: TrainState, batch: Batch) -> Mapping[str, Scalar]:
         key = jax.random.fold_in(state.key, state.step)
-        return measure(state.params, state.memory, batch, key)
+        memory = with_frozen_momentum(state.memory, state.params, frozen)
+        return measure(state.params, memory, batch, key)
 
     mined = settings.negatives.mined
     # Rows of one group are masked as negatives, or are each other's positives.
@@ -118,6 +130,7 @@ def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None =
             temperature=TemperatureBounds(*settings.loss.temperature),
             momentum=build_momentum(settings),
             rules=settings.run.parameter_rules,
+            frozen=frozen,
             count=functools.partial(_length, settings),
         ),
         measure=measured,
@@ -127,11 +140,16 @@ def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None =
         embed=make_embedder(towers.encode, mesh, batch_size=settings.evaluation.batch_size),
         learning_rate=learning_rate,
         abstract_state=abstract_state,
+        frozen=frozen,
     )
 
 
 def _state_makers(
-    settings: Settings, mesh: Mesh, towers: Towers, optimizer: optax.GradientTransformation
+    settings: Settings,
+    mesh: Mesh,
+    towers: Towers,
+    optimizer: optax.GradientTransformation,
+    frozen: frozenset[str],
 ) -> tuple[Callable[..., TrainState], Callable[..., TrainState]]:
     """`init` and `abstract_state` of a `Training`."""
     rules = settings.run.parameter_rules
@@ -144,6 +162,7 @@ def _state_makers(
             temperature=TemperatureBounds(*settings.loss.temperature),
             bias=settings.loss.bias,
             memory=init_memory(settings, num_rows, groups),
+            frozen=frozen,
         )
 
     def abstract_state(num_rows: int | None = None, groups: Groups | None = None) -> TrainState:
@@ -221,6 +240,32 @@ def _tower_spec(settings: Settings, side: str, section: str) -> TowerSpec:
         lambda rngs: part.function(first, dim=model.dim, rngs=rngs, **options),
         part.load,
     )
+
+
+def frozen_parameters(settings: Settings, towers: Towers) -> frozenset[str]:
+    """The paths of the parameters that `settings.optimizer.freeze` matches.
+
+    Raises:
+      ValueError: for a pattern that matches no parameter, and if no parameter is left to train.
+    """
+    state = jax.eval_shape(
+        lambda: init_state(
+            jax.random.key(0),
+            towers.init,
+            optax.identity(),
+            temperature=TemperatureBounds(*settings.loss.temperature),
+            bias=settings.loss.bias,
+        )
+    )
+    paths = parameter_paths(state.params)
+    matches = matching_paths("optimizer.freeze", settings.optimizer.freeze, paths)
+    frozen = frozenset(path for matched in matches for path in matched)
+    if len(frozen) == len(paths):
+        raise ValueError(
+            f"optimizer.freeze={settings.optimizer.freeze} leaves no parameter to train; leave one "
+            "of the patterns out"
+        )
+    return frozen
 
 
 def pretrained_sources(settings: Settings) -> dict[str, AnyPath]:

@@ -299,6 +299,7 @@ class OptimizerSettings(NamedTuple):
     warmup_steps: Count | None = 30
     weight_decay: Annotated[float, Range(least=0)] = 0.0
     clip_norm: Annotated[float, Range(least=0)] = 1.0
+    freeze: tuple[str, ...] = ()
     options: Mapping[str, Any] = {}
 
 

@@ -16,13 +16,13 @@ class TrainState(NamedTuple):
     Attributes:
       step: updates done.
       params: `{"towers": …, "log_temperature": float32}`, and `"bias"` where a loss learns one.
-      optimizer: the state of the optax transformation.
+      optimizer: the state of the optax transformation, of the trained parameters alone.
       memory: what outlives a batch, each where it is used: `"rows"`, of the loss by training row
         (`jaxcl.ops.row_tables`); `"bank"`, side -> earlier embeddings
-        (`jaxcl.negatives.memory_bank`); `"momentum"`, the parameters of the momentum encoder;
-        `"mined"`, each training row's mined negatives as row numbers; `"strata"`, the quotas of a
-        stratified draw (`jaxcl.negatives.tiers`); `"assignment"`, the order of rows that batches
-        are made of (`jaxcl.assignment.Assigned`).
+        (`jaxcl.negatives.memory_bank`); `"momentum"`, the trained parameters of the momentum
+        encoder (`jaxcl.models.trainable`); `"mined"`, each training row's mined negatives as row
+        numbers; `"strata"`, the quotas of a stratified draw (`jaxcl.negatives.tiers`);
+        `"assignment"`, the order of rows that batches are made of (`jaxcl.assignment.Assigned`).
       key: the run's random key, constant.
     """
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from jaxcl.models.trainable import merge, split, with_frozen_momentum
 from jaxcl.ops.mesh import batch_sharding, replicated_sharding, table_sharding
 from jaxcl.step.batch_loss import LossOfBatch
 from jaxcl.step.parameter_sharding import Rule, parameter_shardings
@@ -35,6 +36,7 @@ def init_state(
     temperature: TemperatureBounds,
     bias: float | None = None,
     memory: PyTree = None,
+    frozen: Collection[str] = (),
 ) -> TrainState:
     """The state before the first update.
 
@@ -46,6 +48,8 @@ def init_state(
       bias: of the scores, where a loss learns one.
       memory: as `jaxcl.step.batch_loss.make_loss` describes it; an empty `"momentum"` in it
         becomes a copy of the towers.
+      frozen: the paths of the parameters that are not trained (`jaxcl.models.trainable`). They have
+        no optimizer state, and no copy in the momentum encoder.
     """
     init_key, run_key = jax.random.split(key)
     params = {
@@ -54,10 +58,11 @@ def init_state(
     }
     if bias is not None:
         params["bias"] = jnp.float32(bias)
+    trained, _ = split(params, frozen)
     memory = {} if memory is None else memory
     if "momentum" in memory:
-        memory = memory | {"momentum": jax.tree.map(jnp.copy, params["towers"])}
-    return TrainState(jnp.int32(0), params, optimizer.init(params), memory, run_key)
+        memory = memory | {"momentum": jax.tree.map(jnp.copy, trained.get("towers", {}))}
+    return TrainState(jnp.int32(0), params, optimizer.init(trained), memory, run_key)
 
 
 class StepMetrics(NamedTuple):
@@ -65,7 +70,7 @@ class StepMetrics(NamedTuple):
 
     Attributes:
       loss: mean over the global batch, in nats, before the update.
-      gradient_norm: of all parameters together, before clipping.
+      gradient_norm: of all trained parameters together, before clipping.
       temperature: after the update.
       leaf_gradient_norms: the same per parameter, to name the culprit of a loss that diverges.
       length: the length of all inputs of the batch together, without padding: tokens of texts.
@@ -86,18 +91,21 @@ def make_train_step(
     temperature: TemperatureBounds,
     momentum: Callable[[Scalar], Scalar] | None = None,
     rules: Sequence[Rule] = (),
+    frozen: Collection[str] = (),
     count: Callable[[Batch], Int[Array, ""] | int] = lambda batch: 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Compile the update for a mesh: rows sharded over all devices, parameters over axis `"fsdp"`.
 
     Args:
       loss: as `make_loss` returns it.
-      optimizer: the optimizer of all parameters.
+      optimizer: the optimizer of the trained parameters.
       mesh: the devices.
       temperature: bounds to which the temperature is clamped after each update. Clamping the
         parameter itself, and not its value in the loss, keeps a nonzero gradient at the bound.
       momentum: step -> the decay of the momentum encoder; `None` without a momentum encoder.
       rules: how to shard parameters, as in `jaxcl.step.parameter_sharding`.
+      frozen: the paths of the parameters that are not trained, as for `init_state`. No gradient is
+        computed for them, and they keep their bits.
       count: batch -> the length of its inputs, for the metrics.
 
     Returns:
@@ -107,16 +115,21 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(state.key, state.step)
-        (value, memory), gradients = jax.value_and_grad(loss, has_aux=True)(
-            state.params, state.memory, batch, key
-        )
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params["log_temperature"] = jnp.clip(params["log_temperature"], low, high)
+        trained, held = split(state.params, frozen)
+
+        def loss_of_trained(trained: PyTree) -> tuple[Scalar, PyTree]:
+            memory = with_frozen_momentum(state.memory, state.params, frozen)
+            return loss(merge(trained, held), memory, batch, key)
+
+        (value, memory), gradients = jax.value_and_grad(loss_of_trained, has_aux=True)(trained)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, trained)
+        trained = optax.apply_updates(trained, updates)
+        if "log_temperature" in trained:
+            trained["log_temperature"] = jnp.clip(trained["log_temperature"], low, high)
         if momentum is not None:
-            memory = memory | {
-                "momentum": _moved(memory["momentum"], params["towers"], momentum(state.step))
-            }
+            before, after = state.memory["momentum"], trained.get("towers", {})
+            memory = memory | {"momentum": _moved(before, after, momentum(state.step))}
+        params = merge(trained, held)
         leaf_norms = jax.tree.map(jnp.linalg.norm, gradients)
         metrics = StepMetrics(
             loss=value,

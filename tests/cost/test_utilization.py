@@ -39,3 +39,17 @@ def test_the_peak_is_known_of_chips_that_are_known():
     assert peak_flops([Device("TPU v5 lite"), Device("cpu")]) is None
     assert peak_flops(jax.devices()) is None
     assert peak_flops([Device("NVIDIA H100 80GB HBM3")]) == CHIPS["H100"].flops
+
+
+def test_a_frozen_matrix_saves_the_product_of_its_gradient():
+    config = get_config("smoke")
+    h, size = config.model.options.hidden_dim, config.global_batch_size
+    tokens = size * sum(config.data.max_tokens.values())
+    for remat in (False, True):
+        config.model.options.remat = remat
+        settings = read_settings(config)
+        towers = build_towers(settings)
+        whole = model_flops(settings, towers)
+        # The second layer, since the inputs of the first need no gradient in any case.
+        saved = whole - model_flops(settings, towers, frozen={"towers/both/blocks/1/output/kernel"})
+        assert saved == 2 * tokens * h**2

@@ -1,0 +1,117 @@
+"""Training with the options of `config.optimizer`, end to end, and a run that was stopped."""
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from jaxcl.models.trainable import parameter_paths, split
+from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.training import build_training
+from jaxcl.settings.read import read_settings
+from jaxcl.train import train
+from tests.helpers import bits, final_state, unclocked
+from tests.small_models import small_config
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("nothing_left_behind"),
+]
+
+STEPS = 6
+MOMENTUM = {
+    "negatives.bank.kind": "queue",
+    "negatives.bank.slots": 24,
+    "negatives.tiers.whole": True,
+    "negatives.momentum_encoder.initial": 0.9,
+}
+FREEZE = {"optimizer.freeze": ("*/table",), "model.options.hidden_dim": 24}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A config of a few steps with a static encoder for each side, by changes."""
+    folder = tmp_path_factory.mktemp("data")
+
+    def config(**changes) -> ConfigDict:
+        made = small_config(folder)
+        made.update_from_flattened_dict(
+            {
+                "steps": STEPS,
+                "optimizer.warmup_steps": 1,
+                "evaluation.methods": ("dense",),
+                "run.log_every": 1,
+                "run.evaluate_every": STEPS,
+                "run.checkpoint_every": STEPS // 2,
+                **changes,
+            }
+        )
+        return made
+
+    return config
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def half_run(monkeypatch, config, workdir) -> None:
+    """Trains half of the steps, and dies right after they are saved."""
+    save = Checkpoints.save
+
+    def save_and_die(self, step, state, record):
+        save(self, step, state, record)
+        self.wait()
+        raise _Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_die)
+        with pytest.raises(_Interrupted):
+            train(config, workdir)
+
+
+def assert_resumes_bitwise(monkeypatch, config, folder):
+    """Train in one go and in two halves, and return the state of both."""
+    train(config, folder / "whole")
+    half_run(monkeypatch, config, folder / "halves")
+    train(config, folder / "halves")
+    whole, halves = (final_state(folder / name, step=STEPS) for name in ("whole", "halves"))
+    assert jax.tree.map(bits, whole) == jax.tree.map(bits, halves)
+    assert unclocked(folder / "whole") == unclocked(folder / "halves")
+    return whole
+
+
+def test_a_run_with_frozen_parameters_resumes_bitwise(small, tmp_path, monkeypatch, capfd):
+    config = small(**MOMENTUM, **FREEZE)
+    state = assert_resumes_bitwise(monkeypatch, config, tmp_path)
+    assert f"{2 * 60 * 24:,} of them frozen" in capfd.readouterr().err
+    frozen = build_training(read_settings(config)).frozen
+    assert frozen == {"towers/query/table", "towers/key/table"}
+    start = build_training(read_settings(config)).init().params
+    (trained, held), (first, was) = (split(params, frozen) for params in (state.params, start))
+    assert jax.tree.map(bits, held) == jax.tree.map(bits, was)
+    for leaf, before in zip(jax.tree.leaves(trained), jax.tree.leaves(first), strict=True):
+        assert bits(leaf) != bits(before)
+    assert parameter_paths(state.memory["momentum"]) == parameter_paths(trained["towers"])
+
+
+def test_frozen_parameters_of_another_run_keep_their_bits(small, tmp_path):
+    train(small(**{"model.options.hidden_dim": 24}), tmp_path / "other")
+    train(small(init_from=str(tmp_path / "other"), **MOMENTUM, **FREEZE), tmp_path / "run")
+    before, after = (
+        final_state(tmp_path / name, step=STEPS).params["towers"]["query"]["table"]
+        for name in ("other", "run")
+    )
+    assert bits(before) == bits(after)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        (("*/tabel",), r"optimizer\.freeze has '\*/tabel', which matches no parameter"),
+        (("towers/*", "log_*"), r"leaves no parameter to train"),
+    ],
+)
+def test_patterns_that_match_nothing_or_everything_are_errors(small, freeze, message):
+    with pytest.raises(ValueError, match=message):
+        build_training(read_settings(small(**{"optimizer.freeze": freeze})))
