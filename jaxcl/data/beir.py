@@ -81,8 +81,8 @@ def read_beir(path: AnyPath) -> Beir:
     """Read a folder with this layout.
 
     Args:
-      path: the folder, or a qrels file in it. In a folder, the qrels are `test`, or `dev` without a
-        `test`, or else the only file in `qrels/`.
+      path: the folder, or a qrels file in it. For a folder, the qrels file is `test`, else `dev`,
+        else the only file in `qrels/`.
 
     Returns:
       The content of the folder. `left_out` counts

@@ -127,8 +127,8 @@ def prepare_code_pairs(
       data_dir: the pairs go to `<data_dir>/code_pairs/<12 hex digits>`.
       roots: the directories to search; None means the running interpreter's standard library (the
         package `stdlib`) and its site-packages.
-      test_packages: packages that are held out as a whole. If their code is also in a training
-        package, the copy in the training package is dropped.
+      test_packages: packages that are held out as a whole. If a function in them has duplicates in
+        other packages, the duplicates are dropped.
       validation_fraction: the share of the other packages' files that is held out.
       split_seed: the seed for drawing those files and, with `max_pairs`, the pairs.
       max_pairs: the largest number of pairs, drawn over all splits; None keeps all.

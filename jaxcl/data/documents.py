@@ -1,7 +1,7 @@
 """Documents with ids, such as a corpus to search or a list of queries, from a file.
 
-The texts stay in Arrow's compact form, so documents take about as much memory as their file is
-large.
+The texts stay in Arrow's compact form, so they take about as much memory as their file takes on
+disk.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ __all__ = ["Documents", "read_documents"]
 ID_FIELDS = ("_id", "id", "doc_id", "docid", "document_id", "pid", "qid", "query_id")
 TEXT_FIELDS = ("text", "document", "passage", "contents", "content", "body", "key", "query")
 QUERY_FIELDS = ("query", *TEXT_FIELDS)
-"""The fields of the texts where documents are queries."""
+"""The text fields of documents that are queries."""
 TITLE_FIELD = "title"
 _BLOCK = 10_000
 

@@ -54,7 +54,7 @@ def read_fields(path: Path, wanted: Collection[str] = ()) -> list[str]:
         these have appeared, and at least 100 lines.
 
     Raises:
-      ValueError: if the file has no rows, an unknown suffix, or two columns with one name.
+      ValueError: if the file has no rows, an unknown suffix, or two columns with the same name.
       OSError: if it cannot be read.
     """
     with _opened(path) as (kind, file):

@@ -15,7 +15,7 @@ __all__ = ["MiningPool", "mining_pool", "positives_as_documents"]
 
 _BLOCK = 10_000
 _TAIL_WORDS = 8
-"""The least number of words of a positive for which documents that end with it are excluded."""
+"""The minimum length of a positive, in words, to exclude documents that end with it."""
 
 
 class MiningPool(NamedTuple):

@@ -190,7 +190,7 @@ class PairCache:
         if (starts[1:] == stops[:-1]).all():  # as when a whole split is read
             joined = content.between(int(starts[0]), int(stops[-1]))
         elif lengths.sum() > _GATHERED_BYTES and len(numbers) > 1:
-            middle = len(numbers) // 2  # because the position of each byte takes eight
+            middle = len(numbers) // 2  # because each byte needs an 8-byte position
             return [*self._texts(name, numbers[:middle]), *self._texts(name, numbers[middle:])]
         else:
             shift = starts - (np.cumsum(lengths) - lengths)

@@ -111,7 +111,7 @@ def open_pair_files(data_set: DataSet, role: str, *, data_dir: Path) -> FilePair
 
     Args:
       data_set: the name of the data set, its splits and the names of its columns.
-      role: the role of one of its splits.
+      role: the role to open, a key of `data_set.splits`.
       data_dir: the folder that runs share, which holds the cache.
 
     Raises:
@@ -212,7 +212,7 @@ def _described(
         raise ValueError(f"{paths[0]} has no rows")
     columns = find_columns(names, data_set, where=str(paths[0]))
     for path in paths[1:]:
-        # JSON lines may leave fields out, so that they are checked when they are read.
+        # JSON lines may leave fields out, so they are checked while they are read.
         fields = columns.needed if _is_json(path) else read_fields(path)
         if missing := [name for name in columns.needed if name not in fields]:
             raise ValueError(f"{path} lacks {', '.join(missing)}, which {paths[0]} has")

@@ -341,7 +341,7 @@ def _as_function(
 
 
 def _is_stub(node: _Definition) -> bool:
-    """Whether nothing follows the docstring but `pass`, `...` or `raise NotImplementedError`."""
+    """Whether only `pass`, `...` or `raise NotImplementedError` may follow the docstring."""
     if len(node.body) != 2:
         return len(node.body) < 2
     statement = node.body[1]

@@ -73,8 +73,8 @@ def read_arrays(
 
     Raises:
       ValueError: if the file is missing or damaged, lacks an array, was made from other rows, has
-        an array of another kind or shape or with numbers that are not finite, or has no id for a
-        row of the split.
+        an array of another kind or shape or with numbers that are not finite, or has ids that do
+        not match the rows of the split.
     """
     try:
         headers = npz_headers(path, list(columns), optional=[_SOURCE, *_IDS])
