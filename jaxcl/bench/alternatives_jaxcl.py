@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxcl.bench.measured_process import serve
 from jaxcl.losses import infonce_loss
@@ -85,7 +86,9 @@ def prepare_step(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> C
     def call() -> list[float]:
         nonlocal state
         state, metrics = program(state, batch)
-        return [float(metrics.loss), float(metrics.gradient_norm)]
+        # sentence-transformers has no gradient of the temperature.
+        norm = optax.tree.norm(metrics.leaf_gradient_norms["towers"])
+        return [float(metrics.loss), float(norm)]
 
     return call
 
