@@ -1,11 +1,11 @@
-"""Breaks runs on purpose, at random moments, many times, and counts what they lose.
+"""Injects faults into training runs at random moments, and checks that nothing is lost.
 
     python -m tests.fault_suite --faults 200 --report tests/fault_report.json [--workers 2]
 
-Each run is broken a few times and started again by the same command, until it ends. Then it is
-held against one that nobody broke: the rows of every batch, every state that was saved or read
-back, bit for bit, all metrics, all ranks. (Runs that go on with other devices sum in another order:
-their rows must be the same, their metrics to a ten-thousandth.)
+Each run gets a few faults and is restarted with the same command until it ends. It is then compared
+with an undisturbed run: the rows of every batch, all saved and restored states bit for bit, all
+metrics and all ranks. Runs that resume on other devices sum in another order: their rows must be
+equal, and their metrics equal to within 1e-4.
 """
 
 import argparse
@@ -55,7 +55,7 @@ SMOKE = [
     f"--config.run.checkpoint_every={EVERY}",
     "--config.run.log_every=1",
 ]
-# All that a run can remember: a bank, a momentum encoder, mined negatives, chosen batches.
+# All kinds of memory: a bank, a momentum encoder, mined negatives, assigned batches.
 REMEMBERING = [
     "--config.assignment.name=gcbs",
     "--config.assignment.gcbs.refresh_every=30",
@@ -68,14 +68,14 @@ REMEMBERING = [
 
 
 class Shape(NamedTuple):
-    """How a run is started: by so many processes, with so many devices each."""
+    """The number of processes of a run, and of devices of each."""
 
     processes: int = 1
     devices: int = 1
 
 
 class Setting(NamedTuple):
-    """What is run, and which faults befall it."""
+    """The arguments of a run, and the kinds of faults that it gets."""
 
     arguments: tuple[str, ...]
     shape: Shape
@@ -102,17 +102,17 @@ TURNS = (
     *("plain", "remembering", "plain", "two processes"),
     *("plain", "moved", "remembering", "plain"),
 )
-"""Which settings are run, one after the other, again and again."""
+"""The settings of consecutive runs, repeated in this order."""
 
 FAULTS_OF_A_RUN = 5
 
 
 class Wrong(AssertionError):
-    """A run lost something, or did not say what it should have said."""
+    """A run lost data, or reported something wrong."""
 
 
 class Tally:
-    """What was done, by all workers."""
+    """Counts of faults and failures over all workers."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -120,29 +120,29 @@ class Tally:
         self.failures: list[dict[str, str]] = []
 
     def add(self, kind: str, what: str, count: int = 1) -> None:
-        """Counts."""
+        """Increase a count."""
         with self._lock:
             self.counts[kind][what] += count
 
     def fail(self, **what: str) -> None:
-        """Remembers."""
+        """Record a failure."""
         with self._lock:
             self.failures.append(what)
 
     def longest(self, kind: str, what: str, seconds: float) -> None:
-        """Keeps the greatest."""
+        """Record the maximum of some seconds."""
         with self._lock:
             self.counts[kind][what] = max(self.counts[kind][what], math.ceil(seconds))
 
     @property
     def injected(self) -> int:
-        """Faults so far."""
+        """The number of injected faults."""
         with self._lock:
             return sum(counts["injected"] for counts in self.counts.values())
 
 
 class Started:
-    """The processes of one start, forked from one that has imported everything already."""
+    """The processes of one start, forked from a process that has imported everything."""
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class Started:
 
     @property
     def running(self) -> bool:
-        """Whether all of them are."""
+        """Whether all processes run."""
         return all(one.is_alive() for one in self.processes)
 
     def send(self, number: int, *, to: int = 0) -> None:
@@ -184,7 +184,7 @@ class Started:
             os.kill(self.processes[to].pid, number)
 
     def wait(self, timeout: float = 400) -> tuple[list[int], list[str]]:
-        """Exit codes and outputs."""
+        """Wait for the end; return exit codes and outputs."""
         deadline = time.monotonic() + timeout
         for one in self.processes:
             one.join(max(0.1, deadline - time.monotonic()))
@@ -223,7 +223,7 @@ def _environment(shape: Shape, port: int, number: int) -> dict[str, str]:
 
 
 class Trial:
-    """One run, from its first start to its end, with faults between."""
+    """One run, from its first start to its end, with faults in between."""
 
     def __init__(self, place: Path, name: str, reference: Path, rng: random.Random, tally: Tally):
         self.setting, self.reference, self.rng, self.tally = SETTINGS[name], reference, rng, tally
@@ -232,14 +232,14 @@ class Trial:
         self.shape = self.setting.shape
 
     def start(self, **changes: Any) -> Started:
-        """The same command as ever, except in the last process or on a given port."""
+        """Start the run with its command; changes are for the last process, or the port."""
         return Started(self.workdir, self.log, self.data_dir, self.setting, self.shape, **changes)
 
     def run(self, kinds: list[str]) -> None:
-        """Breaks the run in each of these ways, one after the other, and lets it end."""
+        """Inject these faults one after the other, then let the run end."""
         mounted = "disk full" in kinds
         self.workdir.mkdir(parents=True)
-        if "token table" in kinds:  # other runs read the shared ones meanwhile
+        if "token table" in kinds:  # other runs read the shared tables
             self.data_dir = self.place / "data"
             shutil.copytree(self.reference.parent / "data", self.data_dir)
         if mounted:
@@ -262,12 +262,12 @@ class Trial:
                 subprocess.run(["umount", "-l", self.workdir], check=True)
 
     def wait_for_moment(self, started: Started, *, checkpoints: int = 0) -> bool:
-        """Returns at a random moment of the run, or `False` when it has ended before.
+        """Wait for a random moment of the run; return `False` if it ends before.
 
-        With `checkpoints` it is under way by then, and so many are there.
+        With `checkpoints`, this number of checkpoints exists at that moment.
         """
         begun = _newest(self.workdir)
-        if not checkpoints and self.rng.random() < 0.3:  # while it starts, perhaps
+        if not checkpoints and self.rng.random() < 0.3:  # perhaps while it starts
             return _sleep(started, self.rng.uniform(0.2, 8))
         goal = min(begun + self.rng.randrange(0, STEPS // 3), STEPS - 2 * EVERY)
         while _newest(self.workdir) <= max(goal, begun) or len(_steps(self.workdir)) < checkpoints:
@@ -277,7 +277,7 @@ class Trial:
         return _sleep(started, self.rng.uniform(0, 0.3))
 
     def signal(self, kind: str) -> bool:
-        """To one process that is alone."""
+        """Send a signal to the only process."""
         number = getattr(signal, kind.split()[0])
         started = self.start()
         if not self.wait_for_moment(started):
@@ -289,14 +289,14 @@ class Trial:
         started.send(number)
         (code,), (output,) = started.wait()
         if code == 0:
-            return False  # it was done
-        # While Python itself starts there is no handler yet.
+            return False  # it had finished
+        # While Python starts, there is no handler yet.
         if code not in (-number, 128 + number) or ("Traceback" in output and "jaxcl/" in output):
             raise Wrong(f"{kind}: exit code {code}: {output}")
         return True
 
     def wait_for_save(self, started: Started) -> bool:
-        """Returns while a checkpoint is being written."""
+        """Wait until a checkpoint is being written."""
         while not any((self.workdir / "checkpoints").glob("*tmp*")):
             if not started.running:
                 return False
@@ -304,7 +304,7 @@ class Trial:
         return _sleep(started, self.rng.uniform(0, 0.02))
 
     def damage(self, kind: str) -> bool:
-        """Stops the run, harms the newest checkpoint, and starts it again."""
+        """Stop the run, damage the newest checkpoint, and restart the run."""
         started = self.start()
         if not self.wait_for_moment(started, checkpoints=2):
             started.wait()
@@ -323,7 +323,7 @@ class Trial:
             victim.unlink()
         else:
             victim.write_bytes(content)
-        # The start after it must get past the damage, and is stopped again if it has not ended.
+        # The next start must cope with the damage; it is stopped again if it has not ended.
         restarted = self.start()
         stopped = self.wait_for_moment(restarted)
         if stopped:
@@ -343,7 +343,7 @@ class Trial:
         return True
 
     def stop(self, *, checkpoints: int = 1) -> bool:
-        """Starts the run and stops it at a random moment, with everything saved."""
+        """Start the run, and stop it at a random moment, with everything saved."""
         started = self.start()
         if not self.wait_for_moment(started, checkpoints=checkpoints):
             started.wait()
@@ -351,22 +351,22 @@ class Trial:
         return self.ended_by_sigterm(started)
 
     def ended_by_sigterm(self, started: Started) -> bool:
-        """Sends SIGTERM, and returns whether it ended the run, with everything saved."""
+        """Send SIGTERM; return whether it stopped the run, with everything saved."""
         started.send(signal.SIGTERM)
         codes, outputs = started.wait()
-        trained = f"{STEPS}/{STEPS}" in outputs[0]  # then nothing is left to save
+        trained = f"{STEPS}/{STEPS}" in outputs[0]  # there is nothing left to save
         if any(codes) and not trained and codes != [128 + signal.SIGTERM] * len(codes):
             raise Wrong(f"SIGTERM: exit codes {codes}: {outputs}")
         return any(codes)
 
     def harm_small_file(self, kind: str) -> bool:
-        """Damages a small file of a stopped run: the run resumes unchanged, or names the file."""
+        """Damage a small file of a stopped run: the run resumes unchanged, or names the file."""
         if not self.stop():
             return False
         names = ("config.json", "data.json", "run.json", "tokenizer.json", "metrics.jsonl")
         path = self.workdir / self.rng.choice((*names, "checkpoints.sizes.json"))
         whole = path.read_bytes()
-        if path.name == "metrics.jsonl":  # whose records are nowhere else
+        if path.name == "metrics.jsonl":  # the only copy of its records
             damaged = whole + self.rng.choice((b"\xff\xfe\n", b"[]\n", b'{"step": ', b"5\n"))
         else:
             cut = whole[: self.rng.randrange(len(whole))]
@@ -385,11 +385,11 @@ class Trial:
         return True
 
     def lose_checkpoints(self, kind: str) -> bool:
-        """Takes all checkpoints away, as an unmounted volume does, and brings them back."""
+        """Remove all checkpoints, as if a volume were unmounted, and put them back."""
         if not self.stop():
             return False
         checkpoints, away = self.workdir / "checkpoints", self.place / "away"
-        shutil.move(checkpoints, away)  # the workdir may be a volume of its own
+        shutil.move(checkpoints, away)  # the workdir may be on a separate volume
         if self.rng.random() < 0.5:
             checkpoints.mkdir()  # the empty mount point
         (code,), (output,) = self.start().wait()
@@ -400,7 +400,7 @@ class Trial:
         return True
 
     def harm_table(self, kind: str) -> bool:
-        """Damages a token table that the run reads: it is rebuilt, and the run resumes."""
+        """Damage a token table that the run reads: it is rebuilt, and the run resumes."""
         if not self.stop():
             return False
         tables = [path for path in (self.data_dir / "tokens").rglob("*") if path.is_file()]
@@ -415,7 +415,7 @@ class Trial:
         return True
 
     def close_pipe(self, kind: str) -> bool:
-        """Closes the pipe that the run writes to: it trains on."""
+        """Close the pipe that the run writes to: training continues."""
         (pipe,) = outputs_of(self.log, 1)
         pipe.unlink(missing_ok=True)
         os.mkfifo(pipe)
@@ -434,7 +434,7 @@ class Trial:
         return moment
 
     def disagree(self, kind: str) -> bool:
-        """Starts two processes that differ in a setting: both say which, and nothing happens."""
+        """Start two processes that differ in a setting: both name it, and no step is trained."""
         setting = self.rng.choice(
             ("seed=1", "optimizer.learning_rate=1.0", f"steps={STEPS + 1}", "run.log_every=7")
         )
@@ -448,7 +448,7 @@ class Trial:
         return True
 
     def take_port(self, kind: str) -> bool:
-        """Starts two processes on a port that is in use: both end, and its user is not harmed."""
+        """Start two processes on a port that is in use: both end with an error."""
         with socket.socket() as server:
             server.bind(("127.0.0.1", 0))
             server.listen()
@@ -458,13 +458,13 @@ class Trial:
         return True
 
     def check_refused(self, kind: str, code: int, output: str, name: str) -> None:
-        """Raises `Wrong` unless a start ended with one error line that names a file."""
+        """Raise `Wrong` unless a start ended with one error line that names a file."""
         said = [line for line in output.splitlines() if line.startswith("error: ")]
         if code != 1 or len(said) != 1 or name not in said[0] or "Traceback" in output:
             raise Wrong(f"{kind} of {name}: exit code {code}: {output}")
 
     def fill_disk(self, kind: str) -> bool:
-        """Leaves no space for the next checkpoint, and makes some when the run has ended."""
+        """Leave no space for the next checkpoint; free it once the run has ended."""
         started = self.start()
         if not self.wait_for_moment(started, checkpoints=1):
             started.wait()
@@ -487,7 +487,7 @@ class Trial:
         return True
 
     def signal_one(self, kind: str) -> bool:
-        """To one of several processes: all end, by a signal that asks at the same step."""
+        """Signal one of two processes: both end, at the same step if the signal is not SIGKILL."""
         started = self.start()
         if not self.wait_for_moment(started, checkpoints=1):
             started.wait()
@@ -498,12 +498,12 @@ class Trial:
         codes, outputs = started.wait()
         seconds = time.monotonic() - begun
         if not any(codes) or f"{STEPS}/{STEPS}" in outputs[0]:
-            return False  # all was trained and saved
+            return False  # everything was trained and saved
         if not kind.startswith("SIGKILL"):
             steps = {
                 match for text in outputs for match in re.findall(r"stopped at step (\d+)", text)
             }
-            if codes != [128 + signal.SIGTERM] * 2 or len(steps) != 1:  # as JAX hands it on
+            if codes != [128 + signal.SIGTERM] * 2 or len(steps) != 1:  # JAX forwards it as SIGTERM
                 raise Wrong(f"{kind}: exit codes {codes}, steps {steps}: {outputs}")
         else:
             if codes[1 - victim] not in (PEER_LOST, -signal.SIGABRT):
@@ -512,7 +512,7 @@ class Trial:
         return True
 
     def move(self, kind: str) -> bool:
-        """Stops the run by a kill, and goes on with other devices or processes."""
+        """Kill the run, and resume it with other devices or processes."""
         started = self.start()
         moment = self.wait_for_moment(started, checkpoints=1)
         for one in started.processes:
@@ -544,23 +544,23 @@ BREAKS: dict[str, Callable[[Trial, str], bool]] = {
 
 
 def compare(workdir: Path, log: Path, reference: Path, *, exact: bool) -> dict[str, int]:
-    """Holds a run against the one that nobody broke.
+    """Compare a run with the undisturbed run.
 
     Args:
-      workdir: of the run.
-      log: what its worker wrote down, over all starts.
-      reference: the workdir of the other, whose log lies beside it.
-      exact: whether states and metrics must be the same bits.
+      workdir: the folder of the run.
+      log: the log of its workers, over all starts.
+      reference: the workdir of the undisturbed run, with its log next to it.
+      exact: whether states and metrics must be equal bit for bit.
 
     Returns:
-      How many of each thing were held against each other.
+      The number of compared rows, states and records.
 
     Raises:
-      Wrong: for whatever differs.
+      Wrong: if anything differs.
     """
     ours, theirs = read_log(log), read_log(reference.with_name(f"{reference.name}.jsonl"))
     for step in range(1, STEPS + 1):
-        # A batch may be read ahead and read again; the last is the one that was trained.
+        # A batch may be prefetched and read again; the last one was trained on.
         if ours["rows"][step][-1] != theirs["rows"][step][-1]:
             raise Wrong(f"step {step} has other rows")
     states = 0
@@ -571,7 +571,7 @@ def compare(workdir: Path, log: Path, reference: Path, *, exact: bool) -> dict[s
         states += len(digests)
     for step, digests in ours["restored"].items():
         if not set(digests) <= set(ours["saved"][step]):
-            raise Wrong(f"what was read back of step {step} had never been saved")
+            raise Wrong(f"the state restored at step {step} was never saved")
         states += len(digests)
     records, wanted_records = unclocked(workdir), unclocked(reference)
     if [record["step"] for record in records] != [record["step"] for record in wanted_records]:
@@ -601,14 +601,14 @@ def compare(workdir: Path, log: Path, reference: Path, *, exact: bool) -> dict[s
 
 
 def read_log(path: Path) -> dict[str, dict[int, list]]:
-    """What is in a worker's log: kind -> step -> all that was written of it, in order."""
+    """Read a worker's log: kind -> step -> its entries, in order."""
     found: dict[str, dict[int, list]] = {
         kind: collections.defaultdict(list) for kind in ("rows", "saved", "restored")
     }
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # it was killed while it wrote
+        except ValueError:  # killed while it was writing
             continue
         for kind in found:
             if kind in record:
@@ -617,7 +617,7 @@ def read_log(path: Path) -> dict[str, dict[int, list]]:
 
 
 def check_epochs(reference: Path) -> int:
-    """How many whole epochs the run that nobody broke has; each row is once in each of them."""
+    """Count the epochs of the undisturbed run; check that each row is in each of them once."""
     rows_of = read_log(reference.with_name(f"{reference.name}.jsonl"))["rows"]
     rows = np.concatenate([rows_of[step][-1] for step in range(1, STEPS + 1)])
     num_rows = len(set(rows.tolist()))
@@ -638,7 +638,7 @@ def _newest(workdir: Path) -> int:
 
 
 def _sleep(started: Started, seconds: float) -> bool:
-    """Whether it still runs after so long."""
+    """Wait for some seconds; return whether the run still runs."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and started.running:
         time.sleep(0.002)
@@ -653,7 +653,7 @@ def run_suite(
     names: tuple[str, ...] = TURNS,
     only: tuple[str, ...] = tuple(BREAKS),
 ) -> dict[str, Any]:
-    """Injects faults of some kinds into runs of these settings in turn, and returns the report."""
+    """Inject faults of some kinds into runs of these settings in turn; return the report."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "NPROC": "32"}
     FORKS.set_forkserver_preload(["tests.fault_worker"])
     tally, begun = Tally(), time.monotonic()
@@ -665,7 +665,7 @@ def run_suite(
         log, setting = reference.with_name(f"{reference.name}.jsonl"), SETTINGS[name]
         codes, outputs = Started(reference, log, place / "data", setting, setting.shape).wait()
         if any(codes):
-            raise Wrong(f"the run that nobody breaks: exit codes {codes}: {outputs}")
+            raise Wrong(f"the undisturbed run: exit codes {codes}: {outputs}")
     epochs = check_epochs(next(iter(references.values())))
 
     def work(number: int) -> None:
@@ -678,7 +678,7 @@ def run_suite(
         try:
             trial.run(chosen)
             shutil.rmtree(trial.place)
-        except Exception as error:  # whatever it is, it is a finding
+        except Exception as error:  # any error is a finding
             what = f"{type(error).__name__}: {error}"[:4_000]
             print(f"{name}, {', '.join(chosen)}, {trial.place}: {what}", flush=True)
             tally.fail(setting=name, kinds=", ".join(chosen), place=str(trial.place), error=what)
@@ -717,7 +717,7 @@ def run_suite(
 
 
 def main() -> None:
-    """Adds to the report, and fails if a run lost anything."""
+    """Append to the report, and fail if a run lost anything."""
     parser = argparse.ArgumentParser(prog="python -m tests.fault_suite")
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--report", type=Path, required=True)

@@ -1,6 +1,6 @@
-"""`jaxcl.train`, which also writes down each step's rows and a digest of each state it keeps.
+"""`jaxcl.train`, which also logs the rows of each step and digests of its states.
 
-Lines of LOG are JSON: `{"rows": […], "step": N}` when rows of a batch are asked for,
+Lines of LOG are JSON: `{"rows": […], "step": N}` when rows of a batch are requested,
 `{"saved": DIGEST, "step": N}` before a state is saved, `{"restored": DIGEST, "step": N}` when one
 was read back.
 """
@@ -19,13 +19,13 @@ from tests.helpers import bits
 
 
 def run(arguments: list[str], environment: dict[str, str], log: Path, output: Path) -> None:
-    """Runs the trainer with its ears open, in a process that was forked for it.
+    """Run the trainer in this process, which was forked for it, and log its rows and states.
 
     Args:
-      arguments: of the trainer.
-      environment: what is added to that of the process.
-      log: what it did is appended there.
-      output: what it says goes there.
+      arguments: the arguments of the trainer.
+      environment: environment variables to set.
+      log: the file to append log lines to.
+      output: the file for standard output and standard error.
     """
     os.environ.update(environment)
     with output.open("wb") as file:
@@ -62,9 +62,9 @@ def run(arguments: list[str], environment: dict[str, str], log: Path, output: Pa
 
 
 def digest(state) -> str:
-    """Of all bits of a state, wherever its parts are."""
-    found = hashlib.sha256()
+    """The digest of all bits of a state, whatever its sharding."""
+    sha256 = hashlib.sha256()
     for leaf in jax.tree.leaves(state):
         is_key = jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        found.update(bits(fetch(jax.random.key_data(leaf) if is_key else leaf)))
-    return found.hexdigest()
+        sha256.update(bits(fetch(jax.random.key_data(leaf) if is_key else leaf)))
+    return sha256.hexdigest()

@@ -1,4 +1,4 @@
-"""The suite that breaks runs: that it sees what is lost, and that a few breaks lose nothing."""
+"""The fault suite: it detects losses, and a few faults lose nothing."""
 
 import json
 import os
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX sig
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two equal runs as the suite finds them: a workdir and a log each."""
+    """Two equal runs, each with a workdir and a log."""
     for name in ("ours", "theirs"):
         workdir = tmp_path / name
         workdir.mkdir()
@@ -59,7 +59,7 @@ def replaced(old, new):
     [
         ("ours.jsonl", replaced('"rows": [8, ', '"rows": [9, '), "has other rows"),
         ("ours.jsonl", replaced('"saved": "a"', '"saved": "b"'), "step 80 is another one"),
-        ("ours.jsonl", replaced('"restored": "a"', '"restored": "b"'), "had never been saved"),
+        ("ours.jsonl", replaced('"restored": "a"', '"restored": "b"'), "was never saved"),
         ("theirs.jsonl", replaced('"saved": "a"', '"saved": "b"'), "step 80 is another one"),
         ("ours/metrics.jsonl", replaced('"loss": 0.5', '"loss": 0.51'), "metrics of step 2"),
         ("ours/metrics.jsonl", replaced('"step": 2,', '"step": 3,'), "metrics are missing"),

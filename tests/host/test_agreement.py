@@ -1,4 +1,4 @@
-"""What processes disagree about is named, with the processes of each value."""
+"""Values that differ between processes are named, with the processes of each value."""
 
 from jaxcl.host.agreement import _disagreements, check_processes_agree
 
@@ -22,4 +22,4 @@ def test_many_processes_are_not_all_listed():
 
 
 def test_one_process_agrees_with_itself():
-    check_processes_agree({"seed": object()})  # which is not encoded
+    check_processes_agree({"seed": object()})  # which JSON cannot encode

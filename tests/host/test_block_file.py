@@ -1,4 +1,4 @@
-"""Arrays that are filled block by block: sound blocks are kept, damaged ones computed again."""
+"""Arrays that are filled block by block: sound blocks are kept, damaged ones recomputed."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ BLOCKS = [np.full((2, 2), 1, np.int32), np.full((2, 2), 2, np.int32), np.full((1
 
 @pytest.fixture
 def path(tmp_path):
-    """Of a whole file of three blocks."""
+    """The path of a complete file with three blocks."""
     blocks = BlockFile(tmp_path / "rows.npy", SHAPE, np.int32)
     for block in BLOCKS:
         blocks.append(block)

@@ -1,4 +1,4 @@
-"""The frame around the commands: flags, errors, exit codes, help."""
+"""How commands run: flags, errors, exit codes and help."""
 
 import argparse
 import ast
@@ -197,7 +197,7 @@ def missing_flags(shown: str, flags: set[str]) -> set[str]:
 
 
 def test_the_example_in_help_is_one_that_can_be_read():
-    """Every example is parsed by its own command's flags."""
+    """Every example can be parsed with the flags of its command."""
     for name in set(NAMES) - {"bench"}:
         module = importlib.import_module(f"jaxcl.{name}")
         example = re.search(rf"python -m jaxcl\.{name} ((?:.*\\\n)*.*)", module.__doc__)[1]
@@ -254,14 +254,14 @@ def test_signal_handlers_are_left_alone_outside_of_the_main_thread():
     thread.start()
     thread.join()
     assert seen == [before, None]
-    with stop_requests():  # the main thread's are replaced
+    with stop_requests():  # replaces the main thread's handlers
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_each_signal_asks_for_a_stop_once(number, capsys):
-    outer = signal.signal(number, signal.SIG_DFL)  # under `nohup`, SIGHUP would be ignored
+    outer = signal.signal(number, signal.SIG_DFL)  # SIGHUP is ignored under `nohup`
     try:
         with stop_requests() as asked_to_stop:
             assert asked_to_stop(1) is None

@@ -1,4 +1,4 @@
-"""A command that lacks its extra says which one to install."""
+"""A command without its extra names the extra to install."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""Files that someone else may have written, and files that a stop or a full disk cuts short."""
+"""Untrusted files, and files that are cut short by a kill or a full disk."""
 
 import errno
 import os
@@ -48,7 +48,7 @@ def test_a_link_to_a_device_without_end_is_refused(tmp_path, read):
 
 
 def test_a_socket_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    monkeypatch.chdir(tmp_path)  # names of sockets must be short
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("content")
         with pytest.raises(OSError, match="content"):
@@ -153,7 +153,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     recorded("fsync")
     recorded("replace")
     write_whole(tmp_path / "content", "abc")
-    assert done == ["fsync", "replace", "fsync"]  # of the file; of its folder
+    assert done == ["fsync", "replace", "fsync"]  # the file, then its folder
     assert (tmp_path / "content").read_text() == "abc"
 
 

@@ -1,4 +1,4 @@
-"""Large buffers are not faulted in page by page, and the new start changes nothing else."""
+"""Large buffers come in huge pages, and the restart changes nothing else."""
 
 import importlib.metadata
 import json
@@ -64,7 +64,7 @@ def test_large_blocks_cost_few_page_faults():
         for environment in ({}, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"})
     )
     if "[always]" not in _THP.read_text():
-        assert small > _SMALL_PAGES / 2  # or this test could not fail
+        assert small > _SMALL_PAGES / 2  # otherwise, this test could not fail
     assert huge < _SMALL_PAGES / 8
 
 

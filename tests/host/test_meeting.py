@@ -25,14 +25,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def pool():
-    """Threads that stand for processes."""
+    """Threads that act as processes."""
     with ThreadPoolExecutor() as threads:
         yield threads
 
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """Patience that ends within a test."""
+    """Shorten the timeouts for tests."""
     monkeypatch.setattr(meeting, "MEETING_SECONDS", 3)
     monkeypatch.setattr(meeting, "GRACE_SECONDS", 0.5)
     monkeypatch.setattr(meeting, "_SECONDS_BETWEEN_TRIES", 0.05)
@@ -91,7 +91,7 @@ def test_the_port_is_kept_until_the_coordinator_has_it(tmp_path):
     with meet(tmp_path, "127.0.0.1:0", num_processes=1, process_id=0, bind=None) as found:
         with pytest.raises(ValueError, match=f"cannot listen at {found.address}"):
             listen(found.address)
-        with socket.socket() as coordinator:  # as JAX's does
+        with socket.socket() as coordinator:  # as JAX's coordinator does
             for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
                 coordinator.setsockopt(socket.SOL_SOCKET, option, 1)
             coordinator.bind(("127.0.0.1", split_address(found.address)[1]))
@@ -132,7 +132,7 @@ def test_a_process_whose_run_found_the_port_in_use_does_not_wait_long(pool, hurr
     stranger = pool.submit(met, tmp_path / "b", coordinator, 1, 2)
     time.sleep(0.2)
     pool.submit(met, tmp_path / "a", coordinator, 1, 2).result(timeout=20)
-    first.result(timeout=20)  # now the port is free, and nothing else comes
+    first.result(timeout=20)  # the port is free now, and no process connects
     assert f"{coordinator} belongs to the run in {tmp_path / 'a'}" in error_of(stranger)
 
 
@@ -193,7 +193,7 @@ def test_a_process_that_does_not_fit_is_refused_and_the_others_meet(
 
 
 class _ArrivalsFirst(selectors.DefaultSelector):
-    """Returns an end together with the next arrival, the arrival first."""
+    """Return a closed connection together with the next arrival, the arrival first."""
 
     def select(self, timeout=None):
         deadline = time.monotonic() + 1
@@ -227,7 +227,7 @@ def test_other_programs_do_not_disturb_a_meeting(pool, hurried, tmp_path, said):
     while not (invitation := meeting._read_invitation(tmp_path)):
         time.sleep(0.01)
     with socket.create_connection(("127.0.0.1", invitation["port"])) as one:
-        with contextlib.suppress(OSError):  # it may be cut off
+        with contextlib.suppress(OSError):  # the connection may be cut off
             one.sendall(said)
             one.shutdown(socket.SHUT_WR)
         second = pool.submit(met, tmp_path, "127.0.0.1:0", 1, 2)
@@ -262,7 +262,7 @@ def test_a_host_that_is_unknown_or_elsewhere_is_named():
     with pytest.raises(ValueError, match=r"the coordinator's host 'no\.invalid' is unknown here"):
         listen("no.invalid:0")
     with pytest.raises(ValueError, match=r"process 0 cannot listen at 192\.0\.2\.1:"):
-        listen(f"192.0.2.1:{free_port()}")  # an address for documentation, of no machine
+        listen(f"192.0.2.1:{free_port()}")  # an address reserved for documentation
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ input()
 
 
 def listening_addresses(port: int) -> set[str]:
-    """The hexadecimal addresses at which a port is listened at."""
+    """The hexadecimal addresses with a listener at a port."""
     lines = [
         line.split()
         for name in ("tcp", "tcp6")

@@ -1,4 +1,4 @@
-"""`.npz` files from others: each hostile or damaged file is one line, in bounded memory."""
+"""Untrusted `.npz` files: hostile and damaged files are one-line errors, in bounded memory."""
 
 import io
 import os
@@ -51,13 +51,13 @@ def test_what_numpy_writes_is_read(tmp_path, save, array):
 
 
 def test_large_arrays_that_compress_well_are_read(tmp_path):
-    zeros = np.zeros(2**24)  # 128 MiB, less than what may be of any ratio
+    zeros = np.zeros(2**24)  # 128 MiB, for which any ratio is allowed
     np.savez_compressed(tmp_path / "file.npz", zeros=zeros)
     assert read_npz(tmp_path / "file.npz", ["zeros"])["zeros"].nbytes == zeros.nbytes
 
 
 def refused(path, names=("a",)):
-    """The message with which both functions refuse a file, after using little memory."""
+    """The message with which both functions refuse a file; checks their memory."""
     tracemalloc.start()
     try:
         for function in (npz_headers, read_npz):
@@ -93,7 +93,7 @@ def test_a_header_of_gigabytes_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def bomb():
-    """300 MiB of zeros after a right header, in 300 kB."""
+    """300 MiB of zeros after a valid header, in 300 kB."""
     file = io.BytesIO()
     count = 300 * 2**20
     with (

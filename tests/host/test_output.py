@@ -1,4 +1,4 @@
-"""Output that cannot be written costs its lines, never the run."""
+"""Output that cannot be written loses its lines, but never stops the run."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ ASCII = {"PYTHONIOENCODING": "ascii"}
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX files and signals")
 
-# Prints in every way that a command has, then leaves a file.
+# Prints in every way that a command can, then creates a file.
 CHATTY = """
 import sys, warnings
 from pathlib import Path
@@ -62,7 +62,7 @@ def closed_pipe() -> int:
 
 @contextlib.contextmanager
 def broken(kind: str):
-    """A file descriptor that takes nothing."""
+    """A file descriptor that accepts no output."""
     number = closed_pipe() if kind == "closed pipe" else os.open("/dev/full", os.O_WRONLY)
     try:
         yield number
@@ -102,7 +102,7 @@ def test_an_error_keeps_its_exit_code_if_it_cannot_be_printed(tmp_path):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_stream_that_is_closed_from_the_start_stops_nothing_and_enters_no_file(tmp_path, number):
-    # A library prints past Python, while a file is open.
+    # A library prints to the file descriptor while a file is open.
     writes = f"import os; file = open(marker, 'a'); os.write({number}, b'from C')"
     program = CHATTY.replace("FAILS", writes)
     done = subprocess.run(
@@ -248,7 +248,7 @@ def run(arguments):
 run_command(CommandParser("jaxcl.x", "X."), run, interrupted="interrupted")
 """
 WAITS = "rest()"
-# Python drops an exception in a finaliser. JAX has such callbacks in the garbage collector.
+# Python drops exceptions in finalisers; JAX has such callbacks in the garbage collector.
 LOSES = """
     class Lossy:
         def __del__(self):
@@ -294,7 +294,7 @@ def test_an_interrupt_ends_the_interpreters_that_parse_without_a_traceback():
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    process.stdin.write(b" " * 2**20)  # more than a pipe holds, so that it reads by now
+    process.stdin.write(b" " * 2**20)  # more than a pipe holds, so the reader has started
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (-signal.SIGINT, b"")

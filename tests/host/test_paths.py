@@ -1,4 +1,4 @@
-"""Paths that users give: `~` is expanded, and a URL never becomes a local folder."""
+"""Paths from users: `~` is expanded, and a URL never becomes a local folder."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ URLS = ["ftp://host/run", "gopher://host/run", "file:///tmp/run", "FTP://host/ru
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
-    """The working directory, in which nothing may appear."""
+    """The working directory, in which nothing may be created."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)

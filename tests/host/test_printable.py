@@ -21,7 +21,7 @@ HOSTILE = "a\x1b[2J\x9b31m\x07\x7f\r\u202eb\u2066c\u2028\u200f\ud800"
 
 
 def is_unsafe(character: str) -> bool:
-    """By Unicode's own tables: controls, writing directions, separators, surrogates."""
+    """From Unicode's tables: controls, writing directions, separators, surrogates."""
     direction = unicodedata.bidirectional(character) in {"LRE", "RLE", "PDF", "LRO", "RLO"}
     isolate = unicodedata.bidirectional(character) in {"LRI", "RLI", "FSI", "PDI"}
     mark = character in "\u061c\u200e\u200f"

@@ -1,4 +1,4 @@
-"""Several processes, for real, on this machine: what they compute, and how they stop and fail."""
+"""Real processes on this machine: their results, and how they stop and fail together."""
 
 import json
 import os
@@ -31,8 +31,8 @@ from tests.models.pretrained.tiny import write_tiny_static
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
-# What a choice of batches and mined negatives depend on; at this rate no parameter moves, so that
-# rounding, of which a discrete choice would make more, is the same however devices are grouped.
+# Assigned batches and mined negatives. At this learning rate, parameters do not change, so that
+# rounding errors, which depend on how devices are grouped, cannot change a selection.
 CHOOSING = [
     "--config.assignment.name=gcbs",
     "--config.assignment.gcbs.refresh_every=4",
@@ -59,7 +59,7 @@ def free_port() -> int:
 
 
 class Run:
-    """A run of one or several processes, with some devices each; the last has further arguments."""
+    """A run of one or several processes; the last process gets further arguments."""
 
     def __init__(self, arguments: list[str], *, processes: int, devices: int, last: tuple = ()):
         numbers = range(processes)
@@ -80,7 +80,7 @@ class Run:
         ]
 
     def wait(self, *, timeout: float = 300) -> tuple[list[int], list[str]]:
-        """Exit codes and outputs; nothing of it is left behind."""
+        """Wait for the end, or kill all processes; return exit codes and outputs."""
         try:
             outputs = [one.communicate(timeout=timeout)[0] for one in self.processes]
         finally:
@@ -99,7 +99,7 @@ class Run:
     def wait_for(self, there: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 200
         while not there():
-            assert time.monotonic() < deadline, "it did not come"
+            assert time.monotonic() < deadline, "timed out"
             assert all(one.poll() is None for one in self.processes), self.wait()
             time.sleep(0.02)
 
@@ -123,10 +123,10 @@ def one(command, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def two(command, tmp_path_factory):
-    """The workdir of two processes with two devices each, of a script, which nobody stopped."""
+    """The workdir of an uninterrupted run by a script: two processes with two devices each."""
     workdir = tmp_path_factory.mktemp("two-processes")
-    _, _, _, *arguments = command(workdir)  # all but the interpreter and the module
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where the script's python is
+    _, _, _, *arguments = command(workdir)  # without the interpreter and the module
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the script's python
     finished = subprocess.run(
         ["launch/local_processes.sh", "2", *arguments],
         cwd=ROOT,
@@ -159,7 +159,7 @@ def test_processes_select_and_stop_as_one(command, tmp_path):
         f"--config.evaluation.sets.dev={tmp_path / 'sts.csv'}",
         "--config.evaluation.best_metric=dev/spearman",
         "--config.evaluation.patience=2",
-        "--config.evaluation.min_delta=2",  # more than any correlation can increase
+        "--config.evaluation.min_delta=2",  # no correlation can increase by more
         "--config.run.evaluate_every=3",
     ]
     alone, several = tmp_path / "alone", tmp_path / "several"
@@ -190,7 +190,7 @@ def test_any_number_of_processes_and_devices_trains_as_one(command, tmp_path, pr
 @pytest.mark.slow
 def test_parameters_over_processes_train_as_whole_ones_and_go_on_as_such(command, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    wide = "--config.model.dim=32"  # or the table is too small to be worth cutting
+    wide = "--config.model.dim=32"  # otherwise, the table is too small to be sharded
     Run(command(whole, wide), processes=1, devices=4).finish()
     Run(command(cut, wide, "--config.run.mesh.fsdp=4"), processes=2, devices=2).finish()
     assert_same_runs(cut, whole)
@@ -201,7 +201,7 @@ def test_parameters_over_processes_train_as_whole_ones_and_go_on_as_such(command
 
 
 def assert_same_runs(workdir: Path, other: Path) -> None:
-    """Losses, gradients' norms and retrieval at each step; then all that a checkpoint holds."""
+    """Compare losses, gradient norms and retrieval at each step, then the newest checkpoints."""
     assert len(read_metrics(workdir)) >= STEPS
     assert_close_runs(workdir, other, tolerance=1e-5)
     ours, theirs = (
@@ -213,8 +213,8 @@ def assert_same_runs(workdir: Path, other: Path) -> None:
         if "key" in name:
             assert bits(leaf) == bits(leaf_there), name
         else:
-            # Adam divides by the size of a gradient: where that is next to nothing, the rounding of
-            # sums in other groups is a share of a step (2e-3). So it may be, of one in a thousand.
+            # Adam divides by the size of a gradient. If that is tiny, rounding of sums in another
+            # order can change a step (2e-3) noticeably; this may happen to one value in a thousand.
             np.testing.assert_allclose(leaf, leaf_there, atol=1e-5, err_msg=name)
             assert np.isclose(leaf, leaf_there, rtol=1e-7, atol=1e-6).mean() > 0.999, name
     with np.load(workdir / "ranks.npz") as ours, np.load(other / "ranks.npz") as theirs:
@@ -233,7 +233,7 @@ def test_what_is_chosen_and_mined_is_the_same(command, tmp_path):
     records = read_metrics(runs[0])
     assert {record["step"] for record in records if "assignment/gap" in record} == {4, 8}
     assert any("mined/rank" in record for record in records)
-    # Begun by two processes and ended by one: losses and measures of the same rows and banks.
+    # Started by two processes and finished by one, with the same rows and banks.
     shutil.rmtree(runs[1] / "checkpoints" / str(STEPS))
     (said,) = Run(command(runs[1], *CHOOSING), processes=1, devices=4).finish()
     assert "goes on from step 8" in said
@@ -266,10 +266,10 @@ def test_processes_that_disagree_stop_before_the_first_step(command, tmp_path, s
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_one_stops_all_at_the_same_step(command, two, tmp_path, number):
-    # No checkpoint is due before the end, so that the one found is the signal's.
+    # No checkpoint is due before the end, so a checkpoint must come from the signal.
     rarely = command(tmp_path, "--config.run.checkpoint_every=1000")
     run = Run(rarely, processes=2, devices=2)
-    run.wait_for(lambda: (tmp_path / "data.json").exists())  # the steps may be over in a second
+    run.wait_for(lambda: (tmp_path / "data.json").exists())  # the run may end within a second
     run.processes[1].send_signal(number)
     codes, outputs = run.wait()
     assert codes == [128 + signal.SIGTERM] * 2, "\n".join(outputs)
@@ -293,7 +293,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(command, two, tmp_
     codes, outputs = run.wait()
     assert time.monotonic() - killed < HEARTBEAT_SECONDS + 30
     assert codes[victim] == -signal.SIGKILL
-    # JAX itself may be faster, and aborts.
+    # JAX may notice first, and abort.
     assert codes[1 - victim] in (PEER_LOST, -signal.SIGABRT), outputs[1 - victim]
     if codes[1 - victim] == PEER_LOST:
         assert "start all of them again" in outputs[1 - victim]
@@ -387,7 +387,7 @@ def test_what_does_not_make_a_run_is_named(given, message):
 
 @pytest.fixture
 def initialized(monkeypatch):
-    """What JAX is asked to join, of each time."""
+    """The arguments of each call of `jax.distributed.initialize`."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: calls.append(given))
     return calls
@@ -455,7 +455,7 @@ def test_every_process_restores_what_the_first_one_sees(theirs, monkeypatch):
     monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: sent.append(x) or x)
     assert first_of_all([4, 8]) == [4, 8]
 
-    def receive(ours):  # shapes must be equal, or JAX would wait for ever
+    def receive(ours):  # with different shapes, JAX would wait forever
         assert np.shape(ours) == np.shape(sent[0])
         return sent.pop(0)
 
@@ -470,8 +470,8 @@ def test_a_mistake_of_one_process_alone_keeps_its_class():
 
 def test_processes_that_do_not_meet_are_an_error_in_a_line(monkeypatch):
     def unreachable(*_, **__):
-        raise RuntimeError("DEADLINE_EXCEEDED:\n nobody there")
+        raise RuntimeError("DEADLINE_EXCEEDED:\n no answer")
 
     monkeypatch.setattr(jax.distributed, "initialize", unreachable)
-    with pytest.raises(ValueError, match=r"cannot connect to each other .* nobody there$"):
+    with pytest.raises(ValueError, match=r"cannot connect to each other .* no answer$"):
         start_processes(coordinator="host:1", num_processes=2, process_id=1, environment={})

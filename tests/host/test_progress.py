@@ -14,7 +14,7 @@ from jaxcl.host.progress import progress_bar, say, show
 
 @pytest.fixture
 def console(monkeypatch):
-    """Swaps rich's console for one that writes into memory."""
+    """Replace rich's console by one that writes to memory."""
 
     def use(*, terminal: bool) -> io.StringIO:
         written = io.StringIO()
@@ -116,7 +116,7 @@ def test_square_brackets_are_text(console, terminal):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_what_is_said_is_one_line_as_it_stands(console, terminal):
     screen = console(terminal=terminal)
-    text = "a [red]long[/red] line of [1, 2] and 'text' " + "that goes on " * 20
+    text = "a [red]long[/red] line of [1, 2] and 'text' " + "that continues " * 20
     say(text)
     assert screen.getvalue() == text + "\n"
 
@@ -129,9 +129,9 @@ def test_what_is_said_beside_a_bar_has_a_line_of_its_own(monkeypatch):
         advance(1)
         with progress_bar("encoding", 1) as encoded:
             encoded()
-        say("chosen anew")
+        say("reassigned")
     say("done")
-    assert re.search(r"\r\x1b\[2Kchosen anew *\n", screen.getvalue())
+    assert re.search(r"\r\x1b\[2Kreassigned *\n", screen.getvalue())
     assert screen.getvalue().endswith("\x1b[?25hdone\n")
 
 

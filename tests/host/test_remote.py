@@ -99,7 +99,7 @@ def test_a_folder_is_moved_and_removed_with_its_files(folder):
     assert not (folder / "here").exists()
     assert read_text(folder / "there" / "moved" / "a") == "1"
     remove_tree(folder / "there")
-    remove_tree(folder / "there")  # it is gone
+    remove_tree(folder / "there")  # already removed
     assert not (folder / "there" / "moved" / "a").exists()
 
 
@@ -140,7 +140,7 @@ def test_a_log_is_uploaded_now_and_then_and_on_demand(store, monkeypatch):
     log.write(b"y")
     log.flush()
     log.upload()
-    log.upload()  # nothing is new
+    log.upload()  # nothing new
     log.close()
     assert [len(content) for content in uploads] == [1, 31, 61, 62]
 
@@ -168,7 +168,7 @@ def test_uploads_take_a_small_part_of_the_time(store, monkeypatch):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A lease that is renewed and that expires soon."""
+    """Shorten the times of renewal and expiry."""
     monkeypatch.setattr(lease, "RENEWAL_SECONDS", 0.05)
     monkeypatch.setattr(lease, "EXPIRY_SECONDS", 0.6)
 

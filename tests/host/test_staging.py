@@ -1,4 +1,4 @@
-"""Workplaces: the folders of killed processes are removed, the folders of running ones stay."""
+"""Staging folders of killed processes are removed; running processes keep theirs."""
 
 import os
 import subprocess
@@ -77,7 +77,7 @@ def test_a_killed_process_s_folder_goes_and_a_living_one_s_stays(tmp_path):
 
 
 def test_a_folder_without_a_lock_goes_after_a_day(tmp_path):
-    """As earlier versions have left them."""
+    """A folder without a lock, as from earlier versions."""
     old, new = tmp_path / "table.unfinished-a", tmp_path / "table.unfinished-b"
     for folder in (old, new):
         folder.mkdir()

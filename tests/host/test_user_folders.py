@@ -1,4 +1,4 @@
-"""Folders that are the user's own, and users that have none."""
+"""Private folders of a user, and users without a home directory."""
 
 import os
 import stat
@@ -87,7 +87,7 @@ def test_caches_go_where_the_user_keeps_them(monkeypatch, variable, folder):
 
 @pytest.fixture
 def nobody(monkeypatch, tmp_path):
-    """A user without HOME and without an entry; temporary files go to a folder of the test."""
+    """A user without HOME and without an entry in /etc/passwd; temporary files stay in the test."""
 
     def no_entry(_):
         raise KeyError("getpwuid(): uid not found")
