@@ -27,7 +27,7 @@ from tests.goldens.recording import about, case_names, record_cases
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code."""
+    """Run a command, and return its exit code."""
     options = _parser().parse_args(arguments)
     if options.command == "compare":
         return _compare(options.files, only=options.only, tolerance=options.tolerance)
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for name, result in record_cases(names, jobs=options.jobs, compiled=options.compiled):
             recorded["cases"][name] = result
-    finally:  # what is done is kept if the rest is interrupted
+    finally:  # keeps finished cases if the rest is interrupted
         options.to.write_text(json.dumps(recorded, indent=1) + "\n")
     failed = [name for name, result in recorded["cases"].items() if "error" in result]
     print(f"{len(names)} cases in {options.to}; {len(failed)} failed")

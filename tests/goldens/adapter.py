@@ -60,7 +60,7 @@ LOSSES = {
 """The public losses by name."""
 
 _DATA_SET = "golden_pairs"
-_CLOCK = ("time/", "machine/")  # metrics that differ from run to run
+_CLOCK = ("time/", "machine/")  # metrics that differ between equal runs
 
 
 def train_command(
@@ -71,7 +71,7 @@ def train_command(
     Args:
       config: a config file, relative to the root of the repository, with a variant after a colon.
       settings: `NAME=VALUE`, of the config.
-      data_dir: where the data set lies in `sets/`; token tables are kept there, too.
+      data_dir: the folder with the data set in `sets/`, and with token tables.
       workdir: the run's own directory.
     """
     own = (
@@ -88,7 +88,7 @@ def train_command(
 
 
 def prepare_data_set(directory: Path) -> None:
-    """Writes `pairs.tsv` as a TFDS data set."""
+    """Write `pairs.tsv` as a TFDS data set."""
     import tensorflow_datasets as tfds
 
     class GoldenPairs(tfds.core.GeneratorBasedBuilder):
@@ -144,12 +144,12 @@ def read_run(workdir: Path) -> dict[str, Any]:
 
 
 def digests(state: Any) -> list[dict[str, Any]]:
-    """The form and the hash of each array of a state, in an order that names do not change."""
+    """The shape, type and hash of each array of a state, in an order that ignores names."""
     return sorted(map(_digest, jax.tree.leaves(state)), key=json.dumps)
 
 
 def _checkpoint(workdir: Path) -> Any:
-    """The state in the newest checkpoint, whatever its structure, as arrays of one device."""
+    """The state in the newest checkpoint, of any structure, as arrays on one device."""
     from orbax.checkpoint import v1 as ocp
 
     steps = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
@@ -163,7 +163,7 @@ def _checkpoint(workdir: Path) -> Any:
 
 
 def _digest(leaf: Any) -> dict[str, Any]:
-    """The form and the hash of an array, and two figures that show the size of a difference."""
+    """The shape, type and hash of an array, and its norm and sum, to measure differences."""
     is_key = isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     array = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
     finite = array.astype(np.float64)

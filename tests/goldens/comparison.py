@@ -1,4 +1,4 @@
-"""What differs between two recorded files."""
+"""The differences between two recorded files."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import numpy as np
 
 __all__ = ["differences"]
 
-_MOST_NAMED = 3  # differing metrics or arrays that a line names
+_MOST_NAMED = 3  # the most metrics or arrays that a line names
 
 
 def differences(
@@ -18,9 +18,9 @@ def differences(
     """The cases that differ.
 
     Args:
-      found: case -> its recorded result, of one file.
-      wanted: the same of the other.
-      tolerance: the largest relative error that is no difference; 0 compares bits.
+      found: case -> its recorded result, from one file.
+      wanted: the same from the other file.
+      tolerance: the largest allowed relative error; 0 compares bits.
 
     Returns:
       Case -> a line that says how it differs. A case that one file lacks differs.
@@ -62,9 +62,9 @@ def _differing(
 def _differing_states(
     found: list[Mapping[str, Any]], wanted: list[Mapping[str, Any]], tolerance: float
 ) -> Iterator[str]:
-    """Compares two unordered collections of digests."""
+    """Compare two unordered collections of digests."""
     found, wanted = list(found), list(wanted)
-    for digest in list(found):  # equal bits cancel, wherever they are
+    for digest in list(found):  # equal arrays cancel, in any order
         if digest in wanted:
             found.remove(digest)
             wanted.remove(digest)
@@ -87,14 +87,14 @@ def _form(digest: Mapping[str, Any]) -> str:
 
 
 def _digest_error(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """How far norms and sums are apart, relative to the norm."""
+    """The difference of norms and sums, relative to the norm."""
     scale = max(one["norm"], other["norm"])
     apart = max(abs(one[name] - other[name]) for name in ("norm", "sum"))
     return apart / scale if scale else 0.0
 
 
 def _relative_error(found: Any, wanted: Any) -> float:
-    """‖found − wanted‖ / ‖wanted‖; 0 only for equal bits, and infinite for another form."""
+    """‖found − wanted‖ / ‖wanted‖; 0 only for equal bits, infinity for another shape or type."""
     if json.dumps(found) == json.dumps(wanted):
         return 0.0
     try:
@@ -110,5 +110,5 @@ def _relative_error(found: Any, wanted: Any) -> float:
         return math.inf
     scale = np.linalg.norm(theirs[finite])
     apart = np.linalg.norm(ours[finite] - theirs[finite])
-    # A difference too small for a float still is one: −0 is not 0.
+    # A difference that is too small for a float is still one: −0 is not 0.
     return max(float(apart / scale) if scale else math.inf, np.finfo(float).tiny)

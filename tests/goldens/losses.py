@@ -36,7 +36,7 @@ Arrays = dict[str, Any]
 
 
 class Way(NamedTuple):
-    """How a loss is computed."""
+    """The way in which a loss is computed."""
 
     devices: int
     options: Mapping[str, Any]
@@ -218,7 +218,7 @@ def _local_loss(
 
 
 def _inputs(case: Case) -> tuple[Arrays, Arrays, Arrays]:
-    """Arrays by row that have gradients, scalars that have them, and columns that have none."""
+    """Arrays by row and scalars with gradients, and columns without."""
     queries = _unit_vectors(0, NUM_ROWS, DIM)
     rows = {
         "queries": queries,
@@ -244,11 +244,11 @@ def _inputs(case: Case) -> tuple[Arrays, Arrays, Arrays]:
 
 
 def _columns() -> Arrays:
-    """Everything a loss may know about each row."""
+    """All columns that a loss may read."""
     place = jnp.arange(NUM_ROWS)
     rng = np.random.default_rng(10)
     estimates = rng.normal(1.0, 1.0, (NUM_ROWS, 2))
-    estimates[::4] = -np.inf  # rows that no batch has held
+    estimates[::4] = -np.inf  # rows of no earlier batch
     return {
         "ids": place % 13,
         "groups": place // 3,

@@ -1,4 +1,4 @@
-"""Runs cases in a few processes, each with 8 CPU devices.
+"""Runs cases in several processes, each with 8 CPU devices.
 
 JAX reads its settings when it is imported, so nothing here imports it before `_prepare_process`.
 """
@@ -39,15 +39,15 @@ def case_names() -> list[str]:
 def record_cases(
     names: Sequence[str], *, jobs: int, compiled: Path | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Computes cases, and yields each with its result, in order.
+    """Compute cases, and yield each with its result, in order.
 
     Args:
-      names: of `case_names`.
-      jobs: processes that compute cases at a time.
-      compiled: where compiled programs are kept for the next recording; `None` keeps none.
+      names: some of `case_names`.
+      jobs: the number of processes.
+      compiled: the folder for compiled programs, for the next recording; `None` keeps none.
 
     Yields:
-      The name, and what is to be kept as JSON: results, or an `"error"`.
+      The name, and the results or an `"error"`, in JSON types.
     """
     with tempfile.TemporaryDirectory(prefix="goldens-") as directory:
         if any(name.startswith("runs/") for name in names):
@@ -69,7 +69,7 @@ def record_cases(
 
 def _prepare_process(compiled: Path) -> None:
     os.environ.update(ENVIRONMENT)
-    # All processes share it: one that reads what another has half written compiles it again.
+    # All processes share it; one that reads a half-written program compiles it again.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiled.absolute())
 
 

@@ -32,7 +32,7 @@ SMALL = (
     *("optimizer.warmup_steps=2", "evaluation.methods=('dense',)"),
     *("run.log_every=1", "run.evaluate_every=12", "run.checkpoint_every=24"),
 )
-"""Settings of every run; 24 steps are 3 epochs and a part of the fourth."""
+"""The settings of every run; 24 steps are 3 epochs and a part of the fourth."""
 
 SOURCED = ("assignment.name=sourced",)
 BY_TOPIC = ("assignment.sourced.by=topic", "data.topics={files}/topics.npz")
@@ -73,9 +73,9 @@ class Case(NamedTuple):
 
     Attributes:
       config: the config file, with a variant.
-      settings: what differs from it, in addition to `SMALL`.
-      devices: of each process.
-      processes: how many the run has.
+      settings: changed settings, in addition to `SMALL`.
+      devices: the number of devices of each process.
+      processes: the number of processes.
     """
 
     config: str
@@ -94,7 +94,7 @@ RUNS = {
         CODE_SEARCH,
         (
             *("evaluation.methods=('bm25', 'dense', 'hybrid')", "data.metadata_fields=('name',)"),
-            *UNIFORM,  # as the default was when the modules moved
+            *UNIFORM,  # the default when the modules were moved
         ),
     ),
     "two-towers": Case(PLAIN, ("model.shared=False", "optimizer.weight_decay=0.01")),
@@ -167,12 +167,12 @@ CASES: Mapping[str, Case] = {f"runs/{name}": case for name, case in RUNS.items()
 
 
 def prepare(directory: Path) -> None:
-    """Writes the data set and the files of negatives, guides and topics that runs read."""
+    """Write the data set, and the files of negatives, guides and topics that runs read."""
     prepare_data_set(directory / "sets")
     num_rows = sum(pair.split == "train" for pair in read_pairs())
     rng = np.random.default_rng(0)
     rows = rng.integers(0, num_rows, (num_rows, 3))
-    rows[::5, 2] = -1  # some rows have fewer
+    rows[::5, 2] = -1  # some rows have fewer negatives
     scores = rng.normal(0, 2, (num_rows, 4)).astype(np.float32)
     np.savez(directory / "negatives.npz", rows=rows, teacher_scores=scores)
     sides = {side: rng.normal(size=(num_rows, 12)).astype(np.float32) for side in ("query", "key")}
@@ -181,11 +181,11 @@ def prepare(directory: Path) -> None:
 
 
 def record(name: str, directory: Path) -> dict[str, Any]:
-    """Runs a case and returns its metrics and digests.
+    """Run a case, and return its metrics and digests.
 
     Args:
-      name: of `CASES`.
-      directory: where `prepare` has put the files; token tables are kept there, too.
+      name: a name in `CASES`.
+      directory: the folder that `prepare` wrote, also for token tables.
 
     Raises:
       RuntimeError: if the run fails, with the last lines that it printed.
@@ -228,7 +228,7 @@ def _environments(case: Case) -> Iterator[dict[str, str]]:
     flags = [flag for flag in flags if "device_count" not in flag]
     flags.append(f"--xla_force_host_platform_device_count={case.devices}")
     for number in range(case.processes):
-        # Without GLIBC_TUNABLES the trainer would start itself a second time.
+        # Without GLIBC_TUNABLES, the trainer would restart itself.
         environment = os.environ | {"XLA_FLAGS": " ".join(flags), "GLIBC_TUNABLES": ""}
         if case.processes > 1:
             environment |= {

@@ -1,4 +1,4 @@
-"""What `LossFn` demands, for every loss of the registry, and on every way to compute it."""
+"""The requirements of `LossFn`, for every registered loss and every way to compute it."""
 
 import functools
 import inspect
@@ -49,7 +49,7 @@ VARIANTS = {
 ALL = {**LOSSES, **VARIANTS}
 WAYS = (("gather", "reference"), ("gather", "tiled"), ("ring", "tiled"))
 
-# One for all tests here: what runs operation by operation is compiled for a shape but once.
+# One shape for all tests here, so that each single operation is compiled once.
 ROWS = 5
 
 
@@ -81,7 +81,7 @@ def batch(count, width=8, **masks):
 
 
 def take(rows, places):
-    """Some of the rows, in that order."""
+    """These rows, in this order."""
     return jax.tree.map(lambda leaf: leaf[places], rows)
 
 
@@ -106,7 +106,7 @@ def value(loss, rows, *, negatives=None, margin=None, temperature=0.05, **how):
 
 
 def memory_of(loss, rows):
-    """Entries of rows that no batch has held before."""
+    """The state for rows of no earlier batch."""
     given = loss.function.keywords if isinstance(loss.function, functools.partial) else {}
     tables = loss.init_memory(
         rows.queries.shape[0],
@@ -118,7 +118,7 @@ def memory_of(loss, rows):
 
 
 def parameter(name, *values):
-    """A loss's name with other values; variants by option run as slow."""
+    """The name of a loss with further values; variants with options are slow tests."""
     marks = [pytest.mark.slow] if name in VARIANTS else []
     return pytest.param(name, *values, marks=marks, id="-".join(map(str, (name, *values))))
 
@@ -139,7 +139,7 @@ def test_a_loss_takes_what_it_declares_and_little_else(name):
     declared |= {"temperature_bounds"} if loss.bounds_temperature else set()
     options = set(loss.options._fields)
     assert len(arguments) <= 14
-    if "options" not in arguments:  # which hands further arguments on
+    if "options" not in arguments:  # passes further arguments on
         assert declared <= arguments
         assert arguments - declared - options <= {"key_labels"}
         assert options <= arguments | {"bias"}
@@ -157,9 +157,9 @@ def test_a_loss_takes_what_it_declares_and_little_else(name):
 )
 def test_masking_equal_labels_is_dropping_the_row_in_the_way(name, label):
     loss, rows = ALL[name], batch(ROWS)
-    # Rows 1 and 3 are one another's false negatives.
+    # Rows 1 and 3 are false negatives of each other.
     masked = value(loss, rows._replace(masks={label: jnp.array([0, 1, 2, 1, 4])}))
-    dropped = value(loss, take(rows, jnp.array([0, 1, 2, 4])))  # what row 1 sees without row 3
+    dropped = value(loss, take(rows, jnp.array([0, 1, 2, 4])))  # without row 3
     np.testing.assert_allclose(masked[1], dropped[1], rtol=1e-12)
     unmasked = value(loss, rows)
     assert abs(masked[1] - unmasked[1]) > 1e-5
@@ -257,7 +257,7 @@ def test_bfloat16_is_close(name):
 
 
 def outside(loss, count):
-    """Negatives of every kind that a loss takes, for a batch of `count` rows."""
+    """All kinds of negatives that a loss takes, for a batch of `count` rows."""
     rng = np.random.default_rng(3)
 
     def labels(*shape):
@@ -287,7 +287,7 @@ COUNT = 16
 
 
 def mean_loss(name, masked, from_outside, mesh_shape=None, exchange="gather", way="reference"):
-    """The mean loss as a function of both sides, the log-temperature and the negatives' vectors."""
+    """The mean loss as a function of both sides, the log-temperature and the negatives."""
     loss = ALL[name]
     masks = {field: make(COUNT) for field, make in MASKS.items()} if masked else {}
     if from_outside and not masked:
@@ -327,7 +327,7 @@ def mean_loss(name, masked, from_outside, mesh_shape=None, exchange="gather", wa
 
     vectors = {name: one.vectors for name, one in negatives.items()}
     inputs = rows.queries, rows.keys, jnp.log(0.05), vectors
-    # Row temperatures replace the one for all, whose gradient is then zero.
+    # Temperatures by row replace the global one, whose gradient is then zero.
     return jax.jit(jax.value_and_grad(mean, (0, 1) if "row_" in name else (0, 1, 2, 3)))(*inputs)
 
 
@@ -345,7 +345,7 @@ TAKES_NEGATIVES = [name for name, loss in LOSSES.items() if SharedNegatives in l
 @pytest.mark.parametrize(
     ("name", "shape", "masked", "from_outside", "way"),
     [
-        # Every loss the hard way; the other ways and the deeper mesh where they can differ.
+        # Every loss with the hardest options; others, and the deeper mesh, only where they differ.
         *(
             pytest.param(
                 *(name, FLAT, True, True, ("ring", "tiled")),
@@ -378,7 +378,7 @@ def test_any_mesh_gives_the_loss_and_gradients_of_one_device(
 @pytest.mark.parametrize("name", ["infonce", "sigmoid"])
 @pytest.mark.parametrize("way", WAYS, ids="-".join)
 def test_a_wrong_reduction_would_be_seen(name, way):
-    """The habit of other frameworks, mean the local losses and then the gradients, is off by 8."""
+    """Averaging local losses and then gradients, as other frameworks do, is off by 8."""
     mesh = make_mesh({"data": 8})
     rows, whole = PartitionSpec("data"), PartitionSpec()
     exchange, implementation = way

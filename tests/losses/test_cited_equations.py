@@ -1,4 +1,4 @@
-"""Losses of two views next to plain restatements of the equations that they cite."""
+"""Losses of two views, against plain implementations of the equations that they cite."""
 
 import functools
 

@@ -49,7 +49,7 @@ def test_what_a_row_does_not_have_is_not_read():
         teacher_scores=scores[1:2, :3],
     )
     np.testing.assert_allclose(found[1], shorter[0], rtol=1e-12)
-    assert found[2] == 0  # its key alone: nothing to disagree about
+    assert found[2] == 0  # only its key, so no disagreement is possible
     gradient = jax.grad(lambda negatives: loss(negatives, scores).sum())(negatives)
     assert np.isfinite(gradient).all()
     assert not gradient[~valid].any()

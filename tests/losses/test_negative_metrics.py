@@ -1,4 +1,4 @@
-"""Counts, similarities and shares of a query's negatives, beside a dense matrix."""
+"""Counts, similarities and shares of a query's negatives, against a dense matrix."""
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ def test_they_are_those_of_a_dense_matrix(devices, implementation):
     positives = (queries * keys).sum(1)
     ceilings = positives - MARGIN
     kinds = dense(queries, keys, given)
-    # In the batch the key's row has a say as well: its own ceiling stands for its direction.
+    # In the batch, the key's row also masks: its ceiling applies in the other direction.
     total = np.exp(positives / TEMPERATURE)
     masses = {}
     for kind, (similarity, present, different) in kinds.items():

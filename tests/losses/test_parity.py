@@ -1,4 +1,4 @@
-"""The same numbers as sentence-transformers, from values that `values/` holds and makes."""
+"""Losses agree with sentence-transformers, whose values are stored in `values/`."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ JOINT = {"directions": DIRECTIONS, "partition": "joint"}
 EXPLICIT = {**ONE_WAY, "negatives": (2, ROWS, NEGATIVES, DIM)}
 GIST = {"directions": ("query_to_key", "query_to_query", "key_to_key"), "partition": "joint"}
 
-# Beside infonce_loss's own options, vectors are given by seed and shape.
+# In addition to options of infonce_loss, vectors are given by seed and shape.
 OPTIONS = {
     "query_to_doc": ONE_WAY,
     "symmetric": {},

@@ -28,7 +28,7 @@ def unseen():
 
 
 def means():
-    """g of each row: the mean over its negatives of e to the difference of scores."""
+    """g of each row: the mean over its negatives of exp(difference of scores)."""
     return [
         (exp(0 - 1) + exp(0 - 1)) / 2,
         (exp(0.6 - 0.8) + exp(0.8 - 0.8)) / 2,
@@ -40,7 +40,7 @@ def test_the_first_estimate_is_the_batch_s_and_later_ones_are_mixed():
     sides = jnp.asarray(QUERIES), jnp.asarray(KEYS)
     loss, estimates = running_estimate_loss(*sides, estimates=unseen(), **ONE_WAY)
     np.testing.assert_allclose(estimates[:, 0], np.log(means()), rtol=1e-12)
-    np.testing.assert_allclose(loss, np.log(means()), rtol=1e-10)  # but for epsilon
+    np.testing.assert_allclose(loss, np.log(means()), rtol=1e-10)  # up to epsilon
     before = jnp.log(jnp.array([[2.0], [0.5], [0.25]]))
     loss, estimates = running_estimate_loss(*sides, estimates=before, update_rate=0.3, **ONE_WAY)
     wanted = np.log(0.7 * np.array([2, 0.5, 0.25]) + 0.3 * np.array(means()))

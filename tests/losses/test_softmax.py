@@ -102,7 +102,7 @@ def test_explicit_negatives_stand_against_every_query():
 
 def test_hardness_tells_own_explicit_negatives_from_those_of_other_rows():
     negatives = jnp.array([[[0.6, 0.8]], [[0.8, 0.6]]])
-    # Queries with them: [[.6, .8], [1, .96]]; with the other's key: 0 and .6.
+    # Queries with the negatives: [[.6, .8], [1, .96]]; with the other key: 0 and .6.
     one_way = {"directions": ("query_to_key",), "negatives": explicit(negatives)}
     loss = infonce(**one_way, hardness=2.0)
     wanted = [cross_entropy(1, 0, 0.6, 3 * 0.8), cross_entropy(0.8, 3 * 0.6, 0.96, 3 * 1)]
@@ -146,7 +146,7 @@ def test_no_query_meets_its_own_group_among_the_explicit_negatives():
         negatives=explicit(negatives, groups=jnp.array([[7], [9]])),
         groups=jnp.array([7, 8]),
     )
-    # Row 0 may not see its own negative, a 7; its other is row 1's.
+    # Row 0's own negative, row 7, is masked; its other one is row 1's.
     wanted = [cross_entropy(1, 0, 1), cross_entropy(0.8, 0.6, 0.8, 0.6)]
     np.testing.assert_allclose(loss, wanted, rtol=1e-12)
 
@@ -263,7 +263,7 @@ def test_sides_of_different_shapes_are_an_error():
 
 
 def small_bank():
-    """Four keys of rows 7 to 10 and groups 1 to 4, of which the third slot was never written."""
+    """Four keys of rows 7 to 10 and groups 1 to 4; the third slot was never written."""
     vectors = jnp.array([[0.0, 1.0], [0.8, 0.6], [5.0, 5.0], [-1.0, 0.0]])
     bank = init_bank(4, 2, dtype=jnp.float64)
     return bank._replace(

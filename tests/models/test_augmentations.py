@@ -42,7 +42,7 @@ def test_each_token_is_masked_with_the_same_probability(rate, span_length):
 
 def test_spans_are_runs_of_at_least_their_length():
     masked = augmented(span_masking(rate=0.1, span_length=4, mask_id=7))[:, :20] == 7
-    starts = masked[:, 4:-4] & ~masked[:, 3:-5]  # where a run begins, away from the ends
+    starts = masked[:, 4:-4] & ~masked[:, 3:-5]  # the start of a run, away from the ends
     for ahead in range(4):
         followed = masked[:, 4 + ahead : masked.shape[1] - 4 + ahead]
         assert followed[starts].all()
@@ -66,7 +66,7 @@ def test_special_tokens_at_both_ends_may_be_kept(span_length):
     tokens = jax.vmap(jax.vmap(augment, (None, 0)), (0, None))(inputs, keys)["tokens"]
     for length, masked in zip(lengths, np.asarray(tokens) == 7, strict=True):
         inner = masked[:, 1 : max(length - 1, 1)]
-        assert inner.any(0).all()  # each of them in some draw
+        assert inner.any(0).all()  # each in some draw
         assert masked.sum() == inner.sum()
 
 
@@ -74,7 +74,7 @@ def test_special_tokens_at_both_ends_may_be_kept(span_length):
     "augment", [token_dropout(rate=0.5, keep_first=1), span_masking(rate=0.5, keep_first=1)]
 )
 def test_with_lengths_a_mask_leaves_the_tokens_out(augment):
-    """The mask leaves out the same tokens as the padding id, so that any id may be a token."""
+    """A mask drops the same tokens as the padding id would, so that any id may be a token."""
     key = jax.random.key(0)
     by_id = augment({"tokens": TOKENS}, key)["tokens"]
     inputs = {"tokens": TOKENS.at[5].set(0), "length": jnp.int32(20)}
@@ -144,7 +144,7 @@ def test_a_momentum_encoder_sees_the_view_and_evaluation_sees_the_text():
     inputs = {"tokens": jnp.broadcast_to(TOKENS, (4, WIDTH))}
     keys = keys_of_side(jax.random.key(2), 0, jnp.arange(4))
     view = encode(params, "query", inputs, keys)
-    # The static encoder has no dropout, so without it the view alone is left.
+    # The static encoder has no dropout, so without the augmentation only the view is left.
     np.testing.assert_array_equal(encode(params, "query", inputs, keys, dropout=False), view)
     plain = towers().encode(params, "query", inputs)
     np.testing.assert_array_equal(encode(params, "query", inputs), plain)

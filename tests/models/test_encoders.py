@@ -210,7 +210,7 @@ def test_activations_that_are_computed_again_change_nothing_and_are_not_kept():
         for remat in (True, False)
     )
     assert max(relative_errors(again, kept).values()) < 1e-5
-    # What waits for the backward pass. On a CPU, XLA undoes this; on accelerators it does not.
+    # The residuals of the backward pass. XLA undoes this on CPUs, but not on accelerators.
     sizes = [
         sum(
             leaf.size
@@ -248,7 +248,7 @@ def test_the_zero_vector_stays_zero_with_a_finite_gradient():
     assert normalise(zero).tolist() == [[0.0, 0.0, 0.0]]
     assert np.isfinite(jax.grad(lambda v: normalise(v).sum())(zero)).all()
     naive = jax.grad(lambda v: (v / jnp.linalg.norm(v)).sum())(zero)
-    assert np.isnan(naive).all()  # what the epsilon is for
+    assert np.isnan(naive).all()  # which the epsilon prevents
 
 
 def test_row_dropout_keeps_the_mean_and_the_share():

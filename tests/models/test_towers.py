@@ -1,4 +1,4 @@
-"""Towers of different kinds, and parameters that are loaded instead of drawn."""
+"""Towers of different kinds, and parameters that are loaded instead of initialised."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Hard negatives of NumPy arrays: what a sort by hand finds, on any mesh and in any blocks."""
+"""Hard negatives of NumPy arrays agree with a full sort, on any mesh and in any blocks."""
 
 import jax
 import jax.numpy as jnp

@@ -75,7 +75,7 @@ def test_random_ones_are_drawn_from_the_whole_range_alike():
     ranks = []
     for seed in range(20):
         found, _ = mined(rule, seed=seed)
-        assert (np.diff(found.ranks, axis=1) > 0).all()  # the nearest first, none twice
+        assert (np.diff(found.ranks, axis=1) > 0).all()  # the nearest first, without repeats
         ranks += found.ranks.ravel().tolist()
     counts = np.bincount(ranks, minlength=20)
     assert counts[:5].sum() == counts[15:].sum() == 0

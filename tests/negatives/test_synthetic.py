@@ -1,4 +1,4 @@
-"""Made negatives: of what, of unit norm, at which angle."""
+"""Synthetic negatives: their sources, their norms and their angles."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ KEYS = 3
 
 
 def hardest():
-    """Of three queries: four valid, two valid, none."""
+    """Candidates of three queries: four valid, two valid, none."""
     valid = jnp.arange(4) < jnp.array([4, 2, 0])[:, None]
     return unit_vectors(0, KEYS, 4, 6), valid
 

@@ -1,4 +1,4 @@
-"""Draws from a bank: how many, of what, the same on any mesh, and what they cost to fetch."""
+"""Draws from a bank: their number and strata, equal on any mesh, and the cost of fetching."""
 
 import collections
 import functools
@@ -46,7 +46,7 @@ def finder(count, devices):
 
 
 def drawn(key, *, count, quotas=None, stratum=None, devices=1):
-    """What each device takes for the drawn slots, a row each."""
+    """The slots that each device draws, one row per device."""
     stratum = jnp.where(bank_of().written >= 0, 0, 1) if stratum is None else stratum
     quotas = jnp.array([count]) if quotas is None else quotas
     return np.asarray(finder(count, devices)(priorities(key, SLOTS), stratum, quotas))
@@ -58,7 +58,7 @@ def test_a_uniform_draw_takes_each_written_slot_alike_and_none_twice(devices):
     times = collections.Counter()
     for step in range(60 if devices == 1 else 3):
         found = drawn(jax.random.key(step), count=50, devices=devices)
-        assert (found == found[0]).all()  # every device knows the same
+        assert (found == found[0]).all()  # equal on all devices
         assert len(set(found[0])) == 50
         assert set(found[0]) <= set(written)
         times.update(found[0].tolist())
@@ -83,7 +83,7 @@ def test_quotas_are_met_exactly_and_what_is_missing_stays_open(devices):
     quotas = jnp.array([3, 0, 5, 9])
     found = drawn(jax.random.key(0), count=17, quotas=quotas, stratum=stratum, devices=devices)[0]
     counts = collections.Counter(np.asarray(stratum)[found[found >= 0]].tolist())
-    assert counts == {0: 3, 2: 1, 3: 9}  # of the third there is but one
+    assert counts == {0: 3, 2: 1, 3: 9}  # there is only one of the third
     assert (found < 0).sum() == 4
 
 
@@ -170,7 +170,7 @@ ALL = TierBudgets(
 
 
 def tiers_on(devices, budgets, *, bank=True, margin=None, lower=False):
-    """All tiers of 16 queries; or what XLA makes of it."""
+    """All tiers of 16 queries, or their compiled program."""
     mesh = make_mesh({"data": devices}, devices=jax.devices()[:devices])
     rows, whole = PartitionSpec("data"), PartitionSpec()
     slots = MemoryBank(rows, rows, rows, rows, whole, whole, None)
@@ -209,7 +209,7 @@ def test_the_tiers_are_the_same_on_any_number_of_devices():
     for name in one:
         ours, theirs = one[name], many[name]
         np.testing.assert_array_equal(ours.valid, theirs.valid[: len(ours.valid)])
-        if name in ("uniform", "stratified"):  # filled up to a multiple of the devices
+        if name in ("uniform", "stratified"):  # padded to a multiple of the devices
             assert not theirs.valid[len(ours.valid) :].any()
         np.testing.assert_allclose(
             ours.vectors, theirs.vectors[: len(ours.vectors)], rtol=1e-6, atol=1e-7
@@ -331,7 +331,7 @@ def test_no_device_receives_more_of_the_bank_than_it_draws():
     per_query = QUERIES // 8 * budgets.nearest * DIM
     whole_queries, counts_of_digits = QUERIES * DIM, 256
     assert largest <= max(per_query, whole_queries, counts_of_digits)
-    assert largest < SLOTS // 8 * DIM  # a device's share of the bank: that of another never comes
+    assert largest < SLOTS // 8 * DIM  # a device's share of the bank; no device receives another's
     everything = TierBudgets(whole=True)
     assert not collective_sizes(tiers_on(8, everything, lower=True).as_text())
 

@@ -1,4 +1,4 @@
-"""What callers give: labels and vectors of every type, and too few of them, at every door."""
+"""Arguments of public functions: labels and vectors of every type, and too few of them."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Rows and sums across devices, and what is compiled for processes that talk by gloo."""
+"""Rows and sums across devices, and the collectives that are compiled for Gloo."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def test_each_device_has_its_part_of_the_sum_and_its_gradient():
 @pytest.mark.usefixtures("by_gloo")
 def test_each_device_has_all_rows_and_gives_back_what_all_made_of_them():
     rows = np.random.default_rng(0).standard_normal((8, 2, 3))
-    weights = np.random.default_rng(1).standard_normal((8 * 16, 3))  # a device's after another's
+    weights = np.random.default_rng(1).standard_normal((8 * 16, 3))  # device by device
     value, gradient = of_all(gather, rows, weights)
     everywhere = np.tile(rows.reshape(16, 3), (8, 1))
     np.testing.assert_allclose(value, (everywhere * weights).sum())
@@ -71,7 +71,7 @@ def test_no_step_has_a_reduce_scatter_by_gloo(changes, monkeypatch):
 
 
 def of_all(operation, values, weights):
-    """The weighted sum of what all devices get, and its gradient."""
+    """The weighted sum of all devices' results, and its gradient."""
     mesh = make_mesh({"data": 2, "fsdp": 4})
     rows = PartitionSpec(AXES)
 

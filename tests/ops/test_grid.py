@@ -1,4 +1,4 @@
-"""Vectors of whole numbers: products that float32 holds exactly, in whichever order of sums."""
+"""Vectors of whole numbers, whose products float32 sums exactly in any order."""
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,11 @@ def test_no_vector_is_longer_than_the_grid_allows(dim):
     vectors = np.concatenate(
         [
             rng.normal(size=(64, dim)),
-            few,  # all of it in one feature
-            np.ones((1, dim)),  # all features alike, where rounding adds most
+            few,  # everything in one feature
+            np.ones((1, dim)),  # equal features, the worst case of rounding
             np.full((1, dim), 1e-30),
             1e30 * rng.normal(size=(1, dim)),
-            rng.normal(size=(64, dim)) ** 9,  # few features count
+            rng.normal(size=(64, dim)) ** 9,  # few features matter
         ]
     )
     found = np.asarray(on_grid(jnp.asarray(vectors, jnp.float32)), np.float64)

@@ -13,7 +13,7 @@ from tests.helpers import unit_vectors
 
 
 def by_sorting(queries, table, count, mask=None):
-    """Rows by similarity, equals by row."""
+    """Rows by similarity, then by row number."""
     similarities = np.asarray(queries) @ np.asarray(table).T
     if mask is not None:
         similarities = np.where(mask, similarities, -np.inf)
@@ -39,7 +39,7 @@ def test_the_nearest_are_those_of_a_sort(num_queries, num_rows, tile, implementa
 
 def test_groups_hold_the_best_and_of_equals_the_lowest_rows(monkeypatch):
     monkeypatch.setattr("jaxcl.ops.nearest._GROUP", 4)
-    # 75 rows in groups of 4: many equals, within groups and over them.
+    # 75 rows with many equal ones, within groups of 4 and across them.
     table = jnp.round(2 * unit_vectors(1, 75, 3, dtype=jnp.float32))
     queries = jnp.round(3 * unit_vectors(0, 9, 3, dtype=jnp.float32))
     for count in (1, 3, 8):

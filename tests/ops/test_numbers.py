@@ -1,4 +1,4 @@
-"""Numbers that cannot be meant are refused at every door, where their values are known."""
+"""Invalid numbers are refused by every public function, if their values are known."""
 
 import functools
 import math
@@ -119,7 +119,7 @@ NOT_ABOVE_0 = (-0.1, 0.0, math.nan, math.inf)
 NOT_FINITE = (math.nan, math.inf)
 BELOW_0 = (-1.0, *NOT_FINITE)
 
-# (call, the name of the number, numbers that cannot be meant)
+# (call, the name of the number, invalid values)
 DOORS = [
     *((on_sides(LOSSES[name].function, **columns_of(name)), "temperature", NOT_ABOVE_0)
       for name in LOSSES),

@@ -30,7 +30,7 @@ TILE = 4
 SIZES = ((1, 1), (3, 5), (4, 4), (5, 9), (8, 3))
 MESHES = ({"data": 8}, {"replica": 2, "data": 4})
 BY_TILES = ("tiled", "pallas_tpu")
-ANYWHERE = ("reference", *BY_TILES)  # pallas_gpu has float64 nowhere, and a file of its own
+ANYWHERE = ("reference", *BY_TILES)  # pallas_gpu has no float64; see test_pallas_gpu.py
 WAYS = (
     ("gather", "reference"),
     *((exchange, by_tiles) for by_tiles in BY_TILES for exchange in EXCHANGES),
@@ -73,7 +73,7 @@ OPTIONS = (
 
 
 def weighted(pair_fn, labels, options, **how):
-    """A scalar that asks something else of every row and column, and ignores empty ones."""
+    """A scalar with different weights for all rows and columns, which ignores empty ones."""
     query_labels, key_labels = labels
 
     def total(queries, keys, log_temperature):
@@ -161,7 +161,7 @@ def test_tiles_give_the_value_and_gradients_of_the_whole(by_tiles, sizes, option
             jax.tree_util.tree_leaves_with_path(tiles), jax.tree.leaves(whole), strict=True
         )
     }
-    assert np.max(list(errors.values())) < 1e-12, errors  # which, other than max, keeps a NaN
+    assert np.max(list(errors.values())) < 1e-12, errors  # which, unlike max, keeps a NaN
     if option in ("nothing", "bias", "hardness"):
         assert all(np.linalg.norm(leaf) > 0.1 for leaf in jax.tree.leaves(whole))
 
@@ -228,7 +228,7 @@ def test_where_nothing_counts_there_is_nothing_and_no_gradient(implementation):
 
     values, pull_back = jax.vjp(reduced, unit_vectors(0, 5, 6), unit_vectors(1, 5, 6))
     assert all((part == -jnp.inf).all() for part in values)
-    gradients = pull_back((jnp.ones(5), jnp.full(5, jnp.nan)))  # as a loss of −∞ may ask
+    gradients = pull_back((jnp.ones(5), jnp.full(5, jnp.nan)))  # as for a loss of −∞
     assert all((gradient == 0).all() for gradient in gradients)
 
 
@@ -282,7 +282,7 @@ def test_bfloat16_is_summed_in_float32(implementation):
     # Inputs, weights and gradients keep 8 bits each: 2⁻⁹ = 2e-3 for every one of them.
     assert max(relative_errors(found, exact).values()) < 8e-3
     assert relative_error(found[0], exact[0]) < 5e-4
-    # A CPU multiplies bf16 in float32 whatever it is asked, so that only the type can tell.
+    # A CPU multiplies bf16 in float32 for any setting, so only the type can be checked.
     assert inner_products(*short).dtype == jnp.float32
 
 
@@ -449,7 +449,7 @@ def test_what_crosses_devices_is_what_the_docstring_says(exchange):
     moved = moved_numbers(jax.jit(total).lower(*sides).compile().as_text())
     block = rows * features
     if exchange == "gather":
-        keys = num_devices * rows  # of the vectors and the columns that enter, one part is its own
+        keys = num_devices * rows  # one part of the received vectors and columns is its own
         assert moved == {
             "all-gather": keys * features + keys,
             "all-reduce": keys,

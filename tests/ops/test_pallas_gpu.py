@@ -1,4 +1,4 @@
-"""The kernels for GPUs without one: interpreted, they are right; and they lower for a Hopper."""
+"""GPU kernels without a GPU: interpreted, they are correct, and they lower for a Hopper."""
 
 import importlib
 
@@ -19,7 +19,7 @@ from jaxcl.ops.pairs import (
 )
 from tests.helpers import relative_errors, unit_vectors
 
-ROWS, COLUMNS, FEATURES = 150, 130, 70  # two blocks each, filled up, and two chunks of features
+ROWS, COLUMNS, FEATURES = 150, 130, 70  # two padded blocks each, and two chunks of features
 
 
 def sides(dtype=jnp.bfloat16):
@@ -39,7 +39,7 @@ def labels(size):
 
 
 def reductions(implementation):
-    """Every reduction once, weighed into a scalar: of both sides, a temperature and a bias."""
+    """A weighted sum of all reductions, as a function of both sides, a temperature and a bias."""
     how = {"implementation": implementation}
     masked = {"query_labels": labels(ROWS), "key_labels": labels(COLUMNS), **how}
 
@@ -81,7 +81,7 @@ def test_interpreted_kernels_give_the_values_and_gradients_of_the_reference(inte
 
 
 def test_small_terms_of_a_softplus_keep_their_digits(interpreted):
-    far = {"scale": 1.0, "bias": -12.0}  # e⁻¹² = 6e-6 beside 1, of which float32 knows 1e-7
+    far = {"scale": 1.0, "bias": -12.0}  # e⁻¹² = 6e-6 next to 1, where float32 resolves 1e-7
     found, wanted = (
         pair_softplus(*sides(), **far, implementation=name) for name in ("pallas_gpu", "reference")
     )

@@ -1,4 +1,4 @@
-"""The loss compiles for a pod that is not there, and fits its chips; so do its kernels."""
+"""The loss and its kernels compile for a TPU pod, without one, and fit its chips."""
 
 import importlib.util
 import json
@@ -103,7 +103,7 @@ def test_a_million_pairs_take_little_of_a_chip_in_a_ring(topology, implementatio
     [
         ("v5e:4x4", 1_024, 256, "bfloat16"),
         ("v5p:2x2x2", 1_024, 1_024, "float32"),
-        ("v5e:4x4", 801, 100, "float32"),  # what no tile divides
+        ("v5e:4x4", 801, 100, "float32"),  # sizes that no tile divides
         ("v5p:2x2x2", 40, 768, "bfloat16"),  # less than a tile
     ],
 )
@@ -133,7 +133,7 @@ print(json.dumps(memory.temp_size_in_bytes / 2**20))
 
 @pytest.mark.slow  # the compiler takes four minutes
 def test_the_order_of_a_million_rows_takes_little_of_a_chip():
-    """A chip's embeddings have 8 MiB, and all row numbers 4."""
+    """The embeddings of a chip take 8 MiB, and all row numbers 4 MiB."""
     assert answer(_ORDER, "v5e:16x16", "", 2**20) < 128
 
 

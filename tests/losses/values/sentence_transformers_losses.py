@@ -1,8 +1,8 @@
-"""Writes what the losses of sentence-transformers give for random unit vectors, once.
+"""Writes the losses of sentence-transformers for random unit vectors; run once.
 
     pip install sentence-transformers torch && python sentence_transformers_losses.py
 
-The JSON beside it holds the versions and the values; the tests need neither package.
+The JSON file next to it has the versions and the values; the tests need neither package.
 """
 
 import json
@@ -32,7 +32,7 @@ def ranking(columns: list[torch.Tensor], **options) -> float:
 
 
 def gist(columns: list[torch.Tensor], guides: list[torch.Tensor], **options) -> float:
-    """The guide and the model are lookups: what they are given is what they return."""
+    """A guide or model that looks up given embeddings."""
     loss = GISTEmbedLoss.__new__(GISTEmbedLoss)
     torch.nn.Module.__init__(loss)
     defaults = {

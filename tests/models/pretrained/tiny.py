@@ -30,12 +30,12 @@ def write_tiny_bert(
     """Write a BERT, and return its folder.
 
     Args:
-      folder: where; made if it is not there.
-      seed: of the weights.
+      folder: the folder, created if necessary.
+      seed: the seed of the weights.
       dim: the width of the hidden states.
-      num_layers: how many blocks there are.
+      num_layers: the number of blocks.
       words: the vocabulary after the special tokens.
-      normalize: whether it has a Normalize module.
+      normalize: whether to add a Normalize module.
       pooling: further keys of the config of its Pooling.
       library: the content of config_sentence_transformers.json.
     """
