@@ -12,7 +12,7 @@ SEQUENCE = "tensorflow_datasets.core.features.sequence_feature.Sequence"
 
 
 class TinyPairs(tfds.core.GeneratorBasedBuilder):
-    """Rows `query 0`, `key 0` and on: 20 to train, then 6 more."""
+    """Rows `query 0`, `key 0` and so on: 20 training rows, then 6 more."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -33,7 +33,7 @@ class TinyPairs(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare_pairs(data_dir: Path, file_format: str = "array_record", num_shards: int = 1) -> Path:
-    """Prepares `tiny_pairs` and returns its directory."""
+    """Prepare `tiny_pairs`, and return its directory."""
     builder = TinyPairs(data_dir=data_dir, file_format=file_format)
     config = tfds.download.DownloadConfig(num_shards=num_shards)
     builder.download_and_prepare(download_config=config)
@@ -41,7 +41,7 @@ def prepare_pairs(data_dir: Path, file_format: str = "array_record", num_shards:
 
 
 def change_info(directory: Path, change) -> None:
-    """Changes `dataset_info.json` by `change(content)`."""
+    """Change `dataset_info.json` by `change(content)`."""
     path = directory / "dataset_info.json"
     content = json.loads(path.read_text())
     change(content)
@@ -60,7 +60,7 @@ def in_json(content: dict) -> dict:
     return {"pythonClassName": DICT, "jsonFeature": {"json": json.dumps(content)}}
 
 
-# How TFDS can be told the class of a feature: in `features.json`, unless the name says otherwise.
+# Ways to give TFDS the class of a feature: in `features.json`, unless the name says otherwise.
 HOSTILE_FEATURES = {
     "alone": as_proto,
     "other spelling": lambda name: {"python_class_name": name, "text": {}},
@@ -91,7 +91,7 @@ HOSTILE_FEATURES = {
 
 
 def make_hostile(directory: Path, kind: str, class_name: str) -> None:
-    """Lets a prepared data set name a class for one of its features."""
+    """Make a prepared data set name a class for one of its features."""
     features = HOSTILE_FEATURES[kind](class_name)
     if "dataset_info" in kind:
         change_info(directory, lambda content: content.update(features=features))
@@ -100,7 +100,7 @@ def make_hostile(directory: Path, kind: str, class_name: str) -> None:
 
 
 def read_by_tfds(directory: Path) -> None:
-    """Opens a data set as TFDS alone would, whatever comes of it."""
+    """Open a data set with TFDS alone, and ignore errors."""
     with contextlib.suppress(Exception):
         tfds.builder_from_directory(directory)
 

@@ -1,4 +1,4 @@
-"""Benchmarks run at tiny sizes and give finite figures; how fast is no test's business."""
+"""Benchmarks run at tiny sizes and return finite values; no test depends on speed."""
 
 import itertools
 import json
@@ -72,7 +72,7 @@ def _is_figure(value: float) -> bool:
 
 @pytest.fixture
 def torch_python() -> str:
-    """An interpreter with torch, which jaxcl's own environment need not have."""
+    """An interpreter with torch, which need not be in jaxcl's environment."""
     path = os.environ.get("JAXCL_TORCH_PYTHON")
     if not path:
         pytest.skip("JAXCL_TORCH_PYTHON names no interpreter with torch")
@@ -157,7 +157,7 @@ def test_methods_that_choose_batches_are_measured_in_processes_of_their_own():
     closed = [record["facts"][f"gap closed, {method}, batch 16"] for method in methods]
     assert abs(closed[0]) < 0.05
     assert closed[1] > 0.1
-    # Eight clusters of 256 are all that there are, and eight of 128 the half of them.
+    # Eight clusters of 256 are all rows, and eight of 128 are half of them.
     all_probed, light = (
         record["facts"][f"recall of the ten nearest, {name}"] for name in ("clustered", "light")
     )
@@ -192,7 +192,7 @@ def test_parts_of_about_a_batch_become_batches(sizes):
     order = assignment._in_batches(parts, len(sizes), 8)
     assert sorted(order.tolist()) == list(range(sum(sizes)))
     batches = [parts[order[first : first + 8]] for first in range(0, len(order) - 7, 8)]
-    # Each batch but the last is a part's, as far as that goes.
+    # Each batch except the last comes from one part, as far as possible.
     smallest = int(np.argmin(sizes))
     for part, batch in zip(np.delete(np.arange(len(sizes)), smallest), batches, strict=False):
         assert (batch == part).sum() == min(8, sizes[part])
@@ -290,7 +290,7 @@ def test_the_benchmark_of_token_tables_measures_all_stages():
         *("build", "open", "first batch", "files read and split", "files split again"),
         *("run of 2 steps", "resumed for 2 more"),
     ]
-    assert record["facts"]["distinct texts"] == 540  # every tenth key is that of the row before
+    assert record["facts"]["distinct texts"] == 540  # every tenth key is the previous row's
     for stage in stages:
         assert record["facts"][f"{stage}: peak MiB with 560 rows"] > 100
 

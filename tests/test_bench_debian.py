@@ -1,4 +1,4 @@
-"""The descriptions of Debian's packages: parsed, joined, and split without overlap."""
+"""Descriptions of Debian packages: parsed, joined, and split without overlap."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_short_and_long_descriptions_are_joined():
 
 @pytest.fixture
 def found():
-    """Packages of 300 sources, some of which share descriptions with others."""
+    """Packages of 300 sources; some share their descriptions with others."""
     return [
         Description(
             package=f"p{source}-{part}",

@@ -1,4 +1,4 @@
-"""The benchmark of files: its rows, its stages and its record."""
+"""The benchmark `files`: its rows, its stages and its record."""
 
 import json
 

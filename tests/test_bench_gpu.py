@@ -1,4 +1,4 @@
-"""The GPU benchmark runs on a CPU at tiny sizes, survives its jobs, and prints no wrong time."""
+"""The GPU benchmark runs on a CPU at tiny sizes, and survives crashes of its jobs."""
 
 import functools
 import importlib
@@ -135,7 +135,7 @@ def test_the_exact_loss_by_hand():
     other = 1 / (1 + math.exp(2))  # the probability of the wrong key
     np.testing.assert_allclose(found["queries"], [[-other, other], [other, -other]], rtol=1e-12)
     np.testing.assert_allclose(found["keys"], found["queries"], rtol=1e-12)
-    # By the temperature: the mean of other · (0 − 2) · (−1 / 0.5).
+    # With respect to the temperature: the mean of other · (0 − 2) · (−1 / 0.5).
     assert math.isclose(found["temperature"], 4 * other, rel_tol=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""The tool that answers whether a gradient is right: it says yes, and it can say no."""
+"""The check of gradients: it accepts correct gradients, and rejects wrong ones."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Several settings, several seeds: what is compared, and what is not trained twice."""
+"""Comparisons of settings over seeds: the results, and runs that are not trained twice."""
 
 import json
 
@@ -16,7 +16,7 @@ SETTINGS = {"plain": {}, "+ more": {"model.dim": 8, "loss.masks": ["text"]}}
 
 @pytest.fixture
 def trained(monkeypatch, trained_on):
-    """What was trained; each run leaves the ranks that its config gives it."""
+    """A list of the trained runs; a stub writes the ranks in each config."""
     runs = []
 
     def train(config, workdir, *, changed):
@@ -126,7 +126,7 @@ def test_what_is_finished_is_not_trained_again_and_another_config_is_refused(tra
     compare(get_config("smoke"), SETTINGS, tmp_path, seeds=2)
     assert len(trained) == 4
     changed = get_config("smoke")
-    changed.run.log_every = 3  # which computes nothing else
+    changed.run.log_every = 3  # computes nothing else
     compare(changed, SETTINGS, tmp_path, seeds=2)
     for name, value in {"evaluation.rrf_k": 7, "steps": 7}.items():
         other = changed_config(changed, {name: value})
@@ -156,7 +156,7 @@ def test_runs_whose_queries_differ_are_not_compared(trained, tmp_path):
         compare(get_config("smoke"), SETTINGS, tmp_path, seeds=2)
     assert len(trained) == 2
     path.write_text(path.read_text().replace('"3"', '"1"').replace('"2"', '"4"'))
-    compare(get_config("smoke"), SETTINGS, tmp_path, seeds=1)  # rows to train on may differ
+    compare(get_config("smoke"), SETTINGS, tmp_path, seeds=1)  # training rows may differ
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""Every file that a run reads, damaged at random: healed, refused by name, or passed over.
+"""Every file that a run reads, damaged at random: restored, refused by name, or ignored.
 
-A run of four steps is stopped after the second. A file of it is damaged, and the run is resumed:
-either it ends with the same bits, or one line says which file is wrong. Never is the result
-another one, and no other exception escapes.
+A run of four steps is stopped after the second. One of its files is damaged, and the run is
+resumed. Either it ends with the same bits, or one line names the file. The result is never another
+one, and no other exception escapes.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from tests.helpers import bits, training_of, unclocked
 from tests.prepared_data import NUM_TRAIN, prepare_pairs
 
 pytestmark = [
-    # Where a load fails, Orbax leaves unfinished coroutines.
+    # If a load fails, Orbax leaves unfinished coroutines.
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.usefixtures("nothing_left_behind", "unchecked_annotations"),
@@ -34,7 +34,7 @@ pytestmark = [
 
 STEPS, STOP = 4, 2
 ROUNDS = 6
-"""Rounds of damage in the slow test, unless the environment variable sets another number."""
+"""Rounds of damage in the slow test; an environment variable can set another number."""
 
 
 def config_in(place: Path) -> ConfigDict:
@@ -67,7 +67,7 @@ class Stop(Exception):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A folder with a run that was stopped, and the final state and metrics without the stop."""
+    """A folder with a stopped run, and the final state and metrics of an uninterrupted one."""
     place = tmp_path_factory.mktemp("run") / "whole"
     place.mkdir()
     prepare_pairs(place / "data")
@@ -124,14 +124,14 @@ def remove(path: Path, rng: random.Random) -> None:
 
 
 def swap(path: Path, rng: random.Random) -> None:
-    """Gives it the content of another file of the same run."""
+    """Replace the content by that of another file of the run."""
     others = [one for one in sorted(path.parent.iterdir()) if one.is_file() and one != path]
     if others:
         shutil.copyfile(rng.choice(others), path)
 
 
 def retype(path: Path, rng: random.Random) -> None:
-    """Replaces the content, or a value in it, by JSON of another type."""
+    """Replace the content, or a value in it, by JSON of another type."""
     new = rng.choice([[], {}, 5, "text", None, -1.5, [[]], {"a": {}}])
     try:
         content = json.loads(path.read_text())
@@ -154,7 +154,7 @@ DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
 
 
 def files_of(place: Path) -> dict[str, Path]:
-    """The files that a resumed run reads, by a name that is the same in every copy."""
+    """The files that a resumed run reads, by names that are equal in all copies."""
     run = place / "run"
     files = [run / name for name in ("config.json", "data.json", "run.json", "metrics.jsonl")]
     files += [run / "tokenizer.json", run / "checkpoints.sizes.json"]
@@ -177,7 +177,7 @@ def outcome_of(place: Path, wanted: tuple, name: str) -> str:
         return "refused"
     states, records = wanted
     assert final_bits(config, place / "run") == states, f"{name}: another final state, silently"
-    if name.endswith("metrics.jsonl"):  # a record that is damaged is gone
+    if name.endswith("metrics.jsonl"):  # a damaged record is lost
         assert [one for one in unclocked(place / "run") if one["step"] > STOP] == [
             one for one in records if one["step"] > STOP
         ]
@@ -187,7 +187,7 @@ def outcome_of(place: Path, wanted: tuple, name: str) -> str:
 
 
 def damaged(stopped, names: list[str], kinds: list[str], seed: int) -> dict:
-    """The outcomes of damaging each of these files in each of these ways."""
+    """The outcomes of damaging these files, each in all of these ways."""
     place, wanted = stopped
     outcomes, failures = {}, []
     for name in names:
@@ -197,7 +197,7 @@ def damaged(stopped, names: list[str], kinds: list[str], seed: int) -> dict:
             DAMAGES[kind](files_of(place)[name], rng)
             try:
                 outcomes[name, kind] = outcome_of(place, wanted, name)
-            except Exception as error:  # of any class: it is a finding
+            except Exception as error:  # any other error is a finding
                 failures.append(f"{name}, {kind}, seed {seed}: {type(error).__name__}: {error}")
     restore(place)
     assert not failures, "\n".join(failures)
@@ -205,7 +205,7 @@ def damaged(stopped, names: list[str], kinds: list[str], seed: int) -> dict:
 
 
 def restore(place: Path) -> None:
-    """Undoes all damage; the paths stay, which are part of the config."""
+    """Undo all damage; the paths are part of the config, so they stay."""
     shutil.rmtree(place)
     shutil.copytree(place.with_name("copy"), place)
 
@@ -227,4 +227,4 @@ def test_no_damaged_file_of_a_run_changes_anything_silently(stopped, kind):
     outcomes: dict = {}
     for seed in range(int(os.environ.get("JAXCL_ROUNDS_OF_DAMAGE", ROUNDS))):
         outcomes |= damaged(stopped, list(files_of(stopped[0])), [kind], seed)
-    assert set(outcomes.values()) == {"refused", "unchanged"}  # or nothing was damaged
+    assert set(outcomes.values()) == {"refused", "unchanged"}  # otherwise, nothing was damaged

@@ -67,7 +67,7 @@ def test_the_options_of_the_command_match_encode(run, model, tmp_path):
     assert code == 0
     wanted = model.encode(TEXTS, side="key", prompt="", dim=9, quantize="int8")
     found = parquet.read_table(tmp_path / "a.parquet")["embedding"].to_pylist()
-    assert np.abs(np.array(found) - wanted.astype(int)).max() <= 1  # one that rounds either way
+    assert np.abs(np.array(found) - wanted.astype(int)).max() <= 1  # a value that rounds either way
     assert np.shape(found) == (50, 9)
 
 

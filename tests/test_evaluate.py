@@ -1,4 +1,4 @@
-"""`jaxcl.evaluate`: the retrieval of any model on held-out pairs."""
+"""`jaxcl.evaluate`: any model on held-out pairs and on evaluation sets."""
 
 import json
 
@@ -155,7 +155,7 @@ def test_a_similarity_without_inner_products_is_an_error(config):
 
 @pytest.fixture
 def beir(tmp_path):
-    """A folder whose query i is best answered by document i, except for two that are swapped."""
+    """A BEIR folder in which document i answers query i best, except for two swapped ones."""
     texts = {"corpus": [f"key {n} word{n}" for n in range(8)], "queries": []}
     texts["queries"] = [f"query {n} word{n}" for n in range(4)]
     for name, lines in texts.items():

@@ -265,7 +265,7 @@ def test_an_opened_folder_does_not_share_memory_with_its_file(static_run, tmp_pa
     path = folder / "model.safetensors"
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
-    begin = -(-(8 + length) // 64) * 64  # JAX would use memory that is aligned like this
+    begin = -(-(8 + length) // 64) * 64  # JAX would use memory of this alignment without a copy
     header = content[8 : 8 + length].ljust(begin - 8)
     path.write_bytes((begin - 8).to_bytes(8, "little") + header + content[8 + length :])
     opened = open_exported(folder)
@@ -379,7 +379,7 @@ HOSTILE = "a`b``|<script>\n---\n# [x](y)\n: {'q': \"1\"}\u202e\x85\ufffe\x00é"
 
 
 def test_hostile_names_do_not_change_the_structure_of_the_card(tmp_path):
-    name = HOSTILE.replace("[x]", "")  # brackets would be a pattern of files
+    name = HOSTILE.replace("[x]", "")  # brackets would be a glob pattern
     workdir = save_run(tmp_path / "run", data__name=name, data__query_field=HOSTILE)
     metadata, text = card_of(workdir, tmp_path / "a`|\n# b'\"{}")
     assert metadata["datasets"] == [re.split("[:/]", name)[0]]

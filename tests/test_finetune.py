@@ -1,4 +1,4 @@
-"""Fine-tuning from a pretrained folder, which only the first start of a run needs."""
+"""Fine-tuning from a pretrained folder, which is needed only by the first start of a run."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def config_with(prepared, **changes) -> ConfigDict:
 
 
 class Interrupted(Exception):
-    """Ends a run right after it saves a checkpoint."""
+    """Raised right after a run saves a checkpoint."""
 
 
 def train_until(step, config, workdir):

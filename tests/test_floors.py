@@ -1,4 +1,4 @@
-"""Imports point down, and the library is light enough for anyone's own loop."""
+"""Imports point down, and the library has few dependencies, for use in any training loop."""
 
 import ast
 import subprocess
@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "jaxcl"
 
-# From the bottom up, the folders and modules of jaxcl on each floor. A module may import its own
-# floor and those below.
+# The folders and modules of jaxcl on each floor, from the bottom up. A module may import modules of
+# its own floor and of lower ones.
 FLOORS = dict(
     enumerate(
         [
@@ -162,7 +162,7 @@ def config_readers(package):
 
 
 def long_functions(package: Path) -> list[str]:
-    """The functions with more than 60 lines after their docstring."""
+    """Functions with more than 60 lines after the docstring."""
     found = []
     for path in sorted(package.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

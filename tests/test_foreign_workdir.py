@@ -1,4 +1,4 @@
-"""A workdir from someone else is data: opening it imports nothing that it names."""
+"""Opening a workdir from someone else imports nothing that it names."""
 
 import itertools
 import json
@@ -48,7 +48,7 @@ def config(prepared, tmp_path):
 
 @pytest.fixture
 def workdir(config, tmp_path):
-    """A run that has its data and no checkpoint."""
+    """A run with data and without a checkpoint."""
     workdir = tmp_path / "workdir"
     claim_workdir(workdir, read_settings(config))
     prepare_data(read_settings(config).data, data_dir=tmp_path / "data", workdir=workdir)
@@ -106,7 +106,7 @@ def test_no_command_imports_a_class_that_a_workdir_names(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert f"names the feature class '{trap.class_name}'" in error
-    read_by_tfds(hostile)  # which shows that the trap is one
+    read_by_tfds(hostile)  # shows that the trap works
     assert trap.sprung
 
 
@@ -121,7 +121,7 @@ def test_training_imports_nothing_either(config, workdir, hostile, trap, tmp_pat
     config.data.name = str(hostile)
     with pytest.raises(ValueError, match="names the feature class"):
         prepare_data(read_settings(config).data, data_dir=tmp_path, workdir=tmp_path)
-    # A run of code pairs takes the folder from data.json.
+    # A run of code pairs reads its folder from data.json.
     name_in_data_json(workdir, hostile)
     data = read_settings(code_search.get_config("smoke")).data
     with pytest.raises(ValueError, match="names the feature class"):
@@ -162,7 +162,7 @@ def test_a_config_of_a_workdir_is_json(workdir, content):
 
 
 class Touch:
-    """Leaves a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

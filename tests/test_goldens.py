@@ -1,4 +1,4 @@
-"""Golden results are equal where nothing changed, and every kind of change is reported."""
+"""Golden results are equal if nothing changed, and every kind of change is reported."""
 
 import collections
 import copy

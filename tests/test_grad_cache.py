@@ -1,4 +1,4 @@
-"""Chunks give the gradient of the whole batch, dropout included, in the memory of one."""
+"""Chunks give the gradient of the whole batch, with dropout, in the memory of one chunk."""
 
 import itertools
 import re
@@ -47,7 +47,7 @@ def row_keys(seed, rows=ROWS):
 
 
 def total(encode_fn, loss_fn=infonce_loss, **options):
-    """A mean loss of two towers, as a function of all that is learned."""
+    """The mean loss of two towers, as a function of all learned parameters."""
 
     def loss(params):
         queries = encode_fn(params["query"], inputs_of(0), row_keys(0))
@@ -81,7 +81,7 @@ def test_chunks_give_the_gradient_of_the_whole_batch(loss_fn, chunk_size):
 
 def test_other_dropout_in_the_second_pass_would_be_seen():
     def forgetful(params, inputs, keys):
-        # A key by place in the chunk, as of a layer that draws for itself.
+        # A key per position in the chunk, as in a layer with its own random keys.
         return encode(params, inputs, row_keys(0, inputs["offset"].shape[0]))
 
     found, wanted = (
@@ -112,7 +112,7 @@ def test_auxiliary_losses_and_counters_of_the_chunks_are_stacked():
 
 
 def over_mesh(shape, exchange, chunk_size):
-    """The same total, everything inside of a shard_map, rows over all axes of the mesh."""
+    """The same loss inside a shard_map, with rows sharded over all axes of the mesh."""
     mesh = make_mesh(shape)
     rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
     encode_fn = chunked(encode, chunk_size=chunk_size) if chunk_size else encode
@@ -166,7 +166,7 @@ def test_a_chunk_needs_a_chunks_memory():
         compiled = jax.jit(jax.grad(loss)).lower(params, inputs).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    # The tiles of the loss are in both; what remains are the activations.
+    # Both have the tiles of the loss; the rest are activations.
     tiles = temporary_bytes(lambda params, inputs: inputs["features"] + params["layers"][0].sum())
     whole, chunk = (
         temporary_bytes(encode_fn) - tiles for encode_fn in (encode, chunked(encode, chunk_size=64))

@@ -1,4 +1,4 @@
-"""The library under the global settings of JAX, and in the mesh of another program."""
+"""The library under JAX's global settings, and inside another program's mesh."""
 
 import contextlib
 
@@ -32,7 +32,7 @@ SETTINGS = {
 }
 
 
-# All others run as slow: each operation is compiled again under each setting.
+# All others are slow tests, since each operation is recompiled under each setting.
 QUICK = ("infonce with labels", "nearest", "instances")
 
 
@@ -46,7 +46,7 @@ QUICK = ("infonce with labels", "nearest", "instances")
 )
 def test_every_function_gives_the_same_under_each_setting(name, setting):
     sides = [unit_vectors(seed, ROWS, 8, dtype=jnp.float32) for seed in (0, 1)]
-    with SETTINGS[setting]():  # first, or a program that is compiled would be used
+    with SETTINGS[setting]():  # first, since otherwise a compiled program would be used
         found = EVERY[name](*sides)
     expected = EVERY[name](*sides)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

@@ -1,4 +1,4 @@
-"""Faults that users met in the library, each as a test of the right outcome."""
+"""Faults that users found in the library, each as a test of the correct outcome."""
 
 import functools
 
@@ -146,7 +146,7 @@ def assigned(queries, keys):
 )
 def test_implicit_rank_promotion_may_be_an_error(function):
     queries, keys = sides(6)
-    with jax.numpy_rank_promotion("raise"):  # first, or a program that is compiled would be used
+    with jax.numpy_rank_promotion("raise"):  # before a program is compiled
         found = function(queries, keys)
     np.testing.assert_array_equal(found, function(queries, keys))
 
@@ -203,7 +203,7 @@ def test_the_tokenizer_learns_from_short_pieces_of_a_very_long_word():
     word = "acgt" * 500
     tokenizer = train_tokenizer(["some words", word], vocabulary_size=500)
     pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(word)]
-    assert max(map(len, pieces)) <= LONGEST_TOKEN  # the trainer's time is quadratic in this length
+    assert max(map(len, pieces)) <= LONGEST_TOKEN  # training takes quadratic time
     assert max(map(len, tokenizer.get_vocab())) <= LONGEST_TOKEN
 
 

@@ -1,4 +1,4 @@
-"""Faults that users met in the programs, each as a test of the right outcome."""
+"""Faults that users found in the commands, each as a test of the correct outcome."""
 
 import concurrent.futures
 import json
@@ -65,13 +65,13 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture
 def config() -> ConfigDict:
-    """A small run of no data."""
+    """A small run without data."""
     return tfds_pairs.get_config()
 
 
 @pytest.fixture(scope="module")
 def small_config(data_dir):
-    """A run of 2 steps, by changes."""
+    """A run of 2 steps, with changes."""
 
     def changed(**changes) -> ConfigDict:
         config = tfds_pairs.get_config()
@@ -171,7 +171,7 @@ def test_the_results_of_one_query_are_json(trained):
 
 
 def run_python(*arguments: str, directory: Path, **environment: str) -> str:
-    """Runs the interpreter and returns its output, errors included."""
+    """Run the interpreter; return its output, including errors."""
     finished = subprocess.run(
         [sys.executable, *arguments],
         cwd=directory,

@@ -1,4 +1,4 @@
-"""Ranks and metrics: arithmetic in sight, ties, scores that are not finite, and ir_measures."""
+"""Ranks and metrics against arithmetic and ir_measures, with ties and nonfinite scores."""
 
 import math
 
@@ -22,7 +22,7 @@ METRICS = [mrr_metric, ndcg_metric, recall_at_k_metric]
 
 
 def optimistic_rank(scores, relevant):
-    """What `rank_of_key` must not be: strictly greater scores alone, and no check."""
+    """A wrong `rank_of_key`, for negative controls: strictly greater scores, and no check."""
     own = scores[np.arange(len(scores)), relevant][:, None]
     return (scores > own).sum(axis=1) + 1.0
 
@@ -177,7 +177,7 @@ def test_metrics_agree_with_ir_measures(num_queries, num_keys):
     ir_measures = pytest.importorskip("ir_measures")
     RR, R, nDCG = ir_measures.RR, ir_measures.R, ir_measures.nDCG
     rng = np.random.default_rng(num_keys)
-    # Permutations, because ir_measures has its own way with ties.
+    # Permutations, because ir_measures breaks ties differently.
     scores = np.stack([rng.permutation(num_keys) for _ in range(num_queries)]) / num_keys
     relevant = rng.integers(0, num_keys, num_queries)
     ranks = rank_of_key(scores, relevant)
@@ -211,7 +211,7 @@ def test_the_standard_error_is_the_spread_of_means_over_draws():
     rng = np.random.default_rng(0)
     draws = rng.random((2000, 50))
     errors = [mean_and_standard_error(draw)[1] for draw in draws]
-    # 2,000 draws know a standard deviation to 1 / sqrt(2 · 2,000), 1.6 %; three times that.
+    # 2,000 draws give a standard deviation to within 1 / sqrt(2 · 2,000), 1.6 %; three times that.
     assert math.isclose(np.mean(errors), draws.mean(axis=1).std(), rel_tol=0.05)
 
 

@@ -1,4 +1,4 @@
-"""Mining with a trained run: the file is what the rule says, and training reads it."""
+"""Mining with a trained run: the file follows the rule, and training reads it."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def small_config(site: Path, data_dir: Path, **changes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A site of functions, and a run that was trained on them."""
+    """A folder of packages with functions, and a run that was trained on them."""
     folder = tmp_path_factory.mktemp("mine")
     for verb in VERBS:
         functions = "\n\n".join(
@@ -100,7 +100,7 @@ def test_what_is_mined_is_what_a_dense_search_finds(folder, tmp_path, monkeypatc
 def test_interrupted_it_resumes_and_finds_the_same(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(mined_blocks, "BLOCK_ROWS", 8)
     whole = mine(folder / "run", tmp_path / "whole.npz", rule=RULE, seed=1)
-    # The first block is five files; the second is not complete.
+    # The first block has five files; the second is incomplete.
     appended, stop_after = BlockFile.append, 8
 
     def failing(self, rows):
@@ -122,7 +122,7 @@ def test_interrupted_it_resumes_and_finds_the_same(folder, tmp_path, monkeypatch
     mine(folder / "run", tmp_path / "halves.npz", rule=RULE, seed=2)
     resumed = len(seen)
     mine(folder / "run", tmp_path / "again.npz", rule=RULE, seed=3)
-    assert resumed == len(seen) - resumed - 5  # the first block had been done
+    assert resumed == len(seen) - resumed - 5  # the first block was done
     mine(folder / "run", tmp_path / "same.npz", rule=RULE, seed=1)
     ours, theirs = np.load(tmp_path / "same.npz"), np.load(tmp_path / "whole.npz")
     for name in ours.files:

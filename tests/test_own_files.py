@@ -1,4 +1,4 @@
-"""Train on the files that a user has, then resume, evaluate, search and mine."""
+"""Train on a user's own files, then resume, evaluate, search and mine."""
 
 import json
 
@@ -17,7 +17,7 @@ TOPICS = ("sort a list", "open a file", "draw a line", "parse a date", "send a m
 
 
 def records(count, first=0):
-    """Questions that share a word with their own answers alone."""
+    """Questions that share a word only with their own answers."""
     return [
         {
             "question": f"how to {TOPICS[i % 5]} in way{i}",

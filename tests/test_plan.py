@@ -1,4 +1,4 @@
-"""What a step takes, read off the compiler, is what it takes."""
+"""The memory and work of a step, as the compiler reports them."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_parts_are_those_of_the_arrays(changes):
     assert math.isfinite(metrics.loss)
     assert plan.loss > 0
     assert plan.activations > 0
-    assert plan.flops > 2 * size**2 / 8 * config.model.dim  # of the loss alone
+    assert plan.flops > 2 * size**2 / 8 * config.model.dim  # only the loss
     assert plan.moved > 0
 
 
@@ -78,7 +78,7 @@ def test_mined_negatives_are_part_of_the_batch_and_of_the_loss():
     assert plan.batch == rows * (sum(tokens.values()) + labels) + rows * count * (
         tokens["key"] + labels + 1
     )
-    gradients = 2 * rows * 4 * config.model.dim  # of queries and keys
+    gradients = 2 * rows * 4 * config.model.dim  # for queries and keys
     assert plan.loss > gradients + rows * count * 4 * config.model.dim
 
 

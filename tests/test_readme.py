@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands."""
+"""The examples in the README run as they are."""
 
 import re
 import runpy
@@ -27,7 +27,7 @@ def snippet(heading: str, number: int = 0, *, file: str = "README.md") -> str:
 
 
 def first_column(file: str, heading: str) -> list[str]:
-    """The code in the first cells of the table with this first heading."""
+    """The code in the first column of the table with this first heading."""
     table = (ROOT / file).read_text().split(f"\n| {heading} |")[1].split("\n\n")[0]
     return re.findall(r"\n\| `(.*?)`", table)
 

@@ -1,7 +1,7 @@
 """Workdirs on an object store, end to end.
 
-Checkpoints alone are local here: Orbax and TensorStore reach object stores by their own ways, which
-no test can stand in for.
+Only checkpoints are local here: Orbax and TensorStore access object stores in their own ways, which
+tests cannot imitate.
 """
 
 import json
@@ -54,7 +54,7 @@ def config(smoke_pairs):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """The folder of the object store; the working directory is empty, and stays so."""
+    """The folder of the object store; the working directory must stay empty."""
     root, here = tmp_path / "store", tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -90,7 +90,7 @@ def test_a_remote_run_is_that_of_a_local_workdir(store, config, tmp_path, monkey
         patched.setattr(Checkpoints, "save", save_and_die)
         with pytest.raises(Killed):
             train(config, as_path("gs://bucket/runs/a"))
-    assert uploaded == [2]  # a process that is killed later loses no record of the checkpoint
+    assert uploaded == [2]  # a later kill loses no record of the checkpoint
     train(config, Path("gs://bucket/runs/a"))  # resumes
 
     assert unclocked(remote) == unclocked(local)

@@ -1,4 +1,4 @@
-"""Real processes, killed at random moments: the same command ends at the same bits."""
+"""Real processes, killed at random moments: the same command ends with the same bits."""
 
 import os
 import random
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX sig
 
 @pytest.fixture(scope="session")
 def command(smoke_command):
-    """What starts or resumes the run of a workdir."""
+    """The arguments that start or resume the run of a workdir."""
 
     def arguments(workdir: Path) -> list[str]:
         return [
@@ -37,8 +37,8 @@ def command(smoke_command):
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
-    """A process with one CPU device, in a group of its own."""
-    # What it compiles it keeps where the trainer does, since one that is killed may leave a part.
+    """Start a process with one CPU device, in a new process group."""
+    # It uses the trainer's cache of programs, since a killed process may leave half a file.
     others = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
@@ -59,13 +59,13 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def newest_step(workdir: Path) -> int:
-    """The newest checkpoint that is whole on disk."""
+    """The newest complete checkpoint on disk."""
     names = (path.name for path in (workdir / "checkpoints").glob("*"))
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def wait_for_progress(process: subprocess.Popen, workdir: Path, *, beyond: int) -> None:
-    """Returns when there is a checkpoint newer than `beyond`, or the process has ended."""
+    """Wait for a checkpoint after step `beyond`, or for the end of the process."""
     deadline = time.monotonic() + 120
     while newest_step(workdir) <= beyond and process.poll() is None:
         assert time.monotonic() < deadline, "no checkpoint appeared"
@@ -86,7 +86,7 @@ def assert_same_run(workdir: Path, other: Path) -> None:
 
 @pytest.fixture(scope="session")
 def uninterrupted(command, tmp_path_factory):
-    """The workdir of a process that nobody stopped."""
+    """The workdir of an uninterrupted process."""
     workdir = tmp_path_factory.mktemp("uninterrupted-process")
     finish(start(command(workdir)))
     records = unclocked(workdir)
@@ -139,7 +139,7 @@ def test_a_process_killed_before_it_saved_anything_begins_again(command, uninter
 
 @pytest.mark.slow
 def test_a_terminated_process_saves_where_it_is_and_goes_on(command, uninterrupted, tmp_path):
-    # No checkpoint is due before the end, so that the one found is the signal's.
+    # No checkpoint is due before the end, so a checkpoint must come from the signal.
     rarely = [*command(tmp_path), "--config.run.checkpoint_every=1000"]
     process = start(rarely)
     while len(read_metrics(tmp_path)) < 5 and process.poll() is None:

@@ -56,12 +56,12 @@ def minilm(torch_python) -> Path:
 
 
 def through_sentence_transformers(python, folder, texts, place) -> dict[str, np.ndarray]:
-    """The library's vectors of texts from a folder; it saves the folder as `place / "saved"`."""
+    """sentence-transformers' vectors of texts; it also saves the folder as `place / "saved"`."""
     place.mkdir(exist_ok=True)
     (place / "texts.json").write_text(json.dumps(texts))
     files = [folder, place / "texts.json", place / "vectors.npz", place / "saved"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [python, "-I", str(SCRIPT), *map(str, files)]  # -I: its folder holds no packages
+    command = [python, "-I", str(SCRIPT), *map(str, files)]  # -I: ignores the script's folder
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     with np.load(place / "vectors.npz") as vectors:
@@ -81,7 +81,7 @@ def assert_same_vectors(python, folder, model, texts, place):
 
 
 def trained(workdir: Path, pretrained: Path, **max_tokens: int) -> Path:
-    """Fine-tunes a model for 5 steps on 20 pairs, by the command and so on one device."""
+    """Fine-tune a model for 5 steps on 20 pairs with the command, on one device."""
     values = {
         "steps": 5,
         "model.pretrained": str(pretrained),

@@ -1,4 +1,4 @@
-"""Search: finds planted functions, keeps a fresh index, and changes nothing of the run."""
+"""Search finds planted functions, keeps its index current, and does not change the run."""
 
 import functools
 import json
@@ -60,7 +60,7 @@ def _config(data_set: Path, data_dir: Path) -> ConfigDict:
     config.data.splits = ConfigDict({"train": "train", "test": "test"})
     config.data.vocabulary_size = 256
     config.model.dim = 64
-    config.evaluation.batch_size = 8  # does not divide the pool
+    config.evaluation.batch_size = 8  # a size that does not divide the pool
     config.run.data_dir = str(data_dir)
     return config
 
@@ -73,14 +73,14 @@ def _save(workdir: Path, step: int, *, seed: int) -> None:
 
 
 def _save_again(workdir: Path) -> None:
-    """As if the run had begun with the present `config.json` and `data.json`."""
+    """Make the run look as if it had started with the current `config.json` and `data.json`."""
     shutil.rmtree(workdir / "checkpoints")
     _save(workdir, 1, seed=1)
 
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory) -> Path:
-    """The workdir of a run that has its data and no checkpoint."""
+    """The workdir of a run with data and without a checkpoint."""
     folder = tmp_path_factory.mktemp("search")
     for package, code in {
         "tools": _module(VERBS[:2]) + PLANTED_CODE,
@@ -103,7 +103,7 @@ def untrained(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(untrained) -> Path:
-    """The same with checkpoints of two steps and an index."""
+    """The same workdir with checkpoints of two steps and an index."""
     workdir = untrained.with_name("trained")
     shutil.copytree(untrained, workdir)
     _save(workdir, 1, seed=1)
@@ -120,7 +120,7 @@ def workdir(trained, tmp_path) -> Path:
 
 @pytest.fixture
 def run(capsys):
-    """Runs the command; gives (exit code, stdout, stderr)."""
+    """Run the command; return (exit code, stdout, stderr)."""
 
     def run_command(*argv) -> tuple[int, str, str]:
         code = 0
@@ -142,7 +142,7 @@ def _error(run, *argv) -> str:
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file but the index, by size and time of change."""
+    """The size and modification time of every file except the index."""
     stats = {str(path): path.stat() for path in folder.rglob("*") if path.is_file()}
     return {
         path: (stat.st_size, stat.st_mtime_ns)
@@ -152,7 +152,7 @@ def _files(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _flip_bytes(workdir: Path, step: int) -> None:
-    """Damages the largest file of a checkpoint."""
+    """Damage the largest file of a checkpoint."""
     files = (path for path in (workdir / "checkpoints" / str(step)).rglob("*") if path.is_file())
     largest = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
@@ -163,7 +163,7 @@ def _flip_bytes(workdir: Path, step: int) -> None:
 
 @pytest.fixture
 def embeddings_made(monkeypatch) -> list[int]:
-    """Grows by one number whenever a pool is embedded."""
+    """A list that gets one number whenever a pool is embedded."""
     made, build_index = [], pool_index._build_index
 
     def counting(*arguments):
@@ -481,7 +481,7 @@ def test_neither_the_mesh_nor_the_batch_of_the_run_matters(workdir):
 
 
 def _move_data_away(workdir: Path) -> None:
-    """Another machine, without the run's data set and data folder."""
+    """Remove the run's data set and data folder, as on another machine."""
     for name, change in {
         "data.json": lambda content: content.update(data_set="/no/such/data_set"),
         "config.json": lambda content: content["run"].update(data_dir="/no/such/folder"),

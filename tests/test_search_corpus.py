@@ -1,4 +1,4 @@
-"""Search of an own corpus: ids and snippets, options that change the ranking, and clear errors."""
+"""Search in a user's corpus: ids, snippets, options of the ranking, and clear errors."""
 
 import json
 
@@ -37,7 +37,7 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def run(model, monkeypatch, capsys):
-    """Runs the command with the model; gives (exit code, stdout, stderr)."""
+    """Run the command with the model; return (exit code, stdout, stderr)."""
     monkeypatch.setattr(search, "load", lambda path, trust: model)
 
     def run_command(*argv):

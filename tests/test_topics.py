@@ -1,4 +1,4 @@
-"""Topics of a trained run: planted ones are found, and the file is one that training reads."""
+"""Topics of a trained run: planted topics are found, and training reads the file."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ ROWS = PLANTED * SIZE - 2
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    """A run whose embeddings lie about the centres of planted topics; returns those."""
+    """A run with embeddings around the centres of planted topics; returns the topics."""
     planted = np.random.default_rng(0).permutation(np.repeat(np.arange(PLANTED), SIZE))[:ROWS]
     centres = unit_vectors(0, PLANTED, DIM, dtype=np.float32)
     sides = {

@@ -1,4 +1,4 @@
-"""Training end to end: the real config, shrunk, on eight devices; a resumed run is the same run."""
+"""Training end to end: the real config, shrunk, on eight devices; resuming changes nothing."""
 
 import contextlib
 import importlib.util
@@ -25,7 +25,7 @@ from jaxcl.train import main, train
 from tests.helpers import bits, training_of, unclocked
 
 pytestmark = [
-    # Where a load fails, Orbax leaves what it had begun.
+    # If a load fails, Orbax leaves unfinished work.
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.usefixtures("nothing_left_behind"),
@@ -36,7 +36,7 @@ CONFIG = ROOT / "configs" / "code_search.py"
 
 
 def smoke_config(**changes) -> ConfigDict:
-    """`configs/code_search.py:smoke` with changes by dotted name."""
+    """`configs/code_search.py:smoke`, with changes by dotted name."""
     spec = importlib.util.spec_from_file_location("code_search", CONFIG)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -47,7 +47,7 @@ def smoke_config(**changes) -> ConfigDict:
 
 @pytest.fixture(scope="session")
 def tiny(smoke_pairs, tmp_path_factory):
-    """A config of 20 steps with a small model, by changes."""
+    """A config of 20 steps with a small model, with changes."""
     tokenizer = tmp_path_factory.getbasetemp() / "tokenizer.json"
 
     def config(**changes) -> ConfigDict:
@@ -73,7 +73,7 @@ def tiny(smoke_pairs, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def uninterrupted(tiny, tmp_path_factory):
-    """A run of 20 steps that nothing stopped."""
+    """An uninterrupted run of 20 steps."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
     results = train(tiny(), workdir)
     return workdir, results
@@ -95,7 +95,7 @@ def train_table(config: ConfigDict, workdir: Path) -> TokenTable:
 
 
 def differences(config: ConfigDict, workdir: Path, other: Path) -> list[str]:
-    """What is not bitwise the same in two finished runs of one config."""
+    """The bitwise differences between two finished runs of one config."""
     ours, theirs = final_state(config, workdir), final_state(config, other)
     different = [
         jax.tree_util.keystr(path)
@@ -116,7 +116,7 @@ class _Interrupted(Exception):
 
 
 def stop_after(monkeypatch, step: int) -> None:
-    """Makes a run die right after it has saved a step."""
+    """Make a run fail right after it has saved a step."""
     save = Checkpoints.save
 
     def save_and_die(self, saved_step, state, record):
@@ -139,7 +139,7 @@ def half_run(monkeypatch, config: ConfigDict, workdir: Path, *, until: int = 10)
 def test_the_smoke_config_trains_evaluates_and_leaves_its_files(smoke_pairs, tmp_path):
     small = {"model.dim": 32, "data.vocabulary_size": 2_000}
     small |= {"optimizer.learning_rate": 2e-2, "optimizer.warmup_steps": 2}
-    data_dir = str(smoke_pairs.parents[1])  # where the run finds the pairs by itself
+    data_dir = str(smoke_pairs.parents[1])  # without a path, the run finds the pairs itself
     config = smoke_config(**small, **{"run.data_dir": data_dir, "run.log_every": 1})
     results = train(config, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == results
@@ -178,7 +178,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, uninterrupted, tmp
     assert results == wanted
     assert differences(tiny(), tmp_path, workdir) == []
     assert int(final_state(tiny(), tmp_path).step) == 20
-    assert len(unclocked(tmp_path)) == 10 + 2  # every second step, and two evaluations
+    assert len(unclocked(tmp_path)) == 10 + 2  # every second step, with two evaluations
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, uninterrupted, tmp
             {"loss.name": "running_estimate", "loss.options": {"temperature_rate": 0.1}},
             marks=pytest.mark.slow,
         ),
-        pytest.param(  # a minute; test_every_tier.py moves such a run from 8 devices to 4
+        pytest.param(  # takes a minute; test_every_tier.py moves such a run from 8 devices to 4
             {
                 "loss.masks": ("text",),
                 "loss.relative_margin": 0.05,
@@ -356,7 +356,7 @@ def test_a_run_goes_on_upon_another_mesh(tiny, uninterrupted, tmp_path, monkeypa
     assert [record["step"] for record in ours] == [record["step"] for record in wanted]
     for record, other in zip(ours, wanted, strict=True):
         if "loss" in record:
-            # Sums over devices are in another order, which Adam's square roots enlarge.
+            # Sums over devices have another order, and Adam amplifies the difference.
             assert record["loss"] == pytest.approx(other["loss"], rel=1e-4)
     assert ours[-2]["loss"] != pytest.approx(ours[0]["loss"], rel=1e-4), "nothing was learnt"
 
@@ -507,7 +507,7 @@ def test_another_seed_reads_the_rows_in_another_order(tiny, tmp_path, monkeypatc
 
 
 def signal_while_updating(monkeypatch, *steps: int) -> None:
-    """Has SIGTERM arrive before the metrics of each of these steps are taken."""
+    """Send SIGTERM before the metrics of each of these steps are written."""
     add = Reports.add
 
     def add_and_signal(self, step, metrics, **more):
@@ -573,7 +573,7 @@ def test_the_speed_leaves_evaluations_out(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxcl.train.quick_metrics", lambda *_: calls.append("evaluated") or {})
     monkeypatch.setattr(Reports, "paused", noted)
     train(tiny(steps=2), tmp_path)
-    assert calls == ["paused", "goes on", "paused", "evaluated", "goes on"]  # first the negatives
+    assert calls == ["paused", "goes on", "paused", "evaluated", "goes on"]  # negatives come first
 
 
 def test_an_empty_split_is_an_error(tiny, tmp_path):
@@ -624,7 +624,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_state(
 
 
 def test_a_state_that_is_not_finite_is_never_saved(tiny, tmp_path):
-    # The first update has the rate 0. The second is beyond float32, though its loss is not.
+    # The first learning rate is 0. The second update overflows float32, though its loss does not.
     huge = {"optimizer.learning_rate": 1e3, "optimizer.weight_decay": 1e38}
     config = tiny(steps=3, **huge, **{"run.checkpoint_every": 1})
     with pytest.raises(DivergenceError, match="step 2 diverged: after its update"):
@@ -670,10 +670,10 @@ REFRESHED = {
 @pytest.mark.slow
 def test_a_finished_run_that_is_extended_is_the_longer_run(tiny, tmp_path):
     train(tiny(**REFRESHED), tmp_path / "longer")
-    # Step 10 is the last: nothing is mined and no batch chosen after it, until it is extended.
+    # Step 10 is the last: nothing is mined or assigned after it, until the run is extended.
     train(tiny(**REFRESHED, steps=10), tmp_path / "extended")
     assert train(tiny(**REFRESHED), tmp_path / "extended")["steps"] == 20
-    train(tiny(**REFRESHED), tmp_path / "extended")  # a finished run is evaluated again, no more
+    train(tiny(**REFRESHED), tmp_path / "extended")  # a finished run is only evaluated again
     assert differences(tiny(**REFRESHED), tmp_path / "extended", tmp_path / "longer") == []
 
 
@@ -715,7 +715,7 @@ def test_a_batch_without_allowed_negatives_is_a_warning(tiny, tmp_path, capsys):
     warned = " ".join(capsys.readouterr().err.split())
     assert warned.count("the gradient of step 1 is 0") == 1
     assert "the gradient of step 2" not in warned
-    assert "no negative is allowed" not in warned  # which is the same, said once
+    assert "no negative is allowed" not in warned  # the same, reported once
 
 
 def test_negatives_that_are_all_masked_are_a_warning(capsys, monkeypatch):
@@ -746,7 +746,7 @@ def test_a_run_starts_with_the_encoders_and_the_tokenizer_of_another(
             "init_from": str(origin),
             "data.tokenizer": None,
             "steps": 1,
-            "optimizer.schedule": "warmup_constant",  # whose first rate is 0
+            "optimizer.schedule": "warmup_constant",  # the first learning rate is 0
             "negatives.bank.kind": "queue",
             "negatives.tiers.whole": True,
             "negatives.momentum_encoder.initial": 0.5,
@@ -766,7 +766,7 @@ def test_a_run_starts_with_the_encoders_and_the_tokenizer_of_another(
     assert (tmp_path / "run" / "tokenizer.json").read_text() == tokenizer
     assert float(state.params["log_temperature"]) == pytest.approx(np.log(0.05), abs=1e-6)
     shutil.rmtree(other)
-    train(config, tmp_path / "run")  # which needs the other run no more
+    train(config, tmp_path / "run")  # the other run is no longer needed
     config.init_from = None
     with pytest.raises(ValueError, match="init_from is None here and"):
         train(config, tmp_path / "run")

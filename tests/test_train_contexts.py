@@ -1,4 +1,4 @@
-"""Training under the global settings and contexts of JAX that a user's program may have set."""
+"""Training under global settings and contexts of JAX, as a user's program may set them."""
 
 import contextlib
 import json

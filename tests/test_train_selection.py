@@ -1,4 +1,4 @@
-"""Training with evaluation sets, the best checkpoint and early stopping, killed and resumed."""
+"""Evaluation sets, the best checkpoint and early stopping in training, killed and resumed."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ METRIC = "dev/agreement"
 STEPS = 12
 TEXTS = ["query 3", "key 4", "key 5"]
 SCRIPT = {2: 0.1, 4: 0.5, 6: 0.2, 8: 0.3, 10: 0.4, 12: 0.1}
-"""Step -> value, for runs whose best step is known."""
+"""Step -> value, for runs with a known best step."""
 
 pytestmark = [
     # After a failed load, Orbax leaves unfinished work.
@@ -35,7 +35,7 @@ class _Interrupted(Exception):
 
 
 class TwoTexts:
-    """The similarity of two texts, one of each side: an `EvaluationSet`."""
+    """An `EvaluationSet`: the similarity of two texts, one of each side."""
 
     kind = "two texts"
     metrics = ("agreement",)
@@ -56,7 +56,7 @@ def data(tmp_path_factory):
 
 
 def config_maker(data: Path, dev: Path):
-    """Makes configs of 12 steps that are evaluated every second one."""
+    """A function that returns configs of 12 steps, evaluated every second step."""
     dev.write_text("query 3,key 3")
 
     def make(**changes):
@@ -75,7 +75,7 @@ def config_maker(data: Path, dev: Path):
 
 
 def follow_script(monkeypatch) -> list[int]:
-    """Replaces the values of the set by those of a script; returns the steps that asked for one."""
+    """Replace the values of the set by scripted ones; return the steps of the evaluations."""
     asked = []
 
     def values(self, step, encoder):
@@ -99,7 +99,7 @@ def script(monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(data):
-    """The workdir of a run by the script that nothing stopped."""
+    """The workdir of an uninterrupted run with the scripted values."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(in_training, "open_set", TwoTexts)
         follow_script(patch)
@@ -212,7 +212,7 @@ def test_the_validation_split_may_select_the_best(config, tmp_path):
     results = train(config(**{"evaluation.best_metric": metric}), tmp_path / "run")
     values = {one["step"]: one[metric] for one in read_metrics(tmp_path / "run") if metric in one}
     assert results["best"]["value"] == max(values.values())
-    assert results["best"]["step"] == max(values, key=values.get)  # the first of equal ones
+    assert results["best"]["step"] == max(values, key=values.get)  # the first of equal values
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_less_patience_stops_a_resumed_run_where_it_is(
     assert results["stopped_early"] == {"step": 10, "evaluations": 3}
     assert script[-1] == 10
     assert "has stopped early after 10 steps" in capsys.readouterr().err
-    train(config(), workdir)  # without patience it trains on
+    train(config(), workdir)  # without patience, it continues training
     assert_same_run(workdir, whole)
 
 
@@ -305,7 +305,7 @@ def test_a_damaged_newest_checkpoint_falls_back_with_its_own_best(
         interrupted(patch, config(), tmp_path / "run", die_after_saving, 8)
     assert saved_steps(tmp_path / "run") == [4, 5, 8]
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "8" / "checksums")
-    train(config(), tmp_path / "run")  # step 8 is no longer the best, and 4 is still there
+    train(config(), tmp_path / "run")  # step 8 is no longer the best, and 4 still exists
     assert_same_run(tmp_path / "run", whole)
 
 

@@ -244,7 +244,7 @@ def test_the_order_is_scipys(num_rows, quantile):
 
 
 def test_own_pairs_are_neither_edges_nor_count():
-    """One additional feature per row increases only the product of its own pair."""
+    """One additional feature per row increases only the product of the row's pair."""
     queries, keys = pairs(50)
     without = paper_order(queries, keys, quantile=0.95)
     for own in (-9, 9):

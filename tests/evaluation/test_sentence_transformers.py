@@ -1,4 +1,4 @@
-"""Metrics on pairs of texts equal those of sentence-transformers' evaluators.
+"""Metrics on pairs of texts equal the results of sentence-transformers' evaluators.
 
 These tests need an interpreter with sentence-transformers, MiniLM's weights next to it, and a file
 of semantic similarity, such as the development set of the STS benchmark:

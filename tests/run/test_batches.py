@@ -164,7 +164,7 @@ def run_of(configured, tmp_path_factory):
 
 @contextlib.contextmanager
 def watched():
-    """Record what a run does, without changing it."""
+    """Record the steps of a run without changing it."""
     rows, states, choices, said = [], [], [], io.StringIO()
     refresh = RunBatches.refresh
 

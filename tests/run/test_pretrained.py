@@ -142,7 +142,7 @@ def test_pretrained_weights_are_neither_constants_nor_random(folder, monkeypatch
     table = load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"]
     (program,) = programs_of(build_training(fine_tuning(folder)).init, monkeypatch)
     assert table[0, :4].tobytes().hex().upper() not in program
-    assert "erf_inv" not in program  # the primitive behind random normal numbers
+    assert "erf_inv" not in program  # the primitive of random normal numbers
     (program,) = programs_of(build_training(settings_with(name="static")).init, monkeypatch)
     assert "erf_inv" in program
 
