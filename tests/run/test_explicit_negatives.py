@@ -291,7 +291,7 @@ def test_the_summary_counts_what_is_trained_on():
 def test_a_plan_counts_them_if_their_number_is_set():
     small = {"global_batch_size": 8, "model": {"dim": 8}, "data": {"vocabulary_size": 50}}
     scored = small | {"loss": {"name": "distillation", "masks": ()}}
-    with pytest.raises(ValueError, match=r"set data\.negatives_per_row to the number of them"):
+    with pytest.raises(ValueError, match=r"set data\.negatives_per_row to their number"):
         make_plan(read_settings(scored), jax.devices(), num_rows=8)
     mesh = make_mesh({"data": 8})
     batches = [
