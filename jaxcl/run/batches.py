@@ -1,4 +1,4 @@
-"""The batches of a run: which rows they hold, and how that is chosen anew while it trains."""
+"""Choose the rows of each batch of a run, and reassign them while it trains."""
 
 import functools
 import importlib.util
@@ -38,25 +38,25 @@ __all__ = ["RunBatches"]
 
 RowsOfStep = Callable[[int], Int[np.ndarray, " b"]]
 
-_MEASURED_ROWS = 256  # each costs six products with every row
-_MEASURED_BATCHES = 16  # of which these are, or as many as have so many rows together:
+_MEASURED_ROWS = 256  # measuring a row costs six products with all rows
+_MEASURED_BATCHES = 16  # contain the measured rows; fewer if they have more rows than this:
 _FETCHED_ROWS = 16_384
-_BEFORE = ("train_loss", "gap", "closed")  # what is measured of the batches before a choice as well
-_REASSIGNING = 2**31 + 1  # what the run's key is folded with: greater than any step, as in refresh
+_BEFORE = ("train_loss", "gap", "closed")  # also measured for the batches before a refresh
+_REASSIGNING = 2**31 + 1  # folded into the run's key; above any step, as in mined_refresh
 
 
 class RunBatches:
-    """Which rows a run's batches hold: `rows_of(state)(step)`, and `refresh(state)`.
+    """The rows of a run's batches: `rows_of(state)(step)` and `refresh(state)`.
 
-    What was chosen is in the state, so that a run goes on with it on any number of devices.
+    The assignment is part of the state, so that a run can resume on any number of devices.
 
     Args:
-      training: the run's functions.
-      data: its splits.
-      workdir: where pictures go.
+      training: the functions of the run.
+      data: the splits of the run.
+      workdir: the folder of the run, for pictures of the assignment.
 
     Raises:
-      ValueError: for an assignment that cannot be.
+      ValueError: if the settings of the assignment do not fit the data or the number of steps.
     """
 
     def __init__(self, training: Training, data: RunData, workdir: AnyPath):
@@ -91,12 +91,13 @@ class RunBatches:
             self._measure_before = make_measure(fields=_BEFORE)
             self._draws = self._rule.picture and _can_draw()
             if self._rule.picture and not self._draws:
-                of_packages = settings.data.name == "code_pairs"
-                other = ", and other rows: those of what is installed" if of_packages else ""
-                say(f"pip install 'jaxcl[pictures]' for a picture of each choice of batches{other}")
+                changes = ""
+                if settings.data.name == "code_pairs":
+                    changes = "; this adds its code to the rows of code_pairs"
+                say(f"pictures of the batches need pip install 'jaxcl[pictures]'{changes}")
 
     def rows_of(self, state: TrainState) -> RowsOfStep:
-        """Step -> the rows of its global batch, from the state's step on."""
+        """Return a function from a step, at least the state's, to the rows of its global batch."""
         if self._rule is not None:
             assigned = self._assigned(state)
             return self._uniform if assigned is None else self._in_blocks(assigned, self._rule)
@@ -105,22 +106,22 @@ class RunBatches:
         return self._uniform if self._sourced is None else self._sourced
 
     def due(self, step: int) -> bool:
-        """Whether the batches are chosen anew after so many steps."""
+        """Whether the batches are reassigned after this number of steps."""
         if self._rule is None or not 0 < step < self._settings.steps:
             return False
         if self._rule.refresh_epochs is None:
             return step % self._rule.refresh_every == 0
-        # The first step that has seen so many epochs, or a multiple of them.
-        apart = self._rows_between(self._rule.refresh_epochs)
-        seen = step * self._settings.global_batch_size
-        return seen // apart > (seen - self._settings.global_batch_size) // apart
+        # A refresh follows the step that completes another `refresh_epochs` epochs.
+        interval = self._rows_between(self._rule.refresh_epochs)
+        num_seen = step * self._settings.global_batch_size
+        return num_seen // interval > (num_seen - self._settings.global_batch_size) // interval
 
     def refresh(self, state: TrainState) -> tuple[TrainState, Mapping[str, float]]:
-        """Chooses the batches from the state's step on.
+        """Reassign the batches from the state's step on.
 
         Returns:
-          The state with them, and metrics: what they leave of the loss's gap, what those before
-          left, and what it took.
+          The state with the new assignment, and metrics: the gap of the loss with the new and with
+          the previous batches, and the time and memory of the refresh.
         """
         assert self._rule is not None
         start, step = time.perf_counter(), int(state.step)
@@ -128,11 +129,11 @@ class RunBatches:
         order_key, measure_key = jax.random.split(key)
         temperature = jnp.exp(state.params["log_temperature"])
         queries, keys = (self._embeddings(state, side) for side in SIDES)
-        encoded = time.perf_counter()
+        encode_end = time.perf_counter()
         labels = self._labels(self._rule)
         report = say if jax.process_index() == 0 else lambda line: None
         ordered = self._order(queries, keys, temperature, order_key, labels, report=report)
-        chosen = time.perf_counter()
+        order_end = time.perf_counter()
 
         rows_before = self.rows_of(state)
         earlier = self._assigned(state)
@@ -146,7 +147,7 @@ class RunBatches:
         )
         state = self._with(state, Assigned(ordered.rows, seen, step))
 
-        # Rows that keep out of each other's batch are no negatives, so that they leave no gap.
+        # Rows that are kept apart are not negatives of each other, so they do not add to the gap.
         different = tuple(
             put_rows(label, self._training.mesh, num_rows=len(queries)) for label in labels
         )
@@ -160,14 +161,14 @@ class RunBatches:
         metrics = {
             **{f"assignment/{name}": value for name, value in after.items()},
             **{f"assignment/{name}_before": before[name] for name in _BEFORE if name in before},
-            "time/assignment_encode_seconds": encoded - start,
-            "time/assignment_order_seconds": chosen - encoded,
+            "time/assignment_encode_seconds": encode_end - start,
+            "time/assignment_order_seconds": order_end - encode_end,
             "time/assignment_seconds": time.perf_counter() - start,
         }
         if ordered.device_bytes:
             metrics["machine/assignment_mebibytes"] = ordered.device_bytes / 2**20
         if jax.process_index() == 0:
-            say(_chosen(step, metrics))
+            say(_refresh_line(step, metrics))
         return state, metrics
 
     def _rows_between(self, epochs: float) -> int:
@@ -176,12 +177,12 @@ class RunBatches:
     def _check_ever_due(self, rule: GcbsRule) -> None:
         if rule.refresh_epochs is None:
             return
-        trained_on = (self._settings.steps - 1) * self._settings.global_batch_size
-        if self._rows_between(rule.refresh_epochs) > trained_on:
+        num_seen = (self._settings.steps - 1) * self._settings.global_batch_size
+        if self._rows_between(rule.refresh_epochs) > num_seen:
             raise ValueError(
-                f"assignment.gcbs.refresh_epochs={rule.refresh_epochs} never comes: "
-                f"{self._settings.steps} steps are {trained_on / self._num_rows:.1f} epochs of "
-                f"{self._num_rows:,} rows before the last; set less than those"
+                f"assignment.gcbs.refresh_epochs={rule.refresh_epochs} is never reached: the "
+                f"{self._settings.steps} steps, without the last, are "
+                f"{num_seen / self._num_rows:.1f} epochs of {self._num_rows:,} rows; set fewer"
             )
 
     def _uniform(self, step: int) -> Int[np.ndarray, " b"]:
@@ -206,15 +207,16 @@ class RunBatches:
         return tuple(label_column(self._table, name) for name in rule.apart)
 
     def _assigned(self, state: TrainState) -> Assigned | None:
-        """What the last refresh chose; `None` before the first."""
-        kept = state.memory["assignment"]
-        if int(kept["step"]) < 0:
+        """The assignment of the last refresh; `None` before the first one."""
+        saved = state.memory["assignment"]
+        if int(saved["step"]) < 0:
             return None
-        order, seen = (fetch(kept[name])[: self._num_rows] for name in ("order", "seen"))
-        return Assigned(order, seen, int(kept["step"]))
+        order, seen = (fetch(saved[name])[: self._num_rows] for name in ("order", "seen"))
+        return Assigned(order, seen, int(saved["step"]))
 
     def _with(self, state: TrainState, assigned: Assigned) -> TrainState:
-        kept = state.memory["assignment"]
+        """The state with another assignment, in the sharding of the previous one."""
+        previous = state.memory["assignment"]
         missing = padded_entries(self._num_rows) - self._num_rows
         values: dict[str, np.ndarray] = {
             "order": np.pad(assigned.order, (0, missing), constant_values=-1),
@@ -223,8 +225,8 @@ class RunBatches:
         }
         placed = {
             name: jax.make_array_from_callback(
-                kept[name].shape,
-                kept[name].sharding,
+                previous[name].shape,
+                previous[name].sharding,
                 functools.partial(np.ndarray.__getitem__, value),
             )
             for name, value in values.items()
@@ -237,7 +239,8 @@ class RunBatches:
             return put_rows(
                 state.memory["bank"][side].vectors, self._training.mesh, num_rows=self._num_rows
             )
-        with progress_bar(f"encoding each {side} to choose batches", self._num_rows) as advance:
+        sides = {"query": "queries", "key": "keys"}[side]
+        with progress_bar(f"encoding {sides} to assign batches", self._num_rows) as advance:
             vectors: Float[np.ndarray, "n d"] = self._training.embed(
                 state.params["towers"],
                 side,
@@ -258,7 +261,7 @@ class RunBatches:
         measure: GapMeasure,
         rows: RowsOfStep,
     ) -> dict[str, float]:
-        """What the batches of the next whole epoch leave of the gap."""
+        """Measure the gap of batches from the next whole epoch."""
         batches = _batches_of_next_epoch(
             rows,
             step,
@@ -266,7 +269,7 @@ class RunBatches:
             batch_size=self._settings.global_batch_size,
             most=self._num_measured,
         )
-        if len(np.unique(batches)) < batches.size:  # no batch lies within an epoch
+        if len(np.unique(batches)) < batches.size:  # a batch is larger than an epoch
             return {}
         report = measure(queries, keys, jnp.asarray(batches), temperature, key, different)
         return {name: float(value) for name, value in report._asdict().items()}
@@ -295,17 +298,17 @@ def _sourced_rows(settings: Settings, data: RunData) -> SourcedRows:
     options, by = settings.assignment.sourced, sources_by(settings)
     weights: dict[Any, float] = dict(options.weights)
     if len(weights) < len(options.weights):
-        raise ValueError(f"assignment.sourced.weights={options.weights} name a source twice")
+        raise ValueError(f"assignment.sourced.weights={options.weights} has a source twice")
     names = data.data_sets if by == "data_set" else ()
     if names and weights and set(weights) != set(names):
         raise ValueError(
-            f"assignment.sourced.weights name {', '.join(map(str, weights))}; the data sets are "
-            f"{', '.join(names)}: give each a weight, 0 to leave its rows out"
+            f"assignment.sourced.weights has {', '.join(map(str, weights))}, but the data sets are "
+            f"{', '.join(names)}; give each a weight, or 0 to leave its rows out"
         )
     if not names and not all(isinstance(source, int) for source in weights):
         raise ValueError(
-            f"assignment.sourced.weights={options.weights}: by {by}, sources have numbers; names "
-            "go with assignment.sourced.by='data_set'"
+            f"assignment.sourced.weights={options.weights}: with assignment.sourced.by={by!r}, "
+            "sources are numbers; only data sets have names (by='data_set')"
         )
     if names:
         weights = {names.index(name): share for name, share in weights.items()}
@@ -319,42 +322,45 @@ def _sourced_rows(settings: Settings, data: RunData) -> SourcedRows:
     )
 
 
-def _chosen(step: int, metrics: Mapping[str, float]) -> str:
-    """A refresh in a line."""
+def _refresh_line(step: int, metrics: Mapping[str, float]) -> str:
+    """Describe a refresh in one line."""
     seconds = metrics["time/assignment_seconds"]
-    line = f"batches chosen anew after step {step:,} in {seconds:.1f} s"
+    line = f"reassigned the batches after step {step:,} in {seconds:.1f} s"
     if "assignment/closed" not in metrics:
         return line
     closed = round(100 * metrics["assignment/closed"])
-    line += f": {closed}% of the gap to the loss of all rows is closed"
+    line += f": they close {closed}% of the gap to the loss over all rows"
     if "assignment/closed_before" in metrics:
-        line += f", before {round(100 * metrics['assignment/closed_before'])}%"
+        line += f" (before: {round(100 * metrics['assignment/closed_before'])}%)"
     if {"assignment/train_loss", "assignment/train_loss_before"} <= metrics.keys():
-        harder = metrics["assignment/train_loss"] - metrics["assignment/train_loss_before"]
-        line += f"; their loss is {abs(harder):.2f} {'higher' if harder >= 0 else 'lower'}"
+        increase = metrics["assignment/train_loss"] - metrics["assignment/train_loss_before"]
+        line += f"; their loss is {abs(increase):.2f} {'higher' if increase >= 0 else 'lower'}"
     return line
 
 
 def _num_measured(num_rows: int, batch_size: int) -> int:
-    """Of how many batches some rows are measured."""
+    """The number of batches from which rows are measured."""
     return max(min(_MEASURED_BATCHES, _FETCHED_ROWS // batch_size, num_rows // batch_size), 1)
 
 
 def _batches_of_next_epoch(
     rows: RowsOfStep, step: int, *, num_rows: int, batch_size: int, most: int
 ) -> Int[np.ndarray, "batches b"]:
-    """Batches all over the next epoch, the rows of each shuffled: the first are any of them."""
+    """Select batches that are spread evenly over the next epoch.
+
+    The rows of each batch are shuffled, so that its first rows are a random sample.
+    """
     begin = (step * batch_size // num_rows + 1) * num_rows
-    whole = range(-(-begin // batch_size), (begin + num_rows) // batch_size)
-    count = max(min(len(whole), most), 1)
-    steps = whole[:: max(1, len(whole) // count)][:count]
-    batches = np.stack([rows(one) for one in steps or [step]])
+    epoch_steps = range(-(-begin // batch_size), (begin + num_rows) // batch_size)
+    count = max(min(len(epoch_steps), most), 1)
+    steps = epoch_steps[:: max(1, len(epoch_steps) // count)][:count]
+    batches = np.stack([rows(selected) for selected in steps or [step]])
     return np.random.default_rng(step).permuted(batches, axis=1)
 
 
 def _can_draw() -> bool:
-    """Whether the first process can, which writes what all compute."""
-    found = importlib.util.find_spec("matplotlib") is not None
+    """Whether process 0, which writes the pictures, has matplotlib."""
+    installed = importlib.util.find_spec("matplotlib") is not None
     if jax.process_count() == 1:
-        return found
-    return bool(multihost_utils.broadcast_one_to_all(np.array(found)))
+        return installed
+    return bool(multihost_utils.broadcast_one_to_all(np.array(installed)))

@@ -1,4 +1,4 @@
-"""Which evaluation of a run was the best so far, and when to stop early: pure functions.
+"""Select the best evaluation of a run so far, and decide when to stop early.
 
 `Best` summarizes the evaluations of a metric up to a step. A checkpoint records it, so that a
 resumed run continues with the summary that it had at that step.
@@ -28,14 +28,14 @@ __all__ = [
 
 
 class Best(NamedTuple):
-    """The best evaluation so far of a metric that is better when it is higher.
+    """The best evaluation so far of a metric for which higher is better.
 
     Attributes:
-      metric: its name.
-      step: the step of the best evaluation; None before the first finite value.
+      metric: name of the metric.
+      step: step of the best evaluation; `None` before the first finite value.
       value: the metric at that step.
       reference: the last value that was an improvement by more than `min_delta`.
-      waited: the number of evaluations since then.
+      waited: number of evaluations since that improvement.
     """
 
     metric: str
@@ -46,12 +46,12 @@ class Best(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """By which metric a run selects its best step, and when it stops early.
+    """The rule by which a run selects its best step and stops early.
 
     Attributes:
-      metric: its name; None selects nothing.
-      patience: the number of evaluations without an improvement after which the run stops; None
-        never stops.
+      metric: name of the metric; `None` to select nothing.
+      patience: number of evaluations without an improvement after which the run stops; `None` to
+        train all steps.
       min_delta: only an increase by more than this amount is an improvement.
     """
 
@@ -60,13 +60,14 @@ class Selection(NamedTuple):
     min_delta: float = 0.0
 
     def resumed(self, record: Mapping[str, Any], *, present: Collection[int]) -> Best | None:
-        """The evaluations so far, by the record of the checkpoint that a run resumes from.
+        """Read the summary in the record of the checkpoint that a run resumes from.
 
-        A run with another metric begins a new summary. If the best checkpoint is gone, the next
-        evaluation is the best, while the wait for an improvement continues.
+        If the metric has changed, the run begins a new summary. If the best checkpoint is missing,
+        the next evaluation becomes the best, but the count of evaluations without an improvement
+        continues.
 
         Args:
-          record: the checkpoint's; empty for a new run.
+          record: the record of the checkpoint; empty for a new run.
           present: the steps of all checkpoints.
         """
         best = recorded_best(record)
@@ -77,9 +78,9 @@ class Selection(NamedTuple):
         return best if best.step in present else best._replace(step=None, value=None)
 
     def after(self, best: Best | None, step: int, values: Mapping[str, float]) -> Best | None:
-        """The summary after one more evaluation, by the values of process 0 in all processes.
+        """Update the summary with one more evaluation.
 
-        A metric without a value is no improvement.
+        All processes use the value of process 0. A missing value is not an improvement.
         """
         if best is None:
             return None
@@ -92,20 +93,21 @@ class Selection(NamedTuple):
 
 
 def selection_of(settings: Settings) -> Selection:
-    """The selection that the settings of a run describe."""
+    """The selection rule in the settings of a run."""
     evaluation = settings.evaluation
     return Selection(evaluation.best_metric, evaluation.patience, evaluation.min_delta)
 
 
 def updated(best: Best, step: int, value: float, *, min_delta: float = 0.0) -> Best:
-    """The summary after one more evaluation.
+    """Update a summary with one more evaluation.
 
-    Of equal values the first is the best. A value that is not finite is no improvement. Small
-    increases add up: each is compared with the last improvement, not with the last evaluation.
+    If values are equal, the first is the best. A value that is not finite is not an improvement.
+    Small increases add up, because a value is compared with the last improvement, not with the last
+    evaluation.
 
     Args:
-      best: the summary of the evaluations before.
-      step: the step of this one.
+      best: the summary of the earlier evaluations.
+      step: the step of the new evaluation.
       value: the metric at that step.
       min_delta: as in `Selection`.
 
@@ -124,16 +126,16 @@ def updated(best: Best, step: int, value: float, *, min_delta: float = 0.0) -> B
 
 
 def _of_process_0(value: float) -> float:
-    """Process 0's value: other hosts may differ in the last bits, but must decide the same."""
+    """The value of process 0, since processes may differ in the last bits but must agree."""
     words = np.array([value], np.float64).view(np.int32)
     return float(np.array(first_of_all(words.tolist()), np.int32).view(np.float64)[0])
 
 
 def recorded_best(record: Mapping[str, Any]) -> Best | None:
-    """The summary in the record of a checkpoint; None if the run kept no best checkpoint.
+    """The summary in the record of a checkpoint; `None` if the run selects no best step.
 
     Raises:
-      CheckpointError: if the record has a summary of another form.
+      CheckpointError: if this version cannot read the summary.
     """
     summary = record.get("best")
     if summary is None:
@@ -161,15 +163,15 @@ def best_step_in(directory: AnyPath) -> int | None:
 def kept_steps(
     steps: Collection[int], *, newest: int, best_of: Mapping[int, int | None]
 ) -> set[int]:
-    """The checkpoints that stay: the newest ones, and the best one up to each of these.
+    """Select the checkpoints to keep: the newest ones, and the best one up to each of these.
 
-    A run whose newest checkpoint is damaged falls back to an earlier one, whose best checkpoint may
-    be another. It must still be there.
+    If the newest checkpoint is damaged, a run falls back to an earlier one. The best step up to the
+    earlier one may be different, and its checkpoint must still exist.
 
     Args:
-      steps: the checkpoints, including the one that was just saved.
-      newest: how many of the newest stay.
-      best_of: step -> the step of the best evaluation up to it.
+      steps: the steps of all checkpoints, including the one that was just saved.
+      newest: number of newest checkpoints to keep.
+      best_of: maps a step to the step of the best evaluation up to it.
 
     Example:
       >>> sorted(kept_steps([10, 20, 30, 40], newest=2, best_of={30: 10, 40: 40}))

@@ -1,4 +1,4 @@
-"""From settings to the loss of a batch, and to the measurement of its negatives."""
+"""Build the loss of a batch, and the metrics of its negatives, from settings."""
 
 import functools
 from collections.abc import Callable
@@ -35,12 +35,15 @@ __all__ = [
 
 
 def build_loss(settings: Settings, towers: Towers, mesh: Mesh) -> LossOfBatch:
-    """The loss of `settings.loss`, encoded as `settings.grad_cache` says: see `make_loss`."""
+    """Build the loss of `settings.loss`, with the gradient cache of `settings.grad_cache`.
+
+    See `make_loss`.
+    """
     return make_loss(towers, run_loss(settings), mesh, **_arrangement(settings))
 
 
 def build_measure(settings: Settings, towers: Towers, mesh: Mesh) -> MeasureOfBatch:
-    """The metrics of the negatives in the loss of `settings`: see `make_measure`."""
+    """Build the metrics of the negatives in the loss of `settings`; see `make_measure`."""
     options = {
         name: value
         for name, value in settings.loss.options.items()
@@ -57,20 +60,20 @@ def build_measure(settings: Settings, towers: Towers, mesh: Mesh) -> MeasureOfBa
 
 def run_loss(settings: Settings) -> Loss:
     """The loss of `settings.loss` with its options bound."""
-    loss, given = settings.parts.loss, settings.loss
-    arguments = dict(given.options)
+    loss, section = settings.parts.loss, settings.loss
+    arguments = dict(section.options)
     if loss.exchanges:
         arguments |= _exchange(settings)
     if loss.bounds_temperature:
-        arguments["temperature_bounds"] = (given.temperature.minimum, given.temperature.maximum)
+        arguments["temperature_bounds"] = (section.temperature.minimum, section.temperature.maximum)
     bound = loss._replace(function=functools.partial(loss.function, **arguments))
-    return nested(bound, dims=given.matryoshka_dims) if given.matryoshka_dims else bound
+    return nested(bound, dims=section.matryoshka_dims) if section.matryoshka_dims else bound
 
 
 def batch_needs(settings: Settings) -> tuple[str, ...]:
     """The columns that a batch must have in addition to its pairs, rows and groups.
 
-    Rows that bring negatives as texts add `"negatives"` without any setting.
+    If the training rows have negatives as texts, batches have `"negatives"` without any setting.
     """
     data, mines = settings.data, settings.negatives.mined.refresh_every is not None
     scored = "teacher_scores" in settings.parts.loss.columns.values()
@@ -83,7 +86,7 @@ def batch_needs(settings: Settings) -> tuple[str, ...]:
 
 
 def beyond_batch(settings: Settings) -> BeyondBatch:
-    """The negatives of `settings.negatives`."""
+    """The negatives of `settings.negatives` from outside of the batch."""
     negatives = settings.negatives
     kind, tiers = negatives.bank.kind, negatives.tiers
     rule = gcbs_rule(settings)
@@ -99,10 +102,12 @@ def beyond_batch(settings: Settings) -> BeyondBatch:
 
 
 def build_momentum(settings: Settings) -> Callable[[Scalar], Scalar] | None:
-    """Step -> the decay of the momentum encoder; `None` without a momentum encoder.
+    """Build the schedule from the step to the decay of the momentum encoder, or `None` without one.
 
-    It rises from the initial to the final value along a cosine, as in Grill et al., "Bootstrap Your
-    Own Latent", 2020.
+    The decay rises from the initial to the final value along a cosine.
+
+    Reference:
+      Grill et al., "Bootstrap Your Own Latent", 2020.
     """
     initial, final = settings.negatives.momentum_encoder
     if initial is None:
@@ -115,7 +120,7 @@ def build_momentum(settings: Settings) -> Callable[[Scalar], Scalar] | None:
 
 def _arrangement(settings: Settings) -> dict[str, Any]:
     return {
-        "masks": {MASKS[one]: one for one in MASKS if one in settings.loss.masks},
+        "masks": {MASKS[mask]: mask for mask in MASKS if mask in settings.loss.masks},
         "chunk_sizes": _chunk_sizes(settings),
         "beyond": beyond_batch(settings),
         "needs": batch_needs(settings),
@@ -123,26 +128,26 @@ def _arrangement(settings: Settings) -> dict[str, Any]:
 
 
 def _exchange(settings: Settings) -> dict[str, Any]:
-    """How the devices exchange rows."""
+    """The options of the loss for exchanging rows between devices, as far as they are set."""
     loss = settings.loss
-    given = {"exchange": loss.exchange, "implementation": loss.implementation}
-    return {name: value for name, value in given.items() if value is not None}
+    options = {"exchange": loss.exchange, "implementation": loss.implementation}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _chunk_sizes(settings: Settings) -> dict[str, int] | None:
-    """How many of a device's rows are encoded at a time, by side; `None` for all."""
+    """The number of rows per device to encode at a time, by side; `None` for all rows."""
     size, tokens = settings.grad_cache
     if size is not None:
         return dict.fromkeys(SIDES, size)
     if tokens is not None:
         data = settings.data
         lengths = {side: modality_of(data, side).length(data, side) for side in SIDES}
-        return {side: rows_per_chunk(one, max_tokens=tokens) for side, one in lengths.items()}
+        return {side: rows_per_chunk(width, max_tokens=tokens) for side, width in lengths.items()}
     return None
 
 
 def _bank_update(bank: BankSettings) -> Callable[..., MemoryBank]:
-    """`(bank, vectors, rows, ids, groups, guides) -> bank`."""
+    """Build the update `(bank, vectors, rows, ids, groups, guides) -> bank`."""
     if bank.kind == "instance":
         return lambda old, vectors, rows, ids, groups, guides: update_instances(
             old, vectors, rows, groups, momentum=bank.momentum, ids=ids, guides=guides

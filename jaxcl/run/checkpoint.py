@@ -1,14 +1,14 @@
-"""Saves and restores the one train state through Orbax, and knows a damaged checkpoint.
+"""Save and restore the train state with Orbax, and detect damaged checkpoints.
 
-Orbax commits atomically, but it loads flipped bits without a word and never falls back by itself.
-So each checkpoint carries a checksum of every array, taken on the devices before the save and
-again after the load. A checksum does not depend on how its array is sharded, so that a run may
-move to another mesh. A list of the checkpoints' files and sizes lies next to their folder: a file
-that is missing or cut is found before anything is loaded. Otherwise the processes that can read
-their parts would wait five minutes for one that cannot.
+Orbax commits atomically, but it loads flipped bits without an error and never falls back to an
+earlier checkpoint. Therefore each checkpoint has a checksum of every array, computed on the devices
+before saving and compared after loading. A checksum does not depend on the sharding of its array,
+so that a run may move to another mesh. A file next to the folder of checkpoints lists the sizes of
+their files, so that a missing or truncated file is detected before anything is loaded. Otherwise,
+processes that can read their parts would wait five minutes for a process that cannot.
 
-Each checkpoint also carries a record of its run and its step (`saved_record`), so that a checkpoint
-of another run, or a folder that was renamed to another step, is never restored.
+Each checkpoint also has a record of its run and step (`saved_record`), so that a checkpoint of
+another run, or a folder that was renamed to another step, is never restored.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ _REGISTRY.add(ocp.handlers.JsonHandler, checkpointable_name=RECORD)
 
 
 class Restored(NamedTuple):
-    """A state read back, the step it was saved at, its record, and the damaged steps after it."""
+    """A restored state, its step, its record, and the damaged steps after it."""
 
     state: PyTree
     step: int
@@ -65,16 +65,18 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run, a folder per step; on a clean exit all of them are written.
+    """The checkpoints of a run, one folder per step.
+
+    Leaving the context without an error waits until all saves are finished.
 
     Args:
-      directory: where they are.
-      keep: how many of the newest stay; at least 2, or there is nothing to fall back to. The step
-        that the record of one of these names as the best (`jaxcl.run.best`) stays as well.
-      read_only: never makes, moves or removes anything, for programs that only look.
+      directory: folder of the checkpoints.
+      keep: number of newest checkpoints to keep; at least 2, so that a run can fall back. The best
+        steps that their records name (`jaxcl.run.best`) are kept as well.
+      read_only: whether to never create, move or remove anything, for programs that only read.
 
     Raises:
-      CheckpointError: if the directory cannot be made or written.
+      CheckpointError: if the folder cannot be created or written.
       ValueError: if `keep` is below 2.
     """
 
@@ -106,29 +108,28 @@ class Checkpoints:
             if kind is None:
                 self.wait()
         finally:
-            # Closing waits for a save under way, and repeats errors that were reported before.
+            # Closing waits for an unfinished save, and raises errors again that were reported.
             with contextlib.suppress(Exception):
                 self._checkpointer.close()
 
     @property
     def steps(self) -> list[int]:
-        """Steps that are there, oldest first."""
+        """The steps that have checkpoints, oldest first."""
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def save(self, step: int, state: PyTree, record: Mapping[str, Any] | None = None) -> None:
-        """Saves in the background; the state may be donated at once.
+        """Save in the background; the state may be donated immediately.
 
         Args:
-          step: of the state.
+          step: the step of the state.
           state: the arrays.
-          record: the settings, data and flags of the run, as JSON's types, and its best step so
-            far.
+          record: the settings, data and flags of the run, in JSON types, and its best step so far.
 
         Raises:
-          CheckpointError: if the save before this one failed, or this one at its start.
+          CheckpointError: if the previous save failed, or this one cannot start.
         """
         self.wait()
-        self._note_sizes(step, None)  # of an earlier one of that step
+        self._note_sizes(step, None)  # forgets an earlier checkpoint of this step
         items = {"state": state, "checksums": _checksums(state)}
         items[RECORD] = sealed({**(record or {}), "step": step})
         self._kept.best_of[step] = best_step(record or {})
@@ -139,10 +140,10 @@ class Checkpoints:
         self._saving = (step, response)
 
     def wait(self) -> None:
-        """Returns when what was saved is on disk.
+        """Wait until the last save is on disk.
 
         Raises:
-          CheckpointError: if it could not be written. Earlier checkpoints are untouched.
+          CheckpointError: if the save failed. Earlier checkpoints are not affected.
         """
         if self._saving is None:
             return
@@ -152,7 +153,7 @@ class Checkpoints:
                 response.result()
         except CheckpointError:
             unfinished = self.directory / f"{step}.orbax-checkpoint-tmp"
-            remove_tree(unfinished)  # it holds space that may be wanted
+            remove_tree(unfinished)  # to free its space
             raise
         self._note_sizes(step, self.directory / str(step))
 
@@ -165,24 +166,24 @@ class Checkpoints:
         best: bool = False,
         check: Callable[[Mapping[str, Any]], None] = lambda record: None,
     ) -> Restored | None:
-        """The newest state that is whole, or `None` where nothing was ever saved.
+        """Restore the newest undamaged checkpoint; return `None` if nothing was ever saved.
 
-        Damaged checkpoints are moved aside, next to the directory, with a warning that says why,
-        and the one before is tried.
+        If a checkpoint is damaged, it is moved to a folder next to this one, with a warning that
+        gives the reason, and the previous checkpoint is tried.
 
         Args:
-          abstract_state: the state's `jax.ShapeDtypeStruct`s, with the shardings to restore into;
-            `...` in place of an array that is not wanted, and that stays so in the result.
-          partial: whether `abstract_state` may be a part of the state, as nested dicts; what it
-            leaves out is not read.
-          only: the step to restore; None for the newest, or the one before if that is damaged.
-          best: whether to prefer the best step to the newest.
-          check: raises a `ValueError` for a record of another run.
+          abstract_state: the `jax.ShapeDtypeStruct`s of the state, with the shardings to restore
+            into. An array that is `...` is not read, and is `...` in the result.
+          partial: whether `abstract_state` may be only a part of the state, as nested dicts; the
+            rest is not read.
+          only: the only step to try; `None` for the newest undamaged one.
+          best: whether to try the best step before the newest.
+          check: a function that raises a `ValueError` for the record of another run.
 
         Raises:
-          CheckpointError: if there are checkpoints and none can be read, or if there are none
-            although some were saved.
-          ValueError: of `check`, or if no best step is known.
+          CheckpointError: if there are checkpoints but none can be read, or if checkpoints were
+            saved but none is present.
+          ValueError: from `check`, or if no best step is known.
         """
         damaged: dict[int, str] = {}
         for step in self._in_order(best=best) if only is None else [only]:
@@ -212,32 +213,32 @@ class Checkpoints:
         return None
 
     def _in_order(self, *, best: bool) -> list[int]:
-        """The steps in the order in which they are tried."""
-        # As process 0 sees them: a shared file system may show the newest late.
+        """The steps in the order in which to try them."""
+        # As process 0 sees them, since a shared file system may show the newest with a delay.
         steps = first_of_all(self.steps)[::-1]
         if not best or not steps:
             return steps
-        named = first_of_all([step for step in [best_step_in(self.directory)] if step is not None])
-        if not named:
+        known = first_of_all([step for step in [best_step_in(self.directory)] if step is not None])
+        if not known:
             raise ValueError(
                 f"no best checkpoint is known in {self.directory}: evaluation.best_metric was not "
-                "set, or not evaluated yet; name the workdir, for the newest"
+                "set, or not evaluated yet; give the workdir to use the newest checkpoint"
             )
-        return named + [step for step in steps if step not in named]
+        return known + [step for step in steps if step not in known]
 
     def _was_removed(self, step: int) -> bool:
-        """Whether the run has removed a step for newer ones since the steps were listed."""
-        gone = step in self.steps and not (self.directory / str(step)).exists()
-        return bool(first_of_all([int(gone)])[0])  # all processes must try again, or none
+        """Whether the run has removed a checkpoint since the steps were listed."""
+        removed = step in self.steps and not (self.directory / str(step)).exists()
+        return bool(first_of_all([int(removed)])[0])  # all processes must try again, or none
 
     def _note_sizes(self, step: int, directory: AnyPath | None) -> None:
-        """Lists the files of a step, or forgets them, and those of steps that are gone."""
+        """Note the file sizes of a step, or forget them; forget steps that no longer exist."""
         if jax.process_index() != 0:
             return
         before = known_sizes(self._sizes)
         noted = {name: before[name] for name in map(str, self.steps) if name in before}
         noted.pop(str(step), None)
-        with contextlib.suppress(OSError):  # it is a help, no part of the checkpoint
+        with contextlib.suppress(OSError):  # a checkpoint is complete without the note
             if directory is not None:
                 noted[str(step)] = file_sizes(directory)
             if noted != before:
@@ -249,26 +250,27 @@ class Checkpoints:
         sizes = file_sizes(self.directory / str(step))
         for name, size in known_sizes(self._sizes).get(str(step), {}).items():
             if sizes.get(name) != size:
-                found = f"has {sizes[name]} bytes of" if name in sizes else "is missing, of"
-                raise CheckpointError(f"its file {name} {found} {size}")
+                if name not in sizes:
+                    raise CheckpointError(f"its file {name} is missing")
+                raise CheckpointError(f"its file {name} has {sizes[name]} of {size} bytes")
 
     def _load(self, step: int, abstract_state: PyTree, *, partial: bool) -> PyTree:
         abstract_checksums = jax.tree.map(_abstract_checksum, abstract_state)
         abstract_items = {"state": abstract_state, "checksums": abstract_checksums}
         context = ocp.Context()
         context.pytree.loading.partial_load = partial
-        with _explained("it does not load"), context:
+        with _explained("it cannot be loaded"), context:
             items = self._checkpointer.load_checkpointables(step, abstract_items)
-        # Without its metadata a random key comes back as bare integers, with the right checksum.
+        # A random key that lost its metadata is loaded as integers, with the right checksum.
         jax.tree.map(_check_form, abstract_state, items["state"])
         read = jax.tree.map(lambda leaf: None if leaf is ... else leaf, items)
-        found, saved = jax.device_get((_checksums(read["state"]), read["checksums"]))
+        computed, saved = jax.device_get((_checksums(read["state"]), read["checksums"]))
         wrong = [
             jax.tree_util.keystr(path)
-            for (path, ours), theirs in zip(
-                jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(saved), strict=True
+            for (path, computed_sum), saved_sum in zip(
+                jax.tree_util.tree_leaves_with_path(computed), jax.tree.leaves(saved), strict=True
             )
-            if ours != theirs
+            if computed_sum != saved_sum
         ]
         if wrong:
             raise CheckpointError(f"checksums differ for {', '.join(wrong)}")
@@ -297,11 +299,11 @@ class Checkpoints:
 
 @jax.jit
 def checksum(array: Array) -> Integer[Array, ""]:
-    r"""Sums the array's words, each mixed with its place: $\sum_i (w_i \oplus m_i)\, o_i$ mod 2³².
+    r"""Compute a checksum of an array's words $w_i$: $\sum_i (w_i \oplus m_i)\, o_i$ mod 2³².
 
-    $m_i$ is a hash of $i$ and $o_i$ an odd one, so that a change of any one word always shows, and
-    any other change but for one case in 2³². Integer sums do not depend on their order, so neither
-    does this on sharding.
+    $m_i$ is a hash of $i$, and $o_i$ is an odd hash of $i$. A change of one word always changes the
+    checksum, and other changes go unnoticed in about one of 2³² cases. Integer sums do not depend
+    on the order of their terms, so the checksum does not depend on the sharding.
     """
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
@@ -309,10 +311,10 @@ def checksum(array: Array) -> Integer[Array, ""]:
         array = array.astype(jnp.uint8)
     width = min(array.dtype.itemsize, 4)
     words = lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
-    place = jnp.zeros(words.shape, jnp.uint32)
+    index = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
-        place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    mask = _mixed(place)
+        index = index * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    mask = _mixed(index)
     return jnp.sum((words ^ mask) * (_mixed(mask) | 1), dtype=jnp.uint32)
 
 
@@ -328,56 +330,57 @@ def _checksums(state: PyTree) -> PyTree:
     return jax.tree.map(checksum, state)
 
 
-def _check_form(wanted: Any, leaf: Any) -> None:
-    if wanted is ...:
+def _check_form(abstract: Any, leaf: Any) -> None:
+    if abstract is ...:
         return
-    if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
+    if (leaf.shape, leaf.dtype) != (abstract.shape, abstract.dtype):
         raise CheckpointError(
-            f"an array is {leaf.dtype}{list(leaf.shape)}, not {wanted.dtype}{list(wanted.shape)}"
+            f"an array is {leaf.dtype}{list(leaf.shape)}, not "
+            f"{abstract.dtype}{list(abstract.shape)}"
         )
 
 
 def _abstract_checksum(leaf: Any) -> Any:
     if leaf is ...:
         return ...
-    whole = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-    return jax.ShapeDtypeStruct((), jnp.uint32, sharding=whole)
+    replicated = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct((), jnp.uint32, sharding=replicated)
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turns whatever a storage library raises into one `CheckpointError` that says why.
+def _explained(failure: str) -> Iterator[None]:
+    """Convert any error of a storage library to a `CheckpointError` with the reason in one line.
 
-    Of several processes, what JAX raises is that another one is gone: a `PeerError`. That one
-    process's devices are full stays what it is.
+    With several processes, an error because another process has ended becomes a `PeerError`. In a
+    single process, an error because the devices are full is raised unchanged.
     """
     try:
         yield
-    except Exception as error:  # Orbax and TensorStore raise every class there is
+    except Exception as error:  # Orbax and TensorStore raise many classes
         errors: list[BaseException] = [error]
-        while (cause := errors[-1].__cause__) is not None:  # Orbax buries the reason
+        while (cause := errors[-1].__cause__) is not None:  # Orbax wraps the reason
             errors.append(cause)
         several = jax.process_count() > 1
         if not several and (full := next(filter(of_full_devices, errors), None)):
-            # The checkpoint may be whole. Several processes must all go on to the one before.
+            # The checkpoint may be undamaged. Several processes, however, must all fall back.
             raise full from full.__cause__
         last = errors[-1]
         if any(map(of_lost_process, errors)) or ("Gloo" in str(last) and several):
-            raise PeerError(f"{what}: {last}") from last
+            raise PeerError(f"{failure}: {last}") from last
         reason = " ".join(str(last).split()) or type(last).__name__
         hint = _hint(reason)
-        raise CheckpointError(f"{what}: {reason[:400]}{hint}") from last
+        raise CheckpointError(f"{failure}: {reason[:400]}{hint}") from last
 
 
 def _hint(reason: str) -> str:
     lowered = reason.lower()
     if any(sign in lowered for sign in ("no space", "quota", "file too large")):
-        return ". Free some space, then run the same command again: it goes on from the last one"
+        return ". Free some space, then run the same command again to resume from the last one"
     if "permission denied" in lowered or "read-only" in lowered:
         return ". Make it writable, or choose another --workdir"
     return ""
 
 
 def _drop_orbax_records(record: logging.LogRecord) -> bool:
-    # Orbax logs a page of traceback per background thread for what is raised here in one line.
+    # Orbax logs a long traceback per background thread for errors that are raised here as one line.
     return "orbax" not in record.pathname

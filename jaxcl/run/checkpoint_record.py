@@ -1,4 +1,4 @@
-"""What lies with the arrays of a checkpoint: the record of its run, and the sizes of its files."""
+"""The record of the run in each checkpoint, and the list of the checkpoints' file sizes."""
 
 import contextlib
 import hashlib
@@ -30,25 +30,25 @@ _RECORD_FILE = Path(RECORD) / "data.json"  # as Orbax writes it
 
 
 class CheckpointError(UserError):
-    """A checkpoint could not be written, or none of those there can be read."""
+    """A checkpoint cannot be written, or no checkpoint can be read."""
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with its digest, as `saved_record` reads it."""
+    """Add a digest to a record, for `saved_record`."""
     return {"record": dict(record), "sha256": _digest(record)}
 
 
 def saved_record(directory: AnyPath) -> Mapping[str, Any]:
-    """The record of the checkpoint in a folder.
+    """Read the record of the checkpoint in a folder.
 
     Raises:
-      CheckpointError: if it is damaged, or that of another step.
+      CheckpointError: if the record is damaged, or belongs to another step.
     """
     try:
         content = read_json_object(directory / _RECORD_FILE)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"it has no record ({_RECORD_FILE}); checkpoints of earlier versions have none"
+            f"it has no record ({_RECORD_FILE}), like checkpoints of earlier versions"
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"its record cannot be read: {error}") from error
@@ -56,12 +56,12 @@ def saved_record(directory: AnyPath) -> Mapping[str, Any]:
     if not isinstance(record, dict) or content.get("sha256") != _digest(record):
         raise CheckpointError(f"its record in {_RECORD_FILE} is damaged")
     if record.get("step") != int(directory.name):
-        raise CheckpointError(f"it holds step {record.get('step')}: its folder was renamed")
+        raise CheckpointError(f"it is of step {record.get('step')}, so its folder was renamed")
     return record
 
 
 def newest_record(directory: AnyPath) -> Mapping[str, Any] | None:
-    """The record of the newest checkpoint whose record can be read, or `None` without any."""
+    """The record of the newest checkpoint with a readable record, or `None` if there is none."""
     for step in reversed(steps_in(directory)):
         with contextlib.suppress(CheckpointError):
             return saved_record(directory / str(step))
@@ -74,22 +74,22 @@ def check_none_lost(directory: AnyPath) -> None:
     noted = known_sizes(file)
     if noted and not steps_in(directory):
         raise CheckpointError(
-            f"step {max(map(int, noted))} was saved in {directory}, but no checkpoint is there; if "
-            "it lies on another volume, mount that, or restore it from a copy. To start over from "
-            f"nothing, delete {file}"
+            f"step {max(map(int, noted))} was saved in {directory}, but that folder has no "
+            "checkpoint now; mount its volume, or restore it from a copy. To start over, delete "
+            f"{file}"
         )
 
 
 def sizes_file(directory: AnyPath) -> AnyPath:
-    """Where the sizes of the checkpoints in a folder are noted."""
+    """The path of the file that lists the sizes of the checkpoints in a folder."""
     return directory.with_name(f"{directory.name}.sizes.json")
 
 
 def known_sizes(path: AnyPath) -> dict[str, dict[str, int]]:
-    """Step -> the bytes of each file; a damaged file is as good as none."""
+    """Read the list of file sizes in bytes, by step and name; empty if it is missing or damaged."""
     try:
         content = read_json_object(path)
-    except (OSError, ValueError):  # the process was killed right after its first save
+    except (OSError, ValueError):  # such as after a process was killed during its first save
         return {}
     return {
         step: sizes for step, sizes in content.items() if step.isdigit() and isinstance(sizes, dict)
@@ -97,7 +97,7 @@ def known_sizes(path: AnyPath) -> dict[str, dict[str, int]]:
 
 
 def steps_in(directory: AnyPath) -> list[int]:
-    """The steps of the checkpoints in a folder, oldest first, whether or not they are whole."""
+    """The steps of the checkpoints in a folder, oldest first, including damaged ones."""
     if not directory.is_dir():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())

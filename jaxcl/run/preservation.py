@@ -1,4 +1,4 @@
-"""Which checkpoints of a run Orbax leaves on the disk."""
+"""The policy by which Orbax keeps or deletes the checkpoints of a run."""
 
 import contextlib
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ __all__ = ["Preservation"]
 
 
 class Preservation(ocp.training.preservation_policies.PreservationPolicy):
-    """`kept_steps` as a policy of Orbax.
+    """Apply `kept_steps` as a policy of Orbax.
 
     Attributes:
-      best_of: step of a checkpoint -> the best step up to it, by its record.
+      best_of: maps the step of a checkpoint to the best step up to it, from its record.
     """
 
     def __init__(self, newest: int):
@@ -26,17 +26,17 @@ class Preservation(ocp.training.preservation_policies.PreservationPolicy):
         self.best_of: dict[int, int | None] = {}
 
     def read(self, directory: AnyPath) -> None:
-        """Read `best_of` from the checkpoints in a folder; all processes have that of process 0."""
-        named: list[int] = []
+        """Read `best_of` from the checkpoints in a folder; all processes use that of process 0."""
+        pairs: list[int] = []
         for step in steps_in(directory):
             with contextlib.suppress(CheckpointError):
                 if (best := best_step(saved_record(directory / str(step)))) is not None:
-                    named += [step, best]
-        named = first_of_all(named)
-        self.best_of = dict(zip(named[::2], named[1::2], strict=True))
+                    pairs += [step, best]
+        pairs = first_of_all(pairs)
+        self.best_of = dict(zip(pairs[::2], pairs[1::2], strict=True))
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Whether each checkpoint stays, as Orbax asks after each save."""
+        """Decide for each checkpoint whether to keep it; Orbax calls this after each save."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = kept_steps(steps, newest=self._newest, best_of=self.best_of)
         return [step in kept for step in steps]

@@ -298,8 +298,8 @@ def test_each_choice_is_measured(run_of, method):
         shares = (record[f"assignment/{name}"] for name in ("closed", "closed_before"))
         closed, before = (f"{round(100 * share)}%" for share in shares)
         seconds = f"{record['time/assignment_seconds']:.1f} s"
-        line = f"batches chosen anew after step {record['step']} in {seconds}: {closed} of the gap"
-        line += f" to the loss of all rows is closed, before {before}; their loss is "
+        line = f"reassigned the batches after step {record['step']} in {seconds}: they close "
+        line += f"{closed} of the gap to the loss over all rows (before: {before}); their loss is "
         ours, theirs = record["assignment/train_loss"], record["assignment/train_loss_before"]
         line += f"{ours - theirs:.2f} higher" if ours >= theirs else f"{theirs - ours:.2f} lower"
         assert f"{line}\n" in run_of(method).said
@@ -401,8 +401,8 @@ def followed(config: ConfigDict) -> None:
         ("data_set", (("c", 1.0),), "weights name c; the data sets are first, b: give each"),
         ("data_set", (("first", 1.0),), "weights name first; the data sets are first, b"),
         ("data_set", ((0, 1.0), ("b", 1.0)), "weights name 0, b; the data sets are first, b"),
-        ("group", (("b", 1.0),), "by group, sources have numbers; names go with"),
-        ("group", ((0, 1.0), (0, 2.0)), "name a source twice"),
+        ("group", (("b", 1.0),), "by='group', sources are numbers; only data sets have names"),
+        ("group", ((0, 1.0), (0, 2.0)), "has a source twice"),
     ],
 )
 def test_weights_of_sources_that_are_not_there_are_named(
@@ -547,7 +547,7 @@ def test_epochs_that_never_pass_are_an_error(configured, tmp_path):
     config = configured(**BANK, **{f"{GCBS}refresh_epochs": 9.0, "steps": 60})
     program, data = training_of(config), data_of(config, tmp_path)
     with pytest.raises(
-        ValueError, match=r"=9\.0 never comes: 60 steps are 8\.8 epochs of 107 rows"
+        ValueError, match=r"=9\.0 is never reached: the 60 steps, without the last, are 8\.8 epochs"
     ):
         RunBatches(program, data, tmp_path)
 
