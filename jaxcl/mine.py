@@ -336,7 +336,7 @@ def _embedded(run: OpenedRun, table: Table, side: str, folder: Path) -> Float[np
 
     title = {"query": "embedding queries", "key": "embedding keys"}[side]
     path, dim = folder / f"{side}.npy", run.settings.model.dim
-    return embed_in_blocks(path, table.num_rows, dim, embed, what=title)
+    return embed_in_blocks(path, table.num_rows, dim, embed, title=title)
 
 
 def _write(out: AnyPath, source: PairSource, mined: HardNegatives) -> None:

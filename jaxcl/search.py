@@ -43,9 +43,9 @@ from jaxcl.host.user_folders import cache_folder
 from jaxcl.run.corpus_index import (
     CorpusIndex,
     check_options,
-    kept_in_words,
+    describe_kept,
     open_index,
-    place_of,
+    paths_digest,
     query_vectors,
 )
 from jaxcl.run.embedding_model import EmbeddingModel
@@ -174,7 +174,7 @@ def _run(arguments: Namespace) -> None:
         rescore=arguments.rescore,
         trust=arguments.trust,
     )
-    for line in kept_in_words(opened.kept, arguments.dim, arguments.precision):
+    for line in describe_kept(opened.kept, arguments.dim, arguments.precision):
         say(line)
     for text in [query] if query else _typed(prompt="" if arguments.json else "search> "):
         show(text, opened(text, arguments.top))
@@ -290,7 +290,7 @@ def open_search(
             model,
             documents,
             cache_folder() / "search" if index is None else local_path(index),
-            place=place_of(as_path(corpus), model, fields),
+            paths=paths_digest(as_path(corpus), model, fields),
             dim=dim,
             precision=precision,
             rescore=rescore,

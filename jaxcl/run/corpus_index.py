@@ -2,14 +2,15 @@
 
 Each index is a folder, named by digests of the paths and of the content of model and corpus:
 
-    keys.npy           the documents' embeddings, ready for inner products, float32
-    keys-64.npy        the same, cut to 64 dimensions
-    int8-64.npy        codes of those, or binary-64.npy; int8.npy and binary.npy of keys.npy
-    search_index.json  the shares that were measured
+    keys.npy           embeddings of the documents, ready for inner products, in float32
+    keys-64.npy        the embeddings truncated to 64 dimensions
+    int8.npy           int8 codes of keys.npy, and int8-64.npy of keys-64.npy
+    binary.npy         binary codes, likewise
+    search_index.json  measured shares of the exact ranking
 
 Next to each array is a log with the digests of its blocks (`jaxcl.host.block_file`). Embedding
-resumes after the last finished block. From the first damaged block on, rows are computed again.
-Once the index of a changed model or corpus is complete, the previous one is removed.
+resumes after the last finished block; if a block is damaged, rows are computed again from there.
+When the index of a changed model or corpus is complete, the previous one is removed.
 """
 
 import contextlib
@@ -40,9 +41,9 @@ except ImportError:  # as on Windows
 __all__ = [
     "CorpusIndex",
     "check_options",
-    "kept_in_words",
+    "describe_kept",
     "open_index",
-    "place_of",
+    "paths_digest",
     "query_vectors",
 ]
 
@@ -59,12 +60,12 @@ class CorpusIndex(NamedTuple):
     """An opened index.
 
     Attributes:
-      search: over the vectors of the documents.
-      kept: measured shares of a ranking's top 10. The queries are up to 200 documents drawn at
-        random, each left out of its own ranking. `"dim"` is the share of the ranking by all
-        dimensions that the cut vectors keep. `"search"` is the share of the ranking by float32
-        vectors that the quantised search keeps, and `"codes"` the same without rescoring. Shares
-        that do not apply are left out.
+      search: the search over the vectors of the documents.
+      kept: measured shares of the top 10 of an exact ranking. The queries are up to 200 random
+        documents, each left out of its own ranking. `"dim"` is the share of the ranking by all
+        dimensions that the truncated vectors keep. `"search"` is the share of the ranking by
+        float32 vectors that the quantised search keeps, and `"codes"` is that share without
+        rescoring. Shares that do not apply are left out.
     """
 
     search: VectorSearch
@@ -76,21 +77,21 @@ def open_index(
     documents: Documents,
     base: Path,
     *,
-    place: str,
+    paths: str,
     dim: int | None = None,
     precision: str = "float32",
     rescore: int = 1,
 ) -> CorpusIndex:
-    """Open the index of a corpus; missing, damaged or outdated parts are computed.
+    """Open the index of a corpus, and compute its missing, damaged or outdated parts.
 
     Args:
-      model: embeds the documents as keys.
+      model: the model that embeds the documents as keys.
       documents: the corpus.
-      base: the folder of indexes; created if necessary.
-      place: identifies the paths of model and corpus; a complete index replaces earlier ones of the
-        same place.
-      dim: the number of dimensions to search by; `None` for all.
-      precision, rescore: as `VectorSearch`.
+      base: folder of all indexes; created if necessary.
+      paths: the digest of the paths of model and corpus, from `paths_digest`. A complete index
+        replaces earlier ones with the same paths.
+      dim: number of dimensions to search with; `None` for all.
+      precision, rescore: as for `VectorSearch`.
 
     Raises:
       ValueError: if an embedding is not finite, or no inner product gives the model's similarity.
@@ -104,17 +105,17 @@ def open_index(
         "similarity": model.similarity_function,
         "documents": documents.fingerprint,
     }
-    folder = _folder(base, place, digest_of(json.dumps(made_from, sort_keys=True).encode()))
+    folder = _folder(base, paths, digest_of(json.dumps(made_from, sort_keys=True).encode()))
     with _locked(folder):
-        whole = keys = _embedded(model, documents, folder)
+        full_keys = keys = _embedded(model, documents, folder)
         if dim is not None:
-            keys = _cut(model, whole, dim, folder)
+            keys = _truncated_keys(model, full_keys, dim, folder)
         search = VectorSearch(keys)
         if precision != "float32":
             codes = _codes(keys, precision, dim, folder)
             search = VectorSearch(keys, codes, precision, rescore)
-        kept = _kept(model, documents, whole, search, dim, folder, made_from)
-    _remove_earlier(base, place, folder)
+        kept = _kept(model, documents, full_keys, search, dim, folder, made_from)
+    _remove_earlier(base, paths, folder)
     return CorpusIndex(search, kept)
 
 
@@ -124,8 +125,8 @@ def check_options(
     """Check the options of a search before any work is done.
 
     Args:
-      model, dim, precision: as `open_index`.
-      rescore: candidates per hit with exact scores; `None` for the default of `RESCORE`.
+      model, dim, precision: as for `open_index`.
+      rescore: number of candidates per hit with exact scores; `None` for the default in `RESCORE`.
 
     Returns:
       The number of candidates per hit.
@@ -139,17 +140,18 @@ def check_options(
     bounded = model.normalizes or model.similarity_function == "cosine"
     if precision == "int8" and not bounded:
         raise ValueError(
-            "precision='int8' is for unit vectors, and this model compares vectors of any length; "
+            "precision='int8' needs unit vectors, but this model compares vectors of any length; "
             "use 'binary' or 'float32'"
         )
     if rescore is None:
         return RESCORE.get(precision, 1)
     if precision == "float32":
         raise ValueError(
-            f"rescore={rescore} has no effect on exact scores of float32; leave it out"
+            f"rescore={rescore} has no effect with precision='float32', which is exact; leave it "
+            "out"
         )
     if rescore < 1:
-        raise ValueError(f"rescore={rescore} leaves no candidates; give 1 or more")
+        raise ValueError(f"rescore={rescore} must be at least 1")
     return rescore
 
 
@@ -161,40 +163,38 @@ def _check_dim(model: EmbeddingModel, dim: int | None) -> None:
     trained = model.matryoshka_dims
     if trained and dim not in trained:
         lengths = ", ".join(map(str, sorted({*trained, model.dim})))
-        raise ValueError(
-            f"dim={dim} is not a length that the model was trained at; use one of {lengths}"
-        )
+        raise ValueError(f"the model was not trained at dim={dim}; use one of {lengths}")
     if not trained:
         say(
-            f"{model.source} does not say that it was trained at shorter lengths; compare the "
-            f"share that {dim} dimensions keep"
+            f"{model.source} may not have been trained at shorter lengths; check how much of the "
+            f"ranking {dim} dimensions keep"
         )
 
 
-def kept_in_words(kept: Mapping[str, float], dim: int | None, precision: str) -> list[str]:
-    """The measured shares of an index, a sentence each.
+def describe_kept(kept: Mapping[str, float], dim: int | None, precision: str) -> list[str]:
+    """Describe the measured shares of an index, in one line each.
 
     Args:
-      kept: of a `CorpusIndex`.
-      dim, precision: of its search.
+      kept: the shares, from a `CorpusIndex`.
+      dim, precision: the options of its search.
     """
-    how = "measured with random documents as queries"
+    method = "measured with random documents as queries"
     lines = []
     if "dim" in kept:
         lines.append(
             f"{dim} dimensions keep {kept['dim']:.1%} of the top {_SAMPLE_TOP} by all dimensions, "
-            + how
+            + method
         )
     if "search" in kept:
         lines.append(
             f"{precision} with rescoring keeps {kept['search']:.1%} of the top {_SAMPLE_TOP} by "
-            f"float32 ({kept['codes']:.1%} without rescoring), {how}"
+            f"float32 ({kept['codes']:.1%} without rescoring), {method}"
         )
     return lines
 
 
-def place_of(corpus: AnyPath, model: EmbeddingModel, fields: Mapping[str, Any]) -> str:
-    """Identifies where a corpus and a model are, whatever they hold now."""
+def paths_digest(corpus: AnyPath, model: EmbeddingModel, fields: Mapping[str, Any]) -> str:
+    """Compute a digest of the paths of a corpus and a model, whatever the files contain."""
     path = str(corpus) if is_remote(corpus) else os.path.abspath(corpus)
     return digest_of(json.dumps([path, os.path.abspath(model.source), fields]).encode())
 
@@ -202,10 +202,10 @@ def place_of(corpus: AnyPath, model: EmbeddingModel, fields: Mapping[str, Any]) 
 def query_vectors(
     model: EmbeddingModel, embeddings: Float[np.ndarray, "q d"], dim: int | None
 ) -> Float[np.ndarray, "q _"]:
-    """Embeddings of queries, cut to `dim` dimensions and ready for inner products.
+    """Truncate embeddings of queries to `dim` dimensions, and prepare them for inner products.
 
     Raises:
-      ValueError: as `for_inner_products`.
+      ValueError: as for `for_inner_products`.
     """
     vectors = truncated(embeddings, dim, normalizes=model.normalizes)
     return for_inner_products(model.similarity_function, "query", vectors)
@@ -220,9 +220,9 @@ def _embedded(model: EmbeddingModel, documents: Documents, folder: Path) -> np.n
     def rows_of(rows: slice, advance: Callable[[int], object]) -> np.ndarray:
         texts = documents.read(np.arange(rows.start, rows.stop))
         vectors = model.encode(texts, side="key", progress=advance)
-        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-        if bad.size:
-            name = documents.ids[rows.start + int(bad[0])]
+        invalid = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if invalid.size:
+            name = documents.ids[rows.start + int(invalid[0])]
             raise ValueError(f"the embedding of document {name!r} is not finite; check the model")
         return _key_vectors(model, vectors, None)
 
@@ -232,21 +232,21 @@ def _embedded(model: EmbeddingModel, documents: Documents, folder: Path) -> np.n
         (len(documents), width),
         np.float32,
         rows_of,
-        doing="embedding documents",
+        title="embedding documents",
     )
 
 
-def _cut(model: EmbeddingModel, whole: np.ndarray, dim: int, folder: Path) -> np.ndarray:
+def _truncated_keys(
+    model: EmbeddingModel, full_keys: np.ndarray, dim: int, folder: Path
+) -> np.ndarray:
     def rows_of(rows: slice, advance: Callable[[int], object]) -> np.ndarray:
         advance(rows.stop - rows.start)
-        # Without the column that Euclidean distances add, which depends on the dimensions.
-        return _key_vectors(model, whole[rows, : model.dim], dim)
+        # Leave out the column that Euclidean distances add, since it depends on the dimensions.
+        return _key_vectors(model, full_keys[rows, : model.dim], dim)
 
     width = _key_vectors(model, np.zeros((0, model.dim), np.float32), dim).shape[1]
-    shape = (len(whole), width)
-    return _array(
-        folder / f"keys-{dim}.npy", shape, np.float32, rows_of, doing=f"cutting to {dim} dimensions"
-    )
+    path, title = folder / f"keys-{dim}.npy", f"truncating to {dim} dimensions"
+    return _array(path, (len(full_keys), width), np.float32, rows_of, title=title)
 
 
 def _codes(keys: np.ndarray, precision: str, dim: int | None, folder: Path) -> np.ndarray:
@@ -261,7 +261,7 @@ def _codes(keys: np.ndarray, precision: str, dim: int | None, folder: Path) -> n
         (len(keys), empty.shape[1]),
         empty.dtype.type,
         rows_of,
-        doing=f"quantising to {precision}",
+        title=f"quantising to {precision}",
     )
 
 
@@ -271,14 +271,14 @@ def _array(
     dtype: type,
     rows_of: Callable[[slice, Callable[[int], object]], np.ndarray],
     *,
-    doing: str,
+    title: str,
 ) -> np.ndarray:
-    """The array of a file, mapped to memory; missing rows are computed."""
+    """Compute the missing rows of an array in a file, and map the array to memory."""
     array = complete_array(path, shape, dtype)
     if array is not None:
         return array
     blocks = BlockFile(path, shape, dtype)
-    with progress_bar(doing, shape[0]) as advance:
+    with progress_bar(title, shape[0]) as advance:
         advance(blocks.done)
         while blocks.done < shape[0]:
             rows = slice(blocks.done, min(blocks.done + _BLOCK_ROWS, shape[0]))
@@ -289,20 +289,20 @@ def _array(
 def _kept(
     model: EmbeddingModel,
     documents: Documents,
-    whole: np.ndarray,
+    full_keys: np.ndarray,
     search: VectorSearch,
     dim: int | None,
     folder: Path,
     made_from: Mapping[str, Any],
 ) -> dict[str, float]:
-    """The shares of `CorpusIndex`, measured once for these options."""
+    """Measure the shares of `CorpusIndex`, or read them if these options were measured before."""
     if dim is None and search.codes is None:
         return {}
     name = f"dim={dim} precision={search.precision} rescore={search.rescore}"
     measured = _read_measured(folder)
     if name not in measured:
-        measured[name] = _measured(model, documents, whole, search, dim)
-        with contextlib.suppress(OSError):  # of a folder that this user may only read
+        measured[name] = _measure(model, documents, full_keys, search, dim)
+        with contextlib.suppress(OSError):  # if this user may only read the folder
             write_sealed_json(folder / _RECORD, {"made_from": made_from, "measured": measured})
     return measured[name]
 
@@ -314,10 +314,10 @@ def _read_measured(folder: Path) -> dict[str, dict[str, float]]:
         return {}
 
 
-def _measured(
+def _measure(
     model: EmbeddingModel,
     documents: Documents,
-    whole: np.ndarray,
+    full_keys: np.ndarray,
     search: VectorSearch,
     dim: int | None,
 ) -> dict[str, float]:
@@ -328,17 +328,17 @@ def _measured(
     if search.codes is not None:
         searches |= {"search": search, "codes": search._replace(rescore=1)}
     if dim is not None:
-        searches["whole"] = VectorSearch(whole)
+        searches["full"] = VectorSearch(full_keys)
     rankings: dict[str, list[np.ndarray]] = {}
     with progress_bar("measuring the share kept", size * len(searches)) as advance:
-        for name, one in searches.items():
-            queries = query_vectors(model, embeddings, None if name == "whole" else dim)
+        for name, variant in searches.items():
+            queries = query_vectors(model, embeddings, None if name == "full" else dim)
             rankings[name] = []
             for first in range(0, size, _QUERIES_AT_ONCE):
                 part = queries[first : first + _QUERIES_AT_ONCE]
-                rankings[name] += [best.rows for best in one.best(part, _SAMPLE_TOP + 1)]
+                rankings[name] += [best.rows for best in variant.best(part, _SAMPLE_TOP + 1)]
                 advance(len(part))
-    pairs = {"dim": ("float", "whole"), "search": ("search", "float"), "codes": ("codes", "float")}
+    pairs = {"dim": ("float", "full"), "search": ("search", "float"), "codes": ("codes", "float")}
     return {
         name: share_kept(rankings[one], rankings[other], own=sample.tolist(), top=_SAMPLE_TOP)
         for name, (one, other) in pairs.items()
@@ -346,25 +346,25 @@ def _measured(
     }
 
 
-def _folder(base: Path, place: str, content: str) -> Path:
-    """The folder of an index, also if its model or corpus was moved since."""
+def _folder(base: Path, paths: str, content: str) -> Path:
+    """The folder of an index, even if its model or corpus was moved since."""
     present = sorted(base.glob(f"*-{content}"))
-    folder = present[0] if present else base / f"{place}-{content}"
+    folder = present[0] if present else base / f"{paths}-{content}"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _remove_earlier(base: Path, place: str, folder: Path) -> None:
-    for other in base.glob(f"{place}-*"):
+def _remove_earlier(base: Path, paths: str, folder: Path) -> None:
+    for other in base.glob(f"{paths}-*"):
         if other != folder and not other.is_symlink():
             shutil.rmtree(other, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to an index, where the file system has locks."""
+    """Keep other processes from writing to an index, if the file system supports locks."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(PermissionError):  # of a folder that this user may only read
+        with contextlib.suppress(PermissionError):  # if this user may only read the folder
             lock = stack.enter_context((folder / _LOCK).open("a"))
             if fcntl is not None:
                 _wait_for(lock, folder)
@@ -375,7 +375,7 @@ def _wait_for(lock: Any, folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        say(f"another process writes the index in {folder}; waiting until it ends")
+        say(f"another process is writing the index in {folder}; waiting until it ends")
         fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks
+    except OSError:  # the file system does not support locks
         return

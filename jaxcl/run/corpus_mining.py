@@ -1,7 +1,7 @@
-"""Mine hard negatives of queries in a corpus with any model of texts, and write them as JSON lines.
+"""Mine hard negatives for queries in a corpus, and write them as JSON lines.
 
-Each line holds a query, its positives and its negatives as texts, and the similarities of both,
-which may teach the next model:
+Each line has a query, its positives and its negatives as texts, and the similarities of both, from
+which another model can learn:
 
     {"query": "…", "positives": ["…"], "negatives": ["…", "…"],
      "teacher_scores": {"positives": [0.81], "negatives": [0.64, 0.6]}}
@@ -42,25 +42,29 @@ __all__ = ["MinedFiles", "mine_corpus"]
 
 _BLOCK_TEXTS = {"cpu": 512}
 _ACCELERATOR_TEXTS = 16_384
-"""Texts of a block, after which their vectors are on the disk. Large blocks waste less on padding;
-a CPU needs minutes for a few hundred long texts."""
+"""Number of texts per block; the vectors of each finished block are on disk. Large blocks waste
+less on padding, but a CPU needs minutes for a few hundred long texts."""
+
+
+_PREFIXES = ("documents", "positives", "queries")
+"""Prefixes of the files of embeddings; positives are those outside of the corpus."""
 
 
 class MinedFiles(NamedTuple):
     """The files of `mine_corpus`.
 
     Attributes:
-      queries: queries with their positives, as `jaxcl.data.query_files.read_queries` reads them; or
-        with ids, for `qrels`.
+      queries: queries with their positives, for `jaxcl.data.query_files.read_queries`; with
+        `qrels`, queries with ids.
       output: the file to write, `.jsonl`.
-      corpus: the documents, as `jaxcl.data.documents.read_documents` reads them; `None` for the
-        positives of all queries.
-      qrels: BEIR's relevance judgements, whose documents above 0 are the positives.
-      scores: scores of pairs by another model, such as a re-ranker, as
-        `jaxcl.data.score_files.read_pair_scores` reads them. They decide about margins and limits,
-        and are written. Documents without a score are not mined.
-      query_field, positive_field: fields of the queries; `None` takes common ones.
-      id_field, text_field: fields of the corpus; `None` takes common ones.
+      corpus: the documents, for `jaxcl.data.documents.read_documents`; `None` for the positives of
+        all queries.
+      qrels: relevance judgements in BEIR's format; documents with a grade above 0 are positives.
+      scores: scores of pairs from another model, such as a re-ranker, for
+        `jaxcl.data.score_files.read_pair_scores`. Margins and limits apply to them, and they are
+        written to the output. Documents without a score are not mined.
+      query_field, positive_field: fields of the queries; `None` for common names.
+      id_field, text_field: fields of the corpus; `None` for common names.
     """
 
     queries: str | os.PathLike[str]
@@ -84,36 +88,36 @@ def mine_corpus(
     seed: int = 0,
     trust: Trust = (),
 ) -> dict[str, Any]:
-    """Mine the hard negatives of queries in a corpus, and write them.
+    """Mine hard negatives for queries in a corpus, and write them to a file.
 
-    Queries with the same text are one line, with all of their positives, in the order of the file.
-    A query's positives are never among its negatives, nor are documents with the text of a positive
-    (alone or after a title) or of the query, and, with qrels, a document with the query's id. White
-    space does not tell texts apart, and documents that are equal in this sense count once.
+    Queries with the same text share one line with all of their positives, in the order of the file.
+    The negatives of a query never include one of its positives, a document with the text of a
+    positive (alone or after a title) or of the query, or, with qrels, a document with the query's
+    id. Texts that differ only in white space are equal, and equal documents are mined once.
 
-    The embeddings and unfinished work stay in the user's cache (`cache_folder() / "mining"`), so
-    that the same call resumes after a stop, and another rule needs no embedding. The vectors of all
-    documents are on the disk and on the devices. With several processes, every one must make the
-    same call; process 0 writes.
+    Embeddings and unfinished work stay in the user's cache (`cache_folder() / "mining"`), so that
+    the same call resumes after a stop, and a call with another rule reuses the embeddings. The
+    vectors of all documents must fit on the disk and on the devices. With several processes, each
+    of them must make the same call; process 0 writes the files.
 
     Args:
       model: a model, or a path for `jaxcl.load`.
       files: the files to read and write. A report (`.report.json`) and examples (`.examples.md`)
         are written next to the output.
-      rule: which of the nearest documents are negatives. Similarities are inner products of
-        `jaxcl.run.host_vectors.for_inner_products`, which are cosines for most models. A margin is
-        measured from the query's least similar positive.
-      guide: another model, whose similarities decide about margins and limits, and are written.
+      rule: the rule that selects negatives among the nearest documents. Similarities are inner
+        products of `jaxcl.run.host_vectors.for_inner_products`, which are cosines for most models.
+        The margin is measured from the least similar positive of the query.
+      guide: a guide model; margins and limits apply to its similarities, which are also written.
       skip_empty: whether to leave out queries without negatives.
-      seed: of the random draws.
-      trust: the packages whose code a run may name.
+      seed: seed of the random draws.
+      trust: packages from which an encoder named `package.module:function` may be imported.
 
     Returns:
       The report.
 
     Raises:
-      ValueError: for a bad record, with its line; an unknown id; a rule by which nothing is found,
-        or that does not fit the model; or a guide without a margin or limit.
+      ValueError: for an invalid record, with its line; an unknown id; a rule that leaves no
+        negatives or does not fit the model; or a guide without a margin or limit.
       OSError: if a file cannot be read or written.
     """
     rule.check()
@@ -127,32 +131,35 @@ def mine_corpus(
             "set --rank-range to lower ranks"
         )
     if files.scores is not None and guide is not None:
-        raise ValueError("both scores and a guide decide about margins and limits; choose one")
-    models = [_loaded(one, trust) for one in (model, guide) if one is not None]
+        raise ValueError(
+            "scores and a guide are both given, but margins and limits apply to only one of them; "
+            "leave one out"
+        )
+    models = [_loaded(source, trust) for source in (model, guide) if source is not None]
     _check_models(models, rule, scored=files.scores is not None)
     scored = None if files.scores is None else _read_scores(as_path(files.scores), queries, pool)
-    sides = [_embedded(one, queries.queries, pool) for one in models]
-    what = {
+    embedded = [_embedded(loaded, queries.queries, pool) for loaded in models]
+    made_from = {
         "rule": rule_record(rule),
         "seed": seed,
         "positives": json_digest([pool.positives, pool.excluded]),
-        "embeddings": [side.name for side in sides],
+        "embeddings": [one.name for one in embedded],
         "scores": None if scored is None else scored.fingerprint,
     }
-    folder = cache_folder() / "mining" / "unfinished" / json_digest(what)
-    score: PairScores = sides[-1].score if scored is None else scored.of
-    mined = _mined(sides, pool, rule, seed, folder, None if scored is None else score)
+    folder = cache_folder() / "mining" / "unfinished" / json_digest(made_from)
+    score: PairScores = embedded[-1].score if scored is None else scored.of
+    mined = _mined(embedded, pool, rule, seed, folder, None if scored is None else score)
     report = {
         "records": queries.records,
         **pool.counts(),
         **mined_figures(mined),
         "fields": queries.fields,
-        "rule": what["rule"],
+        "rule": made_from["rule"],
         "seed": seed,
         "model": models[0].source,
         "guide": models[1].source if guide is not None else None,
         "scores": None if files.scores is None else str(files.scores),
-        "made_from": what,
+        "made_from": made_from,
     }
     if jax.process_index() == 0:
         write_mined(output, queries, pool, mined, score, report, skip_empty=skip_empty, seed=seed)
@@ -161,7 +168,7 @@ def mine_corpus(
 
 
 class _Embedded(NamedTuple):
-    """The embeddings of one model, ready for inner products; `name` identifies them."""
+    """The embeddings by one model, ready for inner products, with a name that identifies them."""
 
     name: str
     queries: Float[np.ndarray, "q d"]
@@ -170,7 +177,7 @@ class _Embedded(NamedTuple):
     def score(
         self, numbers: Integer[np.ndarray, " n"], rows: Integer[np.ndarray, "n p"]
     ) -> Float[np.ndarray, "n p"]:
-        """The similarities of some queries to rows of keys."""
+        """Compute the similarities of queries, by number, to rows of keys."""
         return scores_of(self.queries[numbers], self.keys, rows)
 
 
@@ -181,7 +188,7 @@ def _checked_output(files: MinedFiles) -> AnyPath:
     for name in (files.queries, files.corpus, files.qrels, files.scores):
         if name is not None and _same_file(output, as_path(name)):
             raise ValueError(f"{output} is also an input; choose another name for the output")
-    # Mistakes in the path show before hours of work, not after.
+    # Check the path before hours of work, not after.
     if output.is_dir():
         raise ValueError(f"{output} is a folder; give the path of a file")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +209,7 @@ def _read_files(files: MinedFiles) -> tuple[QueryFile, Documents]:
             path, query_field=files.query_field, positive_field=files.positive_field
         )
     elif files.positive_field is not None:
-        raise ValueError("the qrels say which documents are positives; leave out --positive-field")
+        raise ValueError("the positives come from --qrels; leave out --positive-field")
     else:
         qrels = read_qrels(as_path(files.qrels))
         queries = read_judged_queries(path, qrels, query_field=files.query_field)
@@ -216,7 +223,7 @@ def _read_files(files: MinedFiles) -> tuple[QueryFile, Documents]:
                 advance=advance,
             )
     if files.id_field is not None or files.text_field is not None:
-        raise ValueError("--id-field and --text-field are fields of a corpus; add --corpus")
+        raise ValueError("--id-field and --text-field have no effect without --corpus; add it")
     return queries, positives_as_documents(queries)
 
 
@@ -229,7 +236,7 @@ def _read_scores(path: AnyPath, queries: QueryFile, pool: MiningPool) -> ScoreFi
             text = pool.read([rows[int(np.isnan(scores).argmax())]])[0]
             raise ValueError(
                 f"{path} has no score for {queries.queries[number]!r:.80} and its positive "
-                f"{text!r:.80}; score the positives of all queries"
+                f"{text!r:.80}; add scores for the positives of all queries"
             )
     return scored
 
@@ -239,39 +246,40 @@ def _loaded(model: str | os.PathLike[str] | EmbeddingModel, trust: Trust) -> Emb
 
 
 def _check_models(models: list[EmbeddingModel], rule: MiningRule, *, scored: bool) -> None:
-    model, judge = models[0], models[-1]
+    model, guide = models[0], models[-1]
     has_limit = rule.min_score is not None or rule.max_score is not None
     has_rule = has_limit or rule.margin is not None or rule.relative_margin is not None
     if not has_rule and (scored or len(models) > 1):
-        name = "scores decide" if scored else "a guide decides"
+        name = "scores have" if scored else "a guide has"
         raise ValueError(
-            f"{name} about margins and limits, but none is set; add --margin, --relative-margin, "
+            f"{name} no effect without a margin or limit; add --margin, --relative-margin, "
             "--min-score or --max-score"
         )
-    if len(models) > 1 and model.made_from == judge.made_from:
-        raise ValueError(f"the guide {judge.source} is the model itself; give another one")
-    for one in models:  # before texts are embedded
-        for_inner_products(one.similarity_function, "key", np.zeros((1, one.dim), np.float32))
-    distances = judge.similarity_function == "euclidean" and not scored
+    if len(models) > 1 and model.made_from == guide.made_from:
+        raise ValueError(f"the guide {guide.source} is the model itself; give another one")
+    for checked in models:  # before texts are embedded
+        empty = np.zeros((1, checked.dim), np.float32)
+        for_inner_products(checked.similarity_function, "key", empty)
+    distances = guide.similarity_function == "euclidean" and not scored
     if distances and (has_limit or rule.relative_margin is not None):
         raise ValueError(
-            f"{judge.source} compares by distances, for which only --margin has a meaning; leave "
+            f"{guide.source} compares by distances, for which only --margin is meaningful; leave "
             "out --relative-margin, --min-score and --max-score"
         )
 
 
 def _embedded(model: EmbeddingModel, queries: list[str], pool: MiningPool) -> _Embedded:
-    """Embed queries and keys, each in a file that is named by its texts and the model."""
-    documents = json_digest([model.made_from, pool.documents.fingerprint])
-    outside, asked = (json_digest([model.made_from, texts]) for texts in (pool.outside, queries))
-    keys = _embedded_texts(model, "key", f"documents-{documents}", len(pool.rows), pool.read)
+    """Embed queries and keys into files that are named by digests of the model and the texts."""
+    contents = (pool.documents.fingerprint, pool.outside, queries)
+    digests = [json_digest([model.made_from, content]) for content in contents]
+    names = [f"{prefix}-{digest}" for prefix, digest in zip(_PREFIXES, digests, strict=True)]
+    keys = _embedded_texts(model, "key", names[0], len(pool.rows), pool.read)
     if pool.outside:
-        name, read = f"positives-{outside}", _reader(pool.outside)
-        more = _embedded_texts(model, "key", name, len(pool.outside), read)
+        read = _reader(pool.outside)
+        more = _embedded_texts(model, "key", names[1], len(pool.outside), read)
         keys = np.concatenate([keys, more])
-    name = f"queries-{asked}"
-    vectors = _embedded_texts(model, "query", name, len(queries), _reader(queries))
-    return _Embedded(json_digest([documents, outside, asked]), vectors, keys)
+    vectors = _embedded_texts(model, "query", names[2], len(queries), _reader(queries))
+    return _Embedded(json_digest(digests), vectors, keys)
 
 
 def _reader(texts: Any) -> Callable[[np.ndarray], list[str]]:
@@ -294,44 +302,44 @@ def _embedded_texts(
         finite = np.isfinite(vectors).all(1)
         if not finite.all():
             raise ValueError(
-                f"{model.source} embeds {texts[int(np.argmin(finite))]!r:.80} as numbers that are "
+                f"{model.source} gives {texts[int(np.argmin(finite))]!r:.80} an embedding that is "
                 "not finite; use another model"
             )
         return vectors
 
     path = cache_folder() / "mining" / f"{name}.npy"
-    what = f"embedding {name.partition('-')[0]}"
+    title = f"embedding {name.partition('-')[0]}"
     block = _BLOCK_TEXTS.get(jax.default_backend(), _ACCELERATOR_TEXTS)
-    return embed_in_blocks(path, num_texts, dim, embed, what=what, block_rows=block)
+    return embed_in_blocks(path, num_texts, dim, embed, title=title, block_rows=block)
 
 
 def _mined(
-    sides: list[_Embedded],
+    embedded: list[_Embedded],
     pool: MiningPool,
     rule: MiningRule,
     seed: int,
     folder: Path,
     pair_scores: PairScores | None,
 ) -> HardNegatives:
-    own = sides[0]
-    guide = sides[1] if len(sides) > 1 else None
+    model = embedded[0]
+    guide = embedded[1] if len(embedded) > 1 else None
     mine = make_miner(
-        own.keys,
+        model.keys,
         rule=rule,
         candidates=pool.candidates,
         guide=None if guide is None else guide.keys,
         pair_scores=pair_scores,
         seed=seed,
-        block_rows=min(BLOCK_ROWS, len(own.queries)),
+        block_rows=min(BLOCK_ROWS, len(model.queries)),
     )
 
     def block_of(numbers: np.ndarray) -> QueryBlock:
         return QueryBlock(
             numbers,
-            own.queries[numbers],
+            model.queries[numbers],
             [pool.positives[number] for number in numbers],
             [pool.excluded[number] for number in numbers],
             guide=None if guide is None else guide.queries[numbers],
         )
 
-    return mine_in_blocks(mine, block_of, len(own.queries), rule.per_query, folder)
+    return mine_in_blocks(mine, block_of, len(model.queries), rule.per_query, folder)

@@ -14,10 +14,10 @@ _DEFINITION = re.compile(r"\s*(async\s+)?def\s")
 
 
 class Hit(NamedTuple):
-    """A document or a row that was found.
+    """A document or row in the results of a search.
 
     Attributes:
-      score: higher is better.
+      score: its score; higher is better.
       record: the id and text of a document, or the texts and metadata of a row.
     """
 
@@ -32,7 +32,7 @@ def show_as_json(query: str, hits: Sequence[Hit]) -> None:
 
 
 def show_as_text(query: str, hits: Sequence[Hit]) -> None:
-    """Print two lines for each of a query's hits: rank, score and name, then a part of its text."""
+    """Print two lines for each hit: its rank, score and name, then an extract of its text."""
     for rank, (score, record) in enumerate(hits, start=1):
         head = f"{rank:3}  {score:.4f}  {_name(record)}"
         print(printable(f"{head}\n     {_extract(record, query)}"))
@@ -47,27 +47,27 @@ def _as_json(query: str, hit: Hit) -> dict[str, Any]:
             "snippet": extract,
             "text": record["text"],
         }
-    rest = {name: v for name, v in record.items() if name not in ("query", "key", "group")}
+    metadata = {name: v for name, v in record.items() if name not in ("query", "key", "group")}
     return {
         "score": hit.score,
         "query": record["query"],
-        **rest,
+        **metadata,
         "first_line": extract,
         "key": record["key"],
     }
 
 
 def _is_document(record: Mapping[str, Any]) -> bool:
-    return "key" not in record  # rows of a run's data have one
+    return "key" not in record  # rows of a run's data have a key
 
 
 def _name(record: Mapping[str, Any]) -> str:
-    """The id of a document, or the name and place of a row as far as it has them."""
+    """The id of a document, or the name and location of a row if it has them."""
     if _is_document(record):
         return _one_line(record["id"])
     name = ":".join(_present(record, "package", "qualified_name"))
-    place = ":".join(_present(record, "file", "line"))
-    return "  ".join(filter(None, (name, place)))
+    location = ":".join(_present(record, "file", "line"))
+    return "  ".join(filter(None, (name, location)))
 
 
 def _extract(record: Mapping[str, Any], query: str) -> str:
@@ -85,6 +85,6 @@ def _one_line(value: Any) -> str:
 
 
 def _first_line(text: str) -> str:
-    """The line of a function's def, or else the first that is not blank."""
+    """The line with the def of a function, or else the first line that is not blank."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return next(filter(_DEFINITION.match, lines), lines[0] if lines else "")

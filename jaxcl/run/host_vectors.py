@@ -77,7 +77,7 @@ SIMILARITIES: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "euclidean": lambda a, b: -cdist(a, b),
     "manhattan": lambda a, b: -cdist(a, b, "cityblock"),
 }
-"""Name of a similarity in sentence-transformers -> `([n, d], [m, d]) -> [n, m]`."""
+"""Functions `([n, d], [m, d]) -> [n, m]`, by their name in sentence-transformers."""
 
 
 def similarities(function: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -89,7 +89,7 @@ def similarities(function: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
       b: `[m, d]`, or `[d]`.
 
     Returns:
-      `[n, m]` in float32, without the axis of a single vector.
+      Similarities `[n, m]` in float32, without the axis of a single vector.
 
     Raises:
       ValueError: for other shapes or types.
@@ -110,7 +110,7 @@ def _check_comparable(a: np.ndarray, b: np.ndarray) -> None:
     for vectors in (a, b):
         if vectors.dtype == np.uint8:
             raise ValueError(
-                "vectors of uint8 hold eight dimensions per byte; unpack them with "
+                "vectors of uint8 have eight dimensions per byte; unpack them with "
                 "np.unpackbits(vectors, axis=-1)"
             )
         if vectors.ndim not in (1, 2) or vectors.shape[-1] != a.shape[-1]:
@@ -129,15 +129,15 @@ _PAIRWISE: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def pairwise_similarities(function: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Compute the similarity of each row of `a` and the same row of `b`.
+    """Compute the similarity of each row of `a` to the same row of `b`.
 
     Args:
       function: one of `SIMILARITIES`.
       a: `[n, d]`; float or int8.
-      b: of the same shape.
+      b: `[n, d]`; float or int8.
 
     Returns:
-      `[n]` in float32.
+      Similarities `[n]` in float32.
 
     Raises:
       ValueError: for other shapes or types.
@@ -150,7 +150,7 @@ def pairwise_similarities(function: str, a: np.ndarray, b: np.ndarray) -> np.nda
     _check_comparable(a, b)
     if a.ndim != 2 or a.shape != b.shape:
         raise ValueError(
-            f"vectors of the shapes {a.shape} and {b.shape} are no pairs; give [n, d] twice"
+            f"vectors of the shapes {a.shape} and {b.shape} are not pairs; give [n, d] twice"
         )
     return _PAIRWISE[function](a.astype(np.float64), b.astype(np.float64)).astype(np.float32)
 
@@ -160,11 +160,11 @@ def for_inner_products(
 ) -> Float[np.ndarray, "n _"]:
     r"""Transform vectors so that inner products rank keys as a similarity function does.
 
-    `"euclidean"` adds a dimension, because $-\lVert q - k \rVert^2 / 2$ is $q \cdot k -
-    \lVert k \rVert^2 / 2$ up to a constant per query.
+    For `"euclidean"`, the vectors get one more dimension, because $-\lVert q - k \rVert^2 / 2$
+    equals $q \cdot k - \lVert k \rVert^2 / 2$ up to a constant per query.
 
     Raises:
-      ValueError: for `"manhattan"`, whose ranking no inner product gives.
+      ValueError: for `"manhattan"`, since no inner product ranks keys by it.
     """
     if function == "dot":
         return vectors

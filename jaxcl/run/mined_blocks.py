@@ -1,6 +1,6 @@
 """Embed texts and mine hard negatives in blocks that are kept on disk, so that a stop loses little.
 
-Several processes do the same work together: process 0 writes, and the others hold the results in
+Several processes can share the work: process 0 writes the results, and the others keep them in
 memory.
 """
 
@@ -21,7 +21,7 @@ from jaxcl.typing import Float
 __all__ = ["BLOCK_ROWS", "embed_in_blocks", "mine_in_blocks"]
 
 BLOCK_ROWS = 4_096
-"""Rows of a block, after which the work is on the disk."""
+"""Number of rows per block; each finished block is on disk."""
 
 
 def embed_in_blocks(
@@ -30,25 +30,28 @@ def embed_in_blocks(
     dim: int,
     embed: Callable[[np.ndarray, Callable[[int], None]], Float[np.ndarray, "n d"]],
     *,
-    what: str,
+    title: str,
     block_rows: int | None = None,
 ) -> Float[np.ndarray, "n d"]:
-    """Embed rows, or map the embeddings of earlier work to memory.
+    """Embed rows into a file, resuming unfinished work.
 
     Args:
       path: the file of the embeddings; its name must identify the model and the rows.
-      num_rows: the number of rows.
-      dim: the width of the embeddings.
+      num_rows: number of rows.
+      dim: number of dimensions of the embeddings.
       embed: `(row numbers, advance) -> embeddings`.
-      what: the work, for the progress bar.
-      block_rows: the number of rows after which they are on the disk, `BLOCK_ROWS` by default.
+      title: title of the progress bar.
+      block_rows: number of rows per block; by default, `BLOCK_ROWS`.
+
+    Returns:
+      The embeddings; in process 0, the file mapped to memory.
 
     Raises:
-      OSError: if the disk has no room.
+      OSError: if the disk is full.
     """
     step = block_rows or BLOCK_ROWS
     (blocks,) = _block_files([(path, (num_rows, dim), np.float32)])
-    with progress_bar(what, num_rows) as advance:
+    with progress_bar(title, num_rows) as advance:
         advance(blocks.done)
         while blocks.done < num_rows:
             rows = np.arange(blocks.done, min(blocks.done + step, num_rows))
@@ -63,17 +66,17 @@ def mine_in_blocks(
     per_query: int,
     folder: Path,
 ) -> HardNegatives:
-    """Mine all queries, continuing earlier work.
+    """Mine negatives for all queries, resuming unfinished work.
 
     Args:
-      mine: of `jaxcl.negatives.hard_negatives.make_miner`, for blocks of `BLOCK_ROWS`.
-      block_of: `query numbers -> their block`.
-      num_queries: the number of queries.
-      per_query: negatives of a query.
-      folder: the folder of the results; its name must identify the model, the data and the rule.
+      mine: a function from `jaxcl.negatives.hard_negatives.make_miner`, for blocks of `BLOCK_ROWS`.
+      block_of: `query numbers -> the block of these queries`.
+      num_queries: number of queries.
+      per_query: number of negatives per query.
+      folder: folder for the results; its name must identify the model, the data and the rule.
 
     Raises:
-      OSError: if the disk has no room.
+      OSError: if the disk is full.
     """
     shapes: dict[str, tuple[tuple[int, ...], type]] = {
         "rows": ((num_queries, per_query), np.int32),
@@ -97,14 +100,14 @@ def mine_in_blocks(
     return HardNegatives(*(file.array for file in files))
 
 
-def _block_files(described: list[tuple[Path, tuple[int, ...], Any]]) -> list[BlockFile]:
-    """Files with as many rows done as all of them have, in all processes."""
+def _block_files(specs: list[tuple[Path, tuple[int, ...], Any]]) -> list[BlockFile]:
+    """Open files by path, shape and dtype; keep the rows that all files of all processes have."""
     writes = jax.process_index() == 0
     files = first_then_others(
-        lambda: [BlockFile(path, shape, dtype, writes=writes) for path, shape, dtype in described]
+        lambda: [BlockFile(path, shape, dtype, writes=writes) for path, shape, dtype in specs]
     )
-    # A stop may come between two files. A process without the files of process 0, on a disk of its
-    # own, has no row.
+    # A stop may come between two files. A process that does not share a disk with process 0 has no
+    # rows.
     done = min(file.done for file in files)
     if jax.process_count() > 1:
         done = int(multihost_utils.process_allgather(np.array(done)).min())

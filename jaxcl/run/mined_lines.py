@@ -1,4 +1,4 @@
-"""Write mined negatives as JSON lines of texts, with a report and examples next to them."""
+"""Write mined negatives as JSON lines of texts, with a report and examples."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,17 +32,17 @@ def write_mined(
     skip_empty: bool,
     seed: int,
 ) -> None:
-    """Write the lines, the report and the examples; a stop leaves no unfinished file.
+    """Write the lines, the report and the examples, each file completely or not at all.
 
     Args:
-      output: the file of the lines, in a folder that exists.
+      output: the file of the lines, in an existing folder.
       queries: the queries.
       pool: the keys.
-      mined: their negatives.
-      scores: the scores of positives.
+      mined: the negatives of the queries.
+      scores: a function that computes the scores of positives.
       report: the report.
       skip_empty: whether to leave out queries without negatives.
-      seed: of the choice of examples.
+      seed: seed for the choice of examples.
 
     Raises:
       OSError: if a file cannot be written.
@@ -59,41 +59,42 @@ def write_mined(
 def _lines(
     queries: QueryFile, pool: MiningPool, mined: HardNegatives, score: PairScores
 ) -> Iterator[dict[str, Any]]:
-    """The records of the output, in order."""
+    """Yield the records of the output, in order."""
     for first in range(0, len(queries.queries), _ROWS_AT_ONCE):
         numbers = np.arange(first, min(first + _ROWS_AT_ONCE, len(queries.queries)))
         positives = _padded(pool.positives[first : first + len(numbers)])
         scores = score(numbers, positives)
         negatives = mined.rows[numbers]
-        # One look-up for many lines: each of them takes a while.
+        # Read the texts of many lines at once, since every read takes a while.
         texts = _texts_of(pool, np.concatenate([positives, negatives], axis=1))
-        for place, number in enumerate(numbers.tolist()):
-            own, present = pool.positives[number], negatives[place] >= 0
+        for index, number in enumerate(numbers.tolist()):
+            own_rows, present = pool.positives[number], negatives[index] >= 0
             if pool.positive_texts is not None:
                 own_texts = list(pool.positive_texts[number])
             else:
-                own_texts = [texts[row] for row in own]
+                own_texts = [texts[row] for row in own_rows]
             yield {
                 "query": queries.queries[number],
                 "positives": own_texts,
-                "negatives": [texts[row] for row in negatives[place][present].tolist()],
+                "negatives": [texts[row] for row in negatives[index][present].tolist()],
                 "teacher_scores": {
-                    "positives": [_short(one) for one in scores[place][: len(own)]],
-                    "negatives": [_short(one) for one in mined.scores[number][present]],
+                    "positives": [_rounded(value) for value in scores[index][: len(own_rows)]],
+                    "negatives": [_rounded(value) for value in mined.scores[number][present]],
                 },
             }
 
 
 def _texts_of(pool: MiningPool, rows: Integer[np.ndarray, "..."]) -> dict[int, str]:
-    """Row of a key -> its text, without negative rows."""
+    """Read the texts of keys, by row; negative rows are padding."""
     distinct = np.unique(rows[rows >= 0])
     return dict(zip(distinct.tolist(), pool.read(distinct), strict=True))
 
 
 def _padded(lists: Sequence[Sequence[int]]) -> Int[np.ndarray, "n p"]:
+    """Convert lists of rows to an array, padded with -1."""
     rows = np.full((len(lists), max(map(len, lists))), -1, np.int64)
-    for place, one in enumerate(lists):
-        rows[place, : len(one)] = one
+    for index, values in enumerate(lists):
+        rows[index, : len(values)] = values
     return rows
 
 
@@ -103,14 +104,14 @@ def _examples(
     for number in example_rows(len(queries.queries), seed):
         present = mined.rows[number] >= 0
         texts = pool.read(mined.rows[number][present])
-        found = (mined.ranks[number][present], mined.scores[number][present], texts)
+        columns = (mined.ranks[number][present], mined.scores[number][present], texts)
         yield Example(
             queries.queries[number],
             pool.read(pool.positives[number]),
             float(mined.positive_scores[number]),
-            [(int(rank), float(score), text) for rank, score, text in zip(*found, strict=True)],
+            [(int(rank), float(score), text) for rank, score, text in zip(*columns, strict=True)],
         )
 
 
-def _short(score: Any) -> float:
+def _rounded(score: Any) -> float:
     return float(f"{score:.6g}")

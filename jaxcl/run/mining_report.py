@@ -1,4 +1,4 @@
-"""Report what was mined: figures, a table for the terminal, and examples to read."""
+"""Report mined negatives: figures, a table for the terminal, and examples to read."""
 
 import hashlib
 import json
@@ -28,13 +28,13 @@ _EXAMPLES = 10
 
 
 class Example(NamedTuple):
-    """A query with its positives and negatives, to be judged by eye.
+    """A query with its positives and negatives, for a person to inspect.
 
     Attributes:
-      query: its text.
+      query: text of the query.
       positives: texts of the positives.
-      positive_score: the similarity of the least similar one.
-      negatives: (rank, similarity, text) of each.
+      positive_score: similarity of the least similar positive.
+      negatives: (rank, similarity, text) of each negative.
     """
 
     query: str
@@ -47,12 +47,12 @@ def mined_figures(mined: HardNegatives) -> dict[str, int | float]:
     """Count negatives and average their similarities.
 
     Raises:
-      ValueError: if there is no negative at all.
+      ValueError: if there are no negatives.
     """
     present = mined.rows >= 0
     counts = present.sum(1)
     if not present.any():
-        raise ValueError("nothing was found by this rule; widen the ranks, or lower the margin")
+        raise ValueError("the rule leaves no negatives; widen the ranks, or lower the margin")
     scores, ranks = mined.scores[present], mined.ranks[present]
     positives = np.broadcast_to(mined.positive_scores[:, None], present.shape)[present]
     return {
@@ -70,7 +70,7 @@ def mined_figures(mined: HardNegatives) -> dict[str, int | float]:
 
 
 def rule_record(rule: MiningRule) -> dict[str, Any]:
-    """A rule in JSON types; limits only where they are set."""
+    """A mining rule in JSON types, without limits that are not set."""
     record = rule._asdict() | {"rank_range": list(rule.rank_range)}
     limits = ("min_score", "max_score")
     return {
@@ -79,12 +79,12 @@ def rule_record(rule: MiningRule) -> dict[str, Any]:
 
 
 def json_digest(content: Any) -> str:
-    """A digest of a value of JSON's types, 12 letters."""
+    """Compute a digest, of 12 hexadecimal digits, of a value in JSON types."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def report_table(report: Mapping[str, Any]) -> rich.table.Table:
-    """The figures of a report, for the terminal."""
+    """Make a table of the figures in a report, for the terminal."""
     table = rich.table.Table("mined", "", show_header=False)
     for name, value in report.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -93,14 +93,14 @@ def report_table(report: Mapping[str, Any]) -> rich.table.Table:
 
 
 def example_rows(num_queries: int, seed: int) -> list[int]:
-    """The row numbers of a few random queries, to show as examples."""
+    """Draw the numbers of a few random queries to show as examples."""
     return np.random.default_rng(seed).permutation(num_queries)[:_EXAMPLES].tolist()
 
 
 def write_reports(output: AnyPath, report: Mapping[str, Any], examples: Iterable[Example]) -> None:
     """Write a report and examples next to the mined file: `.report.json` and `.examples.md`."""
     write_whole(output.with_suffix(".report.json"), json.dumps(report, indent=2) + "\n")
-    lines = ["# Mined negatives, by example", ""]
+    lines = ["# Examples of mined negatives", ""]
     for example in examples:
         lines += [f"## {_one_line(example.query)}", ""]
         lines += [f"- **positive** ({example.positive_score:.3f})"]

@@ -1,4 +1,4 @@
-"""The pool of a run's or a config's data, and its index: all keys embedded, with their rows."""
+"""The search pool of a run's or a config's data, and its index of embedded keys and rows."""
 
 import itertools
 import json
@@ -34,11 +34,11 @@ class Pool(NamedTuple):
     """A model and the data whose keys it searches.
 
     Attributes:
-      model: embeds queries and keys.
-      sources: a function that opens the splits, and gives the prompts of their rows where they
-        replace the model's.
+      model: the model that embeds queries and keys.
+      sources: a function that opens the splits, and returns them with the prompts of rows that
+        replace the model's prompts.
       index_file: path of the index.
-      made_from: identifies the content of the index, in JSON types.
+      made_from: a description that identifies the content of the index, in JSON types.
       rrf_k: the constant of reciprocal rank fusion.
     """
 
@@ -50,10 +50,10 @@ class Pool(NamedTuple):
 
 
 class PoolIndex(NamedTuple):
-    """All splits of a pool, one after another.
+    """The index of all splits of a pool, one after another.
 
     Attributes:
-      keys: the keys' embeddings.
+      keys: embeddings of the keys.
       rows: texts and metadata of the rows.
     """
 
@@ -66,7 +66,7 @@ def pool_of_run(path: str | os.PathLike[str], *, trust: Trust = ()) -> Pool:
 
     Args:
       path: the workdir of a run, or one of its checkpoints.
-      trust: packages whose code the run may name.
+      trust: packages from which parts named `package.module:function` may be imported.
 
     Raises:
       ValueError: if there is no run, or it holds anything other than texts.
@@ -90,14 +90,14 @@ def pool_of_run(path: str | os.PathLike[str], *, trust: Trust = ()) -> Pool:
 
 
 def pool_of_data(path: str | os.PathLike[str], settings: Settings, *, trust: Trust = ()) -> Pool:
-    """Open a model, and the data of some settings.
+    """Open a model, and the data that settings describe.
 
-    The index is in the user's cache, so that the model's folder stays as it is.
+    The index is kept in the user's cache, so that the folder of the model stays unchanged.
 
     Args:
       path: any model that `jaxcl.load` accepts.
-      settings: of the data, as `read_data_settings` returns them.
-      trust: packages whose code a run may name.
+      settings: the settings of the data, from `read_data_settings`.
+      trust: packages from which an encoder named `package.module:function` may be imported.
 
     Raises:
       ValueError: if there is no model, or the data are missing.
@@ -114,10 +114,10 @@ def pool_of_data(path: str | os.PathLike[str], settings: Settings, *, trust: Tru
 
 
 def pool_index(pool: Pool) -> PoolIndex:
-    """The index of a pool, which is built if it is absent, damaged or out of date.
+    """Read the index of a pool, or build it if it is missing, damaged or out of date.
 
     Raises:
-      ValueError: if it must be built and the data are missing.
+      ValueError: if the index must be built but the data are missing.
     """
     index = _read_index(pool.index_file, pool.made_from)
     if index is None:
@@ -127,7 +127,7 @@ def pool_index(pool: Pool) -> PoolIndex:
 
 
 def _read_index(path: AnyPath, made_from: Mapping[str, Any]) -> PoolIndex | None:
-    """The index, or `None` if it is absent, damaged, or of another model or other data."""
+    """Read an index; return `None` if it is missing, damaged, or has another model or data."""
     try:
         index = read_npz(path, ["made_from", "keys", "rows"])
         if json.loads(str(index["made_from"])) != made_from:
@@ -140,7 +140,7 @@ def _read_index(path: AnyPath, made_from: Mapping[str, Any]) -> PoolIndex | None
 
 
 def _write_index(path: AnyPath, made_from: Mapping[str, Any], index: PoolIndex) -> None:
-    """Write the index, whole or not at all; a failure is reported and does not end the search."""
+    """Write the index completely or not at all; a failure is reported, but is not an error."""
     text = json.dumps(index.rows, ensure_ascii=False, default=_plain).encode()
     try:
         write_npz(
@@ -150,11 +150,11 @@ def _write_index(path: AnyPath, made_from: Mapping[str, Any], index: PoolIndex) 
             made_from=np.array(json.dumps(made_from)),
         )
     except OSError as error:
-        say(f"the next search embeds the pool again: cannot write {path} ({error.strerror})")
+        say(f"cannot write {path} ({error.strerror}); the next search will embed the pool again")
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON has no type for: NumPy's numbers, and anything else as text."""
+    """Convert a value without a JSON type: NumPy's scalars to numbers, anything else to text."""
     return value.item() if isinstance(value, np.generic) else str(value)
 
 
@@ -169,7 +169,7 @@ def _build_index(
         ends.append(len(rows))
     texts = [row["key"] for row in rows]
     with progress_bar("embedding the pool", len(rows)) as advance:
-        if not prompts:  # all splits at once, which sorts texts by length better
+        if not prompts:  # all splits at once, since sorting more texts by length saves padding
             return PoolIndex(model.encode(texts, side="key", progress=advance), rows)
         keys = [
             encode_rows(

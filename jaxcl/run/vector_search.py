@@ -17,27 +17,27 @@ from jaxcl.typing import Float, Int
 __all__ = ["PRECISIONS", "RESCORE", "Ranking", "VectorSearch", "best_rows", "share_kept"]
 
 PRECISIONS = ("float32", *QUANTIZATIONS)
-"""The types of vectors that `VectorSearch` ranks keys by."""
+"""The types of vectors by which `VectorSearch` ranks keys."""
 
 RESCORE: Mapping[str, int] = {"int8": 2, "binary": 20}
-"""Precision -> how many candidates are rescored per hit, by default."""
+"""The default number of candidates to rescore per hit, by precision."""
 
 _BLOCK_NUMBERS = 2**18
-"""Numbers of the keys that are converted at once for one query, so that they stay in the cache."""
+"""How many numbers of the keys to convert at once for one query, so that they fit the cache."""
 _MOST_BLOCKS = 16
-"""For several queries, products of larger blocks are faster: this many times larger at most."""
+"""For several queries, products of larger blocks are faster: at most this many times larger."""
 _TABLE_NUMBERS = 2**25
-"""Scores that are held at once, as far as one query allows."""
+"""The largest number of scores in memory at once, unless one query has more."""
 _LARGEST_EXACT = 2**24
-"""Float32 holds all integers up to this one."""
+"""All integers up to this one are exact in float32."""
 
 
 class Ranking(NamedTuple):
-    """A query's best keys.
+    """The best keys of a query.
 
     Attributes:
-      rows: their rows, best first; of equal scores, the lower row first.
-      scores: their exact scores.
+      rows: rows of the keys, best first; with equal scores, the lower row is first.
+      scores: exact scores of the keys.
     """
 
     rows: Int[np.ndarray, " _"]
@@ -49,10 +49,10 @@ class VectorSearch(NamedTuple):
 
     Attributes:
       keys: the keys, ready for inner products; they may be mapped to memory.
-      codes: with a quantised precision, the keys' codes as `quantized` computes them.
+      codes: with a quantised precision, the codes of the keys from `quantized`.
       precision: one of `PRECISIONS`. `"int8"` ranks by integer products, `"binary"` by the number
         of equal bits.
-      rescore: the number of candidates per hit whose exact scores decide the ranking.
+      rescore: number of candidates per hit that are ranked by exact scores.
     """
 
     keys: Float[np.ndarray, "n d"]
@@ -61,11 +61,11 @@ class VectorSearch(NamedTuple):
     rescore: int = 1
 
     def best(self, queries: Float[np.ndarray, "q d"], top: int) -> list[Ranking]:
-        """The best keys of each query.
+        """Return the best keys of each query.
 
         Args:
-          queries: ready for inner products.
-          top: the number of keys; fewer if there are fewer keys.
+          queries: the queries, ready for inner products.
+          top: number of keys per query, if there are that many.
         """
         rankings = []
         step = max(1, _TABLE_NUMBERS // max(1, len(self.keys)))
@@ -79,11 +79,11 @@ class VectorSearch(NamedTuple):
         return rankings
 
     def scores(self, queries: Float[np.ndarray, "q d"], top: int) -> np.ndarray:
-        """Scores `[q, n]` that order all keys, the first `top` of them as `best` does.
+        """Compute scores `[q, n]` that rank all keys, the first `top` of them as in `best`.
 
         Args:
-          queries: ready for inner products.
-          top: the number of keys that `best` would return.
+          queries: the queries, ready for inner products.
+          top: number of keys that `best` would return.
         """
         table = self._coarse(queries)
         if self.codes is None:
@@ -92,13 +92,13 @@ class VectorSearch(NamedTuple):
         for row, (query, scores) in enumerate(zip(queries, table, strict=True)):
             candidates = best_rows(scores, top * self.rescore)
             exact = _products(query[None], self.keys[candidates])[0]
-            # Above every key that is no candidate, by ranks: a sum would round small differences.
+            # Put candidates above all other keys by rank, since sums would round differences.
             _, ranks = np.unique(exact, return_inverse=True)
             ordered[row, candidates] = float(scores.max()) + 1 + ranks
         return ordered
 
     def _coarse(self, queries: Float[np.ndarray, "q d"]) -> np.ndarray:
-        """Scores of all keys: of their codes if there are any, otherwise exact ones."""
+        """Compute the scores of all keys, from their codes if there are any."""
         if self.codes is None:
             return _in_blocks(_products, queries, self.keys, np.float32)
         codes = quantized(queries, self.precision)
@@ -119,7 +119,7 @@ class VectorSearch(NamedTuple):
 
 
 def best_rows(scores: np.ndarray, count: int) -> Int[np.ndarray, " _"]:
-    """The rows of the highest scores, best first; of equal scores, the lower row first.
+    """The rows of the highest scores, best first; with equal scores, the lower row is first.
 
     Example:
       >>> best_rows(np.array([2, 3, 2, 1, 2]), 3).tolist()
@@ -140,25 +140,25 @@ def share_kept(
     own: Sequence[int],
     top: int,
 ) -> float:
-    """The share of the reference's first keys that are also among the first keys of a search.
+    """Compute the share of the first keys of a reference that are among the first keys of a search.
 
     Args:
-      rankings: rows of keys for each query, best first, `top + 1` of them.
-      reference: the same of the reference.
-      own: each query's own key, which is left out of both.
-      top: the number of keys that are compared.
+      rankings: rows of the best `top + 1` keys for each query, best first.
+      reference: rows of the best `top + 1` keys by the reference.
+      own: the own key of each query, which is left out of both.
+      top: number of keys to compare.
 
     Returns:
-      The mean over the queries, in 0..1; 1 where there are no other keys.
+      The mean over the queries, in [0, 1]; a query without other keys has 1.
 
     Example:
       >>> share_kept([np.array([7, 1, 2])], [np.array([7, 2, 3])], own=[7], top=2)
       0.5
     """
     shares = []
-    for found, wanted, row in zip(rankings, reference, own, strict=True):
-        first = wanted[wanted != row][:top]
-        kept = np.isin(first, found[found != row][:top])
+    for ranking, expected, row in zip(rankings, reference, own, strict=True):
+        first = expected[expected != row][:top]
+        kept = np.isin(first, ranking[ranking != row][:top])
         shares.append(kept.mean() if kept.size else 1.0)
     return float(np.mean(shares))
 
@@ -169,7 +169,7 @@ def _in_blocks(
     keys: np.ndarray,
     dtype: type,
 ) -> np.ndarray:
-    """Scores `[q, n]`, computed for some keys at a time."""
+    """Compute scores `[q, n]` for one block of keys at a time."""
     table: np.ndarray = np.empty((len(queries), len(keys)), dtype)
     numbers = _BLOCK_NUMBERS * min(_MOST_BLOCKS, len(queries))
     step = max(1, numbers // max(1, keys.shape[1]))
@@ -179,7 +179,7 @@ def _in_blocks(
 
 
 def _products(queries: np.ndarray, keys: np.ndarray) -> Float[np.ndarray, "q n"]:
-    # Summed in float64, so that equal keys have equal scores however the keys are blocked.
+    # Summed in float64, so that equal keys have equal scores, whatever the size of the blocks.
     return (queries.astype(np.float64) @ keys.astype(np.float64).T).astype(np.float32)
 
 
@@ -189,14 +189,14 @@ def _integer_products(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def _words(codes: np.ndarray) -> np.ndarray:
-    """Packed bits, 64 at a time."""
+    """View packed bits as words of 64 bits."""
     padding = -codes.shape[1] % 8
     padded = np.pad(codes, ((0, 0), (0, padding))) if padding else np.ascontiguousarray(codes)
     return padded.view(np.uint64)
 
 
 def _equal_bits(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """The negative number of different bits."""
+    """The number of different bits, negated, so that higher is better."""
     return np.stack(
         [-np.bitwise_count(keys ^ query).sum(axis=1, dtype=np.int32) for query in queries]
     )

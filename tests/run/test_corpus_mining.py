@@ -165,7 +165,7 @@ def test_positives_without_a_score_are_named(model, files, tmp_path):
     write(path, [{"query": query, "document": text, "score": 1}])
     with pytest.raises(ValueError, match=rf"no score for '{query}' and its positive"):
         mine_corpus(model, files._replace(scores=path), rule=RULE)
-    with pytest.raises(ValueError, match="scores decide about margins and limits, but none"):
+    with pytest.raises(ValueError, match="scores have no effect without a margin or limit"):
         mine_corpus(model, files._replace(scores=path), rule=RULE._replace(margin=None))
 
 
@@ -277,7 +277,7 @@ def test_interrupted_it_resumes_and_writes_the_same(model, files, monkeypatch, s
     ("changes", "message"),
     [
         ({"output": "mined.npz"}, "mined texts are written as .jsonl"),
-        ({"corpus": None, "text_field": "text"}, "add --corpus"),
+        ({"corpus": None, "text_field": "text"}, "have no effect without --corpus"),
         ({"text_field": "body"}, "there is no field 'body'"),
         ({"positive_field": "key"}, "has no field 'key'; it has query, positives"),
         ({"corpus": "absent.jsonl"}, "absent.jsonl"),
@@ -310,7 +310,7 @@ def test_an_input_is_not_overwritten(model, files, tmp_path):
     ("rule", "message"),
     [
         (RULE._replace(rank_range=(90, 99)), "has 59 different documents, none of rank 90"),
-        (RULE._replace(margin=5.0), "nothing was found by this rule"),
+        (RULE._replace(margin=5.0), "the rule leaves no negatives"),
         (RULE._replace(per_query=9), "1:9 has no room for 9"),
     ],
 )
@@ -321,11 +321,11 @@ def test_a_rule_that_finds_nothing_is_named(model, files, rule, message):
 
 
 def test_a_guide_must_have_an_effect(model, guide, files):
-    with pytest.raises(ValueError, match="a guide decides about margins and limits, but none"):
+    with pytest.raises(ValueError, match="a guide has no effect without a margin or limit"):
         mine_corpus(model, files, rule=RULE._replace(margin=None), guide=guide)
     with pytest.raises(ValueError, match="is the model itself"):
         mine_corpus(model, files, rule=RULE, guide=model)
-    with pytest.raises(ValueError, match="both scores and a guide"):
+    with pytest.raises(ValueError, match="scores and a guide are both given"):
         mine_corpus(model, files._replace(scores="scores.jsonl"), rule=RULE, guide=guide)
 
 
@@ -333,7 +333,7 @@ def test_distances_have_no_relative_margin(files, tmp_path):
     library = {"similarity_fn_name": "euclidean"}
     folder = write_tiny_static(tmp_path / "euclidean", normalize=False, library=library)
     model = jaxcl.load(folder)
-    with pytest.raises(ValueError, match="compares by distances, for which only --margin"):
+    with pytest.raises(ValueError, match="compares by distances, for which only --margin is"):
         mine_corpus(model, files, rule=RULE._replace(margin=None, relative_margin=0.1))
     mine_corpus(model, files, rule=RULE)
     (query, vectors) = (model.encode([read(files.queries)[0]["query"]]), read(files.output)[0])
@@ -354,7 +354,7 @@ def test_a_model_without_finite_vectors_is_named(model, files, monkeypatch):
         return vectors
 
     monkeypatch.setattr(type(model), "encode", broken)
-    with pytest.raises(ValueError, match="as numbers that are not finite; use another model"):
+    with pytest.raises(ValueError, match="an embedding that is not finite; use another model"):
         mine_corpus(model, files, rule=RULE)
 
 

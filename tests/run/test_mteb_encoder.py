@@ -109,8 +109,8 @@ def test_pairwise_similarities_are_the_diagonal(function):
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        (((3, 5), (4, 5)), r"\(3, 5\) and \(4, 5\) are no pairs; give \[n, d\] twice"),
-        (((5,), (5,)), r"\(5,\) and \(5,\) are no pairs"),
+        (((3, 5), (4, 5)), r"\(3, 5\) and \(4, 5\) are not pairs; give \[n, d\] twice"),
+        (((5,), (5,)), r"\(5,\) and \(5,\) are not pairs"),
         (((3, 5), (3, 4)), r"\(3, 5\) and \(3, 4\) cannot be compared"),
     ],
 )
