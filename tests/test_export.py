@@ -249,7 +249,9 @@ def damaged(folder: Path, damage: str) -> str:
     messages = {"format": "has the format 2"} | {
         name: f"damaged .it lacks {name}" for name in ("step", "pretrained")
     }
-    return messages.get(damage, r"both/table is \(120, 6\) there but \(120, 5\) in the encoder")
+    return messages.get(
+        damage, r"both/table is \(120, 6\) in the file but \(120, 5\) in the encoder"
+    )
 
 
 @pytest.mark.parametrize("damage", ["tokenizer", "format", "step", "pretrained", "dim"])

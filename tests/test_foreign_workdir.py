@@ -114,7 +114,7 @@ def test_no_command_imports_a_class_that_a_workdir_names(
 def test_a_harmless_workdir_is_opened(workdir, capsys, command):
     with pytest.raises(SystemExit):
         COMMANDS[command](workdir)
-    assert "has saved no checkpoint yet" in capsys.readouterr().err
+    assert "has not saved a checkpoint yet" in capsys.readouterr().err
 
 
 def test_training_imports_nothing_either(config, workdir, hostile, trap, tmp_path):

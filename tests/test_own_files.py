@@ -70,9 +70,7 @@ def test_the_same_command_resumes_and_a_changed_file_is_refused(trained):
     write_jsonl(folder / "pairs.jsonl", records(61))
     with pytest.raises(ValueError, match=r"was trained on other data: .*pairs\.jsonl holds other"):
         train(config, folder / "run")
-    with pytest.raises(
-        ValueError, match=r"pairs\.jsonl, or a data set .* no longer holds the rows"
-    ):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl, or a data set .* no longer has the rows"):
         open_run(folder / "run").sources()
     write_jsonl(folder / "pairs.jsonl", records(60))
     assert len(open_run(folder / "run").sources()["validation"]) == results["rows"]["validation"]

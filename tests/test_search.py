@@ -430,7 +430,7 @@ def test_a_run_without_checkpoints_says_to_train_first(untrained, tmp_path, run,
     if folder_exists:
         (workdir / "checkpoints").mkdir()
     error = _error(run, "--workdir", workdir, PLANTED)
-    assert "no checkpoint yet; train first: python -m jaxcl.train --config" in error
+    assert "not saved a checkpoint yet; train it first with python -m jaxcl.train --config" in error
     assert (workdir / "checkpoints").exists() == folder_exists
 
 
@@ -455,7 +455,7 @@ def test_other_rows_than_were_trained_on_are_an_error(workdir, run):
     data["fingerprints"]["test"] = "others"
     (workdir / "data.json").write_text(json.dumps(data))
     _save_again(workdir)
-    assert "no longer holds the rows" in _error(run, "--workdir", workdir, PLANTED)
+    assert "no longer has the rows" in _error(run, "--workdir", workdir, PLANTED)
 
 
 @pytest.mark.parametrize("query", ["", "  "])
@@ -503,7 +503,7 @@ def test_a_copied_workdir_is_searched_from_its_index_without_its_data(trained, w
 def test_without_an_index_a_copied_workdir_says_that_its_rows_are_gone(workdir, run):
     _move_data_away(workdir)
     (workdir / INDEX_FILE).unlink()
-    assert "are gone from /no/such/data_set" in _error(run, "--workdir", workdir, PLANTED)
+    assert "are missing from /no/such/data_set" in _error(run, "--workdir", workdir, PLANTED)
 
 
 @pytest.fixture

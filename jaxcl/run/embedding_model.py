@@ -29,13 +29,13 @@ _CHUNK_TEXTS = 4096
 _BATCH_TOKENS = {"cpu": 2048}  # caches are small; accelerators want many rows at once
 _ACCELERATOR_TOKENS = 65_536
 _BAR_TEXTS = 1000
-"""From this number of texts on, `encode` shows a bar on a terminal."""
+"""The number of texts from which `encode` shows a progress bar on a terminal."""
 
 
 class EmbeddingModel(MtebEncoder):
     """A model that embeds texts, as returned by `jaxcl.load`.
 
-    `mteb.evaluate` accepts it (`jaxcl.run.mteb_encoder`).
+    `mteb.evaluate` accepts it too (`jaxcl.run.mteb_encoder`).
 
     Example:
       model = jaxcl.load("runs/code_search")
@@ -44,16 +44,16 @@ class EmbeddingModel(MtebEncoder):
       model.similarity(queries, keys)  # [1, 2]
 
     Attributes:
-      source: the folder that the model was loaded from.
-      dim: the width of the embeddings.
-      max_tokens: side -> the longest text in tokens, with special tokens and prompt; longer texts
-        are truncated. `None` without a limit. If both sides share a fine-tuned encoder, both have
-        the larger limit of its run.
-      prompts: name -> prompt. `encode` uses `"query"` and `"key"` by default; sentence-transformers
-        folders may have more. Of a run, they are the prompts of `data.prompts`; pass the prompt of
-        a data set in `data.concatenated` to `encode` for texts like its own.
+      source: folder from which the model was loaded.
+      dim: number of dimensions of the embeddings.
+      max_tokens: the largest length of a text by side, in tokens, with special tokens and prompt;
+        longer texts are truncated. `None` means no limit. If both sides share a fine-tuned encoder,
+        both have the larger limit of its run.
+      prompts: prompts by name. `encode` uses `"query"` and `"key"` by default. A folder of
+        sentence-transformers may have others. The model of a run has the prompts of `data.prompts`;
+        for texts like those of a data set in `data.concatenated`, pass its prompt to `encode`.
       normalizes: whether the embeddings are unit vectors.
-      matryoshka_dims: the lengths that it was trained to be cut to; empty if it does not say.
+      matryoshka_dims: dimensions to which embeddings were truncated in training; empty if unknown.
       similarity_function: `"cosine"`, `"dot"`, `"euclidean"` or `"manhattan"`.
     """
 
@@ -88,7 +88,7 @@ class EmbeddingModel(MtebEncoder):
         self._mesh = mesh
         self._tokenizer = tokenizer
         self._rules = rules
-        # A tokenizer's vocabulary is large, and programs use few prompts.
+        # Few, because a tokenizer with its vocabulary is large. Programs use few prompts.
         self._text = functools.lru_cache(maxsize=16)(functools.partial(TextTokenizer, tokenizer))
         self._forward = make_forward(encode, mesh)
 
@@ -97,7 +97,7 @@ class EmbeddingModel(MtebEncoder):
 
     @functools.cached_property
     def made_from(self) -> dict[str, Any]:
-        """Identifies the model in JSON types: equal values mean equal embeddings."""
+        """A description of the model in JSON types; equal descriptions mean equal embeddings."""
         with current_mesh(self._mesh):
             checksums = [int(checksum(leaf)) for leaf in jax.tree.leaves(self._params)]
         return {
@@ -133,18 +133,18 @@ class EmbeddingModel(MtebEncoder):
             prompt.
           batch_size: number of texts per batch, rounded up to a multiple of the number of devices;
             by default, about 2,048 tokens on a CPU, and about 65,536 on an accelerator.
-          dim: keep only the first `dim` dimensions, for models trained with
+          dim: number of leading dimensions to keep, for models trained with
             `loss.matryoshka_dims`. Unit vectors are normalised again.
           quantize: `"int8"` multiplies the values of unit vectors by 127 and rounds them. It uses
             no per-dimension ranges, so that embeddings of different calls can be compared.
             `"binary"` keeps one bit per dimension, 1 for positive values, with the first of eight
-            dimensions in the highest bit of a byte, as `"ubinary"` of sentence-transformers.
+            dimensions in the highest bit of a byte, like `"ubinary"` in sentence-transformers.
           progress: whether to show a progress bar, or a function that is called with the number of
             finished texts; by default, long calls show a bar on a terminal.
 
         Returns:
           Embeddings `[n, d]` in the order of the texts, or `[d]` for one text, in float32. With
-          `"int8"`, their type is int8; with `"binary"`, they are `ceil(d / 8)` values of uint8.
+          `"int8"`, their type is int8; with `"binary"`, each has `ceil(d / 8)` values of uint8.
 
         Raises:
           TypeError: if a text is not a `str`.
@@ -169,7 +169,7 @@ class EmbeddingModel(MtebEncoder):
 
         Args:
           texts: one text, or several.
-          side, prompt: as `encode`.
+          side, prompt: as for `encode`.
 
         Returns:
           Ids `[t]` for each text, with the prompt's tokens and special tokens.
@@ -185,8 +185,8 @@ class EmbeddingModel(MtebEncoder):
           b: `[m, d]`, or `[d]`.
 
         Returns:
-          `[n, m]` in float32, without the axis of a single vector. `"cosine"` and `"dot"` are
-          summed in float64; `"euclidean"` and `"manhattan"` are negative distances.
+          Similarities `[n, m]` in float32, without the axis of a single vector. `"cosine"` and
+          `"dot"` are summed in float64; `"euclidean"` and `"manhattan"` are negative distances.
         """
         return similarities(self.similarity_function, a, b)
 
@@ -218,9 +218,9 @@ class EmbeddingModel(MtebEncoder):
     ) -> Float[np.ndarray, "n d"]:
         # Equal texts are embedded once, which also gives them bitwise equal embeddings.
         numbers: dict[bytes, int] = {}
-        of_row = [numbers.setdefault(row.tobytes(), len(numbers)) for row in rows]
+        number_of_row = [numbers.setdefault(row.tobytes(), len(numbers)) for row in rows]
         distinct = [np.frombuffer(content, np.int32) for content in numbers]
-        copies = np.bincount(of_row, minlength=len(distinct))
+        copies = np.bincount(number_of_row, minlength=len(distinct))
         platform = self._mesh.devices.flat[0].platform
         batches = length_batches(
             np.array([len(row) for row in distinct], np.int64),
@@ -242,7 +242,7 @@ class EmbeddingModel(MtebEncoder):
             vectors,
             advance=lambda done: advance(int(copies[done].sum())),
         )
-        return vectors if len(distinct) == len(rows) else vectors[of_row]
+        return vectors if len(distinct) == len(rows) else vectors[number_of_row]
 
 
 def _checked(texts: Sequence[str]) -> list[str]:

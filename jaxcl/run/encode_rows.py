@@ -1,4 +1,4 @@
-"""Embed stored rows with the model of their run, each with the prompt of its data set."""
+"""Embed the rows of a run's data with its model, each row with the prompt of its data set."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,11 +23,14 @@ def encode_rows(
     """Embed one side of all rows of a split.
 
     Args:
-      model: the run's model.
+      model: the model of the run.
       texts: the texts of all rows, in order.
       side: `"query"` or `"key"`.
-      prompts: the rows' prompts; `None` for the model's.
-      batch_size, progress: as `EmbeddingModel.encode`.
+      prompts: the prompts of the rows; `None` for the model's prompt.
+      batch_size, progress: as for `EmbeddingModel.encode`.
+
+    Returns:
+      Embeddings in the order of the rows.
     """
     if prompts is None:
         return model.encode(texts, side=side, batch_size=batch_size, progress=progress)

@@ -1,4 +1,4 @@
-"""A trained model on the present devices: texts, or whatever its sides hold, in; embeddings out."""
+"""A trained model on the available devices, which embeds texts or other inputs of its sides."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,14 +16,14 @@ __all__ = ["Encoder"]
 
 
 class Encoder(NamedTuple):
-    """What is needed to embed: no loss, no optimizer, no training data.
+    """The parts of a model that embed, without loss, optimizer or training data.
 
     Attributes:
       mesh: the devices.
       towers: the model.
-      embedder: its compiled forward pass.
+      embedder: the compiled forward pass of the model.
       params: the parameters of the towers.
-      readers: side -> the function that turns its values into inputs.
+      readers: for each side, the function that converts its values to inputs.
     """
 
     mesh: Mesh
@@ -44,7 +44,7 @@ class Encoder(NamedTuple):
         Args:
           side: `"query"` or `"key"`.
           values: texts, or other values as a data source returns them.
-          advance: called with the number of rows as they are done.
+          advance: a function that is called with the number of rows whenever some are done.
 
         Returns:
           Unit vectors in float32, on the host.
@@ -70,16 +70,19 @@ class Encoder(NamedTuple):
 
         Args:
           side: `"query"` or `"key"`.
-          table: the rows.
-          rows: their numbers.
-          advance: called with the number of rows as they are done.
+          table: the table.
+          rows: numbers of the rows to embed; `None` for all rows.
+          advance: a function that is called with the number of rows whenever some are done.
+
+        Returns:
+          Unit vectors in float32, on the host.
         """
         if rows is None:
             rows = np.arange(table.num_rows)
         return self.embedder(
             self.params,
             side,
-            lambda places: table.side(side, rows[places]),
+            lambda positions: table.side(side, rows[positions]),
             len(rows),
             advance=advance,
         )

@@ -1,4 +1,4 @@
-"""The explicit negatives of a run's data: whether its settings fit them, and their number."""
+"""Check the explicit negatives of a run's data against its settings, and describe them."""
 
 from collections.abc import Iterator
 from typing import TypeAlias
@@ -16,69 +16,69 @@ __all__ = ["check_explicit_negatives", "negatives_summary", "negatives_warnings"
 _FromData: TypeAlias = RowNegatives | TextNegatives | None
 
 _MANY = 16
-"""Negatives per row above which a run says what they cost."""
+"""Number of negatives per row above which a run warns about their cost."""
 
 
 def check_explicit_negatives(settings: Settings, negatives: _FromData) -> None:
     """Raise a `ValueError` if the settings do not match the negatives of the training rows.
 
     Args:
-      settings: the run's.
-      negatives: as in `RunData`.
+      settings: the settings of the run.
+      negatives: the negatives, as in `RunData`.
     """
     loss, name = settings.parts.loss, settings.loss.name
     mines = settings.negatives.mined.refresh_every is not None
     if "teacher_scores" in batch_needs(settings) and negatives is None:
         raise ValueError(
-            f"the loss {name!r} needs a teacher's scores of each row's negatives; give the rows "
-            "negatives and teacher_scores, or set data.negatives to an .npz that has both"
+            f"the loss {name!r} needs a teacher's scores for the negatives of each row; give the "
+            "rows negatives and teacher_scores, or set data.negatives to an .npz that has both"
         )
     if not isinstance(negatives, TextNegatives):
         return
     leave_out = "set data.negatives_per_row=0 to leave them out"
     if ExplicitNegatives not in loss.negatives:
         raise ValueError(
-            f"the training rows bring negatives, but the loss {name!r} takes no explicit "
+            f"the training rows have negatives, but the loss {name!r} takes no explicit "
             f"negatives; {leave_out}"
         )
     if mines:
         raise ValueError(
-            "negatives.mined.refresh_every and the training rows both give each row its "
-            f"negatives; set it to None, or {leave_out}"
+            "the training rows have negatives, and negatives.mined.refresh_every mines others; "
+            f"set it to None, or {leave_out}"
         )
     if settings.negatives.guide == "data":
         raise ValueError(
-            "data.guides has embeddings of the training rows, and none of the negatives that they "
-            f"bring; set negatives.guide='momentum', or {leave_out}"
+            "data.guides has embeddings of the training rows, but not of their negatives; set "
+            f"negatives.guide='momentum', or {leave_out}"
         )
 
 
 def negatives_warnings(settings: Settings, negatives: _FromData) -> Iterator[str]:
-    """What may be wrong with the negatives of the training rows."""
+    """Yield a warning for each likely problem with the negatives of the training rows."""
     if not isinstance(negatives, TextNegatives):
         return
     if settings.data.negatives_per_row is None and negatives.per_row > _MANY:
         yield (
-            f"each row of a batch has places for {negatives.per_row} negatives, as many as the "
-            f"longest list has; the mean is {negatives.counts.mean():.1f}. All places are encoded: "
-            "set data.negatives_per_row to fewer"
+            f"each row of a batch is padded to {negatives.per_row} negatives, the length of the "
+            f"longest list, but the mean is {negatives.counts.mean():.1f}; padding is encoded too, "
+            "so set data.negatives_per_row to a smaller number"
         )
     loss, masks = settings.parts.loss, settings.loss.masks
     compares_rows = "ids" in loss.masks and "labels" not in loss.columns
     if negatives.num_own and compares_rows and "text" not in masks:
         yield (
-            f"{negatives.num_own:,} negatives are the same text as a positive or the query of "
-            "their row; put 'text' among loss.masks to leave them out"
+            f"{negatives.num_own:,} negatives have the same text as a positive or the query of "
+            "their row; add 'text' to loss.masks to leave them out"
         )
 
 
 def negatives_summary(negatives: _FromData) -> str:
-    """The end of a sentence with the number of negatives that the training rows bring, or `""`."""
+    """Summarise the negatives of the training rows as the end of a sentence; `""` without any."""
     if not isinstance(negatives, TextNegatives):
         return ""
     counts = np.minimum(negatives.counts, negatives.per_row)
-    some = counts[counts > 0]
+    positive = counts[counts > 0]
     return (
-        f"; negatives: {len(some):,} training rows have {some.mean():.1f} in the mean, "
+        f"; negatives: {len(positive):,} training rows have {positive.mean():.1f} on average, "
         f"{negatives.texts.num_rows:,} distinct texts"
     )

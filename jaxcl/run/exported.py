@@ -2,7 +2,7 @@
 
 jaxcl.json          version of the format, settings, step, fingerprint of the tokenizer
 model.safetensors   the parameters, by path
-tokenizer.json, …   the files that inputs depend on
+tokenizer.json, …   the files that the inputs depend on
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ EXPORT_FILE = "jaxcl.json"
 _FORMAT = 1
 _WEIGHTS = "model.safetensors"
 _MAX_BYTES = 2**30
-"""The largest size of a file that inputs depend on."""
+"""The largest allowed size of a file that the inputs depend on."""
 
 
 class ExportedModel(NamedTuple):
@@ -61,14 +61,14 @@ def jaxcl_files(run: OpenedRun, dtype: np.dtype | None = None) -> ModelFiles:
 
     Args:
       run: the run that trained the model.
-      dtype: type of the parameters in the file; `None` keeps their type.
+      dtype: type of the parameters in the file; `None` to keep their type.
 
     Raises:
       ValueError: for a type that cannot hold the parameters.
     """
     data = run.settings.data
     settings = as_dict(run.settings)
-    del settings["run"]  # folders and devices of the training machine
+    del settings["run"]  # describes folders and devices of the training machine
     description = {
         "format": _FORMAT,
         "step": run.made_from["step"],
@@ -90,11 +90,11 @@ def open_exported(folder: AnyPath, *, trust: Trust = ()) -> ExportedModel:
 
     Args:
       folder: the exported folder.
-      trust: the packages from which an encoder named `package.module:function` is imported.
+      trust: packages from which an encoder named `package.module:function` may be imported.
 
     Raises:
-      ValueError: if it is not an exported folder, or its files do not match.
-      PermissionError: for an encoder of a package that is not trusted.
+      ValueError: if the folder was not exported by jaxcl, or its files do not match.
+      PermissionError: for an encoder from a package that is not trusted.
     """
     folder = as_path(folder)
     description = _read_description(folder)
@@ -120,7 +120,7 @@ def _check_copies(folder: AnyPath, settings: Settings, recorded: Mapping[str, st
 
 
 def _contents(root: AnyPath, folder: str) -> dict[str, bytes]:
-    """Read all files below a folder, by their path relative to `root`."""
+    """Read all files in a folder, at any depth, by their paths relative to `root`."""
     paths = (root / folder).rglob("*")
     return {
         path.relative_to(root).as_posix(): read_regular(path, limit=_MAX_BYTES)
@@ -140,7 +140,7 @@ def _read_description(folder: AnyPath) -> Mapping[str, Any]:
     if description.get("format") != _FORMAT:
         raise ValueError(
             f"{path} has the format {description.get('format')!r}, but this version of jaxcl reads "
-            f"{_FORMAT}; export the model again, or install the version that wrote it"
+            f"format {_FORMAT}; export the model again, or install the version that wrote it"
         )
     kinds = {"settings": dict, "fingerprints": dict, "pretrained": dict, "step": int}
     if wrong := [
@@ -151,16 +151,17 @@ def _read_description(folder: AnyPath) -> Mapping[str, Any]:
 
 
 def _map_params(path: AnyPath, abstract: PyTree) -> PyTree:
-    """The parameters in a file as the tree of an encoder, still mapped to memory."""
-    tensors, wanted = map_tensors(path), _by_path(abstract)
+    """Map the parameters in a file to memory, as the tree of an encoder."""
+    tensors, expected = map_tensors(path), _by_path(abstract)
     different = [
-        f"{name} is {_shape(tensors.get(name))} there but {_shape(wanted.get(name))} in the encoder"
-        for name in sorted(tensors.keys() | wanted.keys())
-        if _shape(tensors.get(name)) != _shape(wanted.get(name))
+        f"{name} is {_shape(tensors.get(name))} in the file but {_shape(expected.get(name))} in "
+        "the encoder"
+        for name in sorted(tensors.keys() | expected.keys())
+        if _shape(tensors.get(name)) != _shape(expected.get(name))
     ]
     if different:
         raise ValueError(f"{path} does not fit its encoder: {'; '.join(different[:4])}")
-    leaves = [tensors[name] for name in wanted]
+    leaves = [tensors[name] for name in expected]
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
 

@@ -1,4 +1,4 @@
-"""Load a model that embeds texts, from a run's workdir or from a folder."""
+"""Load a model that embeds texts, from the workdir of a run or from a model's folder."""
 
 import os
 
@@ -42,23 +42,22 @@ def load(
     Args:
       path: one of
 
-        - the workdir of a run that has saved a checkpoint, which may still be training: the newest
-          one is loaded;
+        - the workdir of a run, whose newest checkpoint is loaded; the run may still be training;
         - `WORKDIR/checkpoints/STEP`, or `WORKDIR/checkpoints/best` for the step with the highest
           `config.evaluation.best_metric`;
         - a folder written by `jaxcl.export`;
         - the folder of a pretrained encoder saved by sentence-transformers, transformers or
           model2vec, or its id on the Hugging Face Hub (`jaxcl.models.pretrained`).
       compute_dtype: type of the activations of a pretrained encoder, such as `"bfloat16"`. The
-        model of a run uses the type of its config. On accelerators, JAX multiplies float32 in
+        model of a run uses the type in its config. On accelerators, JAX multiplies float32 in
         lower precision unless `jax_default_matmul_precision` is `"highest"`.
-      trust: the packages from which a run's encoder named `package.module:function` is imported.
+      trust: packages from which an encoder named `package.module:function` may be imported.
 
     Raises:
       FileNotFoundError: if there is no such folder.
-      ValueError: if the folder holds no model, or its model is damaged or not supported.
+      ValueError: if the folder has no model, or its model is damaged or not supported.
       CheckpointError: if no checkpoint of a run can be read.
-      PermissionError: for an encoder of a package that is not trusted.
+      PermissionError: for an encoder from a package that is not trusted.
 
     Example:
       model = jaxcl.load("runs/code_search")
@@ -68,23 +67,23 @@ def load(
         return model_of_run(open_run(as_path(path), trust=trust))
     folder = local_or_hub(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; give a folder of a run or a model")
+        raise FileNotFoundError(f"there is no folder {folder}; give the folder of a run or model")
     if (folder / EXPORT_FILE).exists():
         exported = open_exported(folder, trust=trust)
         return _trained_model(exported.folder, exported.settings, exported.encoder)
     if any((folder / name).exists() for name in _PRETRAINED_FILES):
         return _pretrained_model(read_pretrained(folder), compute_dtype)
     raise ValueError(
-        f"{folder} holds no model: it has no {CHECKPOINTS}/ of a run, no {EXPORT_FILE} of an "
-        f"exported model, and no {' or '.join(_PRETRAINED_FILES)} of a pretrained model"
+        f"{folder} has no model: neither {CHECKPOINTS}/ of a run, nor {EXPORT_FILE} of an exported "
+        f"model, nor {' or '.join(_PRETRAINED_FILES)} of a pretrained model"
     )
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is the workdir of a run, or names one of its checkpoints."""
-    folder, named = origin_of(path)
-    # Models of other packages may lie in a folder of that name, too.
-    files = (CHECKPOINTS, ID_FILE) if named is None else (ID_FILE,)
+    """Whether a path is the workdir of a run or one of its checkpoints."""
+    folder, checkpoint = origin_of(path)
+    # Models of other packages may also be in a folder named checkpoints.
+    files = (CHECKPOINTS, ID_FILE) if checkpoint is None else (ID_FILE,)
     return any((folder / name).exists() for name in files)
 
 
@@ -92,7 +91,7 @@ def model_of_run(run: OpenedRun) -> EmbeddingModel:
     """The embedding model of an opened run.
 
     Raises:
-      ValueError: if a side has a modality other than texts.
+      ValueError: if a side has inputs other than texts.
     """
     model = _trained_model(run.workdir, run.settings, run.encoder)
     model.source = str(run.path)
@@ -123,7 +122,7 @@ def _trained_rules(settings: Settings) -> dict[str, TextRule]:
     rules = {side: text_rule(settings.data, side) for side in SIDES}
     if not settings.parts.pretrained or not settings.model.shared:
         return rules
-    # A pretrained folder has one limit for both sides, so a model has one before export too.
+    # An exported folder has one limit for both sides, so the model has one limit before export too.
     longest = max(rule.max_tokens for rule in rules.values())
     return {side: rule._replace(max_tokens=longest) for side, rule in rules.items()}
 
@@ -161,12 +160,12 @@ def _pretrained_model(pretrained: PretrainedModel, compute_dtype: str) -> Embedd
 
 
 def _tokenizer_of(pretrained: PretrainedModel) -> Tokenizer:
-    """The model's tokenizer, all of whose ids have a row in its token table."""
+    """Load the tokenizer of a model, and check that its ids have rows in the token table."""
     path = pretrained.path / pretrained.encoder_folder / "tokenizer.json"
     tokenizer = load_pretrained_tokenizer(path)
     num_ids = max(tokenizer.get_vocab().values(), default=-1) + 1
     if num_ids > pretrained.vocabulary_size:
-        # A lookup past the table's end would give the last row.
+        # Looking up an id past the end of the table would return the last row.
         raise ValueError(
             f"{path} has ids up to {num_ids - 1}, but the model's token table has "
             f"{pretrained.vocabulary_size} rows; restore the tokenizer that belongs to the model"

@@ -1,7 +1,7 @@
 """Write the model card of an exported model from the files of the run that trained it.
 
-Names of data sets, folders and settings are untrusted. In the text, they stand in code spans, where
-Markdown and HTML have no effect; in the metadata, they are quoted YAML strings.
+Names of data sets, folders and settings are untrusted. The text has them in code spans, where
+Markdown and HTML have no effect, and the metadata as quoted YAML strings.
 """
 
 import json
@@ -97,10 +97,10 @@ def _front_matter(settings: Settings, results: Mapping[str, Any], *, library: st
     origin = settings.model.pretrained
     if origin is not None and _HUB_ID.fullmatch(origin) and not Path(origin).exists():
         metadata["base_model"] = origin
-    if data_sets := _data_set_names(settings, with_files=False):  # of the Hub
+    if data_sets := _data_set_names(settings, with_files=False):  # data sets on the Hub
         metadata["datasets"] = data_sets
     metadata["tags"] = list(dict.fromkeys(tags))
-    # JSON is YAML.
+    # Every JSON value is also YAML.
     return iter(["---", *(f"{key}: {_yaml(value)}" for key, value in metadata.items()), "---", ""])
 
 
@@ -124,20 +124,20 @@ def _introduction(settings: Settings, *, name: str) -> Iterator[str]:
         *_prompts(data.prompts),
         *(
             row
-            for name, one in sorted(data.concatenated.items())
-            for row in _prompts(one.prompts, of=f" in training rows of {_code(name)}")
+            for name, data_set in sorted(data.concatenated.items())
+            for row in _prompts(data_set.prompts, of=f" in training rows of {_code(name)}")
         ),
     )
 
 
 def _prompts(prompts: SidePrompts, *, of: str = "") -> Iterator[tuple[str, str]]:
-    for side, what in (("query", "queries"), ("key", "keys")):
+    for side, texts in (("query", "queries"), ("key", "keys")):
         if prompt := getattr(prompts, side):
-            yield f"Prompt of {what}{of}", _code(json.dumps(prompt))
+            yield f"Prompt of {texts}{of}", _code(json.dumps(prompt))
 
 
 def _encoder(settings: Settings, section: str) -> str:
-    """The encoder of a section of the config, and the pretrained model that it started from."""
+    """Describe the encoder of a config section, and the pretrained model that it started from."""
     tower = settings.model if section == "model" else settings.model.key
     base = settings.parts.pretrained.get(section)
     if base is None:
@@ -243,14 +243,14 @@ def _license_of(base: PretrainedModel) -> str | None:
     """The license in the metadata of the base model's card."""
     card = base.files.get("README.md", b"").decode(errors="replace").replace("\r\n", "\n")
     metadata = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
-    found = metadata and re.search(r"""^license: *['"]?([\w.+-]+)['"]? *$""", metadata[1], re.M)
-    return found[1] if found else None
+    match = metadata and re.search(r"""^license: *['"]?([\w.+-]+)['"]? *$""", metadata[1], re.M)
+    return match[1] if match else None
 
 
 def _data_set_names(settings: Settings, *, with_files: bool = True) -> list[str]:
     """The names of the run's data sets, without their versions and folders."""
     data_sets = [settings.data.first, *settings.data.concatenated.values()]
-    names = [str(_public(one.name)) for one in data_sets if one.name is not None]
+    names = [str(_public(data_set.name)) for data_set in data_sets if data_set.name is not None]
     short = {
         name: Path(name).name if names_files(name) else re.split("[:/]", name)[0]
         for name in names
@@ -260,7 +260,7 @@ def _data_set_names(settings: Settings, *, with_files: bool = True) -> list[str]
 
 
 def _public(value: Any) -> Any:
-    """A setting's value; only the last part of a local path."""
+    """The value of a setting, with only the last part of a local path."""
     if not isinstance(value, str) or not value.startswith(("/", "~", ".")):
         return value
     *parents, name = Path(value).parts
@@ -282,7 +282,7 @@ def _table(*rows: Sequence[Any]) -> Iterator[str]:
 
 
 def _code(value: Any) -> str:
-    """A code span on one line, without "|", which would end the cell of a table."""
+    """Write a code span on one line, without "|", which would end the cell of a table."""
     text = " ".join(printable(str(value)).split()).replace("|", r"\u007c")
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     pad = " " if not text or "`" in (text[0], text[-1]) else ""
@@ -290,6 +290,6 @@ def _code(value: Any) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """A value as one line of YAML, in ASCII."""
+    """Write a value as one line of YAML, in ASCII."""
     text = json.dumps(value, ensure_ascii=False)
     return re.sub(r"[^ -~]", lambda match: f"\\U{ord(match[0]):08x}", text)

@@ -18,8 +18,8 @@ class ModelFiles(NamedTuple):
     """The files of a model.
 
     Attributes:
-      contents: file, relative to the folder -> its bytes.
-      tensors: safetensors file, relative to the folder -> its tensors by name.
+      contents: the bytes of files, by path relative to the folder.
+      tensors: the tensors of safetensors files, by path relative to the folder and by name.
     """
 
     contents: Mapping[str, bytes]
@@ -27,7 +27,7 @@ class ModelFiles(NamedTuple):
 
 
 def as_json(content: Any) -> bytes:
-    """Serialise the content of a JSON file."""
+    """Serialise a value as the content of a JSON file."""
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
@@ -59,32 +59,32 @@ def with_dtype(
 
 
 def check_free(folder: Path) -> None:
-    """Raise a `FileExistsError` unless a folder is empty or absent."""
+    """Raise a `FileExistsError` unless a folder is new or empty."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} has files already; remove them, or give another folder")
+        raise FileExistsError(f"{folder} is not empty; remove its files, or give another folder")
 
 
 def write_folder(folder: Path, files: ModelFiles) -> None:
     """Write a folder completely or not at all.
 
     Args:
-      folder: empty or absent; its parent is created if necessary.
+      folder: a new or empty folder; its parent is created if necessary.
       files: the content of the folder.
 
     Raises:
       FileExistsError: if the folder is not empty.
-      OSError: if it cannot be written.
+      OSError: if the folder cannot be written.
     """
     check_free(folder)
     with staging_folder(folder) as staging:
-        made = staging / folder.name
-        made.mkdir()
+        staged = staging / folder.name
+        staged.mkdir()
         for name, content in files.contents.items():
-            _path_of(made, name).write_bytes(content)
+            _path_of(staged, name).write_bytes(content)
         for name, tensors in files.tensors.items():
-            write_tensors(_path_of(made, name), tensors)
-        put_in_place(made, folder, replace=False)
-        if made.exists():  # another process was faster
+            write_tensors(_path_of(staged, name), tensors)
+        put_in_place(staged, folder, replace=False)
+        if staged.exists():  # another process was faster
             check_free(folder)
 
 

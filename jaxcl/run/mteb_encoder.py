@@ -1,13 +1,14 @@
-"""What `mteb` needs of a model, so that `mteb.evaluate` accepts the models of `jaxcl.load`.
+"""The interface that `mteb.evaluate` needs from the models of `jaxcl.load`.
 
     import jaxcl, mteb
 
     model = jaxcl.load("runs/code_search")
     mteb.evaluate(model, mteb.get_tasks(["STSBenchmark", "SciFact"]))
 
-Results are stored under the name of the model's folder, and under a revision that changes with its
-parameters, tokenizer and prompts. `mteb` is imported when it asks for this description, so it is no
-dependency. It calls models by duck typing (`mteb.models.EncoderProtocol`, versions 2).
+Results are stored under the name of the model's folder, and under a revision that changes with the
+parameters, tokenizer and prompts. jaxcl does not depend on `mteb`, and imports it only for the
+description of a model. `mteb` calls models by duck typing (`mteb.models.EncoderProtocol` of
+version 2).
 """
 
 import functools
@@ -25,19 +26,19 @@ from jaxcl.run.host_vectors import pairwise_similarities
 __all__ = ["MtebEncoder", "encodes_for_mteb"]
 
 _SIDES = {None: "query", "query": "query", "document": "key"}
-"""Type of a prompt in mteb -> side. Tasks that compare like with like have no type."""
+"""The side for each type of prompt in mteb. Symmetric tasks have no type."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class MtebEncoder:
-    """Adds to a model what `mteb` needs next to `encode` and `similarity`.
+    """The methods that `mteb` needs from a model in addition to `encode` and `similarity`.
 
     Attributes:
-      source: the folder that the model was loaded from.
-      dim: the width of the embeddings.
-      max_tokens: side -> the longest text in tokens; `None` without a limit.
-      prompts: name -> prompt.
+      source: folder from which the model was loaded.
+      dim: number of dimensions of the embeddings.
+      max_tokens: the largest length of a text in tokens, by side; `None` means no limit.
+      prompts: prompts by name.
       similarity_function: a name in `SIMILARITIES`.
     """
 
@@ -49,7 +50,7 @@ class MtebEncoder:
 
     @functools.cached_property
     def made_from(self) -> dict[str, Any]:
-        """Identifies the model in JSON types; each class of models has its own."""
+        """A description that identifies the model, in JSON types; subclasses define it."""
         raise NotImplementedError
 
     def similarity_pairwise(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -57,10 +58,10 @@ class MtebEncoder:
 
         Args:
           a: `[n, d]`, float or int8.
-          b: of the same shape.
+          b: `[n, d]`, float or int8.
 
         Returns:
-          `[n]` in float32.
+          Similarities `[n]` in float32.
         """
         return pairwise_similarities(self.similarity_function, a, b)
 
@@ -81,7 +82,7 @@ class MtebEncoder:
         description = json.dumps(self.made_from, sort_keys=True)
         return ModelMeta.create_empty(
             {
-                # Names of mteb are those of an organisation and a model.
+                # mteb expects the name of an organisation and that of a model.
                 "name": f"jaxcl/{Path(os.path.abspath(self.source)).name}",
                 "revision": digest_of(description.encode())[:12],
                 "embed_dim": self.dim,
@@ -94,12 +95,12 @@ class MtebEncoder:
 
 
 def encodes_for_mteb(encode: Method) -> Method:
-    """Let the `encode` of an `MtebEncoder` also take the arguments that `mteb` calls it with.
+    """Let the `encode` of an `MtebEncoder` also accept the arguments that `mteb` passes.
 
-    `mteb` passes batches of records instead of texts, and the task. Queries of a retrieval are
-    embedded on the side `"query"`, documents on `"key"`, and the texts of all other tasks on
-    `"query"`. Where the model has a prompt for the task, it replaces that of the side; its name is,
-    in order, `TASK-query`, `TASK`, `TYPE-query` or `TYPE`, as for models of sentence-transformers.
+    `mteb` passes batches of records instead of texts, and the task. The queries of a retrieval task
+    are embedded as the side `"query"`, its documents as `"key"`, and the texts of all other tasks
+    as `"query"`. A prompt for the task replaces the prompt of the side; as in
+    sentence-transformers, it is the first one named `TASK-query`, `TASK`, `TYPE-query` or `TYPE`.
     """
 
     @functools.wraps(encode)
@@ -125,7 +126,7 @@ def _arguments(
     show_progress_bar: bool | None = None,
     precision: str = "float32",
 ) -> dict[str, Any]:
-    """The arguments of `EmbeddingModel.encode` for those of `mteb`."""
+    """Convert the arguments that `mteb` passes to arguments of `EmbeddingModel.encode`."""
     if precision != "float32":
         raise ValueError(f"precision={precision!r} is not supported in mteb; leave it out")
     kind = None if prompt_type is None else str(getattr(prompt_type, "value", prompt_type))
@@ -137,9 +138,9 @@ def _arguments(
             )
         texts += batch["text"]
     names = [
-        name if one is None else f"{name}-{one}"
+        name if suffix is None else f"{name}-{suffix}"
         for name in (task_metadata.name, task_metadata.type)
-        for one in ((None,) if kind is None else (kind, None))
+        for suffix in ((None,) if kind is None else (kind, None))
     ]
     return {
         "texts": texts,

@@ -1,4 +1,4 @@
-"""Opens a run that has been trained, for search, mining and topics: its encoder, and its data."""
+"""Open the encoder and the data of a trained run, for search, mining, topics and export."""
 
 import contextlib
 import functools
@@ -37,15 +37,15 @@ __all__ = ["OpenedRun", "open_run"]
 
 
 class OpenedRun(NamedTuple):
-    """A run as one of its checkpoints left it, on the present devices.
+    """The state of a run at one of its checkpoints, on the available devices.
 
     Attributes:
-      workdir: the run's folder.
-      settings: the run's.
-      encoder: its model.
+      workdir: the folder of the run.
+      settings: the settings of the run.
+      encoder: the model of the run.
       data_set: the name or folder of its data set.
-      made_from: names all of this: an equal one gives equal embeddings.
-      checkpoint: the step, or `"best"`, that was asked for; None for the newest.
+      made_from: a description of model and data; equal descriptions mean equal embeddings.
+      checkpoint: the requested step or `"best"`; `None` for the newest checkpoint.
     """
 
     workdir: AnyPath
@@ -57,22 +57,22 @@ class OpenedRun(NamedTuple):
 
     @property
     def path(self) -> AnyPath:
-        """What opens this checkpoint again: the workdir, or the path of the checkpoint."""
+        """The path with which `open_run` opens this checkpoint again."""
         if self.checkpoint is None:
             return self.workdir
         return self.workdir / CHECKPOINTS / str(self.checkpoint)
 
     def sources(self) -> dict[str, PairSource]:
-        """The splits that the run began with, as text; opened where they were, never made again.
+        """Open the splits that the run started with, in the same place; never prepare them again.
 
         Raises:
-          ValueError: if they are gone, or hold other rows.
+          ValueError: if the splits are missing, or have different rows.
         """
         folder = Path(self.data_set)
         if folder.is_absolute() and not (folder.exists() or names_files(self.data_set)):
             raise ValueError(
-                f"the rows of the run in {self.workdir} are gone from {self.data_set}; the "
-                "command that trained it makes them again, if the same packages are installed"
+                f"the rows of the run in {self.workdir} are missing from {self.data_set}; the "
+                "command that trained it prepares them again, if the same packages are installed"
             )
         data = self.settings.data
         splits = relocated_splits(data.splits, name=data.name, absolute_name=self.data_set)
@@ -85,14 +85,14 @@ class OpenedRun(NamedTuple):
         fingerprints = self.made_from["fingerprints"]
         if any(source.fingerprint != fingerprints.get(role) for role, source in sources.items()):
             raise ValueError(
-                f"{self.data_set}, or a data set of data.concatenated, no longer holds the "
-                f"rows that the run in {self.workdir} was trained on; put them back, or train "
-                "again in another --workdir"
+                f"{self.data_set}, or a data set of data.concatenated, no longer has the rows "
+                f"that the run in {self.workdir} was trained on; restore them, or train again in "
+                "another --workdir"
             )
         return sources
 
     def prompts(self, sources: Mapping[str, PairSource]) -> dict[str, RowPrompts]:
-        """Split -> the prompts of its rows, where its data sets have different ones."""
+        """The prompts of the rows of each split whose data sets have different prompts."""
         prompts = {
             split: row_prompts(self.settings.data, split, source)
             for split, source in sources.items()
@@ -100,7 +100,7 @@ class OpenedRun(NamedTuple):
         return {split: one for split, one in prompts.items() if one is not None}
 
     def check_texts(self, command: str) -> None:
-        """Raise a `ValueError` if a side of the run holds anything else than texts."""
+        """Raise a `ValueError` if a side of the run has inputs other than texts."""
         modality = self.settings.data.modality
         if set(modality) != {"text"}:
             raise ValueError(
@@ -112,13 +112,13 @@ class OpenedRun(NamedTuple):
         name, function = self.settings.data.name, self.settings.parts.source
         if is_function_name(name) and function is None:
             raise PermissionError(
-                f"data.name={name!r} would run code of that package; name it with --trust if you "
-                "trust it"
+                f"data.name={name!r} would run code of that package; if you trust it, add it with "
+                "--trust"
             )
         return function
 
     def table(self, split: str, source: PairSource) -> Table:
-        """A split's pairs as inputs of the encoders."""
+        """Open the pairs of a split as inputs of the encoders."""
         data_dir = shared_folder(self.settings.run.data_dir)
         tables = open_tables(
             self.settings.data, {split: source}, data_dir=data_dir, workdir=self.workdir
@@ -126,34 +126,34 @@ class OpenedRun(NamedTuple):
         return tables[split]
 
     def embeddings(self, split: str, source: PairSource) -> dict[str, Float[np.ndarray, "n d"]]:
-        """All rows of a split, embedded: side -> vectors."""
+        """Embed both sides of all rows of a split."""
         table = self.table(split, source)
         with progress_bar(f"embedding {split}", len(SIDES) * table.num_rows) as advance:
             return {side: self.encoder.embed(side, table, advance=advance) for side in SIDES}
 
 
 def open_run(path: AnyPath, *, trust: Trust = ()) -> OpenedRun:
-    """Opens a run; nothing of it is changed, and it may still be training.
+    """Open a run without changing it; it may still be training.
 
-    Neither its training data nor their paths are needed: a workdir that was copied opens as well.
-    If the best checkpoint is damaged, the newest is opened instead, with a warning.
+    The training data and their paths are not needed, so a copied workdir can be opened as well. If
+    the best checkpoint is damaged, the newest one is opened instead, with a warning.
 
     Args:
-      path: the workdir of a run that has saved a checkpoint, for the newest one, or
-        `WORKDIR/checkpoints/STEP` or `WORKDIR/checkpoints/best`.
-      trust: the packages from which an encoder named `package.module:function` is imported.
+      path: the workdir of a run, for its newest checkpoint, or `WORKDIR/checkpoints/STEP` or
+        `WORKDIR/checkpoints/best`.
+      trust: packages from which an encoder named `package.module:function` may be imported.
 
     Raises:
       ValueError: if there is no run, or it has no checkpoint, or no best one.
       CheckpointError: if no checkpoint can be read.
-      PermissionError: for an encoder of a package that is not trusted.
+      PermissionError: for an encoder from a package that is not trusted.
     """
-    workdir, named = origin_of(path)
+    workdir, checkpoint = origin_of(path)
     settings = read_settings(read_config(workdir), trust=trust, workdir=workdir)
-    mesh = make_mesh({"data": -1})  # the present devices, whatever the run's were
+    mesh = make_mesh({"data": -1})  # all available devices, whatever the mesh of the run
     towers = build_towers(settings)
     with current_mesh(mesh):
-        restored = _named_params(towers, settings, workdir, named, mesh)
+        restored = _restore_towers(towers, settings, workdir, checkpoint, mesh)
         checksums = [int(checksum(leaf)) for leaf in jax.tree.leaves(restored.state)]
     params = restored.state["params"]["towers"]
     saved = remembered_from(workdir / CHECKPOINTS, restored.record.get("data"))
@@ -161,7 +161,7 @@ def open_run(path: AnyPath, *, trust: Trust = ()) -> OpenedRun:
     embedder = make_embedder(towers.encode, mesh, batch_size=settings.evaluation.batch_size)
     made_from = {
         "step": restored.step,
-        # A run that was trained again from nothing passes the same steps.
+        # The step is not enough, since a run that starts over reaches the same steps.
         "parameters": checksums,
         "inputs": {side: modality_of(settings.data, side).fingerprint(workdir) for side in SIDES},
         "fingerprints": {
@@ -171,17 +171,17 @@ def open_run(path: AnyPath, *, trust: Trust = ()) -> OpenedRun:
         },
     }
     encoder = Encoder(mesh, towers, embedder, params, build_readers(settings.data, workdir))
-    return OpenedRun(workdir, settings, encoder, _data_set(workdir, saved), made_from, named)
+    return OpenedRun(workdir, settings, encoder, _data_set(workdir, saved), made_from, checkpoint)
 
 
-def _named_params(
+def _restore_towers(
     towers: Towers,
     settings: Settings,
     workdir: AnyPath,
-    named: int | str | None,
+    checkpoint: int | str | None,
     mesh: jax.sharding.Mesh,
 ) -> Restored:
-    """The parameters of the towers alone: nothing else of the state is read."""
+    """Restore only the parameters of the towers, without reading the rest of the state."""
     abstract = towers.abstract_parameters(replicated_sharding(mesh))
     directory = workdir / CHECKPOINTS
     restored = None
@@ -190,21 +190,21 @@ def _named_params(
             restored = checkpoints.restore_latest(
                 {"params": {"towers": abstract}},
                 partial=True,
-                only=named if isinstance(named, int) else None,
-                best=named == BEST,
+                only=checkpoint if isinstance(checkpoint, int) else None,
+                best=checkpoint == BEST,
                 check=functools.partial(check_saved_settings, workdir, settings),
             )
     if restored is None:
         check_none_lost(directory)
         raise ValueError(
-            f"the run in {workdir} has saved no checkpoint yet; train first: "
+            f"the run in {workdir} has not saved a checkpoint yet; train it first with "
             "python -m jaxcl.train --config … --workdir …"
         )
     return restored
 
 
 def _data_set(workdir: AnyPath, saved: RememberedData) -> str:
-    """The data set of a run; `data.json` may name the folder to which it was moved."""
+    """The data set of a run, from `data.json`, where a user can enter the folder of moved data."""
     with contextlib.suppress(ValueError):
         if (remembered := read_remembered_data(workdir)) is not None:
             return remembered.data_set

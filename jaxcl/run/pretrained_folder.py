@@ -1,4 +1,4 @@
-"""Write a fine-tuned encoder as the folder that it came from, with the trained weights.
+"""Write a fine-tuned encoder in the form of its original folder, with the trained weights.
 
 Modules have the names of sentence-transformers 5, which later versions also read.
 """
@@ -36,14 +36,15 @@ def pretrained_files(
 ) -> ModelFiles:
     """Collect the files of a fine-tuned encoder for sentence-transformers.
 
-    Tensors without a trained parameter, such as a pooler's, are copied unchanged. The folder asks
-    for unit vectors, as in training, and truncates texts of both sides at the larger limit.
+    Tensors without a trained parameter, such as those of a pooler, are copied unchanged. The model
+    in the folder normalises its vectors, as in training, and truncates texts of both sides to the
+    larger limit.
 
     Args:
       model: the pretrained model.
-      data: the run's settings, with the prompt and the longest text of each side.
+      data: the data settings of the run, with the prompt and the largest length of each side.
       params: the trained parameters of the encoder.
-      dtype: type of the tensors; `None` keeps the original types if they hold the new values.
+      dtype: type of the tensors; `None` for the original types if they can hold the new values.
     """
     tensors = export_tensors(model, params)
     if model.family == "model2vec":
@@ -82,8 +83,8 @@ def library_config(data: DataSettings, before: Mapping[str, Any] | None = None) 
     """Write `config_sentence_transformers.json` with the run's prompts and cosine similarity.
 
     Args:
-      data: the run's settings.
-      before: the pretrained model's config, whose other prompts are kept.
+      data: the data settings of the run.
+      before: the config of the pretrained model, whose other prompts are kept.
     """
     before = before or {}
     prompts = (before.get("prompts") or {}) | {
@@ -125,8 +126,8 @@ def _modules_of(model: PretrainedModel) -> list[tuple[str, str]]:
 def _folded(model: PretrainedModel, tensors: FileTensors) -> FileTensors:
     """Fold the tensors of a model2vec model into the table of a `StaticEmbedding`.
 
-    model2vec leaves out unknown tokens, but sentence-transformers counts them. Their row is zero,
-    so only the norm of the mean differs.
+    model2vec leaves unknown tokens out of the mean, but sentence-transformers does not. Their row
+    is set to zero, so that only the norm of the mean differs.
     """
     ((file, named),) = tensors.items()
     table = named["embeddings"].astype(np.float32)
@@ -160,7 +161,7 @@ def _encoder_files(
 
 
 def _with_stored_type(model: PretrainedModel, name: str, tensors: FileTensors) -> bytes:
-    """`config.json` with the type of the tensors, which transformers uses for loading."""
+    """Write `config.json` with the type of the tensors, with which transformers loads them."""
     content = parse_json(model.files, name)
     stored = [
         tensor.dtype
@@ -188,7 +189,7 @@ def _tokenizer_config(model: PretrainedModel, *, longest: int) -> bytes:
     padding = tokenizer.padding or {}
     number = model.config.get("pad_token_id")
     token = padding.get("pad_token") or (number is not None and tokenizer.id_to_token(number))
-    # Without the last token's name, sentence-transformers counts it as part of an excluded prompt.
+    # If the last token had no name, sentence-transformers would exclude it with the prompt.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     before, after = special_tokens_around(tokenizer)

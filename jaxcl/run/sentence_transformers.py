@@ -1,9 +1,9 @@
 """Write a trained model as a folder that sentence-transformers loads.
 
-A fine-tuned encoder is written as its original folder, with the trained weights
-(`jaxcl.run.pretrained_folder`). A static encoder becomes a `StaticEmbedding`: one table combines
-its embeddings, token weights and projection. The mean over tokens then differs from the weighted
-sum only by a factor that normalisation removes.
+A fine-tuned encoder is written in the form of its original folder, with the trained weights
+(`jaxcl.run.pretrained_folder`). A static encoder becomes a `StaticEmbedding`, with one table that
+combines its embeddings, token weights and projection. The mean over tokens then differs from the
+weighted sum only by a factor, which normalisation removes.
 """
 
 import json
@@ -29,7 +29,7 @@ def sentence_transformers_files(run: OpenedRun, dtype: np.dtype | None = None) -
     Args:
       run: the run that trained the model.
       dtype: type of the tensors; `None` for float32, or for the types in a pretrained model's files
-        if they hold the trained values.
+        if they can hold the trained values.
 
     Raises:
       ValueError: for a model without an equivalent in sentence-transformers, with the reason, or a
@@ -103,7 +103,7 @@ def _static_files(run: OpenedRun, dtype: np.dtype | None) -> ModelFiles:
 
 
 def folded_table(params: PyTree) -> Float[np.ndarray, "v d"]:
-    r"""Fold the parameters into one vector per token, $e^{a_v}\, W\, T_v$, to sum over a text.
+    r"""Fold the parameters into one vector per token, $e^{a_v}\, W\, T_v$, to sum over each text.
 
     Args:
       params: parameters of a `StaticEncoder` without position weights.
@@ -119,10 +119,11 @@ def folded_table(params: PyTree) -> Float[np.ndarray, "v d"]:
 
 
 def _without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that reads the names of special tokens in a text as plain text, wherever it is loaded.
+    """Copy a tokenizer so that it reads the names of special tokens in a text as plain text.
 
-    jaxcl reads "[PAD]" in a text as a word in brackets, with a setting that `tokenizer.json` does
-    not store. The tokens stay in the vocabulary, and tokens outside the vocabulary stay special.
+    jaxcl reads "[PAD]" in a text as a word in brackets, by a setting that `tokenizer.json` does not
+    store. Here the tokens are no longer marked as special, but they stay in the vocabulary. Tokens
+    outside the vocabulary stay special.
     """
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     content = json.loads(tokenizer.to_str())

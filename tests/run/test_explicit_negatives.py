@@ -98,9 +98,7 @@ def negatives(counts=(2, 0, 40), **fields):
 def test_rows_with_negatives_are_trained_on_and_reported(config, tmp_path, capsys):
     train(config(), tmp_path / "run")
     counts = [1 + row % 3 for row in range(64) if row % 4]
-    wanted = (
-        f"negatives: 48 training rows have {np.mean(counts):.1f} in the mean, {48 + 8} distinct"
-    )
+    wanted = f"negatives: 48 training rows have {np.mean(counts):.1f} on average, {48 + 8} distinct"
     assert wanted in capsys.readouterr().err
     metrics = read_metrics(tmp_path / "run")
     [*_, last] = [one for one in metrics if "negatives/explicit/counted" in one]
@@ -215,7 +213,7 @@ def test_two_processes_train_on_positives_and_negatives_of_a_file_as_one(tmp_pat
         ({}, None),
         (
             {"negatives": {"bank": {"kind": "instance"}, "mined": {"refresh_every": 2}}},
-            r"mined\.refresh_every and the training rows both give .* set it to None, or set",
+            r"mined\.refresh_every mines others; set it to None, or set",
         ),
         (
             {
@@ -223,7 +221,7 @@ def test_two_processes_train_on_positives_and_negatives_of_a_file_as_one(tmp_pat
                 "data": {"guides": "some.npz"},
                 "loss": {"margin": 0.0},
             },
-            r"none of the negatives that they bring; set negatives\.guide='momentum', or set",
+            r"but not of their negatives; set negatives\.guide='momentum', or set",
         ),
     ],
 )
@@ -257,13 +255,13 @@ def test_a_loss_with_a_teacher_needs_negatives():
 @pytest.mark.parametrize(
     ("changes", "fields", "wanted"),
     [
-        ({}, {}, ["places for 40 negatives, as many as the longest list has; the mean is 14.0"]),
+        ({}, {}, ["padded to 40 negatives, the length of the longest list, but the mean is 14.0"]),
         ({"data": {"negatives_per_row": 40}}, {}, []),
         ({}, {"counts": (2, 0, 16)}, []),
         (
             {},
             {"counts": (2, 0, 16), "num_own": 3},
-            ["3 negatives are the same text as a positive or the query of their row; put 'text'"],
+            ["3 negatives have the same text as a positive or the query of their row; add 'text'"],
         ),
         ({"loss": {"masks": ("row", "text")}}, {"counts": (2,), "num_own": 3}, []),
         (
@@ -281,10 +279,10 @@ def test_many_negatives_and_negatives_that_are_positives_are_warned_of(changes, 
 
 def test_the_summary_counts_what_is_trained_on():
     assert negatives_summary(negatives((2, 0, 4))) == (
-        "; negatives: 2 training rows have 3.0 in the mean, 7 distinct texts"
+        "; negatives: 2 training rows have 3.0 on average, 7 distinct texts"
     )
     cut = negatives_summary(negatives((2, 0, 4), per_row=1))
-    assert "2 training rows have 1.0 in the mean" in cut
+    assert "2 training rows have 1.0 on average" in cut
     assert negatives_summary(None) == ""
 
 

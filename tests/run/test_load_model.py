@@ -77,12 +77,14 @@ def test_an_exported_folder_embeds_as_its_run(workdir, model, tmp_path):
 
 def test_a_run_without_a_checkpoint_is_an_error(workdir, tmp_path):
     shutil.copytree(workdir, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints*"))
-    with pytest.raises(ValueError, match="has saved no checkpoint yet"):
+    with pytest.raises(ValueError, match="has not saved a checkpoint yet"):
         jaxcl.load(tmp_path / "run")
 
 
 def test_the_error_for_a_folder_without_a_model_lists_the_expected_files(tmp_path):
-    message = r"no checkpoints/ of a run, no jaxcl\.json of an exported model, and no modules\.json"
+    message = (
+        r"neither checkpoints/ of a run, nor jaxcl\.json of an exported model, nor modules\.json"
+    )
     with pytest.raises(ValueError, match=message):
         jaxcl.load(tmp_path)
 

@@ -101,7 +101,7 @@ def test_data_and_batches_of_a_package_are_trained_on(parts, tmp_path):
     assert len(run.sources()["train"]) == 64
     assert run.encoder.encode("query", ["train red red"]).shape == (1, 8)
     assert run.encoder.encode("query", []).shape == (0, 8)
-    with pytest.raises(PermissionError, match="name it with --trust"):
+    with pytest.raises(PermissionError, match="add it with --trust"):
         open_run(tmp_path / "run").sources()
 
 
