@@ -139,15 +139,15 @@ def _compare(
     parameter: str, gradient: jax.Array, reference: jax.Array, least_norm: float
 ) -> GradientCheck:
     """Compare two gradients; a reference with a norm up to `least_norm` is zero up to rounding."""
-    ours, wanted = (np.asarray(array, np.float64) for array in (gradient, reference))
-    squared_norm = (wanted * wanted).sum()
+    computed, expected = (np.asarray(array, np.float64) for array in (gradient, reference))
+    squared_norm = (expected * expected).sum()
     if squared_norm <= least_norm**2:
         # Either this batch never reads the weight, or it is a key bias of attention, which shifts
         # all scores of a query by the same amount.
-        wrong = np.linalg.norm(ours) > 2 * least_norm
+        wrong = np.linalg.norm(computed) > 2 * least_norm
         return GradientCheck(parameter, float("nan") if wrong else 1.0, float(wrong))
-    error = np.linalg.norm(ours - wanted) / np.sqrt(squared_norm)
-    return GradientCheck(parameter, float((ours * wanted).sum() / squared_norm), float(error))
+    error = np.linalg.norm(computed - expected) / np.sqrt(squared_norm)
+    return GradientCheck(parameter, float((computed * expected).sum() / squared_norm), float(error))
 
 
 def _tiny(settings: Settings) -> Settings:

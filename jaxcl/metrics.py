@@ -61,9 +61,9 @@ def rank_of_key(
         )
     _check_finite(scores)
     _check_columns(relevant, num_keys=scores.shape[1])
-    own = np.take_along_axis(scores, relevant[:, None], axis=1)
-    num_better = np.count_nonzero(scores > own, axis=1)
-    num_tied_others = np.count_nonzero(scores == own, axis=1) - 1
+    own_scores = np.take_along_axis(scores, relevant[:, None], axis=1)
+    num_better = np.count_nonzero(scores > own_scores, axis=1)
+    num_tied_others = np.count_nonzero(scores == own_scores, axis=1) - 1
     return 1.0 + num_better + num_tied_others / 2
 
 

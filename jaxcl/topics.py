@@ -6,8 +6,9 @@ The command embeds the training rows and divides them into topics of equal size,
 of a topic are hard negatives for each other (`jaxcl.assignment.assign_topics`). It runs in one
 process, on all of its devices. To train with one topic per batch, run
 
-    python -m jaxcl.train --config.data.topics=FILE --config.assignment.name=sourced \\
-        --config.assignment.sourced.by=topic --config.assignment.sourced.mix=one
+    python -m jaxcl.train --config configs/code_search.py --config.data.topics=FILE \\
+        --config.assignment.name=sourced --config.assignment.sourced.by=topic \\
+        --config.assignment.sourced.mix=one
 
 With `mix=mixed`, each batch has rows of all topics. The file `.examples.md` next to the output
 lists the most central queries of each topic.
