@@ -13,7 +13,7 @@ from jaxcl.host.files import read_sealed_json, write_sealed_json
 from jaxcl.host.progress import say
 from jaxcl.host.staging import put_in_place, staging_folder
 
-__all__ = ["cached_columns", "write_columns"]
+__all__ = ["cached_columns", "column_records", "write_columns"]
 
 _INDEX_FILE = "columns.json"
 
@@ -56,17 +56,30 @@ def cached_columns(
         ) from damage
 
 
-def _read(path: Path, made_from: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def column_records(index_file: Path, made_from: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the record of each column, by name, from the index of a folder.
+
+    Args:
+      index_file: the index that `write_columns` wrote.
+      made_from: the description of the data.
+
+    Raises:
+      DamagedArray: if the index cannot be read, or describes other data.
+    """
     try:
-        index = read_sealed_json(path / _INDEX_FILE)
+        index = read_sealed_json(index_file)
     except (OSError, ValueError) as error:
-        raise DamagedArray(f"{path / _INDEX_FILE} cannot be read ({error})") from error
+        raise DamagedArray(f"{index_file} cannot be read ({error})") from error
     if index["made_from"] != made_from:
-        raise DamagedArray(f"{path} was made from other data than its name says")
+        raise DamagedArray(f"{index_file.parent} was made from other data than its name says")
+    return index["columns"]
+
+
+def _read(path: Path, made_from: Mapping[str, Any]) -> dict[str, np.ndarray]:
     # Copies, so that later damage to the files does not affect the columns.
     return {
         name: np.array(CheckedArray(path / f"{name}.npy", record).whole())
-        for name, record in index["columns"].items()
+        for name, record in column_records(path / _INDEX_FILE, made_from).items()
     }
 
 

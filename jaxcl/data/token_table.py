@@ -13,14 +13,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxcl.data.checked_array import CheckedArray, DamagedArray
-from jaxcl.data.column_folder import write_columns
+from jaxcl.data.column_folder import column_records, write_columns
 from jaxcl.data.row_prompts import RowPrompts
 from jaxcl.data.row_tokenizer import RowTokenizer
 from jaxcl.data.sources import PairSource
 from jaxcl.data.text_rule import TextRule, as_inputs, input_spec
 from jaxcl.data.token_columns import write_token_columns
 from jaxcl.data.tokenizer import tokenizer_fingerprint
-from jaxcl.host.files import read_sealed_json
 from jaxcl.host.progress import say
 from jaxcl.typing import SIDES, Int, Integer
 
@@ -220,17 +219,11 @@ def _open_arrays(path: Path, made_from: Mapping, *, num_ids: int) -> dict[str, C
     Raises:
       DamagedArray: if the index or a file has changed since it was written.
     """
-    try:
-        index = read_sealed_json(path / _INDEX_FILE)
-    except (OSError, ValueError) as error:
-        raise DamagedArray(f"{path / _INDEX_FILE} cannot be read ({error})") from error
-    if index["made_from"] != made_from:
-        raise DamagedArray(f"{path} was made from other texts than its name says")
     return {
         name: CheckedArray(
             path / f"{name}.npy", record, below=num_ids if name.endswith("_tokens") else None
         )
-        for name, record in index["columns"].items()
+        for name, record in column_records(path / _INDEX_FILE, made_from).items()
     }
 
 

@@ -36,7 +36,7 @@ from jaxcl.typing import Float
 try:
     import fcntl
 except ImportError:  # as on Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment] # checked before each use
 
 __all__ = [
     "CorpusIndex",
