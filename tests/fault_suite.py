@@ -333,7 +333,7 @@ class Trial:
         if codes[0] not in ends[:3] or codes[-1] not in ends:
             raise Wrong(f"{kind} of {victim}: exit codes {codes}: {outputs}")
         said = f"the checkpoint of step {newest} is damaged" in outputs[0]
-        went_on = re.search(r"(?:goes on from step|has made its) (\d+)", outputs[0])
+        went_on = re.search(r"(?:resumes from step|has completed its) (\d+)", outputs[0])
         if went_on and int(went_on[1]) != newest and not said:
             raise Wrong(f"{kind} of {victim}: fell back and did not say so: {outputs}")
         if kind.startswith(("file cut", "file missing")) and went_on and not said:

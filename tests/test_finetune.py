@@ -164,7 +164,7 @@ def test_a_user_s_folder_in_the_place_of_the_copy_is_kept(prepared, tmp_path):
     workdir = tmp_path / "workdir"
     folder = write_tiny_static(workdir / "pretrained")
     stored = (folder / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="is in the way of the run's copy"):
+    with pytest.raises(ValueError, match="already exists, where the run keeps a copy"):
         train(config_with(prepared, **{"model.pretrained": str(folder)}), workdir)
     assert (folder / "model.safetensors").read_bytes() == stored
 

@@ -191,7 +191,7 @@ def test_a_workdir_may_begin_with_a_tilde(tmp_path):
     config = ROOT / "configs" / "tfds_pairs.py"
     command = ("-m", "jaxcl.train", f"--config={config}", "--workdir=~/run")
     printed = run_python(*command, directory=tmp_path, HOME=str(home))
-    assert f"the workdir {home / 'run'} cannot be a folder" in printed
+    assert f"the workdir {home / 'run'} cannot be created" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 

@@ -152,5 +152,5 @@ def test_a_terminated_process_saves_where_it_is_and_goes_on(command, uninterrupt
     assert "SIGTERM received: saving, then stopping" in output
     assert f"stopped at step {step}; the same command resumes from there" in output
     assert "Traceback" not in output
-    assert f"goes on from step {step}" in finish(start(command(tmp_path)))
+    assert f"resumes from step {step}" in finish(start(command(tmp_path)))
     assert_same_run(tmp_path, uninterrupted)

@@ -366,7 +366,7 @@ def test_a_finished_run_evaluates_again_and_trains_no_more(tiny, uninterrupted, 
     before = unclocked(workdir)
     assert train(tiny(), workdir) == wanted
     assert unclocked(workdir) == before
-    assert f"{workdir}: has made its 20 steps, and is evaluated. " in capsys.readouterr().err
+    assert f"{workdir}: has completed its 20 steps, and is evaluated. " in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -588,13 +588,13 @@ def test_a_workdir_of_another_config_is_an_error_that_lists_the_fields(tiny, uni
         train(other, workdir)
     assert str(error.value) == (
         f"the workdir {workdir} belongs to another config: model.dim is 24 here and 16 there; "
-        "seed is 1 here and 0 there. Choose another --workdir, or take the settings back"
+        "seed is 1 here and 0 there. Choose another --workdir, or restore the settings"
     )
 
 
 def test_a_workdir_that_cannot_be_written_is_an_error(tiny, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(PermissionError, match=r"the workdir .* cannot be a folder") as error:
+    with pytest.raises(PermissionError, match=r"the workdir .* cannot be created") as error:
         train(tiny(), tmp_path / "file" / "run")
     assert str(error.value).endswith("choose another --workdir")
 
@@ -699,7 +699,7 @@ def test_a_finished_run_whose_small_files_are_lost_is_still_that_run(
 def test_a_run_whose_checkpoints_are_gone_does_not_start_over(tiny, uninterrupted, tmp_path):
     workdir = shutil.copytree(uninterrupted[0], tmp_path / "workdir")
     shutil.rmtree(workdir / "checkpoints")
-    with pytest.raises(CheckpointError, match=r"step 20 was saved in .* no checkpoint is"):
+    with pytest.raises(CheckpointError, match=r"step 20 was saved in .* has no checkpoint"):
         train(tiny(), workdir)
     assert unclocked(workdir) == unclocked(uninterrupted[0])
 

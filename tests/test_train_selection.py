@@ -317,7 +317,7 @@ def test_a_best_checkpoint_that_is_gone_is_said_and_selected_again(
     interrupted(monkeypatch, config(), workdir, die_after_saving, 5)
     shutil.rmtree(workdir / "checkpoints" / "4")
     assert train(config(), workdir)["best"] == {"metric": METRIC, "step": 10, "value": 0.4}
-    said = f"the best checkpoint, of step 4 with {METRIC} = 0.5000, is gone; the next evaluation"
+    said = f"the best checkpoint, of step 4 with {METRIC} = 0.5000, is missing; the next evaluation"
     assert said in capsys.readouterr().err
 
 

@@ -1,6 +1,6 @@
-"""What identifies a run: the settings, data and flags of JAX that decide the bits of its result.
+"""The identity of a run: the settings, data and JAX flags that determine its result bit for bit.
 
-Every checkpoint carries a record of these, so that a state is never resumed as another run's.
+Every checkpoint has a record of these, so that a run never resumes from the state of another run.
 """
 
 import hashlib
@@ -31,8 +31,8 @@ __all__ = [
     "settings_differences",
 ]
 
-# Read by the evaluation and by the host alone. A set that changes under the same name is an error:
-# `jaxcl.evaluation.in_training`.
+# Fields that only the evaluation or the host reads. `jaxcl.evaluation.in_training` raises an error
+# if the data of an evaluation set change under the same name.
 _MAY_CHANGE = (
     "run.",
     *(
@@ -46,7 +46,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tokenizers")
 
 
 def fields_of(settings: Settings) -> dict[str, Any]:
-    """The settings that decide the result of a run, by dotted name.
+    """The settings that determine the result of a run, by dotted name.
 
     These are all settings except `run` (intervals, mesh and folders), evaluation, early stopping,
     and the sections of assignments that the run does not use.
@@ -68,19 +68,22 @@ def settings_differences(
 ) -> list[str]:
     """Describe each difference between the settings of a checkpoint and the current settings.
 
-    The number of steps may change if no step so far depends on it, as with a constant learning
+    The number of steps may change if no completed step depends on it, as with a constant learning
     rate.
 
     Args:
       saved: the settings of the checkpoint, as `as_dict` returns them.
       settings: the current settings.
-      saved_step: the step of the newest checkpoint. If it is unknown (`None`), the number of steps
-        may not change.
+      saved_step: the step of the newest checkpoint; if it is unknown (`None`), a different number
+        of steps is a difference.
+
+    Returns:
+      One description per field that differs.
 
     Raises:
       ValueError: if the saved settings cannot be read.
     """
-    # No part is looked up, since a file must not decide which code is imported.
+    # Parts are not looked up, since a file must not decide which code is imported.
     before = read_section(Settings, migrated(saved))._replace(parts=settings.parts)
     different = differences(fields_of(before), fields_of(settings))
     if before.steps == settings.steps or saved_step is None:
@@ -106,7 +109,7 @@ def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The fields whose values differ; a missing field counts as None."""
+    """Describe each field whose values differ; a missing field is like None."""
     return [
         f"{field} is {now.get(field, 'nothing')} here and {before.get(field, 'nothing')} there"
         for field in sorted(before.keys() | now.keys())
@@ -115,11 +118,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def run_record(settings: Settings, remembered: RememberedData) -> dict[str, Any]:
-    """The record of a run in its checkpoints, as JSON's types.
+    """The record of a run for its checkpoints, in JSON types.
 
     Args:
-      settings: the run's.
-      remembered: the data that it reads.
+      settings: the settings of the run.
+      remembered: the data that the run reads.
     """
     return {
         "settings": as_dict(settings),
@@ -131,24 +134,24 @@ def run_record(settings: Settings, remembered: RememberedData) -> dict[str, Any]
 
 
 def process_report(settings: Settings) -> dict[str, Any]:
-    """What must be equal in all processes of a run before they begin, by name."""
-    cadences = {f"run.{name}": value for name, value in settings.run._asdict().items()}
-    del cadences["run.data_dir"]  # hosts may mount it at different paths
+    """The values, by name, that must be equal in all processes of a run when they start."""
+    host_fields = {f"run.{name}": value for name, value in settings.run._asdict().items()}
+    del host_fields["run.data_dir"]  # hosts may mount it at different paths
     evaluation = settings.evaluation
-    cadences |= {
+    host_fields |= {
         f"evaluation.{name}": getattr(evaluation, name)
         for name in ("best_metric", "patience", "min_delta")
     }
-    cadences["the names in evaluation.sets"] = list(evaluation.sets)
+    host_fields["the names in evaluation.sets"] = list(evaluation.sets)
     models = {
         f"the files of {section}.pretrained": fingerprint
         for section, fingerprint in pretrained_fingerprints(settings).items()
     }
-    return fields_of(settings) | models | cadences | jax_flags() | _versions()
+    return fields_of(settings) | models | host_fields | jax_flags() | _versions()
 
 
 def pretrained_fingerprints(settings: Settings) -> dict[str, str]:
-    """Section of an encoder -> a digest of its pretrained model's files, without the weights."""
+    """Compute digests of the files of pretrained models, without weights, by config section."""
     return {
         section: _digest(model.files, model.tensors)
         for section, model in settings.parts.pretrained.items()
@@ -157,7 +160,7 @@ def pretrained_fingerprints(settings: Settings) -> dict[str, str]:
 
 def _digest(files: Mapping[str, bytes], tensors: Mapping[str, Mapping[str, Any]]) -> str:
     content = {
-        "files": {name: hashlib.sha256(one).hexdigest() for name, one in files.items()},
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         "tensors": {
             f"{file}/{name}": [str(dtype), *shape]
             for file, named in tensors.items()
@@ -168,7 +171,7 @@ def _digest(files: Mapping[str, bytes], tensors: Mapping[str, Mapping[str, Any]]
 
 
 def jax_flags() -> dict[str, Any]:
-    """The flags of JAX that change the result of a run."""
+    """The flags of JAX that determine the result of a run."""
     return {name: getattr(jax.config, name) for name in _FLAGS}
 
 
@@ -183,12 +186,12 @@ def _versions() -> dict[str, str]:
 
 
 def _reasons_to_keep_steps(before: Settings, now: Settings, saved_step: int) -> list[str]:
-    """What would have been otherwise in the steps made so far with the present number of steps."""
+    """The reasons why completed steps would have been different with the new number of steps."""
     if saved_step > now.steps:
-        return [f"{saved_step:,} steps are already made"]
-    made = np.unique(np.linspace(0, max(saved_step - 1, 0), num=1_000).astype(np.int32))
+        return [f"{saved_step:,} steps are already completed"]
+    completed = np.unique(np.linspace(0, max(saved_step - 1, 0), num=1_000).astype(np.int32))
     values: Mapping[str, Callable[[Settings], np.ndarray]] = {
-        "optimizer.schedule": lambda one: _learning_rates(one, made),
+        "optimizer.schedule": lambda one: _learning_rates(one, completed),
         "negatives.momentum_encoder": lambda one: _ramp(one.negatives.momentum_encoder, one.steps),
         "assignment.gcbs.random_final": _random_share,
     }
@@ -199,13 +202,13 @@ def _reasons_to_keep_steps(before: Settings, now: Settings, saved_step: int) -> 
     ]
 
 
-def _learning_rates(settings: Settings, made: Int[np.ndarray, " _"]) -> np.ndarray:
+def _learning_rates(settings: Settings, steps: Int[np.ndarray, " _"]) -> np.ndarray:
     rate = learning_rate_of(settings.optimizer, settings.parts, steps=settings.steps)
-    return np.asarray(jax.vmap(rate)(made))
+    return np.asarray(jax.vmap(rate)(steps))
 
 
 def _ramp(ends: tuple[float | None, float], steps: int) -> np.ndarray:
-    """What determines a value that moves from one end to the other over the whole run."""
+    """The parameters of a value that changes from one end to the other over the run."""
     initial, final = ends
     if initial is None or initial == final:
         return np.zeros(2)

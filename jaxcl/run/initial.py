@@ -1,4 +1,4 @@
-"""Starts a run with the encoders of another one: `config.init_from`."""
+"""Start a run from the encoders of another run (`config.init_from`) or of a pretrained model."""
 
 import functools
 from collections.abc import Collection, Mapping
@@ -25,17 +25,17 @@ from jaxcl.step.train_state import TrainState
 __all__ = ["copy_prepared_files", "keep_pretrained_files", "with_initial_towers"]
 
 _MAX_BYTES = 2**30
-"""Of a file that inputs depend on."""
+"""The largest allowed size of a file that the inputs depend on."""
 
 
 def copy_prepared_files(settings: Settings, workdir: AnyPath) -> None:
-    """Copies the files that inputs depend on, such as the tokenizer, from the other run.
+    """Copy the files that the inputs depend on, such as the tokenizer, from the other run.
 
-    A resumed run has its own copies and no longer needs the other run.
+    A resumed run uses its copies, and no longer needs the other run.
 
     Raises:
-      ValueError: if there is no such run, it has no such files, or a new run's `workdir` holds
-        other ones.
+      ValueError: if there is no such run, it has no such files, or the `workdir` of a new run
+        already has different ones.
     """
     if settings.init_from is None or newest_record(workdir / CHECKPOINTS) is not None:
         return
@@ -59,13 +59,14 @@ def copy_prepared_files(settings: Settings, workdir: AnyPath) -> None:
 
 
 def keep_pretrained_files(settings: Settings, workdir: AnyPath) -> None:
-    """Copy the pretrained models' small files into the workdir, with their tokenizer as the run's.
+    """Copy the files of the pretrained models, without their weights, into the workdir.
 
-    A resumed run reads these copies, and no longer needs the original folders.
+    Their tokenizer becomes the tokenizer of the run. A resumed run reads these copies, and no
+    longer needs the original folders.
 
     Raises:
-      ValueError: if a new run's `workdir` already has a different tokenizer, or a folder of the
-        user in the place of a copy.
+      ValueError: if the `workdir` of a new run already has a different tokenizer, or a folder of
+        the user with the name of a copy.
     """
     models = settings.parts.pretrained
     if not models or newest_record(workdir / CHECKPOINTS) is not None:
@@ -75,8 +76,8 @@ def keep_pretrained_files(settings: Settings, workdir: AnyPath) -> None:
             copy = workdir / COPIES[section]
             if copy.exists() and not is_copy(copy):
                 raise ValueError(
-                    f"{copy} is in the way of the run's copy of its pretrained model; move it, or "
-                    "choose another --workdir"
+                    f"{copy} already exists, where the run keeps a copy of its pretrained model; "
+                    "move it, or choose another --workdir"
                 )
             keep_copy(model, copy)
     if settings.init_from is None:
@@ -94,23 +95,23 @@ def keep_pretrained_files(settings: Settings, workdir: AnyPath) -> None:
 def with_initial_towers(
     settings: Settings, state: TrainState, *, frozen: Collection[str] = ()
 ) -> TrainState:
-    """The state of a new run, with the encoders of the run that `settings.init_from` names.
+    """Put the encoders of the run in `settings.init_from` into the state of a new run.
 
-    The temperature, the optimizer and all memory begin as without it; a momentum encoder begins
-    as a copy of the encoders.
+    The temperature, the optimizer and the memory keep their initial values; a momentum encoder
+    becomes a copy of the encoders.
 
     Args:
-      settings: the run's.
+      settings: the settings of the new run.
       state: its state before the first update.
       frozen: the paths of the parameters that are not trained.
 
     Raises:
-      ValueError: if there is no such run, or its encoders have other parameters.
+      ValueError: if there is no such run, or its encoders have different parameters.
       CheckpointError: if its checkpoint cannot be read.
     """
     if settings.init_from is None:
         return state
-    origin, named = origin_of(settings.init_from)
+    origin, checkpoint = origin_of(settings.init_from)
     if newest_record(origin / CHECKPOINTS) is None:
         raise ValueError(
             f"init_from={settings.init_from!r}: no run has saved a checkpoint in {origin}; give "
@@ -124,11 +125,11 @@ def with_initial_towers(
         restored = checkpoints.restore_latest(
             {"params": {"towers": abstract}},
             partial=True,
-            only=named if isinstance(named, int) else None,
-            best=named == BEST,
+            only=checkpoint if isinstance(checkpoint, int) else None,
+            best=checkpoint == BEST,
             check=functools.partial(_check_same_parameters, settings, origin),
         )
-    assert restored is not None  # there is a record
+    assert restored is not None  # since there is a record
     towers = restored.state["params"]["towers"]
     memory = dict(state.memory)
     if "momentum" in memory:
@@ -140,25 +141,25 @@ def with_initial_towers(
 
 def _check_same_parameters(settings: Settings, origin: AnyPath, record: Mapping[str, Any]) -> None:
     model = settings.model
-    # The other run's file may name code: only packages that this run names are imported.
+    # The config of the other run may name code; only packages that this run names are imported.
     names = {str(name).partition(":")[0].partition(".")[0] for name in (model.name, model.key.name)}
     other = read_settings(migrated(record.get("settings", {})), trust=names, workdir=origin)
-    ours, theirs = (
+    shapes, other_shapes = (
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
             for path, leaf in jax.tree_util.tree_leaves_with_path(
-                jax.eval_shape(build_towers(one).init, jax.random.key(0))
+                jax.eval_shape(build_towers(run_settings).init, jax.random.key(0))
             )
         }
-        for one in (settings, other)
+        for run_settings in (settings, other)
     )
     different = [
-        f"{name} is {ours.get(name, 'absent')} here and {theirs.get(name, 'absent')} there"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
+        f"{name} is {shapes.get(name, 'absent')} here and {other_shapes.get(name, 'absent')} there"
+        for name in sorted(shapes.keys() | other_shapes.keys())
+        if shapes.get(name) != other_shapes.get(name)
     ]
     if different:
         raise ValueError(
-            f"init_from={settings.init_from!r} has encoders of other shapes: "
+            f"init_from={settings.init_from!r} has encoders of different shapes: "
             f"{'; '.join(different[:4])}. Give this run the same model and data.vocabulary_size"
         )

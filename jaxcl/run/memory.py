@@ -1,4 +1,4 @@
-"""What a run remembers beyond a batch, before the first step: banks, estimates, the batch order."""
+"""Initialise the memory of a run: banks, running estimates, mined negatives and batch order."""
 
 from typing import Any
 
@@ -22,21 +22,21 @@ def init_memory(
     num_rows: int | None,
     groups: Integer[np.ndarray, " n"] | None = None,
 ) -> dict[str, PyTree]:
-    """The memory of a run before its first batch: `TrainState.memory`.
+    """The memory of a run before its first batch, for `TrainState.memory`.
 
     Args:
-      settings: the run's.
-      num_rows: training rows; `None` where nothing has an entry per row.
-      groups: of each row, for a stratified draw.
+      settings: the settings of the run.
+      num_rows: number of training rows; `None` if no part of the memory has an entry per row.
+      groups: the group of each row, for stratified draws.
 
     Raises:
-      ValueError: if the number of rows, or their groups, are needed and missing.
+      ValueError: if the number of rows or their groups are needed but missing.
     """
     memory = _negatives_memory(settings, num_rows, groups) | _assignment_memory(settings, num_rows)
     init_rows = run_loss(settings).init_memory
     if init_rows is not None:
         if num_rows is None:
-            raise ValueError("the loss remembers rows; give the number of them")
+            raise ValueError("the loss has an estimate per row; give num_rows")
         initial = settings.loss.temperature.initial
         memory["rows"] = init_rows(num_rows, temperature=initial, **settings.loss.options)
     return memory
@@ -58,7 +58,7 @@ def _negatives_memory(
     memory: dict[str, PyTree] = {}
     negatives, beyond = settings.negatives, beyond_batch(settings)
     if negatives.bank.kind == "instance" and num_rows is None:
-        raise ValueError("the bank remembers rows; give the number of them")
+        raise ValueError("an instance bank has a slot per row; give num_rows")
     if beyond.update_banks:
         bank, guides = negatives.bank, settings.data.guides
         slots: Any = num_rows if bank.kind == "instance" else bank.slots
@@ -72,22 +72,22 @@ def _negatives_memory(
         memory["mined"] = jnp.full((padded_entries(num_rows), per_query), -1, jnp.int32)
     if beyond.budgets.stratified:
         if groups is None:
-            raise ValueError("a stratified draw goes by the rows' groups; give them")
+            raise ValueError("stratified draws need the groups of the rows; give groups")
         by = negatives.proportions
         proportions: Any = dict(negatives.weights) if by == "weights" else by
         count = beyond.budgets.stratified
         memory["strata"] = strata_of(groups, count=count, proportions=proportions)
     if negatives.momentum_encoder.initial is not None:
-        memory["momentum"] = {}  # which becomes a copy of the towers
+        memory["momentum"] = {}  # becomes a copy of the towers
     return memory
 
 
 def _assignment_memory(settings: Settings, num_rows: int | None) -> dict[str, PyTree]:
-    """No order yet."""
+    """The assignment before the first refresh, without an order."""
     if gcbs_rule(settings) is None:
         return {}
     if num_rows is None:
-        raise ValueError("batches are chosen among the training rows; give the number of them")
+        raise ValueError("the assignment has an order of all rows; give num_rows")
     entries = padded_entries(num_rows)
     assigned = {
         "order": jnp.full(entries, -1, jnp.int32),

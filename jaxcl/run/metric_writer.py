@@ -1,4 +1,4 @@
-"""Metrics of a run: a JSON line per record, and the same as TensorBoard events."""
+"""Write the metrics of a run as JSON lines and as TensorBoard events."""
 
 import contextlib
 import json
@@ -19,22 +19,22 @@ __all__ = ["METRICS_FILE", "MetricWriter", "read_metrics"]
 
 METRICS_FILE = "metrics.jsonl"
 
-_FLUSH_SECONDS = 30.0  # how old the newest event of TensorBoard may be
+_FLUSH_SECONDS = 30.0  # at most this long until TensorBoard events are written
 
 
 class MetricWriter:
-    """Appends records to `metrics.jsonl` and to `tensorboard/`, from the first process only.
+    """Append records to `metrics.jsonl` and to `tensorboard/`, in process 0 only.
 
-    A resumed run first drops the lines behind the step that it resumes from, so that the file
-    never tells a step twice. Figures of the clock begin with `time/`, of the compiled program with
-    `machine/`; all others are those of an uninterrupted run, to the last bit.
+    A resumed run first drops the lines after the step from which it resumes, so that no step is in
+    the file twice. Names of measured times begin with `time/`, and names of figures of the compiled
+    program with `machine/`. All other metrics are bitwise equal to those of an uninterrupted run.
 
     Args:
-      workdir: where the files are.
-      step: the step that the run begins or resumes at.
+      workdir: the folder of the run.
+      step: the step from which the run starts or resumes.
 
     Raises:
-      OSError: if they cannot be written, here and at each record.
+      OSError: if a file cannot be written, here or with a later record.
     """
 
     def __init__(self, workdir: AnyPath, *, step: int):
@@ -55,13 +55,13 @@ class MetricWriter:
             events.parent.mkdir(parents=True, exist_ok=True)
             if is_remote(workdir):
                 say(f"TensorBoard's events are written to {events.parent}")
-            # Its `SummaryWriter` has a thread, which dies of a full disk and lets others wait.
+            # `SummaryWriter` has a thread that ends if the disk is full, and then blocks others.
             self._events = EventsWriter(str(events))
-            begins = SessionLog(status=SessionLog.START)  # what was told of later steps is void
-            self._events.write_event(_event(step + 1, session_log=begins))
+            start = SessionLog(status=SessionLog.START)  # makes TensorBoard discard later steps
+            self._events.write_event(_event(step + 1, session_log=start))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds one record and hands it to the system, so that a killed process loses none."""
+        """Append a record, and flush it, so that it is not lost if the process is killed."""
         if self._file is None or self._events is None:
             return
         scalars = [
@@ -76,13 +76,13 @@ class MetricWriter:
                 self._flushed = time.monotonic()
 
     def upload(self) -> None:
-        """Uploads all records to an object store; to a disk they are written one by one."""
+        """Upload all records if the workdir is in an object store; otherwise do nothing."""
         if isinstance(self._file, RemoteLog):
             with _explained(self._path):
                 self._file.upload()
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Write all remaining data, and close the files."""
         for sink in (self._file, self._events):
             if sink is not None:
                 with _explained(self._path):
@@ -90,34 +90,34 @@ class MetricWriter:
 
 
 def read_metrics(workdir: AnyPath) -> list[dict]:
-    """The records of a run so far, oldest first; damaged lines are left out."""
+    """Read the records of a run, oldest first, without damaged lines."""
     return _read(as_path(workdir) / METRICS_FILE).records
 
 
 def _read(path: AnyPath) -> JsonLines:
-    """The records of a file that have a step; all other lines are damaged."""
+    """Read the records of a file that have a step; all other lines are damaged."""
     if not path.exists():
         return JsonLines([], [])
     lines = read_json_lines(path)
-    of_steps = JsonLines([], lines.damaged)
+    valid = JsonLines([], lines.damaged)
     for record in lines.records:
         if isinstance(record.get("step"), int):
-            of_steps.records.append(record)
+            valid.records.append(record)
         else:
-            of_steps.damaged.append(json.dumps(record).encode())
-    return of_steps
+            valid.damaged.append(json.dumps(record).encode())
+    return valid
 
 
 def _set_aside(path: AnyPath, damaged: Sequence[bytes]) -> None:
-    """Keeps damaged lines in another file, and says how many."""
-    shelf = path.with_suffix(".damaged")
-    with open_log(shelf) as file:
+    """Append damaged lines to another file, and report their number."""
+    damaged_file = path.with_suffix(".damaged")
+    with open_log(damaged_file) as file:
         file.write(b"\n".join(damaged) + b"\n")
-    say(f"{len(damaged)} damaged lines of {path} are set aside in {shelf.name}")
+    say(f"moved {len(damaged)} damaged lines of {path} to {damaged_file.name}")
 
 
-def _event(step: int, **what: object) -> Event:
-    return Event(wall_time=time.time(), step=step, **what)
+def _event(step: int, **content: object) -> Event:
+    return Event(wall_time=time.time(), step=step, **content)
 
 
 @contextlib.contextmanager
@@ -127,6 +127,6 @@ def _explained(path: AnyPath) -> Iterator[None]:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"cannot write metrics to {path} ({error.strerror}); when it can be written, the same "
-            "command goes on from the last checkpoint",
+            f"cannot write metrics to {path} ({error.strerror}); when that is possible again, the "
+            "same command resumes from the last checkpoint",
         ) from error

@@ -1,4 +1,4 @@
-"""The lines that a run prints when it begins or resumes, and when it ends."""
+"""The lines that a run prints when it starts or resumes, and when it ends."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,26 +22,26 @@ __all__ = ["closing", "opening", "run_warnings"]
 def opening(
     training: Training, data: RunData, workdir: AnyPath, state: TrainState, best: Best | None
 ) -> str:
-    """The line that describes a run and where it begins.
+    """Describe a run, and the step from which it starts or resumes, in one line.
 
     Args:
-      training: the run's.
-      data: its splits.
-      workdir: its folder.
-      state: its state.
-      best: its evaluations so far.
+      training: the functions of the run.
+      data: the splits of the run.
+      workdir: the folder of the run.
+      state: the current state.
+      best: the evaluations so far.
     """
     settings, step = training.settings, int(state.step)
-    begins = f"goes on from step {step}" if step else "begins"
+    start = f"resumes from step {step}" if step else "starts"
     if step >= settings.steps:
-        begins = f"has made its {step} steps, and is evaluated"
+        start = f"has completed its {step} steps, and is evaluated"
     elif best is not None and selection_of(settings).stops(best):
-        begins = (
-            f"has stopped early after {step} steps, and is evaluated: "
-            f"{_wait(best, settings)}; a larger evaluation.patience continues it"
+        start = (
+            f"has stopped early after {step} steps, and is evaluated: {_wait(best, settings)}; set "
+            "a larger evaluation.patience to continue it"
         )
     return (
-        f"{workdir}: {begins}. {_encoder_names(settings)}, {_parameters(training, state)}, "
+        f"{workdir}: {start}. {_encoder_names(settings)}, {_parameters(training, state)}, "
         f"{training.mesh.size} × {jax.devices()[0].device_kind} as "
         f"{dict(training.mesh.shape)}; pairs: "
         + ", ".join(f"{table.num_rows:,} {role}" for role, table in data.tables.items())
@@ -61,24 +61,24 @@ def closing(settings: Settings, workdir: AnyPath, step: int, best: Best) -> str:
     """The closing message of a run that keeps its best checkpoint.
 
     Args:
-      settings: the run's.
-      workdir: its folder.
-      step: the number of steps trained.
+      settings: the settings of the run.
+      workdir: the folder of the run.
+      step: number of completed steps.
       best: the best evaluation so far.
     """
-    ended = ""
+    reason = ""
     if step < settings.steps:
-        ended = f"stopped early after {step} of {settings.steps} steps: {_wait(best, settings)}; "
+        reason = f"stopped early after {step} of {settings.steps} steps: {_wait(best, settings)}; "
     if best.step is None:
-        return f"{ended}no evaluation had a finite {best.metric}, so that there is no best step"
+        return f"{reason}no evaluation had a finite {best.metric}, so there is no best step"
     return (
-        f"{ended}the best step is {best.step}, with {best.metric} = {best.value:.4f}: "
+        f"{reason}the best step is {best.step}, with {best.metric} = {best.value:.4f}: "
         f"{workdir / CHECKPOINTS / BEST}"
     )
 
 
 def _wait(best: Best, settings: Settings) -> str:
-    """Why a run stops early."""
+    """The reason why a run stops early."""
     return (
         f"{best.metric} has not increased by more than {settings.evaluation.min_delta:g} in "
         f"{best.waited} evaluations"
@@ -88,45 +88,48 @@ def _wait(best: Best, settings: Settings) -> str:
 def run_warnings(
     settings: Settings, data: RunData, record: Mapping[str, Any], best: Best | None
 ) -> Iterator[str]:
-    """Warnings about settings and about the best checkpoint.
+    """Yield warnings about the settings and about the best checkpoint.
 
     Args:
-      settings: the run's.
-      data: its splits.
-      record: the record of the checkpoint that it resumes from; empty for a new run.
-      best: its evaluations so far.
+      settings: the settings of the run.
+      data: the splits of the run.
+      record: the record of the checkpoint from which the run resumes; empty for a new run.
+      best: the evaluations so far.
     """
     for tier in tiers_left_empty(settings, data.tables["train"].num_rows):
-        yield f"negatives.tiers.uniform draws all of the bank, none for {tier}"
+        yield (
+            f"negatives.tiers.{tier} has no effect, since negatives.tiers.uniform draws the whole "
+            "bank"
+        )
     yield from negatives_warnings(settings, data.negatives)
     for section, model in settings.parts.pretrained.items():
         if model.similarity != "cosine" and not model.normalize:
             yield (
                 f"the model of {section}.pretrained has similarity {model.similarity} and vectors "
-                "of any norm; this run trains it to output unit vectors"
+                "of any norm, but this run trains it with unit vectors"
             )
     before = recorded_best(record)
     if before is None or before.step is None:
         return
     if best is None or best.metric != before.metric:
         yield (
-            f"evaluation.best_metric was {before.metric!r} and is "
-            f"{settings.evaluation.best_metric!r}: the best checkpoint, of step {before.step}, "
-            "stays only until newer ones are saved"
+            f"evaluation.best_metric was {before.metric!r} and is now "
+            f"{settings.evaluation.best_metric!r}: the best checkpoint, of step {before.step}, is "
+            "kept only until newer ones are saved"
         )
     elif best.step is None:
         yield (
             f"the best checkpoint, of step {before.step} with {before.metric} = "
-            f"{before.value:.4f}, is gone; the next evaluation takes its place"
+            f"{before.value:.4f}, is missing; the next evaluation replaces it"
         )
 
 
 def _encoder_names(settings: Settings) -> str:
-    """The name of the encoder, or of both sides' encoders; the family of a pretrained one."""
-    read = settings.parts.pretrained
-    named = {"model": settings.model.name, "model.key": settings.model.key.name}
+    """The names of the encoders, or their families if they are pretrained."""
+    pretrained = settings.parts.pretrained
+    names = {"model": settings.model.name, "model.key": settings.model.key.name}
     sections = dict.fromkeys(tower_sections(settings.model).values())
     return " and ".join(
-        f"pretrained {read[section].family}" if section in read else str(named[section])
+        f"pretrained {pretrained[section].family}" if section in pretrained else str(names[section])
         for section in sections
     )

@@ -1,4 +1,4 @@
-"""What an assignment does to the matrix of similarities, as a picture."""
+"""Draw the matrix of similarities between rows, before and after an assignment of batches."""
 
 import functools
 import io
@@ -15,8 +15,8 @@ from jaxcl.typing import Array, Float, Integer
 
 __all__ = ["coarse_similarity", "similarity_picture"]
 
-_WINDOW = 16  # batches that are shown closely
-_SEEN = 4  # cells of a batch from which on its outline hides nothing
+_WINDOW = 16  # number of batches in the enlarged pictures
+_OUTLINED_CELLS = 4  # batches with fewer cells have no outline, which would hide them
 
 
 def similarity_picture(
@@ -29,33 +29,33 @@ def similarity_picture(
     path: AnyPath,
     cells: int = 256,
 ) -> None:
-    """Writes a PNG of the similarities between rows, in the order before beside that after.
+    """Write a PNG of the similarities between rows in two orders, side by side.
 
-    All whole batches, and above them the first 16 closely, if there are more. Brighter is more
-    similar, on one scale. What is bright inside of the outlines is what rows of a batch learn from;
-    what is bright outside they do not meet. Rows' own keys are left out: these are the negatives.
+    The picture shows all whole batches and, above them, an enlarged view of the first 16 if there
+    are more. Brighter cells are more similar, on one scale. Squares outline the batches: their rows
+    learn only from the negatives inside. The similarities of rows to their own keys are left out.
 
-    Every process calls it, and the first writes.
+    Every process must call this function; process 0 writes the file.
 
     Args:
-      queries: of all rows, in the order of their numbers; sharded or not.
-      keys: theirs.
-      before: row numbers, one batch after the other, such as the data's own order.
-      after: as many as assigned.
-      batch_size: of the batches.
-      path: the file, which is there whole or not at all.
-      cells: along a side of each picture, at most. A cell is the mean of many pairs, and costs no
-        more than a sum of vectors.
+      queries: embeddings of all rows, in the order of their numbers; sharded or not.
+      keys: embeddings of the keys of the same rows.
+      before: row numbers, batch by batch, such as in the order of the data.
+      after: row numbers in the order of the assignment; as many as in `before`.
+      batch_size: number of rows per batch.
+      path: the file to write, completely or not at all.
+      cells: largest number of cells along a side of each picture. A cell is the mean of many pairs,
+        but costs no more than a sum of vectors.
 
     Raises:
-      ValueError: if there is no whole batch, no pair in one or no cell, or if the orders differ in
-        length.
+      ValueError: if there is no whole batch or no cell, a batch has only one row, or the orders
+        differ in length.
     """
     if not 2 <= batch_size <= len(before) == len(after) or cells < 1:
         raise ValueError(
-            f"orders of {len(before)} and {len(after)} rows, batch_size={batch_size}, "
-            f"cells={cells}; give two orders of one length, of a batch at least, batches of at "
-            "least two rows, and a cell"
+            f"orders of {len(before)} and {len(after)} rows, batch_size={batch_size} and "
+            f"cells={cells} do not fit; give two orders of the same length, at least one batch, at "
+            "least two rows per batch, and at least one cell"
         )
     num_batches = len(before) // batch_size
     orders = [order[: num_batches * batch_size] for order in (before, after)]
@@ -75,15 +75,15 @@ def similarity_picture(
         for name, order in zip(("before", "after"), orders, strict=True)
     ]
     means = [_mean_in_batches(queries, keys, order, num_batches) for order in orders]
-    everywhere = _mean_in_batches(queries, keys, orders[0], 1)
+    overall_mean = _mean_in_batches(queries, keys, orders[0], 1)
     if jax.process_index() == 0:
         title = (
-            f"Similarity of queries to the keys of others: {len(orders[0]):,} rows in batches of "
-            f"{batch_size:,}\n"
-            f"Mean within a batch {means[0]:.3f} before, {means[1]:.3f} after; "
-            f"of any two rows {everywhere:.3f}"
+            f"Similarity of queries to the keys of other rows: {len(orders[0]):,} rows in batches "
+            f"of {batch_size:,}\n"
+            f"Mean within batches {means[0]:.3f} before, {means[1]:.3f} after; "
+            f"over all rows {overall_mean:.3f}"
         )
-        write_whole(path, _drawn(panels, title))
+        write_whole(path, _draw(panels, title))
 
 
 def coarse_similarity(
@@ -93,24 +93,25 @@ def coarse_similarity(
     *,
     cells: int,
 ) -> Float[np.ndarray, "c c"]:
-    r"""The mean similarity of each run of rows to each, own pairs left out.
+    r"""Compute the mean similarity between runs of consecutive rows of an order.
 
-    The mean over two runs is the product of their mean vectors,
+    The similarities of rows to their own keys are left out. The mean over two runs is the inner
+    product of their mean vectors,
 
     $$\frac{1}{|A| |B|} \sum_{i \in A} \sum_{j \in B} \langle q_i, k_j\rangle
     = \Big\langle \frac{1}{|A|} \sum_{i \in A} q_i, \frac{1}{|B|} \sum_{j \in B} k_j\Big\rangle,$$
 
-    so that no pair is looked at by itself.
+    so that single pairs need not be computed.
 
     Args:
-      queries: of all rows.
-      keys: theirs.
-      order: the rows that are looked at, cut into `cells` runs as equal as can be.
-      cells: how many; at most as many as rows.
+      queries: embeddings of all rows.
+      keys: embeddings of the keys of the same rows.
+      order: row numbers, to be divided into `cells` runs of almost equal length.
+      cells: number of runs, at most the number of rows.
 
     Returns:
-      A line per run of queries, a column per run of keys; NaN on the diagonal where a run is one
-      row, which has no pair but its own.
+      A matrix with a row per run of queries and a column per run of keys. The diagonal is NaN for
+      runs of one row, which have no pair except its own.
 
     Example:
       >>> import jax.numpy as jnp
@@ -128,10 +129,10 @@ class _Runs(NamedTuple):
     """Sums over each run of rows.
 
     Attributes:
-      queries: of vectors.
-      keys: of vectors.
-      own: of rows' similarities to their own keys.
-      sizes: how many rows.
+      queries: sums of the query vectors.
+      keys: sums of the key vectors.
+      own: sums of the similarities of rows to their own keys.
+      sizes: numbers of rows.
     """
 
     queries: Float[np.ndarray, "c d"]
@@ -141,14 +142,14 @@ class _Runs(NamedTuple):
 
 
 def _runs(queries: Array, keys: Array, order: Integer[np.ndarray, " r"], count: int) -> _Runs:
-    run = np.full(queries.shape[0], count, np.int32)  # a run that is none
+    run = np.full(queries.shape[0], count, np.int32)  # rows outside the order are in no run
     run[order] = np.arange(len(order), dtype=np.int64) * count // len(order)
     return _Runs(*(fetch(part).astype(np.float64) for part in _sums(queries, keys, run, count)))
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _sums(queries: Array, keys: Array, run: Array, count: int) -> tuple[Array, ...]:
-    """Where the rows are, so that no table travels."""
+    """Sum on the devices that hold the rows, so that only the sums are transferred."""
     wide = jnp.promote_types(queries.dtype, jnp.float32)
     queries, keys = queries.astype(wide), keys.astype(wide)
     parts = queries, keys, (queries * keys).sum(1), jnp.ones(run.shape, wide)
@@ -158,14 +159,14 @@ def _sums(queries: Array, keys: Array, run: Array, count: int) -> tuple[Array, .
 def _mean_in_batches(
     queries: Array, keys: Array, order: Integer[np.ndarray, " r"], num_batches: int
 ) -> float:
-    """The mean similarity of a query to the other rows' keys of its batch."""
+    """The mean similarity of a query to the keys of the other rows in its batch."""
     runs = _runs(queries, keys, order, num_batches)
     similarities = (runs.queries * runs.keys).sum() - runs.own.sum()
     return float(similarities / (runs.sizes * (runs.sizes - 1)).sum())
 
 
 def _cells(num_batches: int, batch_size: int, *, most: int) -> int:
-    """As many as fit of each batch, of two rows at least, so that each holds a pair."""
+    """The number of cells: as many per batch as fit, each with at least two rows and so a pair."""
     per_batch = min(most // num_batches, batch_size // 2)
     return per_batch * num_batches or most
 
@@ -176,22 +177,22 @@ class _Panel(NamedTuple):
     title: str
 
 
-def _drawn(panels: list[_Panel], title: str) -> bytes:
-    """The file's content."""
-    # Here, since it takes a second; and without pyplot, whose state is everyone's.
+def _draw(panels: list[_Panel], title: str) -> bytes:
+    """Draw the panels, and return the content of the PNG file."""
+    # Imported here, since it takes a second, and without pyplot, which has global state.
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     values = np.concatenate([panel.similarities.ravel() for panel in panels])
     low, high = np.nanquantile(values, [0.001, 0.999])
-    lines = len(panels) // 2
-    figure = Figure(figsize=(10.4, 1 + 4.6 * lines), dpi=150, layout="compressed")
+    num_rows = len(panels) // 2
+    figure = Figure(figsize=(10.4, 1 + 4.6 * num_rows), dpi=150, layout="compressed")
     figure.suptitle(title, fontsize=11)
-    grid = figure.subplots(lines, 2)
+    grid = figure.subplots(num_rows, 2)
     for axes, panel in zip(grid.ravel(), panels, strict=True):
         image = axes.imshow(
             panel.similarities,
-            cmap="viridis",  # in even steps for those, too, who see fewer colours
+            cmap="viridis",  # also suitable for colour-blind readers
             vmin=low,
             vmax=high,
             extent=(0, panel.batches, panel.batches, 0),
@@ -200,9 +201,9 @@ def _drawn(panels: list[_Panel], title: str) -> bytes:
         axes.set_title(panel.title, fontsize=10)
         axes.set(xlabel="batch of the key", ylabel="batch of the query")
         axes.locator_params(integer=True)
-        if len(panel.similarities) < _SEEN * panel.batches:
+        if len(panel.similarities) < _OUTLINED_CELLS * panel.batches:
             continue
-        for colour, width in (("black", 2.2), ("white", 0.9)):  # seen on dark and on bright cells
+        for colour, width in (("black", 2.2), ("white", 0.9)):  # visible on dark and bright cells
             for batch in range(panel.batches):
                 corner = batch, batch
                 axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=colour, lw=width))

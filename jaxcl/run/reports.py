@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains, and when it must stop saying so."""
+"""Report the metrics of a run while it trains, and end it if it diverges."""
 
 import collections
 import contextlib
@@ -23,18 +23,18 @@ from jaxcl.typing import PyTree, Scalar
 
 __all__ = ["DivergenceError", "Reports"]
 
-_LOOK_AT_MASKS = "Look at loss.masks, the margins and the groups of the data (this is said once)"
+_CHECK_MASKS = "Check loss.masks, the margins and the groups of the data (shown only once)"
 
 
 class DivergenceError(UserError):
-    """The loss, its gradient or a parameter is no longer finite."""
+    """The loss, its gradient or a parameter is not finite."""
 
 
 class Reports:
-    """Reads each step's metrics one step late, so that the device never waits for the host.
+    """Read the metrics of each step one step late, so that the devices never wait for the host.
 
-    Reading them every step also bounds how many are under way, without which the collectives of
-    many fake devices on few cores can block each other for ever.
+    Reading them after every step also limits the number of steps in flight. Otherwise the
+    collectives of many simulated devices on a few cores can deadlock.
     """
 
     def __init__(
@@ -49,73 +49,71 @@ class Reports:
         self._unread: collections.deque[tuple[int, StepMetrics]] = collections.deque()
         self._rate = math.nan
         self._peak_flops = peak_flops(training.mesh.devices.ravel().tolist())
-        known = self._peak_flops is not None
-        flops = model_flops(settings, training.towers, frozen=training.frozen) if known else 0.0
+        has_peak = self._peak_flops is not None
+        flops = model_flops(settings, training.towers, frozen=training.frozen) if has_peak else 0.0
         self._model_flops = flops
         self._learning_rates = _RatesByStep(training.learning_rate)
         self._warned = False
         self._restart_clock(time.perf_counter())
 
     def add(self, step: int, metrics: StepMetrics, *, input_seconds: float = 0.0) -> None:
-        """Takes one step's metrics, and reads those of the step before.
+        """Add the metrics of a step, and read those of the previous step.
 
         Args:
-          step: whose they are.
-          metrics: on the device, until they are read.
-          input_seconds: how long the step waited for its batch.
+          step: the step.
+          metrics: the metrics of the step, still on the device.
+          input_seconds: seconds that the step waited for its batch.
         """
-        self._input_seconds += input_seconds  # they have passed, whenever the step is read
+        self._input_seconds += input_seconds  # counted now, although the step is read later
         self._unread.append((step, metrics))
         if len(self._unread) > 1:
             self._read(*self._unread.popleft())
 
     def flush(self) -> None:
-        """Reads all that is left."""
+        """Read the metrics of all steps so far."""
         while self._unread:
             self._read(*self._unread.popleft())
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Reads all that is left, and leaves what is done meanwhile out of the speed."""
+        """Read the metrics of all steps so far, and leave the time in this context out of rates."""
         self.flush()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         yield
-        self._since += time.perf_counter() - begun
+        self._since += time.perf_counter() - start
 
     def check_negatives(self, step: int, measured: Mapping[str, float]) -> None:
-        """Warns if the metrics of a batch's negatives count none, of any kind."""
+        """Warn if the metrics of the negatives in a batch show that no negatives are allowed."""
         counts = [value for name, value in measured.items() if name.endswith("/counted")]
         if counts and not any(counts) and not self._warned:
             self._warned = True
-            say(f"warning: no negative is allowed in the batch of step {step}. {_LOOK_AT_MASKS}")
+            say(f"warning: no negative is allowed in the batch of step {step}. {_CHECK_MASKS}")
 
     def check(self, step: int, state: TrainState) -> None:
-        """Raises a `DivergenceError` unless every parameter is finite.
+        """Raise a `DivergenceError` unless every parameter is finite.
 
-        The loss of a step is that of the parameters before its update.
+        The metrics of the step do not show this, since its loss was computed before its update.
         """
         finite = jax.device_get(_finite_leaves(state.params))
-        culprits = _names_of_false(finite)
-        if culprits:
+        names = _names_of_false(finite)
+        if names:
             raise DivergenceError(
-                f"step {step} diverged: after its update {', '.join(culprits)} are not finite. "
+                f"step {step} diverged: after its update {', '.join(names)} are not finite. "
                 f"{_advice(self._settings)}"
             )
 
     def _step_seconds(self, seconds: float) -> dict[str, float]:
-        """Where the time between two reports went, by step: waiting for batches, for devices,
-        and the host's own.
-        """
+        """The mean time per step since the last report, for batches, devices and the host."""
         host = seconds - self._input_seconds - self._device_seconds
         parts = {"input": self._input_seconds, "device": self._device_seconds, "host": host}
         return {f"time/step_{part}_seconds": s / self._steps_since for part, s in parts.items()}
 
     def _utilization(self, seconds: float) -> dict[str, float]:
-        """The share of the devices' arithmetic, where it is known what they can do."""
+        """The share of the peak FLOP/s of the devices that the model uses, if the peak is known."""
         if self._peak_flops is None or not self._model_flops:
             return {}
-        done = self._model_flops * self._steps_since / seconds
-        return {"time/model_flop_utilization": done / self._peak_flops}
+        rate = self._model_flops * self._steps_since / seconds
+        return {"time/model_flop_utilization": rate / self._peak_flops}
 
     def _restart_clock(self, now: float) -> None:
         self._since, self._steps_since = now, 0
@@ -123,16 +121,16 @@ class Reports:
         self._tokens = 0
 
     def _read(self, step: int, metrics: StepMetrics) -> None:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         loss, gradient_norm = float(metrics.loss), float(metrics.gradient_norm)
-        self._device_seconds += time.perf_counter() - begun
+        self._device_seconds += time.perf_counter() - start
         if not np.isfinite([loss, gradient_norm]).all():
             raise DivergenceError(_diagnosis(step, metrics, self._training))
         if gradient_norm == 0 and not self._warned:
             self._warned = True
             say(
-                f"warning: the gradient of step {step} is 0, so that it trains nothing: its rows "
-                f"have no allowed negative, or none that the loss reads. {_LOOK_AT_MASKS}"
+                f"warning: the gradient of step {step} is 0, so the step has no effect: its rows "
+                f"have no allowed negatives, or none that the loss uses. {_CHECK_MASKS}"
             )
         self._steps_since += 1
         self._tokens += int(metrics.length)
@@ -153,7 +151,7 @@ class Reports:
                     **self._utilization(seconds),
                 },
             )
-            self._restart_clock(now)  # so that writing counts, too
+            self._restart_clock(now)  # so that the next report includes the time for writing
         rate = "" if math.isnan(self._rate) else f" · {self._rate:,.0f} pairs/s"
         self._advance(1, f"loss {loss:.3f}{rate}")
 
@@ -161,20 +159,20 @@ class Reports:
 class _RatesByStep:
     """The learning rate of each step.
 
-    Many are computed at once, since a single one would wait for the step that is under way.
+    Many rates are computed at once, since each computation waits for the step in flight.
     """
 
     _COUNT = 65_536
 
     def __init__(self, learning_rate: Callable[[Any], Scalar]):
-        self._of_steps = jax.vmap(learning_rate)
+        self._rates_of = jax.vmap(learning_rate)
         self._first, self._rates = -1, np.zeros(0)
 
     def __call__(self, step: int) -> float:
         first = step - step % self._COUNT
         if first != self._first:
             steps = first + jnp.arange(self._COUNT, dtype=jnp.int32)
-            self._first, self._rates = first, np.asarray(self._of_steps(steps))
+            self._first, self._rates = first, np.asarray(self._rates_of(steps))
         return float(self._rates[step - first])
 
 
@@ -191,7 +189,7 @@ def _diagnosis(step: int, metrics: StepMetrics, training: Training) -> str:
 
 def _advice(settings: Settings) -> str:
     return (
-        "What was saved before is kept. Try a lower optimizer.learning_rate (now "
+        "Earlier checkpoints are kept. Try a lower optimizer.learning_rate (now "
         f"{settings.optimizer.learning_rate}) or optimizer.clip_norm (now "
         f"{settings.optimizer.clip_norm}), or a higher loss.temperature.minimum (now "
         f"{settings.loss.temperature.minimum}), in another --workdir"
@@ -200,7 +198,7 @@ def _advice(settings: Settings) -> str:
 
 def _names_of_false(tree: PyTree) -> list[str]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [jax.tree_util.keystr(path) for path, good in leaves if not good]
+    return [jax.tree_util.keystr(path) for path, value in leaves if not value]
 
 
 @jax.jit

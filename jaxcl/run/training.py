@@ -1,4 +1,4 @@
-"""From settings to the functions of a training run."""
+"""Build the functions of a training run from settings."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -52,18 +52,19 @@ class Training(NamedTuple):
     """The functions of a training run on a mesh.
 
     Attributes:
-      settings: what they were built from.
+      settings: the settings from which the functions were built.
       mesh: the devices.
       towers: the model.
       init: `(number of training rows, their groups) -> the state before the first update`, on the
-        mesh. Only what remembers rows needs the number, only a stratified draw the groups.
+        mesh. The number is needed only by memory with an entry per row, and the groups only by
+        stratified draws.
       train_step: `(state, batch) -> (state, metrics)`; the state is donated.
-      measure: `(state, batch) -> metrics` of the negatives in the update to come, by name.
+      measure: `(state, batch) -> metrics` of the negatives in the next update, by name.
       mine: `state -> (state with new mined negatives, metrics)`, or `None`; the state is donated.
       embed: `(parameters of the towers, side, read, num_rows) -> embeddings`, without dropout
         (`jaxcl.step.embedder`).
-      learning_rate: step -> the rate of that update.
-      abstract_state: as `init` -> the state's shapes, types and shardings.
+      learning_rate: `step -> the learning rate of its update`.
+      abstract_state: the shapes, types and shardings of the state, with the arguments of `init`.
       frozen: the paths of the parameters that are not trained (`jaxcl.models.trainable`).
     """
 
@@ -80,20 +81,20 @@ class Training(NamedTuple):
     frozen: frozenset[str]
 
     def encoder(self, state: TrainState, readers: Mapping[str, Reader]) -> Encoder:
-        """The model of a state, to embed with, given the readers of its sides."""
+        """The encoder with the parameters of a state, given the readers of its sides."""
         return Encoder(self.mesh, self.towers, self.embed, state.params["towers"], readers)
 
 
 def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None = None) -> Training:
-    """Build a run's functions.
+    """Build the functions of a run.
 
     Args:
-      settings: the run's.
-      devices: where it runs; all that there are by default.
+      settings: the settings of the run.
+      devices: the devices of the run; all available devices by default.
 
     Raises:
-      ValueError: for a mesh that the devices do not form, for a batch that does not divide over it,
-        and for patterns of parameters that match none, or leave none to train.
+      ValueError: if the devices cannot form the mesh, the batch does not divide over it, or a
+        pattern of parameters matches none or leaves none to train.
     """
     mesh = run_mesh(settings.run.mesh, devices=devices)
     if settings.global_batch_size % mesh.size:
@@ -116,7 +117,7 @@ def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None =
         return measure(state.params, memory, batch, key)
 
     mined = settings.negatives.mined
-    # Rows of one group are masked as negatives, or are each other's positives.
+    # Whether rows of the same group are masked as negatives, or are positives of each other.
     by_group = "group" in (*settings.loss.masks, *settings.parts.loss.columns.values())
     return Training(
         settings=settings,
@@ -151,7 +152,7 @@ def _state_makers(
     optimizer: optax.GradientTransformation,
     frozen: frozenset[str],
 ) -> tuple[Callable[..., TrainState], Callable[..., TrainState]]:
-    """`init` and `abstract_state` of a `Training`."""
+    """Build `init` and `abstract_state` of a `Training`."""
     rules = settings.run.parameter_rules
 
     def unplaced(num_rows: int | None, groups: Groups | None, loaded: PyTree) -> TrainState:
@@ -191,13 +192,13 @@ def _state_makers(
 
 
 def _length(settings: Settings, batch: Batch) -> Integer[jax.Array, ""]:
-    """The length of a batch's inputs without padding, of both sides."""
+    """The total length of a batch's inputs on both sides, without padding."""
     lengths = [modality_of(settings.data, side).count(batch[side]) for side in SIDES]
     return lengths[0] + lengths[1]
 
 
 def run_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `settings.run.mesh`; an axis for parameters with one device is left out."""
+    """Make the mesh of `settings.run.mesh`, without an `fsdp` axis of one device."""
     return make_mesh(
         {name: size for name, size in axes.items() if name != FSDP or size != 1},
         devices=None if devices is None else list(devices),
@@ -205,7 +206,7 @@ def run_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = 
 
 
 def build_towers(settings: Settings) -> Towers:
-    """The model of `settings.model`, with the augmentations of `settings.augmentation`."""
+    """Build the model of `settings.model`, with the augmentations of `settings.augmentation`."""
     parts, augmentation = settings.parts, settings.augmentation
     augment = {}
     if parts.augmentation is not None:
@@ -214,7 +215,7 @@ def build_towers(settings: Settings) -> Towers:
             options = {**KEEP_SPECIAL_TOKENS, **options}
         function = parts.augmentation(**options)
         augment = dict.fromkeys(augmentation.sides, function)
-    made = make_towers(
+    towers = make_towers(
         {
             name: _tower_spec(settings, "query" if name == "both" else name, section)
             for name, section in tower_sections(settings.model).items()
@@ -223,13 +224,13 @@ def build_towers(settings: Settings) -> Towers:
     )
 
     def init(key: Key[jax.Array, ""]) -> PyTree:
-        # An encoder that names no type has float64 parameters with 64-bit types enabled.
+        # If 64-bit types are enabled, an encoder without an explicit type has float64 parameters.
         return jax.tree.map(
             lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf,
-            made.init(key),
+            towers.init(key),
         )
 
-    return made._replace(init=init)
+    return towers._replace(init=init)
 
 
 def _tower_spec(settings: Settings, side: str, section: str) -> TowerSpec:
@@ -269,23 +270,24 @@ def frozen_parameters(settings: Settings, towers: Towers) -> frozenset[str]:
 
 
 def pretrained_sources(settings: Settings) -> dict[str, AnyPath]:
-    """Name of a tower -> the file or folder from which it is loaded."""
-    model, read = settings.model, settings.parts.pretrained
-    named = {"model": model.pretrained, "model.key": model.key.pretrained}
+    """The file or folder from which each tower is loaded, by the name of the tower."""
+    model, pretrained = settings.model, settings.parts.pretrained
+    paths = {"model": model.pretrained, "model.key": model.key.pretrained}
     return {
-        tower: read[section].path if section in read else local_path(path)
+        tower: pretrained[section].path if section in pretrained else local_path(path)
         for tower, section in tower_sections(model).items()
-        if (path := named[section]) is not None
+        if (path := paths[section]) is not None
     }
 
 
 def build_optimizer(
     settings: OptimizerSettings, parts: Parts, *, steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of `settings.optimizer`, and its learning rate by step.
+    """Build the optimizer of `settings.optimizer`, and the schedule of its learning rate.
 
-    Gradients are clipped by their norm together, scaled, joined by the decay of matrices (not of
-    vectors and scalars), and multiplied by the learning rate.
+    Gradients are clipped by their global norm and scaled by the optimizer. Then the weight decay is
+    added, for matrices but not for vectors and scalars, and the sum is multiplied by the learning
+    rate.
     """
     learning_rate = learning_rate_of(settings, parts, steps=steps)
     clip = settings.clip_norm

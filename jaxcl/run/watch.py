@@ -1,4 +1,4 @@
-"""Looks at a run from outside: what is compiled, and where its time goes."""
+"""Profile a run, report recompiled steps, and cache compiled programs."""
 
 import functools
 import os
@@ -17,11 +17,11 @@ _WORTH_KEEPING_SECONDS = 0.3
 
 
 def keep_compiled() -> None:
-    """Keep compiled programs for later starts, unless `JAX_COMPILATION_CACHE_DIR` says where.
+    """Cache compiled programs on disk, unless `JAX_COMPILATION_CACHE_DIR` is set.
 
-    They are native code, which JAX loads as it finds it. Hence they lie in the user's cache, and
-    are used only where no other user could have written them. Those of a CPU are kept by host,
-    since another's processor may lack an instruction.
+    The programs are native code, which JAX loads without any check. Therefore they are in the
+    user's cache, and are used only if no other user can write there. Each host has a folder for its
+    CPU programs, since the processor of another host may lack an instruction.
     """
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
@@ -31,20 +31,21 @@ def keep_compiled() -> None:
     try:
         make_private(directory)
     except OSError as error:
-        say(f"warning: compiled programs are neither kept nor reused: {error}")
+        say(f"warning: compiled programs are not cached: {error}")
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING_SECONDS)
 
 
 class Watch:
-    """Traces some steps, and says if a step had to be compiled again.
+    """Trace some steps, and report if a step is compiled again.
 
-    A trace ends when the step behind it is under way, since only then are those asked for done.
+    A trace ends when the step after it has been dispatched, since only then are the traced steps
+    complete.
 
     Args:
-      directory: where a trace goes, for TensorBoard or Perfetto.
-      profile: the first step of the trace, and the first behind it; `None` for none.
+      directory: folder for the trace, which TensorBoard and Perfetto can read.
+      profile: first step to trace, and first step after the trace; `None` for no trace.
     """
 
     def __init__(self, directory: Path, profile: tuple[int, int] | None):
@@ -61,25 +62,25 @@ class Watch:
         self._stop()
 
     def before(self, step: int) -> None:
-        """Called right before each step is handed to the devices."""
+        """Start the trace if it begins with this step; called before each step is dispatched."""
         self._before = len(self._compilations)
         if self._profile is None or self._tracing or step >= self._profile[1]:
             return
-        if step >= self._profile[0]:  # a run may go on in the middle of them
+        if step >= self._profile[0]:  # a run may resume in the middle of the steps to trace
             jax.profiler.start_trace(self._directory)
             self._tracing = True
 
     def dispatched(self, step: int) -> None:
-        """Called right after each step was handed to the devices."""
+        """Report if this step was compiled again; called after each step is dispatched."""
         if self._steps and len(self._compilations) > self._before:
             say(
-                f"step {step} was compiled again, which takes as long as the first one: the shape "
-                "or place of its batch or state has changed"
+                f"step {step} was compiled again, which takes as long as the first time: the shape "
+                "or sharding of its batch or state has changed"
             )
         self._steps += 1
 
     def after(self, step: int) -> None:
-        """Called when each step is under way, and the one before it is done."""
+        """Stop the trace if it ends before this step; called when the previous step is complete."""
         if self._profile is not None and step >= self._profile[1]:
             self._stop()
             self._profile = None
@@ -87,22 +88,22 @@ class Watch:
     def _stop(self) -> None:
         if not self._tracing:
             if self._profile is not None:
-                first, behind = self._profile
-                say(f"no step from {first} to {behind - 1} was trained here: there is no trace")
+                first, end = self._profile
+                say(f"there is no trace, since no step from {first} to {end - 1} was trained here")
             return
         self._tracing = False
         jax.profiler.stop_trace()
-        say(f"a trace of the steps is in {self._directory}")
+        say(f"wrote a trace of the steps to {self._directory}")
 
 
 @functools.cache
 def _compilations() -> list[float]:
-    """Seconds of each compilation from now on, in this process."""
-    found: list[float] = []
+    """A list to which each compilation in this process, from now on, appends its seconds."""
+    durations: list[float] = []
 
     def note(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            found.append(duration_secs)
+            durations.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(note)
-    return found
+    return durations

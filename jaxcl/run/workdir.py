@@ -1,4 +1,4 @@
-"""A run's own folder: one run at a time, of one config, with files that are whole or not there."""
+"""The workdir of a run: the folder of one run at a time, with one config, and complete files."""
 
 import contextlib
 import errno
@@ -33,8 +33,8 @@ from jaxcl.settings.sections import Settings
 
 try:
     import fcntl
-except ImportError:  # on Windows nothing keeps two runs apart
-    fcntl = None  # type: ignore[assignment] # asked for before each use
+except ImportError:  # on Windows, where two runs are not kept apart
+    fcntl = None  # type: ignore[assignment] # checked before each use
 
 __all__ = [
     "CHECKPOINTS",
@@ -55,12 +55,14 @@ LOCK_FILE = ".lock"
 
 @contextlib.contextmanager
 def lock_workdir(workdir: AnyPath) -> Iterator[None]:
-    """Makes a run's folder and keeps other runs out of it, until the process ends at the latest.
+    """Create the folder of a run, and lock it against other runs.
+
+    The lock ends with the context, or at the latest with the process.
 
     Raises:
-      ValueError: if another run is at work there, its lock is not a regular file, or the folder is
-        a checkpoint of a run.
-      PermissionError: if it cannot be written.
+      ValueError: if another run uses the folder, its lock is not a regular file, or the folder is a
+        checkpoint of a run.
+      PermissionError: if the folder cannot be written.
     """
     run, checkpoint = origin_of(workdir)
     if checkpoint is not None and (run / ID_FILE).exists():
@@ -90,7 +92,7 @@ def _locked_file(workdir: AnyPath) -> BinaryIO:
                 f"another run is at work in {workdir}; wait until it ends, or choose another "
                 "--workdir"
             ) from None
-        # A start that failed has removed the file between our opening and locking it.
+        # Another process whose start failed may have removed the file before it was locked here.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 return lock
@@ -99,9 +101,9 @@ def _locked_file(workdir: AnyPath) -> BinaryIO:
 
 @contextlib.contextmanager
 def emptied_unless_begun(workdir: AnyPath) -> Iterator[None]:
-    """Removes the files that a new run has written if it fails before its first record.
+    """Remove the files that a new run has written if it fails before its first record.
 
-    A folder that held a run before is left as it is, and so are files that a user has put there.
+    The folder of an earlier run stays unchanged, and so do files that belong to the user.
     """
     names = (CONFIG_FILE, ID_FILE, DATA_FILE, METRICS_FILE, LOCK_FILE, *_prepared())
     absent = [name for name in names if name == LOCK_FILE or not (workdir / name).exists()]
@@ -126,18 +128,19 @@ def _remove_run(workdir: AnyPath, names: Sequence[str]) -> None:
         _remove(workdir / name)
     remove_tree(local_folder(workdir) / "tensorboard")
     for directory in (workdir / CHECKPOINTS, workdir):
-        with contextlib.suppress(OSError, ValueError):  # where there are files of the user
+        with contextlib.suppress(OSError, ValueError):  # if it has files of the user
             directory.rmdir()
 
 
 def _prepared() -> list[str]:
     """The files and folders that a new run creates before its first step."""
-    return [name for one in MODALITIES.values() for name in one.files] + [*COPIES.values()]
+    files = [name for modality in MODALITIES.values() for name in modality.files]
+    return [*files, *COPIES.values()]
 
 
 def _remove(path: AnyPath) -> None:
     if path.is_dir():
-        if is_copy(path):  # otherwise it is the user's
+        if is_copy(path):  # otherwise it belongs to the user
             remove_tree(path)
     else:
         with contextlib.suppress(OSError):
@@ -145,8 +148,8 @@ def _remove(path: AnyPath) -> None:
 
 
 def _open_lock(path: AnyPath) -> BinaryIO:
-    """Open the lock file; refuse anything that is not a regular file."""
-    # A link is not followed, no content is cut off, and a pipe does not wait for a reader.
+    """Open the lock file; raise a `ValueError` if it is not a regular file."""
+    # Do not follow a link, do not truncate the file, and do not wait for the reader of a pipe.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         descriptor = os.open(path, flags, 0o666)
@@ -160,18 +163,20 @@ def _open_lock(path: AnyPath) -> BinaryIO:
 
 
 def claim_workdir(workdir: AnyPath, settings: Settings) -> Mapping[str, Any] | None:
-    """Makes a run's folder, or checks that it belongs to these settings.
+    """Create the folder of a run, or check that it belongs to these settings.
 
-    The newest checkpoint says which settings the run has, whatever became of `config.json`. Before
-    the first checkpoint nothing is lost by other settings: the folder then becomes theirs.
+    The settings of a run are in its newest checkpoint, even if `config.json` has changed. Before
+    the first checkpoint, nothing is lost if the settings change, so the folder then gets the new
+    ones.
 
     Returns:
-      The record of the newest checkpoint (`run_record`), or None before the first.
+      The record of the newest checkpoint (`run_record`), or `None` before the first one.
 
     Raises:
-      ValueError: if a run of other settings has saved a step there, with the fields that differ.
-      CheckpointError: if its checkpoints are gone.
-      PermissionError: if it cannot be written.
+      ValueError: if a run with other settings has saved a checkpoint there, with the fields that
+        differ.
+      CheckpointError: if the checkpoints are missing.
+      PermissionError: if the folder cannot be written.
     """
     workdir = as_path(workdir)
     with _explained(workdir):
@@ -191,30 +196,30 @@ def claim_workdir(workdir: AnyPath, settings: Settings) -> Mapping[str, Any] | N
 
 
 def workdir_id(workdir: AnyPath) -> str:
-    """The id of a claimed workdir, by which processes know that they share it.
+    """Read the id of a workdir, with which processes check that they share it.
 
     Raises:
-      ValueError: if there is none, as where another process has claimed another folder.
+      ValueError: if there is no id, such as when process 0 has a different folder.
     """
     path = as_path(workdir) / ID_FILE
     if not path.exists():
         raise ValueError(
-            f"process {jax.process_index()} does not find {path}, which process 0 wrote; give all "
+            f"process {jax.process_index()} cannot find {path}, which process 0 wrote; give all "
             "processes the same --workdir, on a file system that they share"
         )
     return str(read_json_object(path).get("id"))
 
 
 def check_saved_settings(workdir: AnyPath, settings: Settings, record: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` if a checkpoint's record has other settings or pretrained files."""
+    """Raise a `ValueError` if a checkpoint has other settings or pretrained files."""
     try:
         different = settings_differences(
             record.get("settings", {}), settings, saved_step=record["step"]
         )
     except ValueError as error:
         raise ValueError(
-            f"the checkpoints in {workdir} are of another version of jaxcl ({error}); choose "
-            "another --workdir"
+            f"the checkpoints in {workdir} were saved by another version of jaxcl ({error}); "
+            "choose another --workdir"
         ) from error
     if different:
         raise ValueError(_of_another_config(workdir, different))
@@ -230,26 +235,26 @@ def check_saved_flags(workdir: AnyPath, record: Mapping[str, Any]) -> None:
     if different := differences(record.get("flags", {}), jax_flags()):
         raise ValueError(
             f"the run in {workdir} was trained with other flags of JAX: {'; '.join(different)}. "
-            "Set them as they were, or choose another --workdir"
+            "Set the same flags again, or choose another --workdir"
         )
 
 
 def read_config(workdir: AnyPath) -> Mapping[str, Any]:
-    """The config of the run in a folder, for `read_settings`.
+    """Read the config of the run in a folder, for `read_settings`.
 
     Raises:
-      ValueError: if no run has begun there.
+      ValueError: if there is no run.
     """
     path = as_path(workdir) / CONFIG_FILE
     if not path.exists():
         raise ValueError(
-            f"there is no run in {workdir} (no {path.name}); give the --workdir that was trained"
+            f"there is no run in {workdir} (no {path.name}); give the --workdir of a run"
         )
     return migrated(_read_json(path))
 
 
 def _replace_other_config(workdir: AnyPath, settings: Settings) -> None:
-    """Removes the prepared files of another config's run, unless it has saved a step."""
+    """Remove the prepared files of a run with another config, unless it has saved a checkpoint."""
     saved = _read_json(workdir / CONFIG_FILE)
     different = settings_differences(saved, settings, saved_step=None)
     if different and steps_in(workdir / CHECKPOINTS):
@@ -262,7 +267,7 @@ def _replace_other_config(workdir: AnyPath, settings: Settings) -> None:
 def _of_another_config(workdir: AnyPath, different: Sequence[str]) -> str:
     return (
         f"the workdir {workdir} belongs to another config: {'; '.join(different)}. Choose another "
-        "--workdir, or take the settings back"
+        "--workdir, or restore the settings"
     )
 
 
@@ -272,7 +277,7 @@ def _explained(workdir: AnyPath) -> Iterator[None]:
         yield
     except (FileExistsError, NotADirectoryError) as error:
         raise PermissionError(
-            f"the workdir {workdir} cannot be a folder: a file is in the way; choose another "
+            f"the workdir {workdir} cannot be created, since a file has that name; choose another "
             "--workdir"
         ) from error
     except OSError as error:
@@ -287,5 +292,5 @@ def _read_json(path: AnyPath) -> dict[str, Any]:
         return read_json_object(path)
     except ValueError as error:
         raise ValueError(
-            f"{error}; put it back, or delete it and give the config that the run began with"
+            f"{error}; restore it, or delete it and give the config with which the run started"
         ) from error

@@ -196,7 +196,7 @@ def test_parameters_over_processes_train_as_whole_ones_and_go_on_as_such(command
     assert_same_runs(cut, whole)
     shutil.rmtree(cut / "checkpoints" / str(STEPS))
     (said,) = Run(command(cut, wide), processes=1, devices=4).finish()
-    assert "goes on from step 8" in said
+    assert "resumes from step 8" in said
     assert_same_runs(cut, whole)
 
 
@@ -236,7 +236,7 @@ def test_what_is_chosen_and_mined_is_the_same(command, tmp_path):
     # Started by two processes and finished by one, with the same rows and banks.
     shutil.rmtree(runs[1] / "checkpoints" / str(STEPS))
     (said,) = Run(command(runs[1], *CHOOSING), processes=1, devices=4).finish()
-    assert "goes on from step 8" in said
+    assert "resumes from step 8" in said
     assert_close_runs(*runs, tolerance=1e-5)
 
 
@@ -246,7 +246,7 @@ def test_a_run_goes_on_with_other_processes_and_devices(command, two, tmp_path, 
     shutil.copytree(two, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / str(STEPS))
     outputs = Run(command(tmp_path), processes=processes, devices=devices).finish()
-    assert "goes on from step 8" in outputs[0]
+    assert "resumes from step 8" in outputs[0]
     assert_close_runs(tmp_path, two, tolerance=1e-4)
 
 
@@ -277,7 +277,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(command, two, tmp_path, numb
     assert steps[0] == steps[1] < STEPS
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(steps[0])]
     assert (
-        f"goes on from step {steps[0]}"
+        f"resumes from step {steps[0]}"
         in Run(command(tmp_path), processes=2, devices=2).finish()[0]
     )
     assert_same_bits(tmp_path, two)

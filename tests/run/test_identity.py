@@ -84,7 +84,7 @@ def test_the_number_of_steps_stays_where_something_depends_on_it(sections, reaso
 
 def test_steps_that_are_made_cannot_be_taken_back():
     found = changed(settings(**CONSTANT), settings(**CONSTANT | {"steps": 49}))
-    assert found == ["steps is 49 here and 100 there (50 steps are already made)"]
+    assert found == ["steps is 49 here and 100 there (50 steps are already completed)"]
 
 
 def test_without_a_known_step_the_number_of_steps_stays():

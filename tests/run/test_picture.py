@@ -95,8 +95,8 @@ def test_cells_hold_a_pair_and_do_not_cross_batches_where_there_are_enough(
 def drawn(monkeypatch, tmp_path, *, batch_size, order=AFTER):
     """The drawn values, and the file."""
     seen = []
-    draw = picture._drawn
-    monkeypatch.setattr(picture, "_drawn", lambda *parts: seen.append(parts) or draw(*parts))
+    draw = picture._draw
+    monkeypatch.setattr(picture, "_draw", lambda *parts: seen.append(parts) or draw(*parts))
     path = tmp_path / "similarity.png"
     similarity_picture(*clustered(), BEFORE, order, batch_size=batch_size, path=path, cells=32)
     assert [file.name for file in tmp_path.iterdir()] == ["similarity.png"]
@@ -142,9 +142,7 @@ def test_the_title_says_how_similar_the_rows_of_a_batch_are(monkeypatch, tmp_pat
         for order in (BEFORE, AFTER)
     ]
     assert means[1] > means[0] + 0.2
-    wanted = (
-        f"{means[0]:.3f} before, {means[1]:.3f} after; of any two rows {np.nanmean(matrix):.3f}"
-    )
+    wanted = f"{means[0]:.3f} before, {means[1]:.3f} after; over all rows {np.nanmean(matrix):.3f}"
     assert title.endswith(wanted)
 
 
@@ -155,6 +153,6 @@ def test_the_title_says_how_similar_the_rows_of_a_batch_are(monkeypatch, tmp_pat
 )
 def test_mistakes_are_named(tmp_path, change):
     given = {"before": BEFORE, "after": AFTER, "batch_size": 8, "path": tmp_path / "a.png"}
-    with pytest.raises(ValueError, match="give two orders of one length"):
+    with pytest.raises(ValueError, match="give two orders of the same length"):
         similarity_picture(*clustered(), **given | change)
     assert not list(tmp_path.iterdir())

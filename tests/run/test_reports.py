@@ -155,7 +155,7 @@ def test_what_is_not_finite_stops_the_run_with_step_cause_and_advice(reports, fi
     reports.add(7, metrics(**{field: float("nan")}, leaf=float("inf")))
     with pytest.raises(DivergenceError) as error:
         reports.flush()
-    for part in ("step 7 diverged", "['table']", "learning rate", "saved before is kept"):
+    for part in ("step 7 diverged", "['table']", "learning rate", "Earlier checkpoints are kept"):
         assert part in str(error.value)
 
 

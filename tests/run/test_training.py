@@ -121,7 +121,7 @@ def test_estimates_are_the_state_s_memory():
     assert jax.tree.map(lambda leaf: leaf.shape, program.abstract_state(1_500)) == jax.tree.map(
         lambda leaf: leaf.shape, state
     )
-    with pytest.raises(ValueError, match="remembers rows; give the number of them"):
+    with pytest.raises(ValueError, match="per row; give num_rows"):
         program.init()
 
 

@@ -42,11 +42,11 @@ def test_a_run_that_goes_on_among_the_steps_traces_the_rest(tmp_path, capsys):
     with Watch(tmp_path / "a", (2, 9)) as watch:
         watch.before(5)
         assert watch._tracing
-    assert "a trace of the steps is in" in capsys.readouterr().err
+    assert "wrote a trace of the steps to" in capsys.readouterr().err
     with Watch(tmp_path / "b", (2, 9)) as watch:
         watch.before(9)
         watch.after(9)
-    assert "no step from 2 to 8 was trained here: there is no trace" in capsys.readouterr().err
+    assert "no trace, since no step from 2 to 8 was trained here" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 
@@ -104,7 +104,7 @@ def test_programs_that_others_may_have_written_are_not_loaded(tmp_path, updates,
     keep_compiled()
     assert "jax_compilation_cache_dir" not in updates
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: compiled programs are neither kept nor reused")
+    assert line.startswith("warning: compiled programs are not cached")
 
 
 def test_a_cache_that_cannot_be_made_is_one_warning(tmp_path, updates, monkeypatch, capsys):

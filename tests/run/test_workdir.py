@@ -67,7 +67,7 @@ def test_every_field_that_differs_is_named_with_both_values(tmp_path):
     message = error_of(tmp_path, settings(**{"steps": 200, "model.dim": 32}))
     assert message == (
         f"the workdir {tmp_path} belongs to another config: model.dim is 32 here and 64 there; "
-        "steps is 200 here and 100 there. Choose another --workdir, or take the settings back"
+        "steps is 200 here and 100 there. Choose another --workdir, or restore the settings"
     )
 
 
@@ -153,7 +153,7 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
 def test_a_workdir_at_or_below_a_file_is_an_error_that_names_it(tmp_path, below):
     (tmp_path / "file").write_text("no folder")
     workdir = tmp_path / "file" / below
-    with pytest.raises(PermissionError, match="a file is in the way") as error:
+    with pytest.raises(PermissionError, match="a file has that name") as error:
         claim_workdir(workdir, settings())
     assert str(workdir) in str(error.value)
     assert "choose another --workdir" in str(error.value)

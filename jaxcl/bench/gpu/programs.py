@@ -76,7 +76,7 @@ def _restore(train: Any, workdir: Path) -> dict[str, Any]:
     record = train()
     if record["facts"] != before:
         raise CheckFailed(f"metrics were {before}, and are {record['facts']} when restored")
-    if "has made its" not in record["output"]:
+    if "has completed its" not in record["output"]:
         raise CheckFailed(f"the run began again instead of restoring:\n{record['output']}")
     return record
 
