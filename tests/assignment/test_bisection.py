@@ -159,7 +159,7 @@ def test_a_swap_is_made_only_if_the_weights_within_segments_increase():
     np.testing.assert_array_equal(swap(graph, order, segments, jnp.array([0, 1]), **options), order)
 
 
-def test_a_walk_finds_what_no_direction_tells():
+def test_a_walk_finds_clusters_that_no_direction_shows():
     rng = np.random.default_rng(0)
     of_row = rng.permutation(np.repeat([0, 1], 32))
     rows = [rng.permutation(np.flatnonzero(of_row == one))[:6] for one in of_row]

@@ -178,7 +178,7 @@ def test_one_end_and_edges_both_ways_give_scipys_order(seed):
     assert bandwidth(ours, edges) < bandwidth(range(61), edges)
 
 
-def test_every_component_stands_together_and_rows_without_an_edge_behind_them():
+def test_components_are_contiguous_and_rows_without_edges_come_last():
     edges, num_rows = GRAPHS["many components"]
     order = order_of(edges, num_rows)
     assert sorted(order) == list(range(num_rows))
@@ -192,7 +192,7 @@ def test_every_component_stands_together_and_rows_without_an_edge_behind_them():
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_edges_to_and_from_padding_are_none(devices):
+def test_edges_to_and_from_padding_are_ignored(devices):
     lists = lists_of(GRAPHS["nearest"][0], NUM_ROWS)
     padded = lists.copy()
     padded[:, -1], padded[NUM_ROWS:, 0] = NUM_ROWS + 1, 3
@@ -200,7 +200,7 @@ def test_edges_to_and_from_padding_are_none(devices):
     assert found(padded, NUM_ROWS, devices=devices) == wanted
 
 
-def test_an_edge_may_stand_in_either_list():
+def test_an_edge_may_be_in_either_list():
     edges, num_rows = GRAPHS["grid"]
     turned = [edge[:: 1 - 2 * (number % 2)] for number, edge in enumerate(edges)]
     assert order_of(turned, num_rows) == order_of(edges, num_rows)
@@ -262,7 +262,7 @@ def test_an_edge_counts_in_either_direction():
     assert bandwidth(turned, edges) == bandwidth(order, edges) < bandwidth(range(60), edges)
 
 
-def test_rows_of_a_topic_stand_together():
+def test_rows_of_a_topic_are_contiguous():
     queries, keys = pairs(400)
     order = paper_order(queries, keys, quantile=0.9)
     assert (np.diff(order % 4) == 0).mean() > 0.8

@@ -107,7 +107,7 @@ def test_epochs_that_each_begin_with_a_block_break_it():
     assert broken_blocks(naive, order, first=26, block_size=4) > 0
 
 
-def test_blocks_land_everywhere_equally_often():
+def test_blocks_occur_at_every_position_equally_often():
     epochs = [
         epoch_rows(np.arange(12), epoch=i, batch_size=3, block_size=3, seed=0) for i in range(120)
     ]
@@ -197,14 +197,14 @@ def test_no_row_is_lost_where_the_order_changes(num_rows, batch_size, block_size
     assert_once_each(epochs)
 
 
-def test_rows_are_lost_where_a_new_order_does_not_know_what_was_seen():
+def test_rows_are_lost_if_a_new_order_ignores_the_rows_already_seen():
     options = {"num_rows": 26, "batch_size": 8, "block_size": 4, "seed": 0}
     assert_once_each(changed([2, 5], 20, **options))
     with pytest.raises(AssertionError):
         assert_once_each(changed([2, 5], 20, forget=True, **options))
 
 
-def test_what_is_left_of_an_epoch_comes_in_blocks_of_the_new_order():
+def test_the_rest_of_an_epoch_has_blocks_of_the_new_order():
     num_rows, sizes = 103, {"batch_size": 16, "block_size": 4}
     old = AssignedRows(unseen(num_rows), seed=0, **sizes)
     seen = visited(old, before_step=0, step=9, num_rows=num_rows, batch_size=16)
@@ -258,7 +258,7 @@ def test_visited_rows_in_the_middle_of_an_epoch_need_those_before():
         visited(rows_fn, before_step=3, step=2, **options)
 
 
-def test_rows_do_not_depend_on_what_was_asked_before():
+def test_rows_do_not_depend_on_earlier_calls():
     labels = (np.arange(50) // 4,)
 
     def fresh() -> AssignedRows:
@@ -278,7 +278,7 @@ def test_rows_do_not_depend_on_what_was_asked_before():
         np.testing.assert_array_equal(fresh()(step), wanted[step])
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_epochs_and_seeds_have_different_orders():
     order = an_order(64)
     rows = [
         epoch_rows(order, epoch=epoch, batch_size=8, block_size=4, seed=seed)
@@ -369,7 +369,7 @@ def test_equal_labels_are_kept_apart(num_rows, labels_of):
 
 
 @pytest.mark.parametrize("num_labels", [1, 3, 20, 40])
-def test_what_cannot_be_kept_apart_conflicts_as_little_as_it_can(num_labels):
+def test_labels_that_cannot_be_kept_apart_conflict_as_little_as_possible(num_labels):
     """Each of 20 batches can hold one row with a label; the other rows are conflicts."""
     labels = np.minimum(np.arange(640) // 5, 200 + np.arange(640) % num_labels)
     labels[:300] = np.arange(300) % num_labels
@@ -380,7 +380,7 @@ def test_what_cannot_be_kept_apart_conflicts_as_little_as_it_can(num_labels):
     assert count_conflicts(rows, labels, batch_size=32) == least
 
 
-def test_a_label_without_hope_is_in_nobodys_way():
+def test_a_label_that_cannot_be_kept_apart_does_not_affect_others():
     order = an_order(640)
     hopeless, texts = np.zeros(640, int), np.argsort(order) // 2
     few = np.arange(640) % 3
@@ -425,7 +425,7 @@ def test_one_label_array_is_not_repaired_at_the_cost_of_another(monkeypatch):
     assert (conflicts[:, 1] == 0).all()
 
 
-def test_equal_labels_are_kept_apart_in_what_is_left_of_an_epoch():
+def test_equal_labels_are_kept_apart_in_the_rest_of_an_epoch():
     order = an_order(640)
     seen = np.isin(np.arange(640), order[::2][: 7 * 32])
     labels = np.argsort(order) // 4
@@ -513,7 +513,7 @@ def test_a_step_before_the_order_is_an_error():
 
 
 @pytest.mark.parametrize("seen", [np.arange(8) < 3, np.arange(8) < 5, np.arange(4) < 4], ids=str)
-def test_seen_that_does_not_count_what_was_visited_is_an_error(seen):
+def test_seen_that_differs_from_the_visited_rows_is_an_error(seen):
     with pytest.raises(ValueError, match="before step 5 its epoch has visited 4 of 8"):
         AssignedRows(Assigned(np.arange(8), seen, 5), batch_size=4, block_size=4, seed=0)
 

@@ -151,7 +151,7 @@ def test_a_selection_of_fields_has_the_same_values_and_costs_less(x64):
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_more_rows_of_each_batch_than_it_has_are_all_of_it(devices, x64):
+def test_more_sampled_rows_than_a_batch_has_are_the_whole_batch(devices, x64):
     sides, rows = pairs(), some_batches()
     on = functools.partial(measured, *sides, rows, devices=devices)
     np.testing.assert_array_equal(on(), on(rows_per_batch=9))
@@ -159,7 +159,7 @@ def test_more_rows_of_each_batch_than_it_has_are_all_of_it(devices, x64):
         on(rows_per_batch=0)
 
 
-def test_without_a_mesh_it_is_the_same(x64):
+def test_the_report_is_the_same_without_a_mesh(x64):
     queries, keys = pairs()
     rows = jnp.asarray(some_batches())
     measure = functools.partial(measure_gap, temperature=TEMPERATURE, num_rows=ROWS)
@@ -167,7 +167,7 @@ def test_without_a_mesh_it_is_the_same(x64):
     np.testing.assert_allclose(alone, measured(queries, keys, rows), rtol=1e-12)
 
 
-def test_padding_counts_for_nobody(x64):
+def test_padding_has_no_effect(x64):
     queries, keys = pairs()
     hostile = [side.at[ROWS:].set(100 * side[0]) for side in (queries, keys)]
     rows = some_batches()

@@ -71,7 +71,7 @@ def test_each_method_brings_topics_together_on_any_mesh(name):
     assert (one.device_bytes > 0) == (name != "rcm")
 
 
-def test_the_seed_is_in_it():
+def test_the_order_depends_on_the_seed():
     assert (ordered("exact", 1).rows != ordered("exact", 1, seed=1).rows).any()
 
 
@@ -96,7 +96,7 @@ def test_equal_labels_do_not_attract_each_other():
     assert together[0] < together[1] - 0.1
 
 
-def test_a_newcomer_gives_two_arrays():
+def test_two_arrays_are_enough_to_assign_batches():
     queries, keys, topic = topical()
     options = {"block_size": SIZE, "settings": SETTINGS["exact"]}  # whole batches
     order = assign(queries, keys, **options)
@@ -126,7 +126,7 @@ def test_a_newcomer_gives_two_arrays():
         ({"method": "rcm", "graph": "exact"}, "ignores graph='exact' and similarity_cap=None"),
     ],
 )
-def test_settings_that_cannot_be_are_named(changes, message):
+def test_invalid_settings_are_named(changes, message):
     queries, keys, _ = topical()
     with pytest.raises(ValueError, match=message):
         assign(queries, keys, block_size=8, settings=Gcbs(**changes))
@@ -158,7 +158,7 @@ def test_embeddings_of_other_types_are_those_of_float32():
     assert np.bincount(topics).max() == -(-ROWS // 5)
 
 
-def test_embeddings_that_cannot_be_are_named():
+def test_invalid_embeddings_are_named():
     queries, keys, _ = topical()
     for other in (keys[:-1], keys[:, :-1], keys[0]):
         with pytest.raises(ValueError, match="with equally many features"):
@@ -173,7 +173,7 @@ def test_embeddings_that_cannot_be_are_named():
     assert set(METHODS) == {"bisection", "rcm_device", "rcm"}
 
 
-def test_labels_and_temperatures_that_cannot_be_are_named():
+def test_invalid_labels_and_temperatures_are_named():
     queries, keys, topic = topical()
     for apart in (topic[:-1], np.append(topic, 0)):
         with pytest.raises(ValueError, match="give one of each per row"):
@@ -196,7 +196,7 @@ def test_other_types_of_the_same_shape_are_ordered_too():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("graph", ["exact", "clustered"])
-def test_more_neighbours_than_rows_and_what_padding_holds_change_nothing(graph):
+def test_more_neighbours_than_rows_and_values_of_padding_change_nothing(graph):
     queries, keys, _ = topical()
     settings = Gcbs(graph=graph, cluster_size=8, probes=2, effort=QUICK)
     found = []
@@ -274,7 +274,7 @@ def test_the_paper_s_method_takes_long_vectors_in_half_precision():
 
 
 @pytest.mark.parametrize("name", ["exact", "rcm_device", "rcm"])
-def test_pairs_that_are_not_finite_are_those_that_were_never_written(name):
+def test_nonfinite_pairs_are_treated_as_never_written(name):
     queries, keys, _ = topical()
     blank, bad = ((queries.copy(), keys.copy()) for _ in range(2))
     for place in (3, 40):

@@ -91,13 +91,13 @@ def test_devices_change_no_bit(clusters):
     )
 
 
-def test_a_look_into_all_clusters_finds_what_a_look_at_all_rows_does():
+def test_probing_all_clusters_equals_an_exact_search():
     everywhere = graph(1, clusters=CLUSTERS, probes=16)
     np.testing.assert_array_equal(everywhere.rows[: ROWS - 2], graph(1).rows[: ROWS - 2])
     np.testing.assert_array_equal(everywhere.masses[: ROWS - 2], graph(1).masses[: ROWS - 2])
 
 
-def test_a_look_into_one_cluster_finds_its_members():
+def test_probing_one_cluster_finds_its_members():
     alone = graph(8, clusters=CLUSTERS, probes=1)
     cluster_of = np.empty(ROWS, int)
     for number, members in enumerate(CLUSTERS):
@@ -110,7 +110,7 @@ def test_a_look_into_one_cluster_finds_its_members():
 
 
 @pytest.mark.parametrize("clusters", [None, CLUSTERS])
-def test_rows_of_one_group_are_no_neighbours(clusters):
+def test_rows_of_one_group_are_not_neighbours(clusters):
     found = graph(1, clusters=clusters, by_group=True).rows
     same = np.asarray(GROUPS)[found] == np.asarray(GROUPS)[:, None]
     assert not same[found >= 0].any()
@@ -118,7 +118,7 @@ def test_rows_of_one_group_are_no_neighbours(clusters):
     assert (np.asarray(GROUPS)[found] == np.asarray(GROUPS)[:, None])[found >= 0].any()
 
 
-def test_rows_more_alike_than_the_cap_are_no_neighbours():
+def test_rows_more_similar_than_the_cap_are_not_neighbours():
     products, _, _ = likeness()
     one = length_on_grid(2 * DIM) ** 2
     found = graph(1, cap=0.3).rows

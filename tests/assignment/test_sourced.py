@@ -39,7 +39,7 @@ def batches(rows_fn, num_steps: int, *, first_step: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0, math.inf])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_a_mixed_batch_has_of_each_source_its_share(sizes, temperature):
+def test_a_mixed_batch_has_each_source_s_share(sizes, temperature):
     sources = some_sources(sizes)
     rows_fn = SourcedRows(sources, batch_size=32, seed=0, temperature=temperature)
     share = shares_of(sizes, temperature)
@@ -111,13 +111,13 @@ def assert_once_per_epoch(batches: np.ndarray, sources: np.ndarray) -> None:
 @pytest.mark.parametrize("mix", ["mixed", "one"])
 @pytest.mark.parametrize("batch_size", [1, 16])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_each_row_comes_once_per_epoch_of_its_source(sizes, batch_size, mix):
+def test_each_row_occurs_once_per_epoch_of_its_source(sizes, batch_size, mix):
     sources = some_sources(sizes)
     rows_fn = SourcedRows(sources, batch_size=batch_size, seed=1, mix=mix)
     assert_once_per_epoch(batches(rows_fn, 40), sources)
 
 
-def test_rows_drawn_anew_for_each_batch_do_not_come_once_per_epoch():
+def test_rows_drawn_independently_per_batch_do_not_occur_once_per_epoch():
     rng, sources = np.random.default_rng(0), some_sources(SIZES["uneven"])
     drawn = np.stack([rng.choice(len(sources), 16, replace=False) for _ in range(40)])
     with pytest.raises(AssertionError):
@@ -227,7 +227,7 @@ def test_rows_are_a_function_of_the_step(mix):
     np.testing.assert_array_equal(fresh()(13), wanted[13])
 
 
-def test_seeds_have_rows_and_turns_of_their_own():
+def test_seeds_have_different_rows_and_turns():
     sources = some_sources(SIZES["irrational"])
     seeds = (0, 1, 2**40, -1)
     rows = [batches(SourcedRows(sources, batch_size=16, seed=seed), 5) for seed in seeds]
@@ -238,7 +238,7 @@ def test_seeds_have_rows_and_turns_of_their_own():
             assert (turns[i] != turns[j]).any()
 
 
-def test_epochs_of_a_source_and_sources_of_a_size_have_orders_of_their_own():
+def test_epochs_of_a_source_and_sources_of_one_size_have_different_orders():
     sources = np.repeat([0, 1], 64)
     rows_fn = SourcedRows(sources, batch_size=2, seed=0)
     rows = np.sort(batches(rows_fn, 192), axis=1).reshape(3, 64, 2)  # [epoch, position, source]
@@ -269,7 +269,7 @@ SOURCES = np.array([0, 0, 1, 1, 5])
     ],
     ids=str,
 )
-def test_what_makes_no_shares_is_an_error(wrong, message):
+def test_invalid_shares_are_an_error(wrong, message):
     given = {"sources": SOURCES, "batch_size": 4, "seed": 0} | wrong
     with pytest.raises(ValueError, match=message):
         SourcedRows(given.pop("sources"), **given)

@@ -96,7 +96,7 @@ def chi_square(orders: np.ndarray, *, row: int) -> float:
 
 
 @pytest.mark.parametrize("num_rows", [2, 3, 4, 5, 12, 16, 17])
-def test_every_row_lands_everywhere_equally_often(num_rows):
+def test_every_row_occurs_at_every_position_equally_often(num_rows):
     orders = epochs(4000, num_rows=num_rows)
     for row in {0, 1, num_rows - 1}:
         assert chi_square(orders, row=row) < 5
@@ -152,7 +152,7 @@ def test_memory_does_not_depend_on_the_number_of_rows(num_rows):
     assert len(np.unique(batch)) == 1000
 
 
-def test_a_late_step_goes_on_from_the_step_before():
+def test_a_late_step_continues_the_previous_step():
     whole = uniform_rows(10**12 // 2, num_rows=1000, batch_size=8, seed=0)
     halves = [uniform_rows(10**12 + i, num_rows=1000, batch_size=4, seed=0) for i in range(2)]
     np.testing.assert_array_equal(whole, np.concatenate(halves))
@@ -180,6 +180,6 @@ def test_more_rows_than_int32_can_number_are_an_error():
 
 
 @pytest.mark.parametrize("step", [-1, 2**63])
-def test_a_step_that_cannot_be_is_refused(step):
+def test_an_invalid_step_is_refused(step):
     with pytest.raises(ValueError, match=f"step={step}; steps count from 0"):
         uniform_rows(step, num_rows=6, batch_size=2, seed=0)

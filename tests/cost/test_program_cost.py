@@ -58,7 +58,7 @@ def test_memory_traffic_is_xlas_own_where_there_is_no_loop():
     assert traffic(program.as_text()).memory == pytest.approx(accessed, rel=0.05)
 
 
-def test_memory_traffic_grows_with_the_loop_and_not_with_what_it_slices():
+def test_memory_traffic_grows_with_the_loop_and_not_with_the_sliced_array():
     few, many = (
         traffic(compiled(layers, X, jnp.ones((n, 16, 16))).as_text()).memory for n in (10, 1_000)
     )
@@ -66,7 +66,7 @@ def test_memory_traffic_grows_with_the_loop_and_not_with_what_it_slices():
 
 
 @pytest.mark.parametrize("collective", ["psum", "all_gather", "psum_scatter", "ppermute"])
-def test_collectives_bring_what_a_ring_brings(collective):
+def test_collectives_receive_the_bytes_of_a_ring(collective):
     mesh = make_mesh({"data": 8})
     received = {  # for [8, 4] float32 on each of 8 devices
         "psum": 2 * 7 / 8 * 128,

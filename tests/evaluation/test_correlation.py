@@ -77,7 +77,7 @@ def test_a_constant_has_no_correlation(name, constant):
     assert np.isnan(of_resamples(x + constant, y, counts)).tolist() == [True] * 7 + [False]
 
 
-def test_the_rounding_of_a_mean_is_no_correlation():
+def test_rounding_errors_of_a_mean_are_not_a_correlation():
     x, _ = lists(0, size=49, ties=False)
     counts = 49 * np.eye(49, dtype=np.int64)
     assert np.isnan(pearson_of_resamples(x, x, counts)).all()
@@ -93,7 +93,7 @@ def test_numbers_far_from_zero_keep_their_digits():
 
 
 @every_correlation
-def test_what_has_no_correlation_is_an_error(name):
+def test_an_undefined_correlation_is_an_error(name):
     metric = PAIRS[name][0]
     with pytest.raises(ValueError, match="lists of 0 and 0"):
         metric(np.zeros(0), np.zeros(0))

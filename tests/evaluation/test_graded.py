@@ -175,7 +175,7 @@ def test_one_relevant_document_without_ties_is_scored_as_in_the_library():
         )
 
 
-def test_no_judgements_give_zeros():
+def test_no_labels_give_zeros():
     nothing = np.zeros(0, int)
     ranks = GradedRanks(nothing, nothing, np.zeros(0), nothing, 3)
     for metric in GRADED_METRICS.values():

@@ -116,9 +116,7 @@ def test_a_key_without_its_name_is_tokenised_as_the_table_is(
     np.testing.assert_array_equal(plain, masked)
 
 
-def test_names_are_hidden_from_the_keys_of_their_own_variant(
-    config, make_data, encoder_with, tmp_path
-):
+def test_names_are_hidden_in_the_keys_of_one_variant(config, make_data, encoder_with, tmp_path):
     encoder, asked = encoder_with(np.eye(3), np.eye(3))
     data = make_data(test=NAMES)
     evaluated(config, encoder, data, tmp_path)

@@ -120,7 +120,7 @@ def test_every_pair_may_be_called_negative_or_positive():
     assert best_f1(wrong, np.array([False, False, True])) == (2 / (3 + 1), 0.1)
 
 
-def test_figures_stand_next_to_the_number_of_pairs():
+def test_metrics_are_printed_with_the_number_of_pairs():
     similarities, labels = some_pairs(7, size=200)
     pairs = PairSet(scored_pairs(labels))
     found = pairs.evaluate(model_of(similarities))

@@ -244,7 +244,7 @@ def test_a_query_does_not_find_the_document_with_its_id(tmp_path, capsys):
     assert open_set(renamed).evaluate(numbers)["mrr@10"] == 1 / 3
 
 
-def test_what_the_corpus_lacks_counts_as_not_found_and_is_said(tmp_path, capsys):
+def test_documents_missing_from_the_corpus_count_as_not_found_and_are_reported(tmp_path, capsys):
     folder = small_folder(tmp_path)
     with open(folder / "qrels" / "test.tsv", "a") as file:
         file.write("y\tgone\t1\nunknown\ta\t1\nunjudged\ta\t0\n")
@@ -257,7 +257,7 @@ def test_what_the_corpus_lacks_counts_as_not_found_and_is_said(tmp_path, capsys)
     assert metrics["unknown_documents"] == 1
 
 
-def test_the_fingerprint_depends_on_texts_and_judgements(tmp_path):
+def test_the_fingerprint_depends_on_texts_and_labels(tmp_path):
     folder = small_folder(tmp_path)
     first = open_set(folder).fingerprint
     assert open_set(folder).fingerprint == first

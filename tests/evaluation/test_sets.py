@@ -45,7 +45,7 @@ def test_a_path_is_opened_by_the_kind_that_recognises_it(tmp_path):
 
 
 @pytest.mark.usefixtures("kinds")
-def test_a_path_of_no_kind_is_an_error_that_lists_what_is_expected(tmp_path):
+def test_a_path_of_no_kind_is_an_error_that_lists_the_expected_ones(tmp_path):
     (tmp_path / "a.txt").touch()
     with pytest.raises(
         ValueError, match=r"a\.txt is not an .* set; give a folder; or a \.len file"

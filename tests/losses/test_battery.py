@@ -444,7 +444,7 @@ BY_FORMULA = {
 
 
 @pytest.mark.parametrize("name", BY_FORMULA)
-def test_negatives_from_outside_count_as_those_of_a_dense_matrix(name):
+def test_negatives_from_outside_agree_with_a_dense_matrix(name):
     rows, temperature, margin = batch(COUNT), 0.3, 0.1
     rows = rows._replace(masks={one: MASKS[one](COUNT) for one in ("ids", "groups")})
     rows = rows._replace(keys=(rows.queries + 0.5 * rows.keys))

@@ -30,7 +30,7 @@ def test_two_candidates_by_hand():
     np.testing.assert_allclose(loss, [(wanted * np.log(wanted / found)).sum()], rtol=1e-12)
 
 
-def test_what_a_row_does_not_have_is_not_read():
+def test_absent_negatives_of_a_row_are_not_read():
     sides = unit_vectors(0, 3, 4), unit_vectors(1, 3, 4)
     negatives, scores = unit_vectors(2, 3, 4, 4), jnp.arange(15.0).reshape(3, 5)
     valid = jnp.arange(4) < jnp.array([[4], [2], [0]])
@@ -55,7 +55,7 @@ def test_what_a_row_does_not_have_is_not_read():
     assert not gradient[~valid].any()
 
 
-def test_a_pupil_that_says_what_the_teacher_says_has_nothing_to_learn():
+def test_a_student_that_equals_its_teacher_has_no_gradient():
     sides = unit_vectors(0, 5, 8), unit_vectors(1, 5, 8)
     negatives = unit_vectors(2, 5, 3, 8)
     scores = jnp.concatenate(

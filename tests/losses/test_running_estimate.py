@@ -83,7 +83,7 @@ def test_one_that_forgets_at_once_is_the_decoupled_loss_less_the_logarithm_of_th
     assert max(relative_errors(found, wanted).values()) < 1e-12
 
 
-def test_robustness_gives_a_temperature_a_gradient_of_its_own():
+def test_robustness_adds_a_gradient_of_the_temperature():
     sides = jnp.asarray(QUERIES), jnp.asarray(KEYS)
     one_way = {"directions": ("query_to_key",), "estimates": unseen(), "update_rate": 1.0}
 
@@ -115,7 +115,7 @@ def test_each_row_and_direction_may_have_a_temperature():
     np.testing.assert_allclose(loss, estimates.mean(1), rtol=1e-8)
 
 
-def test_rows_that_do_not_count_keep_their_estimate():
+def test_masked_rows_keep_their_estimate():
     sides = unit_vectors(0, 4, 4), unit_vectors(1, 4, 4)
     before = jnp.array([[0.1, 0.2], [0.3, 0.4], [NEVER_SEEN] * 2, [0.7, 0.8]])
     loss, estimates = running_estimate_loss(

@@ -71,7 +71,7 @@ def test_hardness_adds_to_the_scores_of_negatives_alone():
     np.testing.assert_allclose(loss, wanted, rtol=1e-12)
 
 
-def test_a_margin_leaves_out_what_is_as_similar_as_the_positive():
+def test_a_margin_excludes_negatives_as_similar_as_the_positive():
     # Query 1: its positive .8, its negative .6.
     one_way = {"directions": ("query_to_key",)}
     kept, dropped = cross_entropy(0.8, 0.6), 0.0
@@ -86,13 +86,13 @@ def test_a_margin_leaves_out_what_is_as_similar_as_the_positive():
         np.testing.assert_allclose(loss[0], cross_entropy(1, 0), rtol=1e-12)
 
 
-def test_a_guide_judges_in_place_of_the_model():
+def test_a_guide_decides_instead_of_the_model():
     guides = jnp.eye(2), jnp.array([[1.0, 0.0], [2.0, 1.0]])  # [[1, 2], [0, 1]]
     loss = infonce(directions=("query_to_key",), margin=0.0, guides=guides)
     np.testing.assert_allclose(loss, [0, cross_entropy(0.8, 0.6)], rtol=1e-12)
 
 
-def test_explicit_negatives_stand_against_every_query():
+def test_explicit_negatives_are_negatives_of_every_query():
     negatives = jnp.array([[[0.0, 1.0], [1.0, 0.0]], [[0.0, -1.0], [0.0, 0.0]]])
     valid = jnp.array([[True, True], [True, False]])  # ragged: row 1 has one
     loss = infonce(directions=("query_to_key",), negatives=explicit(negatives, valid=valid))
@@ -112,7 +112,7 @@ def test_hardness_tells_own_explicit_negatives_from_those_of_other_rows():
     np.testing.assert_allclose(loss, wanted, rtol=1e-12)
 
 
-def test_keys_stand_against_the_explicit_negatives_of_other_rows():
+def test_explicit_negatives_of_other_rows_are_negatives_of_keys():
     negatives = jnp.array([[[0.6, 0.8]], [[0.8, 0.6]]])
     loss = infonce(directions=("key_to_key",), negatives=explicit(negatives))
     wanted = [cross_entropy(1, 0, 0.8), cross_entropy(0.8, 0, 0.8)]
@@ -151,7 +151,7 @@ def test_no_query_meets_its_own_group_among_the_explicit_negatives():
     np.testing.assert_allclose(loss, wanted, rtol=1e-12)
 
 
-def test_a_guide_judges_explicit_negatives_too():
+def test_a_guide_masks_explicit_negatives_too():
     negatives = jnp.array([[[0.6, 0.8]], [[0.8, 0.6]]])
     guides = jnp.eye(2), jnp.eye(2)
     for judged, wanted in (

@@ -67,7 +67,7 @@ def test_many_keys_belong_to_many_queries():
     )
 
 
-def test_padding_counts_for_nobody():
+def test_padding_has_no_effect():
     queries, keys = unit_vectors(0, 7, 4), unit_vectors(1, 7, 4)
     groups, valid = jnp.array([0, 0, 1, 1, 2, 0, 1]), jnp.arange(7) < 5
     loss = supervised_infonce_loss(queries, keys, labels=groups, masks=Masks(valid=valid))

@@ -190,7 +190,7 @@ def test_cudnn_s_attention_gets_lengths_that_give_the_mask_s_embeddings(monkeypa
         ({"num_heads": 3}, "hidden_dim=8 does not divide over 3 heads"),
     ],
 )
-def test_a_wrong_option_says_what_is_known(options, message):
+def test_a_wrong_option_is_an_error_that_lists_the_known_ones(options, message):
     with pytest.raises(ValueError, match=message):
         make_towers(lambda rngs: transformer(rngs=rngs, **options), shared=True)
 
@@ -338,7 +338,7 @@ def test_a_decoder_reads_the_order_of_its_tokens_and_ends_at_the_last():
     assert relative_error(decoder_state([1, 2, 3]), decoder_state([1, 2, 3, 4])) > 1e-2
 
 
-def test_a_decoder_s_state_does_not_know_what_follows():
+def test_a_decoder_s_state_does_not_depend_on_later_tokens():
     model = decoder(rngs=nnx.Rngs(0))
     graph, params = nnx.split(model.blocks)
     block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], params))

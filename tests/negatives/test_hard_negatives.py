@@ -94,7 +94,7 @@ def test_a_sort_by_hand_finds_the_same(rule, devices, block_rows):
         assert mined.masked.sum() == 0
 
 
-def test_the_guide_judges_margins_but_not_ranks():
+def test_the_guide_decides_about_margins_but_not_ranks():
     queries, keys = vectors()
     guides = vectors(seed=7)
     positives = several_positives()
@@ -156,7 +156,7 @@ def test_the_margin_is_measured_from_the_least_similar_positive():
         assert mined.masked.tolist() == [3 - len(rows)]
 
 
-def test_among_equals_the_lower_row_comes_first():
+def test_ties_are_ordered_by_row():
     keys = np.tile(np.eye(3), (7, 1))  # rows 0, 3, 6 … are one vector
     rule = TOP._replace(rank_range=(0, 9), per_query=9)
     mined = mine_hard_negatives(np.eye(3)[:1], keys, positives=[3], rule=rule)
@@ -260,14 +260,14 @@ def test_a_mistake_is_named(changes, message):
 
 @pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize("name", ["queries", "keys"])
-def test_integers_are_no_embeddings(name):
+def test_integers_are_not_embeddings(name):
     queries, keys = vectors()
     given = {"queries": queries, "keys": keys, "positives": np.arange(QUERIES), "rule": TOP}
     with pytest.raises(ValueError, match=f"{name} has the type int64; give floats"):
         mine_hard_negatives(**(given | {name: given[name].astype(np.int64)}))
 
 
-def test_fractions_are_no_rows():
+def test_fractions_are_not_row_numbers():
     queries, keys = vectors()
     with pytest.raises(TypeError, match="positives has the type float64; give integers"):
         mine_hard_negatives(queries, keys, positives=[0.5] * QUERIES, rule=TOP)

@@ -5,7 +5,7 @@ import pytest
 from jaxcl.negatives import batch_labels, similarity_ceilings
 
 
-def test_rows_stand_for_themselves_unless_ids_say_otherwise():
+def test_rows_are_distinct_unless_ids_are_equal():
     assert batch_labels(3).different[0].tolist() == [0, 1, 2]
     ids, groups = jnp.array([7, 8, 7]), jnp.array([1, 1, 2])
     labels = batch_labels(3, ids=ids, groups=groups)

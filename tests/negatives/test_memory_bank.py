@@ -84,7 +84,7 @@ def test_an_instance_moves_towards_its_embedding_and_stays_of_unit_norm():
     assert read_bank(bank).valid.tolist()[:5] == [False, False, False, True, False]
 
 
-def test_of_a_row_that_stands_twice_the_first_counts():
+def test_the_first_of_repeated_rows_is_kept():
     vectors = unit_vectors(0, 3, DIM, dtype=jnp.float32)
     rows = jnp.array([2, 1, 2])
     bank = update_instances(init_bank(4, DIM), vectors, rows, rows)

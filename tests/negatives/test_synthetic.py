@@ -72,7 +72,7 @@ def test_the_query_is_the_smaller_part_of_a_mixture():
 
 
 @pytest.mark.parametrize("degrees", [0.0, 15.0, 90.0])
-def test_perturbed_ones_stand_at_the_angle_asked_for_in_any_direction(degrees):
+def test_perturbed_negatives_have_the_requested_angle_in_any_direction(degrees):
     vectors, valid = hardest()
     made, _ = perturbed(keys_of(), vectors, valid, count=400, degrees=degrees)
     cosines = jnp.einsum("qnd,qmd->qnm", made, vectors)[0]
@@ -87,7 +87,7 @@ def test_perturbed_ones_stand_at_the_angle_asked_for_in_any_direction(degrees):
         assert np.linalg.norm(across.mean(0)) < 0.15  # 400 unit vectors without a direction
 
 
-def test_gradients_flow_to_what_they_are_made_of():
+def test_gradients_flow_to_the_sources_of_synthetic_negatives():
     vectors, valid = hardest()
     queries = unit_vectors(1, KEYS, 6)
 

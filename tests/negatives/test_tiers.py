@@ -76,7 +76,7 @@ def test_draws_differ_by_step_and_not_by_the_number_of_devices():
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_quotas_are_met_exactly_and_what_is_missing_stays_open(devices):
+def test_quotas_are_met_exactly_and_missing_slots_stay_empty(devices):
     bank = bank_of()
     stratum = jnp.where(bank.written >= 0, bank.groups // 10, 4)
     stratum = stratum.at[:].set(jnp.where(stratum == 2, 4, stratum)).at[7].set(2)
@@ -130,7 +130,7 @@ def test_a_budget_is_divided_over_groups(proportions, quotas):
         ({3: float("nan")}, "must be at least 0"),
     ],
 )
-def test_proportions_that_are_none_are_named(proportions, message):
+def test_invalid_proportions_are_named(proportions, message):
     with pytest.raises(ValueError, match=message):
         strata_of(np.array([3, 5]), count=10, proportions=proportions)
 
@@ -235,7 +235,7 @@ def test_no_slot_is_drawn_twice_and_nearest_are_the_nearest_that_are_left():
         np.testing.assert_array_equal(tiers["nearest"].ids[row], wanted)
 
 
-def test_nearest_pass_over_what_the_margin_masks():
+def test_the_nearest_tier_skips_masked_rows():
     budgets = TierBudgets(nearest=5)
     queries, keys = (unit_vectors(seed, QUERIES, DIM, dtype=jnp.float32) for seed in (1, 2))
     ceilings = (queries * keys).sum(1) - 0.2
@@ -260,7 +260,7 @@ def test_without_a_bank_synthetic_negatives_are_made_of_the_batch():
             assert residual.sum() < 1e-10
 
 
-def test_beside_a_bank_they_may_be_made_of_the_batch_as_well():
+def test_synthetic_negatives_may_come_from_the_batch_in_addition_to_a_bank():
     of_batch, of_bank = (tiers_on(8, ALL._replace(of_batch=flag)) for flag in (True, False))
     without = tiers_on(8, ALL._replace(uniform=0, stratified=0, nearest=0), bank=False)
     made = {"mixed", "mixed_with_query", "perturbed"}
@@ -290,7 +290,7 @@ def test_their_gradients_reach_the_batch_they_are_made_of(gradient):
     assert bool((with_bank != 0).any()) == gradient
 
 
-def test_a_guide_judges_what_they_are_made_of():
+def test_a_guide_masks_the_sources_of_synthetic_negatives():
     queries, keys = (unit_vectors(seed, QUERIES, DIM, dtype=jnp.float32) for seed in (1, 2))
     guides = tuple(unit_vectors(seed, QUERIES, DIM, dtype=jnp.float32) for seed in (4, 5))
     numbers = jnp.arange(QUERIES)
@@ -353,7 +353,7 @@ def test_slots_without_a_stratum_are_never_drawn():
     assert found[found >= 0].tolist() == [2, 4, 7]
 
 
-def test_a_slot_that_is_not_a_number_is_no_hard_negative():
+def test_a_slot_with_nan_is_not_a_hard_negative():
     keys = unit_vectors(1, 4, DIM, dtype=jnp.float32).at[2].set(jnp.nan)
     tiers = draw_tiers(
         TierBudgets(nearest=3, mixed=2, hardest=3),

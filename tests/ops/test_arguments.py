@@ -188,7 +188,7 @@ EVERYWHERE = INTO_INT32 | OF_ANY_WIDTH
 
 @pytest.mark.parametrize("take", EVERYWHERE.values(), ids=EVERYWHERE)
 @pytest.mark.parametrize("labels", [np.array([0.2, 0.9, 1.5, 2.0]), np.array(list("abcd"))])
-def test_labels_that_are_no_integers_are_refused(take, labels):
+def test_labels_that_are_not_integers_are_refused(take, labels):
     with pytest.raises((TypeError, ValueError), match="integers"):
         take(labels)
 
@@ -218,7 +218,7 @@ of_rows = pytest.mark.parametrize("compute", OF_ROWS.values(), ids=OF_ROWS)
 
 
 @of_rows
-def test_vectors_that_are_no_arrays_of_floats_are_refused_by_name(compute):
+def test_vectors_that_are_not_arrays_of_floats_are_refused_by_name(compute):
     named = r"(queries|vectors) (is a list; give an array of floats|has the type int)"
     with pytest.raises(TypeError, match=named):
         compute(*(side.tolist() for side in sides()))
@@ -235,7 +235,7 @@ def test_vectors_may_have_another_byte_order(compute):
 
 
 @of_rows
-def test_nothing_comes_of_no_rows(compute):
+def test_no_rows_give_empty_results(compute):
     found = compute(jnp.zeros((0, 8)), jnp.zeros((0, 8)))
     assert len(found) == 0 or not found.any()
 
@@ -256,7 +256,7 @@ def test_an_empty_side_has_no_nearest_row(implementation):
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_an_empty_batch_on_each_device_is_none_either(exchange):
+def test_an_empty_batch_on_each_device_gives_no_losses(exchange):
     mesh = make_mesh({"data": 2}, devices=jax.devices()[:2])
     loss = functools.partial(infonce_loss, axis_name="data", exchange=exchange)
     rows = PartitionSpec("data")

@@ -33,7 +33,7 @@ def test_each_device_has_its_part_of_the_sum_and_its_gradient():
 
 
 @pytest.mark.usefixtures("by_gloo")
-def test_each_device_has_all_rows_and_gives_back_what_all_made_of_them():
+def test_each_device_gets_all_rows_and_the_sum_of_all_gradients():
     rows = np.random.default_rng(0).standard_normal((8, 2, 3))
     weights = np.random.default_rng(1).standard_normal((8 * 16, 3))  # device by device
     value, gradient = of_all(gather, rows, weights)

@@ -19,7 +19,7 @@ from jaxcl.ops.mesh import batch_sharding, make_mesh, put_batch, replicated_shar
         ({"a": 2, "b": 2, "c": 2}, {"a": 2, "b": 2, "c": 2}),
     ],
 )
-def test_axes_are_kept_in_order_and_one_size_may_be_what_is_left(axes, shape):
+def test_axes_keep_their_order_and_one_size_may_be_inferred(axes, shape):
     mesh = make_mesh(axes)
     assert list(mesh.shape.items()) == list(shape.items())
     assert mesh.axis_types == (AxisType.Auto,) * len(shape)
@@ -35,7 +35,7 @@ def test_a_mesh_can_take_some_of_the_devices():
 @pytest.mark.parametrize(
     "axes", [{"data": 3}, {"data": 16}, {"data": 2, "model": 2}, {"data": -1, "model": 3}]
 )
-def test_sizes_that_do_not_fit_the_devices_are_an_error_that_says_what_would(axes):
+def test_sizes_that_do_not_fit_the_devices_are_an_error_with_a_remedy(axes):
     with pytest.raises(ValueError, match="does not fit") as error:
         make_mesh(axes)
     assert str(error.value) == (
@@ -45,7 +45,7 @@ def test_sizes_that_do_not_fit_the_devices_are_an_error_that_says_what_would(axe
 
 
 @pytest.mark.parametrize("axes", [{}, {"a": -1, "b": -1}, {"a": 0}, {"a": -2}, {"a": 8, "b": 0}])
-def test_sizes_that_are_none_are_an_error_that_says_so(axes):
+def test_invalid_sizes_are_an_error(axes):
     with pytest.raises(ValueError, match="is not a mesh") as error:
         make_mesh(axes)
     assert str(error.value) == (
@@ -62,7 +62,7 @@ def test_batches_are_spread_over_all_axes_and_copies_are_whole(axes):
 
 
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "model": 4}])
-def test_a_batch_comes_back_from_the_devices_as_it_was(axes):
+def test_a_batch_round_trips_through_the_devices(axes):
     mesh = make_mesh(axes)
     batch = {
         "query": {"tokens": np.arange(48, dtype=np.int32).reshape(16, 3)},

@@ -50,7 +50,7 @@ def test_groups_hold_the_best_and_of_equals_the_lowest_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_of_equals_the_lowest_row_comes_first(implementation):
+def test_ties_are_ordered_by_the_lowest_row(implementation):
     table = jnp.tile(jnp.eye(3), (7, 1))  # rows 0, 3, 6 … are one vector
     found = nearest(jnp.eye(3), table, count=9, query_tile=2, tile=4, implementation=implementation)
     assert found.rows[0].tolist() == [0, 3, 6, 9, 12, 15, 18, 1, 2]

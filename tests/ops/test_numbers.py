@@ -185,7 +185,7 @@ DOORS = [
         for number in numbers
     ],
 )
-def test_a_number_that_cannot_be_meant_is_refused(call, name, number):
+def test_an_invalid_number_is_refused(call, name, number):
     with pytest.raises(ValueError, match=rf"{name}(\[0\])?=.*(; set it| must be)"):
         call(**{name: number})
 

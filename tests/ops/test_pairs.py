@@ -213,7 +213,7 @@ def test_hardness_weighs_and_is_constant_to_the_gradient(implementation):
 
 
 @pytest.mark.parametrize("implementation", ANYWHERE)
-def test_where_nothing_counts_there_is_nothing_and_no_gradient(implementation):
+def test_fully_masked_rows_have_no_sum_and_no_gradient(implementation):
     nothing = PairLabels(valid=jnp.zeros(5, bool))
 
     def reduced(queries, keys):
@@ -233,7 +233,7 @@ def test_where_nothing_counts_there_is_nothing_and_no_gradient(implementation):
 
 
 @pytest.mark.parametrize("implementation", ANYWHERE)
-def test_what_is_no_number_is_not_nothing(implementation):
+def test_nan_is_not_treated_as_masked(implementation):
     keys = unit_vectors(1, 7, 6).at[2].set(jnp.nan)
     how = {"implementation": implementation, "tile": TILE}
     for reduce in (pair_logsumexp, pair_sum):
@@ -261,7 +261,7 @@ def test_huge_scores_stay_exact(implementation, scale):
 
 
 @pytest.mark.parametrize("implementation", ANYWHERE)
-def test_duplicates_count_as_often_as_they_stand_there(implementation):
+def test_duplicates_count_as_often_as_they_occur(implementation):
     query, key = unit_vectors(0, 1, 6), unit_vectors(1, 1, 6)
     rows, columns = pair_logsumexp(
         query, jnp.tile(key, (9, 1)), temperature=0.1, implementation=implementation, tile=TILE
@@ -431,7 +431,7 @@ def moved_numbers(compiled_text: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_what_crosses_devices_is_what_the_docstring_says(exchange):
+def test_the_bytes_between_devices_are_as_documented(exchange):
     num_devices, rows, features = 8, 16, 32
     mesh = make_mesh({"data": num_devices})
     spec = PartitionSpec("data")

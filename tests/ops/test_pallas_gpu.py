@@ -121,7 +121,7 @@ def test_they_lower_for_several_in_a_mesh(exchange):
     assert text.count("@mosaic_gpu") >= 2
 
 
-def test_what_they_cannot_do_is_named():
+def test_unsupported_arguments_are_named():
     with pytest.raises(ValueError, match="needs bfloat16 or float16 on both sides, not float32"):
         pair_logsumexp(*sides(jnp.float32), temperature=1.0, implementation="pallas_gpu")
     guided = {

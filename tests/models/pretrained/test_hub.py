@@ -89,7 +89,7 @@ def test_the_error_for_an_unknown_model_names_it(hub):
         local_or_hub(MODEL)
 
 
-def test_without_a_network_the_error_says_so(hub):
+def test_without_a_network_the_error_names_the_cause(hub):
     hub.answers = [FileNotFoundError(), FileNotFoundError("offline")]
     with pytest.raises(ConnectionError, match=r"cannot be downloaded .*\(offline\); give the fold"):
         local_or_hub(MODEL)
