@@ -85,7 +85,7 @@ def as_trec(qrels):
     ],
     ids=["no header", "from Windows", "decimals", "TREC", "JSON lines", "relevance"],
 )
-def test_judgements_of_other_formats_mean_the_same(folder, name, content):
+def test_labels_in_other_formats_are_equivalent(folder, name, content):
     expected = pairs_of(read_beir(folder))
     (folder / "qrels" / "test.tsv").unlink()
     (folder / "qrels" / name).write_bytes(content.encode())
@@ -109,7 +109,7 @@ def test_json_lines_without_a_score_are_relevant_and_ids_may_be_integers(folder)
     assert pairs_of(read_beir(qrels)) == [("q1", "7", 1)]
 
 
-def test_the_judgements_are_test_then_dev_then_the_only_ones(folder):
+def test_the_default_labels_are_test_then_dev_then_the_only_file(folder):
     qrels = folder / "qrels"
     (qrels / "dev.tsv").write_text("q1\td2\t1\n")
     (qrels / "train.tsv").write_text("q1\td3\t1\n")
@@ -175,7 +175,7 @@ def test_a_document_with_the_id_of_its_query_stays_if_it_is_relevant(folder):
         ("q1\tx1\t1\nq1\tx2\t1\n", r"none of the documents in .* is in the corpus"),
     ],
 )
-def test_wrong_judgements_are_an_error(folder, qrels, message):
+def test_wrong_labels_are_an_error(folder, qrels, message):
     (folder / "qrels" / "test.tsv").write_text(qrels)
     with pytest.raises(ValueError, match=message):
         read_beir(folder)
@@ -191,7 +191,7 @@ def test_wrong_judgements_are_an_error(folder, qrels, message):
         ({"query-id": "q1", "corpus-id": "d1", "score": 10**400}, "the relevance 1000.* is not"),
     ],
 )
-def test_wrong_judgements_in_json_are_an_error(folder, record, message):
+def test_wrong_labels_in_json_are_an_error(folder, record, message):
     write_lines(folder / "qrels" / "dev.jsonl", [record])
     with pytest.raises(ValueError, match=message):
         read_beir(folder / "qrels" / "dev.jsonl")

@@ -355,7 +355,7 @@ def test_tfds_is_silent_meanwhile_and_as_before_afterwards(prepare, capfd):
     assert len(captured.err.splitlines()) == 3  # jaxcl's own lines: parsed, found, written
 
 
-def test_what_was_found_and_skipped_is_said(prepare, capsys):
+def test_found_and_skipped_functions_are_reported(prepare, capsys):
     info = prepare()
     said = capsys.readouterr().err
     assert f"{sum(info.split_sizes.values())} pairs from {info.num_files} files" in said

@@ -98,7 +98,7 @@ def test_a_pattern_names_several_columns_of_negatives():
         (("query", "key", "label", "score"), {}, "could be a label: label, score; set"),
     ],
 )
-def test_what_is_unknown_or_ambiguous_is_an_error(names, settings, message):
+def test_unknown_or_ambiguous_columns_are_an_error(names, settings, message):
     with pytest.raises(ValueError, match=message):
         found(*names, **settings)
 

@@ -211,7 +211,7 @@ def test_rows_may_be_split_by_another_column(opened, tmp_path):
     assert not pages["train"] & pages["validation"]
 
 
-def test_held_out_rows_are_none_that_are_trained_on(opened, tmp_path):
+def test_held_out_rows_are_not_training_rows(opened, tmp_path):
     write_jsonl(tmp_path / "pairs.jsonl", plain_rows())
     shutil.copy(tmp_path / "pairs.jsonl", tmp_path / "copy.jsonl")
     copy = str(tmp_path / "copy.jsonl")
@@ -256,7 +256,7 @@ def test_held_out_queries_with_several_keys_are_reported(opened, tmp_path, said)
     assert not any("different queries" in line for line in said)
 
 
-def test_the_first_line_says_what_was_recognised(opened, tmp_path, said):
+def test_the_first_line_names_the_detected_kind(opened, tmp_path, said):
     write_jsonl(tmp_path / "pairs.jsonl", [{**record, "url": "u"} for record in FULL])
     opened(splits=WHOLE, group_field="g")
     assert said == [
@@ -418,7 +418,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(opened, tmp_path, monke
         opened()
 
 
-def test_a_failed_reading_leaves_nothing_behind(opened, tmp_path):
+def test_a_failed_reading_leaves_no_files(opened, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(BAD_LINES)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"^5 rows cannot be used"):

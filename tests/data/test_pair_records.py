@@ -74,7 +74,7 @@ def test_labels_groups_and_metadata_are_kept():
         ({"q": "a", "k": "b", "n": "c", "s": [1, 10**400]}, "not a finite number"),
     ],
 )
-def test_what_cannot_be_trained_on_says_why(record, problem):
+def test_an_unusable_record_is_an_error_with_the_reason(record, problem):
     with pytest.raises(BadRow, match=problem):
         read_pair(record, FULL)
 

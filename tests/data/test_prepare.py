@@ -84,7 +84,7 @@ def test_a_vocabulary_must_hold_every_id_of_the_tokenizer(prepared, tmp_path):
         prepared(vocabulary_size=num_ids - 1)
 
 
-def test_code_pairs_are_looked_for_anew_only_where_they_are_gone(prepared, tmp_path, monkeypatch):
+def test_code_pairs_are_collected_again_only_if_they_are_missing(prepared, tmp_path, monkeypatch):
     made = []
 
     def prepare_code_pairs(data_dir, **_):

@@ -123,7 +123,7 @@ def test_a_filter_drops(reason, source):
     assert names(source.replace("{name}", "kept")) == [], reason
 
 
-def test_a_body_of_one_statement_is_no_stub_by_itself():
+def test_a_body_of_one_statement_is_not_a_stub_by_itself():
     assert names(STUB.format(body="return a")) == ["f"]
     assert names(STUB.format(body="raise ValueError(a)")) == ["f"]
 
@@ -156,7 +156,7 @@ def test_markup_is_stripped_from_the_first_paragraph(docstring, paragraph):
         ("def f(é='é'): 'Adds some things.'; a = 1; \\\n  b = 2; \\\n  return a", "def f(é='é'):"),
     ],
 )
-def test_a_docstring_leaves_nothing_behind(source, expected):
+def test_a_docstring_is_removed_completely(source, expected):
     [found] = find(source)
     assert "things" not in found.source
     assert found.source.startswith(expected)

@@ -96,7 +96,7 @@ def test_a_given_field_must_exist(tmp_path):
         read_queries(path, query_field="text")
 
 
-def test_judged_queries_have_the_documents_above_zero(tmp_path):
+def test_labelled_queries_have_the_documents_above_zero(tmp_path):
     path = write(
         tmp_path / "queries.jsonl",
         {"_id": "q1", "text": "a"},

@@ -48,7 +48,7 @@ def test_a_batch_holds_the_embeddings_of_its_rows(tmp_path):
         ({"query": QUERY, "key": KEY[0]}, r"use \[rows, width\]"),
     ],
 )
-def test_a_wrong_file_says_what_is_wrong(tmp_path, arrays, message):
+def test_a_wrong_file_is_an_error_that_names_the_problem(tmp_path, arrays, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_guides(written(tmp_path, **arrays), num_rows=3)
     assert str(caught.value).startswith(f"data.guides={tmp_path / 'guides.npz'}")

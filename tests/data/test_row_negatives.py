@@ -97,7 +97,7 @@ def test_other_negatives_have_another_fingerprint(tmp_path):
         ),
     ],
 )
-def test_a_wrong_file_says_what_is_wrong(tmp_path, arrays, message):
+def test_a_wrong_file_is_an_error_that_names_the_problem(tmp_path, arrays, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_negatives(written(tmp_path, **arrays), num_rows=3, scored=True)
     assert str(caught.value).startswith(f"data.negatives={tmp_path / 'negatives.npz'}")

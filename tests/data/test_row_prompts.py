@@ -260,7 +260,7 @@ def test_a_data_set_has_the_run_s_prompts_by_default():
         ),
     ],
 )
-def test_prompts_that_cannot_be_are_named(changes, message):
+def test_invalid_prompts_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         read(**changes)
 

@@ -36,7 +36,7 @@ def test_topics_are_read(tmp_path):
         ({"topic": TOPIC, "source": np.array("others")}, r"from other rows \(others\)"),
     ],
 )
-def test_a_wrong_file_says_what_is_wrong(tmp_path, arrays, message):
+def test_a_wrong_file_is_an_error_that_names_the_problem(tmp_path, arrays, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_topics(written(tmp_path, **arrays), num_rows=3, source="rows")
     assert str(caught.value).startswith(f"data.topics={tmp_path / 'topics.npz'}")

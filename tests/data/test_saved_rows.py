@@ -24,7 +24,7 @@ def test_equal_rows_have_one_file(tmp_path):
         ({"query": {1, 2}}, r"row 1 cannot be written as JSON \(it holds a set\)"),
     ],
 )
-def test_what_json_cannot_hold_is_an_error(tmp_path, row, message):
+def test_values_that_json_cannot_hold_are_an_error(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         save_rows(iter([{"query": "a"}, row]), tmp_path)
     assert list(tmp_path.iterdir()) == []

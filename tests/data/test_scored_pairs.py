@@ -116,7 +116,7 @@ def test_labels_of_json_may_be_booleans(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_read_is_named_by_its_line(tmp_path, name, content, message):
+def test_unreadable_lines_are_named_by_number(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message) as error:

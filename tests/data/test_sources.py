@@ -116,7 +116,7 @@ def pairs(request, data_dir):
     )
 
 
-def test_rows_come_in_the_order_asked_for(pairs):
+def test_rows_have_the_requested_order(pairs):
     assert isinstance(pairs, PairSource)
     assert len(pairs) == NUM_ROWS
     for rows in ([3, 1, 1, 19], np.array([3, 1, 1, 19], np.int32), np.array([0]), []):
@@ -203,7 +203,7 @@ def test_equal_rows_have_equal_fingerprints_and_others_have_others(data_dir):
     assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 6
 
 
-def test_a_fingerprint_beside_the_records_stands_for_their_content(version_dir):
+def test_a_fingerprint_next_to_the_records_represents_their_content(version_dir):
     def fingerprint():
         return open_pairs(version_dir, "train", **FIELDS).fingerprint
 
@@ -320,7 +320,7 @@ def test_a_data_set_that_is_not_prepared_says_where_and_how(tmp_path):
     assert not list(tmp_path.iterdir())  # nothing was started
 
 
-def test_a_data_set_of_another_name_or_version_says_what_is_there(data_dir):
+def test_an_unknown_data_set_or_version_lists_the_existing_ones(data_dir):
     for name in ("tiny_answers", "tiny_questions:9.9.9"):
         with pytest.raises(ValueError, match=r"where there is tiny_questions:1\.2\.0"):
             open_pairs(name, "train", data_dir=data_dir, **FIELDS)

@@ -140,7 +140,7 @@ def test_groups_of_different_data_sets_differ_and_equal_texts_are_found_in_all(t
     assert len(set(text.tolist())) == 4
 
 
-def test_groups_that_cannot_be_told_apart_are_an_error():
+def test_groups_that_cannot_be_distinguished_are_an_error():
     pairs = ConcatenatedPairs([WIKI, CODE])
     with pytest.raises(ValueError, match=r"go up to 2147483649, .*give the first smaller numbers"):
         pairs.distinct_groups(np.array([7, 7, 2**31 - 1, 7, -3]))
@@ -160,12 +160,14 @@ def test_groups_that_cannot_be_told_apart_are_an_error():
         ({"query_field": "nosuch"}, r"data\.concatenated\.wiki: wiki has no field 'nosuch'"),
     ],
 )
-def test_what_cannot_follow_says_why(opened, changes, message):
+def test_a_data_set_that_cannot_be_concatenated_is_an_error_with_the_reason(
+    opened, changes, message
+):
     with pytest.raises(ValueError, match=message):
         opened(wiki=WIKI_TRAINS | changes)
 
 
-def test_names_and_forms_that_cannot_be_are_named(opened):
+def test_invalid_names_and_forms_are_named(opened):
     with pytest.raises(ValueError, match=r"'first' is what data\.name is called"):
         opened(first=WIKI_TRAINS)
     with pytest.raises(ValueError, match="wiki='/folder'; set it to a ConfigDict with name"):

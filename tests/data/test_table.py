@@ -158,7 +158,7 @@ def test_an_unknown_modality_is_an_error():
         ({"augmentation": {"name": "token_drop"}}, "did you mean 'token_dropout'"),
     ],
 )
-def test_sides_and_augmentations_that_cannot_be_are_errors(config, message):
+def test_invalid_sides_and_augmentations_are_errors(config, message):
     with pytest.raises(ValueError, match=message):
         read_settings(config)
 
@@ -172,7 +172,7 @@ def test_commands_for_texts_refuse_other_modalities(mixed, tmp_path):
         texts._replace(settings=settings._replace(data=data)).check_texts("jaxcl.search")
 
 
-def test_what_reads_texts_says_so_of_other_inputs():
+def test_encoders_of_texts_refuse_other_inputs():
     numbers = {"number": jnp.ones((2, 2))}
     towers = make_towers(lambda rngs: StaticEncoder(10, dim=2, rngs=rngs))
     with pytest.raises(ValueError, match="StaticEncoder reads texts, but this side has number"):

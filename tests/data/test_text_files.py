@@ -48,7 +48,7 @@ def texts_of(path, **options):
         ("a.tsv", "text\tid\nparse a date\t1\n"),
     ],
 )
-def test_a_byte_order_mark_is_no_part_of_the_first_text(tmp_path, name, content):
+def test_a_byte_order_mark_is_not_part_of_the_first_text(tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
     assert texts_of(tmp_path / name) == ["parse a date"]
 
@@ -159,7 +159,7 @@ def test_a_damaged_compressed_file_is_an_error_with_its_name(tmp_path, damage):
         texts_of(path)
 
 
-def test_records_come_with_their_lines(tmp_path):
+def test_records_have_their_line_numbers(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text('{"id": 1, "text": "a"}\n{"id": 2}\n')
     (where, first), (later, second) = read_records(path)

@@ -105,7 +105,7 @@ def test_a_post_processor_that_does_more_than_add_tokens_is_an_error():
         (models.BPE({"a": 0, "<s>": 1}, []), "no tokens for 'x x'"),
     ],
 )
-def test_special_tokens_that_cannot_be_told_apart_are_an_error(model, message):
+def test_special_tokens_that_cannot_be_distinguished_are_an_error(model, message):
     tokenizer = Tokenizer(model)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]

@@ -168,7 +168,7 @@ def test_a_data_set_in_two_places_is_ambiguous(data_dir, tmp_path_factory, monke
 
 
 @pytest.mark.parametrize("name", ["other", "plain:2.0.0", "plain:3.*.*", "configured/c", "plain/b"])
-def test_what_is_there_is_listed(data_dir, name):
+def test_prepared_data_sets_are_listed(data_dir, name):
     with pytest.raises(ValueError, match=r"is not prepared; .*configured/a:1\.0\.0, .*plain:1\.9"):
         find_directory(name, data_dir)
 

@@ -71,7 +71,7 @@ def directly(tokenizer, texts, *, width, add_cls=False):
 
 
 @pytest.mark.parametrize("add_cls", [False, True])
-def test_the_table_holds_what_encoding_each_text_gives(tokenizer, tmp_path, add_cls):
+def test_the_table_has_the_tokens_of_each_text(tokenizer, tmp_path, add_cls):
     table = build(pairs(), tokenizer, tmp_path, add_cls=add_cls)
     batch = table_batch(table, np.arange(NUM_ROWS))
     for side, texts in (("query", QUERIES), ("key", KEYS)):
@@ -89,7 +89,7 @@ def test_the_size_of_the_chunks_does_not_matter(tokenizer, tmp_path, chunk_rows,
 
 
 @pytest.mark.parametrize("rows", [[0], [10], [7, 2, 10, 2, 2, 0], list(range(10, -1, -1)) * 2])
-def test_rows_come_in_the_order_asked_for_and_as_often(tokenizer, tmp_path, rows):
+def test_rows_have_the_requested_order_and_repeats(tokenizer, tmp_path, rows):
     table = build(pairs(), tokenizer, tmp_path)
     batch, whole = table_batch(table, np.array(rows)), table_batch(table, np.arange(NUM_ROWS))
     for side in ("query", "key"):
@@ -127,7 +127,7 @@ def test_advance_counts_every_row_once(tokenizer, tmp_path):
     assert done == [4, 4, 3]
 
 
-def test_whatever_it_was_made_from_a_table_has_a_place_of_its_own(tokenizer, tmp_path):
+def test_tables_of_different_inputs_have_different_folders(tokenizer, tmp_path):
     other = train_tokenizer(KEYS, vocabulary_size=40)
     build(pairs(), tokenizer, tmp_path)
     build(pairs(), other, tmp_path)
@@ -219,7 +219,7 @@ build_token_table(
 """
 
 
-def test_what_a_killed_process_leaves_is_no_table_and_is_removed(tokenizer, tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(tokenizer, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     directory = tmp_path / "tokens"
     arguments = [str(tmp_path / "tokenizer.json"), str(directory)]
@@ -313,7 +313,7 @@ GOOD = [("add", "return", 0)] * 5  # more than a chunk
         (("add \udcff", "return", 0), "query of row 5 is not Unicode"),
     ],
 )
-def test_a_row_that_cannot_be_meant_is_named(tokenizer, tmp_path, row, message):
+def test_an_invalid_row_is_named(tokenizer, tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         build(Rows(*GOOD, row), tokenizer, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -366,7 +366,7 @@ DAMAGES = [
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_table_is_built_again_and_says_so(tokenizer, tmp_path, capsys, name, damage):
+def test_a_damaged_table_is_rebuilt_with_a_message(tokenizer, tmp_path, capsys, name, damage):
     build(pairs(), tokenizer, tmp_path)
     [table] = tmp_path.iterdir()
     damage(table / name)

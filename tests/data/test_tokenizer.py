@@ -182,7 +182,7 @@ def test_a_foreign_vocabulary_without_an_unknown_token_is_an_error_that_names_it
         load_tokenizer(path)
 
 
-def test_asking_for_cls_where_there_is_none_is_an_error_that_names_it(tmp_path):
+def test_a_missing_cls_token_is_an_error_that_names_it(tmp_path):
     path = saved_vocabulary(tmp_path / "tokenizer.json", "[PAD]", "[UNK]", "word")
     tokenizer = load_tokenizer(path)
     assert encoded(tokenizer, "word") == [2]
@@ -231,7 +231,7 @@ def test_a_tokenizer_that_cannot_encode_is_an_error(tmp_path):
         ("\udcff", "text 1 is not Unicode"),
     ],
 )
-def test_what_is_no_text_is_an_error_that_names_it(trained, text, message):
+def test_a_value_that_is_not_text_is_an_error_that_names_it(trained, text, message):
     with pytest.raises(ValueError, match=message):
         TextTokenizer(trained, TextRule(4)).tokenize(["word", text])
 
