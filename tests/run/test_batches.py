@@ -534,7 +534,7 @@ def test_any_number_of_devices_assigns_and_continues_with_the_same_batches(confi
 
 
 @pytest.mark.parametrize("epochs", [0.4, 1.0, 1.7])
-def test_batches_are_chosen_anew_every_so_many_epochs(configured, tmp_path, epochs):
+def test_batches_are_reassigned_after_a_number_of_epochs(configured, tmp_path, epochs):
     config = configured(**BANK, **{f"{GCBS}refresh_epochs": epochs, "steps": 60})
     batches = RunBatches(training_of(config), data_of(config, tmp_path), tmp_path)
     apart = round(epochs * ROWS)

@@ -28,7 +28,7 @@ def test_the_highest_value_is_the_best():
     assert summary(-0.4, -0.2, -0.3).step == 20
 
 
-def test_of_equal_values_the_first_is_the_best_and_the_others_are_no_improvement():
+def test_the_first_of_equal_values_is_the_best_and_the_others_are_not_improvements():
     assert summary(0.3, 0.3, 0.3) == Best(METRIC, 10, 0.3, 0.3, 2)
 
 
@@ -121,7 +121,7 @@ def test_another_metric_begins_a_new_summary():
     assert Selection("other").resumed(record, present=[10, 20]) == Best("other")
 
 
-def test_a_lost_best_checkpoint_is_replaced_while_the_wait_goes_on():
+def test_a_lost_best_checkpoint_is_replaced_without_resetting_patience():
     record = {"best": summary(0.3, 0.2)._asdict()}
     resumed = Selection(METRIC).resumed(record, present=[20])
     assert resumed == Best(METRIC, None, None, 0.3, 1)

@@ -188,7 +188,7 @@ def test_checkpoints_that_are_gone_do_not_start_a_run_over(tmp_path, lose):
     assert restore(directory) is None
 
 
-def test_a_checkpoint_of_an_earlier_version_is_said_to_have_no_record(tmp_path):
+def test_a_checkpoint_of_an_earlier_version_is_reported_to_lack_a_record(tmp_path):
     save_steps(tmp_path / "checkpoints", 5)
     shutil.rmtree(tmp_path / "checkpoints" / "5" / "record")
     (tmp_path / "checkpoints.sizes.json").unlink()  # that version lists no record in it
@@ -213,7 +213,7 @@ def test_another_step_than_the_only_one_wanted_is_never_restored(tmp_path, monke
     assert (directory / "4").exists()
 
 
-def test_a_checkpoint_that_the_run_removes_while_it_is_read_is_no_damage(tmp_path, monkeypatch):
+def test_a_checkpoint_removed_while_it_is_read_is_not_damaged(tmp_path, monkeypatch):
     directory = tmp_path / "checkpoints"
     save_steps(directory, 3)
     load = Checkpoints._load
@@ -584,7 +584,7 @@ def test_a_save_that_failed_is_told_before_the_next_begins(tmp_path):
         ("Disk quota exceeded", HINT),
     ],
 )
-def test_what_can_be_done_about_a_failed_save_is_said(tmp_path, reason, advice):
+def test_a_failed_save_is_reported_with_a_remedy(tmp_path, reason, advice):
     class Failed:
         def result(self):
             raise OSError(reason)

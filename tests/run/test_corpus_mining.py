@@ -120,7 +120,7 @@ def test_lines_are_those_of_a_sort_by_hand(model, files, monkeypatch, block_rows
     assert examples.count("**positive**") == 10
 
 
-def test_a_guide_judges_and_its_scores_are_written(model, guide, files):
+def test_a_guide_decides_and_its_scores_are_written(model, guide, files):
     report = mine_corpus(model, files, rule=RULE, guide=guide)
     check(read(files.output), by_hand(model, files, RULE, judge=guide))
     assert report["guide"] == guide.source
@@ -128,7 +128,7 @@ def test_a_guide_judges_and_its_scores_are_written(model, guide, files):
 
 
 @pytest.mark.parametrize("form", ["pairs", "mined"])
-def test_scores_of_a_file_judge_and_are_written(model, guide, files, tmp_path, form):
+def test_scores_of_a_file_decide_and_are_written(model, guide, files, tmp_path, form):
     masked = mine_corpus(model, files, rule=RULE, guide=guide)["masked as false negatives"]
     guided = read(files.output)
     path = tmp_path / "scores.jsonl"
@@ -358,7 +358,7 @@ def test_a_model_without_finite_vectors_is_named(model, files, monkeypatch):
         mine_corpus(model, files, rule=RULE)
 
 
-def test_the_command_says_what_it_read_and_found(model, files, capsys):
+def test_the_command_prints_what_it_read_and_found(model, files, capsys):
     main(
         [
             *("--model", model.source, "--queries", str(files.queries)),

@@ -176,7 +176,7 @@ def test_a_run_without_a_best_checkpoint_says_what_would_keep_one(workdir):
         jaxcl.load(workdir / "checkpoints" / "best")
 
 
-def test_a_model_in_a_folder_named_checkpoints_is_no_run(tmp_path):
+def test_a_model_in_a_folder_named_checkpoints_is_not_a_run(tmp_path):
     folder = write_tiny_static(tmp_path / "checkpoints" / "500")
     assert not is_run(folder)
     assert jaxcl.load(folder).encode(TEXTS).shape[0] == len(TEXTS)

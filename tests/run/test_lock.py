@@ -32,7 +32,7 @@ def listening_socket(path):
     ],
     ids=["link", "dangling link", "link to a device", "pipe", "folder", "socket"],
 )
-def test_whatever_is_no_regular_file_is_refused_and_left_alone(tmp_path, monkeypatch, put):
+def test_a_path_that_is_not_a_regular_file_is_refused_and_left_alone(tmp_path, monkeypatch, put):
     monkeypatch.chdir(tmp_path)
     put(tmp_path / ".lock")
     before = sorted(os.listdir(tmp_path))

@@ -42,7 +42,7 @@ VALUES = [
 ]  # fmt: skip
 
 
-def test_values_come_back_to_the_last_bit(tmp_path):
+def test_values_round_trip_bit_for_bit(tmp_path):
     write(tmp_path, [1], **{f"m{i}": value for i, value in enumerate(VALUES)}, nothing=math.nan)
     write(tmp_path, [], begins_at=1)  # rewritten when the run resumes
     (record,) = read_metrics(tmp_path)
@@ -58,7 +58,7 @@ def test_nothing_was_measured_before_the_first_record(tmp_path):
 
 
 @pytest.mark.parametrize("resumed_at", [0, 1, 3, 4, 5, 9])
-def test_a_resumed_run_drops_what_is_behind_its_step(tmp_path, resumed_at):
+def test_a_resumed_run_drops_records_after_its_step(tmp_path, resumed_at):
     write(tmp_path, [1, 2, 3, 4, 5])
     write(tmp_path, [], begins_at=resumed_at)
     assert steps(tmp_path) == [step for step in [1, 2, 3, 4, 5] if step <= resumed_at]
@@ -83,7 +83,7 @@ def test_a_line_cut_short_anywhere_is_left_out(tmp_path):
         assert read_metrics(tmp_path) == [json.loads(first)]
 
 
-def test_what_follows_a_line_cut_short_is_a_line_of_its_own(tmp_path):
+def test_a_record_after_a_truncated_line_is_a_separate_line(tmp_path):
     write(tmp_path, [1, 2])
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-5])

@@ -74,7 +74,7 @@ def test_options_of_mteb_are_those_of_encode(model, monkeypatch):
     assert sizes == [32, None]
 
 
-def test_what_is_not_supported_is_an_error(model):
+def test_unsupported_options_are_errors(model):
     with pytest.raises(ValueError, match="precision='int8' is not supported in mteb; leave it out"):
         call(model, "Other", "STS", precision="int8")
     with pytest.raises(TypeError, match="unknown_option"):
@@ -114,7 +114,7 @@ def test_pairwise_similarities_are_the_diagonal(function):
         (((3, 5), (3, 4)), r"\(3, 5\) and \(3, 4\) cannot be compared"),
     ],
 )
-def test_vectors_that_are_no_pairs_are_an_error(shapes, message):
+def test_vectors_that_are_not_pairs_are_an_error(shapes, message):
     with pytest.raises(ValueError, match=message):
         pairwise_similarities("dot", *map(np.zeros, shapes))
 

@@ -66,7 +66,7 @@ def test_sharded_rows_give_the_same_and_stay_where_they_are(x64):
     assert "all-gather" not in program.as_text()
 
 
-def test_batches_of_one_cluster_are_brighter_than_what_is_around_them():
+def test_batches_of_one_cluster_are_brighter_than_their_surroundings():
     own = np.eye(CLUSTERS, dtype=bool)
     before, after = (
         coarse_similarity(*clustered(), order, cells=CLUSTERS) for order in (BEFORE, AFTER)

@@ -271,6 +271,6 @@ def test_the_keys_may_have_an_encoder_of_another_kind(own_encoder, tmp_path):
         ),
     ],
 )
-def test_models_that_cannot_be_are_errors(model, message):
+def test_invalid_models_are_errors(model, message):
     with pytest.raises(ValueError, match=message):
         settings_with(**model)

@@ -40,7 +40,7 @@ def test_a_step_is_read_when_the_next_has_begun(reports, notes):
     assert notes[1].startswith("loss 2.000 · ")
 
 
-def test_every_so_many_steps_are_written(reports, tmp_path):
+def test_steps_are_written_at_the_given_interval(reports, tmp_path):
     for step in range(1, 6):
         reports.add(step, metrics(loss=float(step)))
     assert [(record["step"], record["loss"]) for record in read_metrics(tmp_path)] == [
@@ -116,7 +116,7 @@ def test_the_speed_is_that_since_the_report_before(reports, tmp_path, monkeypatc
     assert speeds == [2 * batch / 2.0, 2 * batch / 0.5]
 
 
-def test_what_is_done_while_paused_is_left_out_of_the_speed(reports, tmp_path, monkeypatch):
+def test_work_while_paused_is_excluded_from_the_throughput(reports, tmp_path, monkeypatch):
     now = 0.0
     monkeypatch.setattr("jaxcl.run.reports.time.perf_counter", lambda: now)
     reports._restart_clock(0.0)
@@ -131,7 +131,7 @@ def test_what_is_done_while_paused_is_left_out_of_the_speed(reports, tmp_path, m
     assert [record["time/pairs_per_second"] for record in read_metrics(tmp_path)] == [batch]
 
 
-def test_what_writing_takes_is_part_of_the_speed(reports, tmp_path, monkeypatch):
+def test_the_time_of_writing_is_part_of_the_throughput(reports, tmp_path, monkeypatch):
     now, write = 0.0, reports._writer.write
 
     def slow_write(*record):
@@ -151,7 +151,7 @@ def test_what_writing_takes_is_part_of_the_speed(reports, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("field", ["loss", "gradient_norm"])
-def test_what_is_not_finite_stops_the_run_with_step_cause_and_advice(reports, field):
+def test_a_nonfinite_loss_stops_the_run_with_step_cause_and_advice(reports, field):
     reports.add(7, metrics(**{field: float("nan")}, leaf=float("inf")))
     with pytest.raises(DivergenceError) as error:
         reports.flush()

@@ -79,7 +79,7 @@ def test_the_large_encoders_have_the_sizes_of_their_namesakes(variant, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
-def test_another_seed_begins_elsewhere():
+def test_another_seed_has_other_initial_parameters():
     first, again, other = (program_of(seed=seed).init() for seed in (1, 1, 2))
     assert np.array_equal(table(first), table(again))
     assert not np.array_equal(table(first), table(other))
@@ -87,7 +87,7 @@ def test_another_seed_begins_elsewhere():
 
 
 @pytest.mark.parametrize(("masks", "loss"), [(("row",), 0), (("group",), 0), ((), np.log(8))])
-def test_equals_of_a_masked_column_are_no_negatives(masks, loss):
+def test_rows_with_equal_masked_columns_are_not_negatives(masks, loss):
     program = program_of(**{"loss.masks": masks})
     tokens, same = {"tokens": np.ones((8, 1), np.int32)}, np.zeros(8, np.int32)
     batch = {"query": tokens, "key": tokens, "row": same, "group": same}
@@ -95,7 +95,7 @@ def test_equals_of_a_masked_column_are_no_negatives(masks, loss):
     np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)  # scores of 20 in float32
 
 
-def test_a_bias_is_a_parameter_where_the_config_begins_one():
+def test_a_bias_is_a_parameter_if_the_config_has_one():
     program = program_of(**{"loss.name": "sigmoid", "loss.bias": -4.0, "optimizer.name": "sgd"})
     assert float(program.init().params["bias"]) == -4.0
     tokens, numbers = {"tokens": np.arange(1, 9, dtype=np.int32)[:, None]}, np.arange(8)
@@ -109,7 +109,7 @@ def test_a_bias_is_a_parameter_where_the_config_begins_one():
         program_of(**{"loss.bias": -4.0})
 
 
-def test_estimates_are_the_state_s_memory():
+def test_estimates_are_part_of_the_state_s_memory():
     program = program_of(
         **{"loss.name": "running_estimate", "loss.options": {"temperature_rate": 0.1}}
     )
@@ -322,7 +322,7 @@ def test_a_loss_that_does_not_fit_its_config_is_named(changes, message):
         ({"gcbs.random_final": -0.5}, {}, r"random_final=-0\.5; set it to at least 0, at most 1"),
     ],
 )
-def test_an_assignment_that_cannot_be_is_named(assignment, others, message):
+def test_an_invalid_assignment_is_named(assignment, others, message):
     program_of(**assignment_of())
     with pytest.raises(ValueError, match=message):
         program_of(**assignment_of(**assignment), **others)
@@ -355,7 +355,7 @@ def test_settings_of_an_assignment_arrive_in_its_rule():
     assert (rule.apart, rule.from_bank, rule.picture) == (("text",), False, False)
 
 
-def test_what_is_not_set_of_an_assignment_is_the_presets():
+def test_unset_fields_of_an_assignment_come_from_the_preset():
     config = get_config("smoke")
     config.assignment.name = "gcbs"
     light = PRESETS["light"]
@@ -384,7 +384,7 @@ def test_the_momentum_encoder_slows_down_along_a_cosine():
     assert found[0] < float(momentum(jnp.int32(10))) < 0.91  # slowly at first
 
 
-def test_a_momentum_encoder_begins_as_the_towers_and_follows_them():
+def test_a_momentum_encoder_starts_as_the_towers_and_follows_them():
     changes = {**QUEUE, "negatives.momentum_encoder.initial": 0.75, "steps": 1}
     program = program_of(**changes, **{"negatives.momentum_encoder.final": 0.75})
     state = program.init()
@@ -413,7 +413,7 @@ def test_a_momentum_encoder_begins_as_the_towers_and_follows_them():
         ({"negatives.bank.kind": "queue", "negatives.bank.slots": 16}, 16, ["nearest"]),
     ],
 )
-def test_a_tier_for_which_nothing_is_left_is_named(bank, uniform, empty):
+def test_a_tier_without_candidates_is_named(bank, uniform, empty):
     config = get_config("smoke")
     tiers = {"negatives.tiers.uniform": uniform, "negatives.tiers.nearest": 4}
     config.update_from_flattened_dict(bank | tiers)
@@ -441,7 +441,7 @@ def test_a_guide_in_the_data_masks_the_batch_and_the_bank(tmp_path):
 
 
 @pytest.mark.parametrize("file", [None, "some.npz"])
-def test_distillation_without_a_teacher_says_so(file):
+def test_distillation_without_a_teacher_is_an_error(file):
     teacherless = {"loss.name": "distillation", "loss.masks": ()}
     program = program_of(**teacherless, **{"data.negatives": file})
     tokens, numbers = {"tokens": np.ones((8, 1), np.int32)}, np.arange(8, dtype=np.int32)
@@ -528,9 +528,7 @@ def test_every_loss_makes_a_step_by_its_name(name, exchange):
     ("changes", "by_group"),
     [({}, False), ({"loss.masks": ("row", "group")}, True), ({"loss.name": "supervised"}, True)],
 )
-def test_rows_of_one_group_are_not_mined_where_they_are_no_negatives(
-    changes, by_group, monkeypatch
-):
+def test_rows_of_one_group_are_not_mined_if_groups_are_masked(changes, by_group, monkeypatch):
     asked = []
     monkeypatch.setattr(training, "make_mined_refresh", lambda *_, **how: asked.append(how))
     program_of(

@@ -11,7 +11,7 @@ from jaxcl.run.watch import Watch, keep_compiled
 from jaxcl.train import _profiled
 
 
-def test_a_step_that_is_compiled_again_says_so(tmp_path, capsys):
+def test_a_recompiled_step_is_reported(tmp_path, capsys):
     step = jax.jit(lambda x: x + 1)
     with Watch(tmp_path, None) as watch:
         for number, size in enumerate((4, 4, 5, 5), 1):
@@ -38,7 +38,7 @@ def test_the_steps_asked_for_are_traced(tmp_path):
     assert any(path.name.endswith(".xplane.pb") for path in tmp_path.rglob("*"))
 
 
-def test_a_run_that_goes_on_among_the_steps_traces_the_rest(tmp_path, capsys):
+def test_a_run_that_resumes_within_the_traced_steps_traces_the_rest(tmp_path, capsys):
     with Watch(tmp_path / "a", (2, 9)) as watch:
         watch.before(5)
         assert watch._tracing
@@ -107,7 +107,7 @@ def test_programs_that_others_may_have_written_are_not_loaded(tmp_path, updates,
     assert line.startswith("warning: compiled programs are not cached")
 
 
-def test_a_cache_that_cannot_be_made_is_one_warning(tmp_path, updates, monkeypatch, capsys):
+def test_a_cache_that_cannot_be_created_gives_one_warning(tmp_path, updates, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     keep_compiled()

@@ -135,7 +135,7 @@ def test_an_option_that_only_one_config_has_is_named(tmp_path):
     assert "model.options.num_layers is nothing here and 2 there" in message
 
 
-def test_what_stands_under_run_may_change_and_the_newest_is_kept(tmp_path):
+def test_settings_under_run_may_change_and_the_newest_is_kept(tmp_path):
     claim_workdir(tmp_path, settings())
     mesh = {"data": 2, "model": 4}
     changes = {"run.log_every": 50, "run.mesh": mesh, "run.data_dir": "elsewhere"}

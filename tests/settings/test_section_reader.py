@@ -25,7 +25,7 @@ class Outer(NamedTuple):
     on: bool = False
 
 
-def test_what_is_given_arrives_and_the_rest_has_its_default():
+def test_given_values_are_read_and_the_others_have_defaults():
     given = {"count": np.int64(5), "inner": {"rate": 1, "names": ["a"]}, "pairs": [["x", 2]]}
     assert read_section(Outer, given) == Outer(5, Inner(1.0, ("a",)), pairs=(("x", 2.0),))
     assert read_section(Outer, {}) == Outer()

@@ -66,7 +66,7 @@ def test_any_number_of_rows_is_embedded_as_the_encoder_does(towers, params, embe
     assert relative_error(found, wanted) < TOLERANCE
 
 
-def test_the_sides_have_towers_of_their_own(params, embed):
+def test_each_side_has_its_own_tower(params, embed):
     tokens = some_tokens(9)
     assert relative_error(embed(params, "query", tokens), embed(params, "key", tokens)) > 0.5
 

@@ -428,7 +428,7 @@ def test_a_run_moves_between_numbers_of_devices_that_do_not_divide_its_bank(monk
 
 
 @pytest.mark.slow
-def test_synthetic_negatives_may_be_of_the_batch_though_a_bank_is_there():
+def test_synthetic_negatives_may_come_from_the_batch_despite_a_bank():
     assert_same(*train_in_jax(8, of_batch=True), restated(of_batch=True))
     wanted, other = (restated(of_batch=flag).towers["query"] for flag in (True, False))
     assert relative_error(wanted, other) > 1e-4
@@ -441,7 +441,7 @@ def test_synthetic_negatives_may_have_gradients():
     assert relative_error(wanted, without) > 1e-4
 
 
-def test_each_kind_had_a_part_in_it_and_each_was_masked_somewhere():
+def test_each_kind_of_negative_occurred_and_was_masked_somewhere():
     met, counted = restated().met, restated().counted
     assert set(met) == {"batch", "explicit", "shared", "nearest", "synthetic"}
     assert min(counted.values()) > 20, counted

@@ -253,7 +253,7 @@ def test_infonce_with_ragged_negatives_is_the_dense_one(data, wanted_of, how):
     assert max(errors.values()) < 1e-10, errors
 
 
-def test_a_momentum_encoder_judges_ragged_negatives(data, wanted_of):
+def test_a_momentum_encoder_masks_ragged_negatives(data, wanted_of):
     found = found_with("chunks in a ring", data, "infonce", guide=9)
     errors = relative_errors(found, wanted_of("infonce", guide=9))
     assert max(errors.values()) < 1e-10, errors
@@ -303,7 +303,7 @@ def test_distillation_and_groups_notice_what_is_missing(data, wanted_of):
 
 @pytest.mark.parametrize("options", [{}, {"exchange": "ring", "implementation": "tiled"}])
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_positives_of_a_query_are_no_negatives_of_it(data, size, options):
+def test_the_positives_of_a_query_are_not_its_negatives(data, size, options):
     rows = np.array([4, 5])  # two positives of one query
     batch = batch_of(data, rows)
     del batch["negatives"]

@@ -143,7 +143,7 @@ def test_the_two_sides_of_a_row_drop_differently():
     assert relative_error(different_views, equal_views) > 1e-3
 
 
-def test_the_two_sides_of_a_row_draw_from_keys_of_their_own():
+def test_the_two_sides_of_a_row_have_different_random_keys():
     mesh = make_mesh({"data": 8})
     params = {"towers": {}, "log_temperature": jnp.float32(0.0)}
     loss = value_of(make_loss(towers_of(drawn), Loss(difference), mesh, masks={}))
@@ -194,7 +194,7 @@ def test_explicit_negatives_go_through_step_cache_and_ring(shape, x64):
     assert max(relative_errors(found, wanted).values()) < 1e-10
 
 
-def test_each_explicit_negative_draws_from_a_key_of_its_own():
+def test_each_explicit_negative_has_a_different_random_key():
     batch = some_batch() | {"row": jnp.arange(16)}
     batch["negatives"] = {
         "inputs": {"tokens": jnp.ones((16, 3, 7), jnp.int32)},
@@ -217,7 +217,7 @@ def test_each_explicit_negative_draws_from_a_key_of_its_own():
 
 
 @pytest.mark.parametrize("size", [1, 8])
-def test_what_a_loss_remembers_is_read_and_written_by_row(size):
+def test_the_memory_of_a_loss_is_read_and_written_by_row(size):
     mesh = make_mesh({"data": size}, devices=jax.devices()[:size])
     rows = jnp.array([5, 3, 5, 1030, 0, 7, 2, 9])
     batch = {side: {} for side in ("query", "key")} | {"row": rows}
@@ -300,7 +300,7 @@ def test_the_loss_is_the_mean_over_rows_and_takes_the_columns_of_its_masks():
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
-def test_each_step_draws_anew():
+def test_each_step_draws_again():
     mesh, optimizer = make_mesh({"data": 8}), optax.sgd(0.1)
     step = make_train_step(
         lambda params, memory, batch, key: (
