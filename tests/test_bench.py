@@ -133,7 +133,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 @pytest.mark.slow
-def test_the_gradient_cache_is_timed_beside_the_whole_batch(monkeypatch):
+def test_the_gradient_cache_is_timed_next_to_the_whole_batch(monkeypatch):
     monkeypatch.setattr("jaxcl.bench.timing.memory_bytes", lambda: 2**10)
     record = grad_cache.measure(batch=8, chunk=2, tokens=4, dim=8, layers=1, rounds=2)
     assert set(record["rounds"]) == {"whole batch", "chunks of 2"}
@@ -148,7 +148,7 @@ def test_the_nearest_rows_are_timed_by_tile():
 
 
 @pytest.mark.slow
-def test_methods_that_choose_batches_are_measured_in_processes_of_their_own():
+def test_assignment_methods_are_measured_in_separate_processes():
     methods = ["random", "balanced k-means"]
     sizes = ["--rows=2000", "--dim=16", "--batch", "16", "--recall"]
     record = assignment.main([*sizes, "--methods", *methods])
@@ -246,7 +246,7 @@ def test_texts_of_the_standard_library_are_docstrings_and_functions(monkeypatch,
         encode.standard_library_texts(3)
 
 
-def test_the_json_holds_where_and_what_was_measured(tmp_path, monkeypatch, capsys):
+def test_the_json_has_the_machine_and_the_measurements(tmp_path, monkeypatch, capsys):
     shape = BagShape(batch_size=3, width=5, mean_tokens=2, hidden_dim=4, vocabulary_size=7)
     monkeypatch.setattr(embedding_bag, "DEFAULT_SHAPES", [shape])
     record = main(["embedding_bag", "--rounds", "1", "--json", str(tmp_path / "bag.json")])

@@ -67,7 +67,7 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_what_is_held_out_is_not_trained_on(tmp_path, found):
+def test_held_out_pairs_are_not_trained_on(tmp_path, found):
     sizes = write_folder(tmp_path, found)
     pairs = read_lines(tmp_path / "pairs.jsonl")
     assert sizes["pairs"] == len(pairs)

@@ -158,7 +158,7 @@ def test_the_exact_loss_is_that_of_autodiff_at_any_chunk(entries, monkeypatch):
         assert relative_error(found[name], wanted) < 1e-5
 
 
-def test_errors_that_are_no_numbers_fail_every_check():
+def test_errors_that_are_nan_fail_every_check():
     one = np.ones(2)
     assert math.isnan(reported_error(np.array([1.0, np.nan]), one))
     assert math.isnan(reported_error(one, np.zeros(2)))
@@ -379,7 +379,7 @@ def test_limits_share_the_time_by_weight():
     assert math.isclose(limits[0] / limits[1], first.weight / second.weight)
 
 
-def test_rates_stand_next_to_the_ceiling_of_their_framework():
+def test_rates_are_printed_with_the_ceiling_of_their_framework():
     machine, loss = jobs_of({3}, torch=False)
     record = Record(None, {})
     record.add(machine, {"event": "machine", "device_kind": "NVIDIA H100 80GB HBM3"})

@@ -121,7 +121,7 @@ def test_one_query_has_no_interval(tmp_path, monkeypatch):
     assert "not available (1 query)" in as_markdown(records)
 
 
-def test_what_is_finished_is_not_trained_again_and_another_config_is_refused(trained, tmp_path):
+def test_a_finished_run_is_not_trained_again_and_another_config_is_refused(trained, tmp_path):
     compare(get_config("smoke"), SETTINGS, tmp_path, seeds=1)
     compare(get_config("smoke"), SETTINGS, tmp_path, seeds=2)
     assert len(trained) == 4

@@ -198,7 +198,7 @@ def test_a_beir_folder_is_ranked_by_all_methods(beir, tmp_path, capsys):
     assert max(map(len, printed.out.splitlines())) <= 80
 
 
-def test_a_split_chooses_the_judgements_and_methods_the_rankings(beir):
+def test_a_split_chooses_the_labels_and_methods_choose_the_rankings(beir):
     model = identity_model()
     found = evaluate.evaluate(model, data=beir, split="dev", methods=["dense"])
     assert set(found["metrics"]) == {"dense"}

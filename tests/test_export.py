@@ -278,7 +278,7 @@ def test_an_opened_folder_does_not_share_memory_with_its_file(static_run, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, opened.encoder.params, before)
 
 
-def test_the_command_exports_and_says_so(static_run, tmp_path, capsys):
+def test_the_command_exports_with_a_message(static_run, tmp_path, capsys):
     arguments = ["--workdir", str(static_run), "--to", str(tmp_path / "model")]
     export.main([*arguments, "--dtype", "bfloat16"])
     tensors = map_tensors(tmp_path / "model" / "model.safetensors")
@@ -422,7 +422,7 @@ def test_the_card_names_the_data_and_not_the_folders_of_the_machine(
     assert "lovelace" not in text
 
 
-def test_a_file_of_pairs_is_no_data_set_of_the_hub(tmp_path):
+def test_a_file_of_pairs_is_not_a_data_set_of_the_hub(tmp_path):
     workdir = save_run(tmp_path / "run", data__name="/home/lovelace/mine/pairs.jsonl")
     metadata, text = card_of(workdir, tmp_path / "model")
     assert "datasets" not in metadata

@@ -68,13 +68,13 @@ def replaced(old, new):
         ("ours/ranks.npz", lambda path: np.savez(path, dense=np.ones(4)), "ranks differ"),
     ],
 )
-def test_what_is_lost_is_seen(runs, file, harm, message):
+def test_each_kind_of_loss_is_detected(runs, file, harm, message):
     harm(runs / file)
     with pytest.raises(Wrong, match=message):
         held(runs)
 
 
-def test_a_row_that_comes_twice_in_an_epoch_is_seen(runs):
+def test_a_row_repeated_within_an_epoch_is_detected(runs):
     replaced('"rows": [8, ', '"rows": [9, ')(runs / "theirs.jsonl")
     with pytest.raises(Wrong, match="lost or repeated"):
         check_epochs(runs / "theirs")

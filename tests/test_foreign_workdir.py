@@ -130,7 +130,7 @@ def test_training_imports_nothing_either(config, workdir, hostile, trap, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["huggingface:trap", "trap", "./trap", "trap/module=trap"])
-def test_a_folder_with_a_program_is_no_data_set(workdir, trap, monkeypatch, name):
+def test_a_folder_with_a_program_is_not_a_data_set(workdir, trap, monkeypatch, name):
     folder = workdir.parent / "trap"
     folder.mkdir()
     for file in ("__init__.py", "trap.py", "trap_dataset_builder.py"):

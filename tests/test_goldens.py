@@ -148,7 +148,7 @@ def test_another_metric_is_a_difference(value):
     }
 
 
-def test_a_metric_that_stays_nan_is_no_difference():
+def test_a_metric_that_stays_nan_is_not_a_difference():
     results = {"run": run_of(STATE, loss=float("nan"))}
     assert differences(results, json.loads(json.dumps(results))) == {}
 

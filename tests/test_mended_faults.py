@@ -66,7 +66,7 @@ def test_groups_beyond_int32_are_refused():
         InMemoryPairs(["a", "b"], ["c", "d"], groups=np.array([2**40, 2**41]))
 
 
-def test_groups_that_are_no_integers_are_refused():
+def test_groups_that_are_not_integers_are_refused():
     with pytest.raises((TypeError, ValueError), match="group"):
         InMemoryPairs(["a", "b"], ["c", "d"], groups=[0.2, 0.9])
 

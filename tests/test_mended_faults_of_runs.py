@@ -144,7 +144,7 @@ def test_a_text_that_is_not_utf_8_is_refused_with_its_field_and_row(small_config
     assert "row" in str(caught.value)
 
 
-def test_a_query_that_is_no_unicode_ends_the_search_with_an_error_line(trained):
+def test_a_query_that_is_not_unicode_ends_the_search_with_an_error_line(trained):
     with pytest.raises(SystemExit) as caught:
         search([f"--workdir={trained}", "\udcff\udcfe broken"])
     assert caught.value.code == 1
@@ -157,7 +157,7 @@ def test_compared_settings_must_be_mappings(config, tmp_path, changes):
 
 
 @pytest.mark.parametrize("settings", [None, ["a"], "a", {}])
-def test_what_is_compared_must_be_a_mapping(config, tmp_path, settings):
+def test_the_compared_settings_must_be_a_mapping(config, tmp_path, settings):
     with pytest.raises(ValueError, match=r"give (a mapping|at least one)"):
         compare(config, settings, tmp_path)
 

@@ -107,7 +107,7 @@ def test_means_and_differences_are_computed_in_float64():
 
 
 @pytest.mark.usefixtures("unchecked_annotations")
-def test_columns_that_are_no_integers_are_refused():
+def test_columns_that_are_not_integers_are_refused():
     with pytest.raises(TypeError, match="float64"):
         rank_of_key(np.zeros((2, 3)), np.array([0.0, 1.0]))
 
@@ -162,7 +162,7 @@ def test_a_metric_gives_one_value_per_query_between_0_and_1_and_never_rises_with
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_what_is_no_rank_or_no_cutoff_is_an_error(metric):
+def test_invalid_ranks_and_cutoffs_are_errors(metric):
     for bad in (0.0, 0.5, math.nan, math.inf):
         with pytest.raises(ValueError, match="rank_of_key"):
             metric(np.array([1.0, bad]), cutoff=10)
@@ -223,7 +223,7 @@ def test_one_value_has_no_standard_error_and_none_has_no_mean():
         mean_and_standard_error(np.array([]))
 
 
-def test_the_paired_difference_is_signed_and_ignores_what_both_share():
+def test_the_paired_difference_is_signed_and_ignores_shared_variance():
     rng = np.random.default_rng(0)
     baseline = rng.random(100)
     gain = np.where(np.arange(100) % 2 == 0, 0.2, 0.0)

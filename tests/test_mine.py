@@ -67,7 +67,7 @@ def embeddings(workdir):
     return (*sides, table)
 
 
-def test_what_is_mined_is_what_a_dense_search_finds(folder, tmp_path, monkeypatch):
+def test_mined_negatives_agree_with_a_dense_search(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(mined_blocks, "BLOCK_ROWS", 8)
     rule = RULE._replace(sampling="top")
     report = mine(folder / "run", tmp_path / "mined.npz", rule=rule)
@@ -140,7 +140,7 @@ def test_a_named_checkpoint_mines_into_the_workdir(folder):
 
 
 @pytest.mark.slow
-def test_the_next_run_trains_on_what_was_mined(folder, tmp_path, capsys):
+def test_the_next_run_trains_on_mined_negatives(folder, tmp_path, capsys):
     out = tmp_path / "mined.npz"
     places = ("--workdir", str(folder / "run"), "--out", str(out))
     main([*places, "--per-query", "2", "--rank-range", "0:9", "--masks", "text", "group"])

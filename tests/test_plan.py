@@ -92,7 +92,7 @@ def test_parameters_over_an_axis_take_a_share():
     assert shared.optimizer < whole.optimizer / 7
 
 
-def test_the_bound_is_the_slowest_and_the_advice_what_is_largest():
+def test_the_slowest_part_is_the_bound_and_the_advice_is_about_the_largest():
     chip = CHIPS["v5e"]
     plan = Plan(256, 1, 2, 3, 4, 5, 2**40, flops=197e12, accessed=819e9 / 2, moved=50 * 10**9)
     assert plan.seconds(chip) == {"compute": 1.0, "memory": 0.5, "interconnect": 0.25}
@@ -126,7 +126,7 @@ def test_a_step_that_the_compiler_cannot_fit_is_named(monkeypatch):
         make_plan(read_settings(small()), jax.devices(), num_rows=ROWS)
 
 
-def test_what_only_a_file_knows_is_an_error():
+def test_shapes_that_only_a_file_has_are_an_error():
     with pytest.raises(ValueError, match="are known only from files"):
         make_plan(
             read_settings(small(**{"data.negatives": "mined.npz"})), jax.devices(), num_rows=ROWS

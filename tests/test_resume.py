@@ -111,14 +111,14 @@ def kill_and_resume(command, workdir: Path, *, kills: int, seed: int) -> None:
     finish(start(command(workdir)))
 
 
-def test_a_killed_process_goes_on_to_the_same_bits(command, uninterrupted, tmp_path):
+def test_a_killed_process_resumes_to_the_same_bits(command, uninterrupted, tmp_path):
     kill_and_resume(command, tmp_path, kills=2, seed=0)
     assert_same_run(tmp_path, uninterrupted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_process_killed_again_and_again_goes_on_to_the_same_bits(
+def test_a_process_killed_repeatedly_resumes_to_the_same_bits(
     command, uninterrupted, tmp_path, seed
 ):
     kill_and_resume(command, tmp_path, kills=12, seed=seed)
@@ -138,7 +138,7 @@ def test_a_process_killed_before_it_saved_anything_begins_again(command, uninter
 
 
 @pytest.mark.slow
-def test_a_terminated_process_saves_where_it_is_and_goes_on(command, uninterrupted, tmp_path):
+def test_a_terminated_process_saves_its_step_and_resumes(command, uninterrupted, tmp_path):
     # No checkpoint is due before the end, so a checkpoint must come from the signal.
     rarely = [*command(tmp_path), "--config.run.checkpoint_every=1000"]
     process = start(rarely)

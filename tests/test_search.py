@@ -242,7 +242,7 @@ def test_without_metadata_what_there_is_is_printed(trained, run, monkeypatch, tm
     assert [hit["query"] for hit in hits[:4]] == ["b", "c", "b", "c"]
 
 
-def test_one_call_finds_what_the_opened_run_finds(trained):
+def test_one_call_returns_the_hits_of_the_opened_run(trained):
     hits = search.search(trained, PLANTED, top=2)
     assert hits == search.open_search(trained)(PLANTED, 2)
     assert len(hits) == 2
@@ -289,7 +289,7 @@ def test_an_index_is_used_again(workdir, embeddings_made):
     assert before == after
 
 
-def test_a_newer_checkpoint_makes_the_index_anew(workdir, embeddings_made):
+def test_a_newer_checkpoint_rebuilds_the_index(workdir, embeddings_made):
     before = search.open_search(workdir)(PLANTED, 5)
     _save(workdir, 3, seed=3)
     after = search.open_search(workdir)(PLANTED, 5)
@@ -299,7 +299,7 @@ def test_a_newer_checkpoint_makes_the_index_anew(workdir, embeddings_made):
     assert embeddings_made == [1]
 
 
-def test_other_parameters_of_the_same_step_make_the_index_anew(workdir, embeddings_made):
+def test_other_parameters_of_the_same_step_rebuild_the_index(workdir, embeddings_made):
     shutil.rmtree(workdir / "checkpoints")
     _save(workdir, 2, seed=5)
     search.open_search(workdir)
@@ -368,7 +368,7 @@ def test_no_flipped_bit_of_an_index_is_an_error_or_believed(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-500], lambda content: b""])
-def test_a_damaged_index_is_made_anew(workdir, embeddings_made, damage):
+def test_a_damaged_index_is_rebuilt(workdir, embeddings_made, damage):
     path = workdir / INDEX_FILE
     path.write_bytes(damage(path.read_bytes()))
     search.open_search(workdir)
@@ -376,7 +376,7 @@ def test_a_damaged_index_is_made_anew(workdir, embeddings_made, damage):
     assert embeddings_made == [1]
 
 
-def test_where_the_index_cannot_be_kept_the_search_goes_on(workdir, run):
+def test_the_search_continues_if_the_index_cannot_be_stored(workdir, run):
     (workdir / INDEX_FILE).unlink()
     (workdir / INDEX_FILE).mkdir()
     code, out, error = run("--workdir", workdir, "--top", 1, PLANTED)

@@ -86,7 +86,7 @@ def run_points(run) -> np.ndarray:
 
 
 @pytest.mark.parametrize("number", [0, ROWS + 1])
-def test_a_number_that_cannot_be_is_one_line(run, capsys, number):
+def test_an_invalid_number_is_a_one_line_error(run, capsys, number):
     with pytest.raises(SystemExit) as stopped:
         topics.main(["--workdir", str(run.workdir), "--topics", str(number)])
     assert stopped.value.code == 1

@@ -170,7 +170,7 @@ def test_the_smoke_config_trains_evaluates_and_leaves_its_files(smoke_pairs, tmp
 
 
 @pytest.mark.smoke
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, uninterrupted, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_as_if_it_had_not_stopped(tiny, uninterrupted, tmp_path, monkeypatch):
     half_run(monkeypatch, tiny(), tmp_path)
     assert not (tmp_path / "results.json").exists()
     results = train(tiny(), tmp_path)
@@ -231,7 +231,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tiny, uninterrupted, tmp
     ],
     ids=["queue", "instance", "running estimate", "every tier", "chosen batches"],
 )
-def test_a_run_with_a_memory_goes_on_as_if_it_had_not_stopped(tiny, tmp_path, monkeypatch, changes):
+def test_a_run_with_memory_resumes_as_if_it_had_not_stopped(tiny, tmp_path, monkeypatch, changes):
     config = tiny(**changes)
     train(config, tmp_path / "whole")
     half_run(monkeypatch, config, tmp_path / "halves")
@@ -255,7 +255,7 @@ def test_a_run_with_a_memory_goes_on_as_if_it_had_not_stopped(tiny, tmp_path, mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["infonce", "distillation"])
-def test_explicit_negatives_of_a_file_are_trained_on_and_their_run_goes_on(
+def test_a_run_trains_on_explicit_negatives_of_a_file_and_resumes(
     tiny, tmp_path, monkeypatch, loss
 ):
     size = train_table(tiny(), tmp_path / "look").num_rows
@@ -309,7 +309,7 @@ def moved_temperature(state):
         pytest.param(moved_temperature, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_that_forgets_a_leaf_goes_on_differently(
+def test_a_run_that_loses_a_leaf_resumes_differently(
     tiny, uninterrupted, tmp_path, monkeypatch, forget
 ):
     half_run(monkeypatch, tiny(), tmp_path)
@@ -345,7 +345,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_but_changes_nothing(
     assert differences(config, tmp_path, uninterrupted[0]) == []
 
 
-def test_a_run_goes_on_upon_another_mesh(tiny, uninterrupted, tmp_path, monkeypatch):
+def test_a_run_resumes_on_another_mesh(tiny, uninterrupted, tmp_path, monkeypatch):
     half_run(monkeypatch, tiny(), tmp_path)
     mesh = ConfigDict({"replica": 2, "data": 4})
     config = tiny()
@@ -370,7 +370,7 @@ def test_a_finished_run_evaluates_again_and_trains_no_more(tiny, uninterrupted, 
 
 
 @pytest.mark.slow
-def test_what_stands_under_run_may_change(tiny, tmp_path, monkeypatch):
+def test_settings_under_run_may_change(tiny, tmp_path, monkeypatch):
     half_run(monkeypatch, tiny(), tmp_path)
     changes = {"run.checkpoint_every": 7, "run.log_every": 5, "run.keep_checkpoints": 3}
     train(tiny(**changes), tmp_path)
@@ -488,7 +488,7 @@ def test_more_rows_than_there_are_is_an_error(tiny, tmp_path, smoke_pairs):
     )
 
 
-def test_as_many_rows_as_a_batch_are_enough(tiny, tmp_path):
+def test_one_batch_of_rows_is_enough(tiny, tmp_path):
     config = tiny(steps=2, **{"data.splits.train": "train[:64]"})
     assert config.global_batch_size == 64
     assert train(config, tmp_path)["rows"]["train"] == 64
@@ -647,7 +647,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tiny, tmp_path):
         (["--profile=9:2"], "--profile=9:2; give the first step to trace and"),
     ],
 )
-def test_the_command_names_what_is_wrong_and_fails(tmp_path, capsys, arguments, wanted):
+def test_the_command_names_the_problem_and_fails(tmp_path, capsys, arguments, wanted):
     with pytest.raises(SystemExit) as stopped:
         main([f"--config={CONFIG}:smoke", f"--workdir={tmp_path / 'run'}", *arguments])
     assert stopped.value.code == 1
@@ -729,7 +729,7 @@ def test_negatives_that_are_all_masked_are_a_warning(capsys, monkeypatch):
     assert capsys.readouterr().err.count("no negative is allowed in the batch of step 3") == 1
 
 
-def test_learning_rates_are_computed_for_as_many_steps_as_there_are():
+def test_learning_rates_are_computed_for_all_steps():
     rate_of = _RatesByStep(lambda step: 1e-3 * step)
     for step in (0, 65_535, 65_536, 2**31 - 2, 7):
         assert rate_of(step) == pytest.approx(1e-3 * step)

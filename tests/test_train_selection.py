@@ -224,7 +224,7 @@ def test_the_validation_split_may_select_the_best(config, tmp_path):
         pytest.param(die_before_saving, 10, marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_goes_on_to_the_same_best(
+def test_a_killed_run_resumes_to_the_same_best_checkpoint(
     config, script, whole, tmp_path, monkeypatch, die, step
 ):
     interrupted(monkeypatch, config(), tmp_path / "run", die, step)
@@ -232,7 +232,7 @@ def test_a_killed_run_goes_on_to_the_same_best(
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_run_stops_early_and_says_so(config, script, tmp_path, capsys):
+def test_a_run_stops_early_with_a_message(config, script, tmp_path, capsys):
     workdir, patient = tmp_path / "run", {"evaluation.patience": 2}
     results = train(config(**patient), workdir)
     assert results["steps"] == 8
@@ -251,7 +251,7 @@ def test_a_run_stops_early_and_says_so(config, script, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_that_stopped_early_goes_on_with_more_patience(config, script, whole, tmp_path):
+def test_a_run_that_stopped_early_continues_with_more_patience(config, script, whole, tmp_path):
     workdir = tmp_path / "run"
     for patience, steps in {2: 8, 3: 10, None: 12}.items():
         results = train(config(**{"evaluation.patience": patience}), workdir)
@@ -287,7 +287,7 @@ def test_a_killed_run_stops_early_at_the_same_step(config, script, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_a_small_increase_is_no_reason_to_go_on(config, script, tmp_path, monkeypatch):
+def test_a_small_increase_does_not_count_as_an_improvement(config, script, tmp_path, monkeypatch):
     for step, value in {4: 0.15, 6: 0.16}.items():
         monkeypatch.setitem(SCRIPT, step, value)
     patient = {"evaluation.patience": 2, "evaluation.min_delta": 0.1}
@@ -310,7 +310,7 @@ def test_a_damaged_newest_checkpoint_falls_back_with_its_own_best(
 
 
 @pytest.mark.slow
-def test_a_best_checkpoint_that_is_gone_is_said_and_selected_again(
+def test_a_missing_best_checkpoint_is_reported_and_selected_again(
     config, script, tmp_path, monkeypatch, capsys
 ):
     workdir = tmp_path / "run"
@@ -322,7 +322,9 @@ def test_a_best_checkpoint_that_is_gone_is_said_and_selected_again(
 
 
 @pytest.mark.slow
-def test_another_metric_begins_again_and_says_so(config, script, tmp_path, monkeypatch, capsys):
+def test_another_metric_restarts_the_selection_with_a_message(
+    config, script, tmp_path, monkeypatch, capsys
+):
     workdir = tmp_path / "run"
     interrupted(monkeypatch, config(), workdir, die_after_saving, 5)
     metric = "validation/dense/recall@10"

@@ -21,7 +21,7 @@ def path(tmp_path):
     return tmp_path / "rows.npy"
 
 
-def test_a_block_file_keeps_what_was_done_and_no_more(tmp_path):
+def test_a_block_file_keeps_exactly_the_finished_blocks(tmp_path):
     path = tmp_path / "rows.npy"
     blocks = BlockFile(path, SHAPE, np.int32)
     blocks.append(np.ones((3, 2), np.int32))
@@ -82,7 +82,7 @@ def pipe_instead(path):
         *(lambda path: os.truncate(path, path.stat().st_size - 1), os.unlink, pipe_instead),
     ],
 )
-def test_what_is_no_such_array_is_started_over(path, capsys, damage):
+def test_another_shape_or_type_is_started_over(path, capsys, damage):
     damage(path)
     blocks = BlockFile(path, SHAPE, np.int32)
     assert blocks.done == 0
@@ -91,7 +91,7 @@ def test_what_is_no_such_array_is_started_over(path, capsys, damage):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"rows": 5}', '{"rows": 99, "digest": ""}'])
-def test_a_damaged_log_counts_no_row(path, content):
+def test_a_damaged_log_keeps_no_rows(path, content):
     path.with_suffix(".blocks.jsonl").write_text(content + "\n")
     assert BlockFile(path, SHAPE, np.int32).done == 0
 

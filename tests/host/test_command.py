@@ -213,7 +213,7 @@ def test_the_example_in_help_is_one_that_can_be_read():
 
 
 @pytest.mark.parametrize("module", ["losses.softmax", "metrics", "evaluation", "host.command"])
-def test_a_module_that_is_no_command_says_so(module):
+def test_a_module_that_is_not_a_command_is_refused(module):
     done = python("-m", f"jaxcl.{module}")
     assert done.returncode == 1
     assert done.stderr == (

@@ -20,7 +20,7 @@ def without_optax(monkeypatch):
     )
 
 
-def test_what_is_missing_is_named_with_its_extra(without_optax):
+def test_missing_packages_are_named_with_their_extra(without_optax):
     assert extras.missing_message() == "needs optax: pip install 'jaxcl[train]'"
 
 

@@ -96,7 +96,7 @@ def test_anything_but_an_object_is_an_error(tmp_path, content):
         read_json_object(path)
 
 
-def test_the_message_of_a_damaged_file_says_what_the_caller_advises(tmp_path):
+def test_the_message_of_a_damaged_file_has_the_caller_s_remedy(tmp_path):
     path = tmp_path / "content.json"
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"does not hold a JSON object\); prepare it again"):

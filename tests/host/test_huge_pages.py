@@ -75,7 +75,7 @@ def test_who_has_set_the_variable_keeps_it(monkeypatch):
     assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=2"
 
 
-def test_beside_an_accelerator_nothing_is_changed(monkeypatch):
+def test_nothing_changes_if_there_is_an_accelerator(monkeypatch):
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started again"))
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ["cuda"])

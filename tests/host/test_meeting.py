@@ -81,7 +81,7 @@ def test_processes_meet_whatever_their_path_of_the_workdir_is(pool, tmp_path, po
     assert list((tmp_path / "disk").iterdir()) == [], "a meeting leaves nothing"
 
 
-def test_a_workdir_that_exists_keeps_what_it_has(tmp_path):
+def test_an_existing_workdir_keeps_its_files(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     met(tmp_path, "127.0.0.1:0", 0, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
@@ -165,7 +165,7 @@ def test_a_damaged_invitation_is_overcome(pool, hurried, tmp_path, content):
     assert first.result(timeout=20).address == second.result(timeout=20).address
 
 
-def test_a_process_that_never_comes_is_named(pool, hurried, tmp_path):
+def test_a_process_that_never_connects_is_named(pool, hurried, tmp_path):
     coordinator = f"127.0.0.1:{free_port()}"
     futures = [pool.submit(met, tmp_path / "run", coordinator, number, 4) for number in (0, 2)]
     assert "of 4 processes, 1, 3 did not connect within 3 s" in error_of(futures[0])
@@ -204,7 +204,7 @@ class _ArrivalsFirst(selectors.DefaultSelector):
 
 
 @pytest.mark.parametrize("selector", [selectors.DefaultSelector, _ArrivalsFirst])
-def test_a_process_that_goes_while_it_waits_may_come_again(
+def test_a_process_that_ends_while_it_waits_may_connect_again(
     pool, hurried, tmp_path, monkeypatch, selector
 ):
     monkeypatch.setattr(meeting.selectors, "DefaultSelector", selector)
@@ -252,7 +252,7 @@ def test_another_program_at_the_port_is_not_taken_for_process_0(pool, hurried, t
 
 
 @pytest.mark.parametrize("address", ["host", ":1", "host:", "host:x", "host:65536", "host:-1"])
-def test_what_is_no_address_is_named(address):
+def test_an_invalid_address_is_named(address):
     with pytest.raises(ValueError, match=re.escape(f"{address!r} is not HOST:PORT")):
         split_address(address)
     assert split_address("[::1]:80") == ("[::1]", 80)

@@ -41,7 +41,7 @@ def array_bytes(array):
 @pytest.mark.parametrize(
     "array", [NUMBERS, NUMBERS.T, NUMBERS.astype(">f4"), np.array("text"), np.zeros((0, 3))]
 )
-def test_what_numpy_writes_is_read(tmp_path, save, array):
+def test_files_written_by_numpy_are_read(tmp_path, save, array):
     save(tmp_path / "file.npz", array=array, other=NUMBERS)
     read = read_npz(tmp_path / "file.npz", ["array"])
     assert list(read) == ["array"]
@@ -114,7 +114,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path, bomb):
     assert "unpacks" in refused(tmp_path / "file.npz")
 
 
-def test_a_bomb_that_nobody_wants_is_not_unpacked(tmp_path, bomb):
+def test_an_array_that_is_not_requested_is_not_unpacked(tmp_path, bomb):
     (tmp_path / "file.npz").write_bytes(bomb)
     tracemalloc.start()
     np.testing.assert_array_equal(read_npz(tmp_path / "file.npz", ["b"])["b"], NUMBERS)
@@ -141,12 +141,12 @@ def test_another_compression_is_refused(tmp_path, compression):
 @pytest.mark.parametrize(
     "content", [b"", b"no archive", array_bytes(NUMBERS), array_bytes(np.array([{}], object))]
 )
-def test_what_is_no_npz_says_so(tmp_path, content):
+def test_a_file_that_is_not_an_npz_is_an_error(tmp_path, content):
     (tmp_path / "file.npz").write_bytes(content)
     assert "not an .npz, or damaged" in refused(tmp_path / "file.npz")
 
 
-def test_a_lacking_array_is_named_with_what_there_is(tmp_path):
+def test_a_missing_array_is_named_with_the_existing_ones(tmp_path):
     np.savez(tmp_path / "file.npz", a=NUMBERS, b=NUMBERS)
     assert "it has no c; it has a, b" in refused(tmp_path / "file.npz", ("a", "c"))
 

@@ -142,7 +142,7 @@ def test_commands_start_where_the_locale_is_ascii(arguments):
 
 
 @pytest.mark.parametrize("module", ["jaxcl", "jaxcl.train"])
-def test_help_for_a_reader_that_has_gone_is_no_error(module):
+def test_help_for_a_closed_reader_is_not_an_error(module):
     with broken("closed pipe") as number:
         done = subprocess.run(
             [sys.executable, "-m", module, "--help"],
@@ -200,7 +200,7 @@ def test_a_bar_on_a_terminal_that_is_gone_stops_nothing(monkeypatch):
         advance()
 
 
-def test_a_lossy_stream_still_raises_what_is_no_fault_of_the_output():
+def test_a_lossy_stream_still_raises_errors_of_the_caller():
     with pytest.raises(TypeError):
         LossyStream(io.StringIO()).write(3)
 

@@ -37,7 +37,7 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("url", URLS)
-def test_a_url_is_no_local_path(url):
+def test_a_url_is_not_a_local_path(url):
     for given in (url, Path(url)):
         with pytest.raises(ValueError, match=r"host/run|tmp/run") as error:
             local_path(given)

@@ -51,13 +51,13 @@ def is_printed_safely(text: str) -> bool:
     return bool(text) and not any(map(is_unsafe, text))
 
 
-def test_the_check_sees_what_is_unsafe():
+def test_the_check_detects_unsafe_code():
     assert not any(
         is_printed_safely(f"a{character}") for character in HOSTILE[1:] if is_unsafe(character)
     )
 
 
-def test_what_is_said_is_safe(capsys):
+def test_messages_are_safe_to_print(capsys):
     say(HOSTILE)
     with progress_bar(HOSTILE, 1) as advance:
         advance(note=HOSTILE)

@@ -188,7 +188,7 @@ def test_any_number_of_processes_and_devices_trains_as_one(command, tmp_path, pr
 
 
 @pytest.mark.slow
-def test_parameters_over_processes_train_as_whole_ones_and_go_on_as_such(command, tmp_path):
+def test_parameters_sharded_over_processes_train_and_resume_as_replicated_ones(command, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     wide = "--config.model.dim=32"  # otherwise, the table is too small to be sharded
     Run(command(whole, wide), processes=1, devices=4).finish()
@@ -223,7 +223,7 @@ def assert_same_runs(workdir: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_chosen_and_mined_is_the_same(command, tmp_path):
+def test_assigned_batches_and_mined_negatives_are_the_same(command, tmp_path):
     runs = []
     for processes, devices in ((1, 4), (2, 2)):
         workdir = tmp_path / str(processes)
@@ -242,7 +242,7 @@ def test_what_is_chosen_and_mined_is_the_same(command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(1, 2), (1, 4), (4, 1)])
-def test_a_run_goes_on_with_other_processes_and_devices(command, two, tmp_path, processes, devices):
+def test_a_run_resumes_with_other_processes_and_devices(command, two, tmp_path, processes, devices):
     shutil.copytree(two, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / str(STEPS))
     outputs = Run(command(tmp_path), processes=processes, devices=devices).finish()
@@ -285,7 +285,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(command, two, tmp_path, numb
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_others_and_the_run_goes_on(command, two, tmp_path, victim):
+def test_a_killed_process_ends_the_others_and_the_run_resumes(command, two, tmp_path, victim):
     run = Run(command(tmp_path), processes=2, devices=2)
     run.wait_for_step(tmp_path, 6)
     run.processes[victim].kill()
@@ -421,7 +421,7 @@ def test_on_a_cluster_jax_finds_the_processes(environment, asked, initialized):
     assert initialized == [(None, None, None)]
 
 
-def test_what_is_given_is_what_is_joined(initialized):
+def test_the_given_processes_are_joined(initialized):
     start_processes(coordinator="host:1", num_processes=3, process_id=2, environment={})
     given = {"JAX_COORDINATOR_ADDRESS": "host:2", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "0"}
     start_processes(environment=given)
@@ -449,7 +449,7 @@ def test_only_a_lost_process_asks_for_another_start(error, code, said, monkeypat
 
 
 @pytest.mark.parametrize("theirs", [[], [4], [4, 8, 12, 16]])
-def test_every_process_restores_what_the_first_one_sees(theirs, monkeypatch):
+def test_every_process_restores_the_step_that_process_0_finds(theirs, monkeypatch):
     sent = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: sent.append(x) or x)

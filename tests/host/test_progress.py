@@ -56,7 +56,7 @@ def test_long_work_gets_a_line_every_ten_seconds_with_the_time_left(console, clo
     ]
 
 
-def test_the_time_left_counts_neither_compiling_nor_what_an_earlier_run_did(console, clock):
+def test_the_remaining_time_ignores_compilation_and_earlier_runs(console, clock):
     log = console(terminal=False)
     with progress_bar("training", 1_000) as advance:
         advance(500)
@@ -114,14 +114,14 @@ def test_square_brackets_are_text(console, terminal):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_what_is_said_is_one_line_as_it_stands(console, terminal):
+def test_a_message_is_one_unchanged_line(console, terminal):
     screen = console(terminal=terminal)
     text = "a [red]long[/red] line of [1, 2] and 'text' " + "that continues " * 20
     say(text)
     assert screen.getvalue() == text + "\n"
 
 
-def test_what_is_said_beside_a_bar_has_a_line_of_its_own(monkeypatch):
+def test_a_message_next_to_a_bar_has_a_separate_line(monkeypatch):
     screen = io.StringIO()
     terminal = {"file": screen, "force_terminal": True, "width": 100, "color_system": None}
     monkeypatch.setattr(progress, "_console", lambda: Console(**terminal))

@@ -64,7 +64,7 @@ def test_a_scheme_without_a_file_system_is_refused():
         as_path("ftp://host/run")
 
 
-def test_what_must_be_local_is_refused_on_a_store(store):
+def test_a_path_that_must_be_local_cannot_be_a_url(store):
     with pytest.raises(ValueError, match="gs://bucket/data is a URL, but a local path is needed"):
         local_path("gs://bucket/data")
 

@@ -12,7 +12,7 @@ from jaxcl.host.staging import put_in_place, staging_folder
 A_DAY_AGO = (time.time() - 25 * 60 * 60,) * 2
 
 
-def test_what_is_made_takes_its_place_and_the_staging_folder_goes(tmp_path):
+def test_a_finished_folder_is_put_in_place_and_the_staging_folder_is_removed(tmp_path):
     with staging_folder(tmp_path / "parent" / "table") as folder:
         (folder / "made").mkdir()
         (folder / "made" / "content").write_text("abc")

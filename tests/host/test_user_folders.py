@@ -41,7 +41,7 @@ def test_a_folder_that_others_may_change_is_refused(tmp_path, part, mode):
         make_private(folder)
 
 
-def test_a_parent_with_the_sticky_bit_is_no_danger_but_the_folder_itself_is(tmp_path):
+def test_the_sticky_bit_protects_a_parent_but_not_the_folder_itself(tmp_path):
     make_private(tmp_path / "a" / "b")
     (tmp_path / "a").chmod(0o1777)
     make_private(tmp_path / "a" / "b")
