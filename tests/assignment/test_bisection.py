@@ -89,7 +89,7 @@ def test_devices_change_no_bit(with_graph):
         *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((96, 7), (90, 8), (96, 1))),
     ],
 )
-def test_every_row_comes_once_and_padding_last(num_rows, block_size):
+def test_every_row_occurs_once_and_padding_comes_last(num_rows, block_size):
     points, _ = clustered_points(12, 8)
     graph = nearest_graph(points)
     there = (np.arange(96) < num_rows)[:, None]

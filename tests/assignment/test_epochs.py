@@ -244,7 +244,7 @@ def test_visited_rows_are_those_of_the_epoch_under_way(batch_size):
             np.testing.assert_array_equal(found, wanted)
 
 
-def test_visited_rows_in_the_middle_of_an_epoch_need_those_before():
+def test_visited_rows_in_the_middle_of_an_epoch_need_the_earlier_ones():
     def rows_fn(step: int) -> np.ndarray:
         assert step >= 3, "asked for a batch before the first"
         return np.arange(4 * step, 4 * step + 4) % 20
@@ -489,7 +489,7 @@ def test_a_schedule_that_leaves_0_to_1_is_an_error(given):
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_an_error(wrong, message):
+def test_invalid_arguments_are_errors(wrong, message):
     given = {"order": np.arange(4), "batch_size": 8, "block_size": 4, "seed": 0} | wrong
     order = given.pop("order")
     with pytest.raises(ValueError, match=message):

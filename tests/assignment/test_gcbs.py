@@ -75,7 +75,7 @@ def test_the_order_depends_on_the_seed():
     assert (ordered("exact", 1).rows != ordered("exact", 1, seed=1).rows).any()
 
 
-def test_rows_on_the_mesh_may_be_more_than_those_of_the_data_set():
+def test_a_mesh_may_hold_more_rows_than_the_data_set():
     queries, keys, _ = topical()
     mesh, order = compiled("exact", 8)
     rng = np.random.default_rng(0)

@@ -121,7 +121,7 @@ def test_dense_scores_are_inner_products_of_any_floating_type():
     assert halves.tolist() == [[1.0, 1.0, 1.0]]
 
 
-def test_equal_keys_get_equal_dense_scores_wherever_they_stand():
+def test_equal_keys_get_equal_dense_scores_in_any_row():
     rng = np.random.default_rng(0)
     keys = rng.standard_normal((37, 129)).astype(np.float32)
     scores = dense_scores(rng.standard_normal((33, 129)).astype(np.float32), np.tile(keys, (5, 1)))
@@ -217,7 +217,7 @@ def test_the_methods_are_their_parts():
         assert results[method].num_keys == 50
 
 
-def test_query_i_wants_key_i_unless_told_otherwise():
+def test_query_i_has_the_relevant_key_i_by_default():
     queries, keys, query_vectors, key_vectors, _ = some_pairs(num_queries=20)
     told = evaluate_retrieval(queries, keys, query_vectors, key_vectors, relevant=np.arange(20))
     untold = evaluate_retrieval(queries, keys, query_vectors, key_vectors)
@@ -267,7 +267,7 @@ def test_an_embedding_that_is_not_finite_is_an_error_that_names_its_row(bad):
         ({"relevant": np.arange(39)}, "39 keys for 40 queries|relevant"),
     ],
 )
-def test_a_mistake_is_told(changes, message):
+def test_a_mistake_is_reported(changes, message):
     names = ("query_texts", "key_texts", "query_embeddings", "key_embeddings", "relevant")
     arguments = {**dict(zip(names, some_pairs(), strict=True)), **changes}
     with pytest.raises((ValueError, TypeCheckError), match=message):

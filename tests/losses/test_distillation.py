@@ -74,7 +74,7 @@ def test_a_student_that_equals_its_teacher_has_no_gradient():
     assert (distillation_loss(*sides, **wrong) > 0.1).all()
 
 
-def test_a_teacher_learns_nothing():
+def test_a_teacher_gets_no_gradient():
     sides = unit_vectors(0, 3, 4), unit_vectors(1, 3, 4)
 
     def loss(scores):
@@ -84,7 +84,7 @@ def test_a_teacher_learns_nothing():
     assert not jax.grad(loss)(jnp.arange(6.0).reshape(3, 2)).any()
 
 
-def test_padding_is_worth_nothing_and_one_candidate_too():
+def test_padding_and_a_single_candidate_have_no_loss():
     sides = unit_vectors(0, 3, 4), unit_vectors(1, 3, 4)
     negatives = unit_vectors(2, 3, 1, 4)
     loss = distillation_loss(

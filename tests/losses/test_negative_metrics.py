@@ -67,7 +67,7 @@ def dense(queries, keys, given):
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("implementation", ["reference", "tiled"])
-def test_they_are_those_of_a_dense_matrix(devices, implementation):
+def test_the_metrics_agree_with_a_dense_matrix(devices, implementation):
     sides = [np.asarray(unit_vectors(seed, ROWS, DIM)) for seed in range(2)]
     given = arguments()
     mesh = make_mesh({"data": devices}, devices=jax.devices()[:devices])

@@ -70,7 +70,7 @@ def test_the_gradient_is_that_of_the_batch_over_the_estimate():
 
 
 @pytest.mark.slow
-def test_one_that_forgets_at_once_is_the_decoupled_loss_less_the_logarithm_of_the_number():
+def test_an_update_rate_of_1_gives_the_decoupled_loss_less_log_n():
     sides = unit_vectors(0, 6, 4), unit_vectors(1, 6, 4)
     options = {"estimates": jnp.ones((6, 2)), "update_rate": 1.0, "epsilon": 1e-300}
     found, wanted = (

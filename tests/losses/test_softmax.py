@@ -127,7 +127,7 @@ def test_explicit_negatives_too_are_left_out_by_a_margin():
     )
 
 
-def test_no_query_meets_its_own_key_among_the_explicit_negatives():
+def test_no_query_has_its_own_key_among_the_explicit_negatives():
     negatives = jnp.asarray(KEYS)[::-1, None]  # row 0 has mined row 1's key, and row 1 row 0's
     loss = infonce(
         directions=("query_to_key",),
@@ -139,7 +139,7 @@ def test_no_query_meets_its_own_key_among_the_explicit_negatives():
     )
 
 
-def test_no_query_meets_its_own_group_among_the_explicit_negatives():
+def test_no_query_has_its_own_group_among_the_explicit_negatives():
     negatives = jnp.asarray(KEYS)[::-1, None]
     loss = infonce(
         directions=("query_to_key",),
@@ -274,7 +274,7 @@ def small_bank():
     )
 
 
-def test_a_bank_s_keys_are_negatives_but_for_a_query_s_own_row_and_group():
+def test_a_bank_s_keys_are_negatives_except_for_a_query_s_own_row_and_group():
     # Queries with the bank: [[0, .8, –, −1], [.8, .96, –, −.6]].
     labels = {"ids": jnp.array([7, 1]), "groups": jnp.array([0, 2])}
     loss = infonce(directions=("query_to_key",), negatives=bank_of(small_bank()), **labels)
@@ -286,7 +286,7 @@ def test_a_bank_s_keys_are_negatives_but_for_a_query_s_own_row_and_group():
     np.testing.assert_allclose(loss, (np.array(one_way) + other_way) / 2, rtol=1e-12)
 
 
-def test_a_twin_of_the_positive_in_a_bank_turns_a_query_s_gradient_down_and_no_other_way():
+def test_a_copy_of_the_positive_in_a_bank_only_shrinks_a_query_s_gradient():
     queries, keys = jnp.asarray(QUERIES), jnp.asarray(KEYS)
     bank = small_bank()
     twins = bank._replace(vectors=bank.vectors.at[1].set(keys[0]).at[3].set(keys[0]))

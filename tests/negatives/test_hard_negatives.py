@@ -78,7 +78,7 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize(("devices", "block_rows"), [(1, 4096), (8, 5)])
-def test_a_sort_by_hand_finds_the_same(rule, devices, block_rows):
+def test_the_hard_negatives_agree_with_a_full_sort(rule, devices, block_rows):
     queries, keys = vectors()
     positives = several_positives()
     mesh = make_mesh({"data": devices}, devices=jax.devices()[:devices])
@@ -203,7 +203,7 @@ def test_no_queries_have_no_negatives():
     assert mined.rows.shape == mined.scores.shape == (0, 4)
 
 
-def test_more_negatives_than_keys_are_filled_up():
+def test_missing_negatives_are_padded():
     queries, keys = vectors()
     mined = mine_hard_negatives(queries[:1], keys[:3], positives=[1], rule=TOP)
     assert sorted(mined.rows[0].tolist()) == [-1, -1, 0, 2]

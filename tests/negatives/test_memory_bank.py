@@ -61,7 +61,7 @@ def test_first_in_is_first_out():
     assert int(bank.head) == 2
 
 
-def test_padding_is_not_taken_in():
+def test_padding_is_not_written_to_a_bank():
     rows = jnp.arange(6)
     arguments = (jnp.ones((6, DIM)), rows, rows)
     valid = jnp.array([True, False, True, True, False, True])

@@ -70,7 +70,7 @@ def test_the_top_are_those_of_the_range_that_keep_the_margin(devices):
     assert counts.max() == 4
 
 
-def test_random_ones_are_drawn_from_the_whole_range_alike():
+def test_random_negatives_are_drawn_uniformly_from_the_whole_range():
     rule = MiningRule(per_query=3, rank_range=(5, 15))
     ranks = []
     for seed in range(20):

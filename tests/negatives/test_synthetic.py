@@ -30,7 +30,7 @@ def in_span(vector, basis):
 
 
 @pytest.mark.parametrize("kind", ["mixed", "mixed_with_query", "perturbed"])
-def test_they_have_unit_norm_and_a_query_without_negatives_has_none(kind):
+def test_synthetic_negatives_have_unit_norm_and_need_a_negative(kind):
     vectors, valid = hardest()
     queries = unit_vectors(1, KEYS, 6)
     made, there = {

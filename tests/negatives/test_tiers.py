@@ -87,7 +87,7 @@ def test_quotas_are_met_exactly_and_missing_slots_stay_empty(devices):
     assert (found < 0).sum() == 4
 
 
-def test_of_equal_priorities_the_lowest_slots_are_drawn():
+def test_the_lowest_slots_are_drawn_among_equal_priorities():
     rng = np.random.default_rng(0)
     priority = rng.integers(0, 3, SLOTS).astype(np.uint32) * 2**30 + 5
     stratum = rng.integers(0, 3, SLOTS)
@@ -274,7 +274,7 @@ def test_synthetic_negatives_may_come_from_the_batch_in_addition_to_a_bank():
 
 
 @pytest.mark.parametrize("gradient", [True, False])
-def test_their_gradients_reach_the_batch_they_are_made_of(gradient):
+def test_gradients_of_synthetic_negatives_reach_the_batch(gradient):
     queries, keys = (unit_vectors(seed, QUERIES, DIM, dtype=jnp.float32) for seed in (1, 2))
     budgets = TierBudgets(mixed=3, hardest=2, gradient=gradient, of_batch=True)
     numbers = jnp.arange(QUERIES)

@@ -37,7 +37,7 @@ def test_the_nearest_are_those_of_a_sort(num_queries, num_rows, tile, implementa
     np.testing.assert_allclose(found.similarities, similarities, rtol=1e-12)
 
 
-def test_groups_hold_the_best_and_of_equals_the_lowest_rows(monkeypatch):
+def test_groups_hold_the_best_and_among_ties_the_lowest_rows(monkeypatch):
     monkeypatch.setattr("jaxcl.ops.nearest._GROUP", 4)
     # 75 rows with many equal ones, within groups of 4 and across them.
     table = jnp.round(2 * unit_vectors(1, 75, 3, dtype=jnp.float32))
@@ -82,7 +82,7 @@ def test_signed_zeros_are_equals():
     assert found.rows.tolist() == [[0, 1, 2]]
 
 
-def test_more_than_there_are_is_filled_up():
+def test_missing_neighbours_are_padded():
     found = nearest(jnp.eye(2), jnp.eye(2), count=4)
     assert found.rows.tolist() == [[0, 1, -1, -1], [1, 0, -1, -1]]
     assert found.similarities[:, 2:].tolist() == [[-np.inf] * 2] * 2

@@ -89,7 +89,7 @@ def test_small_terms_of_a_softplus_keep_their_digits(interpreted):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
-def test_they_lower_for_a_hopper():
+def test_the_kernels_lower_for_a_hopper():
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
@@ -100,7 +100,7 @@ def test_they_lower_for_a_hopper():
 
 
 @pytest.mark.parametrize("exchange", ["gather", "ring"])
-def test_they_lower_for_several_in_a_mesh(exchange):
+def test_the_kernels_lower_for_several_gpus_in_a_mesh(exchange):
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
     rows, whole = PartitionSpec("data"), PartitionSpec()
