@@ -136,7 +136,7 @@ def test_one_split_in_two_formats_is_an_error(folder):
         read_beir(folder)
 
 
-def test_what_does_not_fit_is_counted(folder):
+def test_gaps_in_the_labels_are_counted(folder):
     (folder / "qrels" / "test.tsv").write_text(
         "q1\td1\t1\nq1\tgone\t2\nq1\tgone too\t0\nq2\td1\t0\nq9\td1\t1\nq3\td1\t-1\n"
     )

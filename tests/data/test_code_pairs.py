@@ -243,7 +243,7 @@ def test_a_killed_preparation_is_done_again(prepare, tmp_path, killed_at):
 @pytest.mark.parametrize(
     "damage", ["shard cut", "shard gone", "description cut", "[]", "{}", "5", "fingerprint"]
 )
-def test_damaged_pairs_are_made_again(prepare, damage):
+def test_damaged_pairs_are_prepared_again(prepare, damage):
     info = prepare()
     [shard] = info.directory.glob("*-test.array_record*")
     description = info.directory / DESCRIPTION_FILE

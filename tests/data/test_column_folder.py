@@ -42,7 +42,7 @@ def test_columns_are_computed_once(kept):
 
 @pytest.mark.parametrize("file", ["offsets.npy", "scores.npy", "columns.json"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "removed"])
-def test_damaged_columns_are_computed_again(kept, tmp_path, capsys, file, damage):
+def test_damaged_columns_are_recomputed(kept, tmp_path, capsys, file, damage):
     read, computed = kept
     read()
     path = tmp_path / "columns" / file

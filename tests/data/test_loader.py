@@ -55,7 +55,7 @@ def test_each_batch_holds_the_rows_of_its_step(table, mesh):
     assert len({tuple(batch["row"].tolist()) for batch in batches}) == STEPS
 
 
-def test_a_run_taken_up_at_any_step_reads_the_same_batches(table, mesh):
+def test_a_run_resumed_at_any_step_reads_the_same_batches(table, mesh):
     whole = read(table, mesh)
     for first_step in range(STEPS + 1):
         resumed = read(table, mesh, first_step=first_step)

@@ -33,7 +33,7 @@ def queries_of(tmp_path, *records):
     return read_queries(write(tmp_path / "queries.jsonl", records))
 
 
-def test_of_equal_documents_the_first_is_a_key(documents, tmp_path):
+def test_the_first_of_equal_documents_is_the_key(documents, tmp_path):
     pool = mining_pool(documents, queries_of(tmp_path, {"query": "which pet?", "pos": "a dog"}))
     assert pool.rows.tolist() == [0, 1, 3, 4, 5]
     assert pool.candidates.tolist() == [True, True, False, True, True]  # d3 has no text

@@ -439,7 +439,7 @@ def test_a_failed_reading_leaves_no_files(opened, tmp_path):
         ("odd.csv", "a,b\n1,2\n", r"odd\.csv has no columns that are known to be pairs"),
     ],
 )
-def test_files_without_rows_say_so(opened, tmp_path, name, content, message):
+def test_files_without_rows_are_an_error(opened, tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -456,7 +456,7 @@ def test_files_without_rows_say_so(opened, tmp_path, name, content, message):
         ({"train": "rest", "test": "nosuch.jsonl"}, r"nosuch\.jsonl does not exist"),
     ],
 )
-def test_splits_that_are_not_there_say_so(opened, tmp_path, splits, message):
+def test_missing_splits_are_an_error(opened, tmp_path, splits, message):
     write_jsonl(tmp_path / "pairs.jsonl", plain_rows())
     with pytest.raises(ValueError, match=message):
         opened(splits=splits)

@@ -64,7 +64,7 @@ def test_the_first_row_with_an_equal_digest_is_found(num_rows):
     assert found.dtype == np.int32
 
 
-def test_both_halves_of_a_digest_count():
+def test_both_halves_of_a_digest_matter():
     digests = np.array([[1, 2], [1, 3], [4, 2], [1, 2]], np.uint64)
     assert equal_rows(digests).tolist() == [0, 1, 2, 0]
 

@@ -88,7 +88,7 @@ def test_rows_of_another_data_set_follow(opened):
         train.read([5])
 
 
-def test_alone_it_is_the_data_set_itself(opened):
+def test_a_single_data_set_is_not_wrapped(opened):
     sources, _, names = opened()
     assert sources == {"train": CODE, "validation": HELD_OUT}
     assert names == ("first",)

@@ -154,7 +154,7 @@ def test_the_first_negatives_of_each_list_are_taken(opened, given, wanted):
     assert columns["teacher_scores"].dtype == np.float32
 
 
-def test_zero_per_row_leaves_them_out(opened):
+def test_zero_negatives_per_row_leave_them_out(opened):
     assert opened(pairs(), negatives_per_row=0).negatives is None
 
 

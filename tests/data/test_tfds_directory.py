@@ -101,7 +101,7 @@ def test_a_damaged_record_file_is_named(array_record, tmp_path):
         open_pairs(copy, "train")
 
 
-def test_of_several_formats_the_one_with_random_access_is_read(array_record, tmp_path):
+def test_a_format_with_random_access_is_preferred(array_record, tmp_path):
     copy = shutil.copytree(array_record, tmp_path / "copy")
     change_info(
         copy,

@@ -186,7 +186,7 @@ def test_an_equal_source_shares_the_table(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("fails_at", [0, 5, NUM_ROWS - 1])
-def test_a_table_cut_off_while_written_is_not_taken_for_one(tokenizer, tmp_path, fails_at):
+def test_a_partially_written_table_is_not_used(tokenizer, tmp_path, fails_at):
     with pytest.raises(KeyboardInterrupt):
         build(pairs(fails_at=fails_at), tokenizer, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -248,7 +248,7 @@ def test_words_of_a_bounded_length_are_read_as_without_the_bound(trained, monkey
     assert encoded(bounded, longest + longest) == 2 * encoded(bounded, longest)
 
 
-def test_distinct_keeps_each_token_where_it_first_stands(trained):
+def test_distinct_keeps_each_token_at_its_first_position(trained):
     text = "date = parse(date) : parse"
     every = encoded(trained, text)
     (distinct,) = TextTokenizer(trained, TextRule(32, distinct=True)).tokenize([text])

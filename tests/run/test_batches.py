@@ -234,7 +234,7 @@ def test_a_run_trains_on_the_batches_of_its_newest_order(run_of, method):
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_it_chooses_batches_ends_as_if_it_had_not_been(run_of, tmp_path):
+def test_a_run_killed_during_reassignment_ends_as_if_uninterrupted(run_of, tmp_path):
     class Killed(Exception):
         pass
 
@@ -257,7 +257,7 @@ def test_a_run_killed_while_it_chooses_batches_ends_as_if_it_had_not_been(run_of
     assert (tmp_path / "results.json").read_text() == (whole.workdir / "results.json").read_text()
 
 
-def test_a_choice_encodes_all_rows_by_the_model_as_it_is(run_of):
+def test_a_reassignment_encodes_all_rows_with_the_current_model(run_of):
     run = run_of("bisection")
     embed, table = training_of(run.config).embed, run.data.tables["train"]
     for choice in run.choices:
@@ -270,7 +270,7 @@ def test_a_choice_encodes_all_rows_by_the_model_as_it_is(run_of):
     assert len({choice.sides[0].tobytes() for choice in run.choices}) == len(CHOICES)
 
 
-def test_a_choice_by_the_bank_takes_its_vectors(run_of):
+def test_an_assignment_from_the_bank_uses_its_vectors(run_of):
     run = run_of("rcm_device")
     for choice, step in zip(run.choices, CHOICES, strict=True):
         for side, found in zip(("query", "key"), choice.sides, strict=True):
@@ -280,7 +280,7 @@ def test_a_choice_by_the_bank_takes_its_vectors(run_of):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_choice_is_measured(run_of, method):
+def test_each_reassignment_is_measured(run_of, method):
     records = [one for one in read_metrics(run_of(method).workdir) if "assignment/gap" in one]
     assert [record["step"] for record in records] == CHOICES
     names = {*GapReport._fields, "train_loss_before", "gap_before", "closed_before"}
@@ -306,7 +306,7 @@ def test_each_choice_is_measured(run_of, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_choice_says_how_far_it_is_and_compiles_once(run_of, method):
+def test_a_reassignment_reports_progress_and_compiles_once(run_of, method):
     said = run_of(method).said
     stages = {
         f"compiling the search for up to {ROWS} rows": int(method != "rcm"),
@@ -575,7 +575,7 @@ def test_blocks_are_random_at_first_and_whole_at_last(configured, tmp_path):
     assert all(whole_blocks(995 * BATCH // ROWS))
 
 
-def test_a_run_that_chose_its_batches_can_be_opened(run_of):
+def test_a_run_with_reassigned_batches_can_be_opened(run_of):
     run = open_run(run_of("bisection").workdir)
     assert run.table("train", run.sources()["train"]).num_rows == ROWS
 

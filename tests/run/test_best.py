@@ -53,7 +53,7 @@ def test_small_increases_add_up_to_an_improvement():
 
 
 @pytest.mark.parametrize(("patience", "stops"), [(1, True), (2, True), (3, False), (None, False)])
-def test_a_run_stops_after_as_many_evaluations_without_improvement(patience, stops):
+def test_a_run_stops_after_its_patience_without_improvement(patience, stops):
     assert Selection(METRIC, patience).stops(summary(0.3, 0.2, 0.1)) is stops
 
 

@@ -290,7 +290,7 @@ def test_the_best_is_kept_in_addition_to_the_newest(tmp_path):
     assert_same(restored.state, make_state(2))
 
 
-def test_a_new_best_replaces_the_one_before_once_nothing_falls_back_to_that(tmp_path):
+def test_a_new_best_replaces_the_previous_one_once_no_fall_back_needs_it(tmp_path):
     save_evaluated(tmp_path, {1: 1, 2: 1, 3: 1, 4: 4})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "4"]
     save_evaluated(tmp_path, {5: 4})
@@ -383,7 +383,7 @@ def test_the_list_of_an_earlier_checkpoint_is_not_taken_for_that_of_a_later_one(
         assert json.loads((tmp_path / "checkpoints.sizes.json").read_text()) == {}
 
 
-def test_a_flipped_bit_is_told_by_the_checksum_of_its_array(tmp_path, caplog):
+def test_a_flipped_bit_is_detected_by_the_checksum_of_its_array(tmp_path, caplog):
     save_steps(tmp_path / "checkpoints", 3, 6)
     flip_a_bit(biggest_file(tmp_path / "checkpoints" / "6"))
     restore(tmp_path / "checkpoints")
@@ -490,7 +490,7 @@ def test_a_state_of_another_form_is_an_error(tmp_path, changed):
     assert (tmp_path / "5").exists()
 
 
-def test_a_save_that_was_killed_is_passed_over_and_removed(tmp_path):
+def test_a_killed_save_is_skipped_and_removed(tmp_path):
     save_steps(tmp_path, 3)
     unfinished = tmp_path / "6.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "3", unfinished)
@@ -564,7 +564,7 @@ def test_a_file_that_cannot_grow_is_an_error_and_harms_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
-def test_a_save_that_failed_is_told_before_the_next_begins(tmp_path):
+def test_a_failed_save_is_reported_before_the_next_begins(tmp_path):
     class Failed:
         def result(self):
             raise OSError("no space left")

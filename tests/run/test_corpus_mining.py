@@ -99,7 +99,7 @@ def check(lines, expected):
 
 
 @pytest.mark.parametrize("block_rows", [4096, 5])
-def test_lines_are_those_of_a_sort_by_hand(model, files, monkeypatch, block_rows):
+def test_lines_agree_with_a_full_sort(model, files, monkeypatch, block_rows):
     monkeypatch.setattr(mined_blocks, "BLOCK_ROWS", block_rows)
     monkeypatch.setitem(corpus_mining._BLOCK_TEXTS, "cpu", block_rows)
     report = mine_corpus(model, files, rule=RULE)

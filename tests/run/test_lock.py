@@ -46,7 +46,7 @@ def test_a_path_that_is_not_a_regular_file_is_refused_and_left_alone(tmp_path, m
 
 
 @pytest.mark.parametrize("name", ["best", "20"])
-def test_a_checkpoint_of_a_run_is_no_workdir(tmp_path, name):
+def test_a_checkpoint_of_a_run_is_not_a_workdir(tmp_path, name):
     folder = tmp_path / "checkpoints" / name
     with lock_workdir(folder):  # nothing says that this is a run
         pass

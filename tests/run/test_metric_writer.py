@@ -64,7 +64,7 @@ def test_a_resumed_run_drops_records_after_its_step(tmp_path, resumed_at):
     assert steps(tmp_path) == [step for step in [1, 2, 3, 4, 5] if step <= resumed_at]
 
 
-def test_a_run_resumed_twice_tells_every_step_once(tmp_path):
+def test_a_run_resumed_twice_records_every_step_once(tmp_path):
     write(tmp_path, [1, 2, 3, 4])
     write(tmp_path, [3, 4, 5], begins_at=2)
     write(tmp_path, [5, 6], begins_at=4)

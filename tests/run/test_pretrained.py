@@ -83,7 +83,7 @@ def write(path, tree):
 
 
 @pytest.mark.parametrize("mesh", [{"data": -1}, {"data": 2, "fsdp": 4}], ids=str)
-def test_a_run_begins_with_the_loaded_weights_on_any_mesh(own_encoder, tmp_path, mesh):
+def test_a_run_starts_with_the_loaded_weights_on_any_mesh(own_encoder, tmp_path, mesh):
     wanted = weights(settings_with(name=own_encoder))
     path = write(tmp_path / "weights.npz", wanted["both"])
     training = build_training(settings_with(name=own_encoder, pretrained=path, mesh=mesh))

@@ -89,7 +89,7 @@ def test_integer_products_of_wide_vectors_do_not_overflow():
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_of_equal_keys_the_lower_row_is_first(precision):
+def test_equal_keys_are_ordered_by_row(precision):
     keys = unit_vectors(4, 16)[[3, 1, 1, 0, 1]]
     [ranking] = search_of(keys, precision, 2).best(keys[1:2], 3)
     assert ranking.rows.tolist() == [1, 2, 4]

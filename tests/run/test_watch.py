@@ -26,7 +26,7 @@ def test_a_recompiled_step_is_reported(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_steps_asked_for_are_traced(tmp_path):
+def test_the_requested_steps_are_traced(tmp_path):
     step = jax.jit(lambda x: x + 1)
     with Watch(tmp_path, (2, 3)) as watch:
         for number in (1, 2, 3):

@@ -123,7 +123,7 @@ def test_a_damaged_config_is_an_error_that_names_the_file(tmp_path):
         ({"model.options.num_layers": 3}, "model.options.num_layers is 3 here and 2 there"),
     ],
 )
-def test_whatever_changes_the_result_makes_another_config(tmp_path, changes, difference):
+def test_settings_that_change_the_result_make_another_config(tmp_path, changes, difference):
     claim_workdir(tmp_path, settings())
     assert difference in error_of(tmp_path, settings(**changes))
 
@@ -201,7 +201,7 @@ def test_a_field_that_a_later_version_adds_has_its_default(tmp_path):
     assert "optimizer.clip_norm is 2.0 here and 1.0 there" in message
 
 
-def test_a_config_of_before_augmentations_is_read(tmp_path):
+def test_a_config_from_before_augmentations_is_read(tmp_path):
     claim_workdir(tmp_path, settings(**{"model.name": "static", "model.options": {}}))
     path = tmp_path / "config.json"
     stored = json.loads(path.read_text())

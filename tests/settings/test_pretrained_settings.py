@@ -186,7 +186,7 @@ def test_a_run_that_starts_from_a_fine_tuned_one_has_its_encoder(folder, tmp_pat
         assert settings.parts.pretrained["model"].path == tmp_path / "pretrained"
 
 
-def test_the_prompts_that_a_run_was_trained_with_are_those_of_the_run_after_it(folder, tmp_path):
+def test_a_run_has_the_prompts_of_the_run_that_it_starts_from(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "pretrained")
     trained = read({"pretrained": str(folder)}, SHORT | {"prompts": {"query": "file read "}})
     (tmp_path / "config.json").write_text(json.dumps(as_dict(trained)))

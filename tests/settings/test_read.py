@@ -120,7 +120,7 @@ def test_every_number_of_an_option_has_a_range(section):
             assert limits is not None, (name, option)
 
 
-def test_settings_survive_the_way_through_json():
+def test_settings_round_trip_through_json():
     settings = read_settings(code_search.get_config())
     assert read_settings(as_dict(settings)) == settings
 

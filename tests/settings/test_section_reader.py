@@ -54,7 +54,7 @@ def test_given_values_are_read_and_the_others_have_defaults():
         ({"on": 1}, "on=1; set it to True or False"),
     ],
 )
-def test_what_does_not_fit_is_named(given, message):
+def test_invalid_values_are_named(given, message):
     with pytest.raises(ValueError, match=message):
         read_section(Outer, given)
 

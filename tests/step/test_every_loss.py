@@ -129,14 +129,14 @@ def test_cached_on_a_mesh_is_whole_on_one_device(name):
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "distillation"])
-def test_explicit_negatives_have_a_part_in_it(name):
+def test_explicit_negatives_change_the_loss(name):
     value, _ = value_and_gradients(name, 1, None, gradients=False)
     without, _ = value_and_gradients(name, 1, None, explicit=False, gradients=False)
     assert relative_error(without, value) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["infonce", "supervised"])
-def test_explicit_negatives_of_a_row_s_own_group_do_not_count(name):
+def test_explicit_negatives_of_a_row_s_own_group_are_masked(name):
     """Groups are masks of one loss, and classes of the other."""
     one_group = {"gradients": False, "own_group": True}
     value, _ = value_and_gradients(name, 1, None, **one_group)

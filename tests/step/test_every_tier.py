@@ -396,7 +396,7 @@ def test_every_tier_trains_as_written_out_in_numpy(devices):
 
 
 @pytest.mark.slow
-def test_a_run_moves_from_8_devices_to_4_with_all_that_it_remembers(tmp_path):
+def test_a_run_moves_from_8_devices_to_4_with_all_its_memory(tmp_path):
     moved_run = train_in_jax(8, move=(REFRESH_AT + 1, 4, tmp_path / "run"))
     assert_same(*moved_run, restated(), tolerance=1e-6)  # it was saved in float32
 

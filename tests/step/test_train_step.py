@@ -342,7 +342,7 @@ def test_the_gradient_norm_is_that_before_clipping():
     assert jax.tree.map(float, metrics.leaf_gradient_norms) == {"towers": 3, "log_temperature": 4}
 
 
-def test_the_temperature_begins_where_it_is_told():
+def test_the_temperature_starts_at_its_initial_value():
     towers, bounds = TOWERS["static"], TEMPERATURE._replace(initial=0.25)
     state = init_state(jax.random.key(0), towers.init, optax.identity(), temperature=bounds)
     np.testing.assert_allclose(jnp.exp(state.params["log_temperature"]), 0.25, rtol=1e-6)
