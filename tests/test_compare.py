@@ -142,7 +142,7 @@ def test_all_runs_have_the_data_of_the_first_one(trained, trained_on, tmp_path):
     assert trained_on[2:] == [str(tmp_path)] * 2
 
 
-def test_a_setting_of_the_data_set_is_not_passed_over(trained, trained_on, tmp_path):
+def test_a_setting_of_the_data_set_is_not_ignored(trained, trained_on, tmp_path):
     settings = {"all": {}, "few": {"data.code_pairs.max_pairs": 500}}
     compare(get_config("smoke"), settings, tmp_path, seeds=2)
     assert trained_on == ["code_pairs", "code_pairs", str(tmp_path), str(tmp_path)]

@@ -81,7 +81,7 @@ def test_a_row_repeated_within_an_epoch_is_detected(runs):
 
 
 @pytest.mark.slow
-def test_a_few_breaks_lose_nothing():
+def test_a_few_faults_lose_nothing():
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("a full disk is a small one that is mounted, which needs root")
     found = run_suite(len(TURNS), workers=2, seed=1)

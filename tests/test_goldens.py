@@ -134,7 +134,7 @@ def test_one_changed_element_of_a_state_is_a_difference():
     assert differences({"run": run_of(changed)}, {"run": run_of(STATE)}, tolerance=1e-2) == {}
 
 
-def test_an_array_more_or_less_is_a_difference():
+def test_a_missing_or_additional_array_is_a_difference():
     more = STATE | {"bank": jnp.zeros(4)}
     assert differences({"run": run_of(more)}, {"run": run_of(STATE)}, tolerance=1.0)
     assert differences({"run": run_of(STATE)}, {"run": run_of(more)}, tolerance=1.0)

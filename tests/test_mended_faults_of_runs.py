@@ -116,9 +116,7 @@ def trained(small_config, tmp_path_factory):
         ("seed", 2**63),
     ],
 )
-def test_a_setting_that_cannot_be_meant_is_refused_before_data_are_read(
-    config, tmp_path, setting, value
-):
+def test_an_invalid_setting_is_refused_before_data_are_read(config, tmp_path, setting, value):
     config.update_from_flattened_dict({setting: value})
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - matched below
         train(config, tmp_path / "run")

@@ -76,7 +76,7 @@ def test_pairs_of_ones_own_are_prepared_and_read(tmp_path, monkeypatch):
         snippet("In your own training loop", file="jaxcl/assignment/README.md"),
     ],
 )
-def test_batches_are_chosen_of_two_arrays(code):
+def test_batches_are_assigned_from_two_arrays(code):
     rng = np.random.default_rng(0)
     queries, keys = (rng.normal(size=(600, 16)).astype(np.float32) for _ in range(2))
     found = {"queries": queries, "keys": keys}

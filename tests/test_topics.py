@@ -67,7 +67,7 @@ def test_the_report_tells_topics_from_chance(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_out_and_seed_are_heard(run):
+def test_out_and_seed_are_used(run):
     for seed in (0, 1):
         out = run.workdir / f"{seed}.npz"
         topics.main(

@@ -524,7 +524,7 @@ def test_a_signal_in_the_last_step_ends_a_run_that_is_done(tiny, tmp_path, monke
     assert (tmp_path / "results.json").exists()
 
 
-def test_a_second_signal_is_obeyed_at_once(tiny, tmp_path, monkeypatch):
+def test_a_second_signal_takes_effect_at_once(tiny, tmp_path, monkeypatch):
     def obey(number, _):
         raise _Interrupted
 

@@ -39,7 +39,7 @@ def test_a_file_of_another_shape_or_type_is_started_over(path, shape, dtype):
     assert BlockFile(path, shape, dtype).array.shape == shape
 
 
-def test_the_others_have_the_same_in_memory(path):
+def test_other_processes_have_the_same_rows_in_memory(path):
     BlockFile(path, SHAPE, np.int32).keep(2)
     other = BlockFile(path, SHAPE, np.int32, writes=False)
     other.append(BLOCKS[1])
@@ -55,7 +55,7 @@ def test_whole_blocks_of_the_first_rows_can_be_kept(path, rows, done):
 
 
 @pytest.mark.parametrize(("row", "done"), [(0, 0), (1, 0), (2, 2), (4, 4)])
-def test_from_the_first_damaged_block_on_rows_are_not_done(path, capsys, row, done):
+def test_rows_from_the_first_damaged_block_on_are_not_done(path, capsys, row, done):
     content = bytearray(path.read_bytes())
     content[128 + 8 * row] ^= 1
     path.write_bytes(content)

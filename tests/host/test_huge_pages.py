@@ -68,7 +68,7 @@ def test_large_blocks_cost_few_page_faults():
     assert huge < _SMALL_PAGES / 8
 
 
-def test_who_has_set_the_variable_keeps_it(monkeypatch):
+def test_a_variable_that_the_user_has_set_is_kept(monkeypatch):
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started again"))
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
     start_with_huge_pages()

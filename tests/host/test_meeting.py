@@ -278,7 +278,7 @@ def test_the_coordinator_listens_at_the_address_that_is_given(monkeypatch, capsy
     assert warned == (address == "0.0.0.0")
 
 
-def test_an_address_to_listen_at_may_be_given_apart(tmp_path):
+def test_an_address_to_listen_at_may_be_given_separately(tmp_path):
     port = free_port()
     found = met(tmp_path, f"machine:{port}", 0, 1, bind="127.0.0.1:0")
     assert found.address == f"machine:{port}"

@@ -380,7 +380,7 @@ def assert_same_bits(workdir: Path, other: Path) -> None:
         ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'; it must be a number"),
     ],
 )
-def test_what_does_not_make_a_run_is_named(given, message):
+def test_incomplete_process_settings_are_named(given, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         start_processes(environment=given)
 

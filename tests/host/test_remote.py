@@ -126,7 +126,7 @@ def test_a_log_is_appended_to(folder):
     assert read_text(folder / "log") == "1\n1\n2\n2\n"
 
 
-def test_a_log_is_uploaded_now_and_then_and_on_demand(store, monkeypatch):
+def test_a_log_is_uploaded_at_intervals_and_on_demand(store, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(remote.time, "monotonic", lambda: now[0])
     log = RemoteLog(as_path("gs://bucket/log"))
@@ -214,7 +214,7 @@ def test_the_lease_of_a_killed_process_is_taken_over_once(store, quick, monkeypa
     assert [name for _, _, names in os.walk(store) for name in names] == []
 
 
-def test_a_lease_that_was_lost_is_told_and_left_to_its_holder(store, quick, capsys):
+def test_a_lost_lease_is_reported_and_left_to_its_holder(store, quick, capsys):
     path = as_path("gs://bucket/run/.lock")
     with leased(path):
         write_whole(path, "other 1\n")

@@ -58,7 +58,7 @@ with staging_folder(Path(sys.argv[1])) as folder:
 """
 
 
-def test_a_killed_process_s_folder_goes_and_a_living_one_s_stays(tmp_path):
+def test_a_killed_process_s_folder_is_removed_and_a_running_one_s_stays(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", HELD, str(tmp_path / "table")],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -76,7 +76,7 @@ def test_a_killed_process_s_folder_goes_and_a_living_one_s_stays(tmp_path):
             assert not os.path.exists(folder)
 
 
-def test_a_folder_without_a_lock_goes_after_a_day(tmp_path):
+def test_a_folder_without_a_lock_is_removed_after_a_day(tmp_path):
     """A folder without a lock, as from earlier versions."""
     old, new = tmp_path / "table.unfinished-a", tmp_path / "table.unfinished-b"
     for folder in (old, new):
