@@ -18,7 +18,7 @@ PRODUCT, COPY = "bf16 product", "device copy"
 
 
 def measure_all(recorder: Recorder, spec: Spec) -> None:
-    """Describes the device, and measures both ceilings."""
+    """Describe the device, and measure both ceilings."""
     recorder.write(event="machine", **_machine())
     recorder.measure(PRODUCT, lambda: _product(spec))
     recorder.measure(COPY, lambda: _copy(spec))

@@ -11,7 +11,7 @@ from recorder import Recorder
 
 
 def measure_all(recorder: Recorder, spec: dict[str, Any]) -> None:
-    """Describes the device, and measures both ceilings."""
+    """Describe the device, and measure both ceilings."""
     recorder.write(event="machine", **machine())
     recorder.measure("bf16 product", lambda: _product(spec))
     recorder.measure("device copy", lambda: _copy(spec))

@@ -17,7 +17,7 @@ _MOST_SECONDS = 4.0
 
 
 def run(measure_all: Callable[[Recorder, dict[str, Any]], None]) -> None:
-    """Reads the parent's specification, and measures."""
+    """Read the parent's specification, and measure."""
     with open(sys.argv[1]) as file:
         spec = json.load(file)
     if spec["platform"] == "gpu" and DEVICE != "cuda":
@@ -59,7 +59,7 @@ def checked(
 
 
 class PeakMemory:
-    """The allocator's peak since this was made."""
+    """The allocator's peak since this object was created."""
 
     def __init__(self) -> None:
         if DEVICE == "cuda":
@@ -95,7 +95,7 @@ def time_calls(
 
 
 def synchronize() -> None:
-    """Waits for the device."""
+    """Wait for the device."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 

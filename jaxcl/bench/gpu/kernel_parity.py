@@ -26,7 +26,7 @@ NEEDS_DEVICE = True
 
 
 def measure_all(recorder: Recorder, spec: Spec) -> None:
-    """Checks values alone and then gradients, so that one failing kernel does not hide another."""
+    """Check values first and then gradients, so that one failing kernel does not hide another."""
     for dim in spec.sizes.parity_dims:
         for batch in spec.sizes.parity_batches:
             sides = [unit_rows(spec.seed + side, batch, dim, dtype="bfloat16") for side in (0, 1)]

@@ -63,7 +63,7 @@ class Measurement(NamedTuple):
 
 
 def measure_all(recorder: Recorder, spec: Spec) -> None:
-    """Times gradients first, then forward passes, then the remaining tiles."""
+    """Time gradients first, then forward passes, then the remaining tiles."""
     exact = functools.cache(functools.partial(_exact, spec.seed))
     for one in measurements(spec):
         recorder.measure(one.name, functools.partial(_measure, one, spec, exact))
@@ -101,14 +101,14 @@ def loss_of(way: str) -> Callable[..., Array]:
 
 
 def require_kernels() -> None:
-    """Raises `NotHere` where `pallas_gpu` cannot run."""
+    """Raise `NotHere` if `pallas_gpu` cannot run."""
     if jax.default_backend() != "gpu" and pallas_gpu.INTERPRET is None:
         raise NotHere("pallas_gpu needs an NVIDIA GPU")
 
 
 @contextlib.contextmanager
 def default_tile(size: int | None) -> Iterator[None]:
-    """Makes a tile size the default of `tiled` for programs that are traced meanwhile."""
+    """Make a tile size the default of `tiled` for programs traced within the block."""
     before = tiled.TILE
     tiled.TILE = size or before
     try:

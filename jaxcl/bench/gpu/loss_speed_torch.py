@@ -28,7 +28,7 @@ ENTRIES = 2**25  # scores of the reference that exist at one time
 
 
 def measure_all(recorder: Recorder, spec: dict[str, Any]) -> None:
-    """Times gradients first, then forward passes."""
+    """Time gradients first, then forward passes."""
     sizes = spec["sizes"]
     exact = functools.cache(functools.partial(_exact, spec["seed"]))
     ways = {"PyTorch": loss, "PyTorch, compiled": torch.compile(loss, dynamic=False)}

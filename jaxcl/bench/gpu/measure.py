@@ -33,7 +33,7 @@ _MOST_SECONDS = 4.0  # of all rounds of one program
 
 
 class CompiledProgram(NamedTuple):
-    """A program ahead of its first call.
+    """A compiled program.
 
     Attributes:
       call: runs it.
@@ -46,7 +46,7 @@ class CompiledProgram(NamedTuple):
 
 
 def compile_program(function: Callable, *arguments: PyTree) -> CompiledProgram:
-    """Compiles a function, jitted or not, for arguments of these shapes."""
+    """Compile a function, jitted or not, for arguments of these shapes."""
     jitted: Any = function if hasattr(function, "lower") else jax.jit(function)
     start = time.perf_counter()
     program = jitted.lower(*arguments).compile()

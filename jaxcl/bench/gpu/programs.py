@@ -21,7 +21,7 @@ _CONFIG = Path(jaxcl.__file__).parents[1] / "configs" / "code_search.py"
 
 
 def measure_all(recorder: Recorder, spec: Spec) -> None:
-    """Trains the smoke config, restores it from its checkpoint, and trains the default config."""
+    """Train the smoke config, restore it from its checkpoint, and train the default config."""
     with tempfile.TemporaryDirectory(prefix="jaxcl-gpu-") as directory:
         smoke = Path(directory) / "smoke"
         data = [f"--config.run.data_dir={directory}/data"]

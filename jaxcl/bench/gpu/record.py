@@ -1,4 +1,4 @@
-"""The record of all jobs: one JSON file, rewritten whole whenever a result arrives."""
+"""The record of all jobs: a JSON file that is rewritten whenever a result arrives."""
 
 import json
 import os
@@ -30,7 +30,7 @@ class Record:
         self._write()
 
     def add(self, job: Job, event: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Adds an event of a job; returns the result that it became, if it is one."""
+        """Add an event of a job; return its result, if it is one."""
         if event["event"] == "machine":
             facts = {name: value for name, value in event.items() if name != "event"}
             self.content["machine"][job.name] = facts
@@ -46,12 +46,12 @@ class Record:
         return result
 
     def start(self, job: Job, *, limit_s: float) -> None:
-        """Notes that a job begins."""
+        """Record that a job starts."""
         self.content["jobs"][job.name] = {"part": job.part, "status": "running", "limit_s": limit_s}
         self._write()
 
     def end(self, job: Job, outcome: Outcome) -> None:
-        """Notes how a job ended; a log is kept unless all went well."""
+        """Record how a job ended, with its log unless everything succeeded."""
         facts = {"status": outcome.status, "seconds": outcome.seconds}
         failed = any(
             one["job"] == job.name and one["status"] == "failure" for one in self.content["results"]
@@ -62,12 +62,12 @@ class Record:
         self._write()
 
     def skip(self, job: Job, why: str) -> None:
-        """Notes that a job is left out."""
+        """Record that a job is skipped."""
         self.content["jobs"][job.name] = {"part": job.part, "status": "skipped", "why": why}
         self._write()
 
     def interrupt(self, why: str) -> None:
-        """Notes that the command was stopped."""
+        """Record that the command was stopped."""
         self.content["interrupted"] = why
         for job in self.content["jobs"].values():
             if job["status"] == "running":
@@ -83,7 +83,7 @@ class Record:
         ]
 
     def _rates(self, job: Job, result: Mapping[str, Any]) -> dict[str, Any]:
-        """What follows from a result's times and its work, each rate next to its ceiling."""
+        """The rates of a result, from its times and work, with their shares of the ceilings."""
         if "ms" in result:
             seconds = statistics.median(result["ms"]) / 1e3
         elif "s" in result:

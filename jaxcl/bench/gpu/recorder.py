@@ -14,15 +14,15 @@ __all__ = ["CheckFailed", "DeviceLost", "NotHere", "Recorder"]
 
 
 class CheckFailed(Exception):
-    """A result differs too much from its reference, so that its time means nothing."""
+    """A result differs too much from its reference, so that its time is meaningless."""
 
 
 class NotHere(Exception):
-    """This machine cannot run the measurement, which is no failure."""
+    """This machine cannot run the measurement, which is not a failure."""
 
 
 class DeviceLost(Exception):
-    """The device answers no more; only a new process can use it again."""
+    """The device no longer responds; only a new process can use it again."""
 
 
 class Recorder:
@@ -34,7 +34,7 @@ class Recorder:
       path: the file of JSON lines that the parent reads.
       seconds: how long this process may take.
       done: names of measurements that an earlier process of this job has finished or died in.
-      is_alive: tells after a failure whether the device still works.
+      is_alive: checks after a failure whether the device still works.
       out_of_memory: texts by which an error says that the measurement did not fit.
     """
 
@@ -58,7 +58,7 @@ class Recorder:
         return self._deadline - time.monotonic()
 
     def measure(self, name: str, measurement: Callable[[], Mapping[str, Any]]) -> None:
-        """Runs one measurement, or says why not.
+        """Run one measurement, or record why it is skipped.
 
         Raises:
           DeviceLost: if the device does not survive it.
@@ -80,7 +80,7 @@ class Recorder:
                 raise DeviceLost(name) from error
 
     def write(self, **event: Any) -> None:
-        """Appends one line."""
+        """Append a line to the file."""
         with self._path.open("a") as file:
             file.write(json.dumps(event) + "\n")
 

@@ -28,7 +28,7 @@ _CPU_QUERIES = 1_024
 
 
 def measure_all(recorder: Recorder, spec: Spec) -> None:
-    """Alternates both, the smaller sizes first; a CPU gets the first size of each."""
+    """Alternate searches and assignments, small sizes first; a CPU gets one size of each."""
     searches, assignments = spec.sizes.search_rows, spec.sizes.assignments
     if spec.platform == "cpu":
         (rows, queries), assignments = searches[0], assignments[:1]
@@ -45,7 +45,7 @@ def measure_all(recorder: Recorder, spec: Spec) -> None:
 def check_neighbours(
     result: Nearest, queries: Float[Array, "q d"], table: Float[Array, "n d"], *, tolerance: float
 ) -> dict[str, Any]:
-    """Compares some queries' neighbours with a sort of all exact similarities.
+    """Compare some queries' neighbours with a sort of all exact similarities.
 
     Raises:
       CheckFailed: if similarities differ by more than the tolerance, or a row is returned whose

@@ -65,7 +65,7 @@ class Sizes(NamedTuple):
       search_dim: width of the embeddings in both.
       search_count: neighbours per query.
       assigned_batch: rows of a batch in the assignments.
-      smoke_options: of the smoke config's run, in addition to its own.
+      smoke_options: additional options of the smoke config's run.
       default_config: whether the default config is trained in addition to its `smoke` variant.
     """
 
@@ -108,7 +108,7 @@ FULL = Sizes(
         *("infonce", "sigmoid", "supervised", "decoupled", "hard"),
         *("running_estimate", "distillation"),
     ),
-    smoke_rows=1_000,  # which no tile divides
+    smoke_rows=1_000,  # no tile divides it
     smoke_dim=96,
     assigned_rows=4_096,
     parity_batches=(1_024, 8_192),
@@ -172,7 +172,7 @@ TINY = Sizes(
 
 
 def step_flops(cell: Cell) -> float:
-    """Floating-point operations that one training step's mathematics asks for.
+    """The floating-point operations that the mathematics of one training step requires.
 
     All matrix products of both sides' encoders and of the scores, counted three times: forward,
     and backward to both factors. Recomputation by a gradient cache is not counted.

@@ -33,7 +33,7 @@ _TOLERANCES = {"float32": 1e-4, "float64": 1e-9}
 
 
 def measure_all(recorder: Recorder, spec: Spec) -> None:
-    """Checks every loss, the nearest neighbours, and one assignment."""
+    """Check every loss, the nearest neighbours, and one assignment."""
     known = losses(spec.sizes.smoke_rows)
     for name in spec.sizes.losses:
         recorder.measure(f"{name} loss", functools.partial(_check_loss, known[name], spec))
@@ -68,7 +68,7 @@ def losses(num_rows: int) -> Mapping[str, Callable[..., Array]]:
 
 
 def _check_loss(loss: Callable[..., Array], spec: Spec) -> dict[str, Any]:
-    """Compares `tiled` in both precisions with `reference` in float64, value and gradients."""
+    """Compare `tiled` in both precisions with `reference` in float64, value and gradients."""
     shape = spec.sizes.smoke_rows, spec.sizes.smoke_dim
     sides = [np.asarray(unit_rows(spec.seed + side, *shape)) for side in (0, 1)]
 

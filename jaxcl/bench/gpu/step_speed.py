@@ -33,7 +33,7 @@ _TOLERANCES = {"loss": 2e-2, "gradient": 1e-1}  # bfloat16 next to float32, thro
 
 
 def measure_all(recorder: Recorder, spec: Spec) -> None:
-    """Times every cell with each attention."""
+    """Time every cell with each attention."""
     for cell, attention in itertools.product(spec.sizes.cells, reversed(ATTENTIONS)):
         name = f"{cell.name}: jaxcl, attention by {attention}"
         recorder.measure(name, functools.partial(_measure, cell, attention, spec))
@@ -95,7 +95,7 @@ def _measure(cell: Cell, attention: str, spec: Spec) -> dict[str, Any]:
 
 
 def _check(cell: Cell, attention: str, spec: Spec) -> dict[str, Any]:
-    """Compares loss and gradient of a few rows, without dropout, with float32 and whole batches."""
+    """Compare loss and gradient of a few rows, without dropout, to float32 and whole batches."""
     rows = spec.sizes.check_rows
     chunk = None if cell.chunk_size is None else rows // 2
     small = cell._replace(batch_size=rows, chunk_size=chunk)
@@ -123,7 +123,7 @@ def _loss_and_gradient(loss: LossOfBatch, params: PyTree, batch: Batch) -> dict[
 
 
 def _loss(cell: Cell, towers: Towers) -> LossOfBatch:
-    """Queries among keys, as sentence-transformers' MultipleNegativesRankingLoss."""
+    """The loss from queries to keys, as in sentence-transformers' MultipleNegativesRankingLoss."""
     chunks = None if cell.chunk_size is None else dict.fromkeys(SIDES, cell.chunk_size)
     loss = Loss(functools.partial(infonce_loss, directions=("query_to_key",)))
     mesh = make_mesh({"data": 1}, devices=jax.devices()[:1])

@@ -29,7 +29,7 @@ Features = dict[str, torch.Tensor]
 
 
 def measure_all(recorder: Recorder, spec: dict[str, Any]) -> None:
-    """Times every cell, eager and then compiled."""
+    """Time every cell, eager and then compiled."""
     for compiled in (False, True):
         for cell in spec["sizes"]["cells"]:
             loss = "Cached" * bool(cell["chunk_size"]) + "MultipleNegativesRankingLoss"
@@ -65,7 +65,7 @@ def _measure(cell: Cell, spec: dict[str, Any], compiled: bool) -> dict[str, Any]
 
 
 def _check(cell: Cell, spec: dict[str, Any]) -> dict[str, float]:
-    """Compares autocast with float32, and the cached loss with the whole one, on a few rows.
+    """Compare autocast with float32, and the cached loss with the whole one, on a few rows.
 
     There is no dropout. Under autocast the losses round their scores to bfloat16. A random
     encoder's embeddings are so similar that the loss's gradient is then mostly rounding. So the

@@ -24,7 +24,7 @@ class Outcome(NamedTuple):
     Attributes:
       status: "complete", "cut short" at its time limit, or "failed".
       seconds: how long it took.
-      log: all that its processes printed.
+      log: the output of its processes.
     """
 
     status: str
@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
 
 
 class _Progress:
-    """The reports of the current process, and the measurement that it is in."""
+    """The reports of the current process, and its current measurement."""
 
     def __init__(self, path: Path, on_event: Callable[[Event], None]):
         self.done: list[str] = []
@@ -42,7 +42,7 @@ class _Progress:
         self._path, self._on_event, self._read = path, on_event, 0
 
     def read(self) -> None:
-        """Passes on the lines that are whole."""
+        """Pass on all complete lines."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
@@ -61,7 +61,7 @@ class _Progress:
             self._on_event(event)
 
     def blame(self, kind: str, error: str) -> bool:
-        """Makes the process's end the failure of its measurement; `False` if it was in none."""
+        """Record the process's end as a failure of its measurement; `False` if there was none."""
         if self.current is None:
             return False
         self._on_event({"event": "failure", "name": self.current, "kind": kind, "error": error})
@@ -80,18 +80,18 @@ def run_job(
     environment: Mapping[str, str],
     on_event: Callable[[Event], None],
 ) -> Outcome:
-    """Runs a job to its end or its time limit.
+    """Run a job until its end or its time limit.
 
     A process that dies or hangs costs the measurement that it was in: a new one continues with the
     others, as long as there is time.
 
     Args:
-      command: starts a process, which reads `spec` from `directory / "spec.json"`.
+      command: the command of a process, which reads `spec` from `directory / "spec.json"`.
       spec: the request to the process; `results`, `seconds` and `done` are added.
-      directory: for the job's files.
-      seconds: its time limit.
+      directory: the folder for the job's files.
+      seconds: the time limit of the job.
       measurement_seconds: after how long one measurement is taken to hang.
-      environment: of the processes.
+      environment: the environment of the processes.
       on_event: called with each result, failure and skip.
     """
     start = time.monotonic()
@@ -111,7 +111,7 @@ def run_job(
             break
         text = log.read_bytes()[before:].decode(errors="replace")
         blamed = progress.blame("process", f"{ending}\n{text}")
-        if not blamed and len(progress.done) == finished:  # it would only die there again
+        if not blamed and len(progress.done) == finished:  # it would only fail there again
             ending = "failed"
             break
     else:
@@ -123,7 +123,7 @@ def run_job(
 def _watch(
     process: subprocess.Popen, progress: _Progress, deadline: float, measurement_seconds: float
 ) -> str:
-    """Waits for the process; returns how it ended."""
+    """Wait for the process, and return how it ended."""
     progress.since = time.monotonic()
     while True:
         status = process.poll()

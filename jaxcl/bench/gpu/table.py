@@ -1,4 +1,4 @@
-"""The record for a person."""
+"""Formats the record as tables."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ class _Column(NamedTuple):
 
 
 def as_table(record: Mapping[str, Any]) -> str:
-    """Machine, results by part, failures, and all that was shortened or left out."""
+    """The machine, results by part, failures, and everything that was cut short or skipped."""
     lines = [*_head(record), ""]
     for part, title in {0: "ceilings", **PARTS}.items():
         results = [one for one in record["results"] if one["part"] == part]
@@ -37,7 +37,7 @@ def as_table(record: Mapping[str, Any]) -> str:
 
 
 def as_line(result: Result) -> str:
-    """A result as it arrives."""
+    """A line for a new result."""
     if result["status"] == "skip":
         return f"{result['name']}: skipped, {result['why']}"
     if result["status"] == "failure":
@@ -113,7 +113,7 @@ def _shortened(record: Mapping[str, Any]) -> list[str]:
 
 
 def _last_line(text: str) -> str:
-    """Where a traceback says what went wrong; of a dead process, how it ended."""
+    """The line of a traceback with the error, or how a dead process ended."""
     lines = text.strip().splitlines() or [""]
     line = lines[-1] if lines[0].startswith("Traceback") else lines[0]
     return line if len(line) <= 200 else f"{line[:200]}…"

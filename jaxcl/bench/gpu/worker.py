@@ -17,7 +17,7 @@ from jaxcl.bench.gpu.sizes import FULL, TINY, Sizes
 __all__ = ["DEVICE_LOST", "Spec", "main"]
 
 DEVICE_LOST = 3
-"""The exit status with which a worker asks to be started again on a device that works."""
+"""The exit status of a worker that needs a restart because its device failed."""
 
 
 class Spec(NamedTuple):
@@ -25,12 +25,12 @@ class Spec(NamedTuple):
 
     Attributes:
       program: the module of this folder that measures.
-      platform: that JAX must run on, "gpu" or "cpu".
-      sizes: of the measurements.
-      seed: of all random inputs.
-      results: the file of JSON lines that is written.
-      seconds: how long the process may take.
-      done: measurements that are not to be run again.
+      platform: the platform that JAX must use, "gpu" or "cpu".
+      sizes: the sizes of the measurements.
+      seed: the seed of all random inputs.
+      results: the file of JSON lines to write.
+      seconds: the time limit of the process.
+      done: names of measurements to skip.
       pairs: a folder of prepared pairs for the training programs, if there is one.
     """
 
@@ -45,14 +45,14 @@ class Spec(NamedTuple):
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> "Spec":
-        """From the parent's JSON."""
+        """Read a specification from the parent's JSON."""
         sizes = {"full": FULL, "tiny": TINY}[given["sizes"]["name"]]
         fields: dict[str, Any] = {name: given.get(name) for name in cls._fields}
         return cls(**{**fields, "sizes": sizes, "done": tuple(given["done"])})
 
 
 def main(spec_file: str) -> int:
-    """Runs a job; returns the exit status."""
+    """Run a job, and return the exit status."""
     spec = Spec.read(json.loads(Path(spec_file).read_text()))
     recorder = Recorder(
         spec.results, seconds=spec.seconds, done=spec.done, is_alive=_device_is_alive
@@ -92,4 +92,4 @@ if __name__ == "__main__":
     status = main(sys.argv[1])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # a broken device must not hang the interpreter's end
+    os._exit(status)  # a broken device must not make the interpreter hang at its end
