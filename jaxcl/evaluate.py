@@ -2,6 +2,7 @@
 
     python -m jaxcl.evaluate --model runs/code_search --data FOLDER
     python -m jaxcl.evaluate --model models/minilm --data stsb-dev.csv --output results.json
+    python -m jaxcl.evaluate --model runs/mine --against models/minilm --data FOLDER
 
 The data are one of
 
@@ -17,28 +18,35 @@ looks better than in a corpus.
     python -m jaxcl.evaluate --model runs/code_search
     python -m jaxcl.evaluate --model models/minilm --config configs/code_search.py
 
+With `--against`, a second model is evaluated on the same data, and the command prints how much
+better the first one is: the difference of each metric, paired by query or by pair of texts, with
+its standard error and its 95 % interval. An interval that does not contain 0 is a difference that
+the choice of queries does not explain.
+
 The model is anything that `jaxcl.load` accepts: the workdir of a run, an exported folder, or a
 pretrained model as a baseline before training. It embeds texts with its own tokenizer, limits and
 prompts.
 
 In a program or a notebook, call `evaluate`:
 
-    evaluate("runs/code_search", data="FOLDER")
+    evaluate("runs/code_search", data="FOLDER", against="models/minilm")
 """
 
 import json
 import os
 from argparse import Namespace
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
 
 from jaxcl.data.beir import is_beir, qrels_file
 from jaxcl.data.prepare import RunData, open_sources
+from jaxcl.data.sources import PairSource
+from jaxcl.evaluation.evaluate_held_out import Contender, evaluate_model
 from jaxcl.evaluation.evaluate_set import check_methods, evaluate_set
-from jaxcl.evaluation.held_out import check_evaluation, evaluate_model
+from jaxcl.evaluation.held_out import check_evaluation
 from jaxcl.evaluation.protocol import EvaluationSet
 from jaxcl.evaluation.retrieval import METHODS
 from jaxcl.evaluation.sets import KINDS, open_set
@@ -57,11 +65,19 @@ from jaxcl.settings.read import read_data_settings
 
 __all__ = ["evaluate", "main"]
 
+_Model: TypeAlias = str | os.PathLike[str] | EmbeddingModel
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = CommandParser("jaxcl.evaluate", __doc__)
     add_model_flag(parser)
+    parser.add_argument(
+        "--against",
+        metavar="PATH",
+        type=user_path,
+        help="a second model on the same data; prints the paired differences from it",
+    )
     parser.add_argument(
         "--data", metavar="PATH", type=user_path, help="a BEIR folder, or a file of pairs"
     )
@@ -82,6 +98,7 @@ def _run(arguments: Namespace) -> None:
     keep_compiled()
     evaluate(
         arguments.model,
+        against=arguments.against,
         data=arguments.data,
         split=arguments.split,
         kind=arguments.kind,
@@ -95,8 +112,9 @@ def _run(arguments: Namespace) -> None:
 
 
 def evaluate(
-    model: str | os.PathLike[str] | EmbeddingModel,
+    model: _Model,
     *,
+    against: _Model | None = None,
     data: str | os.PathLike[str] | None = None,
     split: str | None = None,
     kind: str | None = None,
@@ -107,10 +125,11 @@ def evaluate(
     batch_size: int | None = None,
     trust: Trust = (),
 ) -> dict[str, Any]:
-    """Evaluate a model, and print a table.
+    """Evaluate a model, alone or against another one, and print tables.
 
     Args:
       model: a model, or a path for `jaxcl.load`.
+      against: a second model on the same data, from which the paired differences are computed.
       data: the path of an evaluation set, as `jaxcl.evaluation.sets.open_set`; `None` for held-out
         pairs.
       split: name of the file in `qrels/` of a BEIR folder; `None` for `test`, else `dev`, else the
@@ -127,7 +146,8 @@ def evaluate(
 
     Returns:
       The results, as in the file: metrics, with the sizes on which they depend, and a description
-      of the model and the data.
+      of the model and the data. With a second model, also its description and metrics (`against`)
+      and the `differences` from it, each with its `standard_error` and its 95 % `interval`.
 
     Raises:
       ValueError: if there is no model, the data cannot be used, the data have no held-out split, or
@@ -140,16 +160,20 @@ def evaluate(
         raise FileNotFoundError(f"the folder {target.parent} for the output does not exist")
     if data is None:
         _check_alone(split=split, kind=kind, methods=methods)
-        results = _of_held_out_rows(model, config, changed, batch_size, trust)
+        results = _of_held_out_rows(model, against, config, changed, batch_size, trust)
     else:
         if config is not None:
             raise ValueError("--data and --config both name what to evaluate on; give one of them")
         path = as_path(data)
         data_set = _open(path, split, kind)
-        check_methods(data_set, methods)
-        if not isinstance(model, EmbeddingModel):
-            model = load(model, trust=trust)
-        results = evaluate_set(model, data_set, methods=methods, batch_size=batch_size)
+        check_methods(data_set, methods, compares=against is not None)
+        results = evaluate_set(
+            _loaded(model, trust),
+            data_set,
+            against=None if against is None else _loaded(against, trust),
+            methods=methods,
+            batch_size=batch_size,
+        )
         results = {"data": str(path), **results}
     if target is not None:
         write_whole(target, json.dumps(results, indent=2, allow_nan=False) + "\n")
@@ -171,14 +195,19 @@ def _open(path: AnyPath, split: str | None, kind: str | None) -> EvaluationSet:
     return open_set(qrels_file(path, split), kind=kind)
 
 
+def _loaded(model: _Model, trust: Trust) -> EmbeddingModel:
+    return model if isinstance(model, EmbeddingModel) else load(model, trust=trust)
+
+
 def _of_held_out_rows(
-    model: str | os.PathLike[str] | EmbeddingModel,
+    model: _Model,
+    against: _Model | None,
     config: ConfigDict | None,
     changed: Collection[str],
     batch_size: int | None,
     trust: Trust,
 ) -> dict[str, Any]:
-    prompts = None
+    run = None
     if config is not None:
         settings = read_data_settings(config, changed=changed)
         sources = open_sources(
@@ -192,12 +221,29 @@ def _of_held_out_rows(
         )
     else:
         run = open_run(as_path(model), trust=trust)
-        settings, sources, model = run.settings, run.sources(), model_of_run(run)
-        prompts = run.prompts(sources)
+        settings, sources = run.settings, dict(run.sources())
+    if against is not None and set(settings.evaluation.methods) == {"bm25"}:
+        raise ValueError(
+            "--against compares models, but evaluation.methods is ('bm25',), which ranks without "
+            "one; add 'dense'"
+        )
     check_evaluation(settings, RunData(sources, {}, {}))
-    if not isinstance(model, EmbeddingModel):
-        model = load(model, trust=trust)
-    return evaluate_model(settings, model, sources, batch_size=batch_size, prompts=prompts)
+    if run is not None:
+        contender = Contender(model_of_run(run), run.prompts(sources))
+    else:
+        contender = Contender(_loaded(model, trust))
+    opponent = None if against is None else _opponent(against, sources, trust)
+    return evaluate_model(settings, contender, sources, against=opponent, batch_size=batch_size)
+
+
+def _opponent(model: _Model, sources: Mapping[str, PairSource], trust: Trust) -> Contender:
+    """The second model; that of a run has the prompts of its own rows, if these are the same."""
+    if isinstance(model, EmbeddingModel) or not is_run(model):
+        return Contender(_loaded(model, trust))
+    run = open_run(as_path(model), trust=trust)
+    own = run.made_from["fingerprints"]
+    same = {split: one for split, one in sources.items() if own.get(split) == one.fingerprint}
+    return Contender(model_of_run(run), run.prompts(same))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import pytest
 from jaxcl import evaluate
 from jaxcl.data.prepare import prepare_data
 from jaxcl.evaluation import held_out
+from jaxcl.evaluation.differences import query_difference
+from jaxcl.evaluation.graded import GRADED_METRICS
 from jaxcl.evaluation.held_out import evaluate_run
 from jaxcl.run.host_vectors import for_inner_products, similarities
 from jaxcl.run.opened import open_run
@@ -293,3 +295,119 @@ def test_the_command_evaluates_data(beir, workdir, capsys, monkeypatch):
     evaluate.main(argv)
     assert "dense" in capsys.readouterr().out
     assert "error: --split chooses" in error(capsys, *argv[:2], "--data", workdir, *argv[-2:])
+
+
+def other_model(**options):
+    """A model with another number of dimensions, which finds every document but two."""
+    turned = np.eye(8, 12)[[0, 1, 2, 3, 4, 5, 7, 6]]
+    return model_of({"query": np.eye(8, 12), "key": turned}, **options)
+
+
+def test_two_models_are_compared_query_by_query(beir, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    found = evaluate.evaluate(identity_model(), against=other_model(), data=beir, output=output)
+    # Queries 0 to 3 find their document at ranks 1, 1, 2, 2; those of the other model at 1, 1 and,
+    # as it scores all wrong documents alike, behind 1 better one among 6 others with its score.
+    alone = [evaluate.evaluate(one, data=beir) for one in (identity_model(), other_model())]
+    assert {name: found[name] for name in alone[0]} == alone[0]
+    assert set(found["against"]["metrics"]) == {"dense", "hybrid"}
+    for method in ("dense", "hybrid"):
+        assert found["against"]["metrics"][method] == alone[1]["metrics"][method]
+    behind = np.mean([1 / rank for rank in range(2, 9)])
+    values, baseline = np.array([1, 1, 1 / 2, 1 / 2]), np.array([1, 1, behind, behind])
+    expected = query_difference(values, baseline)
+    one = found["differences"]["dense"]["mrr@10"]
+    assert one["difference"] == pytest.approx(expected.difference)
+    assert one["standard_error"] == pytest.approx(expected.standard_error)
+    assert one["interval"] == pytest.approx([expected.low, expected.high])
+    assert list(found["differences"]) == ["dense", "hybrid"]  # BM25 does not depend on the model
+    assert list(found["differences"]["dense"]) == list(GRADED_METRICS)
+    assert json.loads(output.read_text()) == found
+    printed = capsys.readouterr().out
+    assert printed.count("against") == 1
+    assert "95 % interval" in printed
+    assert f"{expected.difference:+.4f}" in printed
+
+
+def test_two_models_are_compared_on_pairs(tmp_path, capsys):
+    rows = [f"query {n},query {m},{(n + m) % 5}" for n in range(6) for m in range(n)]
+    path = tmp_path / "pairs.csv"
+    path.write_text("\n".join(["sentence1,sentence2,score", *rows]) + "\n")
+    ours, theirs = (
+        model_of({"query": np.random.default_rng(seed).normal(size=(8, dim))})
+        for seed, dim in enumerate((5, 9))
+    )
+    found = evaluate.evaluate(ours, against=theirs, data=path)
+    alone = [evaluate.evaluate(one, data=path)["metrics"] for one in (ours, theirs)]
+    assert [found["metrics"], found["against"]["metrics"]] == alone
+    for name in ("spearman", "pearson"):
+        one = found["differences"][name]
+        assert one["difference"] == pytest.approx(alone[0][name] - alone[1][name])
+        low, high = one["interval"]
+        assert low < one["difference"] < high
+    assert "± over pairs" in capsys.readouterr().out
+    path.write_text(path.read_text().replace(",2\n", ",1\n").replace(",3\n", ",0\n"))
+    path.write_text(path.read_text().replace(",4\n", ",1\n"))
+    labelled = evaluate.evaluate(ours, against=theirs, data=path)
+    assert list(labelled["differences"]) == ["average_precision", "f1", "accuracy"]
+
+
+def test_each_of_two_models_has_its_own_prompts(beir):
+    seen = []
+    models = [small_model(["key query word open 0 1 2 3 4 5 6 7"]) for _ in range(2)]
+    models[1]._rules = {**models[1]._rules, "key": models[1]._rules["key"]._replace(prompt="read ")}
+    models[1].prompts = {**models[1].prompts, "key": "read "}
+    for model in models:
+
+        def noting(texts, text, tokenize=model._tokenize):
+            seen.append(text.rule.prompt)
+            return tokenize(texts, text)
+
+        model._tokenize = noting
+    found = evaluate.evaluate(models[0], against=models[1], data=beir, methods=["dense"])
+    assert seen == ["", "open ", "", "read "]
+    assert found["prompts"]["key"] == "open "
+    assert found["against"]["prompts"]["key"] == "read "
+
+
+def test_two_models_are_compared_on_the_held_out_rows_of_a_run(workdir, config, capsys):
+    vectors = {"query": np.eye(26, 40), "key": np.eye(26, 40)}
+    found = evaluate.evaluate(workdir, against=model_of(vectors))
+    assert found["metrics"] == evaluate.evaluate(workdir)["metrics"]
+    against = found["against"]["metrics"]["validation"]["plain"]["dense"]["mrr@10"]
+    assert against == {"mean": 1, "standard_error": 0}
+    ours = found["metrics"]["validation"]["plain"]["dense"]["mrr@10"]
+    one = found["differences"]["validation"]["plain"]["dense"]["mrr@10"]
+    assert one["difference"] == pytest.approx(ours["mean"] - 1)
+    assert one["standard_error"] == pytest.approx(ours["standard_error"])
+    assert "bm25" not in found["differences"]["validation"]["plain"]
+    printed = capsys.readouterr().out
+    assert printed.count("± over queries") == 1
+    turned = evaluate.evaluate(model_of(vectors), against=workdir, config=config)
+    other = turned["differences"]["validation"]["plain"]["dense"]["mrr@10"]
+    assert other["difference"] == pytest.approx(-one["difference"])
+
+
+def test_the_command_compares_a_run_with_itself(beir, workdir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "keep_compiled", lambda: None)
+    output = tmp_path / "results.json"
+    argv = ["--model", str(workdir), "--against", str(workdir), "--output", str(output)]
+    evaluate.main([*argv, "--data", str(beir), "--methods", "dense"])
+    found = json.loads(output.read_text())
+    same = {"difference": 0, "standard_error": 0, "interval": [0, 0]}
+    assert all(one == same for one in found["differences"]["dense"].values())
+    assert "+0.0000 to +0.0000" in capsys.readouterr().out
+    message = error(capsys, *argv, "--data", beir, "--methods", "bm25")
+    assert "bm25 ranks without one; add dense" in message
+
+
+def test_a_second_model_that_is_not_there_is_an_error(beir, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        evaluate.evaluate(identity_model(), against=tmp_path / "absent", data=beir)
+
+
+def test_methods_that_compare_nothing_fail_before_the_models_are_loaded(config, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", None)
+    config.evaluation.methods = ("bm25",)
+    with pytest.raises(ValueError, match="add 'dense'"):
+        evaluate.evaluate("anywhere", against="elsewhere", config=config)

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxcl.typing import Float, Int
 
-__all__ = ["bootstrap_interval", "resample_counts"]
+__all__ = ["bootstrap_interval", "bootstrap_values", "percentile_interval", "resample_counts"]
 
 _BLOCK_VALUES = 2**21
 """The largest number of values in a block of resamples, so that blocks fit in caches."""
@@ -40,9 +40,27 @@ def bootstrap_interval(
 
     Reference: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
     """
+    values = bootstrap_values(statistic, num_rows, num_resamples=num_resamples, seed=seed)
+    return percentile_interval(values, level=level)
+
+
+def bootstrap_values(
+    statistic: Callable[[Int[np.ndarray, "r n"]], Float[np.ndarray, " r"]],
+    num_rows: int,
+    *,
+    num_resamples: int,
+    seed: int,
+) -> Float[np.ndarray, " _"]:
+    """The statistic of all resamples, without NaN; arguments as `bootstrap_interval`."""
     draws = resample_counts(num_rows, num_resamples=num_resamples, seed=seed)
     values = np.concatenate([np.asarray(statistic(counts), np.float64) for counts in draws])
-    values = values[~np.isnan(values)]
+    return values[~np.isnan(values)]
+
+
+def percentile_interval(
+    values: Float[np.ndarray, " _"], *, level: float = 0.95
+) -> tuple[float, float]:
+    """The ends of the middle `level` of the values; NaN if there are none."""
     if not values.size:
         return np.nan, np.nan
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])

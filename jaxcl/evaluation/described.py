@@ -1,6 +1,8 @@
 """Describes how results were obtained: the model, the devices, the versions of packages."""
 
+import math
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -9,7 +11,7 @@ import jax
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.typing import SIDES
 
-__all__ = ["describe_environment", "describe_model"]
+__all__ = ["describe_environment", "describe_model", "json_values"]
 
 
 def describe_model(model: EmbeddingModel) -> dict[str, Any]:
@@ -32,6 +34,13 @@ def describe_environment() -> dict[str, Any]:
             **{name: _version(name) for name in ("jaxcl", "jax", "flax", "optax")},
         },
     }
+
+
+def json_values(value: Any) -> Any:
+    """The value with `None` for numbers that JSON lacks, such as the error of a single query."""
+    if isinstance(value, Mapping):
+        return {name: json_values(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _version(package: str) -> str:

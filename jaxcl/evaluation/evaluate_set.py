@@ -1,20 +1,27 @@
 """Evaluates a model on an evaluation set, and prints the metrics with the size of the set."""
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
-from jaxcl.evaluation.described import describe_environment, describe_model
+from jaxcl.evaluation.described import describe_environment, describe_model, json_values
+from jaxcl.evaluation.differences import (
+    Difference,
+    difference_record,
+    differences_table,
+    query_difference,
+)
 from jaxcl.evaluation.graded import GRADED_METRICS, GradedRanks
-from jaxcl.evaluation.protocol import EvaluationSet
+from jaxcl.evaluation.protocol import EvaluationSet, SimilaritySet
 from jaxcl.evaluation.retrieval import METHODS
 from jaxcl.evaluation.retrieval_set import MAIN_METRIC, RetrievalSet
+from jaxcl.host.printable import printable
 from jaxcl.host.progress import progress_bar, say, show
 from jaxcl.metrics import mean_and_standard_error, paired_difference
 from jaxcl.run.embedding_model import EmbeddingModel
@@ -26,12 +33,40 @@ __all__ = ["check_methods", "evaluate_set"]
 _COLUMNS = (MAIN_METRIC, "mrr@10", "recall@100")
 
 
-def check_methods(data_set: EvaluationSet, methods: Sequence[str] | None) -> None:
-    """Raise a `ValueError` if methods are given for a set other than a retrieval set."""
+class _Evaluated(NamedTuple):
+    """A model on a set.
+
+    Attributes:
+      record: what `evaluate_set` returns.
+      outcome: what the metrics depend on: for a retrieval, the ranks by method; for pairs of texts,
+        their similarities; `None` for other sets.
+    """
+
+    record: dict[str, Any]
+    outcome: Any
+
+
+def check_methods(
+    data_set: EvaluationSet, methods: Sequence[str] | None, *, compares: bool = False
+) -> None:
+    """Raise a `ValueError` for methods on a set other than a retrieval set, or without a model.
+
+    Args:
+      data_set: the set.
+      methods: as `evaluate_set`.
+      compares: whether two models are compared.
+    """
     if methods is not None and not isinstance(data_set, RetrievalSet):
         raise ValueError(
             f"--methods chooses how documents are ranked, but this is not a retrieval set: "
             f"{data_set.description}; leave it out"
+        )
+    if compares and methods is not None and set(methods) == {"bm25"}:
+        raise ValueError("--against compares models, but bm25 ranks without one; add dense")
+    if compares and not isinstance(data_set, (RetrievalSet, SimilaritySet)):
+        raise ValueError(
+            f"two models cannot be compared on a set of the kind {data_set.kind!r}; its class "
+            "lacks the methods of jaxcl.evaluation.protocol.SimilaritySet"
         )
 
 
@@ -39,6 +74,7 @@ def evaluate_set(
     model: EmbeddingModel,
     data_set: EvaluationSet,
     *,
+    against: EmbeddingModel | None = None,
     methods: Sequence[str] | None = None,
     rrf_k: int | float = 10,
     batch_size: int | None = None,
@@ -48,36 +84,76 @@ def evaluate_set(
     Args:
       model: any model; it embeds texts with its own tokenizer, limits and prompts.
       data_set: from `jaxcl.evaluation.sets.open_set`.
+      against: a second model, which is evaluated on the same set.
       methods: how a retrieval set ranks documents, by default all of
         `jaxcl.evaluation.retrieval.METHODS`.
       rrf_k: the constant of reciprocal rank fusion.
       batch_size: as for `EmbeddingModel.encode`.
 
     Returns:
-      The metrics, with a description of the model and the set. For a retrieval set, they are means
-      and standard errors over the queries for each method.
+      The metrics, with a description of the model and the set. Those of a retrieval are means and
+      standard errors over the queries by method. With a second model, also its description and
+      metrics (`against`), and the `differences` from it, paired by query or by pair of texts.
 
     Raises:
       ValueError: for methods with another kind of set, a similarity that inner products cannot
         express, embeddings that are not finite, or texts without a word for BM25.
     """
-    check_methods(data_set, methods)
+    check_methods(data_set, methods, compares=against is not None)
+    models = [model] if against is None else [model, against]
+    for one in models:
+        _check_similarity(one, data_set)
+    if jax.process_index() == 0:
+        say(data_set.description)
+    methods = methods or METHODS
+    options: dict[str, Any] = {"rrf_k": rrf_k, "batch_size": batch_size}
+    title = None if against is None else printable(model.source)
+    ours = _evaluated(model, data_set, methods=methods, title=title, **options)
+    if against is None:
+        return ours.record
+    methods = [method for method in methods if method != "bm25"]  # which needs no model
+    title = printable(against.source)
+    theirs = _evaluated(against, data_set, methods=methods, title=title, **options)
+    described = {name: theirs.record[name] for name in (*describe_model(against), "metrics")}
+    differences = _differences(data_set, ours.outcome, theirs.outcome)
+    return {**ours.record, "against": described, "differences": differences}
+
+
+def _check_similarity(model: EmbeddingModel, data_set: EvaluationSet) -> None:
     if data_set.kind != "retrieval" and model.similarity_function not in ("cosine", "dot"):
         raise ValueError(
             f"the model compares texts by {model.similarity_function!r}, but the similarities of "
             "pairs are inner products; use a model with cosine or dot similarity"
         )
+
+
+def _evaluated(
+    model: EmbeddingModel,
+    data_set: EvaluationSet,
+    *,
+    methods: Sequence[str],
+    rrf_k: int | float,
+    batch_size: int | None,
+    title: str | None,
+) -> _Evaluated:
+    """The model's figures, which are printed below a title."""
     encode = functools.partial(_encode, model, batch_size)
+    outcome: Any = None
     if isinstance(data_set, RetrievalSet):
-        ranks = data_set.rank(encode, methods=methods or METHODS, rrf_k=rrf_k)
-        metrics, sizes, table = _figures(ranks), data_set.sizes, _table(data_set, ranks)
+        outcome = data_set.rank(encode, methods=methods, rrf_k=rrf_k)
+        metrics, sizes, table = _figures(outcome), data_set.sizes, _table(data_set, outcome)
     else:
-        values = data_set.evaluate(encode)
-        metrics, sizes, table = _strict(values), {}, _plain_table(values)
+        if isinstance(data_set, SimilaritySet):
+            outcome = data_set.similarities(encode)
+            values = data_set.figures(outcome)
+        else:
+            values = data_set.evaluate(encode)
+        metrics, sizes, table = json_values(values), {}, _plain_table(values)
     if jax.process_index() == 0:
-        say(data_set.description)
+        if title is not None:
+            table.title, table.title_justify = Text(title), "left"
         show(table)
-    return {
+    record = {
         **describe_model(model),
         "kind": data_set.kind,
         "fingerprint": data_set.fingerprint,
@@ -85,6 +161,33 @@ def evaluate_set(
         **describe_environment(),
         "metrics": metrics,
     }
+    return _Evaluated(record, outcome)
+
+
+def _differences(data_set: EvaluationSet, outcome: Any, baseline: Any) -> dict[str, Any]:
+    """The paired differences, the main ones of which are printed, in the layout of the metrics."""
+    found: dict[tuple[str, str], Difference]
+    record: dict[str, Any] = {}
+    if isinstance(data_set, RetrievalSet):
+        found = {
+            (method, name): query_difference(metric(outcome[method]), metric(baseline[method]))
+            for method in baseline
+            for name, metric in GRADED_METRICS.items()
+        }
+        for (method, name), one in found.items():
+            record.setdefault(method, {})[name] = difference_record(one)
+        over, shown = (
+            "queries",
+            {names: one for names, one in found.items() if names[1] in _COLUMNS},
+        )
+    else:
+        assert isinstance(data_set, SimilaritySet)  # checked before the models are evaluated
+        by_name = data_set.differences(outcome, baseline)
+        record = {name: difference_record(one) for name, one in by_name.items()}
+        over, shown = "pairs", {("", name): one for name, one in by_name.items()}
+    if jax.process_index() == 0:
+        show(differences_table(shown, over=over))
+    return record
 
 
 def _encode(
@@ -111,12 +214,7 @@ def _figures(ranks: Mapping[str, GradedRanks]) -> dict[str, Any]:
 
 
 def _figure(mean: float, error: float) -> dict[str, float | None]:
-    return _strict({"mean": mean, "standard_error": error})
-
-
-def _strict(values: Mapping[str, float]) -> dict[str, float | None]:
-    """The values, with `None` for NaN, which JSON lacks, such as the error of a single query."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return json_values({"mean": mean, "standard_error": error})
 
 
 def _difference(ranks: Mapping[str, GradedRanks], method: str) -> tuple[float, float]:

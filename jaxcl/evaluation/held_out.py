@@ -1,4 +1,4 @@
-"""Evaluates a trained embedder on the held-out splits of its run.
+"""Evaluates models on held-out splits, where each row is a query with its key.
 
 Read the head of `jaxcl.evaluation.retrieval` for when not to trust the figures. In particular,
 `validation` holds unseen files of packages whose other files were trained on, and is the friendly
@@ -10,7 +10,6 @@ are equal to one of them or to its own, are left out of its ranking.
 
 import functools
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,10 +19,10 @@ from jax.experimental import multihost_utils
 
 from jaxcl.data.modalities import build_readers
 from jaxcl.data.prepare import RunData
-from jaxcl.data.row_prompts import RowPrompts, row_prompts
+from jaxcl.data.row_prompts import row_prompts
 from jaxcl.data.sources import PairSource
 from jaxcl.data.table import label_column
-from jaxcl.evaluation.described import describe_environment, describe_model
+from jaxcl.evaluation.described import describe_environment, json_values
 from jaxcl.evaluation.known_positives import KnownPositives, read_known_positives
 from jaxcl.evaluation.retrieval import (
     METRICS,
@@ -39,17 +38,18 @@ from jaxcl.host.paths import AnyPath
 from jaxcl.host.processes import PeerError, together
 from jaxcl.host.progress import progress_bar, show
 from jaxcl.metrics import mean_and_standard_error
-from jaxcl.run.embedding_model import EmbeddingModel
-from jaxcl.run.encode_rows import encode_rows
 from jaxcl.run.encoder import Encoder
-from jaxcl.run.host_vectors import for_inner_products
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES, Float, Int
 
 __all__ = [
+    "HELD_OUT",
+    "HeldOutVectors",
+    "Results",
     "check_evaluation",
-    "evaluate_model",
     "evaluate_run",
+    "evaluate_splits",
+    "held_out_summary",
     "quick_metric_names",
     "quick_metrics",
 ]
@@ -58,9 +58,10 @@ HELD_OUT = ("validation", "test")
 _QUICK, _QUICK_METRICS = "validation/dense", ("mrr@10", "recall@10")
 _ROWS_AT_ONCE = 64
 Results = dict[tuple[str, str], dict[str, RetrievalResult]]
+"""`(split, variant)` -> method -> ranks."""
 
 
-class _Vectors(NamedTuple):
+class HeldOutVectors(NamedTuple):
     """The embeddings of held-out splits.
 
     Attributes:
@@ -157,14 +158,14 @@ def evaluate_run(
             parts.append(encoder._replace(readers=readers).encode(side, texts[rows]))
         return np.concatenate(parts)
 
-    vectors = _Vectors(
+    vectors = HeldOutVectors(
         lambda split, side: encoder.embed(side, data.tables[split]),
         of_texts,
         lambda split: label_column(data.tables[split], "text"),
     )
-    results, failures = _evaluate_splits(settings, vectors, data.sources)
+    results, failures = evaluate_splits(settings, vectors, data.sources)
     described = {"steps": settings.steps, "seed": settings.seed, **described}
-    summary = _strict({**described, **_summary(data.sources, results)})
+    summary = json_values({**described, **held_out_summary(data.sources, results)})
     if jax.process_index() == 0:
         ranks = {
             "/".join((*place, method)): result.ranks
@@ -181,60 +182,14 @@ def evaluate_run(
     return summary
 
 
-def evaluate_model(
-    settings: Settings,
-    model: EmbeddingModel,
-    sources: Mapping[str, PairSource],
-    *,
-    batch_size: int | None = None,
-    prompts: Mapping[str, RowPrompts] | None = None,
-) -> dict[str, Any]:
-    """Evaluate a model on held-out splits as `evaluate_run` does, and print a table.
-
-    Args:
-      settings: `data` and `evaluation` are used.
-      model: any model; it embeds texts with its own tokenizer, limits and prompts.
-      sources: role -> the pairs of texts of its split.
-      batch_size: as `EmbeddingModel.encode`.
-      prompts: role -> the prompts of its rows, where they replace the model's; of the model of a
-        run, and the run's own rows.
+def evaluate_splits(
+    settings: Settings, vectors: HeldOutVectors, sources: Mapping[str, PairSource]
+) -> tuple[Results, list[Exception]]:
+    """Rank the keys of every held-out split.
 
     Returns:
-      Means and standard errors, with a description of the model and the data.
-
-    Raises:
-      ValueError: if there is no held-out split, or, after the table of all other methods, for the
-        first method that failed.
+      The ranks by all methods that did not fail, and the errors of those that did.
     """
-    if not set(HELD_OUT) & set(sources):
-        raise ValueError(
-            f"the data have only the splits {', '.join(sources)}; add {' or '.join(HELD_OUT)} to "
-            "data.splits"
-        )
-
-    def of_texts(split: str, side: str, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
-        own = (prompts or {}).get(split)
-        with progress_bar(f"embedding {len(texts):,} of side {side}", len(texts)) as advance:
-            vectors = encode_rows(
-                model, texts, side=side, prompts=own, batch_size=batch_size, progress=advance
-            )
-        return for_inner_products(model.similarity_function, side, vectors)
-
-    def of_rows(split: str, side: str) -> Float[np.ndarray, "n d"]:
-        records = sources[split].read(np.arange(len(sources[split])))
-        return of_texts(split, side, [record[side] for record in records])
-
-    results, failures = _evaluate_splits(settings, _Vectors(of_rows, of_texts), sources)
-    if jax.process_index() == 0 and results:
-        show(results_table(results))
-    if failures:
-        raise failures[0]
-    return _strict({**describe_model(model), **_summary(sources, results)})
-
-
-def _evaluate_splits(
-    settings: Settings, vectors: _Vectors, sources: Mapping[str, PairSource]
-) -> tuple[Results, list[Exception]]:
     results: Results = {}
     failures: list[Exception] = []
     for split in HELD_OUT:
@@ -245,7 +200,7 @@ def _evaluate_splits(
 
 def _evaluate_split(
     settings: Settings,
-    vectors: _Vectors,
+    vectors: HeldOutVectors,
     source: PairSource,
     split: str,
     failures: list[Exception],
@@ -339,7 +294,8 @@ def _ranked(
     }
 
 
-def _summary(sources: Mapping[str, PairSource], results: Results) -> dict[str, Any]:
+def held_out_summary(sources: Mapping[str, PairSource], results: Results) -> dict[str, Any]:
+    """The means and standard errors of all results, with a description of the data."""
     return {
         "rows": {split: len(source) for split, source in sources.items()},
         "fingerprints": {split: source.fingerprint for split, source in sources.items()},
@@ -359,13 +315,6 @@ def _summary(sources: Mapping[str, PairSource], results: Results) -> dict[str, A
 def _num_left_out(by_method: Mapping[str, RetrievalResult]) -> int:
     """Keys that are left out because they answer the query too, summed over the queries."""
     return max((result.num_left_out for result in by_method.values()), default=0)
-
-
-def _strict(value: Any) -> Any:
-    """The value with None for numbers that JSON lacks, such as the error of a single query."""
-    if isinstance(value, Mapping):
-        return {name: _strict(one) for name, one in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _figures(by_method: Mapping[str, RetrievalResult]) -> dict[str, Any]:

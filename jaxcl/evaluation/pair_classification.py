@@ -6,11 +6,15 @@ needs no threshold. All three depend on the share of positives, so sets with dif
 be compared.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
 from jaxcl.data.scored_pairs import ScoredPairs, read_scored_pairs
 from jaxcl.data.text_files import is_text_file
 from jaxcl.evaluation.bootstrap import bootstrap_interval
+from jaxcl.evaluation.differences import Difference, bootstrap_difference
 from jaxcl.evaluation.pair_similarities import pair_similarities
 from jaxcl.evaluation.protocol import Encode
 from jaxcl.host.paths import AnyPath
@@ -20,7 +24,9 @@ __all__ = [
     "PairSet",
     "average_precision_of_resamples",
     "best_accuracy",
+    "best_accuracy_of_resamples",
     "best_f1",
+    "best_f1_of_resamples",
     "has_labels",
     "open_pair_set",
 ]
@@ -88,7 +94,14 @@ class PairSet:
         Raises:
           ValueError: if an embedding is not finite.
         """
-        similarities = pair_similarities(self.pairs, encode)
+        return self.figures(self.similarities(encode))
+
+    def similarities(self, encode: Encode) -> Float[np.ndarray, " n"]:
+        """The similarities that a model gives to the pairs."""
+        return pair_similarities(self.pairs, encode)
+
+    def figures(self, similarities: Float[np.ndarray, " n"]) -> dict[str, float]:
+        """What `evaluate` returns for a model with these similarities."""
         labels = self.pairs.scores == 1
 
         def statistic(counts: np.ndarray) -> Float[np.ndarray, " r"]:
@@ -110,6 +123,25 @@ class PairSet:
             "accuracy_threshold": accuracy_threshold,
             "pairs": len(labels),
             "positives": int(labels.sum()),
+        }
+
+    def differences(
+        self, similarities: Float[np.ndarray, " n"], baseline: Float[np.ndarray, " n"]
+    ) -> dict[str, Difference]:
+        """The difference of each metric between two models, given their similarities.
+
+        In each resample, each model has the thresholds that are best there.
+        """
+        labels = self.pairs.scores == 1
+        return {
+            name: bootstrap_difference(
+                partial(metric, similarities, labels),
+                partial(metric, baseline, labels),
+                len(labels),
+                num_resamples=self._num_resamples,
+                seed=self._seed,
+            )
+            for name, metric in _OF_RESAMPLES.items()
         }
 
 
@@ -164,12 +196,42 @@ def average_precision_of_resamples(
       >>> average_precision_of_resamples(similarities, labels, counts).round(3).tolist()
       [0.833, 1.0]
     """
-    order, starts = _distinct(similarities)
-    positives = np.add.reduceat(counts[:, order] * labels[order], starts, axis=1)
-    pairs = np.add.reduceat(counts[:, order], starts, axis=1)
-    precision = np.cumsum(positives, axis=1) / np.maximum(np.cumsum(pairs, axis=1), 1)
-    total = positives.sum(1)
+    true_positives, predicted = _resampled_thresholds(similarities, labels, counts)
+    precision = true_positives / np.maximum(predicted, 1)
+    total = true_positives[:, -1]
+    positives = np.diff(true_positives, axis=1, prepend=0)
     return np.where(total, (positives * precision).sum(1) / np.maximum(total, 1), np.nan)
+
+
+def best_f1_of_resamples(
+    similarities: Float[np.ndarray, " n"],
+    labels: Bool[np.ndarray, " n"],
+    counts: Int[np.ndarray, "r n"],
+) -> Float[np.ndarray, " r"]:
+    """`best_f1` of each resample; arguments and returns as `average_precision_of_resamples`."""
+    true_positives, predicted = _resampled_thresholds(similarities, labels, counts)
+    total = true_positives[:, -1:]
+    f1 = 2 * true_positives / np.maximum(predicted + total, 1)
+    return np.where(total[:, 0], f1.max(1), np.nan)
+
+
+def best_accuracy_of_resamples(
+    similarities: Float[np.ndarray, " n"],
+    labels: Bool[np.ndarray, " n"],
+    counts: Int[np.ndarray, "r n"],
+) -> Float[np.ndarray, " r"]:
+    """`best_accuracy` of each resample; arguments as `average_precision_of_resamples`."""
+    true_positives, predicted = _resampled_thresholds(similarities, labels, counts)
+    gains = 2 * true_positives - predicted  # over calling every pair negative
+    negatives = predicted[:, -1] - true_positives[:, -1]
+    return (negatives + np.maximum(gains.max(1), 0)) / predicted[:, -1]
+
+
+_OF_RESAMPLES: dict[str, Callable[..., Float[np.ndarray, " r"]]] = {
+    "average_precision": average_precision_of_resamples,
+    "f1": best_f1_of_resamples,
+    "accuracy": best_accuracy_of_resamples,
+}
 
 
 def best_f1(
@@ -218,6 +280,18 @@ def _distinct(similarities: Float[np.ndarray, " n"]) -> tuple[np.ndarray, np.nda
     order = np.argsort(-similarities, kind="stable")
     starts = np.flatnonzero(np.diff(similarities[order], prepend=np.inf))
     return order, starts
+
+
+def _resampled_thresholds(
+    similarities: Float[np.ndarray, " n"],
+    labels: Bool[np.ndarray, " n"],
+    counts: Int[np.ndarray, "r n"],
+) -> tuple[Int[np.ndarray, "r _"], Int[np.ndarray, "r _"]]:
+    """The true positives and the positives at each distinct similarity, falling, by resample."""
+    order, starts = _distinct(similarities)
+    positives = np.add.reduceat(counts[:, order] * labels[order], starts, axis=1)
+    pairs = np.add.reduceat(counts[:, order], starts, axis=1)
+    return np.cumsum(positives, axis=1), np.cumsum(pairs, axis=1)
 
 
 def _thresholds(

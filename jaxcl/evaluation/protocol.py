@@ -5,9 +5,10 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from jaxcl.evaluation.differences import Difference
 from jaxcl.typing import Float
 
-__all__ = ["Encode", "EvaluationSet"]
+__all__ = ["Encode", "EvaluationSet", "SimilaritySet"]
 
 Encode: TypeAlias = Callable[[str, Sequence[str]], Float[np.ndarray, "n d"]]
 """`(side, texts) -> vectors`, one per text. Their inner products are the model's similarities, or
@@ -47,4 +48,26 @@ class EvaluationSet(Protocol):
     @property
     def description(self) -> str:
         """How the data were read and how many there are, on one line."""
+        ...
+
+
+@runtime_checkable
+class SimilaritySet(EvaluationSet, Protocol):
+    """A set of pairs of texts, whose metrics depend only on the similarity of each pair.
+
+    Two models can be compared on it.
+    """
+
+    def similarities(self, encode: Encode) -> Float[np.ndarray, " n"]:
+        """The similarities that a model gives to the pairs."""
+        ...
+
+    def figures(self, similarities: Float[np.ndarray, " n"]) -> Mapping[str, float]:
+        """What `evaluate` returns for a model with these similarities."""
+        ...
+
+    def differences(
+        self, similarities: Float[np.ndarray, " n"], baseline: Float[np.ndarray, " n"]
+    ) -> Mapping[str, Difference]:
+        """Name of a metric -> its difference between two models, given their similarities."""
         ...

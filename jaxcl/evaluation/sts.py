@@ -10,15 +10,18 @@ scores cannot be compared. Intervals treat the pairs as independent; if many pai
 correlations vary more than the intervals suggest.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from jaxcl.data.scored_pairs import ScoredPairs, read_scored_pairs
 from jaxcl.evaluation.bootstrap import bootstrap_interval
 from jaxcl.evaluation.correlation import pearson_of_resamples, spearman_of_resamples
+from jaxcl.evaluation.differences import Difference, bootstrap_difference
 from jaxcl.evaluation.pair_similarities import pair_similarities
 from jaxcl.evaluation.protocol import Encode
 from jaxcl.host.paths import AnyPath
-from jaxcl.typing import Float
+from jaxcl.typing import Float, Int
 
 __all__ = ["StsSet", "open_sts_set"]
 
@@ -87,25 +90,46 @@ class StsSet:
         Raises:
           ValueError: if an embedding is not finite.
         """
-        similarities = pair_similarities(self.pairs, encode)
+        return self.figures(self.similarities(encode))
+
+    def similarities(self, encode: Encode) -> Float[np.ndarray, " n"]:
+        """The similarities that a model gives to the pairs."""
+        return pair_similarities(self.pairs, encode)
+
+    def figures(self, similarities: Float[np.ndarray, " n"]) -> dict[str, float]:
+        """What `evaluate` returns for a model with these similarities."""
         figures: dict[str, float] = {}
         for name in _CORRELATIONS:
-            figures |= self._correlation(name, similarities)
+            statistic = self._statistic(name, similarities)
+            (value,) = statistic(np.ones((1, len(similarities)), np.int64))
+            low, high = bootstrap_interval(
+                statistic, len(similarities), num_resamples=self._num_resamples, seed=self._seed
+            )
+            figures |= {name: float(value), f"{name}_low": low, f"{name}_high": high}
         return {**figures, "pairs": len(similarities)}
 
-    def _correlation(self, name: str, similarities: Float[np.ndarray, " n"]) -> dict[str, float]:
-        names = (name, f"{name}_low", f"{name}_high")
+    def differences(
+        self, similarities: Float[np.ndarray, " n"], baseline: Float[np.ndarray, " n"]
+    ) -> dict[str, Difference]:
+        """The difference of each correlation between two models, given their similarities."""
+        return {
+            name: bootstrap_difference(
+                self._statistic(name, similarities),
+                self._statistic(name, baseline),
+                len(similarities),
+                num_resamples=self._num_resamples,
+                seed=self._seed,
+            )
+            for name in _CORRELATIONS
+        }
+
+    def _statistic(
+        self, name: str, similarities: Float[np.ndarray, " n"]
+    ) -> Callable[[Int[np.ndarray, "r n"]], Float[np.ndarray, " r"]]:
+        """A correlation in resamples; NaN if all similarities are equal but for rounding."""
         if np.ptp(similarities) <= _NOISE * np.abs(similarities).max():
-            return dict.fromkeys(names, np.nan)
-
-        def statistic(counts: np.ndarray) -> Float[np.ndarray, " r"]:
-            return _CORRELATIONS[name](similarities, self.pairs.scores, counts)
-
-        (value,) = statistic(np.ones((1, len(similarities)), np.int64))
-        low, high = bootstrap_interval(
-            statistic, len(similarities), num_resamples=self._num_resamples, seed=self._seed
-        )
-        return dict(zip(names, (float(value), low, high), strict=True))
+            return lambda counts: np.full(len(counts), np.nan)
+        return lambda counts: _CORRELATIONS[name](similarities, self.pairs.scores, counts)
 
 
 def open_sts_set(path: AnyPath) -> StsSet:

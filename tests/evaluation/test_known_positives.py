@@ -16,6 +16,7 @@ from jaxcl.configs import pairs
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.evaluate import evaluate
 from jaxcl.evaluation import held_out
+from jaxcl.evaluation.evaluate_held_out import Contender, evaluate_model
 from jaxcl.evaluation.known_positives import known_positives, rank_last, read_known_positives
 from jaxcl.evaluation.retrieval import BM25, METHODS, METRICS, dense_scores, evaluate_retrieval
 from jaxcl.metrics import mid_ranks, mrr_metric
@@ -263,7 +264,7 @@ def test_one_device_leaves_out_the_same_keys_as_eight(trained):
     run = open_run(workdir)
     model = load(workdir)
     model._mesh = make_mesh({"data": -1}, devices=jax.devices()[:1])
-    alone = held_out.evaluate_model(run.settings, model, run.sources())
+    alone = evaluate_model(run.settings, Contender(model), run.sources())
     found, wanted = (one["metrics"]["validation"]["plain"] for one in (alone, results))
     for method in METHODS:
         for metric in METRICS:

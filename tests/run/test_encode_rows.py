@@ -144,6 +144,15 @@ def test_the_evaluation_of_a_run_and_of_its_model_agree(run):
     assert metrics["validation"].keys() == {"plain", "name masked"}
 
 
+def test_a_run_that_is_compared_has_the_prompts_of_its_own_rows_too(run):
+    workdir, _ = run
+    found = evaluate(workdir, against=workdir)
+    assert found["against"]["metrics"] == found["metrics"]
+    for variant in ("plain", "name masked"):
+        for one in found["differences"]["validation"][variant]["dense"].values():
+            assert one == {"difference": 0, "standard_error": 0, "interval": [0, 0]}
+
+
 def test_keys_with_masked_names_keep_the_prompt_of_their_data_set(config, run, monkeypatch):
     workdir, _ = run
     settings, opened = read_settings(config), open_run(workdir)
@@ -155,8 +164,8 @@ def test_keys_with_masked_names_keep_the_prompt_of_their_data_set(config, run, m
         noted["vectors"] = vectors.of_texts("validation", "key", texts)
         return {}, []
 
-    monkeypatch.setattr(held_out, "_evaluate_splits", evaluate_splits)
-    monkeypatch.setattr(held_out, "_summary", lambda *_: {})
+    monkeypatch.setattr(held_out, "evaluate_splits", evaluate_splits)
+    monkeypatch.setattr(held_out, "held_out_summary", lambda *_: {})
     monkeypatch.setattr(held_out, "write_whole", lambda *_: None)
     monkeypatch.setattr(held_out, "write_npz", lambda *_: None)
     held_out.evaluate_run(settings, opened.encoder, data, workdir)

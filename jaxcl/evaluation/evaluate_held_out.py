@@ -1,0 +1,148 @@
+"""Evaluates any model on held-out rows, alone or against another model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.text import Text
+
+from jaxcl.data.row_prompts import RowPrompts
+from jaxcl.data.sources import PairSource
+from jaxcl.evaluation.described import describe_model, json_values
+from jaxcl.evaluation.differences import (
+    Difference,
+    difference_record,
+    differences_table,
+    query_difference,
+)
+from jaxcl.evaluation.held_out import (
+    HELD_OUT,
+    HeldOutVectors,
+    Results,
+    evaluate_splits,
+    held_out_summary,
+)
+from jaxcl.evaluation.retrieval import METRICS
+from jaxcl.evaluation.retrieval_table import results_table
+from jaxcl.host.printable import printable
+from jaxcl.host.progress import progress_bar, show
+from jaxcl.run.embedding_model import EmbeddingModel
+from jaxcl.run.encode_rows import encode_rows
+from jaxcl.run.host_vectors import for_inner_products
+from jaxcl.settings.sections import Settings
+from jaxcl.typing import Float
+
+__all__ = ["Contender", "evaluate_model"]
+
+_COLUMNS = ("mrr@10", "recall@1", "recall@10")
+
+
+class Contender(NamedTuple):
+    """A model that is evaluated on held-out rows.
+
+    Attributes:
+      model: any model; it embeds texts with its own tokenizer, limits and prompts.
+      prompts: role -> the prompts of its rows, where they replace the model's; of the model of a
+        run, and the run's own rows.
+    """
+
+    model: EmbeddingModel
+    prompts: Mapping[str, RowPrompts] = {}
+
+
+def evaluate_model(
+    settings: Settings,
+    contender: Contender,
+    sources: Mapping[str, PairSource],
+    *,
+    against: Contender | None = None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model on held-out splits as `evaluate_run` does, and print a table.
+
+    Args:
+      settings: `data` and `evaluation` are used.
+      contender: the model.
+      sources: role -> the pairs of texts of its split.
+      against: a second model, which is evaluated on the same rows.
+      batch_size: as `EmbeddingModel.encode`.
+
+    Returns:
+      Means and standard errors, with a description of the model and the data. With a second model,
+      also its description and metrics (`against`), and the `differences` from it.
+
+    Raises:
+      ValueError: if there is no held-out split, or, after the table of all other methods, for the
+        first method that failed.
+    """
+    if not set(HELD_OUT) & set(sources):
+        raise ValueError(
+            f"the data have only the splits {', '.join(sources)}; add {' or '.join(HELD_OUT)} to "
+            "data.splits"
+        )
+    titled = against is not None
+    results = _results(settings, contender, sources, batch_size, titled=titled)
+    summary = {**describe_model(contender.model), **held_out_summary(sources, results)}
+    if against is None:
+        return json_values(summary)
+    theirs = _results(settings, against, sources, batch_size, titled=titled)
+    described = describe_model(against.model)
+    summary["against"] = described | {"metrics": held_out_summary(sources, theirs)["metrics"]}
+    summary["differences"] = _differences(results, theirs)
+    return json_values(summary)
+
+
+def _results(
+    settings: Settings,
+    contender: Contender,
+    sources: Mapping[str, PairSource],
+    batch_size: int | None,
+    *,
+    titled: bool,
+) -> Results:
+    """The ranks by all methods, which are printed."""
+    model, prompts = contender
+
+    def of_texts(split: str, side: str, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        own = prompts.get(split)
+        with progress_bar(f"embedding {len(texts):,} of side {side}", len(texts)) as advance:
+            vectors = encode_rows(
+                model, texts, side=side, prompts=own, batch_size=batch_size, progress=advance
+            )
+        return for_inner_products(model.similarity_function, side, vectors)
+
+    def of_rows(split: str, side: str) -> Float[np.ndarray, "n d"]:
+        records = sources[split].read(np.arange(len(sources[split])))
+        return of_texts(split, side, [record[side] for record in records])
+
+    results, failures = evaluate_splits(settings, HeldOutVectors(of_rows, of_texts), sources)
+    if jax.process_index() == 0 and results:
+        table = results_table(results)
+        if titled:
+            table.title, table.title_justify = Text(printable(model.source)), "left"
+        show(table)
+    if failures:
+        raise failures[0]
+    return results
+
+
+def _differences(results: Results, against: Results) -> dict[str, Any]:
+    """The differences of all metrics by split, variant and method, which are printed."""
+    record: dict[str, Any] = {}
+    for (split, variant), by_method in results.items():
+        found: dict[tuple[str, str], Difference] = {
+            (method, name): query_difference(
+                metric(result.ranks), metric(against[split, variant][method].ranks)
+            )
+            for method, result in by_method.items()
+            if method != "bm25"  # whose ranks do not depend on the model
+            for name, metric in METRICS.items()
+        }
+        of_variant = record.setdefault(split, {}).setdefault(variant, {})
+        for (method, name), one in found.items():
+            of_variant.setdefault(method, {})[name] = difference_record(one)
+        if jax.process_index() == 0:
+            shown = {names: one for names, one in found.items() if names[1] in _COLUMNS}
+            show(differences_table(shown, over="queries", title=f"{split}, {variant}"))
+    return record
