@@ -324,7 +324,7 @@ def test_two_models_are_compared_query_by_query(beir, tmp_path, capsys):
     assert list(found["differences"]["dense"]) == list(GRADED_METRICS)
     assert json.loads(output.read_text()) == found
     printed = capsys.readouterr().out
-    assert printed.count("against") == 1
+    assert printed.index("model: here") < printed.index("against: here")
     assert "95 % interval" in printed
     assert f"{expected.difference:+.4f}" in printed
 
@@ -383,6 +383,7 @@ def test_two_models_are_compared_on_the_held_out_rows_of_a_run(workdir, config, 
     assert "bm25" not in found["differences"]["validation"]["plain"]
     printed = capsys.readouterr().out
     assert printed.count("± over queries") == 1
+    assert "model: " in printed
     turned = evaluate.evaluate(model_of(vectors), against=workdir, config=config)
     other = turned["differences"]["validation"]["plain"]["dense"]["mrr@10"]
     assert other["difference"] == pytest.approx(-one["difference"])

@@ -81,12 +81,13 @@ def evaluate_model(
             f"the data have only the splits {', '.join(sources)}; add {' or '.join(HELD_OUT)} to "
             "data.splits"
         )
-    titled = against is not None
-    results = _results(settings, contender, sources, batch_size, titled=titled)
+    title = None if against is None else f"model: {contender.model.source}"
+    results = _results(settings, contender, sources, batch_size, title=title)
     summary = {**describe_model(contender.model), **held_out_summary(sources, results)}
     if against is None:
         return json_values(summary)
-    theirs = _results(settings, against, sources, batch_size, titled=titled)
+    title = f"against: {against.model.source}"
+    theirs = _results(settings, against, sources, batch_size, title=title)
     described = describe_model(against.model)
     summary["against"] = described | {"metrics": held_out_summary(sources, theirs)["metrics"]}
     summary["differences"] = _differences(results, theirs)
@@ -99,9 +100,9 @@ def _results(
     sources: Mapping[str, PairSource],
     batch_size: int | None,
     *,
-    titled: bool,
+    title: str | None,
 ) -> Results:
-    """The ranks by all methods, which are printed."""
+    """The ranks by all methods, which are printed below a title."""
     model, prompts = contender
 
     def of_texts(split: str, side: str, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
@@ -119,8 +120,8 @@ def _results(
     results, failures = evaluate_splits(settings, HeldOutVectors(of_rows, of_texts), sources)
     if jax.process_index() == 0 and results:
         table = results_table(results)
-        if titled:
-            table.title, table.title_justify = Text(printable(model.source)), "left"
+        if title is not None:
+            table.title, table.title_justify = Text(printable(title)), "left"
         show(table)
     if failures:
         raise failures[0]

@@ -107,12 +107,12 @@ def evaluate_set(
         say(data_set.description)
     methods = methods or METHODS
     options: dict[str, Any] = {"rrf_k": rrf_k, "batch_size": batch_size}
-    title = None if against is None else printable(model.source)
+    title = None if against is None else printable(f"model: {model.source}")
     ours = _evaluated(model, data_set, methods=methods, title=title, **options)
     if against is None:
         return ours.record
     methods = [method for method in methods if method != "bm25"]  # which needs no model
-    title = printable(against.source)
+    title = printable(f"against: {against.source}")
     theirs = _evaluated(against, data_set, methods=methods, title=title, **options)
     described = {name: theirs.record[name] for name in (*describe_model(against), "metrics")}
     differences = _differences(data_set, ours.outcome, theirs.outcome)
