@@ -212,7 +212,13 @@ def rotated(heads: Float[Array, "b t n c"], *, base: float) -> Float[Array, "b t
       Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
     """
     t, half = heads.shape[1], heads.shape[3] // 2
-    angles = jnp.arange(t)[:, None] * base ** (-jnp.arange(half) / half)[None]
+    return turned(heads, jnp.arange(t)[:, None] * base ** (-jnp.arange(half) / half)[None])
+
+
+def turned(
+    heads: Float[Array, "b t n c"], angles: Float[Array, "t half_c"]
+) -> Float[Array, "b t n c"]:
+    """Rotate the features $i$ and $i + c/2$ of each token by the token's $i$-th angle."""
     cosine, sine = (f(angles)[None, :, None].astype(heads.dtype) for f in (jnp.cos, jnp.sin))
     first, second = jnp.split(heads, 2, axis=-1)
     return lax.concatenate(

@@ -1,6 +1,6 @@
 """Parts that encoders share: dropout by row, pooling, and a loop over equal layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import jax
@@ -31,6 +31,7 @@ __all__ = [
     "activation_dtype",
     "check_length",
     "default_compute_dtype",
+    "joined",
     "pool",
     "row_dropout",
     "run_layers",
@@ -175,6 +176,20 @@ def stacked(
     return make_blocks(rngs)
 
 
+def joined(blocks: Sequence[nnx.Module], *, dtype: jnp.dtype) -> nnx.Module:
+    """Join equal blocks into one module for `run_layers`, as `stacked` would have built it.
+
+    The blocks keep their own parameters, one array per layer; only the forward pass sees the joined
+    copy. Its matrices have the activations' type.
+    """
+    graph, _ = nnx.split(blocks[0])
+
+    def join(*leaves: Array) -> Array:
+        return jnp.stack([leaf.astype(dtype) if leaf.ndim > 1 else leaf for leaf in leaves])
+
+    return nnx.merge(graph, jax.tree.map(join, *(nnx.split(block)[1] for block in blocks)))
+
+
 def run_layers(
     blocks: nnx.Module,
     hidden: Float[Array, "b t h"],
@@ -190,7 +205,7 @@ def run_layers(
     its matrices as the activations' type, and rows stay where they are.
 
     Args:
-      blocks: of `stacked`, each `(hidden, mask, rngs, layer) -> hidden`.
+      blocks: of `stacked` or `joined`, each `(hidden, mask, rngs, layer) -> hidden`.
       hidden: what goes into the first.
       mask: `True` for tokens.
       rngs: a random key per row, or `None` for evaluation.

@@ -20,7 +20,7 @@ from jaxcl.models.layers import (
 from jaxcl.models.pretrained.activations import ACTIVATIONS
 from jaxcl.typing import Array, Bool, Float, Int, RowKeys, Tokens
 
-__all__ = ["NUM_BUCKETS", "Architecture", "Transformer", "relative_buckets"]
+__all__ = ["NUM_BUCKETS", "Architecture", "Transformer", "attend", "relative_buckets"]
 
 NUM_BUCKETS = 32
 """The number of buckets for relative positions."""
@@ -276,23 +276,29 @@ class MLP(nnx.Module):
 
 def attend(
     queries: Float[Array, "b t n c"],
-    keys: Float[Array, "b t n c"],
-    values: Float[Array, "b t n c"],
+    keys: Float[Array, "b t g c"],
+    values: Float[Array, "b t g c"],
     bias: Float[Array, "1 n t t"] | None,
     seen: Bool[Array, "b 1 #t t"],
+    *,
+    scale: float | None = None,
 ) -> Float[Array, "b t n c"]:
-    r"""Dot-product attention: $\operatorname{softmax}(Q K^\top / \sqrt{c} + B)\, V$ for each head.
+    r"""Dot-product attention: $\operatorname{softmax}(s\, Q K^\top + B)\, V$ for each head.
 
     Args:
-      queries, keys, values: the projections of each head.
+      queries: the projections of each head.
+      keys, values: the projections of each head, or of each group of consecutive query heads.
       bias: added to the scaled scores.
       seen: `True` where a query may attend to a key. Only padding can have no keys; it gets the
         mean of all values, which keeps its states and gradients finite.
+      scale: the factor $s$ of the scores; `None` for $1 / \sqrt{c}$.
     """
     if queries.dtype != jnp.float64:
-        return jax.nn.dot_product_attention(queries, keys, values, bias, seen)
+        return jax.nn.dot_product_attention(queries, keys, values, bias, seen, scale=scale)
     # JAX's attention computes the softmax in float32.
-    scores = jnp.einsum("bqnc,bknc->bnqk", queries, keys) * queries.shape[-1] ** -0.5
+    keys, values = (jnp.repeat(one, queries.shape[2] // one.shape[2], 2) for one in (keys, values))
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum("bqnc,bknc->bnqk", queries, keys) * scale
     scores = jnp.where(seen, scores if bias is None else scores + bias, jnp.finfo(scores.dtype).min)
     return jnp.einsum("bnqk,bknc->bqnc", jax.nn.softmax(scores), values)
 

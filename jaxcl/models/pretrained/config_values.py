@@ -1,12 +1,25 @@
 """Checked access to the values of a `config.json`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxcl.models.pretrained.activations import ACTIVATIONS
 
-__all__ = ["activation", "check_supported", "flag", "number", "size"]
+__all__ = [
+    "FULL",
+    "SLIDING",
+    "activation",
+    "check_supported",
+    "flag",
+    "layer_kinds",
+    "number",
+    "positive",
+    "size",
+]
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""The kinds of layers, as in `layer_types`."""
 
 
 def size(config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
@@ -37,6 +50,20 @@ def number(config: Mapping[str, Any], key: str, default: float) -> float:
     return float(value)
 
 
+def positive(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """Read a finite number above 0; raise a `ValueError` for any other value.
+
+    Args:
+      config: the content of a `config.json`, or a part of it.
+      key: its key.
+      default: the value of a missing key; `None` if the key is required.
+    """
+    value = config.get(key, default)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {key}={value!r}; it must be a number above 0")
+    return float(value)
+
+
 def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
     """Read true or false; raise a `ValueError` for any other value."""
     value = config.get(key, default)
@@ -45,9 +72,9 @@ def flag(config: Mapping[str, Any], key: str, default: bool) -> bool:
     return value
 
 
-def activation(config: Mapping[str, Any], key: str) -> str:
-    """Read the name of a known activation, by default `"gelu"`; raise a `ValueError` for others."""
-    value = config.get(key, "gelu")
+def activation(config: Mapping[str, Any], key: str, default: str = "gelu") -> str:
+    """Read the name of a known activation; raise a `ValueError` for others."""
+    value = config.get(key, default)
     if not isinstance(value, str) or value not in ACTIVATIONS:
         raise ValueError(
             f"config.json: {key}={value!r} is not supported; only {', '.join(ACTIVATIONS)} are"
@@ -62,3 +89,28 @@ def check_supported(config: Mapping[str, Any], **supported: Any) -> None:
         if given is not None and given != value:
             only = "" if value is None else f"; only {value!r} is"
             raise ValueError(f"config.json: {key}={given!r} is not supported{only}")
+
+
+def layer_kinds(config: Mapping[str, Any], default: Sequence[str]) -> Sequence[str]:
+    """Read the kind of each layer's attention, `FULL` or `SLIDING`, from `layer_types`.
+
+    Args:
+      config: the content of a `config.json`.
+      default: the kinds of the layers if the key is missing or null.
+
+    Raises:
+      ValueError: for another number of layers, or an unknown kind.
+    """
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return default
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != len(default)
+        or any(kind not in (FULL, SLIDING) for kind in kinds)
+    ):
+        raise ValueError(
+            f"config.json: layer_types={kinds!r}; it must list {FULL!r} or {SLIDING!r} for each of "
+            f"{len(default)} layers"
+        )
+    return kinds

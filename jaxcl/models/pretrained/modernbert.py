@@ -4,12 +4,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxcl.models.pretrained.blocks import Architecture
-from jaxcl.models.pretrained.config_values import activation, check_supported, flag, number, size
+from jaxcl.models.pretrained.config_values import (
+    FULL,
+    SLIDING,
+    activation,
+    check_supported,
+    flag,
+    layer_kinds,
+    number,
+    size,
+)
 from jaxcl.models.pretrained.tensor_names import Names, transformer_family
 
 __all__ = ["MODERNBERT", "modernbert_architecture"]
-
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 DEFAULT_BASES = {FULL: 160_000.0, SLIDING: 10_000.0}
 OLD_BASES = {FULL: "global_rope_theta", SLIDING: "local_rope_theta"}
@@ -28,7 +35,8 @@ def modernbert_architecture(config: Mapping[str, Any]) -> Architecture:
     """
     check_supported(config, quantization_config=None, rope_scaling=None)
     num_layers = size(config, "num_hidden_layers", 22)
-    kinds = _layer_kinds(config, num_layers)
+    period = size(config, "global_attn_every_n_layers", 3)
+    kinds = layer_kinds(config, [SLIDING if n % period else FULL for n in range(num_layers)])
     window = size(config, "local_attention", 128) // 2
     return Architecture(
         vocabulary_size=size(config, "vocab_size", 50368),
@@ -49,19 +57,6 @@ def modernbert_architecture(config: Mapping[str, Any]) -> Architecture:
         joint_projections=True,
         gated=True,
     )
-
-
-def _layer_kinds(config: Mapping[str, Any], num_layers: int) -> list[str]:
-    kinds = config.get("layer_types")
-    if kinds is None:
-        period = size(config, "global_attn_every_n_layers", 3)
-        return [SLIDING if layer % period else FULL for layer in range(num_layers)]
-    if not isinstance(kinds, list) or len(kinds) != num_layers or set(kinds) - {FULL, SLIDING}:
-        raise ValueError(
-            f"config.json: layer_types={kinds!r}; it must list {FULL!r} or {SLIDING!r} for each of "
-            f"{num_layers} layers"
-        )
-    return kinds
 
 
 def _rotary_base(config: Mapping[str, Any], kind: str) -> float:

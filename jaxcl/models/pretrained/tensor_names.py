@@ -1,4 +1,4 @@
-"""Tensor names for the parameters of `jaxcl.models.pretrained.blocks.Transformer`."""
+"""Tensor names for the parameters of pretrained transformers and decoders."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from flax import nnx
 from jaxcl.models.pretrained.blocks import Architecture, Transformer
 from jaxcl.models.pretrained.description import Family, Tensor
 
-__all__ = ["Names", "transformer_family"]
+__all__ = ["Names", "family_of", "linear_tensors", "norm_tensors", "transformer_family"]
 
 
 class Names(NamedTuple):
@@ -32,24 +32,24 @@ class Names(NamedTuple):
         """Map the path of each parameter to its tensor."""
         tensors = {path: Tensor(f"{name}.weight") for path, name in self.tables.items()}
         for path, name in self.norms.items():
-            tensors |= _norm(path, name, bias=a.norm_bias)
+            tensors |= norm_tensors(path, name, bias=a.norm_bias)
         for layer in range(a.num_layers):
             at, block = f"blocks/{layer}/", self.block.format(layer)
             for path, name in self.block_norms.items():
                 if not (a.pre_norm and layer == 0 and path == "attention_norm"):
-                    tensors |= _norm(at + path, block + name, bias=a.norm_bias)
+                    tensors |= norm_tensors(at + path, block + name, bias=a.norm_bias)
             for path, name in self.block_linear.items():
                 bias = a.mlp_bias if path.startswith("mlp/") else a.attention_bias
-                tensors |= _linear(at + path, block + name, bias=bias)
+                tensors |= linear_tensors(at + path, block + name, bias=bias)
         return tensors
 
 
-def _norm(path: str, name: str, *, bias: bool) -> dict[str, Tensor]:
+def norm_tensors(path: str, name: str, *, bias: bool) -> dict[str, Tensor]:
     scale = {f"{path}/scale": Tensor(f"{name}.weight")}
     return scale | ({f"{path}/bias": Tensor(f"{name}.bias")} if bias else {})
 
 
-def _linear(path: str, name: str, *, bias: bool) -> dict[str, Tensor]:
+def linear_tensors(path: str, name: str, *, bias: bool) -> dict[str, Tensor]:
     kernel = {f"{path}/kernel": Tensor(f"{name}.weight", transposed=True)}
     return kernel | ({f"{path}/bias": Tensor(f"{name}.bias")} if bias else {})
 
@@ -59,22 +59,33 @@ def transformer_family(
     architecture: Callable[[Mapping[str, Any]], Architecture],
     names: Names,
 ) -> Family:
-    """A family whose models are transformers.
+    """A family whose models are transformers; the arguments are those of `family_of`."""
+    return family_of(prefixes, architecture, Transformer, names.tensors)
+
+
+def family_of(
+    prefixes: tuple[str, ...],
+    architecture: Callable[[Mapping[str, Any]], Any],
+    module: Callable[..., nnx.Module],
+    tensors: Callable[[Any], Mapping[str, Tensor]],
+) -> Family:
+    """A family whose `config.json` describes an architecture.
 
     Args:
       prefixes: optional prefixes of tensor names.
       architecture: `config.json` -> the architecture. Raises a `ValueError` for an unsupported
         config.
-      names: the family's tensor names.
+      module: `(architecture, *, rngs, **options)` -> the module.
+      tensors: the architecture -> path of each parameter -> its tensor.
     """
 
     def make(config: Mapping[str, Any], **options: Any) -> nnx.Module:
-        return Transformer(architecture(config), **options)
+        return module(architecture(config), **options)
 
     return Family(
         prefixes=prefixes,
         make=make,
-        tensors=lambda config: names.tensors(architecture(config)),
+        tensors=lambda config: tensors(architecture(config)),
         hidden_dim=lambda config: architecture(config).hidden_dim,
         vocabulary_size=lambda config: architecture(config).vocabulary_size,
         max_tokens=lambda config: architecture(config).max_tokens,

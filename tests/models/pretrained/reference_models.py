@@ -14,11 +14,20 @@ from jaxcl.models.pretrained.encoder import PretrainedEncoder
 from jaxcl.models.pretrained.families import FAMILIES
 
 REFERENCE = Path(__file__).parent / "reference"
-TRANSFORMERS = ("bert", "distilbert", "modernbert", "mpnet", "roberta", "xlm-roberta")
+ENCODERS = ("bert", "distilbert", "modernbert", "mpnet", "roberta", "xlm-roberta")
+DECODERS = (
+    *("gemma3", "gemma3-bidirectional", "llama", "mistral", "mistral-bidirectional"),
+    *("qwen2", "qwen3"),
+)
+TRANSFORMERS = (*ENCODERS, *DECODERS)
 
 
 def read_config(name):
     return json.loads((REFERENCE / name / "config.json").read_text())
+
+
+def family_of(name):
+    return FAMILIES[read_config(name)["model_type"]]
 
 
 def read_values(name):
@@ -91,7 +100,10 @@ def embed(model, params, inputs, rngs=None, **options):
 
 
 def without_key_biases(gradients):
-    """Leave out key biases, which shift all scores of a query: their gradient is rounding error."""
+    """Leave out key biases, which shift all scores of a query: their gradient is rounding error.
+
+    This does not hold for rotary positions.
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: None if "['key']['bias']" in jax.tree_util.keystr(path) else leaf,
         gradients,

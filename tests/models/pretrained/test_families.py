@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 from flax import nnx
 from scipy import special
 
+from jaxcl import models
 from jaxcl.models.pretrained.activations import ACTIVATIONS
 from jaxcl.models.pretrained.bert import bert_architecture
 from jaxcl.models.pretrained.blocks import relative_buckets
@@ -16,8 +18,10 @@ from jaxcl.models.pretrained.pooling import pool_states
 from tests.helpers import relative_error, relative_errors
 from tests.models.pretrained.reference import numpy_families
 from tests.models.pretrained.reference_models import (
+    DECODERS,
     TRANSFORMERS,
     as_parameters,
+    family_of,
     hidden_states,
     read_config,
     read_parameters,
@@ -81,6 +85,9 @@ def assert_equal(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
+LLAMA_ROPE = read_config("llama")["rope_parameters"]
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -96,6 +103,36 @@ def assert_equal(found, wanted):
         ("modernbert", {"norm_eps": 1e-4}),
         ("mpnet", {"layer_norm_eps": 1e-4}),
         ("roberta", {"pad_token_id": 0}),
+        ("mistral", {"sliding_window": 4}),
+        ("mistral", {"sliding_window": 6}),
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"is_causal": False}),
+        ("mistral", {"rope_parameters": {"rope_theta": 500.0}}),
+        ("mistral", {"rms_norm_eps": 1e-4}),
+        ("mistral", {"hidden_act": "gelu"}),
+        ("mistral-bidirectional", {"sliding_window": 4}),
+        ("mistral-bidirectional", {"sliding_window": 6}),
+        ("llama", {"rope_parameters": {"rope_theta": 100.0}}),
+        ("llama", {"rope_parameters": LLAMA_ROPE | {"factor": 5.0}}),
+        ("llama", {"rope_parameters": LLAMA_ROPE | {"low_freq_factor": 1.2}}),
+        ("llama", {"rope_parameters": LLAMA_ROPE | {"high_freq_factor": 3.0}}),
+        ("llama", {"rope_parameters": LLAMA_ROPE | {"original_max_position_embeddings": 48}}),
+        ("qwen2", {"layer_types": ["full_attention"] * 2}),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}),
+        ("qwen2", {"sliding_window": 4}),
+        ("qwen3", {"rope_parameters": {"rope_theta": 1_000.0}}),
+        ("qwen3", {"rms_norm_eps": 1e-4}),
+        ("gemma3", {"sliding_window": 7}),
+        ("gemma3", {"sliding_window": 9}),
+        ("gemma3", {"layer_types": ["full_attention"] * 3}),
+        ("gemma3", {"use_bidirectional_attention": True}),
+        ("gemma3", {"query_pre_attn_scalar": 6}),
+        ("gemma3", {"hidden_activation": "gelu"}),
+        ("gemma3", {"rope_parameters": {"full_attention": {"rope_theta": 10_000.0}}}),
+        ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_theta": 1_000.0}}}),
+        ("gemma3-bidirectional", {"sliding_window": 7}),
+        ("gemma3-bidirectional", {"sliding_window": 10}),
+        ("gemma3-bidirectional", {"use_bidirectional_attention": False}),
     ],
 )
 def test_each_config_value_changes_the_states(name, change):
@@ -113,10 +150,9 @@ def test_gradients_match_transformers(name, computed):
         for key, value in values.items()
         if key.startswith("gradient ")
     }
-    assert set(stored) == {tensor.name for tensor in FAMILIES[name].tensors(config).values()}
-    errors = relative_errors(
-        without_key_biases(gradients), without_key_biases(as_parameters(config, stored))
-    )
+    assert set(stored) == {tensor.name for tensor in family_of(name).tensors(config).values()}
+    trees = gradients, as_parameters(config, stored)
+    errors = relative_errors(*(trees if name in DECODERS else map(without_key_biases, trees)))
     assert max(errors.values()) < 1e-4, errors
 
 
@@ -170,7 +206,7 @@ def test_float64_states_match_the_numpy_reference(name, x64):
 )
 def test_an_unsupported_config_value_is_refused_with_its_key(name, change, message):
     with pytest.raises(ValueError, match=message):
-        FAMILIES[name].make(read_config(name) | change, rngs=nnx.Rngs(0))
+        family_of(name).make(read_config(name) | change, rngs=nnx.Rngs(0))
 
 
 def test_older_config_keys_of_modernbert_give_the_same_architecture():
@@ -190,6 +226,13 @@ def test_older_config_keys_of_modernbert_give_the_same_architecture():
     assert modernbert_architecture(older | {"global_rope_theta": 1.0}) != new
 
 
+def test_the_readme_lists_every_family():
+    readme = (Path(models.__file__).parent / "README.md").read_text()
+    assert not [
+        name for name in FAMILIES if name != "static_embedding" and f"`{name}`" not in readme
+    ]
+
+
 def test_a_missing_key_means_the_published_base_model():
     assert bert_architecture({})[:9] == (30522, 768, 12, 12, 3072, "gelu", 1e-12, 0.1, 512)
 
@@ -199,7 +242,7 @@ def test_a_missing_key_means_the_published_base_model():
 )
 def test_texts_longer_than_the_positions_are_refused(name, longest):
     config, params = read_config(name), read_parameters(name)
-    assert FAMILIES[name].max_tokens(config) == longest
+    assert family_of(name).max_tokens(config) == longest
     tokens = np.ones((1, longest + 1), np.int32)
     with pytest.raises(ValueError, match=f"texts of {longest + 1} tokens; this encoder reads"):
         hidden_states(config, params, tokens, tokens == 1)

@@ -34,6 +34,8 @@ SIZES = {
     "num_attention_heads": 2,
     "intermediate_size": 16,
     "max_position_embeddings": 20,
+    # Decoders' keys.
+    **{"num_key_value_heads": 1, "head_dim": 4},
     # DistilBERT's keys.
     **{"dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 16},
 }
@@ -285,6 +287,18 @@ def test_untrained_weights_are_exported_with_the_same_bytes(tmp_path, stored):
     assert_same_bytes(exported["2_Dense/model.safetensors"], dense)
     write_tensors(tmp_path / "again", exported["model.safetensors"])
     assert (tmp_path / "again").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_family_is_exported_with_the_same_bytes(tmp_path, model_type):
+    tensors = {
+        f"{prefix}{name}": tensor.astype(ml_dtypes.bfloat16)
+        for prefix in FAMILIES[model_type].prefixes[:1]
+        for name, tensor in encoder_tensors(model_type).items()
+    }
+    model = write(tmp_path, tensors, model_type=model_type)
+    parameters = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), load(model))
+    assert_same_bytes(export_tensors(model, parameters)["model.safetensors"], tensors)
 
 
 def test_trained_weights_are_exported_in_float32_if_their_type_is_too_narrow(tmp_path):

@@ -1,14 +1,16 @@
 """Write tiny random models of every family, and the values that the tests compare with.
 
-    python tests/models/pretrained/reference/make_reference.py
+    python tests/models/pretrained/reference/make_reference.py [NAME ...]
 
-It needs torch, transformers and sentence-transformers; the tests do not. Each family gets a
-folder here, with `config.json`, `model.safetensors` and `values.npz`: tokens, their lengths, the
-hidden states after the embeddings and after the last block, and the gradient of a scalar with
-respect to every parameter. `pooling.npz` holds sentence-transformers' poolings of BERT's states.
+It needs torch, transformers and sentence-transformers; the tests do not. Each of the named models,
+by default all, gets a folder here, with `config.json`, `model.safetensors` and `values.npz`:
+tokens, their lengths, the hidden states after the embeddings and after the last block, and the
+gradient of a scalar with respect to every parameter. `pooling.npz` holds sentence-transformers'
+poolings of BERT's states.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,27 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 24,
+}
+GROUPED = SIZES | {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 32,
+}
+GEMMA3 = {
+    **GROUPED,
+    "num_hidden_layers": 3,
+    "head_dim": 6,
+    "query_pre_attn_scalar": 12,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
 # Texts are longer than ModernBERT's window and than MPNet's buckets of relative positions.
 FAMILIES = {
@@ -64,6 +87,48 @@ FAMILIES = {
         ),
         20,
     ),
+    "mistral": (transformers.MistralConfig(**GROUPED, head_dim=6, sliding_window=5), 20),
+    "mistral-bidirectional": (
+        transformers.MistralConfig(**GROUPED, sliding_window=5, is_causal=False),
+        20,
+    ),
+    "llama": (
+        transformers.LlamaConfig(
+            **GROUPED | {"max_position_embeddings": 64},
+            head_dim=8,
+            rope_parameters=LLAMA3,
+            attention_bias=True,
+            mlp_bias=True,
+        ),
+        20,
+    ),
+    "qwen2": (
+        transformers.Qwen2Config(
+            **GROUPED, use_sliding_window=True, sliding_window=5, max_window_layers=1
+        ),
+        20,
+    ),
+    "qwen3": (
+        transformers.Qwen3Config(
+            **GROUPED,
+            head_dim=6,
+            rope_parameters={"rope_type": "linear", "rope_theta": 1_000.0, "factor": 2.0},
+        ),
+        20,
+    ),
+    "gemma3": (transformers.Gemma3TextConfig(**GEMMA3), 20),
+    "gemma3-bidirectional": (
+        transformers.Gemma3TextConfig(
+            **GEMMA3,
+            use_bidirectional_attention=True,
+            attention_bias=True,
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "rope_theta": 5_000.0, "factor": 3.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        ),
+        20,
+    ),
 }
 PROMPT_LENGTH = 3
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
@@ -75,7 +140,8 @@ def random_model(config):
     model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            is_scale = name.lower().endswith("norm.weight")
+            # Gemma adds 1 to the weights of its norms.
+            is_scale = name.lower().endswith("norm.weight") and "gemma" not in config.model_type
             parameter.copy_(torch.randn_like(parameter) * 0.2 + is_scale)
     return model
 
@@ -85,7 +151,7 @@ def texts(config, longest):
     length = np.array([longest, longest * 2 // 3, 5])
     mask = np.arange(longest) < length[:, None]
     tokens = np.random.default_rng(0).integers(5, SIZES["vocab_size"], mask.shape)
-    return np.where(mask, tokens, config.pad_token_id), length, mask
+    return np.where(mask, tokens, config.pad_token_id or 0), length, mask
 
 
 def make_family(name, config, longest):
@@ -146,8 +212,9 @@ def make_pooling(states, mask):
 
 
 def main():
-    made = {name: make_family(name, *given) for name, given in FAMILIES.items()}
-    make_pooling(*made["bert"])
+    made = {name: make_family(name, *FAMILIES[name]) for name in sys.argv[1:] or FAMILIES}
+    if "bert" in made:
+        make_pooling(*made["bert"])
     versions = [
         f"{m.__name__} {m.__version__}" for m in (torch, transformers, sentence_transformers)
     ]

@@ -17,6 +17,8 @@ def hidden_states(config, tensors, tokens):
     weights = {name: np.asarray(value, np.float64) for name, value in tensors.items()}
     if config["model_type"] == "modernbert":
         return _modernbert(config, weights, tokens)
+    if "num_key_value_heads" in config:
+        return _decoder(config, weights, tokens)
     return _bert_like(config, weights, tokens)
 
 
@@ -77,6 +79,91 @@ def _modernbert(config, weights, tokens):
     return norm("final_norm", x)
 
 
+def _decoder(config, weights, tokens):
+    gemma = config["model_type"] == "gemma3_text"
+    num_heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // num_heads
+    scale = config["query_pre_attn_scalar"] if gemma else width
+    act = gelu_tanh if gemma else silu
+
+    def linear(name, x):
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
+
+    def norm(name, x):
+        mean_square = (x**2).mean(-1, keepdims=True) + config["rms_norm_eps"]
+        return x / np.sqrt(mean_square) * (weights[f"{name}.weight"] + gemma)
+
+    x = weights["embed_tokens.weight"][tokens] * (math.sqrt(config["hidden_size"]) if gemma else 1)
+    for layer in range(config["num_hidden_layers"]):
+        block = f"layers.{layer}"
+        ready = norm(f"{block}.input_layernorm", x)
+        queries, keys, values = (
+            heads(linear(f"{block}.self_attn.{part}_proj", ready), number)
+            for part, number in (("q", num_heads), ("k", key_heads), ("v", key_heads))
+        )
+        if f"{block}.self_attn.q_norm.weight" in weights:
+            queries = norm(f"{block}.self_attn.q_norm", queries)
+            keys = norm(f"{block}.self_attn.k_norm", keys)
+        queries, keys = (rotate_by(side, angles(config, layer, width)) for side in (queries, keys))
+        shared = [head // (num_heads // key_heads) for head in range(num_heads)]
+        # `attention` divides by the square root of the width.
+        queries = queries * math.sqrt(width / scale)
+        mixed = attention(queries, keys[shared], values[shared], unseen(config, layer, len(x)))
+        mixed = linear(f"{block}.self_attn.o_proj", mixed)
+        if gemma:
+            mixed = norm(f"{block}.post_attention_layernorm", mixed)
+        x = x + mixed
+        name = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
+        ready = norm(f"{block}.{name}", x)
+        wide = act(linear(f"{block}.mlp.gate_proj", ready)) * linear(f"{block}.mlp.up_proj", ready)
+        changed = linear(f"{block}.mlp.down_proj", wide)
+        x = x + (norm(f"{block}.post_feedforward_layernorm", changed) if gemma else changed)
+    return norm("norm", x)
+
+
+def unseen(config, layer, t):
+    """A bias that is -inf where a token does not attend to another one."""
+    bias = np.zeros((t, t))
+    kinds = config.get("layer_types")
+    slides = config["model_type"] == "mistral" if kinds is None else "sliding" in kinds[layer]
+    window = config["sliding_window"] if slides else t
+    both_ways = config.get("use_bidirectional_attention") or not config.get("is_causal", True)
+    for q in range(t):
+        for k in range(t):
+            if not both_ways:
+                seen = 0 <= q - k < window
+            elif slides and config["model_type"] == "gemma3_text":
+                seen = abs(q - k) <= window // 2
+            else:
+                seen = abs(q - k) <= window
+            bias[q, k] = 0.0 if seen else -math.inf
+    return bias
+
+
+def angles(config, layer, width):
+    """The angle per token of each pair of features."""
+    rope = config["rope_parameters"]
+    rope = rope.get((config.get("layer_types") or [""] * (layer + 1))[layer], rope)
+    step = rope["rope_theta"] ** (-np.arange(0, width, 2) / width)
+    if rope["rope_type"] == "linear":
+        return step / rope["factor"]
+    if rope["rope_type"] == "default":
+        return step
+    longest = rope["original_max_position_embeddings"]
+    scaled = []
+    for one in step:
+        wavelength = 2 * math.pi / one
+        if wavelength < longest / rope["high_freq_factor"]:
+            scaled.append(one)
+        elif wavelength > longest / rope["low_freq_factor"]:
+            scaled.append(one / rope["factor"])
+        else:
+            blend = longest / wavelength - rope["low_freq_factor"]
+            blend /= rope["high_freq_factor"] - rope["low_freq_factor"]
+            scaled.append((1 - blend) * one / rope["factor"] + blend * one)
+    return np.array(scaled)
+
+
 def first_position(config):
     if config["model_type"] in ("roberta", "xlm-roberta"):
         return config["pad_token_id"] + 1
@@ -90,6 +177,14 @@ def layer_norm(x, epsilon):
 
 def gelu(x):
     return x * (1 + erf(x / math.sqrt(2))) / 2
+
+
+def gelu_tanh(x):
+    return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
 
 
 def heads(x, num_heads):
@@ -107,7 +202,13 @@ def attention(queries, keys, values, bias):
 def rotate(x, base):
     """Rotate features i and i + c/2 of the token at position p by the angle p · base^(-2i/c)."""
     half = x.shape[-1] // 2
-    turn = np.exp(1j * np.arange(x.shape[1])[:, None] * base ** (-np.arange(half) / half))
+    return rotate_by(x, base ** (-np.arange(half) / half))
+
+
+def rotate_by(x, step):
+    """Rotate features i and i + c/2 of the token at position p by the angle p · step_i."""
+    half = x.shape[-1] // 2
+    turn = np.exp(1j * np.arange(x.shape[1])[:, None] * step)
     turned = (x[..., :half] + 1j * x[..., half:]) * turn
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
