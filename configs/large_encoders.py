@@ -3,7 +3,12 @@
     python -m jaxcl.train --config configs/large_encoders.py:bert_base --config.data.name=…
     python -m jaxcl.plan --config configs/large_encoders.py:mistral_7b --topology v5e:16x16
 
-Both start from random weights; use them to plan the memory of a pod.
+The first two start from random weights; use them to plan the memory of a pod. The last variant
+fine-tunes the weights of a folder, such as that of e5-mistral-7b-instruct. A plan needs only the
+copy of the folder in a run's workdir, which has no weights:
+
+    python -m jaxcl.plan --config configs/large_encoders.py:pretrained_7b --topology v5e:16x16 \\
+        --config.model.pretrained=FOLDER
 """
 
 from ml_collections import ConfigDict
@@ -12,9 +17,9 @@ from jaxcl.configs import base
 
 
 def get_config(variant: str = "bert_base") -> ConfigDict:
-    """The defaults with a large model, `"bert_base"` or `"mistral_7b"`."""
+    """The defaults with a large model, one of `VARIANTS`."""
     if variant not in VARIANTS:
-        raise ValueError(f"variant {variant!r} is unknown; use {' or '.join(VARIANTS)}")
+        raise ValueError(f"variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
     config = base.get_config()
     config.optimizer.weight_decay = 0.01
     VARIANTS[variant](config)
@@ -54,4 +59,16 @@ def _mistral_7b(config: ConfigDict) -> None:
     config.grad_cache.chunk_size = 4
 
 
-VARIANTS = {"bert_base": _bert_base, "mistral_7b": _mistral_7b}
+def _pretrained_7b(config: ConfigDict) -> None:
+    """A pretrained decoder of 7 billion parameters; the batch and mesh of `mistral_7b`."""
+    config.data.max_tokens = ConfigDict({"query": 512, "key": 512})
+    config.data.distinct_tokens = False
+    config.global_batch_size = 2_048
+    config.model.name = "pretrained"
+    config.model.options.update({"dropout": 0.0, "remat": True})
+    config.optimizer.learning_rate = 1e-5
+    config.run.mesh.fsdp = 64
+    config.grad_cache.chunk_size = 4
+
+
+VARIANTS = {"bert_base": _bert_base, "mistral_7b": _mistral_7b, "pretrained_7b": _pretrained_7b}

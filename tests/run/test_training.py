@@ -1,5 +1,7 @@
 """From a config to the parts of a run: each option has its effect."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from jaxcl.run.training import build_optimizer
 from jaxcl.settings.derived import gcbs_rule
 from jaxcl.settings.read import read_settings
 from tests.helpers import training_of
+from tests.models.pretrained.tiny import write_copy_of_decoder
 
 RATE = 0.5
 QUEUE = {"negatives.bank.kind": "queue", "negatives.tiers.whole": True}
@@ -77,6 +80,18 @@ def test_the_large_encoders_have_the_sizes_of_their_namesakes(variant, count):
     config.run.mesh.fsdp = 8
     params = training_of(config).abstract_state(1_000_000).params["towers"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+def test_a_pretrained_mistral_has_the_same_size(tmp_path):
+    config = large_encoders.get_config("pretrained_7b")
+    config.run.mesh.fsdp = 8
+    config.model.pretrained = str(write_copy_of_decoder(tmp_path, {"model_type": "mistral"}))
+    params = training_of(config).abstract_state(1_000_000).params["towers"]
+    leaves = jax.tree.leaves(params)
+    assert sum(leaf.size for leaf in leaves) == 7_110_660_096
+    here = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+    norms = (2 * 32 + 1) * 4_096  # which are too small to shard
+    assert here == (7_110_660_096 - norms) / 8 + norms
 
 
 def test_another_seed_has_other_initial_parameters():

@@ -5,15 +5,43 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import ml_dtypes
 import numpy as np
+from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from jaxcl.host.files import write_sealed_json
+from jaxcl.models.pretrained.families import FAMILIES
+from jaxcl.models.pretrained.folder import TENSOR_LIST
+from jaxcl.models.pretrained.tensor_files import specs_as_json
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 WORDS = ("query", "key", ":", "file", "read", *map(str, range(30)))
 """All words in the rows of `tests.prepared_data`, and a few more."""
 
 DIM, HEADS, MLP_DIM, MAX_TOKENS = 16, 2, 32, 24
+
+DECODER = {
+    "hidden_size": DIM,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "intermediate_size": MLP_DIM,
+    "max_position_embeddings": MAX_TOKENS,
+}
+QWEN3 = DECODER | {"model_type": "qwen3", "rope_theta": 1_000_000}
+"""As Qwen3-Embedding: the state of the last token, which the tokenizer adds."""
+EMBEDDING_GEMMA = DECODER | {
+    "model_type": "gemma3_text",
+    "query_pre_attn_scalar": 12,
+    "sliding_window": 8,
+    "sliding_window_pattern": 2,
+    "use_bidirectional_attention": True,
+}
+"""As EmbeddingGemma: bidirectional attention; it has mean pooling and two dense layers."""
 
 
 def write_tiny_bert(
@@ -56,6 +84,99 @@ def write_tiny_bert(
     _write_modules(folder, {"": "Transformer", "1_Pooling": "Pooling"}, normalize, library)
     _write_tokenizer(folder, vocabulary)
     _write_tensors(folder, bert_tensors(dim, num_layers, len(vocabulary), seed))
+    return folder
+
+
+def write_tiny_decoder(
+    folder: Path,
+    config: Mapping[str, Any] = QWEN3,
+    *,
+    seed: int = 0,
+    pooling: str = "lasttoken",
+    dense: tuple[tuple[int, int], ...] = (),
+    template: str = "$A [SEP]",
+    library: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a decoder, and return its folder.
+
+    Args:
+      folder: where; made if it is not there.
+      config: the content of config.json, without the size of the vocabulary.
+      seed: of the weights.
+      pooling: the mode of its pooling.
+      dense: widths of the input and output of each Dense module.
+      template: the text with its special tokens.
+      library: the content of config_sentence_transformers.json.
+    """
+    vocabulary = [*SPECIAL_TOKENS, *WORDS]
+    config = {**config, "vocab_size": len(vocabulary), "pad_token_id": 0}
+    modules = {"": "Transformer", "1_Pooling": "Pooling"}
+    modules |= {f"{n}_Dense": "Dense" for n in range(2, 2 + len(dense))}
+    _write_json(folder / "config.json", config)
+    _write_json(
+        folder / "1_Pooling" / "config.json",
+        {
+            "word_embedding_dimension": config["hidden_size"],
+            "pooling_mode_mean_tokens": False,  # sentence-transformers' default is true
+            f"pooling_mode_{pooling}": True,
+        },
+    )
+    _write_modules(folder, modules, True, library)
+    _write_tokenizer(folder, vocabulary, template)
+    # Without this file, transformers may build another tokenizer, from the type of the model.
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": MAX_TOKENS,
+            "pad_token": "[PAD]",
+            "padding_side": "left",
+        },
+    )
+    rng = np.random.default_rng(seed)
+    _write_tensors(folder, decoder_tensors(config, rng))
+    identity = "torch.nn.modules.linear.Identity"
+    for number, (inputs, outputs) in enumerate(dense, start=2):
+        widths = {"in_features": inputs, "out_features": outputs, "bias": False}
+        _write_json(
+            folder / f"{number}_Dense" / "config.json", widths | {"activation_function": identity}
+        )
+        kernel = rng.normal(scale=0.3, size=(outputs, inputs)).astype(np.float32)
+        _write_tensors(folder / f"{number}_Dense", {"linear.weight": kernel})
+    return folder
+
+
+def decoder_tensors(config: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """The tensors of a decoder by name."""
+    tensors = {}
+    for name, shape in decoder_shapes(config).items():
+        centre = name.endswith("norm.weight") and config["model_type"] != "gemma3_text"
+        tensors[name] = (0.2 * rng.normal(size=shape) + centre).astype(np.float32)
+    return tensors
+
+
+def decoder_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a decoder's tensors by name."""
+    family = FAMILIES[config["model_type"]]
+    module = nnx.eval_shape(lambda: family.make(config, rngs=nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    shapes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    return {
+        tensor.name: shapes[path][::-1] if tensor.transposed else shapes[path]
+        for path, tensor in family.tensors(config).items()
+    }
+
+
+def write_copy_of_decoder(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Write what a run keeps of a decoder of any size, which has no weights."""
+    stored = np.dtype(ml_dtypes.bfloat16)
+    specs = {name: (stored, shape) for name, shape in decoder_shapes(config).items()}
+    _write_json(folder / "config.json", config)
+    _write_tokenizer(folder, [*SPECIAL_TOKENS, *WORDS], "$A [SEP]")
+    write_sealed_json(folder / TENSOR_LIST, specs_as_json({"model.safetensors": specs}))
     return folder
 
 
@@ -131,13 +252,13 @@ def _write_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_tokenizer(folder: Path, vocabulary: list[str]) -> None:
+def _write_tokenizer(folder: Path, vocabulary: list[str], template: str = "[CLS] $A [SEP]") -> None:
     ids = {word: number for number, word in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single=template, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     # Many published files have both; neither may affect a run's texts.
     tokenizer.enable_truncation(MAX_TOKENS)
