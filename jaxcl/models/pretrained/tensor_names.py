@@ -45,11 +45,13 @@ class Names(NamedTuple):
 
 
 def norm_tensors(path: str, name: str, *, bias: bool) -> dict[str, Tensor]:
+    """The tensors of a norm: its scale, and its bias if it has one."""
     scale = {f"{path}/scale": Tensor(f"{name}.weight")}
     return scale | ({f"{path}/bias": Tensor(f"{name}.bias")} if bias else {})
 
 
 def linear_tensors(path: str, name: str, *, bias: bool) -> dict[str, Tensor]:
+    """The tensors of a linear layer: its kernel, and its bias if it has one."""
     kernel = {f"{path}/kernel": Tensor(f"{name}.weight", transposed=True)}
     return kernel | ({f"{path}/bias": Tensor(f"{name}.bias")} if bias else {})
 

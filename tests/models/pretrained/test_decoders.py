@@ -2,10 +2,12 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from jaxcl.models.pretrained.decoder_blocks import Decoder
 from jaxcl.models.pretrained.decoders import (
     llama_architecture,
     mistral_architecture,
@@ -272,6 +274,35 @@ def test_a_texts_tokens_beyond_the_window_change_nothing():
     assert reached(config) == [10, 11, 12, 13, 14]
     assert reached(config | {"sliding_window": None}) == list(range(10, 20))
     assert reached(config | {"is_causal": False, "sliding_window": 2}) == [8, 9, 10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "change"),
+    [
+        (gemma3_architecture, "gemma3", {"norm_offset": 0.0}),
+        (gemma3_architecture, "gemma3", {"embedding_scale": 1.0}),
+        (gemma3_architecture, "gemma3", {"score_scale": 6**-0.5}),
+        (mistral_architecture, "mistral", {"num_key_heads": 4}),
+    ],
+    ids=["norms without 1", "unscaled embeddings", "scores by the width", "other groups"],
+)
+def test_each_variant_changes_the_states(architecture, name, change):
+    values, params = read_values(name), read_parameters(name)
+    mask = np.arange(values["tokens"].shape[1]) < values["length"][:, None]
+    a = architecture(read_config(name))
+    if "num_key_heads" in change:  # query head i reads key head i % 2 instead of i // 2
+        for block in params["blocks"].values():
+            for part in ("key", "value"):
+                kernel = block["attention"][part]["kernel"]
+                block["attention"][part] = {"kernel": jnp.tile(kernel, (1, 2))}
+
+    def states(a):
+        decoder = nnx.eval_shape(lambda: Decoder(a, rngs=nnx.Rngs(0)))
+        graph, _ = nnx.split(decoder, nnx.Param)
+        found = nnx.merge(graph, params)(jnp.asarray(values["tokens"]), jnp.asarray(mask))
+        return np.asarray(found)[mask]
+
+    assert relative_error(states(a._replace(**change)), values["last"][mask]) > 0.01
 
 
 @pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.slow) for one in DECODERS])

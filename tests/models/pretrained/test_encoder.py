@@ -33,7 +33,13 @@ def inputs_of(values):
     return {"tokens": values["tokens"], "length": values["length"]}
 
 
-@pytest.mark.parametrize("name", ["modernbert", pytest.param("mpnet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("modernbert", "gemma3-bidirectional", "qwen2"),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("mpnet", "mistral-bidirectional")),
+    ],
+)
 def test_padding_and_other_rows_do_not_change_an_embedding(name):
     values, model = read_values(name), describe(read_config(name))
     params = {"encoder": read_parameters(name)}
@@ -75,6 +81,23 @@ def test_pooling_dense_layers_and_unit_vectors_match_sentence_transformers():
     assert relative_error(raw, wanted) > 0.1
     tanh = model._replace(dense=(model.dense[0], model.dense[1]._replace(activation="tanh")))
     assert relative_error(embed(tanh, params, inputs_of(values)), wanted) > 1e-3
+
+
+def test_the_last_token_is_found_by_the_length_and_not_by_its_id():
+    values, config = read_values("mistral"), read_config("mistral")
+    model = describe(config, pooling=Pooling(("lasttoken",)))
+    params = {"encoder": read_parameters("mistral")}
+    ends = values["length"] - 1
+    tokens = values["tokens"].copy()
+    wanted = values["last"][range(3), ends]
+    assert relative_error(embed(model, params, inputs_of(values)), wanted) < 1e-5
+    # Texts may end with the very token that pads them.
+    for filler in (0, 7, int(tokens[1, ends[1]])):
+        beyond = np.arange(tokens.shape[1]) > ends[:, None]
+        inputs = {"tokens": np.where(beyond, filler, tokens), "length": values["length"]}
+        assert relative_error(embed(model, params, inputs), wanted) < 1e-5
+    early = {"tokens": tokens, "length": values["length"] - 1}
+    assert relative_error(embed(model, params, early), wanted) > 1e-2
 
 
 def test_an_excluded_prompt_is_encoded_but_not_pooled():
@@ -144,10 +167,10 @@ def test_parameter_paths_are_those_that_the_family_declares(name):
 
 
 @pytest.mark.slow
-def test_gradient_caching_gives_the_gradients_of_the_whole_batch():
-    values, config = read_values("bert"), read_config("bert")
-    model = describe(config)
-    params = {"encoder": read_parameters("bert")}
+@pytest.mark.parametrize("name", ["bert", "qwen2", "gemma3"])
+def test_gradient_caching_gives_the_gradients_of_the_whole_batch(name):
+    values, model = read_values(name), describe(read_config(name))
+    params = {"encoder": read_parameters(name)}
     inputs = jax.tree.map(jnp.asarray, inputs_of(values))
     keys = jax.random.split(jax.random.key(0), 3)
 
@@ -170,7 +193,7 @@ def test_gradient_caching_gives_the_gradients_of_the_whole_batch():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mpnet", "modernbert"])
+@pytest.mark.parametrize("name", ["mpnet", "modernbert", "qwen3", "gemma3-bidirectional"])
 def test_sharded_parameters_give_the_same_gradients(name):
     values, model = read_values(name), describe(read_config(name))
     params = {"encoder": read_parameters(name)}
