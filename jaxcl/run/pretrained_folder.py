@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from jaxcl.data.text_rule import special_tokens_around, unknown_id
 from jaxcl.models.pretrained.containment import join, lies_in
 from jaxcl.models.pretrained.description import PretrainedModel
+from jaxcl.models.pretrained.families import DECODERS
 from jaxcl.models.pretrained.modules import (
     POOLING_FLAGS,
     SENTENCE_CONFIGS,
@@ -157,7 +158,18 @@ def _encoder_files(
     if tokenizer_config not in model.files:
         # Without this file, transformers may build a tokenizer that differs from tokenizer.json.
         files[tokenizer_config] = _tokenizer_config(model, longest=longest)
+    elif model.family in DECODERS and not _names_padding(model):
+        given = parse_json(model.files, tokenizer_config)
+        files[tokenizer_config] = as_json({**given, "pad_token": _padding_token(model)})
     return files
+
+
+def _names_padding(model: PretrainedModel) -> bool:
+    files = (
+        join(model.encoder_folder, f"{name}.json")
+        for name in ("tokenizer_config", "special_tokens_map")
+    )
+    return any(parse_json(model.files, file).get("pad_token") for file in files)
 
 
 def _with_stored_type(model: PretrainedModel, name: str, tensors: FileTensors) -> bytes:
@@ -184,18 +196,39 @@ def _tokenizer_config(model: PretrainedModel, *, longest: int) -> bytes:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": longest,
     }
-    content = model.files[join(model.encoder_folder, "tokenizer.json")].decode()
-    tokenizer = Tokenizer.from_str(content)
-    padding = tokenizer.padding or {}
-    number = model.config.get("pad_token_id")
-    token = padding.get("pad_token") or (number is not None and tokenizer.id_to_token(number))
+    tokenizer = _tokenizer(model)
     # If the last token had no name, sentence-transformers would exclude it with the prompt.
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
     before, after = special_tokens_around(tokenizer)
     named = {"cls_token": before[:1], "sep_token": after[-1:]}
     config |= {name: tokenizer.id_to_token(ids[0]) for name, ids in named.items() if ids}
+    token = _padding_token(model)
     return as_json(config | ({"pad_token": token} if token else {}))
+
+
+def _padding_token(model: PretrainedModel) -> str | None:
+    """The token that pads texts in a batch; a decoder without one is padded with its last token.
+
+    sentence-transformers needs the name of a token. Which one it is does not change the vectors.
+    """
+    content = model.files[join(model.encoder_folder, "tokenizer.json")].decode()
+    padding = Tokenizer.from_str(content).padding or {}
+    tokenizer = _tokenizer(model)
+    numbers = [model.config.get("pad_token_id")]
+    if model.family in DECODERS:
+        ends = model.config.get("eos_token_id")
+        before, after = special_tokens_around(tokenizer)
+        numbers += [*(ends if isinstance(ends, list) else [ends]), *after[::-1], *before, 0]
+    tokens = (tokenizer.id_to_token(n) for n in numbers if type(n) is int and n >= 0)
+    return padding.get("pad_token") or next(filter(None, tokens), None)
+
+
+def _tokenizer(model: PretrainedModel) -> Tokenizer:
+    """The tokenizer, without padding and truncation."""
+    content = model.files[join(model.encoder_folder, "tokenizer.json")].decode()
+    tokenizer = Tokenizer.from_str(content)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def _pooling_config(model: PretrainedModel, *, include_prompt: bool) -> bytes:

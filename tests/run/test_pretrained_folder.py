@@ -15,7 +15,12 @@ from jaxcl.models.pretrained.weights import load_parameters
 from jaxcl.run.model_files import write_folder
 from jaxcl.run.pretrained_folder import pretrained_files
 from jaxcl.settings.sections import DataSettings, MaxTokens, SidePrompts
-from tests.models.pretrained.tiny import DIM, write_tiny_bert, write_tiny_static
+from tests.models.pretrained.tiny import (
+    DIM,
+    write_tiny_bert,
+    write_tiny_decoder,
+    write_tiny_static,
+)
 
 DATA = DataSettings(
     max_tokens=MaxTokens(query=7, key=20), prompts=SidePrompts("query: ", ""), exclude_prompt=False
@@ -177,6 +182,29 @@ def test_a_tokenizer_config_is_kept_or_written_if_missing(original, tmp_path):
     (original / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizerFast"}')
     folder = exported(original, tmp_path / "with")
     assert "BertTokenizerFast" in (folder / "tokenizer_config.json").read_text()
+
+
+PADDING = {
+    "a token of the text's end": ({"eos_token_id": [99, 3]}, {}, {}, "[SEP]"),
+    "the tokenizer's last token": ({}, {}, {}, "[SEP]"),
+    "its own": ({"eos_token_id": 3}, {"pad_token": "[UNK]"}, {}, "[UNK]"),
+    "its own in another file": ({"eos_token_id": 3}, {}, {"pad_token": "[UNK]"}, None),
+    "an id": ({"pad_token_id": 1}, {}, {}, "[UNK]"),
+}
+
+
+@pytest.mark.parametrize("case", PADDING)
+def test_a_decoder_without_a_padding_token_gets_one(tmp_path, case):
+    config, tokenizer, tokens, wanted = PADDING[case]
+    original = write_tiny_decoder(tmp_path / "original")
+    rewritten(original, "config.json", **{"pad_token_id": None} | config)
+    rewritten(original, "tokenizer.json", padding=None)
+    rewritten(original, "tokenizer_config.json", **{"pad_token": None} | tokenizer)
+    rewritten(original, "special_tokens_map.json", **tokens)
+    folder = exported(original, tmp_path / "model")
+    found = json.loads((folder / "tokenizer_config.json").read_text())
+    assert (found["padding_side"], found.get("pad_token")) == ("left", wanted)
+    assert tensor_bytes(folder) == tensor_bytes(original)
 
 
 def test_the_config_names_the_type_that_the_trained_weights_need(original, tmp_path):
