@@ -58,17 +58,20 @@ def _data() -> ConfigDict:
     data.query_field = "query"
     data.key_field = "key"  # the column of the positives, likewise
     # Further data sets, whose rows are appended: name -> name (or folder), splits (role -> split),
-    # query_field, key_field, group_field, metadata_fields, files, prompts (None uses data.prompts).
-    # assignment.sourced.by="data_set" mixes them by weights or a temperature.
+    # query_field, key_field, group_field, score_field, metadata_fields, files, prompts (None uses
+    # data.prompts). assignment.sourced.by="data_set" mixes them by weights or a temperature.
     data.concatenated = ConfigDict()
     data.group_field = placeholder(str)  # column of group labels: integers, class labels or texts
+    # The column of each pair's score, such as a rating of its similarity, for a loss that reads it.
+    data.score_field = placeholder(str)
     data.metadata_fields = ()  # further columns that search and evaluation show
     data.files = _files()
     data.negatives = placeholder(str)  # an .npz with the explicit negatives of each training row
     # The largest number of negative texts to use per row, from the beginning of its list; 0 uses
     # none, and None uses all.
     data.negatives_per_row = placeholder(int)
-    data.guides = placeholder(str)  # an .npz with a guide model's embeddings of each training row
+    # An .npz with the embeddings of each training row by a guide model, or by a teacher.
+    data.guides = placeholder(str)
     data.topics = placeholder(str)  # an .npz with the topic of each training row
     # A tokenizer.json. None uses the pretrained model's, or trains one on the training split.
     data.tokenizer = placeholder(str)

@@ -201,8 +201,12 @@ def _random_batch(settings: Settings, num_rows: int) -> Batch:
     if "teacher_scores" in needs:
         scores = rng.normal(size=(num_rows, 1 + _NEGATIVES))
         batch["teacher_scores"] = scores.astype(np.float32)
+    if "score" in settings.parts.loss.columns.values():
+        batch["score"] = rng.integers(0, 5, num_rows).astype(np.float32)
     if settings.data.guides is not None:
         width = guide_dim(settings.data.guides)
+        if "guides" in settings.parts.loss.columns.values():  # the width of the smaller model
+            width = settings.model.dim
         guides = rng.normal(size=(2, num_rows, width)).astype(np.float32)
         batch["guides"] = dict(zip(SIDES, guides, strict=True))
         if "negatives" in batch:

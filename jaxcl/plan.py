@@ -219,6 +219,8 @@ def _abstract_batch(settings: Settings, mesh: jax.sharding.Mesh) -> Batch:
     labels = ("row", "text", "group")
     batch: dict[str, Any] = {side: inputs(side) for side in SIDES}
     batch |= {name: column() for name in labels}
+    if "score" in settings.parts.loss.columns.values():
+        batch["score"] = column(kind=np.float32)
     mined, count = settings.negatives.mined, settings.data.negatives_per_row
     if mined.refresh_every is not None:
         count = mined.per_query

@@ -352,6 +352,7 @@ def _batches(run: _Run, state: TrainState) -> Iterator[Batch]:
         last_step=training.settings.steps,
         negatives=negatives,
         guides=data.guides,
+        scores=data.scores,
     )
 
 

@@ -33,7 +33,10 @@ def loss_of(name):
     def compute(queries, keys):
         rows, loss = np.shape(queries)[0], LOSSES[name]
         columns = {"labels": jnp.arange(rows), "teacher_scores": jnp.zeros((rows, 1))}
+        columns["teacher_vectors"] = {"query": keys, "key": queries}
         given = {argument: columns[argument] for argument in loss.columns}
+        if loss.has_temperature:
+            given["temperature"] = 0.1
         if loss.init_memory is not None:
             tables = loss.init_memory(rows, temperature=0.1)
             given["memory"] = jax.tree.map(lambda table: table[:rows], tables)
@@ -128,17 +131,17 @@ def with_labels(name, implementation=None):
             SharedNegatives: SharedNegatives(jnp.concatenate([keys, keys])),
         }
         columns = {"labels": numbers // 2, "teacher_scores": jnp.ones((rows, 3))}
+        columns["scores"] = (numbers // 2).astype(jnp.float32)
         given = {argument: columns[argument] for argument in loss.columns}
-        if loss.exchanges:
+        if loss.exchanges and loss.multiplies:
             given["implementation"] = implementation
         if loss.init_memory is not None:
             tables = loss.init_memory(rows, temperature=0.1)
             given["memory"] = jax.tree.map(lambda table: table[:rows], tables)
         names = {ExplicitNegatives: "explicit", OwnNegatives: "own", SharedNegatives: "shared"}
-        others = {names[kind]: kinds[kind] for kind in loss.negatives}
-        found = loss.function(
-            queries, keys, temperature=0.1, masks=masks, negatives=others, **given
-        )
+        if loss.negatives:
+            given["negatives"] = {names[kind]: kinds[kind] for kind in loss.negatives}
+        found = loss.function(queries, keys, masks=masks, **given)
         return found if loss.init_memory is None else found[0]
 
     return compute
@@ -237,7 +240,11 @@ def gap_on_mesh(queries, keys):
 EVERY = {
     **OF_ROWS,
     **{f"{name} with labels": with_labels(name) for name in LOSSES},
-    **{f"{name} in tiles": with_labels(name, "tiled") for name in LOSSES if LOSSES[name].exchanges},
+    **{
+        f"{name} in tiles": with_labels(name, "tiled")
+        for name, loss in LOSSES.items()
+        if loss.exchanges and loss.multiplies
+    },
     **{f"gradient of {name}": gradient_of(with_labels(name)) for name in LOSSES},
     "gradient in tiles": gradient_of(with_labels("infonce", "tiled")),
     "gradient of matryoshka": gradient_of(matryoshka(infonce_loss, dims=(4, 8))),

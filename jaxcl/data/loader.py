@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from jaxcl.data.row_guides import RowGuides
 from jaxcl.data.row_negatives import RowNegatives
+from jaxcl.data.row_scores import RowScores
 from jaxcl.data.table import Table, table_batch
 from jaxcl.data.text_negatives import TextNegatives
 from jaxcl.ops.mesh import put_batch
@@ -28,6 +29,7 @@ def training_batches(
     last_step: int,
     negatives: RowNegatives | TextNegatives | None = None,
     guides: RowGuides | None = None,
+    scores: RowScores | None = None,
 ) -> Iterator[Batch]:
     """The global batches of steps `first_step` to `last_step - 1`.
 
@@ -42,12 +44,13 @@ def training_batches(
       last_step: one more than the step of the last batch.
       negatives: the explicit negatives of each row, which are added to its batch.
       guides: a guide model's embeddings of each row, which are added to its batch.
+      scores: the score of each row, which is added to its batch.
 
     Yields:
       Batches on the devices.
     """
     batches = grain.MapDataset.source(
-        _LocalBatches(table, rows_fn, last_step, negatives, guides)
+        _LocalBatches(table, rows_fn, last_step, negatives, guides, scores)
     ).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES))
     iterator = iter(batches)
     iterator.set_state({"next_index": first_step})
@@ -65,9 +68,10 @@ class _LocalBatches:
         num_steps: int,
         negatives: RowNegatives | TextNegatives | None = None,
         guides: RowGuides | None = None,
+        scores: RowScores | None = None,
     ):
         self.table, self.rows_fn, self.num_steps = table, rows_fn, num_steps
-        self.negatives, self.guides = negatives, guides
+        self.negatives, self.guides, self.scores = negatives, guides, scores
 
     def __len__(self) -> int:
         return self.num_steps
@@ -77,6 +81,8 @@ class _LocalBatches:
         batch = table_batch(self.table, rows)
         if self.negatives is not None:
             batch |= self.negatives.columns(self.table, rows)
+        if self.scores is not None:
+            batch |= self.scores.columns(rows)
         if self.guides is not None:
             batch["guides"] = self.guides.columns(rows)
             if self.negatives is not None:

@@ -36,6 +36,7 @@ _NUMBERS = {
     "key_score": np.uint32,  # the bits of a float32, since a `CheckedArray` holds integers
     "negative_score": np.uint32,
     "group": np.int32,
+    "score": np.uint32,
     "hash": np.uint64,
 }
 
@@ -63,6 +64,8 @@ class PairFiles(NamedTuple):
     def made_from(self) -> dict[str, Any]:
         """Everything that determines the rows, in JSON types."""
         columns = self.columns._replace(unused=())._asdict()
+        if columns["score"] is None:  # as before there were scores, so that caches stay valid
+            del columns["score"]
         suffixes = [path.suffixes[-2:] for path in self.paths]
         made_from = {"format": _FORMAT, "files": [self.digests, suffixes], "columns": columns}
         made_from |= {"min_label": self.min_label, "bad_rows": self.bad_rows}
@@ -155,6 +158,8 @@ class PairCache:
         metadata = map(json.loads, self._texts("metadata", records))
         for name, values in zip(self._columns.metadata, zip(*metadata, strict=True), strict=False):
             fields[name] = values
+        if self._columns.score is not None:
+            fields["score"] = self._floats("score", records)
         return [dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)]
 
     def _negatives(
@@ -272,6 +277,8 @@ def _append(
         numbers["negative_score"] = _bits(record.negative_scores for record in block)
     if columns.group is not None:
         numbers["group"] = _group_numbers(block, groups, is_first=first == 0)
+    if columns.score is not None:
+        numbers["score"] = _bits([[record.score for record in block if record.score is not None]])
     for name, values in numbers.items():
         writers.numbers[name].append(values)
 

@@ -37,6 +37,7 @@ class PairColumns(NamedTuple):
       scores: the columns of a teacher's scores: one column for keys and negatives, or one for each.
       label: the column of numbers that say how similar query and key are.
       group: the column of the rows' groups.
+      score: the column of the scores that a loss reads.
       metadata: the columns of further fields.
       unused: all other columns.
     """
@@ -48,13 +49,14 @@ class PairColumns(NamedTuple):
     scores: tuple[str, ...] = ()
     label: str | None = None
     group: str | None = None
+    score: str | None = None
     metadata: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 
     @property
     def needed(self) -> list[str]:
         """All columns to read, each once."""
-        single = [self.query, self.key, self.label, self.group, self.split_by]
+        single = [self.query, self.key, self.label, self.group, self.score, self.split_by]
         names = [*single, *self.negatives, *self.scores, *self.metadata]
         return list(dict.fromkeys(name for name in names if name is not None))
 
@@ -62,9 +64,10 @@ class PairColumns(NamedTuple):
         """Describe the columns in one line."""
         parts = [f"query from {self.query!r}", f"key from {self.key!r}"]
         others = {"negatives": self.negatives, "teacher scores": self.scores}
-        others |= {"labels": (self.label,), "group": (self.group,)}  # type: ignore[dict-item]
+        single = {"labels": self.label, "group": self.group, "scores": self.score}
+        others |= {what: (name,) for what, name in single.items() if name is not None}
         for what, names in others.items():
-            if any(names):
+            if names:
                 parts.append(f"{what} from {_listed(names)}")
         if self.unused:
             parts.append(f"not used: {_listed(self.unused)}")
@@ -74,7 +77,7 @@ class PairColumns(NamedTuple):
 def named_fields(data_set: DataSet) -> list[str]:
     """The columns that the config names, except defaults and patterns."""
     files, defaults = data_set.files, DataSet()
-    names = [data_set.group_field, *data_set.metadata_fields]
+    names = [data_set.group_field, data_set.score_field, *data_set.metadata_fields]
     names += [files.negatives_field, files.scores_field, files.label_field]
     names += [data_set.query_field] if data_set.query_field != defaults.query_field else []
     names += [data_set.key_field] if data_set.key_field != defaults.key_field else []
@@ -83,7 +86,7 @@ def named_fields(data_set: DataSet) -> list[str]:
 
 
 def find_columns(names: Sequence[str], data_set: DataSet, *, where: str) -> PairColumns:
-    """Find the columns of queries, keys, negatives, scores, labels and groups.
+    """Find the columns of queries, keys, negatives, teacher scores, labels, groups and scores.
 
     Columns that the config names must exist. The others are recognised by common names.
 
@@ -98,15 +101,21 @@ def find_columns(names: Sequence[str], data_set: DataSet, *, where: str) -> Pair
     """
     files = data_set.files
     query, key = _query_and_key(names, data_set, where)
-    taken = {query, key, data_set.group_field, *data_set.metadata_fields}
+    group, score, metadata = data_set.group_field, data_set.score_field, data_set.metadata_fields
+    taken = {query, key, group, score, *metadata}
     taken |= {files.negatives_field, files.scores_field, files.label_field}
     free = [name for name in names if name not in taken]
-    group, metadata = data_set.group_field, data_set.metadata_fields
     split_by = {"query": query, "key": key}.get(files.split_by, files.split_by)
     _check_exists("data.group_field", group, names, where)
+    _check_exists("data.score_field", score, names, where)
     _check_exists("data.files.split_by", split_by, names, where)
     for name in metadata:
         _check_exists("data.metadata_fields", name, names, where)
+    if score not in (None, "score") and "score" in metadata:
+        raise ValueError(
+            f"data.score_field={score!r} becomes the rows' 'score', so data.metadata_fields cannot "
+            "have 'score'; leave it out"
+        )
     columns = PairColumns(
         query,
         key,
@@ -115,6 +124,7 @@ def find_columns(names: Sequence[str], data_set: DataSet, *, where: str) -> Pair
         scores=_scores(names, free, files.scores_field, where),
         label=_one_of("label", LABELS, names, free, files.label_field, where),
         group=group,
+        score=score,
         metadata=metadata,
     )
     if columns.scores and not columns.negatives:

@@ -80,8 +80,9 @@ class FilePairs:
     def read(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """Return one dict per row number, in the order given.
 
-        A row has "query" and "key". If the files have them, it also has "group", "negatives" (a
-        list of texts), "teacher_scores" (the key's, then each negative's) and further fields.
+        A row has "query" and "key". If the files have them, it also has "group", "score",
+        "negatives" (a list of texts), "teacher_scores" (the key's, then each negative's) and
+        further fields.
         """
         numbers = np.array(checked_rows(rows, num_rows=len(self)), np.int64)
         if self._rows is not None:
@@ -226,7 +227,7 @@ def _described(
         raise ValueError(
             f"{where} has labels in {columns.label!r}, so some rows may not be positive pairs; set "
             "data.files.min_label to the smallest label of a row to train on (a value below all "
-            "labels keeps every row)"
+            "labels keeps every row), or data.score_field for a loss that compares scores"
         )
     if columns.label is None and options.min_label is not None:
         raise ValueError(

@@ -28,6 +28,7 @@ class PairRecord(NamedTuple):
       positive_scores, negative_scores: a teacher's scores, one per text; empty without a teacher.
       label: how similar query and key are; `None` in files without labels.
       group: an integer or a text; `None` in files without groups.
+      score: the score that a loss reads; `None` if no column of scores is read.
       metadata: the values of further fields, as JSON.
       split_by: the value that determines the split of the record.
     """
@@ -39,6 +40,7 @@ class PairRecord(NamedTuple):
     negative_scores: Sequence[float] = ()
     label: float | None = None
     group: int | str | None = None
+    score: float | None = None
     metadata: bytes = b""
     split_by: bytes = b""
 
@@ -66,6 +68,8 @@ def read_pair(record: Mapping[str, Any], columns: PairColumns) -> PairRecord:
         pair = pair._replace(label=_number(_required(record, columns.label), columns.label))
     if columns.group is not None:
         pair = pair._replace(group=_group(_required(record, columns.group), columns.group))
+    if columns.score is not None:
+        pair = pair._replace(score=_number(_required(record, columns.score), columns.score))
     if columns.metadata:
         pair = pair._replace(metadata=_metadata(record, columns.metadata))
     return pair

@@ -13,6 +13,7 @@ from jaxcl.data.modalities import build_readers, input_fingerprints, open_tables
 from jaxcl.data.modality import Reader
 from jaxcl.data.row_guides import RowGuides, read_guides
 from jaxcl.data.row_negatives import RowNegatives, read_negatives
+from jaxcl.data.row_scores import RowScores, open_scores
 from jaxcl.data.row_topics import RowTopics, read_topics
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import ConcatenatedPairs, open_splits
@@ -61,6 +62,7 @@ class RunData(NamedTuple):
       negatives: the training rows' explicit negatives, from a file or as texts, or `None`.
       guides: a guide model's embeddings of the training rows, or `None`.
       topics: the training rows' topics, or `None`.
+      scores: the training rows' scores, or `None`.
       data_sets: names of the data sets of the training rows, in order.
       remembered: the name of the data set, and the fingerprints of all these data.
     """
@@ -71,6 +73,7 @@ class RunData(NamedTuple):
     negatives: RowNegatives | TextNegatives | None = None
     guides: RowGuides | None = None
     topics: RowTopics | None = None
+    scores: RowScores | None = None
     data_sets: tuple[str, ...] = ()
     remembered: RememberedData = RememberedData("", {})
 
@@ -179,7 +182,10 @@ def prepare_data(
     readers = build_readers(data, workdir)
     names = data_set_names(data)
     negatives = negatives if texts is None else texts
-    return RunData(sources, tables, readers, negatives, guides, topics, names, remembered)
+    scores = None
+    if data.score_field is not None:
+        scores = open_scores(sources["train"], data_dir=data_dir)
+    return RunData(sources, tables, readers, negatives, guides, topics, scores, names, remembered)
 
 
 def open_sources(

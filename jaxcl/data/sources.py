@@ -79,12 +79,12 @@ class InMemoryPairs:
         groups: Sequence[int] | np.ndarray | None = None,
         metadata: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        _check_metadata_names(metadata or (), has_group=groups is not None)
         self._columns: dict[str, Sequence[Any]] = {"query": list(queries), "key": list(keys)}
         if groups is not None:
             self._columns["group"] = [
                 _as_int32(group, field="groups", row=row) for row, group in enumerate(groups)
             ]
+        _check_metadata_names(metadata or (), self._columns)
         self._columns |= {name: list(column) for name, column in (metadata or {}).items()}
         lengths = {name: len(column) for name, column in self._columns.items()}
         if len(set(lengths.values())) > 1:
@@ -179,6 +179,7 @@ def open_pairs(
     query_field: str = "query",
     key_field: str = "key",
     group_field: str | None = None,
+    score_field: str | None = None,
     metadata_fields: Sequence[str] = (),
     text_sides: Sequence[str] = (),
 ) -> TfdsPairs:
@@ -194,6 +195,7 @@ def open_pairs(
       group_field: the feature that becomes each row's int32 "group". Integers, labels and booleans
         are used as they are. A text becomes its index among the split's sorted distinct texts, for
         which the column is read once; `"train"` and `"train[:10%]"` may number texts differently.
+      score_field: the feature that becomes each row's "score".
       metadata_fields: further features, each under its own name.
       text_sides: the sides that must be texts, such as `("query", "key")`.
 
@@ -205,9 +207,9 @@ def open_pairs(
     """
     from etils import epath
 
-    _check_metadata_names(metadata_fields, has_group=group_field is not None)
-    fields = {"query": query_field, "key": key_field}
-    fields |= {} if group_field is None else {"group": group_field}
+    named = {"query": query_field, "key": key_field, "group": group_field, "score": score_field}
+    fields = {name: field for name, field in named.items() if field is not None}
+    _check_metadata_names(metadata_fields, fields)
     sides = dict(fields)
     fields |= {field: field for field in metadata_fields}
     builder = open_builder(find_directory(name, data_dir))
@@ -232,9 +234,8 @@ def open_pairs(
     )
 
 
-def _check_metadata_names(names: Iterable[str], *, has_group: bool) -> None:
-    taken = {"query", "key", *(["group"] if has_group else [])} & set(names)
-    if taken:
+def _check_metadata_names(names: Iterable[str], fields: Iterable[str]) -> None:
+    if taken := set(fields) & set(names):
         raise ValueError(f"metadata cannot be named {sorted(taken)}; rows already have these")
 
 
@@ -313,8 +314,7 @@ def _first_value(builder: Any, records: Any, field: str) -> Any:
     feature = dict(_leaves(builder.info.features))[field]
     if feature.shape != ():
         return feature
-    [first] = _read_column(builder, records, field, [0])
-    return first
+    return _read_column(builder, records, field, [0])[0]
 
 
 def _read_column(builder: Any, records: Any, field: str, rows: list[int]) -> list[Any]:

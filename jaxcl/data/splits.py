@@ -163,6 +163,7 @@ def _opened(data_set: DataSet, role: str, data_dir: Path, text_sides: Sequence[s
         query_field=data_set.query_field,
         key_field=data_set.key_field,
         group_field=data_set.group_field,
+        score_field=data_set.score_field,
         metadata_fields=data_set.metadata_fields,
         text_sides=text_sides,
     )

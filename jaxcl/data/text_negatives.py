@@ -49,7 +49,9 @@ __all__ = ["TextNegatives", "open_text_negatives"]
 _FORMAT = 2
 _ROLE = "negatives"
 _LABELS = ("text", "group")
-_NOT_READ = ("name", "splits", "negatives", "negatives_per_row", "guides", "topics")
+_NOT_READ = (
+    *("name", "splits", "score_field", "negatives", "negatives_per_row", "guides", "topics"),
+)
 """Settings that do not affect texts or tokens, or that the rows' fingerprint covers."""
 
 

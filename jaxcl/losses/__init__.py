@@ -2,7 +2,13 @@
 
 from collections.abc import Mapping
 
-from jaxcl.losses.distillation import DistillationOptions, distillation_loss
+from jaxcl.losses.distillation import (
+    DistillationOptions,
+    EmbeddingDistillationOptions,
+    distillation_loss,
+    embedding_distillation_loss,
+    margin_mse_loss,
+)
 from jaxcl.losses.matryoshka import matryoshka
 from jaxcl.losses.negative_metrics import NegativeMetrics, measure_negatives
 from jaxcl.losses.protocol import Loss, LossFn, Masks, NoOptions
@@ -12,6 +18,7 @@ from jaxcl.losses.running_estimate import (
     remembered_estimate_loss,
     running_estimate_loss,
 )
+from jaxcl.losses.scored import cosent_loss
 from jaxcl.losses.sigmoid import SigmoidOptions, sigmoid_pair_loss
 from jaxcl.losses.softmax import (
     DirectionOptions,
@@ -34,10 +41,13 @@ __all__ = [
     "NegativeMetrics",
     "OwnNegatives",
     "SharedNegatives",
+    "cosent_loss",
     "decoupled_infonce_loss",
     "distillation_loss",
+    "embedding_distillation_loss",
     "hard_infonce_loss",
     "infonce_loss",
+    "margin_mse_loss",
     "matryoshka",
     "measure_negatives",
     "nt_xent_loss",
@@ -47,6 +57,14 @@ __all__ = [
 ]
 
 LOSSES: Mapping[str, Loss] = {
+    "cosent": Loss(
+        cosent_loss,
+        NoOptions,
+        masks=("valid",),
+        negatives=(),
+        columns={"scores": "score"},
+        multiplies=False,
+    ),
     "decoupled": Loss(decoupled_infonce_loss, DirectionOptions),
     "distillation": Loss(
         distillation_loss,
@@ -56,8 +74,25 @@ LOSSES: Mapping[str, Loss] = {
         columns={"teacher_scores": "teacher_scores"},
         exchanges=False,
     ),
+    "embedding_distillation": Loss(
+        embedding_distillation_loss,
+        EmbeddingDistillationOptions,
+        masks=("valid",),
+        negatives=(),
+        columns={"teacher_vectors": "guides"},
+        has_temperature=False,
+        exchanges=False,
+    ),
     "hard": Loss(hard_infonce_loss, HardOptions),
     "infonce": Loss(infonce_loss, InfonceOptions),
+    "margin_mse": Loss(
+        margin_mse_loss,
+        DistillationOptions,
+        masks=("valid",),
+        negatives=(ExplicitNegatives,),
+        columns={"teacher_scores": "teacher_scores"},
+        exchanges=False,
+    ),
     "nt_xent": Loss(nt_xent_loss, NoOptions),
     "running_estimate": Loss(
         remembered_estimate_loss,

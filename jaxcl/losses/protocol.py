@@ -52,7 +52,8 @@ class LossFn(Protocol):
     Every loss must satisfy the following; `tests/losses/test_battery.py` checks all of `LOSSES`.
 
     - It returns one value per row of this device, in float32 or wider. The caller takes the mean,
-      and differentiates outside the `shard_map`.
+      and differentiates outside the `shard_map`. A loss that is not a mean over rows returns the
+      value of the whole batch for each valid row.
     - Key `i` is the positive of query `i`, and the order of rows does not matter.
     - Invalid rows have the value 0, and do not change the values or gradients of other rows. The
       result is finite, with a finite gradient, for a batch without valid rows or negatives.
@@ -60,7 +61,7 @@ class LossFn(Protocol):
       the loss supports.
     - With `axis_name`, values and gradients are the same as on one device that holds the rows of
       all devices, whatever the exchange and the implementation.
-    - Gradients reach both sides and the temperature, which may be an array.
+    - Gradients reach both sides and, if it has one, the temperature, which may be an array.
 
     A loss is compiled into the train step, so it is pure and has static shapes. A loss that takes
     more or fewer arguments declares them in a `Loss`.
@@ -103,8 +104,11 @@ class Loss(NamedTuple):
         without a `negatives` argument.
       columns: arguments that are columns of a batch: argument -> column, such as
         `{"teacher_scores": "teacher_scores"}`.
+      has_temperature: whether it takes a `temperature`, which may be learned.
       has_bias: whether it takes a `bias`, which may be learned.
       exchanges: whether it compares rows of different devices; if not, it takes no `axis_name`,
+        `exchange` and `implementation`.
+      multiplies: whether it multiplies queries with the keys of other rows; if not, it takes no
         `exchange` and `implementation`.
       init_memory: `(number of training rows, *, temperature, **options) -> tables` with one entry
         per training row. The function then takes `memory`, the entries of its rows, and returns
@@ -117,7 +121,9 @@ class Loss(NamedTuple):
     masks: tuple[str, ...] = Masks._fields
     negatives: tuple[type, ...] = EVERY_KIND
     columns: Mapping[str, str] = {}
+    has_temperature: bool = True
     has_bias: bool = False
     exchanges: bool = True
+    multiplies: bool = True
     init_memory: Callable[..., PyTree] | None = None
     bounds_temperature: bool = False

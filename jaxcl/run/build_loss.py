@@ -62,7 +62,7 @@ def run_loss(settings: Settings) -> Loss:
     """The loss of `settings.loss` with its options bound."""
     loss, section = settings.parts.loss, settings.loss
     arguments = dict(section.options)
-    if loss.exchanges:
+    if loss.exchanges and loss.multiplies:
         arguments |= _exchange(settings)
     if loss.bounds_temperature:
         arguments["temperature_bounds"] = (section.temperature.minimum, section.temperature.maximum)

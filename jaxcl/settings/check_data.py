@@ -53,6 +53,12 @@ def _check_concatenated(where: str, name: str, data_set: DataSet, data: DataSett
             f"{data.group_field!r}: rows without a group would all be of one; give both one, "
             "or neither"
         )
+    if (data_set.score_field is None) != (data.score_field is None):
+        raise ValueError(
+            f"{where}.score_field={data_set.score_field!r}, but data.score_field="
+            f"{data.score_field!r}: a loss that reads scores needs one for every row; give both "
+            "one, or neither"
+        )
     for side in SIDES:
         _check_prompt(f"{where}.prompts.{side}", getattr(data_set.prompts, side), data, side)
     for role in data_set.splits:

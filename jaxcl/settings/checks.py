@@ -110,6 +110,16 @@ def _check_taken(settings: Settings) -> None:
     data, columns, name = settings.data, settings.parts.loss.columns, settings.loss.name
     if "group" in columns.values() and data.group_field is None:
         raise ValueError(f"the loss {name!r} needs the rows' groups; set data.group_field")
+    if "guides" in columns.values() and data.guides is None:
+        raise ValueError(
+            f"the loss {name!r} needs a teacher's embeddings; set data.guides to an .npz with "
+            "those of each training row's query and key"
+        )
+    if "score" in columns.values() and data.score_field is None:
+        raise ValueError(
+            f"the loss {name!r} needs the score of each pair; set data.score_field to its column, "
+            "such as 'score'"
+        )
 
 
 def _check_bank(settings: Settings) -> None:
@@ -209,7 +219,8 @@ def _check_judges(settings: Settings) -> None:
         )
     if guide == "momentum" and initial is None:
         raise ValueError("negatives.guide='momentum' needs negatives.momentum_encoder.initial")
-    if (guide == "data") != (settings.data.guides is not None):
+    taught = "guides" in settings.parts.loss.columns.values()  # `_check_taken` looks for the file
+    if not taught and (guide == "data") != (settings.data.guides is not None):
         raise ValueError("negatives.guide='data' and data.guides, its file, need each other")
     if initial is not None and negatives.bank.kind is None and guide != "momentum":
         raise ValueError(

@@ -42,8 +42,18 @@ _UNREAD = (
     ),
     _Unread(
         ("loss.exchange", "loss.implementation"),
-        lambda s: not s.parts.loss.exchanges,
+        lambda s: not (s.parts.loss.exchanges and s.parts.loss.multiplies),
         "loss.name would have to name a loss that compares rows of different devices",
+    ),
+    _Unread(
+        ("loss.temperature",),
+        lambda s: not s.parts.loss.has_temperature,
+        "loss.name would have to name a loss that has a temperature",
+    ),
+    _Unread(
+        ("data.score_field",),
+        lambda s: "score" not in s.parts.loss.columns.values(),
+        "a loss that compares scores, such as loss.name='cosent', reads it",
     ),
     _Unread(
         ("data.code_pairs.",),

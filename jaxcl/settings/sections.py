@@ -95,6 +95,7 @@ class DataSet(NamedTuple):
     query_field: str = "query"
     key_field: str = "key"
     group_field: str | None = None
+    score_field: str | None = None
     metadata_fields: tuple[str, ...] = ()
     files: FileSettings = FileSettings()
     prompts: SidePrompts = SidePrompts()
@@ -117,6 +118,7 @@ class DataSettings(NamedTuple):
     key_field: str = "key"
     concatenated: Mapping[str, DataSet] = {}
     group_field: str | None = None
+    score_field: str | None = None
     metadata_fields: tuple[str, ...] = ()
     files: FileSettings = FileSettings()
     negatives: str | None = None

@@ -224,6 +224,8 @@ class _Arrangement(NamedTuple):
     def keywords(self, given: _Arguments) -> dict[str, Any]:
         """The arguments of the loss in addition to its two sides, inside of the `shard_map`."""
         keywords = {**given.columns, **given.scalars}
+        if not self.loss.has_temperature:
+            del keywords["temperature"]
         if self.loss.exchanges:
             keywords["axis_name"] = self.mesh.axis_names
         if self.loss.masks:

@@ -58,6 +58,15 @@ def test_labels_are_found_unless_they_are_groups():
     assert (columns.group, columns.label) == ("label", None)
 
 
+def test_a_column_of_scores_is_no_label():
+    columns = found("sentence1", "sentence2", "score", score_field="score")
+    assert (columns.score, columns.label) == ("score", None)
+    assert columns.needed == ["sentence1", "sentence2", "score"]
+    assert columns.described() == "query from 'sentence1', key from 'sentence2', scores from score"
+    both = found("query", "key", "score", score_field="score", label_field="score")
+    assert (both.score, both.label) == ("score", "score")
+
+
 def test_the_names_of_the_config_go_before_common_names():
     names = ("query", "key", "positive", "hard", "neg", "s", "score", "kind", "url")
     columns = found(
@@ -89,6 +98,12 @@ def test_a_pattern_names_several_columns_of_negatives():
         (("query", "key"), {"key_field": "k"}, "data.key_field='k', but"),
         (("query", "key"), {"group_field": "g"}, "data.group_field='g', but"),
         (("query", "key"), {"metadata_fields": ("m",)}, "data.metadata_fields='m', but"),
+        (("query", "key"), {"score_field": "s"}, "data.score_field='s', but"),
+        (
+            ("query", "key", "s", "score"),
+            {"score_field": "s", "metadata_fields": ("score",)},
+            "data.score_field='s' becomes the rows' 'score', so data.metadata_fields cannot have",
+        ),
         (("query", "key"), {"split_by": "s"}, "data.files.split_by='s', but"),
         (("query", "key"), {"negatives_field": "n*"}, r"data.files.negatives_field='n\*', but"),
         (("query", "key"), {"scores_field": "s"}, "data.files.scores_field='s', but"),

@@ -349,6 +349,41 @@ def test_a_file_that_a_pattern_matches_twice_is_read_once(opened, tmp_path):
     assert len(opened("**/**/*.jsonl", WHOLE)["train"]) == NUM_ROWS
 
 
+def test_scores_are_a_column_of_the_rows(opened, tmp_path, said):
+    lines = [f'"text, {i}",other {i},{i / 2}\n' for i in range(11)]
+    (tmp_path / "sts.csv").write_text("sentence1,sentence2,score\n" + "".join(lines))
+    train = opened("sts.csv", WHOLE, score_field="score")["train"]
+    assert all_rows(train)[3] == {"query": "text, 3", "key": "other 3", "score": 1.5}
+    assert [row["score"] for row in train.read([10, 0, 10])] == [5.0, 0.0, 5.0]
+    assert "scores from score" in said[-1]
+    some = opened("sts.csv", WHOLE, score_field="score", label_field="score", min_label=4.0)
+    assert [row["score"] for row in all_rows(some["train"])] == [4.0, 4.5, 5.0]
+    (tmp_path / "sts.csv").write_text("sentence1,sentence2,score\na,b,1\nc,d,high\ne,f,\n")
+    with pytest.raises(
+        ValueError, match=r"'score' is 'high', .* not a finite number; .* is no 'sc"
+    ):
+        opened("sts.csv", WHOLE, score_field="score")
+
+
+def test_a_score_belongs_to_each_positive_of_a_record(opened, tmp_path):
+    rows = [{"query": "q", "key": ["a", "b"], "score": 2}, {"query": "r", "key": "c", "score": 3}]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    train = opened(splits=WHOLE, score_field="score")["train"]
+    assert [(row["key"], row["score"]) for row in all_rows(train)] == [
+        ("a", 2.0),
+        ("b", 2.0),
+        ("c", 3.0),
+    ]
+
+
+def test_files_without_scores_keep_the_names_of_their_caches(opened, tmp_path):
+    write_jsonl(tmp_path / "pairs.jsonl", [row | {"score": 1} for row in plain_rows()])
+    train = opened(splits=WHOLE, min_label=0.0)["train"]
+    assert "score" not in train.files.made_from["columns"]
+    scored = opened(splits=WHOLE, score_field="score")["train"]
+    assert scored.files.made_from["columns"]["score"] == "score"
+
+
 def test_a_fingerprint_names_content_columns_and_split(opened, tmp_path):
     path = tmp_path / "pairs.jsonl"
     rows = [{**row, "url": str(i)} for i, row in enumerate(plain_rows())]

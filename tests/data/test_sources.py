@@ -182,6 +182,14 @@ def test_a_group_field_can_be_metadata_as_well(data_dir):
     np.testing.assert_array_equal(found["vector"], [4.0, 5.0, 6.0])
 
 
+def test_a_score_field_is_the_score_of_each_row(data_dir):
+    pairs = open_tiny(data_dir, score_field="number")
+    assert [row["score"] for row in pairs.read([3, 0])] == [30, 0]
+    assert pairs.fingerprint != open_tiny(data_dir).fingerprint
+    with pytest.raises(ValueError, match=r"metadata cannot be named \['score'\]"):
+        open_tiny(data_dir, score_field="number", metadata_fields=("score",))
+
+
 def test_a_group_beyond_int32_is_an_error(data_dir):
     pairs = open_tiny(data_dir, group_field="large")
     assert pairs.read([6])[0]["group"] == 2**31 - 1

@@ -44,6 +44,7 @@ VARIANTS = {
     "every_view": with_options("supervised", directions=DIRECTIONS),
     "row_temperatures": with_options("running_estimate", temperature_rate=0.1),
     "matryoshka": nested(LOSSES["infonce"], dims=(3, 8)),
+    "matryoshka_scored": nested(LOSSES["cosent"], dims=(3, 8)),
     "matryoshka_estimate": nested(LOSSES["running_estimate"], dims=(3, 8)),
 }
 ALL = {**LOSSES, **VARIANTS}
@@ -59,7 +60,7 @@ class Rows(NamedTuple):
     Attributes:
       queries, keys: unit vectors.
       masks: fields of `Masks` by row.
-      columns: labels and a teacher's scores.
+      columns: labels, a teacher's scores and embeddings, and the scores of pairs.
       explicit: vectors of explicit negatives; a teacher scores each.
     """
 
@@ -75,6 +76,10 @@ def batch(count, width=8, **masks):
     columns = {
         "labels": jnp.asarray(rng.permutation(count) // 2),
         "teacher_scores": jnp.asarray(rng.normal(size=(count, 3))),
+        "scores": jnp.asarray(rng.permutation(count) // 2 / 2),  # with ties
+        "teacher_vectors": {
+            side: unit_vectors(seed, count, width) for seed, side in ((8, "query"), (9, "key"))
+        },
     }
     sides = unit_vectors(0, count, width), unit_vectors(1, count, width)
     return Rows(*sides, masks, columns, unit_vectors(2, count, 2, width))
@@ -89,7 +94,7 @@ def value(loss, rows, *, negatives=None, margin=None, temperature=0.05, **how):
     """The loss of each row, given the arguments that the loss declares."""
     options = {name: rows.columns[name] for name in loss.columns}
     if loss.exchanges:
-        options |= how
+        options |= how if loss.multiplies else {"axis_name": how.get("axis_name")}
     fields = {**rows.masks, "margin": margin}
     fields = {name: one for name, one in fields.items() if name in loss.masks}
     if loss.masks:
@@ -98,11 +103,11 @@ def value(loss, rows, *, negatives=None, margin=None, temperature=0.05, **how):
         negatives = {"explicit": ExplicitNegatives(rows.explicit)}
     if negatives is not None:
         options["negatives"] = negatives
+    if loss.has_temperature:
+        options["temperature"] = temperature
     if loss.init_memory is None:
-        return loss.function(rows.queries, rows.keys, temperature=temperature, **options)
-    return loss.function(
-        rows.queries, rows.keys, temperature=temperature, memory=memory_of(loss, rows), **options
-    )[0]
+        return loss.function(rows.queries, rows.keys, **options)
+    return loss.function(rows.queries, rows.keys, memory=memory_of(loss, rows), **options)[0]
 
 
 def memory_of(loss, rows):
@@ -130,10 +135,13 @@ every_loss = pytest.mark.parametrize("name", [parameter(name) for name in ALL])
 def test_a_loss_takes_what_it_declares_and_little_else(name):
     loss = LOSSES[name]
     arguments = set(inspect.signature(loss.function).parameters)
-    declared = {"queries", "keys", "temperature", *loss.columns}
+    declared = {"queries", "keys", *loss.columns}
+    declared |= {"temperature"} if loss.has_temperature else set()
     declared |= {"masks"} if loss.masks else set()
     declared |= {"negatives"} if loss.negatives else set()
-    declared |= {"axis_name", "exchange", "implementation"} if loss.exchanges else set()
+    if loss.exchanges:
+        declared |= {"axis_name"}
+        declared |= {"exchange", "implementation"} if loss.multiplies else set()
     declared |= {"bias"} if loss.has_bias else set()
     declared |= {"memory"} if loss.init_memory else set()
     declared |= {"temperature_bounds"} if loss.bounds_temperature else set()
@@ -328,7 +336,9 @@ def mean_loss(name, masked, from_outside, mesh_shape=None, exchange="gather", wa
     vectors = {name: one.vectors for name, one in negatives.items()}
     inputs = rows.queries, rows.keys, jnp.log(0.05), vectors
     # Temperatures by row replace the global one, whose gradient is then zero.
-    return jax.jit(jax.value_and_grad(mean, (0, 1) if "row_" in name else (0, 1, 2, 3)))(*inputs)
+    has_temperature = loss.has_temperature and "row_" not in name
+    arguments = (0, 1, 2, 3) if has_temperature else (0, 1)
+    return jax.jit(jax.value_and_grad(mean, arguments))(*inputs)
 
 
 @functools.cache
@@ -369,7 +379,7 @@ TAKES_NEGATIVES = [name for name, loss in LOSSES.items() if SharedNegatives in l
 def test_any_mesh_gives_the_loss_and_gradients_of_one_device(
     name, shape, masked, from_outside, way
 ):
-    if not ALL[name].exchanges:
+    if not (ALL[name].exchanges and ALL[name].multiplies):
         way = ("gather", "reference")
     found = mean_loss(name, masked, from_outside, shape, *way)
     assert max(relative_errors(found, on_one_device(name, masked, from_outside)).values()) < 1e-10

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcl.losses import ExplicitNegatives, Masks, distillation_loss
+from jaxcl.losses import ExplicitNegatives, Masks, distillation_loss, margin_mse_loss
 from tests.helpers import unit_vectors
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -111,3 +111,56 @@ def test_masks_and_negatives_that_a_teacher_does_not_score_are_errors():
     bank = {"bank": ExplicitNegatives(unit_vectors(2, 3, 1, 4))}
     with pytest.raises(ValueError, match=r"negatives has \['bank'\]; only 'explicit' is allowed"):
         distillation_loss(*sides, teacher_scores=scores, negatives=bank)
+
+
+def test_margins_by_hand():
+    queries, keys = jnp.array([[1.0, 0.0]]), jnp.array([[0.6, 0.8]])
+    negatives = jnp.array([[[0.0, 1.0], [0.8, 0.6]]])
+    loss = margin_mse_loss(
+        queries,
+        keys,
+        negatives={"explicit": ExplicitNegatives(negatives)},
+        teacher_scores=jnp.array([[3.0, 1.0, 2.0]]),
+        temperature=0.5,
+        teacher_temperature=2.0,
+    )
+    margins = (0.6 - 0.0) / 0.5, (0.6 - 0.8) / 0.5
+    wanted = ((margins[0] - (3 - 1) / 2) ** 2 + (margins[1] - (3 - 2) / 2) ** 2) / 2
+    np.testing.assert_allclose(loss, [wanted], rtol=1e-12)
+
+
+def test_margins_of_invalid_negatives_are_not_read():
+    sides = unit_vectors(0, 3, 4), unit_vectors(1, 3, 4)
+    negatives, scores = unit_vectors(2, 3, 4, 4), jnp.arange(15.0).reshape(3, 5)
+    valid = jnp.arange(4) < jnp.array([[4], [2], [0]])
+
+    def loss(negatives, scores):
+        explicit = {"explicit": ExplicitNegatives(negatives, valid=valid)}
+        return margin_mse_loss(*sides, negatives=explicit, teacher_scores=scores)
+
+    found = loss(negatives, scores)
+    scored = jnp.concatenate([jnp.ones((3, 1), bool), valid], 1)
+    other = loss(jnp.where(valid[..., None], negatives, 7.0), jnp.where(scored, scores, jnp.nan))
+    np.testing.assert_allclose(found, other, rtol=1e-12)
+    shorter = margin_mse_loss(
+        *(side[1:2] for side in sides),
+        negatives={"explicit": ExplicitNegatives(negatives[1:2, :2])},
+        teacher_scores=scores[1:2, :3],
+    )
+    np.testing.assert_allclose(found[1], shorter[0], rtol=1e-12)
+    assert found[2] == 0  # a row without negatives
+    gradient = jax.grad(lambda negatives: loss(negatives, scores).sum())(negatives)
+    assert np.isfinite(gradient).all()
+    assert not gradient[~valid].any()
+    assert gradient[valid].any()
+
+
+def test_a_teacher_s_scores_may_be_shifted_without_a_change_of_margins():
+    sides, explicit = (unit_vectors(0, 3, 4), unit_vectors(1, 3, 4)), unit_vectors(2, 3, 2, 4)
+    given = {"negatives": {"explicit": ExplicitNegatives(explicit)}}
+    scores = jnp.arange(9.0).reshape(3, 3) ** 2
+    found = margin_mse_loss(*sides, teacher_scores=scores, **given)
+    shifted = margin_mse_loss(*sides, teacher_scores=scores - 5, **given)
+    np.testing.assert_allclose(found, shifted, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"teacher_scores have the shape \(3, 2\), not"):
+        margin_mse_loss(*sides, teacher_scores=scores[:, :2], **given)

@@ -4,17 +4,26 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxcl.losses import ExplicitNegatives, infonce_loss, matryoshka
+from jaxcl.losses import (
+    ExplicitNegatives,
+    cosent_loss,
+    embedding_distillation_loss,
+    infonce_loss,
+    margin_mse_loss,
+    matryoshka,
+)
 from jaxcl.losses.comparison import DIRECTIONS
 from tests.helpers import loss_arguments, unit_vectors
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-VALUES = json.loads(
+RECORD = json.loads(
     (Path(__file__).parent / "values" / "sentence_transformers_losses.json").read_text()
-)["values"]
+)
+VALUES = RECORD["values"]
 ROWS, DIM, NEGATIVES = 7, 12, 3
 ONE_WAY = {"directions": ("query_to_key",)}
 JOINT = {"directions": DIRECTIONS, "partition": "joint"}
@@ -78,6 +87,31 @@ def test_the_mean_is_that_of_sentence_transformers(name, implementation):
         *sides, temperature=0.05, implementation=implementation, **loss_arguments(**options)
     )
     assert float(loss.mean()) == pytest.approx(VALUES[name], rel=1e-5)
+
+
+def labelled_losses():
+    """The losses that compare embeddings with scores, or with the embeddings of a teacher."""
+    rng = np.random.default_rng(6)
+    ratings = jnp.asarray(rng.integers(0, 5, ROWS) / 4)
+    scores = jnp.asarray(rng.normal(size=(ROWS, 1 + NEGATIVES)))
+    sides = unit_vectors(0, ROWS, DIM), unit_vectors(1, ROWS, DIM)
+    negatives = unit_vectors(2, ROWS, NEGATIVES, DIM)
+    several, one = ({"explicit": ExplicitNegatives(negatives[:, :n])} for n in (NEGATIVES, 1))
+    teacher = {"query": unit_vectors(7, ROWS, DIM), "key": unit_vectors(8, ROWS, DIM)}
+    cosines = embedding_distillation_loss(*sides, teacher_vectors=teacher)
+    return {
+        "cosent": cosent_loss(*sides, scores=ratings),
+        "cosent, scale": cosent_loss(*sides, scores=ratings, temperature=1 / 3),
+        "margin_mse": margin_mse_loss(*sides, teacher_scores=scores, negatives=several),
+        "margin_mse, one": margin_mse_loss(*sides, teacher_scores=scores[:, :2], negatives=one),
+        "embeddings, cosine": cosines,
+        "embeddings, mse": cosines * 2 / DIM,  # of unit vectors
+    }
+
+
+def test_the_mean_of_a_labelled_loss_is_that_of_sentence_transformers():
+    found = {name: float(loss.mean()) for name, loss in labelled_losses().items()}
+    assert found == pytest.approx(RECORD["labelled"], rel=1e-5)
 
 
 def test_lengths_that_do_not_fit_are_named():

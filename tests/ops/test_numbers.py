@@ -41,6 +41,7 @@ def on_sides(function, **known):
 
 def columns_of(name):
     columns = {"labels": jnp.arange(ROWS), "teacher_scores": jnp.zeros((ROWS, 1))}
+    columns |= {"scores": jnp.arange(ROWS), "teacher_vectors": {}}
     found = {argument: columns[argument] for argument in LOSSES[name].columns}
     if LOSSES[name].init_memory is not None:
         found["memory"] = {"estimates": jnp.zeros((ROWS, 2))}
@@ -122,7 +123,7 @@ BELOW_0 = (-1.0, *NOT_FINITE)
 # (call, the name of the number, invalid values)
 DOORS = [
     *((on_sides(LOSSES[name].function, **columns_of(name)), "temperature", NOT_ABOVE_0)
-      for name in LOSSES),
+      for name in LOSSES if LOSSES[name].has_temperature),
     (on_sides(matryoshka(infonce_loss, dims=(4, 8))), "temperature", NOT_ABOVE_0),
     (on_sides(measure_negatives), "temperature", NOT_ABOVE_0),
     (on_sides(measure_negatives), "hardness", BELOW_0),

@@ -525,13 +525,22 @@ def test_a_loss_over_nested_lengths_is_their_sum():
 def test_every_loss_makes_a_step_by_its_name(name, exchange):
     how = {"loss.exchange": exchange, "loss.implementation": "tiled", "grad_cache.chunk_size": 1}
     changes = {"loss.name": name, **how}
-    if name == "distillation":
+    scored = "teacher_scores" in LOSSES[name].columns
+    if scored:
         changes["data.negatives"] = "some.npz"
+    if name == "cosent":
+        changes["data.score_field"] = "score"
+    if name == "embedding_distillation":
+        changes["data.guides"] = "some.npz"
     program = program_of(**changes)
     tokens, numbers = {"tokens": np.arange(1, 9, dtype=np.int32)[:, None]}, np.arange(8)
     batch = {"query": tokens, "key": tokens, "row": numbers.astype(np.int32)}
     batch["group"] = batch["row"]
-    if name == "distillation":
+    batch["score"] = numbers.astype(np.float32)
+    if name == "embedding_distillation":
+        vectors = np.random.default_rng(0).normal(size=(8, program.settings.model.dim))
+        batch["guides"] = dict.fromkeys(("query", "key"), vectors.astype(np.float32))
+    if scored:
         batch |= {"teacher_scores": np.ones((8, 3), np.float32), "negatives": negatives_of(tokens)}
     state, metrics = program.train_step(program.init(8), put_batch(batch, program.mesh))
     assert int(state.step) == 1

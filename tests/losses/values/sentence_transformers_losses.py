@@ -12,7 +12,10 @@ import numpy as np
 import sentence_transformers
 import torch
 from sentence_transformers.sentence_transformer.losses import (
+    CoSENTLoss,
+    EmbedDistillLoss,
     GISTEmbedLoss,
+    MarginMSELoss,
     MultipleNegativesRankingLoss,
 )
 from torch.nn.functional import normalize
@@ -56,6 +59,36 @@ def gist(columns: list[torch.Tensor], guides: list[torch.Tensor], **options) -> 
     return loss(features, None).item()
 
 
+def labelled(loss: torch.nn.Module, columns: list[torch.Tensor], labels: torch.Tensor) -> float:
+    return loss.compute_loss_from_embeddings(columns, labels).item()
+
+
+def distilled(columns: list[torch.Tensor], teacher: list[torch.Tensor], metric: str) -> float:
+    """The teacher's embeddings are given, so no teacher is loaded."""
+    loss = EmbedDistillLoss.__new__(EmbedDistillLoss)
+    torch.nn.Module.__init__(loss)
+    loss.projection, loss.distance_metric = None, metric
+    return loss.compute_loss_from_embeddings(columns, teacher).item()
+
+
+def labelled_values(pair: list[torch.Tensor], negatives: torch.Tensor) -> dict[str, float]:
+    """The losses that compare embeddings with scores, or with the embeddings of a teacher."""
+    rng = np.random.default_rng(6)
+    ratings = torch.tensor(rng.integers(0, 5, ROWS) / 4)
+    teacher_scores = torch.tensor(rng.normal(size=(ROWS, 1 + NEGATIVES)))
+    model = torch.nn.Identity()
+    margin, one = MarginMSELoss(model), [*pair, negatives[:, 0]]
+    teacher = [unit_vectors(seed, ROWS, DIM) for seed in (7, 8)]
+    return {
+        "cosent": labelled(CoSENTLoss(model, scale=20.0), pair, ratings),
+        "cosent, scale": labelled(CoSENTLoss(model, scale=3.0), pair, ratings),
+        "margin_mse": labelled(margin, [*pair, *negatives.unbind(1)], teacher_scores),
+        "margin_mse, one": labelled(margin, one, teacher_scores[:, :2]),
+        "embeddings, cosine": distilled(pair, teacher, "cosine"),
+        "embeddings, mse": distilled(pair, teacher, "mse"),
+    }
+
+
 def main() -> None:
     pair = [unit_vectors(seed, ROWS, DIM) for seed in (0, 1)]
     with_negatives = [*pair, *unit_vectors(2, ROWS, NEGATIVES, DIM).unbind(1)]
@@ -91,6 +124,7 @@ def main() -> None:
         "sentence-transformers": sentence_transformers.__version__,
         "torch": torch.__version__,
         "values": values,
+        "labelled": labelled_values(pair, unit_vectors(2, ROWS, NEGATIVES, DIM)),
     }
     path = Path(__file__).with_suffix(".json")
     path.write_text(json.dumps(record, indent=2) + "\n")
