@@ -47,8 +47,8 @@ def gemma3_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
       ValueError: for an unsupported value; the message names its key.
 
     Reference:
-      Kamath et al., "Gemma 3 Technical Report", 2025; Vera et al., "EmbeddingGemma: Powerful and
-      Lightweight Text Representations", 2025.
+      Kamath et al., "Gemma 3 Technical Report", 2025; Schechter Vera et al., "EmbeddingGemma:
+      Powerful and Lightweight Text Representations", 2025.
     """
     check_supported(config, attn_logit_softcapping=None, is_causal=True)
     # Rotary positions depend on the kind of layer, and are read below.
@@ -87,8 +87,8 @@ def _rotary(config: Mapping[str, Any], kind: str) -> Rotary:
         or not all(isinstance(of_kind, dict | None) for of_kind in parameters.values())
     ):
         raise ValueError(
-            f"config.json: rope_parameters={parameters!r}; it must map {FULL!r} and {SLIDING!r} to "
-            "their parameters"
+            f"config.json: rope_parameters={parameters!r:.99}; it must map {FULL!r} and "
+            f"{SLIDING!r} to their parameters"
         )
     of_kind = parameters.get(kind) or {}
     if kind == FULL:

@@ -61,7 +61,7 @@ def transformer_family(
     architecture: Callable[[Mapping[str, Any]], Architecture],
     names: Names,
 ) -> Family:
-    """A family whose models are transformers; the arguments are those of `family_of`."""
+    """A family whose models are transformers; `family_of` explains the first two arguments."""
     return family_of(prefixes, architecture, Transformer, names.tensors)
 
 
