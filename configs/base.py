@@ -17,7 +17,8 @@ from jaxcl.losses import LOSSES
 from jaxcl.models import ENCODERS
 from jaxcl.models.augmentations import AUGMENTATIONS
 from jaxcl.negatives.tiers import TierBudgets
-from jaxcl.settings.parts import OPTIMIZERS, option_fields
+from jaxcl.settings.optimizers import OPTIMIZERS
+from jaxcl.settings.parts import option_fields
 
 
 def get_config() -> ConfigDict:
@@ -212,17 +213,41 @@ def _assignment() -> ConfigDict:
 
 def _optimizer() -> ConfigDict:
     optimizer = ConfigDict()
-    optimizer.name = "adam"  # or "lion" or "sgd"
-    optimizer.schedule = "warmup_cosine"  # or "warmup_constant": the run can be extended
+    # Or "adafactor", "adagrad", "adamw", "adan", "lion", "muon", "radam", "rmsprop" or "sgd". All
+    # decay weights apart from the gradient, so "adamw" is "adam". "muon" trains the matrices of the
+    # layers, and uses Adam for embedding tables and vectors.
+    optimizer.name = "adam"
+    # After a linear warmup, "warmup_cosine" and "warmup_linear" fall to the last step,
+    # "warmup_constant" stays at the peak, and "warmup_stable_decay" falls only in the last
+    # decay_steps. "cosine", "linear" and "constant" have no warmup. A run with a constant rate can
+    # be extended.
+    optimizer.schedule = "warmup_cosine"
     optimizer.learning_rate = 2e-3  # the peak learning rate
     # Steps of linear warmup to the peak learning rate; None is a tenth of all steps.
     optimizer.warmup_steps = 30
-    optimizer.weight_decay = 0.0  # of weight matrices only
+    # The last steps, in which "warmup_stable_decay" falls; None is a tenth of all steps.
+    optimizer.decay_steps = placeholder(int)
+    # The rate at the end of a schedule that falls, as a share of the peak.
+    optimizer.final_rate = 0.0
+    optimizer.weight_decay = 0.0  # of matrices: biases, norms and the temperature do not decay
+    # Further parameters that do not decay, by patterns as for freeze, such as "*table".
+    optimizer.no_decay = ()
     optimizer.clip_norm = 1.0  # the maximum norm of the whole gradient; 0 disables clipping
+    # ((pattern, maximum norm), …), with patterns as for freeze: the gradients of the parameters
+    # that a pattern matches are clipped by their own norm, and not together with the others. The
+    # first pattern that matches applies.
+    optimizer.clip_groups = ()
     # Parameters that are not trained, by patterns of their paths, such as "towers/both/token_table"
     # or "*/blocks/0/*". A pattern matches a whole path; "*" stands for any characters, also "/". A
     # frozen parameter has no gradient and no optimizer state.
     optimizer.freeze = ()
+    # ((pattern, factor), …), with patterns as for freeze: multiplies the learning rate, and with it
+    # the weight decay. The first pattern that matches applies.
+    optimizer.rates = ()
+    # Layer-wise decay of the learning rate: the last block of an encoder has the full rate, each
+    # other block this share of the rate of the block above it, and the embeddings this share of the
+    # first block's rate. None trains all layers at the same rate.
+    optimizer.layer_decay = placeholder(float)
     optimizer.options = option_fields(OPTIMIZERS)  # of all optimizers; None is their own default
     return optimizer
 

@@ -437,8 +437,8 @@ def test_other_models_train(tiny, tmp_path, model):
             "loss.masks names 'group', but data.group_field is None",
         ),
         (
-            {"optimizer.name": "adamw"},
-            "optimizer.name='adamw' is unknown (did you mean 'adam'?); use one of adam, lion, sgd",
+            {"optimizer.name": "adamv"},
+            "optimizer.name='adamv' is unknown (did you mean 'adamw'?); use one of adam, adamw, ",
         ),
         (
             {"optimizer.options": {"beta": 0.9}},

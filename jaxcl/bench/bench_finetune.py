@@ -28,9 +28,9 @@ from jaxcl.host.user_folders import shared_folder
 from jaxcl.metrics import paired_difference
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.load_model import load
-from jaxcl.run.training import build_optimizer
 from jaxcl.settings.changed import changed_config
 from jaxcl.settings.config_files import load_config
+from jaxcl.settings.derived import learning_rate_of
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
 from jaxcl.train import train
@@ -165,7 +165,7 @@ def torch_spec(
     settings: Settings, source: PairSource, texts: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
     """The specification that `finetune_torch.py` reads: the run's own batches and rates."""
-    _, learning_rate = build_optimizer(settings.optimizer, settings.parts, steps=settings.steps)
+    learning_rate = learning_rate_of(settings.optimizer, settings.parts, steps=settings.steps)
     batches = []
     for step in range(settings.steps):
         rows = uniform_rows(

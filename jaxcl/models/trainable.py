@@ -1,13 +1,74 @@
-"""The parameters that are trained, apart from the frozen ones."""
+"""Parameters by their paths: which are trained, which are frozen, and in which block they are."""
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
 
 from jaxcl.typing import PyTree
 
-__all__ = ["matching_paths", "merge", "parameter_paths", "split", "with_frozen_momentum"]
+__all__ = [
+    "Block",
+    "block_of",
+    "is_stacked",
+    "map_paths",
+    "matching_paths",
+    "merge",
+    "parameter_paths",
+    "split",
+    "with_frozen_momentum",
+]
+
+_BLOCK = re.compile(r"(.*)/blocks/([^/]+)/")
+
+
+class Block(NamedTuple):
+    """Where in an encoder a parameter of a block is.
+
+    Attributes:
+      encoder: the path of the encoder, which has the `blocks`.
+      layer: the number of the block; `None` if the layers are stacked, so that the parameter has a
+        leading axis of layers (`jaxcl.models.layers.stacked`).
+    """
+
+    encoder: str
+    layer: int | None
+
+
+def block_of(path: str) -> Block | None:
+    """The block that a parameter is in; `None` for parameters outside of blocks.
+
+    Example:
+      >>> block_of("towers/both/blocks/3/widen/bias")
+      Block(encoder='towers/both', layer=3)
+    """
+    match = _BLOCK.match(path)
+    if match is None:
+        return None
+    encoder, layer = match.groups()
+    return Block(encoder, int(layer) if layer.isdigit() else None)
+
+
+def is_stacked(path: str) -> bool:
+    """Whether a parameter has a leading axis of layers.
+
+    Example:
+      >>> [is_stacked(f"towers/both/blocks/{rest}") for rest in ("widen/bias", "3/widen/bias")]
+      [True, False]
+    """
+    block = block_of(path)
+    return block is not None and block.layer is None
+
+
+def map_paths(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+    """Map `(path, leaf) -> leaf` over a tree of parameters."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf),
+        tree,
+    )
 
 
 def parameter_paths(params: PyTree) -> list[str]:
@@ -20,7 +81,9 @@ def parameter_paths(params: PyTree) -> list[str]:
     return sorted(_leaf_paths(params, ""))
 
 
-def matching_paths(setting: str, patterns: Sequence[str], paths: Sequence[str]) -> list[list[str]]:
+def matching_paths(
+    setting: str, patterns: Sequence[str], paths: Sequence[str], *, kind: str = "parameter"
+) -> list[list[str]]:
     """The paths that each pattern matches.
 
     A pattern matches a whole path. In it, `*` stands for any characters, also for `/`, `?` for any
@@ -30,6 +93,7 @@ def matching_paths(setting: str, patterns: Sequence[str], paths: Sequence[str]) 
       setting: the setting with the patterns, for messages.
       patterns: such as `"towers/both/blocks/0/*"` or `"*bias"`.
       paths: the paths of all parameters.
+      kind: what the paths name, for messages.
 
     Raises:
       ValueError: for a pattern that matches no path, with the nearest paths.
@@ -42,16 +106,16 @@ def matching_paths(setting: str, patterns: Sequence[str], paths: Sequence[str]) 
     for pattern in patterns:
         matches.append([path for path in paths if fnmatch.fnmatchcase(path, pattern)])
         if not matches[-1]:
-            raise ValueError(f"{setting} has {pattern!r}, {_no_match(pattern, paths)}")
+            raise ValueError(f"{setting} has {pattern!r}, {_no_match(pattern, paths, kind)}")
     return matches
 
 
-def _no_match(pattern: str, paths: Sequence[str]) -> str:
+def _no_match(pattern: str, paths: Sequence[str], kind: str) -> str:
     folder = pattern.rstrip("/")
     if any(path.startswith(f"{folder}/") for path in paths):
         return f"which is not the whole path of a parameter; {folder}/* matches all below it"
     nearest = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.0)
-    return f"which matches no parameter; the nearest are {', '.join(nearest)}"
+    return f"which matches no {kind}; the nearest are {', '.join(nearest)}"
 
 
 def split(params: PyTree, frozen: Collection[str]) -> tuple[PyTree, PyTree]:

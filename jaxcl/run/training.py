@@ -16,13 +16,14 @@ from jaxcl.host.paths import AnyPath, local_path
 from jaxcl.models import Towers, TowerSpec, make_towers
 from jaxcl.models.augmentations import AUGMENTATIONS, KEEP_SPECIAL_TOKENS
 from jaxcl.models.pretrained.weights import place
-from jaxcl.models.trainable import matching_paths, parameter_paths, with_frozen_momentum
+from jaxcl.models.trainable import with_frozen_momentum
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.run.build_loss import build_loss, build_measure, build_momentum
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.memory import init_memory
-from jaxcl.settings.derived import learning_rate_of, tower_sections
-from jaxcl.settings.sections import OptimizerSettings, Parts, Settings
+from jaxcl.run.optimizer import build_optimizer, frozen_parameters
+from jaxcl.settings.derived import tower_sections
+from jaxcl.settings.sections import Settings
 from jaxcl.step.embedder import Embedder, make_embedder
 from jaxcl.step.mined_refresh import Refresh, make_mined_refresh
 from jaxcl.step.parameter_sharding import FSDP
@@ -38,10 +39,9 @@ from jaxcl.typing import SIDES, Batch, Integer, Key, PyTree, Scalar
 
 __all__ = [
     "Training",
-    "build_optimizer",
+    "abstract_parameters",
     "build_towers",
     "build_training",
-    "frozen_parameters",
     "run_mesh",
 ]
 
@@ -103,11 +103,10 @@ def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None =
             f"devices; use a multiple of {mesh.size}"
         )
     towers = build_towers(settings)
-    optimizer, learning_rate = build_optimizer(
-        settings.optimizer, settings.parts, steps=settings.steps
-    )
+    params = abstract_parameters(settings, towers)
+    optimizer, learning_rate = build_optimizer(settings, params)
+    frozen = frozen_parameters(settings, params)
     measure = build_measure(settings, towers, mesh)
-    frozen = frozen_parameters(settings, towers)
     init, abstract_state = _state_makers(settings, mesh, towers, optimizer, frozen)
 
     @jax.jit
@@ -243,12 +242,8 @@ def _tower_spec(settings: Settings, side: str, section: str) -> TowerSpec:
     )
 
 
-def frozen_parameters(settings: Settings, towers: Towers) -> frozenset[str]:
-    """The paths of the parameters that `settings.optimizer.freeze` matches.
-
-    Raises:
-      ValueError: for a pattern that matches no parameter, and if no parameter is left to train.
-    """
+def abstract_parameters(settings: Settings, towers: Towers) -> PyTree:
+    """The shapes and types of all parameters of a run."""
     state = jax.eval_shape(
         lambda: init_state(
             jax.random.key(0),
@@ -258,15 +253,7 @@ def frozen_parameters(settings: Settings, towers: Towers) -> frozenset[str]:
             bias=settings.loss.bias,
         )
     )
-    paths = parameter_paths(state.params)
-    matches = matching_paths("optimizer.freeze", settings.optimizer.freeze, paths)
-    frozen = frozenset(path for matched in matches for path in matched)
-    if len(frozen) == len(paths):
-        raise ValueError(
-            f"optimizer.freeze={settings.optimizer.freeze} leaves no parameter to train; leave one "
-            "of the patterns out"
-        )
-    return frozen
+    return state.params
 
 
 def pretrained_sources(settings: Settings) -> dict[str, AnyPath]:
@@ -278,27 +265,3 @@ def pretrained_sources(settings: Settings) -> dict[str, AnyPath]:
         for tower, section in tower_sections(model).items()
         if (path := paths[section]) is not None
     }
-
-
-def build_optimizer(
-    settings: OptimizerSettings, parts: Parts, *, steps: int
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Build the optimizer of `settings.optimizer`, and the schedule of its learning rate.
-
-    Gradients are clipped by their global norm and scaled by the optimizer. Then the weight decay is
-    added, for matrices but not for vectors and scalars, and the sum is multiplied by the learning
-    rate.
-    """
-    learning_rate = learning_rate_of(settings, parts, steps=steps)
-    clip = settings.clip_norm
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(clip) if clip else optax.identity(),
-        parts.optimizer(**settings.options),
-        optax.add_decayed_weights(settings.weight_decay, mask=_is_matrix),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-    return optimizer, learning_rate
-
-
-def _is_matrix(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from jaxcl.assignment import PRESETS, Gcbs, random_to_hard
 from jaxcl.host.paths import AnyPath, as_path
+from jaxcl.settings.parts import SCHEDULE_FIELDS
 from jaxcl.settings.sections import (
     DataSet,
     DataSettings,
@@ -90,9 +91,18 @@ class GcbsRule(NamedTuple):
 def learning_rate_of(
     settings: OptimizerSettings, parts: Parts, *, steps: int
 ) -> Callable[[Any], Any]:
-    """The learning rate by step; `warmup_steps=None` warms up for a tenth of the steps."""
-    warmup_steps = steps // 10 if settings.warmup_steps is None else settings.warmup_steps
-    return parts.schedule(settings.learning_rate, warmup_steps=warmup_steps, steps=steps)
+    """The learning rate by step.
+
+    `warmup_steps=None` and `decay_steps=None` are a tenth of the steps.
+    """
+    given = {
+        "warmup_steps": steps // 10 if settings.warmup_steps is None else settings.warmup_steps,
+        "decay_steps": steps // 10 if settings.decay_steps is None else settings.decay_steps,
+        "final_rate": settings.final_rate,
+    }
+    fields = SCHEDULE_FIELDS.get(settings.schedule, ("warmup_steps",))
+    read = {name: given[name] for name in fields}
+    return parts.schedule(settings.learning_rate, steps=steps, **read)
 
 
 def gcbs_rule(settings: Settings) -> GcbsRule | None:

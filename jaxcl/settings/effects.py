@@ -6,6 +6,7 @@ from typing import NamedTuple
 from jaxcl.models import ENCODERS
 from jaxcl.settings.derived import MASKS
 from jaxcl.settings.file_kinds import reads_files
+from jaxcl.settings.parts import SCHEDULE_FIELDS
 from jaxcl.settings.sections import Settings
 
 __all__ = ["check_effects"]
@@ -27,6 +28,17 @@ class _Unread(NamedTuple):
 
 def _fields(section: str, *names: str) -> tuple[str, ...]:
     return tuple(f"{section}.{name}" for name in names)
+
+
+def _of_schedule(field: str) -> _Unread:
+    """A field of `optimizer` that only some schedules read."""
+    readers = ", ".join(name for name, fields in SCHEDULE_FIELDS.items() if field in fields)
+
+    def holds(s: Settings) -> bool:
+        return field not in SCHEDULE_FIELDS.get(s.optimizer.schedule, ("warmup_steps",))
+
+    reason = f"optimizer.schedule would have to be one of {readers}"
+    return _Unread((f"optimizer.{field}",), holds, reason)
 
 
 _UNREAD = (
@@ -156,6 +168,12 @@ _UNREAD = (
         _fields("assignment.gcbs", "neighbours", "graph", "similarity_cap"),
         lambda s: s.assignment.gcbs.method == "rcm",
         "the other methods of assignment.gcbs.method read it",
+    ),
+    *(_of_schedule(field) for field in ("warmup_steps", "decay_steps", "final_rate")),
+    _Unread(
+        ("optimizer.no_decay",),
+        lambda s: not s.optimizer.weight_decay,
+        "optimizer.weight_decay above 0 reads it",
     ),
     _Unread(
         ("evaluation.rrf_k",),

@@ -9,7 +9,6 @@ import importlib
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import (
-    Annotated,
     Any,
     NamedTuple,
     TypeAlias,
@@ -27,11 +26,10 @@ from jaxcl.losses import Loss
 from jaxcl.models import EncoderPart
 from jaxcl.models.augmentations import Augmentation
 from jaxcl.settings.section_reader import did_you_mean, read_section
-from jaxcl.typing import Range
 
 __all__ = [
-    "OPTIMIZERS",
     "SCHEDULES",
+    "SCHEDULE_FIELDS",
     "Part",
     "Trust",
     "find_part",
@@ -42,12 +40,6 @@ __all__ = [
 
 Trust: TypeAlias = Collection[str] | None
 """The packages from which `package.module:function` is imported; `None` for all."""
-
-_Size = Annotated[int, Range(least=1)]
-_Rate = Annotated[float, Range(least=0, below=1)]
-_NotNegative = Annotated[float, Range(least=0)]
-_Positive = Annotated[float, Range(above=0)]
-_Number = Annotated[float, Range()]
 
 
 class Part(NamedTuple):
@@ -67,65 +59,86 @@ AnyPart: TypeAlias = Part | Loss | EncoderPart | Augmentation
 P = TypeVar("P", Part, Loss, EncoderPart, Augmentation)
 
 
-class AdamOptions(NamedTuple):
-    """Options of `optax.scale_by_adam`."""
-
-    b1: _Rate | None = None
-    b2: _Rate | None = None
-    eps: _NotNegative | None = None
-    eps_root: _NotNegative | None = None
-    mu_dtype: str | None = None
-    nesterov: bool | None = None
-
-
-class LionOptions(NamedTuple):
-    """Options of `optax.scale_by_lion`."""
-
-    b1: _Rate | None = None
-    b2: _Rate | None = None
-    mu_dtype: str | None = None
-
-
-class SgdOptions(NamedTuple):
-    """Options of stochastic gradient descent: the decay of its momentum."""
-
-    decay: _Rate | None = None
-    nesterov: bool | None = None
-
-
-OPTIMIZERS: Mapping[str, Part] = {
-    "adam": Part(optax.scale_by_adam, AdamOptions),
-    "lion": Part(optax.scale_by_lion, LionOptions),
-    "sgd": Part(
-        lambda decay=0.9, nesterov=False: optax.trace(decay, nesterov),
-        SgdOptions,
-    ),
-}
-"""Gradient transformations by `config.optimizer.name`; clipping, weight decay and the learning rate
-are added around them."""
-
-
-def _warmup_cosine(peak: float, *, warmup_steps: int, steps: int) -> optax.Schedule:
+def _warmup_cosine(
+    peak: float, *, warmup_steps: int, steps: int, final_rate: float = 0.0
+) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=peak,
         warmup_steps=min(warmup_steps, steps - 1),
         decay_steps=steps,
+        end_value=final_rate * peak,
+    )
+
+
+def _warmup_linear(
+    peak: float, *, warmup_steps: int, steps: int, final_rate: float = 0.0
+) -> optax.Schedule:
+    warmup_steps = min(warmup_steps, steps - 1)
+    return _warmup_stable_decay(
+        peak,
+        warmup_steps=warmup_steps,
+        steps=steps,
+        decay_steps=steps - warmup_steps,
+        final_rate=final_rate,
     )
 
 
 def _warmup_constant(peak: float, *, warmup_steps: int, steps: int) -> optax.Schedule:
     del steps  # so that a finished run can be extended
+    if not warmup_steps:  # optax would never leave the initial rate of 0
+        return optax.constant_schedule(peak)
     return optax.schedules.warmup_constant_schedule(0.0, peak, warmup_steps)
 
 
+def _warmup_stable_decay(
+    peak: float, *, warmup_steps: int, steps: int, decay_steps: int, final_rate: float = 0.0
+) -> optax.Schedule:
+    decay_steps = min(decay_steps, steps)
+    rise = _warmup_constant(peak, warmup_steps=min(warmup_steps, steps - decay_steps), steps=steps)
+    if not decay_steps:
+        return rise
+    fall = optax.linear_schedule(peak, final_rate * peak, decay_steps)
+    return optax.join_schedules([rise, fall], [steps - decay_steps])
+
+
+def _cosine(peak: float, *, steps: int, final_rate: float = 0.0) -> optax.Schedule:
+    return optax.cosine_decay_schedule(peak, steps, alpha=final_rate)
+
+
+def _linear(peak: float, *, steps: int, final_rate: float = 0.0) -> optax.Schedule:
+    return optax.linear_schedule(peak, final_rate * peak, steps)
+
+
+def _constant(peak: float, *, steps: int) -> optax.Schedule:
+    del steps
+    return optax.constant_schedule(peak)
+
+
 SCHEDULES: Mapping[str, Part] = {
-    "warmup_cosine": Part(_warmup_cosine, None),
-    "warmup_constant": Part(_warmup_constant, None),
+    "warmup_cosine": Part(_warmup_cosine),
+    "warmup_linear": Part(_warmup_linear),
+    "warmup_constant": Part(_warmup_constant),
+    "warmup_stable_decay": Part(_warmup_stable_decay),
+    "cosine": Part(_cosine),
+    "linear": Part(_linear),
+    "constant": Part(_constant),
 }
-"""Schedules by `config.optimizer.schedule`: `(peak, *, warmup_steps, steps) -> optax.Schedule`.
-Both rise linearly. `"warmup_cosine"` then falls to zero along a cosine; `"warmup_constant"` keeps
-the peak, so that a finished run can be extended by more `steps`."""
+"""Schedules by `config.optimizer.schedule`: `(peak, *, steps, …) -> optax.Schedule`, with the
+fields that `SCHEDULE_FIELDS` names. A run with a constant rate can be extended by more `steps`, and
+one with `"warmup_stable_decay"` until its rate begins to fall."""
+
+SCHEDULE_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "warmup_cosine": ("warmup_steps", "final_rate"),
+    "warmup_linear": ("warmup_steps", "final_rate"),
+    "warmup_constant": ("warmup_steps",),
+    "warmup_stable_decay": ("warmup_steps", "decay_steps", "final_rate"),
+    "cosine": ("final_rate",),
+    "linear": ("final_rate",),
+    "constant": (),
+}
+"""The fields of `config.optimizer` that each schedule reads. A schedule that is named as
+`package.module:function` takes `warmup_steps`."""
 
 
 def option_fields(registry: Mapping[str, AnyPart]) -> ConfigDict:

@@ -13,8 +13,8 @@ from jaxcl.models.augmentations import AUGMENTATIONS, Augmentation
 from jaxcl.models.pretrained.description import PretrainedModel
 from jaxcl.settings.checks import check_settings
 from jaxcl.settings.effects import check_effects
+from jaxcl.settings.optimizers import OPTIMIZERS
 from jaxcl.settings.parts import (
-    OPTIMIZERS,
     SCHEDULES,
     Part,
     Trust,

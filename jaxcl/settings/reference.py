@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_
 from jaxcl.losses import LOSSES
 from jaxcl.models import ENCODERS
 from jaxcl.models.augmentations import AUGMENTATIONS
-from jaxcl.settings.parts import OPTIMIZERS
+from jaxcl.settings.optimizers import OPTIMIZERS
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import Range
 

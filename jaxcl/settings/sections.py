@@ -299,9 +299,15 @@ class OptimizerSettings(NamedTuple):
     schedule: str = "warmup_cosine"
     learning_rate: Annotated[float, Range(above=0)] = 2e-3
     warmup_steps: Count | None = 30
+    decay_steps: Count | None = None
+    final_rate: Share = 0.0
     weight_decay: Annotated[float, Range(least=0)] = 0.0
+    no_decay: tuple[str, ...] = ()
     clip_norm: Annotated[float, Range(least=0)] = 1.0
+    clip_groups: tuple[tuple[str, Annotated[float, Range(least=0)]], ...] = ()
     freeze: tuple[str, ...] = ()
+    rates: tuple[tuple[str, Annotated[float, Range(above=0)]], ...] = ()
+    layer_decay: Annotated[float, Range(above=0, below=1)] | None = None
     options: Mapping[str, Any] = {}
 
 
@@ -342,7 +348,8 @@ class Parts(NamedTuple):
       encoders: `"model"`, and `"model.key"` if the keys have their own encoder -> an encoder.
       loss: a loss with its declaration.
       optimizer: `(**options) -> optax.GradientTransformation`.
-      schedule: `(peak, *, warmup_steps, steps) -> optax.Schedule`.
+      schedule: `(peak, *, steps, …) -> optax.Schedule`, with the fields of
+        `jaxcl.settings.parts.SCHEDULE_FIELDS`, or with `warmup_steps`.
       assignment: `(*, num_rows, batch_size, seed) -> (step -> row numbers)`, where
         `assignment.name` is `package.module:function`.
       augmentation: `(**options) -> ((input, key) -> input)`.

@@ -26,7 +26,9 @@ Rule = tuple[str, int | None]
 _WORTH_CUTTING = 2**14  # numbers; fewer cost more to fetch than to keep
 
 
-def parameter_shardings(mesh: Mesh, tree: PyTree, *, rules: Sequence[Rule] = ()) -> PyTree:
+def parameter_shardings(
+    mesh: Mesh, tree: PyTree, *, rules: Sequence[Rule] = (), strict: bool = True
+) -> PyTree:
     """The sharding of each array of a tree.
 
     The first rule whose expression matches an array's path applies. Without one, the longest
@@ -37,6 +39,8 @@ def parameter_shardings(mesh: Mesh, tree: PyTree, *, rules: Sequence[Rule] = ())
       mesh: the devices; without an axis `"fsdp"`, all arrays are replicated.
       tree: arrays or their shapes: parameters, or a tree that contains the same paths.
       rules: rules for paths such as `"towers/both/table"`, or for parts of them.
+      strict: whether a rule that does not fit an array is an error. Otherwise it is ignored, as for
+        the state of an optimizer, whose arrays may have fewer dimensions than the parameters.
 
     Raises:
       ValueError: for a rule whose dimension does not exist, or is not divisible by the axis.
@@ -54,7 +58,7 @@ def parameter_shardings(mesh: Mesh, tree: PyTree, *, rules: Sequence[Rule] = ())
         if size is None:
             return NamedSharding(mesh, PartitionSpec())
         dimension = _dimension(
-            jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, size, rules
+            jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, size, rules, strict
         )
         if dimension is None:
             return NamedSharding(mesh, PartitionSpec())
@@ -63,12 +67,16 @@ def parameter_shardings(mesh: Mesh, tree: PyTree, *, rules: Sequence[Rule] = ())
     return jax.tree_util.tree_map_with_path(placed, tree)
 
 
-def _dimension(path: str, shape: tuple[int, ...], size: int, rules: Sequence[Rule]) -> int | None:
+def _dimension(
+    path: str, shape: tuple[int, ...], size: int, rules: Sequence[Rule], strict: bool
+) -> int | None:
     for expression, dimension in rules:
         if re.search(expression, path):
             if dimension is not None and (
                 not 0 <= dimension < len(shape) or shape[dimension] % size
             ):
+                if not strict:
+                    continue
                 raise ValueError(
                     f"the rule ({expression!r}, {dimension}) cannot cut {path} {list(shape)} over "
                     f"{size} devices; name a dimension that they divide, or None"

@@ -160,7 +160,7 @@ def state_sharding(mesh: Mesh, state: TrainState, *, rules: Sequence[Rule] = ())
     whole, tables = replicated_sharding(mesh), table_sharding(mesh)
     cut = functools.partial(parameter_shardings, mesh, rules=rules)
     placed: TrainState = jax.tree.map(lambda _: whole, state)
-    placed = placed._replace(params=cut(state.params), optimizer=cut(state.optimizer))
+    placed = placed._replace(params=cut(state.params), optimizer=cut(state.optimizer, strict=False))
     if "momentum" in state.memory:
         momentum = {"momentum": cut(state.memory["momentum"])}
         placed = placed._replace(memory=placed.memory | momentum)

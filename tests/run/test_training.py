@@ -15,7 +15,7 @@ from jaxcl.ops.mesh import put_batch
 from jaxcl.run import training
 from jaxcl.run.build_loss import _chunk_sizes, build_momentum
 from jaxcl.run.memory import tiers_left_empty
-from jaxcl.run.training import build_optimizer
+from jaxcl.run.optimizer import build_optimizer
 from jaxcl.settings.derived import gcbs_rule
 from jaxcl.settings.read import read_settings
 from tests.helpers import training_of
@@ -471,11 +471,11 @@ def negatives_of(tokens):
     return {"inputs": inputs, "valid": np.ones((8, 2), bool)}
 
 
-def optimizer_of(*, steps: int = 1000, **changes):
+def optimizer_of(params=None, *, steps: int = 1000, **changes):
     config = get_config("smoke").optimizer
     config.update({"learning_rate": RATE, "warmup_steps": 0} | changes)
-    settings = read_settings({"optimizer": config.to_dict()})
-    return build_optimizer(settings.optimizer, settings.parts, steps=steps)
+    settings = read_settings({"optimizer": config.to_dict(), "steps": steps})
+    return build_optimizer(settings, {"one": jnp.ones(1)} if params is None else params)
 
 
 def program_of(**changes):

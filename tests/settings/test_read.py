@@ -16,7 +16,7 @@ from jaxcl.models import ENCODERS
 from jaxcl.models.augmentations import AUGMENTATIONS
 from jaxcl.settings.check_evaluation import _check_sets
 from jaxcl.settings.effects import _UNREAD, check_effects
-from jaxcl.settings.parts import OPTIMIZERS
+from jaxcl.settings.optimizers import OPTIMIZERS
 from jaxcl.settings.read import as_dict, read_settings
 from jaxcl.settings.sections import Parts, Settings, SideModalities, unresolved
 from jaxcl.typing import Range
@@ -61,6 +61,8 @@ def config_with(path: str, value: Any) -> dict[str, Any]:
         "negatives.mined.rank_range": lambda: (value, 5),
         "negatives.weights": lambda: ((0, value),),
         "assignment.sourced.weights": lambda: ((0, value),),
+        "optimizer.clip_groups": lambda: (("*", value),),
+        "optimizer.rates": lambda: (("*", value),),
         "run.mesh": lambda: {"data": value},
         "run.parameter_rules": lambda: (("kernel", value),),
     }

@@ -1,0 +1,206 @@
+"""From settings to the optimizer of a run, with what it does by the path of a parameter."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxcl.models.trainable import (
+    block_of,
+    is_stacked,
+    map_paths,
+    matching_paths,
+    parameter_paths,
+)
+from jaxcl.settings.derived import learning_rate_of, tower_sections
+from jaxcl.settings.pretrained import PRETRAINED
+from jaxcl.settings.sections import OptimizerSettings, Settings
+from jaxcl.typing import Array, Float, PyTree
+
+__all__ = ["build_optimizer", "frozen_parameters", "layer_factors"]
+
+
+def frozen_parameters(settings: Settings, params: PyTree) -> frozenset[str]:
+    """The paths of the parameters that `settings.optimizer.freeze` matches.
+
+    Args:
+      settings: the run's.
+      params: all parameters, or their shapes.
+
+    Raises:
+      ValueError: for a pattern that matches no parameter, and if no parameter is left to train.
+    """
+    paths = parameter_paths(params)
+    matches = matching_paths("optimizer.freeze", settings.optimizer.freeze, paths)
+    frozen = frozenset(path for matched in matches for path in matched)
+    if len(frozen) == len(paths):
+        raise ValueError(
+            f"optimizer.freeze={settings.optimizer.freeze} leaves no parameter to train; leave one "
+            "of the patterns out"
+        )
+    return frozen
+
+
+def build_optimizer(
+    settings: Settings, params: PyTree
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of `settings.optimizer`, and its learning rate by step.
+
+    Gradients are clipped by their norm together or by group, scaled, joined by the decay of
+    matrices, and multiplied by the learning rate and by the factor of their path.
+
+    Args:
+      settings: the run's.
+      params: all parameters, or their shapes, with the frozen ones.
+
+    Raises:
+      ValueError: for a pattern that matches no trained parameter, and for `layer_decay` of encoders
+        without blocks.
+    """
+    given = settings.optimizer
+    learning_rate = learning_rate_of(given, settings.parts, steps=settings.steps)
+    frozen = frozen_parameters(settings, params)
+    trained = [path for path in parameter_paths(params) if path not in frozen]
+    clip = given.clip_norm
+    transformations = [
+        optax.clip_by_global_norm(clip) if clip else optax.identity(),
+        settings.parts.optimizer(**given.options),
+        optax.add_decayed_weights(given.weight_decay, mask=_decay_mask(given, trained)),
+        optax.scale_by_learning_rate(learning_rate),
+    ]
+    if given.clip_groups:
+        transformations[0] = _clip_by_group(given, trained)
+    factors = _rate_factors(settings, params, trained)
+    if factors:
+        transformations.append(_scale_by_factors(factors))
+    return optax.chain(*transformations), learning_rate
+
+
+def _matched(setting: str, patterns: tuple[str, ...], trained: list[str]) -> list[list[str]]:
+    return matching_paths(setting, patterns, trained, kind="trained parameter")
+
+
+def _decay_mask(given: OptimizerSettings, trained: list[str]) -> Callable[[PyTree], PyTree]:
+    """Parameters -> whether each decays: matrices do, except those of `given.no_decay`."""
+    excluded = {
+        path
+        for matched in _matched("optimizer.no_decay", given.no_decay, trained)
+        for path in matched
+    }
+
+    def decays(path: str, leaf: Array) -> bool:
+        return jnp.ndim(leaf) - is_stacked(path) > 1 and path not in excluded
+
+    return lambda params: map_paths(decays, params)
+
+
+def _clip_by_group(given: OptimizerSettings, trained: list[str]) -> optax.GradientTransformation:
+    """Clip the gradients of each group by their own norm, and all others together."""
+    patterns = tuple(pattern for pattern, _ in given.clip_groups)
+    group_of: dict[str, int] = {}
+    for number, matched in enumerate(_matched("optimizer.clip_groups", patterns, trained)):
+        for path in matched:
+            group_of.setdefault(path, number)
+    rest = len(patterns)
+    norms = [*(norm for _, norm in given.clip_groups), given.clip_norm]
+
+    def clipped(gradients: PyTree, params: PyTree | None) -> PyTree:
+        leaves, structure = jax.tree_util.tree_flatten_with_path(gradients)
+        by_path = {jax.tree_util.keystr(path, simple=True, separator="/"): g for path, g in leaves}
+        for number, norm in enumerate(norms):
+            group = {p: g for p, g in by_path.items() if group_of.get(p, rest) == number}
+            if norm and group:
+                by_path |= optax.clip_by_global_norm(norm).update(group, optax.EmptyState())[0]
+        return jax.tree.unflatten(structure, list(by_path.values()))
+
+    return optax.stateless(clipped)
+
+
+def _scale_by_factors(factors: Mapping[str, Any]) -> optax.GradientTransformation:
+    def scaled(updates: PyTree, params: PyTree | None) -> PyTree:
+        return map_paths(
+            lambda path, one: one * jnp.asarray(factors.get(path, 1.0), one.dtype), updates
+        )
+
+    return optax.stateless(scaled)
+
+
+def _rate_factors(
+    settings: Settings, params: PyTree, trained: list[str]
+) -> dict[str, float | Float[np.ndarray, "..."]]:
+    """Path -> the factor of its learning rate; by layer where layers are stacked."""
+    given = settings.optimizer
+    patterns = tuple(pattern for pattern, _ in given.rates)
+    factors: dict[str, Any] = {}
+    matches = _matched("optimizer.rates", patterns, trained)
+    for (_, rate), matched in zip(given.rates, matches, strict=True):
+        for path in matched:
+            factors.setdefault(path, rate)
+    if given.layer_decay is not None:
+        embedding_norms = _embedding_norms(settings)
+        by_layer = layer_factors(params, given.layer_decay, embedding_norms=embedding_norms)
+        if not by_layer:
+            raise ValueError(
+                f"optimizer.layer_decay={given.layer_decay}, but the encoder has no layers; leave "
+                "it None"
+            )
+        for path, factor in by_layer.items():
+            factors[path] = factor * factors.get(path, 1.0)
+    return factors
+
+
+def layer_factors(
+    params: PyTree, decay: float, *, embedding_norms: tuple[str, ...] = ()
+) -> dict[str, float | Float[np.ndarray, "..."]]:
+    r"""The factors of layer-wise decay.
+
+    Of $L$ blocks, block $l = 0, …, L - 1$ has the factor $decay^{L - 1 - l}$, and the embeddings
+    below the blocks have $decay^L$. What lies above the blocks is left out: its factor is 1.
+
+    Args:
+      params: all parameters, or their shapes. The blocks of an encoder are in its `blocks`; the
+        embeddings are parameters outside of it whose names end with `table`.
+      decay: the factor from one block to the block below.
+      embedding_norms: encoders' norms of the embeddings, by the path of the norm.
+
+    Returns:
+      Path -> its factor; an array with one factor per layer where layers are stacked.
+
+    Reference:
+      Clark et al., "ELECTRA", ICLR 2020, appendix A.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    map_paths(lambda path, leaf: shapes.update({path: jnp.shape(leaf)}), params)
+    blocks = {path: block for path in shapes if (block := block_of(path)) is not None}
+    depths: dict[str, int] = {}
+    for path, (encoder, layer) in blocks.items():
+        layers = shapes[path][0] if layer is None else layer + 1
+        depths[encoder] = max(depths.get(encoder, 0), layers)
+    factors: dict[str, Any] = {}
+    for path, (encoder, layer) in blocks.items():
+        if layer is None:
+            by_layer = decay ** np.arange(depths[encoder] - 1, -1, -1.0)
+            factors[path] = by_layer.reshape(-1, *[1] * (len(shapes[path]) - 1))
+        else:
+            factors[path] = decay ** (depths[encoder] - 1 - layer)
+    for path in shapes.keys() - blocks.keys():
+        parent, _, name = path.rpartition("/")
+        owners = [encoder for encoder in depths if path.startswith(f"{encoder}/")]
+        if owners and (name.endswith("table") or parent in embedding_norms):
+            factors[path] = decay ** depths[owners[0]]
+    return factors
+
+
+def _embedding_norms(settings: Settings) -> tuple[str, ...]:
+    """The norms right after the embeddings, as the encoders of this package name them."""
+    norms = []
+    for tower, section in tower_sections(settings.model).items():
+        given = settings.model if section == "model" else settings.model.key
+        if given.name == PRETRAINED:
+            norms.append(f"towers/{tower}/encoder/norm")
+        elif given.name == "transformer" and given.options.get("norm_position") == "post":
+            norms.append(f"towers/{tower}/norm")
+    return tuple(norms)
