@@ -248,6 +248,9 @@ def _optimizer() -> ConfigDict:
     # other block this share of the rate of the block above it, and the embeddings this share of the
     # first block's rate. None trains all layers at the same rate.
     optimizer.layer_decay = placeholder(float)
+    # The decay of an exponential moving average of the weights, such as 0.999; None keeps none. The
+    # initial weights have no share in it. evaluation.weights="average" evaluates and exports it.
+    optimizer.average_decay = placeholder(float)
     optimizer.options = option_fields(OPTIMIZERS)  # of all optimizers; None is their own default
     return optimizer
 
@@ -257,6 +260,9 @@ def _evaluation() -> ConfigDict:
     evaluation.methods = ("bm25", "dense", "hybrid")  # how to rank keys for held-out rows
     evaluation.rrf_k = 10  # the constant of reciprocal rank fusion, for "hybrid"
     evaluation.batch_size = 1_024  # rows embedded at a time
+    # The weights that are evaluated, and that search, export and all other commands read:
+    # "trained", or "average", the moving average of optimizer.average_decay.
+    evaluation.weights = "trained"
     # Name -> the file or folder of an evaluation set, evaluated every run.evaluate_every steps as
     # NAME/metric: --config.evaluation.sets.NAME=PATH.
     evaluation.sets = ConfigDict()

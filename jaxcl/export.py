@@ -60,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--dtype",
         help=f"type of the parameters: {', '.join(DTYPES)} (default: as in the model)",
     )
+    parser.add_argument(
+        "--weights",
+        help="trained, or average, the moving average of optimizer.average_decay (default: those "
+        "of the run's evaluation.weights)",
+    )
     run_command(parser, _run, argv)
 
 
@@ -69,6 +74,7 @@ def _run(arguments: Namespace) -> None:
         arguments.to,
         format=arguments.format,
         dtype=arguments.dtype,
+        weights=arguments.weights,
         trust=arguments.trust,
     )
     say(f"{folder} holds the model; its README.md says how to load it")
@@ -80,6 +86,7 @@ def export(
     *,
     format: str = "sentence-transformers",
     dtype: str | None = None,
+    weights: str | None = None,
     trust: Trust = (),
 ) -> Path:
     """Write the model of a run's checkpoint to a folder.
@@ -91,6 +98,8 @@ def export(
       format: one of `FORMATS`.
       dtype: type of the parameters in the files, one of `DTYPES`; `None` for their own types, or
         for the types in a pretrained model's files if they hold the trained values.
+      weights: `"trained"`, or `"average"` for the moving average of the weights; `None` for the
+        weights of the run's `evaluation.weights`.
       trust: packages from which an encoder named `package.module:function` may be imported.
 
     Returns:
@@ -110,7 +119,7 @@ def export(
         raise ValueError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     folder = local_path(to).resolve()
     check_free(folder)
-    run = open_run(as_path(workdir), trust=trust)
+    run = open_run(as_path(workdir), trust=trust, weights=weights)
     files = FORMATS[format](run, None if dtype is None else jnp.dtype(dtype))
     card = model_card(run, name=folder.name, library=format).encode()
     write_folder(folder, files._replace(contents={**files.contents, "README.md": card}))

@@ -64,7 +64,7 @@ class Plan(NamedTuple):
       devices: number of devices.
       parameters: bytes of the model's parameters.
       optimizer: bytes of the optimizer state.
-      memory: bytes of banks, row tables, batch orders and the momentum encoder.
+      memory: bytes of banks, row tables, batch orders, the momentum encoder and averaged weights.
       batch: bytes of the device's rows of the batch.
       loss: bytes of the loss and its gradient without the embeddings: gathered keys, tiles.
       activations: bytes of everything else at the peak of a step: activations, gradients.

@@ -4,8 +4,11 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from jaxcl.models.trainable import parameter_paths, split
+from jaxcl.export import export
+from jaxcl.models.trainable import merge, parameter_paths, split
 from jaxcl.run.checkpoint import Checkpoints
+from jaxcl.run.exported import open_exported
+from jaxcl.run.opened import open_run
 from jaxcl.run.training import build_training
 from jaxcl.settings.read import read_settings
 from jaxcl.train import train
@@ -115,3 +118,43 @@ def test_frozen_parameters_of_another_run_keep_their_bits(small, tmp_path):
 def test_patterns_that_match_nothing_or_everything_are_errors(small, freeze, message):
     with pytest.raises(ValueError, match=message):
         build_training(read_settings(small(**{"optimizer.freeze": freeze})))
+
+
+def test_a_run_with_an_average_resumes_bitwise_and_evaluates_and_exports_it(
+    small, tmp_path, monkeypatch
+):
+    average = {"optimizer.average_decay": 0.5, "evaluation.weights": "average"}
+    config = small(**average, **FREEZE)
+    state = assert_resumes_bitwise(monkeypatch, config, tmp_path)
+    averaged = state.memory["average"]
+    assert int(averaged.updates) == STEPS
+    frozen = build_training(read_settings(config)).frozen
+    trained, held = split(state.params, frozen)
+    wanted = {
+        "trained": state.params["towers"],
+        "average": merge(averaged.towers, held["towers"]),
+    }
+    assert bits(averaged.towers["query"]["projection"]["kernel"]) != bits(
+        trained["towers"]["query"]["projection"]["kernel"]
+    )
+    workdir = tmp_path / "whole"
+    for weights, params in wanted.items():
+        opened = open_run(workdir, weights=weights)
+        assert jax.tree.map(bits, opened.encoder.params) == jax.tree.map(bits, params)
+        folder = export(workdir, tmp_path / weights, format="jaxcl", weights=weights)
+        exported = open_exported(folder).encoder.params
+        assert jax.tree.map(bits, exported) == jax.tree.map(bits, params)
+        card = (folder / "README.md").read_text()
+        assert ("moving average of the weights, with a decay of 0.5" in card) == (
+            weights == "average"
+        )
+        # The run evaluated the average.
+        assert ("The run has no results" in card) == (weights == "trained")
+    assert open_run(workdir).weights == "average"
+    with pytest.raises(ValueError, match="weights='mean' is unknown; use one of trained, average"):
+        open_run(workdir, weights="mean")
+
+
+def test_weights_that_a_run_does_not_keep_are_an_error(small):
+    with pytest.raises(ValueError, match=r"keeps with optimizer\.average_decay, such as 0\.999"):
+        read_settings(small(**{"evaluation.weights": "average"}))

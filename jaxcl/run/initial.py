@@ -20,6 +20,7 @@ from jaxcl.settings.derived import BEST, CHECKPOINTS, origin_of
 from jaxcl.settings.pretrained import COPIES, is_copy, tokenizer_of
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
+from jaxcl.step.average import init_average
 from jaxcl.step.train_state import TrainState
 
 __all__ = ["copy_prepared_files", "keep_pretrained_files", "with_initial_towers"]
@@ -97,8 +98,8 @@ def with_initial_towers(
 ) -> TrainState:
     """Put the encoders of the run in `settings.init_from` into the state of a new run.
 
-    The temperature, the optimizer and the memory keep their initial values; a momentum encoder
-    becomes a copy of the encoders.
+    The temperature, the optimizer and the memory keep their initial values; a momentum encoder and
+    an average of the weights become copies of the encoders.
 
     Args:
       settings: the settings of the new run.
@@ -132,10 +133,12 @@ def with_initial_towers(
     assert restored is not None  # since there is a record
     towers = restored.state["params"]["towers"]
     memory = dict(state.memory)
+    # Copies, since the state is donated as a whole.
+    trained = split({"towers": towers}, frozen)[0].get("towers", {})
     if "momentum" in memory:
-        # A copy, since the state is donated as a whole.
-        trained, _ = split({"towers": towers}, frozen)
-        memory["momentum"] = jax.tree.map(jnp.copy, trained.get("towers", {}))
+        memory["momentum"] = jax.tree.map(jnp.copy, trained)
+    if "average" in memory:
+        memory["average"] = init_average(trained)
     return state._replace(params=state.params | {"towers": towers}, memory=memory)
 
 

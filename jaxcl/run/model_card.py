@@ -79,7 +79,9 @@ def model_card(run: OpenedRun, *, name: str, library: str) -> str:
 
 
 def _read_results(run: OpenedRun) -> Mapping[str, Any]:
-    """Read `results.json`; empty if it is missing or belongs to another step."""
+    """Read `results.json`; empty if it is missing or belongs to another step or other weights."""
+    if run.weights != run.settings.evaluation.weights:
+        return {}
     path = run.workdir / "results.json"
     results = read_json_object(path) if path.exists() else {}
     return results if results.get("steps") == run.made_from["step"] else {}
@@ -169,6 +171,11 @@ def _training(run: OpenedRun) -> Iterator[str]:
     step = run.made_from["step"]
     yield "## Training\n"
     yield f"The parameters are from step {step:,} of {run.settings.steps:,}."
+    if run.weights == "average":
+        yield (
+            "They are the exponential moving average of the weights, with a decay of "
+            f"{run.settings.optimizer.average_decay:g}."
+        )
     yield "The table lists the main settings, and all others that differ from jaxcl's defaults.\n"
     settings, defaults = fields_of(run.settings), fields_of(read_settings({}))
     shown = [name for name in settings if settings[name] != defaults.get(name)]

@@ -19,19 +19,22 @@ from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar
 from jaxcl.host.user_folders import shared_folder
 from jaxcl.models import Towers
+from jaxcl.models.trainable import merge, split
 from jaxcl.ops.mesh import current_mesh, make_mesh, replicated_sharding
 from jaxcl.run.checkpoint import Checkpoints, Restored, checksum
 from jaxcl.run.checkpoint_record import check_none_lost
 from jaxcl.run.encoder import Encoder
-from jaxcl.run.training import build_towers
+from jaxcl.run.optimizer import frozen_parameters
+from jaxcl.run.training import abstract_parameters, build_towers
 from jaxcl.run.workdir import CHECKPOINTS, check_saved_settings, read_config
+from jaxcl.settings.check_evaluation import check_weights
 from jaxcl.settings.derived import BEST, origin_of
 from jaxcl.settings.file_kinds import names_files, relocated_splits
 from jaxcl.settings.parts import Trust, is_function_name
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
 from jaxcl.step.embedder import make_embedder
-from jaxcl.typing import SIDES, Float
+from jaxcl.typing import SIDES, Float, PyTree
 
 __all__ = ["OpenedRun", "open_run"]
 
@@ -46,6 +49,7 @@ class OpenedRun(NamedTuple):
       data_set: the name or folder of its data set.
       made_from: a description of model and data; equal descriptions mean equal embeddings.
       checkpoint: the requested step or `"best"`; `None` for the newest checkpoint.
+      weights: `"trained"` or `"average"`.
     """
 
     workdir: AnyPath
@@ -54,6 +58,7 @@ class OpenedRun(NamedTuple):
     data_set: str
     made_from: dict[str, Any]
     checkpoint: int | str | None = None
+    weights: str = "trained"
 
     @property
     def path(self) -> AnyPath:
@@ -132,7 +137,7 @@ class OpenedRun(NamedTuple):
             return {side: self.encoder.embed(side, table, advance=advance) for side in SIDES}
 
 
-def open_run(path: AnyPath, *, trust: Trust = ()) -> OpenedRun:
+def open_run(path: AnyPath, *, trust: Trust = (), weights: str | None = None) -> OpenedRun:
     """Open a run without changing it; it may still be training.
 
     The training data and their paths are not needed, so a copied workdir can be opened as well. If
@@ -142,20 +147,23 @@ def open_run(path: AnyPath, *, trust: Trust = ()) -> OpenedRun:
       path: the workdir of a run, for its newest checkpoint, or `WORKDIR/checkpoints/STEP` or
         `WORKDIR/checkpoints/best`.
       trust: packages from which an encoder named `package.module:function` may be imported.
+      weights: `"trained"`, or `"average"` for the moving average of the weights; `None` for the
+        weights of the run's `evaluation.weights`.
 
     Raises:
-      ValueError: if there is no run, or it has no checkpoint, or no best one.
+      ValueError: if there is no run, or it has no checkpoint, or no best one, or no average.
       CheckpointError: if no checkpoint can be read.
       PermissionError: for an encoder from a package that is not trusted.
     """
     workdir, checkpoint = origin_of(path)
     settings = read_settings(read_config(workdir), trust=trust, workdir=workdir)
+    weights = settings.evaluation.weights if weights is None else weights
+    check_weights(settings, weights)
     mesh = make_mesh({"data": -1})  # all available devices, whatever the mesh of the run
     towers = build_towers(settings)
     with current_mesh(mesh):
-        restored = _restore_towers(towers, settings, workdir, checkpoint, mesh)
-        checksums = [int(checksum(leaf)) for leaf in jax.tree.leaves(restored.state)]
-    params = restored.state["params"]["towers"]
+        restored, params = _restore_towers(towers, settings, workdir, checkpoint, mesh, weights)
+        checksums = [int(checksum(leaf)) for leaf in jax.tree.leaves(params)]
     saved = remembered_from(workdir / CHECKPOINTS, restored.record.get("data"))
     check_inputs(settings.data, workdir, saved.fingerprints)
     embedder = make_embedder(towers.encode, mesh, batch_size=settings.evaluation.batch_size)
@@ -171,7 +179,8 @@ def open_run(path: AnyPath, *, trust: Trust = ()) -> OpenedRun:
         },
     }
     encoder = Encoder(mesh, towers, embedder, params, build_readers(settings.data, workdir))
-    return OpenedRun(workdir, settings, encoder, _data_set(workdir, saved), made_from, checkpoint)
+    data_set = _data_set(workdir, saved)
+    return OpenedRun(workdir, settings, encoder, data_set, made_from, checkpoint, weights)
 
 
 def _restore_towers(
@@ -180,15 +189,21 @@ def _restore_towers(
     workdir: AnyPath,
     checkpoint: int | str | None,
     mesh: jax.sharding.Mesh,
-) -> Restored:
+    weights: str,
+) -> tuple[Restored, PyTree]:
     """Restore only the parameters of the towers, without reading the rest of the state."""
-    abstract = towers.abstract_parameters(replicated_sharding(mesh))
+    abstract: PyTree = {"params": {"towers": towers.abstract_parameters(replicated_sharding(mesh))}}
+    if weights == "average":
+        frozen = frozen_parameters(settings, abstract_parameters(settings, towers))
+        trained, held = split(abstract["params"], frozen)
+        abstract = {"memory": {"average": {"towers": trained.get("towers", {})}}}
+        abstract |= {"params": held} if held else {}
     directory = workdir / CHECKPOINTS
     restored = None
     if directory.is_dir():
         with Checkpoints(directory, read_only=True) as checkpoints:
             restored = checkpoints.restore_latest(
-                {"params": {"towers": abstract}},
+                abstract,
                 partial=True,
                 only=checkpoint if isinstance(checkpoint, int) else None,
                 best=checkpoint == BEST,
@@ -200,7 +215,10 @@ def _restore_towers(
             f"the run in {workdir} has not saved a checkpoint yet; train it first with "
             "python -m jaxcl.train --config … --workdir …"
         )
-    return restored
+    params = restored.state.get("params", {}).get("towers", {})
+    if weights == "average":
+        params = merge(restored.state["memory"]["average"]["towers"], params)
+    return restored, params
 
 
 def _data_set(workdir: AnyPath, saved: RememberedData) -> str:

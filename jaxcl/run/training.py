@@ -16,7 +16,7 @@ from jaxcl.host.paths import AnyPath, local_path
 from jaxcl.models import Towers, TowerSpec, make_towers
 from jaxcl.models.augmentations import AUGMENTATIONS, KEEP_SPECIAL_TOKENS
 from jaxcl.models.pretrained.weights import place
-from jaxcl.models.trainable import with_frozen_momentum
+from jaxcl.models.trainable import merge, split, with_frozen_momentum
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.run.build_loss import build_loss, build_measure, build_momentum
 from jaxcl.run.encoder import Encoder
@@ -81,8 +81,12 @@ class Training(NamedTuple):
     frozen: frozenset[str]
 
     def encoder(self, state: TrainState, readers: Mapping[str, Reader]) -> Encoder:
-        """The encoder with the parameters of a state, given the readers of its sides."""
-        return Encoder(self.mesh, self.towers, self.embed, state.params["towers"], readers)
+        """The encoder with the weights that `evaluation.weights` names, given the readers."""
+        params = state.params["towers"]
+        if self.settings.evaluation.weights == "average":
+            _, held = split(state.params, self.frozen)
+            params = merge(state.memory["average"].towers, held.get("towers", {}))
+        return Encoder(self.mesh, self.towers, self.embed, params, readers)
 
 
 def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None = None) -> Training:
@@ -129,6 +133,7 @@ def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None =
             mesh,
             temperature=TemperatureBounds(*settings.loss.temperature),
             momentum=build_momentum(settings),
+            average_decay=settings.optimizer.average_decay,
             rules=settings.run.parameter_rules,
             frozen=frozen,
             count=functools.partial(_length, settings),

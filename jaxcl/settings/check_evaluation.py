@@ -5,9 +5,10 @@ import re
 from jaxcl.settings.check_names import check_names
 from jaxcl.settings.sections import Settings
 
-__all__ = ["check_evaluation_settings"]
+__all__ = ["check_evaluation_settings", "check_weights"]
 
 _METHODS = ("bm25", "dense", "hybrid")
+_WEIGHTS = ("trained", "average")
 _METRIC_PREFIXES = (
     *("assignment", "bank", "machine", "mined", "negatives", "test", "time", "train"),
     "validation",
@@ -21,7 +22,19 @@ def check_evaluation_settings(settings: Settings) -> None:
     check_names("evaluation.methods", methods, _METHODS)
     if not methods:
         raise ValueError(f"evaluation.methods=(); name one or more of {', '.join(_METHODS)}")
+    check_weights(settings, settings.evaluation.weights)
     _check_sets(settings)
+
+
+def check_weights(settings: Settings, weights: str) -> None:
+    """Raise a `ValueError` for weights that a run does not have."""
+    if weights not in _WEIGHTS:
+        raise ValueError(f"weights={weights!r} is unknown; use one of {', '.join(_WEIGHTS)}")
+    if weights == "average" and settings.optimizer.average_decay is None:
+        raise ValueError(
+            "weights='average' are the moving average of the weights, which a run keeps with "
+            "optimizer.average_decay, such as 0.999"
+        )
 
 
 def _check_sets(settings: Settings) -> None:

@@ -308,6 +308,7 @@ class OptimizerSettings(NamedTuple):
     freeze: tuple[str, ...] = ()
     rates: tuple[tuple[str, Annotated[float, Range(above=0)]], ...] = ()
     layer_decay: Annotated[float, Range(above=0, below=1)] | None = None
+    average_decay: Annotated[float, Range(above=0, below=1)] | None = None
     options: Mapping[str, Any] = {}
 
 
@@ -317,6 +318,7 @@ class EvaluationSettings(NamedTuple):
     methods: tuple[str, ...] = ("bm25", "dense", "hybrid")
     rrf_k: Size = 10
     batch_size: Size = 1_024
+    weights: str = "trained"
     sets: Mapping[str, str] = {}
     best_metric: str | None = None
     patience: Size | None = None

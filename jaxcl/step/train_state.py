@@ -20,7 +20,8 @@ class TrainState(NamedTuple):
       memory: what outlives a batch, each where it is used: `"rows"`, of the loss by training row
         (`jaxcl.ops.row_tables`); `"bank"`, side -> earlier embeddings
         (`jaxcl.negatives.memory_bank`); `"momentum"`, the trained parameters of the momentum
-        encoder (`jaxcl.models.trainable`); `"mined"`, each training row's mined negatives as row
+        encoder (`jaxcl.models.trainable`); `"average"`, the average of the weights
+        (`jaxcl.step.average`); `"mined"`, each training row's mined negatives as row
         numbers; `"strata"`, the quotas of a stratified draw (`jaxcl.negatives.tiers`);
         `"assignment"`, the order of rows that batches are made of (`jaxcl.assignment.Assigned`).
       key: the run's random key, constant.

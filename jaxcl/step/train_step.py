@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jaxcl.models.trainable import merge, split, with_frozen_momentum
 from jaxcl.ops.mesh import batch_sharding, replicated_sharding, table_sharding
+from jaxcl.step.average import WeightAverage, init_average, update_average
 from jaxcl.step.batch_loss import LossOfBatch
 from jaxcl.step.parameter_sharding import Rule, parameter_shardings
 from jaxcl.step.train_state import TrainState
@@ -46,8 +47,8 @@ def init_state(
       optimizer: whose state goes along.
       temperature: where it starts.
       bias: of the scores, where a loss learns one.
-      memory: as `jaxcl.step.batch_loss.make_loss` describes it; an empty `"momentum"` in it
-        becomes a copy of the towers.
+      memory: as `jaxcl.step.batch_loss.make_loss` describes it; an empty `"momentum"` or
+        `"average"` in it becomes a copy of the towers.
       frozen: the paths of the parameters that are not trained (`jaxcl.models.trainable`). They have
         no optimizer state, and no copy in the momentum encoder.
     """
@@ -62,6 +63,8 @@ def init_state(
     memory = {} if memory is None else memory
     if "momentum" in memory:
         memory = memory | {"momentum": jax.tree.map(jnp.copy, trained.get("towers", {}))}
+    if "average" in memory:
+        memory = memory | {"average": init_average(trained.get("towers", {}))}
     return TrainState(jnp.int32(0), params, optimizer.init(trained), memory, run_key)
 
 
@@ -90,6 +93,7 @@ def make_train_step(
     *,
     temperature: TemperatureBounds,
     momentum: Callable[[Scalar], Scalar] | None = None,
+    average_decay: float | None = None,
     rules: Sequence[Rule] = (),
     frozen: Collection[str] = (),
     count: Callable[[Batch], Int[Array, ""] | int] = lambda batch: 0,
@@ -103,6 +107,8 @@ def make_train_step(
       temperature: bounds to which the temperature is clamped after each update. Clamping the
         parameter itself, and not its value in the loss, keeps a nonzero gradient at the bound.
       momentum: step -> the decay of the momentum encoder; `None` without a momentum encoder.
+      average_decay: the decay of the average of the weights (`jaxcl.step.average`); `None` without
+        an average.
       rules: how to shard parameters, as in `jaxcl.step.parameter_sharding`.
       frozen: the paths of the parameters that are not trained, as for `init_state`. No gradient is
         computed for them, and they keep their bits.
@@ -129,6 +135,10 @@ def make_train_step(
         if momentum is not None:
             before, after = state.memory["momentum"], trained.get("towers", {})
             memory = memory | {"momentum": _moved(before, after, momentum(state.step))}
+        if average_decay is not None:
+            average: WeightAverage = memory["average"]
+            moved = update_average(average, trained.get("towers", {}), decay=average_decay)
+            memory = memory | {"average": moved}
         params = merge(trained, held)
         leaf_norms = jax.tree.map(jnp.linalg.norm, gradients)
         metrics = StepMetrics(
@@ -153,17 +163,18 @@ def make_train_step(
 def state_sharding(mesh: Mesh, state: TrainState, *, rules: Sequence[Rule] = ()) -> TrainState:
     """Where a state's arrays are.
 
-    Parameters, the optimiser's state and the momentum encoder are whole on every device, or sharded
-    over the axis `"fsdp"`; row tables, banks, mined rows and their order by row over all axes;
-    numbers are whole.
+    Parameters, the optimizer's state, the momentum encoder and the average of the weights are whole
+    on every device, or sharded over the axis `"fsdp"`; row tables, banks, mined rows and their
+    order by row over all axes; numbers are whole.
     """
     whole, tables = replicated_sharding(mesh), table_sharding(mesh)
     cut = functools.partial(parameter_shardings, mesh, rules=rules)
     placed: TrainState = jax.tree.map(lambda _: whole, state)
     placed = placed._replace(params=cut(state.params), optimizer=cut(state.optimizer, strict=False))
-    if "momentum" in state.memory:
-        momentum = {"momentum": cut(state.memory["momentum"])}
-        placed = placed._replace(memory=placed.memory | momentum)
+    copies = {
+        name: cut(state.memory[name]) for name in ("momentum", "average") if name in state.memory
+    }
+    placed = placed._replace(memory=placed.memory | copies)
     sharded = {
         name: jax.tree.map(lambda leaf: tables if leaf.ndim else whole, part)
         for name, part in state.memory.items()
