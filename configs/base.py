@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     """The defaults; `None` means that a setting is off, or what its comment says."""
     config = ConfigDict()
     config.seed = 0  # the random seed of the whole run
-    config.steps = 300  # optimizer steps; the learning-rate schedule ends at the last one
+    config.steps = 300  # number of optimizer steps; the learning-rate schedule spans all of them
     config.global_batch_size = 1_024  # pairs per step, over all devices and hosts
     # The run whose encoders and tokenizer a new run starts with: WORKDIR, WORKDIR/checkpoints/STEP
     # or WORKDIR/checkpoints/best.
@@ -49,23 +49,24 @@ def get_config() -> ConfigDict:
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    # A file of pairs (.jsonl, .csv, .tsv or .parquet), a pattern for several, a folder of Hugging
-    # Face's datasets, a TFDS name, the folder of a prepared data set, or "code_pairs".
+    # A file of pairs (.jsonl, .csv, .tsv or .parquet), a glob pattern for several files, a folder
+    # saved by Hugging Face datasets, a TFDS name, the folder of a prepared TFDS data set, or
+    # "code_pairs".
     data.name = placeholder(str)
-    # Role -> the rows for training or validation. For files: a share, chosen by a hash; "rest", all
-    # rows that no other role takes; or the path of another file.
+    # The rows used for "train" and "validation". For files of pairs: a percentage, selected by
+    # hash; "rest" for all rows in no other split; or the path of another file.
     data.splits = ConfigDict({"train": "train[:95%]", "validation": "train[95%:]"})
     # The column of the queries. In a file of pairs, the default also matches other common names.
     data.query_field = "query"
-    data.key_field = "key"  # the column of the positives, likewise
-    # Further data sets, whose rows are appended: name -> name (or folder), splits (role -> split),
-    # query_field, key_field, group_field, score_field, metadata_fields, files, prompts (None uses
-    # data.prompts). assignment.sourced.by="data_set" mixes them by weights or a temperature.
+    data.key_field = "key"  # the column of the positives; the default matches common names too
+    # Additional data sets, whose rows are appended. Each has its own settings, named as in data;
+    # its name may be a folder, and prompts=None uses data.prompts. To sample the data sets by
+    # weights or a temperature, set assignment.sourced.by="data_set".
     data.concatenated = ConfigDict()
-    data.group_field = placeholder(str)  # column of group labels: integers, class labels or texts
+    data.group_field = placeholder(str)  # column of group labels: integers, class labels or strings
     # The column of each pair's score, such as a rating of its similarity, for a loss that reads it.
     data.score_field = placeholder(str)
-    data.metadata_fields = ()  # further columns that search and evaluation show
+    data.metadata_fields = ()  # additional columns to show in search and evaluation
     data.files = _files()
     data.negatives = placeholder(str)  # an .npz with the explicit negatives of each training row
     # The largest number of negative texts to use per row, from the beginning of its list; 0 uses
@@ -77,7 +78,7 @@ def _data() -> ConfigDict:
     # A tokenizer.json. None uses the pretrained model's, or trains one on the training split.
     data.tokenizer = placeholder(str)
     data.modality = ConfigDict({"query": "text", "key": "text"})  # the modality of each side
-    data.vocabulary_size = 16_384  # the size for a tokenizer that the run trains
+    data.vocabulary_size = 16_384  # vocabulary size of the tokenizer, if the run trains one
     data.max_tokens = ConfigDict({"query": 32, "key": 128})  # longer texts are truncated
     data.add_cls = False  # whether the run's own tokenizer puts a [CLS] token first
     data.distinct_tokens = False  # True drops repeated tokens of a text, for static encoders
@@ -94,27 +95,30 @@ def _data() -> ConfigDict:
 def _files() -> ConfigDict:
     """Files of pairs. A column that is None is recognised by common names."""
     files = ConfigDict()
-    files.negatives_field = placeholder(str)  # texts or lists; a pattern matches several columns
-    files.scores_field = placeholder(str)  # a teacher's scores of the key, then of each negative
-    files.label_field = placeholder(str)  # how similar query and key are, such as "score"
-    files.min_label = placeholder(float)  # the smallest label of a row to train on
-    files.split_by = "query"  # hashed to choose a row's split: "query", "key" or a column
-    files.bad_rows = "error"  # or "skip", which skips rows that cannot be read
+    # The column of negatives: texts or lists of texts. A glob pattern matches several columns.
+    files.negatives_field = placeholder(str)
+    # The column of a teacher's scores: the score of the key, then of each negative.
+    files.scores_field = placeholder(str)
+    files.label_field = placeholder(str)  # the column of similarity labels, such as "score"
+    files.min_label = placeholder(float)  # rows with a smaller label are not used for training
+    # The column whose hash determines a row's split: "query", "key" or the name of a column.
+    files.split_by = "query"
+    files.bad_rows = "error"  # how to handle a row that cannot be read: "error" or "skip"
     return files
 
 
 def _model() -> ConfigDict:
     model = ConfigDict()
-    # An encoder of jaxcl/models/README.md; None is the pretrained model's encoder, or "static"
-    # without a pretrained model.
+    # An encoder listed in jaxcl/models/README.md. None uses the pretrained model's encoder, or
+    # "static" without a pretrained model.
     model.name = placeholder(str)
-    model.shared = True  # whether one encoder serves both sides
-    model.dim = 512  # the width of the embeddings
+    model.shared = True  # whether queries and keys share one encoder
+    model.dim = 512  # the dimension of the embeddings
     # The options of all encoders; None is the encoder's own default, which its docstring gives.
     model.options = option_fields(ENCODERS)
     # The folder of a pretrained encoder, or its id on the Hugging Face Hub; None starts with random
-    # weights. The folder also sets the width, the vocabulary, and those text options that are left
-    # at their defaults. For a custom encoder that declares `load`, it is a file with its weights.
+    # weights. The folder also determines the dimension, the vocabulary, and any text options left
+    # at their defaults. For a custom encoder that declares `load`, this is a file with its weights.
     model.pretrained = placeholder(str)
     # A separate encoder for the keys; requires shared=False.
     model.key = ConfigDict({"name": placeholder(str), "options": option_fields(ENCODERS)})
@@ -132,17 +136,20 @@ def _augmentation() -> ConfigDict:
 
 def _loss() -> ConfigDict:
     loss = ConfigDict()
-    loss.name = "infonce"  # a loss of jaxcl/losses/README.md
+    loss.name = "infonce"  # a loss listed in jaxcl/losses/README.md
     loss.options = option_fields(LOSSES)  # of all losses; None is the loss's own default
-    loss.exchange = "gather"  # how devices exchange keys: all-gather, or "ring"
-    loss.implementation = placeholder(str)  # of the softmax over scores; None chooses one by size
+    loss.exchange = "gather"  # how devices exchange keys: "gather" (all-gather) or "ring"
+    # The implementation of the softmax over scores; None chooses one by the number of scores.
+    loss.implementation = placeholder(str)
     loss.bias = placeholder(float)  # initial value of a learned bias of the scores, for "sigmoid"
-    loss.matryoshka_dims = ()  # shorter lengths at which to train the embeddings as well
+    loss.matryoshka_dims = ()  # lengths of embedding prefixes to train as well
     # Rows with equal entries in one of these columns are not negatives of each other: "row", "text"
     # (equal queries or keys), "group".
     loss.masks = ("row",)
-    loss.margin = placeholder(float)  # the least gap between the positive and a negative
-    loss.relative_margin = placeholder(float)  # the same, as a share of the positive's similarity
+    # Negatives are masked unless their similarity is below the positive's by at least this margin.
+    loss.margin = placeholder(float)
+    # The same margin, as a fraction of the positive's similarity.
+    loss.relative_margin = placeholder(float)
     # The learned temperature starts at initial and is clamped to [minimum, maximum].
     loss.temperature = ConfigDict({"initial": 0.05, "minimum": 0.01, "maximum": 1.0})
     return loss
@@ -164,9 +171,10 @@ def _negatives() -> ConfigDict:
         | {"margin": placeholder(float), "relative_margin": placeholder(float)}
         | {"sampling": "random"}
     )
-    # Shares of the groups in the tier "stratified": by their "rows", "equal", or by "weights".
+    # Quotas of the groups in the tier "stratified": in proportion to their "rows", "equal", or set
+    # by "weights".
     negatives.proportions = "rows"
-    # ((group, weight), …); groups that are texts are numbered in alphabetical order.
+    # ((group, weight), …). String labels are numbered in alphabetical order.
     negatives.weights = ()
     # The decay of the momentum encoder, from the first step to the last; initial=None disables it.
     negatives.momentum_encoder = ConfigDict({"initial": placeholder(float), "final": 1.0})
@@ -178,34 +186,36 @@ def _negatives() -> ConfigDict:
 
 def _assignment() -> ConfigDict:
     assignment = ConfigDict()
-    # Which rows share a batch: "uniform", at random; "sourced", by where rows come from; "gcbs",
-    # blocks of each other's hard negatives, reassigned during training.
+    # How rows are grouped into batches: "uniform", at random; "sourced", by source; "gcbs", blocks
+    # of mutual hard negatives, reassigned during training.
     assignment.name = "uniform"
-    # by: a row's source is its "group", "data_set" or "topic"; None is "group", or "data_set" if
-    # rows of several data sets have no group. mix: "mixed" has all sources in each batch, "one" has
-    # one source per batch. weights: ((source, weight), …); by default, size ** (1 / temperature).
+    # by: the source of a row, its "group", "data_set" or "topic". None uses "group", or "data_set"
+    # if there are several data sets without groups. mix: "mixed" puts all sources in each batch,
+    # "one" puts one source in each batch. weights: ((source, weight), …); the default weight is
+    # size ** (1 / temperature).
     assignment.sourced = ConfigDict(
         {"by": placeholder(str), "mix": "mixed", "temperature": 1.0, "weights": ()}
     )
     gcbs = ConfigDict()
     gcbs.refresh_every = 50  # steps between refreshes
     gcbs.refresh_epochs = placeholder(float)  # epochs between refreshes, instead of steps
-    gcbs.method = "bisection"  # or "rcm", the paper's method, or "rcm_device"
+    gcbs.method = "bisection"  # "bisection", "rcm" (the paper's method) or "rcm_device"
     gcbs.block_size = placeholder(int)  # rows per block of hard negatives; None is the batch size
     # Search effort: "full" closes more of the gap than "light" in three times the time, but does
     # not train better. Each of the next seven replaces the preset's value unless it is None.
     gcbs.preset = "light"
-    gcbs.neighbours = placeholder(int)  # hard negatives of each row in the graph
-    gcbs.starts = placeholder(int)  # random initial directions of a split
+    gcbs.neighbours = placeholder(int)  # hard negatives per row in the graph
+    gcbs.starts = placeholder(int)  # random initial directions per split
     gcbs.walks = placeholder(int)  # steps of the random walk in each split
     gcbs.swaps = placeholder(int)  # rounds of swaps after each split
     gcbs.refinements = placeholder(int)  # rounds of swaps between any two blocks at the end
     gcbs.graph = placeholder(str)  # "exact" or "clustered"
     gcbs.similarity_cap = placeholder(float)  # rows more similar than this are not connected
-    gcbs.embeddings = "encode"  # encode all rows, or read the instance "bank"
-    gcbs.random_initial = 0.0  # the share of random blocks in the first step
-    gcbs.random_final = 0.0  # the share of random blocks in the last step
-    gcbs.apart = ("text",)  # columns whose equal entries never share a batch: "text", "group"
+    gcbs.embeddings = "encode"  # "encode" all rows, or read the instance "bank"
+    gcbs.random_initial = 0.0  # the fraction of blocks that are random, at the first step
+    gcbs.random_final = 0.0  # the same, at the last step
+    # Rows with equal entries in one of these columns never share a batch: "text", "group".
+    gcbs.apart = ("text",)
     gcbs.picture = False  # draw the similarity matrix at each refresh; needs matplotlib
     assignment.gcbs = gcbs
     return assignment
@@ -237,9 +247,9 @@ def _optimizer() -> ConfigDict:
     # that a pattern matches are clipped by their own norm, and not together with the others. The
     # first pattern that matches applies.
     optimizer.clip_groups = ()
-    # Parameters that are not trained, by patterns of their paths, such as "towers/both/token_table"
-    # or "*/blocks/0/*". A pattern matches a whole path; "*" stands for any characters, also "/". A
-    # frozen parameter has no gradient and no optimizer state.
+    # Patterns for the paths of parameters that are not trained, such as "towers/both/token_table"
+    # or "*/blocks/0/*". A pattern must match the whole path; "*" matches any characters, including
+    # "/". A frozen parameter has no gradient and no optimizer state.
     optimizer.freeze = ()
     # ((pattern, factor), …), with patterns as for freeze: multiplies the learning rate, and with it
     # the weight decay. The first pattern that matches applies.
@@ -259,35 +269,36 @@ def _evaluation() -> ConfigDict:
     evaluation = ConfigDict()
     evaluation.methods = ("bm25", "dense", "hybrid")  # how to rank keys for held-out rows
     evaluation.rrf_k = 10  # the constant of reciprocal rank fusion, for "hybrid"
-    evaluation.batch_size = 1_024  # rows embedded at a time
-    # The weights that are evaluated, and that search, export and all other commands read:
-    # "trained", or "average", the moving average of optimizer.average_decay.
+    evaluation.batch_size = 1_024  # number of rows to encode at a time
+    # The weights to evaluate, which search, export and all other commands also read: "trained", or
+    # "average", the moving average of optimizer.average_decay.
     evaluation.weights = "trained"
-    # Name -> the file or folder of an evaluation set, evaluated every run.evaluate_every steps as
-    # NAME/metric: --config.evaluation.sets.NAME=PATH.
+    # Evaluation sets, as --config.evaluation.sets.NAME=PATH. Each is a file or folder, evaluated
+    # every run.evaluate_every steps. Its metrics are called NAME/METRIC.
     evaluation.sets = ConfigDict()
     # A metric such as "validation/dense/mrr@10" or "NAME/spearman". The checkpoint with the highest
     # value is kept in addition to the newest ones, as WORKDIR/checkpoints/best.
     evaluation.best_metric = placeholder(str)
-    # The run stops after this many evaluations in which best_metric has not increased by more than
-    # min_delta; None trains all steps.
+    # Early stopping: the number of evaluations without an increase of best_metric by more than
+    # min_delta; None trains for all steps.
     evaluation.patience = placeholder(int)
-    evaluation.min_delta = 0.0  # the smallest increase of best_metric that counts for patience
+    evaluation.min_delta = 0.0  # best_metric must increase by more than this to reset patience
     return evaluation
 
 
 def _run() -> ConfigDict:
     """Settings that may change when a run resumes."""
     run = ConfigDict()
-    # The folder of prepared data and token ids, shared by all runs. None is
-    # XDG_CACHE_HOME/jaxcl, or ~/.cache/jaxcl if XDG_CACHE_HOME is not set.
+    # The folder of prepared data and token ids, shared by all runs. None is XDG_CACHE_HOME/jaxcl,
+    # or ~/.cache/jaxcl if XDG_CACHE_HOME is not set.
     run.data_dir = placeholder(str)
     # Mesh axes: fsdp devices shard the parameters; data=-1 uses all remaining devices. The batch is
     # sharded over both.
     run.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    # The dimension that fsdp shards, if not the longest: ((path, dimension or None), …).
+    # ((path, dimension or None), …): the dimension of a parameter that fsdp shards; by default, the
+    # longest.
     run.parameter_rules = ()
-    run.log_every = 10  # steps between lines of metrics.jsonl
+    run.log_every = 10  # steps between entries in metrics.jsonl
     run.evaluate_every = 100  # steps between evaluations
     run.checkpoint_every = 100  # steps between checkpoints
     run.keep_checkpoints = 2  # the number of newest checkpoints to keep

@@ -93,7 +93,7 @@ def embed(
 
     Args:
       model: a model, or a path for `jaxcl.load`.
-      input: a file of `jaxcl.data.text_files.TEXT_FILES`; `"-"` for lines from standard input.
+      input: a file with a suffix in `jaxcl.data.text_files.TEXT_FILES`; `"-"` is standard input.
       output: the file to write, `.npy` or `.parquet`.
       field: the field of the texts in JSON lines, or their column in a table.
       side, prompt, batch_size, dim, quantize: as for `EmbeddingModel.encode`.
@@ -105,7 +105,8 @@ def embed(
 
     Raises:
       FileExistsError: if the output exists and `overwrite` is false.
-      ValueError: for an unknown suffix or a line without a text, and as `EmbeddingModel.encode`.
+      ValueError: for an unknown suffix, a line without a text, or arguments that
+        `EmbeddingModel.encode` rejects.
       OSError: if a file cannot be read or written.
     """
     source = None if os.fspath(input) == "-" else as_path(input)

@@ -37,7 +37,7 @@ def test_the_loss_in_ones_own_step_is_that_of_the_whole_batch():
         return inputs * params
 
     names = {"f": encode, "g": encode}
-    exec(snippet("Only the loss, or only the batches"), names)
+    exec(snippet("Use only the losses, or only batch assignment"), names)
     params, x, y = np.float32(0.5), *(unit_vectors(seed, 16, 4, dtype="float32") for seed in (0, 1))
     found = names["value_and_gradients"](params, x, y)
     wanted = jax.value_and_grad(lambda p: infonce_loss(x * p, y * p, temperature=0.05).mean())(
@@ -72,7 +72,7 @@ def test_pairs_of_ones_own_are_prepared_and_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "code",
     [
-        snippet("Only the loss, or only the batches", 1),
+        snippet("Use only the losses, or only batch assignment", 1),
         snippet("In your own training loop", file="jaxcl/assignment/README.md"),
     ],
 )

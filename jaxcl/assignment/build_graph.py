@@ -48,7 +48,7 @@ def graph_of(
       temperature: temperature of the loss.
       settings: the graph's parameters.
       key: draws the sample and the clusters' initial directions.
-      place: where this device's rows lie.
+      place: this device's range of rows.
     """
     sample_key, cluster_key = jax.random.split(key)
     finite = (jnp.isfinite(queries) & jnp.isfinite(keys)).all(1, keepdims=True)

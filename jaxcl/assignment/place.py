@@ -12,7 +12,7 @@ __all__ = ["Place"]
 
 
 class Place(NamedTuple):
-    """Where this device's rows lie among all rows, inside `jax.shard_map` or on a single device.
+    """This device's range of rows, inside `jax.shard_map` or on a single device.
 
     Attributes:
       axis_name: the mesh axes over which rows are sharded; `None` for one device.

@@ -63,7 +63,7 @@ class CodePairsInfo(NamedTuple):
 
 
 class CodePairs(tfds.core.GeneratorBasedBuilder):
-    """The TFDS builder of `prepare_code_pairs`, which writes functions as pairs in their order."""
+    """The TFDS builder of `prepare_code_pairs`, which writes one pair per function, in order."""
 
     VERSION = tfds.core.Version(FORMAT_VERSION)
     RELEASE_NOTES = {FORMAT_VERSION: "The first version."}  # noqa: RUF012 - as TFDS requires

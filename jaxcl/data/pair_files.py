@@ -108,12 +108,12 @@ class FilePairs:
 
 
 def open_pair_files(data_set: DataSet, role: str, *, data_dir: Path) -> FilePairs:
-    """Open the rows of a role. Without a cache of the files, write it first.
+    """Open the rows of a split. The first call for a set of files also writes a cache of them.
 
     Args:
       data_set: the name of the data set, its splits and the names of its columns.
-      role: the role to open, a key of `data_set.splits`.
-      data_dir: the folder that runs share, which holds the cache.
+      role: the key of the split in `data_set.splits`, such as `"train"`.
+      data_dir: the folder shared by all runs, which holds the cache.
 
     Raises:
       ValueError: if there is no such file or split, the columns are unknown or ambiguous, or a row

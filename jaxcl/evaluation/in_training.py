@@ -57,8 +57,9 @@ class TrainingSets:
         """Evaluate the model of a step on every set; every process must call this.
 
         Returns:
-          `NAME/metric` -> value, and `NAME/size` -> each size that values of the set depend on.
-          Values that are not finite, such as the correlation with a constant, are left out.
+          A mapping from `NAME/metric` to its value. It includes the sizes on which metrics depend,
+          such as the number of documents. Values that are not finite, such as the correlation with
+          a constant, are omitted.
         """
         return {
             f"{name}/{metric}": float(value)

@@ -77,15 +77,15 @@ class StsSet:
         )
 
     def evaluate(self, encode: Encode) -> dict[str, float]:
-        """Correlate the similarities of a model with the scores.
+        """Compute the correlation between the model's similarities and the scores.
 
         Args:
           encode: embeds the texts.
 
         Returns:
-          `spearman` and `pearson` from -1 to 1, with the ends of their 95 % bootstrap intervals,
-          `spearman_low`, `spearman_high` and so on; and `pairs`, their number. Correlations are NaN
-          if all similarities are equal up to rounding.
+          `spearman` and `pearson` from -1 to 1, the ends of their 95 % bootstrap intervals
+          (`spearman_low`, `spearman_high` and so on), and `pairs`, the number of pairs.
+          Correlations are NaN if all similarities are equal up to rounding.
 
         Raises:
           ValueError: if an embedding is not finite.

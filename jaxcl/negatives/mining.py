@@ -75,9 +75,9 @@ class Mined(NamedTuple):
     """The hard negatives of each query, the nearest first.
 
     Attributes:
-      rows: rows of the whole table; −1 where a query has fewer negatives.
-      similarities: their similarities to the query; −∞ for none.
-      ranks: their ranks among the keys of other ids and groups; −1 for none.
+      rows: row numbers in the whole table, padded with −1.
+      similarities: their similarities to the query, padded with −∞.
+      ranks: their ranks among the keys with other ids and groups, padded with −1.
     """
 
     rows: Int[Array | np.ndarray, "q n"]

@@ -102,7 +102,7 @@ def beyond_batch(settings: Settings) -> BeyondBatch:
 
 
 def build_momentum(settings: Settings) -> Callable[[Scalar], Scalar] | None:
-    """Build the schedule from the step to the decay of the momentum encoder, or `None` without one.
+    """Build the momentum encoder's decay schedule, or return `None` if there is no such encoder.
 
     The decay rises from the initial to the final value along a cosine.
 

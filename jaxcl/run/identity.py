@@ -171,7 +171,7 @@ def _digest(files: Mapping[str, bytes], tensors: Mapping[str, Mapping[str, Any]]
 
 
 def jax_flags() -> dict[str, Any]:
-    """The flags of JAX that determine the result of a run."""
+    """The JAX flags that affect the results of a run."""
     return {name: getattr(jax.config, name) for name in _FLAGS}
 
 

@@ -2,7 +2,7 @@
 
     python -m jaxcl.settings.reference configs
 
-writes the tables of `configs/README.md` again. Names, types and ranges come from `Settings`, and
+regenerates the tables of `configs/README.md`. Names, types and ranges come from `Settings`, and
 meanings from the comments of `configs/base.py`.
 """
 
@@ -37,7 +37,7 @@ _SECTION_OF = {"config": "", "files": "data.files", "gcbs": "assignment.gcbs"}
 """Variable of `configs/base.py` -> its section, if that has another name."""
 
 
-_NOT_IN_BASE = {"data.code_pairs": "Options of `data.name=code_pairs`, in `code_search.py`."}
+_NOT_IN_BASE = {"data.code_pairs": "Options of `data.name=code_pairs`; see `code_search.py`."}
 
 
 class _Setting(NamedTuple):
@@ -90,7 +90,7 @@ def option_table(parts: Mapping[str, Any]) -> str:
         for setting in _settings(described.options, "") if described.options else ():
             values[setting.name] = setting.values
             users.setdefault(setting.name, []).append(f"`{part}`")
-    rows = ["| option | values | of |", "|---|---|---|"]
+    rows = ["| option | values | used by |", "|---|---|---|"]
     rows += [f"| `{name}` | {_cell(values[name])} | {', '.join(users[name])} |" for name in users]
     return "\n".join(rows) + "\n"
 
@@ -168,20 +168,27 @@ def _values(hint: Any) -> str:
         ranges = [
             str(note).removeprefix("to ") for note in arguments[1:] if isinstance(note, Range)
         ]
+        if ranges == ["a finite number"]:
+            return "finite number"
         return ", ".join([_values(arguments[0]), *ranges])
     if origin in (Union, types.UnionType):
         kinds = [_values(one) for one in arguments if one is not type(None)]
         return " or ".join([*kinds, *(["`None`"] if type(None) in arguments else [])])
     if origin is tuple:
         if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return f"tuple of ({_values(arguments[0])})"
+            return f"tuple of {_several(arguments[0])}"
         return f"({'; '.join(map(_values, arguments))})"
     if origin is not None and issubclass(origin, Mapping):
-        return f"mapping of names to ({_values(arguments[1])})"
-    names = {bool: "`True`, `False`", int: "integer", float: "number", str: "text"}
+        return f"mapping from names to {_several(arguments[1])}"
+    names = {bool: "`True`, `False`", int: "integer", float: "number", str: "string"}
     if isinstance(hint, type) and hasattr(hint, "_fields"):
         return ", ".join(f"`{name}`" for name in hint._fields)
     return names.get(hint, "any")
+
+
+def _several(hint: Any) -> str:
+    """The values of each element of a collection, in words."""
+    return "strings" if hint is str else f"({_values(hint)})"
 
 
 def _bounded(allowed: Range) -> bool:
@@ -193,7 +200,7 @@ def _cell(text: str) -> str:
 
 
 def updated(readme: str, source: str) -> str:
-    """The text of `configs/README.md` with its tables written again.
+    """The text of `configs/README.md` with its tables regenerated.
 
     Args:
       readme: the text. `<!-- settings -->` or `<!-- options of NAME -->` precedes each table.

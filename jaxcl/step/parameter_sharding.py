@@ -31,9 +31,9 @@ def parameter_shardings(
 ) -> PyTree:
     """The sharding of each array of a tree.
 
-    The first rule whose expression matches an array's path applies. Without one, the longest
-    dimension that the size of the axis `"fsdp"` divides is sharded, the first in a tie. Arrays of
-    fewer than 16,384 numbers are replicated.
+    The first rule whose expression matches an array's path applies. If no rule matches, the longest
+    dimension divisible by the size of the axis `"fsdp"` is sharded; if several are equally long,
+    the first of them. Arrays with fewer than 16,384 elements are replicated.
 
     Args:
       mesh: the devices; without an axis `"fsdp"`, all arrays are replicated.
@@ -43,7 +43,7 @@ def parameter_shardings(
         the state of an optimizer, whose arrays may have fewer dimensions than the parameters.
 
     Raises:
-      ValueError: for a rule whose dimension does not exist, or is not divisible by the axis.
+      ValueError: if the dimension in a rule does not exist, or is not divisible by the axis.
 
     Example:
       >>> import numpy as np
