@@ -13,7 +13,12 @@ from jaxcl.run.training import _is_matrix, build_towers, build_training
 from jaxcl.settings.read import read_settings
 from jaxcl.typing import SIDES
 from tests.helpers import bits, relative_errors
-from tests.models.pretrained.tiny import write_tiny_bert
+from tests.models.pretrained.tiny import (
+    EMBEDDING_GEMMA,
+    QWEN3,
+    write_tiny_bert,
+    write_tiny_decoder,
+)
 
 OWN_ENCODER = """
 import jax, numpy as np
@@ -208,11 +213,12 @@ def test_weights_decay_in_matrices_and_not_in_norms_and_biases(folder):
         assert decays == name.endswith(("kernel", "_table")), name
 
 
-def after_two_updates(folder, *, devices, chunk_size):
+def after_two_updates(folder, *, devices, chunk_size, options=None, **run):
     """The parameters after two updates on random texts, and the last loss."""
     settings = fine_tuning(
         folder,
-        model={"options": {"dropout": 0.0}},  # slow to compile
+        model={"options": {"dropout": 0.0} | (options or {})},  # dropout takes long to compile
+        **run,
         grad_cache={"chunk_size": chunk_size},
         optimizer={"name": "sgd", "learning_rate": 0.1, "warmup_steps": 0},
     )
@@ -232,6 +238,26 @@ def after_two_updates(folder, *, devices, chunk_size):
 def test_eight_devices_and_chunks_train_as_one_device(folder):
     wanted, loss = after_two_updates(folder, devices=1, chunk_size=None)
     towers, ours = after_two_updates(folder, devices=8, chunk_size=1)
+    errors = relative_errors(towers, wanted)
+    assert max(errors.values()) < 2e-5, errors
+    assert ours == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config", [QWEN3, EMBEDDING_GEMMA], ids=lambda config: config["model_type"]
+)
+def test_sharded_decoders_train_as_on_one_device(config, tmp_path):
+    folder = write_tiny_decoder(tmp_path, config)
+    wanted, loss = after_two_updates(folder, devices=1, chunk_size=None)
+    towers, ours = after_two_updates(
+        folder,
+        devices=8,
+        chunk_size=1,
+        options={"remat": True},
+        mesh={"data": 2, "fsdp": 4},
+        rules=(("kernel", 0), ("table", 1)),
+    )
     errors = relative_errors(towers, wanted)
     assert max(errors.values()) < 2e-5, errors
     assert ours == pytest.approx(loss, rel=1e-5)
