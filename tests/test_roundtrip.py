@@ -17,7 +17,13 @@ import pytest
 import jaxcl
 from jaxcl.export import export
 from jaxcl.models.pretrained.tensor_files import map_tensors
-from tests.models.pretrained.tiny import write_tiny_bert
+from tests.models.pretrained.tiny import (
+    DECODER,
+    EMBEDDING_GEMMA,
+    QWEN3,
+    write_tiny_bert,
+    write_tiny_decoder,
+)
 from tests.prepared_data import prepare_pairs
 from tests.saved_run import TEXTS, save_run, save_tuned_run
 
@@ -117,6 +123,61 @@ def test_a_fine_tuned_encoder_goes_through_sentence_transformers(torch_python, t
     before, after = (map_tensors(one / "model.safetensors") for one in (original, folder))
     unchanged = {name for name in before if np.array_equal(before[name], after[name])}
     assert {"pooler.dense.weight", "pooler.dense.bias"} <= unchanged < set(before)
+
+
+GEMMA_LIBRARY = {
+    "prompts": {"query": "query : ", "document": "key : "},
+    "similarity_fn_name": "cosine",
+}
+MODELS = {
+    "qwen3": {"config": QWEN3, "library": {"prompts": {"query": "query : ", "document": ""}}},
+    "gemma3": {
+        "config": EMBEDDING_GEMMA,
+        "pooling": "mean_tokens",
+        "dense": ((16, 24), (24, 12)),
+        "template": "[CLS] $A [SEP]",
+        "library": GEMMA_LIBRARY,
+    },
+    "mistral": {
+        "config": DECODER | {"model_type": "mistral", "sliding_window": 5},
+        "template": "[CLS] $A [SEP]",
+    },
+    "llama, bidirectional": {
+        "config": DECODER | {"model_type": "llama", "is_causal": False},
+        "pooling": "mean_tokens",
+    },
+}
+"""Without Qwen2, for which transformers replaces any tokenizer by a byte-level one."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_decoder_has_sentence_transformers_vectors_and_its_own_bytes(
+    torch_python, tmp_path, name
+):
+    original = write_tiny_decoder(tmp_path / "tiny", **MODELS[name])
+    workdir = save_tuned_run(tmp_path / "run", original)
+    folder = export(workdir, tmp_path / "model")
+    for file in original.rglob("model.safetensors"):
+        before, after = map_tensors(file), map_tensors(folder / file.relative_to(original))
+        assert before.keys() == after.keys()
+        assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    # The original and the exported folder differ in the longest text: 24 and 12 tokens.
+    theirs = through_sentence_transformers(torch_python, original, LONG, tmp_path / "original")
+    ours = jaxcl.load(original)
+    for side, key in {"query": "query", "key": "document"}.items():
+        found = ours.encode(LONG, side=side)
+        assert np.abs(found - theirs[key]).max() < LARGEST_DIFFERENCE
+        assert np.abs(found - theirs[key][::-1]).max() > 0.1
+    assert_same_vectors(torch_python, folder, jaxcl.load(workdir), LONG, tmp_path / "theirs")
+
+
+def test_a_fine_tuned_decoder_goes_through_sentence_transformers(torch_python, tmp_path):
+    original = write_tiny_decoder(tmp_path / "tiny", **MODELS["qwen3"])
+    workdir = trained(tmp_path / "run", original, query=12, key=20)
+    folder = export(workdir, tmp_path / "model")
+    assert_same_vectors(torch_python, folder, jaxcl.load(workdir), LONG, tmp_path / "theirs")
+    before, after = (map_tensors(one / "model.safetensors") for one in (original, folder))
+    assert not any(np.array_equal(before[name], after[name]) for name in before)
 
 
 def test_minilm_has_sentence_transformers_vectors(torch_python, minilm, tmp_path):
