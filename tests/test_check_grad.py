@@ -18,6 +18,7 @@ from jaxcl.settings.read import read_settings
         {"grad_cache.chunk_tokens": 100, "model.shared": False},
         {"data.negatives": "some.npz", "loss.exchange": "ring", "loss.implementation": "tiled"},
         {"data.negatives": "some.npz", "loss.name": "distillation", "loss.masks": ()},
+        {"data.score_field": "score", "loss.name": "cosent", "loss.masks": ()},
         pytest.param(
             {
                 "negatives.bank.kind": "instance",

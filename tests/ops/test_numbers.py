@@ -41,7 +41,7 @@ def on_sides(function, **known):
 
 def columns_of(name):
     columns = {"labels": jnp.arange(ROWS), "teacher_scores": jnp.zeros((ROWS, 1))}
-    columns |= {"scores": jnp.arange(ROWS), "teacher_vectors": {}}
+    columns |= {"scores": jnp.arange(float(ROWS)), "teacher_vectors": {}}
     found = {argument: columns[argument] for argument in LOSSES[name].columns}
     if LOSSES[name].init_memory is not None:
         found["memory"] = {"estimates": jnp.zeros((ROWS, 2))}
