@@ -25,7 +25,10 @@ def get_config() -> ConfigDict:
     """The defaults; `None` means that a setting is off, or what its comment says."""
     config = ConfigDict()
     config.seed = 0  # the random seed of the whole run
-    config.steps = 300  # number of optimizer steps; the learning-rate schedule spans all of them
+    # Number of batches to train on; the learning-rate schedule spans all of them. None with epochs.
+    config.steps = 300
+    # Number of passes over the training rows, instead of steps; it needs steps=None.
+    config.epochs = placeholder(float)
     config.global_batch_size = 1_024  # pairs per step, over all devices and hosts
     # The run whose encoders and tokenizer a new run starts with: WORKDIR, WORKDIR/checkpoints/STEP
     # or WORKDIR/checkpoints/best.
@@ -258,6 +261,10 @@ def _optimizer() -> ConfigDict:
     # other block this share of the rate of the block above it, and the embeddings this share of the
     # first block's rate. None trains all layers at the same rate.
     optimizer.layer_decay = placeholder(float)
+    # Batches per update, whose gradients are averaged; must divide steps. This adds no negatives,
+    # since each batch is compared with itself alone. For more negatives in the same memory, use a
+    # larger global_batch_size with grad_cache.
+    optimizer.accumulate_steps = 1
     # The decay of an exponential moving average of the weights, such as 0.999; None keeps none. The
     # initial weights have no share in it. evaluation.weights="average" evaluates and exports it.
     optimizer.average_decay = placeholder(float)

@@ -40,7 +40,7 @@ from jaxcl.run.training import build_training
 from jaxcl.settings.changed import changed_config
 from jaxcl.settings.command_line import add_config_flags, config_of
 from jaxcl.settings.derived import with_encoder_options
-from jaxcl.settings.read import read_settings
+from jaxcl.settings.read import read_settings, with_steps
 from jaxcl.settings.sections import GradCacheSettings, Settings
 from jaxcl.step.train_state import TrainState
 from jaxcl.typing import SIDES, Batch, Embeddings, PyTree, RowKeys
@@ -117,6 +117,7 @@ def make_plan(settings: Settings, devices: Sequence[jax.Device], *, num_rows: in
       NoRoomError: if the compiler reports that the step does not fit.
     """
     _check_known(settings, num_rows)
+    settings = with_steps(settings, num_rows=num_rows)
     dtype = default_compute_dtype(devices[0].platform)
     settings = with_encoder_options(
         settings,

@@ -51,6 +51,7 @@ from jaxcl.run.best import Best, selection_of
 from jaxcl.run.build_loss import batch_needs
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.checkpoint_record import newest_record
+from jaxcl.run.epochs import with_epochs
 from jaxcl.run.explicit_negatives import check_explicit_negatives
 from jaxcl.run.identity import process_report, run_record
 from jaxcl.run.initial import copy_prepared_files, keep_pretrained_files, with_initial_towers
@@ -141,6 +142,8 @@ def train(
     with lock_workdir(workdir), emptied_unless_begun(workdir), current_mesh(training.mesh):
         saved = first_then_others(functools.partial(claim_workdir, workdir, settings))
         data = first_then_others(functools.partial(_prepare, settings, workdir, saved))
+        training = with_epochs(training, workdir, num_rows=data.tables["train"].num_rows)
+        settings = training.settings
         shared = {"the id of the workdir": together(functools.partial(workdir_id, workdir))}
         shared |= {f"the evaluation set {name}": one for name, one in sets.fingerprints.items()}
         check_processes_agree(shared | data.remembered.fingerprints)
@@ -156,11 +159,9 @@ def train(
                 training.abstract_state(*row_facts),
                 check=functools.partial(check_saved_settings, workdir, settings),
             )
+            state = restored.state if restored else training.init(*row_facts)
             if restored is None:
-                state = training.init(*row_facts)
                 state = with_initial_towers(settings, state, frozen=training.frozen)
-            else:
-                state = restored.state
             record = restored.record if restored else {}
             present = first_of_all(checkpoints.steps)
             progress = _Progress(state, selection_of(settings).resumed(record, present=present))

@@ -10,7 +10,7 @@ from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.exported import open_exported
 from jaxcl.run.opened import open_run
 from jaxcl.run.training import build_training
-from jaxcl.settings.read import read_settings
+from jaxcl.settings.read import as_dict, read_settings, with_steps
 from jaxcl.train import train
 from tests.helpers import bits, final_state, unclocked
 from tests.small_models import small_config
@@ -158,3 +158,71 @@ def test_a_run_with_an_average_resumes_bitwise_and_evaluates_and_exports_it(
 def test_weights_that_a_run_does_not_keep_are_an_error(small):
     with pytest.raises(ValueError, match=r"keeps with optimizer\.average_decay, such as 0\.999"):
         read_settings(small(**{"evaluation.weights": "average"}))
+
+
+def test_a_run_of_accumulated_gradients_resumes_bitwise_between_two_updates(
+    small, tmp_path, monkeypatch, capfd
+):
+    config = small(**{"optimizer.accumulate_steps": 2, "optimizer.average_decay": 0.5})
+    state = assert_resumes_bitwise(monkeypatch, config, tmp_path)  # after 3 of 6 steps
+    assert int(state.optimizer.gradient_step) == STEPS // 2
+    assert int(state.memory["average"].updates) == STEPS // 2
+    rates = [line["learning_rate"] for line in unclocked(tmp_path / "whole") if "loss" in line]
+    assert rates[0::2] == rates[1::2]
+    logged = capfd.readouterr().err
+    assert "averages the gradients of 2 batches and adds no negatives" in logged
+    assert "grad_cache.chunk_size" in logged
+
+
+@pytest.mark.parametrize(("steps", "advice"), [(5, "use 4 or 6 steps"), (1, "use 2 steps")])
+def test_steps_that_accumulation_does_not_divide_are_an_error(small, steps, advice):
+    changes = {"steps": steps, "optimizer.accumulate_steps": 2}
+    with pytest.raises(
+        ValueError, match=f"accumulate_steps=2 does not divide steps={steps}; {advice}"
+    ):
+        read_settings(small(**changes))
+
+
+def test_epochs_are_the_steps_of_the_rows_and_the_run_is_that_of_these_steps(
+    small, tmp_path, monkeypatch, capfd
+):
+    # 20 rows in batches of 8: two epochs are five batches.
+    config = small(steps=None, epochs=2.0)
+    train(small(steps=5), tmp_path / "steps")
+    half_run(monkeypatch, config, tmp_path / "epochs")
+    train(config, tmp_path / "epochs")
+    ours, theirs = (final_state(tmp_path / name, step=5) for name in ("epochs", "steps"))
+    assert jax.tree.map(bits, ours) == jax.tree.map(bits, theirs)
+    assert unclocked(tmp_path / "epochs") == unclocked(tmp_path / "steps")
+    # Its identity is the number of steps.
+    train(small(steps=5), tmp_path / "epochs")
+    with pytest.raises(ValueError, match=r"steps is 10 here and 5 there"):
+        train(small(steps=None, epochs=4.0), tmp_path / "epochs")
+    assert "2 epochs of 20 rows are 5 steps" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 2.0}, "steps=6 and epochs=2.0 are both given; set one to None"),
+        ({"steps": None}, "steps and epochs are both None; set one of them"),
+        ({"steps": None, "epochs": 0.0}, "epochs=0.0; set it above 0"),
+    ],
+)
+def test_exactly_one_of_steps_and_epochs_is_given(small, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_settings(small(**changes))
+
+
+def test_a_refresh_is_checked_against_the_steps_of_the_epochs():
+    assignment = {"name": "gcbs", "gcbs": {"refresh_every": 400, "block_size": 8}}
+    settings = read_settings({"epochs": 3.0, "global_batch_size": 8, "assignment": assignment})
+    assert read_settings(as_dict(settings)).epochs == 3.0
+    assert with_steps(settings, num_rows=1_100).steps == 413
+    with pytest.raises(ValueError, match="refresh_every=400 never comes in 375 steps"):
+        with_steps(settings, num_rows=1_000)
+
+
+def test_epochs_end_with_a_whole_update():
+    config = {"epochs": 1.0, "global_batch_size": 8, "optimizer": {"accumulate_steps": 4}}
+    assert with_steps(read_settings(config), num_rows=100).steps == 16  # 12.5 batches

@@ -49,7 +49,7 @@ def fields_of(settings: Settings) -> dict[str, Any]:
     """The settings that determine the result of a run, by dotted name.
 
     These are all settings except `run` (intervals, mesh and folders), evaluation, early stopping,
-    and the sections of assignments that the run does not use.
+    and the sections of assignments that the run does not use. The steps stand for `epochs`.
     """
     unused = tuple(
         f"assignment.{name}."
@@ -59,7 +59,7 @@ def fields_of(settings: Settings) -> dict[str, Any]:
     return {
         field: value
         for field, value in _flat(as_dict(settings))
-        if not field.startswith(_MAY_CHANGE + unused)
+        if not field.startswith(_MAY_CHANGE + unused) and field != "epochs"
     }
 
 
@@ -86,6 +86,8 @@ def settings_differences(
     # Parts are not looked up, since a file must not decide which code is imported.
     before = read_section(Settings, migrated(saved))._replace(parts=settings.parts)
     different = differences(fields_of(before), fields_of(settings))
+    if settings.epochs is not None:  # the number of steps is compared when the rows are known
+        return [text for text in different if not text.startswith("steps ")]
     if before.steps == settings.steps or saved_step is None:
         return different
     others = [text for text in different if not text.startswith("steps ")]
@@ -99,6 +101,8 @@ def settings_differences(
 def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
     """Convert the config of an earlier version to the names of this version."""
     config = dict(config)
+    if config.get("steps", 0) is None:  # of a run of epochs that ended before its rows were known
+        del config["steps"]
     model = dict(config.get("model", {}))
     options = dict(model.get("options", {}))
     if "token_dropout" in options and "augmentation" not in config:
@@ -147,7 +151,8 @@ def process_report(settings: Settings) -> dict[str, Any]:
         f"the files of {section}.pretrained": fingerprint
         for section, fingerprint in pretrained_fingerprints(settings).items()
     }
-    return fields_of(settings) | models | host_fields | jax_flags() | _versions()
+    epochs = {"epochs": settings.epochs}
+    return fields_of(settings) | epochs | models | host_fields | jax_flags() | _versions()
 
 
 def pretrained_fingerprints(settings: Settings) -> dict[str, str]:

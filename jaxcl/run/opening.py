@@ -102,6 +102,13 @@ def run_warnings(
             "bank"
         )
     yield from negatives_warnings(settings, data.negatives)
+    if (every := settings.optimizer.accumulate_steps) > 1:
+        yield (
+            f"optimizer.accumulate_steps={every} averages the gradients of {every} batches and "
+            f"adds no negatives: each batch is still compared with its own "
+            f"{settings.global_batch_size:,} rows. For more negatives in the same memory, use a "
+            "larger global_batch_size with grad_cache.chunk_size"
+        )
     for section, model in settings.parts.pretrained.items():
         if model.similarity != "cosine" and not model.normalize:
             yield (

@@ -50,7 +50,9 @@ def build_optimizer(
     """The optimizer of `settings.optimizer`, and its learning rate by step.
 
     Gradients are clipped by their norm together or by group, scaled, joined by the decay of
-    matrices, and multiplied by the learning rate and by the factor of their path.
+    matrices, and multiplied by the learning rate and by the factor of their path. With
+    `accumulate_steps`, all this happens to the mean of the gradients of that many batches, in the
+    last of these steps; in the others, the parameters stay as they are.
 
     Args:
       settings: the run's.
@@ -61,7 +63,8 @@ def build_optimizer(
         without blocks.
     """
     given = settings.optimizer
-    learning_rate = learning_rate_of(given, settings.parts, steps=settings.steps)
+    rate_of_step = learning_rate_of(given, settings.parts, steps=settings.steps)
+    every = given.accumulate_steps
     frozen = frozen_parameters(settings, params)
     trained = [path for path in parameter_paths(params) if path not in frozen]
     clip = given.clip_norm
@@ -69,14 +72,21 @@ def build_optimizer(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
         settings.parts.optimizer(**given.options),
         optax.add_decayed_weights(given.weight_decay, mask=_decay_mask(given, trained)),
-        optax.scale_by_learning_rate(learning_rate),
+        # The optimizer counts its updates, of which each has a number of steps.
+        optax.scale_by_learning_rate(
+            rate_of_step if every == 1 else lambda update: rate_of_step(every * update)
+        ),
     ]
     if given.clip_groups:
         transformations[0] = _clip_by_group(given, trained)
     factors = _rate_factors(settings, params, trained)
     if factors:
         transformations.append(_scale_by_factors(factors))
-    return optax.chain(*transformations), learning_rate
+    optimizer = optax.chain(*transformations)
+    if every == 1:
+        return optimizer, rate_of_step
+    accumulated = optax.MultiSteps(optimizer, every_k_schedule=every).gradient_transformation()
+    return accumulated, lambda step: rate_of_step(step - step % every)
 
 
 def _matched(setting: str, patterns: tuple[str, ...], trained: list[str]) -> list[list[str]]:

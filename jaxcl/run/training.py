@@ -134,6 +134,7 @@ def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None =
             temperature=TemperatureBounds(*settings.loss.temperature),
             momentum=build_momentum(settings),
             average_decay=settings.optimizer.average_decay,
+            accumulate_steps=settings.optimizer.accumulate_steps,
             rules=settings.run.parameter_rules,
             frozen=frozen,
             count=functools.partial(_length, settings),

@@ -40,6 +40,7 @@ def check_settings(settings: Settings) -> None:
     _check_assignment(settings)
     _check_gcbs(settings)
     _check_grad_cache(settings)
+    _check_accumulation(settings)
     check_evaluation_settings(settings)
 
 
@@ -177,7 +178,7 @@ def _check_mining(settings: Settings) -> None:
     mined = settings.negatives.mined
     if mined.refresh_every is None:
         return
-    if mined.refresh_every >= settings.steps:
+    if settings.epochs is None and mined.refresh_every >= settings.steps:
         raise ValueError(
             f"negatives.mined.refresh_every={mined.refresh_every} never comes in "
             f"{settings.steps} steps; set it to less"
@@ -295,10 +296,22 @@ def _check_gcbs(settings: Settings) -> None:
     except ValueError as error:
         raise ValueError(f"assignment.gcbs: {error}") from error
     # Last, so that a wrong name is reported before a run that is too short for it.
-    if options.refresh_epochs is None and options.refresh_every >= settings.steps:
+    known = settings.epochs is None  # or the rows decide on the number of steps
+    if known and options.refresh_epochs is None and options.refresh_every >= settings.steps:
         raise ValueError(
             f"assignment.gcbs.refresh_every={options.refresh_every} never comes in "
             f"{settings.steps} steps; set it to a step before the last, or train longer"
+        )
+
+
+def _check_accumulation(settings: Settings) -> None:
+    every = settings.optimizer.accumulate_steps
+    if settings.epochs is None and settings.steps % every:
+        fewer = settings.steps - settings.steps % every
+        either = f"{fewer} or {fewer + every}" if fewer else every
+        raise ValueError(
+            f"optimizer.accumulate_steps={every} does not divide steps={settings.steps}; use "
+            f"{either} steps"
         )
 
 

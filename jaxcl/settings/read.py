@@ -1,6 +1,7 @@
 """From a config to checked settings: the only place that reads a ConfigDict."""
 
 import contextlib
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ from jaxcl.settings.pretrained import PRETRAINED, encoder_part, with_pretrained
 from jaxcl.settings.section_reader import read_section
 from jaxcl.settings.sections import ModelSettings, Settings
 
-__all__ = ["as_dict", "read_data_settings", "read_settings"]
+__all__ = ["as_dict", "read_data_settings", "read_settings", "with_steps"]
 
 _SELECTION = ("sets", "best_metric", "patience", "min_delta")
 """The fields of `evaluation` that only training reads."""
@@ -77,11 +78,52 @@ def read_settings(
     given = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     if "parts" in given:
         raise ValueError("parts is no field of a config; the names in it say which parts are used")
-    settings = read_section(Settings, given)
+    settings = read_section(Settings, _with_either(given))
     settings = with_pretrained(settings, changed=changed, trust=trust, workdir=workdir)
     settings = _with_parts(settings, trust)
     check_settings(settings)
     check_effects(settings, changed)
+    return settings
+
+
+def _with_either(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config, checked to set either `steps` or `epochs`."""
+    if given.get("epochs") is not None and given.get("steps") is not None:
+        raise ValueError(
+            f"steps={given['steps']} and epochs={given['epochs']} are both given; set one to None"
+        )
+    if "steps" in given and given["steps"] is None:
+        if given.get("epochs") is None:
+            raise ValueError("steps and epochs are both None; set one of them")
+        return {name: value for name, value in given.items() if name != "steps"}
+    return given
+
+
+def with_steps(settings: Settings, *, num_rows: int) -> Settings:
+    """The settings with the number of steps that their epochs are.
+
+    Epochs follow each other without a gap, so that the last batch of the last epoch may hold rows
+    of another one.
+
+    Args:
+      settings: the settings, as `read_settings` returns them.
+      num_rows: the number of training rows.
+
+    Raises:
+      ValueError: for settings that do not go together with this number of steps.
+
+    Example:
+      >>> settings = read_settings({"epochs": 1.5, "global_batch_size": 8})
+      >>> with_steps(settings, num_rows=20).steps
+      4
+    """
+    if settings.epochs is None:
+        return settings
+    every = settings.optimizer.accumulate_steps
+    rows_per_update = settings.global_batch_size * every
+    steps = every * math.ceil(settings.epochs * num_rows / rows_per_update)
+    settings = settings._replace(steps=steps, epochs=None)
+    check_settings(settings)
     return settings
 
 
@@ -190,9 +232,10 @@ def _resolved(
 def as_dict(settings: Settings) -> dict[str, Any]:
     """The settings as nested dicts of JSON's types, which `read_settings` reads back.
 
-    Options that are not set are left out.
+    Options that are not set are left out. While `epochs` is set, `steps` is `None`.
     """
-    return _plain(settings)
+    fields = _plain(settings)
+    return fields if settings.epochs is None else fields | {"steps": None}
 
 
 def _plain(value: Any) -> Any:

@@ -309,6 +309,7 @@ class OptimizerSettings(NamedTuple):
     rates: tuple[tuple[str, Annotated[float, Range(above=0)]], ...] = ()
     layer_decay: Annotated[float, Range(above=0, below=1)] | None = None
     average_decay: Annotated[float, Range(above=0, below=1)] | None = None
+    accumulate_steps: Size = 1
     options: Mapping[str, Any] = {}
 
 
@@ -369,10 +370,14 @@ class Parts(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """All settings of a run, checked, and the functions that they name (`parts`)."""
+    """All settings of a run, checked, and the functions that they name (`parts`).
+
+    While `epochs` is set, `steps` is not known; `jaxcl.settings.read.with_steps` replaces both.
+    """
 
     seed: Seed = 0
     steps: Size = 300
+    epochs: Annotated[float, Range(above=0)] | None = None
     global_batch_size: Size = 1_024
     init_from: str | None = None
     data: DataSettings = DataSettings()

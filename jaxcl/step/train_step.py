@@ -94,6 +94,7 @@ def make_train_step(
     temperature: TemperatureBounds,
     momentum: Callable[[Scalar], Scalar] | None = None,
     average_decay: float | None = None,
+    accumulate_steps: int = 1,
     rules: Sequence[Rule] = (),
     frozen: Collection[str] = (),
     count: Callable[[Batch], Int[Array, ""] | int] = lambda batch: 0,
@@ -109,6 +110,8 @@ def make_train_step(
       momentum: step -> the decay of the momentum encoder; `None` without a momentum encoder.
       average_decay: the decay of the average of the weights (`jaxcl.step.average`); `None` without
         an average.
+      accumulate_steps: the steps per update of the optimizer; the average of the weights changes
+        with the weights.
       rules: how to shard parameters, as in `jaxcl.step.parameter_sharding`.
       frozen: the paths of the parameters that are not trained, as for `init_state`. No gradient is
         computed for them, and they keep their bits.
@@ -138,6 +141,9 @@ def make_train_step(
         if average_decay is not None:
             average: WeightAverage = memory["average"]
             moved = update_average(average, trained.get("towers", {}), decay=average_decay)
+            if accumulate_steps > 1:
+                updated = (state.step + 1) % accumulate_steps == 0
+                moved = jax.tree.map(lambda new, old: jnp.where(updated, new, old), moved, average)
             memory = memory | {"average": moved}
         params = merge(trained, held)
         leaf_norms = jax.tree.map(jnp.linalg.norm, gradients)

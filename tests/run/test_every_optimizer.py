@@ -190,3 +190,22 @@ def test_every_option_reaches_its_optimizer(name):
             made.init({"one": jnp.ones((4, 4))}),
             {"one": jnp.ones((4, 4))},
         )
+
+
+def test_accumulated_gradients_and_the_average_are_sharded_like_the_parameters(monkeypatch):
+    monkeypatch.setattr(parameter_sharding, "_WORTH_CUTTING", 1)
+    given = {"model": STATIC, "optimizer": {"accumulate_steps": 2, "average_decay": 0.5}}
+    one = settings_of("adam", **given, run={"mesh": {"data": 1, "fsdp": 1}})
+    losses, whole = trained(build_training(one, devices=jax.devices()[:1]), steps=4)
+    assert losses[0] == losses[1] != losses[2]  # one batch, so that only an update changes the loss
+    mesh = {"data": 2, "fsdp": 4}
+    found, state = trained(
+        build_training(settings_of("adam", **given, run={"mesh": mesh})), steps=4
+    )
+    np.testing.assert_allclose(found, losses, rtol=1e-4)
+    averages = (one.memory["average"].towers for one in (state, whole))
+    assert max(relative_errors(*averages).values()) < 1e-4
+    where = state.params["towers"]["both"]["table"].sharding
+    assert not where.is_fully_replicated
+    assert state.optimizer.acc_grads["towers"]["both"]["table"].sharding == where
+    assert state.memory["average"].towers["both"]["table"].sharding == where

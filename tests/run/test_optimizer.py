@@ -12,6 +12,7 @@ from jaxcl.models.trainable import parameter_paths
 from jaxcl.run.optimizer import build_optimizer, layer_factors
 from jaxcl.run.training import abstract_parameters, build_towers
 from jaxcl.settings.read import read_settings
+from tests.helpers import relative_errors
 from tests.models.pretrained.reference_models import describe, read_config
 from tests.models.pretrained.tiny import write_tiny_bert
 
@@ -199,3 +200,44 @@ def test_without_these_settings_the_state_has_four_parts():
     made, _ = build_optimizer(settings_of(), PARAMS)
     assert len(made.init(PARAMS)) == 4
     assert isinstance(made.init(PARAMS)[0], optax.EmptyState)
+
+
+@pytest.mark.parametrize("name", ["adam", "muon", "sgd"])
+def test_accumulated_gradients_are_the_mean_of_their_batches(name, x64):
+    """Three updates of four batches each, and three of one batch with the mean gradient."""
+    every = 4
+    how = {"name": name, "options": {}, "weight_decay": 0.1, "clip_norm": 1.0, "layer_decay": 0.5}
+    accumulating, _ = build_optimizer(settings_of(**how, accumulate_steps=every), PARAMS)
+    single, _ = build_optimizer(settings_of(**how), PARAMS)
+    ours = theirs = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), PARAMS)
+    state, single_state = accumulating.init(ours), single.init(theirs)
+    for update in range(3):
+        keys = jax.random.split(jax.random.key(update), every)
+        batches = [
+            jax.tree.map(lambda leaf, key=key: jax.random.normal(key, leaf.shape), ours)
+            for key in keys
+        ]
+        before = ours
+        for number, gradients in enumerate(batches, start=1):
+            updates, state = accumulating.update(gradients, state, ours)
+            ours = optax.apply_updates(ours, updates)
+            if number < every:
+                jax.tree.map(np.testing.assert_array_equal, ours, before)
+        mean = jax.tree.map(lambda *leaves: sum(leaves) / every, *batches)
+        updates, single_state = single.update(mean, single_state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+        # The sums of optax are float32.
+        assert max(relative_errors(ours, theirs).values()) < 1e-6
+
+
+def test_an_update_of_several_steps_has_the_rate_of_the_first():
+    settings = settings_of(accumulate_steps=4, schedule="linear")
+    made, rate = build_optimizer(settings, PARAMS)
+    state, found = made.init(PARAMS), []
+    for _ in range(12):
+        updates, state = made.update(ONES, state, PARAMS)
+        found.append(-float(updates["log_temperature"]))
+    falling = [RATE * (1 - step / settings.steps) for step in (0, 4, 8)]
+    np.testing.assert_allclose(found[3::4], falling, rtol=1e-6)
+    assert not np.delete(found, [3, 7, 11]).any()
+    np.testing.assert_allclose([rate(step) for step in range(12)], np.repeat(falling, 4), rtol=1e-6)
