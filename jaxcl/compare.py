@@ -3,8 +3,8 @@
     python -m jaxcl.compare --config configs/code_search.py --settings configs/sweep_negatives.py \\
         --workdir runs/negatives --seeds 3
 
-The settings are a Python file whose `get_settings()` returns, by name, what differs from the
-config, such as `{"queue": {"negatives.bank.kind": "queue"}}`. Each run has its own folder and keeps
+The settings are a Python file whose `get_settings()` returns overrides of the config by name,
+such as `{"queue": {"negatives.bank.kind": "queue"}}`. Each run has its own folder and keeps
 its metrics and the rank of every query, but no checkpoints; the same command resumes after a stop.
 
 `comparison.json` and `comparison.md` hold the results: each setting's difference from the baseline,
@@ -97,17 +97,17 @@ def compare(
     """Trains every setting with every seed, seed by seed, and compares them with one of them.
 
     Args:
-      config: what all have in common.
-      settings: name -> what differs, by dotted name.
-      workdir: where the runs go.
-      seeds: how many, from 0.
-      baseline: a setting's name; the first by default.
+      config: the config shared by all runs.
+      settings: name -> overrides of the config, by dotted name.
+      workdir: the parent folder of the runs.
+      seeds: number of seeds; they start at 0.
+      baseline: the name of the setting to compare with; the first by default.
 
     Returns:
       A record for each setting: for each held-out split and method (`places`), the mean over the
       seeds, the mean of each seed, the paired difference from the baseline, its standard errors
-      over queries and over seeds, and its 95 % interval, which covers what `interval_over` says.
-      `None` stands for what one seed or one query cannot tell.
+      over queries and over seeds, and its 95 % interval; `interval_over` says whether the interval
+      is over queries only. Values that need several seeds or queries are `None` without them.
 
     Raises:
       ValueError: for settings that do not fit the config.
@@ -246,7 +246,7 @@ def _with_data_of(directories: Sequence[AnyPath], config: ConfigDict) -> ConfigD
 
 
 def _check_same_queries(directories: Sequence[AnyPath]) -> None:
-    """Raises a `ValueError` if the held-out rows of some runs are others than those of the rest."""
+    """Raise a `ValueError` if the runs have different held-out rows."""
     first: dict[str, tuple[AnyPath, str]] = {}
     for directory in directories:
         remembered = read_remembered_data(directory)
@@ -256,8 +256,8 @@ def _check_same_queries(directories: Sequence[AnyPath]) -> None:
             where, fingerprint = first.setdefault(role, (directory, fingerprints[role]))
             if fingerprint != fingerprints[role]:
                 raise ValueError(
-                    f"the {role} rows of {directory} are others than those of {where}, so that the "
-                    "runs cannot be compared; remove one of the two, or choose another --workdir"
+                    f"the {role} rows of {directory} differ from those of {where}, so the runs "
+                    "cannot be compared; remove one of the two, or choose another --workdir"
                 )
 
 

@@ -37,21 +37,21 @@ def rank_of_key(
     that gives all keys the same score would get a perfect result.
 
     Args:
-        scores: scores of all keys in the pool, not only of a shortlist; higher is better.
-        relevant: column of each query's relevant key, in [0, n).
+      scores: scores of all keys in the pool, not only of a shortlist; higher is better.
+      relevant: column of each query's relevant key, in [0, n).
 
     Returns:
-        Ranks in [1, n], float64, multiples of one half.
+      Ranks in [1, n], float64, multiples of one half.
 
     Raises:
-        ValueError: if the shapes do not match, a score is NaN or infinite, or an entry of
-            `relevant` is not a column of `scores`.
-        TypeError: if `relevant` is not an array of integers.
+      ValueError: if the shapes do not match, a score is NaN or infinite, or an entry of
+        `relevant` is not a column of `scores`.
+      TypeError: if `relevant` is not an array of integers.
 
     Example:
-        >>> scores = np.array([[0.9, 0.1, 0.5], [0.2, 0.2, 0.7]])
-        >>> rank_of_key(scores, np.array([2, 0])).tolist()
-        [2.0, 2.5]
+      >>> scores = np.array([[0.9, 0.1, 0.5], [0.2, 0.2, 0.7]])
+      >>> rank_of_key(scores, np.array([2, 0])).tolist()
+      [2.0, 2.5]
     """
     scores, relevant = np.asarray(scores), np.asarray(relevant)
     if scores.ndim != 2 or relevant.shape != scores.shape[:1]:
@@ -75,17 +75,17 @@ def mid_ranks(scores: Float[np.ndarray, "q n"]) -> Float[np.ndarray, "q n"]:
     If you only need the ranks of relevant keys, `rank_of_key` computes them without sorting.
 
     Args:
-        scores: scores of all keys in the pool; higher is better.
+      scores: scores of all keys in the pool; higher is better.
 
     Returns:
-        Ranks in [1, n], float64; every row sums to n (n + 1) / 2.
+      Ranks in [1, n], float64; every row sums to n (n + 1) / 2.
 
     Raises:
-        ValueError: if `scores` is not a matrix, or a score is NaN or infinite.
+      ValueError: if `scores` is not a matrix, or a score is NaN or infinite.
 
     Example:
-        >>> mid_ranks(np.array([[0.9, 0.1, 0.9, 0.5]])).tolist()
-        [[1.5, 4.0, 1.5, 3.0]]
+      >>> mid_ranks(np.array([[0.9, 0.1, 0.9, 0.5]])).tolist()
+      [[1.5, 4.0, 1.5, 3.0]]
     """
     scores = np.asarray(scores)
     if scores.ndim != 2:
@@ -106,19 +106,19 @@ def mrr_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int = 10) -> Float[np.
     `rr_i = 1 / rank_i` if `rank_i <= cutoff`, else 0.
 
     Args:
-        ranks: from `rank_of_key`, at least 1. Mid-ranks are used directly: 1.5 gives 2/3.
-        cutoff: the last rank with a value above 0; 10 as in the MS MARCO passage task.
+      ranks: from `rank_of_key`, at least 1. Mid-ranks are used directly: 1.5 gives 2/3.
+      cutoff: the last rank with a value above 0; 10 as in the MS MARCO passage task.
 
     Returns:
-        Values in [0, 1].
+      Values in [0, 1].
 
     Raises:
-        ValueError: if `cutoff` is below 1, or a rank is below 1 or not finite.
-        TypeError: if `cutoff` is not an integer.
+      ValueError: if `cutoff` is below 1, or a rank is below 1 or not finite.
+      TypeError: if `cutoff` is not an integer.
 
     Example:
-        >>> mrr_metric(np.array([1.0, 4.0, 11.0])).tolist()
-        [1.0, 0.25, 0.0]
+      >>> mrr_metric(np.array([1.0, 4.0, 11.0])).tolist()
+      [1.0, 0.25, 0.0]
     """
     ranks = _checked(ranks)
     return _up_to(cutoff, ranks, 1 / ranks)
@@ -133,11 +133,11 @@ def ndcg_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int = 10) -> Float[np
     Arguments, values and errors as for `mrr_metric`.
 
     Example:
-        >>> ndcg_metric(np.array([1.0, 3.0, 11.0])).tolist()
-        [1.0, 0.5, 0.0]
+      >>> ndcg_metric(np.array([1.0, 3.0, 11.0])).tolist()
+      [1.0, 0.5, 0.0]
 
     Reference:
-        Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", TOIS 2002.
+      Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", TOIS 2002.
     """
     ranks = _checked(ranks)
     return _up_to(cutoff, ranks, 1 / np.log2(1 + ranks))
@@ -150,19 +150,19 @@ def recall_at_k_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int) -> Float[
     either all of them are retrieved or none.
 
     Args:
-        ranks: from `rank_of_key`, at least 1.
-        cutoff: number of retrieved keys. It has no default, since recall means little without it.
+      ranks: from `rank_of_key`, at least 1.
+      cutoff: number of retrieved keys. It has no default, since recall means little without it.
 
     Returns:
-        0.0 or 1.0 per query.
+      0.0 or 1.0 per query.
 
     Raises:
-        ValueError: if `cutoff` is below 1, or a rank is below 1 or not finite.
-        TypeError: if `cutoff` is not an integer.
+      ValueError: if `cutoff` is below 1, or a rank is below 1 or not finite.
+      TypeError: if `cutoff` is not an integer.
 
     Example:
-        >>> recall_at_k_metric(np.array([1.0, 10.0, 10.5]), cutoff=10).tolist()
-        [1.0, 1.0, 0.0]
+      >>> recall_at_k_metric(np.array([1.0, 10.0, 10.5]), cutoff=10).tolist()
+      [1.0, 1.0, 0.0]
     """
     ranks = _checked(ranks)
     return _up_to(cutoff, ranks, np.ones_like(ranks))
@@ -177,19 +177,19 @@ def mean_and_standard_error(values: Float[np.ndarray, " q"]) -> tuple[float, flo
     correlations between queries, such as functions from one file, which make the true error larger.
 
     Args:
-        values: one value per query, from any metric of this module.
+      values: one value per query, from any metric of this module.
 
     Returns:
-        `(mean, standard error)`, in the unit of `values`. The standard error of a single query is
-        NaN.
+      `(mean, standard error)`, in the unit of `values`. The standard error of a single query is
+      NaN.
 
     Raises:
-        ValueError: if there are no values.
+      ValueError: if there are no values.
 
     Example:
-        >>> mean, error = mean_and_standard_error(np.array([1.0, 0.0, 0.0, 1.0]))
-        >>> round(mean, 3), round(error, 3)
-        (0.5, 0.289)
+      >>> mean, error = mean_and_standard_error(np.array([1.0, 0.0, 0.0, 1.0]))
+      >>> round(mean, 3), round(error, 3)
+      (0.5, 0.289)
     """
     values = np.asarray(values, np.float64)
     if values.size == 0:
@@ -208,19 +208,19 @@ def paired_difference(
     Do not use the standard errors of the two means to assess it.
 
     Args:
-        values: one value per query.
-        baseline: another system's values for the same queries, in the same order.
+      values: one value per query.
+      baseline: another system's values for the same queries, in the same order.
 
     Returns:
-        `(mean difference, standard error)`; positive if `values` are higher.
+      `(mean difference, standard error)`; positive if `values` are higher.
 
     Raises:
-        ValueError: if the lengths differ or are 0.
+      ValueError: if the lengths differ or are 0.
 
     Example:
-        >>> mean, error = paired_difference(np.array([0.9, 0.5]), np.array([0.7, 0.5]))
-        >>> round(mean, 3), round(error, 3)
-        (0.1, 0.1)
+      >>> mean, error = paired_difference(np.array([0.9, 0.5]), np.array([0.7, 0.5]))
+      >>> round(mean, 3), round(error, 3)
+      (0.1, 0.1)
     """
     values, baseline = np.asarray(values, np.float64), np.asarray(baseline, np.float64)
     if values.shape != baseline.shape:
@@ -232,16 +232,16 @@ def paired_difference(
 
 
 class PairedInterval(NamedTuple):
-    """A mean paired difference, its errors and its interval; NaN where data are too few.
+    """A mean paired difference, its errors and its interval; NaN if there are too few data.
 
     Attributes:
-        difference: the mean over seeds and queries.
-        error_over_queries: the standard error of the mean over queries, whose values are averaged
-            over seeds; NaN with one query.
-        error_over_seeds: the standard error of the mean over seeds, whose values are averaged over
-            queries; NaN with one seed.
-        low: the lower end of the interval.
-        high: the upper end.
+      difference: the mean over seeds and queries.
+      error_over_queries: the standard error of the mean over queries, whose values are averaged
+        over seeds; NaN with one query.
+      error_over_seeds: the standard error of the mean over seeds, whose values are averaged over
+        queries; NaN with one seed.
+      low: the lower end of the interval.
+      high: the upper end.
     """
 
     difference: float
@@ -267,35 +267,35 @@ def paired_interval(
     `E_s² = Σ_s (d_s· - d_··)² / (S - 1) / S`, with the expectation `σ_a²/S + σ_e²/(S Q)`,
     `R² = Σ_sq (d_sq - d_s· - d_·q + d_··)² / ((S - 1) (Q - 1) S Q)`, with `σ_e²/(S Q)`.
 
-    Both errors contain the residual, so the variance of the mean is `V = E_q² + E_s² - R²`, and at
-    least the larger of the two squared errors. The ends are `d_·· ± t sqrt(V)`, where `t` is the
-    mean of the quantiles of Student's t with Q - 1 and S - 1 degrees of freedom, weighted by `E_q²`
-    and `E_s²`. With one seed they are `d_·· ± t_{Q-1} E_q`, which covers the choice of queries
-    alone.
+    Both squared errors contain the residual, so the variance of the mean is
+    `V = E_q² + E_s² - R²`, but at least the larger of the two. The ends of the interval are
+    `d_·· ± t sqrt(V)`, where `t` is the mean of the quantiles of Student's t with Q - 1 and S - 1
+    degrees of freedom, weighted by `E_q²` and `E_s²`. With one seed they are `d_·· ± t_{Q-1} E_q`,
+    which covers only the choice of queries.
 
     In simulations with 2 to 10 seeds and 30 or 200 queries, 93 to 99 % of the intervals contain the
     true difference, whichever of the three effects is largest. Two seeds give wide intervals, since
     their quantile is 12.7.
 
     Args:
-        values: one per seed and query.
-        baseline: another system's values for the same seeds and queries in the same order.
-        level: the share of such intervals that contain the true difference.
+      values: one per seed and query.
+      baseline: another system's values for the same seeds and queries in the same order.
+      level: the confidence level.
 
     Returns:
-        The difference is positive if `values` are higher. A single query has no interval: NaN.
+      The difference is positive if `values` are higher. A single query has no interval: NaN.
 
     Raises:
-        ValueError: if the shapes differ, there are no values, or `level` is not between 0 and 1.
+      ValueError: if the shapes differ, there are no values, or `level` is not between 0 and 1.
 
     Example:
-        >>> interval = paired_interval(np.array([[0.9, 0.5, 0.4]]), np.array([[0.7, 0.5, 0.3]]))
-        >>> [round(number, 3) for number in interval]
-        [0.1, 0.058, nan, -0.148, 0.348]
+      >>> interval = paired_interval(np.array([[0.9, 0.5, 0.4]]), np.array([[0.7, 0.5, 0.3]]))
+      >>> [round(number, 3) for number in interval]
+      [0.1, 0.058, nan, -0.148, 0.348]
 
     Reference:
-        Searle, Casella and McCulloch, "Variance Components", 1992, chapter 4, for the expectations;
-        Cochran and Cox, "Experimental Designs", 2nd edition 1957, for the weighted quantile.
+      Searle, Casella and McCulloch, "Variance Components", 1992, chapter 4, for the expectations;
+      Cochran and Cox, "Experimental Designs", 2nd edition 1957, for the weighted quantile.
     """
     values, baseline = np.asarray(values, np.float64), np.asarray(baseline, np.float64)
     if values.shape != baseline.shape or values.ndim != 2 or not values.size:

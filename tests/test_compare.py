@@ -152,7 +152,7 @@ def test_runs_whose_queries_differ_are_not_compared(trained, tmp_path):
     compare(get_config("smoke"), SETTINGS, tmp_path, seeds=1)
     path = tmp_path / "plain" / "seed-0" / "data.json"
     path.write_text(path.read_text().replace('"1"', '"3"'))
-    with pytest.raises(ValueError, match=r"the test rows of .* are others than those of"):
+    with pytest.raises(ValueError, match=r"the test rows of .* differ from those of"):
         compare(get_config("smoke"), SETTINGS, tmp_path, seeds=2)
     assert len(trained) == 2
     path.write_text(path.read_text().replace('"3"', '"1"').replace('"2"', '"4"'))

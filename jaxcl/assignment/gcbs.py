@@ -52,7 +52,7 @@ def assign(
     Args:
       queries: one nonzero embedding per pair, `[n, d]`, as anything that NumPy can convert, such as
         another framework's tensor in host memory.
-      keys: the keys of the queries, likewise.
+      keys: the keys of the queries, in the same format.
       block_size: rows that share a batch. Blocks as large as the batch have trained best so far.
       batch_size: rows of a batch, if it holds several blocks; a multiple of `block_size`.
       temperature: temperature of the loss.

@@ -31,7 +31,7 @@ class QueryFile(NamedTuple):
         without ids.
       where: the place of each query's first record, for messages.
       records: the number of records read.
-      fields: a line that says which fields were read.
+      fields: a line that names the fields that were read.
     """
 
     queries: list[str]

@@ -25,7 +25,7 @@ def match_rows(ids: np.ndarray, pairs: PairSource, *, field: str) -> Int[np.ndar
     row_of = {row_id: row for row, row_id in enumerate(ids.tolist())}
     if len(row_of) < len(ids):
         values, counts = np.unique(ids, return_counts=True)
-        raise ValueError(f"ids has {values[counts > 1].tolist()[0]!r} twice; use each id once")
+        raise ValueError(f"ids contains {values[counts > 1].tolist()[0]!r} twice; use each id once")
     file_rows: dict[int, int] = {}
     for first in range(0, len(pairs), _ROWS_AT_ONCE):
         rows = range(first, min(first + _ROWS_AT_ONCE, len(pairs)))

@@ -126,7 +126,7 @@ def _records_of_rows(rows: Iterator[tuple[str, list[str]]]) -> Iterator[Record]:
         raise ValueError(f"{where}: the header has a name twice: {_listed(names)}")
     for where, row in rows:
         if len(row) != len(names):
-            raise ValueError(f"{where} has {len(row)} columns, and the first row has {len(names)}")
+            raise ValueError(f"{where} has {len(row)} columns, but the first row has {len(names)}")
         yield where, dict(zip(names, row, strict=True))
 
 

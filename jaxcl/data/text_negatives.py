@@ -118,8 +118,8 @@ def open_text_negatives(
     Args:
       data: the run's settings.
       source: the training rows.
-      table: the same rows as inputs.
-      data_dir: the folder that runs share.
+      table: the inputs of the same rows.
+      data_dir: the folder shared by all runs.
       workdir: the run's own folder.
       scored: whether the loss needs a teacher's scores; otherwise none are returned.
 

@@ -1,8 +1,8 @@
 """How much better one model is than another on the same data: paired differences with intervals.
 
 Both models are evaluated on the same queries or pairs of texts, and the difference is computed for
-each of them. Models tend to find the same ones hard, so that the difference is far more precise
-than either figure.
+each of them. Models tend to find the same queries hard, so the difference is far more precise
+than either metric.
 
 When not to trust it: intervals cover the choice of queries or pairs. They cover neither the seed of
 training (`jaxcl.compare` does) nor queries that depend on each other, such as several of one
@@ -33,7 +33,7 @@ _Statistic = Callable[[Int[np.ndarray, "r n"]], Float[np.ndarray, " r"]]
 
 
 class Difference(NamedTuple):
-    """A metric of a model and of a baseline; NaN where the data do not tell.
+    """A metric of a model and of a baseline; values that the data do not determine are NaN.
 
     Attributes:
       value: the metric of the model.
@@ -122,8 +122,8 @@ def differences_table(
 
     Args:
       differences: (method, metric) -> the difference; an empty method leaves its column out.
-      over: what the errors are over, `"queries"` or `"pairs"`.
-      title: stands above the table.
+      over: the units that errors are computed over, `"queries"` or `"pairs"`.
+      title: the title of the table.
     """
     with_methods = any(method for method, _ in differences)
     table = Table(title=title, box=SIMPLE_HEAD, padding=0, pad_edge=False, title_justify="left")

@@ -43,8 +43,8 @@ class Contender(NamedTuple):
 
     Attributes:
       model: any model; it embeds texts with its own tokenizer, limits and prompts.
-      prompts: role -> the prompts of its rows, where they replace the model's; of the model of a
-        run, and the run's own rows.
+      prompts: role -> the prompts of its rows, if they replace the model's; only for the model of a
+        run on the run's own rows.
     """
 
     model: EmbeddingModel

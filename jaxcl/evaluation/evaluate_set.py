@@ -37,8 +37,8 @@ class _Evaluated(NamedTuple):
     """A model on a set.
 
     Attributes:
-      record: what `evaluate_set` returns.
-      outcome: what the metrics depend on: for a retrieval, the ranks by method; for pairs of texts,
+      record: the return value of `evaluate_set`.
+      outcome: the input of the metrics: for retrieval, the ranks by method; for pairs of texts,
         their similarities; `None` for other sets.
     """
 
@@ -165,7 +165,7 @@ def _evaluated(
 
 
 def _differences(data_set: EvaluationSet, outcome: Any, baseline: Any) -> dict[str, Any]:
-    """The paired differences, the main ones of which are printed, in the layout of the metrics."""
+    """Compute the paired differences in the layout of the metrics, and print the main ones."""
     found: dict[tuple[str, str], Difference]
     record: dict[str, Any] = {}
     if isinstance(data_set, RetrievalSet):

@@ -6,8 +6,8 @@ over the orders of tied documents. trec_eval breaks ties by the documents' ids, 
 there are no ties, and otherwise only by chance.
 
 Reference:
-    McSherry and Najork, "Computing Information Retrieval Performance Measures Efficiently in the
-    Presence of Tied Scores", ECIR 2008.
+  McSherry and Najork, "Computing Information Retrieval Performance Measures Efficiently in the
+  Presence of Tied Scores", ECIR 2008.
 """
 
 import operator
@@ -38,11 +38,11 @@ class GradedRanks(NamedTuple):
     """The ranks of all relevant documents, one entry per pair of a query and a document.
 
     Attributes:
-        queries: index of the pair's query, in ascending order.
-        grades: relevance of the document, greater than 0.
-        better: number of documents with a higher score; infinity for a document that is not ranked.
-        tied: number of documents with the same score, including itself.
-        num_queries: number of queries, with or without a relevant document.
+      queries: index of the pair's query, in ascending order.
+      grades: relevance of the document, greater than 0.
+      better: number of documents with a higher score; infinity for a document that is not ranked.
+      tied: number of documents with the same score, including itself.
+      num_queries: number of queries, with or without a relevant document.
     """
 
     queries: Int[np.ndarray, " n"]
@@ -58,15 +58,15 @@ def places_of(
     """Count, for each of some documents, all documents with a higher score and with an equal one.
 
     Args:
-        scores: of all documents for one query; higher is better, and none is NaN.
-        documents: rows in `scores`.
+      scores: of all documents for one query; higher is better, and none is NaN.
+      documents: rows in `scores`.
 
     Returns:
-        `(better, tied)`, as in `GradedRanks`.
+      `(better, tied)`, as in `GradedRanks`.
 
     Example:
-        >>> places_of(np.array([0.5, 0.9, 0.5, 0.1]), np.array([0, 1]))
-        (array([1, 0]), array([2, 1]))
+      >>> places_of(np.array([0.5, 0.9, 0.5, 0.1]), np.array([0, 1]))
+      (array([1, 0]), array([2, 1]))
     """
     ordered = np.sort(scores)
     own = scores[documents]
@@ -81,25 +81,25 @@ def graded_ndcg_metric(ranks: GradedRanks, *, cutoff: int) -> Float[np.ndarray, 
     order.
 
     Args:
-        ranks: ranks of the relevant documents.
-        cutoff: the last rank taken into account, at least 1.
+      ranks: ranks of the relevant documents.
+      cutoff: the last rank taken into account, at least 1.
 
     Returns:
-        Values in [0, 1]; 0 for a query without a relevant document.
+      Values in [0, 1]; 0 for a query without a relevant document.
 
     Raises:
-        ValueError: if `cutoff` is less than 1.
+      ValueError: if `cutoff` is less than 1.
 
     Example:
-        >>> ranks = GradedRanks(
-        ...     queries=np.array([0, 0]), grades=np.array([3, 1]), better=np.array([1.0, 0.0]),
-        ...     tied=np.array([1, 1]), num_queries=1,
-        ... )
-        >>> graded_ndcg_metric(ranks, cutoff=10).round(3).tolist()  # (3 / log2(3) + 1) / (3 + …)
-        [0.797]
+      >>> ranks = GradedRanks(
+      ...     queries=np.array([0, 0]), grades=np.array([3, 1]), better=np.array([1.0, 0.0]),
+      ...     tied=np.array([1, 1]), num_queries=1,
+      ... )
+      >>> graded_ndcg_metric(ranks, cutoff=10).round(3).tolist()  # (3 / log2(3) + 1) / (3 + …)
+      [0.797]
 
     Reference:
-        Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", TOIS 2002.
+      Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", TOIS 2002.
     """
     cutoff = _checked(cutoff)
     sums = np.concatenate([[0.0], np.cumsum(1 / np.log2(1 + np.arange(1, cutoff + 1)))])
@@ -158,10 +158,10 @@ def graded_map_metric(ranks: GradedRanks) -> Float[np.ndarray, " q"]:
     `ap = Σ_i precision@rank_i / R` over the `R` relevant documents; one that is not ranked adds 0.
 
     Args:
-        ranks: ranks of the relevant documents.
+      ranks: ranks of the relevant documents.
 
     Returns:
-        Values in [0, 1]; 0 for a query without a relevant document.
+      Values in [0, 1]; 0 for a query without a relevant document.
     """
     groups = _tie_groups(ranks)
     values = (groups.before + 1) / (groups.better + 1)
@@ -191,9 +191,9 @@ class _TieGroups(NamedTuple):
     """Groups of a query's relevant documents with equal scores, the highest score first.
 
     Attributes:
-        queries, better, tied: as in `GradedRanks`.
-        size: relevant documents in the group.
-        before: relevant documents of the query with higher scores.
+      queries, better, tied: as in `GradedRanks`.
+      size: relevant documents in the group.
+      before: relevant documents of the query with higher scores.
     """
 
     queries: Int[np.ndarray, " n"]
@@ -228,8 +228,8 @@ def _mean_over_ties(ranks: GradedRanks, sums: Float[np.ndarray, " k"]) -> Float[
     """The mean value of the positions that each document's tie occupies.
 
     Args:
-        ranks: ranks of the documents.
-        sums: sums of the values of the first 0, 1, … positions; later positions have the value 0.
+      ranks: ranks of the documents.
+      sums: sums of the values of the first 0, 1, … positions; later positions have the value 0.
     """
     last = len(sums) - 1
     start = np.minimum(ranks.better, last).astype(np.int64)

@@ -4,8 +4,8 @@ Read the head of `jaxcl.evaluation.retrieval` for when not to trust the figures.
 `validation` holds unseen files of packages whose other files were trained on, and is the friendly
 split; `test` holds packages that training never saw.
 
-Each row is a query that wants its own key. Keys of other rows with the same query, and keys that
-are equal to one of them or to its own, are left out of its ranking.
+In each row, only the row's own key is relevant. Keys of other rows with the same query, and
+duplicates of these keys or of its own, are excluded from its ranking.
 """
 
 import functools
@@ -138,8 +138,8 @@ def evaluate_run(
       settings: the run's.
       encoder: its model.
       data: its splits.
-      workdir: where the files go.
-      described: what else `results.json` says, such as the steps that were made.
+      workdir: the folder for the files.
+      described: additional fields of `results.json`, such as the number of steps.
 
     Returns:
       What `results.json` holds.
@@ -266,7 +266,7 @@ def _ranked(
     known: KnownPositives,
     **options: Any,
 ) -> dict[str, RetrievalResult]:
-    """As `evaluate_retrieval`, where query i wants key i; each process ranks a part of them."""
+    """Call `evaluate_retrieval` with key i for query i; each process ranks a part of them."""
     count, processes = len(query_embeddings), jax.process_count()
     if processes == 1 or count < processes:
         return evaluate_retrieval(

@@ -1,4 +1,4 @@
-"""Pair classification: do the similarities of a model tell positive pairs from negative ones?
+"""Pair classification: do a model's similarities separate positive pairs from negative ones?
 
 When not to trust it: thresholds are chosen on the pairs that they are evaluated on, so `f1` and
 `accuracy` are the best over all thresholds, and too optimistic on small sets. Average precision

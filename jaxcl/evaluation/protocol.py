@@ -47,7 +47,7 @@ class EvaluationSet(Protocol):
 
     @property
     def description(self) -> str:
-        """How the data were read and how many there are, on one line."""
+        """A one-line description of how the data were read, with their sizes."""
         ...
 
 

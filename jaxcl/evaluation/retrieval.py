@@ -1,14 +1,14 @@
-"""Retrieval evaluation over the whole pool: lexical, dense, and both.
+"""Retrieval evaluation over the whole pool: lexical, dense and hybrid.
 
 `evaluate_retrieval` ranks every key for every query, in tiles of queries, by up to three methods:
 BM25 on the texts, inner products of the embeddings, and the fusion of the two rankings.
 
-When not to trust it: each query has one relevant key, and keys that are known to answer it as well
-are left out of its ranking (`jaxcl.evaluation.known_positives`). Others may answer it too: sibling
-functions of one package (a synchronous and an asynchronous twin), near duplicates and overloads
-count as errors, and the better a model understands the query, the more of them it meets. Where
-siblings of the test rows were trained on, the figures flatter instead: split by
-package, not by row. Pools of different sizes cannot be compared. Errors are over queries only.
+When not to trust it: each query has one relevant key, and other keys that are known to answer it
+are excluded from its ranking (`jaxcl.evaluation.known_positives`). Further keys may also answer it,
+such as overloads, near duplicates, or the asynchronous version of a function. They count as errors,
+and a better model ranks more of them high. If similar functions are in the training data, the
+metrics are too optimistic: split by package, not by row. Results on pools of different sizes are
+not comparable. Standard errors are over queries only.
 """
 
 import logging
@@ -63,10 +63,10 @@ class RetrievalResult(NamedTuple):
     """One method's ranks of the relevant keys.
 
     Attributes:
-        ranks: one per query.
-        num_keys: keys in the pool.
-        num_left_out: keys left out of rankings because they are known to answer the query too,
-            summed over the queries.
+      ranks: one per query.
+      num_keys: number of keys in the pool.
+      num_left_out: number of keys excluded from rankings because they are known to answer the query
+        too, summed over the queries.
     """
 
     ranks: Float[np.ndarray, " q"]
@@ -95,40 +95,42 @@ def evaluate_retrieval(
 ) -> dict[str, RetrievalResult]:
     """Rank the relevant key of each query among all keys, by each method.
 
-    Read the head of this module for when not to trust the figures.
+    The docstring of this module explains when not to trust the results.
 
     Args:
-        query_texts: one per query; None where no method reads texts (images, say).
-        key_texts: the pool's, in the order of `key_embeddings`; None likewise.
-        query_embeddings: one row per query; None where no method reads embeddings.
-        key_embeddings: the pool's; it may be larger than the number of queries.
-        relevant: the relevant key's row in the pool; None says that query i wants key i.
-        known: the keys that answer each query. All except the relevant one are left out of its
-            ranking: they are no hits, and push no key down. None leaves out no key.
-        methods: "bm25" reads texts, "dense" embeddings, "hybrid" both.
-        rrf_k: the constant of `reciprocal_rank_fusion`, for "hybrid".
-        tile: queries scored at once. Memory grows as tile · n; the result does not depend on it.
-        advance: called after each tile with the number of its queries.
+      query_texts: one per query; `None` if no method uses texts.
+      key_texts: the texts of the pool, in the order of `key_embeddings`; `None` if no method uses
+        texts.
+      query_embeddings: one row per query; `None` if no method uses embeddings.
+      key_embeddings: one row per key of the pool, which may have more keys than there are queries.
+      relevant: row of each query's relevant key in the pool; by default, key i for query i.
+      known: the keys that answer each query. All of them except the relevant key are excluded from
+        the query's ranking. By default, no key is excluded.
+      methods: `"bm25"` uses texts, `"dense"` embeddings, `"hybrid"` both.
+      rrf_k: the constant of `reciprocal_rank_fusion`, for `"hybrid"`.
+      tile: number of queries to score at a time. Memory is proportional to it times the size of the
+        pool; the result does not depend on it.
+      advance: called after each tile with the number of its queries.
 
     Returns:
-        A `RetrievalResult` per method, in the order of `methods`.
+      A `RetrievalResult` for each method, in the order of `methods`.
 
     Raises:
-        ValueError: if a method is unknown or lacks its inputs, the inputs differ in length, an
-            embedding is not finite, `relevant` points outside the pool, or there are no queries.
+      ValueError: if a method is unknown or lacks its inputs, the inputs differ in length, an
+        embedding is not finite, `relevant` has a row outside the pool, or there are no queries.
 
     Example:
-        >>> texts = ["parse an iso date", "open a socket"]
-        >>> code = ["def parse_iso_date(s): ...", "def openSocket(host): ..."]
-        >>> vectors = np.eye(2, dtype=np.float32)
-        >>> results = evaluate_retrieval(texts, code, vectors, vectors)
-        >>> {method: result.ranks.tolist() for method, result in results.items()}
-        {'bm25': [1.0, 1.0], 'dense': [1.0, 1.0], 'hybrid': [1.0, 1.0]}
+      >>> texts = ["parse an iso date", "open a socket"]
+      >>> code = ["def parse_iso_date(s): ...", "def openSocket(host): ..."]
+      >>> vectors = np.eye(2, dtype=np.float32)
+      >>> results = evaluate_retrieval(texts, code, vectors, vectors)
+      >>> {method: result.ranks.tolist() for method, result in results.items()}
+      {'bm25': [1.0, 1.0], 'dense': [1.0, 1.0], 'hybrid': [1.0, 1.0]}
     """
     if not methods or not set(methods) <= set(METHODS):
-        raise ValueError(f"methods={methods!r}; give one or more of {', '.join(METHODS)}.")
+        raise ValueError(f"methods={methods!r}; give one or more of {', '.join(METHODS)}")
     if tile < 1:
-        raise ValueError(f"tile={tile} scores no query at once; use a tile of 1 or more.")
+        raise ValueError(f"tile={tile}; use a tile of at least 1")
     num_queries = _common_length("queries", query_texts, query_embeddings)
     num_keys = _common_length("keys", key_texts, key_embeddings)
     relevant = _relevant_rows(relevant, num_queries=num_queries, num_keys=num_keys)
@@ -161,64 +163,65 @@ def evaluate_retrieval(
 def comparison(
     results: Mapping[str, RetrievalResult], method: str, baseline: str
 ) -> tuple[float, float]:
-    """Paired difference of MRR@10, `method` minus `baseline`, and its standard error.
+    """The paired difference in MRR@10 of two methods, and its standard error.
 
     Both names are keys of `results`, which come from one call of `evaluate_retrieval`. The
-    difference is positive where `method` is better.
+    difference is positive if `method` is better than `baseline`.
 
     Example:
-        >>> results = {
-        ...     "bm25": RetrievalResult(np.array([2.0, 1.0]), 9),
-        ...     "dense": RetrievalResult(np.array([1.0, 1.0]), 9),
-        ... }
-        >>> comparison(results, "dense", "bm25")
-        (0.25, 0.25)
+      >>> results = {
+      ...     "bm25": RetrievalResult(np.array([2.0, 1.0]), 9),
+      ...     "dense": RetrievalResult(np.array([1.0, 1.0]), 9),
+      ... }
+      >>> comparison(results, "dense", "bm25")
+      (0.25, 0.25)
     """
     for name in (method, baseline):
         if name not in results:
-            raise ValueError(f"No result of {name!r}; there are {', '.join(results)}.")
+            raise ValueError(f"no result of {name!r}; there are {', '.join(results)}")
     return paired_difference(mrr_metric(results[method].ranks), mrr_metric(results[baseline].ranks))
 
 
 def lexical_tokens(text: str) -> list[str]:
     """Split a text into lower-case words and numbers, and identifiers into their parts.
 
-    Boundaries are everything but letters and digits, the underscore, a change between letters
-    and digits, and the humps of camelCase (of unaccented letters). A question and the function
-    that answers it thereby meet, which makes BM25 a baseline worth beating on code.
+    It splits at all characters except letters and digits, between letters and digits, and at the
+    capitals of camelCase (for unaccented letters). The tokens of identifiers then match the words
+    of a question, which makes BM25 a strong baseline on code.
 
     Example:
-        >>> lexical_tokens("parseIsoDate(HTTPResponse, utf8_text)")
-        ['parse', 'iso', 'date', 'http', 'response', 'utf', '8', 'text']
+      >>> lexical_tokens("parseIsoDate(HTTPResponse, utf8_text)")
+      ['parse', 'iso', 'date', 'http', 'response', 'utf', '8', 'text']
     """
     return _LETTERS_OR_DIGITS.findall(_CAMEL_BOUNDARY.sub(" ", text).lower())
 
 
 class BM25:
-    """The lexical baseline: an index of the pool's texts, and each query's scores over all.
+    """An index of the pool's texts that scores them for a query: the lexical baseline.
 
     `score(q, d) = Σ_{t in q} idf_t · f_td / (f_td + k1 (1 - b + b L_d / L))`,
     `idf_t = ln(1 + (n - n_t + ½) / (n_t + ½))`
 
-    with `n_t` of the `n` texts containing `t`, `f_td` its count in `d`, `L_d` the tokens of `d`,
-    `L` their mean over the pool, k1 = 1.5 and b = 0.75. A token that a query repeats counts as
-    often. Tokens come from `lexical_tokens`; words are neither stemmed nor dropped.
+    where `n_t` of the `n` texts contain `t`, `f_td` is the count of `t` in `d`, `L_d` is the number
+    of tokens of `d`, `L` is its mean over the pool, k1 = 1.5 and b = 0.75. If a query repeats a
+    token, its score is added each time. Tokens come from `lexical_tokens`; there is no stemming,
+    and no stop words are dropped.
 
     Args:
-        texts: the pool.
+      texts: the texts of the pool.
 
     Raises:
-        ValueError: if no text of the pool has a token.
+      ValueError: if no text of the pool has a token.
 
     Example:
-        >>> index = BM25(["def parse_iso_date", "def open_socket"])
-        >>> print(index.scores(["ISO date", ""]).round(3))
-        [[0.521 0.   ]
-         [0.    0.   ]]
+      >>> index = BM25(["def parse_iso_date", "def open_socket"])
+      >>> print(index.scores(["ISO date", ""]).round(3))
+      [[0.521 0.   ]
+       [0.    0.   ]]
 
     Reference:
-        Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009;
-        the variant is Lucene's, as named by Kamphuis et al., ECIR 2020.
+      Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009;
+      the variant is Lucene's, as named by Kamphuis et al., ECIR 2020.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -231,15 +234,15 @@ class BM25:
         rows = [[ids.setdefault(token, len(ids)) for token in lexical_tokens(t)] for t in texts]
         if not ids:
             raise ValueError(
-                f"None of the {len(rows)} key texts has a word or a number to index; check "
-                "that they are texts, or leave out the methods that read them."
+                f"none of the {len(rows)} key texts has a word or a number to index; check "
+                "that they are texts, or omit the methods that use them"
             )
         self._index = bm25s.BM25(k1=1.5, b=0.75, method="lucene", backend="numpy")
         # Without the empty token, which bm25s would number past the end of its table.
         self._index.index((rows, ids), create_empty_token=False, show_progress=False)
 
     def scores(self, queries: Sequence[str]) -> Float[np.ndarray, "q n"]:
-        """Scores of every text for each query, float32; zeros where no token is shared."""
+        """The float32 scores of all texts for each query; 0 for a text without its tokens."""
         token_ids = [self._index.get_tokens_ids(lexical_tokens(query)) for query in queries]
         return np.stack([self._index.get_scores_from_ids(ids) for ids in token_ids])
 
@@ -249,20 +252,20 @@ def dense_scores(
 ) -> Float[np.ndarray, "q n"]:
     """Inner products of every query with every key, in float32: `s_ij = q_i · k_j`.
 
-    They are summed in float64 and then rounded. A float32 product depends in its last bit on how
-    the matrices happen to be blocked: equal keys would get unequal scores, their tie an arbitrary
-    winner, and the result would change with the tile.
+    Products are summed in float64 and then rounded. The last bit of a float32 product depends on
+    how the matrices are blocked, so equal keys could get different scores, and ranks would depend
+    on the size of the tile.
 
-    Embeddings may be of any floating type; with unit vectors the scores are cosines.
+    Embeddings may have any floating type. For unit vectors, the scores are cosine similarities.
 
     Example:
-        >>> print(dense_scores(np.array([[0.6, 0.8]]), np.eye(2)))
-        [[0.6 0.8]]
+      >>> print(dense_scores(np.array([[0.6, 0.8]]), np.eye(2)))
+      [[0.6 0.8]]
     """
     queries, keys = np.asarray(queries, np.float64), np.asarray(keys, np.float64)
     if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1]:
         raise ValueError(
-            f"Queries have the shape {queries.shape} and keys {keys.shape}; give [q, d] and [n, d]."
+            f"queries have the shape {queries.shape} and keys {keys.shape}; give [q, d] and [n, d]"
         )
     return (queries @ keys.T).astype(np.float32)
 
@@ -270,66 +273,66 @@ def dense_scores(
 def reciprocal_rank_fusion(
     score_tables: Sequence[Float[np.ndarray, "q n"]], *, k: int | float = 60
 ) -> Float[np.ndarray, "q n"]:
-    """Join several scorings of the same keys by their ranks alone.
+    """Combine several rankings of the same keys.
 
-    `fused_ij = Σ_tables 1 / (k + rank_ij)`, ranks from 1, ties at mid-rank.
+    `fused_ij = Σ_tables 1 / (k + rank_ij)`, with ranks from 1 and mid-ranks for ties.
 
-    Only the order within a row matters, so that scores of different scales need no calibration.
+    Only ranks are used, so the scales of the scores need not match.
 
     Args:
-        score_tables: each [q, n], higher is better.
-        k: how little the very first ranks weigh; 60 in the paper, and a smaller constant trusts
-            the top more. Choose it on validation queries, never on those reported.
+      score_tables: the scores of each method, `[q, n]`; higher is better.
+      k: a smaller constant gives more weight to the first ranks; 60 in the paper. Choose it on
+        validation queries, not on test queries.
 
     Returns:
-        Fused scores, float64, higher is better.
+      Fused scores in float64; higher is better.
 
     Raises:
-        ValueError: if no table is given, shapes differ, `k` < 0, or a score is not finite.
+      ValueError: if no table is given, shapes differ, `k` is negative, or a score is not finite.
 
     Example:
-        >>> lexical, dense = np.array([[3.0, 0.0, 0.0]]), np.array([[0.1, 0.3, 0.2]])
-        >>> reciprocal_rank_fusion([lexical, dense], k=1).round(3).tolist()
-        [[0.75, 0.786, 0.619]]
+      >>> lexical, dense = np.array([[3.0, 0.0, 0.0]]), np.array([[0.1, 0.3, 0.2]])
+      >>> reciprocal_rank_fusion([lexical, dense], k=1).round(3).tolist()
+      [[0.75, 0.786, 0.619]]
 
     Reference:
-        Cormack, Clarke and Büttcher, "Reciprocal rank fusion outperforms Condorcet and individual
-        rank learning methods", SIGIR 2009.
+      Cormack, Clarke and Büttcher, "Reciprocal rank fusion outperforms Condorcet and individual
+      rank learning methods", SIGIR 2009.
     """
     shapes = {np.shape(table) for table in score_tables}
     if len(shapes) != 1:
         raise ValueError(
-            f"Fusion wants one or more tables of one shape, but got shapes {sorted(shapes)}; "
-            "score the same queries and keys with every method."
+            f"fusion needs one or more tables of the same shape, but got shapes {sorted(shapes)}; "
+            "score the same queries and keys with every method"
         )
     if not 0 <= k < np.inf:
-        raise ValueError(f"k={k}; use a finite constant of 0 or more, 60 as a start.")
+        raise ValueError(f"k={k}; use a finite constant of at least 0, such as 60")
     shares = np.stack([1 / (k + mid_ranks(table)) for table in score_tables])
     shares.sort(axis=0)  # or ranks (1, 2, 3) and (3, 1, 2) differ in the last bit of their sum
     return shares.sum(axis=0)
 
 
 def mask_name(source: str, name: str) -> str:
-    """Replace a function's own name by `_` wherever it stands as a whole word in its source.
+    """Replace a function's own name by `_` everywhere in its source.
 
-    The definition, recursion, strings and comments alike; longer identifiers that contain the
-    name are left. Names give much of the answer away, so report a search with them masked as well.
+    This includes recursive calls, strings and comments. Longer identifiers that contain the name
+    are unchanged. Names reveal much of the answer, so also report results with masked names.
 
     Example:
-        >>> mask_name("def fact(n): return n * fact(n - 1) if n else factor", "fact")
-        'def _(n): return n * _(n - 1) if n else factor'
+      >>> mask_name("def fact(n): return n * fact(n - 1) if n else factor", "fact")
+      'def _(n): return n * _(n - 1) if n else factor'
     """
     if not name.isidentifier():
-        raise ValueError(f"name={name!r} is not an identifier; give the function's bare name.")
+        raise ValueError(f"name={name!r} is not an identifier; give the function's bare name")
     return re.sub(rf"\b{name}\b", "_", source)
 
 
 def _common_length(what: str, *sides: Sequence[str] | Array | np.ndarray | None) -> int:
     lengths = {len(side) for side in sides if side is not None}
     if len(lengths) > 1:
-        raise ValueError(f"Texts and embeddings of the {what} differ in number: {sorted(lengths)}.")
+        raise ValueError(f"texts and embeddings of the {what} differ in number: {sorted(lengths)}")
     if lengths in (set(), {0}):
-        raise ValueError(f"There are no {what} to evaluate; give at least one.")
+        raise ValueError(f"there are no {what} to evaluate; give at least one")
     return lengths.pop()
 
 
@@ -339,13 +342,13 @@ def _relevant_rows(
     if relevant is None:
         relevant = np.arange(num_queries)
     if len(relevant) != num_queries:
-        raise ValueError(f"relevant names {len(relevant)} keys for {num_queries} queries.")
+        raise ValueError(
+            f"relevant has {len(relevant)} rows for {num_queries} queries; give one per query"
+        )
     outside = np.flatnonzero((relevant < 0) | (relevant >= num_keys))
     if outside.size:
-        first = f"query {outside[0]} wants key {relevant[outside[0]]}"
-        raise ValueError(
-            f"The pool has {num_keys} keys, but {first}; add every relevant key to it."
-        )
+        first = f"the relevant key of query {outside[0]} is {relevant[outside[0]]}"
+        raise ValueError(f"the pool has {num_keys} keys, but {first}; give rows of the pool")
     return relevant
 
 
@@ -353,7 +356,7 @@ def _lexical_scorer(
     query_texts: Sequence[str] | None, key_texts: Sequence[str] | None
 ) -> Callable[[slice], np.ndarray]:
     if query_texts is None or key_texts is None:
-        raise ValueError('"bm25" and "hybrid" read query_texts and key_texts; give both.')
+        raise ValueError('"bm25" and "hybrid" use query_texts and key_texts; give both')
     index = BM25(key_texts)
     return lambda rows: index.scores(query_texts[rows])
 
@@ -363,7 +366,7 @@ def _dense_scorer(
     key_embeddings: Float[Array | np.ndarray, "n d"] | None,
 ) -> Callable[[slice], np.ndarray]:
     if query_embeddings is None or key_embeddings is None:
-        raise ValueError('"dense" and "hybrid" read embeddings of queries and keys; give both.')
+        raise ValueError('"dense" and "hybrid" use embeddings of queries and keys; give both')
     queries = _finite_rows("query_embeddings", query_embeddings)
     keys = _finite_rows("key_embeddings", key_embeddings)
     return lambda rows: dense_scores(queries[rows], keys)
@@ -373,11 +376,11 @@ def _finite_rows(name: str, embeddings: Float[Array | np.ndarray, "q d"]) -> np.
     # Found here the row number is the data's; in a tile of scores it would be the tile's.
     rows = np.asarray(embeddings, np.float64)
     if rows.ndim != 2:
-        raise ValueError(f"{name} have the shape {rows.shape}; give one vector per row, [n, d].")
+        raise ValueError(f"{name} have the shape {rows.shape}; give one vector per row, [n, d]")
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if bad.size:
         raise ValueError(
-            f"{bad.size} of {len(rows)} rows of {name} hold a NaN or an infinity, first row "
-            f"{bad[0]}; look for a vector of zero length divided by its norm."
+            f"{bad.size} of {len(rows)} rows of {name} contain NaN or infinity, the first is row "
+            f"{bad[0]}; check for a zero vector that is divided by its norm"
         )
     return rows

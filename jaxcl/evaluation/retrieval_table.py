@@ -16,14 +16,14 @@ def results_table(
     metrics: Sequence[str] = ("mrr@10", "recall@1", "recall@10"),
     baseline: str = "bm25",
 ) -> Table:
-    """A `rich` table for the end of a run: a row per split, variant and method.
+    """Format results as a `rich` table with a row for each split, variant and method.
 
     Args:
-        results: `(split, variant)` -> what `evaluate_retrieval` returned, such as
-            `("unseen packages", "name masked")`.
-        metrics: columns, each mean ± standard error; these three fit a terminal of 80 characters.
-        baseline: the method from which the last column gives the paired difference of MRR@10, and
-            that difference in its standard errors.
+      results: `(split, variant)`, such as `("unseen packages", "name masked")` -> the result of
+        `evaluate_retrieval`.
+      metrics: the metrics to show as mean ± standard error; the default fits in 80 characters.
+      baseline: the method to compare with. The last column shows the paired difference of MRR@10,
+        and the difference divided by its standard error.
     """
     table = Table("split", "variant", "method", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for heading in ("keys", *metrics, f"vs {baseline} (SEs)"):

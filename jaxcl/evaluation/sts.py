@@ -93,11 +93,11 @@ class StsSet:
         return self.figures(self.similarities(encode))
 
     def similarities(self, encode: Encode) -> Float[np.ndarray, " n"]:
-        """The similarities that a model gives to the pairs."""
+        """Compute the model's similarity of each pair."""
         return pair_similarities(self.pairs, encode)
 
     def figures(self, similarities: Float[np.ndarray, " n"]) -> dict[str, float]:
-        """What `evaluate` returns for a model with these similarities."""
+        """Compute the metrics of `evaluate` from the similarities of the pairs."""
         figures: dict[str, float] = {}
         for name in _CORRELATIONS:
             statistic = self._statistic(name, similarities)

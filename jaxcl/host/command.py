@@ -51,13 +51,13 @@ def run_command(
     interrupted: str = "interrupted",
     trains: bool = False,
 ) -> T:
-    """Parse the flags and run a command; exit as this module's docstring says.
+    """Parse the flags and run a command; this module's docstring lists the exit codes.
 
     Args:
       parser: the parser of the command's flags.
       run: the command itself.
       argv: the arguments; `None` takes this process's.
-      interrupted: what Ctrl-C prints.
+      interrupted: the message that Ctrl-C prints.
       trains: whether to restart the process with huge pages, if `argv` is `None`.
 
     Returns:

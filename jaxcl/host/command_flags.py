@@ -35,7 +35,7 @@ class CommandParser(argparse.ArgumentParser):
         """Describe a command.
 
         Args:
-          name: what follows `python -m`.
+          name: the module name after `python -m`.
           doc: the module's docstring: a summary line, then an example and details.
           verbose: whether there is a flag `-v` for `run_command`.
           passes_on: whether unknown arguments are kept in `arguments.rest` for another parser;

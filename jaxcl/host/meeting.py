@@ -41,8 +41,8 @@ class Meeting(NamedTuple):
     """The addresses of JAX's coordinator.
 
     Attributes:
-      address: where the processes reach it.
-      bind_address: where it listens; `None` except in process 0.
+      address: the address at which processes reach the coordinator.
+      bind_address: the address at which it listens; `None` except in process 0.
     """
 
     address: str

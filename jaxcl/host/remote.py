@@ -31,9 +31,9 @@ _MAX_SHARE = 0.02
 
 
 def local_folder(folder: AnyPath) -> Path:
-    """The folder itself if it is local; for a remote one, its folder in the user's cache.
+    """Return a local folder unchanged, and for a remote one a folder in the user's cache.
 
-    It is for files that are mapped into memory, or that a library can only write to a disk.
+    Use it for files that must be on a local disk, for example to map them into memory.
     """
     if not is_remote(folder):
         return Path(folder)

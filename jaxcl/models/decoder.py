@@ -1,4 +1,4 @@
-"""The decoder encoder: Mistral's family, pooled from each text's last token."""
+"""A causal transformer in the style of Mistral, with last-token pooling."""
 
 from typing import Annotated, NamedTuple
 
@@ -51,30 +51,30 @@ class DecoderOptions(NamedTuple):
 
 
 class DecoderEncoder(nnx.Module):
-    """Embeds a text by causal self-attention, from the state of its last token.
+    """A causal transformer; the embedding of a text is the final state of its last token.
 
-    Rotary positions, groups of query heads that share a key head, a gated MLP, root-mean-square
-    norms before each. All blocks are one compiled loop, so that a model of 32 compiles as fast as
-    one of two; their parameters have a leading axis of layers.
+    It has rotary position embeddings, grouped-query attention, a gated MLP, and pre-normalisation
+    with RMSNorm. The blocks are scanned in one compiled loop, so compile time does not depend on
+    their number. Their parameters are stacked along a leading axis of layers.
 
     Args:
-      vocabulary_size: number of token ids; id 0 is padding where inputs have no `"length"`.
-      dim: width of the embeddings. Where it is `hidden_dim`, the last state is the embedding.
-      max_tokens: the longest text, in tokens.
-      hidden_dim: width inside, a multiple of `num_heads`.
-      num_layers: attention and MLP blocks.
-      num_heads: heads of queries.
-      num_key_heads: heads of keys and values, a divisor of `num_heads`.
-      mlp_dim: width of the MLP.
-      rotary_base: the longest wavelength of the positions, over 2π.
-      dropout: on each block's two outputs, by row.
-      remat: keeps one activation per block for the backward pass, and computes the others again.
-      compute_dtype: of activations, such as `"bfloat16"`; `None` takes that on accelerators and
-        float32 elsewhere. Parameters stay float32, and so do the sums inside norms and softmax.
+      vocabulary_size: number of token ids; id 0 is padding if inputs have no `"length"`.
+      dim: dimension of the embeddings. If it equals `hidden_dim`, there is no final projection.
+      max_tokens: the maximum length of a text, in tokens.
+      hidden_dim: dimension of the hidden states, a multiple of `2 * num_heads`.
+      num_layers: number of blocks, each with attention and an MLP.
+      num_heads: number of query heads.
+      num_key_heads: number of key and value heads, a divisor of `num_heads`.
+      mlp_dim: dimension of the MLP.
+      rotary_base: base of the rotary frequencies.
+      dropout: dropout rate of the two outputs of each block.
+      remat: keep one activation per block for the backward pass, and recompute the others.
+      compute_dtype: type of activations, such as `"bfloat16"`. `None` uses bfloat16 on accelerators
+        and float32 elsewhere. Parameters, and sums in norms and softmax, are always float32.
       rngs: for the initial parameters.
 
     Raises:
-      ValueError: for an option out of range, or heads that do not divide the width or each other.
+      ValueError: for an option out of range, or numbers of heads that do not divide.
 
     Reference:
       Jiang et al., "Mistral 7B", 2023; as an embedder: Wang et al., "Improving Text Embeddings with
@@ -127,7 +127,7 @@ class DecoderEncoder(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
-        """Embeds `{"tokens": int32[b, t]}`; with `rngs` (one key per row) it drops out."""
+        """Embed `{"tokens": int32[b, t]}`; `rngs`, one key per row, enables dropout."""
         tokens = tokens_of(inputs, "DecoderEncoder")
         check_length(tokens, self.max_tokens)
         mask = token_mask(inputs)

@@ -51,7 +51,7 @@ POOLINGS = ("mean", "cls", "last")
 
 
 def default_compute_dtype(platform: str) -> str:
-    """The type of activations where a config names none, by the platform of the devices."""
+    """The default type of activations, by the platform of the devices."""
     return "float32" if platform == "cpu" else "bfloat16"
 
 
@@ -76,7 +76,7 @@ def tokens_of(inputs: PyTree, reader: str) -> Int[Array, "*b t"]:
     """The tokens of texts.
 
     Raises:
-      ValueError: for inputs of another modality, with the name of what reads them.
+      ValueError: for inputs of another modality; the message names the encoder.
     """
     if "tokens" not in inputs:
         raise ValueError(
@@ -110,7 +110,7 @@ def check_length(tokens: Tokens, longest: int) -> None:
 
 
 def unit_vectors(vectors: Embeddings) -> Embeddings:
-    """Vectors of unit norm, in float32 or wider: in bfloat16 the norm would be a coarse sum."""
+    """Normalise vectors, in float32 or wider, since a norm in bfloat16 would be inaccurate."""
     return normalise(vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32)))
 
 
@@ -199,18 +199,18 @@ def run_layers(
     num_layers: int,
     remat: bool,
 ) -> Float[Array, "b t h"]:
-    """Runs equal blocks one after the other, as one compiled loop.
+    """Run blocks of equal structure in sequence, as one compiled loop.
 
-    Where the compiler spreads parameters over a mesh, each block's are put together for it alone,
-    its matrices as the activations' type, and rows stay where they are.
+    If parameters are sharded over a mesh, each block's parameters are gathered just before use,
+    with matrices cast to the activations' type. Rows keep their sharding.
 
     Args:
       blocks: of `stacked` or `joined`, each `(hidden, mask, rngs, layer) -> hidden`.
-      hidden: what goes into the first.
+      hidden: the input of the first block.
       mask: `True` for tokens.
       rngs: a random key per row, or `None` for evaluation.
-      num_layers: how many blocks there are.
-      remat: keeps one activation per block for the backward pass, and computes the others again.
+      num_layers: number of blocks.
+      remat: keep one activation per block for the backward pass, and recompute the others.
     """
     graph, params = nnx.split(blocks)
     rows = PartitionSpec(_spread_axes())

@@ -1,4 +1,4 @@
-"""Parameters by their paths: which are trained, which are frozen, and in which block they are."""
+"""Find parameters by patterns of their paths, and split them into trained and frozen ones."""
 
 import difflib
 import fnmatch
@@ -139,7 +139,7 @@ def split(params: PyTree, frozen: Collection[str]) -> tuple[PyTree, PyTree]:
 
 
 def merge(trained: PyTree, frozen: PyTree) -> PyTree:
-    """Join what `split` has split.
+    """Merge trained and frozen parameters; the inverse of `split`.
 
     Example:
       >>> merge({"a": {"c": 2}, "d": 3}, {"a": {"b": 1}})

@@ -285,8 +285,8 @@ def _check_positives(numbers: np.ndarray, positives: Integer[np.ndarray, "q p"])
     without = (positives < 0).all(1)
     if without.any():
         raise ValueError(
-            f"query {numbers[without][0]} has no positives, from which the margin is measured; "
-            "leave out the query, or the margin"
+            f"query {numbers[without][0]} has no positives, but margins are relative to them; "
+            "omit the query or the margin"
         )
 
 

@@ -204,7 +204,7 @@ def read_bank(bank: MemoryBank) -> SharedNegatives:
 
 
 def mean_age(bank: MemoryBank) -> Float[Array, ""]:
-    """The mean number of updates since the written slots were written; 0 for an empty bank."""
+    """The mean age of the written slots, in updates of the bank; 0 for an empty bank."""
     written = bank.written >= 0
     ages = jnp.where(written, bank.updates - 1 - bank.written, 0).astype(jnp.float32)
     return ages.sum() / jnp.maximum(written.sum(), 1)  # an int32 sum would overflow

@@ -161,7 +161,7 @@ def select_negatives(
       rows: the keys' rows, the nearest first; −1 where there are too few.
       scores: their similarities to the query, by the model or by a guide model.
       positive_scores: the similarity of each query's positive, by the same model.
-      rule: the rule; its range of ranks says which rank the first column has.
+      rule: the rule; the first column has the first rank of its range.
       row_keys: a random key for each query.
     """
     first, last = rule.rank_range

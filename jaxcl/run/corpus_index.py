@@ -5,7 +5,7 @@ Each index is a folder, named by digests of the paths and of the content of mode
     keys.npy           embeddings of the documents, ready for inner products, in float32
     keys-64.npy        the embeddings truncated to 64 dimensions
     int8.npy           int8 codes of keys.npy, and int8-64.npy of keys-64.npy
-    binary.npy         binary codes, likewise
+    binary.npy         binary codes of the same arrays
     search_index.json  measured shares of the exact ranking
 
 Next to each array is a log with the digests of its blocks (`jaxcl.host.block_file`). Embedding

@@ -222,7 +222,7 @@ def _restore_towers(
 
 
 def _data_set(workdir: AnyPath, saved: RememberedData) -> str:
-    """The data set of a run, from `data.json`, where a user can enter the folder of moved data."""
+    """The data set of a run, from `data.json`, which a user may edit if the data have moved."""
     with contextlib.suppress(ValueError):
         if (remembered := read_remembered_data(workdir)) is not None:
             return remembered.data_set

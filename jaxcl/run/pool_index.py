@@ -90,7 +90,7 @@ def pool_of_run(path: str | os.PathLike[str], *, trust: Trust = ()) -> Pool:
 
 
 def pool_of_data(path: str | os.PathLike[str], settings: Settings, *, trust: Trust = ()) -> Pool:
-    """Open a model, and the data that settings describe.
+    """Open a model and the data described by settings.
 
     The index is kept in the user's cache, so that the folder of the model stays unchanged.
 

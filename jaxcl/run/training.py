@@ -203,7 +203,7 @@ def _length(settings: Settings, batch: Batch) -> Integer[jax.Array, ""]:
 
 
 def run_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Make the mesh of `settings.run.mesh`, without an `fsdp` axis of one device."""
+    """Make the mesh of `settings.run.mesh`. An `fsdp` axis of size 1 is omitted."""
     return make_mesh(
         {name: size for name, size in axes.items() if name != FSDP or size != 1},
         devices=None if devices is None else list(devices),

@@ -18,7 +18,7 @@ class _Unread(NamedTuple):
     Attributes:
       fields: dotted names, or prefixes that end in a dot.
       holds: settings -> whether they are not read.
-      reason: what would have to be set for them to be read.
+      reason: the setting that would make them take effect.
     """
 
     fields: tuple[str, ...]

@@ -212,7 +212,7 @@ def given_options(section: str, name: str, part: AnyPart, options: Mapping[str, 
     Args:
       section: `"loss"`, `"model"` or `"optimizer"`, for messages.
       name: the part's name.
-      part: what declares them.
+      part: the part that declares them.
       options: by name; `None` means the part's own default.
 
     Raises:

@@ -93,7 +93,7 @@ def with_pretrained(
 
 
 def _with_text_rules(data: DataSettings, run: AnyPath) -> DataSettings:
-    """The settings of data with the prompts and special tokens of a run, where they are unset."""
+    """Fill in unset prompts and special tokens of the data settings from a run."""
     if not (run / "config.json").exists():
         return data
     recorded = read_json_object(run / "config.json").get("data", {})

@@ -56,7 +56,7 @@ def read_settings(
       changed: dotted names of the fields that the user changed, on the command line for example.
         One that has no effect is an error; a default that has none is not.
       trust: the packages from which parts named `package.module:function` are imported; `None`
-        for all, as where the config was given on the command line. A loss or an optimizer that may
+        for all, as for a config given on the command line. A loss or an optimizer that may
         not be imported is `unresolved` in the result. Unless it is `None`, no pretrained model
         outside `workdir` is read.
       workdir: the workdir of a run that has begun; its copies of pretrained models are read

@@ -138,7 +138,7 @@ class DataSettings(NamedTuple):
 
     @property
     def first(self) -> DataSet:
-        """The data set of `name`; the data sets of `concatenated` follow it."""
+        """The first data set, to which the data sets of `concatenated` are appended."""
         return DataSet(*(getattr(self, field) for field in DataSet._fields))
 
 
@@ -228,7 +228,7 @@ class MinedSettings(NamedTuple):
 
 
 class MomentumSettings(NamedTuple):
-    """The share of the momentum encoder that an update keeps, from the first step to the last."""
+    """The decay of the momentum encoder, at the first and at the last step."""
 
     initial: Share | None = None
     final: Share = 1.0
@@ -278,7 +278,7 @@ class GcbsSettings(NamedTuple):
 
 
 class AssignmentSettings(NamedTuple):
-    """Which rows share a batch."""
+    """How rows are grouped into batches."""
 
     name: str = "uniform"
     sourced: SourcedSettings = SourcedSettings()
@@ -286,7 +286,7 @@ class AssignmentSettings(NamedTuple):
 
 
 class GradCacheSettings(NamedTuple):
-    """How many rows, or tokens, a device encodes at a time; `None` for all."""
+    """The number of rows, or tokens, that a device encodes at a time; `None` for all."""
 
     chunk_size: Size | None = None
     chunk_tokens: Size | None = None

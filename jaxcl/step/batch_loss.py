@@ -90,7 +90,7 @@ def make_loss(
       masks: the fields `"ids"` and `"groups"` of `jaxcl.losses.Masks` -> the columns of the batch
         that fill them.
       chunk_sizes: side -> the number of rows that a device encodes at a time (`jaxcl.grad_cache`);
-        `None` for all at once.
+        `None` encodes all rows together.
       beyond: the negatives from outside the batch.
       needs: columns that a batch must have in addition, such as `"teacher_scores"`.
 

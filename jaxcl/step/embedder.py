@@ -51,7 +51,8 @@ def make_embedder(encode: Encode, mesh: Mesh, *, batch_size: int = 1024) -> Embe
     Args:
       encode: the towers' function.
       mesh: the devices; rows are sharded over all axes.
-      batch_size: rows at once; rounded up to a multiple of the number of devices.
+      batch_size: number of rows to encode at a time; rounded up to a multiple of the number of
+        devices.
 
     Returns:
       `(params, side, read, num_rows, *, advance=None) -> float32[n, d]`, where `params` are those

@@ -83,7 +83,7 @@ def make_encode_rows(
 
 
 def _with_mesh(encode: Encode, mesh: Mesh) -> Encode:
-    """The same, where the models can ask for the mesh."""
+    """Wrap `encode` so that the models can look up the mesh."""
 
     def encode_rows(
         params: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None = None

@@ -1,7 +1,7 @@
 """Shards parameters over a mesh axis, `"fsdp"`.
 
-Parameters, the optimiser's state and the momentum encoder are sharded along one of their dimensions
-and gathered where they are used. Rows are sharded over all axes, so the results are the same as
+Parameters, the optimizer state and the momentum encoder are sharded along one of their dimensions
+and gathered just before use. Rows are sharded over all axes, so the results are the same as
 with replicated parameters (Zhao et al., "PyTorch FSDP", VLDB 2023).
 """
 

@@ -15,10 +15,10 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: updates done.
-      params: `{"towers": …, "log_temperature": float32}`, and `"bias"` where a loss learns one.
-      optimizer: the state of the optax transformation, of the trained parameters alone.
-      memory: what outlives a batch, each where it is used: `"rows"`, of the loss by training row
-        (`jaxcl.ops.row_tables`); `"bank"`, side -> earlier embeddings
+      params: `{"towers": …, "log_temperature": float32}`, and `"bias"` if the loss learns one.
+      optimizer: the state of the optax transformation, for the trained parameters only.
+      memory: state that outlives a batch, if it is used: `"rows"`, the loss's state by training
+        row (`jaxcl.ops.row_tables`); `"bank"`, side -> earlier embeddings
         (`jaxcl.negatives.memory_bank`); `"momentum"`, the trained parameters of the momentum
         encoder (`jaxcl.models.trainable`); `"average"`, the average of the weights
         (`jaxcl.step.average`); `"mined"`, each training row's mined negatives as row

@@ -44,9 +44,9 @@ def init_state(
     Args:
       key: the run's.
       init_towers: key -> parameters.
-      optimizer: whose state goes along.
-      temperature: where it starts.
-      bias: of the scores, where a loss learns one.
+      optimizer: the optimizer, whose state is part of the train state.
+      temperature: the initial temperature.
+      bias: the initial bias of the scores, if the loss learns one.
       memory: as `jaxcl.step.batch_loss.make_loss` describes it; an empty `"momentum"` or
         `"average"` in it becomes a copy of the towers.
       frozen: the paths of the parameters that are not trained (`jaxcl.models.trainable`). They have

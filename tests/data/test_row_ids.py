@@ -61,7 +61,7 @@ def test_more_rows_than_are_read_at_once_are_matched(monkeypatch):
     [
         ({"ids": ["a", "b", "c", "e"]}, "ids lacks 'd', the id of row 0; add it"),
         ({"ids": [1, 2, 3, 4]}, "ids lacks 'd'"),
-        ({"ids": ["a", "b", "b", "d"]}, "ids has 'b' twice"),
+        ({"ids": ["a", "b", "b", "d"]}, "ids contains 'b' twice"),
         ({"field": "name"}, r"id_field='name' is not read; add it to data\.metadata_fields"),
         ({"pairs": split(["d", "b", "d"])}, "rows 0 and 2 have the same id 'd'"),
         ({"pairs": split([["d"], ["b"]])}, r"ids lacks \['d'\]"),

@@ -95,7 +95,7 @@ def test_labels_of_json_may_be_booleans(tmp_path):
         ("a.csv", "sentence1,sentence2,score\n", "has no pairs"),
         ("a.jsonl", "", "has no pairs"),
         ("a.json", "[]", "unknown suffix"),
-        ("a.csv", "a,b,1\nc,d\n", "line 2 has 2 columns, and the first row has 3"),
+        ("a.csv", "a,b,1\nc,d\n", "line 2 has 2 columns, but the first row has 3"),
         ("a.csv", "a,b,1\nc,d,\n", "line 2: column 3 is ''; give a finite number"),
         ("a.csv", "a,b,1\nc,d,nan\n", "line 2: column 3 is 'nan'"),
         ("a.csv", "a,b,1\nc,d,1_0\n", "line 2: column 3 is '1_0'"),

@@ -96,7 +96,7 @@ def test_queries_without_a_known_word_score_zero_and_rank_in_the_middle():
 
 
 def test_a_pool_without_a_word_is_an_error():
-    with pytest.raises(ValueError, match="None of the 2 key texts"):
+    with pytest.raises(ValueError, match="none of the 2 key texts"):
         BM25(["", "..."])
 
 
@@ -258,13 +258,13 @@ def test_an_embedding_that_is_not_finite_is_an_error_that_names_its_row(bad):
         ({"methods": []}, "one or more of bm25, dense, hybrid"),
         ({"tile": 0}, "tile=0"),
         ({"tile": -1}, "tile=-1"),
-        ({"query_texts": None}, "read query_texts and key_texts"),
-        ({"key_embeddings": None}, "read embeddings of queries and keys"),
+        ({"query_texts": None}, "use query_texts and key_texts"),
+        ({"key_embeddings": None}, "use embeddings of queries and keys"),
         ({"query_texts": ["date"]}, r"queries differ in number: \[1, 40\]"),
         ({"query_texts": [], "query_embeddings": None}, "no queries to evaluate"),
-        ({"relevant": np.arange(40) + 11}, "query 39 wants key 50"),
-        ({"relevant": np.arange(40) - 1}, "query 0 wants key -1"),
-        ({"relevant": np.arange(39)}, "39 keys for 40 queries|relevant"),
+        ({"relevant": np.arange(40) + 11}, "query 39 is 50"),
+        ({"relevant": np.arange(40) - 1}, "query 0 is -1"),
+        ({"relevant": np.arange(39)}, "39 rows for 40 queries|relevant"),
     ],
 )
 def test_a_mistake_is_reported(changes, message):

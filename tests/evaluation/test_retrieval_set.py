@@ -292,7 +292,7 @@ def test_methods_that_cannot_be_used_are_an_error(tmp_path, random_set):
     with pytest.raises(ValueError, match="give encode"):
         random_set.rank(None, methods=["hybrid"])
     folder = write_folder(tmp_path, {"a": "...", "b": ""}, {"x": "word"}, [("x", "a", 1)])
-    with pytest.raises(ValueError, match="None of the 2 key texts has a word"):
+    with pytest.raises(ValueError, match="none of the 2 key texts has a word"):
         open_set(folder).rank(None, methods=["bm25"])
 
 

@@ -223,7 +223,7 @@ def with_nan(array):
         ({"positives": [KEYS] * QUERIES}, "positives holds row 83, but there are 83 keys"),
         (
             {"positives": [[]] * QUERIES, "rule": TOP._replace(margin=0.1)},
-            "query 0 has no positives, from which the margin is measured",
+            "query 0 has no positives, but margins are relative to them",
         ),
         ({"queries": with_nan(vectors()[0])}, "queries: the vector of row 3 is not finite"),
         ({"keys": with_nan(vectors()[1])}, "keys: the vector of row 3 is not finite"),

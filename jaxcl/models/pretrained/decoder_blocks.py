@@ -176,8 +176,8 @@ class RMSNorm(nnx.Module):
 class DecoderBlock(nnx.Module):
     """Self-attention and a gated MLP, each with norms, a residual and dropout.
 
-    All blocks of a decoder are equal modules: what differs between layers is looked up by the
-    number of the layer.
+    All blocks of a decoder have the same structure. Settings that differ between layers are looked
+    up by layer number.
     """
 
     def __init__(self, a: DecoderArchitecture, *, dtype: jnp.dtype, rngs: nnx.Rngs):
