@@ -126,7 +126,26 @@ def _model() -> ConfigDict:
     # A separate encoder for the keys; requires shared=False.
     model.key = ConfigDict({"name": placeholder(str), "options": option_fields(ENCODERS)})
     model.key.pretrained = placeholder(str)
+    # Low-rank adapters; with a rank, the encoders' own parameters are frozen.
+    model.lora = _lora()
     return model
+
+
+def _lora() -> ConfigDict:
+    """Low-rank adapters."""
+    lora = ConfigDict()
+    # The rank of the adapters, in all encoders; None trains the encoders without adapters.
+    lora.rank = placeholder(int)
+    lora.alpha = 32.0  # adapters are scaled by alpha / rank
+    # The linear layers that get adapters, by patterns of their paths in the encoder, such as
+    # "*/attention/query". The default is the attention and the MLP of all blocks.
+    lora.targets = ("*blocks/*",)
+    # Other parameters of the encoders to train, by patterns of their paths, such as
+    # "towers/both/dense/*".
+    lora.also_train = ()
+    # The type of the frozen kernels and token tables, "float32" (None), "bfloat16" or "float16".
+    lora.base_dtype = placeholder(str)
+    return lora
 
 
 def _augmentation() -> ConfigDict:

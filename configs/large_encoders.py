@@ -71,4 +71,16 @@ def _pretrained_7b(config: ConfigDict) -> None:
     config.grad_cache.chunk_size = 4
 
 
-VARIANTS = {"bert_base": _bert_base, "mistral_7b": _mistral_7b, "pretrained_7b": _pretrained_7b}
+def _mistral_7b_lora(config: ConfigDict) -> None:
+    """`mistral_7b` with adapters of rank 16 next to frozen bfloat16 kernels."""
+    _mistral_7b(config)
+    config.model.lora.update({"rank": 16, "base_dtype": "bfloat16"})
+    config.optimizer.learning_rate = 1e-4
+
+
+VARIANTS = {
+    "bert_base": _bert_base,
+    "mistral_7b": _mistral_7b,
+    "mistral_7b_lora": _mistral_7b_lora,
+    "pretrained_7b": _pretrained_7b,
+}

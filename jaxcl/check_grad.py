@@ -151,7 +151,7 @@ def _compare(
 
 
 def _tiny(settings: Settings) -> Settings:
-    """The settings with a small model without dropout, and chunks of 2 rows if chunks are used."""
+    """The settings with a small float32 model without dropout, and chunks of 2 rows if any."""
     small = {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "mlp_dim": 32}
 
     def shrink(options: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
@@ -160,12 +160,13 @@ def _tiny(settings: Settings) -> Settings:
         return shrunk | ({"compute_dtype": "float32"} if "compute_dtype" in known else {})
 
     settings = with_encoder_options(settings, shrink)
+    lora = settings.model.lora._replace(base_dtype=None)
     cached = any(value is not None for value in settings.grad_cache)
     dim, vocabulary_size = max((16, *settings.loss.matryoshka_dims)), _VOCABULARY
     if settings.parts.pretrained:  # has the sizes of the pretrained model
         dim, vocabulary_size = settings.model.dim, settings.data.vocabulary_size
     return settings._replace(
-        model=settings.model._replace(dim=dim),
+        model=settings.model._replace(dim=dim, lora=lora),
         negatives=settings.negatives._replace(proportions="rows"),  # from the batch's groups
         data=settings.data._replace(max_tokens=MaxTokens(8, 8), vocabulary_size=vocabulary_size),
         grad_cache=GradCacheSettings(chunk_size=2) if cached else settings.grad_cache,

@@ -5,8 +5,8 @@
 The folder holds the parameters of the newest checkpoint, the tokenizer and a model card. It can be
 used without the run or its data. `SentenceTransformer(DIR)` loads a fine-tuned encoder, or a static
 encoder without position weights. Export any other model with `--format jaxcl`, for `jaxcl.load`.
-To export the best checkpoint by `evaluation.best_metric`, give
-`--workdir runs/code_search/checkpoints/best`.
+Low-rank adapters are merged into the kernels. To export the best checkpoint by
+`evaluation.best_metric`, give `--workdir runs/code_search/checkpoints/best`.
 
 In a program or a notebook, call `export`:
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxcl.data.prepare import RememberedData
 from jaxcl.data.tokenizer import train_tokenizer
+from jaxcl.models.lora import with_base
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.identity import run_record
 from jaxcl.run.initial import keep_pretrained_files
@@ -59,12 +60,21 @@ def save_run(workdir: Path, **changes) -> Path:
 
 
 def save_tuned_run(workdir: Path, pretrained: Path, **changes) -> Path:
-    """Write the workdir of a run that still has the parameters of its pretrained model."""
+    """Write the workdir of a run that still has the parameters of its pretrained model.
+
+    With `model__lora`, it has random adapters.
+    """
     settings = settings_of(TUNED, model__pretrained=str(pretrained), **changes)
     claim_workdir(workdir, settings)
     keep_pretrained_files(settings, workdir)
-    towers = build_towers(settings).load(pretrained_sources(settings))
-    return _with_checkpoint(workdir, settings, jax.tree.map(jnp.array, towers))
+    towers, rng = build_towers(settings), np.random.default_rng(0)
+    initial = jax.tree.map(
+        lambda leaf: jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype),
+        jax.eval_shape(towers.init, jax.random.key(0)),
+    )
+    loaded = with_base(initial, towers.load(pretrained_sources(settings)))
+    placed = jax.tree.map(lambda leaf, like: jnp.array(leaf, like.dtype), loaded, initial)
+    return _with_checkpoint(workdir, settings, placed)
 
 
 def _with_checkpoint(workdir: Path, settings: Settings, towers) -> Path:

@@ -179,6 +179,15 @@ def test_a_fine_tuned_decoder_goes_through_sentence_transformers(torch_python, t
     before, after = (map_tensors(one / "model.safetensors") for one in (original, folder))
     assert not any(np.array_equal(before[name], after[name]) for name in before)
 
+@pytest.mark.parametrize("base_dtype", [None, "bfloat16"])
+def test_merged_adapters_go_through_sentence_transformers(torch_python, tmp_path, base_dtype):
+    original = write_tiny_bert(tmp_path / "tiny")
+    lora = {"rank": 2, "alpha": 1.0, "base_dtype": base_dtype}
+    workdir = save_tuned_run(tmp_path / "run", original, model__lora=lora)
+    folder, model = export(workdir, tmp_path / "model"), jaxcl.load(workdir)
+    assert np.abs(model.encode(TEXTS) - jaxcl.load(original).encode(TEXTS)).max() > 0.01
+    assert_same_vectors(torch_python, folder, model, TEXTS, tmp_path / "theirs")
+
 
 def test_minilm_has_sentence_transformers_vectors(torch_python, minilm, tmp_path):
     theirs = through_sentence_transformers(torch_python, minilm, LONG, tmp_path)

@@ -66,6 +66,7 @@ def jaxcl_files(run: OpenedRun, dtype: np.dtype | None = None) -> ModelFiles:
     Raises:
       ValueError: for a type that cannot hold the parameters.
     """
+    run = run.merged()
     data = run.settings.data
     settings = as_dict(run.settings)
     del settings["run"]  # describes folders and devices of the training machine

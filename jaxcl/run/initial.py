@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxcl.data.modalities import MODALITIES
 from jaxcl.host.files import read_regular, write_whole
 from jaxcl.host.paths import AnyPath
+from jaxcl.models.lora import Lora, with_base, without_adapters
 from jaxcl.models.pretrained.weights import keep_copy
 from jaxcl.models.trainable import split
 from jaxcl.run.checkpoint import Checkpoints
@@ -99,7 +100,8 @@ def with_initial_towers(
     """Put the encoders of the run in `settings.init_from` into the state of a new run.
 
     The temperature, the optimizer and the memory keep their initial values; a momentum encoder and
-    an average of the weights become copies of the encoders.
+    an average of the weights become copies of the encoders. Adapters keep their initial values,
+    too, unless the other run has adapters.
 
     Args:
       settings: the settings of the new run.
@@ -113,7 +115,8 @@ def with_initial_towers(
     if settings.init_from is None:
         return state
     origin, checkpoint = origin_of(settings.init_from)
-    if newest_record(origin / CHECKPOINTS) is None:
+    record = newest_record(origin / CHECKPOINTS)
+    if record is None:
         raise ValueError(
             f"init_from={settings.init_from!r}: no run has saved a checkpoint in {origin}; give "
             "the workdir of one that has"
@@ -122,6 +125,8 @@ def with_initial_towers(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
         state.params["towers"],
     )
+    if _adds_adapters(settings, record):
+        abstract = without_adapters(abstract)
     with Checkpoints(origin / CHECKPOINTS, read_only=True) as checkpoints:
         restored = checkpoints.restore_latest(
             {"params": {"towers": abstract}},
@@ -131,7 +136,7 @@ def with_initial_towers(
             check=functools.partial(_check_same_parameters, settings, origin),
         )
     assert restored is not None  # since there is a record
-    towers = restored.state["params"]["towers"]
+    towers = with_base(state.params["towers"], restored.state["params"]["towers"])
     memory = dict(state.memory)
     # Copies, since the state is donated as a whole.
     trained = split({"towers": towers}, frozen)[0].get("towers", {})
@@ -142,11 +147,19 @@ def with_initial_towers(
     return state._replace(params=state.params | {"towers": towers}, memory=memory)
 
 
+def _adds_adapters(settings: Settings, record: Mapping[str, Any]) -> bool:
+    """Whether a run has adapters, but the run of a record has none."""
+    lora = record.get("settings", {}).get("model", {}).get("lora", {})
+    return settings.model.lora.rank is not None and lora.get("rank") is None
+
+
 def _check_same_parameters(settings: Settings, origin: AnyPath, record: Mapping[str, Any]) -> None:
     model = settings.model
     # The config of the other run may name code; only packages that this run names are imported.
     names = {str(name).partition(":")[0].partition(".")[0] for name in (model.name, model.key.name)}
     other = read_settings(migrated(record.get("settings", {})), trust=names, workdir=origin)
+    if _adds_adapters(settings, record):
+        settings = settings._replace(model=model._replace(lora=Lora()))
     shapes, other_shapes = (
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
@@ -164,5 +177,13 @@ def _check_same_parameters(settings: Settings, origin: AnyPath, record: Mapping[
     if different:
         raise ValueError(
             f"init_from={settings.init_from!r} has encoders of different shapes: "
-            f"{'; '.join(different[:4])}. Give this run the same model and data.vocabulary_size"
+            f"{'; '.join(different[:4])}. Give this run the same model and data.vocabulary_size; a "
+            "run with adapters can also start from a run without them"
+        )
+    lora, other_lora = settings.model.lora, other.model.lora
+    if lora.rank is not None and lora.alpha != other_lora.alpha:
+        raise ValueError(
+            f"model.lora.alpha={lora.alpha:g}, but the adapters of "
+            f"init_from={settings.init_from!r} have {other_lora.alpha:g}; set it to "
+            f"{other_lora.alpha:g}"
         )

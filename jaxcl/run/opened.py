@@ -19,6 +19,7 @@ from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar
 from jaxcl.host.user_folders import shared_folder
 from jaxcl.models import Towers
+from jaxcl.models.lora import Lora, merge_adapters
 from jaxcl.models.trainable import merge, split
 from jaxcl.ops.mesh import current_mesh, make_mesh, replicated_sharding
 from jaxcl.run.checkpoint import Checkpoints, Restored, checksum
@@ -66,6 +67,15 @@ class OpenedRun(NamedTuple):
         if self.checkpoint is None:
             return self.workdir
         return self.workdir / CHECKPOINTS / str(self.checkpoint)
+
+    def merged(self) -> "OpenedRun":
+        """The run with its adapters merged into the kernels, on the host; itself without any."""
+        model = self.settings.model
+        if model.lora.rank is None:
+            return self
+        encoder = self.encoder._replace(params=merge_adapters(self.encoder.params, model.lora))
+        settings = self.settings._replace(model=model._replace(lora=Lora()))
+        return self._replace(settings=settings, encoder=encoder)
 
     def sources(self) -> dict[str, PairSource]:
         """Open the splits that the run started with, in the same place; never prepare them again.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxcl.models.lora import frozen_base
 from jaxcl.models.trainable import (
     block_of,
     is_stacked,
@@ -24,7 +25,7 @@ __all__ = ["build_optimizer", "frozen_parameters", "layer_factors"]
 
 
 def frozen_parameters(settings: Settings, params: PyTree) -> frozenset[str]:
-    """The paths of the parameters that `settings.optimizer.freeze` matches.
+    """The paths of the parameters that adapters leave frozen or `optimizer.freeze` matches.
 
     Args:
       settings: the run's.
@@ -35,7 +36,7 @@ def frozen_parameters(settings: Settings, params: PyTree) -> frozenset[str]:
     """
     paths = parameter_paths(params)
     matches = matching_paths("optimizer.freeze", settings.optimizer.freeze, paths)
-    frozen = frozenset(path for matched in matches for path in matched)
+    frozen = frozenset(frozen_base(settings.model.lora, paths)).union(*matches)
     if len(frozen) == len(paths):
         raise ValueError(
             f"optimizer.freeze={settings.optimizer.freeze} leaves no parameter to train; leave one "

@@ -35,6 +35,7 @@ def sentence_transformers_files(run: OpenedRun, dtype: np.dtype | None = None) -
       ValueError: for a model without an equivalent in sentence-transformers, with the reason, or a
         type that cannot hold the parameters.
     """
+    run = run.merged()
     settings = run.settings
     if (reason := _no_equivalent(settings)) is not None:
         raise ValueError(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from jaxcl.data.modalities import modality_of
@@ -15,8 +16,16 @@ from jaxcl.data.modality import Reader
 from jaxcl.host.paths import AnyPath, local_path
 from jaxcl.models import Towers, TowerSpec, make_towers
 from jaxcl.models.augmentations import AUGMENTATIONS, KEEP_SPECIAL_TOKENS
+from jaxcl.models.lora import (
+    Lora,
+    add_adapters,
+    cast_base,
+    frozen_base,
+    with_base,
+    without_adapters,
+)
 from jaxcl.models.pretrained.weights import place
-from jaxcl.models.trainable import merge, split, with_frozen_momentum
+from jaxcl.models.trainable import merge, parameter_paths, split, with_frozen_momentum
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.run.build_loss import build_loss, build_measure, build_momentum
 from jaxcl.run.encoder import Encoder
@@ -163,7 +172,7 @@ def _state_makers(
     def unplaced(num_rows: int | None, groups: Groups | None, loaded: PyTree) -> TrainState:
         return init_state(
             jax.random.key(settings.seed),
-            lambda key: {**towers.init(key), **loaded},
+            lambda key: with_base(towers.init(key), loaded),
             optimizer,
             temperature=TemperatureBounds(*settings.loss.temperature),
             bias=settings.loss.bias,
@@ -189,7 +198,8 @@ def _state_makers(
         if sources:
             parameters = abstract_state(num_rows, groups).params["towers"]
             loaded = {
-                name: place(tree, parameters[name]) for name, tree in towers.load(sources).items()
+                name: place(tree, without_adapters(parameters[name]))
+                for name, tree in towers.load(sources).items()
             }
         return jax.jit(placed, donate_argnums=0)(loaded)
 
@@ -211,7 +221,10 @@ def run_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = 
 
 
 def build_towers(settings: Settings) -> Towers:
-    """Build the model of `settings.model`, with the augmentations of `settings.augmentation`."""
+    """Build the model of `settings.model`, with the augmentations of `settings.augmentation`.
+
+    Files have no adapters, so `Towers.load` returns the parameters without them.
+    """
     parts, augmentation = settings.parts, settings.augmentation
     augment = {}
     if parts.augmentation is not None:
@@ -220,32 +233,42 @@ def build_towers(settings: Settings) -> Towers:
             options = {**KEEP_SPECIAL_TOKENS, **options}
         function = parts.augmentation(**options)
         augment = dict.fromkeys(augmentation.sides, function)
-    towers = make_towers(
-        {
-            name: _tower_spec(settings, "query" if name == "both" else name, section)
-            for name, section in tower_sections(settings.model).items()
-        },
-        augment=augment,
-    )
+    lora = settings.model.lora
+    towers = base = make_towers(_tower_specs(settings, Lora()), augment=augment)
+    frozen: set[str] = set()
+    if lora.rank is not None:
+        towers = make_towers(_tower_specs(settings, lora), augment=augment)
+        abstract = jax.eval_shape(towers.init, jax.random.key(0))
+        frozen = frozen_base(lora, parameter_paths({"towers": abstract}))
 
     def init(key: Key[jax.Array, ""]) -> PyTree:
         # If 64-bit types are enabled, an encoder without an explicit type has float64 parameters.
-        return jax.tree.map(
+        params = jax.tree.map(
             lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf,
             towers.init(key),
         )
+        return cast_base({"towers": params}, frozen, lora.base_dtype)["towers"]
 
-    return towers._replace(init=init)
+    return towers._replace(init=init, load=base.load)
 
 
-def _tower_spec(settings: Settings, side: str, section: str) -> TowerSpec:
+def _tower_specs(settings: Settings, lora: Lora) -> dict[str, TowerSpec]:
+    return {
+        name: _tower_spec(settings, "query" if name == "both" else name, section, lora)
+        for name, section in tower_sections(settings.model).items()
+    }
+
+
+def _tower_spec(settings: Settings, side: str, section: str, lora: Lora) -> TowerSpec:
     model, part = settings.model, settings.parts.encoders[section]
     options = model.options if section == "model" else model.key.options
     first = modality_of(settings.data, side).encoder_argument(settings.data, side)
-    return TowerSpec(
-        lambda rngs: part.function(first, dim=model.dim, rngs=rngs, **options),
-        part.load,
-    )
+
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        module = part.function(first, dim=model.dim, rngs=rngs, **options)
+        return module if lora.rank is None else add_adapters(module, lora, rngs=rngs)
+
+    return TowerSpec(make, part.load)
 
 
 def abstract_parameters(settings: Settings, towers: Towers) -> PyTree:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxcl.models.layers import DEFAULT_MAX_TOKENS
+from jaxcl.models.lora import BASE_DTYPES, Lora
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES
 
@@ -45,12 +46,23 @@ def check_model(settings: Settings) -> None:
             f"data.modality={settings.data.modality._asdict()} has two modalities, which one "
             "encoder cannot read; set model.shared to False, and model.key.name"
         )
+    _check_lora(model.lora)
     _check_augmentation(settings)
     texts = set(settings.data.modality) == {"text"}
     if not texts and {"bm25", "hybrid"} & set(settings.evaluation.methods):
         raise ValueError(
             "evaluation.methods: bm25 and hybrid compare texts, and data.modality has others; use "
             "('dense',)"
+        )
+
+
+def _check_lora(lora: Lora) -> None:
+    if lora.rank is not None and not lora.targets:
+        raise ValueError("model.lora.targets is empty; name linear layers, or leave it unset")
+    if lora.base_dtype is not None and lora.base_dtype not in BASE_DTYPES:
+        raise ValueError(
+            f"model.lora.base_dtype={lora.base_dtype!r} is unknown; use one of "
+            f"{', '.join(BASE_DTYPES)}"
         )
 
 

@@ -43,6 +43,11 @@ def _of_schedule(field: str) -> _Unread:
 
 _UNREAD = (
     _Unread(
+        _fields("model.lora", "alpha", "targets", "also_train", "base_dtype"),
+        lambda s: s.model.lora.rank is None,
+        "model.lora.rank reads it",
+    ),
+    _Unread(
         ("augmentation.sides", "augmentation.options"),
         lambda s: s.augmentation.name is None,
         "augmentation.name reads it",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 from jaxcl.losses import Loss
 from jaxcl.models import EncoderPart
+from jaxcl.models.lora import Lora
 from jaxcl.models.pretrained.description import PretrainedModel
 from jaxcl.negatives.mining import MiningRule
 from jaxcl.negatives.tiers import TierBudgets
@@ -153,7 +154,7 @@ class TowerSettings(NamedTuple):
 class ModelSettings(NamedTuple):
     """The encoder, optionally with a separate one for keys, and the width of the embeddings.
 
-    `read_settings` replaces a `name` of `None`.
+    `read_settings` replaces a `name` of `None`. All encoders have the adapters of `lora`.
     """
 
     name: str | None = None
@@ -162,6 +163,7 @@ class ModelSettings(NamedTuple):
     options: Mapping[str, Any] = {}
     pretrained: str | None = None
     key: TowerSettings = TowerSettings()
+    lora: Lora = Lora()
 
 
 class AugmentationSettings(NamedTuple):

@@ -11,6 +11,7 @@ from jaxcl.configs.code_search import get_config
 from jaxcl.assignment import PRESETS, Gcbs
 from jaxcl.configs import large_encoders
 from jaxcl.losses import LOSSES
+from jaxcl.models.trainable import split
 from jaxcl.ops.mesh import put_batch
 from jaxcl.run import training
 from jaxcl.run.build_loss import _chunk_sizes, build_momentum
@@ -80,6 +81,23 @@ def test_the_large_encoders_have_the_sizes_of_their_namesakes(variant, count):
     config.run.mesh.fsdp = 8
     params = training_of(config).abstract_state(1_000_000).params["towers"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+def test_the_large_decoder_with_adapters_trains_them_alone():
+    config = large_encoders.get_config("mistral_7b_lora")
+    config.run.mesh.fsdp = 8
+    training = training_of(config)
+    state = training.abstract_state(1_000_000)
+    trained, frozen = split(state.params, training.frozen)
+    hidden, keys, mlp = 4_096, 1_024, 14_336
+    attention = 2 * (hidden + hidden) + 2 * (hidden + keys)
+    adapters = 32 * 16 * (attention + 3 * (hidden + mlp))
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (trained, frozen)]
+    assert sizes == [adapters + 1, 7_110_660_096]  # and the temperature
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
+    assert moments == 2 * adapters
+    narrow = sum(leaf.size for leaf in jax.tree.leaves(frozen) if leaf.dtype == jnp.bfloat16)
+    assert narrow == sizes[1] - (2 * 32 + 1) * hidden  # all except the norms
 
 
 def test_a_pretrained_mistral_has_the_same_size(tmp_path):
