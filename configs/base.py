@@ -67,7 +67,7 @@ def _data() -> ConfigDict:
     # weights or a temperature, set assignment.sourced.by="data_set".
     data.concatenated = ConfigDict()
     data.group_field = placeholder(str)  # column of group labels: integers, class labels or strings
-    # The column of each pair's score, such as a rating of its similarity, for a loss that reads it.
+    # The column of each pair's score, such as a similarity rating, for losses that use one.
     data.score_field = placeholder(str)
     data.metadata_fields = ()  # additional columns to show in search and evaluation
     data.files = _files()
@@ -245,47 +245,48 @@ def _assignment() -> ConfigDict:
 
 def _optimizer() -> ConfigDict:
     optimizer = ConfigDict()
-    # Or "adafactor", "adagrad", "adamw", "adan", "lion", "muon", "radam", "rmsprop" or "sgd". All
-    # decay weights apart from the gradient, so "adamw" is "adam". "muon" trains the matrices of the
-    # layers, and uses Adam for embedding tables and vectors.
+    # "adafactor", "adagrad", "adam", "adamw", "adan", "lion", "muon", "radam", "rmsprop" or "sgd".
+    # All of them use decoupled weight decay, so "adamw" is the same as "adam". "muon" applies to
+    # the matrices of layers, and uses Adam for embedding tables and vectors.
     optimizer.name = "adam"
-    # After a linear warmup, "warmup_cosine" and "warmup_linear" fall to the last step,
-    # "warmup_constant" stays at the peak, and "warmup_stable_decay" falls only in the last
+    # After a linear warmup, "warmup_cosine" and "warmup_linear" decay until the last step,
+    # "warmup_constant" stays at the peak, and "warmup_stable_decay" decays only in the last
     # decay_steps. "cosine", "linear" and "constant" have no warmup. A run with a constant rate can
     # be extended.
     optimizer.schedule = "warmup_cosine"
     optimizer.learning_rate = 2e-3  # the peak learning rate
     # Steps of linear warmup to the peak learning rate; None is a tenth of all steps.
     optimizer.warmup_steps = 30
-    # The last steps, in which "warmup_stable_decay" falls; None is a tenth of all steps.
+    # The number of final steps in which "warmup_stable_decay" decays; None is a tenth of all steps.
     optimizer.decay_steps = placeholder(int)
-    # The rate at the end of a schedule that falls, as a share of the peak.
+    # The final learning rate of a decaying schedule, as a fraction of the peak.
     optimizer.final_rate = 0.0
     optimizer.weight_decay = 0.0  # of matrices: biases, norms and the temperature do not decay
-    # Further parameters that do not decay, by patterns as for freeze, such as "*table".
+    # Patterns, as for freeze, of further parameters without weight decay, such as "*table".
     optimizer.no_decay = ()
     optimizer.clip_norm = 1.0  # the maximum norm of the whole gradient; 0 disables clipping
-    # ((pattern, maximum norm), …), with patterns as for freeze: the gradients of the parameters
-    # that a pattern matches are clipped by their own norm, and not together with the others. The
-    # first pattern that matches applies.
+    # ((pattern, maximum norm), …), with patterns as for freeze. The gradients of the parameters
+    # that match a pattern are clipped by their own norm, separately from all others. The first
+    # matching pattern applies.
     optimizer.clip_groups = ()
     # Patterns for the paths of parameters that are not trained, such as "towers/both/token_table"
     # or "*/blocks/0/*". A pattern must match the whole path; "*" matches any characters, including
     # "/". A frozen parameter has no gradient and no optimizer state.
     optimizer.freeze = ()
-    # ((pattern, factor), …), with patterns as for freeze: multiplies the learning rate, and with it
-    # the weight decay. The first pattern that matches applies.
+    # ((pattern, factor), …), with patterns as for freeze. The factor multiplies the learning rate,
+    # and thus the weight decay too. The first matching pattern applies.
     optimizer.rates = ()
-    # Layer-wise decay of the learning rate: the last block of an encoder has the full rate, each
-    # other block this share of the rate of the block above it, and the embeddings this share of the
-    # first block's rate. None trains all layers at the same rate.
+    # Layer-wise learning-rate decay: the last block of an encoder has the full rate, and the rate
+    # of each lower block, and finally of the embeddings, is multiplied by this factor once more.
+    # None trains all layers at the same rate.
     optimizer.layer_decay = placeholder(float)
-    # Batches per update, whose gradients are averaged; must divide steps. This adds no negatives,
-    # since each batch is compared with itself alone. For more negatives in the same memory, use a
-    # larger global_batch_size with grad_cache.
+    # The number of batches per update, whose gradients are averaged; must divide steps. This adds no
+    # negatives, since each batch is compared only with itself. For more negatives in the same
+    # memory, use a larger global_batch_size with grad_cache.
     optimizer.accumulate_steps = 1
-    # The decay of an exponential moving average of the weights, such as 0.999; None keeps none. The
-    # initial weights have no share in it. evaluation.weights="average" evaluates and exports it.
+    # The decay of an exponential moving average of the weights, such as 0.999; None disables it.
+    # The average excludes the initial weights. evaluation.weights="average" evaluates and exports
+    # it.
     optimizer.average_decay = placeholder(float)
     optimizer.options = option_fields(OPTIMIZERS)  # of all optimizers; None is their own default
     return optimizer
@@ -296,8 +297,8 @@ def _evaluation() -> ConfigDict:
     evaluation.methods = ("bm25", "dense", "hybrid")  # how to rank keys for held-out rows
     evaluation.rrf_k = 10  # the constant of reciprocal rank fusion, for "hybrid"
     evaluation.batch_size = 1_024  # number of rows to encode at a time
-    # The weights to evaluate, which search, export and all other commands also read: "trained", or
-    # "average", the moving average of optimizer.average_decay.
+    # The weights that evaluation and all other commands, such as search and export, use: "trained",
+    # or "average", the moving average of optimizer.average_decay.
     evaluation.weights = "trained"
     # Evaluation sets, as --config.evaluation.sets.NAME=PATH. Each is a file or folder, evaluated
     # every run.evaluate_every steps. Its metrics are called NAME/METRIC.

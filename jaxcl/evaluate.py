@@ -135,7 +135,7 @@ def evaluate(
       split: name of the file in `qrels/` of a BEIR folder; `None` for `test`, else `dev`, else the
         only one.
       kind: a kind of `jaxcl.evaluation.sets.KINDS`; `None` recognises it by the content.
-      methods: how the documents of a BEIR folder are ranked, by default all of
+      methods: the ranking methods for a BEIR folder, by default all of
         `jaxcl.evaluation.retrieval.METHODS`.
       config: names held-out rows (`data`) and the methods (`evaluation`); `None` uses the config of
         the run in `model`.

@@ -58,7 +58,7 @@ class NoRoomError(ValueError):
 
 
 class Plan(NamedTuple):
-    """What one train step costs on each device.
+    """The cost of one train step on each device.
 
     Attributes:
       devices: number of devices.

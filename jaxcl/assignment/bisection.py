@@ -35,7 +35,7 @@ _FARTHEST = 2**11  # the largest magnitude of such a value; sums in `_walked` th
 
 
 class Effort(NamedTuple):
-    """How long to search for good blocks.
+    """The search effort for good blocks.
 
     Attributes:
       starts: random initial directions per split in the last six levels, and half as many where
@@ -81,7 +81,7 @@ def bisect(
       starts: the first position of each segment, level by level, from `segment_starts`; the last
         level's segments are the blocks. Later positions are padding.
       key: draws the initial directions and the swaps.
-      effort: how long to search.
+      effort: the search effort.
       axis_name: mesh axes of an enclosing `jax.shard_map` over which rows are sharded.
 
     Returns:
@@ -326,7 +326,7 @@ class _Part(NamedTuple):
       points: this device's rows.
       segment: each row's index into `sizes`; `len(sizes)` for rows of other segments.
       sizes: number of rows of each segment, over all devices.
-      place: where this device's rows lie.
+      place: this device's range of rows.
     """
 
     points: Int[Array, "n d"]

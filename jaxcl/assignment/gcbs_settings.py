@@ -37,7 +37,7 @@ class Gcbs(_Choices):
       similarity_cap: rows more similar than this, by the mean cosine of both directions, are never
         neighbours; `None` for no cap.
       quantile: the share of similarities that `"rcm"` ignores.
-      effort: how long the bisection searches.
+      effort: the search effort of the bisection.
     """
 
     __slots__ = ()

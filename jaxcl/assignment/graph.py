@@ -71,7 +71,7 @@ class TwoSided(NamedTuple):
 
 
 class Affinity(NamedTuple):
-    """How similarities become masses.
+    """The parameters that convert similarities to masses.
 
     Attributes:
       neighbours: neighbours per row.

@@ -96,7 +96,7 @@ def swap(
       eagerness: the fraction of profitable swaps that each round makes. Below 1, so that two
         neighbours do not both cross in the same round and stay separated.
       key: draws the swaps that are made.
-      place: where this device's rows lie.
+      place: this device's range of rows.
 
     Returns:
       The new order; segments keep their sizes.

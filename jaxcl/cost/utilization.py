@@ -21,13 +21,13 @@ def model_flops(settings: Settings, towers: Towers, *, frozen: Collection[str] =
     """Count the floating-point operations that the model needs in one step.
 
     These are the matrix products of encoding both sides and of scoring all queries against all
-    keys, counted three times: once forward, and twice backward. Recomputation, negatives in
-    addition to in-batch negatives, gradients that frozen parameters save, and a momentum encoder do
-    not count.
+    keys, counted three times: once for the forward pass and twice for the backward pass. The count
+    ignores recomputation, negatives other than in-batch negatives, a momentum encoder, and the
+    gradients that frozen parameters save.
 
     Args:
-      settings: the run's.
-      towers: its model.
+      settings: the settings of the run.
+      towers: the model.
       frozen: the paths of the parameters that are not trained (`jaxcl.models.trainable`).
 
     Reference:

@@ -26,7 +26,7 @@ class PairRecord(NamedTuple):
       positives: one or more texts.
       negatives: zero or more texts.
       positive_scores, negative_scores: a teacher's scores, one per text; empty without a teacher.
-      label: how similar query and key are; `None` in files without labels.
+      label: the similarity of query and key; `None` in files without labels.
       group: an integer or a text; `None` in files without groups.
       score: the score that a loss reads; `None` if no column of scores is read.
       metadata: the values of further fields, as JSON.

@@ -169,7 +169,7 @@ def build_token_table(
     def rebuild(
         damage: DamagedArray, advance: Callable[[int], None] = lambda rows: None
     ) -> TokenTable:
-        say(f"the token table is built again: {damage}")
+        say(f"rebuilding the token table: {damage}")
         write(advance)
         try:
             table = read()

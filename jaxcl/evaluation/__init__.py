@@ -1,1 +1,1 @@
-"""How good an embedder is."""
+"""Evaluation of embedding models."""

@@ -28,7 +28,7 @@ def bootstrap_interval(
     other, such as pairs that share a text.
 
     Args:
-      statistic: how often each row is in each resample -> the statistic of each resample, or NaN
+      statistic: the count of each row in each resample -> the statistic of each resample, or NaN
         if it is undefined; the interval ignores NaN.
       num_rows: the number of rows.
       num_resamples: the number of resamples; 1,000 fix each end to about a twentieth of the width.

@@ -1,4 +1,4 @@
-"""How much better one model is than another on the same data: paired differences with intervals.
+"""Paired differences between two models on the same data, with intervals.
 
 Both models are evaluated on the same queries or pairs of texts, and the difference is computed for
 each of them. Models tend to find the same queries hard, so the difference is far more precise
@@ -79,16 +79,16 @@ def bootstrap_difference(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Difference:
-    """The difference of a metric that is not a mean, such as a correlation, by the bootstrap.
+    """Compute a bootstrap difference of a metric that is not a mean, such as a correlation.
 
-    Both models have the same resamples; the interval is that of `bootstrap_interval`.
+    Both models use the same resamples. The interval is computed as in `bootstrap_interval`.
 
     Args:
-      statistic: how often each row is in each resample -> the model's metric in each resample.
-      baseline: the same for the baseline.
+      statistic: the count of each row in each resample -> the model's metric in each resample.
+      baseline: the same function for the baseline.
       num_rows: the number of rows.
       num_resamples: the number of resamples.
-      seed: of the draws.
+      seed: the seed of the resamples.
     """
     once = np.ones((1, num_rows), np.int64)
     value, other = float(statistic(once)[0]), float(baseline(once)[0])

@@ -85,7 +85,7 @@ def evaluate_set(
       model: any model; it embeds texts with its own tokenizer, limits and prompts.
       data_set: from `jaxcl.evaluation.sets.open_set`.
       against: a second model, which is evaluated on the same set.
-      methods: how a retrieval set ranks documents, by default all of
+      methods: the ranking methods for a retrieval set, by default all of
         `jaxcl.evaluation.retrieval.METHODS`.
       rrf_k: the constant of reciprocal rank fusion.
       batch_size: as for `EmbeddingModel.encode`.

@@ -55,10 +55,10 @@ class GradedRanks(NamedTuple):
 def places_of(
     scores: Float[np.ndarray, " n"], documents: Int[np.ndarray, " m"]
 ) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
-    """Count, for each of some documents, all documents with a higher score and with an equal one.
+    """Count the documents with a higher and with an equal score, for each of some documents.
 
     Args:
-      scores: of all documents for one query; higher is better, and none is NaN.
+      scores: the scores of all documents for one query, without NaN; higher is better.
       documents: rows in `scores`.
 
     Returns:

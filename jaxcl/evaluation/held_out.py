@@ -135,9 +135,9 @@ def evaluate_run(
     the data know each function's name, a second variant hides it from the key.
 
     Args:
-      settings: the run's.
-      encoder: its model.
-      data: its splits.
+      settings: the settings of the run.
+      encoder: the model.
+      data: the splits of the run.
       workdir: the folder for the files.
       described: additional fields of `results.json`, such as the number of steps.
 

@@ -1,8 +1,8 @@
 """Keys that are known to answer a query in addition to its own key.
 
-In held-out rows, a query may occur several times, each time with another key. Each row is evaluated
-by itself, so that the other keys would count as wrong answers although the data say that they are
-right. They are therefore left out of the query's ranking, as if the pool did not contain them.
+In held-out rows, a query may occur several times, each time with another key. Rows are evaluated
+separately, so the query's other keys would count as errors although the data say that they are
+correct. They are therefore excluded from the ranking, as if the pool did not contain them.
 """
 
 from collections.abc import Mapping
@@ -24,13 +24,13 @@ class KnownPositives(NamedTuple):
     """The keys that answer each query, in memory proportional to the number of rows.
 
     Queries with equal content share a number, and so do keys. Every key that is paired with a
-    query's number answers the query, as does every key with the same content.
+    query's number answers the query, and so does every key with the same content.
 
     Attributes:
       queries: the number of each query.
-      pair_starts: where each query number begins in `pairs`, and one end more.
+      pair_starts: the position where each query number begins in `pairs`, followed by the end.
       pairs: the numbers of the keys that are paired with each query number.
-      row_starts: where each key number begins in `rows`, and one end more.
+      row_starts: the position where each key number begins in `rows`, followed by the end.
       rows: the rows of the pool, ordered by the number of their key.
     """
 
@@ -58,11 +58,11 @@ class KnownPositives(NamedTuple):
         """The rows of the known positives of some queries, except for their relevant keys.
 
         Args:
-          queries: which queries.
-          relevant: the row of each one's relevant key.
+          queries: the range of the queries.
+          relevant: the row of each query's relevant key.
 
         Returns:
-          Place in `queries` -> rows, without the queries that have none.
+          A mapping from positions in `queries` to rows, without queries that have none.
         """
         others = {}
         for place, (number, own) in enumerate(zip(self.queries[queries], relevant, strict=True)):

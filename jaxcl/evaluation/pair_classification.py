@@ -101,7 +101,7 @@ class PairSet:
         return pair_similarities(self.pairs, encode)
 
     def figures(self, similarities: Float[np.ndarray, " n"]) -> dict[str, float]:
-        """What `evaluate` returns for a model with these similarities."""
+        """Compute the metrics of `evaluate` from the similarities of the pairs."""
         labels = self.pairs.scores == 1
 
         def statistic(counts: np.ndarray) -> Float[np.ndarray, " r"]:
@@ -183,9 +183,9 @@ def average_precision_of_resamples(
     and if all similarities are equal, AP is the share of positives.
 
     Args:
-      similarities: finite; higher for pairs that are more likely positive.
+      similarities: finite similarities; higher for pairs that are more likely positive.
       labels: whether each pair is positive.
-      counts: how often each resample contains each pair; ones for the original pairs.
+      counts: the count of each pair in each resample; all 1 for the original pairs.
 
     Returns:
       Numbers from 0 to 1; NaN without a positive pair.
@@ -240,7 +240,7 @@ def best_f1(
     """The highest harmonic mean of precision and recall at any threshold.
 
     Args:
-      similarities: finite.
+      similarities: the similarity of each pair; all are finite.
       labels: whether each pair is positive; at least one is.
 
     Returns:

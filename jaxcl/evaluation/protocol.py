@@ -63,7 +63,7 @@ class SimilaritySet(EvaluationSet, Protocol):
         ...
 
     def figures(self, similarities: Float[np.ndarray, " n"]) -> Mapping[str, float]:
-        """What `evaluate` returns for a model with these similarities."""
+        """Compute the metrics of `evaluate` from the similarities of the pairs."""
         ...
 
     def differences(

@@ -110,7 +110,7 @@ def read_json_object(
 
     Args:
       path: a `pathlib.Path` or `etils.epath.Path`.
-      remedy: what to do about a damaged file, for the message.
+      remedy: advice about a damaged file, for the message.
 
     Raises:
       ValueError: if the file has more than 64 MiB, does not hold a JSON object, or is not a regular

@@ -215,7 +215,7 @@ def of_full_devices(error: BaseException) -> bool:
 
 
 def leave_for(error: Exception, *, verbose: bool = False) -> NoReturn:
-    """End this process because of an error; one of several ends at once, without a barrier.
+    """End this process because of an error. One of several does not wait for the others.
 
     Args:
       error: any error that is not the user's.

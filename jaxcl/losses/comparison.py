@@ -23,7 +23,7 @@ TEMPERATURES = Range(above=0)
 
 
 class Comparison(NamedTuple):
-    """How to compare a batch's rows: which pairs are allowed, and how devices exchange rows."""
+    """The comparison of a batch's rows: allowed pairs, and the exchange between devices."""
 
     masks: Masks
     axis_name: AxisName | None

@@ -58,7 +58,7 @@ class SpanMaskingOptions(NamedTuple):
 
 
 def token_dropout(*, rate: float = 0.4, keep_first: int = 0, keep_last: int = 0) -> Augment:
-    """Leave out a random share of a text's tokens; the others keep their places.
+    """Drop a random fraction of a text's tokens; the others keep their positions.
 
     Args:
       rate: the probability that a token is left out, in [0, 1).

@@ -150,8 +150,8 @@ def row_dropout(
     Args:
       values: activations.
       rngs: a random key per row, or `None` for evaluation.
-      rate: the share of values set to 0; the rest is scaled by `1 / (1 - rate)`.
-      layer: a number that differs between the places that call this.
+      rate: the fraction of values set to 0; the others are scaled by `1 / (1 - rate)`.
+      layer: a number that makes the masks of different calls independent.
     """
     if rngs is None or rate == 0.0:
         return values
@@ -205,7 +205,7 @@ def run_layers(
     with matrices cast to the activations' type. Rows keep their sharding.
 
     Args:
-      blocks: of `stacked` or `joined`, each `(hidden, mask, rngs, layer) -> hidden`.
+      blocks: the result of `stacked` or `joined`, each `(hidden, mask, rngs, layer) -> hidden`.
       hidden: the input of the first block.
       mask: `True` for tokens.
       rngs: a random key per row, or `None` for evaluation.

@@ -24,22 +24,22 @@ class StaticOptions(NamedTuple):
 
 
 class StaticEncoder(nnx.Module):
-    r"""Embeds a text by a sum over its tokens.
+    r"""A weighted sum of token embeddings.
 
     $$e(x) = \operatorname{norm}\Big(W \sum_j e^{a_{x_j} + p_j}\, T_{x_j}\Big)$$
 
-    with a learned log-weight $a_v$ per token, which plays the part of an inverse document
-    frequency, and a learned log-weight $p_j$ per position, by which the start of a text (a
-    function's name and arguments) may count for more than its end. Train it with token dropout
-    (`jaxcl.models.augmentations`): without it the embedder memorises its pairs.
+    with a learned log-weight $a_v$ per token, which acts like an inverse document frequency, and a
+    learned log-weight $p_j$ per position, which can give more weight to the start of a text (a
+    function's name and arguments) than to its end. Train it with token dropout
+    (`jaxcl.models.augmentations`); otherwise it memorises the training pairs.
 
     Args:
-      vocabulary_size: number of token ids; id 0 is padding where inputs have no `"length"`.
-      dim: width of the embeddings.
-      max_tokens: the longest text, in tokens.
-      hidden_dim: width of the token embeddings; `None` for `dim` and no projection $W$.
-      position_weights: whether to learn the $p_j$. Otherwise all $p_j$ are 0, and `jaxcl.export`
-        can write the encoder for sentence-transformers.
+      vocabulary_size: number of token ids; id 0 is padding if inputs have no `"length"`.
+      dim: dimension of the embeddings.
+      max_tokens: maximum length of a text, in tokens.
+      hidden_dim: dimension of the token embeddings; `None` for `dim`, without a projection $W$.
+      position_weights: whether to learn the $p_j$. Otherwise they are 0, and `jaxcl.export` can
+        write the encoder for sentence-transformers.
       rngs: for the initial parameters.
 
     Raises:

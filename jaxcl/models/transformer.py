@@ -48,31 +48,31 @@ class TransformerOptions(NamedTuple):
 
 
 class TransformerEncoder(nnx.Module):
-    """Embeds a text by self-attention over its tokens.
+    """A bidirectional transformer over the tokens of a text.
 
     Args:
-      vocabulary_size: number of token ids; id 0 is padding where inputs have no `"length"`.
-      dim: width of the embeddings.
-      max_tokens: the longest text, in tokens; each position has a learned embedding.
-      hidden_dim: width inside, a multiple of `num_heads`.
-      num_layers: attention and MLP blocks.
-      num_heads: attention heads.
-      mlp_dim: width of the MLP.
+      vocabulary_size: number of token ids; id 0 is padding if inputs have no `"length"`.
+      dim: dimension of the embeddings.
+      max_tokens: maximum length of a text, in tokens; each position has a learned embedding.
+      hidden_dim: dimension of the hidden states, a multiple of `num_heads`.
+      num_layers: number of blocks, each with attention and an MLP.
+      num_heads: number of attention heads.
+      mlp_dim: dimension of the MLP.
       attention: `"xla"`, which runs everywhere, or `"cudnn"`, cuDNN's fused attention on NVIDIA
         GPUs. cuDNN needs 16-bit activations, and padding only at the end of a text.
-      norm_position: `"pre"` (stable to train from scratch) or `"post"` (as BERT).
-      pooling: `"mean"` over the tokens, `"cls"`, the first, or `"last"`.
-      dropout: on embeddings and on each block's two outputs, by row.
-      remat: keeps one activation per block for the backward pass, and computes the others again.
-      scan_layers: all blocks are one compiled loop, and their parameters have a leading axis of
-        layers: a deep model then compiles as fast as a flat one.
-      compute_dtype: of activations, such as `"bfloat16"`; `None` takes that on accelerators and
-        float32 elsewhere. Parameters stay float32, and so do the sums inside norms and softmax.
+      norm_position: `"pre"` (more stable when training from scratch) or `"post"` (as in BERT).
+      pooling: `"mean"` over the tokens, `"cls"` (the first token) or `"last"`.
+      dropout: dropout rate of the token embeddings and of the two outputs of each block.
+      remat: keep one activation per block for the backward pass, and recompute the others.
+      scan_layers: scan the blocks in one compiled loop, with parameters stacked along a leading
+        axis of layers, so that compile time does not depend on the number of layers.
+      compute_dtype: type of activations, such as `"bfloat16"`. `None` uses bfloat16 on accelerators
+        and float32 elsewhere. Parameters, and sums in norms and softmax, are always float32.
       rngs: for the initial parameters.
 
     Raises:
-      ValueError: for an unknown name, an option out of range, heads that do not divide the width,
-        or cuDNN's attention with activations that are not 16 bits wide.
+      ValueError: for an unknown name, an option out of range, a `hidden_dim` that `num_heads` does
+        not divide, or cuDNN's attention with activations that are not 16 bits wide.
 
     Reference:
       Vaswani et al., 2017; pre-LN: Xiong et al., "On Layer Normalization in the Transformer

@@ -35,10 +35,9 @@ class HardNegatives(NamedTuple):
     """The hard negatives of each query, the nearest first.
 
     Attributes:
-      rows: rows of the keys; −1 where a query has fewer negatives.
-      scores: their similarities to the query, by the guide if there is one; −∞ for none.
-      ranks: their ranks among the keys that are no positives of the query, by the model; −1 for
-        none.
+      rows: rows of the keys, padded with −1.
+      scores: their similarities to the query, by the guide if there is one; padded with −∞.
+      ranks: their ranks by the model, among all keys except the query's positives; padded with −1.
       positive_scores: the similarity of the query's least similar positive, by the guide if there
         is one; NaN without a positive.
       masked: the number of keys in the range of ranks that the margin or a limit excludes.
@@ -115,8 +114,8 @@ def mine_hard_negatives(
       guide_queries: embeddings of the queries by a guide model, whose similarities decide about
         margins and limits; the range of ranks stays that of `queries` and `keys`.
       guide_keys: embeddings of the keys by the guide model.
-      seed: of the random draws, for `sampling="random"`. The same negatives are drawn on any number
-        of devices and for any `block_rows`.
+      seed: the seed of the random draws, for `sampling="random"`. The draws do not depend on the
+        number of devices or on `block_rows`.
       block_rows: the number of queries to search for at a time.
       mesh: the devices; all by default. Several processes must make the same call.
 

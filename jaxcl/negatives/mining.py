@@ -193,7 +193,7 @@ def allowed_candidates(
     *,
     rule: MiningRule,
 ) -> Bool[Array, "q n"]:
-    """Which of the nearest keys keep the margin and the limits of a rule."""
+    """The mask of the nearest keys that satisfy the margin and the limits of a rule."""
     allowed = rows >= 0
     ceilings = similarity_ceilings(
         positive_scores, margin=rule.margin, relative_margin=rule.relative_margin

@@ -10,7 +10,7 @@ _FIRST = "first"
 
 
 def check_data(data: DataSettings) -> None:
-    """Raise a `ValueError` for settings of data sets that cannot go together."""
+    """Raise a `ValueError` for incompatible settings of data sets."""
     if data.negatives is not None and data.negatives_per_row:
         raise ValueError(
             f"data.negatives_per_row={data.negatives_per_row} counts texts that rows bring, and "

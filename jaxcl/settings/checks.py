@@ -49,15 +49,15 @@ def _check_loss(settings: Settings) -> None:
     check_names("loss.masks", loss.masks, MASKS)
     if "group" in loss.masks and data.group_field is None:
         raise ValueError(
-            "loss.masks names 'group', but data.group_field is None: all rows would be of one "
-            "group, and no negative would count. Set data.group_field, or leave 'group' out"
+            "loss.masks names 'group', but data.group_field is None: all rows would be in one "
+            "group, and no negatives would be left. Set data.group_field, or remove 'group'"
         )
     if loss.exchange not in ("gather", "ring"):
         raise ValueError(f"loss.exchange={loss.exchange!r} is unknown; use gather or ring")
     bounds = loss.temperature
     if not bounds.minimum <= bounds.initial <= bounds.maximum:
         raise ValueError(
-            f"loss.temperature={bounds._asdict()}; wanted is 0 < minimum <= initial <= maximum"
+            f"loss.temperature={bounds._asdict()}; set 0 < minimum <= initial <= maximum"
         )
     longest = settings.model.dim
     if loss.matryoshka_dims and max(loss.matryoshka_dims) > longest:

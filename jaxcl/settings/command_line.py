@@ -75,7 +75,7 @@ def override(config: ConfigDict, field: str, text: str) -> None:
 
     Args:
       config: the config.
-      field: its dotted name.
+      field: the dotted name of the setting.
       text: its value, read by `parse_value` as the type that the field has.
 
     Raises:

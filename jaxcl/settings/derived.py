@@ -1,4 +1,4 @@
-"""What follows from settings: the rule of batch assignment, the names of data sets and masks."""
+"""Values derived from settings: the assignment rule, the names of data sets and masks."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 ASSIGNMENTS = ("uniform", "sourced", "gcbs")
-"""What decides which rows share a batch, as `config.assignment.name`."""
+"""The values of `config.assignment.name`."""
 
 BEST = "best"
 """The name in `WORKDIR/checkpoints/best`, for the checkpoint with the highest
@@ -61,21 +61,21 @@ MASKS: Mapping[str, str] = {"row": "ids", "text": "ids", "group": "groups"}
 has its own text, so that `"text"` masks all that `"row"` does."""
 
 SOURCES = ("group", "data_set", "topic")
-"""What batches may be sourced by, as `config.assignment.sourced.by`."""
+"""The values of `config.assignment.sourced.by`."""
 
 
 class GcbsRule(NamedTuple):
-    """How a run reassigns its batches.
+    """The settings by which a run reassigns its batches.
 
     Attributes:
-      settings: of the method.
-      block_size: rows that stay together.
-      refresh_every: steps between refreshes; or
-      refresh_epochs: epochs between them, if not `None`.
-      random_fraction: step -> the share of blocks that are random.
-      apart: the columns whose equal entries are kept out of each other's batch.
+      settings: the settings of the method.
+      block_size: number of rows in a block.
+      refresh_every: number of steps between refreshes.
+      refresh_epochs: number of epochs between refreshes, instead of steps; or `None`.
+      random_fraction: step -> the fraction of blocks that are random.
+      apart: columns; rows with equal entries in one of them never share a batch.
       from_bank: whether embeddings come from the instance bank.
-      picture: whether each refresh draws one.
+      picture: whether each refresh draws the similarity matrix.
     """
 
     settings: Gcbs
@@ -106,7 +106,7 @@ def learning_rate_of(
 
 
 def gcbs_rule(settings: Settings) -> GcbsRule | None:
-    """How a run reassigns its batches; `None` if it does not."""
+    """The settings by which a run reassigns its batches; `None` if it does not."""
     if settings.assignment.name != "gcbs":
         return None
     options = settings.assignment.gcbs
@@ -196,7 +196,7 @@ def with_encoder_options(
     """The settings with other options of the encoders.
 
     Args:
-      settings: the run's.
+      settings: the settings of the run.
       change: (the options that are set, the names of all options that the encoder declares) -> the
         options to use.
     """

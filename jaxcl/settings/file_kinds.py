@@ -1,4 +1,4 @@
-"""Which values of `data.name` and `data.splits` are files of pairs, and the rows of a split."""
+"""Recognise files of pairs in `data.name` and `data.splits`, and parse the rows of a split."""
 
 import re
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 """Suffixes of compressed files, after a suffix of `KINDS`."""
 
 HUGGING_FACE_FILES = ("dataset_dict.json", "state.json")
-"""What `save_to_disk` of Hugging Face's `datasets` writes, the first for several splits."""
+"""Files written by `save_to_disk` of Hugging Face's `datasets`, the first for several splits."""
 
 REST = "rest"
 """The split with the training rows that no other role takes."""

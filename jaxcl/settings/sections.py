@@ -68,7 +68,7 @@ class MaxTokens(NamedTuple):
 
 
 class FileSettings(NamedTuple):
-    """How files of pairs are read; columns that are not named are found by common names."""
+    """Options for reading files of pairs; unset columns are recognised by common names."""
 
     negatives_field: str | None = None
     scores_field: str | None = None
@@ -280,7 +280,7 @@ class GcbsSettings(NamedTuple):
 
 
 class AssignmentSettings(NamedTuple):
-    """How rows are grouped into batches."""
+    """The assignment of rows to batches."""
 
     name: str = "uniform"
     sourced: SourcedSettings = SourcedSettings()
@@ -316,7 +316,7 @@ class OptimizerSettings(NamedTuple):
 
 
 class EvaluationSettings(NamedTuple):
-    """How held-out splits are ranked, more evaluation sets, the best checkpoint, early stopping."""
+    """Ranking of held-out splits, further evaluation sets, the best checkpoint, early stopping."""
 
     methods: tuple[str, ...] = ("bm25", "dense", "hybrid")
     rrf_k: Size = 10
@@ -329,7 +329,7 @@ class EvaluationSettings(NamedTuple):
 
 
 class RunSettings(NamedTuple):
-    """What may change between a stop and a restart."""
+    """Settings that may change when a run resumes."""
 
     data_dir: str | None = None
     mesh: Mapping[str, Annotated[int, Range(least=-1)]] = {"data": -1, "fsdp": 1}

@@ -1,1 +1,1 @@
-"""What one training step is: state, loss of a batch, update, refreshes, embedding."""
+"""The training step: state, loss of a batch, update, refreshes, embedding."""

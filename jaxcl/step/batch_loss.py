@@ -196,7 +196,7 @@ class _Arguments(NamedTuple):
 
 
 class _Arrangement(NamedTuple):
-    """How a batch becomes the arguments of its loss: as given to `make_loss`."""
+    """The arguments of `make_loss` that turn a batch into the arguments of its loss."""
 
     towers: Towers
     loss: Loss

@@ -42,7 +42,7 @@ def init_state(
     """The state before the first update.
 
     Args:
-      key: the run's.
+      key: the random key of the run.
       init_towers: key -> parameters.
       optimizer: the optimizer, whose state is part of the train state.
       temperature: the initial temperature.
@@ -73,7 +73,7 @@ class StepMetrics(NamedTuple):
 
     Attributes:
       loss: mean over the global batch, in nats, before the update.
-      gradient_norm: of all trained parameters together, before clipping.
+      gradient_norm: global norm of the gradients of all trained parameters, before clipping.
       temperature: after the update.
       leaf_gradient_norms: the same per parameter, to name the culprit of a loss that diverges.
       length: the length of all inputs of the batch together, without padding: tokens of texts.

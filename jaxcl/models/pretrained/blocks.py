@@ -82,7 +82,7 @@ class Architecture(NamedTuple):
 
     @property
     def max_tokens(self) -> int:
-        """The number of tokens of the longest text that the positions allow."""
+        """The maximum number of tokens of a text, as limited by the positions."""
         return self.num_positions - self.first_position
 
 

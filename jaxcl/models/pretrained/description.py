@@ -12,7 +12,7 @@ __all__ = ["Dense", "Family", "Pooling", "PretrainedModel", "Tensor"]
 
 
 class Pooling(NamedTuple):
-    """How to pool the hidden states of a text into one vector.
+    """The pooling of a text's hidden states into one vector.
 
     Attributes:
       modes: one or more of `"cls"`, `"max"`, `"mean"`, `"mean_sqrt_len_tokens"`, `"weightedmean"`
