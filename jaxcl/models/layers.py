@@ -56,10 +56,10 @@ def default_compute_dtype(platform: str) -> str:
 
 
 def activation_dtype(compute_dtype: str | None) -> jnp.dtype:
-    """The type of activations that a config names, or that of the devices for `None`.
+    """The type of activations by name; `None` means the default type of the devices.
 
     Raises:
-      ValueError: for a name of no floating-point type.
+      ValueError: if the name is not that of a floating-point type.
     """
     try:
         dtype = jnp.dtype(compute_dtype or default_compute_dtype(jax.default_backend()))

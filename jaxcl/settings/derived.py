@@ -174,7 +174,7 @@ def tower_sections(model: ModelSettings) -> dict[str, str]:
 
 
 def origin_of(path: str | os.PathLike[str]) -> tuple[AnyPath, int | str | None]:
-    """The workdir in a path, and which of its checkpoints the path names.
+    """Split a path into a workdir and one of its checkpoints.
 
     Args:
       path: a workdir, `WORKDIR/checkpoints/STEP` or `WORKDIR/checkpoints/best`.

@@ -213,7 +213,7 @@ def given_options(section: str, name: str, part: AnyPart, options: Mapping[str, 
       section: `"loss"`, `"model"` or `"optimizer"`, for messages.
       name: the part's name.
       part: the part that declares them.
-      options: by name; `None` means the part's own default.
+      options: values by name; `None` means the part's own default.
 
     Raises:
       ValueError: for an option that the part does not have, or a value outside its range.
