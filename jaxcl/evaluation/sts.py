@@ -126,7 +126,7 @@ class StsSet:
     def _statistic(
         self, name: str, similarities: Float[np.ndarray, " n"]
     ) -> Callable[[Int[np.ndarray, "r n"]], Float[np.ndarray, " r"]]:
-        """A correlation in resamples; NaN if all similarities are equal but for rounding."""
+        """A correlation in resamples; NaN if all similarities are equal up to rounding."""
         if np.ptp(similarities) <= _NOISE * np.abs(similarities).max():
             return lambda counts: np.full(len(counts), np.nan)
         return lambda counts: _CORRELATIONS[name](similarities, self.pairs.scores, counts)

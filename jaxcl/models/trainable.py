@@ -93,7 +93,7 @@ def matching_paths(
       setting: the setting with the patterns, for messages.
       patterns: such as `"towers/both/blocks/0/*"` or `"*bias"`.
       paths: the paths of all parameters.
-      kind: what the paths name, for messages.
+      kind: a name for the items, for messages.
 
     Raises:
       ValueError: for a pattern that matches no path, with the nearest paths.
