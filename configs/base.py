@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # the random seed of the whole run
     # Number of batches to train on; the learning-rate schedule spans all of them. None with epochs.
     config.steps = 300
-    # Number of passes over the training rows, instead of steps; it needs steps=None.
+    # Number of passes over the training rows, instead of steps; requires steps=None.
     config.epochs = placeholder(float)
     config.global_batch_size = 1_024  # pairs per step, over all devices and hosts
     # The run whose encoders and tokenizer a new run starts with: WORKDIR, WORKDIR/checkpoints/STEP
@@ -280,8 +280,8 @@ def _optimizer() -> ConfigDict:
     # of each lower block, and finally of the embeddings, is multiplied by this factor once more.
     # None trains all layers at the same rate.
     optimizer.layer_decay = placeholder(float)
-    # The number of batches per update, whose gradients are averaged; must divide steps. This adds no
-    # negatives, since each batch is compared only with itself. For more negatives in the same
+    # The number of batches per update, whose gradients are averaged; must divide steps. This adds
+    # no negatives, since each batch is compared only with itself. For more negatives in the same
     # memory, use a larger global_batch_size with grad_cache.
     optimizer.accumulate_steps = 1
     # The decay of an exponential moving average of the weights, such as 0.999; None disables it.

@@ -179,6 +179,7 @@ def test_a_fine_tuned_decoder_goes_through_sentence_transformers(torch_python, t
     before, after = (map_tensors(one / "model.safetensors") for one in (original, folder))
     assert not any(np.array_equal(before[name], after[name]) for name in before)
 
+
 @pytest.mark.parametrize("base_dtype", [None, "bfloat16"])
 def test_merged_adapters_go_through_sentence_transformers(torch_python, tmp_path, base_dtype):
     original = write_tiny_bert(tmp_path / "tiny")
