@@ -25,6 +25,7 @@ from jaxcl.negatives.memory_bank import mean_age
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.ops.nearest import nearest
 from jaxcl.ops.pairs import PairLabels, pair_count, pair_logsumexp, pair_softplus, pair_sum
+from jaxcl.typing import SIDES
 
 
 def loss_of(name):
@@ -33,14 +34,15 @@ def loss_of(name):
     def compute(queries, keys):
         rows, loss = np.shape(queries)[0], LOSSES[name]
         columns = {"labels": jnp.arange(rows), "teacher_scores": jnp.zeros((rows, 1))}
-        columns["teacher_vectors"] = {"query": keys, "key": queries}
+        columns["scores"] = jnp.arange(rows, dtype=jnp.float32)
+        columns["teacher_vectors"] = dict.fromkeys(SIDES, jnp.ones(np.shape(queries)))
         given = {argument: columns[argument] for argument in loss.columns}
         if loss.has_temperature:
             given["temperature"] = 0.1
         if loss.init_memory is not None:
             tables = loss.init_memory(rows, temperature=0.1)
             given["memory"] = jax.tree.map(lambda table: table[:rows], tables)
-        found = loss.function(queries, keys, temperature=0.1, **given)
+        found = loss.function(queries, keys, **given)
         return found if loss.init_memory is None else found[0]
 
     return compute
@@ -132,7 +134,10 @@ def with_labels(name, implementation=None):
         }
         columns = {"labels": numbers // 2, "teacher_scores": jnp.ones((rows, 3))}
         columns["scores"] = (numbers // 2).astype(jnp.float32)
+        columns["teacher_vectors"] = dict.fromkeys(SIDES, keys[::-1])
         given = {argument: columns[argument] for argument in loss.columns}
+        if loss.has_temperature:
+            given["temperature"] = 0.1
         if loss.exchanges and loss.multiplies:
             given["implementation"] = implementation
         if loss.init_memory is not None:

@@ -9,6 +9,7 @@ from jax import lax
 from jaxcl.losses.comparison import checked_batch
 from jaxcl.losses.protocol import NO_MASKS, Masks
 from jaxcl.ops.collectives import gather
+from jaxcl.ops.varying import full_like_varying
 from jaxcl.ops.vectors import inner_product
 from jaxcl.typing import Array, AxisName, Bool, Float
 
@@ -98,7 +99,7 @@ def _ranking_loss(rows: _Rows) -> Float[Array, ""]:
     order = jnp.argsort(scores)
     scores, valid = scores[order], rows.valid[order]
     similarities = jnp.where(valid, rows.similarities[order], 0)
-    nothing = jnp.full_like(similarities[:1], -jnp.inf)
+    nothing = full_like_varying(1, -jnp.inf, similarities.dtype, similarities)
     sums = jnp.concatenate([nothing, lax.cumlogsumexp(similarities)])
     num_lower = jnp.searchsorted(scores, scores)  # the number of rows with a lower score
     terms = jnp.where(valid & (num_lower > 0), sums[num_lower] - similarities, -jnp.inf)

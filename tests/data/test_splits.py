@@ -80,6 +80,7 @@ def test_rows_of_another_data_set_follow(opened):
         "query_field": "question",
         "key_field": "answer",
         "group_field": "topic",
+        "score_field": None,
         "metadata_fields": (),
         "text_sides": ["query", "key"],
     }
