@@ -438,7 +438,7 @@ def test_other_models_train(tiny, tmp_path, model):
         ),
         (
             {"optimizer.name": "adamv"},
-            "optimizer.name='adamv' is unknown (did you mean 'adamw'?); use one of adam, adamw, ",
+            "optimizer.name='adamv' is unknown (did you mean 'adam'?); use one of adam, adamw, ",
         ),
         (
             {"optimizer.options": {"beta": 0.9}},
