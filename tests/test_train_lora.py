@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxcl
+from jaxcl import search
 from jaxcl.export import export
 from jaxcl.models.lora import has_adapters, without_adapters
 from jaxcl.models.trainable import parameter_paths, split
@@ -19,7 +20,9 @@ from jaxcl.settings.read import read_settings
 from jaxcl.train import train
 from tests.helpers import bits, final_state, relative_error
 from tests.models.pretrained.tiny import write_tiny_bert
+from tests.prepared_data import prepare_pairs
 from tests.saved_run import TEXTS, save_tuned_run
+from tests.test_finetune import config_with
 from tests.test_train_optimizer import MOMENTUM, STEPS, assert_resumes_bitwise, small
 
 __all__ = ["small"]  # a fixture
@@ -108,6 +111,33 @@ def test_an_exported_model_has_merged_kernels_and_the_live_embeddings(tmp_path, 
     kept = {name for name in before if bits(before[name]) == bits(after[name])}
     assert kept | moved | {"embeddings.word_embeddings.weight"} == before.keys()
     assert ("embeddings.word_embeddings.weight" in kept) == (base_dtype is None)
+
+
+@pytest.mark.slow
+def test_a_pretrained_encoder_trains_its_adapters_over_a_mesh_and_is_exported(tmp_path, capsys):
+    original = write_tiny_bert(tmp_path / "tiny")
+    config = config_with(
+        prepare_pairs(tmp_path),
+        **{
+            "model.pretrained": str(original),
+            "model.lora.rank": 2,
+            "grad_cache.chunk_size": 1,
+            "run.mesh.fsdp": 2,
+            "run.parameter_rules": (("kernel|lora_a", 0),),
+            "optimizer.learning_rate": 1e-2,
+        },
+    )
+    train(config, tmp_path / "run")
+    before = build_training(read_settings(config)).init().params["towers"]
+    after = final_state(tmp_path / "run", step=4).params["towers"]
+    base, kept = (jax.tree.map(bits, without_adapters(towers)) for towers in (before, after))
+    assert kept == base
+    live = jaxcl.load(tmp_path / "run").encode(TEXTS)
+    assert relative_error(live, jaxcl.load(original).encode(TEXTS)) > 1e-3
+    folder = export(tmp_path / "run", tmp_path / "model")
+    assert relative_error(jaxcl.load(folder).encode(TEXTS), live) < 1e-5
+    search.main(["--workdir", str(tmp_path / "run"), "query 21"])
+    assert "key 2" in capsys.readouterr().out
 
 
 def test_a_jaxcl_folder_holds_a_model_without_adapters(tmp_path):
