@@ -237,7 +237,7 @@ def _of_held_out_rows(
 
 
 def _opponent(model: _Model, sources: Mapping[str, PairSource], trust: Trust) -> Contender:
-    """The second model; that of a run has the prompts of its own rows, if these are the same."""
+    """The second model. A run uses the prompts of its rows, if the rows are the same."""
     if isinstance(model, EmbeddingModel) or not is_run(model):
         return Contender(_loaded(model, trust))
     run = open_run(as_path(model), trust=trust)

@@ -64,7 +64,7 @@ class PairFiles(NamedTuple):
     def made_from(self) -> dict[str, Any]:
         """Everything that determines the rows, in JSON types."""
         columns = self.columns._replace(unused=())._asdict()
-        if columns["score"] is None:  # as before there were scores, so that caches stay valid
+        if columns["score"] is None:  # caches of files without scores stay valid
             del columns["score"]
         suffixes = [path.suffixes[-2:] for path in self.paths]
         made_from = {"format": _FORMAT, "files": [self.digests, suffixes], "columns": columns}

@@ -1,4 +1,4 @@
-"""From settings to the optimizer of a run, with what it does by the path of a parameter."""
+"""Build the optimizer of a run, with its settings by parameter path."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -73,7 +73,7 @@ def build_optimizer(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
         settings.parts.optimizer(**given.options),
         optax.add_decayed_weights(given.weight_decay, mask=_decay_mask(given, trained)),
-        # The optimizer counts its updates, of which each has a number of steps.
+        # The optimizer counts updates, and each update is made of `every` steps.
         optax.scale_by_learning_rate(
             rate_of_step if every == 1 else lambda update: rate_of_step(every * update)
         ),
@@ -95,7 +95,7 @@ def _matched(setting: str, patterns: tuple[str, ...], trained: list[str]) -> lis
 
 
 def _decay_mask(given: OptimizerSettings, trained: list[str]) -> Callable[[PyTree], PyTree]:
-    """Parameters -> whether each decays: matrices do, except those of `given.no_decay`."""
+    """`parameters -> whether each decays`: matrices decay, unless `no_decay` matches them."""
     excluded = {
         path
         for matched in _matched("optimizer.no_decay", given.no_decay, trained)
