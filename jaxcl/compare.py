@@ -104,7 +104,7 @@ def compare(
       baseline: the name of the setting to compare with; the first by default.
 
     Returns:
-      A record for each setting: for each held-out split and method (`places`), the mean over the
+      A record for each setting: for each held-out split and method (`results`), the mean over the
       seeds, the mean of each seed, the paired difference from the baseline, its standard errors
       over queries and over seeds, and its 95 % interval; `interval_over` says whether the interval
       is over queries only. Values that need several seeds or queries are `None` without them.
@@ -166,8 +166,8 @@ def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
     """A table for each held-out split and method, with a row for each setting."""
     baseline = _cell(records[0]["baseline"])
     blocks = []
-    for place, first in records[0]["places"].items():
-        split, method = (_cell(part) for part in place.rsplit("/", 1))
+    for name, first in records[0]["results"].items():
+        split, method = (_cell(part) for part in name.rsplit("/", 1))
         interval = f"95 % interval over {first['interval_over']}"
         headings = ["setting", f"mean {METRIC.upper()}", "lowest to highest seed"]
         headings += [f"difference from {baseline}", "± over queries", "± over seeds", interval]
@@ -175,10 +175,10 @@ def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
         lines = [_row(headings), "|---" * len(headings) + "|"]
         for record in records:
             seconds = f"{record['seconds']:.0f}"
-            figures = _figures(record["places"][place], own=record["setting"] == record["baseline"])
+            figures = _figures(record["results"][name], own=record["setting"] == record["baseline"])
             lines.append(_row([_cell(record["setting"]), *figures, seconds]))
         blocks += [f"{split}, {method}:", "\n".join(lines)]
-    num_seeds = len(next(iter(records[0]["places"].values()))["seeds"])
+    num_seeds = len(next(iter(records[0]["results"].values()))["seeds"])
     return printable("\n\n".join([*blocks, _remark(num_seeds, baseline)]))
 
 
@@ -186,18 +186,18 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _figures(place: Mapping[str, Any], *, own: bool) -> list[str]:
+def _figures(result: Mapping[str, Any], *, own: bool) -> list[str]:
     """The cells of a setting's figures; the baseline has no difference from itself."""
-    means = place["seeds"]
-    cells = [f"{place['mean']:.3f}", f"{min(means):.3f} to {max(means):.3f}"]
+    means = result["seeds"]
+    cells = [f"{result['mean']:.3f}", f"{min(means):.3f} to {max(means):.3f}"]
     if own:
         return [*cells, "baseline", "", "", ""]
-    errors = [place["error_over_queries"], place["error_over_seeds"]]
+    errors = [result["error_over_queries"], result["error_over_seeds"]]
     reasons = ["1 query", f"{len(means)} seed"]
-    cells.append(f"{place['difference']:+.4f}")
+    cells.append(f"{result['difference']:+.4f}")
     for error, reason in zip(errors, reasons, strict=True):
         cells.append(f"not available ({reason})" if error is None else f"{error:.4f}")
-    interval = place["interval"]
+    interval = result["interval"]
     return [*cells, "not available" if interval is None else "{:+.4f} to {:+.4f}".format(*interval)]
 
 
@@ -237,11 +237,11 @@ def _data_set_of(config: ConfigDict) -> tuple[str | None, Any]:
 
 def _with_data_of(directories: Sequence[AnyPath], config: ConfigDict) -> ConfigDict:
     """The config with the data set of the first of these runs, whatever was installed since."""
-    found = (read_remembered_data(directory) for directory in directories)
-    held = [remembered.data_set for remembered in found if remembered is not None]
-    if config.data.name != "code_pairs" or not held:
+    records = (read_remembered_data(directory) for directory in directories)
+    data_sets = [record.data_set for record in records if record is not None]
+    if config.data.name != "code_pairs" or not data_sets:
         return config
-    data_set = held[0]
+    data_set = data_sets[0]
     return changed_config(config, {"data.name": data_set}) if Path(data_set).exists() else config
 
 
@@ -272,13 +272,15 @@ def _directory(workdir: AnyPath, name: str, seed: int) -> AnyPath:
 
 
 def _record(workdir: AnyPath, name: str, baseline: str, seeds: int) -> dict[str, Any]:
-    ours, theirs = (
+    runs, baseline_runs = (
         [_values(_directory(workdir, setting, seed)) for seed in range(seeds)]
         for setting in (name, baseline)
     )
-    places = {
-        place: _place(*(np.stack([values[place] for values in runs]) for runs in (ours, theirs)))
-        for place in ours[0]
+    results = {
+        key: _result(
+            *(np.stack([one[key] for one in several]) for several in (runs, baseline_runs))
+        )
+        for key in runs[0]
     }
     seconds = [
         read_json_object(_directory(workdir, name, seed) / FINISHED)["seconds"]
@@ -287,24 +289,24 @@ def _record(workdir: AnyPath, name: str, baseline: str, seeds: int) -> dict[str,
     return {
         "setting": name,
         "baseline": baseline,
-        "places": places,
+        "results": results,
         "seconds": statistics.median(seconds),
     }
 
 
-def _place(
+def _result(
     values: Float[np.ndarray, "seeds q"], baseline: Float[np.ndarray, "seeds q"]
 ) -> dict[str, Any]:
     """The figures of a setting for one split and method."""
     means = [float(of_seed.mean()) for of_seed in values]
-    found = paired_interval(values, baseline)
+    interval = paired_interval(values, baseline)
     return {
         "mean": statistics.mean(means),
         "seeds": means,
-        "difference": found.difference,
-        "error_over_queries": _known(found.error_over_queries),
-        "error_over_seeds": _known(found.error_over_seeds),
-        "interval": None if math.isnan(found.low) else [found.low, found.high],
+        "difference": interval.difference,
+        "error_over_queries": _known(interval.error_over_queries),
+        "error_over_seeds": _known(interval.error_over_seeds),
+        "interval": None if math.isnan(interval.low) else [interval.low, interval.high],
         "interval_over": "queries and seeds" if len(means) > 1 else "queries only",
     }
 
@@ -318,9 +320,9 @@ def _values(directory: AnyPath) -> dict[str, np.ndarray]:
     """Every query's part of the metric, by split and method, with names in the keys."""
     with open_regular(directory / "ranks.npz") as file, np.load(file) as ranks:
         return {
-            "/".join((split, method)): METRICS[METRIC](ranks[place])
-            for place in ranks.files
-            for split, variant, method in [place.split("/")]
+            "/".join((split, method)): METRICS[METRIC](ranks[name])
+            for name in ranks.files
+            for split, variant, method in [name.split("/")]
             if variant == "plain" and method != "bm25"
         }
 

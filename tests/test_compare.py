@@ -53,20 +53,20 @@ def test_each_setting_is_trained_with_each_seed_and_compared_query_by_query(trai
         pair = [ranks, np.maximum(ranks - 1, 1)]
         reciprocal.append([np.where(own <= 10, 1 / own, 0) for own in pair])
     plain, more = np.swapaxes(reciprocal, 0, 1)
-    place = records[1]["places"]["validation/dense"]
-    assert set(records[1]["places"]) == {"validation/dense"}
-    assert place["mean"] == pytest.approx(more.mean())
-    assert place["seeds"] == pytest.approx(more.mean(1))
+    result = records[1]["results"]["validation/dense"]
+    assert set(records[1]["results"]) == {"validation/dense"}
+    assert result["mean"] == pytest.approx(more.mean())
+    assert result["seeds"] == pytest.approx(more.mean(1))
     differences = more - plain
-    assert place["difference"] == pytest.approx(differences.mean())
+    assert result["difference"] == pytest.approx(differences.mean())
     over_queries = differences.mean(0).std(ddof=1) / np.sqrt(50)
     over_seeds = differences.mean(1).std(ddof=1) / np.sqrt(2)
-    assert place["error_over_queries"] == pytest.approx(over_queries)
-    assert place["error_over_seeds"] == pytest.approx(over_seeds)
-    low, high = place["interval"]
+    assert result["error_over_queries"] == pytest.approx(over_queries)
+    assert result["error_over_seeds"] == pytest.approx(over_seeds)
+    low, high = result["interval"]
     assert [low, high] == [*paired_interval(more, plain)[3:]]
-    assert low < place["difference"] - 1.96 * max(over_queries, over_seeds)
-    assert place["interval_over"] == "queries and seeds"
+    assert low < result["difference"] - 1.96 * max(over_queries, over_seeds)
+    assert result["interval_over"] == "queries and seeds"
     assert not list(tmp_path.rglob("checkpoints"))
     assert json.loads((tmp_path / "comparison.json").read_text()) == records
     assert (tmp_path / "comparison.md").read_text() == as_markdown(records) + "\n"
@@ -83,7 +83,7 @@ def test_each_setting_is_trained_with_each_seed_and_compared_query_by_query(trai
     ]
     own, other = ([cell.strip() for cell in table.splitlines()[n].split("|")] for n in (4, 5))
     assert own[4:8] == ["baseline", "", "", ""]
-    means = [f"{place['difference']:+.4f}", f"{over_queries:.4f}", f"{over_seeds:.4f}"]
+    means = [f"{result['difference']:+.4f}", f"{over_queries:.4f}", f"{over_seeds:.4f}"]
     assert other[4:8] == [*means, f"{low:+.4f} to {high:+.4f}"]
     assert "with Student's t quantiles for 2 seeds" in table
 
@@ -93,13 +93,13 @@ def test_one_seed_says_that_it_has_no_error_over_seeds(trained, tmp_path, capsys
     ranks = np.random.default_rng(0).integers(1, 12, 50)
     pair = (ranks, np.maximum(ranks - 1, 1))
     plain, more = (np.where(own <= 10, 1 / own, 0) for own in pair)
-    place = records[1]["places"]["validation/dense"]
+    result = records[1]["results"]["validation/dense"]
     error = (more - plain).std(ddof=1) / np.sqrt(50)
-    assert place["error_over_queries"] == pytest.approx(error)
-    assert place["error_over_seeds"] is None
+    assert result["error_over_queries"] == pytest.approx(error)
+    assert result["error_over_seeds"] is None
     half = 2.00957 * error  # the quantile of Student's t with 49 degrees of freedom
     mean = (more - plain).mean()
-    assert place["interval"] == pytest.approx([mean - half, mean + half], rel=1e-4)
+    assert result["interval"] == pytest.approx([mean - half, mean + half], rel=1e-4)
     printed = capsys.readouterr().out
     assert "not available (1 seed)" in printed
     assert "95 % interval over queries only" in printed
@@ -115,9 +115,9 @@ def test_one_query_has_no_interval(tmp_path, monkeypatch):
 
     monkeypatch.setattr(comparing, "train", train)
     records = compare(get_config("smoke"), SETTINGS, tmp_path, seeds=2)
-    place = records[1]["places"]["test/dense"]
-    assert (place["difference"], place["error_over_seeds"]) == (0, 0)
-    assert (place["error_over_queries"], place["interval"]) == (None, None)
+    result = records[1]["results"]["test/dense"]
+    assert (result["difference"], result["error_over_seeds"]) == (0, 0)
+    assert (result["error_over_queries"], result["interval"]) == (None, None)
     assert "not available (1 query)" in as_markdown(records)
 
 

@@ -153,7 +153,7 @@ def test_runs_on_the_store_are_compared(store, config, monkeypatch):
     assert comparing.compare(config, settings, as_path("gs://bucket/runs"), seeds=1) == records
     assert trained == [16, 8]
     expected = np.mean([1 / 2, 1 / 3, 1 / 4, 1 / 5]) - np.mean([1, 1 / 2, 1 / 3, 1 / 4])
-    assert records[1]["places"]["test/dense"]["difference"] == pytest.approx(expected)
+    assert records[1]["results"]["test/dense"]["difference"] == pytest.approx(expected)
     assert json.loads((store / "bucket/runs/comparison.json").read_text()) == records
     assert [path for path in store.rglob("checkpoints/**/*") if path.is_file()] == []
 

@@ -137,7 +137,7 @@ def test_examples_for_a_reader_are_safe(tmp_path):
 def test_the_table_of_a_comparison_is_safe_and_has_its_columns():
     place = {"mean": 0.5, "seeds": [0.5], "difference": 0.0, "error_over_queries": 0.1}
     place |= {"error_over_seeds": None, "interval": [-0.2, 0.2], "interval_over": "queries only"}
-    record = {"baseline": f"a|b\nc{HOSTILE}", "places": {"test/dense": place}, "seconds": 1.0}
+    record = {"baseline": f"a|b\nc{HOSTILE}", "results": {"test/dense": place}, "seconds": 1.0}
     own, other = ({"setting": name} for name in (record["baseline"], f"d|e\nf{HOSTILE}"))
     table = compare.as_markdown([record | own, record | other])
     assert is_printed_safely(table)
