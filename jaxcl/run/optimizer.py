@@ -94,6 +94,27 @@ def _matched(setting: str, patterns: tuple[str, ...], trained: list[str]) -> lis
     return matching_paths(setting, patterns, trained, kind="trained parameter")
 
 
+def _first_matches(setting: str, patterns: tuple[str, ...], trained: list[str]) -> dict[str, int]:
+    """Path -> the number of the first pattern that matches it.
+
+    Raises:
+      ValueError: for a pattern without effect, because one before it matches all that it matches,
+        and more.
+    """
+    matches = [set(matched) for matched in _matched(setting, patterns, trained)]
+    first: dict[str, int] = {}
+    for number, matched in enumerate(matches):
+        for earlier in range(number):
+            if matched < matches[earlier]:
+                raise ValueError(
+                    f"{setting} has {patterns[number]!r} after {patterns[earlier]!r}, which matches"
+                    " the same parameters and more, and the first pattern applies; swap the two"
+                )
+        for path in matched:
+            first.setdefault(path, number)
+    return first
+
+
 def _decay_mask(given: OptimizerSettings, trained: list[str]) -> Callable[[PyTree], PyTree]:
     """`parameters -> whether each decays`: matrices decay, unless `no_decay` matches them."""
     excluded = {
@@ -111,10 +132,7 @@ def _decay_mask(given: OptimizerSettings, trained: list[str]) -> Callable[[PyTre
 def _clip_by_group(given: OptimizerSettings, trained: list[str]) -> optax.GradientTransformation:
     """Clip the gradients of each group by their own norm, and all others together."""
     patterns = tuple(pattern for pattern, _ in given.clip_groups)
-    group_of: dict[str, int] = {}
-    for number, matched in enumerate(_matched("optimizer.clip_groups", patterns, trained)):
-        for path in matched:
-            group_of.setdefault(path, number)
+    group_of = _first_matches("optimizer.clip_groups", patterns, trained)
     rest = len(patterns)
     norms = [*(norm for _, norm in given.clip_groups), given.clip_norm]
 
@@ -145,11 +163,8 @@ def _rate_factors(
     """Path -> the factor of its learning rate; by layer where layers are stacked."""
     given = settings.optimizer
     patterns = tuple(pattern for pattern, _ in given.rates)
-    factors: dict[str, Any] = {}
-    matches = _matched("optimizer.rates", patterns, trained)
-    for (_, rate), matched in zip(given.rates, matches, strict=True):
-        for path in matched:
-            factors.setdefault(path, rate)
+    numbers = _first_matches("optimizer.rates", patterns, trained)
+    factors: dict[str, Any] = {path: given.rates[number][1] for path, number in numbers.items()}
     if given.layer_decay is not None:
         embedding_norms = _embedding_norms(settings)
         by_layer = layer_factors(params, given.layer_decay, embedding_norms=embedding_norms)

@@ -20,6 +20,7 @@ from jaxcl.settings.derived import (
     gcbs_rule,
     sources_by,
 )
+from jaxcl.settings.optimizers import OPTIMIZERS
 from jaxcl.settings.parts import is_function_name
 from jaxcl.settings.sections import Settings, unresolved
 
@@ -41,6 +42,7 @@ def check_settings(settings: Settings) -> None:
     _check_gcbs(settings)
     _check_grad_cache(settings)
     _check_accumulation(settings)
+    _check_optimizer(settings)
     check_evaluation_settings(settings)
 
 
@@ -129,12 +131,7 @@ def _check_bank(settings: Settings) -> None:
         raise ValueError(
             f"negatives.bank.kind={bank.kind!r} is unknown; use one of {', '.join(BANKS)}, or None"
         )
-    try:
-        floating = jnp.issubdtype(jnp.dtype(bank.dtype), jnp.floating)
-    except TypeError:
-        floating = False
-    if not floating:
-        raise ValueError(f"negatives.bank.dtype={bank.dtype!r}; use float32, bfloat16 or float16")
+    _check_floating("negatives.bank.dtype", bank.dtype)
 
 
 def _check_tiers(settings: Settings, budgets: TierBudgets) -> None:
@@ -322,3 +319,18 @@ def _check_grad_cache(settings: Settings) -> None:
             f"grad_cache.chunk_size={size} and grad_cache.chunk_tokens={tokens} are both given; "
             "leave one out"
         )
+
+
+def _check_optimizer(settings: Settings) -> None:
+    mu_dtype = settings.optimizer.options.get("mu_dtype")
+    if settings.optimizer.name in OPTIMIZERS and mu_dtype is not None:
+        _check_floating("optimizer.options.mu_dtype", mu_dtype)
+
+
+def _check_floating(setting: str, dtype: str) -> None:
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(f"{setting}={dtype!r}; use float32, bfloat16 or float16")

@@ -113,6 +113,14 @@ def test_a_pattern_without_a_trained_parameter_is_an_error(changes, message):
         build_optimizer(settings_of(**changes), PARAMS)
 
 
+@pytest.mark.parametrize("setting", ["rates", "clip_groups"])
+def test_a_pattern_after_one_that_matches_more_is_an_error(setting):
+    message = rf"{setting} has '{TABLE}' after '\*', .* and the first pattern applies"
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(settings_of(**{setting: (("*", 0.5), (TABLE, 0.1))}), PARAMS)
+    build_optimizer(settings_of(**{setting: ((TABLE, 0.1), ("*", 0.5))}), PARAMS)
+
+
 def test_layer_decay_of_an_encoder_without_layers_is_an_error():
     settings = settings_of(model={"name": "static"}, layer_decay=0.9)
     with pytest.raises(ValueError, match=r"layer_decay=0\.9, but the encoder has no layers"):

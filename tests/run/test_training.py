@@ -244,6 +244,9 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
             "nothing reads the bank; set negatives.tiers.whole",
         ),
         ({**QUEUE, "negatives.bank.dtype": "bf16"}, "dtype='bf16'; use float32, bfloat16"),
+        ({"optimizer.options.mu_dtype": "half2"}, "options.mu_dtype='half2'; use float32"),
+        # Momentum of integers would be rounded to 0.
+        ({"optimizer.options.mu_dtype": "int8"}, "options.mu_dtype='int8'; use float32"),
         ({"negatives.momentum_encoder.initial": 0.9}, "nothing reads that encoder"),
         ({"negatives.tiers.mixed": -1}, r"tiers\.mixed=-1; set it to at least 0"),
         (
