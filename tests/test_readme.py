@@ -79,12 +79,15 @@ def test_pairs_of_ones_own_are_prepared_and_read(tmp_path, monkeypatch):
 def test_batches_are_assigned_from_two_arrays(code):
     rng = np.random.default_rng(0)
     queries, keys = (rng.normal(size=(600, 16)).astype(np.float32) for _ in range(2))
-    found = {"queries": queries, "keys": keys}
-    exec(code, found)
-    assert sorted(found["rows"].tolist()) == list(range(600))
-    # Blocks of the order are batches.
-    blocks = {frozenset(block) for block in found["order"][:512].reshape(-1, 256).tolist()}
-    assert {frozenset(block) for block in found["rows"][:512].reshape(-1, 256).tolist()} == blocks
+    batches: list[np.ndarray] = []
+    names = {"queries": queries, "keys": keys, "batches": batches}
+    exec(code.replace("...  # train", "batches.append(rows)  # train"), names)
+    # Blocks of the order are batches, in every epoch, and the rest is the short batch.
+    blocks = {frozenset(block) for block in names["order"][:512].reshape(-1, 256).tolist()}
+    for first in range(0, len(batches), 3):
+        epoch = batches[first : first + 3]
+        assert sorted(np.concatenate(epoch).tolist()) == list(range(600))
+        assert {frozenset(batch.tolist()) for batch in epoch[:2]} == blocks
 
 
 def test_hard_negatives_of_two_arrays_are_mined():

@@ -1,7 +1,7 @@
 """Assign rows to batches, as a function of the step and of an order that is refreshed periodically.
 
 `assign` orders pairs by their embeddings. `AssignedRows` cuts batches from such an order step by
-step, `epoch_rows` lays out a whole epoch. `uniform_rows` and `SourcedRows` need no embeddings;
+step, and `epoch_batches` cuts an epoch into batches. `uniform_rows` and `SourcedRows` need no embeddings;
 `assign_topics` clusters rows into topics for `SourcedRows`.
 """
 
@@ -9,6 +9,7 @@ from jaxcl.assignment.conflicts import count_conflicts
 from jaxcl.assignment.epochs import (
     Assigned,
     AssignedRows,
+    epoch_batches,
     epoch_rows,
     random_to_hard,
     visited,
@@ -32,6 +33,7 @@ __all__ = [
     "assign",
     "assign_topics",
     "count_conflicts",
+    "epoch_batches",
     "epoch_rows",
     "make_gap_measure",
     "make_order",

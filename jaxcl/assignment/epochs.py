@@ -15,6 +15,7 @@ from jaxcl.typing import Bool, Int
 __all__ = [
     "Assigned",
     "AssignedRows",
+    "epoch_batches",
     "epoch_rows",
     "random_to_hard",
     "visited",
@@ -172,6 +173,60 @@ def epoch_rows(
         random_fraction=random_fraction,
         apart=apart,
     )
+
+
+def epoch_batches(
+    order: Int[np.ndarray, " n"],
+    *,
+    epoch: int,
+    batch_size: int,
+    block_size: int,
+    seed: int,
+    random_fraction: float = 0.0,
+    apart: Sequence[Int[np.ndarray, " n"]] = (),
+) -> list[Int[np.ndarray, " _"]]:
+    """Cut an epoch into batches for a training loop: every row once, in whole blocks.
+
+    Unlike in `epoch_rows`, each epoch starts with a new batch. The last batch is short if
+    `batch_size` does not divide the number of rows. It always contains the rows of the last,
+    partial block of the order, so a loop that skips it never trains on these.
+
+    Args:
+      order: as for `epoch_rows`.
+      epoch: as for `epoch_rows`.
+      batch_size: as for `epoch_rows`.
+      block_size: as for `epoch_rows`; use the `block_size` that `assign` was given.
+      seed: as for `epoch_rows`.
+      random_fraction: as for `epoch_rows`.
+      apart: as for `epoch_rows`.
+
+    Returns:
+      Row numbers of each batch, int32.
+
+    Raises:
+      ValueError: as for `epoch_rows`.
+
+    Example:
+      >>> batches = epoch_batches(np.arange(10), epoch=1, batch_size=4, block_size=2, seed=0)
+      >>> [len(batch) for batch in batches], sorted(np.concatenate(batches).tolist())
+      ([4, 4, 2], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+    """
+    epoch, batch_size, block_size, seed = map(operator.index, (epoch, batch_size, block_size, seed))
+    if epoch < 0:
+        raise ValueError(f"epoch={epoch}; epochs count from 0")
+    order, apart = _checked_order(order, apart)
+    _check_sizes(batch_size, block_size)
+    num_batches = -(-len(order) // batch_size)
+    rows = _laid_out(
+        order,
+        first_position=epoch * num_batches * batch_size,
+        batch_size=batch_size,
+        block_size=block_size,
+        seed=seed,
+        random_fraction=random_fraction,
+        apart=apart,
+    )
+    return [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
 
 
 def visited(

@@ -10,6 +10,7 @@ from jaxcl.assignment.conflicts import count_conflicts
 from jaxcl.assignment.epochs import (
     Assigned,
     AssignedRows,
+    epoch_batches,
     epoch_rows,
     random_to_hard,
     visited,
@@ -98,6 +99,28 @@ def test_every_batch_holds_whole_blocks(num_rows, batch_size, block_size):
         pieces = [*rows[:head], *rows[num_rows - tail :]]
         np.testing.assert_array_equal(pieces, order[num_rows - head - tail :])
         assert head + tail in (num_rows % block_size, num_rows % block_size + block_size)
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size", "block_size"), SIZES)
+def test_every_epoch_is_cut_into_batches_of_whole_blocks(num_rows, batch_size, block_size):
+    order = an_order(num_rows)
+    sizes = {"batch_size": batch_size, "block_size": block_size}
+    epochs = [epoch_batches(order, epoch=epoch, seed=0, **sizes) for epoch in range(5)]
+    for batches in epochs:
+        assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+        rows = np.concatenate(batches)
+        np.testing.assert_array_equal(np.sort(rows), np.arange(num_rows))
+        assert broken_blocks(rows, order, first=0, block_size=block_size) == 0
+    if num_rows // block_size > 2:  # few blocks may have the same order twice
+        assert len({np.concatenate(batches).tobytes() for batches in epochs}) > 1
+
+
+def test_slices_of_later_epochs_break_blocks_and_batches_do_not():
+    order = an_order(26)
+    sliced = epoch_rows(order, epoch=1, batch_size=8, block_size=4, seed=0)
+    cut = np.concatenate(epoch_batches(order, epoch=1, batch_size=8, block_size=4, seed=0))
+    assert broken_blocks(sliced, order, first=0, block_size=4) > 0
+    assert broken_blocks(cut, order, first=0, block_size=4) == 0
 
 
 def test_epochs_that_each_begin_with_a_block_break_it():

@@ -154,6 +154,9 @@ OF_ANY_WIDTH = {
     "epoch_rows": lambda labels: assignment.epoch_rows(
         np.arange(ROWS), epoch=0, batch_size=2, block_size=1, seed=0, apart=(labels,)
     ),
+    "epoch_batches": lambda labels: assignment.epoch_batches(
+        np.arange(ROWS), epoch=0, batch_size=2, block_size=1, seed=0, apart=(labels,)
+    ),
     "AssignedRows": lambda labels: assignment.AssignedRows(
         assignment.Assigned(np.arange(ROWS), np.zeros(ROWS, bool), 0),
         batch_size=2, block_size=1, seed=0, apart=(labels,),
