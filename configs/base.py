@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.epochs = placeholder(float)
     config.global_batch_size = 1_024  # pairs per step, over all devices and hosts
     # The run whose encoders and tokenizer a new run starts with: WORKDIR, WORKDIR/checkpoints/STEP
-    # or WORKDIR/checkpoints/best.
+    # or WORKDIR/checkpoints/best. Its trained weights are used, never their average.
     config.init_from = placeholder(str)
     config.data = _data()
     config.model = _model()
