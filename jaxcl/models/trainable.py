@@ -14,6 +14,7 @@ __all__ = [
     "Block",
     "block_of",
     "is_stacked",
+    "is_table",
     "map_paths",
     "matching_paths",
     "merge",
@@ -61,6 +62,17 @@ def is_stacked(path: str) -> bool:
     """
     block = block_of(path)
     return block is not None and block.layer is None
+
+
+def is_table(path: str) -> bool:
+    """Whether a parameter is an embedding table: one named `…table`, or the one of an `nnx.Embed`.
+
+    Example:
+      >>> [is_table(f"towers/both/{rest}") for rest in ("token_table", "embed/embedding", "kernel")]
+      [True, True, False]
+    """
+    name = path.rpartition("/")[2]
+    return name.endswith("table") or name == "embedding"
 
 
 def map_paths(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:

@@ -12,6 +12,7 @@ from jaxcl.models.lora import frozen_base
 from jaxcl.models.trainable import (
     block_of,
     is_stacked,
+    is_table,
     map_paths,
     matching_paths,
     parameter_paths,
@@ -188,7 +189,7 @@ def layer_factors(
 
     Args:
       params: all parameters, or their shapes. The blocks of an encoder are in its `blocks`; the
-        embeddings are parameters outside of it whose names end with `table`.
+        embeddings are the tables outside of it (`jaxcl.models.trainable.is_table`).
       decay: the factor from one block to the block below.
       embedding_norms: encoders' norms of the embeddings, by the path of the norm.
 
@@ -213,9 +214,9 @@ def layer_factors(
         else:
             factors[path] = decay ** (depths[encoder] - 1 - layer)
     for path in shapes.keys() - blocks.keys():
-        parent, _, name = path.rpartition("/")
+        parent = path.rpartition("/")[0]
         owners = [encoder for encoder in depths if path.startswith(f"{encoder}/")]
-        if owners and (name.endswith("table") or parent in embedding_norms):
+        if owners and (is_table(path) or parent in embedding_norms):
             factors[path] = decay ** depths[owners[0]]
     return factors
 

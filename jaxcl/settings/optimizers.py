@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from jaxcl.models.trainable import is_stacked, map_paths
+from jaxcl.models.trainable import is_stacked, is_table, map_paths
 from jaxcl.settings.parts import Part
 from jaxcl.typing import Array, PyTree, Range
 
@@ -128,7 +128,7 @@ def _muon(**options: Any) -> optax.GradientTransformation:
 def _muon_dimensions(params: PyTree) -> PyTree:
     def of_leaf(path: str, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
         stacked = is_stacked(path)
-        if jnp.ndim(leaf) - stacked != 2 or path.endswith("table"):
+        if jnp.ndim(leaf) - stacked != 2 or is_table(path):
             return None
         return optax.contrib.MuonDimensionNumbers(stacked, 1 + stacked)
 

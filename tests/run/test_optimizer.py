@@ -121,6 +121,19 @@ def test_a_pattern_after_one_that_matches_more_is_an_error(setting):
     build_optimizer(settings_of(**{setting: ((TABLE, 0.1), ("*", 0.5))}), PARAMS)
 
 
+def test_the_table_of_an_nnx_embed_is_an_embedding():
+    both = {"embed": {"embedding": jnp.ones((5, 4))}, "blocks": {"0": {"kernel": jnp.ones((4, 4))}}}
+    params = {"towers": {"both": both}}
+    factors = layer_factors(params, 0.5)
+    assert factors == {"towers/both/embed/embedding": 0.5, "towers/both/blocks/0/kernel": 1.0}
+    # Muon makes the update of a matrix nearly orthogonal; Adam's first update is at least the rate.
+    made, _ = build_optimizer(settings_of(name="muon", options={}), params)
+    updates, _ = made.update(jax.tree.map(jnp.ones_like, params), made.init(params), params)
+    found = by_path(updates)
+    assert np.abs(found["towers/both/embed/embedding"]).min() > RATE
+    assert np.abs(found["towers/both/blocks/0/kernel"]).max() < 0.5 * RATE
+
+
 def test_layer_decay_of_an_encoder_without_layers_is_an_error():
     settings = settings_of(model={"name": "static"}, layer_decay=0.9)
     with pytest.raises(ValueError, match=r"layer_decay=0\.9, but the encoder has no layers"):
