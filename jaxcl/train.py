@@ -323,8 +323,8 @@ def _evaluate(run: _Run, progress: _Progress, workdir: AnyPath) -> dict[str, Any
     if jax.process_index() == 0:
         if sets:
             show(sets_table(sets))
-        if best is not None:
-            say(closing(settings, workdir, step, best))
+        for line in closing(settings, workdir, step, best):
+            say(line)
     return results
 
 

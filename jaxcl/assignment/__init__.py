@@ -1,8 +1,8 @@
 """Assign rows to batches, as a function of the step and of an order that is refreshed periodically.
 
 `assign` orders pairs by their embeddings. `AssignedRows` cuts batches from such an order step by
-step, and `epoch_batches` cuts an epoch into batches. `uniform_rows` and `SourcedRows` need no embeddings;
-`assign_topics` clusters rows into topics for `SourcedRows`.
+step, and `epoch_batches` cuts an epoch into batches. `uniform_rows` and `SourcedRows` need no
+embeddings; `assign_topics` clusters rows into topics for `SourcedRows`.
 """
 
 from jaxcl.assignment.conflicts import count_conflicts

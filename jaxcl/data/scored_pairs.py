@@ -156,7 +156,8 @@ def _fields_of(
         raise ValueError(
             f"{where}: none of the fields {_listed(record)} is known to "
             f"hold {wanted}; call them sentence1, sentence2 and score, or, in a CSV or TSV file "
-            "without a header, give two texts and a number in each row"
+            "without a header, give two texts and a number in each row. Queries and their relevant "
+            "documents are a folder with corpus.jsonl and queries.jsonl"
         )
     return *texts, score
 

@@ -57,15 +57,24 @@ def _parameters(training: Training, state: TrainState) -> str:
     return f"{trained + frozen:,} parameters" + (f", {frozen:,} of them frozen" if frozen else "")
 
 
-def closing(settings: Settings, workdir: AnyPath, step: int, best: Best) -> str:
-    """The closing message of a run that keeps its best checkpoint.
+def closing(settings: Settings, workdir: AnyPath, step: int, best: Best | None) -> Iterator[str]:
+    """Yield the closing messages of a run: its best step, and the commands that use the run.
 
     Args:
       settings: the settings of the run.
       workdir: the folder of the run.
       step: number of completed steps.
-      best: the best evaluation so far.
+      best: the best evaluation so far; `None` if the run does not keep its best checkpoint.
     """
+    if best is not None:
+        yield _best_step(settings, workdir, step, best)
+    yield (
+        f"the run is in {workdir}; use it with python -m jaxcl.search --workdir {workdir} QUERY, "
+        f"or export it with python -m jaxcl.export --workdir {workdir} --to FOLDER"
+    )
+
+
+def _best_step(settings: Settings, workdir: AnyPath, step: int, best: Best) -> str:
     reason = ""
     if step < settings.steps:
         reason = f"stopped early after {step} of {settings.steps} steps: {_wait(best, settings)}; "

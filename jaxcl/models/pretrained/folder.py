@@ -82,6 +82,11 @@ def read_pretrained(path: str | os.PathLike[str]) -> PretrainedModel:
 def _describe(root: AnyPath, files: Mapping[str, bytes]) -> PretrainedModel:
     modules = parse_modules(files)
     folder = modules.encoder_folder
+    if not {"config.json", "modules.json"} & files.keys():
+        raise ValueError(
+            "it has no config.json or modules.json; give a folder that was saved by "
+            "sentence-transformers, transformers or model2vec"
+        )
     if join(folder, "tokenizer.json") not in files:
         raise ValueError(
             "it has no tokenizer.json; load its tokenizer with transformers' AutoTokenizer and "
