@@ -422,7 +422,7 @@ def test_other_models_train(tiny, tmp_path, model):
         ),
         (
             {"loss.name": "info"},
-            "loss.name='info' is unknown (did you mean 'infonce'?); use one of decoupled",
+            "loss.name='info' is unknown (did you mean 'infonce'?); use one of cosent",
         ),
         (
             {"loss.options": {"direction": "symmetric"}},
@@ -776,7 +776,7 @@ def test_a_run_starts_with_the_encoders_and_the_tokenizer_of_another(
     ("changes", "message"),
     [
         ({"init_from": "nowhere"}, "no tokenizer.json in nowhere"),
-        ({"model.dim": 8}, r"other shapes: both/.* is \(.*8.*\) here and \(.*16.*\) there"),
+        ({"model.dim": 8}, r"different shapes: both/.* is \(.*8.*\) here and \(.*16.*\) there"),
         ({"data.tokenizer": "mine.json"}, "brings its own weights and tokenizer"),
     ],
 )

@@ -5,6 +5,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
@@ -184,7 +185,7 @@ def joined(blocks: Sequence[nnx.Module], *, dtype: jnp.dtype) -> nnx.Module:
     """
     graph, _ = nnx.split(blocks[0])
 
-    def join(*leaves: Array) -> Array:
+    def join(*leaves: Array | np.ndarray) -> Array:
         return jnp.stack([leaf.astype(dtype) if leaf.ndim > 1 else leaf for leaf in leaves])
 
     return nnx.merge(graph, jax.tree.map(join, *(nnx.split(block)[1] for block in blocks)))

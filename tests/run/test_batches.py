@@ -398,9 +398,9 @@ def followed(config: ConfigDict) -> None:
 @pytest.mark.parametrize(
     ("by", "weights", "message"),
     [
-        ("data_set", (("c", 1.0),), "weights name c; the data sets are first, b: give each"),
-        ("data_set", (("first", 1.0),), "weights name first; the data sets are first, b"),
-        ("data_set", ((0, 1.0), ("b", 1.0)), "weights name 0, b; the data sets are first, b"),
+        ("data_set", (("c", 1.0),), "weights has c, but the data sets are first, b; give each"),
+        ("data_set", (("first", 1.0),), "weights has first, but the data sets are first, b"),
+        ("data_set", ((0, 1.0), ("b", 1.0)), "weights has 0, b, but the data sets are first, b"),
         ("group", (("b", 1.0),), "by='group', sources are numbers; only data sets have names"),
         ("group", ((0, 1.0), (0, 2.0)), "has a source twice"),
     ],

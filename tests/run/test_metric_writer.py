@@ -139,7 +139,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, full):
     else:
         writer._events._py_recordio_writer._writer = FullDisk()
     for step in range(1, 50):  # more than the queue holds
-        with pytest.raises(OSError, match=r"metrics.jsonl \(No space left on device\); when it"):
+        with pytest.raises(OSError, match=r"metrics.jsonl \(No space left on device\); when that"):
             writer.write(step, {"loss": 1.0})
     for file in files:
         file.close()

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 from jaxcl.data.modalities import modality_of
 from jaxcl.models.pretrained.families import FAMILIES
 from jaxcl.ops.mesh import put_batch
-from jaxcl.run.training import _is_matrix, build_towers, build_training
+from jaxcl.run.optimizer import build_optimizer
+from jaxcl.run.training import build_towers, build_training
 from jaxcl.settings.read import read_settings
 from jaxcl.typing import SIDES
 from tests.helpers import bits, relative_errors
@@ -207,10 +208,17 @@ def test_a_momentum_encoder_starts_as_a_copy_of_the_loaded_weights(folder):
 
 
 def test_weights_decay_in_matrices_and_not_in_norms_and_biases(folder):
-    towers = build_training(fine_tuning(folder)).abstract_state().params["towers"]
-    for path, decays in jax.tree_util.tree_leaves_with_path(_is_matrix(towers)):
+    decay = {"name": "sgd", "learning_rate": 0.1, "warmup_steps": 0, "weight_decay": 0.5}
+    settings = fine_tuning(folder, optimizer=decay)
+    params = jax.tree.map(
+        lambda leaf: jnp.ones(leaf.shape), build_training(settings).abstract_state().params
+    )
+    optimizer, _ = build_optimizer(settings, params)
+    gradients = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates["towers"]):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        assert decays == name.endswith(("kernel", "_table")), name
+        assert bool(jnp.all(update != 0)) == name.endswith(("kernel", "_table")), name
 
 
 def after_two_updates(folder, *, devices, chunk_size, options=None, **run):
