@@ -161,7 +161,8 @@ def _tiny(settings: Settings) -> Settings:
 
     settings = with_encoder_options(settings, shrink)
     lora = settings.model.lora._replace(base_dtype=None)
-    cached = any(value is not None for value in settings.grad_cache)
+    size, tokens, _ = settings.grad_cache
+    cached = size is not None or tokens is not None
     dim, vocabulary_size = max((16, *settings.loss.matryoshka_dims)), _VOCABULARY
     if settings.parts.pretrained:  # has the sizes of the pretrained model
         dim, vocabulary_size = settings.model.dim, settings.data.vocabulary_size

@@ -5,7 +5,9 @@
 
 The command compiles the real step for a TPU slice, without the hardware (needs jaxcl[tpu]), or,
 with `--devices 8`, for that number of devices of this machine's kind. Memory is the compiler's own
-figure. Times are estimates from the chip maker's peak rates.
+figure. Times are estimates from the chip maker's peak rates. All texts are padded to
+`data.max_tokens`: the lengths of the data are unknown, so the plan ignores
+`grad_cache.length_buckets`.
 """
 
 import ast

@@ -58,7 +58,7 @@ from jaxcl.run.initial import copy_prepared_files, keep_pretrained_files, with_i
 from jaxcl.run.metric_writer import MetricWriter
 from jaxcl.run.opening import closing, opening, run_warnings
 from jaxcl.run.reports import Reports
-from jaxcl.run.training import Training, build_training
+from jaxcl.run.training import Training, build_training, with_text_widths
 from jaxcl.run.watch import Watch, keep_compiled
 from jaxcl.run.workdir import (
     CHECKPOINTS,
@@ -148,12 +148,12 @@ def train(
         shared |= {f"the evaluation set {name}": one for name, one in sets.fingerprints.items()}
         check_processes_agree(shared | data.remembered.fingerprints)
         _check_enough_rows(settings, data)
+        training = with_text_widths(training, data.tables["train"])
         check_explicit_negatives(settings, data.negatives)
         check_evaluation(settings, data)
         check_best_metric(settings, sets, data)
         sets.check_unchanged(saved or {})
-        keep = settings.run.keep_checkpoints
-        with Checkpoints(workdir / CHECKPOINTS, keep=keep) as checkpoints:
+        with Checkpoints(workdir / CHECKPOINTS, keep=settings.run.keep_checkpoints) as checkpoints:
             row_facts = _training_rows(data)
             restored = checkpoints.restore_latest(
                 training.abstract_state(*row_facts),

@@ -8,7 +8,15 @@ import numpy as np
 from jaxcl.data.row_labels import joined_numbers
 from jaxcl.typing import SIDES, Batch, Int, PyTree
 
-__all__ = ["SidesTable", "Table", "join_sides", "label_column", "table_batch"]
+__all__ = [
+    "SidesTable",
+    "Table",
+    "TextTable",
+    "join_sides",
+    "label_column",
+    "row_lengths",
+    "table_batch",
+]
 
 _ROWS_AT_ONCE = 65_536
 
@@ -37,6 +45,14 @@ class Table(Protocol):
         """The same tree for one row: a `jax.ShapeDtypeStruct` for each array, without `b`."""
 
 
+@runtime_checkable
+class TextTable(Protocol):
+    """A table of texts, which knows their lengths without reading them."""
+
+    def lengths(self, side: str, rows: Int[np.ndarray, "*b"]) -> Int[np.ndarray, "*b"]:
+        """The number of tokens of one side of the given rows."""
+
+
 def table_batch(table: Table, rows: Int[np.ndarray, " b"]) -> Batch:
     """The batch of the given rows, in their order."""
     return {**{side: table.side(side, rows) for side in SIDES}, **table.labels(rows)}
@@ -49,6 +65,15 @@ def label_column(table: Table, name: str) -> Int[np.ndarray, " n"]:
         rows = np.arange(first, min(first + _ROWS_AT_ONCE, table.num_rows))
         column[rows] = table.labels(rows)[name]
     return column
+
+
+def row_lengths(
+    table: Table, side: str, rows: Int[np.ndarray, "*b"]
+) -> Int[np.ndarray, "*b"] | None:
+    """The number of tokens of one side of the given rows; `None` if they are not texts."""
+    if isinstance(table, SidesTable):
+        table = table.sides[side]
+    return table.lengths(side, rows) if isinstance(table, TextTable) else None
 
 
 class SidesTable(NamedTuple):

@@ -59,8 +59,7 @@ class TokenTable(NamedTuple):
 
     def side(self, side: str, rows: Int[np.ndarray, " b"]) -> dict[str, Int[np.ndarray, "b ..."]]:
         """One side's inputs of the given rows, padded to the side's width."""
-        starts = self.offsets[side][rows]
-        lengths = self.offsets[side][rows + 1] - starts
+        starts, lengths = self.offsets[side][rows], self.lengths(side, rows)
         return as_inputs(
             self.tokens[side][_positions(starts, lengths)],
             lengths,
@@ -74,6 +73,10 @@ class TokenTable(NamedTuple):
         if self.prompts is None or isinstance(length, int):
             return length
         return length[self.prompts.data_set(rows)]
+
+    def lengths(self, side: str, rows: Int[np.ndarray, "*b"]) -> Int[np.ndarray, "*b"]:
+        """The number of tokens of one side of the given rows."""
+        return self.offsets[side][rows + 1] - self.offsets[side][rows]
 
     def spec(self, side: str) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes and types of one row of a side."""

@@ -21,9 +21,9 @@ __all__ = [
 ]
 
 ENCODERS: Mapping[str, EncoderPart] = {
-    "decoder": EncoderPart(DecoderEncoder, DecoderOptions),
+    "decoder": EncoderPart(DecoderEncoder, DecoderOptions, any_width=True),
     "static": EncoderPart(StaticEncoder, StaticOptions),
-    "transformer": EncoderPart(TransformerEncoder, TransformerOptions),
+    "transformer": EncoderPart(TransformerEncoder, TransformerOptions, any_width=True),
 }
 """Encoders by `config.model.name`."""
 

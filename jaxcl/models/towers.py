@@ -37,11 +37,14 @@ class EncoderPart(NamedTuple):
       options: a NamedTuple class of its options, each `None` for the encoder's own default, with
         the range of each number (`jaxcl.typing.Range`); `None` if nothing is declared.
       load: as `TowerSpec.load`.
+      any_width: whether it reads texts, padded to any width: its embeddings do not depend on the
+        padding, and cost less with less of it.
     """
 
     function: Callable[..., nnx.Module]
     options: type | None = None
     load: Callable[[Path, PyTree], PyTree] | None = None
+    any_width: bool = False
 
 
 class TowerSpec(NamedTuple):

@@ -222,12 +222,12 @@ class Block(nnx.Module):
             *(heads[:, :, part] for part in range(3)),
             implementation=self.attention,
         )
-        # A row without any token attends to some of its padding: a softmax needs something.
+        # A row without tokens attends to its first position, since a softmax needs something.
         if self.attention == "cudnn":  # lengths, since a mask becomes a full matrix of biases
             lengths = jnp.maximum(jnp.count_nonzero(mask, axis=1), 1).astype(jnp.int32)
             mixed = attend(key_value_seq_lengths=lengths)
         else:
-            attended = mask | ~mask.any(1, keepdims=True)
+            attended = mask | (~mask.any(1, keepdims=True) & (jnp.arange(t) == 0))
             mixed = attend(mask=attended[:, None, None, :])
         return self.output(mixed.reshape(b, t, h))
 

@@ -22,7 +22,7 @@ from jaxcl.assignment import (
 )
 from jaxcl.assignment.gap import GapMeasure
 from jaxcl.data.prepare import RunData
-from jaxcl.data.table import label_column
+from jaxcl.data.table import label_column, row_lengths
 from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.ops.mesh import fetch, put_rows
@@ -246,6 +246,7 @@ class RunBatches:
                 side,
                 functools.partial(self._table.side, side),
                 self._num_rows,
+                lengths=row_lengths(self._table, side, np.arange(self._num_rows)),
                 advance=advance,
             )
         return put_rows(vectors, self._training.mesh, num_rows=self._num_rows)

@@ -1,7 +1,7 @@
 """Build the loss of a batch, and the metrics of its negatives, from settings."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxcl.step.batch_loss import (
     make_loss,
     make_measure,
 )
+from jaxcl.step.length_buckets import Buckets
 from jaxcl.typing import SIDES, Scalar
 
 __all__ = [
@@ -34,12 +35,14 @@ __all__ = [
 ]
 
 
-def build_loss(settings: Settings, towers: Towers, mesh: Mesh) -> LossOfBatch:
+def build_loss(
+    settings: Settings, towers: Towers, mesh: Mesh, buckets: Mapping[str, Buckets] | None = None
+) -> LossOfBatch:
     """Build the loss of `settings.loss`, with the gradient cache of `settings.grad_cache`.
 
     See `make_loss`.
     """
-    return make_loss(towers, run_loss(settings), mesh, **_arrangement(settings))
+    return make_loss(towers, run_loss(settings), mesh, buckets=buckets, **_arrangement(settings))
 
 
 def build_measure(settings: Settings, towers: Towers, mesh: Mesh) -> MeasureOfBatch:
@@ -136,7 +139,7 @@ def _exchange(settings: Settings) -> dict[str, Any]:
 
 def _chunk_sizes(settings: Settings) -> dict[str, int] | None:
     """The number of rows per device to encode at a time, by side; `None` for all rows."""
-    size, tokens = settings.grad_cache
+    size, tokens, _ = settings.grad_cache
     if size is not None:
         return dict.fromkeys(SIDES, size)
     if tokens is not None:

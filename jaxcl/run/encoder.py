@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcl.data.modality import Reader
-from jaxcl.data.table import Table
+from jaxcl.data.table import Table, row_lengths
 from jaxcl.models import Towers
 from jaxcl.step.embedder import Embedder
 from jaxcl.typing import Float, Int, PyTree
@@ -55,6 +55,7 @@ class Encoder(NamedTuple):
             side,
             lambda rows: read([values[row] for row in rows]),
             len(values),
+            lengths=np.array([len(one) if isinstance(one, str) else 0 for one in values], np.int64),
             advance=advance,
         )
 
@@ -84,5 +85,6 @@ class Encoder(NamedTuple):
             side,
             lambda positions: table.side(side, rows[positions]),
             len(rows),
+            lengths=row_lengths(table, side, rows),
             advance=advance,
         )

@@ -26,7 +26,7 @@ from jaxcl.run.checkpoint import Checkpoints, Restored, checksum
 from jaxcl.run.checkpoint_record import check_none_lost
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.optimizer import frozen_parameters
-from jaxcl.run.training import abstract_parameters, build_towers
+from jaxcl.run.training import abstract_parameters, build_embedder, build_towers
 from jaxcl.run.workdir import CHECKPOINTS, check_saved_settings, read_config
 from jaxcl.settings.check_evaluation import check_weights
 from jaxcl.settings.derived import BEST, origin_of
@@ -34,7 +34,6 @@ from jaxcl.settings.file_kinds import names_files, relocated_splits
 from jaxcl.settings.parts import Trust, is_function_name
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
-from jaxcl.step.embedder import make_embedder
 from jaxcl.typing import SIDES, Float, PyTree
 
 __all__ = ["OpenedRun", "open_run"]
@@ -176,7 +175,7 @@ def open_run(path: AnyPath, *, trust: Trust = (), weights: str | None = None) ->
         checksums = [int(checksum(leaf)) for leaf in jax.tree.leaves(params)]
     saved = remembered_from(workdir / CHECKPOINTS, restored.record.get("data"))
     check_inputs(settings.data, workdir, saved.fingerprints)
-    embedder = make_embedder(towers.encode, mesh, batch_size=settings.evaluation.batch_size)
+    embedder = build_embedder(settings, towers, mesh)
     made_from = {
         "step": restored.step,
         # The step is not enough, since a run that starts over reaches the same steps.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcl.cost.utilization import model_flops, peak_flops
+from jaxcl.data.modalities import modality_of
 from jaxcl.host.command import UserError
 from jaxcl.host.progress import say
 from jaxcl.run.metric_writer import MetricWriter
@@ -19,7 +20,7 @@ from jaxcl.run.training import Training
 from jaxcl.settings.sections import Settings
 from jaxcl.step.train_state import TrainState
 from jaxcl.step.train_step import StepMetrics
-from jaxcl.typing import PyTree, Scalar
+from jaxcl.typing import SIDES, PyTree, Scalar
 
 __all__ = ["DivergenceError", "Reports"]
 
@@ -52,6 +53,9 @@ class Reports:
         has_peak = self._peak_flops is not None
         flops = model_flops(settings, training.towers, frozen=training.frozen) if has_peak else 0.0
         self._model_flops = flops
+        self._full_length = settings.global_batch_size * sum(
+            modality_of(settings.data, side).length(settings.data, side) for side in SIDES
+        )
         self._learning_rates = _RatesByStep(training.learning_rate)
         self._warned = False
         self._restart_clock(time.perf_counter())
@@ -112,13 +116,15 @@ class Reports:
         """The share of the peak FLOP/s of the devices that the model uses, if the peak is known."""
         if self._peak_flops is None or not self._model_flops:
             return {}
-        rate = self._model_flops * self._steps_since / seconds
+        # The FLOPs of the model are those of a batch padded to the longest text.
+        computed = self._padded_length / (self._steps_since * self._full_length)
+        rate = computed * self._model_flops * self._steps_since / seconds
         return {"time/model_flop_utilization": rate / self._peak_flops}
 
     def _restart_clock(self, now: float) -> None:
         self._since, self._steps_since = now, 0
         self._input_seconds = self._device_seconds = 0.0
-        self._tokens = 0
+        self._length = self._padded_length = 0
 
     def _read(self, step: int, metrics: StepMetrics) -> None:
         start = time.perf_counter()
@@ -133,7 +139,8 @@ class Reports:
                 f"have no allowed negatives, or none that the loss uses. {_CHECK_MASKS}"
             )
         self._steps_since += 1
-        self._tokens += int(metrics.length)
+        self._length += int(metrics.length)
+        self._padded_length += int(metrics.padded_length)
         if step % self._settings.run.log_every == 0 or step == self._settings.steps:
             now = time.perf_counter()
             seconds = now - self._since
@@ -146,7 +153,8 @@ class Reports:
                     "temperature": float(metrics.temperature),
                     "learning_rate": self._learning_rates(step - 1),
                     "time/pairs_per_second": self._rate,
-                    "time/tokens_per_second": self._tokens / seconds,
+                    "time/tokens_per_second": self._length / seconds,
+                    "padding": 1 - self._length / max(self._padded_length, 1),
                     **self._step_seconds(seconds),
                     **self._utilization(seconds),
                 },

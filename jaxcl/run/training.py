@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 
 from jaxcl.data.modalities import modality_of
 from jaxcl.data.modality import Reader
+from jaxcl.data.table import Table
 from jaxcl.host.paths import AnyPath, local_path
+from jaxcl.host.progress import say
 from jaxcl.models import Towers, TowerSpec, make_towers
 from jaxcl.models.augmentations import AUGMENTATIONS, KEEP_SPECIAL_TOKENS
 from jaxcl.models.lora import (
@@ -31,9 +33,11 @@ from jaxcl.run.build_loss import build_loss, build_measure, build_momentum
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.memory import init_memory
 from jaxcl.run.optimizer import build_optimizer, frozen_parameters
-from jaxcl.settings.derived import tower_sections
+from jaxcl.run.text_widths import choose_text_widths
+from jaxcl.settings.derived import cut_sides, tower_sections
 from jaxcl.settings.sections import Settings
 from jaxcl.step.embedder import Embedder, make_embedder
+from jaxcl.step.length_buckets import Buckets, computed_tokens, longest_first, text_lengths
 from jaxcl.step.mined_refresh import Refresh, make_mined_refresh
 from jaxcl.step.parameter_sharding import FSDP
 from jaxcl.step.train_state import TrainState
@@ -49,9 +53,11 @@ from jaxcl.typing import SIDES, Batch, Integer, Key, PyTree, Scalar
 __all__ = [
     "Training",
     "abstract_parameters",
+    "build_embedder",
     "build_towers",
     "build_training",
     "run_mesh",
+    "with_text_widths",
 ]
 
 Groups: TypeAlias = Integer[np.ndarray, " n"]
@@ -98,12 +104,19 @@ class Training(NamedTuple):
         return Encoder(self.mesh, self.towers, self.embed, params, readers)
 
 
-def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None = None) -> Training:
+def build_training(
+    settings: Settings,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    buckets: Mapping[str, Buckets] | None = None,
+) -> Training:
     """Build the functions of a run.
 
     Args:
       settings: the settings of the run.
       devices: the devices of the run; all available devices by default.
+      buckets: side -> the widths to which the train step pads its texts; by default, all texts are
+        padded to `data.max_tokens`.
 
     Raises:
       ValueError: if the devices cannot form the mesh, the batch does not divide over it, or a
@@ -137,7 +150,7 @@ def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None =
         towers=towers,
         init=init,
         train_step=make_train_step(
-            build_loss(settings, towers, mesh),
+            build_loss(settings, towers, mesh, buckets),
             optimizer,
             mesh,
             temperature=TemperatureBounds(*settings.loss.temperature),
@@ -146,13 +159,13 @@ def build_training(settings: Settings, *, devices: Sequence[jax.Device] | None =
             accumulate_steps=settings.optimizer.accumulate_steps,
             rules=settings.run.parameter_rules,
             frozen=frozen,
-            count=functools.partial(_length, settings),
+            count=functools.partial(_lengths, settings, mesh.size, buckets or {}),
         ),
         measure=measured,
         mine=None
         if mined.refresh_every is None
         else make_mined_refresh(mined.rule, mesh, by_group=by_group),
-        embed=make_embedder(towers.encode, mesh, batch_size=settings.evaluation.batch_size),
+        embed=build_embedder(settings, towers, mesh),
         learning_rate=learning_rate,
         abstract_state=abstract_state,
         frozen=frozen,
@@ -206,10 +219,40 @@ def _state_makers(
     return init, abstract_state
 
 
-def _length(settings: Settings, batch: Batch) -> Integer[jax.Array, ""]:
-    """The total length of a batch's inputs on both sides, without padding."""
-    lengths = [modality_of(settings.data, side).count(batch[side]) for side in SIDES]
-    return lengths[0] + lengths[1]
+def with_text_widths(training: Training, table: Table) -> Training:
+    """The same training run, with texts padded to widths chosen from these training rows."""
+    settings, mesh = training.settings, training.mesh
+    platform = mesh.devices.flat[0].platform
+    widths = choose_text_widths(settings, table, num_devices=mesh.size, platform=platform)
+    if not widths.buckets:
+        return training
+    if jax.process_index() == 0:
+        say(widths.description)
+    devices = mesh.devices.ravel().tolist()
+    return build_training(settings, devices=devices, buckets=widths.buckets)
+
+
+def _lengths(
+    settings: Settings, num_devices: int, buckets: Mapping[str, Buckets], batch: Batch
+) -> tuple[Integer[jax.Array, ""], Integer[jax.Array, ""] | int]:
+    """The length of a batch's inputs, of both sides, without and with padding."""
+    data = settings.data
+    length, padded = jnp.int32(0), jnp.int32(0)
+    for side in SIDES:
+        modality = modality_of(data, side)
+        length += modality.count(batch[side])
+        if side in buckets:
+            longest = longest_first(text_lengths(batch[side]).reshape(num_devices, -1))
+            padded += num_devices * computed_tokens(longest, buckets[side])
+        else:
+            padded += settings.global_batch_size * modality.length(data, side)
+    return length, padded
+
+
+def build_embedder(settings: Settings, towers: Towers, mesh: Mesh) -> Embedder:
+    """The function that embeds many rows with these towers."""
+    size = settings.evaluation.batch_size
+    return make_embedder(towers.encode, mesh, batch_size=size, cut_sides=cut_sides(settings))
 
 
 def run_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:

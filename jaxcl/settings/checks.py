@@ -313,7 +313,7 @@ def _check_accumulation(settings: Settings) -> None:
 
 
 def _check_grad_cache(settings: Settings) -> None:
-    size, tokens = settings.grad_cache
+    size, tokens, _ = settings.grad_cache
     if size is not None and tokens is not None:
         raise ValueError(
             f"grad_cache.chunk_size={size} and grad_cache.chunk_tokens={tokens} are both given; "

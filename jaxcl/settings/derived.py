@@ -16,6 +16,7 @@ from jaxcl.settings.sections import (
     Parts,
     Settings,
 )
+from jaxcl.typing import SIDES
 
 __all__ = [
     "ASSIGNMENTS",
@@ -27,6 +28,7 @@ __all__ = [
     "MASKS",
     "SOURCES",
     "GcbsRule",
+    "cut_sides",
     "data_set_names",
     "data_sets_of",
     "gcbs_rule",
@@ -171,6 +173,17 @@ def tower_sections(model: ModelSettings) -> dict[str, str]:
     if model.shared:
         return {"both": "model"}
     return {"query": "model", "key": "model" if model.key.name is None else "model.key"}
+
+
+def cut_sides(settings: Settings) -> tuple[str, ...]:
+    """The sides whose texts may be padded to any width: their encoders declare `any_width`."""
+    sections = tower_sections(settings.model)
+    return tuple(
+        side
+        for side in SIDES
+        if getattr(settings.data.modality, side) == "text"
+        and settings.parts.encoders[sections.get(side, "model")].any_width
+    )
 
 
 def origin_of(path: str | os.PathLike[str]) -> tuple[AnyPath, int | str | None]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from jaxcl.models import ENCODERS
-from jaxcl.settings.derived import MASKS
+from jaxcl.settings.derived import MASKS, cut_sides
 from jaxcl.settings.file_kinds import reads_files
 from jaxcl.settings.parts import SCHEDULE_FIELDS
 from jaxcl.settings.sections import Settings
@@ -71,6 +71,11 @@ _UNREAD = (
         ("data.score_field",),
         lambda s: "score" not in s.parts.loss.columns.values(),
         "a loss that compares scores, such as loss.name='cosent', reads it",
+    ),
+    _Unread(
+        ("grad_cache.length_buckets",),
+        lambda s: s.grad_cache.length_buckets != 1 and not cut_sides(s),
+        "the encoder of a side of texts would have to be a transformer or a decoder",
     ),
     _Unread(
         ("data.code_pairs.",),

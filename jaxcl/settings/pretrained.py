@@ -12,6 +12,7 @@ from jaxcl.models import DEFAULT_ENCODER, EncoderPart
 from jaxcl.models.pretrained.containment import join
 from jaxcl.models.pretrained.description import PretrainedModel
 from jaxcl.models.pretrained.encoder import PretrainedEncoder, PretrainedOptions
+from jaxcl.models.pretrained.families import FAMILIES
 from jaxcl.models.pretrained.folder import TENSOR_LIST, read_pretrained
 from jaxcl.models.pretrained.hub import local_or_hub
 from jaxcl.models.pretrained.weights import load_parameters
@@ -41,7 +42,10 @@ def encoder_part(model: PretrainedModel) -> EncoderPart:
         return PretrainedEncoder(model, normalize=True, rngs=rngs, **options)
 
     return EncoderPart(
-        make, PretrainedOptions, lambda _, abstract: load_parameters(model, abstract)
+        make,
+        PretrainedOptions,
+        lambda _, abstract: load_parameters(model, abstract),
+        any_width=FAMILIES[model.family].contextual,
     )
 
 

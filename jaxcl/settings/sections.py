@@ -288,10 +288,14 @@ class AssignmentSettings(NamedTuple):
 
 
 class GradCacheSettings(NamedTuple):
-    """The number of rows, or tokens, that a device encodes at a time; `None` for all."""
+    """The rows, or tokens, that a device encodes at a time, and the maximum number of widths.
+
+    Texts that are padded to several widths are always encoded in chunks.
+    """
 
     chunk_size: Size | None = None
     chunk_tokens: Size | None = None
+    length_buckets: Size | None = None
 
 
 class OptimizerSettings(NamedTuple):

@@ -24,6 +24,7 @@ from jaxcl.step.encode_rows import (
     keys_of_slots,
     make_encode_rows,
 )
+from jaxcl.step.length_buckets import Buckets
 from jaxcl.typing import SIDES, Array, Batch, Embeddings, Key, PyTree, RowKeys, Scalar
 
 __all__ = ["BeyondBatch", "LossOfBatch", "MeasureOfBatch", "make_loss", "make_measure"]
@@ -66,6 +67,7 @@ def make_loss(
     *,
     masks: Mapping[str, str],
     chunk_sizes: Mapping[str, int] | None = None,
+    buckets: Mapping[str, Buckets] | None = None,
     beyond: BeyondBatch | None = None,
     needs: Sequence[str] = (),
 ) -> LossOfBatch:
@@ -91,6 +93,8 @@ def make_loss(
         that fill them.
       chunk_sizes: side -> the number of rows that a device encodes at a time (`jaxcl.grad_cache`);
         `None` encodes all rows together.
+      buckets: side -> the widths of chunks of similar length (`jaxcl.step.length_buckets`), instead
+        of `chunk_sizes`.
       beyond: the negatives from outside the batch.
       needs: columns that a batch must have in addition, such as `"teacher_scores"`.
 
@@ -100,7 +104,7 @@ def make_loss(
       function raises a `ValueError` for a batch without a column that is needed.
     """
     arrangement = _Arrangement(
-        towers, loss, mesh, masks, chunk_sizes, beyond or BeyondBatch(), tuple(needs)
+        towers, loss, mesh, masks, chunk_sizes, buckets, beyond or BeyondBatch(), tuple(needs)
     )
     remembers = loss.init_memory is not None
 
@@ -135,6 +139,7 @@ def make_measure(
     measure_fn: Callable[..., Mapping[str, NegativeMetrics]],
     masks: Mapping[str, str],
     chunk_sizes: Mapping[str, int] | None = None,
+    buckets: Mapping[str, Buckets] | None = None,
     beyond: BeyondBatch | None = None,
     needs: Sequence[str] = (),
 ) -> MeasureOfBatch:
@@ -148,7 +153,7 @@ def make_measure(
       `NegativeMetrics`; `"bank/SIDE/age"`, in updates, and `"bank/SIDE/written"`, in slots.
     """
     arrangement = _Arrangement(
-        towers, loss, mesh, masks, chunk_sizes, beyond or BeyondBatch(), tuple(needs)
+        towers, loss, mesh, masks, chunk_sizes, buckets, beyond or BeyondBatch(), tuple(needs)
     )
 
     def local(given: _Arguments) -> Mapping[str, NegativeMetrics]:
@@ -203,6 +208,7 @@ class _Arrangement(NamedTuple):
     mesh: Mesh
     masks: Mapping[str, str]
     chunk_sizes: Mapping[str, int] | None
+    buckets: Mapping[str, Buckets] | None
     beyond: BeyondBatch
     needs: tuple[str, ...]
 
@@ -265,7 +271,7 @@ class _Arrangement(NamedTuple):
         for name in (*self.needs, *self.loss.columns.values()):
             if name not in batch:
                 raise ValueError(f"this loss needs batch[{name!r}], which these data do not have")
-        encode = make_encode_rows(self.towers, self.mesh, self.chunk_sizes)
+        encode = make_encode_rows(self.towers, self.mesh, self.chunk_sizes, self.buckets)
         beyond, row = self.beyond, batch["row"]
         row_keys = {side: keys_of_side(key, number, row) for number, side in enumerate(SIDES)}
         sides = tuple(encode(params["towers"], side, batch[side], row_keys[side]) for side in SIDES)

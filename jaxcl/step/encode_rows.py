@@ -1,6 +1,6 @@
 """Encodes the rows of a batch on a mesh: augmented, in chunks, with a random key for each row."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -9,6 +9,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxcl.grad_cache import chunked
 from jaxcl.models.towers import Encode, Towers
+from jaxcl.step.length_buckets import Buckets, bucketed
 from jaxcl.step.parameter_sharding import FSDP
 from jaxcl.typing import Array, Embeddings, Int, Key, PyTree, RowKeys
 
@@ -36,7 +37,10 @@ class EncodeRows(Protocol):
 
 
 def make_encode_rows(
-    towers: Towers, mesh: Mesh, chunk_sizes: Mapping[str, int] | None
+    towers: Towers,
+    mesh: Mesh,
+    chunk_sizes: Mapping[str, int] | None,
+    buckets: Mapping[str, Buckets] | None = None,
 ) -> EncodeRows:
     """The towers on a mesh.
 
@@ -44,6 +48,7 @@ def make_encode_rows(
       towers: the model and its augmentations.
       mesh: the devices. With an axis for parameters, the encoders know the mesh.
       chunk_sizes: side -> how many of a device's rows are encoded at a time; `None` for all.
+      buckets: side -> the widths of chunks of similar length, instead of `chunk_sizes`.
     """
     encode = _with_mesh(towers.encode, mesh) if FSDP in mesh.axis_names else towers.encode
     # Each device goes through its own rows, so that chunks keep their sharding, and gradients are
@@ -66,9 +71,13 @@ def make_encode_rows(
                 inputs = jax.vmap(towers.augment[side])(inputs, _keys_of_view(rngs))
             return encode(params, side, inputs, rngs if dropout else None)
 
-        if chunk_sizes is None:
+        in_chunks: Callable[[PyTree, PyTree, RowKeys | None], Embeddings]
+        if buckets and side in buckets:
+            in_chunks = bucketed(encode_some, buckets[side], shards=shards, axis_names=manual)
+        elif chunk_sizes is not None:
+            in_chunks = chunked(encode_some, chunk_size=chunk_sizes[side], shards=shards)
+        else:
             return encode_some(params, inputs, rngs)
-        in_chunks = chunked(encode_some, chunk_size=chunk_sizes[side], shards=shards)
         if manual:
             in_chunks = jax.shard_map(
                 in_chunks,

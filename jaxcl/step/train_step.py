@@ -77,6 +77,7 @@ class StepMetrics(NamedTuple):
       temperature: after the update.
       leaf_gradient_norms: the same per parameter, to name the culprit of a loss that diverges.
       length: the length of all inputs of the batch together, without padding: tokens of texts.
+      padded_length: the same with the padding that is computed.
     """
 
     loss: Scalar
@@ -84,6 +85,7 @@ class StepMetrics(NamedTuple):
     temperature: Scalar
     leaf_gradient_norms: PyTree
     length: Int[Array, ""]
+    padded_length: Int[Array, ""]
 
 
 def make_train_step(
@@ -97,7 +99,7 @@ def make_train_step(
     accumulate_steps: int = 1,
     rules: Sequence[Rule] = (),
     frozen: Collection[str] = (),
-    count: Callable[[Batch], Int[Array, ""] | int] = lambda batch: 0,
+    count: Callable[[Batch], tuple[Int[Array, ""] | int, ...]] = lambda batch: (0, 0),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Compile the update for a mesh: rows sharded over all devices, parameters over axis `"fsdp"`.
 
@@ -115,7 +117,7 @@ def make_train_step(
       rules: how to shard parameters, as in `jaxcl.step.parameter_sharding`.
       frozen: the paths of the parameters that are not trained, as for `init_state`. No gradient is
         computed for them, and they keep their bits.
-      count: batch -> the length of its inputs, for the metrics.
+      count: batch -> the lengths of its inputs without and with padding, for the metrics.
 
     Returns:
       `(state, batch) -> (state, metrics)`. The state is donated: its old buffers are gone.
@@ -147,12 +149,14 @@ def make_train_step(
             memory = memory | {"average": moved}
         params = merge(trained, held)
         leaf_norms = jax.tree.map(jnp.linalg.norm, gradients)
+        length, padded_length = count(batch)
         metrics = StepMetrics(
             loss=value,
             gradient_norm=optax.tree.norm(leaf_norms),
             temperature=jnp.exp(params["log_temperature"]),
             leaf_gradient_norms=leaf_norms,
-            length=jnp.int32(0) + count(batch),
+            length=jnp.int32(0) + length,
+            padded_length=jnp.int32(0) + padded_length,
         )
         return TrainState(state.step + 1, params, optimizer_state, memory, state.key), metrics
 

@@ -8,7 +8,14 @@ import pytest
 from jaxcl.data import modalities
 from jaxcl.data import table as table_module
 from jaxcl.data.sources import InMemoryPairs
-from jaxcl.data.table import SidesTable, Table, join_sides, label_column, table_batch
+from jaxcl.data.table import (
+    SidesTable,
+    Table,
+    join_sides,
+    label_column,
+    row_lengths,
+    table_batch,
+)
 from jaxcl.models import StaticEncoder, make_towers
 from jaxcl.models.augmentations import token_dropout
 from jaxcl.run.opened import OpenedRun
@@ -102,6 +109,17 @@ def test_two_sides_of_different_kinds_are_one_table(mixed):
     assert batch["row"].tolist() == [3, 0]
     assert (workdir / "numbers.txt").exists()
     assert (workdir / "tokenizer.json").exists()
+
+
+def test_only_texts_have_lengths(mixed):
+    _, table, _ = mixed
+    rows = np.array([[3, 0], [1, 1]])
+    tokens = table.side("key", rows.ravel())["tokens"]
+    lengths = row_lengths(table, "key", rows)
+    assert lengths.tolist() == np.count_nonzero(tokens, axis=1).reshape(2, 2).tolist()
+    assert (lengths > 0).all()
+    assert row_lengths(table, "query", rows) is None
+    assert row_lengths(NumberTable(NUMBERS), "query", rows) is None
 
 
 def test_rows_that_are_equal_on_either_side_share_a_number(mixed):

@@ -86,13 +86,15 @@ def test_no_part_of_a_step_s_time_is_below_zero(reports, tmp_path):
 def test_tokens_and_the_share_of_the_peak_are_those_of_the_seconds(reports, tmp_path):
     assert reports._peak_flops is None  # the peak of a CPU is unknown
     reports._peak_flops, reports._model_flops = 1e12, 5e9
+    size, longest = reports._settings.global_batch_size, reports._settings.data.max_tokens
+    full = size * (longest.query + longest.key)
     for step in range(1, 4):
-        reports.add(step, metrics(tokens=1_000))
+        reports.add(step, metrics(tokens=1_000, padded=full // 4))
     (record,) = read_metrics(tmp_path)
-    size = reports._settings.global_batch_size
+    assert record["padding"] == pytest.approx(1 - 1_000 / (full // 4))
     steps_per_second = record["time/pairs_per_second"] / size
     assert record["time/tokens_per_second"] == pytest.approx(1_000 * steps_per_second)
-    share = 5e9 * steps_per_second / 1e12
+    share = 5e9 / 4 * steps_per_second / 1e12  # a quarter of the longest texts' tokens
     assert record["time/model_flop_utilization"] == pytest.approx(share)
 
 
@@ -166,10 +168,10 @@ def test_a_state_that_is_not_finite_is_never_passed_for_saving(reports):
         reports.check(3, good._replace(params={"table": jnp.array([0.0, jnp.inf]), "bias": 0.0}))
 
 
-def metrics(*, loss=1.0, gradient_norm=1.0, leaf=1.0, tokens=0):
+def metrics(*, loss=1.0, gradient_norm=1.0, leaf=1.0, tokens=0, padded=0):
     fields = (loss, gradient_norm, 0.05)
     leaves = {"table": jnp.float32(leaf), "bias": jnp.float32(1.0)}
-    return StepMetrics(*map(jnp.float32, fields), leaves, jnp.int32(tokens))
+    return StepMetrics(*map(jnp.float32, fields), leaves, jnp.int32(tokens), jnp.int32(padded))
 
 
 def state(*, table):

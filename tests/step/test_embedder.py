@@ -129,3 +129,28 @@ def test_only_one_batch_of_rows_is_read_at_a_time(params, embed, towers):
     assert relative_error(found, embed(params, "key", tokens)) < TOLERANCE
     assert np.concatenate(read).tolist() == list(range(len(tokens)))
     assert max(map(len, read)) == BATCH_SIZE
+
+
+@pytest.mark.parametrize("with_lengths", [True, False])
+def test_batches_of_similar_texts_are_cut_to_few_widths(with_lengths):
+    """Each embedding is the width of its batch."""
+
+    def encode(params, side, inputs, rngs=None):
+        rows, width = inputs["tokens"].shape
+        return jnp.full((rows, 1), width, jnp.float32)
+
+    lengths = np.array([3, 60, 9, 30, 1, 17, 64, 12])
+    tokens = np.where(np.arange(64) < lengths[:, None], 7, 0).astype(np.int32)
+    mesh = make_mesh({"data": 1}, devices=jax.devices()[:1])
+    embed = make_embedder(encode, mesh, batch_size=2, cut_sides=("key",))
+    for inputs in ({"tokens": tokens}, {"tokens": tokens, "length": lengths.astype(np.int32)}):
+
+        def read(rows, inputs=inputs):
+            return {name: column[rows] for name, column in inputs.items()}
+
+        given = lengths if with_lengths else None
+        found = embed({}, "key", read, 8, lengths=given)[:, 0].tolist()
+        # The batches are rows 6 and 1, 3 and 5, 7 and 2, 0 and 4; or pairs of neighbours.
+        in_order = [64, 64, 32, 32, 24, 24, 64, 64]
+        assert found == ([8, 64, 12, 32, 8, 32, 64, 12] if with_lengths else in_order)
+        assert embed({}, "query", read, 8, lengths=given)[:, 0].tolist() == [64] * 8

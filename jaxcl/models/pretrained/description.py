@@ -110,6 +110,7 @@ class Family(NamedTuple):
       hidden_dim: `config.json` -> width of the hidden states.
       vocabulary_size: `config.json` -> rows of the token table.
       max_tokens: `config.json` -> the longest text that the positions allow; `None` for any.
+      contextual: whether the hidden state of a token depends on the other tokens of its text.
     """
 
     prefixes: tuple[str, ...]
@@ -118,3 +119,4 @@ class Family(NamedTuple):
     hidden_dim: Callable[[Mapping[str, Any]], int]
     vocabulary_size: Callable[[Mapping[str, Any]], int]
     max_tokens: Callable[[Mapping[str, Any]], int | None]
+    contextual: bool = True
