@@ -17,6 +17,7 @@ from jaxcl.bench import bench_assignment_sizes as assignment_sizes
 from jaxcl.bench import bench_embedding_bag as embedding_bag
 from jaxcl.bench import bench_encode as encode
 from jaxcl.bench import bench_grad_cache as grad_cache
+from jaxcl.bench import bench_lengths as lengths
 from jaxcl.bench import bench_loss as loss
 from jaxcl.bench import bench_nearest as nearest
 from jaxcl.bench import bench_static as static
@@ -346,3 +347,11 @@ def test_a_static_encoder_is_trained_and_ranked(smoke_pairs, monkeypatch):
     record = static.measure(seeds=1, steps=4, max_pairs=600, torch_rates=(), torch_python=None)
     assert set(record["rounds"]) == {"jaxcl, validation", "jaxcl, test"}
     assert all(map(_is_figure, itertools.chain.from_iterable(record["rounds"].values())))
+
+
+def test_several_widths_leave_less_padding_in_the_benchmark_of_lengths():
+    changes = {"global_batch_size": 64, "data.vocabulary_size": 600}
+    record = lengths.measure(["questions"], num_rows=200, devices=[2], changes=changes)
+    (before,), (after,) = record["rounds"].values()
+    assert 0 < after < 0.5 < before < 1
+    assert record["facts"]["questions: widths of each key"].endswith(" 512")

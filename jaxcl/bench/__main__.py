@@ -41,6 +41,7 @@ BENCHMARKS = (
     "finetune",
     "gpu",
     "grad_cache",
+    "lengths",
     "loss",
     "nearest",
     "plan",
