@@ -295,7 +295,7 @@ class GradCacheSettings(NamedTuple):
 
     chunk_size: Size | None = None
     chunk_tokens: Size | None = None
-    length_buckets: Size | None = None
+    length_buckets: Size | None = 1
 
 
 class OptimizerSettings(NamedTuple):

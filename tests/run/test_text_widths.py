@@ -69,7 +69,7 @@ def settings_of(**changes):
 
 
 def choice(table=QUESTIONS, *, num_devices=1, platform="gpu", **changes):
-    settings = settings_of(**(LONG | changes))
+    settings = settings_of(**(LONG | {"grad_cache.length_buckets": None} | changes))
     return choose_text_widths(settings, table, num_devices=num_devices, platform=platform)
 
 
