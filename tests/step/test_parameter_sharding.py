@@ -97,7 +97,10 @@ def trained(name, shape, *, steps=3, chunk_sizes=None):
         mesh,
         temperature=TEMPERATURE,
         momentum=lambda step: jnp.float64(0.9),
-        count=lambda batch: jnp.count_nonzero(batch["query"]["tokens"]),
+        count=lambda batch: (
+            jnp.count_nonzero(batch["query"]["tokens"]),
+            batch["query"]["tokens"].size,
+        ),
     )
     for _ in range(steps):
         state, metrics = step(state, on_mesh(some_batch(), mesh))
