@@ -306,8 +306,8 @@ def other_model(**options):
 def test_two_models_are_compared_query_by_query(beir, tmp_path, capsys):
     output = tmp_path / "results.json"
     found = evaluate.evaluate(identity_model(), against=other_model(), data=beir, output=output)
-    # Queries 0 to 3 find their document at ranks 1, 1, 2, 2; those of the other model at 1, 1 and,
-    # as it scores all wrong documents alike, behind 1 better one among 6 others with its score.
+    # Queries 0 to 3 find their document at ranks 1, 1, 2, 2. With the other model the ranks are 1
+    # and 1, and then ties: one document scores higher, and 6 others have the same score.
     alone = [evaluate.evaluate(one, data=beir) for one in (identity_model(), other_model())]
     assert {name: found[name] for name in alone[0]} == alone[0]
     assert set(found["against"]["metrics"]) == {"dense", "hybrid"}

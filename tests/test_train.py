@@ -568,12 +568,12 @@ def test_the_speed_leaves_evaluations_out(tiny, tmp_path, monkeypatch):
         calls.append("paused")
         with paused(self):
             yield
-        calls.append("goes on")
+        calls.append("resumed")
 
     monkeypatch.setattr("jaxcl.train.quick_metrics", lambda *_: calls.append("evaluated") or {})
     monkeypatch.setattr(Reports, "paused", noted)
     train(tiny(steps=2), tmp_path)
-    assert calls == ["paused", "goes on", "paused", "evaluated", "goes on"]  # negatives come first
+    assert calls == ["paused", "resumed", "paused", "evaluated", "resumed"]  # negatives come first
 
 
 def test_an_empty_split_is_an_error(tiny, tmp_path):

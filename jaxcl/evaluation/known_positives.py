@@ -49,7 +49,7 @@ class KnownPositives(NamedTuple):
         if (len(self.queries), len(self.rows)) != (num_queries, num_keys):
             raise ValueError(
                 f"known positives of {len(self.queries)} queries and {len(self.rows)} keys do not "
-                f"fit {num_queries} queries and {num_keys} keys; give those of the same rows"
+                f"fit {num_queries} queries and {num_keys} keys; compute them from the same rows"
             )
 
     def others(
@@ -65,12 +65,12 @@ class KnownPositives(NamedTuple):
           A mapping from positions in `queries` to rows, without queries that have none.
         """
         others = {}
-        for place, (number, own) in enumerate(zip(self.queries[queries], relevant, strict=True)):
+        for position, (number, own) in enumerate(zip(self.queries[queries], relevant, strict=True)):
             keys = self.pairs[self.pair_starts[number] : self.pair_starts[number + 1]]
             ends = zip(self.row_starts[keys], self.row_starts[keys + 1], strict=True)
             rows = np.concatenate([self.rows[start:stop] for start, stop in ends])
             if rows.size > 1 or rows[0] != own:
-                others[place] = rows[rows != own]
+                others[position] = rows[rows != own]
         return others
 
     def total(self) -> int:

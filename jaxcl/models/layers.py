@@ -184,11 +184,17 @@ def joined(blocks: Sequence[nnx.Module], *, dtype: jnp.dtype) -> nnx.Module:
     copy. Its matrices have the activations' type.
     """
     graph, _ = nnx.split(blocks[0])
+    states = [nnx.split(block)[1] for block in blocks]
+    if len({jax.tree.structure(state) for state in states}) > 1:
+        raise ValueError(
+            "the blocks of this encoder run as one loop, but have different parameters; give all "
+            "blocks the same adapters, as model.lora.targets='*blocks/*/attention/query' does"
+        )
 
     def join(*leaves: Array | np.ndarray) -> Array:
         return jnp.stack([leaf.astype(dtype) if leaf.ndim > 1 else leaf for leaf in leaves])
 
-    return nnx.merge(graph, jax.tree.map(join, *(nnx.split(block)[1] for block in blocks)))
+    return nnx.merge(graph, jax.tree.map(join, *states))
 
 
 def run_layers(

@@ -115,8 +115,8 @@ def _check_taken(settings: Settings) -> None:
         raise ValueError(f"the loss {name!r} needs the rows' groups; set data.group_field")
     if "guides" in columns.values() and data.guides is None:
         raise ValueError(
-            f"the loss {name!r} needs a teacher's embeddings; set data.guides to an .npz with "
-            "those of each training row's query and key"
+            f"the loss {name!r} needs a teacher's embeddings; set data.guides to an .npz file with "
+            "an embedding of the query and of the key for each training row"
         )
     if "score" in columns.values() and data.score_field is None:
         raise ValueError(

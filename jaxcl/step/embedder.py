@@ -62,7 +62,7 @@ def make_embedder(
 
     Returns:
       `(params, side, read, num_rows, *, lengths=None, advance=None) -> float32[n, d]`, where
-      `params` are those of the towers, and `read(rows)` returns the inputs of some of the rows
+      `params` are the towers' parameters, and `read(rows)` returns the inputs of some of the rows
       `0 … num_rows - 1`. With `lengths`, numbers that increase with the number of tokens, texts of
       similar length are embedded together. Only one batch of inputs is held at a time.
       `advance(rows)` is called as rows are done.

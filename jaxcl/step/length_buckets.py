@@ -290,7 +290,7 @@ _encoded.defvjp(_encoded_forward, _encoded_backward, symbolic_zeros=True)
 
 
 def _merged(trained: PyTree, held: PyTree) -> PyTree:
-    """The parameters, each of which is `None` in one of the two trees."""
+    """Combine two trees of parameters; each parameter is `None` in one of them."""
     return jax.tree.map(
         lambda leaf, other: other if leaf is None else leaf,
         trained,

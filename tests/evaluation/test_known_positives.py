@@ -32,7 +32,7 @@ NUM_ROWS = 60
 
 
 def some_rows():
-    """Texts of rows, a third of which repeat a query, and a few of which repeat a key."""
+    """Texts of rows: a third repeat a query, and a few repeat a key."""
     rng = np.random.default_rng(1)
     keys = [" ".join(rng.choice(WORDS, 6)) for _ in range(NUM_ROWS)]
     queries = [" ".join(rng.choice(key.split(), 3)) for key in keys]
@@ -113,7 +113,7 @@ def test_a_query_with_two_keys_by_hand():
     queries = np.float32([[1, 0], [1, 0], [0, 1]])
     keys = np.float32([[1, 0], [0.9, 0.1], [0.95, 0.2]])
     found = evaluate_retrieval(None, None, queries, keys, known=known, methods=["dense"])["dense"]
-    # Query a ranks x, z, y: row 0 finds x, and row 1 finds y behind z, but not behind x.
+    # Query a ranks x, z, y: row 0 finds x first, and row 1 finds y after z, without x.
     assert found.ranks.tolist() == [1, 2, 1]
     assert found.num_left_out == 2
     naive = evaluate_retrieval(None, None, queries, keys, methods=["dense"])["dense"]

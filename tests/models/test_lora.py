@@ -286,6 +286,13 @@ def test_targets_choose_layers_also_in_lists_outside_of_the_blocks():
     }
 
 
+def test_a_decoder_whose_blocks_have_different_adapters_is_an_error():
+    towers, _ = towers_with("qwen3", Lora(rank=2, targets=("*blocks/0/attention/query",)))
+    params = towers.init(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"have different parameters; give all blocks the same"):
+        towers.encode(params, "query", INPUTS)
+
+
 def test_a_fused_kernel_has_one_adapter_for_queries_keys_and_values():
     """One A that they share, and columns of B for each."""
     towers, _ = towers_with("modernbert")

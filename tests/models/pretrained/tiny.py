@@ -171,7 +171,7 @@ def decoder_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def write_copy_of_decoder(folder: Path, config: Mapping[str, Any]) -> Path:
-    """Write what a run keeps of a decoder of any size, which has no weights."""
+    """Write a run's copy of a decoder of any size; the copy has no weights."""
     stored = np.dtype(ml_dtypes.bfloat16)
     specs = {name: (stored, shape) for name, shape in decoder_shapes(config).items()}
     _write_json(folder / "config.json", config)
