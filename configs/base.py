@@ -218,7 +218,7 @@ def _assignment() -> ConfigDict:
     assignment.name = "uniform"
     # by: the source of a row, its "group", "data_set" or "topic". None uses "group", or "data_set"
     # if there are several data sets without groups. mix: "mixed" puts all sources in each batch,
-    # "one" puts one source in each batch. weights: ((source, weight), …); the default weight is
+    # "single" puts one source in each batch. weights: ((source, weight), …); the default weight is
     # size ** (1 / temperature).
     assignment.sourced = ConfigDict(
         {"by": placeholder(str), "mix": "mixed", "temperature": 1.0, "weights": ()}

@@ -13,7 +13,7 @@ MINED = INSTANCES | {"negatives.mined.refresh_every": 50, "negatives.mined.per_q
 
 TIERS = {
     "in-batch": NOT_SYNTHETIC,
-    "+ queue": NOT_SYNTHETIC | {"negatives.bank.kind": "queue", "negatives.tiers.whole": True},
+    "+ queue": NOT_SYNTHETIC | {"negatives.bank.kind": "queue", "negatives.tiers.full_bank": True},
     "+ stratified": NOT_SYNTHETIC
     | INSTANCES
     | {"negatives.tiers.stratified": 4_096, "negatives.proportions": "equal"},

@@ -176,7 +176,7 @@ def all_tiers(queries, keys):
         negatives.strata_of(np.arange(rows) // 2, count=3),
     )
     budgets = negatives.TierBudgets(
-        whole=True, uniform=2, stratified=2, nearest=2, mixed=2, mixed_with_query=2, perturbed=2
+        full_bank=True, uniform=2, stratified=2, nearest=2, mixed=2, mixed_with_query=2, perturbed=2
     )
     return mean_age(bank), negatives.draw_tiers(
         budgets,

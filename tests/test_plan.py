@@ -35,7 +35,7 @@ def small(**changes):
         {"run.mesh.fsdp": 4},
         pytest.param({}, marks=pytest.mark.slow),
         pytest.param(
-            {"negatives.bank.kind": "instance", "negatives.tiers.whole": True},
+            {"negatives.bank.kind": "instance", "negatives.tiers.full_bank": True},
             marks=pytest.mark.slow,
         ),
     ],
@@ -108,8 +108,8 @@ def test_a_sweep_has_a_column_for_each_value():
     found = _settings(config, "global_batch_size=64,128")
     assert [one.global_batch_size for one in found.values()] == [64, 128]
     assert config.global_batch_size == 64
-    found = _settings(config, "negatives.tiers.whole=True,False")
-    assert [one.negatives.tiers.whole for one in found.values()] == [True, False]
+    found = _settings(config, "negatives.tiers.full_bank=True,False")
+    assert [one.negatives.tiers.full_bank for one in found.values()] == [True, False]
     for wrong in ("model.depth=1,2", "global_batch_size=many"):
         with pytest.raises(ValueError, match="does not fit"):
             _settings(config, wrong)

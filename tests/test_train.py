@@ -187,10 +187,10 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(tiny, uninterrupted, tmp
         {
             "negatives.bank.kind": "queue",
             "negatives.bank.slots": 150,
-            "negatives.tiers.whole": True,
+            "negatives.tiers.full_bank": True,
         },
         pytest.param(  # which "every tier" has, too
-            {"negatives.bank.kind": "instance", "negatives.tiers.whole": True},
+            {"negatives.bank.kind": "instance", "negatives.tiers.full_bank": True},
             marks=pytest.mark.slow,
         ),
         pytest.param(
@@ -748,7 +748,7 @@ def test_a_run_starts_with_the_encoders_and_the_tokenizer_of_another(
             "steps": 1,
             "optimizer.schedule": "warmup_constant",  # the first learning rate is 0
             "negatives.bank.kind": "queue",
-            "negatives.tiers.whole": True,
+            "negatives.tiers.full_bank": True,
             "negatives.momentum_encoder.initial": 0.5,
             "negatives.momentum_encoder.final": 0.5,
         }

@@ -25,7 +25,7 @@ STEPS = 6
 MOMENTUM = {
     "negatives.bank.kind": "queue",
     "negatives.bank.slots": 24,
-    "negatives.tiers.whole": True,
+    "negatives.tiers.full_bank": True,
     "negatives.momentum_encoder.initial": 0.9,
 }
 FREEZE = {"optimizer.freeze": ("*/table",), "model.options.hidden_dim": 24}
@@ -199,6 +199,12 @@ def test_epochs_are_the_steps_of_the_rows_and_the_run_is_that_of_these_steps(
     with pytest.raises(ValueError, match=r"steps is 10 here and 5 there"):
         train(small(steps=None, epochs=4.0), tmp_path / "epochs")
     assert "2 epochs of 20 rows are 5 steps" in capfd.readouterr().err
+
+
+def test_a_run_of_epochs_keeps_its_prepared_files_and_can_be_opened(small, tmp_path):
+    train(small(steps=None, epochs=2.0), tmp_path / "run")
+    assert (tmp_path / "run" / "data.json").exists()
+    assert len(open_run(tmp_path / "run").encoder.encode("query", ["a text"])) == 1
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from jaxcl.typing import Float, Int
 
 __all__ = ["SourcedRows"]
 
-_MIXES = ("mixed", "one")
+_MIXES = ("mixed", "single")
 _BITS = 32
 
 
@@ -20,8 +20,8 @@ class SourcedRows:
     r"""The rows of each batch, with a share for each source: `SourcedRows(sources, ...)(step)`.
 
     The share of a source with $n_s$ rows is $n_s^{1/T} / \sum_r n_r^{1/T}$ at temperature $T$. A
-    draw is a row, or a whole batch with `mix="one"`. Sources are consecutive intervals on a line,
-    each as long as its share of a batch's draws. Step $t$ draws the sources at points one
+    draw is a row, or a whole batch with `mix="single"`. Sources are consecutive intervals on a
+    line, each as long as its share of a batch's draws. Step $t$ draws the sources at points one
     unit apart, shifted by the $t$-th van der Corput number. So
 
     - a mixed batch has each source's share of rows, rounded up or down;
@@ -39,7 +39,7 @@ class SourcedRows:
       sources: each row's source or topic; any integers.
       batch_size: rows of a batch, over all devices and hosts.
       seed: determines the rows and the order of sources.
-      mix: `"mixed"` for all sources in each batch, in random order; `"one"` for batches from a
+      mix: `"mixed"` for all sources in each batch, in random order; `"single"` for batches from a
         single source.
       weights: source -> share, in any unit; a source with weight 0 is never drawn. `None` for
         shares by size.
@@ -81,7 +81,7 @@ class SourcedRows:
             raise ValueError(f"batch_size={batch_size} and rows={sources.size} must be at least 1")
         names, sizes = np.unique(sources, return_counts=True)
         self._batch_size, self._seed = batch_size, seed
-        self._rows_per_draw = batch_size if mix == "one" else 1
+        self._rows_per_draw = batch_size if mix == "single" else 1
         self._draws_per_step = batch_size // self._rows_per_draw
         # Flipping binary digits of the van der Corput numbers gives another, equally even sequence.
         self._flipped = fold_in(seed, 1) % 2**_BITS

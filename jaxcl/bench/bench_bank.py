@@ -73,7 +73,7 @@ def measure(
     config.model.dim = dim
     config.data.max_tokens = ConfigDict(dict(zip(SIDES, tokens, strict=True)))
     config.negatives.bank.update({"slots": slots, "dtype": dtype})
-    config.negatives.tiers.update({"whole": False, "uniform": uniform})
+    config.negatives.tiers.update({"full_bank": False, "uniform": uniform})
     facts: dict[str, Any] = {}
     steps = {}
     for name, kind in (("without a bank", None), ("with a bank", "queue")):

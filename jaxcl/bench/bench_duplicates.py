@@ -123,7 +123,7 @@ def _settings(run: OpenedRun, *, mask: str, steps: int, seed: int) -> Settings:
     config.loss.masks = (mask,)
     config.optimizer.warmup_steps = max(1, steps // 10)
     config.negatives.bank.kind = "queue"
-    config.negatives.tiers.update(whole=True, of_batch=False)
+    config.negatives.tiers.update(full_bank=True, of_batch=False)
     return read_settings(config)
 
 

@@ -37,7 +37,7 @@ class TierBudgets(NamedTuple):
     The tiers `uniform`, `stratified` and `nearest` draw disjoint slots, in this order.
 
     Attributes:
-      whole: whether the full bank provides negatives for every query.
+      full_bank: whether the full bank provides negatives for every query.
       uniform: random slots of the bank, redrawn in each step, shared by all queries.
       stratified: the same, with a quota per group from `Strata`.
       nearest: each query's nearest slots of the bank that its masks allow.
@@ -52,7 +52,7 @@ class TierBudgets(NamedTuple):
       gradient: whether gradients flow through synthetic negatives to their sources.
     """
 
-    whole: bool = False
+    full_bank: bool = False
     uniform: Annotated[int, Range(least=0)] = 0
     stratified: Annotated[int, Range(least=0)] = 0
     nearest: Annotated[int, Range(least=0)] = 0
@@ -77,7 +77,7 @@ class TierBudgets(NamedTuple):
     @property
     def any_tier(self) -> bool:
         """Whether any tier has a budget."""
-        return self.whole or self.drawn + self.synthetic > 0
+        return self.full_bank or self.drawn + self.synthetic > 0
 
 
 class Strata(NamedTuple):
@@ -254,7 +254,7 @@ def _drawn_by_all(
     """Draw the tiers that all queries share, and return the slots left for the other tiers."""
     slots = read_bank(source.bank)
     free = source.bank.written >= 0
-    tiers = {"bank": slots} if budgets.whole else {}
+    tiers = {"bank": slots} if budgets.full_bank else {}
 
     def draw(name: str, stratum: Array, quotas: Array, count: int) -> Array:
         priority = getattr(source, name)

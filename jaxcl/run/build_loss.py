@@ -97,7 +97,7 @@ def beyond_batch(settings: Settings) -> BeyondBatch:
     if negatives.mined.refresh_every is not None or (rule is not None and rule.from_bank):
         sides = SIDES
     return BeyondBatch(
-        tiers._replace(whole=tiers.whole and kind is not None),
+        tiers._replace(full_bank=tiers.full_bank and kind is not None),
         dict.fromkeys(sides, _bank_update(negatives.bank)),
         negatives.guide,
         settings.loss.margins,

@@ -100,7 +100,7 @@ def _check_given(settings: Settings) -> None:
     if setting is not None and ExplicitNegatives not in part.negatives:
         raise ValueError(f"{setting} is set, but the loss {name!r} takes no explicit negatives")
     tiers, bank = settings.negatives.tiers, settings.negatives.bank.kind
-    drawn = tiers.drawn + tiers.synthetic > 0 or (tiers.whole and bank is not None)
+    drawn = tiers.drawn + tiers.synthetic > 0 or (tiers.full_bank and bank is not None)
     if drawn and not {OwnNegatives, SharedNegatives} <= set(part.negatives):
         raise ValueError(
             f"the loss {name!r} takes no negatives of a bank and no synthetic ones; leave "
@@ -136,25 +136,25 @@ def _check_bank(settings: Settings) -> None:
 
 def _check_tiers(settings: Settings, budgets: TierBudgets) -> None:
     kind = settings.negatives.bank.kind
-    drawn = budgets.whole or budgets.drawn or (budgets.synthetic and not budgets.of_batch)
+    drawn = budgets.full_bank or budgets.drawn or (budgets.synthetic and not budgets.of_batch)
     rule = gcbs_rule(settings)
     chooses_batches = rule is not None and rule.from_bank
     mines = settings.negatives.mined.refresh_every is not None
     if kind is not None and not (drawn or mines or chooses_batches):
         raise ValueError(
-            f"negatives.bank.kind={kind!r}, but nothing reads the bank; set negatives.tiers.whole "
-            "to True, negatives.tiers.uniform, stratified, nearest or a synthetic tier (without "
-            "of_batch) or negatives.mined.refresh_every to a number, or assignment.gcbs.embeddings "
-            "to bank"
+            f"negatives.bank.kind={kind!r}, but nothing reads the bank; set "
+            "negatives.tiers.full_bank to True, negatives.tiers.uniform, stratified, nearest or a "
+            "synthetic tier (without of_batch) or negatives.mined.refresh_every to a number, or "
+            "assignment.gcbs.embeddings to bank"
         )
     if kind is None and budgets.drawn:
         raise ValueError(
             "negatives.tiers draws from a bank; set negatives.bank.kind to one of "
             f"{', '.join(BANKS)}"
         )
-    if kind is not None and budgets.whole and budgets.drawn:
+    if kind is not None and budgets.full_bank and budgets.drawn:
         raise ValueError(
-            "negatives.tiers.whole has every slot of the bank count already; set it to False, or "
+            "negatives.tiers.full_bank uses every slot of the bank already; set it to False, or "
             "uniform, stratified and nearest to 0"
         )
     if budgets.stratified and settings.data.group_field is None:

@@ -118,8 +118,8 @@ _UNREAD = (
         "negatives.bank.kind reads it",
     ),
     _Unread(
-        ("negatives.tiers.whole",),
-        lambda s: s.negatives.tiers.whole and s.negatives.bank.kind is None,
+        ("negatives.tiers.full_bank",),
+        lambda s: s.negatives.tiers.full_bank and s.negatives.bank.kind is None,
         "negatives.bank.kind gives it a bank",
     ),
     _Unread(

@@ -64,7 +64,7 @@ def drawn_by(mix: str, sizes: list[int], num_steps: int, *, seed: int = 0) -> np
     return drawn if mix == "mixed" else drawn // batch_size
 
 
-@pytest.mark.parametrize("mix", ["mixed", "one"])
+@pytest.mark.parametrize("mix", ["mixed", "single"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_a_source_never_drifts_from_its_share(sizes, mix):
     drawn = drawn_by(mix, sizes, 130)
@@ -85,7 +85,7 @@ def test_drift_does_not_grow_over_long_runs():
     """The counts before a step are the sum of all earlier draws."""
     sizes = SIZES["irrational"]
     sources = some_sources(sizes)
-    for mix in ("mixed", "one"):
+    for mix in ("mixed", "single"):
         rows_fn = SourcedRows(sources, batch_size=16, seed=0, mix=mix)
         per_step = 16 if mix == "mixed" else 1
         for step in (1000, 2**20, 2**20 - 1, 12_345_678):
@@ -108,7 +108,7 @@ def assert_once_per_epoch(batches: np.ndarray, sources: np.ndarray) -> None:
             assert ours.max() == -(-ours.sum() // len(ours))
 
 
-@pytest.mark.parametrize("mix", ["mixed", "one"])
+@pytest.mark.parametrize("mix", ["mixed", "single"])
 @pytest.mark.parametrize("batch_size", [1, 16])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_each_row_occurs_once_per_epoch_of_its_source(sizes, batch_size, mix):
@@ -124,7 +124,7 @@ def test_rows_drawn_independently_per_batch_do_not_occur_once_per_epoch():
         assert_once_per_epoch(drawn, sources)
 
 
-@pytest.mark.parametrize(("mix", "missed"), [("mixed", 5), ("one", 5 * 10)])
+@pytest.mark.parametrize(("mix", "missed"), [("mixed", 5), ("single", 5 * 10)])
 def test_an_epoch_of_all_rows_has_nearly_every_row_once(mix, missed):
     """All except a few draws of a source fall into the matching epoch of all rows."""
     sizes = [500, 300, 170, 30]
@@ -143,7 +143,7 @@ def test_shares_of_whole_rows_make_exact_epochs():
         np.testing.assert_array_equal(np.sort(rows.ravel()), np.arange(100))
 
 
-@pytest.mark.parametrize("mix", ["mixed", "one"])
+@pytest.mark.parametrize("mix", ["mixed", "single"])
 def test_one_source_is_visited_as_by_uniform_rows(mix):
     rows_fn = SourcedRows(np.full(50, 7), batch_size=8, seed=5, mix=mix)
     for step in (0, 1, 6, 100):
@@ -154,7 +154,7 @@ def test_one_source_is_visited_as_by_uniform_rows(mix):
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_a_batch_of_one_source_has_no_other(sizes):
     sources = some_sources(sizes)
-    rows_fn = SourcedRows(sources, batch_size=8, seed=0, mix="one")
+    rows_fn = SourcedRows(sources, batch_size=8, seed=0, mix="single")
     of = sources[batches(rows_fn, 50)]
     assert (of == of[:, :1]).all()
     assert len(set(of[:, 0])) > len(sizes) / 3
@@ -173,13 +173,13 @@ def test_every_part_of_a_mixed_batch_is_mixed():
 
 def test_topics_are_spread_over_the_run():
     """32 consecutive batches have three or four of a topic with a tenth of the rows."""
-    of = np.argmax(drawn_by("one", [70, 10, 10, 10], 192), axis=1).reshape(-1, 32)
+    of = np.argmax(drawn_by("single", [70, 10, 10, 10], 192), axis=1).reshape(-1, 32)
     for topic in (1, 2, 3):
         assert set((of == topic).sum(1)) <= {3, 4}
     assert (of[0] != of[1]).any()  # but not at the same places
 
 
-@pytest.mark.parametrize("mix", ["mixed", "one"])
+@pytest.mark.parametrize("mix", ["mixed", "single"])
 def test_weights_are_shares_in_any_unit(mix):
     sources = some_sources([10, 100, 40, 5])
     weights = {0: 3.0, 3: 1.0, 6: 0.0, 9: 4.0}
@@ -203,7 +203,7 @@ def test_temperatures_go_from_shares_of_rows_to_equal_ones():
     assert small == pytest.approx([0.1, math.sqrt(100) / (math.sqrt(900) + 10), 0.5], abs=1e-3)
 
 
-@pytest.mark.parametrize("mix", ["mixed", "one"])
+@pytest.mark.parametrize("mix", ["mixed", "single"])
 def test_a_source_smaller_than_its_part_of_a_batch_repeats_its_rows(mix):
     sources = some_sources([3, 40])
     rows_fn = SourcedRows(sources, batch_size=16, seed=0, mix=mix, temperature=math.inf)
@@ -213,7 +213,7 @@ def test_a_source_smaller_than_its_part_of_a_batch_repeats_its_rows(mix):
     assert sorted(np.bincount(ours)[np.flatnonzero(sources == 0)]) == [5, 5, 6]
 
 
-@pytest.mark.parametrize("mix", ["mixed", "one"])
+@pytest.mark.parametrize("mix", ["mixed", "single"])
 def test_rows_are_a_function_of_the_step(mix):
     sources = some_sources(SIZES["irrational"])
 
@@ -231,7 +231,7 @@ def test_seeds_have_different_rows_and_turns():
     sources = some_sources(SIZES["irrational"])
     seeds = (0, 1, 2**40, -1)
     rows = [batches(SourcedRows(sources, batch_size=16, seed=seed), 5) for seed in seeds]
-    turns = [np.argmax(drawn_by("one", SIZES["irrational"], 30, seed=seed), 1) for seed in seeds]
+    turns = [np.argmax(drawn_by("single", SIZES["irrational"], 30, seed=seed), 1) for seed in seeds]
     for i in range(len(seeds)):
         for j in range(i):
             assert (rows[i] != rows[j]).mean() > 0.8
@@ -254,7 +254,7 @@ SOURCES = np.array([0, 0, 1, 1, 5])
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"mix": "both"}, "mix='both' is unknown; use one of mixed, one"),
+        ({"mix": "both"}, "mix='both' is unknown; use one of mixed, single"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"sources": np.array([], int)}, "rows=0"),
         ({"weights": {0: 1.0, 1: -1.0, 5: 1.0}}, "must be finite, at least 0"),

@@ -40,7 +40,7 @@ UNIFORM = ("assignment.name=uniform",)
 GCBS = ("assignment.name=gcbs", "assignment.gcbs.refresh_every=10")
 QUEUE = ("negatives.bank.kind=queue", "negatives.bank.slots=200")
 INSTANCE = ("negatives.bank.kind=instance",)
-WHOLE = ("negatives.tiers.whole=True",)
+WHOLE = ("negatives.tiers.full_bank=True",)
 FROM_BANK = (*GCBS, *INSTANCE, "assignment.gcbs.embeddings=bank")
 MARGIN = ("loss.relative_margin=0.05",)
 MINED = (*INSTANCE, "negatives.mined.refresh_every=9", "negatives.mined.rank_range=(2, 20)")
@@ -111,7 +111,7 @@ RUNS = {
         (*SOURCED, "assignment.sourced.mix=one", *BY_TOPIC),
     ),
     "queue": Case(PLAIN, (*QUEUE, *WHOLE)),
-    "tier-whole": _tier("whole=True", bank="dtype=bfloat16"),
+    "tier-whole": _tier("full_bank=True", bank="dtype=bfloat16"),
     "tier-uniform": _tier("uniform=64"),
     "tier-stratified": _tier("stratified=40", bank="momentum=0.8"),
     "tier-nearest": _tier("nearest=5"),

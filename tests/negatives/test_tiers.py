@@ -332,7 +332,7 @@ def test_no_device_receives_more_of_the_bank_than_it_draws():
     whole_queries, counts_of_digits = QUERIES * DIM, 256
     assert largest <= max(per_query, whole_queries, counts_of_digits)
     assert largest < SLOTS // 8 * DIM  # a device's share of the bank; no device receives another's
-    everything = TierBudgets(whole=True)
+    everything = TierBudgets(full_bank=True)
     assert not collective_sizes(tiers_on(8, everything, lower=True).as_text())
 
 

@@ -72,7 +72,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "bisection": {},
     "rcm_device": {f"{GCBS}method": "rcm_device", **BANK},
     "rcm": {f"{GCBS}method": "rcm"},  # without matplotlib
-    "one": {"assignment.sourced.mix": "one", "assignment.sourced.temperature": 2.0, **SOURCED},
+    "single": {
+        "assignment.sourced.mix": "single",
+        "assignment.sourced.temperature": 2.0,
+        **SOURCED,
+    },
     "mixed": {"assignment.sourced.weights": SHARES, **SOURCED},
 }
 
@@ -326,7 +330,7 @@ def test_pictures_are_drawn_where_they_are_wanted_and_can_be(run_of):
 
 
 @pytest.mark.parametrize(
-    ("mix", "options"), [("one", {"temperature": 2.0}), ("mixed", {"weights": dict(SHARES)})]
+    ("mix", "options"), [("single", {"temperature": 2.0}), ("mixed", {"weights": dict(SHARES)})]
 )
 def test_batches_by_source_are_trained_on(run_of, mix, options):
     run = run_of(mix)
@@ -334,7 +338,7 @@ def test_batches_by_source_are_trained_on(run_of, mix, options):
     rows_of = SourcedRows(group, batch_size=BATCH, seed=0, mix=mix, **options)
     np.testing.assert_array_equal(run.rows, [rows_of(step) for step in range(STEPS)])
     counts = [len(set(group[rows])) for rows in run.rows]
-    assert (max(counts) == 1) if mix == "one" else (min(counts) > 3)
+    assert (max(counts) == 1) if mix == "single" else (min(counts) > 3)
 
 
 def sourced_batches(config: ConfigDict, tmp_path: Path):
@@ -347,7 +351,7 @@ def test_batches_may_be_of_one_topic_each(configured, tmp_path):
     topic = np.random.default_rng(0).integers(-2, 4, ROWS)
     np.savez(tmp_path / "topics.npz", topic=topic)
     by = {"data.topics": str(tmp_path / "topics.npz"), "assignment.sourced.by": "topic"}
-    config = configured(**SOURCED, **by, **{"assignment.sourced.mix": "one"})
+    config = configured(**SOURCED, **by, **{"assignment.sourced.mix": "single"})
     rows_of, _ = sourced_batches(config, tmp_path)
     found = [set(topic[rows_of(step)]) for step in range(40)]
     assert all(len(topics) == 1 for topics in found)
@@ -431,7 +435,7 @@ def test_a_run_of_two_data_sets_finds_topics_for_the_next(configured, tmp_path):
         values = [record[side] for record in source.read(np.arange(table.num_rows))]
         np.testing.assert_array_equal(found, run.encoder.encode(side, values))
 
-    by = {"assignment.sourced.by": "topic", "assignment.sourced.mix": "one"}
+    by = {"assignment.sourced.by": "topic", "assignment.sourced.mix": "single"}
     config = configured(**SOURCED, **short, **by, **{"data.topics": str(out)})
     with pytest.raises(ValueError, match="was made from other rows"):  # only the first data set
         train(config, tmp_path / "other")
@@ -439,7 +443,7 @@ def test_a_run_of_two_data_sets_finds_topics_for_the_next(configured, tmp_path):
     with watched() as (_, rows, *_):
         train(config, tmp_path / "next")
     topic = np.load(out)["topic"]
-    rows_of = SourcedRows(topic, batch_size=BATCH, seed=0, mix="one")
+    rows_of = SourcedRows(topic, batch_size=BATCH, seed=0, mix="single")
     np.testing.assert_array_equal(rows, [rows_of(step) for step in range(4)])
     np.savez(out, **{**np.load(out), "topic": topic[::-1]})
     with pytest.raises(ValueError, match=r"the file of data\.topics has changed"):

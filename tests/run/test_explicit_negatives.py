@@ -137,7 +137,7 @@ class _Interrupted(Exception):
             "negatives__guide": "momentum",
             "grad_cache__chunk_size": 1,
         },
-        {"negatives__bank__kind": "instance", "negatives__tiers__whole": True},
+        {"negatives__bank__kind": "instance", "negatives__tiers__full_bank": True},
     ],
     ids=["distillation", "queue and guide", "instance bank"],
 )

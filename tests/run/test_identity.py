@@ -11,7 +11,7 @@ CONSTANT = {"optimizer": {"schedule": "warmup_constant"}}
 MOMENTUM = {
     "negatives": {
         "bank": {"kind": "queue"},
-        "tiers": {"whole": True},
+        "tiers": {"full_bank": True},
         "momentum_encoder": {"initial": 0.9},
     }
 }

@@ -199,7 +199,7 @@ def test_two_folders_fill_the_towers_of_their_sides(folder, tmp_path):
 def test_a_momentum_encoder_starts_as_a_copy_of_the_loaded_weights(folder):
     negatives = {
         "bank": {"kind": "queue", "slots": 32},
-        "tiers": {"whole": True},
+        "tiers": {"full_bank": True},
         "momentum_encoder": {"initial": 0.9},
     }
     state = build_training(fine_tuning(folder, negatives=negatives)).init()

@@ -23,7 +23,7 @@ from tests.helpers import training_of
 from tests.models.pretrained.tiny import write_copy_of_decoder
 
 RATE = 0.5
-QUEUE = {"negatives.bank.kind": "queue", "negatives.tiers.whole": True}
+QUEUE = {"negatives.bank.kind": "queue", "negatives.tiers.full_bank": True}
 GCBS = {"name": "gcbs", "gcbs.refresh_every": 5, "gcbs.block_size": 4}  # of config.assignment
 
 
@@ -164,7 +164,7 @@ def test_estimates_are_part_of_the_state_s_memory():
 def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
     still = {"optimizer.learning_rate": 1e-9, "augmentation.options.rate": 0.0}
     bank = {"negatives.bank.kind": kind, "negatives.bank.slots": 12}
-    changes = {**bank, "negatives.tiers.whole": True, **still}
+    changes = {**bank, "negatives.tiers.full_bank": True, **still}
     with_bank, without = program_of(**changes), program_of(**still)
     states = [program.init(40) for program in (with_bank, without)]
     losses = []
@@ -232,16 +232,16 @@ def test_a_bank_of_earlier_keys_raises_the_loss_as_it_fills(kind, slots):
         ),
         (
             {**QUEUE, "negatives.tiers.uniform": 5},
-            r"tiers\.whole has every slot of the bank count already",
+            r"tiers\.full_bank uses every slot of the bank already",
         ),
-        ({"negatives.bank.kind": "queue"}, "nothing reads the bank; set negatives.tiers.whole"),
+        ({"negatives.bank.kind": "queue"}, "nothing reads the bank; set negatives.tiers.full_bank"),
         (
             {
                 "negatives.bank.kind": "queue",
                 "negatives.tiers.mixed": 2,
                 "negatives.tiers.of_batch": True,
             },
-            "nothing reads the bank; set negatives.tiers.whole",
+            "nothing reads the bank; set negatives.tiers.full_bank",
         ),
         ({**QUEUE, "negatives.bank.dtype": "bf16"}, "dtype='bf16'; use float32, bfloat16"),
         ({"optimizer.options.mu_dtype": "half2"}, "options.mu_dtype='half2'; use float32"),

@@ -146,8 +146,10 @@ def test_only_a_changed_setting_without_effect_is_an_error():
                     check_effects(settings, [name])
     assert tried > 15
     check_effects(settings, ["steps", "loss.margin", "assignment.name"])
-    queue = {"bank": {"kind": "queue", "slots": 7}, "tiers": {"whole": True}}
-    read_settings({"negatives": queue}, changed=["negatives.bank.slots", "negatives.tiers.whole"])
+    queue = {"bank": {"kind": "queue", "slots": 7}, "tiers": {"full_bank": True}}
+    read_settings(
+        {"negatives": queue}, changed=["negatives.bank.slots", "negatives.tiers.full_bank"]
+    )
 
 
 def test_a_name_may_be_a_function_of_a_package(tmp_path, monkeypatch):

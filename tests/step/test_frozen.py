@@ -228,7 +228,7 @@ def test_a_momentum_encoder_reads_the_frozen_parameters_of_the_model(x64):
     name, optimizer = "static, projected, two towers", optax.sgd(0.5)
     frozen = frozen_of(name, "*/table")
     queue = BeyondBatch(
-        TierBudgets(whole=True),
+        TierBudgets(full_bank=True),
         {
             "key": lambda bank, vectors, rows, ids, groups, guides: update_queue(
                 bank, vectors, ids, groups, num_slots=32
