@@ -259,8 +259,8 @@ def _replace_other_config(workdir: AnyPath, settings: Settings) -> None:
     different = settings_differences(saved, settings, saved_step=None)
     if different and steps_in(workdir / CHECKPOINTS):
         raise ValueError(_of_another_config(workdir, different))
-    if settings.epochs is not None and saved.get("epochs") == settings.epochs:
-        # The same run, which knows its steps only after its files were prepared.
+    if saved.get("epochs") is not None or settings.epochs is not None:
+        # A run with epochs knows its steps only after its files were prepared.
         different = [text for text in different if not text.startswith("steps ")]
     if different:
         for name in (DATA_FILE, *_prepared()):
