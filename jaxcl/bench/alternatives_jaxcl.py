@@ -27,6 +27,7 @@ from jaxcl.settings.changed import changed_config
 from jaxcl.settings.config_files import load_config
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
+from jaxcl.step.length_buckets import Buckets
 from jaxcl.typing import SIDES, Array
 
 __all__ = ["main", "step_settings"]
@@ -37,8 +38,8 @@ def main(spec_file: str) -> None:
     spec = json.loads(Path(spec_file).read_text())
     with np.load(spec["arrays"]) as stored:
         arrays = dict(stored)
-    prepare = {"loss": prepare_loss, "nearest": prepare_nearest, "step": prepare_step}
-    serve(prepare[spec["part"]](spec, arrays), {"jax": jax.__version__})
+    prepare = {"loss": prepare_loss, "nearest": prepare_nearest}
+    serve(prepare.get(spec["part"], prepare_update)(spec, arrays), {"jax": jax.__version__})
 
 
 def prepare_loss(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Callable:
@@ -65,10 +66,12 @@ def prepare_nearest(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -
     return lambda: [float(np.linalg.norm(jax.device_get(program(table, table).similarities)))]
 
 
-def prepare_step(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Callable:
-    """One update of the pretrained model."""
-    settings = step_settings(spec)
-    training = build_training(settings)
+def prepare_update(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Callable:
+    """One update of the pretrained model, in the way that `spec["way"]` names."""
+    cached, buckets = "cached" in spec["way"], "buckets" in spec["way"]
+    settings = step_settings(spec if cached or buckets else {**spec, "chunk": None})
+    widths = {side: Buckets(*map(tuple, one)) for side, one in spec.get("buckets", {}).items()}
+    training = build_training(settings, buckets=widths if buckets else None)
     state = training.init()
     inputs = {
         side: {
@@ -94,12 +97,13 @@ def prepare_step(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> C
 
 
 def step_settings(spec: Mapping[str, Any]) -> Settings:
-    """The settings of the part `step`: `configs/finetune.py` without gradient caching."""
+    """The settings of an update: `configs/finetune.py` with other sizes."""
     changes = {
         "model.pretrained": spec["model"],
         "global_batch_size": spec["batch"],
-        "grad_cache.chunk_size": None,
-        "data.max_tokens": {"query": spec["tokens"], "key": spec["tokens"]},
+        "grad_cache.chunk_size": spec["chunk"],
+        "grad_cache.length_buckets": spec.get("length_buckets", 1),
+        "data.max_tokens": spec["max_tokens"],
         "optimizer.learning_rate": spec["learning_rate"],
         "optimizer.schedule": "warmup_constant",
         "optimizer.warmup_steps": 0,

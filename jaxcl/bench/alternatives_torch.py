@@ -24,15 +24,12 @@ def main(spec_file: str) -> None:
     """Prepare one measurement and serve it."""
     with open(spec_file) as file:
         spec = json.load(file)
-    prepare = {"loss": prepare_loss, "nearest": prepare_nearest, "step": prepare_step}
+    prepare = {"loss": prepare_loss, "nearest": prepare_nearest}
     arrays = dict(np.load(spec["arrays"]))
-    packages = {
-        "loss": ("torch", "sentence-transformers"),
-        "nearest": ("faiss-cpu",),
-        "step": ("torch", "sentence-transformers"),
-    }[spec["part"]]
+    faiss = spec["part"] == "nearest"
+    packages = ("faiss-cpu",) if faiss else ("torch", "sentence-transformers")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    serve(prepare[spec["part"]](spec, arrays), versions)
+    serve(prepare.get(spec["part"], prepare_update)(spec, arrays), versions)
 
 
 def prepare_loss(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Callable:
@@ -112,7 +109,7 @@ def prepare_nearest(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -
     return call
 
 
-def prepare_step(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Callable:
+def prepare_update(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Callable:
     """One update of a sentence-transformers model: forward, loss, gradient, clipping, AdamW."""
     import torch
     from sentence_transformers import SentenceTransformer
@@ -122,19 +119,24 @@ def prepare_step(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> C
     torch.manual_seed(0)
     model = SentenceTransformer(spec["model"], device="cpu")
     model.train(spec["dropout"])
-    loss_of = losses.MultipleNegativesRankingLoss(
-        model,
-        scale=1 / spec["temperature"],
-        directions=("query_to_doc", "doc_to_query"),
-        partition_mode="per_direction",
-    )
+    symmetric: dict[str, Any] = {
+        "scale": 1 / spec["temperature"],
+        "directions": ("query_to_doc", "doc_to_query"),
+        "partition_mode": "per_direction",
+    }
+    if "cached" in spec["way"]:
+        loss_of = losses.CachedMultipleNegativesRankingLoss(
+            model, mini_batch_size=spec["chunk"], **symmetric
+        )
+    else:
+        loss_of = losses.MultipleNegativesRankingLoss(model, **symmetric)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=spec["learning_rate"], weight_decay=spec["weight_decay"], fused=True
     )
 
     def features(side: str) -> dict[str, Any]:
-        ids = torch.tensor(arrays[f"inputs/{side}/tokens"]).long()
         lengths = torch.tensor(arrays[f"inputs/{side}/length"])
+        ids = torch.tensor(arrays[f"inputs/{side}/tokens"])[:, : lengths.max()].long()
         mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
         return {"input_ids": ids, "attention_mask": mask.long()}
 

@@ -1,13 +1,15 @@
 """How much time and memory do jaxcl's parts take, next to the programs used instead of them?
 
-    python -m jaxcl.bench alternatives --part loss|nearest|step --torch-python PATH [--rounds N]
-        [--json FILE]
+    python -m jaxcl.bench alternatives --part loss|nearest|step|texts --torch-python PATH
+        [--rounds N] [--json FILE]
 
 - *loss*: the symmetric InfoNCE loss with the gradients of both sides, next to cross entropy over
   the whole matrix and chunk by chunk in PyTorch, and to the cached loss of sentence-transformers.
 - *nearest*: the nearest rows of each row of a table, next to the flat index of faiss.
 - *step*: one update of a pretrained model on texts without padding, next to sentence-transformers
   (`--model FOLDER`).
+- *texts*: the same on the pairs of code search, without and with gradient caching, and with length
+  buckets; sentence-transformers pads each side to its longest text.
 
 Every program runs in a process of its own. The processes are measured in turn, round after round,
 and must agree on what they compute. The memory is the peak in addition to what a process held
@@ -31,7 +33,12 @@ from jaxcl.bench.alternatives_jaxcl import step_settings
 from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.bench.torch_twin import Ask, torch_process
 from jaxcl.data.modalities import modality_of
+from jaxcl.data.prepare import prepare_data
+from jaxcl.data.table import table_batch
 from jaxcl.host.progress import say
+from jaxcl.host.user_folders import shared_folder
+from jaxcl.run.initial import keep_pretrained_files
+from jaxcl.run.text_widths import choose_text_widths
 from jaxcl.typing import SIDES
 
 __all__ = ["PARTS", "main", "measure"]
@@ -45,9 +52,17 @@ PARTS: Mapping[str, Sequence[str]] = {
     "loss": ("PyTorch, dense", "PyTorch, chunks", "sentence-transformers, cached loss"),
     "nearest": ("faiss, flat",),
     "step": ("sentence-transformers",),
+    "texts": (
+        "jaxcl, cached",
+        "jaxcl, length buckets",
+        "sentence-transformers",
+        "sentence-transformers, cached",
+    ),
 }
 """By part: what jaxcl is compared with."""
-_TOLERANCES = {"loss": 1e-4, "nearest": 1e-6, "step": 1e-3}
+_TOLERANCES = {"loss": 1e-4, "nearest": 1e-6, "step": 1e-3, "texts": 1e-3}
+_UPDATES = ("step", "texts")
+_CHUNK = 32  # rows of a chunk of gradient caching
 """By part: the relative difference that two programs may have in float32."""
 
 
@@ -67,11 +82,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--rows", type=int, default=20_000, help="rows of the table to search")
     parser.add_argument("--count", type=int, default=32, help="nearest rows per row")
     parser.add_argument("--model", metavar="FOLDER", help="the pretrained model of a step")
-    parser.add_argument("--step-batch", type=int, default=128, help="pairs of a step")
+    parser.add_argument("--step-batch", type=int, default=128, help="pairs of an update")
     parser.add_argument("--tokens", type=int, default=64, help="tokens per text of a step")
     arguments = vars(parser.parse(argv))
-    if arguments["part"] == "step" and arguments["model"] is None:
-        raise ValueError("--part=step needs --model, the folder of a pretrained encoder")
+    if arguments["part"] in _UPDATES and arguments["model"] is None:
+        raise ValueError(
+            f"--part={arguments['part']} needs --model, the folder of a pretrained encoder"
+        )
     return measure(**arguments)
 
 
@@ -90,17 +107,22 @@ def measure(*, part: str, torch_python: str, rounds: int, **sizes: Any) -> dict[
     Raises:
       RuntimeError: if two programs do not compute the same.
     """
-    prepare: Mapping[str, Callable] = {"loss": _loss, "nearest": _nearest, "step": _step}
+    prepare: Mapping[str, Callable] = {
+        "loss": _loss,
+        "nearest": _nearest,
+        "step": _step,
+        "texts": _texts,
+    }
     spec, arrays = prepare[part](sizes)
     spec |= {"part": part}
     facts: dict[str, Any] = {}
-    if part == "step":  # dropout draws different bits in each program, so check without it first
+    if part in _UPDATES:  # dropout draws different bits in each program, so check without it first
         checked, _ = _measured(spec | {"dropout": False}, arrays, torch_python, rounds=0)
         facts["relative difference without dropout"] = _largest_difference(
             checked, _TOLERANCES[part]
         )
     answers, versions = _measured(spec, arrays, torch_python, rounds=rounds)
-    if part != "step":
+    if part not in _UPDATES:
         facts["relative difference"] = _largest_difference(answers, _TOLERANCES[part])
     for name, of_program in answers.items():
         counted = of_program[1:]
@@ -127,16 +149,7 @@ def _nearest(sizes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.nda
 
 
 def _step(sizes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    spec = {
-        "model": str(Path(sizes["model"]).resolve()),
-        "batch": sizes["step_batch"],
-        "tokens": sizes["tokens"],
-        "temperature": 0.05,
-        "learning_rate": 1e-5,
-        "weight_decay": 0.01,
-        "clip_norm": 1.0,
-        "dropout": True,
-    }
+    spec = _update(sizes) | {"max_tokens": dict.fromkeys(SIDES, sizes["tokens"])}
     data = step_settings(spec).data
     rng = np.random.default_rng(0)
     arrays = {
@@ -147,6 +160,41 @@ def _step(sizes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarra
         .items()
     }
     return spec, arrays
+
+
+def _texts(sizes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Random rows of code search, and the widths that suit them."""
+    spec = _update(sizes) | {"max_tokens": {"query": 64, "key": 128}}
+    settings = step_settings(spec | {"chunk": _CHUNK, "length_buckets": None})
+    data_dir = shared_folder(settings.run.data_dir)
+    with tempfile.TemporaryDirectory(prefix="jaxcl-bench-") as folder:
+        keep_pretrained_files(settings, Path(folder))  # such as the tokenizer
+        data = prepare_data(settings.data, data_dir=data_dir, workdir=Path(folder))
+        table = data.tables["train"]
+        # The choice for accelerators: on CPUs, a run has one width unless it asks for more.
+        widths = choose_text_widths(settings, table, num_devices=1, platform="gpu")
+        rows = np.random.default_rng(0).choice(table.num_rows, spec["batch"], replace=False)
+        batch = table_batch(table, rows)
+    spec |= {"buckets": widths.buckets, "padding, one width": widths.padding_before(*SIDES)}
+    spec["padding, length buckets"] = widths.padding(*SIDES)
+    arrays = {
+        f"inputs/{side}/{name}": array for side in SIDES for name, array in batch[side].items()
+    }
+    return spec, arrays
+
+
+def _update(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of one update."""
+    return {
+        "model": str(Path(sizes["model"]).resolve()),
+        "batch": sizes["step_batch"],
+        "temperature": 0.05,
+        "learning_rate": 1e-5,
+        "weight_decay": 0.01,
+        "clip_norm": 1.0,
+        "dropout": True,
+        "chunk": _CHUNK,
+    }
 
 
 def _measured(
@@ -160,7 +208,7 @@ def _measured(
         np.savez(folder / "arrays.npz", **named)
         programs: dict[str, Ask] = {}
         for number, way in enumerate((_JAXCL, *PARTS[spec["part"]])):
-            ours = way == _JAXCL
+            ours = way.startswith(_JAXCL)
             file = folder / f"spec{number}.json"
             file.write_text(json.dumps({**spec, "way": way, "arrays": str(folder / "arrays.npz")}))
             programs[way], versions = stack.enter_context(
