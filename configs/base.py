@@ -7,7 +7,7 @@
         config.data.name = "my_pairs:1.0.0"
         return config
 
-`jaxcl/settings/sections.py` declares the type and the range of each.
+`jaxcl/settings/sections.py` and `data_sections.py` declare the type and the range of each.
 """
 
 from ml_collections import ConfigDict

@@ -32,9 +32,10 @@ from jaxcl.run.build_loss import batch_needs, build_loss
 from jaxcl.run.memory import init_memory
 from jaxcl.run.training import build_towers, run_mesh
 from jaxcl.settings.command_line import add_config_flags, config_of
+from jaxcl.settings.data_sections import MaxTokens
 from jaxcl.settings.derived import with_encoder_options
 from jaxcl.settings.read import read_settings
-from jaxcl.settings.sections import GradCacheSettings, MaxTokens, Settings
+from jaxcl.settings.sections import GradCacheSettings, Settings
 from jaxcl.step.train_step import TemperatureBounds, init_state, state_sharding
 from jaxcl.typing import SIDES, Batch, NumpyInt, PyTree
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxcl.data.pair_files import FilePairs, open_pair_files
-from jaxcl.settings.sections import DataSet
+from jaxcl.settings.data_sections import DataSet
 
 __all__ = ["main", "run_stages"]
 

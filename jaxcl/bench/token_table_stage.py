@@ -28,7 +28,7 @@ from jaxcl.data.tokenizer import PADDING, UNKNOWN, load_tokenizer
 from jaxcl.host.progress import progress_bar
 from jaxcl.ops.mesh import make_mesh
 from jaxcl.settings.config_files import load_config
-from jaxcl.settings.sections import DataSettings
+from jaxcl.settings.data_sections import DataSettings
 from jaxcl.train import train
 from jaxcl.typing import SIDES
 

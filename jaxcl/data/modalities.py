@@ -27,8 +27,8 @@ from jaxcl.data.tokenizer import (
 from jaxcl.host.files import write_whole
 from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.progress import progress_bar
+from jaxcl.settings.data_sections import DataSettings
 from jaxcl.settings.derived import data_sets_of
-from jaxcl.settings.sections import DataSettings
 from jaxcl.typing import PADDING_ID, SIDES, Array, Int, PyTree
 
 __all__ = [

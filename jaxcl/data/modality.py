@@ -9,7 +9,7 @@ import numpy as np
 from jaxcl.data.sources import PairSource
 from jaxcl.data.table import Table
 from jaxcl.host.paths import AnyPath
-from jaxcl.settings.sections import DataSettings
+from jaxcl.settings.data_sections import DataSettings
 from jaxcl.typing import Array, Int, PyTree
 
 __all__ = ["Modality", "Reader", "SplitFiles"]

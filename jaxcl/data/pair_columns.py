@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from jaxcl.settings.sections import DataSet
+from jaxcl.settings.data_sections import DataSet
 from jaxcl.typing import SIDES
 
 __all__ = ["PairColumns", "find_columns", "late_columns", "named_fields"]

@@ -24,8 +24,8 @@ from jaxcl.data.pair_paths import cached_digests, describe_files, find_paths, un
 from jaxcl.data.row_ranges import RowRange
 from jaxcl.data.sources import checked_rows
 from jaxcl.host.progress import say
+from jaxcl.settings.data_sections import DataSet
 from jaxcl.settings.file_kinds import REST, WHOLE, file_kind, names_other_files, share_of_split
-from jaxcl.settings.sections import DataSet
 from jaxcl.typing import Bool, Int, Integer
 
 __all__ = ["FilePairs", "open_pair_files", "report_shared_queries"]

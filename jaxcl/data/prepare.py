@@ -21,9 +21,9 @@ from jaxcl.data.table import Table, label_column
 from jaxcl.data.text_negatives import TextNegatives, open_text_negatives
 from jaxcl.host.files import read_json_object, write_whole
 from jaxcl.host.paths import AnyPath, as_path, local_path
+from jaxcl.settings.data_sections import CodePairsSettings, DataSettings
 from jaxcl.settings.derived import data_set_names
 from jaxcl.settings.file_kinds import names_files
-from jaxcl.settings.sections import CodePairsSettings, DataSettings
 from jaxcl.typing import Int
 
 __all__ = [

@@ -8,8 +8,8 @@ import numpy as np
 from jaxcl.data.negative_lists import NegativeTexts
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import ConcatenatedPairs
+from jaxcl.settings.data_sections import DataSettings, SidePrompts
 from jaxcl.settings.derived import data_sets_of
-from jaxcl.settings.sections import DataSettings, SidePrompts
 from jaxcl.typing import SIDES, Int
 
 __all__ = ["RowPrompts", "prompt_of", "row_prompts"]

@@ -10,8 +10,8 @@ import numpy as np
 from jaxcl.data.pair_files import open_pair_files, report_shared_queries
 from jaxcl.data.row_ranges import RowRange, check_held_out
 from jaxcl.data.sources import PairSource, checked_rows, open_pairs
+from jaxcl.settings.data_sections import DataSet, DataSettings
 from jaxcl.settings.file_kinds import reads_files
-from jaxcl.settings.sections import DataSet, DataSettings
 from jaxcl.typing import SIDES, Int
 
 __all__ = ["ConcatenatedPairs", "open_splits"]

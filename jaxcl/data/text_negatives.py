@@ -41,7 +41,7 @@ from jaxcl.data.table import Table, label_column
 from jaxcl.host.files import digest_of
 from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar
-from jaxcl.settings.sections import DataSettings
+from jaxcl.settings.data_sections import DataSettings
 from jaxcl.typing import Float, Int, PyTree
 
 __all__ = ["TextNegatives", "open_text_negatives"]

@@ -17,10 +17,11 @@ from jaxcl.models.pretrained.weights import unused_tensors
 from jaxcl.models.towers import SHARED
 from jaxcl.run.identity import fields_of
 from jaxcl.run.opened import OpenedRun
+from jaxcl.settings.data_sections import SidePrompts
 from jaxcl.settings.derived import tower_sections
 from jaxcl.settings.file_kinds import names_files
 from jaxcl.settings.read import read_settings
-from jaxcl.settings.sections import Settings, SidePrompts
+from jaxcl.settings.sections import Settings
 
 __all__ = ["model_card"]
 

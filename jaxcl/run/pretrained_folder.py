@@ -22,7 +22,7 @@ from jaxcl.models.pretrained.modules import (
 )
 from jaxcl.models.pretrained.weights import FileTensors, export_tensors
 from jaxcl.run.model_files import ModelFiles, as_json, with_dtype
-from jaxcl.settings.sections import DataSettings
+from jaxcl.settings.data_sections import DataSettings
 from jaxcl.typing import PyTree
 
 __all__ = ["library_config", "module_list", "pretrained_files"]

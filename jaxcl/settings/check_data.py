@@ -1,6 +1,6 @@
 """The checks of the data settings."""
 
-from jaxcl.settings.sections import DataSet, DataSettings, FileSettings
+from jaxcl.settings.data_sections import DataSet, DataSettings, FileSettings
 from jaxcl.typing import SIDES
 
 __all__ = ["check_data"]

@@ -16,10 +16,11 @@ from jaxcl.models.pretrained.families import FAMILIES
 from jaxcl.models.pretrained.folder import TENSOR_LIST, read_pretrained
 from jaxcl.models.pretrained.hub import local_or_hub
 from jaxcl.models.pretrained.weights import load_parameters
+from jaxcl.settings.data_sections import DataSettings
 from jaxcl.settings.derived import origin_of, tower_sections
 from jaxcl.settings.parts import Trust
 from jaxcl.settings.section_reader import read_section
-from jaxcl.settings.sections import DataSettings, Settings
+from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES
 
 __all__ = ["COPIES", "PRETRAINED", "encoder_part", "is_copy", "tokenizer_of", "with_pretrained"]

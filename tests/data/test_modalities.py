@@ -15,8 +15,8 @@ from jaxcl.data.modalities import (
 )
 from jaxcl.data.prepare import prepare_data
 from jaxcl.data.sources import InMemoryPairs
+from jaxcl.settings.data_sections import MaxTokens, SidePrompts
 from jaxcl.settings.read import read_settings
-from jaxcl.settings.sections import MaxTokens, SidePrompts
 from jaxcl.typing import SIDES
 from tests.data.test_text_rule import COLON, END, QUERY, START, A, B, word_tokenizer
 

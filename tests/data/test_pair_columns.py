@@ -3,7 +3,7 @@
 import pytest
 
 from jaxcl.data.pair_columns import PAIRS, find_columns
-from jaxcl.settings.sections import DataSet, FileSettings
+from jaxcl.settings.data_sections import DataSet, FileSettings
 
 
 def found(*names, **settings):

@@ -15,18 +15,11 @@ from jaxcl.data.splits import ConcatenatedPairs
 from jaxcl.data.table import table_batch
 from jaxcl.data.text_rule import TextRule
 from jaxcl.data.token_table import build_token_table
+from jaxcl.settings.data_sections import DataSet, DataSettings, MaxTokens, SidePrompts
 from jaxcl.settings.derived import sources_by
 from jaxcl.settings.effects import check_effects
 from jaxcl.settings.read import read_data_settings, read_settings
-from jaxcl.settings.sections import (
-    AssignmentSettings,
-    DataSet,
-    DataSettings,
-    MaxTokens,
-    Settings,
-    SidePrompts,
-    SourcedSettings,
-)
+from jaxcl.settings.sections import AssignmentSettings, Settings, SourcedSettings
 from jaxcl.typing import SIDES
 from tests.data.test_text_rule import A, B, word_tokenizer
 

@@ -17,9 +17,10 @@ from jaxcl.run.load_model import load
 from jaxcl.run.metric_writer import read_metrics
 from jaxcl.run.opened import open_run
 from jaxcl.settings.config_files import load_config, read_settings_file
+from jaxcl.settings.data_sections import DataSettings
 from jaxcl.settings.derived import origin_of
 from jaxcl.settings.read import read_settings
-from jaxcl.settings.sections import DataSettings, ModelSettings
+from jaxcl.settings.sections import ModelSettings
 from jaxcl.train import _prepare, train
 from jaxcl.train import main as train_command
 

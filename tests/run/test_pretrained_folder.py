@@ -14,7 +14,7 @@ from jaxcl.models.pretrained.folder import read_pretrained
 from jaxcl.models.pretrained.weights import load_parameters
 from jaxcl.run.model_files import write_folder
 from jaxcl.run.pretrained_folder import pretrained_files
-from jaxcl.settings.sections import DataSettings, MaxTokens, SidePrompts
+from jaxcl.settings.data_sections import DataSettings, MaxTokens, SidePrompts
 from tests.models.pretrained.tiny import (
     DIM,
     write_tiny_bert,

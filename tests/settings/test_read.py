@@ -15,10 +15,11 @@ from jaxcl.losses import LOSSES, infonce_loss
 from jaxcl.models import ENCODERS
 from jaxcl.models.augmentations import AUGMENTATIONS
 from jaxcl.settings.check_evaluation import _check_sets
+from jaxcl.settings.data_sections import SideModalities
 from jaxcl.settings.effects import _UNREAD, check_effects
 from jaxcl.settings.optimizers import OPTIMIZERS
 from jaxcl.settings.read import as_dict, read_settings
-from jaxcl.settings.sections import Parts, Settings, SideModalities, unresolved
+from jaxcl.settings.sections import Parts, Settings, unresolved
 from jaxcl.typing import Range
 
 LIMITS = (-1, 0, 2**31, 2**70, 1e300, -math.inf, math.inf, math.nan)
