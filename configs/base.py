@@ -85,7 +85,7 @@ def _data() -> ConfigDict:
     data.topics = placeholder(str)  # an .npz with the topic of each training row
     # A tokenizer.json. None uses the pretrained model's, or trains one on the training split.
     data.tokenizer = placeholder(str)
-    data.modality = ConfigDict({"query": "text", "key": "text"})  # the modality of each side
+    data.modality = ConfigDict({"query": "text", "key": "text"})  # of each side: "text" or "image"
     data.vocabulary_size = 16_384  # vocabulary size of the tokenizer, if the run trains one
     data.max_tokens = ConfigDict({"query": 32, "key": 128})  # longer texts are truncated
     data.add_cls = False  # whether the run's own tokenizer puts a [CLS] token first
@@ -97,7 +97,21 @@ def _data() -> ConfigDict:
     data.prompts = ConfigDict({"query": placeholder(str), "key": placeholder(str)})
     data.exclude_prompt = placeholder(bool)  # whether pooling leaves out the prompt's tokens
     data.skip_unknown = placeholder(bool)  # whether to drop unknown tokens, as model2vec does
+    data.images = _images()
     return data
+
+
+def _images() -> ConfigDict:
+    """The sides whose modality is "image"."""
+    images = ConfigDict()
+    images.size = 224  # the height and width to which images are decoded, in pixels
+    # How an image becomes a square: "crop" resizes its short side to size and takes the centre;
+    # "stretch" resizes both sides to size.
+    images.resize = "crop"
+    images.background = (255, 255, 255)  # the colour behind transparent images: red, green, blue
+    # How to handle an image that cannot be read: "error", or "skip" to leave its row out.
+    images.bad = "error"
+    return images
 
 
 def _files() -> ConfigDict:

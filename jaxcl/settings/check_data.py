@@ -1,12 +1,14 @@
 """The checks of the data settings."""
 
-from jaxcl.settings.data_sections import DataSet, DataSettings, FileSettings
+from jaxcl.settings.data_sections import DataSet, DataSettings, FileSettings, ImageSettings
 from jaxcl.typing import SIDES
 
 __all__ = ["check_data"]
 
 _BAD_ROWS = ("error", "skip")
 _FIRST = "first"
+_RESIZES = ("crop", "stretch")
+_BAD_IMAGES = ("error", "skip")
 
 
 def check_data(data: DataSettings) -> None:
@@ -17,6 +19,7 @@ def check_data(data: DataSettings) -> None:
             f"data.negatives={data.negatives} gives each row other negatives; leave one None"
         )
     _check_files("data.files", data.files)
+    _check_images(data.images)
     for name, data_set in data.concatenated.items():
         _check_concatenated(f"data.concatenated.{name}", name, data_set, data)
 
@@ -31,6 +34,12 @@ def _check_files(where: str, files: FileSettings) -> None:
             f"{where}.label_field={files.label_field!r} is read with {where}.min_label, the least "
             "label of the rows to train on; set it"
         )
+
+
+def _check_images(images: ImageSettings) -> None:
+    for field, known in (("resize", _RESIZES), ("bad", _BAD_IMAGES)):
+        if (value := getattr(images, field)) not in known:
+            raise ValueError(f"data.images.{field}={value!r} is unknown; use {' or '.join(known)}")
 
 
 def _check_concatenated(where: str, name: str, data_set: DataSet, data: DataSettings) -> None:

@@ -11,10 +11,13 @@ __all__ = [
     "DataSet",
     "DataSettings",
     "FileSettings",
+    "ImageSettings",
     "MaxTokens",
     "SideModalities",
     "SidePrompts",
 ]
+
+Level = Annotated[int, Range(least=0, most=255)]  # of a colour
 
 
 class CodePairsSettings(NamedTuple):
@@ -75,8 +78,17 @@ class SideModalities(NamedTuple):
     key: str = "text"
 
 
+class ImageSettings(NamedTuple):
+    """How image files become arrays, and what happens to those that cannot be read."""
+
+    size: Size = 224
+    resize: str = "crop"
+    background: tuple[Level, Level, Level] = (255, 255, 255)
+    bad: str = "error"
+
+
 class DataSettings(NamedTuple):
-    """The rows of a run, and how their texts become tokens."""
+    """The rows of a run, and how their texts become tokens and their images arrays."""
 
     name: str | None = None
     code_pairs: CodePairsSettings | None = None
@@ -102,6 +114,7 @@ class DataSettings(NamedTuple):
     prompts: SidePrompts = SidePrompts()
     exclude_prompt: bool | None = None
     skip_unknown: bool | None = None
+    images: ImageSettings = ImageSettings()
 
     @property
     def first(self) -> DataSet:

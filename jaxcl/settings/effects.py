@@ -88,6 +88,11 @@ _UNREAD = (
         "a file of pairs as data.name reads it",
     ),
     _Unread(
+        ("data.images.",),
+        lambda s: "image" not in s.data.modality,
+        "data.modality.query='image' or data.modality.key='image' reads it",
+    ),
+    _Unread(
         ("data.prompts.query",),
         lambda s: s.data.modality.query != "text",
         "data.modality.query='text' reads it",

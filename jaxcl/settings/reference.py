@@ -33,7 +33,13 @@ _REGISTRIES: Mapping[str, Mapping[str, Any]] = {
 }
 """Section with `options` -> the parts that have them."""
 
-_SECTION_OF = {"config": "", "files": "data.files", "gcbs": "assignment.gcbs", "lora": "model.lora"}
+_SECTION_OF = {
+    "config": "",
+    "files": "data.files",
+    "gcbs": "assignment.gcbs",
+    "images": "data.images",
+    "lora": "model.lora",
+}
 """Variable of `configs/base.py` -> its section, if that has another name."""
 
 

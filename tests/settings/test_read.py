@@ -58,6 +58,7 @@ NUMBERS = dict(numbers(Settings))
 def config_with(path: str, value: Any) -> dict[str, Any]:
     """A config with one number, in a tuple or a mapping if the setting is one."""
     wrapped = {
+        "data.images.background": lambda: (value, 0, 0),
         "loss.matryoshka_dims": lambda: (value,),
         "negatives.mined.rank_range": lambda: (value, 5),
         "negatives.weights": lambda: ((0, value),),
@@ -151,6 +152,19 @@ def test_only_a_changed_setting_without_effect_is_an_error():
     read_settings(
         {"negatives": queue}, changed=["negatives.bank.slots", "negatives.tiers.full_bank"]
     )
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ({"resize": "pad"}, r"data\.images\.resize='pad' is unknown; use crop or stretch"),
+        ({"bad": "drop"}, r"data\.images\.bad='drop' is unknown; use error or skip"),
+        ({"background": (0, 0)}, r"data\.images\.background=\(0, 0\); set it to a tuple of 3"),
+    ],
+)
+def test_invalid_settings_of_images_are_errors(images, message):
+    with pytest.raises(ValueError, match=message):
+        read_settings({"data": {"images": images}})
 
 
 def test_a_name_may_be_a_function_of_a_package(tmp_path, monkeypatch):
