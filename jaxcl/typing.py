@@ -23,7 +23,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, TypeAlias, get_args, get_type_hints
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Integer, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num
 
 __all__ = [
     "PADDING_ID",
@@ -38,6 +38,7 @@ __all__ = [
     "Int",
     "Integer",
     "Key",
+    "Num",
     "NumpyInt",
     "PyTree",
     "Range",
