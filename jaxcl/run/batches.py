@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from jaxcl.host.progress import progress_bar, say
 from jaxcl.ops.mesh import fetch, put_rows
 from jaxcl.ops.row_tables import padded_entries
 from jaxcl.run.picture import similarity_picture
+from jaxcl.run.text_widths import RowsOfStep, dealt_rows
 from jaxcl.run.training import Training
 from jaxcl.settings.derived import GcbsRule, gcbs_rule, sources_by
 from jaxcl.settings.sections import Settings
@@ -35,8 +36,6 @@ from jaxcl.step.train_state import TrainState
 from jaxcl.typing import SIDES, Array, Float, Int
 
 __all__ = ["RunBatches"]
-
-RowsOfStep = Callable[[int], Int[np.ndarray, " b"]]
 
 _MEASURED_ROWS = 256  # measuring a row costs six products with all rows
 _MEASURED_BATCHES = 16  # contain the measured rows; fewer if they have more rows than this:
@@ -98,6 +97,13 @@ class RunBatches:
 
     def rows_of(self, state: TrainState) -> RowsOfStep:
         """Return a function from a step, at least the state's, to the rows of its global batch."""
+        rows_fn = self._rows_of(state)
+        if not self._training.buckets:
+            return rows_fn
+        return dealt_rows(rows_fn, self._table, num_devices=self._training.mesh.size)
+
+    def _rows_of(self, state: TrainState) -> RowsOfStep:
+        """The same in any order within a batch."""
         if self._rule is not None:
             assigned = self._assigned(state)
             return self._uniform if assigned is None else self._in_blocks(assigned, self._rule)
@@ -135,7 +141,7 @@ class RunBatches:
         ordered = self._order(queries, keys, temperature, order_key, labels, report=report)
         order_end = time.perf_counter()
 
-        rows_before = self.rows_of(state)
+        rows_before = self._rows_of(state)
         earlier = self._assigned(state)
         seen = visited(
             rows_before,
@@ -154,7 +160,7 @@ class RunBatches:
         measured = functools.partial(
             self._report, queries, keys, different, temperature, measure_key, step
         )
-        after = measured(self._measure_chosen, self.rows_of(state))
+        after = measured(self._measure_chosen, self._rows_of(state))
         before = measured(self._measure_before, rows_before)
         if self._draws:
             self._draw(queries, keys, ordered.rows, self._rule.block_size, step)

@@ -1,6 +1,6 @@
 """Choose the widths to which a run pads its texts, from the lengths of its training rows."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -14,14 +14,17 @@ from jaxcl.settings.sections import Settings
 from jaxcl.step.length_buckets import Buckets, choose_widths, computed_tokens, longest_first
 from jaxcl.typing import SIDES, Int
 
-__all__ = ["TextWidths", "choose_text_widths"]
+__all__ = ["RowsOfStep", "TextWidths", "choose_text_widths", "deal", "dealt_rows"]
+
+RowsOfStep = Callable[[int], Int[np.ndarray, " b"]]
 
 _WIDTHS = 12  # each further one saves less, and makes the program larger
-_WIDTHS_ON_CPU = 1  # where compiling the program takes longer than most runs
+_WIDTHS_ON_CPU = 3  # where compiling each one takes as long as ten steps
 _LEAST_SAVING = 0.2
 _RECOMPUTED = 4 / 3  # three passes without gradient caching, four with it
 _CHUNKS = 64  # of a batch padded to the longest: larger chunks have more padding
-_LEAST_CHUNK_TOKENS = 512  # smaller chunks leave devices idle
+_LEAST_CHUNK_TOKENS = 1_024  # smaller chunks leave devices idle
+_LEAST_CHUNK_TOKENS_ON_CPU = 512
 _MOST_ROWS = 4  # of a narrow chunk, in rows of a chunk of the largest width
 _SAMPLED_BATCHES = 16
 
@@ -87,6 +90,7 @@ def choose_text_widths(
     rng = np.random.default_rng(0)
     size = settings.global_batch_size
     sample = rng.integers(0, table.num_rows, (num_batches, size))
+    sample = np.stack([deal(rows, table, num_devices=num_devices) for rows in sample])
     buckets, tokens, computed, longest = {}, {}, {}, {}
     for side in SIDES:
         lengths = row_lengths(table, side, sample)
@@ -109,6 +113,30 @@ def choose_text_widths(
     return TextWidths(buckets, tokens, computed, longest)
 
 
+def deal(rows: Int[np.ndarray, " b"], table: Table, *, num_devices: int) -> Int[np.ndarray, " b"]:
+    """Order the rows of a batch so that all devices get texts of similar lengths.
+
+    The rows are dealt to the devices like cards, longest first. A device computes as many tokens
+    as the longest rows of any device require, so that the padding is almost that of one device.
+
+    Args:
+      rows: the rows of a batch, sharded over the devices in this order.
+      table: the training rows; without texts, the order stays as it is.
+      num_devices: a divisor of the number of rows.
+    """
+    lengths = [row_lengths(table, side, rows) for side in SIDES]
+    total = sum(one for one in lengths if one is not None)
+    if num_devices == 1 or isinstance(total, int):
+        return rows
+    order = np.argsort(-total, kind="stable")
+    return rows[order.reshape(-1, num_devices).T.ravel()]
+
+
+def dealt_rows(rows_fn: RowsOfStep, table: Table, *, num_devices: int) -> RowsOfStep:
+    """The same rows of each step, in the order of `deal`."""
+    return lambda step: deal(np.asarray(rows_fn(step)), table, num_devices=num_devices)
+
+
 def _buckets(
     settings: Settings, table: Table, side: str, *, num_rows: int, platform: str
 ) -> Buckets | None:
@@ -124,7 +152,8 @@ def _buckets(
     longest = getattr(settings.data.max_tokens, side)
     widths = choose_widths(lengths, max_tokens=longest, num_widths=most)
     size, tokens, _ = settings.grad_cache
-    rows = max(num_rows // _CHUNKS, _LEAST_CHUNK_TOKENS // longest, 1)
+    least = _LEAST_CHUNK_TOKENS_ON_CPU if platform == "cpu" else _LEAST_CHUNK_TOKENS
+    rows = max(num_rows // _CHUNKS, least // longest, 1)
     if size is not None:
         rows = min(rows, size)
     if tokens is not None:

@@ -81,6 +81,7 @@ class Training(NamedTuple):
       learning_rate: `step -> the learning rate of its update`.
       abstract_state: the shapes, types and shardings of the state, with the arguments of `init`.
       frozen: the paths of the parameters that are not trained (`jaxcl.models.trainable`).
+      buckets: side -> the widths to which the train step pads its texts, as in `build_training`.
     """
 
     settings: Settings
@@ -94,6 +95,7 @@ class Training(NamedTuple):
     learning_rate: Callable[[Scalar | int], Scalar]
     abstract_state: Callable[..., TrainState]
     frozen: frozenset[str]
+    buckets: Mapping[str, Buckets] = {}
 
     def encoder(self, state: TrainState, readers: Mapping[str, Reader]) -> Encoder:
         """The encoder with the weights that `evaluation.weights` names, given the readers."""
@@ -169,6 +171,7 @@ def build_training(
         learning_rate=learning_rate,
         abstract_state=abstract_state,
         frozen=frozen,
+        buckets=buckets or {},
     )
 
 

@@ -74,7 +74,7 @@ _UNREAD = (
     ),
     _Unread(
         ("grad_cache.length_buckets",),
-        lambda s: s.grad_cache.length_buckets != 1 and not cut_sides(s),
+        lambda s: not cut_sides(s),
         "the encoder of a side of texts would have to be a transformer or a decoder",
     ),
     _Unread(

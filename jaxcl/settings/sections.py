@@ -191,7 +191,7 @@ class GradCacheSettings(NamedTuple):
 
     chunk_size: Size | None = None
     chunk_tokens: Size | None = None
-    length_buckets: Size | None = 1
+    length_buckets: Size | None = None
 
 
 class OptimizerSettings(NamedTuple):

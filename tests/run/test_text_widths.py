@@ -9,7 +9,7 @@ import pytest
 from jaxcl.configs.base import get_config
 
 from jaxcl.run.metric_writer import read_metrics
-from jaxcl.run.text_widths import choose_text_widths
+from jaxcl.run.text_widths import choose_text_widths, deal
 from jaxcl.settings.read import read_settings
 from jaxcl.train import train
 from tests.host.test_processes import Run, assert_close_runs
@@ -77,7 +77,7 @@ def test_a_side_has_several_widths_where_they_save_computation():
     widths = choice()
     assert set(widths.buckets) == {"key"}  # all queries are as long as any may be
     assert widths.buckets["key"].widths == (32, 104, 512)
-    assert widths.buckets["key"].rows == (8, 8, 2)  # of 128 rows, 64 chunks of the longest
+    assert widths.buckets["key"].rows == (8, 8, 2)  # of at least 1,024 tokens
     assert widths.padding_before("query", "key") > 0.7
     assert widths.padding("query", "key") < 0.2
     assert "each key to 32, 104, 512 tokens: " in widths.description
@@ -86,7 +86,7 @@ def test_a_side_has_several_widths_where_they_save_computation():
 def test_few_widths_and_small_chunks_are_chosen_where_they_are_set():
     widths = choice(**{"grad_cache.length_buckets": 2, "grad_cache.chunk_tokens": 1_024})
     assert widths.buckets["key"] == ((104, 512), (8, 2))
-    assert widths.buckets["query"] == ((64,), (8,))
+    assert widths.buckets["query"] == ((64,), (16,))
     rows = choice(**{"grad_cache.chunk_size": 1}).buckets["key"].rows
     assert rows == (4, 4, 1)  # at most the tokens of one row of 512
 
@@ -96,18 +96,19 @@ def test_few_widths_and_small_chunks_are_chosen_where_they_are_set():
     [
         {"grad_cache.length_buckets": 1},
         {"model.name": "static"},
-        {"platform": "cpu"},
         {"table": QUESTIONS._replace(key=np.full(400, 500))},
     ],
-    ids=("the setting says so", "the encoder is static", "the device is a CPU", "texts are long"),
+    ids=("the setting says so", "the encoder is static", "texts are long"),
 )
 def test_one_width_stays_where(changes):
     assert choice(**changes).buckets == {}
 
 
-def test_a_cpu_has_several_widths_if_they_are_set():
-    buckets = choice(platform="cpu", **{"grad_cache.length_buckets": 8}).buckets
-    assert buckets["key"].widths == (32, 104, 512)
+def test_a_cpu_has_few_widths_unless_more_are_set():
+    table = QUESTIONS._replace(key=np.random.default_rng(0).integers(1, 400, 400))
+    assert len(choice(table, platform="cpu").buckets["key"].widths) == 3
+    changes = {"grad_cache.length_buckets": 8}
+    assert len(choice(table, platform="cpu", **changes).buckets["key"].widths) == 8
 
 
 def test_a_setting_of_widths_without_attention_is_an_error():
@@ -115,6 +116,28 @@ def test_a_setting_of_widths_without_attention_is_an_error():
     config.grad_cache.length_buckets = 4
     with pytest.raises(ValueError, match=r"grad_cache\.length_buckets has no effect here"):
         read_settings(config, changed=["grad_cache.length_buckets"])
+
+
+@pytest.mark.parametrize("num_devices", [1, 4, 8])
+def test_rows_are_dealt_to_the_devices_by_length(num_devices):
+    rng = np.random.default_rng(0)
+    table = Lengths(np.full(400, 3), rng.integers(1, 500, 400))
+    rows = rng.permutation(400)[:64]
+    dealt = deal(rows, table, num_devices=num_devices)
+    assert sorted(dealt) == sorted(rows)
+    assert dealt.tolist() == deal(rows, table, num_devices=num_devices).tolist()
+    lengths = table.key[dealt].reshape(num_devices, -1)
+    if num_devices == 1:
+        assert dealt.tolist() == rows.tolist()
+    else:  # rank by rank, no device is shorter than the next rank of another
+        assert (lengths[:, :-1].min(0) >= lengths[:, 1:].max(0)).all()
+
+
+def test_dealt_rows_need_little_more_padding_on_several_devices():
+    table = QUESTIONS._replace(key=np.random.default_rng(0).integers(1, 500, 400))
+    changes = {"global_batch_size": 1_024}
+    one, eight = (choice(table, num_devices=n, **changes).padding("key") for n in (1, 8))
+    assert one <= eight < one + 0.06
 
 
 def test_other_devices_count_the_longest_row_of_all_of_them():
