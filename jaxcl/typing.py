@@ -23,7 +23,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, TypeAlias, get_args, get_type_hints
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num
+from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num, UInt8
 
 __all__ = [
     "PADDING_ID",
@@ -45,6 +45,7 @@ __all__ = [
     "RowKeys",
     "Scalar",
     "Tokens",
+    "UInt8",
     "check_ranges",
 ]
 

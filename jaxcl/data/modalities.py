@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from jaxcl.data.images.image_modality import Image
 from jaxcl.data.modality import Modality, Reader, SplitFiles
 from jaxcl.data.row_prompts import prompt_of, row_prompts
+from jaxcl.data.source_fields import read_fields
 from jaxcl.data.sources import PairSource
 from jaxcl.data.table import Table, join_sides
 from jaxcl.data.text_rule import TextRule, TextTokenizer, as_inputs, input_spec
@@ -33,6 +35,7 @@ from jaxcl.typing import PADDING_ID, SIDES, Array, Int, PyTree
 
 __all__ = [
     "MODALITIES",
+    "Image",
     "Modality",
     "Reader",
     "SplitFiles",
@@ -43,6 +46,7 @@ __all__ = [
     "modality_of",
     "open_tables",
     "text_rule",
+    "usable_rows",
 ]
 
 _CHUNK_ROWS = 4096
@@ -52,6 +56,18 @@ class Text:
     """Texts as token ids. An encoder's first argument is the size of the vocabulary."""
 
     files: tuple[str, ...] = ("tokenizer.json",)
+
+    def usable(
+        self,
+        data: DataSettings,
+        source: PairSource,
+        *,
+        role: str,
+        sides: tuple[str, ...],
+        directory: Path,
+    ) -> PairSource:
+        """All rows; those that are not texts are errors of `prepare` and `open_table`."""
+        return source
 
     def prepare(
         self, data: DataSettings, train: PairSource, sides: tuple[str, ...], workdir: AnyPath
@@ -106,6 +122,13 @@ class Text:
         """A hash of the tokenizer."""
         return tokenizer_fingerprint(load_pretrained_tokenizer(_tokenizer_file(workdir)))
 
+    def changed(self, workdir: AnyPath) -> str:
+        """Ask for the tokenizer of the run."""
+        return (
+            f"{_tokenizer_file(workdir).name} in {workdir} has changed since the run was trained; "
+            "restore it from a copy"
+        )
+
     def encoder_argument(self, data: DataSettings, side: str) -> int:
         """The size of the vocabulary."""
         return data.vocabulary_size
@@ -134,7 +157,7 @@ class Text:
         return jnp.count_nonzero(inputs["tokens"] != PADDING_ID)
 
 
-MODALITIES: Mapping[str, Modality] = {"text": Text()}
+MODALITIES: Mapping[str, Modality] = {"text": Text(), "image": Image()}
 """The modalities by name, as in `config.data.modality.query` and `.key`."""
 
 
@@ -177,11 +200,8 @@ def check_inputs(data: DataSettings, workdir: AnyPath, recorded: Mapping[str, st
     """
     for name, fingerprint in input_fingerprints(data, workdir).items():
         if recorded.get(name, fingerprint) != fingerprint:
-            files = ", ".join(MODALITIES[name.removeprefix("inputs.")].files)
-            raise ValueError(
-                f"{files} in {workdir} has changed since the run was trained; restore it from a "
-                "copy, or train again in another --workdir"
-            )
+            change = MODALITIES[name.removeprefix("inputs.")].changed(workdir)
+            raise ValueError(f"{change}, or train again in another --workdir")
 
 
 def open_tables(
@@ -205,10 +225,7 @@ def open_tables(
     Raises:
       ValueError: if a file that inputs depend on has changed since it was recorded.
     """
-    sides_of: dict[str, tuple[str, ...]] = {}
-    for side in SIDES:
-        name = getattr(data.modality, side)
-        sides_of[name] = (*sides_of.get(name, ()), side)
+    sides_of = _sides_of(data)
     if "train" in sources:
         for sides in sides_of.values():
             modality_of(data, sides[0]).prepare(data, sources["train"], sides, workdir)
@@ -224,6 +241,24 @@ def open_tables(
     return tables
 
 
+def usable_rows(data: DataSettings, source: PairSource, role: str, *, data_dir: Path) -> PairSource:
+    """The rows of a data set whose values can be read, by the settings of their modalities.
+
+    Args:
+      data: the run's settings.
+      source: the rows of one data set.
+      role: the split's role, such as `"train"`.
+      data_dir: the folder that runs share.
+
+    Raises:
+      ValueError: if a value cannot be read, and the settings do not say that its row is left out.
+    """
+    for sides in _sides_of(data).values():
+        modality = modality_of(data, sides[0])
+        source = modality.usable(data, source, role=role, sides=sides, directory=data_dir)
+    return source
+
+
 def text_rule(data: DataSettings, side: str) -> TextRule:
     """The rule by which the texts of a side become tokens, with the run's prompt."""
     return TextRule(
@@ -235,6 +270,15 @@ def text_rule(data: DataSettings, side: str) -> TextRule:
         exclude_prompt=bool(data.exclude_prompt),
         skip_unknown=bool(data.skip_unknown),
     )
+
+
+def _sides_of(data: DataSettings) -> dict[str, tuple[str, ...]]:
+    """The sides of each modality, by its name."""
+    sides_of: dict[str, tuple[str, ...]] = {}
+    for side in SIDES:
+        name = getattr(data.modality, side)
+        sides_of[name] = (*sides_of.get(name, ()), side)
+    return sides_of
 
 
 def _training_rule(data: DataSettings, side: str) -> TextRule:
@@ -267,7 +311,7 @@ def _texts(
 ) -> Iterator[str]:
     for first in range(0, len(source), _CHUNK_ROWS):
         rows = np.arange(first, min(first + _CHUNK_ROWS, len(source)))
-        records = source.read(rows)
+        records = read_fields(source, rows, sides)
         for side in sides:
             check_texts([record[side] for record in records], what=f"{side} of row", first=first)
         yield from (record[side] for record in records for side in sides)

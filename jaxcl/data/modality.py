@@ -44,6 +44,25 @@ class Modality(Protocol):
 
     files: tuple[str, ...]
 
+    def usable(
+        self,
+        data: DataSettings,
+        source: PairSource,
+        *,
+        role: str,
+        sides: tuple[str, ...],
+        directory: Path,
+    ) -> PairSource:
+        """The rows of a data set whose values of these sides can be read.
+
+        Args:
+          data: the run's settings.
+          source: the rows of one data set.
+          role: the split's role, such as `"train"`.
+          sides: the sides that have this modality.
+          directory: the folder that runs share.
+        """
+
     def prepare(
         self, data: DataSettings, train: PairSource, sides: tuple[str, ...], workdir: AnyPath
     ) -> None:
@@ -56,7 +75,11 @@ class Modality(Protocol):
         """The function that turns values of a side, as a source returns them, into inputs."""
 
     def fingerprint(self, workdir: AnyPath) -> str:
-        """A hash of the files of `prepare`; if it is equal, equal values have equal inputs."""
+        """A hash of all that turns values into inputs: with an equal one, equal values have equal
+        inputs."""
+
+    def changed(self, workdir: AnyPath) -> str:
+        """Explain that `fingerprint` differs from that of the trained run, and what to do."""
 
     def encoder_argument(self, data: DataSettings, side: str) -> Any:
         """The first argument of an encoder of this modality."""

@@ -1,6 +1,7 @@
 """Prepare the data of a run, and check that they stay the same as long as its workdir exists."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcl.data.code_pairs import prepare_code_pairs
-from jaxcl.data.modalities import build_readers, input_fingerprints, open_tables
+from jaxcl.data.modalities import build_readers, input_fingerprints, open_tables, usable_rows
 from jaxcl.data.modality import Reader
 from jaxcl.data.row_guides import RowGuides, read_guides
 from jaxcl.data.row_negatives import RowNegatives, read_negatives
@@ -155,7 +156,8 @@ def prepare_data(
         with contextlib.suppress(ValueError):  # no step was saved, so a damaged file is no loss
             earlier = read_remembered_data(workdir)
     name = _data_set(data, data_dir=data_dir, earlier=earlier)
-    sources = open_splits(data, name, data_dir=data_dir, open_source=open_source)
+    usable = functools.partial(usable_rows, data, data_dir=data_dir)
+    sources = open_splits(data, name, data_dir=data_dir, open_source=open_source, usable=usable)
     fingerprints = {role: source.fingerprint for role, source in sources.items()}
     rows: dict[str, Any] = {"num_rows": len(sources["train"]), "source": fingerprints["train"]}
     rows["pairs"] = sources["train"]
@@ -203,7 +205,8 @@ def open_sources(
       ValueError: if a split is missing or empty.
     """
     name = _data_set(data, data_dir=data_dir, earlier=None)
-    return open_splits(data, name, data_dir=data_dir, open_source=open_source)
+    usable = functools.partial(usable_rows, data, data_dir=data_dir)
+    return open_splits(data, name, data_dir=data_dir, open_source=open_source, usable=usable)
 
 
 def _data_set(data: DataSettings, *, data_dir: Path, earlier: RememberedData | None) -> str:

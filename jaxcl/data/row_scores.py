@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxcl.data.column_folder import cached_columns
 from jaxcl.data.row_checks import check_rows
+from jaxcl.data.source_fields import read_fields
 from jaxcl.data.sources import PairSource
 from jaxcl.host.progress import progress_bar
 from jaxcl.typing import Bool, Float, Int
@@ -52,7 +53,7 @@ def open_scores(source: PairSource, *, data_dir: Path) -> RowScores:
         with progress_bar("reading scores", len(source)) as advance:
             for first in range(0, len(source), _ROWS_AT_ONCE):
                 rows = np.arange(first, min(first + _ROWS_AT_ONCE, len(source)))
-                records = source.read(rows)
+                records = read_fields(source, rows, ("score",))
                 numbers = [_number(record, first + row) for row, record in enumerate(records)]
                 with np.errstate(over="ignore"):
                     scores[rows] = numbers

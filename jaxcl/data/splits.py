@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxcl.data.pair_files import open_pair_files, report_shared_queries
 from jaxcl.data.row_ranges import RowRange, check_held_out
+from jaxcl.data.source_fields import PlacedSource, read_fields
 from jaxcl.data.sources import PairSource, checked_rows, open_pairs
 from jaxcl.settings.data_sections import DataSet, DataSettings
 from jaxcl.settings.file_kinds import reads_files
@@ -41,6 +42,11 @@ class ConcatenatedPairs:
         return int(self._edges[-1])
 
     @property
+    def data_sets(self) -> tuple[PairSource, ...]:
+        """The data sets, in order."""
+        return self._data_sets
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """The number of rows of each data set."""
         return tuple(map(len, self._data_sets))
@@ -68,12 +74,33 @@ class ConcatenatedPairs:
 
     def read(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """Return one dict per row number, in the order given."""
+        return self._read(rows, lambda data_set, numbers: data_set.read(numbers))
+
+    def read_fields(
+        self, rows: Sequence[int] | np.ndarray, names: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Return some fields of the rows."""
+        return self._read(rows, lambda data_set, numbers: read_fields(data_set, numbers, names))
+
+    def place(self, side: str, row: int) -> str | None:
+        """The name of a row's file."""
+        number = int(np.searchsorted(self._edges, row, side="right")) - 1
+        data_set = self._data_sets[number]
+        if isinstance(data_set, PlacedSource):
+            return data_set.place(side, row - int(self._edges[number]))
+        return None
+
+    def _read(
+        self,
+        rows: Sequence[int] | np.ndarray,
+        read: Callable[[PairSource, Int[np.ndarray, " b"]], list[dict[str, Any]]],
+    ) -> list[dict[str, Any]]:
         numbers = np.array(checked_rows(rows, num_rows=len(self)), np.int64)
         result: list[dict[str, Any]] = [{}] * len(numbers)
         data_set = np.searchsorted(self._edges, numbers, side="right") - 1
         for number in np.unique(data_set):
             positions = np.nonzero(data_set == number)[0]
-            records = self._data_sets[number].read(numbers[positions] - self._edges[number])
+            records = read(self._data_sets[number], numbers[positions] - self._edges[number])
             for position, record in zip(positions, records, strict=True):
                 result[position] = record
         return result
@@ -109,6 +136,7 @@ def open_splits(
     *,
     data_dir: Path,
     open_source: Callable[[str], PairSource] | None = None,
+    usable: Callable[[PairSource, str], PairSource] = lambda source, role: source,
 ) -> dict[str, PairSource]:
     """Open the splits of a run; only files of pairs are prepared.
 
@@ -118,6 +146,7 @@ def open_splits(
         prepared data set.
       data_dir: the folder where TFDS names are looked up and the rows of files are cached.
       open_source: role -> the pairs of the first data set, instead of a prepared one.
+      usable: (rows, role) -> those to keep, called for each data set.
 
     Returns:
       Role -> its pairs. If `data.concatenated` has a split for a role, its rows follow.
@@ -147,10 +176,11 @@ def open_splits(
             ranges[role].append((f"{where}.splits.{role}={split!r}", opened.row_ranges))
     check_held_out(ranges)
     report_shared_queries(parts)
-    return {
-        role: sources[0] if len(sources) == 1 else ConcatenatedPairs(sources)
-        for role, sources in parts.items()
-    }
+    result: dict[str, PairSource] = {}
+    for role, sources in parts.items():
+        kept = [usable(source, role) for source in sources]
+        result[role] = kept[0] if len(kept) == 1 else ConcatenatedPairs(kept)
+    return result
 
 
 def _opened(data_set: DataSet, role: str, data_dir: Path, text_sides: Sequence[str]) -> PairSource:

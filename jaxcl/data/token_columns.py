@@ -11,6 +11,7 @@ from jaxcl.data.array_writer import ArrayWriter
 from jaxcl.data.row_checks import checked_int32
 from jaxcl.data.row_labels import equal_rows, split_labels
 from jaxcl.data.row_tokenizer import RowTokenizer
+from jaxcl.data.source_fields import read_fields
 from jaxcl.data.sources import PairSource
 from jaxcl.host.progress import say
 from jaxcl.typing import Int, Integer
@@ -81,7 +82,8 @@ def _encode(
         }
         for first in range(0, len(source), _CHUNK_ROWS):
             rows = slice(first, min(first + _CHUNK_ROWS, len(source)))
-            records = source.read(np.arange(rows.start, rows.stop))
+            numbers = np.arange(rows.start, rows.stop)
+            records = read_fields(source, numbers, (*texts, "group"))
             groups = [record.get("group", 0) for record in records]
             group[rows] = checked_int32(groups, what="group", first_row=first)
             for side, file in files.items():

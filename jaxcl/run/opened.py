@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxcl.data.modalities import build_readers, check_inputs, modality_of, open_tables
+from jaxcl.data.modalities import build_readers, check_inputs, modality_of, open_tables, usable_rows
 from jaxcl.data.prepare import RememberedData, read_remembered_data, remembered_from
 from jaxcl.data.row_prompts import RowPrompts, row_prompts
 from jaxcl.data.sources import PairSource
@@ -90,11 +90,13 @@ class OpenedRun(NamedTuple):
             )
         data = self.settings.data
         splits = relocated_splits(data.splits, name=data.name, absolute_name=self.data_set)
+        data_dir = shared_folder(self.settings.run.data_dir)
         sources = open_splits(
             data._replace(splits=splits),
             self.data_set,
-            data_dir=shared_folder(self.settings.run.data_dir),
+            data_dir=data_dir,
             open_source=self._open_source(),
+            usable=functools.partial(usable_rows, data, data_dir=data_dir),
         )
         fingerprints = self.made_from["fingerprints"]
         if any(source.fingerprint != fingerprints.get(role) for role, source in sources.items()):

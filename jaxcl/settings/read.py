@@ -34,7 +34,7 @@ _SELECTION = ("sets", "best_metric", "patience", "min_delta")
 _DATA_SECTIONS = ("data", "evaluation", "run")
 _DATA_FIELDS = (
     *("name", "code_pairs", "splits", "query_field", "key_field", "concatenated"),
-    *("group_field", "score_field", "metadata_fields", "files", "modality"),
+    *("group_field", "score_field", "metadata_fields", "files", "modality", "images"),
 )
 """The fields of `data` that say which rows there are, and not how a model reads them."""
 

@@ -55,6 +55,12 @@ class Numbers:
 
     files = ("numbers.txt",)
 
+    def usable(self, data, source, *, role, sides, directory):
+        return source
+
+    def changed(self, workdir):
+        return "the numbers have changed"
+
     def prepare(self, data, train, sides, workdir):
         (workdir / "numbers.txt").write_text("prepared")
 

@@ -1,0 +1,1 @@
+"""Images as inputs: decoding, tables, sources of image files, and demonstration sets."""

@@ -1,0 +1,244 @@
+"""Check that all images of a source can be decoded, once, and number those with equal pixels.
+
+The result is cached in the shared folder under a hash of the rows, the rule and the decoder. Which
+rows are left out is therefore the same on all hosts and after each restart.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxcl.data.column_folder import cached_columns
+from jaxcl.data.images.decoder_probe import decoder_fingerprint
+from jaxcl.data.images.decoding import BadImage, ImageRule, decode_image, verify_image
+from jaxcl.data.images.image_threads import in_threads
+from jaxcl.data.row_checks import checked_int32
+from jaxcl.data.source_fields import SelectedPairs, read_fields, row_place
+from jaxcl.data.sources import PairSource
+from jaxcl.data.splits import ConcatenatedPairs
+from jaxcl.host.progress import progress_bar, say
+from jaxcl.typing import Int, Integer
+
+__all__ = ["CheckedImages", "check_images", "usable_images"]
+
+_FORMAT = 1
+_ROWS_AT_ONCE = 64
+_NAMED_ROWS = 5
+"""The number of bad images that a message names; it only counts the others."""
+_KEPT_REASONS = 100
+
+
+class CheckedImages(NamedTuple):
+    """The images of a source, after all were decoded.
+
+    Attributes:
+      digests: side -> the 128-bit digest of the pixels of each row's image; 0 for bad ones.
+      group: each row's group; 0 if rows have none.
+      bad: the rows with an image that cannot be decoded.
+      reasons: the first bad images, each with its place and the reason.
+    """
+
+    digests: dict[str, Integer[np.ndarray, "n 2"]]
+    group: Int[np.ndarray, " n"]
+    bad: Int[np.ndarray, " _"]
+    reasons: tuple[str, ...]
+
+
+def check_images(
+    source: PairSource, sides: Sequence[str], rule: ImageRule, *, role: str, directory: Path
+) -> CheckedImages:
+    """Decode all images of a source, or read the result of an earlier call.
+
+    Args:
+      source: the rows.
+      sides: the sides that are images.
+      rule: how an image becomes an array.
+      role: the role of the split, for the progress.
+      directory: the folder of all results.
+
+    Raises:
+      ValueError: if a side has texts.
+      OSError: if the result cannot be written.
+    """
+    if isinstance(source, ConcatenatedPairs):
+        parts = [
+            check_images(part, sides, rule, role=role, directory=directory)
+            for part in source.data_sets
+        ]
+        return _concatenated(parts, source.first_rows)
+    if isinstance(source, SelectedPairs):
+        checked = check_images(source.source, sides, rule, role=role, directory=directory)
+        return _selected(checked, source.chosen)
+    made_from = {
+        "format": _FORMAT,
+        "source": source.fingerprint,
+        "sides": list(sides),
+        "rule": json.loads(json.dumps(rule)),
+        "decoder": decoder_fingerprint(),
+    }
+    name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+    columns = cached_columns(
+        directory / name,
+        made_from,
+        functools.partial(_compute, source, sides, rule, role),
+        what=f"the checks of the images of {role}",
+    )
+    return CheckedImages(
+        {side: columns[f"{side}_digest"].reshape(-1, 2) for side in sides},
+        columns["group"],
+        np.flatnonzero(columns["is_bad"]),
+        tuple(json.loads(columns["reasons"].tobytes())),
+    )
+
+
+def usable_images(source: PairSource, checked: CheckedImages, *, role: str, bad: str) -> PairSource:
+    """The rows of a source whose images can be decoded.
+
+    Args:
+      source: the rows.
+      checked: the result of `check_images`.
+      role: the role of the split, for messages.
+      bad: `"skip"` leaves out rows with bad images, and says how many; `"error"` does not.
+
+    Raises:
+      ValueError: if an image is bad and `bad` is `"error"`, or all are bad.
+    """
+    if not len(checked.bad):
+        return source
+    count = f"{len(checked.bad):,} of {len(source):,} rows of {role} have images that"
+    more = len(checked.bad) - _NAMED_ROWS
+    named = "; ".join(checked.reasons[:_NAMED_ROWS]) + (f"; and {more:,} more" if more > 0 else "")
+    if bad == "error":
+        raise ValueError(
+            f"{count} cannot be read: {named}. Repair or remove them, or set data.images.bad=skip "
+            "to leave these rows out"
+        )
+    if len(checked.bad) == len(source):
+        raise ValueError(f"no image of {role} can be read: {named}")
+    say(f"{count} cannot be read and are left out: {named}")
+    return SelectedPairs(source, np.setdiff1d(np.arange(len(source)), checked.bad))
+
+
+class _Part(NamedTuple):
+    """Some rows of a source.
+
+    Attributes:
+      first: the number of the first row.
+      records: the fields of the rows; without the sides for rows that cannot be read.
+      errors: the errors of these rows by row number.
+    """
+
+    first: int
+    records: list[dict[str, Any]]
+    errors: dict[int, BadImage]
+
+
+def _compute(
+    source: PairSource, sides: Sequence[str], rule: ImageRule, role: str
+) -> dict[str, np.ndarray]:
+    group = np.zeros(len(source), np.int32)
+    digests = {side: np.zeros((len(source), 2), np.uint64) for side in sides}
+    is_bad = np.zeros(len(source), np.uint8)
+    reasons: list[str] = []
+    with progress_bar(f"checking the images of {role}", len(source)) as advance:
+        digests_of = functools.partial(_digests, sides=sides, rule=rule)
+        for part, results in in_threads(digests_of, _parts(source, sides)):
+            rows = slice(part.first, part.first + len(part.records))
+            groups = [record.get("group", 0) for record in part.records]
+            group[rows] = checked_int32(groups, what="group", first_row=part.first)
+            for row, result in enumerate(results, part.first):
+                if isinstance(result, _Bad):
+                    is_bad[row] = True
+                    reasons.append(f"{row_place(source, result.side, row)}: {result.reason}")
+                else:
+                    for side, digest in zip(sides, result, strict=True):
+                        digests[side][row] = np.frombuffer(digest, np.uint64)
+            advance(len(results))
+    content = json.dumps(reasons[:_KEPT_REASONS]).encode()
+    columns: dict[str, np.ndarray] = {f"{side}_digest": digests[side].ravel() for side in sides}
+    columns |= {"group": group, "is_bad": is_bad}
+    return columns | {"reasons": np.frombuffer(content, np.uint8)}
+
+
+def _parts(source: PairSource, sides: Sequence[str]) -> Iterator[_Part]:
+    for first in range(0, len(source), _ROWS_AT_ONCE):
+        rows = range(first, min(first + _ROWS_AT_ONCE, len(source)))
+        try:
+            part = _Part(first, read_fields(source, rows, (*sides, "group")), {})
+        except BadImage:
+            part = _Part(first, [], {})
+            for row in rows:
+                try:
+                    part.records.extend(read_fields(source, [row], (*sides, "group")))
+                except BadImage as error:
+                    part.records.extend(read_fields(source, [row], ("group",)))
+                    part.errors[row] = error
+        _check_types(source, part, sides)
+        yield part
+
+
+def _check_types(source: PairSource, part: _Part, sides: Sequence[str]) -> None:
+    for row, record in enumerate(part.records, part.first):
+        for side in sides:
+            if isinstance(record.get(side), str):
+                raise ValueError(
+                    f"the {side} in {row_place(source, side, row)} is a text, but data.modality."
+                    f"{side}='image' needs image files; set data.{side}_field to their column"
+                )
+
+
+class _Bad(NamedTuple):
+    side: str
+    reason: str
+
+
+def _digests(
+    part: _Part, *, sides: Sequence[str], rule: ImageRule
+) -> tuple[_Part, list[_Bad | tuple[bytes, ...]]]:
+    """The digests of each row's sides, or its first side that cannot be decoded."""
+    results: list[_Bad | tuple[bytes, ...]] = []
+    for row, record in enumerate(part.records, part.first):
+        if row in part.errors:
+            results.append(_Bad(sides[0], str(part.errors[row])))
+            continue
+        digests: list[bytes] = []
+        for number, side in enumerate(sides):
+            if number and _same(record[sides[0]], record[side]):
+                digests.append(digests[0])  # both sides read one column
+                continue
+            try:
+                verify_image(record[side])
+                pixels = decode_image(record[side], rule)
+            except BadImage as error:
+                results.append(_Bad(side, str(error)))
+                break
+            digests.append(hashlib.blake2b(pixels.tobytes(), digest_size=16).digest())
+        else:
+            results.append(tuple(digests))
+    return part, results
+
+
+def _same(first: Any, second: Any) -> bool:
+    return first is second or (isinstance(first, bytes) and first == second)
+
+
+def _selected(checked: CheckedImages, chosen: Int[np.ndarray, " n"]) -> CheckedImages:
+    """The checks of some rows, which are all good."""
+    digests = {side: digests[chosen] for side, digests in checked.digests.items()}
+    return CheckedImages(digests, checked.group[chosen], np.zeros(0, np.int64), ())
+
+
+def _concatenated(
+    parts: Sequence[CheckedImages], first_rows: Int[np.ndarray, " _"]
+) -> CheckedImages:
+    return CheckedImages(
+        {side: np.concatenate([part.digests[side] for part in parts]) for side in parts[0].digests},
+        np.concatenate([part.group for part in parts]),
+        np.concatenate([part.bad + first for part, first in zip(parts, first_rows, strict=True)]),
+        tuple(reason for part in parts for reason in part.reasons),
+    )

@@ -1,0 +1,79 @@
+"""Identify how the installed Pillow decodes images, by the pixels of a few small ones.
+
+Versions of Pillow that decode these equally have the same fingerprint, so most upgrades do not
+change the inputs of a trained model.
+"""
+
+import base64
+import functools
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxcl.data.images.decoding import BadImage, ImageRule, decode_image, pillow
+
+__all__ = ["decoder_fingerprint", "decoder_name"]
+
+
+_JPEG = (
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABALDA4MChAODQ4SERATGCgaGBYWGDEjJR0oOjM9PDkzODdASFxOQERXRT"
+    "c4UG1RV19iZ2hnPk1xeXBkeFxlZ2P/2wBDARESEhgVGC8aGi9jQjhCY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2Nj"
+    "Y2NjY2NjY2NjY2NjY2NjY2NjY2NjY2P/wAARCAAwACgDASIAAhEBAxEB/8QAGAAAAwEBAAAAAAAAAAAAAAAAAAQFAw"
+    "L/xAAjEAABAwQBBQEBAAAAAAAAAAAAAQMRAgQTISISQWGB8HEF/8QAGgEAAQUBAAAAAAAAAAAAAAAABAACAwUGAf/E"
+    "ACQRAAEDAgYCAwAAAAAAAAAAAAEAAgMEEhETFCEiIwVBMYHB/9oADAMBAAIRAxEAPwCo05CG2SSYjsKMtOSDOlv61n"
+    "4af2naF2ONOQI0Lo6RyAcxabkreGC5U8kgSL67x2/Qi8nNeu/3kBNg1IzFyoqm0zssNx+1FSqVGWa4E2qpQ164LB1N"
+    "Z2KWGHHZUqXdHSVST6HdhfXOO26EXk5r13+8kOBqzYFZWCCMyO9Jd+5z3NVaLxTVP4AmlUAGZYg4BZ4xmUl7vkrpp2"
+    "ENskkxHIUZZcke6W/rWqhp8N09QuyW/d57iqtF4pqn8Nv6NxitulF5Oa9d/vJGRyB8VPpexDeRNxEI9bn8VNHJAUac"
+    "kB5GdyQzIMAv/9k="
+)
+"""A file of 40 × 48 pixels with colours at half the resolution."""
+_WEBP = (
+    "UklGRjoBAABXRUJQVlA4IC4BAADwCACdASooADAAPu1mp1CppSMirjQMyTAdiWwAnTK4ta+8+ZFTX8BrCJR4VggPA8"
+    "hNOgkPRZsaPQfU2gwlTOFu3ssCzM7dBlTnmVwL8zdcAAD+tMgKpAxJZbvk7U6r2eP/03bCRoNiqvzYvUS7Xq0D4oul"
+    "bbskGXkcKR1cGvAx1j8IRb3azfTD149q2PYR+iSWrcj80nX8XUeqFGWrF61lvajnENHTK5K6jmAZ6TfmgnPreB47HK"
+    "ODrFHMG/AgHMji4Jq3I/NUC6T2quwua+RE71J6PKrJom6Sn6j2Puq8Nkoj2GS5fjf3DdjTHwaVTkfxXj5xdSR0WNtz"
+    "AoSmayOhcybbUgYLGyxGaxVuBpcVzzxjbtPaSEfTnp8Q/c5Akoc//E37B8u2r2W0jRQgAA=="
+)
+"""The same pixels."""
+
+_RULES = (ImageRule(32), ImageRule(8), ImageRule(21, "stretch", (10, 20, 30)))
+"""Without and with a reduced decoding of the JPEG."""
+
+
+def decoder_name() -> str:
+    """The version of Pillow, and those of the libraries that decode lossy formats."""
+    from PIL import features
+
+    libraries = {"libjpeg_turbo": "libjpeg-turbo", "webp": "WebP", "avif": "AVIF"}
+    versions = [
+        f"{name} {features.version(library)}"
+        for library, name in libraries.items()
+        if features.version(library) is not None
+    ]
+    return f"Pillow {pillow().__version__} ({', '.join(versions)})"
+
+
+@functools.cache
+def decoder_fingerprint() -> str:
+    """A hash of the arrays that some small images become."""
+    digest = hashlib.sha256()
+    for image in _images():
+        for rule in _RULES:
+            try:
+                digest.update(decode_image(image, rule).tobytes())
+            except BadImage:  # built without WebP
+                digest.update(b"not read")
+    return digest.hexdigest()
+
+
+def _images() -> Iterator[Any]:
+    for encoded in (_JPEG, _WEBP):
+        yield base64.b64decode(encoded)
+    rows, columns = np.mgrid[:37, :45]
+    channels = [rows * 7, columns * 5, rows * columns, (rows + columns) * 3]
+    yield np.stack(channels, -1).astype(np.uint8)  # with transparency
+    yield (rows * 6 ^ columns * 5).astype(np.uint8)
+    yield pillow().fromarray((rows * 1500 + columns * 300).astype(np.uint16))
+    yield pillow().frombytes("CMYK", (45, 37), np.stack(channels, -1).astype(np.uint8).tobytes())

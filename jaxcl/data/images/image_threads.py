@@ -1,0 +1,55 @@
+"""Decode many images at a time in worker threads; Pillow does not hold Python's lock."""
+
+import collections
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+__all__ = ["in_threads", "num_threads"]
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+_MOST_THREADS = 32
+_WAITING = 2
+"""The number of tasks per thread that are started ahead, which limits the memory."""
+
+
+def num_threads() -> int:
+    """The number of threads: one per core that this process may use, and at most 32."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, _MOST_THREADS)
+
+
+def in_threads(
+    function: Callable[[T], U], values: Iterable[T], *, threads: int | None = None
+) -> Iterator[U]:
+    """Apply a function to each value in worker threads, and yield the results in order.
+
+    Values are taken from the iterable in the calling thread, only a few ahead of the results.
+
+    Args:
+      function: it must not call `in_threads`.
+      values: one value per task; a task should take a millisecond or more.
+      threads: the number of threads; `None` for `num_threads()`.
+    """
+    pool = _pool(threads or num_threads())
+    waiting: collections.deque[Future[U]] = collections.deque()
+    try:
+        for value in values:
+            waiting.append(pool.submit(function, value))
+            if len(waiting) > _WAITING * pool._max_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # after an error, or if the caller stops early
+        for future in waiting:
+            future.cancel()
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """One pool per number of threads, since starting threads takes as long as a small image."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="jaxcl-images")
