@@ -46,7 +46,7 @@ def encoder_part(model: PretrainedModel) -> EncoderPart:
         make,
         PretrainedOptions,
         lambda _, abstract: load_parameters(model, abstract),
-        any_width=FAMILIES[model.family].contextual,
+        any_width=FAMILIES[model.family].any_width,
     )
 
 

@@ -7,8 +7,24 @@ import numpy as np
 from flax import nnx
 
 from jaxcl.host.paths import AnyPath
+from jaxcl.models.vision.entry import PixelRule
 
-__all__ = ["Dense", "Family", "Pooling", "PretrainedModel", "Tensor"]
+__all__ = ["Dense", "Family", "ImagePreprocessing", "Pooling", "PretrainedModel", "Tensor"]
+
+
+class ImagePreprocessing(NamedTuple):
+    """How image files become the pixels that an encoder reads.
+
+    Attributes:
+      size: height and width to which images are decoded.
+      resize: `"crop"` resizes the shorter side to `size` and crops the centre; `"stretch"` resizes
+        both sides to `size`.
+      pixels: the fixed part of the encoder, from decoded images to normalised pixels.
+    """
+
+    size: int
+    resize: str
+    pixels: PixelRule
 
 
 class Pooling(NamedTuple):
@@ -65,6 +81,9 @@ class PretrainedModel(NamedTuple):
       dim: width of the embeddings.
       tensors: file, relative to `path` -> name of a tensor -> its type in the file and its shape.
       files: JSON and text file, relative to `path` -> its content, for copies and exports.
+      images: for encoders of images, how files become pixels; `None` for encoders of texts.
+      logits: for folders with two towers, the initial value of each learned scalar of the loss,
+        `"logit_scale"` and, for SigLIP, `"logit_bias"`.
     """
 
     path: AnyPath
@@ -83,6 +102,13 @@ class PretrainedModel(NamedTuple):
     dim: int
     tensors: Mapping[str, Mapping[str, tuple[np.dtype, tuple[int, ...]]]]
     files: Mapping[str, bytes]
+    images: ImagePreprocessing | None = None
+    logits: Mapping[str, float] = {}
+
+    @property
+    def modality(self) -> str:
+        """`"image"` or `"text"`."""
+        return "text" if self.images is None else "image"
 
 
 class Tensor(NamedTuple):
@@ -90,7 +116,8 @@ class Tensor(NamedTuple):
 
     Attributes:
       name: the tensor's name, without a prefix such as `"bert."`.
-      transposed: whether the file holds `[out, in]` for a parameter of shape `[in, out]`.
+      transposed: whether the file holds `[out, in]` for a parameter of shape `[in, out]`. Any
+        number of axes is reversed.
     """
 
     name: str
@@ -110,7 +137,12 @@ class Family(NamedTuple):
       hidden_dim: `config.json` -> width of the hidden states.
       vocabulary_size: `config.json` -> rows of the token table.
       max_tokens: `config.json` -> the longest text that the positions allow; `None` for any.
-      contextual: whether the hidden state of a token depends on the other tokens of its text.
+      any_width: whether texts may be padded to any width, as in `EncoderPart`.
+      embeds: whether the module returns one vector per row instead of hidden states. It then maps
+        tokens and their mask, or normalised pixels.
+      images: for encoders of images, `config.json` -> the fields `resize` and `pixels` of
+        `ImagePreprocessing`, for folders that do not say them; `None` for encoders of texts.
+      options: names of further options of `make`.
     """
 
     prefixes: tuple[str, ...]
@@ -119,4 +151,12 @@ class Family(NamedTuple):
     hidden_dim: Callable[[Mapping[str, Any]], int]
     vocabulary_size: Callable[[Mapping[str, Any]], int]
     max_tokens: Callable[[Mapping[str, Any]], int | None]
-    contextual: bool = True
+    any_width: bool = True
+    embeds: bool = False
+    images: Callable[[Mapping[str, Any]], tuple[str, PixelRule]] | None = None
+    options: tuple[str, ...] = ()
+
+    @property
+    def modality(self) -> str:
+        """`"image"` or `"text"`."""
+        return "text" if self.images is None else "image"

@@ -1,6 +1,6 @@
-"""A pretrained encoder as one module: tokens in, one vector per text out."""
+"""A pretrained encoder as one module: tokens or images in, one vector per row out."""
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from flax import nnx
 
@@ -9,7 +9,9 @@ from jaxcl.models.pretrained.activations import ACTIVATIONS
 from jaxcl.models.pretrained.description import Dense, Pooling, PretrainedModel
 from jaxcl.models.pretrained.families import FAMILIES
 from jaxcl.models.pretrained.pooling import pool_states, without_prompt
+from jaxcl.models.pretrained.preprocessing import with_image_size
 from jaxcl.models.pretrained.static_embedding import StaticEmbedding
+from jaxcl.models.vision.entry import PixelRule, enter, images_of
 from jaxcl.typing import Embeddings, PyTree, Range, RowKeys, check_ranges
 
 __all__ = ["PretrainedEncoder", "PretrainedOptions"]
@@ -21,10 +23,12 @@ class PretrainedOptions(NamedTuple):
     dropout: Annotated[float, Range(least=0, below=1)] | None = None
     remat: bool | None = None
     compute_dtype: str | None = None
+    image_size: Annotated[int, Range(least=1)] | None = None
+    pooling: str | None = None
 
 
 class PretrainedEncoder(nnx.Module):
-    """Embed texts with a pretrained encoder, its pooling and its dense layers.
+    """Embed texts or images with a pretrained encoder, its pooling and its dense layers.
 
     The paths of its parameters begin with `encoder`, followed by the name in the family's module,
     or with `dense/0`, `dense/1` and so on.
@@ -38,7 +42,10 @@ class PretrainedEncoder(nnx.Module):
       remat: keep one activation per block for the backward pass, and recompute the others.
       compute_dtype: type of activations, such as `"bfloat16"`; `None` means bfloat16 on
         accelerators and float32 on CPUs. Parameters, pooling and dense layers stay float32.
-      pooling: replaces the folder's pooling.
+      image_size: for encoders of images, the height and width that the encoder reads; `None` for
+        those of the folder. Other sizes have interpolated positions.
+      pooling: for texts, replaces the folder's pooling. For ViT and DINOv2, `"cls"` for the class
+        token, which is the default, or `"mean"` for the mean over the patches.
       rngs: for the initial parameters.
 
     Raises:
@@ -54,18 +61,33 @@ class PretrainedEncoder(nnx.Module):
         dropout: float | None = None,
         remat: bool = False,
         compute_dtype: str | None = None,
-        pooling: Pooling | None = None,
+        image_size: int | None = None,
+        pooling: Pooling | str | None = None,
         rngs: nnx.Rngs,
     ):
-        check_ranges(PretrainedOptions(dropout))
+        check_ranges(PretrainedOptions(dropout, image_size=image_size))
         if model.family not in FAMILIES:
             raise ValueError(
                 f"family={model.family!r} is unknown; use one of {', '.join(FAMILIES)}"
             )
         family = FAMILIES[model.family]
+        own: dict[str, Any] = {}
+        if isinstance(pooling, str):
+            if "pooling" not in family.options:
+                raise ValueError(
+                    f"pooling={pooling!r} has no effect on {model.family} models; leave it out"
+                )
+            own, pooling = {"pooling": pooling}, None
         self.encoder = family.make(
-            model.config, rngs=rngs, dropout=dropout, remat=remat, compute_dtype=compute_dtype
+            model.config,
+            rngs=rngs,
+            dropout=dropout,
+            remat=remat,
+            compute_dtype=compute_dtype,
+            **own,
         )
+        self.pixels = _pixel_rule(model, image_size)
+        self.embeds = family.embeds
         self.modes = (pooling or model.pooling).modes
         _check_dense(family.hidden_dim(model.config) * len(self.modes), model.dense)
         self.dense = nnx.List(
@@ -79,31 +101,49 @@ class PretrainedEncoder(nnx.Module):
         self.normalize = normalize
 
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
-        """Embed texts.
+        """Embed texts or images.
 
         Args:
           inputs: `{"tokens": int32[b, t], "length": int32[b]}`. With `"prompt_length": int32[b]`,
             pooling leaves out the prompt's tokens. `jaxcl.models.layers.token_mask` explains
-            `"mask"` and inputs without a length.
+            `"mask"` and inputs without a length. For images, `{"image": uint8[b, y, x, 3]}`, or
+            floats in [0, 1].
           rngs: a random key per row for dropout, or `None` for evaluation.
 
         Returns:
-          One embedding per text, in at least float32; zeros for a text without tokens.
+          One embedding per row, in at least float32; zeros for a text without tokens.
         """
-        tokens, mask = tokens_of(inputs, "PretrainedEncoder"), token_mask(inputs)
-        pooled = mask
-        if "prompt_length" in inputs:
-            pooled = without_prompt(mask, inputs["prompt_length"])
-        if isinstance(self.encoder, StaticEmbedding) and self.modes == ("mean",):
-            vectors = self.encoder.mean(tokens, pooled)
-        else:
-            hidden = self.encoder(tokens, mask, rngs)
-            vectors = pool_states(hidden, pooled, modes=self.modes)
+        vectors = self._embed(inputs, rngs)
         layers = zip(self.dense, self.activations, self.residuals, strict=True)
         for layer, activation, residual in layers:
             out = ACTIVATIONS[activation](layer(vectors))
             vectors = out + vectors if residual else out
         return unit_vectors(vectors) if self.normalize else vectors
+
+    def _embed(self, inputs: PyTree, rngs: RowKeys | None) -> Embeddings:
+        """One vector per row, before the dense layers."""
+        if self.pixels is not None:
+            return self.encoder(enter(images_of(inputs, "PretrainedEncoder"), self.pixels), rngs)
+        tokens, mask = tokens_of(inputs, "PretrainedEncoder"), token_mask(inputs)
+        pooled = mask
+        if "prompt_length" in inputs:
+            pooled = without_prompt(mask, inputs["prompt_length"])
+        if isinstance(self.encoder, StaticEmbedding) and self.modes == ("mean",):
+            return self.encoder.mean(tokens, pooled)
+        states = self.encoder(tokens, mask, rngs)
+        return states if self.embeds else pool_states(states, pooled, modes=self.modes)
+
+
+def _pixel_rule(model: PretrainedModel, image_size: int | None) -> PixelRule | None:
+    if model.images is None:
+        if image_size is not None:
+            raise ValueError(
+                f"image_size={image_size} has no effect on {model.family} models; leave it out"
+            )
+        return None
+    return (
+        model.images if image_size is None else with_image_size(model.images, image_size)
+    ).pixels
 
 
 def _check_dense(width: int, dense: tuple[Dense, ...]) -> None:

@@ -12,9 +12,10 @@ from jaxcl.host.files import read_regular, read_sealed_json
 from jaxcl.host.paths import AnyPath
 from jaxcl.models.pretrained.containment import join, lies_in, path_inside
 from jaxcl.models.pretrained.description import Family, PretrainedModel
-from jaxcl.models.pretrained.families import FAMILIES
+from jaxcl.models.pretrained.families import FAMILIES, TWO_TOWERS
 from jaxcl.models.pretrained.hub import local_or_hub
 from jaxcl.models.pretrained.modules import (
+    MODULE_ORDERS,
     SENTENCE_CONFIGS,
     Modules,
     list_modules,
@@ -25,14 +26,20 @@ from jaxcl.models.pretrained.modules import (
     parse_similarity,
     refuse_foreign_code,
 )
-from jaxcl.models.pretrained.tensor_files import Specs, parse_specs, weight_files
+from jaxcl.models.pretrained.preprocessing import PREPROCESSING_FILES, parse_image_rule
+from jaxcl.models.pretrained.tensor_files import Specs, map_tensors, parse_specs, weight_files
+from jaxcl.models.pretrained.two_towers import LOGITS, logit_values, tower_config, tower_tensors
 
-__all__ = ["TENSOR_LIST", "read_pretrained"]
+__all__ = ["TENSOR_LIST", "UNUSED_FOLDER", "read_pretrained", "read_towers"]
 
 TENSOR_LIST = "tensors.json"
 """The file that replaces the weights in a run's copy: file -> name -> [type, shape]."""
 
+UNUSED_FOLDER = "unused"
+"""The folder in a run's copy with the tensors that are not parameters."""
+
 _CONFIGS = (
+    *PREPROCESSING_FILES,
     *("config.json", "modules.json", "config_sentence_transformers.json", *SENTENCE_CONFIGS),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("adapter_config.json", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt"),
@@ -55,31 +62,51 @@ _MODEL2VEC_TOKENS = 512
 """The default of model2vec."""
 
 
-def read_pretrained(path: str | os.PathLike[str]) -> PretrainedModel:
+def read_pretrained(path: str | os.PathLike[str], *, modality: str = "text") -> PretrainedModel:
     """Read the description of a pretrained encoder from its folder, without loading the weights.
 
     Args:
       path: a folder of sentence-transformers, a folder that `save_pretrained` of transformers or
         model2vec has written, a run's copy of either, or the id of a model on the Hugging Face Hub
         (`jaxcl.models.pretrained.hub`).
+      modality: what the encoder reads, `"text"` or `"image"`. A folder with two towers, such as
+        CLIP's, has one encoder for each.
 
     Raises:
-      ValueError: if the folder is damaged, needs an unsupported feature, or could run code; the
-        message begins with its path.
+      ValueError: if the folder is damaged, needs an unsupported feature, has no encoder of this
+        modality, or could run code; the message begins with its path.
       OSError: if the folder does not exist, or a file cannot be read or downloaded.
     """
+    return _read(path, modality)[modality]
+
+
+def read_towers(path: str | os.PathLike[str]) -> dict[str, PretrainedModel]:
+    """Read the descriptions of all encoders in a folder: modality -> encoder.
+
+    Args:
+      path: as for `read_pretrained`.
+
+    Raises:
+      ValueError, OSError: as `read_pretrained`.
+    """
+    return _read(path, None)
+
+
+def _read(path: str | os.PathLike[str], modality: str | None) -> dict[str, PretrainedModel]:
     root = local_or_hub(path)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; give the folder of a pretrained model")
     try:
-        return _describe(root, _read_small_files(root))
+        return _describe_towers(root, _read_small_files(root), modality)
     except ValueError as error:
         if str(error).startswith(str(root)):
             raise
         raise ValueError(f"{root}: {error}") from error
 
 
-def _describe(root: AnyPath, files: Mapping[str, bytes]) -> PretrainedModel:
+def _describe_towers(
+    root: AnyPath, files: Mapping[str, bytes], modality: str | None
+) -> dict[str, PretrainedModel]:
     modules = parse_modules(files)
     folder = modules.encoder_folder
     if not {"config.json", "modules.json"} & files.keys():
@@ -87,21 +114,64 @@ def _describe(root: AnyPath, files: Mapping[str, bytes]) -> PretrainedModel:
             "it has no config.json or modules.json; give a folder that was saved by "
             "sentence-transformers, transformers or model2vec"
         )
-    if join(folder, "tokenizer.json") not in files:
-        raise ValueError(
-            "it has no tokenizer.json; load its tokenizer with transformers' AutoTokenizer and "
-            "save it into the folder with save_pretrained"
-        )
     refuse_foreign_code(files, folder)
     config = parse_json(files, join(folder, "config.json"))
     tensors = _read_tensors(root, modules)
     shapes = _shapes(tensors, folder)
     name = _family_name(config, shapes, static=modules.static)
-    _check_layers(config, len(shapes))
+    towers = TWO_TOWERS.get(name) or {_family(name).modality: name}
+    if modality is not None and modality not in towers:
+        raise ValueError(
+            f"it holds an encoder of {next(iter(towers))}s ({name}), but the side reads "
+            f"{modality}s; see data.modality"
+        )
+    described = {}
+    for one in towers if modality is None else (modality,):
+        if name in TWO_TOWERS:
+            own = tower_config(config, one), tower_tensors(tensors, one)
+        else:
+            own = _single_config(config, name, shapes), tensors
+        described[one] = _describe(root, files, modules, towers[one], *own)
+    return described
+
+
+def _single_config(
+    config: Mapping[str, Any], name: str, shapes: Mapping[str, list[int]]
+) -> Mapping[str, Any]:
+    """The config of a folder with one encoder, with the sizes that only its tensors tell."""
+    if name in _STATIC_TABLES.values():
+        return {**config, "tensors": shapes}
+    if name.startswith("clip_") and not any("_projection." in tensor for tensor in shapes):
+        return {**config, "projection_dim": None}
+    return config
+
+
+def _describe(
+    root: AnyPath,
+    files: Mapping[str, bytes],
+    modules: Modules,
+    name: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Specs],
+) -> PretrainedModel:
+    folder, family = modules.encoder_folder, _family(name)
+    if family.modality == "text" and join(folder, "tokenizer.json") not in files:
+        raise ValueError(
+            "it has no tokenizer.json; load its tokenizer with transformers' AutoTokenizer and "
+            "save it into the folder with save_pretrained"
+        )
+    if modules.embeds is not None and modules.embeds != family.embeds:
+        with_or_without = "without" if modules.embeds else "with"
+        raise ValueError(
+            f"modules.json lists modules {with_or_without} Pooling for a {name} model; supported "
+            f"are {MODULE_ORDERS}"
+        )
+    _check_layers(config, sum(len(specs) for specs in tensors.values()))
     static = name in _STATIC_TABLES.values()
-    if static:  # these families have no sizes in their config
-        config |= {"tensors": shapes}
-    family = _family(name)
+    images = None
+    if family.images is not None:
+        resize, pixels = family.images(config)
+        images = parse_image_rule(files, folder, resize=resize, pixels=pixels)
     return PretrainedModel(
         path=root,
         family=name,
@@ -119,7 +189,19 @@ def _describe(root: AnyPath, files: Mapping[str, bytes]) -> PretrainedModel:
         dim=_dim(modules, family.hidden_dim(config)),
         tensors=tensors,
         files=files,
+        images=images,
+        logits=_read_logits(root, tensors),
     )
+
+
+def _read_logits(root: AnyPath, tensors: Mapping[str, Specs]) -> dict[str, float]:
+    """The scalars of the loss, which belong to no encoder."""
+    folder = UNUSED_FOLDER if (root / TENSOR_LIST).exists() else ""
+    values: dict[str, float] = {}
+    for file, specs in tensors.items():
+        if any(name in specs for name in LOGITS):
+            values |= logit_values(map_tensors(path_inside(root, join(folder, file))))
+    return values
 
 
 def _read_small_files(root: AnyPath) -> dict[str, bytes]:

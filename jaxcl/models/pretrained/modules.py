@@ -9,6 +9,7 @@ from jaxcl.models.pretrained.containment import join
 from jaxcl.models.pretrained.description import Dense, Pooling
 
 __all__ = [
+    "MODULE_ORDERS",
     "POOLING_FLAGS",
     "POOLING_MODES",
     "SENTENCE_CONFIGS",
@@ -43,10 +44,11 @@ POOLING_MODES = tuple(POOLING_FLAGS)
 _SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 _MAX_MODULES = 32
 _PACKAGE = "sentence_transformers."
-_ORDERS = (
-    "Transformer, Pooling, any number of Dense, and an optional Normalize; or StaticEmbedding, any "
-    "number of Dense, and an optional Normalize"
+MODULE_ORDERS = (
+    "Transformer, Pooling, any number of Dense, and an optional Normalize; StaticEmbedding, any "
+    "number of Dense, and an optional Normalize; or CLIPModel and an optional Normalize"
 )
+"""The supported lists of modules."""
 
 
 class Modules(NamedTuple):
@@ -58,6 +60,7 @@ class Modules(NamedTuple):
       pooling: how to pool the hidden states into one vector.
       dense: the linear layers after pooling.
       normalize: whether the folder asks for unit vectors.
+      embeds: whether the encoder needs no pooling, as in CLIP; `None` without `modules.json`.
     """
 
     static: bool = False
@@ -65,6 +68,7 @@ class Modules(NamedTuple):
     pooling: Pooling = Pooling()
     dense: tuple[Dense, ...] = ()
     normalize: bool = False
+    embeds: bool | None = None
 
 
 def parse_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -106,21 +110,26 @@ def parse_modules(files: Mapping[str, bytes]) -> Modules:
     (first, encoder_folder), *rest = modules
     static = first == "StaticEmbedding"
     kinds = [kind for kind, _ in rest]
+    # Newer versions of the library write a Transformer without Pooling for CLIP.
+    embeds = first == "CLIPModel" or (first == "Transformer" and "Pooling" not in kinds)
     normalize = kinds[-1:] == ["Normalize"]
     num_dense = kinds.count("Dense")
-    wanted = ([] if static else ["Pooling"]) + ["Dense"] * num_dense + ["Normalize"] * normalize
-    if first not in ("StaticEmbedding", "Transformer") or kinds != wanted:
+    pooled = [] if static or embeds else ["Pooling"]
+    wanted = pooled + ["Dense"] * num_dense + ["Normalize"] * normalize
+    known = first in ("StaticEmbedding", "Transformer", "CLIPModel")
+    if not known or kinds != wanted or (embeds and num_dense):
         names = ", ".join(kind for kind, _ in modules)
-        raise ValueError(f"modules.json lists {names}; supported are {_ORDERS}")
+        raise ValueError(f"modules.json lists {names}; supported are {MODULE_ORDERS}")
     folders = [encoder_folder, *(folder for kind, folder in rest if kind == "Dense")]
     if len(set(folders)) < len(folders):
         raise ValueError(f"modules.json gives one folder to two modules: {', '.join(folders)}")
     return Modules(
         static,
         encoder_folder,
-        Pooling() if static else _parse_pooling(files, rest[0][1]),
+        _parse_pooling(files, rest[0][1]) if pooled else Pooling(),
         tuple(_parse_dense(files, folder) for folder in folders[1:]),
         normalize,
+        embeds,
     )
 
 
@@ -239,7 +248,7 @@ def _parse_module(module: Any) -> tuple[str, str]:
     if not module["type"].startswith(_PACKAGE):
         raise ValueError(
             f"modules.json asks to import {module['type']!r:.99}, which could run any code; "
-            f"supported are {_ORDERS} of sentence-transformers"
+            f"supported are {MODULE_ORDERS} of sentence-transformers"
         )
     # Versions of the library keep one class in different packages.
     folder = PurePosixPath(module["path"])

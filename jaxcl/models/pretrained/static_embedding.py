@@ -107,7 +107,7 @@ def static_family(table: str, weights: str | None = None) -> Family:
         hidden_dim=lambda config: _shape(config, table)[1],
         vocabulary_size=lambda config: _shape(config, table)[0],
         max_tokens=lambda config: None,
-        contextual=False,
+        any_width=False,
     )
 
 

@@ -19,8 +19,9 @@ from jaxcl.host.staging import put_in_place, staging_folder
 from jaxcl.models.pretrained.containment import join, lies_in, path_inside
 from jaxcl.models.pretrained.description import PretrainedModel, Tensor
 from jaxcl.models.pretrained.families import FAMILIES
-from jaxcl.models.pretrained.folder import TENSOR_LIST
+from jaxcl.models.pretrained.folder import TENSOR_LIST, UNUSED_FOLDER
 from jaxcl.models.pretrained.tensor_files import map_tensors, specs_as_json, write_tensors
+from jaxcl.models.pretrained.two_towers import LOGITS
 from jaxcl.typing import PyTree
 
 __all__ = ["export_tensors", "keep_copy", "load_parameters", "place", "unused_tensors"]
@@ -31,10 +32,9 @@ FileTensors: TypeAlias = dict[str, dict[str, np.ndarray]]
 _UNUSED = (
     *("*pooler.*", "cls.*", "lm_head.*", "qa_outputs.*", "classifier.*", "pre_classifier.*"),
     *("vocab_transform.*", "vocab_layer_norm.*", "vocab_projector.*", "head.*", "decoder.*"),
-    *("*position_ids", "*.inv_freq"),
+    *("*position_ids", "*.inv_freq", "*mask_token", *LOGITS),
 )
 """Tensors that transformers writes but embeddings do not use: heads, and computed constants."""
-_UNUSED_FOLDER = "unused"
 _DENSE = {"kernel": Tensor("linear.weight", transposed=True), "bias": Tensor("linear.bias")}
 _SHOWN = 20
 
@@ -128,7 +128,7 @@ def unused_tensors(model: PretrainedModel) -> FileTensors:
     names: dict[str, list[str]] = {}
     for file, name in _match(model).unused:
         names.setdefault(file, []).append(name)
-    folder = _UNUSED_FOLDER if _is_copy(model) else ""
+    folder = UNUSED_FOLDER if _is_copy(model) else ""
     tensors: FileTensors = {}
     for file, unused in names.items():
         mapped = _map(model, file, unused, folder=folder)
@@ -197,7 +197,7 @@ def _write_copy(model: PretrainedModel, directory: AnyPath) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content)
     for file, tensors in unused_tensors(model).items():
-        path = directory / _UNUSED_FOLDER / file
+        path = directory / UNUSED_FOLDER / file
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors)
     # Written last: without this file, the copy cannot be read.

@@ -28,8 +28,8 @@ class PixelRule(NamedTuple):
     Attributes:
       size: height and width of the images that the encoder reads.
       mean, std: the mean and standard deviation of the pixels in [0, 1], by channel.
-      kept: the share of height and width that is kept, around the centre, as after a resize to 256
-        pixels and a crop of 224.
+      kept: the share of height and width that is kept, around the centre, of images of another
+        size: 224 / 256 of images that are decoded to 256 pixels for an encoder that reads 224.
       cubic: resize with cubic instead of linear interpolation.
     """
 
@@ -54,7 +54,9 @@ def images_of(inputs: PyTree, reader: str) -> Num[Array, "b y x c"]:
 
 
 def enter(image: Num[Array, "b y x c"], rule: PixelRule) -> Float[Array, "b s s c"]:
-    r"""Crop the centre of images, resize it, and normalise it: $(x - \mu) / \sigma$.
+    r"""Crop the centre of images and resize it, and normalise the pixels: $(x - \mu) / \sigma$.
+
+    Images of the size that the encoder reads, such as augmented ones, are only normalised.
 
     Args:
       image: integers in [0, 255], or floats in [0, 1].
@@ -67,7 +69,9 @@ def enter(image: Num[Array, "b y x c"], rule: PixelRule) -> Float[Array, "b s s 
         image = image.astype(jnp.float32) / 255
     image = image.astype(jnp.promote_types(image.dtype, jnp.float32))
     rows, columns = (
-        resize_weights(length, rule.size, kept=rule.kept, cubic=rule.cubic)
+        None
+        if image.shape[1:3] == (rule.size, rule.size)
+        else resize_weights(length, rule.size, kept=rule.kept, cubic=rule.cubic)
         for length in image.shape[1:3]
     )
     if rows is not None:

@@ -1,0 +1,86 @@
+"""Families of image and text towers, which return one vector per row."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from jaxcl.models.pretrained.description import Family
+from jaxcl.models.pretrained.image_tower import ImageArchitecture, ImageNames, ImageTower
+from jaxcl.models.pretrained.text_tower import TextArchitecture, TextNames, TextTower
+from jaxcl.models.vision.entry import PixelRule
+
+__all__ = ["IMAGE_POOLINGS", "image_family", "text_family"]
+
+IMAGE_POOLINGS = ("cls", "mean")
+"""The class token, or the mean over the patches."""
+
+
+def image_family(
+    prefixes: tuple[str, ...],
+    architecture: Callable[[Mapping[str, Any]], ImageArchitecture],
+    names: ImageNames,
+    *,
+    pixels: PixelRule,
+    resize: str = "crop",
+    options: tuple[str, ...] = (),
+) -> Family:
+    """A family of vision transformers.
+
+    Args:
+      prefixes: optional prefixes of tensor names.
+      architecture: `config.json` -> the architecture. Raises a `ValueError` for an unsupported
+        config.
+      names: the names of the tensors.
+      pixels: mean, standard deviation, kept share and interpolation, for folders without
+        `preprocessor_config.json`.
+      resize: `"crop"` or `"stretch"`, for the same folders.
+      options: names of further options of `make`.
+    """
+
+    def make(config: Mapping[str, Any], *, pooling: str | None = None, **given: Any) -> nnx.Module:
+        a = architecture(config)
+        if pooling is not None:
+            if pooling not in IMAGE_POOLINGS:
+                raise ValueError(
+                    f"pooling={pooling!r} is unknown; use one of {', '.join(IMAGE_POOLINGS)}"
+                )
+            a = a._replace(pooling=pooling)
+        return ImageTower(a, **given)
+
+    return Family(
+        prefixes=prefixes,
+        make=make,
+        tensors=lambda config: names.tensors(architecture(config)),
+        hidden_dim=lambda config: architecture(config).dim,
+        vocabulary_size=lambda config: 0,
+        max_tokens=lambda config: None,
+        any_width=False,
+        embeds=True,
+        images=lambda config: (resize, pixels._replace(size=architecture(config).image_size)),
+        options=options,
+    )
+
+
+def text_family(
+    prefixes: tuple[str, ...],
+    architecture: Callable[[Mapping[str, Any]], TextArchitecture],
+    names: TextNames,
+    *,
+    any_width: bool = True,
+) -> Family:
+    """A family of text towers; the arguments are those of `image_family` and of `Family`."""
+
+    def make(config: Mapping[str, Any], **given: Any) -> nnx.Module:
+        return TextTower(architecture(config), **given)
+
+    return Family(
+        prefixes=prefixes,
+        make=make,
+        tensors=lambda config: names.tensors(architecture(config)),
+        hidden_dim=lambda config: architecture(config).dim,
+        vocabulary_size=lambda config: architecture(config).vocabulary_size,
+        max_tokens=lambda config: architecture(config).max_tokens,
+        any_width=any_width,
+        embeds=True,
+    )
