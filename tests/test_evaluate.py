@@ -267,7 +267,7 @@ def test_pairs_of_texts_are_evaluated_too(tmp_path, capsys):
         evaluate.evaluate(identity_model(), data=path, methods=["bm25"])
     with pytest.raises(ValueError, match=r"--split chooses .*pairs\.csv is no BEIR folder"):
         evaluate.evaluate(identity_model(), data=path, split="dev")
-    with pytest.raises(ValueError, match="compares texts by 'euclidean'"):
+    with pytest.raises(ValueError, match="compares embeddings by 'euclidean'"):
         evaluate.evaluate(identity_model(similarity_function="euclidean"), data=path)
 
 

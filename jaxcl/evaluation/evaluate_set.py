@@ -18,7 +18,7 @@ from jaxcl.evaluation.differences import (
     query_difference,
 )
 from jaxcl.evaluation.graded import GRADED_METRICS, GradedRanks
-from jaxcl.evaluation.protocol import EvaluationSet, SimilaritySet
+from jaxcl.evaluation.protocol import ComparableSet, EvaluationSet, check_inputs_of_set, side_of
 from jaxcl.evaluation.retrieval import METHODS
 from jaxcl.evaluation.retrieval_set import MAIN_METRIC, RetrievalSet
 from jaxcl.host.printable import printable
@@ -38,8 +38,8 @@ class _Evaluated(NamedTuple):
 
     Attributes:
       record: the return value of `evaluate_set`.
-      outcome: the input of the metrics: for retrieval, the ranks by method; for pairs of texts,
-        their similarities; `None` for other sets.
+      outcome: the input of the metrics: for retrieval, the ranks by method; for other sets, what
+        `ComparableSet.measure` returned, or `None`.
     """
 
     record: dict[str, Any]
@@ -63,10 +63,10 @@ def check_methods(
         )
     if compares and methods is not None and set(methods) == {"bm25"}:
         raise ValueError("--against compares models, but bm25 ranks without one; add dense")
-    if compares and not isinstance(data_set, (RetrievalSet, SimilaritySet)):
+    if compares and not isinstance(data_set, (RetrievalSet, ComparableSet)):
         raise ValueError(
             f"two models cannot be compared on a set of the kind {data_set.kind!r}; its class "
-            "lacks the methods of jaxcl.evaluation.protocol.SimilaritySet"
+            "lacks the methods of jaxcl.evaluation.protocol.ComparableSet"
         )
 
 
@@ -93,15 +93,18 @@ def evaluate_set(
     Returns:
       The metrics, with a description of the model and the set. Those of a retrieval are means and
       standard errors over the queries by method. With a second model, also its description and
-      metrics (`against`), and the `differences` from it, paired by query or by pair of texts.
+      metrics (`against`), and the `differences` from it, paired by query, by pair of texts or by
+      image.
 
     Raises:
-      ValueError: for methods with another kind of set, a similarity that inner products cannot
-        express, embeddings that are not finite, or texts without a word for BM25.
+      ValueError: for methods with another kind of set, values that the model cannot embed, a
+        similarity that inner products cannot express, embeddings that are not finite, or texts
+        without a word for BM25.
     """
     check_methods(data_set, methods, compares=against is not None)
     models = [model] if against is None else [model, against]
     for one in models:
+        check_inputs_of_set(data_set, one.modality)
         _check_similarity(one, data_set)
     if jax.process_index() == 0:
         say(data_set.description)
@@ -122,8 +125,9 @@ def evaluate_set(
 def _check_similarity(model: EmbeddingModel, data_set: EvaluationSet) -> None:
     if data_set.kind != "retrieval" and model.similarity_function not in ("cosine", "dot"):
         raise ValueError(
-            f"the model compares texts by {model.similarity_function!r}, but the similarities of "
-            "pairs are inner products; use a model with cosine or dot similarity"
+            f"the model compares embeddings by {model.similarity_function!r}, but a set of the "
+            f"kind {data_set.kind!r} compares them by inner products; use a model with cosine or "
+            "dot similarity"
         )
 
 
@@ -143,8 +147,8 @@ def _evaluated(
         outcome = data_set.rank(encode, methods=methods, rrf_k=rrf_k)
         metrics, sizes, table = _figures(outcome), data_set.sizes, _table(data_set, outcome)
     else:
-        if isinstance(data_set, SimilaritySet):
-            outcome = data_set.similarities(encode)
+        if isinstance(data_set, ComparableSet):
+            outcome = data_set.measure(encode)
             values = data_set.figures(outcome)
         else:
             values = data_set.evaluate(encode)
@@ -181,20 +185,25 @@ def _differences(data_set: EvaluationSet, outcome: Any, baseline: Any) -> dict[s
             {names: one for names, one in found.items() if names[1] in _COLUMNS},
         )
     else:
-        assert isinstance(data_set, SimilaritySet)  # checked before the models are evaluated
+        assert isinstance(data_set, ComparableSet)  # checked before the models are evaluated
         by_name = data_set.differences(outcome, baseline)
         record = {name: difference_record(one) for name, one in by_name.items()}
-        over, shown = "pairs", {("", name): one for name, one in by_name.items()}
+        over, shown = data_set.unit, {("", name): one for name, one in by_name.items()}
     if jax.process_index() == 0:
         show(differences_table(shown, over=over))
     return record
 
 
 def _encode(
-    model: EmbeddingModel, batch_size: int | None, side: str, texts: Sequence[str]
+    model: EmbeddingModel, batch_size: int | None, inputs: str, values: Sequence[Any]
 ) -> Float[np.ndarray, "n d"]:
-    with progress_bar(f"embedding {len(texts):,} texts of side {side}", len(texts)) as advance:
-        vectors = model.encode(texts, side=side, batch_size=batch_size, progress=advance)
+    modality = model.modality
+    side = side_of(inputs, modality)
+    title = f"embedding {len(values):,} {modality[side]}s of side {side}"
+    with progress_bar(title, len(values)) as advance:
+        options: dict[str, Any] = {"side": side, "batch_size": batch_size, "progress": advance}
+        options["images" if modality[side] == "image" else "texts"] = values
+        vectors = model.encode(**options)
     return for_inner_products(model.similarity_function, side, vectors)
 
 
@@ -239,16 +248,23 @@ def _table(data_set: RetrievalSet, ranks: Mapping[str, GradedRanks]) -> Table:
 
 
 def _plain_table(values: Mapping[str, float]) -> Table:
-    """A table with a row per value, next to its interval, such as from `spearman_low`."""
+    """A table with a row per value, next to its interval or its error.
+
+    An interval is such as that from `spearman_low` to `spearman_high`, and an error such as
+    `accuracy_standard_error`.
+    """
+    errors = {f"{name}_standard_error" for name in values} & set(values)
     table = Table("metric", box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for heading in ("value", "95 % interval"):
+    for heading in ("value", "± standard error" if errors else "95 % interval"):
         table.add_column(heading, justify="right", no_wrap=True)
-    ends = {f"{name}_{end}" for name in values for end in ("low", "high")}
+    ends = errors | {f"{name}_{end}" for name in values for end in ("low", "high")}
     for name, value in values.items():
         if name not in ends:
             figure = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
             interval = [
-                f"{values[end]:.4f}" for end in (f"{name}_low", f"{name}_high") if end in values
+                f"{values[end]:.4f}"
+                for end in (f"{name}_low", f"{name}_high", f"{name}_standard_error")
+                if end in values
             ]
             table.add_row(name, figure, " to ".join(interval))
     return table

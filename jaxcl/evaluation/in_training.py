@@ -4,21 +4,24 @@ checkpoint.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from jaxcl.data.prepare import RunData
 from jaxcl.evaluation.held_out import quick_metric_names
-from jaxcl.evaluation.protocol import EvaluationSet
+from jaxcl.evaluation.protocol import Encode, EvaluationSet, check_inputs_of_set, side_of
 from jaxcl.evaluation.sets import open_set
 from jaxcl.host.paths import as_path
 from jaxcl.host.processes import together
 from jaxcl.run.encoder import Encoder
 from jaxcl.settings.section_reader import did_you_mean
 from jaxcl.settings.sections import Settings
+from jaxcl.typing import SIDES, Float
 
 __all__ = ["TrainingSets", "check_best_metric", "open_sets", "sets_table"]
 
@@ -28,6 +31,8 @@ class TrainingSets:
 
     Args:
       sets: name -> set.
+      modality: side -> the modality of the run.
+      modality: side -> the modality of the run.
 
     Attributes:
       fingerprints: name -> the fingerprint of the set.
@@ -35,8 +40,12 @@ class TrainingSets:
       descriptions: for each set, a line about how it was read and its sizes.
     """
 
-    def __init__(self, sets: Mapping[str, EvaluationSet]):
-        self._sets = dict(sets)
+    def __init__(
+        self,
+        sets: Mapping[str, EvaluationSet],
+        modality: Mapping[str, str] = MappingProxyType(dict.fromkeys(SIDES, "text")),
+    ):
+        self._sets, self._modality = dict(sets), dict(modality)
         self._latest: tuple[int, dict[str, dict[str, int | float]]] | None = None
         self.fingerprints = {name: one.fingerprint for name, one in sets.items()}
         self.descriptions = [f"{name}: {one.description}" for name, one in sets.items()]
@@ -82,16 +91,21 @@ class TrainingSets:
     def _values(self, step: int, encoder: Encoder) -> dict[str, dict[str, int | float]]:
         # The last step is evaluated in the loop and after it; encoding a large corpus takes long.
         if self._latest is None or self._latest[0] != step:
-            self._latest = (
-                step,
-                {name: _values(name, one, encoder) for name, one in self._sets.items()},
-            )
+            encode = functools.partial(_encode, encoder, self._modality)
+            values = {name: _values(name, one, encode) for name, one in self._sets.items()}
+            self._latest = step, values
         return self._latest[1]
 
 
-def _values(name: str, opened: EvaluationSet, encoder: Encoder) -> dict[str, int | float]:
+def _encode(
+    encoder: Encoder, modality: Mapping[str, str], inputs: str, values: Sequence[Any]
+) -> Float[np.ndarray, "n d"]:
+    return encoder.encode(side_of(inputs, modality), values)
+
+
+def _values(name: str, opened: EvaluationSet, encode: Encode) -> dict[str, int | float]:
     try:
-        return dict(opened.evaluate(encoder.encode))
+        return dict(opened.evaluate(encode))
     except ValueError as error:
         raise ValueError(f"the evaluation set {name} cannot be evaluated: {error}") from error
 
@@ -102,14 +116,17 @@ def open_sets(settings: Settings) -> TrainingSets:
     Raises:
       ValueError: if a path is not an evaluation set; the message names the set.
     """
-    return TrainingSets(together(functools.partial(_opened, settings.evaluation.sets)))
+    modality = settings.data.modality._asdict()
+    opened = together(functools.partial(_opened, settings.evaluation.sets, modality))
+    return TrainingSets(opened, modality)
 
 
-def _opened(paths: Mapping[str, str]) -> dict[str, EvaluationSet]:
+def _opened(paths: Mapping[str, str], modality: Mapping[str, str]) -> dict[str, EvaluationSet]:
     sets = {}
     for name, path in paths.items():
         try:
             sets[name] = open_set(as_path(path))
+            check_inputs_of_set(sets[name], modality)
         except (OSError, ValueError) as error:
             raise ValueError(f"evaluation.sets.{name}={path}: {error}") from error
     return sets

@@ -15,7 +15,13 @@ from jaxcl.data.row_labels import equal_rows
 from jaxcl.data.sources import PairSource
 from jaxcl.typing import SIDES, Float, Int
 
-__all__ = ["KnownPositives", "known_positives", "rank_last", "read_known_positives"]
+__all__ = [
+    "KnownPositives",
+    "content_of",
+    "known_positives",
+    "rank_last",
+    "read_known_positives",
+]
 
 _ROWS_AT_ONCE = 4096
 
@@ -122,7 +128,7 @@ def read_known_positives(
         chunk = rows[first : first + _ROWS_AT_ONCE]
         for row, record in zip(chunk.tolist(), source.read(chunk), strict=True):
             for side in SIDES:
-                digests[side] += text_digest(_content(record[side], row))
+                digests[side] += text_digest(content_of(record[side], row))
     for side in SIDES:
         numbers[side][rows] = rows[equal_rows(as_digests(digests[side]))]
     return known_positives(*(numbers[side] for side in SIDES))
@@ -142,15 +148,17 @@ def rank_last(scores: Float[np.ndarray, "t n"], keys: Mapping[int, Int[np.ndarra
         scores[row, columns] = lowest - np.maximum(1, np.abs(lowest))
 
 
-def _rows_with_shared_label(labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " _"]:
-    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    return np.flatnonzero(counts[inverse] > 1)
-
-
-def _content(value: Any, row: int) -> str:
-    """A text that rows with equal content share; only texts and arrays are compared."""
+def content_of(value: Any, row: int) -> str:
+    """A text that rows with equal content share; only texts, arrays and files are compared."""
     if isinstance(value, str):
         return f"text {value}"
     if isinstance(value, np.ndarray):
         return f"array {value.dtype} {value.shape} {np.ascontiguousarray(value).tobytes().hex()}"
+    if isinstance(value, bytes):
+        return f"bytes {value.hex()}"
     return f"row {row}"
+
+
+def _rows_with_shared_label(labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " _"]:
+    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return np.flatnonzero(counts[inverse] > 1)

@@ -40,9 +40,11 @@ class PairSet:
       metrics: the names of the metrics, the main one first.
       pairs: the pairs; their scores are the labels.
       fingerprint: of the pairs.
+      inputs: the sides of the texts.
     """
 
     kind = "pairs"
+    unit = "pairs"
     metrics: tuple[str, ...] = ("average_precision", "f1", "accuracy")
 
     def __init__(self, pairs: ScoredPairs, *, num_resamples: int = 1000, seed: int = 0) -> None:
@@ -66,6 +68,7 @@ class PairSet:
             )
         self.pairs = pairs
         self.fingerprint = pairs.fingerprint
+        self.inputs = tuple(dict.fromkeys(pairs.sides))
         self._num_resamples = num_resamples
         self._seed = seed
 
@@ -94,9 +97,9 @@ class PairSet:
         Raises:
           ValueError: if an embedding is not finite.
         """
-        return self.figures(self.similarities(encode))
+        return self.figures(self.measure(encode))
 
-    def similarities(self, encode: Encode) -> Float[np.ndarray, " n"]:
+    def measure(self, encode: Encode) -> Float[np.ndarray, " n"]:
         """The similarities that a model gives to the pairs."""
         return pair_similarities(self.pairs, encode)
 

@@ -1,35 +1,39 @@
 """The type of an evaluation set, which scores a model's embeddings on a user's own data."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
 from jaxcl.evaluation.differences import Difference
-from jaxcl.typing import Float
+from jaxcl.typing import SIDES, Float
 
-__all__ = ["Encode", "EvaluationSet", "SimilaritySet"]
+__all__ = ["ComparableSet", "Encode", "EvaluationSet", "check_inputs_of_set", "side_of"]
 
-Encode: TypeAlias = Callable[[str, Sequence[str]], Float[np.ndarray, "n d"]]
-"""`(side, texts) -> vectors`, one per text. Their inner products are the model's similarities, or
-order texts in the same way. The side is `"query"` or `"key"`. With several processes, each must
-call it with the same texts, and gets all vectors."""
+Encode: TypeAlias = Callable[[str, Sequence[Any]], Float[np.ndarray, "n d"]]
+"""`(inputs, values) -> vectors`, one per value. Their inner products are the model's similarities,
+or order values in the same way. `inputs` is the side, `"query"` or `"key"`, for texts. For other
+values, or a set that does not care about the side, it is a modality, such as `"image"`: the first
+side that has it embeds the values. With several processes, each must call it with the same values,
+and gets all vectors."""
 
 
 @runtime_checkable
 class EvaluationSet(Protocol):
-    """Texts with labels or scores, opened by `jaxcl.evaluation.sets.open_set`.
+    """Texts or images with labels or scores, opened by `jaxcl.evaluation.sets.open_set`.
 
     Attributes:
       kind: a key of `jaxcl.evaluation.sets.KINDS`, such as `"retrieval"`.
-      fingerprint: equal for equal texts and labels.
+      fingerprint: equal for equal content and labels.
       metrics: the names of the metrics in the result of `evaluate`, the main one first; all are
         better when they are higher.
+      inputs: the first arguments with which the set calls `encode`, such as `("image", "text")`.
     """
 
     kind: str
     fingerprint: str
     metrics: tuple[str, ...]
+    inputs: tuple[str, ...]
 
     def evaluate(self, encode: Encode) -> Mapping[str, float]:
         """Score the embeddings of a model.
@@ -37,7 +41,7 @@ class EvaluationSet(Protocol):
         With several processes, each must call this, and gets the same values.
 
         Args:
-          encode: embeds the texts.
+          encode: embeds the values.
 
         Returns:
           Name -> value, for metrics such as `"ndcg@10"` and for the sizes that they depend on, such
@@ -52,22 +56,64 @@ class EvaluationSet(Protocol):
 
 
 @runtime_checkable
-class SimilaritySet(EvaluationSet, Protocol):
-    """A set of pairs of texts, whose metrics depend only on the similarity of each pair.
+class ComparableSet(EvaluationSet, Protocol):
+    """A set on which two models can be compared.
 
-    Two models can be compared on it.
+    Attributes:
+      unit: what is measured, and paired between two models, such as `"pairs"` or `"images"`.
     """
 
-    def similarities(self, encode: Encode) -> Float[np.ndarray, " n"]:
-        """The similarities that a model gives to the pairs."""
+    unit: str
+
+    def measure(self, encode: Encode) -> Any:
+        """Everything about a model that the metrics depend on, such as the similarity of pairs."""
         ...
 
-    def figures(self, similarities: Float[np.ndarray, " n"]) -> Mapping[str, float]:
-        """Compute the metrics of `evaluate` from the similarities of the pairs."""
+    def figures(self, measured: Any) -> Mapping[str, float]:
+        """Compute the result of `evaluate` from what `measure` returned."""
         ...
 
-    def differences(
-        self, similarities: Float[np.ndarray, " n"], baseline: Float[np.ndarray, " n"]
-    ) -> Mapping[str, Difference]:
-        """Name of a metric -> its difference between two models, given their similarities."""
+    def differences(self, measured: Any, baseline: Any) -> Mapping[str, Difference]:
+        """Name of a metric -> its difference between two models, given what was measured."""
         ...
+
+
+def side_of(inputs: str, modality: Mapping[str, str]) -> str:
+    """The side of a model that embeds some inputs.
+
+    Args:
+      inputs: a side, or a modality.
+      modality: side -> the modality of the model.
+
+    Raises:
+      ValueError: if no side has the modality.
+
+    Example:
+      >>> side_of("text", {"query": "image", "key": "text"})
+      'key'
+    """
+    if inputs in SIDES:
+        return inputs
+    for side in SIDES:
+        if modality[side] == inputs:
+            return side
+    raise ValueError(
+        f"no side of the model embeds the modality {inputs!r}: its queries are "
+        f"{modality['query']!r}, its keys {modality['key']!r}"
+    )
+
+
+def check_inputs_of_set(data_set: EvaluationSet, modality: Mapping[str, str]) -> None:
+    """Raise a `ValueError` if a model cannot embed the values of a set.
+
+    Args:
+      data_set: the set; it calls `encode` with a side only for texts.
+      modality: side -> the modality of the model.
+    """
+    for inputs in data_set.inputs:
+        side = side_of(inputs, modality)
+        if inputs in SIDES and modality[side] != "text":
+            raise ValueError(
+                f"a set of the kind {data_set.kind!r} has texts of side {inputs}, but the model's "
+                f"side {inputs} has the modality {modality[side]!r}"
+            )

@@ -20,7 +20,7 @@ from jaxcl.host.files import digest_of
 from jaxcl.host.paths import AnyPath
 from jaxcl.host.processes import together
 from jaxcl.host.progress import progress_bar, say
-from jaxcl.typing import Float, Int
+from jaxcl.typing import SIDES, Float, Int
 
 __all__ = ["MAIN_METRIC", "RetrievalSet", "open_retrieval_set"]
 
@@ -46,11 +46,13 @@ class RetrievalSet:
       data: the corpus, the queries and the labels.
       metrics: names of the metrics, all better when they are higher, the main one first.
       fingerprint: of the corpus, the queries and the labels.
+      inputs: both sides.
       sizes: the numbers of `documents`, `queries` and `relevant` pairs, and the nonzero counts in
         `Beir.left_out`.
     """
 
     kind = "retrieval"
+    inputs: tuple[str, ...] = SIDES
     metrics = (MAIN_METRIC, *(name for name in GRADED_METRICS if name != MAIN_METRIC))
 
     def __init__(self, data: Beir) -> None:

@@ -5,10 +5,13 @@ from typing import NamedTuple
 
 from jaxcl.data.beir import is_beir
 from jaxcl.data.text_files import TEXT_FILES, is_text_file
+from jaxcl.evaluation.caption_set import has_captions, open_caption_set
+from jaxcl.evaluation.class_set import is_class_folder, open_class_set
 from jaxcl.evaluation.pair_classification import has_labels, open_pair_set
 from jaxcl.evaluation.protocol import EvaluationSet
 from jaxcl.evaluation.retrieval_set import open_retrieval_set
 from jaxcl.evaluation.sts import open_sts_set
+from jaxcl.evaluation.zero_shot import TEMPLATES_FILE, is_templates_file, open_zero_shot_set
 from jaxcl.host.paths import AnyPath
 
 __all__ = ["KINDS", "Kind", "open_set"]
@@ -35,6 +38,13 @@ KINDS: dict[str, Kind] = {
         is_beir,
         open_retrieval_set,
     ),
+    "captions": Kind(f"{_FILE} of images with captions", has_captions, open_caption_set),
+    "zero_shot": Kind(
+        f"the file {TEMPLATES_FILE} in a folder of images by class",
+        is_templates_file,
+        open_zero_shot_set,
+    ),
+    "classes": Kind("a folder of images by class", is_class_folder, open_class_set),
     "pairs": Kind(f"{_FILE} of pairs of texts with labels 0 and 1", has_labels, open_pair_set),
     "sts": Kind(f"{_FILE} of pairs of texts with scores", is_text_file, open_sts_set),
 }

@@ -38,9 +38,11 @@ class StsSet:
       metrics: `"spearman"` and `"pearson"`.
       pairs: the pairs.
       fingerprint: of the pairs.
+      inputs: the sides of the texts.
     """
 
     kind = "sts"
+    unit = "pairs"
     metrics: tuple[str, ...] = tuple(_CORRELATIONS)
 
     def __init__(self, pairs: ScoredPairs, *, num_resamples: int = 1000, seed: int = 0) -> None:
@@ -63,6 +65,7 @@ class StsSet:
             )
         self.pairs = pairs
         self.fingerprint = pairs.fingerprint
+        self.inputs = tuple(dict.fromkeys(pairs.sides))
         self._num_resamples = num_resamples
         self._seed = seed
 
@@ -90,9 +93,9 @@ class StsSet:
         Raises:
           ValueError: if an embedding is not finite.
         """
-        return self.figures(self.similarities(encode))
+        return self.figures(self.measure(encode))
 
-    def similarities(self, encode: Encode) -> Float[np.ndarray, " n"]:
+    def measure(self, encode: Encode) -> Float[np.ndarray, " n"]:
         """Compute the model's similarity of each pair."""
         return pair_similarities(self.pairs, encode)
 

@@ -50,12 +50,15 @@ class Encoder(NamedTuple):
           Unit vectors in float32, on the host.
         """
         read = self.readers[side]
+        lengths = None
+        if len(values) and isinstance(values[0], str):  # images, for example, are read only once
+            lengths = np.array([len(text) for text in values], np.int64)
         return self.embedder(
             self.params,
             side,
             lambda rows: read([values[row] for row in rows]),
             len(values),
-            lengths=np.array([len(one) if isinstance(one, str) else 0 for one in values], np.int64),
+            lengths=lengths,
             advance=advance,
         )
 

@@ -45,11 +45,6 @@ def _check_sets(settings: Settings) -> None:
                 f"evaluation.sets has the name {name!r}; use letters, digits, - and _, and none of "
                 f"{', '.join(_METRIC_PREFIXES)}, which begin the names of other metrics"
             )
-    if evaluation.sets and set(settings.data.modality) != {"text"}:
-        raise ValueError(
-            f"evaluation.sets are texts, and data.modality is {settings.data.modality._asdict()}; "
-            "leave evaluation.sets empty"
-        )
     if evaluation.patience is not None and evaluation.best_metric is None:
         raise ValueError(
             f"evaluation.patience={evaluation.patience} counts evaluations of "

@@ -25,7 +25,7 @@ from jaxcl.evaluation.pair_classification import (
     best_f1,
     best_f1_of_resamples,
 )
-from jaxcl.evaluation.protocol import SimilaritySet
+from jaxcl.evaluation.protocol import ComparableSet
 from jaxcl.evaluation.sts import StsSet
 
 
@@ -179,11 +179,12 @@ def test_the_table_fits_a_terminal_and_names_what_it_shows():
 def test_only_sets_that_can_compare_models_do():
     class Own:
         kind, fingerprint, metrics, description = "own", "", ("score",), "own texts"
+        inputs = ("query",)
 
         def evaluate(self, encode):
             return {"score": 1.0}
 
-    assert isinstance(StsSet(scored_pairs([1, 2])), SimilaritySet)
+    assert isinstance(StsSet(scored_pairs([1, 2])), ComparableSet)
     check_methods(Own(), None)
     with pytest.raises(ValueError, match="cannot be compared on a set of the kind 'own'"):
         check_methods(Own(), None, compares=True)

@@ -19,6 +19,7 @@ class Lengths:
     kind = "lengths"
     fingerprint = "0"
     metrics = ("length",)
+    inputs = ("query",)
     description = "two texts"
 
     def evaluate(self, encode):

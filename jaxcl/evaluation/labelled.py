@@ -1,0 +1,128 @@
+"""Labelled values for classifiers: their parts, and the labelled rows of a data source."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxcl.data.row_digests import text_digest
+from jaxcl.data.sources import PairSource
+from jaxcl.evaluation.known_positives import content_of
+from jaxcl.typing import Int
+
+__all__ = ["PARTS", "LabelledParts", "RowValues", "part_of", "read_labelled_rows"]
+
+PARTS = ("train", "validation", "test")
+_ROWS_AT_ONCE = 4096
+
+
+class LabelledParts(NamedTuple):
+    """Values with a class each, in a training, a validation and a test part.
+
+    Attributes:
+      classes: the names of the classes.
+      values: the part -> its values, such as the contents of image files.
+      labels: the part -> the number of each value's class.
+      fingerprint: of the contents, labels and parts.
+      left_out: the number of rows whose class has no row in the training part.
+    """
+
+    classes: tuple[str, ...]
+    values: Mapping[str, Sequence[Any]]
+    labels: Mapping[str, Int[np.ndarray, " n"]]
+    fingerprint: str
+    left_out: int = 0
+
+
+class RowValues(Sequence[Any]):
+    """The values of one side of some rows, read when they are used.
+
+    Args:
+      source: the rows.
+      side: `"query"` or `"key"`.
+      rows: numbers of the rows.
+    """
+
+    def __init__(self, source: PairSource, side: str, rows: Int[np.ndarray, " n"]) -> None:
+        self._source, self._side, self._rows = source, side, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row):
+        if isinstance(row, slice):
+            return RowValues(self._source, self._side, self._rows[row])
+        (record,) = self._source.read([int(self._rows[row])])
+        return record[self._side]
+
+
+def part_of(digest: bytes, *, test_share: float = 0.2, validation_share: float = 0.2) -> str:
+    """The part of a value by the digest of its content, so that equal values are in one part.
+
+    Example:
+      >>> [part_of(bytes([first] * 8)) for first in (0, 100, 255)]
+      ['test', 'train', 'validation']
+    """
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    if place < test_share:
+        return "test"
+    return "validation" if place >= 1 - validation_share else "train"
+
+
+def read_labelled_rows(train: PairSource, test: PairSource | None, *, side: str) -> LabelledParts:
+    """Label the rows of a run's data by their group.
+
+    Rows whose class has no training row are left out.
+
+    Args:
+      train: the labelled rows. A fifth of them is the validation part.
+      test: the test part; `None` uses a fifth of `train`, whose rows differ from all others.
+      side: the side to classify.
+
+    Raises:
+      ValueError: if rows have no group, there are fewer than two classes, or a part is empty.
+    """
+    digests, groups = _contents(train, side)
+    share = 0.0 if test is not None else 0.2
+    parts = np.array([part_of(digest, test_share=share) for digest in digests])
+    rows = {part: np.flatnonzero(parts == part) for part in PARTS}
+    sources, labels = dict.fromkeys(PARTS, train), {part: groups[rows[part]] for part in PARTS}
+    if test is not None:
+        _, labels["test"] = _contents(test, side)
+        sources["test"], rows["test"] = test, np.arange(len(test))
+    known = np.unique(labels["train"])
+    kept = {part: np.isin(of_part, known) for part, of_part in labels.items()}
+    left_out = sum(int((~of_part).sum()) for of_part in kept.values())
+    rows = {part: rows[part][kept[part]] for part in PARTS}
+    numbers = {part: np.searchsorted(known, labels[part][kept[part]]) for part in PARTS}
+    empty = [part for part in PARTS if not len(rows[part])]
+    if empty or len(known) < 2:
+        raise ValueError(
+            f"the rows have {len(known)} classes (groups), and no row of a class with training "
+            f"rows is in the parts {', '.join(empty) or '(none)'}; use a split with more rows of "
+            "each group"
+        )
+    fingerprint = " ".join([side, train.fingerprint, "" if test is None else test.fingerprint])
+    return LabelledParts(
+        tuple(map(str, known.tolist())),
+        {part: RowValues(sources[part], side, rows[part]) for part in PARTS},
+        numbers,
+        hashlib.sha256(fingerprint.encode()).hexdigest(),
+        left_out,
+    )
+
+
+def _contents(source: PairSource, side: str) -> tuple[list[bytes], Int[np.ndarray, " n"]]:
+    """The digest of a side and the group of each row."""
+    digests, groups = [], np.empty(len(source), np.int64)
+    for first in range(0, len(source), _ROWS_AT_ONCE):
+        rows = np.arange(first, min(first + _ROWS_AT_ONCE, len(source)))
+        for row, record in zip(rows.tolist(), source.read(rows), strict=True):
+            if "group" not in record:
+                raise ValueError(
+                    "the rows have no group, which is their class; set data.group_field"
+                )
+            groups[row] = record["group"]
+            digests.append(text_digest(content_of(record[side], row)))
+    return digests, groups
