@@ -22,10 +22,11 @@ from jaxcl.settings.parts import option_fields
 
 
 def get_config() -> ConfigDict:
-    """The defaults; `None` means that a setting is off, or what its comment says."""
+    """The defaults; `None` turns a setting off, unless its comment says otherwise."""
     config = ConfigDict()
     config.seed = 0  # the random seed of the whole run
-    # Number of batches to train on; the learning-rate schedule spans all of them. None with epochs.
+    # Number of batches to train on; the learning-rate schedule spans all of them. Must be
+    # None if epochs is set.
     config.steps = 300
     # Number of passes over the training rows, instead of steps; requires steps=None.
     config.epochs = placeholder(float)
@@ -39,16 +40,15 @@ def get_config() -> ConfigDict:
     config.loss = _loss()
     config.negatives = _negatives()
     config.assignment = _assignment()
-    # Gradient caching: the rows (chunk_size) or tokens (chunk_tokens) that a device encodes at a
-    # time. None encodes all rows at once, without gradient caching.
+    # Gradient caching: the number of rows (chunk_size) or tokens (chunk_tokens) that a device
+    # encodes at a time. None encodes all rows at once, without gradient caching.
     config.grad_cache = ConfigDict(
         {"chunk_size": placeholder(int), "chunk_tokens": placeholder(int)}
     )
     # The maximum number of widths to which the texts of a batch are padded. Texts of similar length
-    # are encoded together in chunks, also without chunk_size and chunk_tokens. 1 pads all texts to
-    # data.max_tokens. None is 3 on CPUs and 12 on accelerators (where several widths have not been
-    # measured yet), for encoders with attention and where it saves at least a fifth of the work;
-    # otherwise it is 1.
+    # are encoded together in chunks, even without chunk_size or chunk_tokens. 1 pads all texts to
+    # data.max_tokens. None means 3 on CPUs and 12 on accelerators (not benchmarked yet) if the
+    # encoder has attention and this saves at least a fifth of the work, and 1 otherwise.
     config.grad_cache.length_buckets = placeholder(int)
     config.optimizer = _optimizer()
     config.evaluation = _evaluation()
@@ -78,15 +78,16 @@ def _data() -> ConfigDict:
     data.metadata_fields = ()  # additional columns to show in search and evaluation
     data.files = _files()
     data.negatives = placeholder(str)  # an .npz with the explicit negatives of each training row
-    # The largest number of negative texts to use per row, from the beginning of its list; 0 uses
-    # none, and None uses all.
+    # The maximum number of negative texts per row, taken from the start of its list; 0 uses none,
+    # and None uses all.
     data.negatives_per_row = placeholder(int)
-    # An .npz with the embeddings of each training row by a guide model, or by a teacher.
+    # An .npz with a guide model's or a teacher's embeddings of each training row.
     data.guides = placeholder(str)
     data.topics = placeholder(str)  # an .npz with the topic of each training row
     # A tokenizer.json. None uses the pretrained model's, or trains one on the training split.
     data.tokenizer = placeholder(str)
-    data.modality = ConfigDict({"query": "text", "key": "text"})  # of each side: "text" or "image"
+    # The modality of each side, "text" or "image".
+    data.modality = ConfigDict({"query": "text", "key": "text"})
     data.vocabulary_size = 16_384  # vocabulary size of the tokenizer, if the run trains one
     data.max_tokens = ConfigDict({"query": 32, "key": 128})  # longer texts are truncated
     data.add_cls = False  # whether the run's own tokenizer puts a [CLS] token first
@@ -94,7 +95,7 @@ def _data() -> ConfigDict:
     # Whether to add the tokenizer's special tokens, such as [CLS] and [SEP]. None uses the
     # pretrained model's setting; without a pretrained model, none are added, and padding has id 0.
     data.special_tokens = placeholder(bool)
-    # The prompt before each text of a side; None uses the pretrained model's, "" means no prompt.
+    # The prompt before each text of a side; None uses the pretrained model's; "" means no prompt.
     data.prompts = ConfigDict({"query": placeholder(str), "key": placeholder(str)})
     data.exclude_prompt = placeholder(bool)  # whether pooling leaves out the prompt's tokens
     data.skip_unknown = placeholder(bool)  # whether to drop unknown tokens, as model2vec does
@@ -137,7 +138,7 @@ def _model() -> ConfigDict:
     model.name = placeholder(str)
     model.shared = True  # whether queries and keys share one encoder
     model.dim = 512  # the dimension of the embeddings
-    # The options of all encoders; None is the encoder's own default, which its docstring gives.
+    # The options of all encoders; None means the encoder's own default, which its docstring gives.
     model.options = option_fields(ENCODERS)
     # The folder of a pretrained encoder, or its id on the Hugging Face Hub; None starts with random
     # weights. The folder also determines the dimension, the vocabulary, and any text options left
@@ -146,7 +147,7 @@ def _model() -> ConfigDict:
     # A separate encoder for the keys; requires shared=False.
     model.key = ConfigDict({"name": placeholder(str), "options": option_fields(ENCODERS)})
     model.key.pretrained = placeholder(str)
-    # Low-rank adapters; with a rank, the encoders' own parameters are frozen.
+    # Low-rank adapters; if rank is set, the encoders' own parameters are frozen.
     model.lora = _lora()
     return model
 
@@ -157,20 +158,22 @@ def _lora() -> ConfigDict:
     # The rank of the adapters, in all encoders; None trains the encoders without adapters.
     lora.rank = placeholder(int)
     lora.alpha = 32.0  # adapters are scaled by alpha / rank
-    # The linear layers that get adapters, by patterns of their paths in the encoder, such as
+    # Patterns for the paths of the linear layers that get adapters, such as
     # "*/attention/query". The default is the attention and the MLP of all blocks.
     lora.targets = ("*blocks/*",)
-    # Other parameters of the encoders to train, by patterns of their paths, such as
-    # "towers/both/dense/*".
+    # Patterns for the paths of other encoder parameters to train, such as "towers/both/dense/*".
     lora.also_train = ()
-    # The type of the frozen kernels and token tables, "float32" (None), "bfloat16" or "float16".
+    # The dtype of the frozen kernels and token tables: "float32" (also None), "bfloat16" or
+    # "float16".
     lora.base_dtype = placeholder(str)
     return lora
 
 
 def _augmentation() -> ConfigDict:
     augmentation = ConfigDict()
-    augmentation.name = placeholder(str)  # "token_dropout" or "span_masking"; None augments nothing
+    augmentation.name = placeholder(
+        str
+    )  # "token_dropout" or "span_masking"; None disables augmentation
     augmentation.sides = ("query", "key")  # the sides to augment
     augmentation.options = option_fields(AUGMENTATIONS)
     return augmentation
@@ -179,7 +182,7 @@ def _augmentation() -> ConfigDict:
 def _loss() -> ConfigDict:
     loss = ConfigDict()
     loss.name = "infonce"  # a loss listed in jaxcl/losses/README.md
-    loss.options = option_fields(LOSSES)  # of all losses; None is the loss's own default
+    loss.options = option_fields(LOSSES)  # of all losses; None means the loss's own default
     loss.exchange = "gather"  # how devices exchange keys: "gather" (all-gather) or "ring"
     # The implementation of the softmax over scores; None chooses one by the number of scores.
     loss.implementation = placeholder(str)
@@ -199,15 +202,15 @@ def _loss() -> ConfigDict:
 
 def _negatives() -> ConfigDict:
     negatives = ConfigDict()
-    # A memory bank: "queue" holds the most recent keys; "instance" has a slot per training row,
-    # which each update moves towards the new embedding by 1 - momentum.
+    # A memory bank: "queue" holds the most recent keys; "instance" has a slot per training row, and
+    # each update moves a slot a fraction 1 - momentum of the way to the new embedding.
     negatives.bank = ConfigDict(
         {"kind": placeholder(str), "slots": 16_384, "momentum": 0.5, "dtype": "float32"}
     )
-    # The number of negatives per query in each tier; jaxcl/negatives/README.md describes the tiers.
+    # The tiers of negatives, their sizes and options; jaxcl/negatives/README.md describes them.
     negatives.tiers = ConfigDict(TierBudgets()._asdict())
     # Hard negatives, mined from the instance bank every refresh_every steps and encoded with the
-    # batch. sampling is "random" among the ranks, or "top".
+    # batch. sampling="random" draws them from the keys in rank_range; "top" takes the nearest.
     negatives.mined = ConfigDict(
         {"refresh_every": placeholder(int), "per_query": 4, "rank_range": (10, 100)}
         | {"margin": placeholder(float), "relative_margin": placeholder(float)}
@@ -242,9 +245,12 @@ def _assignment() -> ConfigDict:
     gcbs.refresh_every = 50  # steps between refreshes
     gcbs.refresh_epochs = placeholder(float)  # epochs between refreshes, instead of steps
     gcbs.method = "bisection"  # "bisection", "rcm" (the paper's method) or "rcm_device"
-    gcbs.block_size = placeholder(int)  # rows per block of hard negatives; None is the batch size
-    # Search effort: "full" closes more of the gap than "light" in three times the time, but does
-    # not train better. Each of the next seven replaces the preset's value unless it is None.
+    gcbs.block_size = placeholder(
+        int
+    )  # rows per block of hard negatives; None means the batch size
+    # Search effort: "full" closes more of the gap than "light", but takes three times as long and
+    # does not give better embeddings. Each of the next seven settings, if not None, overrides the
+    # preset.
     gcbs.preset = "light"
     gcbs.neighbours = placeholder(int)  # hard negatives per row in the graph
     gcbs.starts = placeholder(int)  # random initial directions per split
@@ -253,7 +259,7 @@ def _assignment() -> ConfigDict:
     gcbs.refinements = placeholder(int)  # rounds of swaps between any two blocks at the end
     gcbs.graph = placeholder(str)  # "exact" or "clustered"
     gcbs.similarity_cap = placeholder(float)  # rows more similar than this are not connected
-    gcbs.embeddings = "encode"  # "encode" all rows, or read the instance "bank"
+    gcbs.embeddings = "encode"  # "encode" encodes all rows; "bank" reads the instance bank
     gcbs.random_initial = 0.0  # the fraction of blocks that are random, at the first step
     gcbs.random_final = 0.0  # the same, at the last step
     # Rows with equal entries in one of these columns never share a batch: "text", "group".
@@ -275,14 +281,17 @@ def _optimizer() -> ConfigDict:
     # be extended.
     optimizer.schedule = "warmup_cosine"
     optimizer.learning_rate = 2e-3  # the peak learning rate
-    # Steps of linear warmup to the peak learning rate; None is a tenth of all steps.
+    # Steps of linear warmup to the peak learning rate; None means a tenth of all steps.
     optimizer.warmup_steps = 30
-    # The number of final steps in which "warmup_stable_decay" decays; None is a tenth of all steps.
+    # The number of final steps in which "warmup_stable_decay" decays; None means a
+    # tenth of all steps.
     optimizer.decay_steps = placeholder(int)
     # The final learning rate of a decaying schedule, as a fraction of the peak.
     optimizer.final_rate = 0.0
-    optimizer.weight_decay = 0.0  # of matrices: biases, norms and the temperature do not decay
-    # Patterns, as for freeze, of further parameters without weight decay, such as "*table".
+    # Weight decay of matrices; biases, norm parameters and the temperature are not decayed.
+    optimizer.weight_decay = 0.0
+    # Patterns, as for freeze, of additional parameters to exempt from weight decay, such as
+    # "*table".
     optimizer.no_decay = ()
     optimizer.clip_norm = 1.0  # the maximum norm of the whole gradient; 0 disables clipping
     # ((pattern, maximum norm), …), with patterns as for freeze. The gradients of the parameters
@@ -296,9 +305,9 @@ def _optimizer() -> ConfigDict:
     # ((pattern, factor), …), with patterns as for freeze. The factor multiplies the learning rate,
     # and thus the weight decay too. The first matching pattern applies.
     optimizer.rates = ()
-    # Layer-wise learning-rate decay: the last block of an encoder has the full rate, and the rate
-    # of each lower block, and finally of the embeddings, is multiplied by this factor once more.
-    # None trains all layers at the same rate.
+    # Layer-wise learning-rate decay: the last block of an encoder trains at the full rate, and each
+    # lower block, and then the embeddings, at this factor times the rate of the one above. None
+    # trains all layers at the same rate.
     optimizer.layer_decay = placeholder(float)
     # The number of batches per update, whose gradients are averaged; must divide steps. This adds
     # no negatives, since each batch is compared only with itself. For more negatives in the same
@@ -308,7 +317,7 @@ def _optimizer() -> ConfigDict:
     # The average excludes the initial weights. evaluation.weights="average" evaluates and exports
     # it.
     optimizer.average_decay = placeholder(float)
-    optimizer.options = option_fields(OPTIMIZERS)  # of all optimizers; None is their own default
+    optimizer.options = option_fields(OPTIMIZERS)  # of all optimizers; None means their own default
     return optimizer
 
 
@@ -326,8 +335,8 @@ def _evaluation() -> ConfigDict:
     # A metric such as "validation/dense/mrr@10" or "NAME/spearman". The checkpoint with the highest
     # value is kept in addition to the newest ones, as WORKDIR/checkpoints/best.
     evaluation.best_metric = placeholder(str)
-    # Early stopping: the number of evaluations without an increase of best_metric by more than
-    # min_delta; None trains for all steps.
+    # Early stopping, after this many evaluations in which best_metric has not increased by more
+    # than min_delta; None trains for all steps.
     evaluation.patience = placeholder(int)
     evaluation.min_delta = 0.0  # best_metric must increase by more than this to reset patience
     return evaluation
@@ -336,11 +345,12 @@ def _evaluation() -> ConfigDict:
 def _run() -> ConfigDict:
     """Settings that may change when a run resumes."""
     run = ConfigDict()
-    # The folder of prepared data and token ids, shared by all runs. None is XDG_CACHE_HOME/jaxcl,
+    # The folder of prepared data and token ids, shared by all runs. None means
+    # XDG_CACHE_HOME/jaxcl,
     # or ~/.cache/jaxcl if XDG_CACHE_HOME is not set.
     run.data_dir = placeholder(str)
-    # Mesh axes: fsdp devices shard the parameters; data=-1 uses all remaining devices. The batch is
-    # sharded over both.
+    # Mesh axes: parameters are sharded over the devices of fsdp; data=-1 uses all remaining
+    # devices. The batch is sharded over both.
     run.mesh = ConfigDict({"data": -1, "fsdp": 1})
     # ((path, dimension or None), …): the dimension of a parameter that fsdp shards; by default, the
     # longest.

@@ -17,7 +17,7 @@ BASELINE = DENSE | RANDOM | NOT_SYNTHETIC
 def get_settings(variant: str = "default") -> dict[str, dict]:
     """Each feature added to the baseline, and code search's own defaults."""
     if variant == "defaults":
-        return {"baseline": BASELINE, "defaults": {}}
+        return {"baseline": BASELINE, "defaults": DENSE}
     if variant != "default":
         raise ValueError(f"variant {variant!r} is unknown; use default or defaults")
     return {
@@ -30,5 +30,5 @@ def get_settings(variant: str = "default") -> dict[str, dict]:
         | MASKS
         | {"negatives.mined.relative_margin": 0.05},
         "false-negative masks": BASELINE | MASKS,
-        "defaults": {},
+        "defaults": DENSE,
     }

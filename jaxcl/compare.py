@@ -281,6 +281,7 @@ def _record(workdir: AnyPath, name: str, baseline: str, seeds: int) -> dict[str,
             *(np.stack([one[key] for one in several]) for several in (runs, baseline_runs))
         )
         for key in runs[0]
+        if key in baseline_runs[0]  # a setting may rank with more methods
     }
     seconds = [
         read_json_object(_directory(workdir, name, seed) / FINISHED)["seconds"]

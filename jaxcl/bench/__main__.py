@@ -46,6 +46,7 @@ BENCHMARKS = (
     "nearest",
     "plan",
     "scaling",
+    "sentences",
     "start",
     "static",
     "token_table",

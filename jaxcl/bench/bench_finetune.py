@@ -39,6 +39,7 @@ from jaxcl.typing import SIDES, Float
 __all__ = [
     "Trained",
     "as_record",
+    "embed",
     "held_out_texts",
     "main",
     "measure",
@@ -112,7 +113,7 @@ def measure(
     settings = read_settings(config)
     sources = open_sources(settings.data, data_dir=shared_folder(settings.run.data_dir))
     texts = held_out_texts(sources)
-    results: dict[str, list[Trained]] = {"frozen": [Trained(_embed(load(model), texts), 0.0)]}
+    results: dict[str, list[Trained]] = {"frozen": [Trained(embed(load(model), texts), 0.0)]}
     for seed in range(seeds):
         own = changed_config(config, {"seed": seed})
         say(f"jaxcl, seed {seed}")
@@ -135,7 +136,8 @@ def held_out_texts(sources: Mapping[str, PairSource]) -> dict[str, list[str]]:
     }
 
 
-def _embed(model: EmbeddingModel, texts: Mapping[str, Sequence[str]]) -> Vectors:
+def embed(model: EmbeddingModel, texts: Mapping[str, Sequence[str]]) -> Vectors:
+    """Embed texts by `"NAME/SIDE"`."""
     return {
         name: model.encode(several, side=name.rpartition("/")[2]) for name, several in texts.items()
     }
@@ -158,7 +160,7 @@ def train_jaxcl(
         start = time.process_time()
         train(config, workdir)
         seconds = time.process_time() - start
-        return Trained(_embed(load(workdir), texts), seconds)
+        return Trained(embed(load(workdir), texts), seconds)
 
 
 def torch_spec(

@@ -66,7 +66,7 @@ class Modality(Protocol):
     def prepare(
         self, data: DataSettings, train: PairSource, sides: tuple[str, ...], workdir: AnyPath
     ) -> None:
-        """Write the files that the inputs of these sides depend on to the workdir, if missing."""
+        """Write to the workdir the files on which these sides' inputs depend, if missing."""
 
     def open_table(self, data: DataSettings, source: PairSource, files: SplitFiles) -> Table:
         """The table of a split, with the sides that have this modality."""

@@ -29,7 +29,7 @@ class RowPrompts(NamedTuple):
     prompts: Mapping[str, tuple[str, ...]]
 
     def data_set(self, rows: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
-        """The number of each row's data set."""
+        """The index of each row's data set."""
         return np.searchsorted(self.ends, rows, side="right")
 
     def parts(self, first: int, stop: int) -> Iterator[tuple[int, slice]]:

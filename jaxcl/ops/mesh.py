@@ -128,7 +128,7 @@ def replicated_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def table_sharding(mesh: Mesh) -> NamedSharding:
-    """Shard tables of `jaxcl.ops.row_tables` over all axes, or replicate them if uneven."""
+    """Shard tables of `jaxcl.ops.row_tables` over all axes, if they divide evenly."""
     replicated = mesh.size == 1 or ENTRIES_MULTIPLE % mesh.size
     return replicated_sharding(mesh) if replicated else batch_sharding(mesh)
 
@@ -162,7 +162,7 @@ def put_batch(local_batch: PyTree, mesh: Mesh) -> PyTree:
 
 
 def put_rows(rows: jax.Array | np.ndarray, mesh: Mesh, *, num_rows: int) -> jax.Array:
-    """Put one entry per row of a data set on the mesh, padded with zeros to divide over it.
+    """Shard an array with an entry per row of a data set, padded with zeros to divide evenly.
 
     Args:
       rows: a host array, equal on all hosts; or a device array, which keeps all of its entries.

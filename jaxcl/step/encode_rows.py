@@ -42,11 +42,11 @@ def make_encode_rows(
     chunk_sizes: Mapping[str, int] | None,
     buckets: Mapping[str, Buckets] | None = None,
 ) -> EncodeRows:
-    """The towers on a mesh.
+    """Make a function that encodes rows on a mesh.
 
     Args:
       towers: the model and its augmentations.
-      mesh: the devices. With an axis for parameters, the encoders know the mesh.
+      mesh: the devices. If it has an axis for parameters, the encoders can read the current mesh.
       chunk_sizes: side -> how many of a device's rows are encoded at a time; `None` for all.
       buckets: side -> the widths of chunks of similar length, instead of `chunk_sizes`.
     """
@@ -118,7 +118,7 @@ def fold_rows(key: Key[Array, ""], row: Int[Array, " b"]) -> RowKeys:
 
 
 def keys_of_slots(keys: RowKeys | None, slots: int) -> Key[Array, " _"] | None:
-    """A key for each of the slots of each row, row by row."""
+    """A random key for each slot of each row, in row-major order."""
     if keys is None:
         return None
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))

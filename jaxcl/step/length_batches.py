@@ -24,8 +24,8 @@ class LengthBatch(NamedTuple):
 
     Attributes:
       rows: row numbers.
-      num_rows: number of rows with padding rows, a multiple of the number of devices.
-      width: number of tokens of each row with padding.
+      num_rows: number of rows, including padding rows; a multiple of the number of devices.
+      width: number of tokens of each row, including padding.
     """
 
     rows: Int[np.ndarray, " b"]

@@ -121,11 +121,11 @@ def longest_first(lengths: Int[Array, "s n"]) -> Int[Array, " n"]:
 
 
 def computed_tokens(longest: Int[Array, " n"], buckets: Buckets) -> Int[Array, ""]:
-    """The number of tokens that a device computes, padding included.
+    """The number of tokens that a device processes, including padding.
 
     Args:
       longest: as `longest_first` returns them.
-      buckets: the widths; `rows` above the number of rows count as that number.
+      buckets: the widths; `rows` greater than the number of rows are clipped to it.
 
     Example:
       >>> int(computed_tokens(jnp.array([20, 9, 3, 2, 1]), Buckets((8, 20), (4, 2))))

@@ -8,13 +8,13 @@ __all__ = ["TrainState"]
 
 
 class TrainState(NamedTuple):
-    """The one tuple that a checkpoint holds; anything else is lost in a restart.
+    """The training state that a checkpoint holds; anything else is lost on restart.
 
-    The position in the data is `step`; random draws come from `key` folded with `step`. Both hold
-    for any number of devices and hosts.
+    The position in the data is `step`; random draws come from `key` folded with `step`.
+    Neither depends on the number of devices or hosts.
 
     Attributes:
-      step: updates done.
+      step: number of batches trained on.
       params: `{"towers": …, "log_temperature": float32}`, and `"bias"` if the loss learns one.
       optimizer: the state of the optax transformation, for the trained parameters only.
       memory: state that outlives a batch, if it is used: `"rows"`, the loss's state by training

@@ -37,8 +37,8 @@ class PairLabels(NamedTuple):
 
     Attributes:
       different: labels that must differ, such as row ids and groups. The queries' n-th label is
-        compared with the keys' n-th. A row may have several labels, `[r, s]`, padded with negative
-        ones; two rows then match if they share any.
+        compared with the keys' n-th. A row may have several labels, `[r, s]`, padded with
+        negative labels; two rows then match if they share any.
       equal: labels that must be equal, compared in the same way.
       valid: `False` for padding.
       ceiling: the maximum similarity of an allowed pair; each side may omit it.
