@@ -45,6 +45,7 @@ from jaxcl.run.identity import fields_of, pretrained_fingerprints
 from jaxcl.settings.changed import changed_config
 from jaxcl.settings.command_line import add_config_flags, config_of
 from jaxcl.settings.config_files import read_settings_file
+from jaxcl.settings.file_kinds import BUILT_IN
 from jaxcl.settings.read import read_settings
 from jaxcl.train import train
 from jaxcl.typing import Float
@@ -239,7 +240,7 @@ def _with_data_of(directories: Sequence[AnyPath], config: ConfigDict) -> ConfigD
     """The config with the data set of the first of these runs, whatever was installed since."""
     records = (read_remembered_data(directory) for directory in directories)
     data_sets = [record.data_set for record in records if record is not None]
-    if config.data.name != "code_pairs" or not data_sets:
+    if config.data.name not in BUILT_IN or not data_sets:
         return config
     data_set = data_sets[0]
     return changed_config(config, {"data.name": data_set}) if Path(data_set).exists() else config

@@ -7,10 +7,8 @@ the docstring. Whole packages are held out as the test split (an unseen domain),
 other packages' files as the validation split.
 """
 
-import contextlib
 import difflib
 import hashlib
-import io
 import json
 import os
 import sys
@@ -21,15 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 
 from jaxcl.data import python_functions
+from jaxcl.data.prepared_folder import read_prepared, write_prepared
 from jaxcl.data.python_functions import FileScan, PythonFunction, SourceRoot
-from jaxcl.data.sources import DESCRIPTION_FILE
-from jaxcl.host.files import read_json_object
 from jaxcl.host.paths import local_path
 from jaxcl.host.progress import progress_bar, say
-from jaxcl.host.staging import put_in_place, staging_folder
 
 __all__ = ["CodePairs", "CodePairsInfo", "prepare_code_pairs", "split_functions"]
 
@@ -291,58 +286,26 @@ def _parse(scan: FileScan) -> tuple[list[PythonFunction], Counter[str]]:
 
 def _write(info: CodePairsInfo, splits: Mapping[str, Sequence[PythonFunction]]) -> CodePairsInfo:
     """Write into a staging folder, and rename the result when it is complete."""
-    num_pairs = sum(info.split_sizes.values())
-    try:
-        with staging_folder(info.directory) as folder:
-            with progress_bar("writing pairs", num_pairs) as advance, _quiet_tfds():
-                builder = CodePairs(
-                    splits=splits, packages=info.packages, data_dir=folder, on_progress=advance
-                )
-                builder.download_and_prepare()
-            written = Path(builder.data_path)
-            _write_info(info, written)
-            damaged = os.path.lexists(info.directory) and _read_info(*info[:2]) is None
-            put_in_place(written, info.directory, replace=damaged)
-    except OSError as error:
-        data_dir = str(info.directory.parent.parent)
-        raise ValueError(
-            f"data_dir={data_dir!r} cannot be written ({error}); set data_dir to another directory"
-        ) from error
-    return info
-
-
-def _write_info(info: CodePairsInfo, directory: Path) -> None:
-    files = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
-    values = {**info._asdict(), "files": files}
+    values = info._asdict()
     del values["directory"]
-    (directory / DESCRIPTION_FILE).write_text(json.dumps(values, indent=1) + "\n")
+    with progress_bar("writing pairs", sum(info.split_sizes.values())) as advance:
+        write_prepared(
+            info.directory,
+            values,
+            lambda folder: CodePairs(
+                splits=splits, packages=info.packages, data_dir=folder, on_progress=advance
+            ),
+        )
+    return info
 
 
 def _read_info(directory: Path, fingerprint: str) -> CodePairsInfo | None:
     """Read a description; None unless it exists and all files have the sizes that it states."""
     try:
-        values = read_json_object(directory / DESCRIPTION_FILE)
-        sizes = values.pop("files")
-        if any((directory / name).stat().st_size != size for name, size in sizes.items()):
+        values = read_prepared(directory, fingerprint)
+        if values is None:
             return None
         values["packages"] = tuple(values["packages"])
-        info = CodePairsInfo(directory=directory, **values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return CodePairsInfo(directory=directory, **values)
+    except (KeyError, TypeError):
         return None
-    return info if info.fingerprint == fingerprint else None
-
-
-@contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """Silence TFDS's progress bars, prints and logs, which are global, and restore them."""
-    from tensorflow_datasets.core.utils import tqdm_utils
-
-    bars, verbosity = tqdm_utils._active, logging.get_verbosity()
-    tfds.disable_progress_bar()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tfds.display_progress_bar(bars)
-        logging.set_verbosity(verbosity)

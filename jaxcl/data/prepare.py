@@ -24,7 +24,7 @@ from jaxcl.host.files import read_json_object, write_whole
 from jaxcl.host.paths import AnyPath, as_path, local_path
 from jaxcl.settings.data_sections import CodePairsSettings, DataSettings
 from jaxcl.settings.derived import data_set_names
-from jaxcl.settings.file_kinds import names_files
+from jaxcl.settings.file_kinds import BUILT_IN, names_files
 from jaxcl.typing import Int
 
 __all__ = [
@@ -218,12 +218,21 @@ def _data_set(data: DataSettings, *, data_dir: Path, earlier: RememberedData | N
         )
     if names_files(data.name):  # so that a resumed run finds them from another folder
         return str(local_path(data.name).absolute())
-    if data.name != "code_pairs":
+    if data.name not in BUILT_IN:
         return data.name
     if earlier is not None and Path(earlier.data_set).exists():
         return earlier.data_set
+    return str(_built_in(data, data.name, data_dir))
+
+
+def _built_in(data: DataSettings, name: str, data_dir: Path) -> Path:
+    """Prepare a data set that is made from installed packages."""
+    if name == "glyphs":
+        from jaxcl.data.images.glyphs import prepare_glyphs  # needs Pillow
+
+        return prepare_glyphs(data_dir).directory
     options = (data.code_pairs or CodePairsSettings())._asdict()
-    return str(prepare_code_pairs(data_dir, **options).directory)
+    return prepare_code_pairs(data_dir, **options).directory
 
 
 def _check_same_rows(

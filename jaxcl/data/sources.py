@@ -10,7 +10,7 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +18,15 @@ import numpy as np
 
 from jaxcl.data.digests import file_digests
 from jaxcl.data.row_ranges import RowRange
+from jaxcl.data.tfds_columns import (
+    check_image,
+    check_text,
+    field_decoder,
+    field_value,
+    image_fields,
+    selected_features,
+    text_groups,
+)
 from jaxcl.data.tfds_directory import find_directory, full_name, open_builder, open_records
 from jaxcl.host.files import read_json_object
 from jaxcl.ops.arguments import as_integers
@@ -128,16 +137,19 @@ class TfdsPairs:
     def __init__(
         self,
         records: Any,
-        decoder: Any,
+        features: Any,
         *,
         fields: Mapping[str, str],
+        images: Collection[str] = (),
         groups: Sequence[str] | None,
         fingerprint: str,
         row_ranges: Sequence[RowRange],
     ) -> None:
         self._records = records
-        self._decoder = decoder
+        self._features = features
         self._fields = dict(fields)
+        self._images = frozenset(images)
+        self._decoders: dict[tuple[str, ...], Callable[[Any], Any]] = {}
         self._group_index = None if groups is None else {name: i for i, name in enumerate(groups)}
         self._fingerprint = fingerprint
         self._row_ranges = tuple(row_ranges)
@@ -156,18 +168,36 @@ class TfdsPairs:
         return len(self._records)
 
     def read(self, rows: _Rows) -> list[dict[str, Any]]:
-        """Return one dict per row number, in the order given; texts are str."""
-        numbers = checked_rows(rows, num_rows=len(self))
-        records = self._records.read(numbers)
-        decode = self._decoder.deserialize_example_np
-        return [self._as_row(decode(r), row) for row, r in zip(numbers, records, strict=True)]
+        """Return one dict per row number, in the order given.
 
-    def _as_row(self, example: Any, row: int) -> dict[str, Any]:
-        values = {name: _value(example, field, row) for name, field in self._fields.items()}
-        if "group" in self._fields:
+        Texts are str. Images are the bytes of their files, or uint8 arrays.
+        """
+        return self.read_fields(rows, tuple(self._fields))
+
+    def read_fields(self, rows: _Rows, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return some fields of the rows."""
+        fields = {name: self._fields[name] for name in names if name in self._fields}
+        numbers = checked_rows(rows, num_rows=len(self))
+        if not fields:
+            return [{} for _ in numbers]
+        records = self._records.read(numbers)
+        wanted = tuple(fields.values())
+        decode = self._decoders.get(wanted) or field_decoder(self._features, wanted)
+        self._decoders[wanted] = decode
+        return [
+            self._as_row(decode(record), fields, row)
+            for row, record in zip(numbers, records, strict=True)
+        ]
+
+    def _as_row(self, example: Any, fields: Mapping[str, str], row: int) -> dict[str, Any]:
+        values = {
+            name: field_value(example, field, row, is_image=field in self._images)
+            for name, field in fields.items()
+        }
+        if "group" in fields:
             group = values["group"]
             index = group if self._group_index is None else self._group_index[group]
-            values["group"] = _as_int32(index, field=self._fields["group"], row=row)
+            values["group"] = _as_int32(index, field=fields["group"], row=row)
         return values
 
 
@@ -182,6 +212,7 @@ def open_pairs(
     score_field: str | None = None,
     metadata_fields: Sequence[str] = (),
     text_sides: Sequence[str] = (),
+    image_sides: Sequence[str] = (),
 ) -> TfdsPairs:
     """Open the pairs of a prepared TFDS data set, without downloading or importing anything for it.
 
@@ -198,12 +229,14 @@ def open_pairs(
       score_field: the feature that becomes each row's "score".
       metadata_fields: further features, each under its own name.
       text_sides: the sides that must be texts, such as `("query", "key")`.
+      image_sides: the sides that must be images: an `Image` feature, whose files are not decoded, a
+        uint8 `Tensor`, or a `Text` that holds the bytes of image files.
 
     Raises:
       ValueError: if the data set is missing or not readable, has a feature of a class other than
         TFDS's own, or has a different number of rows than it states; if a split or field is
-        unknown, the split is empty, a side in `text_sides` is not a text, or the group is neither
-        an integer nor a text.
+        unknown, the split is empty, a side is no text in `text_sides` or no image in `image_sides`,
+        or the group is neither an integer nor a text.
     """
     from etils import epath
 
@@ -213,7 +246,7 @@ def open_pairs(
     sides = dict(fields)
     fields |= {field: field for field in metadata_fields}
     builder = open_builder(find_directory(name, data_dir))
-    decoder = _decoder(builder, list(fields.values()))
+    features = selected_features(builder, list(fields.values()))
     instructions = _file_instructions(builder, split, name)
     paths = [epath.Path(part.filename) for part in instructions]
     content, names = _contents(builder, paths)
@@ -223,12 +256,15 @@ def open_pairs(
     digest = _sha256([content, rows, sorted(sides.items())])
     records = open_records(builder, split, instructions)
     for side in text_sides:
-        _check_text(builder, records, fields[side], side=side)
+        check_text(builder, records, fields[side], side=side)
+    for side in image_sides:
+        check_image(builder, records, fields[side], side=side)
     return TfdsPairs(
         records,
-        decoder,
+        features,
         fields=fields,
-        groups=None if group_field is None else _text_groups(builder, records, group_field),
+        images={*image_fields(features), *(fields[side] for side in image_sides)},
+        groups=None if group_field is None else text_groups(builder, records, group_field),
         fingerprint=f"{full_name(builder)}:{digest}",
         row_ranges=_row_ranges(paths, names, instructions),
     )
@@ -237,16 +273,6 @@ def open_pairs(
 def _check_metadata_names(names: Iterable[str], fields: Iterable[str]) -> None:
     if taken := set(fields) & set(names):
         raise ValueError(f"metadata cannot be named {sorted(taken)}; rows already have these")
-
-
-def _leaves(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    import tensorflow_datasets as tfds
-
-    for name, feature in features.items():
-        if isinstance(feature, tfds.features.FeaturesDict):
-            yield from _leaves(feature, f"{prefix}{name}/")
-        else:
-            yield prefix + name, feature
 
 
 def _file_instructions(builder: Any, split: str, name: str | Path) -> list[Any]:
@@ -262,65 +288,6 @@ def _file_instructions(builder: Any, split: str, name: str | Path) -> list[Any]:
         sizes = {known: info.num_examples for known, info in splits.items()}
         raise ValueError(f"the split {split!r} of {name} has no rows; the splits have {sizes}")
     return instructions
-
-
-def _decoder(builder: Any, fields: Iterable[str]) -> Any:
-    """Features with only `fields`, because decoding the others would take as long again.
-
-    TFDS's PartialDecoding does not work without TensorFlow.
-    """
-    import tensorflow_datasets as tfds
-
-    known = dict(_leaves(builder.info.features))
-    for field in fields:
-        if field not in known:
-            raise ValueError(f"{builder.name} has no field {field!r}; it has {sorted(known)}")
-    wanted: dict[str, Any] = {}
-    for field in fields:
-        *parents, leaf = field.split("/")
-        inner = functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, wanted)
-        inner[leaf] = known[field]
-    return tfds.features.FeaturesDict(wanted)
-
-
-def _check_text(builder: Any, records: Any, field: str, *, side: str) -> None:
-    first = _first_value(builder, records, field)
-    if not isinstance(first, str):
-        raise ValueError(
-            f"the field {field!r} of {builder.name} holds {type(first).__name__}; give a field of "
-            f"texts as {side}_field: it has {sorted(dict(_leaves(builder.info.features)))}"
-        )
-
-
-def _text_groups(builder: Any, records: Any, field: str) -> list[str] | None:
-    """The distinct texts of `field`, sorted, or None if it holds integers."""
-    first = _first_value(builder, records, field)
-    if isinstance(first, int):  # or a bool
-        return None
-    if not isinstance(first, str):
-        raise ValueError(
-            f"the group field {field!r} holds {type(first).__name__}; give one that holds an "
-            "integer, a label, a boolean or a text in each row"
-        )
-    distinct: set[str] = set()
-    for start in range(0, len(records), _READ_AT_ONCE):
-        rows = list(range(start, min(start + _READ_AT_ONCE, len(records))))
-        distinct.update(_read_column(builder, records, field, rows))
-    return sorted(distinct)
-
-
-def _first_value(builder: Any, records: Any, field: str) -> Any:
-    """A field's value in the first row; for an array, such as an image, the feature instead."""
-    feature = dict(_leaves(builder.info.features))[field]
-    if feature.shape != ():
-        return feature
-    return _read_column(builder, records, field, [0])[0]
-
-
-def _read_column(builder: Any, records: Any, field: str, rows: list[int]) -> list[Any]:
-    decode = _decoder(builder, [field]).deserialize_example_np
-    pairs = zip(rows, records.read(rows), strict=True)
-    return [_value(decode(record), field, row) for row, record in pairs]
 
 
 def _contents(builder: Any, paths: Sequence[Any]) -> tuple[Any, list[str]]:
@@ -363,19 +330,6 @@ def _sha256(values: Iterable[Any]) -> str:
     for value in values:
         digest.update(json.dumps(value).encode() + b"\n")
     return digest.hexdigest()
-
-
-def _value(example: Any, field: str, row: int) -> Any:
-    value = functools.reduce(lambda node, part: node[part], field.split("/"), example)
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"row {row} of the field {field!r} is not UTF-8 ({error}); prepare the data set "
-                "with texts in that encoding"
-            ) from error
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _as_int32(value: Any, *, field: str, row: int) -> np.int32:

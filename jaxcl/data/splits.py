@@ -1,7 +1,7 @@
 """Open the splits of a run, from one data set or from several concatenated ones."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,14 +160,17 @@ def open_splits(
     further = [
         (f"data.concatenated.{key}", data_set) for key, data_set in data.concatenated.items()
     ]
-    text_sides = [side for side in SIDES if getattr(data.modality, side) == "text"]
+    typed_sides = {
+        f"{name}_sides": [side for side in SIDES if getattr(data.modality, side) == name]
+        for name in ("text", "image")
+    }
     for where, data_set in [("data", data.first._replace(name=name)), *sorted(further)]:
         for role, split in data_set.splits.items():
             try:
                 if where == "data" and open_source is not None:
                     opened = open_source(role)
                 else:
-                    opened = _opened(data_set, role, data_dir, text_sides)
+                    opened = _opened(data_set, role, data_dir, typed_sides)
             except ValueError as error:
                 raise error if where == "data" else ValueError(f"{where}: {error}") from error
             if not len(opened):
@@ -183,7 +186,9 @@ def open_splits(
     return result
 
 
-def _opened(data_set: DataSet, role: str, data_dir: Path, text_sides: Sequence[str]) -> PairSource:
+def _opened(
+    data_set: DataSet, role: str, data_dir: Path, typed_sides: Mapping[str, Sequence[str]]
+) -> PairSource:
     if reads_files(data_set.name, data_set.splits[role]):
         return open_pair_files(data_set, role, data_dir=data_dir)
     return open_pairs(
@@ -195,5 +200,5 @@ def _opened(data_set: DataSet, role: str, data_dir: Path, text_sides: Sequence[s
         group_field=data_set.group_field,
         score_field=data_set.score_field,
         metadata_fields=data_set.metadata_fields,
-        text_sides=text_sides,
+        **typed_sides,
     )

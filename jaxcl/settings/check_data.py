@@ -1,6 +1,7 @@
 """The checks of the data settings."""
 
 from jaxcl.settings.data_sections import DataSet, DataSettings, FileSettings, ImageSettings
+from jaxcl.settings.file_kinds import BUILT_IN
 from jaxcl.typing import SIDES
 
 __all__ = ["check_data"]
@@ -51,10 +52,10 @@ def _check_concatenated(where: str, name: str, data_set: DataSet, data: DataSett
             "as {'train': 'train'}"
         )
     _check_files(f"{where}.files", data_set.files)
-    if data_set.name == "code_pairs":
+    if data_set.name in BUILT_IN:
         raise ValueError(
-            f"{where}.name='code_pairs' is made for data.name alone; give the folder of prepared "
-            "ones, as some run's data.json names it"
+            f"{where}.name={data_set.name!r} is made for data.name alone; give the folder of "
+            "prepared ones, as some run's data.json names it"
         )
     if (data_set.group_field is None) != (data.group_field is None):
         raise ValueError(

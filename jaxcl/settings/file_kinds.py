@@ -9,6 +9,7 @@ from typing import NamedTuple
 from jaxcl.host.paths import local_path
 
 __all__ = [
+    "BUILT_IN",
     "COMPRESSIONS",
     "HUGGING_FACE_FILES",
     "KINDS",
@@ -23,6 +24,9 @@ __all__ = [
     "relocated_splits",
     "share_of_split",
 ]
+
+BUILT_IN = ("code_pairs", "glyphs")
+"""Data sets that jaxcl makes from installed packages, as values of `data.name`."""
 
 KINDS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet")
 """Suffixes of files of rows; `.ndjson` and `.json` are read as JSON lines."""
@@ -91,7 +95,7 @@ def names_files(name: str | None) -> bool:
       >>> names_files("pairs.jsonl"), names_files("part-*.csv.gz"), names_files("snli:1.1.0")
       (True, True, False)
     """
-    if name is None:
+    if name is None or name in BUILT_IN:
         return False
     try:
         path = local_path(name)

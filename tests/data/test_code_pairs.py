@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.core.utils import tqdm_utils
 
-from jaxcl.data import code_pairs
+from jaxcl.data import code_pairs, prepared_folder
 from jaxcl.data.code_pairs import prepare_code_pairs, split_functions
 from jaxcl.data.python_functions import PythonFunction, SourceRoot
 from jaxcl.data.sources import DESCRIPTION_FILE, open_pairs
@@ -213,13 +213,13 @@ def test_the_same_packages_elsewhere_are_split_alike_but_point_to_their_own_file
 KILLED = """
 import os, sys
 from pathlib import Path
-from jaxcl.data import code_pairs
+from jaxcl.data import code_pairs, prepared_folder
 from jaxcl.data.python_functions import SourceRoot
 
 def die(*args, **options):
     os._exit(9)
 
-setattr(code_pairs, sys.argv[3], die)
+setattr(prepared_folder, sys.argv[3], die)
 code_pairs.prepare_code_pairs(
     sys.argv[1], roots=(SourceRoot(Path(sys.argv[2])),), test_packages=("held",),
     validation_fraction=0.25,
@@ -227,7 +227,7 @@ code_pairs.prepare_code_pairs(
 """
 
 
-@pytest.mark.parametrize("killed_at", ["_write_info", "put_in_place"])
+@pytest.mark.parametrize("killed_at", ["_write_description", "put_in_place"])
 def test_a_killed_preparation_is_done_again(prepare, tmp_path, killed_at):
     arguments = [tmp_path / "data", tmp_path / "site", killed_at]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -264,9 +264,9 @@ def test_damaged_pairs_are_prepared_again(prepare, damage):
 
 
 def _prepare_at_the_barrier(barrier, data_dir, site, results):
-    code_pairs.put_in_place, put = (  # both have written, neither has renamed
+    prepared_folder.put_in_place, put = (  # both have written, neither has renamed
         lambda *args, **options: (barrier.wait(30), put(*args, **options)),
-        code_pairs.put_in_place,
+        prepared_folder.put_in_place,
     )
     info = prepare_code_pairs(data_dir, roots=(SourceRoot(site),), test_packages=("held",))
     results.put((str(info.directory), info.fingerprint))

@@ -83,6 +83,7 @@ def test_rows_of_another_data_set_follow(opened):
         "score_field": None,
         "metadata_fields": (),
         "text_sides": ["query", "key"],
+        "image_sides": [],
     }
     assert train.read([]) == []
     with pytest.raises(IndexError, match="there are 5"):
