@@ -231,6 +231,10 @@ def _built_in(data: DataSettings, name: str, data_dir: Path) -> Path:
         from jaxcl.data.images.glyphs import prepare_glyphs  # needs Pillow
 
         return prepare_glyphs(data_dir).directory
+    if name == "emoji":
+        from jaxcl.data.images.emoji import prepare_emoji
+
+        return prepare_emoji(data_dir).directory
     options = (data.code_pairs or CodePairsSettings())._asdict()
     return prepare_code_pairs(data_dir, **options).directory
 
