@@ -3,8 +3,9 @@
     python -m jaxcl.export --workdir runs/code_search --to models/code_search
 
 The folder holds the parameters of the newest checkpoint, the tokenizer and a model card. It can be
-used without the run or its data. `SentenceTransformer(DIR)` loads a fine-tuned encoder, or a static
-encoder without position weights. Export any other model with `--format jaxcl`, for `jaxcl.load`.
+used without the run or its data. `SentenceTransformer(DIR)` loads a fine-tuned encoder of texts,
+both towers of a fine-tuned CLIP, or a static encoder without position weights. Export any other
+model with `--format jaxcl`, for `jaxcl.load`.
 Low-rank adapters are merged into the kernels. To export the best checkpoint by
 `evaluation.best_metric`, give `--workdir runs/code_search/checkpoints/best`.
 

@@ -82,9 +82,10 @@ def keep_pretrained_files(settings: Settings, workdir: AnyPath) -> None:
                     "move it, or choose another --workdir"
                 )
             keep_copy(model, copy)
-    if settings.init_from is None:
+    texts = [model for model in models.values() if model.modality == "text"]
+    if settings.init_from is None and texts:
         (file,) = MODALITIES["text"].files
-        content = tokenizer_of(next(iter(models.values())))
+        content = tokenizer_of(texts[0])
         if not (workdir / file).exists():
             write_whole(workdir / file, content)
         elif read_regular(workdir / file, limit=_MAX_BYTES) != content:

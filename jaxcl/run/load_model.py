@@ -1,6 +1,7 @@
-"""Load a model that embeds texts, from the workdir of a run or from a model's folder."""
+"""Load a model that embeds texts or images, from the workdir of a run or a model's folder."""
 
 import os
+from collections.abc import Mapping
 
 from flax import nnx
 from tokenizers import Tokenizer
@@ -10,10 +11,10 @@ from jaxcl.data.text_rule import UNLIMITED, TextRule
 from jaxcl.data.tokenizer import load_pretrained_tokenizer
 from jaxcl.host.files import digest_of
 from jaxcl.host.paths import AnyPath, as_path
-from jaxcl.models import make_towers
+from jaxcl.models import TowerSpec, make_towers
 from jaxcl.models.pretrained.description import PretrainedModel
 from jaxcl.models.pretrained.encoder import PretrainedEncoder
-from jaxcl.models.pretrained.folder import read_pretrained
+from jaxcl.models.pretrained.folder import read_towers
 from jaxcl.models.pretrained.hub import local_or_hub
 from jaxcl.models.pretrained.modules import parse_json
 from jaxcl.models.pretrained.weights import load_parameters, place
@@ -21,8 +22,10 @@ from jaxcl.ops.mesh import make_mesh, replicated_sharding
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.exported import EXPORT_FILE, open_exported
+from jaxcl.run.image_batches import ImageSide, image_side
 from jaxcl.run.opened import OpenedRun, open_run
 from jaxcl.run.workdir import CHECKPOINTS, ID_FILE
+from jaxcl.settings.data_sections import DataSettings
 from jaxcl.settings.derived import origin_of
 from jaxcl.settings.parts import Trust
 from jaxcl.settings.read import as_dict
@@ -37,7 +40,7 @@ _PRETRAINED_FILES = ("modules.json", "config.json", "model.safetensors")
 def load(
     path: str | os.PathLike[str], *, compute_dtype: str = "float32", trust: Trust = ()
 ) -> EmbeddingModel:
-    """Load a model that embeds texts, on all devices.
+    """Load a model that embeds texts, images or both, on all devices.
 
     Args:
       path: one of
@@ -47,7 +50,8 @@ def load(
           `config.evaluation.best_metric`;
         - a folder written by `jaxcl.export`;
         - the folder of a pretrained encoder saved by sentence-transformers, transformers or
-          model2vec, or its id on the Hugging Face Hub (`jaxcl.models.pretrained`).
+          model2vec, or its id on the Hugging Face Hub (`jaxcl.models.pretrained`). Of CLIP and
+          SigLIP, both towers are loaded: images are queries, and texts are keys.
       compute_dtype: type of the activations of a pretrained encoder, such as `"bfloat16"`. The
         model of a run uses the type in its config. On accelerators, JAX multiplies float32 in
         lower precision unless `jax_default_matmul_precision` is `"highest"`.
@@ -72,7 +76,7 @@ def load(
         exported = open_exported(folder, trust=trust)
         return _trained_model(exported.folder, exported.settings, exported.encoder)
     if any((folder / name).exists() for name in _PRETRAINED_FILES):
-        return _pretrained_model(read_pretrained(folder), compute_dtype)
+        return _pretrained_model(read_towers(folder), compute_dtype)
     raise ValueError(
         f"{folder} has no model: neither {CHECKPOINTS}/ of a run, nor {EXPORT_FILE} of an exported "
         f"model, nor {' or '.join(_PRETRAINED_FILES)} of a pretrained model"
@@ -99,20 +103,23 @@ def model_of_run(run: OpenedRun) -> EmbeddingModel:
 
 
 def _trained_model(folder: AnyPath, settings: Settings, encoder: Encoder) -> EmbeddingModel:
-    modality = settings.data.modality
-    if set(modality) != {"text"}:
+    data = settings.data
+    sides = {side: getattr(data.modality, side) for side in SIDES}
+    if set(sides.values()) - {"text", "image"}:
         raise ValueError(
-            f"{folder} has a model with data.modality={modality._asdict()}; jaxcl.load accepts "
-            "models of texts only"
+            f"{folder} has a model with data.modality={data.modality._asdict()}; jaxcl.load "
+            "accepts models of texts and images only"
         )
+    texts = [side for side in SIDES if sides[side] == "text"]
     return EmbeddingModel(
         source=str(folder),
         encode=encoder.towers.encode,
         params=encoder.params,
         mesh=encoder.mesh,
-        tokenizer=Text().tokenizer(settings.data, folder),
-        rules=_trained_rules(settings),
         dim=settings.model.dim,
+        tokenizer=Text().tokenizer(data, folder) if texts else None,
+        rules={side: rule for side, rule in _trained_rules(settings).items() if side in texts},
+        images={side: image_side(data, side, folder) for side in SIDES if side not in texts},
         matryoshka_dims=settings.loss.matryoshka_dims,
         description={"model": as_dict(settings)["model"]},
     )
@@ -127,36 +134,61 @@ def _trained_rules(settings: Settings) -> dict[str, TextRule]:
     return {side: rule._replace(max_tokens=longest) for side, rule in rules.items()}
 
 
-def _pretrained_model(pretrained: PretrainedModel, compute_dtype: str) -> EmbeddingModel:
-    tokenizer = _tokenizer_of(pretrained)
-
-    def make(rngs: nnx.Rngs) -> PretrainedEncoder:
-        return PretrainedEncoder(
-            pretrained, normalize=pretrained.normalize, compute_dtype=compute_dtype, rngs=rngs
-        )
-
-    towers = make_towers(make)
+def _pretrained_model(models: Mapping[str, PretrainedModel], compute_dtype: str) -> EmbeddingModel:
+    sides = {"query": "image", "key": "text"} if len(models) > 1 else {"both": next(iter(models))}
+    towers = make_towers(
+        {name: _tower_of(models[modality], compute_dtype) for name, modality in sides.items()}
+    )
     mesh = make_mesh({"data": -1})
     abstract = towers.abstract_parameters(replicated_sharding(mesh))
     params = {
-        name: place(load_parameters(pretrained, tower), tower) for name, tower in abstract.items()
+        name: place(load_parameters(models[modality], abstract[name]), abstract[name])
+        for name, modality in sides.items()
     }
+    first = next(iter(models.values()))
+    text = models.get("text")
+    by_side = {side: models[sides.get(side, next(iter(models)))] for side in SIDES}
     return EmbeddingModel(
-        source=str(pretrained.path),
+        source=str(first.path),
         encode=towers.encode,
         params=params,
         mesh=mesh,
-        tokenizer=tokenizer,
-        rules={side: _pretrained_rule(pretrained, side) for side in SIDES},
-        dim=pretrained.dim,
-        prompts=_named_prompts(pretrained),
-        normalizes=pretrained.normalize,
-        similarity_function=pretrained.similarity,
+        dim=first.dim,
+        tokenizer=None if text is None else _tokenizer_of(text),
+        rules={
+            side: _pretrained_rule(model, side)
+            for side, model in by_side.items()
+            if model.modality == "text"
+        },
+        images={
+            side: _pretrained_images(model, side)
+            for side, model in by_side.items()
+            if model.modality == "image"
+        },
+        prompts={} if text is None else _named_prompts(text),
+        normalizes=first.normalize,
+        similarity_function=first.similarity,
         description={
-            "files": {name: digest_of(content) for name, content in pretrained.files.items()},
+            "files": {name: digest_of(content) for name, content in first.files.items()},
             "compute_dtype": compute_dtype,
         },
     )
+
+
+def _tower_of(model: PretrainedModel, compute_dtype: str) -> TowerSpec:
+    def make(rngs: nnx.Rngs) -> PretrainedEncoder:
+        return PretrainedEncoder(
+            model, normalize=model.normalize, compute_dtype=compute_dtype, rngs=rngs
+        )
+
+    return TowerSpec(make)
+
+
+def _pretrained_images(model: PretrainedModel, side: str) -> ImageSide:
+    assert model.images is not None  # of an encoder of images
+    data = DataSettings()
+    images = data.images._replace(size=model.images.size, resize=model.images.resize)
+    return image_side(data._replace(images=images), side, model.path)
 
 
 def _tokenizer_of(pretrained: PretrainedModel) -> Tokenizer:

@@ -22,6 +22,7 @@ from jaxcl.settings.derived import tower_sections
 from jaxcl.settings.file_kinds import names_files
 from jaxcl.settings.read import read_settings
 from jaxcl.settings.sections import Settings
+from jaxcl.typing import SIDES
 
 __all__ = ["model_card"]
 
@@ -52,6 +53,23 @@ queries = model.encode_query(["parse an ISO 8601 date"])
 keys = model.encode_document(["datetime.fromisoformat(text)", "os.listdir(path)"])
 print(model.similarity(queries, keys))
 """
+_USE_OF_IMAGES = """\
+import jaxcl
+
+model = jaxcl.load({folder})
+images = model.encode(images=["cat.jpg", "dog.jpg"])
+"""
+_TEXTS_FOR_IMAGES = """\
+texts = model.encode(["a photo of a cat"])
+print(model.similarity(images, texts))
+"""
+_CLIP_IN_SENTENCE_TRANSFORMERS = """\
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer({folder})
+images = model.encode([Image.open("cat.jpg"), Image.open("dog.jpg")])
+"""
 
 
 def model_card(run: OpenedRun, *, name: str, library: str) -> str:
@@ -70,7 +88,7 @@ def model_card(run: OpenedRun, *, name: str, library: str) -> str:
     sections = [
         *_front_matter(settings, results, library=library),
         *_introduction(settings, name=name),
-        *_usage(name, library=library),
+        *_usage(name, settings, library=library),
         *_data(settings, results),
         *_training(run),
         *_evaluation(run, results),
@@ -115,15 +133,20 @@ def _introduction(settings: Settings, *, name: str) -> Iterator[str]:
         f"{settings.model.dim} dimensions; their inner product is the cosine similarity.\n"
     )
     encoders = {
-        "Encoder" if tower == SHARED else f"Encoder of {tower} texts": _encoder(settings, section)
+        "Encoder"
+        if tower == SHARED
+        else f"Encoder of {tower} {getattr(data.modality, tower)}s": _encoder(settings, section)
         for tower, section in tower_sections(settings.model).items()
     }
     yield from _table(
         ("", ""),
         *encoders.items(),
         ("Dimensions", settings.model.dim),
-        ("Longest query", f"{data.max_tokens.query} tokens"),
-        ("Longest key", f"{data.max_tokens.key} tokens"),
+        *(
+            (f"Longest {side}", f"{getattr(data.max_tokens, side)} tokens")
+            for side in SIDES
+            if getattr(data.modality, side) == "text"
+        ),
         *_prompts(data.prompts),
         *(
             row
@@ -149,13 +172,16 @@ def _encoder(settings: Settings, section: str) -> str:
     return f"{_code(base.family)}, from {_code(_public(origin))}"
 
 
-def _usage(name: str, *, library: str) -> Iterator[str]:
+def _usage(name: str, settings: Settings, *, library: str) -> Iterator[str]:
     yield "## Usage\n"
-    snippets = [_USE_OF_JAXCL]
-    if library == "sentence-transformers":
-        snippets.insert(0, _USE_OF_SENTENCE_TRANSFORMERS)
-    for snippet in snippets:
-        yield f"```python\n{snippet.format(folder=ascii(name))}```\n"
+    modalities = set(settings.data.modality)
+    if modalities == {"text"}:
+        snippets, ending = [_USE_OF_SENTENCE_TRANSFORMERS, _USE_OF_JAXCL], ""
+    else:
+        snippets = [_CLIP_IN_SENTENCE_TRANSFORMERS, _USE_OF_IMAGES]
+        ending = _TEXTS_FOR_IMAGES if "text" in modalities else ""
+    for snippet in snippets if library == "sentence-transformers" else snippets[1:]:
+        yield f"```python\n{snippet.format(folder=ascii(name))}{ending}```\n"
 
 
 def _data(settings: Settings, results: Mapping[str, Any]) -> Iterator[str]:
@@ -235,7 +261,8 @@ def _limitations(settings: Settings, *, library: str) -> Iterator[str]:
             "pretraining."
         )
     query, key = settings.data.max_tokens
-    if library == "sentence-transformers" and query != key:
+    texts = set(settings.data.modality) == {"text"}
+    if library == "sentence-transformers" and texts and query != key:
         yield (
             f"- sentence-transformers truncates all texts to {max(query, key)} tokens; training "
             f"truncated queries to {query} and keys to {key}."

@@ -105,7 +105,7 @@ def encodes_for_mteb(encode: Method) -> Method:
 
     @functools.wraps(encode)
     def encode_texts_or_batches(
-        self: MtebEncoder, texts: Any, *, task_metadata: Any = None, **options: Any
+        self: MtebEncoder, texts: Any = None, *, task_metadata: Any = None, **options: Any
     ) -> np.ndarray:
         if task_metadata is None:
             return encode(self, texts, **options)

@@ -191,7 +191,8 @@ def layer_factors(
       params: all parameters, or their shapes. The blocks of an encoder are in its `blocks`; the
         embeddings are the tables outside of it (`jaxcl.models.trainable.is_table`).
       decay: the factor from one block to the block below.
-      embedding_norms: encoders' norms of the embeddings, by the path of the norm.
+      embedding_norms: other modules below the blocks, such as norms of the embeddings and
+        projections of patches, by their paths.
 
     Returns:
       Path -> its factor; an array with one factor per layer where layers are stacked.
@@ -222,12 +223,12 @@ def layer_factors(
 
 
 def _embedding_norms(settings: Settings) -> tuple[str, ...]:
-    """The norms right after the embeddings, as the encoders of this package name them."""
+    """The modules between the inputs and the blocks, as the encoders of this package name them."""
     norms = []
     for tower, section in tower_sections(settings.model).items():
         given = settings.model if section == "model" else settings.model.key
         if given.name == PRETRAINED:
-            norms.append(f"towers/{tower}/encoder/norm")
+            norms += [f"towers/{tower}/encoder/{name}" for name in ("norm", "embeddings")]
         elif given.name == "transformer" and given.options.get("norm_position") == "post":
             norms.append(f"towers/{tower}/norm")
     return tuple(norms)

@@ -25,11 +25,18 @@ from jaxcl.run.model_files import ModelFiles, as_json, with_dtype
 from jaxcl.settings.data_sections import DataSettings
 from jaxcl.typing import PyTree
 
-__all__ = ["library_config", "module_list", "pretrained_files"]
+__all__ = [
+    "LIBRARY_CONFIG",
+    "library_config",
+    "module_list",
+    "pretrained_files",
+    "tokenizer_config",
+    "with_stored_type",
+]
 
 _TYPES = "sentence_transformers.models"
 _DENSE_FIELDS = ("in_features", "out_features", "bias", "activation_function")
-_LIBRARY_CONFIG = "config_sentence_transformers.json"
+LIBRARY_CONFIG = "config_sentence_transformers.json"
 
 
 def pretrained_files(
@@ -62,7 +69,7 @@ def pretrained_files(
         contents.pop(join(model.encoder_folder, "config.json"), None)
     contents |= {
         "modules.json": module_list(modules),
-        _LIBRARY_CONFIG: library_config(data, parse_json(model.files, _LIBRARY_CONFIG)),
+        LIBRARY_CONFIG: library_config(data, parse_json(model.files, LIBRARY_CONFIG)),
     }
     for kind, folder in modules:
         config = join(folder, "config.json")
@@ -147,20 +154,18 @@ def _encoder_files(
 ) -> dict[str, bytes]:
     """The files of the Transformer module that differ from the original."""
     folder = model.encoder_folder
-    config, tokenizer_config = (
-        join(folder, name) for name in ("config.json", "tokenizer_config.json")
-    )
+    config, of_tokenizer = (join(folder, name) for name in ("config.json", "tokenizer_config.json"))
     length = {"max_seq_length": longest, "do_lower_case": False}
     files = {
         join(folder, "sentence_bert_config.json"): as_json(length),
-        config: _with_stored_type(model, config, tensors),
+        config: with_stored_type(model, config, tensors),
     }
-    if tokenizer_config not in model.files:
+    if of_tokenizer not in model.files:
         # Without this file, transformers may build a tokenizer that differs from tokenizer.json.
-        files[tokenizer_config] = _tokenizer_config(model, longest=longest)
+        files[of_tokenizer] = tokenizer_config(model, longest=longest)
     elif model.family in DECODERS and not _names_padding(model):
-        given = parse_json(model.files, tokenizer_config)
-        files[tokenizer_config] = as_json({**given, "pad_token": _padding_token(model)})
+        given = parse_json(model.files, of_tokenizer)
+        files[of_tokenizer] = as_json({**given, "pad_token": _padding_token(model)})
     return files
 
 
@@ -172,7 +177,7 @@ def _names_padding(model: PretrainedModel) -> bool:
     return any(parse_json(model.files, file).get("pad_token") for file in files)
 
 
-def _with_stored_type(model: PretrainedModel, name: str, tensors: FileTensors) -> bytes:
+def with_stored_type(model: PretrainedModel, name: str, tensors: FileTensors) -> bytes:
     """Write `config.json` with the type of the tensors, with which transformers loads them."""
     content = parse_json(model.files, name)
     stored = [
@@ -191,7 +196,8 @@ def _with_stored_type(model: PretrainedModel, name: str, tensors: FileTensors) -
     return as_json({**content, **changed}) if changed else model.files[name]
 
 
-def _tokenizer_config(model: PretrainedModel, *, longest: int) -> bytes:
+def tokenizer_config(model: PretrainedModel, *, longest: int) -> bytes:
+    """Write the `tokenizer_config.json` of a folder that has none."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": longest,

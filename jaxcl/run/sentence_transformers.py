@@ -1,9 +1,10 @@
 """Write a trained model as a folder that sentence-transformers loads.
 
 A fine-tuned encoder is written in the form of its original folder, with the trained weights
-(`jaxcl.run.pretrained_folder`). A static encoder becomes a `StaticEmbedding`, with one table that
-combines its embeddings, token weights and projection. The mean over tokens then differs from the
-weighted sum only by a factor, which normalisation removes.
+(`jaxcl.run.pretrained_folder`), and so are the two towers of a CLIP (`jaxcl.run.clip_folder`). A
+static encoder becomes a `StaticEmbedding`, with one table that combines its embeddings, token
+weights and projection. The mean over tokens then differs from the weighted sum only by a factor,
+which normalisation removes.
 """
 
 import json
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 from jaxcl.data.modalities import text_rule
 from jaxcl.data.text_rule import unknown_id
 from jaxcl.data.tokenizer import load_pretrained_tokenizer, load_tokenizer
+from jaxcl.run.clip_folder import clip_files, towers_by_modality, why_not_clip
 from jaxcl.run.model_files import ModelFiles, with_dtype
 from jaxcl.run.opened import OpenedRun
 from jaxcl.run.pretrained_folder import library_config, module_list, pretrained_files
@@ -37,11 +39,15 @@ def sentence_transformers_files(run: OpenedRun, dtype: np.dtype | None = None) -
     """
     run = run.merged()
     settings = run.settings
-    if (reason := _no_equivalent(settings)) is not None:
+    sides = towers_by_modality(settings)
+    reason = why_not_clip(settings, sides) if sides else _no_equivalent(settings)
+    if reason is not None:
         raise ValueError(
             f"the model of the run in {run.workdir} has no equivalent in sentence-transformers: "
             f"{reason}; export it for jaxcl.load with --format jaxcl"
         )
+    if sides:
+        return clip_files(settings, sides, run.encoder.params, dtype=dtype)
     pretrained = settings.parts.pretrained.get("model")
     if pretrained is None:
         return _static_files(run, dtype)

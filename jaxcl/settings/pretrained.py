@@ -1,6 +1,7 @@
 """Read the pretrained encoders that a config names, and derive settings from them."""
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from flax import nnx
 
 from jaxcl.host.files import is_remote, read_json_object
 from jaxcl.host.paths import AnyPath
+from jaxcl.losses import LOSSES
 from jaxcl.models import DEFAULT_ENCODER, EncoderPart
 from jaxcl.models.pretrained.containment import join
 from jaxcl.models.pretrained.description import PretrainedModel
@@ -15,12 +17,13 @@ from jaxcl.models.pretrained.encoder import PretrainedEncoder, PretrainedOptions
 from jaxcl.models.pretrained.families import FAMILIES
 from jaxcl.models.pretrained.folder import TENSOR_LIST, read_pretrained
 from jaxcl.models.pretrained.hub import local_or_hub
+from jaxcl.models.pretrained.preprocessing import with_image_size
 from jaxcl.models.pretrained.weights import load_parameters
 from jaxcl.settings.data_sections import DataSettings
 from jaxcl.settings.derived import origin_of, tower_sections
 from jaxcl.settings.parts import Trust
 from jaxcl.settings.section_reader import read_section
-from jaxcl.settings.sections import Settings
+from jaxcl.settings.sections import ModelSettings, Settings
 from jaxcl.typing import SIDES
 
 __all__ = ["COPIES", "PRETRAINED", "encoder_part", "is_copy", "tokenizer_of", "with_pretrained"]
@@ -31,6 +34,9 @@ PRETRAINED = "pretrained"
 COPIES: Mapping[str, str] = {"model": "pretrained", "model.key": "pretrained-key"}
 """Section of an encoder -> the folder in the workdir with its copy of the pretrained model."""
 
+
+_SHARED_OPTIONS = ("dropout", "remat", "compute_dtype")
+"""The options of `model.options` that the second tower of the same folder takes, too."""
 
 _TEXT_RULES = ("prompts", "special_tokens", "exclude_prompt", "skip_unknown")
 """The fields of `data` that a run with `init_from` inherits where it leaves them open."""
@@ -79,14 +85,16 @@ def with_pretrained(
     if settings.init_from is not None and (trust is None or workdir is not None):
         run = origin_of(settings.init_from)[0] if workdir is None else workdir
         settings = settings._replace(data=_with_text_rules(settings.data, run))
-    model = settings.model
+    settings = settings._replace(model=_with_second_tower(settings))
+    model, modality = settings.model, settings.data.modality
     if model.shared and model.key.pretrained is not None:
         raise ValueError(
             f"model.key.pretrained={model.key.pretrained!r} sets a separate encoder for keys; "
             "set model.shared=False, or leave model.key.pretrained unset"
         )
+    modalities = {"model": modality.query, "model.key": modality.key}
     models = {
-        section: read_pretrained(folder)
+        section: read_pretrained(folder, modality=modalities[section])
         for section in (COPIES if not model.shared else ("model",))
         if (folder := _folder(section, settings, trust, workdir)) is not None
     }
@@ -94,7 +102,30 @@ def with_pretrained(
     key = model.key._replace(name=named.get("model.key", model.key.name))
     name = named.get("model", model.name or DEFAULT_ENCODER)
     settings = settings._replace(model=model._replace(name=name, key=key))
-    return _with_derived(settings, models, changed) if models else settings
+    if not models:
+        return settings
+    settings = _with_derived(settings, models, changed)
+    # The recorded config of a run already has these values.
+    return _with_logits(settings, models, changed) if trust is None else settings
+
+
+def _with_second_tower(settings: Settings) -> ModelSettings:
+    """The model, with the text tower for texts if `model.pretrained` has the one for images.
+
+    That is, a folder that both modalities of the run name is read for both sides.
+    """
+    model, modality = settings.model, settings.data.modality
+    own = model.key.name is not None or model.key.pretrained is not None
+    if model.shared or own or modality.query == modality.key or model.pretrained is None:
+        return model
+    inherited = {
+        name: value
+        for name, value in model.options.items()
+        if name in _SHARED_OPTIONS and model.key.options.get(name) is None
+    }
+    options = {**model.key.options, **inherited}
+    key = model.key._replace(name=PRETRAINED, pretrained=model.pretrained, options=options)
+    return model._replace(key=key)
 
 
 def _with_text_rules(data: DataSettings, run: AnyPath) -> DataSettings:
@@ -155,12 +186,28 @@ def _missing(section: str, trust: Trust, workdir: AnyPath | None) -> str:
 def _with_derived(
     settings: Settings, models: Mapping[str, PretrainedModel], changed: Collection[str]
 ) -> Settings:
+    _check_agreement(models, settings.data)
+    section, first = next(iter(models.items()))
+    _check_own(settings, "model.dim", first.dim, changed, section)
+    settings = settings._replace(
+        model=settings.model._replace(dim=first.dim),
+        parts=settings.parts._replace(pretrained=models),
+    )
+    texts = {name: model for name, model in models.items() if model.modality == "text"}
+    images = {name: model for name, model in models.items() if model.modality == "image"}
+    if texts:
+        settings = _with_texts(settings, texts, changed)
+    return _with_images(settings, images, changed) if images else settings
+
+
+def _with_texts(
+    settings: Settings, models: Mapping[str, PretrainedModel], changed: Collection[str]
+) -> Settings:
+    """The settings with the vocabulary, the special tokens and the prompts of text encoders."""
     data = settings.data
-    _check_agreement(models, data)
     section, first = next(iter(models.items()))
     size = min(model.vocabulary_size for model in models.values())
     wanted = {
-        "model.dim": first.dim,
         "data.vocabulary_size": size,
         "data.tokenizer": None,
         "data.add_cls": False,
@@ -180,19 +227,61 @@ def _with_derived(
         "exclude_prompt": not first.pooling.include_prompt,
     }
     unset = {name: value for name, value in derived.items() if getattr(data, name) is None}
-    return settings._replace(
-        data=data._replace(vocabulary_size=size, prompts=data.prompts._replace(**prompts), **unset),
-        model=settings.model._replace(dim=first.dim),
-        parts=settings.parts._replace(pretrained=models),
-    )
+    data = data._replace(vocabulary_size=size, prompts=data.prompts._replace(**prompts), **unset)
+    return settings._replace(data=data)
+
+
+def _with_images(
+    settings: Settings, models: Mapping[str, PretrainedModel], changed: Collection[str]
+) -> Settings:
+    """The settings with the size and the shape of images that the encoders were trained with."""
+    section, first = next(iter(models.items()))
+    tower: Any = settings.model if section == "model" else settings.model.key
+    rule, image_size = first.images, tower.options.get("image_size")
+    assert rule is not None  # of an encoder of images
+    if image_size is not None:
+        rule = with_image_size(rule, image_size)
+    _check_own(settings, "data.images.resize", rule.resize, changed, section)
+    images = settings.data.images._replace(resize=rule.resize)
+    default = images._field_defaults["size"]
+    if images.size == default and "data.images.size" not in changed:
+        images = images._replace(size=rule.size)
+    return settings._replace(data=settings.data._replace(images=images))
+
+
+def _with_logits(
+    settings: Settings, models: Mapping[str, PretrainedModel], changed: Collection[str]
+) -> Settings:
+    """The settings with the temperature and bias that two towers were trained with.
+
+    Only values that the user left at their defaults are replaced.
+    """
+    loss, (first, *others) = settings.loss, models.values()
+    both = bool(others) and others[0].modality != first.modality
+    if not both or not first.logits or others[0].logits != first.logits:
+        return settings
+    temperature = loss.temperature
+    unset = not any(field.startswith("loss.temperature") for field in changed)
+    if unset and temperature == type(temperature)() and "logit_scale" in first.logits:
+        initial = min(math.exp(-first.logits["logit_scale"]), temperature.maximum)
+        temperature = temperature._replace(
+            initial=initial, minimum=min(initial, temperature.minimum)
+        )
+    part, bias = LOSSES.get(loss.name), loss.bias
+    learned = part is not None and part.has_bias and loss.options.get("bias") is None
+    if bias is None and learned:
+        bias = first.logits.get("logit_bias")
+    return settings._replace(loss=loss._replace(temperature=temperature, bias=bias))
 
 
 def _check_own(
     settings: Settings, field: str, wanted: Any, changed: Collection[str], section: str
 ) -> None:
     """Raise a `ValueError` if the user set a field to a value that differs from the model's."""
-    parent, name = field.split(".")
-    values: Any = getattr(settings, parent)
+    *parents, name = field.split(".")
+    values: Any = settings
+    for parent in parents:
+        values = getattr(values, parent)
     value, default = getattr(values, name), values._field_defaults[name]
     if value != wanted and (value != default or field in changed):
         raise ValueError(
@@ -209,6 +298,8 @@ def _check_agreement(models: Mapping[str, PretrainedModel], data: DataSettings) 
             f"model.pretrained has embeddings of width {query.dim}, but model.key.pretrained "
             f"of width {key.dim}; choose two models of the same width"
         )
+    if query.modality != key.modality or query.modality == "image":
+        return
     if _token_rule(query) != _token_rule(key):
         raise ValueError(
             "model.pretrained and model.key.pretrained have different tokenizers, but a run has "

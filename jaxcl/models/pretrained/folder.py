@@ -122,8 +122,8 @@ def _describe_towers(
     towers = TWO_TOWERS.get(name) or {_family(name).modality: name}
     if modality is not None and modality not in towers:
         raise ValueError(
-            f"it holds an encoder of {next(iter(towers))}s ({name}), but the side reads "
-            f"{modality}s; see data.modality"
+            f"it has an encoder of {next(iter(towers))}s ({name}), but this side has {modality}s; "
+            "see data.modality and model.key"
         )
     described = {}
     for one in towers if modality is None else (modality,):
@@ -166,7 +166,7 @@ def _describe(
             f"modules.json lists modules {with_or_without} Pooling for a {name} model; supported "
             f"are {MODULE_ORDERS}"
         )
-    _check_layers(config, sum(len(specs) for specs in tensors.values()))
+    _check_layers(config, len(_shapes(tensors, folder)))
     static = name in _STATIC_TABLES.values()
     images = None
     if family.images is not None:
@@ -184,7 +184,9 @@ def _describe(
         similarity=parse_similarity(files),
         special_tokens=not static,
         skip_unknown=name == "model2vec",
-        max_tokens=_max_tokens(name, files, folder, limit=family.max_tokens(config)),
+        max_tokens=None
+        if images is not None
+        else _max_tokens(name, files, folder, limit=family.max_tokens(config)),
         vocabulary_size=family.vocabulary_size(config),
         dim=_dim(modules, family.hidden_dim(config)),
         tensors=tensors,

@@ -224,7 +224,7 @@ def test_sharded_parameters_give_the_same_gradients(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"family": "t5"}, "family='t5' is unknown; use one of bert, distilbert"),
+        ({"family": "t5"}, "family='t5' is unknown; use one of bert, clip_text_model"),
         ({"dense": (Dense("2_Dense", 8, 4),)}, "2_Dense reads 8 features, but gets 16"),
         (
             {"dense": (Dense("2_Dense", 16, 4, residual=True),)},

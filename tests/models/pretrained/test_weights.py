@@ -88,7 +88,7 @@ def write(folder, tensors, *, model_type="bert", dense=None):
             (folder / path).mkdir(exist_ok=True)
             (folder / path / "config.json").write_text(json.dumps(config))
         write_tensors(folder / "2_Dense" / "model.safetensors", dense)
-    return read_pretrained(folder)
+    return read_pretrained(folder, modality=FAMILIES[model_type].modality)
 
 
 def load(model):

@@ -1,0 +1,61 @@
+"""The images that `EmbeddingModel.encode` accepts, and how a side reads them."""
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from jaxcl.data.images.decoder_probe import decoder_fingerprint
+from jaxcl.data.images.image_modality import Image
+from jaxcl.data.modality import Reader
+from jaxcl.host.paths import AnyPath
+from jaxcl.settings.data_sections import DataSettings
+
+__all__ = ["ImageSide", "Images", "as_list", "image_side", "is_one_image"]
+
+Images: TypeAlias = Any
+"""An image, or a sequence of images: paths, `bytes` of image files, PIL images, uint8 arrays."""
+
+
+class ImageSide(NamedTuple):
+    """How a side reads images.
+
+    Attributes:
+      read: images -> inputs of an encoder, arrays `[n, …]`.
+      length: the number of patches in an image, which determines the size of batches.
+      description: what the inputs depend on, in JSON types.
+    """
+
+    read: Reader
+    length: int
+    description: dict[str, Any]
+
+
+def image_side(data: DataSettings, side: str, folder: AnyPath) -> ImageSide:
+    """The reader of a side whose modality is images.
+
+    Args:
+      data: the settings of the run, with the size of its images.
+      side: `"query"` or `"key"`.
+      folder: the folder of the run or model.
+    """
+    image = Image()
+    return ImageSide(
+        image.reader(data, side, folder),
+        image.length(data, side),
+        {**data.images._asdict(), "decoder": decoder_fingerprint()},
+    )
+
+
+def is_one_image(images: Images) -> bool:
+    """Whether these are one image, and not a sequence of images."""
+    if isinstance(images, np.ndarray):
+        return images.ndim < 4
+    return isinstance(images, str | bytes | os.PathLike) or not isinstance(images, Sequence)
+
+
+def as_list(images: Images) -> list[Any]:
+    """The images as a list, with paths as `str`."""
+    values = [images] if is_one_image(images) else list(images)
+    return [os.fspath(value) if isinstance(value, os.PathLike) else value for value in values]
