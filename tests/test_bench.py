@@ -20,6 +20,7 @@ from jaxcl.bench import bench_grad_cache as grad_cache
 from jaxcl.bench import bench_lengths as lengths
 from jaxcl.bench import bench_loss as loss
 from jaxcl.bench import bench_nearest as nearest
+from jaxcl.bench import bench_sentences as sentences
 from jaxcl.bench import bench_static as static
 from jaxcl.bench import bench_token_table as token_table
 from jaxcl.bench import bench_train_step as train_step
@@ -331,7 +332,7 @@ def test_programs_that_compute_something_else_are_refused():
 @pytest.mark.parametrize("part", alternatives.PARTS)
 def test_the_alternatives_compute_the_same(part, torch_python, static_folder, monkeypatch):
     model = os.environ.get("JAXCL_MODEL")
-    if part == "step" and not model:
+    if part in ("step", "texts") and not model:
         pytest.skip("JAXCL_MODEL names no folder of a pretrained transformer")
     sizes = {**_ALTERNATIVES, "model": model}
     record = alternatives.measure(part=part, torch_python=torch_python, rounds=1, **sizes)
@@ -347,6 +348,34 @@ def test_a_static_encoder_is_trained_and_ranked(smoke_pairs, monkeypatch):
     record = static.measure(seeds=1, steps=4, max_pairs=600, torch_rates=(), torch_python=None)
     assert set(record["rounds"]) == {"jaxcl, validation", "jaxcl, test"}
     assert all(map(_is_figure, itertools.chain.from_iterable(record["rounds"].values())))
+
+
+def test_every_way_to_train_sentence_embeddings_is_evaluated(static_folder, tmp_path):
+    numbers = [f"{one} {two} {three}" for one in "abc" for two in "def" for three in "ghi"]
+    pairs = [{"sentence1": text, "sentence2": text[::-1]} for text in numbers]
+    for name, rows in (("pairs", pairs), ("texts", [{"text": text} for text in numbers])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    others = np.random.default_rng(0).permutation(numbers)
+    scored = [f"{text},{other},{row}" for row, (text, other) in enumerate(zip(numbers, others))]
+    (tmp_path / "sts.csv").write_text("\n".join(["sentence1,sentence2,score", *scored]))
+    record = sentences.measure(
+        model=static_folder,
+        pairs=str(tmp_path / "pairs.jsonl"),
+        texts=str(tmp_path / "texts.jsonl"),
+        sts=str(tmp_path / "sts.csv"),
+        num_pairs=24,
+        batch=8,
+        learning_rate=1e-2,
+        seeds=1,
+        torch_python=None,
+    )
+    ways = [
+        f"{kind}, {way} batches" for kind in ("simcse", "pairs") for way in ("random", "chosen")
+    ]
+    assert set(record["rounds"]) == {"frozen", *ways}
+    values = [one for (one,) in record["rounds"].values()]
+    assert all(-1 <= value <= 1 for value in values)
+    assert len(set(values)) > 1  # training changes the similarities
 
 
 def test_several_widths_leave_less_padding_in_the_benchmark_of_lengths():
