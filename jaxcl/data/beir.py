@@ -27,6 +27,7 @@ import numpy as np
 from jaxcl.data.documents import QUERY_FIELDS, TEXT_FIELDS, Documents, read_documents
 from jaxcl.data.text_files import read_records
 from jaxcl.host.paths import AnyPath
+from jaxcl.host.printable import counted
 from jaxcl.host.progress import progress_bar
 from jaxcl.typing import Int
 
@@ -115,9 +116,9 @@ def read_beir(path: AnyPath) -> Beir:
     ids = [queries.ids[number] for number in kept]
     if not ids:
         raise ValueError(
-            f"{source} has judgements for {len(judged):,} queries, but {folder} has none of "
-            f"them; the first id there is {next(iter(judged))!r}, and the ids of queries are like "
-            f"{queries.ids[0]!r}"
+            f"{source} has judgements for {counted(len(judged), 'query', 'queries')}, but "
+            f"{folder} has none of them; the first id there is {next(iter(judged))!r}, and the ids "
+            f"of queries are like {queries.ids[0]!r}"
         )
     if not any(document in rows for name in ids for document in judged[name]):
         raise ValueError(

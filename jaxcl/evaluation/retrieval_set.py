@@ -18,6 +18,7 @@ from jaxcl.evaluation.protocol import Encode
 from jaxcl.evaluation.retrieval import BM25, METHODS, reciprocal_rank_fusion
 from jaxcl.host.files import digest_of
 from jaxcl.host.paths import AnyPath
+from jaxcl.host.printable import counted
 from jaxcl.host.processes import together
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.typing import SIDES, Float, Int
@@ -71,8 +72,9 @@ class RetrievalSet:
     def description(self) -> str:
         """The sizes."""
         return (
-            f"retrieval for {self.sizes['queries']:,} queries from {self.sizes['documents']:,} "
-            f"documents, with {self.sizes['relevant']:,} relevant pairs"
+            f"retrieval for {counted(self.sizes['queries'], 'query', 'queries')} from "
+            f"{counted(self.sizes['documents'], 'document')}, with "
+            f"{counted(self.sizes['relevant'], 'relevant pair')}"
         )
 
     def evaluate(self, encode: Encode) -> Mapping[str, float]:
@@ -235,24 +237,31 @@ def open_retrieval_set(path: AnyPath) -> RetrievalSet:
     """
     data = read_beir(path)
     if jax.process_index() == 0:
-        for name, remark in _REMARKS.items():
+        for name, (one, several) in _REMARKS.items():
             if count := data.left_out[name]:
-                say(f"{path}: {remark.format(count=count)}")
+                say(f"{path}: {(one if count == 1 else several).format(count=count)}")
     return RetrievalSet(data)
 
 
 _REMARKS = {
     "queries_without_relevant": (
-        "{count:,} queries have no relevant document, so their metrics are 0"
+        "1 query has no relevant document, so its metrics are 0",
+        "{count:,} queries have no relevant document, so their metrics are 0",
     ),
-    "unknown_queries": "{count:,} queries of the qrels have no text; they are left out",
+    "unknown_queries": (
+        "1 query of the qrels has no text; it is left out",
+        "{count:,} queries of the qrels have no text; they are left out",
+    ),
     "unknown_documents": (
-        "{count:,} relevant documents are not in the corpus, and count as not found"
+        "1 relevant document is not in the corpus, and counts as not found",
+        "{count:,} relevant documents are not in the corpus, and count as not found",
     ),
     "own_documents": (
-        "{count:,} documents have the id of a query, and are left out of that query's ranking"
+        "1 document has the id of a query, and is left out of that query's ranking",
+        "{count:,} documents have the id of a query, and are left out of that query's ranking",
     ),
 }
+"""Name in `left_out` -> the remark for one, and for several."""
 
 
 def _scores_of(

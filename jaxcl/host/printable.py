@@ -1,8 +1,8 @@
-"""Text from data, made safe to print."""
+"""Texts for people: data made safe to print, and numbers of things."""
 
 import re
 
-__all__ = ["printable"]
+__all__ = ["counted", "printable"]
 
 # C0 controls except tab and newline, DEL, C1 controls, controls of the writing direction, line and
 # paragraph separators, and surrogates, which cannot be encoded.
@@ -22,3 +22,18 @@ def printable(text: str) -> str:
         '\\u001b[31mred\n'
     """
     return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number of things, with the noun in the singular for one.
+
+    Args:
+      count: the number.
+      noun: the noun in the singular.
+      plural: its plural, unless that is the noun with an "s".
+
+    Example:
+      >>> counted(1, "step"), counted(2_000, "query", "queries")
+      ('1 step', '2,000 queries')
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"

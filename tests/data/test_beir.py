@@ -171,7 +171,7 @@ def test_a_document_with_the_id_of_its_query_stays_if_it_is_relevant(folder):
         ("q1\td1\tnan\n", r"line 1: the relevance 'nan' is not an integer"),
         ("q1\td1\tinf\n", r"line 1: the relevance 'inf' is not an integer"),
         ("q1\td1\t1\nq1\td1\t1\n", r"line 2: document 'd1' is judged twice for 'q1'"),
-        ("x1\td1\t1\n", r"judgements for 1 queries, but .* first id there is 'x1', .* like 'q1'"),
+        ("x1\td1\t1\n", r"judgements for 1 query, but .* first id there is 'x1', .* like 'q1'"),
         ("q1\tx1\t1\nq1\tx2\t1\n", r"none of the documents in .* is in the corpus"),
     ],
 )

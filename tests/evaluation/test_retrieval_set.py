@@ -236,7 +236,7 @@ def test_a_query_does_not_find_the_document_with_its_id(tmp_path, capsys):
     corpus = {"a": "1 0", "b": "0.8 0.6", "c": "0 1"}
     folder = write_folder(tmp_path, corpus, {"a": "1 0"}, [("a", "b", 1)])
     found = open_set(folder)
-    assert "1 documents have the id of a query, and are left out" in capsys.readouterr().err
+    assert "1 document has the id of a query, and is left out" in capsys.readouterr().err
     metrics = found.evaluate(numbers)
     assert metrics["mrr@1"] == 1
     assert metrics["own_documents"] == 1
@@ -250,9 +250,9 @@ def test_documents_missing_from_the_corpus_count_as_not_found_and_are_reported(t
         file.write("y\tgone\t1\nunknown\ta\t1\nunjudged\ta\t0\n")
     metrics = open_set(folder).evaluate(numbers)
     said = capsys.readouterr().err
-    assert "1 relevant documents are not in the corpus, and count as not found" in said
-    assert "1 queries of the qrels have no text" in said
-    assert "1 queries have no relevant document, so their metrics are 0" in said
+    assert "1 relevant document is not in the corpus, and counts as not found" in said
+    assert "1 query of the qrels has no text" in said
+    assert "1 query has no relevant document, so its metrics are 0" in said
     assert metrics["recall@100"] == pytest.approx((2 / 2 + 1 / 2 + 0) / 3)
     assert metrics["unknown_documents"] == 1
 
