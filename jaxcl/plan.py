@@ -363,6 +363,11 @@ def _run(arguments: Namespace) -> None:
     topology, count = arguments.topology, arguments.devices
     if count is not None and count < 1:
         raise ValueError(f"--devices={count}; give at least 1")
+    if count is not None and topology is not None:
+        raise ValueError(
+            f"--devices={count} and --topology={topology} are both given, and the topology has its "
+            "own number of devices; leave one out"
+        )
     if arguments.price and topology is None:
         raise ValueError("--price is the price of a chip per hour; give its kind with --topology")
     configs = _settings(config_of(arguments), arguments.sweep)

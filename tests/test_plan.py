@@ -9,7 +9,7 @@ from jaxcl.configs.code_search import get_config
 
 from jaxcl.cost.chips import CHIPS
 from jaxcl.ops.mesh import put_batch
-from jaxcl.plan import NoRoomError, Plan, _advice, _devices, _settings, make_plan
+from jaxcl.plan import NoRoomError, Plan, _advice, _devices, _settings, main, make_plan
 from jaxcl.settings.read import read_settings
 from tests.helpers import training_of
 
@@ -138,6 +138,13 @@ def test_fewer_rows_than_a_batch_or_devices_than_asked_for_are_errors():
         make_plan(read_settings(small()), jax.devices(), num_rows=0)
     with pytest.raises(ValueError, match="but this machine has 8"):
         _devices(None, 9)
+
+
+def test_a_number_of_devices_next_to_a_topology_is_an_error(capsys):
+    command = ["--config", "pairs:smoke", "--topology", "v5e:2x2", "--devices", "8"]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "--devices=8 and --topology=v5e:2x2 are both given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v5e:", "v9:4x4", "H100:8", "v5e:4x", "", "../v4:2"])
