@@ -118,7 +118,8 @@ def add_adapters(module: nnx.Module, lora: Lora, *, rngs: nnx.Rngs) -> nnx.Modul
       The same module.
 
     Raises:
-      ValueError: for a pattern that matches no linear layer; the message lists the layers.
+      ValueError: for an encoder without linear layers, and for a pattern that matches none; the
+        message lists the layers.
     """
     if lora.rank is None:
         raise ValueError("model.lora.rank=None; set the rank of the adapters")
@@ -142,14 +143,20 @@ def add_adapters(module: nnx.Module, lora: Lora, *, rngs: nnx.Rngs) -> nnx.Modul
 
 
 def _targets(patterns: Sequence[str], layers: Sequence[str]) -> set[str]:
+    if not layers:
+        raise ValueError(
+            "model.lora.rank is set, but the encoder has no linear layers, which adapters need; "
+            "leave it None. To train only a part of the encoder, use optimizer.freeze"
+        )
     targets: set[str] = set()
     for pattern in patterns:
         matched = {path for path in layers if fnmatch.fnmatchcase(path, pattern)}
         if not matched:
             kinds = dict.fromkeys(re.sub(r"\b\d+\b", "*", path) for path in layers)
+            default = ", its default" if pattern in Lora().targets else ""
             raise ValueError(
-                f"model.lora.targets has {pattern!r}, which matches no linear layer of the "
-                f"encoder; it has {', '.join(kinds) or 'none'}"
+                f"model.lora.targets has {pattern!r}{default}, which matches no linear layer of "
+                f"the encoder; name some of its layers: {', '.join(kinds)}"
             )
         targets |= matched
     return targets

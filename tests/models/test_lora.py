@@ -267,8 +267,14 @@ def test_a_pattern_without_a_layer_lists_the_layers():
         ):
             towers_with("transformer", Lora(rank=2, targets=("*output", pattern)))
     static = functools.partial(StaticEncoder, 20, dim=6)
-    with pytest.raises(ValueError, match=r"'[*]blocks/[*]'.* it has none$"):
+    with pytest.raises(
+        ValueError, match=r"model\.lora\.rank is set, but the encoder has no linear"
+    ):
         add_adapters(static(rngs=nnx.Rngs(0)), LORA, rngs=nnx.Rngs(0))
+    projected = static(hidden_dim=8, rngs=nnx.Rngs(0))
+    default = r"'[*]blocks/[*]', its default, .* name some of its layers: projection$"
+    with pytest.raises(ValueError, match=default):
+        add_adapters(projected, LORA, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="rank=None"):
         add_adapters(transformer(rngs=nnx.Rngs(0)), Lora(), rngs=nnx.Rngs(0))
 
