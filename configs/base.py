@@ -28,7 +28,8 @@ def get_config() -> ConfigDict:
     # Number of batches to train on; the learning-rate schedule spans all of them. Must be
     # None if epochs is set.
     config.steps = 300
-    # Number of passes over the training rows, instead of steps; requires steps=None.
+    # Number of passes over the training rows, instead of steps; requires steps=None. They are
+    # rounded up to whole batches, and to whole updates with optimizer.accumulate_steps.
     config.epochs = placeholder(float)
     config.global_batch_size = 1_024  # pairs per step, over all devices and hosts
     # The run whose encoders and tokenizer a new run starts with: WORKDIR, WORKDIR/checkpoints/STEP
@@ -281,7 +282,8 @@ def _optimizer() -> ConfigDict:
     # be extended.
     optimizer.schedule = "warmup_cosine"
     optimizer.learning_rate = 2e-3  # the peak learning rate
-    # Steps of linear warmup to the peak learning rate; None means a tenth of all steps.
+    # Steps of linear warmup to the peak learning rate; None means a tenth of all steps. A warmup that
+    # does not fit into the steps of a short run is shortened, with a warning.
     optimizer.warmup_steps = 30
     # The number of final steps in which "warmup_stable_decay" decays; None means a
     # tenth of all steps.

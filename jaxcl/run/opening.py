@@ -12,7 +12,7 @@ from jaxcl.run.best import Best, recorded_best, selection_of
 from jaxcl.run.explicit_negatives import negatives_summary, negatives_warnings
 from jaxcl.run.memory import tiers_left_empty
 from jaxcl.run.training import Training
-from jaxcl.settings.derived import BEST, CHECKPOINTS, tower_sections
+from jaxcl.settings.derived import BEST, CHECKPOINTS, schedule_warnings, tower_sections
 from jaxcl.settings.sections import Settings
 from jaxcl.step.train_state import TrainState
 
@@ -111,6 +111,7 @@ def run_warnings(
             "bank"
         )
     yield from negatives_warnings(settings, data.negatives)
+    yield from schedule_warnings(settings.optimizer, steps=settings.steps)
     if (every := settings.optimizer.accumulate_steps) > 1:
         yield (
             f"optimizer.accumulate_steps={every} averages the gradients of {every} batches and "

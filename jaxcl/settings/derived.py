@@ -1,12 +1,13 @@
 """Values derived from settings: the assignment rule, the names of data sets and masks."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxcl.assignment import PRESETS, Gcbs, random_to_hard
 from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.settings.data_sections import DataSet, DataSettings
+from jaxcl.host.printable import counted
 from jaxcl.settings.parts import SCHEDULE_FIELDS
 from jaxcl.settings.sections import GcbsSettings, ModelSettings, OptimizerSettings, Parts, Settings
 from jaxcl.typing import SIDES
@@ -27,6 +28,7 @@ __all__ = [
     "gcbs_rule",
     "learning_rate_of",
     "origin_of",
+    "schedule_warnings",
     "sources_by",
     "tower_sections",
     "with_encoder_options",
@@ -98,6 +100,36 @@ def learning_rate_of(
     fields = SCHEDULE_FIELDS.get(settings.schedule, ("warmup_steps",))
     read = {name: given[name] for name in fields}
     return parts.schedule(settings.learning_rate, steps=steps, **read)
+
+
+def schedule_warnings(settings: OptimizerSettings, *, steps: int) -> Iterator[str]:
+    """Yield a warning for a warmup or a decay that does not fit into the steps of a run."""
+    fields = SCHEDULE_FIELDS.get(settings.schedule, ())
+    warmup = settings.warmup_steps if "warmup_steps" in fields else None
+    decay = settings.decay_steps if "decay_steps" in fields else None
+    if decay is not None and decay > steps:
+        yield (
+            f"optimizer.decay_steps={decay} is more than the run's {counted(steps, 'step')}, so "
+            "the learning rate decays from the first step"
+        )
+    if warmup is None:
+        return
+    if settings.schedule == "warmup_constant":
+        if warmup >= steps:
+            yield (
+                f"optimizer.warmup_steps={warmup} is not less than the run's "
+                f"{counted(steps, 'step')}, so the learning rate never reaches its peak"
+            )
+        return
+    if "decay_steps" in fields:
+        longest = steps - min(steps // 10 if decay is None else decay, steps)
+    else:
+        longest = steps - 1
+    if warmup > longest:
+        yield (
+            f"optimizer.warmup_steps={warmup} does not fit into the run's "
+            f"{counted(steps, 'step')}, so the warmup is shortened to {longest}"
+        )
 
 
 def gcbs_rule(settings: Settings) -> GcbsRule | None:

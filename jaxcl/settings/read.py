@@ -103,7 +103,8 @@ def with_steps(settings: Settings, *, num_rows: int) -> Settings:
     """The settings with the number of steps that their epochs are.
 
     Epochs follow each other without a gap, so that the last batch of the last epoch may hold rows
-    of another one.
+    of another one. The steps are rounded up to whole updates of the optimizer, so that every row of
+    the last epoch is trained on; `jaxcl.run.epochs.epoch_summary` reports it.
 
     Args:
       settings: the settings, as `read_settings` returns them.

@@ -1,5 +1,7 @@
 """Every optimizer: trains, is deterministic, and is the same over devices and over `fsdp`."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jaxcl.models.trainable import parameter_paths
 from jaxcl.ops.mesh import put_batch
 from jaxcl.run.optimizer import build_optimizer
 from jaxcl.run.training import abstract_parameters, build_towers, build_training
+from jaxcl.settings.derived import schedule_warnings
 from jaxcl.settings.optimizers import OPTIMIZERS
 from jaxcl.settings.parts import SCHEDULE_FIELDS, SCHEDULES
 from jaxcl.settings.read import read_settings
@@ -148,6 +151,45 @@ def test_each_schedule_has_the_values_of_its_name(name, values):
     rate = SCHEDULES[name].function(3.0, steps=10, **given)
     for step, share in values.items():
         np.testing.assert_allclose(rate(step), 3.0 * share, rtol=1e-5, atol=1e-7)
+
+
+WARNINGS = {
+    "warmup": "warmup_steps=30 does not fit into the run's 20 steps, .* is shortened to ",
+    "peak": "warmup_steps=30 is not less than the run's 20 steps, so .* never reaches its peak",
+    "decay": "decay_steps=30 is more than the run's 20 steps, so .* decays from the first step",
+}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "given", "wanted"),
+    [
+        ("warmup_cosine", {}, [WARNINGS["warmup"] + "19$"]),  # 30 steps of warmup by default
+        ("warmup_cosine", {"warmup_steps": 19}, []),
+        ("warmup_linear", {"warmup_steps": 30}, [WARNINGS["warmup"] + "19$"]),
+        ("warmup_linear", {"warmup_steps": None}, []),
+        ("warmup_constant", {"warmup_steps": 30}, [WARNINGS["peak"]]),
+        ("warmup_constant", {"warmup_steps": 19}, []),
+        ("warmup_stable_decay", {"warmup_steps": 18}, []),
+        ("warmup_stable_decay", {}, [WARNINGS["warmup"] + "18$"]),
+        ("warmup_stable_decay", {"warmup_steps": 0, "decay_steps": 30}, [WARNINGS["decay"]]),
+        ("warmup_stable_decay", {"decay_steps": 20}, [WARNINGS["warmup"] + "0$"]),
+        ("cosine", {}, []),
+        ("constant", {}, []),
+    ],
+)
+def test_a_warmup_or_decay_that_does_not_fit_is_shortened_with_a_warning(schedule, given, wanted):
+    settings = read_settings({"steps": 20, "optimizer": {"schedule": schedule, **given}})
+    lines = list(schedule_warnings(settings.optimizer, steps=settings.steps))
+    assert len(lines) == len(wanted)
+    for line, pattern in zip(lines, wanted, strict=True):
+        assert re.match(rf"optimizer\.{pattern}", line)
+    if schedule in ("warmup_cosine", "warmup_linear", "warmup_stable_decay"):
+        _, rate = build_optimizer(settings, {"one": jnp.ones(1)})
+        rates = [float(rate(step)) for step in range(21)]
+        shortened = [line.rpartition(" ")[2] for line in lines if "shortened" in line]
+        for step in shortened:  # the peak is where the warning says
+            assert rates[int(step)] == max(rates)
+        assert rates[20] == pytest.approx(0, abs=1e-9)
 
 
 def test_every_schedule_declares_what_it_reads():
