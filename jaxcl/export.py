@@ -1,13 +1,13 @@
-"""Exports the model of a trained run to a folder, for sentence-transformers or for jaxcl.
+"""Exports the model of a trained run to a folder, for sentence-transformers, jaxcl or peft.
 
     python -m jaxcl.export --workdir runs/code_search --to models/code_search
 
 The folder holds the parameters of the newest checkpoint, the tokenizer and a model card. It can be
 used without the run or its data. `SentenceTransformer(DIR)` loads a fine-tuned encoder of texts,
 both towers of a fine-tuned CLIP, or a static encoder without position weights. Export any other
-model with `--format jaxcl`, for `jaxcl.load`.
-Low-rank adapters are merged into the kernels. To export the best checkpoint by
-`evaluation.best_metric`, give `--workdir runs/code_search/checkpoints/best`.
+model with `--format jaxcl`, for `jaxcl.load`. Low-rank adapters are merged into the kernels, or
+exported alone with `--format peft`. To export the best checkpoint by `evaluation.best_metric`, give
+`--workdir runs/code_search/checkpoints/best`.
 
 In a program or a notebook, call `export`:
 
@@ -26,6 +26,7 @@ from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser, add_workdir_flag
 from jaxcl.host.paths import as_path, local_path
 from jaxcl.host.progress import say
+from jaxcl.run.adapter_folder import adapter_files
 from jaxcl.run.exported import jaxcl_files
 from jaxcl.run.model_card import model_card
 from jaxcl.run.model_files import ModelFiles, check_free, write_folder
@@ -38,6 +39,7 @@ __all__ = ["FORMATS", "export", "main"]
 FORMATS: Mapping[str, Callable[[OpenedRun, np.dtype | None], ModelFiles]] = {
     "sentence-transformers": sentence_transformers_files,
     "jaxcl": jaxcl_files,
+    "peft": adapter_files,
 }
 """Maps each value of `--format` to the function that collects the files of the folder."""
 
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--format",
         default=next(iter(FORMATS)),
-        help=f"{' or '.join(FORMATS)} (default: {next(iter(FORMATS))})",
+        help=f"{', '.join(FORMATS)} (default: {next(iter(FORMATS))})",
     )
     parser.add_argument(
         "--dtype",

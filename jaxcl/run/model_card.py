@@ -45,6 +45,12 @@ queries = model.encode(["parse an ISO 8601 date"], side="query")
 keys = model.encode(["datetime.fromisoformat(text)", "os.listdir(path)"], side="key")
 print(model.similarity(queries, keys))
 """
+_USE_OF_PEFT = """\
+from peft import PeftModel
+from transformers import AutoModel
+
+adapted = PeftModel.from_pretrained(AutoModel.from_pretrained({base}), {encoder})
+"""
 _USE_OF_SENTENCE_TRANSFORMERS = """\
 from sentence_transformers import SentenceTransformer
 
@@ -79,7 +85,7 @@ def model_card(run: OpenedRun, *, name: str, library: str) -> str:
       run: the run that trained the model. The metrics come from `results.json` in its workdir, if
         that file belongs to the same step.
       name: name of the exported folder.
-      library: the library that loads the folder, `"sentence-transformers"` or `"jaxcl"`.
+      library: the library that loads the folder, `"sentence-transformers"`, `"jaxcl"` or `"peft"`.
 
     Raises:
       ValueError: if `results.json` is damaged.
@@ -88,7 +94,7 @@ def model_card(run: OpenedRun, *, name: str, library: str) -> str:
     sections = [
         *_front_matter(settings, results, library=library),
         *_introduction(settings, name=name),
-        *_usage(name, settings, library=library),
+        *_usage(settings, name, library=library),
         *_data(settings, results),
         *_training(run),
         *_evaluation(run, results),
@@ -172,16 +178,31 @@ def _encoder(settings: Settings, section: str) -> str:
     return f"{_code(base.family)}, from {_code(_public(origin))}"
 
 
-def _usage(name: str, settings: Settings, *, library: str) -> Iterator[str]:
+def _usage(settings: Settings, name: str, *, library: str) -> Iterator[str]:
     yield "## Usage\n"
-    modalities = set(settings.data.modality)
+    names = {"folder": ascii(name)}
+    modalities, ending = set(settings.data.modality), ""
     if modalities == {"text"}:
-        snippets, ending = [_USE_OF_SENTENCE_TRANSFORMERS, _USE_OF_JAXCL], ""
+        in_torch, in_jaxcl = _USE_OF_SENTENCE_TRANSFORMERS, _USE_OF_JAXCL
     else:
-        snippets = [_CLIP_IN_SENTENCE_TRANSFORMERS, _USE_OF_IMAGES]
+        in_torch, in_jaxcl = _CLIP_IN_SENTENCE_TRANSFORMERS, _USE_OF_IMAGES
         ending = _TEXTS_FOR_IMAGES if "text" in modalities else ""
-    for snippet in snippets if library == "sentence-transformers" else snippets[1:]:
-        yield f"```python\n{snippet.format(folder=ascii(name))}{ending}```\n"
+    snippets = {
+        "jaxcl": [in_jaxcl],
+        "peft": [_USE_OF_SENTENCE_TRANSFORMERS, _USE_OF_PEFT],
+        "sentence-transformers": [in_torch, in_jaxcl],
+    }
+    if library == "peft":
+        yield (
+            "The folder holds low-rank adapters. Both libraries load them next to the weights of "
+            f"{_code(_public(settings.model.pretrained))}, as named in `adapter_config.json`.\n"
+        )
+        folder = settings.parts.pretrained["model"].encoder_folder
+        base = _public(settings.model.pretrained)
+        below = f"/{folder}" if folder else ""
+        names |= {"base": ascii(base + below), "encoder": ascii(name + below)}
+    for snippet in snippets[library]:
+        yield f"```python\n{snippet.format(**names)}{ending}```\n"
 
 
 def _data(settings: Settings, results: Mapping[str, Any]) -> Iterator[str]:
@@ -262,7 +283,7 @@ def _limitations(settings: Settings, *, library: str) -> Iterator[str]:
         )
     query, key = settings.data.max_tokens
     texts = set(settings.data.modality) == {"text"}
-    if library == "sentence-transformers" and texts and query != key:
+    if library != "jaxcl" and texts and query != key:
         yield (
             f"- sentence-transformers truncates all texts to {max(query, key)} tokens; training "
             f"truncated queries to {query} and keys to {key}."

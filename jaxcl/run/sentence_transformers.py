@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from jaxcl.data.modalities import text_rule
 from jaxcl.data.text_rule import unknown_id
 from jaxcl.data.tokenizer import load_pretrained_tokenizer, load_tokenizer
+from jaxcl.host.paths import AnyPath
 from jaxcl.run.clip_folder import clip_files, towers_by_modality, why_not_clip
 from jaxcl.run.model_files import ModelFiles, with_dtype
 from jaxcl.run.opened import OpenedRun
@@ -22,7 +23,7 @@ from jaxcl.run.pretrained_folder import library_config, module_list, pretrained_
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import PADDING_ID, SIDES, Float, PyTree
 
-__all__ = ["sentence_transformers_files"]
+__all__ = ["check_equivalent", "sentence_transformers_files"]
 
 
 def sentence_transformers_files(run: OpenedRun, dtype: np.dtype | None = None) -> ModelFiles:
@@ -39,19 +40,24 @@ def sentence_transformers_files(run: OpenedRun, dtype: np.dtype | None = None) -
     """
     run = run.merged()
     settings = run.settings
-    sides = towers_by_modality(settings)
-    reason = why_not_clip(settings, sides) if sides else _no_equivalent(settings)
-    if reason is not None:
-        raise ValueError(
-            f"the model of the run in {run.workdir} has no equivalent in sentence-transformers: "
-            f"{reason}; export it for jaxcl.load with --format jaxcl"
-        )
-    if sides:
+    check_equivalent(settings, run.workdir)
+    if sides := towers_by_modality(settings):
         return clip_files(settings, sides, run.encoder.params, dtype=dtype)
     pretrained = settings.parts.pretrained.get("model")
     if pretrained is None:
         return _static_files(run, dtype)
     return pretrained_files(pretrained, settings.data, run.encoder.params["both"], dtype=dtype)
+
+
+def check_equivalent(settings: Settings, workdir: AnyPath) -> None:
+    """Raise a `ValueError` if sentence-transformers cannot compute a model's embeddings."""
+    sides = towers_by_modality(settings)
+    reason = why_not_clip(settings, sides) if sides else _no_equivalent(settings)
+    if reason is not None:
+        raise ValueError(
+            f"the model of the run in {workdir} has no equivalent in sentence-transformers: "
+            f"{reason}; export it for jaxcl.load with --format jaxcl"
+        )
 
 
 def _no_equivalent(settings: Settings) -> str | None:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from jaxcl.assignment import PRESETS, Gcbs, random_to_hard
 from jaxcl.host.paths import AnyPath, as_path
-from jaxcl.settings.data_sections import DataSet, DataSettings
 from jaxcl.host.printable import counted
+from jaxcl.settings.data_sections import DataSet, DataSettings
 from jaxcl.settings.parts import SCHEDULE_FIELDS
 from jaxcl.settings.sections import GcbsSettings, ModelSettings, OptimizerSettings, Parts, Settings
 from jaxcl.typing import SIDES
