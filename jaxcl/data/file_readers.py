@@ -1,4 +1,6 @@
-"""Read the rows of files one by one: JSON lines, CSV, TSV, Parquet and Arrow.
+"""Read the rows of files one by one: JSON lines, CSV, TSV, Parquet, Arrow and tar.
+
+A folder of images is read like a file with a row per image.
 
 A row that cannot be read is returned with its problem, so that the caller can report it, skip it
 and continue.
@@ -18,6 +20,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxcl.data.images.folder_rows import FOLDER_FIELDS, folder_rows
+from jaxcl.data.images.tar_rows import tar_fields, tar_rows
 from jaxcl.host.files import open_regular
 from jaxcl.settings.file_kinds import file_kind
 
@@ -57,8 +61,12 @@ def read_fields(path: Path, wanted: Collection[str] = ()) -> list[str]:
       ValueError: if the file has no rows, an unknown suffix, or two columns with the same name.
       OSError: if it cannot be read.
     """
+    if path.is_dir():
+        return list(FOLDER_FIELDS)
     with _opened(path) as (kind, file):
-        if kind == "parquet":
+        if kind == "tar":
+            names = tar_fields(file, wanted)
+        elif kind == "parquet":
             names = _parquet_file(file).schema_arrow.names
         elif kind == "arrow":
             names = _arrow_stream(file).schema.names
@@ -82,8 +90,14 @@ def read_rows(path: Path, fields: Sequence[str]) -> Iterator[FileRow]:
       ValueError: while iterating, if the file is damaged. Invalid rows are yielded, not raised.
       OSError: if the file cannot be read.
     """
+    if path.is_dir():
+        yield from (FileRow(number, row) for number, row in enumerate(folder_rows(path), 1))
+        return
     with _opened(path) as (kind, file):
-        if kind == "parquet":
+        if kind == "tar":
+            rows = enumerate(tar_rows(file, fields), 1)
+            yield from (FileRow(number, row, problem) for number, (row, problem) in rows)
+        elif kind == "parquet":
             batches = _parquet_file(file).iter_batches(_ROWS_AT_ONCE, columns=list(fields))
             yield from _arrow_rows(batches)
         elif kind == "arrow":
@@ -101,7 +115,9 @@ def place_of(path: Path, number: int) -> str:
       >>> place_of(Path("a/pairs.csv"), 7), place_of(Path("pairs.parquet"), 7)
       ('pairs.csv line 7', 'pairs.parquet row 7')
     """
-    return f"{path.name} {'row' if path.suffix in ('.parquet', '.arrow') else 'line'} {number:,}"
+    units = {".parquet": "row", ".arrow": "row", ".tar": "sample"}
+    unit = "image" if path.is_dir() else units.get(path.suffix, "line")
+    return f"{path.name} {unit} {number:,}"
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,8 +64,10 @@ class PairFiles(NamedTuple):
     def made_from(self) -> dict[str, Any]:
         """Everything that determines the rows, in JSON types."""
         columns = self.columns._replace(unused=())._asdict()
-        if columns["score"] is None:  # caches of files without scores stay valid
-            del columns["score"]
+        # Caches of earlier versions stay valid.
+        for added, missing in (("score", None), ("images", ())):
+            if columns[added] == missing:
+                del columns[added]
         suffixes = [path.suffixes[-2:] for path in self.paths]
         made_from = {"format": _FORMAT, "files": [self.digests, suffixes], "columns": columns}
         made_from |= {"min_label": self.min_label, "bad_rows": self.bad_rows}
@@ -140,27 +142,48 @@ class PairCache:
         """The record of each row; `None` if rows and records have the same numbers."""
         return self._arrays["record"].whole() if "record" in self._arrays else None
 
-    def read(self, rows: Int[np.ndarray, " n"]) -> list[dict[str, Any]]:
-        """The fields of these rows.
+    def read(
+        self, rows: Int[np.ndarray, " n"], names: Collection[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """The fields of these rows. Images are references.
+
+        Args:
+          rows: row numbers.
+          names: the fields to read; `None` reads all.
 
         Raises:
           DamagedArray: if the part of the cache that holds them has changed.
         """
+        columns = self._columns
+
+        def reads(*fields: str) -> bool:
+            return names is None or not {*fields}.isdisjoint(names)
+
         records = self._arrays["record"][rows] if "record" in self._arrays else rows
-        fields: dict[str, Sequence[Any]] = {
-            "query": self._texts("query", records),
-            "key": self._texts("key", rows),
-        }
-        if self._columns.group is not None:
+        fields: dict[str, Sequence[Any]] = {}
+        if reads("query") or (reads("key") and columns.key == columns.query):
+            fields["query"] = self._side("query", records)
+        if reads("key"):
+            same = columns.key == columns.query
+            fields["key"] = fields["query"] if same else self._side("key", rows)
+        if columns.group is not None and reads("group"):
             fields["group"] = list(self._arrays["group"][records])
-        if self._columns.negatives:
+        if columns.negatives and reads("negatives", "teacher_scores"):
             fields |= self._negatives(rows, records)
-        metadata = map(json.loads, self._texts("metadata", records))
-        for name, values in zip(self._columns.metadata, zip(*metadata, strict=True), strict=False):
-            fields[name] = values
-        if self._columns.score is not None:
+        if columns.metadata and reads(*columns.metadata):
+            metadata = map(json.loads, self._texts("metadata", records))
+            for name, values in zip(columns.metadata, zip(*metadata, strict=True), strict=False):
+                fields[name] = values
+        if columns.score is not None and reads("score"):
             fields["score"] = self._floats("score", records)
+        if not fields:
+            return [{} for _ in rows]
         return [dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)]
+
+    def _side(self, side: str, numbers: Int[np.ndarray, " _"]) -> Sequence[str | bytes]:
+        if side in self._columns.images:
+            return self._contents(side, numbers)
+        return self._texts(side, numbers)
 
     def _negatives(
         self, rows: Int[np.ndarray, " n"], records: Int[np.ndarray, " n"]
@@ -187,6 +210,9 @@ class PairCache:
         return self._arrays[name][numbers].view(np.float32).tolist()
 
     def _texts(self, name: str, numbers: Int[np.ndarray, " _"]) -> list[str]:
+        return [content.decode() for content in self._contents(name, numbers)]
+
+    def _contents(self, name: str, numbers: Int[np.ndarray, " _"]) -> list[bytes]:
         if not len(numbers) or f"{name}_bytes" not in self._arrays:
             return []
         ends, content = self._arrays[f"{name}_ends"], self._arrays[f"{name}_bytes"]
@@ -196,13 +222,14 @@ class PairCache:
             joined = content.between(int(starts[0]), int(stops[-1]))
         elif lengths.sum() > _GATHERED_BYTES and len(numbers) > 1:
             middle = len(numbers) // 2  # because each byte needs an 8-byte position
-            return [*self._texts(name, numbers[:middle]), *self._texts(name, numbers[middle:])]
+            halves = numbers[:middle], numbers[middle:]
+            return [content for half in halves for content in self._contents(name, half)]
         else:
             shift = starts - (np.cumsum(lengths) - lengths)
             joined = content[np.arange(lengths.sum()) + np.repeat(shift, lengths)]
         joined_bytes = joined.tobytes()
         edges = itertools.pairwise([0, *np.cumsum(lengths).tolist()])
-        return [joined_bytes[start:stop].decode() for start, stop in edges]
+        return [joined_bytes[start:stop] for start, stop in edges]
 
 
 class _Writers(NamedTuple):

@@ -10,6 +10,12 @@ from jaxcl.typing import SIDES
 
 __all__ = ["PairColumns", "find_columns", "late_columns", "named_fields"]
 
+IMAGE_PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = tuple(
+    (image, ("caption", "captions", "text", "title", "json.caption", "json.captions", "label"))
+    for image in ("image", "image_path", "file_name", "filepath")
+)
+"""The same for images and their captions; of several columns of captions, the first is taken."""
+
 PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("query", ("key", "pos", "positive", "positives", "answer", "document", "passage")),
     ("anchor", ("pos", "positive", "positives")),
@@ -39,6 +45,7 @@ class PairColumns(NamedTuple):
       group: the column of the rows' groups.
       score: the column of the scores that a loss reads.
       metadata: the columns of further fields.
+      images: the sides whose columns hold images.
       unused: all other columns.
     """
 
@@ -51,6 +58,7 @@ class PairColumns(NamedTuple):
     group: str | None = None
     score: str | None = None
     metadata: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 
     @property
@@ -85,7 +93,9 @@ def named_fields(data_set: DataSet) -> list[str]:
     return [name for name in names if name is not None and "*" not in name]
 
 
-def find_columns(names: Sequence[str], data_set: DataSet, *, where: str) -> PairColumns:
+def find_columns(
+    names: Sequence[str], data_set: DataSet, *, where: str, images: tuple[str, ...] = ()
+) -> PairColumns:
     """Find the columns of queries, keys, negatives, teacher scores, labels, groups and scores.
 
     Columns that the config names must exist. The others are recognised by common names.
@@ -94,17 +104,19 @@ def find_columns(names: Sequence[str], data_set: DataSet, *, where: str) -> Pair
       names: the columns of a file.
       data_set: the names that the config sets.
       where: the name of the file, for messages.
+      images: the sides that are images. Columns of negatives, teacher scores and labels of images
+        are not recognised by their names.
 
     Raises:
       ValueError: if a column that the config names does not exist, there is no column of queries or
         keys, or several columns could be meant.
     """
     files = data_set.files
-    query, key = _query_and_key(names, data_set, where)
+    query, key = _query_and_key(names, data_set, where, images)
     group, score, metadata = data_set.group_field, data_set.score_field, data_set.metadata_fields
     taken = {query, key, group, score, *metadata}
     taken |= {files.negatives_field, files.scores_field, files.label_field}
-    free = [name for name in names if name not in taken]
+    free = [name for name in names if name not in taken and not images]
     split_by = {"query": query, "key": key}.get(files.split_by, files.split_by)
     _check_exists("data.group_field", group, names, where)
     _check_exists("data.score_field", score, names, where)
@@ -126,7 +138,13 @@ def find_columns(names: Sequence[str], data_set: DataSet, *, where: str) -> Pair
         group=group,
         score=score,
         metadata=metadata,
+        images=images,
     )
+    if images and columns.negatives:
+        raise ValueError(
+            f"data.files.negatives_field={files.negatives_field!r} names texts, but data.modality "
+            "has images; leave it None"
+        )
     if columns.scores and not columns.negatives:
         columns = columns._replace(scores=())  # they compare keys with negatives
     return columns._replace(unused=tuple(name for name in names if name not in columns.needed))
@@ -152,7 +170,9 @@ def late_columns(fields: Iterable[str], columns: PairColumns) -> list[str]:
     )
 
 
-def _query_and_key(names: Sequence[str], data_set: DataSet, where: str) -> tuple[str, str]:
+def _query_and_key(
+    names: Sequence[str], data_set: DataSet, where: str, images: tuple[str, ...]
+) -> tuple[str, str]:
     wanted = data_set.query_field, data_set.key_field
     defaults = DataSet().query_field, DataSet().key_field
     if all(field in names for field in wanted):
@@ -160,6 +180,8 @@ def _query_and_key(names: Sequence[str], data_set: DataSet, where: str) -> tuple
     for setting, field, default in zip(("query_field", "key_field"), wanted, defaults, strict=True):
         if field != default:
             _check_exists(f"data.{setting}", field, names, where)
+    if images and (pair := _image_pair(names, wanted, defaults, images)) is not None:
+        return pair
     pairs = [
         (query, key)
         for query, keys in _known_pairs(wanted, defaults)
@@ -179,6 +201,37 @@ def _query_and_key(names: Sequence[str], data_set: DataSet, where: str) -> tuple
         f"{where} has several columns that could be pairs: {choices}. Set data.query_field and "
         f"data.key_field; the columns are {columns}"
     )
+
+
+def _image_pair(
+    names: Sequence[str],
+    wanted: tuple[str, str],
+    defaults: tuple[str, str],
+    images: tuple[str, ...],
+) -> tuple[str, str] | None:
+    """The first known columns of images and captions; `None` if there are none.
+
+    A side that the config names keeps its column. If both sides are images, they share one.
+    """
+    chosen = {
+        side: name
+        for side, name, default in zip(SIDES, wanted, defaults, strict=True)
+        if name != default
+    }
+    known = [(image, captions) for image, captions in IMAGE_PAIRS if image in names]
+    for side in SIDES:
+        others = [chosen[other] for other in images if other in chosen]
+        if side in chosen:
+            continue
+        if side in images:
+            columns = others or [image for image, _ in known]
+        else:
+            columns = [name for _, captions in known[:1] or IMAGE_PAIRS for name in captions]
+        column = next((name for name in columns if name in names), None)
+        if column is None:
+            return None
+        chosen[side] = column
+    return chosen["query"], chosen["key"]
 
 
 def _known_pairs(

@@ -136,12 +136,12 @@ def _records(files: PairFiles, left_out: _LeftOut) -> Iterator[PairRecord]:
     """Yield the valid records of all files, except those whose label is too low."""
     columns = files.columns
     known = {*columns.needed, *columns.unused}
-    for path in files.paths:
+    for number, path in enumerate(files.paths):
         for row in read_rows(path, columns.needed):
             try:
                 if row.problem is not None:
                     raise BadRow(row.problem)
-                pair = read_pair(row.fields, columns)
+                pair = read_pair(row.fields, columns, number=number)
             except BadRow as error:
                 left_out.add(place_of(path, row.number), error)
                 continue

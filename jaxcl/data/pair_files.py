@@ -5,6 +5,7 @@ which rows are read in any order. A split is a range of the hashes of the querie
 their split when others are appended, and equal queries are in the same split.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -17,6 +18,12 @@ import numpy as np
 
 from jaxcl.data.checked_array import DamagedArray
 from jaxcl.data.file_readers import read_fields
+from jaxcl.data.images.file_index import digest_of_files
+from jaxcl.data.images.image_references import (
+    read_references,
+    reference_place,
+    referenced_paths,
+)
 from jaxcl.data.pair_cache import PairCache, PairFiles
 from jaxcl.data.pair_columns import find_columns, late_columns, named_fields
 from jaxcl.data.pair_conversion import describe_rows, open_cache, rebuild_cache
@@ -31,6 +38,7 @@ from jaxcl.typing import Bool, Int, Integer
 __all__ = ["FilePairs", "open_pair_files", "report_shared_queries"]
 
 _RECORDS_AT_ONCE = 1 << 20
+_ROWS_AT_ONCE = 4096
 
 Ranges = tuple[tuple[int, int], ...]
 _ALL: Ranges = ((0, WHOLE),)
@@ -54,7 +62,10 @@ class FilePairs:
     @property
     def fingerprint(self) -> str:
         """A hash of the files' content, the columns that are read, and the rows of the split."""
-        content = json.dumps([self.files.fingerprint, self.ranges])
+        parts: list[Any] = [self.files.fingerprint, self.ranges]
+        if self.files.columns.images:
+            parts.append(self._digest_of_images)
+        content = json.dumps(parts)
         return f"files:{hashlib.sha256(content.encode()).hexdigest()}"
 
     @property
@@ -84,14 +95,72 @@ class FilePairs:
         "negatives" (a list of texts), "teacher_scores" (the key's, then each negative's) and
         further fields.
         """
+        return self._with_images(self._cached(rows, None))
+
+    def read_fields(
+        self, rows: Sequence[int] | np.ndarray, names: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """Return some fields of the rows."""
+        records = self._with_images(self._cached(rows, names))
+        return [{name: one[name] for name in names if name in one} for one in records]
+
+    def place(self, side: str, row: int) -> str | None:
+        """The name of the file with a row's image."""
+        if side not in self.files.columns.images:
+            return None
+        [record] = self._cached([row], (side,))
+        return reference_place(record[side], self.files.paths)
+
+    def _cached(
+        self, rows: Sequence[int] | np.ndarray, names: Sequence[str] | None
+    ) -> list[dict[str, Any]]:
         numbers = np.array(checked_rows(rows, num_rows=len(self)), np.int64)
         if self._rows is not None:
             numbers = self._rows[numbers].astype(np.int64)
         try:
-            return self._cache.read(numbers)
+            return self._cache.read(numbers, names)
         except DamagedArray as damage:
             self._cache = rebuild_cache(self.files, damage)
-            return self._cache.read(numbers)
+            return self._cache.read(numbers, names)
+
+    def _with_images(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Replace the references to images by their files."""
+        columns = self.files.columns
+        for side in columns.images:
+            if records and side in records[0]:
+                if side == "key" and columns.key == columns.query:
+                    values = [record["query"] for record in records]
+                else:
+                    references = [record[side] for record in records]
+                    values = read_references(references, self.files.paths)
+                for record, value in zip(records, values, strict=True):
+                    record[side] = value
+        return records
+
+    @functools.cached_property
+    def _digest_of_images(self) -> str:
+        """A digest of the images that the rows refer to by path.
+
+        The images in folders and tars are part of the files' own digests.
+        """
+        names: dict[int, set[str]] = {}
+        for first in range(0, len(self), _ROWS_AT_ONCE):
+            rows = range(first, min(first + _ROWS_AT_ONCE, len(self)))
+            for record in self._cached(rows, self.files.columns.images):
+                for number, name in referenced_paths(record.values()):
+                    names.setdefault(number, set()).add(name)
+        paths = self.files.paths
+        digests = [
+            [
+                number,
+                digest_of_files(
+                    paths[number].parent, sorted(found), directory=self.files.directory / "folders"
+                ),
+            ]
+            for number, found in sorted(names.items())
+            if not paths[number].is_dir()
+        ]
+        return json.dumps(digests)
 
     def split_hashes(self) -> Iterator[Integer[np.ndarray, " _"]]:
         """The hashes of the split's records, block by block."""
@@ -107,13 +176,16 @@ class FilePairs:
         self.__init__(*state)  # type: ignore[misc] # each process opens the cache
 
 
-def open_pair_files(data_set: DataSet, role: str, *, data_dir: Path) -> FilePairs:
+def open_pair_files(
+    data_set: DataSet, role: str, *, data_dir: Path, images: tuple[str, ...] = ()
+) -> FilePairs:
     """Open the rows of a split. The first call for a set of files also writes a cache of them.
 
     Args:
       data_set: the name of the data set, its splits and the names of its columns.
       role: the key of the split in `data_set.splits`, such as `"train"`.
       data_dir: the folder shared by all runs, which holds the cache.
+      images: the sides that are images.
 
     Raises:
       ValueError: if there is no such file or split, the columns are unknown or ambiguous, or a row
@@ -132,7 +204,8 @@ def open_pair_files(data_set: DataSet, role: str, *, data_dir: Path) -> FilePair
             raise ValueError(unknown_split(name, split))
         ranges, folder_split = ((share.start, share.stop),), share.split
     paths = find_paths(name, folder_split)
-    files = _described(paths, data_set, directory=data_dir / "pairs", where=describe_files(paths))
+    where = describe_files(paths)
+    files = _described(paths, data_set, directory=data_dir / "pairs", where=where, images=images)
     pairs = FilePairs(files, ranges)
     if (role == "train" or own_file) and jax.process_index() == 0:
         say(describe_rows(role, len(pairs), pairs.facts, files))
@@ -205,16 +278,21 @@ def _rest(data_set: DataSet) -> tuple[Ranges, str]:
 
 
 def _described(
-    paths: tuple[Path, ...], data_set: DataSet, *, directory: Path, where: str
+    paths: tuple[Path, ...],
+    data_set: DataSet,
+    *,
+    directory: Path,
+    where: str,
+    images: tuple[str, ...],
 ) -> PairFiles:
     """The files with their digests and columns."""
     names = read_fields(paths[0], named_fields(data_set))
     if not names:
         raise ValueError(f"{paths[0]} has no rows")
-    columns = find_columns(names, data_set, where=str(paths[0]))
+    columns = find_columns(names, data_set, where=str(paths[0]), images=images)
     for path in paths[1:]:
-        # JSON lines may leave fields out, so they are checked while they are read.
-        fields = columns.needed if _is_json(path) else read_fields(path)
+        # Such files may leave fields out, so their rows are checked while they are read.
+        fields = columns.needed if _leaves_out(path) else read_fields(path)
         if missing := [name for name in columns.needed if name not in fields]:
             raise ValueError(f"{path} lacks {', '.join(missing)}, which {paths[0]} has")
         if late := late_columns(set(fields) - set(names), columns):
@@ -238,8 +316,10 @@ def _described(
     return PairFiles(paths, digests, columns, options.min_label, options.bad_rows, directory)
 
 
-def _is_json(path: Path) -> bool:
-    return path.suffix != ".arrow" and file_kind(path)[0] in ("jsonl", "ndjson", "json")
+def _leaves_out(path: Path) -> bool:
+    if path.is_dir() or path.suffix == ".arrow":
+        return False
+    return file_kind(path)[0] in ("jsonl", "ndjson", "json", "tar")
 
 
 def _rows_of(cache: PairCache, ranges: Ranges) -> Int[np.ndarray, " _"]:

@@ -6,9 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxcl.data.digests import file_digests
+from jaxcl.data.images.folder_rows import folder_digest
 from jaxcl.host.files import read_json_object
 from jaxcl.host.paths import local_path
-from jaxcl.settings.file_kinds import HUGGING_FACE_FILES, REST, file_kind, is_pattern
+from jaxcl.settings.file_kinds import (
+    HUGGING_FACE_FILES,
+    REST,
+    file_kind,
+    is_image_folder,
+    is_pattern,
+)
 
 __all__ = ["cached_digests", "describe_files", "find_paths", "unknown_split"]
 
@@ -27,16 +34,18 @@ def find_paths(name: str, split: str) -> tuple[Path, ...]:
         paths = list(distinct.values())[::-1]
         if not paths:
             raise ValueError(f"no file matches {path}")
-    elif path.is_dir():
+    elif path.is_dir() and not is_image_folder(path):
         return _hugging_face_files(path, split)
     elif not path.exists():
         raise ValueError(f"{path} does not exist")
     else:
         paths = [path]
     for file in paths:
-        file_kind(file)
+        if not file.is_dir():
+            file_kind(file)
     if split != "train":
-        raise ValueError(f"{unknown_split(name, split)}. A file has only the split 'train'")
+        what = "folder of images" if path.is_dir() else "file"
+        raise ValueError(f"{unknown_split(name, split)}. A {what} has only the split 'train'")
     return tuple(paths)
 
 
@@ -51,8 +60,8 @@ def _hugging_face_files(folder: Path, split: str) -> tuple[Path, ...]:
     if not (folder / state_file).is_file():
         raise ValueError(
             f"{folder} holds no data set: it has neither {state_file}, which datasets writes, nor "
-            "the dataset_info.json of a prepared TFDS data set; give a file, or a pattern such as "
-            f"{folder}/*.jsonl"
+            "the dataset_info.json of a prepared TFDS data set, nor subfolders with images; give "
+            f"a file, or a pattern such as {folder}/*.jsonl"
         )
     if split != "train":
         raise ValueError(f"{folder} holds one data set, so its only split is 'train', not {split}")
@@ -79,13 +88,17 @@ def unknown_split(name: str, split: str) -> str:
 
 
 def cached_digests(paths: Sequence[Path], directory: Path) -> tuple[str, ...]:
-    """The digests of the files. Those of unchanged files come from a cache in `directory`."""
-    digests: dict[Path, str] = {}
-    for parent in dict.fromkeys(path.parent for path in paths):
+    """The digests of the files. Those of unchanged files come from a cache in `directory`.
+
+    The digest of a folder of images is that of the names and contents of its images.
+    """
+    folders = [path for path in paths if path.is_dir()]
+    digests = {path: folder_digest(path, directory / "folders") for path in folders}
+    for parent in dict.fromkeys(path.parent for path in paths if path not in folders):
         name = hashlib.sha256(str(parent.absolute()).encode()).hexdigest()[:16]
         cache = directory / "digests" / name
         cache.mkdir(parents=True, exist_ok=True)
-        files = [path for path in paths if path.parent == parent]
+        files = [path for path in paths if path.parent == parent and path not in folders]
         digests |= dict(zip(files, file_digests(cache, files), strict=True))
     return tuple(digests[path] for path in paths)
 

@@ -1,11 +1,15 @@
 """Turn a record of a file into a checked query with its positives and negatives."""
 
+import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxcl.data.images.decoding import BadImage
+from jaxcl.data.images.image_references import TarMember, as_reference
 from jaxcl.data.pair_columns import PairColumns
+from jaxcl.typing import SIDES
 
 __all__ = ["BadRow", "PairRecord", "read_pair"]
 
@@ -19,11 +23,11 @@ class BadRow(ValueError):
 
 
 class PairRecord(NamedTuple):
-    """A checked record; texts are UTF-8.
+    """A checked record; texts are UTF-8, and images are references (`as_reference`).
 
     Attributes:
-      query: the query's text.
-      positives: one or more texts.
+      query: the query's text or image.
+      positives: one or more texts or images.
       negatives: zero or more texts.
       positive_scores, negative_scores: a teacher's scores, one per text; empty without a teacher.
       label: the similarity of query and key; `None` in files without labels.
@@ -45,15 +49,32 @@ class PairRecord(NamedTuple):
     split_by: bytes = b""
 
 
-def read_pair(record: Mapping[str, Any], columns: PairColumns) -> PairRecord:
+def read_pair(record: Mapping[str, Any], columns: PairColumns, *, number: int = 0) -> PairRecord:
     """Read the columns of a record.
+
+    Args:
+      record: the fields by name.
+      columns: the columns to read.
+      number: the number of the record's file, which paths of images are relative to.
 
     Raises:
       BadRow: if a field is missing, or has another type or no content.
     """
-    query = _text(record.get(columns.query), columns.query)
-    positives = _positives(record.get(columns.key), columns.key)
-    if columns.split_by == columns.query:
+    read_query, read_key = (
+        functools.partial(_image, number=number) if side in columns.images else _text
+        for side in SIDES
+    )
+    query = read_query(record.get(columns.query), columns.query)
+    if columns.key == columns.query:
+        positives = [b""]  # the cache has each image once
+    else:
+        positives = _positives(record.get(columns.key), columns.key, read_key)
+    value = record.get(columns.split_by)
+    if columns.images and isinstance(value, TarMember):
+        split_by = value.name.encode()
+    elif columns.images and isinstance(value, str):
+        split_by = value.encode(errors="surrogatepass")
+    elif columns.split_by == columns.query:
         split_by = query
     elif columns.split_by == columns.key:
         split_by = b"\n".join(positives)
@@ -95,12 +116,19 @@ def _text(value: Any, field: str) -> bytes:
         raise BadRow(f"{field!r} is not UTF-8 ({error.reason})") from error
 
 
-def _positives(value: Any, field: str) -> list[bytes]:
+def _image(value: Any, field: str, *, number: int) -> bytes:
+    try:
+        return as_reference(value, number=number)
+    except BadImage as error:
+        raise BadRow(f"{field!r}: {error}") from error
+
+
+def _positives(value: Any, field: str, read: Callable[[Any, str], bytes]) -> list[bytes]:
     if not isinstance(value, list):
-        return [_text(value, field)]
+        return [read(value, field)]
     if not value:
         raise BadRow(f"{field!r} is an empty list")
-    return [_text(text, field) for text in value]
+    return [read(one, field) for one in value]
 
 
 def _negatives(record: Mapping[str, Any], fields: Sequence[str]) -> list[bytes]:

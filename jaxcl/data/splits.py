@@ -190,7 +190,8 @@ def _opened(
     data_set: DataSet, role: str, data_dir: Path, typed_sides: Mapping[str, Sequence[str]]
 ) -> PairSource:
     if reads_files(data_set.name, data_set.splits[role]):
-        return open_pair_files(data_set, role, data_dir=data_dir)
+        images = tuple(typed_sides["image_sides"])
+        return open_pair_files(data_set, role, data_dir=data_dir, images=images)
     return open_pairs(
         str(data_set.name),
         data_set.splits[role],

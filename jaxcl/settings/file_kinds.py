@@ -1,5 +1,6 @@
 """Recognise files of pairs in `data.name` and `data.splits`, and parse the rows of a split."""
 
+import os
 import re
 from collections.abc import Mapping
 from decimal import Decimal
@@ -12,11 +13,13 @@ __all__ = [
     "BUILT_IN",
     "COMPRESSIONS",
     "HUGGING_FACE_FILES",
+    "IMAGE_SUFFIXES",
     "KINDS",
     "REST",
     "WHOLE",
     "Share",
     "file_kind",
+    "is_image_folder",
     "is_pattern",
     "names_files",
     "names_other_files",
@@ -25,11 +28,17 @@ __all__ = [
     "share_of_split",
 ]
 
-BUILT_IN = ("code_pairs", "glyphs")
+BUILT_IN = ("code_pairs", "glyphs", "emoji")
 """Data sets that jaxcl makes from installed packages, as values of `data.name`."""
 
-KINDS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet")
-"""Suffixes of files of rows; `.ndjson` and `.json` are read as JSON lines."""
+KINDS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet", "tar")
+"""Suffixes of files of rows; `.ndjson` and `.json` are read as JSON lines, `.tar` as WebDataset."""
+
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm"),
+)
+"""Suffixes of image files, in lower case."""
 
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 """Suffixes of compressed files, after a suffix of `KINDS`."""
@@ -77,10 +86,16 @@ def file_kind(path: Path) -> tuple[str, str | None]:
     """
     *_, before, last = ["", "", *path.name.lower().split(".")[1:]]
     kind, compression = (before, last) if last in COMPRESSIONS else (last, None)
+    if last == "tgz" or (kind == "tar" and compression):
+        raise ValueError(
+            f"{path} is compressed, so its members cannot be read in any order; decompress it to a "
+            ".tar, which is hardly larger, because images are compressed themselves"
+        )
     if kind not in KINDS or (kind == "parquet" and compression):
         raise ValueError(
-            f"{path} has an unknown suffix; files of pairs are named .jsonl, .csv, .tsv or "
-            f".parquet, and all but .parquet may be compressed (.{', .'.join(COMPRESSIONS)})"
+            f"{path} has an unknown suffix; files of pairs are named .jsonl, .csv, .tsv, "
+            ".parquet or .tar, and all but .parquet and .tar may be compressed "
+            f"(.{', .'.join(COMPRESSIONS)})"
         )
     return kind, compression
 
@@ -89,7 +104,7 @@ def names_files(name: str | None) -> bool:
     """Whether a data set is one or more files of pairs, and not a TFDS data set.
 
     Files are a path with a known suffix or a pattern such as `part-*.jsonl`, any file that exists,
-    and a folder that `datasets` has written.
+    a folder that `datasets` has written, and a folder of images.
 
     Example:
       >>> names_files("pairs.jsonl"), names_files("part-*.csv.gz"), names_files("snli:1.1.0")
@@ -100,13 +115,30 @@ def names_files(name: str | None) -> bool:
     try:
         path = local_path(name)
         if path.is_dir():  # also one with a mark of a pattern in its name
-            return any((path / file).is_file() for file in HUGGING_FACE_FILES)
+            is_written = any((path / file).is_file() for file in HUGGING_FACE_FILES)
+            return is_written or is_image_folder(path)
         if is_pattern(name) or path.is_file():
             return True
         file_kind(path)
         return True
     except (ValueError, OSError):  # a URL, or a name with another suffix
         return False
+
+
+def is_image_folder(path: Path) -> bool:
+    """Whether a folder has subfolders with images, and is no prepared data set."""
+    if not path.is_dir() or (path / "dataset_info.json").exists():
+        return False
+    if any((path / file).is_file() for file in HUGGING_FACE_FILES):
+        return False
+    with os.scandir(path) as entries:
+        classes = [one.path for one in entries if one.is_dir() and not one.name.startswith(".")]
+    return any(
+        file.lower().endswith(IMAGE_SUFFIXES)
+        for folder in classes
+        for _, _, files in os.walk(folder)
+        for file in files
+    )
 
 
 def names_other_files(split: str) -> bool:

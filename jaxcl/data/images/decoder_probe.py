@@ -43,7 +43,7 @@ _RULES = (ImageRule(32), ImageRule(8), ImageRule(21, "stretch", (10, 20, 30)))
 
 
 def decoder_name() -> str:
-    """The version of Pillow, and those of the libraries that decode lossy formats."""
+    """The versions of Pillow and of the libraries that decode lossy formats."""
     from PIL import features
 
     libraries = {"libjpeg_turbo": "libjpeg-turbo", "webp": "WebP", "avif": "AVIF"}

@@ -24,18 +24,23 @@ def num_threads() -> int:
 
 
 def in_threads(
-    function: Callable[[T], U], values: Iterable[T], *, threads: int | None = None
+    function: Callable[[T], U],
+    values: Iterable[T],
+    *,
+    threads: int | None = None,
+    purpose: str = "decoding",
 ) -> Iterator[U]:
     """Apply a function to each value in worker threads, and yield the results in order.
 
     Values are taken from the iterable in the calling thread, only a few ahead of the results.
 
     Args:
-      function: it must not call `in_threads`.
+      function: it must not call `in_threads` for the same purpose.
       values: one value per task; a task should take a millisecond or more.
       threads: the number of threads; `None` for `num_threads()`.
+      purpose: work of another purpose has its own threads, and does not wait for this.
     """
-    pool = _pool(threads or num_threads())
+    pool = _pool(threads or num_threads(), purpose)
     waiting: collections.deque[Future[U]] = collections.deque()
     try:
         for value in values:
@@ -50,6 +55,6 @@ def in_threads(
 
 
 @functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """One pool per number of threads, since starting threads takes as long as a small image."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="jaxcl-images")
+def _pool(threads: int, purpose: str) -> ThreadPoolExecutor:
+    """Threads that are kept, since starting them takes as long as decoding a small image."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"jaxcl-{purpose}")

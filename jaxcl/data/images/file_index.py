@@ -1,0 +1,147 @@
+"""Digests of many image files, computed again only for files that have changed."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxcl.data.checked_array import CheckedArray, DamagedArray
+from jaxcl.data.column_folder import column_records, write_columns
+from jaxcl.data.images.decoding import BadImage
+from jaxcl.data.images.image_references import read_inside
+from jaxcl.data.images.image_threads import in_threads
+from jaxcl.host.progress import progress_bar
+from jaxcl.typing import Int, UInt8
+
+__all__ = ["digest_of_files"]
+
+_INDEX_FILE = "files.json"
+_FORMAT = 1
+_DIGEST_BYTES = 16
+_UNREAD = bytes(_DIGEST_BYTES)
+"""The digest of a file that cannot be read."""
+_FILES_AT_ONCE = 64
+
+
+class _Index(NamedTuple):
+    """The files of an earlier call.
+
+    Attributes:
+      position: name -> position in the arrays.
+      status: the size and the time of the last change of each file.
+      digests: the digest of each file.
+    """
+
+    position: Mapping[str, int]
+    status: Int[np.ndarray, "n 2"]
+    digests: UInt8[np.ndarray, "n 16"]
+
+
+def digest_of_files(folder: Path, names: Sequence[str], *, directory: Path) -> str:
+    """A sha256 of the names and the contents of files.
+
+    The digests of the files are kept in `directory`. A file is read again if its size or the time
+    of its last change differs.
+
+    Args:
+      folder: the folder of the files.
+      names: their paths relative to `folder`. One that cannot be read counts as empty, since the
+        check of the images reports it.
+      directory: the folder of the indexes.
+    """
+    where = str(folder.absolute())
+    made_from = {"format": _FORMAT, "folder": where}
+    path = directory / hashlib.sha256(where.encode()).hexdigest()[:16]
+    index = _read_index(path, made_from)
+    names = sorted(set(names))
+    status = np.zeros((len(names), 2), np.int64)
+    digests = np.zeros((len(names), _DIGEST_BYTES), np.uint8)
+    changed = []
+    for number, name in enumerate(names):
+        status[number] = _status(folder / name)
+        earlier = index.position.get(name)
+        if earlier is not None and (index.status[earlier] == status[number]).all():
+            digests[number] = index.digests[earlier]
+        else:
+            changed.append(number)
+    if changed:
+        digests[changed] = _digests(folder, [names[number] for number in changed])
+        given = set(names)
+        kept = {name: number for name, number in index.position.items() if name not in given}
+        numbers = list(kept.values())  # other files of rows may refer to these
+        _write_index(
+            path,
+            made_from,
+            [*names, *kept],
+            np.concatenate([status, index.status[numbers]]),
+            np.concatenate([digests, index.digests[numbers]]),
+        )
+    content = hashlib.sha256()
+    for name, digest in zip(names, digests, strict=True):
+        content.update(name.encode(errors="surrogateescape") + b"\0" + digest.tobytes())
+    return content.hexdigest()
+
+
+def _status(path: Path) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _digests(folder: Path, names: Sequence[str]) -> UInt8[np.ndarray, "n 16"]:
+    def digests(part: Sequence[str]) -> bytes:
+        return b"".join(_digest(folder, name) for name in part)
+
+    parts = [names[i : i + _FILES_AT_ONCE] for i in range(0, len(names), _FILES_AT_ONCE)]
+    joined = bytearray()
+    with progress_bar(f"hashing the images in {folder.name}", len(names)) as advance:
+        for part in in_threads(digests, parts, purpose="reading"):
+            joined += part
+            advance(len(part) // _DIGEST_BYTES)
+    return np.frombuffer(joined, np.uint8).reshape(-1, _DIGEST_BYTES)
+
+
+def _digest(folder: Path, name: str) -> bytes:
+    try:
+        content = read_inside(folder, name)
+    except BadImage:
+        return _UNREAD
+    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
+
+
+def _read_index(path: Path, made_from: Mapping[str, Any]) -> _Index:
+    try:
+        columns = {
+            name: CheckedArray(path / f"{name}.npy", record).copy()
+            for name, record in column_records(path / _INDEX_FILE, made_from).items()
+        }
+        names = columns["names"].tobytes().decode(errors="surrogateescape").split("\0")
+        return _Index(
+            {name: position for position, name in enumerate(names)},
+            columns["status"].reshape(-1, 2),
+            columns["digests"].reshape(-1, _DIGEST_BYTES),
+        )
+    except (DamagedArray, KeyError):  # missing, too
+        return _Index({}, np.zeros((0, 2), np.int64), np.zeros((0, _DIGEST_BYTES), np.uint8))
+
+
+def _write_index(
+    path: Path,
+    made_from: Mapping[str, Any],
+    names: Sequence[str],
+    status: Int[np.ndarray, "n 2"],
+    digests: UInt8[np.ndarray, "n 16"],
+) -> None:
+    joined = "\0".join(names).encode(errors="surrogateescape")
+
+    def write(folder: Path) -> None:
+        np.save(folder / "names.npy", np.frombuffer(joined, np.uint8))
+        np.save(folder / "status.npy", status.ravel())
+        np.save(folder / "digests.npy", digests.ravel())
+
+    write_columns(path, _INDEX_FILE, made_from, write, what="the digests of images to")
