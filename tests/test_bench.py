@@ -17,6 +17,7 @@ from jaxcl.bench import bench_assignment_sizes as assignment_sizes
 from jaxcl.bench import bench_embedding_bag as embedding_bag
 from jaxcl.bench import bench_encode as encode
 from jaxcl.bench import bench_grad_cache as grad_cache
+from jaxcl.bench import bench_images as images
 from jaxcl.bench import bench_lengths as lengths
 from jaxcl.bench import bench_loss as loss
 from jaxcl.bench import bench_nearest as nearest
@@ -376,6 +377,18 @@ def test_every_way_to_train_sentence_embeddings_is_evaluated(static_folder, tmp_
     values = [one for (one,) in record["rounds"].values()]
     assert all(-1 <= value <= 1 for value in values)
     assert len(set(values)) > 1  # training changes the similarities
+
+
+def test_the_benchmark_of_images_measures_decoding_and_waiting():
+    record = images.measure(
+        [16, 32], [1, 2], rounds=2, num_images=5, batch_size=4, num_steps=3, result=8
+    )
+    names = [f"{kind}, {n} threads" for kind in ("JPEG 16", "JPEG 32", "PNG 16") for n in (1, 2)]
+    assert list(record["rounds"]) == names
+    assert all(rate > 0 for rates in record["rounds"].values() for rate in rates)
+    shares = [record["facts"][f"{name}: share of a step spent waiting"] for name in names]
+    assert all(0 <= share <= 1 for share in shares)
+    assert record["facts"]["PNG 16: bytes per image"] > record["facts"]["JPEG 16: bytes per image"]
 
 
 def test_several_widths_leave_less_padding_in_the_benchmark_of_lengths():

@@ -41,6 +41,7 @@ BENCHMARKS = (
     "finetune",
     "gpu",
     "grad_cache",
+    "images",
     "lengths",
     "loss",
     "nearest",
