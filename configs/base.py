@@ -232,8 +232,9 @@ def _negatives() -> ConfigDict:
 
 def _assignment() -> ConfigDict:
     assignment = ConfigDict()
-    # How rows are grouped into batches: "uniform", at random; "sourced", by source; "gcbs", blocks
-    # of mutual hard negatives, reassigned during training.
+    # How rows are grouped into batches: "uniform", at random; "one_per_query", at random, with one
+    # row of each distinct query per epoch, such as one caption of each image; "sourced", by source;
+    # "gcbs", blocks of mutual hard negatives, reassigned during training.
     assignment.name = "uniform"
     # by: the source of a row, its "group", "data_set" or "topic". None uses "group", or "data_set"
     # if there are several data sets without groups. mix: "mixed" puts all sources in each batch,

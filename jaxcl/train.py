@@ -142,7 +142,7 @@ def train(
     with lock_workdir(workdir), emptied_unless_begun(workdir), current_mesh(training.mesh):
         saved = first_then_others(functools.partial(claim_workdir, workdir, settings))
         data = first_then_others(functools.partial(_prepare, settings, workdir, saved))
-        training = with_epochs(training, workdir, num_rows=data.tables["train"].num_rows)
+        training = with_epochs(training, workdir, data.tables["train"])
         settings = training.settings
         shared = {"the id of the workdir": together(functools.partial(workdir_id, workdir))}
         shared |= {f"the evaluation set {name}": one for name, one in sets.fingerprints.items()}

@@ -14,6 +14,7 @@ __all__ = [
     "TextTable",
     "join_sides",
     "label_column",
+    "query_numbers",
     "row_lengths",
     "table_batch",
 ]
@@ -65,6 +66,14 @@ def label_column(table: Table, name: str) -> Int[np.ndarray, " n"]:
         rows = np.arange(first, min(first + _ROWS_AT_ONCE, table.num_rows))
         column[rows] = table.labels(rows)[name]
     return column
+
+
+def query_numbers(table: Table) -> Int[np.ndarray, " n"]:
+    """A number per row that rows with the same query share.
+
+    In a table whose sides are of one modality, rows with the same key share it, too.
+    """
+    return label_column(table.sides["query"] if isinstance(table, SidesTable) else table, "text")
 
 
 def row_lengths(

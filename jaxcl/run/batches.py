@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jaxcl.assignment import (
     Assigned,
     AssignedRows,
+    OnePerLabel,
     SourcedRows,
     make_gap_measure,
     make_order,
@@ -22,7 +23,7 @@ from jaxcl.assignment import (
 )
 from jaxcl.assignment.gap import GapMeasure
 from jaxcl.data.prepare import RunData
-from jaxcl.data.table import label_column, row_lengths
+from jaxcl.data.table import label_column, query_numbers, row_lengths
 from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.ops.mesh import fetch, put_rows
@@ -70,6 +71,12 @@ class RunBatches:
         self._own: RowsOfStep | None = own and own(
             num_rows=self._num_rows, batch_size=settings.global_batch_size, seed=settings.seed
         )
+        if settings.assignment.name == "one_per_query":
+            self._own = OnePerLabel(
+                query_numbers(self._table),
+                batch_size=settings.global_batch_size,
+                seed=settings.seed,
+            )
         if self._rule is not None:
             self._check_ever_due(self._rule)
             self._order = make_order(

@@ -5,7 +5,9 @@ import math
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 
+from jaxcl.data.table import Table, query_numbers
 from jaxcl.host.paths import AnyPath
 from jaxcl.host.printable import counted
 from jaxcl.host.processes import first_then_others
@@ -18,13 +20,13 @@ from jaxcl.settings.sections import Settings
 __all__ = ["epoch_summary", "with_epochs"]
 
 
-def with_epochs(training: Training, workdir: AnyPath, *, num_rows: int) -> Training:
+def with_epochs(training: Training, workdir: AnyPath, table: Table) -> Training:
     """The functions of a run, rebuilt for the number of steps of its epochs.
 
     Args:
       training: the functions of the run; without `epochs` in its settings, they are returned.
       workdir: the folder of the run, which is claimed again for these steps.
-      num_rows: the number of training rows.
+      table: the training rows.
 
     Raises:
       ValueError: for settings that do not go together with the number of steps, or if a run of
@@ -33,6 +35,9 @@ def with_epochs(training: Training, workdir: AnyPath, *, num_rows: int) -> Train
     epochs = training.settings.epochs
     if epochs is None:
         return training
+    num_rows = table.num_rows
+    if training.settings.assignment.name == "one_per_query":
+        num_rows = len(np.unique(query_numbers(table)))
     settings = with_steps(training.settings, num_rows=num_rows)
     if jax.process_index() == 0:
         for line in epoch_summary(settings, epochs=epochs, num_rows=num_rows):

@@ -34,7 +34,7 @@ __all__ = [
     "with_encoder_options",
 ]
 
-ASSIGNMENTS = ("uniform", "sourced", "gcbs")
+ASSIGNMENTS = ("uniform", "one_per_query", "sourced", "gcbs")
 """The values of `config.assignment.name`."""
 
 BEST = "best"
