@@ -172,9 +172,8 @@ def _lora() -> ConfigDict:
 
 def _augmentation() -> ConfigDict:
     augmentation = ConfigDict()
-    augmentation.name = placeholder(
-        str
-    )  # "token_dropout" or "span_masking"; None disables augmentation
+    # An augmentation listed in jaxcl/models/README.md; None disables augmentation.
+    augmentation.name = placeholder(str)
     augmentation.sides = ("query", "key")  # the sides to augment
     augmentation.options = option_fields(AUGMENTATIONS)
     return augmentation

@@ -72,8 +72,9 @@ RowKeys: TypeAlias = Key[Array, " b"]
 """One random key per row, so that the random draws depend on neither chunking nor device count."""
 
 Augment: TypeAlias = Callable[[PyTree, Key[Array, ""]], PyTree]
-"""`(the input of one row, a random key) -> an input of the same shapes`, compiled into the step. An
-augmentation that drops tokens may add a `"mask"`."""
+"""`(the input of one row, a random key) -> an input that the encoder reads`, compiled into the
+step. An augmentation that drops tokens may add a `"mask"`; one of images may change their size and
+type."""
 
 NumpyInt: TypeAlias = Int[np.ndarray, "..."]
 
@@ -128,13 +129,13 @@ class Range(NamedTuple):
 def check_ranges(options: tuple[Any, ...]) -> None:
     """Raise a `ValueError` if a field of a NamedTuple is outside the `Range` of its annotation.
 
-    `None` is always allowed.
+    `None` is always allowed. All numbers of a tuple must be in the same range.
     """
     for name, hint in get_type_hints(type(options), include_extras=True).items():
         value = getattr(options, name)
-        if value is not None:
-            for allowed in _ranges(hint):
-                allowed.check(name, value)
+        for number in value if isinstance(value, tuple) else (value,):
+            for allowed in _ranges(hint) if number is not None else ():
+                allowed.check(name, number)
 
 
 def _ranges(hint: Any) -> Iterator[Range]:

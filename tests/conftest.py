@@ -40,6 +40,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 collect_ignore = [  # scripts for environments with other packages
     "evaluation/sentence_transformers_evaluators.py",
     "losses/values",
+    "models/image_values",
     "models/pretrained/reference",
     "roundtrip_sentence_transformers.py",
     "run/encoded/make_vectors.py",

@@ -11,6 +11,7 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcl.models.image_augmentations import ClipOptions, ImageOptions, clip, moco_v2, simclr
 from jaxcl.models.layers import token_mask, tokens_of
 from jaxcl.typing import PADDING_ID, Array, Augment, Int, Key, PyTree, Range, check_ranges
 
@@ -130,6 +131,9 @@ def span_masking(
 
 
 AUGMENTATIONS: Mapping[str, Augmentation] = {
+    "clip": Augmentation(clip, ClipOptions),
+    "moco_v2": Augmentation(moco_v2, ImageOptions),
+    "simclr": Augmentation(simclr, ImageOptions),
     "span_masking": Augmentation(span_masking, SpanMaskingOptions),
     "token_dropout": Augmentation(token_dropout, TokenDropoutOptions),
 }

@@ -276,7 +276,9 @@ def build_towers(settings: Settings) -> Towers:
     if parts.augmentation is not None:
         options = augmentation.options
         if settings.data.special_tokens and augmentation.name in AUGMENTATIONS:
-            options = {**KEEP_SPECIAL_TOKENS, **options}
+            known = getattr(AUGMENTATIONS[augmentation.name].options, "_fields", ())
+            kept = {name: one for name, one in KEEP_SPECIAL_TOKENS.items() if name in known}
+            options = {**kept, **options}
         function = parts.augmentation(**options)
         augment = dict.fromkeys(augmentation.sides, function)
     lora = settings.model.lora

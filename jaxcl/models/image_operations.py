@@ -1,0 +1,369 @@
+"""Operations on one image, such as crops and changes of colour, from which augmentations are built.
+
+Each is a pure function of an image in [0, 1] and of explicit parameters, which may be traced, so
+that `jax.vmap` gives each image of a batch its own. Values agree with those of torchvision on float
+images; `tests/models/test_image_operations.py` compares them.
+
+    crop = random_crop_box(key, 96, 128, scale=(0.2, 1.0))
+    image = resized_crop(image, crop, size=64)
+    image = gaussian_blur(solarised(image), sigma=1.5, radius=3)
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcl.typing import Array, Bool, Float, Int, Key, Scalar
+
+__all__ = [
+    "INTERPOLATIONS",
+    "JITTER_OPERATIONS",
+    "CropBox",
+    "Image",
+    "Jitter",
+    "as_float_image",
+    "check_interpolation",
+    "colour_jitter",
+    "flipped",
+    "gaussian_blur",
+    "grayscale",
+    "random_crop_box",
+    "random_jitter",
+    "resized_crop",
+    "shifted_hue",
+    "solarised",
+    "with_brightness",
+    "with_contrast",
+    "with_saturation",
+]
+
+Image: TypeAlias = Float[Array, "y x 3"]
+
+INTERPOLATIONS = ("bilinear", "bicubic")
+
+JITTER_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+"""The operations of `colour_jitter`, by the numbers in `Jitter.order`."""
+
+_BRIGHTNESS, _CONTRAST, _, _HUE = range(4)
+
+_LUMA = (0.2989, 0.587, 0.114)  # the weights of red, green and blue, as in ITU-R 601
+_CROP_TRIES = 10
+
+_Number: TypeAlias = int | float | Scalar
+_Planes: TypeAlias = Float[Array, "3 y x"]
+
+
+def as_float_image(image: Array) -> Float[Array, "*b y x 3"]:
+    """Convert an image, or several, to floats in [0, 1]; floats are kept."""
+    if jnp.issubdtype(image.dtype, jnp.floating):
+        return image
+    return image.astype(jnp.float32) / 255
+
+
+class CropBox(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: _Number
+    left: _Number
+    height: _Number
+    width: _Number
+
+
+def random_crop_box(
+    key: Key[Array, ""],
+    height: int,
+    width: int,
+    *,
+    scale: tuple[float, float],
+    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> CropBox:
+    """Draw a box of random area, shape and position.
+
+    The area is uniform and the logarithm of the aspect ratio is uniform. Boxes that do not fit are
+    drawn again, so that large areas are rarer than small ones; after ten attempts, the box is the
+    largest central one of an allowed aspect ratio.
+
+    Args:
+      key: a random key.
+      height, width: the size of the image.
+      scale: the smallest and the largest area, as fractions of the image.
+      aspect_ratio: the smallest and the largest ratio of width to height.
+
+    Reference:
+      Szegedy et al., "Going Deeper with Convolutions", 2015; torchvision's `RandomResizedCrop`.
+    """
+    of_area, of_shape, of_place = jax.random.split(key, 3)
+    low, high = map(math.log, aspect_ratio)
+    tries = (_CROP_TRIES,)
+    area = height * width * jax.random.uniform(of_area, tries, minval=scale[0], maxval=scale[1])
+    ratio = jnp.exp(jax.random.uniform(of_shape, tries, minval=low, maxval=high))
+    widths, heights = jnp.round(jnp.sqrt(area * ratio)), jnp.round(jnp.sqrt(area / ratio))
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first, any_fits = jnp.argmax(fits), fits.any()
+    central_width = min(width, round(height * aspect_ratio[1]))
+    central_height = min(height, round(width / aspect_ratio[0]))
+    box_height = jnp.where(any_fits, heights[first], central_height)
+    box_width = jnp.where(any_fits, widths[first], central_width)
+    free = jnp.stack([height - box_height, width - box_width])  # pixels outside of the box
+    drawn = jnp.floor(jax.random.uniform(of_place, (2,)) * (free + 1))
+    top, left = jnp.where(any_fits, jnp.minimum(drawn, free), jnp.floor(free / 2))
+    return CropBox(top, left, box_height, box_width)
+
+
+def resized_crop(
+    image: Image,
+    box: CropBox,
+    *,
+    size: int | tuple[int, int],
+    interpolation: str = "bilinear",
+    flip: bool | Bool[Array, ""] = False,
+) -> Float[Array, "_ _ 3"]:
+    r"""Crop a box, resize it with antialiasing, and optionally flip it from left to right.
+
+    $$y = R\, x\, C^\top$$
+
+    with a small matrix $R$ for rows and another $C$ for columns, so that the box may be traced.
+    Pixels outside of the box have no weight.
+
+    Args:
+      image: the image.
+      box: the part to keep.
+      size: the height and width of the result, or one number for both.
+      interpolation: `"bilinear"` or `"bicubic"`. Bicubic values may exceed [0, 1] and are clipped.
+      flip: whether to exchange left and right.
+
+    Raises:
+      ValueError: for an unknown interpolation.
+    """
+    check_interpolation(interpolation)
+    height, width = (size, size) if isinstance(size, int) else size
+    kernel = _cubic if interpolation == "bicubic" else _triangle
+    rows = _resize_weights(image.shape[0], box.top, box.height, height, kernel).astype(image.dtype)
+    columns = _resize_weights(image.shape[1], box.left, box.width, width, kernel)
+    columns = jnp.where(flip, columns[::-1], columns).astype(image.dtype)
+    # The default precision of accelerators would lose bits of 8-bit pixels.
+    narrow = jnp.einsum("wx,yxc->ywc", columns, image, precision=lax.Precision.HIGHEST)
+    resized = jnp.einsum("hy,ywc->hwc", rows, narrow, precision=lax.Precision.HIGHEST)
+    return jnp.clip(resized, 0, 1)
+
+
+def check_interpolation(name: str) -> None:
+    """Raise a `ValueError` that lists the known names for an unknown interpolation."""
+    if name not in INTERPOLATIONS:
+        raise ValueError(
+            f"interpolation={name!r} is unknown; use one of {', '.join(INTERPOLATIONS)}"
+        )
+
+
+def _triangle(distance: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.maximum(0, 1 - jnp.abs(distance))
+
+
+def _cubic(distance: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The cubic convolution kernel of Keys with a = -1/2, as Pillow has it."""
+    x = jnp.abs(distance)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = -0.5 * (((x - 5) * x + 8) * x - 4)
+    return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
+
+
+def _resize_weights(
+    length: int,
+    start: _Number,
+    extent: _Number,
+    size: int,
+    kernel: Callable[[Float[Array, "..."]], Float[Array, "..."]],
+) -> Float[Array, "_ _"]:
+    """The weight of each of `length` pixels in each of `size` resized pixels of a range."""
+    scale = extent / size
+    # Relative to the range, since float32 would be coarser further away from 0.
+    centre = (jnp.arange(size) + 0.5) * scale - 0.5
+    pixel = jnp.arange(length) - start
+    # The kernel is only widened for shrinking, where it averages.
+    weights = kernel((pixel - centre[:, None]) / jnp.maximum(scale, 1))
+    weights = jnp.where((pixel >= 0) & (pixel < extent), weights, 0)
+    return weights / weights.sum(1, keepdims=True)
+
+
+def flipped(image: Image) -> Image:
+    """The image with left and right exchanged."""
+    return image[:, ::-1]
+
+
+def grayscale(image: Image) -> Image:
+    """The image in grey, in all three channels."""
+    return jnp.broadcast_to(_luma(_planes(image))[..., None], image.shape)
+
+
+def with_brightness(image: Image, factor: _Number) -> Image:
+    """Multiply the values of an image."""
+    return _blended(image, 0.0, factor)
+
+
+def with_contrast(image: Image, factor: _Number) -> Image:
+    """Multiply the differences from the mean of the grey image."""
+    return _blended(image, _luma(_planes(image)).mean(), factor)
+
+
+def with_saturation(image: Image, factor: _Number) -> Image:
+    """Multiply the differences from the grey image; 0 makes the image grey."""
+    return _blended(image, _luma(_planes(image))[..., None], factor)
+
+
+def shifted_hue(image: Image, shift: _Number) -> Image:
+    """Turn the hues of an image.
+
+    Args:
+      image: the image.
+      shift: a fraction of the circle of hues; 1/3 turns red to green.
+    """
+    return _image_of(_turned(_planes(image), shift))
+
+
+def _planes(image: Image) -> _Planes:
+    """The channels one after the other: their values then fill whole vectors of a CPU."""
+    return jnp.moveaxis(image, -1, 0)
+
+
+def _image_of(planes: _Planes) -> Image:
+    return jnp.moveaxis(planes, 0, -1)
+
+
+def _luma(planes: _Planes) -> Float[Array, "y x"]:
+    red, green, blue = _LUMA
+    return red * planes[0] + green * planes[1] + blue * planes[2]
+
+
+def _blended(values: Array, other: float | Array, factor: _Number) -> Array:
+    return jnp.clip(factor * values + (1 - factor) * other, 0, 1)
+
+
+def _turned(planes: _Planes, shift: _Number) -> _Planes:
+    red, green, blue = planes
+    high, low = planes.max(0), planes.min(0)
+    spread = high - low
+    safe = jnp.where(spread == 0, 1, spread)
+    hue = jnp.where(
+        high == red,
+        (green - blue) / safe,
+        jnp.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    turned = hue + 6 * shift
+    # Back to colours: each channel is a trapezoid of the hue, which goes from 0 to 6.
+    position = jnp.stack([start + turned for start in (5, 3, 1)]) % 6
+    return high - spread * jnp.clip(jnp.minimum(position, 4 - position), 0, 1)
+
+
+class Jitter(NamedTuple):
+    """A change of colours.
+
+    Attributes:
+      brightness, contrast, saturation: factors; 1 changes nothing.
+      hue: a fraction of the circle of hues; 0 changes nothing.
+      order: the numbers of `JITTER_OPERATIONS` in the order in which they are applied.
+    """
+
+    brightness: _Number
+    contrast: _Number
+    saturation: _Number
+    hue: _Number
+    order: Int[Array, "4"]
+
+
+def random_jitter(
+    key: Key[Array, ""], brightness: float, contrast: float, saturation: float, hue: float
+) -> Jitter:
+    """Draw a change of colours, in a random order.
+
+    Args:
+      key: a random key.
+      brightness, contrast, saturation: factors are uniform in [max(0, 1 - value), 1 + value].
+      hue: the shift is uniform in [-hue, hue].
+
+    Reference:
+      torchvision's `ColorJitter`.
+    """
+    keys = jax.random.split(key, 5)
+    factors = [
+        jax.random.uniform(own, minval=max(0.0, 1 - amount), maxval=1 + amount)
+        for own, amount in zip(keys[:3], (brightness, contrast, saturation), strict=True)
+    ]
+    shift = jax.random.uniform(keys[3], minval=-hue, maxval=hue)
+    return Jitter(*factors, shift, jax.random.permutation(keys[4], 4))
+
+
+def colour_jitter(image: Image, jitter: Jitter) -> Image:
+    """Change brightness, contrast, saturation and hue, in the order of `jitter.order`.
+
+    A `lax.switch` for each of the four steps would compute all four operations each time under
+    `vmap`, sixteen in total. Instead, the hue, by far the most expensive, is shifted once. Each of
+    the others is a blend, and has three places before the hue and three after it; a blend whose
+    turn it is not changes nothing.
+    """
+    hue_place = jnp.argmax(jitter.order == _HUE)
+    factors = jnp.stack([jnp.asarray(factor, image.dtype) for factor in (*jitter[:3], 1.0)])
+
+    def blended(planes: _Planes, place: int, active: Bool[Array, ""]) -> _Planes:
+        operation = jitter.order[place]
+        luma = _luma(planes)
+        other = jnp.where(operation == _CONTRAST, luma.mean(), luma)
+        other = jnp.where(operation == _BRIGHTNESS, 0, other)
+        return _blended(planes, other, jnp.where(active, factors[operation], 1))
+
+    planes = _planes(image)
+    for place in range(3):
+        planes = blended(planes, place, place < hue_place)
+    planes = _turned(planes, jitter.hue)
+    for place in range(1, 4):
+        planes = blended(planes, place, place > hue_place)
+    return _image_of(planes)
+
+
+def solarised(image: Image, threshold: float = 128 / 255) -> Image:
+    """Invert the values that reach a threshold."""
+    return jnp.where(image >= threshold, 1 - image, image)
+
+
+def gaussian_blur(image: Image, *, sigma: _Number, radius: int) -> Image:
+    """Blur an image with a Gaussian kernel, and mirror it at its border.
+
+    Two small matrices blur rows and columns, so that `sigma` may be traced and a larger radius
+    costs nothing.
+
+    Args:
+      image: the image.
+      sigma: the standard deviation in pixels.
+      radius: the pixels on each side of a pixel that the kernel reaches; less than the size.
+
+    Raises:
+      ValueError: if the radius is not less than the size of the image.
+    """
+    if not 0 <= radius < min(image.shape[:2]):
+        raise ValueError(
+            f"radius={radius} of the blur in an image of {image.shape[0]} by {image.shape[1]} "
+            "pixels; set it to at least 0 and less than the size"
+        )
+    rows, columns = (
+        _blur_weights(length, sigma, radius).astype(image.dtype) for length in image.shape[:2]
+    )
+    narrow = jnp.einsum("wx,yxc->ywc", columns, image, precision=lax.Precision.HIGHEST)
+    return jnp.einsum("hy,ywc->hwc", rows, narrow, precision=lax.Precision.HIGHEST)
+
+
+def _blur_weights(length: int, sigma: _Number, radius: int) -> Float[Array, "_ _"]:
+    """The weight of each pixel in each blurred pixel, of a line that is mirrored at its ends."""
+
+    def kernel(offset: Array) -> Float[Array, "_ _"]:
+        value = jnp.exp(-(offset.astype(jnp.float32) ** 2) / (2 * sigma**2))
+        return jnp.where(jnp.abs(offset) <= radius, value, 0)
+
+    blurred, pixel = jnp.arange(length)[:, None], jnp.arange(length)
+    last = length - 1
+    weights = kernel(pixel - blurred)
+    weights += jnp.where(pixel > 0, kernel(-pixel - blurred), 0)
+    weights += jnp.where(pixel < last, kernel(2 * last - pixel - blurred), 0)
+    return weights / weights.sum(1, keepdims=True)
