@@ -1,11 +1,12 @@
-"""Large encoders on any TFDS data set, with the sizes of BERT base and Mistral 7B.
+"""Large encoders on any TFDS data set, with the sizes of BERT base, Mistral 7B and CLIP.
 
     python -m jaxcl.train --config configs/large_encoders.py:bert_base --config.data.name=…
     python -m jaxcl.plan --config configs/large_encoders.py:mistral_7b --topology v5e:16x16
 
-The first two start from random weights; use them to plan the memory of a pod. The last variant
-fine-tunes the weights of a folder, such as that of e5-mistral-7b-instruct. A plan needs only the
-copy of the folder in a run's workdir, which has no weights:
+The first three start from random weights; use them to plan the memory of a pod. `pretrained_7b`,
+`clip` and `siglip` fine-tune the weights of a folder, such as those of e5-mistral-7b-instruct and
+clip-vit-base-patch16. A plan needs only the copy of the folder in a run's workdir, which has no
+weights:
 
     python -m jaxcl.plan --config configs/large_encoders.py:pretrained_7b --topology v5e:16x16 \\
         --config.model.pretrained=FOLDER
@@ -78,9 +79,38 @@ def _mistral_7b_lora(config: ConfigDict) -> None:
     config.optimizer.learning_rate = 1e-4
 
 
+def _image_text(config: ConfigDict) -> None:
+    """Images and captions with the two towers of a folder, in batches of 32,768."""
+    config.data.modality = ConfigDict({"query": "image", "key": "text"})
+    config.data.query_field, config.data.key_field = "image", "caption"
+    config.data.distinct_tokens = False
+    config.global_batch_size = 32_768
+    config.model.name = "pretrained"
+    config.model.shared = False
+    config.model.options.update({"dropout": 0.0, "remat": True})
+    config.evaluation.methods = ("dense",)
+    config.optimizer.learning_rate = 1e-5
+
+
+def _clip(config: ConfigDict) -> None:
+    """CLIP (Radford et al., 2021): InfoNCE over the gathered batch."""
+    _image_text(config)
+    config.data.max_tokens = ConfigDict({"query": 77, "key": 77})
+
+
+def _siglip(config: ConfigDict) -> None:
+    """SigLIP (Zhai et al., 2023): the sigmoid loss, with keys that travel around the ring."""
+    _image_text(config)
+    config.data.max_tokens = ConfigDict({"query": 64, "key": 64})
+    config.loss.name = "sigmoid"
+    config.loss.exchange = "ring"
+
+
 VARIANTS = {
     "bert_base": _bert_base,
+    "clip": _clip,
     "mistral_7b": _mistral_7b,
     "mistral_7b_lora": _mistral_7b_lora,
     "pretrained_7b": _pretrained_7b,
+    "siglip": _siglip,
 }

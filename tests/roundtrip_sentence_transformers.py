@@ -1,9 +1,10 @@
 """Load an exported folder with sentence-transformers, embed texts, and save the folder again.
 
-    python tests/roundtrip_sentence_transformers.py FOLDER TEXTS.json VECTORS.npz SAVED
+    python tests/roundtrip_sentence_transformers.py FOLDER TEXTS.json VECTORS.npz SAVED [IMAGES.npz]
 
-`TEXTS.json` is a list of texts. `VECTORS.npz` receives their vectors as queries and as documents.
-Needs sentence-transformers, and not jaxcl.
+`TEXTS.json` is a list of texts. `VECTORS.npz` receives their vectors as queries and as documents,
+and those of the images, uint8 arrays `[h, w, 3]`, if they are given. Needs sentence-transformers,
+and not jaxcl.
 """
 
 import json
@@ -15,14 +16,20 @@ from sentence_transformers import SentenceTransformer
 
 
 def main() -> None:
-    folder, texts, vectors, saved = map(Path, sys.argv[1:])
+    folder, texts, vectors, saved, *images = map(Path, sys.argv[1:])
     model = SentenceTransformer(str(folder), device="cpu")
     given = json.loads(texts.read_text())
-    np.savez(
-        vectors,
-        query=model.encode_query(given, batch_size=4),
-        document=model.encode_document(given, batch_size=4),
-    )
+    computed = {
+        "query": model.encode_query(given, batch_size=4),
+        "document": model.encode_document(given, batch_size=4),
+    }
+    for file in images:
+        from PIL import Image
+
+        with np.load(file) as arrays:
+            pictures = [Image.fromarray(array) for array in arrays.values()]
+        computed["image"] = model.encode(pictures)
+    np.savez(vectors, **computed)
     model.save_pretrained(str(saved))
 
 

@@ -24,6 +24,7 @@ from tests.models.pretrained.tiny import (
     write_tiny_bert,
     write_tiny_decoder,
 )
+from tests.models.pretrained.tiny_towers import write_tiny_towers
 from tests.prepared_data import prepare_pairs
 from tests.saved_run import TEXTS, save_run, save_tuned_run
 
@@ -61,11 +62,14 @@ def minilm(torch_python) -> Path:
     return Path(found.stdout.strip()).parent / "model"
 
 
-def through_sentence_transformers(python, folder, texts, place) -> dict[str, np.ndarray]:
+def through_sentence_transformers(python, folder, texts, place, images=()) -> dict[str, np.ndarray]:
     """sentence-transformers' vectors of texts; it also saves the folder as `place / "saved"`."""
     place.mkdir(exist_ok=True)
     (place / "texts.json").write_text(json.dumps(texts))
     files = [folder, place / "texts.json", place / "vectors.npz", place / "saved"]
+    if images:
+        files.append(place / "images.npz")
+        np.savez(files[-1], *images)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [python, "-I", str(SCRIPT), *map(str, files)]  # -I: ignores the script's folder
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -188,6 +192,28 @@ def test_merged_adapters_go_through_sentence_transformers(torch_python, tmp_path
     folder, model = export(workdir, tmp_path / "model"), jaxcl.load(workdir)
     assert np.abs(model.encode(TEXTS) - jaxcl.load(original).encode(TEXTS)).max() > 0.01
     assert_same_vectors(torch_python, folder, model, TEXTS, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("processing", [None, {}])
+def test_a_clip_goes_through_sentence_transformers(torch_python, tmp_path, processing):
+    original = write_tiny_towers(tmp_path / "tiny", processing=processing)
+    modality = {"query": "image", "key": "text"}
+    workdir = save_tuned_run(
+        tmp_path / "run",
+        original,
+        model__shared=False,
+        data__modality=modality,
+        evaluation__methods=["dense"],
+    )
+    folder, model = export(workdir, tmp_path / "model"), jaxcl.load(workdir)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((12, 12), (20, 31), (40, 17))]
+    place = tmp_path / "theirs"
+    theirs = through_sentence_transformers(torch_python, folder, LONG, place, images)
+    for one in (model, jaxcl.load(folder), jaxcl.load(place / "saved")):
+        assert np.abs(one.encode(images=images) - theirs["image"]).max() < LARGEST_DIFFERENCE
+        assert np.abs(one.encode(LONG) - theirs["document"]).max() < LARGEST_DIFFERENCE
+    assert np.abs(model.encode(images=images[::-1]) - theirs["image"]).max() > 0.01
 
 
 def test_minilm_has_sentence_transformers_vectors(torch_python, minilm, tmp_path):

@@ -100,8 +100,11 @@ class EmbeddingModel(MtebEncoder):
         self._tokenizer = tokenizer
         self._rules = rules
         self._images = images or {}
-        # Few, because a tokenizer with its vocabulary is large. Programs use few prompts.
-        self._text = functools.lru_cache(maxsize=16)(functools.partial(TextTokenizer, tokenizer))
+        if tokenizer is not None:
+            # Few, because a tokenizer with its vocabulary is large. Programs use few prompts.
+            self._text = functools.lru_cache(maxsize=16)(
+                functools.partial(TextTokenizer, tokenizer)
+            )
         self._forward = make_forward(encode, mesh)
 
     def __repr__(self) -> str:

@@ -21,6 +21,7 @@ from jaxcl.settings.derived import gcbs_rule
 from jaxcl.settings.read import read_settings
 from tests.helpers import training_of
 from tests.models.pretrained.tiny import write_copy_of_decoder
+from tests.models.pretrained.tiny_towers import write_copy_of_towers
 
 RATE = 0.5
 QUEUE = {"negatives.bank.kind": "queue", "negatives.tiers.full_bank": True}
@@ -110,6 +111,21 @@ def test_a_pretrained_mistral_has_the_same_size(tmp_path):
     here = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
     norms = (2 * 32 + 1) * 4_096  # which are too small to shard
     assert here == (7_110_660_096 - norms) / 8 + norms
+
+
+@pytest.mark.parametrize(
+    ("variant", "vision", "count"),
+    [("clip", {"patch_size": 16}, 149_620_736), ("siglip", {}, 203_155_968)],
+)
+def test_the_image_text_encoders_have_the_sizes_of_their_namesakes(
+    tmp_path, variant, vision, count
+):
+    config = large_encoders.get_config(variant)
+    towers = {"model_type": variant, "text_config": {}, "vision_config": vision}
+    config.model.pretrained = str(write_copy_of_towers(tmp_path, towers))
+    params = training_of(config).abstract_state(1_000_000).params["towers"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+    assert set(params) == {"query", "key"}
 
 
 def test_another_seed_has_other_initial_parameters():

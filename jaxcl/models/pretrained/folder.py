@@ -128,10 +128,17 @@ def _describe_towers(
     described = {}
     for one in towers if modality is None else (modality,):
         if name in TWO_TOWERS:
-            own = tower_config(config, one), tower_tensors(tensors, one)
+            described[one] = _describe(
+                root,
+                files,
+                modules,
+                towers[one],
+                tower_config(config, one),
+                tower_tensors(tensors, one),
+            )
         else:
-            own = _single_config(config, name, shapes), tensors
-        described[one] = _describe(root, files, modules, towers[one], *own)
+            own = _single_config(config, name, shapes)
+            described[one] = _describe(root, files, modules, name, own, tensors)
     return described
 
 

@@ -11,7 +11,10 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from jaxcl.host.files import write_sealed_json
 from jaxcl.models.pretrained.families import FAMILIES, TWO_TOWERS
+from jaxcl.models.pretrained.folder import TENSOR_LIST
+from jaxcl.models.pretrained.tensor_files import specs_as_json
 from jaxcl.models.pretrained.two_towers import tower_config
 from tests.models.pretrained.tiny import SPECIAL_TOKENS, WORDS
 
@@ -100,12 +103,34 @@ def write_tiny_towers(
     return folder
 
 
+def write_copy_of_towers(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Write a run's copy of a model with two towers of any size; the copy has no weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    specs = {name: (np.dtype("<f4"), shape) for name, (shape, _) in tower_shapes(config).items()}
+    _write(folder / "config.json", config)
+    _write_tokenizer(folder, longest=10**30)  # as tokenizers without a limit write it
+    write_sealed_json(folder / TENSOR_LIST, specs_as_json({"model.safetensors": specs}))
+    return folder
+
+
 def tower_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Random tensors of all towers, by their names in the file, and those of the loss."""
     rng = np.random.default_rng(seed)
+    tensors = {
+        name: (0.3 * rng.normal(size=shape) + centre).astype(np.float32)
+        for name, (shape, centre) in tower_shapes(config).items()
+    }
+    shape = () if config["model_type"] == "clip" else (1,)
+    for name, value in LOGITS.get(config["model_type"], {}).items():
+        tensors[name] = np.full(shape, value, np.float32)
+    return tensors
+
+
+def tower_shapes(config: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], int]]:
+    """The shapes of the tensors of all towers by name, and whether their values are around 1."""
     kind = config["model_type"]
     towers = [tower_config(config, one) for one in TWO_TOWERS[kind]] if kind in TWO_TOWERS else []
-    tensors = {}
+    found = {}
     for one in towers or [config]:
         family = FAMILIES[one["model_type"]]
         module = nnx.eval_shape(lambda family=family, one=one: family.make(one, rngs=nnx.Rngs(0)))
@@ -117,21 +142,18 @@ def tower_tensors(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndar
         }
         for path, tensor in family.tensors(one).items():
             shape = shapes[path][::-1] if tensor.transposed else shapes[path]
-            centre = path.endswith(("norm/scale", "_scale"))
+            centre = int(path.endswith(("norm/scale", "_scale")))
             prefixed = bool(towers) and "_projection" not in tensor.name
             name = f"{family.prefixes[0] if prefixed else ''}{tensor.name}"
-            tensors[name] = (0.3 * rng.normal(size=shape) + centre).astype(np.float32)
-    shape = () if kind == "clip" else (1,)
-    for name, value in LOGITS.get(kind, {}).items():
-        tensors[name] = np.full(shape, value, np.float32)
-    return tensors
+            found[name] = (shape, centre)
+    return found
 
 
 def _write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def _write_tokenizer(folder: Path) -> None:
+def _write_tokenizer(folder: Path, *, longest: int = MAX_TOKENS) -> None:
     ids = {word: number for number, word in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -144,7 +166,7 @@ def _write_tokenizer(folder: Path) -> None:
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": MAX_TOKENS,
+            "model_max_length": longest,
             "pad_token": "[PAD]",
             "unk_token": "[UNK]",
         },
