@@ -156,8 +156,11 @@ def test_a_run_with_an_average_resumes_bitwise_and_evaluates_and_exports_it(
 
 
 def test_weights_that_a_run_does_not_keep_are_an_error(small):
-    with pytest.raises(ValueError, match=r"keeps with optimizer\.average_decay, such as 0\.999"):
+    needed = r"evaluation\.weights='average' needs .* optimizer\.average_decay, such as 0\.999"
+    with pytest.raises(ValueError, match=needed):
         read_settings(small(**{"evaluation.weights": "average"}))
+    with pytest.raises(ValueError, match=r"evaluation\.weights='mean' is unknown"):
+        read_settings(small(**{"evaluation.weights": "mean"}))
 
 
 def test_a_run_of_accumulated_gradients_resumes_bitwise_between_two_updates(

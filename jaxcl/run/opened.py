@@ -169,7 +169,7 @@ def open_run(path: AnyPath, *, trust: Trust = (), weights: str | None = None) ->
     workdir, checkpoint = origin_of(path)
     settings = read_settings(read_config(workdir), trust=trust, workdir=workdir)
     weights = settings.evaluation.weights if weights is None else weights
-    check_weights(settings, weights)
+    check_weights(settings, "weights", weights)
     mesh = make_mesh({"data": -1})  # all available devices, whatever the mesh of the run
     towers = build_towers(settings)
     with current_mesh(mesh):

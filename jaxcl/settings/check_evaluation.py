@@ -22,17 +22,23 @@ def check_evaluation_settings(settings: Settings) -> None:
     check_names("evaluation.methods", methods, _METHODS)
     if not methods:
         raise ValueError(f"evaluation.methods=(); name one or more of {', '.join(_METHODS)}")
-    check_weights(settings, settings.evaluation.weights)
+    check_weights(settings, "evaluation.weights", settings.evaluation.weights)
     _check_sets(settings)
 
 
-def check_weights(settings: Settings, weights: str) -> None:
-    """Raise a `ValueError` for weights that a run does not have."""
+def check_weights(settings: Settings, setting: str, weights: str) -> None:
+    """Raise a `ValueError` for weights that a run does not have.
+
+    Args:
+      settings: the settings of the run.
+      setting: the setting or argument that names the weights, for messages.
+      weights: its value.
+    """
     if weights not in _WEIGHTS:
-        raise ValueError(f"weights={weights!r} is unknown; use one of {', '.join(_WEIGHTS)}")
+        raise ValueError(f"{setting}={weights!r} is unknown; use one of {', '.join(_WEIGHTS)}")
     if weights == "average" and settings.optimizer.average_decay is None:
         raise ValueError(
-            "weights='average' are the moving average of the weights, which a run keeps with "
+            f"{setting}='average' needs a moving average of the weights, which a run keeps with "
             "optimizer.average_decay, such as 0.999"
         )
 
