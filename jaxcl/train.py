@@ -48,7 +48,7 @@ from jaxcl.host.user_folders import shared_folder
 from jaxcl.ops.mesh import current_mesh, fetch
 from jaxcl.run.batches import RunBatches
 from jaxcl.run.best import Best, selection_of
-from jaxcl.run.build_loss import batch_needs
+from jaxcl.run.build_loss import batch_needs, check_teacher_dim
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.checkpoint_record import newest_record
 from jaxcl.run.epochs import with_epochs
@@ -137,6 +137,7 @@ def train(
     begun = newest_record(workdir / CHECKPOINTS) is not None
     settings = read_settings(config, changed=changed, workdir=workdir if begun else None)
     check_processes_agree(process_report(settings))
+    check_teacher_dim(settings)
     sets = open_sets(settings)
     training = build_training(settings)
     with lock_workdir(workdir), emptied_unless_begun(workdir), current_mesh(training.mesh):
@@ -147,7 +148,6 @@ def train(
         shared = {"the id of the workdir": together(functools.partial(workdir_id, workdir))}
         shared |= {f"the evaluation set {name}": one for name, one in sets.fingerprints.items()}
         check_processes_agree(shared | data.remembered.fingerprints)
-        _check_enough_rows(settings, data)
         training = with_text_widths(training, data.tables["train"])
         check_explicit_negatives(settings, data.negatives)
         check_evaluation(settings, data)
@@ -206,6 +206,7 @@ def _prepare(settings: Settings, workdir: AnyPath, saved: Mapping[str, Any] | No
         settings.data,
         data_dir=shared_folder(settings.run.data_dir),
         workdir=workdir,
+        batch_size=settings.global_batch_size,
         scored="teacher_scores" in batch_needs(settings),
         open_source=settings.parts.source,
         saved=None if saved is None else remembered_from(workdir / CHECKPOINTS, saved.get("data")),
@@ -380,15 +381,6 @@ def _profiled(text: str | None) -> tuple[int, int] | None:
     if not steps or not 0 < int(steps[1]) < int(steps[2]):
         raise ValueError(f"--profile={text}; give the first step to trace and the first one after")
     return int(steps[1]), int(steps[2])
-
-
-def _check_enough_rows(settings: Settings, data: RunData) -> None:
-    num_rows = data.tables["train"].num_rows
-    if num_rows < settings.global_batch_size:
-        raise ValueError(
-            f"the training split has {num_rows} rows, fewer than one batch of "
-            f"{settings.global_batch_size}; set global_batch_size to at most {num_rows}"
-        )
 
 
 def _default_workdir(config: str) -> AnyPath:

@@ -13,6 +13,7 @@ from jaxcl.data.prepare import prepare_data
 from jaxcl.data.table import table_batch
 from jaxcl.ops.mesh import make_mesh, put_batch
 from jaxcl.plan import _abstract_batch
+from jaxcl.run.build_loss import check_teacher_dim
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.settings.read import read_settings
 from jaxcl.step.encode_rows import keys_of_side, make_encode_rows
@@ -125,6 +126,23 @@ def test_the_embeddings_of_a_teacher_are_learned(config_of, tmp_path):
         ValueError, match=r"needs a teacher's embeddings; set data\.guides to an .np"
     ):
         read_settings(config)
+
+
+def test_a_teacher_of_another_width_is_an_error_before_the_data_are_prepared(config_of, tmp_path):
+    np.savez(tmp_path / "teacher.npz", query=np.ones((60, 48)), key=np.ones((60, 48)))
+    taught = {"loss.name": "embedding_distillation", "loss.options.directions": None}
+    taught |= {"data.guides": str(tmp_path / "teacher.npz"), "data.negatives_per_row": 0}
+    config = config_of("pairs", **taught, **STATIC)
+    wanted = r"has embeddings with 48 features, and the model's have 32; use a model with 48 feat"
+    with pytest.raises(ValueError, match=wanted + "ures, or set loss.options.truncate_teacher"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    check_teacher_dim(read_settings(config_of("scored")))
+    config.loss.options.truncate_teacher = True
+    check_teacher_dim(read_settings(config))
+    config.model.dim = 64
+    with pytest.raises(ValueError, match=r"the model's have 64; use a model with 48 features$"):
+        check_teacher_dim(read_settings(config))
 
 
 def test_other_scores_are_other_data(config_of, tmp_path):

@@ -131,6 +131,7 @@ def prepare_data(
     *,
     data_dir: Path,
     workdir: AnyPath,
+    batch_size: int = 1,
     scored: bool = False,
     open_source: Callable[[str], PairSource] | None = None,
     saved: RememberedData | None = None,
@@ -144,12 +145,14 @@ def prepare_data(
       data: the run's settings.
       data_dir: the folder of prepared data that runs share.
       workdir: the run's own folder.
+      batch_size: the smallest number of training rows that the run can use.
       scored: whether the negatives must have a teacher's scores.
       open_source: role -> its pairs, if they do not come from a prepared data set.
       saved: the data that the newest checkpoint records; a lost `data.json` is rewritten from them.
 
     Raises:
-      ValueError: if a split is missing or empty, or the data have changed since an earlier start.
+      ValueError: if a split is missing or empty, there are fewer training rows than a batch has, or
+        the data have changed since an earlier start.
     """
     earlier = saved
     if earlier is None:
@@ -159,7 +162,13 @@ def prepare_data(
     usable = functools.partial(usable_rows, data, data_dir=data_dir)
     sources = open_splits(data, name, data_dir=data_dir, open_source=open_source, usable=usable)
     fingerprints = {role: source.fingerprint for role, source in sources.items()}
-    rows: dict[str, Any] = {"num_rows": len(sources["train"]), "source": fingerprints["train"]}
+    num_rows = len(sources["train"])
+    if num_rows < batch_size:  # before the texts become tokens, which may take long
+        raise ValueError(
+            f"the training split has {num_rows} rows, fewer than one batch of {batch_size}; set "
+            f"global_batch_size to at most {num_rows}"
+        )
+    rows: dict[str, Any] = {"num_rows": num_rows, "source": fingerprints["train"]}
     rows["pairs"] = sources["train"]
     negatives: RowNegatives | TextNegatives | None = None
     guides = topics = None
@@ -176,6 +185,9 @@ def prepare_data(
     _check_same_rows(workdir, earlier, RememberedData(name, fingerprints))
     if earlier is None:  # recorded first, because the tokenizer is trained on these rows
         _write_remembered(workdir, RememberedData(name, fingerprints))
+    scores = None
+    if data.score_field is not None:  # first, since a wrong score is found faster than tokens
+        scores = open_scores(sources["train"], data_dir=data_dir)
     tables = open_tables(data, sources, data_dir=data_dir, workdir=workdir, recorded=recorded)
     remembered = RememberedData(name, fingerprints | input_fingerprints(data, workdir))
     _write_remembered(workdir, remembered)
@@ -184,9 +196,6 @@ def prepare_data(
     readers = build_readers(data, workdir)
     names = data_set_names(data)
     negatives = negatives if texts is None else texts
-    scores = None
-    if data.score_field is not None:
-        scores = open_scores(sources["train"], data_dir=data_dir)
     return RunData(sources, tables, readers, negatives, guides, topics, scores, names, remembered)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxcl.data.modalities import modality_of
+from jaxcl.data.row_guides import guide_dim
 from jaxcl.grad_cache import rows_per_chunk
 from jaxcl.losses import Loss, measure_negatives
 from jaxcl.losses.matryoshka import nested
@@ -31,6 +32,7 @@ __all__ = [
     "build_loss",
     "build_measure",
     "build_momentum",
+    "check_teacher_dim",
     "run_loss",
 ]
 
@@ -86,6 +88,27 @@ def batch_needs(settings: Settings) -> tuple[str, ...]:
         "guides": data.guides is not None,
     }
     return tuple(column for column, wanted in needed.items() if wanted)
+
+
+def check_teacher_dim(settings: Settings) -> None:
+    """Raise a `ValueError` if a teacher's embeddings do not fit `"embedding_distillation"`.
+
+    Only the header of `data.guides` is read, so that a run fails before it prepares its data.
+    """
+    loss, guides = settings.loss, settings.data.guides
+    if loss.name != "embedding_distillation" or guides is None:
+        return
+    width = guide_dim(guides)
+    for dim in {*loss.matryoshka_dims, settings.model.dim}:
+        if dim == width or (loss.options.get("truncate_teacher") and dim < width):
+            continue
+        advice = f"use a model with {width} features"
+        if dim < width:
+            advice += ", or set loss.options.truncate_teacher to use the teacher's first features"
+        raise ValueError(
+            f"data.guides={guides} has embeddings with {width} features, and the model's have "
+            f"{dim}; {advice}"
+        )
 
 
 def beyond_batch(settings: Settings) -> BeyondBatch:

@@ -34,11 +34,12 @@ def prepared(tmp_path, columns):
     """Prepare the data of one workdir, with changes to `config.data`."""
     (tmp_path / "run").mkdir()
 
-    def prepare_with(**changes):
+    def prepare_with(*, batch_size=1, **changes):
         config = get_config("smoke").data
         config.update({"name": "memory", "vocabulary_size": 300} | changes)
         data = read_settings({"data": config.to_dict()}).data
-        return prepare.prepare_data(data, data_dir=tmp_path, workdir=tmp_path / "run")
+        folders = {"data_dir": tmp_path, "workdir": tmp_path / "run"}
+        return prepare.prepare_data(data, batch_size=batch_size, **folders)
 
     return prepare_with
 
@@ -60,6 +61,23 @@ def test_the_tables_keep_groups_and_each_token_once(prepared):
     for side, lengths in {"query": [2, 1], "key": [1, 1]}.items():
         tokens = table.side(side, np.arange(2))["tokens"]
         assert (tokens > 0).sum(1).tolist() == lengths
+
+
+def test_fewer_rows_than_a_batch_are_an_error_before_texts_become_tokens(
+    prepared, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(prepare, "open_tables", None)  # which trains a tokenizer
+    with pytest.raises(ValueError, match=r"has 2 rows, fewer than one batch of 3; set global_batc"):
+        prepared(batch_size=3)
+    assert not [*(tmp_path / "run").iterdir()]
+    with pytest.raises(TypeError):
+        prepared(batch_size=2)
+
+
+def test_a_row_without_a_score_is_an_error_before_texts_become_tokens(prepared, monkeypatch):
+    monkeypatch.setattr(prepare, "open_tables", None)
+    with pytest.raises(ValueError, match="row 0 of the training rows has no score"):
+        prepared(score_field="score")
 
 
 def test_rows_that_changed_since_the_start_are_an_error(prepared, columns):
