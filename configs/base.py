@@ -142,10 +142,12 @@ def _model() -> ConfigDict:
     # The options of all encoders; None means the encoder's own default, which its docstring gives.
     model.options = option_fields(ENCODERS)
     # The folder of a pretrained encoder, or its id on the Hugging Face Hub; None starts with random
-    # weights. The folder also determines the dimension, the vocabulary, and any text options left
-    # at their defaults. For a custom encoder that declares `load`, this is a file with its weights.
+    # weights. The folder also determines the dimension, the vocabulary, the size of images, and any
+    # text options left at their defaults. For a custom encoder that declares `load`, this is a file
+    # with its weights.
     model.pretrained = placeholder(str)
-    # A separate encoder for the keys; requires shared=False.
+    # A separate encoder for the keys; requires shared=False. A pretrained folder with two towers,
+    # such as CLIP, needs none if the sides have different modalities.
     model.key = ConfigDict({"name": placeholder(str), "options": option_fields(ENCODERS)})
     model.key.pretrained = placeholder(str)
     # Low-rank adapters; if rank is set, the encoders' own parameters are frozen.
@@ -195,7 +197,8 @@ def _loss() -> ConfigDict:
     loss.margin = placeholder(float)
     # The same margin, as a fraction of the positive's similarity.
     loss.relative_margin = placeholder(float)
-    # The learned temperature starts at initial and is clamped to [minimum, maximum].
+    # The learned temperature starts at initial and is clamped to [minimum, maximum]. With these
+    # defaults, a pretrained CLIP or SigLIP starts from the temperature of its folder.
     loss.temperature = ConfigDict({"initial": 0.05, "minimum": 0.01, "maximum": 1.0})
     return loss
 

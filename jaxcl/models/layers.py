@@ -200,7 +200,7 @@ def joined(blocks: Sequence[nnx.Module], *, dtype: jnp.dtype) -> nnx.Module:
 def run_layers(
     blocks: nnx.Module,
     hidden: Float[Array, "b t h"],
-    mask: Bool[Array, "b t"],
+    mask: Bool[Array, "b t"] | None,
     rngs: RowKeys | None,
     *,
     num_layers: int,
@@ -214,7 +214,7 @@ def run_layers(
     Args:
       blocks: the result of `stacked` or `joined`, each `(hidden, mask, rngs, layer) -> hidden`.
       hidden: the input of the first block.
-      mask: `True` for tokens.
+      mask: `True` for tokens; blocks without padding may accept `None`.
       rngs: a random key per row, or `None` for evaluation.
       num_layers: number of blocks.
       remat: keep one activation per block for the backward pass, and recompute the others.

@@ -11,6 +11,7 @@ from PIL import Image
 import jaxcl
 from jaxcl.export import export
 from jaxcl.models.pretrained.tensor_files import map_tensors
+from jaxcl.settings.read import as_dict, read_settings
 from tests.models.pretrained.tiny import write_tiny_bert
 from tests.models.pretrained.tiny_towers import IMAGE_SIZE, LOGITS, write_tiny_towers
 from tests.saved_run import TUNED, save_tuned_run, settings_of
@@ -167,6 +168,20 @@ def test_a_locked_image_tower_may_be_paired_with_a_new_text_tower(tmp_path):
     read = settings(folder, model__key=key, data__vocabulary_size=100)
     assert (read.model.dim, read.data.vocabulary_size, read.data.special_tokens) == (16, 100, None)
     assert set(read.parts.pretrained) == {"model"}
+    bert = write_tiny_bert(tmp_path / "bert")
+    read = settings(folder, model__key={"pretrained": str(bert)})
+    assert [one.family for one in read.parts.pretrained.values()] == ["vit", "bert"]
+    assert (read.model.dim, read.data.vocabulary_size, read.data.special_tokens) == (16, 39, True)
+    assert read.loss.temperature.initial == 0.05
+    with pytest.raises(ValueError, match=r"width 8, but model\.key\.pretrained of width 16"):
+        settings(write_tiny_towers(tmp_path / "clip"), model__key={"pretrained": str(bert)})
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_recorded_settings_of_two_towers_are_read_back_unchanged(tmp_path, kind):
+    folder = write_tiny_towers(tmp_path, kind)
+    recorded = as_dict(settings(folder, loss__name="sigmoid", model__options={"remat": True}))
+    assert as_dict(read_settings(json.loads(json.dumps(recorded)))) == recorded
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxcl.models.layers import Hidden, TokenMask, row_dropout
+from jaxcl.models.layers import Hidden, TokenMask, joined, row_dropout, run_layers
 from jaxcl.models.pretrained.activations import ACTIVATIONS
 from jaxcl.models.pretrained.description import Tensor
 from jaxcl.models.pretrained.tensor_names import linear_tensors, norm_tensors
-from jaxcl.typing import Array, Bool, Float, RowKeys
+from jaxcl.typing import Array, Bool, Float, Int, RowKeys
 
 __all__ = [
     "BlockNames",
@@ -96,7 +96,7 @@ def make_blocks(sizes: BlockSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> list[
             f"config.json: a width of {sizes.hidden_dim} does not divide over {sizes.num_heads} "
             "heads"
         )
-    return [TowerBlock(sizes, layer, dtype=dtype, rngs=rngs) for layer in range(sizes.num_layers)]
+    return [TowerBlock(sizes, dtype=dtype, rngs=rngs) for _ in range(sizes.num_layers)]
 
 
 def run_blocks(
@@ -109,6 +109,9 @@ def run_blocks(
 ) -> Hidden:
     """Run the blocks of a tower in sequence.
 
+    With `remat`, which large models need, they run as one compiled loop, so that 24 blocks compile
+    as fast as one, and sharded parameters are gathered one block at a time.
+
     Args:
       blocks: the result of `make_blocks`.
       hidden: the input of the first block.
@@ -116,16 +119,12 @@ def run_blocks(
       rngs: a random key per row for dropout, or `None` for evaluation.
       remat: keep one activation per block for the backward pass, and recompute the others.
     """
-    run = nnx.remat(_run_block) if remat else _run_block
-    for block in blocks:
-        hidden = run(block, hidden, mask, rngs)
+    if remat:
+        whole = joined(blocks, dtype=hidden.dtype)
+        return run_layers(whole, hidden, mask, rngs, num_layers=len(blocks), remat=True)
+    for layer, block in enumerate(blocks):
+        hidden = block(hidden, mask, rngs, layer)
     return hidden
-
-
-def _run_block(
-    block: "TowerBlock", hidden: Hidden, mask: TokenMask | None, rngs: RowKeys | None
-) -> Hidden:
-    return block(hidden, mask, rngs)
 
 
 def layer_norm(sizes: BlockSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -139,7 +138,7 @@ def layer_norm(sizes: BlockSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.La
 class TowerBlock(nnx.Module):
     """Self-attention and an MLP, each with a norm before it, a residual and dropout."""
 
-    def __init__(self, sizes: BlockSizes, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, sizes: BlockSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         def scale() -> nnx.Param | None:
             return nnx.Param(jnp.ones((sizes.hidden_dim,))) if sizes.layer_scale else None
 
@@ -150,14 +149,19 @@ class TowerBlock(nnx.Module):
         self.mlp = TowerMLP(sizes, dtype=dtype, rngs=rngs)
         self.mlp_scale = scale()
         self.dropout = sizes.dropout
-        self.layer = layer
 
-    def __call__(self, hidden: Hidden, mask: TokenMask | None, rngs: RowKeys | None) -> Hidden:
+    def __call__(
+        self,
+        hidden: Hidden,
+        mask: TokenMask | None,
+        rngs: RowKeys | None,
+        layer: int | Int[Array, ""],
+    ) -> Hidden:
         drop = functools.partial(row_dropout, rngs=rngs, rate=self.dropout)
         mixed = _scaled(self.attention(self.attention_norm(hidden), mask), self.attention_scale)
-        hidden += drop(mixed, layer=1 + 2 * self.layer)  # the embeddings are layer 0
+        hidden += drop(mixed, layer=1 + 2 * layer)  # the embeddings are layer 0
         changed = _scaled(self.mlp(self.mlp_norm(hidden)), self.mlp_scale)
-        return hidden + drop(changed, layer=2 + 2 * self.layer)
+        return hidden + drop(changed, layer=2 + 2 * layer)
 
 
 def _scaled(values: Hidden, scale: nnx.Param | None) -> Hidden:
