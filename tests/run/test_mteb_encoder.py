@@ -87,7 +87,8 @@ def test_unsupported_options_are_errors(model):
 
 
 def test_texts_are_embedded_as_before(model):
-    names = ["self", "texts", "side", "prompt", "batch_size", "dim", "quantize", "progress"]
+    names = ["self", "texts", "images", "side", "prompt", "batch_size", "dim", "quantize"]
+    names.append("progress")
     assert list(inspect.signature(type(model).encode).parameters) == names
     assert model.encode("read").shape == (DIM,)
     np.testing.assert_array_equal(model.encode(texts=TEXTS), model.encode(TEXTS))
