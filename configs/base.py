@@ -285,8 +285,8 @@ def _optimizer() -> ConfigDict:
     # be extended.
     optimizer.schedule = "warmup_cosine"
     optimizer.learning_rate = 2e-3  # the peak learning rate
-    # Steps of linear warmup to the peak learning rate; None means a tenth of all steps. A warmup that
-    # does not fit into the steps of a short run is shortened, with a warning.
+    # Steps of linear warmup to the peak learning rate; None means a tenth of all steps. A warmup
+    # that does not fit into the steps of a short run is shortened, with a warning.
     optimizer.warmup_steps = 30
     # The number of final steps in which "warmup_stable_decay" decays; None means a
     # tenth of all steps.

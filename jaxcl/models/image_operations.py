@@ -288,12 +288,17 @@ def random_jitter(
       torchvision's `ColorJitter`.
     """
     keys = jax.random.split(key, 5)
-    factors = [
-        jax.random.uniform(own, minval=max(0.0, 1 - amount), maxval=1 + amount)
-        for own, amount in zip(keys[:3], (brightness, contrast, saturation), strict=True)
-    ]
-    shift = jax.random.uniform(keys[3], minval=-hue, maxval=hue)
-    return Jitter(*factors, shift, jax.random.permutation(keys[4], 4))
+
+    def factor(key: Key[Array, ""], amount: float) -> Float[Array, ""]:
+        return jax.random.uniform(key, minval=max(0.0, 1 - amount), maxval=1 + amount)
+
+    return Jitter(
+        brightness=factor(keys[0], brightness),
+        contrast=factor(keys[1], contrast),
+        saturation=factor(keys[2], saturation),
+        hue=jax.random.uniform(keys[3], minval=-hue, maxval=hue),
+        order=jax.random.permutation(keys[4], 4),
+    )
 
 
 def colour_jitter(image: Image, jitter: Jitter) -> Image:

@@ -276,7 +276,7 @@ def build_towers(settings: Settings) -> Towers:
     if parts.augmentation is not None:
         options = augmentation.options
         if settings.data.special_tokens and augmentation.name in AUGMENTATIONS:
-            known = getattr(AUGMENTATIONS[augmentation.name].options, "_fields", ())
+            known = getattr(AUGMENTATIONS[str(augmentation.name)].options, "_fields", ())
             kept = {name: one for name, one in KEEP_SPECIAL_TOKENS.items() if name in known}
             options = {**kept, **options}
         function = parts.augmentation(**options)
