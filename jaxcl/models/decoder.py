@@ -7,15 +7,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from jaxcl.models.attention import attend
 from jaxcl.models.layers import (
     DEFAULT_MAX_TOKENS,
     Hidden,
     TokenMask,
     activation_dtype,
     check_length,
+    linear_layer,
     pool,
     row_dropout,
     run_layers,
+    saving_slope,
     stacked,
     token_mask,
     tokens_of,
@@ -33,6 +36,8 @@ from jaxcl.typing import (
 )
 
 __all__ = ["DecoderEncoder", "DecoderOptions"]
+
+_silu = saving_slope(jax.nn.silu)
 
 
 class DecoderOptions(NamedTuple):
@@ -159,7 +164,7 @@ class DecoderBlock(nnx.Module):
         num_heads, num_key_heads, mlp_dim, rotary_base, dropout, dtype = shape
 
         def linear(width: int, out: int) -> nnx.Linear:
-            return nnx.Linear(width, out, use_bias=False, dtype=dtype, rngs=rngs)
+            return linear_layer(width, out, use_bias=False, dtype=dtype, rngs=rngs)
 
         head = hidden_dim // num_heads
         self.attention_norm = nnx.RMSNorm(hidden_dim, dtype=dtype, rngs=rngs)
@@ -192,17 +197,17 @@ class DecoderBlock(nnx.Module):
         )
         # The first token is attended in a row without any, too: a softmax needs something.
         attended = mask | (jnp.arange(t) == 0)[None]
-        mixed = jax.nn.dot_product_attention(
+        mixed = attend(
             rotated(queries, base=self.rotary_base),
             rotated(keys, base=self.rotary_base),
             values,
-            mask=attended[:, None, None, :],
-            is_causal=True,
+            None,
+            attended[:, None, None, :] & jnp.tri(t, dtype=bool),
         )
         return self.output(mixed.reshape(b, t, h))
 
     def transform(self, hidden: Hidden) -> Hidden:
-        return self.narrow(jax.nn.silu(self.gate(hidden)) * self.widen(hidden))
+        return self.narrow(_silu(self.gate(hidden)) * self.widen(hidden))
 
 
 def rotated(heads: Float[Array, "b t n c"], *, base: float) -> Float[Array, "b t n c"]:

@@ -1,7 +1,7 @@
-"""Parts that encoders share: dropout by row, pooling, and a loop over equal layers."""
+"""Parts that encoders share: layers, dropout by row, pooling, and a loop over equal blocks."""
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,11 @@ __all__ = [
     "check_length",
     "default_compute_dtype",
     "joined",
+    "linear_layer",
     "pool",
     "row_dropout",
     "run_layers",
+    "saving_slope",
     "stacked",
     "token_mask",
     "tokens_of",
@@ -113,6 +115,46 @@ def check_length(tokens: Tokens, longest: int) -> None:
 def unit_vectors(vectors: Embeddings) -> Embeddings:
     """Normalise vectors, in float32 or wider, since a norm in bfloat16 would be inaccurate."""
     return normalise(vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32)))
+
+
+def linear_layer(in_features: int, out_features: int, **options: Any) -> nnx.Linear:
+    """A linear layer that multiplies all tokens of a batch as the rows of one matrix.
+
+    On a CPU, XLA multiplies the transposed gradient of a `[b, t, h]` output through a copy of it,
+    which took as long as the product itself. It reads a transposed matrix in place.
+    """
+    return nnx.Linear(in_features, out_features, dot_general=_product_of_rows, **options)
+
+
+def _product_of_rows(
+    inputs: Float[Array, "*b i"], kernel: Float[Array, "i o"], dimensions: Any, **options: Any
+) -> Float[Array, "*b o"]:
+    del dimensions  # those of a linear layer
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    product = lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
+    return product.reshape(*inputs.shape[:-1], kernel.shape[1])
+
+
+def saving_slope(
+    function: Callable[[Float[Array, "*b"]], Float[Array, "*b"]],
+) -> Callable[[Float[Array, "*b"]], Float[Array, "*b"]]:
+    """An elementwise function whose backward pass keeps its slope only.
+
+    Without it, the backward pass of GELU keeps three arrays of the size of its input.
+    """
+
+    @jax.custom_jvp
+    def saving(values: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        return function(values)
+
+    @saving.defjvp
+    def derivative(
+        values: tuple[Float[Array, "*b"]], tangents: tuple[Float[Array, "*b"]]
+    ) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
+        out, slope = jax.jvp(function, values, (jnp.ones_like(values[0]),))
+        return out, slope * tangents[0]
+
+    return saving
 
 
 def pool(

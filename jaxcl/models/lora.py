@@ -100,10 +100,10 @@ class LoraLinear(nnx.Linear):
     ) -> Float[Array, "*b o"]:
         """Apply the layer and its adapter."""
         outputs = super().__call__(inputs, out_sharding)
-        adapter = (inputs, self.lora_a[...], self.lora_b[...])
-        inputs, a, b = (one.astype(outputs.dtype) for one in adapter)
-        low = self.scale * jnp.matmul(inputs, a, precision=self.precision)
-        return outputs + jnp.matmul(low, b, precision=self.precision)
+        adapter = (inputs.reshape(-1, inputs.shape[-1]), self.lora_a[...], self.lora_b[...])
+        rows, a, b = (one.astype(outputs.dtype) for one in adapter)
+        low = self.scale * jnp.matmul(rows, a, precision=self.precision)
+        return outputs + jnp.matmul(low, b, precision=self.precision).reshape(outputs.shape)
 
 
 def add_adapters(module: nnx.Module, lora: Lora, *, rngs: nnx.Rngs) -> nnx.Module:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxcl.models.attention import attend
 from jaxcl.models.layers import (
     DEFAULT_MAX_TOKENS,
     POOLINGS,
@@ -14,9 +15,11 @@ from jaxcl.models.layers import (
     TokenMask,
     activation_dtype,
     check_length,
+    linear_layer,
     pool,
     row_dropout,
     run_layers,
+    saving_slope,
     stacked,
     token_mask,
     tokens_of,
@@ -28,6 +31,8 @@ __all__ = ["ATTENTIONS", "NORM_POSITIONS", "TransformerEncoder", "TransformerOpt
 
 ATTENTIONS = ("xla", "cudnn")
 NORM_POSITIONS = ("pre", "post")
+
+_gelu = saving_slope(jax.nn.gelu)
 
 
 class TransformerOptions(NamedTuple):
@@ -190,7 +195,7 @@ class Block(nnx.Module):
 
     def __init__(self, hidden_dim: int, shape: BlockShape, *, rngs: nnx.Rngs):
         num_heads, mlp_dim, attention, norm_position, dropout, dtype = shape
-        linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        linear = functools.partial(linear_layer, dtype=dtype, rngs=rngs)
         layer_norm = functools.partial(nnx.LayerNorm, hidden_dim, dtype=dtype, rngs=rngs)
         self.attention_norm = layer_norm()
         self.mlp_norm = layer_norm()
@@ -217,19 +222,17 @@ class Block(nnx.Module):
     def attend(self, hidden: Hidden, mask: TokenMask) -> Hidden:
         b, t, h = hidden.shape
         heads = self.projections(hidden).reshape(b, t, 3, self.num_heads, h // self.num_heads)
-        attend = functools.partial(
-            jax.nn.dot_product_attention,
-            *(heads[:, :, part] for part in range(3)),
-            implementation=self.attention,
-        )
+        queries, keys, values = (heads[:, :, part] for part in range(3))
         # A row without tokens attends to its first position, since a softmax needs something.
         if self.attention == "cudnn":  # lengths, since a mask becomes a full matrix of biases
             lengths = jnp.maximum(jnp.count_nonzero(mask, axis=1), 1).astype(jnp.int32)
-            mixed = attend(key_value_seq_lengths=lengths)
+            mixed = jax.nn.dot_product_attention(
+                queries, keys, values, key_value_seq_lengths=lengths, implementation="cudnn"
+            )
         else:
             attended = mask | (~mask.any(1, keepdims=True) & (jnp.arange(t) == 0))
-            mixed = attend(mask=attended[:, None, None, :])
+            mixed = attend(queries, keys, values, None, attended[:, None, None, :])
         return self.output(mixed.reshape(b, t, h))
 
     def transform(self, hidden: Hidden) -> Hidden:
-        return self.narrow(jax.nn.gelu(self.widen(hidden)))
+        return self.narrow(_gelu(self.widen(hidden)))

@@ -170,7 +170,8 @@ def test_cudnn_s_attention_gets_lengths_that_give_the_mask_s_embeddings(monkeypa
     )
     tokens = np.pad(TOKENS, ((0, 1), (0, 0)))  # the last row has no token
     assert relative_error(embed(by_lengths, tokens), embed(by_mask, tokens)) < 1e-2
-    assert asked == [("cudnn", "key_value_seq_lengths")] * 2 + [("xla", "mask")] * 2
+    masked = ("xla", "bias", "mask", "scale")
+    assert asked == [("cudnn", "key_value_seq_lengths")] * 2 + [masked] * 2
     length = jnp.array([4, 7, 1, 0])
     with_zeros = np.where(tokens == 3, 0, tokens)
     mask, lengths = (embed(one, with_zeros, length=length) for one in (by_mask, by_lengths))

@@ -140,8 +140,7 @@ def test_the_first_matrix_is_uniform_and_differs_between_layers():
 
 
 @each_encoder
-def test_the_merged_encoder_without_adapters_gives_the_same_embeddings(name, x64, monkeypatch):
-    monkeypatch.setattr(jax.nn, "dot_product_attention", double_attention)
+def test_the_merged_encoder_without_adapters_gives_the_same_embeddings(name, x64):
     towers, base = towers_with(name, compute_dtype="float64")
     params = random_parameters(towers)
     live = towers.encode(params, "key", INPUTS)
@@ -151,18 +150,6 @@ def test_the_merged_encoder_without_adapters_gives_the_same_embeddings(name, x64
     assert relative_error(base.encode(without_adapters(params), "key", INPUTS), live) > 1e-2
     wrong = merge_adapters(params, LORA._replace(alpha=LORA.alpha * 1.01))
     assert relative_error(base.encode(wrong, "key", INPUTS), live) > 1e-6
-
-
-def double_attention(
-    query, key, value, bias=None, mask=None, *, is_causal=False, implementation="xla"
-):
-    """`jax.nn.dot_product_attention` without its float32 softmax; key heads may serve groups."""
-    key, value = (jnp.repeat(one, query.shape[2] // one.shape[2], axis=2) for one in (key, value))
-    if is_causal:
-        mask = mask & jnp.tri(query.shape[1], dtype=bool)
-    scores = jnp.einsum("bqnc,bknc->bnqk", query, key) / np.sqrt(query.shape[-1])
-    weights = jax.nn.softmax(jnp.where(mask, scores if bias is None else scores + bias, -1e300))
-    return jnp.einsum("bnqk,bknc->bqnc", weights, value)
 
 
 def transposed(matrix):
@@ -179,9 +166,8 @@ def total_of(towers, weights):
 
 
 @each_encoder
-def test_the_gradients_are_those_of_the_merged_kernel_by_the_chain_rule(name, x64, monkeypatch):
+def test_the_gradients_are_those_of_the_merged_kernel_by_the_chain_rule(name, x64):
     r"""With K = W + s A B: the gradient of A is s (dK) Bᵀ, and that of B is s Aᵀ (dK)."""
-    monkeypatch.setattr(jax.nn, "dot_product_attention", double_attention)
     towers, base = towers_with(name, compute_dtype="float64")
     params = random_parameters(towers)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(3, 1)))

@@ -19,7 +19,7 @@ from jaxcl.step.batch_loss import BeyondBatch, make_loss
 from jaxcl.step.train_step import init_state, make_train_step, state_sharding
 from tests.helpers import bits, relative_errors
 from tests.step.test_parameter_sharding import TOWERS
-from tests.step.test_train_step import MASKS, TEMPERATURE, double_attention, on_mesh, some_batch
+from tests.step.test_train_step import MASKS, TEMPERATURE, on_mesh, some_batch
 
 CHUNKS = {"query": 1, "key": 3}
 TREE = {"towers": {"both": {"table": 1, "blocks": {0: {"bias": 2}}}}, "log_temperature": 3}
@@ -138,7 +138,6 @@ SHARDED = ({"data": 2, "fsdp": 4}, CHUNKS)
 )
 def test_frozen_training_is_that_of_one_device(name, shape, chunk_sizes, x64, monkeypatch):
     monkeypatch.setattr(parameter_sharding, "_WORTH_CUTTING", 1)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", double_attention)
     bag = functools.partial(embedding_bag, implementation="loop")
     monkeypatch.setattr("jaxcl.models.static.embedding_bag", bag)
     frozen = frozen_of(name, *FREEZES[name])

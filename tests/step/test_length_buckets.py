@@ -12,6 +12,7 @@ from flax import nnx
 
 from jaxcl.losses import LOSSES
 from jaxcl.models import DecoderEncoder, TransformerEncoder, make_towers
+from jaxcl.models.attention import attend
 from jaxcl.models.augmentations import span_masking, token_dropout
 from jaxcl.models.pretrained.description import Pooling
 from jaxcl.models.pretrained.encoder import PretrainedEncoder
@@ -64,22 +65,6 @@ ENCODERS = {
     "decoder": built_in(DecoderEncoder, num_key_heads=1, remat=True),
     **{name: pretrained(name) for name in TRANSFORMERS},
 }
-
-
-@pytest.fixture(autouse=True)
-def double_attention(monkeypatch):
-    """JAX's attention rounds its softmax to float32, which alone makes errors of 3e-8."""
-
-    def attention(query, key, value, *, mask, implementation=None, is_causal=False):
-        shared = query.shape[2] // key.shape[2]  # query heads of a key head
-        key, value = (jnp.repeat(heads, shared, axis=2) for heads in (key, value))
-        scores = jnp.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(query.shape[-1])
-        if is_causal:
-            mask = mask & jnp.tril(jnp.ones(scores.shape[2:], bool))
-        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
-        return jnp.einsum("bnts,bsnh->btnh", weights, value)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -153,12 +138,11 @@ def test_a_width_that_cuts_texts_fails_these_tests(x64):
 
 def test_an_encoder_that_reads_padding_fails_these_tests(x64, monkeypatch):
     """Negative control: attention without its mask."""
-    masked = jax.nn.dot_product_attention
 
-    def unmasked(*heads, mask, **options):
-        return masked(*heads, mask=jnp.ones_like(mask), **options)
+    def unmasked(queries, keys, values, bias, seen):
+        return attend(queries, keys, values, bias, jnp.ones_like(seen))
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", unmasked)
+    monkeypatch.setattr("jaxcl.models.transformer.attend", unmasked)
     towers = towers_of("transformer")
     wanted = loss_and_gradients(towers, {"data": 1})
     buckets = dict.fromkeys(SIDES, BUCKETS)

@@ -13,7 +13,7 @@ from jaxcl.step import parameter_sharding
 from tests.helpers import bits, relative_errors
 from tests.step import test_frozen
 from tests.step.test_frozen import CHUNKS, SHARDED, start, step_of
-from tests.step.test_train_step import double_attention, on_mesh, some_batch
+from tests.step.test_train_step import on_mesh, some_batch
 
 LORA = Lora(rank=3, alpha=6.0, also_train=("*/projection/*",))
 
@@ -54,7 +54,6 @@ TOWERS = {"adapters": towers_of(), "adapters in one loop": towers_of(scan_layers
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
-    monkeypatch.setattr(jax.nn, "dot_product_attention", double_attention)
     monkeypatch.setattr(parameter_sharding, "_WORTH_CUTTING", 1)
     for name, towers in TOWERS.items():
         monkeypatch.setitem(test_frozen.TOWERS, name, towers)

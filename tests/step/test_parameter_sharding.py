@@ -15,7 +15,7 @@ from jaxcl.step.batch_loss import make_loss
 from jaxcl.step.parameter_sharding import parameter_shardings
 from jaxcl.step.train_step import init_state, make_train_step, state_sharding
 from tests.helpers import relative_errors
-from tests.step.test_train_step import MASKS, TEMPERATURE, double_attention, on_mesh, some_batch
+from tests.step.test_train_step import MASKS, TEMPERATURE, on_mesh, some_batch
 from tests.step.test_train_step import TOWERS as ALL_TOWERS
 
 TOWERS = ALL_TOWERS | {
@@ -121,7 +121,6 @@ def trained(name, shape, *, steps=3, chunk_sizes=None):
 )
 def test_training_is_that_of_one_device(name, shape, chunk_sizes, x64, monkeypatch):
     monkeypatch.setattr(parameter_sharding, "_WORTH_CUTTING", 1)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", double_attention)
     wanted, wanted_metrics = trained(name, {"data": 1})
     state, metrics = trained(name, shape, chunk_sizes=chunk_sizes)
     parts = (state.params, state.optimizer, state.memory), metrics

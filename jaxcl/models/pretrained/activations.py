@@ -8,6 +8,7 @@ from typing import TypeAlias
 import jax
 from jax import lax
 
+from jaxcl.models.layers import saving_slope
 from jaxcl.typing import Array, Float
 
 __all__ = ["ACTIVATIONS"]
@@ -15,16 +16,19 @@ __all__ = ["ACTIVATIONS"]
 Activation: TypeAlias = Callable[[Float[Array, "*b h"]], Float[Array, "*b h"]]
 
 
+@saving_slope
 def _gelu(values: Float[Array, "*b h"]) -> Float[Array, "*b h"]:
     # `jax.nn.gelu` uses erfc, which costs more, and is more exact only where gelu is near 0.
     return 0.5 * values * (1 + lax.erf(values * math.sqrt(0.5)))
 
 
+@saving_slope
 def _quick_gelu(values: Float[Array, "*b h"]) -> Float[Array, "*b h"]:
     return values * jax.nn.sigmoid(1.702 * values)
 
 
-_gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+_gelu_tanh = saving_slope(functools.partial(jax.nn.gelu, approximate=True))
+_silu = saving_slope(jax.nn.silu)
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": _gelu,
@@ -37,12 +41,12 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "identity": lambda values: values,
     "leaky_relu": jax.nn.leaky_relu,
     "linear": lambda values: values,
-    "mish": jax.nn.mish,
+    "mish": saving_slope(jax.nn.mish),
     "quick_gelu": _quick_gelu,
     "relu": jax.nn.relu,
     "sigmoid": jax.nn.sigmoid,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
+    "silu": _silu,
+    "swish": _silu,
     "tanh": jax.numpy.tanh,
 }
 """Name in a `config.json`, or a PyTorch class name in lower case -> the function."""

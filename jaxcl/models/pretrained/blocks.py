@@ -9,18 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxcl.models.attention import attend
 from jaxcl.models.decoder import rotated
 from jaxcl.models.layers import (
     Hidden,
     TokenMask,
     activation_dtype,
     check_length,
+    linear_layer,
     row_dropout,
 )
 from jaxcl.models.pretrained.activations import ACTIVATIONS
 from jaxcl.typing import Array, Bool, Float, Int, RowKeys, Tokens
 
-__all__ = ["NUM_BUCKETS", "Architecture", "Transformer", "attend", "relative_buckets"]
+__all__ = ["NUM_BUCKETS", "Architecture", "Transformer", "relative_buckets"]
 
 NUM_BUCKETS = 32
 """The number of buckets for relative positions."""
@@ -227,7 +229,7 @@ class Attention(nnx.Module):
 
     def __init__(self, a: Architecture, layer: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         linear = functools.partial(
-            nnx.Linear, a.hidden_dim, use_bias=a.attention_bias, dtype=dtype, rngs=rngs
+            linear_layer, a.hidden_dim, use_bias=a.attention_bias, dtype=dtype, rngs=rngs
         )
         if a.joint_projections:
             self.projections = linear(3 * a.hidden_dim)
@@ -260,7 +262,7 @@ class MLP(nnx.Module):
     """Two linear layers with an activation between them, optionally gated."""
 
     def __init__(self, a: Architecture, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, use_bias=a.mlp_bias, dtype=dtype, rngs=rngs)
+        linear = functools.partial(linear_layer, use_bias=a.mlp_bias, dtype=dtype, rngs=rngs)
         self.widen = linear(a.hidden_dim, 2 * a.mlp_dim if a.gated else a.mlp_dim)
         self.narrow = linear(a.mlp_dim, a.hidden_dim)
         self.activation = ACTIVATIONS[a.activation]
@@ -272,35 +274,6 @@ class MLP(nnx.Module):
             return self.narrow(self.activation(wide))
         values, gates = jnp.split(wide, 2, axis=-1)
         return self.narrow(self.activation(values) * gates)
-
-
-def attend(
-    queries: Float[Array, "b t n c"],
-    keys: Float[Array, "b t g c"],
-    values: Float[Array, "b t g c"],
-    bias: Float[Array, "1 n t t"] | None,
-    seen: Bool[Array, "b 1 #t t"],
-    *,
-    scale: float | None = None,
-) -> Float[Array, "b t n c"]:
-    r"""Dot-product attention: $\operatorname{softmax}(s\, Q K^\top + B)\, V$ for each head.
-
-    Args:
-      queries: the projections of each head.
-      keys, values: the projections of each head, or of each group of consecutive query heads.
-      bias: added to the scaled scores.
-      seen: `True` where a query may attend to a key. Only padding can have no keys; it gets the
-        mean of all values, which keeps its states and gradients finite.
-      scale: the factor $s$ of the scores; `None` for $1 / \sqrt{c}$.
-    """
-    if queries.dtype != jnp.float64:
-        return jax.nn.dot_product_attention(queries, keys, values, bias, seen, scale=scale)
-    # JAX's attention computes the softmax in float32.
-    keys, values = (jnp.repeat(one, queries.shape[2] // one.shape[2], 2) for one in (keys, values))
-    scale = queries.shape[-1] ** -0.5 if scale is None else scale
-    scores = jnp.einsum("bqnc,bknc->bnqk", queries, keys) * scale
-    scores = jnp.where(seen, scores if bias is None else scores + bias, jnp.finfo(scores.dtype).min)
-    return jnp.einsum("bnqk,bknc->bqnc", jax.nn.softmax(scores), values)
 
 
 def _within(window: int, t: int) -> Bool[Array, "t t"]:

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from jaxcl.models.attention import attend
 from jaxcl.models.decoder import turned
 from jaxcl.models.layers import (
     Hidden,
@@ -16,11 +17,11 @@ from jaxcl.models.layers import (
     activation_dtype,
     check_length,
     joined,
+    linear_layer,
     row_dropout,
     run_layers,
 )
 from jaxcl.models.pretrained.activations import ACTIVATIONS
-from jaxcl.models.pretrained.blocks import attend
 from jaxcl.models.pretrained.rotary import Rotary, frequencies
 from jaxcl.typing import Array, Bool, Float, Int, RowKeys, Tokens
 
@@ -208,7 +209,7 @@ class DecoderAttention(nnx.Module):
     """Self-attention with rotary positions, where groups of query heads share a key head."""
 
     def __init__(self, a: DecoderArchitecture, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        linear = functools.partial(linear_layer, dtype=dtype, rngs=rngs)
         width, key_width = a.num_heads * a.head_dim, a.num_key_heads * a.head_dim
         self.query = linear(a.hidden_dim, width, use_bias=a.projection_bias)
         self.key = linear(a.hidden_dim, key_width, use_bias=a.projection_bias)
@@ -243,7 +244,7 @@ class GatedMLP(nnx.Module):
     """Two linear layers; the hidden values are multiplied by the activation of a third one."""
 
     def __init__(self, a: DecoderArchitecture, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, use_bias=a.mlp_bias, dtype=dtype, rngs=rngs)
+        linear = functools.partial(linear_layer, use_bias=a.mlp_bias, dtype=dtype, rngs=rngs)
         self.gate, self.widen = (linear(a.hidden_dim, a.mlp_dim) for _ in range(2))
         self.narrow = linear(a.mlp_dim, a.hidden_dim)
         self.activation = ACTIVATIONS[a.activation]
