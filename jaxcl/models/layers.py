@@ -191,17 +191,24 @@ def row_dropout(
     """Dropout whose mask belongs to the row, not to its place in a batch.
 
     Args:
-      values: activations.
+      values: activations. The mask of a token does not depend on the number of tokens.
       rngs: a random key per row, or `None` for evaluation.
-      rate: the fraction of values set to 0; the others are scaled by `1 / (1 - rate)`.
+      rate: the fraction of values set to 0, rounded to a multiple of $2^{-16}$; the others are
+        scaled to keep the expectation.
       layer: a number that makes the masks of different calls independent.
     """
     if rngs is None or rate == 0.0:
         return values
 
+    dropped = min(round(rate * 2**16), 2**16 - 1)
+
     def drop(key: Key[Array, ""], row: Float[Array, "..."]) -> Float[Array, "..."]:
-        kept = jax.random.bernoulli(jax.random.fold_in(key, layer), 1.0 - rate, row.shape)
-        return jnp.where(kept, row / (1.0 - rate), 0).astype(row.dtype)
+        *others, width = row.shape
+        # Two numbers of 16 bits from each word, since the hash is most of the cost on a CPU.
+        words = jax.random.bits(jax.random.fold_in(key, layer), (*others, -(-width // 2)))
+        numbers = lax.concatenate([words & 0xFFFF, words >> 16], dimension=len(others))
+        kept = numbers[..., :width] >= dropped
+        return jnp.where(kept, row / (1 - dropped / 2**16), 0).astype(row.dtype)
 
     return jax.vmap(drop)(rngs, values)
 

@@ -1,4 +1,4 @@
-"""Layers that encoders share: linear layers and activations."""
+"""Layers that encoders share: linear layers, activations, and dropout by row."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxcl.models.layers import linear_layer, saving_slope
+from jaxcl.models.layers import linear_layer, row_dropout, saving_slope
 from jaxcl.models.lora import LoraLinear
 from jaxcl.models.pretrained.activations import ACTIVATIONS
 from tests.helpers import relative_error, relative_errors
@@ -86,3 +86,42 @@ def test_gelu_keeps_its_slope_only():
     assert kept(plain) > 3
     values = inputs_of(*SHAPE, dtype=np.float32)
     assert relative_error(ACTIVATIONS["gelu"](values), plain(values)) < 1e-6
+
+
+def kept_units(shape, *, rate, rows=64, layer=0, seed=0):
+    keys = jax.random.split(jax.random.key(seed), rows)
+    return np.asarray(row_dropout(jnp.ones((rows, *shape)), keys, rate=rate, layer=layer))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_has_its_rate_and_keeps_the_mean(rate):
+    values = kept_units((32, 33), rate=rate)  # an odd width uses half of the last word
+    dropped, deviation = values == 0, np.sqrt(rate * (1 - rate) / values.size)
+    assert abs(dropped.mean() - rate) < 5 * deviation
+    assert abs(values.mean() - 1) < 5 * deviation / (1 - rate)
+    np.testing.assert_allclose(values[~dropped], 1 / (1 - rate), rtol=1e-4)
+    for axis in range(3):  # no row, token or feature is special
+        means = dropped.mean(axis)
+        assert abs(means.std() - np.sqrt(rate * (1 - rate) / values.shape[axis])) < 0.05 * rate
+
+
+def test_features_of_one_random_word_are_dropped_independently():
+    first, second = np.split(kept_units((32, 64), rate=0.5) > 0, 2, axis=2)
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.01
+    third, fourth = np.split(kept_units((32, 64), rate=0.5, layer=1) > 0, 2, axis=2)
+    assert abs(np.corrcoef(first.ravel(), third.ravel())[0, 1]) < 0.01
+    assert (fourth != third).any()
+
+
+def test_the_mask_of_a_token_depends_on_its_row_only():
+    keys = jax.random.split(jax.random.key(0), 4)
+    values = inputs_of(4, 7, 6, dtype=np.float32)
+    whole = row_dropout(values, keys, rate=0.5, layer=3)
+    some = row_dropout(values[1:3, :5], keys[1:3], rate=0.5, layer=3)
+    np.testing.assert_array_equal(some, whole[1:3, :5])
+    assert (row_dropout(values, keys[::-1], rate=0.5, layer=3) != whole).any()
+
+
+def test_a_rate_close_to_one_stays_finite():
+    values = kept_units((4, 6), rate=1 - 2.0**-30)
+    assert np.isfinite(values).all()
