@@ -1,4 +1,4 @@
-"""Large buffers come in huge pages, and the restart changes nothing else."""
+"""Large buffers come in huge pages and are kept, and the restart changes nothing else."""
 
 import importlib.metadata
 import json
@@ -28,6 +28,14 @@ def faults_of_a_block():
 
 print(json.dumps([min(faults_of_a_block() for _ in range(5)), sys.argv[1:]]))
 """
+_IN_THREADS = """
+from concurrent.futures import ThreadPoolExecutor
+
+def in_threads():
+    faults_of_a_block()
+    with ThreadPoolExecutor(1) as pool:
+        return min(pool.submit(faults_of_a_block).result() for _ in range(5))
+"""
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 on_glibc = pytest.mark.skipif(
@@ -52,6 +60,18 @@ def test_the_program_starts_again_once_as_the_same_process_with_its_arguments():
     first, second, result = run(_PROGRAM)
     assert first == second
     assert json.loads(result)[1] == ["--a flag", "é"]
+
+
+@on_glibc
+def test_freed_blocks_are_used_again_by_any_thread():
+    program = _PROGRAM.replace("min(faults_of_a_block() for _ in range(5))", "in_threads()")
+    program = program.replace("def faults_of_a_block", f"{_IN_THREADS}\ndef faults_of_a_block", 1)
+    kept, returned = (
+        json.loads(run(program, **environment)[-1])[0]
+        for environment in ({}, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"})
+    )
+    assert returned > _SMALL_PAGES / 2  # otherwise, this test could not fail
+    assert kept < 10
 
 
 @on_glibc
