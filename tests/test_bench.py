@@ -25,6 +25,7 @@ from jaxcl.bench import bench_sentences as sentences
 from jaxcl.bench import bench_static as static
 from jaxcl.bench import bench_token_table as token_table
 from jaxcl.bench import bench_train_step as train_step
+from jaxcl.bench import bench_transformer_step as transformer_step
 from jaxcl.bench.__main__ import BENCHMARKS, as_table, main
 from jaxcl.bench.bench_embedding_bag import BagShape
 from jaxcl.bench.bench_train_step import StepShape
@@ -397,3 +398,25 @@ def test_several_widths_leave_less_padding_in_the_benchmark_of_lengths():
     (before,), (after,) = record["rounds"].values()
     assert 0 < after < 0.5 < before < 1
     assert record["facts"]["questions: widths of each key"].endswith(" 512")
+
+
+_TRANSFORMER = {
+    "rows": 3, "tokens": 5, "hidden": 8, "layers": 1, "heads": 2, "vocabulary": 11
+}  # fmt: skip
+
+
+def test_the_parts_of_a_transformer_s_step_are_timed():
+    record = transformer_step.measure(torch_python=None, rounds=2, **_TRANSFORMER)
+    assert {"encoder, jaxcl", "product xᵀ g, jaxcl", "dropout, jaxcl"} < set(record["rounds"])
+    assert all(len(figures) == 2 for figures in record["rounds"].values())
+    name = "product x W, jaxcl"
+    operations = 2 * (3 * 5) * 8 * (4 * 8)  # 15 rows of width 8, 32 results each
+    seconds = min(record["rounds"][name]) / 1e3
+    rate = record["facts"][f"GFLOP per CPU second, {name}"]
+    assert rate == pytest.approx(operations / seconds / 1e9)
+
+
+def test_pytorch_has_the_same_parts_of_a_transformer_s_step(torch_python):
+    record = transformer_step.measure(torch_python=torch_python, rounds=1, **_TRANSFORMER)
+    parts = {name.removesuffix(", jaxcl") for name in record["rounds"] if "jaxcl" in name}
+    assert set(record["rounds"]) == {f"{p}, {way}" for p in parts for way in ("jaxcl", "PyTorch")}

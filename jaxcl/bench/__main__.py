@@ -52,6 +52,7 @@ BENCHMARKS = (
     "static",
     "token_table",
     "train_step",
+    "transformer_step",
 )
 """Names of the benchmarks. Only the module of the chosen one is imported."""
 
