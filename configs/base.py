@@ -328,14 +328,24 @@ def _optimizer() -> ConfigDict:
 
 def _evaluation() -> ConfigDict:
     evaluation = ConfigDict()
-    evaluation.methods = ("bm25", "dense", "hybrid")  # how to rank keys for held-out rows
+    # How to rank keys for held-out rows: "bm25", "dense" (the embeddings) and "hybrid" (both), for
+    # texts, and "pixels", a baseline without a model for sides with images. None is all three for
+    # texts, and ("dense",) otherwise.
+    evaluation.methods = placeholder(tuple)
+    # The directions in which to rank held-out rows: "query_to_key", "key_to_query". None is both if
+    # the sides have different modalities, such as images and texts, otherwise ("query_to_key",).
+    evaluation.directions = placeholder(tuple)
+    # Whether the keys of rows with the same group are excluded from a query's ranking, as keys of
+    # equal queries always are. Requires data.group_field.
+    evaluation.exclude_groups = False
     evaluation.rrf_k = 10  # the constant of reciprocal rank fusion, for "hybrid"
     evaluation.batch_size = 1_024  # number of rows to encode at a time
     # The weights that evaluation and all other commands, such as search and export, use: "trained",
     # or "average", the moving average of optimizer.average_decay.
     evaluation.weights = "trained"
-    # Evaluation sets, as --config.evaluation.sets.NAME=PATH. Each is a file or folder, evaluated
-    # every run.evaluate_every steps. Its metrics are called NAME/METRIC.
+    # Evaluation sets, as --config.evaluation.sets.NAME=PATH. Each is a file or folder, or
+    # split:ROLE for labelled rows of the run's own data, evaluated every run.evaluate_every steps.
+    # Its metrics are called NAME/METRIC.
     evaluation.sets = ConfigDict()
     # A metric such as "validation/dense/mrr@10" or "NAME/spearman". The checkpoint with the highest
     # value is kept in addition to the newest ones, as WORKDIR/checkpoints/best.
@@ -364,4 +374,8 @@ def _run() -> ConfigDict:
     run.evaluate_every = 100  # steps between evaluations
     run.checkpoint_every = 100  # steps between checkpoints
     run.keep_checkpoints = 2  # the number of newest checkpoints to keep
+    # Whether to write sheets of images to WORKDIR/sheets: augmented views at the start, nearest
+    # neighbours and hardest negatives of the validation split at each evaluation. None writes them
+    # if a side has images.
+    run.sheets = placeholder(bool)
     return run

@@ -319,13 +319,18 @@ def _known(error: float) -> float | None:
 
 
 def _values(directory: AnyPath) -> dict[str, np.ndarray]:
-    """Every query's part of the metric, by split and method, with names in the keys."""
+    """Every query's part of the metric, by split and method, with names in the keys.
+
+    Between images and texts, a name also has the direction.
+    """
     with open_regular(directory / "ranks.npz") as file, np.load(file) as ranks:
         return {
-            "/".join((split, method)): METRICS[METRIC](ranks[name])
+            "/".join((split, method) if variant == "plain" else (split, variant, method)): (
+                METRICS[METRIC](ranks[name])
+            )
             for name in ranks.files
             for split, variant, method in [name.split("/")]
-            if variant == "plain" and method != "bm25"
+            if variant != "name masked" and method not in ("bm25", "pixels")
         }
 
 

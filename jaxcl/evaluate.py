@@ -1,4 +1,4 @@
-"""Evaluates any model: retrieval over a corpus, similarity of texts, or held-out pairs.
+"""Evaluates any model: retrieval, similarity of texts, classes of images, or held-out pairs.
 
     python -m jaxcl.evaluate --model runs/code_search --data FOLDER
     python -m jaxcl.evaluate --model models/minilm --data stsb-dev.csv --output results.json
@@ -9,7 +9,10 @@ The data are one of
 - a folder with the layout of BEIR (`corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`): each query
   ranks all documents of the corpus, by BM25, by the model, and by both. Without `qrels/`, the
   queries name their `positives`;
-- a file of pairs of texts with scores, or with labels 0 and 1.
+- a file of pairs of texts with scores, or with labels 0 and 1;
+- a folder of images by class, for classifiers on the frozen embeddings; the file `templates.txt` in
+  it, for zero-shot classification; or a file of images with captions;
+- `split:validation`, rows of a run or a config whose group is their class.
 
 Without data, the command evaluates held-out pairs, as at the end of training: the rows of a config,
 or of the run itself. Each query ranks all keys of its split, a small pool, in which every model
@@ -37,16 +40,17 @@ import os
 from argparse import Namespace
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ml_collections import ConfigDict
 
 from jaxcl.data.beir import is_beir, qrels_file
 from jaxcl.data.prepare import RunData, open_sources
 from jaxcl.data.sources import PairSource
+from jaxcl.evaluation.check_held_out import check_evaluation
+from jaxcl.evaluation.class_set import names_rows, open_rows
 from jaxcl.evaluation.evaluate_held_out import Contender, evaluate_model
 from jaxcl.evaluation.evaluate_set import check_methods, evaluate_set
-from jaxcl.evaluation.held_out import check_evaluation
 from jaxcl.evaluation.protocol import EvaluationSet
 from jaxcl.evaluation.retrieval import METHODS
 from jaxcl.evaluation.sets import KINDS, open_set
@@ -57,11 +61,13 @@ from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.host.user_folders import shared_folder
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.load_model import is_run, load, model_of_run
-from jaxcl.run.opened import open_run
+from jaxcl.run.opened import OpenedRun, open_run
 from jaxcl.run.watch import keep_compiled
 from jaxcl.settings.command_line import add_config_flags, changed_fields, optional_config_of
+from jaxcl.settings.derived import ranking_methods
 from jaxcl.settings.parts import Trust
 from jaxcl.settings.read import read_data_settings
+from jaxcl.settings.sections import Settings
 
 __all__ = ["evaluate", "main"]
 
@@ -79,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="a second model on the same data; prints the paired differences from it",
     )
     parser.add_argument(
-        "--data", metavar="PATH", type=user_path, help="a BEIR folder, or a file of pairs"
+        "--data", metavar="PATH", type=user_path, help="an evaluation set: a file or a folder"
     )
     parser.add_argument("--split", help="file of qrels/ to use (default: test, else dev)")
     parser.add_argument("--kind", choices=KINDS, help="of the data (default: by their content)")
@@ -90,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--output", metavar="FILE", type=user_path, help="write the results to a JSON file"
     )
-    parser.add_argument("--batch-size", type=int, help="number of texts to embed at once")
+    parser.add_argument("--batch-size", type=int, help="number of texts or images to embed at once")
     run_command(parser, _run, argv)
 
 
@@ -161,6 +167,19 @@ def evaluate(
     if data is None:
         _check_alone(split=split, kind=kind, methods=methods)
         results = _of_held_out_rows(model, against, config, changed, batch_size, trust)
+    elif names_rows(data):
+        for name, value in {"split": split, "methods": methods}.items():
+            if value is not None:
+                raise ValueError(f"--{name} has no effect with --data {data}; leave it out")
+        rows = _rows(model, config, changed, trust)
+        modality = rows.settings.data.modality._asdict()
+        results = evaluate_set(
+            _loaded(model, trust) if rows.run is None else model_of_run(rows.run),
+            open_rows(str(data), rows.sources, modality=modality),
+            against=None if against is None else _loaded(against, trust),
+            batch_size=batch_size,
+        )
+        results = {"data": str(data), **results}
     else:
         if config is not None:
             raise ValueError("--data and --config both name what to evaluate on; give one of them")
@@ -207,24 +226,11 @@ def _of_held_out_rows(
     batch_size: int | None,
     trust: Trust,
 ) -> dict[str, Any]:
-    run = None
-    if config is not None:
-        settings = read_data_settings(config, changed=changed)
-        sources = open_sources(
-            settings.data,
-            data_dir=shared_folder(settings.run.data_dir),
-            open_source=settings.parts.source,
-        )
-    elif isinstance(model, EmbeddingModel) or not is_run(model):
+    run, settings, sources = _rows(model, config, changed, trust)
+    methods = ranking_methods(settings)
+    if against is not None and set(methods) <= {"bm25", "pixels"}:
         raise ValueError(
-            f"{model} is not a run with its own data; name the data with --data, or with a config"
-        )
-    else:
-        run = open_run(as_path(model), trust=trust)
-        settings, sources = run.settings, dict(run.sources())
-    if against is not None and set(settings.evaluation.methods) == {"bm25"}:
-        raise ValueError(
-            "--against compares models, but evaluation.methods is ('bm25',), which ranks without "
+            f"--against compares models, but evaluation.methods is {methods}, which ranks without "
             "one; add 'dense'"
         )
     check_evaluation(settings, RunData(sources, {}, {}))
@@ -234,6 +240,33 @@ def _of_held_out_rows(
         contender = Contender(_loaded(model, trust))
     opponent = None if against is None else _opponent(against, sources, trust)
     return evaluate_model(settings, contender, sources, against=opponent, batch_size=batch_size)
+
+
+class _Rows(NamedTuple):
+    """The rows of a config, or of a run."""
+
+    run: OpenedRun | None
+    settings: Settings
+    sources: dict[str, PairSource]
+
+
+def _rows(
+    model: _Model, config: ConfigDict | None, changed: Collection[str], trust: Trust
+) -> _Rows:
+    if config is not None:
+        settings = read_data_settings(config, changed=changed)
+        sources = open_sources(
+            settings.data,
+            data_dir=shared_folder(settings.run.data_dir),
+            open_source=settings.parts.source,
+        )
+        return _Rows(None, settings, sources)
+    if isinstance(model, EmbeddingModel) or not is_run(model):
+        raise ValueError(
+            f"{model} is not a run with its own data; name the data with --data, or with a config"
+        )
+    run = open_run(as_path(model), trust=trust)
+    return _Rows(run, run.settings, dict(run.sources()))
 
 
 def _opponent(model: _Model, sources: Mapping[str, PairSource], trust: Trust) -> Contender:

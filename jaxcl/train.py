@@ -13,7 +13,6 @@ In a program or a notebook, call `train`:
 
 import contextlib
 import functools
-import re
 import time
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -29,8 +28,10 @@ from jaxcl.data.prepare import RunData, prepare_data, remembered_from
 from jaxcl.data.row_negatives import RowNegatives
 from jaxcl.data.saved_rows import save_rows
 from jaxcl.data.table import label_column
-from jaxcl.evaluation.held_out import check_evaluation, evaluate_run, quick_metrics
+from jaxcl.evaluation.check_held_out import check_evaluation
+from jaxcl.evaluation.held_out import evaluate_run, quick_metrics
 from jaxcl.evaluation.in_training import TrainingSets, check_best_metric, open_sets, sets_table
+from jaxcl.evaluation.sheets import Sheets
 from jaxcl.host.agreement import check_processes_agree
 from jaxcl.host.command import join_processes, run_command
 from jaxcl.host.command_flags import CommandParser, add_process_flags, user_path
@@ -59,7 +60,7 @@ from jaxcl.run.metric_writer import MetricWriter
 from jaxcl.run.opening import closing, opening, run_warnings
 from jaxcl.run.reports import Reports
 from jaxcl.run.training import Training, build_training, with_text_widths
-from jaxcl.run.watch import Watch, keep_compiled
+from jaxcl.run.watch import Watch, keep_compiled, profiled_steps
 from jaxcl.run.workdir import (
     CHECKPOINTS,
     check_saved_settings,
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(arguments: Namespace) -> None:
     config = config_of(arguments)
-    profile = _profiled(arguments.profile)
+    profile = profiled_steps(arguments.profile)
     workdir = arguments.workdir or _default_workdir(arguments.config)
     join_processes(arguments, workdir)
     keep_compiled()
@@ -143,6 +144,7 @@ def train(
     with lock_workdir(workdir), emptied_unless_begun(workdir), current_mesh(training.mesh):
         saved = first_then_others(functools.partial(claim_workdir, workdir, settings))
         data = first_then_others(functools.partial(_prepare, settings, workdir, saved))
+        sets = sets.with_rows(settings, data.sources)
         training = with_epochs(training, workdir, data.tables["train"])
         settings = training.settings
         shared = {"the id of the workdir": together(functools.partial(workdir_id, workdir))}
@@ -173,7 +175,9 @@ def train(
                     say(f"evaluation set {description}")
             with contextlib.closing(MetricWriter(workdir, step=int(state.step))) as writer:
                 batches = RunBatches(training, data, workdir)
-                run = _Run(training, data, sets, batches, checkpoints, writer)
+                sheets = Sheets(settings, data, workdir)
+                sheets.views(training, state)
+                run = _Run(training, data, sets, batches, sheets, checkpoints, writer)
                 if record.get("finished") and not run.ends(progress):
                     # A run skips the refreshes after its last step, but now more steps follow.
                     progress = progress._replace(state=run.refreshed(state))
@@ -232,6 +236,7 @@ class _Run(NamedTuple):
     data: RunData
     sets: TrainingSets
     batches: RunBatches
+    sheets: Sheets
     checkpoints: Checkpoints
     writer: MetricWriter
 
@@ -249,8 +254,10 @@ class _Run(NamedTuple):
 
     def scores(self, step: int, state: TrainState) -> dict[str, float]:
         """The metrics of the validation split and of the evaluation sets."""
-        encoder = self.training.encoder(state, self.data.readers)
-        return quick_metrics(encoder, self.data) | self.sets.scores(step, encoder)
+        encoder, settings = self.training.encoder(state, self.data.readers), self.training.settings
+        look = functools.partial(self.sheets.evaluated, step)
+        quick = quick_metrics(settings, encoder, self.data, look=look)
+        return quick | self.sets.scores(step, encoder)
 
     def save(self, step: int, state: TrainState, best: Best | None, *, finished: bool) -> None:
         """Save the state, with a record of the run."""
@@ -371,16 +378,6 @@ def _training_rows(data: RunData) -> tuple[int, Int[np.ndarray, " n"]]:
 
 def _floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
-
-
-def _profiled(text: str | None) -> tuple[int, int] | None:
-    """Parse the steps of `--profile`."""
-    if text is None:
-        return None
-    steps = re.fullmatch(r"(\d+):(\d+)", text)
-    if not steps or not 0 < int(steps[1]) < int(steps[2]):
-        raise ValueError(f"--profile={text}; give the first step to trace and the first one after")
-    return int(steps[1]), int(steps[2])
 
 
 def _default_workdir(config: str) -> AnyPath:

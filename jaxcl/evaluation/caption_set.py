@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxcl.data.images.image_files import file_inside
 from jaxcl.data.text_files import is_text_file, read_records
 from jaxcl.evaluation.caption_ranks import CaptionPairs, rank_captions
 from jaxcl.evaluation.differences import Difference
-from jaxcl.evaluation.image_files import file_inside
 from jaxcl.evaluation.per_item import mean_differences, mean_figures, values_of_items
 from jaxcl.evaluation.protocol import Encode
 from jaxcl.host.files import read_regular

@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxcl.data.sources import PairSource
 from jaxcl.evaluation.differences import Difference
-from jaxcl.evaluation.image_files import read_labelled_images
 from jaxcl.evaluation.labelled import PARTS, LabelledParts, read_labelled_rows
+from jaxcl.evaluation.labelled_images import read_labelled_images
 from jaxcl.evaluation.linear_probe import choose_strength, fit_probe
 from jaxcl.evaluation.nearest_classes import neighbour_votes
 from jaxcl.evaluation.per_item import mean_differences, mean_figures
@@ -23,9 +23,18 @@ from jaxcl.host.processes import together
 from jaxcl.metrics import rank_of_key, recall_at_k_metric
 from jaxcl.typing import Float, Int
 
-__all__ = ["ClassSet", "Classified", "class_set_of_rows", "is_class_folder", "open_class_set"]
+__all__ = [
+    "ClassSet",
+    "Classified",
+    "class_set_of_rows",
+    "is_class_folder",
+    "names_rows",
+    "open_class_set",
+    "open_rows",
+]
 
 _NEIGHBOURS = (20, 200)
+_SPLIT = "split:"
 
 
 class Classified(NamedTuple):
@@ -148,9 +157,38 @@ def open_class_set(path: AnyPath) -> ClassSet:
     """Open a folder of labelled images.
 
     Raises:
-      ValueError, OSError: as for `jaxcl.evaluation.image_files.read_labelled_images`.
+      ValueError, OSError: as for `jaxcl.evaluation.labelled_images.read_labelled_images`.
     """
     return ClassSet(read_labelled_images(local_path(path)))
+
+
+def names_rows(data: object) -> bool:
+    """Whether a user names rows of a run's data, as `split:ROLE`, instead of a path."""
+    return str(data).startswith(_SPLIT)
+
+
+def open_rows(
+    name: str, sources: Mapping[str, PairSource], *, modality: Mapping[str, str]
+) -> ClassSet:
+    """Open the rows of a run's data as a set whose classes are their groups.
+
+    Args:
+      name: `split:ROLE`, which is divided into parts, or `split:ROLE/ROLE`, the splits for training
+        and for the test.
+      sources: role -> rows.
+      modality: side -> modality.
+
+    Raises:
+      ValueError: for an unknown role, or as `class_set_of_rows`.
+    """
+    train, slash, test = name.removeprefix(_SPLIT).partition("/")
+    for role in (train, test) if slash else (train,):
+        if role not in sources:
+            raise ValueError(
+                f"{name} names the split {role!r}, but the splits are {', '.join(sources)}; write "
+                f"{_SPLIT}ROLE, or {_SPLIT}ROLE/ROLE for training and test"
+            )
+    return class_set_of_rows(sources[train], sources[test] if slash else None, modality=modality)
 
 
 def class_set_of_rows(

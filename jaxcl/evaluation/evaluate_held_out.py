@@ -23,6 +23,8 @@ from jaxcl.evaluation.held_out import (
     evaluate_splits,
     held_out_summary,
 )
+from jaxcl.evaluation.known_positives import read_groups
+from jaxcl.evaluation.labelled import RowValues
 from jaxcl.evaluation.retrieval import METRICS
 from jaxcl.evaluation.retrieval_table import results_table
 from jaxcl.host.printable import printable
@@ -31,10 +33,11 @@ from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.encode_rows import encode_rows
 from jaxcl.run.host_vectors import for_inner_products
 from jaxcl.settings.sections import Settings
-from jaxcl.typing import Float
+from jaxcl.typing import Float, Int
 
 __all__ = ["Contender", "evaluate_model"]
 
+_WITHOUT_MODEL = ("bm25", "pixels")
 _COLUMNS = ("mrr@10", "recall@1", "recall@10")
 
 
@@ -105,19 +108,26 @@ def _results(
     """The ranks by all methods, which are printed below a title."""
     model, prompts = contender
 
-    def of_texts(split: str, side: str, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
-        own = prompts.get(split)
-        with progress_bar(f"embedding {len(texts):,} of side {side}", len(texts)) as advance:
-            vectors = encode_rows(
-                model, texts, side=side, prompts=own, batch_size=batch_size, progress=advance
-            )
+    def of_texts(split: str, side: str, texts: Sequence[Any]) -> Float[np.ndarray, "n d"]:
+        title = f"embedding {len(texts):,} of side {side}"
+        with progress_bar(title, len(texts)) as advance:
+            options: dict[str, Any] = {"batch_size": batch_size, "progress": advance}
+            if model.modality[side] == "image":
+                vectors = model.encode(**{"images": texts, "side": side, **options})
+            else:
+                own = prompts.get(split)
+                vectors = encode_rows(model, texts, side=side, prompts=own, **options)
         return for_inner_products(model.similarity_function, side, vectors)
 
     def of_rows(split: str, side: str) -> Float[np.ndarray, "n d"]:
-        records = sources[split].read(np.arange(len(sources[split])))
-        return of_texts(split, side, [record[side] for record in records])
+        rows = RowValues(sources[split], side, np.arange(len(sources[split])))
+        return of_texts(split, side, rows if model.modality[side] == "image" else rows.read())
 
-    results, failures = evaluate_splits(settings, HeldOutVectors(of_rows, of_texts), sources)
+    def groups(split: str) -> Int[np.ndarray, " n"]:
+        return read_groups(sources[split])
+
+    held_out = HeldOutVectors(of_rows, of_texts, groups)
+    results, failures = evaluate_splits(settings, held_out, sources)
     if jax.process_index() == 0 and results:
         table = results_table(results)
         if title is not None:
@@ -137,7 +147,7 @@ def _differences(results: Results, against: Results) -> dict[str, Any]:
                 metric(result.ranks), metric(against[split, variant][method].ranks)
             )
             for method, result in by_method.items()
-            if method != "bm25"  # whose ranks do not depend on the model
+            if method not in _WITHOUT_MODEL
             for name, metric in METRICS.items()
         }
         of_variant = record.setdefault(split, {}).setdefault(variant, {})

@@ -11,6 +11,7 @@ duplicates of these keys or of its own, are excluded from its ranking.
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -23,13 +24,13 @@ from jaxcl.data.row_prompts import row_prompts
 from jaxcl.data.sources import PairSource
 from jaxcl.data.table import label_column
 from jaxcl.evaluation.described import describe_environment, json_values
-from jaxcl.evaluation.known_positives import KnownPositives, read_known_positives
+from jaxcl.evaluation.known_positives import KnownPositives, known_positives, read_numbers
+from jaxcl.evaluation.pixel_baseline import PIXELS, Scorer, pixel_scorer
 from jaxcl.evaluation.retrieval import (
     METRICS,
     RetrievalResult,
     comparison,
     evaluate_retrieval,
-    lexical_tokens,
     mask_name,
 )
 from jaxcl.evaluation.retrieval_table import results_table
@@ -39,14 +40,15 @@ from jaxcl.host.processes import PeerError, together
 from jaxcl.host.progress import progress_bar, show
 from jaxcl.metrics import mean_and_standard_error
 from jaxcl.run.encoder import Encoder
+from jaxcl.settings.derived import DIRECTIONS, ranking_directions, ranking_methods
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES, Float, Int
 
 __all__ = [
     "HELD_OUT",
     "HeldOutVectors",
+    "Ranked",
     "Results",
-    "check_evaluation",
     "evaluate_run",
     "evaluate_splits",
     "held_out_summary",
@@ -56,7 +58,6 @@ __all__ = [
 
 HELD_OUT = ("validation", "test")
 _QUICK, _QUICK_METRICS = "validation/dense", ("mrr@10", "recall@10")
-_ROWS_AT_ONCE = 64
 Results = dict[tuple[str, str], dict[str, RetrievalResult]]
 """`(split, variant)` -> method -> ranks."""
 
@@ -70,34 +71,13 @@ class HeldOutVectors(NamedTuple):
         masked names.
       labels: split -> a number per row, which rows with equal queries or equal keys share, or
         `None`.
+      groups: split -> the group of each row.
     """
 
     of_rows: Callable[[str, str], Float[np.ndarray, "n d"]]
     of_texts: Callable[[str, str, Sequence[str]], Float[np.ndarray, "n d"]]
+    groups: Callable[[str], Int[np.ndarray, " n"]]
     labels: Callable[[str], Int[np.ndarray, " n"] | None] = lambda split: None
-
-
-def check_evaluation(settings: Settings, data: RunData) -> None:
-    """Raise a `ValueError` if a held-out split cannot be ranked by `settings.evaluation.methods`.
-
-    BM25 needs a word in some key. This reads keys of the split until there is one.
-    """
-    if not {"bm25", "hybrid"} & set(settings.evaluation.methods):
-        return
-    for split in HELD_OUT:
-        if split in data.sources and not _has_words(data.sources[split]):
-            raise ValueError(
-                f"no key of the {split} split has a word, so that BM25 cannot rank them; set "
-                "evaluation.methods to ('dense',), or data.key_field to another field"
-            )
-
-
-def _has_words(source: PairSource) -> bool:
-    for first in range(0, len(source), _ROWS_AT_ONCE):
-        records = source.read(np.arange(first, min(first + _ROWS_AT_ONCE, len(source))))
-        if any(lexical_tokens(record["key"]) for record in records):
-            return True
-    return False
 
 
 def quick_metric_names(data: RunData) -> list[str]:
@@ -105,14 +85,46 @@ def quick_metric_names(data: RunData) -> list[str]:
     return [f"{_QUICK}/{name}" for name in _QUICK_METRICS if "validation" in data.tables]
 
 
-def quick_metrics(encoder: Encoder, data: RunData) -> dict[str, float]:
-    """The metrics of dense retrieval over the validation split, for reports during training."""
+class Ranked(NamedTuple):
+    """The embeddings of a split.
+
+    Attributes:
+      queries: one per row.
+      keys: one per row.
+      known: the keys that answer each query.
+    """
+
+    queries: Float[np.ndarray, "n d"]
+    keys: Float[np.ndarray, "n d"]
+    known: KnownPositives
+
+
+def quick_metrics(
+    settings: Settings,
+    encoder: Encoder,
+    data: RunData,
+    *,
+    look: Callable[[Ranked], None] = lambda ranked: None,
+) -> dict[str, float]:
+    """The metrics of dense retrieval over the validation split, for reports during training.
+
+    Queries rank keys, whatever the directions of the final evaluation.
+
+    Args:
+      settings: the settings of the run.
+      encoder: the model.
+      data: the data of the run.
+      look: called with the embeddings, if there is a validation split.
+    """
     if "validation" not in data.tables:
         return {}
-    queries, keys = (encoder.embed(side, data.tables["validation"]) for side in SIDES)
-    labels = label_column(data.tables["validation"], "text")
-    known = together(lambda: read_known_positives(data.sources["validation"], labels))
+    table, source = data.tables["validation"], data.sources["validation"]
+    queries, keys = (encoder.embed(side, table) for side in SIDES)
+    numbers = together(lambda: read_numbers(source, label_column(table, "text")))
+    groups = label_column(table, "group") if settings.evaluation.exclude_groups else None
+    known = known_positives(numbers["query"], numbers["key"], groups)
     ranks = _ranked(None, None, queries, keys, known, methods=("dense",))["dense"].ranks
+    look(Ranked(queries, keys, known))
     means = {
         f"{_QUICK}/{name}": mean_and_standard_error(METRICS[name](ranks))[0]
         for name in _QUICK_METRICS
@@ -161,6 +173,7 @@ def evaluate_run(
     vectors = HeldOutVectors(
         lambda split, side: encoder.embed(side, data.tables[split]),
         of_texts,
+        lambda split: label_column(data.tables[split], "group"),
         lambda split: label_column(data.tables[split], "text"),
     )
     results, failures = evaluate_splits(settings, vectors, data.sources)
@@ -194,50 +207,76 @@ def evaluate_splits(
     failures: list[Exception] = []
     for split in HELD_OUT:
         if split in sources:
-            results |= _evaluate_split(settings, vectors, sources[split], split, failures)
+            results |= _evaluate_split(settings, vectors, sources, split, failures)
     return results, failures
 
 
 def _evaluate_split(
     settings: Settings,
     vectors: HeldOutVectors,
-    source: PairSource,
+    sources: Mapping[str, PairSource],
     split: str,
     failures: list[Exception],
 ) -> Results:
-    methods = settings.evaluation.methods
-    hides_names = "name" in settings.data.metadata_fields and settings.data.modality.key == "text"
-    queries: list[str] = []
-    key_texts: dict[str, list[str]] = {"plain": []}
-    embed_keys = {"plain": lambda: vectors.of_rows(split, "key")}
+    methods, source = ranking_methods(settings), sources[split]
     lexical = bool({"bm25", "hybrid"} & set(methods))
-    if hides_names or lexical:  # otherwise nothing but the table is read
-        records = source.read(np.arange(len(source)))
-    if lexical:
-        queries = [record["query"] for record in records]
-        key_texts["plain"] = [record["key"] for record in records]
-    if hides_names:
-        masked = [mask_name(record["key"], record["name"]) for record in records]
-        key_texts["name masked"] = masked
-        embed_keys["name masked"] = lambda: vectors.of_texts(split, "key", masked)
-    known = together(lambda: read_known_positives(source, vectors.labels(split)))
-    query_embeddings = vectors.of_rows(split, "query")
+    texts = _texts(source) if lexical else dict.fromkeys(SIDES)
+    numbers = together(lambda: read_numbers(source, vectors.labels(split)))
+    groups = vectors.groups(split) if settings.evaluation.exclude_groups else None
+    embeddings = functools.cache(functools.partial(vectors.of_rows, split))
     results: Results = {}
-    for variant, texts in key_texts.items():
+
+    def rank(variant: str, sides: Sequence[str], **replaced: Any) -> None:
+        """Add the result of one direction, in which some arguments may be replaced."""
+        asking, ranked = sides
+        arguments = {
+            "query_texts": texts[asking],
+            "key_texts": texts[ranked],
+            "query_embeddings": embeddings(asking),
+            "key_embeddings": replaced.pop("embed_keys", lambda: embeddings(ranked))(),
+            "known": known_positives(numbers[asking], numbers[ranked], groups),
+            "rrf_k": settings.evaluation.rrf_k,
+        }
+        if PIXELS in methods:
+            scorer = functools.partial(
+                pixel_scorer, settings.data, sources, split, (asking, ranked)
+            )
+            arguments["others"] = {PIXELS: together(scorer)}
         own = len(source) / jax.process_count()
         with progress_bar(f"evaluating {split}, {variant}", round(own)) as advance:
-            rank = functools.partial(
-                _ranked,
-                queries or None,
-                texts or None,
-                query_embeddings,
-                embed_keys[variant](),
-                known,
-                rrf_k=settings.evaluation.rrf_k,
-                advance=advance,
-            )
-            results[split, variant] = _each_that_works(rank, methods, failures)
+            ranks = functools.partial(_ranked, **(arguments | replaced), advance=advance)
+            results[split, variant] = _each_that_works(ranks, methods, failures)
+
+    for direction in ranking_directions(settings):
+        sides = SIDES if direction == DIRECTIONS[0] else SIDES[::-1]
+        rank(_variant(settings, sides), sides)
+    if "name" in settings.data.metadata_fields and settings.data.modality.key == "text":
+        masked = together(lambda: _masked_keys(source))
+        rank(
+            "name masked",
+            SIDES,
+            key_texts=masked if lexical else None,
+            embed_keys=lambda: vectors.of_texts(split, "key", masked),
+        )
     return results
+
+
+def _variant(settings: Settings, sides: Sequence[str]) -> str:
+    """The name of a direction in the results, such as "image to text"."""
+    if len(set(settings.data.modality)) > 1:
+        return " to ".join(getattr(settings.data.modality, side) for side in sides)
+    return "plain" if sides == SIDES else "key to query"
+
+
+def _texts(source: PairSource) -> dict[str, list[str] | None]:
+    """The texts of all rows by side."""
+    records = source.read(np.arange(len(source)))
+    return {side: [record[side] for record in records] for side in SIDES}
+
+
+def _masked_keys(source: PairSource) -> list[str]:
+    records = source.read(np.arange(len(source)))
+    return [mask_name(record["key"], record["name"]) for record in records]
 
 
 def _each_that_works(
@@ -264,13 +303,20 @@ def _ranked(
     query_embeddings: Float[np.ndarray, "n d"],
     key_embeddings: Float[np.ndarray, "n d"],
     known: KnownPositives,
+    others: Mapping[str, Scorer] = MappingProxyType({}),
     **options: Any,
 ) -> dict[str, RetrievalResult]:
     """Call `evaluate_retrieval` with key i for query i; each process ranks a part of them."""
     count, processes = len(query_embeddings), jax.process_count()
     if processes == 1 or count < processes:
         return evaluate_retrieval(
-            query_texts, key_texts, query_embeddings, key_embeddings, known=known, **options
+            query_texts,
+            key_texts,
+            query_embeddings,
+            key_embeddings,
+            known=known,
+            others=others,
+            **options,
         )
     ours = np.array_split(np.arange(count), processes)[jax.process_index()]
     rows = slice(ours[0], ours[-1] + 1)
@@ -282,6 +328,7 @@ def _ranked(
         key_embeddings,
         relevant=ours,
         known=known.part(rows),
+        others={name: functools.partial(_from, rows.start, one) for name, one in others.items()},
         **options,
     )
     found = together(rank)
@@ -292,6 +339,11 @@ def _ranked(
         method: RetrievalResult(parts.sum(0).astype(np.float64), len(key_embeddings), known.total())
         for method, parts in multihost_utils.process_allgather(ranks).items()
     }
+
+
+def _from(first: int, scorer: Scorer, rows: slice) -> Float[np.ndarray, "t n"]:
+    """The scores of a range of queries, counted from the first query of this process."""
+    return scorer(slice(first + rows.start, first + rows.stop))
 
 
 def held_out_summary(sources: Mapping[str, PairSource], results: Results) -> dict[str, Any]:

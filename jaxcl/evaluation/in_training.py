@@ -4,7 +4,7 @@ checkpoint.
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +13,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from jaxcl.data.prepare import RunData
+from jaxcl.data.sources import PairSource
+from jaxcl.evaluation.class_set import names_rows, open_rows
 from jaxcl.evaluation.held_out import quick_metric_names
 from jaxcl.evaluation.protocol import Encode, EvaluationSet, check_inputs_of_set, side_of
 from jaxcl.evaluation.sets import open_set
@@ -50,6 +52,22 @@ class TrainingSets:
         self.fingerprints = {name: one.fingerprint for name, one in sets.items()}
         self.descriptions = [f"{name}: {one.description}" for name, one in sets.items()]
         self.metrics = [f"{name}/{metric}" for name, one in sets.items() for metric in one.metrics]
+
+    def with_rows(self, settings: Settings, sources: Mapping[str, PairSource]) -> "TrainingSets":
+        """Add the sets of the run's own rows, which `evaluation.sets` names as `split:ROLE`.
+
+        Raises:
+          ValueError: if the rows cannot be classified; the message names the set.
+        """
+        modality = settings.data.modality._asdict()
+        named = settings.evaluation.sets
+        of_rows = _training_sets(
+            settings,
+            {name: one for name, one in named.items() if names_rows(one)},
+            lambda name: open_rows(name, sources, modality=modality),
+        )
+        both = self._sets | of_rows._sets
+        return TrainingSets({name: both[name] for name in named}, self._modality)
 
     def check_unchanged(self, record: Mapping[str, Any]) -> None:
         """Raise a `ValueError` if a set differs from the one that a checkpoint's record names."""
@@ -111,25 +129,31 @@ def _values(name: str, opened: EvaluationSet, encode: Encode) -> dict[str, int |
 
 
 def open_sets(settings: Settings) -> TrainingSets:
-    """Open and check the sets that `evaluation.sets` names.
+    """Open and check the sets in `evaluation.sets`, without sets of the run's own rows.
 
     Raises:
       ValueError: if a path is not an evaluation set; the message names the set.
     """
+    paths = {name: path for name, path in settings.evaluation.sets.items() if not names_rows(path)}
+    return _training_sets(settings, paths, lambda path: open_set(as_path(path)))
+
+
+def _training_sets(
+    settings: Settings, named: Mapping[str, str], open_one: Callable[[str], EvaluationSet]
+) -> TrainingSets:
     modality = settings.data.modality._asdict()
-    opened = together(functools.partial(_opened, settings.evaluation.sets, modality))
-    return TrainingSets(opened, modality)
 
+    def opened() -> dict[str, EvaluationSet]:
+        sets = {}
+        for name, value in named.items():
+            try:
+                sets[name] = open_one(value)
+                check_inputs_of_set(sets[name], modality)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"evaluation.sets.{name}={value}: {error}") from error
+        return sets
 
-def _opened(paths: Mapping[str, str], modality: Mapping[str, str]) -> dict[str, EvaluationSet]:
-    sets = {}
-    for name, path in paths.items():
-        try:
-            sets[name] = open_set(as_path(path))
-            check_inputs_of_set(sets[name], modality)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"evaluation.sets.{name}={path}: {error}") from error
-    return sets
+    return TrainingSets(together(opened), modality)
 
 
 def check_best_metric(settings: Settings, sets: TrainingSets, data: RunData) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcl.data.row_digests import as_digests, text_digest
-from jaxcl.data.row_labels import equal_rows
+from jaxcl.data.row_labels import equal_rows, joined_numbers
 from jaxcl.data.sources import PairSource
 from jaxcl.typing import SIDES, Float, Int
 
@@ -20,7 +20,9 @@ __all__ = [
     "content_of",
     "known_positives",
     "rank_last",
+    "read_groups",
     "read_known_positives",
+    "read_numbers",
 ]
 
 _ROWS_AT_ONCE = 4096
@@ -86,18 +88,26 @@ class KnownPositives(NamedTuple):
         return int((np.diff(ends)[self.queries] - 1).sum())
 
 
-def known_positives(queries: Int[np.ndarray, " n"], keys: Int[np.ndarray, " n"]) -> KnownPositives:
+def known_positives(
+    queries: Int[np.ndarray, " n"],
+    keys: Int[np.ndarray, " n"],
+    groups: Int[np.ndarray, " n"] | None = None,
+) -> KnownPositives:
     """The known positives of rows, each with a query and its key.
 
     Args:
       queries: a number per row from 0 to n - 1, equal for equal queries.
       keys: the same for keys.
+      groups: a number per row; the keys of all rows of a group answer the queries of each. `None`
+        for no groups.
 
     Example:
       >>> known = known_positives(np.array([0, 0, 2]), np.array([0, 1, 1]))
       >>> {query: rows.tolist() for query, rows in known.others(slice(3), np.arange(3)).items()}
       {0: [1, 2], 1: [0, 2], 2: [1]}
     """
+    if groups is not None:
+        queries = joined_numbers(queries, np.unique(groups, return_inverse=True)[1])
     numbers = np.arange(len(queries) + 1)
     pairs = np.unique(np.stack([queries, keys], axis=1), axis=0)
     rows = np.argsort(keys, kind="stable")
@@ -113,6 +123,14 @@ def known_positives(queries: Int[np.ndarray, " n"], keys: Int[np.ndarray, " n"])
 def read_known_positives(
     source: PairSource, labels: Int[np.ndarray, " n"] | None = None
 ) -> KnownPositives:
+    """The known positives of all rows of a split; arguments as `read_numbers`."""
+    numbers = read_numbers(source, labels)
+    return known_positives(*(numbers[side] for side in SIDES))
+
+
+def read_numbers(
+    source: PairSource, labels: Int[np.ndarray, " n"] | None = None
+) -> dict[str, Int[np.ndarray, " n"]]:
     """Compare the texts, or other contents, of all rows of a split.
 
     Args:
@@ -120,6 +138,9 @@ def read_known_positives(
       labels: a number per row, which rows with equal queries or equal keys share, such as the label
         `"text"` of a table. Rows that share theirs with no other row are not read. `None` reads
         all rows.
+
+    Returns:
+      For each side, a number per row that is equal for equal content.
     """
     numbers = {side: np.arange(len(source)) for side in SIDES}
     rows = np.arange(len(source)) if labels is None else _rows_with_shared_label(labels)
@@ -131,7 +152,23 @@ def read_known_positives(
                 digests[side] += text_digest(content_of(record[side], row))
     for side in SIDES:
         numbers[side][rows] = rows[equal_rows(as_digests(digests[side]))]
-    return known_positives(*(numbers[side] for side in SIDES))
+    return numbers
+
+
+def read_groups(source: PairSource) -> Int[np.ndarray, " n"]:
+    """The group of each row of a split.
+
+    Raises:
+      ValueError: if the rows have no group.
+    """
+    groups = np.empty(len(source), np.int64)
+    for first in range(0, len(source), _ROWS_AT_ONCE):
+        rows = np.arange(first, min(first + _ROWS_AT_ONCE, len(source)))
+        for row, record in zip(rows.tolist(), source.read(rows), strict=True):
+            if "group" not in record:
+                raise ValueError("the rows have no group; set data.group_field")
+            groups[row] = record["group"]
+    return groups
 
 
 def rank_last(scores: Float[np.ndarray, "t n"], keys: Mapping[int, Int[np.ndarray, " _"]]) -> None:

@@ -15,6 +15,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -89,6 +90,7 @@ def evaluate_retrieval(
     relevant: Int[np.ndarray, " q"] | None = None,
     known: KnownPositives | None = None,
     methods: Sequence[str] = METHODS,
+    others: Mapping[str, Callable[[slice], Float[np.ndarray, "t n"]]] = MappingProxyType({}),
     rrf_k: int | float = 60,
     tile: int = 512,
     advance: Callable[[int], object] = lambda queries: None,
@@ -107,6 +109,7 @@ def evaluate_retrieval(
       known: the keys that answer each query. All of them except the relevant key are excluded from
         the query's ranking. By default, no key is excluded.
       methods: `"bm25"` uses texts, `"dense"` embeddings, `"hybrid"` both.
+      others: further methods by name -> the function that scores all keys for a range of queries.
       rrf_k: the constant of `reciprocal_rank_fusion`, for `"hybrid"`.
       tile: number of queries to score at a time. Memory is proportional to it times the size of the
         pool; the result does not depend on it.
@@ -127,14 +130,17 @@ def evaluate_retrieval(
       >>> {method: result.ranks.tolist() for method, result in results.items()}
       {'bm25': [1.0, 1.0], 'dense': [1.0, 1.0], 'hybrid': [1.0, 1.0]}
     """
-    if not methods or not set(methods) <= set(METHODS):
-        raise ValueError(f"methods={methods!r}; give one or more of {', '.join(METHODS)}")
+    if not methods or not set(methods) <= {*METHODS, *others}:
+        known_names = ", ".join((*METHODS, *others))
+        raise ValueError(f"methods={methods!r}; give one or more of {known_names}")
     if tile < 1:
         raise ValueError(f"tile={tile}; use a tile of at least 1")
     num_queries = _common_length("queries", query_texts, query_embeddings)
     num_keys = _common_length("keys", key_texts, key_embeddings)
     relevant = _relevant_rows(relevant, num_queries=num_queries, num_keys=num_keys)
-    scorers: dict[str, Callable[[slice], np.ndarray]] = {}
+    scorers: dict[str, Callable[[slice], np.ndarray]] = {
+        name: others[name] for name in methods if name in others
+    }
     if {"bm25", "hybrid"} & set(methods):
         scorers["bm25"] = _lexical_scorer(query_texts, key_texts)
     if {"dense", "hybrid"} & set(methods):
@@ -148,12 +154,13 @@ def evaluate_retrieval(
         rows = slice(start, min(start + tile, num_queries))
         tables = {name: scores_of(rows) for name, scores_of in scorers.items()}
         if known is not None:
-            others = known.others(rows, relevant[rows])
-            num_left_out += sum(map(len, others.values()))
+            excluded = known.others(rows, relevant[rows])
+            num_left_out += sum(map(len, excluded.values()))
             for scores in tables.values():
-                rank_last(scores, others)
+                rank_last(scores, excluded)
         if "hybrid" in methods:
-            tables["hybrid"] = reciprocal_rank_fusion(list(tables.values()), k=rrf_k)
+            fused = [tables[name] for name in ("bm25", "dense")]
+            tables["hybrid"] = reciprocal_rank_fusion(fused, k=rrf_k)
         for method in methods:
             ranks[method][rows] = rank_of_key(tables[method], relevant[rows])
         advance(rows.stop - rows.start)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxcl.data.images.image_files import ImageFiles
 from jaxcl.evaluation.differences import Difference
-from jaxcl.evaluation.image_files import ImageFiles, read_class_folders
+from jaxcl.evaluation.labelled_images import read_class_folders
 from jaxcl.evaluation.per_item import mean_differences, mean_figures
 from jaxcl.evaluation.protocol import Encode
 from jaxcl.evaluation.retrieval import dense_scores

@@ -62,7 +62,7 @@ class EmbeddingModel(MtebEncoder):
       normalizes: whether the embeddings are unit vectors.
       matryoshka_dims: dimensions to which embeddings were truncated in training; empty if unknown.
       similarity_function: `"cosine"`, `"dot"`, `"euclidean"` or `"manhattan"`.
-      modality: the modality of each side, `"text"`.
+      modality: the modality of each side, `"text"` or `"image"`.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class EmbeddingModel(MtebEncoder):
         self.normalizes = normalizes
         self.similarity_function = similarity_function
         self.matryoshka_dims = tuple(matryoshka_dims)
-        self.modality = dict.fromkeys(SIDES, "text")
+        self.modality = {side: "image" if side in (images or {}) else "text" for side in SIDES}
         self._description = description or {}
         self._params = params
         self._mesh = mesh

@@ -37,7 +37,10 @@ _MAY_CHANGE = (
     "run.",
     *(
         f"evaluation.{name}"
-        for name in ("methods", "rrf_k", "sets", "best_metric", "patience", "min_delta")
+        for name in (
+            *("methods", "directions", "exclude_groups", "rrf_k", "sets"),
+            *("best_metric", "patience", "min_delta"),
+        )
     ),
 )
 

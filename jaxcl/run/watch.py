@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import re
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import jax.monitoring
 from jaxcl.host.progress import say
 from jaxcl.host.user_folders import cache_folder, make_private
 
-__all__ = ["Watch", "keep_compiled"]
+__all__ = ["Watch", "keep_compiled", "profiled_steps"]
 
 _WORTH_KEEPING_SECONDS = 0.3
 
@@ -35,6 +36,16 @@ def keep_compiled() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING_SECONDS)
+
+
+def profiled_steps(text: str | None) -> tuple[int, int] | None:
+    """Parse the steps of `--profile`."""
+    if text is None:
+        return None
+    steps = re.fullmatch(r"(\d+):(\d+)", text)
+    if not steps or not 0 < int(steps[1]) < int(steps[2]):
+        raise ValueError(f"--profile={text}; give the first step to trace and the first one after")
+    return int(steps[1]), int(steps[2])
 
 
 class Watch:

@@ -3,11 +3,17 @@
 import re
 
 from jaxcl.settings.check_names import check_names
+from jaxcl.settings.derived import (
+    DIRECTIONS,
+    has_only_texts,
+    ranking_directions,
+    ranking_methods,
+)
 from jaxcl.settings.sections import Settings
 
 __all__ = ["check_evaluation_settings", "check_weights"]
 
-_METHODS = ("bm25", "dense", "hybrid")
+_METHODS = ("bm25", "dense", "hybrid", "pixels")
 _WEIGHTS = ("trained", "average")
 _METRIC_PREFIXES = (
     *("assignment", "bank", "machine", "mined", "negatives", "test", "time", "train"),
@@ -18,12 +24,36 @@ _SET_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 def check_evaluation_settings(settings: Settings) -> None:
     """Raise a `ValueError` for unknown methods, or evaluation sets that cannot be used."""
-    methods = settings.evaluation.methods
-    check_names("evaluation.methods", methods, _METHODS)
-    if not methods:
-        raise ValueError(f"evaluation.methods=(); name one or more of {', '.join(_METHODS)}")
+    _check_rankings(settings)
     check_weights(settings, "evaluation.weights", settings.evaluation.weights)
     _check_sets(settings)
+
+
+def _check_rankings(settings: Settings) -> None:
+    """Check how held-out rows are ranked."""
+    methods, directions = ranking_methods(settings), ranking_directions(settings)
+    for field, given, known in (
+        ("evaluation.methods", methods, _METHODS),
+        ("evaluation.directions", directions, DIRECTIONS),
+    ):
+        check_names(field, given, known)
+        if not given:
+            raise ValueError(f"{field}=(); name one or more of {', '.join(known)}")
+    modality = settings.data.modality._asdict()
+    if not has_only_texts(settings.data) and {"bm25", "hybrid"} & set(methods):
+        raise ValueError(
+            f"evaluation.methods: bm25 and hybrid compare texts, and data.modality is {modality}; "
+            "use ('dense',), and 'pixels' as a baseline for images"
+        )
+    if "pixels" in methods and "image" not in modality.values():
+        raise ValueError(
+            f"evaluation.methods: pixels compares images, and data.modality is {modality}; leave "
+            "it out"
+        )
+    if settings.run.sheets and "image" not in modality.values():
+        raise ValueError(
+            f"run.sheets=True shows images, and data.modality is {modality}; set it to None"
+        )
 
 
 def check_weights(settings: Settings, setting: str, weights: str) -> None:

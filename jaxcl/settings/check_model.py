@@ -48,12 +48,6 @@ def check_model(settings: Settings) -> None:
         )
     _check_lora(model.lora)
     _check_augmentation(settings)
-    texts = set(settings.data.modality) == {"text"}
-    if not texts and {"bm25", "hybrid"} & set(settings.evaluation.methods):
-        raise ValueError(
-            "evaluation.methods: bm25 and hybrid compare texts, and data.modality has others; use "
-            "('dense',)"
-        )
 
 
 def _check_lora(lora: Lora) -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "BANKS",
     "BEST",
     "CHECKPOINTS",
+    "DIRECTIONS",
     "EMBEDDINGS",
     "GUIDES",
     "MASKS",
@@ -26,9 +27,13 @@ __all__ = [
     "data_set_names",
     "data_sets_of",
     "gcbs_rule",
+    "has_only_texts",
     "learning_rate_of",
     "origin_of",
+    "ranking_directions",
+    "ranking_methods",
     "schedule_warnings",
+    "shows_sheets",
     "sources_by",
     "tower_sections",
     "with_encoder_options",
@@ -49,6 +54,9 @@ CHECKPOINTS = "checkpoints"
 
 EMBEDDINGS = ("encode", "bank")
 """Where a refresh of the batches takes embeddings from: a pass over the data, or the bank."""
+
+DIRECTIONS = ("query_to_key", "key_to_query")
+"""The values of `config.evaluation.directions`."""
 
 GUIDES = ("momentum", "data")
 """The guide models, as `config.negatives.guide`: their similarities decide on the margins."""
@@ -249,3 +257,30 @@ def with_encoder_options(
         own = changed("model.key", model.key.options)
         model = model._replace(key=model.key._replace(options=own))
     return settings._replace(model=model)
+
+
+def ranking_methods(settings: Settings) -> tuple[str, ...]:
+    """The methods that rank held-out rows: by default, all for texts, else `"dense"`."""
+    if settings.evaluation.methods is not None:
+        return settings.evaluation.methods
+    return ("bm25", "dense", "hybrid") if has_only_texts(settings.data) else ("dense",)
+
+
+def ranking_directions(settings: Settings) -> tuple[str, ...]:
+    """The directions of rankings of held-out rows: by default both, if the modalities differ."""
+    if settings.evaluation.directions is not None:
+        return settings.evaluation.directions
+    both = len(set(settings.data.modality)) > 1
+    return DIRECTIONS if both else DIRECTIONS[:1]
+
+
+def has_only_texts(data: DataSettings) -> bool:
+    """Whether both sides hold texts."""
+    return set(data.modality) == {"text"}
+
+
+def shows_sheets(settings: Settings) -> bool:
+    """Whether a run writes sheets of its images: by default, if it has any."""
+    if settings.run.sheets is not None:
+        return settings.run.sheets
+    return "image" in settings.data.modality

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from jaxcl.models import ENCODERS
-from jaxcl.settings.derived import MASKS, cut_sides
+from jaxcl.settings.derived import MASKS, cut_sides, ranking_methods
 from jaxcl.settings.file_kinds import reads_files
 from jaxcl.settings.parts import SCHEDULE_FIELDS
 from jaxcl.settings.sections import Settings
@@ -192,7 +192,7 @@ _UNREAD = (
     ),
     _Unread(
         ("evaluation.rrf_k",),
-        lambda s: "hybrid" not in s.evaluation.methods,
+        lambda s: "hybrid" not in ranking_methods(s),
         "'hybrid' among evaluation.methods reads it",
     ),
     _Unread(

@@ -218,7 +218,9 @@ class OptimizerSettings(NamedTuple):
 class EvaluationSettings(NamedTuple):
     """Ranking of held-out splits, further evaluation sets, the best checkpoint, early stopping."""
 
-    methods: tuple[str, ...] = ("bm25", "dense", "hybrid")
+    methods: tuple[str, ...] | None = None
+    directions: tuple[str, ...] | None = None
+    exclude_groups: bool = False
     rrf_k: Size = 10
     batch_size: Size = 1_024
     weights: str = "trained"
@@ -238,6 +240,7 @@ class RunSettings(NamedTuple):
     evaluate_every: Size = 100
     checkpoint_every: Size = 100
     keep_checkpoints: Annotated[int, Range(least=2)] = 2
+    sheets: bool | None = None
 
 
 def unresolved(*_: Any, **__: Any) -> Any:

@@ -13,7 +13,14 @@ from jaxcl.step.length_buckets import Buckets, bucketed
 from jaxcl.step.parameter_sharding import FSDP
 from jaxcl.typing import Array, Embeddings, Int, Key, PyTree, RowKeys
 
-__all__ = ["EncodeRows", "fold_rows", "keys_of_side", "keys_of_slots", "make_encode_rows"]
+__all__ = [
+    "EncodeRows",
+    "fold_rows",
+    "keys_of_side",
+    "keys_of_slots",
+    "keys_of_view",
+    "make_encode_rows",
+]
 
 _VIEW = 1_000_000  # beyond the numbers of layers, with which dropout folds the same keys
 
@@ -68,7 +75,7 @@ def make_encode_rows(
     ) -> Embeddings:
         def encode_some(params: PyTree, inputs: PyTree, rngs: RowKeys | None) -> Embeddings:
             if rngs is not None and side in towers.augment:
-                inputs = jax.vmap(towers.augment[side])(inputs, _keys_of_view(rngs))
+                inputs = jax.vmap(towers.augment[side])(inputs, keys_of_view(rngs))
             return encode(params, side, inputs, rngs if dropout else None)
 
         in_chunks: Callable[[PyTree, PyTree, RowKeys | None], Embeddings]
@@ -125,6 +132,7 @@ def keys_of_slots(keys: RowKeys | None, slots: int) -> Key[Array, " _"] | None:
     return fold(keys, jnp.arange(slots)).reshape(-1)
 
 
-def _keys_of_view(keys: RowKeys) -> RowKeys:
+def keys_of_view(keys: RowKeys) -> RowKeys:
+    """The keys with which the inputs of rows are augmented, from the keys of the rows."""
     # Folded with the view, so that augmentation and dropout draw different numbers.
     return jax.vmap(jax.random.fold_in, (0, None))(keys, _VIEW)

@@ -171,7 +171,11 @@ def test_an_unknown_modality_is_an_error():
     [
         ({"data": {"modality": {"query": "numbers"}}}, "which one encoder cannot read"),
         (
-            {"data": {"modality": {"query": "numbers"}}, "model": {"shared": False}},
+            {
+                "data": {"modality": {"query": "numbers"}},
+                "model": {"shared": False},
+                "evaluation": {"methods": ("bm25", "dense")},
+            },
             "bm25 and hybrid compare texts",
         ),
         ({"augmentation": {"sides": ()}}, "name one or both of query, key"),

@@ -7,8 +7,8 @@ import pytest
 
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.evaluation.class_set import ClassSet, class_set_of_rows, classify
-from jaxcl.evaluation.image_files import read_labelled_images
 from jaxcl.evaluation.labelled import part_of, read_labelled_rows
+from jaxcl.evaluation.labelled_images import read_labelled_images
 from jaxcl.evaluation.protocol import ComparableSet
 from jaxcl.evaluation.sets import open_set
 from tests.evaluation.images import model_of, write_image

@@ -89,11 +89,11 @@ def evaluated(config, encoder, data, workdir):
     return evaluate.evaluate_run(read_settings(config), encoder, data, workdir)
 
 
-def test_a_run_reports_the_queries_of_its_validation_split(make_data, encoder_with):
+def test_a_run_reports_the_queries_of_its_validation_split(config, make_data, encoder_with):
     data = make_data(validation=NAMES, test=NAMES)
     # Query 1 finds key 0 first and its own second; every key finds its own query first.
     encoder, asked = encoder_with([[1, 0, 0], [0.9, 0.1, 0], [0, 0, 1]], np.eye(3))
-    found = evaluate.quick_metrics(encoder, data)
+    found = evaluate.quick_metrics(read_settings(config), encoder, data)
     assert found["validation/dense/mrr@10"] == pytest.approx((1 + 1 / 2 + 1) / 3)
     assert found["validation/dense/recall@10"] == 1.0
     assert found["validation/keys"] == data.tables["validation"].num_rows
@@ -102,9 +102,9 @@ def test_a_run_reports_the_queries_of_its_validation_split(make_data, encoder_wi
         np.testing.assert_array_equal(asked[side], [wanted])
 
 
-def test_without_a_validation_split_a_run_reports_nothing(make_data, encoder_with):
+def test_without_a_validation_split_a_run_reports_nothing(config, make_data, encoder_with):
     encoder, _ = encoder_with(np.eye(3), np.eye(3))
-    assert evaluate.quick_metrics(encoder, make_data(train=NAMES)) == {}
+    assert evaluate.quick_metrics(read_settings(config), encoder, make_data(train=NAMES)) == {}
 
 
 def test_a_key_without_its_name_is_tokenised_as_the_table_is(

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxcl.run.watch import Watch, keep_compiled
-from jaxcl.train import _profiled
+from jaxcl.run.watch import Watch, keep_compiled, profiled_steps
 
 
 def test_a_recompiled_step_is_reported(tmp_path, capsys):
@@ -64,9 +63,9 @@ def test_a_trace_ends_with_its_run(tmp_path):
 @pytest.mark.parametrize("given", ["10", "9:3", "0:4", "a:b"])
 def test_steps_that_cannot_be_traced_are_named(given):
     with pytest.raises(ValueError, match=f"--profile={given}; give the first step"):
-        _profiled(given)
-    assert _profiled("10:12") == (10, 12)
-    assert _profiled(None) is None
+        profiled_steps(given)
+    assert profiled_steps("10:12") == (10, 12)
+    assert profiled_steps(None) is None
 
 
 @pytest.fixture

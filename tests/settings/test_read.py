@@ -14,8 +14,6 @@ from jaxcl.configs import base, code_search
 from jaxcl.losses import LOSSES, infonce_loss
 from jaxcl.models import ENCODERS
 from jaxcl.models.augmentations import AUGMENTATIONS
-from jaxcl.settings.check_evaluation import _check_sets
-from jaxcl.settings.data_sections import SideModalities
 from jaxcl.settings.effects import _UNREAD, check_effects
 from jaxcl.settings.optimizers import OPTIMIZERS
 from jaxcl.settings.read import as_dict, read_settings
@@ -215,13 +213,6 @@ def test_a_set_cannot_have_the_name_of_other_metrics(name):
     with pytest.raises(ValueError, match=re.escape(f"evaluation.sets has the name {name!r}")):
         read_settings({"evaluation": {"sets": {name: "sts-dev.csv"}}})
     assert read_settings({"evaluation": {"sets": {"sts_dev-2": "a"}}}).evaluation.sets
-
-
-def test_sets_of_texts_need_a_model_of_texts():
-    settings = read_settings({"evaluation": {"sets": {"dev": "sts-dev.csv"}}})
-    images = settings.data._replace(modality=SideModalities("text", "image"))
-    with pytest.raises(ValueError, match=r"'key': 'image'.*leave evaluation\.sets empty"):
-        _check_sets(settings._replace(data=images))
 
 
 def test_patience_needs_a_metric_and_min_delta_needs_patience():

@@ -1,50 +1,18 @@
-"""Image files of evaluation sets: labelled folders, and paths inside of a folder."""
+"""Folders of labelled images: a subfolder per class, and optionally parts."""
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from jaxcl.data.images.image_files import IMAGE_SUFFIXES, ImageFiles, image_files
 from jaxcl.evaluation.labelled import LabelledParts, part_of
-from jaxcl.host.files import read_regular
 from jaxcl.typing import Int
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "ImageFiles",
-    "file_inside",
-    "read_class_folders",
-    "read_labelled_images",
-]
+__all__ = ["read_class_folders", "read_labelled_images"]
 
-IMAGE_SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"),
-)
-"""The suffixes of image files, in lower case; other files in a folder of images are ignored."""
-
-_MAX_IMAGE_BYTES = 256 * 2**20
 _PARTS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
-
-
-class ImageFiles(Sequence[bytes]):
-    """The contents of image files, read when they are used.
-
-    Args:
-      paths: the files.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = list(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, row):
-        if isinstance(row, slice):
-            return ImageFiles(self.paths[row])
-        return read_regular(self.paths[row], limit=_MAX_IMAGE_BYTES)
 
 
 def read_labelled_images(path: Path) -> LabelledParts:
@@ -68,7 +36,7 @@ def read_labelled_images(path: Path) -> LabelledParts:
     paths: dict[str, list[Path]] = {part: [] for part in _PARTS}
     labels: dict[str, list[int]] = {part: [] for part in _PARTS}
     for given, name, file in _all_files(files):
-        of_file = hashlib.sha256(read_regular(file, limit=_MAX_IMAGE_BYTES)).digest()
+        of_file = hashlib.sha256(ImageFiles([file])[0]).digest()
         part = given or part_of(of_file)
         if part == "train" and given and "validation" not in files:
             part = part_of(of_file, test_share=0.0)
@@ -93,28 +61,8 @@ def read_class_folders(path: Path) -> dict[str, list[Path]]:
     classes = {}
     for folder in sorted(path.iterdir()):
         if folder.is_dir() and not folder.name.startswith("."):
-            files = [file for file in _walk(folder) if file.suffix.lower() in IMAGE_SUFFIXES]
-            if files:
-                classes[folder.name] = [file_inside(path, file) for file in files]
-    return classes
-
-
-def file_inside(folder: Path, name: str | os.PathLike[str]) -> Path:
-    """The path of a file, by its path relative to a folder that it must be inside of.
-
-    Raises:
-      ValueError: if the path leads outside of the folder, also by a link.
-    """
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{os.fspath(name)!r} is outside of {folder}; give a path inside of it")
-    return path
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
+            classes[folder.name] = image_files(folder)
+    return {name: files for name, files in classes.items() if files}
 
 
 def _part_folders(path: Path) -> dict[str, Path]:

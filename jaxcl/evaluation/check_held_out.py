@@ -1,0 +1,43 @@
+"""Checks, before a run starts, that its held-out splits can be ranked as its settings say."""
+
+import numpy as np
+
+from jaxcl.data.prepare import RunData
+from jaxcl.data.sources import PairSource
+from jaxcl.evaluation.held_out import HELD_OUT
+from jaxcl.evaluation.retrieval import lexical_tokens
+from jaxcl.settings.derived import ranking_methods
+from jaxcl.settings.sections import Settings
+
+__all__ = ["check_evaluation"]
+
+_ROWS_AT_ONCE = 64
+
+
+def check_evaluation(settings: Settings, data: RunData) -> None:
+    """Raise a `ValueError` if a held-out split cannot be ranked as `settings.evaluation` says.
+
+    BM25 needs a word in some key. This reads keys of the split until there is one.
+    """
+    for split in set(HELD_OUT) & set(data.sources) if settings.evaluation.exclude_groups else ():
+        if "group" not in data.sources[split].read([0])[0]:
+            raise ValueError(
+                f"evaluation.exclude_groups=True, but the rows of the {split} split have no group; "
+                "set data.group_field"
+            )
+    if not {"bm25", "hybrid"} & set(ranking_methods(settings)):
+        return
+    for split in HELD_OUT:
+        if split in data.sources and not _has_words(data.sources[split]):
+            raise ValueError(
+                f"no key of the {split} split has a word, so that BM25 cannot rank them; set "
+                "evaluation.methods to ('dense',), or data.key_field to another field"
+            )
+
+
+def _has_words(source: PairSource) -> bool:
+    for first in range(0, len(source), _ROWS_AT_ONCE):
+        records = source.read(np.arange(first, min(first + _ROWS_AT_ONCE, len(source))))
+        if any(lexical_tokens(record["key"]) for record in records):
+            return True
+    return False
