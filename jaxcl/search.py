@@ -16,6 +16,13 @@ exact ranking these options keep.
 Without `--corpus`, it ranks the keys of all splits of the run or config. The run may still be
 training; only its index changes, `search_index.npz`, which is rebuilt for a newer checkpoint.
 
+With a model of images, the corpus may be a folder of images, and the data of a run may hold images:
+
+    python -m jaxcl.search --model models/clip --corpus photos --sheet cats a cat on a mat
+    python -m jaxcl.search --workdir runs/image_text --image cat.jpg
+
+The hits are also shown as a contact sheet, a PNG and an HTML page that needs no network.
+
 In a program or a notebook, call `search`, or `open_search` for many queries:
 
     docs = open_search("models/minilm", corpus="docs.jsonl")
@@ -37,7 +44,7 @@ from jaxcl.evaluation.retrieval import BM25, reciprocal_rank_fusion
 from jaxcl.host.command import run_command
 from jaxcl.host.command_flags import CommandParser, add_workdir_flag, user_path
 from jaxcl.host.output import check_output
-from jaxcl.host.paths import as_path, local_path
+from jaxcl.host.paths import AnyPath, as_path, local_path
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.host.user_folders import cache_folder
 from jaxcl.run.corpus_index import (
@@ -46,16 +53,39 @@ from jaxcl.run.corpus_index import (
     describe_kept,
     open_index,
     paths_digest,
-    query_vectors,
 )
 from jaxcl.run.embedding_model import EmbeddingModel
+from jaxcl.run.hit_sheet import write_hits
 from jaxcl.run.hits import Hit, show_as_json, show_as_text
 from jaxcl.run.host_vectors import for_inner_products
+from jaxcl.run.image_documents import ImageFolder, ImageRows
+from jaxcl.run.image_search import (
+    read_image_folder,
+    read_query_image,
+    search_of_images,
+    search_of_rows,
+    side_of_images,
+)
 from jaxcl.run.load_model import is_run, load, model_of_run
 from jaxcl.run.opened import open_run
-from jaxcl.run.pool_index import pool_index, pool_of_data, pool_of_run
+from jaxcl.run.pool_index import (
+    open_run_with_data,
+    pool_index,
+    pool_of_data,
+    pool_of_run,
+    sources_of,
+)
+from jaxcl.run.searcher import (
+    Search,
+    check_query,
+    check_top,
+    embedded_queries,
+    image_ranker,
+    text_ranker,
+)
 from jaxcl.run.vector_search import PRECISIONS, RESCORE, Ranking, VectorSearch, best_rows
 from jaxcl.settings.command_line import add_config_flags, changed_fields, optional_config_of
+from jaxcl.settings.derived import origin_of
 from jaxcl.settings.parts import Trust
 from jaxcl.settings.read import read_data_settings
 
@@ -63,56 +93,6 @@ __all__ = ["Hit", "Search", "main", "open_search", "search"]
 
 _RRF_K = 60
 _BLOCK_TEXTS = 4096
-
-
-class Search:
-    """A search in one pool of documents or keys, as returned by `open_search`.
-
-    Attributes:
-      kept: measured shares of the exact ranking, as in `jaxcl.run.corpus_index.CorpusIndex.kept`.
-    """
-
-    def __init__(
-        self,
-        rank: Callable[[Sequence[str], int], list[Ranking]],
-        records: Callable[[Sequence[int]], list[dict[str, Any]]],
-        kept: Mapping[str, float] | None = None,
-    ):
-        self._rank = rank
-        self._records = records
-        self.kept = kept or {}
-
-    def __call__(self, query: str, top: int = 10) -> list[Hit]:
-        """Return the best hits for one query; see `batch`."""
-        return self.batch([query], top)[0]
-
-    def batch(self, queries: Sequence[str], top: int = 10) -> list[list[Hit]]:
-        """Return the best hits for each of several queries, faster than one query at a time.
-
-        Args:
-          queries: texts to search for.
-          top: number of hits per query; a smaller pool gives fewer.
-
-        Returns:
-          The hits for each query, best first. Hits with equal scores are in the order of the pool.
-
-        Raises:
-          ValueError: for an empty query, or if `top` is less than 1.
-        """
-        _check_top(top)
-        if isinstance(queries, str):
-            raise ValueError("batch takes a list of queries; for one query, call the search itself")
-        for query in queries:
-            _check_query(query)
-        return [
-            [
-                Hit(float(score), record)
-                for score, record in zip(
-                    ranking.scores, self._records(ranking.rows.tolist()), strict=True
-                )
-            ]
-            for ranking in (self._rank(queries, top) if queries else [])
-        ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -124,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", metavar="PATH", type=user_path, help=model_help)
     _add_corpus_flags(parser)
     add_config_flags(parser, required=False)
+    parser.add_argument("--image", metavar="FILE", type=user_path, help="instead of a text")
+    sheet_help = "write the images to NAME.png and NAME.html (for a run: WORKDIR/sheets/search)"
+    parser.add_argument("--sheet", metavar="NAME", type=user_path, help=sheet_help)
     parser.add_argument("--top", type=int, default=10, help="number of hits (default: 10)")
     parser.add_argument("--hybrid", action="store_true", help="fuse the ranking with BM25's")
     parser.add_argument("--json", action="store_true", help="print a JSON list for each query")
@@ -154,10 +137,13 @@ def _add_corpus_flags(parser: CommandParser) -> None:
 
 def _run(arguments: Namespace) -> None:
     show = show_as_json if arguments.json else show_as_text
-    _check_top(arguments.top)
+    check_top(arguments.top)
     query = " ".join(arguments.query)
     if arguments.query:
-        _check_query(query)
+        check_query(query)
+    if arguments.query and arguments.image is not None:
+        raise ValueError("a query and --image are both given; leave one of them out")
+    image = None if arguments.image is None else read_query_image(arguments.image)
     if (arguments.workdir is None) == (arguments.model is None):
         raise ValueError("give either --workdir with a run, or --model")
     opened = open_search(
@@ -176,9 +162,26 @@ def _run(arguments: Namespace) -> None:
     )
     for line in describe_kept(opened.kept, arguments.dim, arguments.precision):
         say(line)
-    for text in [query] if query else _typed(prompt="" if arguments.json else "search> "):
-        show(text, opened(text, arguments.top))
+    sheet = _sheet_of(arguments, opened)
+    typed = _typed(prompt="" if arguments.json else "search> ")
+    for text in [query] if query or image is not None else typed:
+        hits = opened(text or None, arguments.top, image=image)
+        show(text, hits)
         check_output()
+        if sheet is not None:
+            write_hits(sheet, text if image is None else image, hits)
+            say(f"the images are in {sheet}.png and {sheet}.html")
+
+
+def _sheet_of(arguments: Namespace, opened: Search) -> AnyPath | None:
+    """The path of the contact sheet without its suffix; `None` for no sheet."""
+    if not opened.of_images:
+        if arguments.sheet is not None:
+            raise ValueError(f"--sheet={arguments.sheet} has no effect on a search over texts")
+        return None
+    if arguments.sheet is None and arguments.workdir is not None and arguments.corpus is None:
+        return origin_of(arguments.workdir)[0] / "sheets" / "search"
+    return arguments.sheet
 
 
 def search(
@@ -201,25 +204,9 @@ def search(
     Raises:
       ValueError, CheckpointError: as for `open_search`, and if `top` is less than 1.
     """
-    _check_top(top)
+    check_top(top)
     opened = open_search(path, corpus=corpus, config=config, hybrid=hybrid, trust=trust)
     return opened(query, top)
-
-
-def _check_query(query: str) -> None:
-    if not query.strip():
-        raise ValueError("the query is empty; give a text, or leave it out to be prompted for one")
-    try:
-        query.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the query {query!r} is not Unicode; set the terminal, or LANG, to UTF-8"
-        ) from error
-
-
-def _check_top(top: int) -> None:
-    if top < 1:
-        raise ValueError(f"--top={top} must be at least 1")
 
 
 def open_search(
@@ -240,12 +227,13 @@ def open_search(
     """Open a corpus, a run's data or a config's data to search it with a model.
 
     The model and the data stay unchanged; only an index is written. If a run has an index for its
-    newest checkpoint, its data may be missing.
+    newest checkpoint, its data may be missing, unless they hold images. If one of the sides of a
+    run holds images, its images are searched.
 
     Args:
       path: the workdir of a run that has saved a checkpoint, which may still be training; with a
         corpus or config, any path that `jaxcl.load` accepts; with a corpus, also a loaded model.
-      corpus: a file of documents for `jaxcl.data.documents.read_documents`.
+      corpus: a file of documents for `jaxcl.data.documents.read_documents`, or a folder of images.
       config: the config of the data to search. Without corpus and config, a run's own data.
       changed: dotted names of the fields that the user changed; one without effect is an error.
       hybrid: whether to fuse the model's ranking with BM25's, by reciprocal rank fusion with the
@@ -281,10 +269,14 @@ def open_search(
     model, rrf_k = _open_model(path, trust)
     rescore = check_options(model, dim, precision, rescore)
     fields = {"id_field": id_field, "text_field": text_field}
-    with progress_bar("reading documents", None) as advance:
-        documents = read_documents(
-            as_path(corpus), id_field=id_field, text_field=text_field, advance=advance
-        )
+    documents: Documents | ImageFolder
+    if as_path(corpus).is_dir():
+        documents = read_image_folder(as_path(corpus), fields | {"hybrid": hybrid or None})
+    else:
+        with progress_bar("reading documents", None) as advance:
+            documents = read_documents(
+                as_path(corpus), id_field=id_field, text_field=text_field, advance=advance
+            )
     try:
         opened = open_index(
             model,
@@ -297,6 +289,8 @@ def open_search(
         )
     except OSError as error:
         raise OSError(f"cannot write the index ({error}); set another --index folder") from error
+    if isinstance(documents, ImageFolder):
+        return search_of_images(model, documents, opened, dim)
     return _search_of_corpus(model, documents, opened, dim, rrf_k if hybrid else None)
 
 
@@ -320,7 +314,9 @@ def _search_of_corpus(
                 yield from documents.read(rows)
                 advance(len(rows))
 
-    return Search(_rank(model, index.search, dim, texts(), rrf_k), records, index.kept)
+    rank_images = None if rrf_k is not None else image_ranker(model, index.search, dim)
+    rank = _rank(model, index.search, dim, texts(), rrf_k)
+    return Search(rank, records, index.kept, rank_images=rank_images)
 
 
 def _search_of_pool(
@@ -332,9 +328,17 @@ def _search_of_pool(
     trust: Trust,
 ) -> Search:
     if config is None:
-        pool = pool_of_run(path, trust=trust)
+        run = open_run_with_data(path, trust=trust)
+        if (side := side_of_images(run.settings)) is not None:
+            rows = ImageRows(run.sources(), side)
+            return search_of_rows(model_of_run(run), rows, run.workdir, hybrid=hybrid)
+        pool = pool_of_run(run)
     else:
-        pool = pool_of_data(path, read_data_settings(config, changed=changed), trust=trust)
+        settings = read_data_settings(config, changed=changed)
+        if (side := side_of_images(settings)) is not None:
+            rows = ImageRows(sources_of(settings), side)
+            return search_of_rows(load(path, trust=trust), rows, as_path(path), hybrid=hybrid)
+        pool = pool_of_data(path, settings, trust=trust)
     index = pool_index(pool)
     keys = for_inner_products(pool.model.similarity_function, "key", index.keys)
     texts = (row["key"] for row in index.rows)
@@ -350,14 +354,12 @@ def _rank(
     rrf_k: int | None,
 ) -> Callable[[Sequence[str], int], list[Ranking]]:
     """Make the function that ranks the rows of a pool, fused with BM25 if `rrf_k` is given."""
-    lexical = None if rrf_k is None else BM25(texts)
+    if rrf_k is None:
+        return text_ranker(model, search, dim)
+    lexical = BM25(texts)
 
     def rank(queries: Sequence[str], top: int) -> list[Ranking]:
-        vectors = query_vectors(model, model.encode(list(queries)), dim)
-        if not np.isfinite(vectors).all():
-            raise ValueError("the embedding of a query is not finite; check the model")
-        if lexical is None or rrf_k is None:
-            return search.best(vectors, top)
+        vectors = embedded_queries(model, queries, dim)
         rankings = []
         for query, vector in zip(queries, vectors, strict=True):  # scores of all rows are large
             tables = [lexical.scores([query]), search.scores(vector[None], top)]

@@ -30,7 +30,10 @@ class Documents:
       ids: the ids, all different. Without ids in the file, the documents are numbered from `"0"`.
       texts: a `pyarrow.ChunkedArray` of the texts; `read` returns some of them.
       fingerprint: a hash of ids and texts; equal fingerprints mean equal documents in equal order.
+      modality: `"text"`.
     """
+
+    modality = "text"
 
     def __init__(self, ids: Sequence[str], texts: Any, *, fingerprint: str) -> None:
         self.ids = ids

@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcl.data.documents import Documents
 from jaxcl.host.block_file import BlockFile, complete_array
 from jaxcl.host.files import digest_of, is_remote, read_sealed_json, write_sealed_json
 from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar, say
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.host_vectors import for_inner_products, quantized, truncated
+from jaxcl.run.image_documents import Corpus, embed_documents
 from jaxcl.run.vector_search import PRECISIONS, RESCORE, VectorSearch, share_kept
 from jaxcl.typing import Float
 
@@ -74,7 +74,7 @@ class CorpusIndex(NamedTuple):
 
 def open_index(
     model: EmbeddingModel,
-    documents: Documents,
+    documents: Corpus,
     base: Path,
     *,
     paths: str,
@@ -216,10 +216,10 @@ def _key_vectors(model: EmbeddingModel, embeddings: np.ndarray, dim: int | None)
     return for_inner_products(model.similarity_function, "key", vectors)
 
 
-def _embedded(model: EmbeddingModel, documents: Documents, folder: Path) -> np.ndarray:
+def _embedded(model: EmbeddingModel, documents: Corpus, folder: Path) -> np.ndarray:
     def rows_of(rows: slice, advance: Callable[[int], object]) -> np.ndarray:
-        texts = documents.read(np.arange(rows.start, rows.stop))
-        vectors = model.encode(texts, side="key", progress=advance)
+        numbers = np.arange(rows.start, rows.stop)
+        vectors = embed_documents(model, documents, numbers, side="key", progress=advance)
         invalid = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if invalid.size:
             name = documents.ids[rows.start + int(invalid[0])]
@@ -288,7 +288,7 @@ def _array(
 
 def _kept(
     model: EmbeddingModel,
-    documents: Documents,
+    documents: Corpus,
     full_keys: np.ndarray,
     search: VectorSearch,
     dim: int | None,
@@ -316,14 +316,14 @@ def _read_measured(folder: Path) -> dict[str, dict[str, float]]:
 
 def _measure(
     model: EmbeddingModel,
-    documents: Documents,
+    documents: Corpus,
     full_keys: np.ndarray,
     search: VectorSearch,
     dim: int | None,
 ) -> dict[str, float]:
     size = min(_SAMPLE, len(documents))
     sample = np.sort(np.random.default_rng(0).choice(len(documents), size, replace=False))
-    embeddings = model.encode(documents.read(sample), progress=False)
+    embeddings = embed_documents(model, documents, sample, side="query", progress=False)
     searches = {"float": VectorSearch(search.keys)}
     if search.codes is not None:
         searches |= {"search": search, "codes": search._replace(rescore=1)}

@@ -19,12 +19,21 @@ from jaxcl.host.user_folders import cache_folder, shared_folder
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.encode_rows import encode_rows
 from jaxcl.run.load_model import is_run, load, model_of_run
-from jaxcl.run.opened import open_run
+from jaxcl.run.opened import OpenedRun, open_run
 from jaxcl.settings.parts import Trust
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import Float
 
-__all__ = ["INDEX_FILE", "Pool", "PoolIndex", "pool_index", "pool_of_data", "pool_of_run"]
+__all__ = [
+    "INDEX_FILE",
+    "Pool",
+    "PoolIndex",
+    "open_run_with_data",
+    "pool_index",
+    "pool_of_data",
+    "pool_of_run",
+    "sources_of",
+]
 
 INDEX_FILE = "search_index.npz"
 _CHUNK_ROWS = 4096
@@ -61,15 +70,15 @@ class PoolIndex(NamedTuple):
     rows: Sequence[dict[str, Any]]
 
 
-def pool_of_run(path: str | os.PathLike[str], *, trust: Trust = ()) -> Pool:
-    """Open a run, and its own data.
+def open_run_with_data(path: str | os.PathLike[str], *, trust: Trust = ()) -> OpenedRun:
+    """Open a run whose own data are to be searched.
 
     Args:
       path: the workdir of a run, or one of its checkpoints.
       trust: packages from which parts named `package.module:function` may be imported.
 
     Raises:
-      ValueError: if there is no run, or it holds anything other than texts.
+      ValueError: if there is no run.
       CheckpointError: if no checkpoint can be read.
     """
     workdir = as_path(path)
@@ -78,7 +87,21 @@ def pool_of_run(path: str | os.PathLike[str], *, trust: Trust = ()) -> Pool:
             f"{workdir} is not a run with its own data; name a file with --corpus, or data with a "
             "config"
         )
-    run = open_run(workdir, trust=trust)
+    return open_run(workdir, trust=trust)
+
+
+def sources_of(settings: Settings) -> dict[str, PairSource]:
+    """Open the splits of data described by settings, by role."""
+    data_dir = shared_folder(settings.run.data_dir)
+    return open_sources(settings.data, data_dir=data_dir, open_source=settings.parts.source)
+
+
+def pool_of_run(run: OpenedRun) -> Pool:
+    """The pool of a run and its own data.
+
+    Raises:
+      ValueError: if it holds anything other than texts.
+    """
     run.check_texts("jaxcl.search")
     rrf_k = run.settings.evaluation.rrf_k
 
@@ -103,8 +126,7 @@ def pool_of_data(path: str | os.PathLike[str], settings: Settings, *, trust: Tru
       ValueError: if there is no model, or the data are missing.
       CheckpointError: if no checkpoint can be read.
     """
-    data_dir, open_source = shared_folder(settings.run.data_dir), settings.parts.source
-    sources = open_sources(settings.data, data_dir=data_dir, open_source=open_source)
+    sources = sources_of(settings)
     model = load(path, trust=trust)
     fingerprints = {role: source.fingerprint for role, source in sources.items()}
     made_from = {"model": model.made_from, "fingerprints": fingerprints}
