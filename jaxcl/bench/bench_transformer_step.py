@@ -73,7 +73,7 @@ def measure(*, torch_python: str | None, rounds: int, **sizes: int) -> dict[str,
         else:
             with torch_process(torch_python, _TORCH, spec) as (ask, versions):
                 facts |= versions
-                ways = {
+                ways: dict[str, Callable[[str], float]] = {
                     "jaxcl": functools.partial(_seconds, programs),
                     "PyTorch": lambda name: ask(name, 1)["seconds"],
                 }
