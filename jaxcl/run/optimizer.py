@@ -20,6 +20,7 @@ from jaxcl.models.trainable import (
 from jaxcl.settings.derived import learning_rate_of, tower_sections
 from jaxcl.settings.pretrained import PRETRAINED
 from jaxcl.settings.sections import OptimizerSettings, Settings
+from jaxcl.step.accumulation import accumulate
 from jaxcl.typing import Array, Float, PyTree
 
 __all__ = ["build_optimizer", "frozen_parameters", "layer_factors"]
@@ -87,8 +88,7 @@ def build_optimizer(
     optimizer = optax.chain(*transformations)
     if every == 1:
         return optimizer, rate_of_step
-    accumulated = optax.MultiSteps(optimizer, every_k_schedule=every).gradient_transformation()
-    return accumulated, lambda step: rate_of_step(step - step % every)
+    return accumulate(optimizer, every=every), lambda step: rate_of_step(step - step % every)
 
 
 def _matched(setting: str, patterns: tuple[str, ...], trained: list[str]) -> list[list[str]]:
