@@ -1,7 +1,4 @@
-"""Adapters exported for peft: their tensors, added to the original weights, are the merged model.
-
-`tests/test_roundtrip.py` loads such a folder with peft and with sentence-transformers.
-"""
+"""Adapters exported for peft: their tensors, added to the original weights, are the merged model."""
 
 import json
 
