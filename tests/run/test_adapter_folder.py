@@ -1,4 +1,4 @@
-"""Adapters exported for peft: their tensors, added to the original weights, are the merged model."""
+"""Adapters exported for peft: added to the original weights, they are the merged model."""
 
 import json
 
