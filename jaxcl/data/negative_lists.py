@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxcl.data.row_digests import NO_DIGEST, as_digests, number_digests, text_digest
 from jaxcl.data.row_ranges import RowRange
+from jaxcl.data.source_fields import read_fields
 from jaxcl.data.sources import PairSource, checked_rows
 from jaxcl.data.splits import ConcatenatedPairs
 from jaxcl.typing import SIDES, Float, Int, Integer
@@ -55,7 +56,7 @@ def have_negatives(source: PairSource) -> bool:
     """
     sample = np.linspace(0, len(source) - 1, _SAMPLED_ROWS).astype(np.int64)
     rows = np.unique(np.concatenate([_first_rows(source), sample]))
-    return any("negatives" in record for record in source.read(rows))
+    return any("negatives" in record for record in read_fields(source, rows, ("negatives",)))
 
 
 def read_negative_lists(

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jaxcl.data.source_fields import read_fields
 from jaxcl.data.sources import PairSource
 from jaxcl.typing import Int
 
@@ -29,7 +30,7 @@ def match_rows(ids: np.ndarray, pairs: PairSource, *, field: str) -> Int[np.ndar
     file_rows: dict[int, int] = {}
     for first in range(0, len(pairs), _ROWS_AT_ONCE):
         rows = range(first, min(first + _ROWS_AT_ONCE, len(pairs)))
-        for row, record in zip(rows, pairs.read(rows), strict=True):
+        for row, record in zip(rows, read_fields(pairs, rows, (field,)), strict=True):
             if field not in record:
                 raise ValueError(f"id_field={field!r} is not read; add it to data.metadata_fields")
             row_id = record[field]

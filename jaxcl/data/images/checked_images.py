@@ -202,29 +202,32 @@ def _digests(
 ) -> tuple[_Part, list[_Bad | tuple[bytes, ...]]]:
     """The digests of each row's sides, or its first side that cannot be decoded."""
     results: list[_Bad | tuple[bytes, ...]] = []
+    known: dict[bytes, bytes] = {}  # both sides may have one column, and captions one image
     for row, record in enumerate(part.records, part.first):
         if row in part.errors:
             results.append(_Bad(sides[0], str(part.errors[row])))
             continue
         digests: list[bytes] = []
-        for number, side in enumerate(sides):
-            if number and _same(record[sides[0]], record[side]):
-                digests.append(digests[0])  # both sides read one column
-                continue
+        for side in sides:
             try:
-                verify_image(record[side])
-                pixels = decode_image(record[side], rule)
+                digests.append(_digest(record[side], rule, known))
             except BadImage as error:
                 results.append(_Bad(side, str(error)))
                 break
-            digests.append(hashlib.blake2b(pixels.tobytes(), digest_size=16).digest())
         else:
             results.append(tuple(digests))
     return part, results
 
 
-def _same(first: Any, second: Any) -> bool:
-    return first is second or (isinstance(first, bytes) and first == second)
+def _digest(value: Any, rule: ImageRule, known: dict[bytes, bytes]) -> bytes:
+    """The digest of the pixels of an image, decoded once for equal files."""
+    if isinstance(value, bytes) and value in known:
+        return known[value]
+    verify_image(value)
+    digest = hashlib.blake2b(decode_image(value, rule).tobytes(), digest_size=16).digest()
+    if isinstance(value, bytes):
+        known[value] = digest
+    return digest
 
 
 def _selected(checked: CheckedImages, chosen: Int[np.ndarray, " n"]) -> CheckedImages:

@@ -103,10 +103,13 @@ def read_references(references: Sequence[bytes], paths: Sequence[Path]) -> list[
     Raises:
       BadImage: if a file is missing, or not a regular file inside the folder of the rows.
     """
+    distinct = list(dict.fromkeys(references))  # the captions of an image refer to it, too
     read = functools.partial(_read, paths=paths)
-    if sum(reference[:1] == _PATH for reference in references) < _FEW:
-        return [read(reference) for reference in references]
-    return list(in_threads(read, references, purpose="reading"))
+    if sum(reference[:1] == _PATH for reference in distinct) < _FEW:
+        files = dict(zip(distinct, map(read, distinct), strict=True))
+    else:
+        files = dict(zip(distinct, in_threads(read, distinct, purpose="reading"), strict=True))
+    return [files[reference] for reference in references]
 
 
 def reference_place(reference: bytes, paths: Sequence[Path]) -> str | None:
