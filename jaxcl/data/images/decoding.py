@@ -74,12 +74,12 @@ def pillow() -> Any:
     """The module `PIL.Image`.
 
     Raises:
-      ImportError: if Pillow is not installed.
+      ValueError: if Pillow is not installed.
     """
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError(
+        raise ValueError(
             'images need Pillow, which is not installed; run pip install "jaxcl[images]"'
         ) from error
     return Image

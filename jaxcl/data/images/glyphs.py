@@ -84,8 +84,8 @@ def prepare_glyphs(
       characters: draw only these; `None` draws all that a face has.
 
     Raises:
-      ImportError: if Pillow, matplotlib or fontTools is not installed.
-      ValueError: if an option is wrong, or `data_dir` cannot be written.
+      ValueError: if Pillow, matplotlib or fontTools is not installed, an option is wrong, or
+        `data_dir` cannot be written.
     """
     fonts = _font_files()
     digests = {face: hashlib.sha256(path.read_bytes()).hexdigest() for face, path in fonts.items()}

@@ -1,13 +1,14 @@
 """Every kind of image file becomes RGB of one size, by fixed rules; damaged ones are named."""
 
 import io
+import sys
 import warnings
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from jaxcl.data.images.decoding import BadImage, ImageRule, decode_image, verify_image
+from jaxcl.data.images.decoding import BadImage, ImageRule, decode_image, pillow, verify_image
 
 WHITE = (255, 255, 255)
 
@@ -213,3 +214,31 @@ def test_a_bomb_that_python_reports_as_a_warning_is_an_error(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)  # pytest turns warnings into errors
     with pytest.raises(BadImage, match="more pixels than"):
         decode_image(encoded(photo(10, 10)), ImageRule(4))
+
+
+def test_files_of_other_colours_become_rgb():
+    grey = photo(600, 400).convert("L")
+    found = decode_image(encoded(grey, "JPEG", quality=95), ImageRule(32))  # at a fraction
+    assert (found == found[..., :1]).all()
+    wanted = decode_image(grey, ImageRule(32)).astype(int)
+    assert np.abs(found - wanted).max() <= 3
+    cmyk = encoded(flat("CMYK", (600, 400), (0, 255, 255, 0)), "JPEG", quality=100)
+    red = decode_image(cmyk, ImageRule(32)).astype(int)
+    assert np.abs(red - [255, 0, 0]).max() <= 3
+    deep = Image.fromarray(np.full((4, 4), 257 * 40 + 100, np.uint16))
+    assert uniform_colour(encoded(deep)) == (40, 40, 40)
+    assert uniform_colour(encoded(deep, "TIFF")) == (40, 40, 40)
+
+
+def test_the_first_frame_of_an_animation_is_taken():
+    frames = [flat("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    for format_ in ("GIF", "WEBP"):
+        options = {"lossless": True} if format_ == "WEBP" else {}
+        file = encoded(frames[0], format_, save_all=True, append_images=frames[1:], **options)
+        assert uniform_colour(file) == (255, 0, 0)
+
+
+def test_a_missing_pillow_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ValueError, match=r'not installed; run pip install "jaxcl\[images\]"'):
+        pillow.__wrapped__()

@@ -147,5 +147,5 @@ def test_wrong_shares_are_errors(tmp_path):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(demo_sets.importlib.util, "find_spec", lambda name: None)
     message = r"data\.name='glyphs' needs the package matplotlib.*pip install \"jaxcl\[images\]\""
-    with pytest.raises(ImportError, match=message):
+    with pytest.raises(ValueError, match=message):
         glyphs._font_files()
