@@ -164,7 +164,7 @@ def _waiting_share(
     return waited / (time.perf_counter() - start)
 
 
-def _weights() -> list[Float[Array, "3 3 i o"]]:
+def _weights() -> list[Float[Array, "3 3 _ _"]]:
     keys = jax.random.split(jax.random.key(0), len(_CHANNELS) - 1)
     shapes = zip(keys, _CHANNELS, _CHANNELS[1:], strict=False)
     return [0.1 * jax.random.normal(key, (3, 3, before, after)) for key, before, after in shapes]
@@ -174,7 +174,7 @@ def _make_step() -> Callable[..., Any]:
     """A gradient step of three strided convolutions, on any square images."""
 
     def loss(
-        weights: list[Float[Array, "3 3 i o"]], images: UInt8[Array, "b s s 3"]
+        weights: list[Float[Array, "3 3 _ _"]], images: UInt8[Array, "b s s 3"]
     ) -> Float[Array, ""]:
         hidden = images.astype(jnp.float32) / 255
         for weight in weights:
