@@ -59,9 +59,9 @@ def get_config() -> ConfigDict:
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    # A file of pairs (.jsonl, .csv, .tsv or .parquet), a glob pattern for several files, a folder
-    # saved by Hugging Face datasets, a TFDS name, the folder of a prepared TFDS data set, or
-    # "code_pairs".
+    # A file of pairs (.jsonl, .csv, .tsv, .parquet or .tar), a glob pattern for several files, a
+    # folder saved by Hugging Face datasets, a folder of images with a subfolder per class, a TFDS
+    # name, the folder of a prepared TFDS data set, "code_pairs", "glyphs" or "emoji".
     data.name = placeholder(str)
     # The rows used for "train" and "validation". For files of pairs: a percentage, selected by
     # hash; "rest" for all rows in no other split; or the path of another file.

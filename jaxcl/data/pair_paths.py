@@ -20,6 +20,9 @@ from jaxcl.settings.file_kinds import (
 __all__ = ["cached_digests", "describe_files", "find_paths", "unknown_split"]
 
 
+_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test"}
+
+
 def find_paths(name: str, split: str) -> tuple[Path, ...]:
     """The files of a data set, in order.
 
@@ -41,12 +44,25 @@ def find_paths(name: str, split: str) -> tuple[Path, ...]:
     else:
         paths = [path]
     for file in paths:
-        if not file.is_dir():
+        if file.is_dir():
+            _check_classes(file)
+        else:
             file_kind(file)
     if split != "train":
         what = "folder of images" if path.is_dir() else "file"
         raise ValueError(f"{unknown_split(name, split)}. A {what} has only the split 'train'")
     return tuple(paths)
+
+
+def _check_classes(folder: Path) -> None:
+    """Reject a folder of splits, whose names would become the classes."""
+    names = sorted(one.name for one in folder.iterdir() if one.is_dir())
+    if set(names) <= _SPLIT_NAMES:
+        raise ValueError(
+            f"{folder} has a folder per split ({', '.join(names)}) and not per class; set "
+            f"data.name={folder / names[0]}, and the path of another in data.splits, such as "
+            f"data.splits.validation={folder / names[-1]}"
+        )
 
 
 def _hugging_face_files(folder: Path, split: str) -> tuple[Path, ...]:

@@ -83,6 +83,8 @@ def _samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
         end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         if not member.isfile():
             continue
+        if member.issparse():
+            raise ValueError(f"{member.name} is a sparse file; write the tar without --sparse")
         folder, _, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
         key = f"{folder}/{stem}" if folder else stem

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 import pytest
 from PIL import Image
-from pyarrow import parquet
+from pyarrow import ipc, parquet
 
 from jaxcl.data.images.decoding import ImageRule, decode_image
 from jaxcl.data.images.file_index import digest_of_files
@@ -22,6 +22,7 @@ from jaxcl.data.prepare import open_sources, prepare_data
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import open_splits
 from jaxcl.settings.read import read_settings
+from tests.test_readme import snippet
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -160,6 +161,15 @@ def test_a_folder_without_classes_is_an_error(tmp_path):
 def test_a_folder_has_only_one_split(folder, tmp_path):
     with pytest.raises(ValueError, match=r"no split 'val'.*A folder of images has only the split"):
         opened(folder, tmp_path, splits={"train": "val"})
+
+
+def test_a_folder_of_splits_is_an_error(folder, tmp_path):
+    (tmp_path / "all").mkdir()
+    shutil.copytree(folder, tmp_path / "all" / "train")
+    shutil.copytree(folder, tmp_path / "all" / "val")
+    message = r"has a folder per split \(train, val\).*data\.name=.*train, .*validation=.*val"
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path / "all", tmp_path)
 
 
 def test_another_folder_may_be_held_out(folder, tmp_path):
@@ -473,6 +483,24 @@ def test_a_damaged_image_in_a_tar_is_named(tmp_path):
         prepared(path, tmp_path)
 
 
+# A data set of the README
+
+
+def test_the_builder_of_the_readme_prepares_photographs(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    for number, name in enumerate(("a cat", "a dog")):
+        (tmp_path / "photos" / f"{name}.jpg").write_bytes(picture(number, "JPEG"))
+    monkeypatch.chdir(tmp_path)
+    exec(snippet("Use", file="jaxcl/data/images/README.md"), {"__name__": "prepare_photos"})
+    fields = {"query_field": "image", "key_field": "caption"}
+    directory = tmp_path / "data" / "my_photos" / "1.0.0"
+    rows = all_rows(opened(directory, tmp_path, **fields)["train"])
+    assert {row["key"]: row["query"] for row in rows} == {
+        "a cat": picture(0, "JPEG"),
+        "a dog": picture(1, "JPEG"),
+    }
+
+
 # Digests
 
 
@@ -506,3 +534,18 @@ def test_digests_are_computed_again_only_for_changed_files(tmp_path, monkeypatch
     [index] = directory.iterdir()
     (index / "digests.npy").write_bytes(b"damaged")
     assert digest_of_files(folder, names, directory=directory) == first
+
+
+def test_a_folder_of_datasets_holds_images(tmp_path):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    files = [{"bytes": picture(number), "path": None} for number in range(3)]
+    table = pyarrow.table({"image": files, "text": ["a", "b", "c"], "label": [0, 1, 0]})
+    with ipc.new_stream(str(folder / "data.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    state = {"_data_files": [{"filename": "data.arrow"}]}
+    (folder / "state.json").write_text(json.dumps(state))
+    train = opened(folder, tmp_path, group_field="label")["train"]
+    assert all_rows(train) == [
+        {"query": picture(number), "key": "abc"[number], "group": number % 2} for number in range(3)
+    ]
