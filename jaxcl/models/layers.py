@@ -129,7 +129,7 @@ def linear_layer(in_features: int, out_features: int, **options: Any) -> nnx.Lin
 def _product_of_rows(
     inputs: Float[Array, "*b i"], kernel: Float[Array, "i o"], dimensions: Any, **options: Any
 ) -> Float[Array, "*b o"]:
-    del dimensions  # those of a linear layer
+    del dimensions  # a linear layer always contracts the last axis
     rows = inputs.reshape(-1, inputs.shape[-1])
     product = lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
     return product.reshape(*inputs.shape[:-1], kernel.shape[1])
