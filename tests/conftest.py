@@ -42,6 +42,7 @@ collect_ignore = [  # scripts for environments with other packages
     "losses/values",
     "models/image_values",
     "models/pretrained/reference",
+    "roundtrip_peft.py",
     "roundtrip_sentence_transformers.py",
     "run/encoded/make_vectors.py",
 ]

@@ -237,3 +237,32 @@ def test_minilm_goes_through_sentence_transformers_after_training(torch_python, 
     model = jaxcl.load(workdir)
     assert_same_vectors(torch_python, folder, model, LONG, tmp_path / "theirs")
     assert np.abs(model.encode(LONG) - jaxcl.load(minilm).encode(LONG)).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["bert", "decoder"])
+def test_adapters_go_through_peft_and_sentence_transformers(torch_python, tmp_path, name):
+    find = "import peft, transformers"
+    if subprocess.run([torch_python, "-I", "-c", find], capture_output=True).returncode:
+        pytest.skip("peft is not installed next to torch")
+    write = {"bert": write_tiny_bert, "decoder": write_tiny_decoder}[name]
+    original = write(tmp_path / "tiny")
+    lora = {"rank": 2, "alpha": 5.0}
+    workdir = save_tuned_run(tmp_path / "run", original, model__lora=lora)
+    folder = export(workdir, tmp_path / "adapters", format="peft")
+    (tmp_path / "texts.json").write_text(json.dumps(LONG))
+    script = SCRIPT.with_name("roundtrip_peft.py")
+    files = map(str, [folder, tmp_path / "texts.json", tmp_path / "output.npz"])
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [torch_python, "-I", str(script), *files]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    model, base = jaxcl.load(workdir), jaxcl.load(original)
+    with np.load(tmp_path / "output.npz") as output:
+        for side, of_library in {"query": "query", "key": "document"}.items():
+            ours = model.encode(LONG, side=side)
+            assert np.abs(ours - output[of_library]).max() < LARGEST_DIFFERENCE
+            assert np.abs(ours - base.encode(LONG, side=side)).max() > 1e-3
+        merged = map_tensors(export(workdir, tmp_path / "merged") / "model.safetensors")
+        for tensor, ours in merged.items():
+            theirs = output[f"weights/{tensor.removeprefix('model.')}"]
+            assert np.abs(ours - theirs).max() < LARGEST_DIFFERENCE, tensor

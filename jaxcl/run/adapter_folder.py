@@ -62,7 +62,9 @@ def adapter_files(run: OpenedRun, dtype: np.dtype | None = None) -> ModelFiles:
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.asarray(layer["lora_b"]).T
     folder = model.encoder_folder
     contents = dict(files.contents)
-    contents.pop(join(folder, "model.safetensors.index.json"), None)
+    # With a config.json next to the adapters, transformers would look for the weights there, too.
+    for file in ("config.json", "model.safetensors.index.json"):
+        contents.pop(join(folder, file), None)
     contents[join(folder, _CONFIG)] = as_json(_config(settings, sorted(adapted)))
     kept = {file: named for file, named in files.tensors.items() if not lies_in(file, folder)}
     written = with_dtype({join(folder, _WEIGHTS): tensors}, dtype)
