@@ -343,6 +343,9 @@ def _evaluation() -> ConfigDict:
     # The weights that evaluation and all other commands, such as search and export, use: "trained",
     # or "average", the moving average of optimizer.average_decay.
     evaluation.weights = "trained"
+    # Whether evaluation and all other commands use the embeddings of the loss. False uses the
+    # features below the projection head, which encoders of images have (model.options.head).
+    evaluation.projection_head = True
     # Evaluation sets, as --config.evaluation.sets.NAME=PATH. Each is a file or folder, or
     # split:ROLE for labelled rows of the run's own data, evaluated every run.evaluate_every steps.
     # Its metrics are called NAME/METRIC.

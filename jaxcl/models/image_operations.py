@@ -1,7 +1,7 @@
 """Operations on one image, such as crops and changes of colour, from which augmentations are built.
 
 Each is a pure function of an image in [0, 1] and of explicit parameters, which may be traced, so
-that `jax.vmap` gives each image of a batch its own. Values agree with those of torchvision on float
+that `jax.vmap` gives each image of a batch its own. Results agree with torchvision's on float
 images; `tests/models/test_image_operations.py` compares them.
 
     crop = random_crop_box(key, 96, 128, scale=(0.2, 1.0))

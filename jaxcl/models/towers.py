@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxcl.typing import SIDES, Array, Augment, Embeddings, Key, PyTree, RowKeys
 
-__all__ = ["Encode", "EncoderPart", "TowerSpec", "Towers", "make_towers"]
+__all__ = ["Encode", "EncoderPart", "Headed", "TowerSpec", "Towers", "make_towers"]
 
 SHARED = "both"
 """The name of the parameters that both sides share."""
@@ -26,6 +26,14 @@ class Encode(Protocol):
     def __call__(
         self, params: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None = None
     ) -> Embeddings: ...
+
+
+@runtime_checkable
+class Headed(Protocol):
+    """An encoder with a projection head, which the loss needs and evaluation may leave out."""
+
+    def features(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
+        """Embed inputs by the features below the head, as unit vectors."""
 
 
 class EncoderPart(NamedTuple):
@@ -60,6 +68,12 @@ class TowerSpec(NamedTuple):
     load: Callable[[Path, PyTree], PyTree] | None = None
 
 
+def _no_features(
+    params: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None = None
+) -> Embeddings:
+    raise ValueError("these encoders have no projection head")
+
+
 class Towers(NamedTuple):
     """A model as functions.
 
@@ -71,12 +85,15 @@ class Towers(NamedTuple):
         conversion would copy arrays that may be memory-mapped.
       encode: the encode function.
       augment: side -> its augmentation in training.
+      features: the same as `encode` below the projection heads; a `ValueError` for an encoder
+        without one.
     """
 
     init: Callable[[Key[Array, ""]], PyTree]
     load: Callable[[Path | Mapping[str, Path]], PyTree]
     encode: Encode
     augment: Mapping[str, Augment] = {}
+    features: Encode = _no_features
 
     def abstract_parameters(self, sharding: jax.sharding.Sharding) -> PyTree:
         """The tree of `init` with a `jax.ShapeDtypeStruct` of this sharding for each array."""
@@ -127,13 +144,24 @@ def make_towers(
         sources = source if isinstance(source, Mapping) else dict.fromkeys(specs, source)
         return {name: _load_one(name, specs, abstract, path) for name, path in sources.items()}
 
+    def module_of(params: PyTree, side: str) -> nnx.Module:
+        name = SHARED if SHARED in specs else side
+        return nnx.merge(graphs[name], params[name])
+
     def encode(
         params: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None = None
     ) -> Embeddings:
-        name = SHARED if SHARED in specs else side
-        return nnx.merge(graphs[name], params[name])(inputs, rngs)
+        return module_of(params, side)(inputs, rngs)
 
-    return Towers(init, load, encode, augment or {})
+    def features(
+        params: PyTree, side: str, inputs: PyTree, rngs: RowKeys | None = None
+    ) -> Embeddings:
+        module = module_of(params, side)
+        if not isinstance(module, Headed):
+            raise ValueError(f"{type(module).__name__} has no projection head")
+        return module.features(inputs, rngs)
+
+    return Towers(init, load, encode, augment or {}, features)
 
 
 def _init_one(spec: TowerSpec, key: Key[Array, ""]) -> PyTree:

@@ -21,7 +21,7 @@ from jaxcl.run.encoder import Encoder
 from jaxcl.run.identity import pretrained_fingerprints
 from jaxcl.run.model_files import ModelFiles, as_json, with_dtype
 from jaxcl.run.opened import OpenedRun
-from jaxcl.run.training import build_embedder, build_towers
+from jaxcl.run.training import build_embedder, build_towers, evaluation_towers
 from jaxcl.settings.parts import Trust
 from jaxcl.settings.pretrained import COPIES
 from jaxcl.settings.read import as_dict, read_settings
@@ -105,6 +105,7 @@ def open_exported(folder: AnyPath, *, trust: Trust = ()) -> ExportedModel:
     mesh = make_mesh({"data": -1})
     abstract = towers.abstract_parameters(replicated_sharding(mesh))
     params = place(_map_params(folder / _WEIGHTS, abstract), abstract)
+    towers = evaluation_towers(settings, towers)
     embedder = build_embedder(settings, towers, mesh)
     encoder = Encoder(mesh, towers, embedder, params, build_readers(settings.data, folder))
     return ExportedModel(folder, settings, encoder, description["step"])

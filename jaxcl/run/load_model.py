@@ -24,6 +24,7 @@ from jaxcl.run.encoder import Encoder
 from jaxcl.run.exported import EXPORT_FILE, open_exported
 from jaxcl.run.image_batches import ImageSide, image_side
 from jaxcl.run.opened import OpenedRun, open_run
+from jaxcl.run.training import embedding_dim
 from jaxcl.run.workdir import CHECKPOINTS, ID_FILE
 from jaxcl.settings.data_sections import DataSettings
 from jaxcl.settings.derived import origin_of
@@ -116,7 +117,7 @@ def _trained_model(folder: AnyPath, settings: Settings, encoder: Encoder) -> Emb
         encode=encoder.towers.encode,
         params=encoder.params,
         mesh=encoder.mesh,
-        dim=settings.model.dim,
+        dim=embedding_dim(settings, encoder.towers),
         tokenizer=Text().tokenizer(data, folder) if texts else None,
         rules={side: rule for side, rule in _trained_rules(settings).items() if side in texts},
         images={side: image_side(data, side, folder) for side in SIDES if side not in texts},

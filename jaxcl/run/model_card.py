@@ -17,6 +17,7 @@ from jaxcl.models.pretrained.weights import unused_tensors
 from jaxcl.models.towers import SHARED
 from jaxcl.run.identity import fields_of
 from jaxcl.run.opened import OpenedRun
+from jaxcl.run.training import embedding_dim
 from jaxcl.settings.data_sections import SidePrompts
 from jaxcl.settings.derived import tower_sections
 from jaxcl.settings.file_kinds import names_files
@@ -93,7 +94,7 @@ def model_card(run: OpenedRun, *, name: str, library: str) -> str:
     settings, results = run.settings, _read_results(run)
     sections = [
         *_front_matter(settings, results, library=library),
-        *_introduction(settings, name=name),
+        *_introduction(run, name=name),
         *_usage(settings, name, library=library),
         *_data(settings, results),
         *_training(run),
@@ -131,12 +132,13 @@ def _front_matter(settings: Settings, results: Mapping[str, Any], *, library: st
     return iter(["---", *(f"{key}: {_yaml(value)}" for key, value in metadata.items()), "---", ""])
 
 
-def _introduction(settings: Settings, *, name: str) -> Iterator[str]:
-    data = settings.data
+def _introduction(run: OpenedRun, *, name: str) -> Iterator[str]:
+    settings, data = run.settings, run.settings.data
+    dim = embedding_dim(settings, run.encoder.towers)
     yield f"# {_code(name)}\n"
     yield (
         f"An embedding model trained with jaxcl. It maps queries and keys to unit vectors of "
-        f"{settings.model.dim} dimensions; their inner product is the cosine similarity.\n"
+        f"{dim} dimensions; their inner product is the cosine similarity.\n"
     )
     encoders = {
         "Encoder"
@@ -147,7 +149,7 @@ def _introduction(settings: Settings, *, name: str) -> Iterator[str]:
     yield from _table(
         ("", ""),
         *encoders.items(),
-        ("Dimensions", settings.model.dim),
+        ("Dimensions", dim),
         *(
             (f"Longest {side}", f"{getattr(data.max_tokens, side)} tokens")
             for side in SIDES

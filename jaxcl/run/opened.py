@@ -26,7 +26,12 @@ from jaxcl.run.checkpoint import Checkpoints, Restored, checksum
 from jaxcl.run.checkpoint_record import check_none_lost
 from jaxcl.run.encoder import Encoder
 from jaxcl.run.optimizer import frozen_parameters
-from jaxcl.run.training import abstract_parameters, build_embedder, build_towers
+from jaxcl.run.training import (
+    abstract_parameters,
+    build_embedder,
+    build_towers,
+    evaluation_towers,
+)
 from jaxcl.run.workdir import CHECKPOINTS, check_saved_settings, read_config
 from jaxcl.settings.check_evaluation import check_weights
 from jaxcl.settings.derived import BEST, origin_of
@@ -177,6 +182,7 @@ def open_run(path: AnyPath, *, trust: Trust = (), weights: str | None = None) ->
         checksums = [int(checksum(leaf)) for leaf in jax.tree.leaves(params)]
     saved = remembered_from(workdir / CHECKPOINTS, restored.record.get("data"))
     check_inputs(settings.data, workdir, saved.fingerprints)
+    towers = evaluation_towers(settings, towers)
     embedder = build_embedder(settings, towers, mesh)
     made_from = {
         "step": restored.step,

@@ -56,6 +56,8 @@ __all__ = [
     "build_embedder",
     "build_towers",
     "build_training",
+    "embedding_dim",
+    "evaluation_towers",
     "run_mesh",
     "with_text_widths",
 ]
@@ -103,7 +105,11 @@ class Training(NamedTuple):
         if self.settings.evaluation.weights == "average":
             _, held = split(state.params, self.frozen)
             params = merge(state.memory["average"].towers, held.get("towers", {}))
-        return Encoder(self.mesh, self.towers, self.embed, params, readers)
+        towers = evaluation_towers(self.settings, self.towers)
+        embed = self.embed
+        if not self.settings.evaluation.projection_head:
+            embed = build_embedder(self.settings, towers, self.mesh)
+        return Encoder(self.mesh, towers, embed, params, readers)
 
 
 def build_training(
@@ -131,6 +137,7 @@ def build_training(
             f"devices; use a multiple of {mesh.size}"
         )
     towers = build_towers(settings)
+    embedding_dim(settings, towers)  # an error before the first evaluation
     params = abstract_parameters(settings, towers)
     optimizer, learning_rate = build_optimizer(settings, params)
     frozen = frozen_parameters(settings, params)
@@ -256,6 +263,38 @@ def build_embedder(settings: Settings, towers: Towers, mesh: Mesh) -> Embedder:
     """The function that embeds many rows with these towers."""
     size = settings.evaluation.batch_size
     return make_embedder(towers.encode, mesh, batch_size=size, cut_sides=cut_sides(settings))
+
+
+def evaluation_towers(settings: Settings, towers: Towers) -> Towers:
+    """The towers that evaluation and all commands use: with or without projection heads."""
+    if settings.evaluation.projection_head:
+        return towers
+    return towers._replace(encode=towers.features)
+
+
+def embedding_dim(settings: Settings, towers: Towers) -> int:
+    """The dimension of the embeddings of `evaluation_towers`.
+
+    Raises:
+      ValueError: if the two sides have different dimensions.
+    """
+    if settings.evaluation.projection_head:
+        return settings.model.dim
+    dims = {}
+    for side in SIDES:
+        spec = modality_of(settings.data, side).spec(settings.data, side)
+        inputs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), spec)
+        params = jax.eval_shape(towers.init, jax.random.key(0))
+        encode = functools.partial(towers.features, side=side)
+        dims[side] = jax.eval_shape(
+            lambda params, inputs, encode=encode: encode(params, inputs=inputs), params, inputs
+        ).shape[1]
+    if len(set(dims.values())) > 1:
+        raise ValueError(
+            f"the features of queries and keys have different dimensions, {dims}; set "
+            "evaluation.projection_head to True"
+        )
+    return dims["query"]
 
 
 def run_mesh(axes: Mapping[str, int], *, devices: Sequence[jax.Device] | None = None) -> Mesh:

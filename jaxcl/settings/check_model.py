@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxcl.models.layers import DEFAULT_MAX_TOKENS
 from jaxcl.models.lora import BASE_DTYPES, Lora
+from jaxcl.models.towers import Headed
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES
 
@@ -48,6 +49,19 @@ def check_model(settings: Settings) -> None:
         )
     _check_lora(model.lora)
     _check_augmentation(settings)
+    _check_projection_head(settings)
+
+
+def _check_projection_head(settings: Settings) -> None:
+    if settings.evaluation.projection_head:
+        return
+    for section, part in settings.parts.encoders.items():
+        encoder = part.function
+        if isinstance(encoder, type) and not issubclass(encoder, Headed):
+            raise ValueError(
+                f"evaluation.projection_head=False, but {section} has no projection head "
+                f"({encoder.__name__}); leave it True"
+            )
 
 
 def _check_lora(lora: Lora) -> None:

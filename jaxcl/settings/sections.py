@@ -224,6 +224,7 @@ class EvaluationSettings(NamedTuple):
     rrf_k: Size = 10
     batch_size: Size = 1_024
     weights: str = "trained"
+    projection_head: bool = True
     sets: Mapping[str, str] = {}
     best_metric: str | None = None
     patience: Size | None = None

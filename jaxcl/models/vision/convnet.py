@@ -1,0 +1,95 @@
+"""A small convolutional encoder of small images, for laptops."""
+
+import functools
+import itertools
+import math
+from typing import Annotated, Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from jaxcl.models.vision.entry import PixelRule
+from jaxcl.models.vision.image_encoder import HALF, ImageEncoder, Pixels, ProjectionHead
+from jaxcl.typing import Array, Float, Range, RowKeys, check_ranges
+
+__all__ = ["ConvNetEncoder", "ConvNetOptions"]
+
+_Size = Annotated[int, Range(least=1)]
+_Level = Annotated[float, Range()]  # of a channel
+_Spread = Annotated[float, Range(above=0)]
+_Share = Annotated[float, Range(above=0, most=1)]
+
+
+class ConvNetOptions(NamedTuple):
+    """Options of `ConvNetEncoder` in a config."""
+
+    image_size: _Size | None = None
+    widths: tuple[_Size, ...] | None = None
+    hidden_dim: _Size | None = None
+    head: tuple[_Size, ...] | None = None
+    mean: tuple[_Level, _Level, _Level] | None = None
+    std: tuple[_Spread, _Spread, _Spread] | None = None
+    kept: _Share | None = None
+    compute_dtype: str | None = None
+
+
+class ConvNetEncoder(ImageEncoder):
+    """Convolutions of stride 2, and a dense layer over all positions.
+
+    The dense layer sees where something is in the image, which an average over positions would not
+    tell. Layer norms follow the convolutions, so that each row is independent of the others.
+
+    Args:
+      loaded_size: height and width of the images in the data (`data.images.size`).
+      dim: dimension of the embeddings.
+      image_size: height and width of the images that the encoder reads; others are resized.
+        `None` uses `loaded_size`.
+      widths: the number of channels of each convolution; each halves height and width.
+      hidden_dim: the width of the features below the projection head.
+      head: the widths of the hidden layers of the projection head; `()` for a linear layer.
+      mean, std: the mean and standard deviation of the pixels in [0, 1], by channel.
+      kept: the share of height and width that is kept, around the centre, of images that are
+        resized.
+      compute_dtype: type of activations; `None` uses bfloat16 on accelerators and float32
+        elsewhere.
+      rngs: for the initial parameters.
+
+    Raises:
+      ValueError: for an option out of range.
+    """
+
+    def __init__(
+        self,
+        loaded_size: int,
+        *,
+        dim: int,
+        image_size: int | None = None,
+        widths: tuple[int, ...] = (32, 64, 128),
+        hidden_dim: int = 256,
+        head: tuple[int, ...] = (),
+        mean: tuple[float, float, float] = HALF,
+        std: tuple[float, float, float] = HALF,
+        kept: float = 1.0,
+        compute_dtype: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        check_ranges(ConvNetOptions(image_size, widths, hidden_dim, head, None, std, kept))
+        size = image_size or loaded_size
+        super().__init__(PixelRule(size, mean, std, kept), compute_dtype=compute_dtype)
+        conv = functools.partial(
+            nnx.Conv, kernel_size=(3, 3), strides=2, use_bias=False, dtype=self.dtype, rngs=rngs
+        )
+        norm = functools.partial(nnx.LayerNorm, dtype=self.dtype, rngs=rngs)
+        channels = (3, *widths)
+        self.convolutions: Any = nnx.List([conv(*pair) for pair in itertools.pairwise(channels)])
+        self.norms: Any = nnx.List([norm(width) for width in widths])
+        length = functools.reduce(lambda length, _: math.ceil(length / 2), widths, size)
+        self.dense = nnx.Linear(length**2 * channels[-1], hidden_dim, dtype=self.dtype, rngs=rngs)
+        self.head = ProjectionHead(hidden_dim, head, dim, dtype=self.dtype, rngs=rngs)
+
+    def backbone(self, pixels: Pixels, rngs: RowKeys | None) -> Float[Array, "b h"]:
+        """Compute the features of images below the projection head."""
+        hidden = pixels
+        for conv, norm in zip(self.convolutions, self.norms, strict=True):
+            hidden = jax.nn.gelu(norm(conv(hidden)))
+        return jax.nn.gelu(self.dense(hidden.reshape(hidden.shape[0], -1)))
