@@ -25,6 +25,7 @@ TIMEOUT_SECONDS = 600
 CODE_SEARCH, PLAIN = "configs/code_search.py", "configs/code_search.py:plain"
 TRANSFORMER = "configs/code_search_transformer.py:smoke"
 DECODER = "configs/large_encoders.py:mistral_7b"
+IMAGES = ("data.name=glyphs",)  # which the first run prepares in the folder of the data
 OPTIONS = "tests/goldens/options_config.py"  # its variants set options of losses
 
 SMALL = (
@@ -150,6 +151,10 @@ RUNS = {
         TRANSFORMER, ("grad_cache.chunk_tokens=400", *SHORT_TEXTS, *SCANNED)
     ),
     "decoder": Case(DECODER, DECODER_SIZES),
+    "simclr": Case("configs/simclr.py:smoke", IMAGES),
+    "moco": Case("configs/moco.py:smoke", IMAGES),
+    "image-text": Case("configs/image_text.py:smoke", IMAGES),
+    "image-text-siglip": Case("configs/image_text.py:smoke_siglip", IMAGES, devices=2),
     "8-devices": Case(CODE_SEARCH, UNIFORM, devices=8),
     "8-devices-ring": Case(PLAIN, (*QUEUE, *WHOLE, "loss.exchange=ring"), devices=8),
     "8-devices-remembering": Case(
