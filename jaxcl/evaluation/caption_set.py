@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcl.data.images.image_files import file_inside
+from jaxcl.data.images.image_files import ImageFiles, file_inside
 from jaxcl.data.text_files import is_text_file, read_records
 from jaxcl.evaluation.caption_ranks import CaptionPairs, rank_captions
 from jaxcl.evaluation.differences import Difference
@@ -41,13 +41,13 @@ class CaptionedImages(NamedTuple):
     """Distinct images with their captions.
 
     Attributes:
-      images: the image files: their contents, or their paths.
+      images: the image files.
       captions: the distinct captions.
       pairs: which belong together.
       fingerprint: of the contents and the pairs.
     """
 
-    images: Sequence[bytes | Path]
+    images: ImageFiles
     captions: Sequence[str]
     pairs: CaptionPairs
     fingerprint: str
@@ -184,7 +184,7 @@ def _captioned(records: Iterable[tuple[str, Mapping[str, Any]]], file: Path) -> 
     digest = hashlib.sha256(b"".join(numbers) + "\0".join(captions).encode())
     digest.update(np.concatenate([columns.ravel(), group_of]).astype(np.int64).tobytes())
     of_pairs = CaptionPairs(columns[:, 0], columns[:, 1], np.array(group_of, np.int64))
-    return CaptionedImages(images, list(captions), of_pairs, digest.hexdigest())
+    return CaptionedImages(ImageFiles(images), list(captions), of_pairs, digest.hexdigest())
 
 
 def _image_of(record: Mapping[str, Any], folder: Path, where: str) -> bytes | Path:

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from jaxcl.data.images.image_files import ImageFiles
+from jaxcl.data.images.image_files import ImageFiles, naming_damaged
 from jaxcl.evaluation.described import describe_environment, describe_model, json_values
 from jaxcl.evaluation.differences import (
     Difference,
@@ -203,9 +203,10 @@ def _encode(
     title = f"embedding {len(values):,} {modality[side]}s of side {side}"
     with progress_bar(title, len(values)) as advance:
         options: dict[str, Any] = {"side": side, "batch_size": batch_size, "progress": advance}
-        paths = values.paths if isinstance(values, ImageFiles) else values
-        options["images" if modality[side] == "image" else "texts"] = paths
-        vectors = model.encode(**options)
+        given = values.files if isinstance(values, ImageFiles) else values
+        options["images" if modality[side] == "image" else "texts"] = given
+        with naming_damaged(values):
+            vectors = model.encode(**options)
     return for_inner_products(model.similarity_function, side, vectors)
 
 

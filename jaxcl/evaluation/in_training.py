@@ -12,6 +12,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from jaxcl.data.images.image_files import naming_damaged
 from jaxcl.data.prepare import RunData
 from jaxcl.data.sources import PairSource
 from jaxcl.evaluation.class_set import names_rows, open_rows
@@ -118,7 +119,8 @@ class TrainingSets:
 def _encode(
     encoder: Encoder, modality: Mapping[str, str], inputs: str, values: Sequence[Any]
 ) -> Float[np.ndarray, "n d"]:
-    return encoder.encode(side_of(inputs, modality), values)
+    with naming_damaged(values):
+        return encoder.encode(side_of(inputs, modality), values)
 
 
 def _values(name: str, opened: EvaluationSet, encode: Encode) -> dict[str, int | float]:

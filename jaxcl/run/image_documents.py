@@ -8,7 +8,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxcl.data.images.image_files import IMAGE_SUFFIXES, ImageFiles, image_files
+from jaxcl.data.images.image_files import (
+    IMAGE_SUFFIXES,
+    ImageFiles,
+    check_images_decode,
+    image_files,
+)
 from jaxcl.data.sources import PairSource
 from jaxcl.host.files import digest_of
 from jaxcl.run.embedding_model import EmbeddingModel
@@ -144,5 +149,9 @@ def embed_documents(
     """
     values = corpus.read(rows)
     if corpus.modality == "image":
-        return model.encode(images=values, progress=progress)
+        try:
+            return model.encode(images=values, progress=progress)
+        except ValueError:
+            check_images_decode([corpus.ids[row] for row in rows.tolist()], values)
+            raise
     return model.encode(values, side=side, progress=progress)

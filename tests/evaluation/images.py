@@ -29,6 +29,4 @@ def write_image(path: Path, content: str) -> None:
 
 
 def _text(value) -> str:
-    if isinstance(value, Path):
-        value = value.read_bytes()
     return value.decode() if isinstance(value, bytes) else value

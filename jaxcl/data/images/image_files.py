@@ -1,12 +1,22 @@
 """Image files in a folder: their list, their contents, and paths that must be inside of it."""
 
+import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from jaxcl.data.images.decoding import BadImage, ImageRule, decode_image
 from jaxcl.host.files import read_regular
 
-__all__ = ["IMAGE_SUFFIXES", "ImageFiles", "file_inside", "image_files"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "ImageFiles",
+    "check_images_decode",
+    "file_inside",
+    "image_files",
+    "naming_damaged",
+]
 
 IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"),
@@ -20,19 +30,53 @@ class ImageFiles(Sequence[bytes]):
     """The contents of image files, read when they are used.
 
     Args:
-      paths: the files.
+      files: the path of each file, or its content.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = list(paths)
+    def __init__(self, files: Sequence[Path | bytes]) -> None:
+        self.files = list(files)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     def __getitem__(self, row):
+        file = self.files[row]
         if isinstance(row, slice):
-            return ImageFiles(self.paths[row])
-        return read_regular(self.paths[row], limit=_MAX_IMAGE_BYTES)
+            return ImageFiles(file)
+        return file if isinstance(file, bytes) else read_regular(file, limit=_MAX_IMAGE_BYTES)
+
+    def check(self) -> None:
+        """Raise a `ValueError` that names the first image that cannot be decoded."""
+        names = [
+            f"number {number:,}" if isinstance(file, bytes) else os.fspath(file)
+            for number, file in enumerate(self.files, start=1)
+        ]
+        check_images_decode(names, self)
+
+
+@contextlib.contextmanager
+def naming_damaged(images: Sequence[Any]) -> Iterator[None]:
+    """While images are decoded, name the first damaged file instead of its position in a batch."""
+    try:
+        yield
+    except ValueError:
+        if isinstance(images, ImageFiles):
+            images.check()
+        raise
+
+
+def check_images_decode(names: Sequence[str], images: Iterable[Any]) -> None:
+    """Raise a `ValueError` with the name of the first image that cannot be decoded.
+
+    Args:
+      names: the name of each image.
+      images: the images, as `jaxcl.data.images.decoding.decode_image` accepts them.
+    """
+    for name, image in zip(names, images, strict=True):
+        try:
+            decode_image(image, ImageRule(size=1))
+        except BadImage as error:
+            raise ValueError(f"the image {name} cannot be decoded: {error}") from error
 
 
 def image_files(folder: Path) -> list[Path]:
