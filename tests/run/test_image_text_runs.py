@@ -124,9 +124,9 @@ class TinyPictures(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        return {"train": self._rows(0, 24), "dev": self._rows(24, 30)}
+        return {"train": self._generate_examples(0, 24), "dev": self._generate_examples(24, 30)}
 
-    def _rows(self, start, stop):
+    def _generate_examples(self, start, stop):
         for number in range(start, stop):
             yield number, {"image": picture(number), "caption": f"file {number}"}
 
