@@ -342,7 +342,11 @@ def test_a_loss_that_does_not_fit_its_config_is_named(changes, message):
 @pytest.mark.parametrize(
     ("assignment", "others", "message"),
     [
-        ({"name": "random"}, {}, "'random' is unknown; use one of uniform, sourced, gcbs"),
+        (
+            {"name": "random"},
+            {},
+            "'random' is unknown; use one of uniform, one_per_query, sourced, gcbs",
+        ),
         ({"name": "sourced"}, {"data.group_field": None}, r"goes by group; set data\.group_field"),
         ({"name": "sourced", "sourced.by": "text"}, {}, "by='text' is unknown; use one of group"),
         ({"name": "sourced", "sourced.by": "data_set"}, {}, r"by data_set; set data\.concatenated"),
