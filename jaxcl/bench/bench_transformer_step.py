@@ -113,38 +113,20 @@ def _parts(
     *, rows: int, tokens: int, hidden: int, layers: int, heads: int, vocabulary: int
 ) -> dict[str, tuple[Callable, tuple]]:
     """Name -> a function and its arguments; PyTorch's parts have the same names."""
-    key = jax.random.key(0)
-
-    def normal(number: int, *shape: int) -> Array:
-        return jax.random.normal(jax.random.fold_in(key, number), shape)
-
-    keys = jax.random.split(key, rows)
-    mask = jnp.ones((rows, tokens), bool)
-    sides = tuple(normal(number, rows, tokens, hidden) for number in range(3))
-    states, large = sides[0], normal(3, rows, tokens, 4 * hidden)
-    flat, gradient = states.reshape(-1, hidden), large.reshape(-1, 4 * hidden)
-    vectors = normal(4, rows, hidden), normal(5, rows, hidden)
-
     architecture = Architecture(
         vocabulary, hidden, layers, heads, 4 * hidden, "gelu", 1e-12, 0.1, tokens, token_types=2
     )
     graph, params = nnx.split(Transformer(architecture, rngs=nnx.Rngs(0)))
+    key = jax.random.key(0)
+    keys = jax.random.split(key, rows)
+    mask = jnp.ones((rows, tokens), bool)
     ids = jax.random.randint(key, (rows, tokens), 0, vocabulary)
+    sides = tuple(_normal(number, rows, tokens, hidden) for number in range(3))
+    vectors = _normal(4, rows, hidden), _normal(5, rows, hidden)
+    norm, norm_params = nnx.split(nnx.merge(graph, params).norm)
 
     def encode(params: PyTree, mask: Array, keys: Array) -> Array:
         return nnx.merge(graph, params)(ids, mask, keys)
-
-    layer, layer_params = nnx.split(linear_layer(hidden, 4 * hidden, rngs=nnx.Rngs(0)))
-    norm, norm_params = nnx.split(nnx.merge(graph, params).norm)
-
-    def linear(params: PyTree, inputs: Array) -> Array:
-        return nnx.merge(layer, params)(inputs.reshape(states.shape)).reshape(gradient.shape)
-
-    def pulled(argument: int) -> Callable:
-        def pull(params: PyTree, inputs: Array, gradient: Array) -> PyTree:
-            return jax.vjp(linear, params, inputs)[1](gradient)[argument]
-
-        return pull
 
     def normalised(params: PyTree, states: Array) -> Array:
         return nnx.merge(norm, params)(states)
@@ -162,12 +144,7 @@ def _parts(
     def loss(sides: tuple[Array, Array]) -> Array:
         return infonce_loss(*map(unit_vectors, sides), temperature=0.05)
 
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
-
-    def update(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-        updates, state = optimizer.update(params, state, params)
-        return optax.apply_updates(params, updates), state
-
+    large = _normal(3, rows, tokens, 4 * hidden)
     return {
         "encoder, forward": (encode, (params, mask, keys)),
         "encoder": (_gradient(encode), (params, mask, keys)),
@@ -175,15 +152,50 @@ def _parts(
         "attention with a mask": (_gradient(attention), (sides, mask)),
         "attention without, forward": (attention_to_all, (sides,)),
         "attention without": (_gradient(attention_to_all), (sides,)),
-        "product x W": (linear, (layer_params, flat)),
-        "product g Wᵀ": (pulled(1), (layer_params, flat, gradient)),
-        "product xᵀ g": (pulled(0), (layer_params, flat, gradient)),
+        **_products(sides[0], large),
         "GELU": (_gradient(ACTIVATIONS["gelu"]), (large,)),
-        "layer norm": (_gradient(normalised), (norm_params, states)),
-        "dropout": (_gradient(dropped), (states, keys)),
+        "layer norm": (_gradient(normalised), (norm_params, sides[0])),
+        "dropout": (_gradient(dropped), (sides[0], keys)),
         "loss": (_gradient(loss), (vectors,)),
-        "clipping and AdamW": (update, (params, optimizer.init(params))),
+        "clipping and AdamW": _update(params),
     }
+
+
+def _normal(number: int, *shape: int) -> Array:
+    return jax.random.normal(jax.random.fold_in(jax.random.key(0), number), shape)
+
+
+def _products(states: Array, large: Array) -> dict[str, tuple[Callable, tuple]]:
+    """The three products of a linear layer, as a step computes them."""
+    hidden, wide = states.shape[-1], large.shape[-1]
+    flat, gradient = states.reshape(-1, hidden), large.reshape(-1, wide)
+    layer, params = nnx.split(linear_layer(hidden, wide, rngs=nnx.Rngs(0)))
+
+    def linear(params: PyTree, inputs: Array) -> Array:
+        return nnx.merge(layer, params)(inputs.reshape(states.shape)).reshape(gradient.shape)
+
+    def pulled(argument: int) -> Callable:
+        def pull(params: PyTree, inputs: Array, gradient: Array) -> PyTree:
+            return jax.vjp(linear, params, inputs)[1](gradient)[argument]
+
+        return pull
+
+    return {
+        "product x W": (linear, (params, flat)),
+        "product g Wᵀ": (pulled(1), (params, flat, gradient)),
+        "product xᵀ g": (pulled(0), (params, flat, gradient)),
+    }
+
+
+def _update(params: PyTree) -> tuple[Callable, tuple]:
+    """Clipping and AdamW; the parameters also serve as their gradient."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
+
+    def update(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+        updates, state = optimizer.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return update, (params, optimizer.init(params))
 
 
 def _gradient(function: Callable) -> Callable:

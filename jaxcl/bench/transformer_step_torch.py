@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
 
 def main(spec_file: str) -> None:
     """Prepare all parts and answer requests."""
-    import torch
-
     with open(spec_file) as file:
         spec = json.load(file)
     torch.set_num_threads(os.cpu_count() or 1)
@@ -33,39 +34,63 @@ def main(spec_file: str) -> None:
 
 
 def _parts(spec: dict[str, int]) -> dict[str, Callable[[], Any]]:
-    import torch
-    import torch.nn.functional as F
+    return _parts_of_model(spec) | _parts_of_layers(spec)
+
+
+def _backward(function: Callable) -> Callable[[], Any]:
+    return lambda: (function().square().sum() / 2).backward()
+
+
+def _parts_of_model(spec: dict[str, int]) -> dict[str, Callable[[], Any]]:
     from transformers import BertConfig, BertModel
 
-    b, t, h, n = (spec[name] for name in ("rows", "tokens", "hidden", "heads"))
-    wide = 4 * h
+    rows, tokens = spec["rows"], spec["tokens"]
     config = BertConfig(
         vocab_size=spec["vocabulary"],
-        hidden_size=h,
+        hidden_size=spec["hidden"],
         num_hidden_layers=spec["layers"],
-        num_attention_heads=n,
-        intermediate_size=wide,
+        num_attention_heads=spec["heads"],
+        intermediate_size=4 * spec["hidden"],
     )
     model = BertModel(config, add_pooling_layer=False).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
-    tokens = torch.randint(spec["vocabulary"], (b, t))
-    mask = torch.ones(b, t, dtype=torch.long)
+    ids = torch.randint(spec["vocabulary"], (rows, tokens))
+    mask = torch.ones(rows, tokens, dtype=torch.long)
+    vectors = [torch.randn(rows, spec["hidden"], requires_grad=True) for _ in range(2)]
+
+    def encoder() -> Any:
+        return model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    def loss() -> Any:
+        queries, keys = (F.normalize(one) for one in vectors)
+        scores, labels = queries @ keys.T * 20, torch.arange(rows)
+        return F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return {
+        "encoder, forward": torch.no_grad()(encoder),
+        "encoder": _backward(encoder),
+        "loss": _backward(loss),
+        "clipping and AdamW": update,
+    }
+
+
+def _parts_of_layers(spec: dict[str, int]) -> dict[str, Callable[[], Any]]:
+    b, t, h, n = (spec[name] for name in ("rows", "tokens", "hidden", "heads"))
+    wide = 4 * h
     lengths = torch.ones(b, 1, 1, t, dtype=torch.bool).expand(b, 1, t, t)
     hidden = torch.randn(b, t, h, requires_grad=True)
     large = torch.randn(b, t, wide, requires_grad=True)
     sides = [torch.randn(b, t, h, requires_grad=True) for _ in range(3)]
-    vectors = [torch.randn(b, h, requires_grad=True) for _ in range(2)]
     kernel = torch.randn(wide, h)
     rows, gradient = torch.randn(b * t, h), torch.randn(b * t, wide)
     norm = torch.nn.LayerNorm(h)
-
-    def backward(function: Callable) -> Callable[[], Any]:
-        return lambda: (function().square().sum() / 2).backward()
-
-    def forward(function: Callable) -> Callable[[], Any]:
-        return torch.no_grad()(function)
+    forward = torch.no_grad()
 
     def attention(seen: Any) -> Callable:
         def attend() -> Any:
@@ -75,33 +100,17 @@ def _parts(spec: dict[str, int]) -> dict[str, Callable[[], Any]]:
 
         return attend
 
-    def encoder() -> Any:
-        return model(input_ids=tokens, attention_mask=mask).last_hidden_state
-
-    def loss() -> Any:
-        queries, keys = (F.normalize(one) for one in vectors)
-        scores, labels = queries @ keys.T * 20, torch.arange(b)
-        return F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
     return {
-        "encoder, forward": forward(encoder),
-        "encoder": backward(encoder),
         "attention with a mask, forward": forward(attention(lengths)),
-        "attention with a mask": backward(attention(lengths)),
+        "attention with a mask": _backward(attention(lengths)),
         "attention without, forward": forward(attention(None)),
-        "attention without": backward(attention(None)),
+        "attention without": _backward(attention(None)),
         "product x W": forward(lambda: F.linear(rows, kernel)),
         "product g Wᵀ": forward(lambda: gradient @ kernel),
         "product xᵀ g": forward(lambda: gradient.T @ rows),
-        "GELU": backward(lambda: F.gelu(large)),
-        "layer norm": backward(lambda: norm(hidden)),
-        "dropout": backward(lambda: F.dropout(hidden, 0.1)),
-        "loss": backward(loss),
-        "clipping and AdamW": update,
+        "GELU": _backward(lambda: F.gelu(large)),
+        "layer norm": _backward(lambda: norm(hidden)),
+        "dropout": _backward(lambda: F.dropout(hidden, 0.1)),
     }
 
 
