@@ -98,8 +98,10 @@ def _data() -> ConfigDict:
     data.special_tokens = placeholder(bool)
     # The prompt before each text of a side; None uses the pretrained model's; "" means no prompt.
     data.prompts = ConfigDict({"query": placeholder(str), "key": placeholder(str)})
-    data.exclude_prompt = placeholder(bool)  # whether pooling leaves out the prompt's tokens
-    data.skip_unknown = placeholder(bool)  # whether to drop unknown tokens, as model2vec does
+    # Whether pooling leaves out the prompt's tokens; None uses the pretrained model's setting.
+    data.exclude_prompt = placeholder(bool)
+    # Whether to drop unknown tokens, as model2vec does; None uses the pretrained model's setting.
+    data.skip_unknown = placeholder(bool)
     data.images = _images()
     return data
 
@@ -118,13 +120,16 @@ def _images() -> ConfigDict:
 
 
 def _files() -> ConfigDict:
-    """Files of pairs. A column that is None is recognised by common names."""
+    """Files of pairs."""
     files = ConfigDict()
     # The column of negatives: texts or lists of texts. A glob pattern matches several columns.
+    # None looks for a column with a common name.
     files.negatives_field = placeholder(str)
-    # The column of a teacher's scores: the score of the key, then of each negative.
+    # The column of a teacher's scores: the score of the key, then of each negative. None looks
+    # for a column with a common name.
     files.scores_field = placeholder(str)
-    files.label_field = placeholder(str)  # the column of similarity labels, such as "score"
+    # The column of similarity labels, such as "score". None looks for a column with a common name.
+    files.label_field = placeholder(str)
     files.min_label = placeholder(float)  # rows with a smaller label are not used for training
     # The column whose hash determines a row's split: "query", "key" or the name of a column.
     files.split_by = "query"
@@ -329,11 +334,11 @@ def _optimizer() -> ConfigDict:
 def _evaluation() -> ConfigDict:
     evaluation = ConfigDict()
     # How to rank keys for held-out rows: "bm25", "dense" (the embeddings) and "hybrid" (both), for
-    # texts, and "pixels", a baseline without a model for sides with images. None is all three for
-    # texts, and ("dense",) otherwise.
+    # texts, and "pixels", a baseline without a model for sides with images. None means all three
+    # for texts, and ("dense",) otherwise.
     evaluation.methods = placeholder(tuple)
-    # The directions in which to rank held-out rows: "query_to_key", "key_to_query". None is both if
-    # the sides have different modalities, such as images and texts, otherwise ("query_to_key",).
+    # The directions in which to rank held-out rows: "query_to_key", "key_to_query". None means both
+    # if the sides have different modalities, such as images and texts; otherwise ("query_to_key",).
     evaluation.directions = placeholder(tuple)
     # Whether the keys of rows with the same group are excluded from a query's ranking, as keys of
     # equal queries always are. Requires data.group_field.
@@ -343,8 +348,9 @@ def _evaluation() -> ConfigDict:
     # The weights that evaluation and all other commands, such as search and export, use: "trained",
     # or "average", the moving average of optimizer.average_decay.
     evaluation.weights = "trained"
-    # Whether evaluation and all other commands use the embeddings of the loss. False uses the
-    # features below the projection head, which encoders of images have (model.options.head).
+    # Whether evaluation and all other commands use the embeddings that the loss is computed
+    # on. False uses the features below the projection head of an image encoder
+    # (model.options.head).
     evaluation.projection_head = True
     # Evaluation sets, as --config.evaluation.sets.NAME=PATH. Each is a file or folder, or
     # split:ROLE for labelled rows of the run's own data, evaluated every run.evaluate_every steps.
@@ -364,14 +370,14 @@ def _run() -> ConfigDict:
     """Settings that may change when a run resumes."""
     run = ConfigDict()
     # The folder of prepared data and token ids, shared by all runs. None means
-    # XDG_CACHE_HOME/jaxcl,
-    # or ~/.cache/jaxcl if XDG_CACHE_HOME is not set.
+    # XDG_CACHE_HOME/jaxcl, or ~/.cache/jaxcl if XDG_CACHE_HOME is not set.
     run.data_dir = placeholder(str)
     # Mesh axes: parameters are sharded over the devices of fsdp; data=-1 uses all remaining
     # devices. The batch is sharded over both.
     run.mesh = ConfigDict({"data": -1, "fsdp": 1})
-    # ((path, dimension or None), …): the dimension of a parameter that fsdp shards; by default, the
-    # longest.
+    # ((regex, dimension or None), …): for parameters whose path matches, the dimension that fsdp
+    # shards; None replicates them. By default, it is the longest dimension that divides evenly, and
+    # small parameters are replicated.
     run.parameter_rules = ()
     run.log_every = 10  # steps between entries in metrics.jsonl
     run.evaluate_every = 100  # steps between evaluations

@@ -31,7 +31,7 @@ class Traffic(NamedTuple):
 
     Attributes:
       memory: bytes read from and written to main memory. Arrays that stay on the chip do not count.
-      interconnect: bytes received from other devices, if every collective is a ring.
+      interconnect: bytes received from other devices, assuming ring collectives.
     """
 
     memory: float

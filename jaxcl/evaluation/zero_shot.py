@@ -152,7 +152,7 @@ def class_embeddings(
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Raise a `ValueError` if a template does not contain `{}` exactly once, or there is none."""
+    """Raise a `ValueError` without templates, or if one does not contain `{}` exactly once."""
     for template in templates:
         if template.count(_PLACE) != 1:
             raise ValueError(

@@ -118,7 +118,7 @@ def make_towers(
       augment: side -> a function of one row's input and a random key.
 
     Raises:
-      ValueError: for other names of encoders.
+      ValueError: if the names are not `both`, or `query` and `key`.
     """
     if not isinstance(encoders, Mapping):
         spec = TowerSpec(encoders)

@@ -39,6 +39,6 @@ def on_grid(vectors: Float[Array, "n d"]) -> Float[Array, "n d"]:
 
 
 def length_on_grid(dim: int) -> float:
-    """The length of vectors with `dim` features before rounding."""
+    """The maximum length, before rounding, of vectors with `dim` features."""
     # Rounding can lengthen a vector by √dim / 2.
     return LENGTH - dim**0.5 / 2

@@ -100,10 +100,10 @@ def _with_either(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_steps(settings: Settings, *, num_rows: int) -> Settings:
-    """The settings with the number of steps that their epochs are.
+    """Replace the epochs in the settings by a number of steps.
 
-    Epochs follow each other without a gap, so that the last batch of the last epoch may hold rows
-    of another one. The steps are rounded up to whole updates of the optimizer, so that every row of
+    Epochs follow each other without a gap, so that the last batch may hold rows of the next
+    epoch. The steps are rounded up to whole updates of the optimizer, so that every row of
     the last epoch is trained on; `jaxcl.run.epochs.epoch_summary` reports it.
 
     Args:
@@ -111,7 +111,7 @@ def with_steps(settings: Settings, *, num_rows: int) -> Settings:
       num_rows: the number of training rows.
 
     Raises:
-      ValueError: for settings that do not go together with this number of steps.
+      ValueError: for settings that conflict with this number of steps.
 
     Example:
       >>> settings = read_settings({"epochs": 1.5, "global_batch_size": 8})

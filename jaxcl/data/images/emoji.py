@@ -237,11 +237,11 @@ def join_families(files: Mapping[str, bytes]) -> dict[str, str]:
 def near_pairs(
     pictures: UInt8[np.ndarray, "n s s 3"], *, distance: float
 ) -> Int[np.ndarray, "p 2"]:
-    """The pairs of pictures whose root mean square difference is smaller than a distance.
+    """The pairs of pictures whose root mean square difference is below `distance`.
 
     Args:
       pictures: levels from 0 to 255.
-      distance: as a share of the range of levels.
+      distance: as a fraction of the range of levels, 255.
     """
     levels = pictures.reshape(len(pictures), -1).astype(np.float32)
     most = distance**2 * 255**2 * levels.shape[1]  # the sum of squares

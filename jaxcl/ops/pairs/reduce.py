@@ -74,12 +74,12 @@ def pair_logsumexp(
       exchange: `"gather"` copies the keys of all devices to every device. A device receives
         `(devices - 1) · k · d` numbers, and sends as many for the gradient (a reduce-scatter).
         `"ring"` holds the keys of one other device at a time. It moves `(devices - 1) · k · d`
-        numbers in each pass, and `devices · k · d` for the gradient, which travels along. Both move
-        three more numbers per column: its value, and the value's shift or cotangent.
+        numbers in each pass, and `devices · k · d` for the gradient, which travels with the keys.
+        Both move three more numbers per column, for its value and gradient.
       implementation: `"reference"` stores all scores and is differentiated by JAX; `"tiled"`
         computes `tile²` scores at a time; `"pallas_tpu"` does the same in TPU kernels;
-        `"pallas_gpu"` uses kernels for NVIDIA GPUs since Hopper, for bfloat16 or float16 without
-        guides. `None` uses the reference up to 2²⁰ entries, and `"tiled"` above.
+        `"pallas_gpu"` uses kernels for NVIDIA GPUs, Hopper or newer, for bfloat16 or float16
+        without guides. `None` uses the reference up to 2²⁰ entries, and `"tiled"` above.
       tile: rows and columns per tile; `None` for the implementation's default.
 
     Returns:
