@@ -7,7 +7,7 @@ import pytest
 
 from jaxcl import evaluate
 from jaxcl.data.prepare import prepare_data
-from jaxcl.evaluation import held_out
+from jaxcl.evaluation import check_held_out
 from jaxcl.evaluation.differences import query_difference
 from jaxcl.evaluation.graded import GRADED_METRICS
 from jaxcl.evaluation.held_out import evaluate_run
@@ -132,7 +132,7 @@ def test_data_without_a_held_out_split_are_an_error(config):
 
 def test_unusable_methods_fail_before_the_model_is_loaded(config, monkeypatch):
     monkeypatch.setattr(evaluate, "load", None)
-    monkeypatch.setattr(held_out, "_has_words", lambda source: False)
+    monkeypatch.setattr(check_held_out, "_has_words", lambda source: False)
     with pytest.raises(ValueError, match="no key of the validation split has a word"):
         evaluate.evaluate("anywhere", config=config)
 

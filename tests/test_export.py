@@ -168,7 +168,7 @@ def test_the_exported_folder_needs_no_run_and_no_other_file(static_run, tmp_path
     assert open_exported(moved).encoder.encode("key", TEXTS).shape == (4, 6)
 
 
-@pytest.mark.parametrize("format", export.FORMATS)
+@pytest.mark.parametrize("format", ["sentence-transformers", "jaxcl"])
 def test_a_model_exported_twice_gives_the_same_files(static_run, tmp_path, format):
     folders = [
         export.export(static_run, tmp_path / parent / "model", format=format) for parent in "ab"
@@ -211,7 +211,7 @@ def test_an_unknown_format_and_a_folder_without_a_run_are_errors(static_run, tmp
         open_exported(static_run)
 
 
-@pytest.mark.parametrize("format", export.FORMATS)
+@pytest.mark.parametrize("format", ["sentence-transformers", "jaxcl"])
 @pytest.mark.parametrize("dtype", export.DTYPES)
 def test_parameters_are_written_in_the_requested_type(static_run, tmp_path, format, dtype):
     folder = export.export(static_run, tmp_path / "model", format=format, dtype=dtype)
@@ -451,11 +451,11 @@ def test_the_card_of_a_fine_tuned_model_names_its_origin(tuned_run, tmp_path):
 
 def test_the_card_names_a_model_of_the_hub_or_the_run_that_training_began_with(tuned_run):
     settings = settings_of(TUNED, model__pretrained=str(tuned_run.with_name("tiny")))
-    model = settings.model
+    model, encoder = settings.model, open_run(tuned_run).encoder
 
     def card(**changes):
         changed = settings._replace(**changes)
-        run = OpenedRun(tuned_run, changed, encoder=None, data_set="", made_from={"step": 7})
+        run = OpenedRun(tuned_run, changed, encoder=encoder, data_set="", made_from={"step": 7})
         return model_card(run, name="model", library="jaxcl")
 
     of_hub = card(model=model._replace(pretrained="org/tiny"))

@@ -414,7 +414,8 @@ def test_other_models_train(tiny, tmp_path, model):
     [
         (
             {"model.name": "statik"},
-            "model.name='statik' is unknown (did you mean 'static'?); use one of decoder, static",
+            "model.name='statik' is unknown (did you mean 'static'?); use one of convnet, decoder, "
+            "resnet, static, transformer, vit",
         ),
         (
             {"model.options": {"hiden_dim": 8}},
@@ -570,7 +571,9 @@ def test_the_speed_leaves_evaluations_out(tiny, tmp_path, monkeypatch):
             yield
         calls.append("resumed")
 
-    monkeypatch.setattr("jaxcl.train.quick_metrics", lambda *_: calls.append("evaluated") or {})
+    monkeypatch.setattr(
+        "jaxcl.train.quick_metrics", lambda *_, **__: calls.append("evaluated") or {}
+    )
     monkeypatch.setattr(Reports, "paused", noted)
     train(tiny(steps=2), tmp_path)
     assert calls == ["paused", "resumed", "paused", "evaluated", "resumed"]  # negatives come first

@@ -39,6 +39,7 @@ class TwoTexts:
 
     kind = "two texts"
     metrics = ("agreement",)
+    inputs = ("query", "key")
 
     def __init__(self, path: Path):
         self.texts = path.read_text().split(",")

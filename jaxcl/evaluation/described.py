@@ -20,7 +20,7 @@ def describe_model(model: EmbeddingModel) -> dict[str, Any]:
         "model": model.source,
         "dim": model.dim,
         "max_tokens": model.max_tokens,
-        "prompts": {side: model.prompts[side] for side in SIDES},
+        "prompts": {side: model.prompts[side] for side in SIDES if side in model.prompts},
     }
 
 

@@ -153,7 +153,7 @@ def test_a_momentum_encoder_sees_the_view_and_evaluation_sees_the_text():
 
 def test_augmentation_and_dropout_draw_different_numbers():
     keys = keys_of_side(jax.random.key(2), 0, jnp.arange(64))
-    views = encode_rows._keys_of_view(keys)
+    views = encode_rows.keys_of_view(keys)
     tokens = {"tokens": jnp.ones((64, 32), int)}
     kept = jax.vmap(token_dropout(rate=0.3))(tokens, views)["tokens"] == 1
     for layer in range(100):
