@@ -6,7 +6,8 @@
 
 The default learns pictures of characters with their Unicode names, in the DejaVu faces that ship
 with matplotlib. On 2 cores it takes about two minutes, and finds the name of .46 to .48 of the
-pictures of unseen characters first (3 seeds, standard error .02), where nearest pixels find .19. `locked` trains an encoder of captions for a frozen pretrained encoder of images.
+pictures of unseen characters first (3 seeds, standard error .02), where nearest pixels find .19.
+`locked` trains an encoder of captions for a frozen pretrained encoder of images.
 """
 
 from ml_collections import ConfigDict

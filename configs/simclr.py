@@ -5,9 +5,10 @@
 
 The default learns characters across typefaces: the two views are the same character in two of the
 DejaVu faces that ship with matplotlib. On 2 cores it takes about two minutes, and finds .91 to .94
-of unseen characters in another face first (3 seeds, standard error .02), where pixels find .59. `views` takes two random views of each image of a folder, a
-file or a TFDS data set. In evaluation, both sides of its rows are the same image, which is trivial
-to find; measure it on a labelled set of images instead (jaxcl/evaluation/README.md).
+of unseen characters in another face first (3 seeds, standard error .02), where pixels find .59.
+`views` takes two random views of each image of a folder, a file or a TFDS data set. In evaluation,
+both sides of its rows are the same image, which is trivial to find; measure it on a labelled set of
+images instead (jaxcl/evaluation/README.md).
 """
 
 from ml_collections import ConfigDict
