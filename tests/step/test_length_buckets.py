@@ -149,7 +149,9 @@ def test_an_encoder_that_reads_padding_fails_these_tests(x64, monkeypatch):
     assert worst(loss_and_gradients(towers, {"data": 1}, buckets=buckets), wanted) > 1e-3
 
 
-@pytest.mark.parametrize("shape", [{"data": 1}, {"data": 2, FSDP: 4}], ids=str)
+@pytest.mark.parametrize(
+    "shape", [{"data": 1}, pytest.param({"data": 2, FSDP: 4}, marks=pytest.mark.slow)], ids=str
+)
 def test_frozen_parameters_have_no_gradient_in_the_loop(shape, x64):
     """The gradients of the others do not change."""
     towers, buckets = towers_of("transformer"), dict.fromkeys(SIDES, BUCKETS)
