@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     # Number of batches to train on; the learning-rate schedule spans all of them. Must be
     # None if epochs is set.
     config.steps = 300
-    # Number of passes over the training rows, instead of steps; requires steps=None. They are
+    # Number of passes over the training rows, instead of steps; requires steps=None. The total is
     # rounded up to whole batches, and to whole updates with optimizer.accumulate_steps.
     config.epochs = placeholder(float)
     config.global_batch_size = 1_024  # pairs per step, over all devices and hosts
