@@ -46,7 +46,7 @@ def open_captions(role: str) -> InMemoryPairs:
 
 
 def open_views(role: str) -> InMemoryPairs:
-    """Pictures of which both sides are views."""
+    """Pictures; both sides of a pair are views of one."""
     return _rows(role, picture)
 
 

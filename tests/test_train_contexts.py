@@ -47,14 +47,14 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def plain(tiny, tmp_path_factory):  # noqa: F811
+def plain(tiny, tmp_path_factory):  # noqa: F811 - pytest passes the fixture `tiny`
     """The results of the run under JAX's defaults."""
     return train(tiny(**CHANGES), tmp_path_factory.mktemp("plain"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONTEXTS)
-def test_a_run_trains_and_finds_topics_under(name, tiny, plain, tmp_path, capsys):  # noqa: F811
+def test_a_run_trains_and_finds_topics_under(name, tiny, plain, tmp_path, capsys):  # noqa: F811 - pytest passes the fixture `tiny`
     with CONTEXTS[name]():
         results = train(tiny(**CHANGES), tmp_path / "run")
         with contextlib.suppress(SystemExit):

@@ -87,6 +87,7 @@ def read_arrays(
             _check_header(headers[name], column, what=f"{path}: {name}")
         arrays = read_npz(path, list(columns))
         with open_regular(path) as file:
+            # The stub asks for a buffered reader, and any file that reads bytes will do.
             fingerprint = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"{setting}={error}") from error

@@ -60,6 +60,7 @@ def protect_output() -> None:
         if getattr(sys, name) is None:
             # It was closed before the start. The null device takes its file descriptor; otherwise
             # the next file to be opened would, and libraries would print into that file.
+            # The stream stays open as long as the process.
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -62,7 +62,7 @@ def why_not_clip(settings: Settings, sides: Mapping[str, str]) -> str | None:
         f"data.special_tokens={data.special_tokens} differs from its folder": (
             not data.special_tokens
         ),
-        f"its images have {image_size} pixels, and those of its folder {images.pixels.size}": (
+        f"its images have {image_size} pixels, but its folder says {images.pixels.size}": (
             image_size not in (None, images.pixels.size)
         ),
         f"data.images.size={data.images.size} differs from its folder": (

@@ -24,7 +24,7 @@ class ImageSide(NamedTuple):
     Attributes:
       read: images -> inputs of an encoder, arrays `[n, …]`.
       length: the number of patches in an image, which determines the size of batches.
-      description: what the inputs depend on, in JSON types.
+      description: the settings on which the inputs depend, in JSON types.
     """
 
     read: Reader

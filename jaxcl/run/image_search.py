@@ -45,7 +45,7 @@ def read_image_folder(path: AnyPath, options: Mapping[str, Any]) -> ImageFolder:
 
     Args:
       path: the folder.
-      options: options for texts, none of which may be set.
+      options: options for texts; none may be set.
 
     Raises:
       ValueError: if an option is set, or as `ImageFolder`.

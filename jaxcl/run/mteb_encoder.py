@@ -111,7 +111,7 @@ def encodes_for_mteb(encode: Method) -> Method:
             return encode(self, texts, **options)
         return encode(self, **_arguments(self.prompts, texts, task_metadata, **options))
 
-    return encode_texts_or_batches  # type: ignore[return-value]
+    return encode_texts_or_batches  # type: ignore[return-value] # mteb passes more arguments
 
 
 def _arguments(

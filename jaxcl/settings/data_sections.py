@@ -79,7 +79,7 @@ class SideModalities(NamedTuple):
 
 
 class ImageSettings(NamedTuple):
-    """How image files become arrays, and what happens to those that cannot be read."""
+    """How image files become arrays, and how to handle unreadable files."""
 
     size: Size = 224
     resize: str = "crop"

@@ -21,7 +21,7 @@ def accumulate(
 ) -> optax.GradientTransformation:
     """Run an optimizer on the mean of the gradients of several batches.
 
-    The updates and the state are those of `optax.MultiSteps`. It computes the optimizer's update in
+    Updates and state are the same as with `optax.MultiSteps`, which computes the optimizer's update in
     every batch and drops it in all but the last, which for Muon is a large part of a step; here the
     optimizer runs in the last batch only.
 

@@ -1,4 +1,4 @@
-"""The sheets of a run: what they show, and that they change nothing."""
+"""The sheets of a run show its pictures, and change nothing."""
 
 import re
 

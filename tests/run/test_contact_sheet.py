@@ -1,4 +1,4 @@
-"""Contact sheets: what is in the files, and that data cannot add anything to them."""
+"""Contact sheets show the hits, and data cannot add anything to the files."""
 
 import base64
 import io

@@ -126,4 +126,4 @@ def test_the_description_names_the_missing_package(monkeypatch):
     with pytest.raises(
         ImportError, match=r"mteb_model_meta needs mteb: pip install 'jaxcl\[mteb\]'"
     ):
-        small_model(TEXTS).mteb_model_meta  # noqa: B018
+        small_model(TEXTS).mteb_model_meta  # noqa: B018 - reading it raises

@@ -136,7 +136,7 @@ def assert_resumes(settings, folder):
 
 
 def some_slow(names, quick):
-    """Names as parameters; those that are not quick run with `-m slow`."""
+    """Names as parameters; the slow ones run with `-m slow`."""
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 

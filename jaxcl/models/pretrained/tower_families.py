@@ -69,7 +69,7 @@ def text_family(
     *,
     any_width: bool = True,
 ) -> Family:
-    """A family of text towers; the arguments are those of `image_family` and of `Family`."""
+    """A family of text towers; arguments as for `image_family` and `Family`."""
 
     def make(config: Mapping[str, Any], **given: Any) -> nnx.Module:
         return TextTower(architecture(config), **given)

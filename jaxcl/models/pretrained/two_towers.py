@@ -46,7 +46,7 @@ def tower_config(config: Mapping[str, Any], modality: str) -> dict[str, Any]:
 
 
 def tower_tensors(tensors: Mapping[str, Specs], modality: str) -> dict[str, Specs]:
-    """The tensors of one tower, and those of the loss, by file."""
+    """The tensors of one tower and of the loss, by file."""
     by_file = {
         file: {name: spec for name, spec in specs.items() if not name.startswith(_OTHER[modality])}
         for file, specs in tensors.items()

@@ -74,7 +74,7 @@ def test_extreme_shapes_take_little_memory(resize, size):
         (flat("1", (3, 3), 1), WHITE),
         (flat("RGBA", (3, 3), (255, 0, 0, 0)), (0, 0, 200)),
         (flat("RGBA", (3, 3), (255, 0, 0, 255)), (255, 0, 0)),
-        (flat("RGBA", (3, 3), (255, 0, 0, 51)), (51, 0, 160)),  # a fifth of red, the rest behind it
+        (flat("RGBA", (3, 3), (255, 0, 0, 51)), (51, 0, 160)),  # a fifth of red over the background
         (flat("LA", (3, 3), (255, 0)), (0, 0, 200)),
         (flat("I;16", (3, 3), 65535), WHITE),
         (flat("I;16", (3, 3), 257 * 9), (9, 9, 9)),
