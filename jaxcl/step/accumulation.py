@@ -21,8 +21,8 @@ def accumulate(
 ) -> optax.GradientTransformation:
     """Run an optimizer on the mean of the gradients of several batches.
 
-    Updates and state are the same as with `optax.MultiSteps`, which computes the optimizer's update in
-    every batch and drops it in all but the last, which for Muon is a large part of a step; here the
+    Updates and state are the same as with `optax.MultiSteps`, which computes the optimizer's update
+    in every batch and keeps only the last one. For Muon that is a large part of a step; here the
     optimizer runs in the last batch only.
 
     Args:
