@@ -203,7 +203,7 @@ def _loss() -> ConfigDict:
     # The same margin, as a fraction of the positive's similarity.
     loss.relative_margin = placeholder(float)
     # The learned temperature starts at initial and is clamped to [minimum, maximum]. With these
-    # defaults, a pretrained CLIP or SigLIP starts from the temperature of its folder.
+    # defaults, a pretrained CLIP or SigLIP starts from the temperature saved in its folder.
     loss.temperature = ConfigDict({"initial": 0.05, "minimum": 0.01, "maximum": 1.0})
     return loss
 

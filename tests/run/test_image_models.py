@@ -225,7 +225,11 @@ def test_a_folder_without_processing_gets_a_description_of_it(tmp_path):
     [
         ("siglip", {}, "no module for the towers siglip_text_model and siglip_vision_model"),
         ("clip", {"data__images": {"size": 20}}, "data.images.size=20 differs from its folder"),
-        ("clip", {"model__options": {"image_size": 16}}, "its images have 16 pixels, but its folder"),
+        (
+            "clip",
+            {"model__options": {"image_size": 16}},
+            "its images have 16 pixels, but its folder",
+        ),
     ],
 )
 def test_models_without_a_folder_of_sentence_transformers_say_why(tmp_path, kind, changes, message):
