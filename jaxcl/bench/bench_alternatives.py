@@ -171,7 +171,7 @@ def _texts(sizes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarr
         keep_pretrained_files(settings, Path(folder))  # such as the tokenizer
         data = prepare_data(settings.data, data_dir=data_dir, workdir=Path(folder))
         table = data.tables["train"]
-        # The choice for accelerators: on CPUs, a run has one width unless it asks for more.
+        # The choice for accelerators: on CPUs, a run has at most three unless it asks for more.
         widths = choose_text_widths(settings, table, num_devices=1, platform="gpu")
         rows = np.random.default_rng(0).choice(table.num_rows, spec["batch"], replace=False)
         batch = table_batch(table, rows)

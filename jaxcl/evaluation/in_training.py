@@ -35,7 +35,6 @@ class TrainingSets:
     Args:
       sets: name -> set.
       modality: side -> the modality of the run.
-      modality: side -> the modality of the run.
 
     Attributes:
       fingerprints: name -> the fingerprint of the set.

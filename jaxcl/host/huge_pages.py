@@ -5,10 +5,15 @@ import importlib.util
 import os
 import platform
 import sys
+from pathlib import Path
 
 __all__ = ["start_with_huge_pages"]
 
 _VARIABLE = "GLIBC_TUNABLES"
+_LIMITS = (  # of a container, in both versions of cgroups
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 
 
 def start_with_huge_pages() -> None:
@@ -19,14 +24,14 @@ def start_with_huge_pages() -> None:
     pages of 4 KB, this took a quarter of a step of `configs/code_search.py`, and a third of a step
     of the transformer. With huge pages, it still took a quarter of the CPU time of a step of MiniLM
     (BUILD_NOTES.md). The process therefore keeps its memory between steps, up to half of the
-    machine's. glibc reads the settings from the environment before `main`, so the program has
-    to be executed again; it keeps its process number, open files and arguments. Nothing happens
-    without glibc, if a plugin for an accelerator is installed (a step's buffers are then not on the
-    host), or if `GLIBC_TUNABLES` is already set.
+    machine's or the container's. glibc reads the settings from the environment before `main`, so
+    the program has to be executed again; it keeps its process number, open files and arguments.
+    Nothing happens without glibc, if a plugin for an accelerator is installed (a step's buffers are
+    then not on the host), or if `GLIBC_TUNABLES` is already set.
     """
     if _VARIABLE in os.environ or platform.libc_ver()[0] != "glibc" or _accelerator_installed():
         return
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = _memory()
     tunables = {
         "hugetlb": 1,
         # All blocks come from one heap, which grows and shrinks at its end: blocks that are mapped
@@ -37,6 +42,15 @@ def start_with_huge_pages() -> None:
     }
     os.environ[_VARIABLE] = ":".join(f"glibc.malloc.{name}={n}" for name, n in tunables.items())
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _memory() -> int:
+    """Bytes of memory that this process may use."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in _LIMITS:
+        if file.exists() and (text := file.read_text().strip()).isdecimal():
+            memory = min(memory, int(text))
+    return memory
 
 
 def _accelerator_installed() -> bool:

@@ -80,6 +80,7 @@ class Training(NamedTuple):
       mine: `state -> (state with new mined negatives, metrics)`, or `None`; the state is donated.
       embed: `(parameters of the towers, side, read, num_rows) -> embeddings`, without dropout
         (`jaxcl.step.embedder`).
+      evaluation_embed: the same with `evaluation_towers`.
       learning_rate: `step -> the learning rate of its update`.
       abstract_state: the shapes, types and shardings of the state, with the arguments of `init`.
       frozen: the paths of the parameters that are not trained (`jaxcl.models.trainable`).
@@ -94,6 +95,7 @@ class Training(NamedTuple):
     measure: Callable[[TrainState, Batch], Mapping[str, Scalar]]
     mine: Refresh | None
     embed: Embedder
+    evaluation_embed: Embedder
     learning_rate: Callable[[Scalar | int], Scalar]
     abstract_state: Callable[..., TrainState]
     frozen: frozenset[str]
@@ -106,10 +108,7 @@ class Training(NamedTuple):
             _, held = split(state.params, self.frozen)
             params = merge(state.memory["average"].towers, held.get("towers", {}))
         towers = evaluation_towers(self.settings, self.towers)
-        embed = self.embed
-        if not self.settings.evaluation.projection_head:
-            embed = build_embedder(self.settings, towers, self.mesh)
-        return Encoder(self.mesh, towers, embed, params, readers)
+        return Encoder(self.mesh, towers, self.evaluation_embed, params, readers)
 
 
 def build_training(
@@ -150,6 +149,7 @@ def build_training(
         memory = with_frozen_momentum(state.memory, state.params, frozen)
         return measure(state.params, memory, batch, key)
 
+    embed = build_embedder(settings, towers, mesh)
     mined = settings.negatives.mined
     # Whether rows of the same group are masked as negatives, or are positives of each other.
     by_group = "group" in (*settings.loss.masks, *settings.parts.loss.columns.values())
@@ -174,7 +174,10 @@ def build_training(
         mine=None
         if mined.refresh_every is None
         else make_mined_refresh(mined.rule, mesh, by_group=by_group),
-        embed=build_embedder(settings, towers, mesh),
+        embed=embed,
+        evaluation_embed=embed
+        if settings.evaluation.projection_head
+        else build_embedder(settings, evaluation_towers(settings, towers), mesh),
         learning_rate=learning_rate,
         abstract_state=abstract_state,
         frozen=frozen,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxcl.host import huge_pages
 from jaxcl.host.huge_pages import start_with_huge_pages
 
 _MEGABYTES = 96
@@ -101,3 +102,19 @@ def test_nothing_changes_if_there_is_an_accelerator(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: ["cuda"])
     start_with_huge_pages()
     assert "GLIBC_TUNABLES" not in os.environ
+
+
+@pytest.mark.parametrize(("limit", "kept"), [("1048576\n", 524_288), ("max\n", None)])
+def test_half_of_the_memory_of_a_container_is_kept(tmp_path, monkeypatch, limit, kept):
+    (tmp_path / "memory.max").write_text(limit)
+    monkeypatch.setattr(huge_pages, "_LIMITS", (tmp_path / "memory.max", tmp_path / "absent"))
+    monkeypatch.setattr(huge_pages, "_accelerator_installed", lambda: False)
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(os, "execv", lambda *_: None)
+    # Set first, so that the variable is removed again after the test.
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    huge_pages.start_with_huge_pages()
+    tunables = dict(one.split("=") for one in os.environ["GLIBC_TUNABLES"].split(":"))
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert int(tunables["glibc.malloc.trim_threshold"]) == (kept or machine // 2)

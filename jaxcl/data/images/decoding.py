@@ -42,7 +42,8 @@ _DAMAGE = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError),
     *(SyntaxError, TypeError, ValueError, struct.error, zlib.error),
 )
-"""The errors that Pillow's readers raise for damaged files."""
+"""The errors that Pillow's readers raise for damaged files. A lack of memory says nothing about the
+file, and a verdict about it would be kept."""
 
 
 class BadImage(ValueError):
@@ -143,8 +144,6 @@ def _reasons(module: Any) -> Iterator[None]:
         raise BadImage(_too_large(module)) from error
     except module.UnidentifiedImageError as error:
         raise BadImage(f"it is not an image file ({', '.join(FORMATS)})") from error
-    except MemoryError as error:
-        raise BadImage("it does not fit into memory") from error
     except _DAMAGE as error:
         raise BadImage(str(error).partition("\n")[0] or type(error).__name__) from error
 

@@ -63,7 +63,9 @@ def digest_of_files(folder: Path, names: Sequence[str], *, directory: Path) -> s
     for number, name in enumerate(names):
         status[number] = _status(folder / name)
         earlier = index.position.get(name)
-        if earlier is not None and (index.status[earlier] == status[number]).all():
+        unchanged = earlier is not None and (index.status[earlier] == status[number]).all()
+        # A file that could not be read is tried again: its status may stay as it was.
+        if unchanged and index.digests[earlier].any():
             digests[number] = index.digests[earlier]
         else:
             changed.append(number)

@@ -4,6 +4,7 @@ The cache of files of pairs holds one reference per image, and the images are re
 needs them. Only regular files inside the folder of the rows are read.
 """
 
+import errno
 import functools
 import os
 import weakref
@@ -25,6 +26,8 @@ __all__ = [
 ]
 
 _MAX_BYTES = 2**30
+_TRANSIENT = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
+"""Errors of the machine or the network. They stop the run: a verdict about an image is kept."""
 """The largest image file that is read."""
 _MAX_PATH = 4096
 _OPEN_TARS = 64
@@ -167,7 +170,11 @@ def read_inside(folder: Path, name: str) -> bytes:
         return read_regular(Path(real), limit=_MAX_BYTES)
     except FileNotFoundError as error:
         raise BadImage(f"{name} does not exist in {folder}") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        if error.errno in _TRANSIENT:
+            raise  # a verdict about the image would be kept
+        raise BadImage(f"{name} cannot be read ({error})") from error
+    except ValueError as error:
         raise BadImage(f"{name} cannot be read ({error})") from error
 
 
@@ -175,7 +182,11 @@ def _read_member(path: Path, offset: int, size: int) -> bytes:
     try:
         tar = _opened_tar(path)  # kept, so that no other thread closes it now
         content = os.pread(tar.fileno(), size, offset)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        if error.errno in _TRANSIENT:
+            raise
+        raise BadImage(f"{path} cannot be read ({error})") from error
+    except ValueError as error:
         raise BadImage(f"{path} cannot be read ({error})") from error
     if len(content) < size:
         raise BadImage(f"{path} is truncated")

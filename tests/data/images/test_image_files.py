@@ -1,6 +1,7 @@
 """Images in plain files: folders by class, paths or bytes in columns, and tars."""
 
 import csv
+import errno
 import gzip
 import io
 import json
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 from pyarrow import ipc, parquet
 
-from jaxcl.data.images.decoding import ImageRule, decode_image
+from jaxcl.data.images.decoding import BadImage, ImageRule, decode_image
 from jaxcl.data.images.file_index import digest_of_files
 from jaxcl.data.images.image_references import read_inside
 from jaxcl.data.prepare import open_sources, prepare_data
@@ -549,3 +550,36 @@ def test_a_folder_of_datasets_holds_images(tmp_path):
     assert all_rows(train) == [
         {"query": picture(number), "key": "abc"[number], "group": number % 2} for number in range(3)
     ]
+
+
+def test_a_file_that_could_not_be_read_is_read_again(tmp_path, monkeypatch):
+    names = ["a.png", "b.png"]
+    for seed, name in enumerate(names):
+        (tmp_path / name).write_bytes(picture(seed))
+    whole = digest_of_files(tmp_path, names, directory=tmp_path / "whole")
+    with monkeypatch.context() as patched:
+
+        def unreadable(folder, name):
+            raise BadImage(f"{name} cannot be read")
+
+        patched.setattr("jaxcl.data.images.file_index.read_inside", unreadable)
+        assert digest_of_files(tmp_path, names, directory=tmp_path / "index") != whole
+    assert digest_of_files(tmp_path, names, directory=tmp_path / "index") == whole
+
+
+def test_an_error_of_the_machine_is_not_a_bad_image(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(picture(0))
+
+    def failing(path, *, limit):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("jaxcl.data.images.image_references.read_regular", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        read_inside(tmp_path, "a.png")
+
+    def forbidden(path, *, limit):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("jaxcl.data.images.image_references.read_regular", forbidden)
+    with pytest.raises(BadImage, match="cannot be read"):
+        read_inside(tmp_path, "a.png")
