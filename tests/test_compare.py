@@ -121,6 +121,19 @@ def test_one_query_has_no_interval(tmp_path, monkeypatch):
     assert "not available (1 query)" in as_markdown(records)
 
 
+def test_methods_that_the_baseline_lacks_are_not_compared(tmp_path, monkeypatch):
+    def train(config, workdir, *, changed):
+        workdir.mkdir(parents=True)
+        names = [f"test/plain/{method}" for method in config.evaluation.methods]
+        np.savez(workdir / "ranks.npz", **dict.fromkeys(names, np.ones(3)))
+
+    monkeypatch.setattr(comparing, "train", train)
+    methods = {"few": ("dense",), "more": ("dense", "hybrid")}
+    settings = {name: {"evaluation.methods": chosen} for name, chosen in methods.items()}
+    records = compare(get_config("smoke"), settings, tmp_path, seeds=1)
+    assert [list(record["results"]) for record in records] == [["test/dense"]] * 2
+
+
 def test_a_finished_run_is_not_trained_again_and_another_config_is_refused(trained, tmp_path):
     compare(get_config("smoke"), SETTINGS, tmp_path, seeds=1)
     compare(get_config("smoke"), SETTINGS, tmp_path, seeds=2)
