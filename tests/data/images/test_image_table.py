@@ -76,6 +76,15 @@ def test_a_batch_has_the_decoded_images_of_its_rows(tmp_path):
     assert batch["group"].tolist() == [9, 3, 9]
 
 
+def test_transparent_images_have_the_background_of_the_settings(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(file, "PNG")
+    source = InMemoryPairs([file.getvalue()] * 7, KEYS, groups=range(7))
+    table = prepared(settings(background=(1, 2, 3)), source, tmp_path).tables["train"]
+    images = table_batch(table, np.array([0]))["query"]["image"]
+    assert (images == (1, 2, 3)).all()
+
+
 def test_equal_pixels_share_a_number_whatever_the_file(tmp_path):
     source = InMemoryPairs([*QUERIES[:4], picture(4, format_="BMP"), *QUERIES[4:6]], KEYS)
     text = prepared(settings(), source, tmp_path).tables["train"].labels(np.arange(7))["text"]
