@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 from jaxcl.configs.base import get_config
 
+from jaxcl.assignment import uniform_rows
+from jaxcl.data.prepare import prepare_data
+from jaxcl.run.batches import RunBatches
 from jaxcl.run.metric_writer import read_metrics
 from jaxcl.run.text_widths import choose_text_widths, deal
+from jaxcl.run.training import with_text_widths
 from jaxcl.settings.read import read_settings
 from jaxcl.train import train
+from tests.helpers import training_of
 from tests.host.test_processes import Run, assert_close_runs
 from tests.test_train import differences, half_run
 
@@ -163,6 +168,25 @@ def run_config(folder, **changes):
     config.run.update(data_dir=str(folder / "data"), log_every=1, checkpoint_every=2)
     config.steps = 5
     return config
+
+
+@pytest.mark.parametrize("num_widths", [1, 3])
+def test_a_run_with_several_widths_deals_the_rows_of_each_batch(num_widths, tmp_path):
+    config = run_config(tmp_path, **{"grad_cache.length_buckets": num_widths})
+    (tmp_path / "run").mkdir()
+    settings = read_settings(config)
+    data = prepare_data(settings.data, data_dir=tmp_path / "data", workdir=tmp_path / "run")
+    table = data.tables["train"]
+    training = with_text_widths(training_of(config), table)
+    batches = RunBatches(training, data, tmp_path / "run")
+    rows_of = batches.rows_of(training.init(table.num_rows))
+    for step in range(4):
+        rows = uniform_rows(
+            step, num_rows=table.num_rows, batch_size=settings.global_batch_size, seed=config.seed
+        )
+        dealt = deal(rows, table, num_devices=training.mesh.size)
+        assert dealt.tolist() != rows.tolist()
+        assert rows_of(step).tolist() == (rows if num_widths == 1 else dealt).tolist()
 
 
 def logged(workdir, name):
