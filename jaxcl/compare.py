@@ -164,7 +164,7 @@ def _changed(config: ConfigDict, name: str, seed: int, changes: Mapping[str, Any
 
 
 def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
-    """A table for each held-out split and method, with a row for each setting."""
+    """A table for each held-out split and method, with a row for each setting that has it."""
     baseline = _cell(records[0]["baseline"])
     blocks = []
     for name, first in records[0]["results"].items():
@@ -175,6 +175,8 @@ def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
         headings += ["seconds per run"]
         lines = [_row(headings), "|---" * len(headings) + "|"]
         for record in records:
+            if name not in record["results"]:  # a setting may rank with fewer methods
+                continue
             seconds = f"{record['seconds']:.0f}"
             figures = _figures(record["results"][name], own=record["setting"] == record["baseline"])
             lines.append(_row([_cell(record["setting"]), *figures, seconds]))

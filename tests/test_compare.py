@@ -132,6 +132,14 @@ def test_methods_that_the_baseline_lacks_are_not_compared(tmp_path, monkeypatch)
     settings = {name: {"evaluation.methods": chosen} for name, chosen in methods.items()}
     records = compare(get_config("smoke"), settings, tmp_path, seeds=1)
     assert [list(record["results"]) for record in records] == [["test/dense"]] * 2
+    compare(get_config("smoke"), settings, tmp_path, seeds=1, baseline="more")
+    reverse = dict(reversed(settings.items()))
+    records = compare(get_config("smoke"), reverse, tmp_path, seeds=1)  # the baseline has more
+    assert [list(one["results"]) for one in records] == [
+        ["test/dense", "test/hybrid"],
+        ["test/dense"],
+    ]
+    assert as_markdown(records).count("| few |") == 1
 
 
 def test_a_finished_run_is_not_trained_again_and_another_config_is_refused(trained, tmp_path):
