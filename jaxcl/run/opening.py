@@ -11,6 +11,7 @@ from jaxcl.models.trainable import split
 from jaxcl.run.best import Best, recorded_best, selection_of
 from jaxcl.run.explicit_negatives import negatives_summary, negatives_warnings
 from jaxcl.run.memory import tiers_left_empty
+from jaxcl.run.sentence_transformers import why_no_equivalent
 from jaxcl.run.training import Training
 from jaxcl.settings.derived import BEST, CHECKPOINTS, schedule_warnings, tower_sections
 from jaxcl.settings.sections import Settings
@@ -68,9 +69,11 @@ def closing(settings: Settings, workdir: AnyPath, step: int, best: Best | None) 
     """
     if best is not None:
         yield _best_step(settings, workdir, step, best)
+    query = "QUERY" if "text" in settings.data.modality else "--image FILE"
+    form = "" if why_no_equivalent(settings) is None else " --format jaxcl"
     yield (
-        f"the run is in {workdir}; use it with python -m jaxcl.search --workdir {workdir} QUERY, "
-        f"or export it with python -m jaxcl.export --workdir {workdir} --to FOLDER"
+        f"the run is in {workdir}; use it with python -m jaxcl.search --workdir {workdir} {query}, "
+        f"or export it with python -m jaxcl.export --workdir {workdir} --to FOLDER{form}"
     )
 
 

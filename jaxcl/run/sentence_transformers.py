@@ -23,7 +23,7 @@ from jaxcl.run.pretrained_folder import library_config, module_list, pretrained_
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import PADDING_ID, SIDES, Float, PyTree
 
-__all__ = ["check_equivalent", "sentence_transformers_files"]
+__all__ = ["check_equivalent", "sentence_transformers_files", "why_no_equivalent"]
 
 
 def sentence_transformers_files(run: OpenedRun, dtype: np.dtype | None = None) -> ModelFiles:
@@ -51,17 +51,20 @@ def sentence_transformers_files(run: OpenedRun, dtype: np.dtype | None = None) -
 
 def check_equivalent(settings: Settings, workdir: AnyPath) -> None:
     """Raise a `ValueError` if sentence-transformers cannot compute a model's embeddings."""
-    sides = towers_by_modality(settings)
-    reason = why_not_clip(settings, sides) if sides else _no_equivalent(settings)
-    if reason is not None:
+    if (reason := why_no_equivalent(settings)) is not None:
         raise ValueError(
             f"the model of the run in {workdir} has no equivalent in sentence-transformers: "
             f"{reason}; export it for jaxcl.load with --format jaxcl"
         )
 
 
-def _no_equivalent(settings: Settings) -> str | None:
+def why_no_equivalent(settings: Settings) -> str | None:
     """The reason why sentence-transformers cannot compute a model's embeddings, or `None`."""
+    sides = towers_by_modality(settings)
+    return why_not_clip(settings, sides) if sides else _no_equivalent(settings)
+
+
+def _no_equivalent(settings: Settings) -> str | None:
     data, model = settings.data, settings.model
     reasons = {
         f"data.modality={data.modality._asdict()} is not text": set(data.modality) != {"text"},

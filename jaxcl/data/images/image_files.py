@@ -86,7 +86,9 @@ def image_files(folder: Path) -> list[Path]:
       ValueError: if a link leads outside of the folder.
     """
     return [
-        file_inside(folder, path) for path in _walk(folder) if path.suffix.lower() in IMAGE_SUFFIXES
+        file_inside(folder, path.relative_to(folder))
+        for path in _walk(folder)
+        if path.suffix.lower() in IMAGE_SUFFIXES
     ]
 
 

@@ -1,5 +1,7 @@
 """Image files of a folder: which are listed, and how damaged ones are named."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,6 +28,13 @@ def folder(tmp_path):
 def test_visible_image_files_are_listed_in_order(folder):
     names = [path.relative_to(folder).as_posix() for path in image_files(folder)]
     assert names == ["a.PNG", "b/1.jpg", "b/2.png"]
+
+
+def test_a_folder_may_be_relative(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    files = image_files(Path("b"))
+    assert files == [Path("b/1.jpg"), Path("b/2.png")]
+    assert all(len(content) > 0 for content in ImageFiles(files))
 
 
 def test_paths_outside_of_the_folder_are_errors(folder, tmp_path_factory):
