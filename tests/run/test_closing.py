@@ -16,7 +16,8 @@ from jaxcl.settings.read import read_settings
         ("pairs", {"data.name": "pairs.jsonl"}, "QUERY", "--to FOLDER --format jaxcl"),
         (
             "pairs",
-            {"data.name": "pairs.jsonl", "model.options.position_weights": False},
+            {"data.name": "pairs.jsonl", "data.distinct_tokens": False}
+            | {"model.options.position_weights": False},
             "QUERY",
             "--to FOLDER",
         ),
