@@ -78,7 +78,7 @@ def encoder_with(config):
             asked[side].append(read(np.arange(num_rows))["tokens"])
             return vectors[side]
 
-        training = training_of(config)._replace(embed=embed)
+        training = training_of(config)._replace(evaluation_embed=embed)
         return training.encoder(training.init(), {}), asked
 
     return encoder
