@@ -37,6 +37,7 @@ BENCHMARKS = (
     "duplicates",
     "embedding_bag",
     "encode",
+    "fashion_mnist",
     "files",
     "finetune",
     "gpu",
