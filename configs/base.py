@@ -272,7 +272,7 @@ def _assignment() -> ConfigDict:
     gcbs.random_initial = 0.0  # the fraction of blocks that are random, at the first step
     gcbs.random_final = 0.0  # the same, at the last step
     # Rows with equal entries in one of these columns never share a batch: "text", "group".
-    gcbs.apart = ("text",)
+    gcbs.keep_apart = ("text",)
     gcbs.picture = False  # draw the similarity matrix at each refresh; needs matplotlib
     assignment.gcbs = gcbs
     return assignment

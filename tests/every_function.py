@@ -218,7 +218,9 @@ def assigned(queries, keys, **settings):
     labels = np.arange(len(queries)) // 2
     effort = assignment.PRESETS["light"].effort
     chosen = assignment.Gcbs(effort=effort, **({"neighbours": 4} | settings))
-    return assignment.assign(*sides, block_size=2, batch_size=4, apart=(labels,), settings=chosen)
+    return assignment.assign(
+        *sides, block_size=2, batch_size=4, keep_apart=(labels,), settings=chosen
+    )
 
 
 def topics(queries, keys):

@@ -28,7 +28,7 @@ _SAMPLE = 512  # random rows used to estimate the mass of an average batch
 def graph_of(
     queries: Float[Array, "n d"],
     keys: Float[Array, "n d"],
-    apart: tuple[Int[Array, " n"], ...],
+    keep_apart: tuple[Int[Array, " n"], ...],
     *,
     sizes: Sizes,
     capacity: int,
@@ -42,7 +42,7 @@ def graph_of(
     Args:
       queries: one embedding per row of this device.
       keys: their keys.
-      apart: labels; rows with an equal label are never neighbours.
+      keep_apart: labels; rows with an equal label are never neighbours.
       sizes: the number of rows and the clusters' positions, from `sizes_of`.
       capacity: the maximum number of rows, which determines the number of clusters.
       temperature: temperature of the loss.
@@ -59,7 +59,7 @@ def graph_of(
     numbers = place.first + jnp.arange(place.here, dtype=jnp.int32)
     # A row of zeros was not finite, or is an instance-bank slot that no batch has written yet.
     valid = (numbers < sizes.num_rows) & (points != 0).any(1)
-    labels = PairLabels(different=(numbers, *apart), valid=valid)
+    labels = PairLabels(different=(numbers, *keep_apart), valid=valid)
     if settings.similarity_cap is not None:
         # The cap is a cosine, but similarities on the grid are in units of the squared length.
         unit = length_on_grid(pairs.ours.shape[1]) ** 2

@@ -9,7 +9,7 @@ from jaxcl.assignment.uniform import fold_in, permuted
 from jaxcl.ops.arguments import as_integers
 from jaxcl.typing import Bool, Int
 
-__all__ = ["batches_of", "count_conflicts", "keep_apart"]
+__all__ = ["batches_of", "count_conflicts", "remove_conflicts"]
 
 _MAX_ROUNDS = 100
 _TRIES = 2**14
@@ -36,9 +36,9 @@ def count_conflicts(
     return len(rows) - len(np.unique(pairs, axis=0))
 
 
-def keep_apart(
+def remove_conflicts(
     rows: Int[np.ndarray, " n"],
-    apart: Sequence[np.ndarray],
+    keep_apart: Sequence[np.ndarray],
     batch: Int[np.ndarray, " n"],
     *,
     seed: int,
@@ -50,7 +50,7 @@ def keep_apart(
     the same position or bring the same label into the same batch, so that each still helps. The
     search stops after a round without an accepted swap.
     """
-    labels = [np.unique(label, return_inverse=True)[1] for label in apart]
+    labels = [np.unique(label, return_inverse=True)[1] for label in keep_apart]
     for number in range(_MAX_ROUNDS):
         contents = [_BatchLabels.of(batch, label[rows]) for label in labels]
         movers = np.flatnonzero(np.any([content.repeated for content in contents], axis=0))

@@ -7,7 +7,7 @@ from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 
-from jaxcl.assignment.conflicts import batches_of, keep_apart
+from jaxcl.assignment.conflicts import batches_of, remove_conflicts
 from jaxcl.assignment.uniform import fold_in, permutation
 from jaxcl.ops.arguments import as_integers
 from jaxcl.typing import Bool, Int
@@ -51,7 +51,7 @@ class AssignedRows:
       seed: determines the order of the blocks.
       random_fraction: the fraction of blocks to dissolve; or a function of the step, evaluated once
         per epoch, at the first step of this order in it.
-      apart: label arrays, by row number; rows with an equal label go to different batches.
+      keep_apart: label arrays, by row number; rows with an equal label go to different batches.
 
     Raises:
       ValueError: if the sizes do not divide, `order` is not a permutation, the number of `seen`
@@ -66,10 +66,10 @@ class AssignedRows:
         block_size: int,
         seed: int,
         random_fraction: Callable[[int], float] | float = 0.0,
-        apart: Sequence[Int[np.ndarray, " n"]] = (),
+        keep_apart: Sequence[Int[np.ndarray, " n"]] = (),
     ):
         batch_size, block_size, seed = map(operator.index, (batch_size, block_size, seed))
-        order, apart = _checked_order(assigned.order, apart)
+        order, keep_apart = _checked_order(assigned.order, keep_apart)
         assigned = Assigned(order, np.asarray(assigned.seen, bool), operator.index(assigned.step))
         num_rows = len(order)
         _check_sizes(batch_size, block_size)
@@ -85,7 +85,11 @@ class AssignedRows:
         self._batch_size = batch_size
         self._random_fraction = random_fraction
         self._lay_out = functools.partial(
-            _laid_out, batch_size=batch_size, block_size=block_size, seed=seed, apart=apart
+            _laid_out,
+            batch_size=batch_size,
+            block_size=block_size,
+            seed=seed,
+            keep_apart=keep_apart,
         )
         self._epoch = functools.lru_cache(maxsize=2)(self._rows_of_epoch)
 
@@ -123,7 +127,7 @@ def epoch_rows(
     block_size: int,
     seed: int,
     random_fraction: float = 0.0,
-    apart: Sequence[Int[np.ndarray, " n"]] = (),
+    keep_apart: Sequence[Int[np.ndarray, " n"]] = (),
 ) -> Int[np.ndarray, " n"]:
     """List all rows in the order in which an epoch visits them, each once.
 
@@ -141,11 +145,11 @@ def epoch_rows(
       seed: determines the order of the blocks.
       random_fraction: the fraction of whole blocks whose rows are permuted among themselves. 1
         permutes all rows, including partial blocks.
-      apart: label arrays, by row number. If two rows of a batch have an equal label, the later one
-        is swapped with a row of another batch, provided that this removes conflicts and adds none
-        to any array. With one array and batches of equal size, only labels with more rows than
-        there are batches keep conflicts. Several arrays, or the short batches at the ends of an
-        epoch, may keep others. The two parts of a batch that spans two epochs are treated as
+      keep_apart: label arrays, by row number. If two rows of a batch have an equal label, the later
+        one is swapped with a row of another batch, provided that this removes conflicts and adds
+        none to any array. With one array and batches of equal size, only labels with more rows
+        than there are batches keep conflicts. Several arrays, or the short batches at the ends of
+        an epoch, may keep others. The two parts of a batch that spans two epochs are treated as
         separate batches. Each swap takes two rows out of their blocks.
 
     Returns:
@@ -162,7 +166,7 @@ def epoch_rows(
     epoch, batch_size, block_size, seed = map(operator.index, (epoch, batch_size, block_size, seed))
     if epoch < 0:
         raise ValueError(f"epoch={epoch}; epochs count from 0")
-    order, apart = _checked_order(order, apart)
+    order, keep_apart = _checked_order(order, keep_apart)
     _check_sizes(batch_size, block_size)
     return _laid_out(
         order,
@@ -171,7 +175,7 @@ def epoch_rows(
         block_size=block_size,
         seed=seed,
         random_fraction=random_fraction,
-        apart=apart,
+        keep_apart=keep_apart,
     )
 
 
@@ -183,7 +187,7 @@ def epoch_batches(
     block_size: int,
     seed: int,
     random_fraction: float = 0.0,
-    apart: Sequence[Int[np.ndarray, " n"]] = (),
+    keep_apart: Sequence[Int[np.ndarray, " n"]] = (),
 ) -> list[Int[np.ndarray, " _"]]:
     """Cut an epoch into batches for a training loop: every row once, in whole blocks.
 
@@ -198,7 +202,7 @@ def epoch_batches(
       block_size: as for `epoch_rows`; use the `block_size` that `assign` was given.
       seed: as for `epoch_rows`.
       random_fraction: as for `epoch_rows`.
-      apart: as for `epoch_rows`.
+      keep_apart: as for `epoch_rows`.
 
     Returns:
       Row numbers of each batch, int32.
@@ -214,7 +218,7 @@ def epoch_batches(
     epoch, batch_size, block_size, seed = map(operator.index, (epoch, batch_size, block_size, seed))
     if epoch < 0:
         raise ValueError(f"epoch={epoch}; epochs count from 0")
-    order, apart = _checked_order(order, apart)
+    order, keep_apart = _checked_order(order, keep_apart)
     _check_sizes(batch_size, block_size)
     num_batches = -(-len(order) // batch_size)
     rows = _laid_out(
@@ -224,7 +228,7 @@ def epoch_batches(
         block_size=block_size,
         seed=seed,
         random_fraction=random_fraction,
-        apart=apart,
+        keep_apart=keep_apart,
     )
     return [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
 
@@ -299,15 +303,15 @@ def _laid_out(
     block_size: int,
     seed: int,
     random_fraction: float,
-    apart: Sequence[np.ndarray],
+    keep_apart: Sequence[np.ndarray],
 ) -> Int[np.ndarray, " n"]:
     """Lay out the rows of an order from `first_position` on."""
     if not 0 <= random_fraction <= 1:
         raise ValueError(f"random_fraction={random_fraction} must be from 0 to 1")
     rows = _in_blocks(order, first_position, block_size, seed, random_fraction).astype(np.int32)
-    if apart:
+    if keep_apart:
         batch = batches_of(len(rows), first_position, batch_size)
-        keep_apart(rows, apart, batch, seed=fold_in(fold_in(seed, 4), first_position))
+        remove_conflicts(rows, keep_apart, batch, seed=fold_in(fold_in(seed, 4), first_position))
     return rows
 
 
@@ -343,15 +347,14 @@ def _check_sizes(batch_size: int, block_size: int) -> None:
 
 
 def _checked_order(
-    order: Int[np.ndarray, " n"], apart: Sequence[np.ndarray]
+    order: Int[np.ndarray, " n"], keep_apart: Sequence[np.ndarray]
 ) -> tuple[Int[np.ndarray, " n"], list[Int[np.ndarray, " n"]]]:
     """Check the order and the labels, and convert them to arrays of integers."""
     order = as_integers("order", order)
-    labels = [as_integers("apart", label) for label in apart]
+    labels = [as_integers("keep_apart", label) for label in keep_apart]
     if not np.array_equal(np.sort(order), np.arange(len(order))) or not len(order):
         raise ValueError(f"order is not a permutation of its {len(order)} rows")
     if any(len(label) != len(order) for label in labels):
-        raise ValueError(
-            f"apart has labels of {[len(label) for label in labels]} rows; there are {len(order)}"
-        )
+        lengths = [len(label) for label in labels]
+        raise ValueError(f"keep_apart has labels of {lengths} rows; there are {len(order)}")
     return order, labels

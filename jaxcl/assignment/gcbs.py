@@ -41,7 +41,7 @@ def assign(
     batch_size: int | None = None,
     temperature: float = 0.05,
     seed: int = 0,
-    apart: Sequence[Int[np.ndarray, " _"]] = (),
+    keep_apart: Sequence[Int[np.ndarray, " _"]] = (),
     settings: Gcbs = DEFAULT,
     report: Report = _silent,
 ) -> Int[np.ndarray, " n"]:
@@ -57,8 +57,8 @@ def assign(
       batch_size: rows of a batch, if it holds several blocks; a multiple of `block_size`.
       temperature: temperature of the loss.
       seed: seed of the random starts and swaps.
-      apart: label arrays, such as text ids or groups; rows with an equal label are not negatives
-        and are never neighbours.
+      keep_apart: label arrays, such as text ids or groups; rows with an equal label are not
+        negatives and are never neighbours.
       settings: the method and its settings.
       report: called with a line of text at each stage, such as `print`. Compiling may take a
         minute. Rows are padded to one of eight sizes per doubling, and calls of one padded size
@@ -92,7 +92,7 @@ def assign(
         batch_size=block_size if batch_size is None else batch_size,
         settings=settings,
     )
-    return order(queries, keys, temperature, jax.random.key(seed), apart, report=report).rows
+    return order(queries, keys, temperature, jax.random.key(seed), keep_apart, report=report).rows
 
 
 def assign_topics(
@@ -161,7 +161,7 @@ class Ordered(NamedTuple):
 
 
 Order = Callable[..., Ordered]
-"""`(queries, keys, temperature, key, apart=(), *, report) -> Ordered`, on any devices or hosts."""
+"""`(queries, keys, temperature, key, keep_apart=(), *, report) -> Ordered`, on any devices."""
 
 
 def make_order(
@@ -177,9 +177,9 @@ def make_order(
       settings: the method and its settings.
 
     Returns:
-      `(queries, keys, temperature, key, apart=(), *, report) -> Ordered`, with `report` as for
-      `assign`. Embeddings may have more rows than `num_rows`; these are ignored. The order does not
-      depend on the number of devices. A pair that is not finite has no neighbours.
+      `(queries, keys, temperature, key, keep_apart=(), *, report) -> Ordered`, with `report` as
+      for `assign`. Embeddings may have more rows than `num_rows`; these are ignored. The order
+      does not depend on the number of devices. A pair that is not finite has no neighbours.
 
     Raises:
       ValueError: if a size is below 1, or blocks do not divide the batch.
@@ -223,12 +223,12 @@ def _make_order(
         keys: Array | np.ndarray,
         temperature: float | Scalar,
         key: Key[Array, ""],
-        apart: Sequence[Int[np.ndarray, " _"]] = (),
+        keep_apart: Sequence[Int[np.ndarray, " _"]] = (),
         *,
         report: Report = _silent,
     ) -> Ordered:
         check_numbers("temperature", temperature, Range(above=0))
-        lengths = [len(part) for part in (queries, keys, *apart)]
+        lengths = [len(part) for part in (queries, keys, *keep_apart)]
         if min(lengths) < num_rows or any(length != num_rows for length in lengths[2:]):
             raise ValueError(
                 f"queries and keys have {lengths[:2]} rows and labels {lengths[2:]}, but the data "
@@ -237,7 +237,9 @@ def _make_order(
         sides = [
             put_rows(side, mesh, num_rows=capacity).astype(jnp.float32) for side in (queries, keys)
         ]
-        labels = tuple(put_rows(_numbered(label), mesh, num_rows=len(sides[0])) for label in apart)
+        labels = tuple(
+            put_rows(_numbered(label), mesh, num_rows=len(sides[0])) for label in keep_apart
+        )
         scalars = on_mesh((jnp.float32(temperature), key), mesh)
         arguments = (*sides, *scalars, labels, sizes)
         with default_settings(mesh):
@@ -253,7 +255,7 @@ def _paper_order(
     keys: Array | np.ndarray,
     temperature: float | Scalar,
     key: Key[Array, ""],
-    apart: Sequence[Int[np.ndarray, " _"]] = (),
+    keep_apart: Sequence[Int[np.ndarray, " _"]] = (),
     *,
     num_rows: int,
     quantile: float,
@@ -278,7 +280,7 @@ def _paper_order(
 
 def _numbered(labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     """Renumber labels as int32, since devices would truncate 64-bit labels."""
-    numbers = np.unique(as_integers("apart", labels), return_inverse=True)[1]
+    numbers = np.unique(as_integers("keep_apart", labels), return_inverse=True)[1]
     return numbers.astype(np.int32)
 
 

@@ -56,9 +56,9 @@ def make_device_order(mesh: Mesh, *, capacity: int, settings: Gcbs) -> Any:
     """Jit the program of `make_order`, for rows that are on the mesh already.
 
     Returns:
-      `(queries, keys, temperature, key, apart, sizes) -> order`. Each device has equally many rows,
-      and `sizes`, from `sizes_of`, are for at most `capacity` rows. Later rows are padding, and
-      come last.
+      `(queries, keys, temperature, key, keep_apart, sizes) -> order`. Every device has the
+      same number of rows, and `sizes`, from `sizes_of`, are for at most `capacity` rows. Later
+      rows are padding, and come last.
     """
     rows: Any = PartitionSpec(mesh.axis_names)
     replicated: Any = PartitionSpec()
@@ -74,7 +74,7 @@ def make_device_order(mesh: Mesh, *, capacity: int, settings: Gcbs) -> Any:
         keys: Float[Array, "n d"],
         temperature: Scalar,
         key: Key[Array, ""],
-        apart: tuple[Int[Array, " n"], ...],
+        keep_apart: tuple[Int[Array, " n"], ...],
         sizes: Sizes,
     ) -> Int[Array, " _"]:
         place = Place(mesh.axis_names, queries.shape[0])
@@ -82,7 +82,7 @@ def make_device_order(mesh: Mesh, *, capacity: int, settings: Gcbs) -> Any:
         graph, points = graph_of(
             queries,
             keys,
-            apart,
+            keep_apart,
             sizes=sizes,
             capacity=capacity,
             temperature=temperature,
@@ -107,11 +107,11 @@ def make_device_order(mesh: Mesh, *, capacity: int, settings: Gcbs) -> Any:
         keys: Array,
         temperature: Scalar,
         key: Key[Array, ""],
-        apart: tuple[Array, ...],
+        keep_apart: tuple[Array, ...],
         sizes: Sizes,
     ) -> Array:
         # Products of integers are exact only if the device does not round the factors.
         with jax.default_matmul_precision("highest"):
-            return sharded(queries, keys, temperature, key, apart, sizes)
+            return sharded(queries, keys, temperature, key, keep_apart, sizes)
 
     return order

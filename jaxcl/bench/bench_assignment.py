@@ -236,7 +236,7 @@ def _graph(sides: Sides, batch_size: int, seed: int, *, settings: Gcbs) -> PairG
     num_rows = len(sides.queries)
     graph_of_sides = functools.partial(
         graph_of,
-        apart=(),
+        keep_apart=(),
         sizes=sizes_of(num_rows, block_size=batch_size, batch_size=batch_size, settings=settings),
         capacity=num_rows,
         settings=settings,

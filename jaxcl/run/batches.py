@@ -213,11 +213,11 @@ class RunBatches:
             block_size=rule.block_size,
             seed=self._settings.seed,
             random_fraction=rule.random_fraction,
-            apart=self._labels(rule),
+            keep_apart=self._labels(rule),
         )
 
     def _labels(self, rule: GcbsRule) -> tuple[Int[np.ndarray, " n"], ...]:
-        return tuple(label_column(self._table, name) for name in rule.apart)
+        return tuple(label_column(self._table, name) for name in rule.keep_apart)
 
     def _assigned(self, state: TrainState) -> Assigned | None:
         """The assignment of the last refresh; `None` before the first one."""

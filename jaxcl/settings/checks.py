@@ -26,7 +26,7 @@ from jaxcl.settings.sections import Settings, unresolved
 
 __all__ = ["check_settings"]
 
-_APART = ("text", "group")
+_KEEP_APART = ("text", "group")
 
 
 def check_settings(settings: Settings) -> None:
@@ -284,9 +284,9 @@ def _check_gcbs(settings: Settings) -> None:
             "assignment.gcbs.embeddings='bank' reads a slot for each training row; set "
             "negatives.bank.kind='instance'"
         )
-    check_names("assignment.gcbs.apart", options.apart, _APART)
-    if "group" in options.apart and settings.data.group_field is None:
-        raise ValueError("assignment.gcbs.apart names 'group', but data.group_field is None")
+    check_names("assignment.gcbs.keep_apart", options.keep_apart, _KEEP_APART)
+    if "group" in options.keep_apart and settings.data.group_field is None:
+        raise ValueError("assignment.gcbs.keep_apart names 'group', but data.group_field is None")
     try:
         rule.settings.check()
         random_to_hard(options.random_initial, options.random_final, settings.steps)

@@ -78,7 +78,7 @@ class GcbsRule(NamedTuple):
       refresh_every: number of steps between refreshes.
       refresh_epochs: number of epochs between refreshes, instead of steps; or `None`.
       random_fraction: step -> the fraction of blocks that are random.
-      apart: columns; rows with equal entries in one of them never share a batch.
+      keep_apart: columns; rows with equal entries in one of them never share a batch.
       from_bank: whether embeddings come from the instance bank.
       picture: whether each refresh draws the similarity matrix.
     """
@@ -88,7 +88,7 @@ class GcbsRule(NamedTuple):
     refresh_every: int
     refresh_epochs: float | None
     random_fraction: Callable[[int], float]
-    apart: tuple[str, ...]
+    keep_apart: tuple[str, ...]
     from_bank: bool
     picture: bool
 
@@ -151,7 +151,7 @@ def gcbs_rule(settings: Settings) -> GcbsRule | None:
         options.refresh_every,
         options.refresh_epochs,
         random_to_hard(options.random_initial, options.random_final, settings.steps),
-        options.apart,
+        options.keep_apart,
         options.embeddings == "bank",
         options.picture,
     )

@@ -171,7 +171,7 @@ class GcbsSettings(NamedTuple):
     embeddings: str = "encode"
     random_initial: Share = 0.0
     random_final: Share = 0.0
-    apart: tuple[str, ...] = ("text",)
+    keep_apart: tuple[str, ...] = ("text",)
     picture: bool = False
 
 

@@ -73,7 +73,7 @@ def test_each_epoch_holds_every_row_once(num_rows, batch_size, block_size, rando
         block_size=block_size,
         seed=0,
         random_fraction=random_fraction,
-        apart=(np.arange(num_rows) // 2,),
+        keep_apart=(np.arange(num_rows) // 2,),
     )
     assert_once_each(stream(rows_fn, 5, num_rows=num_rows, batch_size=batch_size))
 
@@ -215,7 +215,7 @@ def test_no_row_is_lost_where_the_order_changes(num_rows, batch_size, block_size
         block_size=block_size,
         seed=0,
         random_fraction=0.3,
-        apart=(np.arange(num_rows) // 3,),
+        keep_apart=(np.arange(num_rows) // 3,),
     )
     assert_once_each(epochs)
 
@@ -286,7 +286,7 @@ def test_rows_do_not_depend_on_earlier_calls():
 
     def fresh() -> AssignedRows:
         return AssignedRows(
-            unseen(50), batch_size=8, block_size=4, seed=0, random_fraction=0.5, apart=labels
+            unseen(50), batch_size=8, block_size=4, seed=0, random_fraction=0.5, keep_apart=labels
         )
 
     steps = [*range(16)]
@@ -377,16 +377,18 @@ APART = {
 @pytest.mark.parametrize("num_rows", [640, 653])
 def test_equal_labels_are_kept_apart(num_rows, labels_of):
     order = an_order(num_rows)
-    apart, sizes = labels_of(order), {"batch_size": 32, "block_size": 8, "seed": 0}
+    keep_apart, sizes = labels_of(order), {"batch_size": 32, "block_size": 8, "seed": 0}
     before = 0
     for epoch in (0, 3):
         without = epoch_rows(order, epoch=epoch, **sizes)
-        rows = epoch_rows(order, epoch=epoch, apart=apart, **sizes)
+        rows = epoch_rows(order, epoch=epoch, keep_apart=keep_apart, **sizes)
         assert_once_each(rows[None])
         counted = {"batch_size": 32, "first_position": epoch * num_rows}
-        conflicts = [count_conflicts(without, labels, **counted) for labels in apart]
+        conflicts = [count_conflicts(without, labels, **counted) for labels in keep_apart]
         before += sum(conflicts)
-        assert [count_conflicts(rows, labels, **counted) for labels in apart] == [0] * len(apart)
+        assert [count_conflicts(rows, labels, **counted) for labels in keep_apart] == [0] * len(
+            keep_apart
+        )
         assert (rows != without).sum() <= 2 * sum(conflicts)  # the others do not move
     assert before > 20
 
@@ -397,7 +399,7 @@ def test_labels_that_cannot_be_kept_apart_conflict_as_little_as_possible(num_lab
     labels = np.minimum(np.arange(640) // 5, 200 + np.arange(640) % num_labels)
     labels[:300] = np.arange(300) % num_labels
     order = an_order(640)
-    rows = epoch_rows(order, epoch=0, batch_size=32, block_size=8, seed=0, apart=(labels,))
+    rows = epoch_rows(order, epoch=0, batch_size=32, block_size=8, seed=0, keep_apart=(labels,))
     assert_once_each(rows[None])
     least = np.maximum(np.bincount(labels) - 20, 0).sum()
     assert count_conflicts(rows, labels, batch_size=32) == least
@@ -409,29 +411,31 @@ def test_a_label_that_cannot_be_kept_apart_does_not_affect_others():
     few = np.arange(640) % 3
     sizes = {"batch_size": 32, "block_size": 8, "seed": 0}
     without = epoch_rows(order, epoch=0, **sizes)
-    rows = epoch_rows(order, epoch=0, apart=(hopeless, texts, few), **sizes)
+    rows = epoch_rows(order, epoch=0, keep_apart=(hopeless, texts, few), **sizes)
     assert count_conflicts(without, texts, batch_size=32) == 320
     assert count_conflicts(rows, texts, batch_size=32) == 0
     assert count_conflicts(rows, hopeless, batch_size=32) == 640 - 20
     assert count_conflicts(rows, few, batch_size=32) == 640 - 3 * 20
 
 
-def rounds(monkeypatch, order: np.ndarray, apart, *, seed: int):
+def rounds(monkeypatch, order: np.ndarray, keep_apart, *, seed: int):
     """The rows, and the conflicts of each array of labels, after 0, 1, 2, ... rounds of swaps."""
     rows, conflicts = [], []
     for max_rounds in range(6):
         monkeypatch.setattr("jaxcl.assignment.conflicts._MAX_ROUNDS", max_rounds)
-        found = epoch_rows(order, epoch=0, batch_size=20, block_size=4, seed=seed, apart=apart)
+        found = epoch_rows(
+            order, epoch=0, batch_size=20, block_size=4, seed=seed, keep_apart=keep_apart
+        )
         rows.append(found)
-        conflicts.append([count_conflicts(found, labels, batch_size=20) for labels in apart])
+        conflicts.append([count_conflicts(found, labels, batch_size=20) for labels in keep_apart])
     return np.array(rows), np.array(conflicts)
 
 
 @pytest.mark.parametrize("num_labels", [(4, 9, 30), (70, 100), (12,)], ids=str)
 def test_each_swap_of_each_round_removes_a_conflict(num_labels, monkeypatch):
     for seed in range(4):
-        apart = tuple(some_labels(240, size, seed=seed) for size in num_labels)
-        rows, conflicts = rounds(monkeypatch, an_order(240), apart, seed=seed)
+        keep_apart = tuple(some_labels(240, size, seed=seed) for size in num_labels)
+        rows, conflicts = rounds(monkeypatch, an_order(240), keep_apart, seed=seed)
         swaps = (rows[1:] != rows[:-1]).sum(1) // 2
         assert swaps[0] > 0
         assert (-np.diff(conflicts.sum(1)) >= swaps).all()
@@ -453,7 +457,7 @@ def test_equal_labels_are_kept_apart_in_the_rest_of_an_epoch():
     seen = np.isin(np.arange(640), order[::2][: 7 * 32])
     labels = np.argsort(order) // 4
     rows_fn = AssignedRows(
-        Assigned(order, seen, 27), batch_size=32, block_size=8, seed=0, apart=(labels,)
+        Assigned(order, seen, 27), batch_size=32, block_size=8, seed=0, keep_apart=(labels,)
     )
     for step in range(27, 50):
         assert count_conflicts(rows_fn(step), labels, batch_size=32) == 0
@@ -461,7 +465,7 @@ def test_equal_labels_are_kept_apart_in_the_rest_of_an_epoch():
 
 def test_one_batch_has_nothing_to_swap_with():
     rows = epoch_rows(
-        np.arange(8), epoch=0, batch_size=8, block_size=4, seed=0, apart=(np.arange(8) // 2,)
+        np.arange(8), epoch=0, batch_size=8, block_size=4, seed=0, keep_apart=(np.arange(8) // 2,)
     )
     assert_once_each(rows[None])
 
@@ -477,7 +481,7 @@ def test_a_million_rows_take_little_memory():
         block_size=32,
         seed=0,
         random_fraction=0.5,
-        apart=(labels,),
+        keep_apart=(labels,),
     )
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -523,8 +527,8 @@ def test_invalid_arguments_are_errors(wrong, message):
 
 def test_labels_of_other_rows_are_an_error():
     state = Assigned(np.arange(8), np.zeros(8, bool), 0)
-    with pytest.raises(ValueError, match=r"apart has labels of \[7\] rows; there are 8"):
-        AssignedRows(state, batch_size=4, block_size=4, seed=0, apart=(np.arange(7),))
+    with pytest.raises(ValueError, match=r"keep_apart has labels of \[7\] rows; there are 8"):
+        AssignedRows(state, batch_size=4, block_size=4, seed=0, keep_apart=(np.arange(7),))
 
 
 def test_a_step_before_the_order_is_an_error():

@@ -46,9 +46,9 @@ def compiled(name, devices):
     return mesh, make_order(mesh, num_rows=ROWS, settings=SETTINGS[name], **SIZES)
 
 
-def ordered(name, devices, *, seed=0, apart=()):
+def ordered(name, devices, *, seed=0, keep_apart=()):
     queries, keys, _ = topical()
-    return compiled(name, devices)[1](queries, keys, 0.1, jax.random.key(seed), apart)
+    return compiled(name, devices)[1](queries, keys, 0.1, jax.random.key(seed), keep_apart)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_mesh_may_hold_more_rows_than_the_data_set():
 
 def test_equal_labels_do_not_attract_each_other():
     topic = topical()[2].astype(np.int32)
-    found, without = (ordered("exact", 8, apart=apart).rows for apart in ((topic,), ()))
+    found, without = (ordered("exact", 8, keep_apart=labels).rows for labels in ((topic,), ()))
     together = [(topic[order][1:] == topic[order][:-1]).mean() for order in (found, without)]
     assert together[0] < together[1] - 0.1
 
@@ -175,9 +175,9 @@ def test_invalid_embeddings_are_named():
 
 def test_invalid_labels_and_temperatures_are_named():
     queries, keys, topic = topical()
-    for apart in (topic[:-1], np.append(topic, 0)):
+    for labels in (topic[:-1], np.append(topic, 0)):
         with pytest.raises(ValueError, match="give one of each per row"):
-            assign(queries, keys, block_size=8, apart=(apart.astype(np.int32),))
+            assign(queries, keys, block_size=8, keep_apart=(labels.astype(np.int32),))
     for temperature in (0.0, -1.0, np.nan):
         with pytest.raises(ValueError, match="set it above 0"):
             assign(queries, keys, block_size=8, temperature=temperature)
@@ -187,8 +187,8 @@ def test_other_types_of_the_same_shape_are_ordered_too():
     queries, keys, topic = topical()
     options = {"settings": SETTINGS["exact"], **SIZES}
     for dtype, label in ((np.float32, np.int32), (np.float16, np.int8)):
-        apart = (topic.astype(label),)
-        found = assign(queries.astype(dtype), keys.astype(dtype), apart=apart, **options)
+        keep_apart = (topic.astype(label),)
+        found = assign(queries.astype(dtype), keys.astype(dtype), keep_apart=keep_apart, **options)
         assert sorted(found.tolist()) == list(range(ROWS))
     sides = jnp.asarray(queries), keys.tolist()
     np.testing.assert_array_equal(assign(*sides, **options), assign(queries, keys, **options))
@@ -216,7 +216,7 @@ def test_labels_of_64_bits_stay_different():
     queries, keys, topic = topical()
     options = {"settings": SETTINGS["exact"], **SIZES}
     orders = [
-        assign(queries, keys, apart=(labels,), **options)
+        assign(queries, keys, keep_apart=(labels,), **options)
         # In 32 bits, all of these would be equal.
         for labels in (topic, topic.astype(np.int64) << 32)
     ]
@@ -309,9 +309,9 @@ def test_assign_says_when_it_compiles_and_how_far_it_is():
 def test_padding_to_a_capacity_changes_no_order(name):
     # `assign` pads to 1,024 rows; `make_order` only as much as the devices need.
     queries, keys, topic = topical()
-    options = {"temperature": 0.1, "apart": (topic,), "settings": SETTINGS[name], **SIZES}
+    options = {"temperature": 0.1, "keep_apart": (topic,), "settings": SETTINGS[name], **SIZES}
     found = assign(queries, keys, **options)
-    np.testing.assert_array_equal(found, ordered(name, 8, apart=(topic,)).rows)
+    np.testing.assert_array_equal(found, ordered(name, 8, keep_apart=(topic,)).rows)
 
 
 def test_the_paper_s_method_says_how_many_rows_it_has_compared():

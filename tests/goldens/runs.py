@@ -54,7 +54,7 @@ ALL_TIERS = (
 TWO_TIERS = ("negatives.tiers.stratified=32", "negatives.tiers.nearest=4")
 TEXT_AND_GROUP = ("loss.masks=('text', 'group')",)
 BLOCKS = (
-    *("assignment.gcbs.block_size=16", "assignment.gcbs.apart=('text', 'group')"),
+    *("assignment.gcbs.block_size=16", "assignment.gcbs.keep_apart=('text', 'group')"),
     *("assignment.gcbs.random_initial=0.8", "assignment.gcbs.random_final=0.2"),
     *("assignment.gcbs.refresh_epochs=1.5", "assignment.gcbs.graph=clustered"),
 )

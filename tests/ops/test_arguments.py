@@ -150,16 +150,16 @@ INTO_INT32 = {
 }  # fmt: skip
 
 OF_ANY_WIDTH = {
-    "assign": lambda labels: assignment.assign(*sides(), block_size=2, apart=(labels,)),
+    "assign": lambda labels: assignment.assign(*sides(), block_size=2, keep_apart=(labels,)),
     "epoch_rows": lambda labels: assignment.epoch_rows(
-        np.arange(ROWS), epoch=0, batch_size=2, block_size=1, seed=0, apart=(labels,)
+        np.arange(ROWS), epoch=0, batch_size=2, block_size=1, seed=0, keep_apart=(labels,)
     ),
     "epoch_batches": lambda labels: assignment.epoch_batches(
-        np.arange(ROWS), epoch=0, batch_size=2, block_size=1, seed=0, apart=(labels,)
+        np.arange(ROWS), epoch=0, batch_size=2, block_size=1, seed=0, keep_apart=(labels,)
     ),
     "AssignedRows": lambda labels: assignment.AssignedRows(
         assignment.Assigned(np.arange(ROWS), np.zeros(ROWS, bool), 0),
-        batch_size=2, block_size=1, seed=0, apart=(labels,),
+        batch_size=2, block_size=1, seed=0, keep_apart=(labels,),
     )(0),
     "count_conflicts": lambda labels: assignment.count_conflicts(
         np.arange(ROWS), labels, batch_size=2

@@ -96,7 +96,7 @@ class Choice(NamedTuple):
     state: TrainState
     sides: list[np.ndarray]
     temperature: float
-    apart: Any
+    keep_apart: Any
     order: np.ndarray
 
 
@@ -184,10 +184,10 @@ def watched():
     def ordering(*arguments, **options):
         order = make_order(*arguments, **options)
 
-        def noted(queries, keys, temperature, key, apart, *, report):
-            ordered = order(queries, keys, temperature, key, apart, report=report)
+        def noted(queries, keys, temperature, key, keep_apart, *, report):
+            ordered = order(queries, keys, temperature, key, keep_apart, report=report)
             sides = [np.array(side[:ROWS]) for side in (queries, keys)]
-            choices.append(Choice(states[-1], sides, float(temperature), apart, ordered.rows))
+            choices.append(Choice(states[-1], sides, float(temperature), keep_apart, ordered.rows))
             return ordered
 
         return noted
@@ -232,7 +232,7 @@ def test_a_run_trains_on_the_batches_of_its_newest_order(run_of, method):
         seen, position = np.zeros(ROWS, bool), step * BATCH
         seen[visits[position - position % ROWS : position]] = True
         assert 0 < seen.sum() < ROWS
-        rows_of = AssignedRows(Assigned(choice.order, seen, step), **sizes, apart=(text,))
+        rows_of = AssignedRows(Assigned(choice.order, seen, step), **sizes, keep_apart=(text,))
         for later in range(step, min(step + EVERY, STEPS)):
             np.testing.assert_array_equal(run.rows[later], rows_of(later))
 
@@ -477,11 +477,11 @@ def test_rows_of_equal_text_keep_out_of_each_others_batch(configured, run_of, tm
     run = run_of("bisection")
     text = run.data.tables["train"].text
     assert len(set(text)) < ROWS - 5
-    assert all(np.array_equal(choice.apart, [text]) for choice in run.choices)
+    assert all(np.array_equal(choice.keep_apart, [text]) for choice in run.choices)
     state = newest_state(run.config, run.workdir)
 
-    def conflicts(apart: tuple[str, ...]) -> Iterator[int]:
-        config = configured(**{f"{GCBS}apart": apart})
+    def conflicts(keep_apart: tuple[str, ...]) -> Iterator[int]:
+        config = configured(**{f"{GCBS}keep_apart": keep_apart})
         rows_of = RunBatches(training_of(config), run.data, tmp_path).rows_of(state)
         for begin, rows in (epoch_of(rows_of, epoch) for epoch in range(3, 8)):
             yield count_conflicts(rows, text, batch_size=BATCH, first_position=begin)
@@ -491,7 +491,7 @@ def test_rows_of_equal_text_keep_out_of_each_others_batch(configured, run_of, tm
 
 
 def test_rows_kept_apart_are_not_part_of_the_gap(configured, tmp_path):
-    config = configured(**BANK, **{f"{GCBS}method": "rcm", f"{GCBS}apart": ("group",)})
+    config = configured(**BANK, **{f"{GCBS}method": "rcm", f"{GCBS}keep_apart": ("group",)})
     program, data = training_of(config), data_of(config, tmp_path)
     group = data.tables["train"].group
     # Rows are equal within a group and orthogonal between groups.
@@ -557,7 +557,7 @@ def test_epochs_that_never_pass_are_an_error(configured, tmp_path):
 
 
 def test_blocks_are_random_at_first_and_whole_at_last(configured, tmp_path):
-    shares = {f"{GCBS}random_initial": 1.0, f"{GCBS}random_final": 0.0, f"{GCBS}apart": ()}
+    shares = {f"{GCBS}random_initial": 1.0, f"{GCBS}random_final": 0.0, f"{GCBS}keep_apart": ()}
     config = configured(steps=1_000, **shares)
     program, data = training_of(config), data_of(config, tmp_path)
     order = np.random.default_rng(0).permutation(ROWS).astype(np.int32)

@@ -362,11 +362,15 @@ def test_a_loss_that_does_not_fit_its_config_is_named(changes, message):
         ({"gcbs.embeddings": "model"}, {}, "'model' is unknown; use one of encode, bank"),
         ({"gcbs.embeddings": "bank"}, {}, r"set negatives\.bank\.kind='instance'"),
         ({"gcbs.embeddings": "bank"}, QUEUE, r"set negatives\.bank\.kind='instance'"),
-        ({"gcbs.apart": ("text", "row")}, {}, "apart names 'row'; use some of text, group"),
         (
-            {"gcbs.apart": ("group",)},
+            {"gcbs.keep_apart": ("text", "row")},
+            {},
+            "keep_apart names 'row'; use some of text, group",
+        ),
+        (
+            {"gcbs.keep_apart": ("group",)},
             {"data.group_field": None},
-            r"apart names 'group', but data\.group_field is None",
+            r"keep_apart names 'group', but data\.group_field is None",
         ),
         ({"gcbs.method": "metis"}, {}, "'metis' is unknown; use one of bisection, rcm_device, rcm"),
         ({"gcbs.graph": "whole"}, {}, "'whole' is unknown; use one of exact, clustered"),
@@ -408,7 +412,7 @@ def test_settings_of_an_assignment_arrive_in_its_rule():
     assert effort.items() <= rule.settings.effort._asdict().items()
     assert rule[1:3] == (4, 5)
     assert [rule.random_fraction(step) for step in (0, 10, 20)] == [0.5, 0.25, 0.0]
-    assert (rule.apart, rule.from_bank, rule.picture) == (("text",), False, False)
+    assert (rule.keep_apart, rule.from_bank, rule.picture) == (("text",), False, False)
 
 
 def test_unset_fields_of_an_assignment_come_from_the_preset():

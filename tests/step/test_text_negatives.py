@@ -325,7 +325,7 @@ def test_the_positives_of_a_query_are_kept_out_of_each_others_batch(data):
         rows_of = AssignedRows(order, **sizes, **options)
         return sum(4 - len(set(text[rows_of(step)])) for step in range(5))
 
-    assert conflicts(apart=(text,)) == 0
+    assert conflicts(keep_apart=(text,)) == 0
     assert conflicts() > 0
 
 
