@@ -191,7 +191,9 @@ def _loss() -> ConfigDict:
     loss.name = "infonce"  # a loss listed in jaxcl/losses/README.md
     loss.options = option_fields(LOSSES)  # of all losses; None means the loss's own default
     loss.exchange = "gather"  # how devices exchange keys: "gather" (all-gather) or "ring"
-    # The implementation of the softmax over scores; None chooses one by the number of scores.
+    # How to compute the loss from all pairs: "reference" stores all scores, "tiled" a tile at a
+    # time; "pallas_tpu" and "pallas_gpu" are kernels. None uses "reference" up to 2**20
+    # scores, and "tiled" above.
     loss.implementation = placeholder(str)
     loss.bias = placeholder(float)  # initial value of a learned bias of the scores, for "sigmoid"
     loss.matryoshka_dims = ()  # lengths of embedding prefixes to train as well
@@ -210,15 +212,16 @@ def _loss() -> ConfigDict:
 
 def _negatives() -> ConfigDict:
     negatives = ConfigDict()
-    # A memory bank: "queue" holds the most recent keys; "instance" has a slot per training row, and
-    # each update moves a slot a fraction 1 - momentum of the way to the new embedding.
+    # A memory bank: "queue" holds the most recent keys; "instance" has a slot per training row,
+    # updated to momentum * old + (1 - momentum) * new embedding.
     negatives.bank = ConfigDict(
         {"kind": placeholder(str), "slots": 16_384, "momentum": 0.5, "dtype": "float32"}
     )
     # The tiers of negatives, their sizes and options; jaxcl/negatives/README.md describes them.
     negatives.tiers = ConfigDict(TierBudgets()._asdict())
     # Hard negatives, mined from the instance bank every refresh_every steps and encoded with the
-    # batch. sampling="random" draws them from the keys in rank_range; "top" takes the nearest.
+    # batch. sampling="random" draws them from the keys in rank_range; "top" takes the nearest of
+    # these.
     negatives.mined = ConfigDict(
         {"refresh_every": placeholder(int), "per_query": 4, "rank_range": (10, 100)}
         | {"margin": placeholder(float), "relative_margin": placeholder(float)}
@@ -229,7 +232,8 @@ def _negatives() -> ConfigDict:
     negatives.proportions = "rows"
     # ((group, weight), …). String labels are numbered in alphabetical order.
     negatives.weights = ()
-    # The decay of the momentum encoder, from the first step to the last; initial=None disables it.
+    # The decay of the momentum encoder rises along a cosine from initial, at the first step, to
+    # final, at the last; initial=None disables the encoder.
     negatives.momentum_encoder = ConfigDict({"initial": placeholder(float), "final": 1.0})
     # The guide model, whose similarities the margins use: "momentum", the momentum encoder; "data",
     # the embeddings in data.guides; None, the model itself.
@@ -345,8 +349,8 @@ def _evaluation() -> ConfigDict:
     evaluation.exclude_groups = False
     evaluation.rrf_k = 10  # the constant of reciprocal rank fusion, for "hybrid"
     evaluation.batch_size = 1_024  # number of rows to encode at a time
-    # The weights that evaluation and all other commands, such as search and export, use: "trained",
-    # or "average", the moving average of optimizer.average_decay.
+    # The weights for evaluation and all other commands, such as search and export: "trained", or
+    # "average", the moving average of optimizer.average_decay.
     evaluation.weights = "trained"
     # Whether evaluation and all other commands use the embeddings that the loss is computed
     # on. False uses the features below the projection head of an image encoder

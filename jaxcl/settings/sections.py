@@ -120,7 +120,7 @@ class MinedSettings(NamedTuple):
 
     @property
     def rule(self) -> MiningRule:
-        """The same as the library takes it."""
+        """These settings as the library's `MiningRule`."""
         names = [name for name in MiningRule._fields if name in self._fields]
         return MiningRule(**{name: getattr(self, name) for name in names})
 
@@ -195,7 +195,7 @@ class GradCacheSettings(NamedTuple):
 
 
 class OptimizerSettings(NamedTuple):
-    """The optimiser and its schedule; `options` are the optimiser's own arguments."""
+    """The optimizer and its schedule; `options` are the optimizer's own arguments."""
 
     name: str = "adam"
     schedule: str = "warmup_cosine"
