@@ -372,7 +372,7 @@ def test_every_way_to_train_sentence_embeddings_is_evaluated(static_folder, tmp_
         torch_python=None,
     )
     ways = [
-        f"{kind}, {way} batches" for kind in ("simcse", "pairs") for way in ("random", "chosen")
+        f"{kind}, {way} batches" for kind in ("simcse", "pairs") for way in ("random", "assigned")
     ]
     assert set(record["rounds"]) == {"frozen", *ways}
     values = [one for (one,) in record["rounds"].values()]

@@ -1,13 +1,13 @@
-"""What helps sentence embeddings: SimCSE, paraphrases, random or chosen batches?
+"""What helps sentence embeddings: SimCSE, paraphrases, random or assigned batches?
 
     python -m jaxcl.bench sentences --model FOLDER --pairs pairs.jsonl --texts texts.jsonl \\
         --sts sts-dev.csv [--num-pairs 2048] [--seeds 3] [--torch-python PYTHON]
 
 Fine-tunes a pretrained encoder with the variants `simcse` (on the texts) and `pairs` (on the pairs)
-of `configs/sentence_embedding.py`, with random batches and with batches that are chosen twice
-(`assignment.name="gcbs"`). With `--torch-python`, sentence-transformers trains in turn on the same
-random batches, with the same learning rates. One function evaluates all models on pairs with scores
-(Spearman's correlation). Every setting trains on the same number of pairs.
+of `configs/sentence_embedding.py`, with random batches and with batches that are assigned during
+training (`assignment.name="gcbs"`). With `--torch-python`, sentence-transformers trains in turn on
+the same random batches, with the same learning rates. One function evaluates all models on pairs
+with scores (Spearman's correlation). Every setting trains on the same number of pairs.
 """
 
 import statistics
@@ -86,7 +86,7 @@ def measure(
     for kind, file in (("simcse", texts), ("pairs", pairs)):
         config = _config(kind, model, file, num_pairs // batch, batch, learning_rate)
         for seed in range(seeds):
-            for way, changes in (("random", {}), ("chosen", _chosen(config))):
+            for way, changes in (("random", {}), ("assigned", _assigned(config))):
                 say(f"{kind}, {way} batches, seed {seed}")
                 own = changed_config(config, {"seed": seed, **changes})
                 results.setdefault(f"{kind}, {way} batches", []).append(train_jaxcl(own, held_out))
@@ -122,8 +122,8 @@ def _config(
     )
 
 
-def _chosen(config: ConfigDict) -> Mapping[str, Any]:
-    """Batches that are chosen after a quarter of the steps, and twice more."""
+def _assigned(config: ConfigDict) -> Mapping[str, Any]:
+    """Batches that are assigned after a quarter of the steps, and twice more."""
     every = max(config.steps // 4, 1)
     return {"assignment.name": "gcbs", "assignment.gcbs.refresh_every": every}
 
