@@ -3,9 +3,9 @@
     python -m jaxcl.train --config configs/code_search.py
 
 On 2 cores of an AMD EPYC: 300 steps in 144 s, the whole command in 197 to 206 s, for the 19,219
-functions of jaxcl's own environment. MRR@10 of the embedder over 3 seeds: .640 to .649 (± .010)
-on unseen files, where BM25 has .494, and .454 to .461 (± .007) on the standard library, which it
-never saw (BM25 .366).
+functions of jaxcl's own environment. MRR@10 of the model over 3 seeds: .640 to .649 (± .010) on
+unseen files, where BM25 has .494, and .454 to .461 (± .007) on the standard library, which is not
+in the training data (BM25: .366).
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from ml_collections.config_dict import placeholder
 from jaxcl.configs import base
 from jaxcl.negatives.tiers import TierBudgets
 
-# Synthetic negatives help here, and more if they are made from the batch than from a bank.
+# Synthetic negatives help here, and help more if built from the batch than from a bank.
 SYNTHETIC = TierBudgets(
     mixed=16, mixed_with_query=8, perturbed=8, hardest=32, of_batch=True
 )._asdict()

@@ -11,7 +11,8 @@ from jaxcl.configs import code_search
 def get_config(variant: str = "default") -> ConfigDict:
     """`code_search.get_config` with another model, its optimizer and shorter keys.
 
-    Batches are random and have only in-batch negatives; nothing else was measured with this model.
+    Batches are random, with only in-batch negatives, because other settings have not been measured
+    with this model.
     """
     config = code_search.get_config("smoke" if variant == "smoke" else "plain")
     config.assignment.name = "uniform"

@@ -1,13 +1,13 @@
-"""Images and captions, as in CLIP and SigLIP: two encoders of different kinds, and one space.
+"""Images and captions, as in CLIP and SigLIP: two different encoders with one embedding space.
 
     python -m jaxcl.train --config configs/image_text.py
     python -m jaxcl.train --config configs/image_text.py:locked --config.data.name=PAIRS \\
         --config.model.pretrained=FOLDER
 
-The default learns pictures of characters with their Unicode names, in the DejaVu faces that ship
-with matplotlib. On 2 cores it takes about two minutes, and finds the name of .46 to .48 of the
-pictures of unseen characters first (3 seeds, standard error .02), where nearest pixels find .19.
-`locked` trains an encoder of captions for a frozen pretrained encoder of images.
+The default trains on pictures of characters in the DejaVu faces that ship with matplotlib, with
+their Unicode names as captions. On 2 cores it takes about two minutes. Recall@1 from pictures of
+unseen characters to their names is .46 to .48 (3 seeds, standard error .02); comparing pixels
+reaches .19. `locked` trains a text encoder for a frozen pretrained image encoder.
 """
 
 from ml_collections import ConfigDict
@@ -18,8 +18,8 @@ from jaxcl.configs import base, simclr
 def get_config(variant: str = "default") -> ConfigDict:
     """InfoNCE over a small convolutional encoder and a static encoder of names.
 
-    `"siglip"` has the sigmoid loss of all pairs instead. `"locked"` has a pretrained encoder of
-    images, such as a ViT, whose weights are frozen, and a transformer for captions. `"smoke"` and
+    `"siglip"` has the sigmoid loss of all pairs instead. `"locked"` has a pretrained image encoder
+    with frozen weights, such as a ViT, and a transformer for captions. `"smoke"` and
     `"smoke_siglip"` shrink the first two to seconds.
     """
     known = ("default", "siglip", "locked", "smoke", "smoke_siglip")

@@ -1,12 +1,12 @@
-"""Large encoders on any TFDS data set, with the sizes of BERT base, Mistral 7B and CLIP.
+"""Large encoders, with the sizes of BERT base, Mistral 7B and CLIP, on any data set.
 
     python -m jaxcl.train --config configs/large_encoders.py:bert_base --config.data.name=…
     python -m jaxcl.plan --config configs/large_encoders.py:mistral_7b --topology v5e:16x16
 
-The first three start from random weights; use them to plan the memory of a pod. `pretrained_7b`,
-`clip` and `siglip` fine-tune the weights of a folder, such as those of e5-mistral-7b-instruct and
-clip-vit-base-patch16. A plan needs only the copy of the folder in a run's workdir, which has no
-weights:
+`bert_base`, `mistral_7b` and `mistral_7b_lora` start from random weights; use them to plan the
+memory of a pod. `pretrained_7b`, `clip` and `siglip` fine-tune the weights of a folder, such as
+those of e5-mistral-7b-instruct and clip-vit-base-patch16. A plan needs only the copy of the folder
+in a run's workdir, which has no weights:
 
     python -m jaxcl.plan --config configs/large_encoders.py:pretrained_7b --topology v5e:16x16 \\
         --config.model.pretrained=FOLDER
@@ -73,14 +73,14 @@ def _pretrained_7b(config: ConfigDict) -> None:
 
 
 def _mistral_7b_lora(config: ConfigDict) -> None:
-    """`mistral_7b` with adapters of rank 16 next to frozen bfloat16 kernels."""
+    """`mistral_7b` with LoRA adapters of rank 16 on frozen bfloat16 kernels."""
     _mistral_7b(config)
     config.model.lora.update({"rank": 16, "base_dtype": "bfloat16"})
     config.optimizer.learning_rate = 1e-4
 
 
 def _image_text(config: ConfigDict) -> None:
-    """Images and captions with the two towers of a folder, in batches of 32,768."""
+    """Images and captions with the two towers of a pretrained folder, in batches of 32,768."""
     config.data.modality = ConfigDict({"query": "image", "key": "text"})
     config.data.query_field, config.data.key_field = "image", "caption"
     config.data.distinct_tokens = False
@@ -99,7 +99,7 @@ def _clip(config: ConfigDict) -> None:
 
 
 def _siglip(config: ConfigDict) -> None:
-    """SigLIP (Zhai et al., 2023): the sigmoid loss, with keys that travel around the ring."""
+    """SigLIP (Zhai et al., 2023): the sigmoid loss, with keys exchanged in a ring."""
     _image_text(config)
     config.data.max_tokens = ConfigDict({"query": 64, "key": 64})
     config.loss.name = "sigmoid"

@@ -1,4 +1,4 @@
-"""MoCo: views of images against a queue of keys, which a momentum encoder writes.
+"""MoCo: views of images, with a queue of keys from a momentum encoder as negatives.
 
     python -m jaxcl.train --config configs/moco.py
     python -m jaxcl.train --config configs/moco.py:views --config.data.name=FOLDER
@@ -14,7 +14,7 @@ from jaxcl.configs import simclr
 
 
 def get_config(variant: str = "default") -> ConfigDict:
-    """`simclr.get_config` of the same variant with a queue, and with one direction of the loss."""
+    """`simclr.get_config` of the same variant, with a queue, and a loss from queries to keys."""
     config = simclr.get_config(variant)
     config.loss.name = "infonce"
     config.loss.options.directions = ("query_to_key",)

@@ -4,10 +4,10 @@
     python -m jaxcl.train --config configs/pairs.py:finetune --config.data.name=pairs.jsonl \\
         --config.model.pretrained=FOLDER
 
-The file has a query and a key in each row (`configs/base.py` lists the kinds of files). Its columns
-are recognised by common names, such as `query` and `positive`. One in twenty queries, chosen by a
-hash, is held out for validation; `--config.data.splits.validation=dev.jsonl` uses another file
-instead.
+Each row of the file has a query and a key (`configs/base.py` lists the supported formats). Its
+columns are recognised by common names, such as `query` and `positive`. One in twenty queries,
+chosen by a hash, is held out for validation; `--config.data.splits.validation=dev.jsonl` uses
+another file instead.
 """
 
 from ml_collections import ConfigDict

@@ -11,9 +11,10 @@ FOLDER is a pretrained text encoder, such as BERT base. The variants train on di
 - `scored`: pairs of texts with a score of their similarity in a column `score`, for CoSENT.
 
 The columns of pairs are recognised by common names, such as `sentence1` and `sentence2`. The
-evaluation set has pairs with scores that are not trained on. All rows of `data.name` are trained
-on, since a text that is its own key is always found. `configs/sentence_embedding.py:simcse_smoke`
-and likewise `pairs_smoke` and `scored_smoke` are shrunk to seconds, without a pretrained encoder.
+evaluation set is a file of other pairs with scores. No rows of `data.name` are held out, because
+with SimCSE, ranking the keys is trivial: each text is its own key.
+`configs/sentence_embedding.py:simcse_smoke` and likewise `pairs_smoke` and `scored_smoke` are
+shrunk to seconds, without a pretrained encoder.
 """
 
 from ml_collections import ConfigDict

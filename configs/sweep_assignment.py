@@ -5,7 +5,7 @@
 
 `configs/sweep_assignment.py:small` has batches of 64, 1,000 steps and refreshes every 200 steps.
 `configs/sweep_assignment.py:refreshes` varies only the steps between refreshes and the number of
-starts; the default of code search was chosen from these settings.
+starts; the default in code search was chosen from these settings.
 """
 
 DENSE = {"evaluation.methods": ("dense",)}

@@ -1,10 +1,10 @@
-"""The gain of each augmentation: SimCLR without one of its steps at a time.
+"""The gain of each augmentation: SimCLR with one of its operations left out at a time.
 
     python -m jaxcl.compare --config configs/simclr.py:views --config.data.name=FOLDER \\
         --settings configs/sweep_augmentations.py --workdir runs/augmentations
 
-`configs/sweep_augmentations.py:glyphs` compares the steps that keep a character readable, for the
-default of `configs/simclr.py`.
+`configs/sweep_augmentations.py:glyphs` compares the operations that keep a character readable, for
+the default of `configs/simclr.py`.
 """
 
 OPTIONS = "augmentation.options"
@@ -12,7 +12,7 @@ WHOLE = {f"{OPTIONS}.crop_scale": (1.0, 1.0)}
 
 
 def get_settings(variant: str = "default") -> dict[str, dict]:
-    """The baseline with all steps, the baseline without each, and no augmentation."""
+    """The baseline with all operations, one setting without each of them, and no augmentation."""
     if variant not in ("default", "glyphs"):
         raise ValueError(f"variant {variant!r} is unknown; use default or glyphs")
     every = {} if variant == "default" else {f"{OPTIONS}.jitter_rate": 0.8}

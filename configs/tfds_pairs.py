@@ -20,7 +20,7 @@ def get_config(variant: str = "default") -> ConfigDict:
     config.data.distinct_tokens = True
     config.augmentation.name = "token_dropout"
     config.augmentation.options.rate = 0.4
-    config.assignment.name = "uniform"  # assigned batches were not measured here
+    config.assignment.name = "uniform"  # assigned batches have not been measured on other data
     if variant == "smoke":
         config.steps = 20
         config.global_batch_size = 64

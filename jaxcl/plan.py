@@ -251,7 +251,7 @@ def _advice(plan: Plan) -> str:
     if plan.memory >= max(training_state, plan.temporary):
         return "negatives.bank.dtype=bfloat16, or a smaller bank or momentum encoder"
     if training_state >= plan.temporary:
-        return "run.mesh.fsdp, which shards parameters and optimiser"
+        return "run.mesh.fsdp, which shards parameters and optimizer state"
     return _OF_LOSS if plan.loss > plan.activations else _OF_ACTIVATIONS
 
 

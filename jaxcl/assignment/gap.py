@@ -41,8 +41,8 @@ class GapReport(NamedTuple):
       random_gap: the mean gap of the same rows in batches of random rows.
       closed: the share of `random_gap` that the batches close; below 0 if they are worse than
         random.
-      bound: the mean upper bound of a row's gap, from the most similar row outside its batch. It
-        holds for each row, and is loose if few other rows outside are as similar.
+      bound: the mean upper bound of a row's gap, from the most similar row outside its batch. It is
+        loose if few other rows outside the batch are as similar.
       neighbours: the share of each row's ten nearest neighbours that are in its batch.
       near_duplicates: pairs of rows with almost the same query or key, per batch; an estimate if
         `rows_per_batch` is set.

@@ -1,4 +1,4 @@
-"""Measures jaxcl, in turn with the alternatives that a user might pick.
+"""Measures jaxcl and, in turn, the alternatives that a user might pick.
 
     python -m jaxcl.bench loss --json loss.json --rounds 3
 
@@ -6,7 +6,7 @@ Each benchmark is a module whose `main(argv)` measures and returns a record:
 
     shapes   the sizes that were measured
     unit     the unit of all values in `rounds`
-    rounds   name -> one value per round; within a round, all names are measured in turn
+    rounds   name -> one value per round; every round measures all names once
     facts    further values: compile seconds, shares, checks
 
 This module adds the commit, the device and the versions, prints a table, and writes a JSON file.

@@ -1,4 +1,4 @@
-"""The part of jaxcl in `jaxcl.bench.bench_alternatives`, in a process of its own.
+"""The jaxcl side of `jaxcl.bench.bench_alternatives`, in a separate process.
 
     python -m jaxcl.bench.alternatives_jaxcl SPEC.json
 
@@ -43,7 +43,7 @@ def main(spec_file: str) -> None:
 
 
 def prepare_loss(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Callable:
-    """The symmetric loss with the gradients of both sides."""
+    """Compile the symmetric loss with the gradients of both sides; return a function to run it."""
     sides = [jnp.asarray(arrays[side]) for side in ("queries", "keys")]
 
     def loss(queries: Array, keys: Array) -> Array:
@@ -59,7 +59,7 @@ def prepare_loss(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> C
 
 
 def prepare_nearest(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Callable:
-    """The exact search for the nearest rows."""
+    """Compile the exact search for the nearest rows; return a function that runs it."""
     table = jnp.asarray(arrays["table"])
     search = functools.partial(nearest, count=spec["count"])
     program = jax.jit(search).lower(table, table).compile()
@@ -67,7 +67,10 @@ def prepare_nearest(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -
 
 
 def prepare_update(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Callable:
-    """One update of the pretrained model, in the way that `spec["way"]` names."""
+    """Compile an update of the pretrained model; return a function that runs it.
+
+    `spec["way"]` selects gradient caching and length buckets.
+    """
     cached, buckets = "cached" in spec["way"], "buckets" in spec["way"]
     settings = step_settings(spec if cached or buckets else {**spec, "chunk": None})
     widths = {side: Buckets(*map(tuple, one)) for side, one in spec.get("buckets", {}).items()}

@@ -33,7 +33,7 @@ def main(spec_file: str) -> None:
 
 
 def prepare_loss(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Callable:
-    """The symmetric loss with the gradients of both sides."""
+    """Return a function that computes the symmetric loss with the gradients of both sides."""
     import torch
     import torch.nn.functional as F
 
@@ -95,7 +95,7 @@ def prepare_loss(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> C
 
 
 def prepare_nearest(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Callable:
-    """The flat index of faiss."""
+    """Return a function that searches the flat index of faiss."""
     import faiss
 
     table = arrays["table"]

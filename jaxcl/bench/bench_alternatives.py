@@ -1,20 +1,21 @@
-"""How much time and memory do jaxcl's parts take, next to the programs used instead of them?
+"""How much time and memory do the loss, search and a step take, compared with alternatives?
 
     python -m jaxcl.bench alternatives --part loss|nearest|step|texts --torch-python PATH
         [--rounds N] [--json FILE]
 
-- *loss*: the symmetric InfoNCE loss with the gradients of both sides, next to cross entropy over
-  the whole matrix and chunk by chunk in PyTorch, and to the cached loss of sentence-transformers.
-- *nearest*: the nearest rows of each row of a table, next to the flat index of faiss.
-- *step*: one update of a pretrained model on texts without padding, next to sentence-transformers
-  (`--model FOLDER`).
+- *loss*: the symmetric InfoNCE loss with the gradients of both sides, compared with cross entropy
+  in PyTorch, over the whole matrix and chunk by chunk, and with the cached loss of
+  sentence-transformers.
+- *nearest*: the nearest rows of each row of a table, compared with the flat index of faiss.
+- *step*: one update of a pretrained model on texts without padding, compared with
+  sentence-transformers (`--model FOLDER`).
 - *texts*: the same on the pairs of code search, without and with gradient caching, and with length
   buckets; sentence-transformers pads each side to its longest text.
 
-Every program runs in a process of its own. The processes are measured in turn, round after round,
-and must agree on what they compute. The memory is the peak in addition to what a process held
-after its imports and preparation. The OpenBLAS in faiss may not know the CPU, and then uses slow
-kernels; on a CPU with AVX-512, OPENBLAS_CORETYPE=SKYLAKEX chooses the fast ones.
+Every program runs in a separate process. Each round measures all processes one after the other, and
+their results must agree. The memory is the peak, less what the process held after its imports and
+preparation. The OpenBLAS in faiss may not know the CPU, and then uses slow kernels; on a CPU with
+AVX-512, OPENBLAS_CORETYPE=SKYLAKEX chooses the fast ones.
 """
 
 import contextlib
@@ -59,7 +60,7 @@ PARTS: Mapping[str, Sequence[str]] = {
         "sentence-transformers, cached",
     ),
 }
-"""By part: what jaxcl is compared with."""
+"""Part -> the programs that jaxcl is compared with."""
 _TOLERANCES = {"loss": 1e-4, "nearest": 1e-6, "step": 1e-3, "texts": 1e-3}
 _UPDATES = ("step", "texts")
 _CHUNK = 32  # rows of a chunk of gradient caching
@@ -98,7 +99,7 @@ def measure(*, part: str, torch_python: str, rounds: int, **sizes: Any) -> dict[
     Args:
       part: a key of `PARTS`.
       torch_python: the interpreter of the alternatives.
-      rounds: number of measurements of each program, after one that is not counted.
+      rounds: number of measurements of each program, after one warm-up call.
       **sizes: the sizes that `main` reads.
 
     Returns:
@@ -200,7 +201,7 @@ def _update(sizes: Mapping[str, Any]) -> dict[str, Any]:
 def _measured(
     spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray], python: str, *, rounds: int
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
-    """The answers of each program: one that is not counted, then one per round; and versions."""
+    """The answers of each program, one per round after a warm-up call, and versions."""
     facts: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxcl-bench-")))

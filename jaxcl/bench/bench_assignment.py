@@ -1,13 +1,13 @@
-"""How much of the gap does each assignment method close, and in what time and memory?
+"""How much of the gap does each assignment method close, and how much time and memory does it take?
 
     python -m jaxcl.bench assignment [--workdir RUN | --embeddings FILE] [--rows N] [--dim N]
         [--batch N …] [--methods NAME …] [--rounds N] [--measured N] [--recall] [--json FILE]
 
 The embeddings come from the training rows of a trained run, from the arrays `query` and `key` of an
-.npz file, or are drawn at random with nested topics. `--rows` limits their number, by a random
-choice. Methods run in turn, each in a separate process, which measures its peak memory; a second
-run in that process, with another seed, is timed without compilation. The gap is measured on the
-same embeddings. METIS is included if it is installed (`pymetis`); its time includes its graph.
+.npz file, or are drawn at random with nested topics. `--rows` takes a random sample of them.
+Methods run one after the other, each in a separate process, which measures its peak memory; a
+second run in that process, with another seed, is timed without compilation. The gap is measured on
+the same embeddings. METIS is included if it is installed (`pymetis`); its time includes its graph.
 """
 
 import argparse

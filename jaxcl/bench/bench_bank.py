@@ -4,8 +4,8 @@
         [--slots N] [--uniform N] [--dim N] [--batch N] [--tokens QUERY KEY] [--dtype bfloat16]
         [--rounds N] [--json FILE]
 
-The step is the one of `configs/code_search_transformer.py`, changed by the flags. The draw costs
-the same for any batch size, so its share of the step is largest for a small batch.
+The step is that of `configs/code_search_transformer.py`, with the sizes in the flags. The draw
+costs the same for any batch size, so its share of the step is largest for a small batch.
 """
 
 import time

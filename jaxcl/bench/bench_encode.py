@@ -1,4 +1,4 @@
-"""How many texts per second does `EmbeddingModel.encode` embed, next to sentence-transformers?
+"""How many texts per second does `encode` embed, compared with sentence-transformers?
 
     python -m jaxcl.bench encode --model PATH [--torch-python PATH] [--num-texts N] [--rounds N]
 

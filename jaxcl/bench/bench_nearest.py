@@ -1,4 +1,4 @@
-"""How fast is the exact search for nearest rows, next to the flat index of faiss?
+"""How fast is exact nearest-neighbour search, compared with the flat index of faiss?
 
     python -m jaxcl.bench nearest [--rows N] [--dim N] [--count N] [--tile N …] [--rounds N]
         [--json FILE]

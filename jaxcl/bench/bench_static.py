@@ -1,10 +1,10 @@
-"""How good is the static encoder, next to StaticEmbedding of sentence-transformers?
+"""How good is the static encoder, compared with `StaticEmbedding` of sentence-transformers?
 
     python -m jaxcl.bench static --torch-python PYTHON [--seeds N] [--torch-learning-rate RATE …]
 
 Both train from random weights on the random batches of `configs/code_search.py:plain`, with the
-same tokenizer and width. sentence-transformers gets the shape of the same schedule, scaled to each
-of the given learning rates. One function ranks the held-out pairs.
+same tokenizer and width. sentence-transformers uses the same schedule, scaled to each of the given
+peak learning rates. One function ranks the held-out pairs.
 """
 
 import tempfile

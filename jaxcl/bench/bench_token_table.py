@@ -1,12 +1,12 @@
-"""How much memory and time do many rows need, from building the token table to a resumed run?
+"""How much memory and time does it take to build a large token table, and to resume a run with it?
 
     python -m jaxcl.bench token_table [--rows 1000000] [--stages build open start resume]
     python -m jaxcl.bench token_table --stages files start resume
 
-Rows of three words are generated as they are read. Each stage is a process: `build` makes the
-token table, `open` opens it and reads a batch, `start` trains a small model on it for two steps,
-and `resume` continues that run. `files` writes the rows as JSON lines, and reads and splits them;
-the stages after it train on that file, and `start` makes the token table.
+Rows of three words are generated as they are read. Each stage is a process: `build` makes the token
+table, `open` opens it and reads a batch, `start` trains a small model on it for two steps, and
+`resume` continues that run. `files` writes the rows as JSON lines, and reads and splits them; the
+stages after it train on that file, and `start` builds the token table.
 
 The same stages with 10,000 rows measure the memory that does not depend on the number of rows, such
 as that of JAX and its programs.

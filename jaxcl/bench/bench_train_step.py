@@ -8,12 +8,13 @@ Three programs are timed in turn, each for some steps, while the others sleep:
 - *step*: the jitted update on batches that are already on the device;
 - *loop*: the training loop of a run: the order of rows, the loader, the update, reading metrics one
   step late, and writing records;
-- *PyTorch*: the same model on the same batches, in a separate process. Before that, both make a few
-  updates from the same parameters without dropout, and must agree on loss and gradient.
+- *PyTorch*: the same model on the same batches, in a separate process. Before the timing, both
+  programs make a few updates from the same parameters without dropout, and must agree on loss and
+  gradient.
 
-Each makes a step or two before its clock starts, to warm up caches and memory pages, and rounds
-alternate between this order and its reverse. The share of the loop that is not XLA's work is
-`1 - loop / step`, computed per round.
+Each program makes one or two warm-up steps before its timing, and rounds alternate between this
+order and its reverse. The share of the loop that is not XLA's work is `1 - loop / step`, computed
+per round.
 """
 
 import contextlib
@@ -109,7 +110,7 @@ DEFAULT_SHAPES: Mapping[str, StepShape] = {
         steps=2,
     ),
 }
-"""By model: the one of `configs/code_search.py`, and one of MiniLM's size."""
+"""Model -> its shape: the static encoder of `configs/code_search.py`, a transformer like MiniLM."""
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

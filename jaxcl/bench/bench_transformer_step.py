@@ -1,4 +1,4 @@
-"""Where does a transformer's training step spend its CPU time, next to PyTorch?
+"""Where does a transformer's training step spend its CPU time, compared with PyTorch?
 
     python -m jaxcl.bench transformer_step [--torch-python PATH] [--rounds N] [--json FILE]
 
@@ -56,7 +56,7 @@ def measure(*, torch_python: str | None, rounds: int, **sizes: int) -> dict[str,
 
     Args:
       torch_python: the interpreter of PyTorch; `None` measures jaxcl alone.
-      rounds: the number of measurements, after one that is not counted.
+      rounds: the number of measurements, after one warm-up call.
       **sizes: the sizes that `main` reads.
 
     Returns:

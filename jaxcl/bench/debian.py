@@ -34,7 +34,7 @@ from jaxcl.host.progress import say
 __all__ = ["Description", "descriptions", "main", "write_folder"]
 
 _FEWEST_WORDS = (3, 8)
-"""The minimum words of a short and of a long description."""
+"""The minimum number of words of a short and of a long description."""
 _HELD_OUT_PERCENT = {"dev": 5, "test": 5}
 
 

@@ -5,8 +5,8 @@ It does not import jaxcl, so any interpreter with sentence-transformers can run 
     python finetune_torch.py SPEC.json
 
 SPEC.json holds the model, the batches, the learning rate of each step, the texts to embed and the
-.npz file for the embeddings. The model is a folder, or a tokenizer and a width, from which a
-`StaticEmbedding` with random weights is made. The script prints the CPU seconds to standard output.
+.npz file for the embeddings. The model is a folder, or a tokenizer and a width for a
+`StaticEmbedding` with random weights. The script prints the CPU seconds to standard output.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Time a function and its memory in a process of its own.
+"""Measure the time and the memory of a function in a separate process.
 
 It imports only the standard library, so that scripts of other environments can import it.
 """
@@ -16,14 +16,14 @@ __all__ = ["serve"]
 def serve(call: Callable[[], Sequence[float]], facts: dict[str, Any]) -> None:
     """Print the facts, then answer each line of standard input with a measurement.
 
-    Each answer is a line of JSON: the seconds and CPU seconds of one call, the MB of memory that
-    the process took in addition to what it had before its first call, and the numbers that the
-    call returned, which should agree between all programs that compute the same.
+    Each answer is a line of JSON: the seconds and CPU seconds of one call, the growth of the peak
+    memory in MB since before the first call, and the numbers that the call returned, which should
+    agree between all programs that compute the same thing.
 
     Args:
       call: computes once, and returns a few numbers when it has finished. The first call, which
         may initialise a library, is measured like the others.
-      facts: what to say first, such as versions.
+      facts: a first line to print, such as versions.
     """
     print(json.dumps(facts), flush=True)
     # Linux resets the peak of the resident memory, so that imports and preparation do not count.

@@ -1,4 +1,4 @@
-"""Starts the PyTorch twin in its process, sends it the model, and checks that both agree."""
+"""Starts the PyTorch twin in a separate process, sends it the model, and compares their results."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def torch_twin(
 
     Args:
       python: an interpreter with torch and NumPy.
-      spec: the model, its optimiser and their variants, for `train_step_torch.py`.
+      spec: the model, its optimizer and their variants, for `train_step_torch.py`.
       program: the training program, whose initial parameters the twin uses.
       batches: the batches that it trains on, in turn, as NumPy arrays.
       workdir: the folder for the files that it reads.

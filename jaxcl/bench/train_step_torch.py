@@ -163,10 +163,10 @@ def _layer_norm(arrays: Mapping[str, np.ndarray], name: str) -> nn.LayerNorm:
 
 
 class Training:
-    """A model, its optimiser and their updates.
+    """A model, its optimizer and their updates.
 
     Args:
-      spec: the name and options of the model, and the settings of the optimiser.
+      spec: the name and options of the model, and the settings of the optimizer.
       arrays: the initial parameters, by path.
       dropout: the rate, for tokens (`static`) or activations (`transformer`).
     """

@@ -75,7 +75,7 @@ def read_records(
       fields: the columns to read from a Parquet file; `None` reads all.
 
     Returns:
-      An iterator over pairs of a place, such as `"docs.jsonl: line 3"`, and the record there. A
+      An iterator over pairs of a location, such as `"docs.jsonl: line 3"`, and the record there. A
       plain line is a record with the single field `"text"`.
 
     Raises:
@@ -93,7 +93,7 @@ def read_rows(path: AnyPath) -> Rows:
       path: the file.
 
     Returns:
-      An iterator over pairs of a place, such as `"docs.csv: line 3"`, and the values of the row
+      An iterator over pairs of a location, such as `"docs.csv: line 3"`, and the values of the row
       there. Empty lines are left out.
 
     Raises:

@@ -78,8 +78,8 @@ class TextTokenizer:
 
     Attributes:
       rule: the side's rule.
-      prefix: the ids before the first token of a text: special tokens and the prompt's tokens.
-        The last ids may differ if the prompt and a text run together.
+      prefix: the ids before the first token of a text: special tokens and the prompt's tokens. The
+        last ids differ if the tokenizer merges the end of the prompt with the text.
 
     Raises:
       ValueError: if the tokenizer lacks a token that the rule needs or does more than add special

@@ -9,7 +9,7 @@ from jaxcl.typing import Float, Int
 __all__ = ["bootstrap_interval", "bootstrap_values", "percentile_interval", "resample_counts"]
 
 _BLOCK_VALUES = 2**21
-"""The largest number of values in a block of resamples, so that blocks fit in caches."""
+"""The maximum number of values in a block of resamples, so that a block fits in the cache."""
 
 
 def bootstrap_interval(
@@ -31,7 +31,8 @@ def bootstrap_interval(
       statistic: the count of each row in each resample -> the statistic of each resample, or NaN
         if it is undefined; the interval ignores NaN.
       num_rows: the number of rows.
-      num_resamples: the number of resamples; 1,000 fix each end to about a twentieth of the width.
+      num_resamples: the number of resamples; with 1,000, each end of the interval is accurate to
+        about a twentieth of its width.
       level: the share of resamples inside the interval.
       seed: the seed of the draws; equal seeds give equal intervals.
 

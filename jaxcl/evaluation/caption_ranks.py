@@ -1,4 +1,4 @@
-"""Ranks of images and captions among each other, where an image may have several captions."""
+"""Ranks of captions for images and of images for captions; an image may have several captions."""
 
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ _TILE_SCORES = 2**24
 class CaptionPairs(NamedTuple):
     """Which captions belong to which images.
 
-    Images and captions are distinct: those with equal content are one. A caption of several images,
-    or of an image with the same group, is a correct answer too.
+    Images with equal content count as one image, and equal captions as one caption. All captions of
+    an image are correct answers, and so are those of images with the same group.
 
     Attributes:
       images: the image of each pair.
@@ -39,10 +39,10 @@ class CaptionPairs(NamedTuple):
 
 
 class CaptionRanks(NamedTuple):
-    """Ranks from 1; images or captions with an equal score are ranked first.
+    """Ranks from 1, in which wrong images or captions win ties.
 
     Attributes:
-      of_images: for each image, the rank of its best own caption among all captions.
+      of_images: for each image, the rank of its best caption among all captions.
       of_pairs: for each pair, the rank of its image among all images, for its caption as the query.
     """
 
@@ -62,13 +62,13 @@ def rank_captions(
     $$r_i = 1 + \#\{c : s_{ic} \ge \max_{c' \in C_i} s_{ic'},\ (i, c) \text{ unknown}\}, \qquad
     r_{ic} = 1 + \#\{j : s_{jc} \ge s_{ic},\ (j, c) \text{ unknown}\}$$
 
-    with the own captions C of an image. Known pairs other than the own ones are left out. Since a
-    tie counts against the model, one that gives all pairs the same score finds nothing.
+    where $C_i$ are the captions of image $i$. Other correct pairs are left out. Ties count against
+    the model, so a model that gives all pairs the same score finds nothing.
 
     Args:
       images: one vector per image.
       captions: one vector per caption.
-      pairs: which belong together; each image and each caption is in a pair.
+      pairs: the captions of each image; each image and each caption is in a pair.
       tile: number of images, or of captions, to rank at a time; the result does not depend on it.
 
     Raises:

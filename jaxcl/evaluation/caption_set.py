@@ -1,9 +1,10 @@
 """Retrieval between images and their captions, in both directions.
 
-When not to trust it: many captions fit many images, and only the own ones count. Recall depends on
-the number of candidates, so only sets of equal size can be compared. With five captions per image,
-chance is k/n in both directions for n images: a query has five times the candidates, and five times
-the hits. COCO and Flickr30k are usually evaluated with the first five captions of each image.
+When not to trust it: a caption may fit many images, but only the labelled pairs count. Recall
+depends on the number of candidates, so only sets of equal size can be compared. With five captions
+per image, chance is k/n in both directions for n images: a query has five times the candidates, and
+five times the hits. COCO and Flickr30k are usually evaluated with the first five captions of each
+image.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ class CaptionedImages(NamedTuple):
     Attributes:
       images: the image files.
       captions: the distinct captions.
-      pairs: which belong together.
+      pairs: the captions of each image.
       fingerprint: of the contents and the pairs.
     """
 
@@ -87,9 +88,9 @@ class CaptionSet:
     def evaluate(self, encode: Encode) -> dict[str, float]:
         """Rank the captions of each image, and the images of each caption.
 
-        For an image, the rank is that of its best own caption. Every caption of an image is a
-        query. Ties count against the model. Captions that an image shares with another one, and
-        those of images of its group, are correct too, and are left out.
+        The rank of an image is that of its best caption. Every caption is a query for its image.
+        Ties count against the model. Captions of other images with the same group are correct too,
+        and are left out of the ranking.
 
         Returns:
           The recall of each direction and cutoff, with its standard error over images, and the
@@ -147,8 +148,8 @@ def open_caption_set(path: AnyPath) -> CaptionSet:
     """Read a file of images with captions.
 
     Each record has an image, as a path relative to the folder of the file or, in Parquet, as bytes,
-    and a caption or a list of captions. An optional `group` is shared by images that show the same.
-    Records with equal images become one image.
+    and a caption or a list of captions. An optional `group` is shared by images that show the same
+    thing. Records with equal images become one image.
 
     Raises:
       ValueError: for a record without an image or caption, or an image outside of the folder; the

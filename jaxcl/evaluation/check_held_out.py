@@ -1,4 +1,4 @@
-"""Checks, before a run starts, that its held-out splits can be ranked as its settings say."""
+"""Checks, before a run starts, that its held-out splits support `settings.evaluation`."""
 
 import numpy as np
 
@@ -15,9 +15,9 @@ _ROWS_AT_ONCE = 64
 
 
 def check_evaluation(settings: Settings, data: RunData) -> None:
-    """Raise a `ValueError` if a held-out split cannot be ranked as `settings.evaluation` says.
+    """Raise a `ValueError` if a held-out split does not support `settings.evaluation`.
 
-    BM25 needs a word in some key. This reads keys of the split until there is one.
+    BM25 needs a word in at least one key, so the check reads keys until it finds one.
     """
     for split in set(HELD_OUT) & set(data.sources) if settings.evaluation.exclude_groups else ():
         if "group" not in data.sources[split].read([0])[0]:

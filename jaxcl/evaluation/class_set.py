@@ -1,6 +1,6 @@
 """Classification on frozen embeddings: k nearest neighbours, and a linear probe.
 
-When not to trust it: read the heads of `jaxcl.evaluation.nearest_classes` and
+When not to trust it: see the docstrings of `jaxcl.evaluation.nearest_classes` and
 `jaxcl.evaluation.linear_probe`. Errors are over test values only, and ignore the choice of the
 training part.
 """
@@ -38,7 +38,7 @@ _SPLIT = "split:"
 
 
 class Classified(NamedTuple):
-    """A model on the test part.
+    """The results of a model on the test part.
 
     Attributes:
       correct: metric -> 1 for each test value that is classified correctly, else 0.
@@ -55,7 +55,7 @@ class ClassSet:
     Attributes:
       kind: `"classes"`.
       unit: the values of the test part.
-      metrics: `"knn@20"` and `"knn@200"`, with so many neighbours, and `"linear_probe"`.
+      metrics: `"knn@20"` and `"knn@200"`, with 20 and 200 neighbours, and `"linear_probe"`.
       fingerprint: of the contents, labels and parts.
       inputs: the modality of the values.
     """
@@ -82,8 +82,8 @@ class ClassSet:
     def evaluate(self, encode: Encode) -> dict[str, float]:
         """Classify the test part by the embeddings of a model.
 
-        The other two parts are the labelled values. The validation part first chooses the probe's
-        regularisation, by a probe of the training part.
+        Both classifiers learn from the training and validation parts. The regularisation of the
+        probe is the one that works best on the validation part after fitting the training part.
 
         Returns:
           The accuracy of each metric with its standard error over the test part, such as
@@ -127,7 +127,7 @@ def classify(
       num_classes: number of classes.
 
     Returns:
-      Whether each classifier is right. A class with an equally high score makes it wrong.
+      Whether each classifier is right for each vector. A tie for the highest score counts as wrong.
     """
     fitted = [np.concatenate([of["train"], of["validation"]]) for of in (vectors, labels)]
     test, own = vectors["test"], labels["test"]
@@ -147,7 +147,7 @@ def classify(
 
 
 def is_class_folder(path: AnyPath) -> bool:
-    """Whether a path is a folder with folders in it."""
+    """Whether a path is a folder with subfolders."""
     return path.is_dir() and any(
         folder.is_dir() and not folder.name.startswith(".") for folder in path.iterdir()
     )
@@ -194,7 +194,7 @@ def open_rows(
 def class_set_of_rows(
     train: PairSource, test: PairSource | None, *, modality: Mapping[str, str]
 ) -> ClassSet:
-    """Make a set of the rows of a run's data, whose classes are their groups.
+    """Build a set from the rows of a run's data, whose classes are their groups.
 
     Args:
       train, test: as for `jaxcl.evaluation.labelled.read_labelled_rows`.

@@ -1,12 +1,12 @@
 """Paired differences between two models on the same data, with intervals.
 
 Both models are evaluated on the same queries or pairs of texts, and the difference is computed for
-each of them. Models tend to find the same queries hard, so the difference is far more precise
-than either metric.
+each query or pair. The same queries tend to be hard for both models, so the difference is far more
+precise than either metric.
 
 When not to trust it: intervals cover the choice of queries or pairs. They cover neither the seed of
-training (`jaxcl.compare` does) nor queries that depend on each other, such as several of one
-document. Of many metrics, some differ by chance.
+training (`jaxcl.compare` does) nor queries that depend on each other, such as several queries for
+one document. If many metrics are compared, some differ by chance.
 """
 
 import math
@@ -58,8 +58,8 @@ def query_difference(
     """The difference of a metric that is a mean over queries, with an interval by Student's t.
 
     Args:
-      values: of the model, one per query.
-      baseline: of the baseline, for the same queries in the same order.
+      values: the metric of the model for each query.
+      baseline: the metric of the baseline for the same queries, in the same order.
 
     Example:
       >>> found = query_difference(np.array([0.9, 0.5, 0.4]), np.array([0.7, 0.5, 0.3]))

@@ -105,7 +105,7 @@ def _results(
     *,
     title: str | None,
 ) -> Results:
-    """The ranks by all methods, which are printed below a title."""
+    """Compute the ranks by all methods, and print them below a title."""
     model, prompts = contender
 
     def of_texts(split: str, side: str, texts: Sequence[Any]) -> Float[np.ndarray, "n d"]:
@@ -139,7 +139,7 @@ def _results(
 
 
 def _differences(results: Results, against: Results) -> dict[str, Any]:
-    """The differences of all metrics by split, variant and method, which are printed."""
+    """Compute and print the differences of all metrics, by split, variant and method."""
     record: dict[str, Any] = {}
     for (split, variant), by_method in results.items():
         found: dict[tuple[str, str], Difference] = {

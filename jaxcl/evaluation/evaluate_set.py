@@ -35,7 +35,7 @@ _COLUMNS = (MAIN_METRIC, "mrr@10", "recall@100")
 
 
 class _Evaluated(NamedTuple):
-    """A model on a set.
+    """The results of a model on a set.
 
     Attributes:
       record: the return value of `evaluate_set`.
@@ -92,10 +92,10 @@ def evaluate_set(
       batch_size: as for `EmbeddingModel.encode`.
 
     Returns:
-      The metrics, with a description of the model and the set. Those of a retrieval are means and
-      standard errors over the queries by method. With a second model, also its description and
-      metrics (`against`), and the `differences` from it, paired by query, by pair of texts or by
-      image.
+      The metrics, with a description of the model and the set. The metrics of a retrieval set are
+      means and standard errors over the queries, by method. With a second model, also its
+      description and metrics (`against`), and the `differences` from it, paired by query, by pair
+      of texts or by image.
 
     Raises:
       ValueError: for methods with another kind of set, values that the model cannot embed, a
@@ -141,7 +141,7 @@ def _evaluated(
     batch_size: int | None,
     title: str | None,
 ) -> _Evaluated:
-    """The model's figures, which are printed below a title."""
+    """Evaluate a model, and print its metrics below a title."""
     encode = functools.partial(_encode, model, batch_size)
     outcome: Any = None
     if isinstance(data_set, RetrievalSet):
@@ -253,7 +253,7 @@ def _table(data_set: RetrievalSet, ranks: Mapping[str, GradedRanks]) -> Table:
 def _plain_table(values: Mapping[str, float]) -> Table:
     """A table with a row per value, next to its interval or its error.
 
-    An interval is such as that from `spearman_low` to `spearman_high`, and an error such as
+    The interval of `spearman` is from `spearman_low` to `spearman_high`; the error of `accuracy` is
     `accuracy_standard_error`.
     """
     errors = {f"{name}_standard_error" for name in values} & set(values)

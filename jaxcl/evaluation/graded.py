@@ -75,7 +75,7 @@ def places_of(
 
 
 def graded_ndcg_metric(ranks: GradedRanks, *, cutoff: int) -> Float[np.ndarray, " q"]:
-    """Normalised discounted cumulative gain, whose gain is the grade.
+    """Normalised discounted cumulative gain (nDCG), with the grade as the gain.
 
     `ndcg = Σ_{rank_i <= cutoff} grade_i / log2(1 + rank_i)`, divided by its value for the ideal
     order.
@@ -131,7 +131,7 @@ def graded_recall_metric(ranks: GradedRanks, *, cutoff: int) -> Float[np.ndarray
 
 
 def graded_mrr_metric(ranks: GradedRanks, *, cutoff: int) -> Float[np.ndarray, " q"]:
-    """Reciprocal rank of the first relevant document, 0 if it is past `cutoff`.
+    """Reciprocal rank of the first relevant document, or 0 if it ranks below `cutoff`.
 
     If the best `r` relevant documents share a score with `t` documents in all, after `a` better
     ones, then the first is at rank `a + j` with the probability `C(t - j, r - 1) / C(t, r)`.

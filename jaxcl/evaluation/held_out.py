@@ -1,8 +1,8 @@
 """Evaluates models on held-out splits, where each row is a query with its key.
 
-Read the head of `jaxcl.evaluation.retrieval` for when not to trust the figures. In particular,
-`validation` holds unseen files of packages whose other files were trained on, and is the friendly
-split; `test` holds packages that training never saw.
+The docstring of `jaxcl.evaluation.retrieval` says when not to trust the metrics. In code search,
+`validation` has unseen files of packages whose other files are in the training split, and is
+therefore the easier split; `test` has packages that training never saw.
 
 In each row, only the row's own key is relevant. Keys of other rows with the same query, and
 duplicates of these keys or of its own, are excluded from its ranking.
@@ -69,8 +69,7 @@ class HeldOutVectors(NamedTuple):
       of_rows: `(split, side)` -> embeddings of all rows.
       of_texts: `(split, side, texts)` -> embeddings of other texts of all rows, such as keys with
         masked names.
-      labels: split -> a number per row, which rows with equal queries or equal keys share, or
-        `None`.
+      labels: split -> a label per row, shared by rows with equal queries or equal keys, or `None`.
       groups: split -> the group of each row.
     """
 
@@ -81,7 +80,7 @@ class HeldOutVectors(NamedTuple):
 
 
 def quick_metric_names(data: RunData) -> list[str]:
-    """The names of `quick_metrics`; all are better when they are higher."""
+    """The names of `quick_metrics`; for all of them, higher is better."""
     return [f"{_QUICK}/{name}" for name in _QUICK_METRICS if "validation" in data.tables]
 
 
@@ -108,7 +107,7 @@ def quick_metrics(
 ) -> dict[str, float]:
     """The metrics of dense retrieval over the validation split, for reports during training.
 
-    Queries rank keys, whatever the directions of the final evaluation.
+    Keys are ranked for queries, whatever the directions of the final evaluation.
 
     Args:
       settings: the settings of the run.
@@ -129,7 +128,7 @@ def quick_metrics(
         f"{_QUICK}/{name}": mean_and_standard_error(METRICS[name](ranks))[0]
         for name in _QUICK_METRICS
     }
-    return means | {"validation/keys": len(keys)}  # figures of other pools cannot be compared
+    return means | {"validation/keys": len(keys)}  # the metrics depend on their number
 
 
 def evaluate_run(
@@ -140,11 +139,11 @@ def evaluate_run(
     *,
     described: Mapping[str, Any] = {},
 ) -> dict[str, Any]:
-    """Ranks every held-out query by BM25, by the embedder, and by both, and writes the results.
+    """Rank the keys of every held-out query by BM25, by the model, and by both; write the results.
 
-    Writes `results.json` (means and standard errors, and a description of the data and devices) and
-    `ranks.npz` (each query's rank, for paired comparisons between runs), and prints a table. Where
-    the data know each function's name, a second variant hides it from the key.
+    The results are `results.json` (means and standard errors, and a description of the data and
+    devices), `ranks.npz` (the rank of each query's key, for paired comparisons between runs), and a
+    printed table. If the data have the name of each function, a second variant masks it in the key.
 
     Args:
       settings: the settings of the run.
@@ -154,10 +153,11 @@ def evaluate_run(
       described: additional fields of `results.json`, such as the number of steps.
 
     Returns:
-      What `results.json` holds.
+      The content of `results.json`.
 
     Raises:
-      ValueError: of the first method that failed, after the results of all others are written.
+      ValueError: the error of the first method that failed, after the results of all others are
+        written.
     """
 
     def of_texts(split: str, side: str, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
@@ -284,7 +284,7 @@ def _each_that_works(
     methods: Sequence[str],
     failures: list[Exception],
 ) -> dict[str, RetrievalResult]:
-    """Ranks by all methods at once; if that fails, by each that does not fail."""
+    """Rank by all methods at once; if that fails, by each method that does not fail."""
     try:
         return rank(methods=methods)
     except (ValueError, ArithmeticError, PeerError) as error:
@@ -365,7 +365,7 @@ def held_out_summary(sources: Mapping[str, PairSource], results: Results) -> dic
 
 
 def _num_left_out(by_method: Mapping[str, RetrievalResult]) -> int:
-    """Keys that are left out because they answer the query too, summed over the queries."""
+    """The number of keys excluded because they also answer the query, summed over the queries."""
     return max((result.num_left_out for result in by_method.values()), default=0)
 
 

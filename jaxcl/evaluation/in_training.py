@@ -1,4 +1,4 @@
-"""The evaluation sets that a run scores while it trains, and the metrics that may select its best
+"""Evaluation sets that a run evaluates during training, and the metrics that can select its best
 checkpoint.
 """
 
@@ -39,7 +39,7 @@ class TrainingSets:
     Attributes:
       fingerprints: name -> the fingerprint of the set.
       metrics: the names of the metrics, as in `scores`, all better when they are higher.
-      descriptions: for each set, a line about how it was read and its sizes.
+      descriptions: for each set, a line that describes how its data were read, and their sizes.
     """
 
     def __init__(

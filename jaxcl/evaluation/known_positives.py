@@ -96,7 +96,7 @@ def known_positives(
     """The known positives of rows, each with a query and its key.
 
     Args:
-      queries: a number per row from 0 to n - 1, equal for equal queries.
+      queries: a number from 0 to n - 1 per row, equal for equal queries.
       keys: the same for keys.
       groups: a number per row; the keys of all rows of a group answer the queries of each. `None`
         for no groups.
@@ -135,9 +135,8 @@ def read_numbers(
 
     Args:
       source: the split.
-      labels: a number per row, which rows with equal queries or equal keys share, such as the label
-        `"text"` of a table. Rows that share theirs with no other row are not read. `None` reads
-        all rows.
+      labels: a label per row, shared by rows with equal queries or equal keys, such as the label
+        `"text"` of a table. Rows with a unique label are not read. `None` reads all rows.
 
     Returns:
       For each side, a number per row that is equal for equal content.
@@ -174,7 +173,7 @@ def read_groups(source: PairSource) -> Int[np.ndarray, " n"]:
 def rank_last(scores: Float[np.ndarray, "t n"], keys: Mapping[int, Int[np.ndarray, " _"]]) -> None:
     """Lower the scores of some keys below all others of their row, in place.
 
-    The other keys thereby have the ranks that they would have without these.
+    The other keys then have the ranks that they would have without the lowered keys.
 
     Args:
       scores: higher is better.

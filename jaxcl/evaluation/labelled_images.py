@@ -19,9 +19,9 @@ def read_labelled_images(path: Path) -> LabelledParts:
     """Read a folder of labelled images, and divide it into parts if it is not divided.
 
     The folder has the subfolders `train` and `test`, and optionally `validation`, `val` or `valid`,
-    each with a folder per class; or it only has a folder per class. Parts that are missing are
-    chosen by a digest of the content, so that equal images are in one part: a fifth for the test
-    part, and a fifth for the validation part.
+    each with a folder per class; or it only has a folder per class. If there is no test or
+    validation part, a digest of each image's content selects a fifth of the images for it, so that
+    equal images are in the same part.
 
     Raises:
       ValueError: if there is only one class, a class has no training image, a part is empty, only

@@ -1,7 +1,7 @@
 """Linear probe: logistic regression on frozen embeddings, fitted by L-BFGS.
 
-When not to trust it: a probe of many dimensions fits a small training part well whatever the
-embeddings are, and a wider embedding has an advantage.
+When not to trust it: a probe on many dimensions fits a small training part well, however poor the
+embeddings are, and wider embeddings have an advantage.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from jaxcl.typing import Float, Int
 __all__ = ["STRENGTHS", "LinearProbe", "choose_strength", "fit_probe"]
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 4))
-"""The inverse regularisation strengths among which the validation part chooses."""
+"""The inverse regularisation strengths that are tried on the validation part."""
 
 
 class LinearProbe(NamedTuple):
@@ -69,8 +69,8 @@ def fit_probe(
       standardise: whether to give each feature mean 0 and variance 1. Without it, the weights of
         unit vectors, whose features are small, are penalised more strongly.
       start: a probe of the same features to start from, such as one with another strength.
-      max_steps: the largest number of steps of L-BFGS.
-      tolerance: the largest absolute value in the gradient at which to stop.
+      max_steps: the maximum number of L-BFGS steps.
+      tolerance: stop when no entry of the gradient has a larger absolute value.
 
     Raises:
       ValueError: if there are no rows, a feature is not finite, or a label or option is out of

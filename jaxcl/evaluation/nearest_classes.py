@@ -1,7 +1,7 @@
 """k-nearest-neighbour classification: which classes do the neighbours of an embedding have?
 
-It needs no training, so it shows the embeddings as they are. When not to trust it: neighbours also
-share what has nothing to do with their class, such as a background or a font, and a class with many
+It needs no training, so it measures the embeddings alone. When not to trust it: neighbours may be
+alike in something other than their class, such as the background or the font, and a class with many
 training rows has more of the neighbours.
 """
 
@@ -29,7 +29,7 @@ def neighbour_votes(
     temperature: float = 0.07,
     tile: int | None = None,
 ) -> dict[int, Float[np.ndarray, "q classes"]]:
-    r"""Weigh the classes of the nearest labelled rows of each query.
+    r"""Compute weighted votes for the classes of each query's nearest labelled rows.
 
     $$v_{ic} = \sum_{j \in N_k(i),\ y_j = c} \exp\big((\cos(q_i, x_j) - 1) / \tau\big)$$
 

@@ -1,10 +1,10 @@
-"""The baseline without a model: images are compared pixel by pixel.
+"""A baseline without a model: it compares images pixel by pixel.
 
 Images are similar if their pixels are correlated. From an image to texts, the caption of the most
 similar training image is compared with all texts by BM25; from a text to images, the image of the
 training row whose text is most similar by BM25 is compared with all images.
 
-It shows how much of a result near copies explain: a model is useful if it is better than this.
+It shows how much of a result is due to nearly identical images: a useful model is better.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -12,10 +12,10 @@ __all__ = ["ComparableSet", "Encode", "EvaluationSet", "check_inputs_of_set", "s
 
 Encode: TypeAlias = Callable[[str, Sequence[Any]], Float[np.ndarray, "n d"]]
 """`(inputs, values) -> vectors`, one per value. Their inner products are the model's similarities,
-or order values in the same way. `inputs` is the side, `"query"` or `"key"`, for texts. For other
-values, or a set that does not care about the side, it is a modality, such as `"image"`: the first
-side that has it embeds the values. With several processes, each must call it with the same values,
-and gets all vectors."""
+or rank values in the same order. `inputs` is the side, `"query"` or `"key"`, for texts. For other
+values, or a set that works with either side, it is a modality, such as `"image"`: the first side
+that has it embeds the values. With several processes, each must call it with the same values, and
+gets all vectors."""
 
 
 @runtime_checkable
@@ -66,7 +66,7 @@ class ComparableSet(EvaluationSet, Protocol):
     unit: str
 
     def measure(self, encode: Encode) -> Any:
-        """Everything about a model that the metrics depend on, such as the similarity of pairs."""
+        """Measure what the metrics need to know about a model, such as the similarity of pairs."""
         ...
 
     def figures(self, measured: Any) -> Mapping[str, float]:

@@ -6,7 +6,7 @@ BM25 on the texts, inner products of the embeddings, and the fusion of the two r
 When not to trust it: each query has one relevant key, and other keys that are known to answer it
 are excluded from its ranking (`jaxcl.evaluation.known_positives`). Further keys may also answer it,
 such as overloads, near duplicates, or the asynchronous version of a function. They count as errors,
-and a better model ranks more of them high. If similar functions are in the training data, the
+and a better model ranks more of them highly. If similar functions are in the training data, the
 metrics are too optimistic: split by package, not by row. Results on pools of different sizes are
 not comparable. Standard errors are over queries only.
 """
@@ -235,7 +235,7 @@ class BM25:
         # Not at the top: it runs a JAX computation, too early for jax.distributed.initialize.
         import bm25s
 
-        # It logs at DEBUG by its own choice, and absl prints whatever it logs.
+        # bm25s sets its own log level to DEBUG, and absl prints its messages.
         logging.getLogger("bm25s").setLevel(logging.WARNING)
         ids: dict[str, int] = {}
         rows = [[ids.setdefault(token, len(ids)) for token in lexical_tokens(t)] for t in texts]
@@ -380,7 +380,7 @@ def _dense_scorer(
 
 
 def _finite_rows(name: str, embeddings: Float[Array | np.ndarray, "q d"]) -> np.ndarray:
-    # Found here the row number is the data's; in a tile of scores it would be the tile's.
+    # Checked here, because a check of a tile would report the row number within the tile.
     rows = np.asarray(embeddings, np.float64)
     if rows.ndim != 2:
         raise ValueError(f"{name} have the shape {rows.shape}; give one vector per row, [n, d]")

@@ -230,7 +230,7 @@ class RetrievalSet:
 
 
 def open_retrieval_set(path: AnyPath) -> RetrievalSet:
-    """Open a BEIR folder, or one of its qrels files, and print a line for each gap in its labels.
+    """Open a BEIR folder, or one of its qrels files, and print a line for each kind of problem.
 
     Raises:
       ValueError, OSError: as for `jaxcl.data.beir.read_beir`.
@@ -261,7 +261,7 @@ _REMARKS = {
         "{count:,} documents have the id of a query, and are left out of that query's ranking",
     ),
 }
-"""Name in `left_out` -> the remark for one, and for several."""
+"""Name in `left_out` -> the message for one case, and for several."""
 
 
 def _scores_of(

@@ -1,12 +1,12 @@
-"""Sheets that show what a run with images trains on, and what it has learned.
+"""Contact sheets of a run with images: its training images, and its hits and errors.
 
 In WORKDIR/sheets, each as a PNG and an HTML page:
 
     views        at the start: images and their augmented views
     neighbours   at each evaluation: queries of the validation split and their nearest keys
-    negatives    at each evaluation: the keys that are wrongly nearer to a query than its own
+    negatives    at each evaluation: wrong keys that are nearer to a query than its own key
 
-They are written by process 0, and never change the training.
+Process 0 writes them, and they never affect training.
 """
 
 import functools
@@ -47,7 +47,7 @@ _TILE = 512
 class Sheets:
     """Writes the sheets of a run, or nothing if they are off.
 
-    A sheet that cannot be written is reported once, and the run goes on.
+    A sheet that cannot be written causes one warning, and the run continues.
 
     Args:
       settings: the settings of the run.
@@ -63,7 +63,7 @@ class Sheets:
     def views(self, training: Training, state: TrainState) -> None:
         """Write the sheet of augmented views; every process must call this.
 
-        A row's view is the one that it has if the next step trains on it.
+        A row's view is the one that it would have in the next step.
         """
         if not self._on:
             return
@@ -172,7 +172,7 @@ def hardest_negatives(
     *,
     count: int,
 ) -> tuple[Int[np.ndarray, " r"], Int[np.ndarray, " r"], Float[np.ndarray, " r"]]:
-    """The queries with the largest margin of a wrong key over the own one.
+    """Find the queries with the largest margin of a wrong key over their own key.
 
     Args:
       queries: embeddings.
@@ -236,7 +236,7 @@ class _Values(NamedTuple):
 
 
 def _caption(record: Mapping[str, Any], side: str, row: int) -> str:
-    """The text of a side, or else of the other side, or the number of the row."""
+    """The text of a side; without one, the text of the other side; without both, the row number."""
     for name in (side, *SIDES):
         if isinstance(record.get(name), str):
             return record[name]

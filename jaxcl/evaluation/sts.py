@@ -1,8 +1,8 @@
 """Semantic textual similarity: do the similarities of a model agree with human scores?
 
-Both texts are embedded as queries, with the prompt of queries, unless the names of the fields say
-that the second text is a document. The evaluators of sentence-transformers use the default prompt
-instead, so results differ for a model with a prompt for queries.
+Both texts are embedded as queries, with the query prompt, unless the field names show that the
+second text is a document. The evaluators of sentence-transformers use the default prompt instead,
+so results differ for a model with a prompt for queries.
 
 When not to trust it: a score is the mean similarity of two sentences over annotators, and a model
 that predicts it well need not be good at retrieval. Correlations on sets with different ranges of

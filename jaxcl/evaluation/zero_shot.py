@@ -3,7 +3,7 @@
 The text embedding of a class is the mean over several templates, such as "a photo of a {}.".
 
 When not to trust it: the accuracy depends on the wording of names and templates. Choose them on
-other images than those of the test.
+images that are not in the test set.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ __all__ = [
 TEMPLATES_FILE = "templates.txt"
 CLASSES_FILE = "classes.tsv"
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
-"""The templates of a folder without a file of templates."""
+"""The template for a folder without `templates.txt`."""
 
 _PLACE = "{}"
 _CUTOFFS = (1, 5)
@@ -73,7 +73,8 @@ class ZeroShotSet:
           templates: texts that contain `{}` once, for the name.
 
         Raises:
-          ValueError: for fewer than two classes, an equal name, or a template without one `{}`.
+          ValueError: for fewer than two classes, two equal names, or a template without exactly one
+        `{}`.
         """
         _check_names(names)
         check_templates(templates)

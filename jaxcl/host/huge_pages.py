@@ -1,4 +1,4 @@
-"""Huge pages and kept memory for programs that train on CPU devices."""
+"""Make glibc use huge pages and keep freed memory, for programs that train on CPU devices."""
 
 import importlib.metadata
 import importlib.util
@@ -23,9 +23,9 @@ def start_with_huge_pages() -> None:
     glibc returns them to the kernel, which maps and zeroes every page again in the next step. With
     pages of 4 KB, this took a quarter of a step of `configs/code_search.py`, and a third of a step
     of the transformer. With huge pages, it still took a quarter of the CPU time of a step of MiniLM
-    (BUILD_NOTES.md). The process therefore keeps its memory between steps, up to half of the
-    machine's or the container's. glibc reads the settings from the environment before `main`, so
-    the program has to be executed again; it keeps its process number, open files and arguments.
+    (BUILD_NOTES.md). The process therefore keeps freed memory between steps, up to half of the
+    memory of the machine or container. glibc reads the settings from the environment before `main`,
+    so the program must be executed again; it keeps its process id, open files and arguments.
     Nothing happens without glibc, if a plugin for an accelerator is installed (a step's buffers are
     then not on the host), or if `GLIBC_TUNABLES` is already set.
     """

@@ -1,4 +1,4 @@
-"""Augmentations of images: random crops, flips and changes of colour, with the values of papers.
+"""Augmentations of images: random crops, flips and colour jitter, with the parameters of papers.
 
 Each maps `{"image": uint8[height, width, 3]}` to `{"image": float32[size, size, 3]}` in [0, 1].
 Encoders subtract the mean and divide by the standard deviation.
@@ -74,9 +74,9 @@ def simclr(
 ) -> Augment:
     """A random view of an image, as in SimCLR.
 
-    The steps, in this order: a random crop that is resized, a flip from left to right, a change of
-    colours, conversion to grey, a blur, solarisation. A change of colours draws its factors and the
-    order of its operations for each image.
+    The operations are, in this order: a resized random crop, a horizontal flip, colour jitter,
+    conversion to grayscale, a blur, and solarisation. Colour jitter draws its factors and the order
+    of its operations for each image.
 
     Args:
       size: the height and width of the view, in pixels; `None` keeps the height of the image.
@@ -85,11 +85,11 @@ def simclr(
       aspect_ratio: the smallest and the largest ratio of width to height of the crop.
       interpolation: `"bilinear"` or `"bicubic"`.
       flip_rate: the probability of a flip.
-      jitter_strength: scales the change of colours. At 1, brightness, contrast and saturation are
-        multiplied by factors between 0.2 and 1.8, and hue turns by up to a fifth of the circle; 0.5
-        suits small images.
-      jitter_rate: the probability of a change of colours.
-      grayscale_rate: the probability of conversion to grey.
+      jitter_strength: the strength of the colour jitter. At 1, brightness, contrast and saturation
+        are multiplied by factors between 0.2 and 1.8, and hue is shifted by up to a fifth of the
+        circle; 0.5 suits small images.
+      jitter_rate: the probability of colour jitter.
+      grayscale_rate: the probability of conversion to grayscale.
       blur_rate: the probability of a blur. Its kernel has a radius of a twentieth of `size`.
       blur_sigma: the smallest and the largest standard deviation of the blur, in pixels.
       solarise_rate: the probability of solarisation, which inverts values above a half.
@@ -108,7 +108,7 @@ def simclr(
 
     Reference:
       Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020,
-      appendix A. Its code pads the image with zeros before the blur; here it is mirrored.
+      appendix A. The authors' code pads the image with zeros before the blur; this one mirrors it.
     """
     return _random_view(
         size=size,
@@ -140,13 +140,14 @@ def moco_v2(
     blur_sigma: tuple[float, float] = (0.1, 2.0),
     solarise_rate: float = 0.0,
 ) -> Augment:
-    """A random view of an image, as in MoCo v2: larger crops and weaker colours than `simclr`.
+    """A random view as in MoCo v2: larger crops and weaker colour jitter than in `simclr`.
 
     Args:
       size, crop_scale, aspect_ratio, interpolation, flip_rate, jitter_rate, grayscale_rate,
         blur_rate, blur_sigma, solarise_rate: as for `simclr`.
-      jitter_strength: scales the change of colours. At 1, brightness, contrast and saturation are
-        multiplied by factors between 0.6 and 1.4, and hue turns by up to a tenth of the circle.
+      jitter_strength: the strength of the colour jitter. At 1, brightness, contrast and saturation
+        are multiplied by factors between 0.6 and 1.4, and hue is shifted by up to a tenth of the
+        circle.
 
     Returns:
       The augmentation of `{"image": uint8[height, width, 3]}`.
@@ -155,8 +156,8 @@ def moco_v2(
       ValueError: for an option out of range.
 
     Reference:
-      Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020. Its code blurs
-      with Pillow, which approximates a Gaussian kernel by box filters.
+      Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020. The authors' code
+      blurs with Pillow, which approximates a Gaussian kernel by box filters.
     """
     return _random_view(
         size=size,
@@ -228,7 +229,7 @@ def _random_view(
     blur_sigma: tuple[float, float],
     solarise_rate: float,
 ) -> Augment:
-    """The augmentation of `simclr`; `jitter` has the amounts of its colours at strength 1."""
+    """The augmentation of `simclr`; `jitter` has the amounts of its colour jitter at strength 1."""
     check_ranges(
         ImageOptions(
             size=size,

@@ -1,4 +1,4 @@
-"""Operations on one image, such as crops and changes of colour, from which augmentations are built.
+"""Operations on one image, such as crops and colour jitter, from which augmentations are built.
 
 Each is a pure function of an image in [0, 1] and of explicit parameters, which may be traced, so
 that `jax.vmap` gives each image of a batch its own. Results agree with torchvision's on float
@@ -84,8 +84,8 @@ def random_crop_box(
     """Draw a box of random area, shape and position.
 
     The area is uniform and the logarithm of the aspect ratio is uniform. Boxes that do not fit are
-    drawn again, so that large areas are rarer than small ones; after ten attempts, the box is the
-    largest central one of an allowed aspect ratio.
+    drawn again, so that large areas are rarer than small ones. After ten attempts, the box is the
+    largest central box with an allowed aspect ratio.
 
     Args:
       key: a random key.
@@ -122,7 +122,7 @@ def resized_crop(
     interpolation: str = "bilinear",
     flip: bool | Bool[Array, ""] = False,
 ) -> Float[Array, "_ _ 3"]:
-    r"""Crop a box, resize it with antialiasing, and optionally flip it from left to right.
+    r"""Crop a box, resize it with antialiasing, and optionally flip it horizontally.
 
     $$y = R\, x\, C^\top$$
 
@@ -134,7 +134,7 @@ def resized_crop(
       box: the part to keep.
       size: the height and width of the result, or one number for both.
       interpolation: `"bilinear"` or `"bicubic"`. Bicubic values may exceed [0, 1] and are clipped.
-      flip: whether to exchange left and right.
+      flip: whether to flip the result horizontally.
 
     Raises:
       ValueError: for an unknown interpolation.
@@ -190,12 +190,12 @@ def _resize_weights(
 
 
 def flipped(image: Image) -> Image:
-    """The image with left and right exchanged."""
+    """Flip an image horizontally."""
     return image[:, ::-1]
 
 
 def grayscale(image: Image) -> Image:
-    """The image in grey, in all three channels."""
+    """Convert an image to grayscale, with three equal channels."""
     return jnp.broadcast_to(_luma(_planes(image))[..., None], image.shape)
 
 
@@ -205,17 +205,17 @@ def with_brightness(image: Image, factor: _Number) -> Image:
 
 
 def with_contrast(image: Image, factor: _Number) -> Image:
-    """Multiply the differences from the mean of the grey image."""
+    """Multiply the differences from the mean of the grayscale image."""
     return _blended(image, _luma(_planes(image)).mean(), factor)
 
 
 def with_saturation(image: Image, factor: _Number) -> Image:
-    """Multiply the differences from the grey image; 0 makes the image grey."""
+    """Multiply the differences from the grayscale image; 0 converts the image to grayscale."""
     return _blended(image, _luma(_planes(image))[..., None], factor)
 
 
 def shifted_hue(image: Image, shift: _Number) -> Image:
-    """Turn the hues of an image.
+    """Shift the hues of an image.
 
     Args:
       image: the image.
@@ -259,7 +259,7 @@ def _turned(planes: _Planes, shift: _Number) -> _Planes:
 
 
 class Jitter(NamedTuple):
-    """A change of colours.
+    """The parameters of colour jitter for one image.
 
     Attributes:
       brightness, contrast, saturation: factors; 1 changes nothing.
@@ -277,7 +277,7 @@ class Jitter(NamedTuple):
 def random_jitter(
     key: Key[Array, ""], brightness: float, contrast: float, saturation: float, hue: float
 ) -> Jitter:
-    """Draw a change of colours, in a random order.
+    """Draw the parameters of colour jitter, including a random order of the operations.
 
     Args:
       key: a random key.

@@ -121,7 +121,7 @@ def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describe each field whose values differ; a missing field is like None."""
+    """Describe each field whose values differ; a missing field counts as `None`."""
     return [
         f"{field} is {now.get(field, 'nothing')} here and {before.get(field, 'nothing')} there"
         for field in sorted(before.keys() | now.keys())

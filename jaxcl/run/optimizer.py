@@ -52,14 +52,14 @@ def build_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of `settings.optimizer`, and its learning rate by step.
 
-    Gradients are clipped by their norm together or by group, scaled, joined by the decay of
-    matrices, and multiplied by the learning rate and by the factor of their path. With
-    `accumulate_steps`, all this happens to the mean of the gradients of that many batches, in the
-    last of these steps; in the others, the parameters stay as they are.
+    It clips the gradients by their norm, all together or by group, applies the optimizer, adds the
+    weight decay of matrices, and multiplies by the learning rate and by the factor of each path.
+    With `accumulate_steps`, it does all this once per that many batches, with the mean of their
+    gradients; the parameters do not change in between.
 
     Args:
-      settings: the run's.
-      params: all parameters, or their shapes, with the frozen ones.
+      settings: the settings of the run.
+      params: all parameters, or their shapes, including frozen ones.
 
     Raises:
       ValueError: for a pattern that matches no trained parameter, and for `layer_decay` of encoders
@@ -185,12 +185,13 @@ def layer_factors(
     r"""The factors of layer-wise decay.
 
     Of $L$ blocks, block $l = 0, …, L - 1$ has the factor $decay^{L - 1 - l}$, and the embeddings
-    below the blocks have $decay^L$. What lies above the blocks is left out: its factor is 1.
+    below the blocks have $decay^L$. Parameters above the blocks are
+    left out, so their factor is 1.
 
     Args:
       params: all parameters, or their shapes. The blocks of an encoder are in its `blocks`; the
         embeddings are the tables outside of it (`jaxcl.models.trainable.is_table`).
-      decay: the factor from one block to the block below.
+      decay: the factor of a block, relative to that of the block above.
       embedding_norms: other modules below the blocks, such as norms of the embeddings and
         projections of patches, by their paths.
 

@@ -57,7 +57,7 @@ class SidePrompts(NamedTuple):
 class DataSet(NamedTuple):
     """A data set, prepared or in files, its splits by role, the fields read, and its prompts.
 
-    A prompt of `None` is the run's.
+    A prompt of `None` uses the prompt of the run.
     """
 
     name: str | None = None

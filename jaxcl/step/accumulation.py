@@ -1,8 +1,8 @@
 r"""Average the gradients of several batches before each update of an optimizer.
 
 After batch $i = 0, …, k - 1$, the mean of the gradients is
-$\bar g_i = \bar g_{i-1} + (g_i - \bar g_{i-1}) / (i + 1)$. In the last of the $k$ batches, the
-optimizer makes its update from $\bar g_{k-1}$; in the others, the parameters stay as they are.
+$\bar g_i = \bar g_{i-1} + (g_i - \bar g_{i-1}) / (i + 1)$. After the last of the $k$ batches,
+the optimizer updates the parameters with $\bar g_{k-1}$; until then, they do not change.
 """
 
 from typing import Any
@@ -22,15 +22,15 @@ def accumulate(
     """Run an optimizer on the mean of the gradients of several batches.
 
     Updates and state are the same as with `optax.MultiSteps`, which computes the optimizer's update
-    in every batch and keeps only the last one. For Muon that is a large part of a step; here the
-    optimizer runs in the last batch only.
+    in every batch and keeps only the last one. With Muon, these updates take a large part of a
+    step; here the optimizer runs only after the last batch.
 
     Args:
-      optimizer: the optimizer of the mean.
-      every: the number of batches of an update.
+      optimizer: the optimizer that receives the mean gradient.
+      every: the number of batches per update.
 
     Returns:
-      An optimizer whose update is zero, except after each `every` batches.
+      An optimizer whose update is zero except in every `every`-th batch.
     """
 
     def init(params: Any) -> Any:

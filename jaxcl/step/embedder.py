@@ -30,7 +30,7 @@ def make_forward(encode: Encode, mesh: Mesh) -> Forward:
     """Compile an encoder for batches that every process holds in full, once per shape.
 
     Args:
-      encode: the towers' function.
+      encode: `Towers.encode`.
       mesh: the devices; rows are sharded over all axes.
     """
     compiled = jax.jit(
@@ -53,7 +53,7 @@ def make_embedder(
     """Compile an encoder for embedding any number of rows.
 
     Args:
-      encode: the towers' function.
+      encode: `Towers.encode`.
       mesh: the devices; rows are sharded over all axes.
       batch_size: number of rows to encode at a time; rounded up to a multiple of the number of
         devices.
@@ -65,7 +65,7 @@ def make_embedder(
       `params` are the towers' parameters, and `read(rows)` returns the inputs of some of the rows
       `0 … num_rows - 1`. With `lengths`, numbers that increase with the number of tokens, texts of
       similar length are embedded together. Only one batch of inputs is held at a time.
-      `advance(rows)` is called as rows are done.
+      `advance(rows)` is called with the number of rows of each embedded batch.
     """
     batch_size += -batch_size % mesh.size
     forward = make_forward(encode, mesh)

@@ -75,9 +75,9 @@ class StepMetrics(NamedTuple):
       loss: mean over the global batch, in nats, before the update.
       gradient_norm: global norm of the gradients of all trained parameters, before clipping.
       temperature: after the update.
-      leaf_gradient_norms: the same per parameter, to name the culprit of a loss that diverges.
-      length: the length of all inputs of the batch together, without padding: tokens of texts.
-      padded_length: the same with the padding that is computed.
+      leaf_gradient_norms: the gradient norm of each parameter, to find out why a loss diverges.
+      length: the total length of the inputs of the batch, in tokens for texts, without padding.
+      padded_length: the same, including the padding that the step computes.
     """
 
     loss: Scalar

@@ -3,7 +3,7 @@
     python -m jaxcl.bench gpu --minutes N [--json FILE] [--only PART,…] [--torch] [--dry-run]
 
 Every part runs in its own processes with its own time limit: a crash, a hang or a failed
-compilation costs one measurement. Results are checked against exact references before they are
+compilation loses only one measurement. Results are checked against exact references before they are
 timed, and are written to FILE as they arrive. This process never starts a device.
 """
 

@@ -1,4 +1,4 @@
-"""The symmetric InfoNCE loss and its gradients, written out: what fast ones are checked against."""
+"""The symmetric InfoNCE loss and its gradients, written out as a reference for fast ones."""
 
 import functools
 from typing import Any
@@ -17,7 +17,7 @@ _ENTRIES = 2**25  # scores that exist at one time
 def exact_infonce(
     queries: Array, keys: Array, temperature: float, *, dtype: str
 ) -> dict[str, np.ndarray]:
-    r"""The mean loss and its gradients, without a line of jaxcl's losses.
+    r"""The mean loss and its gradients, independent of jaxcl's losses.
 
     With $s_{ij} = \langle q_i, k_j\rangle / \tau$ and the log-sum-exps $r_i$ of rows and $c_j$ of
     columns, the loss is $\frac1{2B} \sum_i (r_i + c_i - 2 s_{ii})$, and its gradient by the scores

@@ -28,7 +28,7 @@ class Job(NamedTuple):
       name: unique among all jobs.
       program: a module with `measure_all(recorder, spec)`, or a script that needs PyTorch.
       weight: its share of the time that is left, relative to the jobs after it.
-      measurement_seconds: after how long a single measurement is taken to hang.
+      measurement_seconds: the time limit of a single measurement.
       on_cpu: runs on the host's CPU, for comparison.
     """
 
@@ -44,7 +44,7 @@ class Job(NamedTuple):
         return self.program.endswith("_torch.py")
 
     def command(self, spec_file: Path, *, torch_python: str) -> list[str]:
-        """What starts it."""
+        """The command that starts the job."""
         if self.needs_torch:
             return [torch_python, str(_HERE / self.program), str(spec_file)]
         return [sys.executable, "-m", "jaxcl.bench.gpu.worker", str(spec_file)]

@@ -1,4 +1,4 @@
-"""Part 2: the errors of `pallas_gpu`, and of `tiled`, next to the exact loss in float64."""
+"""Part 2: the errors of `pallas_gpu` and `tiled`, relative to the exact loss in float64."""
 
 import functools
 from typing import Any

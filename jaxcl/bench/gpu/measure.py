@@ -1,4 +1,4 @@
-"""Checks, times and weighs one jitted program."""
+"""Checks one jitted program, and measures its time and memory."""
 
 import collections
 import contextlib

@@ -28,7 +28,7 @@ class DeviceLost(Exception):
 class Recorder:
     """Runs measurements one after the other, and writes each result before the next starts.
 
-    A measurement is a function that returns a JSON dictionary. One that raises costs only itself.
+    A measurement is a function that returns a JSON dictionary. If it raises, the others still run.
 
     Args:
       path: the file of JSON lines that the parent reads.

@@ -29,7 +29,7 @@ NEEDS_DEVICE = True
 _DROPOUT = 0.1
 _TEMPERATURE = TemperatureBounds(initial=0.05, minimum=0.01, maximum=1.0)
 _LEARNING_RATE = 2e-5
-_TOLERANCES = {"loss": 2e-2, "gradient": 1e-1}  # bfloat16 next to float32, through every layer
+_TOLERANCES = {"loss": 2e-2, "gradient": 1e-1}  # bfloat16 against float32, through every layer
 
 
 def measure_all(recorder: Recorder, spec: Spec) -> None:

@@ -82,15 +82,15 @@ def run_job(
 ) -> Outcome:
     """Run a job until its end or its time limit.
 
-    A process that dies or hangs costs the measurement that it was in: a new one continues with the
-    others, as long as there is time.
+    If a process dies or hangs, only its current measurement is lost: a new process continues with
+    the others, as long as there is time.
 
     Args:
       command: the command of a process, which reads `spec` from `directory / "spec.json"`.
       spec: the request to the process; `results`, `seconds` and `done` are added.
       directory: the folder for the job's files.
       seconds: the time limit of the job.
-      measurement_seconds: after how long one measurement is taken to hang.
+      measurement_seconds: the time limit of a single measurement.
       environment: the environment of the processes.
       on_event: called with each result, failure and skip.
     """

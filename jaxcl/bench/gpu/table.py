@@ -47,9 +47,9 @@ def as_line(result: Result) -> str:
 
 
 _NOTES = """
-TFLOP/s count the mathematics alone: 2·B²·d for a forward pass of the loss and three times that
-with gradients; all products of a training step, three times; nothing that is computed again. Share:
-of the measured bf16 product of the same framework. MFU: of the data sheet's dense bf16 rate. GB/s:
+TFLOP/s do not count recomputation: 2·B²·d for a forward pass of the loss and three times that
+with gradients; all matmuls of a training step, three times. Share: of the measured bf16 product of
+the same framework. MFU: of the data sheet's dense bf16 rate. GB/s:
 memory traffic of the compiled program, as jaxcl.cost.program_cost reads it, and its share of the
 measured copy. Peak: of the allocator, "≤" where an earlier measurement of the process may have set
 it; program: arguments, results and temporaries of the compiled program."""

@@ -1,4 +1,4 @@
-"""Check that all images of a source can be decoded, once, and number those with equal pixels.
+"""Decode all images of a source once, to find bad images and images with equal pixels.
 
 The result is cached in the shared folder under a hash of the rows, the rule and the decoder. Which
 rows are left out is therefore the same on all hosts and after each restart.
@@ -58,8 +58,8 @@ def check_images(
       source: the rows.
       sides: the sides that are images.
       rule: how an image becomes an array.
-      role: the role of the split, for the progress.
-      directory: the folder of all results.
+      role: the role of the split, for the progress bar.
+      directory: the folder that caches the results of all calls.
 
     Raises:
       ValueError: if a side has texts.

@@ -1,7 +1,7 @@
-"""Identify how the installed Pillow decodes images, by the pixels of a few small ones.
+"""Fingerprint the way in which the installed Pillow decodes images, from a few small ones.
 
-Versions of Pillow that decode these equally have the same fingerprint, so most upgrades do not
-change the inputs of a trained model.
+Versions of Pillow that decode these to the same pixels have the same fingerprint, so most upgrades
+can be used with an already trained model.
 """
 
 import base64

@@ -29,12 +29,12 @@ __all__ = [
 ]
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""The formats that are read. Others may start programs: Pillow's EPS runs Ghostscript."""
+"""The supported formats. Others may start programs: Pillow runs Ghostscript for EPS."""
 
 _REDUCING_GAP = 2
 """A large JPEG is decoded at a fraction of its size, at least this many times the result's."""
 _LONGEST = 8
-"""The longer side over the shorter one, from which images are resized in two steps."""
+"""Images with a larger ratio of the longer to the shorter side are resized in two steps."""
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = range(2, 9)  # its values for images that are stored mirrored or turned
 
@@ -42,8 +42,8 @@ _DAMAGE = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError),
     *(SyntaxError, TypeError, ValueError, struct.error, zlib.error),
 )
-"""The errors that Pillow's readers raise for damaged files. A lack of memory says nothing about the
-file, and a verdict about it would be kept."""
+"""The errors that Pillow's readers raise for damaged files. `MemoryError` is not one of
+them: it says nothing about the file, and the check would cache the file as bad."""
 
 
 class BadImage(ValueError):
@@ -66,7 +66,7 @@ class ImageRule(NamedTuple):
 
 
 def image_rule(data: DataSettings) -> ImageRule:
-    """The rule that the settings describe."""
+    """The `ImageRule` of the settings."""
     return ImageRule(data.images.size, data.images.resize, data.images.background)
 
 
@@ -90,10 +90,10 @@ def decode_image(value: Any, rule: ImageRule) -> UInt8[np.ndarray, "s s 3"]:
     """Decode an image to RGB.
 
     JPEG, PNG, WebP, GIF (the first frame), TIFF, AVIF, BMP and PPM are read. The EXIF orientation
-    is applied. Transparent images are laid over the background, grey is repeated over the channels,
-    CMYK is converted without a colour profile, and 16 bits become 8. Resizing is bicubic with
-    antialiasing. A large JPEG is decoded at a half, a quarter or an eighth of its size if that is
-    at least twice the size of the result.
+    is applied. Transparent images are composited over the background, grayscale images get three
+    equal channels, CMYK is converted without a colour profile, and 16 bits are scaled to 8.
+    Resizing is bicubic with antialiasing. A large JPEG is decoded at a half, a quarter or an eighth
+    of its size if that is at least twice the size of the result.
 
     Args:
       value: the bytes of an image file, a PIL image, or a uint8 array `[h, w]` or `[h, w, c]` with
@@ -119,7 +119,7 @@ def decode_image(value: Any, rule: ImageRule) -> UInt8[np.ndarray, "s s 3"]:
 
 
 def verify_image(value: Any) -> None:
-    """Check the checksums in an image file, which `decode_image` does not: only PNG has any.
+    """Check the checksums of an image file, which `decode_image` skips; only PNG files have any.
 
     Args:
       value: as for `decode_image`.
@@ -135,7 +135,7 @@ def verify_image(value: Any) -> None:
 
 @contextlib.contextmanager
 def _reasons(module: Any) -> Iterator[None]:
-    """Turn the errors of Pillow's readers into `BadImage`, with a reason that no host changes."""
+    """Turn the errors of Pillow's readers into `BadImage`, with the same reason on all hosts."""
     try:
         yield
     except BadImage:

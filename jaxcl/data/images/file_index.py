@@ -73,7 +73,7 @@ def digest_of_files(folder: Path, names: Sequence[str], *, directory: Path) -> s
         digests[changed] = _digests(folder, [names[number] for number in changed])
         given = set(names)
         kept = {name: number for name, number in index.position.items() if name not in given}
-        numbers = list(kept.values())  # other files of rows may refer to these
+        numbers = list(kept.values())  # other files of rows may refer to these images
         _write_index(
             path,
             made_from,

@@ -22,7 +22,7 @@ def folder_rows(folder: Path) -> Iterator[dict[str, Any]]:
 
     Yields:
       `"image"`, a path relative to the folder; `"label"`, the name of the class; `"path"`, the same
-      as the image, as a text.
+      path as a text field.
     """
     for name in _names(folder):
         yield {"image": name, "label": name.partition("/")[0], "path": name}

@@ -1,11 +1,11 @@
 """Pictures of characters with their Unicode names: the demonstration set `glyphs`.
 
 `open_pairs(prepare_glyphs("~/data").directory, "train", query_field="image", key_field="caption")`
-opens them. The pictures are drawn with Pillow in the 12 DejaVu faces that matplotlib brings.
+opens them. The pictures are drawn with Pillow in the 12 DejaVu faces that ship with matplotlib.
 
 Some characters look alike, such as the Latin A, the Greek Alpha and the Cyrillic A. Characters that
-share a bitmap in any face form a *group*; groups are held out whole, and masking by group keeps
-equal pictures from being negatives of each other.
+share a bitmap in any face form a *group*. A group is never divided between splits, and masking by
+group keeps equal pictures from being negatives of each other.
 """
 
 import hashlib
@@ -81,7 +81,7 @@ def prepare_glyphs(
       data_dir: the pictures go to `<data_dir>/glyphs/<12 hex digits>`.
       validation_fraction, test_fraction: the shares of the groups that are held out.
       split_seed: the seed of the splits and of the other faces.
-      characters: draw only these; `None` draws all that a face has.
+      characters: the characters to draw; `None` draws all characters of each face.
 
     Raises:
       ValueError: if Pillow, matplotlib or fontTools is not installed, an option is wrong, or
@@ -151,7 +151,7 @@ def draw_glyphs(
 
 
 def group_characters(glyphs: Iterable[Glyph]) -> dict[str, int]:
-    """Join characters that share a bitmap in any face, also through further characters.
+    """Join characters that share a bitmap in any face, directly or through other characters.
 
     Returns:
       Character -> the number of its group; groups are numbered by their first character.

@@ -1,4 +1,4 @@
-"""Image files in a folder: their list, their contents, and paths that must be inside of it."""
+"""List and read the image files in a folder, and reject paths that lead outside of it."""
 
 import contextlib
 import os
@@ -56,7 +56,7 @@ class ImageFiles(Sequence[bytes]):
 
 @contextlib.contextmanager
 def naming_damaged(images: Sequence[Any]) -> Iterator[None]:
-    """While images are decoded, name the first damaged file instead of its position in a batch."""
+    """Make errors of decoding name the damaged file instead of its position in a batch."""
     try:
         yield
     except ValueError:

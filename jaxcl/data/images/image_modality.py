@@ -27,7 +27,7 @@ __all__ = ["Image"]
 _FOLDER = "images"
 _PATCH_PIXELS = 16 * 16
 _MAX_BYTES = 2**30
-"""The largest image file that a reader reads."""
+"""The size limit of an image file for a reader, in bytes."""
 
 
 class Image:
@@ -91,7 +91,7 @@ class Image:
         return read
 
     def fingerprint(self, workdir: AnyPath) -> str:
-        """A hash of what some images become, which differs if Pillow decodes them differently."""
+        """A hash of some decoded images, which differs if Pillow decodes them differently."""
         return decoder_fingerprint()
 
     def changed(self, workdir: AnyPath) -> str:

@@ -1,4 +1,4 @@
-"""Where the image of a row is: the bytes of a file, a path next to the rows, or a member of a tar.
+"""References to images: the bytes of a file, a path next to the rows, or a member of a tar.
 
 The cache of files of pairs holds one reference per image, and the images are read when a batch
 needs them. Only regular files inside the folder of the rows are read.
@@ -27,12 +27,12 @@ __all__ = [
 
 _MAX_BYTES = 2**30
 _TRANSIENT = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
-"""Errors of the machine or the network. They stop the run: a verdict about an image is kept."""
-"""The largest image file that is read."""
+"""Errors of the machine or the network. They stop the run, so that no image is cached as bad."""
+"""The size limit of an image file, in bytes."""
 _MAX_PATH = 4096
 _OPEN_TARS = 64
 _FEW = 4
-"""The number of files from which reading them in threads is worth the effort."""
+"""The minimum number of files that are read in threads."""
 
 _BYTES, _PATH, _MEMBER = b"B", b"P", b"T"
 
@@ -116,7 +116,7 @@ def read_references(references: Sequence[bytes], paths: Sequence[Path]) -> list[
 
 
 def reference_place(reference: bytes, paths: Sequence[Path]) -> str | None:
-    """The name of the file that a reference leads to; `None` for bytes in the rows themselves."""
+    """The name of the file that a reference points to; `None` for bytes in the rows themselves."""
     parsed = _parsed(reference)
     if parsed is None:
         return None
@@ -172,7 +172,7 @@ def read_inside(folder: Path, name: str) -> bytes:
         raise BadImage(f"{name} does not exist in {folder}") from error
     except OSError as error:
         if error.errno in _TRANSIENT:
-            raise  # a verdict about the image would be kept
+            raise  # the image would be cached as bad
         raise BadImage(f"{name} cannot be read ({error})") from error
     except ValueError as error:
         raise BadImage(f"{name} cannot be read ({error})") from error

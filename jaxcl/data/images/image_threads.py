@@ -14,7 +14,7 @@ U = TypeVar("U")
 
 _MOST_THREADS = 32
 _WAITING = 2
-"""The number of tasks per thread that are started ahead, which limits the memory."""
+"""The maximum number of queued tasks per thread, which limits the memory."""
 
 
 def num_threads() -> int:
@@ -35,10 +35,10 @@ def in_threads(
     Values are taken from the iterable in the calling thread, only a few ahead of the results.
 
     Args:
-      function: it must not call `in_threads` for the same purpose.
+      function: applied to each value; must not call `in_threads` for the same purpose.
       values: one value per task; a task should take a millisecond or more.
       threads: the number of threads; `None` for `num_threads()`.
-      purpose: work of another purpose has its own threads, and does not wait for this.
+      purpose: the name of the thread pool; work in one pool does not wait for another.
     """
     pool = _pool(threads or num_threads(), purpose)
     waiting: collections.deque[Future[U]] = collections.deque()

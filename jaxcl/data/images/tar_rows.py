@@ -1,8 +1,8 @@
 """The rows of an uncompressed tar in the layout of WebDataset.
 
 Members that share a key are one row: `dir/0001.jpg`, `dir/0001.txt` and `dir/0001.json`. The key is
-the path up to the first dot of the file's name, and the rest is the extension, in lower case.
-Members of a key follow each other. Images are not copied: a row has their position in the tar.
+the path up to the first dot of the file's name, and the rest is the extension, in lower case. The
+members of a key must be adjacent. Images are not copied: a row has their position in the tar.
 """
 
 import json
@@ -61,7 +61,7 @@ def tar_rows(
         for key, members in _samples(tar):
             if key in done:
                 raise ValueError(
-                    f"the members of {key} do not follow each other; write the tar sorted by name"
+                    f"the members of {key} are not adjacent; write the tar sorted by name"
                 )
             done.add(key)
             yield _row(tar, key, members, fields)

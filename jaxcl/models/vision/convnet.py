@@ -1,4 +1,4 @@
-"""A small convolutional encoder of small images, for laptops."""
+"""A small convolutional encoder for small images, on laptops."""
 
 import functools
 import itertools
@@ -36,8 +36,8 @@ class ConvNetOptions(NamedTuple):
 class ConvNetEncoder(ImageEncoder):
     """Convolutions of stride 2, and a dense layer over all positions.
 
-    The dense layer sees where something is in the image, which an average over positions would not
-    tell. Layer norms follow the convolutions, so that each row is independent of the others.
+    The dense layer depends on where something is in the image, unlike an average over positions.
+    Layer norms follow the convolutions, so that each row is independent of the others.
 
     Args:
       loaded_size: height and width of the images in the data (`data.images.size`).
@@ -48,8 +48,7 @@ class ConvNetEncoder(ImageEncoder):
       hidden_dim: the width of the features below the projection head.
       head: the widths of the hidden layers of the projection head; `()` for a linear layer.
       mean, std: the mean and standard deviation of the pixels in [0, 1], by channel.
-      kept: the share of height and width that is kept, around the centre, of images that are
-        resized.
+      kept: the fraction of height and width that a centre crop keeps, before an image is resized.
       compute_dtype: type of activations; `None` uses bfloat16 on accelerators and float32
         elsewhere.
       rngs: for the initial parameters.

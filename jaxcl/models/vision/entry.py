@@ -1,4 +1,4 @@
-"""The entry of image encoders: images of any size and type in, normalised pixels out."""
+"""The first stage of image encoders: images of any size and type in, normalised pixels out."""
 
 from typing import NamedTuple
 
@@ -23,13 +23,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PixelRule(NamedTuple):
-    """The fixed part of an image encoder.
+    """How an image encoder resizes images and normalises pixels.
 
     Attributes:
-      size: height and width of the images that the encoder reads.
+      size: the height and width of the images that the backbone receives.
       mean, std: the mean and standard deviation of the pixels in [0, 1], by channel.
-      kept: the share of height and width that is kept, around the centre, of images of another
-        size: 224 / 256 of images that are decoded to 256 pixels for an encoder that reads 224.
+      kept: the fraction of height and width that a centre crop keeps of images of another size,
+        such as 224 / 256 for images of 256 pixels and an encoder of 224.
       cubic: resize with cubic instead of linear interpolation.
     """
 
@@ -54,9 +54,9 @@ def images_of(inputs: PyTree, reader: str) -> Num[Array, "b y x c"]:
 
 
 def enter(image: Num[Array, "b y x c"], rule: PixelRule) -> Float[Array, "b s s c"]:
-    r"""Crop the centre of images and resize it, and normalise the pixels: $(x - \mu) / \sigma$.
+    r"""Crop images at the centre, resize them, and normalise their pixels: $(x - \mu) / \sigma$.
 
-    Images of the size that the encoder reads, such as augmented ones, are only normalised.
+    Images that already have the encoder's size, such as augmented ones, are only normalised.
 
     Args:
       image: integers in [0, 255], or floats in [0, 1].
@@ -94,9 +94,9 @@ def resize_weights(
     cubic function with $a = -1/2$.
 
     Args:
-      length: number of pixels before.
-      size: number of pixels after.
-      kept: the share of the pixels that is kept, around the centre.
+      length: number of pixels of the input.
+      size: number of pixels of the output.
+      kept: the fraction of the input that a centre crop keeps.
       cubic: whether the kernel is cubic.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The common parts of image encoders: the entry of pixels and the projection head."""
+"""The common parts of image encoders: preprocessing of the pixels, and the projection head."""
 
 import itertools
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ class ProjectionHead(nnx.Module):
 
 
 class ImageEncoder(nnx.Module):
-    """A backbone, defined by `backbone` in a subclass, between the entry and the projection head.
+    """Preprocessing, a backbone that subclasses define in `backbone`, and a projection head.
 
     Args:
       rule: the size and normalisation of the pixels.
@@ -82,7 +82,7 @@ class ImageEncoder(nnx.Module):
         return unit_vectors(self.head(self._backbone_of(inputs, rngs)))
 
     def features(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
-        """Embed the same by the features below the projection head, as unit vectors."""
+        """Embed the same inputs as the backbone's features, scaled to unit vectors."""
         return unit_vectors(self._backbone_of(inputs, rngs))
 
     def _backbone_of(self, inputs: PyTree, rngs: RowKeys | None) -> Float[Array, "b h"]:

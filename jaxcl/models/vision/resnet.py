@@ -45,9 +45,9 @@ class ResNetOptions(NamedTuple):
 class ResNetEncoder(ImageEncoder):
     """A residual network, ResNet-50 by default.
 
-    Group normalisation with weight standardisation takes the place of batch normalisation. A row's
-    embedding then depends on that row alone, so training is the same on any number of devices and
-    with gradient caching, and evaluation needs no running statistics.
+    It uses group normalisation with weight standardisation instead of batch normalisation. An
+    embedding then depends on its own image alone, so training is the same on any number of devices
+    and with gradient caching, and evaluation needs no running statistics.
 
     Args:
       loaded_size: height and width of the images in the data (`data.images.size`).
@@ -63,8 +63,7 @@ class ResNetEncoder(ImageEncoder):
         `"small"`, a convolution of 3 × 3 pixels, for images of about 32 pixels.
       head: the widths of the hidden layers of the projection head; `()` for a linear layer.
       mean, std: the mean and standard deviation of the pixels in [0, 1], by channel.
-      kept: the share of height and width that is kept, around the centre, of images that are
-        resized.
+      kept: the fraction of height and width that a centre crop keeps, before an image is resized.
       remat: keep one activation per block for the backward pass, and recompute the others.
       compute_dtype: type of activations; `None` uses bfloat16 on accelerators and float32
         elsewhere. Weights are standardised in float32.
@@ -148,7 +147,7 @@ class StandardisedConv(nnx.Module):
       channels: channels of the input.
       width: channels of the output.
       size: height and width of the filters.
-      stride: pixels between two places of the filter.
+      stride: the stride, in pixels.
       dtype: type of activations.
       rngs: for the initial parameters.
     """

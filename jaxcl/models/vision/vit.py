@@ -66,8 +66,7 @@ class ViTEncoder(ImageEncoder):
         `"attention"`, a learned query that attends to all patches, followed by an MLP.
       head: the widths of the hidden layers of the projection head; `()` for a linear layer.
       mean, std: the mean and standard deviation of the pixels in [0, 1], by channel.
-      kept: the share of height and width that is kept, around the centre, of images that are
-        resized.
+      kept: the fraction of height and width that a centre crop keeps, before an image is resized.
       dropout: dropout rate of the patch embeddings and of the two outputs of each block.
       attention: `"xla"`, which runs everywhere, or `"cudnn"`, cuDNN's fused attention on NVIDIA
         GPUs, which needs 16-bit activations.
