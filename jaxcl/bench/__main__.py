@@ -61,7 +61,7 @@ BENCHMARKS = (
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run one benchmark and return its record, which the JSON file holds."""
     parser = CommandParser("jaxcl.bench", __doc__, passes_on=True)
-    parser.add_argument("benchmark", choices=BENCHMARKS, help="its name; add --help for its flags")
+    parser.add_argument("benchmark", choices=BENCHMARKS, help="add --help for its flags")
     parser.add_argument("--json", type=user_path, metavar="FILE", help="where to write the record")
     arguments = parser.parse(argv)
     if arguments.benchmark == "gpu":  # it runs without most of jaxcl's dependencies

@@ -63,11 +63,17 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         "--embeddings", type=user_path, help="an .npz file of arrays `query` and `key`"
     )
     parser.add_argument(
-        "--rows", type=int, default=10_000, help="at most this number of pairs; 10000"
+        "--rows", type=int, default=10_000, help="the maximum number of pairs (default: 10000)"
     )
-    parser.add_argument("--dim", type=int, default=256, help="features of drawn embeddings; 256")
     parser.add_argument(
-        "--batch", type=int, nargs="+", default=[64, 1_024], help="rows of a batch; 64 1024"
+        "--dim", type=int, default=256, help="features of random embeddings (default: 256)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[64, 1_024],
+        help="rows of a batch (default: 64 1024)",
     )
     parser.add_argument(
         "--methods",
@@ -75,16 +81,16 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         choices=METHODS,
         default=list(METHODS),
         metavar="NAME",
-        help="of " + ", ".join(map(repr, METHODS)) + "; all",
+        help="some of " + ", ".join(map(repr, METHODS)) + " (default: all)",
     )
     parser.add_argument(
-        "--rounds", type=int, default=1, help="repetitions, each with another seed; 1"
+        "--rounds", type=int, default=1, help="repetitions, each with another seed (default: 1)"
     )
     parser.add_argument(
         "--measured",
         type=int,
         default=16_384,
-        help="rows to measure the gap on, 0 for none; 16384",
+        help="rows to measure the gap on, 0 for none (default: 16384)",
     )
     parser.add_argument(
         "--recall", action="store_true", help="also measure the recall of the clustered graphs"

@@ -26,12 +26,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         type=int,
         nargs="+",
         default=[1_000, 3_000, 3_001, 10_000],
-        help="numbers of rows; 1000 3000 3001 10000",
+        help="numbers of rows (default: 1000 3000 3001 10000)",
     )
-    parser.add_argument("--dim", type=int, default=64, help="features; 64")
-    parser.add_argument("--batch", type=int, default=64, help="rows of a batch; 64")
-    parser.add_argument("--preset", choices=PRESETS, default="light", help="the settings; light")
-    parser.add_argument("--rounds", type=int, default=3, help="calls after the first; 3")
+    parser.add_argument("--dim", type=int, default=64, help="features (default: 64)")
+    parser.add_argument("--batch", type=int, default=64, help="rows of a batch (default: 64)")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="light", help="the preset (default: light)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="calls after the first (default: 3)")
     arguments = parser.parse(argv)
     if min(*arguments.rows, arguments.dim, arguments.batch, arguments.rounds) < 1:
         parser.error("--rows, --dim, --batch and --rounds must be at least 1")

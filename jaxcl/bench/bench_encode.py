@@ -43,7 +43,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--num-texts", type=int, default=5_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--torch-python", help="an interpreter with sentence-transformers")
-    parser.add_argument("--torch-batch-size", type=int, default=32, help="its default: 32")
+    parser.add_argument(
+        "--torch-batch-size",
+        type=int,
+        default=32,
+        help="the batch size of sentence-transformers (default: 32)",
+    )
     arguments = vars(parser.parse(argv))
     num_texts = arguments.pop("num_texts")
     return measure(texts=standard_library_texts(num_texts), **arguments)

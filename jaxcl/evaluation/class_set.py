@@ -77,7 +77,11 @@ class ClassSet:
         return (
             f"classification of {self.unit} in {len(self._parts.classes):,} classes: "
             f"{', '.join(sizes)}"
-        ) + (f"; {left_out:,} of classes without training {self.unit} left out" if left_out else "")
+        ) + (
+            f"; {left_out:,} left out, without {self.unit} of their class to train on"
+            if left_out
+            else ""
+        )
 
     def evaluate(self, encode: Encode) -> dict[str, float]:
         """Classify the test part by the embeddings of a model.

@@ -103,9 +103,9 @@ def read_labelled_rows(train: PairSource, test: PairSource | None, *, side: str)
     empty = [part for part in PARTS if not len(rows[part])]
     if empty or len(known) < 2:
         raise ValueError(
-            f"the rows have {len(known)} classes (groups), and no row of a class with training "
-            f"rows is in the parts {', '.join(empty) or '(none)'}; use a split with more rows of "
-            "each group"
+            f"the training rows have {len(known)} classes (groups), and the parts "
+            f"{', '.join(empty) or '(none)'} have no rows of these classes; use a split with more "
+            "rows of each group"
         )
     fingerprint = " ".join([side, train.fingerprint, "" if test is None else test.fingerprint])
     return LabelledParts(

@@ -79,7 +79,7 @@ class PairSet:
         count, positives = len(self.pairs.scores), int(self.pairs.scores.sum())
         return (
             f"classification of {count:,} pairs ({first}, {second}), {positives:,} of them "
-            f"positive; all labels ({label}) are 0 or 1, so they are not taken for scores"
+            f"positive; all labels ({label}) are 0 or 1, so they are labels, not scores"
         )
 
     def evaluate(self, encode: Encode) -> dict[str, float]:

@@ -157,8 +157,8 @@ def check_templates(templates: Sequence[str]) -> None:
     for template in templates:
         if template.count(_PLACE) != 1:
             raise ValueError(
-                f"the template {template!r:.80} has {template.count(_PLACE)} places for the name "
-                "of a class; write {} exactly once in each"
+                f"the template {template!r:.80} has {template.count(_PLACE)} placeholders for the "
+                "name of a class; write {} exactly once in each"
             )
     if not templates:
         raise ValueError("there are no templates; write at least one, such as 'a photo of a {}.'")

@@ -180,7 +180,7 @@ def test_rows_are_classified_by_their_groups(good):
 def test_the_side_with_images_is_classified_or_else_the_queries():
     texts = dict.fromkeys(("query", "key"), "text")
     swapped = InMemoryPairs(["a"] * 9 + ["b"] * 9, [b"x"] * 18, groups=[0] * 9 + [1] * 9)
-    with pytest.raises(ValueError, match="no row of a class with training rows is in the parts"):
+    with pytest.raises(ValueError, match="have no rows of these classes; use a split"):
         class_set_of_rows(swapped, None, modality={"query": "text", "key": "image"})
     assert class_set_of_rows(rows_of(0, 40), None, modality=texts).inputs == ("query",)
     assert class_set_of_rows(rows_of(0, 40), None, modality=IMAGES).inputs == ("image",)
@@ -191,7 +191,7 @@ def test_rows_of_unknown_classes_are_left_out():
     parts = read_labelled_rows(rows_of(0, 20), test, side="query")
     assert (parts.left_out, parts.labels["test"].tolist()) == (1, [0])
     assert parts.classes == ("0", "10", "20")
-    assert "1 of classes without training images left out" in ClassSet(parts).description
+    assert "1 left out, without images of their class to train on" in ClassSet(parts).description
 
 
 def test_rows_without_groups_are_an_error():

@@ -155,5 +155,5 @@ def test_it_is_an_evaluation_set():
     assert (pairs.kind, pairs.fingerprint) == ("pairs", "some pairs")
     assert pairs.description == (
         "classification of 3 pairs (text1, text2), 1 of them positive; all labels (score) are 0 or "
-        "1, so they are not taken for scores"
+        "1, so they are labels, not scores"
     )

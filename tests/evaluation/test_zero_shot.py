@@ -95,8 +95,12 @@ def test_six_classes_have_the_five_highest():
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("templates.txt", "a photo\n", r"'a photo' has 0 places for the name of a class; write {}"),
-        ("templates.txt", "{} and {}\n", r"'{} and {}' has 2 places"),
+        (
+            "templates.txt",
+            "a photo\n",
+            r"'a photo' has 0 placeholders for the name of a class; write {}",
+        ),
+        ("templates.txt", "{} and {}\n", r"'{} and {}' has 2 placeholders"),
         ("templates.txt", "\n", "there are no templates; write at least one"),
         ("classes.tsv", "big_cat lion\n", r"line 1 is 'big_cat lion'; write the name of a folder"),
         ("classes.tsv", "dog\ta\ndog\tb\n", r"line 2 is 'dog\\tb'; .*each folder once"),

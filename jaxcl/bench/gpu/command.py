@@ -107,7 +107,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = benchmark_parser("gpu", __doc__)
     parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument(
-        "--minutes", type=float, required=True, help="the time limit for everything"
+        "--minutes", type=float, required=True, help="the time limit of the whole command"
     )
     parser.add_argument(
         "--only",
@@ -118,7 +118,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--torch", action="store_true", help="compare with PyTorch as well")
     parser.add_argument(
-        "--torch-python", default=sys.executable, help="an interpreter with torch; this one"
+        "--torch-python",
+        default=sys.executable,
+        help="an interpreter with torch (default: this one)",
     )
     parser.add_argument(
         "--pairs",
@@ -127,7 +129,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "by default, all installed functions are parsed",
     )
     parser.add_argument(
-        "--sizes", choices=("full", "tiny"), help="full on an NVIDIA GPU, tiny elsewhere"
+        "--sizes",
+        choices=("full", "tiny"),
+        help="the sizes to measure (default: full on an NVIDIA GPU, tiny elsewhere)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     arguments = parser.parse(argv)
