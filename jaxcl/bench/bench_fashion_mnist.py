@@ -1,12 +1,13 @@
 """Do SimCLR's features tell clothes apart better than raw pixels and a random encoder?
 
-    python -m jaxcl.bench fashion_mnist [--folder DIR] [--steps 600] [--seeds 1]
+    python -m jaxcl.bench fashion_mnist [--folder DIR] [--steps 600] [--seeds 1] [--leave-out]
 
 Trains the small encoder of `configs/simclr.py` on two augmented views of the 60,000 training
 pictures of Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017), without their labels. Its features
 below the projection head, those of the same encoder before training, and the pixels then classify
 the 10,000 test pictures from 5,000 labelled ones, by nearest neighbours and by a linear probe.
-The pictures are those of Debian's package dataset-fashion-mnist.
+With `--leave-out`, SimCLR also trains without each of its augmentations, and without any. The
+pictures are those of Debian's package dataset-fashion-mnist.
 """
 
 import gzip
@@ -25,6 +26,7 @@ from ml_collections import ConfigDict
 from jaxcl.bench.benchmark_parser import benchmark_parser
 from jaxcl.data.images.decoding import pillow
 from jaxcl.evaluation.class_set import Classified, classify
+from jaxcl.host.progress import say
 from jaxcl.metrics import mean_and_standard_error
 from jaxcl.run.load_model import load
 from jaxcl.settings.changed import changed_config
@@ -40,6 +42,22 @@ FOLDER = Path("/usr/share/datasets/fashion-mnist")
 _CLASSES = 10
 _PARTS = {"train": 4_000, "validation": 1_000}  # labelled pictures; the latter tune the probe
 _BATCH = 256
+_AUGMENTATION = {
+    "crop_scale": (0.4, 1.0),
+    "flip_rate": 0.5,
+    "jitter_rate": 0.8,
+    "jitter_strength": 0.5,
+    "grayscale_rate": 0.0,  # the pictures are grey
+    "blur_rate": 0.5,
+    "interpolation": "bilinear",
+}
+_LEFT_OUT: Mapping[str, Mapping[str, Any]] = {
+    "SimCLR, no crop": {"augmentation.options.crop_scale": (1.0, 1.0)},
+    "SimCLR, no flip": {"augmentation.options.flip_rate": 0.0},
+    "SimCLR, no jitter": {"augmentation.options.jitter_rate": 0.0},
+    "SimCLR, no blur": {"augmentation.options.blur_rate": 0.0},
+    "SimCLR, no augmentation": {"augmentation.name": None},
+}
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -48,16 +66,18 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="the four .gz files")
     parser.add_argument("--steps", type=int, default=600, help=f"of {_BATCH} pictures")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--leave-out", action="store_true", help="also without each augmentation")
     return measure(**vars(parser.parse(argv)))
 
 
-def measure(*, folder: Path, steps: int, seeds: int) -> dict[str, Any]:
+def measure(*, folder: Path, steps: int, seeds: int, leave_out: bool = False) -> dict[str, Any]:
     """Train with each seed, and classify the test pictures.
 
     Args:
       folder: the four files of the data set.
       steps: the number of steps of a run.
       seeds: the number of seeds, from 0.
+      leave_out: whether to train without each augmentation, too.
 
     Returns:
       The record that `jaxcl.bench` prints: accuracies.
@@ -71,36 +91,37 @@ def measure(*, folder: Path, steps: int, seeds: int) -> dict[str, Any]:
     parts = {name: slice(*stops[i : i + 2]) for i, name in enumerate(_PARTS)}
     images = {**{name: pictures[part] for name, part in parts.items()}, "test": test}
     labels = {**{name: classes[part] for name, part in parts.items()}, "test": test_classes}
-
-    def figures(vectors: Mapping[str, np.ndarray]) -> Classified:
-        return classify({part: _unit(of) for part, of in vectors.items()}, labels, _CLASSES)
-
-    flat = {name: part.reshape(len(part), -1) / np.float32(255) for name, part in images.items()}
-    results = {"pixels": [figures(flat)]}
+    flat = {
+        name: part.reshape(len(part), -1)[:, ::3] / np.float32(255) for name, part in images.items()
+    }
+    results = {"pixels": [_classified(flat, labels)]}
+    settings = {
+        "random encoder": {"steps": 1, "optimizer.learning_rate": 1e-12},
+        "SimCLR": {},
+        **(_LEFT_OUT if leave_out else {}),
+    }
     facts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        data = Path(scratch) / "pictures.parquet"
-        _write(data, pictures)
+        config = changed_config(_config(_written(Path(scratch), pictures)), {"steps": steps})
         for seed in range(seeds):
-            for name, changes in (
-                ("random encoder", {"steps": 1, "optimizer.learning_rate": 1e-12}),
-                ("SimCLR", {"steps": steps}),
-            ):
-                workdir = Path(scratch) / f"{name} {seed}"
+            for name, changes in settings.items():
+                say(f"{name}, seed {seed}")
                 start = time.process_time()
-                train(changed_config(_config(data), {"seed": seed, **changes}), workdir)
+                workdir = Path(scratch) / f"{name} {seed}"
+                train(changed_config(config, {"seed": seed, **changes}), workdir)
                 facts[f"CPU seconds of training, {name}, seed {seed}"] = time.process_time() - start
                 model = load(workdir)
                 vectors = {part: model.encode(images=of) for part, of in images.items()}
-                results.setdefault(name, []).append(figures(vectors))
+                results.setdefault(name, []).append(_classified(vectors, labels))
+    for name, several in results.items():
+        _, error = mean_and_standard_error(several[0].correct["knn@20"])
+        facts[f"standard error of knn@20 over pictures, {name}"] = error
     shapes = {"pictures": len(pictures), "batch": _BATCH, "steps": steps}
     rounds = {
         f"{name}, {metric}": [float(one.correct[metric].mean()) for one in several]
         for name, several in results.items()
         for metric in several[0].correct
     }
-    errors = mean_and_standard_error(results["SimCLR"][0].correct["knn@20"])
-    facts["standard error over pictures, SimCLR, knn@20"] = float(errors[1])
     return {"shapes": shapes, "unit": "accuracy", "rounds": rounds, "facts": facts}
 
 
@@ -134,13 +155,16 @@ def _read_idx(path: Path) -> UInt8[np.ndarray, "..."]:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(sizes)
 
 
-def _write(path: Path, pictures: UInt8[np.ndarray, "n h w 3"]) -> None:
+def _written(folder: Path, pictures: UInt8[np.ndarray, "n h w 3"]) -> Path:
+    """Write the pictures as PNG files in the rows of a Parquet file."""
     files = []
     for picture in pictures:
         file = io.BytesIO()
         pillow().fromarray(picture).save(file, "png", compress_level=1)
         files.append(file.getvalue())
+    path = folder / "pictures.parquet"
     pq.write_table(pa.table({"image": pa.array(files, pa.binary())}), path)
+    return path
 
 
 def _config(data: Path) -> ConfigDict:
@@ -155,16 +179,13 @@ def _config(data: Path) -> ConfigDict:
             "model.options.head": (256,),
             "global_batch_size": _BATCH,
             "grad_cache.chunk_size": None,
-            "augmentation.options": {
-                "crop_scale": (0.4, 1.0),
-                "interpolation": "bilinear",
-                "jitter_strength": 0.5,
-                "grayscale_rate": 0.0,  # the pictures are grey
-                "blur_rate": 0.0,
-            },
+            "augmentation.options": _AUGMENTATION,
         },
     )
 
 
-def _unit(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+def _classified(
+    vectors: Mapping[str, Float[np.ndarray, "_ d"]], labels: Mapping[str, Int[np.ndarray, " _"]]
+) -> Classified:
+    units = {part: of / np.linalg.norm(of, axis=1, keepdims=True) for part, of in vectors.items()}
+    return classify(units, labels, _CLASSES)
