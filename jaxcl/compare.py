@@ -8,7 +8,7 @@ such as `{"queue": {"negatives.bank.kind": "queue"}}`. Each run has its own fold
 its metrics and the rank of every query, but no checkpoints; the same command resumes after a stop.
 
 `comparison.json` and `comparison.md` hold the results: each setting's difference from the baseline,
-paired by query and by seed, with its standard errors over queries and over seeds, and a 95 %
+paired by query and by seed, with its standard errors over queries and over seeds, and a 95%
 interval over both (`jaxcl.metrics.paired_interval`). With one seed, the interval is over queries
 only, and another seed may give another difference; use at least three.
 
@@ -107,7 +107,7 @@ def compare(
     Returns:
       A record for each setting: for each held-out split and method (`results`), the mean over the
       seeds, the mean of each seed, the paired difference from the baseline, its standard errors
-      over queries and over seeds, and its 95 % interval; `interval_over` says whether the interval
+      over queries and over seeds, and its 95% interval; `interval_over` says whether the interval
       is over queries only. Values that need several seeds or queries are `None` without them.
 
     Raises:
@@ -169,7 +169,7 @@ def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
     blocks = []
     for name, first in records[0]["results"].items():
         split, method = (_cell(part) for part in name.rsplit("/", 1))
-        interval = f"95 % interval over {first['interval_over']}"
+        interval = f"95% interval over {first['interval_over']}"
         headings = ["setting", f"mean {METRIC.upper()}", "lowest to highest seed"]
         headings += [f"difference from {baseline}", "± over queries", "± over seeds", interval]
         headings += ["seconds per run"]

@@ -23,7 +23,7 @@ looks better than in a corpus.
 
 With `--against`, a second model is evaluated on the same data, and the command prints how much
 better the first one is: the difference of each metric, paired by query or by pair of texts, with
-its standard error and its 95 % interval. An interval that does not contain 0 is a difference that
+its standard error and its 95% interval. An interval that does not contain 0 is a difference that
 the choice of queries does not explain.
 
 The model is anything that `jaxcl.load` accepts: the workdir of a run, an exported folder, or a
@@ -153,7 +153,7 @@ def evaluate(
     Returns:
       The results, as in the file: metrics, with the sizes on which they depend, and a description
       of the model and the data. With a second model, also its description and metrics (`against`)
-      and the `differences` from it, each with its `standard_error` and its 95 % `interval`.
+      and the `differences` from it, each with its `standard_error` and its 95% `interval`.
 
     Raises:
       ValueError: if there is no model, the data cannot be used, the data have no held-out split, or

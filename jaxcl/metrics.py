@@ -273,7 +273,7 @@ def paired_interval(
     degrees of freedom, weighted by `E_q²` and `E_s²`. With one seed they are `d_·· ± t_{Q-1} E_q`,
     which covers only the choice of queries.
 
-    In simulations with 2 to 10 seeds and 30 or 200 queries, 93 to 99 % of the intervals contain the
+    In simulations with 2 to 10 seeds and 30 or 200 queries, 93 to 99% of the intervals contain the
     true difference, whichever of the three effects is largest. Two seeds give wide intervals, since
     their quantile is 12.7.
 

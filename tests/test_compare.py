@@ -78,7 +78,7 @@ def test_each_setting_is_trained_with_each_seed_and_compared_query_by_query(trai
         "difference from plain",
         "± over queries",
         "± over seeds",
-        "95 % interval over queries and seeds",
+        "95% interval over queries and seeds",
         "seconds per run |",
     ]
     own, other = ([cell.strip() for cell in table.splitlines()[n].split("|")] for n in (4, 5))
@@ -102,7 +102,7 @@ def test_one_seed_says_that_it_has_no_error_over_seeds(trained, tmp_path, capsys
     assert result["interval"] == pytest.approx([mean - half, mean + half], rel=1e-4)
     printed = capsys.readouterr().out
     assert "not available (1 seed)" in printed
-    assert "95 % interval over queries only" in printed
+    assert "95% interval over queries only" in printed
     assert "Use --seeds 3 or more" in printed
     assert "NaN" not in (tmp_path / "comparison.json").read_text()
     assert printed == (tmp_path / "comparison.md").read_text()

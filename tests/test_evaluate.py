@@ -325,7 +325,7 @@ def test_two_models_are_compared_query_by_query(beir, tmp_path, capsys):
     assert json.loads(output.read_text()) == found
     printed = capsys.readouterr().out
     assert printed.index("model: here") < printed.index("against: here")
-    assert "95 % interval" in printed
+    assert "95% interval" in printed
     assert f"{expected.difference:+.4f}" in printed
 
 

@@ -211,7 +211,7 @@ def test_the_standard_error_is_the_spread_of_means_over_draws():
     rng = np.random.default_rng(0)
     draws = rng.random((2000, 50))
     errors = [mean_and_standard_error(draw)[1] for draw in draws]
-    # 2,000 draws give a standard deviation to within 1 / sqrt(2 · 2,000), 1.6 %; three times that.
+    # 2,000 draws give a standard deviation to within 1 / sqrt(2 · 2,000), 1.6%; three times that.
     assert math.isclose(np.mean(errors), draws.mean(axis=1).std(), rel_tol=0.05)
 
 
@@ -239,7 +239,7 @@ def test_values_of_other_queries_cannot_be_paired():
 
 
 def quantile(degrees):
-    """Of Student's t, which 2.5 % of the distribution exceed, from a printed table."""
+    """Of Student's t, which 2.5% of the distribution exceed, from a printed table."""
     return {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645}[degrees]
 
 

@@ -33,7 +33,7 @@ UNIT = 2**20
 """The integer for a mass of one; the masses of a row sum to less than 2^31."""
 
 _LARGEST_MASS = UNIT // 8
-# The largest mass of a neighbour. Without this cap, blocks close 1 % less of the gap: a few
+# The largest mass of a neighbour. Without this cap, blocks close 1% less of the gap: a few
 # near duplicates then outweigh the many other rows of a batch.
 
 _WEIGHT = 2**14  # a weight of one; gains overflow if 30,000 rows share their only neighbour

@@ -55,7 +55,7 @@ def sizes_of(num_rows: int, *, block_size: int, batch_size: int, settings: Gcbs)
 def capacity_for(num_rows: int) -> int:
     """Round a number of rows up to one of eight capacities per doubling, at least 1,024.
 
-    A search then has 4 % more rows on average and 12 % at most, and the exact graph 9 % and 27 %
+    A search then has 4% more rows on average and 12% at most, and the exact graph 9% and 27%
     more work. Four capacities per doubling would double this overhead; sixteen would compile twice
     as often.
 

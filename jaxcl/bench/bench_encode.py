@@ -3,7 +3,7 @@
     python -m jaxcl.bench encode --model PATH [--torch-python PATH] [--num-texts N] [--rounds N]
 
 The texts are docstrings and functions of the standard library. In each round, both libraries in
-turn tokenise and embed all texts, each with its own batching. sentence-transformers runs in its own
+turn tokenize and embed all texts, each with its own batching. sentence-transformers runs in its own
 process. Before the first round, both embed all texts once: this compiles jaxcl's programs, and the
 embeddings must agree.
 """

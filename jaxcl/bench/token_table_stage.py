@@ -119,7 +119,7 @@ def _table(folder: Path) -> TokenTable:
         folder.mkdir(exist_ok=True)
         path.write_text(_word_tokenizer().to_str())
     tokenizer = load_tokenizer(path)
-    with progress_bar("tokenising", len(source)) as advance:
+    with progress_bar("tokenizing", len(source)) as advance:
         return build_token_table(
             source,
             tokenizer,

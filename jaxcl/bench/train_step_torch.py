@@ -201,7 +201,7 @@ class Training:
     def checked_step(self, batch: Mapping[str, Tensor]) -> tuple[float, float]:
         """Make one update; return the loss before it and the gradient's norm."""
         loss = self.differentiate(batch)
-        # In float64: PyTorch's own float32 norm of a large table is off by 0.2 %.
+        # In float64: PyTorch's own float32 norm of a large table is off by 0.2%.
         squares = [parameter.grad.double().square().sum() for parameter in self.parameters]
         self.update()
         return float(loss), float(sum(squares)) ** 0.5

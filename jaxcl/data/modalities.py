@@ -97,7 +97,7 @@ class Text:
 
     def open_table(self, data: DataSettings, source: PairSource, files: SplitFiles) -> Table:
         """The split's token ids, computed once and cached in the shared folder."""
-        with progress_bar(f"tokenising {files.role}", len(source)) as advance:
+        with progress_bar(f"tokenizing {files.role}", len(source)) as advance:
             return build_token_table(
                 source,
                 self.tokenizer(data, files.workdir),

@@ -225,7 +225,7 @@ def _no_scores(count: int) -> bytes:
 def _side_digest(value: Any) -> bytes:
     try:
         return text_digest(value) if isinstance(value, str) else NO_DIGEST
-    except UnicodeEncodeError:  # reported when the side is tokenised
+    except UnicodeEncodeError:  # reported when the side is tokenized
         return NO_DIGEST
 
 

@@ -1,7 +1,7 @@
 """Explicit negatives of the training rows, given as texts in each row.
 
 A training record `{"query": …, "key": …, "negatives": [text, …]}` lists any number of negatives.
-They are tokenised as keys, once per distinct text, and a batch holds the negatives of its rows.
+They are tokenized as keys, once per distinct text, and a batch holds the negatives of its rows.
 `"teacher_scores"` in a record are the scores of its key and of its negatives, for the loss
 `"distillation"`.
 

@@ -146,7 +146,7 @@ class TextTokenizer:
     def inputs(
         self, rows: Sequence[Int[np.ndarray, " _"]], width: int | None = None
     ) -> dict[str, Int[np.ndarray, "n ..."]]:
-        """Build the inputs of tokenised texts, padded to `width` or to the longest text."""
+        """Build the inputs of tokenized texts, padded to `width` or to the longest text."""
         return as_inputs(
             np.concatenate([np.zeros(0, np.int32), *rows]),
             np.array([len(row) for row in rows], np.int64),

@@ -40,7 +40,7 @@ class Difference(NamedTuple):
       baseline: the metric of the baseline.
       difference: `value - baseline`.
       standard_error: the standard error of the difference.
-      low: the lower end of its 95 % interval.
+      low: the lower end of its 95% interval.
       high: the upper end.
     """
 
@@ -129,7 +129,7 @@ def differences_table(
     table = Table(title=title, box=SIMPLE_HEAD, padding=0, pad_edge=False, title_justify="left")
     for heading in ["method", "metric"] if with_methods else ["metric"]:
         table.add_column(heading)
-    for heading in ("model", "against", "difference", f"± over {over}", "95 % interval"):
+    for heading in ("model", "against", "difference", f"± over {over}", "95% interval"):
         table.add_column(heading, justify="right", no_wrap=True)
     for (method, metric), one in differences.items():
         names = [method, metric] if with_methods else [metric]

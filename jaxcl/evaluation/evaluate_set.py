@@ -258,7 +258,7 @@ def _plain_table(values: Mapping[str, float]) -> Table:
     """
     errors = {f"{name}_standard_error" for name in values} & set(values)
     table = Table("metric", box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for heading in ("value", "± standard error" if errors else "95 % interval"):
+    for heading in ("value", "± standard error" if errors else "95% interval"):
         table.add_column(heading, justify="right", no_wrap=True)
     ends = errors | {f"{name}_{end}" for name in values for end in ("low", "high")}
     for name, value in values.items():

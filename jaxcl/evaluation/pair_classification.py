@@ -89,7 +89,7 @@ class PairSet:
           encode: embeds the texts.
 
         Returns:
-          `average_precision`, with the ends of its 95 % bootstrap interval,
+          `average_precision`, with the ends of its 95% bootstrap interval,
           `average_precision_low` and `average_precision_high`; `f1` and `accuracy` at their best
           thresholds, `f1_threshold` and `accuracy_threshold`, at or above which a pair is predicted
           to be positive; and the numbers of `pairs` and of `positives`.

@@ -86,7 +86,7 @@ class StsSet:
           encode: embeds the texts.
 
         Returns:
-          `spearman` and `pearson` from -1 to 1, the ends of their 95 % bootstrap intervals
+          `spearman` and `pearson` from -1 to 1, the ends of their 95% bootstrap intervals
           (`spearman_low`, `spearman_high` and so on), and `pairs`, the number of pairs.
           Correlations are NaN if all similarities are equal up to rounding.
 

@@ -22,7 +22,7 @@ def on_grid(vectors: Float[Array, "n d"]) -> Float[Array, "n d"]:
 
     Returns:
       Integers as float32. A row is at most `length_on_grid(d)` long before rounding and at most
-      `LENGTH` after, and rarely more than 0.5 % shorter.
+      `LENGTH` after, and rarely more than 0.5% shorter.
     """
     vectors = vectors.astype(jnp.float32)
     largest = jnp.abs(vectors).max(1, keepdims=True)

@@ -28,7 +28,7 @@ def inner_product(left: Float[Array, "q d"], right: Float[Array, "q d"]) -> Floa
 def inner_products(left: Float[Array, "q d"], right: Float[Array, "k d"]) -> Float[Array, "q k"]:
     """The inner product of every pair of rows, summed in float32 or wider.
 
-    Sums in bfloat16 would cause an error of 12 % in the gradient at temperature 0.01.
+    Sums in bfloat16 would cause an error of 12% in the gradient at temperature 0.01.
     """
     wide = jnp.promote_types(left.dtype, jnp.float32)
     return jnp.einsum("qd,kd->qk", left, right, preferred_element_type=wide)

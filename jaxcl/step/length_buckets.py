@@ -63,7 +63,7 @@ def choose_widths(
 
     Minimises $\sum_i w(l_i)$ over all sets of at most `num_widths` widths, where $w(l)$ is the
     least width that holds a row of length $l$. Widths are multiples of 8, or of 4 up to 32, except
-    `max_tokens`, which is always one of them. Widths that save less than 0.5 % are left out.
+    `max_tokens`, which is always one of them. Widths that save less than 0.5% are left out.
 
     Args:
       lengths: number of tokens of each row.

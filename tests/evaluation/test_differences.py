@@ -166,7 +166,7 @@ def test_the_table_fits_a_terminal_and_names_what_it_shows():
     assert title.strip() == "validation, plain"
     for name in ("method", "metric", "model", "against", "difference", "± over queries"):
         assert name in heading
-    assert "95 % interval" in heading
+    assert "95% interval" in heading
     assert first.split() == [
         *("dense", "ndcg@10", "0.8344", "0.7911", "+0.0433", "0.0181"),
         *("+0.0078", "to", "+0.0788"),
