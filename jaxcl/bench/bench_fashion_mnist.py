@@ -3,11 +3,11 @@
     python -m jaxcl.bench fashion_mnist [--folder DIR] [--steps 600] [--seeds 1] [--leave-out]
 
 Trains the small encoder of `configs/simclr.py` on two augmented views of the 60,000 training
-pictures of Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017), without their labels. Its features
-below the projection head, those of the same encoder before training, and the pixels then classify
-the 10,000 test pictures from 5,000 labelled ones, by nearest neighbours and by a linear probe.
+pictures of Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017), without their labels. Then
+nearest neighbours and a linear probe classify the 10,000 test pictures, given 5,000 labelled ones:
+by the features below the projection head, by those of the encoder before training, and by pixels.
 With `--leave-out`, SimCLR also trains without each of its augmentations, and without any. The
-pictures are those of Debian's package dataset-fashion-mnist.
+pictures come from Debian's package dataset-fashion-mnist.
 """
 
 import gzip
@@ -37,7 +37,7 @@ from jaxcl.typing import Float, Int, UInt8
 __all__ = ["FOLDER", "main", "measure", "read_pictures"]
 
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package has the files."""
+"""The folder of Debian's package."""
 
 _CLASSES = 10
 _PARTS = {"train": 4_000, "validation": 1_000}  # labelled pictures; the latter tune the probe
@@ -61,12 +61,16 @@ _LEFT_OUT: Mapping[str, Mapping[str, Any]] = {
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Measure all pictures."""
+    """Train with the given flags, and classify the test pictures."""
     parser = benchmark_parser("fashion_mnist", __doc__)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="the four .gz files")
-    parser.add_argument("--steps", type=int, default=600, help=f"of {_BATCH} pictures")
+    parser.add_argument(
+        "--folder", type=Path, default=FOLDER, help="the folder of the four .gz files"
+    )
+    parser.add_argument("--steps", type=int, default=600, help=f"steps of {_BATCH} pictures")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--leave-out", action="store_true", help="also without each augmentation")
+    parser.add_argument(
+        "--leave-out", action="store_true", help="also train without each augmentation"
+    )
     return measure(**vars(parser.parse(argv)))
 
 
@@ -128,7 +132,7 @@ def measure(*, folder: Path, steps: int, seeds: int, leave_out: bool = False) ->
 def read_pictures(
     folder: Path, part: str
 ) -> tuple[UInt8[np.ndarray, "n 28 28 3"], Int[np.ndarray, " n"]]:
-    """Read the pictures, with the grey value in all three channels, and their classes.
+    """Read the pictures, converted to three equal channels, and their classes.
 
     Args:
       folder: the four files of the data set.
