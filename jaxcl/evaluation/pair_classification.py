@@ -11,66 +11,42 @@ from functools import partial
 
 import numpy as np
 
-from jaxcl.data.scored_pairs import ScoredPairs, read_scored_pairs
+from jaxcl.data.scored_pairs import read_scored_pairs
 from jaxcl.data.text_files import is_text_file
-from jaxcl.evaluation.bootstrap import bootstrap_interval
-from jaxcl.evaluation.differences import Difference, bootstrap_difference
-from jaxcl.evaluation.pair_similarities import pair_similarities
-from jaxcl.evaluation.protocol import Encode
+from jaxcl.evaluation.pair_similarities import OfResamples, SimilaritySet, open_pairs
 from jaxcl.host.paths import AnyPath
 from jaxcl.typing import Bool, Float, Int
 
 __all__ = [
     "PairSet",
-    "average_precision_of_resamples",
     "best_accuracy",
-    "best_accuracy_of_resamples",
     "best_f1",
-    "best_f1_of_resamples",
     "has_labels",
+    "metric_of_resamples",
     "open_pair_set",
 ]
 
 
-class PairSet:
-    """Pairs of texts with labels, an `EvaluationSet`.
+_ByThreshold = Int[np.ndarray, "r _"]  # numbers of pairs at or above each distinct similarity
+_ByResample = Float[np.ndarray, " r"]
 
-    Attributes:
-      kind: `"pairs"`.
-      metrics: the names of the metrics, the main one first.
-      pairs: the pairs; their scores are the labels.
-      fingerprint: of the pairs.
-      inputs: the sides of the texts.
-    """
+
+class PairSet(SimilaritySet):
+    """Pairs of texts with the labels 1 (positive) and 0 (negative), an `EvaluationSet`."""
 
     kind = "pairs"
-    unit = "pairs"
     metrics: tuple[str, ...] = ("average_precision", "f1", "accuracy")
 
-    def __init__(self, pairs: ScoredPairs, *, num_resamples: int = 1000, seed: int = 0) -> None:
-        """Check the labels of pairs of texts.
-
-        Args:
-          pairs: pairs with the score 1 (positive) or 0 (negative); both must occur.
-          num_resamples: the number of resamples of the bootstrap interval.
-          seed: the seed of the resamples.
-
-        Raises:
-          ValueError: for other labels, or if all labels are equal.
-        """
-        labels = np.unique(pairs.scores)
+    def check(self, scores: Float[np.ndarray, " n"]) -> None:
+        """Raise a `ValueError` for labels other than 0 and 1, or if all are equal."""
+        labels = np.unique(scores)
         if labels.tolist() != [0, 1]:
             first = ", ".join(f"{label:g}" for label in labels[:5])
             raise ValueError(
-                f"the labels of {len(pairs.scores)} pairs are {first or 'none'}"
+                f"the labels of {len(scores)} pairs are {first or 'none'}"
                 f"{', …' if len(labels) > 5 else ''}; pair classification needs both 0 and 1, and "
                 "no others"
             )
-        self.pairs = pairs
-        self.fingerprint = pairs.fingerprint
-        self.inputs = tuple(dict.fromkeys(pairs.sides))
-        self._num_resamples = num_resamples
-        self._seed = seed
 
     @property
     def description(self) -> str:
@@ -82,44 +58,20 @@ class PairSet:
             f"positive; all labels ({label}) are 0 or 1, so they are labels, not scores"
         )
 
-    def evaluate(self, encode: Encode) -> dict[str, float]:
+    def figures(self, similarities: Float[np.ndarray, " n"]) -> dict[str, float]:
         """Classify the pairs by the similarities of a model.
-
-        Args:
-          encode: embeds the texts.
 
         Returns:
           `average_precision`, with the ends of its 95% bootstrap interval,
           `average_precision_low` and `average_precision_high`; `f1` and `accuracy` at their best
           thresholds, `f1_threshold` and `accuracy_threshold`, at or above which a pair is predicted
           to be positive; and the numbers of `pairs` and of `positives`.
-
-        Raises:
-          ValueError: if an embedding is not finite.
         """
-        return self.figures(self.measure(encode))
-
-    def measure(self, encode: Encode) -> Float[np.ndarray, " n"]:
-        """The similarities that a model gives to the pairs."""
-        return pair_similarities(self.pairs, encode)
-
-    def figures(self, similarities: Float[np.ndarray, " n"]) -> dict[str, float]:
-        """Compute the metrics of `evaluate` from the similarities of the pairs."""
         labels = self.pairs.scores == 1
-
-        def statistic(counts: np.ndarray) -> Float[np.ndarray, " r"]:
-            return average_precision_of_resamples(similarities, labels, counts)
-
-        (precision,) = statistic(np.ones((1, len(labels)), np.int64))
-        low, high = bootstrap_interval(
-            statistic, len(labels), num_resamples=self._num_resamples, seed=self._seed
-        )
         f1, f1_threshold = best_f1(similarities, labels)
         accuracy, accuracy_threshold = best_accuracy(similarities, labels)
         return {
-            "average_precision": float(precision),
-            "average_precision_low": low,
-            "average_precision_high": high,
+            **self.with_interval("average_precision", similarities),
             "f1": f1,
             "f1_threshold": f1_threshold,
             "accuracy": accuracy,
@@ -128,24 +80,9 @@ class PairSet:
             "positives": int(labels.sum()),
         }
 
-    def differences(
-        self, similarities: Float[np.ndarray, " n"], baseline: Float[np.ndarray, " n"]
-    ) -> dict[str, Difference]:
-        """The difference of each metric between two models, given their similarities.
-
-        In each resample, each model has the thresholds that are best there.
-        """
-        labels = self.pairs.scores == 1
-        return {
-            name: bootstrap_difference(
-                partial(metric, similarities, labels),
-                partial(metric, baseline, labels),
-                len(labels),
-                num_resamples=self._num_resamples,
-                seed=self._seed,
-            )
-            for name, metric in _OF_RESAMPLES.items()
-        }
+    def statistic(self, name: str, similarities: Float[np.ndarray, " n"]) -> OfResamples:
+        """A metric in resamples; in each, the threshold is the one that is best there."""
+        return partial(metric_of_resamples, name, similarities, self.pairs.scores == 1)
 
 
 def has_labels(path: AnyPath) -> bool:
@@ -159,25 +96,17 @@ def has_labels(path: AnyPath) -> bool:
 
 
 def open_pair_set(path: AnyPath) -> PairSet:
-    """Read a file of pairs with labels.
-
-    Raises:
-      ValueError: as for `read_scored_pairs`, or for labels other than 0 and 1.
-      OSError: if the file cannot be read.
-    """
-    pairs = read_scored_pairs(path)
-    try:
-        return PairSet(pairs)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    """Read a file of pairs with labels; raises as `open_pairs`."""
+    return open_pairs(PairSet, path)
 
 
-def average_precision_of_resamples(
+def metric_of_resamples(
+    name: str,
     similarities: Float[np.ndarray, " n"],
     labels: Bool[np.ndarray, " n"],
     counts: Int[np.ndarray, "r n"],
 ) -> Float[np.ndarray, " r"]:
-    r"""The average precision of each resample, which contains pair i `counts[:, i]` times.
+    r"""A metric of each resample, which contains pair i `counts[:, i]` times.
 
     $$\mathrm{AP} = \sum_t (R_t - R_{t-1}) P_t$$
 
@@ -186,54 +115,50 @@ def average_precision_of_resamples(
     and if all similarities are equal, AP is the share of positives.
 
     Args:
+      name: `"average_precision"`; or `"f1"` or `"accuracy"`, each at the threshold that is best in
+        the resample (`best_f1`, `best_accuracy`).
       similarities: finite similarities; higher for pairs that are more likely positive.
       labels: whether each pair is positive.
       counts: the count of each pair in each resample; all 1 for the original pairs.
 
     Returns:
-      Numbers from 0 to 1; NaN without a positive pair.
+      Numbers from 0 to 1; NaN for average precision and F1 without a positive pair.
 
     Example:
       >>> similarities, labels = np.array([0.9, 0.8, 0.7]), np.array([True, False, True])
       >>> counts = np.array([[1, 1, 1], [2, 1, 0]])
-      >>> average_precision_of_resamples(similarities, labels, counts).round(3).tolist()
+      >>> metric_of_resamples("average_precision", similarities, labels, counts).round(3).tolist()
       [0.833, 1.0]
     """
-    true_positives, predicted = _resampled_thresholds(similarities, labels, counts)
+    order, starts = _distinct(similarities)
+    positives = np.add.reduceat(counts[:, order] * labels[order], starts, axis=1)
+    pairs = np.add.reduceat(counts[:, order], starts, axis=1)
+    return _OF_RESAMPLES[name](np.cumsum(positives, axis=1), np.cumsum(pairs, axis=1))
+
+
+def _average_precision(true_positives: _ByThreshold, predicted: _ByThreshold) -> _ByResample:
     precision = true_positives / np.maximum(predicted, 1)
     total = true_positives[:, -1]
     positives = np.diff(true_positives, axis=1, prepend=0)
     return np.where(total, (positives * precision).sum(1) / np.maximum(total, 1), np.nan)
 
 
-def best_f1_of_resamples(
-    similarities: Float[np.ndarray, " n"],
-    labels: Bool[np.ndarray, " n"],
-    counts: Int[np.ndarray, "r n"],
-) -> Float[np.ndarray, " r"]:
-    """`best_f1` of each resample; arguments and returns as `average_precision_of_resamples`."""
-    true_positives, predicted = _resampled_thresholds(similarities, labels, counts)
+def _f1(true_positives: _ByThreshold, predicted: _ByThreshold) -> _ByResample:
     total = true_positives[:, -1:]
     f1 = 2 * true_positives / np.maximum(predicted + total, 1)
     return np.where(total[:, 0], f1.max(1), np.nan)
 
 
-def best_accuracy_of_resamples(
-    similarities: Float[np.ndarray, " n"],
-    labels: Bool[np.ndarray, " n"],
-    counts: Int[np.ndarray, "r n"],
-) -> Float[np.ndarray, " r"]:
-    """`best_accuracy` of each resample; arguments as `average_precision_of_resamples`."""
-    true_positives, predicted = _resampled_thresholds(similarities, labels, counts)
+def _accuracy(true_positives: _ByThreshold, predicted: _ByThreshold) -> _ByResample:
     gains = 2 * true_positives - predicted  # over calling every pair negative
     negatives = predicted[:, -1] - true_positives[:, -1]
     return (negatives + np.maximum(gains.max(1), 0)) / predicted[:, -1]
 
 
-_OF_RESAMPLES: dict[str, Callable[..., Float[np.ndarray, " r"]]] = {
-    "average_precision": average_precision_of_resamples,
-    "f1": best_f1_of_resamples,
-    "accuracy": best_accuracy_of_resamples,
+_OF_RESAMPLES: dict[str, Callable[[_ByThreshold, _ByThreshold], _ByResample]] = {
+    "average_precision": _average_precision,
+    "f1": _f1,
+    "accuracy": _accuracy,
 }
 
 
@@ -283,18 +208,6 @@ def _distinct(similarities: Float[np.ndarray, " n"]) -> tuple[np.ndarray, np.nda
     order = np.argsort(-similarities, kind="stable")
     starts = np.flatnonzero(np.diff(similarities[order], prepend=np.inf))
     return order, starts
-
-
-def _resampled_thresholds(
-    similarities: Float[np.ndarray, " n"],
-    labels: Bool[np.ndarray, " n"],
-    counts: Int[np.ndarray, "r n"],
-) -> tuple[Int[np.ndarray, "r _"], Int[np.ndarray, "r _"]]:
-    """The true positives and the positives at each distinct similarity, falling, by resample."""
-    order, starts = _distinct(similarities)
-    positives = np.add.reduceat(counts[:, order] * labels[order], starts, axis=1)
-    pairs = np.add.reduceat(counts[:, order], starts, axis=1)
-    return np.cumsum(positives, axis=1), np.cumsum(pairs, axis=1)
 
 
 def _thresholds(

@@ -19,11 +19,9 @@ from jaxcl.evaluation.differences import (
 from jaxcl.evaluation.evaluate_set import check_methods
 from jaxcl.evaluation.pair_classification import (
     PairSet,
-    average_precision_of_resamples,
     best_accuracy,
-    best_accuracy_of_resamples,
     best_f1,
-    best_f1_of_resamples,
+    metric_of_resamples,
 )
 from jaxcl.evaluation.protocol import ComparableSet
 from jaxcl.evaluation.sts import StsSet
@@ -138,24 +136,22 @@ def test_a_model_with_constant_similarities_has_no_difference():
     assert set(difference_record(found["spearman"]).values()) == {None}
 
 
-@pytest.mark.parametrize(
-    ("best", "of_resamples"),
-    [(best_f1, best_f1_of_resamples), (best_accuracy, best_accuracy_of_resamples)],
-)
-def test_the_best_threshold_of_a_resample_is_that_of_the_repeated_pairs(best, of_resamples):
+@pytest.mark.parametrize(("name", "best"), [("f1", best_f1), ("accuracy", best_accuracy)])
+def test_the_best_threshold_of_a_resample_is_that_of_the_repeated_pairs(name, best):
     rng = np.random.default_rng(5)
     similarities = np.float32(rng.integers(0, 6, 12) / 4)
     labels = rng.random(12) < 0.4
     counts = rng.integers(0, 3, (50, 12))
     counts[0] = 1
     counts[1] = labels  # positive pairs alone
-    found = of_resamples(similarities, labels, counts)
+    found = metric_of_resamples(name, similarities, labels, counts)
     for count, value in zip(counts, found, strict=True):
         repeated = np.repeat(np.arange(12), count)
         assert value == pytest.approx(best(similarities[repeated], labels[repeated])[0])
-    negative = of_resamples(similarities, labels, np.int64([~labels]))
+    negative = metric_of_resamples(name, similarities, labels, np.int64([~labels]))
     assert (negative[0] == 1) if best is best_accuracy else np.isnan(negative[0])
-    assert average_precision_of_resamples(similarities, labels, counts).shape == found.shape
+    precision = metric_of_resamples("average_precision", similarities, labels, counts)
+    assert precision.shape == found.shape
 
 
 def test_the_table_fits_a_terminal_and_names_what_it_shows():

@@ -6,9 +6,9 @@ import pytest
 from jaxcl.evaluation.bootstrap import resample_counts
 from jaxcl.evaluation.pair_classification import (
     PairSet,
-    average_precision_of_resamples,
     best_accuracy,
     best_f1,
+    metric_of_resamples,
 )
 from jaxcl.evaluation.protocol import EvaluationSet
 from tests.evaluation.test_sts import model_of, scored_pairs
@@ -17,7 +17,7 @@ from tests.evaluation.test_sts import model_of, scored_pairs
 def average_precision(similarities, labels):
     """The average precision of the original pairs."""
     once = np.ones((1, len(labels)), np.int64)
-    return average_precision_of_resamples(similarities, labels, once)[0]
+    return metric_of_resamples("average_precision", similarities, labels, once)[0]
 
 
 def slow_average_precision(similarities, labels):
@@ -74,7 +74,7 @@ def test_a_resample_has_the_average_precision_of_its_drawn_pairs():
     similarities, labels = some_pairs(6)
     (counts,) = resample_counts(len(labels), num_resamples=20, seed=0)
     counts[0] = ~labels  # no positive pair
-    found = average_precision_of_resamples(similarities, labels, counts)
+    found = metric_of_resamples("average_precision", similarities, labels, counts)
     assert np.isnan(found[0])
     for value, row in zip(found[1:], counts[1:], strict=True):
         drawn = slow_average_precision(similarities.repeat(row), labels.repeat(row))
