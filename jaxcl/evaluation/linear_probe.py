@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 
 from jaxcl.typing import Float, Int
 
-__all__ = ["STRENGTHS", "LinearProbe", "choose_strength", "fit_probe"]
+__all__ = ["STRENGTHS", "LinearProbe", "check_labels", "choose_strength", "fit_probe"]
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 4))
 """The inverse regularisation strengths that are tried on the validation part."""
@@ -131,19 +131,24 @@ def choose_strength(
     return best
 
 
-def _check(
-    features: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, " n"],
-    num_classes: int,
-    strength: float,
-) -> None:
-    if not len(features):
+def check_labels(labels: Int[np.ndarray, " n"], num_classes: int) -> None:
+    """Raise a `ValueError` if there are no labelled rows, or a label is out of range."""
+    if not len(labels):
         raise ValueError("there are no labelled rows; give at least one")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
             f"the labels are from {labels.min()} to {labels.max()}, but there are {num_classes} "
             f"classes; give labels from 0 to {num_classes - 1}"
         )
+
+
+def _check(
+    features: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    num_classes: int,
+    strength: float,
+) -> None:
+    check_labels(labels, num_classes)
     if not 0 < strength < np.inf:
         raise ValueError(f"strength={strength} must be positive and finite")
     if not np.isfinite(features).all():

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxcl.evaluation.linear_probe import check_labels
 from jaxcl.evaluation.retrieval import dense_scores
 from jaxcl.run.vector_search import best_rows
 from jaxcl.typing import Float, Int
@@ -62,13 +63,7 @@ def neighbour_votes(
     Reference: Wu, Xiong, Yu and Lin, "Unsupervised Feature Learning via Non-parametric Instance
       Discrimination", CVPR 2018, section 3.4, where k is 200.
     """
-    if not len(keys):
-        raise ValueError("there are no labelled rows; give at least one")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
-            f"the labels are from {labels.min()} to {labels.max()}, but there are {num_classes} "
-            f"classes; give labels from 0 to {num_classes - 1}"
-        )
+    check_labels(labels, num_classes)
     if not neighbours or min(neighbours) < 1 or not temperature > 0:
         raise ValueError(
             f"neighbours={tuple(neighbours)} and temperature={temperature}; give at least one "
