@@ -18,9 +18,19 @@ The two sides of a pair are its *query* and its *key*: documents, passages, code
 second views are keys.
 """
 
+import functools
 import math
-from collections.abc import Callable, Hashable, Iterator
-from typing import Any, NamedTuple, TypeAlias, get_args, get_type_hints
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import (
+    Annotated,
+    Any,
+    NamedTuple,
+    TypeAlias,
+    TypeVar,
+    cast,
+    get_args,
+    get_type_hints,
+)
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key, Num, UInt8
@@ -33,19 +43,27 @@ __all__ = [
     "AxisName",
     "Batch",
     "Bool",
+    "Count",
     "Embeddings",
     "Float",
     "Int",
     "Integer",
     "Key",
+    "NotNegative",
     "Num",
     "NumpyInt",
+    "Positive",
+    "PositiveShare",
     "PyTree",
     "Range",
+    "Rate",
     "RowKeys",
     "Scalar",
+    "Share",
+    "Size",
     "Tokens",
     "UInt8",
+    "check_arguments",
     "check_ranges",
 ]
 
@@ -126,15 +144,56 @@ class Range(NamedTuple):
         return ", ".join(bounds) or "to a finite number"
 
 
+Count = Annotated[int, Range(least=0)]
+Size = Annotated[int, Range(least=1)]
+NotNegative = Annotated[float, Range(least=0)]
+Positive = Annotated[float, Range(above=0)]
+Share = Annotated[float, Range(least=0, most=1)]
+PositiveShare = Annotated[float, Range(above=0, most=1)]
+Rate = Annotated[float, Range(least=0, below=1)]
+
+F = TypeVar("F", bound=Callable)
+
+
 def check_ranges(options: tuple[Any, ...]) -> None:
     """Raise a `ValueError` if a field of a NamedTuple is outside the `Range` of its annotation.
 
     `None` is always allowed. All numbers of a tuple must be in the same range.
     """
-    for name, hint in get_type_hints(type(options), include_extras=True).items():
-        value = getattr(options, name)
+    _check(options._asdict(), type(options))  # type: ignore[attr-defined] # a NamedTuple's
+
+
+def check_arguments(function: F) -> F:
+    """Let a function check the `Range` of each keyword argument, as `check_ranges` does.
+
+    A class has its constructor's arguments checked.
+
+    Example:
+      >>> @check_arguments
+      ... def keep(*, rate: Rate = 0.5) -> float:
+      ...     return 1 - rate
+      >>> keep(rate=1.5)
+      Traceback (most recent call last):
+      ValueError: rate=1.5; set it to at least 0, below 1
+    """
+    if isinstance(function, type):
+        function.__init__ = check_arguments(function.__init__)  # type: ignore[misc]
+        return function
+
+    @functools.wraps(function)
+    def checking(*arguments: Any, **options: Any) -> Any:
+        _check(options, function)
+        return function(*arguments, **options)
+
+    return cast(F, checking)
+
+
+def _check(values: Mapping[str, Any], declared: Callable) -> None:
+    """Check values against the annotations of a function's arguments or a class's fields."""
+    hints = get_type_hints(declared, include_extras=True)
+    for name, value in values.items():
         for number in value if isinstance(value, tuple) else (value,):
-            for allowed in _ranges(hint) if number is not None else ():
+            for allowed in _ranges(hints.get(name)) if number is not None else ():
                 allowed.check(name, number)
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 
-from jaxcl.models.decoder import DecoderEncoder, DecoderOptions
-from jaxcl.models.static import StaticEncoder, StaticOptions
+from jaxcl.models.decoder import DecoderEncoder
+from jaxcl.models.options import options_of
+from jaxcl.models.static import StaticEncoder
 from jaxcl.models.towers import Encode, EncoderPart, Towers, TowerSpec, make_towers
-from jaxcl.models.transformer import TransformerEncoder, TransformerOptions
-from jaxcl.models.vision.convnet import ConvNetEncoder, ConvNetOptions
-from jaxcl.models.vision.resnet import ResNetEncoder, ResNetOptions
-from jaxcl.models.vision.vit import ViTEncoder, ViTOptions
+from jaxcl.models.transformer import TransformerEncoder
+from jaxcl.models.vision.convnet import ConvNetEncoder
+from jaxcl.models.vision.resnet import ResNetEncoder
+from jaxcl.models.vision.vit import ViTEncoder
 
 __all__ = [
     "DEFAULT_ENCODER",
@@ -27,12 +28,12 @@ __all__ = [
 ]
 
 ENCODERS: Mapping[str, EncoderPart] = {
-    "convnet": EncoderPart(ConvNetEncoder, ConvNetOptions),
-    "decoder": EncoderPart(DecoderEncoder, DecoderOptions, any_width=True),
-    "resnet": EncoderPart(ResNetEncoder, ResNetOptions),
-    "static": EncoderPart(StaticEncoder, StaticOptions),
-    "transformer": EncoderPart(TransformerEncoder, TransformerOptions, any_width=True),
-    "vit": EncoderPart(ViTEncoder, ViTOptions),
+    "convnet": EncoderPart(ConvNetEncoder, options_of(ConvNetEncoder)),
+    "decoder": EncoderPart(DecoderEncoder, options_of(DecoderEncoder), any_width=True),
+    "resnet": EncoderPart(ResNetEncoder, options_of(ResNetEncoder)),
+    "static": EncoderPart(StaticEncoder, options_of(StaticEncoder)),
+    "transformer": EncoderPart(TransformerEncoder, options_of(TransformerEncoder), any_width=True),
+    "vit": EncoderPart(ViTEncoder, options_of(ViTEncoder)),
 }
 """Encoders by `config.model.name`."""
 

@@ -6,14 +6,26 @@ restart. The two sides have different keys.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxcl.models.image_augmentations import ClipOptions, ImageOptions, clip, moco_v2, simclr
+from jaxcl.models.image_augmentations import CROP_OPTIONS, clip, moco_v2, random_view, simclr
 from jaxcl.models.layers import token_mask, tokens_of
-from jaxcl.typing import PADDING_ID, Array, Augment, Int, Key, PyTree, Range, check_ranges
+from jaxcl.models.options import options_of
+from jaxcl.typing import (
+    PADDING_ID,
+    Array,
+    Augment,
+    Count,
+    Int,
+    Key,
+    PyTree,
+    Rate,
+    Size,
+    check_arguments,
+)
 
 __all__ = [
     "AUGMENTATIONS",
@@ -40,25 +52,8 @@ class Augmentation(NamedTuple):
     options: type | None = None
 
 
-class TokenDropoutOptions(NamedTuple):
-    """Options of `token_dropout` in a config."""
-
-    rate: Annotated[float, Range(least=0, below=1)] | None = None
-    keep_first: Annotated[int, Range(least=0)] | None = None
-    keep_last: Annotated[int, Range(least=0)] | None = None
-
-
-class SpanMaskingOptions(NamedTuple):
-    """Options of `span_masking` in a config."""
-
-    rate: Annotated[float, Range(least=0, below=1)] | None = None
-    keep_first: Annotated[int, Range(least=0)] | None = None
-    keep_last: Annotated[int, Range(least=0)] | None = None
-    span_length: Annotated[int, Range(least=1)] | None = None
-    mask_id: Annotated[int, Range(least=0)] | None = None
-
-
-def token_dropout(*, rate: float = 0.4, keep_first: int = 0, keep_last: int = 0) -> Augment:
+@check_arguments
+def token_dropout(*, rate: Rate = 0.4, keep_first: Count = 0, keep_last: Count = 0) -> Augment:
     """Drop a random fraction of a text's tokens; the others keep their positions.
 
     Args:
@@ -80,13 +75,14 @@ def token_dropout(*, rate: float = 0.4, keep_first: int = 0, keep_last: int = 0)
     return span_masking(rate=rate, keep_first=keep_first, keep_last=keep_last, span_length=1)
 
 
+@check_arguments
 def span_masking(
     *,
-    rate: float = 0.15,
-    keep_first: int = 0,
-    keep_last: int = 0,
-    span_length: int = 3,
-    mask_id: int | None = None,
+    rate: Rate = 0.15,
+    keep_first: Count = 0,
+    keep_last: Count = 0,
+    span_length: Size = 3,
+    mask_id: Count | None = None,
 ) -> Augment:
     r"""Mask random spans of a text.
 
@@ -108,7 +104,6 @@ def span_masking(
     Raises:
       ValueError: for an option out of range.
     """
-    check_ranges(SpanMaskingOptions(rate, keep_first, keep_last, span_length, mask_id))
     start_rate = 1 - (1 - rate) ** (1 / span_length)
 
     def augment(inputs: PyTree, key: Key[Array, ""]) -> PyTree:
@@ -131,10 +126,10 @@ def span_masking(
 
 
 AUGMENTATIONS: Mapping[str, Augmentation] = {
-    "clip": Augmentation(clip, ClipOptions),
-    "moco_v2": Augmentation(moco_v2, ImageOptions),
-    "simclr": Augmentation(simclr, ImageOptions),
-    "span_masking": Augmentation(span_masking, SpanMaskingOptions),
-    "token_dropout": Augmentation(token_dropout, TokenDropoutOptions),
+    "clip": Augmentation(clip, options_of(random_view, only=CROP_OPTIONS)),
+    "moco_v2": Augmentation(moco_v2, options_of(random_view)),
+    "simclr": Augmentation(simclr, options_of(random_view)),
+    "span_masking": Augmentation(span_masking, options_of(span_masking)),
+    "token_dropout": Augmentation(token_dropout, options_of(token_dropout)),
 }
 """Augmentations by `config.augmentation.name`."""

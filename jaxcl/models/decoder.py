@@ -1,6 +1,6 @@
 """A causal transformer in the style of Mistral, with last-token pooling."""
 
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,32 +29,20 @@ from jaxcl.typing import (
     Embeddings,
     Float,
     Int,
+    Positive,
     PyTree,
-    Range,
+    Rate,
     RowKeys,
-    check_ranges,
+    Size,
+    check_arguments,
 )
 
-__all__ = ["DecoderEncoder", "DecoderOptions"]
+__all__ = ["DecoderEncoder"]
 
 _silu = saving_slope(jax.nn.silu)
 
 
-class DecoderOptions(NamedTuple):
-    """Options of `DecoderEncoder` in a config."""
-
-    max_tokens: Annotated[int, Range(least=1)] | None = None
-    hidden_dim: Annotated[int, Range(least=1)] | None = None
-    num_layers: Annotated[int, Range(least=1)] | None = None
-    num_heads: Annotated[int, Range(least=1)] | None = None
-    num_key_heads: Annotated[int, Range(least=1)] | None = None
-    mlp_dim: Annotated[int, Range(least=1)] | None = None
-    rotary_base: Annotated[float, Range(above=0)] | None = None
-    dropout: Annotated[float, Range(least=0, below=1)] | None = None
-    remat: bool | None = None
-    compute_dtype: str | None = None
-
-
+@check_arguments
 class DecoderEncoder(nnx.Module):
     """A causal transformer; the embedding of a text is the final state of its last token.
 
@@ -91,21 +79,18 @@ class DecoderEncoder(nnx.Module):
         vocabulary_size: int,
         *,
         dim: int,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        hidden_dim: int = 512,
-        num_layers: int = 8,
-        num_heads: int = 8,
-        num_key_heads: int = 2,
-        mlp_dim: int = 1792,
-        rotary_base: float = 10_000.0,
-        dropout: float = 0.0,
+        max_tokens: Size = DEFAULT_MAX_TOKENS,
+        hidden_dim: Size = 512,
+        num_layers: Size = 8,
+        num_heads: Size = 8,
+        num_key_heads: Size = 2,
+        mlp_dim: Size = 1792,
+        rotary_base: Positive = 10_000.0,
+        dropout: Rate = 0.0,
         remat: bool = False,
         compute_dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
-        heads = num_heads, num_key_heads
-        sizes = DecoderOptions(max_tokens, hidden_dim, num_layers, *heads, mlp_dim)
-        check_ranges(sizes._replace(rotary_base=rotary_base, dropout=dropout))
         if hidden_dim % (2 * num_heads):
             raise ValueError(
                 f"hidden_dim={hidden_dim} does not divide over {num_heads} heads of an even width"

@@ -4,7 +4,7 @@ Each maps `{"image": uint8[height, width, 3]}` to `{"image": float32[size, size,
 Encoders subtract the mean and divide by the standard deviation.
 """
 
-from typing import Annotated, NamedTuple
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,73 +21,64 @@ from jaxcl.models.image_operations import (
     resized_crop,
     solarised,
 )
-from jaxcl.typing import Array, Augment, Key, PyTree, Range, check_ranges
+from jaxcl.models.layers import images_of
+from jaxcl.typing import (
+    Array,
+    Augment,
+    Key,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    PyTree,
+    Share,
+    Size,
+    check_arguments,
+)
 
-__all__ = ["ClipOptions", "ImageOptions", "clip", "moco_v2", "simclr"]
+__all__ = ["CROP_OPTIONS", "clip", "moco_v2", "random_view", "simclr"]
+
+CROP_OPTIONS = ("size", "crop_scale", "aspect_ratio", "interpolation", "flip_rate")
+"""The options of `random_view` that do not change colours."""
 
 _BLUR_RADIUS = 20  # the size of an image per pixel of the radius
-
-_Share = Annotated[float, Range(least=0, most=1)]
-_Area = Annotated[float, Range(above=0, most=1)]
-_Positive = Annotated[float, Range(above=0)]
-
-
-class ImageOptions(NamedTuple):
-    """Options of `simclr` and `moco_v2` in a config."""
-
-    size: Annotated[int, Range(least=1)] | None = None
-    crop_scale: tuple[_Area, _Area] | None = None
-    aspect_ratio: tuple[_Positive, _Positive] | None = None
-    interpolation: str | None = None
-    flip_rate: _Share | None = None
-    jitter_strength: Annotated[float, Range(least=0)] | None = None
-    jitter_rate: _Share | None = None
-    grayscale_rate: _Share | None = None
-    blur_rate: _Share | None = None
-    blur_sigma: tuple[_Positive, _Positive] | None = None
-    solarise_rate: _Share | None = None
+_SIMCLR_JITTER = (0.8, 0.8, 0.8, 0.2)
+_MOCO_JITTER = (0.4, 0.4, 0.4, 0.1)
+_NO_JITTER = (0.0, 0.0, 0.0, 0.0)
 
 
-class ClipOptions(NamedTuple):
-    """Options of `clip` in a config."""
-
-    size: Annotated[int, Range(least=1)] | None = None
-    crop_scale: tuple[_Area, _Area] | None = None
-    aspect_ratio: tuple[_Positive, _Positive] | None = None
-    interpolation: str | None = None
-    flip_rate: _Share | None = None
-
-
-def simclr(
+@check_arguments
+def random_view(
+    jitter: tuple[float, float, float, float],
     *,
-    size: int | None = None,
-    crop_scale: tuple[float, float] = (0.08, 1.0),
-    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    size: Size | None = None,
+    crop_scale: tuple[PositiveShare, PositiveShare] = (0.08, 1.0),
+    aspect_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3),
     interpolation: str = "bicubic",
-    flip_rate: float = 0.5,
-    jitter_strength: float = 1.0,
-    jitter_rate: float = 0.8,
-    grayscale_rate: float = 0.2,
-    blur_rate: float = 0.5,
-    blur_sigma: tuple[float, float] = (0.1, 2.0),
-    solarise_rate: float = 0.0,
+    flip_rate: Share = 0.5,
+    jitter_strength: NotNegative = 1.0,
+    jitter_rate: Share = 0.8,
+    grayscale_rate: Share = 0.2,
+    blur_rate: Share = 0.5,
+    blur_sigma: tuple[Positive, Positive] = (0.1, 2.0),
+    solarise_rate: Share = 0.0,
 ) -> Augment:
-    """A random view of an image, as in SimCLR.
+    """A random view of an image, of which `simclr`, `moco_v2` and `clip` are presets.
 
     The operations are, in this order: a resized random crop, a horizontal flip, colour jitter,
     conversion to grayscale, a blur, and solarisation. Colour jitter draws its factors and the order
     of its operations for each image.
 
     Args:
+      jitter: the amounts of the colour jitter at strength 1. The first three limit the difference
+        from 1 of the factors of brightness, contrast and saturation; the fourth limits the shift of
+        the hue, as a fraction of the circle.
       size: the height and width of the view, in pixels; `None` keeps the height of the image.
       crop_scale: the smallest and the largest area of the crop, as fractions of the image;
         `(1.0, 1.0)` keeps the whole of a square image.
       aspect_ratio: the smallest and the largest ratio of width to height of the crop.
       interpolation: `"bilinear"` or `"bicubic"`.
       flip_rate: the probability of a flip.
-      jitter_strength: the strength of the colour jitter. At 1, brightness, contrast and saturation
-        are multiplied by factors between 0.2 and 1.8, and hue is shifted by up to a fifth of the
-        circle; 0.5 suits small images.
+      jitter_strength: the strength of the colour jitter.
       jitter_rate: the probability of colour jitter.
       grayscale_rate: the probability of conversion to grayscale.
       blur_rate: the probability of a blur. Its kernel has a radius of a twentieth of `size`.
@@ -105,145 +96,7 @@ def simclr(
       >>> view = simclr(size=24)({"image": jnp.zeros((32, 32, 3), jnp.uint8)}, jax.random.key(0))
       >>> view["image"].shape, str(view["image"].dtype)
       ((24, 24, 3), 'float32')
-
-    Reference:
-      Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", 2020,
-      appendix A. The authors' code pads the image with zeros before the blur; this one mirrors it.
     """
-    return _random_view(
-        size=size,
-        crop_scale=crop_scale,
-        aspect_ratio=aspect_ratio,
-        interpolation=interpolation,
-        flip_rate=flip_rate,
-        jitter_strength=jitter_strength,
-        jitter=(0.8, 0.8, 0.8, 0.2),
-        jitter_rate=jitter_rate,
-        grayscale_rate=grayscale_rate,
-        blur_rate=blur_rate,
-        blur_sigma=blur_sigma,
-        solarise_rate=solarise_rate,
-    )
-
-
-def moco_v2(
-    *,
-    size: int | None = None,
-    crop_scale: tuple[float, float] = (0.2, 1.0),
-    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    interpolation: str = "bilinear",
-    flip_rate: float = 0.5,
-    jitter_strength: float = 1.0,
-    jitter_rate: float = 0.8,
-    grayscale_rate: float = 0.2,
-    blur_rate: float = 0.5,
-    blur_sigma: tuple[float, float] = (0.1, 2.0),
-    solarise_rate: float = 0.0,
-) -> Augment:
-    """A random view as in MoCo v2: larger crops and weaker colour jitter than in `simclr`.
-
-    Args:
-      size, crop_scale, aspect_ratio, interpolation, flip_rate, jitter_rate, grayscale_rate,
-        blur_rate, blur_sigma, solarise_rate: as for `simclr`.
-      jitter_strength: the strength of the colour jitter. At 1, brightness, contrast and saturation
-        are multiplied by factors between 0.6 and 1.4, and hue is shifted by up to a tenth of the
-        circle.
-
-    Returns:
-      The augmentation of `{"image": uint8[height, width, 3]}`.
-
-    Raises:
-      ValueError: for an option out of range.
-
-    Reference:
-      Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020. The authors' code
-      blurs with Pillow, which approximates a Gaussian kernel by box filters.
-    """
-    return _random_view(
-        size=size,
-        crop_scale=crop_scale,
-        aspect_ratio=aspect_ratio,
-        interpolation=interpolation,
-        flip_rate=flip_rate,
-        jitter_strength=jitter_strength,
-        jitter=(0.4, 0.4, 0.4, 0.1),
-        jitter_rate=jitter_rate,
-        grayscale_rate=grayscale_rate,
-        blur_rate=blur_rate,
-        blur_sigma=blur_sigma,
-        solarise_rate=solarise_rate,
-    )
-
-
-def clip(
-    *,
-    size: int | None = None,
-    crop_scale: tuple[float, float] = (0.9, 1.0),
-    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    interpolation: str = "bicubic",
-    flip_rate: float = 0.0,
-) -> Augment:
-    """A random large crop of an image and nothing else, so that its caption still describes it.
-
-    Args:
-      size, crop_scale, aspect_ratio, interpolation, flip_rate: as for `simclr`.
-
-    Returns:
-      The augmentation of `{"image": uint8[height, width, 3]}`.
-
-    Raises:
-      ValueError: for an option out of range.
-
-    Reference:
-      Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021,
-      section 2.4; the range of areas is OpenCLIP's.
-    """
-    return _random_view(
-        size=size,
-        crop_scale=crop_scale,
-        aspect_ratio=aspect_ratio,
-        interpolation=interpolation,
-        flip_rate=flip_rate,
-        jitter_strength=0.0,
-        jitter=(0.0, 0.0, 0.0, 0.0),
-        jitter_rate=0.0,
-        grayscale_rate=0.0,
-        blur_rate=0.0,
-        blur_sigma=(1.0, 1.0),
-        solarise_rate=0.0,
-    )
-
-
-def _random_view(
-    *,
-    size: int | None,
-    crop_scale: tuple[float, float],
-    aspect_ratio: tuple[float, float],
-    interpolation: str,
-    flip_rate: float,
-    jitter_strength: float,
-    jitter: tuple[float, float, float, float],
-    jitter_rate: float,
-    grayscale_rate: float,
-    blur_rate: float,
-    blur_sigma: tuple[float, float],
-    solarise_rate: float,
-) -> Augment:
-    """The augmentation of `simclr`; `jitter` has the amounts of its colour jitter at strength 1."""
-    check_ranges(
-        ImageOptions(
-            size=size,
-            crop_scale=crop_scale,
-            aspect_ratio=aspect_ratio,
-            flip_rate=flip_rate,
-            jitter_strength=jitter_strength,
-            jitter_rate=jitter_rate,
-            grayscale_rate=grayscale_rate,
-            blur_rate=blur_rate,
-            blur_sigma=blur_sigma,
-            solarise_rate=solarise_rate,
-        )
-    )
     ranges = {"crop_scale": crop_scale, "aspect_ratio": aspect_ratio, "blur_sigma": blur_sigma}
     check_interpolation(interpolation)
     for name, (least, most) in ranges.items():
@@ -252,7 +105,7 @@ def _random_view(
     amounts = [amount * jitter_strength for amount in jitter]
 
     def augment(inputs: PyTree, key: Key[Array, ""]) -> PyTree:
-        image = as_float_image(_image_of(inputs))
+        image = as_float_image(images_of(inputs, "this augmentation"))
         crop, flip, colour, grey, blur, solarise = jax.random.split(key, 6)
         height, width = image.shape[:2]
         image = resized_crop(
@@ -280,18 +133,37 @@ def _random_view(
     return augment
 
 
+simclr = functools.partial(random_view, _SIMCLR_JITTER)
+"""A random view of an image, as in SimCLR: `random_view` with its defaults. At `jitter_strength` 1,
+brightness, contrast and saturation are multiplied by factors between 0.2 and 1.8, and hue is
+shifted by up to a fifth of the circle; 0.5 suits small images. The authors' code (Chen et al., "A
+Simple Framework for Contrastive Learning of Visual Representations", 2020, appendix A) pads the
+image with zeros before the blur; this one mirrors it."""
+
+moco_v2 = functools.partial(
+    random_view, _MOCO_JITTER, crop_scale=(0.2, 1.0), interpolation="bilinear"
+)
+"""A random view as in MoCo v2: larger crops than in `simclr`, and half of its colour jitter. The
+authors' code (Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020) blurs
+with Pillow, which approximates a Gaussian kernel by box filters."""
+
+clip = functools.partial(
+    random_view,
+    _NO_JITTER,
+    crop_scale=(0.9, 1.0),
+    flip_rate=0.0,
+    jitter_rate=0.0,
+    grayscale_rate=0.0,
+    blur_rate=0.0,
+)
+"""A random large crop of an image and nothing else, so that its caption still describes it. In a
+config it has the options `CROP_OPTIONS`. Radford et al., "Learning Transferable Visual Models From
+Natural Language Supervision", 2021, section 2.4; the range of areas is OpenCLIP's."""
+
+
 def _blur_radius(image: Image) -> int:
     return max(1, image.shape[0] // _BLUR_RADIUS)
 
 
 def _sometimes(key: Key[Array, ""], rate: float, changed: Image, image: Image) -> Image:
     return jnp.where(jax.random.bernoulli(key, rate), changed, image)
-
-
-def _image_of(inputs: PyTree) -> Array:
-    if "image" not in inputs:
-        raise ValueError(
-            f"this augmentation reads images, but this side has {', '.join(inputs)}; see "
-            "data.modality"
-        )
-    return inputs["image"]

@@ -19,6 +19,7 @@ from jaxcl.typing import (
     Float,
     Int,
     Key,
+    Num,
     PyTree,
     RowKeys,
     Tokens,
@@ -31,7 +32,9 @@ __all__ = [
     "TokenMask",
     "activation_dtype",
     "check_length",
+    "check_name",
     "default_compute_dtype",
+    "images_of",
     "joined",
     "linear_layer",
     "pool",
@@ -76,16 +79,19 @@ def activation_dtype(compute_dtype: str | None) -> jnp.dtype:
 
 
 def tokens_of(inputs: PyTree, reader: str) -> Int[Array, "*b t"]:
-    """The tokens of texts.
+    """The tokens of texts; raises a `ValueError` that names the reader for another modality."""
+    return _input_of(inputs, "tokens", f"{reader} reads texts")
 
-    Raises:
-      ValueError: for inputs of another modality; the message names the encoder.
-    """
-    if "tokens" not in inputs:
-        raise ValueError(
-            f"{reader} reads texts, but this side has {', '.join(inputs)}; see data.modality"
-        )
-    return inputs["tokens"]
+
+def images_of(inputs: PyTree, reader: str) -> Num[Array, "*b y x c"]:
+    """The pixels of images; raises a `ValueError` that names the reader for another modality."""
+    return _input_of(inputs, "image", f"{reader} reads images")
+
+
+def _input_of(inputs: PyTree, name: str, wanted: str) -> Array:
+    if name not in inputs:
+        raise ValueError(f"{wanted}, but this side has {', '.join(inputs)}; see data.modality")
+    return inputs[name]
 
 
 def token_mask(inputs: PyTree) -> Bool[Array, "*b t"]:
@@ -110,6 +116,12 @@ def check_length(tokens: Tokens, longest: int) -> None:
     """Raise a `ValueError` for texts of more tokens than an encoder reads."""
     if tokens.shape[1] > longest:
         raise ValueError(f"texts of {tokens.shape[1]} tokens; this encoder reads {longest}")
+
+
+def check_name(setting: str, name: str, known: Sequence[str]) -> None:
+    """Raise a `ValueError` for an unknown name; the message lists the known ones."""
+    if name not in known:
+        raise ValueError(f"{setting}={name!r} is unknown; use one of {', '.join(known)}")
 
 
 def unit_vectors(vectors: Embeddings) -> Embeddings:

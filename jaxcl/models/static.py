@@ -1,7 +1,6 @@
 """The static encoder: a weighted sum of token embeddings. No attention, and very fast."""
 
 import math
-from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +9,12 @@ from flax import nnx
 from jaxcl.models.embedding_bag import embedding_bag
 from jaxcl.models.layers import DEFAULT_MAX_TOKENS, check_length, token_mask, tokens_of
 from jaxcl.ops.vectors import normalise
-from jaxcl.typing import Embeddings, PyTree, Range, RowKeys, check_ranges
+from jaxcl.typing import Embeddings, PyTree, RowKeys, Size, check_arguments
 
-__all__ = ["StaticEncoder", "StaticOptions"]
-
-
-class StaticOptions(NamedTuple):
-    """Options of `StaticEncoder` in a config."""
-
-    max_tokens: Annotated[int, Range(least=1)] | None = None
-    hidden_dim: Annotated[int, Range(least=1)] | None = None
-    position_weights: bool | None = None
+__all__ = ["StaticEncoder"]
 
 
+@check_arguments
 class StaticEncoder(nnx.Module):
     r"""A weighted sum of token embeddings.
 
@@ -51,12 +43,11 @@ class StaticEncoder(nnx.Module):
         vocabulary_size: int,
         *,
         dim: int,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        hidden_dim: int | None = None,
+        max_tokens: Size = DEFAULT_MAX_TOKENS,
+        hidden_dim: Size | None = None,
         position_weights: bool = True,
         rngs: nnx.Rngs,
     ):
-        check_ranges(StaticOptions(max_tokens, hidden_dim))
         self.max_tokens = max_tokens
         width = hidden_dim or dim
         table = jax.random.normal(rngs.params(), (vocabulary_size, width)) / math.sqrt(width)

@@ -1,7 +1,7 @@
 """The transformer encoder: BERT's family, pre-LN or post-LN."""
 
 import functools
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxcl.models.layers import (
     TokenMask,
     activation_dtype,
     check_length,
+    check_name,
     linear_layer,
     pool,
     row_dropout,
@@ -25,9 +26,9 @@ from jaxcl.models.layers import (
     tokens_of,
     unit_vectors,
 )
-from jaxcl.typing import Array, Embeddings, Int, PyTree, Range, RowKeys, check_ranges
+from jaxcl.typing import Array, Embeddings, Int, PyTree, Rate, RowKeys, Size, check_arguments
 
-__all__ = ["ATTENTIONS", "NORM_POSITIONS", "TransformerEncoder", "TransformerOptions"]
+__all__ = ["ATTENTIONS", "NORM_POSITIONS", "TransformerEncoder"]
 
 ATTENTIONS = ("xla", "cudnn")
 NORM_POSITIONS = ("pre", "post")
@@ -35,23 +36,7 @@ NORM_POSITIONS = ("pre", "post")
 _gelu = saving_slope(jax.nn.gelu)
 
 
-class TransformerOptions(NamedTuple):
-    """Options of `TransformerEncoder` in a config."""
-
-    max_tokens: Annotated[int, Range(least=1)] | None = None
-    hidden_dim: Annotated[int, Range(least=1)] | None = None
-    num_layers: Annotated[int, Range(least=1)] | None = None
-    num_heads: Annotated[int, Range(least=1)] | None = None
-    mlp_dim: Annotated[int, Range(least=1)] | None = None
-    norm_position: str | None = None
-    pooling: str | None = None
-    dropout: Annotated[float, Range(least=0, below=1)] | None = None
-    attention: str | None = None
-    remat: bool | None = None
-    scan_layers: bool | None = None
-    compute_dtype: str | None = None
-
-
+@check_arguments
 class TransformerEncoder(nnx.Module):
     """A bidirectional transformer over the tokens of a text.
 
@@ -89,56 +74,31 @@ class TransformerEncoder(nnx.Module):
         vocabulary_size: int,
         *,
         dim: int,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        hidden_dim: int = 384,
-        num_layers: int = 6,
-        num_heads: int = 6,
-        mlp_dim: int = 1536,
-        attention: str = "xla",
+        max_tokens: Size = DEFAULT_MAX_TOKENS,
+        hidden_dim: Size = 384,
+        num_layers: Size = 6,
+        num_heads: Size = 6,
+        mlp_dim: Size = 1536,
         norm_position: str = "pre",
         pooling: str = "mean",
-        dropout: float = 0.1,
+        dropout: Rate = 0.1,
+        attention: str = "xla",
         remat: bool = False,
         scan_layers: bool = False,
         compute_dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
-        sizes = TransformerOptions(max_tokens, hidden_dim, num_layers, num_heads, mlp_dim)
-        check_ranges(sizes._replace(dropout=dropout))
-        if attention not in ATTENTIONS:
-            raise ValueError(
-                f"attention={attention!r} is unknown; use one of {', '.join(ATTENTIONS)}"
-            )
-        if norm_position not in NORM_POSITIONS:
-            raise ValueError(
-                f"norm_position={norm_position!r} is unknown; use one of "
-                f"{', '.join(NORM_POSITIONS)}"
-            )
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling={pooling!r} is unknown; use one of {', '.join(POOLINGS)}")
-        if hidden_dim % num_heads:
-            raise ValueError(
-                f"hidden_dim={hidden_dim} does not divide over {num_heads} heads; use a multiple"
-            )
+        check_name("pooling", pooling, POOLINGS)
         dtype = activation_dtype(compute_dtype)
-        if attention == "cudnn" and dtype.itemsize != 2:
-            raise ValueError(
-                f"attention='cudnn' with activations of {dtype}; set compute_dtype to 'bfloat16', "
-                "or attention to 'xla'"
-            )
+        shape = BlockShape(num_heads, mlp_dim, attention, norm_position, dropout, dtype)
+        check_blocks(hidden_dim, shape)
         scale = jax.nn.initializers.normal(0.02)
         layer_norm = functools.partial(nnx.LayerNorm, hidden_dim, dtype=dtype, rngs=rngs)
         self.token_table = nnx.Param(scale(rngs.params(), (vocabulary_size, hidden_dim)))
         self.position_table = nnx.Param(scale(rngs.params(), (max_tokens, hidden_dim)))
-        shape = BlockShape(num_heads, mlp_dim, attention, norm_position, dropout, dtype)
-
-        def make_block(rngs: nnx.Rngs) -> "Block":
-            return Block(hidden_dim, shape, rngs=rngs)
-
-        if scan_layers:
-            self.blocks: Any = stacked(make_block, rngs, num_layers=num_layers)
-        else:
-            self.blocks = nnx.List([make_block(rngs) for _ in range(num_layers)])
+        self.blocks: Any = make_blocks(
+            hidden_dim, shape, num_layers=num_layers, scan=scan_layers, rngs=rngs
+        )
         # Post-LN normalises the embeddings, pre-LN what leaves the last block.
         self.norm = layer_norm()
         self.projection = nnx.Linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
@@ -147,7 +107,6 @@ class TransformerEncoder(nnx.Module):
         self.dropout = dropout
         self.num_layers = num_layers
         self.remat = remat
-        self.scan_layers = scan_layers
         self.dtype = dtype
 
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
@@ -160,23 +119,12 @@ class TransformerEncoder(nnx.Module):
         if self.norm_position == "post":
             hidden = self.norm(hidden)
         hidden = row_dropout(hidden, rngs, rate=self.dropout, layer=0)
-        if self.scan_layers:
-            hidden = run_layers(
-                self.blocks, hidden, mask, rngs, num_layers=self.num_layers, remat=self.remat
-            )
-        else:
-            run = nnx.remat(_run_block, static_argnums=4) if self.remat else _run_block
-            for layer, block in enumerate(self.blocks):
-                hidden = run(block, hidden, mask, rngs, layer)
+        hidden = run_blocks(
+            self.blocks, hidden, mask, rngs, num_layers=self.num_layers, remat=self.remat
+        )
         if self.norm_position == "pre":
             hidden = self.norm(hidden)
         return unit_vectors(self.projection(pool(hidden, mask, pooling=self.pooling)))
-
-
-def _run_block(
-    block: "Block", hidden: Hidden, mask: TokenMask, rngs: RowKeys | None, layer: int
-) -> Hidden:
-    return block(hidden, mask, rngs, layer)
 
 
 class BlockShape(NamedTuple):
@@ -188,6 +136,58 @@ class BlockShape(NamedTuple):
     norm_position: str
     dropout: float
     dtype: jnp.dtype
+
+
+def check_blocks(hidden_dim: int, shape: BlockShape) -> None:
+    """Raise a `ValueError` for an unknown name, or options of blocks that do not fit together."""
+    check_name("attention", shape.attention, ATTENTIONS)
+    check_name("norm_position", shape.norm_position, NORM_POSITIONS)
+    if hidden_dim % shape.num_heads:
+        raise ValueError(
+            f"hidden_dim={hidden_dim} does not divide over {shape.num_heads} heads; use a multiple"
+        )
+    if shape.attention == "cudnn" and shape.dtype.itemsize != 2:
+        raise ValueError(
+            f"attention='cudnn' with activations of {shape.dtype}; set compute_dtype to "
+            "'bfloat16', or attention to 'xla'"
+        )
+
+
+def make_blocks(
+    hidden_dim: int, shape: BlockShape, *, num_layers: int, scan: bool, rngs: nnx.Rngs
+) -> nnx.Module:
+    """Build the blocks of a transformer: a list, or one stacked module to scan over."""
+
+    def make_block(rngs: nnx.Rngs) -> Block:
+        return Block(hidden_dim, shape, rngs=rngs)
+
+    if scan:
+        return stacked(make_block, rngs, num_layers=num_layers)
+    return nnx.List([make_block(rngs) for _ in range(num_layers)])
+
+
+def run_blocks(
+    blocks: Any,
+    hidden: Hidden,
+    mask: TokenMask,
+    rngs: RowKeys | None,
+    *,
+    num_layers: int,
+    remat: bool,
+) -> Hidden:
+    """Run the result of `make_blocks` in sequence; arguments as for `run_layers`."""
+    if not isinstance(blocks, nnx.List):
+        return run_layers(blocks, hidden, mask, rngs, num_layers=num_layers, remat=remat)
+    run = nnx.remat(_run_block, static_argnums=4) if remat else _run_block
+    for layer, block in enumerate(blocks):
+        hidden = run(block, hidden, mask, rngs, layer)
+    return hidden
+
+
+def _run_block(
+    block: "Block", hidden: Hidden, mask: TokenMask, rngs: RowKeys | None, layer: int
+) -> Hidden:
+    return block(hidden, mask, rngs, layer)
 
 
 class Block(nnx.Module):

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Annotated, NamedTuple
 
-from jaxcl.settings.ranges import Count, Seed, Size
-from jaxcl.typing import Range
+from jaxcl.settings.ranges import Seed
+from jaxcl.typing import Count, Range, Size
 
 __all__ = [
     "CodePairsSettings",

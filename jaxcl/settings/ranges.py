@@ -4,11 +4,8 @@ from typing import Annotated
 
 from jaxcl.typing import Range
 
-__all__ = ["Count", "Label", "Margin", "Seed", "Share", "Size"]
+__all__ = ["Label", "Margin", "Seed"]
 
-Count = Annotated[int, Range(least=0)]
-Size = Annotated[int, Range(least=1)]
-Share = Annotated[float, Range(least=0, most=1)]
 Seed = Annotated[int, Range(least=0, below=2**63)]
 Label = Annotated[int, Range(least=-(2**31), below=2**31)]  # of a group or a source
 Margin = Annotated[float, Range(least=-2, most=2)]  # a difference of cosines

@@ -13,8 +13,8 @@ from jaxcl.models.pretrained.description import PretrainedModel
 from jaxcl.negatives.mining import MiningRule
 from jaxcl.negatives.tiers import TierBudgets
 from jaxcl.settings.data_sections import DataSettings
-from jaxcl.settings.ranges import Count, Label, Margin, Seed, Share, Size
-from jaxcl.typing import SIDES, Range
+from jaxcl.settings.ranges import Label, Margin, Seed
+from jaxcl.typing import SIDES, Count, Range, Share, Size
 
 __all__ = [
     "AssignmentSettings",

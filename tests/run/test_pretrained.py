@@ -25,7 +25,8 @@ OWN_ENCODER = """
 import jax, numpy as np
 from flax import nnx
 from jaxcl.models import EncoderPart
-from jaxcl.models.static import StaticEncoder, StaticOptions
+from jaxcl.models.options import options_of
+from jaxcl.models.static import StaticEncoder
 
 def load(path, abstract):
     with np.load(path) as file:
@@ -33,7 +34,7 @@ def load(path, abstract):
             lambda key, _: file[jax.tree_util.keystr(key, simple=True)], abstract
         )
 
-LOADED = EncoderPart(StaticEncoder, StaticOptions, load)
+LOADED = EncoderPart(StaticEncoder, options_of(StaticEncoder), load)
 
 class Half(StaticEncoder):
     def __init__(self, *args, **kwargs):

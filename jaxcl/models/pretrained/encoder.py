@@ -4,14 +4,14 @@ from typing import Annotated, Any, NamedTuple
 
 from flax import nnx
 
-from jaxcl.models.layers import token_mask, tokens_of, unit_vectors
+from jaxcl.models.layers import images_of, token_mask, tokens_of, unit_vectors
 from jaxcl.models.pretrained.activations import ACTIVATIONS
 from jaxcl.models.pretrained.description import Dense, Pooling, PretrainedModel
 from jaxcl.models.pretrained.families import FAMILIES
 from jaxcl.models.pretrained.pooling import pool_states, without_prompt
 from jaxcl.models.pretrained.preprocessing import with_image_size
 from jaxcl.models.pretrained.static_embedding import StaticEmbedding
-from jaxcl.models.vision.entry import PixelRule, enter, images_of
+from jaxcl.models.vision.entry import PixelRule, enter
 from jaxcl.typing import Embeddings, PyTree, Range, RowKeys, check_ranges
 
 __all__ = ["PretrainedEncoder", "PretrainedOptions"]

@@ -3,36 +3,19 @@
 import functools
 import itertools
 import math
-from typing import Annotated, Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import nnx
 
-from jaxcl.models.vision.entry import PixelRule
+from jaxcl.models.vision.entry import Means, PixelRule, Spreads
 from jaxcl.models.vision.image_encoder import HALF, ImageEncoder, Pixels, ProjectionHead
-from jaxcl.typing import Array, Float, Range, RowKeys, check_ranges
+from jaxcl.typing import Array, Float, PositiveShare, RowKeys, Size, check_arguments
 
-__all__ = ["ConvNetEncoder", "ConvNetOptions"]
-
-_Size = Annotated[int, Range(least=1)]
-_Level = Annotated[float, Range()]  # of a channel
-_Spread = Annotated[float, Range(above=0)]
-_Share = Annotated[float, Range(above=0, most=1)]
+__all__ = ["ConvNetEncoder"]
 
 
-class ConvNetOptions(NamedTuple):
-    """Options of `ConvNetEncoder` in a config."""
-
-    image_size: _Size | None = None
-    widths: tuple[_Size, ...] | None = None
-    hidden_dim: _Size | None = None
-    head: tuple[_Size, ...] | None = None
-    mean: tuple[_Level, _Level, _Level] | None = None
-    std: tuple[_Spread, _Spread, _Spread] | None = None
-    kept: _Share | None = None
-    compute_dtype: str | None = None
-
-
+@check_arguments
 class ConvNetEncoder(ImageEncoder):
     """Convolutions of stride 2, and a dense layer over all positions.
 
@@ -62,17 +45,16 @@ class ConvNetEncoder(ImageEncoder):
         loaded_size: int,
         *,
         dim: int,
-        image_size: int | None = None,
-        widths: tuple[int, ...] = (32, 64, 128),
-        hidden_dim: int = 256,
-        head: tuple[int, ...] = (),
-        mean: tuple[float, float, float] = HALF,
-        std: tuple[float, float, float] = HALF,
-        kept: float = 1.0,
+        image_size: Size | None = None,
+        widths: tuple[Size, ...] = (32, 64, 128),
+        hidden_dim: Size = 256,
+        head: tuple[Size, ...] = (),
+        mean: Means = HALF,
+        std: Spreads = HALF,
+        kept: PositiveShare = 1.0,
         compute_dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
-        check_ranges(ConvNetOptions(image_size, widths, hidden_dim, head, None, std, kept))
         size = image_size or loaded_size
         super().__init__(PixelRule(size, mean, std, kept), compute_dtype=compute_dtype)
         conv = functools.partial(

@@ -1,18 +1,19 @@
 """The first stage of image encoders: images of any size and type in, normalised pixels out."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcl.typing import Array, Float, Num, PyTree
+from jaxcl.typing import Array, Float, Num, Positive, Range
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "Means",
     "PixelRule",
+    "Spreads",
     "enter",
-    "images_of",
     "keys_cubic",
     "resize_weights",
 ]
@@ -20,6 +21,12 @@ __all__ = [
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """The mean and standard deviation of ImageNet's pixels in [0, 1], by channel."""
+
+
+_Level = Annotated[float, Range()]
+Means = tuple[_Level, _Level, _Level]
+Spreads = tuple[Positive, Positive, Positive]
+"""The mean and the standard deviation of each channel."""
 
 
 class PixelRule(NamedTuple):
@@ -38,19 +45,6 @@ class PixelRule(NamedTuple):
     std: tuple[float, ...] = IMAGENET_STD
     kept: float = 1.0
     cubic: bool = False
-
-
-def images_of(inputs: PyTree, reader: str) -> Num[Array, "b y x c"]:
-    """The images of a side.
-
-    Raises:
-      ValueError: for inputs of another modality; the message names the encoder.
-    """
-    if "image" not in inputs:
-        raise ValueError(
-            f"{reader} reads images, but this side has {', '.join(inputs)}; see data.modality"
-        )
-    return inputs["image"]
 
 
 def enter(image: Num[Array, "b y x c"], rule: PixelRule) -> Float[Array, "b s s c"]:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxcl.models.layers import activation_dtype, unit_vectors
-from jaxcl.models.vision.entry import PixelRule, enter, images_of
+from jaxcl.models.layers import activation_dtype, images_of, unit_vectors
+from jaxcl.models.vision.entry import PixelRule, enter
 from jaxcl.typing import Array, Embeddings, Float, PyTree, RowKeys
 
 __all__ = ["HALF", "ImageEncoder", "Pixels", "ProjectionHead"]

@@ -1,17 +1,18 @@
 """Residual networks with group normalisation and standardised weights."""
 
 import functools
-from typing import Annotated, Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxcl.models.vision.entry import PixelRule
+from jaxcl.models.layers import check_name
+from jaxcl.models.vision.entry import Means, PixelRule, Spreads
 from jaxcl.models.vision.image_encoder import HALF, ImageEncoder, Pixels, ProjectionHead
-from jaxcl.typing import Array, Float, Range, RowKeys, check_ranges
+from jaxcl.typing import Array, Float, PositiveShare, RowKeys, Size, check_arguments
 
-__all__ = ["STEMS", "ResNetEncoder", "ResNetOptions", "StandardisedConv"]
+__all__ = ["STEMS", "ResNetEncoder", "StandardisedConv"]
 
 STEMS = ("large", "small")
 
@@ -19,29 +20,11 @@ _GROUPS = 32
 _EXPANSION = 4  # of the last convolution of a bottleneck block
 _WEIGHT_EPSILON = 1e-5
 
-_Size = Annotated[int, Range(least=1)]
-_Level = Annotated[float, Range()]  # of a channel
-_Spread = Annotated[float, Range(above=0)]
 _Feature = Float[Array, "b y x h"]
 _Changed = Float[Array, "b _ _ _"]
 
 
-class ResNetOptions(NamedTuple):
-    """Options of `ResNetEncoder` in a config."""
-
-    image_size: _Size | None = None
-    stages: tuple[_Size, ...] | None = None
-    width: _Size | None = None
-    bottleneck: bool | None = None
-    stem: str | None = None
-    head: tuple[_Size, ...] | None = None
-    mean: tuple[_Level, _Level, _Level] | None = None
-    std: tuple[_Spread, _Spread, _Spread] | None = None
-    kept: Annotated[float, Range(above=0, most=1)] | None = None
-    remat: bool | None = None
-    compute_dtype: str | None = None
-
-
+@check_arguments
 class ResNetEncoder(ImageEncoder):
     """A residual network, ResNet-50 by default.
 
@@ -82,22 +65,20 @@ class ResNetEncoder(ImageEncoder):
         loaded_size: int,
         *,
         dim: int,
-        image_size: int | None = None,
-        stages: tuple[int, ...] = (3, 4, 6, 3),
-        width: int = 64,
+        image_size: Size | None = None,
+        stages: tuple[Size, ...] = (3, 4, 6, 3),
+        width: Size = 64,
         bottleneck: bool = True,
         stem: str = "large",
-        head: tuple[int, ...] = (),
-        mean: tuple[float, float, float] = HALF,
-        std: tuple[float, float, float] = HALF,
-        kept: float = 1.0,
+        head: tuple[Size, ...] = (),
+        mean: Means = HALF,
+        std: Spreads = HALF,
+        kept: PositiveShare = 1.0,
         remat: bool = False,
         compute_dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
-        check_ranges(ResNetOptions(image_size, stages, width, head=head, std=std, kept=kept))
-        if stem not in STEMS:
-            raise ValueError(f"stem={stem!r} is unknown; use one of {', '.join(STEMS)}")
+        check_name("stem", stem, STEMS)
         rule = PixelRule(image_size or loaded_size, mean, std, kept)
         super().__init__(rule, compute_dtype=compute_dtype)
         dtype = self.dtype

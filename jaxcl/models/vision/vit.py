@@ -1,52 +1,28 @@
 """The vision transformer: the blocks of `TransformerEncoder` over the patches of an image."""
 
 import functools
-from typing import Annotated, Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxcl.models.layers import Hidden, row_dropout, run_layers, stacked
-from jaxcl.models.transformer import ATTENTIONS, Block, BlockShape
-from jaxcl.models.vision.entry import PixelRule
+from jaxcl.models.layers import Hidden, check_name, row_dropout
+from jaxcl.models.transformer import BlockShape, check_blocks, make_blocks, run_blocks
+from jaxcl.models.vision.entry import Means, PixelRule, Spreads
 from jaxcl.models.vision.image_encoder import HALF, ImageEncoder, Pixels, ProjectionHead
-from jaxcl.typing import Array, Float, Range, RowKeys, check_ranges
+from jaxcl.typing import Array, Float, PositiveShare, Rate, RowKeys, Size, check_arguments
 
-__all__ = ["POOLINGS", "POSITIONS", "ViTEncoder", "ViTOptions", "sincos_positions"]
+__all__ = ["POOLINGS", "POSITIONS", "ViTEncoder", "sincos_positions"]
 
 POOLINGS = ("mean", "cls", "attention")
 POSITIONS = ("learned", "sincos")
 
-_Size = Annotated[int, Range(least=1)]
-_Level = Annotated[float, Range()]  # of a channel
-_Spread = Annotated[float, Range(above=0)]
 _MAX_WAVELENGTH = 10_000.0
 
 
-class ViTOptions(NamedTuple):
-    """Options of `ViTEncoder` in a config."""
-
-    image_size: _Size | None = None
-    patch_size: _Size | None = None
-    hidden_dim: _Size | None = None
-    num_layers: _Size | None = None
-    num_heads: _Size | None = None
-    mlp_dim: _Size | None = None
-    positions: str | None = None
-    pooling: str | None = None
-    head: tuple[_Size, ...] | None = None
-    mean: tuple[_Level, _Level, _Level] | None = None
-    std: tuple[_Spread, _Spread, _Spread] | None = None
-    kept: Annotated[float, Range(above=0, most=1)] | None = None
-    dropout: Annotated[float, Range(least=0, below=1)] | None = None
-    attention: str | None = None
-    remat: bool | None = None
-    scan_layers: bool | None = None
-    compute_dtype: str | None = None
-
-
+@check_arguments
 class ViTEncoder(ImageEncoder):
     """A vision transformer, ViT-S/16 by default.
 
@@ -92,49 +68,33 @@ class ViTEncoder(ImageEncoder):
         loaded_size: int,
         *,
         dim: int,
-        image_size: int | None = None,
-        patch_size: int = 16,
-        hidden_dim: int = 384,
-        num_layers: int = 12,
-        num_heads: int = 6,
-        mlp_dim: int = 1536,
+        image_size: Size | None = None,
+        patch_size: Size = 16,
+        hidden_dim: Size = 384,
+        num_layers: Size = 12,
+        num_heads: Size = 6,
+        mlp_dim: Size = 1536,
         positions: str = "learned",
         pooling: str = "mean",
-        head: tuple[int, ...] = (),
-        mean: tuple[float, float, float] = HALF,
-        std: tuple[float, float, float] = HALF,
-        kept: float = 1.0,
-        dropout: float = 0.0,
+        head: tuple[Size, ...] = (),
+        mean: Means = HALF,
+        std: Spreads = HALF,
+        kept: PositiveShare = 1.0,
+        dropout: Rate = 0.0,
         attention: str = "xla",
         remat: bool = False,
         scan_layers: bool = False,
         compute_dtype: str | None = None,
         rngs: nnx.Rngs,
     ):
-        check_ranges(
-            ViTOptions(
-                image_size,
-                patch_size,
-                hidden_dim,
-                num_layers,
-                num_heads,
-                mlp_dim,
-                head=head,
-                std=std,
-                kept=kept,
-                dropout=dropout,
-            )
-        )
         size = image_size or loaded_size
-        _check_names(positions=positions, pooling=pooling, attention=attention)
-        _check_sizes(size, patch_size, hidden_dim, num_heads, positions)
+        check_name("positions", positions, POSITIONS)
+        check_name("pooling", pooling, POOLINGS)
+        _check_sizes(size, patch_size, hidden_dim, positions)
         super().__init__(PixelRule(size, mean, std, kept), compute_dtype=compute_dtype)
         dtype = self.dtype
-        if attention == "cudnn" and dtype.itemsize != 2:
-            raise ValueError(
-                f"attention='cudnn' with activations of {dtype}; set compute_dtype to 'bfloat16', "
-                "or attention to 'xla'"
-            )
+        shape = BlockShape(num_heads, mlp_dim, attention, "pre", dropout, dtype)
+        check_blocks(hidden_dim, shape)
         normal = jax.nn.initializers.normal(0.02)
         num_patches = (size // patch_size) ** 2
         self.patches = nnx.Linear(3 * patch_size**2, hidden_dim, dtype=dtype, rngs=rngs)
@@ -146,15 +106,9 @@ class ViTEncoder(ImageEncoder):
         self.class_token = (
             nnx.Param(normal(rngs.params(), (hidden_dim,))) if pooling == "cls" else None
         )
-        shape = BlockShape(num_heads, mlp_dim, attention, "pre", dropout, dtype)
-
-        def make_block(rngs: nnx.Rngs) -> Block:
-            return Block(hidden_dim, shape, rngs=rngs)
-
-        if scan_layers:
-            self.blocks: Any = stacked(make_block, rngs, num_layers=num_layers)
-        else:
-            self.blocks = nnx.List([make_block(rngs) for _ in range(num_layers)])
+        self.blocks: Any = make_blocks(
+            hidden_dim, shape, num_layers=num_layers, scan=scan_layers, rngs=rngs
+        )
         self.norm = nnx.LayerNorm(hidden_dim, dtype=dtype, rngs=rngs)
         self.pool = (
             AttentionPool(hidden_dim, num_heads, mlp_dim, dtype=dtype, rngs=rngs)
@@ -166,21 +120,15 @@ class ViTEncoder(ImageEncoder):
         self.dropout = dropout
         self.num_layers = num_layers
         self.remat = remat
-        self.scan_layers = scan_layers
 
     def backbone(self, pixels: Pixels, rngs: RowKeys | None) -> Float[Array, "b h"]:
         """Compute the features of images below the projection head."""
         hidden = self._embed(pixels)
         hidden = row_dropout(hidden, rngs, rate=self.dropout, layer=0)
         mask = jnp.ones(hidden.shape[:2], bool)
-        if self.scan_layers:
-            hidden = run_layers(
-                self.blocks, hidden, mask, rngs, num_layers=self.num_layers, remat=self.remat
-            )
-        else:
-            run = nnx.remat(_run_block, static_argnums=4) if self.remat else _run_block
-            for layer, block in enumerate(self.blocks):
-                hidden = run(block, hidden, mask, rngs, layer)
+        hidden = run_blocks(
+            self.blocks, hidden, mask, rngs, num_layers=self.num_layers, remat=self.remat
+        )
         if self.class_token is not None:
             return self.norm(hidden[:, 0])
         hidden = self.norm(hidden)
@@ -204,38 +152,16 @@ class ViTEncoder(ImageEncoder):
         return jnp.concatenate([jnp.broadcast_to(first, (b, 1, hidden.shape[-1])), hidden], axis=1)
 
 
-def _check_names(*, positions: str, pooling: str, attention: str) -> None:
-    for setting, name, known in (
-        ("positions", positions, POSITIONS),
-        ("pooling", pooling, POOLINGS),
-        ("attention", attention, ATTENTIONS),
-    ):
-        if name not in known:
-            raise ValueError(f"{setting}={name!r} is unknown; use one of {', '.join(known)}")
-
-
-def _check_sizes(
-    size: int, patch_size: int, hidden_dim: int, num_heads: int, positions: str
-) -> None:
+def _check_sizes(size: int, patch_size: int, hidden_dim: int, positions: str) -> None:
     if size % patch_size:
         raise ValueError(
             f"images of {size} pixels do not divide into patches of patch_size={patch_size}; set "
             "image_size to a multiple"
         )
-    if hidden_dim % num_heads:
-        raise ValueError(
-            f"hidden_dim={hidden_dim} does not divide over {num_heads} heads; use a multiple"
-        )
     if positions == "sincos" and (hidden_dim % 4 or hidden_dim < 8):
         raise ValueError(
             f"hidden_dim={hidden_dim} with positions='sincos'; use a multiple of 4, at least 8"
         )
-
-
-def _run_block(
-    block: Block, hidden: Hidden, mask: Array, rngs: RowKeys | None, layer: int
-) -> Hidden:
-    return block(hidden, mask, rngs, layer)
 
 
 @functools.cache
