@@ -5,16 +5,18 @@ from typing import Any
 
 from jaxcl.models.pretrained.blocks import Architecture
 from jaxcl.models.pretrained.config_values import activation, check_supported, number, size
-from jaxcl.models.pretrained.tensor_names import Names, transformer_family
+from jaxcl.models.pretrained.tensor_names import (
+    Names,
+    attention_names,
+    mlp_names,
+    transformer_family,
+)
 
-__all__ = ["BERT", "BERT_NAMES", "bert_architecture"]
+__all__ = ["BERT", "BERT_NAMES", "BERT_TABLES", "bert_architecture"]
 
 
 def bert_architecture(config: Mapping[str, Any]) -> Architecture:
     """The architecture that a BERT's `config.json` describes.
-
-    Raises:
-      ValueError: for an unsupported value; the message names its key.
 
     Reference:
       Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language
@@ -41,23 +43,19 @@ def bert_architecture(config: Mapping[str, Any]) -> Architecture:
     )
 
 
+BERT_TABLES = {
+    "token_table": "embeddings.word_embeddings",
+    "position_table": "embeddings.position_embeddings",
+}
 BERT_NAMES = Names(
-    tables={
-        "token_table": "embeddings.word_embeddings",
-        "position_table": "embeddings.position_embeddings",
-        "type_table": "embeddings.token_type_embeddings",
-    },
+    tables={**BERT_TABLES, "type_table": "embeddings.token_type_embeddings"},
     norms={"norm": "embeddings.LayerNorm"},
     block="encoder.layer.{}.",
     block_norms={"attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm"},
-    block_linear={
-        "attention/query": "attention.self.query",
-        "attention/key": "attention.self.key",
-        "attention/value": "attention.self.value",
-        "attention/output": "attention.output.dense",
-        "mlp/widen": "intermediate.dense",
-        "mlp/narrow": "output.dense",
-    },
+    block_linear=attention_names(
+        "attention.", "self.query", "self.key", "self.value", "output.dense"
+    )
+    | mlp_names("intermediate.dense", "output.dense"),
 )
 
 BERT = transformer_family(("bert.",), bert_architecture, BERT_NAMES)

@@ -20,6 +20,7 @@ from jaxcl.models.layers import (
     row_dropout,
 )
 from jaxcl.models.pretrained.activations import ACTIVATIONS
+from jaxcl.models.pretrained.description import PLAIN, Computation
 from jaxcl.typing import Array, Bool, Float, Int, RowKeys, Tokens
 
 __all__ = ["NUM_BUCKETS", "Architecture", "Transformer", "relative_buckets"]
@@ -93,11 +94,7 @@ class Transformer(nnx.Module):
 
     Args:
       architecture: sizes and variants.
-      dropout: rate on the embeddings and on the two outputs of each block, drawn per row; `None`
-        for the architecture's rate.
-      remat: keep one activation per block for the backward pass, and recompute the others.
-      compute_dtype: type of activations, such as `"bfloat16"`; `None` means bfloat16 on
-        accelerators and float32 on CPUs. Parameters and the sums in norms and softmax stay float32.
+      computation: dropout, recomputation and type.
       rngs: for the initial parameters.
 
     Raises:
@@ -110,24 +107,16 @@ class Transformer(nnx.Module):
     """
 
     def __init__(
-        self,
-        architecture: Architecture,
-        *,
-        dropout: float | None = None,
-        remat: bool = False,
-        compute_dtype: str | None = None,
-        rngs: nnx.Rngs,
+        self, architecture: Architecture, computation: Computation = PLAIN, *, rngs: nnx.Rngs
     ):
-        if dropout is not None:
-            architecture = architecture._replace(dropout=dropout)
-        a = architecture
+        a = computation.of(architecture)
         even = " of an even width" if a.rotary_bases else ""
         if a.hidden_dim % (2 * a.num_heads if even else a.num_heads):
             raise ValueError(
                 f"config.json: a width of {a.hidden_dim} does not divide over {a.num_heads} "
                 f"heads{even}"
             )
-        dtype = activation_dtype(compute_dtype)
+        dtype = activation_dtype(computation.compute_dtype)
 
         def table(rows: int, width: int) -> nnx.Param:
             return nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, width)))
@@ -139,8 +128,8 @@ class Transformer(nnx.Module):
         self.norm = _norm(a, dtype, rngs)
         self.blocks = nnx.List([Block(a, n, dtype=dtype, rngs=rngs) for n in range(a.num_layers)])
         self.final_norm = _norm(a, dtype, rngs) if a.pre_norm else _identity
-        self.architecture = architecture
-        self.remat = remat
+        self.architecture = a
+        self.remat = computation.remat
         self.dtype = dtype
 
     def __call__(self, tokens: Tokens, mask: TokenMask, rngs: RowKeys | None = None) -> Hidden:

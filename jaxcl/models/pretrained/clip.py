@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxcl.models.pretrained.config_values import activation, check_supported, number, size
+from jaxcl.models.pretrained.config_values import check_supported, size
 from jaxcl.models.pretrained.description import Family
 from jaxcl.models.pretrained.image_tower import ImageArchitecture, ImageNames
+from jaxcl.models.pretrained.tensor_names import attention_names, mlp_names
 from jaxcl.models.pretrained.text_tower import TextArchitecture, TextNames
-from jaxcl.models.pretrained.tower_blocks import BlockNames, BlockSizes
+from jaxcl.models.pretrained.tower_blocks import BlockNames, read_sizes
 from jaxcl.models.pretrained.tower_families import image_family, text_family
 from jaxcl.models.vision.entry import PixelRule
 
@@ -19,14 +20,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_BLOCKS = BlockNames(
     block="encoder.layers.{}.",
     norms={"attention_norm": "layer_norm1", "mlp_norm": "layer_norm2"},
-    linear={
-        "attention/query": "self_attn.q_proj",
-        "attention/key": "self_attn.k_proj",
-        "attention/value": "self_attn.v_proj",
-        "attention/output": "self_attn.out_proj",
-        "mlp/widen": "mlp.fc1",
-        "mlp/narrow": "mlp.fc2",
-    },
+    linear=attention_names("self_attn.", "q_proj", "k_proj", "v_proj", "out_proj")
+    | mlp_names("mlp.fc1", "mlp.fc2"),
 )
 
 
@@ -39,22 +34,12 @@ def projection_dim(config: Mapping[str, Any], default: int | None) -> int | None
 def clip_image_architecture(config: Mapping[str, Any]) -> ImageArchitecture:
     """The architecture that the `vision_config` of a CLIP's `config.json` describes.
 
-    Raises:
-      ValueError: for an unsupported value; the message names its key.
-
     Reference:
       Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
     """
     check_supported(config, quantization_config=None, num_channels=3)
     return ImageArchitecture(
-        BlockSizes(
-            hidden_dim=size(config, "hidden_size", 768),
-            num_layers=size(config, "num_hidden_layers", 12),
-            num_heads=size(config, "num_attention_heads", 12),
-            mlp_dim=size(config, "intermediate_size", 3072),
-            activation=activation(config, "hidden_act", "quick_gelu"),
-            epsilon=number(config, "layer_norm_eps", 1e-5),
-        ),
+        read_sizes(config, activation="quick_gelu", epsilon=1e-5),
         image_size=size(config, "image_size", 224),
         patch_size=size(config, "patch_size", 32),
         pooling="cls",
@@ -69,21 +54,12 @@ def clip_text_architecture(config: Mapping[str, Any]) -> TextArchitecture:
 
     A text's embedding is the state of its first end token. In older config files `eos_token_id` is
     2, whatever the tokenizer; the end token is then the one with the largest id.
-
-    Raises:
-      ValueError: for an unsupported value; the message names its key.
     """
     check_supported(config, quantization_config=None)
+    narrow = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048}
+    sizes = read_sizes({**narrow, **config}, activation="quick_gelu", epsilon=1e-5)
     return TextArchitecture(
-        BlockSizes(
-            hidden_dim=size(config, "hidden_size", 512),
-            num_layers=size(config, "num_hidden_layers", 12),
-            num_heads=size(config, "num_attention_heads", 8),
-            mlp_dim=size(config, "intermediate_size", 2048),
-            activation=activation(config, "hidden_act", "quick_gelu"),
-            epsilon=number(config, "layer_norm_eps", 1e-5),
-            causal=True,
-        ),
+        sizes._replace(causal=True),
         vocabulary_size=size(config, "vocab_size", 49408),
         max_tokens=size(config, "max_position_embeddings", 77),
         end_token=size(config, "eos_token_id", 49407, least=0),

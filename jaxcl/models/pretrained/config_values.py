@@ -12,10 +12,10 @@ __all__ = [
     "activation",
     "check_supported",
     "flag",
-    "layer_kinds",
     "number",
     "positive",
     "size",
+    "sliding_layers",
 ]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -91,12 +91,12 @@ def check_supported(config: Mapping[str, Any], **supported: Any) -> None:
             raise ValueError(f"config.json: {key}={given!r} is not supported{only}")
 
 
-def layer_kinds(config: Mapping[str, Any], default: Sequence[str]) -> Sequence[str]:
-    """Read the kind of each layer's attention, `FULL` or `SLIDING`, from `layer_types`.
+def sliding_layers(config: Mapping[str, Any], default: Sequence[bool]) -> Sequence[bool]:
+    """Read from `layer_types` whether the attention of each layer has a sliding window.
 
     Args:
       config: the content of a `config.json`.
-      default: the kinds of the layers if the key is missing or null.
+      default: the value if the key is missing or null.
 
     Raises:
       ValueError: for another number of layers, or an unknown kind.
@@ -113,4 +113,4 @@ def layer_kinds(config: Mapping[str, Any], default: Sequence[str]) -> Sequence[s
             f"config.json: layer_types={kinds!r}; it must list {FULL!r} or {SLIDING!r} for each of "
             f"{len(default)} layers"
         )
-    return kinds
+    return [kind == SLIDING for kind in kinds]

@@ -22,6 +22,7 @@ from jaxcl.models.layers import (
     run_layers,
 )
 from jaxcl.models.pretrained.activations import ACTIVATIONS
+from jaxcl.models.pretrained.description import PLAIN, Computation
 from jaxcl.models.pretrained.rotary import Rotary, frequencies
 from jaxcl.typing import Array, Bool, Float, Int, RowKeys, Tokens
 
@@ -90,11 +91,7 @@ class Decoder(nnx.Module):
 
     Args:
       architecture: sizes and variants.
-      dropout: rate on the embeddings and on the two outputs of each block, drawn per row; `None`
-        for the architecture's rate.
-      remat: keep one activation per block for the backward pass, and recompute the others.
-      compute_dtype: type of activations, such as `"bfloat16"`; `None` means bfloat16 on
-        accelerators and float32 on CPUs. Parameters and the sums in norms and softmax stay float32.
+      computation: dropout, recomputation and type.
       rngs: for the initial parameters.
 
     Raises:
@@ -106,17 +103,9 @@ class Decoder(nnx.Module):
     """
 
     def __init__(
-        self,
-        architecture: DecoderArchitecture,
-        *,
-        dropout: float | None = None,
-        remat: bool = False,
-        compute_dtype: str | None = None,
-        rngs: nnx.Rngs,
+        self, architecture: DecoderArchitecture, computation: Computation = PLAIN, *, rngs: nnx.Rngs
     ):
-        if dropout is not None:
-            architecture = architecture._replace(dropout=dropout)
-        a = architecture
+        a = computation.of(architecture)
         if a.num_heads % a.num_key_heads:
             raise ValueError(
                 f"config.json: {a.num_heads} heads do not divide over {a.num_key_heads} key heads"
@@ -125,26 +114,17 @@ class Decoder(nnx.Module):
             raise ValueError(
                 f"config.json: heads have the odd width {a.head_dim}; rotary positions need pairs"
             )
-        dtype = activation_dtype(compute_dtype)
+        dtype = activation_dtype(computation.compute_dtype)
         table = jax.random.normal(rngs.params(), (a.vocabulary_size, a.hidden_dim))
         self.token_table = nnx.Param(0.02 * table)
         self.blocks = nnx.List([DecoderBlock(a, dtype=dtype, rngs=rngs) for _ in a.windows])
         self.final_norm = RMSNorm(a.hidden_dim, a, dtype=dtype)
-        self.architecture = architecture
-        self.remat = remat
+        self.architecture = a
+        self.remat = computation.remat
         self.dtype = dtype
 
     def __call__(self, tokens: Tokens, mask: TokenMask, rngs: RowKeys | None = None) -> Hidden:
-        """Compute the hidden states of all tokens; the states of padding tokens are meaningless.
-
-        Args:
-          tokens: ids; padding follows the tokens of a text.
-          mask: `True` for tokens.
-          rngs: a random key per row for dropout, or `None` for evaluation.
-
-        Raises:
-          ValueError: for texts longer than the positions allow.
-        """
+        """Compute the hidden states of all tokens, as `Transformer` does."""
         a = self.architecture
         check_length(tokens, a.max_tokens)
         hidden = (a.embedding_scale * self.token_table[...][tokens]).astype(self.dtype)

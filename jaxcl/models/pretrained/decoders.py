@@ -4,15 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxcl.models.pretrained.config_values import (
-    FULL,
     SLIDING,
     activation,
     check_supported,
     flag,
-    layer_kinds,
     number,
     positive,
     size,
+    sliding_layers,
 )
 from jaxcl.models.pretrained.decoder_blocks import Decoder, DecoderArchitecture
 from jaxcl.models.pretrained.description import Family, Tensor
@@ -56,25 +55,18 @@ def mistral_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
     All layers have the same window. Without the key `sliding_window`, it is 4,096 tokens; null
     means full attention.
 
-    Raises:
-      ValueError: for an unsupported value; the message names its key.
-
     Reference:
       Jiang et al., "Mistral 7B", 2023.
     """
     check_supported(config, layer_types=None)
     own = {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
     config = {**_DEFAULTS, **own, **config}
-    kind = FULL if config["sliding_window"] is None else SLIDING
     a = decoder_architecture(config)
-    return _with_windows(a, config, [kind] * a.num_layers)
+    return _with_windows(a, config, [config["sliding_window"] is not None] * a.num_layers)
 
 
 def llama_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
     """The architecture that a Llama's `config.json` describes.
-
-    Raises:
-      ValueError: for an unsupported value; the message names its key.
 
     Reference:
       Grattafiori et al., "The Llama 3 Herd of Models", 2024.
@@ -93,9 +85,6 @@ def qwen2_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
     Only queries, keys and values have biases. Windows need `use_sliding_window`; by default, the
     layers from number `max_window_layers` on have one.
 
-    Raises:
-      ValueError: for an unsupported value; the message names its key.
-
     Reference:
       Yang et al., "Qwen2 Technical Report", 2024.
     """
@@ -106,9 +95,6 @@ def qwen3_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
     """The architecture that a Qwen3's `config.json` describes, with the windows of Qwen2.
 
     Heads have a width of 128 by default, whatever the width of the hidden states.
-
-    Raises:
-      ValueError: for an unsupported value; the message names its key.
 
     Reference:
       Yang et al., "Qwen3 Technical Report", 2025.
@@ -122,16 +108,14 @@ def qwen3_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
 def _qwen_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
     a = decoder_architecture(config)
     first = size(config, "max_window_layers", 28, least=0)
-    slides = flag(config, "use_sliding_window", False) and config["sliding_window"] is not None
-    kinds = layer_kinds(
-        config, [SLIDING if slides and n >= first else FULL for n in range(a.num_layers)]
-    )
-    if SLIDING in kinds and not slides:
+    allowed = flag(config, "use_sliding_window", False) and config["sliding_window"] is not None
+    slides = sliding_layers(config, [allowed and n >= first for n in range(a.num_layers)])
+    if any(slides) and not allowed:
         raise ValueError(
             f"config.json: layer_types lists {SLIDING!r}, but without use_sliding_window and "
             "sliding_window there is no window"
         )
-    return _with_windows(a, config, kinds)
+    return _with_windows(a, config, slides)
 
 
 def decoder_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
@@ -191,18 +175,18 @@ def _rotary(config: Mapping[str, Any]) -> Rotary:
 
 
 def _with_windows(
-    a: DecoderArchitecture, config: Mapping[str, Any], kinds: Sequence[str]
+    a: DecoderArchitecture, config: Mapping[str, Any], slides: Sequence[bool]
 ) -> DecoderArchitecture:
     """Add the windows of the sliding layers.
 
     A causal window is `sliding_window` tokens, the token itself included. A bidirectional one
     reaches `sliding_window` tokens to either side.
     """
-    if SLIDING not in kinds:
+    if not any(slides):
         return a
     window = size(config, "sliding_window")
     furthest = window - 1 if a.causal else window
-    return a._replace(windows=tuple(furthest if kind == SLIDING else None for kind in kinds))
+    return a._replace(windows=tuple(furthest if one else None for one in slides))
 
 
 def decoder_family(architecture: Callable[[Mapping[str, Any]], DecoderArchitecture]) -> Family:

@@ -1,7 +1,7 @@
 """Descriptions of pretrained encoders and of their families, without weights."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from flax import nnx
@@ -9,7 +9,19 @@ from flax import nnx
 from jaxcl.host.paths import AnyPath
 from jaxcl.models.vision.entry import PixelRule
 
-__all__ = ["Dense", "Family", "ImagePreprocessing", "Pooling", "PretrainedModel", "Tensor"]
+__all__ = [
+    "PLAIN",
+    "Computation",
+    "Dense",
+    "Family",
+    "ImagePreprocessing",
+    "Pooling",
+    "PretrainedModel",
+    "Tensor",
+]
+
+
+A = TypeVar("A", bound=Any)  # a NamedTuple with a field `dropout`
 
 
 class ImagePreprocessing(NamedTuple):
@@ -124,14 +136,36 @@ class Tensor(NamedTuple):
     transposed: bool = False
 
 
+class Computation(NamedTuple):
+    """How a pretrained encoder computes.
+
+    Attributes:
+      dropout: rate on the embeddings and on the two outputs of each block, drawn per row; `None`
+        for the rate in pretraining.
+      remat: keep one activation per block for the backward pass, and recompute the others.
+      compute_dtype: type of activations, such as `"bfloat16"`; `None` means bfloat16 on
+        accelerators and float32 on CPUs. Parameters and the sums in norms and softmax stay float32.
+    """
+
+    dropout: float | None = None
+    remat: bool = False
+    compute_dtype: str | None = None
+
+    def of(self, sizes: A) -> A:
+        """An architecture, or the sizes of its blocks, with this rate of dropout if it is set."""
+        return sizes if self.dropout is None else sizes._replace(dropout=self.dropout)
+
+
+PLAIN = Computation()
+
+
 class Family(NamedTuple):
     """An architecture of pretrained encoders.
 
     Attributes:
       prefixes: optional prefixes of tensor names, such as `"bert."`.
-      make: `(config.json, *, rngs, dropout, remat, compute_dtype)` -> a module that maps tokens
-        `[b, t]` and their mask to hidden states `[b, t, h]`. Raises a `ValueError` for an
-        unsupported config.
+      make: `(config.json, computation, *, rngs)` -> a module that maps tokens `[b, t]` and their
+        mask to hidden states `[b, t, h]`. Raises a `ValueError` for an unsupported config.
       tensors: `config.json` -> path of a parameter in the module, such as
         `"blocks/0/attention/query/kernel"` -> its tensor.
       hidden_dim: `config.json` -> width of the hidden states.

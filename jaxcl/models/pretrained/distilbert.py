@@ -3,18 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jaxcl.models.pretrained.bert import BERT_NAMES, BERT_TABLES
 from jaxcl.models.pretrained.blocks import Architecture
 from jaxcl.models.pretrained.config_values import activation, check_supported, number, size
-from jaxcl.models.pretrained.tensor_names import Names, transformer_family
+from jaxcl.models.pretrained.tensor_names import attention_names, mlp_names, transformer_family
 
 __all__ = ["DISTILBERT", "distilbert_architecture"]
 
 
 def distilbert_architecture(config: Mapping[str, Any]) -> Architecture:
     """The architecture that a DistilBERT's `config.json` describes.
-
-    Raises:
-      ValueError: for an unsupported value; the message names its key.
 
     Reference:
       Sanh et al., "DistilBERT, a distilled version of BERT", 2019.
@@ -33,22 +31,12 @@ def distilbert_architecture(config: Mapping[str, Any]) -> Architecture:
     )
 
 
-NAMES = Names(
-    tables={
-        "token_table": "embeddings.word_embeddings",
-        "position_table": "embeddings.position_embeddings",
-    },
-    norms={"norm": "embeddings.LayerNorm"},
+NAMES = BERT_NAMES._replace(
+    tables=BERT_TABLES,
     block="transformer.layer.{}.",
     block_norms={"attention_norm": "sa_layer_norm", "mlp_norm": "output_layer_norm"},
-    block_linear={
-        "attention/query": "attention.q_lin",
-        "attention/key": "attention.k_lin",
-        "attention/value": "attention.v_lin",
-        "attention/output": "attention.out_lin",
-        "mlp/widen": "ffn.lin1",
-        "mlp/narrow": "ffn.lin2",
-    },
+    block_linear=attention_names("attention.", "q_lin", "k_lin", "v_lin", "out_lin")
+    | mlp_names("ffn.lin1", "ffn.lin2"),
 )
 
 DISTILBERT = transformer_family(("distilbert.",), distilbert_architecture, NAMES)

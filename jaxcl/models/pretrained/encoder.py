@@ -6,7 +6,7 @@ from flax import nnx
 
 from jaxcl.models.layers import images_of, token_mask, tokens_of, unit_vectors
 from jaxcl.models.pretrained.activations import ACTIVATIONS
-from jaxcl.models.pretrained.description import Dense, Pooling, PretrainedModel
+from jaxcl.models.pretrained.description import Computation, Dense, Pooling, PretrainedModel
 from jaxcl.models.pretrained.families import FAMILIES
 from jaxcl.models.pretrained.pooling import pool_states, without_prompt
 from jaxcl.models.pretrained.preprocessing import with_image_size
@@ -78,14 +78,8 @@ class PretrainedEncoder(nnx.Module):
                     f"pooling={pooling!r} has no effect on {model.family} models; leave it out"
                 )
             own, pooling = {"pooling": pooling}, None
-        self.encoder = family.make(
-            model.config,
-            rngs=rngs,
-            dropout=dropout,
-            remat=remat,
-            compute_dtype=compute_dtype,
-            **own,
-        )
+        computation = Computation(dropout, remat, compute_dtype)
+        self.encoder = family.make(model.config, computation, rngs=rngs, **own)
         self.pixels = _pixel_rule(model, image_size)
         self.embeds = family.embeds
         self.modes = (pooling or model.pooling).modes

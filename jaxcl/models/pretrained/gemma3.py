@@ -10,9 +10,9 @@ from jaxcl.models.pretrained.config_values import (
     activation,
     check_supported,
     flag,
-    layer_kinds,
     positive,
     size,
+    sliding_layers,
 )
 from jaxcl.models.pretrained.decoder_blocks import DecoderArchitecture
 from jaxcl.models.pretrained.decoders import decoder_architecture, decoder_family
@@ -43,9 +43,6 @@ def gemma3_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
     reaches half of `sliding_window` to either side. Some versions of transformers save a
     bidirectional model with a window that they have already halved; such a file is read as it is.
 
-    Raises:
-      ValueError: for an unsupported value; the message names its key.
-
     Reference:
       Kamath et al., "Gemma 3 Technical Report", 2025; Schechter Vera et al., "EmbeddingGemma:
       Powerful and Lightweight Text Representations", 2025.
@@ -56,18 +53,16 @@ def gemma3_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
     plain["hidden_act"] = activation(config, "hidden_activation", "gelu_pytorch_tanh")
     a = decoder_architecture({**_DEFAULTS, **plain})
     period = size(config, "sliding_window_pattern", 6)
-    kinds = layer_kinds(
-        config, [SLIDING if (n + 1) % period else FULL for n in range(a.num_layers)]
-    )
+    slides = sliding_layers(config, [(n + 1) % period != 0 for n in range(a.num_layers)])
     bidirectional = config.get("use_bidirectional_attention")  # null means false
     causal = bidirectional is None or not flag(config, "use_bidirectional_attention", False)
     bias = flag(config, "attention_bias", False)
-    window = size(config, "sliding_window", 4096) if SLIDING in kinds else None
+    window = size(config, "sliding_window", 4096) if any(slides) else None
     if window is not None:
         window = window - 1 if causal else window // 2
     return a._replace(
-        rotary=tuple(_rotary(config, kind) for kind in kinds),
-        windows=tuple(window if kind == SLIDING else None for kind in kinds),
+        rotary=tuple(_rotary(config, SLIDING if one else FULL) for one in slides),
+        windows=tuple(window if one else None for one in slides),
         causal=causal,
         projection_bias=bias,
         output_bias=bias,

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from jaxcl.models.layers import Hidden, activation_dtype, row_dropout
-from jaxcl.models.pretrained.description import Tensor
+from jaxcl.models.pretrained.description import PLAIN, Computation, Tensor
 from jaxcl.models.pretrained.tensor_names import linear_tensors, norm_tensors
 from jaxcl.models.pretrained.tower_blocks import (
     BlockNames,
@@ -126,11 +126,7 @@ class ImageTower(nnx.Module):
 
     Args:
       architecture: sizes and variants.
-      dropout: rate on the embeddings and on the two outputs of each block, drawn per row; `None`
-        for the architecture's rate.
-      remat: keep one activation per block for the backward pass, and recompute the others.
-      compute_dtype: type of activations, such as `"bfloat16"`; `None` means bfloat16 on
-        accelerators and float32 on CPUs. Parameters and the sums in norms and softmax stay float32.
+      computation: dropout, recomputation and type.
       rngs: for the initial parameters.
 
     Raises:
@@ -143,22 +139,16 @@ class ImageTower(nnx.Module):
     """
 
     def __init__(
-        self,
-        architecture: ImageArchitecture,
-        *,
-        dropout: float | None = None,
-        remat: bool = False,
-        compute_dtype: str | None = None,
-        rngs: nnx.Rngs,
+        self, architecture: ImageArchitecture, computation: Computation = PLAIN, *, rngs: nnx.Rngs
     ):
         a = architecture
-        sizes = a.sizes if dropout is None else a.sizes._replace(dropout=dropout)
+        sizes = computation.of(a.sizes)
         if not a.grid:
             raise ValueError(
                 f"config.json: patches of {a.patch_size} pixels do not fit in images of "
                 f"{a.image_size}"
             )
-        dtype = activation_dtype(compute_dtype)
+        dtype = activation_dtype(computation.compute_dtype)
         self.embeddings = PatchEmbeddings(a, dtype=dtype, rngs=rngs)
         self.norm = layer_norm(sizes, dtype=dtype, rngs=rngs) if a.embedding_norm else _identity
         self.blocks = nnx.List(make_blocks(sizes, dtype=dtype, rngs=rngs))
@@ -175,7 +165,7 @@ class ImageTower(nnx.Module):
         )
         self.architecture = a
         self.dropout = sizes.dropout
-        self.remat = remat
+        self.remat = computation.remat
 
     def __call__(self, pixels: Pixels, rngs: RowKeys | None = None) -> Embeddings:
         """Embed images.

@@ -10,9 +10,9 @@ from jaxcl.models.pretrained.config_values import (
     activation,
     check_supported,
     flag,
-    layer_kinds,
     number,
     size,
+    sliding_layers,
 )
 from jaxcl.models.pretrained.tensor_names import Names, transformer_family
 
@@ -26,9 +26,6 @@ OLD_BASES = {FULL: "global_rope_theta", SLIDING: "local_rope_theta"}
 def modernbert_architecture(config: Mapping[str, Any]) -> Architecture:
     """The architecture that a ModernBERT's `config.json` describes.
 
-    Raises:
-      ValueError: for an unsupported value; the message names its key.
-
     Reference:
       Warner et al., "Smarter, Better, Faster, Longer: A Modern Bidirectional Encoder for Fast,
       Memory Efficient, and Long Context Finetuning and Inference", 2024.
@@ -36,7 +33,7 @@ def modernbert_architecture(config: Mapping[str, Any]) -> Architecture:
     check_supported(config, quantization_config=None, rope_scaling=None)
     num_layers = size(config, "num_hidden_layers", 22)
     period = size(config, "global_attn_every_n_layers", 3)
-    kinds = layer_kinds(config, [SLIDING if n % period else FULL for n in range(num_layers)])
+    slides = sliding_layers(config, [n % period != 0 for n in range(num_layers)])
     window = size(config, "local_attention", 128) // 2
     return Architecture(
         vocabulary_size=size(config, "vocab_size", 50368),
@@ -52,8 +49,8 @@ def modernbert_architecture(config: Mapping[str, Any]) -> Architecture:
         norm_bias=flag(config, "norm_bias", False),
         attention_bias=flag(config, "attention_bias", False),
         mlp_bias=flag(config, "mlp_bias", False),
-        rotary_bases=tuple(_rotary_base(config, kind) for kind in kinds),
-        windows=tuple(window if kind == SLIDING else None for kind in kinds),
+        rotary_bases=tuple(_rotary_base(config, SLIDING if one else FULL) for one in slides),
+        windows=tuple(window if one else None for one in slides),
         joint_projections=True,
         gated=True,
     )

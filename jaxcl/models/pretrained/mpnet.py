@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxcl.models.pretrained.bert import bert_architecture
+from jaxcl.models.pretrained.bert import BERT_NAMES, BERT_TABLES, bert_architecture
 from jaxcl.models.pretrained.blocks import NUM_BUCKETS, Architecture
 from jaxcl.models.pretrained.config_values import check_supported
-from jaxcl.models.pretrained.tensor_names import Names, transformer_family
+from jaxcl.models.pretrained.tensor_names import attention_names, transformer_family
 
 __all__ = ["MPNET", "mpnet_architecture"]
 
@@ -16,9 +16,6 @@ def mpnet_architecture(config: Mapping[str, Any]) -> Architecture:
 
     The first token of a text is at position 2, because MPNet takes 1 as the padding id and ignores
     `pad_token_id`.
-
-    Raises:
-      ValueError: for an unsupported value; the message names its key.
 
     Reference:
       Song et al., "MPNet: Masked and Permuted Pre-training for Language Understanding", NeurIPS
@@ -30,23 +27,10 @@ def mpnet_architecture(config: Mapping[str, Any]) -> Architecture:
     )
 
 
-NAMES = Names(
-    tables={
-        "token_table": "embeddings.word_embeddings",
-        "position_table": "embeddings.position_embeddings",
-        "bucket_table": "encoder.relative_attention_bias",
-    },
-    norms={"norm": "embeddings.LayerNorm"},
-    block="encoder.layer.{}.",
+NAMES = BERT_NAMES._replace(
+    tables={**BERT_TABLES, "bucket_table": "encoder.relative_attention_bias"},
     block_norms={"attention_norm": "attention.LayerNorm", "mlp_norm": "output.LayerNorm"},
-    block_linear={
-        "attention/query": "attention.attn.q",
-        "attention/key": "attention.attn.k",
-        "attention/value": "attention.attn.v",
-        "attention/output": "attention.attn.o",
-        "mlp/widen": "intermediate.dense",
-        "mlp/narrow": "output.dense",
-    },
+    block_linear={**BERT_NAMES.block_linear, **attention_names("attention.attn.", *"qkvo")},
 )
 
 MPNET = transformer_family(("mpnet.",), mpnet_architecture, NAMES)

@@ -16,9 +16,6 @@ def roberta_architecture(config: Mapping[str, Any]) -> Architecture:
 
     The first token of a text is at position `pad_token_id + 1`, whatever the text's ids.
 
-    Raises:
-      ValueError: for an unsupported value; the message names its key.
-
     Reference:
       Liu et al., "RoBERTa: A Robustly Optimized BERT Pretraining Approach", 2019.
     """

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxcl.models.pretrained.clip import CLIP_BLOCKS
-from jaxcl.models.pretrained.config_values import activation, check_supported, number, size
+from jaxcl.models.pretrained.config_values import check_supported, size
 from jaxcl.models.pretrained.description import Family
 from jaxcl.models.pretrained.image_tower import ImageArchitecture, ImageNames
 from jaxcl.models.pretrained.text_tower import TextArchitecture, TextNames
-from jaxcl.models.pretrained.tower_blocks import BlockSizes
+from jaxcl.models.pretrained.tower_blocks import BlockSizes, read_sizes
 from jaxcl.models.pretrained.tower_families import image_family, text_family
 from jaxcl.models.vision.entry import PixelRule
 
@@ -19,9 +19,6 @@ HALF = (0.5, 0.5, 0.5)
 
 def siglip_image_architecture(config: Mapping[str, Any]) -> ImageArchitecture:
     """The architecture that the `vision_config` of a SigLIP's `config.json` describes.
-
-    Raises:
-      ValueError: for an unsupported value; the message names its key.
 
     Reference:
       Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023.
@@ -37,11 +34,7 @@ def siglip_image_architecture(config: Mapping[str, Any]) -> ImageArchitecture:
 
 
 def siglip_text_architecture(config: Mapping[str, Any]) -> TextArchitecture:
-    """The architecture that the `text_config` of a SigLIP's `config.json` describes.
-
-    Raises:
-      ValueError: for an unsupported value; the message names its key.
-    """
+    """The architecture that the `text_config` of a SigLIP's `config.json` describes."""
     check_supported(config, quantization_config=None)
     sizes = _sizes(config)
     return TextArchitecture(
@@ -56,14 +49,7 @@ def siglip_text_architecture(config: Mapping[str, Any]) -> TextArchitecture:
 
 
 def _sizes(config: Mapping[str, Any]) -> BlockSizes:
-    return BlockSizes(
-        hidden_dim=size(config, "hidden_size", 768),
-        num_layers=size(config, "num_hidden_layers", 12),
-        num_heads=size(config, "num_attention_heads", 12),
-        mlp_dim=size(config, "intermediate_size", 3072),
-        activation=activation(config, "hidden_act", "gelu_pytorch_tanh"),
-        epsilon=number(config, "layer_norm_eps", 1e-6),
-    )
+    return read_sizes(config, activation="gelu_pytorch_tanh", epsilon=1e-6)
 
 
 SIGLIP_IMAGE: Family = image_family(

@@ -9,7 +9,7 @@ from flax import nnx
 
 from jaxcl.models.embedding_bag import embedding_bag
 from jaxcl.models.layers import Hidden, TokenMask, activation_dtype
-from jaxcl.models.pretrained.description import Family, Tensor
+from jaxcl.models.pretrained.description import PLAIN, Computation, Family, Tensor
 from jaxcl.typing import Embeddings, RowKeys, Tokens
 
 __all__ = ["MODEL2VEC", "STATIC_EMBEDDING", "StaticEmbedding"]
@@ -76,18 +76,14 @@ def static_family(table: str, weights: str | None = None) -> Family:
         return weights in config["tensors"]
 
     def make(
-        config: Mapping[str, Any],
-        *,
-        rngs: nnx.Rngs,
-        dropout: float | None = None,
-        remat: bool = False,
-        compute_dtype: str | None = None,
+        config: Mapping[str, Any], computation: Computation = PLAIN, *, rngs: nnx.Rngs
     ) -> nnx.Module:
         if "mapping" in config["tensors"]:
             raise ValueError(
                 "the tokens of these embeddings share rows (the tensor 'mapping'), which is not "
                 "supported; save them without vocabulary quantization"
             )
+        dropout, remat, compute_dtype = computation
         if dropout or remat:
             option = f"dropout={dropout}" if dropout else "remat=True"
             raise ValueError(f"{option} has no effect on static embeddings; leave it out")

@@ -6,9 +6,17 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from jaxcl.models.pretrained.blocks import Architecture, Transformer
-from jaxcl.models.pretrained.description import Family, Tensor
+from jaxcl.models.pretrained.description import PLAIN, Computation, Family, Tensor
 
-__all__ = ["Names", "family_of", "linear_tensors", "norm_tensors", "transformer_family"]
+__all__ = [
+    "Names",
+    "attention_names",
+    "family_of",
+    "linear_tensors",
+    "mlp_names",
+    "norm_tensors",
+    "transformer_family",
+]
 
 
 class Names(NamedTuple):
@@ -44,6 +52,17 @@ class Names(NamedTuple):
         return tensors
 
 
+def attention_names(prefix: str, *names: str) -> dict[str, str]:
+    """The names of the projections to queries, keys and values, and of attention's output."""
+    parts = ("query", "key", "value", "output")
+    return {f"attention/{part}": prefix + name for part, name in zip(parts, names, strict=True)}
+
+
+def mlp_names(widen: str, narrow: str) -> dict[str, str]:
+    """The names of the two linear layers of an MLP."""
+    return {"mlp/widen": widen, "mlp/narrow": narrow}
+
+
 def norm_tensors(path: str, name: str, *, bias: bool) -> dict[str, Tensor]:
     """The tensors of a norm: its scale, and its bias if it has one."""
     scale = {f"{path}/scale": Tensor(f"{name}.weight")}
@@ -77,12 +96,14 @@ def family_of(
       prefixes: optional prefixes of tensor names.
       architecture: `config.json` -> the architecture. Raises a `ValueError` for an unsupported
         config.
-      module: `(architecture, *, rngs, **options)` -> the module.
+      module: `(architecture, computation, *, rngs)` -> the module.
       tensors: the architecture -> path of each parameter -> its tensor.
     """
 
-    def make(config: Mapping[str, Any], **options: Any) -> nnx.Module:
-        return module(architecture(config), **options)
+    def make(
+        config: Mapping[str, Any], computation: Computation = PLAIN, *, rngs: nnx.Rngs
+    ) -> nnx.Module:
+        return module(architecture(config), computation, rngs=rngs)
 
     return Family(
         prefixes=prefixes,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxcl.models.layers import TokenMask, activation_dtype, check_length, row_dropout
-from jaxcl.models.pretrained.description import Tensor
+from jaxcl.models.pretrained.description import PLAIN, Computation, Tensor
 from jaxcl.models.pretrained.tensor_names import linear_tensors, norm_tensors
 from jaxcl.models.pretrained.tower_blocks import (
     BlockNames,
@@ -80,7 +80,8 @@ class TextTower(nnx.Module):
 
     Args:
       architecture: sizes and variants.
-      dropout, remat, compute_dtype, rngs: as for `ImageTower`.
+      computation: dropout, recomputation and type.
+      rngs: for the initial parameters.
 
     Raises:
       ValueError: if the width does not divide over the heads.
@@ -91,17 +92,11 @@ class TextTower(nnx.Module):
     """
 
     def __init__(
-        self,
-        architecture: TextArchitecture,
-        *,
-        dropout: float | None = None,
-        remat: bool = False,
-        compute_dtype: str | None = None,
-        rngs: nnx.Rngs,
+        self, architecture: TextArchitecture, computation: Computation = PLAIN, *, rngs: nnx.Rngs
     ):
         a = architecture
-        sizes = a.sizes if dropout is None else a.sizes._replace(dropout=dropout)
-        dtype = activation_dtype(compute_dtype)
+        sizes = computation.of(a.sizes)
+        dtype = activation_dtype(computation.compute_dtype)
 
         def table(rows: int) -> nnx.Param:
             return nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, sizes.hidden_dim)))
@@ -123,23 +118,11 @@ class TextTower(nnx.Module):
         )
         self.architecture = a
         self.dropout = sizes.dropout
-        self.remat = remat
+        self.remat = computation.remat
         self.dtype = dtype
 
     def __call__(self, tokens: Tokens, mask: TokenMask, rngs: RowKeys | None = None) -> Embeddings:
-        """Embed texts.
-
-        Args:
-          tokens: ids; padding follows the tokens of a text.
-          mask: `True` for tokens.
-          rngs: a random key per row for dropout, or `None` for evaluation.
-
-        Returns:
-          One embedding per text, in at least float32.
-
-        Raises:
-          ValueError: for texts longer than the positions allow.
-        """
+        """Embed texts, in at least float32; arguments as for `Transformer`."""
         a = self.architecture
         check_length(tokens, a.max_tokens)
         place = _place(tokens, mask, a)

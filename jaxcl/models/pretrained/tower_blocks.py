@@ -2,14 +2,16 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxcl.models.layers import Hidden, TokenMask, joined, row_dropout, run_layers
+from jaxcl.models.pretrained import config_values
 from jaxcl.models.pretrained.activations import ACTIVATIONS
+from jaxcl.models.pretrained.config_values import number, size
 from jaxcl.models.pretrained.description import Tensor
 from jaxcl.models.pretrained.tensor_names import linear_tensors, norm_tensors
 from jaxcl.typing import Array, Bool, Float, Int, RowKeys
@@ -22,6 +24,7 @@ __all__ = [
     "attend_to_all",
     "layer_norm",
     "make_blocks",
+    "read_sizes",
     "run_blocks",
 ]
 
@@ -52,6 +55,23 @@ class BlockSizes(NamedTuple):
     projection_bias: bool = True
     causal: bool = False
     layer_scale: bool = False
+
+
+def read_sizes(config: Mapping[str, Any], *, activation: str, epsilon: float) -> BlockSizes:
+    """Read the sizes of the blocks from a `config.json`; missing ones are those of a ViT-B.
+
+    Args:
+      config: the content of the file.
+      activation, epsilon: the values of missing keys.
+    """
+    return BlockSizes(
+        hidden_dim=size(config, "hidden_size", 768),
+        num_layers=size(config, "num_hidden_layers", 12),
+        num_heads=size(config, "num_attention_heads", 12),
+        mlp_dim=size(config, "intermediate_size", 3072),
+        activation=config_values.activation(config, "hidden_act", activation),
+        epsilon=number(config, "layer_norm_eps", epsilon),
+    )
 
 
 class BlockNames(NamedTuple):

@@ -5,8 +5,9 @@ from typing import Any
 
 from flax import nnx
 
-from jaxcl.models.pretrained.description import Family
+from jaxcl.models.pretrained.description import PLAIN, Computation, Family
 from jaxcl.models.pretrained.image_tower import ImageArchitecture, ImageNames, ImageTower
+from jaxcl.models.pretrained.tensor_names import family_of
 from jaxcl.models.pretrained.text_tower import TextArchitecture, TextNames, TextTower
 from jaxcl.models.vision.entry import PixelRule
 
@@ -38,7 +39,13 @@ def image_family(
       options: names of further options of `make`.
     """
 
-    def make(config: Mapping[str, Any], *, pooling: str | None = None, **given: Any) -> nnx.Module:
+    def make(
+        config: Mapping[str, Any],
+        computation: Computation = PLAIN,
+        *,
+        pooling: str | None = None,
+        rngs: nnx.Rngs,
+    ) -> nnx.Module:
         a = architecture(config)
         if pooling is not None:
             if pooling not in IMAGE_POOLINGS:
@@ -46,7 +53,7 @@ def image_family(
                     f"pooling={pooling!r} is unknown; use one of {', '.join(IMAGE_POOLINGS)}"
                 )
             a = a._replace(pooling=pooling)
-        return ImageTower(a, **given)
+        return ImageTower(a, computation, rngs=rngs)
 
     return Family(
         prefixes=prefixes,
@@ -71,16 +78,7 @@ def text_family(
 ) -> Family:
     """A family of text towers; arguments as for `image_family` and `Family`."""
 
-    def make(config: Mapping[str, Any], **given: Any) -> nnx.Module:
-        return TextTower(architecture(config), **given)
-
-    return Family(
-        prefixes=prefixes,
-        make=make,
-        tensors=lambda config: names.tensors(architecture(config)),
-        hidden_dim=lambda config: architecture(config).dim,
-        vocabulary_size=lambda config: architecture(config).vocabulary_size,
-        max_tokens=lambda config: architecture(config).max_tokens,
-        any_width=any_width,
-        embeds=True,
+    family = family_of(prefixes, architecture, TextTower, names.tensors)
+    return family._replace(
+        hidden_dim=lambda config: architecture(config).dim, any_width=any_width, embeds=True
     )

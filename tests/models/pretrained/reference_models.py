@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file
 
-from jaxcl.models.pretrained.description import Pooling, PretrainedModel
+from jaxcl.models.pretrained.description import Computation, Pooling, PretrainedModel
 from jaxcl.models.pretrained.encoder import PretrainedEncoder
 from jaxcl.models.pretrained.families import FAMILIES
 
@@ -83,7 +83,7 @@ def hidden_states(config, params, tokens, mask, rngs=None, **options):
     """Compute the states of a family's module with exactly these parameters."""
     make = FAMILIES[config["model_type"]].make
     graph, abstract = nnx.split(
-        nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0), **options)), nnx.Param
+        nnx.eval_shape(lambda: make(config, Computation(**options), rngs=nnx.Rngs(0))), nnx.Param
     )
     assert jax.tree.structure(nnx.to_pure_dict(abstract)) == jax.tree.structure(params)
     return nnx.merge(graph, params)(jnp.asarray(tokens), jnp.asarray(mask), rngs)

@@ -12,6 +12,7 @@ from jaxcl import models
 from jaxcl.models.pretrained.activations import ACTIVATIONS
 from jaxcl.models.pretrained.bert import bert_architecture
 from jaxcl.models.pretrained.blocks import relative_buckets
+from jaxcl.models.pretrained.description import Computation
 from jaxcl.models.pretrained.families import FAMILIES
 from jaxcl.models.pretrained.modernbert import modernbert_architecture
 from jaxcl.models.pretrained.pooling import pool_states
@@ -278,9 +279,8 @@ def test_activations_are_bfloat16_on_request_and_parameters_float32():
     found = hidden_states(config, params, values["tokens"], mask, compute_dtype="bfloat16")
     assert found.dtype == jnp.bfloat16
     assert 1e-4 < relative_error(found[mask], values["last"][mask]) < 3e-2
-    made = nnx.eval_shape(
-        lambda: FAMILIES["bert"].make(config, compute_dtype="bfloat16", rngs=nnx.Rngs(0))
-    )
+    narrow = Computation(compute_dtype="bfloat16")
+    made = nnx.eval_shape(lambda: FAMILIES["bert"].make(config, narrow, rngs=nnx.Rngs(0)))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(made))} == {jnp.dtype("float32")}
 
 

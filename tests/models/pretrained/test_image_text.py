@@ -131,10 +131,10 @@ def test_each_config_value_changes_the_embeddings(name, modality, change):
 def test_the_mean_over_the_patches_leaves_the_class_token_out(name):
     values, config = read_values(name), config_of(name, "image")
     pixels = channels_last(values["pixels"])
-    found = embed_with(config, read_tower(name, "image"), pixels, pooling="mean")
+    found = embed_with(config, read_tower(name, "image"), pixels, own={"pooling": "mean"})
     assert relative_error(found, values["mean"]) < 1e-5
     with pytest.raises(ValueError, match="pooling='max' is unknown; use one of cls, mean"):
-        embed_with(config, {}, pixels, pooling="max")
+        embed_with(config, {}, pixels, own={"pooling": "max"})
 
 
 def test_in_old_configs_the_largest_id_ends_a_text():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxcl.models.pretrained.description import Computation
 from jaxcl.models.pretrained.families import FAMILIES, TWO_TOWERS
 from jaxcl.models.pretrained.two_towers import tower_config
 from tests.models.pretrained.reference_models import (
@@ -38,11 +39,12 @@ def read_tower(name, modality, dtype=jnp.float32):
     return parameters_of(config, read_tensors(name), dtype)
 
 
-def embed_with(config, params, *inputs, **options):
+def embed_with(config, params, *inputs, own=None, **options):
     """The embeddings of a family's module with exactly these parameters."""
     make = FAMILIES[config["model_type"]].make
     graph, abstract = nnx.split(
-        nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0), **options)), nnx.Param
+        nnx.eval_shape(lambda: make(config, Computation(**options), rngs=nnx.Rngs(0), **own or {})),
+        nnx.Param,
     )
     assert jax.tree.structure(nnx.to_pure_dict(abstract)) == jax.tree.structure(params)
     return nnx.merge(graph, params)(*inputs)
