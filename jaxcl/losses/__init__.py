@@ -56,6 +56,15 @@ __all__ = [
     "supervised_infonce_loss",
 ]
 
+_FROM_TEACHER = Loss(
+    distillation_loss,
+    DistillationOptions,
+    masks=("valid",),
+    negatives=(ExplicitNegatives,),
+    columns={"teacher_scores": "teacher_scores"},
+    exchanges=False,
+)
+
 LOSSES: Mapping[str, Loss] = {
     "cosent": Loss(
         cosent_loss,
@@ -66,14 +75,7 @@ LOSSES: Mapping[str, Loss] = {
         multiplies=False,
     ),
     "decoupled": Loss(decoupled_infonce_loss, DirectionOptions),
-    "distillation": Loss(
-        distillation_loss,
-        DistillationOptions,
-        masks=("valid",),
-        negatives=(ExplicitNegatives,),
-        columns={"teacher_scores": "teacher_scores"},
-        exchanges=False,
-    ),
+    "distillation": _FROM_TEACHER,
     "embedding_distillation": Loss(
         embedding_distillation_loss,
         EmbeddingDistillationOptions,
@@ -85,14 +87,7 @@ LOSSES: Mapping[str, Loss] = {
     ),
     "hard": Loss(hard_infonce_loss, HardOptions),
     "infonce": Loss(infonce_loss, InfonceOptions),
-    "margin_mse": Loss(
-        margin_mse_loss,
-        DistillationOptions,
-        masks=("valid",),
-        negatives=(ExplicitNegatives,),
-        columns={"teacher_scores": "teacher_scores"},
-        exchanges=False,
-    ),
+    "margin_mse": _FROM_TEACHER._replace(function=margin_mse_loss),
     "nt_xent": Loss(nt_xent_loss, NoOptions),
     "running_estimate": Loss(
         remembered_estimate_loss,

@@ -25,22 +25,23 @@ TEMPERATURES = Range(above=0)
 class Comparison(NamedTuple):
     """The comparison of a batch's rows: allowed pairs, and the exchange between devices."""
 
+    queries: Float[Array, "q d"]
+    keys: Float[Array, "q d"]
     masks: Masks
     axis_name: AxisName | None
     exchange: str
     implementation: str | None
 
     def swapped(self) -> "Comparison":
-        """The same comparison for a call with queries and keys swapped."""
-        if self.masks.guides is None:
-            return self
-        return self._replace(masks=self.masks._replace(guides=self.masks.guides[::-1]))
+        """The same comparison with queries and keys swapped."""
+        guides = None if self.masks.guides is None else self.masks.guides[::-1]
+        return self._replace(
+            queries=self.keys, keys=self.queries, masks=self.masks._replace(guides=guides)
+        )
 
     def reduced(
         self,
         reduce: Callable[..., tuple[Array, Array]],
-        queries: Float[Array, "q d"],
-        keys: Float[Array, "q d"],
         directions: tuple[str, ...],
     ) -> dict[str, Float[Array, " q"]]:
         """Apply an operation of `jaxcl.ops.pairs` to in-batch negatives, for each direction."""
@@ -51,38 +52,32 @@ class Comparison(NamedTuple):
             # One product for both directions. Only anchors have ceilings, since a candidate's
             # margin must not mask pairs of a direction in which it has no loss.
             rows, columns = reduce(
-                queries,
-                keys,
-                query_labels=self.labels(
-                    queries, keys, query_guide, ceiling="query_to_key" in directions
-                ),
-                key_labels=self.labels(
-                    queries, keys, key_guide, ceiling="key_to_query" in directions
-                ),
+                self.queries,
+                self.keys,
+                query_labels=self.labels(query_guide, ceiling="query_to_key" in directions),
+                key_labels=self.labels(key_guide, ceiling="key_to_query" in directions),
                 **self.reduction_options(),
             )
             values |= {"query_to_key": rows, "key_to_query": columns}
         for direction, own, guide in (
-            ("query_to_query", queries, query_guide),
-            ("key_to_key", keys, key_guide),
+            ("query_to_query", self.queries, query_guide),
+            ("key_to_key", self.keys, key_guide),
         ):
             if direction in directions:
                 values[direction], _ = reduce(
                     own,
                     own,
-                    query_labels=self.labels(queries, keys, guide),
-                    key_labels=self.labels(queries, keys, guide, ceiling=False),
+                    query_labels=self.labels(guide),
+                    key_labels=self.labels(guide, ceiling=False),
                     **self.reduction_options(),
                 )
         return {direction: values[direction] for direction in directions}
 
-    def ceilings(
-        self, queries: Float[Array, "q d"], keys: Float[Array, "q d"]
-    ) -> Float[Array, " q"] | None:
+    def ceilings(self) -> Float[Array, " q"] | None:
         """The maximum similarity of each row's allowed negatives; `None` for no limit."""
         masks = self.masks
         ceilings = similarity_ceilings(
-            inner_product(*((queries, keys) if masks.guides is None else masks.guides)),
+            inner_product(*(masks.guides or (self.queries, self.keys))),
             margin=masks.margin,
             relative_margin=masks.relative_margin,
         )
@@ -98,23 +93,16 @@ class Comparison(NamedTuple):
             "implementation": self.implementation,
         }
 
-    def labels(
-        self,
-        queries: Float[Array, "q d"],
-        keys: Float[Array, "q d"],
-        guide: Float[Array, "q g"] | None,
-        *,
-        ceiling: bool = True,
-    ) -> PairLabels:
+    def labels(self, guide: Float[Array, "q g"] | None, *, ceiling: bool = True) -> PairLabels:
         """One side's labels, with the ceilings of its rows if they are anchors."""
         labels = batch_labels(
-            queries.shape[0],
+            self.queries.shape[0],
             ids=self.masks.ids,
             groups=self.masks.groups,
             valid=self.masks.valid,
             axis_name=self.axis_name,
         )
-        ceilings = self.ceilings(queries, keys)
+        ceilings = self.ceilings()
         if ceilings is None:
             return labels
         return labels._replace(

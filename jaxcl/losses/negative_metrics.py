@@ -65,17 +65,17 @@ def measure_negatives(
     )
     check_numbers("hardness", hardness, Range(least=0))
     check_numbers("negative_hardness", negative_hardness, Range(least=0))
-    comparison = Comparison(masks, axis_name, exchange, implementation)
+    comparison = Comparison(queries, keys, masks, axis_name, exchange, implementation)
     unmasked = comparison._replace(masks=Masks(valid=masks.valid))
     reduce = log_sum_exp(temperature, hardness=hardness, own_hardness=negative_hardness)
     negatives = negatives or {}
-    sums = _each(reduce, comparison, queries, keys, negatives)
-    counted = _each(COUNT, comparison, queries, keys, negatives)
-    similarity_sums = _each(SIMILARITY, comparison, queries, keys, negatives)
+    sums = _each(reduce, comparison, negatives)
+    counted = _each(COUNT, comparison, negatives)
+    similarity_sums = _each(SIMILARITY, comparison, negatives)
     unlabelled = {
         name: tier._replace(ids=None, groups=None, guides=None) for name, tier in negatives.items()
     }
-    present = _each(COUNT, unmasked, queries, keys, unlabelled)
+    present = _each(COUNT, unmasked, unlabelled)
     positives = inner_product(queries, keys) / temperature
     everything = jax.scipy.special.logsumexp(jnp.stack([positives, *sums.values()]), axis=0)
     return {
@@ -92,11 +92,9 @@ def measure_negatives(
 def _each(
     reduce: Reduce,
     comparison: Comparison,
-    queries: Float[Array, "q d"],
-    keys: Float[Array, "q d"],
     negatives: NegativesByName,
 ) -> dict[str, Float[Array, " q"]]:
     """Reduce each query's negatives to one number per kind."""
-    reduced = {"batch": comparison.reduced(reduce.pairs, queries, keys, _TO_KEYS)}
-    reduced |= reduce_outside(reduce, comparison, queries, keys, negatives, directions=_TO_KEYS)
+    reduced = {"batch": comparison.reduced(reduce.pairs, _TO_KEYS)}
+    reduced |= reduce_outside(reduce, comparison, negatives, directions=_TO_KEYS)
     return {name: values["query_to_key"] for name, values in reduced.items()}

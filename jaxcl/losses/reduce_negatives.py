@@ -74,17 +74,13 @@ SIMILARITY = Reduce(
 def reduce_all(
     reduce: Reduce,
     comparison: Comparison,
-    queries: Float[Array, "q d"],
-    keys: Float[Array, "q d"],
     negatives: NegativesByName | None,
     *,
     directions: tuple[str, ...],
 ) -> dict[str, Float[Array, " q"]]:
     """Reduce negatives from the batch and from outside it together, for each direction."""
-    total = comparison.reduced(reduce.pairs, queries, keys, directions)
-    outside = reduce_outside(
-        reduce, comparison, queries, keys, negatives or {}, directions=directions
-    )
+    total = comparison.reduced(reduce.pairs, directions)
+    outside = reduce_outside(reduce, comparison, negatives or {}, directions=directions)
     for by_direction in outside.values():
         for direction, values in by_direction.items():
             total[direction] = reduce.join(total[direction], values)
@@ -94,8 +90,6 @@ def reduce_all(
 def reduce_outside(
     reduce: Reduce,
     comparison: Comparison,
-    queries: Float[Array, "q d"],
-    keys: Float[Array, "q d"],
     negatives: NegativesByName,
     *,
     directions: tuple[str, ...],
@@ -107,22 +101,20 @@ def reduce_outside(
     Raises:
       ValueError: if negatives do not match the batch, or no direction can use them.
     """
-    ceilings = comparison.ceilings(queries, keys) if negatives else None
+    ceilings = comparison.ceilings() if negatives else None
     reduced: dict[str, dict[str, Float[Array, " q"]]] = {}
     for name, tier in negatives.items():
         axes = 2 if isinstance(tier, SharedNegatives) else 3
         vectors = as_vectors(f"negatives[{name!r}]", tier.vectors, axes=axes)
         tier = tier._replace(vectors=vectors, **label_fields(f"negatives[{name!r}]", tier))
-        _check(name, tier, comparison.masks, queries, directions)
+        _check(name, tier, comparison, directions)
         if isinstance(tier, ExplicitNegatives):
-            reduced[name] = _of_explicit(
-                reduce, comparison, queries, keys, tier, ceilings, directions=directions
-            )
+            reduced[name] = _of_explicit(reduce, comparison, tier, ceilings, directions=directions)
         elif isinstance(tier, OwnNegatives):
-            values = _of_own(reduce, comparison, queries, tier, ceilings)
+            values = _of_own(reduce, comparison, tier, ceilings)
             reduced[name] = {"query_to_key": values}
         else:
-            values = _of_shared(reduce, comparison, queries, tier, ceilings)
+            values = _of_shared(reduce, comparison, tier, ceilings)
             reduced[name] = {"query_to_key": values}
     return reduced
 
@@ -134,13 +126,10 @@ def own_products(rows: Float[Array, "q d"], vectors: Float[Array, "q n d"]) -> F
 
 
 def _check(
-    name: str,
-    negatives: Negatives,
-    masks: Masks,
-    queries: Float[Array, "q d"],
-    directions: tuple[str, ...],
+    name: str, negatives: Negatives, comparison: Comparison, directions: tuple[str, ...]
 ) -> None:
-    rows, width = queries.shape
+    masks = comparison.masks
+    rows, width = comparison.queries.shape
     shape = negatives.vectors.shape
     explicit = isinstance(negatives, ExplicitNegatives)
     anchors = {"query_to_key", "key_to_key"} if explicit else {"query_to_key"}
@@ -177,8 +166,6 @@ def _check(
 def _of_explicit(
     reduce: Reduce,
     comparison: Comparison,
-    queries: Float[Array, "q d"],
-    keys: Float[Array, "q d"],
     negatives: ExplicitNegatives,
     ceilings: Float[Array, " q"] | None,
     *,
@@ -190,15 +177,15 @@ def _of_explicit(
     values = {
         direction: _of_other_rows(reduce, comparison, rows, guide, negatives, ceilings)
         for direction, rows, guide in (
-            ("query_to_key", queries, query_guide),
-            ("key_to_key", keys, key_guide),
+            ("query_to_key", comparison.queries, query_guide),
+            ("key_to_key", comparison.keys, key_guide),
         )
         if direction in directions
     }
     # Explicit negatives belong to queries, not to keys. A query's own are reduced separately, since
     # their hardness may differ from that of other rows' negatives.
     if "query_to_key" in values:
-        own = _of_own(reduce, comparison, queries, negatives, ceilings)
+        own = _of_own(reduce, comparison, negatives, ceilings)
         values["query_to_key"] = reduce.join(values["query_to_key"], own)
     return values
 
@@ -240,12 +227,11 @@ def _of_other_rows(
 def _of_own(
     reduce: Reduce,
     comparison: Comparison,
-    queries: Float[Array, "q d"],
     negatives: ExplicitNegatives | OwnNegatives,
     ceilings: Float[Array, " q"] | None,
 ) -> Float[Array, " q"]:
     """Reduce each query's separate negatives."""
-    masks = comparison.masks
+    queries, masks = comparison.queries, comparison.masks
     similarities = own_products(queries, negatives.vectors.astype(queries.dtype))
     allowed = jnp.ones(similarities.shape, bool)
     if negatives.valid is not None:
@@ -265,7 +251,6 @@ def _of_own(
 def _of_shared(
     reduce: Reduce,
     comparison: Comparison,
-    queries: Float[Array, "q d"],
     negatives: SharedNegatives,
     ceilings: Float[Array, " q"] | None,
 ) -> Float[Array, " q"]:
@@ -274,6 +259,7 @@ def _of_shared(
     If there are more negatives than queries, the negatives are the rows of the product and stay in
     place, and devices exchange only the queries, which are the columns.
     """
+    queries = comparison.queries
     ours, theirs = _labels(comparison.masks, negatives, ceilings)
     if comparison.masks.guides is not None:
         ours = ours._replace(guide=lax.stop_gradient(comparison.masks.guides[0]))

@@ -115,19 +115,16 @@ def running_estimate_loss(
     check_numbers("epsilon", epsilon, Range(above=0))
     if robustness is not None:
         check_numbers("robustness", robustness, Range())
-    comparison = Comparison(masks, axis_name, exchange, implementation)
-    sides = (queries, keys)
-    counts = reduce_all(COUNT, comparison, *sides, negatives, directions=directions)
+    comparison = Comparison(queries, keys, masks, axis_name, exchange, implementation)
+    counts = reduce_all(COUNT, comparison, negatives, directions=directions)
     if by_row:
         by_direction = {
-            direction: _log_sums_by_row(
-                comparison, *sides, negatives, temperatures[:, column], direction
-            )
+            direction: _log_sums_by_row(comparison, negatives, temperatures[:, column], direction)
             for column, direction in enumerate(directions)
         }
     else:
         reduce = log_sum_exp(temperatures)
-        by_direction = reduce_all(reduce, comparison, *sides, negatives, directions=directions)
+        by_direction = reduce_all(reduce, comparison, negatives, directions=directions)
     positives = inner_product(queries, keys)[:, None] / temperatures
     num_negatives = jnp.stack([counts[direction] for direction in directions], 1)
     # Rows without negatives have log-sums of −∞. Replace these by 0, since the weight of 0 below
@@ -156,18 +153,15 @@ def running_estimate_loss(
 
 def _log_sums_by_row(
     comparison: Comparison,
-    queries: Float[Array, "q d"],
-    keys: Float[Array, "q d"],
     negatives: NegativesByName | None,
     temperature: Float[Array, " q"],
     direction: str,
 ) -> Float[Array, " q"]:
     """The log-sum-exp over each row's negatives in one direction, with a temperature per anchor."""
-    reduce, sides = log_sum_exp(temperature), (queries, keys)
     if direction == "key_to_query":
         # Only rows of the product can have separate temperatures, so the anchors, here the keys,
         # become the rows.
-        sides, direction, comparison = (keys, queries), "query_to_key", comparison.swapped()
+        comparison, direction = comparison.swapped(), "query_to_key"
         negatives = None  # they are keys, and this direction compares keys with queries
     elif direction == "query_to_query":
         negatives = None
@@ -177,7 +171,8 @@ def _log_sums_by_row(
             for name, tier in (negatives or {}).items()
             if isinstance(tier, ExplicitNegatives)
         }
-    return reduce_all(reduce, comparison, *sides, negatives, directions=(direction,))[direction]
+    reduce = log_sum_exp(temperature)
+    return reduce_all(reduce, comparison, negatives, directions=(direction,))[direction]
 
 
 def remembered_estimate_loss(

@@ -77,8 +77,8 @@ def sigmoid_pair_loss(
         ).sum(1),
         jnp.add,
     )
-    comparison = Comparison(masks, axis_name, exchange, implementation)
-    sums = reduce_all(reduce, comparison, queries, keys, negatives, directions=directions)
+    comparison = Comparison(queries, keys, masks, axis_name, exchange, implementation)
+    sums = reduce_all(reduce, comparison, negatives, directions=directions)
     positives = inner_product(queries, keys) / temperature + bias
     loss = sums["query_to_key"] + jax.nn.softplus(-positives)
     return loss if masks.valid is None else jnp.where(masks.valid, loss, 0)

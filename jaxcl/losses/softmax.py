@@ -140,9 +140,9 @@ def infonce_loss(
             f"negative_hardness={negative_hardness} only affects explicit and separate negatives "
             "of a query; add some to negatives, or set it to 0"
         )
-    comparison = Comparison(masks, axis_name, exchange, implementation)
+    comparison = Comparison(queries, keys, masks, axis_name, exchange, implementation)
     reduce = log_sum_exp(temperature, hardness=hardness, own_hardness=negative_hardness)
-    log_sums = reduce_all(reduce, comparison, queries, keys, negatives, directions=directions)
+    log_sums = reduce_all(reduce, comparison, negatives, directions=directions)
     positives = inner_product(queries, keys) / temperature
     sets = list(log_sums.values())
     if partition == "joint":
@@ -239,9 +239,9 @@ def decoupled_infonce_loss(
     queries, keys, masks = checked_batch(
         queries, keys, masks, directions=directions, temperature=temperature
     )
-    comparison = Comparison(masks, axis_name, exchange, implementation)
+    comparison = Comparison(queries, keys, masks, axis_name, exchange, implementation)
     reduce = log_sum_exp(temperature)
-    log_sums = reduce_all(reduce, comparison, queries, keys, negatives, directions=directions)
+    log_sums = reduce_all(reduce, comparison, negatives, directions=directions)
     positives = inner_product(queries, keys) / temperature
     sets = jnp.stack(list(log_sums.values()))
     loss = jnp.where(sets != -jnp.inf, sets - positives[None], 0).mean(0)
@@ -301,9 +301,7 @@ def hard_infonce_loss(
     check_numbers("positive_share", positive_share, Range(least=0, below=1))
     reduced = functools.partial(
         reduce_all,
-        comparison=Comparison(masks, axis_name, exchange, implementation),
-        queries=queries,
-        keys=keys,
+        comparison=Comparison(queries, keys, masks, axis_name, exchange, implementation),
         negatives=negatives,
         directions=directions,
     )

@@ -106,21 +106,11 @@ def supervised_infonce_loss(
         raise ValueError(f"directions={within} need one temperature for all rows")
     if within and key_labels is not None:
         raise ValueError(f"directions={within} compare rows of one side; set key_labels to None")
-    comparison = Comparison(masks, axis_name, exchange, implementation)
-    sums = _in_batch(
-        comparison,
-        queries,
-        keys,
-        labels,
-        key_labels,
-        temperature=temperature,
-        directions=directions,
-    )
+    comparison = Comparison(queries, keys, masks, axis_name, exchange, implementation)
+    sums = _in_batch(comparison, labels, key_labels, temperature=temperature, directions=directions)
     outside = reduce_outside(
         log_sum_exp(temperature),
         _by_group(comparison, labels, negatives),
-        queries,
-        keys,
         negatives or {},
         directions=directions,
     )
@@ -144,8 +134,6 @@ def supervised_infonce_loss(
 
 def _in_batch(
     comparison: Comparison,
-    queries: Float[Array, "q d"],
-    keys: Float[Array, "q d"],
     labels: Labels,
     key_labels: Labels | None,
     *,
@@ -154,6 +142,7 @@ def _in_batch(
 ) -> dict[str, _Sums]:
     """Each direction's sums over the rows of the batch."""
     sums: dict[str, _Sums] = {}
+    queries, keys = comparison.queries, comparison.keys
     everyone = PairLabels(valid=comparison.masks.valid)
     if set(SYMMETRIC) & set(directions):
         positive = everyone._replace(equal=(labels,))
