@@ -1,7 +1,7 @@
 """The public operations on a pair matrix: one number per row and per column."""
 
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,15 @@ IMPLEMENTATIONS = ("reference", "tiled", "pallas_tpu", "pallas_gpu")
 EXCHANGES = ("gather", "ring")
 
 _LARGEST_REFERENCE = 2**20  # entries: 4 MiB of float32 scores, the size of one tile
+
+
+class _Execution(NamedTuple):
+    """How a reduction runs; `pair_logsumexp` documents the fields."""
+
+    axis_name: AxisName | None
+    exchange: str
+    implementation: str | None
+    tile: int | None
 
 
 def pair_logsumexp(
@@ -105,11 +114,8 @@ def pair_logsumexp(
         LOGSUMEXP,
         PairQueries(queries, _inverse(temperature, queries), query_labels),
         PairKeys(keys, key_bias, key_labels),
+        _Execution(axis_name, exchange, implementation, tile),
         hardness=hardness,
-        axis_name=axis_name,
-        exchange=exchange,
-        implementation=implementation,
-        tile=tile,
     )
 
 
@@ -134,11 +140,7 @@ def pair_sum(
         SUM,
         PairQueries(queries, _inverse(temperature, queries), query_labels),
         PairKeys(keys, None, key_labels),
-        hardness=0.0,
-        axis_name=axis_name,
-        exchange=exchange,
-        implementation=implementation,
-        tile=tile,
+        _Execution(axis_name, exchange, implementation, tile),
     )
 
 
@@ -167,11 +169,7 @@ def pair_softplus(
         SOFTPLUS,
         PairQueries(queries, jnp.full(queries.shape[:1], scale, _wide(queries)), query_labels),
         PairKeys(keys, jnp.full(keys.shape[:1], bias, _wide(keys)), key_labels),
-        hardness=0.0,
-        axis_name=axis_name,
-        exchange=exchange,
-        implementation=implementation,
-        tile=tile,
+        _Execution(axis_name, exchange, implementation, tile),
     )
 
 
@@ -192,11 +190,7 @@ def pair_count(
         COUNT,
         PairQueries(queries, jnp.ones(queries.shape[:1], _wide(queries)), query_labels),
         PairKeys(keys, None, key_labels),
-        hardness=0.0,
-        axis_name=axis_name,
-        exchange=exchange,
-        implementation=implementation,
-        tile=tile,
+        _Execution(axis_name, exchange, implementation, tile),
     )
 
 
@@ -208,17 +202,15 @@ def _reduce_pairs(
     reduction: Reduction,
     queries: PairQueries,
     keys: PairKeys,
+    execution: _Execution,
     *,
-    hardness: float,
-    axis_name: AxisName | None,
-    exchange: str,
-    implementation: str | None,
-    tile: int | None,
+    hardness: float = 0.0,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
+    axis_name, exchange, implementation, tile = execution
     queries = queries._replace(labels=checked_labels("query_labels", queries.labels))
     keys = keys._replace(labels=checked_labels("key_labels", keys.labels))
     check_numbers("hardness", hardness, Range(least=0))
-    _check(queries, keys, exchange, implementation, tile)
+    _check(queries, keys, execution)
     by_tiles = "tiled" if implementation in (None, "reference") else implementation
     # Imported on demand, since Pallas is slow to import and only two implementations need it.
     module = importlib.import_module(f"jaxcl.ops.pairs.{by_tiles}")
@@ -316,13 +308,8 @@ def _wide(vectors: Array) -> jnp.dtype:
     return jnp.promote_types(vectors.dtype, jnp.float32)
 
 
-def _check(
-    queries: PairQueries,
-    keys: PairKeys,
-    exchange: str,
-    implementation: str | None,
-    tile: int | None,
-) -> None:
+def _check(queries: PairQueries, keys: PairKeys, execution: _Execution) -> None:
+    _, exchange, implementation, tile = execution
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}"
