@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxcl.data.images.image_modality import Image
-from jaxcl.data.modality import Modality, Reader, SplitFiles
+from jaxcl.data.modality import Modality, Reader, Split
 from jaxcl.data.row_prompts import prompt_of, row_prompts
 from jaxcl.data.source_fields import read_fields
 from jaxcl.data.sources import PairSource
@@ -38,7 +38,7 @@ __all__ = [
     "Image",
     "Modality",
     "Reader",
-    "SplitFiles",
+    "Split",
     "Text",
     "build_readers",
     "check_inputs",
@@ -57,15 +57,7 @@ class Text:
 
     files: tuple[str, ...] = ("tokenizer.json",)
 
-    def usable(
-        self,
-        data: DataSettings,
-        source: PairSource,
-        *,
-        role: str,
-        sides: tuple[str, ...],
-        directory: Path,
-    ) -> PairSource:
+    def usable(self, data: DataSettings, source: PairSource, split: Split) -> PairSource:
         """All rows; those that are not texts are errors of `prepare` and `open_table`."""
         return source
 
@@ -95,16 +87,18 @@ class Text:
                 f"data.vocabulary_size={data.vocabulary_size}; set it to at least {num_ids}"
             )
 
-    def open_table(self, data: DataSettings, source: PairSource, files: SplitFiles) -> Table:
+    def open_table(
+        self, data: DataSettings, source: PairSource, split: Split, workdir: AnyPath
+    ) -> Table:
         """The split's token ids, computed once and cached in the shared folder."""
-        with progress_bar(f"tokenizing {files.role}", len(source)) as advance:
+        with progress_bar(f"tokenizing {split.role}", len(source)) as advance:
             return build_token_table(
                 source,
-                self.tokenizer(data, files.workdir),
+                self.tokenizer(data, workdir),
                 rules={side: text_rule(data, side) for side in SIDES},
-                sides=files.sides,
-                prompts=row_prompts(data, files.role, source),
-                directory=files.data_dir / "tokens",
+                sides=split.sides,
+                prompts=row_prompts(data, split.role, source),
+                directory=split.data_dir / "tokens",
                 advance=advance,
             )
 
@@ -234,8 +228,8 @@ def open_tables(
     for role, source in sources.items():
         by_side: dict[str, Table] = {}
         for sides in sides_of.values():
-            files = SplitFiles(role, sides, data_dir, workdir)
-            table = modality_of(data, sides[0]).open_table(data, source, files)
+            split = Split(role, sides, data_dir)
+            table = modality_of(data, sides[0]).open_table(data, source, split, workdir)
             by_side |= dict.fromkeys(sides, table)
         tables[role] = join_sides(by_side)
     return tables
@@ -255,7 +249,7 @@ def usable_rows(data: DataSettings, source: PairSource, role: str, *, data_dir: 
     """
     for sides in _sides_of(data).values():
         modality = modality_of(data, sides[0])
-        source = modality.usable(data, source, role=role, sides=sides, directory=data_dir)
+        source = modality.usable(data, source, Split(role, sides, data_dir))
     return source
 
 

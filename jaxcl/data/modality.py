@@ -12,26 +12,24 @@ from jaxcl.host.paths import AnyPath
 from jaxcl.settings.data_sections import DataSettings
 from jaxcl.typing import Array, Int, PyTree
 
-__all__ = ["Modality", "Reader", "SplitFiles"]
+__all__ = ["Modality", "Reader", "Split"]
 
 Reader: TypeAlias = Callable[[Sequence[Any]], PyTree]
 """A function from values of a side, such as texts, to an encoder's inputs, arrays `[n, …]`."""
 
 
-class SplitFiles(NamedTuple):
-    """The purpose of a table, and the folders for its files.
+class Split(NamedTuple):
+    """The purpose of some rows, the sides to read, and the folder for files.
 
     Attributes:
       role: the split's role, such as `"train"`.
       sides: the sides that have this modality.
       data_dir: the folder that runs share; files there are named after their content.
-      workdir: the run's own folder.
     """
 
     role: str
     sides: tuple[str, ...]
     data_dir: Path
-    workdir: AnyPath
 
 
 @runtime_checkable
@@ -44,23 +42,13 @@ class Modality(Protocol):
 
     files: tuple[str, ...]
 
-    def usable(
-        self,
-        data: DataSettings,
-        source: PairSource,
-        *,
-        role: str,
-        sides: tuple[str, ...],
-        directory: Path,
-    ) -> PairSource:
+    def usable(self, data: DataSettings, source: PairSource, split: Split) -> PairSource:
         """The rows of a data set whose values of these sides can be read.
 
         Args:
           data: the run's settings.
           source: the rows of one data set.
-          role: the split's role, such as `"train"`.
-          sides: the sides that have this modality.
-          directory: the folder that runs share.
+          split: the rows' purpose, and the sides.
         """
 
     def prepare(
@@ -68,7 +56,9 @@ class Modality(Protocol):
     ) -> None:
         """Write to the workdir the files on which these sides' inputs depend, if missing."""
 
-    def open_table(self, data: DataSettings, source: PairSource, files: SplitFiles) -> Table:
+    def open_table(
+        self, data: DataSettings, source: PairSource, split: Split, workdir: AnyPath
+    ) -> Table:
         """The table of a split, with the sides that have this modality."""
 
     def reader(self, data: DataSettings, side: str, workdir: AnyPath) -> Reader:

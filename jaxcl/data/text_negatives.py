@@ -26,7 +26,7 @@ import numpy as np
 
 from jaxcl.data.column_folder import cached_columns
 from jaxcl.data.modalities import modality_of
-from jaxcl.data.modality import SplitFiles
+from jaxcl.data.modality import Split
 from jaxcl.data.negative_lists import (
     NegativeLists,
     NegativeTexts,
@@ -231,8 +231,8 @@ def _open_texts(
     workdir: AnyPath,
 ) -> Table:
     """The distinct negatives as inputs."""
-    files = SplitFiles(_ROLE, ("key",), data_dir, workdir)
-    return modality_of(data, "key").open_table(data, NegativeTexts(source, lists), files)
+    split = Split(_ROLE, ("key",), data_dir)
+    return modality_of(data, "key").open_table(data, NegativeTexts(source, lists), split, workdir)
 
 
 def _labels(lists: NegativeLists, texts: Table, table: Table) -> dict[str, Int[np.ndarray, " _"]]:

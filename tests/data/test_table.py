@@ -55,7 +55,7 @@ class Numbers:
 
     files = ("numbers.txt",)
 
-    def usable(self, data, source, *, role, sides, directory):
+    def usable(self, data, source, split):
         return source
 
     def changed(self, workdir):
@@ -64,7 +64,7 @@ class Numbers:
     def prepare(self, data, train, sides, workdir):
         (workdir / "numbers.txt").write_text("prepared")
 
-    def open_table(self, data, source, files):
+    def open_table(self, data, source, split, workdir):
         return NumberTable([record["query"] for record in source.read(np.arange(len(source)))])
 
     def reader(self, data, side, workdir):

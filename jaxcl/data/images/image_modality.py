@@ -13,7 +13,7 @@ from jaxcl.data.images.checked_images import check_images, usable_images
 from jaxcl.data.images.decoder_probe import decoder_fingerprint, decoder_name
 from jaxcl.data.images.decoding import image_rule
 from jaxcl.data.images.image_table import ImageTable, decode_images, image_spec
-from jaxcl.data.modality import Reader, SplitFiles
+from jaxcl.data.modality import Reader, Split
 from jaxcl.data.row_labels import equal_rows, split_labels
 from jaxcl.data.sources import PairSource
 from jaxcl.data.table import Table
@@ -35,20 +35,16 @@ class Image:
 
     files: tuple[str, ...] = ("images.json",)
 
-    def usable(
-        self,
-        data: DataSettings,
-        source: PairSource,
-        *,
-        role: str,
-        sides: tuple[str, ...],
-        directory: Path,
-    ) -> PairSource:
+    def usable(self, data: DataSettings, source: PairSource, split: Split) -> PairSource:
         """The rows whose images can be decoded; all images are decoded the first time."""
         checked = check_images(
-            source, sides, image_rule(data), role=role, directory=directory / _FOLDER
+            source,
+            split.sides,
+            image_rule(data),
+            role=split.role,
+            directory=split.data_dir / _FOLDER,
         )
-        return usable_images(source, checked, role=role, bad=data.images.bad)
+        return usable_images(source, checked, role=split.role, bad=data.images.bad)
 
     def prepare(
         self, data: DataSettings, train: PairSource, sides: tuple[str, ...], workdir: AnyPath
@@ -59,20 +55,22 @@ class Image:
             description = {"decoder": decoder_name(), "fingerprint": decoder_fingerprint()}
             write_whole(workdir / name, json.dumps(description, indent=2) + "\n")
 
-    def open_table(self, data: DataSettings, source: PairSource, files: SplitFiles) -> Table:
+    def open_table(
+        self, data: DataSettings, source: PairSource, split: Split, workdir: AnyPath
+    ) -> Table:
         """The split's images, which are decoded when a batch needs them."""
         rule = image_rule(data)
         checked = check_images(
-            source, files.sides, rule, role=files.role, directory=files.data_dir / _FOLDER
+            source, split.sides, rule, role=split.role, directory=split.data_dir / _FOLDER
         )
-        numbers = [equal_rows(checked.digests[side]) for side in files.sides]
+        numbers = [equal_rows(checked.digests[side]) for side in split.sides]
         labels = split_labels(source, checked.group, numbers)
         return ImageTable(
             source,
             rule,
             group=labels["group"],
             text=labels["text"],
-            both_equal=_both_equal([checked.digests[side] for side in files.sides]),
+            both_equal=_both_equal([checked.digests[side] for side in split.sides]),
         )
 
     def reader(self, data: DataSettings, side: str, workdir: AnyPath) -> Reader:
