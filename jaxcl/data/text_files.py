@@ -21,6 +21,7 @@ from jaxcl.host.paths import AnyPath
 __all__ = [
     "TEXT_FILES",
     "is_text_file",
+    "json_object",
     "kind_of",
     "read_records",
     "read_rows",
@@ -204,13 +205,18 @@ def _plain_lines(file: Any, fields: Sequence[str] | None) -> Records:
 
 def _json_lines(file: Any, fields: Sequence[str] | None) -> Records:
     for number, line in _lines(file):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"line {number} is not JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"line {number} is not a JSON object")
-        yield f"line {number}", record
+        yield f"line {number}", json_object(line, f"line {number}")
+
+
+def json_object(text: str, name: str) -> dict[str, Any]:
+    """Parse a JSON object; raises a `ValueError` that names it for any other text."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{name} is not a JSON object")
+    return record
 
 
 def _separated(file: Any, fields: Sequence[str] | None, *, delimiter: str) -> Records:

@@ -5,12 +5,12 @@ the path up to the first dot of the file's name, and the rest is the extension, 
 members of a key must be adjacent. Images are not copied: a row has their position in the tar.
 """
 
-import json
 import tarfile
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from jaxcl.data.images.image_references import TarMember
+from jaxcl.data.text_files import json_object
 from jaxcl.settings.file_kinds import IMAGE_SUFFIXES
 
 __all__ = ["tar_fields", "tar_rows"]
@@ -154,10 +154,5 @@ def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
 
 
 def _entries(text: str, name: str) -> dict[str, Any]:
-    try:
-        entries = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON ({error})") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"{name} is not a JSON object")
+    entries = json_object(text, name)
     return {f"{_JSON_PREFIX}{entry}": value for entry, value in entries.items()}
