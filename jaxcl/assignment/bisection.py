@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcl.assignment.graph import PairGraph, segments_of_neighbours, weights_within
+from jaxcl.assignment.graph import Edges, PairGraph, segments_of_neighbours, weights_within
 from jaxcl.assignment.place import Place
 from jaxcl.assignment.swaps import Segments, most_first, refine, segments_of, swap
 from jaxcl.ops.grid import on_grid
@@ -175,6 +175,7 @@ def _split(
 
     inside = segments_of_neighbours(graph, of_row) == segment[:, None]
     weights = jnp.where(inside, weights_within(graph, of_row, place), 0)
+    edges = Edges(graph.rows, weights)
     part = _Part(jnp.zeros((place.here, 1), jnp.int32), segment, jnp.diff(segments.starts), place)
     padding = jnp.zeros(1, bool)  # padding belongs to the segment after the last one
 
@@ -189,9 +190,7 @@ def _split(
 
     def start(number: Integer[Array, ""] | int, best: tuple[Array, Array]) -> tuple[Array, Array]:
         order, most = best
-        walked = _walked(
-            graph, weights, along(number), of_row, segments, steps=effort.walks, place=place
-        )
+        walked = _walked(edges, along(number), of_row, segments, steps=effort.walks, place=place)
         candidate = by_walk(walked) if effort.walks else ordered(walked)
         weight = kept(candidate)
         # Segments choose independently; ties go to the earliest start.
@@ -260,8 +259,7 @@ def _along(
 
 
 def _walked(
-    graph: PairGraph,
-    weights: Int[Array, "n k"],
+    edges: Edges,
     along: Int[Array, " p"],
     of_row: Int[Array, " p"],
     segments: Segments,
@@ -271,7 +269,7 @@ def _walked(
 ) -> Int[Array, " p"]:
     """How far each row lies along a direction, after a walk on the graph within its segment.
 
-    `weights` are 0 for neighbours outside the row's segment.
+    Weights are 0 for neighbours outside the row's segment.
 
     Each step replaces a row's value by a quarter of it plus the weighted mean over the row's edges
     in both directions. Without the quarter, two rows that are each other's only neighbour would
@@ -283,9 +281,9 @@ def _walked(
         return along
     # With weights up to 2^8 and values up to 2^11, almost 4,096 of the largest products sum to less
     # than 2^31. A row with more edges may overflow, and only gets a worse position.
-    largest = place.everyone(weights.max(1)).max()
-    weights >>= jnp.maximum(32 - lax.clz(jnp.maximum(largest - 1, 0)) - 8, 0)
-    neighbours = jnp.maximum(graph.rows, 0)  # a missing neighbour has the weight 0
+    largest = place.everyone(edges.weights.max(1)).max()
+    weights = edges.weights >> jnp.maximum(32 - lax.clz(jnp.maximum(largest - 1, 0)) - 8, 0)
+    neighbours = jnp.maximum(edges.rows, 0)  # a missing neighbour has the weight 0
     sizes = jnp.diff(segments.starts)
     alone = Place(
         None, place.num_rows

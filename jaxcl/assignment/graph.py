@@ -20,6 +20,7 @@ from jaxcl.typing import Array, AxisName, Float, Int, Integer, Scalar
 __all__ = [
     "UNIT",
     "Affinity",
+    "Edges",
     "PairGraph",
     "TwoSided",
     "clustered_graph",
@@ -56,6 +57,18 @@ class PairGraph(NamedTuple):
     rows: Int[Array, "n k"]
     masses: Int[Array, "n k"]
     own: Int[Array, " n"]
+
+
+class Edges(NamedTuple):
+    """The neighbours of this device's rows, with weights.
+
+    Attributes:
+      rows: neighbours, by row number in the whole data set; `-1` for none.
+      weights: the weight of each neighbour.
+    """
+
+    rows: Int[Array, "n k"]
+    weights: Int[Array, "n k"]
 
 
 class TwoSided(NamedTuple):
@@ -196,7 +209,7 @@ def clustered_graph(
     return fetch(flat, place.mine(position))
 
 
-def segments_of_neighbours(graph: PairGraph, of_row: Int[Array, " p"]) -> Int[Array, "n k"]:
+def segments_of_neighbours(graph: PairGraph | Edges, of_row: Int[Array, " p"]) -> Int[Array, "n k"]:
     """The segment of each neighbour, from the segments of all rows; -1 for no neighbour."""
     return jnp.where(graph.rows >= 0, of_row[jnp.maximum(graph.rows, 0)], -1)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcl.assignment.graph import PairGraph, segments_of_neighbours, weights_within
+from jaxcl.assignment.graph import Edges, PairGraph, segments_of_neighbours, weights_within
 from jaxcl.assignment.place import Place
 from jaxcl.ops.varying import as_varying
 from jaxcl.typing import Array, Float, Int, Integer, Key
@@ -113,8 +113,8 @@ def swap(
 
     def one_round(number: Integer[Array, ""] | int, order: Array) -> Array:
         of_row = segments.of_row(order)
-        weights = weights_within(graph, of_row, place)
-        gain = _gains(graph, weights, of_row, partners, place)
+        edges = Edges(graph.rows, weights_within(graph, of_row, place))
+        gain = _gains(edges, of_row, partners, place)
         order = order[most_first(gain[order], segments)]
         # Rows of nearby ranks are paired, at a different distance in each round: two neighbours
         # that block each other's swap would otherwise stay paired forever. The two sides have
@@ -126,7 +126,7 @@ def swap(
         paired_row = jnp.zeros_like(order).at[order].set(jnp.where(paired, order[counterpart], -1))
         # Kernighan and Lin's correction: an edge between the two rows still crosses after the swap,
         # but both gains include it.
-        tie = _weight_between(graph, weights, paired_row, place)[order]
+        tie = _weight_between(edges, paired_row, place)[order]
         worth = gain[order] + gain[order[counterpart]] - 2 * (tie + tie[counterpart])
         # Both rows use the random number of the lower position. If only one of them moved, the
         # order would contain one row twice and lose another.
@@ -170,31 +170,26 @@ def refine(
 
 
 def _gains(
-    graph: PairGraph,
-    weights: Int[Array, "n k"],
-    of_row: Int[Array, " p"],
-    partners: Int[Array, " s"],
-    place: Place,
+    edges: Edges, of_row: Int[Array, " p"], partners: Int[Array, " s"], place: Place
 ) -> Int[Array, " p"]:
     """The gain over all rows from moving a row to its segment's partner."""
-    theirs, ours = segments_of_neighbours(graph, of_row), place.mine(of_row)[:, None]
+    rows, weights = edges
+    theirs, ours = segments_of_neighbours(edges, of_row), place.mine(of_row)[:, None]
     same = theirs == ours
     across = (theirs == partners[ours]) & ~same
     moved = jnp.where(across, weights, 0) - jnp.where(same, weights, 0)
     # Edges count at both ends, since a row may be a neighbour of rows on any device. Integer sums
     # depend neither on the order of the scatter nor on the number of devices.
     gain = as_varying(jnp.zeros(place.num_rows, jnp.int32), moved)
-    gain = gain.at[jnp.where(graph.rows >= 0, graph.rows, place.num_rows)].add(moved, mode="drop")
+    gain = gain.at[jnp.where(rows >= 0, rows, place.num_rows)].add(moved, mode="drop")
     mine = place.mine(gain) + moved.sum(1)
     return place.total(lax.dynamic_update_slice_in_dim(gain, mine, place.first, 0))
 
 
-def _weight_between(
-    graph: PairGraph, weights: Int[Array, "n k"], paired_row: Int[Array, " p"], place: Place
-) -> Int[Array, " p"]:
+def _weight_between(edges: Edges, paired_row: Int[Array, " p"], place: Place) -> Int[Array, " p"]:
     """The weight of the edge from each row to the row it is paired with; 0 without an edge."""
-    is_pair = (graph.rows == place.mine(paired_row)[:, None]) & (graph.rows >= 0)
-    return place.everyone(jnp.where(is_pair, weights, 0).sum(1))
+    is_pair = (edges.rows == place.mine(paired_row)[:, None]) & (edges.rows >= 0)
+    return place.everyone(jnp.where(is_pair, edges.weights, 0).sum(1))
 
 
 def _ordered(numbers: Int[Array, "*n"]) -> Int[Array, "*n"]:

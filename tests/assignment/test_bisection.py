@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxcl.assignment.bisection import Effort, _split, _walked, bisect
-from jaxcl.assignment.graph import UNIT, PairGraph, weights_within
+from jaxcl.assignment.graph import UNIT, Edges, PairGraph, weights_within
 from jaxcl.assignment.place import Place
 from jaxcl.assignment.sizes import segment_starts
 from jaxcl.assignment.swaps import most_first, refine, segments_of, swap
@@ -191,12 +191,12 @@ def test_a_walk_averages_over_the_neighbours_in_a_segment():
     place = Place(None, num_rows)
     same = (rows >= 0) & (of_row[rows] == of_row[:, None])
     given = jnp.where(same, weights_within(graph, jnp.asarray(of_row), place), 0)
-    arguments = (graph, given, jnp.asarray(along), jnp.asarray(of_row), segments)
+    arguments = (Edges(graph.rows, given), jnp.asarray(along), jnp.asarray(of_row), segments)
     found = jax.jit(functools.partial(_walked, steps=5, place=place))(*arguments)
     on_eight = jax.shard_map(
         functools.partial(_walked, steps=5, place=Place("data", num_rows // 8)),
         mesh=make_mesh({"data": 8}),
-        in_specs=(PartitionSpec("data"), PartitionSpec("data"), *3 * (PartitionSpec(),)),
+        in_specs=(PartitionSpec("data"), *3 * (PartitionSpec(),)),
         out_specs=PartitionSpec(),
     )
     np.testing.assert_array_equal(jax.jit(on_eight)(*arguments), found)
