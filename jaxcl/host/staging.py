@@ -8,10 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-try:
-    import fcntl
-except ImportError:  # on Windows the folders of killed processes stay
-    fcntl = None  # type: ignore[assignment] # checked before each use
+from jaxcl.host.file_locks import HAS_LOCKS, lock_file
 
 __all__ = ["put_in_place", "staging_folder"]
 
@@ -87,10 +84,10 @@ def _is_abandoned(folder: Path) -> bool:
 
 def _try_lock(file: IO) -> bool:
     """Take the lock until this process ends, unless another one holds it; return whether it did."""
-    if fcntl is None:
+    if not HAS_LOCKS:  # the folders of killed processes stay
         return False
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(file)
     except OSError:  # held, or a file system without locks
         return False
     return True

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcl.host.block_file import BlockFile, complete_array
+from jaxcl.host.file_locks import HAS_LOCKS, lock_file
 from jaxcl.host.files import digest_of, is_remote, read_sealed_json, write_sealed_json
 from jaxcl.host.paths import AnyPath
 from jaxcl.host.progress import progress_bar, say
@@ -32,11 +33,6 @@ from jaxcl.run.host_vectors import for_inner_products, quantized, truncated
 from jaxcl.run.image_documents import Corpus, embed_documents
 from jaxcl.run.vector_search import PRECISIONS, RESCORE, VectorSearch, share_kept
 from jaxcl.typing import Float
-
-try:
-    import fcntl
-except ImportError:  # as on Windows
-    fcntl = None  # type: ignore[assignment] # checked before each use
 
 __all__ = [
     "CorpusIndex",
@@ -366,16 +362,16 @@ def _locked(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(PermissionError):  # if this user may only read the folder
             lock = stack.enter_context((folder / _LOCK).open("a"))
-            if fcntl is not None:
+            if HAS_LOCKS:
                 _wait_for(lock, folder)
         yield
 
 
 def _wait_for(lock: Any, folder: Path) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(lock)
     except BlockingIOError:
         say(f"another process is writing the index in {folder}; waiting until it ends")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_file(lock, wait=True)
     except OSError:  # the file system does not support locks
         return

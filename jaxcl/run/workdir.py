@@ -13,6 +13,7 @@ import jax
 
 from jaxcl.data.modalities import MODALITIES
 from jaxcl.data.prepare import DATA_FILE
+from jaxcl.host.file_locks import HAS_LOCKS, lock_file
 from jaxcl.host.files import is_remote, read_json_object, write_whole
 from jaxcl.host.lease import leased
 from jaxcl.host.paths import AnyPath, as_path
@@ -30,11 +31,6 @@ from jaxcl.settings.derived import CHECKPOINTS, origin_of
 from jaxcl.settings.pretrained import COPIES, is_copy
 from jaxcl.settings.read import as_dict
 from jaxcl.settings.sections import Settings
-
-try:
-    import fcntl
-except ImportError:  # on Windows, where two runs are not kept apart
-    fcntl = None  # type: ignore[assignment] # checked before each use
 
 __all__ = [
     "CHECKPOINTS",
@@ -70,7 +66,7 @@ def lock_workdir(workdir: AnyPath) -> Iterator[None]:
             f"{workdir} is a checkpoint of a run; give {run} to resume that run, or set "
             "init_from to the checkpoint to start a new run from it, in another --workdir"
         )
-    if jax.process_index() != 0 or fcntl is None:
+    if jax.process_index() != 0 or not HAS_LOCKS:  # without locks, runs are not kept apart
         yield
         return
     with _explained(workdir):
@@ -85,7 +81,7 @@ def _locked_file(workdir: AnyPath) -> BinaryIO:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = _open_lock(path)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(lock)
         except BlockingIOError:
             lock.close()
             raise ValueError(
