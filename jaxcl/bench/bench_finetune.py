@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcl.assignment import uniform_rows
-from jaxcl.bench.benchmark_parser import benchmark_parser
+from jaxcl.bench.benchmark_parser import add_training_flags, benchmark_parser
 from jaxcl.data.prepare import open_sources
 from jaxcl.data.sources import PairSource
 from jaxcl.evaluation.retrieval import METRICS, evaluate_retrieval
@@ -68,11 +68,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--batch", type=int, default=64, help="pairs per batch")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--max-pairs", type=int, help="pairs of the data set to use (default: all)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--torch-python",
-        help="an interpreter with sentence-transformers (default: measure jaxcl only)",
-    )
+    add_training_flags(parser)
     return measure(**vars(parser.parse(argv)))
 
 

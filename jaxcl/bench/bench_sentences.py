@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxcl.bench.bench_finetune import Trained, embed, torch_spec, train_in_torch, train_jaxcl
-from jaxcl.bench.benchmark_parser import benchmark_parser
+from jaxcl.bench.benchmark_parser import add_training_flags, benchmark_parser
 from jaxcl.data.prepare import open_sources
 from jaxcl.evaluation.sts import StsSet, open_sts_set
 from jaxcl.host.progress import say
@@ -43,11 +43,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--num-pairs", type=int, default=2_048, help="training pairs of a run")
     parser.add_argument("--batch", type=int, default=64, help="pairs per batch")
     parser.add_argument("--learning-rate", type=float, default=2e-5)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--torch-python",
-        help="an interpreter with sentence-transformers (default: measure jaxcl only)",
-    )
+    add_training_flags(parser)
     return measure(**vars(parser.parse(argv)))
 
 

@@ -22,7 +22,7 @@ from jaxcl.bench.bench_finetune import (
     train_in_torch,
     train_jaxcl,
 )
-from jaxcl.bench.benchmark_parser import benchmark_parser
+from jaxcl.bench.benchmark_parser import add_training_flags, benchmark_parser
 from jaxcl.data.prepare import open_sources
 from jaxcl.host.progress import say
 from jaxcl.host.user_folders import shared_folder
@@ -36,16 +36,12 @@ __all__ = ["main", "measure"]
 def main(argv: Sequence[str]) -> dict[str, Any]:
     """Measure the default config."""
     parser = benchmark_parser("static", __doc__)
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--max-pairs", type=int, help="pairs of the data set to use (default: all)")
     parser.add_argument(
         "--torch-learning-rate", type=float, nargs="+", default=[2e-3, 2e-2], dest="torch_rates"
     )
-    parser.add_argument(
-        "--torch-python",
-        help="an interpreter with sentence-transformers (default: measure jaxcl only)",
-    )
+    add_training_flags(parser)
     return measure(**vars(parser.parse(argv)))
 
 

@@ -118,29 +118,19 @@ def user_path(text: str) -> AnyPath:
 
 def add_workdir_flag(parser: CommandParser, *, required: bool = True) -> None:
     """Add `--workdir`, the folder of a trained run, and `--trust`."""
-    _add_trust_flag(parser)
-    parser.add_argument(
-        "--workdir",
-        metavar="DIR",
-        type=user_path,
-        required=required,
-        help="the folder of a run, or WORKDIR/checkpoints/best or WORKDIR/checkpoints/STEP",
-    )
+    content = "the folder of a run, or WORKDIR/checkpoints/best or WORKDIR/checkpoints/STEP"
+    _add_trained_flag(parser, "--workdir", "DIR", content, required=required)
 
 
 def add_model_flag(parser: CommandParser) -> None:
     """Add `--model`, a folder that `jaxcl.load` can read, and `--trust`."""
-    _add_trust_flag(parser)
-    parser.add_argument(
-        "--model",
-        metavar="PATH",
-        type=user_path,
-        required=True,
-        help="the folder of a run, WORKDIR/checkpoints/best, or a pretrained or exported model",
-    )
+    content = "the folder of a run, WORKDIR/checkpoints/best, or a pretrained or exported model"
+    _add_trained_flag(parser, "--model", "PATH", content)
 
 
-def _add_trust_flag(parser: CommandParser) -> None:
+def _add_trained_flag(
+    parser: CommandParser, name: str, metavar: str, content: str, *, required: bool = True
+) -> None:
     parser.add_argument(
         "--trust",
         metavar="PACKAGE",
@@ -148,6 +138,7 @@ def _add_trust_flag(parser: CommandParser) -> None:
         default=[],
         help="allow the run to import its encoder or data source from this package",
     )
+    parser.add_argument(name, metavar=metavar, type=user_path, required=required, help=content)
 
 
 def add_process_flags(parser: CommandParser) -> None:
