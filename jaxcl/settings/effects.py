@@ -8,6 +8,7 @@ from jaxcl.settings.derived import MASKS, cut_sides, ranking_methods
 from jaxcl.settings.file_kinds import reads_files
 from jaxcl.settings.parts import SCHEDULE_FIELDS
 from jaxcl.settings.sections import Settings
+from jaxcl.typing import SIDES
 
 __all__ = ["check_effects"]
 
@@ -39,6 +40,23 @@ def _of_schedule(field: str) -> _Unread:
 
     reason = f"optimizer.schedule would have to be one of {readers}"
     return _Unread((f"optimizer.{field}",), holds, reason)
+
+
+def _prompt_unread(side: str) -> _Unread:
+    return _Unread(
+        (f"data.prompts.{side}",),
+        lambda s: getattr(s.data.modality, side) != "text",
+        f"data.modality.{side}='text' reads it",
+    )
+
+
+def _bank_unread(field: str, *, kind: str) -> _Unread:
+    """A field of `negatives.bank` that one kind of bank reads."""
+    return _Unread(
+        (f"negatives.bank.{field}",),
+        lambda s: s.negatives.bank.kind != kind,
+        f"negatives.bank.kind={kind!r} reads it",
+    )
 
 
 _UNREAD = (
@@ -92,31 +110,14 @@ _UNREAD = (
         lambda s: "image" not in s.data.modality,
         "data.modality.query='image' or data.modality.key='image' reads it",
     ),
-    _Unread(
-        ("data.prompts.query",),
-        lambda s: s.data.modality.query != "text",
-        "data.modality.query='text' reads it",
-    ),
-    _Unread(
-        ("data.prompts.key",),
-        lambda s: s.data.modality.key != "text",
-        "data.modality.key='text' reads it",
-    ),
+    *(_prompt_unread(side) for side in SIDES),
     _Unread(
         ("data.exclude_prompt",),
         lambda s: s.model.name in ENCODERS and s.model.key.name in (None, *ENCODERS),
         "the pooling of model.pretrained reads it",
     ),
-    _Unread(
-        ("negatives.bank.slots",),
-        lambda s: s.negatives.bank.kind != "queue",
-        "negatives.bank.kind='queue' reads it",
-    ),
-    _Unread(
-        ("negatives.bank.momentum",),
-        lambda s: s.negatives.bank.kind != "instance",
-        "negatives.bank.kind='instance' reads it",
-    ),
+    _bank_unread("slots", kind="queue"),
+    _bank_unread("momentum", kind="instance"),
     _Unread(
         ("negatives.bank.dtype",),
         lambda s: s.negatives.bank.kind is None,
