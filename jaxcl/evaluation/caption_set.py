@@ -18,7 +18,6 @@ import numpy as np
 from jaxcl.data.images.image_files import ImageFiles, file_inside
 from jaxcl.data.text_files import is_text_file, read_records
 from jaxcl.evaluation.caption_ranks import CaptionPairs, rank_captions
-from jaxcl.evaluation.differences import Difference
 from jaxcl.evaluation.per_item import mean_differences, mean_figures, values_of_items
 from jaxcl.evaluation.protocol import Encode
 from jaxcl.host.files import read_regular
@@ -123,13 +122,7 @@ class CaptionSet:
         sizes = {"images": len(data.images), "captions": len(data.captions)}
         return {**mean_figures(measured), **sizes, "pairs": len(data.pairs.images)}
 
-    def differences(
-        self,
-        measured: Mapping[str, Float[np.ndarray, " n"]],
-        baseline: Mapping[str, Float[np.ndarray, " n"]],
-    ) -> dict[str, Difference]:
-        """The difference of each metric between two models."""
-        return mean_differences(measured, baseline)
+    differences = staticmethod(mean_differences)
 
 
 def has_captions(path: AnyPath) -> bool:

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from jaxcl.data.images.image_files import ImageFiles
-from jaxcl.evaluation.differences import Difference
 from jaxcl.evaluation.labelled_images import read_class_folders
 from jaxcl.evaluation.per_item import mean_differences, mean_figures
 from jaxcl.evaluation.protocol import Encode
@@ -120,13 +119,7 @@ class ZeroShotSet:
         sizes = {"images": len(self._images), "classes": len(self._names)}
         return {**mean_figures(measured), **sizes, "templates": len(self._templates)}
 
-    def differences(
-        self,
-        measured: Mapping[str, Float[np.ndarray, " n"]],
-        baseline: Mapping[str, Float[np.ndarray, " n"]],
-    ) -> dict[str, Difference]:
-        """The difference of each metric between two models."""
-        return mean_differences(measured, baseline)
+    differences = staticmethod(mean_differences)
 
 
 def class_embeddings(
