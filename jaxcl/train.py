@@ -29,8 +29,9 @@ from jaxcl.data.row_negatives import RowNegatives
 from jaxcl.data.saved_rows import save_rows
 from jaxcl.data.table import label_column
 from jaxcl.evaluation.check_held_out import check_evaluation
-from jaxcl.evaluation.held_out import evaluate_run, quick_metrics
+from jaxcl.evaluation.held_out import evaluate_run, quick_metrics, quick_positives
 from jaxcl.evaluation.in_training import TrainingSets, check_best_metric, open_sets, sets_table
+from jaxcl.evaluation.known_positives import KnownPositives
 from jaxcl.evaluation.sheets import Sheets
 from jaxcl.host.agreement import check_processes_agree
 from jaxcl.host.command import join_processes, run_command
@@ -177,7 +178,8 @@ def train(
                 batches = RunBatches(training, data, workdir)
                 sheets = Sheets(settings, data, workdir)
                 sheets.views(training, state)
-                run = _Run(training, data, sets, batches, sheets, checkpoints, writer)
+                positives = functools.cache(functools.partial(quick_positives, settings, data))
+                run = _Run(training, data, sets, positives, batches, sheets, checkpoints, writer)
                 if record.get("finished") and not run.ends(progress):
                     # A run skips the refreshes after its last step, but now more steps follow.
                     progress = progress._replace(state=run.refreshed(state))
@@ -235,6 +237,7 @@ class _Run(NamedTuple):
     training: Training
     data: RunData
     sets: TrainingSets
+    positives: Callable[[], KnownPositives]
     batches: RunBatches
     sheets: Sheets
     checkpoints: Checkpoints
@@ -255,8 +258,13 @@ class _Run(NamedTuple):
     def scores(self, step: int, state: TrainState) -> dict[str, float]:
         """The metrics of the validation split and of the evaluation sets."""
         encoder, settings = self.training.encoder(state, self.data.readers), self.training.settings
-        look = functools.partial(self.sheets.evaluated, step)
-        quick = quick_metrics(settings, encoder, self.data, look=look)
+        quick = quick_metrics(
+            settings,
+            encoder,
+            self.data,
+            positives=self.positives,
+            look=functools.partial(self.sheets.evaluated, step),
+        )
         return quick | self.sets.scores(step, encoder)
 
     def save(self, step: int, state: TrainState, best: Best | None, *, finished: bool) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from jaxcl.configs import pairs
 from jaxcl.data.images.decoding import ImageRule, decode_image
+from jaxcl.evaluation import held_out
 from jaxcl.run.opened import open_run
 from jaxcl.train import train
 from tests.data.images.test_image_files import picture
@@ -100,3 +101,18 @@ def test_two_views_of_one_image_train(captions, tmp_path):
     )
     results = train(config, tmp_path)
     assert sum(results["rows"].values()) == 39  # an image is one row, whatever its captions
+
+
+def test_contents_are_compared_once_for_all_evaluations_of_a_run(captions, tmp_path, monkeypatch):
+    reads = []
+    read_numbers = held_out.read_numbers
+
+    def noted(*arguments):
+        reads.append("read")
+        return read_numbers(*arguments)
+
+    monkeypatch.setattr(held_out, "read_numbers", noted)
+    train(config_of(captions, **{"run.evaluate_every": 1}), tmp_path)
+    assert len(reads) == 2  # in training, and in the final evaluation
+    names = [set(record) for record in unclocked(tmp_path)]
+    assert sum("validation/dense/mrr@10" in record for record in names) == STEPS

@@ -1,7 +1,7 @@
 """Read some fields of a source's rows, name a row's place, and leave rows out of a source."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -10,9 +10,21 @@ from jaxcl.data.row_ranges import RowRange
 from jaxcl.data.sources import PairSource, checked_rows
 from jaxcl.typing import Int
 
-__all__ = ["FieldSource", "PlacedSource", "SelectedPairs", "read_fields", "row_place"]
+__all__ = [
+    "FieldSource",
+    "PlacedSource",
+    "SelectedPairs",
+    "file_of_row",
+    "iterate_fields",
+    "read_fields",
+    "row_place",
+    "rows_that_fit",
+]
 
 _Rows = Sequence[int] | np.ndarray
+
+_FIRST_ROWS, _MOST_ROWS = 16, 4096
+_BYTES_AT_ONCE = 64 * 2**20
 
 
 @runtime_checkable
@@ -46,10 +58,47 @@ def read_fields(source: PairSource, rows: _Rows, names: Sequence[str]) -> list[d
     ]
 
 
+def iterate_fields(
+    source: PairSource, rows: _Rows, names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Read some fields of rows one after the other, with few of them in memory.
+
+    Batches grow from 16 to 4,096 rows, as long as they have about 64 MiB: many texts, but few
+    images.
+
+    Args:
+      source, rows, names: as for `read_fields`.
+    """
+    first, count = 0, _FIRST_ROWS
+    while first < len(rows):
+        part = read_fields(source, rows[first : first + count], names)
+        yield from part
+        first += len(part)
+        count = min(rows_that_fit(part, _BYTES_AT_ONCE), 2 * count, _MOST_ROWS)
+
+
+def rows_that_fit(records: Sequence[Mapping[str, Any]], num_bytes: int) -> int:
+    """The number of rows, at least 1, that have about this many bytes if they are like these."""
+    size = sum(_size(value) for record in records for value in record.values())
+    return max(1, num_bytes * len(records) // max(size, 1))
+
+
+def _size(value: Any) -> int:
+    """About the bytes of a value."""
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    return len(value) if isinstance(value, bytes | str) else 0
+
+
 def row_place(source: PairSource, side: str, row: int) -> str:
     """Name a row, with its file if the source knows it, for messages."""
-    place = source.place(side, row) if isinstance(source, PlacedSource) else None
+    place = file_of_row(source, side, row)
     return f"row {row:,}" if place is None else f"row {row:,} ({place})"
+
+
+def file_of_row(source: PairSource, side: str, row: int) -> str | None:
+    """The name of the file with a row's value, if the source knows it."""
+    return source.place(side, row) if isinstance(source, PlacedSource) else None
 
 
 class SelectedPairs:
@@ -94,9 +143,7 @@ class SelectedPairs:
 
     def place(self, side: str, row: int) -> str | None:
         """The name of a row's file."""
-        if isinstance(self.source, PlacedSource):
-            return self.source.place(side, int(self.chosen[row]))
-        return None
+        return file_of_row(self.source, side, int(self.chosen[row]))
 
     def _of_source(self, rows: _Rows) -> Int[np.ndarray, " b"]:
         return self.chosen[np.array(checked_rows(rows, num_rows=len(self)), np.int64)]

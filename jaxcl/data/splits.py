@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcl.data.pair_files import open_pair_files, report_shared_queries
 from jaxcl.data.row_ranges import RowRange, check_held_out
-from jaxcl.data.source_fields import PlacedSource, read_fields
+from jaxcl.data.source_fields import file_of_row, read_fields
 from jaxcl.data.sources import PairSource, checked_rows, open_pairs
 from jaxcl.settings.data_sections import DataSet, DataSettings
 from jaxcl.settings.file_kinds import reads_files
@@ -86,9 +86,7 @@ class ConcatenatedPairs:
         """The name of a row's file."""
         number = int(np.searchsorted(self._edges, row, side="right")) - 1
         data_set = self._data_sets[number]
-        if isinstance(data_set, PlacedSource):
-            return data_set.place(side, row - int(self._edges[number]))
-        return None
+        return file_of_row(data_set, side, row - int(self._edges[number]))
 
     def _read(
         self,

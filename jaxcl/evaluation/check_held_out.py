@@ -1,8 +1,7 @@
 """Checks, before a run starts, that its held-out splits support `settings.evaluation`."""
 
-import numpy as np
-
 from jaxcl.data.prepare import RunData
+from jaxcl.data.source_fields import iterate_fields, read_fields
 from jaxcl.data.sources import PairSource
 from jaxcl.evaluation.held_out import HELD_OUT
 from jaxcl.evaluation.retrieval import lexical_tokens
@@ -11,8 +10,6 @@ from jaxcl.settings.sections import Settings
 
 __all__ = ["check_evaluation"]
 
-_ROWS_AT_ONCE = 64
-
 
 def check_evaluation(settings: Settings, data: RunData) -> None:
     """Raise a `ValueError` if a held-out split does not support `settings.evaluation`.
@@ -20,7 +17,7 @@ def check_evaluation(settings: Settings, data: RunData) -> None:
     BM25 needs a word in at least one key, so the check reads keys until it finds one.
     """
     for split in set(HELD_OUT) & set(data.sources) if settings.evaluation.exclude_groups else ():
-        if "group" not in data.sources[split].read([0])[0]:
+        if "group" not in read_fields(data.sources[split], [0], ("group",))[0]:
             raise ValueError(
                 f"evaluation.exclude_groups=True, but the rows of the {split} split have no group; "
                 "set data.group_field"
@@ -36,8 +33,5 @@ def check_evaluation(settings: Settings, data: RunData) -> None:
 
 
 def _has_words(source: PairSource) -> bool:
-    for first in range(0, len(source), _ROWS_AT_ONCE):
-        records = source.read(np.arange(first, min(first + _ROWS_AT_ONCE, len(source))))
-        if any(lexical_tokens(record["key"]) for record in records):
-            return True
-    return False
+    records = iterate_fields(source, range(len(source)), ("key",))
+    return any(lexical_tokens(record["key"]) for record in records)

@@ -121,7 +121,7 @@ def _results(
 
     def of_rows(split: str, side: str) -> Float[np.ndarray, "n d"]:
         rows = RowValues(sources[split], side, np.arange(len(sources[split])))
-        return of_texts(split, side, rows if model.modality[side] == "image" else rows.read())
+        return of_texts(split, side, rows if model.modality[side] == "image" else list(rows))
 
     def groups(split: str) -> Int[np.ndarray, " n"]:
         return read_groups(sources[split])

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jaxcl.data.modalities import build_readers
 from jaxcl.data.prepare import RunData
 from jaxcl.data.row_prompts import row_prompts
+from jaxcl.data.source_fields import iterate_fields
 from jaxcl.data.sources import PairSource
 from jaxcl.data.table import label_column
 from jaxcl.evaluation.described import describe_environment, json_values
@@ -54,6 +55,7 @@ __all__ = [
     "held_out_summary",
     "quick_metric_names",
     "quick_metrics",
+    "quick_positives",
 ]
 
 HELD_OUT = ("validation", "test")
@@ -103,6 +105,7 @@ def quick_metrics(
     encoder: Encoder,
     data: RunData,
     *,
+    positives: Callable[[], KnownPositives] | None = None,
     look: Callable[[Ranked], None] = lambda ranked: None,
 ) -> dict[str, float]:
     """The metrics of dense retrieval over the validation split, for reports during training.
@@ -113,15 +116,13 @@ def quick_metrics(
       settings: the settings of the run.
       encoder: the model.
       data: the data of the run.
+      positives: returns `quick_positives`, which the call computes by default.
       look: called with the embeddings, if there is a validation split.
     """
     if "validation" not in data.tables:
         return {}
-    table, source = data.tables["validation"], data.sources["validation"]
-    queries, keys = (encoder.embed(side, table) for side in SIDES)
-    numbers = together(lambda: read_numbers(source, label_column(table, "text")))
-    groups = label_column(table, "group") if settings.evaluation.exclude_groups else None
-    known = known_positives(numbers["query"], numbers["key"], groups)
+    queries, keys = (encoder.embed(side, data.tables["validation"]) for side in SIDES)
+    known = quick_positives(settings, data) if positives is None else positives()
     ranks = _ranked(None, None, queries, keys, known, methods=("dense",))["dense"].ranks
     look(Ranked(queries, keys, known))
     means = {
@@ -129,6 +130,17 @@ def quick_metrics(
         for name in _QUICK_METRICS
     }
     return means | {"validation/keys": len(keys)}  # the metrics depend on their number
+
+
+def quick_positives(settings: Settings, data: RunData) -> KnownPositives:
+    """The known positives of the validation split, for `quick_metrics`.
+
+    They are the same in all evaluations of a run, but reading the rows takes long for images.
+    """
+    table, source = data.tables["validation"], data.sources["validation"]
+    numbers = together(lambda: read_numbers(source, label_column(table, "text")))
+    groups = label_column(table, "group") if settings.evaluation.exclude_groups else None
+    return known_positives(numbers["query"], numbers["key"], groups)
 
 
 def evaluate_run(
@@ -270,12 +282,12 @@ def _variant(settings: Settings, sides: Sequence[str]) -> str:
 
 def _texts(source: PairSource) -> dict[str, list[str] | None]:
     """The texts of all rows by side."""
-    records = source.read(np.arange(len(source)))
+    records = list(iterate_fields(source, range(len(source)), SIDES))
     return {side: [record[side] for record in records] for side in SIDES}
 
 
 def _masked_keys(source: PairSource) -> list[str]:
-    records = source.read(np.arange(len(source)))
+    records = iterate_fields(source, range(len(source)), ("key", "name"))
     return [mask_name(record["key"], record["name"]) for record in records]
 
 

@@ -5,6 +5,7 @@ separately, so the query's other keys would count as errors although the data sa
 correct. They are therefore excluded from the ranking, as if the pool did not contain them.
 """
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,12 +13,13 @@ import numpy as np
 
 from jaxcl.data.row_digests import as_digests, text_digest
 from jaxcl.data.row_labels import equal_rows, joined_numbers
+from jaxcl.data.source_fields import iterate_fields
 from jaxcl.data.sources import PairSource
 from jaxcl.typing import SIDES, Float, Int
 
 __all__ = [
     "KnownPositives",
-    "content_of",
+    "content_digest",
     "known_positives",
     "rank_last",
     "read_groups",
@@ -25,7 +27,7 @@ __all__ = [
     "read_numbers",
 ]
 
-_ROWS_AT_ONCE = 4096
+_HASHED_AT_ONCE = 2**20
 
 
 class KnownPositives(NamedTuple):
@@ -48,7 +50,7 @@ class KnownPositives(NamedTuple):
     row_starts: Int[np.ndarray, " _"]
     rows: Int[np.ndarray, " n"]
 
-    def part(self, queries: slice) -> "KnownPositives":
+    def part(self, queries: slice | Int[np.ndarray, " _"]) -> "KnownPositives":
         """The same pool for some of the queries."""
         return self._replace(queries=self.queries[queries])
 
@@ -144,11 +146,9 @@ def read_numbers(
     numbers = {side: np.arange(len(source)) for side in SIDES}
     rows = np.arange(len(source)) if labels is None else _rows_with_shared_label(labels)
     digests = {side: bytearray() for side in SIDES}
-    for first in range(0, len(rows), _ROWS_AT_ONCE):
-        chunk = rows[first : first + _ROWS_AT_ONCE]
-        for row, record in zip(chunk.tolist(), source.read(chunk), strict=True):
-            for side in SIDES:
-                digests[side] += text_digest(content_of(record[side], row))
+    for row, record in zip(rows.tolist(), iterate_fields(source, rows, SIDES), strict=True):
+        for side in SIDES:
+            digests[side] += content_digest(record[side], row)
     for side in SIDES:
         numbers[side][rows] = rows[equal_rows(as_digests(digests[side]))]
     return numbers
@@ -161,12 +161,10 @@ def read_groups(source: PairSource) -> Int[np.ndarray, " n"]:
       ValueError: if the rows have no group.
     """
     groups = np.empty(len(source), np.int64)
-    for first in range(0, len(source), _ROWS_AT_ONCE):
-        rows = np.arange(first, min(first + _ROWS_AT_ONCE, len(source)))
-        for row, record in zip(rows.tolist(), source.read(rows), strict=True):
-            if "group" not in record:
-                raise ValueError("the rows have no group; set data.group_field")
-            groups[row] = record["group"]
+    for row, record in enumerate(iterate_fields(source, range(len(source)), ("group",))):
+        if "group" not in record:
+            raise ValueError("the rows have no group; set data.group_field")
+        groups[row] = record["group"]
     return groups
 
 
@@ -184,15 +182,24 @@ def rank_last(scores: Float[np.ndarray, "t n"], keys: Mapping[int, Int[np.ndarra
         scores[row, columns] = lowest - np.maximum(1, np.abs(lowest))
 
 
-def content_of(value: Any, row: int) -> str:
-    """A text that rows with equal content share; only texts, arrays and files are compared."""
+def content_digest(value: Any, row: int) -> bytes:
+    """A digest that rows with equal content share; only texts, arrays and files are compared."""
     if isinstance(value, str):
-        return f"text {value}"
+        return text_digest(f"text {value}")
     if isinstance(value, np.ndarray):
-        return f"array {value.dtype} {value.shape} {np.ascontiguousarray(value).tobytes().hex()}"
+        head = f"array {value.dtype} {value.shape} "
+        return _hex_digest(head, np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     if isinstance(value, bytes):
-        return f"bytes {value.hex()}"
-    return f"row {row}"
+        return _hex_digest("bytes ", memoryview(value))
+    return text_digest(f"row {row}")
+
+
+def _hex_digest(head: str, content: memoryview) -> bytes:
+    """The digest of a text and hexadecimal digits, without all digits in memory."""
+    digest = hashlib.blake2b(head.encode(), digest_size=16)
+    for first in range(0, len(content), _HASHED_AT_ONCE):
+        digest.update(content[first : first + _HASHED_AT_ONCE].hex().encode())
+    return digest.digest()
 
 
 def _rows_with_shared_label(labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " _"]:

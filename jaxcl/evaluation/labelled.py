@@ -1,20 +1,19 @@
 """Labelled values for classifiers: their parts, and the labelled rows of a data source."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxcl.data.row_digests import text_digest
+from jaxcl.data.source_fields import iterate_fields, read_fields
 from jaxcl.data.sources import PairSource
-from jaxcl.evaluation.known_positives import content_of
+from jaxcl.evaluation.known_positives import content_digest
 from jaxcl.typing import Int
 
 __all__ = ["PARTS", "LabelledParts", "RowValues", "part_of", "read_labelled_rows"]
 
 PARTS = ("train", "validation", "test")
-_ROWS_AT_ONCE = 4096
 
 
 class LabelledParts(NamedTuple):
@@ -53,12 +52,13 @@ class RowValues(Sequence[Any]):
     def __getitem__(self, row):
         if isinstance(row, slice):
             return RowValues(self._source, self._side, self._rows[row])
-        (record,) = self._source.read([int(self._rows[row])])
+        (record,) = read_fields(self._source, [int(self._rows[row])], (self._side,))
         return record[self._side]
 
-    def read(self) -> list[Any]:
-        """All values at once, which is faster if they fit into memory."""
-        return [record[self._side] for record in self._source.read(self._rows)]
+    def __iter__(self) -> Iterator[Any]:
+        """Yield all values, of which only few are in memory."""
+        for record in iterate_fields(self._source, self._rows, (self._side,)):
+            yield record[self._side]
 
 
 def part_of(digest: bytes, *, test_share: float = 0.2, validation_share: float = 0.2) -> str:
@@ -120,13 +120,9 @@ def read_labelled_rows(train: PairSource, test: PairSource | None, *, side: str)
 def _contents(source: PairSource, side: str) -> tuple[list[bytes], Int[np.ndarray, " n"]]:
     """The digest of a side and the group of each row."""
     digests, groups = [], np.empty(len(source), np.int64)
-    for first in range(0, len(source), _ROWS_AT_ONCE):
-        rows = np.arange(first, min(first + _ROWS_AT_ONCE, len(source)))
-        for row, record in zip(rows.tolist(), source.read(rows), strict=True):
-            if "group" not in record:
-                raise ValueError(
-                    "the rows have no group, which is their class; set data.group_field"
-                )
-            groups[row] = record["group"]
-            digests.append(text_digest(content_of(record[side], row)))
+    for row, record in enumerate(iterate_fields(source, range(len(source)), (side, "group"))):
+        if "group" not in record:
+            raise ValueError("the rows have no group, which is their class; set data.group_field")
+        groups[row] = record["group"]
+        digests.append(content_digest(record[side], row))
     return digests, groups

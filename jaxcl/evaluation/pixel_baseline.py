@@ -14,6 +14,7 @@ import numpy as np
 from jaxcl.data.images.decoding import ImageRule, image_rule
 from jaxcl.data.images.image_table import decode_images
 from jaxcl.data.sources import PairSource
+from jaxcl.evaluation.labelled import RowValues
 from jaxcl.evaluation.retrieval import BM25
 from jaxcl.settings.data_sections import DataSettings
 from jaxcl.typing import Float, Int
@@ -61,14 +62,15 @@ def pixel_scorer(
         )
     if images[0]:
         queries = _all_pixels(source, asking, rule)
-        texts = _texts(sources["train"], ranked, _nearest(queries, sources["train"], asking, rule))
+        nearest = _nearest(queries, sources["train"], asking, rule)
+        texts = list(RowValues(sources["train"], ranked, nearest))
         index = BM25(_all_texts(source, ranked))
         return lambda rows: index.scores(texts[rows])
     keys = _all_pixels(source, ranked, rule)
     nearest = _nearest_texts(_all_texts(source, asking), _all_texts(sources["train"], asking))
 
     def scores(rows: slice) -> Float[np.ndarray, "t n"]:
-        pictures = _values(sources["train"], ranked, nearest[rows])
+        pictures = RowValues(sources["train"], ranked, nearest[rows])
         return _products(pixel_vectors(pictures, rule), keys)
 
     return scores
@@ -93,7 +95,7 @@ def _nearest(
     best = np.full(len(queries), -np.inf, np.float32)
     nearest = np.zeros(len(queries), np.int64)
     for rows in _chunks(len(train)):
-        scores = _products(queries, pixel_vectors(_values(train, side, rows), rule))
+        scores = _products(queries, pixel_vectors(RowValues(train, side, rows), rule))
         highest = scores.argmax(1)
         values = scores[np.arange(len(queries)), highest]
         better = values > best
@@ -117,21 +119,12 @@ def _products(
 
 
 def _all_pixels(source: PairSource, side: str, rule: ImageRule) -> Float[np.ndarray, "n pixels"]:
-    parts = [pixel_vectors(_values(source, side, rows), rule) for rows in _chunks(len(source))]
+    parts = [pixel_vectors(RowValues(source, side, rows), rule) for rows in _chunks(len(source))]
     return np.concatenate(parts)
 
 
 def _all_texts(source: PairSource, side: str) -> list[str]:
-    return _texts(source, side, np.arange(len(source)))
-
-
-def _texts(source: PairSource, side: str, rows: Int[np.ndarray, " n"]) -> list[str]:
-    chunks = (rows[first : first + _ROWS_AT_ONCE] for first in range(0, len(rows), _ROWS_AT_ONCE))
-    return [text for chunk in chunks for text in _values(source, side, chunk)]
-
-
-def _values(source: PairSource, side: str, rows: Int[np.ndarray, " n"]) -> list:
-    return [record[side] for record in source.read(rows)]
+    return list(RowValues(source, side, np.arange(len(source))))
 
 
 def _chunks(num_rows: int) -> Iterator[Int[np.ndarray, " _"]]:

@@ -18,7 +18,7 @@ from jaxcl.models import Encode
 from jaxcl.ops.mesh import current_mesh
 from jaxcl.run.checkpoint import checksum
 from jaxcl.run.host_vectors import check_quantize, quantized, similarities, truncated
-from jaxcl.run.image_batches import Images, ImageSide, as_list, is_one_image
+from jaxcl.run.image_batches import Images, ImageSide, as_sequence, chosen, is_one_image
 from jaxcl.run.mteb_encoder import MtebEncoder, encodes_for_mteb
 from jaxcl.step.embedder import make_forward
 from jaxcl.step.length_batches import LengthBatch, embed_batches, length_batches
@@ -195,7 +195,7 @@ class EmbeddingModel(MtebEncoder):
             assert images is not None
             if prompt is not None:
                 raise ValueError(f"prompt={prompt!r} has no effect on images; leave it out")
-            values = as_list(images)
+            values = as_sequence(images)
             with _shown(progress, len(values)) as advance:
                 vectors = self._embed_images(values, self._side(side, "image"), batch_size, advance)
             one = is_one_image(images)
@@ -299,7 +299,7 @@ class EmbeddingModel(MtebEncoder):
         images = self._images[side]
 
         def read(batch: LengthBatch) -> PyTree:
-            inputs = images.read([values[row] for row in batch.rows])
+            inputs = images.read(chosen(values, batch.rows))
             missing = batch.num_rows - len(batch.rows)
             return jax.tree.map(
                 lambda leaf: np.pad(leaf, ((0, missing), *[(0, 0)] * (leaf.ndim - 1))), inputs

@@ -11,8 +11,9 @@ from jaxcl.data.images.image_modality import Image
 from jaxcl.data.modality import Reader
 from jaxcl.host.paths import AnyPath
 from jaxcl.settings.data_sections import DataSettings
+from jaxcl.typing import Int
 
-__all__ = ["ImageSide", "Images", "as_list", "image_side", "is_one_image"]
+__all__ = ["ImageSide", "Images", "as_sequence", "chosen", "image_side", "is_one_image"]
 
 Images: TypeAlias = Any
 """An image, or a sequence of images: paths, `bytes` of image files, PIL images, uint8 arrays."""
@@ -55,7 +56,14 @@ def is_one_image(images: Images) -> bool:
     return isinstance(images, str | bytes | os.PathLike) or not isinstance(images, Sequence)
 
 
-def as_list(images: Images) -> list[Any]:
-    """The images as a list, with paths as `str`."""
-    values = [images] if is_one_image(images) else list(images)
+def as_sequence(images: Images) -> Sequence[Any]:
+    """The images as a sequence. One that reads its values when they are used is not read here."""
+    if is_one_image(images):
+        return [images]
+    return list(images) if isinstance(images, np.ndarray) else images
+
+
+def chosen(images: Sequence[Any], rows: Int[np.ndarray, " b"]) -> list[Any]:
+    """Some of the images, with paths as `str`."""
+    values = [images[row] for row in rows.tolist()]
     return [os.fspath(value) if isinstance(value, os.PathLike) else value for value in values]

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -239,3 +240,27 @@ def test_models_without_a_folder_of_sentence_transformers_say_why(tmp_path, kind
         ValueError, match=f"has no equivalent in sentence-transformers: .*{message}"
     ):
         export(run, tmp_path / "exported")
+
+
+class Unread(Sequence):
+    """Images that note how many were read."""
+
+    def __init__(self, images):
+        self._images = images
+        self.read = 0
+
+    def __len__(self):
+        return len(self._images)
+
+    def __getitem__(self, row):
+        self.read += 1
+        return self._images[row]
+
+
+def test_images_are_read_batch_by_batch(model):
+    given = Unread(arrays(40))
+    read = []
+    found = model.encode(images=given, batch_size=8, progress=lambda _: read.append(given.read))
+    assert read[0] <= 16
+    assert read[-1] == 40
+    np.testing.assert_array_equal(found, model.encode(images=arrays(40), batch_size=8))
