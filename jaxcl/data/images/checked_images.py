@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcl.data.column_folder import cached_columns
-from jaxcl.data.images.decoder_probe import decoder_fingerprint
+from jaxcl.data.images.decoder_probe import decoder_fingerprint, reading_limits
 from jaxcl.data.images.decoding import BadImage, ImageRule, decode_image, verify_image
 from jaxcl.data.images.image_threads import in_threads
 from jaxcl.data.row_checks import checked_int32
-from jaxcl.data.source_fields import SelectedPairs, read_fields, row_place
+from jaxcl.data.source_fields import SelectedPairs, read_fields, row_place, rows_that_fit
 from jaxcl.data.sources import PairSource
 from jaxcl.data.splits import ConcatenatedPairs
 from jaxcl.host.progress import progress_bar, say
@@ -27,7 +27,9 @@ from jaxcl.typing import Int, Integer
 __all__ = ["CheckedImages", "check_images", "usable_images"]
 
 _FORMAT = 1
-_ROWS_AT_ONCE = 64
+_FIRST_ROWS, _MOST_ROWS = 8, 64
+_BYTES_AT_ONCE = 8 * 2**20
+"""About the size of the files that a thread gets at a time. A few tasks per thread are waiting."""
 _NAMED_ROWS = 5
 """The number of bad images that a message names; it only counts the others."""
 _KEPT_REASONS = 100
@@ -80,6 +82,7 @@ def check_images(
         "sides": list(sides),
         "rule": json.loads(json.dumps(rule)),
         "decoder": decoder_fingerprint(),
+        "limits": reading_limits(),
     }
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
     columns = cached_columns(
@@ -130,12 +133,12 @@ class _Part(NamedTuple):
     Attributes:
       first: the number of the first row.
       records: the fields of the rows; without the sides for rows that cannot be read.
-      errors: the errors of these rows by row number.
+      errors: the errors of these rows by row number, each with its side.
     """
 
     first: int
     records: list[dict[str, Any]]
-    errors: dict[int, BadImage]
+    errors: dict[int, "_Bad"]
 
 
 def _compute(
@@ -166,20 +169,35 @@ def _compute(
 
 
 def _parts(source: PairSource, sides: Sequence[str]) -> Iterator[_Part]:
-    for first in range(0, len(source), _ROWS_AT_ONCE):
-        rows = range(first, min(first + _ROWS_AT_ONCE, len(source)))
+    first, count = 0, _FIRST_ROWS
+    while first < len(source):
+        rows = range(first, min(first + count, len(source)))
         try:
             part = _Part(first, read_fields(source, rows, (*sides, "group")), {})
         except BadImage:
             part = _Part(first, [], {})
             for row in rows:
-                try:
-                    part.records.extend(read_fields(source, [row], (*sides, "group")))
-                except BadImage as error:
-                    part.records.extend(read_fields(source, [row], ("group",)))
-                    part.errors[row] = error
+                record, bad = _read_row(source, row, sides)
+                part.records.append(record)
+                if bad is not None:
+                    part.errors[row] = bad
         _check_types(source, part, sides)
         yield part
+        first += len(rows)
+        count = min(rows_that_fit(part.records, _BYTES_AT_ONCE), 2 * count, _MOST_ROWS)
+
+
+def _read_row(
+    source: PairSource, row: int, sides: Sequence[str]
+) -> tuple[dict[str, Any], "_Bad | None"]:
+    """The fields of a row that can be read, and its first side that cannot."""
+    (record,) = read_fields(source, [row], ("group",))
+    for side in sides:
+        try:
+            record |= read_fields(source, [row], (side,))[0]
+        except BadImage as error:
+            return record, _Bad(side, str(error))
+    return record, None
 
 
 def _check_types(source: PairSource, part: _Part, sides: Sequence[str]) -> None:
@@ -205,7 +223,7 @@ def _digests(
     known: dict[bytes, bytes] = {}  # both sides may have one column, and captions one image
     for row, record in enumerate(part.records, part.first):
         if row in part.errors:
-            results.append(_Bad(sides[0], str(part.errors[row])))
+            results.append(part.errors[row])
             continue
         digests: list[bytes] = []
         for side in sides:

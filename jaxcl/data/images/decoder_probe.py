@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxcl.data.images.decoding import BadImage, ImageRule, decode_image, pillow
 
-__all__ = ["decoder_fingerprint", "decoder_name"]
+__all__ = ["decoder_fingerprint", "decoder_name", "reading_limits"]
 
 
 _JPEG = (
@@ -53,6 +53,18 @@ def decoder_name() -> str:
         if features.version(library) is not None
     ]
     return f"Pillow {pillow().__version__} ({', '.join(versions)})"
+
+
+def reading_limits() -> dict[str, Any]:
+    """What decides whether the installed Pillow reads a file at all, in JSON types.
+
+    A Pillow that was built without a library does not read its format. A program may change the
+    largest number of pixels.
+    """
+    from PIL import features
+
+    libraries = {name: features.check(name) for name in ("avif", "jpg", "libtiff", "webp", "zlib")}
+    return {"libraries": libraries, "max_pixels": pillow().MAX_IMAGE_PIXELS}
 
 
 @functools.cache
