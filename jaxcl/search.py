@@ -30,10 +30,9 @@ In a program or a notebook, call `search`, or `open_search` for many queries:
     docs.batch(["parse a date", "open a socket"], top=3)
 """
 
-import contextlib
 import os
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,7 +55,7 @@ from jaxcl.run.corpus_index import (
 )
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.hit_sheet import write_hits
-from jaxcl.run.hits import Hit, show_as_json, show_as_text
+from jaxcl.run.hits import Hit, show_as_json, show_as_text, typed_queries
 from jaxcl.run.host_vectors import for_inner_products
 from jaxcl.run.image_documents import ImageFolder, ImageRows
 from jaxcl.run.image_search import (
@@ -78,7 +77,9 @@ from jaxcl.run.pool_index import (
 from jaxcl.run.searcher import (
     Search,
     check_query,
+    check_reads,
     check_top,
+    check_without_corpus,
     embedded_queries,
     image_ranker,
     text_ranker,
@@ -158,12 +159,13 @@ def _run(arguments: Namespace) -> None:
         dim=arguments.dim,
         precision=arguments.precision,
         rescore=arguments.rescore,
+        queries="text" if image is None else "image",
         trust=arguments.trust,
     )
     for line in describe_kept(opened.kept, arguments.dim, arguments.precision):
         say(line)
     sheet = _sheet_of(arguments, opened)
-    typed = _typed(prompt="" if arguments.json else "search> ")
+    typed = typed_queries(prompt="" if arguments.json else "search> ")
     for text in [query] if query or image is not None else typed:
         hits = opened(text or None, arguments.top, image=image)
         show(text, hits)
@@ -205,8 +207,8 @@ def search(
       ValueError, CheckpointError: as for `open_search`, and if `top` is less than 1.
     """
     check_top(top)
-    opened = open_search(path, corpus=corpus, config=config, hybrid=hybrid, trust=trust)
-    return opened(query, top)
+    options: dict[str, Any] = {"corpus": corpus, "config": config, "hybrid": hybrid}
+    return open_search(path, **options, queries="text", trust=trust)(query, top)
 
 
 def open_search(
@@ -222,6 +224,7 @@ def open_search(
     dim: int | None = None,
     precision: str = "float32",
     rescore: int | None = None,
+    queries: str | None = None,
     trust: Trust = (),
 ) -> Search:
     """Open a corpus, a run's data or a config's data to search it with a model.
@@ -245,6 +248,7 @@ def open_search(
         and `"binary"` find candidates by codes of a quarter or a thirty-second of the size, and
         rank the candidates by exact scores.
       rescore: number of candidates per hit; by default, 2 for `"int8"` and 20 for `"binary"`.
+      queries: `"text"` or `"image"`; a model that does not embed these is an error at once.
       trust: packages from which parts named `package.module:function` may be imported.
 
     Returns:
@@ -260,18 +264,21 @@ def open_search(
     if corpus is None:
         options = {"index": index, "id_field": id_field, "text_field": text_field, "dim": dim}
         options |= {"rescore": rescore, "precision": None if precision == "float32" else precision}
-        _check_without_corpus(options)
+        check_without_corpus(options)
         if isinstance(path, EmbeddingModel):
             raise ValueError("a loaded model comes without data; give a corpus to search")
-        return _search_of_pool(path, config, changed, hybrid=hybrid, trust=trust)
+        return _search_of_pool(path, config, changed, queries, hybrid=hybrid, trust=trust)
     if config is not None:
         raise ValueError("a corpus and a config are both given; leave one of them out")
     model, rrf_k = _open_model(path, trust)
+    check_reads(model, queries)
     rescore = check_options(model, dim, precision, rescore)
-    fields = {"id_field": id_field, "text_field": text_field}
+    fields: dict[str, Any] = {"id_field": id_field, "text_field": text_field}
+    folder = cache_folder() / "search" if index is None else local_path(index)
     documents: Documents | ImageFolder
     if as_path(corpus).is_dir():
-        documents = read_image_folder(as_path(corpus), fields | {"hybrid": hybrid or None})
+        options = fields | {"hybrid": hybrid or None}
+        documents = read_image_folder(as_path(corpus), options, folder)
     else:
         with progress_bar("reading documents", None) as advance:
             documents = read_documents(
@@ -281,7 +288,7 @@ def open_search(
         opened = open_index(
             model,
             documents,
-            cache_folder() / "search" if index is None else local_path(index),
+            folder,
             paths=paths_digest(as_path(corpus), model, fields),
             dim=dim,
             precision=precision,
@@ -323,6 +330,7 @@ def _search_of_pool(
     path: str | os.PathLike[str],
     config: ConfigDict | None,
     changed: Collection[str],
+    queries: str | None,
     *,
     hybrid: bool,
     trust: Trust,
@@ -330,15 +338,17 @@ def _search_of_pool(
     if config is None:
         run = open_run_with_data(path, trust=trust)
         if (side := side_of_images(run.settings)) is not None:
-            rows = ImageRows(run.sources(), side)
-            return search_of_rows(model_of_run(run), rows, run.workdir, hybrid=hybrid)
+            rows, model = ImageRows(run.sources(), side), model_of_run(run)
+            return search_of_rows(model, rows, run.workdir, queries, hybrid=hybrid)
         pool = pool_of_run(run)
     else:
         settings = read_data_settings(config, changed=changed)
         if (side := side_of_images(settings)) is not None:
             rows = ImageRows(sources_of(settings), side)
-            return search_of_rows(load(path, trust=trust), rows, as_path(path), hybrid=hybrid)
+            model, origin = load(path, trust=trust), as_path(path)
+            return search_of_rows(model, rows, origin, queries, hybrid=hybrid)
         pool = pool_of_data(path, settings, trust=trust)
+    check_reads(pool.model, queries)
     index = pool_index(pool)
     keys = for_inner_products(pool.model.similarity_function, "key", index.keys)
     texts = (row["key"] for row in index.rows)
@@ -381,19 +391,6 @@ def _open_model(
         run = open_run(as_path(path), trust=trust)
         return model_of_run(run), run.settings.evaluation.rrf_k
     return load(path, trust=trust), _RRF_K
-
-
-def _check_without_corpus(options: Mapping[str, Any]) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"{name}={value} has no effect without a corpus; leave it out")
-
-
-def _typed(*, prompt: str) -> Iterator[str]:
-    """Yield queries as they are typed, up to an empty line, Ctrl-D or Ctrl-C."""
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while query := input(prompt).strip():
-            yield query
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ import pytest
 from PIL import Image
 
 from jaxcl import search
+from jaxcl.data.images import file_index
 from jaxcl.data.sources import InMemoryPairs
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.hit_sheet import write_hits
 from jaxcl.run.hits import Hit
 from jaxcl.run.image_documents import ImageFolder, ImageRows
+from jaxcl.run.image_search import search_of_rows
 from tests.image_run import COLOURS, picture
 
 HOSTILE = '<script>alert("x")</script> \x1b[31m'
@@ -125,6 +127,9 @@ def test_images_of_rows_have_their_captions():
     assert rows.fingerprint != ImageRows({"test": sources["test"]}, "query").fingerprint
     views = InMemoryPairs([picture("red", 1)], [picture("red", 2)])
     assert ImageRows({"train": views}, "key").records([0])[0]["text"] == ""
+    views.place = lambda side, row: f"{side}/{row}.png"
+    both = ImageRows({"test": sources["test"], "train": views}, "key")
+    assert [record["text"] for record in both.records([1, 0])] == ["key/0.png", "three"]
 
 
 def test_a_caption_adds_nothing_to_the_sheet(tmp_path):
@@ -141,6 +146,7 @@ def test_a_caption_adds_nothing_to_the_sheet(tmp_path):
     [
         (["--image", "query.png", "words"], "a query and --image are both given"),
         (["--image", "broken.png"], "cannot be decoded"),
+        (["--image", "missing.png"], "missing.png cannot be read: No such file or directory"),
         (["--hybrid", "words"], "hybrid=True has no effect on a folder of images"),
         (["--text-field", "body", "words"], "text_field=body has no effect on a folder"),
     ],
@@ -161,7 +167,7 @@ def test_texts_have_no_sheet_and_a_folder_needs_images(run, tmp_path):
     assert "--sheet=x has no effect on a search over texts" in error
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no images; give a folder with files of the types"):
-        ImageFolder(tmp_path / "empty")
+        ImageFolder(tmp_path / "empty", tmp_path / "digests")
 
 
 def test_a_query_is_a_text_or_an_image(folder):
@@ -172,3 +178,60 @@ def test_a_query_is_a_text_or_an_image(folder):
     texts = search.Search(lambda queries, top: [], lambda rows: [])
     with pytest.raises(ValueError, match="the model does not embed images"):
         texts(image=picture("red", 0))
+
+
+def test_a_hit_in_a_folder_is_one_line_with_its_path(folder, run):
+    code, out, error = run("--corpus", folder, "--top", 2, "a green square")
+    assert code == 0, error
+    lines = out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith("sub/green <b>1.png")
+
+
+@pytest.mark.parametrize(("queries", "modality"), [("text", "image"), ("image", "text")])
+def test_a_query_that_the_model_does_not_embed_is_an_error_at_once(
+    folder, run, tmp_path, monkeypatch, queries, modality
+):
+    class OneSided(ColourModel):
+        def __init__(self):
+            super().__init__()
+            self.modality = dict.fromkeys(("query", "key"), modality)
+
+        def encode(self, *_, **__):
+            raise AssertionError("something is embedded")
+
+    monkeypatch.setattr(search, "load", lambda path, trust: OneSided())
+    (tmp_path / "query.png").write_bytes(picture("red", 0))
+    (tmp_path / "docs.txt").write_text("red\ngreen\n")
+    flags = ["red"] if queries == "text" else ["--image", tmp_path / "query.png"]
+    for corpus in (folder, tmp_path / "docs.txt"):
+        code, out, error = run("--corpus", corpus, *flags)
+        assert (code, out) == (1, "")
+        assert f"does not embed {queries}s, only {modality}s" in error.splitlines()[-1]
+
+
+def test_a_text_for_a_run_on_images_fails_before_its_index(monkeypatch, tmp_path):
+    model = ColourModel()
+    model.modality = {"query": "image", "key": "image"}
+    rows = ImageRows({"train": InMemoryPairs([picture("red", 1)], [picture("red", 2)])}, "key")
+    with pytest.raises(ValueError, match="does not embed texts, only images; search with --image"):
+        search_of_rows(model, rows, tmp_path, "text", hybrid=False)
+    assert not list(tmp_path.rglob("*.npy"))
+    assert search_of_rows(model, rows, tmp_path, "image", hybrid=False).of_images
+
+
+def test_unchanged_files_of_a_folder_are_hashed_once(folder, monkeypatch):
+    hashed = []
+    read = file_index.read_inside
+
+    def noted(folder, name):
+        hashed.append(name)
+        return read(folder, name)
+
+    monkeypatch.setattr(file_index, "read_inside", noted)
+    for _ in range(2):
+        search.open_search(ColourModel(), corpus=folder)
+    assert len(hashed) == len(COLOURS)
+    (folder / "new.png").write_bytes(picture("red", 77))
+    search.open_search(ColourModel(), corpus=folder)
+    assert hashed[len(COLOURS) :] == ["new.png"]

@@ -1,14 +1,15 @@
-"""The hits of a search, and how they are printed."""
+"""The hits of a search, how they are printed, and queries that are typed."""
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxcl.data.snippets import snippet
 from jaxcl.host.printable import printable
 
-__all__ = ["Hit", "show_as_json", "show_as_text"]
+__all__ = ["Hit", "show_as_json", "show_as_text", "typed_queries"]
 
 _DEFINITION = re.compile(r"\s*(async\s+)?def\s")
 
@@ -32,10 +33,21 @@ def show_as_json(query: str, hits: Sequence[Hit]) -> None:
 
 
 def show_as_text(query: str, hits: Sequence[Hit]) -> None:
-    """Print two lines for each hit: its rank, score and name, then an extract of its text."""
+    """Print two lines for each hit: its rank, score and name, then an extract of its text.
+
+    A hit without a text, such as an image of a folder, whose name is its path, has one line.
+    """
     for rank, (score, record) in enumerate(hits, start=1):
+        extract = _extract(record, query)
         head = f"{rank:3}  {score:.4f}  {_name(record)}"
-        print(printable(f"{head}\n     {_extract(record, query)}"))
+        print(printable(f"{head}\n     {extract}" if extract else head))
+
+
+def typed_queries(*, prompt: str) -> Iterator[str]:
+    """Yield queries as they are typed, up to an empty line, Ctrl-D or Ctrl-C."""
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while query := input(prompt).strip():
+            yield query
 
 
 def _as_json(query: str, hit: Hit) -> dict[str, Any]:

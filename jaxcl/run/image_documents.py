@@ -1,6 +1,5 @@
 """Images as the documents of a search: the files of a folder, or one side of the rows of a run."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,15 +7,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxcl.data.images.image_files import (
-    IMAGE_SUFFIXES,
-    ImageFiles,
-    check_images_decode,
-    image_files,
-)
+from jaxcl.data.images.file_index import digest_of_files
+from jaxcl.data.images.image_files import ImageFiles, check_images_decode, image_files
+from jaxcl.data.source_fields import file_of_row, read_fields
 from jaxcl.data.sources import PairSource
 from jaxcl.host.files import digest_of
 from jaxcl.run.embedding_model import EmbeddingModel
+from jaxcl.settings.file_kinds import IMAGE_SUFFIXES
 from jaxcl.typing import SIDES, Float, Int
 
 __all__ = ["Corpus", "ImageFolder", "ImageRows", "embed_documents"]
@@ -48,15 +45,16 @@ class ImageFolder:
 
     Args:
       folder: the folder.
+      directory: the folder that keeps the digests of files, so that only changed ones are read.
 
     Raises:
       ValueError: if it has no image, or a link leads outside of it.
-      OSError: if a file cannot be read.
+      OSError: if a file cannot be read, or the digests cannot be written.
     """
 
     modality = "image"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, directory: Path) -> None:
         paths = image_files(folder)
         if not paths:
             raise ValueError(
@@ -65,10 +63,7 @@ class ImageFolder:
             )
         self._files = ImageFiles(paths)
         self.ids: Sequence[str] = [path.relative_to(folder).as_posix() for path in paths]
-        digest = hashlib.sha256()
-        for name, content in zip(self.ids, self._files, strict=True):
-            digest.update(json.dumps(name).encode() + hashlib.sha256(content).digest())
-        self.fingerprint = digest.hexdigest()
+        self.fingerprint = digest_of_files(folder, self.ids, directory=directory)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -110,27 +105,36 @@ class ImageRows:
 
     def read(self, rows: Sequence[int] | np.ndarray) -> list[Any]:
         """The images of the given rows."""
-        return [record[self._side] for record in self._rows(np.asarray(rows, np.int64))]
+        records = self._rows(np.asarray(rows, np.int64), (self._side,))
+        return [record[self._side] for record in records]
 
     def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """The id, the image, and the text of the other side of each of the given rows."""
+        """The id, the image, and the text of each of the given rows.
+
+        The text is that of the other side, or else the name of the image's file, if it has one.
+        """
         return [
-            {"id": self.ids[row], "text": self._text(record), "image": record[self._side]}
-            for row, record in zip(rows, self._rows(np.asarray(rows, np.int64)), strict=True)
+            {"id": self.ids[row], "text": self._text(row, record), "image": record[self._side]}
+            for row, record in zip(rows, self._rows(np.asarray(rows, np.int64), SIDES), strict=True)
         ]
 
-    def _text(self, record: Mapping[str, Any]) -> str:
-        return next((record[side] for side in SIDES if isinstance(record[side], str)), "")
+    def _text(self, row: int, record: Mapping[str, Any]) -> str:
+        captions = [record[side] for side in SIDES if isinstance(record[side], str)]
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        source = self._sources[number]
+        first = int(self._ends[number]) - len(source)
+        return next(iter(captions), None) or file_of_row(source, self._side, row - first) or ""
 
-    def _rows(self, rows: Int[np.ndarray, " n"]) -> list[dict[str, Any]]:
-        """The records of the given rows, read from each split at once."""
+    def _rows(self, rows: Int[np.ndarray, " n"], names: Sequence[str]) -> list[dict[str, Any]]:
+        """Some fields of the given rows, read from each split at once."""
         found: list[dict[str, Any]] = [{}] * len(rows)
         of_row = np.searchsorted(self._ends, rows, side="right")
         for number, source in enumerate(self._sources):
             places = np.flatnonzero(of_row == number)
             if places.size:
                 first = self._ends[number] - len(source)
-                for place, record in zip(places, source.read(rows[places] - first), strict=True):
+                records = read_fields(source, rows[places] - first, names)
+                for place, record in zip(places, records, strict=True):
                     found[place] = record
         return found
 

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxcl.data.images.decoding import ImageRule, decode_image
+from jaxcl.data.images.decoding import MAX_IMAGE_BYTES, ImageRule, decode_image
 from jaxcl.host.files import read_regular
 from jaxcl.host.paths import AnyPath, local_path
 from jaxcl.host.user_folders import cache_folder
 from jaxcl.run.corpus_index import CorpusIndex, open_index, paths_digest
 from jaxcl.run.embedding_model import EmbeddingModel
 from jaxcl.run.image_documents import ImageFolder, ImageRows
-from jaxcl.run.searcher import Search, image_ranker, text_ranker
+from jaxcl.run.searcher import Search, check_reads, image_ranker, text_ranker
 from jaxcl.settings.sections import Settings
 from jaxcl.typing import SIDES
 
@@ -22,17 +22,17 @@ __all__ = [
     "side_of_images",
 ]
 
-_MAX_IMAGE_BYTES = 256 * 2**20
-
 
 def read_query_image(path: AnyPath) -> bytes:
     """Read the image of a query.
 
     Raises:
-      ValueError: if it cannot be decoded.
-      OSError: if it cannot be read.
+      ValueError: if it cannot be read or decoded; the message names the file.
     """
-    image = read_regular(path, limit=_MAX_IMAGE_BYTES)
+    try:
+        image = read_regular(path, limit=MAX_IMAGE_BYTES)
+    except OSError as error:
+        raise ValueError(f"--image={path} cannot be read: {error.strerror or error}") from error
     try:
         decode_image(image, ImageRule(size=1))
     except ValueError as error:
@@ -40,12 +40,13 @@ def read_query_image(path: AnyPath) -> bytes:
     return image
 
 
-def read_image_folder(path: AnyPath, options: Mapping[str, Any]) -> ImageFolder:
+def read_image_folder(path: AnyPath, options: Mapping[str, Any], index: AnyPath) -> ImageFolder:
     """Read a folder of images.
 
     Args:
       path: the folder.
       options: options for texts; none may be set.
+      index: the folder of the index, which also keeps the digests of the files.
 
     Raises:
       ValueError: if an option is set, or as `ImageFolder`.
@@ -53,7 +54,7 @@ def read_image_folder(path: AnyPath, options: Mapping[str, Any]) -> ImageFolder:
     for name, value in options.items():
         if value is not None:
             raise ValueError(f"{name}={value} has no effect on a folder of images; leave it out")
-    return ImageFolder(local_path(path))
+    return ImageFolder(local_path(path), local_path(index) / "image_files")
 
 
 def search_of_images(
@@ -70,7 +71,12 @@ def search_of_images(
 
 
 def search_of_rows(
-    model: EmbeddingModel, images: ImageRows, source: AnyPath, *, hybrid: bool
+    model: EmbeddingModel,
+    images: ImageRows,
+    source: AnyPath,
+    queries: str | None,
+    *,
+    hybrid: bool,
 ) -> Search:
     """The search in the images of rows, whose index is kept in the user's cache.
 
@@ -78,8 +84,10 @@ def search_of_rows(
       model: the model.
       images: the rows.
       source: the path that an index of newer rows or a newer model shares with this one.
+      queries: as for `jaxcl.search.open_search`.
       hybrid: must be false.
     """
+    check_reads(model, queries)
     if hybrid:
         raise ValueError("--hybrid fuses rankings of texts, but the data hold images; leave it out")
     folder = cache_folder() / "search"

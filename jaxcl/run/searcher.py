@@ -14,7 +14,9 @@ from jaxcl.typing import Float
 __all__ = [
     "Search",
     "check_query",
+    "check_reads",
     "check_top",
+    "check_without_corpus",
     "embedded_queries",
     "image_ranker",
     "text_ranker",
@@ -131,6 +133,25 @@ def image_ranker(
         return search.best(vectors, top)
 
     return rank
+
+
+def check_reads(model: EmbeddingModel, queries: str | None) -> None:
+    """Raise a `ValueError` if a model does not embed queries of a modality; `None` for any."""
+    if queries is None or queries in model.modality.values():
+        return
+    if queries == "text":
+        raise ValueError(
+            f"{model.source} does not embed texts, only images; search with --image FILE, or in a "
+            "program with image=…"
+        )
+    raise ValueError(f"{model.source} does not embed images, only texts; search for a text")
+
+
+def check_without_corpus(options: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` if an option for a corpus is set."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}={value} has no effect without a corpus; leave it out")
 
 
 def check_query(query: str) -> None:

@@ -20,6 +20,7 @@ from jaxcl.typing import UInt8
 
 __all__ = [
     "FORMATS",
+    "MAX_IMAGE_BYTES",
     "BadImage",
     "ImageRule",
     "decode_image",
@@ -30,6 +31,9 @@ __all__ = [
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """The supported formats. Others may start programs: Pillow runs Ghostscript for EPS."""
+
+MAX_IMAGE_BYTES = 2**30
+"""The largest image file that is read."""
 
 _REDUCING_GAP = 2
 """A large JPEG is decoded at a fraction of its size, at least this many times the result's."""
