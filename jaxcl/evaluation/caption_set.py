@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxcl.data.images.decoding import MAX_IMAGE_BYTES
 from jaxcl.data.images.image_files import ImageFiles, file_inside
 from jaxcl.data.text_files import is_text_file, read_records
 from jaxcl.evaluation.caption_ranks import CaptionPairs, rank_captions
@@ -34,7 +35,6 @@ CAPTION_FIELDS = ("captions", "caption", "sentences", "texts", "text")
 _GROUP_FIELD = "group"
 _CUTOFFS = (1, 5, 10)
 _TO_TEXT, _TO_IMAGE = "image_to_text", "text_to_image"
-_MAX_IMAGE_BYTES = 256 * 2**20
 
 
 class CaptionedImages(NamedTuple):
@@ -201,7 +201,7 @@ def _image_of(record: Mapping[str, Any], folder: Path, where: str) -> bytes | Pa
 
 def _read(path: Path, where: str) -> bytes:
     try:
-        return read_regular(path, limit=_MAX_IMAGE_BYTES)
+        return read_regular(path, limit=MAX_IMAGE_BYTES)
     except (OSError, ValueError) as error:
         raise ValueError(f"{where}: the image cannot be read: {error}") from error
 

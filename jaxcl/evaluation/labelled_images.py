@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxcl.data.images.image_files import IMAGE_SUFFIXES, ImageFiles, image_files
+from jaxcl.data.images.image_files import ImageFiles, image_files
 from jaxcl.evaluation.labelled import LabelledParts, part_of
+from jaxcl.settings.file_kinds import IMAGE_SUFFIXES
 from jaxcl.typing import Int
 
 __all__ = ["read_class_folders", "read_labelled_images"]

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ __all__ = [
     "WHOLE",
     "Share",
     "file_kind",
+    "image_names",
     "is_image_folder",
     "is_pattern",
     "names_files",
@@ -133,12 +134,21 @@ def is_image_folder(path: Path) -> bool:
         return False
     with os.scandir(path) as entries:
         classes = [one.path for one in entries if one.is_dir() and not one.name.startswith(".")]
-    return any(
-        file.lower().endswith(IMAGE_SUFFIXES)
-        for folder in classes
-        for _, _, files in os.walk(folder)
-        for file in files
-    )
+    return any(next(image_names(Path(folder)), None) is not None for folder in classes)
+
+
+def image_names(folder: Path) -> Iterator[str]:
+    """The image files of a folder and its subfolders, by their paths relative to the folder.
+
+    The files of a folder come before those of its subfolders, both sorted. Hidden ones are ignored,
+    and links to folders are not followed.
+    """
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        where = Path(parent).relative_to(folder)
+        for name in sorted(files):
+            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
+                yield (where / name).as_posix()
 
 
 def names_other_files(split: str) -> bool:

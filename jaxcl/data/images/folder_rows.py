@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcl.data.images.file_index import digest_of_files
-from jaxcl.settings.file_kinds import IMAGE_SUFFIXES
+from jaxcl.settings.file_kinds import image_names
 
 __all__ = ["FOLDER_FIELDS", "folder_digest", "folder_rows"]
 
@@ -40,13 +40,8 @@ def folder_digest(folder: Path, directory: Path) -> str:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """The paths of the images in all classes; links to folders are not followed."""
+    """The paths of the images in all classes, sorted by class and path."""
     with os.scandir(folder) as entries:
         classes = sorted(one.name for one in entries if one.is_dir() and one.name[0] != ".")
     for label in classes:
-        found = []
-        for parent, folders, files in os.walk(folder / label):
-            folders.sort()
-            where = Path(parent).relative_to(folder).as_posix()
-            found += [f"{where}/{file}" for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
-        yield from sorted(found)
+        yield from sorted(f"{label}/{name}" for name in image_names(folder / label))

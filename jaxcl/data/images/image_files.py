@@ -6,24 +6,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcl.data.images.decoding import BadImage, ImageRule, decode_image
+from jaxcl.data.images.decoding import MAX_IMAGE_BYTES, BadImage, ImageRule, decode_image
 from jaxcl.host.files import read_regular
+from jaxcl.settings.file_kinds import image_names
 
 __all__ = [
-    "IMAGE_SUFFIXES",
     "ImageFiles",
     "check_images_decode",
     "file_inside",
     "image_files",
     "naming_damaged",
 ]
-
-IMAGE_SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"),
-)
-"""The suffixes of image files, in lower case; other files in a folder of images are ignored."""
-
-_MAX_IMAGE_BYTES = 256 * 2**20
 
 
 class ImageFiles(Sequence[bytes]):
@@ -43,7 +36,7 @@ class ImageFiles(Sequence[bytes]):
         file = self.files[row]
         if isinstance(row, slice):
             return ImageFiles(file)
-        return file if isinstance(file, bytes) else read_regular(file, limit=_MAX_IMAGE_BYTES)
+        return file if isinstance(file, bytes) else read_regular(file, limit=MAX_IMAGE_BYTES)
 
     def check(self) -> None:
         """Raise a `ValueError` that names the first image that cannot be decoded."""
@@ -85,11 +78,7 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
       ValueError: if a link leads outside of the folder.
     """
-    return [
-        file_inside(folder, path.relative_to(folder))
-        for path in _walk(folder)
-        if path.suffix.lower() in IMAGE_SUFFIXES
-    ]
+    return [file_inside(folder, name) for name in image_names(folder)]
 
 
 def file_inside(folder: Path, name: str | os.PathLike[str]) -> Path:
@@ -102,9 +91,3 @@ def file_inside(folder: Path, name: str | os.PathLike[str]) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{os.fspath(name)!r} is outside of {folder}; give a path inside of it")
     return path
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))

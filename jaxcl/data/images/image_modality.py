@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcl.data.images.checked_images import check_images, usable_images
 from jaxcl.data.images.decoder_probe import decoder_fingerprint, decoder_name
-from jaxcl.data.images.decoding import image_rule
+from jaxcl.data.images.decoding import MAX_IMAGE_BYTES, image_rule
 from jaxcl.data.images.image_table import ImageTable, decode_images, image_spec
 from jaxcl.data.modality import Reader, Split
 from jaxcl.data.row_labels import equal_rows, split_labels
@@ -26,8 +26,6 @@ __all__ = ["Image"]
 
 _FOLDER = "images"
 _PATCH_PIXELS = 16 * 16
-_MAX_BYTES = 2**30
-"""The size limit of an image file for a reader, in bytes."""
 
 
 class Image:
@@ -79,7 +77,7 @@ class Image:
 
         def read(values: Sequence[Any]) -> PyTree:
             contents = [
-                read_regular(local_path(value), limit=_MAX_BYTES)
+                read_regular(local_path(value), limit=MAX_IMAGE_BYTES)
                 if isinstance(value, str | Path)
                 else value
                 for value in values

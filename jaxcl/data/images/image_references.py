@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from jaxcl.data.images.decoding import BadImage
+from jaxcl.data.images.decoding import MAX_IMAGE_BYTES, BadImage
 from jaxcl.data.images.image_threads import in_threads
 from jaxcl.host.files import open_regular, read_regular
 
@@ -25,10 +25,8 @@ __all__ = [
     "referenced_paths",
 ]
 
-_MAX_BYTES = 2**30
 _TRANSIENT = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
 """Errors of the machine or the network. They stop the run, so that no image is cached as bad."""
-"""The size limit of an image file, in bytes."""
 _MAX_PATH = 4096
 _OPEN_TARS = 64
 _FEW = 4
@@ -167,7 +165,7 @@ def read_inside(folder: Path, name: str) -> bytes:
     if os.path.commonpath([real, root]) != root:
         raise BadImage(f"{name} is a link that leads outside of {folder}")
     try:
-        return read_regular(Path(real), limit=_MAX_BYTES)
+        return read_regular(Path(real), limit=MAX_IMAGE_BYTES)
     except FileNotFoundError as error:
         raise BadImage(f"{name} does not exist in {folder}") from error
     except OSError as error:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxcl.data.images.folder_rows import folder_rows
 from jaxcl.data.images.image_files import (
     ImageFiles,
     check_images_decode,
@@ -13,6 +14,7 @@ from jaxcl.data.images.image_files import (
     image_files,
     naming_damaged,
 )
+from jaxcl.settings.file_kinds import is_image_folder
 
 
 @pytest.fixture
@@ -73,3 +75,18 @@ def test_a_damaged_file_is_named(folder):
             encode()
     with pytest.raises(ValueError, match="the image second cannot be decoded"):
         check_images_decode(["first", "second"], [files[0], b"x"])
+
+
+def test_a_folder_of_classes_has_the_files_that_any_folder_has(tmp_path):
+    names = ("b/2.png", "b/10.pgm", "b/deep/1.JPG", "a/1.tiff", "a/._1.tiff", "a/.hidden/1.png")
+    for name in (*names, "a/notes.txt", ".c/1.png", "b/3.svg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"image")
+    visible = ["a/1.tiff", "b/10.pgm", "b/2.png", "b/deep/1.JPG"]
+    assert [row["image"] for row in folder_rows(tmp_path)] == visible
+    found = [path.relative_to(tmp_path).as_posix() for path in image_files(tmp_path)]
+    assert found == visible
+    assert is_image_folder(tmp_path)
+    for name in visible:
+        (tmp_path / name).unlink()
+    assert not is_image_folder(tmp_path)  # the hidden ones are left
