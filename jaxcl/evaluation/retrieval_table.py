@@ -22,18 +22,20 @@ def results_table(
       results: `(split, variant)`, such as `("unseen packages", "name masked")` -> the result of
         `evaluate_retrieval`.
       metrics: the metrics to show as mean ± standard error; the default fits in 80 characters.
-      baseline: the method to compare with. The last column shows the paired difference of MRR@10,
-        and the difference divided by its standard error.
+      baseline: the method to compare with. If a result has it, the last column shows the paired
+        difference of MRR@10, and the difference divided by its standard error.
     """
+    compares = any(baseline in by_method for by_method in results.values())
     table = Table("split", "variant", "method", box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for heading in ("keys", *metrics, f"vs {baseline} (SEs)"):
+    for heading in ("keys", *metrics, *[f"vs {baseline} (SEs)"] * compares):
         table.add_column(heading, justify="right", no_wrap=True)
     for (split, variant), by_method in results.items():
         for method, result in by_method.items():
             summary = result.summary()
             cells = ["{:.3f}±{:.3f}".format(*summary[name]).replace("0.", ".") for name in metrics]
-            versus = _versus(by_method, method, baseline)
-            table.add_row(split, variant, method, f"{result.num_keys:,}", *cells, versus)
+            if compares:
+                cells.append(_versus(by_method, method, baseline))
+            table.add_row(split, variant, method, f"{result.num_keys:,}", *cells)
         table.add_section()
     return table
 

@@ -342,3 +342,13 @@ def test_hybrid_results_beat_their_parts_where_each_knows_half():
     results = evaluate_retrieval(queries, keys, query_vectors, key_vectors, relevant=relevant)
     means = {method: mrr_metric(results[method].ranks).mean() for method in METHODS}
     assert means["hybrid"] > max(means["bm25"], means["dense"])
+
+
+def test_the_table_has_no_column_for_a_baseline_that_did_not_run():
+    ranks = {name: RetrievalResult(np.ones(3), 9) for name in ("dense", "bm25")}
+    without = results_table({("test", "plain"): {"dense": ranks["dense"]}})
+    both = results_table({("a", "plain"): ranks, ("b", "plain"): {"dense": ranks["dense"]}})
+    assert [column.header for column in without.columns][3:] == [
+        *("keys", "mrr@10", "recall@1", "recall@10"),
+    ]
+    assert both.columns[-1].header == "vs bm25 (SEs)"
