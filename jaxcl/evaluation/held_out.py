@@ -241,6 +241,10 @@ def _evaluate_split(
     def rank(variant: str, sides: Sequence[str], **replaced: Any) -> None:
         """Add the result of one direction, in which some arguments may be replaced."""
         asking, ranked = sides
+        # The baseline of pixels compares the texts as they are.
+        ranking = [one for one in methods if one != PIXELS or not replaced]
+        if not ranking:
+            return
         arguments = {
             "query_texts": texts[asking],
             "key_texts": texts[ranked],
@@ -249,7 +253,7 @@ def _evaluate_split(
             "known": known_positives(numbers[asking], numbers[ranked], groups),
             "rrf_k": settings.evaluation.rrf_k,
         }
-        if PIXELS in methods:
+        if PIXELS in ranking:
             scorer = functools.partial(
                 pixel_scorer, settings.data, sources, split, (asking, ranked)
             )
@@ -257,7 +261,7 @@ def _evaluate_split(
         own = len(source) / jax.process_count()
         with progress_bar(f"evaluating {split}, {variant}", round(own)) as advance:
             ranks = functools.partial(_ranked, **(arguments | replaced), advance=advance)
-            results[split, variant] = _each_that_works(ranks, methods, failures)
+            results[split, variant] = _each_that_works(ranks, ranking, failures)
 
     for direction in ranking_directions(settings):
         sides = SIDES if direction == DIRECTIONS[0] else SIDES[::-1]

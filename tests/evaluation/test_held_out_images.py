@@ -138,3 +138,23 @@ def test_the_settings_are_saved_and_read_back():
     assert (settings.evaluation.methods, settings.evaluation.directions) == (None, None)
     config.evaluation.methods = ("dense",)
     assert read_settings(json.loads(config.to_json())).evaluation.methods == ("dense",)
+
+
+def test_pixels_do_not_rank_texts_with_masked_names():
+    """They would read the texts as they are, with the names."""
+    names = [f"name_{row}" for row in range(4)]
+    source = InMemoryPairs(PICTURES, CAPTIONS, metadata={"name": names})
+    base = {**IMAGE_AND_TEXT, "data": {**IMAGE_AND_TEXT["data"], "metadata_fields": ("name",)}}
+    eye = np.eye(4, dtype=np.float32)
+    vectors = HeldOutVectors(lambda *_: eye, lambda *_: eye, read_groups)
+    sources = {"test": source, "train": InMemoryPairs(PICTURES, CAPTIONS)}
+
+    def methods_of(*methods):
+        settings = settings_of(base, methods=methods, directions=("query_to_key",))
+        results, failures = evaluate_splits(settings, vectors, sources)
+        assert not failures
+        return {variant: list(by_method) for (_, variant), by_method in results.items()}
+
+    both = {"image to text": ["dense", "pixels"], "name masked": ["dense"]}
+    assert methods_of("dense", "pixels") == both
+    assert methods_of("pixels") == {"image to text": ["pixels"]}
