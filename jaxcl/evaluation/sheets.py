@@ -41,7 +41,8 @@ FOLDER = "sheets"
 
 _ROWS = 8
 _NEIGHBOURS = 6
-_TILE = 512
+_MOST_QUERIES = 4096
+_SCORES_AT_ONCE = 2**24
 
 
 class Sheets:
@@ -59,6 +60,7 @@ class Sheets:
         self._settings, self._data = settings, data
         self._folder = workdir / FOLDER
         self._on = shows_sheets(settings)
+        self._announced = False
 
     def views(self, training: Training, state: TrainState) -> None:
         """Write the sheet of augmented views; every process must call this.
@@ -120,6 +122,8 @@ class Sheets:
             for query, own, wrong, margin in zip(*columns, margins.tolist(), strict=True)
         ]
         title = "Queries, their own keys, and the hardest negatives with their margins"
+        if len(queries) > _MOST_QUERIES:
+            title += f", of {_MOST_QUERIES:,} of {len(queries):,} queries"
         self._write("negatives", f"{title}, step {step:,}", shown)
 
     def _write(self, name: str, title: str, rows: Sequence[Sequence[Cell]]) -> None:
@@ -128,6 +132,10 @@ class Sheets:
         except OSError as error:
             say(f"warning: the sheets of this run are not written: {error}")
             self._on = False
+        else:
+            if not self._announced:
+                say(f"sheets of images are written to {self._folder}")
+            self._announced = True
 
 
 def augmented_images(
@@ -174,6 +182,8 @@ def hardest_negatives(
 ) -> tuple[Int[np.ndarray, " r"], Int[np.ndarray, " r"], Float[np.ndarray, " r"]]:
     """Find the queries with the largest margin of a wrong key over their own key.
 
+    Of more than 4,096 queries, 4,096 are ranked, spread evenly over the rows.
+
     Args:
       queries: embeddings.
       keys: embeddings; row i is the own key of query i.
@@ -184,20 +194,23 @@ def hardest_negatives(
       The queries, the nearest wrong key of each, and the margins `s_wrong - s_own`, the largest
       first. Queries without a wrong key are left out.
     """
-    wrong = np.zeros(len(queries), np.int64)
-    margins = np.full(len(queries), -np.inf)
-    for first in range(0, len(queries), _TILE):
-        rows = np.arange(first, min(first + _TILE, len(queries)))
+    asked = np.linspace(0, len(queries) - 1, min(_MOST_QUERIES, len(queries))).astype(np.int64)
+    wrong = np.zeros(len(asked), np.int64)
+    margins = np.full(len(asked), -np.inf)
+    tile = max(1, _SCORES_AT_ONCE // len(keys))
+    for first in range(0, len(asked), tile):
+        part = slice(first, min(first + tile, len(asked)))
+        rows, places = asked[part], np.arange(part.stop - first)
         scores = dense_scores(queries[rows], keys).astype(np.float64)
-        own = scores[np.arange(len(rows)), rows].copy()
-        scores[np.arange(len(rows)), rows] = -np.inf
-        for number, others in known.others(slice(first, first + len(rows)), rows).items():
+        own = scores[places, rows].copy()
+        scores[places, rows] = -np.inf
+        for number, others in known.part(rows).others(slice(None), rows).items():
             scores[number, others] = -np.inf
-        wrong[rows] = scores.argmax(1)
-        margins[rows] = scores.max(1) - own
+        wrong[part] = scores.argmax(1)
+        margins[part] = scores.max(1) - own
     order = best_rows(margins, count)
     order = order[np.isfinite(margins[order])]
-    return order, wrong[order], margins[order]
+    return asked[order], wrong[order], margins[order]
 
 
 def _others(known: KnownPositives, row: int) -> set[int]:

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from jaxcl.data.prepare import prepare_data
+from jaxcl.evaluation import sheets as module
+from jaxcl.evaluation.held_out import Ranked
 from jaxcl.evaluation.known_positives import known_positives
+from jaxcl.evaluation.retrieval import dense_scores
 from jaxcl.evaluation.sheets import FOLDER, Sheets, as_uint8, augmented_images, hardest_negatives
 from jaxcl.run.checkpoint import Checkpoints
 from jaxcl.run.training import build_training
@@ -150,3 +153,44 @@ def test_sheets_of_texts_are_an_error():
     assert read_settings({}).run.sheets is None
     with pytest.raises(ValueError, match=r"run\.sheets=True shows images, and data\.modality is"):
         read_settings({"run": {"sheets": True}})
+
+
+def test_the_folder_of_the_sheets_is_announced_once(tmp_path, capsys):
+    settings = read_settings(image_config("captions", tmp_path))
+    data = prepared(settings, tmp_path)
+    sheets = Sheets(settings, data, tmp_path / "run")
+    rng = np.random.default_rng(0)
+    known = known_positives(np.arange(12), np.arange(12))
+    ranked = Ranked(rng.normal(size=(12, 4)), rng.normal(size=(12, 4)), known)
+    capsys.readouterr()
+    sheets.evaluated(1, ranked)
+    sheets.evaluated(2, ranked)
+    said = capsys.readouterr().err.replace("\n", "")
+    assert said == f"sheets of images are written to {tmp_path / 'run' / FOLDER}"
+
+
+def test_of_many_queries_a_sample_is_ranked_in_bounded_tiles(monkeypatch):
+    rng = np.random.default_rng(0)
+    queries, keys = rng.normal(size=(2, 60, 6))
+    numbers = np.arange(60) // 2 * 2  # every two queries are equal
+    known = known_positives(numbers, np.arange(60))
+    whole = hardest_negatives(queries, keys, known, count=60)
+    sizes = []
+
+    def noted(some, keys):
+        sizes.append(len(some) * len(keys))
+        return dense_scores(some, keys)
+
+    monkeypatch.setattr(module, "dense_scores", noted)
+    monkeypatch.setattr(module, "_SCORES_AT_ONCE", 7 * 60)
+    for ours, theirs in zip(hardest_negatives(queries, keys, known, count=60), whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert max(sizes) == 7 * 60
+    monkeypatch.setattr(module, "_MOST_QUERIES", 13)
+    asked, wrong, margins = hardest_negatives(queries, keys, known, count=60)
+    assert len(asked) == 13
+    order = [whole[0].tolist().index(row) for row in asked]
+    assert order == sorted(order)
+    np.testing.assert_array_equal(wrong, whole[1][order])
+    np.testing.assert_array_equal(margins, whole[2][order])
+    assert sorted(asked.tolist())[::12] == [0, 59]
