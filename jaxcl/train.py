@@ -284,7 +284,7 @@ def _run_steps(run: _Run, progress: _Progress, watch: Watch) -> _Progress:
     batches = _batches(run, state)
     with stop_requests() as asked_to_stop, progress_bar("training", settings.steps) as advance:
         advance(step)
-        reports = Reports(training, run.writer, advance)
+        reports = Reports(training, run.writer, watch.ending_first(advance))
         while step < settings.steps and not selection.stops(best):
             begun = time.perf_counter()
             batch = next(batches)

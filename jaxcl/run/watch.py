@@ -1,9 +1,12 @@
-"""Profile a run, report recompiled steps, and cache compiled programs."""
+"""Profile a run, report slow first steps and recompiled ones, and cache compiled programs."""
 
 import functools
 import os
 import platform
 import re
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,6 +18,8 @@ from jaxcl.host.user_folders import cache_folder, make_private
 __all__ = ["Watch", "keep_compiled", "profiled_steps"]
 
 _WORTH_KEEPING_SECONDS = 0.3
+_SECONDS_UNTIL_LINES = (10.0, 50.0, 60.0)
+"""Until the first line about a slow first step, then between lines, the last one repeatedly."""
 
 
 def keep_compiled() -> None:
@@ -49,7 +54,7 @@ def profiled_steps(text: str | None) -> tuple[int, int] | None:
 
 
 class Watch:
-    """Trace some steps, and report if a step is compiled again.
+    """Trace some steps, and report if the first step takes long or a step is compiled again.
 
     A trace ends when the step after it has been dispatched, since only then are the traced steps
     complete.
@@ -65,15 +70,28 @@ class Watch:
         self._compilations = _compilations()
         self._before = 0
         self._steps = 0
+        self._first = _FirstStep()
 
     def __enter__(self) -> "Watch":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._first.end()
         self._stop()
+
+    def ending_first(self, advance: Callable[..., None]) -> Callable[..., None]:
+        """Make `advance`, which is called after each step is complete, end the first step."""
+
+        def ended(*arguments: object) -> None:
+            self._first.end()
+            advance(*arguments)
+
+        return ended
 
     def before(self, step: int) -> None:
         """Start the trace if it begins with this step; called before each step is dispatched."""
+        if not self._steps and jax.process_index() == 0:
+            self._first.begin(step)
         self._before = len(self._compilations)
         if self._profile is None or self._tracing or step >= self._profile[1]:
             return
@@ -89,6 +107,7 @@ class Watch:
                 "or sharding of its batch or state has changed"
             )
         self._steps += 1
+        self._first.is_compiled = True
 
     def after(self, step: int) -> None:
         """Stop the trace if it ends before this step; called when the previous step is complete."""
@@ -105,6 +124,45 @@ class Watch:
         self._tracing = False
         jax.profiler.stop_trace()
         say(f"wrote a trace of the steps to {self._directory}")
+
+
+class _FirstStep:
+    """Says that the first step still runs, if it takes long.
+
+    A large model on a few cores takes minutes, in which nothing else is printed.
+
+    Attributes:
+      is_compiled: whether its program is compiled.
+    """
+
+    def __init__(self) -> None:
+        self.is_compiled = False
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, step: int) -> None:
+        """Start to wait for the end of the step."""
+        self._thread = threading.Thread(target=self._wait, args=(step,), daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stop waiting."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _wait(self, step: int) -> None:
+        start = time.monotonic()
+        first, *later = _SECONDS_UNTIL_LINES
+        seconds = first
+        while not self._over.wait(seconds):
+            doing = "computed" if self.is_compiled else "compiled"
+            say(
+                f"step {step} is still being {doing} after {time.monotonic() - start:.0f} s; the "
+                "first step is the slowest, and takes minutes for large models on a few cores"
+            )
+            seconds = later.pop(0) if len(later) > 1 else later[0]
 
 
 @functools.cache

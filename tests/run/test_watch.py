@@ -1,12 +1,14 @@
 """Traces, cached programs, and warnings about recompiled steps."""
 
 import stat
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxcl.run import watch as watch_module
 from jaxcl.run.watch import Watch, keep_compiled, profiled_steps
 
 
@@ -112,3 +114,54 @@ def test_a_cache_that_cannot_be_created_gives_one_warning(tmp_path, updates, mon
     keep_compiled()
     assert "jax_compilation_cache_dir" not in updates
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(watch_module, "_SECONDS_UNTIL_LINES", (0.01, 0.01, 0.01))
+
+
+def until_said(capsys, text):
+    """The lines that are said until one has a text."""
+    said = ""
+    while text not in said:
+        time.sleep(0.005)
+        said += capsys.readouterr().err
+    return said
+
+
+def test_a_slow_first_step_says_that_it_is_compiled_and_computed(tmp_path, impatient, capsys):
+    done = []
+    with Watch(tmp_path, None) as watch:
+        advance = watch.ending_first(lambda *arguments: done.append(arguments))
+        watch.before(7)
+        assert "step 7 is still being compiled after 0 s" in until_said(capsys, "compiled")
+        watch.dispatched(7)
+        until_said(capsys, "step 7 is still being computed")
+        advance(1, "loss 0.5")
+        capsys.readouterr()
+        watch.before(8)
+        time.sleep(0.05)
+        watch.dispatched(8)
+    assert capsys.readouterr().err == ""
+    assert done == [(1, "loss 0.5")]
+
+
+def test_a_first_step_that_fails_ends_the_messages(tmp_path, impatient, capsys):
+    def failing():
+        with Watch(tmp_path, None) as watch:
+            watch.before(1)
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        failing()
+    capsys.readouterr()
+    time.sleep(0.05)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_quick_first_step_says_nothing(tmp_path, capsys):
+    with Watch(tmp_path, None) as watch:
+        watch.before(1)
+        watch.dispatched(1)
+    assert capsys.readouterr().err == ""
