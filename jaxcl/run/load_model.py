@@ -14,6 +14,7 @@ from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.models import TowerSpec, make_towers
 from jaxcl.models.pretrained.description import PretrainedModel
 from jaxcl.models.pretrained.encoder import PretrainedEncoder
+from jaxcl.models.pretrained.families import FAMILIES
 from jaxcl.models.pretrained.folder import read_towers
 from jaxcl.models.pretrained.hub import local_or_hub
 from jaxcl.models.pretrained.modules import parse_json
@@ -193,7 +194,7 @@ def _pretrained_images(model: PretrainedModel, side: str) -> ImageSide:
 
 
 def _tokenizer_of(pretrained: PretrainedModel) -> Tokenizer:
-    """Load the tokenizer of a model, and check that its ids have rows in the token table."""
+    """Load the tokenizer of a model, and check that its ids are those that the model reads."""
     path = pretrained.path / pretrained.encoder_folder / "tokenizer.json"
     tokenizer = load_pretrained_tokenizer(path)
     num_ids = max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -202,6 +203,13 @@ def _tokenizer_of(pretrained: PretrainedModel) -> Tokenizer:
         raise ValueError(
             f"{path} has ids up to {num_ids - 1}, but the model's token table has "
             f"{pretrained.vocabulary_size} rows; restore the tokenizer that belongs to the model"
+        )
+    required = FAMILIES[pretrained.family].required_token(pretrained.config)
+    if required is not None and required not in tokenizer.encode("a").ids:
+        raise ValueError(
+            f"{path} does not end a text with token {required}, whose state the model takes as the "
+            "text's embedding (eos_token_id in config.json); restore the tokenizer that belongs to "
+            "the model"
         )
     return tokenizer
 

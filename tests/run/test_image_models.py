@@ -264,3 +264,23 @@ def test_images_are_read_batch_by_batch(model):
     assert read[0] <= 16
     assert read[-1] == 40
     np.testing.assert_array_equal(found, model.encode(images=arrays(40), batch_size=8))
+
+
+def test_a_tokenizer_without_the_end_token_is_an_error(clip, tmp_path):
+    """Each text would be pooled at its first token, which is the same for all texts."""
+    folder = write_tiny_towers(tmp_path / "clip", normalize=True)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"tokenizer\.json does not end a text with token 3"):
+        jaxcl.load(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 2  # an old file: the largest id
+    (folder / "config.json").write_text(json.dumps(config))
+    assert jaxcl.load(folder).encode(["read"]).shape == (1, 8)
+
+
+def test_texts_of_a_run_keep_the_end_token(clip):
+    with pytest.raises(ValueError, match=r"data\.special_tokens=False, but the model of model"):
+        settings(clip, data__special_tokens=False)
+    assert settings(clip).data.special_tokens is True

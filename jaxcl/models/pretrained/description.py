@@ -177,6 +177,8 @@ class Family(NamedTuple):
       images: for encoders of images, `config.json` -> the fields `resize` and `pixels` of
         `ImagePreprocessing`, for folders that do not say them; `None` for encoders of texts.
       options: names of further options of `make`.
+      required_token: `config.json` -> the id of the token whose state is a text's embedding; `None`
+        if texts need no certain token.
     """
 
     prefixes: tuple[str, ...]
@@ -189,6 +191,7 @@ class Family(NamedTuple):
     embeds: bool = False
     images: Callable[[Mapping[str, Any]], tuple[str, PixelRule]] | None = None
     options: tuple[str, ...] = ()
+    required_token: Callable[[Mapping[str, Any]], int | None] = lambda config: None
 
     @property
     def modality(self) -> str:

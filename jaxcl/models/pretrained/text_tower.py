@@ -33,7 +33,8 @@ class TextArchitecture(NamedTuple):
       vocabulary_size: rows of the token table.
       max_tokens: rows of the table of positions.
       end_token: the token whose state is pooled, at its first place; 2 for the token with the
-        largest id. `None` for the last position.
+        largest id. `None` for the last position. A text without the token is pooled at its first
+        token, as in transformers, so its embedding hardly depends on the text.
       padding_token: the token of padding.
       projection_dim: width of a linear layer after pooling; `None` for no such layer.
       projection_bias: whether that layer has a bias.
@@ -51,6 +52,11 @@ class TextArchitecture(NamedTuple):
     def dim(self) -> int:
         """The width of the embeddings."""
         return self.projection_dim or self.sizes.hidden_dim
+
+    @property
+    def required_token(self) -> int | None:
+        """The token that every text must have; `None` if there is none."""
+        return None if self.end_token == _LARGEST_ID else self.end_token
 
 
 class TextNames(NamedTuple):

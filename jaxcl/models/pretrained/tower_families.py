@@ -80,5 +80,8 @@ def text_family(
 
     family = family_of(prefixes, architecture, TextTower, names.tensors)
     return family._replace(
-        hidden_dim=lambda config: architecture(config).dim, any_width=any_width, embeds=True
+        hidden_dim=lambda config: architecture(config).dim,
+        any_width=any_width,
+        embeds=True,
+        required_token=lambda config: architecture(config).required_token,
     )
