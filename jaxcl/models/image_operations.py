@@ -9,14 +9,15 @@ images; `tests/models/test_image_operations.py` compares them.
     image = gaussian_blur(solarised(image), sigma=1.5, radius=3)
 """
 
+import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxcl.models.resizing import resize_weights
 from jaxcl.typing import Array, Bool, Float, Int, Key, Scalar
 
 __all__ = [
@@ -141,9 +142,9 @@ def resized_crop(
     """
     check_interpolation(interpolation)
     height, width = (size, size) if isinstance(size, int) else size
-    kernel = _cubic if interpolation == "bicubic" else _triangle
-    rows = _resize_weights(image.shape[0], box.top, box.height, height, kernel).astype(image.dtype)
-    columns = _resize_weights(image.shape[1], box.left, box.width, width, kernel)
+    weights = functools.partial(resize_weights, cubic=interpolation == "bicubic", module=jnp)
+    rows = weights(image.shape[0], box.top, box.height, height).astype(image.dtype)
+    columns = weights(image.shape[1], box.left, box.width, width)
     columns = jnp.where(flip, columns[::-1], columns).astype(image.dtype)
     # The default precision of accelerators would lose bits of 8-bit pixels.
     narrow = jnp.einsum("wx,yxc->ywc", columns, image, precision=lax.Precision.HIGHEST)
@@ -157,36 +158,6 @@ def check_interpolation(name: str) -> None:
         raise ValueError(
             f"interpolation={name!r} is unknown; use one of {', '.join(INTERPOLATIONS)}"
         )
-
-
-def _triangle(distance: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.maximum(0, 1 - jnp.abs(distance))
-
-
-def _cubic(distance: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The cubic convolution kernel of Keys with a = -1/2, as Pillow has it."""
-    x = jnp.abs(distance)
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = -0.5 * (((x - 5) * x + 8) * x - 4)
-    return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
-
-
-def _resize_weights(
-    length: int,
-    start: _Number,
-    extent: _Number,
-    size: int,
-    kernel: Callable[[Float[Array, "..."]], Float[Array, "..."]],
-) -> Float[Array, "_ _"]:
-    """The weight of each of `length` pixels in each of `size` resized pixels of a range."""
-    scale = extent / size
-    # Relative to the range, since float32 would be coarser further away from 0.
-    centre = (jnp.arange(size) + 0.5) * scale - 0.5
-    pixel = jnp.arange(length) - start
-    # The kernel is only widened for shrinking, where it averages.
-    weights = kernel((pixel - centre[:, None]) / jnp.maximum(scale, 1))
-    weights = jnp.where((pixel >= 0) & (pixel < extent), weights, 0)
-    return weights / weights.sum(1, keepdims=True)
 
 
 def flipped(image: Image) -> Image:

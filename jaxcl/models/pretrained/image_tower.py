@@ -20,7 +20,7 @@ from jaxcl.models.pretrained.tower_blocks import (
     make_blocks,
     run_blocks,
 )
-from jaxcl.models.vision.entry import keys_cubic
+from jaxcl.models.resizing import keys_cubic
 from jaxcl.typing import Array, Embeddings, Float, RowKeys
 
 __all__ = ["ImageArchitecture", "ImageNames", "ImageTower", "position_weights"]

@@ -5,6 +5,7 @@ from typing import Annotated, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcl.models.resizing import resize_weights
 from jaxcl.typing import Array, Float, Num, Positive, Range
 
 __all__ = [
@@ -14,8 +15,6 @@ __all__ = [
     "PixelRule",
     "Spreads",
     "enter",
-    "keys_cubic",
-    "resize_weights",
 ]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -63,9 +62,7 @@ def enter(image: Num[Array, "b y x c"], rule: PixelRule) -> Float[Array, "b s s 
         image = image.astype(jnp.float32) / 255
     image = image.astype(jnp.promote_types(image.dtype, jnp.float32))
     rows, columns = (
-        None
-        if image.shape[1:3] == (rule.size, rule.size)
-        else resize_weights(length, rule.size, kept=rule.kept, cubic=rule.cubic)
+        None if image.shape[1:3] == (rule.size, rule.size) else _axis_weights(length, rule)
         for length in image.shape[1:3]
     )
     if rows is not None:
@@ -78,51 +75,10 @@ def enter(image: Num[Array, "b y x c"], rule: PixelRule) -> Float[Array, "b s s 
     return (image - mean) / std
 
 
-def resize_weights(
-    length: int, size: int, *, kept: float = 1.0, cubic: bool = False
-) -> Float[np.ndarray, "s y"] | None:
-    r"""The matrix that resizes one axis of an image, as Pillow does.
-
-    Output pixel $i$ lies at $c_i = (i + 1/2)\, r - 1/2$ with the ratio $r$ of the lengths, and has
-    the weights $w_{ij} \propto k((j - c_i) / \max(r, 1))$. The kernel $k$ is a triangle, or Keys'
-    cubic function with $a = -1/2$.
-
-    Args:
-      length: number of pixels of the input.
-      size: number of pixels of the output.
-      kept: the fraction of the input that a centre crop keeps.
-      cubic: whether the kernel is cubic.
-
-    Returns:
-      The weights `[size, length]`, or `None` for the identity.
-
-    Reference:
-      Keys, "Cubic Convolution Interpolation for Digital Image Processing", 1981.
-    """
-    extent = min(round(kept * length), length)
-    if extent == length == size:
+def _axis_weights(length: int, rule: PixelRule) -> Float[np.ndarray, "s y"] | None:
+    """The matrix that crops the centre of one axis and resizes it; `None` for the identity."""
+    extent = min(round(rule.kept * length), length)
+    if extent == length == rule.size:
         return None
     start = round((length - extent) / 2)
-    ratio = extent / size
-    centre = (np.arange(size) + 0.5) * ratio - 0.5
-    pixel = np.arange(length) - start
-    kernel = _keys if cubic else _triangle
-    weights = kernel((pixel - centre[:, None]) / max(ratio, 1.0))
-    weights = np.where((pixel >= 0) & (pixel < extent), weights, 0)
-    return weights / weights.sum(1, keepdims=True)
-
-
-def _triangle(distance: Float[np.ndarray, "s y"]) -> Float[np.ndarray, "s y"]:
-    return np.maximum(0, 1 - np.abs(distance))
-
-
-def _keys(distance: Float[np.ndarray, "s y"]) -> Float[np.ndarray, "s y"]:
-    return keys_cubic(distance, -0.5)
-
-
-def keys_cubic(distance: Float[np.ndarray, "*s"], a: float) -> Float[np.ndarray, "*s"]:
-    """Keys' cubic kernel with the parameter `a`: -0.5 in Pillow, -0.75 in PyTorch."""
-    x = np.abs(distance)
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = a * (((x - 5) * x + 8) * x - 4)
-    return np.where(x < 1, near, np.where(x < 2, far, 0))
+    return resize_weights(length, start, extent, rule.size, cubic=rule.cubic)

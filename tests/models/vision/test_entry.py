@@ -1,9 +1,11 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxcl.models.vision.entry import PixelRule, enter, images_of, resize_weights
+from jaxcl.models.resizing import resize_weights
+from jaxcl.models.vision.entry import PixelRule, _axis_weights, enter, images_of
 from tests.helpers import relative_error
 
 PLAIN = PixelRule(0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -37,7 +39,7 @@ def test_the_centre_is_cropped_without_resizing():
 
 
 def test_an_image_of_the_size_is_only_normalised():
-    assert resize_weights(24, 24) is None
+    assert _axis_weights(24, PixelRule(24)) is None
     image = picture(24)
     rule = PixelRule(24, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.5))
     wanted = (image / 255 - [0.5, 0.4, 0.3]) / [0.2, 0.25, 0.5]
@@ -49,3 +51,16 @@ def test_an_image_of_the_size_is_only_normalised():
 def test_inputs_without_images_name_the_encoder():
     with pytest.raises(ValueError, match="Vit reads images, but this side has tokens, length"):
         images_of({"tokens": 0, "length": 0}, "Vit")
+
+
+@pytest.mark.parametrize("cubic", [False, True])
+@pytest.mark.parametrize("size", [5, 11, 24])
+def test_traced_ranges_have_the_weights_of_fixed_ones(cubic, size):
+    fixed = resize_weights(16, 3, 11, size, cubic=cubic)
+    traced = jax.jit(
+        lambda start, extent: resize_weights(16, start, extent, size, cubic=cubic, module=jnp)
+    )(jnp.float32(3), jnp.float32(11))
+    np.testing.assert_allclose(traced, fixed, atol=1e-5)
+    np.testing.assert_allclose(fixed.sum(1), 1)
+    if size == 11:  # the range itself
+        np.testing.assert_allclose(fixed, np.eye(11, 16, 3), atol=1e-12)
