@@ -9,14 +9,14 @@ __all__ = ["attend"]
 
 
 def attend(
-    queries: Float[Array, "b t n c"],
+    queries: Float[Array, "b q n c"],
     keys: Float[Array, "b t g c"],
     values: Float[Array, "b t g c"],
-    bias: Float[Array, "1 n t t"] | None,
-    seen: Bool[Array, "b 1 #t t"],
+    bias: Float[Array, "1 n q t"] | None,
+    seen: Bool[Array, "b 1 #q t"] | None,
     *,
     scale: float | None = None,
-) -> Float[Array, "b t n c"]:
+) -> Float[Array, "b q n c"]:
     r"""Dot-product attention: $\operatorname{softmax}(s\, Q K^\top + B)\, V$ for each head.
 
     The backward pass keeps the attention weights, but neither the scores nor their exponentials.
@@ -25,8 +25,8 @@ def attend(
       queries: the projections of each head.
       keys, values: the projections of each head, or of each group of consecutive query heads.
       bias: added to the scaled scores.
-      seen: `True` where a query may attend to a key. A query without keys gets the mean of all
-        values, which keeps its states and gradients finite.
+      seen: `True` where a query may attend to a key; `None` for everywhere. A query without keys
+        gets the mean of all values, which keeps its states and gradients finite.
       scale: the factor $s$ of the scores; `None` for $1 / \sqrt{c}$.
     """
     if queries.dtype.itemsize < 4:
@@ -34,19 +34,21 @@ def attend(
         return jax.nn.dot_product_attention(
             queries, keys, values, bias=bias, mask=seen, scale=scale, implementation="xla"
         )
-    b, t, n, c = queries.shape
-    groups = keys.shape[2]
+    b, q, n, c = queries.shape
+    t, groups = keys.shape[1:3]
     queries, keys, values = (jnp.swapaxes(side, 1, 2) for side in (queries, keys, values))
     # All products have one batch axis for rows and one for heads, since others are slow on a CPU.
     # The queries of a group's heads are rows of one matrix.
     grouped = queries.reshape(b, groups, -1, c)
-    scores = jnp.einsum("bgmc,bgkc->bgmk", grouped, keys).reshape(b, n, t, t)
+    scores = jnp.einsum("bgmc,bgkc->bgmk", grouped, keys).reshape(b, n, q, t)
     scores *= c**-0.5 if scale is None else scale
     if bias is not None:
         scores += bias
-    weights = _softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min))
+    if seen is not None:
+        scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
+    weights = _softmax(scores)
     mixed = jnp.einsum("bgmk,bgkc->bgmc", weights.reshape(b, groups, -1, t), values)
-    return jnp.swapaxes(mixed.reshape(b, n, t, c), 1, 2)
+    return jnp.swapaxes(mixed.reshape(b, n, q, c), 1, 2)
 
 
 @jax.custom_jvp

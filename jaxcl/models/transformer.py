@@ -169,7 +169,7 @@ def make_blocks(
 def run_blocks(
     blocks: Any,
     hidden: Hidden,
-    mask: TokenMask,
+    mask: TokenMask | None,
     rngs: RowKeys | None,
     *,
     num_layers: int,
@@ -185,7 +185,7 @@ def run_blocks(
 
 
 def _run_block(
-    block: "Block", hidden: Hidden, mask: TokenMask, rngs: RowKeys | None, layer: int
+    block: "Block", hidden: Hidden, mask: TokenMask | None, rngs: RowKeys | None, layer: int
 ) -> Hidden:
     return block(hidden, mask, rngs, layer)
 
@@ -209,7 +209,11 @@ class Block(nnx.Module):
         self.dropout = dropout
 
     def __call__(
-        self, hidden: Hidden, mask: TokenMask, rngs: RowKeys | None, layer: int | Int[Array, ""]
+        self,
+        hidden: Hidden,
+        mask: TokenMask | None,
+        rngs: RowKeys | None,
+        layer: int | Int[Array, ""],
     ) -> Hidden:
         drop = functools.partial(row_dropout, rngs=rngs, rate=self.dropout)
         first, second = 1 + 2 * layer, 2 + 2 * layer  # 0 is the embeddings'
@@ -219,19 +223,24 @@ class Block(nnx.Module):
         hidden = self.attention_norm(hidden + drop(self.attend(hidden, mask), layer=first))
         return self.mlp_norm(hidden + drop(self.transform(hidden), layer=second))
 
-    def attend(self, hidden: Hidden, mask: TokenMask) -> Hidden:
+    def attend(self, hidden: Hidden, mask: TokenMask | None) -> Hidden:
         b, t, h = hidden.shape
         heads = self.projections(hidden).reshape(b, t, 3, self.num_heads, h // self.num_heads)
         queries, keys, values = (heads[:, :, part] for part in range(3))
         # A row without tokens attends to its first position, since a softmax needs something.
         if self.attention == "cudnn":  # lengths, since a mask becomes a full matrix of biases
-            lengths = jnp.maximum(jnp.count_nonzero(mask, axis=1), 1).astype(jnp.int32)
+            lengths = None
+            if mask is not None:
+                lengths = jnp.maximum(jnp.count_nonzero(mask, axis=1), 1).astype(jnp.int32)
             mixed = jax.nn.dot_product_attention(
                 queries, keys, values, key_value_seq_lengths=lengths, implementation="cudnn"
             )
         else:
-            attended = mask | (~mask.any(1, keepdims=True) & (jnp.arange(t) == 0))
-            mixed = attend(queries, keys, values, None, attended[:, None, None, :])
+            seen = None
+            if mask is not None:
+                attended = mask | (~mask.any(1, keepdims=True) & (jnp.arange(t) == 0))
+                seen = attended[:, None, None, :]
+            mixed = attend(queries, keys, values, None, seen)
         return self.output(mixed.reshape(b, t, h))
 
     def transform(self, hidden: Hidden) -> Hidden:

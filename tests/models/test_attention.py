@@ -90,3 +90,21 @@ def test_the_backward_pass_keeps_one_matrix_per_head():
 
     assert kept(attend) == 1
     assert kept(by_einsum) > 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, jnp.bfloat16])
+def test_no_mask_is_a_mask_of_all_keys(dtype, x64):
+    given, seen = arguments(dtype=dtype), jnp.asarray(MASKS["all"])
+    wanted = values_and_gradients(attend, given, seen)
+    found = values_and_gradients(attend, given, None)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_there_may_be_fewer_queries_than_keys(x64):
+    queries, keys, values, bias = arguments(groups=2)
+    seen = jnp.asarray(MASKS["lengths"])[:EMPTY]
+    given = [one[:EMPTY] for one in (queries, keys, values)] + [bias]
+    wanted = by_einsum(*given, seen)
+    few = attend(given[0][:, 1:3], *given[1:3], bias[:, :, 1:3], seen)
+    assert relative_error(few, wanted[:, 1:3]) < 1e-12

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxcl.models.layers import Hidden, activation_dtype, row_dropout
+from jaxcl.models.attention import attend
+from jaxcl.models.layers import Hidden, activation_dtype, linear_layer, row_dropout
 from jaxcl.models.pretrained.description import PLAIN, Computation, Tensor
 from jaxcl.models.pretrained.tensor_names import linear_tensors, norm_tensors
 from jaxcl.models.pretrained.tower_blocks import (
     BlockNames,
     BlockSizes,
     TowerMLP,
-    attend_to_all,
     layer_norm,
     make_blocks,
     run_blocks,
@@ -276,8 +276,8 @@ class AttentionPooling(nnx.Module):
     def __init__(self, sizes: BlockSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         h = sizes.hidden_dim
         self.probe = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 1, h)))
-        self.projections = nnx.Linear(h, 3 * h, dtype=dtype, rngs=rngs)
-        self.output = nnx.Linear(h, h, dtype=dtype, rngs=rngs)
+        self.projections = linear_layer(h, 3 * h, dtype=dtype, rngs=rngs)
+        self.output = linear_layer(h, h, dtype=dtype, rngs=rngs)
         self.norm = layer_norm(sizes, dtype=dtype, rngs=rngs)
         self.mlp = TowerMLP(sizes, dtype=dtype, rngs=rngs)
         self.num_heads = sizes.num_heads
@@ -293,5 +293,5 @@ class AttentionPooling(nnx.Module):
             part.reshape(-1, part.shape[1], self.num_heads, h // self.num_heads)
             for part in (jnp.broadcast_to(query, (b, 1, h)), keys, values)
         )
-        mixed = self.output(attend_to_all(queries, keys, values).reshape(b, 1, h))
+        mixed = self.output(attend(queries, keys, values, None, None).reshape(b, 1, h))
         return (mixed + self.mlp(self.norm(mixed)))[:, 0]

@@ -4,24 +4,30 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxcl.models.layers import Hidden, TokenMask, joined, row_dropout, run_layers
+from jaxcl.models.attention import attend
+from jaxcl.models.layers import (
+    Hidden,
+    TokenMask,
+    joined,
+    linear_layer,
+    row_dropout,
+    run_layers,
+)
 from jaxcl.models.pretrained import config_values
 from jaxcl.models.pretrained.activations import ACTIVATIONS
 from jaxcl.models.pretrained.config_values import number, size
 from jaxcl.models.pretrained.description import Tensor
 from jaxcl.models.pretrained.tensor_names import linear_tensors, norm_tensors
-from jaxcl.typing import Array, Bool, Float, Int, RowKeys
+from jaxcl.typing import Array, Float, Int, RowKeys
 
 __all__ = [
     "BlockNames",
     "BlockSizes",
     "TowerBlock",
     "TowerMLP",
-    "attend_to_all",
     "layer_norm",
     "make_blocks",
     "read_sizes",
@@ -193,7 +199,7 @@ class TowerAttention(nnx.Module):
 
     def __init__(self, sizes: BlockSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         linear = functools.partial(
-            nnx.Linear, sizes.hidden_dim, sizes.hidden_dim, dtype=dtype, rngs=rngs
+            linear_layer, sizes.hidden_dim, sizes.hidden_dim, dtype=dtype, rngs=rngs
         )
         self.query, self.key, self.value = (
             linear(use_bias=sizes.projection_bias) for _ in range(3)
@@ -212,30 +218,14 @@ class TowerAttention(nnx.Module):
         if self.causal:
             before = jnp.tril(jnp.ones((t, t), bool))
             seen = jnp.broadcast_to(before if seen is None else seen & before, (b, 1, t, t))
-        return self.output(attend_to_all(queries, keys, values, seen).reshape(b, t, h))
-
-
-def attend_to_all(
-    queries: Float[Array, "b q n c"],
-    keys: Float[Array, "b t n c"],
-    values: Float[Array, "b t n c"],
-    seen: Bool[Array, "b 1 #q t"] | None = None,
-) -> Float[Array, "b q n c"]:
-    """Dot-product attention of each head, to all keys unless `seen` leaves some out."""
-    if queries.dtype != jnp.float64:
-        return jax.nn.dot_product_attention(queries, keys, values, mask=seen)
-    # JAX's attention computes the softmax in float32.
-    scores = jnp.einsum("bqnc,btnc->bnqt", queries, keys) * queries.shape[-1] ** -0.5
-    if seen is not None:
-        scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
-    return jnp.einsum("bnqt,btnc->bqnc", jax.nn.softmax(scores), values)
+        return self.output(attend(queries, keys, values, None, seen).reshape(b, t, h))
 
 
 class TowerMLP(nnx.Module):
     """Two linear layers with an activation between them."""
 
     def __init__(self, sizes: BlockSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        linear = functools.partial(linear_layer, dtype=dtype, rngs=rngs)
         self.widen = linear(sizes.hidden_dim, sizes.mlp_dim)
         self.narrow = linear(sizes.mlp_dim, sizes.hidden_dim)
         self.activation = ACTIVATIONS[sizes.activation]

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxcl.models.layers import Hidden, check_name, row_dropout
+from jaxcl.models.attention import attend
+from jaxcl.models.layers import Hidden, check_name, linear_layer, row_dropout
 from jaxcl.models.transformer import BlockShape, check_blocks, make_blocks, run_blocks
 from jaxcl.models.vision.entry import Means, PixelRule, Spreads
 from jaxcl.models.vision.image_encoder import HALF, ImageEncoder, Pixels, ProjectionHead
@@ -97,7 +98,7 @@ class ViTEncoder(ImageEncoder):
         check_blocks(hidden_dim, shape)
         normal = jax.nn.initializers.normal(0.02)
         num_patches = (size // patch_size) ** 2
-        self.patches = nnx.Linear(3 * patch_size**2, hidden_dim, dtype=dtype, rngs=rngs)
+        self.patches = linear_layer(3 * patch_size**2, hidden_dim, dtype=dtype, rngs=rngs)
         self.position_table = (
             nnx.Param(normal(rngs.params(), (num_patches, hidden_dim)))
             if positions == "learned"
@@ -125,9 +126,8 @@ class ViTEncoder(ImageEncoder):
         """Compute the features of images below the projection head."""
         hidden = self._embed(pixels)
         hidden = row_dropout(hidden, rngs, rate=self.dropout, layer=0)
-        mask = jnp.ones(hidden.shape[:2], bool)
-        hidden = run_blocks(
-            self.blocks, hidden, mask, rngs, num_layers=self.num_layers, remat=self.remat
+        hidden = run_blocks(  # without a mask, since all patches are attended to
+            self.blocks, hidden, None, rngs, num_layers=self.num_layers, remat=self.remat
         )
         if self.class_token is not None:
             return self.norm(hidden[:, 0])
@@ -188,7 +188,7 @@ class AttentionPool(nnx.Module):
     def __init__(
         self, hidden_dim: int, num_heads: int, mlp_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        linear = functools.partial(linear_layer, dtype=dtype, rngs=rngs)
         self.probe = nnx.Param(jax.nn.initializers.normal(0.02)(rngs.params(), (hidden_dim,)))
         self.query = linear(hidden_dim, hidden_dim)
         self.keys_values = linear(hidden_dim, 2 * hidden_dim)
@@ -203,6 +203,6 @@ class AttentionPool(nnx.Module):
         heads = self.num_heads, h // self.num_heads
         query = jnp.broadcast_to(self.query(self.probe[...]), (b, 1, h)).reshape(b, 1, *heads)
         keys_values = self.keys_values(hidden).reshape(b, t, 2, *heads)
-        mixed = jax.nn.dot_product_attention(query, keys_values[:, :, 0], keys_values[:, :, 1])
+        mixed = attend(query, keys_values[:, :, 0], keys_values[:, :, 1], None, None)
         pooled = self.output(mixed.reshape(b, h))
         return pooled + self.narrow(jax.nn.gelu(self.widen(self.norm(pooled))))
