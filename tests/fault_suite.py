@@ -47,16 +47,19 @@ FORKS = multiprocessing.get_context("forkserver")
 ROOT = Path(__file__).parents[1]
 STEPS, EVERY = 160, 8
 SMOKE = [
-    f"--config={ROOT / 'configs' / 'code_search.py'}:smoke",
-    "--config.data.vocabulary_size=1000",
-    "--config.model.dim=16",
-    "--config.evaluation.methods=('dense',)",
     f"--config.steps={STEPS}",
     f"--config.run.checkpoint_every={EVERY}",
     "--config.run.log_every=1",
 ]
+CODE = (
+    "--config.data.vocabulary_size=1000",
+    "--config.model.dim=16",
+    "--config.evaluation.methods=('dense',)",
+)
+IMAGES = ("--config.data.images.size=16", f"--config.run.evaluate_every={STEPS // 2}")
 # All kinds of memory: a bank, a momentum encoder, mined negatives, assigned batches.
-REMEMBERING = [
+REMEMBERING = (
+    *CODE,
     "--config.assignment.name=gcbs",
     "--config.assignment.gcbs.refresh_every=30",
     "--config.assignment.gcbs.picture=False",
@@ -64,7 +67,7 @@ REMEMBERING = [
     "--config.negatives.tiers.stratified=16",
     "--config.negatives.mined.refresh_every=20",
     "--config.negatives.momentum_encoder.initial=0.9",
-]
+)
 
 
 class Shape(NamedTuple):
@@ -75,11 +78,12 @@ class Shape(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """The arguments of a run, and the kinds of faults that it gets."""
+    """The arguments of a run, the kinds of faults that it gets, and its config file."""
 
     arguments: tuple[str, ...]
     shape: Shape
     kinds: tuple[str, ...]
+    config: str = "code_search"
 
 
 ALONE = (
@@ -92,17 +96,23 @@ TOGETHER = (
     *("file cut, two", "file missing, two", "disagreement", "port in use"),
 )
 OTHERS = ("other devices", "other processes")
+OF_IMAGES = (*(kind for kind in ALONE if kind != "token table"), "image checks")
 SETTINGS = {
-    "plain": Setting((), Shape(), ALONE),
-    "remembering": Setting(tuple(REMEMBERING), Shape(), ALONE),
-    "two processes": Setting((), Shape(2, 1), TOGETHER),
-    "moved": Setting((), Shape(1, 4), OTHERS),
+    "plain": Setting(CODE, Shape(), ALONE),
+    "remembering": Setting(REMEMBERING, Shape(), ALONE),
+    "two processes": Setting(CODE, Shape(2, 1), TOGETHER),
+    "moved": Setting(CODE, Shape(1, 4), OTHERS),
+    "simclr": Setting(IMAGES, Shape(), OF_IMAGES, "simclr"),
+    "moco": Setting(IMAGES, Shape(), OF_IMAGES, "moco"),
+    "image text": Setting(IMAGES, Shape(), (*ALONE, "image checks"), "image_text"),
+    "images, two processes": Setting(IMAGES, Shape(2, 1), TOGETHER, "simclr"),
 }
 TURNS = (
     *("plain", "remembering", "plain", "two processes"),
     *("plain", "moved", "remembering", "plain"),
 )
-"""The settings of consecutive runs, repeated in this order."""
+"""The settings of consecutive runs, repeated in this order. `--settings` chooses others, such as
+those with images."""
 
 FAULTS_OF_A_RUN = 5
 
@@ -155,8 +165,11 @@ class Started:
         last_arguments: tuple[str, ...] = (),
         port: int | None = None,
     ):
-        arguments = [*SMOKE, *setting.arguments, f"--config.data.name={_pairs(data_dir)}"]
-        arguments += [f"--workdir={workdir}", f"--config.run.data_dir={data_dir}"]
+        arguments = [f"--config={ROOT / 'configs' / setting.config}.py:smoke", *SMOKE]
+        arguments += [*setting.arguments, f"--workdir={workdir}"]
+        arguments += [f"--config.run.data_dir={data_dir}"]
+        if setting.config == "code_search":
+            arguments.append(f"--config.data.name={_pairs(data_dir)}")
         if port is None:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
@@ -239,7 +252,7 @@ class Trial:
         """Inject these faults one after the other, then let the run end."""
         mounted = "disk full" in kinds
         self.workdir.mkdir(parents=True)
-        if "token table" in kinds:  # other runs read the shared tables
+        if {"token table", "image checks"} & set(kinds):  # other runs read the shared files
             self.data_dir = self.place / "data"
             shutil.copytree(self.reference.parent / "data", self.data_dir)
         if mounted:
@@ -364,7 +377,9 @@ class Trial:
         if not self.stop():
             return False
         names = ("config.json", "data.json", "run.json", "tokenizer.json", "metrics.jsonl")
-        path = self.workdir / self.rng.choice((*names, "checkpoints.sizes.json"))
+        names = (*names, "checkpoints.sizes.json", "images.json")  # a run has most of these
+        names = tuple(name for name in names if (self.workdir / name).is_file())
+        path = self.workdir / self.rng.choice(names)
         whole = path.read_bytes()
         if path.name == "metrics.jsonl":  # the only copy of its records
             damaged = whole + self.rng.choice((b"\xff\xfe\n", b"[]\n", b'{"step": ', b"5\n"))
@@ -400,10 +415,11 @@ class Trial:
         return True
 
     def harm_table(self, kind: str) -> bool:
-        """Damage a token table that the run reads: it is rebuilt, and the run resumes."""
+        """Damage a file of a token table or of the check of images: it is made again."""
         if not self.stop():
             return False
-        tables = [path for path in (self.data_dir / "tokens").rglob("*") if path.is_file()]
+        folder = self.data_dir / {"token table": "tokens", "image checks": "images"}[kind]
+        tables = [path for path in folder.rglob("*") if path.is_file()]
         path = self.rng.choice(sorted(path for path in tables if path.stat().st_size))
         content = bytearray(path.read_bytes())
         if self.rng.random() < 0.5:
@@ -537,6 +553,7 @@ BREAKS: dict[str, Callable[[Trial, str], bool]] = {
     "small file": Trial.harm_small_file,
     "checkpoints gone": Trial.lose_checkpoints,
     "token table": Trial.harm_table,
+    "image checks": Trial.harm_table,
     "closed pipe": Trial.close_pipe,
     "disagreement": Trial.disagree,
     "port in use": Trial.take_port,

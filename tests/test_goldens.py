@@ -76,9 +76,10 @@ def test_a_pattern_without_cases_is_an_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_is_recorded_twice_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("run", ["queue", "simclr", "image-text"])
+def test_a_run_is_recorded_twice_with_the_same_bits(tmp_path, run):
     for name in ("one.json", "other.json"):
-        code, output = goldens("record", "--to", tmp_path / name, "--only", "^runs/queue$")
+        code, output = goldens("record", "--to", tmp_path / name, "--only", f"^runs/{run}$")
         assert code == 0, output
     assert goldens("compare", tmp_path / "one.json", tmp_path / "other.json")[0] == 0
 

@@ -1,7 +1,12 @@
 """The configs of images, shrunk: equal on any mesh, with gradient caching, and after a restart."""
 
 import json
+import os
+import socket
 import string
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +19,9 @@ from jaxcl.run.opened import open_run
 from jaxcl.settings.read import read_settings
 from jaxcl.train import train
 from jaxcl.typing import SIDES
+from tests.data.images.test_image_files import picture
 from tests.helpers import bits, final_state, relative_errors, training_of, unclocked
+from tests.models.pretrained.tiny_towers import write_tiny_towers
 from tests.test_train_optimizer import half_run
 
 pytestmark = [
@@ -30,6 +37,7 @@ CONFIGS = {
     "image_text, siglip": lambda: image_text.get_config("smoke_siglip"),
 }
 ROWS, STEPS = 24, 4
+ROOT = Path(__file__).parents[1]
 
 every_config = pytest.mark.parametrize(
     "name",
@@ -166,3 +174,115 @@ def test_other_variants_can_be_read(module, variant):
     assert settings.evaluation.projection_head == (variant != "views")
     with pytest.raises(ValueError, match="variant 'other' is unknown; use default"):
         module.get_config("other")
+
+
+def shrunk(config, **changes):
+    """A config of files of images, at a size that trains in seconds."""
+    small = {"steps": 2, "global_batch_size": 8, "run.checkpoint_every": 2, "run.evaluate_every": 2}
+    small |= {"optimizer.warmup_steps": 1, "grad_cache.chunk_size": 4, "run.log_every": 1}
+    config.unlock()
+    config.update_from_flattened_dict(small | changes)
+    config.lock()
+    return config
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory):
+    """A file of captions of images, in folders of two classes."""
+    folder = tmp_path_factory.mktemp("captions")
+    rows = []
+    for number in range(24):
+        name = f"{('cat', 'dog')[number % 2]}/{number}.png"
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(picture(number))
+        rows.append({"image": name, "caption": f"read the file number {number}"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+HELD_OUT = {"train": "rest", "validation": "train[:30%]"}
+
+
+def test_two_views_of_each_image_of_a_folder_train_a_residual_network(captions, tmp_path):
+    config = shrunk(
+        simclr.get_config("views"),
+        **{"data.name": str(captions), "data.splits": HELD_OUT, "data.images.size": 16},
+        **{"run.data_dir": str(tmp_path / "data"), "model.dim": 8, "model.options.head": (12,)},
+        **{"model.options.width": 8, "model.options.stages": (1, 1)},
+    )
+    results = train(config, tmp_path / "run")
+    assert sum(results["rows"].values()) == 24
+    assert results["metrics"]["validation"]["plain"].keys() == {"dense"}
+    losses = [record["loss"] for record in unclocked(tmp_path / "run") if "loss" in record]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+
+
+def test_captions_train_with_a_frozen_encoder_of_images(captions, tmp_path):
+    folder = write_tiny_towers(tmp_path / "vit", "vit")
+    config = shrunk(
+        image_text.get_config("locked"),
+        **{"data.name": str(captions / "rows.jsonl"), "data.splits": HELD_OUT},
+        **{"run.data_dir": str(tmp_path / "data"), "model.pretrained": str(folder)},
+        **{"data.vocabulary_size": 300, "data.max_tokens.key": 8, "optimizer.warmup_steps": 0},
+        **{"model.key.options.hidden_dim": 8, "model.key.options.num_layers": 1},
+        **{"model.key.options.num_heads": 2, "model.key.options.mlp_dim": 8},
+    )
+    results = train(config, tmp_path / "run")
+    assert set(results["metrics"]["validation"]) == {"image to text", "text to image"}
+    settings = read_settings(config)
+    first = training_of(config).init(16).params["towers"]
+    last = final_state(tmp_path / "run", step=2).params["towers"]
+    assert settings.optimizer.freeze == ("towers/query/*",)
+    equal = {
+        side: all(
+            bits(ours) == bits(theirs)
+            for ours, theirs in zip(
+                jax.tree.leaves(first[side]), jax.tree.leaves(last[side]), strict=True
+            )
+        )
+        for side in SIDES
+    }
+    assert equal == {"query": True, "key": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["simclr", "image_text"])
+def test_two_processes_train_as_one_does(name, glyphs, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    small = {"steps": STEPS, "global_batch_size": ROWS, "data.images.size": 12, "run.log_every": 1}
+    small |= {"data.name": glyphs, "run.data_dir": glyphs.parent, "run.evaluate_every": STEPS}
+    flags = [f"--config.{setting}={value}" for setting, value in small.items()]
+    command = [sys.executable, "-m", "jaxcl.train", f"--config={ROOT}/configs/{name}.py:smoke"]
+
+    def started(workdir, devices, **environment):
+        devices = f"--xla_force_host_platform_device_count={devices}"
+        return subprocess.Popen(
+            [*command, *flags, f"--workdir={workdir}"],
+            cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": devices, "JAX_PLATFORMS": "cpu"} | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    of_two = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    processes = [started(tmp_path / "one", 2)]
+    processes += [started(tmp_path / "two", 1, **of_two, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    try:
+        outputs = [one.communicate(timeout=900)[0] for one in processes]
+    finally:
+        for one in processes:
+            one.kill()
+    assert [one.returncode for one in processes] == [0, 0, 0], outputs
+    one, two = (unclocked(tmp_path / workdir) for workdir in ("one", "two"))
+    assert [record["step"] for record in one] == [record["step"] for record in two]
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    with np.load(tmp_path / "one" / "ranks.npz") as wanted:
+        ranks = dict(wanted)
+    with np.load(tmp_path / "two" / "ranks.npz") as found:
+        for place, of_place in ranks.items():
+            np.testing.assert_array_equal(found[place], of_place)
