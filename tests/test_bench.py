@@ -380,12 +380,13 @@ def test_every_way_to_train_sentence_embeddings_is_evaluated(static_folder, tmp_
     assert len(set(values)) > 1  # training changes the similarities
 
 
-def test_the_benchmark_of_images_measures_decoding_and_waiting():
+def test_the_benchmark_of_images_measures_decoding_waiting_and_augmentations():
     record = images.measure(
         [16, 32], [1, 2], rounds=2, num_images=5, batch_size=4, num_steps=3, result=8
     )
     names = [f"{kind}, {n} threads" for kind in ("JPEG 16", "JPEG 32", "PNG 16") for n in (1, 2)]
-    assert list(record["rounds"]) == names
+    presets = [f"augmentation, {name}" for name in ("simclr", "moco_v2", "clip")]
+    assert list(record["rounds"]) == names + presets
     assert all(rate > 0 for rates in record["rounds"].values() for rate in rates)
     shares = [record["facts"][f"{name}: share of a step spent waiting"] for name in names]
     assert all(0 <= share <= 1 for share in shares)

@@ -1,4 +1,4 @@
-"""How many images are decoded per second, and how long does a training step wait for them?
+"""How many images are decoded and augmented per second, and how long does a step wait for them?
 
     python -m jaxcl.bench images [--sizes 224 512 1024] [--threads 1 2] [--rounds 3]
 
@@ -6,11 +6,14 @@ The images are generated photographs (smooth, with some noise) as JPEG, and as P
 size. They are decoded to 224 × 224 as in training, from memory, so that no disk is measured. JPEGs
 of at least twice that size are decoded at a fraction of their size.
 
+The presets of augmentations run on one device, on batches of decoded images.
+
 The step is the loss and the gradient of a small convolutional encoder on one device. While it runs,
 worker threads decode the next batches, on the same cores if the device is a CPU. The table has the
 share of the time that the loop spends waiting for a batch.
 """
 
+import functools
 import io
 import time
 from collections.abc import Callable, Sequence
@@ -25,14 +28,20 @@ from jaxcl.data.images.decoding import ImageRule, pillow
 from jaxcl.data.images.image_table import ImageTable
 from jaxcl.data.loader import training_batches
 from jaxcl.data.sources import InMemoryPairs
+from jaxcl.models.image_augmentations import clip, moco_v2, simclr
 from jaxcl.ops.mesh import make_mesh
-from jaxcl.typing import Array, Float, UInt8
+from jaxcl.typing import Array, Float, Key, PyTree, UInt8
 
 __all__ = ["main", "measure"]
 
 _RESULT = 224
 _QUALITY = 90
 _CHANNELS = (3, 32, 64, 128)
+_PRESETS = {
+    "augmentation, simclr": simclr,
+    "augmentation, moco_v2": moco_v2,
+    "augmentation, clip": clip,
+}
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -65,14 +74,14 @@ def measure(
     num_steps: int = 12,
     result: int = _RESULT,
 ) -> dict[str, Any]:
-    """Measure decoding and waiting, in turn.
+    """Measure decoding, waiting and augmentations, in turn.
 
     Args:
       sizes: heights and widths of the JPEGs, in pixels.
       threads: numbers of threads that decode.
       rounds: how often each is measured.
       num_images: images per measurement of decoding.
-      batch_size, num_steps: the batches of a measurement of waiting.
+      batch_size, num_steps: the batches of a measurement of waiting, or of an augmentation.
       result: the height and width of the decoded images.
 
     Returns:
@@ -86,12 +95,18 @@ def measure(
         for name, source in sources.items()
         for count in threads
     }
-    figures: dict[str, list[float]] = {name: [] for name in cases}
+    augmentations = {name: _augmentation(name, result, batch_size) for name in _PRESETS}
+    figures: dict[str, list[float]] = {name: [] for name in (*cases, *augmentations)}
     waiting: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, table in cases.items():
             figures[name].append(_images_per_second(table))
             waiting[name].append(_waiting_share(table, step, batch_size, num_steps))
+        for name, augment in augmentations.items():
+            start = time.perf_counter()
+            for number in range(num_steps):
+                jax.block_until_ready(augment(jax.random.key(number)))
+            figures[name].append(num_steps * batch_size / (time.perf_counter() - start))
     facts = {
         f"{name}: share of a step spent waiting": float(np.median(shares))
         for name, shares in waiting.items()
@@ -168,6 +183,20 @@ def _weights() -> list[Float[Array, "3 3 _ _"]]:
     keys = jax.random.split(jax.random.key(0), len(_CHANNELS) - 1)
     shapes = zip(keys, _CHANNELS, _CHANNELS[1:], strict=False)
     return [0.1 * jax.random.normal(key, (3, 3, before, after)) for key, before, after in shapes]
+
+
+def _augmentation(name: str, size: int, batch_size: int) -> Callable[[Key[Array, ""]], PyTree]:
+    """Compile a preset on a batch of random images, as a function of the key."""
+    images = np.random.default_rng(0).integers(0, 256, (batch_size, size, size, 3), np.uint8)
+    augment = _PRESETS[name]()
+
+    @jax.jit
+    def run(images: UInt8[Array, "b s s 3"], key: Key[Array, ""]) -> PyTree:
+        return jax.vmap(augment)({"image": images}, jax.random.split(key, batch_size))
+
+    compiled = functools.partial(run, jax.device_put(images, jax.devices()[0]))
+    jax.block_until_ready(compiled(jax.random.key(0)))
+    return compiled
 
 
 def _make_step() -> Callable[..., Any]:
