@@ -11,6 +11,7 @@ from jaxcl.models.attention import attend
 from jaxcl.models.layers import (
     DEFAULT_MAX_TOKENS,
     Hidden,
+    Layer,
     TokenMask,
     activation_dtype,
     check_length,
@@ -28,7 +29,6 @@ from jaxcl.typing import (
     Array,
     Embeddings,
     Float,
-    Int,
     Positive,
     PyTree,
     Rate,
@@ -166,7 +166,7 @@ class DecoderBlock(nnx.Module):
         self.dropout = dropout
 
     def __call__(
-        self, hidden: Hidden, mask: TokenMask, rngs: RowKeys | None, layer: int | Int[Array, ""]
+        self, hidden: Hidden, mask: TokenMask, rngs: RowKeys | None, layer: Layer
     ) -> Hidden:
         def drop(values: Hidden, number: int) -> Hidden:
             return row_dropout(values, rngs, rate=self.dropout, layer=2 * layer + number)

@@ -29,6 +29,7 @@ __all__ = [
     "DEFAULT_MAX_TOKENS",
     "POOLINGS",
     "Hidden",
+    "Layer",
     "TokenMask",
     "activation_dtype",
     "check_length",
@@ -49,6 +50,8 @@ __all__ = [
 
 Hidden: TypeAlias = Float[Array, "b t h"]
 TokenMask: TypeAlias = Bool[Array, "b t"]
+Layer: TypeAlias = int | Int[Array, ""]
+"""The number of a block, traced in a loop over stacked blocks."""
 
 DEFAULT_MAX_TOKENS = 128
 """The longest text that an encoder reads by default, in tokens."""
@@ -198,7 +201,7 @@ def row_dropout(
     rngs: RowKeys | None,
     *,
     rate: float,
-    layer: int | Int[Array, ""],
+    layer: Layer,
 ) -> Float[Array, "b ..."]:
     """Dropout whose mask belongs to the row, not to its place in a batch.
 

@@ -12,6 +12,7 @@ from jaxcl.models.layers import (
     DEFAULT_MAX_TOKENS,
     POOLINGS,
     Hidden,
+    Layer,
     TokenMask,
     activation_dtype,
     check_length,
@@ -26,7 +27,7 @@ from jaxcl.models.layers import (
     tokens_of,
     unit_vectors,
 )
-from jaxcl.typing import Array, Embeddings, Int, PyTree, Rate, RowKeys, Size, check_arguments
+from jaxcl.typing import Embeddings, PyTree, Rate, RowKeys, Size, check_arguments
 
 __all__ = ["ATTENTIONS", "NORM_POSITIONS", "TransformerEncoder"]
 
@@ -209,11 +210,7 @@ class Block(nnx.Module):
         self.dropout = dropout
 
     def __call__(
-        self,
-        hidden: Hidden,
-        mask: TokenMask | None,
-        rngs: RowKeys | None,
-        layer: int | Int[Array, ""],
+        self, hidden: Hidden, mask: TokenMask | None, rngs: RowKeys | None, layer: Layer
     ) -> Hidden:
         drop = functools.partial(row_dropout, rngs=rngs, rate=self.dropout)
         first, second = 1 + 2 * layer, 2 + 2 * layer  # 0 is the embeddings'

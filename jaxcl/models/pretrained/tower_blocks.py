@@ -10,6 +10,7 @@ from flax import nnx
 from jaxcl.models.attention import attend
 from jaxcl.models.layers import (
     Hidden,
+    Layer,
     TokenMask,
     joined,
     linear_layer,
@@ -21,7 +22,7 @@ from jaxcl.models.pretrained.activations import ACTIVATIONS
 from jaxcl.models.pretrained.config_values import number, size
 from jaxcl.models.pretrained.description import Tensor
 from jaxcl.models.pretrained.tensor_names import linear_tensors, norm_tensors
-from jaxcl.typing import Array, Float, Int, RowKeys
+from jaxcl.typing import Array, Float, RowKeys
 
 __all__ = [
     "BlockNames",
@@ -177,11 +178,7 @@ class TowerBlock(nnx.Module):
         self.dropout = sizes.dropout
 
     def __call__(
-        self,
-        hidden: Hidden,
-        mask: TokenMask | None,
-        rngs: RowKeys | None,
-        layer: int | Int[Array, ""],
+        self, hidden: Hidden, mask: TokenMask | None, rngs: RowKeys | None, layer: Layer
     ) -> Hidden:
         drop = functools.partial(row_dropout, rngs=rngs, rate=self.dropout)
         mixed = _scaled(self.attention(self.attention_norm(hidden), mask), self.attention_scale)
