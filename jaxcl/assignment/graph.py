@@ -121,16 +121,16 @@ def exact_graph(
     place = Place(axis_name, pairs.ours.shape[0])
 
     def of_block(rows: tuple[Array, PairLabels, Array]) -> PairGraph:
-        ours, our_labels, own = rows
+        anchors, anchor_labels, own = rows
         neighbours = nearest(
-            ours,
+            anchors,
             pairs.theirs,
             count=affinity.neighbours,
-            query_labels=our_labels,
+            query_labels=anchor_labels,
             table_labels=labels,
             axis_name=axis_name,
         )
-        return _graph(neighbours, ours, own, affinity)
+        return _graph(neighbours, anchors, own, affinity)
 
     # Block by block: `nearest` gathers the queries of all devices, and all rows would not fit.
     num_blocks = -(-place.num_rows // _BLOCK)
@@ -169,29 +169,31 @@ def clustered_graph(
     """
     place = Place(axis_name, pairs.ours.shape[0])
     fetch = functools.partial(fetch_rows, axis_name=axis_name)
-    ours, theirs = (_centres(side, clusters, place) for side in pairs)
+    anchor_centres, negative_centres = (_centres(side, clusters, place) for side in pairs)
     empty = (clusters < 0).all(1)
 
     def of_cluster(number: Integer[Array, ""]) -> PairGraph:
-        similarities = jnp.where(empty, -jnp.inf, inner_products(ours[number][None], theirs)[0])
+        similarities = jnp.where(
+            empty, -jnp.inf, inner_products(anchor_centres[number][None], negative_centres)[0]
+        )
         # Infinity, so that a cluster always searches itself.
         probed = lax.top_k(similarities.at[number].set(jnp.inf), min(probes, len(clusters)))[1]
         rows, others = clusters[number], clusters[probed].reshape(-1)
-        our_rows, our_labels, own = fetch((pairs.ours, labels, _own(pairs)), rows)
-        their_rows, their_labels = fetch((pairs.theirs, labels), others)
+        anchors, anchor_labels, own = fetch((pairs.ours, labels, _own(pairs)), rows)
+        negatives, negative_labels = fetch((pairs.theirs, labels), others)
         # Missing rows are fetched as zeros, and 0 beats negative similarities.
         valid = others >= 0
-        if their_labels.valid is not None:
-            valid &= their_labels.valid
+        if negative_labels.valid is not None:
+            valid &= negative_labels.valid
         within = nearest(
-            our_rows,
-            their_rows,
+            anchors,
+            negatives,
             count=affinity.neighbours,
-            query_labels=our_labels,
-            table_labels=their_labels._replace(valid=valid),
+            query_labels=anchor_labels,
+            table_labels=negative_labels._replace(valid=valid),
         )
         rows = jnp.where(within.rows >= 0, others[jnp.maximum(within.rows, 0)], -1)
-        return _graph(within._replace(rows=rows), our_rows, own, affinity)
+        return _graph(within._replace(rows=rows), anchors, own, affinity)
 
     # The same number of clusters on each device: `fetch` is a collective, and devices that leave
     # the loop early would keep the others waiting.
@@ -244,12 +246,12 @@ def _centres(
 
 
 def _graph(
-    nearest_rows: Nearest, ours: Float[Array, "q d"], own: Float[Array, " q"], affinity: Affinity
+    nearest_rows: Nearest, anchors: Float[Array, "q d"], own: Float[Array, " q"], affinity: Affinity
 ) -> PairGraph:
     similarities, present = nearest_rows.similarities, nearest_rows.rows >= 0
     # Relative to the largest term, since exponentials would overflow at low temperatures.
     largest = jnp.maximum(own, similarities[:, 0])[:, None]
-    scale = affinity.temperature * length_on_grid(ours.shape[1]) ** 2
+    scale = affinity.temperature * length_on_grid(anchors.shape[1]) ** 2
 
     def mass(products: Float[Array, "q s"], unit: int) -> Int[Array, "q s"]:
         return jnp.round(unit * jnp.exp((products - largest) / scale)).astype(jnp.int32)
@@ -258,7 +260,7 @@ def _graph(
     # Neighbours have masses already. If the sample contains one, it gets the mass of the last
     # neighbour at most.
     least = jnp.where(present, similarities, largest).min(1, keepdims=True)
-    random = mass(jnp.minimum(inner_products(ours, affinity.sample), least), UNIT).sum(1)
+    random = mass(jnp.minimum(inner_products(anchors, affinity.sample), least), UNIT).sum(1)
     share = jnp.float32(affinity.batch_size - 1) / affinity.sample.shape[0]
     # In float32 and capped: the int32 sum would overflow when scaled to a large batch.
     rest = jnp.minimum(random.astype(jnp.float32) * share, float(2**29))

@@ -82,38 +82,38 @@ def row_gaps(
     log_sums = functools.partial(_log_sums, temperature=temperature)
 
     def of_batch(batch: tuple[_Rows, _Rows]) -> tuple[_Rows, Array, Array, Array]:
-        whole, strangers = batch
-        ours = jax.tree.map(lambda leaf: leaf[:rows_per_batch], whole)
-        own = log_sums(ours, whole, _labels(ours, ours.ids), _labels(whole, whole.ids))
+        peers, strangers = batch
+        anchors = jax.tree.map(lambda leaf: leaf[:rows_per_batch], peers)
+        own = log_sums(anchors, peers, _labels(anchors, anchors.ids), _labels(peers, peers.ids))
         # Compare every row with exactly b - 1 random rows: all strangers except the last. A row
         # that is itself among them has label 1, and is compared with the last, of label 0, instead.
-        among = jnp.isin(ours.ids, strangers.ids[:-1]).astype(jnp.int32)
+        among = jnp.isin(anchors.ids, strangers.ids[:-1]).astype(jnp.int32)
         spare = jnp.full(batch_size, -1, jnp.int32).at[-1].set(0)
-        labels = _labels(ours, ours.ids, among), _labels(strangers, strangers.ids, spare)
-        random = log_sums(ours, strangers, *labels)
-        return ours, own, random, _near_duplicates(ours, whole, near_duplicate)
+        labels = _labels(anchors, anchors.ids, among), _labels(strangers, strangers.ids, spare)
+        random = log_sums(anchors, strangers, *labels)
+        return anchors, own, random, _near_duplicates(anchors, peers, near_duplicate)
 
     batches = fetch(_share(rows, axis_name)), fetch(_share(random_rows, axis_name))
-    ours, own, random, near_duplicates = jax.tree.map(
+    anchors, own, random, near_duplicates = jax.tree.map(
         lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), lax.map(of_batch, batches)
     )
     valid = table.ids < num_rows
-    outside = _labels(ours, ours.batch), _labels(table, table.batch, valid=valid)
-    missing = log_sums(ours, table, *outside, axis_name=axis_name)
-    hardest = _greatest(ours, table, *outside, axis_name=axis_name)
+    outside = _labels(anchors, anchors.batch), _labels(table, table.batch, valid=valid)
+    missing = log_sums(anchors, table, *outside, axis_name=axis_name)
+    hardest = _greatest(anchors, table, *outside, axis_name=axis_name)
     neighbours = nearest(
-        jnp.concatenate([ours.queries, ours.keys], 1),
+        jnp.concatenate([anchors.queries, anchors.keys], 1),
         jnp.concatenate([table.keys, table.queries], 1),
         count=_NEIGHBOURS,
-        query_labels=_labels(ours, ours.ids),
+        query_labels=_labels(anchors, anchors.ids),
         table_labels=_labels(table, table.ids, valid=valid),
         axis_name=axis_name,
     ).rows
-    their_batch = fetch_rows(table.batch, neighbours, axis_name=axis_name, constant=True)
+    neighbour_batch = fetch_rows(table.batch, neighbours, axis_name=axis_name, constant=True)
     present = neighbours >= 0  # missing rows were fetched as batch 0
-    inside = present & (their_batch == ours.batch[:, None])
+    inside = present & (neighbour_batch == anchors.batch[:, None])
 
-    positives = inner_product(ours.queries, ours.keys)[:, None] / temperature
+    positives = inner_product(anchors.queries, anchors.keys)[:, None] / temperature
     in_batch, in_random = log_add_exp(positives, own), log_add_exp(positives, random)
     others = math.log(num_rows - batch_size) if num_rows > batch_size else -math.inf
     return RowGaps(
@@ -178,66 +178,71 @@ def _labels(rows: _Rows, *more: Array, valid: Array | None = None) -> PairLabels
 
 
 def _log_sums(
-    ours: _Rows,
-    theirs: _Rows,
-    our_labels: PairLabels,
-    their_labels: PairLabels,
+    anchors: _Rows,
+    candidates: _Rows,
+    anchor_labels: PairLabels,
+    candidate_labels: PairLabels,
     *,
     temperature: float | Scalar,
     axis_name: AxisName | None = None,
 ) -> Float[Array, "q 2"]:
-    """The log-sum-exp of our queries over their keys, and of our keys over their queries."""
+    """The log-sum-exp of anchors' queries over candidates' keys, and of keys over queries."""
 
-    def columns(ours: Array, theirs: Array) -> Array:
-        # Devices exchange the columns, so ours are the columns and the table's rows stay in place.
+    def columns(anchor_vectors: Array, candidate_vectors: Array) -> Array:
+        # Devices exchange the columns, so anchors are the columns, and the table's rows stay in
+        # place.
         return pair_logsumexp(
-            theirs,
-            ours,
+            candidate_vectors,
+            anchor_vectors,
             temperature=temperature,
-            query_labels=their_labels,
-            key_labels=our_labels,
+            query_labels=candidate_labels,
+            key_labels=anchor_labels,
             axis_name=axis_name,
         )[1]
 
-    return _both_ways(columns, ours, theirs)
+    return _both_ways(columns, anchors, candidates)
 
 
 def _greatest(
-    ours: _Rows,
-    theirs: _Rows,
-    our_labels: PairLabels,
-    their_labels: PairLabels,
+    anchors: _Rows,
+    candidates: _Rows,
+    anchor_labels: PairLabels,
+    candidate_labels: PairLabels,
     *,
     axis_name: AxisName | None,
 ) -> Float[Array, "q 2"]:
-    """The greatest similarity of our queries to their keys, and of our keys to their queries."""
+    """The greatest similarity of anchors' queries to candidates' keys, and of keys to queries."""
     best = functools.partial(
         nearest,
         count=1,
-        query_labels=our_labels,
-        table_labels=their_labels,
+        query_labels=anchor_labels,
+        table_labels=candidate_labels,
         axis_name=axis_name,
     )
-    return _both_ways(lambda ours, theirs: best(ours, theirs).similarities[:, 0], ours, theirs)
+    return _both_ways(
+        lambda queries, table: best(queries, table).similarities[:, 0], anchors, candidates
+    )
 
 
-def _both_ways(reduce: Callable[[Array, Array], Array], ours: _Rows, theirs: _Rows) -> Array:
-    return jnp.stack([reduce(ours.queries, theirs.keys), reduce(ours.keys, theirs.queries)], 1)
+def _both_ways(reduce: Callable[[Array, Array], Array], anchors: _Rows, candidates: _Rows) -> Array:
+    return jnp.stack(
+        [reduce(anchors.queries, candidates.keys), reduce(anchors.keys, candidates.queries)], 1
+    )
 
 
-def _near_duplicates(ours: _Rows, batch: _Rows, threshold: float) -> Int[Array, " m"]:
+def _near_duplicates(anchors: _Rows, batch: _Rows, threshold: float) -> Int[Array, " m"]:
     """Count each row's near duplicates, which have almost the same query or key, in its batch."""
     wide = jnp.promote_types(batch.queries.dtype, jnp.float32)
     sides = [normalise(side.astype(wide)) for side in (batch.queries, batch.keys)]
-    num_ours = ours.ids.shape[0]  # the first of the batch
+    num_anchors = anchors.ids.shape[0]  # the first of the batch
 
     def of_row(row: tuple[Array, list[Array]]) -> Array:
-        number, ours = row
+        number, vectors = row
         query, key = (
             inner_products(vector[None], side)[0] > threshold
-            for vector, side in zip(ours, sides, strict=True)
+            for vector, side in zip(vectors, sides, strict=True)
         )
         return ((query | key) & (batch.ids != number)).sum(dtype=jnp.int32)
 
-    our_sides = [side[:num_ours] for side in sides]
-    return lax.map(of_row, (ours.ids, our_sides), batch_size=_BLOCK_ROWS)
+    anchor_sides = [side[:num_anchors] for side in sides]
+    return lax.map(of_row, (anchors.ids, anchor_sides), batch_size=_BLOCK_ROWS)

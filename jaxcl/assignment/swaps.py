@@ -174,9 +174,12 @@ def _gains(
 ) -> Int[Array, " p"]:
     """The gain over all rows from moving a row to its segment's partner."""
     rows, weights = edges
-    theirs, ours = segments_of_neighbours(edges, of_row), place.mine(of_row)[:, None]
-    same = theirs == ours
-    across = (theirs == partners[ours]) & ~same
+    neighbour_segments, row_segments = (
+        segments_of_neighbours(edges, of_row),
+        place.mine(of_row)[:, None],
+    )
+    same = neighbour_segments == row_segments
+    across = (neighbour_segments == partners[row_segments]) & ~same
     moved = jnp.where(across, weights, 0) - jnp.where(same, weights, 0)
     # Edges count at both ends, since a row may be a neighbour of rows on any device. Integer sums
     # depend neither on the order of the scatter nor on the number of devices.
@@ -216,7 +219,10 @@ def _matched(
     for the maximal independent set problem", STOC 1985).
     """
     weights = weights_within(graph, of_row, place)
-    theirs, ours = segments_of_neighbours(graph, of_row), place.mine(of_row)[:, None]
+    neighbour_segments, row_segments = (
+        segments_of_neighbours(graph, of_row),
+        place.mine(of_row)[:, None],
+    )
     # A row has at most as many neighbours as there are rows, however wide the graph is.
     slots = jnp.minimum(graph.rows.shape[1], segments.starts[-1])
     num_segments = segments.number
@@ -225,10 +231,12 @@ def _matched(
     # A row's destination is the segment of a random neighbour, weighted by the edge. The noise
     # depends on the global row number, so devices agree without communication.
     lots = weights * _noise(rows[:, None] * slots + jnp.arange(graph.rows.shape[1]), slot_seed)
-    elsewhere = (theirs >= 0) & (theirs != ours)
+    elsewhere = (neighbour_segments >= 0) & (neighbour_segments != row_segments)
     drawn = jnp.argmax(jnp.where(elsewhere, lots, -1), axis=1, keepdims=True)
-    target = jnp.take_along_axis(theirs, drawn, axis=1)
-    moved = jnp.where(theirs == target, weights, 0) - jnp.where(theirs == ours, weights, 0)
+    target = jnp.take_along_axis(neighbour_segments, drawn, axis=1)
+    moved = jnp.where(neighbour_segments == target, weights, 0) - jnp.where(
+        neighbour_segments == row_segments, weights, 0
+    )
     gain = jnp.where(elsewhere.any(1), moved.sum(1), 0)
     eagerness = jnp.ceil(jnp.maximum(gain, 0) * _noise(rows, row_seed)).astype(jnp.int32)
     eagerness, target = place.everyone(eagerness), place.everyone(target[:, 0])

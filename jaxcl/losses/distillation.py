@@ -165,11 +165,11 @@ def margin_mse_loss(
         masks=masks,
         negatives=negatives,
     )
-    ours, theirs = (
+    margins, teacher_margins = (
         scores[:, :1] - scores[:, 1:] for scores in (candidates.scores, candidates.teacher_scores)
     )
     valid = candidates.valid[:, 1:]
-    squares = jnp.where(valid, ours - theirs, 0) ** 2
+    squares = jnp.where(valid, margins - teacher_margins, 0) ** 2
     loss = squares.sum(1) / jnp.maximum(valid.sum(1), 1)
     return loss if masks.valid is None else jnp.where(masks.valid, loss, 0)
 

@@ -210,16 +210,22 @@ def _of_other_rows(
         groups=None if negatives.groups is None else negatives.groups.ravel(),
         valid=valid.ravel(),
     )
-    ours, theirs = _labels(comparison.masks, flat, ceilings)
+    row_labels, negative_labels = _labels(comparison.masks, flat, ceilings)
     # The position in the global batch excludes a row's own negatives, which the caller adds.
-    ours = ours._replace(different=(position, *ours.different))
-    theirs = theirs._replace(different=(jnp.repeat(position, width), *theirs.different))
+    row_labels = row_labels._replace(different=(position, *row_labels.different))
+    negative_labels = negative_labels._replace(
+        different=(jnp.repeat(position, width), *negative_labels.different)
+    )
     if guide is not None and negatives.guides is not None:
-        ours = ours._replace(guide=lax.stop_gradient(guide))
+        row_labels = row_labels._replace(guide=lax.stop_gradient(guide))
         guides = negatives.guides.reshape(-1, guide.shape[-1])
-        theirs = theirs._replace(guide=lax.stop_gradient(guides))
+        negative_labels = negative_labels._replace(guide=lax.stop_gradient(guides))
     values, _ = reduce.pairs(
-        rows, flat.vectors, query_labels=ours, key_labels=theirs, **comparison.reduction_options()
+        rows,
+        flat.vectors,
+        query_labels=row_labels,
+        key_labels=negative_labels,
+        **comparison.reduction_options(),
     )
     return values
 
@@ -236,8 +242,8 @@ def _of_own(
     allowed = jnp.ones(similarities.shape, bool)
     if negatives.valid is not None:
         allowed &= negatives.valid
-    for ours, theirs in _compared(masks, negatives):
-        allowed &= theirs != ours[:, None]
+    for query_labels, negative_labels in _compared(masks, negatives):
+        allowed &= negative_labels != query_labels[:, None]
     if ceilings is not None:
         compared = lax.stop_gradient(similarities)
         if masks.guides is not None and negatives.guides is not None:
@@ -260,18 +266,26 @@ def _of_shared(
     place, and devices exchange only the queries, which are the columns.
     """
     queries = comparison.queries
-    ours, theirs = _labels(comparison.masks, negatives, ceilings)
+    query_labels, negative_labels = _labels(comparison.masks, negatives, ceilings)
     if comparison.masks.guides is not None:
-        ours = ours._replace(guide=lax.stop_gradient(comparison.masks.guides[0]))
-        theirs = theirs._replace(guide=negatives.guides)
+        query_labels = query_labels._replace(guide=lax.stop_gradient(comparison.masks.guides[0]))
+        negative_labels = negative_labels._replace(guide=negatives.guides)
     vectors = negatives.vectors.astype(queries.dtype)
     if vectors.shape[0] <= queries.shape[0] or reduce.by_row:
         values, _ = reduce.pairs(
-            queries, vectors, query_labels=ours, key_labels=theirs, **comparison.reduction_options()
+            queries,
+            vectors,
+            query_labels=query_labels,
+            key_labels=negative_labels,
+            **comparison.reduction_options(),
         )
     else:
         _, values = reduce.pairs(
-            vectors, queries, query_labels=theirs, key_labels=ours, **comparison.reduction_options()
+            vectors,
+            queries,
+            query_labels=negative_labels,
+            key_labels=query_labels,
+            **comparison.reduction_options(),
         )
     return values
 
@@ -281,12 +295,16 @@ def _labels(
 ) -> tuple[PairLabels, PairLabels]:
     compared = _compared(masks, negatives)
     return (
-        PairLabels(tuple(ours for ours, _ in compared), valid=masks.valid, ceiling=ceilings),
-        PairLabels(tuple(theirs for _, theirs in compared), valid=negatives.valid),
+        PairLabels(tuple(labels for labels, _ in compared), valid=masks.valid, ceiling=ceilings),
+        PairLabels(tuple(labels for _, labels in compared), valid=negatives.valid),
     )
 
 
 def _compared(masks: Masks, negatives: Negatives) -> list[tuple[Array, Array]]:
     """Labels of rows and of negatives that must differ, for each kind that both sides have."""
     pairs = ((masks.ids, negatives.ids), (masks.groups, negatives.groups))
-    return [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
+    return [
+        (row_labels, negative_labels)
+        for row_labels, negative_labels in pairs
+        if row_labels is not None and negative_labels is not None
+    ]

@@ -50,15 +50,15 @@ def draw_slots(
     num_slots = priority.shape[0]
     device = 0 if axis_name is None else lax.axis_index(axis_name)
     slots = device * num_slots + jnp.arange(num_slots, dtype=jnp.int32)
-    taken = _highest_of_strata(priority, slots, stratum, quotas, axis_name)
-    here = taken.sum(dtype=jnp.int32)
+    is_drawn = _highest_of_strata(priority, slots, stratum, quotas, axis_name)
+    here = is_drawn.sum(dtype=jnp.int32)
     # Each device writes after the slots of all previous devices, which keeps slots ascending.
     before = jnp.int32(0)
     if axis_name is not None:
         counts = lax.all_gather(here, axis_name)
         before = jnp.where(jnp.arange(counts.shape[0]) < device, counts, 0).sum(dtype=jnp.int32)
-    positions = jnp.where(taken, before + jnp.cumsum(taken, dtype=jnp.int32) - 1, count)
-    # Slots that are not taken point past the end. Each position is written by one device and −1 on
+    positions = jnp.where(is_drawn, before + jnp.cumsum(is_drawn, dtype=jnp.int32) - 1, count)
+    # Slots that are not drawn point past the end. Each position is written by one device and −1 on
     # all others, so the maximum combines them.
     drawn = jnp.full(count, -1, jnp.int32).at[positions].set(slots, mode="drop")
     return drawn if axis_name is None else lax.pmax(drawn, axis_name)
@@ -77,7 +77,7 @@ def _highest_of_strata(
         numbers: Array, shift: int, state: tuple[Array, Array, Array]
     ) -> tuple[Array, Array, Array]:
         """Decide all slots except those with the last digit taken, which stay open."""
-        taken, open_, remaining = state
+        is_drawn, open_, remaining = state
         # Strata without a quota point past the end, where the scatter drops them.
         digit = ((numbers >> shift) & (_DIGITS - 1)).astype(jnp.int32)
         counts = jnp.zeros(quotas.shape[0] * _DIGITS, jnp.int32)
@@ -93,8 +93,8 @@ def _highest_of_strata(
         limit = jnp.where(remaining > 0, last.argmax(1), _DIGITS).astype(jnp.int32)
         own_limit = limit.at[stratum].get(mode="fill", fill_value=_DIGITS)
         used = jnp.where(last, above, 0).sum(1)
-        taken |= open_ & (digit > own_limit)
-        return taken, open_ & (digit == own_limit), remaining - used
+        is_drawn |= open_ & (digit > own_limit)
+        return is_drawn, open_ & (digit == own_limit), remaining - used
 
     def passes(numbers: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         for shift in (24, 16, 8, 0):
@@ -103,7 +103,7 @@ def _highest_of_strata(
 
     known = stratum < quotas.shape[0]
     start = as_varying((jnp.zeros(priority.shape, bool), known), (priority, stratum))
-    taken, open_, remaining = passes(priority, (*start, quotas.astype(jnp.int32)))
+    is_drawn, open_, remaining = passes(priority, (*start, quotas.astype(jnp.int32)))
     # Slots with equal priorities stay open, which is rare. Then slot numbers decide, inverted so
     # that the lowest comes first. The condition is a sum over devices, so that they all take the
     # same branch; its collectives would otherwise hang.
@@ -111,10 +111,10 @@ def _highest_of_strata(
     num_open = num_open.at[stratum].add(open_.astype(jnp.int32), mode="drop")
     if axis_name is not None:
         num_open = lax.psum(num_open, axis_name)
-    taken, open_, _ = lax.cond(
+    is_drawn, open_, _ = lax.cond(
         (num_open > remaining).any(),
         lambda state: passes(~slots, state),
         lambda state: state,
-        (taken, open_, remaining),
+        (is_drawn, open_, remaining),
     )
-    return taken | open_
+    return is_drawn | open_

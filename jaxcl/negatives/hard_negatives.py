@@ -145,18 +145,18 @@ def mine_hard_negatives(
       Ranks: Xiong et al., "ANCE", 2021. Margins: de Souza Moreira et al., "NV-Retriever", 2024.
       Guide models: Solatorio, "GISTEmbed", 2024.
     """
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "positives": positives,
         "excluded": excluded,
         "query_groups": query_groups,
         "guide_queries": guide_queries,
     }
     num_queries = len(queries)
-    _check_given(given, num_queries)
-    for ours, theirs in (("query_groups", key_groups), ("guide_queries", guide_keys)):
-        if (given[ours] is None) != (theirs is None):
-            name = {"query_groups": "key_groups", "guide_queries": "guide_keys"}[ours]
-            raise ValueError(f"give {ours} and {name} together, or neither")
+    _check_given(arguments, num_queries)
+    for query_argument, key_values in (("query_groups", key_groups), ("guide_queries", guide_keys)):
+        if (arguments[query_argument] is None) != (key_values is None):
+            name = {"query_groups": "key_groups", "guide_queries": "guide_keys"}[query_argument]
+            raise ValueError(f"give {query_argument} and {name} together, or neither")
     if block_rows < 1:
         raise ValueError(f"block_rows={block_rows}; give at least 1")
     mine = make_miner(
@@ -172,7 +172,9 @@ def mine_hard_negatives(
     blocks = []
     for first in range(0, max(num_queries, 1), block_rows):
         here = slice(first, first + block_rows)
-        part: Any = {name: value if value is None else value[here] for name, value in given.items()}
+        part: Any = {
+            name: value if value is None else value[here] for name, value in arguments.items()
+        }
         blocks.append(
             mine(
                 QueryBlock(
@@ -188,8 +190,8 @@ def mine_hard_negatives(
     return HardNegatives(*map(np.concatenate, zip(*blocks, strict=True)))
 
 
-def _check_given(given: Mapping[str, Any], num_queries: int) -> None:
-    for name, values in given.items():
+def _check_given(arguments: Mapping[str, Any], num_queries: int) -> None:
+    for name, values in arguments.items():
         if values is not None and len(values) != num_queries:
             raise ValueError(
                 f"{name} has {len(values)} entries; give one for each of the {num_queries} queries"
@@ -252,9 +254,9 @@ def make_miner(
             score = functools.partial(pair_scores, block.numbers)
         positive_scores = lowest_scores(score(positives), positives, block.numbers)
         with default_settings(mesh):
-            found = search(vectors, block.groups, excluded, rule.rank_range)
-            scores = score(found.rows) if guided else found.similarities
-            rows = np.where(np.isnan(scores), -1, found.rows)
+            neighbours = search(vectors, block.groups, excluded, rule.rank_range)
+            scores = score(neighbours.rows) if guided else neighbours.similarities
+            rows = np.where(np.isnan(scores), -1, neighbours.rows)
             numbers = block.numbers.astype(np.int32)
             key = jax.random.key(seed)
             mined, masked = _select(rows, scores, positive_scores, key, numbers, rule=rule)
@@ -322,8 +324,8 @@ def _padded_rows(name: str, rows: Rows, num_keys: int) -> Int[np.ndarray, "q p"]
         lists = [np.atleast_1d(as_integers(name, one)) for one in rows]
         width = max(map(len, lists), default=0)
         table = np.full((len(lists), width), -1, np.int64)
-        for place, one in enumerate(lists):
-            table[place, : len(one)] = one
+        for number, one in enumerate(lists):
+            table[number, : len(one)] = one
     if table.size and table.max() >= num_keys:
         raise ValueError(f"{name} holds row {table.max()}, but there are {num_keys} keys")
     return np.maximum(table, -1).astype(np.int64)

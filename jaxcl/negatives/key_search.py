@@ -95,20 +95,20 @@ def _nearest_allowed(
         for begin in range(0, len(members), part):
             here = members[begin : begin + part]
             labels = tuple(host_labels("query_groups", label[here]) for label in groups)
-            found = _search(mesh, last + int(size), part, (vectors[here], labels), pool)
-            found = _without(found, excluded[here])
-            similarities[here] = found.similarities[:, first:last]
-            rows[here] = found.rows[:, first:last]
+            neighbours = _search(mesh, last + int(size), part, (vectors[here], labels), pool)
+            neighbours = _without(neighbours, excluded[here])
+            similarities[here] = neighbours.similarities[:, first:last]
+            rows[here] = neighbours.rows[:, first:last]
     return NearestKeys(similarities, rows)
 
 
-def _without(found: NearestKeys, excluded: Integer[np.ndarray, "q e"]) -> NearestKeys:
+def _without(results: NearestKeys, excluded: Integer[np.ndarray, "q e"]) -> NearestKeys:
     """The results without the excluded rows of each query, filled up at the end."""
-    base = max(int(found.rows.max(initial=0)), int(excluded.max(initial=0))) + 1
+    base = max(int(results.rows.max(initial=0)), int(excluded.max(initial=0))) + 1
     first = base * np.arange(len(excluded))[:, None]
-    masked = np.isin(first + found.rows, (first + excluded)[excluded >= 0]) & (found.rows >= 0)
-    similarities = np.where(masked, -np.inf, found.similarities)
-    rows = np.where(masked, -1, found.rows)
+    masked = np.isin(first + results.rows, (first + excluded)[excluded >= 0]) & (results.rows >= 0)
+    similarities = np.where(masked, -np.inf, results.similarities)
+    rows = np.where(masked, -1, results.rows)
     order = np.argsort(masked, axis=1, kind="stable")
     return NearestKeys(*(np.take_along_axis(part, order, 1) for part in (similarities, rows)))
 
@@ -119,8 +119,8 @@ def _search(mesh: Mesh, count: int, height: int, block: Any, pool: Any) -> Neare
     queries = jax.tree.map(lambda rows: put_rows(rows, mesh, num_rows=height), block)
     # In lower precision, as accelerators multiply by default, ranks would differ from the scores.
     with jax.default_matmul_precision("highest"):
-        found = _program(mesh, count)(queries, pool)
-    return NearestKeys(*(fetch(values)[:num_queries] for values in found))
+        neighbours = _program(mesh, count)(queries, pool)
+    return NearestKeys(*(fetch(values)[:num_queries] for values in neighbours))
 
 
 @functools.lru_cache(maxsize=16)

@@ -141,9 +141,9 @@ def update_queue(
     number = jnp.cumsum(valid, dtype=jnp.int32)
     count = valid.sum(dtype=jnp.int32)
     # Only the last `num_slots`, since a scatter may write either of two keys for one slot.
-    taken = valid & (number > count - num_slots)
+    is_stored = valid & (number > count - num_slots)
     slots = (bank.head + number - 1) % num_slots
-    written = _written(bank, slots, taken, vectors, ids, groups, guides)
+    written = _written(bank, slots, is_stored, vectors, ids, groups, guides)
     return written._replace(head=(bank.head + count) % num_slots)
 
 
@@ -186,13 +186,13 @@ def update_instances(
     vectors = as_vectors("vectors", vectors)
     rows, groups = _as_int32("rows", rows), _as_int32("groups", groups)
     ids = rows if ids is None else _as_int32("ids", ids)
-    taken = first_places(rows, valid)  # a scatter may write either of two embeddings
+    is_stored = first_places(rows, valid)  # a scatter may write either of two embeddings
     if momentum:
         vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
         before = bank.vectors[rows].astype(vectors.dtype)
         moved = normalise(momentum * before + (1 - momentum) * vectors)
         vectors = jnp.where((bank.written[rows] >= 0)[:, None], moved, vectors)
-    return _written(bank, rows, taken, vectors, ids, groups, guides)
+    return _written(bank, rows, is_stored, vectors, ids, groups, guides)
 
 
 def read_bank(bank: MemoryBank) -> SharedNegatives:
@@ -224,7 +224,7 @@ def _as_int32(name: str, labels: Integer[Array, " b"]) -> Int[Array, " b"]:
 def _written(
     bank: MemoryBank,
     slots: Integer[Array, " b"],
-    taken: Bool[Array, " b"],
+    is_stored: Bool[Array, " b"],
     vectors: Float[Array, "b d"],
     ids: Integer[Array, " b"],
     groups: Integer[Array, " b"],
@@ -236,8 +236,8 @@ def _written(
         raise ValueError(
             f"vectors have {vectors.shape[1]} features, but the bank's have {bank.vectors.shape[1]}"
         )
-    # Slots not taken point past the end, where the scatter drops them.
-    indices = jnp.where(taken, slots, bank.ids.shape[0])
+    # Embeddings that are not stored point past the end, where the scatter drops them.
+    indices = jnp.where(is_stored, slots, bank.ids.shape[0])
 
     def put(table: Array, values: Array) -> Array:
         # As bits, since XLA on CPUs converts the whole table to float32 to scatter into bfloat16.

@@ -130,7 +130,7 @@ def mine_negatives(
     rule.check()
     queries, positives = as_vectors("queries", queries), as_vectors("positives", positives)
     first, last = rule.rank_range
-    found = nearest(
+    neighbours = nearest(
         queries,
         table,
         count=last,
@@ -139,8 +139,8 @@ def mine_negatives(
         axis_name=axis_name,
     )
     return select_negatives(
-        found.rows[:, first:],
-        found.similarities[:, first:],
+        neighbours.rows[:, first:],
+        neighbours.similarities[:, first:],
         inner_product(queries, positives),
         rule=rule,
         row_keys=row_keys,
@@ -177,12 +177,12 @@ def select_negatives(
     # selection to the order of ranks; a query with too few keys has `width` in the last places.
     places = jnp.argsort(jnp.where(present, order, 2), axis=1)[:, : rule.per_query]
     places = jnp.sort(jnp.where(jnp.take_along_axis(present, places, 1), places, width), axis=1)
-    taken = places < width
+    is_selected = places < width
     places = jnp.minimum(places, width - 1)  # in range for the lookups, whose results are masked
     return Mined(
-        rows=jnp.where(taken, jnp.take_along_axis(rows, places, 1), -1),
-        similarities=jnp.where(taken, jnp.take_along_axis(scores, places, 1), -jnp.inf),
-        ranks=jnp.where(taken, first + jnp.take_along_axis(ranks, places, 1), -1),
+        rows=jnp.where(is_selected, jnp.take_along_axis(rows, places, 1), -1),
+        similarities=jnp.where(is_selected, jnp.take_along_axis(scores, places, 1), -jnp.inf),
+        ranks=jnp.where(is_selected, first + jnp.take_along_axis(ranks, places, 1), -1),
     )
 
 

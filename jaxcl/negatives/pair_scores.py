@@ -25,10 +25,10 @@ def lowest_scores(
     """The score of each query's least similar positive; NaN without a positive."""
     unknown = np.isnan(scores) & (rows >= 0)
     if unknown.any():
-        query, place = np.argwhere(unknown)[0]
+        query, column = np.argwhere(unknown)[0]
         raise ValueError(
             f"there is no score for query {numbers[query]} and its positive in row "
-            f"{rows[query, place]}; score the positives of all queries"
+            f"{rows[query, column]}; score the positives of all queries"
         )
     lowest = np.where(rows >= 0, scores, np.inf).min(1, initial=np.inf)
     return np.where((rows >= 0).any(1), lowest, np.nan).astype(np.float32)

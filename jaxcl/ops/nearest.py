@@ -105,12 +105,16 @@ def nearest(
             full_like_varying(shape, -jnp.inf, wide, like),
             full_like_varying(shape, -1, jnp.int32, like),
         )
-    ours, theirs = lax.stop_gradient(((queries, query_labels), (table, table_labels)))
+    labelled_queries, labelled_table = lax.stop_gradient(
+        ((queries, query_labels), (table, table_labels))
+    )
     if axis_name is None:
-        return _of_table(ours, theirs, jnp.int32(0), count, query_tile, tile)
-    everyone = jax.tree.map(lambda leaf: lax.all_gather(leaf, axis_name, tiled=True), ours)
+        return _of_table(labelled_queries, labelled_table, jnp.int32(0), count, query_tile, tile)
+    everyone = jax.tree.map(
+        lambda leaf: lax.all_gather(leaf, axis_name, tiled=True), labelled_queries
+    )
     first = lax.axis_index(axis_name) * table.shape[0]
-    here = _of_table(everyone, theirs, first, count, query_tile, tile)
+    here = _of_table(everyone, labelled_table, first, count, query_tile, tile)
     # [devices, q, count] each: the results of every device for this device's queries. Devices are
     # in row order, so that `_best` still resolves ties by row.
     parts = jax.tree.map(
@@ -136,19 +140,25 @@ def _of_table(
     height, width = _even(num_queries, query_tile), _even(num_rows, tile)
 
     def of_queries(start: Integer[Array, ""]) -> Nearest:
-        ours = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, start, height), queries)
+        query_block = jax.tree.map(
+            lambda leaf: lax.dynamic_slice_in_dim(leaf, start, height), queries
+        )
 
         def one_tile(number: Integer[Array, ""] | int, best: Nearest) -> Nearest:
             offset = jnp.minimum(number * width, num_rows - width)
-            theirs = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, offset, width), table)
+            table_tile = jax.tree.map(
+                lambda leaf: lax.dynamic_slice_in_dim(leaf, offset, width), table
+            )
             rows = offset + jnp.arange(width, dtype=jnp.int32)
             # If tiles do not divide the rows, the last one overlaps the previous one to keep its
             # shape. The shared rows are masked, since they would otherwise be found twice.
-            more = _tile(ours, theirs, first + rows, rows >= number * width, count)
+            more = _tile(query_block, table_tile, first + rows, rows >= number * width, count)
             return _best(_joined(best, more), count)
 
         empty = Nearest(
-            jnp.full((height, count), -jnp.inf, jnp.promote_types(ours[0].dtype, jnp.float32)),
+            jnp.full(
+                (height, count), -jnp.inf, jnp.promote_types(query_block[0].dtype, jnp.float32)
+            ),
             jnp.full((height, count), -1, jnp.int32),
         )
         start_of_loop = as_varying(empty, (queries, table, first))

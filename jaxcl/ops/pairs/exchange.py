@@ -107,29 +107,33 @@ def ring_backward(
 
 
 def _around_the_ring(
-    combine: Callable, visitors: PyTree, theirs: PyTree, ours: PyTree, axis_name: AxisName
+    combine: Callable,
+    visitors: PyTree,
+    visitor_results: PyTree,
+    local_results: PyTree,
+    axis_name: AxisName,
 ) -> tuple[PyTree, PyTree]:
     """Send visitors around the ring, with results that travel along and results that stay.
 
     Args:
-      combine: (visitors, theirs, ours) -> new (theirs, ours).
+      combine: (visitors, visitor_results, local_results) -> new (visitor_results, local_results).
       visitors: this device's inputs, which visit every device.
-      theirs: the visitors' results, which travel with them and return home.
-      ours: this device's results.
+      visitor_results: the visitors' results, which travel with them and return home.
+      local_results: this device's results.
       axis_name: mesh axes that form the ring.
     """
 
     def visit(_: Array, carry: tuple) -> tuple:
-        visitors, theirs, ours = carry
+        visitors, visitor_results, local_results = carry
         # Sent before the product, which does not depend on it, so that the transfer can overlap.
         following = rotate(visitors, axis_name)
-        theirs, ours = combine(visitors, theirs, ours)
-        return following, rotate(theirs, axis_name), ours
+        visitor_results, local_results = combine(visitors, visitor_results, local_results)
+        return following, rotate(visitor_results, axis_name), local_results
 
-    visitors, theirs, ours = lax.fori_loop(
-        0, lax.axis_size(axis_name) - 1, visit, (visitors, theirs, ours)
+    visitors, visitor_results, local_results = lax.fori_loop(
+        0, lax.axis_size(axis_name) - 1, visit, (visitors, visitor_results, local_results)
     )
     # Outside the loop, since the last visitors are not sent on. Their results return home with one
     # more rotation.
-    theirs, ours = combine(visitors, theirs, ours)
-    return rotate(theirs, axis_name), ours
+    visitor_results, local_results = combine(visitors, visitor_results, local_results)
+    return rotate(visitor_results, axis_name), local_results

@@ -82,11 +82,11 @@ def _weigh(
 
     def epilogue(scores: Array, labels: tuple, i: Array, j: Array, results: Sequence) -> None:
         weights, to_biases, staged = results
-        (ours, of_rows), (_, of_columns) = labels
+        (query_labels, of_rows), (_, of_columns) = labels
         gradient = _in_kernel(reduction.weigh, scores, *of_rows)
         gradient += _in_kernel(reduction.weigh, scores, *of_columns)
         to_biases[i, pl.ds(j * _BLOCK, _BLOCK)] = gradient.sum(0)
-        staged[...] = (gradient * ours.scale).astype(dtype)
+        staged[...] = (gradient * query_labels.scale).astype(dtype)
         # Makes the writes visible to the asynchronous copy; the wait keeps the block and its shared
         # memory alive until the copy is done.
         plgpu.commit_smem()
@@ -151,20 +151,20 @@ def _launch(
     leaves = [_as_numbers(leaf).reshape(-1) for leaf in jax.tree.leaves(labels)]
     bools = [leaf.dtype == jnp.bool_ for leaf in jax.tree.leaves(labels)]
     treedef: Any = jax.tree.structure(labels)
-    num_ours = len(jax.tree.leaves(labels[0]))
+    num_query_leaves = len(jax.tree.leaves(labels[0]))
     features = queries.vectors.shape[1]
 
     def kernel(vectors: Any, others: Any, *references: Any) -> None:
         i, j = lax.axis_index("down"), lax.axis_index("across")
         similarity = _product(vectors, others, i, j, features)
         spread = [
-            _spread(reference, is_bool, *((i, 0) if number < num_ours else (j, 1)))
+            _spread(reference, is_bool, *((i, 0) if number < num_query_leaves else (j, 1)))
             for number, (reference, is_bool) in enumerate(zip(references, bools, strict=False))
         ]
         both = treedef.unflatten(spread)
-        (ours, _), (theirs, _) = both
+        (query_labels, _), (key_labels, _) = both
         scores, allowed = block_scores(
-            similarity, similarity, None, ours, theirs, hardness=hardness
+            similarity, similarity, None, query_labels, key_labels, hardness=hardness
         )
         scores = jnp.where(allowed, scores, -jnp.inf)
         epilogue(scores, both, i, j, references[len(bools) :])
@@ -188,8 +188,8 @@ def _product(vectors: Any, others: Any, i: Array, j: Array, features: int) -> Ar
     """Compute the block's inner products, with several chunks of features in flight."""
 
     def multiplied(accumulator: Any) -> Array:
-        def chunk(_: Any, ours: Any, theirs: Any) -> None:
-            plgpu.wgmma(accumulator, ours, theirs)
+        def chunk(_: Any, query_chunk: Any, key_chunk: Any) -> None:
+            plgpu.wgmma(accumulator, query_chunk, key_chunk)
             plgpu.wgmma_wait(0)
 
         plgpu.emit_pipeline(

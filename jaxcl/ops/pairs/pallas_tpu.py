@@ -86,10 +86,12 @@ def backward(
 
     def gradients(sides: PyTree, i: Array, j: Array) -> tuple[Array, Array, Array, Array]:
         """The gradients of a tile's scores and inner products, and the vectors of both sides."""
-        scores, (ours, theirs) = _tile_scores(sides, cut, i, j, hardness)
-        to_scores = reduction.weigh(scores, *ours.values) + reduction.weigh(scores, *theirs.values)
-        weights = (to_scores * ours.labels.scale).astype(ours.vectors.dtype)
-        return to_scores, weights, ours.vectors, theirs.vectors
+        scores, (query_block, key_block) = _tile_scores(sides, cut, i, j, hardness)
+        to_scores = reduction.weigh(scores, *query_block.values) + reduction.weigh(
+            scores, *key_block.values
+        )
+        weights = (to_scores * query_block.labels.scale).astype(query_block.vectors.dtype)
+        return to_scores, weights, query_block.vectors, key_block.vectors
 
     def to_queries_kernel(sides: PyTree, to_queries: Any) -> None:
         i, j = pl.program_id(0), pl.program_id(1)
@@ -196,8 +198,8 @@ def _call(
     specs = jax.tree.leaves(_specs(numbers, cut, order), is_leaf=_is_spec)
 
     def body(*references: Any) -> None:
-        ours = [_Block(ref, is_bool) for ref, is_bool in zip(references, bools, strict=False)]
-        kernel(treedef.unflatten(ours), *references[len(bools) :])
+        blocks = [_Block(ref, is_bool) for ref, is_bool in zip(references, bools, strict=False)]
+        kernel(treedef.unflatten(blocks), *references[len(bools) :])
 
     down, across = cut.down, cut.across
     call = functools.partial(
@@ -307,13 +309,15 @@ def _tile_scores(
     sides: PyTree, cut: _Cut, i: Array, j: Array, hardness: float
 ) -> tuple[Float[Array, "q k"], tuple[_Side, _Side]]:
     """The scores of tile (i, j), −∞ for masked pairs, and both sides' blocks."""
-    ours, theirs = _loaded(sides, cut, i, j)
-    similarity = inner_products(ours.vectors, theirs.vectors)
-    guided = None if ours.guide is None else inner_products(ours.guide, theirs.guide)
-    scores, allowed = block_scores(
-        similarity, similarity, guided, ours.labels, theirs.labels, hardness=hardness
+    query_block, key_block = _loaded(sides, cut, i, j)
+    similarity = inner_products(query_block.vectors, key_block.vectors)
+    guided = (
+        None if query_block.guide is None else inner_products(query_block.guide, key_block.guide)
     )
-    return jnp.where(allowed & cut.inside(i, j), scores, -jnp.inf), (ours, theirs)
+    scores, allowed = block_scores(
+        similarity, similarity, guided, query_block.labels, key_block.labels, hardness=hardness
+    )
+    return jnp.where(allowed & cut.inside(i, j), scores, -jnp.inf), (query_block, key_block)
 
 
 def _product(

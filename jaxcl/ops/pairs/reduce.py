@@ -322,16 +322,19 @@ def _check(queries: PairQueries, keys: PairKeys, execution: _Execution) -> None:
         raise ValueError(
             f"queries have {queries.vectors.shape[1]} features and keys {keys.vectors.shape[1]}"
         )
-    ours, theirs = queries.labels, keys.labels
+    query_labels, key_labels = queries.labels, keys.labels
     for name in ("different", "equal"):
-        if len(getattr(ours, name)) != len(getattr(theirs, name)):
+        if len(getattr(query_labels, name)) != len(getattr(key_labels, name)):
             raise ValueError(
-                f"queries have {len(getattr(ours, name))} labels in {name!r} and keys "
-                f"{len(getattr(theirs, name))}; give both sides equally many"
+                f"queries have {len(getattr(query_labels, name))} labels in {name!r} and keys "
+                f"{len(getattr(key_labels, name))}; give both sides equally many"
             )
-    if (ours.guide is None) != (theirs.guide is None):
+    if (query_labels.guide is None) != (key_labels.guide is None):
         raise ValueError("only one side has guide embeddings; give both or neither")
-    for side, size in ((ours, queries.vectors.shape[0]), (theirs, keys.vectors.shape[0])):
+    for side, size in (
+        (query_labels, queries.vectors.shape[0]),
+        (key_labels, keys.vectors.shape[0]),
+    ):
         for leaf in jax.tree.leaves(side):
             if leaf.shape[0] != size:
                 raise ValueError(

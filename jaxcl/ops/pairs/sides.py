@@ -173,9 +173,9 @@ def _mask(
     return functools.reduce(jnp.logical_and, parts, jnp.ones(similarity.shape, bool))
 
 
-def _agree(ours: PyTree, theirs: PyTree) -> Bool[Array, "..."]:
+def _agree(column_labels: PyTree, row_labels: PyTree) -> Bool[Array, "..."]:
     """Whether each pair shares a label, from tuples of columns and of rows."""
-    if len(ours) == len(theirs) == 1:
-        return ours[0] == theirs[0]
-    pairs = itertools.product(ours, theirs)
+    if len(column_labels) == len(row_labels) == 1:
+        return column_labels[0] == row_labels[0]
+    pairs = itertools.product(column_labels, row_labels)
     return functools.reduce(jnp.logical_or, ((a == b) & (a >= 0) for a, b in pairs))

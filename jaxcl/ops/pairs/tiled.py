@@ -51,9 +51,9 @@ def forward_by(
 
     def one_tile(index: Int[Array, ""], reduced: tuple[Array, Array]) -> tuple[Array, Array]:
         (rows, i), (columns, j) = _offsets(index, num_queries, num_keys, tile)
-        ours = _masked(_slice(queries, rows, num_queries, tile), i)
-        theirs = _masked(_slice(keys, columns, num_keys, tile), j)
-        more_rows, more_columns = ops.reduce(reduction, ours, theirs, hardness=hardness)
+        query_tile = _masked(_slice(queries, rows, num_queries, tile), i)
+        key_tile = _masked(_slice(keys, columns, num_keys, tile), j)
+        more_rows, more_columns = ops.reduce(reduction, query_tile, key_tile, hardness=hardness)
         by_row, by_column = reduced
         return (
             _update(reduction.join, by_row, rows, more_rows),
@@ -83,23 +83,23 @@ def backward_by(
 
     def one_tile(index: Int[Array, ""], gradients: tuple[Array, ...]) -> tuple[Array, ...]:
         (rows, i), (columns, j) = _offsets(index, num_queries, num_keys, tile)
-        ours, our_values, our_cotangents = _slice(
+        query_tile, query_values, query_cotangents = _slice(
             (queries, reduced[0], cotangents[0]), rows, num_queries, tile
         )
-        theirs, their_values, their_cotangents = _slice(
+        key_tile, key_values, key_cotangents = _slice(
             (keys, reduced[1], cotangents[1]), columns, num_keys, tile
         )
         weights, to_biases = ops.weigh(
             reduction,
-            Residuals(_masked(ours, i), _masked(theirs, j), (our_values, their_values)),
-            (our_cotangents, their_cotangents),
+            Residuals(_masked(query_tile, i), _masked(key_tile, j), (query_values, key_values)),
+            (query_cotangents, key_cotangents),
             hardness=hardness,
         )
         # The vectors include rows that a previous tile has covered, with weights of 0.
         to_queries, to_keys, all_to_biases = gradients
-        product = jnp.einsum("qk,kd->qd", weights, theirs.vectors, preferred_element_type=wide)
+        product = jnp.einsum("qk,kd->qd", weights, key_tile.vectors, preferred_element_type=wide)
         to_queries = _update(jnp.add, to_queries, rows, product)
-        product = jnp.einsum("qk,qd->kd", weights, ours.vectors, preferred_element_type=wide)
+        product = jnp.einsum("qk,qd->kd", weights, query_tile.vectors, preferred_element_type=wide)
         to_keys = _update(jnp.add, to_keys, columns, product)
         return to_queries, to_keys, _update(jnp.add, all_to_biases, columns, to_biases)
 
@@ -168,6 +168,6 @@ def _masked(side: PyTree, new: Bool[Array, " r"]) -> PyTree:
     return side._replace(labels=labels)
 
 
-def _update(join: Callable, whole: Array, start: Int[Array, ""], part: Array) -> Array:
-    before = lax.dynamic_slice_in_dim(whole, start, part.shape[0])
-    return lax.dynamic_update_slice_in_dim(whole, join(before, part), start, 0)
+def _update(join: Callable, values: Array, start: Int[Array, ""], part: Array) -> Array:
+    before = lax.dynamic_slice_in_dim(values, start, part.shape[0])
+    return lax.dynamic_update_slice_in_dim(values, join(before, part), start, 0)
