@@ -160,7 +160,7 @@ def add_process_flags(parser: CommandParser) -> None:
 
 
 def _field_and_text(argument: str) -> tuple[str, str]:
-    found = re.fullmatch(r"([^=]+)=(.*)", argument, re.DOTALL)
-    if not found:
+    match = re.fullmatch(r"([^=]+)=(.*)", argument, re.DOTALL)
+    if not match:
         raise argparse.ArgumentTypeError("give a field and its value")
-    return found[1], found[2]
+    return match[1], match[2]

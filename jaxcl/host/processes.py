@@ -104,12 +104,12 @@ def start_processes(
         num_processes = _number(environment, "JAX_NUM_PROCESSES")
     if process_id is None:
         process_id = _number(environment, "JAX_PROCESS_ID")
-    given = f"{coordinator=}, {num_processes=}, {process_id=}"
+    description = f"{coordinator=}, {num_processes=}, {process_id=}"
     known = [value is not None for value in (coordinator, num_processes, process_id)]
     cluster = _cluster(environment)
     if not all(known) and cluster is None and not asked:
         if any(known):
-            raise ValueError(f"{given}: several processes need all three")
+            raise ValueError(f"{description}: several processes need all three")
         return
     if process_id is not None and not 0 <= process_id < (num_processes or process_id + 1):
         raise ValueError(f"{process_id=} of {num_processes=}; processes are numbered from 0")
@@ -117,13 +117,13 @@ def start_processes(
     if process_id in (0, None):
         say(f"waiting up to five minutes for {others}")
     if coordinator is None or num_processes is None or process_id is None or workdir is None:
-        _initialize(coordinator, num_processes, process_id, where=cluster or given)
+        _initialize(coordinator, num_processes, process_id, where=cluster or description)
         return
     bind = environment.get("JAX_COORDINATOR_BIND_ADDRESS")
     with meet(
         workdir, coordinator, num_processes=num_processes, process_id=process_id, bind=bind
     ) as (address, bind_address):
-        _initialize(address, num_processes, process_id, bind_address, where=given)
+        _initialize(address, num_processes, process_id, bind_address, where=description)
 
 
 def _initialize(

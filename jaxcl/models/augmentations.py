@@ -114,9 +114,9 @@ def span_masking(
         masked = jnp.zeros(width, bool)
         for offset in range(span_length):
             masked |= starts[offset : offset + width]
-        place = jnp.arange(width)
-        end = jnp.where(present, place + 1, 0).max()
-        masked &= present & (place >= keep_first) & (place < end - keep_last)
+        positions = jnp.arange(width)
+        end = jnp.where(present, positions + 1, 0).max()
+        masked &= present & (positions >= keep_first) & (positions < end - keep_last)
         if mask_id is None and "length" in inputs:
             return {**inputs, "mask": present & ~masked}
         mask = PADDING_ID if mask_id is None else mask_id

@@ -90,11 +90,11 @@ def _table_gradient(table: Array, tokens: Array, weights: Array, cotangent: Arra
     places = jnp.nonzero(counted, size=num_chunks * _CHUNK_TOKENS, fill_value=counted.size)[0]
 
     def scatter_chunk(i: Array, gradient: Array) -> Array:
-        place = lax.dynamic_slice(places, (i * _CHUNK_TOKENS,), (_CHUNK_TOKENS,))
+        indices = lax.dynamic_slice(places, (i * _CHUNK_TOKENS,), (_CHUNK_TOKENS,))
         # Past the last token with a weight, indices are out of bounds, and their weights 0.
-        weight = weights.ravel().at[place].get(mode="fill", fill_value=0)
-        rows = place // tokens.shape[1]
-        return gradient.at[tokens.ravel()[place]].add(weight[:, None] * cotangent[rows])
+        weight = weights.ravel().at[indices].get(mode="fill", fill_value=0)
+        rows = indices // tokens.shape[1]
+        return gradient.at[tokens.ravel()[indices]].add(weight[:, None] * cotangent[rows])
 
     # The barrier keeps two bags of one program from sharing, and then copying, their zeros.
     start, _ = lax.optimization_barrier((as_varying(jnp.zeros_like(table), cotangent), cotangent))

@@ -280,22 +280,22 @@ def colour_jitter(image: Image, jitter: Jitter) -> Image:
     the others is a blend, and has three places before the hue and three after it; a blend whose
     turn it is not changes nothing.
     """
-    hue_place = jnp.argmax(jitter.order == _HUE)
+    hue_position = jnp.argmax(jitter.order == _HUE)
     factors = jnp.stack([jnp.asarray(factor, image.dtype) for factor in (*jitter[:3], 1.0)])
 
-    def blended(planes: _Planes, place: int, active: Bool[Array, ""]) -> _Planes:
-        operation = jitter.order[place]
+    def blended(planes: _Planes, position: int, active: Bool[Array, ""]) -> _Planes:
+        operation = jitter.order[position]
         luma = _luma(planes)
         other = jnp.where(operation == _CONTRAST, luma.mean(), luma)
         other = jnp.where(operation == _BRIGHTNESS, 0, other)
         return _blended(planes, other, jnp.where(active, factors[operation], 1))
 
     planes = _planes(image)
-    for place in range(3):
-        planes = blended(planes, place, place < hue_place)
+    for position in range(3):
+        planes = blended(planes, position, position < hue_position)
     planes = _turned(planes, jitter.hue)
-    for place in range(1, 4):
-        planes = blended(planes, place, place > hue_place)
+    for position in range(1, 4):
+        planes = blended(planes, position, position > hue_position)
     return _image_of(planes)
 
 

@@ -289,8 +289,8 @@ def run_layers(
     def gathered(leaf: Array) -> Array:
         return _placed(leaf.astype(hidden.dtype) if leaf.ndim > 1 else leaf, PartitionSpec())
 
-    def run(hidden: Array, given: tuple[PyTree, Array]) -> tuple[Array, None]:
-        params, layer = given
+    def run(hidden: Array, params_and_layer: tuple[PyTree, Array]) -> tuple[Array, None]:
+        params, layer = params_and_layer
         block = nnx.merge(graph, jax.tree.map(gathered, params))
         return _placed(block(hidden, mask, rngs, layer), rows), None
 

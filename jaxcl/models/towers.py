@@ -177,20 +177,20 @@ def _load_one(
     load = specs[name].load
     if load is None:
         raise ValueError(f"the encoder {name!r} cannot be loaded from {path}")
-    found, wanted = load(path, abstract[name]), abstract[name]
-    ours, theirs = (
+    params, wanted = load(path, abstract[name]), abstract[name]
+    leaves, wanted_leaves = (
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
-        for tree in (found, wanted)
+        for tree in (params, wanted)
     )
-    if different := sorted(ours.keys() ^ theirs.keys()):
+    if different := sorted(leaves.keys() ^ wanted_leaves.keys()):
         raise ValueError(f"{path} has other parameters than the encoder: {', '.join(different)}")
-    for parameter, leaf in theirs.items():
-        if ours[parameter].shape != leaf.shape:
+    for parameter, leaf in wanted_leaves.items():
+        if leaves[parameter].shape != leaf.shape:
             raise ValueError(
-                f"{path}: {parameter} has the shape {ours[parameter].shape}, and the encoder's "
+                f"{path}: {parameter} has the shape {leaves[parameter].shape}, and the encoder's "
                 f"{leaf.shape}"
             )
-    return jax.tree.map(np.asarray, found)
+    return jax.tree.map(np.asarray, params)

@@ -66,9 +66,11 @@ def adapter_files(run: OpenedRun, dtype: np.dtype | None = None) -> ModelFiles:
     for file in ("config.json", "model.safetensors.index.json"):
         contents.pop(join(folder, file), None)
     contents[join(folder, _CONFIG)] = as_json(_config(settings, sorted(adapted)))
-    kept = {file: named for file, named in files.tensors.items() if not lies_in(file, folder)}
+    other_tensors = {
+        file: named for file, named in files.tensors.items() if not lies_in(file, folder)
+    }
     written = with_dtype({join(folder, _WEIGHTS): tensors}, dtype)
-    return ModelFiles(contents, {**kept, **written})
+    return ModelFiles(contents, {**other_tensors, **written})
 
 
 def _config(settings: Settings, modules: list[str]) -> dict[str, Any]:

@@ -129,8 +129,8 @@ def _encoder_files(
     )
     files = {config: with_stored_type(text, config, tensors)}
     if tokenizer in text.files:
-        given = parse_json(text.files, tokenizer)
-        files[tokenizer] = as_json({**given, "model_max_length": longest})
+        original = parse_json(text.files, tokenizer)
+        files[tokenizer] = as_json({**original, "model_max_length": longest})
     else:
         files[tokenizer] = tokenizer_config(text, longest=longest)
     if images is not None and not any(

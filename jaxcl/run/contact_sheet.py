@@ -134,11 +134,11 @@ def _wrapped(text: str) -> list[str]:
     ]
 
 
-def _write(draw: Any, place: tuple[int, int], text: str, font: Any) -> None:
+def _write(draw: Any, corner: tuple[int, int], text: str, font: Any) -> None:
     try:
-        draw.text(place, text, fill="black", font=font)
+        draw.text(corner, text, fill="black", font=font)
     except UnicodeEncodeError:  # Pillow without FreeType draws only Latin letters
-        draw.text(place, text.encode("ascii", "replace").decode(), fill="black", font=font)
+        draw.text(corner, text.encode("ascii", "replace").decode(), fill="black", font=font)
 
 
 def _fitted(shape: Sequence[int]) -> tuple[int, int]:

@@ -110,9 +110,9 @@ def open_index(
         if precision != "float32":
             codes = _codes(keys, precision, dim, folder)
             search = VectorSearch(keys, codes, precision, rescore)
-        kept = _kept(model, documents, full_keys, search, dim, folder, made_from)
+        shares = _kept(model, documents, full_keys, search, dim, folder, made_from)
     _remove_earlier(base, paths, folder)
-    return CorpusIndex(search, kept)
+    return CorpusIndex(search, shares)
 
 
 def check_options(

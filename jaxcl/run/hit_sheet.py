@@ -30,12 +30,12 @@ def write_hits(prefix: AnyPath, query: Any, hits: Sequence[Hit]) -> None:
         asked, title = Cell(f"query: {query}"), f"Images for: {query}"
     else:
         asked, title = Cell("query", decode_image(query, _RULE)), "Images for an image"
-    found = [
+    cells = [
         Cell(
             f"{hit.score:.3f} {hit.record['id']} {hit.record['text']}",
             decode_image(hit.record["image"], _RULE),
         )
         for hit in hits
     ]
-    rows = [found[first : first + _COLUMNS] for first in range(0, len(found), _COLUMNS)]
+    rows = [cells[first : first + _COLUMNS] for first in range(0, len(cells), _COLUMNS)]
     write_sheet(prefix.parent, prefix.name, title, [[asked], *rows])

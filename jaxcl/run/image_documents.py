@@ -127,16 +127,16 @@ class ImageRows:
 
     def _rows(self, rows: Int[np.ndarray, " n"], names: Sequence[str]) -> list[dict[str, Any]]:
         """Some fields of the given rows, read from each split at once."""
-        found: list[dict[str, Any]] = [{}] * len(rows)
+        results: list[dict[str, Any]] = [{}] * len(rows)
         of_row = np.searchsorted(self._ends, rows, side="right")
         for number, source in enumerate(self._sources):
             places = np.flatnonzero(of_row == number)
             if places.size:
                 first = self._ends[number] - len(source)
                 records = read_fields(source, rows[places] - first, names)
-                for place, record in zip(places, records, strict=True):
-                    found[place] = record
-        return found
+                for position, record in zip(places, records, strict=True):
+                    results[position] = record
+        return results
 
 
 def embed_documents(

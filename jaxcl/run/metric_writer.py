@@ -45,11 +45,11 @@ class MetricWriter:
         workdir = as_path(workdir)
         path = self._path = workdir / METRICS_FILE
         records, damaged = _read(path)
-        kept = [record for record in records if record["step"] <= step]
+        kept_records = [record for record in records if record["step"] <= step]
         with _explained(path):
             if damaged:
                 _set_aside(path, damaged)
-            write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in kept_records))
             self._file = open_log(path)
             events = local_folder(workdir) / "tensorboard" / "events"
             events.parent.mkdir(parents=True, exist_ok=True)

@@ -65,23 +65,25 @@ def build_optimizer(
       ValueError: for a pattern that matches no trained parameter, and for `layer_decay` of encoders
         without blocks.
     """
-    given = settings.optimizer
-    rate_of_step = learning_rate_of(given, settings.parts, steps=settings.steps)
-    every = given.accumulate_steps
+    optimizer_settings = settings.optimizer
+    rate_of_step = learning_rate_of(optimizer_settings, settings.parts, steps=settings.steps)
+    every = optimizer_settings.accumulate_steps
     frozen = frozen_parameters(settings, params)
     trained = [path for path in parameter_paths(params) if path not in frozen]
-    clip = given.clip_norm
+    clip = optimizer_settings.clip_norm
     transformations = [
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
-        settings.parts.optimizer(**given.options),
-        optax.add_decayed_weights(given.weight_decay, mask=_decay_mask(given, trained)),
+        settings.parts.optimizer(**optimizer_settings.options),
+        optax.add_decayed_weights(
+            optimizer_settings.weight_decay, mask=_decay_mask(optimizer_settings, trained)
+        ),
         # The optimizer counts updates, and each update is made of `every` steps.
         optax.scale_by_learning_rate(
             rate_of_step if every == 1 else lambda update: rate_of_step(every * update)
         ),
     ]
-    if given.clip_groups:
-        transformations[0] = _clip_by_group(given, trained)
+    if optimizer_settings.clip_groups:
+        transformations[0] = _clip_by_group(optimizer_settings, trained)
     factors = _rate_factors(settings, params, trained)
     if factors:
         transformations.append(_scale_by_factors(factors))
@@ -116,11 +118,11 @@ def _first_matches(setting: str, patterns: tuple[str, ...], trained: list[str]) 
     return first
 
 
-def _decay_mask(given: OptimizerSettings, trained: list[str]) -> Callable[[PyTree], PyTree]:
+def _decay_mask(settings: OptimizerSettings, trained: list[str]) -> Callable[[PyTree], PyTree]:
     """`parameters -> whether each decays`: matrices decay, unless `no_decay` matches them."""
     excluded = {
         path
-        for matched in _matched("optimizer.no_decay", given.no_decay, trained)
+        for matched in _matched("optimizer.no_decay", settings.no_decay, trained)
         for path in matched
     }
 
@@ -130,12 +132,12 @@ def _decay_mask(given: OptimizerSettings, trained: list[str]) -> Callable[[PyTre
     return lambda params: map_paths(decays, params)
 
 
-def _clip_by_group(given: OptimizerSettings, trained: list[str]) -> optax.GradientTransformation:
+def _clip_by_group(settings: OptimizerSettings, trained: list[str]) -> optax.GradientTransformation:
     """Clip the gradients of each group by their own norm, and all others together."""
-    patterns = tuple(pattern for pattern, _ in given.clip_groups)
+    patterns = tuple(pattern for pattern, _ in settings.clip_groups)
     group_of = _first_matches("optimizer.clip_groups", patterns, trained)
     rest = len(patterns)
-    norms = [*(norm for _, norm in given.clip_groups), given.clip_norm]
+    norms = [*(norm for _, norm in settings.clip_groups), settings.clip_norm]
 
     def clipped(gradients: PyTree, params: PyTree | None) -> PyTree:
         leaves, structure = jax.tree_util.tree_flatten_with_path(gradients)
@@ -162,17 +164,21 @@ def _rate_factors(
     settings: Settings, params: PyTree, trained: list[str]
 ) -> dict[str, float | Float[np.ndarray, "..."]]:
     """Path -> the factor of its learning rate; by layer where layers are stacked."""
-    given = settings.optimizer
-    patterns = tuple(pattern for pattern, _ in given.rates)
+    optimizer_settings = settings.optimizer
+    patterns = tuple(pattern for pattern, _ in optimizer_settings.rates)
     numbers = _first_matches("optimizer.rates", patterns, trained)
-    factors: dict[str, Any] = {path: given.rates[number][1] for path, number in numbers.items()}
-    if given.layer_decay is not None:
+    factors: dict[str, Any] = {
+        path: optimizer_settings.rates[number][1] for path, number in numbers.items()
+    }
+    if optimizer_settings.layer_decay is not None:
         embedding_norms = _embedding_norms(settings)
-        by_layer = layer_factors(params, given.layer_decay, embedding_norms=embedding_norms)
+        by_layer = layer_factors(
+            params, optimizer_settings.layer_decay, embedding_norms=embedding_norms
+        )
         if not by_layer:
             raise ValueError(
-                f"optimizer.layer_decay={given.layer_decay}, but the encoder has no layers; leave "
-                "it None"
+                f"optimizer.layer_decay={optimizer_settings.layer_decay}, but the encoder has "
+                "no layers; leave it None"
             )
         for path, factor in by_layer.items():
             factors[path] = factor * factors.get(path, 1.0)
@@ -227,9 +233,9 @@ def _embedding_norms(settings: Settings) -> tuple[str, ...]:
     """The modules between the inputs and the blocks, as the encoders of this package name them."""
     norms = []
     for tower, section in tower_sections(settings.model).items():
-        given = settings.model if section == "model" else settings.model.key
-        if given.name == PRETRAINED:
+        model = settings.model if section == "model" else settings.model.key
+        if model.name == PRETRAINED:
             norms += [f"towers/{tower}/encoder/{name}" for name in ("norm", "embeddings")]
-        elif given.name == "transformer" and given.options.get("norm_position") == "post":
+        elif model.name == "transformer" and model.options.get("norm_position") == "post":
             norms.append(f"towers/{tower}/norm")
     return tuple(norms)

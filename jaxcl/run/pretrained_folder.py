@@ -164,8 +164,8 @@ def _encoder_files(
         # Without this file, transformers may build a tokenizer that differs from tokenizer.json.
         files[of_tokenizer] = tokenizer_config(model, longest=longest)
     elif model.family in DECODERS and not _names_padding(model):
-        given = parse_json(model.files, of_tokenizer)
-        files[of_tokenizer] = as_json({**given, "pad_token": _padding_token(model)})
+        original = parse_json(model.files, of_tokenizer)
+        files[of_tokenizer] = as_json({**original, "pad_token": _padding_token(model)})
     return files
 
 

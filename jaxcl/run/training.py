@@ -319,8 +319,8 @@ def build_towers(settings: Settings) -> Towers:
         options = augmentation.options
         if settings.data.special_tokens and augmentation.name in AUGMENTATIONS:
             known = getattr(AUGMENTATIONS[str(augmentation.name)].options, "_fields", ())
-            kept = {name: one for name, one in KEEP_SPECIAL_TOKENS.items() if name in known}
-            options = {**kept, **options}
+            defaults = {name: one for name, one in KEEP_SPECIAL_TOKENS.items() if name in known}
+            options = {**defaults, **options}
         function = parts.augmentation(**options)
         augment = dict.fromkeys(augmentation.sides, function)
     lora = settings.model.lora

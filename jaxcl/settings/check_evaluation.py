@@ -32,12 +32,12 @@ def check_evaluation_settings(settings: Settings) -> None:
 def _check_rankings(settings: Settings) -> None:
     """Check how held-out rows are ranked."""
     methods, directions = ranking_methods(settings), ranking_directions(settings)
-    for field, given, known in (
+    for field, names, known in (
         ("evaluation.methods", methods, _METHODS),
         ("evaluation.directions", directions, DIRECTIONS),
     ):
-        check_names(field, given, known)
-        if not given:
+        check_names(field, names, known)
+        if not names:
             raise ValueError(f"{field}=(); name one or more of {', '.join(known)}")
     modality = settings.data.modality._asdict()
     if not has_only_texts(settings.data) and {"bm25", "hybrid"} & set(methods):

@@ -255,8 +255,8 @@ def _check_assignment(settings: Settings) -> None:
         "data_set": (several, len(data_set_names(data)) > 1),
         "topic": ("data.topics, a file of `python -m jaxcl.topics`", data.topics),
     }
-    setting, given = needed[by]
-    if not given:
+    setting, value = needed[by]
+    if not value:
         raise ValueError(
             f"assignment.name='sourced' goes by {by}; set {setting}, or assignment.sourced.by to "
             f"another of {', '.join(SOURCES)}"

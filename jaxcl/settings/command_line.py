@@ -91,16 +91,16 @@ def override(config: ConfigDict, field: str, text: str) -> None:
     *parents, leaf = field.split(".")
     for depth, name in enumerate([*parents, leaf]):
         if not isinstance(section, ConfigDict):
-            place = ".".join(parents[:depth])
-            raise ValueError(f"--config.{field}={text}: {place} is a value without fields")
+            section_name = ".".join(parents[:depth])
+            raise ValueError(f"--config.{field}={text}: {section_name} is a value without fields")
         if name not in section:
             if depth == len(parents) and ".".join(parents) in _NAMED_BY_USERS:
                 section[name] = text
                 return
-            place = ".".join(parents[:depth]) or "a config"
+            section_name = ".".join(parents[:depth]) or "a config"
             raise ValueError(
                 f"--config.{field}={text}: there is no such field as {name}"
-                f"{did_you_mean(name, list(section))}; {place} has {', '.join(section)}"
+                f"{did_you_mean(name, list(section))}; {section_name} has {', '.join(section)}"
             )
         if depth < len(parents):
             section = section[name]

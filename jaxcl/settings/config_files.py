@@ -16,8 +16,8 @@ __all__ = ["find_config", "known_configs", "load_config", "read_settings_file"]
 
 def known_configs() -> list[str]:
     """The names of the configs that come with jaxcl."""
-    found = {path.stem for folder in jaxcl.configs.__path__ for path in Path(folder).glob("*.py")}
-    return sorted(found - {"__init__"})
+    names = {path.stem for folder in jaxcl.configs.__path__ for path in Path(folder).glob("*.py")}
+    return sorted(names - {"__init__"})
 
 
 def find_config(named: str) -> Path:

@@ -100,13 +100,13 @@ def learning_rate_of(
 
     `warmup_steps=None` and `decay_steps=None` are a tenth of the steps.
     """
-    given = {
+    values = {
         "warmup_steps": steps // 10 if settings.warmup_steps is None else settings.warmup_steps,
         "decay_steps": steps // 10 if settings.decay_steps is None else settings.decay_steps,
         "final_rate": settings.final_rate,
     }
     fields = SCHEDULE_FIELDS.get(settings.schedule, ("warmup_steps",))
-    read = {name: given[name] for name in fields}
+    read = {name: values[name] for name in fields}
     return parts.schedule(settings.learning_rate, steps=steps, **read)
 
 

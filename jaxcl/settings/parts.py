@@ -218,15 +218,15 @@ def given_options(section: str, name: str, part: AnyPart, options: Mapping[str, 
     Raises:
       ValueError: for an option that the part does not have, or a value outside its range.
     """
-    given = {option: value for option, value in options.items() if value is not None}
+    values = {option: value for option, value in options.items() if value is not None}
     if part.options is None:
-        return given
+        return values
     known = part.options._fields  # type: ignore[attr-defined] # a NamedTuple's
-    for option in given:
+    for option in values:
         if option not in known:
             raise ValueError(
                 f"{section}.options.{option} is unknown to {name!r}{did_you_mean(option, known)}; "
                 f"it has {', '.join(known)}"
             )
-    checked: Any = read_section(part.options, given, path=f"{section}.options")
-    return {option: getattr(checked, option) for option in given}
+    checked: Any = read_section(part.options, values, path=f"{section}.options")
+    return {option: getattr(checked, option) for option in values}

@@ -75,10 +75,10 @@ def read_settings(
       >>> read_settings({"steps": 20}).steps
       20
     """
-    given = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-    if "parts" in given:
+    fields = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    if "parts" in fields:
         raise ValueError("parts is no field of a config; the names in it say which parts are used")
-    settings = read_section(Settings, _with_either(given))
+    settings = read_section(Settings, _with_either(fields))
     settings = with_pretrained(settings, changed=changed, trust=trust, workdir=workdir)
     settings = _with_parts(settings, trust)
     check_settings(settings)
@@ -86,17 +86,17 @@ def read_settings(
     return settings
 
 
-def _with_either(given: dict[str, Any]) -> dict[str, Any]:
+def _with_either(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config, checked to set either `steps` or `epochs`."""
-    if given.get("epochs") is not None and given.get("steps") is not None:
+    if fields.get("epochs") is not None and fields.get("steps") is not None:
         raise ValueError(
-            f"steps={given['steps']} and epochs={given['epochs']} are both given; set one to None"
+            f"steps={fields['steps']} and epochs={fields['epochs']} are both given; set one to None"
         )
-    if "steps" in given and given["steps"] is None:
-        if given.get("epochs") is None:
+    if "steps" in fields and fields["steps"] is None:
+        if fields.get("epochs") is None:
             raise ValueError("steps and epochs are both None; set one of them")
-        return {name: value for name, value in given.items() if name != "steps"}
-    return given
+        return {name: value for name, value in fields.items() if name != "steps"}
+    return fields
 
 
 def with_steps(settings: Settings, *, num_rows: int) -> Settings:
@@ -146,10 +146,10 @@ def read_data_settings(config: ConfigDict, *, changed: Collection[str] = ()) -> 
             f"{', '.join(unused)} has no effect here: only the rows of data, the ranking of "
             "evaluation, and run are read from the config"
         )
-    given = {"data": {}} | config.to_dict()
-    read_section(Settings, given)  # an unknown field is an error in every section
-    given["data"] = {name: one for name, one in given["data"].items() if name in _DATA_FIELDS}
-    return read_settings({name: one for name, one in given.items() if name in _DATA_SECTIONS})
+    fields = {"data": {}} | config.to_dict()
+    read_section(Settings, fields)  # an unknown field is an error in every section
+    fields["data"] = {name: one for name, one in fields["data"].items() if name in _DATA_FIELDS}
+    return read_settings({name: one for name, one in fields.items() if name in _DATA_SECTIONS})
 
 
 def _says_which_rows(field: str) -> bool:

@@ -117,7 +117,7 @@ def setting_comments(source: str) -> dict[str, str]:
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    found = {}
+    descriptions = {}
     for statement in ast.walk(ast.parse(source)):
         if not isinstance(statement, ast.Assign):
             continue
@@ -129,8 +129,8 @@ def setting_comments(source: str) -> dict[str, str]:
         lines = [line for line in range(first, last + 1) if line in comments]
         if name and lines:
             texts = (comments[line].string.lstrip("# ") for line in lines)
-            found[name] = " ".join(texts)
-    return found
+            descriptions[name] = " ".join(texts)
+    return descriptions
 
 
 def _dotted(target: ast.expr) -> str:

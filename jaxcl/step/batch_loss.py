@@ -108,19 +108,19 @@ def make_loss(
     )
     remembers = loss.init_memory is not None
 
-    def local(given: _Arguments) -> tuple[Array, PyTree]:
-        keywords = arrangement.keywords(given)
+    def local(arguments: _Arguments) -> tuple[Array, PyTree]:
+        keywords = arrangement.keywords(arguments)
         if remembers:
-            return loss.function(*given.sides, memory=given.entries, **keywords)
-        return loss.function(*given.sides, **keywords), given.entries
+            return loss.function(*arguments.sides, memory=arguments.entries, **keywords)
+        return loss.function(*arguments.sides, **keywords), arguments.entries
 
     sharded = arrangement.sharded(local)
 
     def mean_loss(
         params: PyTree, memory: PyTree, batch: Batch, key: Key[Array, ""] | None
     ) -> tuple[Scalar, PyTree]:
-        given, remembered = arrangement.arguments(params, memory, batch, key)
-        losses, entries = sharded(given)
+        arguments, remembered = arrangement.arguments(params, memory, batch, key)
+        losses, entries = sharded(arguments)
         after = dict(memory)
         if remembers:
             after["rows"] = write_rows(memory["rows"], batch["row"], entries)
@@ -156,15 +156,15 @@ def make_measure(
         towers, loss, mesh, masks, chunk_sizes, buckets, beyond or BeyondBatch(), tuple(needs)
     )
 
-    def local(given: _Arguments) -> Mapping[str, NegativeMetrics]:
-        masks = arrangement.masks_of(given)
-        if "labels" in given.columns:  # rows of one class are positives
-            masks = masks._replace(groups=given.columns["labels"])
+    def local(arguments: _Arguments) -> Mapping[str, NegativeMetrics]:
+        masks = arrangement.masks_of(arguments)
+        if "labels" in arguments.columns:  # rows of one class are positives
+            masks = masks._replace(groups=arguments.columns["labels"])
         return measure_fn(
-            *given.sides,
-            temperature=given.scalars["temperature"],
+            *arguments.sides,
+            temperature=arguments.scalars["temperature"],
             masks=masks,
-            negatives=arrangement.negatives_of(given),
+            negatives=arrangement.negatives_of(arguments),
             axis_name=mesh.axis_names,
         )
 
@@ -173,16 +173,16 @@ def make_measure(
     def measure(
         params: PyTree, memory: PyTree, batch: Batch, key: Key[Array, ""] | None
     ) -> Mapping[str, Scalar]:
-        given, _ = arrangement.arguments(params, memory, batch, key)
-        found = {
+        arguments, _ = arrangement.arguments(params, memory, batch, key)
+        results = {
             f"negatives/{kind}/{field}": value.mean()
-            for kind, metrics in sharded(given).items()
+            for kind, metrics in sharded(arguments).items()
             for field, value in metrics._asdict().items()
         }
         for side, bank in memory.get("bank", {}).items():
-            found[f"bank/{side}/age"] = mean_age(bank)
-            found[f"bank/{side}/written"] = (bank.written >= 0).sum().astype(jnp.float32)
-        return found
+            results[f"bank/{side}/age"] = mean_age(bank)
+            results[f"bank/{side}/written"] = (bank.written >= 0).sum().astype(jnp.float32)
+        return results
 
     return measure
 
@@ -215,50 +215,50 @@ class _Arrangement(NamedTuple):
     def sharded(self, local: Callable[[_Arguments], PyTree]) -> Callable[[_Arguments], PyTree]:
         """A function of each device's part, as one of the whole; its results go by row."""
         rows: Any = PartitionSpec(self.mesh.axis_names)
-        whole: Any = PartitionSpec()
-        slots = MemoryBank(rows, rows, rows, rows, whole, whole, rows)
-        source = DrawSource(slots, rows, rows, whole)
-        parts: Any = _Arguments(rows, rows, rows, rows, whole, rows, rows, source)
+        replicated: Any = PartitionSpec()
+        slots = MemoryBank(rows, rows, rows, rows, replicated, replicated, rows)
+        source = DrawSource(slots, rows, rows, replicated)
+        parts: Any = _Arguments(rows, rows, rows, rows, replicated, rows, rows, source)
 
-        def checked(given: _Arguments) -> PyTree:
+        def checked(inputs: _Arguments) -> PyTree:
             # A spec for an argument that is not there would be one too many.
-            there = parts._replace(source=None if given.source is None else source)
-            return jax.shard_map(local, mesh=self.mesh, in_specs=(there,), out_specs=rows)(given)
+            specs = parts._replace(source=None if inputs.source is None else source)
+            return jax.shard_map(local, mesh=self.mesh, in_specs=(specs,), out_specs=rows)(inputs)
 
         return checked
 
-    def keywords(self, given: _Arguments) -> dict[str, Any]:
+    def keywords(self, arguments: _Arguments) -> dict[str, Any]:
         """The arguments of the loss in addition to its two sides, inside of the `shard_map`."""
-        keywords = {**given.columns, **given.scalars}
+        keywords = {**arguments.columns, **arguments.scalars}
         if not self.loss.has_temperature:
             del keywords["temperature"]
         if self.loss.exchanges:
             keywords["axis_name"] = self.mesh.axis_names
         if self.loss.masks:
-            keywords["masks"] = self.masks_of(given)
+            keywords["masks"] = self.masks_of(arguments)
         if self.loss.negatives:
-            keywords["negatives"] = self.negatives_of(given)
+            keywords["negatives"] = self.negatives_of(arguments)
         return keywords
 
-    def masks_of(self, given: _Arguments) -> Masks:
+    def masks_of(self, arguments: _Arguments) -> Masks:
         """The masks that the loss heeds."""
-        fields = {**given.labels, **self.beyond.margins}
+        fields = {**arguments.labels, **self.beyond.margins}
         return Masks(**{name: one for name, one in fields.items() if name in self.loss.masks})
 
-    def negatives_of(self, given: _Arguments) -> dict[str, Negatives] | None:
+    def negatives_of(self, arguments: _Arguments) -> dict[str, Negatives] | None:
         """The negatives from outside the batch, by name."""
         negatives: dict[str, Negatives] = {}
-        if given.explicit is not None:
-            negatives["explicit"] = given.explicit
+        if arguments.explicit is not None:
+            negatives["explicit"] = arguments.explicit
         if self.beyond.budgets.any_tier:
             negatives |= draw_tiers(
                 self.beyond.budgets,
-                *given.sides,
-                row_keys=given.row_keys,
-                ids=given.labels["ids"],
-                groups=given.labels.get("groups", given.columns.get("labels")),
-                guides=given.labels.get("guides"),
-                source=given.source,
+                *arguments.sides,
+                row_keys=arguments.row_keys,
+                ids=arguments.labels["ids"],
+                groups=arguments.labels.get("groups", arguments.columns.get("labels")),
+                guides=arguments.labels.get("guides"),
+                source=arguments.source,
                 axis_name=self.mesh.axis_names,
                 **self.beyond.margins,
             )
@@ -287,7 +287,7 @@ class _Arrangement(NamedTuple):
         if "bias" in params:
             scalars["bias"] = params["bias"]
         draw_key = jax.random.fold_in(jax.random.key(0) if key is None else key, _DRAWS)
-        given = _Arguments(
+        arguments = _Arguments(
             sides=sides,
             labels=self._labels(batch, remembered),
             explicit=self._explicit(params["towers"], memory, batch, encode, key),
@@ -297,7 +297,7 @@ class _Arrangement(NamedTuple):
             row_keys=fold_rows(draw_key, row),
             source=self._draw_source(memory, draw_key),
         )
-        return given, remembered
+        return arguments, remembered
 
     def _labels(self, batch: Batch, remembered: Mapping[str, Embeddings]) -> dict[str, PyTree]:
         """The labels of the batch's rows, and the guide embeddings if there is a guide model."""

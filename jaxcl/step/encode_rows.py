@@ -63,7 +63,7 @@ def make_encode_rows(
     # together where a chunk needs it, since all of them at once might not fit.
     manual = tuple(axis for axis in mesh.axis_names if axis != FSDP)
     shards = dict(mesh.shape).get(FSDP, 1)
-    rows, whole = PartitionSpec(manual), PartitionSpec()
+    rows, replicated = PartitionSpec(manual), PartitionSpec()
 
     def encode_rows(
         params: PyTree,
@@ -89,7 +89,7 @@ def make_encode_rows(
             in_chunks = jax.shard_map(
                 in_chunks,
                 mesh=mesh,
-                in_specs=(whole, rows, rows),
+                in_specs=(replicated, rows, rows),
                 out_specs=rows,
                 axis_names=set(manual),
             )

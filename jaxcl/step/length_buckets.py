@@ -231,9 +231,9 @@ class _Loop:
         shape = (shards, len(longest) + self._most, *one.shape[1:])
 
         def branch(number: int, first: Array, vectors: Array) -> Array:
-            found = self._encode(params, *self.chunk(padded, number, first))
-            found = found.reshape(shards, -1, *found.shape[1:])
-            return lax.dynamic_update_slice_in_dim(vectors, found, first, 1)
+            chunk_vectors = self._encode(params, *self.chunk(padded, number, first))
+            chunk_vectors = chunk_vectors.reshape(shards, -1, *chunk_vectors.shape[1:])
+            return lax.dynamic_update_slice_in_dim(vectors, chunk_vectors, first, 1)
 
         start = full_like_varying(shape, 0.0, one.dtype, (params, rows))
         return self.over_chunks(branch, longest, start)[:, : len(longest)]
@@ -247,9 +247,9 @@ class _Loop:
         cotangent = jnp.pad(cotangent, missing)  # copies of rows have no gradient
 
         def branch(number: int, first: Array, total: PyTree) -> PyTree:
-            given = self.chunk(padded, number, first)
+            inputs = self.chunk(padded, number, first)
             vectors, pull_back = jax.vjp(
-                lambda trained: self._encode(_merged(trained, held), *given), trained
+                lambda trained: self._encode(_merged(trained, held), *inputs), trained
             )
             of_chunk = lax.dynamic_slice_in_dim(cotangent, first, self._buckets.rows[number], 1)
             (gradient,) = pull_back(of_chunk.reshape(vectors.shape))

@@ -39,8 +39,8 @@ def make_mined_refresh(rule: MiningRule, mesh: Mesh, *, by_group: bool) -> Refre
     rule.check()
     axes = mesh.axis_names
     rows: Any = PartitionSpec(axes)
-    whole: Any = PartitionSpec()
-    slots = MemoryBank(rows, rows, rows, rows, whole, whole, rows)
+    replicated: Any = PartitionSpec()
+    slots = MemoryBank(rows, rows, rows, rows, replicated, replicated, rows)
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(slots, slots, rows), out_specs=rows)
     def mined(queries: MemoryBank, keys: MemoryBank, row_keys: RowKeys) -> Mined:
@@ -54,14 +54,14 @@ def make_mined_refresh(rule: MiningRule, mesh: Mesh, *, by_group: bool) -> Refre
         vectors, positives = (bank.vectors.astype(jnp.float32) for bank in (queries, keys))
 
         def of_block(block: tuple) -> Mined:
-            vectors, own, ours, row_keys = block
+            vectors, own, query_labels, row_keys = block
             return mine_negatives(
                 vectors,
                 own,
                 positives,
                 rule=rule,
                 row_keys=row_keys,
-                query_labels=ours,
+                query_labels=query_labels,
                 table_labels=labels[1],
                 axis_name=axes,
             )
@@ -72,8 +72,8 @@ def make_mined_refresh(rule: MiningRule, mesh: Mesh, *, by_group: bool) -> Refre
             lambda leaf: leaf.reshape(num_blocks, -1, *leaf.shape[1:]),
             (vectors, positives, labels[0], row_keys),
         )
-        found = jax.lax.map(of_block, blocks)
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
+        results = jax.lax.map(of_block, blocks)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def refresh(state: TrainState) -> tuple[TrainState, Mapping[str, Scalar]]:
@@ -83,16 +83,16 @@ def make_mined_refresh(rule: MiningRule, mesh: Mesh, *, by_group: bool) -> Refre
         }
         key = jax.random.fold_in(jax.random.fold_in(state.key, _MINING), state.step)
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(banks["query"].ids)))
-        found = mined(banks["query"], banks["key"], row_keys)
-        there = found.rows >= 0
-        count = jnp.maximum(there.sum(), 1)
+        negatives = mined(banks["query"], banks["key"], row_keys)
+        present = negatives.rows >= 0
+        count = jnp.maximum(present.sum(), 1)
         trained = (banks["query"].written >= 0).sum()
         metrics = {
-            "mined/per_row": there.sum() / jnp.maximum(trained, 1),
-            "mined/similarity": jnp.where(there, found.similarities, 0).sum() / count,
-            "mined/rank": jnp.where(there, found.ranks, 0).sum() / count,
+            "mined/per_row": present.sum() / jnp.maximum(trained, 1),
+            "mined/similarity": jnp.where(present, negatives.similarities, 0).sum() / count,
+            "mined/rank": jnp.where(present, negatives.ranks, 0).sum() / count,
         }
-        memory = state.memory | {"mined": found.rows[:entries]}
+        memory = state.memory | {"mined": negatives.rows[:entries]}
         return state._replace(memory=memory), metrics
 
     return refresh

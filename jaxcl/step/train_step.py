@@ -177,16 +177,16 @@ def state_sharding(mesh: Mesh, state: TrainState, *, rules: Sequence[Rule] = ())
     on every device, or sharded over the axis `"fsdp"`; row tables, banks, mined rows and their
     order by row over all axes; numbers are whole.
     """
-    whole, tables = replicated_sharding(mesh), table_sharding(mesh)
+    replicated, tables = replicated_sharding(mesh), table_sharding(mesh)
     cut = functools.partial(parameter_shardings, mesh, rules=rules)
-    placed: TrainState = jax.tree.map(lambda _: whole, state)
+    placed: TrainState = jax.tree.map(lambda _: replicated, state)
     placed = placed._replace(params=cut(state.params), optimizer=cut(state.optimizer, strict=False))
     copies = {
         name: cut(state.memory[name]) for name in ("momentum", "average") if name in state.memory
     }
     placed = placed._replace(memory=placed.memory | copies)
     sharded = {
-        name: jax.tree.map(lambda leaf: tables if leaf.ndim else whole, part)
+        name: jax.tree.map(lambda leaf: tables if leaf.ndim else replicated, part)
         for name, part in state.memory.items()
         if name in ("rows", "bank", "mined", "assignment")
     }

@@ -85,10 +85,10 @@ def activation(config: Mapping[str, Any], key: str, default: str = "gelu") -> st
 def check_supported(config: Mapping[str, Any], **supported: Any) -> None:
     """Raise a `ValueError` for a value that is set and differs from the supported one."""
     for key, value in supported.items():
-        given = config.get(key)
-        if given is not None and given != value:
+        entry = config.get(key)
+        if entry is not None and entry != value:
             only = "" if value is None else f"; only {value!r} is"
-            raise ValueError(f"config.json: {key}={given!r} is not supported{only}")
+            raise ValueError(f"config.json: {key}={entry!r} is not supported{only}")
 
 
 def sliding_layers(config: Mapping[str, Any], default: Sequence[bool]) -> Sequence[bool]:

@@ -298,16 +298,16 @@ def _max_tokens(
     of_tokenizer = parse_json(files, join(folder, "tokenizer_config.json")).get("model_max_length")
     if name == "model2vec":
         config = parse_json(files, join(folder, "config.json"))
-        given = config.get("max_length", _MODEL2VEC_TOKENS)
+        length = config.get("max_length", _MODEL2VEC_TOKENS)
     elif name == "static_embedding":
         # Only for this family does sentence-transformers obey the truncation in tokenizer.json.
         truncation = parse_json(files, join(folder, "tokenizer.json")).get("truncation")
-        given = truncation.get("max_length") if isinstance(truncation, dict) else None
+        length = truncation.get("max_length") if isinstance(truncation, dict) else None
     else:
-        given = parse_sentence_config(files, folder).get("max_seq_length") or of_tokenizer
-    if given is not None and (type(given) is not int or given < 1):
-        raise ValueError(f"its maximum length is {given!r:.99} tokens; give a positive number")
-    return min((n for n in (given, limit) if n is not None and n <= _MAX_TOKENS), default=None)
+        length = parse_sentence_config(files, folder).get("max_seq_length") or of_tokenizer
+    if length is not None and (type(length) is not int or length < 1):
+        raise ValueError(f"its maximum length is {length!r:.99} tokens; give a positive number")
+    return min((n for n in (length, limit) if n is not None and n <= _MAX_TOKENS), default=None)
 
 
 def _dim(modules: Modules, hidden_dim: int) -> int:

@@ -264,9 +264,9 @@ def position_weights(before: int, after: int) -> Float[np.ndarray, "m n"]:
     for row in range(after):
         centre = (row + 0.5) * before / after - 0.5
         first = math.floor(centre) - 1
-        for place in range(first, first + 4):
-            inside = min(max(place, 0), before - 1)
-            weights[row, inside] += keys_cubic(np.asarray(centre - place), -0.75)
+        for position in range(first, first + 4):
+            inside = min(max(position, 0), before - 1)
+            weights[row, inside] += keys_cubic(np.asarray(centre - position), -0.75)
     return weights
 
 

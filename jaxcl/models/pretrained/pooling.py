@@ -62,5 +62,5 @@ def _pooled(
     return total / (jnp.sqrt(count) if mode == "mean_sqrt_len_tokens" else count)
 
 
-def _state_at(hidden: Hidden, place: Int[Array, " b"]) -> Float[Array, "b h"]:
-    return jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0]
+def _state_at(hidden: Hidden, positions: Int[Array, " b"]) -> Float[Array, "b h"]:
+    return jnp.take_along_axis(hidden, positions[:, None, None], axis=1)[:, 0]

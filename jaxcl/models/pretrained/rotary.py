@@ -51,8 +51,8 @@ def frequencies(rotary: Rotary, width: int) -> Float[np.ndarray, " half"]:
     if rotary.turns is None:
         return angles / rotary.factor
     least, most = rotary.turns
-    kept = np.clip((rotary.tokens * angles / (2 * math.pi) - least) / (most - least), 0, 1)
-    return angles * ((1 - kept) / rotary.factor + kept)
+    share = np.clip((rotary.tokens * angles / (2 * math.pi) - least) / (most - least), 0, 1)
+    return angles * ((1 - share) / rotary.factor + share)
 
 
 def read_rotary(parameters: Mapping[str, Any], *, base: float) -> Rotary:

@@ -131,7 +131,7 @@ class TextTower(nnx.Module):
         """Embed texts, in at least float32; arguments as for `Transformer`."""
         a = self.architecture
         check_length(tokens, a.max_tokens)
-        place = _place(tokens, mask, a)
+        positions = _place(tokens, mask, a)
         seen: TokenMask | None = mask
         if not a.sizes.causal:
             rest = ((0, 0), (0, a.max_tokens - tokens.shape[1]))
@@ -140,7 +140,9 @@ class TextTower(nnx.Module):
         hidden = self.token_table[...][tokens] + self.position_table[: tokens.shape[1]]
         hidden = row_dropout(hidden.astype(self.dtype), rngs, rate=self.dropout, layer=0)
         hidden = run_blocks(self.blocks, hidden, seen, rngs, remat=self.remat)
-        pooled = self.final_norm(jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0])
+        pooled = self.final_norm(
+            jnp.take_along_axis(hidden, positions[:, None, None], axis=1)[:, 0]
+        )
         if self.projection is not None:
             pooled = self.projection(pooled)
         return pooled.astype(jnp.promote_types(pooled.dtype, jnp.float32))

@@ -147,8 +147,8 @@ def run_blocks(
       remat: keep one activation per block for the backward pass, and recompute the others.
     """
     if remat:
-        whole = joined(blocks, dtype=hidden.dtype)
-        return run_layers(whole, hidden, mask, rngs, num_layers=len(blocks), remat=True)
+        stack = joined(blocks, dtype=hidden.dtype)
+        return run_layers(stack, hidden, mask, rngs, num_layers=len(blocks), remat=True)
     for layer, block in enumerate(blocks):
         hidden = block(hidden, mask, rngs, layer)
     return hidden
