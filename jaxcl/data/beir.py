@@ -112,8 +112,8 @@ def read_beir(path: AnyPath) -> Beir:
     rows = {name: row for row, name in enumerate(corpus.ids)}
     if not by_id:
         judged = _read_positives(queries_path, queries.ids, corpus, rows)
-    kept = [number for number, name in enumerate(queries.ids) if name in judged]
-    ids = [queries.ids[number] for number in kept]
+    numbers = [number for number, name in enumerate(queries.ids) if name in judged]
+    ids = [queries.ids[number] for number in numbers]
     if not ids:
         raise ValueError(
             f"{source} has judgements for {counted(len(judged), 'query', 'queries')}, but "
@@ -132,7 +132,7 @@ def read_beir(path: AnyPath) -> Beir:
     return Beir(
         corpus=corpus,
         query_ids=ids,
-        query_texts=queries.read(kept),
+        query_texts=queries.read(numbers),
         queries=pairs[:, 0],
         documents=pairs[:, 1],
         grades=pairs[:, 2],

@@ -187,13 +187,13 @@ def split_functions(
     """
     if not functions:
         raise ValueError("no documented Python function was found; check `roots`")
-    kept = _without_duplicates(functions, first_packages=test_packages)
-    num_duplicates = len(functions) - len(kept)
+    pairs = _without_duplicates(functions, first_packages=test_packages)
+    num_duplicates = len(functions) - len(pairs)
     if max_pairs is not None:
-        draw = {row: _uniform(split_seed, _identity(row), row.qualified_name) for row in kept}
-        kept = sorted(kept, key=lambda row: (draw[row], row))[:max_pairs]
+        draw = {row: _uniform(split_seed, _identity(row), row.qualified_name) for row in pairs}
+        pairs = sorted(pairs, key=lambda row: (draw[row], row))[:max_pairs]
     splits: dict[str, list[PythonFunction]] = {"train": [], "validation": [], "test": []}
-    for row in sorted(kept, key=_order):
+    for row in sorted(pairs, key=_order):
         if row.package in test_packages:
             splits["test"].append(row)
         elif _uniform(split_seed, _identity(row)) < validation_fraction:
@@ -203,7 +203,7 @@ def split_functions(
     for split, wanted in (("train", True), ("test", bool(test_packages))):
         if wanted and not splits[split]:
             raise ValueError(
-                f"none of the {len(kept)} pairs is left for {split}, with test_packages="
+                f"none of the {len(pairs)} pairs is left for {split}, with test_packages="
                 f"{tuple(test_packages)}; install or hold out other packages, or keep more pairs"
             )
     return {split: rows for split, rows in splits.items() if rows}, num_duplicates

@@ -149,8 +149,8 @@ class NegativeTexts:
         first_rows, record_of_text = np.unique(self._lists.first_row[numbers], return_inverse=True)
         records = self._source.read(first_rows)
         return [
-            {"key": _decoded(records[record]["negatives"][place])}
-            for record, place in zip(
+            {"key": _decoded(records[record]["negatives"][position])}
+            for record, position in zip(
                 record_of_text.tolist(), self._lists.first_place[numbers].tolist(), strict=True
             )
         ]
@@ -165,7 +165,8 @@ def _checked_texts(texts: Any, row: int) -> Sequence[str]:
             "of texts, empty if the row has none"
         )
     return [
-        _checked_text(text, f"negative {place} of row {row}") for place, text in enumerate(texts)
+        _checked_text(text, f"negative {position} of row {row}")
+        for position, text in enumerate(texts)
     ]
 
 

@@ -114,9 +114,9 @@ def find_columns(
     files = data_set.files
     query, key = _query_and_key(names, data_set, where, images)
     group, score, metadata = data_set.group_field, data_set.score_field, data_set.metadata_fields
-    taken = {query, key, group, score, *metadata}
-    taken |= {files.negatives_field, files.scores_field, files.label_field}
-    free = [name for name in names if name not in taken and not images]
+    named_fields = {query, key, group, score, *metadata}
+    named_fields |= {files.negatives_field, files.scores_field, files.label_field}
+    free = [name for name in names if name not in named_fields and not images]
     split_by = {"query": query, "key": key}.get(files.split_by, files.split_by)
     _check_exists("data.group_field", group, names, where)
     _check_exists("data.score_field", score, names, where)

@@ -83,10 +83,10 @@ class _LeftOut:
         self._stops = stops
         self._named: list[str] = []
 
-    def add(self, place: str, error: BadRow) -> None:
+    def add(self, location: str, error: BadRow) -> None:
         self.bad += 1
         if len(self._named) < _NAMED_ROWS:
-            self._named.append(f"{place}: {error}")
+            self._named.append(f"{location}: {error}")
         if self.bad == _MOST_BAD_ROWS and self._stops:
             self.check()
 
@@ -158,10 +158,10 @@ def _is_positive(pair: PairRecord, min_label: float | None) -> bool:
     return pair.label is None or min_label is None or pair.label >= min_label
 
 
-def _check_late_fields(fields: Iterable[str], columns: PairColumns, place: str) -> None:
+def _check_late_fields(fields: Iterable[str], columns: PairColumns, location: str) -> None:
     """Reject fields that would have been read if the first rows had them."""
     if late := late_columns(fields, columns):
         raise ValueError(
-            f"{place} has {', '.join(late)}, which the first rows lack; name such a field in "
+            f"{location} has {', '.join(late)}, which the first rows lack; name such a field in "
             "data.files, move a row with it to the beginning, or leave it out of the file"
         )

@@ -154,10 +154,12 @@ class FilePairs:
             [
                 number,
                 digest_of_files(
-                    paths[number].parent, sorted(found), directory=self.files.directory / "folders"
+                    paths[number].parent,
+                    sorted(image_names),
+                    directory=self.files.directory / "folders",
                 ),
             ]
-            for number, found in sorted(names.items())
+            for number, image_names in sorted(names.items())
             if not paths[number].is_dir()
         ]
         return json.dumps(digests)

@@ -69,8 +69,8 @@ def open_scores(source: PairSource, *, data_dir: Path) -> RowScores:
 def _number(record: Any, row: int) -> float:
     value = record.get("score")
     if not isinstance(value, bool | int | float | np.number | np.bool_):
-        given = "no score" if value is None else f"the score {value!r:.60}"
-        raise ValueError(f"row {row:,} of the training rows has {given}; give each row a number")
+        fault = "no score" if value is None else f"the score {value!r:.60}"
+        raise ValueError(f"row {row:,} of the training rows has {fault}; give each row a number")
     return float(value)
 
 

@@ -92,8 +92,8 @@ def _size(value: Any) -> int:
 
 def row_place(source: PairSource, side: str, row: int) -> str:
     """Name a row, with its file if the source knows it, for messages."""
-    place = file_of_row(source, side, row)
-    return f"row {row:,}" if place is None else f"row {row:,} ({place})"
+    file = file_of_row(source, side, row)
+    return f"row {row:,}" if file is None else f"row {row:,} ({file})"
 
 
 def file_of_row(source: PairSource, side: str, row: int) -> str | None:

@@ -271,8 +271,8 @@ def open_pairs(
 
 
 def _check_metadata_names(names: Iterable[str], fields: Iterable[str]) -> None:
-    if taken := set(fields) & set(names):
-        raise ValueError(f"metadata cannot be named {sorted(taken)}; rows already have these")
+    if clashes := set(fields) & set(names):
+        raise ValueError(f"metadata cannot be named {sorted(clashes)}; rows already have these")
 
 
 def _file_instructions(builder: Any, split: str, name: str | Path) -> list[Any]:

@@ -179,8 +179,10 @@ def open_splits(
     report_shared_queries(parts)
     result: dict[str, PairSource] = {}
     for role, sources in parts.items():
-        kept = [usable(source, role) for source in sources]
-        result[role] = kept[0] if len(kept) == 1 else ConcatenatedPairs(kept)
+        usable_sources = [usable(source, role) for source in sources]
+        result[role] = (
+            usable_sources[0] if len(usable_sources) == 1 else ConcatenatedPairs(usable_sources)
+        )
     return result
 
 

@@ -193,8 +193,8 @@ def full_name(builder: Any) -> str:
 def _check_whole_files(builder: Any, split: str, instructions: Sequence[Any]) -> None:
     """Reject parts of files, because TFDS reads Parquet files whole, whatever the split says."""
     files = [instruction.filename for instruction in instructions]
-    whole = all(part.take == part.examples_in_shard for part in instructions)
-    if not whole or len(set(files)) < len(files):
+    are_whole = all(part.take == part.examples_in_shard for part in instructions)
+    if not are_whole or len(set(files)) < len(files):
         raise ValueError(
             f"the split {split!r} of {builder.data_path} cannot be read: it is prepared as "
             f"parquet, and TFDS reads Parquet files whole. Name a whole split, one of "

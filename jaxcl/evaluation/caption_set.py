@@ -107,12 +107,12 @@ class CaptionSet:
         ranks = together(lambda: rank_captions(images, captions, data.pairs))
         measured = {}
         for cutoff in _CUTOFFS:
-            found = recall_at_k_metric(ranks.of_images.astype(np.float64), cutoff=cutoff)
-            measured[f"{_TO_TEXT}_recall@{cutoff}"] = found
+            recall = recall_at_k_metric(ranks.of_images.astype(np.float64), cutoff=cutoff)
+            measured[f"{_TO_TEXT}_recall@{cutoff}"] = recall
         for cutoff in _CUTOFFS:
-            found = recall_at_k_metric(ranks.of_pairs.astype(np.float64), cutoff=cutoff)
+            recall = recall_at_k_metric(ranks.of_pairs.astype(np.float64), cutoff=cutoff)
             measured[f"{_TO_IMAGE}_recall@{cutoff}"] = values_of_items(
-                found, data.pairs.images, num_items=len(data.images)
+                recall, data.pairs.images, num_items=len(data.images)
             )
         return measured
 

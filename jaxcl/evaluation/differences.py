@@ -62,13 +62,15 @@ def query_difference(
       baseline: the metric of the baseline for the same queries, in the same order.
 
     Example:
-      >>> found = query_difference(np.array([0.9, 0.5, 0.4]), np.array([0.7, 0.5, 0.3]))
-      >>> [round(number, 3) for number in found]
+      >>> difference = query_difference(np.array([0.9, 0.5, 0.4]), np.array([0.7, 0.5, 0.3]))
+      >>> [round(number, 3) for number in difference]
       [0.6, 0.5, 0.1, 0.058, -0.148, 0.348]
     """
-    found = paired_interval(values[None], baseline[None])
+    interval = paired_interval(values[None], baseline[None])
     means = (float(values.mean()), float(baseline.mean()))
-    return Difference(*means, found.difference, found.error_over_queries, found.low, found.high)
+    return Difference(
+        *means, interval.difference, interval.error_over_queries, interval.low, interval.high
+    )
 
 
 def bootstrap_difference(

@@ -90,10 +90,10 @@ def evaluate_model(
     if against is None:
         return json_values(summary)
     title = f"against: {against.model.source}"
-    theirs = _results(settings, against, sources, batch_size, title=title)
+    baseline = _results(settings, against, sources, batch_size, title=title)
     described = describe_model(against.model)
-    summary["against"] = described | {"metrics": held_out_summary(sources, theirs)["metrics"]}
-    summary["differences"] = _differences(results, theirs)
+    summary["against"] = described | {"metrics": held_out_summary(sources, baseline)["metrics"]}
+    summary["differences"] = _differences(results, baseline)
     return json_values(summary)
 
 
@@ -142,7 +142,7 @@ def _differences(results: Results, against: Results) -> dict[str, Any]:
     """Compute and print the differences of all metrics, by split, variant and method."""
     record: dict[str, Any] = {}
     for (split, variant), by_method in results.items():
-        found: dict[tuple[str, str], Difference] = {
+        differences: dict[tuple[str, str], Difference] = {
             (method, name): query_difference(
                 metric(result.ranks), metric(against[split, variant][method].ranks)
             )
@@ -151,9 +151,9 @@ def _differences(results: Results, against: Results) -> dict[str, Any]:
             for name, metric in METRICS.items()
         }
         of_variant = record.setdefault(split, {}).setdefault(variant, {})
-        for (method, name), one in found.items():
+        for (method, name), one in differences.items():
             of_variant.setdefault(method, {})[name] = difference_record(one)
         if jax.process_index() == 0:
-            shown = {names: one for names, one in found.items() if names[1] in _COLUMNS}
+            shown = {names: one for names, one in differences.items() if names[1] in _COLUMNS}
             show(differences_table(shown, over="queries", title=f"{split}, {variant}"))
     return record

@@ -112,15 +112,15 @@ def evaluate_set(
     methods = methods or METHODS
     options: dict[str, Any] = {"rrf_k": rrf_k, "batch_size": batch_size}
     title = None if against is None else printable(f"model: {model.source}")
-    ours = _evaluated(model, data_set, methods=methods, title=title, **options)
+    evaluation = _evaluated(model, data_set, methods=methods, title=title, **options)
     if against is None:
-        return ours.record
+        return evaluation.record
     methods = [method for method in methods if method != "bm25"]  # which needs no model
     title = printable(f"against: {against.source}")
-    theirs = _evaluated(against, data_set, methods=methods, title=title, **options)
-    described = {name: theirs.record[name] for name in (*describe_model(against), "metrics")}
-    differences = _differences(data_set, ours.outcome, theirs.outcome)
-    return {**ours.record, "against": described, "differences": differences}
+    baseline = _evaluated(against, data_set, methods=methods, title=title, **options)
+    described = {name: baseline.record[name] for name in (*describe_model(against), "metrics")}
+    differences = _differences(data_set, evaluation.outcome, baseline.outcome)
+    return {**evaluation.record, "against": described, "differences": differences}
 
 
 def _check_similarity(model: EmbeddingModel, data_set: EvaluationSet) -> None:
@@ -171,19 +171,19 @@ def _evaluated(
 
 def _differences(data_set: EvaluationSet, outcome: Any, baseline: Any) -> dict[str, Any]:
     """Compute the paired differences in the layout of the metrics, and print the main ones."""
-    found: dict[tuple[str, str], Difference]
+    differences: dict[tuple[str, str], Difference]
     record: dict[str, Any] = {}
     if isinstance(data_set, RetrievalSet):
-        found = {
+        differences = {
             (method, name): query_difference(metric(outcome[method]), metric(baseline[method]))
             for method in baseline
             for name, metric in GRADED_METRICS.items()
         }
-        for (method, name), one in found.items():
+        for (method, name), one in differences.items():
             record.setdefault(method, {})[name] = difference_record(one)
         over, shown = (
             "queries",
-            {names: one for names, one in found.items() if names[1] in _COLUMNS},
+            {names: one for names, one in differences.items() if names[1] in _COLUMNS},
         )
     else:
         assert isinstance(data_set, ComparableSet)  # checked before the models are evaluated
@@ -203,8 +203,8 @@ def _encode(
     title = f"embedding {len(values):,} {modality[side]}s of side {side}"
     with progress_bar(title, len(values)) as advance:
         options: dict[str, Any] = {"side": side, "batch_size": batch_size, "progress": advance}
-        given = values.files if isinstance(values, ImageFiles) else values
-        options["images" if modality[side] == "image" else "texts"] = given
+        items = values.files if isinstance(values, ImageFiles) else values
+        options["images" if modality[side] == "image" else "texts"] = items
         with naming_damaged(values):
             vectors = model.encode(**options)
     return for_inner_products(model.similarity_function, side, vectors)

@@ -144,10 +144,10 @@ def graded_mrr_metric(ranks: GradedRanks, *, cutoff: int) -> Float[np.ndarray, "
     better, tied, relevant = groups.better[is_first], groups.tied[is_first], groups.size[is_first]
     values = np.zeros(len(better))
     chance = relevant / tied  # that the first one is the j-th of the tie
-    for place in range(1, cutoff + 1):
-        rank = better + place
+    for position in range(1, cutoff + 1):
+        rank = better + position
         values += np.where(rank <= cutoff, chance / rank, 0)
-        left = tied - place
+        left = tied - position
         chance *= np.maximum(left - relevant + 1, 0) / np.maximum(left, 1)
     return _sums(groups.queries[is_first], values, ranks.num_queries)
 
@@ -166,10 +166,10 @@ def graded_map_metric(ranks: GradedRanks) -> Float[np.ndarray, " q"]:
     groups = _tie_groups(ranks)
     values = (groups.before + 1) / (groups.better + 1)
     for number in np.flatnonzero(groups.tied > 1):
-        place = np.arange(1, groups.tied[number] + 1)
+        positions = np.arange(1, groups.tied[number] + 1)
         # The expected number of the tie's other relevant documents before this position.
-        others = (groups.size[number] - 1) * (place - 1) / (groups.tied[number] - 1)
-        precision = (groups.before[number] + 1 + others) / (groups.better[number] + place)
+        others = (groups.size[number] - 1) * (positions - 1) / (groups.tied[number] - 1)
+        precision = (groups.before[number] + 1 + others) / (groups.better[number] + positions)
         values[number] = groups.size[number] * precision.mean()
     sums = _sums(groups.queries, values, ranks.num_queries)
     return _ratio(sums, _per_query(ranks, np.ones(len(ranks.queries))))

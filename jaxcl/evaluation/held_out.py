@@ -193,8 +193,8 @@ def evaluate_run(
     summary = json_values({**described, **held_out_summary(data.sources, results)})
     if jax.process_index() == 0:
         ranks = {
-            "/".join((*place, method)): result.ranks
-            for place, by_method in results.items()
+            "/".join((*names, method)): result.ranks
+            for names, by_method in results.items()
             for method, result in by_method.items()
         }
         write_npz(workdir / "ranks.npz", **ranks)
@@ -334,22 +334,22 @@ def _ranked(
             others=others,
             **options,
         )
-    ours = np.array_split(np.arange(count), processes)[jax.process_index()]
-    rows = slice(ours[0], ours[-1] + 1)
+    numbers = np.array_split(np.arange(count), processes)[jax.process_index()]
+    rows = slice(numbers[0], numbers[-1] + 1)
     rank = functools.partial(
         evaluate_retrieval,
         None if query_texts is None else query_texts[rows],
         key_texts,
         query_embeddings[rows],
         key_embeddings,
-        relevant=ours,
+        relevant=numbers,
         known=known.part(rows),
         others={name: functools.partial(_from, rows.start, one) for name, one in others.items()},
         **options,
     )
-    found = together(rank)
-    ranks = {method: np.zeros(count, np.float32) for method in found}  # halves are exact to 2^23
-    for method, result in found.items():
+    results = together(rank)
+    ranks = {method: np.zeros(count, np.float32) for method in results}  # halves are exact to 2^23
+    for method, result in results.items():
         ranks[method][rows] = result.ranks
     return {
         method: RetrievalResult(parts.sum(0).astype(np.float64), len(key_embeddings), known.total())
@@ -372,8 +372,8 @@ def held_out_summary(sources: Mapping[str, PairSource], results: Results) -> dic
         "metrics": {
             split: {
                 variant: _figures(results[split, variant])
-                for place, variant in results
-                if place == split
+                for name, variant in results
+                if name == split
             }
             for split, _ in results
         },

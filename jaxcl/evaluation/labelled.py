@@ -68,10 +68,10 @@ def part_of(digest: bytes, *, test_share: float = 0.2, validation_share: float =
       >>> [part_of(bytes([first] * 8)) for first in (0, 100, 255)]
       ['test', 'train', 'validation']
     """
-    place = int.from_bytes(digest[:8], "big") / 2**64
-    if place < test_share:
+    fraction = int.from_bytes(digest[:8], "big") / 2**64
+    if fraction < test_share:
         return "test"
-    return "validation" if place >= 1 - validation_share else "train"
+    return "validation" if fraction >= 1 - validation_share else "train"
 
 
 def read_labelled_rows(train: PairSource, test: PairSource | None, *, side: str) -> LabelledParts:

@@ -36,10 +36,10 @@ def read_labelled_images(path: Path) -> LabelledParts:
     digest = hashlib.sha256("\0".join(classes).encode())
     paths: dict[str, list[Path]] = {part: [] for part in _PARTS}
     labels: dict[str, list[int]] = {part: [] for part in _PARTS}
-    for given, name, file in _all_files(files):
+    for folder_part, name, file in _all_files(files):
         of_file = hashlib.sha256(ImageFiles([file])[0]).digest()
-        part = given or part_of(of_file)
-        if part == "train" and given and "validation" not in files:
+        part = folder_part or part_of(of_file)
+        if part == "train" and folder_part and "validation" not in files:
             part = part_of(of_file, test_share=0.0)
         paths[part].append(file)
         labels[part].append(numbers[name])

@@ -103,9 +103,9 @@ class Sheets:
         others = [_others(known, row) for row in some.tolist()]
         for number, row in enumerate(some.tolist()):
             rows = np.array([row, *nearest[number]])
-            found = cells("key", rows).cells(scores[number][rows])
+            key_cells = cells("key", rows).cells(scores[number][rows])
             marks = ["own" if key == row or key in others[number] else None for key in rows]
-            marked = [cell._replace(mark=mark) for cell, mark in zip(found, marks, strict=True)]
+            marked = [cell._replace(mark=mark) for cell, mark in zip(key_cells, marks, strict=True)]
             (query,) = cells("query", np.array([row])).cells()
             shown.append([query, *marked])
         title = "Queries of the validation split, their own keys, and the nearest keys"

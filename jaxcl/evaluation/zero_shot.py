@@ -173,8 +173,8 @@ def open_zero_shot_set(path: AnyPath) -> ZeroShotSet:
       ValueError: if there are no images, or names or templates are invalid.
       OSError: if a file cannot be read.
     """
-    given = local_path(path)
-    folder = given if given.is_dir() else given.parent
+    source = local_path(path)
+    folder = source if source.is_dir() else source.parent
     templates = _templates(folder / TEMPLATES_FILE)
     files = read_class_folders(folder / "test" if (folder / "test").is_dir() else folder)
     if not files:

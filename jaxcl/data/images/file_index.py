@@ -71,13 +71,15 @@ def digest_of_files(folder: Path, names: Sequence[str], *, directory: Path) -> s
             changed.append(number)
     if changed:
         digests[changed] = _digests(folder, [names[number] for number in changed])
-        given = set(names)
-        kept = {name: number for name, number in index.position.items() if name not in given}
-        numbers = list(kept.values())  # other files of rows may refer to these images
+        current_names = set(names)
+        other_files = {
+            name: number for name, number in index.position.items() if name not in current_names
+        }
+        numbers = list(other_files.values())  # other files of rows may refer to these images
         _write_index(
             path,
             made_from,
-            [*names, *kept],
+            [*names, *other_files],
             np.concatenate([status, index.status[numbers]]),
             np.concatenate([digests, index.digests[numbers]]),
         )

@@ -85,9 +85,9 @@ class ImageTable:
                 yield from (record[side] for record in read_fields(self._source, part, (side,)))
 
         def fail(position: int, error: BadImage) -> ValueError:
-            place = row_place(self._source, side, int(rows[position]))
+            row_name = row_place(self._source, side, int(rows[position]))
             return ValueError(
-                f"the image of the {side} in {place} cannot be decoded: {error}; its file has "
+                f"the image of the {side} in {row_name} cannot be decoded: {error}; its file has "
                 "changed since it was checked"
             )
 
