@@ -209,12 +209,15 @@ def _measured(
         np.savez(folder / "arrays.npz", **named)
         programs: dict[str, Ask] = {}
         for number, way in enumerate((_JAXCL, *PARTS[spec["part"]])):
-            ours = way.startswith(_JAXCL)
+            is_jaxcl = way.startswith(_JAXCL)
             file = folder / f"spec{number}.json"
             file.write_text(json.dumps({**spec, "way": way, "arrays": str(folder / "arrays.npz")}))
             programs[way], versions = stack.enter_context(
                 torch_process(
-                    sys.executable if ours else python, _PROGRAMS[ours], file, huge_pages=ours
+                    sys.executable if is_jaxcl else python,
+                    _PROGRAMS[is_jaxcl],
+                    file,
+                    huge_pages=is_jaxcl,
                 )
             )
             facts |= versions

@@ -86,8 +86,8 @@ def measure(
         slots * (dim * size + 12) / jax.device_count() / 2**20
     )
     facts["MiB of the draw"] = uniform * dim * size / 2**20
-    taken = milliseconds(steps, rounds=rounds)
-    without, with_bank = (taken[name] for name in steps)
+    times = milliseconds(steps, rounds=rounds)
+    without, with_bank = (times[name] for name in steps)
     shares = sorted(b / a - 1 for a, b in zip(without, with_bank, strict=True))
     facts["added to a step, median"] = shares[len(shares) // 2]
     facts["added to a step, least and most"] = f"{shares[0]:.3f} {shares[-1]:.3f}"
@@ -95,7 +95,7 @@ def measure(
         "shapes": {"slots": slots, "uniform": uniform, "dim": dim, "batch": batch}
         | {"tokens": "+".join(map(str, tokens)), "dtype": dtype},
         "unit": "ms",
-        "rounds": taken,
+        "rounds": times,
         "facts": facts,
     }
 

@@ -83,8 +83,8 @@ def measure(
     params = {"towers": towers.init(key), "log_temperature": jnp.log(0.05)}
     compiled = compile_all(functions, (params, _batch(batch, tokens), key))
     rates = milliseconds({name: one.call for name, one in compiled.items()}, rounds=rounds)
-    whole, chunks = rates.values()
-    ratios = [b / a for a, b in zip(whole, chunks, strict=True)]
+    whole_times, chunk_times = rates.values()
+    ratios = [b / a for a, b in zip(whole_times, chunk_times, strict=True)]
     facts: dict[str, Any] = {"chunks / whole, median": float(np.median(ratios))}
     facts |= facts_of(compiled)
     facts |= largest_that_fits(functions, lambda size: _abstract(params, size, tokens), start=chunk)

@@ -90,10 +90,12 @@ def measure(
     _check_agreement(results, dtype)
     times = milliseconds({name: program.call for name, program in compiled.items()}, rounds=rounds)
     abstract = functools.partial(_abstract, dim=dim, devices=devices, dtype=dtype)
-    whole = {name: way for name, way in functions.items() if not name.endswith("forward")}
+    gradient_functions = {
+        name: way for name, way in functions.items() if not name.endswith("forward")
+    }
     facts: dict[str, Any] = {
         **facts_of(compiled),
-        **largest_that_fits(whole, abstract, start=1_024),
+        **largest_that_fits(gradient_functions, abstract, start=1_024),
         **{f"does not fit, {name}": "" for name in too_large},
     }
     if torch_python is not None:
@@ -178,12 +180,12 @@ def _differentiated(loss_fn: Callable, devices: int) -> Callable:
 
 def _forward(loss_fn: Callable, devices: int) -> Callable:
     mesh = make_mesh({_AXIS: devices}, devices=jax.devices()[:devices])
-    rows, whole = PartitionSpec(_AXIS), PartitionSpec()
+    rows, replicated = PartitionSpec(_AXIS), PartitionSpec()
 
     def local(queries: Array, keys: Array, temperature: Array) -> Array:
         return loss_fn(queries, keys, temperature=temperature, axis_name=_AXIS)
 
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, whole), out_specs=rows)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, replicated), out_specs=rows)
     return lambda *inputs: sharded(*inputs).mean()
 
 

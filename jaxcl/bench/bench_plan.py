@@ -49,10 +49,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
                 name = f"{Path(config).stem}, batch {size:,}"
                 rounds.setdefault(f"{name}, planned", []).append(planned)
                 rounds.setdefault(f"{name}, taken", []).append(measured)
-    for name, taken in list(rounds.items()):
+    for name, figures in list(rounds.items()):
         if name.endswith(", taken"):
             planned = rounds[name.replace("taken", "planned")][0]
-            facts[name.replace("taken", "taken/planned")] = float(np.median(taken)) / planned
+            facts[name.replace("taken", "taken/planned")] = float(np.median(figures)) / planned
     return {"shapes": {"rows": _ROWS}, "unit": "MiB", "rounds": rounds, "facts": facts}
 
 

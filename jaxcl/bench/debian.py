@@ -149,12 +149,12 @@ def write_folder(folder: Path, found: Sequence[Description]) -> dict[str, int]:
     return sizes
 
 
-def _queries_by_split(found: Sequence[Description]) -> dict[str, dict[str, dict[str, None]]]:
+def _queries_by_split(entries: Sequence[Description]) -> dict[str, dict[str, dict[str, None]]]:
     """Split -> short description -> its distinct long descriptions, in order."""
     queries: dict[str, dict[str, dict[str, None]]] = {
         split: collections.defaultdict(dict) for split in (*_HELD_OUT_PERCENT, "train")
     }
-    for one in found:
+    for one in entries:
         queries[_split_of(one.source)][one.short][one.long] = None
     for short in set(queries["dev"]) & set(queries["test"]):
         queries["test"][short] |= queries["dev"].pop(short)

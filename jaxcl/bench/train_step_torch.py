@@ -66,12 +66,12 @@ def _ragged_bag(
 def _padded_bag(
     table: Tensor, weight: Tensor, positions: Tensor, tokens: Tensor, mask: Tensor
 ) -> Tensor:
-    kept = torch.where(mask, tokens, PADDING_ID)
+    ids = torch.where(mask, tokens, PADDING_ID)
     return F.embedding_bag(
-        kept,
+        ids,
         table,
         mode="sum",
-        per_sample_weights=(F.embedding(kept, weight[:, None])[..., 0] + positions).exp() * mask,
+        per_sample_weights=(F.embedding(ids, weight[:, None])[..., 0] + positions).exp() * mask,
         padding_idx=PADDING_ID,
     )
 

@@ -186,10 +186,10 @@ def _moved(
                 read[number] = min(read[number], used)
         updates = [one for one in inside.values() if one.opcode == "dynamic-update-slice"]
         for update in updates:
-            whole = sum(_shapes(update.result, on_chip=True))
-            if whole <= written:  # updated in place, so that only the slice is written
+            buffer_bytes = sum(_shapes(update.result, on_chip=True))
+            if buffer_bytes <= written:  # updated in place, so that only the slice is written
                 part = inside.get(update.operands[1])
-                written -= whole - (sum(_shapes(part.result, on_chip=True)) if part else 0)
+                written -= buffer_bytes - (sum(_shapes(part.result, on_chip=True)) if part else 0)
     return written + sum(read)
 
 

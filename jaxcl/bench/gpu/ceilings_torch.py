@@ -35,8 +35,8 @@ def _copy(spec: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(spec["seed"])
     inputs = [(torch.randn(size, device=DEVICE),) for _ in range(2)]
     target = torch.empty_like(inputs[0][0])
-    found = {"copy": target.copy_(inputs[0][0])[:4_096]}
-    errors = checked(found, {"copy": inputs[0][0][:4_096]}, tolerance=0.0)
+    copies = {"copy": target.copy_(inputs[0][0])[:4_096]}
+    errors = checked(copies, {"copy": inputs[0][0][:4_096]}, tolerance=0.0)
     timed = time_calls(target.copy_, inputs, spec["sizes"])
     return {"bytes": 8.0 * size, "errors": errors, **timed}
 

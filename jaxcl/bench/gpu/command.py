@@ -199,8 +199,8 @@ def _report(record: Record, job: Job, event: Mapping[str, Any]) -> None:
 
 def _limits(jobs: Sequence[Job], seconds: float) -> list[float]:
     """The time limit of each job, in seconds, if all jobs use their time."""
-    whole = sum(job.weight for job in jobs)
-    return [seconds * job.weight / whole for job in jobs]
+    total_weight = sum(job.weight for job in jobs)
+    return [seconds * job.weight / total_weight for job in jobs]
 
 
 def _environment(job: Job, *, rehearsal: bool) -> dict[str, str]:

@@ -59,7 +59,7 @@ def _check(
     value, slopes = results if gradients else (results, ())
     errors = checked({"loss": value}, {"loss": wanted["loss"]}, tolerance=LOSS_TOLERANCE)
     if gradients:
-        found = dict(zip(GRADIENTS, slopes, strict=True))
+        named_slopes = dict(zip(GRADIENTS, slopes, strict=True))
         wanted = {name: wanted[name] for name in GRADIENTS}
-        errors["errors"] |= checked(found, wanted, tolerance=TOLERANCE)["errors"]
+        errors["errors"] |= checked(named_slopes, wanted, tolerance=TOLERANCE)["errors"]
     return {**program.facts, **errors, **memory.facts()}

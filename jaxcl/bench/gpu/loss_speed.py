@@ -137,9 +137,11 @@ def _measure(one: Measurement, spec: Spec, exact: Callable[..., dict]) -> dict[s
 def _checked(one: Measurement, results: Any, wanted: dict[str, np.ndarray]) -> dict[str, Any]:
     value, slopes = results if one.gradients else (results, ())
     errors = checked({"loss": value}, {"loss": wanted["loss"]}, tolerance=LOSS_TOLERANCE)
-    found = dict(zip(GRADIENTS, slopes, strict=False))
-    if found:
-        more = checked(found, {name: wanted[name] for name in found}, tolerance=TOLERANCE)
+    named_slopes = dict(zip(GRADIENTS, slopes, strict=False))
+    if named_slopes:
+        more = checked(
+            named_slopes, {name: wanted[name] for name in named_slopes}, tolerance=TOLERANCE
+        )
         errors["errors"] |= more["errors"]
     return errors
 

@@ -74,9 +74,9 @@ def _measure(
     facts = {"compile_s": time.perf_counter() - start, **memory.facts()}
     # Scores are rounded to bfloat16 here, as PyTorch's users have them.
     errors = checked({"loss": value}, {"loss": wanted["loss"]}, tolerance=2e-2)
-    found = dict(zip(GRADIENTS, slopes, strict=False))
-    errors |= checked(found, {name: wanted[name] for name in found}, tolerance=1e-1)
-    del value, slopes, found
+    named_slopes = dict(zip(GRADIENTS, slopes, strict=False))
+    errors |= checked(named_slopes, {name: wanted[name] for name in named_slopes}, tolerance=1e-1)
+    del value, slopes, named_slopes
     timed = time_calls(call, inputs, spec["sizes"])
     flops = (3 if gradients else 1) * 2.0 * batch**2 * dim
     return {**facts, "errors": errors, "flops": flops, "pairs": batch, **timed}

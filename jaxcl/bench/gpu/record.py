@@ -121,6 +121,6 @@ class Record:
     def _write(self) -> None:
         if self._path is None:
             return
-        whole = self._path.with_name(f".{self._path.name}.part")
-        whole.write_text(json.dumps(self.content, indent=2) + "\n")
-        os.replace(whole, self._path)
+        part_file = self._path.with_name(f".{self._path.name}.part")
+        part_file.write_text(json.dumps(self.content, indent=2) + "\n")
+        os.replace(part_file, self._path)

@@ -54,9 +54,9 @@ def check_neighbours(
     count = result.rows.shape[1]
     scores = jnp.matmul(queries[:_CHECKED], table.T, precision="highest")
     wanted, rows = jax.lax.top_k(scores, count)
-    found = jnp.take_along_axis(scores, result.rows[:_CHECKED], axis=1)
+    similarities = jnp.take_along_axis(scores, result.rows[:_CHECKED], axis=1)
     error = float(jnp.abs(result.similarities[:_CHECKED] - wanted).max())
-    shortfall = float((wanted[:, -1:] - found).max())
+    shortfall = float((wanted[:, -1:] - similarities).max())
     shared = (result.rows[:_CHECKED, :, None] == rows[:, None]).any(2)
     if not max(error, shortfall) <= tolerance:
         raise CheckFailed(

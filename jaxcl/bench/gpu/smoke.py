@@ -90,9 +90,9 @@ def _check_loss(loss: Callable[..., Array], spec: Spec) -> dict[str, Any]:
     wanted, seconds = evaluated("reference", "float64")
     errors: dict[str, float] = {}
     for dtype, tolerance in _TOLERANCES.items():
-        found, more_seconds = evaluated("tiled", dtype)
+        results, more_seconds = evaluated("tiled", dtype)
         seconds += more_seconds
-        errors[dtype] = max(checked(found, wanted, tolerance=tolerance)["errors"].values())
+        errors[dtype] = max(checked(results, wanted, tolerance=tolerance)["errors"].values())
     return {"errors": errors, "compile_s": seconds}
 
 
@@ -128,8 +128,8 @@ def _check_assignment(spec: Spec) -> dict[str, Any]:
 
 
 def _similarity_in_batches(sides: list[np.ndarray], order: np.ndarray, batch: int) -> float:
-    whole = order[: len(order) // batch * batch]
-    queries, keys = (side[whole].reshape(-1, batch, side.shape[1]) for side in sides)
+    rows = order[: len(order) // batch * batch]
+    queries, keys = (side[rows].reshape(-1, batch, side.shape[1]) for side in sides)
     scores = queries @ keys.transpose(0, 2, 1)
     others = ~np.eye(batch, dtype=bool)
     return float(scores[:, others].mean())

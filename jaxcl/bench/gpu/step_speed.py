@@ -107,10 +107,10 @@ def _check(cell: Cell, attention: str, spec: Spec) -> dict[str, Any]:
         params = {"towers": initial, "log_temperature": jnp.log(_TEMPERATURE.initial)}
         wanted = _loss_and_gradient(_loss(exact, towers), params, batch)
     towers = encoder_towers(small, attention=attention)
-    found = _loss_and_gradient(_loss(small, towers), params, batch)
+    results = _loss_and_gradient(_loss(small, towers), params, batch)
     errors: dict[str, float] = {}
     for name, tolerance in _TOLERANCES.items():
-        one = checked({name: found[name]}, {name: wanted[name]}, tolerance=tolerance)
+        one = checked({name: results[name]}, {name: wanted[name]}, tolerance=tolerance)
         errors |= one["errors"]
     return {"errors": errors}
 

@@ -48,9 +48,9 @@ class _Progress:
         with self._path.open("rb") as file:
             file.seek(self._read)
             text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._read += len(whole)
-        for line in whole.splitlines():
+        complete_text = text[: text.rfind(b"\n") + 1]
+        self._read += len(complete_text)
+        for line in complete_text.splitlines():
             event = json.loads(line)
             if event["event"] == "begin":
                 self.current, self.since = event["name"], time.monotonic()

@@ -75,8 +75,8 @@ def _rows(results: list[Result]) -> list[str]:
         else:
             table.append([one["name"], f"({_WHY_NOT[one.get('kind', 'skip')]})"])
     names = max(len(row[0]) for row in table)
-    whole = [row for row in table if len(row) == len(columns) + 1]
-    widths = [max(len(row[number + 1]) for row in whole) for number in range(len(columns))]
+    full_rows = [row for row in table if len(row) == len(columns) + 1]
+    widths = [max(len(row[number + 1]) for row in full_rows) for number in range(len(columns))]
     lines = []
     for name, *cells in table:
         if len(cells) == len(columns):
