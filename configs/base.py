@@ -46,10 +46,10 @@ def get_config() -> ConfigDict:
     config.grad_cache = ConfigDict(
         {"chunk_size": placeholder(int), "chunk_tokens": placeholder(int)}
     )
-    # The maximum number of widths to which the texts of a batch are padded. Texts of similar length
-    # are encoded together in chunks, even without chunk_size or chunk_tokens. 1 pads all texts to
-    # data.max_tokens. None means 3 on CPUs and 12 on accelerators (not benchmarked yet) if the
-    # encoder has attention and this saves at least a fifth of the work, and 1 otherwise.
+    # The maximum number of lengths to which the texts of a batch are padded. Texts of similar
+    # length are encoded together in chunks, even without chunk_size or chunk_tokens. 1 pads all
+    # texts to data.max_tokens. None means 3 on CPUs and 12 on accelerators (not benchmarked yet) if
+    # the encoder has attention and this saves at least a fifth of the work, and 1 otherwise.
     config.grad_cache.length_buckets = placeholder(int)
     config.optimizer = _optimizer()
     config.evaluation = _evaluation()
@@ -69,9 +69,10 @@ def _data() -> ConfigDict:
     # The column of the queries. In a file of pairs, the default also matches other common names.
     data.query_field = "query"
     data.key_field = "key"  # the column of the positives; the default matches common names too
-    # Additional data sets, whose rows are appended. Each has its own settings, named as in data;
-    # its name may be a folder, and prompts=None uses data.prompts. To sample the data sets by
-    # weights or a temperature, set assignment.sourced.by="data_set".
+    # Additional data sets, whose rows are appended. Each has its own settings, with the
+    # names that they have in config.data. Its name may be a folder, and prompts=None uses
+    # data.prompts. To sample the data sets by weights or a temperature, set
+    # assignment.sourced.by="data_set".
     data.concatenated = ConfigDict()
     data.group_field = placeholder(str)  # column of group labels: integers, class labels or strings
     # The column of each pair's score, such as a similarity rating, for losses that use one.
@@ -123,12 +124,12 @@ def _files() -> ConfigDict:
     """Files of pairs."""
     files = ConfigDict()
     # The column of negatives: texts or lists of texts. A glob pattern matches several columns.
-    # None looks for a column with a common name.
+    # None finds them by common names, such as "negatives".
     files.negatives_field = placeholder(str)
-    # The column of a teacher's scores: the score of the key, then of each negative. None looks
-    # for a column with a common name.
+    # The column of a teacher's scores: the score of the key, then of each negative. None finds
+    # it by common names, such as "teacher_scores".
     files.scores_field = placeholder(str)
-    # The column of similarity labels, such as "score". None looks for a column with a common name.
+    # The column of similarity labels. None finds it by common names, such as "label" or "score".
     files.label_field = placeholder(str)
     files.min_label = placeholder(float)  # rows with a smaller label are not used for training
     # The column whose hash determines a row's split: "query", "key" or the name of a column.
@@ -152,7 +153,7 @@ def _model() -> ConfigDict:
     # with its weights.
     model.pretrained = placeholder(str)
     # A separate encoder for the keys; requires shared=False. A pretrained folder with two towers,
-    # such as CLIP, needs none if the sides have different modalities.
+    # such as CLIP, needs no separate one if the sides have different modalities.
     model.key = ConfigDict({"name": placeholder(str), "options": option_fields(ENCODERS)})
     model.key.pretrained = placeholder(str)
     # Low-rank adapters; if rank is set, the encoders' own parameters are frozen.
@@ -195,14 +196,14 @@ def _loss() -> ConfigDict:
     # time; "pallas_tpu" and "pallas_gpu" are kernels. None uses "reference" up to 2**20
     # scores, and "tiled" above.
     loss.implementation = placeholder(str)
-    loss.bias = placeholder(float)  # initial value of a learned bias of the scores, for "sigmoid"
-    loss.matryoshka_dims = ()  # lengths of embedding prefixes to train as well
-    # Rows with equal entries in one of these columns are not negatives of each other: "row", "text"
+    loss.bias = placeholder(float)  # initial value of the learned bias of "sigmoid"
+    loss.matryoshka_dims = ()  # also compute the loss on embedding prefixes of these lengths
+    # Rows with equal entries in any of these columns are not negatives of each other: "row", "text"
     # (equal queries or keys), "group".
     loss.masks = ("row",)
-    # Negatives are masked unless their similarity is below the positive's by at least this margin.
+    # Negatives are masked if their similarity exceeds the positive's minus this margin.
     loss.margin = placeholder(float)
-    # The same margin, as a fraction of the positive's similarity.
+    # The same, with the margin as a fraction of the positive's similarity.
     loss.relative_margin = placeholder(float)
     # The learned temperature starts at initial and is clamped to [minimum, maximum]. With these
     # defaults, a pretrained CLIP or SigLIP starts from the temperature saved in its folder.
@@ -273,9 +274,9 @@ def _assignment() -> ConfigDict:
     gcbs.graph = placeholder(str)  # "exact" or "clustered"
     gcbs.similarity_cap = placeholder(float)  # rows more similar than this are not connected
     gcbs.embeddings = "encode"  # "encode" encodes all rows; "bank" reads the instance bank
-    gcbs.random_initial = 0.0  # the fraction of blocks that are random, at the first step
+    gcbs.random_initial = 0.0  # at the first step, the fraction of blocks that are shuffled
     gcbs.random_final = 0.0  # the same, at the last step
-    # Rows with equal entries in one of these columns never share a batch: "text", "group".
+    # Rows with equal entries in any of these columns never share a batch: "text", "group".
     gcbs.keep_apart = ("text",)
     gcbs.picture = False  # draw the similarity matrix at each refresh; needs matplotlib
     assignment.gcbs = gcbs
@@ -285,8 +286,8 @@ def _assignment() -> ConfigDict:
 def _optimizer() -> ConfigDict:
     optimizer = ConfigDict()
     # "adafactor", "adagrad", "adam", "adamw", "adan", "lion", "muon", "radam", "rmsprop" or "sgd".
-    # All of them use decoupled weight decay, so "adamw" is the same as "adam". "muon" applies to
-    # the matrices of layers, and uses Adam for embedding tables and vectors.
+    # All of them use decoupled weight decay, so "adamw" is the same as "adam". "muon" trains the
+    # matrices of layers with Muon, and embedding tables and vectors with Adam.
     optimizer.name = "adam"
     # After a linear warmup, "warmup_cosine" and "warmup_linear" decay until the last step,
     # "warmup_constant" stays at the peak, and "warmup_stable_decay" decays only in the last
@@ -324,8 +325,8 @@ def _optimizer() -> ConfigDict:
     # trains all layers at the same rate.
     optimizer.layer_decay = placeholder(float)
     # The number of batches per update, whose gradients are averaged; must divide steps. This adds
-    # no negatives, since each batch is compared only with itself. For more negatives in the same
-    # memory, use a larger global_batch_size with grad_cache.
+    # no negatives, since a query is compared only with the keys of its own batch. For more
+    # negatives in the same memory, use a larger global_batch_size with grad_cache.
     optimizer.accumulate_steps = 1
     # The decay of an exponential moving average of the weights, such as 0.999; None disables it.
     # The average excludes the initial weights. evaluation.weights="average" evaluates and exports
@@ -344,8 +345,8 @@ def _evaluation() -> ConfigDict:
     # The directions in which to rank held-out rows: "query_to_key", "key_to_query". None means both
     # if the sides have different modalities, such as images and texts; otherwise ("query_to_key",).
     evaluation.directions = placeholder(tuple)
-    # Whether the keys of rows with the same group are excluded from a query's ranking, as keys of
-    # equal queries always are. Requires data.group_field.
+    # Whether a query's ranking excludes the keys of other rows in its group. The keys of other rows
+    # with an equal query are always excluded. Requires data.group_field.
     evaluation.exclude_groups = False
     evaluation.rrf_k = 10  # the constant of reciprocal rank fusion, for "hybrid"
     evaluation.batch_size = 1_024  # number of rows to encode at a time
@@ -376,8 +377,8 @@ def _run() -> ConfigDict:
     # The folder of prepared data and token ids, shared by all runs. None means
     # XDG_CACHE_HOME/jaxcl, or ~/.cache/jaxcl if XDG_CACHE_HOME is not set.
     run.data_dir = placeholder(str)
-    # Mesh axes: parameters are sharded over the devices of fsdp; data=-1 uses all remaining
-    # devices. The batch is sharded over both.
+    # Mesh axes: parameters are sharded over the axis fsdp; data=-1 uses all remaining devices. The
+    # batch is sharded over both axes.
     run.mesh = ConfigDict({"data": -1, "fsdp": 1})
     # ((regex, dimension or None), …): for parameters whose path matches, the dimension that fsdp
     # shards; None replicates them. By default, it is the longest dimension that divides evenly, and

@@ -77,8 +77,8 @@ class GcbsRule(NamedTuple):
       block_size: number of rows in a block.
       refresh_every: number of steps between refreshes.
       refresh_epochs: number of epochs between refreshes, instead of steps; or `None`.
-      random_fraction: step -> the fraction of blocks that are random.
-      keep_apart: columns; rows with equal entries in one of them never share a batch.
+      random_fraction: step -> the fraction of blocks that are shuffled.
+      keep_apart: columns; rows with equal entries in any of them never share a batch.
       from_bank: whether embeddings come from the instance bank.
       picture: whether each refresh draws the similarity matrix.
     """
