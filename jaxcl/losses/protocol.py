@@ -23,9 +23,9 @@ class Masks(NamedTuple):
         contain a row twice.
       groups: labels. Rows of the same group are never each other's negatives.
       valid: `False` for padding, which is never a negative and has a loss of 0.
-      margin: a negative is allowed only if its similarity is below that of the anchor's positive by
-        at least this difference.
-      relative_margin: the same, as a fraction of the positive's similarity.
+      margin: negatives are masked if their similarity to the anchor exceeds the positive's minus
+        this margin.
+      relative_margin: the same, with the margin as a fraction of the positive's similarity.
       guides: a guide model's embeddings of queries and keys, whose similarities replace the model's
         in the margins.
     """
