@@ -133,7 +133,7 @@ def held_out_texts(sources: Mapping[str, PairSource]) -> dict[str, list[str]]:
 
 
 def embed(model: EmbeddingModel, texts: Mapping[str, Sequence[str]]) -> Vectors:
-    """Embed texts by `"NAME/SIDE"`."""
+    """Embed the texts under each `"NAME/SIDE"` as texts of that side."""
     return {
         name: model.encode(several, side=name.rpartition("/")[2]) for name, several in texts.items()
     }
@@ -142,11 +142,11 @@ def embed(model: EmbeddingModel, texts: Mapping[str, Sequence[str]]) -> Vectors:
 def train_jaxcl(
     config: ConfigDict, texts: Mapping[str, Sequence[str]], workdir: Path | None = None
 ) -> Trained:
-    """Train as the command does, without the final evaluation.
+    """Train as `python -m jaxcl.train` does, but without the final evaluation, and embed texts.
 
     Args:
       config: the run's config.
-      texts: the texts to embed afterwards.
+      texts: the texts to embed after training, by `"SPLIT/SIDE"`.
       workdir: where to keep the run; `None` for a temporary folder.
     """
     config = changed_config(config, {})
@@ -162,7 +162,7 @@ def train_jaxcl(
 def torch_spec(
     settings: Settings, source: PairSource, texts: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
-    """The specification that `finetune_torch.py` reads: the run's own batches and rates."""
+    """The specification for `finetune_torch.py`, with the batches and learning rates of the run."""
     learning_rate = learning_rate_of(settings.optimizer, settings.parts, steps=settings.steps)
     batches = []
     for step in range(settings.steps):

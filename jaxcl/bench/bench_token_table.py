@@ -31,7 +31,7 @@ _DEFAULT = ["build", "open", "start", "resume"]
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    """Measure the stages of the flag."""
+    """Measure the stages in `--stages`."""
     parser = benchmark_parser("token_table", __doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--stages", nargs="+", choices=[*STAGES], default=_DEFAULT)
@@ -45,10 +45,10 @@ def measure(num_rows: int, *, stages: Sequence[str], few_rows: int = _FEW_ROWS) 
     Args:
       num_rows: the number of training rows.
       stages: names in `STAGES`.
-      few_rows: the number of rows that measures the constant part of the memory.
+      few_rows: the number of rows of a small table, whose peak memory is subtracted.
 
     Returns:
-      The record that `jaxcl.bench` prints, in seconds.
+      The record that `jaxcl.bench` prints, with times in seconds.
 
     Raises:
       RuntimeError: if a stage fails.

@@ -71,7 +71,7 @@ class GeneratedPairs:
 
     @property
     def fingerprint(self) -> str:
-        """A name for the rows."""
+        """A string that identifies the rows."""
         return f"generated:{self._num_rows}:{self._seed}"
 
     @property

@@ -58,7 +58,7 @@ class Text:
     files: tuple[str, ...] = ("tokenizer.json",)
 
     def usable(self, data: DataSettings, source: PairSource, split: Split) -> PairSource:
-        """All rows; those that are not texts are errors of `prepare` and `open_table`."""
+        """All rows; `prepare` and `open_table` raise an error for rows that are not texts."""
         return source
 
     def prepare(
@@ -245,7 +245,7 @@ def usable_rows(data: DataSettings, source: PairSource, role: str, *, data_dir: 
       data_dir: the folder that runs share.
 
     Raises:
-      ValueError: if a value cannot be read, and the settings do not say that its row is left out.
+      ValueError: if a value cannot be read, and the settings do not allow its row to be skipped.
     """
     for sides in _sides_of(data).values():
         modality = modality_of(data, sides[0])

@@ -65,8 +65,8 @@ class Modality(Protocol):
         """The function that turns values of a side, as a source returns them, into inputs."""
 
     def fingerprint(self, workdir: AnyPath) -> str:
-        """A hash of all that turns values into inputs: with an equal one, equal values have equal
-        inputs."""
+        """A hash of everything that turns values into inputs: if it is equal, equal values give
+        equal inputs."""
 
     def changed(self, workdir: AnyPath) -> str:
         """Explain that `fingerprint` differs from that of the trained run, and what to do."""

@@ -125,7 +125,7 @@ class NegativeTexts:
 
     @property
     def fingerprint(self) -> str:
-        """A name for the texts and their numbers."""
+        """A string that identifies the texts and their numbers."""
         return f"negatives:{_NUMBERING}:{self._source.fingerprint}"
 
     @property

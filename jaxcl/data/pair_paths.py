@@ -106,7 +106,7 @@ def unknown_split(name: str, split: str) -> str:
 def cached_digests(paths: Sequence[Path], directory: Path) -> tuple[str, ...]:
     """The digests of the files. Those of unchanged files come from a cache in `directory`.
 
-    The digest of a folder of images is that of the names and contents of its images.
+    The digest of a folder of images covers the names and contents of the images.
     """
     folders = [path for path in paths if path.is_dir()]
     digests = {path: folder_digest(path, directory / "folders") for path in folders}

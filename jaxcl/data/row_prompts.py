@@ -33,7 +33,7 @@ class RowPrompts(NamedTuple):
         return np.searchsorted(self.ends, rows, side="right")
 
     def parts(self, first: int, stop: int) -> Iterator[tuple[int, slice]]:
-        """Yield each data set of consecutive rows: its number, and the slice of rows that it has.
+        """Split consecutive rows by data set: yield each one's index and the slice of its rows.
 
         Example:
           >>> prompts = RowPrompts(("a", "b"), np.array([3, 9]), {"query": ("", "q: ")})
@@ -56,7 +56,7 @@ class RowPrompts(NamedTuple):
         return self._replace(ends=offsets[self.ends])
 
     def apply(self, data: DataSettings, number: int) -> DataSettings:
-        """The settings of a run with the prompts of one data set, for readers of its texts."""
+        """The run's data settings, with the prompts of the data set with this index."""
         prompts = SidePrompts(**{side: texts[number] for side, texts in self.prompts.items()})
         return data._replace(prompts=prompts)
 

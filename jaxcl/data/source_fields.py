@@ -32,7 +32,7 @@ class FieldSource(Protocol):
     """A source that can read some fields of its rows in less time than all of them."""
 
     def read_fields(self, rows: _Rows, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Like `PairSource.read`, with the fields in `names` that a row has."""
+        """Like `PairSource.read`, with only those fields in `names` that a row has."""
 
 
 @runtime_checkable
@@ -44,10 +44,10 @@ class PlacedSource(Protocol):
 
 
 def read_fields(source: PairSource, rows: _Rows, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Read some fields of rows, so that a table of captions does not read the images.
+    """Read only some fields of rows: a table of captions, for example, need not read the images.
 
     Args:
-      source: the rows; one without `read_fields` reads all fields.
+      source: the rows; if it has no method `read_fields`, all their fields are read.
       rows: row numbers.
       names: the fields; fields that a row lacks are left out.
     """
@@ -63,8 +63,8 @@ def iterate_fields(
 ) -> Iterator[dict[str, Any]]:
     """Read some fields of rows one after the other, with few of them in memory.
 
-    Batches grow from 16 to 4,096 rows, as long as they have about 64 MiB: many texts, but few
-    images.
+    Batches grow from 16 rows to at most 4,096 rows or about 64 MiB, so that a batch has many texts
+    but few images.
 
     Args:
       source, rows, names: as for `read_fields`.
@@ -78,7 +78,7 @@ def iterate_fields(
 
 
 def rows_that_fit(records: Sequence[Mapping[str, Any]], num_bytes: int) -> int:
-    """The number of rows, at least 1, that have about this many bytes if they are like these."""
+    """Estimate how many rows like these, at least 1, fit into this number of bytes."""
     size = sum(_size(value) for record in records for value in record.values())
     return max(1, num_bytes * len(records) // max(size, 1))
 
@@ -106,7 +106,7 @@ class SelectedPairs:
 
     Args:
       source: the rows to choose from.
-      chosen: their row numbers in `source`, ascending.
+      chosen: the row numbers in `source` to keep, ascending.
 
     Example:
       >>> from jaxcl.data.sources import InMemoryPairs
@@ -123,7 +123,7 @@ class SelectedPairs:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the rows of the source, and those chosen."""
+        """A hash of the source's fingerprint and the chosen row numbers."""
         rows = np.ascontiguousarray(self.chosen, "<i8").tobytes()
         content = self.source.fingerprint.encode() + b"\n" + rows
         return f"selected:{hashlib.sha256(content).hexdigest()}"

@@ -49,7 +49,7 @@ class PairSource(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the rows: equal fingerprints mean equal rows in equal order."""
+        """A string that identifies the rows: if it is equal, so are the rows and their order."""
 
     @property
     def row_ranges(self) -> tuple[RowRange, ...]:
@@ -156,7 +156,7 @@ class TfdsPairs:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the data set, the rows of the split, and the fields that are read."""
+        """A string that identifies the data set, the rows of the split, and the fields to read."""
         return self._fingerprint
 
     @property
@@ -235,8 +235,8 @@ def open_pairs(
     Raises:
       ValueError: if the data set is missing or not readable, has a feature of a class other than
         TFDS's own, or has a different number of rows than it states; if a split or field is
-        unknown, the split is empty, a side is no text in `text_sides` or no image in `image_sides`,
-        or the group is neither an integer nor a text.
+        unknown, the split is empty, a side in `text_sides` has no texts, a side in `image_sides`
+        has no images, or the group is neither an integer nor a text.
     """
     from etils import epath
 

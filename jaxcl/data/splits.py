@@ -21,8 +21,8 @@ __all__ = ["ConcatenatedPairs", "open_splits"]
 class ConcatenatedPairs:
     """The rows of several data sets, one data set after the other.
 
-    Each data set numbers its own `"group"`s, so equal groups of different data sets are unrelated;
-    `distinct_groups` makes them different.
+    Each data set numbers its own `"group"`s, so equal numbers in different data sets are unrelated;
+    `distinct_groups` renumbers them.
 
     Args:
       data_sets: the data sets, in order.
@@ -53,7 +53,7 @@ class ConcatenatedPairs:
 
     @property
     def data_set_of_row(self) -> Int[np.ndarray, " n"]:
-        """The number of each row's data set."""
+        """The index of each row's data set."""
         return np.repeat(np.arange(len(self._data_sets), dtype=np.int32), np.diff(self._edges))
 
     @property
@@ -63,7 +63,7 @@ class ConcatenatedPairs:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies these rows and their order."""
+        """A hash of the fingerprints of the data sets, in order."""
         lines = "\n".join(data_set.fingerprint for data_set in self._data_sets)
         return f"concatenated:{hashlib.sha256(lines.encode()).hexdigest()}"
 
@@ -136,15 +136,15 @@ def open_splits(
     open_source: Callable[[str], PairSource] | None = None,
     usable: Callable[[PairSource, str], PairSource] = lambda source, role: source,
 ) -> dict[str, PairSource]:
-    """Open the splits of a run; only files of pairs are prepared.
+    """Open the splits of a run; prepare files of pairs, but not TFDS data sets.
 
     Args:
       data: the settings, which name the splits, fields and further data sets.
       name: the first data set, instead of `data.name`: files, a TFDS name, or the folder of a
         prepared data set.
       data_dir: the folder where TFDS names are looked up and the rows of files are cached.
-      open_source: role -> the pairs of the first data set, instead of a prepared one.
-      usable: (rows, role) -> those to keep, called for each data set.
+      open_source: role -> the pairs of the first data set, instead of opening `name`.
+      usable: (pairs, role) -> the pairs to keep, called for each data set.
 
     Returns:
       Role -> its pairs. If `data.concatenated` has a split for a role, its rows follow.

@@ -33,7 +33,7 @@ class Table(Protocol):
     def labels(self, rows: Int[np.ndarray, "*b"]) -> dict[str, Int[np.ndarray, "*b"]]:
         """The labels of the given rows: `"row"`, `"text"` and `"group"`, int32.
 
-        `"text"` is a number shared by rows with the same content on either side.
+        `"text"` is a number shared by rows with equal queries or equal keys.
         """
 
     def side(self, side: str, rows: Int[np.ndarray, " b"]) -> PyTree:
@@ -90,7 +90,7 @@ class SidesTable(NamedTuple):
 
     Attributes:
       sides: side -> a table of the same rows.
-      text: a number shared by rows with the same content on either side.
+      text: a number per row, shared by rows with equal queries or equal keys.
     """
 
     sides: Mapping[str, Table]

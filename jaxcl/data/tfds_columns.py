@@ -20,7 +20,7 @@ _READ_AT_ONCE = 8192
 
 
 def selected_features(builder: Any, fields: Iterable[str]) -> Any:
-    """The features of some fields.
+    """The TFDS features of the given fields, as a `FeaturesDict`.
 
     Raises:
       ValueError: if the data set lacks one of the fields.
@@ -33,11 +33,11 @@ def selected_features(builder: Any, fields: Iterable[str]) -> Any:
 
 
 def field_decoder(features: Any, fields: Iterable[str]) -> Callable[[Any], Any]:
-    """A function from a record to an example with only `fields`.
+    """Make a function that decodes only `fields` of a record.
 
-    The other fields are not decoded, because this would take as long again. (TFDS's PartialDecoding
-    does not work without TensorFlow.) Images are the bytes of their files, because TFDS would
-    return a palette's indices as colours.
+    Decoding the other fields as well would take twice as long. (TFDS's PartialDecoding does not
+    work without TensorFlow.) Images are the bytes of their files, because TFDS would return a
+    palette's indices as colours.
 
     Args:
       features: features that include these fields.
@@ -139,7 +139,7 @@ def _leaves(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def field_value(example: Any, field: str, row: int, *, is_image: bool = False) -> Any:
-    """A field of an example, with bytes as texts unless they are an image.
+    """A field of an example; bytes are decoded as text, unless they are an image.
 
     Raises:
       ValueError: if a text is not UTF-8; the message names the row.

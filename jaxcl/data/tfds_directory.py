@@ -151,8 +151,8 @@ def open_records(builder: Any, split: str, instructions: Sequence[Any]) -> Recor
       instructions: the split's file instructions.
 
     Raises:
-      ValueError: if the file format has no random access or cannot read parts of a split, or files
-        hold other numbers of rows than `dataset_info.json` states.
+      ValueError: if the file format has no random access or cannot read parts of a split, or a file
+        has a different number of rows than `dataset_info.json` states.
     """
     import tensorflow_datasets as tfds
 

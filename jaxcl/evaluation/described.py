@@ -37,7 +37,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def json_values(value: Any) -> Any:
-    """The value with `None` for numbers that JSON lacks, such as the error of a single query."""
+    """Replace NaN and infinity, such as the standard error over a single query, by `None`."""
     if isinstance(value, Mapping):
         return {name: json_values(one) for name, one in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -46,8 +46,8 @@ class Contender(NamedTuple):
 
     Attributes:
       model: any model; it embeds texts with its own tokenizer, limits and prompts.
-      prompts: role -> the prompts of its rows, if they replace the model's; only for the model of a
-        run on the run's own rows.
+      prompts: role -> prompts of that split's rows, which replace the model's prompts. Set only for
+        a run's model on the run's own rows.
     """
 
     model: EmbeddingModel
@@ -69,15 +69,15 @@ def evaluate_model(
       contender: the model.
       sources: role -> the pairs of texts of its split.
       against: a second model, which is evaluated on the same rows.
-      batch_size: as `EmbeddingModel.encode`.
+      batch_size: as for `EmbeddingModel.encode`.
 
     Returns:
       Means and standard errors, with a description of the model and the data. With a second model,
       also its description and metrics (`against`), and the `differences` from it.
 
     Raises:
-      ValueError: if there is no held-out split, or, after the table of all other methods, for the
-        first method that failed.
+      ValueError: if there is no held-out split, or a method fails; the table of the other methods
+        is printed first.
     """
     if not set(HELD_OUT) & set(sources):
         raise ValueError(

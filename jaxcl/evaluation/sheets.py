@@ -146,7 +146,7 @@ def augmented_images(
     side: str,
     rows: Int[np.ndarray, " b"],
 ) -> UInt8[np.ndarray, "b h w 3"] | None:
-    """The views of some rows as the train step of this step makes them; `None` without any.
+    """The augmented views that a train step makes of some rows; `None` without augmentation.
 
     Args:
       training: the run.

@@ -20,10 +20,11 @@ def commands() -> dict[str, str]:
 
 
 def refuse_other_modules() -> None:
-    """Exit with an error line if Python is about to run a module of jaxcl that cannot run.
+    """Exit with an error message if `python -m` is about to run a jaxcl module that cannot run.
 
-    That is a module that is not a command, which Python would import and silently do nothing, or a
-    command whose extra is not installed. Ctrl-C while a command is imported shows no traceback.
+    The module is either not a command, so that Python would import it and do nothing, or a command
+    whose extra is not installed. For other commands, this also makes Ctrl-C during their imports
+    exit without a traceback.
     """
     if sys.argv[:1] != ["-m"] or "-m" not in sys.orig_argv:  # "-m" during the search
         return

@@ -48,7 +48,7 @@ class DecoderEncoder(nnx.Module):
 
     It has rotary position embeddings, grouped-query attention, a gated MLP, and pre-normalisation
     with RMSNorm. The blocks are scanned in one compiled loop, so compile time does not depend on
-    their number. Their parameters are stacked along a leading axis of layers.
+    their number. Their parameters are stacked along a leading layer axis.
 
     Args:
       vocabulary_size: number of token ids; id 0 is padding if inputs have no `"length"`.

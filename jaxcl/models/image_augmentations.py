@@ -62,16 +62,16 @@ def random_view(
     blur_sigma: tuple[Positive, Positive] = (0.1, 2.0),
     solarise_rate: Share = 0.0,
 ) -> Augment:
-    """A random view of an image, of which `simclr`, `moco_v2` and `clip` are presets.
+    """Make an augmentation that draws random views; `simclr`, `moco_v2` and `clip` are presets.
 
     The operations are, in this order: a resized random crop, a horizontal flip, colour jitter,
     conversion to grayscale, a blur, and solarisation. Colour jitter draws its factors and the order
     of its operations for each image.
 
     Args:
-      jitter: the amounts of the colour jitter at strength 1. The first three limit the difference
-        from 1 of the factors of brightness, contrast and saturation; the fourth limits the shift of
-        the hue, as a fraction of the circle.
+      jitter: the ranges of brightness, contrast, saturation and hue at a `jitter_strength` of 1.
+        The factors of the first three differ from 1 by at most their range; the hue is shifted by
+        at most its range, as a fraction of the hue circle.
       size: the height and width of the view, in pixels; `None` keeps the height of the image.
       crop_scale: the smallest and the largest area of the crop, as fractions of the image;
         `(1.0, 1.0)` keeps the whole of a square image.
@@ -136,9 +136,9 @@ def random_view(
 simclr = functools.partial(random_view, _SIMCLR_JITTER)
 """A random view of an image, as in SimCLR: `random_view` with its defaults. At `jitter_strength` 1,
 brightness, contrast and saturation are multiplied by factors between 0.2 and 1.8, and hue is
-shifted by up to a fifth of the circle; 0.5 suits small images. The authors' code (Chen et al., "A
-Simple Framework for Contrastive Learning of Visual Representations", 2020, appendix A) pads the
-image with zeros before the blur; this one mirrors it."""
+shifted by up to a fifth of the hue circle; 0.5 suits small images. The authors' code (Chen et al.,
+"A Simple Framework for Contrastive Learning of Visual Representations", 2020, appendix A) pads the
+image with zeros before the blur; this one pads by reflection."""
 
 moco_v2 = functools.partial(
     random_view, _MOCO_JITTER, crop_scale=(0.2, 1.0), interpolation="bilinear"

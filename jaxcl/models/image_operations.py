@@ -190,7 +190,7 @@ def shifted_hue(image: Image, shift: _Number) -> Image:
 
     Args:
       image: the image.
-      shift: a fraction of the circle of hues; 1/3 turns red to green.
+      shift: a fraction of the hue circle; 1/3 turns red to green.
     """
     return _image_of(_turned(_planes(image), shift))
 
@@ -234,7 +234,7 @@ class Jitter(NamedTuple):
 
     Attributes:
       brightness, contrast, saturation: factors; 1 changes nothing.
-      hue: a fraction of the circle of hues; 0 changes nothing.
+      hue: a fraction of the hue circle; 0 changes nothing.
       order: the numbers of `JITTER_OPERATIONS` in the order in which they are applied.
     """
 
@@ -276,9 +276,9 @@ def colour_jitter(image: Image, jitter: Jitter) -> Image:
     """Change brightness, contrast, saturation and hue, in the order of `jitter.order`.
 
     A `lax.switch` for each of the four steps would compute all four operations each time under
-    `vmap`, sixteen in total. Instead, the hue, by far the most expensive, is shifted once. Each of
-    the others is a blend, and has three places before the hue and three after it; a blend whose
-    turn it is not changes nothing.
+    `vmap`, sixteen in total. Instead, the hue, by far the most expensive, is shifted once. The
+    other three are blends. There are three blends before the hue shift and three after it, and the
+    three that are not due change nothing, since their factor is 1.
     """
     hue_position = jnp.argmax(jitter.order == _HUE)
     factors = jnp.stack([jnp.asarray(factor, image.dtype) for factor in (*jitter[:3], 1.0)])
@@ -305,18 +305,18 @@ def solarised(image: Image, threshold: float = 128 / 255) -> Image:
 
 
 def gaussian_blur(image: Image, *, sigma: _Number, radius: int) -> Image:
-    """Blur an image with a Gaussian kernel, and mirror it at its border.
+    """Blur an image with a Gaussian kernel, with reflection padding.
 
-    Two small matrices blur rows and columns, so that `sigma` may be traced and a larger radius
-    costs nothing.
+    The blur is two matrix products, one for rows and one for columns, so that `sigma` may be traced
+    and a larger radius costs nothing.
 
     Args:
       image: the image.
       sigma: the standard deviation in pixels.
-      radius: the pixels on each side of a pixel that the kernel reaches; less than the size.
+      radius: the radius of the kernel in pixels; less than the height and the width.
 
     Raises:
-      ValueError: if the radius is not less than the size of the image.
+      ValueError: if the radius is not less than the height and the width.
     """
     if not 0 <= radius < min(image.shape[:2]):
         raise ValueError(
@@ -331,7 +331,7 @@ def gaussian_blur(image: Image, *, sigma: _Number, radius: int) -> Image:
 
 
 def _blur_weights(length: int, sigma: _Number, radius: int) -> Float[Array, "_ _"]:
-    """The weight of each pixel in each blurred pixel, of a line that is mirrored at its ends."""
+    """The weight of each pixel in each blurred pixel of a line, with reflection padding."""
 
     def kernel(offset: Array) -> Float[Array, "_ _"]:
         value = jnp.exp(-(offset.astype(jnp.float32) ** 2) / (2 * sigma**2))

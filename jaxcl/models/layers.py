@@ -231,7 +231,7 @@ def row_dropout(
 def stacked(
     make_block: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, *, num_layers: int
 ) -> nnx.Module:
-    """Equal blocks as one module, whose parameters have a leading axis of layers."""
+    """Make identical blocks as one module, whose parameters have a leading layer axis."""
 
     @nnx.split_rngs(splits=num_layers)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -242,7 +242,7 @@ def stacked(
 
 
 def joined(blocks: Sequence[nnx.Module], *, dtype: jnp.dtype) -> nnx.Module:
-    """Join equal blocks into one module for `run_layers`, as `stacked` would have built it.
+    """Join blocks of equal structure into one module for `run_layers`, as `stacked` would build it.
 
     The blocks keep their own parameters, one array per layer; only the forward pass sees the joined
     copy. Its matrices have the activations' type.

@@ -207,7 +207,7 @@ def without_adapters(params: PyTree) -> PyTree:
 
 
 def with_base(params: PyTree, base: PyTree) -> PyTree:
-    """Parameters with the values of `base`, which may lack adapters or whole encoders.
+    """Replace the parameters that `base` has; it may lack adapters or whole encoders.
 
     Example:
       >>> with_base({"kernel": 0, "lora_a": 2, "lora_b": 3}, {"kernel": 1})
@@ -223,8 +223,7 @@ def with_base(params: PyTree, base: PyTree) -> PyTree:
 def merge_adapters(params: PyTree, lora: Lora) -> PyTree:
     r"""Add the adapters to their kernels, $W + \frac{\alpha}{r} A B$.
 
-    The product and the sum are computed in float64; the kernels become float32, if they are not
-    wider.
+    The product and the sum are computed in float64, and the merged kernels are float32 or wider.
 
     Args:
       params: nested dicts of NumPy arrays, or of local JAX arrays.
@@ -252,7 +251,7 @@ def merge_adapters(params: PyTree, lora: Lora) -> PyTree:
 
 
 def cast_base(params: PyTree, frozen: Collection[str], dtype: str | None) -> PyTree:
-    """Parameters whose frozen kernels and token tables have another type.
+    """Cast the frozen kernels and token tables to another type.
 
     Args:
       params: nested dicts of arrays.

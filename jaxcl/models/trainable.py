@@ -32,7 +32,7 @@ class Block(NamedTuple):
     Attributes:
       encoder: the path of the encoder, which has the `blocks`.
       layer: the number of the block; `None` if the layers are stacked, so that the parameter has a
-        leading axis of layers (`jaxcl.models.layers.stacked`).
+        leading layer axis (`jaxcl.models.layers.stacked`).
     """
 
     encoder: str
@@ -54,7 +54,7 @@ def block_of(path: str) -> Block | None:
 
 
 def is_stacked(path: str) -> bool:
-    """Whether a parameter has a leading axis of layers.
+    """Whether a parameter has a leading layer axis.
 
     Example:
       >>> [is_stacked(f"towers/both/blocks/{rest}") for rest in ("widen/bias", "3/widen/bias")]

@@ -26,8 +26,9 @@ def shape_like_varying(
 def as_varying(tree: PyTree, like: PyTree) -> PyTree:
     """Declare arrays to vary over every mesh axis that a leaf of `like` varies over.
 
-    A custom derivative must return the types of its inputs. The gradient of an input that is equal
-    on all devices needs a sum over them; with this declaration, JAX adds the sum itself.
+    A custom derivative must return gradients of the same types as its inputs. The gradient of an
+    input that is equal on all devices is a sum over devices; if the input is declared to vary, JAX
+    adds this sum.
     """
     axes = frozenset().union(*(_axes(leaf) for leaf in jax.tree.leaves(like)))
 

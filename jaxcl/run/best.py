@@ -163,7 +163,7 @@ def best_step_in(directory: AnyPath) -> int | None:
 def kept_steps(
     steps: Collection[int], *, newest: int, best_of: Mapping[int, int | None]
 ) -> set[int]:
-    """Select the checkpoints to keep: the newest, and for each of them the best so far.
+    """Select the checkpoints to keep: the newest, and the best one up to each of them.
 
     If the newest checkpoint is damaged, a run falls back to an earlier one. The best step up to the
     earlier one may be different, and its checkpoint must still exist.

@@ -1,12 +1,12 @@
 """The index of a corpus on disk: embeddings of its documents, and their quantised codes.
 
-Each index is a folder, named by digests of the paths and of the content of model and corpus:
+Each index is a folder, named by digests of the paths and the content of its model and corpus:
 
     keys.npy           embeddings of the documents, ready for inner products, in float32
     keys-64.npy        the embeddings truncated to 64 dimensions
     int8.npy           int8 codes of keys.npy, and int8-64.npy of keys-64.npy
     binary.npy         binary codes of the same arrays
-    search_index.json  measured shares of the exact ranking
+    search_index.json  how much of the exact ranking the search keeps
 
 Next to each array is a log with the digests of its blocks (`jaxcl.host.block_file`). Embedding
 resumes after the last finished block; if a block is damaged, rows are computed again from there.
@@ -57,11 +57,11 @@ class CorpusIndex(NamedTuple):
 
     Attributes:
       search: the search over the vectors of the documents.
-      kept: measured shares of the top 10 of an exact ranking. The queries are up to 200 random
-        documents, each left out of its own ranking. `"dim"` is the share of the ranking by all
-        dimensions that the truncated vectors keep. `"search"` is the share of the ranking by
-        float32 vectors that the quantised search keeps, and `"codes"` is that share without
-        rescoring. Shares that do not apply are left out.
+      kept: measured shares of an exact ranking's top 10 that are also in the top 10 of a cheaper
+        search. The queries are up to 200 random documents, each left out of its own ranking.
+        `"dim"` compares truncated vectors with all dimensions; `"search"` compares the quantised
+        search with float32 vectors, and `"codes"` does so without rescoring. Shares that do not
+        apply are left out.
     """
 
     search: VectorSearch
@@ -122,7 +122,7 @@ def check_options(
 
     Args:
       model, dim, precision: as for `open_index`.
-      rescore: number of candidates per hit with exact scores; `None` for the default in `RESCORE`.
+      rescore: number of candidates per hit to score exactly; `None` for the default in `RESCORE`.
 
     Returns:
       The number of candidates per hit.
@@ -168,11 +168,11 @@ def _check_dim(model: EmbeddingModel, dim: int | None) -> None:
 
 
 def describe_kept(kept: Mapping[str, float], dim: int | None, precision: str) -> list[str]:
-    """Describe the measured shares of an index, in one line each.
+    """Describe how much of an exact ranking a search of the index keeps, one line per measurement.
 
     Args:
-      kept: the shares, from a `CorpusIndex`.
-      dim, precision: the options of its search.
+      kept: `CorpusIndex.kept`.
+      dim, precision: as for `open_index`.
     """
     method = "measured with random documents as queries"
     lines = []

@@ -91,7 +91,7 @@ def open_run_with_data(path: str | os.PathLike[str], *, trust: Trust = ()) -> Op
 
 
 def sources_of(settings: Settings) -> dict[str, PairSource]:
-    """Open the splits of data described by settings, by role."""
+    """Open the splits of the data in `settings`, as a mapping from roles."""
     data_dir = shared_folder(settings.run.data_dir)
     return open_sources(settings.data, data_dir=data_dir, open_source=settings.parts.source)
 
@@ -100,7 +100,7 @@ def pool_of_run(run: OpenedRun) -> Pool:
     """The pool of a run and its own data.
 
     Raises:
-      ValueError: if it holds anything other than texts.
+      ValueError: if the run's data hold anything other than texts.
     """
     run.check_texts("jaxcl.search")
     rrf_k = run.settings.evaluation.rrf_k
@@ -113,7 +113,7 @@ def pool_of_run(run: OpenedRun) -> Pool:
 
 
 def pool_of_data(path: str | os.PathLike[str], settings: Settings, *, trust: Trust = ()) -> Pool:
-    """Open a model and the data described by settings.
+    """Open a model, and the data in `settings`.
 
     The index is kept in the user's cache, so that the folder of the model stays unchanged.
 

@@ -53,7 +53,7 @@ LOCK_FILE = ".lock"
 def lock_workdir(workdir: AnyPath) -> Iterator[None]:
     """Create the folder of a run, and lock it against other runs.
 
-    The lock ends with the context, or at the latest with the process.
+    The lock is released at the end of the context, or at the latest when the process ends.
 
     Raises:
       ValueError: if another run uses the folder, its lock is not a regular file, or the folder is a
@@ -161,17 +161,17 @@ def _open_lock(path: AnyPath) -> BinaryIO:
 def claim_workdir(workdir: AnyPath, settings: Settings) -> Mapping[str, Any] | None:
     """Create the folder of a run, or check that it belongs to these settings.
 
-    The settings of a run are in its newest checkpoint, even if `config.json` has changed. Before
-    the first checkpoint, nothing is lost if the settings change, so the folder then gets the new
-    ones.
+    The settings are compared with those in the newest checkpoint, even if `config.json` has been
+    edited. Before the first checkpoint, other settings replace the earlier ones, since no training
+    is lost.
 
     Returns:
       The record of the newest checkpoint (`run_record`), or `None` before the first one.
 
     Raises:
-      ValueError: if a run with other settings has saved a checkpoint there, with the fields that
-        differ.
-      CheckpointError: if the checkpoints are missing.
+      ValueError: if a checkpoint in the folder was saved with other settings, pretrained files or
+        flags of JAX; the message names the differences.
+      CheckpointError: if the folder had checkpoints that are now missing.
       PermissionError: if the folder cannot be written.
     """
     workdir = as_path(workdir)

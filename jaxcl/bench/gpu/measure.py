@@ -65,10 +65,10 @@ def compile_program(function: Callable, *arguments: PyTree) -> CompiledProgram:
 def time_calls(
     call: Callable[..., PyTree], inputs: Sequence[tuple], sizes: Sizes
 ) -> dict[str, list[float]]:
-    """Milliseconds of a call, round after round, over inputs in rotation.
+    """Measure the milliseconds per call in each round, cycling through the inputs.
 
     A round repeats short calls until it lasts `sizes.round_seconds`, and ends when all their
-    results are there; two warm-up rounds are not reported.
+    results are ready; two warm-up rounds are not reported.
     """
     rotation = itertools.cycle(inputs)
     jax.block_until_ready(call(*next(rotation)))

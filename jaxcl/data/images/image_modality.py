@@ -118,11 +118,11 @@ class Image:
         return {"image": rng.integers(0, 256, (num_rows, *spec.shape), np.uint8)}
 
     def length(self, data: DataSettings, side: str) -> int:
-        """The number of patches of 16 × 16 pixels."""
+        """The number of patches of 16 × 16 pixels in one image."""
         return _patches(data.images.size, data.images.size)
 
     def count(self, inputs: PyTree) -> Int[Array, ""]:
-        """The number of patches of 16 × 16 pixels."""
+        """The number of patches of 16 × 16 pixels in a batch of images."""
         rows, height, width = inputs["image"].shape[:3]
         return jnp.int32(rows * _patches(height, width))
 

@@ -69,7 +69,7 @@ def as_reference(value: Any, *, number: int) -> bytes:
     Args:
       value: the bytes of an image file, a path relative to the folder of the rows, a mapping of
         `"bytes"` and `"path"` as Hugging Face's `datasets` writes it, or a `TarMember`.
-      number: the number of the file of rows, which the path is relative to.
+      number: the index of the file of rows; the path is relative to its folder.
 
     Raises:
       BadImage: for any other value.
@@ -95,11 +95,11 @@ def as_reference(value: Any, *, number: int) -> bytes:
 
 
 def read_references(references: Sequence[bytes], paths: Sequence[Path]) -> list[bytes]:
-    """Read the image files of some references.
+    """Read the image files that references point to.
 
     Args:
       references: results of `as_reference`.
-      paths: the files of rows, or folders, by number.
+      paths: the files or folders of rows, to which the references refer by index.
 
     Raises:
       BadImage: if a file is missing, or not a regular file inside the folder of the rows.

@@ -26,7 +26,7 @@ class ImageTable:
       source: the rows; the values of the sides are image files or uint8 arrays.
       rule: how an image becomes an array.
       group: each row's group.
-      text: each row's label, shared by rows with equal images on either side.
+      text: a number per row, shared by rows with equal query images or equal key images.
       both_equal: whether both sides of every row have the same image. It is then decoded once for
         both.
       threads: the number of threads that decode; `None` for one per core.

@@ -1,4 +1,4 @@
-"""Keep the paths that the files of a model name within the model's folder."""
+"""Checks that the paths in a model's files stay inside the model's folder."""
 
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -15,7 +15,7 @@ def join(folder: str, name: str) -> str:
 
 
 def lies_in(file: str, folder: str) -> bool:
-    """Whether a file lies directly in a folder; both are relative to the model's folder."""
+    """Whether a file lies directly in a folder; both paths are relative to the model's folder."""
     return PurePosixPath(file).parent == PurePosixPath(folder)
 
 

@@ -111,12 +111,18 @@ def pair_scores(
 
 
 def as_columns(queries: PairQueries) -> PairQueries:
-    """Reshape the queries' arrays, without vectors, to `[q, 1]`; each label becomes a tuple."""
+    """Drop the queries' vectors and guides, and reshape all other arrays to `[q, 1]`.
+
+    Labels become tuples with one array per label of a row.
+    """
     return _shaped(queries, lambda rows: rows[:, None])
 
 
 def as_rows(keys: PairKeys) -> PairKeys:
-    """Reshape the keys' arrays, without vectors, to `[1, k]`; each label becomes a tuple."""
+    """Drop the keys' vectors and guides, and reshape all other arrays to `[1, k]`.
+
+    Labels become tuples with one array per label of a row.
+    """
     return _shaped(keys, lambda rows: rows[None, :])
 
 
