@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxcl.models.layers import images_of
 from jaxcl.models.resizing import resize_weights
-from jaxcl.models.vision.entry import PixelRule, _axis_weights, enter, images_of
+from jaxcl.models.vision.entry import PixelRule, _axis_weights, enter
 from tests.helpers import relative_error
 
 PLAIN = PixelRule(0, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
