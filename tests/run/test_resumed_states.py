@@ -104,7 +104,7 @@ def batch_of(step, settings):
     return {**sides, "row": rows, "group": rows, "text": rows}
 
 
-def steps_of(program, state, steps):
+def steps_of(program, state, steps, batch_of=batch_of):
     """The state after some steps, and the bits of their losses."""
     losses = []
     for step in steps:
@@ -114,25 +114,41 @@ def steps_of(program, state, steps):
     return state, losses
 
 
-def whole_and_resumed(settings, folder, *, restored=lambda program, state: state):
-    """The last state and losses of a run on two devices, without and with an interruption."""
-    program = build_training(settings, devices=jax.devices()[:2])
+def program_of(settings, buckets=None):
+    """The functions of a run on two devices."""
+    return build_training(settings, devices=jax.devices()[:2], buckets=buckets)
+
+
+def whole_and_resumed(
+    program,
+    folder,
+    *,
+    resumed_by=None,
+    restored=lambda program, state: state,
+    batch_of=batch_of,
+):
+    """The last state and losses of a run, without and with an interruption.
+
+    The second program is built like the first one; a negative control passes another as
+    `resumed_by`, or changes the restored state.
+    """
     with Checkpoints(folder) as checkpoints:
-        state, _ = steps_of(program, program.init(), range(SAVED))
+        state, _ = steps_of(program, program.init(), range(SAVED), batch_of)
         checkpoints.save(SAVED, state)
-        whole = steps_of(program, state, range(SAVED, STEPS))
-    program = build_training(settings, devices=jax.devices()[:2])
+        whole = steps_of(program, state, range(SAVED, STEPS), batch_of)
+    program = resumed_by or program_of(program.settings, program.buckets)
     with Checkpoints(folder, read_only=True) as checkpoints:
         state = checkpoints.restore_latest(program.abstract_state()).state
     assert int(state.step) == SAVED
-    return whole, steps_of(program, restored(program, state), range(SAVED, STEPS))
+    return whole, steps_of(program, restored(program, state), range(SAVED, STEPS), batch_of)
 
 
-def assert_resumes(settings, folder):
-    (whole, losses), (resumed, again) = whole_and_resumed(settings, folder)
+def assert_resumes(program, folder, **options):
+    (whole, losses), (resumed, again) = whole_and_resumed(program, folder, **options)
     assert jax.tree.map(bits, resumed) == jax.tree.map(bits, whole)
     assert again == losses
     assert len(set(losses)) > 1  # an update changes the loss
+    return resumed
 
 
 def some_slow(names, quick):
@@ -142,12 +158,12 @@ def some_slow(names, quick):
 
 @pytest.mark.parametrize("name", some_slow(OPTIMIZERS, ("adafactor", "muon", "sgd")))
 def test_every_optimizer_resumes_bitwise(name, tmp_path):
-    assert_resumes(optimizer_case(name), tmp_path)
+    assert_resumes(program_of(optimizer_case(name)), tmp_path)
 
 
 @pytest.mark.parametrize("name", some_slow(CASES, ("an average", "accumulated gradients")))
 def test_every_part_of_training_resumes_bitwise(name, tmp_path):
-    assert_resumes(CASES[name], tmp_path)
+    assert_resumes(program_of(CASES[name]), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +185,6 @@ def test_a_part_of_the_state_that_is_lost_fails_these_tests(part, tmp_path):
             return state._replace(optimizer=state.optimizer._replace(acc_grads=gradients))
         return state._replace(**{part: getattr(new, part)})
 
-    (whole, _), (resumed, _) = whole_and_resumed(settings, tmp_path, restored=without)
+    (whole, _), (resumed, _) = whole_and_resumed(program_of(settings), tmp_path, restored=without)
     ours, theirs = ((one.params, one.optimizer, one.memory) for one in (resumed, whole))
     assert jax.tree.map(bits, ours) != jax.tree.map(bits, theirs)
