@@ -113,7 +113,15 @@ def run_of(name, glyphs, **changes):
     return config_of(name, **small | changes)
 
 
-@every_config
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("simclr", marks=pytest.mark.slow),  # MoCo has its encoder, and more states
+        "moco",
+        "image_text",
+        pytest.param("image_text, siglip", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_resumes_as_if_it_had_not_stopped(name, glyphs, tmp_path, monkeypatch):
     config = run_of(name, glyphs)
     results = train(config, tmp_path / "whole")
