@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -15,14 +16,12 @@ os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # LLVM's optimisations would take a third of the tests' time. The MLIR emitters of fusions would
-# double the time of a compilation. XLA's own optimisations stay on. XLA_FLAGS takes precedence.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
-        os.environ.get("XLA_FLAGS", ""),
-    ]
-)
+# double the time of a compilation; jaxlib 0.12 does not know their flag, and would not start with
+# it. XLA's own optimisations stay on. XLA_FLAGS takes precedence.
+_FLAGS = ["--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
 
 # Tests and the processes that they start share compiled programs. Each worker has its own folder,
 # since a worker might read a half-written file of another.
