@@ -1,5 +1,6 @@
 """Texts padded to several widths: the loss and every gradient of the batch padded to one."""
 
+import functools
 import itertools
 import re
 
@@ -46,6 +47,9 @@ TEMPERATURE = TemperatureBounds(initial=0.05, minimum=0.01, maximum=1.0)
 BUCKETS = Buckets((8, 13, LONGEST), (3, 2, 2))  # chunks of sizes that do not divide the rows
 SIZES = {"dim": 8, "max_tokens": LONGEST, "hidden_dim": 12, "num_layers": 2, "mlp_dim": 16}
 
+TOKENS = token_dropout(rate=0.2)
+SPANS = span_masking(rate=0.3, mask_id=3)
+
 
 def built_in(kind, **options):
     options = SIZES | {"num_heads": 2, "compute_dtype": "float64", "dropout": 0.2} | options
@@ -82,34 +86,31 @@ ENCODERS = {
 )
 def test_several_widths_give_the_loss_and_every_gradient_of_one(name, devices, x64):
     """With dropout and token dropout, in chunks that do not divide the rows."""
-    towers = towers_of(name, augment=dict.fromkeys(SIDES, token_dropout(rate=0.2)))
-    wanted = loss_and_gradients(towers, {"data": 1})
+    towers = towers_of(name, augment=dict.fromkeys(SIDES, TOKENS))
     found = loss_and_gradients(towers, {"data": devices}, buckets=dict.fromkeys(SIDES, BUCKETS))
-    assert worst(found, wanted) < 1e-10
+    assert worst(found, of_one_width(name, query=TOKENS, key=TOKENS)) < 1e-10
 
 
 def test_dropout_is_on_in_these_tests(x64):
-    towers = towers_of("transformer")
-    without = loss_and_gradients(towers, {"data": 1}, key=None)
-    assert relative_error(loss_and_gradients(towers, {"data": 1})[0], without[0]) > 1e-3
+    without = loss_and_gradients(towers_of("transformer"), {"data": 1}, key=None)
+    assert relative_error(of_one_width("transformer")[0], without[0]) > 1e-3
 
 
 @pytest.mark.parametrize(
     "rows", [(1, 1, 1), (16, 16, 16), (100, 1, 5), pytest.param((5, 3, 7), marks=pytest.mark.slow)]
 )
 def test_chunks_of_any_size_give_the_same_gradients(rows, x64):
-    towers = towers_of("transformer", augment={"key": span_masking(rate=0.3, mask_id=3)})
-    wanted = loss_and_gradients(towers, {"data": 1})
+    towers = towers_of("transformer", augment={"key": SPANS})
     buckets = {"key": BUCKETS._replace(rows=rows)}  # and queries of one width
-    assert worst(loss_and_gradients(towers, {"data": 1}, buckets=buckets), wanted) < 1e-10
+    found = loss_and_gradients(towers, {"data": 1}, buckets=buckets)
+    assert worst(found, of_one_width("transformer", key=SPANS)) < 1e-10
 
 
 @pytest.mark.parametrize("shape", [{"replica": 2, "data": 4}, {"data": 2, FSDP: 4}], ids=str)
 def test_any_mesh_gives_the_same_gradients(shape, x64):
-    towers = towers_of("transformer")
-    wanted = loss_and_gradients(towers, {"data": 1})
-    found = loss_and_gradients(towers, shape, buckets=dict.fromkeys(SIDES, BUCKETS))
-    assert worst(found, wanted) < 1e-10
+    buckets = dict.fromkeys(SIDES, BUCKETS)
+    found = loss_and_gradients(towers_of("transformer"), shape, buckets=buckets)
+    assert worst(found, of_one_width("transformer")) < 1e-10
 
 
 def test_explicit_negatives_have_the_widths_of_keys(x64):
@@ -123,17 +124,16 @@ def test_explicit_negatives_have_the_widths_of_keys(x64):
         "group": rng.integers(0, 9, (ROWS, 3)).astype(np.int32),
     }
     wanted = loss_and_gradients(towers, {"data": 1}, batch)
-    assert relative_error(wanted[0], loss_and_gradients(towers, {"data": 1})[0]) > 0.01
+    assert relative_error(wanted[0], of_one_width("transformer")[0]) > 0.01
     found = loss_and_gradients(towers, {"data": 8}, batch, buckets={"key": BUCKETS})
     assert worst(found, wanted) < 1e-10
 
 
 def test_a_width_that_cuts_texts_fails_these_tests(x64):
     """Negative control: 18 tokens hold all but the longest texts."""
-    towers = towers_of("transformer")
-    wanted = loss_and_gradients(towers, {"data": 1})
     buckets = {"query": BUCKETS._replace(widths=(8, 13, 18))}
-    assert worst(loss_and_gradients(towers, {"data": 1}, buckets=buckets), wanted) > 1e-3
+    found = loss_and_gradients(towers_of("transformer"), {"data": 1}, buckets=buckets)
+    assert worst(found, of_one_width("transformer")) > 1e-3
 
 
 def test_an_encoder_that_reads_padding_fails_these_tests(x64, monkeypatch):
@@ -306,6 +306,12 @@ def padded_tokens(lengths, widths):
 
 def towers_of(name, *, augment=None):
     return make_towers(ENCODERS[name], augment=augment)
+
+
+@functools.cache
+def of_one_width(name, **augment):
+    """The loss and the gradients on one device, with all texts padded to one width."""
+    return loss_and_gradients(towers_of(name, augment=augment), {"data": 1})
 
 
 def double(tree):
