@@ -69,10 +69,10 @@ def _data() -> ConfigDict:
     # The column of the queries. In a file of pairs, the default also matches other common names.
     data.query_field = "query"
     data.key_field = "key"  # the column of the positives; the default matches common names too
-    # Additional data sets, whose rows are appended. Each has its own settings, with the
-    # names that they have in config.data. Its name may be a folder, and prompts=None uses
-    # data.prompts. To sample the data sets by weights or a temperature, set
-    # assignment.sourced.by="data_set".
+    # Additional data sets, whose rows are appended. Their settings have the same names and meanings
+    # as in config.data, except that name cannot be "code_pairs", "glyphs" or "emoji" (give the
+    # folder of the prepared data set instead), and that prompts=None uses data.prompts. To sample
+    # the data sets by weights or a temperature, set assignment.sourced.by="data_set".
     data.concatenated = ConfigDict()
     data.group_field = placeholder(str)  # column of group labels: integers, class labels or strings
     # The column of each pair's score, such as a similarity rating, for losses that use one.
@@ -201,7 +201,7 @@ def _loss() -> ConfigDict:
     # Rows with equal entries in any of these columns are not negatives of each other: "row", "text"
     # (equal queries or keys), "group".
     loss.masks = ("row",)
-    # Negatives are masked if their similarity exceeds the positive's minus this margin.
+    # Negatives are masked if their similarity exceeds the positive's similarity minus this margin.
     loss.margin = placeholder(float)
     # The same, with the margin as a fraction of the positive's similarity.
     loss.relative_margin = placeholder(float)
@@ -236,8 +236,9 @@ def _negatives() -> ConfigDict:
     # The decay of the momentum encoder rises along a cosine from initial, at the first step, to
     # final, at the last; initial=None disables the encoder.
     negatives.momentum_encoder = ConfigDict({"initial": placeholder(float), "final": 1.0})
-    # The guide model, whose similarities the margins use: "momentum", the momentum encoder; "data",
-    # the embeddings in data.guides; None, the model itself.
+    # The guide model, which computes the similarities for loss.margin and loss.relative_margin:
+    # "momentum" is the momentum encoder, "data" reads embeddings from data.guides, and None uses
+    # the model itself.
     negatives.guide = placeholder(str)
     return negatives
 
@@ -320,9 +321,9 @@ def _optimizer() -> ConfigDict:
     # ((pattern, factor), …), with patterns as for freeze. The factor multiplies the learning rate,
     # and thus the weight decay too. The first matching pattern applies.
     optimizer.rates = ()
-    # Layer-wise learning-rate decay: the last block of an encoder trains at the full rate, and each
-    # lower block, and then the embeddings, at this factor times the rate of the one above. None
-    # trains all layers at the same rate.
+    # Layer-wise learning-rate decay: the last block of an encoder trains at the full rate. Each
+    # lower block trains at this factor times the rate of the block above it, and the embeddings at
+    # this factor times the rate of the first block. None trains all layers at the same rate.
     optimizer.layer_decay = placeholder(float)
     # The number of batches per update, whose gradients are averaged; must divide steps. This adds
     # no negatives, since a query is compared only with the keys of its own batch. For more
@@ -338,9 +339,9 @@ def _optimizer() -> ConfigDict:
 
 def _evaluation() -> ConfigDict:
     evaluation = ConfigDict()
-    # How to rank keys for held-out rows: "bm25", "dense" (the embeddings) and "hybrid" (both), for
-    # texts, and "pixels", a baseline without a model for sides with images. None means all three
-    # for texts, and ("dense",) otherwise.
+    # How to rank keys for held-out rows. For texts: "bm25", "dense" (by embeddings) and "hybrid"
+    # (both). If a side has images: "dense" and "pixels", a baseline without a model. None means all
+    # three for texts, and ("dense",) otherwise.
     evaluation.methods = placeholder(tuple)
     # The directions in which to rank held-out rows: "query_to_key", "key_to_query". None means both
     # if the sides have different modalities, such as images and texts; otherwise ("query_to_key",).
@@ -357,9 +358,9 @@ def _evaluation() -> ConfigDict:
     # on. False uses the features below the projection head of an image encoder
     # (model.options.head).
     evaluation.projection_head = True
-    # Evaluation sets, as --config.evaluation.sets.NAME=PATH. Each is a file or folder, or
-    # split:ROLE for labelled rows of the run's own data, evaluated every run.evaluate_every steps.
-    # Its metrics are called NAME/METRIC.
+    # Evaluation sets, as --config.evaluation.sets.NAME=PATH, evaluated every run.evaluate_every
+    # steps. PATH is a file or folder, or split:ROLE for the labelled rows of one of the run's own
+    # splits. The metrics of a set are called NAME/METRIC.
     evaluation.sets = ConfigDict()
     # A metric such as "validation/dense/mrr@10" or "NAME/spearman". The checkpoint with the highest
     # value is kept in addition to the newest ones, as WORKDIR/checkpoints/best.

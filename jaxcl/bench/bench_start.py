@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def first_step(config: str, workdir: Path) -> float:
-    """Seconds from the command to the first metrics of a step; the run is then killed."""
+    """The seconds from starting a run to its first logged metrics; the run is then killed."""
     command = [sys.executable, "-m", "jaxcl.train", f"--config={config}", f"--workdir={workdir}"]
     start = time.perf_counter()
     run = subprocess.Popen([*command, "--config.run.log_every=1"], stderr=subprocess.DEVNULL)

@@ -163,7 +163,7 @@ def _layer_norm(arrays: Mapping[str, np.ndarray], name: str) -> nn.LayerNorm:
 
 
 class Training:
-    """A model, its optimizer and their updates.
+    """A model and its optimizer, with methods that compute gradients and update the weights.
 
     Args:
       spec: the name and options of the model, and the settings of the optimizer.

@@ -22,8 +22,8 @@ def model_flops(settings: Settings, towers: Towers, *, frozen: Collection[str] =
 
     These are the matrix products of encoding both sides and of scoring all queries against all
     keys, counted three times: once for the forward pass and twice for the backward pass. The count
-    ignores recomputation, negatives other than in-batch negatives, a momentum encoder, and the
-    gradients that frozen parameters save.
+    leaves out recomputation, negatives other than in-batch negatives, a momentum encoder, and the
+    gradients that need not be computed because parameters are frozen.
 
     Args:
       settings: the settings of the run.

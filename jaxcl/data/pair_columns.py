@@ -37,10 +37,11 @@ class PairColumns(NamedTuple):
 
     Attributes:
       query: the queries' column.
-      key: the column of the keys, each a text or a list of them.
+      key: the column of the keys; each entry is a text or a list of texts.
       split_by: the column whose value determines the split of a row.
       negatives: the columns of negative texts, or one column of lists.
-      scores: the columns of a teacher's scores: one column for keys and negatives, or one for each.
+      scores: the columns of a teacher's scores: one column for the scores of both the key and the
+        negatives, or one for the key's and one for the negatives'.
       label: the column of numbers that say how similar query and key are.
       group: the column of the rows' groups.
       score: the column of the scores that a loss reads.

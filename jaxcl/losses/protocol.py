@@ -23,8 +23,8 @@ class Masks(NamedTuple):
         contain a row twice.
       groups: labels. Rows of the same group are never each other's negatives.
       valid: `False` for padding, which is never a negative and has a loss of 0.
-      margin: negatives are masked if their similarity to the anchor exceeds the positive's minus
-        this margin.
+      margin: negatives are masked if their similarity to the anchor exceeds the positive's
+        similarity minus this margin.
       relative_margin: the same, with the margin as a fraction of the positive's similarity.
       guides: a guide model's embeddings of queries and keys, whose similarities replace the model's
         in the margins.

@@ -16,7 +16,7 @@ __all__ = ["Encoder"]
 
 
 class Encoder(NamedTuple):
-    """The parts of a model that embed, without loss, optimizer or training data.
+    """The parts of a model that compute embeddings, without loss, optimizer or training data.
 
     Attributes:
       mesh: the devices.

@@ -10,11 +10,15 @@ __all__ = ["changed_config"]
 
 
 def changed_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """A copy with other values, by dotted name; a list becomes a tuple.
+    """Copy a config and set some of its fields; a list becomes a tuple.
+
+    Args:
+      config: the config to copy.
+      changes: dotted name of a field -> its new value.
 
     Raises:
-      ValueError: if there is no such field, or the value is of another type than the field's; also
-        for changes that are no mapping.
+      ValueError: if there is no such field, if a value does not have the type of its field, or if
+        `changes` is not a mapping.
     """
     if not isinstance(changes, Mapping):
         raise ValueError(

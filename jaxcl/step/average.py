@@ -22,7 +22,7 @@ class WeightAverage(NamedTuple):
 
     Attributes:
       towers: the average of the trained parameters of the towers; before the first update, a copy.
-      updates: the updates so far.
+      updates: the number of updates so far.
     """
 
     towers: PyTree

@@ -27,7 +27,7 @@ def size(config: Mapping[str, Any], key: str, default: int | None = None, *, lea
 
     Args:
       config: the content of a `config.json`.
-      key: its key.
+      key: the key of the number to read.
       default: the value of a missing key; `None` if the key is required.
       least: the smallest value allowed.
 
@@ -55,7 +55,7 @@ def positive(config: Mapping[str, Any], key: str, default: float | None = None) 
 
     Args:
       config: the content of a `config.json`, or a part of it.
-      key: its key.
+      key: the key of the number to read.
       default: the value of a missing key; `None` if the key is required.
     """
     value = config.get(key, default)
