@@ -24,7 +24,7 @@ def bootstrap_interval(
 
     A resample draws `n` rows with replacement. The interval covers the middle `level` of the
     statistic over all resamples. It estimates how much the statistic would vary on other rows of
-    the same kind. It accounts neither for the seed of training nor for rows that depend on each
+    the same kind. It accounts neither for the training seed nor for rows that depend on each
     other, such as pairs that share a text.
 
     Args:
@@ -52,7 +52,7 @@ def bootstrap_values(
     num_resamples: int,
     seed: int,
 ) -> Float[np.ndarray, " _"]:
-    """The statistic of all resamples, without NaN; arguments as `bootstrap_interval`."""
+    """The statistic of all resamples, without NaN; arguments as for `bootstrap_interval`."""
     draws = resample_counts(num_rows, num_resamples=num_resamples, seed=seed)
     values = np.concatenate([np.asarray(statistic(counts), np.float64) for counts in draws])
     return values[~np.isnan(values)]

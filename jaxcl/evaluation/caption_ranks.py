@@ -17,7 +17,7 @@ class CaptionPairs(NamedTuple):
     """Which captions belong to which images.
 
     Images with equal content count as one image, and equal captions as one caption. All captions of
-    an image are correct answers, and so are those of images with the same group.
+    an image are correct answers, and so are the captions of images with the same group.
 
     Attributes:
       images: the image of each pair.
@@ -32,7 +32,7 @@ class CaptionPairs(NamedTuple):
     def known(
         self, images: Int[np.ndarray, " i"], captions: Int[np.ndarray, " c"], num_captions: int
     ) -> Bool[np.ndarray, "i c"]:
-        """Whether a caption is one of those of an image, or of an image with the same group."""
+        """Whether each caption belongs to each image, or to another image with the same group."""
         keys = np.unique(self.groups[self.images] * num_captions + self.captions)
         asked = self.groups[images][:, None] * num_captions + captions
         return keys[np.minimum(np.searchsorted(keys, asked), len(keys) - 1)] == asked
@@ -43,7 +43,7 @@ class CaptionRanks(NamedTuple):
 
     Attributes:
       of_images: for each image, the rank of its best caption among all captions.
-      of_pairs: for each pair, the rank of its image among all images, for its caption as the query.
+      of_pairs: for each pair, the rank of its image among all images, with its caption as query.
     """
 
     of_images: Int[np.ndarray, " n"]

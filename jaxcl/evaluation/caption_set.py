@@ -44,7 +44,7 @@ class CaptionedImages(NamedTuple):
       images: the image files.
       captions: the distinct captions.
       pairs: the captions of each image.
-      fingerprint: of the contents and the pairs.
+      fingerprint: a digest of the contents and the pairs.
     """
 
     images: ImageFiles
@@ -58,9 +58,9 @@ class CaptionSet:
 
     Attributes:
       kind: `"captions"`.
-      unit: `"images"`, over which errors are computed in both directions.
-      metrics: `"image_to_text_recall@1"` and so on, with 1, 5 and 10 candidates.
-      fingerprint: of the images and captions.
+      unit: `"images"`, over which standard errors are computed in both directions.
+      metrics: `"image_to_text_recall@1"` and so on, at the cutoffs 1, 5 and 10.
+      fingerprint: a digest of the images and captions.
       inputs: `("image", "text")`.
     """
 
@@ -87,13 +87,13 @@ class CaptionSet:
     def evaluate(self, encode: Encode) -> dict[str, float]:
         """Rank the captions of each image, and the images of each caption.
 
-        The rank of an image is that of its best caption. Every caption is a query for its image.
+        An image has the rank of its best caption. Every caption is a query for its image.
         Ties count against the model. Captions of other images with the same group are correct too,
         and are left out of the ranking.
 
         Returns:
           The recall of each direction and cutoff, with its standard error over images, and the
-          sizes.
+          numbers of images and captions.
 
         Raises:
           ValueError: if an embedding is not finite.
@@ -101,7 +101,7 @@ class CaptionSet:
         return self.figures(self.measure(encode))
 
     def measure(self, encode: Encode) -> dict[str, Float[np.ndarray, " n"]]:
-        """The recall of each metric as one value per image."""
+        """One value per image for each metric."""
         data = self._data
         images, captions = encode("image", data.images), encode("text", data.captions)
         ranks = together(lambda: rank_captions(images, captions, data.pairs))
@@ -126,7 +126,7 @@ class CaptionSet:
 
 
 def has_captions(path: AnyPath) -> bool:
-    """Whether a path is a file of records, the first of which has an image and captions."""
+    """Whether a path is a file of records whose first record has an image and captions."""
     if not is_text_file(path):
         return False
     with contextlib.closing(read_records(path)) as records, contextlib.suppress(ValueError):

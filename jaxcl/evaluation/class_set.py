@@ -1,8 +1,8 @@
 """Classification on frozen embeddings: k nearest neighbours, and a linear probe.
 
 When not to trust it: see the docstrings of `jaxcl.evaluation.nearest_classes` and
-`jaxcl.evaluation.linear_probe`. Errors are over test values only, and ignore the choice of the
-training part.
+`jaxcl.evaluation.linear_probe`. Standard errors are over test values only; they ignore the choice
+of the training part.
 """
 
 from collections.abc import Mapping
@@ -54,9 +54,9 @@ class ClassSet:
 
     Attributes:
       kind: `"classes"`.
-      unit: the values of the test part.
+      unit: `"images"` or `"rows"`, over which standard errors are computed.
       metrics: `"knn@20"` and `"knn@200"`, with 20 and 200 neighbours, and `"linear_probe"`.
-      fingerprint: of the contents, labels and parts.
+      fingerprint: a digest of the contents, labels and parts.
       inputs: the modality of the values.
     """
 
@@ -87,11 +87,11 @@ class ClassSet:
         """Classify the test part by the embeddings of a model.
 
         Both classifiers learn from the training and validation parts. The regularisation of the
-        probe is the one that works best on the validation part after fitting the training part.
+        probe is chosen on the validation part, with probes fitted to the training part alone.
 
         Returns:
-          The accuracy of each metric with its standard error over the test part, such as
-          `"knn@20"` and `"knn@20_standard_error"`, the sizes, and `"probe_strength"`.
+          Each accuracy with its standard error over the test part, such as `"knn@20"` and
+          `"knn@20_standard_error"`; the sizes of the parts; and `"probe_strength"`.
 
         Raises:
           ValueError: if an embedding is not finite.
@@ -127,7 +127,7 @@ def classify(
 
     Args:
       vectors: part -> unit vectors.
-      labels: part -> the class of each.
+      labels: part -> the class of each vector.
       num_classes: number of classes.
 
     Returns:
@@ -178,12 +178,12 @@ def open_rows(
 
     Args:
       name: `split:ROLE`, which is divided into parts, or `split:ROLE/ROLE`, the splits for training
-        and for the test.
+        and for testing.
       sources: role -> rows.
       modality: side -> modality.
 
     Raises:
-      ValueError: for an unknown role, or as `class_set_of_rows`.
+      ValueError: for an unknown role, or as for `class_set_of_rows`.
     """
     train, slash, test = name.removeprefix(_SPLIT).partition("/")
     for role in (train, test) if slash else (train,):

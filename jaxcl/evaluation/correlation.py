@@ -39,7 +39,8 @@ def pearson_metric(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> fl
 def spearman_metric(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> float:
     """The correlation of ranks: 1 if one list is an increasing function of the other.
 
-    Equal numbers share their mean rank. Arguments, values and errors as for `pearson_metric`.
+    Equal numbers share their mean rank. Arguments, return values and errors are as for
+    `pearson_metric`.
 
     Example:
       >>> spearman_metric(np.array([0.0, 1.0, 2.0]), np.array([0.0, 1.0, 4.0]))

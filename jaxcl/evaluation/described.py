@@ -1,4 +1,4 @@
-"""Describes how results were obtained: the model, the devices, the versions of packages."""
+"""Describe how results were obtained: the model, the devices and the package versions."""
 
 import math
 import platform
@@ -37,14 +37,14 @@ def describe_environment() -> dict[str, Any]:
 
 
 def json_values(value: Any) -> Any:
-    """Replace NaN and infinity, such as the standard error over a single query, by `None`."""
+    """Replace NaN and infinity, such as the standard error over a single query, with `None`."""
     if isinstance(value, Mapping):
         return {name: json_values(one) for name, one in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _version(package: str) -> str:
-    """The installed version; jaxcl itself may be just a checkout on the path."""
+    """The installed version of a package; jaxcl itself may be just a checkout on the path."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

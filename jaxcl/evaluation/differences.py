@@ -4,9 +4,9 @@ Both models are evaluated on the same queries or pairs of texts, and the differe
 each query or pair. The same queries tend to be hard for both models, so the difference is far more
 precise than either metric.
 
-When not to trust it: intervals cover the choice of queries or pairs. They cover neither the seed of
-training (`jaxcl.compare` does) nor queries that depend on each other, such as several queries for
-one document. If many metrics are compared, some differ by chance.
+When not to trust it: intervals cover the choice of queries or pairs. They cover neither the
+training seed (`jaxcl.compare` does) nor queries that depend on each other, such as several queries
+for one document. If many metrics are compared, some differ by chance.
 """
 
 import math
@@ -40,8 +40,8 @@ class Difference(NamedTuple):
       baseline: the metric of the baseline.
       difference: `value - baseline`.
       standard_error: the standard error of the difference.
-      low: the lower end of its 95% interval.
-      high: the upper end.
+      low: the lower end of the 95% interval of the difference.
+      high: the upper end of the interval.
     """
 
     value: float
@@ -81,7 +81,7 @@ def bootstrap_difference(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Difference:
-    """Compute a bootstrap difference of a metric that is not a mean, such as a correlation.
+    """The difference of a metric that is not a mean, such as a correlation, with an interval.
 
     Both models use the same resamples. The interval is computed as in `bootstrap_interval`.
 
@@ -123,7 +123,8 @@ def differences_table(
     """A table with a row for each difference.
 
     Args:
-      differences: (method, metric) -> the difference; an empty method leaves its column out.
+      differences: (method, metric) -> the difference; if all methods are empty strings, the table
+        has no column for them.
       over: the units that errors are computed over, `"queries"` or `"pairs"`.
       title: the title of the table.
     """

@@ -65,7 +65,7 @@ def evaluate_model(
     """Evaluate a model on held-out splits as `evaluate_run` does, and print a table.
 
     Args:
-      settings: `data` and `evaluation` are used.
+      settings: the settings; only `data` and `evaluation` are used.
       contender: the model.
       sources: role -> the pairs of texts of its split.
       against: a second model, which is evaluated on the same rows.

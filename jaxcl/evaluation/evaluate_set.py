@@ -50,11 +50,11 @@ class _Evaluated(NamedTuple):
 def check_methods(
     data_set: EvaluationSet, methods: Sequence[str] | None, *, compares: bool = False
 ) -> None:
-    """Raise a `ValueError` for methods on a set other than a retrieval set, or without a model.
+    """Raise a `ValueError` for methods without a retrieval set, or an impossible comparison.
 
     Args:
       data_set: the set.
-      methods: as `evaluate_set`.
+      methods: as for `evaluate_set`.
       compares: whether two models are compared.
     """
     if methods is not None and not isinstance(data_set, RetrievalSet):
@@ -84,7 +84,7 @@ def evaluate_set(
 
     Args:
       model: any model; it embeds texts with its own tokenizer, limits and prompts.
-      data_set: from `jaxcl.evaluation.sets.open_set`.
+      data_set: a set that `jaxcl.evaluation.sets.open_set` returned.
       against: a second model, which is evaluated on the same set.
       methods: the ranking methods for a retrieval set, by default all of
         `jaxcl.evaluation.retrieval.METHODS`.
@@ -115,7 +115,7 @@ def evaluate_set(
     evaluation = _evaluated(model, data_set, methods=methods, title=title, **options)
     if against is None:
         return evaluation.record
-    methods = [method for method in methods if method != "bm25"]  # which needs no model
+    methods = [method for method in methods if method != "bm25"]  # BM25 needs no model
     title = printable(f"against: {against.source}")
     baseline = _evaluated(against, data_set, methods=methods, title=title, **options)
     described = {name: baseline.record[name] for name in (*describe_model(against), "metrics")}
@@ -251,7 +251,7 @@ def _table(data_set: RetrievalSet, ranks: Mapping[str, GradedRanks]) -> Table:
 
 
 def _plain_table(values: Mapping[str, float]) -> Table:
-    """A table with a row per value, next to its interval or its error.
+    """A table with a row per value, and with the interval or standard error of the value.
 
     The interval of `spearman` is from `spearman_low` to `spearman_high`; the error of `accuracy` is
     `accuracy_standard_error`.

@@ -1,9 +1,9 @@
 """Retrieval metrics for graded relevance and several relevant documents per query, in NumPy.
 
 Every metric is a function of the ranks of the relevant documents, `GradedRanks`, and returns one
-value per query. Documents with equal scores are in random order: each metric is its expectation
-over the orders of tied documents. trec_eval breaks ties by the documents' ids, so it agrees if
-there are no ties, and otherwise only by chance.
+value per query. Documents with equal scores are in random order: a metric is the expectation over
+all orders of the tied documents. trec_eval breaks ties by the documents' ids, so its values agree
+if there are no ties, and otherwise only by chance.
 
 Reference:
   McSherry and Najork, "Computing Information Retrieval Performance Measures Efficiently in the
@@ -55,11 +55,11 @@ class GradedRanks(NamedTuple):
 def places_of(
     scores: Float[np.ndarray, " n"], documents: Int[np.ndarray, " m"]
 ) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
-    """Count the documents with a higher and with an equal score, for each of some documents.
+    """For each of some documents, count the documents with a higher and with an equal score.
 
     Args:
       scores: the scores of all documents for one query, without NaN; higher is better.
-      documents: rows in `scores`.
+      documents: indices into `scores`.
 
     Returns:
       `(better, tied)`, as in `GradedRanks`.
@@ -113,11 +113,11 @@ def graded_ndcg_metric(ranks: GradedRanks, *, cutoff: int) -> Float[np.ndarray, 
 
 
 def graded_precision_metric(ranks: GradedRanks, *, cutoff: int) -> Float[np.ndarray, " q"]:
-    """Share of relevant documents among the first `cutoff`.
+    """Share of the first `cutoff` documents that are relevant.
 
     If there are fewer documents, the missing ones count as irrelevant.
 
-    Arguments and errors as for `graded_ndcg_metric`.
+    Arguments and errors are as for `graded_ndcg_metric`.
     """
     return _hits(ranks, _checked(cutoff)) / cutoff
 
@@ -125,7 +125,7 @@ def graded_precision_metric(ranks: GradedRanks, *, cutoff: int) -> Float[np.ndar
 def graded_recall_metric(ranks: GradedRanks, *, cutoff: int) -> Float[np.ndarray, " q"]:
     """Share of a query's relevant documents that are among the first `cutoff`.
 
-    Arguments, values and errors as for `graded_ndcg_metric`.
+    Arguments, return values and errors are as for `graded_ndcg_metric`.
     """
     return _ratio(_hits(ranks, _checked(cutoff)), _per_query(ranks, np.ones(len(ranks.queries))))
 
@@ -134,9 +134,9 @@ def graded_mrr_metric(ranks: GradedRanks, *, cutoff: int) -> Float[np.ndarray, "
     """Reciprocal rank of the first relevant document, or 0 if it ranks below `cutoff`.
 
     If the best `r` relevant documents share a score with `t` documents in all, after `a` better
-    ones, then the first is at rank `a + j` with the probability `C(t - j, r - 1) / C(t, r)`.
+    ones, the first of them is at rank `a + j` with the probability `C(t - j, r - 1) / C(t, r)`.
 
-    Arguments, values and errors as for `graded_ndcg_metric`.
+    Arguments, return values and errors are as for `graded_ndcg_metric`.
     """
     cutoff = _checked(cutoff)
     groups = _tie_groups(ranks)
@@ -155,7 +155,7 @@ def graded_mrr_metric(ranks: GradedRanks, *, cutoff: int) -> Float[np.ndarray, "
 def graded_map_metric(ranks: GradedRanks) -> Float[np.ndarray, " q"]:
     """Average precision over the whole ranking; its mean over queries is MAP.
 
-    `ap = Σ_i precision@rank_i / R` over the `R` relevant documents; one that is not ranked adds 0.
+    `ap = Σ_i precision@rank_i / R` over the `R` relevant documents; unranked documents add 0.
 
     Args:
       ranks: ranks of the relevant documents.
@@ -225,7 +225,7 @@ def _hits(ranks: GradedRanks, cutoff: int) -> Float[np.ndarray, " q"]:
 
 
 def _mean_over_ties(ranks: GradedRanks, sums: Float[np.ndarray, " k"]) -> Float[np.ndarray, " n"]:
-    """The mean value of the positions that each document's tie occupies.
+    """For each document, the mean value of the positions that its tie occupies.
 
     Args:
       ranks: ranks of the documents.

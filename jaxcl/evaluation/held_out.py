@@ -4,8 +4,8 @@ The docstring of `jaxcl.evaluation.retrieval` says when not to trust the metrics
 `validation` has unseen files of packages whose other files are in the training split, and is
 therefore the easier split; `test` has packages that training never saw.
 
-In each row, only the row's own key is relevant. Keys of other rows with the same query, and
-duplicates of these keys or of its own, are excluded from its ranking.
+The only relevant key of a query is the key of its row. Keys of other rows with the same query, and
+duplicates of these keys or of the relevant key, are excluded from the query's ranking.
 """
 
 import functools
@@ -69,7 +69,7 @@ class HeldOutVectors(NamedTuple):
 
     Attributes:
       of_rows: `(split, side)` -> embeddings of all rows.
-      of_texts: `(split, side, texts)` -> embeddings of other texts of all rows, such as keys with
+      of_texts: `(split, side, texts)` -> embeddings of other texts, one per row, such as keys with
         masked names.
       labels: split -> a label per row, shared by rows with equal queries or equal keys, or `None`.
       groups: split -> the group of each row.
@@ -116,7 +116,7 @@ def quick_metrics(
       settings: the settings of the run.
       encoder: the model.
       data: the data of the run.
-      positives: returns `quick_positives`, which the call computes by default.
+      positives: returns the known positives; `quick_positives` computes them by default.
       look: called with the embeddings, if there is a validation split.
     """
     if "validation" not in data.tables:
@@ -129,7 +129,7 @@ def quick_metrics(
         f"{_QUICK}/{name}": mean_and_standard_error(METRICS[name](ranks))[0]
         for name in _QUICK_METRICS
     }
-    return means | {"validation/keys": len(keys)}  # the metrics depend on their number
+    return means | {"validation/keys": len(keys)}  # the metrics depend on this number
 
 
 def quick_positives(settings: Settings, data: RunData) -> KnownPositives:
@@ -241,7 +241,7 @@ def _evaluate_split(
     def rank(variant: str, sides: Sequence[str], **replaced: Any) -> None:
         """Add the result of one direction, in which some arguments may be replaced."""
         asking, ranked = sides
-        # The baseline of pixels compares the texts as they are.
+        # The pixel baseline compares the original texts.
         ranking = [one for one in methods if one != PIXELS or not replaced]
         if not ranking:
             return
@@ -300,7 +300,7 @@ def _each_that_works(
     methods: Sequence[str],
     failures: list[Exception],
 ) -> dict[str, RetrievalResult]:
-    """Rank by all methods at once; if that fails, by each method that does not fail."""
+    """Rank by all methods at once; if that fails, by each method separately, to keep the rest."""
     try:
         return rank(methods=methods)
     except (ValueError, ArithmeticError, PeerError) as error:
@@ -322,7 +322,7 @@ def _ranked(
     others: Mapping[str, Scorer] = MappingProxyType({}),
     **options: Any,
 ) -> dict[str, RetrievalResult]:
-    """Call `evaluate_retrieval` with key i for query i; each process ranks a part of them."""
+    """Call `evaluate_retrieval` with key i for query i; each process ranks some of the queries."""
     count, processes = len(query_embeddings), jax.process_count()
     if processes == 1 or count < processes:
         return evaluate_retrieval(

@@ -1,4 +1,4 @@
-"""Evaluation sets that a run evaluates during training, and the metrics that can select its best
+"""Evaluation sets that a run uses during training, and the metrics that can select its best
 checkpoint.
 """
 
@@ -38,7 +38,7 @@ class TrainingSets:
 
     Attributes:
       fingerprints: name -> the fingerprint of the set.
-      metrics: the names of the metrics, as in `scores`, all better when they are higher.
+      metrics: the names of the metrics, as in `scores`; for all of them, higher is better.
       descriptions: for each set, a line that describes how its data were read, and their sizes.
     """
 
@@ -107,7 +107,7 @@ class TrainingSets:
         }
 
     def _values(self, step: int, encoder: Encoder) -> dict[str, dict[str, int | float]]:
-        # The last step is evaluated in the loop and after it; encoding a large corpus takes long.
+        # Cached: the last step is evaluated in the loop and after it, and encoding takes long.
         if self._latest is None or self._latest[0] != step:
             encode = functools.partial(_encode, encoder, self._modality)
             values = {name: _values(name, one, encode) for name, one in self._sets.items()}

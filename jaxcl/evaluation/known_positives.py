@@ -1,8 +1,8 @@
 """Keys that are known to answer a query in addition to its own key.
 
-In held-out rows, a query may occur several times, each time with another key. Rows are evaluated
-separately, so the query's other keys would count as errors although the data say that they are
-correct. They are therefore excluded from the ranking, as if the pool did not contain them.
+In held-out rows, a query may occur several times, with a different key each time. Rows are
+evaluated separately, so the query's other keys would count as errors although the data say that
+they are correct. They are therefore excluded from the ranking, as if the pool did not contain them.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ class KnownPositives(NamedTuple):
         return self._replace(queries=self.queries[queries])
 
     def check_sizes(self, *, num_queries: int, num_keys: int) -> None:
-        """Raise a `ValueError` for other numbers of queries or keys."""
+        """Raise a `ValueError` if the numbers of queries and keys are not these."""
         if (len(self.queries), len(self.rows)) != (num_queries, num_keys):
             raise ValueError(
                 f"known positives of {len(self.queries)} queries and {len(self.rows)} keys do not "
@@ -65,14 +65,14 @@ class KnownPositives(NamedTuple):
     def others(
         self, queries: slice, relevant: Int[np.ndarray, " t"]
     ) -> dict[int, Int[np.ndarray, " _"]]:
-        """The rows of the known positives of some queries, except for their relevant keys.
+        """The rows of the known positives of some queries, except their relevant keys.
 
         Args:
           queries: the range of the queries.
           relevant: the row of each query's relevant key.
 
         Returns:
-          A mapping from positions in `queries` to rows, without queries that have none.
+          A mapping from positions in `queries` to rows, without the queries that have no rows.
         """
         others = {}
         for position, (number, own) in enumerate(zip(self.queries[queries], relevant, strict=True)):
@@ -84,7 +84,7 @@ class KnownPositives(NamedTuple):
         return others
 
     def total(self) -> int:
-        """The number of known positives of all queries, except for one relevant key each."""
+        """The number of known positives of all queries, not counting one relevant key per query."""
         sizes = np.diff(self.row_starts)[self.pairs]
         ends = np.concatenate([[0], np.cumsum(sizes)])[self.pair_starts]
         return int((np.diff(ends)[self.queries] - 1).sum())
@@ -100,8 +100,8 @@ def known_positives(
     Args:
       queries: a number from 0 to n - 1 per row, equal for equal queries.
       keys: the same for keys.
-      groups: a number per row; the keys of all rows of a group answer the queries of each. `None`
-        for no groups.
+      groups: a number per row; every key of a group answers every query of the group. `None` for no
+        groups.
 
     Example:
       >>> known = known_positives(np.array([0, 0, 2]), np.array([0, 1, 1]))
@@ -125,7 +125,7 @@ def known_positives(
 def read_known_positives(
     source: PairSource, labels: Int[np.ndarray, " n"] | None = None
 ) -> KnownPositives:
-    """The known positives of all rows of a split; arguments as `read_numbers`."""
+    """The known positives of all rows of a split; arguments as for `read_numbers`."""
     numbers = read_numbers(source, labels)
     return known_positives(*(numbers[side] for side in SIDES))
 
@@ -169,7 +169,7 @@ def read_groups(source: PairSource) -> Int[np.ndarray, " n"]:
 
 
 def rank_last(scores: Float[np.ndarray, "t n"], keys: Mapping[int, Int[np.ndarray, " _"]]) -> None:
-    """Lower the scores of some keys below all others of their row, in place.
+    """Lower the scores of some keys below all other scores in their rows, in place.
 
     The other keys then have the ranks that they would have without the lowered keys.
 
@@ -195,7 +195,7 @@ def content_digest(value: Any, row: int) -> bytes:
 
 
 def _hex_digest(head: str, content: memoryview) -> bytes:
-    """The digest of a text and hexadecimal digits, without all digits in memory."""
+    """The digest of a text followed by the content in hexadecimal, converted part by part."""
     digest = hashlib.blake2b(head.encode(), digest_size=16)
     for first in range(0, len(content), _HASHED_AT_ONCE):
         digest.update(content[first : first + _HASHED_AT_ONCE].hex().encode())

@@ -23,7 +23,7 @@ class LabelledParts(NamedTuple):
       classes: the names of the classes.
       values: the part -> its values, such as the contents of image files.
       labels: the part -> the number of each value's class.
-      fingerprint: of the contents, labels and parts.
+      fingerprint: a digest of the contents, labels and parts.
       left_out: the number of rows whose class has no row in the training part.
     """
 
@@ -56,13 +56,13 @@ class RowValues(Sequence[Any]):
         return record[self._side]
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield all values, of which only few are in memory."""
+        """Yield all values; only a few are in memory at a time."""
         for record in iterate_fields(self._source, self._rows, (self._side,)):
             yield record[self._side]
 
 
 def part_of(digest: bytes, *, test_share: float = 0.2, validation_share: float = 0.2) -> str:
-    """The part of a value by the digest of its content, so that equal values are in one part.
+    """Choose the part of a value by the digest of its content, so that equal values share a part.
 
     Example:
       >>> [part_of(bytes([first] * 8)) for first in (0, 100, 255)]
@@ -81,7 +81,7 @@ def read_labelled_rows(train: PairSource, test: PairSource | None, *, side: str)
 
     Args:
       train: the labelled rows. A fifth of them is the validation part.
-      test: the test part; `None` uses a fifth of `train`, whose rows differ from all others.
+      test: the test part; `None` uses a fifth of `train`, whose values do not occur in other parts.
       side: the side to classify.
 
     Raises:
@@ -118,7 +118,7 @@ def read_labelled_rows(train: PairSource, test: PairSource | None, *, side: str)
 
 
 def _contents(source: PairSource, side: str) -> tuple[list[bytes], Int[np.ndarray, " n"]]:
-    """The digest of a side and the group of each row."""
+    """The digest of each row's value on one side, and the group of each row."""
     digests, groups = [], np.empty(len(source), np.int64)
     for row, record in enumerate(iterate_fields(source, range(len(source)), (side, "group"))):
         if "group" not in record:

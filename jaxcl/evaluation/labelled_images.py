@@ -20,7 +20,7 @@ def read_labelled_images(path: Path) -> LabelledParts:
     """Read a folder of labelled images, and divide it into parts if it is not divided.
 
     The folder has the subfolders `train` and `test`, and optionally `validation`, `val` or `valid`,
-    each with a folder per class; or it only has a folder per class. If there is no test or
+    each with a folder per class; or it has only a folder per class. If there is no test or
     validation part, a digest of each image's content selects a fifth of the images for it, so that
     equal images are in the same part.
 

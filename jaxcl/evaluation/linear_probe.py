@@ -23,10 +23,10 @@ class LinearProbe(NamedTuple):
     """A linear classifier on standardised features.
 
     Attributes:
-      mean: subtracted from the features.
-      scale: divides the centred features.
-      weights: of the standardised features.
-      bias: one per class.
+      mean: the mean of each feature, which is subtracted.
+      scale: the divisor of each centred feature.
+      weights: the weights of the standardised features.
+      bias: the bias of each class.
       objective: the minimum that `fit_probe` found, in nats.
     """
 
@@ -113,7 +113,7 @@ def choose_strength(
     num_classes: int,
     strengths: Sequence[float] = STRENGTHS,
 ) -> float:
-    """The strength with the highest accuracy on a validation part; of equal ones, the smallest.
+    """The strength with the highest accuracy on a validation part; the smallest in case of ties.
 
     Args:
       features, labels: the training part.

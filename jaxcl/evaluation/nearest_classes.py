@@ -2,7 +2,7 @@
 
 It needs no training, so it measures the embeddings alone. When not to trust it: neighbours may be
 alike in something other than their class, such as the background or the font, and a class with many
-training rows has more of the neighbours.
+training rows is more often among the neighbours.
 """
 
 from collections.abc import Sequence
@@ -34,8 +34,8 @@ def neighbour_votes(
 
     $$v_{ic} = \sum_{j \in N_k(i),\ y_j = c} \exp\big((\cos(q_i, x_j) - 1) / \tau\big)$$
 
-    over the `k` rows with the highest cosines; with equal cosines, the lower row is nearer. The 1
-    only scales all votes of a query.
+    over the `k` rows with the highest cosines; with equal cosines, the row with the lower number is
+    nearer. Subtracting 1 only scales all votes of a query.
 
     Args:
       queries: unit vectors to classify.
@@ -43,7 +43,7 @@ def neighbour_votes(
       labels: the class of each labelled row, in [0, num_classes).
       num_classes: number of classes.
       neighbours: values of `k`; if there are fewer labelled rows, all of them vote.
-      temperature: τ; a lower one gives more weight to the nearest rows.
+      temperature: τ; a lower temperature gives more weight to the nearest rows.
       tile: number of queries to score at a time; the result does not depend on it.
 
     Returns:

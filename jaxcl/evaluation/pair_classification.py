@@ -81,7 +81,7 @@ class PairSet(SimilaritySet):
         }
 
     def statistic(self, name: str, similarities: Float[np.ndarray, " n"]) -> OfResamples:
-        """A metric in resamples; in each, the threshold is the one that is best there."""
+        """A metric in resamples, each with the threshold that is best in that resample."""
         return partial(metric_of_resamples, name, similarities, self.pairs.scores == 1)
 
 
@@ -96,7 +96,7 @@ def has_labels(path: AnyPath) -> bool:
 
 
 def open_pair_set(path: AnyPath) -> PairSet:
-    """Read a file of pairs with labels; raises as `open_pairs`."""
+    """Read a file of pairs with labels; raises the same errors as `open_pairs`."""
     return open_pairs(PairSet, path)
 
 
@@ -150,7 +150,7 @@ def _f1(true_positives: _ByThreshold, predicted: _ByThreshold) -> _ByResample:
 
 
 def _accuracy(true_positives: _ByThreshold, predicted: _ByThreshold) -> _ByResample:
-    gains = 2 * true_positives - predicted  # over calling every pair negative
+    gains = 2 * true_positives - predicted  # compared with calling every pair negative
     negatives = predicted[:, -1] - true_positives[:, -1]
     return (negatives + np.maximum(gains.max(1), 0)) / predicted[:, -1]
 
@@ -172,7 +172,7 @@ def best_f1(
       labels: whether each pair is positive; at least one is.
 
     Returns:
-      The F1 score and the highest threshold that has it, halfway between two similarities.
+      The F1 score and the highest threshold that reaches it, halfway between two similarities.
 
     Example:
       >>> best_f1(np.array([0.75, 0.5, 0.25]), np.array([True, True, False]))
@@ -187,7 +187,8 @@ def best_accuracy(
 ) -> tuple[float, float]:
     """The highest share of pairs that any threshold classifies correctly.
 
-    Arguments and returns as for `best_f1`. The highest threshold predicts every pair as negative.
+    Arguments and return values are as for `best_f1`. The highest threshold predicts every pair as
+    negative.
 
     Example:
       >>> best_accuracy(np.array([0.75, 0.5, 0.25]), np.array([True, False, False]))

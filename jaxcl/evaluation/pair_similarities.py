@@ -23,13 +23,13 @@ S = TypeVar("S", bound="SimilaritySet")
 class SimilaritySet:
     """Pairs of texts with scores, whose metrics depend on a model's similarities.
 
-    A subclass has `description`, `figures` and `statistic`, and is an `EvaluationSet`.
+    A subclass defines `description`, `figures` and `statistic`, and is an `EvaluationSet`.
 
     Attributes:
       metrics: the names of the metrics, the main one first.
       pairs: the pairs.
-      fingerprint: of the pairs.
-      inputs: the sides of the texts.
+      fingerprint: a digest of the pairs.
+      inputs: the sides on which the texts are embedded.
     """
 
     unit = "pairs"
@@ -44,7 +44,7 @@ class SimilaritySet:
           seed: the seed of the resamples.
 
         Raises:
-          ValueError: for scores that the set does not take.
+          ValueError: for scores that the set does not accept.
         """
         self.check(pairs.scores)
         self.pairs = pairs
@@ -53,7 +53,7 @@ class SimilaritySet:
         self._resamples = {"num_resamples": num_resamples, "seed": seed}
 
     def check(self, scores: Float[np.ndarray, " n"]) -> None:
-        """Raise a `ValueError` for scores that the set does not take."""
+        """Raise a `ValueError` for scores that the set does not accept."""
         raise NotImplementedError
 
     def statistic(self, name: str, similarities: Float[np.ndarray, " n"]) -> OfResamples:
@@ -65,7 +65,7 @@ class SimilaritySet:
         raise NotImplementedError
 
     def evaluate(self, encode: Encode) -> dict[str, float]:
-        """Compute `figures` of a model; raises a `ValueError` for an embedding that is not finite.
+        """Compute a model's `figures`; raises a `ValueError` for an embedding that is not finite.
 
         Args:
           encode: embeds the texts.
@@ -77,7 +77,7 @@ class SimilaritySet:
         return pair_similarities(self.pairs, encode)
 
     def with_interval(self, name: str, similarities: Float[np.ndarray, " n"]) -> dict[str, float]:
-        """A metric, and the ends of its 95 % bootstrap interval."""
+        """A metric, and the ends of its 95% bootstrap interval."""
         statistic = self.statistic(name, similarities)
         (value,) = statistic(np.ones((1, len(similarities)), np.int64))
         low, high = bootstrap_interval(statistic, len(similarities), **self._resamples)
@@ -102,7 +102,7 @@ def open_pairs(kind: type[S], path: AnyPath) -> S:
     """Read a file of pairs with scores.
 
     Raises:
-      ValueError: as for `read_scored_pairs`, or for scores that the set does not take.
+      ValueError: as for `read_scored_pairs`, or for scores that the set does not accept.
       OSError: if the file cannot be read.
     """
     pairs = read_scored_pairs(path)
@@ -116,7 +116,7 @@ def pair_similarities(pairs: ScoredPairs, encode: Encode) -> Float[np.ndarray, "
     """Compute the inner product of the embeddings of each pair.
 
     Args:
-      pairs: the pairs, each text on its side.
+      pairs: the pairs of texts, with the side that embeds each of the two.
       encode: embeds the texts.
 
     Returns:
@@ -127,7 +127,7 @@ def pair_similarities(pairs: ScoredPairs, encode: Encode) -> Float[np.ndarray, "
     """
     first_side, second_side = pairs.sides
     if first_side == second_side:
-        # A text that is on both sides is embedded once.
+        # In one call, so that a text that occurs in both columns is embedded once.
         vectors = encode(first_side, [*pairs.first, *pairs.second])
         first, second = vectors[: len(pairs.first)], vectors[len(pairs.first) :]
     else:

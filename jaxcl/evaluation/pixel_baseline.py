@@ -4,7 +4,7 @@ Images are similar if their pixels are correlated. From an image to texts, the c
 similar training image is compared with all texts by BM25; from a text to images, the image of the
 training row whose text is most similar by BM25 is compared with all images.
 
-It shows how much of a result is due to nearly identical images: a useful model is better.
+It shows how much of a result is due to nearly identical images; a useful model beats it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ Scorer = Callable[[slice], Float[np.ndarray, "t n"]]
 def pixel_scorer(
     data: DataSettings, sources: Mapping[str, PairSource], split: str, sides: tuple[str, str]
 ) -> Scorer:
-    """The scores of all keys of a split for some of its queries.
+    """A function that scores all keys of a split for a range of its queries.
 
     Args:
       data: the settings of the data.
@@ -91,7 +91,7 @@ def pixel_vectors(values: Sequence[object], rule: ImageRule) -> Float[np.ndarray
 def _nearest(
     queries: Float[np.ndarray, "q pixels"], train: PairSource, side: str, rule: ImageRule
 ) -> Int[np.ndarray, " q"]:
-    """The training row with the most similar image; of equal ones, the first."""
+    """The training row with the most similar image; the first one in case of ties."""
     best = np.full(len(queries), -np.inf, np.float32)
     nearest = np.zeros(len(queries), np.int64)
     for rows in _chunks(len(train)):
@@ -104,7 +104,7 @@ def _nearest(
 
 
 def _nearest_texts(queries: Sequence[str], texts: Sequence[str]) -> Int[np.ndarray, " q"]:
-    """The text with the highest score by BM25; of equal ones, the first."""
+    """The text with the highest BM25 score; the first one in case of ties."""
     index = BM25(texts)
     tiles = range(0, len(queries), _QUERIES_AT_ONCE)
     scores = (index.scores(queries[first : first + _QUERIES_AT_ONCE]) for first in tiles)
@@ -114,7 +114,7 @@ def _nearest_texts(queries: Sequence[str], texts: Sequence[str]) -> Int[np.ndarr
 def _products(
     queries: Float[np.ndarray, "q pixels"], keys: Float[np.ndarray, "n pixels"]
 ) -> Float[np.ndarray, "q n"]:
-    """Correlations, rounded so that those of equal images are equal in any tile."""
+    """Correlations, rounded so that equal images have equal correlations in any tile."""
     return (queries @ keys.T).astype(np.float64).round(5).astype(np.float32)
 
 

@@ -11,11 +11,11 @@ from jaxcl.typing import SIDES, Float
 __all__ = ["ComparableSet", "Encode", "EvaluationSet", "check_inputs_of_set", "side_of"]
 
 Encode: TypeAlias = Callable[[str, Sequence[Any]], Float[np.ndarray, "n d"]]
-"""`(inputs, values) -> vectors`, one per value. Their inner products are the model's similarities,
-or rank values in the same order. `inputs` is the side, `"query"` or `"key"`, for texts. For other
-values, or a set that works with either side, it is a modality, such as `"image"`: the first side
-that has it embeds the values. With several processes, each must call it with the same values, and
-gets all vectors."""
+"""`(inputs, values) -> vectors`, one per value. Inner products of the vectors are the model's
+similarities, or rank values in the same order. For texts, `inputs` is the side, `"query"` or
+`"key"`. For other values, or a set that works with either side, it is a modality, such as
+`"image"`: the first side with this modality embeds the values. With several processes, each process
+must make the call with the same values, and gets all vectors."""
 
 
 @runtime_checkable
@@ -24,9 +24,9 @@ class EvaluationSet(Protocol):
 
     Attributes:
       kind: a key of `jaxcl.evaluation.sets.KINDS`, such as `"retrieval"`.
-      fingerprint: equal for equal content and labels.
-      metrics: the names of the metrics in the result of `evaluate`, the main one first; all are
-        better when they are higher.
+      fingerprint: a digest that is equal for equal content and labels.
+      metrics: the names of the metrics in the result of `evaluate`, the main one first; for all of
+        them, higher is better.
       inputs: the first arguments with which the set calls `encode`, such as `("image", "text")`.
     """
 
@@ -38,7 +38,7 @@ class EvaluationSet(Protocol):
     def evaluate(self, encode: Encode) -> Mapping[str, float]:
         """Score the embeddings of a model.
 
-        With several processes, each must call this, and gets the same values.
+        With several processes, each process must call this method, and gets the same values.
 
         Args:
           encode: embeds the values.
@@ -66,7 +66,7 @@ class ComparableSet(EvaluationSet, Protocol):
     unit: str
 
     def measure(self, encode: Encode) -> Any:
-        """Measure what the metrics need to know about a model, such as the similarity of pairs."""
+        """Compute the inputs of the metrics for a model, such as the similarity of each pair."""
         ...
 
     def figures(self, measured: Any) -> Mapping[str, float]:
@@ -74,7 +74,7 @@ class ComparableSet(EvaluationSet, Protocol):
         ...
 
     def differences(self, measured: Any, baseline: Any) -> Mapping[str, Difference]:
-        """Name of a metric -> its difference between two models, given what was measured."""
+        """Map each metric to its difference between two models, from the results of `measure`."""
         ...
 
 

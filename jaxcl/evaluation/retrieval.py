@@ -109,10 +109,10 @@ def evaluate_retrieval(
       known: the keys that answer each query. All of them except the relevant key are excluded from
         the query's ranking. By default, no key is excluded.
       methods: `"bm25"` uses texts, `"dense"` embeddings, `"hybrid"` both.
-      others: further methods by name -> the function that scores all keys for a range of queries.
+      others: name of a further method -> a function that scores all keys for a range of queries.
       rrf_k: the constant of `reciprocal_rank_fusion`, for `"hybrid"`.
-      tile: number of queries to score at a time. Memory is proportional to it times the size of the
-        pool; the result does not depend on it.
+      tile: number of queries to score at a time. Memory is proportional to this number times the
+        size of the pool; the result does not depend on it.
       advance: called after each tile with the number of its queries.
 
     Returns:
@@ -192,7 +192,7 @@ def comparison(
 def lexical_tokens(text: str) -> list[str]:
     """Split a text into lower-case words and numbers, and identifiers into their parts.
 
-    It splits at all characters except letters and digits, between letters and digits, and at the
+    Splits occur at all characters except letters and digits, between letters and digits, and at the
     capitals of camelCase (for unaccented letters). The tokens of identifiers then match the words
     of a question, which makes BM25 a strong baseline on code.
 
@@ -210,8 +210,8 @@ class BM25:
     `idf_t = ln(1 + (n - n_t + ½) / (n_t + ½))`
 
     where `n_t` of the `n` texts contain `t`, `f_td` is the count of `t` in `d`, `L_d` is the number
-    of tokens of `d`, `L` is its mean over the pool, k1 = 1.5 and b = 0.75. If a query repeats a
-    token, its score is added each time. Tokens come from `lexical_tokens`; there is no stemming,
+    of tokens of `d`, `L` is its mean over the pool, k1 = 1.5 and b = 0.75. A token that a
+    query repeats adds its score each time. Tokens come from `lexical_tokens`; there is no stemming,
     and no stop words are dropped.
 
     Args:
@@ -232,7 +232,8 @@ class BM25:
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        # Not at the top: it runs a JAX computation, too early for jax.distributed.initialize.
+        # Not at the top: the import runs a JAX computation, which must not happen before
+        # jax.distributed.initialize.
         import bm25s
 
         # bm25s sets its own log level to DEBUG, and absl prints its messages.
@@ -315,7 +316,7 @@ def reciprocal_rank_fusion(
     if not 0 <= k < np.inf:
         raise ValueError(f"k={k}; use a finite constant of at least 0, such as 60")
     shares = np.stack([1 / (k + mid_ranks(table)) for table in score_tables])
-    shares.sort(axis=0)  # or ranks (1, 2, 3) and (3, 1, 2) differ in the last bit of their sum
+    shares.sort(axis=0)  # so that ranks (1, 2, 3) and (3, 1, 2) have the same sum
     return shares.sum(axis=0)
 
 

@@ -31,9 +31,9 @@ MAIN_METRIC = "ndcg@10"
 _TILE_SCORES = 2**25
 """Scores in memory at a time, 128 MiB in float32."""
 _BLOCK_DOCUMENTS = 16_384
-"""Documents whose vectors are converted to float64, or whose texts are read, at a time."""
+"""Number of documents to convert to float64, or to read the texts of, at a time."""
 _ENCODE_DOCUMENTS = 65_536
-"""Documents encoded at a time; many, because `encode` sorts them by length."""
+"""Number of documents to encode at a time; large, because `encode` sorts them by length."""
 
 _Scores = Callable[[Int[np.ndarray, " q"]], Float[np.ndarray, "q n"]]
 """Indices of queries -> the scores of all documents for each."""
@@ -45,8 +45,8 @@ class RetrievalSet:
     Attributes:
       kind: `"retrieval"`.
       data: the corpus, the queries and the labels.
-      metrics: names of the metrics, all better when they are higher, the main one first.
-      fingerprint: of the corpus, the queries and the labels.
+      metrics: names of the metrics, the main one first; for all of them, higher is better.
+      fingerprint: a digest of the corpus, the queries and the labels.
       inputs: both sides.
       sizes: the numbers of `documents`, `queries` and `relevant` pairs, and the nonzero counts in
         `Beir.left_out`.
@@ -70,7 +70,7 @@ class RetrievalSet:
 
     @property
     def description(self) -> str:
-        """The sizes."""
+        """The sizes of the set."""
         return (
             f"retrieval for {counted(self.sizes['queries'], 'query', 'queries')} from "
             f"{counted(self.sizes['documents'], 'document')}, with "
@@ -178,7 +178,7 @@ class RetrievalSet:
     def _without_own(
         self, scores: Float[np.ndarray, "q n"], queries: Int[np.ndarray, " q"]
     ) -> Float[np.ndarray, "q n"]:
-        """Give a document with the same id as its query the lowest score for that query."""
+        """Give a document with the same id as a query the lowest score for that query."""
         own = self.data.own_documents[queries]
         rows = np.flatnonzero(own >= 0)
         if rows.size:

@@ -22,7 +22,7 @@ class Kind(NamedTuple):
 
     Attributes:
       expected: a noun phrase for such a path, such as "a BEIR folder", for messages.
-      recognises: whether an existing path is of this kind; it reads only a little of it.
+      recognises: whether an existing path is of this kind; reads only a little of the content.
       open: opens such a path, and raises a `ValueError` for invalid content.
     """
 
@@ -48,7 +48,7 @@ KINDS: dict[str, Kind] = {
     "pairs": Kind(f"{_FILE} of pairs of texts with labels 0 and 1", has_labels, open_pair_set),
     "sts": Kind(f"{_FILE} of pairs of texts with scores", is_text_file, open_sts_set),
 }
-"""Name of a kind -> how to recognise and open it. The first that recognises a path opens it."""
+"""Name of a kind -> how to recognise and open it; the first that recognises a path is used."""
 
 
 def open_set(path: AnyPath, *, kind: str | None = None) -> EvaluationSet:
@@ -56,13 +56,13 @@ def open_set(path: AnyPath, *, kind: str | None = None) -> EvaluationSet:
 
     Args:
       path: a file or folder of one of `KINDS`.
-      kind: the name of its kind; `None` detects it. STS scores that are all 0 or 1 need it, since
-        they would be taken for the labels of pair classification.
+      kind: the name of the kind; `None` detects it. Name it for STS scores that are all 0 or 1,
+        which would otherwise be taken for labels of pair classification.
 
     Raises:
       FileNotFoundError: if there is no such file or folder.
-      ValueError: if it is of no known kind, or its content is invalid.
-      OSError: if it cannot be read.
+      ValueError: if the path is not of a known kind, or its content is invalid.
+      OSError: if the path cannot be read.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path} to evaluate on")

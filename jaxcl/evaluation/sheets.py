@@ -37,7 +37,7 @@ from jaxcl.typing import SIDES, Float, Int, PyTree, UInt8
 __all__ = ["FOLDER", "Sheets", "augmented_images", "hardest_negatives"]
 
 FOLDER = "sheets"
-"""The folder in the workdir."""
+"""The folder of the sheets in the workdir."""
 
 _ROWS = 8
 _NEIGHBOURS = 6
@@ -52,8 +52,8 @@ class Sheets:
 
     Args:
       settings: the settings of the run.
-      data: its data.
-      workdir: its workdir.
+      data: the data of the run.
+      workdir: the workdir of the run.
     """
 
     def __init__(self, settings: Settings, data: RunData, workdir: AnyPath) -> None:
@@ -65,7 +65,7 @@ class Sheets:
     def views(self, training: Training, state: TrainState) -> None:
         """Write the sheet of augmented views; every process must call this.
 
-        A row's view is the one that it would have in the next step.
+        Each row is augmented as it would be in the next step.
         """
         if not self._on:
             return
@@ -91,7 +91,7 @@ class Sheets:
         self._write("views", f"Rows of the training split and their views, step {step:,}", shown)
 
     def evaluated(self, step: int, ranked: Ranked) -> None:
-        """Write the sheets of an evaluation; only process 0 does anything."""
+        """Write the sheets of an evaluation; does nothing except on process 0."""
         if not self._on or jax.process_index() != 0:
             return
         queries, keys, known = ranked
@@ -150,7 +150,7 @@ def augmented_images(
 
     Args:
       training: the run.
-      key: the key of the run's state.
+      key: the random key of the run's state.
       step: the number of completed steps.
       table: the training rows.
       side: a side with images.
@@ -161,13 +161,13 @@ def augmented_images(
         return None
     with jax.default_device(jax.local_devices()[0]):
         keys = keys_of_side(jax.random.fold_in(key, step), SIDES.index(side), jnp.asarray(rows))
-        assert keys is not None  # as it is for a key of `None`
+        assert keys is not None  # it is `None` only without a random key
         views: PyTree = jax.jit(jax.vmap(augment))(table.side(side, rows), keys_of_view(keys))
     return as_uint8(np.asarray(views["image"]))
 
 
 def as_uint8(images: np.ndarray) -> UInt8[np.ndarray, "*n h w 3"]:
-    """Images in [0, 1], rounded to 256 levels; images of uint8 stay as they are."""
+    """Images in [0, 1], rounded to 256 levels; uint8 images are returned unchanged."""
     if images.dtype == np.uint8:
         return images
     return np.round(255 * np.clip(images, 0, 1)).astype(np.uint8)
@@ -182,13 +182,13 @@ def hardest_negatives(
 ) -> tuple[Int[np.ndarray, " r"], Int[np.ndarray, " r"], Float[np.ndarray, " r"]]:
     """Find the queries with the largest margin of a wrong key over their own key.
 
-    Of more than 4,096 queries, 4,096 are ranked, spread evenly over the rows.
+    With more than 4,096 queries, only 4,096 are ranked, spread evenly over the rows.
 
     Args:
-      queries: embeddings.
-      keys: embeddings; row i is the own key of query i.
+      queries: the embeddings of the queries.
+      keys: the embeddings of the keys; key i belongs to query i.
       known: the keys that answer each query.
-      count: the largest number of queries.
+      count: the maximum number of queries to return.
 
     Returns:
       The queries, the nearest wrong key of each, and the margins `s_wrong - s_own`, the largest

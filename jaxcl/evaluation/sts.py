@@ -21,7 +21,7 @@ __all__ = ["StsSet", "open_sts_set"]
 
 _CORRELATIONS = {"spearman": spearman_of_resamples, "pearson": pearson_of_resamples}
 _NOISE = 8 * float(np.finfo(np.float32).eps)
-"""Differences of similarities below this share of the largest are rounding errors."""
+"""Differences of similarities below this share of the largest similarity are rounding errors."""
 
 
 class StsSet(SimilaritySet):
@@ -70,5 +70,5 @@ class StsSet(SimilaritySet):
 
 
 def open_sts_set(path: AnyPath) -> StsSet:
-    """Read a file of pairs with scores; raises as `open_pairs`."""
+    """Read a file of pairs with scores; raises the same errors as `open_pairs`."""
     return open_pairs(StsSet, path)

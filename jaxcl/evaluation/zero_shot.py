@@ -48,7 +48,7 @@ class ZeroShotSet:
       kind: `"zero_shot"`.
       unit: `"images"`.
       metrics: `"accuracy"`, and `"accuracy@5"` with more than five classes.
-      fingerprint: of the images, labels, names and templates.
+      fingerprint: a digest of the images, labels, names and templates.
       inputs: `("image", "text")`.
     """
 
@@ -99,9 +99,9 @@ class ZeroShotSet:
         """Classify the images.
 
         Returns:
-          The share of images whose class has the highest similarity, with its standard error, and
-          with more than five classes the share among the five highest. Equal similarities share
-          their mean rank. Also the sizes.
+          The share of images whose class has the highest similarity; with more than five classes,
+          also the share whose class is among the five highest. Each has a standard error. Equal
+          similarities share their mean rank. The sizes of the set are included.
 
         Raises:
           ValueError: if an embedding is not finite.
@@ -146,7 +146,7 @@ def class_embeddings(
 
 
 def check_templates(templates: Sequence[str]) -> None:
-    """Raise a `ValueError` without templates, or if one does not contain `{}` exactly once."""
+    """Raise a `ValueError` if there are no templates, or one does not contain `{}` exactly once."""
     for template in templates:
         if template.count(_PLACE) != 1:
             raise ValueError(
@@ -163,7 +163,7 @@ def is_templates_file(path: AnyPath) -> bool:
 
 
 def open_zero_shot_set(path: AnyPath) -> ZeroShotSet:
-    """Open a folder of labelled images, or its file of templates.
+    """Open a folder of labelled images, given the folder or its file of templates.
 
     The images are in a folder per class, in the subfolder `test` if there is one. The name of a
     class is the second column of `classes.tsv`, whose first column is the name of the folder;
@@ -198,7 +198,7 @@ def _templates(path: Path) -> list[str]:
 
 
 def _class_names(path: Path, folders: Sequence[str]) -> dict[str, str]:
-    """Folder -> name, for all folders and all further classes of the file."""
+    """Folder -> name of its class, for all folders and all other classes in `classes.tsv`."""
     if not path.exists():
         return {folder: folder.replace("_", " ") for folder in folders}
     names: dict[str, str] = {}
