@@ -61,7 +61,7 @@ def chunked(
         if num_rows % shards:
             raise ValueError(f"{num_rows} rows do not divide over {shards} shards")
         size = max(1, min(chunk_size, num_rows // shards))
-        # Outside the loop, where the gradient is summed over devices once, not once per chunk.
+        # Outside the loop, so that the gradient is summed over devices once, not once per chunk.
         params = as_varying(params, rows)
         chunks = jax.tree.map(lambda leaf: _split(leaf, size, shards), rows)
         encode_chunk = jax.checkpoint(lambda chunk: encode(params, *chunk))

@@ -101,12 +101,12 @@ def mid_ranks(scores: Float[np.ndarray, "q n"]) -> Float[np.ndarray, "q n"]:
 
 
 def mrr_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int = 10) -> Float[np.ndarray, " q"]:
-    """The reciprocal rank of each query, whose mean is MRR@cutoff.
+    """The reciprocal rank of each query; its mean over queries is MRR@cutoff.
 
     `rr_i = 1 / rank_i` if `rank_i <= cutoff`, else 0.
 
     Args:
-      ranks: from `rank_of_key`, at least 1. Mid-ranks are used directly: 1.5 gives 2/3.
+      ranks: the result of `rank_of_key`, at least 1. Mid-ranks are used directly: 1.5 gives 2/3.
       cutoff: the last rank with a value above 0; 10 as in the MS MARCO passage task.
 
     Returns:
@@ -130,7 +130,7 @@ def ndcg_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int = 10) -> Float[np
     `ndcg_i = 1 / log2(1 + rank_i)` if `rank_i <= cutoff`, else 0. The ideal order has the key at
     rank 1 and a gain of 1, so no normalisation is necessary.
 
-    Arguments, values and errors as for `mrr_metric`.
+    Arguments, return values and errors are as for `mrr_metric`.
 
     Example:
       >>> ndcg_metric(np.array([1.0, 3.0, 11.0])).tolist()
@@ -150,7 +150,7 @@ def recall_at_k_metric(ranks: Float[np.ndarray, " q"], *, cutoff: int) -> Float[
     either all of them are retrieved or none.
 
     Args:
-      ranks: from `rank_of_key`, at least 1.
+      ranks: the result of `rank_of_key`, at least 1.
       cutoff: number of retrieved keys. It has no default, since recall means little without it.
 
     Returns:
@@ -232,16 +232,16 @@ def paired_difference(
 
 
 class PairedInterval(NamedTuple):
-    """A mean paired difference, its errors and its interval; NaN if there are too few data.
+    """A mean paired difference with standard errors and an interval; NaN if data are too few.
 
     Attributes:
       difference: the mean over seeds and queries.
-      error_over_queries: the standard error of the mean over queries, whose values are averaged
-        over seeds; NaN with one query.
-      error_over_seeds: the standard error of the mean over seeds, whose values are averaged over
-        queries; NaN with one seed.
+      error_over_queries: the standard error over queries, after averaging over seeds; NaN with one
+        query.
+      error_over_seeds: the standard error over seeds, after averaging over queries; NaN with one
+        seed.
       low: the lower end of the interval.
-      high: the upper end.
+      high: the upper end of the interval.
     """
 
     difference: float
@@ -257,7 +257,7 @@ def paired_interval(
     *,
     level: float = 0.95,
 ) -> PairedInterval:
-    """The interval of a mean paired difference over both seeds and queries.
+    """The confidence interval of a mean paired difference over both seeds and queries.
 
     The differences `d_sq` follow a crossed model with random effects: `d_sq = μ + a_s + b_q + e_sq`
     with an effect `a` of the seed, `b` of the query, and a residual `e`. With `S` seeds and `Q`
@@ -265,7 +265,8 @@ def paired_interval(
 
     `E_q² = Σ_q (d_·q - d_··)² / (Q - 1) / Q`, with the expectation `σ_b²/Q + σ_e²/(S Q)`,
     `E_s² = Σ_s (d_s· - d_··)² / (S - 1) / S`, with the expectation `σ_a²/S + σ_e²/(S Q)`,
-    `R² = Σ_sq (d_sq - d_s· - d_·q + d_··)² / ((S - 1) (Q - 1) S Q)`, with `σ_e²/(S Q)`.
+    `R² = Σ_sq (d_sq - d_s· - d_·q + d_··)² / ((S - 1) (Q - 1) S Q)`, with the expectation
+    `σ_e²/(S Q)`.
 
     Both squared errors contain the residual, so the variance of the mean is
     `V = E_q² + E_s² - R²`, but at least the larger of the two. The ends of the interval are
@@ -275,15 +276,16 @@ def paired_interval(
 
     In simulations with 2 to 10 seeds and 30 or 200 queries, 93 to 99% of the intervals contain the
     true difference, whichever of the three effects is largest. Two seeds give wide intervals, since
-    their quantile is 12.7.
+    Student's t with one degree of freedom has the quantile 12.7.
 
     Args:
-      values: one per seed and query.
+      values: one value per seed and query.
       baseline: another system's values for the same seeds and queries in the same order.
       level: the confidence level.
 
     Returns:
-      The difference is positive if `values` are higher. A single query has no interval: NaN.
+      A difference that is positive if `values` are higher, with its errors and interval. With a
+      single query, the ends of the interval are NaN.
 
     Raises:
       ValueError: if the shapes differ, there are no values, or `level` is not between 0 and 1.
@@ -322,7 +324,7 @@ def paired_interval(
 def _half_width(
     differences: Float[np.ndarray, "seeds q"], of_queries: float, of_seeds: float, level: float
 ) -> float:
-    """The half-width over several seeds and queries, from the squared errors over either."""
+    """The half-width of the interval, from the squared errors over queries and over seeds."""
     num_seeds, num_queries = differences.shape
     residuals = differences - differences.mean(0) - differences.mean(1, keepdims=True)
     residuals += differences.mean()
@@ -336,7 +338,7 @@ def _half_width(
 
 
 def _t_quantile(degrees: int, level: float) -> float:
-    """The quantile of Student's t that encloses a share `level` of it on both sides of 0."""
+    """The number `t` for which a share `level` of Student's t distribution is in [-t, t]."""
     return float(stdtrit(degrees, (1 + level) / 2))
 
 

@@ -68,7 +68,7 @@ __all__ = [
 ]
 
 SIDES = ("query", "key")
-"""The two sides of a pair, in the order in which arrays and random keys take them."""
+"""The two sides of a pair, in their order in arrays and in random keys."""
 
 PADDING_ID = 0
 """The token id that pads a text to the width of its batch. Encoders mask this id, unless the inputs
@@ -91,8 +91,8 @@ RowKeys: TypeAlias = Key[Array, " b"]
 
 Augment: TypeAlias = Callable[[PyTree, Key[Array, ""]], PyTree]
 """`(the input of one row, a random key) -> an input that the encoder reads`, compiled into the
-step. An augmentation that drops tokens may add a `"mask"`; one of images may change their size and
-type."""
+step. An augmentation that drops tokens may add a `"mask"`; an image augmentation may change the
+size and type of the image."""
 
 NumpyInt: TypeAlias = Int[np.ndarray, "..."]
 
@@ -158,15 +158,15 @@ F = TypeVar("F", bound=Callable)
 def check_ranges(options: tuple[Any, ...]) -> None:
     """Raise a `ValueError` if a field of a NamedTuple is outside the `Range` of its annotation.
 
-    `None` is always allowed. All numbers of a tuple must be in the same range.
+    `None` is always allowed. Every number in a tuple must be in the range of the field.
     """
     _check(options._asdict(), type(options))  # type: ignore[attr-defined] # a NamedTuple's
 
 
 def check_arguments(function: F) -> F:
-    """Let a function check the `Range` of each keyword argument, as `check_ranges` does.
+    """Wrap a function so that it checks the `Range` of each keyword argument, like `check_ranges`.
 
-    A class has its constructor's arguments checked.
+    For a class, the arguments of its constructor are checked.
 
     Example:
       >>> @check_arguments

@@ -1,7 +1,7 @@
 """Exchange rows between devices, with gradients.
 
 CPU processes communicate through gloo, whose reduce-scatter sometimes returns wrong results
-silently or hangs (jax-ml/jax issues 40830 and 40831). There, an all-reduce replaces it, and each
+silently or hangs (jax-ml/jax issues 40830 and 40831). On CPUs, an all-reduce replaces it, and each
 device takes its slice of the sum.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["gather", "rotate", "sum_scatter"]
 
 
 def rotate(tree: PyTree, axis_name: AxisName) -> PyTree:
-    """Receive the arrays of the previous device along the mesh axes, and send ours to the next."""
+    """Send arrays to the next device along the mesh axes, and receive the previous device's."""
     size = lax.axis_size(axis_name)
     following = [(device, (device + 1) % size) for device in range(size)]
     return jax.tree.map(lambda rows: lax.ppermute(rows, axis_name, following), tree)
@@ -36,7 +36,7 @@ def gather(tree: PyTree, axis_name: AxisName) -> PyTree:
 
 
 def sum_scatter(values: Float[Array, "k ..."], axis_name: AxisName) -> Float[Array, "q ..."]:
-    """Sum over all devices, and return the n-th of n equal slices on the n-th device."""
+    """Sum over all devices, and return the i-th of n equal slices on the i-th of n devices."""
     if not _by_gloo():
         return lax.psum_scatter(values, axis_name, tiled=True)
     size = values.shape[0] // lax.axis_size(axis_name)

@@ -30,7 +30,7 @@ __all__ = [
 
 
 def make_mesh(axes: Mapping[str, int], *, devices: list[jax.Device] | None = None) -> Mesh:
-    """Create a mesh over the devices, whose axes the compiler shards (`AxisType.Auto`).
+    """Create a device mesh over whose axes the compiler shards arrays (`AxisType.Auto`).
 
     Args:
       axes: axis name to size, in order; one size may be -1, for all remaining devices.
@@ -61,7 +61,7 @@ def make_mesh(axes: Mapping[str, int], *, devices: list[jax.Device] | None = Non
         return jax.make_mesh(
             tuple(sizes),
             tuple(axes),
-            # The default is Explicit, under which a product of two sharded sides raises.
+            # The default is Explicit, under which a product of two sharded sides is an error.
             axis_types=(AxisType.Auto,) * len(sizes),
             devices=np.asarray(devices).tolist(),
         )
@@ -103,8 +103,8 @@ def on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
 def default_settings(mesh: Mesh) -> Iterator[None]:
     """Compile and run a program on a mesh under JAX's defaults, whatever the caller has set.
 
-    For programs in int32 and float32 that are correct only under the defaults, or whose masked
-    intermediate values would trigger `jax_debug_nans`.
+    Use it for programs in int32 and float32 that are correct only under the defaults, or whose
+    masked intermediate values would trigger `jax_debug_nans`.
     """
     with (
         current_mesh(mesh),
@@ -150,7 +150,7 @@ def put_batch(local_batch: PyTree, mesh: Mesh) -> PyTree:
 
     Args:
       local_batch: NumPy arrays; the first axis is this host's rows.
-      mesh: the mesh to put them on, rows sharded over all of its axes.
+      mesh: the mesh to put them on, with rows sharded over all of its axes.
 
     Returns:
       The same tree, with global arrays of the whole batch.

@@ -23,9 +23,9 @@ __all__ = ["IMPLEMENTATIONS", "QUERY_TILE", "TILE", "Nearest", "nearest"]
 IMPLEMENTATIONS = ("reference", "tiled")
 
 QUERY_TILE, TILE = 256, 65_536
-"""Queries and rows per tile: 64 MiB of float32 similarities. Wide, since each tile is one sort."""
+"""Queries and rows per tile: 64 MiB of float32 similarities. Wide, to sort fewer times."""
 
-_GROUP = 32  # columns per group, ranked by its maximum before the sort
+_GROUP = 32  # columns per group; before the sort, groups are selected by their maxima
 
 
 class Nearest(NamedTuple):
@@ -64,14 +64,14 @@ def nearest(
       table_labels: the rows' labels.
       axis_name: the mesh axes of an enclosing `jax.shard_map` over which both sides are sharded by
         row. Queries are gathered on all devices: with `b` queries in total, each device receives
-        `(b - q) · d` numbers of queries and `2 · (b - q) · count` numbers of results.
+        `(b - q) · d` numbers as queries and `2 · (b - q) · count` numbers as results.
       implementation: `"reference"` sorts all similarities; `"tiled"` merges the best rows of one
         tile at a time.
       query_tile: queries per tile.
       tile: rows per tile.
 
     Returns:
-      The nearest among all devices' rows, without gradient.
+      The nearest rows on all devices, without gradient.
 
     Raises:
       ValueError: if the implementation is unknown, a count or tile is below 1, or a label does not
@@ -175,7 +175,7 @@ def _of_table(
 
 
 def _even(size: int, tile: int) -> int:
-    """The smallest tile with the same number of tiles, in whole groups if possible."""
+    """The smallest tile size that keeps the number of tiles, in whole groups if possible."""
     least = -(-size // -(-size // tile))
     return min(-(-least // _GROUP) * _GROUP, tile, size)
 

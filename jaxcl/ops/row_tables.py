@@ -27,8 +27,8 @@ ENTRIES_MULTIPLE = 1_024
 def init_table(num_rows: int, width: int, *, value: float) -> Float[Array, "n w"]:
     """Create a table with one entry per row, all equal to `value`.
 
-    It is padded to a multiple of 1,024 entries on every mesh, so that a checkpoint can move between
-    meshes.
+    The table is padded to a multiple of 1,024 entries on every mesh, so that a checkpoint can move
+    between meshes.
     """
     return jnp.full((padded_entries(num_rows), width), value, jnp.float32)
 
@@ -58,8 +58,8 @@ def fetch_rows(
 
     Args:
       tables: this device's shard of each table, `[n / devices, …]`.
-      rows: the requested row numbers in the whole table; negative ones return 0.
-      axis_name: the mesh axes over which tables are sharded; `None` for replicated ones.
+      rows: the requested row numbers in the whole table; negative numbers return 0.
+      axis_name: the mesh axes over which tables are sharded; `None` for replicated tables.
       constant: whether no gradient is needed. Two-byte floats then travel as bits; otherwise XLA on
         a CPU converts the whole table to float32.
 

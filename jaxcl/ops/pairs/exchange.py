@@ -74,7 +74,8 @@ def ring_backward(
 ) -> tuple[Float[Array, "q d"], Float[Array, " q"], Float[Array, "k d"], Float[Array, " k"]]:
     """Compute the gradients of query vectors, scales, key vectors and biases.
 
-    The keys travel around the ring again, followed by their gradients, which return home.
+    The keys travel around the ring again, followed by their gradients, which return to the device
+    that owns the keys.
     """
     queries, keys, (rows, columns) = residuals
     row_cotangents, column_cotangents = cotangents
@@ -118,14 +119,14 @@ def _around_the_ring(
     Args:
       combine: (visitors, visitor_results, local_results) -> new (visitor_results, local_results).
       visitors: this device's inputs, which visit every device.
-      visitor_results: the visitors' results, which travel with them and return home.
-      local_results: this device's results.
+      visitor_results: the visitors' results, which travel with the visitors and return home.
+      local_results: this device's results, which stay.
       axis_name: mesh axes that form the ring.
     """
 
     def visit(_: Array, carry: tuple) -> tuple:
         visitors, visitor_results, local_results = carry
-        # Sent before the product, which does not depend on it, so that the transfer can overlap.
+        # Sent before the product, so that the transfer and the product can overlap.
         following = rotate(visitors, axis_name)
         visitor_results, local_results = combine(visitors, visitor_results, local_results)
         return following, rotate(visitor_results, axis_name), local_results
@@ -133,7 +134,7 @@ def _around_the_ring(
     visitors, visitor_results, local_results = lax.fori_loop(
         0, lax.axis_size(axis_name) - 1, visit, (visitors, visitor_results, local_results)
     )
-    # Outside the loop, since the last visitors are not sent on. Their results return home with one
-    # more rotation.
+    # Outside the loop, since the last visitors are not sent on; only their results are rotated once
+    # more, and so return home.
     visitor_results, local_results = combine(visitors, visitor_results, local_results)
     return rotate(visitor_results, axis_name), local_results

@@ -133,7 +133,7 @@ def pair_sum(
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
     """Sum the scores of allowed pairs over each row and column, in nats.
 
-    Arguments as for `pair_logsumexp`; a fully masked row is 0.
+    The arguments are as for `pair_logsumexp`; the sum of a fully masked row or column is 0.
     """
     queries, keys = _as_sides(queries, keys)
     return _reduce_pairs(
@@ -159,8 +159,8 @@ def pair_softplus(
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
     r"""Sum $\log(1 + e^{s_{ij}})$ over the allowed pairs of each row and column.
 
-    The scores are $s_{ij} = a \langle q_i, k_j\rangle + b$ with `scale` $a$ and `bias` $b$; other
-    arguments as for `pair_logsumexp`. A fully masked row is 0.
+    The scores are $s_{ij} = a \langle q_i, k_j\rangle + b$ with `scale` $a$ and `bias` $b$; the
+    other arguments are as for `pair_logsumexp`. The sum of a fully masked row or column is 0.
     """
     queries, keys = _as_sides(queries, keys)
     check_numbers("scale", scale, Range())
@@ -184,7 +184,7 @@ def pair_count(
     implementation: str | None = None,
     tile: int | None = None,
 ) -> tuple[Float[Array, " q"], Float[Array, " k"]]:
-    """Count the allowed pairs in each row and column. Arguments as for `pair_logsumexp`."""
+    """Count the allowed pairs in each row and column; arguments are as for `pair_logsumexp`."""
     queries, keys = map(jax.lax.stop_gradient, _as_sides(queries, keys))
     return _reduce_pairs(
         COUNT,

@@ -62,7 +62,7 @@ class Reduction(NamedTuple):
 
 
 def nothing(reduction: Reduction, queries: PairQueries, keys: PairKeys) -> Reduced:
-    """The reductions of no scores, with which loops over tiles or devices start."""
+    """The reductions of no scores: the initial values of loops over tiles or devices."""
     wide = jnp.promote_types(queries.vectors.dtype, jnp.float32)
     sides = (queries, keys)
     rows, columns = (

@@ -37,12 +37,13 @@ class PairLabels(NamedTuple):
 
     Attributes:
       different: labels that must differ, such as row ids and groups. The queries' n-th label is
-        compared with the keys' n-th. A row may have several labels, `[r, s]`, padded with
-        negative labels; two rows then match if they share any.
+        compared with the keys' n-th label. A row may have several labels, `[r, s]`, padded with
+        negative labels; two rows then match if they share any label.
       equal: labels that must be equal, compared in the same way.
       valid: `False` for padding.
       ceiling: the maximum similarity of an allowed pair; each side may omit it.
-      guide: embeddings whose similarity is compared with the ceilings instead of the pair's own.
+      guide: embeddings whose similarity is compared with the ceilings instead of the similarity of
+        the pair's vectors.
     """
 
     different: tuple[Labels, ...] = ()
@@ -180,7 +181,7 @@ def _mask(
 
 
 def _agree(column_labels: PyTree, row_labels: PyTree) -> Bool[Array, "..."]:
-    """Whether each pair shares a label, from tuples of columns and of rows."""
+    """Whether the two sides of each pair share a label, from tuples of columns and of rows."""
     if len(column_labels) == len(row_labels) == 1:
         return column_labels[0] == row_labels[0]
     pairs = itertools.product(column_labels, row_labels)

@@ -1,7 +1,7 @@
 """Reduce the matrix of scores tile by tile, forward and backward, without storing it.
 
-If tiles do not divide a side, the last tile starts earlier. All tiles then have the same shape, and
-nothing is padded or copied. Rows that a previous tile has covered are masked.
+If the tile size does not divide a side, the last tile starts earlier. All tiles then have the same
+shape, and nothing is padded or copied. Rows that a previous tile has covered are masked.
 """
 
 import functools
@@ -107,8 +107,8 @@ def backward_by(
     start = tuple(full_like_varying(shape, 0.0, wide, (queries, keys)) for shape in shapes)
     num_tiles = _num_tiles(num_queries, num_keys, tile)
     to_queries, to_keys, to_biases = lax.fori_loop(0, num_tiles, one_tile, start)
-    # With G the gradients of scores, that of a query is a_i Σ_j G_ij k_j and that of its scale
-    # Σ_j G_ij ⟨q_i, k_j⟩, which follows from the former without another pass over the tiles.
+    # If G is the gradient of the scores, the gradient of a query is a_i Σ_j G_ij k_j, and the
+    # gradient of its scale, Σ_j G_ij ⟨q_i, k_j⟩, follows from it without another pass over tiles.
     to_scales = jnp.einsum("qd,qd->q", to_queries, queries.vectors.astype(wide)) / queries.scale
     return to_queries, to_scales, to_keys, to_biases
 
