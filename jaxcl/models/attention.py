@@ -37,7 +37,7 @@ def attend(
     b, q, n, c = queries.shape
     t, groups = keys.shape[1:3]
     queries, keys, values = (jnp.swapaxes(side, 1, 2) for side in (queries, keys, values))
-    # All products have one batch axis for rows and one for heads, since others are slow on a CPU.
+    # Products have one batch axis for rows and one for heads; other layouts are slow on a CPU.
     # The queries of a group's heads are rows of one matrix.
     grouped = queries.reshape(b, groups, -1, c)
     scores = jnp.einsum("bgmc,bgkc->bgmk", grouped, keys).reshape(b, n, q, t)
@@ -53,7 +53,7 @@ def attend(
 
 @jax.custom_jvp
 def _softmax(scores: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
-    """A softmax whose backward pass keeps the result only."""
+    """A softmax that keeps only its result for the backward pass."""
     exponentials = jnp.exp(scores - scores.max(-1, keepdims=True))
     return exponentials / exponentials.sum(-1, keepdims=True)
 

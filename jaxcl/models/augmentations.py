@@ -57,14 +57,14 @@ def token_dropout(*, rate: Rate = 0.4, keep_first: Count = 0, keep_last: Count =
     """Drop a random fraction of a text's tokens; the others keep their positions.
 
     Args:
-      rate: the probability that a token is left out, in [0, 1).
-      keep_first, keep_last: number of tokens at each end of a text to keep always, such as 1 for
-        [CLS] and 1 for [SEP].
+      rate: the probability that a token is dropped, in [0, 1).
+      keep_first, keep_last: number of tokens that are always kept at each end of a text, such as 1
+        for [CLS] and 1 for [SEP].
 
     Returns:
-      The augmentation of `{"tokens": int32[t]}`. A token left out becomes padding, which every
+      The augmentation of `{"tokens": int32[t]}`. A dropped token becomes padding, which every
       encoder of `jaxcl.models` ignores. Inputs with a `"length"` keep their tokens, and get a
-      `"mask": bool[t]` that is `False` there.
+      `"mask": bool[t]` that is `False` for dropped tokens.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -86,15 +86,15 @@ def span_masking(
 ) -> Augment:
     r"""Mask random spans of a text.
 
-    A span begins at each place, also up to `span_length - 1` places before the text, with the
-    probability $p$ for which $1 - (1 - p)^{length}$ is the rate. So each token is masked with
-    the same probability, and masked tokens come in runs.
+    A span begins at each position, including `span_length - 1` positions before the text, with the
+    probability $p$ for which $1 - (1 - p)^{length}$ is the rate. Each token is therefore masked
+    with the same probability, and masked tokens come in runs.
 
     Args:
       rate: the probability that a token is masked, in [0, 1).
-      keep_first, keep_last: number of tokens at each end of a text to keep always, such as 1 for
-        [CLS] and 1 for [SEP].
-      span_length: tokens of a span; spans may overlap.
+      keep_first, keep_last: number of tokens that are always kept at each end of a text, such as 1
+        for [CLS] and 1 for [SEP].
+      span_length: length of a span, in tokens; spans may overlap.
       mask_id: id of the token that replaces masked tokens, such as [MASK]; `None` leaves the tokens
         out, as `token_dropout` does.
 

@@ -64,10 +64,10 @@ class DecoderEncoder(nnx.Module):
       remat: keep one activation per block for the backward pass, and recompute the others.
       compute_dtype: type of activations, such as `"bfloat16"`. `None` uses bfloat16 on accelerators
         and float32 elsewhere. Parameters, and sums in norms and softmax, are always float32.
-      rngs: for the initial parameters.
+      rngs: random streams for the initial parameters.
 
     Raises:
-      ValueError: for an option out of range, or numbers of heads that do not divide.
+      ValueError: for an option out of range, or a width or number of heads that does not divide.
 
     Reference:
       Jiang et al., "Mistral 7B", 2023; as an embedder: Wang et al., "Improving Text Embeddings with
@@ -180,7 +180,7 @@ class DecoderBlock(nnx.Module):
             side(hidden).reshape(b, t, -1, self.head)
             for side in (self.queries, self.keys, self.values)
         )
-        # The first token is attended in a row without any, too: a softmax needs something.
+        # The first position is always attended to, since a softmax needs at least one key.
         attended = mask | (jnp.arange(t) == 0)[None]
         mixed = attend(
             rotated(queries, base=self.rotary_base),
@@ -196,7 +196,7 @@ class DecoderBlock(nnx.Module):
 
 
 def rotated(heads: Float[Array, "b t n c"], *, base: float) -> Float[Array, "b t n c"]:
-    r"""Turns the $i$-th of $c/2$ pairs of a head by its place times $\text{base}^{-2i/c}$.
+    r"""Rotate the $i$-th of $c/2$ feature pairs by $\text{base}^{-2i/c}$ times the position.
 
     Reference:
       Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.

@@ -1,4 +1,4 @@
-"""Weighted sums of token embeddings, without the `[b, t, h]` tensor in between."""
+"""Weighted sums of token embeddings, without an intermediate `[b, t, h]` tensor."""
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,18 @@ def embedding_bag(
     *,
     implementation: str | None = None,
 ) -> Float[Array, "b h"]:
-    r"""Sums token embeddings by weight: $y_i = \sum_j w_{ij}\, T_{x_{ij}}$.
+    r"""Compute weighted sums of token embeddings: $y_i = \sum_j w_{ij}\, T_{x_{ij}}$.
 
     Args:
       table: one embedding per token id.
-      tokens: token ids; padding carries the weight 0, whatever its id.
+      tokens: token ids; padding has the weight 0, whatever its id.
       weights: the weight of each token.
-      implementation: `"gather"` reads all embeddings at once, which accelerators fuse, and which
-        the compiler partitions over devices. `"loop"` adds one token position at a time, forward
-        and backward, in cache: made for a CPU with one device, where XLA's gather and scatter of
-        `[b, t, h]` cost several times as much (`python -m jaxcl.bench embedding_bag`). Its
-        backward would reduce over devices once per chunk of tokens, so `None` never picks it for
-        several.
+      implementation: `"gather"` reads all embeddings at once; accelerators fuse this with the sum,
+        and the compiler partitions it over devices. `"loop"` adds one token position at a time,
+        forward and backward, and stays in cache. It is for a single CPU device, where XLA's gather
+        and scatter of `[b, t, h]` cost several times as much (`python -m jaxcl.bench
+        embedding_bag`). Its backward pass would reduce over devices once per chunk of tokens, so
+        `None` never selects it on several devices.
 
     Returns:
       One vector per row, in the table's dtype.
@@ -67,7 +67,7 @@ _looped_bag = jax.custom_vjp(_summed_by_position)
 
 
 def _looped_bag_forward(table: Array, tokens: Array, weights: Array) -> tuple[Array, tuple]:
-    # Not `_looped_bag`, or a second derivative in forward mode would not exist.
+    # Not `_looped_bag`, so that a second derivative in forward mode exists.
     return _summed_by_position(table, tokens, weights), (table, tokens, weights)
 
 
@@ -84,19 +84,19 @@ def _looped_bag_backward(residuals: tuple, cotangent: Array) -> tuple[Array, Non
 
 
 def _table_gradient(table: Array, tokens: Array, weights: Array, cotangent: Array) -> Array:
-    """Scatter the tokens with weights, chunk by chunk: padding is most of a batch."""
+    """Scatter only tokens with a weight, chunk by chunk, since padding is most of a batch."""
     counted = (weights != 0).ravel()
     num_chunks = -(-counted.size // _CHUNK_TOKENS)
     places = jnp.nonzero(counted, size=num_chunks * _CHUNK_TOKENS, fill_value=counted.size)[0]
 
     def scatter_chunk(i: Array, gradient: Array) -> Array:
         indices = lax.dynamic_slice(places, (i * _CHUNK_TOKENS,), (_CHUNK_TOKENS,))
-        # Past the last token with a weight, indices are out of bounds, and their weights 0.
+        # Past the last token with a weight, indices are out of bounds, and weights are 0.
         weight = weights.ravel().at[indices].get(mode="fill", fill_value=0)
         rows = indices // tokens.shape[1]
         return gradient.at[tokens.ravel()[indices]].add(weight[:, None] * cotangent[rows])
 
-    # The barrier keeps two bags of one program from sharing, and then copying, their zeros.
+    # The barrier keeps two bags in one program from sharing, and then copying, the same zeros.
     start, _ = lax.optimization_barrier((as_varying(jnp.zeros_like(table), cotangent), cotangent))
     used_chunks = (counted.sum() + _CHUNK_TOKENS - 1) // _CHUNK_TOKENS
     return lax.fori_loop(0, used_chunks, scatter_chunk, start)

@@ -1,4 +1,4 @@
-"""Augmentations of images: random crops, flips and colour jitter, with the parameters of papers.
+"""Augmentations of images: random crops, flips and colour jitter, with parameters from papers.
 
 Each maps `{"image": uint8[height, width, 3]}` to `{"image": float32[size, size, 3]}` in [0, 1].
 Encoders subtract the mean and divide by the standard deviation.
@@ -40,7 +40,7 @@ __all__ = ["CROP_OPTIONS", "clip", "moco_v2", "random_view", "simclr"]
 CROP_OPTIONS = ("size", "crop_scale", "aspect_ratio", "interpolation", "flip_rate")
 """The options of `random_view` that do not change colours."""
 
-_BLUR_RADIUS = 20  # the size of an image per pixel of the radius
+_BLUR_RADIUS = 20  # image size divided by the radius
 _SIMCLR_JITTER = (0.8, 0.8, 0.8, 0.2)
 _MOCO_JITTER = (0.4, 0.4, 0.4, 0.1)
 _NO_JITTER = (0.0, 0.0, 0.0, 0.0)
@@ -138,12 +138,12 @@ simclr = functools.partial(random_view, _SIMCLR_JITTER)
 brightness, contrast and saturation are multiplied by factors between 0.2 and 1.8, and hue is
 shifted by up to a fifth of the hue circle; 0.5 suits small images. The authors' code (Chen et al.,
 "A Simple Framework for Contrastive Learning of Visual Representations", 2020, appendix A) pads the
-image with zeros before the blur; this one pads by reflection."""
+image with zeros before the blur; this function pads by reflection."""
 
 moco_v2 = functools.partial(
     random_view, _MOCO_JITTER, crop_scale=(0.2, 1.0), interpolation="bilinear"
 )
-"""A random view as in MoCo v2: larger crops than in `simclr`, and half of its colour jitter. The
+"""A random view as in MoCo v2: larger crops than in `simclr`, and half the colour jitter. The
 authors' code (Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020) blurs
 with Pillow, which approximates a Gaussian kernel by box filters."""
 

@@ -1,8 +1,8 @@
 """Operations on one image, such as crops and colour jitter, from which augmentations are built.
 
-Each is a pure function of an image in [0, 1] and of explicit parameters, which may be traced, so
-that `jax.vmap` gives each image of a batch its own. Results agree with torchvision's on float
-images; `tests/models/test_image_operations.py` compares them.
+Each is a pure function of an image in [0, 1] and of explicit parameters. These may be traced, so
+`jax.vmap` can apply different parameters to each image of a batch. Results agree with
+torchvision on float images; `tests/models/test_image_operations.py` compares them.
 
     crop = random_crop_box(key, 96, 128, scale=(0.2, 1.0))
     image = resized_crop(image, crop, size=64)
@@ -59,7 +59,7 @@ _Planes: TypeAlias = Float[Array, "3 y x"]
 
 
 def as_float_image(image: Array) -> Float[Array, "*b y x 3"]:
-    """Convert an image, or several, to floats in [0, 1]; floats are kept."""
+    """Convert an image, or several, to floats in [0, 1]; floats are returned unchanged."""
     if jnp.issubdtype(image.dtype, jnp.floating):
         return image
     return image.astype(jnp.float32) / 255
@@ -84,8 +84,8 @@ def random_crop_box(
 ) -> CropBox:
     """Draw a box of random area, shape and position.
 
-    The area is uniform and the logarithm of the aspect ratio is uniform. Boxes that do not fit are
-    drawn again, so that large areas are rarer than small ones. After ten attempts, the box is the
+    The area and the logarithm of the aspect ratio are uniform. Boxes that do not fit are drawn
+    again, so large areas are rarer than small ones. After ten attempts, the box is the
     largest central box with an allowed aspect ratio.
 
     Args:
@@ -171,17 +171,17 @@ def grayscale(image: Image) -> Image:
 
 
 def with_brightness(image: Image, factor: _Number) -> Image:
-    """Multiply the values of an image."""
+    """Multiply the values of an image by a factor."""
     return _blended(image, 0.0, factor)
 
 
 def with_contrast(image: Image, factor: _Number) -> Image:
-    """Multiply the differences from the mean of the grayscale image."""
+    """Multiply the differences from the mean of the grayscale image by a factor."""
     return _blended(image, _luma(_planes(image)).mean(), factor)
 
 
 def with_saturation(image: Image, factor: _Number) -> Image:
-    """Multiply the differences from the grayscale image; 0 converts the image to grayscale."""
+    """Multiply the differences from the grayscale image by a factor; 0 gives a grayscale image."""
     return _blended(image, _luma(_planes(image))[..., None], factor)
 
 
@@ -196,7 +196,7 @@ def shifted_hue(image: Image, shift: _Number) -> Image:
 
 
 def _planes(image: Image) -> _Planes:
-    """The channels one after the other: their values then fill whole vectors of a CPU."""
+    """Move the channels to the front, so that the values of each fill whole vectors of a CPU."""
     return jnp.moveaxis(image, -1, 0)
 
 
@@ -224,7 +224,7 @@ def _turned(planes: _Planes, shift: _Number) -> _Planes:
         jnp.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     turned = hue + 6 * shift
-    # Back to colours: each channel is a trapezoid of the hue, which goes from 0 to 6.
+    # Back to colours: each channel is a trapezoidal function of the hue, which is in [0, 6).
     position = jnp.stack([start + turned for start in (5, 3, 1)]) % 6
     return high - spread * jnp.clip(jnp.minimum(position, 4 - position), 0, 1)
 

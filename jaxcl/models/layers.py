@@ -68,7 +68,7 @@ def activation_dtype(compute_dtype: str | None) -> jnp.dtype:
     """The type of activations by name; `None` means the default type of the devices.
 
     Raises:
-      ValueError: if the name is not that of a floating-point type.
+      ValueError: if no floating-point type has this name.
     """
     try:
         dtype = jnp.dtype(compute_dtype or default_compute_dtype(jax.default_backend()))
@@ -82,12 +82,12 @@ def activation_dtype(compute_dtype: str | None) -> jnp.dtype:
 
 
 def tokens_of(inputs: PyTree, reader: str) -> Int[Array, "*b t"]:
-    """The tokens of texts; raises a `ValueError` that names the reader for another modality."""
+    """The tokens of texts; for other inputs, raises a `ValueError` that names the reader."""
     return _input_of(inputs, "tokens", f"{reader} reads texts")
 
 
 def images_of(inputs: PyTree, reader: str) -> Num[Array, "*b y x c"]:
-    """The pixels of images; raises a `ValueError` that names the reader for another modality."""
+    """The pixels of images; for other inputs, raises a `ValueError` that names the reader."""
     return _input_of(inputs, "image", f"{reader} reads images")
 
 
@@ -135,8 +135,8 @@ def unit_vectors(vectors: Embeddings) -> Embeddings:
 def linear_layer(in_features: int, out_features: int, **options: Any) -> nnx.Linear:
     """A linear layer that multiplies all tokens of a batch as the rows of one matrix.
 
-    On a CPU, XLA multiplies the transposed gradient of a `[b, t, h]` output through a copy of it,
-    which took as long as the product itself. It reads a transposed matrix in place.
+    On a CPU, XLA copies the gradient of a `[b, t, h]` output to transpose it, which took as long as
+    the product itself. The transpose of a matrix needs no copy.
     """
     return nnx.Linear(in_features, out_features, dot_general=_product_of_rows, **options)
 
@@ -153,9 +153,9 @@ def _product_of_rows(
 def saving_slope(
     function: Callable[[Float[Array, "*b"]], Float[Array, "*b"]],
 ) -> Callable[[Float[Array, "*b"]], Float[Array, "*b"]]:
-    """An elementwise function whose backward pass keeps its slope only.
+    """Make an elementwise function keep only its slope for the backward pass.
 
-    Without it, the backward pass of GELU keeps three arrays of the size of its input.
+    Otherwise, GELU keeps three arrays of the size of its input for the backward pass.
     """
 
     @jax.custom_jvp
@@ -203,7 +203,7 @@ def row_dropout(
     rate: float,
     layer: Layer,
 ) -> Float[Array, "b ..."]:
-    """Dropout whose mask belongs to the row, not to its place in a batch.
+    """Dropout whose mask depends on the row, not on the position of the row in a batch.
 
     Args:
       values: activations. The mask of a token does not depend on the number of tokens.
@@ -245,7 +245,7 @@ def joined(blocks: Sequence[nnx.Module], *, dtype: jnp.dtype) -> nnx.Module:
     """Join blocks of equal structure into one module for `run_layers`, as `stacked` would build it.
 
     The blocks keep their own parameters, one array per layer; only the forward pass sees the joined
-    copy. Its matrices have the activations' type.
+    copy, whose matrices have the activations' type.
     """
     graph, _ = nnx.split(blocks[0])
     states = [nnx.split(block)[1] for block in blocks]
@@ -276,7 +276,8 @@ def run_layers(
     with matrices cast to the activations' type. Rows keep their sharding.
 
     Args:
-      blocks: the result of `stacked` or `joined`, each `(hidden, mask, rngs, layer) -> hidden`.
+      blocks: the result of `stacked` or `joined`; a block maps `(hidden, mask, rngs, layer)` to the
+        next hidden states.
       hidden: the input of the first block.
       mask: `True` for tokens; blocks without padding may accept `None`.
       rngs: a random key per row, or `None` for evaluation.
@@ -299,7 +300,7 @@ def run_layers(
 
 
 def _spread_axes() -> tuple[str, ...]:
-    """The axes of the present mesh over which the compiler spreads arrays."""
+    """The axes of the current mesh over which the compiler shards arrays."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in kinds if kind == AxisType.Auto)

@@ -75,16 +75,16 @@ class LoraLinear(nnx.Linear):
     r"""A linear layer with an adapter.
 
     Args:
-      linear: the layer whose parameters and types it takes over. A stack of layers, whose kernels
+      linear: the layer whose parameters and types to take over. A stack of layers, whose kernels
         have leading axes, gets a stack of adapters.
       rank: the rank of the adapter.
-      alpha: its scale.
-      rngs: for the initial $A$, uniform between $\pm 1 / \sqrt{in}$.
+      alpha: the scale of the adapter.
+      rngs: random streams for the initial $A$, uniform between $\pm 1 / \sqrt{in}$.
     """
 
     def __init__(self, linear: nnx.Linear, *, rank: int, alpha: float, rngs: nnx.Rngs):
         for name, value in vars(linear).items():
-            if not name.startswith("_"):  # flax's own
+            if not name.startswith("_"):  # internal to flax
                 setattr(self, name, value)
         *stack, inputs, outputs = linear.kernel.shape
         bound = 1 / math.sqrt(inputs)
@@ -111,14 +111,14 @@ def add_adapters(module: nnx.Module, lora: Lora, *, rngs: nnx.Rngs) -> nnx.Modul
 
     Args:
       module: an encoder, which is changed.
-      lora: with a rank.
-      rngs: for the initial adapters.
+      lora: the options of the adapters; the rank must be set.
+      rngs: random streams for the initial adapters.
 
     Returns:
       The same module.
 
     Raises:
-      ValueError: for an encoder without linear layers, and for a pattern that matches none; the
+      ValueError: for an encoder without linear layers, and for a pattern that matches no layer; the
         message lists the layers.
     """
     if lora.rank is None:
@@ -207,7 +207,7 @@ def without_adapters(params: PyTree) -> PyTree:
 
 
 def with_base(params: PyTree, base: PyTree) -> PyTree:
-    """Replace the parameters that `base` has; it may lack adapters or whole encoders.
+    """Replace the parameters that are in `base`, which may lack adapters or whole encoders.
 
     Example:
       >>> with_base({"kernel": 0, "lora_a": 2, "lora_b": 3}, {"kernel": 1})
@@ -263,7 +263,7 @@ def cast_base(params: PyTree, frozen: Collection[str], dtype: str | None) -> PyT
 
     def cast(path: tuple, leaf: Array) -> Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        # Vectors and small tables are summed with activations, and stay exact.
+        # Vectors and small tables are added to activations, so they keep their precision.
         large = name.rpartition("/")[2] in _LARGE
         return leaf.astype(dtype) if large and name in frozen else leaf
 

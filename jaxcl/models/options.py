@@ -12,7 +12,7 @@ def options_of(function: Callable, *, only: Collection[str] | None = None) -> ty
     """The options of a function or class: its keyword-only arguments with a default.
 
     Args:
-      function: their types, with the `jaxcl.typing.Range` of each number, are its annotations.
+      function: its annotations give the types, with the `jaxcl.typing.Range` of each number.
       only: the names to keep; `None` for all.
 
     Example:
@@ -36,10 +36,10 @@ def options_of(function: Callable, *, only: Collection[str] | None = None) -> ty
 
 
 def option_class(kinds: Mapping[str, Any]) -> type:
-    """A NamedTuple class of options by name, each `None` for the default of the function.
+    """A NamedTuple class with these options, each `None` for the default of the function.
 
     Args:
-      kinds: name -> its type, with its `jaxcl.typing.Range` if it is a number.
+      kinds: name of an option -> its type, with a `jaxcl.typing.Range` for a number.
     """
     options: Any = collections.namedtuple("Options", kinds, defaults=[None] * len(kinds))  # type: ignore[misc] # the names are not known to mypy
     options.__annotations__ = {name: kind | None for name, kind in kinds.items()}

@@ -17,7 +17,7 @@ def resize_weights(
 ) -> Any:
     r"""The matrix that resizes a range of one axis of an image, as Pillow does.
 
-    Output pixel $i$ lies at $c_i = (i + 1/2)\, r - 1/2$ of the range, with the ratio $r$ of the
+    Output pixel $i$ lies at $c_i = (i + 1/2)\, r - 1/2$ in the range, with the ratio $r$ of the
     lengths, and has the weights $w_{ij} \propto k((j - c_i) / \max(r, 1))$. The kernel $k$ is a
     triangle, or Keys' cubic function with $a = -1/2$. Pixels outside of the range have no weight.
 
@@ -39,7 +39,7 @@ def resize_weights(
     # Relative to the range, since float32 would be coarser further away from 0.
     centre = (module.arange(size) + 0.5) * ratio - 0.5
     pixel = module.arange(length) - start
-    # The kernel is only widened for shrinking, where it averages.
+    # The kernel is widened only to shrink an image, where it averages.
     distance = (pixel - centre[:, None]) / module.maximum(ratio, 1)
     if cubic:
         weights = keys_cubic(distance, -0.5, module=module)

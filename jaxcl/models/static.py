@@ -1,4 +1,4 @@
-"""The static encoder: a weighted sum of token embeddings. No attention, and very fast."""
+"""The static encoder: a weighted sum of token embeddings, without attention, and very fast."""
 
 import math
 
@@ -32,7 +32,7 @@ class StaticEncoder(nnx.Module):
       hidden_dim: dimension of the token embeddings; `None` for `dim`, without a projection $W$.
       position_weights: whether to learn the $p_j$. Otherwise they are 0, and `jaxcl.export` can
         write the encoder for sentence-transformers.
-      rngs: for the initial parameters.
+      rngs: random streams for the initial parameters.
 
     Raises:
       ValueError: for an option out of range.
@@ -57,7 +57,7 @@ class StaticEncoder(nnx.Module):
         self.projection = nnx.Linear(width, dim, use_bias=False, rngs=rngs) if hidden_dim else None
 
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
-        """Embeds `{"tokens": int32[b, t]}`; training and evaluation are the same."""
+        """Embed `{"tokens": int32[b, t]}`, in the same way in training and evaluation."""
         tokens = tokens_of(inputs, "StaticEncoder")
         check_length(tokens, self.max_tokens)
         log_weights = self.token_weight[...][tokens]
@@ -66,6 +66,6 @@ class StaticEncoder(nnx.Module):
         weights = jnp.where(token_mask(inputs), jnp.exp(log_weights), 0)
         vectors = embedding_bag(self.table[...], tokens, weights)
         if self.projection is not None:
-            # The sum grows with the text; its norm is lost below, so keep the product in range.
+            # The sum grows with the text, so scale it before the product; its norm is lost anyway.
             vectors = self.projection(normalise(vectors))
         return normalise(vectors)

@@ -33,7 +33,7 @@ class Headed(Protocol):
     """An encoder with a projection head, which the loss needs and evaluation may leave out."""
 
     def features(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
-        """Embed inputs by the features below the head, as unit vectors."""
+        """Compute the features below the head, as unit vectors."""
 
 
 class EncoderPart(NamedTuple):
@@ -44,9 +44,9 @@ class EncoderPart(NamedTuple):
         of the side (`jaxcl.data.modalities`): for texts, the size of the vocabulary.
       options: a NamedTuple class of its options, each `None` for the encoder's own default, with
         the range of each number (`jaxcl.typing.Range`); `None` if nothing is declared.
-      load: as `TowerSpec.load`.
-      any_width: whether it reads texts, padded to any width: its embeddings do not depend on the
-        padding, and cost less with less of it.
+      load: as in `TowerSpec`.
+      any_width: whether the encoder reads texts that are padded to any width: embeddings do not
+        depend on the padding, and cost less with less padding.
     """
 
     function: Callable[..., nnx.Module]
@@ -80,13 +80,13 @@ class Towers(NamedTuple):
     Attributes:
       init: a random key -> initial parameters: a dict of dicts of float32 arrays, under `"both"`,
         or under `"query"` and `"key"`.
-      load: a file or folder, or name of a tower -> its own -> the same tree as NumPy arrays, or
-        the part of it with these names. Arrays keep the types of the files, because a
-        conversion would copy arrays that may be memory-mapped.
+      load: maps a file or folder, or a dict of one for each named tower, to the tree of `init` with
+        NumPy arrays, or to the named towers of this tree. Arrays keep the types of the files,
+        because a conversion would copy arrays that may be memory-mapped.
       encode: the encode function.
       augment: side -> its augmentation in training.
-      features: the same as `encode` below the projection heads; a `ValueError` for an encoder
-        without one.
+      features: like `encode`, but returns the features below the projection head; raises a
+        `ValueError` for an encoder without a head.
     """
 
     init: Callable[[Key[Array, ""]], PyTree]

@@ -27,10 +27,10 @@ _BLOCK = re.compile(r"(.*)/blocks/([^/]+)/")
 
 
 class Block(NamedTuple):
-    """Where in an encoder a parameter of a block is.
+    """The position of a block's parameter in an encoder.
 
     Attributes:
-      encoder: the path of the encoder, which has the `blocks`.
+      encoder: the path of the encoder that has the `blocks`.
       layer: the number of the block; `None` if the layers are stacked, so that the parameter has a
         leading layer axis (`jaxcl.models.layers.stacked`).
     """
@@ -65,7 +65,7 @@ def is_stacked(path: str) -> bool:
 
 
 def is_table(path: str) -> bool:
-    """Whether a parameter is an embedding table: one named `…table`, or the one of an `nnx.Embed`.
+    """Whether a parameter is an embedding table: named `…table`, or the table of an `nnx.Embed`.
 
     Example:
       >>> [is_table(f"towers/both/{rest}") for rest in ("token_table", "embed/embedding", "kernel")]
@@ -98,8 +98,8 @@ def matching_paths(
 ) -> list[list[str]]:
     """The paths that each pattern matches.
 
-    A pattern matches a whole path. In it, `*` stands for any characters, also for `/`, `?` for any
-    one character, and `[ab]` for one of these.
+    A pattern matches a whole path. In it, `*` stands for any characters including `/`, `?` for any
+    single character, and `[ab]` for `a` or `b`.
 
     Args:
       setting: the setting with the patterns, for messages.
@@ -168,14 +168,14 @@ def merge(trained: PyTree, frozen: PyTree) -> PyTree:
 def with_frozen_momentum(
     memory: Mapping[str, PyTree], params: PyTree, frozen: Collection[str]
 ) -> Mapping[str, PyTree]:
-    """The memory of a run with all parameters of its momentum encoder.
+    """The memory of a run, with all parameters of its momentum encoder.
 
-    The state holds only the trained ones, since the frozen ones are the model's own.
+    The state holds only the trained parameters, since the frozen parameters equal the model's.
 
     Args:
       memory: `TrainState.memory`.
       params: the model's parameters.
-      frozen: the paths of the frozen ones.
+      frozen: the paths of the frozen parameters.
     """
     if "momentum" not in memory:
         return memory

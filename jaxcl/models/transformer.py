@@ -59,7 +59,7 @@ class TransformerEncoder(nnx.Module):
         axis of layers, so that compile time does not depend on the number of layers.
       compute_dtype: type of activations, such as `"bfloat16"`. `None` uses bfloat16 on accelerators
         and float32 elsewhere. Parameters, and sums in norms and softmax, are always float32.
-      rngs: for the initial parameters.
+      rngs: random streams for the initial parameters.
 
     Raises:
       ValueError: for an unknown name, an option out of range, a `hidden_dim` that `num_heads` does
@@ -100,7 +100,7 @@ class TransformerEncoder(nnx.Module):
         self.blocks: Any = make_blocks(
             hidden_dim, shape, num_layers=num_layers, scan=scan_layers, rngs=rngs
         )
-        # Post-LN normalises the embeddings, pre-LN what leaves the last block.
+        # Post-LN normalises the embeddings, pre-LN the output of the last block.
         self.norm = layer_norm()
         self.projection = nnx.Linear(hidden_dim, dim, dtype=dtype, rngs=rngs)
         self.norm_position = norm_position
@@ -111,7 +111,7 @@ class TransformerEncoder(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, inputs: PyTree, rngs: RowKeys | None = None) -> Embeddings:
-        """Embeds `{"tokens": int32[b, t]}`; with `rngs` (one key per row) it drops out."""
+        """Embed `{"tokens": int32[b, t]}`; `rngs`, one key per row, enables dropout."""
         tokens = tokens_of(inputs, "TransformerEncoder")
         check_length(tokens, self.position_table.shape[0])
         mask = token_mask(inputs)
@@ -176,7 +176,7 @@ def run_blocks(
     num_layers: int,
     remat: bool,
 ) -> Hidden:
-    """Run the result of `make_blocks` in sequence; arguments as for `run_layers`."""
+    """Run the result of `make_blocks` in sequence; the arguments are as for `run_layers`."""
     if not isinstance(blocks, nnx.List):
         return run_layers(blocks, hidden, mask, rngs, num_layers=num_layers, remat=remat)
     run = nnx.remat(_run_block, static_argnums=4) if remat else _run_block
@@ -213,7 +213,7 @@ class Block(nnx.Module):
         self, hidden: Hidden, mask: TokenMask | None, rngs: RowKeys | None, layer: Layer
     ) -> Hidden:
         drop = functools.partial(row_dropout, rngs=rngs, rate=self.dropout)
-        first, second = 1 + 2 * layer, 2 + 2 * layer  # 0 is the embeddings'
+        first, second = 1 + 2 * layer, 2 + 2 * layer  # the embeddings are layer 0
         if self.norm_position == "pre":
             hidden += drop(self.attend(self.attention_norm(hidden), mask), layer=first)
             return hidden + drop(self.transform(self.mlp_norm(hidden)), layer=second)
@@ -224,7 +224,7 @@ class Block(nnx.Module):
         b, t, h = hidden.shape
         heads = self.projections(hidden).reshape(b, t, 3, self.num_heads, h // self.num_heads)
         queries, keys, values = (heads[:, :, part] for part in range(3))
-        # A row without tokens attends to its first position, since a softmax needs something.
+        # A row without tokens attends to its first position: a softmax needs at least one key.
         if self.attention == "cudnn":  # lengths, since a mask becomes a full matrix of biases
             lengths = None
             if mask is not None:

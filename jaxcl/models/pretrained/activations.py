@@ -49,4 +49,4 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "swish": _silu,
     "tanh": jax.numpy.tanh,
 }
-"""Name in a `config.json`, or a PyTorch class name in lower case -> the function."""
+"""The name in a `config.json`, or the lower-case name of a PyTorch class -> the function."""

@@ -16,7 +16,7 @@ __all__ = ["BERT", "BERT_NAMES", "BERT_TABLES", "bert_architecture"]
 
 
 def bert_architecture(config: Mapping[str, Any]) -> Architecture:
-    """The architecture that a BERT's `config.json` describes.
+    """The architecture that a BERT model's `config.json` describes.
 
     Reference:
       Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language

@@ -43,10 +43,10 @@ class Architecture(NamedTuple):
       mlp_dim: width of the MLP.
       activation: name of the MLP's activation in `ACTIVATIONS`.
       epsilon: added to the variance in layer norms.
-      dropout: the rate in pretraining, which is also the default for fine-tuning.
-      num_positions: rows of the position table. Rotary positions have no table; there it is the
-        number of tokens of the longest text.
-      first_position: the position of a text's first token in that table.
+      dropout: the dropout rate in pretraining, which is also the default for fine-tuning.
+      num_positions: rows of the position table; for rotary positions, which have no table, the
+        maximum length of a text, in tokens.
+      first_position: the position of a text's first token in the position table.
       pre_norm: normalise before attention and MLP, and after the last block, as in ModernBERT;
         otherwise after each residual, as in BERT. Both normalise the embeddings, so a pre-norm
         model has no norm before its first attention.
@@ -54,7 +54,7 @@ class Architecture(NamedTuple):
       token_types: rows of the table of token types; 0 for no table. All tokens have the first type.
       relative_positions: add a learned bias to each head's scores, from a table of `NUM_BUCKETS`
         relative positions.
-      rotary_bases: each layer's base of rotary positions; empty for no rotary positions.
+      rotary_bases: the base of each layer's rotary positions; empty for no rotary positions.
       windows: for each layer, the number of tokens that attention reaches to either side, or `None`
         for full attention; empty if all layers have full attention.
       joint_projections: compute queries, keys and values with one matrix.
@@ -94,8 +94,8 @@ class Transformer(nnx.Module):
 
     Args:
       architecture: sizes and variants.
-      computation: dropout, recomputation and type.
-      rngs: for the initial parameters.
+      computation: the dropout rate, the recomputation and the type of activations.
+      rngs: random streams for the initial parameters.
 
     Raises:
       ValueError: if the width does not divide over the heads, or heads with rotary positions
@@ -278,7 +278,7 @@ def relative_buckets(t: int) -> Int[np.ndarray, "t t"]:
     """The bucket of each query's distance to each key.
 
     One half of the buckets is for keys after the query, the other half for all other keys. Within
-    each half, the first buckets stand for the single distances 0, 1, 2, …; the others cover
+    each half, the first buckets hold a single distance each, 0, 1, 2, …; the others cover
     logarithmically growing ranges up to `FURTHEST`.
 
     Reference:

@@ -1,4 +1,4 @@
-"""CLIP: a vision transformer and a causal text transformer with projections to one space."""
+"""CLIP: a vision transformer and a causal text transformer with projections to a shared space."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,7 +32,7 @@ def projection_dim(config: Mapping[str, Any], default: int | None) -> int | None
 
 
 def clip_image_architecture(config: Mapping[str, Any]) -> ImageArchitecture:
-    """The architecture that the `vision_config` of a CLIP's `config.json` describes.
+    """The architecture that the `vision_config` of a CLIP model's `config.json` describes.
 
     Reference:
       Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
@@ -50,10 +50,10 @@ def clip_image_architecture(config: Mapping[str, Any]) -> ImageArchitecture:
 
 
 def clip_text_architecture(config: Mapping[str, Any]) -> TextArchitecture:
-    """The architecture that the `text_config` of a CLIP's `config.json` describes.
+    """The architecture that the `text_config` of a CLIP model's `config.json` describes.
 
     A text's embedding is the state of its first end token. In older config files `eos_token_id` is
-    2, whatever the tokenizer; the end token is then the one with the largest id.
+    2, whatever the tokenizer; the token with the largest id then ends a text.
     """
     check_supported(config, quantization_config=None)
     narrow = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048}
@@ -63,7 +63,7 @@ def clip_text_architecture(config: Mapping[str, Any]) -> TextArchitecture:
         vocabulary_size=size(config, "vocab_size", 49408),
         max_tokens=size(config, "max_position_embeddings", 77),
         end_token=size(config, "eos_token_id", 49407, least=0),
-        padding_token=0,  # is never attended to
+        padding_token=0,  # never attended to
         projection_dim=projection_dim(config, 512),
         projection_bias=False,
     )
@@ -78,7 +78,7 @@ CLIP_IMAGE: Family = image_family(
         positions="embeddings.position_embedding.weight",
         blocks=CLIP_BLOCKS,
         final_norm="post_layernorm",
-        embedding_norm="pre_layrnorm",  # so in the files
+        embedding_norm="pre_layrnorm",  # spelled like this in the files
         projection="visual_projection",
     ),
     pixels=PixelRule(0, CLIP_MEAN, CLIP_STD, cubic=True),

@@ -32,7 +32,7 @@ def size(config: Mapping[str, Any], key: str, default: int | None = None, *, lea
       least: the smallest value allowed.
 
     Raises:
-      ValueError: for any other value, or if a required key is missing.
+      ValueError: for a value that is not such a number, or if a required key is missing.
     """
     value = config.get(key, default)
     if type(value) is not int or value < least:
@@ -99,7 +99,7 @@ def sliding_layers(config: Mapping[str, Any], default: Sequence[bool]) -> Sequen
       default: the value if the key is missing or null.
 
     Raises:
-      ValueError: for another number of layers, or an unknown kind.
+      ValueError: if the list has another number of layers, or an unknown kind of layer.
     """
     kinds = config.get("layer_types")
     if kinds is None:

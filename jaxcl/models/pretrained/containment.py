@@ -10,7 +10,7 @@ __all__ = ["join", "lies_in", "path_inside"]
 
 
 def join(folder: str, name: str) -> str:
-    """The path of a file in a folder; the folder `""` is the model's own."""
+    """The path of a file in a folder; `""` stands for the model's folder itself."""
     return f"{folder}/{name}" if folder else name
 
 

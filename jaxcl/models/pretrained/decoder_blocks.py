@@ -42,7 +42,7 @@ class DecoderArchitecture(NamedTuple):
       mlp_dim: width of the MLP.
       activation: name of the MLP's activation in `ACTIVATIONS`.
       epsilon: added to the mean square in norms.
-      max_tokens: number of tokens of the longest text.
+      max_tokens: the maximum length of a text, in tokens.
       rotary: each layer's rotary positions.
       windows: for each layer, the largest distance at which a token attends to another, or `None`
         for any distance.
@@ -50,12 +50,13 @@ class DecoderArchitecture(NamedTuple):
       projection_bias, output_bias, mlp_bias: whether the projections to queries, keys and values,
         the output of attention, and the MLP have biases.
       head_norms: normalise each head's queries and keys before their rotation.
-      output_norms: normalise the outputs of attention and MLP before their residuals, in addition
-        to their inputs.
+      output_norms: normalise not only the inputs of attention and MLP, but also the outputs, before
+        the residual is added.
       norm_offset: added to the weights of all norms.
       score_scale: the factor of attention scores.
       embedding_scale: the factor of token embeddings.
-      dropout: on the embeddings and on the two outputs of each block; 0 in pretraining.
+      dropout: dropout rate of the embeddings and of the two outputs of each block; 0 in
+        pretraining.
     """
 
     vocabulary_size: int
@@ -91,8 +92,8 @@ class Decoder(nnx.Module):
 
     Args:
       architecture: sizes and variants.
-      computation: dropout, recomputation and type.
-      rngs: for the initial parameters.
+      computation: the dropout rate, the recomputation and the type of activations.
+      rngs: random streams for the initial parameters.
 
     Raises:
       ValueError: if the heads do not divide over the key heads, or have an odd width.
@@ -221,7 +222,7 @@ class DecoderAttention(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """Two linear layers; the hidden values are multiplied by the activation of a third one."""
+    """Two linear layers, with the hidden values multiplied by the activation of a third layer."""
 
     def __init__(self, a: DecoderArchitecture, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         linear = functools.partial(linear_layer, use_bias=a.mlp_bias, dtype=dtype, rngs=rngs)
@@ -236,10 +237,10 @@ class GatedMLP(nnx.Module):
 def _seen(
     a: DecoderArchitecture, mask: TokenMask, layer: Int[Array, ""]
 ) -> Bool[Array, "b 1 #t t"]:
-    """Where a layer's queries may attend to a key."""
+    """`True` where a layer's queries may attend to a key."""
     t = mask.shape[1]
     places = jnp.arange(t)
-    distance = places[:, None] - places  # of the query from the key
+    distance = places[:, None] - places  # query minus key
     seen = mask[:, None, None, :]
     if a.causal:
         seen = seen & (distance >= 0)

@@ -39,7 +39,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "hidden_act": "silu",
     "sliding_window": 4096,
 }
-"""The values of keys that are missing from a `config.json`."""
+"""The values that replace keys missing from a `config.json`."""
 _QWEN2: Mapping[str, Any] = {
     **_DEFAULTS,
     "vocab_size": 151936,
@@ -50,7 +50,7 @@ _QWEN2: Mapping[str, Any] = {
 
 
 def mistral_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
-    """The architecture that a Mistral's `config.json` describes.
+    """The architecture that a Mistral model's `config.json` describes.
 
     All layers have the same window. Without the key `sliding_window`, it is 4,096 tokens; null
     means full attention.
@@ -66,7 +66,7 @@ def mistral_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
 
 
 def llama_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
-    """The architecture that a Llama's `config.json` describes.
+    """The architecture that a Llama model's `config.json` describes.
 
     Reference:
       Grattafiori et al., "The Llama 3 Herd of Models", 2024.
@@ -80,10 +80,10 @@ def llama_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
 
 
 def qwen2_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
-    """The architecture that a Qwen2's `config.json` describes.
+    """The architecture that a Qwen2 model's `config.json` describes.
 
     Only queries, keys and values have biases. Windows need `use_sliding_window`; by default, the
-    layers from number `max_window_layers` on have one.
+    layers from number `max_window_layers` on then have a window.
 
     Reference:
       Yang et al., "Qwen2 Technical Report", 2024.
@@ -92,7 +92,7 @@ def qwen2_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
 
 
 def qwen3_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
-    """The architecture that a Qwen3's `config.json` describes, with the windows of Qwen2.
+    """The architecture that a Qwen3 model's `config.json` describes, with the windows of Qwen2.
 
     Heads have a width of 128 by default, whatever the width of the hidden states.
 
@@ -119,10 +119,10 @@ def _qwen_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
 
 
 def decoder_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
-    """The architecture without biases, windows and norms of heads.
+    """The architecture that a `config.json` describes, without biases, windows or head norms.
 
     Args:
-      config: the content of a `config.json`, with the family's values for missing sizes.
+      config: the content of a `config.json`, with the family's defaults for missing sizes.
 
     Raises:
       ValueError: for an unsupported value; the message names its key.
@@ -179,7 +179,7 @@ def _with_windows(
 ) -> DecoderArchitecture:
     """Add the windows of the sliding layers.
 
-    A causal window is `sliding_window` tokens, the token itself included. A bidirectional one
+    A causal window has `sliding_window` tokens, including the token itself. A bidirectional window
     reaches `sliding_window` tokens to either side.
     """
     if not any(slides):
@@ -190,7 +190,7 @@ def _with_windows(
 
 
 def decoder_family(architecture: Callable[[Mapping[str, Any]], DecoderArchitecture]) -> Family:
-    """A family whose models are decoders; `architecture` turns its `config.json` into one."""
+    """A family of decoders; `architecture` maps a `config.json` to the decoder's architecture."""
     return family_of(("model.",), architecture, Decoder, _tensors)
 
 
@@ -208,7 +208,7 @@ def _tensors(a: DecoderArchitecture) -> dict[str, Tensor]:
 
 
 def _norms(a: DecoderArchitecture) -> dict[str, str]:
-    """Path of a norm in a block -> its name."""
+    """Path of a norm in a block -> its name in the files."""
     names = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     if a.output_norms:
         names |= {
@@ -225,7 +225,7 @@ def _norms(a: DecoderArchitecture) -> dict[str, str]:
 
 
 def _linear(a: DecoderArchitecture) -> dict[str, tuple[str, bool]]:
-    """Path of a linear layer in a block -> its name, and whether it has a bias."""
+    """Path of a linear layer in a block -> its name in the files, and whether it has a bias."""
     return {
         "attention/query": ("self_attn.q_proj", a.projection_bias),
         "attention/key": ("self_attn.k_proj", a.projection_bias),

@@ -56,11 +56,11 @@ class Dense(NamedTuple):
     """A linear layer after pooling.
 
     Attributes:
-      folder: the folder of its files, relative to the model's folder.
-      in_features, out_features: widths of its input and output.
-      bias: whether it has a bias.
-      activation: the activation after it, such as `"identity"` or `"tanh"`.
-      residual: whether its input is added to the activation's output.
+      folder: the folder of the layer's files, relative to the model's folder.
+      in_features, out_features: widths of the input and the output.
+      bias: whether the layer has a bias.
+      activation: the activation after the layer, such as `"identity"` or `"tanh"`.
+      residual: whether the layer's input is added to the activation's output.
     """
 
     folder: str
@@ -75,9 +75,9 @@ class PretrainedModel(NamedTuple):
     """A pretrained encoder without its weights.
 
     Attributes:
-      path: its folder, or a run's copy of the folder's small files.
+      path: the model's folder, or a run's copy of the folder's small files.
       family: one of `jaxcl.models.pretrained.families.FAMILIES`.
-      config: the content of its `config.json`. For static embeddings, `"tensors"` adds the shape of
+      config: the content of the `config.json`. For static embeddings, `"tensors"` adds the shape of
         each tensor.
       encoder_folder: the folder of the encoder's `config.json` and weights, relative to `path`;
         `""` for `path` itself.
@@ -88,12 +88,12 @@ class PretrainedModel(NamedTuple):
       similarity: `"cosine"`, `"dot"`, `"euclidean"` or `"manhattan"`.
       special_tokens: whether texts get the tokenizer's special tokens, such as [CLS] and [SEP].
       skip_unknown: whether unknown tokens are left out.
-      max_tokens: the longest text, special tokens included; `None` without a limit.
+      max_tokens: the maximum length of a text, including special tokens; `None` for no limit.
       vocabulary_size: rows of the token table.
       dim: width of the embeddings.
       tensors: file, relative to `path` -> name of a tensor -> its type in the file and its shape.
-      files: JSON and text file, relative to `path` -> its content, for copies and exports.
-      images: for encoders of images, how files become pixels; `None` for encoders of texts.
+      files: JSON or text file, relative to `path` -> its content, for copies and exports.
+      images: for image encoders, how files become pixels; `None` for text encoders.
       logits: for folders with two towers, the initial value of each learned scalar of the loss,
         `"logit_scale"` and, for SigLIP, `"logit_bias"`.
     """
@@ -128,8 +128,8 @@ class Tensor(NamedTuple):
 
     Attributes:
       name: the tensor's name, without a prefix such as `"bert."`.
-      transposed: whether the file holds `[out, in]` for a parameter of shape `[in, out]`. Any
-        number of axes is reversed.
+      transposed: whether the file holds `[out, in]` for a parameter of shape `[in, out]`. With more
+        than two axes, the order of all axes is reversed.
     """
 
     name: str
@@ -137,11 +137,11 @@ class Tensor(NamedTuple):
 
 
 class Computation(NamedTuple):
-    """How a pretrained encoder computes.
+    """The options of a pretrained encoder's forward and backward pass.
 
     Attributes:
-      dropout: rate on the embeddings and on the two outputs of each block, drawn per row; `None`
-        for the rate in pretraining.
+      dropout: dropout rate of the embeddings and of the two outputs of each block, with a mask per
+        row; `None` for the rate in pretraining.
       remat: keep one activation per block for the backward pass, and recompute the others.
       compute_dtype: type of activations, such as `"bfloat16"`; `None` means bfloat16 on
         accelerators and float32 on CPUs. Parameters and the sums in norms and softmax stay float32.
@@ -152,7 +152,7 @@ class Computation(NamedTuple):
     compute_dtype: str | None = None
 
     def of(self, sizes: A) -> A:
-        """An architecture, or the sizes of its blocks, with this rate of dropout if it is set."""
+        """Set the dropout rate of an architecture or of its block sizes, unless it is `None`."""
         return sizes if self.dropout is None else sizes._replace(dropout=self.dropout)
 
 
@@ -170,15 +170,16 @@ class Family(NamedTuple):
         `"blocks/0/attention/query/kernel"` -> its tensor.
       hidden_dim: `config.json` -> width of the hidden states.
       vocabulary_size: `config.json` -> rows of the token table.
-      max_tokens: `config.json` -> the longest text that the positions allow; `None` for any.
+      max_tokens: `config.json` -> the number of tokens that the positions allow; `None` for no
+        limit.
       any_width: whether texts may be padded to any width, as in `EncoderPart`.
-      embeds: whether the module returns one vector per row instead of hidden states. It then maps
-        tokens and their mask, or normalised pixels.
-      images: for encoders of images, `config.json` -> the fields `resize` and `pixels` of
-        `ImagePreprocessing`, for folders that do not say them; `None` for encoders of texts.
+      embeds: whether the module returns one vector per row instead of hidden states. The inputs are
+        then tokens and their mask, or normalised pixels.
+      images: for image encoders, `config.json` -> the fields `resize` and `pixels` of
+        `ImagePreprocessing`, for folders that do not set them; `None` for text encoders.
       options: names of further options of `make`.
       required_token: `config.json` -> the id of the token whose state is a text's embedding; `None`
-        if texts need no certain token.
+        if no token is required.
     """
 
     prefixes: tuple[str, ...]

@@ -12,7 +12,7 @@ __all__ = ["DISTILBERT", "distilbert_architecture"]
 
 
 def distilbert_architecture(config: Mapping[str, Any]) -> Architecture:
-    """The architecture that a DistilBERT's `config.json` describes.
+    """The architecture that a DistilBERT model's `config.json` describes.
 
     Reference:
       Sanh et al., "DistilBERT, a distilled version of BERT", 2019.
@@ -25,7 +25,7 @@ def distilbert_architecture(config: Mapping[str, Any]) -> Architecture:
         num_heads=size(config, "n_heads", 12),
         mlp_dim=size(config, "hidden_dim", 3072),
         activation=activation(config, "activation"),
-        epsilon=1e-12,  # no key sets it
+        epsilon=1e-12,  # no key of the config sets it
         dropout=number(config, "dropout", 0.1),
         num_positions=size(config, "max_position_embeddings", 512),
     )

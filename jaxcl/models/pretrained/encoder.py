@@ -30,23 +30,23 @@ class PretrainedOptions(NamedTuple):
 class PretrainedEncoder(nnx.Module):
     """Embed texts or images with a pretrained encoder, its pooling and its dense layers.
 
-    The paths of its parameters begin with `encoder`, followed by the name in the family's module,
+    The paths of the parameters begin with `encoder`, followed by the path in the family's module,
     or with `dense/0`, `dense/1` and so on.
 
     Args:
       model: the description of the encoder's folder.
       normalize: scale embeddings to unit norm, as the losses require; otherwise, return the output
         of the last layer unchanged.
-      dropout: rate on the embeddings and on the two outputs of each block, drawn per row; `None`
-        for the rate in pretraining. Attention weights have no dropout.
+      dropout: dropout rate of the embeddings and of the two outputs of each block, with a mask per
+        row; `None` for the rate in pretraining. Attention weights have no dropout.
       remat: keep one activation per block for the backward pass, and recompute the others.
       compute_dtype: type of activations, such as `"bfloat16"`; `None` means bfloat16 on
         accelerators and float32 on CPUs. Parameters, pooling and dense layers stay float32.
-      image_size: for encoders of images, the height and width that the encoder reads; `None` for
-        those of the folder. Other sizes have interpolated positions.
-      pooling: for texts, replaces the folder's pooling. For ViT and DINOv2, `"cls"` for the class
-        token, which is the default, or `"mean"` for the mean over the patches.
-      rngs: for the initial parameters.
+      image_size: for image encoders, the height and width that the encoder reads; `None` for the
+        size in the folder. For any other size, positions are interpolated.
+      pooling: for texts, replaces the folder's pooling. For ViT and DINOv2, `"cls"` (the class
+        token, the default) or `"mean"` (the mean over the patches).
+      rngs: random streams for the initial parameters.
 
     Raises:
       ValueError: for an unknown family, an unsupported config or layer, layers whose widths do not

@@ -59,7 +59,7 @@ _MAX_TOKENS = 10**6
 _STATIC_TABLES = {"embedding.weight": "static_embedding", "embeddings": "model2vec"}
 """Tensor name of the token table -> the family of static embeddings."""
 _MODEL2VEC_TOKENS = 512
-"""The default of model2vec."""
+"""The default maximum length in model2vec."""
 
 
 def read_pretrained(path: str | os.PathLike[str], *, modality: str = "text") -> PretrainedModel:
@@ -67,14 +67,14 @@ def read_pretrained(path: str | os.PathLike[str], *, modality: str = "text") -> 
 
     Args:
       path: a folder of sentence-transformers, a folder that `save_pretrained` of transformers or
-        model2vec has written, a run's copy of either, or the id of a model on the Hugging Face Hub
-        (`jaxcl.models.pretrained.hub`).
+        model2vec has written, a run's copy of such a folder, or the id of a model on the Hugging
+        Face Hub (`jaxcl.models.pretrained.hub`).
       modality: what the encoder reads, `"text"` or `"image"`. A folder with two towers, such as
         CLIP's, has one encoder for each.
 
     Raises:
       ValueError: if the folder is damaged, needs an unsupported feature, has no encoder of this
-        modality, or could run code; the message begins with its path.
+        modality, or could run code; the message begins with the folder's path.
       OSError: if the folder does not exist, or a file cannot be read or downloaded.
     """
     return _read(path, modality)[modality]
@@ -87,7 +87,7 @@ def read_towers(path: str | os.PathLike[str]) -> dict[str, PretrainedModel]:
       path: as for `read_pretrained`.
 
     Raises:
-      ValueError, OSError: as `read_pretrained`.
+      ValueError, OSError: as for `read_pretrained`.
     """
     return _read(path, None)
 
@@ -145,7 +145,7 @@ def _describe_towers(
 def _single_config(
     config: Mapping[str, Any], name: str, shapes: Mapping[str, list[int]]
 ) -> Mapping[str, Any]:
-    """The config of a folder with one encoder, with the sizes that only its tensors tell."""
+    """The config of a folder with one encoder, with the sizes that only the tensors determine."""
     if name in _STATIC_TABLES.values():
         return {**config, "tensors": shapes}
     if name.startswith("clip_") and not any("_projection." in tensor for tensor in shapes):
@@ -204,7 +204,7 @@ def _describe(
 
 
 def _read_logits(root: AnyPath, tensors: Mapping[str, Specs]) -> dict[str, float]:
-    """The scalars of the loss, which belong to no encoder."""
+    """Read the scalars of the loss, which belong to neither encoder."""
     folder = UNUSED_FOLDER if (root / TENSOR_LIST).exists() else ""
     values: dict[str, float] = {}
     for file, specs in tensors.items():
@@ -294,7 +294,7 @@ def _family(name: str) -> Family:
 def _max_tokens(
     name: str, files: Mapping[str, bytes], folder: str, *, limit: int | None
 ) -> int | None:
-    """The longest text that both the folder's limit and its positions allow."""
+    """The maximum length of a text that both the folder's limit and the positions allow."""
     of_tokenizer = parse_json(files, join(folder, "tokenizer_config.json")).get("model_max_length")
     if name == "model2vec":
         config = parse_json(files, join(folder, "config.json"))

@@ -1,4 +1,4 @@
-"""Gemma 3 for texts, and EmbeddingGemma: local attention in most layers, and four norms each."""
+"""Gemma 3 for texts, and EmbeddingGemma: local attention in most layers, four norms per block."""
 
 import math
 from collections.abc import Mapping
@@ -37,11 +37,11 @@ _OLD_BASES = {FULL: "rope_theta", SLIDING: "rope_local_base_freq"}
 
 
 def gemma3_architecture(config: Mapping[str, Any]) -> DecoderArchitecture:
-    """The architecture that the `config.json` of a Gemma 3 describes.
+    """The architecture that the `config.json` of a Gemma 3 model describes.
 
-    A causal window is `sliding_window` tokens, the token itself included. A bidirectional one
+    A causal window has `sliding_window` tokens, including the token itself. A bidirectional window
     reaches half of `sliding_window` to either side. Some versions of transformers save a
-    bidirectional model with a window that they have already halved; such a file is read as it is.
+    bidirectional model with an already halved window; such a window is halved again.
 
     Reference:
       Kamath et al., "Gemma 3 Technical Report", 2025; Schechter Vera et al., "EmbeddingGemma:

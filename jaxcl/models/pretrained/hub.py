@@ -19,7 +19,7 @@ def local_or_hub(given: str | os.PathLike[str]) -> AnyPath:
     Args:
       given: a folder, or the id of a model on the Hub, such as
         `"sentence-transformers/all-MiniLM-L6-v2"`. An existing folder takes precedence. A model in
-        the Hub's local cache is used as it is, without a check for a newer version.
+        the Hub's local cache is used without a check for a newer version.
 
     Raises:
       ValueError: if `huggingface_hub` is not installed, the Hub has no model with this id, or the
@@ -41,7 +41,7 @@ def local_or_hub(given: str | os.PathLike[str]) -> AnyPath:
 
 
 def _cached(model: str) -> Path | None:
-    """The cached copy of a model; `None` without one, or without weights."""
+    """The cached copy of a model; `None` if there is none, or if it has no weights."""
     try:
         folder = _snapshot(model, local_files_only=True)
     except (OSError, ValueError):  # the class of this error differs between versions of the package

@@ -32,17 +32,17 @@ class ImageArchitecture(NamedTuple):
     """The sizes and variants of a vision transformer.
 
     Attributes:
-      sizes: the blocks.
+      sizes: the sizes of the blocks.
       image_size: height and width of the images in pretraining, which determine the positions.
       patch_size: height and width of a patch.
       pooling: `"cls"` for the state of the class token, `"mean"` for the mean over the patches, or
         `"attention"` for a head that attends to all patches.
       projection_dim: width of a linear layer after pooling; `None` for no such layer.
       class_token: whether a learned token precedes the patches.
-      patch_bias: whether the patches' projection has a bias.
+      patch_bias: whether the projection of the patches has a bias.
       embedding_norm: whether a norm precedes the blocks.
-      unit_axes: number of axes of length 1 that the files put before the class token and the table
-        of positions.
+      unit_axes: number of axes of length 1 with which the class token and the position table begin
+        in the files.
     """
 
     sizes: BlockSizes
@@ -70,14 +70,14 @@ class ImageNames(NamedTuple):
     """The tensor names of a family of vision transformers, without `.weight` and `.bias`.
 
     Attributes:
-      patches: the patches' projection.
-      class_token: the class token, with all of its name.
-      positions: the table of positions, with all of its name.
+      patches: the projection of the patches.
+      class_token: the class token, as a complete name.
+      positions: the position table, as a complete name.
       blocks: the blocks.
       final_norm: the norm after the blocks.
-      embedding_norm: the norm before the blocks, where there is one.
-      head: the head of attention pooling, where there is one.
-      projection: the linear layer after pooling, where there is one.
+      embedding_norm: the norm before the blocks, if there is one.
+      head: the head of attention pooling, if there is one.
+      projection: the linear layer after pooling, if there is one.
     """
 
     patches: str
@@ -121,16 +121,16 @@ class ImageNames(NamedTuple):
 class ImageTower(nnx.Module):
     """Embed images with a vision transformer.
 
-    Images of another size than in pretraining have interpolated positions
+    For images of a different size than in pretraining, positions are interpolated
     (`position_weights`).
 
     Args:
       architecture: sizes and variants.
-      computation: dropout, recomputation and type.
-      rngs: for the initial parameters.
+      computation: the dropout rate, the recomputation and the type of activations.
+      rngs: random streams for the initial parameters.
 
     Raises:
-      ValueError: if the width does not divide over the heads, or an image has no patch.
+      ValueError: if the width does not divide over the heads, or an image is smaller than a patch.
 
     Reference:
       Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; Radford et al., "Learning
@@ -171,8 +171,8 @@ class ImageTower(nnx.Module):
         """Embed images.
 
         Args:
-          pixels: normalised pixels; at the right and at the bottom, pixels without a whole patch
-            are left out.
+          pixels: normalised pixels; pixels at the right and the bottom that do not fill a whole
+            patch are left out.
           rngs: a random key per row for dropout, or `None` for evaluation.
 
         Returns:
@@ -202,8 +202,8 @@ def _identity(hidden: Hidden) -> Hidden:
 class PatchEmbeddings(nnx.Module):
     """Project the patches of images, and add a class token and positions.
 
-    The kernel has the axes columns and rows of a patch, channels and features: those of the file,
-    reversed.
+    The axes of the kernel are the columns and rows of a patch, the channels and the features: the
+    axes in the file, reversed.
     """
 
     def __init__(self, a: ImageArchitecture, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -245,7 +245,7 @@ class PatchEmbeddings(nnx.Module):
 def _interpolated(
     table: Float[Array, "k h"], grid: int, rows: int, columns: int
 ) -> Float[Array, "p h"]:
-    """The positions of a grid of another size, row by row."""
+    """Interpolate positions to a grid of another size, row by row."""
     of_rows, of_columns = (
         position_weights(grid, number).astype(table.dtype) for number in (rows, columns)
     )
@@ -257,8 +257,8 @@ def _interpolated(
 def position_weights(before: int, after: int) -> Float[np.ndarray, "m n"]:
     """The matrix `[after, before]` that resizes one axis of a grid of positions.
 
-    It is PyTorch's bicubic interpolation, with a = -0.75, without antialiasing, and with the values
-    at the edges repeated beyond them, as transformers resizes tables of positions.
+    It is PyTorch's bicubic interpolation, with a = -0.75, without antialiasing, and with the edge
+    values repeated beyond the edges. This is how transformers resizes position tables.
     """
     weights = np.zeros((after, before))
     for row in range(after):
@@ -286,7 +286,7 @@ class AttentionPooling(nnx.Module):
     def __call__(self, hidden: Hidden) -> Float[Array, "b h"]:
         b, _, h = hidden.shape
         probe = self.probe[...].astype(self.dtype)
-        # The layer is stored as one, but its input differs for the query.
+        # The files store the three projections as one layer, but the query has a different input.
         query = self.projections(probe)[..., :h]
         keys, values = jnp.split(self.projections(hidden)[..., h:], 2, axis=-1)
         queries, keys, values = (

@@ -24,7 +24,7 @@ OLD_BASES = {FULL: "global_rope_theta", SLIDING: "local_rope_theta"}
 
 
 def modernbert_architecture(config: Mapping[str, Any]) -> Architecture:
-    """The architecture that a ModernBERT's `config.json` describes.
+    """The architecture that a ModernBERT model's `config.json` describes.
 
     Reference:
       Warner et al., "Smarter, Better, Faster, Longer: A Modern Bidirectional Encoder for Fast,

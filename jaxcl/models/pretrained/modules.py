@@ -138,7 +138,7 @@ def parse_prompts(files: Mapping[str, bytes]) -> dict[str, str]:
 
     Queries use the prompt named "query"; keys use the one named "document", "passage" or "corpus".
     A side without its own prompt uses the default prompt, as sentence-transformers' `encode` does,
-    unless that is the other side's.
+    unless that is the prompt of the other side.
 
     Raises:
       ValueError: if a prompt is not a string, or the default prompt does not exist.
@@ -250,7 +250,7 @@ def _parse_module(module: Any) -> tuple[str, str]:
             f"modules.json asks to import {module['type']!r:.99}, which could run any code; "
             f"supported are {MODULE_ORDERS} of sentence-transformers"
         )
-    # Versions of the library keep one class in different packages.
+    # The package of a class differs between versions of the library.
     folder = PurePosixPath(module["path"])
     return module["type"].rpartition(".")[2], "" if folder == PurePosixPath() else str(folder)
 

@@ -14,7 +14,7 @@ __all__ = ["MPNET", "mpnet_architecture"]
 def mpnet_architecture(config: Mapping[str, Any]) -> Architecture:
     """The architecture that an MPNet's `config.json` describes.
 
-    The first token of a text is at position 2, because MPNet takes 1 as the padding id and ignores
+    The first token of a text is at position 2, because MPNet uses 1 as the padding id and ignores
     `pad_token_id`.
 
     Reference:

@@ -1,4 +1,4 @@
-"""Read how a folder's images become pixels, from its `preprocessor_config.json`."""
+"""Read from a folder's `preprocessor_config.json` how its images become pixels."""
 
 import math
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from jaxcl.models.vision.entry import PixelRule
 __all__ = ["PREPROCESSING_FILES", "parse_image_rule", "with_image_size"]
 
 PREPROCESSING_FILES = ("preprocessor_config.json", "processor_config.json")
-"""The older and the newer file. transformers 5 writes the newer one, with images below a key."""
+"""The older file, and the newer one of transformers 5 with a key `image_processor`."""
 
 _CUBIC = {2: False, 3: True}
-"""Pillow's numbers of the linear and the cubic interpolation."""
+"""Pillow's number of an interpolation, linear or cubic -> whether it is cubic."""
 _LARGEST = 8192
 
 
@@ -27,7 +27,7 @@ def parse_image_rule(
     Args:
       files: path in the model's folder -> content.
       folder: the encoder's folder.
-      resize, pixels: what the family's encoders read; these replace missing files and values.
+      resize, pixels: the family's defaults, which replace missing files and values.
 
     Raises:
       ValueError: for an unsupported step or value; the message names the file.
@@ -46,7 +46,7 @@ def parse_image_rule(
 
 
 def with_image_size(rule: ImagePreprocessing, image_size: int) -> ImagePreprocessing:
-    """The rule of an encoder that reads images of another size."""
+    """The rule for an encoder that reads images of another size."""
     pixels = rule.pixels._replace(size=image_size)
     return rule._replace(size=round(image_size / pixels.kept), pixels=pixels)
 
@@ -86,7 +86,7 @@ def _parse(config: Mapping[str, Any], resize: str, pixels: PixelRule) -> ImagePr
 
 
 def _size(config: Mapping[str, Any], default: int, resize: str) -> tuple[int, str]:
-    """The size of decoded images, and how they get it."""
+    """The size of decoded images, and how images are resized to it."""
     value = config.get("size")
     if isinstance(value, dict) and set(value) == {"shortest_edge"}:
         return _pixels(value["shortest_edge"], "size"), "crop"

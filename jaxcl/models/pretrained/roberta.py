@@ -12,7 +12,7 @@ __all__ = ["ROBERTA", "roberta_architecture"]
 
 
 def roberta_architecture(config: Mapping[str, Any]) -> Architecture:
-    """The architecture that a RoBERTa's `config.json` describes.
+    """The architecture that a RoBERTa model's `config.json` describes.
 
     The first token of a text is at position `pad_token_id + 1`, whatever the text's ids.
 

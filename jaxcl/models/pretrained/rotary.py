@@ -18,12 +18,12 @@ class Rotary(NamedTuple):
     """The rotary positions of a layer.
 
     Attributes:
-      base: its `rope_theta`.
+      base: the base of the frequencies, `rope_theta`.
       factor: a divisor of the frequencies, for texts longer than in pretraining.
-      turns: `None` to divide all frequencies. For Llama 3, `(least, most)` of the turns that a pair
-        of features makes in pretraining's longest text: pairs with fewer turns are divided by
-        `factor`, pairs with more are not, and those between are interpolated.
-      tokens: pretraining's longest text, in tokens; only with `turns`.
+      turns: `None` to divide all frequencies. For Llama 3, `(least, most)`: a feature pair that
+        makes fewer than `least` turns over `tokens` has its frequency divided by `factor`, a pair
+        with more than `most` turns keeps its frequency, and pairs in between are interpolated.
+      tokens: the maximum length of a text in pretraining, in tokens; only with `turns`.
     """
 
     base: float
@@ -59,7 +59,7 @@ def read_rotary(parameters: Mapping[str, Any], *, base: float) -> Rotary:
     """Read rotary positions from `rope_parameters`, or from `rope_scaling` of an older config.
 
     Args:
-      parameters: the content of the field, or of its part for one kind of layers.
+      parameters: the content of the field, or its part for one kind of layer.
       base: the value of a missing `rope_theta`.
 
     Raises:

@@ -18,7 +18,7 @@ HALF = (0.5, 0.5, 0.5)
 
 
 def siglip_image_architecture(config: Mapping[str, Any]) -> ImageArchitecture:
-    """The architecture that the `vision_config` of a SigLIP's `config.json` describes.
+    """The architecture that the `vision_config` of a SigLIP model's `config.json` describes.
 
     Reference:
       Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023.
@@ -34,7 +34,7 @@ def siglip_image_architecture(config: Mapping[str, Any]) -> ImageArchitecture:
 
 
 def siglip_text_architecture(config: Mapping[str, Any]) -> TextArchitecture:
-    """The architecture that the `text_config` of a SigLIP's `config.json` describes."""
+    """The architecture that the `text_config` of a SigLIP model's `config.json` describes."""
     check_supported(config, quantization_config=None)
     sizes = _sizes(config)
     return TextArchitecture(

@@ -23,7 +23,7 @@ class StaticEmbedding(nnx.Module):
       dim: width of the embeddings.
       weighted: whether each token has a weight that scales its embedding.
       compute_dtype: type of the output; `None` means bfloat16 on accelerators and float32 on CPUs.
-      rngs: for the initial parameters.
+      rngs: random streams for the initial parameters.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class StaticEmbedding(nnx.Module):
         self.dtype = activation_dtype(compute_dtype)
 
     def __call__(self, tokens: Tokens, mask: TokenMask, rngs: RowKeys | None = None) -> Hidden:
-        """Look up the embedding of each token; training and evaluation are the same."""
+        """Look up the embedding of each token, in the same way in training and evaluation."""
         hidden = self.token_table[...][tokens]
         if self.token_weight is not None:
             hidden *= self.token_weight[...][tokens][..., None]

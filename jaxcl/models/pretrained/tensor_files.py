@@ -48,7 +48,7 @@ TENSOR_TYPES: Mapping[str, np.dtype] = {
 """Supported tensor type in a file -> its NumPy type."""
 
 _MAX_HEADER_BYTES = 16 * 2**20
-"""Enough for 100,000 tensors; a large encoder's header takes 50,000 bytes."""
+"""The size limit, enough for 100,000 tensors; a large encoder's header takes 50,000 bytes."""
 _MAX_DIMENSIONS = 16
 _MAX_INDEX_BYTES = 16 * 2**20
 _WEIGHTS = "model.safetensors"
@@ -69,8 +69,8 @@ def read_specs(path: AnyPath) -> Specs:
     """Read the types and shapes of a file's tensors from its header.
 
     Raises:
-      ValueError: if it is not a valid safetensors file; the message names the file.
-      OSError: if it cannot be read.
+      ValueError: if the file is not a valid safetensors file; the message names the file.
+      OSError: if the file cannot be read.
     """
     with open_regular(path) as file:
         entries, _ = _read_header(file, path)
@@ -83,8 +83,8 @@ def map_tensors(path: AnyPath) -> dict[str, np.ndarray]:
     A file on an object store is read into memory instead.
 
     Raises:
-      ValueError: if it is not a valid safetensors file; the message names the file.
-      OSError: if it cannot be read.
+      ValueError: if the file is not a valid safetensors file; the message names the file.
+      OSError: if the file cannot be read.
     """
     with open_regular(path) as file:
         entries, begin = _read_header(file, path)
@@ -136,7 +136,7 @@ def write_tensors(path: AnyPath, tensors: Mapping[str, np.ndarray]) -> None:
       tensors: name -> tensor of one of `TENSOR_TYPES`.
 
     Raises:
-      ValueError: for any other type.
+      ValueError: for a tensor of any other type.
       OSError: if the file cannot be written; the message names it.
     """
     from safetensors.numpy import save, save_file

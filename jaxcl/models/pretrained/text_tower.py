@@ -21,23 +21,23 @@ from jaxcl.typing import Array, Embeddings, Int, RowKeys, Tokens
 __all__ = ["TextArchitecture", "TextNames", "TextTower"]
 
 _LARGEST_ID = 2
-"""An `end_token` of old config files; there, the token with the largest id ends a text."""
+"""The `end_token` in old config files, where the token with the largest id ends a text."""
 
 
 class TextArchitecture(NamedTuple):
     """The sizes and variants of a text tower.
 
     Attributes:
-      sizes: the blocks. Without causal attention, all texts are padded to `max_tokens`, and attend
-        to their padding, as SigLIP was trained.
+      sizes: the sizes of the blocks. Without causal attention, all texts are padded to
+        `max_tokens` and attend to the padding, as in the training of SigLIP.
       vocabulary_size: rows of the token table.
-      max_tokens: rows of the table of positions.
-      end_token: the token whose state is pooled, at its first place; 2 for the token with the
+      max_tokens: rows of the position table.
+      end_token: the token whose state is pooled, at its first occurrence; 2 for the token with the
         largest id. `None` for the last position. A text without the token is pooled at its first
         token, as in transformers, so its embedding hardly depends on the text.
-      padding_token: the token of padding.
+      padding_token: the id of padding tokens.
       projection_dim: width of a linear layer after pooling; `None` for no such layer.
-      projection_bias: whether that layer has a bias.
+      projection_bias: whether the linear layer after pooling has a bias.
     """
 
     sizes: BlockSizes
@@ -86,8 +86,8 @@ class TextTower(nnx.Module):
 
     Args:
       architecture: sizes and variants.
-      computation: dropout, recomputation and type.
-      rngs: for the initial parameters.
+      computation: the dropout rate, the recomputation and the type of activations.
+      rngs: random streams for the initial parameters.
 
     Raises:
       ValueError: if the width does not divide over the heads.
@@ -128,7 +128,7 @@ class TextTower(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, tokens: Tokens, mask: TokenMask, rngs: RowKeys | None = None) -> Embeddings:
-        """Embed texts, in at least float32; arguments as for `Transformer`."""
+        """Embed texts, in at least float32; the arguments are as for `Transformer`."""
         a = self.architecture
         check_length(tokens, a.max_tokens)
         positions = _place(tokens, mask, a)

@@ -46,7 +46,7 @@ class BlockSizes(NamedTuple):
       mlp_dim: width of the MLP.
       activation: name of the MLP's activation in `ACTIVATIONS`.
       epsilon: added to the variance in layer norms.
-      dropout: the rate in pretraining, which is also the default for fine-tuning.
+      dropout: the dropout rate in pretraining, which is also the default for fine-tuning.
       projection_bias: whether the projections to queries, keys and values have biases.
       causal: whether tokens attend to themselves and previous tokens only.
       layer_scale: whether learned factors scale each feature of the outputs of attention and MLP.
@@ -65,7 +65,7 @@ class BlockSizes(NamedTuple):
 
 
 def read_sizes(config: Mapping[str, Any], *, activation: str, epsilon: float) -> BlockSizes:
-    """Read the sizes of the blocks from a `config.json`; missing ones are those of a ViT-B.
+    """Read the sizes of the blocks from a `config.json`; the defaults are the sizes of ViT-B.
 
     Args:
       config: the content of the file.
@@ -136,8 +136,8 @@ def run_blocks(
 ) -> Hidden:
     """Run the blocks of a tower in sequence.
 
-    With `remat`, which large models need, they run as one compiled loop, so that 24 blocks compile
-    as fast as one, and sharded parameters are gathered one block at a time.
+    With `remat`, which large models need, the blocks run as one compiled loop, so that 24 blocks
+    compile as fast as one, and sharded parameters are gathered one block at a time.
 
     Args:
       blocks: the result of `make_blocks`.
@@ -155,7 +155,7 @@ def run_blocks(
 
 
 def layer_norm(sizes: BlockSizes, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A layer norm of the width and epsilon of the blocks."""
+    """A layer norm with the width and epsilon of the blocks."""
     # The fast variance subtracts two large numbers when the mean is far from 0.
     return nnx.LayerNorm(
         sizes.hidden_dim, epsilon=sizes.epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs

@@ -35,7 +35,7 @@ def image_family(
       names: the names of the tensors.
       pixels: mean, standard deviation, kept share and interpolation, for folders without
         `preprocessor_config.json`.
-      resize: `"crop"` or `"stretch"`, for the same folders.
+      resize: `"crop"` or `"stretch"`, for such folders too.
       options: names of further options of `make`.
     """
 
@@ -76,7 +76,7 @@ def text_family(
     *,
     any_width: bool = True,
 ) -> Family:
-    """A family of text towers; arguments as for `image_family` and `Family`."""
+    """A family of text towers; the arguments are as for `image_family` and `Family`."""
 
     family = family_of(prefixes, architecture, TextTower, names.tensors)
     return family._replace(

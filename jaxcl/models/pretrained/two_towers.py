@@ -1,4 +1,4 @@
-"""Split the folder of a model with an image tower and a text tower, such as CLIP, into the two."""
+"""Split the files of a model with an image tower and a text tower, such as CLIP, by tower."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,11 +29,11 @@ def tower_config(config: Mapping[str, Any], modality: str) -> dict[str, Any]:
       modality: `"text"` or `"image"`.
 
     Raises:
-      ValueError: if the part is no object.
+      ValueError: if the part is not a JSON object.
     """
     name = _CONFIGS[modality]
     own: dict[str, Any] = {}
-    # Older files repeat some values under another name, and those take precedence.
+    # Older files repeat some values under a second name, which takes precedence.
     for key in (name, f"{name}_dict"):
         part = config.get(key)
         if part is not None and not isinstance(part, dict):
@@ -58,7 +58,7 @@ def logit_values(tensors: Mapping[str, np.ndarray]) -> dict[str, float]:
     """The scalars of the loss in a file, by name.
 
     Raises:
-      ValueError: for other tensors of these names.
+      ValueError: if one of these tensors is not a finite scalar.
     """
     values = {}
     for name in LOGITS:

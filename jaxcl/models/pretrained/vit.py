@@ -16,7 +16,7 @@ __all__ = ["DINOV2", "VIT"]
 
 
 def vit_architecture(config: Mapping[str, Any]) -> ImageArchitecture:
-    """The architecture that a ViT's `config.json` describes, without the pooler.
+    """The architecture that a ViT model's `config.json` describes, without the pooler.
 
     Reference:
       Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021.
@@ -25,7 +25,7 @@ def vit_architecture(config: Mapping[str, Any]) -> ImageArchitecture:
 
 
 def dinov2_architecture(config: Mapping[str, Any]) -> ImageArchitecture:
-    """The architecture that a DINOv2's `config.json` describes.
+    """The architecture that a DINOv2 model's `config.json` describes.
 
     Reference:
       Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", 2023.

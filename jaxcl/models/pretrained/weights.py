@@ -72,8 +72,8 @@ def load_parameters(model: PretrainedModel, abstract: PyTree) -> PyTree:
         `jax.ShapeDtypeStruct`.
 
     Returns:
-      The same tree of NumPy arrays, as read-only views of the files. `place` converts them shard by
-      shard.
+      The same tree with NumPy arrays, which are read-only views of the files. `place` converts them
+      shard by shard.
 
     Raises:
       ValueError: if a parameter has no tensor, a tensor has the wrong shape or type, or an unknown
@@ -119,7 +119,7 @@ def place(parameters: PyTree, abstract: PyTree) -> PyTree:
 
 
 def unused_tensors(model: PretrainedModel) -> FileTensors:
-    """Map the known tensors without a parameter, such as a pooler's, by file and name.
+    """Map the known tensors without a parameter, such as a pooler's weights, by file and name.
 
     Raises:
       ValueError: if a file is damaged.
@@ -177,7 +177,7 @@ def keep_copy(model: PretrainedModel, directory: AnyPath) -> None:
       directory: the folder of the copy; an older copy is replaced.
 
     Raises:
-      OSError: if it cannot be written.
+      OSError: if the copy cannot be written.
     """
     if is_remote(directory):
         _write_copy(model, directory)

@@ -19,7 +19,7 @@ __all__ = ["ConvNetEncoder"]
 class ConvNetEncoder(ImageEncoder):
     """Convolutions of stride 2, and a dense layer over all positions.
 
-    The dense layer depends on where something is in the image, unlike an average over positions.
+    Unlike an average over positions, the dense layer depends on where something is in the image.
     Layer norms follow the convolutions, so that each row is independent of the others.
 
     Args:
@@ -34,7 +34,7 @@ class ConvNetEncoder(ImageEncoder):
       kept: the fraction of height and width that a centre crop keeps, before an image is resized.
       compute_dtype: type of activations; `None` uses bfloat16 on accelerators and float32
         elsewhere.
-      rngs: for the initial parameters.
+      rngs: random streams for the initial parameters.
 
     Raises:
       ValueError: for an option out of range.

@@ -35,7 +35,7 @@ class PixelRule(NamedTuple):
       size: the height and width of the images that the backbone receives.
       mean, std: the mean and standard deviation of the pixels in [0, 1], by channel.
       kept: the fraction of height and width that a centre crop keeps of images of another size,
-        such as 224 / 256 for images of 256 pixels and an encoder of 224.
+        such as 224 / 256 for images of 256 pixels and an encoder that reads 224.
       cubic: resize with cubic instead of linear interpolation.
     """
 

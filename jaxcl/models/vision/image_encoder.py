@@ -27,7 +27,7 @@ class ProjectionHead(nnx.Module):
       hidden: the widths of the hidden layers; `()` for a single linear layer.
       dim: the dimension of the embeddings.
       dtype: type of activations.
-      rngs: for the initial parameters.
+      rngs: random streams for the initial parameters.
 
     Reference:
       Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020: a head without

@@ -29,7 +29,7 @@ class ResNetEncoder(ImageEncoder):
     """A residual network, ResNet-50 by default.
 
     It uses group normalisation with weight standardisation instead of batch normalisation. An
-    embedding then depends on its own image alone, so training is the same on any number of devices
+    embedding then depends only on its own image, so training is the same on any number of devices
     and with gradient caching, and evaluation needs no running statistics.
 
     Args:
@@ -37,7 +37,7 @@ class ResNetEncoder(ImageEncoder):
       dim: dimension of the embeddings.
       image_size: height and width of the images that the encoder reads; others are resized.
         `None` uses `loaded_size`.
-      stages: the number of blocks in each stage; all stages but the first halve height and width
+      stages: the number of blocks in each stage; all except the first halve height and width
         and double the channels. `(3, 4, 6, 3)` is ResNet-50, or ResNet-34 without bottlenecks.
       width: the channels of the first stage, before the expansion of bottlenecks.
       bottleneck: whether blocks have three convolutions with a narrow one in the middle, instead of
@@ -50,7 +50,7 @@ class ResNetEncoder(ImageEncoder):
       remat: keep one activation per block for the backward pass, and recompute the others.
       compute_dtype: type of activations; `None` uses bfloat16 on accelerators and float32
         elsewhere. Weights are standardised in float32.
-      rngs: for the initial parameters.
+      rngs: random streams for the initial parameters.
 
     Raises:
       ValueError: for an option out of range, or an unknown stem.
@@ -130,7 +130,7 @@ class StandardisedConv(nnx.Module):
       size: height and width of the filters.
       stride: the stride, in pixels.
       dtype: type of activations.
-      rngs: for the initial parameters.
+      rngs: random streams for the initial parameters.
     """
 
     def __init__(
@@ -205,6 +205,6 @@ class Block(nnx.Module):
 
 
 def _group_norm(width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, **options: Any) -> nnx.GroupNorm:
-    """Groups of equal size: 32 of them, or as many as the width allows."""
+    """A group norm with at most 32 groups of equal size, as many as the width allows."""
     groups = next(count for count in range(min(_GROUPS, width), 0, -1) if width % count == 0)
     return nnx.GroupNorm(width, num_groups=groups, dtype=dtype, rngs=rngs, **options)

@@ -52,16 +52,16 @@ class ViTEncoder(ImageEncoder):
         axis of layers.
       compute_dtype: type of activations; `None` uses bfloat16 on accelerators and float32
         elsewhere. Parameters, and sums in norms and softmax, are always float32.
-      rngs: for the initial parameters.
+      rngs: random streams for the initial parameters.
 
     Raises:
       ValueError: for an unknown name, an option out of range, sizes that do not divide, or cuDNN's
         attention with activations that are not 16 bits wide.
 
     Reference:
-      Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; sines and cosines, and the
-      mean: Beyer et al., "Better plain ViT baselines for ImageNet-1k", 2022; pooling by attention:
-      Zhai et al., "Scaling Vision Transformers", 2022.
+      Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; sines and cosines, and
+      mean pooling: Beyer et al., "Better plain ViT baselines for ImageNet-1k", 2022; attention
+      pooling: Zhai et al., "Scaling Vision Transformers", 2022.
     """
 
     def __init__(
