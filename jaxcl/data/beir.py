@@ -50,16 +50,16 @@ class Beir(NamedTuple):
     Attributes:
       corpus: the documents.
       query_ids: the ids of the queries that have judgements, in the order of their file.
-      query_texts: their texts.
-      queries: for each pair of a query and a relevant document, the number of the query;
+      query_texts: the text of each of these queries.
+      queries: for each pair of a query and a relevant document, the query's index in `query_ids`;
         ascending.
-      documents: the row in `corpus` of each pair's document; −1 if the corpus lacks it.
+      documents: the row in `corpus` of each pair's document; −1 if it is not in the corpus.
       grades: the relevance of each pair, at least 1.
       own_documents: for each query, the row of the document with the same id, which is the query
         itself and is therefore excluded from its ranking; −1 if there is no such document, it is
         judged relevant, or there are no qrels.
-      left_out: name -> number of queries, documents and judgements that do not match; `read_beir`
-        lists the names.
+      left_out: name -> number of queries, documents or judgements without a counterpart;
+        `read_beir` lists the names.
     """
 
     corpus: Documents
@@ -73,17 +73,17 @@ class Beir(NamedTuple):
 
 
 def is_beir(path: AnyPath) -> bool:
-    """Whether a path is a folder with this layout, or a qrels file in such a folder."""
+    """Whether a path is a folder with the layout of BEIR, or a qrels file in such a folder."""
     folder = path.parent.parent if path.parent.name == "qrels" else path
     return any((folder / f"corpus.jsonl{suffix}").exists() for suffix in ("", ".gz"))
 
 
 def read_beir(path: AnyPath) -> Beir:
-    """Read a folder with this layout.
+    """Read a folder with the layout of BEIR.
 
     Args:
-      path: the folder, or a qrels file in it. For a folder, the qrels file is `test`, else `dev`,
-        else the only file in `qrels/`.
+      path: the folder, or a qrels file in it. If a folder is given, the qrels file is `test`, else
+        `dev`, else the only file in `qrels/`.
 
     Returns:
       The content of the folder. `left_out` counts
@@ -91,8 +91,8 @@ def read_beir(path: AnyPath) -> Beir:
       - `queries_without_judgements`: queries that the qrels do not name, which are not ranked;
       - `queries_without_relevant`: queries without a relevant document, which are ranked and score
         0, as in trec_eval;
-      - `unknown_queries`: queries of the qrels that `queries.jsonl` lacks, which are not ranked;
-      - `unknown_documents`: relevant documents that the corpus lacks, which count as not found;
+      - `unknown_queries`: judged queries that are not in `queries.jsonl`, which are not ranked;
+      - `unknown_documents`: relevant documents missing from the corpus, which count as not found;
       - `own_documents`: documents that are left out because they have the id of the query.
 
     Raises:
@@ -229,7 +229,7 @@ def read_qrels(path: AnyPath) -> dict[str, dict[str, int]]:
 def _read_positives(
     path: AnyPath, ids: Sequence[str], corpus: Documents, rows: Mapping[str, int]
 ) -> dict[str, dict[str, int]]:
-    """Query id -> id of each of its positives -> 1."""
+    """Read positives as query id -> document id -> relevance, which is always 1."""
     positives = {}
     for name, (where, record) in zip(ids, read_records(path, kind=".jsonl"), strict=True):
         field = next((known for known in _POSITIVES_FIELDS if known in record), None)
@@ -256,7 +256,7 @@ def _read_positives(
 
 
 def _rows(path: AnyPath) -> Iterator[tuple[str, Sequence[Any]]]:
-    """Yield the place of each row of a table, and its query, document and relevance."""
+    """Yield the place of each row of a table, with its query id, document id and relevance."""
     for number, (where, record) in enumerate(read_records(path, kind=".txt")):
         line = record["text"]
         columns = line.split("\t") if "\t" in line else line.split()
@@ -274,7 +274,7 @@ def _rows(path: AnyPath) -> Iterator[tuple[str, Sequence[Any]]]:
 
 
 def _records(path: AnyPath) -> Iterator[tuple[str, Sequence[Any]]]:
-    """Yield the place of each JSON line, and its query, document and relevance."""
+    """Yield the place of each JSON line, with its query id, document id and relevance."""
     for where, record in read_records(path, kind=".jsonl"):
         values = []
         for names in _QRELS_FIELDS:

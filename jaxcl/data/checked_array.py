@@ -22,7 +22,7 @@ from jaxcl.typing import Bool, Float, Int, Integer
 __all__ = ["CheckedArray", "DamagedArray", "array_record"]
 
 _CHUNK_BYTES = 2**20
-"""A multiple of every item size. The digests take about 0.003% of the array's bytes."""
+"""A multiple of every item size. The digests add about 0.003% to the array's bytes."""
 
 
 class DamagedArray(ValueError):
@@ -45,7 +45,7 @@ class CheckedArray:
     Args:
       path: the file.
       record: the result of `array_record`.
-      below: the exclusive upper bound of the numbers; `None` does not check them.
+      below: the exclusive upper bound of the numbers; with `None`, they are not checked.
 
     Raises:
       DamagedArray: if the file is missing, or its size or header has changed.

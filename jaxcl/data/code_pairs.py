@@ -40,11 +40,11 @@ class CodePairsInfo(NamedTuple):
 
     Attributes:
       directory: a prepared TFDS data set, for `open_pairs` or `tfds.builder_from_directory`.
-      fingerprint: a sha256 that identifies the rows, wherever the packages are installed.
+      fingerprint: a sha256 that identifies the rows, independent of where packages are installed.
       split_sizes: number of pairs per split; splits without pairs are left out.
       packages: the packages, sorted; a pair's group is the index of its package.
       num_files: number of Python files searched.
-      num_duplicates: number of functions dropped because another had the same code or docstring.
+      num_duplicates: number of functions dropped as duplicates, by code or by docstring.
       skipped: number of files that could not be used, by reason.
     """
 
@@ -115,8 +115,9 @@ def prepare_code_pairs(
     """Prepare the code search pairs, or find them if nothing has changed since an earlier call.
 
     Every call hashes the packages' files. The directory is named after these hashes, the options
-    and the locations of the packages, so that a changed environment never gets the old rows. It
-    appears only when it is complete, so that a killed preparation leaves nothing that looks usable.
+    and the locations of the packages, so that a changed environment never gets the old rows. The
+    directory appears only when it is complete, so a killed preparation leaves nothing that looks
+    usable.
 
     Args:
       data_dir: the pairs go to `<data_dir>/code_pairs/<12 hex digits>`.
@@ -125,8 +126,8 @@ def prepare_code_pairs(
       test_packages: packages that are held out as a whole. If a function in them has duplicates in
         other packages, the duplicates are dropped.
       validation_fraction: the share of the other packages' files that is held out.
-      split_seed: the seed for drawing those files and, with `max_pairs`, the pairs.
-      max_pairs: the largest number of pairs, drawn over all splits; None keeps all.
+      split_seed: the seed for drawing the held-out files and, with `max_pairs`, the pairs.
+      max_pairs: the maximum number of pairs in all splits together; None keeps all pairs.
 
     Raises:
       ValueError: if an option is wrong, a test package is not installed, a required split has no
@@ -178,8 +179,8 @@ def split_functions(
     """Drop duplicates across all packages, then split: test by package, validation by file.
 
     Returns:
-      The non-empty splits, each in the order of package, file and line, and the number of
-      duplicates dropped.
+      The non-empty splits, each sorted by package, file and line, and the number of duplicates
+      dropped.
 
     Raises:
       ValueError: if there are no functions, or none are left for `train`, or for a `test` split

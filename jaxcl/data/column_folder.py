@@ -57,11 +57,11 @@ def cached_columns(
 
 
 def column_records(index_file: Path, made_from: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the record of each column, by name, from the index of a folder.
+    """Read the record of each column, by column name, from the index of a folder.
 
     Args:
       index_file: the index that `write_columns` wrote.
-      made_from: the description of the data.
+      made_from: everything that the columns depend on, as it was given to `write_columns`.
 
     Raises:
       DamagedArray: if the index cannot be read, or describes other data.
@@ -120,7 +120,7 @@ def write_columns(
     except OSError as error:
         if error.filename is not None:
             raise
-        raise OSError(  # a full disk names no file
+        raise OSError(  # the error for a full disk does not name a file
             f"cannot write {what} {path} ({error}); make room there, or set run.data_dir to "
             "another folder"
         ) from error

@@ -18,7 +18,7 @@ __all__ = ["Documents", "read_documents"]
 ID_FIELDS = ("_id", "id", "doc_id", "docid", "document_id", "pid", "qid", "query_id")
 TEXT_FIELDS = ("text", "document", "passage", "contents", "content", "body", "key", "query")
 QUERY_FIELDS = ("query", *TEXT_FIELDS)
-"""The text fields of documents that are queries."""
+"""Common names of the text field of queries."""
 TITLE_FIELD = "title"
 _BLOCK = 10_000
 
@@ -28,7 +28,7 @@ class Documents:
 
     Attributes:
       ids: the ids, all different. Without ids in the file, the documents are numbered from `"0"`.
-      texts: a `pyarrow.ChunkedArray` of the texts; `read` returns some of them.
+      texts: a `pyarrow.ChunkedArray` of the texts; `read` returns those of given rows.
       fingerprint: a hash of ids and texts; equal fingerprints mean equal documents in equal order.
       modality: `"text"`.
     """
@@ -69,7 +69,7 @@ def read_documents(
       id_field: the field of the ids, which are texts or integers; `None` takes the first of
         `ID_FIELDS` that the first record has. Lines of plain text have no ids.
       text_field: the field of the texts; `None` takes the first of `text_fields`.
-      text_fields: common names of that field.
+      text_fields: the names to try for the field of the texts.
       advance: called with the number of documents read since the last call.
 
     Returns:

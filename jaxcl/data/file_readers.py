@@ -1,6 +1,6 @@
 """Read the rows of files one by one: JSON lines, CSV, TSV, Parquet, Arrow and tar.
 
-A folder of images is read like a file with a row per image.
+A folder of images is read like a file with one row per image.
 
 A row that cannot be read is returned with its problem, so that the caller can report it, skip it
 and continue.
@@ -28,20 +28,20 @@ from jaxcl.settings.file_kinds import file_kind
 __all__ = ["FileRow", "place_of", "read_fields", "read_rows"]
 
 _MAX_LINE = 64 * 2**20
-"""The longest allowed line, in bytes; the longest real lines have a few million."""
+"""The longest allowed line, in bytes; the longest lines in practice have a few million bytes."""
 _ROWS_AT_ONCE = 1024
 _ROWS_WITH_FIELDS = 100
-"""The number of JSON lines that are always read to collect the fields of a file."""
+"""The minimum number of JSON lines that are read to collect the fields of a file."""
 
 
 class FileRow(NamedTuple):
     """One row of a file.
 
     Attributes:
-      number: the number of the row's first line, from 1; the row's own number in a file without
-        lines.
-      fields: the values by name.
-      problem: the reason that the row cannot be read; `None` if it can.
+      number: the number of the row's first line, counted from 1; in a file without lines, the
+        number of the row.
+      fields: the values by field name.
+      problem: why the row cannot be read; `None` if it can be read.
     """
 
     number: int
@@ -55,11 +55,11 @@ def read_fields(path: Path, wanted: Collection[str] = ()) -> list[str]:
     Args:
       path: the file.
       wanted: fields to look for. JSON lines may leave fields out, so lines are read until all of
-        these have appeared, and at least 100 lines.
+        these fields have appeared, but at least 100 lines.
 
     Raises:
       ValueError: if the file has no rows, an unknown suffix, or two columns with the same name.
-      OSError: if it cannot be read.
+      OSError: if the file cannot be read.
     """
     if path.is_dir():
         return list(FOLDER_FIELDS)
@@ -84,7 +84,7 @@ def read_rows(path: Path, fields: Sequence[str]) -> Iterator[FileRow]:
 
     Args:
       path: the file; its suffix determines its kind.
-      fields: the names of the fields to read. A row may lack some of them, or have others too.
+      fields: the names of the fields to read. A row may lack some of them, or have other fields.
 
     Raises:
       ValueError: while iterating, if the file is damaged. Invalid rows are yielded, not raised.
@@ -133,7 +133,7 @@ def _opened(path: Path) -> Iterator[tuple[str, Any]]:
             yield kind, file if compression is None else _DECOMPRESSED[compression](file)
         except (EOFError, zlib.error, lzma.LZMAError) as error:
             raise ValueError(f"{path} is damaged ({error}); write it again") from error
-        except ValueError as error:  # pyarrow's errors, too
+        except ValueError as error:  # including pyarrow's errors
             names_file = str(error).startswith(str(path))
             raise error if names_file else ValueError(f"{path}: {error}") from error
         except OSError as error:
@@ -242,7 +242,7 @@ def _csv_rows(reader: Any, *, is_tsv: bool) -> Iterator[FileRow]:
             yield FileRow(number, problem=f"the row cannot be read ({error})")
             continue
         if is_tsv and any("\t" in value and "\n" in value for value in values):
-            # A text that begins with a quotation mark has swallowed the rows up to the next one.
+            # A text that begins with a quotation mark has swallowed the rows up to the next mark.
             problem = "a quoted value has a tab and a line break; write the file as .csv or .jsonl"
             yield FileRow(number, problem=problem)
         elif len(values) == len(header):

@@ -1,4 +1,4 @@
-"""The keys from which negatives are mined: distinct documents and the queries' positives."""
+"""The keys for hard-negative mining: distinct documents and the queries' positives."""
 
 import collections
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,15 +27,16 @@ class MiningPool(NamedTuple):
 
     Attributes:
       documents: the corpus.
-      rows: the document of each key that is in the corpus; the keys after these are `outside`.
+      rows: for each key from the corpus, its row in `documents`; the keys in `outside` follow.
       outside: the texts of positives that are not in the corpus.
       digests: a hash of each key's text.
       candidates: the keys that may be negatives: all documents with a text.
-      positives: for each query, the rows of its positives.
-      positive_texts: their texts as written in the file of queries; `None` if it gives ids.
-      excluded: for each query, the rows of further keys that are not its negatives: documents with
-        the query's text or id, and documents that end with a positive of several words, as they do
-        in a corpus where the title precedes the text.
+      positives: for each query, the keys that are its positives, by number.
+      positive_texts: for each query, the texts of its positives as written in the file of queries;
+        `None` if the file gives ids.
+      excluded: for each query, further keys that must not be its negatives, by number: documents
+        with the query's text or id, and documents that end with one of its positives (of at least
+        8 words), as in a corpus where the title precedes the text.
     """
 
     documents: Documents
@@ -63,7 +64,7 @@ class MiningPool(NamedTuple):
         ]
 
     def find(self, texts: Sequence[str]) -> Int[np.ndarray, " n"]:
-        """The row of the key with each text; −1 where there is none."""
+        """The number of the key with each text; −1 where there is none."""
         order = np.argsort(self.digests)
         digests = np.array(_digests(texts), np.uint64)
         positions = np.searchsorted(self.digests, digests, sorter=order)
@@ -71,7 +72,7 @@ class MiningPool(NamedTuple):
         return np.where(self.digests[rows] == digests, rows, -1)
 
     def counts(self) -> dict[str, int]:
-        """The numbers of documents, copies, empty documents, and positives outside the corpus."""
+        """Count the documents, copies, empty documents, and positives outside of the corpus."""
         return {
             "documents": len(self.documents),
             "copies of documents": len(self.documents) - len(self.rows),
@@ -81,7 +82,7 @@ class MiningPool(NamedTuple):
 
 
 def mining_pool(documents: Documents, queries: QueryFile) -> MiningPool:
-    """Build the pool of a corpus and of queries with their positives.
+    """Build the pool of keys from a corpus and from queries with their positives.
 
     Raises:
       ValueError: if no document has the id of a positive, or that document has no text; the message
@@ -141,7 +142,7 @@ def _by_id(
     key_of_document: Int[np.ndarray, " n"],
     have_text: Bool[np.ndarray, " k"],
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """The rows of each query's positives, and of the documents with the query's id."""
+    """The keys that are each query's positives, and the keys with the query's id, by number."""
     keys = dict(zip(documents.ids, key_of_document.tolist(), strict=True))
     positives = []
     for where, names in zip(queries.where, queries.positives, strict=True):
@@ -159,7 +160,7 @@ def _by_id(
 def _by_text(
     queries: QueryFile, key_of_value: dict[int, int], outside: dict[int, str]
 ) -> tuple[list[list[int]], list[list[str]]]:
-    """The rows and texts of each query's positives. Adds those not in the corpus to `outside`."""
+    """The keys and texts of each query's positives; adds new texts to `outside`."""
     positives, texts = [], []
     numbers: dict[int, int] = {}
     for query_positives in queries.positives:
@@ -178,7 +179,7 @@ def _by_text(
 def _ending_with(
     texts: Sequence[str], documents: Documents, rows: Int[np.ndarray, " _"]
 ) -> Mapping[int, list[int]]:
-    """Number of a text -> the keys of longer documents that end with it."""
+    """Index of a text -> the keys of longer documents that end with it."""
     tails = collections.defaultdict(list)
     for number, text in enumerate(texts):
         words = text.split()

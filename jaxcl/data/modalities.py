@@ -107,7 +107,7 @@ class Text:
         return _load(data, _tokenizer_file(workdir))
 
     def reader(self, data: DataSettings, side: str, workdir: AnyPath) -> Reader:
-        """A function from texts to inputs as in `spec`, padded to the side's width."""
+        """A function from texts to the inputs that `spec` describes, padded to the side's width."""
         rule = text_rule(data, side)
         text = TextTokenizer(self.tokenizer(data, workdir), rule)
         return lambda values: text.inputs(text.tokenize(values), rule.max_tokens)
@@ -117,7 +117,7 @@ class Text:
         return tokenizer_fingerprint(load_pretrained_tokenizer(_tokenizer_file(workdir)))
 
     def changed(self, workdir: AnyPath) -> str:
-        """Ask for the tokenizer of the run."""
+        """A message that asks to restore the run's tokenizer."""
         return (
             f"{_tokenizer_file(workdir).name} in {workdir} has changed since the run was trained; "
             "restore it from a copy"
@@ -186,8 +186,8 @@ def check_inputs(data: DataSettings, workdir: AnyPath, recorded: Mapping[str, st
     Args:
       data: the run's settings.
       workdir: the run's own folder.
-      recorded: the fingerprints of an earlier start, including its `input_fingerprints`, which
-        earlier versions did not record.
+      recorded: the fingerprints that the run recorded at an earlier start. Files that have no
+        recorded fingerprint, as in runs of earlier versions, are not compared.
 
     Raises:
       ValueError: if a file has changed.
@@ -206,7 +206,7 @@ def open_tables(
     workdir: AnyPath,
     recorded: Mapping[str, str] | None = None,
 ) -> dict[str, Table]:
-    """Prepare the modalities, and open the tables of all splits by role.
+    """Prepare the modalities, and open the table of each split, by role.
 
     Args:
       data: the run's settings.
@@ -236,7 +236,7 @@ def open_tables(
 
 
 def usable_rows(data: DataSettings, source: PairSource, role: str, *, data_dir: Path) -> PairSource:
-    """The rows of a data set whose values can be read, by the settings of their modalities.
+    """The rows of a data set whose values the modalities of both sides can read.
 
     Args:
       data: the run's settings.
@@ -267,7 +267,7 @@ def text_rule(data: DataSettings, side: str) -> TextRule:
 
 
 def _sides_of(data: DataSettings) -> dict[str, tuple[str, ...]]:
-    """The sides of each modality, by its name."""
+    """The sides of each modality, by the modality's name."""
     sides_of: dict[str, tuple[str, ...]] = {}
     for side in SIDES:
         name = getattr(data.modality, side)

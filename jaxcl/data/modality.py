@@ -19,7 +19,7 @@ Reader: TypeAlias = Callable[[Sequence[Any]], PyTree]
 
 
 class Split(NamedTuple):
-    """The purpose of some rows, the sides to read, and the folder for files.
+    """The role of some rows, the sides to read, and the folder for files.
 
     Attributes:
       role: the split's role, such as `"train"`.
@@ -43,18 +43,18 @@ class Modality(Protocol):
     files: tuple[str, ...]
 
     def usable(self, data: DataSettings, source: PairSource, split: Split) -> PairSource:
-        """The rows of a data set whose values of these sides can be read.
+        """The rows of a data set whose values on the split's sides can be read.
 
         Args:
           data: the run's settings.
           source: the rows of one data set.
-          split: the rows' purpose, and the sides.
+          split: the rows' role, and the sides to read.
         """
 
     def prepare(
         self, data: DataSettings, train: PairSource, sides: tuple[str, ...], workdir: AnyPath
     ) -> None:
-        """Write to the workdir the files on which these sides' inputs depend, if missing."""
+        """Write the files on which these sides' inputs depend to the workdir, if missing."""
 
     def open_table(
         self, data: DataSettings, source: PairSource, split: Split, workdir: AnyPath
@@ -65,11 +65,11 @@ class Modality(Protocol):
         """The function that turns values of a side, as a source returns them, into inputs."""
 
     def fingerprint(self, workdir: AnyPath) -> str:
-        """A hash of everything that turns values into inputs: if it is equal, equal values give
-        equal inputs."""
+        """A hash of everything that turns values into inputs: as long as it is the same, equal
+        values give equal inputs."""
 
     def changed(self, workdir: AnyPath) -> str:
-        """Explain that `fingerprint` differs from that of the trained run, and what to do."""
+        """Explain that `fingerprint` has changed since the run was trained, and what to do."""
 
     def encoder_argument(self, data: DataSettings, side: str) -> Any:
         """The first argument of an encoder of this modality."""

@@ -1,7 +1,7 @@
-"""Read and check the negative texts in the rows of a source, and a teacher's scores.
+"""Read and check the negative texts and a teacher's scores in the rows of a source.
 
-A record may have `"negatives"`, a list of texts that may be empty, and `"teacher_scores"`: the
-score of its key, then one for each negative.
+A record may have `"negatives"`, a list of texts that may be empty, and `"teacher_scores"`: a score
+for its key, then one for each negative.
 """
 
 import itertools
@@ -22,7 +22,7 @@ __all__ = ["NegativeLists", "NegativeTexts", "have_negatives", "read_negative_li
 _CHUNK_ROWS = 4096
 _SAMPLED_ROWS = 256
 _NUMBERING = 2
-"""Raise it whenever the same texts should get different numbers."""
+"""The version of the numbering; raise it whenever the same texts should get different numbers."""
 
 
 class NegativeLists(NamedTuple):
@@ -32,12 +32,12 @@ class NegativeLists(NamedTuple):
       offsets: where each row's list begins in `numbers`, followed by the end of the last list.
       numbers: all lists, concatenated. Equal texts have the same number, except in different data
         sets, whose prompts may differ. Numbers begin at 0, in order of first appearance.
-      first_row: for each distinct text, the first row whose list has it.
-      first_place: the text's position in that list.
+      first_row: for each distinct text, the first row whose list contains it.
+      first_place: for each distinct text, its position in the list of that row.
       same_row: for each distinct text, the first row whose key it equals; if there is none, the
         first row whose query it equals, or −1.
       scores: the scores of each row's key and then of its negatives, concatenated. NaN for a row
-        without scores; `None` if no row has any.
+        without scores; `None` if no row has scores.
     """
 
     offsets: Int[np.ndarray, " _"]
@@ -51,7 +51,7 @@ class NegativeLists(NamedTuple):
 def have_negatives(source: PairSource) -> bool:
     """Whether the records of a source have `"negatives"`.
 
-    The function reads the first record of each data set and a sample of the others, since a record
+    The function reads the first record of each data set and a sample of all records, since a record
     without negatives may leave the field out.
     """
     sample = np.linspace(0, len(source) - 1, _SAMPLED_ROWS).astype(np.int64)
@@ -73,7 +73,7 @@ def read_negative_lists(
         numbers, one for the key and one for each negative; the message names the row.
     """
     counts = np.zeros(len(source), np.int32)
-    # Two uint64 per text, because a Python object would take several times as much.
+    # Two uint64 per text, because a Python object would take several times as much memory.
     digests = {name: bytearray() for name in ("query", "key", "negatives")}
     scores = bytearray()
     scored = False
@@ -140,7 +140,7 @@ class NegativeTexts:
 
     @property
     def offsets(self) -> Int[np.ndarray, " _"]:
-        """The number of distinct texts in the rows before each row, and in all rows at the end."""
+        """For each row, the number of distinct texts in earlier rows; at the end, in all rows."""
         return np.searchsorted(self._lists.first_row, np.arange(len(self._source) + 1))
 
     def read(self, rows: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
@@ -208,7 +208,7 @@ def _checked_scores(scores: Any, row: int, *, count: int) -> Float[np.ndarray, "
 
 
 def _as_float32(scores: Any) -> Float[np.ndarray, " _"] | None:
-    """Scores as a one-dimensional float32 array; `None` if they are anything else."""
+    """Convert scores to a one-dimensional float32 array; `None` if that is not possible."""
     try:
         array = np.asarray(scores)
     except ValueError:  # lists of different lengths
@@ -251,7 +251,7 @@ def _numbered(
 def _first_equal(
     table: Integer[np.ndarray, "n 2"], wanted: Integer[np.ndarray, "m 2"]
 ) -> Int[np.ndarray, " _"]:
-    """For each wanted digest, the first row of a table with the same digest; −1 for none."""
+    """For each wanted digest, the first row of a table with the same digest, or −1."""
     numbers, firsts = number_digests(np.concatenate([table, wanted]))
     first = firsts[numbers[len(table) :]]
     return np.where(first < len(table), first, -1)

@@ -42,13 +42,13 @@ _NUMBERS = {
 
 
 class PairFiles(NamedTuple):
-    """The files of a cache, and how they are read.
+    """The files that a cache is made from, and the options for reading them.
 
     Attributes:
       paths: the files, in order.
-      digests: the digests of their content.
-      columns: the columns that are read.
-      min_label: the smallest label of a row; `None` for files without labels.
+      digests: the digest of each file's content.
+      columns: the columns to read.
+      min_label: the smallest label of a row that is kept; `None` for files without labels.
       bad_rows: `"error"` or `"skip"`.
       directory: the folder of all caches.
     """
@@ -90,11 +90,11 @@ def write_cache(
     *,
     facts: Callable[[], Mapping[str, Any]],
 ) -> None:
-    """Write the cache of some files. It replaces an older one.
+    """Write the cache of some files, replacing an older one.
 
     Args:
       files: the files.
-      records: their records; if the iterator raises an error, no cache is written.
+      records: the records of the files; if the iterator raises an error, no cache is written.
       facts: called after the last record; returns facts to store next to the rows, in JSON types.
 
     Raises:
@@ -145,14 +145,14 @@ class PairCache:
     def read(
         self, rows: Int[np.ndarray, " n"], names: Collection[str] | None = None
     ) -> list[dict[str, Any]]:
-        """The fields of these rows. Images are references.
+        """The fields of these rows, with images as references.
 
         Args:
           rows: row numbers.
           names: the fields to read; `None` reads all.
 
         Raises:
-          DamagedArray: if the part of the cache that holds them has changed.
+          DamagedArray: if the part of the cache that holds these rows has changed.
         """
         columns = self._columns
 
@@ -218,7 +218,7 @@ class PairCache:
         ends, content = self._arrays[f"{name}_ends"], self._arrays[f"{name}_bytes"]
         starts, stops = ends[numbers], ends[numbers + 1]
         lengths = stops - starts
-        if (starts[1:] == stops[:-1]).all():  # as when a whole split is read
+        if (starts[1:] == stops[:-1]).all():  # such as when a whole split is read
             joined = content.between(int(starts[0]), int(stops[-1]))
         elif lengths.sum() > _GATHERED_BYTES and len(numbers) > 1:
             middle = len(numbers) // 2  # because each byte needs an 8-byte position
@@ -317,7 +317,7 @@ def _bits(scores: Iterable[Sequence[float]]) -> np.ndarray:
 def _group_numbers(
     block: Sequence[PairRecord], groups: dict[str, int], *, is_first: bool
 ) -> np.ndarray:
-    """Return groups that are integers, and number texts in the order in which they appear."""
+    """Return integer groups unchanged, and number text groups in the order in which they appear."""
     are_texts = {isinstance(record.group, str) for record in block}
     if len(are_texts) > 1 or not (is_first or are_texts == {bool(groups)}):
         raise ValueError("groups are both integers and texts; make all of them one or the other")
@@ -327,7 +327,7 @@ def _group_numbers(
 
 
 def _number_by_name(path: Path, groups: Mapping[str, int]) -> None:
-    """Renumber groups that are texts in alphabetical order, as in prepared data sets."""
+    """Renumber text groups in alphabetical order, as in prepared data sets."""
     rank = np.empty(len(groups), np.int32)
     rank[[groups[name] for name in sorted(groups)]] = np.arange(len(groups))
     np.save(path, rank[np.load(path)])

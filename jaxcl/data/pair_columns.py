@@ -14,7 +14,7 @@ IMAGE_PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = tuple(
     (image, ("caption", "captions", "text", "title", "json.caption", "json.captions", "label"))
     for image in ("image", "image_path", "file_name", "filepath")
 )
-"""The same for images and their captions; of several columns of captions, the first is taken."""
+"""Names of the image column, each with names of the caption column; the first of these is taken."""
 
 PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("query", ("key", "pos", "positive", "positives", "answer", "document", "passage")),
@@ -24,7 +24,7 @@ PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("text1", ("text2",)),
     ("title", ("abstract", "body")),
 )
-"""Names of the queries' column, each with the names of the keys' column that go with it."""
+"""Names of the query column, each with the names of the key column that go with it."""
 
 NEGATIVES = ("negative", "negatives", "neg", "hard_negatives")
 _NUMBERED = re.compile(r"(negative|neg)_?(\d+)")
@@ -36,16 +36,16 @@ class PairColumns(NamedTuple):
     """The names of the columns to read; `None` or `()` if a file has no such column.
 
     Attributes:
-      query: the queries' column.
+      query: the column of the queries.
       key: the column of the keys; each entry is a text or a list of texts.
       split_by: the column whose value determines the split of a row.
       negatives: the columns of negative texts, or one column of lists.
-      scores: the columns of a teacher's scores: one column for the scores of both the key and the
-        negatives, or one for the key's and one for the negatives'.
+      scores: the columns of a teacher's scores: one column for all scores of a row, or one for the
+        scores of the keys and one for the scores of the negatives.
       label: the column of numbers that say how similar query and key are.
       group: the column of the rows' groups.
       score: the column of the scores that a loss reads.
-      metadata: the columns of further fields.
+      metadata: the columns of the metadata fields.
       images: the sides whose columns hold images.
       unused: all other columns.
     """
@@ -99,14 +99,15 @@ def find_columns(
 ) -> PairColumns:
     """Find the columns of queries, keys, negatives, teacher scores, labels, groups and scores.
 
-    Columns that the config names must exist. The others are recognised by common names.
+    Columns that the config names must exist. Other columns are recognised if they have common
+    names.
 
     Args:
       names: the columns of a file.
-      data_set: the names that the config sets.
+      data_set: the settings of the data set, with the columns that the config names.
       where: the name of the file, for messages.
-      images: the sides that are images. Columns of negatives, teacher scores and labels of images
-        are not recognised by their names.
+      images: the sides that are images. If there are any, columns of negatives, teacher scores and
+        labels are not recognised by their names.
 
     Raises:
       ValueError: if a column that the config names does not exist, there is no column of queries or
@@ -147,7 +148,7 @@ def find_columns(
             "has images; leave it None"
         )
     if columns.scores and not columns.negatives:
-        columns = columns._replace(scores=())  # they compare keys with negatives
+        columns = columns._replace(scores=())  # useless without negatives
     return columns._replace(unused=tuple(name for name in names if name not in columns.needed))
 
 
@@ -238,7 +239,7 @@ def _image_pair(
 def _known_pairs(
     wanted: tuple[str, str], defaults: tuple[str, str]
 ) -> Iterable[tuple[str, tuple[str, ...]]]:
-    """The pairs of names to look for, when at most one of the two is set."""
+    """The pairs of names to look for if the config sets at most one of the two fields."""
     every_key = tuple(dict.fromkeys(key for _, keys in PAIRS for key in keys))
     if wanted[0] != defaults[0]:
         return [(wanted[0], every_key)]

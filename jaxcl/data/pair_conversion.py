@@ -15,9 +15,9 @@ from jaxcl.host.progress import progress_bar, say
 __all__ = ["describe_rows", "open_cache", "rebuild_cache"]
 
 _NAMED_ROWS = 5
-"""The number of bad rows that a message names; it only counts the others."""
+"""The number of bad rows that a message names; the others are only counted."""
 _MOST_BAD_ROWS = 1000
-"""The number of bad rows after which reading stops if they are errors."""
+"""The number of bad rows after which reading stops if bad rows are errors."""
 _PROGRESS_ROWS = 1000
 
 
@@ -57,7 +57,7 @@ def describe_rows(role: str, num_pairs: int, facts: Mapping[str, Any], files: Pa
 
     Args:
       role: the role of the split.
-      num_pairs: the number of its pairs.
+      num_pairs: the number of pairs in the split.
       facts: the facts that the cache stores.
       files: the files.
     """
@@ -72,7 +72,7 @@ def describe_rows(role: str, num_pairs: int, facts: Mapping[str, Any], files: Pa
 
 
 class _LeftOut:
-    """Counts the rows that are left out, and names the first bad ones.
+    """Counts the rows that are left out, and names the first bad rows.
 
     Args:
       stops: whether bad rows are an error, which stops reading.

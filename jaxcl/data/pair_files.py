@@ -1,8 +1,8 @@
-"""Pairs to train on from plain files: JSON lines, CSV, TSV, Parquet, or a folder of `datasets`.
+"""Pairs to train on from plain files: JSON lines, CSV, TSV, Parquet, or a `datasets` folder.
 
 The first run reads the files row by row, checks each row and writes a cache (`pair_cache.py`), from
 which rows are read in any order. A split is a range of the hashes of the queries, so rows keep
-their split when others are appended, and equal queries are in the same split.
+their split when more rows are appended, and equal queries are in the same split.
 """
 
 import functools
@@ -45,7 +45,7 @@ _ALL: Ranges = ((0, WHOLE),)
 
 
 class FilePairs:
-    """The pairs in files whose hashes lie in some ranges; `open_pair_files` opens them.
+    """Pairs from files, restricted to ranges of the pairs' hashes; `open_pair_files` opens them.
 
     A record with several positives becomes several consecutive rows.
 
@@ -92,8 +92,8 @@ class FilePairs:
         """Return one dict per row number, in the order given.
 
         A row has "query" and "key". If the files have them, it also has "group", "score",
-        "negatives" (a list of texts), "teacher_scores" (the key's, then each negative's) and
-        further fields.
+        "negatives" (a list of texts), "teacher_scores" (the key's score, then each negative's) and
+        the metadata fields.
         """
         return self._with_images(self._cached(rows, None))
 
@@ -124,7 +124,7 @@ class FilePairs:
             return self._cache.read(numbers, names)
 
     def _with_images(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Replace the references to images by their files."""
+        """Replace references to images by the bytes of the image files."""
         columns = self.files.columns
         for side in columns.images:
             if records and side in records[0]:
@@ -141,7 +141,7 @@ class FilePairs:
     def _digest_of_images(self) -> str:
         """A digest of the images that the rows refer to by path.
 
-        The images in folders and tars are part of the files' own digests.
+        Images in folders and tars are already covered by the digests of the folders and tars.
         """
         names: dict[int, set[str]] = {}
         for first in range(0, len(self), _ROWS_AT_ONCE):
@@ -181,7 +181,7 @@ class FilePairs:
 def open_pair_files(
     data_set: DataSet, role: str, *, data_dir: Path, images: tuple[str, ...] = ()
 ) -> FilePairs:
-    """Open the rows of a split. The first call for a set of files also writes a cache of them.
+    """Open the rows of a split. The first call for a set of files also writes their cache.
 
     Args:
       data_set: the name of the data set, its splits and the names of its columns.
@@ -222,7 +222,7 @@ def open_pair_files(
 
 
 def _report_repeated_queries(role: str, pairs: FilePairs) -> None:
-    """Say that held-out queries with several keys are evaluated once with each."""
+    """Say that held-out queries with several keys are evaluated once with each key."""
     columns = pairs.files.columns
     if columns.split_by != columns.query:
         return
@@ -238,7 +238,7 @@ def report_shared_queries(sources: Mapping[str, Sequence[Any]]) -> None:
     """Warn about held-out queries that are also trained on, if the splits have different files.
 
     Args:
-      sources: role -> the sources of its rows, one per data set.
+      sources: role -> the sources of the split's rows, one per data set.
     """
     training = [source for source in sources.get("train", ()) if isinstance(source, FilePairs)]
     for role, role_sources in sources.items():
@@ -293,7 +293,7 @@ def _described(
         raise ValueError(f"{paths[0]} has no rows")
     columns = find_columns(names, data_set, where=str(paths[0]), images=images)
     for path in paths[1:]:
-        # Such files may leave fields out, so their rows are checked while they are read.
+        # JSON lines and tars may leave fields out, so their rows are checked while they are read.
         fields = columns.needed if _leaves_out(path) else read_fields(path)
         if missing := [name for name in columns.needed if name not in fields]:
             raise ValueError(f"{path} lacks {', '.join(missing)}, which {paths[0]} has")

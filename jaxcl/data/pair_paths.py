@@ -104,7 +104,7 @@ def unknown_split(name: str, split: str) -> str:
 
 
 def cached_digests(paths: Sequence[Path], directory: Path) -> tuple[str, ...]:
-    """The digests of the files. Those of unchanged files come from a cache in `directory`.
+    """The digests of the files; digests of unchanged files come from a cache in `directory`.
 
     The digest of a folder of images covers the names and contents of the images.
     """

@@ -15,7 +15,7 @@ __all__ = ["BadRow", "PairRecord", "read_pair"]
 
 
 _LARGEST = 3.4e38
-"""About the largest float32."""
+"""Approximately the largest float32."""
 
 
 class BadRow(ValueError):
@@ -33,7 +33,7 @@ class PairRecord(NamedTuple):
       label: the similarity of query and key; `None` in files without labels.
       group: an integer or a text; `None` in files without groups.
       score: the score that a loss reads; `None` if no column of scores is read.
-      metadata: the values of further fields, as JSON.
+      metadata: the values of the metadata fields, as JSON.
       split_by: the value that determines the split of the record.
     """
 
@@ -55,7 +55,7 @@ def read_pair(record: Mapping[str, Any], columns: PairColumns, *, number: int = 
     Args:
       record: the fields by name.
       columns: the columns to read.
-      number: the number of the record's file, which paths of images are relative to.
+      number: the index of the record's file; paths of images are relative to that file's folder.
 
     Raises:
       BadRow: if a field is missing, or has another type or no content.
@@ -66,7 +66,7 @@ def read_pair(record: Mapping[str, Any], columns: PairColumns, *, number: int = 
     )
     query = read_query(record.get(columns.query), columns.query)
     if columns.key == columns.query:
-        positives = [b""]  # the cache has each image once
+        positives = [b""]  # the cache stores each image once
     else:
         positives = _positives(record.get(columns.key), columns.key, read_key)
     value = record.get(columns.split_by)
@@ -132,7 +132,7 @@ def _positives(value: Any, field: str, read: Callable[[Any, str], bytes]) -> lis
 
 
 def _negatives(record: Mapping[str, Any], fields: Sequence[str]) -> list[bytes]:
-    """The negatives in some columns. A column may be empty, but a list holds only texts."""
+    """The negatives in some columns. A column may be empty, but a list must hold only texts."""
     negatives: list[bytes] = []
     for field in fields:
         value = record.get(field)
@@ -171,7 +171,7 @@ def _numbers(value: Any, field: str) -> list[float]:
 def _number(value: Any, field: str) -> float:
     try:
         number = float(value) if isinstance(value, bool | int | float | str) else math.nan
-    except (ValueError, OverflowError):  # an integer of JSON may be larger than any float
+    except (ValueError, OverflowError):  # an integer in JSON may be larger than any float
         number = math.nan
     if not abs(number) <= _LARGEST:
         raise BadRow(f"{field!r} is {_short(value)}, which is not a finite number")

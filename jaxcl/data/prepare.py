@@ -45,8 +45,8 @@ class RememberedData(NamedTuple):
 
     Attributes:
       data_set: a TFDS name, the folder of a prepared data set, or files of pairs.
-      fingerprints: role -> the fingerprint of its rows; also the fingerprints of the files of
-        negatives, guides and topics, and `input_fingerprints`.
+      fingerprints: role -> the fingerprint of the split's rows; also the fingerprints of the files
+        of negatives, guides and topics, and `input_fingerprints`.
     """
 
     data_set: str
@@ -57,9 +57,9 @@ class RunData(NamedTuple):
     """The data of a run.
 
     Attributes:
-      sources: split -> its pairs as they are stored, with their metadata.
-      tables: split -> its pairs as inputs of the encoders.
-      readers: side -> the function that turns its values into inputs.
+      sources: role -> the split's pairs as they are stored, with their metadata.
+      tables: role -> the split's pairs as inputs of the encoders.
+      readers: side -> the function that turns the side's values into inputs.
       negatives: the training rows' explicit negatives, from a file or as texts, or `None`.
       guides: a guide model's embeddings of the training rows, or `None`.
       topics: the training rows' topics, or `None`.
@@ -98,7 +98,7 @@ def read_remembered_data(workdir: AnyPath) -> RememberedData | None:
     """Read `data.json` in a workdir; `None` if there is none yet.
 
     Raises:
-      ValueError: if it is damaged.
+      ValueError: if the file is damaged.
     """
     path = workdir / DATA_FILE
     if not path.exists():
@@ -147,23 +147,23 @@ def prepare_data(
       workdir: the run's own folder.
       batch_size: the smallest number of training rows that the run can use.
       scored: whether the negatives must have a teacher's scores.
-      open_source: role -> its pairs, if they do not come from a prepared data set.
+      open_source: role -> the split's pairs, if they do not come from a prepared data set.
       saved: the data that the newest checkpoint records; a lost `data.json` is rewritten from them.
 
     Raises:
-      ValueError: if a split is missing or empty, there are fewer training rows than a batch has, or
-        the data have changed since an earlier start.
+      ValueError: if a split is missing or empty, there are fewer training rows than one batch
+        needs, or the data have changed since an earlier start.
     """
     earlier = saved
     if earlier is None:
-        with contextlib.suppress(ValueError):  # no step was saved, so a damaged file is no loss
+        with contextlib.suppress(ValueError):  # no step was saved, so a damaged file can be ignored
             earlier = read_remembered_data(workdir)
     name = _data_set(data, data_dir=data_dir, earlier=earlier)
     usable = functools.partial(usable_rows, data, data_dir=data_dir)
     sources = open_splits(data, name, data_dir=data_dir, open_source=open_source, usable=usable)
     fingerprints = {role: source.fingerprint for role, source in sources.items()}
     num_rows = len(sources["train"])
-    if num_rows < batch_size:  # before the texts become tokens, which may take long
+    if num_rows < batch_size:  # before tokenizing, which may take long
         raise ValueError(
             f"the training split has {num_rows} rows, fewer than one batch of {batch_size}; set "
             f"global_batch_size to at most {num_rows}"
@@ -186,7 +186,7 @@ def prepare_data(
     if earlier is None:  # recorded first, because the tokenizer is trained on these rows
         _write_remembered(workdir, RememberedData(name, fingerprints))
     scores = None
-    if data.score_field is not None:  # first, since a wrong score is found faster than tokens
+    if data.score_field is not None:  # before tokenizing, because checking scores is fast
         scores = open_scores(sources["train"], data_dir=data_dir)
     tables = open_tables(data, sources, data_dir=data_dir, workdir=workdir, recorded=recorded)
     remembered = RememberedData(name, fingerprints | input_fingerprints(data, workdir))
@@ -225,7 +225,7 @@ def _data_set(data: DataSettings, *, data_dir: Path, earlier: RememberedData | N
             "data.name is not set; give a file of pairs such as pairs.jsonl, a TFDS data set as "
             "NAME:VERSION, or the folder of a prepared one"
         )
-    if names_files(data.name):  # so that a resumed run finds them from another folder
+    if names_files(data.name):  # absolute, so that a run can resume from another folder
         return str(local_path(data.name).absolute())
     if data.name not in BUILT_IN:
         return data.name

@@ -25,7 +25,7 @@ def write_prepared(
 
     Args:
       directory: the folder, in `data_dir/NAME/`. It is replaced if its files are damaged.
-      description: facts about the rows in JSON types, with their `"fingerprint"`.
+      description: facts about the rows in JSON types, including their `"fingerprint"`.
       builder: data_dir -> the TFDS builder.
 
     Raises:
@@ -73,7 +73,7 @@ def read_prepared(directory: Path, fingerprint: str) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _quiet_tfds() -> Iterator[None]:
-    """Silence TFDS's progress bars, prints and logs, which are global, and restore them."""
+    """Silence TFDS's progress bars, prints and logs, and restore their global settings at exit."""
     from tensorflow_datasets.core.utils import tqdm_utils
 
     bars, verbosity = tqdm_utils._active, logging.get_verbosity()

@@ -62,8 +62,8 @@ class SourceRoot(NamedTuple):
 
     Attributes:
       path: the directory.
-      package: the package that all its files belong to; None makes each top-level import name below
-        `path` a separate package.
+      package: the package that all its files belong to; with None, each top-level import name below
+        `path` is a separate package.
       excluded: names of directories directly below `path` that are skipped.
     """
 
@@ -120,7 +120,7 @@ class ParsedFunctions(NamedTuple):
 
 
 def installed_roots() -> tuple[SourceRoot, ...]:
-    """The standard library and every site-packages of this interpreter, except jaxcl itself."""
+    """The standard library and site-packages folders of this interpreter, except jaxcl itself."""
     paths = sysconfig.get_paths()
     # A virtual environment has its own site-packages, but the standard library of its base.
     roots = [SourceRoot(Path(paths["stdlib"]), "stdlib", _STDLIB_WITHOUT)]
@@ -130,14 +130,14 @@ def installed_roots() -> tuple[SourceRoot, ...]:
 
 
 def scan_files(roots: Sequence[SourceRoot], *, on_progress: Progress = lambda _: None) -> FileScan:
-    """Read and hash each Python file below `roots`, without parsing any.
+    """Read and hash each Python file below `roots`, without parsing the files.
 
     Test files, hidden directories and names that cannot be imported are skipped. If two files have
     the same package and relative path, the file in the earlier root is taken.
 
     Returns:
-      The files, sorted, and a sha256 over their (package, relative path, sha256), which does not
-      depend on the locations of the roots.
+      The sorted files, and a sha256 of each file's package, relative path and content, which does
+      not depend on the locations of the roots.
 
     Raises:
       ValueError: if a root is not a directory.
@@ -171,7 +171,7 @@ def parse_functions(
     Args:
       num_processes: if more than 1, the number of new interpreters that parse. They run only this
         file: nothing is forked under JAX's threads, and the caller's `__main__` is not run again.
-      on_progress: reports the files that are done.
+      on_progress: called with the number of files done since the last call.
     """
     parse, size = (_parse_files, 64) if num_processes <= 1 else (_parse_in_new_process, 512)
     chunks = [files[start : start + size] for start in range(0, len(files), size)]
@@ -341,7 +341,7 @@ def _as_function(
 
 
 def _is_stub(node: _Definition) -> bool:
-    """Whether only `pass`, `...` or `raise NotImplementedError` may follow the docstring."""
+    """Whether nothing but `pass`, `...` or `raise NotImplementedError` follows the docstring."""
     if len(node.body) != 2:
         return len(node.body) < 2
     statement = node.body[1]

@@ -24,9 +24,9 @@ class QueryFile(NamedTuple):
     otherwise be negatives of the other.
 
     Attributes:
-      queries: the texts.
+      queries: the texts of the queries.
       positives: the distinct positives of each query, as texts or document ids.
-      by_id: whether positives are ids.
+      by_id: whether positives are document ids.
       own_ids: for each query, the ids of documents that are the query itself; empty for a file
         without ids.
       where: the place of each query's first record, for messages.
@@ -67,8 +67,8 @@ def read_queries(
         and a positive or a list of them.
       query_field: the field of the queries; `None` takes the one of `QUERY_FIELDS` that the first
         record has.
-      positive_field: the field of the positives. `None` takes the one of `POSITIVE_FIELDS` or
-        `ID_FIELDS`; only fields in `ID_FIELDS` hold document ids.
+      positive_field: the field of the positives; `None` takes the one of `POSITIVE_FIELDS` or
+        `ID_FIELDS` that the first record has. Only fields in `ID_FIELDS` hold document ids.
 
     Raises:
       ValueError: if no field is recognised, several fields could be meant, or a record lacks a
@@ -105,13 +105,13 @@ def read_judged_queries(
     Args:
       path: a file that `jaxcl.data.documents.read_documents` reads, such as `queries.jsonl`.
       qrels: query id -> document id -> relevance; documents with a relevance above 0 are positives.
-      query_field: the field of the texts; `None` takes a common one.
+      query_field: the field of the texts; `None` takes the first common name in the first record.
 
     Returns:
       The queries that have a positive; `records` counts all queries of the file.
 
     Raises:
-      ValueError: if a query of the qrels is not in the file, or none has a positive.
+      ValueError: if a query of the qrels is not in the file, or no query has a positive.
       OSError: if the file cannot be read.
     """
     documents = read_documents(path, text_field=query_field, text_fields=QUERY_TEXT_FIELDS)

@@ -25,8 +25,8 @@ def check_rows(
 
     Args:
       array: one entry per row, a number or an array of numbers.
-      allowed: a function from a slice of the array to a boolean array: which rows, or which numbers
-        in them, are allowed.
+      allowed: a function from a slice of the array to a boolean array, which says which rows, or
+        which of their numbers, are allowed.
       what: the name of the array, for the message.
       wanted: a description of the allowed entries, for the message.
       first_row: the number of the first row.

@@ -1,4 +1,4 @@
-"""Digests of contents, and a number per distinct content, without a Python object for each."""
+"""Digests of rows' contents, and numbers for distinct digests, without a Python object per row."""
 
 import hashlib
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def as_digests(joined: bytes | bytearray) -> Integer[np.ndarray, "n 2"]:
 def input_digests(
     table: Table, side: str, *, advance: Callable[[int], None] = lambda rows: None
 ) -> Integer[np.ndarray, "n 2"]:
-    """The digest of each row's input on a side; equal for inputs that are the same to an encoder.
+    """The digest of each row's input on a side; inputs with the same arrays have equal digests.
 
     Args:
       table: the rows.
@@ -69,7 +69,7 @@ def number_digests(
       ([0, 1, 0, 2], [0, 1, 3])
     """
     first = np.empty(len(digests), np.int32)
-    # Equal digests fall into the same part. Comparing part by part limits the memory.
+    # Equal digests fall into the same part. Comparing part by part limits memory use.
     num_parts = max(len(digests) // _COMPARED_AT_ONCE, 1)
     for part in range(num_parts):
         positions = np.flatnonzero(digests[:, 0] % num_parts == part).astype(np.int32)

@@ -35,7 +35,7 @@ class Column(NamedTuple):
 
 
 class RowArrays(NamedTuple):
-    """The arrays of a file, in the order of a split.
+    """The arrays of a file, in the order of a split's rows.
 
     Attributes:
       arrays: the arrays by name, with an entry for each row of the split; all floats are finite in
@@ -62,12 +62,12 @@ def read_arrays(
     """Read arrays with an entry for each training row from an `.npz`.
 
     Args:
-      path: the file. If it has a `source`, the fingerprint of the split that it was made from, this
-        must equal the argument `source`. If it has `ids`, a text or an integer for each of its
-        rows, and `id_field`, the metadata field of the split that holds the same ids, rows are
-        matched by their ids; otherwise they must be in the order of the split.
+      path: the file. It may have a `source`, the fingerprint of the split that it was made from,
+        which must equal the argument `source`. It may have `ids`, a text or an integer for each of
+        its rows, and `id_field`, the metadata field of the split that holds the same ids; rows are
+        then matched by their ids. Otherwise, rows must be in the order of the split.
       columns: name -> the required array; other arrays are not read.
-      setting: the setting that gave the file, for messages.
+      setting: the setting that names the file, for messages.
       source: the fingerprint of the training split; `None` if it is not known.
       pairs: the training split, to match ids.
 
@@ -87,7 +87,7 @@ def read_arrays(
             _check_header(headers[name], column, what=f"{path}: {name}")
         arrays = read_npz(path, list(columns))
         with open_regular(path) as file:
-            # The stub asks for a buffered reader, and any file that reads bytes will do.
+            # The stub asks for a buffered reader, but any file that reads bytes will do.
             fingerprint = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"{setting}={error}") from error

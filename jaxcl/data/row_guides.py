@@ -12,7 +12,7 @@ from jaxcl.host.paths import AnyPath, as_path
 from jaxcl.typing import SIDES, Bool, Float, Int
 
 _MIN_SQUARE = 1e-10
-"""The smallest squared norm; far above the ε of unit norms, below which vectors count as zero."""
+"""The smallest squared norm, far above the ε below which normalisation treats a vector as zero."""
 
 __all__ = ["RowGuides", "guide_dim", "read_guides"]
 
@@ -43,7 +43,7 @@ def read_guides(
     `jaxcl.data.row_files.read_arrays` explains how rows are matched, and which files it refuses.
 
     Raises:
-      ValueError: if it refuses the file, or the norm of an embedding is too small or too large.
+      ValueError: if `read_arrays` refuses the file, or an embedding's norm is too small or large.
     """
     path = as_path(path)
     columns = {side: Column("floats", (num_rows, guide_dim(path))) for side in SIDES}
@@ -61,7 +61,7 @@ def read_guides(
 
 
 def _has_norm(vectors: Float[np.ndarray, "n g"]) -> Bool[np.ndarray, " n"]:
-    """Whether cosines are defined. A zero vector is allowed, and is similar to nothing."""
+    """Whether cosines with each vector are defined; a zero vector is allowed and gives cosine 0."""
     vectors = vectors.astype(np.float32)
     with np.errstate(over="ignore"):
         squares = np.einsum("ng,ng->n", vectors, vectors)
@@ -69,7 +69,7 @@ def _has_norm(vectors: Float[np.ndarray, "n g"]) -> Bool[np.ndarray, " n"]:
 
 
 def guide_dim(path: AnyPath | str) -> int:
-    """The width of the embeddings in such a file, read from its header alone."""
+    """The width of the embeddings in a file of guides, read from its header alone."""
     path = as_path(path)
     try:
         shape = npz_headers(path, SIDES)["key"].shape

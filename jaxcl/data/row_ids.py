@@ -12,12 +12,12 @@ _ROWS_AT_ONCE = 8192
 
 
 def match_rows(ids: np.ndarray, pairs: PairSource, *, field: str) -> Int[np.ndarray, " n"]:
-    """Find the row of a file for each row of a split.
+    """Find the row of a file that has the id of each row of a split.
 
     Args:
       ids: the id of each row of the file.
       pairs: the split.
-      field: the field of the split's rows that holds their ids.
+      field: the field that holds the ids of the split's rows.
 
     Raises:
       ValueError: if the split has no such field, an id occurs twice in the file or in the split, or

@@ -18,8 +18,8 @@ def split_labels(
 
     Args:
       source: the split.
-      groups: each row's group as the source returns it; 0 if it has none. Equal groups of different
-        concatenated data sets become different numbers.
+      groups: each row's group as the source returns it; 0 for rows without a group. Equal groups of
+        different concatenated data sets become different numbers.
       numbers: for one side or both, a number per row that is equal for equal content.
 
     Returns:
@@ -37,8 +37,8 @@ def joined_numbers(
     """A number that rows share if they are connected by equal queries or equal keys.
 
     Rows are the edges of a graph from queries to keys; rows of one connected component share a
-    number, and components are numbered by their first rows. No row is a negative of another row of
-    its component.
+    number, and components are numbered in order of their first rows. Rows of one component are
+    never negatives of each other.
 
     Args:
       queries: a number per row, at least 0 and equal for equal queries.

@@ -21,7 +21,7 @@ class RowNegatives(NamedTuple):
     """The rows whose keys are the explicit negatives of each row.
 
     Attributes:
-      rows: row numbers; −1 where a row has fewer negatives than others.
+      rows: row numbers, padded with −1 where a row has fewer negatives than others.
       teacher_scores: a teacher's scores of the row's own key, then of each negative, or `None`.
       fingerprint: the sha256 of the file.
     """
@@ -75,9 +75,9 @@ def read_negatives(
     """Read an `.npz` with `rows` and, if needed, `teacher_scores`.
 
     Args:
-      path: the file. `rows` are integers `[rows of the split, most negatives of a row]`, −1 where a
-        row has fewer; `teacher_scores` are `[rows of the split, 1 + most negatives]`. The rows must
-        be in the order of the split; TFDS shuffles a split when it prepares it. In a file with
+      path: the file. `rows` has the shape `[rows of the split, most negatives of a row]` and is
+        padded with −1; `teacher_scores` has `[rows of the split, 1 + most negatives]`. The entries
+        must be in the order of the split; TFDS shuffles a split when it prepares it. In a file with
         `ids` (`jaxcl.data.row_files.read_arrays`) they may be in any order, and `rows` holds row
         numbers of the file; negatives that are not in the split are left out.
       num_rows: the number of rows in the training split.

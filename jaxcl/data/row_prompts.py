@@ -33,7 +33,7 @@ class RowPrompts(NamedTuple):
         return np.searchsorted(self.ends, rows, side="right")
 
     def parts(self, first: int, stop: int) -> Iterator[tuple[int, slice]]:
-        """Split consecutive rows by data set: yield each one's index and the slice of its rows.
+        """Split consecutive rows by data set: yield each data set's index and slice of the rows.
 
         Example:
           >>> prompts = RowPrompts(("a", "b"), np.array([3, 9]), {"query": ("", "q: ")})
@@ -47,7 +47,7 @@ class RowPrompts(NamedTuple):
             begin = end
 
     def spread(self, offsets: Int[np.ndarray, " _"]) -> "RowPrompts":
-        """The same prompts for a table in which each row has any number of texts.
+        """These prompts for a table that holds any number of texts for each row.
 
         Args:
           offsets: for each row, the number of its first text in the table; at the end, the number
@@ -90,6 +90,6 @@ def row_prompts(data: DataSettings, role: str, source: PairSource) -> RowPrompts
 
 
 def prompt_of(data: DataSettings, prompts: SidePrompts, side: str) -> str:
-    """The prompt of one side of a data set; `None` stands for the run's prompt."""
+    """The prompt of one side of a data set; a prompt of `None` stands for the run's prompt."""
     prompt = getattr(prompts, side)
     return (getattr(data.prompts, side) if prompt is None else prompt) or ""

@@ -15,10 +15,10 @@ class RowRange(NamedTuple):
     """Consecutive rows of one file.
 
     Attributes:
-      file: its name, for messages.
+      file: the name of the file, for messages.
       identities: names of the file's content, path and inode. Two files that share one of them are
         the same file, or copies.
-      start, stop: the first row, and one more than the last.
+      start, stop: the number of the first row, and one more than the number of the last row.
     """
 
     file: str
@@ -33,7 +33,7 @@ def check_held_out(parts: Mapping[str, Sequence[tuple[str, Sequence[RowRange]]]]
     Held-out roles may share rows with each other.
 
     Args:
-      parts: role -> the parts that it reads, each with the setting that names it and its rows.
+      parts: role -> the parts of its split, each as the setting that names the part and its rows.
 
     Raises:
       ValueError: if another role shares rows with `"train"`.

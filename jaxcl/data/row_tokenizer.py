@@ -12,7 +12,7 @@ from jaxcl.typing import Int, Integer
 __all__ = ["RowTokenizer"]
 
 _OTHER_PREFIX = 2**32 - 1
-"""No token has this id."""
+"""An id that no token has."""
 
 
 class RowTokenizer:
@@ -21,13 +21,14 @@ class RowTokenizer:
     Args:
       tokenizer: as for `TextTokenizer`.
       rule: the side's rule.
-      prompts: the rows' prompts, which replace the rule's prompt; `None` keeps it for all rows.
+      prompts: the rows' prompts, which replace the rule's prompt; with `None`, all rows have the
+        rule's prompt.
       side: the side.
 
     Attributes:
-      rule: the rule that describes the inputs of all rows. If any row has a prompt, it has one.
-      prompt_length: for each data set, the number of tokens that pooling leaves out if the rule
-        says so; a single number without `prompts`.
+      rule: the rule that describes the inputs of all rows. It has a prompt if any row has one.
+      prompt_length: for each data set, the number of prompt tokens that pooling leaves out if the
+        rule excludes prompts; a single number without `prompts`.
       num_ids: one more than the tokenizer's largest id.
 
     Raises:
@@ -76,10 +77,10 @@ class RowTokenizer:
     def without_prompts(
         self, rows: Sequence[Integer[np.ndarray, " _"]], *, first: int
     ) -> Sequence[Integer[np.ndarray, " _"]]:
-        """The ids by which texts are compared, without the prompts if rows have different ones.
+        """The ids for comparing texts, without the prompts if rows have different prompts.
 
         If all rows have the same prompt, these are the unchanged ids. If a prompt and a text run
-        together into one token, the text is compared with its prompt.
+        together into one token, the text is compared including its prompt.
 
         Args:
           rows: the ids of consecutive rows.

@@ -1,4 +1,4 @@
-"""Read the scores of pairs of a query and a text, such as a re-ranker's, from a file."""
+"""Read scores of pairs of a query and a text, such as a re-ranker's scores, from a file."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ class ScoreFile(NamedTuple):
     Attributes:
       pairs: the number of each pair, ascending: the number of its query times `num_keys`, plus the
         row of its key.
-      scores: their scores.
+      scores: the score of each pair.
       num_keys: the number of keys.
       unknown: the number of pairs in the file whose query or text is unknown.
     """
@@ -39,7 +39,7 @@ class ScoreFile(NamedTuple):
     def of(
         self, queries: Integer[np.ndarray, " q"], rows: Integer[np.ndarray, "q n"]
     ) -> Float[np.ndarray, "q n"]:
-        """The scores of these rows of keys for each query; NaN where there is no score."""
+        """The score of each query with each of its keys in `rows`; NaN where there is no score."""
         wanted = np.where(rows >= 0, queries[:, None].astype(np.int64) * self.num_keys + rows, -1)
         position = np.minimum(np.searchsorted(self.pairs, wanted), len(self.pairs) - 1)
         return np.where(self.pairs[position] == wanted, self.scores[position], np.float32(np.nan))
@@ -57,8 +57,8 @@ def read_pair_scores(path: AnyPath, queries: Iterable[str], pool: MiningPool) ->
       path: a file of `jaxcl.data.text_files.TEXT_FILES` except plain text. A record has a `query`,
         the text of a `document` and a `score`; or it is a line of mined negatives with
         `teacher_scores`.
-      queries: the queries; others in the file are left out, and counted.
-      pool: the keys; other texts in the file are left out, and counted.
+      queries: the queries; pairs with other queries are left out, and counted.
+      pool: the keys; pairs with other texts are left out, and counted.
 
     Raises:
       ValueError: if a record lacks a text or a finite score (the message names the line), a pair
@@ -110,6 +110,6 @@ def _score(record: Mapping[str, Any], field: str, where: str) -> float:
         number = math.nan if isinstance(value, bool) or value is None else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not abs(number) <= _MOST:  # NaN too
+    if not abs(number) <= _MOST:  # also true for NaN
         raise ValueError(f"{where}: {field} is {value!r:.80}; give a finite number")
     return number

@@ -69,7 +69,7 @@ class ScoredPairs(NamedTuple):
 def read_scored_pairs(path: AnyPath, *, fields: Sequence[str] | None = None) -> ScoredPairs:
     """Read pairs of texts with a score or a label.
 
-    A CSV or TSV file may lack a header if each row holds two texts and the score.
+    A CSV or TSV file may lack a header if each row holds two texts and a score.
 
     Args:
       path: a file of `jaxcl.data.text_files.TEXT_FILES`, which may be compressed with gzip.

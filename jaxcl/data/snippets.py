@@ -23,7 +23,7 @@ def snippet(text: str, query: str, *, width: int = 160) -> str:
     Args:
       text: the text.
       query: the words that were searched for.
-      width: the largest number of characters, at least 80, with the dots that mark omitted text.
+      width: the maximum number of characters, at least 80, including the dots for omitted text.
 
     Example:
       >>> snippet("Open a socket. " * 9 + "Then parse a date.", "parse an ISO date", width=80)

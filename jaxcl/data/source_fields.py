@@ -40,7 +40,7 @@ class PlacedSource(Protocol):
     """A source that knows where the value of a row comes from."""
 
     def place(self, side: str, row: int) -> str | None:
-        """The name of the file, for messages; `None` if there is none."""
+        """The name of the file with a row's value, for messages; `None` if there is no file."""
 
 
 def read_fields(source: PairSource, rows: _Rows, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -61,7 +61,7 @@ def read_fields(source: PairSource, rows: _Rows, names: Sequence[str]) -> list[d
 def iterate_fields(
     source: PairSource, rows: _Rows, names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """Read some fields of rows one after the other, with few of them in memory.
+    """Read some fields of rows one after the other, with only a few rows in memory.
 
     Batches grow from 16 rows to at most 4,096 rows or about 64 MiB, so that a batch has many texts
     but few images.
@@ -84,7 +84,7 @@ def rows_that_fit(records: Sequence[Mapping[str, Any]], num_bytes: int) -> int:
 
 
 def _size(value: Any) -> int:
-    """About the bytes of a value."""
+    """The approximate size of a value, in bytes."""
     if isinstance(value, np.ndarray):
         return value.nbytes
     return len(value) if isinstance(value, bytes | str) else 0
@@ -142,7 +142,7 @@ class SelectedPairs:
         return read_fields(self.source, self._of_source(rows), names)
 
     def place(self, side: str, row: int) -> str | None:
-        """The name of a row's file."""
+        """The name of the file with a row's value, if the source knows it."""
         return file_of_row(self.source, side, int(self.chosen[row]))
 
     def _of_source(self, rows: _Rows) -> Int[np.ndarray, " b"]:

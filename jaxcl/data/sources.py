@@ -34,7 +34,7 @@ from jaxcl.ops.arguments import as_integers
 __all__ = ["InMemoryPairs", "PairSource", "TfdsPairs", "checked_rows", "open_pairs"]
 
 DESCRIPTION_FILE = "jaxcl.json"
-"""The file next to records that jaxcl prepares; its "fingerprint" identifies their content."""
+"""The file next to records that jaxcl prepares; its "fingerprint" identifies the records."""
 
 _Rows = Sequence[int] | np.ndarray
 _READ_AT_ONCE = 8192
@@ -49,7 +49,7 @@ class PairSource(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A string that identifies the rows: if it is equal, so are the rows and their order."""
+        """A string that identifies the rows: equal strings mean equal rows in equal order."""
 
     @property
     def row_ranges(self) -> tuple[RowRange, ...]:
@@ -62,7 +62,7 @@ class PairSource(Protocol):
 
 
 class InMemoryPairs:
-    """Pairs held in memory, for tests, notebooks, and platforms without a wheel of array_record.
+    """Pairs held in memory, for tests, notebooks, and platforms without an array_record wheel.
 
     Args:
       queries, keys: the values of the two sides, such as texts.
@@ -124,7 +124,7 @@ class InMemoryPairs:
 
 
 def _identity(value: Any) -> str:
-    """Identify a value; `str` of a large array would leave most of it out."""
+    """Identify a value; `str` of a large array would leave most values out."""
     if isinstance(value, np.ndarray):
         content = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
         return f"{value.dtype}{value.shape}{content}"
@@ -214,20 +214,20 @@ def open_pairs(
     text_sides: Sequence[str] = (),
     image_sides: Sequence[str] = (),
 ) -> TfdsPairs:
-    """Open the pairs of a prepared TFDS data set, without downloading or importing anything for it.
+    """Open the pairs of a prepared TFDS data set, without downloading or importing anything.
 
     Rows are in the order in which TFDS stored them, which is usually shuffled.
 
     Args:
       name: a TFDS name such as `"snli:1.1.0"`, or the directory of a prepared data set.
-      split: `"train"`, or a part of it such as `"train[:10%]"`. Parquet has only whole splits.
+      split: `"train"`, or a part of it such as `"train[:10%]"`. Parquet allows only whole splits.
       data_dir: the folder where TFDS names are looked up; None means TFDS's own directories.
-      query_field, key_field: the features that hold the two sides; `"a/b"` is b inside a.
+      query_field, key_field: the features that hold the two sides; `"a/b"` names feature b in a.
       group_field: the feature that becomes each row's int32 "group". Integers, labels and booleans
         are used as they are. A text becomes its index among the split's sorted distinct texts, for
         which the column is read once; `"train"` and `"train[:10%]"` may number texts differently.
       score_field: the feature that becomes each row's "score".
-      metadata_fields: further features, each under its own name.
+      metadata_fields: further features, which keep their names in the rows.
       text_sides: the sides that must be texts, such as `("query", "key")`.
       image_sides: the sides that must be images: an `Image` feature, whose files are not decoded, a
         uint8 `Tensor`, or a `Text` that holds the bytes of image files.
@@ -346,7 +346,7 @@ def _as_int32(value: Any, *, field: str, row: int) -> np.int32:
 
 
 def checked_rows(rows: _Rows, *, num_rows: int) -> list[int]:
-    """Convert row numbers to a list; an `IndexError` if one of them does not exist."""
+    """Convert row numbers to a list; raise an `IndexError` if a row does not exist."""
     numbers = as_integers("rows", rows).astype(np.int64)
     if numbers.size and (numbers.min() < 0 or numbers.max() >= num_rows):
         span = f"{numbers.min()} to {numbers.max()}"

@@ -83,7 +83,7 @@ class ConcatenatedPairs:
         return self._read(rows, lambda data_set, numbers: read_fields(data_set, numbers, names))
 
     def place(self, side: str, row: int) -> str | None:
-        """The name of a row's file."""
+        """The name of the file with a row's value, if its data set knows it."""
         number = int(np.searchsorted(self._edges, row, side="right")) - 1
         data_set = self._data_sets[number]
         return file_of_row(data_set, side, row - int(self._edges[number]))
@@ -107,10 +107,10 @@ class ConcatenatedPairs:
         """Renumber groups so that no two data sets share one.
 
         The groups of the first data set keep their numbers. The groups of each further data set
-        follow, in their order.
+        follow, in ascending order.
 
         Args:
-          group: the groups of all rows, as their own data sets number them.
+          group: the groups of all rows, as each data set numbers them.
 
         Raises:
           ValueError: if the new numbers do not fit into int32.
@@ -136,7 +136,7 @@ def open_splits(
     open_source: Callable[[str], PairSource] | None = None,
     usable: Callable[[PairSource, str], PairSource] = lambda source, role: source,
 ) -> dict[str, PairSource]:
-    """Open the splits of a run; prepare files of pairs, but not TFDS data sets.
+    """Open the splits of a run. Caches files of pairs, but does not prepare TFDS data sets.
 
     Args:
       data: the settings, which name the splits, fields and further data sets.
@@ -147,7 +147,8 @@ def open_splits(
       usable: (pairs, role) -> the pairs to keep, called for each data set.
 
     Returns:
-      Role -> its pairs. If `data.concatenated` has a split for a role, its rows follow.
+      Role -> the split's pairs: the rows of the first data set, then the rows of each data set in
+      `data.concatenated` that has a split for this role.
 
     Raises:
       ValueError: if a data set, a split or a field is unknown, a split is empty, or another role

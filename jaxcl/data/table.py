@@ -37,13 +37,13 @@ class Table(Protocol):
         """
 
     def side(self, side: str, rows: Int[np.ndarray, " b"]) -> PyTree:
-        """One side's inputs of the given rows, in their order: arrays `[b, …]`.
+        """One side's inputs of the given rows, in the order given: arrays `[b, …]`.
 
         The result depends only on the rows. A worker thread calls this method.
         """
 
     def spec(self, side: str) -> PyTree:
-        """The same tree for one row: a `jax.ShapeDtypeStruct` for each array, without `b`."""
+        """The tree of `side` for one row: a `jax.ShapeDtypeStruct` per array, without axis `b`."""
 
 
 @runtime_checkable
@@ -51,11 +51,11 @@ class TextTable(Protocol):
     """A table of texts, which knows their lengths without reading them."""
 
     def lengths(self, side: str, rows: Int[np.ndarray, "*b"]) -> Int[np.ndarray, "*b"]:
-        """The number of tokens of one side of the given rows."""
+        """The number of tokens on one side of each given row."""
 
 
 def table_batch(table: Table, rows: Int[np.ndarray, " b"]) -> Batch:
-    """The batch of the given rows, in their order."""
+    """The batch of the given rows, in the order given."""
     return {**{side: table.side(side, rows) for side in SIDES}, **table.labels(rows)}
 
 
@@ -71,7 +71,7 @@ def label_column(table: Table, name: str) -> Int[np.ndarray, " n"]:
 def query_numbers(table: Table) -> Int[np.ndarray, " n"]:
     """A number per row that rows with the same query share.
 
-    In a table whose sides are of one modality, rows with the same key share it, too.
+    In a table whose sides are of one modality, rows with the same key also share a number.
     """
     return label_column(table.sides["query"] if isinstance(table, SidesTable) else table, "text")
 
@@ -79,7 +79,7 @@ def query_numbers(table: Table) -> Int[np.ndarray, " n"]:
 def row_lengths(
     table: Table, side: str, rows: Int[np.ndarray, "*b"]
 ) -> Int[np.ndarray, "*b"] | None:
-    """The number of tokens of one side of the given rows; `None` if they are not texts."""
+    """The number of tokens on one side of each given row; `None` if the side is not text."""
     if isinstance(table, SidesTable):
         table = table.sides[side]
     return table.lengths(side, rows) if isinstance(table, TextTable) else None
@@ -118,7 +118,7 @@ def join_sides(tables: Mapping[str, Table]) -> Table:
     """Join the tables of both sides.
 
     Args:
-      tables: side -> a table of the same rows; if both are the same, the result is that table.
+      tables: side -> a table of the same rows; if both sides have the same table, it is returned.
 
     Raises:
       ValueError: if the tables have different lengths.

@@ -34,7 +34,7 @@ Records = Generator[tuple[str, dict[str, Any]], None, None]
 Rows = Generator[tuple[str, list[str]], None, None]
 
 _MAX_LINE = 64 * 2**20
-"""The longest allowed line, in bytes; the longest real lines have a few million."""
+"""The longest allowed line, in bytes; the longest lines in practice have a few million bytes."""
 _BLOCK_CHARACTERS = 16 * 2**20
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -88,7 +88,7 @@ def read_records(
 
 
 def read_rows(path: AnyPath) -> Rows:
-    """Read the rows of a CSV or TSV file one by one, as lists. A header is the first row.
+    """Read the rows of a CSV or TSV file one by one, as lists. A header is read as the first row.
 
     Args:
       path: the file.
@@ -112,7 +112,7 @@ def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
     """The text in a field of a record.
 
     Args:
-      record: a record of `read_records`.
+      record: a record from `read_records`.
       field: the name of the field.
       where: the location of the record, for the message.
 
@@ -132,7 +132,7 @@ def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
 
 
 def kind_of(path: AnyPath | None, kind: str | None = None) -> str:
-    """The given kind of a file, or the kind that its suffix names.
+    """Return the given kind of a file, or the kind that its suffix names.
 
     Raises:
       ValueError: if the kind is not in `TEXT_FILES`.
@@ -209,7 +209,7 @@ def _json_lines(file: Any, fields: Sequence[str] | None) -> Records:
 
 
 def json_object(text: str, name: str) -> dict[str, Any]:
-    """Parse a JSON object; raises a `ValueError` that names it for any other text."""
+    """Parse a JSON object; for any other text, raise a `ValueError` that begins with `name`."""
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -235,7 +235,7 @@ def _rows(file: Any, *, delimiter: str) -> Rows:
     try:
         for row in reader:
             if delimiter == "\t" and any("\t" in value and "\n" in value for value in row):
-                # A text that begins with a quotation mark would swallow rows up to the next one.
+                # A text that begins with a quotation mark would swallow rows up to the next mark.
                 raise csv.Error("a quoted value has a tab and a line break")
             if row:
                 yield f"line {reader.line_num}", row

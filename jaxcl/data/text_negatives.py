@@ -52,7 +52,7 @@ _LABELS = ("text", "group")
 _NOT_READ = (
     *("name", "splits", "score_field", "negatives", "negatives_per_row", "guides", "topics"),
 )
-"""Settings that do not affect texts or tokens, or that the rows' fingerprint covers."""
+"""Settings that affect neither texts nor tokens, or that the rows' fingerprint covers."""
 
 
 class TextNegatives(NamedTuple):
@@ -62,7 +62,7 @@ class TextNegatives(NamedTuple):
       texts: a table of the distinct texts; only its keys are read.
       offsets: where each row's list begins in `numbers`, followed by the end of the last list.
       numbers: all lists, concatenated, as rows of `texts`.
-      labels: `"text"` and `"group"` of each distinct text.
+      labels: the labels `"text"` and `"group"` of each distinct text.
       per_row: the number of negatives that a batch takes from the beginning of each row's list.
       scores: the teacher's scores of each row's key and then of its negatives, concatenated;
         `None` if they are not needed.
@@ -89,14 +89,14 @@ class TextNegatives(NamedTuple):
         valid = position < count[:, None]
         numbers = self.numbers[np.where(valid, begin[:, None] + position, 0)]
         labels = {name: column[numbers] for name, column in self.labels.items()}
-        labels["row"] = (table.num_rows + numbers).astype(np.int32)  # no row has these
+        labels["row"] = (table.num_rows + numbers).astype(np.int32)  # numbers that no row has
         columns: dict[str, PyTree] = {
             "negatives": explicit_columns(self.texts, numbers, valid, labels)
         }
         if self.scores is not None:
             position = np.arange(1 + self.per_row)
             scored = position <= count[:, None]
-            # Each row has a score more than negatives, its key's, so its scores begin `row` later.
+            # Each row has one score more than negatives, for its key, which shifts later scores.
             position = (begin + rows)[:, None] + position
             columns["teacher_scores"] = np.where(
                 scored, self.scores[np.where(scored, position, 0)], np.float32(0)
@@ -124,7 +124,7 @@ def open_text_negatives(
       scored: whether the loss needs a teacher's scores; otherwise none are returned.
 
     Returns:
-      The negatives; `None` if no row has one, or `data.negatives_per_row` is 0.
+      The negatives; `None` if no row has negatives, or `data.negatives_per_row` is 0.
 
     Raises:
       ValueError: if negatives or scores are invalid or missing, or settings contradict them.
@@ -189,7 +189,7 @@ def _check_scored(lists: NegativeLists) -> None:
 def _columns(
     data: DataSettings, source: PairSource, table: Table, *, data_dir: Path, workdir: AnyPath
 ) -> dict[str, np.ndarray]:
-    """The lists of all rows and the labels of their texts, as columns of a cached folder."""
+    """The lists of all rows and the labels of the distinct texts, as columns of a cached folder."""
     settings = {name: value for name, value in data._asdict().items() if name not in _NOT_READ}
     made_from = {
         "format": _FORMAT,
@@ -236,7 +236,7 @@ def _open_texts(
 
 
 def _labels(lists: NegativeLists, texts: Table, table: Table) -> dict[str, Int[np.ndarray, " _"]]:
-    """The labels of the distinct negatives, which share a numbering with the training rows.
+    """The labels of the distinct negatives, numbered together with the training rows' labels.
 
     Keys are compared as inputs of the encoder, as `Table.labels` compares the rows. Queries, and
     keys of other data sets, may have another prompt or length, so they are compared as texts.

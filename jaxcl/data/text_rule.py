@@ -1,7 +1,7 @@
 """Turn texts into tokens, and tokens into the inputs of an encoder.
 
 text = TextTokenizer(tokenizer, TextRule(max_tokens=128, special_tokens=True, prompt="query: "))
-rows = text.tokenize(["what is a cat", "dogs"])  # ids of each text
+rows = text.tokenize(["what is a cat", "dogs"])  # the ids of each text
 text.inputs(rows)  # {"tokens": int32[2, t], "length": int32[2]}
 """
 
@@ -35,12 +35,12 @@ class TextRule(NamedTuple):
     """The rule by which the texts of a side become tokens.
 
     Attributes:
-      max_tokens: the maximum length of a text in tokens, with its prompt and special tokens. Longer
-        texts are truncated, but keep their special tokens. `UNLIMITED` for any length.
+      max_tokens: the maximum length of a text in tokens, including its prompt and special tokens;
+        `UNLIMITED` for any length. Longer texts are truncated, but keep their special tokens.
       add_cls: begin each text with [CLS]; only for `special_tokens=None`.
       distinct: keep only the first occurrence of each token, for encoders that ignore the order of
         tokens and should not count repeated names.
-      special_tokens: `None` for a tokenizer of `load_tokenizer`: id 0 is padding, and texts without
+      special_tokens: `None` for a tokenizer from `load_tokenizer`: id 0 is padding, texts without
         tokens become [UNK]. For any other tokenizer, whether to add its special tokens to each
         text; the inputs then include each text's length.
       prompt: the prompt that precedes each text.
@@ -69,7 +69,7 @@ class TextRule(NamedTuple):
 
 
 class TextTokenizer:
-    """Tokenize the texts of a side by its rule.
+    """Tokenizes the texts of a side by the side's rule.
 
     Args:
       tokenizer: from `load_tokenizer` if `rule.special_tokens` is `None`, otherwise from
@@ -122,10 +122,10 @@ class TextTokenizer:
 
         Args:
           texts: the texts, without the prompt.
-          what, first: a name for the texts and the number of the first one, for messages.
+          what, first: a name for the texts and the number of the first text, for messages.
 
         Returns:
-          One int32 array per text. A text without tokens has only special tokens, or none.
+          One int32 array per text. The array of an empty text has only special tokens, if any.
 
         Raises:
           ValueError: if a text is not a `str` or not Unicode, or the tokenizer fails.

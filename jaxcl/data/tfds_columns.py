@@ -36,12 +36,12 @@ def field_decoder(features: Any, fields: Iterable[str]) -> Callable[[Any], Any]:
     """Make a function that decodes only `fields` of a record.
 
     Decoding the other fields as well would take twice as long. (TFDS's PartialDecoding does not
-    work without TensorFlow.) Images are the bytes of their files, because TFDS would return a
-    palette's indices as colours.
+    work without TensorFlow.) Images are returned as the bytes of their files, because TFDS would
+    return a palette's indices as colours.
 
     Args:
-      features: features that include these fields.
-      fields: the names of the fields; `"a/b"` is b inside a.
+      features: TFDS features that include these fields.
+      fields: the names of the fields; `"a/b"` names field b in a.
     """
     import tensorflow_datasets as tfds
 
@@ -66,7 +66,7 @@ def _nested(leaves: Mapping[str, Any]) -> Any:
 
 
 def _nested_dict(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of dicts from leaves by path."""
+    """Build a tree of dicts from path -> leaf."""
     tree: dict[str, Any] = {}
     for path, value in leaves.items():
         *parents, leaf = path.split("/")
@@ -86,7 +86,7 @@ def check_text(builder: Any, records: Any, field: str, *, side: str) -> None:
 
 
 def check_image(builder: Any, records: Any, field: str, *, side: str) -> None:
-    """Raise a `ValueError` unless the first value of a field may be an image."""
+    """Raise a `ValueError` unless the first value of a field can be an image."""
     decode = field_decoder(builder.info.features, [field])
     first = field_value(decode(records.read([0])[0]), field, 0, is_image=True)
     if isinstance(first, bytes) or (isinstance(first, np.ndarray) and first.dtype == np.uint8):
@@ -98,7 +98,7 @@ def check_image(builder: Any, records: Any, field: str, *, side: str) -> None:
 
 
 def text_groups(builder: Any, records: Any, field: str) -> list[str] | None:
-    """The distinct texts of `field`, sorted, or None if it holds integers."""
+    """The distinct texts of `field`, sorted, or None if the field holds integers."""
     first = _first_value(builder, records, field)
     if isinstance(first, int):  # or a bool
         return None

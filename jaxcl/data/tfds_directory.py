@@ -1,7 +1,7 @@
 """Find and open prepared TFDS data sets without importing anything that they name.
 
-`tfds.builder_from_files` would do so in one call, but it reads a data set before it can be checked,
-and imports TFDS's data set modules to find the default configuration.
+`tfds.builder_from_files` would do this in one call, but it reads a data set before the data set can
+be checked, and imports TFDS's data set modules to find the default configuration.
 """
 
 import re
@@ -29,7 +29,7 @@ def find_directory(name: str | Path, data_dir: str | Path | None) -> Any:
 
     Args:
       name: the directory of one version, or a TFDS name: `NAME`, `NAME/CONFIG`, `NAME:VERSION` or
-        `NAME/CONFIG:VERSION`. Without a version, the newest is taken.
+        `NAME/CONFIG:VERSION`. Without a version, the newest one is taken.
       data_dir: the folder where names are looked up; None means TFDS's own directories.
 
     Returns:
@@ -102,7 +102,7 @@ def open_builder(directory: Any) -> Any:
         available = {known.value for known in builder.info.available_file_formats()}
         best = next((known for known in _RANDOM_ACCESS if known in available), None)
         if best is not None:
-            # TFDS would read the files of this format, but its splits would name others.
+            # Otherwise TFDS would read files of this format, but its splits would name other files.
             builder.info.set_file_format(best, override=True, override_if_initialized=True)
         return builder
     except (
@@ -185,7 +185,7 @@ def open_records(builder: Any, split: str, instructions: Sequence[Any]) -> Recor
 
 
 def full_name(builder: Any) -> str:
-    """The name, with the configuration if there is one, and the version."""
+    """The name of a data set, with its version and its configuration, if it has one."""
     config = f"/{builder.info.config_name}" if builder.info.config_name else ""
     return f"{builder.name}{config}:{builder.info.version}"
 
@@ -221,7 +221,7 @@ def _check_array_records(builder: Any, instructions: Sequence[Any]) -> None:
 
 
 def _version_directory(root: Any, name: str, config: str | None, version: str | None) -> Any:
-    """The newest version that matches, or None."""
+    """The directory of the newest matching version, or None."""
     from tensorflow_datasets.core import naming
     from tensorflow_datasets.core.utils.version import list_all_versions
 

@@ -58,7 +58,7 @@ def check_features(directory: Any) -> None:
       directory: the directory of one version, an `etils.epath.Path`.
 
     Raises:
-      ValueError: if a feature, at any depth, is of another class, or a file is damaged.
+      ValueError: if a feature, at any depth, has another class, or a file is damaged.
     """
     features_path, info_path = directory / FEATURES_FILE, directory / DATASET_INFO_FILE
     if features_path.exists():

@@ -20,7 +20,7 @@ __all__ = ["write_token_columns"]
 
 _CHUNK_ROWS = 4096
 _MANY_ROWS = 1_000_000
-"""The number of rows from which comparing them takes seconds."""
+"""The number of rows above which comparing their texts takes seconds."""
 
 
 def write_token_columns(
@@ -35,7 +35,7 @@ def write_token_columns(
 
     Args:
       source: the pairs.
-      texts: side -> the tokenizer of its texts.
+      texts: side -> the tokenizer of the side's texts.
       folder: an empty folder. Each column becomes a `.npy` file: for each side, the concatenated
         ids of all rows (`query_tokens`) and where each row begins (`query_offsets`); and the labels
         from `split_labels`.
@@ -100,6 +100,6 @@ def _encode(
 
 
 def _digests(rows: Sequence[Integer[np.ndarray, " _"]]) -> Integer[np.ndarray, "n 2"]:
-    """A 128-bit digest of each row of ids, which take four bytes each."""
+    """A 128-bit digest of each row's ids; all ids must have the same number of bytes."""
     digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows)
     return np.frombuffer(digests, np.uint64).reshape(-1, 2)

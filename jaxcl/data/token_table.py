@@ -37,11 +37,11 @@ class TokenTable(NamedTuple):
       offsets: side -> where each row begins in `tokens`, followed by the end of the last row.
       group: each row's group; concatenated data sets share no groups.
       text: a number that rows share if they are connected by equal queries or equal keys, so that
-        none is a negative of another. Prompts make no difference.
-      rules: side -> the rule that describes its inputs; `max_tokens` is the batch width.
+        none is a negative of another. Differences in prompts are ignored.
+      rules: side -> the rule that describes the side's inputs; `max_tokens` is the batch width.
       prompt_length: side -> the number of tokens before the first token of a text; with `prompts`,
         this number for each data set.
-      prompts: the rows' prompts, if data sets have different ones.
+      prompts: the rows' prompts, if the data sets have different prompts.
     """
 
     tokens: Mapping[str, "Integer[np.ndarray, ' _'] | _Tokens"]
@@ -88,7 +88,7 @@ class TokenTable(NamedTuple):
 
 
 def _described(rules: Mapping[str, TextRule]) -> dict[str, Any]:
-    """The part of a table's hash that describes the rules.
+    """Describe the rules for a table's hash.
 
     Rules that set only `max_tokens`, `add_cls` and `distinct` keep the hash of earlier versions, so
     that existing tables are reused.
@@ -128,10 +128,12 @@ def build_token_table(
     Args:
       source: the pairs.
       tokenizer: the tokenizer of all texts.
-      rules: side -> the rule by which its texts become tokens.
+      rules: side -> the rule by which the side's texts become tokens.
       sides: the sides that are texts.
-      prompts: the rows' prompts, which replace the rules' prompts; `None` keeps them.
-      directory: the folder of all tables; each is named after a hash of all that it was made from.
+      prompts: the rows' prompts, which replace the rules' prompts; with `None`, all rows have the
+        rules' prompts.
+      directory: the folder of all tables; a table is named after a hash of everything that it was
+        made from.
       advance: called with the number of rows done since the last call.
 
     Returns:
@@ -238,7 +240,7 @@ def _as_table(
     num_rows: int,
     rebuild: Callable[[DamagedArray], TokenTable],
 ) -> TokenTable:
-    """Build the table of these columns.
+    """Build the table from its columns.
 
     Raises:
       DamagedArray: if a column that is read whole has changed since it was written, or the

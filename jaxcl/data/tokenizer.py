@@ -25,9 +25,9 @@ __all__ = [
 ]
 
 _MAX_WORD = 256
-"""The longest word, in letters; longer ones are split, since training time grows quadratically."""
+"""The longest word, in letters; longer words are split, since training time is quadratic in it."""
 _MAX_BYTES = 256 * 2**20
-"""The size of the largest `tokenizer.json` that is read; the largest real ones have 40 MB."""
+"""The maximum size of a `tokenizer.json`; the largest in practice have 40 MB."""
 PADDING, UNKNOWN, CLS = _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]")
 """The tokens with the ids 0, 1 and 2."""
 
@@ -41,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary_size: int) -> Tokenizer:
 
     Args:
       texts: the queries and keys of the training rows, without any held-out rows.
-      vocabulary_size: the number of ids, including the special ones: 0 padding, 1 unknown, 2 [CLS].
+      vocabulary_size: the number of ids, including the special ids: 0 padding, 1 unknown, 2 [CLS].
 
     Returns:
       The tokenizer; `tokenizer.save(path)` writes all of it to one file.
@@ -81,7 +81,7 @@ def load_tokenizer(path: AnyPath) -> Tokenizer:
 
 
 def load_pretrained_tokenizer(path: AnyPath) -> Tokenizer:
-    """Read any `tokenizer.json`, such as a pretrained encoder's.
+    """Read any `tokenizer.json`, such as one from a pretrained encoder.
 
     A special token that a text spells out, such as "</s>", is read as the special token, as in
     sentence-transformers.
@@ -142,7 +142,7 @@ def check_texts(texts: Sequence[Any], *, what: str, first: int = 0) -> None:
 
     Args:
       texts: the values.
-      what, first: a name for the values and the number of the first one, for messages.
+      what, first: a name for the values and the number of the first value, for messages.
 
     Raises:
       ValueError: if a value is not a `str`, or not Unicode.

@@ -1,7 +1,7 @@
 """Decode all images of a source once, to find bad images and images with equal pixels.
 
-The result is cached in the shared folder under a hash of the rows, the rule and the decoder. Which
-rows are left out is therefore the same on all hosts and after each restart.
+The result is cached in the shared folder under a hash of the rows, the rule and the decoder. The
+same rows are therefore left out on all hosts and after each restart.
 """
 
 import functools
@@ -29,20 +29,20 @@ __all__ = ["CheckedImages", "check_images", "usable_images"]
 _FORMAT = 1
 _FIRST_ROWS, _MOST_ROWS = 8, 64
 _BYTES_AT_ONCE = 8 * 2**20
-"""About the size of the files that a thread gets at a time. A few tasks per thread are waiting."""
+"""The approximate size of the files in one task; each thread has a few tasks queued."""
 _NAMED_ROWS = 5
-"""The number of bad images that a message names; it only counts the others."""
+"""The number of bad images that a message names; the others are only counted."""
 _KEPT_REASONS = 100
 
 
 class CheckedImages(NamedTuple):
-    """The images of a source, after all were decoded.
+    """The result of decoding all images of a source once.
 
     Attributes:
-      digests: side -> the 128-bit digest of the pixels of each row's image; 0 for bad ones.
-      group: each row's group; 0 if rows have none.
+      digests: side -> the 128-bit digest of the pixels of each row's image; 0 for bad images.
+      group: each row's group; 0 if the rows have no groups.
       bad: the rows with an image that cannot be decoded.
-      reasons: the first bad images, each with its place and the reason.
+      reasons: for each of the first bad images, its place and why it cannot be decoded.
     """
 
     digests: dict[str, Integer[np.ndarray, "n 2"]]
@@ -59,12 +59,12 @@ def check_images(
     Args:
       source: the rows.
       sides: the sides that are images.
-      rule: how an image becomes an array.
+      rule: the rule for decoding an image to an array.
       role: the role of the split, for the progress bar.
       directory: the folder that caches the results of all calls.
 
     Raises:
-      ValueError: if a side has texts.
+      ValueError: if a value of a side is a text.
       OSError: if the result cannot be written.
     """
     if isinstance(source, ConcatenatedPairs):
@@ -106,10 +106,10 @@ def usable_images(source: PairSource, checked: CheckedImages, *, role: str, bad:
       source: the rows.
       checked: the result of `check_images`.
       role: the role of the split, for messages.
-      bad: `"skip"` leaves out rows with bad images, and says how many; `"error"` does not.
+      bad: `"skip"` leaves out rows with bad images, and logs how many; `"error"` raises an error.
 
     Raises:
-      ValueError: if an image is bad and `bad` is `"error"`, or all are bad.
+      ValueError: if a row has a bad image and `bad` is `"error"`, or all rows have one.
     """
     if not len(checked.bad):
         return source
@@ -132,8 +132,8 @@ class _Part(NamedTuple):
 
     Attributes:
       first: the number of the first row.
-      records: the fields of the rows; without the sides for rows that cannot be read.
-      errors: the errors of these rows by row number, each with its side.
+      records: the fields of each row; a row that cannot be read lacks a side.
+      errors: row number -> the error of a row that cannot be read.
     """
 
     first: int
@@ -190,7 +190,7 @@ def _parts(source: PairSource, sides: Sequence[str]) -> Iterator[_Part]:
 def _read_row(
     source: PairSource, row: int, sides: Sequence[str]
 ) -> tuple[dict[str, Any], "_Bad | None"]:
-    """The fields of a row that can be read, and its first side that cannot."""
+    """The readable fields of a row, and the error of its first side that cannot be read."""
     (record,) = read_fields(source, [row], ("group",))
     for side in sides:
         try:
@@ -218,9 +218,9 @@ class _Bad(NamedTuple):
 def _digests(
     part: _Part, *, sides: Sequence[str], rule: ImageRule
 ) -> tuple[_Part, list[_Bad | tuple[bytes, ...]]]:
-    """The digests of each row's sides, or its first side that cannot be decoded."""
+    """The digests of each row's images, or the error of the first that cannot be decoded."""
     results: list[_Bad | tuple[bytes, ...]] = []
-    known: dict[bytes, bytes] = {}  # both sides may have one column, and captions one image
+    known: dict[bytes, bytes] = {}  # both sides may share a column, and several captions an image
     for row, record in enumerate(part.records, part.first):
         if row in part.errors:
             results.append(part.errors[row])
@@ -238,7 +238,7 @@ def _digests(
 
 
 def _digest(value: Any, rule: ImageRule, known: dict[bytes, bytes]) -> bytes:
-    """The digest of the pixels of an image, decoded once for equal files."""
+    """The digest of the pixels of an image; equal files are decoded only once."""
     if isinstance(value, bytes) and value in known:
         return known[value]
     verify_image(value)
@@ -249,7 +249,7 @@ def _digest(value: Any, rule: ImageRule, known: dict[bytes, bytes]) -> bytes:
 
 
 def _selected(checked: CheckedImages, chosen: Int[np.ndarray, " n"]) -> CheckedImages:
-    """The checks of some rows, which are all good."""
+    """The results for the chosen rows, none of which has a bad image."""
     digests = {side: digests[chosen] for side, digests in checked.digests.items()}
     return CheckedImages(digests, checked.group[chosen], np.zeros(0, np.int64), ())
 

@@ -1,7 +1,7 @@
-"""Fingerprint the way in which the installed Pillow decodes images, from a few small ones.
+"""Fingerprint how the installed Pillow decodes images, by decoding a few small ones.
 
-Versions of Pillow that decode these to the same pixels have the same fingerprint, so most upgrades
-can be used with an already trained model.
+Versions of Pillow that decode these images to the same pixels have the same fingerprint, so most
+upgrades can be used with an already trained model.
 """
 
 import base64
@@ -28,7 +28,7 @@ _JPEG = (
     "ENskkxHIUZZcke6W/rWqhp8N09QuyW/d57iqtF4pqn8Nv6NxitulF5Oa9d/vJGRyB8VPpexDeRNxEI9bn8VNHJAUac"
     "kB5GdyQzIMAv/9k="
 )
-"""A file of 40 × 48 pixels with colours at half the resolution."""
+"""A JPEG of 40 × 48 pixels with chroma at half the resolution."""
 _WEBP = (
     "UklGRjoBAABXRUJQVlA4IC4BAADwCACdASooADAAPu1mp1CppSMirjQMyTAdiWwAnTK4ta+8+ZFTX8BrCJR4VggPA8"
     "hNOgkPRZsaPQfU2gwlTOFu3ssCzM7dBlTnmVwL8zdcAAD+tMgKpAxJZbvk7U6r2eP/03bCRoNiqvzYvUS7Xq0D4oul"
@@ -36,10 +36,10 @@ _WEBP = (
     "ODrFHMG/AgHMji4Jq3I/NUC6T2quwua+RE71J6PKrJom6Sn6j2Puq8Nkoj2GS5fjf3DdjTHwaVTkfxXj5xdSR0WNtz"
     "AoSmayOhcybbUgYLGyxGaxVuBpcVzzxjbtPaSEfTnp8Q/c5Akoc//E37B8u2r2W0jRQgAA=="
 )
-"""The same pixels."""
+"""The same image as WebP."""
 
 _RULES = (ImageRule(32), ImageRule(8), ImageRule(21, "stretch", (10, 20, 30)))
-"""Without and with a reduced decoding of the JPEG."""
+"""The first rule decodes the JPEG at full size, the others at a reduced size or with stretching."""
 
 
 def decoder_name() -> str:
@@ -56,10 +56,10 @@ def decoder_name() -> str:
 
 
 def reading_limits() -> dict[str, Any]:
-    """What decides whether the installed Pillow reads a file at all, in JSON types.
+    """The properties of Pillow that decide whether a file can be read at all, in JSON types.
 
-    A Pillow that was built without a library does not read its format. A program may change the
-    largest number of pixels.
+    If Pillow was built without a library, it cannot read that library's format. The maximum number
+    of pixels can be changed by the program that uses Pillow.
     """
     from PIL import features
 
@@ -69,7 +69,7 @@ def reading_limits() -> dict[str, Any]:
 
 @functools.cache
 def decoder_fingerprint() -> str:
-    """A hash of the arrays that some small images become."""
+    """A hash of a few small images after decoding."""
     digest = hashlib.sha256()
     for image in _images():
         for rule in _RULES:

@@ -30,17 +30,17 @@ __all__ = [
 ]
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""The supported formats. Others may start programs: Pillow runs Ghostscript for EPS."""
+"""The supported formats. Other formats may start programs: Pillow runs Ghostscript for EPS."""
 
 MAX_IMAGE_BYTES = 2**30
 """The largest image file that is read."""
 
 _REDUCING_GAP = 2
-"""A large JPEG is decoded at a fraction of its size, at least this many times the result's."""
+"""A large JPEG is decoded at a reduced size, at least this many times the size of the result."""
 _LONGEST = 8
 """Images with a larger ratio of the longer to the shorter side are resized in two steps."""
 _ORIENTATION = 0x0112  # the EXIF tag
-_TURNED = range(2, 9)  # its values for images that are stored mirrored or turned
+_TURNED = range(2, 9)  # the orientations of images that are stored mirrored or rotated
 
 _DAMAGE = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError),
@@ -55,7 +55,7 @@ class BadImage(ValueError):
 
 
 class ImageRule(NamedTuple):
-    """How an image becomes an array.
+    """The rule for decoding an image to an array.
 
     Attributes:
       size: the height and width of the array.
@@ -102,7 +102,7 @@ def decode_image(value: Any, rule: ImageRule) -> UInt8[np.ndarray, "s s 3"]:
     Args:
       value: the bytes of an image file, a PIL image, or a uint8 array `[h, w]` or `[h, w, c]` with
         1, 3 or 4 channels.
-      rule: the size, and how the image becomes a square.
+      rule: the size of the array, and how the image is made square.
 
     Raises:
       BadImage: if the file is damaged, truncated or in another format, or has more pixels than
@@ -123,7 +123,7 @@ def decode_image(value: Any, rule: ImageRule) -> UInt8[np.ndarray, "s s 3"]:
 
 
 def verify_image(value: Any) -> None:
-    """Check the checksums of an image file, which `decode_image` skips; only PNG files have any.
+    """Check the checksums of an image file, which `decode_image` skips; only PNG files have them.
 
     Args:
       value: as for `decode_image`.
@@ -210,7 +210,7 @@ def _as_rgb(image: Any, background: tuple[int, int, int], module: Any) -> Any:
 
 
 def _eight_bits(image: Any, module: Any) -> Any:
-    """Scale 16 bits of grey to 8."""
+    """Scale 16-bit grey levels to 8 bits."""
     pixels = np.asarray(image).astype(np.int64)
     if pixels.min() < 0 or pixels.max() > 65_535:
         raise BadImage("it has 32-bit pixels beyond 16 bits, whose range is unknown")
@@ -221,11 +221,11 @@ def _resized(image: Any, rule: ImageRule, filter_: Any) -> Any:
     size = rule.size
     width, height = image.size
     if rule.resize == "stretch":
-        if height > _LONGEST * width:  # Pillow would widen all its rows first
+        if height > _LONGEST * width:  # otherwise Pillow widens all rows first
             image = image.resize((width, size), filter_)
         return image.resize((size, size), filter_)
     short = min(width, height)
-    if max(width, height) > _LONGEST * short:  # most of what would be resized is cropped
+    if max(width, height) > _LONGEST * short:  # most resized pixels would be cropped
         image = _centre(image, min(width, _LONGEST * short), min(height, _LONGEST * short))
         width, height = image.size
     image = image.resize((size * width // short, size * height // short), filter_)

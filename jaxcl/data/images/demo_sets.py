@@ -26,7 +26,7 @@ class DemoInfo(NamedTuple):
 
     Attributes:
       directory: a prepared TFDS data set, for `open_pairs` or `tfds.builder_from_directory`.
-      fingerprint: identifies the rows.
+      fingerprint: a sha256 that identifies the rows.
       split_sizes: number of rows per split.
     """
 
@@ -38,7 +38,7 @@ class DemoInfo(NamedTuple):
 class DemoBuilder(  # type: ignore[call-arg] # an argument of TFDS
     tfds.core.GeneratorBasedBuilder, skip_registration=True
 ):
-    """A TFDS builder that writes the given rows in order. Subclasses only give it a name."""
+    """A TFDS builder that writes the given rows in order. Subclasses only set its name."""
 
     VERSION = tfds.core.Version(FORMAT_VERSION)
     RELEASE_NOTES = {FORMAT_VERSION: "The first version."}  # noqa: RUF012 - as TFDS requires
@@ -113,7 +113,7 @@ def prepare_demo(
 
 
 def split_of(identity: str, *, seed: int, validation_fraction: float, test_fraction: float) -> str:
-    """The split of a group: `"test"`, `"validation"` or `"train"`, by its hash.
+    """The split of a group, by a hash of its name: `"test"`, `"validation"` or `"train"`.
 
     Args:
       identity: a name of the group that does not depend on the other groups.
@@ -135,10 +135,10 @@ def split_of(identity: str, *, seed: int, validation_fraction: float, test_fract
 
 
 def package_folder(package: str, *, needed_by: str) -> Path:
-    """The folder of an installed package, without importing it.
+    """Find the folder of an installed package without importing the package.
 
     Raises:
-      ValueError: if it is not installed.
+      ValueError: if the package is not installed.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:

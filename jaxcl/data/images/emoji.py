@@ -43,7 +43,7 @@ ATTRIBUTION = (
     "Twemoji, copyright 2020 Twitter, Inc and other contributors, licensed under CC-BY 4.0"
 )
 _NEAR = 0.05
-"""Families with a smaller distance between two of their pictures are joined."""
+"""Two families are joined if a picture of one is closer than this to a picture of the other."""
 _COMPARED_SIZE = 24
 _LARGE_FAMILY = 0.03
 """Families with a larger share of all pictures are always in the training split."""
@@ -54,7 +54,7 @@ def _codes(text: str) -> frozenset[int]:
 
 
 _DROPPED = _codes("FE0F 200D 1F3FB 1F3FC 1F3FD 1F3FE 1F3FF 2640 2642 27A1")
-"""The variation selector, the joiner, skin tones, the signs of genders, and the arrow."""
+"""The variation selector, the joiner, skin tones, gender signs, and the arrow."""
 _ALIKE: Mapping[str, frozenset[int]] = {
     "person": _codes("1F468 1F469 1F9D1 1F466 1F467 1F9D2 1F471"),
     "old": _codes("1F474 1F475 1F9D3"),
@@ -166,10 +166,10 @@ def emoji_names() -> dict[str, str]:
 
 
 def family_of(code: str) -> str:
-    """The family of an emoji by a rule on its code points.
+    """The family of an emoji, derived from its code points.
 
     Args:
-      code: the code points in hexadecimal, joined by hyphens, as Twemoji names its files.
+      code: the code points in hexadecimal, joined by hyphens, as in Twemoji's file names.
 
     Example:
       >>> family_of("1f469-1f3fd-200d-1f4bb"), family_of("1f468-200d-1f4bb")
@@ -213,10 +213,10 @@ def join_families(files: Mapping[str, bytes]) -> dict[str, str]:
     """Join the families of `family_of` that have nearly equal pictures.
 
     Args:
-      files: code -> the picture's file.
+      files: code -> the content of its picture file.
 
     Returns:
-      Code -> its family, named after the first of the joined ones.
+      Code -> family. Joined families take whichever of their names sorts first.
     """
     parent = {family: family for family in map(family_of, files)}
 
@@ -250,7 +250,7 @@ def near_pairs(
     for row in range(0, len(levels), 256):
         products = levels[row : row + 256] @ levels.T
         squares = norms[row : row + 256, None] + norms - 2.0 * products
-        # float32 products differ from one processor to the next, so near ones are computed exactly.
+        # float32 products differ between processors, so differences near the limit are exact.
         for first, second in np.argwhere(squares < 1.1 * most + 100):
             first += row
             difference = pictures[first].astype(np.int64) - pictures[second]

@@ -27,10 +27,10 @@ _FILES_AT_ONCE = 64
 
 
 class _Index(NamedTuple):
-    """The files of an earlier call.
+    """The files that earlier calls hashed.
 
     Attributes:
-      position: name -> position in the arrays.
+      position: file name -> position in the arrays.
       status: the size and the time of the last change of each file.
       digests: the digest of each file.
     """
@@ -43,14 +43,14 @@ class _Index(NamedTuple):
 def digest_of_files(folder: Path, names: Sequence[str], *, directory: Path) -> str:
     """A sha256 of the names and the contents of files.
 
-    The digests of the files are kept in `directory`. A file is read again if its size or the time
+    The digests of the files are cached in `directory`. A file is read again if its size or the time
     of its last change differs.
 
     Args:
       folder: the folder of the files.
-      names: their paths relative to `folder`. One that cannot be read counts as empty, since the
-        check of the images reports it.
-      directory: the folder of the indexes.
+      names: the paths of the files, relative to `folder`. Files that cannot be read share a fixed
+        digest; the check of the images reports them.
+      directory: the folder of the cached digests.
     """
     where = str(folder.absolute())
     made_from = {"format": _FORMAT, "folder": where}
@@ -130,7 +130,7 @@ def _read_index(path: Path, made_from: Mapping[str, Any]) -> _Index:
             columns["status"].reshape(-1, 2),
             columns["digests"].reshape(-1, _DIGEST_BYTES),
         )
-    except (DamagedArray, KeyError):  # missing, too
+    except (DamagedArray, KeyError):  # or missing
         return _Index({}, np.zeros((0, 2), np.int64), np.zeros((0, _DIGEST_BYTES), np.uint8))
 
 

@@ -18,7 +18,7 @@ def folder_rows(folder: Path) -> Iterator[dict[str, Any]]:
     """The images of a folder, in the order of their paths.
 
     Args:
-      folder: its subfolders are the classes. An image may be in a folder within its class.
+      folder: a folder whose subfolders are the classes. Classes may have subfolders.
 
     Yields:
       `"image"`, a path relative to the folder; `"label"`, the name of the class; `"path"`, the same
@@ -33,7 +33,7 @@ def folder_digest(folder: Path, directory: Path) -> str:
 
     Args:
       folder: the folder.
-      directory: the folder that keeps the digests of files that have not changed.
+      directory: the folder that caches the digests of the files.
     """
     digest = digest_of_files(folder, list(_names(folder)), directory=directory)
     return hashlib.sha256(f"folder {digest}".encode()).hexdigest()

@@ -42,11 +42,11 @@ SIZE = 32
 """The height and width of a picture, in pixels."""
 _POINTS = 24
 _FACE_PAIR = ("DejaVuSans", "DejaVuSansMono-BoldOblique")
-"""The faces of the split `test_faces`: an easy and a distant one."""
+"""The faces of the split `test_faces`: an easy one, and one that looks very different."""
 
 
 class Glyph(NamedTuple):
-    """A picture of a character: white on black, grey levels at the edges."""
+    """A picture of a character: white on black, with grey levels at the edges."""
 
     character: str
     face: str
@@ -67,15 +67,15 @@ def prepare_glyphs(
 ) -> DemoInfo:
     """Prepare the glyphs, or find them if an earlier call has prepared them.
 
-    A row has an `image` (a PNG file), its `caption` (the Unicode name in lower case), `other`, the
-    same character in another face (drawn at random; the same picture if there is no other face),
-    the `character`, the `face`, the face of the other picture (`other_face`) and the `group`.
+    A row has an `image` (a PNG file), its `caption` (the Unicode name in lower case), `other` (the
+    same character in a random other face, or the same picture if there is no other face), the
+    `character`, the `face`, the face of the other picture (`other_face`) and the `group`.
 
     | split | rows |
     |---|---|
-    | `train`, `validation`, `test` | all pictures of a group's characters; groups are held out |
+    | `train`, `validation`, `test` | all pictures of the characters; whole groups are held out |
     | `test_sans` | the pictures of `test` in DejaVu Sans, one for each character |
-    | `test_faces` | the same, with `other` in DejaVu Sans Mono Bold Oblique where it exists |
+    | `test_faces` | those that exist in DejaVu Sans Mono Bold Oblique, with that face as `other` |
 
     Args:
       data_dir: the pictures go to `<data_dir>/glyphs/<12 hex digits>`.
@@ -121,20 +121,20 @@ def prepare_glyphs(
 def draw_glyphs(
     fonts: Mapping[str, Path], *, characters: Collection[str] | None = None
 ) -> list[Glyph]:
-    """Draw the characters of some fonts, in the order of the faces and of the code points.
+    """Draw the characters of some fonts, sorted by face and code point.
 
     Characters without a name, controls, spaces, and marks that combine with another character are
     left out, and so are blank pictures.
 
     Args:
-      fonts: face -> its file.
+      fonts: face -> font file.
       characters: draw only these.
     """
     from PIL import ImageDraw, ImageFont
 
     glyphs = []
     for face, path in fonts.items():
-        # The basic layout, because Pillow may be built without the other one.
+        # The basic layout engine, because Pillow may be built without the other one.
         font = ImageFont.truetype(path, _POINTS, layout_engine=ImageFont.Layout.BASIC)
         for character in _characters(path):
             if characters is not None and character not in characters:
@@ -154,7 +154,7 @@ def group_characters(glyphs: Iterable[Glyph]) -> dict[str, int]:
     """Join characters that share a bitmap in any face, directly or through other characters.
 
     Returns:
-      Character -> the number of its group; groups are numbered by their first character.
+      Character -> the number of its group; groups are numbered in order of their first characters.
 
     Example:
       >>> ink = np.eye(2, dtype=np.uint8)
@@ -234,7 +234,7 @@ def _split_rows(
 
 
 def _other(glyph: Glyph, drawn: Mapping[str, Glyph], seed: int) -> Glyph:
-    """The picture of a character in another face, drawn at random."""
+    """A picture of the same character in another face, chosen at random."""
     others = [face for face in FACES if face in drawn and face != glyph.face]
     if not others:
         return glyph

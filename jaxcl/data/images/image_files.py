@@ -49,7 +49,7 @@ class ImageFiles(Sequence[bytes]):
 
 @contextlib.contextmanager
 def naming_damaged(images: Sequence[Any]) -> Iterator[None]:
-    """Make errors of decoding name the damaged file instead of its position in a batch."""
+    """Make decoding errors name the damaged file instead of its position in a batch."""
     try:
         yield
     except ValueError:
@@ -82,10 +82,10 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def file_inside(folder: Path, name: str | os.PathLike[str]) -> Path:
-    """The path of a file, by its path relative to a folder that it must be inside of.
+    """Join a folder and the relative path of a file, which must be inside of the folder.
 
     Raises:
-      ValueError: if the path leads outside of the folder, also by a link.
+      ValueError: if the path leads outside of the folder, directly or through a link.
     """
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):

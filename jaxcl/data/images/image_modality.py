@@ -34,7 +34,7 @@ class Image:
     files: tuple[str, ...] = ("images.json",)
 
     def usable(self, data: DataSettings, source: PairSource, split: Split) -> PairSource:
-        """The rows whose images can be decoded; all images are decoded the first time."""
+        """The rows whose images can be decoded; the first call decodes all images."""
         checked = check_images(
             source,
             split.sides,
@@ -91,7 +91,7 @@ class Image:
         return decoder_fingerprint()
 
     def changed(self, workdir: AnyPath) -> str:
-        """Name the version of Pillow with which the run was trained."""
+        """A message that names the version of Pillow with which the run was trained."""
         (name,) = self.files
         try:
             trained_with = str(read_json_object(workdir / name)["decoder"])

@@ -30,7 +30,7 @@ _TRANSIENT = {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE,
 _MAX_PATH = 4096
 _OPEN_TARS = 64
 _FEW = 4
-"""The minimum number of files that are read in threads."""
+"""The minimum number of files to read in threads instead of one by one."""
 
 _BYTES, _PATH, _MEMBER = b"B", b"P", b"T"
 
@@ -39,9 +39,9 @@ class TarMember(NamedTuple):
     """A file in an uncompressed tar.
 
     Attributes:
-      name: its name in the tar.
-      offset: the position of its first byte in the tar.
-      size: the number of its bytes.
+      name: the file's name in the tar.
+      offset: the position of the file's first byte in the tar.
+      size: the size of the file, in bytes.
     """
 
     name: str
@@ -53,7 +53,7 @@ class _Reference(NamedTuple):
     """A decoded reference.
 
     Attributes:
-      number: the number of the file of rows.
+      number: the index of the file of rows.
       path: a path relative to that file's folder, or the name of a tar's member.
       where: the offset and size of a tar's member.
     """
@@ -64,12 +64,12 @@ class _Reference(NamedTuple):
 
 
 def as_reference(value: Any, *, number: int) -> bytes:
-    """Encode the value of an image column.
+    """Encode the value of an image column as a reference.
 
     Args:
       value: the bytes of an image file, a path relative to the folder of the rows, a mapping of
         `"bytes"` and `"path"` as Hugging Face's `datasets` writes it, or a `TarMember`.
-      number: the index of the file of rows; the path is relative to its folder.
+      number: the index of the file of rows; paths are relative to that file's folder.
 
     Raises:
       BadImage: for any other value.
@@ -104,7 +104,7 @@ def read_references(references: Sequence[bytes], paths: Sequence[Path]) -> list[
     Raises:
       BadImage: if a file is missing, or not a regular file inside the folder of the rows.
     """
-    distinct = list(dict.fromkeys(references))  # the captions of an image refer to it, too
+    distinct = list(dict.fromkeys(references))  # several captions may refer to one image
     read = functools.partial(_read, paths=paths)
     if sum(reference[:1] == _PATH for reference in distinct) < _FEW:
         files = dict(zip(distinct, map(read, distinct), strict=True))
@@ -122,7 +122,7 @@ def reference_place(reference: bytes, paths: Sequence[Path]) -> str | None:
 
 
 def referenced_paths(references: Iterable[bytes]) -> set[tuple[int, str]]:
-    """The paths in some references, each with the number of its file of rows."""
+    """The paths in some references, each with the index of its file of rows."""
     parsed = (_parsed(reference) for reference in references if reference[:1] == _PATH)
     return {one[:2] for one in parsed if one is not None}
 
@@ -170,7 +170,7 @@ def read_inside(folder: Path, name: str) -> bytes:
         raise BadImage(f"{name} does not exist in {folder}") from error
     except OSError as error:
         if error.errno in _TRANSIENT:
-            raise  # the image would be cached as bad
+            raise  # otherwise the image would be cached as bad
         raise BadImage(f"{name} cannot be read ({error})") from error
     except ValueError as error:
         raise BadImage(f"{name} cannot be read ({error})") from error
@@ -178,7 +178,7 @@ def read_inside(folder: Path, name: str) -> bytes:
 
 def _read_member(path: Path, offset: int, size: int) -> bytes:
     try:
-        tar = _opened_tar(path)  # kept, so that no other thread closes it now
+        tar = _opened_tar(path)  # this reference keeps other threads from closing it
         content = os.pread(tar.fileno(), size, offset)
     except OSError as error:
         if error.errno in _TRANSIENT:
@@ -192,7 +192,7 @@ def _read_member(path: Path, offset: int, size: int) -> bytes:
 
 
 class _OpenTar:
-    """A file that is closed together with its last reference."""
+    """A file that is closed when the last reference to it is gone."""
 
     def __init__(self, path: Path) -> None:
         file = open_regular(path)

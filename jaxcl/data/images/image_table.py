@@ -24,7 +24,7 @@ class ImageTable:
 
     Args:
       source: the rows; the values of the sides are image files or uint8 arrays.
-      rule: how an image becomes an array.
+      rule: the rule for decoding an image to an array.
       group: each row's group.
       text: a number per row, shared by rows with equal query images or equal key images.
       both_equal: whether both sides of every row have the same image. It is then decoded once for
@@ -99,10 +99,10 @@ def decode_images(values: Sequence[Any], rule: ImageRule) -> UInt8[np.ndarray, "
 
     Args:
       values: image files as `bytes`, PIL images or uint8 arrays.
-      rule: how an image becomes an array.
+      rule: the rule for decoding an image to an array.
 
     Raises:
-      ValueError: if one cannot be decoded.
+      ValueError: if an image cannot be decoded.
     """
 
     def fail(position: int, error: BadImage) -> ValueError:

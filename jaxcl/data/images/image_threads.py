@@ -1,4 +1,4 @@
-"""Decode many images at a time in worker threads; Pillow does not hold Python's lock."""
+"""Decode many images at a time in worker threads; Pillow releases the GIL while decoding."""
 
 import collections
 import functools
@@ -14,11 +14,11 @@ U = TypeVar("U")
 
 _MOST_THREADS = 32
 _WAITING = 2
-"""The maximum number of queued tasks per thread, which limits the memory."""
+"""The maximum number of queued tasks per thread, which limits memory use."""
 
 
 def num_threads() -> int:
-    """The number of threads: one per core that this process may use, and at most 32."""
+    """The default number of threads: one per core that this process may use, at most 32."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(cores or 1, _MOST_THREADS)
 
@@ -38,7 +38,7 @@ def in_threads(
       function: applied to each value; must not call `in_threads` for the same purpose.
       values: one value per task; a task should take a millisecond or more.
       threads: the number of threads; `None` for `num_threads()`.
-      purpose: the name of the thread pool; work in one pool does not wait for another.
+      purpose: the name of the thread pool; work in one pool does not wait for work in another.
     """
     pool = _pool(threads or num_threads(), purpose)
     waiting: collections.deque[Future[U]] = collections.deque()
@@ -56,5 +56,5 @@ def in_threads(
 
 @functools.cache
 def _pool(threads: int, purpose: str) -> ThreadPoolExecutor:
-    """Threads that are kept, since starting them takes as long as decoding a small image."""
+    """A cached pool, because starting a thread takes as long as decoding a small image."""
     return ThreadPoolExecutor(threads, thread_name_prefix=f"jaxcl-{purpose}")

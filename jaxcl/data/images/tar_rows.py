@@ -2,7 +2,7 @@
 
 Members that share a key are one row: `dir/0001.jpg`, `dir/0001.txt` and `dir/0001.json`. The key is
 the path up to the first dot of the file's name, and the rest is the extension, in lower case. The
-members of a key must be adjacent. Images are not copied: a row has their position in the tar.
+members of a key must be adjacent. Images are not copied: a row holds their positions in the tar.
 """
 
 import tarfile
@@ -48,7 +48,7 @@ def tar_rows(
       fields: the fields to read; `None` reads all.
 
     Yields:
-      The fields of a row, and the reason that it cannot be read or `None`. Fields are `"__key__"`;
+      The fields of a row, and why it cannot be read, or `None` if it can. Fields are `"__key__"`;
       `"image"`, the first image as a `TarMember`; each other image by its extension; texts by their
       extension, such as `"txt"` and `"cls"`; `"caption"`, the same as `"txt"`; and `"json.NAME"`
       for each entry of a `.json`.
@@ -110,7 +110,7 @@ def _check_end(tar: tarfile.TarFile, end: int) -> None:
 def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
     try:
         member = tar.next()
-        tar.members = []  # type: ignore[attr-defined] # or all members would stay in memory
+        tar.members = []  # type: ignore[attr-defined] # otherwise all stay in memory
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"the tar is damaged ({error}); write it again") from error
     return member
