@@ -15,7 +15,7 @@ def check_processes_agree(values: Mapping[str, Any]) -> None:
     """Check that values are equal in all processes of a run.
 
     Args:
-      values: name -> a value of JSON's types, in every process.
+      values: name -> this process's value, in JSON types.
 
     Raises:
       ValueError: in every process, with the names whose values differ and the processes that have

@@ -28,13 +28,13 @@ class _Block(NamedTuple):
 class BlockFile:
     """An array on disk that is filled block by block and keeps the blocks of earlier runs.
 
-    The earlier blocks are compared with their digests, and are discarded from the first damaged one
-    on.
+    The earlier blocks are compared with their digests; the first damaged block and all later blocks
+    are discarded.
 
     Args:
       path: the `.npy` file; next to it, `.blocks.jsonl` has a line for each finished block.
       shape: the shape of the whole array; a file of another shape or type is started over.
-      dtype: the type of its numbers.
+      dtype: the type of the array's numbers.
       writes: whether this process writes the file. If several processes fill the same array, one
         of them writes, and opens it first; the others keep the array in memory.
 
@@ -79,7 +79,7 @@ class BlockFile:
         self.array[begin:end] = rows
         self._blocks.append(_Block(end, _digest(self.array[begin:end])))
         if self._writes:
-            self.array.flush()  # type: ignore[attr-defined] # it is a memmap if it writes
+            self.array.flush()  # type: ignore[attr-defined] # a memmap if `writes`
             with self._log.open("a") as log:
                 log.write(_as_line(self._blocks[-1]))
                 log.flush()

@@ -56,12 +56,12 @@ def run_command(
     Args:
       parser: the parser of the command's flags.
       run: the command itself.
-      argv: the arguments; `None` takes this process's.
-      interrupted: the message that Ctrl-C prints.
+      argv: the arguments; `None` takes this process's arguments.
+      interrupted: the message to print after Ctrl-C.
       trains: whether to restart the process with huge pages, if `argv` is `None`.
 
     Returns:
-      What `run` returns.
+      The result of `run`.
     """
     protect_output()
     ensure_home()
@@ -89,7 +89,7 @@ def run_command(
 
 
 def join_processes(arguments: Namespace, workdir: AnyPath) -> None:
-    """Join the other processes of a run, given by `add_process_flags` or by the cluster.
+    """Join the other processes of a run, known from `add_process_flags` or from the cluster.
 
     Args:
       arguments: the parsed flags of `add_process_flags`.

@@ -1,6 +1,6 @@
 """The flags of commands: one spelling, one-line errors, `--help` with an example.
 
-Needs the standard library only, so that a parser needs no other package.
+Uses only the standard library, so that parsing flags imports no other package.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class CommandParser(argparse.ArgumentParser):
           doc: the module's docstring: a summary line, then an example and details.
           verbose: whether there is a flag `-v` for `run_command`.
           passes_on: whether unknown arguments are kept in `arguments.rest` for another parser;
-            `--help` next to another argument is then one of them.
+            `--help` next to another argument then also counts as unknown.
         """
         summary, _, details = (doc or "").partition("\n")
         super().__init__(
@@ -82,13 +82,13 @@ class CommandParser(argparse.ArgumentParser):
         return arguments
 
     def error(self, message: str) -> NoReturn:
-        """Exit with 2 and one line."""
+        """Print a one-line error, and exit with code 2."""
         line = f"error: {message}; {self.prog} --help lists the flags"
         print(printable(line), file=sys.stderr)
         sys.exit(2)
 
     def _one_spelling(self, words: Iterator[str]) -> Iterator[str]:
-        """Dashes for underscores in flags, and `--NAME.FIELD=FIELD=VALUE` for fields."""
+        """Write flags with dashes, and a field f of `add_fields` as `--NAME.FIELD=f=VALUE`."""
         for word in words:
             if word == "--":
                 yield word
@@ -109,7 +109,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def user_path(text: str) -> AnyPath:
-    """The path in a flag's text, as `as_path` takes it."""
+    """Convert a flag's text to a path with `as_path`, for `type=` in `argparse`."""
     try:
         return as_path(text)
     except ValueError as error:

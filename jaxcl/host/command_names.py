@@ -13,7 +13,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def commands() -> dict[str, str]:
-    """The summary line of each command, by its name without `jaxcl.`."""
+    """The summary line of each command, by the command's name without `jaxcl.`."""
     files = {path.stem: path for path in _PACKAGE.glob("*.py") if path.stem != "__main__"}
     files |= {path.parent.name: path for path in _PACKAGE.glob("*/__main__.py")}
     return {name: _summary(path) for name, path in sorted(files.items()) if _runs(path)}
@@ -26,7 +26,7 @@ def refuse_other_modules() -> None:
     whose extra is not installed. For other commands, this also makes Ctrl-C during their imports
     exit without a traceback.
     """
-    if sys.argv[:1] != ["-m"] or "-m" not in sys.orig_argv:  # "-m" during the search
+    if sys.argv[:1] != ["-m"] or "-m" not in sys.orig_argv:  # "-m" until Python finds the module
         return
     module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1]
     if not module or module[0].split(".")[0] != "jaxcl":

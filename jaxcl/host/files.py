@@ -35,9 +35,9 @@ __all__ = [
 ]
 
 _MAX_BYTES = 64 * 2**20
-"""The largest JSON file that is read; real ones have at most a few million bytes."""
+"""The largest JSON file that is read, in bytes; files in practice have at most a few million."""
 _MAX_LOG_BYTES = 2**30
-"""The largest file of JSON lines that is read, such as a run's metrics."""
+"""The largest file of JSON lines, such as a run's metrics, that is read, in bytes."""
 
 
 def is_remote(path: Any) -> bool:
@@ -77,7 +77,7 @@ def read_regular(path: Any, *, limit: int) -> bytes:
 
     Args:
       path: a `pathlib.Path` or `etils.epath.Path`.
-      limit: the largest size, in bytes; no more is read.
+      limit: the maximum size, in bytes; at most one more byte is read.
 
     Raises:
       ValueError: if the file is larger, or not a regular file.
@@ -138,7 +138,7 @@ def read_sealed_json(path: Any) -> Any:
     """Read a value that `write_sealed_json` wrote.
 
     Raises:
-      ValueError: if the file holds anything else.
+      ValueError: if the file holds anything else, or has changed since it was written.
       OSError: if it cannot be read.
     """
     sealed = read_json_object(path)
@@ -162,7 +162,7 @@ class JsonLines(NamedTuple):
 
     Attributes:
       records: the objects, in order.
-      damaged: lines that hold no JSON object, except empty lines.
+      damaged: the lines that are not JSON objects, except empty lines.
     """
 
     records: list[dict[str, Any]]
@@ -190,7 +190,7 @@ def read_json_lines(path: Any) -> JsonLines:
 
 
 def write_whole(path: Any, content: str | bytes) -> None:
-    """Write a file atomically: a reader or the next start finds all of it, or the previous file.
+    """Write a file atomically: readers find either all of the new content or the previous file.
 
     Args:
       path: a `pathlib.Path` or `etils.epath.Path`.
@@ -204,7 +204,7 @@ def write_whole(path: Any, content: str | bytes) -> None:
 
 
 def write_npz(path: AnyPath, **arrays: np.ndarray) -> None:
-    """Write arrays to an `.npz` as `write_whole` does, creating its folder if necessary."""
+    """Write arrays to an `.npz` atomically, creating its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         np.savez(file, allow_pickle=False, **arrays)
@@ -247,7 +247,7 @@ def replacing(path: Any) -> Iterator[IO[bytes]]:
 
 
 def _sync_folder(folder: Any) -> None:
-    """Sync the names in a folder to disk, if the file system supports it."""
+    """Sync a folder's list of files to disk, if the file system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

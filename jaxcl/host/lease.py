@@ -1,8 +1,9 @@
-"""A lock on an object store: a file that its holder renews while it runs.
+"""A lock on an object store: a file that its holder renews until it ends.
 
 Object stores have no locks that end with a process, so the holder rewrites the file every 15
 seconds. If the file does not change for two minutes, its holder has been killed, and another
-process may take over the lease. If several try, the one that creates the takeover file gets it.
+process may take over the lease. If several processes try, the one that creates the takeover file
+gets the lease.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ def leased(path: AnyPath) -> Iterator[None]:
       path: the lease file.
 
     Raises:
-      ValueError: if another process holds it.
+      ValueError: if another process holds the lease.
     """
     holder = secrets.token_hex(8)
     try:
@@ -54,7 +55,7 @@ def leased(path: AnyPath) -> Iterator[None]:
 
 
 def _take_over(path: AnyPath, holder: str) -> None:
-    """Replace a file if its holder does not renew it."""
+    """Take over a lease file if its holder does not renew it."""
     abandoned = _read(path)
     deadline = time.monotonic() + EXPIRY_SECONDS
     while time.monotonic() < deadline:

@@ -42,7 +42,7 @@ class Meeting(NamedTuple):
 
     Attributes:
       address: the address at which processes reach the coordinator.
-      bind_address: the address at which it listens; `None` except in process 0.
+      bind_address: the address at which the coordinator listens; `None` except in process 0.
     """
 
     address: str
@@ -57,10 +57,10 @@ def meet(
 
     Args:
       workdir: the folder of the run, which all processes share; their paths to it may differ.
-      coordinator: host and port of process 0; with port 0, it chooses a free port.
+      coordinator: host and port of process 0; with port 0, process 0 chooses a free port.
       num_processes: the number of processes.
       process_id: the number of this process, from 0.
-      bind: host and port where process 0 listens; by default the coordinator's.
+      bind: host and port where process 0 listens; `None` for those in `coordinator`.
 
     Raises:
       ValueError: if the port is in use, or a process does not connect or does not belong here.
@@ -107,16 +107,16 @@ class _Reception:
 
     Args:
       workdir: the folder of the run.
-      address: of the coordinator.
+      address: the address of the coordinator.
       token: the proof that a process belongs to this start.
-      num_processes: the number of processes, this one included.
+      num_processes: the number of processes, including this one.
     """
 
     def __init__(self, workdir: AnyPath, address: str, token: str, num_processes: int):
         self._workdir, self._address = _full_name(workdir), address
         self._token, self._num_processes = token, num_processes
         self._present: dict[int, socket.socket] = {}
-        # Processes without the token, by number: the time of the first attempt, and the workdir.
+        # Processes without the token, by number: the time of the first attempt, and their workdir.
         self._strangers: dict[int, tuple[float, str]] = {}
 
     def receive(self, listener: socket.socket) -> None:
@@ -129,7 +129,7 @@ class _Reception:
                 events = selector.select(timeout=1)
                 # Ended processes first, because one of them may already be connecting again.
                 for key, _ in sorted(events, key=lambda event: event[0].fileobj is listener):
-                    if key.fileobj is not listener:  # it sends nothing: it has closed
+                    if key.fileobj is not listener:  # closed, since it sends nothing
                         selector.unregister(key.fileobj)
                         del self._present[key.data]
                         continue
@@ -158,7 +158,7 @@ class _Reception:
             )
 
     def _admit(self, connection: socket.socket) -> int | None:
-        """Return the number of a process of this run; tell any other why it is refused."""
+        """Return the number of a process of this run; tell other processes why they are refused."""
         connection.settimeout(_SECONDS_TO_ANSWER)
         request = _read(connection)
         number, num_processes = request.get("process_id"), request.get("num_processes")
@@ -183,7 +183,7 @@ class _Reception:
 
 
 def _join(workdir: AnyPath, host: str, port: int, introduction: Mapping[str, Any]) -> int:
-    """Find process 0 of the run; return its port once all processes are connected."""
+    """Find process 0 of the run; return the port it uses once all processes are connected."""
     deadline = time.monotonic() + MEETING_SECONDS
     refusal = None
     reason = "there is no invitation"
@@ -211,7 +211,7 @@ def _join(workdir: AnyPath, host: str, port: int, introduction: Mapping[str, Any
 
 
 def _ask(address: tuple[str, int], introduction: Mapping[str, Any], seconds: float) -> Mapping:
-    """Ask process 0 to be admitted; its last answer waits for the other processes."""
+    """Ask process 0 for admission; return its last answer, which comes once all are connected."""
     where = "{}:{}".format(*address)
     try:
         with socket.create_connection(address, timeout=seconds) as server:
@@ -227,7 +227,7 @@ def _ask(address: tuple[str, int], introduction: Mapping[str, Any], seconds: flo
 
 
 def _read_invitation(workdir: AnyPath) -> dict[str, Any]:
-    """Read the invitation, or an empty dict if there is none."""
+    """Read the invitation; an empty dict if there is none."""
     try:
         next(workdir.iterdir(), None)  # makes NFS check again for a file that was absent
         invitation = read_json_object(workdir / INVITATION_FILE)
@@ -246,7 +246,7 @@ def _send(connection: socket.socket, message: Mapping[str, Any]) -> None:
 
 
 def _read(connection: socket.socket) -> dict[str, Any]:
-    """Read a message of one line, or an empty dict."""
+    """Read a one-line message; an empty dict if there is none."""
     received = b""
     try:
         while not received.endswith(b"\n") and len(received) < _MAX_BYTES:

@@ -25,10 +25,10 @@ _DAMAGED = (
 )
 """The errors that zipfile and NumPy raise for damaged files."""
 
-_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # as NumPy writes
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # the ones that NumPy writes
 _FREE_BYTES = 256 * 2**20
 _MAX_RATIO = 100
-"""How many times an array of more than `_FREE_BYTES` may exceed its compressed size."""
+"""The largest allowed compression ratio of an array of more than `_FREE_BYTES`."""
 
 
 class ArrayHeader(NamedTuple):
@@ -41,7 +41,7 @@ class ArrayHeader(NamedTuple):
 def npz_headers(
     path: AnyPath, names: Sequence[str], *, optional: Sequence[str] = ()
 ) -> dict[str, ArrayHeader]:
-    """Read the headers of these arrays, and of the optional ones that the file has.
+    """Read the headers of these arrays, and of the optional arrays that the file has.
 
     Raises:
       ValueError: if the file cannot be read or lacks an array; the message names the file.
@@ -52,7 +52,7 @@ def npz_headers(
 
 
 def read_npz(path: AnyPath, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read arrays.
+    """Read the named arrays of a file.
 
     Raises:
       ValueError: if the file cannot be read or lacks an array, or if an array needs much more
@@ -88,7 +88,7 @@ def _archive(path: AnyPath, names: Sequence[str]) -> Iterator[zipfile.ZipFile]:
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> ArrayHeader:
-    """Read the header of an array, and check that its size in the file agrees."""
+    """Read the header of an array, and check that it agrees with the array's size in the file."""
     part = archive.getinfo(f"{name}.npy")
     if part.compress_type not in _COMPRESSIONS:
         raise ValueError(f"{name} has a compression that NumPy does not write")
@@ -109,7 +109,7 @@ def _header(archive: zipfile.ZipFile, name: str) -> ArrayHeader:
 
 
 def _parse_header(file: Any, name: str) -> ArrayHeader:
-    if np.lib.format.read_magic(file) != (1, 0):  # others allow headers of gigabytes
+    if np.lib.format.read_magic(file) != (1, 0):  # other versions allow headers of gigabytes
         raise ValueError(f"{name} is not in version 1.0 of the .npy format")
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     if dtype.hasobject:

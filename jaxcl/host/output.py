@@ -19,13 +19,13 @@ _NOT_WRITTEN = (OSError, ValueError, RuntimeError)
 
 
 class LossyStream:
-    """A text stream that drops text where writing fails.
+    """A text stream that drops text if writing fails.
 
     Args:
       stream: the text stream to write to.
 
     Attributes:
-      error: the error for which text was last dropped; `None` if all was written.
+      error: the last error because of which text was dropped; `None` if all text was written.
     """
 
     def __init__(self, stream: Any):
@@ -55,10 +55,10 @@ class LossyStream:
 
 
 def protect_output() -> None:
-    """Ignore errors of this process's output, and escape control characters in tracebacks."""
+    """Ignore errors in writing output, and escape control characters in tracebacks."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            # It was closed before the start. The null device takes its file descriptor; otherwise
+            # Closed before the start. The null device takes the stream's file descriptor; otherwise
             # the next file to be opened would, and libraries would print into that file.
             # The stream stays open as long as the process.
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
@@ -73,7 +73,7 @@ def check_output() -> None:
     """Flush standard output, for a command that writes its results nowhere else.
 
     Raises:
-      SystemExit: with code 0, if its reader is gone, as after `| head -1`.
+      SystemExit: with code 0, if the output's reader is gone, as after `| head -1`.
       OSError: if some output could not be written.
     """
     sys.stdout.flush()
@@ -85,5 +85,5 @@ def check_output() -> None:
 
 
 def print_traceback(error: BaseException) -> None:
-    """Print an error with its traceback on standard error, control characters escaped."""
+    """Print an error with its traceback on standard error, and escape control characters."""
     LossyStream(sys.stderr).write(printable("".join(traceback.format_exception(error))))

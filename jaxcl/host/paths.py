@@ -1,6 +1,6 @@
-"""Paths as users give them: local ones, and URLs of object stores, such as `gs://bucket/run`.
+"""Paths as users give them: local paths, and URLs of object stores, such as `gs://bucket/run`.
 
-Uses only the standard library unless a URL is given, so that parsers of flags stay light.
+Uses only the standard library unless a URL is given, so that parsing flags stays fast.
 """
 
 import os
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     AnyPath = Path
 else:
     AnyPath = PurePath
-"""A `pathlib.Path` or an `etils.epath.Path`, which has the same methods but is no subclass."""
+"""A `pathlib.Path` or an `etils.epath.Path`, which has the same methods but is not a subclass."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 """The scheme of a URL; `pathlib` merges its two slashes. A single letter is a Windows drive."""
@@ -30,10 +30,10 @@ def as_path(given: str | os.PathLike[str]) -> AnyPath:
 
     Args:
       given: a local path, or a URL of an object store that `etils.epath` supports, if the package
-        of its file system is installed (`gcsfs` for `gs://`).
+        for its file system is installed (`gcsfs` for `gs://`).
 
     Raises:
-      ValueError: for another URL, or if the user of `~user` is unknown.
+      ValueError: for any other URL, or if the user of `~user` is unknown.
     """
     url = _SCHEME.match(os.fspath(given))
     if url is None:
@@ -44,7 +44,7 @@ def as_path(given: str | os.PathLike[str]) -> AnyPath:
     scheme = url[1]
     try:
         path = epath.Path(f"{scheme}://{os.fspath(given)[url.end() :].lstrip('/')}")
-    except KeyError:  # etils has no file system for it
+    except KeyError:  # etils has no file system for this scheme
         return local_path(given)
     try:
         protocol = fsspec.get_filesystem_class(scheme).protocol

@@ -27,7 +27,7 @@ def listen(coordinator: str, bind: str | None = None) -> socket.socket:
 
     Args:
       coordinator: the host and port of the coordinator.
-      bind: host and port to listen at instead.
+      bind: host and port to listen at instead of `coordinator`.
 
     Raises:
       ValueError: if the port is in use, or the address is not one of this machine.
@@ -63,7 +63,7 @@ def guard_port(listener: socket.socket) -> contextlib.AbstractContextManager[Any
     """Keep a listener's port reserved after the listener is closed, until the block ends.
 
     JAX's coordinator sets `SO_REUSEPORT`, and so does the guard, so both can bind the port, which
-    programs without that option cannot. On systems that lack it, the port is free for a moment.
+    programs without this option cannot. On systems without it, the port is free for a moment.
     """
     guard = socket.socket(listener.family, socket.SOCK_STREAM)
     try:
@@ -77,6 +77,6 @@ def guard_port(listener: socket.socket) -> contextlib.AbstractContextManager[Any
 
 
 def _is_name_of_loopback(host: str, address: str) -> bool:
-    """Whether a host name resolves to loopback, as some systems set up their own name."""
+    """Whether a host name resolves to loopback, as on systems that map their own name to it."""
     loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
     return loopback and host.strip("[]") not in (address, "localhost")

@@ -1,4 +1,4 @@
-"""Texts for people: data made safe to print, and numbers of things."""
+"""Texts for people: data made safe to print, and counts with nouns."""
 
 import re
 
@@ -30,7 +30,7 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     Args:
       count: the number.
       noun: the noun in the singular.
-      plural: its plural, unless that is the noun with an "s".
+      plural: the noun in the plural; `None` to append an "s".
 
     Example:
       >>> counted(1, "step"), counted(2_000, "query", "queries")

@@ -49,7 +49,7 @@ A killed process is noticed earlier, at the next exchange of data with it."""
 PEER_LOST = 75
 """The exit code if another process was lost: "try again" (EX_TEMPFAIL)."""
 
-# JAX's errors for faults that a single process has as well.
+# JAX's errors for faults that also occur in a single process.
 _OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
 # Environment variables with the number of processes, or with the names of their hosts.
@@ -87,7 +87,7 @@ def start_processes(
     Kubernetes on TPUs sets. With `asked`, JAX detects the cluster itself, as on a TPU pod.
 
     Args:
-      coordinator: host and port of process 0, which listens there; port 0 means any free one.
+      coordinator: host and port of process 0, which listens there; port 0 means any free port.
       num_processes: the number of processes.
       process_id: the number of this process, from 0.
       asked: whether to let JAX detect the cluster if the processes are not known otherwise.
@@ -96,8 +96,8 @@ def start_processes(
       environment: the environment variables.
 
     Raises:
-      ValueError: if only some of the first three are given, the port is in use, or the processes
-        cannot connect.
+      ValueError: if only some of the first three arguments are given, the port is in use, or the
+        processes cannot connect.
     """
     coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
     if num_processes is None:
@@ -134,7 +134,7 @@ def _initialize(
     *,
     where: str,
 ) -> None:
-    """Connect JAX's processes; SIGHUP then acts as SIGTERM until `stop_requests` takes over."""
+    """Connect JAX's processes; SIGHUP then acts like SIGTERM until `stop_requests` takes over."""
     try:
         jax.distributed.initialize(
             coordinator,
@@ -187,7 +187,8 @@ def first_of_all(numbers: Sequence[int]) -> list[int]:
 def first_then_others(make: Callable[[], T]) -> T:
     """Call `make` in process 0 first, and then in all other processes.
 
-    On a shared disk, the others find the files that process 0 wrote; otherwise each writes its own.
+    On a shared disk, the others find the files that process 0 wrote; otherwise, each process writes
+    its own files.
 
     Raises:
       PeerError: if another process failed.
@@ -201,7 +202,7 @@ def first_then_others(make: Callable[[], T]) -> T:
 
 
 def of_lost_process(error: BaseException) -> bool:
-    """Whether an error means that another process is gone, not that this one is at fault."""
+    """Whether an error means that another process is gone, not that this process is at fault."""
     if isinstance(error, PeerError):
         return True
     of_jax = isinstance(error, jax.errors.JaxRuntimeError)
@@ -215,10 +216,10 @@ def of_full_devices(error: BaseException) -> bool:
 
 
 def leave_for(error: Exception, *, verbose: bool = False) -> NoReturn:
-    """End this process because of an error. One of several does not wait for the others.
+    """End this process because of an error, without waiting for other processes of the run.
 
     Args:
-      error: any error that is not the user's.
+      error: any error that is not a user's mistake.
       verbose: whether to print tracebacks of errors that are otherwise reported in one line.
     """
     if verbose and (of_full_devices(error) or of_lost_process(error)):
@@ -243,7 +244,7 @@ def leave_for(error: Exception, *, verbose: bool = False) -> NoReturn:
 
 
 def leave(exit_code: int, *, at_once: bool = False) -> NoReturn:
-    """End this process; one of several without waiting for the others, which may be stuck.
+    """End this process without waiting for other processes of the run, which may be stuck.
 
     Args:
       exit_code: the exit code.
@@ -279,10 +280,10 @@ def catch_interrupt() -> None:
 def stop_requests() -> Iterator[StopRequests]:
     """Turn SIGTERM, SIGINT and SIGHUP into a stop after the same step in every process.
 
-    With a single process, a second signal takes effect at once. With several, a signal to any of
-    them stops all: JAX listens for SIGTERM and chooses the step, and the other signals are sent on
-    as SIGTERM. SIGHUP stays ignored if it was ignored at the start, as under `nohup`. Python lets
-    only the main thread handle signals; in another thread, the handlers do not change.
+    With a single process, a second signal takes effect at once. With several processes, a signal to
+    one of them stops all: JAX listens for SIGTERM and chooses the step, and the other signals are
+    passed on as SIGTERM. SIGHUP stays ignored if it was ignored at the start, as under `nohup`.
+    Python lets only the main thread handle signals; in another thread, the handlers do not change.
 
     Raises:
       KeyboardInterrupt: if Ctrl-C came earlier and was lost in a callback, where Python drops it.
@@ -325,7 +326,7 @@ def _hangup() -> list[signal.Signals]:
 
 
 def _send_sigterm(*_: object) -> None:
-    """Send this process SIGTERM, at which JAX stops all processes together."""
+    """Send this process SIGTERM, which makes JAX stop all processes together."""
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -18,11 +18,11 @@ __all__ = ["progress_bar", "say", "show"]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
-_with_bars: list[Console] = []  # the innermost bar last; it prints lines above the bar
+_with_bars: list[Console] = []  # the innermost bar's is last; lines appear above its bar
 
 
 def say(text: str) -> None:
-    """Print a line on standard error, with the process's number if there are several."""
+    """Print a line on standard error, with this process's number if there are several processes."""
     if jax.distributed.is_initialized():
         text = f"[{jax.process_index()}] {text}"
     console = _with_bars[-1] if _with_bars else _console()
@@ -75,7 +75,7 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
 def _line_printer(what: str, total: int | None) -> Callable[..., None]:
     start = last = time.monotonic()
     count = 0
-    # At the first line; earlier work included compilation, or was done by an earlier run.
+    # Time and count at the first line. Earlier work included compilation, or was an earlier run's.
     first: tuple[float, int] | None = None
 
     def advance(done: int = 1, note: str = "") -> None:

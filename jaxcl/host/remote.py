@@ -42,7 +42,7 @@ def local_folder(folder: AnyPath) -> Path:
 
 
 def file_sizes(folder: AnyPath) -> dict[str, int]:
-    """The size in bytes of every file below a folder, by its path relative to the folder."""
+    """The size in bytes of every file below a folder, by the file's path relative to the folder."""
     if is_remote(folder):
         system, root = _file_system(folder)
         details = system.find(root, detail=True)
@@ -72,7 +72,8 @@ def move_tree(folder: AnyPath, target: AnyPath) -> None:
 def create_file(path: AnyPath, content: bytes) -> None:
     """Create a remote file; if several processes try, only one succeeds.
 
-    The stores of Amazon, Google and Microsoft guarantee this. Others only check for the file first.
+    The stores of Amazon, Google and Microsoft guarantee this. Other stores may only check first
+    whether the file exists.
 
     Raises:
       FileExistsError: if the file exists.
@@ -89,8 +90,8 @@ def open_log(path: AnyPath) -> io.BufferedIOBase:
 class RemoteLog(io.BytesIO):
     """A remote file that grows: kept in memory, and uploaded as a whole.
 
-    A flush uploads it half a minute after the last upload, or later if uploads would otherwise
-    take more than 2% of the time.
+    `flush` uploads the file if the last upload was half a minute ago, or longer if uploads would
+    otherwise take more than 2% of the time.
 
     Args:
       path: the file, which may already have content.
@@ -103,7 +104,7 @@ class RemoteLog(io.BytesIO):
         self._path, self._uploaded, self._due = path, len(content), time.monotonic()
 
     def flush(self) -> None:
-        """Upload the content if that is due."""
+        """Upload the content if an upload is due."""
         if time.monotonic() >= self._due:
             self.upload()
 
@@ -117,7 +118,7 @@ class RemoteLog(io.BytesIO):
         self._due = now + max(_UPLOAD_SECONDS, (now - start) / _MAX_SHARE)
 
     def close(self) -> None:
-        """Upload the rest."""
+        """Upload the content if it has grown, and close the log."""
         if not self.closed:
             self.upload()
         super().close()

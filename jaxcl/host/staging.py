@@ -51,8 +51,8 @@ def put_in_place(staged: Path, path: Path, *, replace: bool) -> None:
     Args:
       staged: the folder within a staging folder.
       path: the final path.
-      replace: whether to replace an existing folder at that path. If not, and another process has
-        already created it, `staged` stays where it is.
+      replace: whether to replace an existing folder at that path. If false, and another process has
+        already created the folder, `staged` stays where it is.
 
     Raises:
       OSError: if the parent folder of the path cannot be written.
@@ -83,7 +83,7 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 def _try_lock(file: IO) -> bool:
-    """Take the lock until this process ends, unless another one holds it; return whether it did."""
+    """Try to lock a file until it is closed; return whether this process now holds the lock."""
     if not HAS_LOCKS:  # the folders of killed processes stay
         return False
     try:

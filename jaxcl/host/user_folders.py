@@ -15,8 +15,8 @@ def ensure_home() -> None:
     """Set `HOME` to a temporary folder for a user without a home directory.
 
     In a container, the user may be just a number, without `HOME` and without an entry in
-    `/etc/passwd`. Then this program and its libraries cannot expand `~`, or it is `/`, which
-    container runtimes use as a fallback.
+    `/etc/passwd`. Then this program and its libraries cannot expand `~`, or it expands to `/`,
+    which container runtimes use as a fallback.
     """
     expanded = os.path.expanduser("~")
     if expanded != "~" and (expanded != "/" or os.access("/", os.W_OK)):
@@ -45,8 +45,8 @@ def make_private(folder: Path) -> None:
     """Create a folder that no other user can write to or replace, or check an existing one.
 
     Raises:
-      PermissionError: if another user owns or can change it or one of its parents.
-      OSError: if it cannot be created.
+      PermissionError: if another user owns or can change the folder or one of its parents.
+      OSError: if the folder cannot be created.
     """
     for parent in reversed([folder, *folder.parents]):
         if not parent.exists():
