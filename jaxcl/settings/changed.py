@@ -1,4 +1,4 @@
-"""A config with other values."""
+"""Copy a config with some values changed."""
 
 import functools
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ def changed_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict
 
     Args:
       config: the config to copy.
-      changes: dotted name of a field -> its new value.
+      changes: dotted name of a field -> the new value.
 
     Raises:
       ValueError: if there is no such field, if a value does not have the type of its field, or if
@@ -30,7 +30,7 @@ def changed_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict
         *parents, leaf = name.split(".")
         try:
             section = functools.reduce(getattr, parents, changed)
-            getattr(section, leaf)  # or it would be created
+            getattr(section, leaf)  # otherwise the next line would create it
             setattr(section, leaf, tuple(value) if isinstance(value, list) else value)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             message = str(error.args[0] if error.args else error)  # a KeyError would quote it

@@ -62,7 +62,7 @@ def check_weights(settings: Settings, setting: str, weights: str) -> None:
     Args:
       settings: the settings of the run.
       setting: the setting or argument that names the weights, for messages.
-      weights: its value.
+      weights: the value of that setting or argument.
     """
     if weights not in _WEIGHTS:
         raise ValueError(f"{setting}={weights!r} is unknown; use one of {', '.join(_WEIGHTS)}")

@@ -198,7 +198,7 @@ def _check_mining(settings: Settings) -> None:
 
 
 def _check_judges(settings: Settings) -> None:
-    """The momentum encoder and the guide model."""
+    """Check the momentum encoder and the guide model."""
     negatives, guide = settings.negatives, settings.negatives.guide
     initial, final = negatives.momentum_encoder
     if initial is not None and initial > final:
@@ -293,7 +293,7 @@ def _check_gcbs(settings: Settings) -> None:
     except ValueError as error:
         raise ValueError(f"assignment.gcbs: {error}") from error
     # Last, so that a wrong name is reported before a run that is too short for it.
-    known = settings.epochs is None  # or the rows decide on the number of steps
+    known = settings.epochs is None  # otherwise it depends on the number of rows
     if known and options.refresh_epochs is None and options.refresh_every >= settings.steps:
         raise ValueError(
             f"assignment.gcbs.refresh_every={options.refresh_every} never comes in "

@@ -26,7 +26,7 @@ _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "
 
 
 def add_config_flags(parser: CommandParser, *, required: bool = True) -> None:
-    """Add `--config`, and `--config.FIELD` for each of its fields."""
+    """Add `--config`, and `--config.FIELD` for each field of the config."""
     parser.add_argument(
         "--config",
         required=required,
@@ -54,7 +54,7 @@ def optional_config_of(arguments: Namespace) -> ConfigDict | None:
     """The config as `config_of` returns it, or `None` without `--config`.
 
     Raises:
-      ValueError: as `config_of`, or for a `--config.FIELD` flag without `--config`.
+      ValueError: as in `config_of`, or for a `--config.FIELD` flag without `--config`.
     """
     if arguments.config is not None:
         return config_of(arguments)
@@ -76,10 +76,10 @@ def override(config: ConfigDict, field: str, text: str) -> None:
     Args:
       config: the config.
       field: the dotted name of the setting.
-      text: its value, read by `parse_value` as the type that the field has.
+      text: the value, which `parse_value` reads as the field's type.
 
     Raises:
-      ValueError: if there is no such field, or the text is not a value of its type.
+      ValueError: if there is no such field, or the text is not a value of the field's type.
 
     Example:
       >>> config = ConfigDict({"model": {"dim": 512}})
@@ -114,15 +114,15 @@ def override(config: ConfigDict, field: str, text: str) -> None:
 
 
 def parse_value(text: str, kind: type) -> Any:
-    """Read a value of a type; `None` is a value of every type.
+    """Convert text to a value of a type; `None` is a value of every type.
 
     Args:
-      text: `true` or `false` for a bool; a text as it is; otherwise a Python literal. A tuple of
+      text: `true` or `false` for a bool; any text for a str; otherwise a Python literal. A tuple of
         names may be written as `dense,bm25`.
-      kind: the type; `NoneType` and `object` stand for any.
+      kind: the type; `NoneType` and `object` stand for any type.
 
     Raises:
-      ValueError: if the text is no value of the type.
+      ValueError: if the text is not a value of the type.
 
     Example:
       >>> parse_value("1e-3", float), parse_value("('row', 'text')", tuple)

@@ -21,7 +21,7 @@ def known_configs() -> list[str]:
 
 
 def find_config(named: str) -> Path:
-    """The file of a config that is named by a path, or by its name alone.
+    """Find the file of a config, given its path or only its name.
 
     Raises:
       ValueError: if there is no such file, and jaxcl has no config of that name.
@@ -85,7 +85,7 @@ def _call(named: str, function: str) -> Any:
         get: Callable[..., Any] | None = runpy.run_path(str(path)).get(function)
         if callable(get):
             return get(variant) if variant else get()
-    except Exception as error:  # the file is a program, and may raise whatever there is
+    except Exception as error:  # the file is a program, which may raise any error
         reason = f"{type(error).__name__}: " if not isinstance(error, ValueError) else ""
         raise ValueError(f"the config cannot be used: {named}: {reason}{error}") from error
     raise ValueError(f"{path} has no function {function}")

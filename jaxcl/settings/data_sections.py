@@ -55,7 +55,7 @@ class SidePrompts(NamedTuple):
 
 
 class DataSet(NamedTuple):
-    """A data set, prepared or in files, its splits by role, the fields read, and its prompts.
+    """A data set (prepared, or in files): its splits by role, the fields to read, and its prompts.
 
     A prompt of `None` uses the prompt of the run.
     """
@@ -79,7 +79,7 @@ class SideModalities(NamedTuple):
 
 
 class ImageSettings(NamedTuple):
-    """How image files become arrays, and how to handle unreadable files."""
+    """The rule for decoding image files to arrays, and what to do with unreadable files."""
 
     size: Size = 224
     resize: str = "crop"
@@ -88,7 +88,7 @@ class ImageSettings(NamedTuple):
 
 
 class DataSettings(NamedTuple):
-    """The rows of a run, and how their texts become tokens and their images arrays."""
+    """The rows of a run, and how their texts are tokenized and their images decoded."""
 
     name: str | None = None
     code_pairs: CodePairsSettings | None = None

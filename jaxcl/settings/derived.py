@@ -47,7 +47,7 @@ BEST = "best"
 `config.evaluation.best_metric`. There is no folder of this name."""
 
 BANKS = ("queue", "instance")
-"""Memory banks by name, as `config.negatives.bank.kind`."""
+"""The memory banks: the values of `config.negatives.bank.kind`."""
 
 CHECKPOINTS = "checkpoints"
 """The folder of a workdir that holds its checkpoints."""
@@ -59,18 +59,18 @@ DIRECTIONS = ("query_to_key", "key_to_query")
 """The values of `config.evaluation.directions`."""
 
 GUIDES = ("momentum", "data")
-"""The guide models, as `config.negatives.guide`: their similarities decide on the margins."""
+"""The values of `config.negatives.guide`: models to whose similarities the margins apply."""
 
 MASKS: Mapping[str, str] = {"row": "ids", "text": "ids", "group": "groups"}
-"""Columns of a batch whose equal entries are no negatives -> the loss's argument for them. A row
-has its own text, so that `"text"` masks all that `"row"` does."""
+"""Column of a batch -> the loss's argument for it. Rows with equal entries are not each other's
+negatives. A row shares its text with itself, so `"text"` masks everything that `"row"` masks."""
 
 SOURCES = ("group", "data_set", "topic")
 """The values of `config.assignment.sourced.by`."""
 
 
 class GcbsRule(NamedTuple):
-    """The settings by which a run reassigns its batches.
+    """The settings with which a run reassigns its batches.
 
     Attributes:
       settings: the settings of the method.
@@ -96,9 +96,9 @@ class GcbsRule(NamedTuple):
 def learning_rate_of(
     settings: OptimizerSettings, parts: Parts, *, steps: int
 ) -> Callable[[Any], Any]:
-    """The learning rate by step.
+    """The learning rate as a function of the step.
 
-    `warmup_steps=None` and `decay_steps=None` are a tenth of the steps.
+    `warmup_steps=None` and `decay_steps=None` stand for a tenth of the steps.
     """
     values = {
         "warmup_steps": steps // 10 if settings.warmup_steps is None else settings.warmup_steps,
@@ -141,7 +141,7 @@ def schedule_warnings(settings: OptimizerSettings, *, steps: int) -> Iterator[st
 
 
 def gcbs_rule(settings: Settings) -> GcbsRule | None:
-    """The settings by which a run reassigns its batches; `None` if it does not."""
+    """The settings with which a run reassigns its batches; `None` if it does not."""
     if settings.assignment.name != "gcbs":
         return None
     options = settings.assignment.gcbs
@@ -177,14 +177,14 @@ def _method(options: GcbsSettings) -> Gcbs:
 def sources_by(settings: Settings) -> str:
     """The label that defines a source for `assignment.name="sourced"`.
 
-    Unless it is set, it is the group, or the data set if rows have no group.
+    By default, this is the group, or the data set if rows have no groups but several data sets.
     """
     without_groups = settings.data.group_field is None and len(data_set_names(settings.data)) > 1
     return settings.assignment.sourced.by or ("data_set" if without_groups else "group")
 
 
 def data_set_names(data: DataSettings) -> tuple[str, ...]:
-    """The data sets of the training rows by name, in order: `"first"`, then the others."""
+    """The names of the training rows' data sets, in order: `"first"`, then the others."""
     others = sorted(data.concatenated.items())
     return ("first", *(name for name, one in others if "train" in one.splits))
 
@@ -226,7 +226,7 @@ def origin_of(path: str | os.PathLike[str]) -> tuple[AnyPath, int | str | None]:
       path: a workdir, `WORKDIR/checkpoints/STEP` or `WORKDIR/checkpoints/best`.
 
     Returns:
-      The workdir, and the step, `BEST`, or None for the newest.
+      The workdir, and the step, `BEST`, or None for the newest checkpoint.
     """
     path = as_path(path)
     if path.parent.name != CHECKPOINTS:
@@ -239,7 +239,7 @@ def origin_of(path: str | os.PathLike[str]) -> tuple[AnyPath, int | str | None]:
 def with_encoder_options(
     settings: Settings, change: Callable[[Mapping[str, Any], tuple[str, ...]], dict[str, Any]]
 ) -> Settings:
-    """The settings with other options of the encoders.
+    """The settings with changed options of the encoders.
 
     Args:
       settings: the settings of the run.
@@ -260,7 +260,7 @@ def with_encoder_options(
 
 
 def ranking_methods(settings: Settings) -> tuple[str, ...]:
-    """The methods that rank held-out rows: by default, all for texts, else `"dense"`."""
+    """The methods that rank held-out rows: by default, all for texts, and `"dense"` for others."""
     if settings.evaluation.methods is not None:
         return settings.evaluation.methods
     return ("bm25", "dense", "hybrid") if has_only_texts(settings.data) else ("dense",)
@@ -280,7 +280,7 @@ def has_only_texts(data: DataSettings) -> bool:
 
 
 def shows_sheets(settings: Settings) -> bool:
-    """Whether a run writes sheets of its images: by default, if it has any."""
+    """Whether a run writes sheets of its images: by default, if it has images."""
     if settings.run.sheets is not None:
         return settings.run.sheets
     return "image" in settings.data.modality

@@ -1,4 +1,4 @@
-"""Settings that have no effect, because another setting decides that they are not read."""
+"""Settings that have no effect, because the value of another setting keeps them unread."""
 
 from collections.abc import Callable, Collection
 from typing import NamedTuple
@@ -14,12 +14,12 @@ __all__ = ["check_effects"]
 
 
 class _Unread(NamedTuple):
-    """Settings that are not read, and when.
+    """Fields that are not read, and the condition for this.
 
     Attributes:
       fields: dotted names, or prefixes that end in a dot.
-      holds: settings -> whether they are not read.
-      reason: the setting that would make them take effect.
+      holds: settings -> whether the fields are not read.
+      reason: the setting that would make the fields take effect.
     """
 
     fields: tuple[str, ...]
@@ -51,7 +51,7 @@ def _prompt_unread(side: str) -> _Unread:
 
 
 def _bank_unread(field: str, *, kind: str) -> _Unread:
-    """A field of `negatives.bank` that one kind of bank reads."""
+    """A field of `negatives.bank` that only one kind of bank reads."""
     return _Unread(
         (f"negatives.bank.{field}",),
         lambda s: s.negatives.bank.kind != kind,

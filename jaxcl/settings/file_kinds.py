@@ -1,4 +1,4 @@
-"""Recognise files of pairs in `data.name` and `data.splits`, and parse the rows of a split."""
+"""Recognise files of pairs in `data.name` and `data.splits`, and parse the shares of splits."""
 
 import os
 import re
@@ -51,7 +51,7 @@ REST = "rest"
 """The split with the training rows that no other role takes."""
 
 WHOLE = 1_000_000
-"""The unit of shares: a share is a range of these."""
+"""The number of units in a whole split: a share is a range of these units."""
 
 _SPLIT = re.compile(
     r"(?P<name>\w+)(\[((?P<start>\d+(\.\d+)?)%)?:((?P<stop>\d+(\.\d+)?)%)?\])?", re.ASCII
@@ -59,11 +59,11 @@ _SPLIT = re.compile(
 
 
 _TFDS_SPLIT = re.compile(r"\w+(\[[^\]]*\])?(\+\w+(\[[^\]]*\])?)*", re.ASCII)
-"""A split as TFDS writes it, such as `train[:100]+dev`; brackets would also be a pattern."""
+"""A split as TFDS writes it, such as `train[:100]+dev`, whose brackets are not a file pattern."""
 
 
 class Share(NamedTuple):
-    """The rows of a split whose hash lies in a range.
+    """The rows of a split whose hashes lie in a range.
 
     Attributes:
       split: the name of the split; a plain file has only `"train"`.
@@ -115,7 +115,7 @@ def names_files(name: str | None) -> bool:
         return False
     try:
         path = local_path(name)
-        if path.is_dir():  # also one with a mark of a pattern in its name
+        if path.is_dir():  # even with the marks of a pattern in its name
             is_written = any((path / file).is_file() for file in HUGGING_FACE_FILES)
             return is_written or is_image_folder(path)
         if is_pattern(name) or path.is_file():
@@ -127,7 +127,7 @@ def names_files(name: str | None) -> bool:
 
 
 def is_image_folder(path: Path) -> bool:
-    """Whether a folder has subfolders with images, and is no prepared data set."""
+    """Whether a folder has subfolders with images, and is not a prepared data set."""
     if not path.is_dir() or (path / "dataset_info.json").exists():
         return False
     if any((path / file).is_file() for file in HUGGING_FACE_FILES):
@@ -138,10 +138,10 @@ def is_image_folder(path: Path) -> bool:
 
 
 def image_names(folder: Path) -> Iterator[str]:
-    """The image files of a folder and its subfolders, by their paths relative to the folder.
+    """The image files of a folder and its subfolders, as paths relative to the folder.
 
-    The files of a folder come before those of its subfolders, both sorted. Hidden ones are ignored,
-    and links to folders are not followed.
+    The files of a folder come before the files of its subfolders, both sorted. Hidden files and
+    folders are ignored, and links to folders are not followed.
     """
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -169,7 +169,7 @@ def relocated_splits(
     Args:
       splits: role -> split.
       name: the files of the other splits, as the config names them.
-      absolute_name: their absolute path, from which the folder of relative paths is derived.
+      absolute_name: the absolute path of these files, which gives the folder of relative paths.
 
     Example:
       >>> splits = {"train": "rest", "validation": "dev.jsonl"}
@@ -186,7 +186,7 @@ def relocated_splits(
 
 
 def is_pattern(name: str) -> bool:
-    """Whether a name stands for several files, as in a shell."""
+    """Whether a name is a pattern that may match several files, as in a shell."""
     return any(mark in name for mark in "*?[")
 
 

@@ -34,7 +34,7 @@ _OPTIONS: Mapping[str, Any] = {
     "nesterov": bool,
     "ns_steps": Size,
 }
-"""The type and range of each option, whichever optimizers have it."""
+"""The type and range of each option, the same for all optimizers that have it."""
 
 
 def _optimizer(

@@ -1,6 +1,6 @@
 """The parts that a config names: losses, encoders, optimizers and schedules, with their options.
 
-A name is one of a registry, or `package.module:function`, which is imported. The registries of
+A name is a key of a registry, or `package.module:function`, which is imported. The registries of
 losses and encoders are `jaxcl.losses.LOSSES` and `jaxcl.models.ENCODERS`.
 """
 
@@ -47,8 +47,8 @@ class Part(NamedTuple):
 
     Attributes:
       function: the function or class.
-      options: a NamedTuple class that declares its options, each `None` for the function's own
-        default; `None` where nothing is declared, and any option is passed on.
+      options: a NamedTuple class that declares the function's options, in which `None` stands for
+        the function's own default. If `options` is `None`, every option is passed on.
     """
 
     function: Callable
@@ -149,7 +149,7 @@ def option_fields(registry: Mapping[str, AnyPart]) -> ConfigDict:
     fields = ConfigDict()
     for part in registry.values():
         for name, hint in get_type_hints(part.options or object).items():
-            (kind,) = set(get_args(hint)) - {type(None)}  # each is a kind or None
+            (kind,) = set(get_args(hint)) - {type(None)}  # each option is of a type or None
             fields[name] = placeholder(get_origin(kind) or kind)
     return fields
 
@@ -164,7 +164,7 @@ def find_part(
       name: a member of the registry, or `package.module:function`.
       registry: the known parts.
       kind: the class that declares such a part: `Loss`, `EncoderPart`, `Augmentation`, or `Part`
-        for all others. `package.module:name` may refer to an instance of it, or to a function.
+        for all others. `package.module:name` may name an instance of this class, or a function.
       trust: the packages that may be imported.
 
     Raises:
@@ -212,7 +212,7 @@ def given_options(section: str, name: str, part: AnyPart, options: Mapping[str, 
     Args:
       section: `"loss"`, `"model"` or `"optimizer"`, for messages.
       name: the part's name.
-      part: the part that declares them.
+      part: the part that declares the options.
       options: values by name; `None` means the part's own default.
 
     Raises:

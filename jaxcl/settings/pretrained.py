@@ -36,14 +36,14 @@ COPIES: Mapping[str, str] = {"model": "pretrained", "model.key": "pretrained-key
 
 
 _SHARED_OPTIONS = ("dropout", "remat", "compute_dtype")
-"""The options of `model.options` that the second tower of the same folder takes, too."""
+"""The options of `model.options` that a second tower from the same folder also takes."""
 
 _TEXT_RULES = ("prompts", "special_tokens", "exclude_prompt", "skip_unknown")
-"""The fields of `data` that a run with `init_from` inherits where it leaves them open."""
+"""The fields of `data` that a run with `init_from` inherits if it leaves them unset."""
 
 
 def encoder_part(model: PretrainedModel) -> EncoderPart:
-    """The encoder of a pretrained model; it returns unit vectors, as the losses need them."""
+    """The encoder of a pretrained model; it returns unit vectors, as the losses require."""
 
     def make(_: Any, *, dim: int, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
         return PretrainedEncoder(model, normalize=True, rngs=rngs, **options)
@@ -72,11 +72,11 @@ def with_pretrained(
     """Add the pretrained models to the settings, and fill in the values that follow from them.
 
     Args:
-      settings: as in the config.
+      settings: the settings, as in the config.
       changed: dotted names of the fields that the user changed.
       trust: unless it is `None`, nothing outside `workdir` is read.
-      workdir: the workdir of a run that has begun. Its copies are read, and the original folders
-        may be gone.
+      workdir: the workdir of a run that has begun. Its copies of the models are read, so the
+        original folders may be gone.
 
     Raises:
       ValueError: for an unreadable model, a setting that contradicts it, or incompatible models.
@@ -110,9 +110,10 @@ def with_pretrained(
 
 
 def _with_second_tower(settings: Settings) -> ModelSettings:
-    """The model, with the text tower for texts if `model.pretrained` has the one for images.
+    """The model settings, with a key tower from the folder of `model.pretrained` if necessary.
 
-    That is, a folder that both modalities of the run name is read for both sides.
+    If the sides have different modalities and only `model.pretrained` is set, its folder holds the
+    towers of both sides.
     """
     model, modality = settings.model, settings.data.modality
     own = model.key.name is not None or model.key.pretrained is not None
@@ -240,7 +241,7 @@ def _with_images(
     section, first = next(iter(models.items()))
     tower: Any = settings.model if section == "model" else settings.model.key
     rule, image_size = first.images, tower.options.get("image_size")
-    assert rule is not None  # of an encoder of images
+    assert rule is not None  # every image encoder has a rule
     if image_size is not None:
         rule = with_image_size(rule, image_size)
     _check_own(settings, "data.images.resize", rule.resize, changed, section)
@@ -316,7 +317,7 @@ def _check_agreement(models: Mapping[str, PretrainedModel], data: DataSettings) 
 
 
 def _token_rule(model: PretrainedModel) -> tuple[Any, ...]:
-    """Everything that determines a text's tokens: not the padding and truncation in the file."""
+    """Everything that determines a text's tokens, except the file's padding and truncation."""
     content = json.loads(tokenizer_of(model))
     tokenizer = {name: content[name] for name in content.keys() - {"padding", "truncation"}}
     return tokenizer, model.special_tokens, model.skip_unknown

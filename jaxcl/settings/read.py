@@ -36,7 +36,7 @@ _DATA_FIELDS = (
     *("name", "code_pairs", "splits", "query_field", "key_field", "concatenated"),
     *("group_field", "score_field", "metadata_fields", "files", "modality", "images"),
 )
-"""The fields of `data` that say which rows there are, and not how a model reads them."""
+"""The fields of `data` that select the rows, and not how a model reads them."""
 
 
 def read_settings(
@@ -51,10 +51,10 @@ def read_settings(
     For pretrained models, only the small files and the headers of the weights are read.
 
     Args:
-      config: as the files of `configs/` return it, or a mapping of the same form. Fields that are
-        left out have their defaults.
+      config: a config as the files of `configs/` return it, or a mapping of the same form. Fields
+        that are left out have their defaults.
       changed: dotted names of the fields that the user changed, on the command line for example.
-        One that has no effect is an error; a default that has none is not.
+        If a changed field has no effect, this is an error; an unread default is not.
       trust: the packages from which parts named `package.module:function` are imported; `None`
         for all, as for a config given on the command line. A loss or an optimizer that may
         not be imported is `unresolved` in the result. Unless it is `None`, no pretrained model
@@ -67,7 +67,7 @@ def read_settings(
 
     Raises:
       ValueError: for an unknown field or name, a value of another type or out of its range, and
-        settings that do not go together. The message names the field.
+        settings that contradict each other. The message names the field.
       OSError: if the folder of a pretrained model does not exist.
       PermissionError: for an encoder that may not be imported.
 
@@ -87,7 +87,7 @@ def read_settings(
 
 
 def _with_either(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config, checked to set either `steps` or `epochs`."""
+    """Check that a config sets either `steps` or `epochs`, and leave out a `steps` of `None`."""
     if fields.get("epochs") is not None and fields.get("steps") is not None:
         raise ValueError(
             f"steps={fields['steps']} and epochs={fields['epochs']} are both given; set one to None"
@@ -104,7 +104,7 @@ def with_steps(settings: Settings, *, num_rows: int) -> Settings:
 
     Epochs follow each other without a gap, so that the last batch may hold rows of the next
     epoch. The steps are rounded up to whole updates of the optimizer, so that every row of
-    the last epoch is trained on; `jaxcl.run.epochs.epoch_summary` reports it.
+    the last epoch is trained on; `jaxcl.run.epochs.epoch_summary` reports this.
 
     Args:
       settings: the settings, as `read_settings` returns them.
@@ -138,7 +138,7 @@ def read_data_settings(config: ConfigDict, *, changed: Collection[str] = ()) -> 
       config, changed: as for `read_settings`.
 
     Raises:
-      ValueError: as `read_settings`, and for any other field that the user changed.
+      ValueError: as in `read_settings`, and for any other field that the user changed.
     """
     unused = [field for field in changed if not _says_which_rows(field)]
     if unused:
@@ -168,7 +168,7 @@ def _with_parts(settings: Settings, trust: Trust) -> Settings:
     parts: dict[str, Any] = {}
     pretrained = settings.parts.pretrained
     sections["model"], parts["encoders"] = _with_encoders(settings.model, pretrained, trust)
-    # An encoder alone can be opened without the others.
+    # Opening only an encoder does not need the other parts.
     with contextlib.suppress(PermissionError):
         sections["loss"], parts["loss"] = _resolved("loss", settings.loss, LOSSES, Loss, trust)
     with contextlib.suppress(PermissionError):
@@ -200,7 +200,7 @@ def _with_parts(settings: Settings, trust: Trust) -> Settings:
 def _with_encoders(
     model: ModelSettings, pretrained: Mapping[str, PretrainedModel], trust: Trust
 ) -> tuple[ModelSettings, dict[str, EncoderPart]]:
-    """The model with its set options, and its encoders by the section that names them."""
+    """The model with the options that are set, and the encoders by the section that names them."""
     own = {section: {PRETRAINED: encoder_part(one)} for section, one in pretrained.items()}
     registry = {**ENCODERS, **own.get("model", {})}
     model, part = _resolved("model", model, registry, EncoderPart, trust)
@@ -216,7 +216,7 @@ def _with_encoders(
 
 
 def _without_unset(section: Any) -> Any:
-    """A section that names no part, with the options that are set nevertheless."""
+    """A section that does not name a part, without the options that are not set."""
     options = {name: value for name, value in section.options.items() if value is not None}
     return section._replace(options=options)
 
@@ -231,7 +231,7 @@ def _resolved(
 
 
 def as_dict(settings: Settings) -> dict[str, Any]:
-    """The settings as nested dicts of JSON's types, which `read_settings` reads back.
+    """The settings as nested dicts of JSON types, which `read_settings` reads back.
 
     Options that are not set are left out. While `epochs` is set, `steps` is `None`.
     """

@@ -31,7 +31,7 @@ _REGISTRIES: Mapping[str, Mapping[str, Any]] = {
     "augmentation": AUGMENTATIONS,
     "optimizer": OPTIMIZERS,
 }
-"""Section with `options` -> the parts that have them."""
+"""Section with `options` -> the parts that have such options."""
 
 _SECTION_OF = {
     "config": "",
@@ -40,7 +40,7 @@ _SECTION_OF = {
     "images": "data.images",
     "lora": "model.lora",
 }
-"""Variable of `configs/base.py` -> its section, if that has another name."""
+"""Variable of `configs/base.py` -> the section it holds, if the section has another name."""
 
 
 _NOT_IN_BASE = {"data.code_pairs": "Options of `data.name=code_pairs`; see `code_search.py`."}
@@ -134,7 +134,7 @@ def setting_comments(source: str) -> dict[str, str]:
 
 
 def _dotted(target: ast.expr) -> str:
-    """The dotted name of an assignment's target; a section's own variable names the section."""
+    """The dotted name of an assignment's target; a section's variable stands for the section."""
     names: list[str] = []
     while isinstance(target, ast.Attribute):
         names.insert(0, target.attr)

@@ -29,8 +29,8 @@ def read_section(section: type[T], given: Mapping[str, Any], *, path: str = "") 
     integer is accepted where a float is declared.
 
     Args:
-      section: a NamedTuple class whose annotations are checked. Supported are bool, int, float,
-        str, `Any`, NamedTuples, tuples, mappings with string keys, unions of these, and
+      section: a NamedTuple class, whose annotations the values must fit. Annotations may be bool,
+        int, float, str, `Any`, NamedTuples, tuples, mappings with string keys, unions of these, and
         `Annotated[number, Range(…)]`.
       given: the values by name.
       path: the dotted name of the section, for messages.
@@ -103,7 +103,7 @@ def _converted(value: Any, hint: Any, path: str) -> Any:
 
 
 def _of_union(value: Any, kinds: Iterable[Any], path: str) -> Any:
-    """The first kind that takes the value; `None` only where it is declared."""
+    """Convert a value to the first type of a union that accepts it; `None` must be declared."""
     kinds = list(kinds)
     if value is None and type(None) in kinds:
         return None

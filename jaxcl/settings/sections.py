@@ -71,7 +71,7 @@ class AugmentationSettings(NamedTuple):
 
 
 class TemperatureSettings(NamedTuple):
-    """Where the learned temperature starts, and the range that each update clamps it to."""
+    """The initial learned temperature, and the range to which each update clamps it."""
 
     initial: Annotated[float, Range(above=0)] = 0.05
     minimum: Annotated[float, Range(above=0)] = 0.01
@@ -245,7 +245,7 @@ class RunSettings(NamedTuple):
 
 
 def unresolved(*_: Any, **__: Any) -> Any:
-    """Stand for a part that was not looked up, or may not be imported."""
+    """Stand in for a part that was not looked up, or may not be imported."""
     raise ValueError("this part of the run was not imported, since its package is not trusted")
 
 
@@ -253,16 +253,16 @@ class Parts(NamedTuple):
     """The functions that a run's config names, or `unresolved`.
 
     Attributes:
-      pretrained: section of an encoder, as in `encoders` -> its pretrained model.
+      pretrained: section of an encoder, as in `encoders` -> the encoder's pretrained model.
       encoders: `"model"`, and `"model.key"` if the keys have their own encoder -> an encoder.
-      loss: a loss with its declaration.
+      loss: the loss, with its declaration.
       optimizer: `(**options) -> optax.GradientTransformation`.
       schedule: `(peak, *, steps, …) -> optax.Schedule`, with the fields of
         `jaxcl.settings.parts.SCHEDULE_FIELDS`, or with `warmup_steps`.
-      assignment: `(*, num_rows, batch_size, seed) -> (step -> row numbers)`, where
-        `assignment.name` is `package.module:function`.
+      assignment: `(*, num_rows, batch_size, seed) -> (step -> row numbers)`, if `assignment.name`
+        is `package.module:function`.
       augmentation: `(**options) -> ((input, key) -> input)`.
-      source: `role -> PairSource`, where `data.name` is `package.module:function`.
+      source: `role -> PairSource`, if `data.name` is `package.module:function`.
     """
 
     pretrained: Mapping[str, PretrainedModel] = {}
