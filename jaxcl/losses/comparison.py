@@ -15,7 +15,7 @@ from jaxcl.typing import Array, AxisName, Float, Range
 __all__ = ["DIRECTIONS", "SYMMETRIC", "TEMPERATURES", "Comparison", "checked_batch"]
 
 DIRECTIONS = ("query_to_key", "key_to_query", "query_to_query", "key_to_key")
-"""Anchors and candidates: in `"query_to_key"`, each query is an anchor and all keys candidates."""
+"""Anchors and candidates: in `"query_to_key"`, queries are anchors and keys are candidates."""
 
 SYMMETRIC = DIRECTIONS[:2]
 

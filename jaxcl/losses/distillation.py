@@ -50,7 +50,7 @@ def distillation_loss(
     r"""The KL divergence between a teacher's and the model's softmax, one value per query.
 
     Row $i$'s candidates are its key and its explicit negatives. With $p_i$ the softmax of the
-    teacher's scores over $\tau'$ and $s_{ij}$ the model's scores,
+    teacher's scores divided by $\tau'$, and $s_{ij}$ the model's scores divided by $\tau$,
 
     $$\ell_i = \sum_j p_{ij} \Big(\log p_{ij} - \log \frac{e^{s_{ij}}}{\sum_l e^{s_{il}}}\Big).$$
 
@@ -117,7 +117,7 @@ def margin_mse_loss(
     r"""The squared difference between a teacher's and the model's margins, one value per query.
 
     Row $i$'s candidates are its key, $j = 0$, and its $n$ explicit negatives. With $s_{ij}$ the
-    model's scores over $\tau$ and $t_{ij}$ the teacher's over $\tau'$,
+    model's scores divided by $\tau$ and $t_{ij}$ the teacher's scores divided by $\tau'$,
 
     $$\ell_i = \frac{1}{n} \sum_{j=1}^{n} \big((s_{i0} - s_{ij}) - (t_{i0} - t_{ij})\big)^2.$$
 
@@ -136,7 +136,7 @@ def margin_mse_loss(
       negatives: `{"explicit": …}`; the teacher's scores of invalid negatives are ignored.
 
     Returns:
-      The mean over each of this device's queries' negatives, at least 0; 0 for a query without
+      For each of this device's queries, the mean over its negatives, at least 0; 0 without
       negatives.
 
     Raises:
@@ -195,12 +195,12 @@ def embedding_distillation_loss(
       queries: this device's queries.
       keys: this device's keys.
       teacher_vectors: the teacher's embeddings of both sides, `"query"` and `"key"`.
-      truncate_teacher: whether a teacher with more features than the model is truncated to the
-        model's, as is possible for teachers trained with `matryoshka`. By default, it is an error.
+      truncate_teacher: whether to truncate the embeddings of a teacher with more features than the
+        model, which suits teachers trained with `matryoshka`. By default, it is an error.
       masks: only `valid` is allowed.
 
     Returns:
-      The value of each of this device's rows, from 0 to 2.
+      The loss of each of this device's rows, from 0 to 2.
 
     Raises:
       ValueError: if the shapes of the model's and the teacher's embeddings do not match, or for
@@ -213,7 +213,8 @@ def embedding_distillation_loss(
       [0.5, 0.5]
 
     Relations:
-      For unit vectors with `d` features it is `d / 2` times the mean squared error over both sides.
+      For unit vectors with `d` features, the loss is `d / 2` times the mean squared error over both
+      sides.
 
     Reference:
       Reimers and Gurevych, "Making Monolingual Sentence Embeddings Multilingual using Knowledge
@@ -246,8 +247,9 @@ class _Candidates(NamedTuple):
 
     Attributes:
       scores: the model's scores.
-      teacher_scores: the teacher's scores over its temperature, without gradient; 0 where invalid.
-      valid: `False` where a row has fewer negatives than others.
+      teacher_scores: the teacher's scores divided by its temperature, without gradient; 0 where
+        invalid.
+      valid: `False` for the padding of rows with fewer negatives than others.
     """
 
     scores: Float[Array, "q _"]

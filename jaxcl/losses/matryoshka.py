@@ -28,7 +28,7 @@ def matryoshka(
     Args:
       loss_fn: a loss of `jaxcl.losses`, or any `LossFn`.
       dims: distinct lengths, at most the length of the embeddings.
-      weights: one per length; 1 each by default.
+      weights: a weight for each length; 1 by default.
 
     Returns:
       A loss with the same arguments. If `loss_fn` takes and returns `memory`, the returned loss has
@@ -113,5 +113,5 @@ def _truncated(negatives: Any, dim: int) -> Any:
 
 
 def _name(dim: int) -> str:
-    """The key of a length in the memory; checkpoints need text keys."""
+    """The key of a length in the memory; checkpoints need string keys."""
     return str(dim)

@@ -1,4 +1,4 @@
-"""The interface of losses: their shared arguments, and declarations of additional ones."""
+"""The interface of losses: the arguments that all share, and declarations of additional ones."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -61,14 +61,14 @@ class LossFn(Protocol):
       the loss supports.
     - With `axis_name`, values and gradients are the same as on one device that holds the rows of
       all devices, whatever the exchange and the implementation.
-    - Gradients reach both sides and, if it has one, the temperature, which may be an array.
+    - Gradients reach both sides and, if the loss has one, the temperature, which may be an array.
 
     A loss is compiled into the train step, so it is pure and has static shapes. A loss that takes
     more or fewer arguments declares them in a `Loss`.
 
     Args:
       queries: this device's queries, usually unit vectors.
-      keys: their keys.
+      keys: the queries' keys.
       temperature: $\tau > 0$; it may be learned.
       masks: pairs that are not negatives.
       negatives: negatives from outside the batch, by name.
@@ -93,26 +93,27 @@ class LossFn(Protocol):
 
 
 class Loss(NamedTuple):
-    """A loss function, and the differences of its arguments from `LossFn`.
+    """A loss function, and how its arguments differ from those of `LossFn`.
 
     Attributes:
       function: the loss.
       options: a NamedTuple class of its options, each `None` for the function's default, with the
         range of each number (`jaxcl.typing.Range`). If `None`, any option is passed on.
-      masks: the fields of `Masks` that it supports; `()` for a function without a `masks` argument.
-      negatives: the kinds of negatives from outside the batch that it supports; `()` for a function
-        without a `negatives` argument.
+      masks: the fields of `Masks` that the loss supports; `()` for a function without a `masks`
+        argument.
+      negatives: the kinds of negatives from outside the batch that the loss supports; `()` for a
+        function without a `negatives` argument.
       columns: arguments that are columns of a batch: argument -> column, such as
         `{"teacher_scores": "teacher_scores"}`.
-      has_temperature: whether it takes a `temperature`, which may be learned.
-      has_bias: whether it takes a `bias`, which may be learned.
-      exchanges: whether it compares rows of different devices; if not, it takes no `axis_name`,
-        `exchange` and `implementation`.
-      multiplies: whether it multiplies queries with the keys of other rows; if not, it takes no
-        `exchange` and `implementation`.
+      has_temperature: whether the loss takes a `temperature`, which may be learned.
+      has_bias: whether the loss takes a `bias`, which may be learned.
+      exchanges: whether the loss compares rows of different devices; if not, it takes no
+        `axis_name`, `exchange` or `implementation`.
+      multiplies: whether the loss multiplies queries by the keys of other rows; if not, it takes no
+        `exchange` or `implementation`.
       init_memory: `(number of training rows, *, temperature, **options) -> tables` with one entry
-        per training row. The function then takes `memory`, the entries of its rows, and returns
-        `(loss, memory)`.
+        per training row. The function then takes `memory`, the entries of the batch's rows, and
+        returns `(loss, memory)`.
       bounds_temperature: whether it takes `temperature_bounds` and learns temperatures itself.
     """
 

@@ -32,7 +32,8 @@ class Reduce(NamedTuple):
 
     Attributes:
       pairs: an operation of `jaxcl.ops.pairs`, for negatives that all rows share.
-      own: the same for separate negatives of each row: (similarities `[q, n]`, mask) -> values.
+      own: the same reduction of each row's separate negatives: (similarities `[q, n]`, mask) ->
+        values.
       join: (values, values) -> the values of both parts combined.
       by_row: whether `pairs` treats rows differently, such as with a temperature per row, and so
         cannot return one value per column.
@@ -155,7 +156,7 @@ def _check(
     if explicit and masks.guides is None and negatives.guides is not None:
         raise ValueError(f"negatives[{name!r}] have guides, but masks.guides are None; give both")
     # A memory bank always has groups, even if a loss does not mask by them; explicit negatives
-    # only have them for masking.
+    # have groups only for masking.
     for field in ("ids", "groups") if explicit else ("ids",):
         if getattr(negatives, field) is not None and getattr(masks, field) is None:
             raise ValueError(
@@ -182,8 +183,8 @@ def _of_explicit(
         )
         if direction in directions
     }
-    # Explicit negatives belong to queries, not to keys. A query's own are reduced separately, since
-    # their hardness may differ from that of other rows' negatives.
+    # Explicit negatives belong to queries, not to keys. A query's own negatives are reduced
+    # separately, since their hardness may differ from that of other rows' negatives.
     if "query_to_key" in values:
         own = _of_own(reduce, comparison, negatives, ceilings)
         values["query_to_key"] = reduce.join(values["query_to_key"], own)
@@ -262,8 +263,8 @@ def _of_shared(
 ) -> Float[Array, " q"]:
     """Reduce, for each query, the shared negatives of all devices.
 
-    If there are more negatives than queries, the negatives are the rows of the product and stay in
-    place, and devices exchange only the queries, which are the columns.
+    If there are more negatives than queries, the negatives are the rows of the matrix product and
+    stay in place, and devices exchange only the queries, which are the columns.
     """
     queries = comparison.queries
     query_labels, negative_labels = _labels(comparison.masks, negatives, ceilings)
@@ -301,7 +302,7 @@ def _labels(
 
 
 def _compared(masks: Masks, negatives: Negatives) -> list[tuple[Array, Array]]:
-    """Labels of rows and of negatives that must differ, for each kind that both sides have."""
+    """The labels in which a row and its negatives must differ, for each kind that both have."""
     pairs = ((masks.ids, negatives.ids), (masks.groups, negatives.groups))
     return [
         (row_labels, negative_labels)

@@ -73,7 +73,7 @@ def running_estimate_loss(
       queries: this device's queries.
       keys: this device's keys.
       estimates: $\log u_i$ of these rows by direction, in nats, from the last call with each row;
-        −∞ for rows without one.
+        −∞ for rows without an estimate.
       temperature: $\tau > 0$, one for all, or one per row and direction.
       update_rate: $\gamma$ in (0, 1]; 1 uses only this batch, for which the loss is the decoupled
         loss minus $\log N_i$.
@@ -88,8 +88,8 @@ def running_estimate_loss(
 
     Returns:
       The loss of each of this device's rows, in nats (times $\tau$ with `robustness`), and the new
-      estimates. A row without negatives in this batch keeps its estimate, has the loss of that
-      estimate, or 0 without one, and contributes no gradient to the embeddings.
+      estimates. A row without negatives in this batch keeps its estimate and contributes no
+      gradient to the embeddings; its loss is computed from that estimate, or 0 without an estimate.
 
     Raises:
       ValueError: if estimates or rates are invalid, and as for `infonce_loss`.
@@ -162,7 +162,7 @@ def _log_sums_by_row(
         # Only rows of the product can have separate temperatures, so the anchors, here the keys,
         # become the rows.
         comparison, direction = comparison.swapped(), "query_to_key"
-        negatives = None  # they are keys, and this direction compares keys with queries
+        negatives = None  # negatives are keys, and this direction compares keys with queries
     elif direction == "query_to_query":
         negatives = None
     elif direction == "key_to_key":
@@ -191,8 +191,8 @@ def remembered_estimate_loss(
     Args:
       queries: this device's queries.
       keys: this device's keys.
-      memory: these rows' entries, initially from `estimate_memory`.
-      temperature: $\tau$ for all rows; ignored if the memory has one per row.
+      memory: the entries of these rows, initially from `estimate_memory`.
+      temperature: $\tau$ for all rows; ignored if the memory has a temperature per row.
       temperature_bounds: the range to which a row's temperature is clipped.
       temperature_rate: learning rate of a row's $\log \tau$, which takes one gradient step whenever
         a batch contains the row; `None` for a single temperature.
@@ -218,8 +218,9 @@ def remembered_estimate_loss(
     least, most = temperature_bounds
     Range(most=most).check("temperature_bounds[0]", least)
     log_temperatures, vectors = memory["log_temperatures"], (queries, keys, negatives)
-    # Each temperature affects only the loss of its row, so the gradient of the sum contains all.
-    # Embeddings are constants here, so that an outer gradient does not differentiate this one.
+    # Each temperature affects only the loss of its row, so the gradient of the sum contains the
+    # gradients of all rows. Embeddings are constants here, so that an outer gradient does not
+    # differentiate this one.
     constants = lax.stop_gradient(vectors)
     slope = jax.grad(lambda logs: losses(logs, constants)[0].sum())(log_temperatures)
     loss, updated = losses(log_temperatures, vectors)

@@ -1,4 +1,4 @@
-"""A loss that ranks the similarities of pairs as their scores rank them."""
+"""A loss that trains the similarities of pairs to have the same order as their scores."""
 
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ def cosent_loss(
     masks: Masks = NO_MASKS,
     axis_name: AxisName | None = None,
 ) -> Float[Array, " q"]:
-    r"""CoSENT: rank the similarities of pairs as their scores do, one equal value per row.
+    r"""CoSENT: order the similarities of pairs like their scores; each row has the same value.
 
     Row $i$ is a pair of texts with a score $y_i$, such as a person's rating of their similarity.
     With $s_i = \langle q_i, k_i\rangle / \tau$ and $i, j$ over the rows of all devices,
@@ -35,14 +35,14 @@ def cosent_loss(
     Only the order of the scores matters; pairs with equal scores are not compared. The loss is not
     a mean over rows, so each row of the batch has the whole value, and the mean over rows is the
     loss. Devices exchange one similarity and one score per row. The sum takes O(B log B) time and
-    O(B) memory for B rows: after sorting by score, the terms of a row are one cumulative
-    log-sum-exp.
+    O(B) memory for B rows: after sorting by score, the terms of a row sum to one entry of a
+    cumulative log-sum-exp.
 
     Args:
-      queries: this device's first texts of each pair.
-      keys: this device's second texts.
+      queries: the first text of each of this device's pairs.
+      keys: the second text of each pair.
       scores: the score of each pair; a larger score means more similar texts, on any scale.
-      temperature: $\tau > 0$, the inverse of the scale in the reference, which uses 20.
+      temperature: $\tau > 0$, the inverse of the reference's scale, which is 20.
       masks: only `valid` is allowed.
       axis_name: as for `LossFn`.
 
@@ -85,7 +85,7 @@ def cosent_loss(
 
 
 class _Rows(NamedTuple):
-    """The numbers of each row that devices exchange."""
+    """The values of each row that devices exchange."""
 
     similarities: Float[Array, " b"]
     scores: Float[Array, " b"]

@@ -37,11 +37,11 @@ def sigmoid_pair_loss(
 ) -> Float[Array, " q"]:
     r"""SigLIP: the logistic loss of all pairs, one value per query.
 
-    With $s_{ij} = \langle q_i, k_j\rangle / \tau + b$,
+    With $s_{ij} = \langle q_i, k_j\rangle / \tau + b$ and the mask $m_{ij}$ of allowed pairs,
 
     $$\ell_i = \log(1 + e^{-s_{ii}}) + \sum_{j \ne i} m_{ij} \log(1 + e^{s_{ij}}).$$
 
-    No sum over the batch is divided by another, so devices need not wait for other devices' sums.
+    There is no denominator over the batch, so devices need not wait for other devices' sums.
 
     Args:
       queries: this device's queries.

@@ -117,7 +117,7 @@ def infonce_loss(
 
     Relations:
       A batch of one row has no negatives and a loss of 0. As $\tau \to 0$, $\tau \ell$ approaches
-      the excess of the hardest negative's similarity over the positive's, or 0 without one.
+      the excess of the hardest negative's similarity over the positive's, or 0 if that is negative.
 
     Reference:
       van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018,
@@ -171,11 +171,11 @@ def nt_xent_loss(
     exchange: str = "gather",
     implementation: str | None = None,
 ) -> Float[Array, " q"]:
-    r"""The SimCLR loss: a row's two views are each other's positive, all other views negatives.
+    r"""The SimCLR loss: a row's two views are positives, and all other views are negatives.
 
     With $N$ rows in the global batch, each view has $2N - 2$ negatives, from both sides. The
     value of a row is the mean over its two views, so the mean over rows is the loss of the paper.
-    It equals `infonce_loss` with all directions and `partition="anchor"`.
+    The loss equals `infonce_loss` with all directions and `partition="anchor"`.
 
     Args:
       queries: first views.

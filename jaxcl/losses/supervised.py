@@ -1,4 +1,4 @@
-"""A loss with several positives per query, which are all rows of its class."""
+"""A loss whose positives are all rows of the query's class."""
 
 import functools
 from typing import NamedTuple
@@ -88,7 +88,7 @@ def supervised_infonce_loss(
       ValueError: if shapes do not match, or `masks` has groups or margins.
 
     Relations:
-      With a different label for each row it equals `infonce_loss`, or with all directions
+      With a different label for each row, the loss equals `infonce_loss`, or with all directions,
       `nt_xent_loss`.
 
     Reference:

@@ -1,4 +1,4 @@
-"""The negatives of a query: masks, memory banks and draws from them, synthetic and mined ones."""
+"""The negatives of a query: masks, memory banks, draws from banks, synthetic and mined ones."""
 
 from jaxcl.negatives.draws import draw_slots, priorities
 from jaxcl.negatives.hard_negatives import HardNegatives, mine_hard_negatives

@@ -13,10 +13,10 @@ _DIGITS = 256  # priorities are compared in this base, as four digits of one byt
 
 
 def priorities(key: Key[Array, ""], num_slots: int) -> Integer[Array, " m"]:
-    """Random priorities of a draw; slots with higher ones are drawn first.
+    """Random priorities of a draw; slots with higher priorities are drawn first.
 
-    Call it outside `jax.shard_map`. The numbers then do not depend on the number of devices, and
-    each device computes only its own slots.
+    Call it outside `jax.shard_map`. The priorities then do not depend on the number of devices, and
+    each device computes only those of its own slots.
     """
     return jax.random.bits(key, (num_slots,), jnp.uint32)
 
@@ -71,12 +71,12 @@ def _highest_of_strata(
     quotas: Int[Array, " g"],
     axis_name: AxisName | None,
 ) -> Bool[Array, " m"]:
-    """Whether each slot is among the highest of its stratum, by radix selection over devices."""
+    """Whether each slot has a priority to draw in its stratum, by radix selection over devices."""
 
     def pass_over(
         numbers: Array, shift: int, state: tuple[Array, Array, Array]
     ) -> tuple[Array, Array, Array]:
-        """Decide all slots except those with the last digit taken, which stay open."""
+        """Decide all open slots except those with the lowest digit taken, which stay open."""
         is_drawn, open_, remaining = state
         # Strata without a quota point past the end, where the scatter drops them.
         digit = ((numbers >> shift) & (_DIGITS - 1)).astype(jnp.int32)

@@ -25,10 +25,10 @@ __all__ = [
 ]
 
 BLOCK_ROWS = 4_096
-"""Queries that are searched for at a time."""
+"""The number of queries to search for at a time."""
 
 Rows = Sequence[Any] | Integer[Array | np.ndarray, "..."]
-"""A row number per query, or several: a list of lists, or an array padded with negative ones."""
+"""A row number per query, or several: a list of lists, or an array padded with negative numbers."""
 
 
 class HardNegatives(NamedTuple):
@@ -36,8 +36,9 @@ class HardNegatives(NamedTuple):
 
     Attributes:
       rows: rows of the keys, padded with −1.
-      scores: their similarities to the query, by the guide if there is one; padded with −∞.
-      ranks: their ranks by the model, among all keys except the query's positives; padded with −1.
+      scores: similarities of these keys to the query, by the guide if there is one; padded with −∞.
+      ranks: ranks of these keys by the model, among all keys except the query's positives; padded
+        with −1.
       positive_scores: the similarity of the query's least similar positive, by the guide if there
         is one; NaN without a positive.
       masked: the number of keys in the range of ranks that the margin or a limit excludes.
@@ -54,12 +55,12 @@ class QueryBlock(NamedTuple):
     """Queries that are searched for together.
 
     Attributes:
-      numbers: their numbers among all queries, which decide the random draws.
-      vectors: their embeddings.
-      positives: rows of the keys that belong to each query.
-      excluded: rows of further keys that are no negatives of each query.
+      numbers: each query's number among all queries, which decides its random draws.
+      vectors: embeddings of the queries.
+      positives: rows of each query's positives among the keys.
+      excluded: rows of other keys that must not be negatives of each query.
       groups: labels of the queries, one array for each array of labels of the keys.
-      guide: their embeddings by the guide model.
+      guide: the guide model's embeddings of the queries.
     """
 
     numbers: Int[np.ndarray, " q"]
@@ -106,13 +107,13 @@ def mine_hard_negatives(
         query, a list of rows per query, or an array `[q, p]` padded with negative numbers. A margin
         is measured from the least similar positive.
       rule: the number of negatives, their range of ranks, and their margin below the positive.
-      excluded: rows of further keys that are no negatives of a query, such as copies of it, in the
-        same form.
-      candidates: the keys that may be negatives; all by default. The others are positives only.
+      excluded: rows of other keys that must not be negatives of a query, such as copies of the
+        query, in the form of `positives`.
+      candidates: the keys that may be negatives; all by default. Other keys can only be positives.
       query_groups: a label per query, such as its class; needs `key_groups`.
       key_groups: a label per key; no query has negatives with its own label.
-      guide_queries: embeddings of the queries by a guide model, whose similarities decide about
-        margins and limits; the range of ranks stays that of `queries` and `keys`.
+      guide_queries: embeddings of the queries by a guide model, to whose similarities margins and
+        limits apply; ranks are still those of `queries` and `keys`.
       guide_keys: embeddings of the keys by the guide model.
       seed: the seed of the random draws, for `sampling="random"`. The draws do not depend on the
         number of devices or on `block_rows`.
@@ -123,7 +124,7 @@ def mine_hard_negatives(
       Negatives as NumPy arrays, padded with −1 where a query has fewer than `rule.per_query`.
 
     Raises:
-      ValueError: for shapes that do not fit, rows out of range, vectors that are not finite, a
+      ValueError: for shapes that do not match, rows out of range, vectors that are not finite, a
         margin for a query without positives, a guide without a margin or limit, or a rule that can
         select nothing.
       TypeError: for rows that are not integers.
@@ -215,10 +216,10 @@ def make_miner(
     `mine_hard_negatives` describes the arguments, except for these:
 
     Args:
-      groups: labels by which a query and its negatives differ.
-      pair_scores: instead of a guide, the scores that decide about margins and limits, for example
-        from a re-ranker. Keys without a score are not mined.
-      block_rows: the most queries of a block.
+      groups: labels in which a query and its negatives must differ.
+      pair_scores: scores to which margins and limits apply, instead of those of a guide, for
+        example from a re-ranker. Keys without a score are not mined.
+      block_rows: the maximum number of queries in a block.
 
     Raises:
       ValueError: for keys or a guide that are not finite or do not fit, or a rule that can select
@@ -269,7 +270,7 @@ def make_miner(
 def _vectors_of(
     block: QueryBlock, keys: np.ndarray, guide: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The queries' embeddings for ranks, and those for margins and limits."""
+    """The queries' embeddings for ranks, and their embeddings for margins and limits."""
     first = int(block.numbers[0]) if len(block.numbers) else 0
     vectors = guided = _as_matrix("queries", block.vectors, first)
     if guide is not None:
@@ -334,7 +335,7 @@ def _padded_rows(name: str, rows: Rows, num_keys: int) -> Int[np.ndarray, "q p"]
 def _as_matrix(name: str, vectors: Any, number: int = 0) -> Float[np.ndarray, "n d"]:
     """Embeddings in float32 on the host, numbered from `number` in messages.
 
-    An array of float32 that is mapped to memory stays one.
+    A memory-mapped float32 array stays memory-mapped.
     """
     if not isinstance(vectors, jax.Array | np.ndarray) or vectors.ndim != 2 or not vectors.shape[1]:
         kind = getattr(vectors, "shape", type(vectors).__name__)

@@ -18,7 +18,7 @@ __all__ = ["KeySearch", "NearestKeys", "make_key_search"]
 
 
 class NearestKeys(NamedTuple):
-    """The keys nearest to each query, as `jaxcl.ops.nearest.Nearest` but in NumPy."""
+    """The keys nearest to each query, like `jaxcl.ops.nearest.Nearest`, but as NumPy arrays."""
 
     similarities: Float[np.ndarray, "q m"]
     rows: Int[np.ndarray, "q m"]
@@ -31,7 +31,7 @@ KeySearch = Callable[
 """`(queries, groups, excluded, rank_range) -> nearest keys`, all of them in NumPy. `excluded` holds
 rows of keys for each query, `[q, e]`, padded with −1; ranks count the other keys from 0."""
 
-_FEW = 8  # excluded keys for which all queries leave room, so that most blocks are one program
+_FEW = 8  # excluded keys for which every query has room, so that most blocks share one program
 
 
 def make_key_search(
@@ -62,7 +62,7 @@ def make_key_search(
                 f"{name} has the shape {values.shape}; give one entry for each of {len(keys)} keys"
             )
     with default_settings(mesh):
-        # `put_rows` fills up with False, so that padding is never found.
+        # `put_rows` pads with False, so that padding is never found.
         vectors, labels, allowed = jax.tree.map(
             lambda rows: put_rows(rows, mesh, num_rows=len(keys)), (keys, labels, allowed)
         )
@@ -84,8 +84,8 @@ def _nearest_allowed(
     first, last = rank_range
     shape = (len(vectors), last - first)
     similarities, rows = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32)
-    # The nearest `last + e` keys hold the nearest `last` that are not among `e` excluded ones. Only
-    # a few sizes, so that few programs are compiled; large ones get small blocks.
+    # The nearest `last + e` keys hold the nearest `last` that are not among `e` excluded keys. `e`
+    # has only a few sizes, so that few programs are compiled; large sizes get small blocks.
     counts = np.maximum((excluded >= 0).sum(1), _FEW)
     sizes = 2 ** np.ceil(np.log2(counts)).astype(int)
     for size in np.unique(sizes):
@@ -103,7 +103,7 @@ def _nearest_allowed(
 
 
 def _without(results: NearestKeys, excluded: Integer[np.ndarray, "q e"]) -> NearestKeys:
-    """The results without the excluded rows of each query, filled up at the end."""
+    """The results without the excluded rows of each query, padded at the end."""
     base = max(int(results.rows.max(initial=0)), int(excluded.max(initial=0))) + 1
     first = base * np.arange(len(excluded))[:, None]
     masked = np.isin(first + results.rows, (first + excluded)[excluded >= 0]) & (results.rows >= 0)
@@ -117,7 +117,7 @@ def _search(mesh: Mesh, count: int, height: int, block: Any, pool: Any) -> Neare
     """The nearest rows of a block of queries, which is padded to `height` rows."""
     num_queries = len(block[0])
     queries = jax.tree.map(lambda rows: put_rows(rows, mesh, num_rows=height), block)
-    # In lower precision, as accelerators multiply by default, ranks would differ from the scores.
+    # Accelerators multiply in lower precision by default; ranks would then disagree with scores.
     with jax.default_matmul_precision("highest"):
         neighbours = _program(mesh, count)(queries, pool)
     return NearestKeys(*(fetch(values)[:num_queries] for values in neighbours))

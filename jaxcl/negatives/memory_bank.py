@@ -31,13 +31,13 @@ class MemoryBank(NamedTuple):
     """Embeddings and labels by slot.
 
     Attributes:
-      vectors: one per slot; 0 if never written.
-      ids: the ids that losses compare, by training row or by text.
+      vectors: the embedding in each slot; 0 if never written.
+      ids: the ids that losses compare: numbers of training rows, or of texts.
       groups: the group of each slot.
-      written: the last update that wrote each slot; −1 for none.
+      written: the number of the last update that wrote each slot; −1 if never written.
       head: the next slot that a queue writes.
-      updates: the number of updates so far.
-      guides: the guide model's embeddings of the same slots; `None` without a guide model.
+      updates: the number of updates of the bank so far.
+      guides: the guide model's embedding in each slot; `None` without a guide model.
     """
 
     vectors: Float[Array, "m d"]
@@ -111,7 +111,7 @@ def update_queue(
     valid: Bool[Array, " b"] | None = None,
     guides: Float[Array, "b g"] | None = None,
 ) -> MemoryBank:
-    """Append the embeddings of a global batch, in order, and overwrite the oldest ones.
+    """Append the embeddings of a global batch, in order, and overwrite the oldest embeddings.
 
     Call it outside `jax.shard_map`, since slots are numbered over the whole bank. If the batch has
     more keys than the queue has slots, only the last keys are kept.
@@ -119,11 +119,11 @@ def update_queue(
     Args:
       bank: from `init_bank`.
       vectors: embeddings of the whole batch.
-      ids: their ids, by training row or by text.
-      groups: their groups.
+      ids: the batch's ids, by training row or by text.
+      groups: the batch's groups.
       num_slots: the same as for `init_bank`.
       valid: `False` for padding, which is skipped.
-      guides: their guide embeddings, if the bank keeps them.
+      guides: the guide model's embeddings of the batch, if the bank keeps them.
 
     Raises:
       ValueError: if the number of slots or the width of the embeddings differs from the bank's,
@@ -167,12 +167,12 @@ def update_instances(
     Args:
       bank: a bank with one slot per training row.
       vectors: embeddings of the whole batch.
-      rows: their training rows, which are their slots; negative ones are padding.
-      groups: their groups.
+      rows: the training row of each embedding, which is also its slot; negative rows are padding.
+      groups: the batch's groups.
       momentum: $\mu$ in [0, 1); 0 stores the newest embedding unchanged.
       ids: ids to store instead of the training rows, such as text ids.
       valid: `False` for padding.
-      guides: their guide embeddings, if the bank keeps them.
+      guides: the guide model's embeddings of the batch, if the bank keeps them.
 
     Raises:
       ValueError: if the momentum is out of range, and as for `update_queue`.

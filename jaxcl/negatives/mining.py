@@ -29,15 +29,15 @@ class MiningRule(NamedTuple):
     """The rule that selects a query's hard negatives among its nearest keys.
 
     Attributes:
-      per_query: the most negatives per query.
+      per_query: the maximum number of negatives per query.
       rank_range: first rank to use and first rank past the end. Ranks count from 0 among keys of
         other ids and groups. The nearest keys are left out because many are false negatives.
-      margin: a negative is less similar than the query's own key by at least this amount; if a
-        query has several positives, than the least similar of them.
-      relative_margin: the same as a share of that similarity.
+      margin: a negative's similarity is at least this much below the positive's; if a query has
+        several positives, below that of the least similar one.
+      relative_margin: the same, as a fraction of the positive's similarity.
       sampling: `"random"`, uniformly among the remaining keys; or `"top"`, the nearest of them.
-      min_score: the least similarity of a negative.
-      max_score: the greatest similarity of a negative.
+      min_score: the minimum similarity of a negative.
+      max_score: the maximum similarity of a negative.
     """
 
     per_query: Annotated[int, Range(least=1)] = 7
@@ -76,8 +76,8 @@ class Mined(NamedTuple):
 
     Attributes:
       rows: row numbers in the whole table, padded with −1.
-      similarities: their similarities to the query, padded with −∞.
-      ranks: their ranks among the keys with other ids and groups, padded with −1.
+      similarities: similarities of these rows to the query, padded with −∞.
+      ranks: ranks of these rows among the keys with other ids and groups, padded with −1.
     """
 
     rows: Int[Array | np.ndarray, "q n"]
@@ -96,15 +96,15 @@ def mine_negatives(
     table_labels: PairLabels,
     axis_name: AxisName | None = None,
 ) -> Mined:
-    """Find each query's hard negatives by exact search over all devices' keys.
+    """Find each query's hard negatives by exact search over the keys of all devices.
 
     Args:
       queries: this device's queries.
-      positives: their own keys.
+      positives: the queries' keys.
       table: this device's keys.
       rule: the rule that selects negatives.
       row_keys: a random key for each query.
-      query_labels: the queries' labels, which mask keys that are no negatives.
+      query_labels: the queries' labels, which mask keys that are not negatives.
       table_labels: the keys' labels.
       axis_name: the mesh axes over which queries and keys are sharded.
 
@@ -159,9 +159,10 @@ def select_negatives(
 
     Args:
       rows: the keys' rows, the nearest first; −1 where there are too few.
-      scores: their similarities to the query, by the model or by a guide model.
+      scores: similarities of these keys to the query, by the model or by a guide model.
       positive_scores: the similarity of each query's positive, by the same model.
-      rule: the rule; the first column has the first rank of its range.
+      rule: the rule that selects negatives; the first column of `rows` has the first rank of its
+        range.
       row_keys: a random key for each query.
     """
     first, last = rule.rank_range
@@ -169,7 +170,7 @@ def select_negatives(
     present = allowed_candidates(rows, scores, positive_scores, rule=rule)
     ranks = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), rows.shape)
     if rule.sampling == "random":
-        # In float32, or 64-bit types would change the draws.
+        # Always float32, since enabling 64-bit types would otherwise change the draws.
         order = jax.vmap(lambda key: jax.random.uniform(key, (width,), jnp.float32))(row_keys)
     else:
         order = ranks / width

@@ -14,7 +14,7 @@ PairScores = Callable[
 """`(query numbers, rows of keys for each query) -> scores`; NaN for pairs without a score."""
 
 _GATHERED = 2**24
-"""The most numbers of key vectors that are gathered at a time: 64 MiB."""
+"""The maximum number of elements of key vectors to gather at a time: 64 MiB."""
 
 
 def lowest_scores(
@@ -54,7 +54,7 @@ def scores_of(
     keys: Float[np.ndarray, "k d"],
     rows: Integer[np.ndarray, "q n"],
 ) -> Float[np.ndarray, "q n"]:
-    """The similarities of each query to the keys of its rows; −∞ for none."""
+    """The similarities of each query to the keys in its `rows`; −∞ for negative row numbers."""
     scores = np.full(rows.shape, -np.inf, np.float32)
     numbers, places = np.nonzero(rows >= 0)
     scores[numbers, places] = pair_similarities(queries, keys, numbers, rows[numbers, places])

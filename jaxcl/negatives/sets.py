@@ -8,7 +8,7 @@ __all__ = ["ExplicitNegatives", "Negatives", "OwnNegatives", "SharedNegatives"]
 
 
 class SharedNegatives(NamedTuple):
-    """Negatives for every query on every device; this device holds its share of them.
+    """Negatives for every query on every device; each device holds a share of them.
 
     Attributes:
       vectors: the keys; without gradient unless the function that builds them says otherwise.
@@ -26,7 +26,7 @@ class SharedNegatives(NamedTuple):
 
 
 class OwnNegatives(NamedTuple):
-    """Separate negatives for each query of this device, nearest in a bank or synthetic.
+    """Separate negatives for each query of this device: nearest in a bank, or synthetic.
 
     Attributes:
       vectors: the keys of each query.

@@ -18,7 +18,7 @@ def mixed(
 ) -> tuple[Float[Array, "q _ d"], Bool[Array, "q _"]]:
     r"""Mix two of each query's hardest negatives: $\alpha h_i + (1-\alpha) h_j$, normalised.
 
-    The two differ, unless a query has only one.
+    The two negatives differ, unless a query has only one.
 
     Args:
       keys: a random key for each query.

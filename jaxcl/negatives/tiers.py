@@ -66,7 +66,7 @@ class TierBudgets(NamedTuple):
 
     @property
     def drawn(self) -> int:
-        """The number of slots drawn from the bank, not including the full bank."""
+        """The number of slots drawn from the bank, without `full_bank`."""
         return self.uniform + self.stratified + self.nearest
 
     @property
@@ -153,7 +153,7 @@ def strata_of(
     missing = count - quotas.sum()
     # Stable, so that on every host, ties between remainders go to the lowest group.
     quotas[np.argsort(quotas - exact, kind="stable")[:missing]] += 1
-    drawn = quotas > 0  # others would only lengthen the counts that devices exchange
+    drawn = quotas > 0  # other groups would only lengthen the counts that devices exchange
     return Strata(jnp.asarray(labels[drawn], jnp.int32), jnp.asarray(quotas[drawn], jnp.int32))
 
 
@@ -180,8 +180,8 @@ def draw_tiers(
 
     A device never holds more of the bank than its share and its draws. With `p` devices and `q`
     queries on each, every device sends and receives `s` entries for a shared budget of `s` slots,
-    `p · q · o` entries for a budget of `o` per query, and `p · q` queries for the search of the
-    nearest.
+    `p · q · o` entries for a budget of `o` per query, and `p · q` queries for the search of nearest
+    slots.
 
     Args:
       budgets: the number of negatives in each tier.
@@ -352,7 +352,7 @@ def _synthetic(
         )
     if not budgets.gradient:
         synthetic = lax.stop_gradient(synthetic)
-    # The guide model has not encoded synthetic negatives. Their own vectors replace its embeddings,
+    # The guide model has not encoded synthetic negatives. Their vectors serve as its embeddings,
     # which suits guides that share this model's space, such as its moving average.
     return {
         name: OwnNegatives(
