@@ -1,6 +1,6 @@
-"""The cost of a program: matrix products of its trace, and memory traffic once it is compiled.
+"""The cost of a program: the matrix products in its trace, and the traffic once it is compiled.
 
-XLA's own cost analysis counts the body of a loop once. Here it counts once per iteration.
+XLA's own cost analysis counts the body of a loop once. This module counts it once per iteration.
 """
 
 import collections
@@ -42,8 +42,8 @@ def matrix_flops(jaxpr: Any) -> float:
     """Count the floating-point operations of all matrix products in a traced program.
 
     The count is over all devices: the body of a `shard_map` counts once per device. The body of a
-    loop counts once per iteration if the trace knows their number, and of several branches the most
-    expensive one counts.
+    loop counts once per iteration if the trace knows the number of iterations, and only the most
+    expensive of several branches counts.
 
     Args:
       jaxpr: a program, as returned by `jax.make_jaxpr` or `.trace(…).jaxpr`.
@@ -110,7 +110,7 @@ class _Instruction(NamedTuple):
 
 
 def _parsed(program: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    """Computation -> name -> instruction, and the name of the first computation."""
+    """Computation -> name -> instruction, and the name of the entry computation."""
     computations: dict[str, dict[str, _Instruction]] = collections.defaultdict(dict)
     current, entry = "", ""
     for line in program.splitlines():
@@ -194,7 +194,7 @@ def _moved(
 
 
 def _slices_of_parameters(fused: Mapping[str, _Instruction]) -> dict[int, int]:
-    """Number of a parameter -> bytes read of it, for parameters that are only read in slices."""
+    """Number of a parameter -> bytes read from it, for parameters that are only read in slices."""
     users = collections.defaultdict(list)
     for instruction in fused.values():
         for operand in dict.fromkeys(instruction.operands):

@@ -61,6 +61,6 @@ def model_flops(settings: Settings, towers: Towers, *, frozen: Collection[str] =
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
-    """The sum of the devices' peak rates in bfloat16, in FLOP/s; `None` if one is unknown."""
+    """The sum of the devices' peak rates in bfloat16, in FLOP/s; `None` if any rate is unknown."""
     chips = [chip_of(device.device_kind) for device in devices]
     return math.fsum(chip.flops for chip in chips if chip) if all(chips) else None

@@ -21,8 +21,8 @@ class WeightAverage(NamedTuple):
     """The average of the weights.
 
     Attributes:
-      towers: the average of the trained parameters of the towers; before the first update, a copy.
-      updates: the number of updates so far.
+      towers: the average of the towers' trained parameters; a copy of them before the first update.
+      updates: the number of updates averaged so far.
     """
 
     towers: PyTree
@@ -38,8 +38,8 @@ def update_average(average: WeightAverage, towers: PyTree, *, decay: float) -> W
     """The average after an update.
 
     Args:
-      average: the average before it.
-      towers: the weights after it.
+      average: the average before the update.
+      towers: the weights after the update.
       decay: the factor by which the share of older weights falls from update to update, in (0, 1).
     """
     updates = average.updates + 1

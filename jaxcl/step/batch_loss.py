@@ -48,7 +48,7 @@ class BeyondBatch(NamedTuple):
     Attributes:
       budgets: the tiers' budgets.
       update_banks: side -> `(bank, vectors, rows, ids, groups, guides) -> bank`, for each side
-        whose embeddings are kept in `memory["bank"]`; the tiers draw from that of the keys.
+        whose embeddings are kept in `memory["bank"]`; the tiers draw from the keys' bank.
       guide: the guide model: `"momentum"`, the momentum encoder; `"data"`, `batch["guides"]`;
         `None`, the model itself.
       margins: `margin` or `relative_margin`, which mask negatives in the loss and in the draws.
@@ -78,8 +78,8 @@ def make_loss(
     gradient is that of the mean over the global batch, on any mesh.
 
     A batch may hold explicit negatives of each row, `batch["negatives"]`: `"inputs"`, a tree like
-    that of the keys with `[b, n, …]`, `"valid"`, and a column for each of the masks. They are
-    encoded as keys.
+    the keys' inputs with arrays `[b, n, …]`, `"valid"`, and a column for each mask. Explicit
+    negatives are encoded as keys.
 
     `memory` holds the state that persists between batches: `"rows"`, tables with an entry for each
     training row; `"bank"`, side -> embeddings of earlier batches; `"momentum"`, the parameters of a
@@ -96,7 +96,7 @@ def make_loss(
       buckets: side -> the widths of chunks of similar length (`jaxcl.step.length_buckets`), instead
         of `chunk_sizes`.
       beyond: the negatives from outside the batch.
-      needs: columns that a batch must have in addition, such as `"teacher_scores"`.
+      needs: further columns that a batch must have, such as `"teacher_scores"`.
 
     Returns:
       `(params, memory, batch, key) -> (nats, memory)`. `key=None` is the evaluation mode; otherwise
@@ -188,10 +188,10 @@ def make_measure(
 
 
 class _Arguments(NamedTuple):
-    """The arguments of the `shard_map`: sharded by row, the bank by slot, scalars not at all."""
+    """The arguments of the `shard_map`: rows and bank slots are sharded, scalars replicated."""
 
     sides: tuple[Embeddings, ...]
-    labels: dict[str, PyTree]  # of `Masks`
+    labels: dict[str, PyTree]  # fields of `Masks`
     explicit: ExplicitNegatives | None
     columns: dict[str, PyTree]
     scalars: dict[str, Scalar]
@@ -213,7 +213,7 @@ class _Arrangement(NamedTuple):
     needs: tuple[str, ...]
 
     def sharded(self, local: Callable[[_Arguments], PyTree]) -> Callable[[_Arguments], PyTree]:
-        """A function of each device's part, as one of the whole; its results go by row."""
+        """Apply a function to each device's part of the arguments; its results are per row."""
         rows: Any = PartitionSpec(self.mesh.axis_names)
         replicated: Any = PartitionSpec()
         slots = MemoryBank(rows, rows, rows, rows, replicated, replicated, rows)
@@ -221,14 +221,14 @@ class _Arrangement(NamedTuple):
         parts: Any = _Arguments(rows, rows, rows, rows, replicated, rows, rows, source)
 
         def checked(inputs: _Arguments) -> PyTree:
-            # A spec for an argument that is not there would be one too many.
+            # Without a bank there is no source, so its specs would not match the arguments.
             specs = parts._replace(source=None if inputs.source is None else source)
             return jax.shard_map(local, mesh=self.mesh, in_specs=(specs,), out_specs=rows)(inputs)
 
         return checked
 
     def keywords(self, arguments: _Arguments) -> dict[str, Any]:
-        """The arguments of the loss in addition to its two sides, inside of the `shard_map`."""
+        """The arguments of the loss in addition to its two sides, inside the `shard_map`."""
         keywords = {**arguments.columns, **arguments.scalars}
         if not self.loss.has_temperature:
             del keywords["temperature"]
@@ -241,7 +241,7 @@ class _Arrangement(NamedTuple):
         return keywords
 
     def masks_of(self, arguments: _Arguments) -> Masks:
-        """The masks that the loss heeds."""
+        """The masks that the loss supports."""
         fields = {**arguments.labels, **self.beyond.margins}
         return Masks(**{name: one for name, one in fields.items() if name in self.loss.masks})
 
@@ -347,7 +347,7 @@ class _Arrangement(NamedTuple):
             return None
         bank, budgets = memory["bank"]["key"], self.beyond.budgets
         if self.beyond.guide == "momentum":
-            bank = bank._replace(guides=bank.vectors)  # which that encoder wrote
+            bank = bank._replace(guides=bank.vectors)  # written by the momentum encoder
         slots = bank.ids.shape[0]
         bank = pad_slots(bank, multiple=self.mesh.size)
         missing = bank.ids.shape[0] - slots
@@ -362,7 +362,7 @@ class _Arrangement(NamedTuple):
     def updated_banks(
         self, banks: Mapping[str, MemoryBank], remembered: Mapping[str, Embeddings], batch: Batch
     ) -> dict[str, MemoryBank]:
-        """The banks with the embeddings of a batch."""
+        """The banks, updated with the embeddings of a batch."""
         guides = batch["guides"] if self.beyond.guide == "data" else {}
         ids = batch[self.masks["ids"]]
         return {

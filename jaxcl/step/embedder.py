@@ -58,7 +58,7 @@ def make_embedder(
       batch_size: number of rows to encode at a time; rounded up to a multiple of the number of
         devices.
       cut_sides: the sides with texts whose embeddings do not depend on their padding. Each batch is
-        cut to `jaxcl.step.length_batches.padded_width` of its longest text, one of few widths.
+        cut to `jaxcl.step.length_batches.padded_width` of its longest text, so widths are few.
 
     Returns:
       `(params, side, read, num_rows, *, lengths=None, advance=None) -> float32[n, d]`, where
@@ -105,7 +105,7 @@ def make_embedder(
 
 
 def _cut(inputs: PyTree) -> PyTree:
-    """The inputs of texts, cut to one of few widths."""
+    """The inputs of texts, cut to one of a few widths."""
     tokens = inputs["tokens"]
     if "length" in inputs:
         length = int(inputs["length"].max(initial=0))

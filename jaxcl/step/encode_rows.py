@@ -22,7 +22,7 @@ __all__ = [
     "make_encode_rows",
 ]
 
-_VIEW = 1_000_000  # beyond the numbers of layers, with which dropout folds the same keys
+_VIEW = 1_000_000  # greater than any layer number, which dropout folds into the same keys
 
 
 @runtime_checkable
@@ -53,14 +53,14 @@ def make_encode_rows(
 
     Args:
       towers: the model and its augmentations.
-      mesh: the devices. If it has an axis for parameters, the encoders can read the current mesh.
-      chunk_sizes: side -> how many of a device's rows are encoded at a time; `None` for all.
+      mesh: the devices. If the mesh has an axis for parameters, encoders can look it up.
+      chunk_sizes: side -> the number of rows that a device encodes at a time; `None` for all.
       buckets: side -> the widths of chunks of similar length, instead of `chunk_sizes`.
     """
     encode = _with_mesh(towers.encode, mesh) if FSDP in mesh.axis_names else towers.encode
     # Each device goes through its own rows, so that chunks keep their sharding, and gradients are
-    # summed over devices once. Only sharded parameters are the compiler's business: it puts each
-    # together where a chunk needs it, since all of them at once might not fit.
+    # summed over devices once. The axis of sharded parameters is left to the compiler, which
+    # gathers each parameter where a chunk needs it; all of them at once might not fit.
     manual = tuple(axis for axis in mesh.axis_names if axis != FSDP)
     shards = dict(mesh.shape).get(FSDP, 1)
     rows, replicated = PartitionSpec(manual), PartitionSpec()
@@ -113,7 +113,7 @@ def _with_mesh(encode: Encode, mesh: Mesh) -> Encode:
 
 
 def keys_of_side(key: Key[Array, ""] | None, number: int, row: Int[Array, " b"]) -> RowKeys | None:
-    """A key for each row of one part of a batch: 0 for queries, 1 for keys, 2 for negatives."""
+    """A random key for each row of a part of a batch: 0 is the queries, 1 keys, 2 negatives."""
     if key is None:
         return None
     return fold_rows(jax.random.fold_in(key, number), row)

@@ -2,8 +2,8 @@ r"""Encode texts of similar length together, each chunk only as wide as its long
 
 Texts differ in length by a factor of ten, so a batch padded to its longest text is mostly padding.
 Here each device sorts its rows by length, longest first, and encodes them chunk by chunk. A chunk
-has one of a few widths: the least one that holds its longest row. With gradient caching's two
-passes (`jaxcl.grad_cache`) the loss still sees the whole batch.
+has one of a few widths: the smallest that holds its longest row. With gradient caching's two
+passes (`jaxcl.grad_cache`), the loss still sees the whole batch.
 
 Embeddings and gradients are the same as for the padded batch, up to rounding, provided that an
 embedding does not depend on the padding of its row. Dropout may stay on: JAX's random bits at a
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _CANDIDATES = (4, 32, 8)  # multiples of 4 up to 32, then of 8
-_LEAST_GAIN = 0.005  # of more widths, which make programs larger
+_LEAST_GAIN = 0.005  # the share of tokens that more widths must save, as they enlarge programs
 
 EncodeTexts = Callable[[PyTree, PyTree, RowKeys | None], Embeddings]
 
@@ -80,7 +80,7 @@ def choose_widths(
     # up_to[i]: the number of rows that the first i widths hold.
     up_to = np.searchsorted(np.sort(lengths), [0, *widths], side="right")
     up_to[0] = 0
-    # tokens[i, j]: of the rows that widths[j] holds, but not the first i widths.
+    # tokens[i, j]: tokens, at widths[j], of the rows that widths[j] holds but the first i do not.
     tokens = ((up_to[1:] - up_to[:-1, None]) * widths).astype(float)
     tokens[np.tril_indices(len(widths), -1)] = np.inf
     least = [tokens[0]]
@@ -98,7 +98,7 @@ def choose_widths(
 
 
 def text_lengths(inputs: PyTree) -> Int[Array, "*b"]:
-    """The number of tokens of each text, up to its last one."""
+    """The number of tokens of each text, up to and including its last token."""
     if "length" in inputs:
         return inputs["length"]
     tokens = inputs["tokens"]
@@ -111,7 +111,7 @@ def cut_texts(inputs: PyTree, width: int) -> PyTree:
 
 
 def longest_first(lengths: Int[Array, "s n"]) -> Int[Array, " n"]:
-    """The longest row at each rank, after sorting the rows of each part, longest first.
+    """The greatest length at each rank, after sorting the rows of each part, longest first.
 
     Example:
       >>> longest_first(jnp.array([[9, 2], [4, 5]])).tolist()
@@ -124,7 +124,7 @@ def computed_tokens(longest: Int[Array, " n"], buckets: Buckets) -> Int[Array, "
     """The number of tokens that a device processes, including padding.
 
     Args:
-      longest: as `longest_first` returns them.
+      longest: from `longest_first`.
       buckets: the widths; `rows` greater than the number of rows are clipped to it.
 
     Example:
@@ -146,14 +146,14 @@ def computed_tokens(longest: Int[Array, " n"], buckets: Buckets) -> Int[Array, "
 def bucketed(
     encode: EncodeTexts, buckets: Buckets, *, shards: int = 1, axis_names: Sequence[str] = ()
 ) -> EncodeTexts:
-    """Make an encoder of texts run in chunks of similar length, as gradient caching does.
+    """Make an encoder run in chunks of texts of similar length, with gradient caching.
 
     Args:
       encode: `(params, inputs, a random key per row or None) -> embeddings`, pure. An embedding
         depends on the tokens of its row alone, not on its padding.
       buckets: the widths of chunks.
       shards: as for `jaxcl.grad_cache.chunked`.
-      axis_names: the axes of the `jax.shard_map` around it, over which rows are sharded.
+      axis_names: the axes of an enclosing `jax.shard_map` over which rows are sharded.
 
     Returns:
       A function with the same arguments and results. It has a gradient with respect to the
@@ -181,7 +181,7 @@ def bucketed(
 
 
 class _Loop:
-    """The chunks of `bucketed`: of sorted rows `[shards, rows, …]`, from a first row on."""
+    """The loop of `bucketed` over chunks of sorted rows `[shards, rows, …]`."""
 
     def __init__(self, encode: EncodeTexts, buckets: Buckets):
         self._encode, self._buckets = encode, buckets
@@ -207,7 +207,7 @@ class _Loop:
     def over_chunks(
         self, branch: Callable[[int, Array, PyTree], PyTree], longest: Array, start: PyTree
     ) -> PyTree:
-        """Apply `(number of the width, first row, carry) -> carry` to each chunk in turn."""
+        """Apply `(index of the width, first row, carry) -> carry` to each chunk in turn."""
         branches = [
             lambda first, carry, number=number: branch(number, first, carry)
             for number in range(len(self._buckets.widths))
@@ -241,7 +241,7 @@ class _Loop:
     def backward(
         self, trained: PyTree, held: PyTree, rows: PyTree, longest: Array, cotangent: Array
     ) -> PyTree:
-        """The gradient with respect to `trained`, which encodes each chunk again."""
+        """The gradient with respect to `trained`; encodes each chunk again."""
         padded = self.padded(rows)
         missing = [(0, self._most if axis == 1 else 0) for axis in range(cotangent.ndim)]
         cotangent = jnp.pad(cotangent, missing)  # copies of rows have no gradient
@@ -304,7 +304,7 @@ def _limited(buckets: Buckets, num_rows: int) -> Buckets:
 
 
 def _bucket(longest: Array, first: Array, buckets: Buckets) -> Array:
-    """The number of the width of the chunk that begins with this row."""
+    """The index of the width of the chunk that begins with this row."""
     return (longest[first] > jnp.array(buckets.widths[:-1], longest.dtype)).sum(dtype=jnp.int32)
 
 

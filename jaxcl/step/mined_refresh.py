@@ -24,10 +24,10 @@ _MINING = 2**31  # folded into the run's key, as steps are; greater than any ste
 
 
 def make_mined_refresh(rule: MiningRule, mesh: Mesh, *, by_group: bool) -> Refresh:
-    """Compiles the mining of all training rows from the instance banks, with no pass over the data.
+    """Compile the mining of all training rows from the instance banks, with no pass over the data.
 
     Args:
-      rule: which negatives to select.
+      rule: the rule that selects negatives.
       mesh: the devices that the banks are sharded over.
       by_group: whether rows of one group are excluded from each other's negatives.
 
@@ -66,7 +66,7 @@ def make_mined_refresh(rule: MiningRule, mesh: Mesh, *, by_group: bool) -> Refre
                 axis_name=axes,
             )
 
-        # Block by block, so that no device holds the others' queries all at once.
+        # Block by block, so that no device holds the queries of all devices at once.
         num_blocks = _blocks(vectors.shape[0], most=max(_BLOCK_ROWS // mesh.size, 1))
         blocks = jax.tree.map(
             lambda leaf: leaf.reshape(num_blocks, -1, *leaf.shape[1:]),

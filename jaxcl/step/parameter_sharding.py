@@ -21,9 +21,9 @@ FSDP = "fsdp"
 """The axis over which parameters are sharded."""
 
 Rule = tuple[str, int | None]
-"""A regular expression of paths, and the dimension along which they are cut; `None` for whole."""
+"""A regular expression for paths, and the dimension to shard; `None` replicates the arrays."""
 
-_WORTH_CUTTING = 2**14  # numbers; fewer cost more to fetch than to keep
+_WORTH_CUTTING = 2**14  # elements; smaller arrays cost more to gather than to replicate
 
 
 def parameter_shardings(
@@ -43,7 +43,7 @@ def parameter_shardings(
         the state of an optimizer, whose arrays may have fewer dimensions than the parameters.
 
     Raises:
-      ValueError: if the dimension in a rule does not exist, or is not divisible by the axis.
+      ValueError: if a rule's dimension does not exist, or the axis size does not divide it.
 
     Example:
       >>> import numpy as np

@@ -1,4 +1,4 @@
-"""Everything about a run that evolves, as one pytree."""
+"""The training state of a run, as one pytree."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
         encoder (`jaxcl.models.trainable`); `"average"`, the average of the weights
         (`jaxcl.step.average`); `"mined"`, each training row's mined negatives as row
         numbers; `"strata"`, the quotas of a stratified draw (`jaxcl.negatives.tiers`);
-        `"assignment"`, the order of rows that batches are made of (`jaxcl.assignment.Assigned`).
+        `"assignment"`, the order that is cut into batches (`jaxcl.assignment.Assigned`).
       key: the run's random key, constant.
     """
 

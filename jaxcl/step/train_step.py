@@ -1,4 +1,4 @@
-"""One update: encode both sides, lose, differentiate, step. One jitted program over the mesh."""
+"""One update: encode, compute the loss, differentiate, step; one jitted program over the mesh."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ __all__ = ["StepMetrics", "TemperatureBounds", "init_state", "make_train_step", 
 
 
 class TemperatureBounds(NamedTuple):
-    """Where the temperature starts, and the range that each update clamps it to."""
+    """The initial temperature, and the range to which each update clamps it."""
 
     initial: float
     minimum: float
@@ -112,15 +112,15 @@ def make_train_step(
       momentum: step -> the decay of the momentum encoder; `None` without a momentum encoder.
       average_decay: the decay of the average of the weights (`jaxcl.step.average`); `None` without
         an average.
-      accumulate_steps: the steps per update of the optimizer; the average of the weights changes
-        with the weights.
+      accumulate_steps: the steps per update of the optimizer; the average of the weights is updated
+        only when the weights are.
       rules: how to shard parameters, as in `jaxcl.step.parameter_sharding`.
       frozen: the paths of the parameters that are not trained, as for `init_state`. No gradient is
-        computed for them, and they keep their bits.
+        computed for them, and they never change.
       count: batch -> the lengths of its inputs without and with padding, for the metrics.
 
     Returns:
-      `(state, batch) -> (state, metrics)`. The state is donated: its old buffers are gone.
+      `(state, batch) -> (state, metrics)`. The state is donated: its old buffers become invalid.
     """
     low, high = math.log(temperature.minimum), math.log(temperature.maximum)
 
@@ -171,11 +171,11 @@ def make_train_step(
 
 
 def state_sharding(mesh: Mesh, state: TrainState, *, rules: Sequence[Rule] = ()) -> TrainState:
-    """Where a state's arrays are.
+    """The sharding of each array of a state.
 
-    Parameters, the optimizer's state, the momentum encoder and the average of the weights are whole
-    on every device, or sharded over the axis `"fsdp"`; row tables, banks, mined rows and their
-    order by row over all axes; numbers are whole.
+    Parameters, the optimizer's state, the momentum encoder and the average of the weights are
+    replicated, or sharded over the axis `"fsdp"`. Row tables, banks, mined rows and the order of
+    rows are sharded by row over all axes. Scalars are replicated.
     """
     replicated, tables = replicated_sharding(mesh), table_sharding(mesh)
     cut = functools.partial(parameter_shardings, mesh, rules=rules)
