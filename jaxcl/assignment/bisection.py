@@ -1,10 +1,10 @@
-"""Balanced blocks of rows that are each other's hard negatives, by recursive bisection.
+"""Balanced blocks of rows that are hard negatives of each other, by recursive bisection.
 
 Every level splits all segments at once, in three steps. The first cut runs across the direction in
 which a segment's rows vary most. A random walk on the graph then moves the cut to where few edges
 cross it, since rows in the same direction need not be neighbours. Finally, swaps between the halves
-bring more of the loss's mass inside them. The last levels try several starts and keep the best cut
-of each segment.
+bring more of the loss's mass inside each half. The last levels try several starts and keep the best
+cut of each segment.
 
 All decisions compare integers, whose sums do not depend on their order. The blocks are therefore
 the same on any number of devices.
@@ -31,7 +31,7 @@ _LAST_LEVELS = (
 )
 _LARGE = 1_024  # rows; smaller segments get half the starts, since swaps repair their cuts
 _SPREAD = 2**9  # the mean magnitude of a walk's values
-_FARTHEST = 2**11  # the largest magnitude of such a value; sums in `_walked` then fit in int32
+_FARTHEST = 2**11  # the largest magnitude of a walk's values; sums in `_walked` then fit in int32
 
 
 class Effort(NamedTuple):
@@ -193,7 +193,7 @@ def _split(
         walked = _walked(edges, along(number), of_row, segments, steps=effort.walks, place=place)
         candidate = by_walk(walked) if effort.walks else ordered(walked)
         weight = kept(candidate)
-        # Segments choose independently; ties go to the earliest start.
+        # Segments choose their starts independently; ties go to the earliest start.
         better = jnp.append(weight > most, padding)[segments.of_position]
         return jnp.where(better, candidate, order), jnp.maximum(weight, most)
 
@@ -215,7 +215,7 @@ def _along(
     Each step cuts a segment at its mean along the direction. The difference between the means of
     the two parts is the next direction. This power iteration on signs needs only integer sums.
     """
-    # Process at most as many segments at a time as this device has rows: directions for all
+    # Process at most as many segments at a time as this device has rows: the directions of all
     # segments at once would take as much memory as the rows of many devices.
     num_chunks = -(-segments.number // place.here)
     chunk = -(-segments.number // num_chunks)
@@ -280,7 +280,7 @@ def _walked(
     if not steps:
         return along
     # With weights up to 2^8 and values up to 2^11, almost 4,096 of the largest products sum to less
-    # than 2^31. A row with more edges may overflow, and only gets a worse position.
+    # than 2^31. The sum of a row with more edges may overflow, which only worsens its position.
     largest = place.everyone(edges.weights.max(1)).max()
     weights = edges.weights >> jnp.maximum(32 - lax.clz(jnp.maximum(largest - 1, 0)) - 8, 0)
     neighbours = jnp.maximum(edges.rows, 0)  # a missing neighbour has the weight 0

@@ -41,7 +41,7 @@ def graph_of(
 
     Args:
       queries: one embedding per row of this device.
-      keys: their keys.
+      keys: the keys of these rows.
       keep_apart: labels; rows with an equal label are never neighbours.
       sizes: the number of rows and the clusters' positions, from `sizes_of`.
       capacity: the maximum number of rows, which determines the number of clusters.

@@ -1,4 +1,4 @@
-"""Conflicts, which are rows with equal labels in one batch, and swaps that remove them."""
+"""Conflicts, that is, rows with equal labels in one batch, and swaps that remove them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,9 +28,9 @@ def count_conflicts(
       rows: the rows at consecutive positions.
       labels: the label of each row of the data set.
       batch_size: rows of a batch, over all devices and hosts.
-      first_position: the position of the first of `rows`, counted from the start of the run.
+      first_position: the position of the first row, counted from the start of the run.
     """
-    # Renumbered, since NumPy stacks int64 and uint64 as floats.
+    # Renumbered, since NumPy would stack int64 and uint64 labels as floats.
     numbers = np.unique(as_integers("labels", labels), return_inverse=True)[1]
     pairs = np.stack([batches_of(len(rows), first_position, batch_size), numbers[rows]], 1)
     return len(rows) - len(np.unique(pairs, axis=0))
@@ -130,5 +130,5 @@ def _both_first(numbers: Int[np.ndarray, "s 2"]) -> Bool[np.ndarray, " s"]:
 
 
 def batches_of(num_rows: int, first_position: int, batch_size: int) -> Int[np.ndarray, " _"]:
-    """The batch of each of `num_rows` consecutive positions, counted from the first one's batch."""
+    """The batch of each of `num_rows` consecutive positions, counted from the first row's batch."""
     return (first_position % batch_size + np.arange(num_rows)) // batch_size

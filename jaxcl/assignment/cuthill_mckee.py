@@ -1,4 +1,4 @@
-"""Orders that keep neighbouring rows close: the paper's method, and one for a sparse graph."""
+"""Orders that keep neighbouring rows close: the paper's method, and a method for sparse graphs."""
 
 from collections.abc import Callable
 
@@ -44,8 +44,8 @@ def paper_order(
         average: with the paper's value, 50 of 50,000 rows, or a thousand of a million.
       block: queries per block of products on the device. Device memory grows as block · n, host
         memory as the number of edges.
-      sample: number of products used to estimate the quantile. It is exact if there are no more;
-        otherwise it is taken over all products of randomly chosen queries.
+      sample: number of products used to estimate the quantile. It is exact if there are no more
+        products; otherwise it is taken over all products of randomly chosen queries.
       seed: draws these queries.
       advance: called after each block with its number of queries.
 
@@ -185,7 +185,7 @@ def _degrees(ends: Int[Array, "_ k"], place: Place) -> Int[Array, " n"]:
 def _least_of_neighbours(
     values: Int[Array, " n"], ends: Int[Array, "_ k"], place: Place
 ) -> Int[Array, " n"]:
-    """The minimum over each row's neighbours, along edges in both directions."""
+    """The minimum value over each row's neighbours, along edges in both directions."""
     least = as_varying(jnp.full(place.num_rows, _NONE, jnp.int32), ends)
     least = least.at[ends].min(place.mine(values)[:, None], mode="drop")
     outgoing = values.at[ends].get(mode="fill", fill_value=_NONE).min(1)
@@ -202,8 +202,8 @@ def _seeds(
     def spread(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         seed, _ = carry
         less = jnp.minimum(seed, _least_of_neighbours(seed, ends, place))
-        # Pointer jumping: the row with that rank may already have a lower one. Without this step, a
-        # rank would spread by one edge per iteration.
+        # Pointer jumping: the row with that rank may already have a lower rank. Without this step,
+        # a rank would spread by one edge per iteration.
         less = less[by_degree[less]]
         # All devices hold the same values, so they leave the loop and its collectives together.
         return less, (less != seed).any()
@@ -223,7 +223,7 @@ def _positions(
         # row without a position are all in the last level, and the first of them is its parent.
         parent = _least_of_neighbours(position, ends, place)
         new = (position == _NONE) & (parent < _NONE)
-        # The other rows sort after the new ones, whose turns are 0, 1, ...
+        # The other rows sort after the new rows, whose turns are 0, 1, ...
         by_turn = lax.sort((jnp.where(new, parent, _NONE), rank, numbers), num_keys=2)[2]
         turn = jnp.zeros_like(numbers).at[by_turn].set(numbers)
         position = jnp.where(new, end + turn, position)

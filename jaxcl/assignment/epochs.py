@@ -1,4 +1,4 @@
-"""Cut batches from an order of all rows in which neighbours are each other's hard negatives."""
+"""Cut batches from an order of all rows in which neighbours are hard negatives of each other."""
 
 import functools
 import operator
@@ -41,7 +41,7 @@ class AssignedRows:
 
     The epoch under way at `assigned.step` ends with the rows it has not visited yet, in blocks of
     the order restricted to them. `epoch_rows` lays out all later epochs. So each row is visited
-    once per epoch, even if the order changes in the middle of one. The rows depend only on the
+    once per epoch, even if the order changes in mid-epoch. The rows depend only on the
     arguments and the step; the last two epochs are cached for speed.
 
     Args:
@@ -50,7 +50,7 @@ class AssignedRows:
       block_size: rows that stay together; it divides `batch_size`.
       seed: determines the order of the blocks.
       random_fraction: the fraction of blocks to dissolve; or a function of the step, evaluated once
-        per epoch, at the first step of this order in it.
+        per epoch, at the epoch's first step with this order.
       keep_apart: label arrays, by row number; rows with an equal label go to different batches.
 
     Raises:
@@ -135,7 +135,7 @@ def epoch_rows(
     one epoch and the start of the next. Blocks start at multiples of `block_size`, so that each
     batch holds whole blocks. An epoch that starts between two multiples starts and ends with a
     partial block. The partial blocks are taken from the end of the order: its short block, and its
-    last whole block too if the short one cannot fill the first partial block.
+    last whole block too if the short block cannot fill the first partial block.
 
     Args:
       order: a permutation of all row numbers; every `block_size` consecutive rows are a block.
@@ -193,7 +193,7 @@ def epoch_batches(
 
     Unlike in `epoch_rows`, each epoch starts with a new batch. The last batch is short if
     `batch_size` does not divide the number of rows. It always contains the rows of the last,
-    partial block of the order, so a loop that skips it never trains on these.
+    partial block of the order, so a loop that skips the last batch never trains on these rows.
 
     Args:
       order: as for `epoch_rows`.
@@ -242,7 +242,7 @@ def visited(
     batch_size: int,
     seen: Bool[np.ndarray, " n"] | None = None,
 ) -> Bool[np.ndarray, " n"]:
-    """Mark the rows that the epoch under way at `step` has already visited: the next `seen`.
+    """Mark the rows that the epoch under way at `step` has already visited, as the next `seen`.
 
     Args:
       rows_fn: step -> the rows of its batch, from `before_step` on.

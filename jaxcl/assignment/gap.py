@@ -1,6 +1,6 @@
 r"""The gap between the loss in assigned batches and the loss over the whole data set.
 
-A row's train loss sums over the rows of its batch, its global loss over all rows. The gap
+A row's train loss sums over the rows of its batch; its global loss sums over all rows. The gap
 $\log Z_\text{all} - \log Z_\text{batch} \ge 0$ is the part of the loss that the batch misses.
 """
 
@@ -40,7 +40,7 @@ class GapReport(NamedTuple):
       gap_max: the greatest gap.
       random_gap: the mean gap of the same rows in batches of random rows.
       closed: the share of `random_gap` that the batches close; below 0 if they are worse than
-        random.
+        random batches.
       bound: the mean upper bound of a row's gap, from the most similar row outside its batch. It is
         loose if few other rows outside the batch are as similar.
       neighbours: the share of each row's ten nearest neighbours that are in its batch.
@@ -61,7 +61,7 @@ class GapReport(NamedTuple):
 
 
 GapMeasure = Callable[..., GapReport]
-"""`(queries, keys, rows, temperature, key, different=()) -> GapReport`, of arrays over a mesh."""
+"""`(queries, keys, rows, temperature, key, different=()) -> GapReport`, for arrays on a mesh."""
 
 
 def sample_batches(
@@ -124,8 +124,8 @@ def measure_gap(
       num_rows: rows of the data set; later ones are padding.
       axis_name: mesh axes of an enclosing `jax.shard_map` over which rows are sharded. Only the
         rows of the batches are sent to other devices.
-      different: this device's labels; two rows are each other's negatives only if they differ in
-        each, as in `jaxcl.ops.pairs`. A row is its own positive whatever its labels.
+      different: this device's labels; two rows are each other's negatives only if all their labels
+        differ, as in `jaxcl.ops.pairs`. A row is its own positive whatever its labels.
       near_duplicate: the cosine of two queries, or of two keys, above which two rows of a batch are
         near duplicates.
       rows_per_batch: measure only the first rows of each batch, against the whole batch; `None` to

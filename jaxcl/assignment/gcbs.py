@@ -1,8 +1,8 @@
-"""Order all rows such that consecutive rows are each other's hard negatives.
+"""Order all rows so that consecutive rows are hard negatives of each other.
 
 The goal is that of Sachidananda, Yang and Zhu, "Global Selection of Contrastive Batches via
 Optimization on Sample Permutations", ICML 2023: batches whose loss approaches the loss over all
-keys. `"rcm"` is their method; the others order a neighbour graph on the devices.
+keys. `"rcm"` is their method; the other methods order a neighbour graph on the devices.
 """
 
 import functools
@@ -45,7 +45,7 @@ def assign(
     settings: Gcbs = DEFAULT,
     report: Report = _silent,
 ) -> Int[np.ndarray, " n"]:
-    """Order pairs so that each block of `block_size` pairs are each other's hard negatives.
+    """Order pairs so that the pairs in each block of `block_size` are each other's hard negatives.
 
     Runs on all devices of this process. `jaxcl.assignment.epoch_rows` cuts the order into batches.
 
@@ -54,7 +54,7 @@ def assign(
         another framework's tensor in host memory.
       keys: the keys of the queries, in the same format.
       block_size: rows that share a batch. Blocks as large as the batch have trained best so far.
-      batch_size: rows of a batch, if it holds several blocks; a multiple of `block_size`.
+      batch_size: rows of a batch, if a batch holds several blocks; a multiple of `block_size`.
       temperature: temperature of the loss.
       seed: seed of the random starts and swaps.
       keep_apart: label arrays, such as text ids or groups; rows with an equal label are not
@@ -63,7 +63,7 @@ def assign(
       report: called with a line of text at each stage, such as `print`. Compiling may take a
         minute. Rows are padded to one of eight sizes per doubling, and calls of one padded size
         share a program, or two if the number of blocks passes a power of two. Only `method="rcm"`
-        compiles its (small) programs for each number of rows.
+        compiles its programs, which are small, for each number of rows.
 
     Returns:
       All row numbers, each once, int32.
@@ -110,7 +110,7 @@ def assign_topics(
     Args:
       queries: one embedding per pair, as for `assign`.
       keys: the keys of the queries.
-      num_topics: number of topics; the result has fewer if topics of equal size use up the rows.
+      num_topics: number of topics; the result has fewer if fewer topics of this size hold all rows.
       temperature: temperature of the loss; lower values give the nearest rows more weight.
       seed: seed of the random starts and swaps.
       settings: the method and its settings.
@@ -149,7 +149,7 @@ def assign_topics(
 
 
 class Ordered(NamedTuple):
-    """An order, and the memory of its search.
+    """An order, and the memory of the search that found it.
 
     Attributes:
       rows: all row numbers, each once.

@@ -11,7 +11,7 @@ METHODS = ("bisection", "rcm_device", "rcm")
 """How to order rows: bisection, Cuthill–McKee on the devices, or the paper's method."""
 
 GRAPHS = ("exact", "clustered")
-"""Where to search for neighbours: among all rows, or in the clusters nearest to a row's own."""
+"""Where to search for neighbours: among all rows, or in the clusters nearest to a row's cluster."""
 
 
 class _Choices(NamedTuple):
@@ -26,11 +26,11 @@ class _Choices(NamedTuple):
 
 
 class Gcbs(_Choices):
-    """How to order rows for batches: `Gcbs(neighbours=16)`, `Gcbs(preset="light", neighbours=8)`.
+    """Settings of a search: `Gcbs(neighbours=16)`, `Gcbs(preset="light", neighbours=8)`.
 
     Attributes:
       method: one of `METHODS`.
-      graph: one of `GRAPHS`; `None` for exact up to 10,000 rows, clustered above.
+      graph: one of `GRAPHS`; `None` for an exact graph up to 10,000 rows, else a clustered one.
       neighbours: number of neighbours per row in the graph.
       cluster_size: rows per cluster.
       probes: number of clusters to search for the neighbours of a cluster's rows.

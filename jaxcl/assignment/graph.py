@@ -39,19 +39,19 @@ _LARGEST_MASS = UNIT // 8
 
 _WEIGHT = 2**14  # a weight of one; gains overflow if 30,000 rows share their only neighbour
 
-_BLOCK = 16_384  # rows on all devices whose neighbours are searched at a time
+_BLOCK = 16_384  # rows, over all devices, whose neighbours are searched at a time
 
 
 class PairGraph(NamedTuple):
     """The nearest neighbours of each row.
 
-    A mass is a negative's term in the row's softmax sum, relative to the largest term of the sum,
-    in units of 1 / `UNIT`.
+    A mass is a negative's term in the row's softmax sum, divided by the largest term of the sum, in
+    units of 1 / `UNIT`.
 
     Attributes:
       rows: neighbours, by row number in the whole data set; `-1` for none.
       masses: the neighbours' masses.
-      own: the mass that any batch of the row has: its positive and random rows.
+      own: the mass in any batch of the row: that of its positive and of random rows.
     """
 
     rows: Int[Array, "n k"]
@@ -135,8 +135,8 @@ def exact_graph(
     # Block by block: `nearest` gathers the queries of all devices, and all rows would not fit.
     num_blocks = -(-place.num_rows // _BLOCK)
     size = -(-place.here // num_blocks)
-    # The last blocks overlap if blocks do not divide; a row in two of them is written twice, with
-    # equal values.
+    # The last blocks overlap if blocks do not divide the rows; a row in two of them is written
+    # twice, with equal values.
     starts = jnp.minimum(jnp.arange(num_blocks) * size, place.here - size)
     rows = starts[:, None] + jnp.arange(size)
     everything = (pairs.ours, labels, _own(pairs))
@@ -181,7 +181,7 @@ def clustered_graph(
         rows, others = clusters[number], clusters[probed].reshape(-1)
         anchors, anchor_labels, own = fetch((pairs.ours, labels, _own(pairs)), rows)
         negatives, negative_labels = fetch((pairs.theirs, labels), others)
-        # Missing rows are fetched as zeros, and 0 beats negative similarities.
+        # Missing rows are fetched as zeros, whose similarity of 0 exceeds negative similarities.
         valid = others >= 0
         if negative_labels.valid is not None:
             valid &= negative_labels.valid
@@ -257,8 +257,8 @@ def _graph(
         return jnp.round(unit * jnp.exp((products - largest) / scale)).astype(jnp.int32)
 
     masses = jnp.where(present, jnp.minimum(mass(similarities, UNIT), _LARGEST_MASS), 0)
-    # Neighbours have masses already. If the sample contains one, it gets the mass of the last
-    # neighbour at most.
+    # Neighbours have masses already. If the sample contains a neighbour, it gets at most the mass
+    # of the last neighbour.
     least = jnp.where(present, similarities, largest).min(1, keepdims=True)
     random = mass(jnp.minimum(inner_products(anchors, affinity.sample), least), UNIT).sum(1)
     share = jnp.float32(affinity.batch_size - 1) / affinity.sample.shape[0]

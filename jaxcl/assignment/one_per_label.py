@@ -17,11 +17,11 @@ class OnePerLabel:
     """The rows of each batch, with one row of each label per epoch: `OnePerLabel(labels, …)(step)`.
 
     The labels follow each other in random order, as the rows of `uniform_rows` do. A label with c
-    rows uses each of them once in c epochs, in random order, and then starts again in another one.
+    rows uses each of them once in c epochs, in random order, and then again in another order.
     The rows depend only on the arguments and the step.
 
     Args:
-      labels: the label of each row; rows of an image's captions share one.
+      labels: the label of each row; for example, the captions of an image share a label.
       batch_size: rows of a batch, over all devices and hosts.
       seed: determines the order.
 

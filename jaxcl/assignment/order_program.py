@@ -1,4 +1,4 @@
-"""The compiled program that orders rows on the devices; one serves many numbers of rows."""
+"""The compiled program that orders rows on the devices; one program serves many numbers of rows."""
 
 import functools
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Report = Callable[[str], object]
 """Called with a line of text at each stage of a long computation, such as `print`."""
 
 Search = Callable[[tuple[Any, ...], Report], tuple[Any, int]]
-"""`(arguments, report) -> (executable, its memory per device in bytes)`."""
+"""`(arguments, report) -> (executable, memory per device in bytes)`."""
 
 
 def make_search(mesh: Mesh, *, capacity: int, settings: Gcbs) -> Search:
@@ -57,8 +57,8 @@ def make_device_order(mesh: Mesh, *, capacity: int, settings: Gcbs) -> Any:
 
     Returns:
       `(queries, keys, temperature, key, keep_apart, sizes) -> order`. Every device has the
-      same number of rows, and `sizes`, from `sizes_of`, are for at most `capacity` rows. Later
-      rows are padding, and come last.
+      same number of rows, and `sizes`, from `sizes_of`, are for at most `capacity` rows. Rows
+      after `sizes.num_rows` are padding, and come last.
     """
     rows: Any = PartitionSpec(mesh.axis_names)
     replicated: Any = PartitionSpec()

@@ -86,7 +86,7 @@ def row_gaps(
         anchors = jax.tree.map(lambda leaf: leaf[:rows_per_batch], peers)
         own = log_sums(anchors, peers, _labels(anchors, anchors.ids), _labels(peers, peers.ids))
         # Compare every row with exactly b - 1 random rows: all strangers except the last. A row
-        # that is itself among them has label 1, and is compared with the last, of label 0, instead.
+        # that is itself a stranger has label 1, and the last, of label 0, replaces it.
         among = jnp.isin(anchors.ids, strangers.ids[:-1]).astype(jnp.int32)
         spare = jnp.full(batch_size, -1, jnp.int32).at[-1].set(0)
         labels = _labels(anchors, anchors.ids, among), _labels(strangers, strangers.ids, spare)
@@ -234,7 +234,7 @@ def _near_duplicates(anchors: _Rows, batch: _Rows, threshold: float) -> Int[Arra
     """Count each row's near duplicates, which have almost the same query or key, in its batch."""
     wide = jnp.promote_types(batch.queries.dtype, jnp.float32)
     sides = [normalise(side.astype(wide)) for side in (batch.queries, batch.keys)]
-    num_anchors = anchors.ids.shape[0]  # the first of the batch
+    num_anchors = anchors.ids.shape[0]  # anchors are the first rows of the batch
 
     def of_row(row: tuple[Array, list[Array]]) -> Array:
         number, vectors = row

@@ -15,9 +15,9 @@ from jaxcl.typing import Array, Int
 __all__ = ["EXACT_ROWS", "Sizes", "capacity_for", "segment_starts", "sizes_of"]
 
 EXACT_ROWS = 10_000
-"""The most rows for which `graph=None` is exact. Probes would search most clusters anyway."""
+"""The most rows for which `graph=None` is exact, since probes would search most clusters anyway."""
 
-_LEAST_CAPACITY = 1_024  # padding to it costs hundredths of a second, compiling again far more
+_LEAST_CAPACITY = 1_024  # padding to it costs hundredths of a second; compiling costs far more
 
 
 class Sizes(NamedTuple):

@@ -29,8 +29,8 @@ class SourcedRows:
       in binary: by less than 1 before steps 1, 2, 4, 8, ..., and by less than 5 in all our
       measurements;
     - each row occurs once per epoch of its source. Such an epoch continues from batch to batch
-      whatever else is drawn, and the next one follows without a gap. At temperature 1 an epoch of
-      all rows is one epoch of each source, up to these few draws.
+      whatever else is drawn, and the next epoch follows without a gap. At temperature 1, an epoch
+      of all rows is one epoch of each source, up to these few draws.
 
     A batch holds a row twice if it draws more rows from a source than the source has, or if it
     spans two of the source's epochs; the losses' `ids` mask the duplicate.
@@ -83,7 +83,7 @@ class SourcedRows:
         self._batch_size, self._seed = batch_size, seed
         self._rows_per_draw = batch_size if mix == "single" else 1
         self._draws_per_step = batch_size // self._rows_per_draw
-        # Flipping binary digits of the van der Corput numbers gives another, equally even sequence.
+        # Flipping binary digits of the van der Corput numbers gives another sequence, as even.
         self._flipped = fold_in(seed, 1) % 2**_BITS
         self._sizes = sizes
         self._first = np.cumsum(sizes) - sizes

@@ -91,9 +91,9 @@ def swap(
       graph: the neighbours of this device's rows.
       order: all rows, by position.
       segments: the partition of the positions.
-      partners: each segment's partner, mutually; the segment itself for none.
+      partners: each segment's partner, whose partner it is; a segment without one is its own.
       rounds: number of rounds.
-      eagerness: the fraction of profitable swaps that each round makes. Below 1, so that two
+      eagerness: the fraction of profitable swaps that each round makes. It is below 1, so that two
         neighbours do not both cross in the same round and stay separated.
       key: draws the swaps that are made.
       place: this device's range of rows.
@@ -197,8 +197,8 @@ def _weight_between(edges: Edges, paired_row: Int[Array, " p"], place: Place) ->
 
 def _ordered(numbers: Int[Array, "*n"]) -> Int[Array, "*n"]:
     """Map to non-negative integers in the same order, with sign and magnitude in the top bits."""
-    # The bits of positive floats sort like the floats, the exponent first: a prefix of them
-    # resolves small gains as well as large ones.
+    # The bits of positive floats sort like the floats, the exponent first: a prefix of the bits
+    # resolves small gains as well as large gains.
     magnitude = lax.bitcast_convert_type(jnp.abs(numbers).astype(jnp.float32), jnp.int32)
     # Counted from one exponent below that of 1, so that 2^31 becomes 2^28 and 1 stays above 0.
     magnitude = jnp.maximum(magnitude - (126 << 23), 0)
@@ -249,7 +249,7 @@ def _matched(
     itself = jnp.arange(num_segments, dtype=jnp.int32)
     proposal = jnp.where(most > 0, target[jnp.maximum(proposer, 0)], itself)
     # Lots are a permutation, hence distinct: only one of the proposals that share a segment can
-    # have the highest.
+    # have the highest lot.
     lot = jnp.argsort(_noise(itself, lot_seed))
 
     def one_round(_: Integer[Array, ""] | int, partners: Array) -> Array:

@@ -39,8 +39,8 @@ def uniform_rows(
       >>> sorted(np.concatenate(epoch).tolist())
       [0, 1, 2, 3, 4, 5]
     """
-    # Python integers, since NumPy's would overflow in the product, and signed ones would turn a sum
-    # with uint64 into floats.
+    # Python integers, since NumPy's would overflow in the product, and the sum of a signed one and
+    # a uint64 would be a float.
     step, num_rows, batch_size, seed = map(operator.index, (step, num_rows, batch_size, seed))
     if num_rows < 1 or batch_size < 1:
         raise ValueError(f"num_rows={num_rows} and batch_size={batch_size} must be at least 1")
@@ -74,8 +74,8 @@ def permuted(
 
     Args:
       index: the positions to look up.
-      epoch: one for all positions, or one each.
-      num_rows: one for all positions, or one each; above each index.
+      epoch: one epoch for all positions, or one for each.
+      num_rows: one number for all positions, or one for each; it exceeds each index.
       seed: determines the permutations.
 
     Returns:
