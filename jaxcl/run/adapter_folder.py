@@ -1,7 +1,8 @@
 """Write the adapters of a run as a folder for peft, without the weights of the encoder.
 
-The folder has the form of the pretrained model's, so that sentence-transformers loads it, too: both
-libraries read the name of the pretrained model from `adapter_config.json` and load it first.
+The folder has the layout of the pretrained model's folder, so that sentence-transformers loads it
+too: both libraries read the name of the pretrained model from `adapter_config.json` and load that
+model first.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from jaxcl.typing import PyTree
 __all__ = ["adapter_files"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # peft's, of the names of all tensors
+_PREFIX = "base_model.model."  # the prefix of all tensor names in peft
 _ENCODER = "encoder/"
 
 
@@ -74,7 +75,7 @@ def adapter_files(run: OpenedRun, dtype: np.dtype | None = None) -> ModelFiles:
 
 
 def _config(settings: Settings, modules: list[str]) -> dict[str, Any]:
-    """The fields that peft reads; all others have its defaults."""
+    """The fields that peft reads; all other fields have peft's defaults."""
     lora, model = settings.model.lora, str(settings.model.pretrained)
     folder = settings.parts.pretrained["model"].encoder_folder
     return {

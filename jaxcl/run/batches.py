@@ -39,7 +39,7 @@ from jaxcl.typing import SIDES, Array, Float, Int
 __all__ = ["RunBatches"]
 
 _MEASURED_ROWS = 256  # measuring a row costs six products with all rows
-_MEASURED_BATCHES = 16  # contain the measured rows; fewer if they have more rows than this:
+_MEASURED_BATCHES = 16  # that contain the measured rows; fewer if they hold more rows than:
 _FETCHED_ROWS = 16_384
 _BEFORE = ("train_loss", "gap", "closed")  # also measured for the batches before a refresh
 _REASSIGNING = 2**31 + 1  # folded into the run's key; above any step, as in mined_refresh
@@ -110,7 +110,7 @@ class RunBatches:
         return dealt_rows(rows_fn, self._table, num_devices=self._training.mesh.size)
 
     def _rows_of(self, state: TrainState) -> RowsOfStep:
-        """The same in any order within a batch."""
+        """The same function, with the rows of a batch in any order."""
         if self._rule is not None:
             assigned = self._assigned(state)
             return self._uniform if assigned is None else self._in_blocks(assigned, self._rule)

@@ -112,7 +112,7 @@ def check_teacher_dim(settings: Settings) -> None:
 
 
 def beyond_batch(settings: Settings) -> BeyondBatch:
-    """The negatives of `settings.negatives` from outside of the batch."""
+    """The negatives of `settings.negatives` from outside the batch."""
     negatives = settings.negatives
     kind, tiers = negatives.bank.kind, negatives.tiers
     rule = gcbs_rule(settings)

@@ -126,7 +126,7 @@ class Checkpoints:
           record: the settings, data and flags of the run, in JSON types, and its best step so far.
 
         Raises:
-          CheckpointError: if the previous save failed, or this one cannot start.
+          CheckpointError: if the previous save failed, or this save cannot start.
         """
         self.wait()
         self._note_sizes(step, None)  # forgets an earlier checkpoint of this step

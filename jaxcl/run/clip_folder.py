@@ -1,4 +1,4 @@
-"""Write the two fine-tuned towers of a CLIP as one folder, in the form of the original one."""
+"""Write the two fine-tuned towers of a CLIP as one folder, with the layout of the original one."""
 
 from collections.abc import Mapping
 
@@ -53,7 +53,7 @@ def why_not_clip(settings: Settings, sides: Mapping[str, str]) -> str | None:
     data, models = settings.data, _models(settings, sides)
     families = {modality: model.family for modality, model in models.items()}
     images = models["image"].images
-    assert images is not None  # of an encoder of images
+    assert images is not None  # an encoder of images has them
     tower = settings.model if sides["image"] == "query" else settings.model.key
     image_size = tower.options.get("image_size")
     reasons = {

@@ -1,7 +1,7 @@
 """Contact sheets: rows of images with captions, as a PNG and as one HTML page.
 
 The page needs no network: images are part of it. Captions and titles come from data, so they are
-escaped in the page, and without control characters in both.
+escaped in the page, and control characters are removed from both files.
 """
 
 import base64
@@ -20,9 +20,9 @@ from jaxcl.typing import UInt8
 
 __all__ = ["Cell", "draw_sheet", "sheet_page", "write_sheet"]
 
-_CELL, _GAP, _LINE, _LINES = 128, 8, 13, 3  # pixels of a picture, and of its lines of text
+_CELL, _GAP, _LINE, _LINES = 128, 8, 13, 3  # pixels, and the lines of text below a picture
 _TITLE = 24
-_CHARACTERS = 22  # of a line of text below a picture
+_CHARACTERS = 22  # per line of text below a picture
 _LONGEST = 200  # characters of a caption in the page
 _MARKS = {"own": (30, 140, 60), "negative": (190, 40, 40)}
 _STYLE = (
@@ -52,7 +52,7 @@ def write_sheet(folder: AnyPath, name: str, title: str, rows: Sequence[Sequence[
 
     Args:
       folder: the folder, which is created if necessary.
-      name: the name of both files without a suffix; not from data.
+      name: the name of both files without a suffix; it must not come from data.
       title: a line above the rows.
       rows: the cells, row by row.
 
@@ -97,7 +97,7 @@ def draw_sheet(title: str, rows: Sequence[Sequence[Cell]]) -> bytes:
 
 
 def sheet_page(title: str, rows: Sequence[Sequence[Cell]]) -> str:
-    """The page of a sheet, in which nothing but the style and the images has an effect."""
+    """The page of a sheet, whose policy allows only the style and the embedded images."""
     safe_title = html.escape(_line(title, _LONGEST))
     lines = [
         "<!doctype html>",

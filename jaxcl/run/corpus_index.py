@@ -9,7 +9,8 @@ Each index is a folder, named by digests of the paths and the content of its mod
     search_index.json  how much of the exact ranking the search keeps
 
 Next to each array is a log with the digests of its blocks (`jaxcl.host.block_file`). Embedding
-resumes after the last finished block; if a block is damaged, rows are computed again from there.
+resumes after the last finished block; if a block is damaged, its rows and all later ones are
+recomputed.
 When the index of a changed model or corpus is complete, the previous one is removed.
 """
 
@@ -269,7 +270,7 @@ def _array(
     *,
     title: str,
 ) -> np.ndarray:
-    """Compute the missing rows of an array in a file, and map the array to memory."""
+    """Compute the missing rows of an array in a file, and memory-map the array."""
     array = complete_array(path, shape, dtype)
     if array is not None:
         return array
@@ -291,7 +292,7 @@ def _kept(
     folder: Path,
     made_from: Mapping[str, Any],
 ) -> dict[str, float]:
-    """Measure the shares of `CorpusIndex`, or read them if these options were measured before."""
+    """Measure `CorpusIndex.kept`, or read it if these options were measured before."""
     if dim is None and search.codes is None:
         return {}
     name = f"dim={dim} precision={search.precision} rescore={search.rescore}"
@@ -343,7 +344,7 @@ def _measure(
 
 
 def _folder(base: Path, paths: str, content: str) -> Path:
-    """The folder of an index, even if its model or corpus was moved since."""
+    """The folder of an index, even if its model or corpus has moved."""
     present = sorted(base.glob(f"*-{content}"))
     folder = present[0] if present else base / f"{paths}-{content}"
     folder.mkdir(parents=True, exist_ok=True)

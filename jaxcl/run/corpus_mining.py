@@ -47,11 +47,11 @@ less on padding, but a CPU needs minutes for a few hundred long texts."""
 
 
 _PREFIXES = ("documents", "positives", "queries")
-"""Prefixes of the files of embeddings; positives are those outside of the corpus."""
+"""Prefixes of the files of embeddings; `positives` are the positives outside the corpus."""
 
 
 class MinedFiles(NamedTuple):
-    """The files of `mine_corpus`.
+    """The files that `mine_corpus` reads and writes.
 
     Attributes:
       queries: queries with their positives, for `jaxcl.data.query_files.read_queries`; with
@@ -61,8 +61,8 @@ class MinedFiles(NamedTuple):
         all queries.
       qrels: relevance judgements in BEIR's format; documents with a grade above 0 are positives.
       scores: scores of pairs from another model, such as a re-ranker, for
-        `jaxcl.data.score_files.read_pair_scores`. Margins and limits apply to them, and they are
-        written to the output. Documents without a score are not mined.
+        `jaxcl.data.score_files.read_pair_scores`. Margins and limits apply to these scores, which
+        are also written to the output. Documents without a score are not mined.
       query_field, positive_field: fields of the queries; `None` for common names.
       id_field, text_field: fields of the corpus; `None` for common names.
     """
@@ -168,7 +168,7 @@ def mine_corpus(
 
 
 class _Embedded(NamedTuple):
-    """The embeddings by one model, ready for inner products, with a name that identifies them."""
+    """Embeddings of queries and keys, ready for inner products, and a name that identifies them."""
 
     name: str
     queries: Float[np.ndarray, "q d"]

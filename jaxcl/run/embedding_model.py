@@ -30,7 +30,7 @@ _CHUNK_TEXTS = 4096
 _BATCH_TOKENS = {"cpu": 2048}  # caches are small; accelerators want many rows at once
 _ACCELERATOR_TOKENS = 65_536
 _BAR_ROWS = 1000
-"""The number of texts or images from which `encode` shows a progress bar on a terminal."""
+"""The least number of texts or images for which `encode` shows a progress bar on a terminal."""
 
 
 class EmbeddingModel(MtebEncoder):
@@ -53,9 +53,9 @@ class EmbeddingModel(MtebEncoder):
     Attributes:
       source: folder from which the model was loaded.
       dim: number of dimensions of the embeddings.
-      max_tokens: the largest length of a text by side, in tokens, with special tokens and prompt;
+      max_tokens: side -> the maximum length of a text, in tokens, with special tokens and prompt;
         longer texts are truncated. `None` means no limit. If both sides share a fine-tuned encoder,
-        both have the larger limit of its run. Sides of images have no entry.
+        both have the larger of the run's two limits. Sides of images have no entry.
       prompts: prompts by name. `encode` uses `"query"` and `"key"` by default. A folder of
         sentence-transformers may have others. The model of a run has the prompts of `data.prompts`;
         for texts like those of a data set in `data.concatenated`, pass its prompt to `encode`.
@@ -152,8 +152,8 @@ class EmbeddingModel(MtebEncoder):
           images: instead of texts, one image or several: paths, image files as `bytes`, PIL images,
             or uint8 arrays `[h, w, 3]`; also one array `[n, h, w, 3]`.
           side: `"query"` or `"key"`; documents, passages and code are keys. It selects the prompt
-            and, for models with two encoders, the encoder. By default, the query side, or the side
-            that reads texts, or images.
+            and, for models with two encoders, the encoder. By default, the query side if it reads
+            texts or images, whichever are given, and the key side otherwise.
           prompt: replaces the side's prompt: a name in `prompts`, or the prompt itself; `""` for no
             prompt.
           batch_size: number of rows per batch, rounded up to a multiple of the number of devices;
@@ -175,7 +175,7 @@ class EmbeddingModel(MtebEncoder):
         Raises:
           TypeError: if a text is not a `str`, or not exactly one of texts and images is given.
           ValueError: for a text that is not Unicode, an image that cannot be decoded, an unknown
-            side or option, or a side that reads something else.
+            side or option, or a side that does not read texts or images, whichever are given.
         """
         if (texts is None) == (images is None):
             raise TypeError("give either texts or images=…")
@@ -231,7 +231,7 @@ class EmbeddingModel(MtebEncoder):
         return similarities(self.similarity_function, a, b)
 
     def _side(self, side: str | None, modality: str) -> str:
-        """The side that reads texts, or images; the given one, if it does."""
+        """The given side, or by default the first that reads the modality; check that it does."""
         if side is not None and side not in SIDES:
             raise ValueError(f"side={side!r} is unknown; use {' or '.join(SIDES)}")
         present = self._rules if modality == "text" else self._images

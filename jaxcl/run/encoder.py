@@ -44,7 +44,7 @@ class Encoder(NamedTuple):
         Args:
           side: `"query"` or `"key"`.
           values: texts, or other values as a data source returns them.
-          advance: a function that is called with the number of rows whenever some are done.
+          advance: a function that is called with the number of newly embedded rows.
 
         Returns:
           Unit vectors in float32, on the host.
@@ -76,7 +76,7 @@ class Encoder(NamedTuple):
           side: `"query"` or `"key"`.
           table: the table.
           rows: numbers of the rows to embed; `None` for all rows.
-          advance: a function that is called with the number of rows whenever some are done.
+          advance: a function that is called with the number of newly embedded rows.
 
         Returns:
           Unit vectors in float32, on the host.

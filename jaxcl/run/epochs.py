@@ -24,13 +24,13 @@ def with_epochs(training: Training, workdir: AnyPath, table: Table) -> Training:
     """The functions of a run, rebuilt for the number of steps of its epochs.
 
     Args:
-      training: the functions of the run; without `epochs` in its settings, they are returned.
+      training: the functions of the run; without `epochs` in the settings, they are returned as is.
       workdir: the folder of the run, which is claimed again for these steps.
       table: the training rows.
 
     Raises:
-      ValueError: for settings that do not go together with the number of steps, or if a run of
-        another number of steps has saved a checkpoint in the folder.
+      ValueError: for settings that do not fit the number of steps, or if a run with another number
+        of steps has saved a checkpoint in the folder.
     """
     epochs = training.settings.epochs
     if epochs is None:
@@ -47,7 +47,7 @@ def with_epochs(training: Training, workdir: AnyPath, table: Table) -> Training:
 
 
 def epoch_summary(settings: Settings, *, epochs: float, num_rows: int) -> Iterator[str]:
-    """Yield the number of steps of the epochs, and a warning if the run trains much more.
+    """Yield the number of steps of the epochs, and a warning if they are less than one batch.
 
     Args:
       settings: the settings with the number of steps.

@@ -152,7 +152,7 @@ def _read_description(folder: AnyPath) -> Mapping[str, Any]:
 
 
 def _map_params(path: AnyPath, abstract: PyTree) -> PyTree:
-    """Map the parameters in a file to memory, as the tree of an encoder."""
+    """Memory-map the parameters in a file, as the tree of an encoder."""
     tensors, expected = map_tensors(path), _by_path(abstract)
     different = [
         f"{name} is {_shape(tensors.get(name))} in the file but {_shape(expected.get(name))} in "

@@ -1,4 +1,4 @@
-"""The hits of a search, how they are printed, and queries that are typed."""
+"""The hits of a search, functions that print them, and queries typed at a prompt."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ class Hit(NamedTuple):
     """A document or row in the results of a search.
 
     Attributes:
-      score: its score; higher is better.
+      score: the score for the query; higher is better.
       record: the id and text of a document, or the texts and metadata of a row.
     """
 

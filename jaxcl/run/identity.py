@@ -52,7 +52,7 @@ def fields_of(settings: Settings) -> dict[str, Any]:
     """The settings that determine the result of a run, by dotted name.
 
     These are all settings except `run` (intervals, mesh and folders), evaluation, early stopping,
-    and the sections of assignments that the run does not use. The steps stand for `epochs`.
+    and the sections of assignments that the run does not use. `epochs` are included as `steps`.
     """
     unused = tuple(
         f"assignment.{name}."
@@ -221,7 +221,7 @@ def _learning_rates(settings: Settings, steps: Int[np.ndarray, " _"]) -> np.ndar
 
 
 def _ramp(ends: tuple[float | None, float], steps: int) -> np.ndarray:
-    """The parameters of a value that changes from one end to the other over the run."""
+    """The initial value and the steps of a value that changes over the run; 0 if it is constant."""
     initial, final = ends
     if initial is None or initial == final:
         return np.zeros(2)

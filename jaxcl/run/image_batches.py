@@ -57,13 +57,13 @@ def is_one_image(images: Images) -> bool:
 
 
 def as_sequence(images: Images) -> Sequence[Any]:
-    """The images as a sequence. One that reads its values when they are used is not read here."""
+    """The images as a sequence. A lazy sequence, which reads values on use, is not read here."""
     if is_one_image(images):
         return [images]
     return list(images) if isinstance(images, np.ndarray) else images
 
 
 def chosen(images: Sequence[Any], rows: Int[np.ndarray, " b"]) -> list[Any]:
-    """Some of the images, with paths as `str`."""
+    """The images of the given rows, with paths as `str`."""
     values = [images[row] for row in rows.tolist()]
     return [os.fspath(value) if isinstance(value, os.PathLike) else value for value in values]

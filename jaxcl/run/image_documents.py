@@ -45,10 +45,10 @@ class ImageFolder:
 
     Args:
       folder: the folder.
-      directory: the folder that keeps the digests of files, so that only changed ones are read.
+      directory: the folder that keeps the digests of files, so that only changed files are read.
 
     Raises:
-      ValueError: if it has no image, or a link leads outside of it.
+      ValueError: if the folder has no image, or a link leads outside it.
       OSError: if a file cannot be read, or the digests cannot be written.
     """
 
@@ -111,7 +111,7 @@ class ImageRows:
     def records(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """The id, the image, and the text of each of the given rows.
 
-        The text is that of the other side, or else the name of the image's file, if it has one.
+        The text is the other side's, or else the name of the image's file if the image has one.
         """
         return [
             {"id": self.ids[row], "text": self._text(row, record), "image": record[self._side]}

@@ -27,7 +27,7 @@ def read_query_image(path: AnyPath) -> bytes:
     """Read the image of a query.
 
     Raises:
-      ValueError: if it cannot be read or decoded; the message names the file.
+      ValueError: if the image cannot be read or decoded; the message names the file.
     """
     try:
         image = read_regular(path, limit=MAX_IMAGE_BYTES)
@@ -49,7 +49,7 @@ def read_image_folder(path: AnyPath, options: Mapping[str, Any], index: AnyPath)
       index: the folder of the index, which also keeps the digests of the files.
 
     Raises:
-      ValueError: if an option is set, or as `ImageFolder`.
+      ValueError: if an option is set, and as for `ImageFolder`.
     """
     for name, value in options.items():
         if value is not None:
@@ -60,7 +60,7 @@ def read_image_folder(path: AnyPath, options: Mapping[str, Any], index: AnyPath)
 def search_of_images(
     model: EmbeddingModel, images: ImageFolder | ImageRows, index: CorpusIndex, dim: int | None
 ) -> Search:
-    """The search in an index of images."""
+    """Make the search of an index of images."""
     return Search(
         text_ranker(model, index.search, dim),
         images.records,
@@ -78,12 +78,12 @@ def search_of_rows(
     *,
     hybrid: bool,
 ) -> Search:
-    """The search in the images of rows, whose index is kept in the user's cache.
+    """Make the search of the images of rows, whose index is kept in the user's cache.
 
     Args:
       model: the model.
-      images: the rows.
-      source: the path that an index of newer rows or a newer model shares with this one.
+      images: the images of the rows.
+      source: the path of the data; a newer index of the same data and model replaces this one.
       queries: as for `jaxcl.search.open_search`.
       hybrid: must be false.
     """

@@ -37,7 +37,7 @@ def copy_prepared_files(settings: Settings, workdir: AnyPath) -> None:
 
     Raises:
       ValueError: if there is no such run, it has no such files, or the `workdir` of a new run
-        already has different ones.
+        already has different files.
     """
     if settings.init_from is None or newest_record(workdir / CHECKPOINTS) is not None:
         return
@@ -106,7 +106,7 @@ def with_initial_towers(
 
     Args:
       settings: the settings of the new run.
-      state: its state before the first update.
+      state: the state of the new run before its first update.
       frozen: the paths of the parameters that are not trained.
 
     Raises:
@@ -149,7 +149,7 @@ def with_initial_towers(
 
 
 def _adds_adapters(settings: Settings, record: Mapping[str, Any]) -> bool:
-    """Whether a run has adapters, but the run of a record has none."""
+    """Whether the new run has adapters and the run of the record has none."""
     lora = record.get("settings", {}).get("model", {}).get("lora", {})
     return settings.model.lora.rank is not None and lora.get("rank") is None
 

@@ -52,7 +52,7 @@ def load(
           `config.evaluation.best_metric`;
         - a folder written by `jaxcl.export`;
         - the folder of a pretrained encoder saved by sentence-transformers, transformers or
-          model2vec, or its id on the Hugging Face Hub (`jaxcl.models.pretrained`). Of CLIP and
+          model2vec, or its id on the Hugging Face Hub (`jaxcl.models.pretrained`). For CLIP and
           SigLIP, both towers are loaded: images are queries, and texts are keys.
       compute_dtype: type of the activations of a pretrained encoder, such as `"bfloat16"`. The
         model of a run uses the type in its config. On accelerators, JAX multiplies float32 in
@@ -187,7 +187,7 @@ def _tower_of(model: PretrainedModel, compute_dtype: str) -> TowerSpec:
 
 
 def _pretrained_images(model: PretrainedModel, side: str) -> ImageSide:
-    assert model.images is not None  # of an encoder of images
+    assert model.images is not None  # an encoder of images has them
     data = DataSettings()
     images = data.images._replace(size=model.images.size, resize=model.images.resize)
     return image_side(data._replace(images=images), side, model.path)

@@ -34,7 +34,7 @@ def init_memory(
     """
     memory = _negatives_memory(settings, num_rows, groups) | _assignment_memory(settings, num_rows)
     if settings.optimizer.average_decay is not None:
-        memory["average"] = None  # which becomes a copy of the towers
+        memory["average"] = None  # becomes a copy of the towers
     init_rows = run_loss(settings).init_memory
     if init_rows is not None:
         if num_rows is None:

@@ -44,7 +44,7 @@ def embed_in_blocks(
       block_rows: number of rows per block; by default, `BLOCK_ROWS`.
 
     Returns:
-      The embeddings; in process 0, the file mapped to memory.
+      The embeddings; in process 0, the memory-mapped file.
 
     Raises:
       OSError: if the disk is full.

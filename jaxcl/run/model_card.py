@@ -1,7 +1,7 @@
 """Write the model card of an exported model from the files of the run that trained it.
 
-Names of data sets, folders and settings are untrusted. The text has them in code spans, where
-Markdown and HTML have no effect, and the metadata as quoted YAML strings.
+Names of data sets, folders and settings are untrusted. The text shows them in code spans, where
+Markdown and HTML have no effect, and the metadata has them as quoted YAML strings.
 """
 
 import json

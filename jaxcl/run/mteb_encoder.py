@@ -82,7 +82,7 @@ class MtebEncoder:
         description = json.dumps(self.made_from, sort_keys=True)
         return ModelMeta.create_empty(
             {
-                # mteb expects the name of an organisation and that of a model.
+                # mteb expects the names of an organisation and a model.
                 "name": f"jaxcl/{Path(os.path.abspath(self.source)).name}",
                 "revision": digest_of(description.encode())[:12],
                 "embed_dim": self.dim,

@@ -51,7 +51,7 @@ class OpenedRun(NamedTuple):
       workdir: the folder of the run.
       settings: the settings of the run.
       encoder: the model of the run.
-      data_set: the name or folder of its data set.
+      data_set: the name or folder of the run's data set.
       made_from: a description of model and data; equal descriptions mean equal embeddings.
       checkpoint: the requested step or `"best"`; `None` for the newest checkpoint.
       weights: `"trained"` or `"average"`.
@@ -73,7 +73,7 @@ class OpenedRun(NamedTuple):
         return self.workdir / CHECKPOINTS / str(self.checkpoint)
 
     def merged(self) -> "OpenedRun":
-        """The run with its adapters merged into the kernels, on the host; itself without any."""
+        """The run with its adapters merged into the kernels, on the host; unchanged without any."""
         model = self.settings.model
         if model.lora.rank is None:
             return self
@@ -167,7 +167,8 @@ def open_run(path: AnyPath, *, trust: Trust = (), weights: str | None = None) ->
         weights of the run's `evaluation.weights`.
 
     Raises:
-      ValueError: if there is no run, or it has no checkpoint, or no best one, or no average.
+      ValueError: if there is no run, or it has no checkpoint, no best checkpoint, or no averaged
+        weights, as requested.
       CheckpointError: if no checkpoint can be read.
       PermissionError: for an encoder from a package that is not trusted.
     """

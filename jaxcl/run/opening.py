@@ -30,7 +30,7 @@ def opening(
       data: the splits of the run.
       workdir: the folder of the run.
       state: the current state.
-      best: the evaluations so far.
+      best: the best evaluation so far.
     """
     settings, step = training.settings, int(state.step)
     start = f"resumes from step {step}" if step else "starts"
@@ -106,7 +106,7 @@ def run_warnings(
       settings: the settings of the run.
       data: the splits of the run.
       record: the record of the checkpoint from which the run resumes; empty for a new run.
-      best: the evaluations so far.
+      best: the best evaluation so far.
     """
     for tier in tiers_left_empty(settings, data.tables["train"].num_rows):
         yield (

@@ -30,7 +30,7 @@ def frozen_parameters(settings: Settings, params: PyTree) -> frozenset[str]:
     """The paths of the parameters that adapters leave frozen or `optimizer.freeze` matches.
 
     Args:
-      settings: the run's.
+      settings: the settings of the run.
       params: all parameters, or their shapes.
 
     Raises:
@@ -54,8 +54,8 @@ def build_optimizer(
 
     It clips the gradients by their norm, all together or by group, applies the optimizer, adds the
     weight decay of matrices, and multiplies by the learning rate and by the factor of each path.
-    With `accumulate_steps`, it does all this once per that many batches, with the mean of their
-    gradients; the parameters do not change in between.
+    With `accumulate_steps`, it does all this once per `accumulate_steps` batches, with the mean of
+    their gradients; the parameters do not change in between.
 
     Args:
       settings: the settings of the run.
@@ -77,7 +77,7 @@ def build_optimizer(
         optax.add_decayed_weights(
             optimizer_settings.weight_decay, mask=_decay_mask(optimizer_settings, trained)
         ),
-        # The optimizer counts updates, and each update is made of `every` steps.
+        # The optimizer counts updates, and each update consists of `every` steps.
         optax.scale_by_learning_rate(
             rate_of_step if every == 1 else lambda update: rate_of_step(every * update)
         ),
@@ -98,10 +98,10 @@ def _matched(setting: str, patterns: tuple[str, ...], trained: list[str]) -> lis
 
 
 def _first_matches(setting: str, patterns: tuple[str, ...], trained: list[str]) -> dict[str, int]:
-    """Path -> the number of the first pattern that matches it.
+    """Path -> the index of the first pattern that matches it.
 
     Raises:
-      ValueError: for a pattern without effect, because one before it matches all that it matches,
+      ValueError: for a pattern without effect, because an earlier one matches the same parameters
         and more.
     """
     matches = [set(matched) for matched in _matched(setting, patterns, trained)]
@@ -133,7 +133,7 @@ def _decay_mask(settings: OptimizerSettings, trained: list[str]) -> Callable[[Py
 
 
 def _clip_by_group(settings: OptimizerSettings, trained: list[str]) -> optax.GradientTransformation:
-    """Clip the gradients of each group by their own norm, and all others together."""
+    """Clip the gradients of each group by the group's norm, and all other gradients together."""
     patterns = tuple(pattern for pattern, _ in settings.clip_groups)
     group_of = _first_matches("optimizer.clip_groups", patterns, trained)
     rest = len(patterns)

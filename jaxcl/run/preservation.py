@@ -26,7 +26,7 @@ class Preservation(ocp.training.preservation_policies.PreservationPolicy):
         self.best_of: dict[int, int | None] = {}
 
     def read(self, directory: AnyPath) -> None:
-        """Read `best_of` from the checkpoints in a folder; all processes use that of process 0."""
+        """Read `best_of` from the checkpoints in a folder; all processes use process 0's."""
         pairs: list[int] = []
         for step in steps_in(directory):
             with contextlib.suppress(CheckpointError):

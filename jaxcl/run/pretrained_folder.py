@@ -1,4 +1,4 @@
-"""Write a fine-tuned encoder in the form of its original folder, with the trained weights.
+"""Write a fine-tuned encoder with the layout of its original folder, and the trained weights.
 
 Modules have the names of sentence-transformers 5, which later versions also read.
 """
@@ -212,9 +212,9 @@ def tokenizer_config(model: PretrainedModel, *, longest: int) -> bytes:
 
 
 def _padding_token(model: PretrainedModel) -> str | None:
-    """The token that pads texts in a batch; a decoder without one is padded with its last token.
+    """The token that pads texts in a batch; for a decoder without one, such as the end of text.
 
-    sentence-transformers needs the name of a token. Which one it is does not change the vectors.
+    sentence-transformers needs the name of a token. The choice of token does not change vectors.
     """
     content = model.files[join(model.encoder_folder, "tokenizer.json")].decode()
     padding = Tokenizer.from_str(content).padding or {}

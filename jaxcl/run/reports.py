@@ -34,7 +34,7 @@ class DivergenceError(UserError):
 class Reports:
     """Read the metrics of each step one step late, so that the devices never wait for the host.
 
-    Reading them after every step also limits the number of steps in flight. Otherwise the
+    Reading metrics in every step also limits the number of steps in flight. Otherwise the
     collectives of many simulated devices on a few cores can deadlock.
     """
 

@@ -54,7 +54,7 @@ class Search:
           image: instead of a text, an image to search for, as `EmbeddingModel.encode` accepts it.
 
         Raises:
-          ValueError: as `batch`, if not exactly one of text and image is given, or if the model
+          ValueError: as for `batch`, if not exactly one of text and image is given, or if the model
             does not embed images.
         """
         if (query is None) == (image is None):
@@ -104,7 +104,7 @@ def embedded_queries(
     """The embeddings of texts, ready for inner products.
 
     Raises:
-      ValueError: if one is not finite.
+      ValueError: if an embedding is not finite.
     """
     vectors = query_vectors(model, model.encode(list(queries)), dim)
     if not np.isfinite(vectors).all():
@@ -122,7 +122,7 @@ def text_ranker(
 def image_ranker(
     model: EmbeddingModel, search: VectorSearch, dim: int | None = None
 ) -> Callable[[Sequence[Any], int], list[Ranking]] | None:
-    """Make the function that ranks a pool for images; `None` if the model does not embed any."""
+    """Make the function that ranks a pool for images; `None` if the model does not embed images."""
     if "image" not in model.modality.values():
         return None
 

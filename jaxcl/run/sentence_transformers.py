@@ -1,6 +1,6 @@
 """Write a trained model as a folder that sentence-transformers loads.
 
-A fine-tuned encoder is written in the form of its original folder, with the trained weights
+A fine-tuned encoder is written with the layout of its original folder, and the trained weights
 (`jaxcl.run.pretrained_folder`), and so are the two towers of a CLIP (`jaxcl.run.clip_folder`). A
 static encoder becomes a `StaticEmbedding`, with one table that combines its embeddings, token
 weights and projection. The mean over tokens then differs from the weighted sum only by a factor,

@@ -18,14 +18,14 @@ __all__ = ["RowsOfStep", "TextWidths", "choose_text_widths", "deal", "dealt_rows
 
 RowsOfStep = Callable[[int], Int[np.ndarray, " b"]]
 
-_WIDTHS = 12  # each further one saves less, and makes the program larger
-_WIDTHS_ON_CPU = 3  # where compiling each one takes as long as ten steps
+_WIDTHS = 12  # each further width saves less, and makes the program larger
+_WIDTHS_ON_CPU = 3  # where compiling each width takes as long as ten steps
 _LEAST_SAVING = 0.2
 _RECOMPUTED = 4 / 3  # three passes without gradient caching, four with it
-_CHUNKS = 64  # of a batch padded to the longest: larger chunks have more padding
+_CHUNKS = 64  # per batch padded to the longest text: larger chunks have more padding
 _LEAST_CHUNK_TOKENS = 1_024  # smaller chunks leave devices idle
 _LEAST_CHUNK_TOKENS_ON_CPU = 512
-_MOST_ROWS = 4  # of a narrow chunk, in rows of a chunk of the largest width
+_MOST_ROWS = 4  # of a narrow chunk, relative to the rows of a chunk of the largest width
 _SAMPLED_BATCHES = 16
 
 
@@ -33,10 +33,10 @@ class TextWidths(NamedTuple):
     """The widths of a run, and the tokens in a sample of random batches.
 
     Attributes:
-      buckets: side -> its widths; the other sides are padded to the longest.
+      buckets: side -> the widths; all other sides are padded to the maximum length.
       tokens: side of texts -> the number of tokens without padding.
-      computed: the same with the padding of these widths.
-      longest: the same with every row padded to the longest.
+      computed: the same, with the padding of these widths.
+      longest: the same, with every row padded to the maximum length.
     """
 
     buckets: Mapping[str, Buckets]
@@ -49,12 +49,12 @@ class TextWidths(NamedTuple):
         return _share(self.tokens, self.computed, sides)
 
     def padding_before(self, *sides: str) -> float:
-        """The same with every row padded to the longest."""
+        """The share of padding if every row is padded to the maximum length."""
         return _share(self.tokens, self.longest, sides)
 
     @property
     def description(self) -> str:
-        """The widths and the padding, for people."""
+        """A sentence about the widths and the padding."""
         widths = [
             f"each {side} to {', '.join(map(str, one.widths))} tokens"
             for side, one in self.buckets.items()
@@ -81,8 +81,8 @@ def choose_text_widths(
     so that it is the same on every host and after a restart.
 
     Args:
-      settings: the run's.
-      table: its training rows.
+      settings: the settings of the run.
+      table: the training rows.
       num_devices: the number of devices over which a batch is sharded.
       platform: the kind of the devices, such as `"cpu"`.
       num_batches: the number of random batches in which padding is counted.
@@ -116,8 +116,9 @@ def choose_text_widths(
 def deal(rows: Int[np.ndarray, " b"], table: Table, *, num_devices: int) -> Int[np.ndarray, " b"]:
     """Order the rows of a batch so that all devices get texts of similar lengths.
 
-    The rows are dealt to the devices like cards, longest first. A device computes as many tokens
-    as the longest rows of any device require, so that the padding is almost that of one device.
+    The rows are dealt to the devices like cards, longest first. Each device computes as many tokens
+    as the longest rows of any device require, so dealing keeps the padding close to that on one
+    device.
 
     Args:
       rows: the rows of a batch, sharded over the devices in this order.
@@ -140,7 +141,7 @@ def dealt_rows(rows_fn: RowsOfStep, table: Table, *, num_devices: int) -> RowsOf
 def _buckets(
     settings: Settings, table: Table, side: str, *, num_rows: int, platform: str
 ) -> Buckets | None:
-    """The widths of a side with the least padding, if it may have several."""
+    """The widths of a side with the least padding; `None` if the side has only one width."""
     most = settings.grad_cache.length_buckets
     if most is None:
         most = _WIDTHS_ON_CPU if platform == "cpu" else _WIDTHS

@@ -80,7 +80,7 @@ class Training(NamedTuple):
       mine: `state -> (state with new mined negatives, metrics)`, or `None`; the state is donated.
       embed: `(parameters of the towers, side, read, num_rows) -> embeddings`, without dropout
         (`jaxcl.step.embedder`).
-      evaluation_embed: the same with `evaluation_towers`.
+      evaluation_embed: the same, with the towers of `evaluation_towers`.
       learning_rate: `step -> the learning rate of its update`.
       abstract_state: the shapes, types and shardings of the state, with the arguments of `init`.
       frozen: the paths of the parameters that are not trained (`jaxcl.models.trainable`).
@@ -127,7 +127,7 @@ def build_training(
 
     Raises:
       ValueError: if the devices cannot form the mesh, the batch does not divide over it, or a
-        pattern of parameters matches none or leaves none to train.
+        pattern matches no parameter or leaves no parameter to train.
     """
     mesh = run_mesh(settings.run.mesh, devices=devices)
     if settings.global_batch_size % mesh.size:
@@ -248,7 +248,7 @@ def with_text_widths(training: Training, table: Table) -> Training:
 def _lengths(
     settings: Settings, num_devices: int, buckets: Mapping[str, Buckets], batch: Batch
 ) -> tuple[Integer[jax.Array, ""], Integer[jax.Array, ""] | int]:
-    """The length of a batch's inputs, of both sides, without and with padding."""
+    """The total length of a batch's inputs, over both sides, without and with padding."""
     data = settings.data
     length, padded = jnp.int32(0), jnp.int32(0)
     for side in SIDES:

@@ -23,13 +23,13 @@ RESCORE: Mapping[str, int] = {"int8": 2, "binary": 20}
 """The default number of candidates to rescore per hit, by precision."""
 
 _BLOCK_NUMBERS = 2**18
-"""How many numbers of the keys to convert at once for one query, so that they fit the cache."""
+"""The number of key elements to convert at once for one query, so that they fit in the cache."""
 _MOST_BLOCKS = 16
-"""For several queries, products of larger blocks are faster: at most this many times larger."""
+"""For several queries, larger blocks are faster; blocks are at most this many times larger."""
 _TABLE_NUMBERS = 2**25
 """The largest number of scores in memory at once, unless one query has more."""
 _LARGEST_EXACT = 2**24
-"""All integers up to this one are exact in float32."""
+"""All integers up to this number are exact in float32."""
 
 
 class Ranking(NamedTuple):
@@ -48,7 +48,7 @@ class VectorSearch(NamedTuple):
     """Keys to search by inner products.
 
     Attributes:
-      keys: the keys, ready for inner products; they may be mapped to memory.
+      keys: the keys, ready for inner products; they may be memory-mapped.
       codes: with a quantised precision, the codes of the keys from `quantized`.
       precision: one of `PRECISIONS`. `"int8"` ranks by integer products, `"binary"` by the number
         of equal bits.
@@ -149,7 +149,7 @@ def share_kept(
       top: number of keys to compare.
 
     Returns:
-      The mean over the queries, in [0, 1]; a query without other keys has 1.
+      The mean over the queries, in [0, 1]; a query without other keys counts as 1.
 
     Example:
       >>> share_kept([np.array([7, 1, 2])], [np.array([7, 2, 3])], own=[7], top=2)

@@ -1,4 +1,4 @@
-"""Profile a run, report slow first steps and recompiled ones, and cache compiled programs."""
+"""Profile a run, report a slow first step and recompilations, and cache compiled programs."""
 
 import functools
 import os
@@ -19,7 +19,7 @@ __all__ = ["Watch", "keep_compiled", "profiled_steps"]
 
 _WORTH_KEEPING_SECONDS = 0.3
 _SECONDS_UNTIL_LINES = (10.0, 50.0, 60.0)
-"""Until the first line about a slow first step, then between lines, the last one repeatedly."""
+"""The waits before the lines about a slow first step; the last wait repeats."""
 
 
 def keep_compiled() -> None:
@@ -127,12 +127,12 @@ class Watch:
 
 
 class _FirstStep:
-    """Says that the first step still runs, if it takes long.
+    """Reports that the first step is still running if it takes long.
 
     A large model on a few cores takes minutes, in which nothing else is printed.
 
     Attributes:
-      is_compiled: whether its program is compiled.
+      is_compiled: whether the step's program is compiled.
     """
 
     def __init__(self) -> None:

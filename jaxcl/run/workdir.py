@@ -124,7 +124,7 @@ def _remove_run(workdir: AnyPath, names: Sequence[str]) -> None:
         _remove(workdir / name)
     remove_tree(local_folder(workdir) / "tensorboard")
     for directory in (workdir / CHECKPOINTS, workdir):
-        with contextlib.suppress(OSError, ValueError):  # if it has files of the user
+        with contextlib.suppress(OSError, ValueError):  # if the folder has files of the user
             directory.rmdir()
 
 
