@@ -59,7 +59,7 @@ BENCHMARKS = (
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run one benchmark and return its record, which the JSON file holds."""
+    """Run one benchmark and return its record, which is also written to the JSON file."""
     parser = CommandParser("jaxcl.bench", __doc__, passes_on=True)
     parser.add_argument("benchmark", choices=BENCHMARKS, help="add --help for its flags")
     parser.add_argument("--json", type=user_path, metavar="FILE", help="where to write the record")

@@ -110,7 +110,7 @@ def prepare_nearest(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -
 
 
 def prepare_update(spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Callable:
-    """One update of a sentence-transformers model: forward, loss, gradient, clipping, AdamW."""
+    """Return a function that runs one update: forward, loss, gradient, clipping, AdamW."""
     import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import losses

@@ -9,13 +9,13 @@
 - *nearest*: the nearest rows of each row of a table, compared with the flat index of faiss.
 - *step*: one update of a pretrained model on texts without padding, compared with
   sentence-transformers (`--model FOLDER`).
-- *texts*: the same on the pairs of code search, without and with gradient caching, and with length
-  buckets; sentence-transformers pads each side to its longest text.
+- *texts*: the same update on the pairs of code search, without and with gradient caching, and with
+  length buckets; sentence-transformers pads each side to its longest text.
 
 Every program runs in a separate process. Each round measures all processes one after the other, and
 their results must agree. The memory is the peak, less what the process held after its imports and
 preparation. The OpenBLAS in faiss may not know the CPU, and then uses slow kernels; on a CPU with
-AVX-512, OPENBLAS_CORETYPE=SKYLAKEX chooses the fast ones.
+AVX-512, OPENBLAS_CORETYPE=SKYLAKEX chooses the fast kernels.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ def measure(*, part: str, torch_python: str, rounds: int, **sizes: Any) -> dict[
       The record that `jaxcl.bench` prints, in CPU seconds.
 
     Raises:
-      RuntimeError: if two programs do not compute the same.
+      RuntimeError: if two programs do not compute the same results.
     """
     prepare: Mapping[str, Callable] = {
         "loss": _loss,
@@ -172,7 +172,7 @@ def _texts(sizes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarr
         keep_pretrained_files(settings, Path(folder))  # such as the tokenizer
         data = prepare_data(settings.data, data_dir=data_dir, workdir=Path(folder))
         table = data.tables["train"]
-        # The choice for accelerators: on CPUs, a run has at most three unless it asks for more.
+        # The choice for accelerators: on CPUs, a run has at most three widths by default.
         widths = choose_text_widths(settings, table, num_devices=1, platform="gpu")
         rows = np.random.default_rng(0).choice(table.num_rows, spec["batch"], replace=False)
         batch = table_batch(table, rows)

@@ -4,7 +4,7 @@
         [--batch N …] [--methods NAME …] [--rounds N] [--measured N] [--recall] [--json FILE]
 
 The embeddings come from the training rows of a trained run, from the arrays `query` and `key` of an
-.npz file, or are drawn at random with nested topics. `--rows` takes a random sample of them.
+.npz file, or are drawn at random with nested topics. `--rows` samples that many rows at random.
 Methods run one after the other, each in a separate process, which measures its peak memory; a
 second run in that process, with another seed, is timed without compilation. The gap is measured on
 the same embeddings. METIS is included if it is installed (`pymetis`); its time includes its graph.
@@ -128,11 +128,11 @@ def measure(
 
     Args:
       sides: the embeddings.
-      path: a file with the same embeddings.
+      path: the file that holds the same embeddings.
       batch_sizes: the batch sizes; a batch is one block.
       methods: names of `METHODS`; METIS is left out if it is not installed.
       rounds: the number of repetitions, each with another seed.
-      measured_rows: the number of rows to measure the gap on, in whole batches; 0 for none.
+      measured_rows: the number of rows whose gap is measured, in whole batches; 0 for none.
 
     Returns:
       The record that `jaxcl.bench` prints: seconds without compilation.
@@ -201,7 +201,7 @@ def _balanced_k_means(sides: Sides, batch_size: int, seed: int) -> Int[np.ndarra
     room = np.full(number, batch_size)
     room[-1] = num_rows - (number - 1) * batch_size
     cluster = np.full(num_rows, -1)
-    # Rows that would lose most by a second choice come first.
+    # Rows that would lose most by their second choice come first.
     for row in np.argsort(values[:, -1] - values[:, 0]):
         free = choices[row][room[choices[row]] > 0]
         if len(free):
@@ -214,7 +214,7 @@ def _balanced_k_means(sides: Sides, batch_size: int, seed: int) -> Int[np.ndarra
 def _metis(
     sides: Sides, batch_size: int, seed: int, *, weighted: bool, graph_kind: str = "exact"
 ) -> Int[np.ndarray, " n"]:
-    """METIS's parts of the graph; surplus rows of large parts fill small ones."""
+    """METIS's parts of the graph; surplus rows of large parts fill small parts."""
     import pymetis
     import scipy.sparse
 
@@ -271,7 +271,7 @@ def _recalls(sides: Sides) -> dict[str, float]:
 
 
 def _in_batches(parts: np.ndarray, number: int, batch_size: int) -> Int[np.ndarray, " n"]:
-    """Turn parts of about a batch into full batches; the last batch has the remaining rows."""
+    """Turn parts about as large as a batch into full batches; the last has the remaining rows."""
     order = np.argsort(parts, kind="stable")
     sizes = np.bincount(parts, minlength=number)
     rank = np.arange(len(parts)) - (np.cumsum(sizes) - sizes)[parts[order]]

@@ -54,7 +54,7 @@ def measure(workdir: Path, *, share: float, copies: int, steps: int, seeds: int)
     Args:
       workdir: the folder of a run.
       share: the share of rows that are copied.
-      copies: the number of copies of each.
+      copies: the number of copies of each such row.
       steps: the number of training steps.
       seeds: the number of seeds, from 0.
 

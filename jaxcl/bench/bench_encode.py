@@ -58,7 +58,7 @@ def standard_library_texts(count: int) -> list[str]:
     """Docstrings and functions of the standard library, alternating.
 
     Raises:
-      ValueError: if there are fewer than `count`.
+      ValueError: if there are fewer than `count` texts.
     """
     files = scan_files(installed_roots()[:1]).files
     functions = parse_functions(files).functions

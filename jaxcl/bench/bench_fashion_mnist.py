@@ -5,7 +5,7 @@
 Trains the small encoder of `configs/simclr.py` on two augmented views of the 60,000 training
 pictures of Fashion-MNIST (Xiao, Rasul and Vollgraf, 2017), without their labels. Then
 nearest neighbours and a linear probe classify the 10,000 test pictures, given 5,000 labelled ones:
-by the features below the projection head, by those of the encoder before training, and by pixels.
+by the features below the projection head, by the encoder's features before training, and by pixels.
 With `--leave-out`, SimCLR also trains without each of its augmentations, and without any. The
 pictures come from Debian's package dataset-fashion-mnist.
 """
@@ -40,7 +40,7 @@ FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """The folder of Debian's package."""
 
 _CLASSES = 10
-_PARTS = {"train": 4_000, "validation": 1_000}  # labelled pictures; the latter tune the probe
+_PARTS = {"train": 4_000, "validation": 1_000}  # labelled pictures; validation tunes the probe
 _BATCH = 256
 _AUGMENTATION = {
     "crop_scale": (0.4, 1.0),

@@ -2,7 +2,7 @@
 
     python -m jaxcl.bench files --rows 1000000 [--folder DIR] [--rounds 1]
 
-The rows are generated JSON lines with a query of 4 and a key of 12 words. Each round runs in a new
+The rows are generated JSON lines with a query of 4 words and a key of 12. Each round runs in a new
 process, with an empty cache.
 """
 

@@ -79,7 +79,7 @@ def measure(
     Args:
       sizes: heights and widths of the JPEGs, in pixels.
       threads: numbers of threads that decode.
-      rounds: how often each is measured.
+      rounds: the number of measurements of each.
       num_images: images per measurement of decoding.
       batch_size, num_steps: the batches of a measurement of waiting, or of an augmentation.
       result: the height and width of the decoded images.
@@ -200,7 +200,7 @@ def _augmentation(name: str, size: int, batch_size: int) -> Callable[[Key[Array,
 
 
 def _make_step() -> Callable[..., Any]:
-    """A gradient step of three strided convolutions, on any square images."""
+    """Make the gradient step of three strided convolutions, for any square images."""
 
     def loss(
         weights: list[Float[Array, "3 3 _ _"]], images: UInt8[Array, "b s s 3"]

@@ -7,7 +7,7 @@ of short questions and long passages, whose lengths are log-normal: medians of 1
 with a tenth of the passages longer than 280. Only lengths are counted; nothing is trained.
 
 By default, a side has several widths only if they save enough to pay for the second pass of
-gradient caching. Here both sides always have them.
+gradient caching. In this benchmark, both sides always have several widths.
 """
 
 import json
@@ -119,7 +119,7 @@ def _questions(folder: Path, num_rows: int) -> Any:
 
 
 def _text(rng: np.random.Generator, median: float, spread: float) -> str:
-    """Words of a small vocabulary, a log-normal number of them."""
+    """A log-normal number of words of a small vocabulary."""
     count = max(1, round(median * np.exp(spread * rng.normal())))
     return " ".join(rng.choice(_WORDS, count))
 

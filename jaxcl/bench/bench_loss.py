@@ -35,7 +35,7 @@ __all__ = ["main", "measure"]
 _AXIS = "data"
 _TEMPERATURE = 0.05
 _TORCH_PROGRAM = Path(__file__).with_name("loss_torch.py")
-_PEAK_SIZE = {"cpu": 2_048}  # rows of a square product; 16,384 on other backends
+_PEAK_SIZE = {"cpu": 2_048}  # rows of a square matrix product; 16,384 on other backends
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _check_agreement(results: Mapping[str, Any], dtype: str) -> None:
     largest = {"float32": 1e-3, "bfloat16": 2e-2}[dtype]
     expected = results["reference"]
     for name, result in results.items():
-        # The loss comes first; a forward pass alone has nothing else.
+        # The loss comes first; a forward pass alone returns nothing else.
         for pair in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=False):
             leaf, reference = (value.astype(jnp.float32) for value in pair)
             difference = jnp.linalg.norm(leaf - reference) / jnp.linalg.norm(reference)

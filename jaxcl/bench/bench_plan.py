@@ -3,7 +3,7 @@
     python -m jaxcl.bench plan [--config FILE] [--batch 256] [--rounds 3]
 
 Each round runs in a new process with one device. It plans, compiles, and then creates the state and
-trains a few steps. The growth of its peak memory in this last part is compared with the plan. Needs
+trains a few steps. The growth of its peak memory in these steps is compared with the plan. Needs
 Linux (`/proc/self/clear_refs`).
 """
 

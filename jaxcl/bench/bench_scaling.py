@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
                 say(f"round {number} of {arguments.rounds}: {processes} processes")
                 workdir = Path(folder) / f"{number}-{processes}"
                 parts = _trained(arguments.config, workdir, processes, arguments.steps)
-                if number:  # the first one compiles
+                if number:  # the first step compiles
                     for part, seconds in parts.items():
                         name = f"{part}, {processes} processes"
                         rounds.setdefault(name, []).append(1e3 * seconds)

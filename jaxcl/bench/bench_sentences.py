@@ -119,7 +119,7 @@ def _config(
 
 
 def _assigned(config: ConfigDict) -> Mapping[str, Any]:
-    """Batches that are assigned after a quarter of the steps, and twice more."""
+    """The settings of batches that are assigned after a quarter of the steps, and twice more."""
     every = max(config.steps // 4, 1)
     return {"assignment.name": "gcbs", "assignment.gcbs.refresh_every": every}
 

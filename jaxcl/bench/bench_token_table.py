@@ -9,7 +9,7 @@ table, `open` opens it and reads a batch, `start` trains a small model on it for
 stages after it train on that file, and `start` builds the token table.
 
 The same stages with 10,000 rows measure the memory that does not depend on the number of rows, such
-as that of JAX and its programs.
+as the memory of JAX and its programs.
 """
 
 import json

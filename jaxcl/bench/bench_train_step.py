@@ -153,7 +153,7 @@ def measure(
 
     Args:
       shape: the model and its batches.
-      rounds: the number of timings of each.
+      rounds: the number of timings of each program.
       torch_python: an interpreter with torch; `None` leaves PyTorch out.
       torch_variant: how the static encoder sums in PyTorch.
       torch_adam: the implementation of Adam in PyTorch.
@@ -207,7 +207,7 @@ def measure(
 def _rates(
     timed: Mapping[str, Callable[[int], float]], shape: StepShape, rounds: int
 ) -> dict[str, list[float]]:
-    """Pairs per second, measured in turn, each after warm-up steps."""
+    """Pairs per second of each program, measured in turn after warm-up steps."""
     rates: dict[str, list[float]] = {name: [] for name in timed}
     for index in range(rounds):
         names = list(timed) if index % 2 == 0 else list(timed)[::-1]

@@ -6,7 +6,7 @@ It measures the parts of a step of a BERT with random parameters: the encoder of
 attention, the three products of a linear layer, and everything around them. Parts are forward and
 backward, except where the name says otherwise. In each round, every part runs in jaxcl and then in
 PyTorch. CPU seconds count all threads. PyTorch's encoder has dropout on attention weights, as in
-pretraining; jaxcl's has none there.
+pretraining; jaxcl's encoder does not.
 """
 
 import functools
@@ -199,5 +199,5 @@ def _update(params: PyTree) -> tuple[Callable, tuple]:
 
 
 def _gradient(function: Callable) -> Callable:
-    """The gradient for a function's first argument, of half the sum of squares of its results."""
+    """The gradient of half the sum of squares of a function's results, for its first argument."""
     return jax.grad(lambda first, *others: (function(first, *others) ** 2).sum() / 2)

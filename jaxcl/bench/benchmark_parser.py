@@ -12,7 +12,7 @@ def benchmark_parser(name: str, doc: str | None) -> CommandParser:
 
 
 def add_training_flags(parser: CommandParser) -> None:
-    """Add the number of trainings, and the interpreter with which they are compared."""
+    """Add the number of seeds, and the interpreter of the training to compare with."""
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--torch-python",

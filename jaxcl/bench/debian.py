@@ -3,8 +3,8 @@
     python -m jaxcl.bench.debian --output debian
 
 The query is the short description of a package ("fast image viewer"), and its document is the long
-one. Runs on Debian or Ubuntu with a network, without root, in about a minute: apt's lists are
-downloaded to a temporary folder. It writes
+description. Runs on Debian or Ubuntu with a network, without root, in about a minute: apt's lists
+are downloaded to a temporary folder. It writes
 
     pairs.jsonl                   training rows: "query" and "positive"
     evaluation/corpus.jsonl       the long descriptions of all packages
@@ -79,7 +79,7 @@ def _run(arguments: Namespace) -> None:
 
 
 def descriptions(packages: str, translations: str) -> list[Description]:
-    """Join the short descriptions of apt's lists with the long ones.
+    """Join the short descriptions in apt's lists with the long descriptions.
 
     Args:
       packages: the content of `Packages` files.

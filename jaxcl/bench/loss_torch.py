@@ -1,4 +1,4 @@
-"""The PyTorch side of `jaxcl.bench.bench_loss`: cross entropy both ways, eager and compiled.
+"""The PyTorch side of `jaxcl.bench.bench_loss`: symmetric cross entropy, eager and compiled.
 
 A separate program that needs only torch and NumPy. It reads the shape to measure from its argument,
 as JSON, and prints the results as JSON in its last line.

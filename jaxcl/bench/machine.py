@@ -1,4 +1,4 @@
-"""The commit and the CPU of a measurement."""
+"""The commit and the CPU with which a measurement was made."""
 
 import platform
 import subprocess

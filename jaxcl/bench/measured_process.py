@@ -1,6 +1,6 @@
 """Measure the time and the memory of a function in a separate process.
 
-It imports only the standard library, so that scripts of other environments can import it.
+This module imports only the standard library, so that scripts of other environments can import it.
 """
 
 import json

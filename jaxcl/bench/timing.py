@@ -24,9 +24,9 @@ class Compiled(NamedTuple):
     """A compiled program.
 
     Attributes:
-      call: runs it on the arguments that it was compiled with.
+      call: runs the program on the arguments that it was compiled for.
       seconds: the compile time.
-      temporary_mebibytes: its memory on a device in addition to arguments and results.
+      temporary_mebibytes: memory on each device in addition to arguments and results.
     """
 
     call: Callable[[], PyTree]
@@ -88,9 +88,9 @@ def largest_that_fits(
     """Facts for a record: the largest batch that fits in a device's memory, found by doubling.
 
     Args:
-      functions: name -> function; it is compiled, but not run.
+      functions: name -> function; functions are compiled, but not run.
       arguments_of: batch size -> abstract arguments.
-      start: the first size to try; the result is 0 if it does not fit.
+      start: the first size to try; the result is 0 if this size does not fit.
     """
     budget = memory_bytes()
     return {

@@ -56,7 +56,7 @@ class GeneratedPairs:
       seed: determines the words.
 
     Attributes:
-      words: all of them.
+      words: the vocabulary.
 
     Example:
       >>> GeneratedPairs(3).read([2])
@@ -208,7 +208,7 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _peak_mebibytes() -> float:
-    """This process's peak memory; that of `getrusage` would include its parent's."""
+    """This process's peak memory; the peak from `getrusage` would include its parent's."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 

@@ -1,4 +1,4 @@
-"""Starts the PyTorch twin in a separate process, sends it the model, and compares their results."""
+"""Starts the PyTorch twin in a separate process, sends it the model, and compares the results."""
 
 import contextlib
 import json
@@ -42,8 +42,8 @@ def torch_twin(
       python: an interpreter with torch and NumPy.
       spec: the model, its optimizer and their variants, for `train_step_torch.py`.
       program: the training program, whose initial parameters the twin uses.
-      batches: the batches that it trains on, in turn, as NumPy arrays.
-      workdir: the folder for the files that it reads.
+      batches: the batches that the twin trains on, in turn, as NumPy arrays.
+      workdir: the folder for the files that the twin reads.
       huge_pages: whether to set the environment variable that `jaxcl.train` sets for itself
         (`jaxcl.host.huge_pages`). PyTorch programs usually run without it.
     """
@@ -65,7 +65,7 @@ def torch_process(
 
     Args:
       python: an interpreter with torch.
-      program: a script that prints a line of JSON when it is ready, and one per line of input.
+      program: a script that prints a line of JSON when it is ready, and one for each input line.
       spec_file: the argument of the script.
       huge_pages: as for `torch_twin`.
     """

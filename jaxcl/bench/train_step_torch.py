@@ -115,7 +115,7 @@ class TransformerEncoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention and an MLP, each with a norm before it, dropout and a residual."""
+    """Self-attention and an MLP, each with a preceding norm, dropout and a residual."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], *, num_heads: int, dropout: float):
         super().__init__()
@@ -168,7 +168,7 @@ class Training:
     Args:
       spec: the name and options of the model, and the settings of the optimizer.
       arrays: the initial parameters, by path.
-      dropout: the rate, for tokens (`static`) or activations (`transformer`).
+      dropout: the dropout rate, of tokens (`static`) or of activations (`transformer`).
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class Training:
         self.update()
 
     def checked_step(self, batch: Mapping[str, Tensor]) -> tuple[float, float]:
-        """Make one update; return the loss before it and the gradient's norm."""
+        """Make one update; return the loss before the update and the norm of the gradient."""
         loss = self.differentiate(batch)
         # In float64: PyTorch's own float32 norm of a large table is off by 0.2%.
         squares = [parameter.grad.double().square().sum() for parameter in self.parameters]

@@ -46,7 +46,7 @@ def _product(spec: Spec) -> dict[str, Any]:
 def _copy(spec: Spec) -> dict[str, Any]:
     size = spec.sizes.copy_mebibytes * 2**20 // 4
     inputs = [(jax.random.normal(jax.random.key(spec.seed + i), (size,)),) for i in range(2)]
-    # XLA removes a copy that changes nothing; one sum per number costs no time next to memory.
+    # XLA removes a copy that changes nothing; one addition per number costs no time next to memory.
     program = compile_program(lambda array: array + 1, *inputs[0])
     errors = checked(
         {"copy": program.call(*inputs[0])[:4_096]},

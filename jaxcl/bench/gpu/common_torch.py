@@ -48,7 +48,7 @@ def unit_rows(seed: int, rows: int, dim: int) -> torch.Tensor:
 def checked(
     found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], *, tolerance: float
 ) -> dict[str, float]:
-    """Relative errors by name; raises `CheckFailed` above the tolerance."""
+    """Relative errors by name; raises `CheckFailed` if an error is above the tolerance."""
     errors = {}
     for name, reference in wanted.items():
         difference = (found[name].double() - reference.double()).norm() / reference.double().norm()
@@ -76,7 +76,7 @@ class PeakMemory:
 def time_calls(
     call: Callable[..., object], inputs: Sequence[tuple], sizes: dict[str, Any]
 ) -> dict[str, list[float]]:
-    """Milliseconds of a call, round after round, over inputs in rotation, after warm-up calls."""
+    """Milliseconds per call in each round, cycling through the inputs, after warm-up calls."""
     rotation = itertools.cycle(inputs)
 
     def seconds(count: int) -> float:

@@ -1,4 +1,4 @@
-"""The symmetric InfoNCE loss and its gradients, written out as a reference for fast ones."""
+"""The symmetric InfoNCE loss and its gradients, written out as a reference for fast losses."""
 
 import functools
 from typing import Any
@@ -28,10 +28,10 @@ def exact_infonce(
       queries: vectors of any type.
       keys: the key of each query.
       temperature: $\tau$.
-      dtype: of the computation, "float32" or "float64", with the highest precision of products.
+      dtype: type of the computation, "float32" or "float64", with the highest matmul precision.
 
     Returns:
-      `loss`, `queries`, `keys` and `temperature`: the value, and the gradient by each.
+      `loss`, the value, and `queries`, `keys` and `temperature`, the gradients.
     """
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         wide = (jnp.asarray(np.asarray(side), dtype) for side in (queries, keys))

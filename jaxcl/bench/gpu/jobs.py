@@ -1,4 +1,4 @@
-"""The parts in their order, and the processes that each of them consists of."""
+"""The parts in their order, and the processes that each part consists of."""
 
 import sys
 from collections.abc import Collection, Mapping
@@ -24,12 +24,12 @@ class Job(NamedTuple):
     """One process.
 
     Attributes:
-      part: its number in `PARTS`; 0 for the machine and its ceilings.
+      part: number of the part in `PARTS`; 0 for the machine and its ceilings.
       name: unique among all jobs.
       program: a module with `measure_all(recorder, spec)`, or a script that needs PyTorch.
-      weight: its share of the time that is left, relative to the jobs after it.
+      weight: the job's share of the remaining time, relative to the weights of the jobs after it.
       measurement_seconds: the time limit of a single measurement.
-      on_cpu: runs on the host's CPU, for comparison.
+      on_cpu: whether the job runs on the host's CPU, for comparison.
     """
 
     part: int

@@ -33,7 +33,7 @@ NEEDS_DEVICE = True
 TEMPERATURE = 0.05
 GRADIENTS = ("queries", "keys", "temperature")
 LOSS_TOLERANCE = 1e-3
-TOLERANCE = 2e-2  # of gradients: their weights and results keep the 8 bits of bfloat16
+TOLERANCE = 2e-2  # of gradients, whose weights and results keep the 8 bits of bfloat16
 
 _NUM_INPUTS = 3
 
@@ -126,10 +126,10 @@ def _measure(one: Measurement, spec: Spec, exact: Callable[..., dict]) -> dict[s
         function = jax.value_and_grad(loss, (0, 1, 2)) if one.gradients else loss
         program = compile_program(function, *inputs[0])
     results = jax.device_get(program.call(*inputs[0]))
-    facts = memory.facts()  # before the reference, which needs more
+    facts = memory.facts()  # before the reference, which needs more memory
     errors = _checked(one, results, exact(one.batch, one.dim))
     timed = time_calls(program.call, inputs, spec.sizes)
-    products = 3 if one.gradients else 1  # backward has two more; recomputation is not counted
+    products = 3 if one.gradients else 1  # backward adds two; recomputation is not counted
     flops = products * 2.0 * one.batch**2 * one.dim
     return {**program.facts, **facts, **errors, "flops": flops, "pairs": one.batch, **timed}
 

@@ -44,7 +44,7 @@ def measure_all(recorder: Recorder, spec: dict[str, Any]) -> None:
 
 
 def loss(queries: torch.Tensor, keys: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """The mean over both directions, over the whole matrix."""
+    """The mean cross entropy of both directions, over the whole matrix."""
     scores = (queries @ keys.T).float() / temperature
     labels = torch.arange(len(scores), device=scores.device)
     return (F.cross_entropy(scores, labels) + F.cross_entropy(scores.T, labels)) / 2
@@ -63,7 +63,7 @@ def _measure(
         raise NotHere(
             f"three float32 matrices take {needed / 2**30:.0f} of {limit / 2**30:.0f} GiB"
         )
-    torch.compiler.reset()  # or the shapes so far would count towards a limit of compilations
+    torch.compiler.reset()  # otherwise, earlier shapes count towards the limit of recompilations
     wanted = exact(batch, dim)
     inputs = [_inputs(spec["seed"] + 2 * number, batch, dim) for number in range(3)]
     memory = PeakMemory()
@@ -72,7 +72,7 @@ def _measure(
     value, slopes = call(*inputs[0])
     synchronize()
     facts = {"compile_s": time.perf_counter() - start, **memory.facts()}
-    # Scores are rounded to bfloat16 here, as PyTorch's users have them.
+    # Scores are rounded to bfloat16 here, as in typical PyTorch code.
     errors = checked({"loss": value}, {"loss": wanted["loss"]}, tolerance=2e-2)
     named_slopes = dict(zip(GRADIENTS, slopes, strict=False))
     errors |= checked(named_slopes, {name: wanted[name] for name in named_slopes}, tolerance=1e-1)

@@ -29,14 +29,14 @@ __all__ = [
 
 _MOST_CALLS = 32
 _IN_FLIGHT = 4
-_MOST_SECONDS = 4.0  # of all rounds of one program
+_MOST_SECONDS = 4.0  # for all rounds of one program
 
 
 class CompiledProgram(NamedTuple):
     """A compiled program.
 
     Attributes:
-      call: runs it.
+      call: runs the program.
       facts: compile seconds; MiB of its arguments, results and temporaries; bytes of memory traffic
         in one call, as `jaxcl.cost.program_cost` reads them off the compiled program.
     """
@@ -56,7 +56,7 @@ def compile_program(function: Callable, *arguments: PyTree) -> CompiledProgram:
         sizes = ("argument", "output", "temp")
         total = sum(getattr(memory, f"{kind}_size_in_bytes") for kind in sizes)
         facts["program_mib"] = (total - memory.alias_size_in_bytes) / 2**20
-    # A backend may write programs in ways that are not known there.
+    # A backend may write programs in a form that `program_cost` cannot read.
     with contextlib.suppress(IndexError, KeyError, ValueError):
         facts["bytes"] = traffic(program.as_text()).memory
     return CompiledProgram(program, facts)
@@ -97,7 +97,7 @@ def checked(
     """Relative errors by name.
 
     Raises:
-      CheckFailed: if one is above the tolerance or not a number.
+      CheckFailed: if an error is above the tolerance or not a number.
     """
     errors = {name: relative_error(found[name], wanted[name]) for name in wanted}
     if not max(errors.values()) <= tolerance or not np.isfinite([*errors.values()]).all():
@@ -123,8 +123,8 @@ def relative_error(found: Any, wanted: Any) -> float:
 class PeakMemory:
     """The allocator's peak during one measurement.
 
-    A process's peak never falls. Where a measurement did not raise it, the figure is an upper
-    bound, and `peak_is_bound` says so. CPUs report none.
+    A process's peak never falls. If a measurement did not raise the peak, the figure is an upper
+    bound, and `peak_is_bound` says so. CPUs report no peak.
     """
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from jaxcl.bench.gpu.worker import Spec
 
 __all__ = ["NEEDS_DEVICE", "measure_all"]
 
-NEEDS_DEVICE = False  # the programs take it
+NEEDS_DEVICE = False  # the programs started here need the device for themselves
 
 _CONFIG = Path(jaxcl.__file__).parents[1] / "configs" / "code_search.py"
 
@@ -28,7 +28,7 @@ def measure_all(recorder: Recorder, spec: Spec) -> None:
         options = list(spec.sizes.smoke_options)
         if spec.pairs is not None:
             data.append(f"--config.data.name={spec.pairs}")
-            # Which pairs are prepared is settled, so that a setting of it would be an error.
+            # The prepared pairs are fixed, so a setting that selects pairs would be an error.
             options = [option for option in options if "data.code_pairs" not in option]
         train_smoke = functools.partial(
             _train,
@@ -69,7 +69,7 @@ def _train(config: str, workdir: Path, *options: str) -> dict[str, Any]:
 
 
 def _restore(train: Any, workdir: Path) -> dict[str, Any]:
-    """The same command again only restores and evaluates; its metrics must be the same."""
+    """Run the same command again, which only restores and evaluates; compare the metrics."""
     if not (workdir / "results.json").exists():
         raise CheckFailed("there is no trained run to restore")
     before = _metrics(json.loads((workdir / "results.json").read_text()))
@@ -87,5 +87,5 @@ def _metrics(results: dict[str, Any]) -> dict[str, float]:
         f"{split} {method}": figures["mrr@10"]["mean"]
         for split, variants in results["metrics"].items()
         for method, figures in variants["plain"].items()
-        if " - " not in method  # a difference of two
+        if " - " not in method  # a difference of two methods
     }

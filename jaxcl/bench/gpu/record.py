@@ -17,7 +17,7 @@ _PRODUCT, _COPY = "bf16 product", "device copy"
 
 
 class Record:
-    """The results so far, on disk at any time.
+    """The results so far, which are always on disk.
 
     Args:
       path: the JSON file; `None` keeps the record in memory only.
@@ -30,7 +30,7 @@ class Record:
         self._write()
 
     def add(self, job: Job, event: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Add an event of a job; return its result, if it is one."""
+        """Add an event of a job; return the result if the event is one."""
         if event["event"] == "machine":
             facts = {name: value for name, value in event.items() if name != "event"}
             self.content["machine"][job.name] = facts

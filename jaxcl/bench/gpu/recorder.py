@@ -28,14 +28,14 @@ class DeviceLost(Exception):
 class Recorder:
     """Runs measurements one after the other, and writes each result before the next starts.
 
-    A measurement is a function that returns a JSON dictionary. If it raises, the others still run.
+    A measurement is a function that returns a JSON dictionary. If one raises, the others still run.
 
     Args:
       path: the file of JSON lines that the parent reads.
-      seconds: how long this process may take.
+      seconds: the time limit of this process.
       done: names of measurements that an earlier process of this job has finished or died in.
       is_alive: checks after a failure whether the device still works.
-      out_of_memory: texts by which an error says that the measurement did not fit.
+      out_of_memory: texts in the messages of errors that mean that a measurement did not fit.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Recorder:
         """Run one measurement, or record why it is skipped.
 
         Raises:
-          DeviceLost: if the device does not survive it.
+          DeviceLost: if the device does not survive the measurement.
         """
         if name in self._done:
             return

@@ -1,4 +1,4 @@
-"""Part 5: seconds of nearest neighbours and assignments, and the share of the gap they close."""
+"""Part 5: seconds of searches and assignments, and the share of the gap that assignments close."""
 
 import functools
 import time
@@ -49,7 +49,7 @@ def check_neighbours(
 
     Raises:
       CheckFailed: if similarities differ by more than the tolerance, or a row is returned whose
-        exact similarity is lower than the last neighbour's by more than that.
+        exact similarity is lower than the last neighbour's by more than the tolerance.
     """
     count = result.rows.shape[1]
     scores = jnp.matmul(queries[:_CHECKED], table.T, precision="highest")
@@ -100,7 +100,7 @@ def _search(spec: Spec, num_rows: int, num_queries: int) -> dict[str, Any]:
 
 
 def _assign(recorder: Recorder, spec: Spec, num_rows: int, preset: str) -> dict[str, Any]:
-    """Seconds of a second call with another seed; of the first if no time is left for two."""
+    """Seconds of a second call with another seed, or of the first if time is left for only one."""
     batch = spec.sizes.assigned_batch
     memory = PeakMemory()
     sides = [np.asarray(side) for side in topic_pairs(spec.seed, num_rows, spec.sizes.search_dim)]

@@ -1,4 +1,4 @@
-"""The sizes to measure: on a GPU (`FULL`), and as a rehearsal on a CPU (`TINY`).
+"""The sizes to measure on a GPU (`FULL`), and in a rehearsal on a CPU (`TINY`).
 
 Standard library only: the parent and the PyTorch scripts read these without starting JAX.
 """
@@ -46,26 +46,26 @@ class Sizes(NamedTuple):
     Attributes:
       name: "full" or "tiny".
       rounds: timed rounds; their median is reported.
-      round_seconds: how long a round lasts at least, by repeating short calls.
+      round_seconds: minimum seconds per round, reached by repeating short calls.
       product_size: rows of the square bf16 product that is the ceiling of arithmetic.
       copy_mebibytes: the array whose copy is the ceiling of memory traffic.
       losses: names of the losses that are checked.
       smoke_rows: pairs that each loss is checked on.
-      smoke_dim: width of their embeddings.
+      smoke_dim: width of these pairs' embeddings.
       assigned_rows: pairs of the assignment in the smoke part.
       parity_batches: batch sizes at which kernels are compared with the exact loss.
-      parity_dims: widths there.
+      parity_dims: widths of the embeddings in this comparison.
       loss_batches: batch sizes of the timed losses.
-      loss_dims: widths there.
+      loss_dims: widths of the embeddings of the timed losses.
       tiles: tile sizes of the tiled loss, the most promising first.
       cells: timed training steps, the most valuable first.
       check_rows: pairs on which a training step is checked first.
       search_rows: rows of the nearest-neighbour tables, each with its number of queries.
       assignments: rows and preset of the timed assignments.
-      search_dim: width of the embeddings in both.
+      search_dim: width of the embeddings in searches and assignments.
       search_count: neighbours per query.
       assigned_batch: rows of a batch in the assignments.
-      smoke_options: additional options of the smoke config's run.
+      smoke_options: additional options of the run of the smoke config.
       default_config: whether the default config is trained in addition to its `smoke` variant.
     """
 
@@ -174,8 +174,8 @@ TINY = Sizes(
 def step_flops(cell: Cell) -> float:
     """The floating-point operations that the mathematics of one training step requires.
 
-    All matrix products of both sides' encoders and of the scores, counted three times: forward,
-    and backward to both factors. Recomputation by a gradient cache is not counted.
+    These are all matrix products of both sides' encoders and of the scores, counted three times:
+    forward, and backward to both factors. Recomputation by a gradient cache is not counted.
 
     Example:
       >>> step_flops(Cell(Encoder("one", 1, 2, 1, 3), 5, 7, None))  # 3 · (70 · 96 + 14 · 8 + 196)

@@ -52,7 +52,7 @@ def losses(num_rows: int) -> Mapping[str, Callable[..., Array]]:
         return running_estimate_loss(queries, keys, estimates=estimates, **options)[0]
 
     def distillation(queries: Array, keys: Array, temperature: Array, implementation: str) -> Array:
-        del implementation  # it compares no rows
+        del implementation  # this loss compares no rows
         scores = jnp.sin(jnp.arange(num_rows**2, dtype=queries.dtype)).reshape(num_rows, -1)
         return distillation_loss(queries, keys, teacher_scores=scores, temperature=temperature)
 

@@ -65,11 +65,12 @@ def _measure(cell: Cell, spec: dict[str, Any], compiled: bool) -> dict[str, Any]
 
 
 def _check(cell: Cell, spec: dict[str, Any]) -> dict[str, float]:
-    """Compare autocast with float32, and the cached loss with the whole one, on a few rows.
+    """Compare autocast with float32, and the cached loss with the uncached loss, on a few rows.
 
-    There is no dropout. Under autocast the losses round their scores to bfloat16. A random
-    encoder's embeddings are so similar that the loss's gradient is then mostly rounding. So the
-    encoder's gradient is compared for a random weighting of the embeddings, and the loss by value.
+    There is no dropout. Under autocast, the losses round their scores to bfloat16. A random
+    encoder's embeddings are so similar that the loss's gradient is then mostly rounding error. So
+    the encoder's gradient is compared for a random weighting of the embeddings, and the loss by
+    value.
     """
     rows = spec["sizes"]["check_rows"]
     model = _model(cell, dropout=0.0)
@@ -112,7 +113,7 @@ def _model(cell: Cell, *, dropout: float) -> SentenceTransformer:
         intermediate_size=encoder["mlp_dim"],
         max_position_embeddings=max(cell["num_tokens"], 16),
         hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=0.0,  # jaxcl's encoder has none either
+        attention_probs_dropout_prob=0.0,  # jaxcl's encoder has no attention dropout either
     )
     with tempfile.TemporaryDirectory() as folder:
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

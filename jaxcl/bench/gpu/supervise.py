@@ -1,4 +1,4 @@
-"""Runs one job in separate processes, within its time, and reads its results as they arrive."""
+"""Runs one job in separate processes, within its time limit, and reads results as they arrive."""
 
 import contextlib
 import json
@@ -23,8 +23,8 @@ class Outcome(NamedTuple):
 
     Attributes:
       status: "complete", "cut short" at its time limit, or "failed".
-      seconds: how long it took.
-      log: the output of its processes.
+      seconds: how long the job took.
+      log: the output of the job's processes.
     """
 
     status: str
@@ -61,7 +61,7 @@ class _Progress:
             self._on_event(event)
 
     def blame(self, kind: str, error: str) -> bool:
-        """Record the process's end as a failure of its measurement; `False` if there was none."""
+        """Record the process's end as a failure of its measurement; `False` if none was running."""
         if self.current is None:
             return False
         self._on_event({"event": "failure", "name": self.current, "kind": kind, "error": error})
@@ -83,7 +83,7 @@ def run_job(
     """Run a job until its end or its time limit.
 
     If a process dies or hangs, only its current measurement is lost: a new process continues with
-    the others, as long as there is time.
+    the other measurements, as long as there is time.
 
     Args:
       command: the command of a process, which reads `spec` from `directory / "spec.json"`.
@@ -146,7 +146,7 @@ def _ended(status: int) -> str:
 def _group(
     command: Sequence[str], environment: Mapping[str, str], output: Any
 ) -> Iterator[subprocess.Popen]:
-    """A process in a new process group; the whole group is killed on the way out."""
+    """A process in a new process group; the whole group is killed on leaving the context."""
     process = subprocess.Popen(
         command,
         env=dict(environment),

@@ -113,7 +113,7 @@ def _shortened(record: Mapping[str, Any]) -> list[str]:
 
 
 def _last_line(text: str) -> str:
-    """The line of a traceback with the error, or how a dead process ended."""
+    """The line with the error in a traceback, or how a dead process ended."""
     lines = text.strip().splitlines() or [""]
     line = lines[-1] if lines[0].startswith("Traceback") else lines[0]
     return line if len(line) <= 200 else f"{line[:200]}…"
