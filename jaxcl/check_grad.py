@@ -152,7 +152,7 @@ def _compare(
 
 
 def _tiny(settings: Settings) -> Settings:
-    """The settings with a small float32 model without dropout, and chunks of 2 rows if any."""
+    """The settings with a small float32 model without dropout, and 2 rows per chunk if chunked."""
     small = {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "mlp_dim": 32}
 
     def shrink(options: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:

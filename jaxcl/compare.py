@@ -95,7 +95,7 @@ def compare(
     seeds: int = 3,
     baseline: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains every setting with every seed, seed by seed, and compares them with one of them.
+    """Train every setting with every seed, seed by seed, and compare each with the baseline.
 
     Args:
       config: the config shared by all runs.
@@ -164,7 +164,7 @@ def _changed(config: ConfigDict, name: str, seed: int, changes: Mapping[str, Any
 
 
 def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
-    """A table for each held-out split and method, with a row for each setting that has it."""
+    """A table for each held-out split and method, with a row for each setting that has results."""
     baseline = _cell(records[0]["baseline"])
     blocks = []
     for name, first in records[0]["results"].items():
@@ -225,7 +225,7 @@ def _cell(name: str) -> str:
 
 
 def _identity(config: ConfigDict) -> str:
-    """Names a run's results: the settings that decide its parameters, and its evaluation."""
+    """A digest that identifies a run's results: of the settings of its training and evaluation."""
     settings = read_settings(config)
     ranking = {f"evaluation.{name}": one for name, one in settings.evaluation._asdict().items()}
     fields = fields_of(settings) | pretrained_fingerprints(settings) | ranking
@@ -239,7 +239,7 @@ def _data_set_of(config: ConfigDict) -> tuple[str | None, Any]:
 
 
 def _with_data_of(directories: Sequence[AnyPath], config: ConfigDict) -> ConfigDict:
-    """The config with the data set of the first of these runs, whatever was installed since."""
+    """The config with the data set that the first of these runs used, if it still exists."""
     records = (read_remembered_data(directory) for directory in directories)
     data_sets = [record.data_set for record in records if record is not None]
     if config.data.name not in BUILT_IN or not data_sets:
@@ -316,14 +316,14 @@ def _result(
 
 
 def _known(error: float) -> float | None:
-    """The error, or `None`, which JSON has, for the error of a single query or seed."""
+    """The error; for a single query or seed, `None` instead of NaN, which JSON does not have."""
     return None if math.isnan(error) else error
 
 
 def _values(directory: AnyPath) -> dict[str, np.ndarray]:
-    """Every query's part of the metric, by split and method, with names in the keys.
+    """Every query's value of the metric by `SPLIT/METHOD`, with function names visible in the keys.
 
-    Between images and texts, a name also has the direction.
+    Between images and texts, the direction comes between split and method.
     """
     with open_regular(directory / "ranks.npz") as file, np.load(file) as ranks:
         return {

@@ -95,7 +95,7 @@ def embed(
       model: a model, or a path for `jaxcl.load`.
       input: a file with a suffix in `jaxcl.data.text_files.TEXT_FILES`; `"-"` is standard input.
       output: the file to write, `.npy` or `.parquet`.
-      field: the field of the texts in JSON lines, or their column in a table.
+      field: the field of the texts in JSON lines, or the column of the texts in a table.
       side, prompt, batch_size, dim, quantize: as for `EmbeddingModel.encode`.
       overwrite: whether to replace the output if it exists.
       trust: packages from which an encoder named `package.module:function` may be imported.

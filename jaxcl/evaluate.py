@@ -11,7 +11,7 @@ The data are one of
   queries name their `positives`;
 - a file of pairs of texts with scores, or with labels 0 and 1;
 - a folder of images by class, for classifiers on the frozen embeddings; the file `templates.txt` in
-  it, for zero-shot classification; or a file of images with captions;
+  that folder, for zero-shot classification; or a file of images with captions;
 - `split:validation`, rows of a run or a config whose group is their class.
 
 Without data, the command evaluates held-out pairs, as at the end of training: the rows of a config,
@@ -136,24 +136,24 @@ def evaluate(
     Args:
       model: a model, or a path for `jaxcl.load`.
       against: a second model on the same data, from which the paired differences are computed.
-      data: the path of an evaluation set, as `jaxcl.evaluation.sets.open_set`; `None` for held-out
-        pairs.
+      data: the path of an evaluation set, as for `jaxcl.evaluation.sets.open_set`; `None` for
+        held-out pairs.
       split: name of the file in `qrels/` of a BEIR folder; `None` for `test`, else `dev`, else the
         only one.
-      kind: a kind of `jaxcl.evaluation.sets.KINDS`; `None` recognises it by the content.
+      kind: a kind of `jaxcl.evaluation.sets.KINDS`; `None` detects it from the content.
       methods: the ranking methods for a BEIR folder, by default all of
         `jaxcl.evaluation.retrieval.METHODS`.
       config: names held-out rows (`data`) and the methods (`evaluation`); `None` uses the config of
         the run in `model`.
       changed: dotted names of the fields that the user changed; one without effect is an error.
       output: a JSON file for the results.
-      batch_size: as `EmbeddingModel.encode`.
+      batch_size: as for `EmbeddingModel.encode`.
       trust: packages whose code the run may name.
 
     Returns:
       The results, as in the file: metrics, with the sizes on which they depend, and a description
       of the model and the data. With a second model, also its description and metrics (`against`)
-      and the `differences` from it, each with its `standard_error` and its 95% `interval`.
+      and the `differences` from it, each with a `standard_error` and a 95% `interval`.
 
     Raises:
       ValueError: if there is no model, the data cannot be used, the data have no held-out split, or
@@ -270,7 +270,7 @@ def _rows(
 
 
 def _opponent(model: _Model, sources: Mapping[str, PairSource], trust: Trust) -> Contender:
-    """The second model. A run uses the prompts of its rows, if the rows are the same."""
+    """The second model. A run uses the prompts of its rows for those of them that are evaluated."""
     if isinstance(model, EmbeddingModel) or not is_run(model):
         return Contender(_loaded(model, trust))
     run = open_run(as_path(model), trust=trust)

@@ -269,7 +269,7 @@ def paired_interval(
     `σ_e²/(S Q)`.
 
     Both squared errors contain the residual, so the variance of the mean is
-    `V = E_q² + E_s² - R²`, but at least the larger of the two. The ends of the interval are
+    `V = E_q² + E_s² - R²`, but at least `E_q²` and `E_s²`. The ends of the interval are
     `d_·· ± t sqrt(V)`, where `t` is the mean of the quantiles of Student's t with Q - 1 and S - 1
     degrees of freedom, weighted by `E_q²` and `E_s²`. With one seed they are `d_·· ± t_{Q-1} E_q`,
     which covers only the choice of queries.

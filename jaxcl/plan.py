@@ -88,7 +88,7 @@ class Plan(NamedTuple):
 
     @property
     def temporary(self) -> int:
-        """Bytes that a step frees at its end."""
+        """Bytes that a step frees when it ends."""
         return self.loss + self.activations
 
     @property
@@ -130,7 +130,7 @@ def make_plan(settings: Settings, devices: Sequence[jax.Device], *, num_rows: in
     program = build_training(settings, devices=devices)
     state = program.abstract_state(num_rows, np.zeros(num_rows, np.int32))
     batch = _abstract_batch(settings, program.mesh)
-    traced = program.train_step.trace(state, batch)  # type: ignore[attr-defined] # a jitted one's
+    traced = program.train_step.trace(state, batch)  # type: ignore[attr-defined] # it is jitted
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:

@@ -7,14 +7,14 @@
 Without a query, the command prompts for queries.
 
 With `--corpus`, it ranks documents: the lines of a `.txt` file, or the records of a `.jsonl`,
-`.csv`, `.tsv` or `.parquet` file, which have a text and optionally an id and a title. They are
+`.csv`, `.tsv` or `.parquet` file, which have a text and optionally an id and a title. Documents are
 embedded once; the index is kept in the user's cache, or in `--index DIR`, and updated when the
 model or the corpus changes. `--dim` truncates the vectors. `--precision int8` or `binary` searches
 small codes first, and ranks the candidates by exact scores. The command prints how much of the
 exact ranking these options keep.
 
 Without `--corpus`, it ranks the keys of all splits of the run or config. The run may still be
-training; only its index changes, `search_index.npz`, which is rebuilt for a newer checkpoint.
+training; the command changes only its index, `search_index.npz`, rebuilt for a newer checkpoint.
 
 With a model of images, the corpus may be a folder of images, and the data of a run may hold images:
 
@@ -230,8 +230,8 @@ def open_search(
     """Open a corpus, a run's data or a config's data to search it with a model.
 
     The model and the data stay unchanged; only an index is written. If a run has an index for its
-    newest checkpoint, its data may be missing, unless they hold images. If one of the sides of a
-    run holds images, its images are searched.
+    newest checkpoint, its data may be missing, unless they hold images. If a side of a run holds
+    images, these images are searched.
 
     Args:
       path: the workdir of a run that has saved a checkpoint, which may still be training; with a
@@ -243,12 +243,12 @@ def open_search(
         constant `evaluation.rrf_k` of the run or config, or else 60.
       index: folder for the index of a corpus; by default, in the user's cache.
       id_field, text_field: as for `read_documents`.
-      dim: number of leading dimensions to search a corpus with, normalised again.
+      dim: number of leading dimensions to search a corpus with; vectors are normalised again.
       precision: how to search a corpus. `"float32"` ranks all documents by exact scores. `"int8"`
         and `"binary"` find candidates by codes of a quarter or a thirty-second of the size, and
         rank the candidates by exact scores.
       rescore: number of candidates per hit; by default, 2 for `"int8"` and 20 for `"binary"`.
-      queries: `"text"` or `"image"`; a model that does not embed these is an error at once.
+      queries: `"text"` or `"image"`; it is an error at once if the model does not embed these.
       trust: packages from which parts named `package.module:function` may be imported.
 
     Returns:
@@ -371,7 +371,7 @@ def _rank(
     def rank(queries: Sequence[str], top: int) -> list[Ranking]:
         vectors = embedded_queries(model, queries, dim)
         rankings = []
-        for query, vector in zip(queries, vectors, strict=True):  # scores of all rows are large
+        for query, vector in zip(queries, vectors, strict=True):  # the scores of all rows are large
             tables = [lexical.scores([query]), search.scores(vector[None], top)]
             fused = reciprocal_rank_fusion(tables, k=rrf_k)[0]
             rows = best_rows(fused, top)

@@ -8,7 +8,7 @@ process, on all of its devices. To train with one topic per batch, run
 
     python -m jaxcl.train --config configs/code_search.py --config.data.topics=FILE \\
         --config.assignment.name=sourced --config.assignment.sourced.by=topic \\
-        --config.assignment.sourced.mix=one
+        --config.assignment.sourced.mix=single
 
 With `mix=mixed`, each batch has rows of all topics. The file `.examples.md` next to the output
 lists the most central queries of each topic.

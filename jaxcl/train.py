@@ -220,7 +220,7 @@ def _prepare(settings: Settings, workdir: AnyPath, saved: Mapping[str, Any] | No
 
 
 class _Progress(NamedTuple):
-    """The progress of a run: its state, and its best evaluation if it selects one."""
+    """The progress of a run: its state, and its best evaluation if the run selects one."""
 
     state: TrainState
     best: Best | None
@@ -379,7 +379,7 @@ def _mined_negatives(state: TrainState, data: RunData) -> RowNegatives:
 
 
 def _training_rows(data: RunData) -> tuple[int, Int[np.ndarray, " n"]]:
-    """The number of training rows, and the group of each."""
+    """The number of training rows, and the group of each row."""
     table = data.tables["train"]
     return table.num_rows, label_column(table, "group")
 

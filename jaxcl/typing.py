@@ -76,7 +76,7 @@ have a `"length"`: then any id may be a token."""
 
 PyTree: TypeAlias = Any
 AxisName: TypeAlias = Hashable | tuple[Hashable, ...]
-"""One mesh axis, or several, under which a function runs inside `jax.shard_map`."""
+"""One mesh axis, or several, over which a function runs inside `jax.shard_map`."""
 
 Batch: TypeAlias = dict[str, PyTree]
 """`{"query": tree, "key": tree, "row": int32[b], "group": int32[b]}`. An encoder turns the tree of
@@ -160,7 +160,7 @@ def check_ranges(options: tuple[Any, ...]) -> None:
 
     `None` is always allowed. Every number in a tuple must be in the range of the field.
     """
-    _check(options._asdict(), type(options))  # type: ignore[attr-defined] # a NamedTuple's
+    _check(options._asdict(), type(options))  # type: ignore[attr-defined] # of a NamedTuple
 
 
 def check_arguments(function: F) -> F:
