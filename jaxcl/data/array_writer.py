@@ -8,7 +8,7 @@ __all__ = ["ArrayWriter"]
 
 
 class ArrayWriter:
-    """A `.npy` file that grows as numbers are appended. An empty one is deleted at the end.
+    """A `.npy` file that grows as numbers are appended. An empty file is deleted at the end.
 
     Args:
       path: the file, which must not exist yet.

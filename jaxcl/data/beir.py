@@ -58,8 +58,7 @@ class Beir(NamedTuple):
       own_documents: for each query, the row of the document with the same id, which is the query
         itself and is therefore excluded from its ranking; −1 if there is no such document, it is
         judged relevant, or there are no qrels.
-      left_out: name -> number of queries, documents or judgements without a counterpart;
-        `read_beir` lists the names.
+      left_out: name -> number of queries or documents without a match; `read_beir` lists the names.
     """
 
     corpus: Documents

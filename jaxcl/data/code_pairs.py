@@ -127,7 +127,7 @@ def prepare_code_pairs(
         other packages, the duplicates are dropped.
       validation_fraction: the share of the other packages' files that is held out.
       split_seed: the seed for drawing the held-out files and, with `max_pairs`, the pairs.
-      max_pairs: the maximum number of pairs in all splits together; None keeps all pairs.
+      max_pairs: the maximum number of pairs, drawn from all splits together; None keeps all pairs.
 
     Raises:
       ValueError: if an option is wrong, a test package is not installed, a required split has no

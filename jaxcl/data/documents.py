@@ -28,7 +28,7 @@ class Documents:
 
     Attributes:
       ids: the ids, all different. Without ids in the file, the documents are numbered from `"0"`.
-      texts: a `pyarrow.ChunkedArray` of the texts; `read` returns those of given rows.
+      texts: a `pyarrow.ChunkedArray` of the texts; `read` returns some of them as strings.
       fingerprint: a hash of ids and texts; equal fingerprints mean equal documents in equal order.
       modality: `"text"`.
     """

@@ -14,7 +14,7 @@ IMAGE_PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = tuple(
     (image, ("caption", "captions", "text", "title", "json.caption", "json.captions", "label"))
     for image in ("image", "image_path", "file_name", "filepath")
 )
-"""Names of the image column, each with names of the caption column; the first of these is taken."""
+"""Names of the image column, each with names of the caption column in order of preference."""
 
 PAIRS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("query", ("key", "pos", "positive", "positives", "answer", "document", "passage")),

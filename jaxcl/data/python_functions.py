@@ -136,8 +136,8 @@ def scan_files(roots: Sequence[SourceRoot], *, on_progress: Progress = lambda _:
     the same package and relative path, the file in the earlier root is taken.
 
     Returns:
-      The sorted files, and a sha256 of each file's package, relative path and content, which does
-      not depend on the locations of the roots.
+      The sorted files, and one sha256 over the packages, relative paths and digests of all files,
+      which does not depend on the locations of the roots.
 
     Raises:
       ValueError: if a root is not a directory.

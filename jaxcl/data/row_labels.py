@@ -42,7 +42,7 @@ def joined_numbers(
 
     Args:
       queries: a number per row, at least 0 and equal for equal queries.
-      keys: the same for keys.
+      keys: a number per row, at least 0 and equal for equal keys.
 
     Returns:
       int32 numbers from 0, without gaps.

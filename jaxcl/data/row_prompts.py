@@ -56,7 +56,7 @@ class RowPrompts(NamedTuple):
         return self._replace(ends=offsets[self.ends])
 
     def apply(self, data: DataSettings, number: int) -> DataSettings:
-        """The run's data settings, with the prompts of the data set with this index."""
+        """The run's data settings, with the prompts of the data set at index `number`."""
         prompts = SidePrompts(**{side: texts[number] for side, texts in self.prompts.items()})
         return data._replace(prompts=prompts)
 

@@ -33,7 +33,7 @@ def check_held_out(parts: Mapping[str, Sequence[tuple[str, Sequence[RowRange]]]]
     Held-out roles may share rows with each other.
 
     Args:
-      parts: role -> the parts of its split, each as the setting that names the part and its rows.
+      parts: role -> the parts of the split: for each part, the setting that names it, and its rows.
 
     Raises:
       ValueError: if another role shares rows with `"train"`.

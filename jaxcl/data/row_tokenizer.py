@@ -27,8 +27,8 @@ class RowTokenizer:
 
     Attributes:
       rule: the rule that describes the inputs of all rows. It has a prompt if any row has one.
-      prompt_length: for each data set, the number of prompt tokens that pooling leaves out if the
-        rule excludes prompts; a single number without `prompts`.
+      prompt_length: for each data set, the number of tokens that pooling leaves out if the rule
+        excludes prompts; a single number without `prompts`.
       num_ids: one more than the tokenizer's largest id.
 
     Raises:

@@ -71,8 +71,7 @@ class InMemoryPairs:
 
     Raises:
       ValueError: if there are no rows, columns differ in length, a metadata name is taken, or a
-        group does not fit into int32.
-      TypeError: if a group is not an integer.
+        group is not an integer or does not fit into int32.
 
     Example:
       >>> pairs = InMemoryPairs(["add", "sub"], ["a + b", "a - b"], groups=[0, 1])

@@ -136,7 +136,7 @@ def open_splits(
     open_source: Callable[[str], PairSource] | None = None,
     usable: Callable[[PairSource, str], PairSource] = lambda source, role: source,
 ) -> dict[str, PairSource]:
-    """Open the splits of a run. Caches files of pairs, but does not prepare TFDS data sets.
+    """Open the splits of a run, caching files of pairs; TFDS data sets must be prepared already.
 
     Args:
       data: the settings, which name the splits, fields and further data sets.

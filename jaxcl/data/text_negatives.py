@@ -96,7 +96,7 @@ class TextNegatives(NamedTuple):
         if self.scores is not None:
             position = np.arange(1 + self.per_row)
             scored = position <= count[:, None]
-            # Each row has one score more than negatives, for its key, which shifts later scores.
+            # Each row also has a score for its key, so the scores of row i begin i places later.
             position = (begin + rows)[:, None] + position
             columns["teacher_scores"] = np.where(
                 scored, self.scores[np.where(scored, position, 0)], np.float32(0)

@@ -40,9 +40,9 @@ class TextRule(NamedTuple):
       add_cls: begin each text with [CLS]; only for `special_tokens=None`.
       distinct: keep only the first occurrence of each token, for encoders that ignore the order of
         tokens and should not count repeated names.
-      special_tokens: `None` for a tokenizer from `load_tokenizer`: id 0 is padding, texts without
-        tokens become [UNK]. For any other tokenizer, whether to add its special tokens to each
-        text; the inputs then include each text's length.
+      special_tokens: `None` for a tokenizer from `load_tokenizer`: id 0 is padding, and texts
+        without tokens become [UNK]. For any other tokenizer, whether to add its special tokens to
+        each text; the inputs then include each text's length.
       prompt: the prompt that precedes each text.
       exclude_prompt: include the prompt's length in the inputs, so that pooling leaves it out.
       skip_unknown: leave out unknown tokens, as model2vec does.
@@ -125,7 +125,7 @@ class TextTokenizer:
           what, first: a name for the texts and the number of the first text, for messages.
 
         Returns:
-          One int32 array per text. The array of an empty text has only special tokens, if any.
+          One int32 array per text. A text without tokens gives only special tokens, if any.
 
         Raises:
           ValueError: if a text is not a `str` or not Unicode, or the tokenizer fails.

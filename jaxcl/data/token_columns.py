@@ -100,6 +100,6 @@ def _encode(
 
 
 def _digests(rows: Sequence[Integer[np.ndarray, " _"]]) -> Integer[np.ndarray, "n 2"]:
-    """A 128-bit digest of each row's ids; all ids must have the same number of bytes."""
+    """A 128-bit digest of each row's ids, which take four bytes each."""
     digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows)
     return np.frombuffer(digests, np.uint64).reshape(-1, 2)

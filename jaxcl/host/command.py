@@ -89,7 +89,7 @@ def run_command(
 
 
 def join_processes(arguments: Namespace, workdir: AnyPath) -> None:
-    """Join the other processes of a run, known from `add_process_flags` or from the cluster.
+    """Join the other processes of a run, as given by the flags or the cluster.
 
     Args:
       arguments: the parsed flags of `add_process_flags`.

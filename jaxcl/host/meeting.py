@@ -60,7 +60,7 @@ def meet(
       coordinator: host and port of process 0; with port 0, process 0 chooses a free port.
       num_processes: the number of processes.
       process_id: the number of this process, from 0.
-      bind: host and port where process 0 listens; `None` for those in `coordinator`.
+      bind: host and port where process 0 listens; `None` to listen at `coordinator`.
 
     Raises:
       ValueError: if the port is in use, or a process does not connect or does not belong here.
@@ -129,7 +129,7 @@ class _Reception:
                 events = selector.select(timeout=1)
                 # Ended processes first, because one of them may already be connecting again.
                 for key, _ in sorted(events, key=lambda event: event[0].fileobj is listener):
-                    if key.fileobj is not listener:  # closed, since it sends nothing
+                    if key.fileobj is not listener:  # readable: the peer closed it
                         selector.unregister(key.fileobj)
                         del self._present[key.data]
                         continue
@@ -183,7 +183,7 @@ class _Reception:
 
 
 def _join(workdir: AnyPath, host: str, port: int, introduction: Mapping[str, Any]) -> int:
-    """Find process 0 of the run; return the port it uses once all processes are connected."""
+    """Find process 0 of the run; return the coordinator's port once all processes are connected."""
     deadline = time.monotonic() + MEETING_SECONDS
     refusal = None
     reason = "there is no invitation"

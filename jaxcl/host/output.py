@@ -25,7 +25,7 @@ class LossyStream:
       stream: the text stream to write to.
 
     Attributes:
-      error: the last error because of which text was dropped; `None` if all text was written.
+      error: the last error that made the stream drop text; `None` if all text was written.
     """
 
     def __init__(self, stream: Any):

@@ -18,7 +18,7 @@ __all__ = ["progress_bar", "say", "show"]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
-_with_bars: list[Console] = []  # the innermost bar's is last; lines appear above its bar
+_with_bars: list[Console] = []  # one per bar, the innermost last; prints above its bar
 
 
 def say(text: str) -> None:
@@ -75,7 +75,7 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
 def _line_printer(what: str, total: int | None) -> Callable[..., None]:
     start = last = time.monotonic()
     count = 0
-    # Time and count at the first line. Earlier work included compilation, or was an earlier run's.
+    # Time and count at the first line; work before it included compilation or an earlier run.
     first: tuple[float, int] | None = None
 
     def advance(done: int = 1, note: str = "") -> None:

@@ -19,7 +19,7 @@ _SECONDS_OF_A_DAY = 24 * 60 * 60
 
 @contextlib.contextmanager
 def staging_folder(path: Path) -> Iterator[Path]:
-    """Create an empty folder next to `path`, to fill before `put_in_place` renames it to `path`.
+    """Create an empty folder next to `path` for a folder that `put_in_place` moves to `path`.
 
     The folder is removed on exit. Folders of killed processes are removed on entry; a running
     process holds a lock on its own folder.

@@ -1,4 +1,4 @@
-"""The checks that look at several settings at once, in the order of the config's sections."""
+"""The checks of combinations of settings, in the order of the config's sections."""
 
 import jax.numpy as jnp
 
@@ -293,7 +293,7 @@ def _check_gcbs(settings: Settings) -> None:
     except ValueError as error:
         raise ValueError(f"assignment.gcbs: {error}") from error
     # Last, so that a wrong name is reported before a run that is too short for it.
-    known = settings.epochs is None  # otherwise it depends on the number of rows
+    known = settings.epochs is None  # otherwise the steps depend on the number of rows
     if known and options.refresh_epochs is None and options.refresh_every >= settings.steps:
         raise ValueError(
             f"assignment.gcbs.refresh_every={options.refresh_every} never comes in "

@@ -177,7 +177,7 @@ def _method(options: GcbsSettings) -> Gcbs:
 def sources_by(settings: Settings) -> str:
     """The label that defines a source for `assignment.name="sourced"`.
 
-    By default, this is the group, or the data set if rows have no groups but several data sets.
+    By default, this is the group, or the data set if there are several and rows have no groups.
     """
     without_groups = settings.data.group_field is None and len(data_set_names(settings.data)) > 1
     return settings.assignment.sourced.by or ("data_set" if without_groups else "group")

@@ -149,7 +149,7 @@ def option_fields(registry: Mapping[str, AnyPart]) -> ConfigDict:
     fields = ConfigDict()
     for part in registry.values():
         for name, hint in get_type_hints(part.options or object).items():
-            (kind,) = set(get_args(hint)) - {type(None)}  # each option is of a type or None
+            (kind,) = set(get_args(hint)) - {type(None)}  # each hint is `kind | None`
             fields[name] = placeholder(get_origin(kind) or kind)
     return fields
 

@@ -112,8 +112,8 @@ def with_pretrained(
 def _with_second_tower(settings: Settings) -> ModelSettings:
     """The model settings, with a key tower from the folder of `model.pretrained` if necessary.
 
-    If the sides have different modalities and only `model.pretrained` is set, its folder holds the
-    towers of both sides.
+    If the sides have different modalities and only `model.pretrained` is set, its folder must hold
+    the towers of both sides.
     """
     model, modality = settings.model, settings.data.modality
     own = model.key.name is not None or model.key.pretrained is not None

@@ -54,7 +54,7 @@ def read_settings(
       config: a config as the files of `configs/` return it, or a mapping of the same form. Fields
         that are left out have their defaults.
       changed: dotted names of the fields that the user changed, on the command line for example.
-        If a changed field has no effect, this is an error; an unread default is not.
+        A changed field without effect is an error; a default without effect is not.
       trust: the packages from which parts named `package.module:function` are imported; `None`
         for all, as for a config given on the command line. A loss or an optimizer that may
         not be imported is `unresolved` in the result. Unless it is `None`, no pretrained model
@@ -216,7 +216,7 @@ def _with_encoders(
 
 
 def _without_unset(section: Any) -> Any:
-    """A section that does not name a part, without the options that are not set."""
+    """Remove the unset options from a section that does not name a part."""
     options = {name: value for name, value in section.options.items() if value is not None}
     return section._replace(options=options)
 

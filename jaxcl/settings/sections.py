@@ -50,7 +50,7 @@ class TowerSettings(NamedTuple):
 class ModelSettings(NamedTuple):
     """The encoder, optionally with a separate one for keys, and the width of the embeddings.
 
-    `read_settings` replaces a `name` of `None`. All encoders have the adapters of `lora`.
+    `read_settings` fills in a `name` of `None`. All encoders have the adapters of `lora`.
     """
 
     name: str | None = None

@@ -132,7 +132,7 @@ class _Part(NamedTuple):
 
     Attributes:
       first: the number of the first row.
-      records: the fields of each row; a row that cannot be read lacks a side.
+      records: the fields of each row; a row that cannot be read lacks one or more sides.
       errors: row number -> the error of a row that cannot be read.
     """
 
@@ -218,7 +218,7 @@ class _Bad(NamedTuple):
 def _digests(
     part: _Part, *, sides: Sequence[str], rule: ImageRule
 ) -> tuple[_Part, list[_Bad | tuple[bytes, ...]]]:
-    """The digests of each row's images, or the error of the first that cannot be decoded."""
+    """The digests of each row's images, or the error of the first image that cannot be decoded."""
     results: list[_Bad | tuple[bytes, ...]] = []
     known: dict[bytes, bytes] = {}  # both sides may share a column, and several captions an image
     for row, record in enumerate(part.records, part.first):
@@ -249,7 +249,7 @@ def _digest(value: Any, rule: ImageRule, known: dict[bytes, bytes]) -> bytes:
 
 
 def _selected(checked: CheckedImages, chosen: Int[np.ndarray, " n"]) -> CheckedImages:
-    """The results for the chosen rows, none of which has a bad image."""
+    """The results for the chosen rows, which have no bad images."""
     digests = {side: digests[chosen] for side, digests in checked.digests.items()}
     return CheckedImages(digests, checked.group[chosen], np.zeros(0, np.int64), ())
 

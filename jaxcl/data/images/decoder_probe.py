@@ -1,4 +1,4 @@
-"""Fingerprint how the installed Pillow decodes images, by decoding a few small ones.
+"""Fingerprint how the installed Pillow decodes images, by decoding a few small images.
 
 Versions of Pillow that decode these images to the same pixels have the same fingerprint, so most
 upgrades can be used with an already trained model.
@@ -39,7 +39,7 @@ _WEBP = (
 """The same image as WebP."""
 
 _RULES = (ImageRule(32), ImageRule(8), ImageRule(21, "stretch", (10, 20, 30)))
-"""The first rule decodes the JPEG at full size, the others at a reduced size or with stretching."""
+"""Rules that decode the JPEG at full size, at half size, and with stretching."""
 
 
 def decoder_name() -> str:

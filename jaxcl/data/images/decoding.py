@@ -95,7 +95,7 @@ def decode_image(value: Any, rule: ImageRule) -> UInt8[np.ndarray, "s s 3"]:
 
     JPEG, PNG, WebP, GIF (the first frame), TIFF, AVIF, BMP and PPM are read. The EXIF orientation
     is applied. Transparent images are composited over the background, grayscale images get three
-    equal channels, CMYK is converted without a colour profile, and 16 bits are scaled to 8.
+    equal channels, CMYK is converted without a colour profile, and 16-bit levels are scaled to 8.
     Resizing is bicubic with antialiasing. A large JPEG is decoded at a half, a quarter or an eighth
     of its size if that is at least twice the size of the result.
 

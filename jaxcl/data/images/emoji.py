@@ -240,8 +240,8 @@ def near_pairs(
     """The pairs of pictures whose root mean square difference is below `distance`.
 
     Args:
-      pictures: levels from 0 to 255.
-      distance: as a fraction of the range of levels, 255.
+      pictures: the pictures, with levels from 0 to 255.
+      distance: the difference, as a fraction of the range of levels, 255.
     """
     levels = pictures.reshape(len(pictures), -1).astype(np.float32)
     most = distance**2 * 255**2 * levels.shape[1]  # the sum of squares
@@ -250,7 +250,7 @@ def near_pairs(
     for row in range(0, len(levels), 256):
         products = levels[row : row + 256] @ levels.T
         squares = norms[row : row + 256, None] + norms - 2.0 * products
-        # float32 products differ between processors, so differences near the limit are exact.
+        # float32 products differ between processors, so pairs near the limit are compared exactly.
         for first, second in np.argwhere(squares < 1.1 * most + 100):
             first += row
             difference = pictures[first].astype(np.int64) - pictures[second]

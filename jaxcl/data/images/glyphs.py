@@ -75,7 +75,7 @@ def prepare_glyphs(
     |---|---|
     | `train`, `validation`, `test` | all pictures of the characters; whole groups are held out |
     | `test_sans` | the pictures of `test` in DejaVu Sans, one for each character |
-    | `test_faces` | those that exist in DejaVu Sans Mono Bold Oblique, with that face as `other` |
+    | `test_faces` | as `test_sans`, if DejaVu Sans Mono Bold Oblique has the character (`other`) |
 
     Args:
       data_dir: the pictures go to `<data_dir>/glyphs/<12 hex digits>`.
